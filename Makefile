@@ -1,0 +1,39 @@
+# Everything runs in .venv, which the first target that needs it makes.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: setup demo test test-oracle lint bench clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -e ".[test,plot,lint]"
+	@touch $@
+
+setup: $(STAMP)  ## make .venv and install pyggml into it
+
+demo: $(STAMP)  ## DeepSeek attention in all its forms, with memory and error of each
+	$(BIN)/python examples/deepseek_attention.py
+
+test: $(STAMP)  ## the test-suite; needs no network, GPU, torch or ggml
+	$(BIN)/python -m pytest -m "not oracle"
+
+test-oracle: $(STAMP)  ## live comparison with torch, transformers and real ggml (installs them)
+	$(BIN)/python tools/install_oracles.py
+	$(BIN)/python -m pytest -m oracle
+
+lint: $(STAMP)  ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## benchmarks against NumPy, into benchmarks/results/
+	$(BIN)/python benchmarks/run.py
+
+clean:  ## remove .venv and caches
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,27 @@
+"""How operations are computed: one folder a backend, found by name, imported on first use."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+
+from pyggml.backends.base import Backend
+from pyggml.errors import UnknownName
+
+
+def available() -> tuple[str, ...]:
+    """Names of the backends that stand here, whether or not their device does."""
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if m.ispkg))
+
+
+@cache
+def get(name: str) -> Backend:
+    """The backend of that name, imported now; UnknownName lists those there are."""
+    if name not in available():
+        raise UnknownName(f"no backend {name!r}; there are: {', '.join(available())}")
+    found: Backend = importlib.import_module(f"pyggml.backends.{name}").backend
+    return found
+
+
+assert __name__ == "pyggml.backends", "import pyggml.backends, not the top-level folder backends"

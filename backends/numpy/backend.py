@@ -1,0 +1,101 @@
+"""The backend object: one node is one step, memory is bytes of the host."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyggml.backends.base import Address, Buffer, Step, WeightLayout
+from pyggml.backends.numpy.runner import NumpyRunner, array_at
+from pyggml.backends.numpy.table import ALIGNMENT, KERNELS, Packed
+from pyggml.errors import OutOfMemoryError
+from pyggml.graph import Node, Spec
+
+# Every family of kernels registers itself.
+for _found in pkgutil.iter_modules([str(Path(__file__).parent)]):
+    if _found.name != "backend":
+        importlib.import_module(f"pyggml.backends.numpy.{_found.name}")
+
+
+class NumpyBackend:
+    """Kernels in NumPy on the host's memory."""
+
+    name = "numpy"
+    alignment = ALIGNMENT
+
+    def supports(self, node: Node) -> str | None:
+        found = KERNELS.get(node.op)
+        if found is None:
+            return f"no kernel for {node.op.name}"
+        if found.types is not None:
+            for tensor in (node, *node.src):
+                if tensor is not None and tensor.dtype.name not in found.types:
+                    return f"{node.op.name} does not take {tensor.dtype}"
+        return found.refuses(node)
+
+    def weight_layout(self, constant: Node, uses: Collection[Node]) -> WeightLayout:
+        return WeightLayout(constant.spec.nbytes, "as in the file")
+
+    def lower(self, nodes: Sequence[Node], keep: Collection[Node]) -> list[Step]:
+        return [_step(node) for node in nodes]
+
+    # -- the runtime half ---------------------------------------------------------------------
+
+    def alloc(self, nbytes: int) -> Buffer:
+        try:
+            raw = np.zeros(nbytes + ALIGNMENT, np.uint8)
+        except (MemoryError, ValueError) as error:
+            raise OutOfMemoryError(f"the host has no {nbytes} bytes: {error}") from None
+        skip = -raw.ctypes.data % ALIGNMENT
+        return raw[skip : skip + nbytes]
+
+    def weight(self, constant: Node, layout: WeightLayout, data: NDArray[Any]) -> Buffer:
+        return np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+
+    def upload(self, at: Address, spec: Spec, array: NDArray[Any]) -> None:
+        target = array_at(at, spec)
+        raw = target.raw if isinstance(target, Packed) else target
+        raw[...] = array.reshape(raw.shape)
+
+    def download(self, at: Address, spec: Spec, copy: bool = True) -> NDArray[Any]:
+        found = array_at(at, spec)
+        if isinstance(found, Packed):
+            rows = found.raw.reshape(*found.raw.shape[:3], -1)
+        else:
+            rows = found
+        view = rows.reshape(*spec.shape[:-1], rows.shape[-1])
+        return view.copy() if copy else view
+
+    def copy(self, source: Address, target: Address, spec: Spec) -> None:
+        self.upload(target, spec, self.download(source, spec, copy=False))
+
+    def bind(
+        self,
+        steps: Sequence[Step],
+        at: Mapping[Node, Address],
+        scratch: Buffer,
+        scratch_at: Sequence[int],
+    ) -> NumpyRunner:
+        return NumpyRunner(steps, at, scratch, scratch_at)
+
+    def synchronize(self) -> None:
+        return None
+
+
+def _step(node: Node) -> Step:
+    row = KERNELS[node.op]
+    reads = tuple(s for s in node.src if s is not None)
+    inplace = [node.src[i] for i in row.inplace if i < len(node.src)]
+    return Step(
+        node,
+        (node,),
+        reads,
+        scratch=row.scratch(node) if row.scratch is not None else 0,
+        inplace=tuple(s for s in inplace if s is not None),
+    )

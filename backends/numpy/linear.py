@@ -1,0 +1,211 @@
+"""Matrix products: BLAS on tiles of weights decoded to f32, dense and by expert."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyggml import ops
+from pyggml.backends.numpy.arrays import (
+    IDS,
+    TILE,
+    Raw,
+    check_ids,
+    decoded,
+    floats,
+    gather,
+    is_ready,
+    raw_of,
+    ready,
+    shape_of,
+    shaped,
+    split,
+    work_of,
+)
+from pyggml.backends.numpy.table import Array, Scratch, kernel
+from pyggml.dtypes import F32, DType
+from pyggml.graph import Node
+
+#: f32 elements of converted activations that one pass over the weights serves.
+BATCH = 1 << 22
+
+Work = NDArray[np.uint8]
+
+
+def tile_rows(m: int, k: int) -> int:
+    """Rows of a tile of decoded weights; never so few that the product suffers."""
+    return min(m, max(32, TILE // k))
+
+
+def weight_tile(kind: DType, part: Raw, memory: Raw, work: Work) -> Raw:
+    """Rows of weights [.., rows, k] as f32; where they are transposed, so is the result."""
+    if kind.block == 1 and part.strides[-1] > part.strides[-2]:
+        return decoded(kind, part.swapaxes(-1, -2), memory, work).swapaxes(-1, -2)
+    return decoded(kind, part, memory, work)
+
+
+def weights_at(matrix: Array, index: tuple[Any, ...], memory: Raw, work: Work) -> Raw:
+    """Some rows of weights: in place where BLAS can read them, else decoded."""
+    kind, raw = raw_of(matrix)
+    direct = ready(raw[index]) if kind is F32 else None
+    return weight_tile(kind, raw[index], memory, work) if direct is None else direct
+
+
+def _head_tile(m: int, k: int, heads: int) -> int:
+    """How many whole matrices a tile of weights holds."""
+    return min(heads, max(1, TILE // (m * k)))
+
+
+def _mul_mat_scratch(node: Node) -> int:
+    a, b = node.src
+    assert a is not None and b is not None
+    if is_ready(a) and is_ready(b) and node.dtype is F32:
+        return 0
+    k, m, heads, _ = a.ne
+    tile, rows = _head_tile(m, k, heads), tile_rows(m, k)
+    shared = tile * (b.ne[2] // heads) * (b.ne[3] // a.ne[3])
+    convert = 0 if is_ready(b) else shared * k
+    narrow = 0 if node.dtype is F32 else shared * rows
+    return floats(
+        0 if is_ready(a) else tile * rows * k,
+        min(b.ne[1] * convert, max(BATCH, convert)),
+        min(b.ne[1] * narrow, max(BATCH, narrow)),
+        work=True,
+    )
+
+
+def _by_matrix(x: Raw, a3: int, heads: int) -> Raw:
+    """[B3, B2, n, k] as [A3, B3 / A3, A2, B2 / A2, n, k]: which rows meet which matrix of a."""
+    b3, b2, *rest = x.shape
+    return x.reshape(a3, b3 // a3, heads, b2 // heads, *rest)
+
+
+def _even(x: Raw) -> bool:
+    """Whether the rows of the heads that share a matrix lie at even distances."""
+    *_, sharing, n, _ = x.shape
+    return sharing == 1 or n == 1 or bool(x.strides[3] == n * x.strides[4])
+
+
+def _together(x: Raw) -> Raw:
+    """The rows of the heads that share a matrix as the rows of one head."""
+    return x.reshape(*x.shape[:3], 1, -1, x.shape[-1])
+
+
+@kernel(ops.mul_mat, types=None, scratch=_mul_mat_scratch)
+def mul_mat(out: Raw, a: Array, b: Array, *, scratch: Scratch, prec: str, type: str) -> None:
+    """One product where BLAS can read all operands; else tiles of `a`, each decoded once."""
+    a3, heads, m, k = shape_of(a)
+    w, x = ready(a), ready(b)
+    (kind_a, raw_a), (kind_b, raw_b) = raw_of(a), raw_of(b)
+    xs, y = _by_matrix(raw_b if x is None else x, a3, heads), _by_matrix(out, a3, heads)
+    if _even(xs) and _even(y):
+        xs, y = _together(xs), _together(y)
+    wide = out.dtype == np.float32
+    if w is not None and x is not None and wide:
+        np.matmul(xs, w[:, None, :, None].swapaxes(-1, -2), out=y)
+        return
+
+    tile, rows, n = _head_tile(m, k, heads), tile_rows(m, k), xs.shape[4]
+    shared = tile * xs.shape[1] * xs.shape[3]
+    columns = min(n, max(1, BATCH // (shared * max(k if x is None else 1, 1 if wide else rows))))
+    work = work_of(scratch)
+    weights = scratch.array(0 if w is not None else tile * rows * k)
+    converted = scratch.array(columns * shared * k if x is None else 0)
+    product = scratch.array(0 if wide else columns * shared * rows)
+    for i3, h, c in np.ndindex(a3, -(-heads // tile), -(-n // columns)):
+        some = slice(h * tile, (h + 1) * tile)
+        part = xs[i3, :, some, :, c * columns : (c + 1) * columns]
+        if x is None:
+            part = decoded(kind_b, part, converted, work)
+        for r in split(m, rows):
+            if w is None:
+                mine = weight_tile(kind_a, raw_a[i3, some, r], weights, work)
+            else:
+                mine = w[i3, some, r]
+            target = y[i3, :, some, :, c * columns : (c + 1) * columns, r]
+            filled = target if wide else shaped(product, *target.shape)
+            np.matmul(part, mine[:, None].swapaxes(-1, -2), out=filled)
+            if not wide:
+                np.copyto(target, filled, casting="unsafe")
+
+
+def _pairs(n_pairs: int, k: int) -> int:
+    """How many (token, slot) pairs an expert's matrix meets at once."""
+    return min(n_pairs, IDS, max(256, BATCH // k))
+
+
+def expert_scratch(tiles: int) -> Callable[[Node], int]:
+    """Scratch of `by_expert` with so many tiles of products."""
+
+    def scratch(node: Node) -> int:
+        experts, ids = node.src[0], node.src[-1]
+        assert experts is not None and ids is not None
+        k, m, *_ = experts.ne
+        pairs, rows = _pairs(ids.spec.elements, k), tile_rows(m, k)
+        order = 2 * ids.spec.elements
+        return floats(order, pairs * k, rows * k, *(pairs * rows,) * tiles, work=True)
+
+    return scratch
+
+
+def _sorted_pairs(ids: Raw, n_experts: int, keys: NDArray[np.int64]) -> list[int]:
+    """Sort (token, slot) pairs by expert into keys = id * 2^32 + pair; where each expert's start.
+
+    Entry e of the result is the first pair of expert e; pairs before entry 0 have negative ids.
+    """
+    keys.reshape(ids.shape)[...] = ids
+    keys <<= 32
+    for s in split(len(keys), IDS):
+        keys[s] += np.arange(s.start, s.stop)
+    keys.sort()
+    return [int(i) for i in np.searchsorted(keys, np.arange(n_experts + 1) << 32)]
+
+
+def by_expert(
+    out: Raw,
+    experts: Sequence[Array],
+    b: Raw,
+    ids: Raw,
+    scratch: Scratch,
+    tiles: int,
+    finish: Callable[[list[Raw]], Raw],
+) -> None:
+    """out[t, e] = finish(the products of row b[t, e % n_b] with the matrices of expert ids[t, e]).
+
+    Rows are gathered by expert; the matrices of an expert without rows are not touched.
+    """
+    _, n_experts, m, k = shape_of(experts[0])
+    n_used, n_b = ids.shape[3], b.shape[2]
+    check_ids("expert", ids, n_experts)
+    keys = scratch.array(ids.size, np.int64)
+    starts = _sorted_pairs(ids[0, 0], n_experts, keys)
+    kind_b, rows_b = raw_of(b)
+    pairs, rows = _pairs(ids.size, k), tile_rows(m, k)
+    gathered, weights = scratch.array(pairs * k), scratch.array(rows * k)
+    products = [scratch.array(pairs * rows) for _ in range(tiles)]
+    work = work_of(scratch)
+
+    def where(start: int, stop: int) -> tuple[Any, Any]:
+        return np.divmod(keys[start:stop] & 0xFFFFFFFF, n_used)
+
+    for s in split(starts[0], IDS):
+        out[0][where(s.start, s.stop)] = 0
+    for expert in np.flatnonzero(np.diff(starts)):
+        for s in split(starts[expert + 1] - starts[expert], pairs):
+            token, slot = where(starts[expert] + s.start, starts[expert] + s.stop)
+            x = shaped(gathered, len(token), k)
+            gather(kind_b, rows_b[0], (token, slot % n_b), x, work)
+            for r in split(m, rows):
+                made = [shaped(p, len(token), r.stop - r.start) for p in products]
+                for matrix, y in zip(experts, made):
+                    w = weights_at(matrix, (0, expert, r), weights, work)
+                    np.matmul(x, w.T, out=y)
+                out[0][token, slot, r] = finish(made)
+
+
+@kernel(ops.mul_mat_id, types=None, scratch=expert_scratch(1))
+def mul_mat_id(out: Raw, experts: Array, b: Raw, ids: Raw, *, scratch: Scratch) -> None:
+    by_expert(out, (experts,), b, ids, scratch, 1, lambda made: made[0])

@@ -1,0 +1,46 @@
+"""The mask of an attention: ALiBi slopes, and its addition to scores."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyggml.backends.numpy.arrays import Floats, Raw, decoded, raw_of
+
+
+def alibi_slopes(heads: int, head0: int, n_head: int, max_bias: float) -> list[float] | None:
+    """What the mask is multiplied by for each head, or None where that is 1."""
+    if max_bias <= 0:
+        return None
+    power = 1 << (n_head.bit_length() - 1)
+    exponents = (g + 1 if g < power else g - power + 0.5 for g in range(head0, head0 + heads))
+    return [2.0 ** (-max_bias * e / power) for e in exponents]
+
+
+class Mask:
+    """The mask of one tile of scores; decoded once where all heads share it.
+
+    part    [m2, rows, keys] f16 or f32; head h reads part[h % m2]
+    memory  rows * keys f32 elements
+    """
+
+    def __init__(
+        self, part: Raw, slopes: list[float] | None, memory: Floats, work: NDArray[np.uint8]
+    ) -> None:
+        self.part, self.slopes, self.memory, self.work = part, slopes, memory, work
+        self.kind = raw_of(part)[0]
+        self.shared = self._decoded(0) if len(part) == 1 and slopes is None else None
+
+    def _decoded(self, head: int) -> Raw:
+        return decoded(self.kind, self.part[head % len(self.part)], self.memory, self.work)
+
+    def add_to(self, scores: Floats, head: int) -> None:
+        """scores [heads, rows, keys] += slope * mask; `head` is the number of the first."""
+        if self.shared is not None:
+            scores += self.shared
+            return
+        for h, tile in enumerate(scores, head):
+            bias = self._decoded(h)
+            if self.slopes is not None:
+                bias *= np.float32(self.slopes[h])
+            tile += bias

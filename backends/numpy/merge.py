@@ -1,0 +1,68 @@
+"""The running sum of parts of one attention, and its end."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pyggml import ops
+from pyggml.backends.numpy.arrays import IDS, PIECE, Raw, floats, pieces, shaped
+from pyggml.backends.numpy.table import Scratch, kernel
+from pyggml.graph import Node
+
+#: A part may outweigh the reference by e^GROWTH before the sum is scaled: far from overflow.
+GROWTH = 16.0
+
+
+def _rows(n: int) -> int:
+    return max(1, min(IDS, PIECE // n))
+
+
+def _sum_scratch(node: Node) -> int:
+    rows = _rows(node.ne[0])
+    return floats(rows, rows, rows, rows * node.ne[0])
+
+
+@kernel(ops.lse_sum, scratch=_sum_scratch, inplace=(1,))
+def lse_sum(out: Raw, a: Raw, c: Raw | None, *, scratch: Scratch) -> None:
+    n = out.shape[3]
+    stats, spare = scratch.array((3, _rows(n))), scratch.array(_rows(n) * n)
+    for index in pieces(out.shape[:3], _rows(n)):
+        y, part = out[index], a[index]
+        top, fix, weight = (shaped(s, *y.shape[:-1], 1) for s in stats)
+        lse = part[..., -1:]
+        if c is None:
+            np.maximum(lse, np.finfo(np.float32).min, out=top)
+        else:
+            # The reference moves to lse only where that outgrows it; np.exp(0) is exactly 1.
+            np.subtract(lse, GROWTH, out=weight)
+            np.copyto(top, c[index][..., -1:])
+            np.copyto(top, lse, where=weight > top)
+            np.subtract(c[index][..., -1:], top, out=fix)
+            np.exp(fix, out=fix)
+        np.subtract(lse, top, out=weight)
+        np.exp(weight, out=weight)
+        added = shaped(spare, *y.shape[:-1], n - 1)
+        np.multiply(part[..., :-1], weight, out=added[..., :-1])
+        np.copyto(added[..., -1:], weight)
+        if c is None:
+            np.copyto(y[..., :-1], added)
+        else:
+            np.multiply(c[index][..., :-1], fix, out=y[..., :-1])
+            y[..., :-1] += added
+        np.copyto(y[..., -1:], top)
+
+
+@kernel(ops.lse_finish, scratch=lambda node: floats(_rows(node.ne[0])))
+def lse_finish(out: Raw, c: Raw, *, scratch: Scratch, lse: bool) -> None:
+    d_v = c.shape[3] - 2
+    stat = scratch.array(_rows(c.shape[3]))
+    for index in pieces(c.shape[:3], _rows(c.shape[3])):
+        y, part = out[index], c[index]
+        total = shaped(stat, *part.shape[:-1], 1)
+        np.copyto(total, part[..., d_v : d_v + 1])
+        with np.errstate(divide="ignore"):
+            if lse:
+                np.log(total, out=y[..., d_v:])
+                y[..., d_v:] += part[..., d_v + 1 :]
+        total += total == 0  # a row without keys: 0 / 1
+        np.divide(part[..., :d_v], total, out=y[..., :d_v])

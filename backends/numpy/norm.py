@@ -1,0 +1,28 @@
+"""Normalisation of rows."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pyggml import ops
+from pyggml.backends.numpy.arrays import PIECE, Raw, floats, pieces, shaped
+from pyggml.backends.numpy.table import Scratch, kernel
+
+
+def _rows(n: int) -> int:
+    """Rows of a piece."""
+    return max(1, PIECE // n)
+
+
+@kernel(ops.rms_norm, inplace=(0,), scratch=lambda node: floats(_rows(node.ne[0])))
+def rms_norm(out: Raw, a: Raw, *, scratch: Scratch, eps: float) -> None:
+    n = a.shape[3]
+    memory = scratch.array(_rows(n))
+    for index in pieces(a.shape[:3], _rows(n)):
+        x = a[index]
+        factor = shaped(memory, *x.shape[:-1])
+        np.vecdot(x, x, out=factor)
+        factor /= n
+        factor += np.float32(eps)
+        np.sqrt(factor, out=factor)
+        np.divide(x, factor[..., None], out=out[index])

@@ -1,0 +1,133 @@
+"""Rotary position embedding."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from pyggml import ops
+from pyggml.backends.numpy.arrays import (
+    PIECE,
+    Floats,
+    Raw,
+    floats,
+    load,
+    raw_of,
+    shaped,
+    split,
+    store,
+    work_of,
+)
+from pyggml.backends.numpy.table import Scratch, kernel
+from pyggml.dtypes import F32
+from pyggml.graph import Node
+
+f32 = np.float32
+
+
+def _tokens(n: int, heads: int, tokens: int) -> int:
+    """Tokens of a piece."""
+    return min(tokens, max(1, PIECE // (n * heads)))
+
+
+def _rope_scratch(node: Node) -> int:
+    n, heads, n_tokens, _ = node.ne
+    tokens, n_dims = _tokens(n, heads, n_tokens), node.attrs["n_dims"]
+    whole = 0 if node.dtype is F32 else tokens * heads * n
+    angles, halves = tokens * n_dims, tokens * heads * n_dims
+    return floats(angles, angles, halves, whole, work=True)
+
+
+@kernel(ops.rope_ext, inplace=(0,), scratch=_rope_scratch)
+def rope_ext(
+    out: Raw,
+    a: Raw,
+    pos: Raw,
+    freq_factors: Raw | None,
+    *,
+    scratch: Scratch,
+    n_dims: int,
+    mode: str,
+    n_ctx_orig: int,
+    freq_base: float,
+    freq_scale: float,
+    ext_factor: float,
+    attn_factor: float,
+    beta_fast: float,
+    beta_slow: float,
+    offset: int,
+) -> None:
+    """Copies a piece to f32 where it may stay (out or scratch) and turns its pairs in place."""
+    n3, n_tokens, heads, n = a.shape
+    kind, pairs = raw_of(a)[0], n_dims // 2
+    tokens = _tokens(n, heads, n_tokens)
+    angle, spare = scratch.array((2, tokens * pairs))
+    turns = scratch.array(tokens * pairs, np.complex64)
+    halves = scratch.array(tokens * heads * n_dims)
+    whole = scratch.array(0 if kind is F32 else tokens * heads * n)
+    work = work_of(scratch)
+    factors = None if freq_factors is None else freq_factors[0, 0, 0, :pairs]
+    keep = None
+    if ext_factor:
+        keep = ext_factor * _ramp(pairs, n_dims, freq_base, n_ctx_orig, beta_fast, beta_slow)
+        attn_factor *= 1 + 0.1 * math.log(1 / freq_scale)
+    for t in split(n_tokens, tokens):
+        theta = shaped(angle, t.stop - t.start, pairs)
+        chain = shaped(spare, *theta.shape)
+        _angles(theta, chain, pos[0, 0, 0, t], f32(freq_base) ** f32(-2 / n_dims), factors)
+        if keep is not None:
+            np.multiply(theta, f32(freq_scale), out=chain)
+            chain *= f32(1) - keep
+            theta *= keep
+            theta += chain
+        else:
+            theta *= f32(freq_scale)
+        turn = shaped(turns, *theta.shape)
+        np.cos(theta, out=turn.real)
+        np.sin(theta, out=turn.imag)
+        turn *= f32(attn_factor)
+        for i3 in range(n3):
+            y = out[i3, t] if kind is F32 else shaped(whole, *out[i3, t].shape)
+            load(kind, a[i3, t], y, work)
+            x = y[..., offset : offset + n_dims]
+            if mode == "normal":
+                x = x.view(np.complex64)
+                x *= turn[:, None]
+            else:
+                _turn_halves(x, turn[:, None], shaped(halves, 2, *x.shape[:2], pairs))
+            if kind is not F32:
+                store(kind, y, out[i3, t], work)
+
+
+def _ramp(pairs: int, n_dims: int, base: float, n_ctx: int, fast: float, slow: float) -> Floats:
+    """YaRN: how far each pair keeps its own angle; 1 for those that turn fast."""
+
+    def pair(beta: float) -> float:
+        return n_dims * math.log(n_ctx / (2 * math.pi * beta)) / (2 * math.log(base))
+
+    low, high = max(0, math.floor(pair(fast))), min(n_dims - 1, math.ceil(pair(slow)))
+    y = (np.arange(pairs, dtype=f32) - f32(low)) / f32(max(0.001, high - low))
+    kept: Floats = f32(1) - np.clip(y, 0, 1)
+    return kept
+
+
+def _angles(theta: Floats, chain: Floats, pos: Raw, step: f32, factors: Raw | None) -> None:
+    """theta[t, i] = pos[t] * step^i / factors[i], each from the one before as ggml does it."""
+    chain[...] = step
+    chain[:, 0] = pos
+    np.multiply.accumulate(chain, axis=1, out=theta)
+    if factors is not None:
+        theta /= factors
+
+
+def _turn_halves(x: Floats, turn: Raw, spare: Floats) -> None:
+    """Pairs (i, i + n/2) in place: (u, v) -> (u c - v s, u s + v c)."""
+    u, v = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
+    us, vs = spare
+    np.multiply(u, turn.imag, out=us)
+    np.multiply(v, turn.imag, out=vs)
+    u *= turn.real
+    u -= vs
+    v *= turn.real
+    v += us

@@ -1,0 +1,376 @@
+"""DeepSeek attention in every form, against float64, within an attention memory budget.
+
+A cache is filled with a prompt, then tokens are decoded one by one. A row of the table is a form of
+attention (standard, latent, latent expanded), with flash attention (FA) or without, a cache type
+and a budget for attention memory (amb); its error is the worse of prompt and decode.
+
+Without --model a file with one layer of V2-Lite's attention and random weights is made first.
+
+    python examples/deepseek_attention.py
+    python examples/deepseek_attention.py --types f16 --plot arena.png --json rows.json
+
+Exit status: 0 where every error is within its bound and every score peak within its amb, else 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+
+import pyggml as gg
+from pyggml import gguf
+from pyggml.models.config import DeepSeek2Config
+from pyggml.models.deepseek2 import AttentionOptions, Cache, Layer, attention, norm
+from pyggml.models.presets import preset, synth
+from pyggml.models.tensors import check_tensors
+from pyggml.parity.deepseek import attention_f64
+from pyggml.parity.tolerance import relative_error
+
+MIB = 2**20
+#: Relative error of the layer's output that a cache type may cause.
+BOUNDS = {"f32": 1e-3, "f16": 1e-3, "bf16": 1e-2, "q8_0": 2e-2}
+FORMS = [(form, flash) for form in ("standard", "latent", "expanded") for flash in (True, False)]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table; sizes in MiB, times in ms. `amb` None is no budget.
+
+    live  bytes of the prompt's arena in use at each of its steps
+    """
+
+    form: str
+    flash: bool
+    cache: str
+    amb: float | None
+    cut: str
+    error: float
+    peak: float
+    arena: float
+    prompt: float
+    decode: float
+    live: tuple[int, ...]
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= BOUNDS[self.cache] and (self.amb is None or self.peak <= self.amb)
+
+
+class Bench:
+    """One layer, one sequence of tokens, and what float64 makes of it."""
+
+    def __init__(self, file: gguf.GGUFFile, args: argparse.Namespace) -> None:
+        self.config = DeepSeek2Config.from_gguf(file.fields, file.tensors)
+        check_tensors(self.config, file.tensors)
+        self.layer = Layer.of(file, self.config, args.layer)
+        self.n_prompt, self.n_kv, self.backend = args.prompt, args.n_kv, args.backend
+        rng = np.random.default_rng(args.seed)
+        n_tokens = args.prompt + args.decode
+        self.x = rng.standard_normal((n_tokens, self.config.n_embd), dtype=np.float32)
+        self.pos = np.arange(n_tokens, dtype=np.int32)
+        self.want = reference(file, self.config, args.layer, self.x, self.pos)
+
+    def plan(
+        self, options: AttentionOptions, n_tokens: int, amb: float | None, store: gg.Store
+    ) -> gg.Plan:
+        x = gg.input("x", "f32", ne=(self.config.n_embd, n_tokens))
+        pos = gg.input("pos", "i32", ne=(n_tokens,))
+        mask = gg.causal_mask(pos, n_kv=self.n_kv)
+        states = Cache.of(self.config, options, self.n_kv, self.layer.il)
+        normed = norm(self.layer, x, "attn_norm")
+        y = attention(normed, pos, pos, mask, self.layer, states, options)
+        return gg.compile({"y": y}, backends=[self.backend], amb=amb, store=store)
+
+    def plans(self, options: AttentionOptions, amb: float | None) -> tuple[gg.Plan, gg.Plan]:
+        """For the prompt and for one token. An expanded prompt's cache is decoded as latent."""
+        store = gg.Store(self.backend)
+        single = replace(options, form="latent") if options.form == "expanded" else options
+        return (
+            self.plan(options, self.n_prompt, amb, store),
+            self.plan(single, 1, amb, store),
+        )
+
+    def budgets(self, options: AttentionOptions) -> list[float | None]:
+        """None, and in MiB: all that the prompt needs, a third of it, and too little for one head.
+
+        Thirds and halves are of what is above the least: that is in the finest pieces, too.
+        """
+
+        def need(amb: float | None) -> float:
+            return self.plans(options, amb)[0].memory.score_peak / MIB
+
+        whole = need(None)
+        if not whole:
+            return [None]
+        least = 0.0
+        try:
+            need(1 / MIB)
+        except gg.BudgetError as error:
+            least = error.least
+        one_head = need(least + (whole - least) / self.config.n_head)
+        return [None, whole, least + (whole - least) / 3, (least + one_head) / 2]
+
+    def measure(self, options: AttentionOptions, amb: float | None) -> Row:
+        prompt, single = (plan.bind() for plan in self.plans(options, amb))
+        made, prompt_s = timed(prompt, x=self.x[: self.n_prompt], pos=self.pos[: self.n_prompt])
+        errors, seconds, decoded = [relative_error(made, self.want[: self.n_prompt])], [], []
+        for i in range(self.n_prompt, len(self.x)):
+            made, second = timed(single, x=self.x[i : i + 1], pos=self.pos[i : i + 1])
+            decoded.append(made[0])
+            seconds.append(second)
+        errors.append(relative_error(np.array(decoded), self.want[self.n_prompt :]))
+        return Row(
+            options.form,
+            options.flash,
+            options.cache_type,
+            amb,
+            pieces(prompt, options),
+            max(errors),
+            max(plan.memory.score_peak for plan in (prompt, single)) / MIB,
+            max(plan.memory.compute for plan in (prompt, single)) / MIB,
+            1e3 * prompt_s,
+            1e3 * min(seconds),
+            prompt.memory.live,
+        )
+
+    def rows(self, types: Sequence[str]) -> Iterator[Row]:
+        for form, flash in FORMS:
+            if (form, flash) == ("expanded", False):
+                continue
+            for kind in types:
+                options = AttentionOptions(form, flash, kind)
+                for amb in self.budgets(options):
+                    yield self.measure(options, amb)
+
+
+def timed(plan: gg.Plan, **inputs: Any) -> tuple[Any, float]:
+    """The output and the better time of two runs; the second writes the same rows again."""
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        made = plan.run(**inputs)["y"]
+        seconds.append(time.perf_counter() - start)
+    return made, min(seconds)
+
+
+def pieces(plan: gg.Plan, options: AttentionOptions) -> str:
+    """How the budget cut the attention: so many pieces of so many heads, rows or keys."""
+    heads, rows = (1, 2) if options.flash else (2, 1)
+    what = {heads: "heads", rows: "rows", "kv": "keys"}
+    loops = [step.loop for step in plan.steps if step.loop is not None]
+    cuts = [
+        f"{what[axis]} {dim.count}x{dim.step}"
+        for loop in loops
+        for axis, dim in zip(loop.fill, loop.dims)
+    ]
+    return ", ".join(cuts) or "whole"
+
+
+# -- the other opinion --------------------------------------------------------------------------
+
+
+def reference(
+    file: gguf.GGUFFile, config: DeepSeek2Config, il: int, x: Any, pos: Any
+) -> np.ndarray[Any, Any]:
+    """The layer in float64; weights decoded by the gguf package, nothing shared with backends."""
+    prefix = f"blk.{il}."
+    weights = {
+        name.removeprefix(prefix): decoded(file, name)
+        for name in file.tensors
+        if name.startswith(f"{prefix}attn_")
+    }
+    x = x.astype(np.float64)
+    x = x / np.sqrt(np.mean(x**2, axis=1, keepdims=True) + config.rms_eps)
+    return attention_f64(
+        weights,
+        x * weights["attn_norm.weight"],
+        pos,
+        n_head=config.n_head,
+        qk_nope=config.d_nope,
+        qk_rope=config.n_rot,
+        v_dim=config.d_v,
+        kv_lora=config.kv_lora_rank,
+        eps=config.rms_eps,
+        kq_scale=config.kq_scale,
+        freq_base=config.rope_freq_base,
+        freq_scale=config.freq_scale,
+        ext_factor=config.ext_factor,
+        attn_factor=config.rope_attn_factor,
+        n_ctx_orig=config.n_ctx_orig,
+    )
+
+
+def decoded(file: gguf.GGUFFile, name: str) -> np.ndarray[Any, Any]:
+    info, array = file.tensors[name], file.array(name)
+    if info.dtype.numpy is None:
+        raw = np.ascontiguousarray(array).view(np.uint8)
+        array = dequantize(raw, GGMLQuantizationType(info.dtype.ggml_id))
+    return array.astype(np.float64)
+
+
+# -- what is shown ------------------------------------------------------------------------------
+
+COLUMNS = "form", "", "cache", "amb", "score peak", "arena", "error", "prompt", "decode", "cut into"
+UNITS = "", "", "", "MiB", "MiB", "MiB", "", "ms", "ms/token", "pieces x size"
+WIDTHS = 8, 5, 5, 9, 10, 9, 8, 8, 8, 24
+
+
+def line(cells: Sequence[str]) -> str:
+    left = (0, 1, 2, 9)
+    aligned = (
+        text.ljust(width) if i in left else text.rjust(width)
+        for i, (text, width) in enumerate(zip(cells, WIDTHS))
+    )
+    return "  ".join(aligned).rstrip()
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    amb = "none" if row.amb is None else f"{row.amb:.3f}"
+    if not row.peak:
+        amb = "-"
+    return (
+        row.form,
+        "FA" if row.flash else "no FA",
+        row.cache,
+        amb,
+        f"{row.peak:.3f}" if row.peak else "-",
+        f"{row.arena:.2f}",
+        f"{row.error:.1e}",
+        f"{row.prompt:.1f}",
+        f"{row.decode:.2f}",
+        (row.cut if row.peak else "no scores: nothing to bound") + ("" if row.ok else "  FAILED"),
+    )
+
+
+def header(bench: Bench, name: str, args: argparse.Namespace) -> str:
+    c = bench.config
+    q_lora = "" if c.q_lora_rank is None else f", q_lora {c.q_lora_rank}"
+    return (
+        f"{name} layer {args.layer}: n_embd {c.n_embd}{q_lora}, {c.n_head} heads, "
+        f"standard {c.d_k}/{c.d_v}, latent {c.kv_lora_rank + c.n_rot}/{c.kv_lora_rank}, kv_b "
+        f"{c.kv_b}; prompt {args.prompt}, decode {args.decode}, n_kv {args.n_kv}, "
+        f"seed {args.seed}, {args.backend}"
+    )
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    bounds = ", ".join(
+        f"{BOUNDS[kind]:g} ({kind})" for kind in dict.fromkeys(r.cache for r in rows)
+    )
+    bad = sum(not row.ok for row in rows)
+    if bad:
+        return f"{bad} of {len(rows)} rows FAILED: error above {bounds} or score peak above amb."
+    return f"All {len(rows)} rows have errors within {bounds} and their score peak within amb."
+
+
+def plot(rows: Sequence[Row], path: str) -> None:
+    """Arena bytes in use over the steps of the prompt, with and without budget; one cache type."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    bounded = [row for row in rows if row.peak and row.cache == rows[0].cache]
+    groups = dict.fromkeys((row.form, row.flash) for row in bounded)
+    figure = Figure(figsize=(4.5 * len(groups), 3.8), layout="constrained")
+    for axes, group in zip(figure.subplots(1, len(groups), sharey=True, squeeze=False)[0], groups):
+        for row in (r for r in bounded if (r.form, r.flash) == group):
+            mib = [n / MIB for n in row.live]
+            if row.amb is None:
+                axes.stairs(mib, label="none", color="0.85", fill=True)
+            elif row.cut != "whole":
+                axes.stairs(mib, label=f"{row.amb:.2f} MiB: {row.cut}", linewidth=1.8)
+        axes.set_title(f"{group[0]}, {'FA' if group[1] else 'no FA'}, {rows[0].cache} cache")
+        axes.set_xlabel("step of the prompt")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(title="amb", loc="upper left", alignment="left", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("arena in use [MiB]")
+    figure.axes[0].set_ylim(top=1.45 * figure.axes[0].get_ylim()[1])  # room for the legends
+    figure.savefig(path, dpi=120)
+
+
+# -- the command --------------------------------------------------------------------------------
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", metavar="FILE", help="a deepseek2 GGUF file (default: one is made)")
+    add("--layer", type=int, default=0, metavar="I", help="default: %(default)s")
+    add("--prompt", type=int, default=512, metavar="N", help="tokens (default: %(default)s)")
+    add("--decode", type=int, default=4, metavar="N", help="tokens (default: %(default)s)")
+    add("--n-kv", type=int, metavar="N", help="rows of the cache (default: a multiple of 256)")
+    add("--types", default="f16,q8_0", help=f"cache types, of {','.join(BOUNDS)}")
+    add("--seed", type=int, default=0, help="of weights and tokens")
+    add("--backend", default="numpy", help="default: %(default)s")
+    add("--json", metavar="FILE", help="write the rows there")
+    add("--plot", metavar="FILE", help="draw arena use there (needs the extra 'plot')")
+    args = parser.parse_args(argv)
+    args.types = args.types.split(",")
+    if unknown := set(args.types) - set(BOUNDS):
+        parser.error(f"no cache type {unknown.pop()!r}; choose from {', '.join(BOUNDS)}")
+    if args.prompt < 1 or args.decode < 1 or args.seed < 0:
+        parser.error("--prompt and --decode are at least 1, --seed is not negative")
+    total = args.prompt + args.decode
+    args.n_kv = args.n_kv if args.n_kv is not None else -(-total // 256) * 256
+    if args.plot and find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: install the extra 'plot'")
+    if args.n_kv < total:
+        parser.error(f"--n-kv {args.n_kv} has no room for {total} tokens")
+    return args
+
+
+def lite(folder: str, seed: int) -> str:
+    """One layer of V2-Lite. Attention sees neither vocabulary nor feed-forward net: both small."""
+    path = str(Path(folder) / "deepseek-v2-lite.gguf")
+    config = replace(preset("deepseek-v2-lite", layers=1), n_vocab=256, n_ff=256)
+    synth(path, config, type="q8_0", seed=seed)
+    return path
+
+
+def run(args: argparse.Namespace, path: str) -> int:
+    with gguf.open(path) as file:
+        bench = Bench(file, args)
+    head = header(bench, Path(path).name, args)
+    print(head, line(COLUMNS), line(UNITS), sep="\n", flush=True)
+    rows = []
+    for row in bench.rows(args.types):
+        rows.append(row)
+        print(line(cells(row)), flush=True)
+    print(line(("expanded", "no FA", *"-" * 7, "does not exist: expanded is flash only")))
+    print(verdict(rows))
+    if args.json:
+        shown = [{**asdict(row), "bound": BOUNDS[row.cache], "ok": row.ok} for row in rows]
+        Path(args.json).write_text(json.dumps({"header": head, "rows": shown}, indent=1) + "\n")
+    if args.plot:
+        plot(rows, args.plot)
+    return 0 if all(row.ok for row in rows) else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        if args.model:
+            return run(args, args.model)
+        with TemporaryDirectory() as folder:
+            return run(args, lite(folder, args.seed))
+    except (gg.PyggmlError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""Fused attention, its mask, and the merge of its parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyggml.dtypes import F16, F32
+from pyggml.errors import ShapeError
+from pyggml.graph import Axis, Cost, Cut, Node, Slice, Spec, make_spec, op
+from pyggml.ops.linear import PRECISIONS
+from pyggml.ops.reduce import alibi_heads, mask_cut, want_mask
+from pyggml.ops.rules import (
+    choose,
+    want_finite,
+    want_index,
+    want_ne,
+    want_readable,
+    want_rows,
+    want_type,
+)
+
+
+@op
+def flash_attn_ext(
+    q: Node,
+    k: Node,
+    v: Node,
+    mask: Node | None = None,
+    sinks: Node | None = None,
+    kv_len: Node | None = None,
+    *,
+    scale: float,
+    max_bias: float = 0.0,
+    logit_softcap: float = 0.0,
+    prec: str = "default",
+    lse: bool = False,
+    head0: int = 0,
+    n_head: int | None = None,
+    kv0: int = 0,
+) -> Spec | tuple[Spec, dict[str, Any]]:
+    """Attention without the score tensor:  y[:, h, i] = sum_j p_j v[:, j, h / r],  p = softmax(s).
+
+    q       f32                      [d_k, n_q,  n_head,    n3]
+    k       any float or block type  [d_k, n_kv, n_head_kv, n3]   r = n_head / n_head_kv
+    v       any float or block type  [d_v, n_kv, n_head_kv, n3]   may be a view of k
+    mask    f16                      [n_kv, >= n_q, m2, m3]       m2 | n_head, m3 | n3, by modulo
+    sinks   f32                      [n_head]                     a logit in the sum, no value
+    kv_len  i32                      [1]                          hides keys kv0 + j >= kv_len
+    y       f32                      [d_v, n_head, n_q, n3]       mind the order: heads first
+
+    s_j = scale q.k_j, with logit_softcap c: c tanh(scale / c q.k_j), plus slope(h) mask_j.
+    slope(h) as in soft_max_ext (head0, n_head).   Sums are f32.   A row without keys gives 0.
+    lse=True: y is [d_v + 1, ..], its last element ln sum_j exp s_j (with the sink), -inf for a row
+    without keys. Parts over blocks of keys are put together by merge_lse (kv0: block's first key).
+    Contract: ggml's ggml_flash_attn_ext, with the n3 and mask rules of its 2026 form.
+    """
+    want_type("q", q, ("f32",))
+    d_k, n_q, heads, n3 = q.ne
+    for what, node in (("k", k), ("v", v)):
+        want_readable(what, node)
+        want_rows(what, node)
+        if node.ne[3] != n3:
+            raise ShapeError(f"{what}.ne[3]={node.ne[3]}, q.ne[3]={n3}: must be equal")
+    want_rows("q", q)
+    if k.ne[0] != d_k:
+        raise ShapeError(f"head sizes differ: q.ne[0]={d_k}, k.ne[0]={k.ne[0]}")
+    if k.ne[1:3] != v.ne[1:3]:
+        raise ShapeError(
+            f"k and v differ in keys or heads: k {list(k.ne[1:3])}, v {list(v.ne[1:3])}"
+        )
+    if heads % k.ne[2]:
+        raise ShapeError(f"n_head={heads} is no multiple of n_head_kv={k.ne[2]}")
+    if mask is not None:
+        want_type("mask", mask, ("f16",))
+    want_mask(mask, k.ne[1], n_q, heads, n3)
+    if sinks is not None:
+        want_type("sinks", sinks, ("f32",))
+        want_ne("sinks", sinks, (heads, 1, 1, 1), "one for each head")
+    if kv_len is not None:
+        want_index("kv_len", kv_len)
+        want_ne("kv_len", kv_len, (1, 1, 1, 1), "one number")
+    choose("prec", prec, PRECISIONS)
+    want_finite(scale=scale, max_bias=max_bias, logit_softcap=logit_softcap)
+    if max_bias > 0 and mask is None:
+        raise ShapeError("max_bias > 0 needs a mask")
+    if logit_softcap < 0:
+        raise ShapeError(f"logit_softcap={logit_softcap} is negative")
+    made = make_spec(F32, (v.ne[0] + lse, heads, n_q, n3), 4 if n3 > 1 else 3)
+    return made, {"n_head": alibi_heads(heads, head0, n_head, max_bias)}
+
+
+@flash_attn_ext.cost
+def _(node: Node) -> Cost:
+    q, k, v, *_ = node.src
+    assert q is not None and k is not None and v is not None
+    pairs = float(q.ne[1] * k.ne[1] * q.ne[2] * q.ne[3])
+    read = sum(s.spec.nbytes for s in node.src if s is not None)
+    return Cost(2.0 * pairs * (k.ne[0] + v.ne[0]), float(read + node.spec.nbytes))
+
+
+@flash_attn_ext.slices
+def _(node: Node, axis: Axis, n: int) -> Slice | None:
+    q, k, _, mask, sinks, _ = node.src
+    assert q is not None and k is not None
+    heads = q.ne[2]
+    if axis == "kv":
+        if not node.attrs["lse"]:
+            return None
+        masked = Cut(0) if mask is not None else None
+        return Slice((None, Cut(1), Cut(1), masked, None, None), shift={"kv0": 1}, merge="lse")
+    if axis == 1:
+        ratio = heads // k.ne[2]
+        if n % ratio and ratio % n:
+            return None
+        part = None if k.ne[2] == 1 else Cut(2, div=ratio)
+        sink = Cut(0) if sinks is not None else None
+        cuts = (Cut(2), part, part, mask_cut(mask, 2, heads), sink, None)
+        return Slice(cuts, shift={"head0": 1})
+    if axis == 2:
+        return Slice((Cut(1), None, None, mask_cut(mask, 1, n), None, None))
+    if axis == 3:
+        return Slice((Cut(3), Cut(3), Cut(3), mask_cut(mask, 3, node.ne[3]), None, None))
+    return None
+
+
+@op
+def causal_mask(pos: Node, *, n_kv: int, window: int | None = None) -> Spec:
+    """The mask of causal attention: y[j, i] = 0 where row j may be seen from pos[i], else -inf.
+
+    pos  i32  [n_tokens]          cache row j holds position j
+    y    f16  [n_kv, n_tokens]    0 where j <= pos[i], and pos[i] - j < window where one is given
+    """
+    want_index("pos", pos)
+    want_ne("pos", pos, (pos.ne[0], 1, 1, 1), "one row of positions")
+    if n_kv < 1 or (window is not None and window < 1):
+        raise ShapeError(f"n_kv={n_kv} and window={window} must be at least 1")
+    return make_spec(F16, (n_kv, pos.ne[0]), 2)
+
+
+@causal_mask.slices
+def _(node: Node, axis: Axis, n: int) -> Slice | None:
+    return Slice((Cut(0),)) if axis == 1 else None
+
+
+@op
+def merge_lse(a: Node, b: Node) -> Spec:
+    """Two parts of one attention, over different keys, as one (flash_attn_ext with lse=True).
+
+    a, b, y  f32  [d_v + 1, n_head, n_q, n3]    last element of a row: its log-sum-exp
+    With m = max(l_a, l_b), w = e^(l - m):
+    y = (w_a a + w_b b) / (w_a + w_b),  l = m + ln(w_a + w_b)
+    Two dead rows (l = -inf) stay dead: 0 and -inf.
+    """
+    want_type("a", a, ("f32",))
+    want_type("b", b, ("f32",))
+    want_ne("b", b, a.ne, "a's size")
+    if a.ne[0] < 2:
+        raise ShapeError("rows are d_v values and the log-sum-exp")
+    return a.spec
+
+
+@merge_lse.slices
+def _(node: Node, axis: Axis, n: int) -> Slice | None:
+    return Slice((Cut(axis), Cut(axis))) if isinstance(axis, int) and axis > 0 else None
+
+
+@op
+def lse_sum(a: Node, c: Node | None = None) -> Spec:
+    """The running sum of many parts of one attention: `merge_lse` without its rounding.
+
+    a     f32  [d_v + 1, n_head, n_q, n3]   a part (flash_attn_ext with lse=True)
+    c, y  f32  [d_v + 2, n_head, n_q, n3]   the sum so far: rows S, s, m. Without c it begins
+    A part (v, l) adds e^(l - m) to s and e^(l - m) v to S; m is a reference that moves only where
+    l outgrows it. Nothing passes through a logarithm, so errors do not add up. lse_finish ends it.
+    """
+    want_type("a", a, ("f32",))
+    made = make_spec(F32, (a.ne[0] + 1, *a.ne[1:]), a.spec.rank)
+    if a.ne[0] < 2:
+        raise ShapeError("rows are d_v values and the log-sum-exp")
+    if c is not None:
+        want_type("c", c, ("f32",))
+        want_ne("c", c, made.ne, "a's size and one more in a row")
+    return made
+
+
+@op
+def lse_finish(c: Node, *, lse: bool = False) -> Spec:
+    """The attention that `lse_sum` summed up:  y = S / s, with lse=True also m + ln s.
+
+    c  f32  [d_v + 2, n_head, n_q, n3]
+    y  f32  [d_v,     n_head, n_q, n3]   (d_v + 1 with lse)   rows without keys: 0 and -inf
+    """
+    want_type("c", c, ("f32",))
+    if c.ne[0] < 3:
+        raise ShapeError("rows are d_v sums, their weight and its reference")
+    return make_spec(F32, (c.ne[0] - 2 + lse, *c.ne[1:]), c.spec.rank)

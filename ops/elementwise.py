@@ -1,0 +1,176 @@
+"""Element by element: arithmetic, activations, gated units."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyggml.errors import DTypeError, ShapeError
+from pyggml.graph import Axis, Cut, Node, Op, Slice, Spec, make_spec, op
+from pyggml.ops.rules import (
+    FLOATS,
+    choose,
+    elementwise_slices,
+    outer_slices,
+    want_finite,
+    want_ne,
+    want_repeats,
+    want_type,
+)
+
+ACTIVATIONS = ("silu", "gelu", "relu")
+GLU_KINDS = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}
+
+
+def _pair(a: Node, b: Node, types: tuple[str, ...]) -> Spec:
+    want_type("a", a, types)
+    if b.dtype != a.dtype:
+        raise DTypeError(f"a is {a.dtype} and b is {b.dtype}; cast one of them")
+    want_repeats("b", b, a)
+    return a.spec
+
+
+@op
+def add(a: Node, b: Node) -> Spec:
+    """y = a + b, b repeated into a.
+
+    a, y  f32, f16, i32, i64 [ne0, ne1, ne2, ne3]
+    b     a's type           each size divides a's
+    """
+    return _pair(a, b, (*FLOATS, "i32", "i64"))
+
+
+@op
+def sub(a: Node, b: Node) -> Spec:
+    """y = a - b, b repeated into a. Types and sizes as `add`, floats only."""
+    return _pair(a, b, FLOATS)
+
+
+@op
+def mul(a: Node, b: Node) -> Spec:
+    """y = a * b, b repeated into a. Types and sizes as `add`, floats only."""
+    return _pair(a, b, FLOATS)
+
+
+@op
+def div(a: Node, b: Node) -> Spec:
+    """y = a / b, b repeated into a. Types and sizes as `add`, floats only."""
+    return _pair(a, b, FLOATS)
+
+
+@op
+def scale(a: Node, *, s: float, b: float = 0.0) -> Spec:
+    """y = s * a + b.   a, y  f32 or f16, any size."""
+    want_type("a", a, FLOATS)
+    want_finite(s=s, b=b)
+    return a.spec
+
+
+@op
+def clamp(a: Node, *, min: float, max: float) -> Spec:
+    """y = a limited to [min, max]; infinite limits are none.   a, y  f32 or f16."""
+    want_type("a", a, FLOATS)
+    if min > max:
+        raise ShapeError(f"min={min} is above max={max}")
+    return a.spec
+
+
+@op
+def fill(a: Node, *, value: float) -> Spec:
+    """y = value everywhere; only the size and type of a count.   a, y  f32 or f16."""
+    want_type("a", a, FLOATS)
+    return a.spec
+
+
+def _unary(symbol: str, formula: str) -> Op[[Node]]:
+    def rule(a: Node) -> Spec:
+        want_type("a", a, FLOATS)
+        return a.spec
+
+    rule.__name__ = symbol
+    rule.__doc__ = f"y = {formula}.   a, y  f32 or f16, any size."
+    rule.__module__ = __name__
+    return op(rule)
+
+
+exp = _unary("exp", "e^a")
+log = _unary("log", "ln a; -inf at 0, NaN below")
+sqr = _unary("sqr", "a^2")
+sqrt = _unary("sqrt", "a^(1/2); NaN below 0")
+tanh = _unary("tanh", "tanh a")
+relu = _unary("relu", "max(a, 0)")
+sigmoid = _unary("sigmoid", "1 / (1 + e^-a)")
+silu = _unary("silu", "a / (1 + e^-a)")
+gelu = _unary("gelu", "a/2 (1 + tanh(sqrt(2/pi) (a + 0.044715 a^3))), ggml's tanh form of GELU")
+
+UNARY: tuple[Op[[Node]], ...] = (exp, log, sqr, sqrt, tanh, relu, sigmoid, silu, gelu)
+_ALL: tuple[Op[Any], ...] = (*UNARY, add, sub, mul, div, scale, clamp, fill)
+for _each in _ALL:
+    _each.slices(elementwise_slices)
+
+_BY_NAME = {each.name: each for each in UNARY}
+
+
+def activation(kind: str, a: Node) -> Node:
+    """The activation op of that name, applied: "silu", "gelu" or "relu"."""
+    return _BY_NAME[choose("act", kind, ACTIVATIONS)](a)
+
+
+@op
+def glu(a: Node, b: Node | None = None, *, kind: str = "swiglu", swapped: bool = False) -> Spec:
+    """Gated linear unit: y = act(x) * g.
+
+    with b     x = a, g = b                    a, b, y  f32 [n, ne1, ne2, ne3]
+    without    x, g = the halves of a's rows   a        f32 [2n, ne1, ne2, ne3]
+    kind       swiglu (act silu), geglu (gelu), reglu (relu); swapped takes the halves the other way
+    """
+    choose("kind", kind, GLU_KINDS)
+    want_type("a", a, FLOATS)
+    if b is not None:
+        want_type("b", b, (a.dtype.name,))
+        want_ne("b", b, a.ne, "the size of a")
+        if swapped:
+            raise ShapeError("swapped= belongs to the form without b")
+        return a.spec
+    if a.ne[0] % 2:
+        raise ShapeError(f"a's rows of {a.ne[0]} do not have two halves")
+    return make_spec(a.dtype, (a.ne[0] // 2, *a.ne[1:]), a.spec.rank)
+
+
+@glu.means
+def _(a: Node, b: Node | None = None, *, kind: str = "swiglu", swapped: bool = False) -> Node:
+    from pyggml.ops.views import view
+
+    if b is None:
+        n = a.ne[0] // 2
+        halves = [view(a, ne=(n, *a.ne[1:]), start=(i * n, 0, 0, 0)) for i in (0, 1)]
+        a, b = reversed(halves) if swapped else halves
+    return mul(activation(GLU_KINDS[kind], a), b)
+
+
+glu.slices(outer_slices)
+
+
+@op
+def add_id(a: Node, b: Node, ids: Node) -> Spec:
+    """y[:, e, t] = a[:, e, t] + b[:, ids[e, t]]: a bias for each chosen expert.
+
+    a, y  f32 [n, n_used, n_tokens]
+    b     f32 [n, n_expert]
+    ids   i32 [n_used, n_tokens]      a negative id adds nothing
+    """
+    want_type("a", a, ("f32",))
+    want_type("b", b, ("f32",))
+    want_type("ids", ids, ("i32",))
+    want_ne("b", b, (a.ne[0], b.ne[1], 1, 1), "a row as long as a's for each expert")
+    want_ne("ids", ids, (a.ne[1], a.ne[2], 1, 1), "an id for each row of a")
+    if a.ne[3] != 1:
+        raise ShapeError(f"a has ne3={a.ne[3]}; it has three dimensions")
+    return a.spec
+
+
+@add_id.slices
+def _(node: Node, axis: Axis, n: int) -> Slice | None:
+    if axis not in (1, 2):
+        return None
+    assert isinstance(axis, int)
+    return Slice((Cut(axis), None, Cut(axis - 1)))

@@ -1,0 +1,142 @@
+"""Matrix products: dense, and chosen by expert ids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyggml.dtypes import F32, dtype
+from pyggml.errors import ShapeError
+from pyggml.graph import Axis, Cost, Cut, Node, Slice, Spec, make_spec, op
+from pyggml.ops.rules import (
+    DECODABLE_FLOATS,
+    FLOATS,
+    choose,
+    want_index,
+    want_ne,
+    want_readable,
+    want_rows,
+    want_type,
+)
+
+PRECISIONS = ("default", "f32")
+
+
+@op
+def mul_mat(
+    a: Node, b: Node, *, prec: str = "default", type: str = "f32"
+) -> Spec | tuple[Spec, dict[str, Any]]:
+    """Matrix product of rows:  y[i, j, p, q] = sum_k a[k, i, p // r2, q // r3] b[k, j, p, q].
+
+    a  any float or block type  [k, m, A2, A3]     r2 = B2 / A2, r3 = B3 / A3 (whole numbers)
+    b  f32, f16, bf16           [k, n, B2, B3]
+    y  f32, or f16 on request   [m, n, B2, B3]
+
+    Sums are f32. a may be transposed unless it is a block type. prec="f32" forbids anything less
+    than f32 in the product; "default" lets a backend quantize b (NMSE at most 5e-4).
+    """
+    want_readable("a", a)
+    want_type("b", b, DECODABLE_FLOATS)
+    choose("prec", prec, PRECISIONS)
+    result = dtype(choose("type", dtype(type).name, FLOATS))
+    if a.dtype.block > 1:
+        want_rows("a", a)
+    if a.ne[0] != b.ne[0]:
+        raise ShapeError(f"inner dimensions differ: a.ne[0]={a.ne[0]}, b.ne[0]={b.ne[0]}")
+    for axis in (2, 3):
+        if b.ne[axis] % a.ne[axis]:
+            raise ShapeError(
+                f"a.ne[{axis}]={a.ne[axis]} does not divide b.ne[{axis}]={b.ne[axis]}; "
+                "a is the one that repeats"
+            )
+    rank = max(a.spec.rank, b.spec.rank, 2)
+    return make_spec(result, (a.ne[1], *b.ne[1:]), rank), {"type": result.name}
+
+
+@mul_mat.cost
+def _(node: Node) -> Cost:
+    a, b = (s for s in node.src if s is not None)
+    read = float(a.spec.nbytes + b.spec.nbytes + node.spec.nbytes)
+    return Cost(2.0 * node.spec.elements * a.ne[0], read)
+
+
+@mul_mat.slices
+def _(node: Node, axis: Axis, n: int) -> Slice | None:
+    a, b = (s for s in node.src if s is not None)
+    if axis == 0:
+        return Slice((Cut(1), None))
+    if axis == 1:
+        return Slice((None, Cut(1)))
+    if axis == "k":
+        return Slice((Cut(0), Cut(0)), merge="sum") if a.dtype.block == 1 else None
+    assert isinstance(axis, int)
+    if a.ne[axis] == 1:
+        return Slice((None, Cut(axis)))
+    ratio = b.ne[axis] // a.ne[axis]
+    # A piece must hold whole groups of the heads that share one of a's, or stay inside one group.
+    if n % ratio and ratio % n:
+        return None
+    return Slice((Cut(axis, div=ratio), Cut(axis)))
+
+
+def want_experts(experts: Node, b: Node, ids: Node, what: str) -> None:
+    """The common rules of products by expert id."""
+    want_readable(what, experts)
+    want_type("b", b, FLOATS)
+    want_index("ids", ids)
+    want_rows(what, experts)
+    if experts.ne[0] != b.ne[0]:
+        raise ShapeError(
+            f"inner dimensions differ: {what}.ne[0]={experts.ne[0]}, b.ne[0]={b.ne[0]}"
+        )
+    want_ne("ids", ids, (ids.ne[0], b.ne[2], 1, 1), "[n_used, n_tokens], n_tokens = b.ne[2]")
+    if experts.ne[3] != 1 or b.ne[3] != 1:
+        raise ShapeError(f"{what} and b have three dimensions")
+    if ids.ne[0] % b.ne[1]:
+        raise ShapeError(f"b has {b.ne[1]} rows a token, which do not divide n_used={ids.ne[0]}")
+
+
+def expert_slices(n_experts: int) -> Any:
+    """Slice rule of `y[m, n_used, n_tokens]` from experts (n of them), b and ids."""
+
+    def rule(node: Node, axis: Axis, n: int) -> Slice | None:
+        b = node.src[n_experts]
+        assert b is not None
+        if axis == 0:
+            return Slice((*(Cut(1),) * n_experts, None, None))
+        if axis == 1:
+            if b.ne[1] not in (1, node.ne[1]):
+                return None
+            slot = None if b.ne[1] == 1 else Cut(1)
+            return Slice((*(None,) * n_experts, slot, Cut(0)))
+        return Slice((*(None,) * n_experts, Cut(2), Cut(1))) if axis == 2 else None
+
+    return rule
+
+
+@op
+def mul_mat_id(experts: Node, b: Node, ids: Node) -> Spec:
+    """Product with chosen matrices:  y[:, e, t] = experts[:, :, ids[e, t]] b[:, e % n_b, t].
+
+    experts  any float or block type  [k, m, n_expert]
+    b        f32 or f16               [k, n_b, n_tokens]     n_b divides n_used
+    ids      i32                      [n_used, n_tokens]
+    y        f32                      [m, n_used, n_tokens]
+    A negative id gives a zero row; an id past the end is an IdError when run.
+    """
+    want_experts(experts, b, ids, "experts")
+    return make_spec(F32, (experts.ne[1], ids.ne[0], ids.ne[1]), 3)
+
+
+def expert_cost(node: Node) -> Cost:
+    """Cost of products by expert: every chosen matrix read once at most."""
+    matrices = [s for s in node.src[:-2] if s is not None]
+    b, ids = node.src[-2], node.src[-1]
+    assert b is not None and ids is not None
+    touched = min(matrices[0].ne[2], ids.spec.elements)
+    weights = sum(m.spec.nbytes // m.ne[2] * touched for m in matrices)
+    flops = 2.0 * matrices[0].ne[0] * node.spec.elements * len(matrices)
+    return Cost(flops, float(weights + b.spec.nbytes + ids.spec.nbytes + node.spec.nbytes))
+
+
+mul_mat_id.cost(expert_cost)
+mul_mat_id.slices(expert_slices(1))

@@ -1,0 +1,146 @@
+"""Mixture of experts: fused up and gate, routing, weighted sums."""
+
+from __future__ import annotations
+
+from pyggml.dtypes import F32, I32
+from pyggml.errors import ShapeError
+from pyggml.graph import Axis, Cost, Cut, Node, Slice, Spec, make_spec, op
+from pyggml.ops.elementwise import ACTIVATIONS, activation, mul
+from pyggml.ops.linear import (
+    expert_cost,
+    expert_slices,
+    mul_mat,
+    mul_mat_id,
+    want_experts,
+)
+from pyggml.ops.rules import choose, outer_slices, want_ne, want_readable, want_rows, want_type
+
+
+@op
+def moe_up_gate(up: Node, gate: Node, b: Node, ids: Node, *, act: str = "silu") -> Spec:
+    """Two expert products and the gated activation in one:
+
+    y[:, e, t] = act(gate[:, :, ids[e, t]] x) * (up[:, :, ids[e, t]] x),   x = b[:, e % n_b, t]
+
+    up, gate  any float or block type  [k, n_ff, n_expert]
+    b         f32 or f16               [k, n_b, n_tokens]
+    ids       i32                      [n_used, n_tokens]     a negative id gives a zero row
+    y         f32                      [n_ff, n_used, n_tokens]
+    act       silu, gelu or relu
+    """
+    choose("act", act, ACTIVATIONS)
+    want_experts(up, b, ids, "up")
+    want_experts(gate, b, ids, "gate")
+    want_ne("gate", gate, up.ne, "up's size")
+    return make_spec(F32, (up.ne[1], ids.ne[0], ids.ne[1]), 3)
+
+
+@moe_up_gate.means
+def _(up: Node, gate: Node, b: Node, ids: Node, *, act: str = "silu") -> Node:
+    return mul(activation(act, mul_mat_id(gate, b, ids)), mul_mat_id(up, b, ids))
+
+
+moe_up_gate.cost(expert_cost)
+moe_up_gate.slices(expert_slices(2))
+
+
+@op
+def fused_up_gate(up: Node, gate: Node, b: Node, *, act: str = "silu") -> Spec:
+    """The dense form of moe_up_gate:  y = act(gate b) * (up b).
+
+    up, gate  any float or block type  [k, n_ff]
+    b         f32 or f16               [k, n_tokens, ne2, ne3]
+    y         f32                      [n_ff, n_tokens, ne2, ne3]
+    """
+    choose("act", act, ACTIVATIONS)
+    for what, node in (("up", up), ("gate", gate)):
+        want_readable(what, node)
+        want_rows(what, node)
+        want_ne(what, node, (b.ne[0], up.ne[1], 1, 1), "[k, n_ff] with b's k")
+    want_type("b", b, ("f32", "f16"))
+    return make_spec(F32, (up.ne[1], *b.ne[1:]), max(b.spec.rank, 2))
+
+
+@fused_up_gate.means
+def _(up: Node, gate: Node, b: Node, *, act: str = "silu") -> Node:
+    return mul(activation(act, mul_mat(gate, b)), mul_mat(up, b))
+
+
+@fused_up_gate.cost
+def _(node: Node) -> Cost:
+    read = sum(s.spec.nbytes for s in node.src if s is not None)
+    assert node.src[0] is not None
+    return Cost(4.0 * node.spec.elements * node.src[0].ne[0], float(read + node.spec.nbytes))
+
+
+@fused_up_gate.slices
+def _(node: Node, axis: Axis, n: int) -> Slice | None:
+    if axis == 0:
+        return Slice((Cut(1), Cut(1), None))
+    return Slice((None, None, Cut(axis))) if isinstance(axis, int) else None
+
+
+@op
+def grouped_topk(a: Node, *, n_group: int, n_group_used: int, n_top: int, k: int) -> Spec:
+    """Ids of the k best experts of the best groups, best first.
+
+    a  f32  [n_expert, n_tokens]     n_group groups of n_expert / n_group neighbours
+    y  i32  [k, n_tokens]
+    A group's score is the sum of its n_top best (1: the group's best, DeepSeek-V2; 2: DeepSeek-V3).
+    """
+    want_type("a", a, ("f32",))
+    if n_group < 1 or a.ne[0] % n_group:
+        raise ShapeError(f"{a.ne[0]} experts do not divide into n_group={n_group} groups")
+    size = a.ne[0] // n_group
+    if not 1 <= n_group_used <= n_group:
+        raise ShapeError(f"n_group_used={n_group_used} of n_group={n_group}")
+    if not 1 <= n_top <= size:
+        raise ShapeError(f"n_top={n_top} of groups of {size}")
+    if not 1 <= k <= size * n_group_used:
+        raise ShapeError(f"k={k} of {n_group_used} groups of {size} experts")
+    return make_spec(I32, (k, *a.ne[1:]), a.spec.rank)
+
+
+grouped_topk.slices(outer_slices)
+
+
+@op
+def multi_add(a: Node) -> Spec:
+    """Sum over the experts of each token:  y[:, t] = sum_e a[:, e, t].
+
+    a  f32  [n, n_used, n_tokens]
+    y  f32  [n, n_tokens]
+    """
+    want_type("a", a, ("f32",))
+    if a.ne[3] != 1:
+        raise ShapeError(f"a has ne3={a.ne[3]}; it has three dimensions")
+    return make_spec(F32, (a.ne[0], a.ne[2]), 2)
+
+
+@op
+def mul_multi_add(a: Node, b: Node) -> Spec:
+    """Weighted sum over the experts of each token:  y[:, t] = sum_e a[:, e, t] b[0, e, t].
+
+    a  f32  [n, n_used, n_tokens]
+    b  f32  [1, n_used, n_tokens]
+    y  f32  [n, n_tokens]
+    """
+    want_type("a", a, ("f32",))
+    want_type("b", b, ("f32",))
+    if a.ne[3] != 1:
+        raise ShapeError(f"a has ne3={a.ne[3]}; it has three dimensions")
+    want_ne("b", b, (1, a.ne[1], a.ne[2], 1), "a weight for each row of a")
+    return make_spec(F32, (a.ne[0], a.ne[2]), 2)
+
+
+@mul_multi_add.means
+def _(a: Node, b: Node) -> Node:
+    return multi_add(mul(a, b))
+
+
+@multi_add.slices
+@mul_multi_add.slices
+def _(node: Node, axis: Axis, n: int) -> Slice | None:
+    if axis == 0:
+        return Slice((Cut(0), None)[: len(node.src)])
+    return Slice((Cut(2),) * len(node.src)) if axis == 1 else None

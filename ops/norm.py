@@ -1,0 +1,28 @@
+"""Normalisation of rows."""
+
+from __future__ import annotations
+
+from pyggml.errors import ShapeError
+from pyggml.graph import Cost, Node, Spec, op
+from pyggml.ops.rules import outer_slices, want_finite, want_type
+
+
+@op
+def rms_norm(a: Node, *, eps: float) -> Spec:
+    """y = a / sqrt(mean(a^2 over the row) + eps).   a, y  f32 [n, ne1, ne2, ne3]
+
+    The weight is a `mul` of its own.   eps >= 0.
+    """
+    want_type("a", a, ("f32",))
+    want_finite(eps=eps)
+    if eps < 0:
+        raise ShapeError(f"eps={eps} is negative")
+    return a.spec
+
+
+@rms_norm.cost
+def _(node: Node) -> Cost:
+    return Cost(3.0 * node.spec.elements, 2.0 * node.spec.nbytes)
+
+
+rms_norm.slices(outer_slices)

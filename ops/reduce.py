@@ -1,0 +1,159 @@
+"""Along rows: sums, softmax, sorting."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyggml.dtypes import I32
+from pyggml.errors import ShapeError
+from pyggml.graph import Axis, Cost, Cut, Node, Slice, Spec, make_spec, op
+from pyggml.ops.rules import (
+    choose,
+    modulo_cut,
+    outer_slices,
+    want_finite,
+    want_ne,
+    want_rows,
+    want_type,
+)
+
+
+@op
+def sum_rows(a: Node) -> Spec:
+    """y[0, ..] = sum of a's row.   a  f32 [n, ne1, ne2, ne3],   y  f32 [1, ne1, ne2, ne3]"""
+    want_type("a", a, ("f32",))
+    return make_spec(a.dtype, (1, *a.ne[1:]), a.spec.rank)
+
+
+sum_rows.slices(outer_slices)
+
+
+def alibi_heads(n_heads_here: int, head0: int, n_head: int | None, max_bias: float) -> int:
+    """How many heads the ALiBi slopes are spread over; checks head0 and n_head."""
+    total = n_heads_here if n_head is None else n_head
+    if head0 < 0 or head0 + n_heads_here > total:
+        raise ShapeError(f"heads {head0}..{head0 + n_heads_here - 1} are not within n_head={total}")
+    if max_bias < 0:
+        raise ShapeError(f"max_bias={max_bias} is negative")
+    return total
+
+
+def want_mask(mask: Node | None, n_kv: int, n_q: int, n_head: int, n3: int) -> None:
+    """An attention's mask: [n_kv, >= n_q, m2, m3]; m2 divides the heads and m3 divides n3."""
+    if mask is None:
+        return
+    if mask.ne[0] != n_kv or mask.ne[1] < n_q:
+        raise ShapeError(
+            f"the mask is {list(mask.ne)}; it needs ne0={n_kv} (keys) and ne1 >= {n_q} (queries)"
+        )
+    if n_head % mask.ne[2] or n3 % mask.ne[3]:
+        raise ShapeError(
+            f"the mask's ne2={mask.ne[2]} and ne3={mask.ne[3]} must divide {n_head} heads and {n3}"
+        )
+    want_rows("the mask", mask)
+
+
+def mask_cut(mask: Node | None, axis: int, full: int) -> Cut | None:
+    """The mask's part for a piece along `axis` of the scores [n_kv, n_q, heads, n3]."""
+    if mask is None:
+        return None
+    return Cut(1) if axis == 1 else modulo_cut(mask.ne[axis], axis, full)
+
+
+@op
+def soft_max_ext(
+    a: Node,
+    mask: Node | None = None,
+    sinks: Node | None = None,
+    *,
+    scale: float = 1.0,
+    max_bias: float = 0.0,
+    head0: int = 0,
+    n_head: int | None = None,
+) -> Spec | tuple[Spec, dict[str, Any]]:
+    """Softmax of rows:  y[:, i, h, s] = softmax(scale a[:, i, h, s] + slope(h) mask).
+
+    a, y   f32         [n_kv, n_q, n_head, n3]
+    mask   f16 or f32  [n_kv, >= n_q, m2, m3]    its [:, i, h % m2, s % m3]; rows past n_q: ignored
+    sinks  f32         [n_head]                  one more logit in each head's sum, no column
+
+    slope(h)  1 where max_bias is 0, else ALiBi's: with p = 2^floor(log2 n_head), g = head0 + h,
+              2^(-max_bias (g + 1) / p) where g < p, else 2^(-max_bias (2 (g - p) + 1) / (2 p))
+    A fully masked row gives 0 (ggml gives NaN without sinks).
+    """
+    want_type("a", a, ("f32",))
+    n_kv, n_q, heads, n3 = a.ne
+    if mask is not None:
+        want_type("mask", mask, ("f16", "f32"))
+    want_mask(mask, n_kv, n_q, heads, n3)
+    if sinks is not None:
+        want_type("sinks", sinks, ("f32",))
+        want_ne("sinks", sinks, (heads, 1, 1, 1), "one for each head")
+    want_finite(scale=scale, max_bias=max_bias)
+    if max_bias > 0 and mask is None:
+        raise ShapeError("max_bias > 0 needs a mask")
+    return a.spec, {"n_head": alibi_heads(heads, head0, n_head, max_bias)}
+
+
+@soft_max_ext.cost
+def _(node: Node) -> Cost:
+    read = sum(s.spec.nbytes for s in node.src if s is not None)
+    return Cost(5.0 * node.spec.elements, float(read + node.spec.nbytes))
+
+
+@soft_max_ext.slices
+def _(node: Node, axis: Axis, n: int) -> Slice | None:
+    if axis not in (1, 2, 3):
+        return None
+    assert isinstance(axis, int)
+    _, mask, sinks = node.src
+    sink = Cut(0) if sinks is not None and axis == 2 else None
+    cuts = (Cut(axis), mask_cut(mask, axis, node.ne[axis]), sink)
+    return Slice(cuts, shift={"head0": 1} if axis == 2 else {})
+
+
+def soft_max(a: Node) -> Node:
+    """Softmax of rows: `soft_max_ext` with defaults."""
+    return soft_max_ext(a)
+
+
+def _row_ids(a: Node, n: int) -> Spec:
+    want_type("a", a, ("f32",))
+    return make_spec(I32, (n, *a.ne[1:]), a.spec.rank)
+
+
+@op
+def argsort(a: Node, *, order: str = "asc") -> Spec:
+    """Ids that sort each row, "asc" or "desc"; stable.   a  f32 [n, ..],   y  i32 [n, ..]"""
+    choose("order", order, ("asc", "desc"))
+    return _row_ids(a, a.ne[0])
+
+
+@op
+def top_k(a: Node, *, k: int) -> Spec:
+    """Ids of the k largest of each row, largest first.   a  f32 [n, ..],   y  i32 [k, ..]"""
+    if not 1 <= k <= a.ne[0]:
+        raise ShapeError(f"k={k} of rows with {a.ne[0]} elements")
+    return _row_ids(a, k)
+
+
+@op
+def argmax(a: Node) -> Spec:
+    """Id of each row's largest, the first of equals.   a  f32 [n, ne1, ..],   y  i32 [ne1, ..]"""
+    want_type("a", a, ("f32",))
+    return make_spec(I32, a.ne[1:], max(a.spec.rank - 1, 1))
+
+
+@argmax.slices
+def _(node: Node, axis: Axis, n: int) -> Slice | None:
+    return Slice((Cut(axis + 1),)) if isinstance(axis, int) and axis < 3 else None
+
+
+for _each in (argsort, top_k):
+    _each.slices(outer_slices)
+
+
+def row_length(node: Node) -> int:
+    """Length of the rows that a row op reads."""
+    assert node.src[0] is not None
+    return node.src[0].ne[0]

@@ -1,0 +1,81 @@
+"""Rotary position embedding."""
+
+from __future__ import annotations
+
+from pyggml.errors import ShapeError
+from pyggml.graph import Axis, Cost, Cut, Node, Slice, Spec, op
+from pyggml.ops.rules import FLOATS, choose, want_finite, want_index, want_ne, want_type
+
+
+@op
+def rope_ext(
+    a: Node,
+    pos: Node,
+    freq_factors: Node | None = None,
+    *,
+    n_dims: int,
+    mode: str = "normal",
+    n_ctx_orig: int = 0,
+    freq_base: float = 10000.0,
+    freq_scale: float = 1.0,
+    ext_factor: float = 0.0,
+    attn_factor: float = 1.0,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+    offset: int = 0,
+) -> Spec:
+    """Turn pairs of a row by angles that grow with the position; the rest is copied.
+
+    a, y          f32 or f16  [n, n_head, n_tokens, n3]
+    pos           i32         [n_tokens]
+    freq_factors  f32         [>= n_dims / 2]
+
+    Pair i = 0 .. n_dims/2 - 1 is (offset + 2i, offset + 2i + 1) in mode "normal", and
+    (offset + i, offset + i + n_dims/2) in mode "neox".   (x, z) -> (x c - z s, x s + z c)
+    t = pos freq_base^(-2i / n_dims) / freq_factors[i]
+    ext_factor = 0:  angle = freq_scale t,                c, s = attn_factor (cos, sin) angle
+    else (YaRN):     angle = freq_scale t (1 - r) + t r,  c, s also times 1 + 0.1 ln(1/freq_scale)
+      r = ext_factor (1 - clip((i - low) / max(0.001, high - low), 0, 1))
+      low, high = floor, ceil of  n_dims ln(n_ctx_orig / (2 pi beta)) / (2 ln freq_base)  for
+      beta_fast and beta_slow, limited to 0 .. n_dims - 1
+    Source: ggml's ggml_rope_ext; the angle is an f32 chain, as there.
+    """
+    want_type("a", a, FLOATS)
+    want_index("pos", pos)
+    choose("mode", mode, ("normal", "neox"))
+    want_finite(
+        freq_base=freq_base, freq_scale=freq_scale, ext_factor=ext_factor, attn_factor=attn_factor
+    )
+    want_finite(beta_fast=beta_fast, beta_slow=beta_slow)
+    want_ne("pos", pos, (a.ne[2], 1, 1, 1), "one for each token")
+    if n_dims < 2 or n_dims % 2:
+        raise ShapeError(f"n_dims={n_dims} is not an even number of at least 2")
+    if offset < 0 or offset % 2 or offset + n_dims > a.ne[0]:
+        raise ShapeError(f"offset={offset} and n_dims={n_dims} do not fit a row of {a.ne[0]}")
+    if freq_base <= 1 or freq_scale <= 0:
+        raise ShapeError(f"freq_base={freq_base} and freq_scale={freq_scale} must be above 1 and 0")
+    if ext_factor and (n_ctx_orig < 1 or beta_fast <= 0 or beta_slow <= 0):
+        raise ShapeError(
+            f"YaRN needs n_ctx_orig and betas above 0: n_ctx_orig={n_ctx_orig}, "
+            f"beta_fast={beta_fast}, beta_slow={beta_slow}"
+        )
+    if freq_factors is not None:
+        want_type("freq_factors", freq_factors, ("f32",))
+        if freq_factors.ne[0] < n_dims // 2 or max(freq_factors.ne[1:]) > 1:
+            raise ShapeError(
+                f"freq_factors {list(freq_factors.ne)} needs one row of at least {n_dims // 2}"
+            )
+    return a.spec
+
+
+@rope_ext.cost
+def _(node: Node) -> Cost:
+    return Cost(6.0 * node.spec.elements, 2.0 * node.spec.nbytes)
+
+
+@rope_ext.slices
+def _(node: Node, axis: Axis, n: int) -> Slice | None:
+    if axis not in (1, 2, 3):
+        return None
+    assert isinstance(axis, int)
+    return Slice((Cut(axis), Cut(0) if axis == 2 else None, None))

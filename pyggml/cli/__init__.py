@@ -1,0 +1,78 @@
+"""The `pyggml` command. A subcommand is a module here and a row in COMMANDS.
+
+Its module has `configure(parser)`, which adds its arguments, and `run(args) -> int`, the exit
+status. Results go to stdout, progress and errors to stderr. Status: 0 done, 1 failed, 2 wrong
+usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from io import TextIOWrapper
+from typing import Any, NoReturn
+
+from pyggml.errors import PyggmlError
+
+COMMANDS = {
+    "info": "keys and tensors of a GGUF file",
+    "synth": "write a DeepSeek-2 GGUF file with random weights",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line (sys.argv without a list) and returns the exit status."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    if argv is None:
+        signal.signal(signal.SIGTERM, _terminate)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be text
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            args = _parser(words).parse_args(words)
+            status: int = args.run(args)
+            print(end="", flush=True)  # so that a failure to write shows here
+        except SystemExit as stop:  # --help, wrong usage, SIGTERM
+            return int(stop.code or 0)
+        except KeyboardInterrupt:
+            return 130
+        except BrokenPipeError:  # the reader of our output left
+            return 1
+        except (PyggmlError, OSError) as error:
+            return _fail(error)
+    return status
+
+
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("pyggml", description="ggml-style compute graphs in Python")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary)
+        if name in words:  # only what is asked for is imported
+            module = import_module(f"pyggml.cli.{name}")
+            command.description = module.__doc__
+            command.formatter_class = argparse.RawDescriptionHelpFormatter
+            command.set_defaults(run=module.run)
+            module.configure(command)
+    return parser
+
+
+def _fail(error: Exception) -> int:
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    print("pyggml: error:", " ".join(text.split()), file=sys.stderr)
+    return 1
+
+
+def _terminate(*_: Any) -> NoReturn:
+    raise SystemExit(128 + signal.SIGTERM)  # so that half-written files are removed
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print("pyggml: warning:", message, file=sys.stderr)

@@ -1,0 +1,124 @@
+"""Prints the keys of a GGUF file and a summary of its tensors, layers folded (blk.*).
+
+pyggml info model.gguf
+pyggml info model-00001-of-00009.gguf --json     every tensor, arrays up to 32 elements whole
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from pyggml import gguf
+
+_JSON_ELEMENTS = 32
+_TEXT_ELEMENTS = 6
+_TEXT_WIDTH = 72
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="a GGUF file or the first part of a split one")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    with gguf.open(args.file, allow_missing_data=True) as file:
+        print(json.dumps(_as_json(file), indent=1) if args.json else "\n".join(_as_text(file)))
+    return 0
+
+
+def _as_json(file: gguf.GGUFFile) -> dict[str, Any]:
+    tensors = file.tensors.values()
+    return {
+        "files": file.paths,
+        "version": file.version,
+        "complete": file.complete,
+        "parameters": sum(t.n_elements for t in tensors),
+        "bytes": sum(t.nbytes for t in tensors),
+        "keys": {key: _plain(value, _JSON_ELEMENTS) for key, value in file.fields.items()},
+        "tensors": [
+            {"name": t.name, "type": t.dtype.name, "ne": t.ne, "offset": t.offset, "part": t.part}
+            for t in tensors
+        ],
+    }
+
+
+def _plain(value: gguf.Value, longest: int) -> Any:
+    """What JSON can hold: no NaN or infinity, a long array as its length and first elements."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if not isinstance(value, (np.ndarray, gguf.StringArray)):
+        return value
+    first = [_plain(v.item() if isinstance(v, np.generic) else v, 0) for v in value[:longest]]
+    return first if len(value) <= longest else {"length": len(value), "first": first}
+
+
+def _as_text(file: gguf.GGUFFile) -> Iterator[str]:
+    tensors = list(file.tensors.values())
+    parts = f" in {len(file.paths)} parts" if len(file.paths) > 1 else ""
+    missing = "" if file.complete else ", weights missing"
+    yield f"{_safe(file.paths[0])}: GGUF v{file.version}{parts}{missing}"
+    yield f"\nkeys: {len(file.fields)}"
+    rows = [(_safe(key), _short(value)) for key, value in file.fields.items()]
+    yield from _table(rows)
+    yield f"\ntypes: {_total(tensors)}"
+    yield from _table((name, _total(group)) for name, group in _grouped(tensors, _type))
+    yield f"\ntensors: {len(tensors)}"
+    yield from _table(
+        (_safe(name), group[0].dtype.name, str(list(group[0].ne)), f"x {len(group)}")
+        for (name, *_), group in _grouped(tensors, _kind)
+    )
+
+
+def _type(tensor: gguf.TensorInfo) -> str:
+    return tensor.dtype.name
+
+
+def _kind(tensor: gguf.TensorInfo) -> tuple[Any, ...]:
+    return re.sub(r"^blk\.\d+\.", "blk.*.", tensor.name), tensor.dtype.name, tensor.ne
+
+
+def _grouped(
+    tensors: list[gguf.TensorInfo], key: Any
+) -> Iterable[tuple[Any, list[gguf.TensorInfo]]]:
+    groups: dict[Any, list[gguf.TensorInfo]] = {}
+    for tensor in tensors:
+        groups.setdefault(key(tensor), []).append(tensor)
+    return groups.items()
+
+
+def _total(tensors: list[gguf.TensorInfo]) -> str:
+    elements, nbytes = sum(t.n_elements for t in tensors), sum(t.nbytes for t in tensors)
+    return f"{len(tensors)} tensors, {elements:,} parameters, {nbytes / 2**20:,.2f} MiB"
+
+
+def _table(rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
+    cells = list(rows)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        yield ("  " + "  ".join(padded)).rstrip()
+
+
+def _short(value: gguf.Value) -> str:
+    if isinstance(value, float):
+        return f"{value:.7g}"  # most are f32
+    plain = _plain(value, _TEXT_ELEMENTS)
+    if isinstance(plain, dict):
+        return f"{plain['length']} x {_clipped(repr(plain['first'])[:-1] + ', ...]')}"
+    return _clipped(repr(plain))
+
+
+def _clipped(text: str) -> str:
+    return text if len(text) <= _TEXT_WIDTH else text[: _TEXT_WIDTH - 3] + "..."
+
+
+def _safe(text: str) -> str:
+    """Names come from the file: no control characters to the terminal."""
+    return text if text.isprintable() else repr(text)[1:-1]

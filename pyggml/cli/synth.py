@@ -1,0 +1,71 @@
+"""Writes a DeepSeek-2 GGUF file with random weights of sane scale.
+
+Presets: deepseek-v2-lite and deepseek-v3 have the published sizes, small is for CPUs, tiny for
+tests. Norms, router and its bias are f32. A row that the blocks of TYPE do not divide (attn_k_b of
+128 in a 256-block type) is stored as q8_0, or as f16 if 32 does not divide it either. output.weight
+is q6_K where TYPE is smaller.
+
+--header-only writes keys and tensor table and no weights: everything that describes the model, as
+`pyggml info` and `plan` need it, but nothing to run.
+
+  pyggml synth lite.gguf --preset deepseek-v2-lite --type q4_K
+  pyggml synth v3.gguf --preset deepseek-v3 --header-only
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from pyggml.errors import PyggmlError
+from pyggml.gguf.synth import DRAWN, drawn_type
+from pyggml.models.presets import PRESETS, preset, synth
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("out", metavar="OUT", help="the file to write; it appears only when complete")
+    add("--preset", choices=PRESETS, default="small", help="default: %(default)s")
+    add("--layers", type=_natural, metavar="N", help="number of layers instead of the preset's")
+    add("--type", type=_type, default="iq4_nl", metavar="TYPE",
+        help=f"storage type (default: %(default)s): {' '.join(DRAWN)}")  # fmt: skip
+    add("--kv-b", choices=("split", "joined"), default="split",
+        help="attn_k_b and attn_v_b, or attn_kv_b (default: %(default)s)")  # fmt: skip
+    add("--seed", type=_natural, default=0, help="default: %(default)s")
+    add("--header-only", action="store_true", help="write no weights")
+
+
+def run(args: argparse.Namespace) -> int:
+    config = preset(args.preset, layers=args.layers, kv_b=args.kv_b)
+    start = time.perf_counter()
+    size = synth(
+        args.out,
+        config,
+        type=args.type,
+        seed=args.seed,
+        name=f"{args.preset} random",
+        header_only=args.header_only,
+        progress=_progress if sys.stderr.isatty() else None,
+    )
+    seconds = time.perf_counter() - start
+    print(f"{args.out}: {size:,} bytes in {seconds:.1f} s, {size / seconds / 1e6:.0f} MB/s")
+    return 0
+
+
+def _progress(done: int, total: int) -> None:
+    end = "\n" if done == total else ""
+    print(f"\r{100 * done // total:3} %", end=end, file=sys.stderr, flush=True)
+
+
+def _type(text: str) -> str:
+    try:
+        return drawn_type(text).name
+    except PyggmlError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _natural(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)

@@ -1,0 +1,195 @@
+"""Opening GGUF files, one or split, through memory maps. Weights are not touched until used."""
+
+from __future__ import annotations
+
+import difflib
+import mmap
+import os
+import re
+import stat
+from collections.abc import Iterable
+from contextlib import ExitStack
+from io import FileIO
+from os import PathLike
+from typing import Any, TypeVar
+
+import numpy as np
+
+from pyggml.errors import GGUFError, UnknownName
+from pyggml.gguf.format import TensorInfo, Value
+from pyggml.gguf.header import Header, parse
+
+V = TypeVar("V")
+_SPLIT_NAME = re.compile(r"-(\d{5})-of-(\d{5})\.gguf\Z")
+
+
+class Names(dict[str, V]):
+    """A dict whose KeyError is an UnknownName that suggests the nearest names."""
+
+    def __missing__(self, name: str) -> V:
+        near = difflib.get_close_matches(str(name), self, n=3)
+        hint = f"; did you mean {', '.join(near)}?" if near else f" among {len(self)}"
+        raise UnknownName(f"no {name!r} here{hint}")
+
+
+class GGUFFile:
+    """An open GGUF file; a context manager. Made by `pyggml.gguf.open`.
+
+    version   2 or 3
+    fields    key -> bool, int, float, str, array, or StringArray, in the file's order
+    tensors   name -> TensorInfo, in the file's order
+    paths     of its parts: one, or all of a split model
+    complete  False if opened with allow_missing_data and weights are missing
+
+    `fields` and `tensors` stay readable after `close()`; arrays handed out stay valid too.
+    """
+
+    def __init__(self, parts: list[_Part], allow_missing_data: bool) -> None:
+        headers = [part.header(i, allow_missing_data) for i, part in enumerate(parts)]
+        self._parts = parts
+        self.paths = [part.path for part in parts]
+        self.version = headers[0].version
+        self.complete = all(
+            p.holds(t) for p, h in zip(parts, headers, strict=True) for t in h.tensors
+        )
+        self.fields: Names[Value] = Names(headers[0].fields)
+        self.tensors: Names[TensorInfo] = Names()
+        for part, header in zip(parts, headers, strict=True):
+            for info in header.tensors:
+                if info.name in self.tensors:
+                    first = self.paths[self.tensors[info.name].part]
+                    raise GGUFError(f"{part.path}: tensor {info.name!r} is in {first} too")
+                self.tensors[info.name] = info
+        if len(parts) > 1:
+            _check_split(self.paths, headers)
+
+    def array(self, name: str) -> np.ndarray[Any, Any]:
+        """The values of a tensor, read-only and memory-mapped, in NumPy shape (reversed ne).
+
+        f64 f32 f16 i8 i16 i32 i64   elements of that type           [..., ne1, ne0]
+        bf16                         uint16                          [..., ne1, ne0]
+        block types                  uint8, rows as they stand       [..., ne1, row_bytes]
+
+        UnknownName, or GGUFError where the file is closed or no longer holds the bytes. A file
+        that shrinks afterwards, while the array is used, kills the process: replace, don't cut.
+        """
+        info = self.tensors[name]
+        if not self._parts:
+            raise GGUFError(f"{self.paths[info.part]}: tensor {name!r}: the file is closed")
+        return self._parts[info.part].array(info)
+
+    def close(self) -> None:
+        """Gives the files back; safe to call twice."""
+        for part in self._parts:
+            part.close()
+        self._parts = []
+
+    def __enter__(self) -> GGUFFile:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"GGUFFile({self.paths[0]!r}, {len(self.fields)} keys, {len(self.tensors)} tensors)"
+
+
+def open(path: str | bytes | PathLike[str], *, allow_missing_data: bool = False) -> GGUFFile:
+    """Opens a GGUF file of version 2 or 3, or the first part (-00001-of-000NN) of a split one.
+
+    allow_missing_data  accept a file without its weights, or cut off: everything is described, and
+                        `array` refuses what is not there
+    GGUFError (file, byte, field, problem) for anything that is not a whole, well-formed file.
+    """
+    with ExitStack() as stack:
+        first = _Part(os.fsdecode(path), stack)
+        parts = [first]
+        parts += [_Part(rest, stack) for rest in _other_parts(first, allow_missing_data)]
+        file = GGUFFile(parts, allow_missing_data)
+        stack.pop_all()
+    return file
+
+
+class _Part:
+    """One mapped file."""
+
+    def __init__(self, path: str, stack: ExitStack) -> None:
+        self.path = path
+        self._header: Header | None = None
+        try:
+            # Asked before opening: opening a FIFO would wait for a writer.
+            regular = stat.S_ISREG(os.stat(path).st_mode)
+            if regular:
+                self._file = stack.enter_context(FileIO(path))
+                self._size = os.fstat(self._file.fileno()).st_size
+                self._map = mmap.mmap(self._file.fileno(), self._size, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:  # ValueError: an empty file, a NUL in the path
+            raise GGUFError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+        if not regular:
+            raise GGUFError(f"{path}: not a regular file")
+
+    def header(self, index: int, allow_missing_data: bool) -> Header:
+        if self._header is None:
+            self._header = parse(
+                self._map, self._size, self.path, part=index, allow_missing_data=allow_missing_data
+            )
+        return self._header
+
+    def holds(self, info: TensorInfo) -> bool:
+        """Whether the data is there now: the file may have shrunk since it was mapped."""
+        size = min(self._size, os.fstat(self._file.fileno()).st_size)
+        return info.offset + info.nbytes <= size
+
+    def array(self, info: TensorInfo) -> np.ndarray[Any, Any]:
+        if not self.holds(info):
+            raise GGUFError(
+                f"{self.path}: byte {info.offset}, tensor {info.name!r}: its {info.nbytes} bytes "
+                "of data are not in the file"
+            )
+        dtype, shape = info.dtype, info.shape
+        element = dtype.numpy or ("<u2" if dtype.block == 1 else "u1")
+        if dtype.block > 1:
+            shape = (*shape[:-1], dtype.row_bytes(info.ne[0]))
+        flat = np.frombuffer(self._map, np.uint8, info.nbytes, info.offset)
+        return flat.view(element).reshape(shape)
+
+    def close(self) -> None:
+        # The map itself goes with the last array that looks into it.
+        self._file.close()
+
+
+def _other_parts(first: _Part, allow_missing_data: bool) -> Iterable[str]:
+    """The paths of parts 2 to N, if `first` says that it is one of N."""
+    fields = first.header(0, allow_missing_data).fields
+    count = fields.get("split.count", 1)
+    if type(count) is not int or not 0 <= count <= 65_535:
+        raise GGUFError(f"{first.path}: key 'split.count': {count!r}, must be 0 to 65535")
+    if count <= 1:
+        return []
+    named = _SPLIT_NAME.search(first.path)
+    if named is None or int(named[2]) != count:
+        raise GGUFError(
+            f"{first.path}: key 'split.count': {count} parts, so the name must end in "
+            f"-00001-of-{count:05}.gguf"
+        )
+    stem = first.path[: named.start()]
+    if int(named[1]) != 1:
+        raise GGUFError(f"{first.path}: a later part; open {stem}-00001-of-{count:05}.gguf")
+    return [f"{stem}-{i:05}-of-{count:05}.gguf" for i in range(2, count + 1)]
+
+
+def _check_split(paths: list[str], headers: list[Header]) -> None:
+    count = len(headers)
+    for i, (path, header) in enumerate(zip(paths, headers, strict=True)):
+        found = (header.fields.get("split.no"), header.fields.get("split.count"))
+        if found != (i, count):
+            raise GGUFError(
+                f"{path}: keys 'split.no' and 'split.count' are {found[0]} and {found[1]}, "
+                f"expected {i} and {count}"
+            )
+    total = sum(len(header.tensors) for header in headers)
+    declared = headers[0].fields.get("split.tensors.count", total)
+    if declared != total:
+        raise GGUFError(
+            f"{paths[0]}: key 'split.tensors.count': {declared}, but the parts hold {total} tensors"
+        )

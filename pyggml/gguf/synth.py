@@ -1,0 +1,116 @@
+"""Random weights of any storage type, drawn directly as blocks: nothing is encoded."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from pyggml.dtypes import TYPES, DType, dtype
+from pyggml.errors import DTypeError
+from pyggml.gguf.writer import Tensor
+
+Array: TypeAlias = np.ndarray[Any, Any]
+Draw: TypeAlias = Callable[[np.random.Generator, int], Array]
+
+_CHUNK_BYTES = 8 << 20
+
+#: Block types whose bytes may all be random but for the f16 scales: where those stand, as
+#: (byte, factor of the scale), and the root mean square of a decoded block of scale 1. The second
+#: entry of the types with a minimum is set so that the mean is zero. The numbers were measured by
+#: decoding random blocks; a test decodes again.
+_BLOCKS: dict[str, tuple[tuple[tuple[int, float], ...], float]] = {
+    "q4_0": (((0, 1.0),), 4.637),
+    "q4_1": (((0, 1.0), (2, -7.5)), 4.610),
+    "q5_0": (((0, 1.0),), 9.247),
+    "q5_1": (((0, 1.0), (2, -15.5)), 9.233),
+    "q8_0": (((0, 1.0),), 73.90),
+    "q2_K": (((80, 1.0), (82, 1.5)), 13.87),
+    "q3_K": (((108, 1.0),), 43.32),
+    "q4_K": (((0, 1.0), (2, 7.5)), 258.5),
+    "q5_K": (((0, 1.0), (2, 15.5)), 527.6),
+    "q6_K": (((208, 1.0),), 1363.0),
+    "iq1_s": (((0, 1.0),), 7.207),
+    "iq2_xxs": (((0, 1.0),), 53.22),
+    "iq2_xs": (((0, 1.0),), 55.88),
+    "iq2_s": (((0, 1.0),), 56.46),
+    "iq3_xxs": (((0, 1.0),), 142.4),
+    "iq3_s": (((0, 1.0),), 140.2),
+    "iq4_nl": (((0, 1.0),), 67.46),
+    "iq4_xs": (((0, 1.0),), 1246.0),
+    "tq1_0": (((52, 1.0),), 0.817),
+    "tq2_0": (((64, 1.0),), 1.225),
+}
+
+#: Types that `random_tensor` draws.
+DRAWN: tuple[str, ...] = ("f32", "f16", "bf16", *_BLOCKS)
+
+
+def drawn_type(name: str) -> DType:
+    """The type of that name; DTypeError where random weights of it cannot be drawn."""
+    if dtype(name).name not in DRAWN:
+        raise DTypeError(f"no random weights of type {name}; choose from {', '.join(DRAWN)}")
+    return dtype(name)
+
+
+def fitting_type(wanted: DType, ne0: int) -> DType:
+    """`wanted`, or q8_0, or f16: the first whose blocks divide a row of `ne0` elements."""
+    fits = (t for t in (wanted, TYPES["q8_0"], TYPES["f16"]) if ne0 % t.block == 0)
+    return next(fits)
+
+
+def random_tensor(
+    name: str, type: DType, ne: tuple[int, ...], *, std: float, mean: float = 0.0, seed: int = 0
+) -> Tensor:
+    """A tensor of random values of that standard deviation, drawn while it is written.
+
+    Plain types are normal around `mean`; block types have the spread of their quants around 0.
+    The values depend on `seed` and `name` only: a layer keeps its own when others come or go.
+    """
+
+    def chunks() -> Iterator[np.ndarray[Any, Any]]:
+        rng = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))
+        draw = _blocks(type, std) if type.name in _BLOCKS else _normal(rng, type, std, mean)
+        left = tensor.nbytes // type.nbytes
+        while left:
+            count = min(left, _CHUNK_BYTES // type.nbytes)
+            yield draw(rng, count)
+            left -= count
+
+    tensor = Tensor(name, type, ne, chunks)
+    return tensor
+
+
+def _random_bytes(rng: np.random.Generator, count: int) -> Array:
+    words = rng.integers(0, 1 << 64, -(-count // 8), dtype=np.uint64)
+    return words.view(np.uint8)[:count]
+
+
+def _normal(rng: np.random.Generator, type: DType, std: float, mean: float) -> Draw:
+    """Picks from 65,536 normal values already in the type's bits: no value is converted."""
+    values = (rng.standard_normal(1 << 16) * std + mean).astype(np.float32)
+    if type.numpy is None:
+        table = ((values.view(np.uint32) + 0x8000) >> 16).astype("<u2")  # bf16, to nearest
+    else:
+        table = values.astype(type.numpy)
+    return lambda rng, count: table[_random_bytes(rng, 2 * count).view("<u2")]
+
+
+def _blocks(type: DType, std: float) -> Draw:
+    """Random bytes, scales from a table of 256: both signs, +-20 % around what gives `std`."""
+    places, rms = _BLOCKS[type.name]
+    spread = np.linspace(0.8, 1.2, 128)
+    spread *= std / rms / np.sqrt(np.mean(spread**2))
+    scales = np.concatenate([spread, -spread])
+    tables = [(at, (scales * factor).astype("<f2")) for at, factor in places]
+
+    def draw(rng: np.random.Generator, count: int) -> Array:
+        raw = _random_bytes(rng, count * type.nbytes).reshape(count, type.nbytes)
+        pick = raw[:, places[0][0]].copy()
+        for at, table in tables:
+            raw[:, at : at + 2] = table[pick].view(np.uint8).reshape(count, 2)
+        return raw
+
+    return draw

@@ -1,0 +1,174 @@
+"""Writing GGUF v3 files: header first, then each tensor's bytes as they are produced."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from os import PathLike
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
+
+import numpy as np
+
+from pyggml.dtypes import DType
+from pyggml.errors import DTypeError, GGUFError
+from pyggml.gguf.format import (
+    ARRAY,
+    DEFAULT_ALIGNMENT,
+    MAGIC,
+    SCALARS,
+    STRING,
+    Value,
+    padded,
+)
+from pyggml.gguf.header import parse
+
+Progress: TypeAlias = Callable[[int, int], object]
+_IDS = {dtype: id_ for id_, dtype in SCALARS.items()}
+
+
+class Tensor(NamedTuple):
+    """A tensor to write. `chunks()` yields contiguous buffers, `nbytes` in all, when asked."""
+
+    name: str
+    dtype: DType
+    ne: tuple[int, ...]
+    chunks: Callable[[], Iterable[np.ndarray[Any, Any]]]
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.row_bytes(self.ne[0]) * math.prod(self.ne[1:])
+
+
+def write(
+    path: str | PathLike[str],
+    fields: Mapping[str, Value | np.generic | Sequence[str]],
+    tensors: Sequence[Tensor],
+    *,
+    header_only: bool = False,
+    progress: Progress | None = None,
+) -> int:
+    """Writes a GGUF v3 file and returns its size in bytes.
+
+    fields       a NumPy scalar or array keeps its type; else int is u32 (or the first of i32, u64,
+                 i64 that holds it), float is f32, a sequence of str an array of strings
+    header_only  keys and the whole tensor table, no weights: `open` it with allow_missing_data
+    progress     called with bytes written and bytes in all, after every chunk
+
+    The file appears under its name only when complete: it is written beside it and renamed; a
+    failure removes what was written. GGUFError for names, sizes or keys that no reader would take,
+    OSError where the disk is too small (before anything is written) or the write fails.
+    """
+    target = Path(path)
+    header = _header(fields, tensors)
+    end = len(header) + _offsets(tensors)[-1]
+    parse(header, end, str(target))  # what our reader refuses is not written
+    total = len(header) if header_only else end
+    _check_room(target, total)
+    part = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    file = part.open("xb", buffering=0)
+    try:
+        with file:
+            _put(file, header)
+            if not header_only:
+                _put_tensors(file, tensors, len(header), total, progress)
+        part.replace(target)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink()
+        raise
+    return total
+
+
+def _check_room(target: Path, total: int) -> None:
+    if target.exists() and not target.is_file():
+        raise FileExistsError(errno.EEXIST, "exists and is not a regular file", str(target))
+    free = shutil.disk_usage(target.parent).free
+    if total > free:
+        need = f"{total:,} bytes needed, {free:,} free on the disk"
+        raise OSError(errno.ENOSPC, need, str(target))
+
+
+def _header(fields: Mapping[str, Any], tensors: Sequence[Tensor]) -> bytes:
+    if fields.get("general.alignment", DEFAULT_ALIGNMENT) != DEFAULT_ALIGNMENT:
+        raise GGUFError(f"key 'general.alignment': files are written with {DEFAULT_ALIGNMENT}")
+    out = [MAGIC, struct.pack("<IQQ", 3, len(tensors), len(fields))]
+    for key, value in fields.items():
+        out += [_text(key), _encoded(key, value)]
+    for tensor, offset in zip(tensors, _offsets(tensors), strict=False):
+        ne = tensor.ne
+        row = struct.pack(f"<I{len(ne)}QIQ", len(ne), *ne, tensor.dtype.ggml_id, offset)
+        out += [_text(tensor.name), row]
+    raw = b"".join(out)
+    return raw.ljust(padded(len(raw), DEFAULT_ALIGNMENT), b"\0")
+
+
+def _offsets(tensors: Sequence[Tensor]) -> list[int]:
+    """Where each tensor starts behind the header, and where the last one ends (padded)."""
+    offsets = [0]
+    for tensor in tensors:
+        offsets.append(padded(offsets[-1] + tensor.nbytes, DEFAULT_ALIGNMENT))
+    return offsets
+
+
+def _text(text: str) -> bytes:
+    raw = text.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _encoded(key: str, value: Any) -> bytes:
+    """The type id and bytes of a key's value."""
+    if isinstance(value, str):
+        return struct.pack("<I", STRING) + _text(value)
+    if isinstance(value, (bool, int, float)) and not isinstance(value, np.generic):
+        value = _sized(key, value)
+    if isinstance(value, (np.generic, np.ndarray)):
+        id_ = _IDS.get(value.dtype.newbyteorder("<"))
+        if id_ is None or value.ndim > 1:
+            raise DTypeError(f"key {key!r}: GGUF has no {value.ndim}-d {value.dtype} values")
+        head = struct.pack("<IIQ", ARRAY, id_, value.size) if value.ndim else struct.pack("<I", id_)
+        return head + value.astype(SCALARS[id_]).tobytes()
+    if isinstance(value, Sequence) and all(isinstance(text, str) for text in value):
+        return struct.pack("<IIQ", ARRAY, STRING, len(value)) + b"".join(map(_text, value))
+    raise DTypeError(f"key {key!r}: a value of type {type(value).__name__} has no GGUF type")
+
+
+def _sized(key: str, value: float) -> np.generic:
+    if isinstance(value, bool):
+        return np.bool_(value)
+    if isinstance(value, float):
+        return np.float32(value)
+    for kind in (np.uint32, np.int32, np.uint64, np.int64):
+        if np.iinfo(kind).min <= value <= np.iinfo(kind).max:
+            return kind(value)
+    raise DTypeError(f"key {key!r}: {value} does not fit in 64 bits")
+
+
+def _put(file: BinaryIO, data: Any) -> int:
+    """All of `data`: a raw file may write less than asked."""
+    view = memoryview(data).cast("B")
+    done = 0
+    while done < len(view):
+        done += file.write(view[done:])
+    return done
+
+
+def _put_tensors(
+    file: BinaryIO, tensors: Sequence[Tensor], done: int, total: int, progress: Progress | None
+) -> None:
+    for tensor in tensors:
+        start = done
+        for chunk in tensor.chunks():
+            done += _put(file, chunk)
+            if progress is not None:
+                progress(done, total)
+        if done - start != tensor.nbytes:
+            raise GGUFError(
+                f"tensor {tensor.name!r}: {done - start} bytes given, {tensor.nbytes} expected"
+            )
+        done += _put(file, bytes(padded(done, DEFAULT_ALIGNMENT) - done))

@@ -1,0 +1,1 @@
+"""Architectures as graphs, and what their files must hold."""

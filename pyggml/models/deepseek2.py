@@ -1,0 +1,307 @@
+"""DeepSeek-2 (V2, V2-Lite, V3, R1) as a graph: the attention layer, read top to bottom.
+
+T tokens, H heads, R = kv_lora_rank, n_kv rows of the cache that are looked at. One attention in
+three forms, equal but for rounding; sizes of the published models in brackets:
+
+form      cache of a layer                      attention runs over
+standard  K [d_k, n_ctx, H], V [d_v, n_ctx, H]  K and V                   [192 / 128, H heads]
+latent    rows [c | k_rope], [R + n_rot, n_ctx] the rows; V is their c    [576 / 512, one head of K]
+expanded  as latent                             K and V of all its rows   [192 / 128, H heads]
+
+Latent moves the expansion of keys and values out of the attention: into the queries (`absorb`) and
+behind the sum of values. A key then costs 2R + n_rot products a head instead of d_k + d_v [3.4
+times as many] and reading R + n_rot elements instead of (d_k + d_v) H [1/9 in V2-Lite, 1/71 in V3]:
+right for decoding. Expanded is for prompts over the same cache.
+
+The expansion stands in a file as attn_kv_b, or as attn_k_b (transposed) and attn_v_b. Every form
+runs from both. Where it needs the K part the other way round than a block type stores it, the graph
+casts that part to f16: 2 R d_nope H bytes written and read in each run [2 MiB in V2-Lite, 16 MiB in
+V3, a layer]. That is so for latent from attn_kv_b, and standard and expanded from attn_k_b.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pyggml import graph
+from pyggml.dtypes import dtype
+from pyggml.errors import GraphError, ShapeError, UnknownName
+from pyggml.gguf import GGUFFile
+from pyggml.gguf.reader import Names
+from pyggml.graph import Node
+from pyggml.models.config import DeepSeek2Config
+from pyggml.ops import (
+    cast,
+    concat,
+    constant,
+    cont,
+    flash_attn_ext,
+    mul,
+    mul_mat,
+    permute,
+    repeat,
+    reshape,
+    rms_norm,
+    rope_ext,
+    set_rows,
+    soft_max_ext,
+    state,
+    transpose,
+    view,
+)
+
+FORMS = ("standard", "latent", "expanded")
+#: [d, H, n] <-> [d, n, H]
+SWAP = (0, 2, 1, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionOptions:
+    """How a layer attends.
+
+    form        "standard", "latent" or "expanded" (see the top of this file)
+    flash       flash attention, or a tensor of scores and a softmax; expanded is flash only
+    cache_type  of the states: f32, f16, bf16, or a block type that divides the rows
+    """
+
+    form: str = "latent"
+    flash: bool = True
+    cache_type: str = "f16"
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise UnknownName(f"no attention form {self.form!r}; there are {', '.join(FORMS)}")
+        if self.form == "expanded" and not self.flash:
+            raise ShapeError(
+                "form='expanded' runs with flash attention only: with scores, K and V of all rows "
+                "would stand beside them and save nothing; use form='latent'"
+            )
+        dtype(self.cache_type)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A layer's hyperparameters, weights by short name ("attn_q": blk.0.attn_q.weight), number.
+
+    Make it once and use it in every graph: plans of one store then share the weights.
+    """
+
+    config: DeepSeek2Config
+    weights: Mapping[str, Node]
+    il: int = 0
+
+    @staticmethod
+    def of(file: GGUFFile, config: DeepSeek2Config, il: int = 0) -> Layer:
+        """Layer `il` of an open file; its tensors stay where they are until a plan is bound."""
+        if not 0 <= il < config.n_layer:
+            raise UnknownName(f"no layer {il}: the file has {config.n_layer}, counted from 0")
+        prefix = f"blk.{il}."
+        return Layer(
+            config,
+            Names(
+                (
+                    name.removeprefix(prefix).removesuffix(".weight"),
+                    constant(file.array(name), type=info.dtype, name=name),
+                )
+                for name, info in file.tensors.items()
+                if name.startswith(prefix)
+            ),
+            il,
+        )
+
+    def name(self, node: Node, label: str) -> Node:
+        """`node` under llama.cpp's name for it, such as kq-3."""
+        return graph.name(node, f"{label}-{self.il}")
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """The states of a layer: K and V, or latent rows with no V of their own."""
+
+    k: Node
+    v: Node | None = None
+
+    @staticmethod
+    def of(config: DeepSeek2Config, options: AttentionOptions, n_ctx: int, il: int = 0) -> Cache:
+        """cache_k_l0 and cache_v_l0, or cache_kv_l0, with room for `n_ctx` tokens."""
+        c, kind = config, options.cache_type
+        if options.form != "standard":
+            return Cache(state(f"cache_kv_l{il}", kind, ne=(c.kv_lora_rank + c.n_rot, n_ctx)))
+        return Cache(
+            state(f"cache_k_l{il}", kind, ne=(c.d_k, n_ctx, c.n_head)),
+            state(f"cache_v_l{il}", kind, ne=(c.d_v, n_ctx, c.n_head)),
+        )
+
+
+def attention(
+    x: Node,
+    pos: Node,
+    ids: Node,
+    mask: Node,
+    layer: Layer,
+    cache: Cache,
+    options: AttentionOptions,
+) -> Node:
+    """The attention of one layer: the new tokens are written to the cache and attend to it.
+
+    x     f32         [n_embd, T]   normalised already: norm(residual, attn_norm)
+    pos   i32         [T]           positions
+    ids   i32 or i64  [T]           rows of the cache to write; `pos` itself where row j holds j
+    mask  f16         [n_kv, T]     causal_mask(pos, n_kv=n_kv); n_kv rows of the cache are read
+    y     f32         [n_embd, T]   to be added to the residual
+    """
+    if (cache.v is None) == (options.form == "standard"):
+        raise GraphError(f"the cache is not one of the form {options.form!r}: make it by Cache.of")
+    c, n_kv = layer.config, mask.ne[0]
+    q = queries(layer, x, pos)
+    kv_c, k_rope = latents(layer, x, pos)
+    if cache.v is not None:
+        k, v = expand(layer, kv_c, k_rope)
+        k, v = written(cache.k, k, ids, n_kv), written(cache.v, v, ids, n_kv)
+    else:
+        row = layer.name(concat(kv_c, k_rope, dim=0), "Kcur")
+        rows = written(cache.k, row, ids, n_kv)
+        kv_c = view(rows, ne=(c.kv_lora_rank, n_kv))
+        if options.form == "expanded":
+            k_rope = view(rows, ne=(c.n_rot, n_kv), start=(c.kv_lora_rank,))
+            k, v = expand(layer, plain(kv_c), plain(k_rope))
+        else:
+            q, k, v = absorb(layer, q), rows, kv_c
+    y = attend(layer, layer.name(q, "Qcur"), k, v, mask, options.flash)
+    if options.form == "latent":
+        y = permute(mul_mat(v_part(layer), permute(y, axes=SWAP)), axes=SWAP)
+    y = reshape(y if y.contiguous else cont(y), ne=(c.d_v * c.n_head, x.ne[1]))
+    y = mul_mat(layer.weights["attn_output"], layer.name(y, "kqv_out"))
+    return layer.name(y, "attn_out")
+
+
+# -- what a token brings ------------------------------------------------------------------------
+
+
+def queries(layer: Layer, x: Node, pos: Node) -> Node:
+    """[d_k, T, H]: the heads' queries [nope | rope], turned."""
+    c, w = layer.config, layer.weights
+    if c.q_lora_rank is None:
+        q = mul_mat(w["attn_q"], x)
+    else:
+        q = mul_mat(w["attn_q_b"], norm(layer, mul_mat(w["attn_q_a"], x), "attn_q_a_norm"))
+    q = reshape(layer.name(q, "q"), ne=(c.d_k, c.n_head, x.ne[1]))
+    return permute(rope(layer, q, pos, c.d_nope), axes=SWAP)
+
+
+def latents(layer: Layer, x: Node, pos: Node) -> tuple[Node, Node]:
+    """c [R, T], normalised, and k_rope [n_rot, T], turned: what all heads' K and V come from."""
+    c, n_tokens = layer.config, x.ne[1]
+    kv_a = layer.name(mul_mat(layer.weights["attn_kv_a_mqa"], x), "kv_cmpr_pe")
+    kv_c = norm(layer, view(kv_a, ne=(c.kv_lora_rank, n_tokens)), "attn_kv_a_norm")
+    k_rope = view(kv_a, ne=(c.n_rot, n_tokens), start=(c.kv_lora_rank,))
+    k_rope = rope(layer, reshape(k_rope, ne=(c.n_rot, 1, n_tokens)), pos)
+    k_rope = reshape(layer.name(k_rope, "k_pe"), ne=(c.n_rot, n_tokens))
+    return layer.name(kv_c, "kv_cmpr"), k_rope
+
+
+def norm(layer: Layer, x: Node, weight: str) -> Node:
+    """rms_norm(x) * weight."""
+    return mul(rms_norm(x, eps=layer.config.rms_eps), layer.weights[weight])
+
+
+def rope(layer: Layer, x: Node, pos: Node, offset: int = 0) -> Node:
+    """x [.., n_head, T] with n_rot elements of each row, from `offset`, turned."""
+    c = layer.config
+    return rope_ext(
+        x,
+        pos,
+        n_dims=c.n_rot,
+        offset=offset,
+        n_ctx_orig=c.n_ctx_orig,
+        freq_base=c.rope_freq_base,
+        freq_scale=c.freq_scale,
+        ext_factor=c.ext_factor,
+        attn_factor=c.rope_attn_factor,
+    )
+
+
+def written(cache: Node, rows: Node, ids: Node, n_kv: int) -> Node:
+    """The first n_kv rows of a cache as they are once `rows` stand at `ids`."""
+    return view(set_rows(cache, rows, ids), ne=(cache.ne[0], n_kv, cache.ne[2]))
+
+
+# -- from latent rows to heads ------------------------------------------------------------------
+
+
+def expand(layer: Layer, kv_c: Node, k_rope: Node) -> tuple[Node, Node]:
+    """K [d_k, n, H] = [W_k c | k_rope] and V [d_v, n, H] = W_v c, of the type of c, f32 or f16."""
+    c, w, n, kind = layer.config, layer.weights, kv_c.ne[1], kv_c.dtype.name
+
+    def heads(made: Node, d: int) -> Node:
+        return permute(reshape(made, ne=(d, c.n_head, n)), axes=SWAP)
+
+    if "attn_k_b" in w:
+        k_nope = transpose(mul_mat(kv_c, transpose(unpacked(w["attn_k_b"])), type=kind))
+        v_b = reshape(w["attn_v_b"], ne=(c.kv_lora_rank, c.d_v * c.n_head))
+        v = heads(mul_mat(v_b, kv_c, type=kind), c.d_v)
+    else:
+        kv = heads(layer.name(mul_mat(w["attn_kv_b"], kv_c, type=kind), "kv"), c.d_nope + c.d_v)
+        k_nope = view(kv, ne=(c.d_nope, n, c.n_head))
+        v = view(kv, ne=(c.d_v, n, c.n_head), start=(c.d_nope,))
+    k = concat(k_nope, repeat(k_rope, ne=(c.n_rot, n, c.n_head)), dim=0)
+    return layer.name(k, "Kcur"), layer.name(v, "Vcur")
+
+
+def absorb(layer: Layer, q: Node) -> Node:
+    """Queries for latent rows: [nope | rope] [d_k, T, H] -> [W_k^T nope | rope] [R + n_rot, T, H].
+
+    (W_k c) . q = c . (W_k^T q)
+    """
+    c, n_tokens = layer.config, q.ne[1]
+    q_nope = view(q, ne=(c.d_nope, n_tokens, c.n_head))
+    q_rope = view(q, ne=(c.n_rot, n_tokens, c.n_head), start=(c.d_nope,))
+    q_nope = layer.name(mul_mat(k_part(layer), q_nope), "q_nope_absorbed")
+    return concat(q_nope, q_rope, dim=0)
+
+
+def k_part(layer: Layer) -> Node:
+    """W_k transposed, [d_nope, R, H]."""
+    c, w = layer.config, layer.weights
+    if "attn_k_b" in w:
+        return w["attn_k_b"]
+    return transpose(unpacked(_kv_b(layer, 0, c.d_nope)))
+
+
+def v_part(layer: Layer) -> Node:
+    """W_v, [R, d_v, H]."""
+    c, w = layer.config, layer.weights
+    return w["attn_v_b"] if "attn_v_b" in w else _kv_b(layer, c.d_nope, c.d_v)
+
+
+def _kv_b(layer: Layer, start: int, n: int) -> Node:
+    """Rows start .. start + n of each head of attn_kv_b, [R, n, H]."""
+    c = layer.config
+    by_head = (c.kv_lora_rank, c.d_nope + c.d_v, c.n_head)
+    whole = reshape(layer.weights["attn_kv_b"], ne=by_head)
+    return view(whole, ne=(c.kv_lora_rank, n, c.n_head), start=(0, start))
+
+
+# -- attention ----------------------------------------------------------------------------------
+
+
+def attend(layer: Layer, q: Node, k: Node, v: Node, mask: Node, flash: bool) -> Node:
+    """softmax(scale k.q + mask) v: [d_v, H, T] from q [d_k, T, H], k and v [.., n_kv, H or 1]."""
+    scale = layer.config.kq_scale
+    if flash:
+        return layer.name(flash_attn_ext(q, k, v, mask, scale=scale), "kqv")
+    kq = layer.name(mul_mat(k, q), "kq")
+    kq = layer.name(soft_max_ext(kq, mask, scale=scale), "kq_soft_max")
+    kqv = layer.name(mul_mat(transpose(unpacked(v)), kq), "kqv")
+    return permute(kqv, axes=SWAP)
+
+
+def unpacked(a: Node) -> Node:
+    """a, in f16 if it is of a block type: rows of blocks cannot be transposed."""
+    return cast(a, type="f16") if a.dtype.block > 1 else a
+
+
+def plain(a: Node) -> Node:
+    """a, in f16 if a product cannot have its type: only f32 and f16 stay."""
+    return a if a.dtype.name in ("f32", "f16") else cast(a, type="f16")

@@ -1,0 +1,274 @@
+"""The attention memory budget: finds what it counts, and cuts what exceeds it into loops.
+
+It knows no model. Two kinds of computation are counted: scores (a product that reaches a softmax
+whose result goes into a product), and keys and values that are computed from a state before an
+attention reads them. How to cut comes from the slice rules of the ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+from pyggml.dag import Graph, rebuilt
+from pyggml.errors import BudgetError
+from pyggml.graph import Axis, Node, label_of, line_of, slice_of
+from pyggml.ops.attention import flash_attn_ext
+from pyggml.ops.elementwise import add, scale
+from pyggml.ops.leaf import state_op
+from pyggml.ops.linear import mul_mat
+from pyggml.ops.reduce import soft_max_ext
+from pyggml.ops.shape import cont
+from pyggml.passes.cutting import Region, cut, standalone, structure
+from pyggml.passes.work import Work
+
+Finish = Callable[[Work], Work]
+
+
+#: Flash attention over expanded keys: groups of heads, streams, blocks of keys, then all at once.
+_FLASH_WAYS: tuple[tuple[Axis, ...], ...] = ((1,), (1, 3), ("kv",), (1, 3, "kv"))
+
+
+def _finest(axis: Axis) -> int:
+    """The smallest pieces along an axis: of keys 32, since a product of fewer takes other paths
+    through BLAS, whose rounding would show, and thousands of blocks are slow."""
+    return 32 if axis == "kv" else 1
+
+
+# -- what is counted --------------------------------------------------------------------------
+
+
+def regions(graph: Graph) -> list[Region]:
+    """Every computation that the budget can bound, in graph order."""
+    derived, soft = _origins(graph.nodes)
+    found = []
+    for node in graph.nodes:
+        if node.op is flash_attn_ext:
+            expanded = _expanded(node.src[1:3], derived)
+            if expanded:
+                found.append(Region(node, frozenset(expanded), _FLASH_WAYS))
+        elif node.op is mul_mat and node.src[1] in soft:
+            top = soft[node.src[1]]
+            scores = _scores(top)
+            if scores is None:
+                continue
+            keys = [s for n in scores if n.op is mul_mat for s in n.src]
+            counted = scores | _expanded([node.src[0], *keys], derived)
+            heads, streams, rows = (_result_axis(node, top, axis) for axis in (2, 3, 1))
+            axes = tuple(axis for axis in (heads, streams, rows) if axis is not None)
+            ways = tuple(axes[: i + 1] for i in range(len(axes)))
+            found.append(Region(node, frozenset(counted), ways))
+    return found
+
+
+def score_tensors(graph: Graph) -> set[Node]:
+    """All tensors that the budget counts in a graph without loops."""
+    return {node for region in regions(graph) for node in region.counted}
+
+
+def _origins(nodes: Iterable[Node]) -> tuple[set[Node], dict[Node, Node]]:
+    """Nodes computed from a state without an attention in between; and what shows a softmax.
+
+    The second maps a softmax result, and every view or copy of it, to the softmax.
+    """
+    derived: set[Node] = set()
+    soft: dict[Node, Node] = {}
+    for node in nodes:
+        first = node.src[0] if node.src else None
+        if node.op is soft_max_ext:
+            soft[node] = node
+        elif first in soft and (node.op.view is not None or node.op is cont):
+            soft[node] = soft[first]
+        elif node.op is state_op or node.op.writes is not None:
+            derived.add(node)
+        elif node.op is flash_attn_ext or any(s in soft for s in node.src):
+            continue  # an attention's result: what follows is a new token, not the state
+        elif any(s in derived for s in node.src):
+            derived.add(node)
+    return derived, soft
+
+
+def _expanded(sources: Iterable[Node | None], derived: set[Node]) -> set[Node]:
+    """What is computed from a state on the way to `sources`; views of states are not."""
+    found: set[Node] = set()
+    stack = [s for s in sources if s in derived]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        if node is None or node.op is state_op or node.op.writes is not None:
+            continue
+        if node.op.view is None:
+            found.add(node)
+        fresh = [s for s in node.src if s in derived and s not in seen]
+        seen.update(fresh)
+        stack += fresh
+    return found
+
+
+def _scores(top: Node) -> set[Node] | None:
+    """The softmax and the tensors before it, back to a product; None where there is no product."""
+
+    def back(node: Node | None) -> set[Node] | None:
+        if node is None:
+            return None
+        if node.op is mul_mat:
+            return {node}
+        if node.op.view is None and node.op not in (scale, add, cont):
+            return None
+        ways = [way for way in map(back, node.src) if way is not None]
+        own = set() if node.op.view is not None else {node}
+        return own.union(*ways) if ways else None
+
+    way = back(top.src[0])
+    return None if way is None else way | {top}
+
+
+def _result_axis(out: Node, top: Node, axis: int) -> int | None:
+    """The axis of `out` that walks along `axis` of `top`."""
+
+    def lands(node: Node, here: Axis) -> bool:
+        if node is top:
+            return here == axis
+        rule = slice_of(node, here, node.ne[here]) if isinstance(here, int) else None
+        if rule is None:
+            return False
+        source = node.src[1] if node.op is mul_mat else node.src[0]
+        step = rule.cuts[1 if node.op is mul_mat else 0]
+        return step is not None and source is not None and lands(source, step.axis)
+
+    if top.ne[axis] == 1:
+        return None
+    return next((a for a in range(4) if lands(out, a)), None)
+
+
+# -- how it is cut ----------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Chooser:
+    """Finds for a region the fewest pieces that fit; remembers equal regions."""
+
+    work: Work
+    finish: Finish
+    known: dict[object, tuple[tuple[Axis, int], ...] | int]
+
+    def need(self, region: Region, cuts: tuple[tuple[Axis, int], ...] | None) -> int | None:
+        """Most counted bytes alive at once when cut so (None: not at all); None where illegal."""
+        if cuts is None:
+            out, scores = region.out, region.counted
+        else:
+            made = cut(region, cuts)
+            if made is None:
+                return None
+            out, scores = made.node, made.counted
+        graph = Graph({"out": out})
+        done = self.finish(replace(self.work, graph=graph, scores=frozenset(scores)))
+        return done.placed.score_peak
+
+    def choose(self, region: Region, amb: int) -> tuple[tuple[Axis, int], ...] | int:
+        """The cuts (none where it fits as it is), or the least budget where no cuts do."""
+        key = structure(region)
+        if key not in self.known:
+            self.known[key] = self._search(standalone(region), amb)
+        return self.known[key]
+
+    def _search(self, region: Region, amb: int) -> tuple[tuple[Axis, int], ...] | int:
+        least = self.need(region, None)
+        assert least is not None
+        if least <= amb:
+            return ()
+        for way in region.ways:
+            axes = [axis for axis in way if region.extent(axis) > 1]
+            finest = tuple((axis, min(_finest(axis), region.extent(axis))) for axis in axes)
+            size = self.need(region, finest) if finest else None
+            if size is None:
+                continue
+            least = min(least, size)
+            if size <= amb:
+                return self._coarsest(region, finest, amb)
+        return least
+
+    def _coarsest(
+        self, region: Region, finest: tuple[tuple[Axis, int], ...], amb: int
+    ) -> tuple[tuple[Axis, int], ...]:
+        """The largest step along the last axis that fits, evened out over its number of pieces."""
+        *outer, (axis, best) = finest
+        total = region.extent(axis)
+        low, high = best, total  # low fits (as best), high does not
+        while high - low > 1:
+            middle = (low + high) // 2
+            step, size = middle, self.need(region, (*outer, (axis, middle)))
+            while size is None:  # not every step keeps groups of heads together
+                step -= 1
+                size = self.need(region, (*outer, (axis, step)))
+            if size <= amb:
+                best, low = step, middle
+            else:
+                high = middle
+        even = -(-total // -(-total // best))
+        size = self.need(region, (*outer, (axis, even)))
+        return (*outer, (axis, even if size is not None and size <= amb else best))
+
+
+def apply_budget(work: Work, finish: Finish) -> Work:
+    """Replace every region that needs more than the budget by a loop over its pieces.
+
+    Regions that are outputs or observed inside are left whole, with a warning. BudgetError with the
+    least budget where even the finest pieces do not fit.
+    """
+    assert work.amb is not None
+    chooser = _Chooser(work, finish, {})
+    split = _split(work, chooser, atomic=False)
+    if finish(split).placed.score_peak > work.amb:
+        # Regions that fit one by one may be alive together: a loop of one piece keeps them apart.
+        split = _split(work, chooser, atomic=True)
+        peak = finish(split).placed.score_peak
+        if peak > work.amb:
+            raise _too_small(work.amb, peak, "computations that must be alive together")
+    return split
+
+
+def _split(work: Work, chooser: _Chooser, atomic: bool) -> Work:
+    assert work.amb is not None
+    roots = set(work.graph.roots)
+    found: dict[Node, Region] = {}
+    warnings = []
+    for region in regions(work.graph):
+        seen = [n for n in region.counted if n in roots]
+        if seen:
+            warnings.append(
+                f"{label_of(seen[0])} is an output: the attention of {label_of(region.out)} "
+                "stays whole, outside the budget"
+            )
+        else:
+            found[region.out] = region
+    new: dict[Node, Node] = {}
+    counted: set[Node] = set()
+
+    def rebuild(node: Node, src: tuple[Node | None, ...]) -> Node:
+        made = new[node] = rebuilt(node, src)
+        if node in found:
+            region = found[node].mapped(new)
+            cuts = chooser.choose(region, work.amb or 0)
+            if isinstance(cuts, int):
+                raise _too_small(work.amb or 0, cuts, f"{node!r} (at {line_of(node)})")
+            if not cuts and not atomic:
+                counted.update(region.counted)
+            else:
+                done = cut(region, cuts)
+                assert done is not None
+                counted.update(done.counted)
+                made = new[node] = done.node
+        return made
+
+    graph = work.graph.rewrite(rebuild)
+    return replace(work, graph=graph, scores=frozenset(counted), warnings=tuple(warnings))
+
+
+def _too_small(amb: int, least: int, what: str) -> BudgetError:
+    mib = least / 2**20
+    return BudgetError(
+        f"amb={amb / 2**20:g} MiB is too small for {what}: one piece alone needs {mib!r} MiB "
+        f"({least} bytes); give amb={mib!r} or more",
+        mib,
+    )

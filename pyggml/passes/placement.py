@@ -1,0 +1,246 @@
+"""Lifetimes of steps -> offsets in one arena: who may share memory with whom, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from pyggml.backends.base import Place, Step
+from pyggml.graph import Ne, Node
+from pyggml.memory import Interval, live_bytes, pack
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where everything stands, and how much of the arena is used when.
+
+    arena        bytes of the arena
+    live         bytes needed in each step (no packing can do with less than their maximum)
+    score_peak   most bytes alive at once of what the attention budget counts, scratch included
+    copied_parts sources of a concat that could not be written into their place
+    """
+
+    places: Mapping[Node, Place]
+    scratch_at: tuple[int, ...]
+    arena: int
+    live: tuple[int, ...]
+    score_peak: int
+    copied_parts: int
+
+
+def place(
+    nodes: Sequence[Node],
+    steps: Sequence[Step],
+    roots: Collection[Node],
+    outside: Collection[Node],
+    scores: Collection[Node],
+    alignment: int,
+) -> Placement:
+    """Give every tensor of `nodes` its place.
+
+    roots    nodes whose memory must survive to the end
+    outside  nodes with memory of their own: leaves, a loop body's result
+    scores   nodes that the attention budget counts
+    """
+    return _Placer(nodes, steps, roots, outside, scores, alignment).placement()
+
+
+class _Placer:
+    def __init__(
+        self,
+        nodes: Sequence[Node],
+        steps: Sequence[Step],
+        roots: Collection[Node],
+        outside: Collection[Node],
+        scores: Collection[Node],
+        alignment: int,
+    ) -> None:
+        self.nodes, self.steps, self.alignment = nodes, steps, alignment
+        self.outside, self.scores = outside, scores
+        self.owner = _owners(nodes, outside)
+        self.made = {node: i for i, step in enumerate(steps) for node in step.nodes}
+        self.last = self._last_uses(roots)
+        self.home: dict[Node, tuple[Node, Ne]] = {}  # part -> (parent, start in it)
+        self.storage: dict[Node, Node] = {}  # owner -> the node whose block it uses
+        self.copied_parts = 0
+
+    def _last_uses(self, roots: Collection[Node]) -> dict[Node, int]:
+        """Owner -> the last step that reads it; the end for roots."""
+        last = {node: i for node, i in self.made.items() if self.owner[node] is node}
+        for i, step in enumerate(self.steps):
+            for read in step.reads:
+                last[self.owner[read]] = i
+        for root in roots:
+            last[self.owner[root]] = len(self.steps)
+        return last
+
+    def placement(self) -> Placement:
+        self._stand_in_parents()
+        self._share_in_place()
+        blocks, intervals, scratch = self._intervals()
+        offsets, arena = pack(intervals, self.alignment)
+        at = dict(zip(blocks, offsets))
+        places = self._places(at)
+        scratch_at = [0] * len(self.steps)
+        for step, offset in zip(scratch, offsets[len(blocks) :]):
+            scratch_at[step] = offset
+        live = live_bytes(intervals, len(self.steps))
+        peak = self._score_peak()
+        return Placement(places, tuple(scratch_at), arena, tuple(live), peak, self.copied_parts)
+
+    # -- sharing ------------------------------------------------------------------------------
+
+    def _in_arena(self, node: Node) -> bool:
+        return node in self.made and self.owner[node] is node and node not in self.outside
+
+    def _stand_in_parents(self) -> None:
+        """Let the sources of a concat be written where the concat wants them."""
+        views: dict[Node, list[Node]] = {}
+        for node in self.nodes:
+            if node.op.view is not None and node.src[0] is not None:
+                views.setdefault(node.src[0], []).append(node)
+        # Sources of loops and roots keep the layout that everyone expects.
+        fixed = {self.owner[r] for step in self.steps if step.loop for r in step.reads}
+        fixed |= {node for node, end in self.last.items() if end == len(self.steps)}
+        for step in self.steps:
+            node = step.node
+            if node.op.parts is None or not self._in_arena(node):
+                continue
+            for part, start in zip(node.src, node.op.parts(node)):
+                if part is not None and self._fits(part, node, fixed, views):
+                    self.home[part] = (node, start)
+                    self.last[node] = max(self.last[node], self.last[part])
+                else:
+                    self.copied_parts += 1
+
+    def _fits(
+        self, part: Node, parent: Node, fixed: set[Node], views: Mapping[Node, list[Node]]
+    ) -> bool:
+        return (
+            self._in_arena(part)
+            and part not in fixed
+            and part not in self.home
+            and parent not in self.home
+            and self.steps[self.made[part]].strided
+            and parent.src.count(part) == 1
+            and _viewable(part, parent.spec.nb, views)
+        )
+
+    def _share_in_place(self) -> None:
+        """Let results take over the memory of sources that nobody needs afterwards."""
+        parents = {parent for parent, _ in self.home.values()}
+        self.storage = {node: node for node in self.made if self._in_arena(node)}
+        for i, step in enumerate(self.steps):
+            node = step.node
+            if not self._in_arena(node) or node in self.home or node in parents:
+                continue
+            for source in step.inplace:
+                if self._may_take(node, source, i, step):
+                    self.storage[node] = self.storage[self.owner[source]]
+                    break
+
+    def _may_take(self, node: Node, source: Node, i: int, step: Step) -> bool:
+        own = self.owner[source]
+        return (
+            self._in_arena(own)
+            and own not in self.home
+            and self.last[own] == i
+            and source.spec.nbytes == own.spec.nbytes == node.spec.nbytes
+            and source.nb == node.spec.nb
+            and own.nb == own.spec.nb
+            and all(read is source or self._apart(read, own) for read in step.reads)
+        )
+
+    def _apart(self, read: Node, own: Node) -> bool:
+        other = self.owner[read]
+        return not self._in_arena(other) or self._block(other) is not self.storage[own]
+
+    # -- results ------------------------------------------------------------------------------
+
+    def _block(self, node: Node) -> Node:
+        """The node that stands for the block of memory `node` lives in."""
+        parent = self.home.get(node)
+        return self.storage[parent[0] if parent else node]
+
+    def _intervals(self) -> tuple[list[Node], list[Interval], list[int]]:
+        """Blocks with their lifetimes, then the scratch of the steps that have some."""
+        life: dict[Node, list[int]] = {}
+        end = len(self.steps) - 1
+        for node, i in self.made.items():
+            if not self._in_arena(node):
+                continue
+            block = self._block(node)
+            span = life.setdefault(block, [i, i])
+            span[0] = min(span[0], i)
+            span[1] = max(span[1], min(self.last[node], end))
+        intervals = [Interval(a, b, node.spec.nbytes) for node, (a, b) in life.items()]
+        scratch = [i for i, step in enumerate(self.steps) if step.scratch]
+        intervals += [Interval(i, i, self.steps[i].scratch) for i in scratch]
+        return list(life), intervals, scratch
+
+    def _places(self, at: Mapping[Node, int]) -> dict[Node, Place]:
+        places: dict[Node, Place] = {}
+        for node in self.nodes:
+            if node in self.outside:
+                places[node] = Place(node, 0, node.nb)
+            elif node.op.view is not None or node.op.writes is not None:
+                places[node] = self._looked(node, places)
+            elif node in self.home:
+                parent, start = self.home[node]
+                units = (start[0] // node.dtype.block, *start[1:])
+                inside = sum(s * b for s, b in zip(units, parent.spec.nb))
+                places[node] = Place(None, at[self._block(node)] + inside, parent.spec.nb)
+            elif node in self.made:
+                places[node] = Place(None, at[self._block(node)], node.spec.nb)
+        return places
+
+    def _looked(self, node: Node, places: Mapping[Node, Place]) -> Place:
+        source = node.src[node.op.writes or 0]
+        assert source is not None
+        seen = places[source]
+        if node.op.view is None:
+            return seen
+        looked = node.op.view(node, seen.nb)
+        assert looked is not None
+        return Place(seen.base, seen.offset + looked[0], looked[1])
+
+    def _score_peak(self) -> int:
+        """Distinct blocks of counted tensors alive in a step, and the scratch of their steps."""
+        counted = [n for n in self.made if n in self.scores and self._in_arena(n)]
+        starts: dict[int, list[Node]] = {}
+        for node in counted:
+            starts.setdefault(self.made[node], []).append(node)
+        alive: dict[Node, int] = {}
+        peak = 0
+        for i, step in enumerate(self.steps):
+            for node in starts.get(i, ()):
+                alive[node] = self.last[node]
+            total = sum(b.spec.nbytes for b in {self._block(node) for node in alive})
+            if step.bodies:
+                total += max(body.score_peak for body in step.bodies)
+            elif step.node in alive or any(self.owner[r] in alive for r in step.reads):
+                total += step.scratch
+            peak = max(peak, total)
+            alive = {node: end for node, end in alive.items() if end > i}
+        return peak
+
+
+def _owners(nodes: Sequence[Node], outside: Collection[Node]) -> dict[Node, Node]:
+    """Node -> the node whose memory it looks at or writes into."""
+    owner: dict[Node, Node] = {}
+    for node in nodes:
+        source = None
+        if node not in outside and (node.op.view is not None or node.op.writes is not None):
+            source = node.src[node.op.writes or 0]
+        owner[node] = node if source is None else owner[source]
+    return owner
+
+
+def _viewable(node: Node, nb: Ne, views: Mapping[Node, list[Node]]) -> bool:
+    """Whether every view of `node` still works with these strides."""
+    for view in views.get(node, ()):
+        assert view.op.view is not None
+        looked = view.op.view(view, nb)
+        if looked is None or not _viewable(view, looked[1], views):
+            return False
+    return True

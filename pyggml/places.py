@@ -1,0 +1,44 @@
+"""Places: `NAME[:INDEX][:SIZE]`, where a graph may run."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from pyggml import backends
+from pyggml.backends.base import Backend
+from pyggml.errors import DeviceError, DTypeError
+
+_FORM = re.compile(
+    r"(?P<name>[a-z_]+)(?::(?P<index>\d+))?(?::(?P<size>\d+(?:\.\d+)?)(?P<unit>[KMGT]iB))?"
+)
+_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A device by name: `numpy`, `cuda:1`, or with a size a description of one (`cuda:0:24GiB`)."""
+
+    name: str
+    index: int
+    size: int | None
+
+    @property
+    def backend(self) -> Backend:
+        return backends.get(self.name)
+
+    def __str__(self) -> str:
+        return self.name if self.name == "numpy" else f"{self.name}:{self.index}"
+
+
+def parse(text: str) -> Place:
+    """The place that `text` names; DeviceError where it is none, UnknownName for its backend."""
+    if not isinstance(text, str):
+        raise DTypeError(f"a place is a string such as 'numpy' or 'cuda:0:24GiB', not {text!r}")
+    found = _FORM.fullmatch(text)
+    if found is None:
+        raise DeviceError(f"{text!r} is no place; the form is NAME[:INDEX][:SIZE], cuda:0:24GiB")
+    size = found["size"]
+    nbytes = int(float(size) * _UNITS[found["unit"]]) if size else None
+    backends.get(found["name"])
+    return Place(found["name"], int(found["index"] or 0), nbytes)

@@ -1,0 +1,185 @@
+"""Codecs between f32 and the element types of GGUF files, in NumPy.
+
+An array of a block type is uint8 [..., blocks, bytes of a block]; bf16 is uint16 [..., ne0]; f16
+and f32 are themselves. Any strides are taken, in arguments and in `out`, which must not overlap
+the input. Work is done in pieces inside `work` (uint8, WORK_BYTES long; made where not given): no
+call makes a further temporary of 64 KiB or more, tables made at first use (30 KiB each, and gguf's)
+apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyggml.dtypes import DType
+from pyggml.dtypes import dtype as as_dtype
+from pyggml.errors import DTypeError, ShapeError
+from pyggml.quants import decoders, encoders
+from pyggml.quants.common import (
+    DECODE_PIECE,
+    ENCODE_PIECE,
+    WORK_BYTES,
+    Floats,
+    Memory,
+    pieces,
+)
+
+__all__ = [
+    "DECODABLE", "ENCODABLE", "WORK_BYTES", "decode", "decode_rows", "encode", "encode_rows",
+]  # fmt: skip
+
+#: Names of the types that `decode` and `encode` take.
+DECODABLE = frozenset(decoders.BY_NAME)
+ENCODABLE = frozenset(encoders.BY_NAME)
+
+
+def decode(
+    dtype: str | DType,
+    raw: NDArray[Any],
+    out: Floats | None = None,
+    *,
+    work: NDArray[np.uint8] | None = None,
+) -> Floats:
+    """The f32 values of `raw`: equal, bit for bit, to gguf.quants.dequantize (NaNs stay NaNs).
+
+        raw     block types  uint8   [..., blocks, bytes of a block]
+                bf16         uint16  [..., ne0]
+                f16, f32     itself  [..., ne0]
+        result  f32                  [..., ne0]   (ne0 = blocks * weights of a block)
+
+    DTypeError for a type outside DECODABLE or an array of another element type; ShapeError for
+    a last axis that is not one block, or an `out` or `work` that does not fit.
+    """
+    t = _known(dtype, DECODABLE, "decode")
+    _check_elements(raw, _storage(t), f"raw {t} data")
+    if t.kind != "block":
+        _check_axes(raw, f"raw {t} data")
+        raw = raw[..., None]
+    elif raw.ndim < 2 or raw.shape[-1] != t.nbytes:
+        raise ShapeError(
+            f"raw {t} data is [..., blocks, {t.nbytes}], not {list(raw.shape)} (NumPy order); "
+            f"reshape rows of bytes to (..., -1, {t.nbytes})"
+        )
+    *outer, blocks, _ = raw.shape
+    y = _result(out, (*outer, blocks * t.block), np.dtype(np.float32))
+    tiles = y.reshape(*outer, blocks, t.block)
+    _convert(decoders.BY_NAME[t.name], raw, tiles, DECODE_PIECE // t.block, work)
+    return y
+
+
+def encode(
+    dtype: str | DType,
+    values: Floats,
+    out: NDArray[Any] | None = None,
+    *,
+    work: NDArray[np.uint8] | None = None,
+) -> NDArray[Any]:
+    """f32 [..., ne0] in the layout that `decode` takes.
+
+    Equal to gguf.quants.quantize bit for bit. gguf has no iq4_nl: that is ggml's search without an
+    importance matrix, in ggml's order of f32 operations. Inputs that are not finite, or whose scale
+    is past the f16 range, give their block a scale of inf or NaN.
+
+    DTypeError for a type outside ENCODABLE or values that are not f32; ShapeError for an ne0 that
+    would cut a block, or an `out` or `work` that does not fit.
+    """
+    t = _known(dtype, ENCODABLE, "encode")
+    _check_elements(values, np.dtype(np.float32), "the array to encode")
+    _check_axes(values, "the array to encode")
+    *outer, ne0 = values.shape
+    t.row_bytes(ne0)
+    blocks = (*outer, ne0 // t.block)
+    shape = (*blocks, t.nbytes) if t.kind == "block" else blocks
+    raw = _result(out, shape, _storage(t))
+    target = raw if t.kind == "block" else raw[..., None]
+    tiles = values.reshape(*blocks, t.block)
+    _convert(encoders.BY_NAME[t.name], tiles, target, ENCODE_PIECE // t.block, work)
+    return raw
+
+
+def decode_rows(dtype: str | DType, rows: NDArray[Any]) -> Floats:
+    """`decode` of rows as files hold them: uint8 [..., bytes of a row] for block types."""
+    t = as_dtype(dtype)
+    return decode(t, rows.reshape(*rows.shape[:-1], -1, t.nbytes) if t.kind == "block" else rows)
+
+
+def encode_rows(dtype: str | DType, values: Floats) -> NDArray[Any]:
+    """`encode` into rows as files hold them: uint8 [..., bytes of a row] for block types."""
+    t = as_dtype(dtype)
+    made = encode(t, values)
+    return made.reshape(*values.shape[:-1], -1) if t.kind == "block" else made
+
+
+def _convert(
+    codec: Callable[[Any, Any, Memory], None],
+    source: NDArray[Any],
+    target: NDArray[Any],
+    limit: int,
+    work: NDArray[np.uint8] | None,
+) -> None:
+    """Runs a codec over pieces of at most `limit` blocks; the last axis of both arrays is a block.
+
+    The codec sees contiguous memory only, and may overwrite its copy of the source.
+    """
+    if work is None:
+        work = np.empty(WORK_BYTES, np.uint8)
+    _check_elements(work, np.dtype(np.uint8), "work")
+    if work.nbytes < WORK_BYTES or not work.flags.carray:
+        raise ShapeError(f"work must be contiguous, writable, of at least {WORK_BYTES} bytes")
+    with np.errstate(all="ignore"):  # inf and NaN are values like others
+        for index in pieces(source.shape[:-1], limit):
+            memory = Memory(work.reshape(-1))
+            part = source[index]
+            gathered = memory.array(part.shape, part.dtype)
+            gathered[...] = part
+            final = target[index]
+            filled = final
+            if not final.flags.c_contiguous:
+                filled = memory.array(final.shape, final.dtype)
+            codec(_blocks(gathered), _blocks(filled), memory)
+            if filled is not final:
+                final[...] = filled
+
+
+def _blocks(array: NDArray[Any]) -> NDArray[Any]:
+    return array.reshape(-1, array.shape[-1])
+
+
+def _storage(t: DType) -> np.dtype[Any]:
+    return np.dtype({"f32": np.float32, "f16": np.float16, "bf16": np.uint16}.get(t.name, np.uint8))
+
+
+def _known(dtype: str | DType, names: frozenset[str], verb: str) -> DType:
+    t = as_dtype(dtype)
+    if t.name not in names:
+        raise DTypeError(f"cannot {verb} {t}; types that can be: {', '.join(sorted(names))}")
+    return t
+
+
+def _check_elements(array: NDArray[Any], wanted: np.dtype[Any], what: str) -> None:
+    if not isinstance(array, np.ndarray) or array.dtype != wanted:
+        kind = getattr(array, "dtype", type(array).__name__)
+        raise DTypeError(f"{what} must be a NumPy array of {wanted}, not {kind}")
+
+
+def _check_axes(array: NDArray[Any], what: str) -> None:
+    if array.ndim == 0:
+        raise ShapeError(f"{what} has no axis; it is [..., ne0]")
+
+
+def _result(
+    out: NDArray[Any] | None, shape: tuple[int, ...], wanted: np.dtype[Any]
+) -> NDArray[Any]:
+    if out is None:
+        return np.empty(shape, wanted)
+    _check_elements(out, wanted, "out")
+    if out.shape != shape or not out.flags.writeable:
+        raise ShapeError(
+            f"out must be writable, of shape {list(shape)} (NumPy order); it is "
+            f"{'' if out.flags.writeable else 'read-only '}{list(out.shape)}"
+        )
+    return out

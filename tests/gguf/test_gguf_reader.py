@@ -1,0 +1,202 @@
+"""Reading good files: our bytes, the gguf package's, split ones; arrays and their lives."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import gguf as reference
+import numpy as np
+import pytest
+
+from pyggml import gguf
+from pyggml.errors import GGUFError, UnknownName
+from tests.gguf.gguf_bytes import (
+    ARCH,
+    STRING,
+    U32,
+    array,
+    build,
+    every_kind,
+    kv,
+    tensor,
+    text,
+    u32,
+    u64,
+)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    target = tmp_path / "x.gguf"
+    target.write_bytes(every_kind())
+    return target
+
+
+def test_fields_are_python_values(path: Path) -> None:
+    with gguf.open(path) as file:
+        fields = file.fields
+    assert file.version == 3 and file.complete
+    assert fields["general.architecture"] == "test"
+    assert [fields[f"k.{i}"] for i in (0, 1, 2, 3, 4, 5, 10, 11)] == [1] * 8
+    assert fields["k.7"] is True
+    assert type(fields["k.6"]) is type(fields["k.12"]) is float
+    assert list(fields["tokens"]) == ["a", "", "é"] and fields["tokens"][-1] == "é"  # type: ignore[index,arg-type]
+    assert fields["none"].shape == (0,)  # type: ignore[union-attr]
+    for id_, kind in {0: "u1", 5: "i4", 6: "f4", 7: "?", 12: "f8"}.items():
+        values: Any = fields[f"a.{id_}"]
+        assert values.dtype == kind and values.tolist() == [0, 1] and not values.flags.writeable
+
+
+def test_version_2_reads_alike(tmp_path: Path) -> None:
+    (tmp_path / "v2").write_bytes(every_kind(version=2))
+    with gguf.open(tmp_path / "v2") as file:
+        assert file.version == 2 and len(file.tensors) == 3
+
+
+def test_arrays_are_read_only_views_in_numpy_shape(path: Path) -> None:
+    with gguf.open(path) as file:
+        plain, block, half = (file.array(name) for name in ("plain", "block", "half"))
+    data = bytes(range(192))
+    assert plain.dtype == np.float32 and plain.shape == (2, 4)
+    assert block.dtype == np.uint8 and block.shape == (2, 34)
+    assert half.dtype == np.uint16 and half.shape == (2, 2, 8)
+    # After close, too: the map lives as long as its arrays.
+    assert (plain.tobytes(), block.tobytes(), half.tobytes()) == (
+        data[:32],
+        data[32:100],
+        data[128:],
+    )
+    with pytest.raises(ValueError, match="read-only"):
+        plain[0, 0] = 1
+    info = file.tensors["half"]
+    assert (info.ne, info.shape, info.n_elements, info.nbytes) == ((8, 2, 2), (2, 2, 8), 32, 64)
+
+
+def test_unknown_names_suggest(path: Path) -> None:
+    with gguf.open(path) as file:
+        with pytest.raises(UnknownName, match="did you mean plain"):
+            file.array("plane")
+        with pytest.raises(UnknownName, match=r"general\.architecture"):
+            file.fields["general.architectur"]
+        assert file.fields.get("nothing") is None and "nothing" not in file.tensors
+
+
+def test_use_after_close(path: Path) -> None:
+    file = gguf.open(path)
+    file.close()
+    file.close()
+    with pytest.raises(GGUFError, match="closed"):
+        file.array("plain")
+
+
+def test_a_file_that_shrinks_is_an_error_not_a_signal(path: Path) -> None:
+    with gguf.open(path) as file:
+        os.truncate(path, os.path.getsize(path) - 64)
+        assert file.array("plain").shape == (2, 4)
+        with pytest.raises(GGUFError, match="half"):
+            file.array("half")
+
+
+def test_missing_data_only_on_request(tmp_path: Path) -> None:
+    path = tmp_path / "h.gguf"
+    path.write_bytes(every_kind()[:-64])
+    with pytest.raises(GGUFError, match="allow_missing_data"):
+        gguf.open(path)
+    with gguf.open(path, allow_missing_data=True) as file:
+        assert not file.complete and file.array("block").shape == (2, 34)
+        with pytest.raises(GGUFError, match=r"'half'.*not in the file"):
+            file.array("half")
+
+
+def test_gaps_order_and_alignment_are_free(tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    keys = [ARCH, kv("general.alignment", U32, u32(64))]
+    rows = [tensor("late", (2,), offset=128), tensor("early", (2,), offset=0)]
+    path.write_bytes(build(keys, rows, bytes(range(192)), alignment=64))
+    with gguf.open(path) as file:
+        assert file.array("late").tobytes() == bytes(range(128, 136))
+
+
+def test_a_token_that_is_not_utf8_fails_when_used(tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(build([array("tokens", STRING, 2, text("a") + text(b"\xff"))]))
+    with gguf.open(path) as file:
+        tokens: Any = file.fields["tokens"]
+    assert len(tokens) == 2 and tokens.raw() == [b"a", b"\xff"]
+    with pytest.raises(GGUFError, match=r"key 'tokens'.*not UTF-8"):
+        tokens[0]
+
+
+def test_reads_what_the_gguf_package_writes(tmp_path: Path) -> None:
+    path = tmp_path / "ref.gguf"
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal((6, 64)).astype(np.float32)
+    packed = reference.quantize(weights, reference.GGMLQuantizationType.Q8_0)
+    writer = reference.GGUFWriter(path, "deepseek2")
+    writer.add_block_count(27)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_token_list([f"tok{i}" for i in range(50)])
+    writer.add_token_types([1] * 50)
+    writer.add_tensor("w", weights)
+    writer.add_tensor("q", packed, raw_dtype=reference.GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with gguf.open(path) as file:
+        assert file.fields["deepseek2.block_count"] == 27
+        assert list(file.fields["tokenizer.ggml.tokens"])[49] == "tok49"  # type: ignore[arg-type]
+        np.testing.assert_array_equal(file.array("w"), weights)
+        np.testing.assert_array_equal(file.array("q"), packed)
+        assert file.tensors["q"].dtype.name == "q8_0"
+
+
+# --- split files ---------------------------------------------------------------------------------
+
+
+def write_split(folder: Path, count: int = 3, **changed: Any) -> Path:
+    """`count` parts with a tensor t<i> each; changed: name=(part, value of its keys or tensor)."""
+    paths = [folder / f"m-{i + 1:05}-of-{count:05}.gguf" for i in range(count)]
+    for i, path in enumerate(paths):
+        fields = {"split.no": i, "split.count": count, "split.tensors.count": count}
+        fields |= changed.get(f"part{i}", {})
+        keys = [kv(key, 10, u64(value)) for key, value in fields.items()]
+        row = tensor(changed.get(f"name{i}", f"t{i}"), (8,))
+        path.write_bytes(build(keys, [row], bytes([i]) * 32))
+    return paths[0]
+
+
+def test_split_files_are_one(tmp_path: Path) -> None:
+    with gguf.open(write_split(tmp_path)) as file:
+        assert list(file.tensors) == ["t0", "t1", "t2"] and len(file.paths) == 3
+        assert [file.array(f"t{i}").tobytes()[0] for i in range(3)] == [0, 1, 2]
+        assert [file.tensors[f"t{i}"].part for i in range(3)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"part0": {"split.count": 4}}, "must end in -00001-of-00004"),
+        ({"part0": {"split.count": 2**32 - 1}}, "must be 0 to 65535"),
+        ({"part1": {"split.no": 2}}, "are 2 and 3, expected 1 and 3"),
+        ({"part2": {"split.count": 7}}, "are 2 and 7, expected 2 and 3"),
+        ({"part0": {"split.tensors.count": 9}}, "9, but the parts hold 3"),
+        ({"name2": "t0"}, "'t0' is in .*00001-of-00003.gguf too"),
+    ],
+)
+def test_split_contradictions(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+    first = write_split(tmp_path, **changed)
+    with pytest.raises(GGUFError, match=message):
+        gguf.open(first)
+
+
+def test_split_part_missing_or_opened_first(tmp_path: Path) -> None:
+    first = write_split(tmp_path)
+    second = tmp_path / "m-00002-of-00003.gguf"
+    with pytest.raises(GGUFError, match=r"open .*00001-of-00003"):
+        gguf.open(second)
+    second.unlink()
+    with pytest.raises(GGUFError, match=r"00002-of-00003\.gguf: No such file"):
+        gguf.open(first)

@@ -1,0 +1,177 @@
+"""Writing: what both readers see, what is refused, what is left behind after a failure."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gguf as reference
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyggml import gguf
+from pyggml.dtypes import dtype
+from pyggml.errors import DTypeError, GGUFError
+from pyggml.gguf.synth import DRAWN, drawn_type, fitting_type, random_tensor
+
+FIELDS: dict[str, Any] = {
+    "general.architecture": "x", "u": 7, "n": -7, "big": 1 << 40, "f": 0.5, "yes": True,
+    "u16": np.uint16(3), "f64": np.float64(0.1), "tokens": ["a", "", "é"], "scores": np.arange(3.0),
+}  # fmt: skip
+
+
+def of(array: np.ndarray[Any, Any], name: str = "t") -> gguf.Tensor:
+    return gguf.Tensor(name, dtype("f32"), array.shape[::-1], lambda: [array.astype(np.float32)])
+
+
+def test_round_trip_through_both_readers(tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    tensors = [random_tensor(name, dtype(name), (256, 3, 2), std=0.02) for name in DRAWN]
+    size = gguf.write(path, FIELDS, tensors)
+    assert path.stat().st_size == size
+    theirs = reference.GGUFReader(path)
+    with gguf.open(path) as file:
+        for key, value in FIELDS.items():
+            ours, other = file.fields[key], theirs.get_field(key)
+            assert other is not None
+            np.testing.assert_array_equal(ours, value)  # type: ignore[arg-type]
+            np.testing.assert_array_equal(other.contents(), value)
+        assert [t.name for t in theirs.tensors] == list(file.tensors)
+        for tensor in theirs.tensors:
+            info = file.tensors[tensor.name]
+            assert tensor.tensor_type == info.dtype.ggml_id
+            assert tuple(tensor.shape.tolist()) == info.ne
+            assert tensor.data.tobytes() == file.array(tensor.name).tobytes()
+
+
+values = st.one_of(
+    st.booleans(),
+    st.integers(-(2**63), 2**64 - 1),
+    st.floats(width=32, allow_nan=False),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
+    st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=4), max_size=5),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.dictionaries(st.from_regex(r"[a-z.]{1,9}", fullmatch=True), values, max_size=6))
+def test_any_fields_come_back(tmp_path_factory: pytest.TempPathFactory, fields: Any) -> None:
+    path = tmp_path_factory.getbasetemp() / "fields.gguf"
+    gguf.write(path, fields, [])
+    with gguf.open(path) as file:
+        back = {
+            k: list(v) if isinstance(v, gguf.StringArray) else v for k, v in file.fields.items()
+        }
+    assert back == fields and [type(v) for v in back.values()] == [type(v) for v in fields.values()]
+
+
+def test_header_only_describes_everything(tmp_path: Path) -> None:
+    array = np.ones((4, 8), np.float32)
+    gguf.write(tmp_path / "whole", {"k": 1}, [of(array)])
+    size = gguf.write(tmp_path / "head", {"k": 1}, [of(array)], header_only=True)
+    assert (tmp_path / "whole").read_bytes()[:size] == (tmp_path / "head").read_bytes()
+    with gguf.open(tmp_path / "whole") as whole:
+        with gguf.open(tmp_path / "head", allow_missing_data=True) as head:
+            assert dict(whole.tensors) == dict(head.tensors)
+        np.testing.assert_array_equal(whole.array("t"), array)
+
+
+@pytest.mark.parametrize(
+    ("fields", "tensors", "error"),
+    [
+        ({"": 1}, [], GGUFError),
+        ({"k": 1 << 64}, [], DTypeError),
+        ({"k": object()}, [], DTypeError),
+        ({"k": [1, 2]}, [], DTypeError),
+        ({"k": np.zeros((2, 2))}, [], DTypeError),
+        ({"k": np.float16(1)}, [], DTypeError),
+        ({"general.alignment": 64}, [], GGUFError),
+        ({}, [of(np.ones(8)), of(np.ones(8))], GGUFError),
+        ({}, [of(np.ones(8), "n" * 64)], GGUFError),
+        ({}, [of(np.ones((1, 1, 1, 1, 8)))], GGUFError),
+    ],
+)
+def test_refused_before_anything_is_written(
+    tmp_path: Path, fields: Any, tensors: Any, error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        gguf.write(tmp_path / "x.gguf", fields, tensors)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [OSError("disk"), KeyboardInterrupt(), SystemExit(143)])
+def test_failure_keeps_the_old_file_and_leaves_no_other(
+    tmp_path: Path, error: BaseException
+) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"old")
+
+    def chunks() -> Iterator[np.ndarray[Any, Any]]:
+        yield np.zeros(8, np.float32)
+        assert len(list(tmp_path.iterdir())) == 2
+        raise error
+
+    with pytest.raises(type(error)):
+        gguf.write(path, {}, [gguf.Tensor("t", dtype("f32"), (16,), chunks)])
+    assert [p.name for p in tmp_path.iterdir()] == ["x.gguf"] and path.read_bytes() == b"old"
+
+
+def test_wrong_amount_of_data(tmp_path: Path) -> None:
+    for given_ in (7, 9):
+        tensor = gguf.Tensor("t", dtype("f32"), (8,), lambda n=given_: [np.zeros(n, np.float32)])
+        with pytest.raises(GGUFError, match="'t'"):
+            gguf.write(tmp_path / "x.gguf", {}, [tensor])
+    assert not list(tmp_path.iterdir())
+
+
+def test_larger_than_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=50))
+    with pytest.raises(OSError, match="50 free"):
+        gguf.write(tmp_path / "x.gguf", {}, [of(np.ones(8))])
+    assert not list(tmp_path.iterdir())
+
+
+def test_target_that_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(FileExistsError, match="not a regular file"):
+        gguf.write(tmp_path, {}, [])
+    with pytest.raises(FileNotFoundError):
+        gguf.write(tmp_path / "no" / "x.gguf", {}, [])
+
+
+# --- random weights ------------------------------------------------------------------------------
+
+
+def decoded(name: str, raw: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    if name in ("f32", "f16"):
+        return raw.astype(np.float64)
+    kind = reference.GGMLQuantizationType[name.upper()]
+    return reference.dequantize(raw.view(np.uint8), kind).astype(np.float64)
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_random_weights_have_the_spread_asked_for(name: str) -> None:
+    type_ = dtype(name)
+    tensor = random_tensor("t", type_, (256, 1024), std=0.02, seed=3)
+    chunks = list(tensor.chunks())
+    again, other = random_tensor("t", type_, (256, 1024), std=0.02, seed=4), list(tensor.chunks())
+    raw = np.concatenate(chunks).reshape(-1)
+    np.testing.assert_array_equal(raw, np.concatenate(other).reshape(-1))
+    assert (raw != np.concatenate(list(again.chunks())).reshape(-1)).mean() > 0.5
+    shape = (-1, type_.nbytes) if type_.kind == "block" else (-1,)
+    values = decoded(name, raw.reshape(shape))
+    assert abs(np.sqrt(np.mean(values**2)) / 0.02 - 1) < 0.02
+    assert abs(values.mean()) < 0.02 * 0.02
+    assert np.abs(values).max() < 6 * 0.02
+
+
+def test_types_that_fit() -> None:
+    q4, iq4 = dtype("q4_K"), dtype("iq4_nl")
+    assert [fitting_type(q4, ne0).name for ne0 in (512, 128, 33)] == ["q4_K", "q8_0", "f16"]
+    assert fitting_type(iq4, 128) is iq4
+    with pytest.raises(DTypeError, match="choose from"):
+        drawn_type("q8_1")
