@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -105,22 +106,23 @@ class Bench:
     def budgets(self, options: AttentionOptions) -> list[float | None]:
         """None, and in MiB: all that the prompt needs, a third of it, and too little for one head.
 
-        Thirds and halves are of what is above the least: that is in the finest pieces, too.
+        The third is of what is above the least, which is in the finest pieces too.
         """
-
-        def need(amb: float | None) -> float:
-            return self.plans(options, amb)[0].memory.score_peak / MIB
-
-        whole = need(None)
+        whole = self.plans(options, None)[0].memory.score_peak
         if not whole:
             return [None]
-        least = 0.0
+        least, peak = 0.0, whole
         try:
-            need(1 / MIB)
+            self.plans(options, 1 / MIB)
         except gg.BudgetError as error:
             least = error.least
-        one_head = need(least + (whole - least) / self.config.n_head)
-        return [None, whole, least + (whole - least) / 3, (least + one_head) / 2]
+        # One byte less than what is needed asks for finer pieces: until heads alone will not do.
+        while (peak - 1) / MIB >= least:
+            finer = self.plans(options, (peak - 1) / MIB)[0]
+            if not re.fullmatch("heads [0-9x]+", pieces(finer, options)):
+                break
+            peak = finer.memory.score_peak
+        return [None, whole / MIB, least + (whole / MIB - least) / 3, (least + peak / MIB) / 2]
 
     def measure(self, options: AttentionOptions, amb: float | None) -> Row:
         prompt, single = (plan.bind() for plan in self.plans(options, amb))
@@ -156,13 +158,10 @@ class Bench:
 
 
 def timed(plan: gg.Plan, **inputs: Any) -> tuple[Any, float]:
-    """The output and the better time of two runs; the second writes the same rows again."""
-    seconds = []
-    for _ in range(2):
-        start = time.perf_counter()
-        made = plan.run(**inputs)["y"]
-        seconds.append(time.perf_counter() - start)
-    return made, min(seconds)
+    """The output and the seconds of a run."""
+    start = time.perf_counter()
+    made = plan.run(**inputs)["y"]
+    return made, time.perf_counter() - start
 
 
 def pieces(plan: gg.Plan, options: AttentionOptions) -> str:

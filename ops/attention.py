@@ -159,11 +159,6 @@ def merge_lse(a: Node, b: Node) -> Spec:
     return a.spec
 
 
-@merge_lse.slices
-def _(node: Node, axis: Axis, n: int) -> Slice | None:
-    return Slice((Cut(axis), Cut(axis))) if isinstance(axis, int) and axis > 0 else None
-
-
 @op
 def lse_sum(a: Node, c: Node | None = None) -> Spec:
     """The running sum of many parts of one attention: `merge_lse` without its rounding.
@@ -194,3 +189,12 @@ def lse_finish(c: Node, *, lse: bool = False) -> Spec:
     if c.ne[0] < 3:
         raise ShapeError("rows are d_v sums, their weight and its reference")
     return make_spec(F32, (c.ne[0] - 2 + lse, *c.ne[1:]), c.spec.rank)
+
+
+@lse_sum.slices
+@lse_finish.slices
+@merge_lse.slices
+def _(node: Node, axis: Axis, n: int) -> Slice | None:
+    if not isinstance(axis, int) or axis == 0:
+        return None
+    return Slice(tuple(None if s is None else Cut(axis) for s in node.src))

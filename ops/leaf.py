@@ -11,11 +11,9 @@ from numpy.typing import ArrayLike, NDArray
 from pyggml.dtypes import TYPES, DType, dtype
 from pyggml.errors import DTypeError, ShapeError
 from pyggml.graph import Node, Op, Spec, integers, located, make_spec, name
-from pyggml.quants import encode_rows
+from pyggml.quants import DECODABLE, encode_rows
 
-_GRAPH_TYPES = {t.name for t in TYPES.values() if t.kind == "block"} | {
-    "f32", "f16", "bf16", "i32", "i64",
-}  # fmt: skip
+_GRAPH_TYPES = DECODABLE | {"i32", "i64"}
 _BY_NUMPY = {np.dtype(t.numpy): t for t in TYPES.values() if t.numpy and t.name in _GRAPH_TYPES}
 
 # What a constant holds. A side table: two constants of equal bytes are still two tensors.

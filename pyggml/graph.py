@@ -165,6 +165,13 @@ def line_of(node: Node) -> str:
     return f"{found[0]}:{found[1]}" if found else ""
 
 
+def stand_at(new: Node, old: Node) -> Node:
+    """Let `new`, a part of what `old` means, name the line that built `old`."""
+    if old in _lines:
+        _lines[new] = _lines[old]
+    return new
+
+
 def inherit(new: Node, old: Node) -> Node:
     """Let `new`, which replaces `old`, carry its labels and its line."""
     if new is not old:

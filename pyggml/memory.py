@@ -19,10 +19,25 @@ class Interval:
 def pack(intervals: Sequence[Interval], alignment: int) -> tuple[list[int], int]:
     """Offsets such that no two intervals alive in the same step overlap, and the arena's size.
 
-    In order of starts (larger first), each takes the smallest hole that fits, else the end;
-    blocks return when their last step is over. About linear in the number of intervals.
+    Best fit in order of time; where that wastes memory and the problem is not huge, largest first
+    is tried too. About linear in the number of intervals.
     """
     sizes = [-(-i.nbytes // alignment) * alignment for i in intervals]
+    found = _in_time_order(intervals, sizes)
+    n_steps = max((i.end for i in intervals), default=-1) + 1
+    rounded = [Interval(i.start, i.end, size) for i, size in zip(intervals, sizes)]
+    least = max(live_bytes(rounded, n_steps), default=0)
+    if found[1] > least and sum(i.end - i.start + 1 for i in intervals) <= LARGEST_FIRST:
+        found = min(found, _largest_first(intervals, sizes, n_steps), key=lambda made: made[1])
+    return found
+
+
+#: Steps of all lifetimes together, above which packing in order of time must do.
+LARGEST_FIRST = 100_000
+
+
+def _in_time_order(intervals: Sequence[Interval], sizes: Sequence[int]) -> tuple[list[int], int]:
+    """In order of starts (larger first), each takes the smallest hole that fits, else the end."""
     order = sorted(range(len(intervals)), key=lambda k: (intervals[k].start, -sizes[k]))
     offsets = [0] * len(intervals)
     ends: list[tuple[int, int]] = []  # (last step, interval) of what is alive, soonest last
@@ -34,6 +49,26 @@ def pack(intervals: Sequence[Interval], alignment: int) -> tuple[list[int], int]
         offsets[k] = holes.take(sizes[k])
         insort(ends, (-intervals[k].end, k))
     return offsets, holes.high
+
+
+def _largest_first(
+    intervals: Sequence[Interval], sizes: Sequence[int], n_steps: int
+) -> tuple[list[int], int]:
+    """Each, largest first, at the lowest offset that is free through its whole life."""
+    offsets = [0] * len(intervals)
+    placed: list[list[int]] = [[] for _ in range(n_steps)]  # what stands in each step
+    for k in sorted(range(len(intervals)), key=lambda k: (-sizes[k], intervals[k].start)):
+        life = range(intervals[k].start, intervals[k].end + 1)
+        offset = 0
+        for other in sorted({o for step in life for o in placed[step]}, key=offsets.__getitem__):
+            if offset + sizes[k] <= offsets[other]:
+                break
+            offset = max(offset, offsets[other] + sizes[other])
+        offsets[k] = offset
+        if sizes[k]:
+            for step in life:
+                placed[step].append(k)
+    return offsets, max((o + s for o, s in zip(offsets, sizes)), default=0)
 
 
 class _Holes:

@@ -38,6 +38,8 @@ def parse(text: str) -> Place:
     found = _FORM.fullmatch(text)
     if found is None:
         raise DeviceError(f"{text!r} is no place; the form is NAME[:INDEX][:SIZE], cuda:0:24GiB")
+    if found["name"] == "numpy" and int(found["index"] or 0):
+        raise DeviceError(f"{text!r}: there is one host; its place is 'numpy'")
     size = found["size"]
     nbytes = int(float(size) * _UNITS[found["unit"]]) if size else None
     backends.get(found["name"])

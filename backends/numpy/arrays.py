@@ -7,6 +7,7 @@ type, and `load` and `store` convert parts of it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -18,18 +19,20 @@ from pyggml.dtypes import F32, TYPES, DType
 from pyggml.errors import IdError
 from pyggml.graph import Node
 from pyggml.ops.views import root_of
-from pyggml.quants import WORK_BYTES, decode, encode
+from pyggml.quants import decode, encode, work_bytes
 from pyggml.quants.common import pieces as pieces
 
 Raw = NDArray[Any]
 Floats = NDArray[np.float32]
+#: Memory for a codec, where one is needed.
+Work = NDArray[np.uint8] | None
 
 #: Elements in a piece of elementwise work: it and its intermediates stay in the L2 cache.
 PIECE = 1 << 16
 #: f32 elements of a decoded tile or a product: small against the L3 cache, large for BLAS.
-TILE = 1 << 19
+TILE = 1 << 20
 #: Bytes that a gather makes NumPy allocate.
-GATHERED = 32 * 1024
+GATHERED = 24 * 1024
 #: Most ids to compute with at once: arrays of ids are small too.
 IDS = 512
 
@@ -46,7 +49,7 @@ def shape_of(x: Array) -> tuple[int, ...]:
     return x.ne[::-1] if isinstance(x, Packed) else x.shape
 
 
-def load(kind: DType, part: Raw, out: Raw, work: NDArray[np.uint8] | None) -> Raw:
+def load(kind: DType, part: Raw, out: Raw, work: Work) -> Raw:
     """`out` filled with the values of `part`, which is a part of a raw array of that type."""
     if kind is F32 or kind.kind == "int":
         np.copyto(out, part, casting="unsafe")
@@ -55,7 +58,7 @@ def load(kind: DType, part: Raw, out: Raw, work: NDArray[np.uint8] | None) -> Ra
     return out
 
 
-def store(kind: DType, values: Raw, part: Raw, work: NDArray[np.uint8] | None) -> None:
+def store(kind: DType, values: Raw, part: Raw, work: Work) -> None:
     """`part` of a raw array of that type filled with `values`."""
     if kind.numpy is not None:
         np.copyto(part, values, casting="unsafe")
@@ -63,14 +66,27 @@ def store(kind: DType, values: Raw, part: Raw, work: NDArray[np.uint8] | None) -
         encode(kind, values, part, work=work)
 
 
-def floats(*counts: int, work: bool = False) -> int:
-    """Bytes of scratch for arrays of so many 4-byte elements, and for a codec's work."""
-    return sum(aligned(4 * n) for n in counts) + work * WORK_BYTES
+def floats(*counts: int) -> int:
+    """Bytes of scratch for arrays of so many 4-byte elements."""
+    return sum(aligned(4 * n) for n in counts)
 
 
-def work_of(scratch: Scratch) -> NDArray[np.uint8]:
-    """Memory for a codec, out of scratch declared with `floats(..., work=True)`."""
-    return scratch.array(WORK_BYTES, np.uint8)
+def codec_bytes(*tensors: Node | None) -> int:
+    """Bytes of scratch that `work_of` takes for the operands of these nodes."""
+    found = [t for t in tensors if t is not None]
+    return _codec_bytes([(t.dtype, t.spec.elements) for t in found])
+
+
+def work_of(scratch: Scratch, *operands: Array | None) -> Work:
+    """Memory for a codec that converts these operands; None where none needs one."""
+    found = [x for x in operands if x is not None]
+    size = _codec_bytes([(raw_of(x)[0], prod(shape_of(x))) for x in found])
+    return scratch.array(size, np.uint8) if size else None
+
+
+def _codec_bytes(sizes: list[tuple[DType, int]]) -> int:
+    weights = sum(n for kind, n in sizes if kind is not F32 and kind.kind != "int")
+    return aligned(work_bytes(weights)) if weights else 0
 
 
 def is_ready(node: Node) -> bool:
@@ -117,7 +133,7 @@ def shaped(memory: Raw, *shape: int) -> Raw:
     return memory[:count].reshape(shape)
 
 
-def decoded(kind: DType, part: Raw, memory: Raw, work: NDArray[np.uint8] | None) -> Raw:
+def decoded(kind: DType, part: Raw, memory: Raw, work: Work) -> Raw:
     """The values of a part of a raw array as f32, contiguous at the start of `memory`."""
     shape = part.shape
     if kind.block > 1:
@@ -143,13 +159,24 @@ def ids_in(index: Any, s: slice) -> Any:
 
 
 def gather(
-    kind: DType, raw: Raw, index: tuple[Any, ...], out: Raw, work: NDArray[np.uint8] | None
+    kind: DType,
+    raw: Raw,
+    index: tuple[Any, ...],
+    out: Raw,
+    work: Work,
+    spare: NDArray[np.uint8] | None = None,
 ) -> None:
     """out[i] = raw[index][i] in out's type, 0 where the last index is negative.
 
     The last index is a one-dimensional array of ids; others are alike, ranges, or numbers.
-    NumPy gathers into a new array, so rows are taken a few at a time, and long ones in parts.
+    Rows of one contiguous matrix go straight to `out`, or to `spare` and from there. Others NumPy
+    gathers into a new array: a few rows at a time, and long ones in parts.
     """
+    *numbers, ids = index
+    if all(isinstance(i, int) for i in numbers):
+        table = raw[tuple(numbers)]
+        if table.flags.c_contiguous and _take(kind, table, ids, out, work, spare):
+            return
     row = raw[(0,) * len(index)]
     units = len(row)
     unit = row.nbytes // units
@@ -163,3 +190,28 @@ def gather(
             filled = out[s, part.start * kind.block : part.stop * kind.block]
             load(kind, raw[(*some, part)], filled, work)
         out[s][missing] = 0
+
+
+def _take(
+    kind: DType,
+    table: Raw,
+    ids: Raw,
+    out: Raw,
+    work: Work,
+    spare: NDArray[np.uint8] | None,
+) -> bool:
+    """Whether the rows could be taken without memory of NumPy's own; then they are in `out`."""
+    direct = kind.numpy is not None and table.dtype == out.dtype and out.flags.c_contiguous
+    rows = IDS
+    if not direct:
+        rows = 0 if spare is None else min(IDS, spare.nbytes // table[0].nbytes)
+    for s in split(len(out), rows) if rows else ():
+        filled = out[s]
+        if spare is not None and not direct:
+            filled = shaped(spare.view(table.dtype), len(filled), *table.shape[1:])
+        # Without mode="clip" NumPy makes a copy of the result first.
+        np.take(table, ids[s], axis=0, out=filled, mode="clip")
+        if not direct:
+            load(kind, filled, out[s], work)
+        out[s][ids[s] < 0] = 0
+    return rows > 0

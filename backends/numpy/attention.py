@@ -7,7 +7,6 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pyggml import ops
 from pyggml.backends.numpy.arrays import (
@@ -16,6 +15,8 @@ from pyggml.backends.numpy.arrays import (
     TILE,
     Floats,
     Raw,
+    Work,
+    codec_bytes,
     decoded,
     floats,
     pieces,
@@ -37,11 +38,11 @@ MINUS_INFINITY = int(HIDDEN.view(np.uint16))
 #: f32 elements of scores and of decoded keys and values at a time.
 SCORES = DECODED = 2 * TILE
 #: f32 elements of scaled queries and sums of values that are held at a time.
-HELD = 8 * TILE
+HELD = 4 * TILE
 
 
 @dataclass(frozen=True, slots=True)
-class Blocks:
+class _Cut:
     """How the work is cut. A pass is some queries of some heads, over all keys.
 
     queries, heads  of a pass; heads are heads of k, each with `ratio` heads of q
@@ -76,21 +77,21 @@ class Blocks:
         )
 
 
-def _blocks(n_q: int, heads: int, heads_kv: int, n_kv: int, d_k: int, d_v: int) -> Blocks:
+def _cut_of(n_q: int, heads: int, heads_kv: int, n_kv: int, d_k: int, d_v: int) -> _Cut:
     ratio = heads // heads_kv
     queries = min(n_q, 512, max(1, 1024 // ratio))
     rows = ratio * queries
     together = min(heads_kv, max(1, HELD // (rows * (d_k + d_v))))
-    keys = min(n_kv, max(256, min(4096, SCORES // rows)))
+    keys = min(n_kv, max(256, min(4096, SCORES // rows, DECODED // (d_k + d_v))))
     group = min(together, max(1, min(SCORES // (rows * keys), DECODED // (keys * (d_k + d_v)))))
-    return Blocks(ratio, queries, together, keys, group, d_k, d_v)
+    return _Cut(ratio, queries, together, keys, group, d_k, d_v)
 
 
 def _flash_scratch(node: Node) -> int:
     q, k, v, *_ = node.src
     assert q is not None and k is not None and v is not None
-    blocks = _blocks(q.ne[1], q.ne[2], k.ne[2], k.ne[1], k.ne[0], v.ne[0])
-    return floats(*blocks.sizes(), work=True)
+    cut = _cut_of(q.ne[1], q.ne[2], k.ne[2], k.ne[1], k.ne[0], v.ne[0])
+    return floats(*cut.sizes()) + codec_bytes(k, v, node.src[3])
 
 
 def _inside(k: Array, v: Array) -> int | None:
@@ -107,10 +108,10 @@ def _address(a: Raw) -> int:
     return int(a.__array_interface__["data"][0])
 
 
-class _Blocks:
+class _Source:
     """Keys or values as f32: where they lie if BLAS can read them there, else decoded."""
 
-    def __init__(self, x: Array, memory: Raw, work: NDArray[np.uint8]) -> None:
+    def __init__(self, x: Array, memory: Raw, work: Work) -> None:
         self.kind, self.raw = raw_of(x)
         self.memory, self.work = memory, work
         direct = ready(x)
@@ -125,7 +126,7 @@ class _Blocks:
 class _Pass:
     """The running softmax of some heads and queries: largest score, sum, weighted sum of values."""
 
-    def __init__(self, cut: Blocks, memory: list[Raw], shape: tuple[int, int]) -> None:
+    def __init__(self, cut: _Cut, memory: list[Raw], shape: tuple[int, int]) -> None:
         heads, queries = self.shape = shape
         n, self.rows = heads // cut.ratio, cut.ratio * queries
         queried, sums, stats, self.scores, self.products, *_ = memory
@@ -218,11 +219,11 @@ def flash_attn_ext(
 ) -> None:
     n3, heads, n_q, d_k = q.shape
     _, heads_kv, n_kv, d_v = shape_of(v)
-    cut = _blocks(n_q, heads, heads_kv, n_kv, d_k, d_v)
+    cut = _cut_of(n_q, heads, heads_kv, n_kv, d_k, d_v)
     memory = [scratch.array(n) for n in cut.sizes()]
-    work = work_of(scratch)
+    work = work_of(scratch, k, v, mask)
     bias = memory[5]
-    keys, values = (_Blocks(x, m, work) for x, m in zip((k, v), memory[-2:]))
+    keys, values = (_Source(x, m, work) for x, m in zip((k, v), memory[-2:]))
     start = None if keys.direct else _inside(k, v)
     slopes = alibi_slopes(heads, head0, n_head, max_bias)
     if logit_softcap:

@@ -15,6 +15,7 @@ from pyggml.backends.numpy.arrays import (
     Floats,
     Raw,
     check_ids,
+    codec_bytes,
     decoded,
     floats,
     gather,
@@ -71,7 +72,7 @@ def piece_scratch(temporaries: int) -> Callable[[Node], int]:
     def scratch(node: Node) -> int:
         size = min(PIECE, node.spec.elements)
         narrow = 0 if node.dtype.name == "f32" else 1 + sum(s is not None for s in node.src) + 1
-        return floats(*(size,) * (temporaries + narrow), work=narrow > 0)
+        return floats(*(size,) * (temporaries + narrow)) + codec_bytes(*node.src)
 
     return scratch
 
@@ -84,7 +85,7 @@ def in_pieces(
     spare = [scratch.array(size) for _ in range(temporaries)]
     wide = out.dtype == np.float32
     narrow = [] if wide else [scratch.array(size) for _ in (out, *sources)]
-    work = None if wide else work_of(scratch)
+    work = None if wide else work_of(scratch, *sources)
     for index in pieces(out.shape, PIECE):
         target, xs = out[index], [s[index] for s in sources]
         temps = [shaped(s, *target.shape) for s in spare]

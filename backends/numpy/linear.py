@@ -13,7 +13,9 @@ from pyggml.backends.numpy.arrays import (
     IDS,
     TILE,
     Raw,
+    Work,
     check_ids,
+    codec_bytes,
     decoded,
     floats,
     gather,
@@ -31,8 +33,6 @@ from pyggml.graph import Node
 
 #: f32 elements of converted activations that one pass over the weights serves.
 BATCH = 1 << 22
-
-Work = NDArray[np.uint8]
 
 
 def tile_rows(m: int, k: int) -> int:
@@ -73,8 +73,7 @@ def _mul_mat_scratch(node: Node) -> int:
         0 if is_ready(a) else tile * rows * k,
         min(b.ne[1] * convert, max(BATCH, convert)),
         min(b.ne[1] * narrow, max(BATCH, narrow)),
-        work=True,
-    )
+    ) + codec_bytes(a, b)
 
 
 def _by_matrix(x: Raw, a3: int, heads: int) -> Raw:
@@ -111,7 +110,7 @@ def mul_mat(out: Raw, a: Array, b: Array, *, scratch: Scratch, prec: str, type: 
     tile, rows, n = _head_tile(m, k, heads), tile_rows(m, k), xs.shape[4]
     shared = tile * xs.shape[1] * xs.shape[3]
     columns = min(n, max(1, BATCH // (shared * max(k if x is None else 1, 1 if wide else rows))))
-    work = work_of(scratch)
+    work = work_of(scratch, a, b)
     weights = scratch.array(0 if w is not None else tile * rows * k)
     converted = scratch.array(columns * shared * k if x is None else 0)
     product = scratch.array(0 if wide else columns * shared * rows)
@@ -146,7 +145,8 @@ def expert_scratch(tiles: int) -> Callable[[Node], int]:
         k, m, *_ = experts.ne
         pairs, rows = _pairs(ids.spec.elements, k), tile_rows(m, k)
         order = 2 * ids.spec.elements
-        return floats(order, pairs * k, rows * k, *(pairs * rows,) * tiles, work=True)
+        size = floats(order, pairs * k, rows * k, *(pairs * rows,) * tiles)
+        return size + codec_bytes(*node.src[:-1])
 
     return scratch
 
@@ -183,10 +183,11 @@ def by_expert(
     keys = scratch.array(ids.size, np.int64)
     starts = _sorted_pairs(ids[0, 0], n_experts, keys)
     kind_b, rows_b = raw_of(b)
+    flat = b.reshape(-1, k) if b.flags.c_contiguous else None
     pairs, rows = _pairs(ids.size, k), tile_rows(m, k)
     gathered, weights = scratch.array(pairs * k), scratch.array(rows * k)
     products = [scratch.array(pairs * rows) for _ in range(tiles)]
-    work = work_of(scratch)
+    work = work_of(scratch, *experts, b)
 
     def where(start: int, stop: int) -> tuple[Any, Any]:
         return np.divmod(keys[start:stop] & 0xFFFFFFFF, n_used)
@@ -197,7 +198,11 @@ def by_expert(
         for s in split(starts[expert + 1] - starts[expert], pairs):
             token, slot = where(starts[expert] + s.start, starts[expert] + s.stop)
             x = shaped(gathered, len(token), k)
-            gather(kind_b, rows_b[0], (token, slot % n_b), x, work)
+            slot_b = slot % n_b
+            if flat is None:
+                gather(kind_b, rows_b[0], (token, slot_b), x, work)
+            else:
+                gather(kind_b, flat, (token * n_b + slot_b,), x, work)
             for r in split(m, rows):
                 made = [shaped(p, len(token), r.stop - r.start) for p in products]
                 for matrix, y in zip(experts, made):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-from pyggml.backends.numpy.arrays import Floats, Raw, decoded, raw_of
+from pyggml.backends.numpy.arrays import Floats, Raw, Work, decoded, raw_of
 
 
 def alibi_slopes(heads: int, head0: int, n_head: int, max_bias: float) -> list[float] | None:
@@ -24,9 +23,7 @@ class Mask:
     memory  rows * keys f32 elements
     """
 
-    def __init__(
-        self, part: Raw, slopes: list[float] | None, memory: Floats, work: NDArray[np.uint8]
-    ) -> None:
+    def __init__(self, part: Raw, slopes: list[float] | None, memory: Floats, work: Work) -> None:
         self.part, self.slopes, self.memory, self.work = part, slopes, memory, work
         self.kind = raw_of(part)[0]
         self.shared = self._decoded(0) if len(part) == 1 and slopes is None else None

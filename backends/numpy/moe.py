@@ -12,6 +12,7 @@ from pyggml.backends.numpy.arrays import (
     PIECE,
     Floats,
     Raw,
+    codec_bytes,
     decoded,
     floats,
     is_ready,
@@ -122,7 +123,8 @@ def _fused_scratch(node: Node) -> int:
     k, m = up.ne[:2]
     rows, columns = _fused_tile(m, k, b.ne[1])
     converted = 0 if is_ready(b) else columns * k
-    return floats(rows * k, converted, rows * columns, rows * columns, work=True)
+    size = floats(rows * k, converted, rows * columns, rows * columns)
+    return size + codec_bytes(*node.src)
 
 
 @kernel(ops.fused_up_gate, types=None, scratch=_fused_scratch)
@@ -135,7 +137,7 @@ def fused_up_gate(out: Raw, up: Array, gate: Array, b: Raw, *, scratch: Scratch,
     weights = scratch.array(rows * k)
     converted = scratch.array(columns * k if direct is None else 0)
     raised, spare = (scratch.array(rows * columns) for _ in range(2))
-    work = work_of(scratch)
+    work = work_of(scratch, up, gate, b)
     for i3, i2, c in product(range(n3), range(n2), split(n, columns)):
         x = b[i3, i2, c] if direct is None else direct[i3, i2, c]
         if direct is None:

@@ -14,6 +14,7 @@ from pyggml.backends.numpy.arrays import (
     PIECE,
     Floats,
     Raw,
+    codec_bytes,
     floats,
     pieces,
     shaped,
@@ -43,7 +44,8 @@ def _softmax_tile(n: int, rows: int, heads: int) -> tuple[int, int]:
 def _softmax_scratch(node: Node) -> int:
     n, rows, heads, _ = node.ne
     rows, heads = _softmax_tile(n, rows, heads)
-    return floats(rows * n, rows * heads, rows * heads, work=True)
+    bias = floats(rows * n) + codec_bytes(node.src[1]) if node.src[1] is not None else 0
+    return bias + floats(2 * rows * heads)
 
 
 @kernel(ops.soft_max_ext, inplace=(0,), scratch=_softmax_scratch)
@@ -63,7 +65,9 @@ def soft_max_ext(
     n3, n_heads, n_rows, n = a.shape
     slopes = alibi_slopes(n_heads, head0, n_head, max_bias)
     rows, heads = _softmax_tile(n, n_rows, n_heads)
-    bias, stats, work = scratch.array(rows * n), scratch.array((2, rows * heads)), work_of(scratch)
+    stats = scratch.array((2, rows * heads))
+    if mask is not None:
+        bias, work = scratch.array(rows * n), work_of(scratch, mask)
     for i3 in range(n3):
         for r in split(n_rows, rows):
             if mask is not None:

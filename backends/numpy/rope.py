@@ -11,6 +11,7 @@ from pyggml.backends.numpy.arrays import (
     PIECE,
     Floats,
     Raw,
+    codec_bytes,
     floats,
     load,
     raw_of,
@@ -34,9 +35,10 @@ def _tokens(n: int, heads: int, tokens: int) -> int:
 def _rope_scratch(node: Node) -> int:
     n, heads, n_tokens, _ = node.ne
     tokens, n_dims = _tokens(n, heads, n_tokens), node.attrs["n_dims"]
-    whole = 0 if node.dtype is F32 else tokens * heads * n
+    narrow = node.dtype is not F32
     angles, halves = tokens * n_dims, tokens * heads * n_dims
-    return floats(angles, angles, halves, whole, work=True)
+    size = floats(angles, angles, halves, narrow * tokens * heads * n)
+    return size + codec_bytes(node.src[0])
 
 
 @kernel(ops.rope_ext, inplace=(0,), scratch=_rope_scratch)
@@ -65,8 +67,9 @@ def rope_ext(
     angle, spare = scratch.array((2, tokens * pairs))
     turns = scratch.array(tokens * pairs, np.complex64)
     halves = scratch.array(tokens * heads * n_dims)
-    whole = scratch.array(0 if kind is F32 else tokens * heads * n)
-    work = work_of(scratch)
+    work = None
+    if kind is not F32:
+        whole, work = scratch.array(tokens * heads * n), work_of(scratch, a)
     factors = None if freq_factors is None else freq_factors[0, 0, 0, :pairs]
     keep = None
     if ext_factor:

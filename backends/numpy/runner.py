@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from pyggml.backends.base import Address, BodyPlan, Step
 from pyggml.backends.numpy.table import KERNELS, Array, Packed, Scratch
 from pyggml.errors import PyggmlError
 from pyggml.graph import Node, Spec, label_of, line_of
-from pyggml.loop import Chain
+from pyggml.loop import Chain, Shift
 
 Call = Callable[[], None]
 
@@ -62,7 +63,7 @@ class NumpyRunner:
         """Execute every step in order."""
         index = 0
         try:
-            with np.errstate(all="ignore"):  # inf and NaN are values like others
+            with _manners():
                 for index, call in enumerate(self._calls):  # noqa: B007
                     call()
         except PyggmlError as error:
@@ -71,10 +72,19 @@ class NumpyRunner:
     def run_step(self, index: int) -> None:
         """Execute one step."""
         try:
-            with np.errstate(all="ignore"):
+            with _manners():
                 self._calls[index]()
         except PyggmlError as error:
             raise _named(error, self.steps[index].node) from None
+
+
+@contextmanager
+def _manners() -> Iterator[None]:
+    """NumPy as kernels expect it: inf and NaN are values like others, and its own buffers, of which
+    a ufunc over strided operands takes three, stay small."""
+    with np.errstate(all="ignore"):  # restores the size of buffers too
+        np.setbufsize(2048)
+        yield
 
 
 def _named(error: PyggmlError, node: Node) -> PyggmlError:
@@ -149,7 +159,9 @@ class _BoundBody:
             memory[offset : offset + step.scratch]
             for step, offset in zip(plan.steps, plan.scratch_at)
         ]
-        self.shifts = {shift.node: shift for shift in plan.body.shifts}
+        self.shifts: dict[Node, list[Shift]] = {}
+        for shift in plan.body.shifts:
+            self.shifts.setdefault(shift.node, []).append(shift)
 
     def run(self, pieces: dict[Node, Address], starts: Sequence[int]) -> None:
         for node in self.moving:
@@ -164,8 +176,7 @@ class _BoundBody:
             arrays[node] = array_at(at, node.spec)
         for step, memory in zip(self.plan.steps, self.scratch):
             attrs = dict(step.node.attrs)
-            shift = self.shifts.get(step.node)
-            if shift is not None:
+            for shift in self.shifts.get(step.node, ()):
                 attrs[shift.attr] += shift.per * shift.chain.at(starts[shift.chain.dim])
             operands = [None if n is None else arrays[n] for n in _operands(step)]
             _kernel_call(step, operands, memory, attrs)()

@@ -7,7 +7,6 @@ from math import prod
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pyggml import ops
 from pyggml.backends.numpy.arrays import (
@@ -15,7 +14,9 @@ from pyggml.backends.numpy.arrays import (
     IDS,
     PIECE,
     Raw,
+    Work,
     check_ids,
+    codec_bytes,
     decoded,
     floats,
     gather,
@@ -43,12 +44,10 @@ def _spare(ne0: int, elements: int) -> int:
 def _conversion_scratch(node: Node) -> int:
     a = node.src[0]
     assert a is not None
-    return floats(_spare(a.ne[0], a.spec.elements), work=True)
+    return floats(_spare(a.ne[0], a.spec.elements)) + codec_bytes(a, node)
 
 
-def _convert(
-    kind: DType, source: Raw, to: DType, target: Raw, spare: Raw, work: NDArray[np.uint8]
-) -> None:
+def _convert(kind: DType, source: Raw, to: DType, target: Raw, spare: Raw, work: Work) -> None:
     """Values of one raw array into another; their first three axes are alike."""
     if kind == to or (kind.numpy and to.numpy and kind is not F16):
         np.copyto(target, source, casting="unsafe")
@@ -84,7 +83,7 @@ def _copy(out: Array, a: Array, scratch: Scratch) -> None:
     (kind, source), (to, target) = raw_of(a), raw_of(out)
     ne0 = shape_of(a)[3]
     elements = source.size if kind.block == 1 else source.size // kind.nbytes * kind.block
-    spare, work = scratch.array(_spare(ne0, elements)), work_of(scratch)
+    spare, work = scratch.array(_spare(ne0, elements)), work_of(scratch, a, out)
     # Rows of blocks are copied whole, so only the axes before them can differ in size.
     lead = 4 if kind.block == to.block == 1 else 3
     if source.shape[:lead] == target.shape[:lead]:
@@ -100,7 +99,7 @@ def _copy(out: Array, a: Array, scratch: Scratch) -> None:
 
 
 def _copy_scattered(
-    kind: DType, source: Raw, to: DType, target: Raw, spare: Raw, work: NDArray[np.uint8]
+    kind: DType, source: Raw, to: DType, target: Raw, spare: Raw, work: Work
 ) -> None:
     """Two strided arrays of different sizes: element by element (or block) in logical order."""
     unit = max(kind.block, to.block)
@@ -144,25 +143,25 @@ def _lines(n3: int, n2: int, n1: int, along_rows: bool) -> Iterator[tuple[int, A
             yield from ((i3, every, i1) for i1 in range(n1))
 
 
-def _work_scratch(node: Node) -> int:
-    return floats(work=True)
-
-
-@kernel(ops.get_rows, types=None, scratch=_work_scratch)
+@kernel(
+    ops.get_rows,
+    types=None,
+    scratch=lambda node: floats(PIECE) + codec_bytes(node.src[0]),
+)
 def get_rows(out: Raw, a: Array, ids: Raw, *, scratch: Scratch) -> None:
     """Only the rows asked for are decoded."""
     kind, raw = raw_of(a)
     check_ids("row", ids, raw.shape[2])
-    work = work_of(scratch)
+    work, spare = work_of(scratch, a), scratch.array(4 * PIECE, np.uint8)
     n3, n2, rows, _ = out.shape
     for line in _lines(n3, n2, rows, along_rows=rows >= n2):
         matrix = range(n2) if isinstance(line[1], slice) else line[1]
-        gather(kind, raw[line[0]], (matrix, ids[0][line]), out[line], work)
+        gather(kind, raw[line[0]], (matrix, ids[0][line]), out[line], work, spare)
 
 
 def _set_rows_scratch(node: Node) -> int:
     size = max(GATHERED // 4, node.ne[0])
-    return floats(size, size, work=True)
+    return floats(size, size) + codec_bytes(node, node.src[1])
 
 
 @kernel(ops.set_rows, types=None, scratch=_set_rows_scratch)
@@ -173,7 +172,7 @@ def set_rows(out: Array, a: Array, b: Raw, ids: Raw, *, scratch: Scratch) -> Non
     n3, n2, rows, n = source.shape
     c3, c2 = ids.shape[1:3]
     size = max(GATHERED // 4, n)
-    values, encoded, work = scratch.array(size), scratch.array(size), work_of(scratch)
+    values, encoded, work = scratch.array(size), scratch.array(size), work_of(scratch, b, out)
     for i3, i2, i1 in _lines(n3, n2, rows, along_rows=rows >= n2 or c2 != n2):
         matrix = range(n2) if isinstance(i2, slice) else i2
         chosen = ids[0, i3 % c3, i2 if c2 == n2 else i2 % c2, i1]

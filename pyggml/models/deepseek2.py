@@ -287,7 +287,11 @@ def _kv_b(layer: Layer, start: int, n: int) -> Node:
 
 
 def attend(layer: Layer, q: Node, k: Node, v: Node, mask: Node, flash: bool) -> Node:
-    """softmax(scale k.q + mask) v: [d_v, H, T] from q [d_k, T, H], k and v [.., n_kv, H or 1]."""
+    """softmax(scale k.q + mask) v: [d_v, H, T] from q [d_k, T, H], k and v [.., n_kv, H or 1].
+
+    Without flash attention V is needed the other way round: a block type is cast to f16 first,
+    which the attention memory budget counts and cuts with the scores.
+    """
     scale = layer.config.kq_scale
     if flash:
         return layer.name(flash_attn_ext(q, k, v, mask, scale=scale), "kqv")

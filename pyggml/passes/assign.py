@@ -5,7 +5,7 @@ from __future__ import annotations
 from pyggml.backends.base import Backend
 from pyggml.dag import Graph, rebuilt
 from pyggml.errors import UnsupportedOp
-from pyggml.graph import Node, inherit, line_of
+from pyggml.graph import Node, inherit, line_of, stand_at
 from pyggml.loop import loop_op
 
 
@@ -31,7 +31,7 @@ def _settle(node: Node, backend: Backend) -> Node:
     def settle(part: Node) -> Node:
         if part not in settled:
             src = tuple(None if s is None else settle(s) for s in part.src)
-            settled[part] = inherit(_settle(rebuilt(part, src), backend), part)
+            settled[part] = inherit(_settle(rebuilt(stand_at(part, node), src), backend), part)
         return settled[part]
 
     return settle(node.op.meaning(*node.src, **node.attrs))

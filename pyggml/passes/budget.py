@@ -7,18 +7,19 @@ attention reads them. How to cut comes from the slice rules of the ops.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from pyggml.dag import Graph, rebuilt
 from pyggml.errors import BudgetError
 from pyggml.graph import Axis, Node, label_of, line_of, slice_of
 from pyggml.ops.attention import flash_attn_ext
-from pyggml.ops.elementwise import add, scale
+from pyggml.ops.elementwise import add, scale, tanh
 from pyggml.ops.leaf import state_op
 from pyggml.ops.linear import mul_mat
 from pyggml.ops.reduce import soft_max_ext
-from pyggml.ops.shape import cont
+from pyggml.ops.shape import cast, cont
+from pyggml.ops.views import root_of
 from pyggml.passes.cutting import Region, cut, standalone, structure
 from pyggml.passes.work import Work
 
@@ -52,8 +53,8 @@ def regions(graph: Graph) -> list[Region]:
             scores = _scores(top)
             if scores is None:
                 continue
-            keys = [s for n in scores if n.op is mul_mat for s in n.src]
-            counted = scores | _expanded([node.src[0], *keys], derived)
+            keys = [n.src[0] for n in scores if n.op is mul_mat]
+            counted = scores | _copies(node.src[1], top) | _expanded([node.src[0], *keys], derived)
             heads, streams, rows = (_result_axis(node, top, axis) for axis in (2, 3, 1))
             axes = tuple(axis for axis in (heads, streams, rows) if axis is not None)
             ways = tuple(axes[: i + 1] for i in range(len(axes)))
@@ -77,7 +78,7 @@ def _origins(nodes: Iterable[Node]) -> tuple[set[Node], dict[Node, Node]]:
         first = node.src[0] if node.src else None
         if node.op is soft_max_ext:
             soft[node] = node
-        elif first in soft and (node.op.view is not None or node.op is cont):
+        elif first in soft and (node.op.view is not None or node.op in (cast, cont)):
             soft[node] = soft[first]
         elif node.op is state_op or node.op.writes is not None:
             derived.add(node)
@@ -113,7 +114,7 @@ def _scores(top: Node) -> set[Node] | None:
             return None
         if node.op is mul_mat:
             return {node}
-        if node.op.view is None and node.op not in (scale, add, cont):
+        if node.op.view is None and node.op not in (scale, add, tanh, cast, cont):
             return None
         ways = [way for way in map(back, node.src) if way is not None]
         own = set() if node.op.view is not None else {node}
@@ -121,6 +122,16 @@ def _scores(top: Node) -> set[Node] | None:
 
     way = back(top.src[0])
     return None if way is None else way | {top}
+
+
+def _copies(node: Node | None, top: Node) -> set[Node]:
+    """Copies of the softmax `top` on the way to `node`."""
+    found = set()
+    while node is not None and node is not top:
+        if node.op.view is None:
+            found.add(node)
+        node = node.src[0]
+    return found
 
 
 def _result_axis(out: Node, top: Node, axis: int) -> int | None:
@@ -144,15 +155,18 @@ def _result_axis(out: Node, top: Node, axis: int) -> int | None:
 # -- how it is cut ----------------------------------------------------------------------------
 
 
+Cuts = tuple[tuple[Axis, int], ...]
+
+
 @dataclass(slots=True)
 class _Chooser:
     """Finds for a region the fewest pieces that fit; remembers equal regions."""
 
     work: Work
     finish: Finish
-    known: dict[object, tuple[tuple[Axis, int], ...] | int]
+    known: dict[object, tuple[int, Cuts]]
 
-    def need(self, region: Region, cuts: tuple[tuple[Axis, int], ...] | None) -> int | None:
+    def need(self, region: Region, cuts: Cuts | None) -> int | None:
         """Most counted bytes alive at once when cut so (None: not at all); None where illegal."""
         if cuts is None:
             out, scores = region.out, region.counted
@@ -165,49 +179,58 @@ class _Chooser:
         done = self.finish(replace(self.work, graph=graph, scores=frozenset(scores)))
         return done.placed.score_peak
 
-    def choose(self, region: Region, amb: int) -> tuple[tuple[Axis, int], ...] | int:
-        """The cuts (none where it fits as it is), or the least budget where no cuts do."""
-        key = structure(region)
+    def choose(self, region: Region, amb: int) -> tuple[int, Cuts]:
+        """What it needs, and how it is cut: not at all or into the fewest pieces that fit.
+
+        Where none fit, as it needs least.
+        """
+        key = structure(region), amb
         if key not in self.known:
             self.known[key] = self._search(standalone(region), amb)
         return self.known[key]
 
-    def _search(self, region: Region, amb: int) -> tuple[tuple[Axis, int], ...] | int:
-        least = self.need(region, None)
-        assert least is not None
-        if least <= amb:
-            return ()
+    def _search(self, region: Region, amb: int) -> tuple[int, Cuts]:
+        whole = self.need(region, None)
+        assert whole is not None
+        best: tuple[int, Cuts] = whole, ()
         for way in region.ways:
+            if best[0] <= amb:
+                break
             axes = [axis for axis in way if region.extent(axis) > 1]
             finest = tuple((axis, min(_finest(axis), region.extent(axis))) for axis in axes)
             size = self.need(region, finest) if finest else None
-            if size is None:
-                continue
-            least = min(least, size)
-            if size <= amb:
-                return self._coarsest(region, finest, amb)
-        return least
+            if size is not None and size <= amb:
+                best = self._coarsest(region, finest, amb)
+            elif size is not None and size < best[0]:
+                best = size, finest
+        return best
 
-    def _coarsest(
-        self, region: Region, finest: tuple[tuple[Axis, int], ...], amb: int
-    ) -> tuple[tuple[Axis, int], ...]:
+    def _coarsest(self, region: Region, finest: Cuts, amb: int) -> tuple[int, Cuts]:
         """The largest step along the last axis that fits, evened out over its number of pieces."""
-        *outer, (axis, best) = finest
+        *outer, (axis, step) = finest
         total = region.extent(axis)
-        low, high = best, total  # low fits (as best), high does not
+
+        def at(step: int) -> tuple[int, Cuts] | None:
+            cuts = (*outer, (axis, step))
+            size = self.need(region, cuts)
+            return None if size is None else (size, cuts)
+
+        best = at(step)
+        low, high = step, total  # low fits (as best), high does not
         while high - low > 1:
-            middle = (low + high) // 2
-            step, size = middle, self.need(region, (*outer, (axis, middle)))
-            while size is None:  # not every step keeps groups of heads together
+            step = middle = (low + high) // 2
+            found = at(step)
+            while found is None:  # not every step keeps groups of heads together
                 step -= 1
-                size = self.need(region, (*outer, (axis, step)))
-            if size <= amb:
-                best, low = step, middle
+                found = at(step)
+            if found[0] <= amb:
+                best, low = found, middle
             else:
                 high = middle
-        even = -(-total // -(-total // best))
-        size = self.need(region, (*outer, (axis, even)))
-        return (*outer, (axis, even if size is not None and size <= amb else best))
+        assert best is not None
+        step = best[1][-1][1]
+        even = at(max(-(-total // -(-total // step)), _finest(axis)))
+        return even if even is not None and even[0] <= amb else best
 
 
 def apply_budget(work: Work, finish: Finish) -> Work:
@@ -216,25 +239,33 @@ def apply_budget(work: Work, finish: Finish) -> Work:
     Regions that are outputs or observed inside are left whole, with a warning. BudgetError with the
     least budget where even the finest pieces do not fit.
     """
-    assert work.amb is not None
+    amb = work.amb
+    assert amb is not None
     chooser = _Chooser(work, finish, {})
-    split = _split(work, chooser, atomic=False)
-    if finish(split).placed.score_peak > work.amb:
-        # Regions that fit one by one may be alive together: a loop of one piece keeps them apart.
-        split = _split(work, chooser, atomic=True)
-        peak = finish(split).placed.score_peak
-        if peak > work.amb:
-            raise _too_small(work.amb, peak, "computations that must be alive together")
+    found, warnings = _bounded(work.graph)
+    work = replace(work, warnings=warnings)
+    split, peak = _fitted(work, chooser, found, amb)
+    if peak > amb:
+        # Only the smallest pieces leave room for what must stay beside a loop.
+        least, tightest = max(
+            ((chooser.choose(region, 0)[0], region.out) for region in found.values()),
+            key=lambda pair: pair[0],
+        )
+        split, peak = _fitted(work, chooser, found, least)
+        if peak > amb:
+            alone = f"{tightest!r} (at {line_of(tightest)})"
+            together = "computations that must be alive together"
+            raise _too_small(amb, max(least, peak), alone if peak <= least else together)
     return split
 
 
-def _split(work: Work, chooser: _Chooser, atomic: bool) -> Work:
-    assert work.amb is not None
-    roots = set(work.graph.roots)
+def _bounded(graph: Graph) -> tuple[dict[Node, Region], tuple[str, ...]]:
+    """The regions that may be cut, by their results, and what to say of the others."""
+    roots = {root_of(root): root for root in graph.roots}
     found: dict[Node, Region] = {}
     warnings = []
-    for region in regions(work.graph):
-        seen = [n for n in region.counted if n in roots]
+    for region in regions(graph):
+        seen = [roots[n] for n in region.counted if n in roots]
         if seen:
             warnings.append(
                 f"{label_of(seen[0])} is an output: the attention of {label_of(region.out)} "
@@ -242,6 +273,27 @@ def _split(work: Work, chooser: _Chooser, atomic: bool) -> Work:
             )
         else:
             found[region.out] = region
+    return found, tuple(warnings)
+
+
+def _fitted(
+    work: Work, chooser: _Chooser, found: Mapping[Node, Region], amb: int
+) -> tuple[Work, int]:
+    """The graph with its regions cut so that each fits, and what they need together."""
+    split = _split(work, chooser, found, amb, atomic=False)
+    peak = chooser.finish(split).placed.score_peak
+    if peak > amb:
+        # Regions that fit one by one may be alive together: a loop of one piece keeps them apart.
+        apart = _split(work, chooser, found, amb, atomic=True)
+        less = chooser.finish(apart).placed.score_peak
+        if less < peak:
+            return apart, less
+    return split, peak
+
+
+def _split(
+    work: Work, chooser: _Chooser, found: Mapping[Node, Region], amb: int, atomic: bool
+) -> Work:
     new: dict[Node, Node] = {}
     counted: set[Node] = set()
 
@@ -249,9 +301,7 @@ def _split(work: Work, chooser: _Chooser, atomic: bool) -> Work:
         made = new[node] = rebuilt(node, src)
         if node in found:
             region = found[node].mapped(new)
-            cuts = chooser.choose(region, work.amb or 0)
-            if isinstance(cuts, int):
-                raise _too_small(work.amb or 0, cuts, f"{node!r} (at {line_of(node)})")
+            _, cuts = chooser.choose(region, amb)
             if not cuts and not atomic:
                 counted.update(region.counted)
             else:
@@ -262,13 +312,13 @@ def _split(work: Work, chooser: _Chooser, atomic: bool) -> Work:
         return made
 
     graph = work.graph.rewrite(rebuild)
-    return replace(work, graph=graph, scores=frozenset(counted), warnings=tuple(warnings))
+    return replace(work, graph=graph, scores=frozenset(counted))
 
 
 def _too_small(amb: int, least: int, what: str) -> BudgetError:
     mib = least / 2**20
     return BudgetError(
-        f"amb={amb / 2**20:g} MiB is too small for {what}: one piece alone needs {mib!r} MiB "
+        f"amb={amb / 2**20:g} MiB is too small for {what}: the smallest pieces need {mib!r} MiB "
         f"({least} bytes); give amb={mib!r} or more",
         mib,
     )

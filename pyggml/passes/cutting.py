@@ -260,15 +260,18 @@ def _body(
 
 def _aligned(chain: Chain, dim: Dim) -> bool:
     """Whether every piece stays inside one group, or holds whole groups, at each map of a chain."""
-    step, first = dim.step, dim.first
+    step, first, base = dim.step, dim.first, 0  # pieces begin at base, base + first, + step, ..
     for cut in chain.maps:
-        step, first = step * cut.mul, first * cut.mul
-        for group in (cut.div, cut.mod):
-            whole = step % group == 0 and first % group == 0 if group > 1 else True
-            if not whole and not (group % step == 0 and first == step):
-                return False
+        step, first, base = step * cut.mul, first * cut.mul, base * cut.mul
+        group = max(cut.div, cut.mod)
+        whole = all(n % group == 0 for n in (base, first, step))
+        if not whole and not (group % step == 0 and first == step and base % step == 0):
+            return False
         if cut.div > 1:
-            step, first = max(1, step // cut.div), max(1, first // cut.div)
+            step, first, base = max(1, step // cut.div), max(1, first // cut.div), base // cut.div
+        elif cut.mod:
+            step, first, base = min(step, cut.mod), min(first, cut.mod), base % cut.mod
+        base += cut.add
     return True
 
 

@@ -2,9 +2,9 @@
 
 An array of a block type is uint8 [..., blocks, bytes of a block]; bf16 is uint16 [..., ne0]; f16
 and f32 are themselves. Any strides are taken, in arguments and in `out`, which must not overlap
-the input. Work is done in pieces inside `work` (uint8, WORK_BYTES long; made where not given): no
-call makes a further temporary of 64 KiB or more, tables made at first use (30 KiB each, and gguf's)
-apart.
+the input. Work is done in pieces inside `work` (uint8; made where not given): `work_bytes` says how
+much pieces of full size take, less makes them smaller. No call makes a further temporary of 64 KiB
+or more, tables made at first use (30 KiB each, and gguf's) apart.
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ from pyggml.quants import decoders, encoders
 from pyggml.quants.common import (
     DECODE_PIECE,
     ENCODE_PIECE,
+    LEAST_WORK,
     WORK_BYTES,
     Floats,
     Memory,
     pieces,
+    work_bytes,
 )
 
 __all__ = [
     "DECODABLE", "ENCODABLE", "WORK_BYTES", "decode", "decode_rows", "encode", "encode_rows",
+    "work_bytes",
 ]  # fmt: skip
 
 #: Names of the types that `decode` and `encode` take.
@@ -128,8 +131,10 @@ def _convert(
     if work is None:
         work = np.empty(WORK_BYTES, np.uint8)
     _check_elements(work, np.dtype(np.uint8), "work")
-    if work.nbytes < WORK_BYTES or not work.flags.carray:
-        raise ShapeError(f"work must be contiguous, writable, of at least {WORK_BYTES} bytes")
+    if work.nbytes < LEAST_WORK or not work.flags.carray:
+        raise ShapeError(f"work must be contiguous, writable, of at least {LEAST_WORK} bytes")
+    if work.nbytes < WORK_BYTES:
+        limit = max(1, limit * (work.nbytes - LEAST_WORK // 2) // WORK_BYTES)
     with np.errstate(all="ignore"):  # inf and NaN are values like others
         for index in pieces(source.shape[:-1], limit):
             memory = Memory(work.reshape(-1))

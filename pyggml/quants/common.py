@@ -20,8 +20,17 @@ Index: TypeAlias = tuple[int | slice | EllipsisType, ...]
 DECODE_PIECE = 65536
 ENCODE_PIECE = 16384
 
-#: Bytes of `work` that any call needs (decoding iq4_nl into a strided result needs the most).
+#: Bytes of `work` for whole pieces (decoding iq4_nl into a strided result needs the most).
 WORK_BYTES = 640 * 1024
+
+#: Least bytes of `work`: a block of any type, and what every array of it may lose to alignment.
+LEAST_WORK = 32 * 1024
+
+
+def work_bytes(weights: int) -> int:
+    """Bytes of `work` with which so many weights can be converted in pieces of full size."""
+    return min(WORK_BYTES, LEAST_WORK + weights * (WORK_BYTES // ENCODE_PIECE))
+
 
 #: The sixteen levels of iq4_nl and iq4_xs, and those of mxfp4 (twice the e2m1 numbers of the OCP
 #: Microscaling Formats specification 1.0, section 5.3.3).

@@ -1,0 +1,47 @@
+"""An operation of your own: a shape rule, a NumPy kernel, and nothing to register elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+import pyggml as gg
+from pyggml.backends.numpy import kernel
+from pyggml.graph import Node, Spec
+
+
+@gg.op
+def cumsum(a: Node, *, reverse: bool = False) -> Spec:
+    """y[i] = a[0] + .. + a[i] along each row; reverse: a[i] + .. to the end.   a, y  f32"""
+    if a.dtype.name != "f32":
+        raise gg.DTypeError(f"a has type {a.dtype}; it takes f32")
+    return a.spec
+
+
+@kernel(cumsum)
+def _(out: Any, a: Any, *, reverse: bool) -> None:
+    order = slice(None, None, -1 if reverse else 1)
+    np.cumsum(a[..., order], axis=-1, out=out[..., order])
+
+
+@gg.op
+def swish_mean(a: Node, *, eps: float = 0.0) -> Spec:
+    """y = silu(a) / (mean of the row + eps): said in other ops, it runs on every backend."""
+    return a.spec
+
+
+@swish_mean.means
+def _(a: Node, *, eps: float = 0.0) -> Node:
+    return gg.div(gg.silu(a), gg.scale(gg.sum_rows(a), s=1 / a.ne[0], b=eps))
+
+
+def main() -> None:
+    x = gg.input("x", "f32", ne=(5, 2))
+    plan = gg.compile({"sum": cumsum(x, reverse=True), "mean": swish_mean(cumsum(x))})
+    print(plan)
+    print(plan.run(x=np.ones((2, 5))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Keys and values expanded from a latent cache for flash attention, under every budget.
+
+A BLAS product of a block of another size may sum in another order. In f32 that stays below 1e-6;
+rounded to f16 a last bit may turn over, which is no error of the loop. So random values are tested
+with f32 expansions, and f16 with whole numbers, whose sums no order rounds.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from attentions import Latent
+from checks import Case, counts, least_of, loops
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+@st.composite
+def latents(draw: st.DrawFn) -> Latent:
+    heads = draw(st.sampled_from([1, 2, 3, 4, 6, 7, 12, 13]))
+    n_kv = draw(st.sampled_from([2, 31, 97, 128, 211]))
+    type = draw(st.sampled_from(["f32", "f16"]))
+    mask = draw(st.sampled_from(["", "random", "causal"]))
+    return Latent(
+        heads,
+        draw(st.integers(1, min(40, n_kv))),
+        n_kv,
+        draw(st.sampled_from(["f32", "f16", "q8_0"])),
+        type,
+        split=draw(st.booleans()),
+        exact=type == "f16",
+        sinks=draw(st.booleans()),
+        mask=mask,
+        heads_mask=draw(st.sampled_from([d for d in range(1, heads + 1) if heads % d == 0])),
+        max_bias=draw(st.sampled_from([0.0, 8.0])) if mask else 0.0,
+        kv_len=draw(st.sampled_from([0, 1, n_kv // 2, n_kv])),
+        lse=draw(st.booleans()),
+    )
+
+
+@settings(max_examples=40)
+@given(latents(), st.integers(0, 99))
+def test_any_expansion_under_any_budget(what: Latent, seed: int) -> None:
+    Case(what, seed).check_all()
+
+
+FULL = dict(sinks=True, mask="random", max_bias=8.0)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("cache", ["f16", "q8_0"])
+@pytest.mark.parametrize("type", ["f32", "f16"])
+def test_groups_of_heads_then_blocks_of_keys(cache: str, type: str, split: bool) -> None:
+    """A middling budget cuts heads; the least cuts keys. kv_len and sinks keep their meaning."""
+    what = Latent(
+        7, 9, 499, cache, type, split, type == "f16", heads_mask=7, kv_len=300, **FULL
+    )  # fmt: skip
+    case = Case(what)
+    least = least_of(case.outputs)
+    fills = set()
+    for part in (0.95, 0.6, 0.4, 0.2, 0.1, 0.05, 0.02, 0):
+        plan = case.check(least + int((case.need - least) * part))
+        (loop,) = loops(plan)
+        assert loop.dims[-1].count > 1
+        fills.add(loop.fill)
+    assert (1,) in fills
+    assert any(fill[-1] == "kv" for fill in fills)
+
+
+def test_heads_and_keys_are_cut_at_once() -> None:
+    """Both shifts of one node (its first head, its first key) count, in every one of its blocks."""
+    case = Case(Latent(7, 9, 256, nope=32, rope=32, kv_len=100, heads_mask=7, **FULL))
+    plan = case.check(least_of(case.outputs))
+    (loop,) = loops(plan)
+    assert loop.fill == (1, "kv")
+    assert counts(plan) == [(7, 8)]
+
+
+@pytest.mark.parametrize("n_kv", [33, 64, 97, 131])
+def test_blocks_are_no_smaller_than_32_keys(n_kv: int) -> None:
+    case = Case(Latent(1, 3, n_kv, cache="f16", sinks=True))
+    (loop,) = loops(case.check(least_of(case.outputs)))
+    assert loop.fill[-1] == "kv"
+    assert loop.dims[-1].step == 32
+    assert loop.dims[-1].count == -(-n_kv // 32)
+
+
+def test_a_dead_row_stays_dead() -> None:
+    """A row whose keys are hidden in every block: 0, and -inf as its log-sum-exp."""
+    case = Case(Latent(2, 3, 97, mask="random", lse=True))
+    assert (case.wanted[0, :, -1] == -np.inf).all()
+    case.check(least_of(case.outputs))
+
+
+def test_sinks_count_once() -> None:
+    """With sinks in every block the weights of keys would shrink: seen against 64 blocks."""
+    case = Case(Latent(2, 3, 2048, sinks=True))
+    plan = case.check(least_of(case.outputs))
+    assert counts(plan)[0][-1] == 64

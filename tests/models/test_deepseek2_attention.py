@@ -1,0 +1,413 @@
+"""The attention layer in all its forms against transformers' results and against float64."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+
+import pyggml as gg
+from pyggml import gguf
+from pyggml.models.config import DeepSeek2Config
+from pyggml.models.deepseek2 import AttentionOptions, Cache, Layer, attention
+from pyggml.models.presets import PRESETS, synth
+from pyggml.parity.deepseek import attention_f64
+from pyggml.parity.tolerance import relative_error
+from tests.fixtures.case import HERE
+
+FORMS = [
+    ("standard", True),
+    ("standard", False),
+    ("latent", True),
+    ("latent", False),
+    ("expanded", True),
+]
+IDS = ["standard-fa", "standard", "latent-fa", "latent", "expanded-fa"]
+all_forms = pytest.mark.parametrize(("form", "flash"), FORMS, ids=IDS)
+both_layouts = pytest.mark.parametrize("kv_b", ["joined", "split"])
+#: f32 sums against float64: 5e-7 to 1e-6 measured.
+EXACT = 1e-5
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass
+class Case:
+    """A layer, tokens, and what the layer makes of them."""
+
+    layer: Layer
+    x: Array
+    want: Array
+    first_position: int = 0
+
+    def plan(
+        self,
+        options: AttentionOptions,
+        n_tokens: int,
+        n_kv: int,
+        store: gg.Store,
+        n_ctx: int | None = None,
+        amb: float | None = None,
+        ids: str = "i32",
+    ) -> gg.Plan:
+        config = self.layer.config
+        x = gg.input("x", ne=(config.n_embd, n_tokens))
+        pos = gg.input("pos", "i32", ne=(n_tokens,))
+        seen = gg.input("seen", "i32", ne=(n_tokens,))
+        rows = gg.input("ids", ids, ne=(n_tokens,))
+        cache = Cache.of(config, options, n_ctx or n_kv, self.layer.il)
+        mask = gg.causal_mask(seen, n_kv=n_kv)
+        y = attention(x, pos, rows, mask, self.layer, cache, options)
+        return gg.compile({"y": y}, store=store, amb=amb)
+
+    def feed(self, plan: gg.Plan, start: int, stop: int) -> Array:
+        rows = np.arange(start, stop)
+        return plan.run(x=self.x[start:stop], pos=rows + self.first_position, seen=rows, ids=rows)[
+            "y"
+        ]
+
+    def run(
+        self,
+        options: AttentionOptions,
+        parts: Sequence[int],
+        n_kv: int = 32,
+        store: gg.Store | None = None,
+        **more: Any,
+    ) -> Array:
+        """The layer over parts of so many tokens each, one run a part."""
+        store = store or gg.Store()
+        plans = {n: self.plan(options, n, n_kv, store, **more) for n in set(parts)}
+        ends = np.cumsum(parts)
+        return np.concatenate([self.feed(plans[n], end - n, end) for n, end in zip(parts, ends)])
+
+
+def split(weights: dict[str, Array], n_head: int, d_nope: int) -> dict[str, Array]:
+    """attn_kv_b as attn_k_b and attn_v_b."""
+    made = dict(weights)
+    joined = made.pop("attn_kv_b")
+    by_head = joined.reshape(n_head, -1, joined.shape[-1])
+    made["attn_k_b"] = np.ascontiguousarray(by_head[:, :d_nope].swapaxes(1, 2))
+    made["attn_v_b"] = np.ascontiguousarray(by_head[:, d_nope:])
+    return made
+
+
+def sizes_of(config: DeepSeek2Config) -> dict[str, Any]:
+    """The keywords of attention_f64."""
+    return {
+        "n_head": config.n_head,
+        "qk_nope": config.d_nope,
+        "qk_rope": config.n_rot,
+        "v_dim": config.d_v,
+        "kv_lora": config.kv_lora_rank,
+        "eps": config.rms_eps,
+        "kq_scale": config.kq_scale,
+        "freq_base": config.rope_freq_base,
+        "freq_scale": config.freq_scale,
+        "ext_factor": config.ext_factor,
+        "attn_factor": config.rope_attn_factor,
+        "n_ctx_orig": config.n_ctx_orig,
+    }
+
+
+# -- transformers -------------------------------------------------------------------------------
+
+#: Fixture -> q_lora_rank and rope scaling as a GGUF file says it.
+FIXTURES: dict[str, dict[str, Any]] = {
+    "v2_lite": {"q_lora_rank": None},
+    "v2": {"q_lora_rank": 20, "rope_scaling": "yarn", "rope_factor": 40.0, "yarn_log_mul": 0.0707},
+    "v3": {"q_lora_rank": 24, "rope_scaling": "yarn", "rope_factor": 8.0, "yarn_log_mul": 0.1},
+    "v3_plain": {"q_lora_rank": None},
+}
+
+
+def fixture(name: str, kv_b: str) -> Case:
+    with np.load(HERE / f"deepseek_{name}.npz") as file:
+        arrays = dict(file)
+    config = replace(
+        PRESETS["tiny"],
+        n_embd=40,
+        n_head=4,
+        kv_lora_rank=24,
+        d_nope=12,
+        n_rot=16,
+        d_v=10,
+        n_ctx_orig=4096,
+        **{"rope_scaling": "none", "rope_factor": 1.0, "yarn_log_mul": 0.0} | FIXTURES[name],
+    )
+    for key, value in json.loads(str(arrays["sizes"])).items():
+        if key in sizes_of(config):
+            assert sizes_of(config)[key] == pytest.approx(value, rel=1e-12), key
+    weights = {
+        key.removesuffix(".weight"): array
+        for key, array in arrays.items()
+        if key.endswith(".weight")
+    }
+    weights = split(weights, 4, 12) if kv_b == "split" else weights
+    layer = Layer(config, {key: gg.constant(array, name=key) for key, array in weights.items()})
+    return Case(layer, arrays["x"].astype(np.float32), arrays["out"], arrays["positions"][0])
+
+
+@all_forms
+@both_layouts
+@pytest.mark.parametrize("name", FIXTURES)
+def test_a_prompt_and_three_tokens_are_those_of_transformers(
+    name: str, kv_b: str, form: str, flash: bool
+) -> None:
+    case = fixture(name, kv_b)
+    got = case.run(AttentionOptions(form, flash, "f32"), [11, 1, 1, 1], n_kv=16)
+    assert relative_error(got[:11], case.want[:11]) < EXACT
+    assert relative_error(got[11:], case.want[11:]) < EXACT
+
+
+# -- random layers ------------------------------------------------------------------------------
+
+
+def random_case(
+    n_head: int, kv_b: str, type: str = "f32", n_tokens: int = 24, q_lora: int | None = None
+) -> Case:
+    """A layer whose sizes blocks of 32 divide, V3's YaRN; its weights of `type`."""
+    config = replace(
+        PRESETS["tiny"], n_embd=96, n_head=n_head, q_lora_rank=q_lora, kv_lora_rank=64, d_nope=32,
+        n_rot=32, d_v=64, kv_b=kv_b,
+    )  # fmt: skip
+    rng = np.random.default_rng(n_head)
+    shapes = {
+        "attn_kv_a_mqa": (96, 96),
+        "attn_kv_b": (n_head * 96, 64),
+        "attn_output": (96, n_head * 64),
+    }
+    if q_lora is None:
+        shapes["attn_q"] = (n_head * 64, 96)
+    else:
+        shapes |= {"attn_q_a": (q_lora, 96), "attn_q_b": (n_head * 64, q_lora)}
+    weights = {k: rng.standard_normal(s) * s[-1] ** -0.5 for k, s in shapes.items()}
+    weights = split(weights, n_head, 32) if kv_b == "split" else weights
+    nodes = {k: gg.constant(w.astype("f4"), type=type, name=k) for k, w in weights.items()}
+    if type == "q8_0":
+        raw = {k: np.asarray(gg.ops.leaf.data_of(node)) for k, node in nodes.items()}
+        weights = {k: dequantize(r, GGMLQuantizationType.Q8_0) for k, r in raw.items()}
+    elif type != "f32":
+        weights = {k: w.astype(np.float16) for k, w in weights.items()}
+    norms = {"attn_kv_a_norm": 64} | ({"attn_q_a_norm": q_lora} if q_lora else {})
+    for key, n in norms.items():
+        weights[key] = 1 + 0.3 * rng.standard_normal(n).astype("f4")
+        nodes[key] = gg.constant(weights[key], name=key)
+    x = rng.standard_normal((n_tokens, 96)).astype("f4")
+    want = attention_f64(
+        {f"{k}.weight": w for k, w in weights.items()}, x, np.arange(n_tokens), **sizes_of(config)
+    )
+    return Case(Layer(config, nodes, il=3), x, want)
+
+
+@all_forms
+@both_layouts
+@pytest.mark.parametrize("n_head", [1, 3, 7])
+def test_odd_head_counts(n_head: int, kv_b: str, form: str, flash: bool) -> None:
+    case = random_case(n_head, kv_b)
+    got = case.run(AttentionOptions(form, flash, "f32"), [20, 1, 1, 1, 1])
+    assert relative_error(got, case.want) < EXACT
+
+
+@all_forms
+@both_layouts
+@pytest.mark.parametrize(
+    ("cache_type", "bound"),
+    [("f16", 1e-3), ("bf16", 1e-2), ("q8_0", 2e-2), ("q4_0", 2e-1)],
+)
+def test_cache_types(cache_type: str, bound: float, kv_b: str, form: str, flash: bool) -> None:
+    case = random_case(3, kv_b, q_lora=48)
+    got = case.run(AttentionOptions(form, flash, cache_type), [20, 1, 1, 1, 1])
+    error = relative_error(got, case.want)
+    assert bound / 100 < error < bound
+
+
+@all_forms
+@both_layouts
+@pytest.mark.parametrize("type", ["f16", "q8_0"])
+def test_weights_that_must_be_turned_round_in_the_graph(
+    type: str, kv_b: str, form: str, flash: bool
+) -> None:
+    case = random_case(3, kv_b, type)
+    got = case.run(AttentionOptions(form, flash, "f32"), [20, 1, 1, 1, 1])
+    assert relative_error(got, case.want) < (EXACT if type == "f16" else 1e-3)
+
+
+@all_forms
+@pytest.mark.parametrize(("cache_type", "bound"), [("f32", EXACT), ("f16", 1e-4)])
+def test_two_ubatches_are_one_prompt(cache_type: str, bound: float, form: str, flash: bool) -> None:
+    """But for the order of sums, which now and then rounds to the other f16."""
+    case = random_case(3, "joined")
+    options = AttentionOptions(form, flash, cache_type)
+    whole, halves = gg.Store(), gg.Store()
+    one = case.run(options, [24], store=whole)
+    two = case.run(options, [13, 11], store=halves)
+    assert relative_error(two, one) < bound
+    names = ["cache_k_l3", "cache_v_l3"] if form == "standard" else ["cache_kv_l3"]
+    for name in names:
+        assert np.any(whole.read(name))
+        np.testing.assert_allclose(halves.read(name), whole.read(name), rtol=2e-3, atol=1e-6)
+
+
+def test_a_cache_filled_expanded_is_decoded_latent() -> None:
+    case = random_case(4, "split")
+    store = gg.Store()
+    prompt = case.plan(AttentionOptions("expanded", True, "f32"), 20, 32, store)
+    single = case.plan(AttentionOptions("latent", True, "f32"), 1, 32, store)
+    got = [case.feed(prompt, 0, 20)] + [case.feed(single, i, i + 1) for i in range(20, 24)]
+    assert relative_error(np.concatenate(got), case.want) < EXACT
+    held = {p: {n for n in p.graph.nodes if n.op.name == "constant"} for p in (prompt, single)}
+    assert held[prompt] == held[single] == set(case.layer.weights.values())
+
+
+@all_forms
+def test_rows_past_the_tokens_change_nothing(form: str, flash: bool) -> None:
+    """Neither a larger bucket, nor a larger cache, nor what stands in rows not yet written."""
+    case = random_case(2, "joined")
+    options = AttentionOptions(form, flash, "f16")
+    small = case.run(options, [24], n_kv=24)
+    store = gg.Store()
+    plan = case.plan(options, 24, 40, store, n_ctx=64, ids="i64").bind()
+    for name in ["cache_k_l3", "cache_v_l3"] if form == "standard" else ["cache_kv_l3"]:
+        store.write(name, np.full(store.read(name).shape, 1000.0, np.float32))
+    assert relative_error(case.feed(plan, 0, 24), small) < EXACT
+
+
+@all_forms
+@both_layouts
+@pytest.mark.parametrize("cache_type", ["f16", "q8_0"])
+def test_within_a_budget_the_result_is_the_same(
+    cache_type: str, kv_b: str, form: str, flash: bool
+) -> None:
+    case = random_case(5, kv_b, n_tokens=40)
+    options = AttentionOptions(form, flash, cache_type)
+    plain = case.plan(options, 40, 1024, gg.Store())
+    whole = case.feed(plain, 0, 40)
+    need = plain.memory.score_peak
+    if flash and form != "expanded":
+        assert need == 0
+        return
+    with pytest.raises(gg.BudgetError) as caught:
+        case.plan(options, 40, 1024, gg.Store(), amb=1 / 2**20)
+    least = int(caught.value.least * 2**20)
+    assert least < need
+    for amb in (least, (least + need) // 2, need - 1):
+        plan = case.plan(options, 40, 1024, gg.Store(), amb=amb / 2**20)
+        assert any(step.loop is not None for step in plan.steps)
+        assert plan.memory.score_peak <= amb
+        assert relative_error(case.feed(plan, 0, 40), whole) < EXACT
+
+
+@all_forms
+def test_a_run_allocates_nothing_to_speak_of(form: str, flash: bool) -> None:
+    case = random_case(4, "split", "q8_0", n_tokens=64)
+    plan = case.plan(AttentionOptions(form, flash, "q8_0"), 64, 256, gg.Store())
+    case.feed(plan, 0, 64)
+    tracemalloc.start()
+    case.feed(plan, 0, 64)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 64 * 1024 + 2 * 64 * 96 * 4  # besides, the output's copy and the inputs'
+
+
+# -- files, names, errors -----------------------------------------------------------------------
+
+
+@all_forms
+@both_layouts
+@pytest.mark.parametrize("q_lora", [None, 96])
+def test_a_layer_of_a_file(
+    tmp_path: Path, q_lora: int | None, kv_b: str, form: str, flash: bool
+) -> None:
+    path = tmp_path / "tiny.gguf"
+    synth(path, replace(PRESETS["tiny"], kv_b=kv_b, q_lora_rank=q_lora), type="f16")
+    with gguf.open(path) as file:
+        config = DeepSeek2Config.from_gguf(file.fields, file.tensors)
+        layer = Layer.of(file, config, 2)
+        weights = {
+            f"{key}.weight": np.asarray(file.array(f"blk.2.{key}.weight"), np.float64)
+            for key in layer.weights
+            if key.startswith("attn_")
+        }
+    x = np.random.default_rng(0).standard_normal((12, config.n_embd)).astype("f4")
+    want = attention_f64(weights, x, np.arange(12), **sizes_of(config))
+    got = Case(layer, x, want).run(AttentionOptions(form, flash, "f32"), [10, 1, 1])
+    assert relative_error(got, want) < EXACT
+
+
+def test_intermediate_tensors_have_the_names_of_llama_cpp() -> None:
+    case = random_case(2, "joined")
+    for form, flash in FORMS:
+        plan = case.plan(AttentionOptions(form, flash), 4, 32, gg.Store())
+        found = {label for node in plan.graph.nodes for label in gg.labels(node)}
+        wanted = {"q-3", "kv_cmpr-3", "k_pe-3", "Qcur-3", "Kcur-3", "kqv-3", "kqv_out-3"}
+        assert wanted | ({"kq-3", "kq_soft_max-3"} if not flash else set()) <= found
+        states = {n.attrs["name"] for n in plan.graph.nodes if n.op.name == "state"}
+        assert states == ({"cache_k_l3", "cache_v_l3"} if form == "standard" else {"cache_kv_l3"})
+
+
+def test_cache_rows_of_the_published_models() -> None:
+    for name, heads in (("deepseek-v2-lite", 16), ("deepseek-v3", 128)):
+        standard = Cache.of(PRESETS[name], AttentionOptions("standard"), 4096)
+        assert standard.v is not None
+        assert (standard.k.ne, standard.v.ne) == ((192, 4096, heads, 1), (128, 4096, heads, 1))
+        latent = Cache.of(PRESETS[name], AttentionOptions(cache_type="q8_0"), 4096)
+        assert (latent.k.ne, latent.v) == ((576, 4096, 1, 1), None)
+
+
+def test_options_that_do_not_exist() -> None:
+    with pytest.raises(gg.UnknownName, match="no attention form 'mla'"):
+        AttentionOptions("mla")
+    with pytest.raises(gg.ShapeError, match="flash attention only"):
+        AttentionOptions("expanded", flash=False)
+    with pytest.raises(gg.DTypeError, match="unknown type 'f7'"):
+        AttentionOptions(cache_type="f7")
+
+
+@pytest.mark.parametrize(("made", "used"), [("standard", "latent"), ("latent", "standard")])
+def test_a_cache_of_another_form(made: str, used: str) -> None:
+    case = random_case(2, "joined")
+    pos = gg.input("pos", "i32", ne=(4,))
+    cache = Cache.of(case.layer.config, AttentionOptions(made), 32)
+    with pytest.raises(gg.GraphError, match=f"form '{used}'"):
+        attention(
+            gg.input("x", ne=(96, 4)),
+            pos,
+            pos,
+            gg.causal_mask(pos, n_kv=32),
+            case.layer,
+            cache,
+            AttentionOptions(used),
+        )
+
+
+def test_blocks_that_do_not_divide_the_rows() -> None:
+    case = fixture("v3", "joined")
+    with pytest.raises(gg.ShapeError, match="q8_0"):
+        Cache.of(case.layer.config, AttentionOptions("latent", True, "q8_0"), 16)
+
+
+def test_ids_past_the_cache() -> None:
+    case = random_case(2, "joined")
+    plan = case.plan(AttentionOptions(), 2, 16, gg.Store())
+    with pytest.raises(gg.IdError, match="past the end"):
+        plan.run(x=case.x[:2], pos=[0, 1], seen=[0, 1], ids=[15, 16])
+
+
+def test_layers_and_weights_that_are_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    synth(path, PRESETS["tiny"], type="f16")
+    with gguf.open(path) as file:
+        config = DeepSeek2Config.from_gguf(file.fields, file.tensors)
+        for il in (-1, 3):
+            with pytest.raises(gg.UnknownName, match=f"no layer {il}: the file has 3"):
+                Layer.of(file, config, il)
+        with pytest.raises(gg.UnknownName, match="attn_q"):
+            Layer.of(file, config).weights["attn_q"]

@@ -1,0 +1,51 @@
+"""An op that a user defines outside the package: examples/own_op.py."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import pyggml as gg
+from examples.own_op import cumsum, main, swish_mean
+from pyggml.errors import DTypeError, UnsupportedOp
+from pyggml.graph import Node, Spec, cost_of
+
+
+def test_with_a_kernel() -> None:
+    x = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)
+    node = gg.input("x", "f32", ne=(5, 3))
+    got = gg.compile({"y": gg.relu(cumsum(gg.scale(node, s=2.0), reverse=True))}).run(x=x)["y"]
+    want = np.maximum(np.cumsum(2 * x[:, ::-1], axis=1)[:, ::-1], 0)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    assert cost_of(cumsum(node)).flops == 15
+
+
+def test_with_a_meaning_only() -> None:
+    x = np.random.default_rng(0).uniform(1, 2, (3, 5)).astype(np.float32)
+    node = gg.name(swish_mean(gg.input("x", "f32", ne=(5, 3)), eps=0.5), "mine")
+    plan = gg.compile({"y": node})
+    assert [step.node.op.name for step in plan.steps] == ["silu", "sum_rows", "scale", "div"]
+    assert gg.labels(plan.graph.outputs["y"]) == ("mine",)
+    want = x / (1 + np.exp(-x)) / (x.mean(1, keepdims=True) + 0.5)
+    np.testing.assert_allclose(plan.run(x=x)["y"], want, rtol=1e-5)
+
+
+def test_its_errors_are_like_those_of_other_ops() -> None:
+    with pytest.raises(DTypeError, match=r"cumsum\(h\): a has type f16.*test_own_op.py:\d+$"):
+        cumsum(gg.input("h", "f16", ne=(5,)))
+
+
+def test_with_neither() -> None:
+    @gg.op
+    def nothing(a: Node) -> Spec:
+        return a.spec
+
+    with pytest.raises(UnsupportedOp, match="no kernel for nothing; nothing has no meaning") as e:
+        gg.compile({"y": nothing(gg.input("x", "f32", ne=(5,)))})
+    assert isinstance(e.value, NotImplementedError) and __file__ in str(e.value)
+
+
+def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    main()
+    shown = capsys.readouterr().out
+    assert "cumsum" in shown and "[5., 4., 3., 2., 1.]" in shown

@@ -1,0 +1,42 @@
+"""What the documents say is so: their Python runs, their tables come from records."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(path: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in DOCUMENTS if blocks(path)], ids=lambda path: path.name
+)
+def test_python_runs(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The blocks of a document in turn, in one namespace; `print(..)  # x` prints x."""
+    space: dict[str, object] = {}
+    for block in blocks(path):
+        exec(compile(block, str(path), "exec"), space)
+        printed = capsys.readouterr().out.splitlines()
+        promised = re.findall(r"^print\(.*?\)  # ([\[(].*)$", block, re.MULTILINE)
+        for text in promised:
+            assert any(text.startswith(line) for line in printed if line.strip()), (text, printed)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
+        assert (path.parent / target).exists(), target
+
+
+def test_tables_come_from_the_records() -> None:
+    done = subprocess.run([sys.executable, ROOT / "tools" / "tables.py", "--check"])
+    assert done.returncode == 0

@@ -1,0 +1,84 @@
+"""Who may import whom: one way, from element types to commands; no long files; a light import."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOP = Path(__file__).parent.parent
+LAYERS = (  # later ones may import earlier ones and their own
+    "pyggml.errors",
+    "pyggml.dtypes pyggml.quants",
+    "pyggml.graph",
+    "pyggml.dag pyggml.loop pyggml.memory",
+    "pyggml.ops",
+    "pyggml.backends pyggml.backends.base",
+    "pyggml.passes pyggml.verify",
+    "pyggml.store pyggml.plan pyggml.places pyggml.reports",
+    "pyggml.gguf pyggml.models pyggml.parity",
+    "pyggml.viz pyggml.cli pyggml.__main__ pyggml",
+)
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
+CONCRETE = {"graph", "loop", "ops", "dtypes", "quants", "errors"}
+FILES = [f for d in ("pyggml", "ops", "backends") for f in sorted((TOP / d).rglob("*.py"))]
+MODULES = {f.relative_to(TOP): f for f in FILES if not f.match("pyggml/ops/**")}
+
+
+def rank_of(module: str) -> int:
+    """The rank of the nearest package that has one."""
+    while module not in RANK:
+        module = module.rpartition(".")[0]
+    return RANK[module]
+
+
+def backend_of(module: str) -> str:
+    """The concrete backend that a module belongs to, or nothing."""
+    parts = module.split(".")
+    return parts[2] if parts[1:2] == ["backends"] and len(parts) > 2 and parts[2] != "base" else ""
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_imports(path: Path) -> None:
+    text = MODULES[path].read_text()
+    assert text.count("\n") <= 500
+    parts = [p for p in path.with_suffix("").parts if p != "__init__"]
+    here = ".".join(parts if parts[0] == "pyggml" else ["pyggml", *parts])
+    for node in ast.walk(ast.parse(text)):
+        assert not (isinstance(node, ast.ImportFrom) and node.level), "relative import"
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{a.name}" for a in node.names]
+        for name in names:
+            assert name.split(".")[0] not in ("ops", "backends"), name
+            if name.split(".")[0] != "pyggml":
+                continue
+            assert rank_of(name) <= rank_of(here), f"{here} imports {name}"
+            assert backend_of(name) in ("", backend_of(here)), f"{here} imports {name}"
+            if backend_of(here) and not backend_of(name):
+                allowed = name.split(".")[1] in CONCRETE or name.startswith("pyggml.backends.base")
+                assert allowed, f"{here} imports {name}"
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=TOP, capture_output=True, text=True)
+
+
+def test_import_loads_numpy_only() -> None:
+    done = python(
+        "import numpy, time, sys; start = time.perf_counter(); import pyggml\n"
+        "assert time.perf_counter() - start < 1\n"  # a guard: it adds less than 0.1 s
+        "print({m.split('.')[0] for m in sys.modules} & "
+        "{'gguf', 'torch', 'matplotlib', 'yaml', 'cupy', 'numba', 'transformers'})\n"
+        "print([m for m in sys.modules if m.startswith('pyggml.backends.numpy')])"
+    )
+    assert done.stdout.split("\n")[:2] == ["set()", "[]"], done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("folder", ["ops", "backends"])
+def test_the_top_level_folders_are_imported_through_pyggml(folder: str) -> None:
+    done = python(f"import {folder}")
+    assert done.returncode and f"import pyggml.{folder}, not the top-level" in done.stderr

@@ -1,0 +1,115 @@
+"""Write the tables of README.md and docs/performance.md from the records in benchmarks/results/.
+
+python tools/tables.py           write them
+python tools/tables.py --check   exit 1 where a document differs from its record
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+MARKS = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def record(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
+    lines.insert(1, "|" + "---|" * len(head))
+    return "\n".join(lines) + "\n"
+
+
+def conditions(found: dict[str, Any]) -> str:
+    return (
+        f"`{found['command']}` on {found['date']}, {found['cpu']}, {found['cores']} cores, "
+        f"Python {found['python']}, NumPy {found['numpy']} ({found['blas']}).\n"
+    )
+
+
+def readme() -> str:
+    """The attention forms of the first screen: f16 cache, without a budget and with the least."""
+    found = record("deepseek_attention")
+    names = {"standard": "standard 192/128", "latent": "latent 576/512", "expanded": "expanded"}
+    rows = []
+    for row in found["result"]["rows"]:
+        if row["cache"] != "f16":
+            continue
+        form = f"{names[row['form']]}, {'flash' if row['flash'] else 'softmax'}"
+        amb = "none" if row["amb"] is None else f"{row['amb']:.1f}"
+        peak = f"{row['peak']:.1f}" if row["peak"] else "-"
+        rows.append([form, amb, peak, f"{row['arena']:.1f}", row["cut"], f"{row['error']:.0e}"])
+    head = ["attention (f16 cache)", "budget", "score peak", "arena", "cut into", "error"]
+    intro = (
+        "One DeepSeek-V2-Lite attention layer, a prompt of 512 tokens on the NumPy backend; MiB, "
+        "and\nrelative error against float64:\n\n"
+    )
+    return intro + table(head, rows)
+
+
+def example() -> str:
+    """All rows of the example, with times."""
+    found = record("deepseek_attention")
+    rows = []
+    for row in found["result"]["rows"]:
+        flash = "flash" if row["flash"] else "softmax"
+        sizes = ["none" if row["amb"] is None else f"{row['amb']:.2f}"]
+        sizes += [f"{row[key]:.2f}" for key in ("peak", "arena")]
+        times = [f"{row[key]:.0f}" for key in ("prompt", "decode")]
+        error = f"{row['error']:.1e}"
+        rows.append([row["form"], flash, row["cache"], *sizes, error, *times, row["cut"]])
+    head = ["form", "attention", "cache", "amb", "score peak", "arena", "error", "prompt, ms",
+            "decode, ms/token", "cut into"]  # fmt: skip
+    return conditions(found) + "\n" + table(head, rows)
+
+
+def kernels() -> str:
+    """Kernels beside plain NumPy, and decoding."""
+    found = record("kernels")
+    pairs: dict[str, dict[str, float]] = {}
+    single = []
+    for row in found["rows"]:
+        if row["side"]:
+            pairs.setdefault(row["group"], {})[row["side"]] = row["median"]
+        else:
+            single.append([f"`{row['name']}`", f"{row['median'] * 1e3:.1f}"])
+    compared = [
+        [name, f"{t['pyggml'] * 1e3:.2f}", f"{t['plain'] * 1e3:.2f}", ratio(t)]
+        for name, t in pairs.items()
+    ]
+    head = ["kernel", "pyggml, ms", "plain NumPy, ms", "ratio"]
+    text = conditions(found) + "\nMedians.\n\n" + table(head, compared)
+    return text + "\n" + table(["benchmark", "ms"], single)
+
+
+def ratio(times: dict[str, float]) -> str:
+    return f"{times['pyggml'] / times['plain']:.2f}"
+
+
+TABLES = {"readme": readme, "example": example, "kernels": kernels}
+
+
+def main() -> int:
+    stale = []
+    for path in (ROOT / "README.md", ROOT / "docs" / "performance.md"):
+        old = path.read_text()
+        new = MARKS.sub(lambda m: m[1] + TABLES[m[2]]() + m[3], old)
+        if new != old and "--check" in sys.argv:
+            stale.append(path.name)
+        elif new != old:
+            path.write_text(new)
+    if stale:
+        print(f"out of date: {', '.join(stale)}; run python tools/tables.py", file=sys.stderr)
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
