@@ -1,15 +1,10 @@
-"""Pictures of a graph and of a plan's memory: DOT text, and a PNG of the arena over the steps."""
+"""A graph as a picture: DOT text."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-
 from pyggml.dag import Graph
-from pyggml.errors import PyggmlError
 from pyggml.graph import Node, label_of
 from pyggml.loop import loop_of
-from pyggml.reports import Memory
 
 _LEAF_COLOURS = {"constant": "#dbe9f6", "input": "#fdebd0", "state": "#d5f5e3"}
 
@@ -42,25 +37,3 @@ def _style(node: Node) -> str:
 
 def _quoted(text: str) -> str:
     return text.replace("\\", "\\\\").replace('"', '\\"')
-
-
-def arena_png(plans: Mapping[str, Memory], path: str | Path) -> None:
-    """Draw how many bytes of the arena are live in each step, a line a plan. Needs matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise PyggmlError("pictures need matplotlib: pip install 'pyggml[plot]'") from None
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for label, memory in plans.items():
-        sizes = [nbytes / 2**20 for nbytes in memory.live]
-        # Steps are placed by their share of the run: plans differ in how many they have.
-        share = [100 * i / max(1, len(sizes)) for i in range(len(sizes) + 1)]
-        text = f"{label}: arena {memory.compute / 2**20:.1f} MiB"
-        axes.stairs(sizes, share, label=text, linewidth=1.6)
-    axes.set_xlabel("steps of the run, %")
-    axes.set_ylabel("live memory of the arena, MiB")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)

@@ -247,15 +247,11 @@ def apply_budget(work: Work, finish: Finish) -> Work:
     split, peak = _fitted(work, chooser, found, amb)
     if peak > amb:
         # Only the smallest pieces leave room for what must stay beside a loop.
-        least, tightest = max(
-            ((chooser.choose(region, 0)[0], region.out) for region in found.values()),
-            key=lambda pair: pair[0],
-        )
-        split, peak = _fitted(work, chooser, found, least)
-        if peak > amb:
-            alone = f"{tightest!r} (at {line_of(tightest)})"
-            together = "computations that must be alive together"
-            raise _too_small(amb, max(least, peak), alone if peak <= least else together)
+        split, peak = _fitted(work, chooser, found, 0)
+    if peak > amb:
+        alone = [out for out, region in found.items() if chooser.choose(region, 0)[0] > amb]
+        where = f"{alone[0]!r} (at {line_of(alone[0])})" if alone else "what is alive together"
+        raise _too_small(amb, peak, where)
     return split
 
 

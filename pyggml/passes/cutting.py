@@ -127,7 +127,11 @@ class _Uncuttable(Exception):
 
 @dataclass(slots=True)
 class _Piece:
-    """A body under construction: its result, leaves and shifts, and what in it is counted."""
+    """A body under construction: its result, leaves and shifts, and what in it is counted.
+
+    Leaves that are parts of counted tensors are counted too: they take no bytes of the body, but
+    the scratch of kernels that read them belongs to the budget.
+    """
 
     out: Node
     takes: dict[Node, Take]
@@ -151,6 +155,7 @@ class _Cutter:
         self.new_of: dict[Node, list[Node]] = {}
         self.takes: dict[Node, Take] = {}
         self.shifts: list[Shift] = []
+        self.pieces: set[Node] = set()  # leaves for parts of what is counted
 
     def run(self, axis: Axis, n: int) -> _Piece | None:
         """The body for pieces of `n` along `axis` of its result, or None where that is illegal."""
@@ -164,14 +169,16 @@ class _Cutter:
             return None
         for shift in self.body.shifts:
             self.shifts += [replace(shift, node=node) for node in self.new_of.get(shift.node, ())]
-        counted = {new for old in self.body.counted for new in self.new_of.get(old, ())}
-        return _Piece(made, self.takes, tuple(self.shifts), counted)
+        return _Piece(made, self.takes, tuple(self.shifts), self._counted())
 
     def uncut(self) -> _Piece:
         """The body of a loop of one piece: everything as it is."""
         out = self._copy(self.body.out)
-        counted = {new for old in self.body.counted for new in self.new_of.get(old, ())}
-        return _Piece(out, self.takes, (), counted)
+        return _Piece(out, self.takes, (), self._counted())
+
+    def _counted(self) -> set[Node]:
+        """What stands in the new body for the counted nodes of the old one."""
+        return self.pieces.union(*(self.new_of.get(old, ()) for old in self.body.counted))
 
     def _apply(self, node: Node, rule: Slice, chain: Chain, n: int) -> Node | None:
         """`node` for a piece: sources cut as the rule says, attributes changed."""
@@ -234,6 +241,8 @@ class _Cutter:
             chains = (*chains, chain)
         leaf = _piece(node, tuple(sizes))
         self.takes[leaf] = Take(leaf, source, chains)
+        if node in self.body.counted:
+            self.pieces.add(leaf)
         return leaf
 
 

@@ -218,7 +218,7 @@ class _Placer:
             total = sum(b.spec.nbytes for b in {self._block(node) for node in alive})
             if step.bodies:
                 total += max(body.score_peak for body in step.bodies)
-            elif step.node in alive or any(self.owner[r] in alive for r in step.reads):
+            elif any(n in self.scores for n in (step.node, *map(self.owner.get, step.reads))):
                 total += step.scratch
             peak = max(peak, total)
             alive = {node: end for node, end in alive.items() if end > i}

@@ -126,6 +126,8 @@ class Scores:
 
     def _key(self, at: Leaves, d: int) -> Node:
         ne = (d, self.n_kv, self.heads // self.ratio, self.streams // self.stream_ratio)
+        if self.key == "cast":
+            return counted(gg.cast(at.state("k", *ne, type="f16"), type="f32"))
         return at.input("k", *ne) if self.key == "f32" else at.state("k", *ne, type=self.key)
 
     def _value(self, at: Leaves) -> Node:
@@ -146,6 +148,7 @@ class Scores:
 class Latent:
     """Flash attention over keys and values expanded from a latent cache.
 
+    ratio     heads of q for one of k
     exact     whole numbers small enough that no sum is rounded: a test of f16 can be sharp
     type      of the expanded K and V
     """
@@ -167,6 +170,11 @@ class Latent:
     rope: int = 32
     d_v: int = 24
     rank: int = 32
+    ratio: int = 1
+
+    @property
+    def heads_kv(self) -> int:
+        return self.heads // self.ratio
 
     def build(self, at: Leaves) -> Node:
         cache = at.state(
@@ -174,7 +182,7 @@ class Latent:
         )
         kn, v = self._expanded(at, gg.view(cache, ne=(self.rank, self.n_kv)))
         kr = gg.view(cache, ne=(self.rope, self.n_kv), start=(self.rank,))
-        kr = counted(gg.repeat(self._cast(kr), ne=(self.rope, self.n_kv, self.heads)))
+        kr = counted(gg.repeat(self._cast(kr), ne=(self.rope, self.n_kv, self.heads_kv)))
         k = counted(gg.concat(kn, kr, dim=0))
         q = at.input("q", self.nope + self.rope, self.n_q, self.heads)
         mask = sinks = length = None
@@ -213,7 +221,7 @@ class Latent:
         return gg.constant(values, name=at.prefix + label)
 
     def _expanded(self, at: Leaves, latent: Node) -> tuple[Node, Node]:
-        h, nope, d_v = self.heads, self.nope, self.d_v
+        h, nope, d_v = self.heads_kv, self.nope, self.d_v
         heads_last = lambda x: gg.permute(x, axes=(0, 2, 1, 3))  # noqa: E731
         if self.split:
             parts = []
@@ -234,7 +242,7 @@ class Latent:
             latent = counted(gg.cast(latent, type="f32"))
         if not self.split:
             return latent
-        return counted(gg.repeat(latent, ne=(self.rank, self.n_kv, self.heads)))
+        return counted(gg.repeat(latent, ne=(self.rank, self.n_kv, self.heads_kv)))
 
 
 def run(plan: gg.Plan, at: Leaves) -> Mapping[str, np.ndarray[Any, Any]]:

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from attentions import Latent
-from checks import Case, counts, least_of, loops
+from attentions import Latent, Leaves, counted, run
+from checks import Case, compiled, counts, error, least_of, loops
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tracing import measured_peak
+
+import pyggml as gg
 
 
 @st.composite
 def latents(draw: st.DrawFn) -> Latent:
-    heads = draw(st.sampled_from([1, 2, 3, 4, 6, 7, 12, 13]))
+    heads = draw(st.sampled_from([1, 2, 3, 4, 6, 7, 10, 12, 13]))
     n_kv = draw(st.sampled_from([2, 31, 97, 128, 211]))
     type = draw(st.sampled_from(["f32", "f16"]))
     mask = draw(st.sampled_from(["", "random", "causal"]))
@@ -35,6 +38,7 @@ def latents(draw: st.DrawFn) -> Latent:
         max_bias=draw(st.sampled_from([0.0, 8.0])) if mask else 0.0,
         kv_len=draw(st.sampled_from([0, 1, n_kv // 2, n_kv])),
         lse=draw(st.booleans()),
+        ratio=draw(st.sampled_from([d for d in (1, 2, 3, 5, heads) if heads % d == 0])),
     )
 
 
@@ -83,6 +87,35 @@ def test_blocks_are_no_smaller_than_32_keys(n_kv: int) -> None:
     assert loop.fill[-1] == "kv"
     assert loop.dims[-1].step == 32
     assert loop.dims[-1].count == -(-n_kv // 32)
+
+
+@pytest.mark.parametrize("heads", [2, 7])
+def test_the_scratch_of_heads_that_share_one_expansion_counts(heads: int) -> None:
+    """K and V of one head are made before the loop; the attention that reads them is inside."""
+    case = Case(Latent(heads, 9, 31, ratio=heads))
+    plan = case.check(least_of(case.outputs))
+    assert loops(plan)[0].fill == (1,)
+
+
+def test_keys_in_blocks_of_a_block_type() -> None:
+    """Heads side by side in a row of q8_0 can only be cut where they are read."""
+    at, heads, n_kv = Leaves(), 6, 97
+    cache = at.state("cache", 32, n_kv)
+    made = []
+    for label in ("w_k", "w_v"):
+        wide = counted(gg.mul_mat(gg.constant(at.normal((32, 64 * heads)), name=label), cache))
+        packed = counted(gg.cast(wide, type="q8_0"))
+        made.append(gg.permute(gg.reshape(packed, ne=(64, heads, n_kv)), axes=(0, 2, 1, 3)))
+    y = {"y": gg.flash_attn_ext(at.input("q", 64, 9, heads), *made, scale=0.01)}
+    wanted = run(gg.compile(y), at)["y"]
+    need, fills = gg.compile(y).memory.score_peak, set()
+    for amb in range(least_of(y), need, need // 20):
+        plan = compiled(y, amb)
+        peak, out = measured_peak(plan, at)
+        assert peak == plan.memory.score_peak <= amb
+        assert error(out["y"], wanted) <= 1e-6
+        fills.add(loops(plan)[0].fill)
+    assert (1,) in fills
 
 
 def test_a_dead_row_stays_dead() -> None:

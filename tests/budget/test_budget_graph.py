@@ -125,6 +125,18 @@ def test_equal_layers_are_cut_alike() -> None:
     assert counts(plans[0]) == counts(plans[0])[:1] * 4
 
 
+def test_layers_that_differ_in_little_are_cut_on_their_own() -> None:
+    """Same sizes of scores; another mask, another ratio of heads, other heads, a view between."""
+    outputs, at = layers(
+        Scores(12, 1, 9, 61, mask=(12, 1)),
+        Scores(12, 1, 9, 61, mask=(4, 1)),
+        Scores(12, 3, 9, 61, mask=(1, 1)),
+        Scores(12, 4, 9, 61, mask=(12, 1), max_bias=8.0),
+        Scores(12, 1, 9, 61, mask=(3, 1), form="window"),
+    )
+    check_together(outputs, at, parts=12)
+
+
 def two_alive(at: Leaves, n: tuple[int, int] = (61, 97)) -> dict[str, Node]:
     """Both score tensors exist before either softmax: the second reads a cache before a write,
     and the first can only be finished after it."""
@@ -161,6 +173,20 @@ def test_scores_that_another_op_reads_too_count_with_the_loop() -> None:
     late = gg.mul_mat(at.input("v", 61, 8, 6), counted(gg.soft_max_ext(kq)))
     outputs = {"y": late, "sum": gg.sum_rows(kq)}
     check_together(outputs, at)
+
+
+def test_pieces_shrink_where_scores_must_stay_beside_their_loop() -> None:
+    """A product that is made before a write, and read once more after the other attention."""
+    at = Leaves()
+    old = at.state("cache", 8, 61, 6)
+    ids = at.input("ids", 9, type="i64", values=np.arange(9))
+    new = gg.set_rows(old, at.input("fresh", 8, 9, 6), ids)
+    kept = counted(gg.mul_mat(old, at.input("q0", 8, 9, 6)))
+    soft = counted(gg.soft_max_ext(counted(gg.mul_mat(new, at.input("q1", 8, 9, 6)))))
+    late = gg.sum_rows(gg.mul_mat(at.input("v", 61, 8, 6), soft))
+    early = gg.mul_mat(at.input("v0", 61, 8, 6), counted(gg.soft_max_ext(kept)))
+    plans = check_together({"y": gg.mul(kept, late), "early": early}, at)
+    assert any(counts(plan) for plan in plans)
 
 
 def test_two_attentions_of_one_softmax() -> None:
