@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 
 from pyggml.dag import Graph, rebuilt
 from pyggml.errors import BudgetError
@@ -48,14 +49,17 @@ def regions(graph: Graph) -> list[Region]:
             expanded = _expanded(node.src[1:3], derived)
             if expanded:
                 found.append(Region(node, frozenset(expanded), _FLASH_WAYS))
-        elif node.op is mul_mat and node.src[1] in soft:
-            top = soft[node.src[1]]
+        elif node.op is mul_mat and any(s in soft for s in node.src):
+            port = 1 if node.src[1] in soft else 0
+            shown, values = node.src[port], node.src[1 - port]
+            assert shown is not None
+            top = soft[shown]
             scores = _scores(top)
             if scores is None:
                 continue
             keys = [n.src[0] for n in scores if n.op is mul_mat]
-            counted = scores | _copies(node.src[1], top) | _expanded([node.src[0], *keys], derived)
-            heads, streams, rows = (_result_axis(node, top, axis) for axis in (2, 3, 1))
+            counted = scores | _copies(shown, top) | _expanded([values, *keys], derived)
+            heads, streams, rows = (_result_axis(node, port, top, axis) for axis in (2, 3, 1))
             axes = tuple(axis for axis in (heads, streams, rows) if axis is not None)
             ways = tuple(axes[: i + 1] for i in range(len(axes)))
             found.append(Region(node, frozenset(counted), ways))
@@ -109,6 +113,7 @@ def _expanded(sources: Iterable[Node | None], derived: set[Node]) -> set[Node]:
 def _scores(top: Node) -> set[Node] | None:
     """The softmax and the tensors before it, back to a product; None where there is no product."""
 
+    @cache
     def back(node: Node | None) -> set[Node] | None:
         if node is None:
             return None
@@ -134,8 +139,8 @@ def _copies(node: Node | None, top: Node) -> set[Node]:
     return found
 
 
-def _result_axis(out: Node, top: Node, axis: int) -> int | None:
-    """The axis of `out` that walks along `axis` of `top`."""
+def _result_axis(out: Node, port: int, top: Node, axis: int) -> int | None:
+    """The axis of `out` that walks along `axis` of `top`, which its source `port` shows."""
 
     def lands(node: Node, here: Axis) -> bool:
         if node is top:
@@ -143,8 +148,8 @@ def _result_axis(out: Node, top: Node, axis: int) -> int | None:
         rule = slice_of(node, here, node.ne[here]) if isinstance(here, int) else None
         if rule is None:
             return False
-        source = node.src[1] if node.op is mul_mat else node.src[0]
-        step = rule.cuts[1 if node.op is mul_mat else 0]
+        at = port if node is out else 0
+        source, step = node.src[at], rule.cuts[at]
         return step is not None and source is not None and lands(source, step.axis)
 
     if top.ne[axis] == 1:

@@ -332,3 +332,20 @@ def test_queries_whose_positions_are_a_state_are_no_keys() -> None:
     kq = counted(gg.mul_mat(at.input("k", 8, 61, 6), gg.permute(q, axes=(0, 2, 1, 3))))
     y = {"y": gg.mul_mat(at.input("v", 61, 8, 6), counted(gg.soft_max_ext(kq)))}
     check_together(y, at)
+
+
+def test_a_softmax_on_the_left_of_the_product_is_cut_too() -> None:
+    q, k = gg.input("q", "f32", ne=(64, 300, 6)), gg.input("k", "f32", ne=(64, 1000, 2))
+    v = gg.input("v", "f32", ne=(1000, 32, 6))
+    y = gg.mul_mat(gg.soft_max_ext(gg.mul_mat(k, q), scale=0.1), v)  # [300, 32, 6]
+    whole = gg.compile({"y": y})
+    rng = np.random.default_rng(0)
+    values = {name: rng.standard_normal(x.shape, np.float32) for name, x in whole.inputs.items()}
+    wanted = whole.run(values)["y"]
+    for share, fills in ((2, 1), (9, 2)):
+        amb = whole.memory.score_peak / share / 2**20
+        plan = gg.compile({"y": y}, amb=amb)
+        (loop,) = (step.loop for step in plan.steps if step.loop is not None)
+        assert len(loop.fill) == fills and plan.memory.score_peak <= amb * 2**20
+        difference = plan.run(values)["y"] - wanted
+        assert np.linalg.norm(difference) <= 1e-6 * np.linalg.norm(wanted)
