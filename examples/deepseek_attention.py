@@ -32,6 +32,7 @@ from gguf.quants import dequantize
 
 import pyggml as gg
 from pyggml import gguf
+from pyggml.dtypes import dtype
 from pyggml.models.config import DeepSeek2Config
 from pyggml.models.deepseek2 import AttentionOptions, Cache, Layer, attention, norm
 from pyggml.models.presets import preset, synth
@@ -67,6 +68,16 @@ class Row:
     @property
     def ok(self) -> bool:
         return self.error <= BOUNDS[self.cache] and (self.amb is None or self.peak <= self.amb)
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A line for what there is not."""
+
+    form: str
+    flash: bool
+    cache: str
+    why: str
 
 
 class Bench:
@@ -147,11 +158,18 @@ class Bench:
             prompt.memory.live,
         )
 
-    def rows(self, types: Sequence[str]) -> Iterator[Row]:
+    def rows(self, types: Sequence[str]) -> Iterator[Row | Absent]:
         for form, flash in FORMS:
             if (form, flash) == ("expanded", False):
+                yield Absent(form, flash, "-", "expanded is flash only")
                 continue
+            c = self.config
+            sizes = (c.d_k, c.d_v) if form == "standard" else (c.kv_lora_rank + c.n_rot,)
             for kind in types:
+                cut = [n for n in sizes if n % dtype(kind).block]
+                if cut:
+                    yield Absent(form, flash, kind, f"a row of {cut[0]} is no whole blocks")
+                    continue
                 options = AttentionOptions(form, flash, kind)
                 for amb in self.budgets(options):
                     yield self.measure(options, amb)
@@ -235,13 +253,16 @@ def line(cells: Sequence[str]) -> str:
     return "  ".join(aligned).rstrip()
 
 
-def cells(row: Row) -> tuple[str, ...]:
+def cells(row: Row | Absent) -> tuple[str, ...]:
+    flash = "FA" if row.flash else "no FA"
+    if isinstance(row, Absent):
+        return (row.form, flash, row.cache, *"-" * 6, f"does not exist: {row.why}")
     amb = "none" if row.amb is None else f"{row.amb:.3f}"
     if not row.peak:
         amb = "-"
     return (
         row.form,
-        "FA" if row.flash else "no FA",
+        flash,
         row.cache,
         amb,
         f"{row.peak:.3f}" if row.peak else "-",
@@ -347,9 +368,11 @@ def run(args: argparse.Namespace, path: str) -> int:
     print(head, line(COLUMNS), line(UNITS), sep="\n", flush=True)
     rows = []
     for row in bench.rows(args.types):
-        rows.append(row)
         print(line(cells(row)), flush=True)
-    print(line(("expanded", "no FA", *"-" * 7, "does not exist: expanded is flash only")))
+        if not isinstance(row, Absent):
+            rows.append(row)
+    if not rows:
+        raise gg.ShapeError(f"no form of this model has a cache of type {', '.join(args.types)}")
     print(verdict(rows))
     if args.json:
         shown = [{**asdict(row), "bound": BOUNDS[row.cache], "ok": row.ok} for row in rows]

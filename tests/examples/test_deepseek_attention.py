@@ -164,3 +164,16 @@ def test_it_runs_as_a_script(model: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("All 14 rows")
+
+
+def test_types_that_do_not_divide_the_rows(
+    example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tiny preset's rows are no whole q8_0 blocks: a line says so, others go on."""
+    model = tmp_path / "tiny.gguf"
+    synth(model, PRESETS["tiny"], type="f16", seed=0)
+    status, rows = rows_of(example, tmp_path, "--model", str(model))
+    assert status == 0 and {r["cache"] for r in rows} == {"f16"}
+    assert "does not exist: a row of 48 is no whole blocks" in capsys.readouterr().out
+    assert example.main([*SHORT, "--model", str(model), "--types", "q8_0"]) == 1
+    assert "no form of this model has a cache of type q8_0" in capsys.readouterr().err
