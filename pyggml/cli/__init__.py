@@ -20,6 +20,7 @@ from pyggml.errors import PyggmlError
 
 COMMANDS = {
     "info": "keys and tensors of a GGUF file",
+    "parity": "compare every op of a backend with its float64 statement",
     "synth": "write a DeepSeek-2 GGUF file with random weights",
 }
 

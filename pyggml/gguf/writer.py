@@ -71,13 +71,14 @@ def write(
     total = len(header) if header_only else end
     _check_room(target, total)
     part = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    file = part.open("xb", buffering=0)
     try:
-        with file:
+        with part.open("xb", buffering=0) as file:
             _put(file, header)
             if not header_only:
                 _put_tensors(file, tensors, len(header), total, progress)
         part.replace(target)
+    except FileExistsError:
+        raise  # somebody else's
     except BaseException:
         with suppress(OSError):
             part.unlink()

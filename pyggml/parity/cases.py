@@ -100,6 +100,7 @@ mul_mat({PLAIN}[77,6], {PLAIN}[77,3], type={'f32'|'f16'})
 mul_mat({PLAIN}[64,7,2,3]{|@inner|@p0213|@p1032|@p3210}, f32[64,5,4,3]{|@inner|@p0213})
 mul_mat(f32[33,5]{|@p1032}, {PLAIN}[33,4,3]{|@p1032|@p2013|@step})
 mul_mat({f32|q8_0|q4_K}[256,3,2,2]{|@wide|@p0213}, f32[256,1,{2|6|12},{2|4}])
+mul_mat({BLOCKS}[256,3,2,2], f32[256,2,4,4])
 mul_mat(f32[1,1], f32[1,1])
 mul_mat({f32|q8_0}[64,1,1], f32[64,3,5], prec='f32')
 mul_mat(f16[40,300,1]{|@p1032}, f32[40,9,{1|16}])
@@ -144,11 +145,16 @@ def _expand(line: str, chosen: tuple[str, ...] = ()) -> Iterator[str]:
         yield from _expand(line[: found.start()] + word + line[found.end() :], (*chosen, word))
 
 
-@cache
-def cases() -> tuple[Case, ...]:
-    """Every case of the table, in its order."""
-    text = "".join(TABLE)
-    for name, words in {"PLAIN": PLAIN, "BLOCKS": BLOCKS, "LAYOUTS": LAYOUTS}.items():
-        text = text.replace(name, words)
+def expand(text: str) -> tuple[Case, ...]:
+    """The cases of a table's text, each once, in its order."""
+    words = {"PLAIN": PLAIN, "BLOCKS": BLOCKS, "LEGACY": LEGACY, "LAYOUTS": LAYOUTS}
+    for name, choice in words.items():
+        text = text.replace(name, choice)
     lines = dict.fromkeys(one for line in text.split("\n") if line for one in _expand(line))
     return tuple(map(Case.parse, lines))
+
+
+@cache
+def cases() -> tuple[Case, ...]:
+    """Every case of the small grid: the tables here."""
+    return expand("".join(TABLE))

@@ -1,0 +1,192 @@
+"""Compares every op of a backend with its float64 statement, over a grid of cases.
+
+pyggml parity                                     every case on every backend
+pyggml parity -b numpy -j 2 --quick               at most a minute
+pyggml parity -o mul_mat -p 'type_a=q4_K.*ne_b=\\[256,1'
+pyggml parity -o 'relu(f32[64,5]@wide)'           this case, in the grid or not
+pyggml parity --mode support                      which cases a backend runs, and why not
+pyggml parity --mode perf -o mul_mat              time, GFLOPS and GB/s
+pyggml parity --mode mutants                      wrong kernels: are they all found out?
+pyggml parity --kernel my.py:mul_mat_iq4 -o mul_mat -p type_a=iq4_nl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from math import isfinite
+
+from pyggml import backends
+from pyggml.errors import GraphError, UnknownName
+from pyggml.parity import grid, hunt, support
+from pyggml.parity.case import Case, build
+from pyggml.parity.cases import cases
+from pyggml.parity.oracle import ORACLE
+from pyggml.parity.running import Outcome, outcomes
+
+MODES = ("test", "support", "list", "perf", "mutants")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--mode", choices=MODES, default="test", help="what to do with the cases (default: test)")
+    add("-o", "--op", metavar="OP[,OP]", help="only these ops, or one case as it is printed")
+    add("-p", "--pattern", metavar="REGEX", help="only cases whose text or arguments match")
+    add("-b", "--backend", metavar="NAME", help="only this backend (default: every one there is)")
+    add("-j", "--jobs", metavar="N", type=_count, default=1, help="processes (default: 1)")
+    add("--quick", action="store_true", help="the small grid: every op in under a minute")
+    add("--kernel", metavar="FILE.py:FUNCTION", default="", help="test this kernel of one op")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print one JSON object")
+    form.add_argument("--markdown", action="store_true", help="with --mode support: docs/ops.md")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.mode == "mutants":
+        return _mutants(args)
+    if args.markdown and args.mode != "support":
+        raise GraphError("--markdown belongs to --mode support")
+    one = args.backend or ("numpy" if args.kernel else "")
+    names = [one] if one else list(backends.available())
+    for name in names:
+        backends.get(name)  # one that does not exist is named before anything runs
+    chosen = select(args.op, args.pattern, args.quick, perf=args.mode == "perf")
+    if args.mode == "list":
+        print(json.dumps([str(c) for c in chosen]) if args.json else "\n".join(map(str, chosen)))
+        return 0
+    jobs = 1 if args.mode == "perf" else args.jobs
+    found = {name: outcomes(chosen, name, args.mode, jobs, args.kernel) for name in names}
+    if args.json:
+        return _as_json(args.mode, found)
+    if args.markdown:
+        print(support.table(chosen, {name: list(some) for name, some in found.items()}))
+        return 0
+    return _as_text(args, found)
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def select(op: str | None, pattern: str | None, quick: bool, perf: bool = False) -> list[Case]:
+    """The cases that the options leave; UnknownName or GraphError where that is none."""
+    if op and "(" in op:
+        case = Case.parse(op)
+        if case.op not in ORACLE:
+            raise UnknownName(f"there is no op {case.op!r}")
+        build(case, values=False)  # an error of its own, before anything runs
+        return [case]
+    table = grid.perf_cases() if perf else cases() if quick else grid.all_cases()
+    wanted = op.split(",") if op else sorted({case.op for case in table})
+    unknown = [name for name in wanted if name not in {case.op for case in table}]
+    if unknown:
+        known = ", ".join(sorted({case.op for case in table}))
+        raise UnknownName(f"no cases of {', '.join(unknown)}; there are cases of: {known}")
+    try:
+        seek = re.compile(pattern or "").search
+    except re.error as error:
+        raise GraphError(f"-p {pattern!r} is no regular expression: {error}") from None
+    chosen = [c for c in table if c.op in wanted and (seek(str(c)) or seek(c.vars))]
+    if not chosen:
+        raise UnknownName(f"-p {pattern!r} matches no case of {', '.join(wanted)}")
+    return chosen
+
+
+def _as_json(mode: str, found: dict[str, Iterator[Outcome]]) -> int:
+    told, failed = [], False
+    for name, some in found.items():
+        rows = [
+            {k: v if not isinstance(v, float) or isfinite(v) else str(v) for k, v in row.items()}
+            for row in map(asdict, some)
+        ]
+        failed |= any(row["status"] == "fail" for row in rows)
+        told.append({"backend": name, "cases": rows})
+    print(json.dumps({"mode": mode, "backends": told}))
+    return int(failed)
+
+
+def _as_text(args: argparse.Namespace, found: dict[str, Iterator[Outcome]]) -> int:
+    """test-backend-ops' lines."""
+    print(f"Testing {len(found)} devices\n")
+    good = 0
+    for number, (name, some) in enumerate(found.items(), 1):
+        print(f"Backend {number}/{len(found)}: {name}")
+        rows = []
+        for row in some:
+            print(f"  {row.case}: {_LINES[args.mode](row, name)}")
+            rows.append(row)
+        if args.mode == "test":
+            good += _summary(rows, name)
+    if args.mode != "test":
+        return 0
+    print(f"{good}/{len(found)} backends passed")
+    print("OK" if good == len(found) else "FAIL")
+    return 0 if good == len(found) else 1
+
+
+def _summary(rows: Sequence[Outcome], name: str) -> bool:
+    run = [row for row in rows if row.status != "unsupported"]
+    failed = [row for row in run if row.status == "fail"]
+    print(f"  {len(run) - len(failed)}/{len(run)} tests passed", end="")
+    print(f", {len(rows) - len(run)} not supported" if len(rows) > len(run) else "")
+    if failed:
+        print("\nFailing tests:")
+        for row in failed:
+            print(f"  pyggml parity -b {name} -o {shlex.quote(row.case)}")
+    print(f"  Backend {name}: {'FAIL' if failed else 'OK'}\n")
+    return not failed
+
+
+def _test_line(row: Outcome, name: str) -> str:
+    if row.status == "unsupported":
+        return f"not supported [{name}]: {row.why}"
+    op = row.case.partition("(")[0]
+    return "OK" if row.status == "ok" else f"[{op}] {row.why} FAIL"
+
+
+def _support_line(row: Outcome, name: str) -> str:
+    return f"NOT SUPPORTED ({row.why})" if row.status == "unsupported" else "SUPPORTED"
+
+
+def _perf_line(row: Outcome, name: str) -> str:
+    if row.status == "unsupported":
+        return _test_line(row, name)
+    seconds = row.us / 1e6
+    return (
+        f"{row.runs} runs - {row.us:.2f} us/run - {row.flops / 1e9:.3f} GFLOP/run - "
+        f"{row.flops / seconds / 1e9:.2f} GFLOPS - {row.nbytes / 1024:.0f} kB/run - "
+        f"{row.nbytes / seconds / 2**30:.2f} GB/s"
+    )
+
+
+_LINES = {"test": _test_line, "support": _support_line, "perf": _perf_line}
+
+
+def _mutants(args: argparse.Namespace) -> int:
+    """A line a mutant, and the share that the small grid kills."""
+    wanted = {m.op for m in hunt.MUTANTS}
+    if args.op:
+        wanted &= set(args.op.split(","))
+    if not wanted:
+        raise UnknownName(f"there are no mutants of {args.op}")
+    found = list(hunt.hunt(wanted))
+    if args.json:
+        print(json.dumps([asdict(one) for one in found]))
+    else:
+        print("\n".join(_mutant_lines(found)))
+    return 0 if all(one.killed for one in found) else 1
+
+
+def _mutant_lines(found: Iterable[hunt.Hunted]) -> Iterator[str]:
+    killed = total = 0
+    for one in found:
+        total, killed = total + 1, killed + bool(one.killed)
+        yield f"  {one.op}: {one.what}: " + (f"killed by {one.killed}" if one.killed else "ALIVE")
+    share = 100 * killed / max(total, 1)
+    yield f"  {killed}/{total} mutants killed ({share:.1f} %)"

@@ -1,0 +1,222 @@
+"""One node on memory of the test's own: what a kernel may not read is NaN, what it may not write
+is looked at afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyggml import passes
+from pyggml.backends.base import Address, Backend, Buffer, Runner
+from pyggml.dag import Graph
+from pyggml.dtypes import dtype
+from pyggml.errors import PyggmlError
+from pyggml.graph import Ne, Node, Spec, make_spec
+from pyggml.passes.work import Work
+
+Array = NDArray[Any]
+
+#: Bytes before and behind every tensor; a multiple of every backend's alignment.
+GUARD = 1024
+#: Blocks by which rows of a strided result are longer than its own.
+PADDING = 4
+#: What results and scratch hold before a run: NaN in every float type and no id of anything, and
+#: then an ordinary number. A result that depends on it shows.
+POISON, NUMBER = 0x7FFFFFFF, 0x3F803F80
+
+_BYTE = dtype("i8")
+
+
+class Violation(PyggmlError):
+    """A kernel touched what is not its own, or its result depends on what it may not."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Memory of one tensor: its guards are part of the `nbytes`."""
+
+    buffer: Buffer
+    nbytes: int
+
+    def at(self) -> tuple[Address, Spec]:
+        return Address(self.buffer, 0, (1, *(self.nbytes,) * 3)), make_spec(_BYTE, [self.nbytes])
+
+
+class Bed:
+    """The steps of a node, and its leaves in guarded memory with their values.
+
+    held  arrays of the leaves by name, as they are stored
+    """
+
+    def __init__(self, backend: Backend, node: Node, held: Mapping[str, Array]) -> None:
+        self.backend = backend
+        self.work = passes.run(Work(Graph({"y": node}), backend))
+        self.result = self.work.graph.outputs["y"]
+        self.held = held
+        self.leaves = {leaf: self._block(leaf.spec.nbytes) for leaf in self.work.leaves}
+
+    def place(self, nb: Ne | None = None, onto: Node | None = None) -> Placed:
+        """The steps bound: the result with strides `nb`, or in the memory of the leaf `onto`."""
+        at: dict[Node, Address] = {}
+        made: dict[Node | None, _Block] = {}
+        for node in self.work.order:
+            if node.op.leaf:
+                at[node] = Address(self.leaves[node].buffer, GUARD, node.spec.nb)
+            elif node.op.view is not None or node.op.writes is not None:
+                at[node] = _looked(node, at)
+            elif node is self.result and onto is not None:
+                at[node] = at[onto]
+            else:
+                strides = nb if nb is not None and node is self.result else node.spec.nb
+                made[node] = self._block(strides[3] * node.ne[3])
+                at[node] = Address(made[node].buffer, GUARD, strides)
+        scratch = max((step.scratch for step in self.work.steps), default=0)
+        made[None] = self._block(scratch)
+        starts = [GUARD] * len(self.work.steps)
+        runner = self.backend.bind(self.work.steps, at, made[None].buffer, starts)
+        return Placed(self, runner, at, made, onto)
+
+    def give(self, leaf: Node) -> None:
+        """(Re)write a leaf, NaN around it."""
+        self.fill(self.leaves[leaf], POISON)
+        at = Address(self.leaves[leaf].buffer, GUARD, leaf.spec.nb)
+        self.backend.upload(at, leaf.spec, self.held[leaf.attrs["name"]])
+
+    def fill(self, block: _Block, word: int) -> None:
+        at, spec = block.at()
+        image = np.full(-(-block.nbytes // 4), word, np.uint32).view(np.int8)
+        self.backend.upload(at, spec, image[: block.nbytes])
+
+    def image(self, block: _Block) -> Array:
+        """All bytes of a block, guards included."""
+        return self.backend.download(*block.at())
+
+    def _block(self, nbytes: int) -> _Block:
+        total = GUARD + -(-nbytes // 64) * 64 + GUARD
+        return _Block(self.backend.alloc(total), total)
+
+
+@dataclass(slots=True)
+class Placed:
+    """A bed with a place for every result. `run` is one run, and looks at all memory after it."""
+
+    bed: Bed
+    runner: Runner
+    at: Mapping[Node, Address]
+    made: Mapping[Node | None, _Block]
+    onto: Node | None
+
+    def run(self, word: int) -> Array:
+        """The result, of a run over results and scratch full of `word`; raises Violation."""
+        bed = self.bed
+        written = {_root(n) for n in bed.work.order if n.op.writes is not None} | {self.onto}
+        for leaf in bed.leaves:
+            bed.give(leaf)
+        for block in self.made.values():
+            bed.fill(block, word)
+        before = {leaf: bed.image(block) for leaf, block in bed.leaves.items()}
+        self.runner.run()
+        bed.backend.synchronize()
+        got = self._read()
+        for leaf, block in bed.leaves.items():
+            own = slice(GUARD, GUARD + leaf.spec.nbytes) if leaf in written else slice(0, 0)
+            after = bed.image(block)
+            after[own] = before[leaf][own]
+            _same(after, before[leaf], f"it changed its source {leaf.attrs['name']}, or beside it")
+        for node, block in self.made.items():
+            self._look_around(node, block, word)
+        return got
+
+    def _read(self) -> Array:
+        result = self.bed.result
+        return self.bed.backend.download(self.at[result], result.spec)
+
+    def _look_around(self, node: Node | None, block: _Block, word: int) -> None:
+        """The block again, filled and with the result in its place, must be what the run left."""
+        bed = self.bed
+        left = bed.image(block)
+        if node is None:
+            inner = slice(GUARD, block.nbytes - GUARD)
+            left[inner] = 0
+            bed.fill(block, word)
+            want = bed.image(block)
+            want[inner] = 0
+            _same(left, want, "it wrote past its scratch")
+        else:
+            values = bed.backend.download(self.at[node], node.spec)
+            bed.fill(block, word)
+            bed.backend.upload(self.at[node], node.spec, values)
+            _same(left, bed.image(block), "it wrote beside its result")
+
+
+def _same(got: Array, want: Array, what: str) -> None:
+    differ = np.flatnonzero(got != want)
+    if len(differ):
+        raise Violation(f"{what}: {len(differ)} bytes, the first {int(differ[0]) - GUARD} from it")
+
+
+def _root(node: Node) -> Node:
+    while node.op.view is not None or node.op.writes is not None:
+        source = node.src[node.op.writes or 0]
+        assert source is not None
+        node = source
+    return node
+
+
+def _looked(node: Node, at: Mapping[Node, Address]) -> Address:
+    source = node.src[node.op.writes or 0]
+    assert source is not None
+    seen = at[source]
+    if node.op.view is None:
+        return seen
+    looked = node.op.view(node, seen.nb)
+    assert looked is not None
+    return Address(seen.buffer, seen.offset + looked[0], looked[1])
+
+
+def results(backend: Backend, node: Node, held: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
+    """(how, result) of every way to run a node; raises Violation.
+
+    A second run over other memory must give the first one's bits. Then: into a strided place, in
+    place of each source that a step declares, and (for a write) over a state of other bytes.
+    """
+    bed = Bed(backend, node, held)
+    placed = bed.place()
+    first = placed.run(POISON)
+    yield "", first
+    again = placed.run(NUMBER).view(np.uint8)
+    if not np.array_equal(first.view(np.uint8), again):
+        raise Violation("a second run over other memory gave other bits")
+    if _root(bed.result) in bed.leaves:
+        if bed.work.steps:
+            _rest_stays(bed, placed, first)
+        return
+    nb, step = bed.result.spec.nb, bed.work.steps[-1]
+    if step.strided:
+        row = nb[1] + PADDING * nb[0]
+        strides = (nb[0], row, row * (node.ne[1] + 1), row * (node.ne[1] + 1) * (node.ne[2] + 1))
+        yield "into a strided result", bed.place(strides).run(POISON)
+    for source in step.inplace if len(bed.work.steps) == 1 else ():
+        alone = step.reads.count(source) == 1 and source.op.leaf
+        if alone and source.spec.nbytes == step.node.spec.nbytes and source.nb == nb:
+            yield f"in place of {source.attrs['name']}", bed.place(onto=source).run(POISON)
+
+
+def _rest_stays(bed: Bed, placed: Placed, first: Array) -> None:
+    """What a write leaves of a state is the state's; what it writes does not depend on it."""
+    state = _root(bed.result)
+    name, held = state.attrs["name"], bed.held
+    before = np.ascontiguousarray(held[name])
+    inverted = (~before.view(np.uint8)).view(before.dtype)
+    bed.held = {**held, name: inverted}
+    second = placed.run(POISON)
+    start = Bed(bed.backend, bed.result.src[bed.result.op.writes or 0] or state, held)
+    seen = start.place().run(POISON).view(np.uint8)
+    one, two = first.view(np.uint8), second.view(np.uint8)
+    if not ((one == two) | ((one == seen) & (two == ~seen))).all():
+        raise Violation("it changed elements of the state that it does not write")

@@ -1,0 +1,43 @@
+"""The mutation test: a grid that lets a wrong kernel live cannot be trusted.
+
+Each mutant takes its place in the NumPy backend's table, and the small grid's cases of its op run
+until one fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+from pyggml import ops
+from pyggml.parity import mutants_of_layers, mutants_of_values
+from pyggml.parity.cases import cases
+from pyggml.parity.running import restored, tested
+
+MUTANTS = (*mutants_of_values.MUTANTS, *mutants_of_layers.MUTANTS)
+
+
+@dataclass(frozen=True, slots=True)
+class Hunted:
+    """A mutant and the case that killed it (empty: it lives), and how that case failed."""
+
+    op: str
+    what: str
+    killed: str
+    why: str
+
+
+def hunt(only: Collection[str] | None = None) -> Iterator[Hunted]:
+    """What becomes of each mutant (of these ops) in the small grid."""
+    for mutant in MUTANTS:
+        if only is not None and mutant.op not in only:
+            continue
+        op = getattr(ops, mutant.op)
+        with restored("numpy") as table:
+            right = table.KERNELS[op]
+            table.KERNELS[op] = replace(right, run=partial(mutant.run, right.run))
+            mine = (tested(case, "numpy") for case in cases() if case.op == mutant.op)
+            found = next((outcome for outcome in mine if outcome.status == "fail"), None)
+        case, why = (found.case, found.why) if found else ("", "")
+        yield Hunted(mutant.op, mutant.what, case, why)

@@ -1,0 +1,203 @@
+"""Mutants of rope, products, experts and attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pyggml.parity.mutants import Mutant, changed, instead, maker, stretched, then, without
+
+MUTANTS: list[Mutant] = []
+mutant = maker(MUTANTS)
+
+
+def _half(a: Any) -> Any:
+    return a.astype(np.float16).astype(a.dtype)
+
+
+# -- rope ---------------------------------------------------------------------------------------
+
+mutant("rope_ext", "the other pairs")(
+    changed(mode=lambda old: "neox" if old == "normal" else "normal")
+)
+mutant("rope_ext", "from the first element on, offset or not")(changed(offset=0))
+mutant("rope_ext", "turns the other way")(instead(1, np.negative))
+mutant("rope_ext", "positions in f16")(instead(1, lambda pos: pos.astype(np.float16).astype("i4")))
+mutant("rope_ext", "multiplies by the frequency factors")(instead(2, lambda f: 1 / f))
+mutant("rope_ext", "without YaRN's mixing")(changed(ext_factor=0.0))
+mutant("rope_ext", "without the amplitude")(changed(attn_factor=1.0))
+mutant("rope_ext", "YaRN's limits swapped")(
+    lambda right, out, *sources, **rest: right(
+        out, *sources, **{**rest, "beta_fast": rest["beta_slow"], "beta_slow": rest["beta_fast"]}
+    )
+)
+
+
+@mutant("rope_ext", "leaves out what it does not turn")
+def _(right: Any, out: Any, a: Any, *sources: Any, **rest: Any) -> None:
+    right(out, a, *sources, **rest)
+    out[..., rest["offset"] + rest["n_dims"] :] = 0
+
+
+# -- products -----------------------------------------------------------------------------------
+
+
+def _tiled(a: Any, b: Any) -> Any:
+    return np.tile(a, (b.shape[0] // len(a), b.shape[1] // a.shape[1], 1, 1))
+
+
+@mutant("mul_mat", "a's head by i % r, not i // r")
+def _(right: Any, out: Any, a: Any, b: Any, **rest: Any) -> None:
+    plain = isinstance(a, np.ndarray) and a.dtype == np.float32 and isinstance(b, np.ndarray)
+    if plain and out.dtype == b.dtype == np.float32:
+        np.matmul(b, _tiled(a, b).swapaxes(-1, -2), out=out)
+    else:
+        right(out, a, b, **rest)
+
+
+@mutant("mul_mat", "sums in f16")
+def _(right: Any, out: Any, a: Any, b: Any, **rest: Any) -> None:
+    right(out, a, b, **rest)
+    out[...] = _half(out)
+
+
+@mutant("mul_mat", "drops the tail of k past a block of 32")
+def _(right: Any, out: Any, a: Any, b: Any, **rest: Any) -> None:
+    if isinstance(b, np.ndarray):
+        b = b.copy()
+        b[..., b.shape[3] // 32 * 32 :] = 0
+    right(out, a, b, **rest)
+
+
+@mutant("mul_mat", "quantizes b to 8 bits")
+def _(right: Any, out: Any, a: Any, b: Any, **rest: Any) -> None:
+    if isinstance(b, np.ndarray) and b.dtype == np.float32:
+        step = np.abs(b).max(axis=-1, keepdims=True) / np.float32(127) + np.float32(1e-30)
+        b = np.rint(b / step) * step
+    right(out, a, b, **rest)
+
+
+@mutant("mul_mat", "leaves the last row of an odd number unwritten")
+def _(right: Any, out: Any, a: Any, b: Any, **rest: Any) -> None:
+    held = out[..., -1].copy()
+    right(out, a, b, **rest)
+    if out.shape[3] % 2:
+        out[..., -1] = held
+
+
+mutant("mul_mat", "f16 operands where f32 is declared")(instead(1, _half))
+mutant("mul_mat_id", "the ids of the first token for all")(
+    instead(2, lambda ids: np.broadcast_to(ids[:, :, :1], ids.shape))
+)
+mutant("mul_mat_id", "the first expert for a negative id")(instead(2, lambda i: np.maximum(i, 0)))
+mutant("mul_mat_id", "the next expert")(
+    instead(2, lambda ids: np.maximum(ids - 1, np.minimum(ids, 0)))
+)
+mutant("mul_mat_id", "b rounded to f16")(instead(1, _half))
+
+
+@mutant("mul_mat_id", "b's row by e // r, not e % n_b")
+def _(right: Any, out: Any, experts: Any, b: Any, ids: Any, **rest: Any) -> None:
+    right(out, experts, stretched(b, (1, b.shape[1], ids.shape[3], b.shape[3])), ids, **rest)
+
+
+# -- experts ------------------------------------------------------------------------------------
+
+mutant("moe_up_gate", "up and gate swapped")(
+    lambda right, out, up, gate, *sources, **rest: right(out, gate, up, *sources, **rest)
+)
+mutant("moe_up_gate", "SiLU for every activation")(changed(act="silu"))
+mutant("moe_up_gate", "the first expert for a negative id")(instead(3, lambda i: np.maximum(i, 0)))
+mutant("moe_up_gate", "the result in f16")(then(lambda out: np.copyto(out, _half(out))))
+mutant("fused_up_gate", "up and gate swapped")(
+    lambda right, out, up, gate, b, **rest: right(out, gate, up, b, **rest)
+)
+mutant("fused_up_gate", "relu for GELU")(changed(act=lambda a: "relu" if a == "gelu" else a))
+mutant("grouped_topk", "a group's best expert for its score")(changed(n_top=1))
+mutant("grouped_topk", "experts of all groups")(
+    lambda right, out, a, **rest: right(out, a, **{**rest, "n_group_used": rest["n_group"]})
+)
+mutant("multi_add", "without the last expert")(
+    instead(0, lambda a: a[:, :, :-1] if a.shape[2] > 1 else a)
+)
+mutant("mul_multi_add", "the first expert's weight for all")(
+    instead(1, lambda b: np.broadcast_to(b[:, :, :1], b.shape))
+)
+
+# -- attention ----------------------------------------------------------------------------------
+
+FLASH = "flash_attn_ext"
+mutant(FLASH, "without scale")(changed(scale=1.0))
+mutant(FLASH, "the mask off by one key")(instead(3, lambda mask: np.roll(mask, 1, axis=3)))
+mutant(FLASH, "the mask off by one query")(instead(3, lambda mask: np.roll(mask, 1, axis=2)))
+mutant(FLASH, "without the soft cap")(changed(logit_softcap=0.0))
+mutant(FLASH, "without ALiBi")(changed(max_bias=0.0))
+mutant(FLASH, "slopes from the first head on in every part")(changed(head0=0))
+mutant(FLASH, "without sinks")(without(4))
+mutant(FLASH, "sees one key too many")(instead(5, lambda length: length + 1))
+mutant(FLASH, "sees all keys")(without(5))
+mutant(FLASH, "forgets which key is the first")(changed(kv0=0))
+mutant(FLASH, "sums in f16")(then(lambda out: np.copyto(out, _half(out))))
+mutant(FLASH, "the first sequence's queries for all")(
+    instead(0, lambda q: np.broadcast_to(q[:1], q.shape))
+)
+
+
+@mutant(FLASH, "k's head by h % r, not h // r")
+def _(right: Any, out: Any, q: Any, k: Any, v: Any, *sources: Any, **rest: Any) -> None:
+    if isinstance(k, np.ndarray):
+        ratio = q.shape[1] // k.shape[1]
+        order = np.argsort(np.arange(q.shape[1]) % k.shape[1], kind="stable")
+        turned = np.empty_like(out)
+        right(turned, q[:, order], k, v, *sources, **rest)
+        out[:, :, order if ratio > 1 else slice(None)] = turned
+    else:
+        right(out, q, k, v, *sources, **rest)
+
+
+mutant(FLASH, "the next head's mask")(instead(3, lambda mask: np.roll(mask, 1, axis=1)))
+
+
+@mutant(FLASH, "drops the tail of keys past a block of 8")
+def _(right: Any, out: Any, q: Any, k: Any, v: Any, mask: Any, *sources: Any, **rest: Any) -> None:
+    if isinstance(k, np.ndarray) and k.shape[2] > 8:
+        n = k.shape[2] // 8 * 8
+        k, v, mask = k[:, :, :n], v[:, :, :n], mask if mask is None else mask[..., :n]
+    right(out, q, k, v, mask, *sources, **rest)
+
+
+@mutant(FLASH, "v from the start of k's rows")
+def _(right: Any, out: Any, q: Any, k: Any, v: Any, *sources: Any, **rest: Any) -> None:
+    if isinstance(k, np.ndarray) and isinstance(v, np.ndarray) and np.may_share_memory(k, v):
+        v = k[..., : v.shape[3]]
+    right(out, q, k, v, *sources, **rest)
+
+
+@mutant(FLASH, "the log-sum-exp to base 2")
+def _(right: Any, out: Any, *sources: Any, **rest: Any) -> None:
+    right(out, *sources, **rest)
+    if rest["lse"]:
+        out[..., -1] *= 1.442695
+
+
+@mutant(FLASH, "0 for the log-sum-exp of a dead row")
+def _(right: Any, out: Any, *sources: Any, **rest: Any) -> None:
+    right(out, *sources, **rest)
+    if rest["lse"]:
+        np.copyto(out[..., -1], 0, where=np.isneginf(out[..., -1]))
+
+
+mutant("causal_mask", "hides a token's own key")(instead(0, lambda pos: pos - 1))
+mutant("causal_mask", "a window one key too wide")(
+    changed(window=lambda old: None if old is None else old + 1)
+)
+mutant("causal_mask", "-65504 for -inf")(then(lambda out: np.maximum(out, -65504, out=out)))
+mutant("merge_lse", "the mean of both parts")(instead(1, lambda b: _same_weight(b)))
+mutant("merge_lse", "the first part only")(instead(1, lambda b: np.full_like(b, -1e4)))
+
+
+def _same_weight(b: Any) -> Any:
+    b = b.copy()
+    b[..., -1] = 0
+    return b

@@ -1,0 +1,229 @@
+"""Mutants of what moves, converts, sums and sorts values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from pyggml.parity.mutants import (
+    Mutant,
+    changed,
+    instead,
+    maker,
+    stretched,
+    then,
+    unstrided,
+)
+
+MUTANTS: list[Mutant] = []
+mutant = maker(MUTANTS)
+
+# -- shape --------------------------------------------------------------------------------------
+
+mutant("cont", "takes its source for contiguous")(instead(0, unstrided))
+mutant("cast", "takes its source for contiguous")(instead(0, unstrided))
+mutant("get_rows", "ids modulo the table's rows, so that -1 is the last")(
+    lambda right, out, a, ids, **rest: right(
+        out, a, np.where(ids < 0, (a.ne[1] if hasattr(a, "ne") else a.shape[2]) - 1, ids), **rest
+    )
+)
+mutant("get_rows", "the first matrix for all")(
+    instead(0, lambda a: np.broadcast_to(a[:1, :1], a.shape))
+)
+mutant("cpy", "through f16")(instead(0, lambda a: a.astype(np.float16).astype(a.dtype)))
+
+
+@mutant("cast", "f16 by cutting bits off, not to the nearest")
+def _(right: Any, out: Any, a: Any, **rest: Any) -> None:
+    if isinstance(a, np.ndarray) and a.dtype == np.float32 and rest["type"] == "f16":
+        a = (np.ascontiguousarray(a).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+    right(out, a, **rest)
+
+
+@mutant("concat", "along the next dimension")
+def _(right: Any, out: Any, a: Any, b: Any, **rest: Any) -> None:
+    if isinstance(a, np.ndarray) and a.shape == b.shape and rest["dim"] == 1:
+        joined = np.stack([a, b], axis=2)
+        out[...] = joined.swapaxes(2, 3).reshape(out.shape)
+    else:
+        right(out, a, b, **rest)
+
+
+@mutant("repeat", "each element beside itself")
+def _(right: Any, out: Any, a: Any, **rest: Any) -> None:
+    if isinstance(a, np.ndarray):
+        out[...] = stretched(a, out.shape)
+    else:
+        right(out, a, **rest)
+
+
+@mutant("set_rows", "ids' batch by i // r, not i % r")
+def _(right: Any, out: Any, a: Any, b: Any, ids: Any, **rest: Any) -> None:
+    n3, n2 = b.shape[:2]
+    right(out, a, b, stretched(ids, (1, n3, n2, ids.shape[3])), **rest)
+
+
+@mutant("set_rows", "drops the last row")
+def _(right: Any, out: Any, a: Any, b: Any, ids: Any, **rest: Any) -> None:
+    kept = ids.copy()
+    kept[..., -1] = -1
+    right(out, a, b, kept, **rest)
+
+
+@mutant("set_rows", "clears the rows that it does not write")
+def _(right: Any, out: Any, a: Any, b: Any, ids: Any, **rest: Any) -> None:
+    if isinstance(out, np.ndarray):
+        out.fill(0)
+    right(out, a, b, ids, **rest)
+
+
+# -- elementwise --------------------------------------------------------------------------------
+
+
+@mutant("add", "b repeated by i // r, not i % r")
+def _(right: Any, out: Any, a: Any, b: Any, **rest: Any) -> None:
+    right(out, a, stretched(b, a.shape), **rest)
+
+
+@mutant("mul", "b's rows for all of a's matrices")
+def _(right: Any, out: Any, a: Any, b: Any, **rest: Any) -> None:
+    right(out, a, np.broadcast_to(b[:1, :1], b.shape), **rest)
+
+
+mutant("sub", "takes a for contiguous")(instead(0, unstrided))
+mutant("div", "b rounded to f16")(instead(1, lambda b: b.astype(np.float16).astype(b.dtype)))
+mutant("scale", "without the added constant")(changed(b=0.0))
+mutant("clamp", "NaN becomes the lower limit")(instead(0, lambda a: np.nan_to_num(a, nan=-1e9)))
+mutant("exp", "in f16")(instead(0, lambda a: a.astype(np.float16).astype(a.dtype)))
+mutant("glu", "halves swapped")(changed(swapped=lambda old: not old))
+mutant("glu", "GELU for SiLU")(changed(kind=lambda old: {"swiglu": "geglu"}.get(old, old)))
+mutant("add_id", "the ids of the first token for all")(
+    instead(2, lambda ids: np.broadcast_to(ids[:, :, :1], ids.shape))
+)
+
+
+@mutant("gelu", "x sigmoid(1.702 x)")
+def _(right: Any, out: Any, a: Any, **rest: Any) -> None:
+    out[...] = a / (1 + np.exp(-1.702 * a))
+
+
+@mutant("relu", "NaN becomes 0")
+def _(right: Any, out: Any, a: Any, **rest: Any) -> None:
+    out[...] = np.fmax(a, 0)
+
+
+@mutant("silu", "drops what is past the last whole block of 8")
+def _(right: Any, out: Any, a: Any, **rest: Any) -> None:
+    n = a.shape[3] // 8 * 8
+    if n:
+        right(out[..., :n], a[..., :n], **rest)
+
+
+@mutant("tanh", "writes whole blocks of 8, past the end")
+def _(right: Any, out: Any, a: Any, **rest: Any) -> None:
+    right(out, a, **rest)
+    row = out[-1, -1, -1]
+    more = -len(row) % 8
+    as_strided(row[-1:], (more + 1,))[1:] = 0
+
+
+@mutant("sqr", "leaves its work in the source")
+def _(right: Any, out: Any, a: Any, **rest: Any) -> None:
+    right(out, a, **rest)
+    a[...] = out
+
+
+@mutant("exp", "takes its result for contiguous")
+def _(right: Any, out: Any, a: Any, **rest: Any) -> None:
+    right(unstrided(out), a, **rest)
+
+
+@mutant("mul", "clears its result first, also where that is its source")
+def _(right: Any, out: Any, a: Any, b: Any, **rest: Any) -> None:
+    out[...] = 0
+    right(out, a, b, **rest)
+
+
+@mutant("scale", "writes past its scratch")
+def _(right: Any, out: Any, a: Any, **rest: Any) -> None:
+    right(out, a, **rest)
+    scratch = rest["scratch"].array(0, np.uint8)
+    as_strided(scratch, (8,), (1,))[-1] = 1  # after what it asked for; in f32 that is nothing
+
+
+@mutant("sigmoid", "adds to what the result held")
+def _(right: Any, out: Any, a: Any, **rest: Any) -> None:
+    held = out.copy()
+    right(out, a, **rest)
+    out += 1e-30 * held
+
+
+# -- reductions ---------------------------------------------------------------------------------
+
+
+@mutant("sum_rows", "sums in f16")
+def _(right: Any, out: Any, a: Any, **rest: Any) -> None:
+    out[...] = np.sum(a, axis=3, keepdims=True, dtype=np.float16)
+
+
+mutant("sum_rows", "drops the tail past a block of 32")(
+    lambda right, out, a, **rest: right(out, a[..., : max(1, a.shape[3] // 32 * 32)], **rest)
+)
+mutant("rms_norm", "without eps")(changed(eps=0.0))
+mutant("rms_norm", "eps beside the root")(changed(eps=lambda old: old * old))
+mutant("rms_norm", "the mean over one too few")(
+    lambda right, out, a, **rest: (
+        right(out, a, **rest),
+        np.multiply(out, np.sqrt(max(1, a.shape[3] - 1) / a.shape[3]), out=out),
+    )[0]
+)
+mutant("argsort", "the other way round")(
+    changed(order=lambda old: "asc" if old == "desc" else "desc")
+)
+mutant("argsort", "the last of equals first")(
+    lambda right, out, a, **rest: (
+        right(out, a[..., ::-1], **rest),
+        np.subtract(a.shape[3] - 1, out, out=out),
+    )[0]
+)
+
+
+@mutant("top_k", "the first two swapped, as ggml's CPU does")
+def _(right: Any, out: Any, a: Any, **rest: Any) -> None:
+    right(out, a, **rest)
+    out[..., :2] = out[..., :2][..., ::-1].copy()
+
+
+@mutant("argmax", "the last of equals")
+def _(right: Any, out: Any, a: Any, **rest: Any) -> None:
+    out[0] = a.shape[3] - 1 - a[..., ::-1].argmax(axis=-1)
+
+
+mutant("soft_max_ext", "without scale")(changed(scale=1.0))
+mutant("soft_max_ext", "without ALiBi")(changed(max_bias=0.0))
+mutant("soft_max_ext", "slopes from the first head on in every part")(changed(head0=0))
+mutant("soft_max_ext", "NaN for a masked row")(
+    then(lambda out: np.copyto(out, np.nan, where=~out.any(axis=3, keepdims=True)))
+)
+mutant("soft_max_ext", "sinks left out")(
+    lambda right, out, a, mask, sinks, **rest: right(
+        out, a, mask, None if sinks is None else np.full_like(sinks, -1e30), **rest
+    )
+)
+
+
+@mutant("soft_max_ext", "the mask's head by h // r, not h % r")
+def _(right: Any, out: Any, a: Any, mask: Any, sinks: Any, **rest: Any) -> None:
+    if mask is not None and mask.dtype == np.float32:  # f16 masks of another size need scratch
+        mask = stretched(mask, (len(mask), a.shape[1], *mask.shape[2:]))
+    right(out, a, mask, sinks, **rest)
+
+
+@mutant("soft_max_ext", "adds what its scratch held, where that is a number")
+def _(right: Any, out: Any, a: Any, mask: Any, sinks: Any, **rest: Any) -> None:
+    stale = rest["scratch"].array(0, np.uint8)
+    held = as_strided(stale, (4,), (1,)).copy().view(np.float32)
+    right(out, a, mask, sinks, **rest)
+    out += 1e-6 * np.nan_to_num(held)

@@ -1,0 +1,168 @@
+"""Cases run one by one or by several processes; what becomes of each as one small record."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import runpy
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from pyggml import backends, ops
+from pyggml.errors import DeviceError, GraphError, PyggmlError, UnknownName
+from pyggml.graph import cost_of
+from pyggml.parity.case import Case, build, check
+from pyggml.parity.guarded import NUMBER, Bed
+
+#: Cases that a process takes at a time.
+CHUNK = 50
+#: Seconds that a measurement lasts.
+MEASURED = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a case.
+
+    status  "ok", "fail", "unsupported"; why: the reason of the last two
+    error   NMSE (None where no numbers came to be compared), and the bound that it is held to
+    runs    of a measurement, with us, flops and nbytes of one
+    """
+
+    case: str
+    status: str
+    why: str = ""
+    error: float | None = None
+    bound: float | None = None
+    runs: int = 0
+    us: float = 0.0
+    flops: float = 0.0
+    nbytes: float = 0.0
+
+
+def refusal(case: Case, backend: str) -> str | None:
+    """Why the backend does not run the case itself; None where it does."""
+    node, device = build(case, values=False).node, backends.get(backend)
+    return None if node.op.view is not None else device.supports(node)
+
+
+def supported(case: Case, backend: str) -> Outcome:
+    """Whether the backend has a kernel for the case."""
+    reason = refusal(case, backend)
+    return Outcome(str(case), "unsupported" if reason else "ok", reason or "")
+
+
+def tested(case: Case, backend: str) -> Outcome:
+    """The case against the oracle. A kernel may raise anything: that is a failure like others."""
+    reason = refusal(case, backend)
+    if reason:
+        return Outcome(str(case), "unsupported", reason)
+    try:
+        result = check(case, backend)
+    except DeviceError:
+        raise
+    except Exception as error:
+        return Outcome(str(case), "fail", f"raised {type(error).__name__}: {error}")
+    status = "ok" if result else "fail"
+    return Outcome(str(case), status, "" if result else str(result), result.error, result.bound)
+
+
+def measured(case: Case, backend: str) -> Outcome:
+    """Time of one run, the mean over MEASURED seconds after one to warm up."""
+    reason = refusal(case, backend)
+    if reason:
+        return Outcome(str(case), "unsupported", reason)
+    built, device = build(case), backends.get(backend)
+    bed = Bed(device, built.node, {**built.inputs, **built.states})
+    placed = bed.place()
+    placed.run(NUMBER)
+    runs, start = 0, perf_counter()
+    while runs == 0 or perf_counter() - start < MEASURED:
+        placed.runner.run()
+        runs += 1
+    device.synchronize()
+    us = (perf_counter() - start) / runs * 1e6
+    cost = cost_of(built.node)
+    return Outcome(str(case), "ok", runs=runs, us=us, flops=cost.flops, nbytes=cost.nbytes)
+
+
+MODES: dict[str, Callable[[Case, str], Outcome]] = {
+    "test": tested,
+    "support": supported,
+    "perf": measured,
+}
+
+
+def outcomes(
+    cases: Sequence[Case], backend: str, mode: str = "test", jobs: int = 1, kernel: str = ""
+) -> Iterator[Outcome]:
+    """The outcome of each case, in order.
+
+    jobs    processes to share the work, each with one thread of its own
+    kernel  `file.py:function`, which takes the place of the backend's kernel of the cases' op
+    """
+    if jobs == 1:
+        if not kernel:
+            yield from (MODES[mode](case, backend) for case in cases)
+            return
+        with restored(backend) as table:
+            use_kernel(kernel, {case.op for case in cases}, table)
+            yield from (MODES[mode](case, backend) for case in cases)
+        return
+    texts = [str(case) for case in cases]
+    chunks = [texts[i : i + CHUNK] for i in range(0, len(texts), CHUNK)]
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(name, "1")  # read by the processes that start now
+    work = partial(_chunk, backend=backend, mode=mode, kernel=kernel)
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        for part in pool.map(work, chunks):
+            yield from part
+
+
+def _chunk(texts: Sequence[str], backend: str, mode: str, kernel: str) -> list[Outcome]:
+    return list(outcomes([Case.parse(text) for text in texts], backend, mode, 1, kernel))
+
+
+@contextmanager
+def restored(backend: str) -> Iterator[Any]:
+    """The module with the backend's `KERNELS`, which are afterwards what they were."""
+    backends.get(backend)
+    try:
+        table: Any = importlib.import_module(f"pyggml.backends.{backend}.table")
+    except ModuleNotFoundError:
+        raise PyggmlError(f"the backend {backend} has no table of kernels in Python") from None
+    before = dict(table.KERNELS)
+    try:
+        yield table
+    finally:
+        table.KERNELS.clear()
+        table.KERNELS.update(before)
+
+
+def use_kernel(kernel: str, names: set[str], table: Any) -> None:
+    """Put `file.py:function` into the table for the one op named.
+
+    A function that its file has put there itself, with `@kernel(...)`, keeps what it declared.
+    """
+    file, _, function = kernel.rpartition(":")
+    if len(names) != 1:
+        raise GraphError(f"--kernel is of one op: say which with -o; now there are {len(names)}")
+    if not file.endswith(".py") or not Path(file).is_file():
+        raise UnknownName(f"--kernel {kernel!r}: it takes file.py:function, and the file is there")
+    try:
+        space = runpy.run_path(file)
+    except Exception as error:
+        raise PyggmlError(f"--kernel: {file} raised {type(error).__name__}: {error}") from error
+    found = space.get(function)
+    if not callable(found):
+        raise UnknownName(f"--kernel {kernel!r}: {file} has no function {function!r}")
+    op = getattr(ops, names.pop())
+    if op not in table.KERNELS or table.KERNELS[op].run is not found:
+        table.kernel(op, types=None)(found)

@@ -1,0 +1,60 @@
+"""docs/ops.md: which ops and types every backend runs, from the cases it was asked for."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+
+from pyggml import ops
+from pyggml.dtypes import TYPES
+from pyggml.parity.case import Case
+from pyggml.parity.cases import BLOCKS
+from pyggml.parity.running import Outcome
+
+_HEAD = """# Ops and types
+
+What each backend runs with a kernel of its own, by the cases of `pyggml parity`. Made by
+`pyggml parity --mode support --markdown > docs/ops.md`.
+
+An op marked * has a meaning in simpler ops: where a backend lacks it, they run in its place.
+"""
+
+
+def table(cases: Sequence[Case], found: Mapping[str, Sequence[Outcome]]) -> str:
+    """The document: a row for each op, a column for each backend, refusals below."""
+    names = list(found)
+    lines = [_HEAD, _row(["op", *names]), _row(["---"] * (1 + len(names)))]
+    for op in sorted({case.op for case in cases}):
+        mine = {
+            name: [c for c, o in zip(cases, some) if c.op == op and o.status == "ok"]
+            for name, some in found.items()
+        }
+        means = "*" if getattr(getattr(ops, op), "meaning", None) is not None else ""
+        lines.append(_row([f"`{op}`{means}", *(_types(op, some) for some in mine.values())]))
+    for name, some in found.items():
+        reasons = sorted({o.why for o in some if o.status == "unsupported"})
+        lines += ["", f"## Refused by {name}", ""] if reasons else []
+        lines += [f"- {reason}" for reason in reasons]
+    return "\n".join(lines)
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _types(op: str, cases: Sequence[Case]) -> str:
+    """`a f32 f16; b f32`: the types of each argument in these cases."""
+    told = []
+    for at, name in enumerate(inspect.signature(getattr(ops, op)).parameters):
+        seen = {s.type for c in cases for s in c.sources[at : at + 1] if s is not None}
+        if seen:
+            told.append(f"{name}: {_listed(seen)}")
+    if op in ("cast", "mul_mat"):
+        told.append(f"type: {_listed({str(c.attrs.get('type', 'f32')) for c in cases})}")
+    return "; ".join(told) if told else "no"
+
+
+def _listed(types: set[str]) -> str:
+    blocks = set(BLOCKS.split("|"))
+    whole = ["every block type"] if blocks <= types else []
+    return " ".join([t for t in TYPES if t in types and not (whole and t in blocks)] + whole)

@@ -1,0 +1,262 @@
+"""The parity command, and whether what it runs can fail."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pyggml import ops
+from pyggml.backends import get
+from pyggml.cli import main
+from pyggml.parity.case import Case, build, numeric_class
+from pyggml.parity.cases import cases
+from pyggml.parity.grid import all_cases, perf_cases
+from pyggml.parity.hunt import MUTANTS, Hunted, hunt
+
+ROOT = Path(__file__).parent.parent.parent
+Streams = pytest.CaptureFixture[str]
+Said = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def parity(capsys: Streams) -> Said:
+    """`parity(*words)` -> (exit status, what it printed)."""
+
+    def run(*words: str) -> tuple[int, str]:
+        status = main(["parity", *words])
+        return status, capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def hunted() -> list[Hunted]:
+    return list(hunt())
+
+
+# -- the grids ----------------------------------------------------------------------------------
+
+
+def test_the_small_grid_passes_on_numpy(parity: Said) -> None:
+    status, out = parity("--quick", "-b", "numpy", "-j", "2")
+    tests = re.search(r"^  (\d+)/(\d+) tests passed$", out, re.MULTILINE)
+    assert status == 0 and tests and tests[1] == tests[2] == str(len(cases()))
+    assert len(cases()) >= 1500
+    for line in ("Testing 1 devices", "Backend 1/1: numpy", "  Backend numpy: OK"):
+        assert f"{line}\n" in out
+    assert out.endswith("1/1 backends passed\nOK\n")
+
+
+def test_the_large_grid_is_large() -> None:
+    grid = all_cases()
+    assert len(grid) >= 15_000 and len({case.kind for case in grid}) >= 1_500
+    assert set(map(str, cases())) <= set(map(str, grid))
+    assert len({str(case) for case in grid}) == len(grid)
+    inner = {"whole", "lse_sum", "lse_finish"}  # only loops make them
+    assert {case.op for case in grid} == {case.op for case in cases()} >= set(ops.ALL) - inner
+
+
+def test_cases_of_the_large_grid_are_their_text_and_can_be_built() -> None:
+    for case in (*all_cases()[::7], *perf_cases()):
+        assert str(Case.parse(str(case))) == str(case)
+        assert build(case, values=False).node.ne
+
+
+def test_a_sample_of_the_large_grid_passes(parity: Said) -> None:
+    mine = [case for case in all_cases()[len(cases()) :: 331]]
+    assert len(mine) > 50
+    for case in mine:
+        status, out = parity("-b", "numpy", "-o", str(case))
+        assert status == 0, out
+
+
+# -- it can fail --------------------------------------------------------------------------------
+
+
+def test_every_mutant_is_killed(hunted: list[Hunted]) -> None:
+    alive = [one for one in hunted if not one.killed]
+    assert not alive and len(hunted) == len(MUTANTS) >= 30
+    # By what they compute or touch: one that only raises would be no wrong kernel.
+    assert not [one for one in hunted if one.why.startswith("raised")]
+
+
+def test_mutants_are_of_every_family() -> None:
+    def families(names: set[str]) -> set[str]:
+        return {getattr(ops, name).__module__ for name in names}
+
+    views = {"pyggml.ops.views"}  # nothing is run for them
+    assert families({mutant.op for mutant in MUTANTS}) == families({c.op for c in cases()}) - views
+
+
+@pytest.mark.parametrize(
+    ("op", "what", "why"),
+    [
+        ("sqr", "its work in the source", "it changed its source s0"),
+        ("tanh", "past the end", "it wrote beside its result"),
+        ("scale", "past its scratch", "it wrote past its scratch"),
+        ("soft_max_ext", "what its scratch held", "a second run over other memory gave other bits"),
+        ("silu", "drops what is past", "NaN"),
+        ("mul", "clears its result first", "in place of s0"),
+        ("exp", "its result for contiguous", "it wrote beside its result"),
+        ("set_rows", "rows that it does not write", "0.0 for"),
+        ("causal_mask", "-65504 for -inf", "-inf at"),
+    ],
+)
+def test_what_is_found_is_said(hunted: list[Hunted], op: str, what: str, why: str) -> None:
+    (found,) = [one for one in hunted if one.op == op and what in one.what]
+    assert why in found.why
+
+
+def test_the_killed_share_is_printed(parity: Said) -> None:
+    status, out = parity("--mode", "mutants", "-o", "relu,tanh")
+    assert status == 0 and "  2/2 mutants killed (100.0 %)\n" in out
+    assert "  relu: NaN becomes 0: killed by relu(f32[64,5]~wild)\n" in out
+    status, out = parity("--mode", "mutants", "-o", "relu", "--json")
+    assert status == 0 and json.loads(out)[0]["killed"]
+
+
+# -- the command --------------------------------------------------------------------------------
+
+KERNELS = """
+import numpy as np
+from pyggml import ops
+from pyggml.backends.numpy.table import kernel
+
+def right(out, a): np.maximum(a, 0, out=out)
+def wrong(out, a): np.abs(a, out=out)
+def broken(out, a): raise ZeroDivisionError("oh")
+
+@kernel(ops.relu, types={"f32"})
+def narrow(out, a): np.maximum(a, 0, out=out)
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    path = tmp_path / "mine.py"
+    path.write_text(KERNELS)
+    return str(path)
+
+
+def test_a_users_kernel(parity: Said, file: str) -> None:
+    table = get("numpy")
+    words = ("--quick", "-o", "relu", "--kernel")
+    assert parity(*words, f"{file}:right")[0] == 0
+    assert parity(*words, f"{file}:right", "-j", "2")[0] == 0
+    status, out = parity(*words, f"{file}:wrong")
+    assert status == 1 and "1/1 backends passed" not in out and out.endswith("FAIL\n")
+    assert "NMSE" in out and "Failing tests:" in out
+    (line, *_) = re.findall(r"^  pyggml (parity .*)$", out, re.MULTILINE)
+    again = shlex.split(line)
+    status, out = parity(*again[1:], "--kernel", f"{file}:wrong")
+    assert status == 1 and "0/1 tests passed" in out
+    assert "raised ZeroDivisionError: oh" in parity(*words, f"{file}:broken")[1]
+    # A kernel is put back afterwards; one that declares its types has the others refused.
+    status, out = parity(*words, f"{file}:narrow")
+    assert status == 0 and "not supported [numpy]: relu does not take f16\n" in out
+    assert re.search(r"^  (\d+)/\1 tests passed, \d+ not supported$", out, re.MULTILINE)
+    assert table.supports(build(Case.parse("relu(f16[3])")).node) is None
+
+
+def test_choosing_cases(parity: Said) -> None:
+    status, out = parity("--mode", "list", "-o", "mul_mat", "-p", r"type_a=iq4_nl.*ne_b=\[256,1\]")
+    lines = out.splitlines()
+    assert status == 0 and lines and all("mul_mat(iq4_nl" in line for line in lines)
+    status, out = parity("--mode", "list", "-o", "rope_ext", "-p", "mode='neox'", "--json")
+    assert status == 0 and all("neox" in text for text in json.loads(out))
+    status, out = parity("-o", "relu(f32[3,2]@step)", "-b", "numpy")
+    assert status == 0 and "  relu(f32[3,2]@step): OK\n" in out
+
+
+def test_other_modes(parity: Said, file: str) -> None:
+    words = ("--quick", "-o", "relu", "-p", r"\[1\]", "-b", "numpy")
+    status, out = parity(*words, "--mode", "support", "--kernel", f"{file}:narrow")
+    assert status == 0 and "relu(f32[1]): SUPPORTED\n" in out
+    assert "relu(f16[1]): NOT SUPPORTED (relu does not take f16)\n" in out
+    status, out = parity("-o", "relu(f32[64,5])", "-b", "numpy", "--mode", "perf")
+    assert status == 0 and re.search(r"\): \d+ runs - [\d.]+ us/run - .* GFLOPS - .* GB/s\n", out)
+    status, out = parity(*words, "--json")
+    told = json.loads(out)
+    assert status == 0 and told["mode"] == "test" and told["backends"][0]["backend"] == "numpy"
+    assert {row["status"] for row in told["backends"][0]["cases"]} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("-o", "nothing"), "no cases of nothing"),
+        (("-o", "Op(f32[3])"), "there is no op 'Op'"),
+        (("-o", "relu(f32[3]@odd)"), "is no source"),
+        (("-o", "relu(f32[3]"), "is no case"),
+        (("-o", "scale(f32[3], s=x)"), "'x' is no value"),
+        (("-o", "flash_attn_ext(f32[3,1], f32[3,2], f32[2,2]=4+1, scale=1.0)"), "is a view of"),
+        (("-o", "mul_mat(f32[3], f32[4])"), "inner dimensions differ"),
+        (("-o", "relu", "-p", "("), "no regular expression"),
+        (("-o", "relu", "-p", "q8_0"), "matches no case"),
+        (("-b", "abacus"), "no backend 'abacus'"),
+        (("--markdown",), "--mode support"),
+        (("--mode", "mutants", "-o", "view"), "no mutants of view"),
+        (("--kernel", "missing.py:f", "-o", "relu"), "file.py:function"),
+        (("--kernel", "FILE:f", "-o", "relu"), "has no function 'f'"),
+        (("--kernel", "FILE:right"), "which with -o"),
+    ],
+)
+def test_errors_are_one_line(capsys: Streams, file: str, words: tuple[str, ...], why: str) -> None:
+    assert main(["parity", *(word.replace("FILE", file) for word in words)]) == 1
+    err = capsys.readouterr().err
+    assert why in err and err.startswith("pyggml: error: ") and err.count("\n") == 1
+
+
+def test_wrong_usage() -> None:
+    for words in (["-j", "0"], ["-j", "x"], ["--mode", "grad"], ["--json", "--markdown"]):
+        assert main(["parity", *words]) == 2
+
+
+# -- bounds and documents -----------------------------------------------------------------------
+
+
+def test_bounds_follow_what_the_backend_declares() -> None:
+    class Narrow:
+        def numeric(self, node: object) -> str:
+            return "quantized"
+
+    case, exact = (Case.parse(f"mul_mat(q8_0[32,2], f32[32,3]{p})") for p in ("", ", prec='f32'"))
+    node, strict = build(case).node, build(exact).node
+    assert case.bound(node, numeric_class(get("numpy"), node)) == 1e-10
+    assert case.bound(node, numeric_class(Narrow(), node)) == 5e-4  # type: ignore[arg-type]
+    assert case.bound(strict, numeric_class(Narrow(), strict)) == 1e-10  # type: ignore[arg-type]
+    near, far = (Case.parse(f"rope_ext(f32[64,1,2], i32[2]<{n}, n_dims=64)") for n in (6000, 40000))
+    assert near.bound(build(near).node) == 1e-7 and far.bound(build(far).node) == 1e-5
+
+
+def test_the_table_of_ops_is_current(parity: Said) -> None:
+    """Else: pyggml parity --mode support --markdown > docs/ops.md"""
+    assert parity("--mode", "support", "--markdown") == (0, (ROOT / "docs/ops.md").read_text())
+
+
+def test_the_documents_kernel_end_to_end(parity: Said, tmp_path: Path) -> None:
+    text = (ROOT / "docs/parity.md").read_text()
+    kernel, model = re.findall(r"^```py\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    command = re.search(r"^pyggml parity (--kernel my_kernel.*type_a=iq4_nl)$", text, re.MULTILINE)
+    assert command
+    path = tmp_path / "my_kernel.py"
+    words = shlex.split(command[1].replace("my_kernel.py", str(path)))
+    path.write_text(kernel)
+    status, out = parity(*words)
+    assert status == 0 and re.search(r"^  (\d\d+)/\1 tests passed$", out, re.MULTILINE)
+    path.write_text(kernel.replace("i2 // (b2 // a2)", "i2 % a2"))
+    assert parity(*words)[0] == 1
+    path.write_text(kernel)
+    (tmp_path / "model.py").write_text(model)
+    env = {"PYTHONPATH": f"{ROOT}:{tmp_path}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, tmp_path / "model.py"], env=env, capture_output=True, text=True
+    )
+    assert done.stdout == "(4, 256)\n", done.stderr
