@@ -251,7 +251,8 @@ def root_of(node: Node) -> Node:
 def offset_of(node: Node) -> int:
     """Byte offset of `node` inside its root, in the layout that `nb` speaks of."""
     offset = 0
-    while node.op.view is not None or node.op.writes is not None:
+    # A whole state begins at 0 whatever it looks at: chains of writes stay linear.
+    while node.op is not whole and (node.op.view is not None or node.op.writes is not None):
         source = node.src[node.op.writes or 0]
         assert source is not None
         if node.op.view is not None:

@@ -27,6 +27,7 @@ from pyggml.errors import (
 )
 from pyggml.graph import Node, labels, line_of
 from pyggml.passes.work import Work
+from pyggml.quants import decode_rows
 from pyggml.reports import Memory, Profile, plan_text
 from pyggml.store import Store, stored
 
@@ -93,6 +94,7 @@ class Plan:
         }
         self._runner = self.backend.bind(self._work.steps, self._at, arena, placement.scratch_at)
         self._generation = self.store.generation
+        self.store.bound.add(self)
 
     def run(
         self,
@@ -105,19 +107,36 @@ class Plan:
         """Give every input an array (NumPy shape), execute, return the outputs by name.
 
         inputs, named  a dict, keywords, or both
-        copy=False returns views that are valid until the store's next run.
+        bf16 and block types come back as f32. copy=False returns read-only views of the stored
+        values (raw rows for those types), valid until the store's next run. Where a run fails,
+        states that its earlier steps wrote stay written.
         Errors: UnknownName, ShapeError or DTypeError for inputs, IdError for ids past the end.
         """
+        if not isinstance(copy, bool):
+            raise DTypeError(
+                f"copy={type(copy).__name__} is no bool; "
+                "give an input named copy in a dict: run({'copy': array})"
+            )
         with self.store.lock:
             self.bind()
             self._give(_together(inputs, named))
             assert self._runner is not None
             self._runner.run()
             self.backend.synchronize()
-            return {
-                key: self.backend.download(self._at[node], node.spec, copy)
-                for key, node in self._work.graph.outputs.items()
-            }
+            outputs = self._work.graph.outputs.items()
+            return {key: self._output(node, copy) for key, node in outputs}
+
+    def _output(self, node: Node, copy: bool) -> NDArray[Any]:
+        found = self.backend.download(self._at[node], node.spec, copy)
+        if not copy:
+            found.flags.writeable = False
+        elif node.dtype.numpy is None:
+            found = decode_rows(node.dtype, found)
+        return found
+
+    def release(self) -> None:
+        """Let go of the arena; the next run binds again."""
+        self._runner, self._at = None, {}
 
     def _give(self, inputs: Mapping[str, ArrayLike]) -> None:
         for key in inputs:
@@ -233,20 +252,23 @@ def _one_place(backends: Sequence[str], pins: Mapping[str, str]) -> places.Place
 
 def _observed(graph: Graph, patterns: Iterable[str]) -> Graph:
     """The graph with tensors whose labels match as further outputs."""
-    if isinstance(patterns, str):
+    if isinstance(patterns, str) or not isinstance(patterns, Iterable):
         raise DTypeError(f"observe= is a list of label patterns, not {patterns!r}")
+    patterns = tuple(patterns)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise DTypeError(f"observe= is a list of label patterns, not {list(patterns)!r}")
     outputs = dict(graph.outputs)
     for pattern in patterns:
-        found = {
-            label: node
+        found = [
+            (label, node)
             for node in graph.nodes
             for label in labels(node)
             if fnmatchcase(label, pattern)
-        }
+        ]
         if not found:
             known = sorted({label for node in graph.nodes for label in labels(node)})
             raise UnknownName(f"observe={pattern!r} matches no label; there are: {known}")
-        for label, node in found.items():
+        for label, node in found:
             if outputs.setdefault(label, node) is not node:
                 raise GraphError(
                     f"observe={pattern!r} would return {node!r} (at {line_of(node)}) under the "

@@ -11,8 +11,8 @@ from pyggml.passes.work import Work
 
 
 def mib(nbytes: float) -> str:
-    """Bytes as MiB, two decimals."""
-    return f"{nbytes / 2**20:.2f}"
+    """Bytes as MiB; two decimals, four below 1."""
+    return f"{nbytes / 2**20:.{2 if nbytes >= 2**20 or not nbytes else 4}f}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -255,10 +255,14 @@ def _range(mask: Raw) -> tuple[int, int]:
     return int(bits.min()), int(bits.max())
 
 
-@kernel(ops.causal_mask, scratch=lambda node: floats(2 * max(PIECE, node.ne[0])))
+def _mask_piece(n_kv: int, n_tokens: int) -> int:
+    return min(n_kv * n_tokens, max(PIECE, n_kv))
+
+
+@kernel(ops.causal_mask, scratch=lambda node: floats(*(_mask_piece(*node.ne[:2]),) * 2))
 def causal_mask(out: Raw, pos: Raw, *, scratch: Scratch, n_kv: int, window: int | None) -> None:
-    memory = scratch.array(max(PIECE, n_kv), np.int32)
-    flags = scratch.array(max(PIECE, n_kv), np.bool_)
+    piece = _mask_piece(n_kv, out.shape[2])
+    memory, flags = scratch.array(piece, np.int32), scratch.array(piece, np.bool_)
     for t in split(out.shape[2], max(1, PIECE // n_kv)):
         rows = out[0, 0, t]
         ahead = shaped(memory, *rows.shape)  # j - pos[i]

@@ -66,7 +66,7 @@ class NumpyRunner:
             with _manners():
                 for index, call in enumerate(self._calls):  # noqa: B007
                     call()
-        except PyggmlError as error:
+        except Exception as error:
             raise _named(error, self.steps[index].node) from None
 
     def run_step(self, index: int) -> None:
@@ -74,7 +74,7 @@ class NumpyRunner:
         try:
             with _manners():
                 self._calls[index]()
-        except PyggmlError as error:
+        except Exception as error:
             raise _named(error, self.steps[index].node) from None
 
 
@@ -87,10 +87,14 @@ def _manners() -> Iterator[None]:
         yield
 
 
-def _named(error: PyggmlError, node: Node) -> PyggmlError:
-    """A kernel's complaint with the node and the line that built it."""
+def _named(error: Exception, node: Node) -> Exception:
+    """A kernel's complaint with the node and the line that built it; others get them as a note."""
     sources = ", ".join(label_of(s) for s in node.src if s is not None)
-    error.args = (f"{node.op.name}({sources}): {error}; at {line_of(node)}", *error.args[1:])
+    what, where = f"{node.op.name}({sources})", f"at {line_of(node)}"
+    if isinstance(error, PyggmlError):
+        error.args = (f"{what}: {error}; {where}", *error.args[1:])
+    else:
+        error.add_note(f"in the kernel of {what}, {where}")
     return error
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pyggml.backends.base import Backend
 from pyggml.dag import Graph, rebuilt
-from pyggml.errors import UnsupportedOp
+from pyggml.errors import GraphError, UnsupportedOp
 from pyggml.graph import Node, inherit, line_of, stand_at
 from pyggml.loop import loop_op
 
@@ -34,4 +34,10 @@ def _settle(node: Node, backend: Backend) -> Node:
             settled[part] = inherit(_settle(rebuilt(stand_at(part, node), src), backend), part)
         return settled[part]
 
-    return settle(node.op.meaning(*node.src, **node.attrs))
+    meant = settle(node.op.meaning(*node.src, **node.attrs))
+    if (meant.dtype, meant.ne) != (node.dtype, node.ne):
+        raise GraphError(
+            f"{node!r} (at {line_of(node)}): the meaning of {node.op.name} gives {meant.spec}, "
+            f"its shape rule {node.spec}"
+        )
+    return meant

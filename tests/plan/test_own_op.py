@@ -49,3 +49,16 @@ def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     main()
     shown = capsys.readouterr().out
     assert "cumsum" in shown and "[5., 4., 3., 2., 1.]" in shown
+
+
+def test_a_meaning_of_another_size_is_refused() -> None:
+    @gg.op
+    def crooked(a: gg.Node) -> gg.Spec:
+        return a.spec
+
+    @crooked.means
+    def _(a: gg.Node) -> gg.Node:
+        return gg.sum_rows(a)
+
+    with pytest.raises(gg.GraphError, match=r"meaning of crooked gives f32 \[1\]"):
+        gg.compile({"y": crooked(gg.input("x", ne=(4,)))})

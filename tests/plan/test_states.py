@@ -141,3 +141,14 @@ def test_the_copy_that_read_returns_is_ones_own() -> None:
     gg.compile({"y": gg.cont(gg.state("k", "f32", ne=(4,)))}, store=store).bind()
     store.read("k")[:] = 7
     assert not store.read("k").any()
+
+
+def test_a_thousand_chained_writes_compile_at_once() -> None:
+    """Each `whole` looks at the one before it; nothing may walk all of them each time."""
+    handle = gg.state("s", "f32", ne=(4, 8))
+    x = gg.input("x", "f32", ne=(4,))
+    for i in range(1000):
+        row = gg.view(handle, ne=(4,), start=(0, i % 8))
+        handle = gg.whole(gg.cpy(gg.scale(x, s=float(i)), row))
+    got = gg.compile({"s": handle}).run(x=np.ones(4))["s"]
+    np.testing.assert_array_equal(got[:, 0], [992 + i for i in range(8)])

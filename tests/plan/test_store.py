@@ -166,3 +166,18 @@ def test_weights_are_read_in_place() -> None:
     assert np.shares_memory(next(iter(plan.store._weights.values()))[1], held)
     with pytest.raises(ValueError, match="read-only"):
         gg.compile({"w": gg.constant(held)}).run(copy=False)["w"][0] = 1
+
+
+def test_an_outgrown_arena_is_let_go() -> None:
+    """Plans bound before the arena grew do not keep the old one."""
+    store = gg.Store()
+
+    def plan_of(n: int) -> gg.Plan:
+        x = gg.input(f"x{n}", "f32", ne=(n,))
+        return gg.compile({"y": gg.add(gg.exp(x), gg.log(x))}, store=store).bind()
+
+    small = plan_of(1000)
+    assert small.addresses
+    large = plan_of(100_000)
+    assert not small.addresses and large.addresses
+    np.testing.assert_allclose(small.run(x1000=np.ones(1000))["y"], np.e, rtol=1e-6)
