@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pyggml.backends.base import Place, Step
 from pyggml.errors import GraphError
 from pyggml.graph import Node
+from pyggml.ops.views import root_of
 from pyggml.passes.work import Work
 
 
@@ -59,17 +60,17 @@ def _places(work: Work) -> None:
     last: dict[Node, int] = {}
     for i, step in enumerate(work.steps):
         for read in (*step.reads, step.node):
-            last[_root(read)] = i
+            last[root_of(read)] = i
     for root in work.graph.roots:
-        last[_root(root)] = len(work.steps)
+        last[root_of(root)] = len(work.steps)
     alive: dict[Node, tuple[int, int]] = {}
     for i, step in enumerate(work.steps):
         for made in step.nodes:
             at = placed.places.get(made)
-            if at is None or at.base is not None or _root(made) is not made:
+            if at is None or at.base is not None or root_of(made) is not made:
                 continue
             span = _span(made, at)
-            taken = {_root(r) for r in step.inplace} if step.node is made else set()
+            taken = {root_of(r) for r in step.inplace} if step.node is made else set()
             parts = set(made.src) if made.op.parts is not None else set()
             for other, used in alive.items():
                 apart = span[1] <= used[0] or used[1] <= span[0]
@@ -83,14 +84,6 @@ def _places(work: Work) -> None:
                 if at_scratch < used[1] and used[0] < at_scratch + step.scratch:
                     raise GraphError(f"the scratch of {step.node!r} overlaps {other!r}")
         alive = {node: span for node, span in alive.items() if last.get(node, i) > i}
-
-
-def _root(node: Node) -> Node:
-    while node.op.view is not None or node.op.writes is not None:
-        source = node.src[node.op.writes or 0]
-        assert source is not None
-        node = source
-    return node
 
 
 def _span(node: Node, at: Place) -> tuple[int, int]:
