@@ -142,7 +142,7 @@ def _(a: Node, b: Node | None = None, *, kind: str = "swiglu", swapped: bool = F
 
     if b is None:
         n = a.ne[0] // 2
-        halves = [view(a, ne=(n, *a.ne[1:]), start=(i * n, 0, 0, 0)) for i in (0, 1)]
+        halves = [view(a, ne=(n, *a.ne[1 : a.spec.rank]), start=(i * n,)) for i in (0, 1)]
         a, b = reversed(halves) if swapped else halves
     return mul(activation(GLU_KINDS[kind], a), b)
 

@@ -35,7 +35,7 @@ def _settle(node: Node, backend: Backend) -> Node:
         return settled[part]
 
     meant = settle(node.op.meaning(*node.src, **node.attrs))
-    if (meant.dtype, meant.ne) != (node.dtype, node.ne):
+    if meant.spec != node.spec:
         raise GraphError(
             f"{node!r} (at {line_of(node)}): the meaning of {node.op.name} gives {meant.spec}, "
             f"its shape rule {node.spec}"

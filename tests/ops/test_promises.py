@@ -1,0 +1,71 @@
+"""Promises of single ops: what is left alone, what is declared, what is meant."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import pyggml as gg
+from pyggml.backends.numpy.table import KERNELS
+from pyggml.graph import Node
+
+rng = np.random.default_rng(0)
+
+
+def weights(*shape: int) -> Node:
+    return gg.constant(rng.standard_normal(shape, np.float32))
+
+
+def inputs(**sizes: tuple[int, ...]) -> dict[str, Node]:
+    return {name: gg.input(name, "f32", shape=shape) for name, shape in sizes.items()}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_experts_that_no_token_chose_are_not_touched(fused: bool) -> None:
+    """Their matrices are NaN: one product with them would show."""
+    array = rng.standard_normal((8, 5, 64)).astype(np.float32)
+    array[[1, 4, 7]] = np.nan
+    experts, b = gg.constant(array), gg.input("b", "f32", ne=(64, 1, 6))
+    ids = gg.constant(rng.choice([0, 2, 3, 5, 6], (6, 2)).astype(np.int32))
+    y = gg.moe_up_gate(experts, experts, b, ids) if fused else gg.mul_mat_id(experts, b, ids)
+    assert np.isfinite(gg.compile({"y": y}).run(b=np.ones((6, 1, 64)))["y"]).all()
+
+
+def test_flash_attention_never_holds_the_scores() -> None:
+    """16 heads, 512 queries, 16384 keys: the scores alone would be 512 MiB."""
+    q = gg.input("q", "f32", ne=(192, 512, 16))
+    k, v = (gg.input(n, "f16", ne=(d, 16384, 16)) for n, d in (("k", 192), ("v", 128)))
+    node = gg.flash_attn_ext(q, k, v, scale=0.07)
+    declared = KERNELS[node.op].scratch
+    assert declared is not None and declared(node) < 64 * 2**20
+
+
+FUSED = {
+    "moe_up_gate": lambda: gg.moe_up_gate(
+        weights(4, 7, 64),
+        weights(4, 7, 64),
+        gg.input("b", "f32", ne=(64, 1, 5)),
+        gg.constant(np.array([[0, 3], [1, -1], [2, 2], [3, 0], [1, 2]], np.int32)),
+        act="gelu",
+    ),
+    "fused_up_gate": lambda: gg.fused_up_gate(
+        weights(7, 64), weights(7, 64), gg.input("b", "f32", ne=(64, 5))
+    ),
+    "mul_multi_add": lambda: gg.mul_multi_add(*inputs(a=(5, 3, 8), b=(5, 3, 1)).values()),
+    "glu": lambda: gg.glu(gg.input("a", "f32", ne=(10, 3)), kind="geglu", swapped=True),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_fused_op_is_what_it_means(name: str) -> None:
+    node = FUSED[name]()
+    assert node.op.name == name and node.op.meaning is not None
+    meant = node.op.meaning(*node.src, **node.attrs)
+    plan = gg.compile({"kernel": node, "meaning": meant})
+    given = {key: rng.standard_normal(x.shape, np.float32) for key, x in plan.inputs.items()}
+    got = plan.run(given)
+    np.testing.assert_allclose(got["kernel"], got["meaning"], rtol=2e-5, atol=2e-5)
+
+
+def test_every_meaning_is_checked_here() -> None:
+    assert set(FUSED) == {name for name, op in gg.ops.ALL.items() if op.meaning is not None}
