@@ -1,0 +1,28 @@
+"""Files: opening one with 102,400 tokens, and drawing one (synth): --benchmark-enable"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pyggml import gguf
+from pyggml.models.presets import preset, synth
+
+
+def test_open_102400_tokens(benchmark: Any, tmp_path: Path) -> None:
+    path = tmp_path / "lite.gguf"
+    synth(path, preset("deepseek-v2-lite"), header_only=True)
+
+    def tokens() -> int:
+        with gguf.open(path, allow_missing_data=True) as file:
+            return len(list(file.fields["tokenizer.ggml.tokens"]))
+
+    assert benchmark.pedantic(tokens, rounds=5, warmup_rounds=1) == 102_400
+
+
+def test_synth_small_200_MB(benchmark: Any, tmp_path: Path) -> None:
+    config = replace(preset("small"), n_layer=12)
+    path = tmp_path / "small.gguf"
+    benchmark.pedantic(lambda: synth(path, config, type="iq4_nl"), rounds=2)
+    assert path.stat().st_size > 200e6
