@@ -16,11 +16,14 @@ def available() -> tuple[str, ...]:
 
 
 @cache
-def get(name: str) -> Backend:
-    """The backend of that name, imported now; UnknownName lists those there are."""
+def get(name: str, index: int = 0) -> Backend:
+    """The backend of that name on its device `index`, imported now.
+
+    Errors: UnknownName lists those there are; DeviceError where there is no such device.
+    """
     if name not in available():
         raise UnknownName(f"no backend {name!r}; there are: {', '.join(available())}")
-    found: Backend = importlib.import_module(f"pyggml.backends.{name}").backend
+    found: Backend = importlib.import_module(f"pyggml.backends.{name}").device(index)
     return found
 
 

@@ -16,11 +16,15 @@ Buffer = Any  # a backend's own handle of a block of memory
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a tensor is: byte `offset` in `buffer`, byte strides `nb`."""
+    """Where a tensor is: byte `offset` in `buffer`, byte strides `nb`.
+
+    layout  for a weight the name of its `WeightLayout`: then `nb` says nothing unless it is "plain"
+    """
 
     buffer: Buffer
     offset: int
     nb: Ne
+    layout: str = "plain"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,17 @@ class Place:
     base: Node | None
     offset: int
     nb: Ne
+
+
+@dataclass(frozen=True, slots=True)
+class WeightLayout:
+    """How a backend keeps a weight: bytes it takes, and a name.
+
+    name  "plain": as in a file, rows after rows. Other names are the backend's own
+    """
+
+    nbytes: int
+    name: str = "plain"
 
 
 @dataclass(eq=False, slots=True)
@@ -61,6 +76,7 @@ class Step:
     inplace  sources whose memory the result may take over
     strided  whether the result may be a strided part of a larger tensor
     sync     whether the host must wait for it
+    layout   for a step that brings a weight from the host: how it is kept while it is needed
     """
 
     node: Node
@@ -72,21 +88,26 @@ class Step:
     sync: bool = False
     loop: Loop | None = None
     bodies: tuple[BodyPlan, ...] = ()
+    layout: WeightLayout | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the result."""
+        return self.layout.nbytes if self.layout is not None else self.node.spec.nbytes
 
 
-@dataclass(frozen=True, slots=True)
-class WeightLayout:
-    """How a backend keeps a weight: bytes it takes, and a name for tables."""
+class Event(Protocol):
+    """A point in a device's queue."""
 
-    nbytes: int
-    name: str
+    def wait(self) -> None:
+        """Block the host until the queue has got there."""
 
 
 class Runner(Protocol):
     """Steps bound to addresses. `run` allocates nothing that was not declared."""
 
     def run(self) -> None:
-        """Execute every step in order."""
+        """Execute every step in order; on a device, put them into its queue."""
 
     def run_step(self, index: int) -> None:
         """Execute one step; profiling and tests call it."""
@@ -95,20 +116,39 @@ class Runner(Protocol):
 class Backend(Protocol):
     """A set of kernels on a device.
 
-    The pure half: `supports`, `weight_layout`, `lower`. It needs no device and allocates nothing.
+    The pure half: `supports`, `numeric`, `weight_layout`, `lower`. It needs no device and allocates
+    nothing.
+
+    name    of its folder: "cuda"
+    place   what `backends=` and `pins=` call it: "numpy", "cuda:1"
+    device  whose memory it uses: "host", "cuda:1". Copies are made between different devices only
     """
 
     name: str
+    place: str
+    device: str
     alignment: int
 
     def supports(self, node: Node) -> str | None:
         """None if a kernel here runs `node`, else the reason why not, as a phrase."""
 
+    def numeric(self, node: Node) -> str:
+        """The class of its numbers in `node`, a key of `parity.tolerance.CLASSES`: "f32" where
+        operands and sums are f32 and nothing is quantized on the way, whatever the types are."""
+
     def weight_layout(self, constant: Node, uses: Collection[Node]) -> WeightLayout:
         """How the constant is kept, from its type, size and all its uses."""
 
-    def lower(self, nodes: Sequence[Node], keep: Collection[Node]) -> list[Step]:
-        """Steps that compute `nodes` (sources first). Nodes in `keep` must be left in memory."""
+    def lower(
+        self,
+        nodes: Sequence[Node],
+        keep: Collection[Node],
+        layouts: Mapping[Node, WeightLayout],
+    ) -> list[Step]:
+        """Steps that compute `nodes` (sources first). Nodes in `keep` must be left in memory.
+
+        layouts  of the weights that they read
+        """
 
     # -- the runtime half ----------------------------------------------------------------------
 
@@ -124,8 +164,12 @@ class Backend(Protocol):
     def download(self, at: Address, spec: Spec, copy: bool = True) -> NDArray[Any]:
         """The array at an address, in NumPy shape; a view valid until the next run without copy."""
 
-    def copy(self, source: Address, target: Address, spec: Spec) -> None:
-        """Copy a tensor between two addresses of this device."""
+    def fetch(self, source: Address, other: Backend, target: Address, spec: Spec) -> None:
+        """Put into this device's queue: copy a tensor from the memory of `other`, which is on
+        another device or the host, into this one's."""
+
+    def send(self, source: Address, target: Address, spec: Spec) -> None:
+        """Put into this device's queue: copy a tensor into the host's memory."""
 
     def bind(
         self,
@@ -134,7 +178,17 @@ class Backend(Protocol):
         scratch: Buffer,
         scratch_at: Sequence[int],
     ) -> Runner:
-        """Steps ready to run: every tensor's address, and each step's scratch in `scratch`."""
+        """Steps ready to run: every tensor's address, and each step's scratch in `scratch`.
+
+        A step with a `layout` is a `transfer` of a constant: it loads the host's values (`data_of`)
+        into its address, kept like that.
+        """
+
+    def record(self) -> Event:
+        """This point in the queue."""
+
+    def wait_for(self, event: Event) -> None:
+        """Nothing put into this queue from now on begins before `event`, of any device."""
 
     def synchronize(self) -> None:
-        """Wait until everything started here is done."""
+        """Wait until everything started here is done; errors of queued steps are raised here."""

@@ -107,7 +107,7 @@ class Bench:
 
     def plans(self, options: AttentionOptions, amb: float | None) -> tuple[gg.Plan, gg.Plan]:
         """For the prompt and for one token. An expanded prompt's cache is decoded as latent."""
-        store = gg.Store(self.backend)
+        store = gg.Store()
         single = replace(options, form="latent") if options.form == "expanded" else options
         return (
             self.plan(options, self.n_prompt, amb, store),

@@ -14,6 +14,7 @@ from __future__ import annotations
 from importlib import import_module as _import_module
 from pathlib import Path as _Path
 from types import ModuleType as _ModuleType
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 # ops/ and backends/ stand at the top of the checkout and are linked into this folder;
 # a checkout without symbolic links looks beside us.
@@ -39,6 +40,11 @@ from pyggml.ops import *  # noqa: F403
 from pyggml.ops import __all__ as _ops
 from pyggml.plan import Plan, compile
 from pyggml.store import Store
+
+if _TYPE_CHECKING:
+    from pyggml.parity import Parity as _Parity
+
+    parity: _Parity  # a package that can be called
 
 __version__ = "0.1.0"
 

@@ -46,6 +46,16 @@ def toposort(
     return tuple(order)
 
 
+def users_of(nodes: Iterable[Node]) -> dict[Node, list[Node]]:
+    """Who of `nodes` reads each of them, in order."""
+    users: dict[Node, list[Node]] = {node: [] for node in nodes}
+    for node in users:
+        for source in node.src:
+            if source is not None:
+                users[source].append(node)
+    return users
+
+
 class Graph:
     """Outputs by name, updates (writes that no output reaches), and all nodes in order."""
 
@@ -77,12 +87,7 @@ class Graph:
     @cached_property
     def users(self) -> dict[Node, list[Node]]:
         """Who reads each node, in order."""
-        users: dict[Node, list[Node]] = {node: [] for node in self.nodes}
-        for node in self.nodes:
-            for source in node.src:
-                if source is not None:
-                    users[source].append(node)
-        return users
+        return users_of(self.nodes)
 
     def _check_names(self) -> None:
         seen: dict[str, Node] = {}

@@ -23,12 +23,13 @@ class Place:
     index: int
     size: int | None
 
+    def __str__(self) -> str:
+        size = "" if self.size is None else f":{self.size / 2**20:g}MiB"
+        return f"{self.backend.place}{size}"
+
     @property
     def backend(self) -> Backend:
-        return backends.get(self.name)
-
-    def __str__(self) -> str:
-        return self.name if self.name == "numpy" else f"{self.name}:{self.index}"
+        return backends.get(self.name, self.index)
 
 
 def parse(text: str) -> Place:
@@ -38,9 +39,8 @@ def parse(text: str) -> Place:
     found = _FORM.fullmatch(text)
     if found is None:
         raise DeviceError(f"{text!r} is no place; the form is NAME[:INDEX][:SIZE], cuda:0:24GiB")
-    if found["name"] == "numpy" and int(found["index"] or 0):
-        raise DeviceError(f"{text!r}: there is one host; its place is 'numpy'")
     size = found["size"]
     nbytes = int(float(size) * _UNITS[found["unit"]]) if size else None
-    backends.get(found["name"])
-    return Place(found["name"], int(found["index"] or 0), nbytes)
+    made = Place(found["name"], int(found["index"] or 0), nbytes)
+    assert made.backend  # raises where there is none
+    return made

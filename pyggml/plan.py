@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from numbers import Real
-from time import perf_counter
 from typing import Any
 
 from numpy.typing import ArrayLike, NDArray
 
 from pyggml import passes, places
-from pyggml.backends.base import Address, Backend, Runner, Step
+from pyggml.backends.base import Address, Backend, Step
 from pyggml.dag import Graph
 from pyggml.errors import (
     DeviceError,
@@ -23,35 +23,53 @@ from pyggml.errors import (
     OutOfMemoryError,
     ShapeError,
     UnknownName,
-    UnsupportedOp,
 )
-from pyggml.graph import Node, labels, line_of
-from pyggml.passes.work import Work
+from pyggml.execution import Execution, addresses
+from pyggml.graph import Node, Spec, labels, line_of
+from pyggml.listing import plan_text
+from pyggml.ops.leaf import constant_op, data_of, input_op, state_op
+from pyggml.passes.work import Pins, Split, Work
 from pyggml.quants import decode_rows
-from pyggml.reports import Memory, Profile, plan_text
-from pyggml.store import Store, stored
+from pyggml.reports import Memory, Profile
+from pyggml.store import Need, Store, stored
+from pyggml.transfer import origin
 
 
 class Plan:
     """A graph compiled against a store. `compile` makes it; it holds no memory before `bind`."""
 
-    def __init__(self, work: Work, place: places.Place, store: Store, memory: Memory) -> None:
+    def __init__(
+        self, work: Work, store: Store, needs: tuple[Need, ...], memory: Memory, described: str
+    ) -> None:
         self._work = work
-        self._place = place
-        self._runner: Runner | None = None
+        self._needs = needs
+        self._described = described
+        self._execution: Execution | None = None
         self._generation = -1
         self._at: dict[Node, Address] = {}
         self.store = store
         self.memory = memory
-        self.inputs = {n.attrs["name"]: n for n in work.leaves if n.op.name == "input"}
+        self.inputs: dict[str, Spec] = {}
+        self._slots: dict[str, list[Need]] = {}  # an input may be wanted on several devices
+        for need in needs:
+            leaf = origin(need.node)
+            if leaf.op is input_op:
+                self.inputs[leaf.attrs["name"]] = leaf.spec
+                self._slots.setdefault(leaf.attrs["name"], []).append(need)
 
     @property
     def graph(self) -> Graph:
-        """The graph as it runs: expanded, and cut by the budget."""
+        """The graph as it runs: expanded, cut by the budget, with transfers between devices."""
         return self._work.graph
 
     @property
+    def splits(self) -> tuple[Split, ...]:
+        """Runs of steps of one device, in the order in which they are issued."""
+        return self._work.splits
+
+    @property
     def steps(self) -> tuple[Step, ...]:
+        """All steps of all splits, copies between devices included."""
         return self._work.steps
 
     @property
@@ -59,12 +77,12 @@ class Plan:
         """Where each tensor stands, once bound."""
         return self._at
 
-    @property
-    def backend(self) -> Backend:
-        return self.store.backend
+    def place_of(self, node: Node) -> str:
+        """The place where a node of `graph` is made or kept."""
+        return self._work.home(node).place
 
     def __str__(self) -> str:
-        return plan_text(self._work, str(self._place))
+        return plan_text(self._work)
 
     def bind(self) -> Plan:
         """Allocate, upload weights and make runners. The first run does it if nobody else did.
@@ -72,27 +90,30 @@ class Plan:
         Errors: DeviceError for a place that is only described, OutOfMemoryError with the table.
         """
         with self.store.lock:
-            if self._place.size is not None:
+            if self._described:
                 raise DeviceError(
-                    f"{self._place}:{self._place.size} is a description of a device: compile works "
-                    "on it, bind and run do not; give the place without a size"
+                    f"{self._described} is a description of a device: compile works on it, bind "
+                    "and run do not; give the place without a size"
                 )
-            if self._runner is None or self._generation != self.store.generation:
+            if self._execution is None or self._generation != self.store.generation:
                 self._bind()
         return self
 
     def _bind(self) -> None:
-        placement = self._work.placed
+        work = self._work
+        wanted = {b: work.placed.arenas[b.device].nbytes for b in _one_a_device(work.backends)}
+        used = {need.backend.device for need in self._needs} | {
+            split.backend.device for split in work.splits
+        }
         try:
-            leaves = self.store.reserve(self._work.leaves, placement.arena)
+            leaves = self.store.reserve(
+                self._needs, {b: n for b, n in wanted.items() if b.device in used}
+            )
         except OutOfMemoryError as error:
             raise OutOfMemoryError(f"{error}; the plan needs:\n{self.memory}") from None
-        arena = self.store.arena if self.store.arena is not None else self.backend.alloc(0)
-        self._at = {
-            node: Address(arena if at.base is None else leaves[at.base], at.offset, at.nb)
-            for node, at in placement.places.items()
-        }
-        self._runner = self.backend.bind(self._work.steps, self._at, arena, placement.scratch_at)
+        arenas = {device: arena.buffer for device, arena in self.store.arenas.items()}
+        self._at = addresses(work, leaves, arenas)
+        self._execution = Execution(work, self._at, arenas)
         self._generation = self.store.generation
         self.store.bound.add(self)
 
@@ -120,14 +141,16 @@ class Plan:
         with self.store.lock:
             self.bind()
             self._give(_together(inputs, named))
-            assert self._runner is not None
-            self._runner.run()
-            self.backend.synchronize()
+            assert self._execution is not None
+            self._execution.run()
             outputs = self._work.graph.outputs.items()
             return {key: self._output(node, copy) for key, node in outputs}
 
     def _output(self, node: Node, copy: bool) -> NDArray[Any]:
-        found = self.backend.download(self._at[node], node.spec, copy)
+        if node.op is constant_op:  # a device may keep it in a layout of its own
+            found = data_of(node).copy() if copy else data_of(node).view()
+        else:
+            found = self._work.home(node).download(self._at[node], node.spec, copy)
         if not copy:
             found.flags.writeable = False
         elif node.dtype.numpy is None:
@@ -135,8 +158,8 @@ class Plan:
         return found
 
     def release(self) -> None:
-        """Let go of the arena; the next run binds again."""
-        self._runner, self._at = None, {}
+        """Let go of the arenas; the next run binds again."""
+        self._execution, self._at = None, {}
 
     def _give(self, inputs: Mapping[str, ArrayLike]) -> None:
         for key in inputs:
@@ -145,12 +168,12 @@ class Plan:
                 raise UnknownName(f"the plan has no input {key!r}; its inputs: {known}")
         missing = [key for key in self.inputs if key not in inputs]
         if missing:
-            wanted = ", ".join(f"{key} ({self.inputs[key].spec})" for key in missing)
+            wanted = ", ".join(f"{key} ({self.inputs[key]})" for key in missing)
             raise GraphError(f"run lacks inputs: {wanted} (sizes in ne order)")
-        ready = {k: stored(f"input {k!r}", self.inputs[k].spec, a) for k, a in inputs.items()}
+        ready = {k: stored(f"input {k!r}", self.inputs[k], a) for k, a in inputs.items()}
         for key, array in ready.items():
-            node = self.inputs[key]
-            self.backend.upload(self._at[node], node.spec, array)
+            for need in self._slots[key]:
+                need.backend.upload(self._at[need.node], self.inputs[key], array)
 
     def profile(
         self,
@@ -166,15 +189,13 @@ class Plan:
         with self.store.lock:
             self.bind()
             self._give(_together(inputs, named))
-            assert self._runner is not None
-            best = [float("inf")] * len(self.steps)
-            for _ in range(repeat):
-                for i in range(len(self.steps)):
-                    start = perf_counter()
-                    self._runner.run_step(i)
-                    self.backend.synchronize()
-                    best[i] = min(best[i], perf_counter() - start)
-        return Profile.of(self.steps, best)
+            assert self._execution is not None
+            times = [self._execution.timed() for _ in range(repeat)]
+        return Profile.of(self.steps, [min(step) for step in zip(*times)])
+
+
+def _one_a_device(backends: Iterable[Backend]) -> tuple[Backend, ...]:
+    return tuple({backend.device: backend for backend in backends}.values())
 
 
 def _together(
@@ -202,27 +223,41 @@ def compile(
 ) -> Plan:
     """Make a plan of the graph that computes `outputs`. Allocates nothing.
 
-    backends  places in order of preference: "numpy"
-    amb       attention memory budget in MiB (fractions allowed); None is no budget
-    pins      label pattern (re.search) -> place
-    store     the store to share weights, states and arena with; a new one by default
+    backends  places in order of preference: ["null:0", "numpy"]
+    amb       attention memory budget in MiB (fractions allowed), on each device; None is no budget
+    pins      label pattern (re.search) -> place, for weights, states and nodes; the first match
+              counts. A place may stand here alone
+    store     the store to share weights, states and arenas with; a new one by default
     observe   label patterns (as in file names) of tensors to return as well
     updates   handles of state writes that no output reaches
+    Errors: UnsupportedOp where no place runs a node, BudgetError, GraphError (states, names).
     """
-    place = _one_place(backends, pins or {})
+    devices, patterns = _places(backends, pins or {})
     budget = _budget_bytes(amb)
-    store = store if store is not None else Store(place.name)
-    if not isinstance(store, Store) or store.backend is not place.backend:
-        raise DeviceError(f"store= takes a Store of {place.name}, not {store!r}")
-    start = Work(_observed(Graph(outputs, updates), observe), place.backend)
-    plain = passes.run(start)
+    store = store if store is not None else Store()
+    if not isinstance(store, Store):
+        raise DTypeError(f"store= takes a Store, not {store!r}")
+    graph = _observed(Graph(outputs, updates), observe)
+    settled = {
+        n.attrs["name"]: store.homes.get(n.attrs["name"]) for n in graph.nodes if n.op is state_op
+    }
+    held = {name: home for name, home in settled.items() if home is not None}
+    every = tuple(dict.fromkeys((*(p.backend for p in devices), *held.values())))
+    begin = Work(graph, every, patterns, held)
+    plain = passes.run(begin)
     work = plain
     if budget is not None:
-        work = passes.run(replace(start, amb=budget))
+        work = passes.run(replace(begin, amb=budget))
         for text in work.warnings:
             warnings.warn(text, stacklevel=2)
     store.check(work.leaves)
-    return Plan(work, place, store, Memory.of(work, plain, str(place)))
+    needs = tuple(Need(n, work.home(n), work.layouts.get(n)) for n in work.leaves)
+    sizes = {p.backend.device: p.size for p in devices if p.size is not None}
+    memory = Memory.of(work, plain, needs, sizes)
+    for need in needs:
+        if need.node.op is state_op and not sizes:
+            store.homes[need.node.attrs["name"]] = need.backend
+    return Plan(work, store, needs, memory, ", ".join(map(str, devices)) if sizes else "")
 
 
 def _budget_bytes(amb: float | None) -> int | None:
@@ -233,21 +268,32 @@ def _budget_bytes(amb: float | None) -> int | None:
     return int(amb * 2**20)
 
 
-def _one_place(backends: Sequence[str], pins: Mapping[str, str]) -> places.Place:
+def _places(
+    backends: Sequence[str], pins: Mapping[str, str]
+) -> tuple[tuple[places.Place, ...], Pins]:
+    """All places in order of preference, those of pins alone last; and the pins."""
     if isinstance(backends, str) or not backends:
         raise DTypeError(f"backends= is a list of places such as ['numpy'], not {backends!r}")
-    found = [places.parse(text) for text in backends]
     if not isinstance(pins, Mapping):
         raise DTypeError(f"pins= is a dict of label patterns to places, not {pins!r}")
+    found: dict[Backend, places.Place] = {}
+
+    def add(text: str) -> Backend:
+        place = places.parse(text)
+        if place.backend not in found or place.size is not None:
+            found[place.backend] = place
+        return place.backend
+
+    for text in backends:
+        add(text)
+    patterns = []
     for pattern, text in pins.items():
+        place = add(text)
         try:
-            re.compile(pattern)
+            patterns.append((re.compile(pattern), place))
         except (re.error, TypeError) as error:
             raise DTypeError(f"pins: {pattern!r} is no regular expression: {error}") from None
-        found.append(places.parse(text))
-    if len({(place.name, place.index) for place in found}) > 1:
-        raise UnsupportedOp("a plan runs on one place in this version; give one in backends=")
-    return found[0]
+    return tuple(found.values()), tuple(patterns)
 
 
 def _observed(graph: Graph, patterns: Iterable[str]) -> Graph:
@@ -266,8 +312,12 @@ def _observed(graph: Graph, patterns: Iterable[str]) -> Graph:
             if fnmatchcase(label, pattern)
         ]
         if not found:
-            known = sorted({label for node in graph.nodes for label in labels(node)})
-            raise UnknownName(f"observe={pattern!r} matches no label; there are: {known}")
+            kinds = Counter(re.sub(r"\d+", "*", x) for node in graph.nodes for x in labels(node))
+            known = ", ".join(f"{kind} ({n})" if n > 1 else kind for kind, n in kinds.items())
+            raise UnknownName(
+                f"observe={pattern!r} matches no label; there are: {known or 'none'}. What a fused "
+                "op or a loop computes inside has none: build it of simpler ops to see it"
+            )
         for label, node in found:
             if outputs.setdefault(label, node) is not node:
                 raise GraphError(

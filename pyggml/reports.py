@@ -1,13 +1,15 @@
-"""What a plan says of itself: memory before it is spent, steps, time by step and by op."""
+"""What a plan says of itself: memory before it is spent, time by step and by op."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pyggml.backends.base import Step
 from pyggml.graph import cost_of, label_of
 from pyggml.passes.work import Work
+from pyggml.store import Need
+from pyggml.transfer import origin
 
 
 def mib(nbytes: float) -> str:
@@ -16,15 +18,15 @@ def mib(nbytes: float) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
-    """The bytes a plan will use on a device; exact, and known before anything is allocated.
+class DeviceMemory:
+    """The bytes that a plan uses on one device.
 
     weights, states, inputs   resident in the store (shared with its other plans)
     compute                   this plan's arena; the store keeps one as large as its largest plan's
-    peak_step, peak_live      the step with most live bytes, and how many: packing's lower bound
     score_peak                most bytes of attention scores and expanded K and V at once
-    score_peak_plain          the same without a budget;  amb  the budget in bytes, or None
-    live                      live bytes in each step, for pictures
+    score_peak_plain          the same without a budget
+    live                      live bytes in each step, for pictures: packing's lower bound
+    size                      what the place was said to have, or None
     """
 
     device: str
@@ -32,64 +34,124 @@ class Memory:
     states: int
     inputs: int
     compute: int
-    peak_step: str
-    peak_live: int
     score_peak: int
     score_peak_plain: int
-    amb: int | None
     live: tuple[int, ...]
-
-    @staticmethod
-    def of(work: Work, plain: Work, device: str) -> Memory:
-        """The memory of `work`; `plain` is the same graph without a budget."""
-        by_kind = {"constant": 0, "state": 0, "input": 0}
-        for leaf in work.leaves:
-            size = leaf.spec.nbytes
-            if leaf.op.name == "constant":
-                size = work.backend.weight_layout(leaf, work.graph.users[leaf]).nbytes
-            by_kind[leaf.op.name] += size
-        live = work.placed.live
-        top = max(range(len(live)), key=lambda i: live[i], default=-1)
-        return Memory(
-            device,
-            by_kind["constant"],
-            by_kind["state"],
-            by_kind["input"],
-            work.placed.arena,
-            label_of(work.steps[top].node) if live else "",
-            live[top] if live else 0,
-            work.placed.score_peak,
-            plain.placed.score_peak,
-            work.amb,
-            live,
-        )
+    size: int | None
 
     @property
     def total(self) -> int:
         return self.weights + self.states + self.inputs + self.compute
 
+    def row(self) -> list[str]:
+        sizes = (self.weights, self.states, self.inputs, self.compute, self.total)
+        peaks = (self.score_peak, self.score_peak_plain)
+        return [self.device, *map(mib, (*sizes, *peaks))]
+
+
+_COLUMNS = ["device", "weights", "states", "inputs", "compute", "total", "score_peak", "plain"]
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The bytes a plan will use; exact, and known before anything is allocated.
+
+    weights, states, inputs, compute and total are sums over `devices`, `score_peak` is the largest.
+
+    devices               a row for each
+    amb                   the attention memory budget in bytes, or None
+    peak_step, peak_live  the step with most live bytes on a device, and how many
+    """
+
+    devices: tuple[DeviceMemory, ...]
+    amb: int | None
+    peak_step: str
+    peak_live: int
+
+    @staticmethod
+    def of(work: Work, plain: Work, needs: Sequence[Need], sizes: Mapping[str, int]) -> Memory:
+        """The memory of `work`; `plain` is the same graph without a budget, `needs` its leaves."""
+        rows = []
+        top, where = 0, ""
+        used = {need.backend.device for need in needs}
+        for device, arena in work.placed.arenas.items():
+            if not (arena.nbytes or device in used or device == work.backends[0].device):
+                continue
+            kinds = {"constant": 0, "state": 0, "input": 0}
+            for need in needs:
+                if need.backend.device == device:
+                    kinds[origin(need.node).op.name] += need.nbytes
+            peak = arena.score_peak, plain.placed.arenas[device].score_peak
+            name = next(b.place for b in work.backends if b.device == device)
+            size = sizes.get(device)
+            weights, states, inputs = kinds.values()
+            rows.append(
+                DeviceMemory(name, weights, states, inputs, arena.nbytes, *peak, arena.live, size)
+            )
+            if max(arena.live, default=0) > top or not where:
+                top = max(arena.live, default=0)
+                steps = [s for s, live in zip(work.steps, arena.live) if live == top]
+                where = label_of(steps[0].node) if steps else ""
+        return Memory(tuple(rows), work.amb, where, top)
+
+    def _sum(self, what: str) -> int:
+        return sum(getattr(row, what) for row in self.devices)
+
+    @property
+    def weights(self) -> int:
+        return self._sum("weights")
+
+    @property
+    def states(self) -> int:
+        return self._sum("states")
+
+    @property
+    def inputs(self) -> int:
+        return self._sum("inputs")
+
+    @property
+    def compute(self) -> int:
+        return self._sum("compute")
+
+    @property
+    def total(self) -> int:
+        return self._sum("total")
+
+    @property
+    def score_peak(self) -> int:
+        return max(row.score_peak for row in self.devices)
+
+    @property
+    def score_peak_plain(self) -> int:
+        return max(row.score_peak_plain for row in self.devices)
+
+    @property
+    def live(self) -> tuple[int, ...]:
+        """Live bytes in each step, of all devices together."""
+        return tuple(map(sum, zip(*(row.live for row in self.devices))))
+
     def __str__(self) -> str:
         budget = "none" if self.amb is None else f"{mib(self.amb)} MiB"
-        columns = (
-            "device",
-            "weights",
-            "states",
-            "inputs",
-            "compute",
-            "total",
-            "score peak",
-            "plain",
-        )
-        sizes = (self.weights, self.states, self.inputs, self.compute, self.total)
-        row = (self.device, *map(mib, (*sizes, self.score_peak, self.score_peak_plain)))
-        widths = [max(len(c), len(r)) for c, r in zip(columns, row)]
-        lines = [
-            " | ".join(text.rjust(w) for text, w in zip(cells, widths)) for cells in (columns, row)
-        ]
+        rows = [[c.replace("_", " ") for c in _COLUMNS], *(row.row() for row in self.devices)]
+        if len(self.devices) > 1:
+            peaks = (self.score_peak, self.score_peak_plain)
+            sizes = (self.weights, self.states, self.inputs, self.compute, self.total)
+            rows.append(["all", *map(mib, (*sizes, *peaks))])
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        lines = [" | ".join(text.rjust(w) for text, w in zip(cells, widths)) for cells in rows]
         lines.append(
             f"MiB. Peak at {self.peak_step or 'no step'} with {mib(self.peak_live)} live; "
             f"attention budget: {budget}."
         )
+        for row in self.devices:
+            if row.size is not None:
+                short = row.total - row.size
+                fits = (
+                    f"fits, {mib(-short)} left"
+                    if short <= 0
+                    else f"does NOT fit: {mib(short)} over"
+                )
+                lines.append(f"{row.device} was said to have {mib(row.size)} MiB: {fits}.")
         return "\n".join(lines)
 
 
@@ -147,21 +209,3 @@ class Profile:
             f"{row.label[:24]:24} {row.op[:18]:18} {row.seconds * 1e3:9.3f} {share:6.1f} "
             f"{row.flops / time / 1e9:9.2f} {row.nbytes / time / 1e9:8.2f}"
         )
-
-
-def plan_text(work: Work, device: str) -> str:
-    """The steps in order: op, label, size, place in the arena, scratch; loops with their cuts."""
-    lines = [f"{len(work.steps)} steps on {device}, arena {mib(work.placed.arena)} MiB"]
-    if work.placed.copied_parts:
-        lines[0] += f", {work.placed.copied_parts} parts of concats copied"
-    for i, step in enumerate(work.steps):
-        node, at = step.node, work.placed.places[step.node]
-        where = f"@{at.offset}" if at.base is None else f"in {label_of(at.base)}"
-        line = f"{i:4} {node.op.name:16} {label_of(node):24} {node.spec!s:28} {where}"
-        if step.scratch:
-            line += f" scratch {step.scratch}"
-        if step.loop is not None:
-            inner = ", ".join(s.node.op.name for s in step.bodies[-1].steps)
-            line += f" loop {step.loop} of {inner}"
-        lines.append(line)
-    return "\n".join(lines)

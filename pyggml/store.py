@@ -1,8 +1,9 @@
-"""What outlives a plan: weights, states, input slots, and one arena as large as needed."""
+"""What outlives a plan: weights, states, input slots, and arenas as large as needed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from threading import RLock
 from typing import Any
 from weakref import WeakSet
@@ -10,77 +11,107 @@ from weakref import WeakSet
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pyggml import backends
-from pyggml.backends.base import Address, Backend, Buffer
+from pyggml.backends.base import Address, Backend, Buffer, WeightLayout
 from pyggml.dtypes import DType
 from pyggml.errors import DTypeError, GraphError, ShapeError, UnknownName
 from pyggml.graph import Node, Spec
-from pyggml.ops.leaf import data_of
+from pyggml.ops.leaf import constant_op, data_of, state_op
 from pyggml.quants import decode_rows, encode_rows
+from pyggml.transfer import origin
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """A leaf (or one given to a further device) that a plan reads, and where it is wanted."""
+
+    node: Node
+    backend: Backend
+    layout: WeightLayout | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.node.spec.nbytes if self.layout is None else self.layout.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Arena:
+    """Memory that a device's plans share."""
+
+    buffer: Buffer
+    nbytes: int
 
 
 class Store:
-    """The memory that plans share: weights and states once, one arena.
+    """The memory that plans share: weights and states once, an arena on each device.
 
     Plans of one store run one at a time; stores are independent. Addresses of weights, states and
     input slots never change while the store lives.
     """
 
-    def __init__(self, backend: str = "numpy") -> None:
-        self.backend: Backend = backends.get(backend)
+    def __init__(self) -> None:
         self.lock = RLock()
-        self.arena: Buffer = None
-        self.arena_bytes = 0
-        self.generation = 0  # grows when the arena moves: bound plans then bind again
-        self.bound: WeakSet[Any] = WeakSet()  # plans that hold the arena
-        self._weights: dict[object, tuple[Node, Buffer]] = {}
-        self._states: dict[str, tuple[Spec, Buffer]] = {}
-        self._inputs: dict[tuple[str, Spec], Buffer] = {}
+        self.arenas: dict[str, Arena] = {}  # by device
+        self.generation = 0  # grows when an arena moves: bound plans then bind again
+        self.bound: WeakSet[Any] = WeakSet()  # plans that hold arenas
+        self.homes: dict[str, Backend] = {}  # of states, by name, from the first plan that has them
+        self._weights: dict[tuple[str | Node, str, str], tuple[Node, Address]] = {}
+        self._states: dict[str, tuple[Spec, Address]] = {}
+        self._inputs: dict[tuple[str, Spec, str], Address] = {}
+
+    @property
+    def arena_bytes(self) -> int:
+        """Bytes of the arenas of all devices."""
+        return sum(arena.nbytes for arena in self.arenas.values())
 
     # -- for plans ----------------------------------------------------------------------------
 
     def check(self, leaves: Iterable[Node]) -> None:
         """GraphError where a leaf contradicts what the store holds under its name."""
-        for leaf in leaves:
+        held = {key[0]: node for key, (node, _) in self._weights.items()}
+        for leaf in map(origin, leaves):
             key = leaf.attrs["name"]
-            if leaf.op.name == "state" and key in self._states:
+            if leaf.op is state_op and key in self._states:
                 spec = self._states[key][0]
                 if (spec.dtype, spec.ne) != (leaf.dtype, leaf.ne):
                     raise GraphError(f"the state {key!r} is {spec} in this store, not {leaf.spec}")
-            if leaf.op.name == "constant" and key is not None and key in self._weights:
-                held = self._weights[key][0]
-                if held is not leaf and not _same_data(held, leaf):
-                    raise GraphError(f"the store holds other values under the weight {key!r}")
+            other = held.get(key, leaf) if leaf.op is constant_op else leaf
+            if other is not leaf and not _same_data(other, leaf):
+                raise GraphError(f"the store holds other values under the weight {key!r}")
 
-    def reserve(self, leaves: Iterable[Node], arena_bytes: int) -> dict[Node, Buffer]:
-        """Memory for all leaves and an arena of this size; on failure nothing has changed."""
-        leaves = tuple(leaves)
-        self.check(leaves)
+    def reserve(self, needs: Iterable[Need], arenas: Mapping[Backend, int]) -> dict[Node, Address]:
+        """Memory for all leaves, and arenas of these sizes; on failure nothing has changed."""
+        needs = tuple(needs)
+        self.check(need.node for need in needs)
         weights, states, inputs = {}, {}, {}
-        found: dict[Node, Buffer] = {}
-        for leaf in leaves:
-            key = leaf.attrs["name"]
-            if leaf.op.name == "constant":
-                held = self._weights.get(key if key is not None else leaf)
-                if held is None:
-                    layout = self.backend.weight_layout(leaf, ())
-                    held = leaf, self.backend.weight(leaf, layout, data_of(leaf))
-                    weights[key if key is not None else leaf] = held
-                found[leaf] = held[1]
-            elif leaf.op.name == "state":
-                state = self._states.get(key) or (leaf.spec, self.backend.alloc(leaf.spec.nbytes))
-                states[key] = state
-                found[leaf] = state[1]
+        found: dict[Node, Address] = {}
+        for need in needs:
+            leaf, backend = origin(need.node), need.backend
+            key, spec = leaf.attrs["name"], leaf.spec
+            if leaf.op is constant_op:
+                assert need.layout is not None
+                weight = (key if key is not None else leaf, backend.device, need.layout.name)
+                if weight not in self._weights and weight not in weights:
+                    buffer = backend.weight(leaf, need.layout, data_of(leaf))
+                    weights[weight] = leaf, Address(buffer, 0, spec.nb, need.layout.name)
+                found[need.node] = (self._weights.get(weight) or weights[weight])[1]
+            elif leaf.op is state_op:
+                if key not in self._states:
+                    states[key] = spec, Address(backend.alloc(spec.nbytes), 0, spec.nb)
+                found[need.node] = (self._states.get(key) or states[key])[1]
             else:
-                slot = (key, leaf.spec)
+                slot = (key, spec, backend.device)
                 if slot not in self._inputs:
-                    inputs[slot] = self.backend.alloc(leaf.spec.nbytes)
-                found[leaf] = inputs[slot] if slot in inputs else self._inputs[slot]
-        if arena_bytes > self.arena_bytes:
-            self.arena = self.backend.alloc(arena_bytes)
-            self.arena_bytes = arena_bytes
+                    inputs[slot] = Address(backend.alloc(spec.nbytes), 0, spec.nb)
+                found[need.node] = self._inputs.get(slot) or inputs[slot]
+        grown = {
+            backend.device: Arena(backend.alloc(nbytes), nbytes)
+            for backend, nbytes in arenas.items()
+            if backend.device not in self.arenas or nbytes > self.arenas[backend.device].nbytes
+        }
+        if grown:
+            self.arenas.update(grown)
             self.generation += 1
-            for plan in tuple(self.bound):  # or the old arena would live as long as they do
+            for plan in tuple(self.bound):  # or the old arenas would live as long as they do
                 plan.release()
             self.bound.clear()
         self._weights.update(weights)
@@ -90,36 +121,37 @@ class Store:
 
     # -- for users ----------------------------------------------------------------------------
 
-    def _state(self, name: str) -> tuple[Spec, Address]:
+    def _state(self, name: str) -> tuple[Spec, Address, Backend]:
         if name not in self._states:
             known = (
                 ", ".join(self._states) or "none: states exist once a plan that has them is bound"
             )
             raise UnknownName(f"the store has no state {name!r}; it has: {known}")
-        spec, buffer = self._states[name]
-        return spec, Address(buffer, 0, spec.nb)
+        return *self._states[name], self.homes[name]
 
     def read(self, name: str, *, raw: bool = False) -> NDArray[Any]:
         """A copy of a state in NumPy shape; bf16 and block types as f32, or raw rows."""
         with self.lock:
-            spec, at = self._state(name)
-            found = self.backend.download(at, spec)
+            spec, at, backend = self._state(name)
+            found = backend.download(at, spec)
         return found if raw or spec.dtype.numpy is not None else decode_rows(spec.dtype, found)
 
     def write(self, name: str, array: ArrayLike) -> None:
         """Set a state from an array of its NumPy shape (or its raw rows)."""
         with self.lock:
-            spec, at = self._state(name)
-            self.backend.upload(at, spec, stored(f"state {name!r}", spec, array))
+            spec, at, backend = self._state(name)
+            backend.upload(at, spec, stored(f"state {name!r}", spec, array))
+            backend.synchronize()
 
     def clear(self, *names: str) -> None:
         """Set states to zero; all of them without names."""
         with self.lock:
             for name in names or tuple(self._states):
-                spec, at = self._state(name)
+                spec, at, backend = self._state(name)
                 shape = (*spec.shape[:-1], spec.dtype.row_bytes(spec.ne[0]) // _unit(spec.dtype))
                 zero = np.zeros((), spec.dtype.numpy or _raw_type(spec.dtype))
-                self.backend.upload(at, spec, np.broadcast_to(zero, shape))
+                backend.upload(at, spec, np.broadcast_to(zero, shape))
+                backend.synchronize()
 
 
 def _raw_type(kind: DType) -> Any:

@@ -22,7 +22,8 @@ def verify(work: Work, after: str) -> None:
     try:
         _nodes(work.graph.nodes)
         if work.steps:
-            _steps(work.steps, {n for n in work.order if n.op.leaf})
+            _steps(work.steps, set(work.leaves))
+            _splits(work)
         if work.placement is not None:
             _places(work)
     except GraphError as error:
@@ -54,6 +55,22 @@ def _steps(steps: Iterable[Step], known: set[Node]) -> None:
             _steps(body.steps, inside)
 
 
+def _splits(work: Work) -> None:
+    """A step reads its own device's memory; a copy brings what another device has made, once."""
+    seen: set[tuple[Node, str]] = set()
+    for split in work.splits:
+        device = split.backend.device
+        for step in split.steps:
+            for node in (*step.nodes, *(() if step.layout else step.reads)):
+                if work.home(node).device != device:
+                    raise GraphError(f"{step.node!r} on {device} reads {node!r} of another device")
+        for step in (*split.copies, *(s for s in split.steps if s.layout)):
+            source = step.reads[0]
+            if (source, device) in seen:
+                raise GraphError(f"{source!r} is copied to {device} twice")
+            seen.add((source, device))
+
+
 def _places(work: Work) -> None:
     """Blocks alive in the same step do not overlap, unless they share on purpose."""
     placed = work.placed
@@ -69,18 +86,22 @@ def _places(work: Work) -> None:
             at = placed.places.get(made)
             if at is None or at.base is not None or root_of(made) is not made:
                 continue
-            span = _span(made, at)
+            span, device = _span(made, at), work.home(made).device
             taken = {root_of(r) for r in step.inplace} if step.node is made else set()
             parts = set(made.src) if made.op.parts is not None else set()
             for other, used in alive.items():
                 apart = span[1] <= used[0] or used[1] <= span[0]
                 strided = at.nb != made.nb or placed.places[other].nb != other.nb
-                if not apart and other not in taken and other not in parts and not strided:
+                near = work.home(other).device == device
+                if near and not apart and not (other in taken or other in parts or strided):
                     raise GraphError(f"{made!r} at {span} overlaps {other!r} at {used}")
             alive[made] = span
         if step.scratch:
             at_scratch = placed.scratch_at[i]
+            device = work.home(step.node).device
             for other, used in alive.items():
+                if work.home(other).device != device:
+                    continue
                 if at_scratch < used[1] and used[0] < at_scratch + step.scratch:
                     raise GraphError(f"the scratch of {step.node!r} overlaps {other!r}")
         alive = {node: span for node, span in alive.items() if last.get(node, i) > i}

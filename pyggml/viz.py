@@ -1,38 +1,120 @@
-"""A graph as a picture: DOT text."""
+"""A graph or a plan as a picture: DOT text (`dot -Tsvg` draws it)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from pyggml.dag import Graph
 from pyggml.graph import Node, label_of
+from pyggml.listing import folds, rows_of
 from pyggml.loop import loop_of
+from pyggml.plan import Plan
+from pyggml.reports import mib
+from pyggml.transfer import is_resident, origin, transfer
 
 _LEAF_COLOURS = {"constant": "#dbe9f6", "input": "#fdebd0", "state": "#d5f5e3"}
+_COPY_COLOUR = "#f9e79f"
 
 
-def dot(graph: Graph, name: str = "graph") -> str:
-    """The graph as DOT text (`dot -Tsvg` draws it). Views are ellipses, loops are folders."""
-    index = {node: f"n{i}" for i, node in enumerate(graph.nodes)}
-    lines = [f"digraph {name} {{", '  node [fontname="monospace", fontsize=10, style=filled];']
-    for node, key in index.items():
-        lines.append(f"  {key} [{_style(node)}];")
-        for port, source in enumerate(node.src):
-            if source is not None:
-                lines.append(f'  {index[source]} -> {key} [label="{port}", fontsize=8];')
-    for i, (label, node) in enumerate(graph.outputs.items()):
-        lines.append(f'  out{i} [label="{_quoted(label)}", shape=cds, fillcolor="#f5b7b1"];')
-        lines.append(f"  {index[node]} -> out{i};")
-    return "\n".join([*lines, "}"])
+def dot(what: Graph | Plan, name: str = "graph") -> str:
+    """DOT text. Views are ellipses, loops are folders; sizes in ne order.
+
+    Of a plan each split is a box with its place, copies between devices are yellow, and what
+    repeats (the layers of a model) is drawn once, with how many times it stands there.
+    """
+    drawing = _Drawing(what.graph) if isinstance(what, Plan) else _Drawing(what)
+    if isinstance(what, Plan):
+        drawing.fold(what)
+    return "\n".join([f"digraph {name} {{", *drawing.lines(what), "}"])
 
 
-def _style(node: Node) -> str:
-    loop = loop_of(node)
-    shape = "box" if node.op.view is None else "ellipse"
-    colour = _LEAF_COLOURS.get(node.op.name, "white")
-    title = label_of(node) if node.op.leaf else f"{node.op.name} {label_of(node)}"
-    if loop is not None:
-        shape, title = "folder", f"loop {loop} {label_of(node)}"
-    text = f"{_quoted(title)}\\n{node.spec}"
-    return f'label="{text}", shape={shape}, fillcolor="{colour}"'
+class _Drawing:
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.stands: dict[Node, Node] = {}  # node of a repeated part -> its like in the first one
+        self.times: dict[Node, int] = {}
+
+    def fold(self, plan: Plan) -> None:
+        """Find what repeats."""
+        rows = rows_of(plan._work)
+        for fold in folds([row.key for row in rows]):
+            if fold.times == 1 or fold.period == 1:
+                continue
+            part = rows[fold.start :][: fold.period * fold.times]
+            for i, row in enumerate(part):
+                first = part[i % fold.period]
+                if row.step is None or first.step is None:
+                    continue
+                self.times[first.step.node] = fold.times
+                if row is not first:
+                    self._pair(row.step.node, first.step.node)
+
+    def _pair(self, node: Node, first: Node) -> None:
+        """Let `first` stand for `node`, and what it alone reads for what the other reads."""
+        if node is first or node in self.stands:
+            return
+        self.stands[node] = first
+        for a, b in zip(node.src, first.src):
+            if a is None or b is None or a.op is not b.op:
+                continue
+            if a.op.view is not None or is_resident(a):
+                self._pair(a, b)
+
+    def lines(self, what: Graph | Plan) -> list[str]:
+        shown = [node for node in self.graph.nodes if node not in self.stands]
+        index = {node: f"n{i}" for i, node in enumerate(shown)}
+        lines = ['  node [fontname="monospace", fontsize=10, style=filled];']
+        boxes = _boxes(what)
+        inside: dict[tuple[int, str], list[Node]] = {}
+        for node in shown:
+            if node in boxes:
+                inside.setdefault(boxes[node], []).append(node)
+        for (number, title), nodes in inside.items():
+            lines.append(f'  subgraph cluster_{number} {{ label="{_quoted(title)}";')
+            lines += [f"    {index[n]} [{self._style(n)}];" for n in nodes]
+            lines.append("  }")
+        lines += [f"  {index[n]} [{self._style(n)}];" for n in shown if n not in boxes]
+        return lines + self._edges(index)
+
+    def _edges(self, index: Mapping[Node, str]) -> list[str]:
+        lines = []
+        for node, key in index.items():
+            for port, source in enumerate(node.src):
+                if source is not None:
+                    start = index[self.stands.get(source, source)]
+                    lines.append(f'  {start} -> {key} [label="{port}", fontsize=8];')
+        for i, (label, node) in enumerate(self.graph.outputs.items()):
+            lines.append(f'  out{i} [label="{_quoted(label)}", shape=cds, fillcolor="#f5b7b1"];')
+            lines.append(f"  {index[self.stands.get(node, node)]} -> out{i};")
+        return lines
+
+    def _style(self, node: Node) -> str:
+        loop = loop_of(node)
+        shape = "box" if node.op.view is None else "ellipse"
+        colour = _LEAF_COLOURS.get(node.op.name, "white")
+        known = label_of(node) == node.op.name or node.op.leaf
+        title = label_of(node) if known else f"{node.op.name} {label_of(node)}"
+        size = str(node.spec)
+        if loop is not None:
+            shape, title = "folder", f"loop {loop} {label_of(node)}"
+        if node.op is transfer:
+            colour, title = _COPY_COLOUR, f"copy of {label_of(origin(node))}"
+            size += f" {mib(node.spec.nbytes)} MiB"
+        if node in self.times:
+            size += f" ({self.times[node]} times)"
+        return f'label="{_quoted(title)}\\n{size}", shape={shape}, fillcolor="{colour}"'
+
+
+def _boxes(what: Graph | Plan) -> dict[Node, tuple[int, str]]:
+    """Node -> the number and title of its split."""
+    if isinstance(what, Graph):
+        return {}
+    return {
+        node: (i, f"split {i} on {split.backend.place}")
+        for i, split in enumerate(what.splits)
+        for step in (*split.copies, *split.steps)
+        for node in step.nodes
+    }
 
 
 def _quoted(text: str) -> str:

@@ -24,8 +24,9 @@ def poisoned_arena(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     def poisoned(self: Plan, *inputs: Any, **named: Any) -> dict[str, np.ndarray]:
         self.bind()
-        if self.store.arena is not None:
-            self.store.arena[:] = 0xFF
+        for arena in self.store.arenas.values():
+            own = isinstance(arena.buffer, np.ndarray)
+            (arena.buffer if own else arena.buffer.data)[:] = 0xFF
         return run(self, *inputs, **named)
 
     monkeypatch.setattr(Plan, "run", poisoned)

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from pyggml.backends.numpy.backend import NumpyBackend
 from pyggml.backends.numpy.table import kernel
+from pyggml.errors import DeviceError
 
-backend = NumpyBackend()
+_host = NumpyBackend()
 
-__all__ = ["backend", "kernel"]
+
+def device(index: int) -> NumpyBackend:
+    """The host: index 0."""
+    if index:
+        raise DeviceError(f"numpy:{index}: there is one host; its place is 'numpy'")
+    return _host
+
+
+__all__ = ["device", "kernel"]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml.backends.base import Address, Buffer, Step, WeightLayout
+from pyggml.backends.base import Address, Backend, Buffer, Event, Step, WeightLayout
 from pyggml.backends.numpy.runner import NumpyRunner, array_at
 from pyggml.backends.numpy.table import ALIGNMENT, KERNELS, Packed
 from pyggml.errors import OutOfMemoryError
@@ -26,7 +26,8 @@ for _found in pkgutil.iter_modules([str(Path(__file__).parent)]):
 class NumpyBackend:
     """Kernels in NumPy on the host's memory."""
 
-    name = "numpy"
+    name = place = "numpy"
+    device = "host"
     alignment = ALIGNMENT
 
     def supports(self, node: Node) -> str | None:
@@ -39,10 +40,18 @@ class NumpyBackend:
                     return f"{node.op.name} does not take {tensor.dtype}"
         return found.refuses(node)
 
-    def weight_layout(self, constant: Node, uses: Collection[Node]) -> WeightLayout:
-        return WeightLayout(constant.spec.nbytes, "as in the file")
+    def numeric(self, node: Node) -> str:
+        return "f32"
 
-    def lower(self, nodes: Sequence[Node], keep: Collection[Node]) -> list[Step]:
+    def weight_layout(self, constant: Node, uses: Collection[Node]) -> WeightLayout:
+        return WeightLayout(constant.spec.nbytes)
+
+    def lower(
+        self,
+        nodes: Sequence[Node],
+        keep: Collection[Node],
+        layouts: Mapping[Node, WeightLayout],
+    ) -> list[Step]:
         return [_step(node) for node in nodes]
 
     # -- the runtime half ---------------------------------------------------------------------
@@ -72,7 +81,10 @@ class NumpyBackend:
         view = rows.reshape(*spec.shape[:-1], rows.shape[-1])
         return view.copy() if copy else view
 
-    def copy(self, source: Address, target: Address, spec: Spec) -> None:
+    def fetch(self, source: Address, other: Backend, target: Address, spec: Spec) -> None:
+        self.upload(target, spec, other.download(source, spec, copy=False))
+
+    def send(self, source: Address, target: Address, spec: Spec) -> None:
         self.upload(target, spec, self.download(source, spec, copy=False))
 
     def bind(
@@ -84,8 +96,24 @@ class NumpyBackend:
     ) -> NumpyRunner:
         return NumpyRunner(steps, at, scratch, scratch_at)
 
+    def record(self) -> Event:
+        return _DONE
+
+    def wait_for(self, event: Event) -> None:
+        event.wait()
+
     def synchronize(self) -> None:
         return None
+
+
+class _Done:
+    """The host's queue is the calling thread: everything in it is done."""
+
+    def wait(self) -> None:
+        return None
+
+
+_DONE = _Done()
 
 
 def _step(node: Node) -> Step:

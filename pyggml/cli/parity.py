@@ -1,4 +1,4 @@
-"""Compares every op of a backend with its float64 statement, over a grid of cases.
+"""Compares every op of a backend with its float64 statement, or two places on a model's graph.
 
 pyggml parity                                     every case on every backend
 pyggml parity -b numpy -j 2 --quick               at most a minute
@@ -8,6 +8,8 @@ pyggml parity --mode support                      which cases a backend runs, an
 pyggml parity --mode perf -o mul_mat              time, GFLOPS and GB/s
 pyggml parity --mode mutants                      wrong kernels: are they all found out?
 pyggml parity --kernel my.py:mul_mat_iq4 -o mul_mat -p type_a=iq4_nl
+pyggml parity -m FILE --a numpy --b null          a model's graph (attention of every layer)
+pyggml parity -m FILE --script kq-0 --out kq.py   ... and one node of it as a program
 """
 
 from __future__ import annotations
@@ -16,16 +18,20 @@ import argparse
 import json
 import re
 import shlex
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from math import isfinite
 
-from pyggml import backends
+from pyggml import backends, gguf
+from pyggml.cli import model
 from pyggml.errors import GraphError, UnknownName
 from pyggml.parity import grid, hunt, support
 from pyggml.parity.case import Case, build
 from pyggml.parity.cases import cases
+from pyggml.parity.nodes import parity
 from pyggml.parity.oracle import ORACLE
+from pyggml.parity.report import script_name
 from pyggml.parity.running import Outcome, outcomes
 
 MODES = ("test", "support", "list", "perf", "mutants")
@@ -37,15 +43,55 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("-o", "--op", metavar="OP[,OP]", help="only these ops, or one case as it is printed")
     add("-p", "--pattern", metavar="REGEX", help="only cases whose text or arguments match")
     add("-b", "--backend", metavar="NAME", help="only this backend (default: every one there is)")
-    add("-j", "--jobs", metavar="N", type=_count, default=1, help="processes (default: 1)")
+    add("-j", "--jobs", metavar="N", type=model.count, default=1, help="processes (default: 1)")
     add("--quick", action="store_true", help="the small grid: every op in under a minute")
     add("--kernel", metavar="FILE.py:FUNCTION", default="", help="test this kernel of one op")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print one JSON object")
     form.add_argument("--markdown", action="store_true", help="with --mode support: docs/ops.md")
+    group = parser.add_argument_group("a model's graph on two places, node by node")
+    add = group.add_argument
+    add("-m", "--model", metavar="FILE", help="a GGUF file, or the first of its parts")
+    add("--a", metavar="PLACE", default="numpy", help="default: numpy")
+    add("--b", metavar="PLACE", default="null", help="default: null")
+    add("--script", metavar="LABEL", help="write the node of that label as a program")
+    add("--out", metavar="FILE.py", help="of --script (default: its label)")
+    model.add_options(group)
+    own = {option: option.lstrip("-") for option in (*_GRID, *_MODEL)}
+    parser.set_defaults(usual={option: parser.get_default(name) for option, name in own.items()})
+
+
+#: What belongs to the grid alone, and to a model alone.
+_GRID = ("--mode", "--op", "--pattern", "--backend", "--jobs", "--quick", "--kernel", "--markdown")
+_MODEL = ("--a", "--b", "--script", "--out", "-c", "-ub", "-ctk", "-fa", "-mla", "--seed")
 
 
 def run(args: argparse.Namespace) -> int:
+    for option in _GRID if args.model else _MODEL:
+        if getattr(args, option.lstrip("-")) != args.usual[option]:
+            goes = "does not go" if args.model else "goes only"
+            raise GraphError(f"{option} {goes} with a model, -m FILE")
+    return _of_model(args) if args.model else _of_ops(args)
+
+
+def _of_model(args: argparse.Namespace) -> int:
+    """The report of a model's graph; status 1 where it is not ok."""
+    with gguf.open(args.model) as file:
+        graph = model.model_graph(file, args)
+        report = parity(graph.outputs, args.a, args.b, graph.inputs, states=graph.states)
+        if args.json:
+            print(json.dumps(report.as_dict()))
+        else:
+            print(report.table())
+        if args.script:
+            path = report.script(args.script, args.out or script_name(args.script))
+            print(f"{path} runs {args.script}", file=sys.stderr)
+        elif report.first in report.nodes and not args.json:
+            print(f"--script {shlex.quote(report.first.label)} writes the first as a program")
+    return 0 if report.ok else 1
+
+
+def _of_ops(args: argparse.Namespace) -> int:
     if args.mode == "mutants":
         return _mutants(args)
     if args.markdown and args.mode != "support":
@@ -66,12 +112,6 @@ def run(args: argparse.Namespace) -> int:
         print(support.table(chosen, {name: list(some) for name, some in found.items()}))
         return 0
     return _as_text(args, found)
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
 
 
 def select(op: str | None, pattern: str | None, quick: bool, perf: bool = False) -> list[Case]:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 
+from pyggml import ops
 from pyggml.parity.case import Case
 
 PLAIN = "f32|f16|bf16"
@@ -50,7 +52,7 @@ cont({i32|i64}[7,5,3,2]<99-{@p3210|@step})
 cont({q8_0|q4_K|iq2_xs}[256,5,3]{@wide|@inner|@step|@p0213})
 cast({f32|f16|bf16}[37,5,2]{|@wide|@p1032}, type={'f32'|'f16'|'bf16'})
 cast({f32|f16|bf16|q8_0}[64,5,2]{|@wide|@p0213}, type={'q8_0'|'q4_0'|'q4_1'|'q5_0'|'q5_1'|'iq4_nl'})
-cast({BLOCKS}[512,3]{|@inner}, type='f32')
+cast({BLOCKS}[512,3]{|@inner|~wild}, type='f32')
 cast({q8_0|q6_K}[256,3], type={'f16'|'bf16'})
 cast(f32[33,4]~ties{|@p1032}, type={'i32'|'i64'})
 cast({i32|i64}[33,4]<99-{|@step}, type={'f32'|'i32'|'i64'})
@@ -132,7 +134,64 @@ causal_mask(i32[{1|5|70}]<40, n_kv={1|37|256}, window={None|1|9})
 merge_lse(f32[{2|33},3,5,2]{|@inner}, f32[$1,3,5,2]{|@wide})
 """  # noqa: E501
 
-TABLE = (ELEMENTWISE, SHAPES, REDUCE, ROPE, LINEAR, MOE, ATTENTION)
+#: Sources that a model has as weights are constants here, whole and in part.
+WEIGHTS = """
+mul_mat({PLAIN|BLOCKS}[256,{16|7}]@weight{|@inner}, f32[256,{5|1}])
+mul_mat({f32|f16|q8_0|q4_K}[256,6,2,3]@weight{@wide|@step|@p0213|@p0321}, {f32|f16}[256,3,4,3])
+mul_mat({PLAIN}[77,6,2]@weight{|@p1032|@p2013}, {PLAIN}[77,3,2]{|@weight})
+mul_mat(q8_0[64,16]@weight{|@wide}, f32[64,9], {type='f16'|prec='f32'})
+mul_mat_id({f32|f16|bf16|q8_0|q4_K|iq4_xs}[256,12,4]@weight{|@inner|@p0213}, f32[256,{1|2},5], i32[2,5]<4-)
+moe_up_gate({f32|f16|q8_0|q4_K}[256,10,5]@weight{|@inner}, $1[256,10,5]{|@weight|@weight@wide}, f32[256,3,7], i32[3,7]<5-)
+moe_up_gate(q8_0[256,10,5]@weight, q8_0[256,10,5]=0+0, f32[256,1,7], i32[3,7]<5-)
+fused_up_gate({f32|bf16|q8_0|q4_K}[256,11]@weight{|@wide}, {f32|q4_K}[256,11]@weight{|@step}, f32[256,5])
+get_rows({PLAIN|BLOCKS}[256,9]@weight, i32[5]<9-)
+get_rows({f32|q8_0|q4_K}[256,9,3]@weight{@inner|@p0213}, i32[4,3]<9-{|@weight})
+{add|sub|mul|div}(f32[64,5,2], f32[{64|64,5}]@weight{|@wide})
+add_id(f32[10,3,4], f32[10,5]@weight{|@wide}, i32[3,4]<5-)
+rms_norm(f32[64,5]@weight, eps=1e-06)
+soft_max_ext(f32[29,3,4], f16[29,3]~mask{|@weight}, f32[4]@weight{|@step}, scale=0.5)
+flash_attn_ext(f32[32,3,4], f16[32,14,2]{|@weight|@weight@p0213}, f16[48,14,2]{|@weight}, f16[14,3]~mask, f32[4]@weight, scale=0.3)
+rope_ext(f32[80,2,5], i32[5]<6000, f32[40]~above@weight{|@inner}, n_dims=40)
+cast({PLAIN|q8_0|q4_K}[256,6]@weight{|@inner}, type={'f32'|'f16'})
+cont({f32|f16}[7,5,3]@weight@{inner|p1032})
+cont({q8_0|q4_K}[256,5,3]@weight@{inner|p0213})
+concat({f32|q8_0}[256,3,2]@weight, $1[256,{2|3},2]{|@weight@inner}, dim=1)
+repeat(f32[5,1,3]@weight, ne=(10,4,3))
+set_rows({f32|q8_0}[64,8], f32[64,3]@weight{|@wide}, i32[3]!8{|@weight})
+cpy(f32[12,10]@weight{|@p1032}, f16[12,10])
+mul_multi_add(f32[13,6,5], f32[1,6,5]@weight)
+"""  # noqa: E501
+
+#: Rows, matrices or heads that lie further apart than 32 bits count.
+DISTANT = """
+{add|mul}(f32[37,5]@far, f32[37,5]@far)
+silu({f32|f16}[64,5,2]@far)
+glu(f32[26,7]@far)
+add_id(f32[10,3,4]@far, f32[10,5]@far, i32[3,4]<5-@far)
+cont({f32|f16|i32|q8_0}[64,5,3]<99@far)
+cast({f32|q4_0}[64,5]@far, type='f16')
+concat(f32[64,3]@far, f32[64,2]@far, dim=1)
+repeat(f32[5,3]@far, ne=(10,6))
+get_rows({f32|q8_0}[64,9{|,3}]@far, i32[4$2]<9-)
+set_rows({f32|f16|q8_0}[64,8]@far, f32[64,3]@far, i32[3]!8)
+cpy(f32[12,10]@far, f16[12,10]@far)
+sum_rows(f32[37,5]@far)
+rms_norm(f32[37,5]@far, eps=1e-06)
+soft_max_ext(f32[29,3,4]@far, f16[29,3,4]~mask@far, scale=0.5)
+argsort(f32[33,5]@far)
+rope_ext(f32[64,2,5]@far, i32[5]<6000, n_dims=64)
+mul_mat({PLAIN|q8_0|q4_K}[256,7]@far, f32[256,{1]|5]|5]@far})
+mul_mat({f32|q8_0}[256,7,3]@far, f32[256,2,3]@far)
+mul_mat_id({f32|q8_0}[256,12,4]@far, f32[256,1,5]@far, i32[2,5]<4-)
+moe_up_gate({f32|q8_0}[256,10,5]@far, $1[256,10,5]@far, f32[256,1,7]@far, i32[3,7]<5-)
+fused_up_gate(q8_0[256,11]@far, q8_0[256,11]@far, f32[256,5]@far)
+multi_add(f32[13,6,5]@far)
+mul_multi_add(f32[13,6,5]@far, f32[1,6,5]@far)
+flash_attn_ext(f32[64,3,4]@far, {f32|f16|q8_0}[64,17{|,2}]@far, $1[64,17$2]@far, f16[17,3]~mask@far, scale=0.3)
+merge_lse(f32[33,3,5]@far, f32[33,3,5]@far)
+"""  # noqa: E501
+
+TABLE = (ELEMENTWISE, SHAPES, REDUCE, ROPE, LINEAR, MOE, ATTENTION, WEIGHTS, DISTANT)
 
 
 def _expand(line: str, chosen: tuple[str, ...] = ()) -> Iterator[str]:
@@ -146,12 +205,20 @@ def _expand(line: str, chosen: tuple[str, ...] = ()) -> Iterator[str]:
 
 
 def expand(text: str) -> tuple[Case, ...]:
-    """The cases of a table's text, each once, in its order."""
+    """The cases of a table's text, each once, in its order; then those of ops that mean simpler
+    ones once more, by their meanings.
+    """
     words = {"PLAIN": PLAIN, "BLOCKS": BLOCKS, "LEGACY": LEGACY, "LAYOUTS": LAYOUTS}
     for name, choice in words.items():
         text = text.replace(name, choice)
     lines = dict.fromkeys(one for line in text.split("\n") if line for one in _expand(line))
-    return tuple(map(Case.parse, lines))
+    found = tuple(map(Case.parse, lines))
+    return found + tuple(replace(case, means=True) for case in found if has_meaning(case.op))
+
+
+def has_meaning(op: str) -> bool:
+    """Whether the op is said in simpler ops too (a few are functions, and no ops)."""
+    return getattr(getattr(ops, op), "meaning", None) is not None
 
 
 @cache

@@ -84,6 +84,18 @@ rope_ext({{f32|f16}}[192,{{1|16}},5,2]{{|@p0213}}, i32[5]<6000, n_dims=64, mode=
 causal_mask(i32[{{1|2|7|33|129}}]<300, n_kv={{1|31|32|33|255|256|257}}, window={{None|1|2|32|1000}})
 merge_lse(f32[{{2|65|129}},{{1|4}},{{1|7|33}},{{1|2}}]{{|@inner}}, f32[$1,$2,$3,$4]{{|@wide|@p0213}})
 transpose({{PLAIN|i32|i64}}[{{1|7|64}},{{1|5}},3]<9)
+mul_mat({{PLAIN|BLOCKS}}[256,7]@weight{{{ROWS}}}, {{f32|f16}}[256,{{1|5}}])
+mul_mat({{PLAIN|BLOCKS}}[256,5,2,3]@weight{{|@inner|@p0213}}, f32[256,{{1|4}},4,6])
+mul_mat({{PLAIN|BLOCKS}}[512,{{9|33}}]@weight, f32[512,{{1|2|8|9|33}}])
+mul_mat({{PLAIN|BLOCKS}}[512,9]@weight, f32[512,{{1|5}}], {{type='f16'|prec='f32'}})
+mul_mat({{PLAIN}}[{{65|80|588|77}},6]@weight{{LAYOUTS}}, {{f32|f16}}[$2,4])
+mul_mat({{f32|bf16|q8_0|q4_K}}[256,16]@weight, f32[256,{{1|9}}]~large)
+mul_mat_id({{PLAIN|BLOCKS}}[256,12,4]@weight{{{ROWS}}}, f32[256,{{1|2}},{{1|32}}], i32[2,$4]<4-)
+moe_up_gate({{PLAIN|BLOCKS}}[256,10,5]@weight{{|@inner}}, $1[256,10,5]@weight{{|@p0213}}, f32[256,3,{{1|33}}], i32[3,$4]<5-)
+fused_up_gate({{PLAIN|BLOCKS}}[256,10]@weight{{|@wide}}, $1[256,10]@weight, f32[256,{{1|5|33}}])
+get_rows({{PLAIN|BLOCKS}}[256,5]@weight{{{ROWS}}}, i32[{{4|33}}]<5-)
+{{add|mul}}(f32[{{64|129}},5,3], f32[$2{{,1|,5|,5,3}}]@weight{{|@wide|@step}})
+cast({{PLAIN|BLOCKS}}[256,5,3]@weight{{|@inner|@p0213}}, type={{'f32'|'f16'}})
 """.replace("ROWS_", ROWS)  # noqa: E501
 
 
@@ -158,15 +170,15 @@ def all_cases() -> tuple[Case, ...]:
 
 
 PERF = """
-mul_mat({f32|f16|bf16|q8_0|q4_0|q4_K|q6_K|iq4_nl}[4096,4096], f32[4096,{1|2|8|512}])
-mul_mat_id({f16|q8_0|q4_K}[2048,768,32], f32[2048,1,{1|8|128}], i32[8,$2]<32)
+mul_mat({f32|f16|bf16|q8_0|q4_0|q4_K|q6_K|iq4_nl}[4096,4096]@weight, f32[4096,{1|2|8|512}])
+mul_mat_id({f16|q8_0|q4_K}[2048,768,32]@weight, f32[2048,1,{1|8|128}], i32[8,$2]<32)
 flash_attn_ext(f32[128,{1|32},32], {f16|q8_0}[128,{512|4096},8], $2[128,$3,8], f16[$3,$1]~causal, scale=0.088)
 flash_attn_ext(f32[576,{1|32},16]@p0213, {f16|q8_0}[576,4096], $2[512,4096]=1+64, scale=0.07)
 soft_max_ext(f32[4096,32,32], f16[4096,32]~causal, scale=0.1)
 rope_ext(f32[128,32,512], i32[512]<4096, n_dims=128, mode='neox')
 rms_norm(f32[4096,512], eps=1e-06)
 add(f32[4096,512], f32[4096,512])
-get_rows(q4_K[4096,4096], i32[512]<4096)
+get_rows(q4_K[4096,4096]@weight, i32[512]<4096)
 set_rows(f16[576,4096], f32[576,512], i32[512]!4096)
 """  # noqa: E501
 

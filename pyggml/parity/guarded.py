@@ -5,7 +5,7 @@ is looked at afterwards.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from pyggml.dag import Graph
 from pyggml.dtypes import dtype
 from pyggml.errors import PyggmlError
 from pyggml.graph import Ne, Node, Spec, make_spec
+from pyggml.ops.leaf import constant_op, data_of
 from pyggml.passes.work import Work
 
 Array = NDArray[Any]
@@ -48,17 +49,37 @@ class _Block:
 
 
 class Bed:
-    """The steps of a node, and its leaves in guarded memory with their values.
+    """The steps of a node, and its leaves with their values.
 
-    held  arrays of the leaves by name, as they are stored
+    held    arrays of inputs and states by name, four-dimensional, as they are stored; a smaller one
+            than its leaf is spread over the whole leaf, which is too large to be looked at
+    at      where each leaf is
+    blocks  the guarded memory of all leaves but constants (which are where and how the backend
+            keeps them) and such large ones; these are found unchanged by a second run only
     """
 
     def __init__(self, backend: Backend, node: Node, held: Mapping[str, Array]) -> None:
         self.backend = backend
-        self.work = passes.run(Work(Graph({"y": node}), backend))
+        self.work = passes.run(Work(Graph({"y": node}), (backend,)))
         self.result = self.work.graph.outputs["y"]
         self.held = held
-        self.leaves = {leaf: self._block(leaf.spec.nbytes) for leaf in self.work.leaves}
+        self.blocks: dict[Node, _Block] = {}
+        self.at = {leaf: self._address(leaf) for leaf in self.work.leaves}
+
+    def _address(self, leaf: Node) -> Address:
+        if leaf.op is constant_op:
+            layout = self.work.layouts[leaf]
+            buffer = self.backend.weight(leaf, layout, data_of(leaf))
+            return Address(buffer, 0, leaf.spec.nb, layout.name)
+        if self._part(leaf).ne != leaf.ne:
+            return Address(self.backend.alloc(leaf.spec.nbytes), 0, leaf.spec.nb)
+        self.blocks[leaf] = self._block(leaf.spec.nbytes)
+        return Address(self.blocks[leaf].buffer, GUARD, leaf.spec.nb)
+
+    def _part(self, leaf: Node) -> Spec:
+        """What the array of a leaf is: all of it, or a few of its rows."""
+        rows = self.held[leaf.attrs["name"]].shape[2::-1]
+        return make_spec(leaf.dtype, (leaf.ne[0], *rows))
 
     def place(self, nb: Ne | None = None, onto: Node | None = None) -> Placed:
         """The steps bound: the result with strides `nb`, or in the memory of the leaf `onto`."""
@@ -66,7 +87,7 @@ class Bed:
         made: dict[Node | None, _Block] = {}
         for node in self.work.order:
             if node.op.leaf:
-                at[node] = Address(self.leaves[node].buffer, GUARD, node.spec.nb)
+                at[node] = self.at[node]
             elif node.op.view is not None or node.op.writes is not None:
                 at[node] = _looked(node, at)
             elif node is self.result and onto is not None:
@@ -82,10 +103,13 @@ class Bed:
         return Placed(self, runner, at, made, onto)
 
     def give(self, leaf: Node) -> None:
-        """(Re)write a leaf, NaN around it."""
-        self.fill(self.leaves[leaf], POISON)
-        at = Address(self.leaves[leaf].buffer, GUARD, leaf.spec.nb)
-        self.backend.upload(at, leaf.spec, self.held[leaf.attrs["name"]])
+        """(Re)write an input or a state, NaN around it."""
+        if leaf in self.blocks:
+            self.fill(self.blocks[leaf], POISON)
+        at, part = self.at[leaf], self._part(leaf)
+        b0, b1, b2, b3 = (b * (have // n) for b, have, n in zip(at.nb, leaf.ne, part.ne))
+        spread = replace(at, nb=(b0, b1, b2, b3))
+        self.backend.upload(spread, part, self.held[leaf.attrs["name"]])
 
     def fill(self, block: _Block, word: int) -> None:
         at, spec = block.at()
@@ -115,15 +139,16 @@ class Placed:
         """The result, of a run over results and scratch full of `word`; raises Violation."""
         bed = self.bed
         written = {_root(n) for n in bed.work.order if n.op.writes is not None} | {self.onto}
-        for leaf in bed.leaves:
-            bed.give(leaf)
+        for leaf in bed.at:
+            if leaf.op is not constant_op:
+                bed.give(leaf)
         for block in self.made.values():
             bed.fill(block, word)
-        before = {leaf: bed.image(block) for leaf, block in bed.leaves.items()}
+        before = {leaf: bed.image(block) for leaf, block in bed.blocks.items()}
         self.runner.run()
         bed.backend.synchronize()
         got = self._read()
-        for leaf, block in bed.leaves.items():
+        for leaf, block in bed.blocks.items():
             own = slice(GUARD, GUARD + leaf.spec.nbytes) if leaf in written else slice(0, 0)
             after = bed.image(block)
             after[own] = before[leaf][own]
@@ -176,7 +201,7 @@ def _looked(node: Node, at: Mapping[Node, Address]) -> Address:
         return seen
     looked = node.op.view(node, seen.nb)
     assert looked is not None
-    return Address(seen.buffer, seen.offset + looked[0], looked[1])
+    return replace(seen, offset=seen.offset + looked[0], nb=looked[1])
 
 
 def results(backend: Backend, node: Node, held: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
@@ -192,7 +217,7 @@ def results(backend: Backend, node: Node, held: Mapping[str, Array]) -> Iterator
     again = placed.run(NUMBER).view(np.uint8)
     if not np.array_equal(first.view(np.uint8), again):
         raise Violation("a second run over other memory gave other bits")
-    if _root(bed.result) in bed.leaves:
+    if _root(bed.result).op.leaf:
         if bed.work.steps:
             _rest_stays(bed, placed, first)
         return
@@ -202,7 +227,7 @@ def results(backend: Backend, node: Node, held: Mapping[str, Array]) -> Iterator
         strides = (nb[0], row, row * (node.ne[1] + 1), row * (node.ne[1] + 1) * (node.ne[2] + 1))
         yield "into a strided result", bed.place(strides).run(POISON)
     for source in step.inplace if len(bed.work.steps) == 1 else ():
-        alone = step.reads.count(source) == 1 and source.op.leaf
+        alone = step.reads.count(source) == 1 and source in bed.blocks
         if alone and source.spec.nbytes == step.node.spec.nbytes and source.nb == nb:
             yield f"in place of {source.attrs['name']}", bed.place(onto=source).run(POISON)
 

@@ -1,7 +1,8 @@
 """Wrong kernels, and how one is said in a line: the right kernel with something done to it.
 
 A mutant is `fn(right, out, *sources, **attributes)`: the right kernel is given other sources or
-attributes, or its result is spoilt. `hunt` runs them.
+attributes, or its result is spoilt. Those of meanings and of weights stand in
+`mutants_of_meanings`. `hunt` runs them.
 """
 
 from __future__ import annotations
@@ -13,24 +14,35 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-Wrong = Callable[..., None]
+Wrong = Callable[..., Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """A mistake in the kernel of `op`, in words and as a function."""
+    """A mistake, in words and as a function that takes the right one's place.
+
+    of  "kernel": in the kernel of `op`;  "meaning": in what `op` means in simpler ops;
+        "weight": in how the backend keeps a constant that `op` reads
+    """
 
     op: str
     what: str
     run: Wrong
+    of: str = "kernel"
 
 
-def maker(found: list[Mutant]) -> Callable[[str, str], Callable[[Wrong], Wrong]]:
+#: What is said before a mistake that is not in a kernel.
+_WHERE = {"kernel": "", "meaning": "in its meaning, ", "weight": "in weights, "}
+
+
+def maker(
+    found: list[Mutant], of: str = "kernel"
+) -> Callable[[str, str], Callable[[Wrong], Wrong]]:
     """A decorator `@mutant(op, what)` that collects into `found`."""
 
     def mutant(op: str, what: str) -> Callable[[Wrong], Wrong]:
         def keep(run: Wrong) -> Wrong:
-            found.append(Mutant(op, what, run))
+            found.append(Mutant(op, _WHERE[of] + what, run, of))
             return run
 
         return keep
@@ -87,6 +99,15 @@ def stretched(a: Any, shape: tuple[int, ...]) -> Any:
     for axis, size in enumerate(shape):
         a = np.repeat(a, size // a.shape[axis], axis=axis)
     return a
+
+
+def wrapped(a: Any) -> Any:
+    """`a` as it is read by who counts bytes with 31 bits."""
+    got = np.empty(a.shape, a.dtype)
+    for at in np.ndindex(a.shape[:-1]):
+        first = sum(i * s for i, s in zip(at, a.strides)) % (1 << 31) // a.itemsize
+        got[at] = as_strided(a, (first + a.shape[-1],), (a.itemsize,))[first:]
+    return got
 
 
 def unstrided(a: Any) -> Any:

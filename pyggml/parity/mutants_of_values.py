@@ -15,6 +15,7 @@ from pyggml.parity.mutants import (
     stretched,
     then,
     unstrided,
+    wrapped,
 )
 
 MUTANTS: list[Mutant] = []
@@ -171,6 +172,7 @@ def _(right: Any, out: Any, a: Any, **rest: Any) -> None:
 mutant("sum_rows", "drops the tail past a block of 32")(
     lambda right, out, a, **rest: right(out, a[..., : max(1, a.shape[3] // 32 * 32)], **rest)
 )
+mutant("rms_norm", "counts bytes with 31 bits")(instead(0, wrapped))
 mutant("rms_norm", "without eps")(changed(eps=0.0))
 mutant("rms_norm", "eps beside the root")(changed(eps=lambda old: old * old))
 mutant("rms_norm", "the mean over one too few")(

@@ -16,10 +16,13 @@ from time import perf_counter
 from typing import Any
 
 from pyggml import backends, ops
-from pyggml.errors import DeviceError, GraphError, PyggmlError, UnknownName
+from pyggml.dag import Graph
+from pyggml.errors import DeviceError, GraphError, PyggmlError, UnknownName, UnsupportedOp
 from pyggml.graph import cost_of
 from pyggml.parity.case import Case, build, check
 from pyggml.parity.guarded import NUMBER, Bed
+from pyggml.passes.assign import assign
+from pyggml.passes.work import Work
 
 #: Cases that a process takes at a time.
 CHUNK = 50
@@ -50,7 +53,13 @@ class Outcome:
 def refusal(case: Case, backend: str) -> str | None:
     """Why the backend does not run the case itself; None where it does."""
     node, device = build(case, values=False).node, backends.get(backend)
-    return None if node.op.view is not None else device.supports(node)
+    if not case.means:
+        return None if node.op.view is not None else device.supports(node)
+    try:
+        assign(Work(Graph({"y": node}), (device,)))
+    except UnsupportedOp as error:
+        return str(error)
+    return None
 
 
 def supported(case: Case, backend: str) -> Outcome:
@@ -89,8 +98,9 @@ def measured(case: Case, backend: str) -> Outcome:
         runs += 1
     device.synchronize()
     us = (perf_counter() - start) / runs * 1e6
-    cost = cost_of(built.node)
-    return Outcome(str(case), "ok", runs=runs, us=us, flops=cost.flops, nbytes=cost.nbytes)
+    costs = [cost_of(node) for node in bed.work.graph.nodes]
+    flops, nbytes = sum(cost.flops for cost in costs), sum(cost.nbytes for cost in costs)
+    return Outcome(str(case), "ok", runs=runs, us=us, flops=flops, nbytes=nbytes)
 
 
 MODES: dict[str, Callable[[Case, str], Outcome]] = {

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pyggml import ops
 from pyggml.dtypes import TYPES
 from pyggml.parity.case import Case
-from pyggml.parity.cases import BLOCKS
+from pyggml.parity.cases import BLOCKS, has_meaning
 from pyggml.parity.running import Outcome
 
 _HEAD = """# Ops and types
@@ -22,17 +22,15 @@ An op marked * has a meaning in simpler ops: where a backend lacks it, they run 
 
 def table(cases: Sequence[Case], found: Mapping[str, Sequence[Outcome]]) -> str:
     """The document: a row for each op, a column for each backend, refusals below."""
-    names = list(found)
-    lines = [_HEAD, _row(["op", *names]), _row(["---"] * (1 + len(names)))]
+    # What an op's meaning takes is said by the ops in it.
+    rows = {n: [(c, o) for c, o in zip(cases, some) if not c.means] for n, some in found.items()}
+    lines = [_HEAD, _row(["op", *rows]), _row(["---"] * (1 + len(rows)))]
     for op in sorted({case.op for case in cases}):
-        mine = {
-            name: [c for c, o in zip(cases, some) if c.op == op and o.status == "ok"]
-            for name, some in found.items()
-        }
-        means = "*" if getattr(getattr(ops, op), "meaning", None) is not None else ""
-        lines.append(_row([f"`{op}`{means}", *(_types(op, some) for some in mine.values())]))
-    for name, some in found.items():
-        reasons = sorted({o.why for o in some if o.status == "unsupported"})
+        mine = [[c for c, o in some if c.op == op and o.status == "ok"] for some in rows.values()]
+        mark = "*" if has_meaning(op) else ""
+        lines.append(_row([f"`{op}`{mark}", *(_types(op, some) for some in mine)]))
+    for name, some in rows.items():
+        reasons = sorted({o.why for _, o in some if o.status == "unsupported"})
         lines += ["", f"## Refused by {name}", ""] if reasons else []
         lines += [f"- {reason}" for reason in reasons]
     return "\n".join(lines)

@@ -34,17 +34,23 @@ OPS: dict[tuple[str, str], float] = {
         for op in ("reshape", "view", "permute", "transpose", "cont", "cast", "cpy", "concat")
         + ("repeat", "get_rows", "set_rows", "causal_mask", "relu")
     },
-    # The oracle rounds a cast to f16 and bf16 itself, to nearest even: nothing is left to chance.
-    ("cast", "f16"): 0.0,
-    ("cast", "bf16"): 0.0,
 }
 
-#: NMSE of one trip through a storage type (cast, cpy, set_rows) that the oracle does not round to:
-#: twice what real ggml loses on normally distributed values.
+#: NMSE that no declaration of a backend raises a bound past: test-backend-ops' own for the op. (Its
+#: reference has rounded the result to its type, ours has not: that is not counted here.)
+LIMITS: dict[str, float] = {
+    **dict.fromkeys(("mul_mat", "mul_mat_id", "flash_attn_ext"), 5e-4),
+    # ggml grants fused products 5e-3. Each of the two is a product; together they get no more.
+    **dict.fromkeys(("moe_up_gate", "fused_up_gate"), 5e-4),
+    **dict.fromkeys(("soft_max", "soft_max_ext"), 1e-6),
+}
+#: ... and for every other op.
+LIMIT = 1e-7
+
+#: NMSE of one trip through a block type (cast, cpy, set_rows), which the oracle does not round to:
+#: twice what real ggml loses on normally distributed values. To f16 and bf16 it rounds itself, to
+#: nearest even, so there nothing is left to chance.
 STORAGE: dict[str, float] = {
-    "f32": 0.0,
-    "f16": 1e-7,
-    "bf16": 6e-6,
     "q8_0": 6e-5,
     "q5_1": 3e-3,
     "q5_0": 4e-3,
@@ -57,6 +63,11 @@ STORAGE: dict[str, float] = {
 def bound(op: str, numeric: str = "f32") -> float:
     """The NMSE that `op` may have in a numeric class of `CLASSES` (or "far", for rope_ext)."""
     return OPS[op, numeric] if (op, numeric) in OPS else CLASSES[numeric]
+
+
+def declared(op: str, numeric: str) -> float:
+    """The NMSE that a backend gets which declares this class for `op`."""
+    return min(bound(op, numeric), LIMITS.get(op, LIMIT))
 
 
 def nmse(a: NDArray[Any], ref: NDArray[Any]) -> float:

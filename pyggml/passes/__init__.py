@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from pyggml.dag import toposort
-from pyggml.passes.assign import expand
+from pyggml.passes.assign import assign
+from pyggml.passes.borders import cross_borders
 from pyggml.passes.budget import apply_budget, score_tensors
-from pyggml.passes.lowering import lower
 from pyggml.passes.placement import place
-from pyggml.passes.states import keep_outputs, state_edges
+from pyggml.passes.schedule import lower_nodes, order_nodes
+from pyggml.passes.states import keep_outputs
 from pyggml.passes.work import Work
 from pyggml.verify import verify, verifying
 
@@ -21,8 +21,8 @@ def protect_outputs(work: Work) -> Work:
 
 
 def assign_ops(work: Work) -> Work:
-    """Nodes that the backend lacks are said in simpler ops."""
-    return replace(work, graph=expand(work.graph, work.backend))
+    """Every node gets a device; ops that it lacks are said in simpler ones."""
+    return assign(work)
 
 
 def split_attention(work: Work) -> Work:
@@ -32,27 +32,19 @@ def split_attention(work: Work) -> Work:
     return apply_budget(work, finish)
 
 
-def order_nodes(work: Work) -> Work:
-    """One order for all nodes: sources first, readers of a state before its writers."""
-    edges = state_edges(work.graph.nodes)
-    return replace(work, order=toposort(work.graph.roots, edges))
-
-
-def lower_nodes(work: Work) -> Work:
-    """Steps of the backend, loop bodies lowered and placed inside theirs."""
-    keep = frozenset(work.graph.roots)
-    return replace(work, steps=tuple(lower(work.order, work.backend, keep, work.scores)))
-
-
 def place_tensors(work: Work) -> Work:
-    """Every tensor's place in the arena or in a leaf."""
+    """Every tensor's place in an arena or in a leaf."""
+    alignments: dict[str, int] = {}
+    for backend in work.backends:
+        alignments[backend.device] = max(backend.alignment, alignments.get(backend.device, 1))
     placed = place(
         work.order,
         work.steps,
         frozenset(work.graph.roots),
         frozenset(work.leaves),
         work.scores,
-        work.backend.alignment,
+        alignments,
+        lambda node: work.home(node).device,
     )
     return replace(work, placement=placed)
 
@@ -61,6 +53,7 @@ PIPELINE: tuple[Callable[[Work], Work], ...] = (
     protect_outputs,
     assign_ops,
     split_attention,
+    cross_borders,
     order_nodes,
     lower_nodes,
     place_tensors,
@@ -68,8 +61,8 @@ PIPELINE: tuple[Callable[[Work], Work], ...] = (
 
 
 def finish(work: Work) -> Work:
-    """Order, steps and places of a graph whose ops are settled."""
-    return place_tensors(lower_nodes(order_nodes(work)))
+    """Borders, order, steps and places of a graph whose ops are settled."""
+    return place_tensors(lower_nodes(order_nodes(cross_borders(work))))
 
 
 def run(work: Work) -> Work:

@@ -1,40 +1,227 @@
-"""Which nodes run as they are, and which are said in simpler ops."""
+"""Which device runs a node, and which nodes are said in simpler ops.
+
+What a node wants comes first: its own pin, the state it writes, pins of what it reads, the state it
+reads, the preferred device for its weights. A node that wants nothing goes where its last source
+was made. Where that device lacks the op, the op's meaning runs there before it goes elsewhere.
+"""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from pyggml.backends.base import Backend
 from pyggml.dag import Graph, rebuilt
 from pyggml.errors import GraphError, UnsupportedOp
-from pyggml.graph import Node, inherit, line_of, stand_at
+from pyggml.graph import Node, cost_of, inherit, label_of, line_of, stand_at
 from pyggml.loop import loop_op
+from pyggml.ops.leaf import constant_op, state_op
+from pyggml.ops.views import root_of
+from pyggml.passes.borders import bases, fewer_copies, leaf_homes
+from pyggml.passes.work import Expanded, Work
+
+#: Multiply-adds with each element of a weight, from which bringing it to a faster device pays:
+#: llama.cpp offloads a product from 32 rows on (for experts: 32 rows an expert).
+BORROWED = 32
 
 
-def expand(graph: Graph, backend: Backend) -> Graph:
-    """Replace every node that the backend lacks by its meaning; UnsupportedOp where it has none."""
-    return graph.rewrite(lambda node, src: _settle(rebuilt(node, src), backend))
+def assign(work: Work) -> Work:
+    """The graph with its ops settled, and every node's home. UnsupportedOp lists all refusals."""
+    maker = _Assigner(work)
+    graph = maker.graph()
+    homes = maker.homes
+    if len(work.backends) > 1:
+        homes = fewer_copies(work.backends, graph, homes, maker.free)
+        homes.update(leaf_homes(work, graph, homes))
+    return replace(work, graph=graph, homes=homes, expanded=tuple(maker.expanded))
 
 
-def _settle(node: Node, backend: Backend) -> Node:
-    """`node`, or its meaning with every part settled in turn."""
-    if node.op.leaf or node.op.view is not None or node.op is loop_op:
-        return node
-    reason = backend.supports(node)
-    if reason is None:
-        return node
-    if node.op.meaning is None:
-        raise UnsupportedOp(
-            f"no backend runs {node!r} (at {line_of(node)}): {backend.name}: {reason}; "
-            f"{node.op.name} has no meaning in simpler ops"
+class _Refused(Exception):
+    """No way to run a node on one device; says why."""
+
+
+class _Assigner:
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.homes: dict[Node, Backend] = {}
+        self.wanted: dict[Node, Backend] = {}  # what a node would have if every device could
+        self.free: dict[Node, Backend] = {}  # nodes with no wish of their own, and where they went
+        self.made: dict[Node, int] = {}
+        self.expanded: list[Expanded] = []
+        self.writers: dict[Node, list[Node]] = {}
+        for node in work.graph.nodes:
+            if node.op is state_op:
+                self._settle_state(node)
+            elif node.op.writes is not None:
+                self.writers.setdefault(root_of(node), []).append(node)
+
+    def graph(self) -> Graph:
+        """The user's graph over ops that run where they are."""
+        return self.work.graph.rewrite(lambda node, src: self._settled(rebuilt(node, src), node))
+
+    # -- where ----------------------------------------------------------------------------------
+
+    def _settled(self, node: Node, origin: Node) -> Node:
+        """`node` on a device that runs it, or its meaning."""
+        if node.op.leaf or node.op.view is not None or node.op is loop_op or node in self.homes:
+            return node
+        inherit(node, origin)  # pins are of labels
+        own = self._own_wish(node) if len(self.work.backends) > 1 else self.work.backends[0]
+        wanted = own or self._flow(node)
+        fixed = self.work.pinned(node) is not None or node.op.writes is not None
+        order = [wanted] if fixed else [wanted, *(b for b in self.work.backends if b != wanted)]
+        refusals = []
+        for backend in order:
+            before = len(self.expanded)
+            try:
+                made = self._on(node, backend)
+            except _Refused as refused:
+                del self.expanded[before:]
+                refusals.append(f"{backend.place}: {refused}")
+                continue
+            self._keep(made, backend, wanted, own is None)
+            return made
+        return self._scattered(node, wanted, refusals, fixed)
+
+    def _own_wish(self, node: Node) -> Backend | None:
+        """Where the node's pin, states, pinned sources or weights put it."""
+        pin = self.work.pinned(node)
+        if node.op.writes is not None:
+            home = self._state_home(root_of(node), node)
+            if pin is not None and pin.device != home.device:
+                raise GraphError(
+                    f"{node!r} (at {line_of(node)}) is pinned to {pin.place}, but it writes the "
+                    f"state {label_of(root_of(node))}, which is on {home.place}; pin the state too"
+                )
+            return pin or home
+        if pin is not None:
+            return pin
+        roots = [root_of(s) for s in node.src if s is not None]
+        leaves = [root for root in roots if root.op.leaf]
+        for leaf in leaves:
+            pin = self.work.pinned(leaf)
+            if pin is not None:
+                lent = leaf.op is constant_op and self._borrows(node, leaves, pin)
+                return self.work.backends[0] if lent else pin
+        for leaf in leaves:
+            if leaf.op is state_op:
+                return self._state_home(leaf, node)
+        return self.work.backends[0] if any(map(_is_weight, leaves)) else None
+
+    def _borrows(self, node: Node, leaves: list[Node], pin: Backend) -> bool:
+        """Whether the preferred device should bring the host's weights for this node."""
+        best = self.work.backends[0]
+        elements = sum(leaf.spec.elements for leaf in leaves if leaf.op is constant_op)
+        return (
+            pin.device == "host" != best.device
+            and cost_of(node).flops >= 2.0 * BORROWED * elements
+            and best.supports(node) is None
         )
-    settled: dict[Node, Node] = {s: s for s in node.src if s is not None}
 
-    def settle(part: Node) -> Node:
-        if part not in settled:
-            src = tuple(None if s is None else settle(s) for s in part.src)
-            settled[part] = inherit(_settle(rebuilt(stand_at(part, node), src), backend), part)
-        return settled[part]
+    def _settle_state(self, state: Node) -> None:
+        """Put a state where the store has it, or where it is pinned."""
+        name = state.attrs["name"]
+        home, pin = self.work.settled.get(name), self.work.pinned(state)
+        if home is not None and pin is not None and home.device != pin.device:
+            raise GraphError(
+                f"the state {name!r} is pinned to {pin.place}, but this store has it on "
+                f"{home.place}; use another store"
+            )
+        found = home or pin
+        if found is not None:
+            self.homes[state] = found
 
-    meant = settle(node.op.meaning(*node.src, **node.attrs))
+    def _state_home(self, state: Node, user: Node) -> Backend:
+        """Where a state is; if nothing says so, with its first user, if all that write it run
+        there."""
+        if state not in self.homes:
+            writers = self.writers.get(state, [])
+            ways = [self._flow(user), *self.work.backends]
+            able = [b for b in ways if all(b.supports(w) is None for w in writers)]
+            self.homes[state] = (able or ways)[0]
+        return self.homes[state]
+
+    def _flow(self, node: Node) -> Backend:
+        """Where the last computed source was wanted; without one the preferred device."""
+        made = [b for b in bases(node) if b in self.made]
+        last = max(made, key=self.made.__getitem__, default=None)
+        return self.work.backends[0] if last is None else self.wanted[last]
+
+    def _keep(self, node: Node, home: Backend, wanted: Backend, free: bool) -> None:
+        """Note the home of a node, and of the parts of a meaning below it."""
+        stack = [node]
+        while stack:
+            part = stack.pop()
+            if part in self.made or part.op.leaf:
+                continue
+            if part.op.view is None:
+                self.homes[part], self.wanted[part] = home, wanted
+            stack += [s for s in part.src if s is not None and s not in self.made]
+            self.made[part] = len(self.made)
+            if free and part.op.view is None:
+                self.free[part] = wanted
+        self.made[node] = len(self.made)
+
+    # -- meanings -------------------------------------------------------------------------------
+
+    def _on(self, node: Node, backend: Backend) -> Node:
+        """`node` on `backend`, or its meaning with every part there; _Refused with the reason."""
+        reason = backend.supports(node)
+        if reason is None:
+            return node
+        if node.op.meaning is None:
+            raise _Refused(reason)
+        done = {s: s for s in node.src if s is not None}
+
+        def settle(part: Node) -> Node:
+            if part not in done:
+                src = tuple(None if s is None else settle(s) for s in part.src)
+                new = rebuilt(stand_at(part, node), src)
+                simple = new.op.leaf or new.op.view is not None
+                done[part] = inherit(new if simple else self._on(new, backend), part)
+            return done[part]
+
+        try:
+            meant = settle(_meaning(node))
+        except _Refused as refused:
+            raise _Refused(f"{reason}, and its meaning in simpler ops: {refused}") from None
+        self.expanded.append(Expanded(label_of(node), node.op.name, backend.place, reason))
+        return meant
+
+    def _scattered(self, node: Node, wanted: Backend, refusals: list[str], fixed: bool) -> Node:
+        """The meaning with each part where it can run; UnsupportedOp where one can run nowhere."""
+        told = "; ".join(refusals)
+        if fixed or node.op.meaning is None:
+            why = (
+                "it is pinned there or writes a state that is"
+                if fixed
+                else (f"{node.op.name} has no meaning in simpler ops")
+            )
+            raise UnsupportedOp(f"no place runs {node!r} (at {line_of(node)}): {told}; {why}")
+        done = {s: s for s in node.src if s is not None}
+
+        def settle(part: Node) -> Node:
+            if part not in done:
+                src = tuple(None if s is None else settle(s) for s in part.src)
+                new = self._settled(rebuilt(stand_at(part, node), src), part)
+                done[part] = inherit(new, part)
+            return done[part]
+
+        try:
+            meant = settle(_meaning(node))
+        except UnsupportedOp as error:
+            raise UnsupportedOp(f"no place runs {node!r} (at {line_of(node)}): {error}") from None
+        self.expanded.append(Expanded(label_of(node), node.op.name, wanted.place, told))
+        return meant
+
+
+def _is_weight(leaf: Node) -> bool:
+    """Whether a leaf is worth going to. One row (a norm, factors of rope) can be anywhere."""
+    return leaf.op is constant_op and leaf.spec.elements > leaf.ne[0]
+
+
+def _meaning(node: Node) -> Node:
+    assert node.op.meaning is not None
+    meant = node.op.meaning(*node.src, **node.attrs)
     if meant.spec != node.spec:
         raise GraphError(
             f"{node!r} (at {line_of(node)}): the meaning of {node.op.name} gives {meant.spec}, "

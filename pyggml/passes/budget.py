@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 
-from pyggml.dag import Graph, rebuilt
+from pyggml.backends.base import Backend
+from pyggml.dag import Graph, rebuilt, toposort
 from pyggml.errors import BudgetError
 from pyggml.graph import Axis, Node, label_of, line_of, slice_of
+from pyggml.loop import loop_of
 from pyggml.ops.attention import flash_attn_ext
 from pyggml.ops.elementwise import add, scale, tanh
 from pyggml.ops.leaf import state_op
@@ -167,35 +169,33 @@ Cuts = tuple[tuple[Axis, int], ...]
 class _Chooser:
     """Finds for a region the fewest pieces that fit; remembers equal regions."""
 
-    work: Work
     finish: Finish
     known: dict[object, tuple[int, Cuts]]
 
-    def need(self, region: Region, cuts: Cuts | None) -> int | None:
+    def need(self, region: Region, home: Backend, cuts: Cuts | None) -> int | None:
         """Most counted bytes alive at once when cut so (None: not at all); None where illegal."""
         if cuts is None:
             out, scores = region.out, region.counted
         else:
             made = cut(region, cuts)
-            if made is None:
+            if made is None or not _runs(made.node, home):
                 return None
             out, scores = made.node, made.counted
-        graph = Graph({"out": out})
-        done = self.finish(replace(self.work, graph=graph, scores=frozenset(scores)))
-        return done.placed.score_peak
+        work = Work(Graph({"out": out}), (home,), scores=frozenset(scores))
+        return self.finish(work).placed.score_peak
 
-    def choose(self, region: Region, amb: int) -> tuple[int, Cuts]:
+    def choose(self, region: Region, home: Backend, amb: int) -> tuple[int, Cuts]:
         """What it needs, and how it is cut: not at all or into the fewest pieces that fit.
 
         Where none fit, as it needs least.
         """
-        key = structure(region), amb
+        key = structure(region), home.place, amb
         if key not in self.known:
-            self.known[key] = self._search(standalone(region), amb)
+            self.known[key] = self._search(standalone(region), home, amb)
         return self.known[key]
 
-    def _search(self, region: Region, amb: int) -> tuple[int, Cuts]:
-        whole = self.need(region, None)
+    def _search(self, region: Region, home: Backend, amb: int) -> tuple[int, Cuts]:
+        whole = self.need(region, home, None)
         assert whole is not None
         best: tuple[int, Cuts] = whole, ()
         for way in region.ways:
@@ -203,21 +203,21 @@ class _Chooser:
                 break
             axes = [axis for axis in way if region.extent(axis) > 1]
             finest = tuple((axis, min(_finest(axis), region.extent(axis))) for axis in axes)
-            size = self.need(region, finest) if finest else None
+            size = self.need(region, home, finest) if finest else None
             if size is not None and size <= amb:
-                best = self._coarsest(region, finest, amb)
+                best = self._coarsest(region, home, finest, amb)
             elif size is not None and size < best[0]:
                 best = size, finest
         return best
 
-    def _coarsest(self, region: Region, finest: Cuts, amb: int) -> tuple[int, Cuts]:
+    def _coarsest(self, region: Region, home: Backend, finest: Cuts, amb: int) -> tuple[int, Cuts]:
         """The largest step along the last axis that fits, evened out over its number of pieces."""
         *outer, (axis, step) = finest
         total = region.extent(axis)
 
         def at(step: int) -> tuple[int, Cuts] | None:
             cuts = (*outer, (axis, step))
-            size = self.need(region, cuts)
+            size = self.need(region, home, cuts)
             return None if size is None else (size, cuts)
 
         best = at(step)
@@ -238,6 +238,15 @@ class _Chooser:
         return even if even is not None and even[0] <= amb else best
 
 
+def _runs(node: Node, home: Backend) -> bool:
+    """Whether the device has every op of a loop, and of what makes its result the region's."""
+    nodes = [n for n in toposort([node]) if not n.op.leaf and n.op.view is None]
+    loops = [loop for loop in map(loop_of, nodes) if loop is not None]
+    nodes += [n for loop in loops for body in loop.bodies() for n in toposort([body.out])]
+    plain = (n for n in nodes if not n.op.leaf and n.op.view is None and loop_of(n) is None)
+    return all(home.supports(n) is None for n in plain)
+
+
 def apply_budget(work: Work, finish: Finish) -> Work:
     """Replace every region that needs more than the budget by a loop over its pieces.
 
@@ -246,31 +255,39 @@ def apply_budget(work: Work, finish: Finish) -> Work:
     """
     amb = work.amb
     assert amb is not None
-    chooser = _Chooser(work, finish, {})
-    found, warnings = _bounded(work.graph)
+    chooser = _Chooser(finish, {})
+    found, warnings = _bounded(work)
     work = replace(work, warnings=warnings)
     split, peak = _fitted(work, chooser, found, amb)
     if peak > amb:
         # Only the smallest pieces leave room for what must stay beside a loop.
         split, peak = _fitted(work, chooser, found, 0)
     if peak > amb:
-        alone = [out for out, region in found.items() if chooser.choose(region, 0)[0] > amb]
+        homes = {out: work.home(out) for out in found}
+        alone = [out for out, r in found.items() if chooser.choose(r, homes[out], 0)[0] > amb]
         where = f"{alone[0]!r} (at {line_of(alone[0])})" if alone else "what is alive together"
         raise _too_small(amb, peak, where)
     return split
 
 
-def _bounded(graph: Graph) -> tuple[dict[Node, Region], tuple[str, ...]]:
+def _bounded(work: Work) -> tuple[dict[Node, Region], tuple[str, ...]]:
     """The regions that may be cut, by their results, and what to say of the others."""
-    roots = {root_of(root): root for root in graph.roots}
+    roots = {root_of(root): root for root in work.graph.roots}
     found: dict[Node, Region] = {}
     warnings = []
-    for region in regions(graph):
+    for region in regions(work.graph):
         seen = [roots[n] for n in region.counted if n in roots]
         if seen:
             warnings.append(
                 f"{label_of(seen[0])} is an output: the attention of {label_of(region.out)} "
                 "stays whole, outside the budget"
+            )
+            continue
+        places = {work.home(node).place for node in region.inside}
+        if len(places) > 1:
+            warnings.append(
+                f"the attention of {label_of(region.out)} runs on {', '.join(sorted(places))}: it "
+                "stays whole, outside the budget; pin it to one place"
             )
         else:
             found[region.out] = region
@@ -297,12 +314,14 @@ def _split(
 ) -> Work:
     new: dict[Node, Node] = {}
     counted: set[Node] = set()
+    homes: dict[Node, Backend] = {}
 
     def rebuild(node: Node, src: tuple[Node | None, ...]) -> Node:
         made = new[node] = rebuilt(node, src)
+        home = homes[made] = work.home(node)
         if node in found:
             region = found[node].mapped(new)
-            _, cuts = chooser.choose(region, amb)
+            _, cuts = chooser.choose(region, home, amb)
             if not cuts and not atomic:
                 counted.update(region.counted)
             else:
@@ -310,10 +329,21 @@ def _split(
                 assert done is not None
                 counted.update(done.counted)
                 made = new[node] = done.node
+                _settle(made, home, homes)
         return made
 
     graph = work.graph.rewrite(rebuild)
-    return replace(work, graph=graph, scores=frozenset(counted))
+    return replace(work, graph=graph, scores=frozenset(counted), homes=homes)
+
+
+def _settle(node: Node, home: Backend, homes: dict[Node, Backend]) -> None:
+    """A loop, and what makes its result the region's, are where the region was."""
+    stack = [node]
+    while stack:
+        part = stack.pop()
+        if part not in homes and not part.op.leaf:
+            homes[part] = home
+            stack += [s for s in part.src if s is not None]
 
 
 def _too_small(amb: int, least: int, what: str) -> BudgetError:

@@ -2,34 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
-from pyggml.backends.base import Backend, BodyPlan, Step
-from pyggml.dag import toposort
+from pyggml.backends.base import Backend, BodyPlan, Step, WeightLayout
+from pyggml.dag import toposort, users_of
 from pyggml.graph import Node
 from pyggml.loop import Body, loop_of
 from pyggml.passes.placement import place
+from pyggml.transfer import origin, transfer
+
+Layouts = Mapping[Node, WeightLayout]
+Users = Mapping[Node, Sequence[Node]]
 
 
 def lower(
-    nodes: Sequence[Node], backend: Backend, keep: Collection[Node], scores: Collection[Node]
+    nodes: Sequence[Node],
+    backend: Backend,
+    roots: Collection[Node],
+    users: Users,
+    scores: Collection[Node],
+    layouts: Layouts,
 ) -> list[Step]:
-    """Steps for `nodes`, sources first. Loops stand alone; between them the backend decides.
+    """Steps for `nodes`, sources first, all of one device. Loops and loading of weights stand
+    alone; between them the backend decides.
 
     scores  the tensors that the attention budget counts, for the bodies' own peaks
     """
     steps: list[Step] = []
     run: list[Node] = []
+
+    def finish_run() -> None:
+        steps.extend(backend.lower(run, _kept(run, roots, users), layouts))
+        run.clear()
+
     for node in nodes:
         if node.op.leaf or node.op.view is not None:
             continue
-        if loop_of(node) is None:
+        if node.op is transfer:
+            finish_run()
+            kept = layouts[node]
+            steps.append(Step(node, (node,), (origin(node),), strided=False, layout=kept))
+        elif loop_of(node) is not None:
+            finish_run()
+            steps.append(_lower_loop(node, backend, scores))
+        else:
             run.append(node)
-            continue
-        steps += backend.lower(run, keep)
-        run = []
-        steps.append(_lower_loop(node, backend, scores))
-    return steps + backend.lower(run, keep)
+    finish_run()
+    return steps
+
+
+def _kept(run: Sequence[Node], roots: Collection[Node], users: Users) -> set[Node]:
+    """Nodes of a run that something outside it reads, through views too."""
+    mine = set(run)
+
+    def leaves(node: Node) -> bool:
+        return node in roots or any(
+            leaves(user) if user.op.view is not None else user not in mine for user in users[node]
+        )
+
+    return {node for node in run if leaves(node)}
 
 
 def _lower_loop(node: Node, backend: Backend, scores: Collection[Node]) -> Step:
@@ -44,9 +75,10 @@ def _lower_loop(node: Node, backend: Backend, scores: Collection[Node]) -> Step:
 def _plan_body(body: Body, backend: Backend, scores: Collection[Node]) -> BodyPlan:
     """Lower and place one body; its result and its pieces are memory of the loop's operands."""
     nodes = toposort([body.out])
-    steps = lower(nodes, backend, {body.out}, scores)
+    steps = lower(nodes, backend, {body.out}, users_of(nodes), scores, {})
     outside = {body.out, *(n for n in nodes if n.op.leaf)}
-    placed = place(nodes, steps, {body.out}, outside, scores, backend.alignment)
+    placed = place(nodes, steps, {body.out}, outside, scores, {"": backend.alignment})
+    arena = placed.arenas[""]
     return BodyPlan(
-        body, tuple(steps), placed.places, placed.scratch_at, placed.arena, placed.score_peak
+        body, tuple(steps), placed.places, placed.scratch_at, arena.nbytes, arena.score_peak
     )

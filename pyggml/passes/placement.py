@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from pyggml.backends.base import Place, Step
@@ -11,21 +11,35 @@ from pyggml.memory import Interval, live_bytes, pack
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
-    """Where everything stands, and how much of the arena is used when.
+class Arena:
+    """The arena of one device.
 
-    arena        bytes of the arena
-    live         bytes needed in each step (no packing can do with less than their maximum)
-    score_peak   most bytes alive at once of what the attention budget counts, scratch included
+    nbytes      its size
+    live        bytes needed in each step (no packing can do with less than their maximum)
+    score_peak  most bytes alive at once of what the attention budget counts, scratch included
+    """
+
+    nbytes: int
+    live: tuple[int, ...]
+    score_peak: int
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where everything stands, and how much of each device's arena is used when.
+
     copied_parts sources of a concat that could not be written into their place
     """
 
     places: Mapping[Node, Place]
     scratch_at: tuple[int, ...]
-    arena: int
-    live: tuple[int, ...]
-    score_peak: int
+    arenas: Mapping[str, Arena]
     copied_parts: int
+
+    @property
+    def score_peak(self) -> int:
+        """The largest of all devices."""
+        return max(arena.score_peak for arena in self.arenas.values())
 
 
 def place(
@@ -34,15 +48,18 @@ def place(
     roots: Collection[Node],
     outside: Collection[Node],
     scores: Collection[Node],
-    alignment: int,
+    alignments: Mapping[str, int],
+    device_of: Callable[[Node], str] = lambda node: "",
 ) -> Placement:
     """Give every tensor of `nodes` its place.
 
-    roots    nodes whose memory must survive to the end
-    outside  nodes with memory of their own: leaves, a loop body's result
-    scores   nodes that the attention budget counts
+    steps       of all devices, in one order that holds for lifetimes on each of them
+    roots       nodes whose memory must survive to the end
+    outside     nodes with memory of their own: leaves, a loop body's result
+    scores      nodes that the attention budget counts
+    alignments  of each device's arena
     """
-    return _Placer(nodes, steps, roots, outside, scores, alignment).placement()
+    return _Placer(nodes, steps, roots, outside, scores, alignments, device_of).placement()
 
 
 class _Placer:
@@ -53,9 +70,11 @@ class _Placer:
         roots: Collection[Node],
         outside: Collection[Node],
         scores: Collection[Node],
-        alignment: int,
+        alignments: Mapping[str, int],
+        device_of: Callable[[Node], str],
     ) -> None:
-        self.nodes, self.steps, self.alignment = nodes, steps, alignment
+        self.nodes, self.steps, self.alignments = nodes, steps, alignments
+        self.device_of = device_of
         self.outside, self.scores = outside, scores
         self.owner = _owners(nodes, outside)
         self.made = {node: i for i, step in enumerate(steps) for node in step.nodes}
@@ -77,16 +96,21 @@ class _Placer:
     def placement(self) -> Placement:
         self._stand_in_parents()
         self._share_in_place()
-        blocks, intervals, scratch = self._intervals()
-        offsets, arena = pack(intervals, self.alignment)
-        at = dict(zip(blocks, offsets))
-        places = self._places(at)
+        at: dict[Node, int] = {}
         scratch_at = [0] * len(self.steps)
-        for step, offset in zip(scratch, offsets[len(blocks) :]):
-            scratch_at[step] = offset
-        live = live_bytes(intervals, len(self.steps))
-        peak = self._score_peak()
-        return Placement(places, tuple(scratch_at), arena, tuple(live), peak, self.copied_parts)
+        arenas = {}
+        blocks, scratch = self._intervals()
+        for device, alignment in self.alignments.items():
+            mine = [node for node in blocks if self.device_of(node) == device]
+            mine_scratch = [i for i in scratch if self.device_of(self.steps[i].node) == device]
+            intervals = [blocks[n] for n in mine] + [scratch[i] for i in mine_scratch]
+            offsets, nbytes = pack(intervals, alignment)
+            at.update(zip(mine, offsets))
+            for i, offset in zip(mine_scratch, offsets[len(mine) :]):
+                scratch_at[i] = offset
+            live = tuple(live_bytes(intervals, len(self.steps)))
+            arenas[device] = Arena(nbytes, live, self._score_peak(device))
+        return Placement(self._places(at), tuple(scratch_at), arenas, self.copied_parts)
 
     # -- sharing ------------------------------------------------------------------------------
 
@@ -144,6 +168,7 @@ class _Placer:
         return (
             self._in_arena(own)
             and own not in self.home
+            and self.steps[self.made[own]].layout is None
             and self.last[own] == i
             and source.spec.nbytes == own.spec.nbytes == node.spec.nbytes
             and source.nb == node.spec.nb
@@ -162,8 +187,8 @@ class _Placer:
         parent = self.home.get(node)
         return self.storage[parent[0] if parent else node]
 
-    def _intervals(self) -> tuple[list[Node], list[Interval], list[int]]:
-        """Blocks with their lifetimes, then the scratch of the steps that have some."""
+    def _intervals(self) -> tuple[dict[Node, Interval], dict[int, Interval]]:
+        """Lifetimes of blocks, and of the scratch of steps that have some."""
         life: dict[Node, list[int]] = {}
         end = len(self.steps) - 1
         for node, i in self.made.items():
@@ -173,10 +198,13 @@ class _Placer:
             span = life.setdefault(block, [i, i])
             span[0] = min(span[0], i)
             span[1] = max(span[1], min(self.last[node], end))
-        intervals = [Interval(a, b, node.spec.nbytes) for node, (a, b) in life.items()]
-        scratch = [i for i, step in enumerate(self.steps) if step.scratch]
-        intervals += [Interval(i, i, self.steps[i].scratch) for i in scratch]
-        return list(life), intervals, scratch
+        blocks = {node: Interval(a, b, self._nbytes(node)) for node, (a, b) in life.items()}
+        scratch = {i: Interval(i, i, s.scratch) for i, s in enumerate(self.steps) if s.scratch}
+        return blocks, scratch
+
+    def _nbytes(self, node: Node) -> int:
+        step = self.steps[self.made[node]]
+        return step.nbytes if step.node is node else node.spec.nbytes
 
     def _places(self, at: Mapping[Node, int]) -> dict[Node, Place]:
         places: dict[Node, Place] = {}
@@ -204,9 +232,13 @@ class _Placer:
         assert looked is not None
         return Place(seen.base, seen.offset + looked[0], looked[1])
 
-    def _score_peak(self) -> int:
+    def _score_peak(self, device: str) -> int:
         """Distinct blocks of counted tensors alive in a step, and the scratch of their steps."""
-        counted = [n for n in self.made if n in self.scores and self._in_arena(n)]
+        counted = [
+            n
+            for n in self.made
+            if n in self.scores and self._in_arena(n) and self.device_of(n) == device
+        ]
         starts: dict[int, list[Node]] = {}
         for node in counted:
             starts.setdefault(self.made[node], []).append(node)
@@ -216,7 +248,9 @@ class _Placer:
             for node in starts.get(i, ()):
                 alive[node] = self.last[node]
             total = sum(b.spec.nbytes for b in {self._block(node) for node in alive})
-            if step.bodies:
+            if self.device_of(step.node) != device:
+                pass
+            elif step.bodies:
                 total += max(body.score_peak for body in step.bodies)
             elif any(n in self.scores for n in (step.node, *map(self.owner.get, step.reads))):
                 total += step.scratch

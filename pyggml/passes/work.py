@@ -2,30 +2,71 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from pyggml.backends.base import Backend, Step
+from pyggml.backends.base import Backend, Step, WeightLayout
 from pyggml.dag import Graph
-from pyggml.graph import Node
+from pyggml.graph import Node, labels
 from pyggml.passes.placement import Placement
+from pyggml.transfer import is_resident
+
+Pins = tuple[tuple[re.Pattern[str], Backend], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Steps of one device that run without a look at another.
+
+    copies   what it needs from elsewhere; they run before its steps
+    waits    splits that must be done before this one begins
+    spares   splits that must have made their copies of this device's memory, which this one reuses
+    """
+
+    backend: Backend
+    copies: tuple[Step, ...]
+    steps: tuple[Step, ...]
+    waits: tuple[int, ...] = ()
+    spares: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Expanded:
+    """A node that was said in simpler ops: its label and op, on which place, and why."""
+
+    label: str
+    op: str
+    place: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
     """A graph on its way to a plan. Every pass returns a new one with its part filled in.
 
+    backends   in order of preference
+    pins       patterns of labels, and where what they match goes; the first match counts
+    settled    where states of the store already are, by name
     amb        the attention memory budget in bytes, None for no budget
+    homes      where each node is; views are with what they look at, others on the first backend
     scores     tensors that the budget counts (those inside loops too)
     order      all nodes in the order in which they run
+    layouts    how weights are kept, by constant (or its transfer)
     warnings   what the user should hear
     """
 
     graph: Graph
-    backend: Backend
+    backends: tuple[Backend, ...]
+    pins: Pins = ()
+    settled: Mapping[str, Backend] = field(default_factory=dict)
     amb: int | None = None
+    homes: Mapping[Node, Backend] = field(default_factory=dict)
+    expanded: tuple[Expanded, ...] = ()
     scores: frozenset[Node] = frozenset()
     order: tuple[Node, ...] = ()
-    steps: tuple[Step, ...] = ()
+    layouts: Mapping[Node, WeightLayout] = field(default_factory=dict)
+    splits: tuple[Split, ...] = ()
     placement: Placement | None = None
     warnings: tuple[str, ...] = ()
 
@@ -36,4 +77,23 @@ class Work:
 
     @property
     def leaves(self) -> tuple[Node, ...]:
-        return tuple(node for node in self.order if node.op.leaf)
+        """What the store holds: leaves, and leaves given to a further device."""
+        return tuple(node for node in self.order if is_resident(node))
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """All steps in order, copies included."""
+        return tuple(step for split in self.splits for step in (*split.copies, *split.steps))
+
+    def home(self, node: Node) -> Backend:
+        """The backend on which `node` is made or kept."""
+        found = self.homes.get(node)
+        while found is None and node.op.view is not None and node.src[0] is not None:
+            node = node.src[0]
+            found = self.homes.get(node)
+        return self.backends[0] if found is None else found
+
+    def pinned(self, node: Node) -> Backend | None:
+        """Where the first pin that matches a label of `node` puts it."""
+        names = labels(node)
+        return next((b for p, b in self.pins if any(map(p.search, names))), None)

@@ -12,7 +12,7 @@ from attentions import Latent, Leaves, Scores
 from checks import MIB, Case, compiled, counts, least_of, loops
 
 import pyggml as gg
-from pyggml import passes
+from pyggml import backends, passes
 from pyggml.dag import Graph
 from pyggml.passes.budget import regions
 from pyggml.passes.cutting import cut
@@ -78,7 +78,7 @@ def _need(work: Work, steps: tuple[tuple[Any, int], ...]) -> int | None:
     if made is None:
         return None
     graph = Graph({"y": made.node})
-    done = passes.finish(Work(graph, work.backend, scores=made.counted))
+    done = passes.finish(Work(graph, work.backends, scores=made.counted))
     return done.placed.score_peak
 
 
@@ -95,7 +95,7 @@ def _need(work: Work, steps: tuple[tuple[Any, int], ...]) -> int | None:
 def test_the_fewest_pieces_that_fit_and_no_smaller_least(what: Scores) -> None:
     """Against every grid of pieces: groups of heads first, rows only for single heads."""
     case = Case(what)
-    work = Work(gg.compile(case.outputs).graph, gg.Store().backend)
+    work = Work(gg.compile(case.outputs).graph, (backends.get("numpy"),))
     (region,) = regions(work.graph)
     axes = region.ways[-1]
     sizes = {}

@@ -111,15 +111,15 @@ def test_no_large_temporary(case: Case) -> None:
     for name, array in built.states.items():
         plan.store.write(name, array)
     plan.run(built.inputs)  # tables made at first use
-    runner = plan._runner
-    assert runner is not None
+    assert plan._execution is not None
+    runners = plan._execution.runners  # one split, or none
     peaks: dict[Node, int] = {}
     tracemalloc.start()
     try:
         for i, step in enumerate(plan.steps):
             tracemalloc.reset_peak()
             before = tracemalloc.get_traced_memory()[0]
-            runner.run_step(i)
+            runners[0].run_step(i)
             peaks[step.node] = tracemalloc.get_traced_memory()[1] - before
     finally:
         tracemalloc.stop()

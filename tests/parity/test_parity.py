@@ -15,9 +15,9 @@ import pytest
 from pyggml import ops
 from pyggml.backends import get
 from pyggml.cli import main
-from pyggml.parity.case import Case, build, numeric_class
+from pyggml.parity.case import Case, build
 from pyggml.parity.cases import cases
-from pyggml.parity.grid import all_cases, perf_cases
+from pyggml.parity.grid import all_cases
 from pyggml.parity.hunt import MUTANTS, Hunted, hunt
 
 ROOT = Path(__file__).parent.parent.parent
@@ -44,29 +44,16 @@ def hunted() -> list[Hunted]:
 # -- the grids ----------------------------------------------------------------------------------
 
 
-def test_the_small_grid_passes_on_numpy(parity: Said) -> None:
-    status, out = parity("--quick", "-b", "numpy", "-j", "2")
+@pytest.mark.parametrize("backend", ["numpy", "null"])
+def test_the_small_grid_passes(parity: Said, backend: str) -> None:
+    status, out = parity("--quick", "-b", backend, "-j", "2")
+    failed = [line for line in out.splitlines() if line.endswith(" FAIL")]
     tests = re.search(r"^  (\d+)/(\d+) tests passed$", out, re.MULTILINE)
-    assert status == 0 and tests and tests[1] == tests[2] == str(len(cases()))
+    assert status == 0 and not failed and tests and tests[1] == tests[2] == str(len(cases()))
     assert len(cases()) >= 1500
-    for line in ("Testing 1 devices", "Backend 1/1: numpy", "  Backend numpy: OK"):
+    for line in ("Testing 1 devices", f"Backend 1/1: {backend}", f"  Backend {backend}: OK"):
         assert f"{line}\n" in out
     assert out.endswith("1/1 backends passed\nOK\n")
-
-
-def test_the_large_grid_is_large() -> None:
-    grid = all_cases()
-    assert len(grid) >= 15_000 and len({case.kind for case in grid}) >= 1_500
-    assert set(map(str, cases())) <= set(map(str, grid))
-    assert len({str(case) for case in grid}) == len(grid)
-    inner = {"whole", "lse_sum", "lse_finish"}  # only loops make them
-    assert {case.op for case in grid} == {case.op for case in cases()} >= set(ops.ALL) - inner
-
-
-def test_cases_of_the_large_grid_are_their_text_and_can_be_built() -> None:
-    for case in (*all_cases()[::7], *perf_cases()):
-        assert str(Case.parse(str(case))) == str(case)
-        assert build(case, values=False).node.ne
 
 
 def test_a_sample_of_the_large_grid_passes(parity: Said) -> None:
@@ -107,6 +94,9 @@ def test_mutants_are_of_every_family() -> None:
         ("exp", "its result for contiguous", "it wrote beside its result"),
         ("set_rows", "rows that it does not write", "0.0 for"),
         ("causal_mask", "-65504 for -inf", "-inf at"),
+        ("glu", "in its meaning, halves swapped", "NMSE"),
+        ("mul_mat", "in weights, rows from the last", "NMSE"),
+        ("rms_norm", "counts bytes with 31 bits", "NMSE"),
     ],
 )
 def test_what_is_found_is_said(hunted: list[Hunted], op: str, what: str, why: str) -> None:
@@ -194,6 +184,9 @@ def test_other_modes(parity: Said, file: str) -> None:
         (("-o", "nothing"), "no cases of nothing"),
         (("-o", "Op(f32[3])"), "there is no op 'Op'"),
         (("-o", "relu(f32[3]@odd)"), "is no source"),
+        (("-o", "relu(f32[3]@far)"), "rows of inputs and states lie @far"),
+        (("-o", "relu(f32[3,2]@weight@far)"), "rows of inputs and states lie @far"),
+        (("-o", "relu.means(f32[3])"), "relu has no meaning"),
         (("-o", "relu(f32[3]"), "is no case"),
         (("-o", "scale(f32[3], s=x)"), "'x' is no value"),
         (("-o", "flash_attn_ext(f32[3,1], f32[3,2], f32[2,2]=4+1, scale=1.0)"), "is a view of"),
@@ -219,26 +212,13 @@ def test_wrong_usage() -> None:
         assert main(["parity", *words]) == 2
 
 
-# -- bounds and documents -----------------------------------------------------------------------
-
-
-def test_bounds_follow_what_the_backend_declares() -> None:
-    class Narrow:
-        def numeric(self, node: object) -> str:
-            return "quantized"
-
-    case, exact = (Case.parse(f"mul_mat(q8_0[32,2], f32[32,3]{p})") for p in ("", ", prec='f32'"))
-    node, strict = build(case).node, build(exact).node
-    assert case.bound(node, numeric_class(get("numpy"), node)) == 1e-10
-    assert case.bound(node, numeric_class(Narrow(), node)) == 5e-4  # type: ignore[arg-type]
-    assert case.bound(strict, numeric_class(Narrow(), strict)) == 1e-10  # type: ignore[arg-type]
-    near, far = (Case.parse(f"rope_ext(f32[64,1,2], i32[2]<{n}, n_dims=64)") for n in (6000, 40000))
-    assert near.bound(build(near).node) == 1e-7 and far.bound(build(far).node) == 1e-5
+# -- documents ----------------------------------------------------------------------------------
 
 
 def test_the_table_of_ops_is_current(parity: Said) -> None:
     """Else: pyggml parity --mode support --markdown > docs/ops.md"""
-    assert parity("--mode", "support", "--markdown") == (0, (ROOT / "docs/ops.md").read_text())
+    words = ("--mode", "support", "--markdown", "-j", "2")
+    assert parity(*words) == (0, (ROOT / "docs/ops.md").read_text())
 
 
 def test_the_documents_kernel_end_to_end(parity: Said, tmp_path: Path) -> None:

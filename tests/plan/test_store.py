@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import pyggml as gg
-from pyggml.errors import DeviceError, GraphError, OutOfMemoryError
+from pyggml import backends
+from pyggml.errors import DeviceError, DTypeError, GraphError, OutOfMemoryError
 from pyggml.plan import Plan
 
 WEIGHT = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
@@ -120,7 +121,7 @@ def test_the_nth_allocation_fails(nth: int, monkeypatch: pytest.MonkeyPatch) -> 
     step(store, 1).run(x=np.ones((1, 4)), at=[3])
     before = store.read("cache")
     plan = step(store, 12)
-    backend: Any = store.backend
+    backend: Any = backends.get("numpy")
     alloc, calls = backend.alloc, []
 
     def failing(nbytes: int) -> Any:
@@ -156,14 +157,14 @@ def test_places_and_stores() -> None:
     described = gg.compile({"y": gg.relu(x)}, backends=["numpy:0:4GiB"])
     with pytest.raises(DeviceError, match="description"):
         described.run(x=np.zeros(4))
-    with pytest.raises(DeviceError, match="a Store of numpy"):
+    with pytest.raises(DTypeError, match="takes a Store"):
         gg.compile({"y": gg.relu(x)}, store="mine")  # type: ignore[arg-type]
 
 
 def test_weights_are_read_in_place() -> None:
     held = np.arange(8, dtype=np.float32)
     plan = gg.compile({"y": gg.scale(gg.constant(held, name="w"), s=1.0)}).bind()
-    assert np.shares_memory(next(iter(plan.store._weights.values()))[1], held)
+    assert np.shares_memory(next(iter(plan.store._weights.values()))[1].buffer, held)
     with pytest.raises(ValueError, match="read-only"):
         gg.compile({"w": gg.constant(held)}).run(copy=False)["w"][0] = 1
 

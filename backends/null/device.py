@@ -1,0 +1,162 @@
+"""A null device: the protocol over a queue that runs late and memory that only it can reach."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from weakref import finalize
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyggml import backends
+from pyggml.backends.base import Address, Backend, Buffer, Event, Step, WeightLayout
+from pyggml.backends.null.memory import HEADER, PRIVATE, NullBuffer, plain, private
+from pyggml.backends.null.queue import Queue
+from pyggml.backends.null.runner import NullRunner, room_for_weights
+from pyggml.errors import DeviceError, OutOfMemoryError
+from pyggml.graph import Node, Spec
+from pyggml.loop import loop_of
+
+
+class NullDevice:
+    """A device of the null backend.
+
+    denied  names of ops that it refuses, on top of NumPy's refusals
+    limit   bytes that it has; None for as many as the host has
+    allocated  bytes taken and not given back
+    """
+
+    name = "null"
+
+    def __init__(self, index: int) -> None:
+        self.place = self.device = f"null:{index}"
+        self.host = backends.get("numpy")
+        self.alignment = self.host.alignment
+        self.denied: frozenset[str] = frozenset()
+        self.limit: int | None = None
+        self.allocated = 0
+        self.queue = Queue()
+
+    @contextmanager
+    def denying(self, *ops: str) -> Iterator[None]:
+        """Inside the context the device refuses these ops."""
+        before, self.denied = self.denied, frozenset(ops)
+        try:
+            yield
+        finally:
+            self.denied = before
+
+    def supports(self, node: Node) -> str | None:
+        if node.op.name in self.denied:
+            return f"{node.op.name} is on the deny list"
+        return self.host.supports(node)
+
+    def numeric(self, node: Node) -> str:
+        return self.host.numeric(node)
+
+    def weight_layout(self, constant: Node, uses: Collection[Node]) -> WeightLayout:
+        """The private layout, but for weights of which somebody reads a part."""
+        whole = all(user.op.view is None and loop_of(user) is None for user in uses)
+        if not uses or not whole:
+            return WeightLayout(constant.spec.nbytes)
+        return WeightLayout(HEADER + constant.spec.nbytes, PRIVATE)
+
+    def lower(
+        self,
+        nodes: Sequence[Node],
+        keep: Collection[Node],
+        layouts: Mapping[Node, WeightLayout],
+    ) -> list[Step]:
+        """NumPy's steps, with scratch for the weights that a step must see plain."""
+        return [
+            replace(step, scratch=step.scratch + room_for_weights(step, layouts))
+            for step in self.host.lower(nodes, keep, layouts)
+        ]
+
+    # -- the runtime half ---------------------------------------------------------------------
+
+    def alloc(self, nbytes: int) -> Buffer:
+        if self.limit is not None and self.allocated + nbytes > self.limit:
+            raise OutOfMemoryError(
+                f"{self.place} has no {nbytes} bytes: {self.allocated} of {self.limit} are taken"
+            )
+        made = NullBuffer(self.place, self.host.alloc(nbytes))
+        self.allocated += nbytes
+        finalize(made, self._give_back, nbytes)
+        return made
+
+    def _give_back(self, nbytes: int) -> None:
+        self.allocated -= nbytes
+
+    def weight(self, constant: Node, layout: WeightLayout, data: NDArray[Any]) -> Buffer:
+        buffer = self.alloc(layout.nbytes)
+        self.load(Address(buffer, 0, constant.spec.nb, layout.name), layout.nbytes, data)
+        return buffer
+
+    def load(self, at: Address, nbytes: int, data: NDArray[Any]) -> None:
+        """Values of a weight, now, in the layout of the address."""
+        kept = self.bytes_of(at.buffer)[at.offset : at.offset + nbytes]
+        raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        kept[...] = private(raw) if at.layout == PRIVATE else raw
+
+    def upload(self, at: Address, spec: Spec, array: NDArray[Any]) -> None:
+        held, here = array.copy(), self.seen(at)
+        self.queue.add(lambda: self.host.upload(here, spec, held))
+
+    def download(self, at: Address, spec: Spec, copy: bool = True) -> NDArray[Any]:
+        self.queue.run_all()
+        return self.host.download(self.seen(at), spec, copy)
+
+    def fetch(self, source: Address, other: Backend, target: Address, spec: Spec) -> None:
+        here = self.seen(target)
+
+        def task() -> None:
+            # What is there when the queue gets to it, whether or not somebody waited for it.
+            there = other.seen(source) if isinstance(other, NullDevice) else source
+            reader = self.host if isinstance(other, NullDevice) else other
+            self.host.upload(here, spec, reader.download(there, spec, copy=False))
+
+        self.queue.add(task)
+
+    def send(self, source: Address, target: Address, spec: Spec) -> None:
+        here = self.seen(source)
+        self.queue.add(
+            lambda: self.host.upload(target, spec, self.host.download(here, spec, copy=False))
+        )
+
+    def bind(
+        self,
+        steps: Sequence[Step],
+        at: Mapping[Node, Address],
+        scratch: Buffer,
+        scratch_at: Sequence[int],
+    ) -> NullRunner:
+        return NullRunner(self, steps, at, scratch, scratch_at)
+
+    def record(self) -> Event:
+        return self.queue.mark()
+
+    def wait_for(self, event: Event) -> None:
+        self.queue.add(event.wait)
+
+    def synchronize(self) -> None:
+        self.queue.run_all()
+
+    # -- its memory ---------------------------------------------------------------------------
+
+    def bytes_of(self, buffer: Buffer) -> NDArray[np.uint8]:
+        """The bytes of a buffer; DeviceError where it is another device's."""
+        if not isinstance(buffer, NullBuffer) or buffer.owner != self.place:
+            raise DeviceError(f"{self.place} was given memory that is not its own: {buffer!r}")
+        return buffer.data
+
+    def seen(self, at: Address) -> Address:
+        """An address of this device as NumPy's kernels see it."""
+        return Address(self.bytes_of(at.buffer), at.offset, at.nb, at.layout)
+
+    def unpacked(self, at: Address, into: NDArray[np.uint8]) -> None:
+        """A weight that is kept in the private layout, made plain."""
+        plain(self.bytes_of(at.buffer)[at.offset :], into)

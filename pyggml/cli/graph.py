@@ -1,0 +1,57 @@
+"""Shows how a model's graph runs: splits, copies between devices, steps and memory.
+
+pyggml graph -m FILE                                 the plan on NumPy, layers folded
+pyggml graph -m FILE --backend null,numpy -ot 'attn=numpy'
+pyggml graph -m FILE --backend null:0:24GiB -amb 256 on a device of that size, under a budget
+pyggml graph -m FILE --dot plan.dot                  the same as a picture for `dot -Tsvg`
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from pyggml import gguf
+from pyggml.cli.model import add_options, model_graph
+from pyggml.errors import DTypeError
+from pyggml.plan import compile
+from pyggml.viz import dot
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments."""
+    add = parser.add_argument
+    add("-m", metavar="FILE", type=Path, required=True, help="a GGUF file of DeepSeek-2")
+    add("--backend", metavar="PLACES", default="numpy",
+        help="places in order of preference, commas between (default: numpy)")  # fmt: skip
+    add("-ot", metavar="REGEX=PLACE", action="append", default=[],
+        help="pin what has a matching label; commas between several")  # fmt: skip
+    add("-amb", metavar="MIB", type=float, help="attention memory budget")
+    add("--dot", metavar="FILE", type=Path, help="write a picture instead")
+    add_options(parser.add_argument_group("the graph"))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints or draws the plan; nothing is allocated and no weight is read."""
+    with gguf.open(args.m) as file:
+        graph = model_graph(file, args)
+        plan = compile(
+            graph.outputs, backends=args.backend.split(","), amb=args.amb, pins=pins_of(args.ot)
+        )
+        if args.dot is None:
+            print(f"{plan}\n\n{plan.memory}")
+        else:
+            args.dot.write_text(dot(plan))
+            print(f"wrote {args.dot}")
+    return 0
+
+
+def pins_of(words: list[str]) -> dict[str, str]:
+    """`regex=PLACE[,regex=PLACE..]`, the first match counts."""
+    pins: dict[str, str] = {}
+    for word in (part for words_ in words for part in words_.split(",")):
+        pattern, equal, place = word.rpartition("=")
+        if not equal or not pattern:
+            raise DTypeError(f"-ot {word!r}: it takes REGEX=PLACE, such as exps=numpy")
+        pins.setdefault(pattern, place)
+    return pins

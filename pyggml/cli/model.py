@@ -1,0 +1,86 @@
+"""Options of commands that build a model's graph from a GGUF file, and the graph they ask for."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+import numpy as np
+
+from pyggml.errors import ShapeError
+from pyggml.gguf import GGUFFile
+from pyggml.graph import Node
+from pyggml.models.config import DeepSeek2Config
+from pyggml.models.deepseek2 import AttentionOptions, Cache, Layer, attention, norm
+from pyggml.models.tensors import check_tensors
+from pyggml.ops import add, causal_mask, input
+from pyggml.parity.alone import Array
+
+#: -mla: the form of attention, by ik_llama.cpp's numbers. Theirs takes 2 and 3 as 1 for less than
+#: 128 tokens; here a number is a form, so that small graphs can have it too.
+FORMS = ("standard", "latent", "expanded", "expanded")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelGraph:
+    """A model's outputs by name, and contents for its inputs and states."""
+
+    outputs: dict[str, Node]
+    inputs: dict[str, Array]
+    states: dict[str, Array]
+
+
+def add_options(parser: argparse._ArgumentGroup) -> None:
+    add = parser.add_argument
+    add("-c", type=count, metavar="N", default=128, help="rows of the cache (default: 128)")
+    add("-ub", type=count, metavar="N", default=16, help="tokens of a batch (default: 16)")
+    add("-ctk", metavar="TYPE", default="f16", help="type of the cache (default: f16)")
+    add("-fa", choices=("on", "off"), nargs="?", const="on", default="on",
+        help="flash attention (default: on)")  # fmt: skip
+    add("-mla", type=int, choices=range(len(FORMS)), default=1,
+        help="attention: 0 standard, 1 latent, 2 or 3 expanded if -fa (default: 1)")  # fmt: skip
+    add("--seed", type=int, metavar="N", default=0, help="of random inputs (default: 0)")
+
+
+def count(text: str) -> int:
+    """An argument that is a whole number of at least 1."""
+    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def model_graph(file: GGUFFile, args: argparse.Namespace) -> ModelGraph:
+    """x + attention(norm(x)), layer after layer, for -ub tokens that fill a cache of -c rows.
+
+    The rows before them, and x, are random numbers of the seed.
+    """
+    config = DeepSeek2Config.from_gguf(file.fields, file.tensors)
+    check_tensors(config, file.tensors)
+    options = _attention_options(args)
+    past = args.c - args.ub
+    if past < 0:
+        raise ShapeError(f"a batch of -ub {args.ub} tokens does not fit in -c {args.c} rows")
+    x = y = input("x", "f32", ne=(config.n_embd, args.ub))
+    pos = input("pos", "i32", ne=(args.ub,))
+    mask = causal_mask(pos, n_kv=args.c)
+    rng = np.random.default_rng(args.seed)
+    inputs: dict[str, Array] = {"pos": np.arange(past, args.c, dtype=np.int32)}
+    inputs["x"] = rng.standard_normal(x.shape, dtype=np.float32)
+    states: dict[str, Array] = {}
+    for il in range(config.n_layer):
+        layer, cache = Layer.of(file, config, il), Cache.of(config, options, args.c, il)
+        made = attention(norm(layer, y, "attn_norm"), pos, pos, mask, layer, cache, options)
+        y = layer.name(add(y, made), "l_out")
+        for held in (cache.k, cache.v):
+            if held is not None:
+                rows = rng.standard_normal(held.shape, dtype=np.float32)
+                rows[..., past:, :] = 0.0
+                states[held.attrs["name"]] = rows
+    return ModelGraph({"y": y}, inputs, states)
+
+
+def _attention_options(args: argparse.Namespace) -> AttentionOptions:
+    flash, form = args.fa == "on", FORMS[args.mla]
+    if form == "expanded" and not flash:
+        form = "latent"  # what -mla 2 and 3 are without flash attention
+    return AttentionOptions(form, flash, args.ctk)

@@ -1,0 +1,135 @@
+"""A plan's splits bound to memory: issued in order, each device in its own queue."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from time import perf_counter
+
+from pyggml.backends.base import Address, Backend, Buffer, Event, Runner, Step
+from pyggml.graph import Node
+from pyggml.passes.work import Split, Work
+from pyggml.transfer import origin
+
+Timed = Callable[[int, Callable[[], None], Backend], None]
+
+
+class Execution:
+    """Splits with their runners. A device goes on by itself; the host waits only for what it reads,
+    and once at the end."""
+
+    def __init__(
+        self, work: Work, at: Mapping[Node, Address], arenas: Mapping[str, Buffer]
+    ) -> None:
+        self.splits = work.splits
+        self.work = work
+        self.at = at
+        self.runners: list[Runner] = []
+        self.first: list[int] = []  # number of each split's first step in the whole plan
+        count = 0
+        scratch_at = work.placed.scratch_at
+        for split in self.splits:
+            self.first.append(count)
+            count += len(split.copies)
+            starts = scratch_at[count : count + len(split.steps)]
+            count += len(split.steps)
+            arena = arenas[split.backend.device]
+            self.runners.append(split.backend.bind(split.steps, at, arena, starts))
+        self.backends = work.backends  # one without a split may have an upload in its queue
+        self.waited = {i for split in self.splits for i in split.waits}
+        self.spared = {i for split in self.splits for i in split.spares}
+
+    def run(self) -> None:
+        """Every split; returns when all is done. An error leaves no device at work."""
+        self._run(None)
+
+    def timed(self) -> list[float]:
+        """Seconds of every step of one run, one by one."""
+        seconds = [0.0] * len(self.work.steps)
+
+        def time(number: int, call: Callable[[], None], backend: Backend) -> None:
+            start = perf_counter()
+            call()
+            backend.synchronize()
+            seconds[number] = perf_counter() - start
+
+        self._run(time)
+        return seconds
+
+    def _run(self, timed: Timed | None) -> None:
+        done: dict[int, Event] = {}
+        copied: dict[int, Event] = {}
+        try:
+            for i, split in enumerate(self.splits):
+                for event in (*(done[k] for k in split.waits), *(copied[k] for k in split.spares)):
+                    split.backend.wait_for(event)
+                self._copy(i, split, timed)
+                if i in self.spared:
+                    copied[i] = split.backend.record()
+                self._compute(i, split, timed)
+                if i in self.waited:
+                    done[i] = split.backend.record()
+            for backend in self.backends:
+                backend.synchronize()
+        except BaseException:
+            for backend in self.backends:
+                _settle(backend)
+            raise
+
+    def _copy(self, i: int, split: Split, timed: Timed | None) -> None:
+        """What the split reads from elsewhere. A device fetches; to the host, devices send."""
+        senders: list[Backend] = []
+        for k, step in enumerate(split.copies):
+            sender = self.work.home(origin(step.node))
+            call = self._copying(step, split.backend, sender)
+            to_host = split.backend.device == "host"
+            if to_host:
+                senders.append(sender)
+            if timed is None:
+                call()
+            else:
+                timed(self.first[i] + k, call, sender if to_host else split.backend)
+        for sender in dict.fromkeys(senders):
+            sender.record().wait()
+
+    def _copying(self, step: Step, target: Backend, sender: Backend) -> Callable[[], None]:
+        source = origin(step.node)
+        there, here = self.at[source], self.at[step.node]
+        if target.device == "host":
+            return lambda: sender.send(there, here, source.spec)
+        return lambda: target.fetch(there, sender, here, source.spec)
+
+    def _compute(self, i: int, split: Split, timed: Timed | None) -> None:
+        runner = self.runners[i]
+        if timed is None:
+            runner.run()
+            return
+        start = self.first[i] + len(split.copies)
+        for k in range(len(split.steps)):
+            timed(start + k, partial(runner.run_step, k), split.backend)
+
+
+def _settle(backend: Backend) -> None:
+    """Let a device finish after an error elsewhere; its own errors are no news then."""
+    try:
+        backend.synchronize()
+    except Exception:
+        return
+
+
+def addresses(
+    work: Work,
+    leaves: Mapping[Node, Address],
+    arenas: Mapping[str, Buffer],
+) -> dict[Node, Address]:
+    """Where every tensor of a placed graph is."""
+    at: dict[Node, Address] = {}
+    for node, place in work.placed.places.items():
+        if place.base is None:
+            layout = work.layouts.get(node)
+            name = layout.name if layout is not None else "plain"
+            at[node] = Address(arenas[work.home(node).device], place.offset, place.nb, name)
+        else:
+            base = leaves[place.base]
+            at[node] = Address(base.buffer, base.offset + place.offset, place.nb, base.layout)
+    return at

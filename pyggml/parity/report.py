@@ -1,0 +1,210 @@
+"""What `gg.parity` found: a row for each node, and the table that people read."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import inf
+from pathlib import Path
+from typing import Any
+
+from pyggml.errors import DTypeError, GraphError, UnknownName
+from pyggml.graph import Node, labels, line_of
+from pyggml.parity.tolerance import Comparison
+
+#: Rows that the table shows at most.
+SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A node, or an output of the whole graph, on two places.
+
+    label   that of the node if no other has it, else with its number in `print(Graph(...))`
+    status  "ok"; "fail": out of bound, or a kernel raised; "unsupported": a place cannot run it;
+            "skipped": what it reads could not be computed. `why`: the reason
+    found   NMSE, bound and the worst element, where both gave a value
+    """
+
+    label: str
+    node: Node = field(repr=False)
+    status: str
+    why: str = ""
+    found: Comparison | None = None
+
+    @property
+    def op(self) -> str:
+        return self.node.op.name
+
+    @property
+    def spec(self) -> str:
+        return str(self.node.spec)
+
+    @property
+    def line(self) -> str:
+        """`file:line` of the code that built the node."""
+        return line_of(self.node)
+
+    @property
+    def error(self) -> float | None:
+        return None if self.found is None else self.found.error
+
+    @property
+    def bound(self) -> float | None:
+        return None if self.found is None else self.found.bound
+
+    @property
+    def ratio(self) -> float:
+        """Error over bound; a kernel that raised is as wrong as can be."""
+        if self.found is None:
+            return inf if self.status == "fail" else 0.0
+        if self.found.error == 0.0:
+            return 0.0
+        return self.found.error / self.found.bound if self.found.bound else inf
+
+    def __str__(self) -> str:
+        built = f", built at {self.line}" if self.line else ""
+        result = str(self.found) if self.found is not None else f"{self.status}: {self.why}"
+        return f"{self.label} = {self.op} {self.spec}{built}: {result}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """What JSON can hold of it; error and worst values as text where they are inf or NaN."""
+        told = {name: getattr(self, name) for name in ("label", "op", "spec", "line", "status")}
+        numbers: dict[str, Any] = {"why": self.why, "error": self.error, "bound": self.bound}
+        if self.found is not None and self.found.at is not None:
+            numbers |= {"at": self.found.at, "a": self.found.want, "b": self.found.got}
+        finite = {k: v if not isinstance(v, float) or abs(v) < inf else str(v)
+                  for k, v in numbers.items()}  # fmt: skip
+        return told | finite
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Every node of a graph on places a and b, and the whole graph. True where all is well.
+
+    nodes    rows in the graph's order, each node alone
+    outputs  rows of the whole graph: outputs, and the states that it writes
+    """
+
+    a: str
+    b: str
+    nodes: tuple[Row, ...]
+    outputs: tuple[Row, ...]
+    _script: Callable[[Node, float, Path], None] = field(repr=False)
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        return (*self.nodes, *self.outputs)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every node and output was compared, and is within its bound."""
+        return all(row.status == "ok" for row in self.rows)
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    @property
+    def first(self) -> Row | None:
+        """The first in order that failed: a node, or an output where every node alone is right."""
+        return next((row for row in self.rows if row.status == "fail"), None)
+
+    @property
+    def worst(self) -> Row | None:
+        """The largest error in units of its bound: of the failing nodes, else of the failing
+        outputs, else of all nodes.
+        """
+        failing = [[r for r in rows if r.status == "fail"] for rows in (self.nodes, self.outputs)]
+        some: Sequence[Row] = failing[0] or failing[1] or self.nodes
+        return max(some, key=lambda row: (row.ratio, row.error or 0.0), default=None)
+
+    def __str__(self) -> str:
+        if self.first is None or self.first in self.outputs:
+            return self.table()
+        label = self.first.label
+        call = f"report.script({label!r}, {script_name(label)!r})"
+        return f"{self.table()}\n{call} writes the first as a program"
+
+    def table(self) -> str:
+        """Counts, the rows that are not ok, the first and the worst."""
+        lines = [f"{self.a} and {self.b}: {_counts(self.nodes, 'node')}; "
+                 f"whole graph: {_counts(self.outputs, 'result')}"]  # fmt: skip
+        bad = [row for row in self.rows if row.status != "ok"]
+        lines += _table(bad[:SHOWN])
+        lines += [f"  and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
+        first, worst = self.first, self.worst
+        if first is not None:
+            lines.append(f"first{' and worst' * (first is worst)}: {first}")
+        if worst is not first and worst is not None and worst.ratio:
+            lines.append(f"worst: {worst}")
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What JSON can hold of it."""
+        return {
+            "a": self.a,
+            "b": self.b,
+            "ok": self.ok,
+            "first": self.first and self.first.label,
+            "worst": self.worst and self.worst.label,
+            "nodes": [row.as_dict() for row in self.nodes],
+            "outputs": [row.as_dict() for row in self.outputs],
+        }
+
+    def row(self, label: str) -> Row:
+        """The node of that label; UnknownName where there is none or more than one."""
+        found = [row for row in self.nodes if row.label == label] or [
+            row for row in self.nodes if label in labels(row.node)
+        ]
+        if len(found) == 1:
+            return found[0]
+        known = [row.label for row in (found or self.nodes)]
+        near = known if found else difflib.get_close_matches(label, known, 5) or known[:5]
+        raise UnknownName(f"{len(found) or 'no'} nodes are labelled {label!r}; {', '.join(near)}")
+
+    def script(self, which: str | Row, path: str | Path) -> Path:
+        """Write a program that runs one node on a and b, with its inputs beside it in an .npz file.
+
+        which  a label or a row;  path: of the program, `NAME.py`
+
+        The program exits with 1 where the node is out of bound. What the node reads is computed
+        again here, as it was for the report.
+        """
+        row = self.row(which) if isinstance(which, str) else which
+        if not isinstance(row, Row) or row not in self.nodes:
+            raise DTypeError(f"script takes a node's label or its row, not {which!r}")
+        path = Path(path)
+        if path.suffix != ".py":
+            raise GraphError(f"the script is a NAME.py, with NAME.npz beside it, not {str(path)!r}")
+        self._script(row.node, row.bound or 0.0, path)
+        return path
+
+
+def script_name(label: str) -> str:
+    """A file for the script of a node."""
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in label) + ".py"
+
+
+def _counts(rows: Sequence[Row], what: str) -> str:
+    """`39/41 nodes within their bounds, 1 fail, 1 unsupported`."""
+    counts = Counter(row.status for row in rows)
+    bad = [f"{n} {status}" for status, n in counts.items() if status != "ok"]
+    return ", ".join([f"{counts['ok']}/{len(rows)} {what}s within their bounds", *bad])
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    cells = [("", "op", "size", "NMSE", "bound", "worst element")] if rows else []
+    reasons: set[str] = set()
+    for row in rows:
+        found, numbers = row.found, ("-", "-")
+        if found is None:
+            worst = f"{row.status}: {'as above' if row.why in reasons else row.why}"
+            reasons.add(row.why)
+        else:
+            numbers = f"{found.error:.2g}", f"{found.bound:.2g}"
+            worst = f"{found.at}: {found.got:.9g} for {found.want:.9g}{row.why and f' ({row.why})'}"
+        cells.append((row.label, row.op, row.spec, *numbers, worst))
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return ["  " + "  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in cells]

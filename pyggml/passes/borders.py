@@ -1,0 +1,214 @@
+"""Borders between devices: nodes moved so that less crosses them, and a transfer for what does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from pyggml.backends.base import Backend
+from pyggml.dag import Graph, rebuilt, toposort
+from pyggml.graph import Node, inherit
+from pyggml.ops.leaf import constant_op, input_op, state_op
+from pyggml.ops.views import view, view_op, whole
+from pyggml.passes.states import state_edges
+from pyggml.passes.work import Work
+from pyggml.transfer import transfer
+
+Homes = dict[Node, Backend]
+
+#: Walks over the graph in search of a better place for free nodes; one mostly is enough.
+WALKS = 4
+
+
+def bases(node: Node) -> Iterator[Node]:
+    """What the sources of `node` are, or look at through views."""
+    return (base_of(source) for source in node.src if source is not None)
+
+
+def base_of(node: Node) -> Node:
+    """The node whose values `node` looks at: through views, not through writes."""
+    while node.op.view is not None:
+        assert node.src[0] is not None
+        node = node.src[0]
+    return node
+
+
+# -- what may move ------------------------------------------------------------------------------
+
+
+def fewer_copies(
+    backends: Sequence[Backend],
+    graph: Graph,
+    homes: Mapping[Node, Backend],
+    free: Mapping[Node, Backend],
+) -> Homes:
+    """Homes with nodes that want nothing moved to where the fewest bytes are copied for them.
+
+    free  those nodes, and where each would be for the sake of its sources. They move only between
+          that device, the preferred one and those of their neighbours that are not free
+    """
+    found = dict(homes)
+    rank = {backend: i for i, backend in enumerate(backends)}
+    users: dict[Node, list[Node]] = {node: [] for node in found}
+    for node in graph.nodes:
+        if node in found and not node.op.leaf:
+            for base in bases(node):
+                if base in users:
+                    users[base].append(node)
+    order = [node for node in graph.nodes if node in free]
+    for walk in range(WALKS):
+        moved = False
+        for node in order[:: -1 if walk % 2 else 1]:
+            near = [*users[node], *(b for b in bases(node) if b in found)]
+            ways = {
+                found[node],
+                free[node],
+                backends[0],
+                *(found[n] for n in near if n not in free),
+            }
+            best = min(ways, key=lambda way: (_copied(node, way, found, users), rank[way]))
+            if best is not found[node] and best.supports(node) is None:
+                found[node], moved = best, True
+        if not moved:
+            break
+    return found
+
+
+def _copied(node: Node, way: Backend, homes: Homes, users: Mapping[Node, list[Node]]) -> int:
+    """Bytes that are copied because `node` is on `way`."""
+    total = 0
+    for base in dict.fromkeys(bases(node)):
+        here = base in homes and homes[base].device != way.device and not base.op.leaf
+        if here and not any(homes[u].device == way.device for u in users[base] if u is not node):
+            total += base.spec.nbytes
+    far = {homes[user].device for user in users[node]} - {way.device}
+    return total + len(far) * node.spec.nbytes
+
+
+def leaf_homes(work: Work, graph: Graph, homes: Mapping[Node, Backend]) -> Homes:
+    """Homes of leaves: pinned, where the store has a state, else with the first user."""
+    found: Homes = {}
+
+    def settle(leaf: Node, user: Backend) -> None:
+        if leaf.op.leaf and leaf not in homes and leaf not in found:
+            held = work.settled.get(leaf.attrs["name"]) if leaf.op is state_op else None
+            found[leaf] = held or work.pinned(leaf) or user
+
+    for node in graph.nodes:
+        if node in homes and not node.op.leaf:
+            for base in bases(node):
+                settle(base, homes[node])
+    for node in graph.nodes:  # what only an output looks at
+        settle(node, work.backends[0])
+    return found
+
+
+# -- transfers ----------------------------------------------------------------------------------
+
+
+def cross_borders(work: Work) -> Work:
+    """Every source that is on another device is read from a transfer of it; one each."""
+    if len({backend.device for backend in work.backends}) == 1:
+        return work
+    toposort(work.graph.roots, state_edges(work.graph.nodes))  # while it names the user's nodes
+    maker = _Crossing(work)
+    graph = work.graph
+    for node in graph.nodes:
+        maker.cross(node)
+    outputs = {key: maker.own(node) for key, node in graph.outputs.items()}
+    made = Graph(outputs, [maker.own(node) for node in graph.updates])
+    scores = frozenset(maker.new.get(node, node) for node in work.scores)
+    return replace(work, graph=made, homes=maker.homes, scores=scores)
+
+
+class _Crossing:
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.homes: Homes = {}
+        self.new: dict[Node, Node] = {}
+        self.brought: dict[tuple[Node, str], Node] = {}
+        self.rows = _rows_read(work)
+
+    def cross(self, node: Node) -> None:
+        """Make the new form of a node that is no view; views are made where they are read."""
+        if node.op.view is not None and node.op is not whole:
+            return
+        home = self.work.home(node)
+        src = tuple(None if s is None else self.on(s, home) for s in node.src)
+        self.new[node] = inherit(rebuilt(node, src), node)
+        self.homes[self.new[node]] = home
+
+    def own(self, node: Node) -> Node:
+        """The node on its own device."""
+        return self.on(node, self.work.home(node))
+
+    def on(self, node: Node, backend: Backend) -> Node:
+        """The node as `backend` reads it."""
+        key = node, backend.device
+        if key not in self.brought:
+            if node.op.view is not None and node.op is not whole:
+                assert node.src[0] is not None
+                made = inherit(rebuilt(node, (self.on(node.src[0], backend),)), node)
+                self.homes[made] = backend
+            elif self.work.home(node).device == backend.device:
+                made = self.new[node]
+            else:
+                made = self._transfer(node, backend)
+            self.brought[key] = made
+        return self.brought[key]
+
+    def _transfer(self, node: Node, backend: Backend) -> Node:
+        source = self.new[node]
+        rows = self.rows.get((node, backend.device))
+        axis = _outermost(node)
+        if rows is not None and rows < node.ne[axis]:
+            ne = (*node.ne[:axis], rows, *node.ne[axis + 1 :])
+            source = view(source, ne=ne[: node.spec.rank])
+            self.homes[source] = self.homes[self.new[node]]
+        made = transfer.make(
+            (source,),
+            {"to": backend.place, "resident": self._is_given(node, backend)},
+            source.spec,
+            line=False,
+        )
+        self.homes[made] = backend
+        return made
+
+    def _is_given(self, node: Node, backend: Backend) -> bool:
+        """Whether the store gives a leaf to this device as well. Pinned weights are brought while
+        they are needed, except to the host, where all weights are."""
+        if node.op is constant_op:
+            return self.work.pinned(node) is None or backend.device == "host"
+        return node.op is input_op
+
+
+def _outermost(node: Node) -> int:
+    """The last axis with more than one element: parts along it lie together."""
+    return max((axis for axis in range(4) if node.ne[axis] > 1), default=0)
+
+
+def _rows_read(work: Work) -> dict[tuple[Node, str], int]:
+    """(state or handle, device) -> rows along its outermost axis, from 0, that are read there."""
+    found: dict[tuple[Node, str], int] = {}
+    for node in work.graph.nodes:
+        if node.op.view is not None and node.op is not whole:
+            continue
+        for source in node.src:
+            first = base = source
+            while base is not None and base.op.view is not None and base.op is not whole:
+                first, base = base, base.src[0]
+            if first is None or base is None:
+                continue
+            if base.op is state_op or base.op is whole or base.op.writes is not None:
+                key = base, work.home(node).device
+                found[key] = max(found.get(key, 0), _rows(first, base))
+    return found
+
+
+def _rows(first: Node, base: Node) -> int:
+    """Rows of `base` up to the last one that its view `first` (or it itself) shows."""
+    axis = _outermost(base)
+    if first.op is not view_op or axis == 0:
+        return base.ne[axis]
+    last: int = first.attrs["start"][axis] + (first.ne[axis] - 1) * first.attrs["step"][axis]
+    return last + 1

@@ -1,0 +1,158 @@
+"""Graphs on several devices against the same graph on one, bit for bit."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from itertools import count
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pyggml as gg
+from pyggml import backends, passes
+from pyggml.dag import Graph
+from pyggml.graph import Node
+from pyggml.passes.work import Work
+from pyggml.transfer import origin, transfer
+
+sys.path.append(str(Path(__file__).parent.parent / "plan"))
+from graphs import Grower, inputs_of
+
+PLACES = ("null:0", "null:1", "numpy")
+#: What a null device may refuse; NumPy stands in for it, or the op's meaning.
+REFUSED = ("relu", "add", "mul_mat", "soft_max_ext", "cont", "concat", "fused_up_gate", "multi_add")
+
+
+class Fused(Grower):
+    """A grower that knows ops with a meaning too, and names what it makes."""
+
+    def __init__(self, draw: Any, states: bool) -> None:
+        super().__init__(draw, states)
+        self.count = count()
+
+    def step(self) -> None:
+        before = len(self.nodes)
+        kind = self.draw(st.integers(0, 5))
+        if kind == 1 and self.handles:
+            first, rows = self.draw(st.integers(0, 2)), self.draw(st.integers(1, 3))
+            part = gg.view(self.handles["s"], ne=(4, rows), start=(0, first))
+            self.nodes.append(gg.scale(part, s=0.5))  # a few rows, perhaps on another device
+        elif kind == 0:
+            a = self.pick()
+            weights = [
+                gg.constant(np.linspace(s, 1, 3 * a.ne[0]).reshape(3, -1), type="f32")
+                for s in (-1, -0.5)
+            ]
+            made = gg.fused_up_gate(*weights, a)
+            sums = made.ne[3] == 1 and self.draw(st.booleans())
+            self.nodes.append(gg.multi_add(made) if sums else made)
+        else:
+            super().step()
+        for node in self.nodes[before:]:
+            gg.name(node, f"n{next(self.count)}")
+
+
+@st.composite
+def cases(draw: Any) -> dict[str, Any]:
+    """A graph, places in some order, pins, what null devices refuse, and a pace of their queues."""
+    grower = Fused(draw, states=draw(st.booleans()))
+    for _ in range(draw(st.integers(8, 25))):
+        grower.step()
+    found = [node for node in grower.nodes + grower.old]
+    chosen = draw(st.lists(st.sampled_from(found), min_size=1, max_size=4)) + [grower.nodes[-1]]
+    places = draw(st.permutations(PLACES))
+    patterns = [rf"^n\d*{digit}$" for digit in range(10)] + ["^x0$", "^c$", "^s$"]
+    where = [draw(st.sampled_from((*PLACES, None))) for _ in patterns]
+    pins = {pattern: to for pattern, to in zip(patterns, where) if to is not None}
+    return {
+        "outputs": {f"y{i}": node for i, node in enumerate(chosen)},
+        "updates": grower.updates,
+        "places": places,
+        "pins": pins,
+        "denied": [draw(st.sets(st.sampled_from(REFUSED), max_size=3)) for _ in range(2)],
+        "pace": draw(st.none() | st.integers(0, 9)),
+    }
+
+
+def devices(case: dict[str, Any], stack: ExitStack) -> None:
+    """The null devices as a case wants them, until the stack ends."""
+    for i, denied in enumerate(case["denied"]):
+        device: Any = backends.get("null", i)
+        stack.enter_context(device.denying(*denied))
+        device.queue.pace = None if case["pace"] is None else Random(case["pace"])
+        stack.callback(setattr, device.queue, "pace", None)
+
+
+def looked_at(node: Node) -> Node:
+    while node.op.view is not None and node.src[0] is not None:
+        node = node.src[0]
+    return node
+
+
+def check_splits(plan: gg.Plan) -> None:
+    """Each border is copied once; what a step reads was made before, on its own device."""
+    copied: set[tuple[Node, str]] = set()
+    made = {node for node in plan.graph.nodes if node.op.leaf}
+    made |= {n for n in plan.graph.nodes if n.op is transfer and n.attrs["resident"]}
+    for split in plan.splits:
+        for step in (*split.copies, *split.steps):
+            for read in step.reads:
+                assert looked_at(read) in made
+            if step.node.op is transfer:
+                key = looked_at(origin(step.node)), split.backend.place
+                assert key not in copied
+                copied.add(key)
+            made.update(step.nodes)
+    for before, after in zip(plan.splits, plan.splits[1:]):
+        assert before.backend is not after.backend
+
+
+@settings(max_examples=250)
+@given(cases())
+def test_several_devices_give_the_bits_of_one(case: dict[str, Any]) -> None:
+    outputs, updates = case["outputs"], case["updates"]
+    with ExitStack() as stack:
+        devices(case, stack)
+        try:
+            plan = gg.compile(outputs, updates=updates, backends=case["places"], pins=case["pins"])
+        except (gg.GraphError, gg.UnsupportedOp) as error:
+            assert "pinned" in str(error)  # a pin where it cannot be kept
+            return
+        check_splits(plan)
+        work = Work(
+            Graph(outputs, updates),
+            tuple(backends.get(*place(p)) for p in case["places"]),
+            tuple(plan._work.pins),
+        )
+        expanded = passes.assign_ops(passes.protect_outputs(work)).graph
+        feed = inputs_of(Graph(outputs, updates).nodes)
+        runs = [plan.run(feed) for _ in range(2)]
+        states = {n.attrs["name"] for n in plan.graph.nodes if n.op.name == "state"}
+        kept = {name: plan.store.read(name) for name in states}
+        # Another plan of the store, for which only the states stay where they are.
+        again = gg.compile(
+            outputs, updates=updates, backends=case["places"][::-1], store=plan.store
+        )
+        check_splits(again)
+        runs.append(again.run(feed))
+    alone = gg.compile(expanded.outputs, updates=expanded.updates)
+    wanted = [alone.run(feed) for _ in range(2)]
+    for got, want in zip(runs, wanted):
+        for key in want:
+            np.testing.assert_array_equal(got[key].view(np.uint8), want[key].view(np.uint8), key)
+    for name, array in kept.items():
+        np.testing.assert_array_equal(array, alone.store.read(name))
+    plain = gg.compile(outputs, updates=updates)
+    for got in runs:
+        for key, want in plain.run(feed).items():
+            np.testing.assert_allclose(got[key], want, rtol=1e-4, atol=1e-5)
+
+
+def place(text: str) -> tuple[str, int]:
+    name, _, index = text.partition(":")
+    return name, int(index or 0)

@@ -1,0 +1,184 @@
+"""The program that a report writes for one node, and the command on a model's file."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from two_places import B, Host, Model, run_here, scaled, values
+
+import pyggml as gg
+from pyggml.cli import main
+from pyggml.parity.case import Case, build
+from pyggml.parity.cases import cases
+
+# -- the script ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("op", "label"), [("mul_mat", "kq"), ("soft_max_ext", "p"), ("set_rows", "rows")]
+)
+def test_the_script_shows_the_same_error(
+    model: Model, host: Host, tmp_path: Path, op: str, label: str
+) -> None:
+    host.wrong[op] = scaled(1.001)
+    report = model.on()
+    path = report.script(label, tmp_path / "one.py")
+    status, space = run_here(path)
+    assert status == 1 and space["found"] == report.row(label).found
+    host.wrong.clear()
+    assert run_here(path)[0] == 0
+
+
+def test_the_script_runs_from_any_folder(model: Model, tmp_path: Path) -> None:
+    report = model.on()
+    (tmp_path / "elsewhere").mkdir()
+    path = report.script(report.row("rows"), tmp_path / "rows.py")
+    done = subprocess.run(
+        [sys.executable, str(path)], cwd=tmp_path / "elsewhere", capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"numpy and {B}: NMSE 0 within 0")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["elsewhere", "rows.npz", "rows.py"]
+
+
+def test_wrong_scripts(model: Model, tmp_path: Path) -> None:
+    report = model.on()
+    with pytest.raises(gg.GraphError, match=r"NAME\.py"):
+        report.script("kq", tmp_path / "kq.npz")
+    with pytest.raises(gg.UnknownName, match=r"no nodes are labelled 'kqq'; .*kq"):
+        report.script("kqq", tmp_path / "kq.py")
+    with pytest.raises(gg.DTypeError, match="a node's label or its row"):
+        report.script(report.outputs[0], tmp_path / "kq.py")
+
+    @gg.op
+    def homemade(a: gg.Node) -> gg.Spec:
+        return a.spec
+
+    x = gg.input("x", ne=(3,))
+    wrong = gg.parity({"y": homemade(x)}, "numpy", B, {"x": [1, 2, 3]})
+    with pytest.raises(gg.GraphError, match="cannot import the op homemade"):
+        wrong.script(wrong.nodes[0], tmp_path / "homemade.py")
+
+
+OWN = """
+import numpy as np
+import pyggml as gg
+from pyggml.backends.numpy import kernel
+
+@gg.op
+def doubled(a: gg.Node) -> gg.Spec:
+    return a.spec
+
+@kernel(doubled)
+def _(out, a):
+    np.multiply(a, 2, out=out)
+"""
+
+
+def test_an_op_of_ones_own_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_ops_of_mine.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = import_module("own_ops_of_mine")
+    y = gg.scale(own.doubled(gg.view(gg.input("x", ne=(4, 3)), ne=(2, 3))), s=0.5)
+    report = gg.parity({"y": y}, "numpy", B, {"x": values((3, 4))})
+    path = report.script(report.nodes[0], tmp_path / "doubled.py")
+    assert report and "from own_ops_of_mine import doubled\n" in path.read_text()
+    status, space = run_here(path)
+    assert status == 0 and space["a"].shape == (3, 2) and space["found"] == report.nodes[0].found
+
+
+def test_every_op_can_be_said_in_a_script(tmp_path: Path) -> None:
+    """The first case of each op, sources in layouts: its script builds the same node and passes."""
+    chosen: dict[tuple[str, bool], Case] = {}
+    for case in cases():
+        small = all(s is None or np.prod(s.ne) < 5000 for s in case.sources)
+        node = build(case, values=False).node
+        if small and node.op.view is None:
+            strided = any(s is not None and s.layout for s in case.sources)
+            chosen.setdefault((case.op, strided), case)
+    assert len({op for op, _ in chosen}) >= 40
+    for case in chosen.values():
+        built = build(case)
+        report = gg.parity({"y": built.node}, "numpy", B, built.inputs, states=built.states)
+        assert report, f"{case}\n{report}"
+        status, space = run_here(report.script(report.nodes[-1], tmp_path / "case.py"))
+        assert status == 0 and repr(space["found"]) == repr(report.nodes[-1].found), case
+
+
+# -- the module and the command -----------------------------------------------------------------
+
+
+def test_the_package_is_a_function_and_stays_a_package() -> None:
+    code = (
+        "import sys, pyggml as gg; assert 'pyggml.parity' not in sys.modules\n"
+        "import pyggml.parity.case; from pyggml import parity; from pyggml.parity import grid\n"
+        "x = gg.input('x', ne=(3,)); call = gg.parity\n"
+        "assert call({'y': gg.relu(x)}, 'numpy', 'numpy', {'x': [1, -1, 0]})\n"
+        "import pyggml.parity.tolerance\n"
+        "assert parity is gg.parity is sys.modules['pyggml.parity']\n"
+        "assert gg.parity.case is pyggml.parity.case and gg.parity.grid is grid"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = str(tmp_path_factory.mktemp("model") / "tiny.gguf")
+    assert main(["synth", path, "--preset", "tiny", "--layers", "2"]) == 0
+    return path
+
+
+@pytest.mark.parametrize(
+    "options", ["", "-mla 0 -fa off", "-mla 3 -fa -ctk bf16", "-mla 2 -fa off"], ids=str
+)
+def test_a_model(tiny: str, capsys: Any, options: str) -> None:
+    assert main(["parity", "-m", tiny, "-c", "24", "-ub", "5", *options.split()]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("numpy and null: ") and "fail" not in out
+    assert main(["parity", "-m", tiny, "-c", "24", "-ub", "5", *options.split(), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["ok"] and told["first"] is None
+    labels = {row["label"] for row in told["nodes"]}
+    assert {"attn_out-0", "attn_out-1", "l_out-1"} < labels
+    assert ("kq-1" in labels) == ("off" in options)
+
+
+def test_a_model_with_a_wrong_kernel(tiny: str, host: Host, capsys: Any, tmp_path: Path) -> None:
+    host.wrong["rope_ext"] = scaled(1.01)
+    words = ["parity", "-m", tiny, "--a", "numpy", "--b", B, "-ub", "3", "-c", "8"]
+    assert main(words) == 1
+    out = capsys.readouterr().out
+    assert "first: " in out and "rope_ext" in out and "models/deepseek2.py:" in out
+    assert "--script " in out
+    script = tmp_path / "k_pe.py"
+    assert main([*words, "--script", "k_pe-1", "--out", str(script), "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert {row["op"] for row in told["nodes"] if row["status"] == "fail"} == {"rope_ext"}
+    assert script.exists() and script.with_suffix(".npz").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["-m", "TINY", "-o", "relu"], "--op does not go with a model"),
+        (["--script", "kq-0"], "--script goes only with a model"),
+        (["-c", "64"], "-c goes only with a model"),
+        (["-m", "TINY", "-ub", "200"], "does not fit in -c 128 rows"),
+        (["-m", "TINY", "-ctk", "q3"], "q3"),
+        (["-m", "TINY", "--b", "abacus"], "no backend 'abacus'"),
+        (["-m", "TINY", "-c", "8", "-ub", "1", "--script", "kq"], "no nodes are labelled 'kq'"),
+        (["-m", "missing.gguf"], "No such file"),
+    ],
+)
+def test_errors_are_one_line(tiny: str, capsys: Any, words: list[str], why: str) -> None:
+    assert main(["parity", *(tiny if w == "TINY" else w for w in words)]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("pyggml: error: ") and why in err and err.count("\n") == 1

@@ -1,0 +1,97 @@
+"""A place whose kernels can be made wrong, and a graph to find that out with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pyggml as gg
+from pyggml.backends.numpy.backend import NumpyBackend
+from pyggml.backends.numpy.table import KERNELS
+from pyggml.parity.report import Report, Row
+
+B = "null:7"
+
+
+class Host(NumpyBackend):
+    """NumPy for a null device, with some kernels wrong and another class of numbers."""
+
+    def __init__(self) -> None:
+        self.wrong: dict[str, Callable[..., None]] = {}
+        self.classes: dict[str, str] = {}
+
+    def bind(self, *args: Any) -> Any:
+        right = dict(KERNELS)
+        try:
+            for name, spoil in self.wrong.items():
+                op = getattr(gg, name)
+                KERNELS[op] = replace(right[op], run=_then(right[op].run, spoil))
+            return super().bind(*args)
+        finally:
+            KERNELS.update(right)
+
+    def numeric(self, node: gg.Node) -> str:
+        return self.classes.get(node.op.name, "f32")
+
+
+def _then(right: Callable[..., None], spoil: Callable[..., None]) -> Callable[..., None]:
+    def run(out: Any, *sources: Any, **attrs: Any) -> None:
+        right(out, *sources, **attrs)
+        spoil(out)
+
+    return run
+
+
+def scaled(by: float) -> Callable[..., None]:
+    return lambda out: np.multiply(out, by, out=out)
+
+
+def values(shape: tuple[int, ...], seed: int = 0) -> Any:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+class Model:
+    """A small graph: a product with blocks, a state written and read, scores, an output seen."""
+
+    def __init__(self) -> None:
+        w = gg.constant(values((32, 64), 1) / 8, type="q8_0", name="w")
+        x = gg.input("x", ne=(64, 5))
+        self.cache = gg.state("cache", "f16", ne=(32, 12))
+        ids = gg.input("ids", "i32", ne=(5,))
+        h = gg.name(gg.mul_mat(w, x), "h")
+        old = gg.name(gg.mul_mat(gg.view(self.cache, ne=(32, 4)), h), "old")
+        self.rows = gg.name(gg.set_rows(self.cache, h, ids), "rows")
+        kq = gg.name(gg.mul_mat(gg.view(self.rows, ne=(32, 12)), gg.silu(h)), "kq")
+        p = gg.name(gg.soft_max_ext(kq, scale=0.1), "p")
+        v = gg.name(gg.cont(gg.transpose(self.rows)), "v")
+        y = gg.name(gg.add(gg.mul_mat(v, p), h), "y")
+        self.outputs = {"y": gg.transpose(y), "old": old}
+        self.inputs = {"x": values((5, 64)), "ids": [3, 1, 11, 6, 0]}
+        self.states = {"cache": values((12, 32), 2)}
+
+    def on(self, b: str = B, a: str = "numpy") -> Report:
+        return gg.parity(self.outputs, a, b, self.inputs, states=self.states)
+
+
+def bad(report: Report) -> list[str]:
+    return [row.label for row in report.rows if row.status != "ok"]
+
+
+def at(row: Row) -> tuple[int, ...]:
+    """Where the worst element is."""
+    assert row.found is not None and row.found.at is not None
+    return row.found.at
+
+
+def run_here(path: Path) -> tuple[int, dict[str, Any]]:
+    """Status and names of a script run in this process, wrong kernels and all."""
+    code = compile(path.read_text(), str(path), "exec")
+    space: dict[str, Any] = {"__file__": str(path), "__name__": "__main__"}
+    with pytest.raises(SystemExit) as stop:
+        exec(code, space)
+    return int(stop.value.code or 0), space
