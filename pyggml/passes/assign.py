@@ -7,6 +7,7 @@ was made. Where that device lacks the op, the op's meaning runs there before it 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from pyggml.backends.base import Backend
@@ -170,18 +171,8 @@ class _Assigner:
             return node
         if node.op.meaning is None:
             raise _Refused(reason)
-        done = {s: s for s in node.src if s is not None}
-
-        def settle(part: Node) -> Node:
-            if part not in done:
-                src = tuple(None if s is None else settle(s) for s in part.src)
-                new = rebuilt(stand_at(part, node), src)
-                simple = new.op.leaf or new.op.view is not None
-                done[part] = inherit(new if simple else self._on(new, backend), part)
-            return done[part]
-
         try:
-            meant = settle(_meaning(node))
+            meant = _in_parts(node, lambda part, _: self._on(part, backend))
         except _Refused as refused:
             raise _Refused(f"{reason}, and its meaning in simpler ops: {refused}") from None
         self.expanded.append(Expanded(label_of(node), node.op.name, backend.place, reason))
@@ -189,25 +180,17 @@ class _Assigner:
 
     def _scattered(self, node: Node, wanted: Backend, refusals: list[str], fixed: bool) -> Node:
         """The meaning with each part where it can run; UnsupportedOp where one can run nowhere."""
+        if node.op.writes is not None and self.work.pinned(root_of(node)) is None:
+            reasons = ((b.place, b.supports(node)) for b in self.work.backends)
+            refusals = [f"{place}: {reason}" for place, reason in reasons if reason is not None]
         told = "; ".join(refusals)
         if fixed or node.op.meaning is None:
-            why = (
-                "it is pinned there or writes a state that is"
-                if fixed
-                else (f"{node.op.name} has no meaning in simpler ops")
-            )
+            why = f"{node.op.name} has no meaning in simpler ops"
+            if fixed:
+                why = "it is pinned there, or writes a state that is there"
             raise UnsupportedOp(f"no place runs {node!r} (at {line_of(node)}): {told}; {why}")
-        done = {s: s for s in node.src if s is not None}
-
-        def settle(part: Node) -> Node:
-            if part not in done:
-                src = tuple(None if s is None else settle(s) for s in part.src)
-                new = self._settled(rebuilt(stand_at(part, node), src), part)
-                done[part] = inherit(new, part)
-            return done[part]
-
         try:
-            meant = settle(_meaning(node))
+            meant = _in_parts(node, self._settled)
         except UnsupportedOp as error:
             raise UnsupportedOp(f"no place runs {node!r} (at {line_of(node)}): {error}") from None
         self.expanded.append(Expanded(label_of(node), node.op.name, wanted.place, told))
@@ -219,7 +202,8 @@ def _is_weight(leaf: Node) -> bool:
     return leaf.op is constant_op and leaf.spec.elements > leaf.ne[0]
 
 
-def _meaning(node: Node) -> Node:
+def _in_parts(node: Node, settle: Callable[[Node, Node], Node]) -> Node:
+    """The meaning of `node`, every op in it put through `settle(op, as it was before)`."""
     assert node.op.meaning is not None
     meant = node.op.meaning(*node.src, **node.attrs)
     if meant.spec != node.spec:
@@ -227,4 +211,14 @@ def _meaning(node: Node) -> Node:
             f"{node!r} (at {line_of(node)}): the meaning of {node.op.name} gives {meant.spec}, "
             f"its shape rule {node.spec}"
         )
-    return meant
+    done = {s: s for s in node.src if s is not None}
+
+    def visit(part: Node) -> Node:
+        if part not in done:
+            src = tuple(None if s is None else visit(s) for s in part.src)
+            new = rebuilt(stand_at(part, node), src)
+            simple = new.op.leaf or new.op.view is not None
+            done[part] = inherit(new if simple else settle(new, part), part)
+        return done[part]
+
+    return visit(meant)

@@ -148,7 +148,7 @@ class _Crossing:
         if key not in self.brought:
             if node.op.view is not None and node.op is not whole:
                 assert node.src[0] is not None
-                made = inherit(rebuilt(node, (self.on(node.src[0], backend),)), node)
+                made = inherit(self._view(node, self.on(node.src[0], backend)), node)
                 self.homes[made] = backend
             elif self.work.home(node).device == backend.device:
                 made = self.new[node]
@@ -157,20 +157,28 @@ class _Crossing:
             self.brought[key] = made
         return self.brought[key]
 
+    def _view(self, node: Node, source: Node) -> Node:
+        """The view `node` over `source`, which may be a transfer of the rows that are read."""
+        first, _ = self.rows.get((node.src[0], self.homes[source].device), (0, 0))
+        if source.op is not transfer or first == 0:
+            return rebuilt(node, (source,))
+        assert node.src[0] is not None
+        start = list(node.attrs["start"])
+        start[_outermost(node.src[0])] -= first
+        return view_op.make((source,), {**node.attrs, "start": tuple(start)}, node.spec, line=False)
+
     def _transfer(self, node: Node, backend: Backend) -> Node:
         source = self.new[node]
-        rows = self.rows.get((node, backend.device))
         axis = _outermost(node)
-        if rows is not None and rows < node.ne[axis]:
-            ne = (*node.ne[:axis], rows, *node.ne[axis + 1 :])
-            source = view(source, ne=ne[: node.spec.rank])
+        first, last = self.rows.get((node, backend.device), (0, node.ne[axis]))
+        if last - first < node.ne[axis]:
+            ne, start = list(node.ne), [0, 0, 0, 0]
+            ne[axis], start[axis] = last - first, first
+            source = view(source, ne=ne[: node.spec.rank], start=start)
             self.homes[source] = self.homes[self.new[node]]
-        made = transfer.make(
-            (source,),
-            {"to": backend.place, "resident": self._is_given(node, backend)},
-            source.spec,
-            line=False,
-        )
+        given = self._is_given(node, backend)
+        attrs = {"to": backend.place, "resident": given}
+        made = transfer.make((source,), attrs, source.spec, line=False)
         self.homes[made] = backend
         return made
 
@@ -187,28 +195,29 @@ def _outermost(node: Node) -> int:
     return max((axis for axis in range(4) if node.ne[axis] > 1), default=0)
 
 
-def _rows_read(work: Work) -> dict[tuple[Node, str], int]:
-    """(state or handle, device) -> rows along its outermost axis, from 0, that are read there."""
-    found: dict[tuple[Node, str], int] = {}
+def _rows_read(work: Work) -> dict[tuple[Node | None, str], tuple[int, int]]:
+    """(node, device) -> the rows along its outermost axis, from and to, that are read there."""
+    found: dict[tuple[Node | None, str], tuple[int, int]] = {}
     for node in work.graph.nodes:
         if node.op.view is not None and node.op is not whole:
             continue
+        device = work.home(node).device
         for source in node.src:
             first = base = source
             while base is not None and base.op.view is not None and base.op is not whole:
                 first, base = base, base.src[0]
-            if first is None or base is None:
+            if first is None or base is None or base.op in (constant_op, input_op):
                 continue
-            if base.op is state_op or base.op is whole or base.op.writes is not None:
-                key = base, work.home(node).device
-                found[key] = max(found.get(key, 0), _rows(first, base))
+            low, high = _rows(first, base)
+            before = found.get((base, device), (low, high))
+            found[base, device] = min(low, before[0]), max(high, before[1])
     return found
 
 
-def _rows(first: Node, base: Node) -> int:
-    """Rows of `base` up to the last one that its view `first` (or it itself) shows."""
+def _rows(first: Node, base: Node) -> tuple[int, int]:
+    """Rows of `base` from the first to the last one that its view `first` (or it itself) shows."""
     axis = _outermost(base)
     if first.op is not view_op or axis == 0:
-        return base.ne[axis]
-    last: int = first.attrs["start"][axis] + (first.ne[axis] - 1) * first.attrs["step"][axis]
-    return last + 1
+        return 0, base.ne[axis]
+    start, step = first.attrs["start"][axis], first.attrs["step"][axis]
+    return start, start + (first.ne[axis] - 1) * step + 1
