@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo test test-oracle lint bench clean
+.PHONY: setup demo test test-oracle lint kernels bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -31,6 +31,11 @@ lint: $(STAMP)  ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+ARCHS ?= 90a,89,80,100a,120a
+kernels: $(STAMP)  ## compile every CUDA kernel, with no GPU; fails where a hot one spills
+	$(BIN)/python -m pip install -q -e ".[kernels]"
+	$(BIN)/python tools/compile_kernels.py -a $(ARCHS) --quiet
 
 bench: $(STAMP)  ## benchmarks against NumPy, into benchmarks/results/
 	$(BIN)/python benchmarks/run.py

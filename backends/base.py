@@ -75,7 +75,6 @@ class Step:
     scratch  bytes it needs while it runs; for a loop the larger of its bodies' arenas
     inplace  sources whose memory the result may take over
     strided  whether the result may be a strided part of a larger tensor
-    sync     whether the host must wait for it
     layout   for a step that brings a weight from the host: how it is kept while it is needed
     """
 
@@ -85,7 +84,6 @@ class Step:
     scratch: int = 0
     inplace: tuple[Node, ...] = ()
     strided: bool = True
-    sync: bool = False
     loop: Loop | None = None
     bodies: tuple[BodyPlan, ...] = ()
     layout: WeightLayout | None = None

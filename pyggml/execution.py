@@ -35,7 +35,9 @@ class Execution:
             count += len(split.steps)
             arena = arenas[split.backend.device]
             self.runners.append(split.backend.bind(split.steps, at, arena, starts))
-        self.backends = work.backends  # one without a split may have an upload in its queue
+        # One without a split may have an upload in its queue; one with neither need not exist.
+        used = [split.backend for split in self.splits] + [work.home(n) for n in work.leaves]
+        self.backends = tuple(dict.fromkeys(used))
         self.waited = {i for split in self.splits for i in split.waits}
         self.spared = {i for split in self.splits for i in split.spares}
 

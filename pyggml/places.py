@@ -41,6 +41,6 @@ def parse(text: str) -> Place:
         raise DeviceError(f"{text!r} is no place; the form is NAME[:INDEX][:SIZE], cuda:0:24GiB")
     size = found["size"]
     nbytes = int(float(size) * _UNITS[found["unit"]]) if size else None
-    made = Place(found["name"], int(found["index"] or 0), nbytes)
-    assert made.backend  # raises where there is none
-    return made
+    name, index = found["name"], int(found["index"] or 0)
+    backends.get(name, index)  # raises where there is none
+    return Place(name, index, nbytes)

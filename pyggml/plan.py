@@ -238,12 +238,10 @@ def compile(
     if not isinstance(store, Store):
         raise DTypeError(f"store= takes a Store, not {store!r}")
     graph = _observed(Graph(outputs, updates), observe)
-    settled = {
-        n.attrs["name"]: store.homes.get(n.attrs["name"]) for n in graph.nodes if n.op is state_op
-    }
-    held = {name: home for name, home in settled.items() if home is not None}
-    every = tuple(dict.fromkeys((*(p.backend for p in devices), *held.values())))
-    begin = Work(graph, every, patterns, held)
+    given = tuple(place.backend for place in devices)
+    _check_pins(graph, patterns)
+    begin = Work(graph, given, patterns)
+    begin = replace(begin, settled=_settled(begin, store))
     plain = passes.run(begin)
     work = plain
     if budget is not None:
@@ -256,7 +254,7 @@ def compile(
     memory = Memory.of(work, plain, needs, sizes)
     for need in needs:
         if need.node.op is state_op and not sizes:
-            store.homes[need.node.attrs["name"]] = need.backend
+            store.planned[need.node.attrs["name"]] = need.backend
     return Plan(work, store, needs, memory, ", ".join(map(str, devices)) if sizes else "")
 
 
@@ -294,6 +292,37 @@ def _places(
         except (re.error, TypeError) as error:
             raise DTypeError(f"pins: {pattern!r} is no regular expression: {error}") from None
     return tuple(found.values()), tuple(patterns)
+
+
+def _settled(work: Work, store: Store) -> dict[str, Backend]:
+    """Where states are in the store, or, unless pinned, where an earlier plan wants them."""
+    found = {}
+    for state in work.graph.nodes:
+        if state.op is not state_op:
+            continue
+        name = state.attrs["name"]
+        home, meant = store.homes.get(name), store.planned.get(name)
+        if home is not None and home not in work.backends:
+            raise GraphError(
+                f"the state {name!r} is on {home.place} in this store, which is none of the places "
+                f"{', '.join(b.place for b in work.backends)}: add it to backends="
+            )
+        if home is None and meant in work.backends and work.pinned(state) is None:
+            home = meant
+        if home is not None:
+            found[name] = home
+    return found
+
+
+def _check_pins(graph: Graph, pins: Pins) -> None:
+    """A warning for pins that match no label: they may be meant for another model."""
+    known = {label for node in graph.nodes for label in labels(node)} if pins else set()
+    for pattern, backend in pins:
+        if not any(map(pattern.search, known)):
+            warnings.warn(
+                f"the pin {pattern.pattern!r} to {backend.place} matches no label of this graph",
+                stacklevel=3,
+            )
 
 
 def _observed(graph: Graph, patterns: Iterable[str]) -> Graph:

@@ -178,7 +178,7 @@ class Profile:
         for step, time in zip(steps, seconds):
             costs = [cost_of(node) for node in step.nodes]
             flops, nbytes = sum(c.flops for c in costs), sum(c.nbytes for c in costs)
-            rows.append(Timing(label_of(step.node), step.node.op.name, time, flops, nbytes))
+            rows.append(Timing(label_of(origin(step.node)), step.node.op.name, time, flops, nbytes))
         return Profile(tuple(rows))
 
     @property

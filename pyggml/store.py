@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pyggml.backends.base import Address, Backend, Buffer, WeightLayout
 from pyggml.dtypes import DType
-from pyggml.errors import DTypeError, GraphError, ShapeError, UnknownName
+from pyggml.errors import DTypeError, GraphError, OutOfMemoryError, ShapeError, UnknownName
 from pyggml.graph import Node, Spec
 from pyggml.ops.leaf import constant_op, data_of, state_op
 from pyggml.quants import decode_rows, encode_rows
@@ -53,7 +53,8 @@ class Store:
         self.arenas: dict[str, Arena] = {}  # by device
         self.generation = 0  # grows when an arena moves: bound plans then bind again
         self.bound: WeakSet[Any] = WeakSet()  # plans that hold arenas
-        self.homes: dict[str, Backend] = {}  # of states, by name, from the first plan that has them
+        self.homes: dict[str, Backend] = {}  # of states, by name, from the first plan bound
+        self.planned: dict[str, Backend] = {}  # where plans that are not bound yet want them
         self._weights: dict[tuple[str | Node, str, str], tuple[Node, Address]] = {}
         self._states: dict[str, tuple[Spec, Address]] = {}
         self._inputs: dict[tuple[str, Spec, str], Address] = {}
@@ -79,10 +80,10 @@ class Store:
                 raise GraphError(f"the store holds other values under the weight {key!r}")
 
     def reserve(self, needs: Iterable[Need], arenas: Mapping[Backend, int]) -> dict[Node, Address]:
-        """Memory for all leaves, and arenas of these sizes; on failure nothing has changed."""
+        """Memory for all leaves, and arenas of these sizes; on failure no leaf has any."""
         needs = tuple(needs)
         self.check(need.node for need in needs)
-        weights, states, inputs = {}, {}, {}
+        weights, states, inputs, homes = {}, {}, {}, {}
         found: dict[Node, Address] = {}
         for need in needs:
             leaf, backend = origin(need.node), need.backend
@@ -97,27 +98,49 @@ class Store:
             elif leaf.op is state_op:
                 if key not in self._states:
                     states[key] = spec, Address(backend.alloc(spec.nbytes), 0, spec.nb)
+                    homes[key] = backend
+                elif self.homes[key].device != backend.device:
+                    raise GraphError(
+                        f"this plan has the state {key!r} on {backend.place}, and a plan that was "
+                        f"bound first put it on {self.homes[key].place}; compile this one again"
+                    )
                 found[need.node] = (self._states.get(key) or states[key])[1]
             else:
                 slot = (key, spec, backend.device)
                 if slot not in self._inputs:
                     inputs[slot] = Address(backend.alloc(spec.nbytes), 0, spec.nb)
                 found[need.node] = self._inputs.get(slot) or inputs[slot]
-        grown = {
-            backend.device: Arena(backend.alloc(nbytes), nbytes)
-            for backend, nbytes in arenas.items()
-            if backend.device not in self.arenas or nbytes > self.arenas[backend.device].nbytes
-        }
-        if grown:
-            self.arenas.update(grown)
-            self.generation += 1
-            for plan in tuple(self.bound):  # or the old arenas would live as long as they do
-                plan.release()
-            self.bound.clear()
+        grown = {backend.device: self._grown(backend, n) for backend, n in arenas.items()}
+        self.arenas.update((device, arena) for device, arena in grown.items() if arena is not None)
+        if any(arena is not None for arena in grown.values()):
+            self._release()  # or the old arenas would live as long as the plans do
         self._weights.update(weights)
         self._states.update(states)
+        self.homes.update(homes)
         self._inputs.update(inputs)
         return found
+
+    def _grown(self, backend: Backend, nbytes: int) -> Arena | None:
+        """An arena of this size where the present one is smaller. Where there is no room for both,
+        the present one is given up first: it holds nothing between runs."""
+        held = self.arenas.get(backend.device)
+        if held is not None and held.nbytes >= nbytes:
+            return None
+        try:
+            return Arena(backend.alloc(nbytes), nbytes)
+        except OutOfMemoryError:
+            if held is None:
+                raise
+        del self.arenas[backend.device], held
+        self._release()
+        return Arena(backend.alloc(nbytes), nbytes)
+
+    def _release(self) -> None:
+        """Let bound plans bind again at their next run."""
+        self.generation += 1
+        for plan in tuple(self.bound):
+            plan.release()
+        self.bound.clear()
 
     # -- for users ----------------------------------------------------------------------------
 

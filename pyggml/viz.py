@@ -31,7 +31,7 @@ def dot(what: Graph | Plan, name: str = "graph") -> str:
 class _Drawing:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.stands: dict[Node, Node] = {}  # node of a repeated part -> its like in the first one
+        self.stands: dict[Node, Node] = {}  # step of a repeated part -> its like in the first one
         self.times: dict[Node, int] = {}
 
     def fold(self, plan: Plan) -> None:
@@ -47,21 +47,19 @@ class _Drawing:
                     continue
                 self.times[first.step.node] = fold.times
                 if row is not first:
-                    self._pair(row.step.node, first.step.node)
+                    self.stands[row.step.node] = first.step.node
 
-    def _pair(self, node: Node, first: Node) -> None:
-        """Let `first` stand for `node`, and what it alone reads for what the other reads."""
-        if node is first or node in self.stands:
-            return
-        self.stands[node] = first
-        for a, b in zip(node.src, first.src):
-            if a is None or b is None or a.op is not b.op:
-                continue
-            if a.op.view is not None or is_resident(a):
-                self._pair(a, b)
+    def _shown(self) -> list[Node]:
+        """Steps that nothing stands for, and the leaves and views that they read."""
+        read: set[Node] = set(self.graph.roots)
+        for node in reversed(self.graph.nodes):
+            passive = node.op.view is not None or is_resident(node)
+            if node not in self.stands and (node in read or not passive):
+                read |= {node, *(s for s in node.src if s is not None)}
+        return [node for node in self.graph.nodes if node in read and node not in self.stands]
 
     def lines(self, what: Graph | Plan) -> list[str]:
-        shown = [node for node in self.graph.nodes if node not in self.stands]
+        shown = self._shown()
         index = {node: f"n{i}" for i, node in enumerate(shown)}
         lines = ['  node [fontname="monospace", fontsize=10, style=filled];']
         boxes = _boxes(what)

@@ -42,8 +42,8 @@ class NullDevice:
 
     @contextmanager
     def denying(self, *ops: str) -> Iterator[None]:
-        """Inside the context the device refuses these ops."""
-        before, self.denied = self.denied, frozenset(ops)
+        """Inside the context the device refuses these ops too."""
+        before, self.denied = self.denied, self.denied | frozenset(ops)
         try:
             yield
         finally:

@@ -14,6 +14,7 @@ from pyggml.backends.numpy.table import KERNELS, Array, Packed, Scratch
 from pyggml.errors import PyggmlError
 from pyggml.graph import Node, Spec, label_of, line_of
 from pyggml.loop import Chain, Shift
+from pyggml.transfer import origin
 
 Call = Callable[[], None]
 
@@ -89,7 +90,7 @@ def _manners() -> Iterator[None]:
 
 def _named(error: Exception, node: Node) -> Exception:
     """A kernel's complaint with the node and the line that built it; others get them as a note."""
-    sources = ", ".join(label_of(s) for s in node.src if s is not None)
+    sources = ", ".join(label_of(origin(s)) for s in node.src if s is not None)
     what, where = f"{node.op.name}({sources})", f"at {line_of(node)}"
     if isinstance(error, PyggmlError):
         error.args = (f"{what}: {error}; {where}", *error.args[1:])

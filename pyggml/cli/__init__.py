@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from pyggml.errors import PyggmlError
 
 COMMANDS = {
+    "doctor": "what each backend finds on this machine, and what mends what is missing",
     "graph": "how a model's graph runs: splits, copies, steps and memory",
     "info": "keys and tensors of a GGUF file",
     "parity": "compare every op of a backend with its float64 statement",

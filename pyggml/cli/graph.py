@@ -49,9 +49,14 @@ def run(args: argparse.Namespace) -> int:
 def pins_of(words: list[str]) -> dict[str, str]:
     """`regex=PLACE[,regex=PLACE..]`, the first match counts."""
     pins: dict[str, str] = {}
-    for word in (part for words_ in words for part in words_.split(",")):
-        pattern, equal, place = word.rpartition("=")
-        if not equal or not pattern:
+    for word in words:
+        rest = ""
+        for part in word.split(","):
+            rest += part  # a comma before the = belongs to the expression
+            pattern, equal, place = rest.rpartition("=")
+            if equal and pattern:
+                pins.setdefault(pattern, place)
+            rest = "" if equal else rest + ","
+        if rest:
             raise DTypeError(f"-ot {word!r}: it takes REGEX=PLACE, such as exps=numpy")
-        pins.setdefault(pattern, place)
     return pins

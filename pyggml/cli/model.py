@@ -11,9 +11,10 @@ from pyggml.errors import ShapeError
 from pyggml.gguf import GGUFFile
 from pyggml.graph import Node
 from pyggml.models.config import DeepSeek2Config
-from pyggml.models.deepseek2 import AttentionOptions, Cache, Layer, attention, norm
+from pyggml.models.deepseek2 import AttentionOptions, Cache, Layer
+from pyggml.models.feed_forward import layer_output
 from pyggml.models.tensors import check_tensors
-from pyggml.ops import add, causal_mask, input
+from pyggml.ops import causal_mask, input
 from pyggml.parity.alone import Array
 
 #: -mla: the form of attention, by ik_llama.cpp's numbers. Theirs takes 2 and 3 as 1 for less than
@@ -39,6 +40,8 @@ def add_options(parser: argparse._ArgumentGroup) -> None:
         help="flash attention (default: on)")  # fmt: skip
     add("-mla", type=int, choices=range(len(FORMS)), default=1,
         help="attention: 0 standard, 1 latent, 2 or 3 expanded if -fa (default: 1)")  # fmt: skip
+    add("-fmoe", choices=("on", "off"), nargs="?", const="on", default="on",
+        help="up, gate and activation of experts as one op (default: on)")  # fmt: skip
     add("--seed", type=int, metavar="N", default=0, help="of random inputs (default: 0)")
 
 
@@ -50,7 +53,7 @@ def count(text: str) -> int:
 
 
 def model_graph(file: GGUFFile, args: argparse.Namespace) -> ModelGraph:
-    """x + attention(norm(x)), layer after layer, for -ub tokens that fill a cache of -c rows.
+    """Layer after layer, for -ub tokens that fill a cache of -c rows.
 
     The rows before them, and x, are random numbers of the seed.
     """
@@ -69,8 +72,7 @@ def model_graph(file: GGUFFile, args: argparse.Namespace) -> ModelGraph:
     states: dict[str, Array] = {}
     for il in range(config.n_layer):
         layer, cache = Layer.of(file, config, il), Cache.of(config, options, args.c, il)
-        made = attention(norm(layer, y, "attn_norm"), pos, pos, mask, layer, cache, options)
-        y = layer.name(add(y, made), "l_out")
+        y = layer_output(y, pos, pos, mask, layer, cache, options, fused=args.fmoe == "on")
         for held in (cache.k, cache.v):
             if held is not None:
                 rows = rng.standard_normal(held.shape, dtype=np.float32)

@@ -25,7 +25,7 @@ from math import isfinite
 
 from pyggml import backends, gguf
 from pyggml.cli import model
-from pyggml.errors import GraphError, UnknownName
+from pyggml.errors import DeviceError, GraphError, UnknownName
 from pyggml.parity import grid, hunt, support
 from pyggml.parity.case import Case, build
 from pyggml.parity.cases import cases
@@ -63,7 +63,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 #: What belongs to the grid alone, and to a model alone.
 _GRID = ("--mode", "--op", "--pattern", "--backend", "--jobs", "--quick", "--kernel", "--markdown")
-_MODEL = ("--a", "--b", "--script", "--out", "-c", "-ub", "-ctk", "-fa", "-mla", "--seed")
+_MODEL = ("--a", "--b", "--script", "--out", "-c", "-ub", "-ctk", "-fa", "-mla",
+          "-fmoe", "--seed")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -104,6 +105,8 @@ def _of_ops(args: argparse.Namespace) -> int:
     if args.mode == "list":
         print(json.dumps([str(c) for c in chosen]) if args.json else "\n".join(map(str, chosen)))
         return 0
+    if not one and args.mode in ("test", "perf"):
+        names = [name for name in names if _is_here(name)]
     jobs = 1 if args.mode == "perf" else args.jobs
     found = {name: outcomes(chosen, name, args.mode, jobs, args.kernel) for name in names}
     if args.json:
@@ -112,6 +115,16 @@ def _of_ops(args: argparse.Namespace) -> int:
         print(support.table(chosen, {name: list(some) for name, some in found.items()}))
         return 0
     return _as_text(args, found)
+
+
+def _is_here(name: str) -> bool:
+    """Whether the backend's device can be used; says why not."""
+    try:
+        backends.get(name).alloc(0)
+    except DeviceError as error:
+        print(f"Skipping {name}: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def select(op: str | None, pattern: str | None, quick: bool, perf: bool = False) -> list[Case]:
@@ -162,7 +175,7 @@ def _as_text(args: argparse.Namespace, found: dict[str, Iterator[Outcome]]) -> i
             print(f"  {row.case}: {_LINES[args.mode](row, name)}")
             rows.append(row)
         if args.mode == "test":
-            good += _summary(rows, name)
+            good += _summary(rows, name, args.kernel)
     if args.mode != "test":
         return 0
     print(f"{good}/{len(found)} backends passed")
@@ -170,7 +183,8 @@ def _as_text(args: argparse.Namespace, found: dict[str, Iterator[Outcome]]) -> i
     return 0 if good == len(found) else 1
 
 
-def _summary(rows: Sequence[Outcome], name: str) -> bool:
+def _summary(rows: Sequence[Outcome], name: str, kernel: str) -> bool:
+    own = f" --kernel {shlex.quote(kernel)}" if kernel else ""
     run = [row for row in rows if row.status != "unsupported"]
     failed = [row for row in run if row.status == "fail"]
     print(f"  {len(run) - len(failed)}/{len(run)} tests passed", end="")
@@ -178,7 +192,7 @@ def _summary(rows: Sequence[Outcome], name: str) -> bool:
     if failed:
         print("\nFailing tests:")
         for row in failed:
-            print(f"  pyggml parity -b {name} -o {shlex.quote(row.case)}")
+            print(f"  pyggml parity -b {name}{own} -o {shlex.quote(row.case)}")
     print(f"  Backend {name}: {'FAIL' if failed else 'OK'}\n")
     return not failed
 
@@ -210,6 +224,9 @@ _LINES = {"test": _test_line, "support": _support_line, "perf": _perf_line}
 
 def _mutants(args: argparse.Namespace) -> int:
     """A line a mutant, and the share that the small grid kills."""
+    for option in ("--pattern", "--backend", "--jobs", "--kernel"):
+        if getattr(args, option.lstrip("-")) != args.usual[option]:
+            raise GraphError(f"{option} does not go with --mode mutants: only -o does")
     wanted = {m.op for m in hunt.MUTANTS}
     if args.op:
         wanted &= set(args.op.split(","))

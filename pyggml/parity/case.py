@@ -135,7 +135,9 @@ class Case:
         return Case(found[1], tuple(sources), attrs, found[2] is not None)
 
     def bound(self, result: Node, *numeric: str) -> float:
-        """The NMSE that a backend may have whose numbers in this op are of these classes."""
+        """The NMSE that a backend may have whose numbers in this op are of these classes: for a
+        meaning, one for each of its parts, whose errors add up.
+        """
         kind, first = result.dtype, self.sources[1 if self.op == "set_rows" else 0]
         if kind.kind == "int" or self.op in _MOVES:
             return 0.0
@@ -145,7 +147,8 @@ class Case:
         far = self.op == "rope_ext" and int(str(self.sources[1]).partition("<")[2] or 0) > NEAR
         own = tolerance.bound(self.op, "far" if far else "f32")
         rounded = tolerance.CLASSES[kind.name] if kind.name in ("f16", "bf16") else 0.0
-        return max(own, rounded, *(tolerance.declared(self.op, c) for c in {*numeric} - {"f32"}))
+        parts = sum(tolerance.declared(self.op, c) for c in numeric if c != "f32")
+        return max(own, rounded, min(parts, tolerance.LIMITS.get(self.op, tolerance.LIMIT)))
 
 
 def _value(text: str) -> Any:

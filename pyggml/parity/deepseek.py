@@ -12,11 +12,13 @@ from pyggml.parity.oracle.reduce import rms_norm
 from pyggml.parity.oracle.rope import rope_ext
 
 
-def _project(weights: Mapping[str, Array], name: str, x: Array) -> Array:
+def project(weights: Mapping[str, Array], name: str, x: Array) -> Array:
+    """x W^T."""
     return np.asarray(x @ np.asarray(weights[f"{name}.weight"], np.float64).T)
 
 
-def _norm(weights: Mapping[str, Array], name: str, x: Array, eps: float) -> Array:
+def normed_by(weights: Mapping[str, Array], name: str, x: Array, eps: float) -> Array:
+    """rms_norm(x) * weight."""
     return np.asarray(rms_norm(x[None, None], eps=eps)[0, 0] * weights[f"{name}.weight"])
 
 
@@ -86,13 +88,13 @@ def attention_f64(
         return turned
 
     if "attn_q.weight" in weights:
-        q = _project(weights, "attn_q", x)
+        q = project(weights, "attn_q", x)
     else:
-        latent = _norm(weights, "attn_q_a_norm", _project(weights, "attn_q_a", x), eps)
-        q = _project(weights, "attn_q_b", latent)
+        latent = normed_by(weights, "attn_q_a_norm", project(weights, "attn_q_a", x), eps)
+        q = project(weights, "attn_q_b", latent)
     q = q.reshape(n_tokens, n_head, qk_nope + qk_rope)
-    kv_a = _project(weights, "attn_kv_a_mqa", x)
-    c = _norm(weights, "attn_kv_a_norm", kv_a[:, :kv_lora], eps)
+    kv_a = project(weights, "attn_kv_a_mqa", x)
+    c = normed_by(weights, "attn_kv_a_norm", kv_a[:, :kv_lora], eps)
     q_rope = rotated(q[..., qk_nope:])
     k_rope = rotated(kv_a[:, None, kv_lora:])[:, 0]  # [n_tokens, qk_rope], shared by the heads
     k_part, v_part = _expansion(weights, n_head, qk_nope)
@@ -105,4 +107,4 @@ def attention_f64(
         scores = scale * (q[:, h, :qk_nope] @ k_nope.T + q_rope[:, h] @ k_rope.T) + future
         weight = np.exp(scores - scores.max(axis=1, keepdims=True))
         out[:, h] = weight / weight.sum(axis=1, keepdims=True) @ v
-    return _project(weights, "attn_output", out.reshape(n_tokens, -1))
+    return project(weights, "attn_output", out.reshape(n_tokens, -1))

@@ -10,6 +10,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+from pyggml import places
 from pyggml.errors import DTypeError, GraphError, UnknownName
 from pyggml.graph import Node, labels, line_of
 from pyggml.parity.tolerance import Comparison
@@ -131,6 +132,8 @@ class Report:
         """Counts, the rows that are not ok, the first and the worst."""
         lines = [f"{self.a} and {self.b}: {_counts(self.nodes, 'node')}; "
                  f"whole graph: {_counts(self.outputs, 'result')}"]  # fmt: skip
+        if places.parse(self.a) == places.parse(self.b):
+            lines.append("the same place twice: this shows only that it gives the same again")
         bad = [row for row in self.rows if row.status != "ok"]
         lines += _table(bad[:SHOWN])
         lines += [f"  and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []

@@ -30,7 +30,7 @@ def assign(work: Work) -> Work:
     maker = _Assigner(work)
     graph = maker.graph()
     homes = maker.homes
-    if len(work.backends) > 1:
+    if work.several:
         homes = fewer_copies(work.backends, graph, homes, maker.free)
         homes.update(leaf_homes(work, graph, homes))
     return replace(work, graph=graph, homes=homes, expanded=tuple(maker.expanded))
@@ -66,7 +66,7 @@ class _Assigner:
         if node.op.leaf or node.op.view is not None or node.op is loop_op or node in self.homes:
             return node
         inherit(node, origin)  # pins are of labels
-        own = self._own_wish(node) if len(self.work.backends) > 1 else self.work.backends[0]
+        own = self._own_wish(node) if self.work.several else self.work.backends[0]
         wanted = own or self._flow(node)
         fixed = self.work.pinned(node) is not None or node.op.writes is not None
         order = [wanted] if fixed else [wanted, *(b for b in self.work.backends if b != wanted)]
@@ -187,13 +187,15 @@ class _Assigner:
         if fixed or node.op.meaning is None:
             why = f"{node.op.name} has no meaning in simpler ops"
             if fixed:
-                why = "it is pinned there, or writes a state that is there"
+                why = "it writes a state" if node.op.writes is not None else "it is pinned there"
             raise UnsupportedOp(f"no place runs {node!r} (at {line_of(node)}): {told}; {why}")
         try:
             meant = _in_parts(node, self._settled)
         except UnsupportedOp as error:
-            raise UnsupportedOp(f"no place runs {node!r} (at {line_of(node)}): {error}") from None
-        self.expanded.append(Expanded(label_of(node), node.op.name, wanted.place, told))
+            raise UnsupportedOp(
+                f"no place runs {node!r} (at {line_of(node)}): {told}; part by part: {error}"
+            ) from None
+        self.expanded.append(Expanded(label_of(node), node.op.name, "several places", told))
         return meant
 
 

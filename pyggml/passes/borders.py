@@ -74,25 +74,40 @@ def fewer_copies(
     return found
 
 
-def _copied(node: Node, way: Backend, homes: Homes, users: Mapping[Node, list[Node]]) -> int:
-    """Bytes that are copied because `node` is on `way`."""
-    total = 0
+def _copied(
+    node: Node, way: Backend, homes: Homes, users: Mapping[Node, list[Node]]
+) -> tuple[int, int]:
+    """Bytes that are copied because `node` is on `way`, and in how many copies."""
+    total = count = 0
     for base in dict.fromkeys(bases(node)):
         here = base in homes and homes[base].device != way.device and not base.op.leaf
         if here and not any(homes[u].device == way.device for u in users[base] if u is not node):
             total += base.spec.nbytes
+            count += 1
     far = {homes[user].device for user in users[node]} - {way.device}
-    return total + len(far) * node.spec.nbytes
+    return total + len(far) * node.spec.nbytes, count + len(far)
 
 
 def leaf_homes(work: Work, graph: Graph, homes: Mapping[Node, Backend]) -> Homes:
-    """Homes of leaves: pinned, where the store has a state, else with the first user."""
+    """Homes of leaves: pinned, where the store has a state, else with the first user.
+
+    A weight pinned to a device where none of its readers runs is with the first of them too; on
+    the host it stays, and is brought to them.
+    """
     found: Homes = {}
+    read: dict[Node, set[Backend]] = {}
+    for node in graph.nodes:
+        if node in homes and not node.op.leaf:
+            for base in bases(node):
+                read.setdefault(base, set()).add(homes[node])
 
     def settle(leaf: Node, user: Backend) -> None:
         if leaf.op.leaf and leaf not in homes and leaf not in found:
             held = work.settled.get(leaf.attrs["name"]) if leaf.op is state_op else None
-            found[leaf] = held or work.pinned(leaf) or user
+            pin = work.pinned(leaf)
+            if pin is not None and pin not in read.get(leaf, {pin}) and leaf.op is constant_op:
+                pin = pin if pin.device == "host" else None
+            found[leaf] = held or pin or user
 
     for node in graph.nodes:
         if node in homes and not node.op.leaf:
@@ -108,7 +123,7 @@ def leaf_homes(work: Work, graph: Graph, homes: Mapping[Node, Backend]) -> Homes
 
 def cross_borders(work: Work) -> Work:
     """Every source that is on another device is read from a transfer of it; one each."""
-    if len({backend.device for backend in work.backends}) == 1:
+    if not work.several:
         return work
     toposort(work.graph.roots, state_edges(work.graph.nodes))  # while it names the user's nodes
     maker = _Crossing(work)

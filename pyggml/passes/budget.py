@@ -256,8 +256,8 @@ def apply_budget(work: Work, finish: Finish) -> Work:
     amb = work.amb
     assert amb is not None
     chooser = _Chooser(finish, {})
-    found, warnings = _bounded(work)
-    work = replace(work, warnings=warnings)
+    found, exempt, warnings = _bounded(work)
+    work = replace(work, warnings=warnings, exempt=exempt)
     split, peak = _fitted(work, chooser, found, amb)
     if peak > amb:
         # Only the smallest pieces leave room for what must stay beside a loop.
@@ -267,13 +267,14 @@ def apply_budget(work: Work, finish: Finish) -> Work:
         alone = [out for out, r in found.items() if chooser.choose(r, homes[out], 0)[0] > amb]
         where = f"{alone[0]!r} (at {line_of(alone[0])})" if alone else "what is alive together"
         raise _too_small(amb, peak, where)
-    return split
+    return replace(split, scores=split.scores | split.exempt)
 
 
-def _bounded(work: Work) -> tuple[dict[Node, Region], tuple[str, ...]]:
-    """The regions that may be cut, by their results, and what to say of the others."""
+def _bounded(work: Work) -> tuple[dict[Node, Region], frozenset[Node], tuple[str, ...]]:
+    """The regions that may be cut, by their results; the tensors of others, and what to say."""
     roots = {root_of(root): root for root in work.graph.roots}
     found: dict[Node, Region] = {}
+    exempt: set[Node] = set()
     warnings = []
     for region in regions(work.graph):
         seen = [roots[n] for n in region.counted if n in roots]
@@ -282,6 +283,7 @@ def _bounded(work: Work) -> tuple[dict[Node, Region], tuple[str, ...]]:
                 f"{label_of(seen[0])} is an output: the attention of {label_of(region.out)} "
                 "stays whole, outside the budget"
             )
+            exempt |= region.counted
             continue
         places = {work.home(node).place for node in region.inside}
         if len(places) > 1:
@@ -289,9 +291,10 @@ def _bounded(work: Work) -> tuple[dict[Node, Region], tuple[str, ...]]:
                 f"the attention of {label_of(region.out)} runs on {', '.join(sorted(places))}: it "
                 "stays whole, outside the budget; pin it to one place"
             )
+            exempt |= region.counted
         else:
             found[region.out] = region
-    return found, tuple(warnings)
+    return found, frozenset(exempt), tuple(warnings)
 
 
 def _fitted(
@@ -333,7 +336,8 @@ def _split(
         return made
 
     graph = work.graph.rewrite(rebuild)
-    return replace(work, graph=graph, scores=frozenset(counted), homes=homes)
+    exempt = frozenset(new[node] for node in work.exempt)
+    return replace(work, graph=graph, scores=frozenset(counted), exempt=exempt, homes=homes)
 
 
 def _settle(node: Node, home: Backend, homes: dict[Node, Backend]) -> None:

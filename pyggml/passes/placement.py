@@ -77,11 +77,23 @@ class _Placer:
         self.device_of = device_of
         self.outside, self.scores = outside, scores
         self.owner = _owners(nodes, outside)
-        self.made = {node: i for i, step in enumerate(steps) for node in step.nodes}
+        self.made = self._results(roots)
         self.last = self._last_uses(roots)
         self.home: dict[Node, tuple[Node, Ne]] = {}  # part -> (parent, start in it)
         self.storage: dict[Node, Node] = {}  # owner -> the node whose block it uses
         self.copied_parts = 0
+
+    def _results(self, roots: Collection[Node]) -> dict[Node, int]:
+        """Node -> the step that leaves it in memory. What a step covers and only it reads has
+        none."""
+        read = {self.owner[n] for step in self.steps for n in step.reads}
+        wanted = read | {self.owner[root] for root in roots}
+        return {
+            node: i
+            for i, step in enumerate(self.steps)
+            for node in step.nodes
+            if node is step.node or node in wanted
+        }
 
     def _last_uses(self, roots: Collection[Node]) -> dict[Node, int]:
         """Owner -> the last step that reads it; the end for roots."""

@@ -31,7 +31,7 @@ def order_nodes(work: Work) -> Work:
     """
     edges = state_edges(work.graph.nodes)
     order = toposort(work.graph.roots, edges)
-    if len({backend.device for backend in work.backends}) > 1:
+    if work.several:
         order = _in_runs(work, order, edges)
     return replace(work, order=order)
 

@@ -51,6 +51,7 @@ class Work:
     amb        the attention memory budget in bytes, None for no budget
     homes      where each node is; views are with what they look at, others on the first backend
     scores     tensors that the budget counts (those inside loops too)
+    exempt     tensors that it would count if the attention around them could be cut
     order      all nodes in the order in which they run
     layouts    how weights are kept, by constant (or its transfer)
     warnings   what the user should hear
@@ -64,11 +65,17 @@ class Work:
     homes: Mapping[Node, Backend] = field(default_factory=dict)
     expanded: tuple[Expanded, ...] = ()
     scores: frozenset[Node] = frozenset()
+    exempt: frozenset[Node] = frozenset()
     order: tuple[Node, ...] = ()
     layouts: Mapping[Node, WeightLayout] = field(default_factory=dict)
     splits: tuple[Split, ...] = ()
     placement: Placement | None = None
     warnings: tuple[str, ...] = ()
+
+    @property
+    def several(self) -> bool:
+        """Whether there are borders: more than one device."""
+        return len({backend.device for backend in self.backends}) > 1
 
     @property
     def placed(self) -> Placement:

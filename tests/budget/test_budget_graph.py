@@ -256,7 +256,9 @@ def test_observed_scores_are_exempt_and_other_attentions_are_not() -> None:
     out = run(plan, at)
     assert error(out["y"], wanted) <= 1e-6
     assert out["kq-1"].shape == (6, 9, 61)
-    assert plan.memory.score_peak <= 10000
+    whole = gg.compile({"second": second}).memory.score_peak
+    kept = 6 * 9 * 61 * 4  # kq-1 is not reused
+    assert whole < plan.memory.score_peak <= whole + kept + 10000  # what is exempt is reported too
 
 
 def test_an_expanded_key_as_an_output_exempts_too() -> None:

@@ -48,9 +48,19 @@ def test_a_state_stays_where_the_first_plan_put_it() -> None:
     assert store.read("cache")[:7].all() and not store.read("cache")[7:].any()
 
 
+def test_a_plan_that_was_never_bound_moves_no_state() -> None:
+    store = gg.Store()
+    early = step(1, store, backends=["null:1", "numpy"])
+    pinned = step(1, store, backends=["null:1", "numpy"], pins={"cache": "numpy"})
+    assert where(pinned, "cache") == "numpy"
+    pinned.bind()
+    with pytest.raises(gg.GraphError, match=r"'cache' on null:1.*put it on numpy.*compile"):
+        early.bind()
+
+
 def test_writing_a_state_away_from_it_is_a_named_error() -> None:
     store = gg.Store()
-    step(1, store, backends=["null:1", "numpy"])
+    step(1, store, backends=["null:1", "numpy"]).bind()
     with pytest.raises(gg.GraphError, match=r"'cache' is pinned to numpy.*null:1"):
         step(1, store, backends=["null:1", "numpy"], pins={"cache": "numpy"})
     x = gg.input("x", "f32", ne=(4,))

@@ -10,6 +10,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -112,6 +113,7 @@ def check_splits(plan: gg.Plan) -> None:
         assert before.backend is not after.backend
 
 
+@pytest.mark.filterwarnings("ignore:the pin")
 @settings(max_examples=250)
 @given(cases())
 def test_several_devices_give_the_bits_of_one(case: dict[str, Any]) -> None:

@@ -1,0 +1,215 @@
+"""The backend object: what the planner asks without a GPU, and one GPU's memory and queue."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cache, cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyggml.backends.base import Address, Backend, Event, Step, WeightLayout
+from pyggml.backends.cuda import arrays, driver, memory, packing, table
+from pyggml.backends.cuda.cublas import Cublas
+from pyggml.backends.cuda.fusion import Fused, fused
+from pyggml.backends.cuda.runner import CudaRunner
+from pyggml.errors import DeviceError
+from pyggml.graph import Node, Spec, label_of
+from pyggml.ops.leaf import data_of
+from pyggml.transfer import origin
+
+# Every family of kernels registers itself.
+for _found in pkgutil.iter_modules([str(Path(__file__).parent)]):
+    if _found.name != "backend":
+        importlib.import_module(f"pyggml.backends.cuda.{_found.name}")
+
+#: Called with a weight's label and bytes when it is on the device: for progress.
+Progress = Callable[[str, int], None]
+
+
+class CudaBackend:
+    """One GPU: our kernels, compiled for it when they are first needed, and cuBLAS."""
+
+    name = "cuda"
+    alignment = table.ALIGNMENT
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.place = self.device = f"cuda:{index}"
+        self.progress: Progress = lambda label, nbytes: None
+
+    def __repr__(self) -> str:
+        return f"<backend {self.place}>"
+
+    # -- the pure half: no GPU, no pycuda -----------------------------------------------------
+
+    def supports(self, node: Node) -> str | None:
+        return table.refusal(node)
+
+    def numeric(self, node: Node) -> str:
+        return table.KERNELS[node.op].numeric(node)
+
+    def weight_layout(self, constant: Node, uses: Collection[Node]) -> WeightLayout:
+        if not any(use.op in packing.READERS for use in uses):
+            return WeightLayout(constant.spec.nbytes)  # no product reads it
+        return packing.layout_of(constant, uses)
+
+    def lower(
+        self, nodes: Sequence[Node], keep: Collection[Node], layouts: Mapping[Node, WeightLayout]
+    ) -> list[Step]:
+        return [_step(part) for part in fused(nodes, keep)]
+
+    # -- the runtime half ---------------------------------------------------------------------
+
+    @cached_property
+    def context(self) -> driver.Context:
+        """The GPU, opened by the first call that needs it."""
+        return driver.context(self.index)
+
+    @cached_property
+    def staging(self) -> memory.Staging:
+        return memory.Staging(self.context)
+
+    @cached_property
+    def cublas(self) -> Cublas:
+        return Cublas(self.context)
+
+    def alloc(self, nbytes: int) -> memory.Buffer:
+        with self.context:
+            return memory.Buffer(self.context, nbytes)
+
+    def weight(self, constant: Node, layout: WeightLayout, data: NDArray[Any]) -> memory.Buffer:
+        with self.context:
+            made = memory.Buffer(self.context, layout.nbytes)
+            self.staging.upload(made.ptr, _kept(constant, layout, data))
+        self.progress(label_of(constant), layout.nbytes)
+        return made
+
+    def upload(self, at: Address, spec: Spec, array: NDArray[Any]) -> None:
+        with self.context:
+            if arrays.on_device(array):
+                arrays.copy_in(self.context, at, spec, array)
+            else:
+                memory.put(self.staging, at, spec, array)
+
+    def download(self, at: Address, spec: Spec, copy: bool = True) -> NDArray[Any]:
+        with self.context:
+            return memory.take(self.staging, at, spec)
+
+    def fetch(self, source: Address, other: Backend, target: Address, spec: Spec) -> None:
+        if isinstance(other, CudaBackend) and self._fetch_directly(source, other, target, spec):
+            return
+        self.upload(target, spec, other.download(source, spec, copy=False))
+
+    def _fetch_directly(
+        self, source: Address, other: CudaBackend, target: Address, spec: Spec
+    ) -> bool:
+        """From GPU to GPU, where both tensors lie in memory without gaps."""
+        there, here = memory.operand_at(source, spec), memory.operand_at(target, spec)
+        if not (there.contiguous and here.contiguous):
+            return False
+        with self.context, driver.guarded(f"copying from {other.place} to {self.place}"):
+            self.context.driver.memcpy_peer_async(
+                here.ptr,
+                there.ptr,
+                spec.nbytes,
+                self.context.primary,
+                other.context.primary,
+                self.context.stream,
+            )
+        return True
+
+    def send(self, source: Address, target: Address, spec: Spec) -> None:
+        with self.context:
+            values = memory.take(self.staging, source, spec)
+        span = memory.span(target.nb, spec)
+        around = target.buffer[target.offset : target.offset + span]
+        part = memory.in_span(around, target.nb, spec)
+        part[...] = values.reshape(-1).view(np.uint8).reshape(part.shape)
+
+    def bind(
+        self,
+        steps: Sequence[Step],
+        at: Mapping[Node, Address],
+        scratch: memory.Buffer,
+        scratch_at: Sequence[int],
+    ) -> CudaRunner:
+        loads: dict[Node, Callable[[], None]] = {}
+        for step in steps:
+            if step.layout is not None:  # packed once, here: every run only copies
+                address, constant = at[step.node], origin(step.node)
+                held = _kept(constant, step.layout, data_of(constant))
+                ptr = address.buffer.ptr + address.offset
+                loads[step.node] = partial(self.staging.upload, ptr, held)
+        with self.context:
+            return CudaRunner(
+                self.context, steps, at, scratch, scratch_at, loads, lambda: self.cublas
+            )
+
+    def record(self) -> Event:
+        with self.context, driver.guarded("recording an event"):
+            flags = self.context.driver.event_flags
+            event = self.context.driver.Event(flags.DISABLE_TIMING)
+            return CudaEvent(self.context, event.record(self.context.stream))
+
+    def wait_for(self, event: Event) -> None:
+        if isinstance(event, CudaEvent):
+            with self.context, driver.guarded("waiting for another device"):
+                self.context.stream.wait_for_event(event.raw)
+        else:
+            event.wait()
+
+    def synchronize(self) -> None:
+        with self.context, driver.guarded(f"running on {self.place}"):
+            self.context.stream.synchronize()
+
+
+class CudaEvent:
+    """A point in a GPU's queue; `raw` is pycuda's event."""
+
+    def __init__(self, context: driver.Context, raw: Any) -> None:
+        self.context, self.raw = context, raw
+
+    def wait(self) -> None:
+        with self.context, driver.guarded("waiting for a GPU"):
+            self.raw.synchronize()
+
+
+@cache
+def device(index: int) -> CudaBackend:
+    """The backend on that GPU. It is opened by what needs it; planning does not."""
+    return CudaBackend(index)
+
+
+def _kept(constant: Node, layout: WeightLayout, data: NDArray[Any]) -> NDArray[np.uint8]:
+    """The bytes of a weight as `layout` keeps them; the host's own where that is "plain"."""
+    if layout.name != "plain":
+        data = packing.repack(constant, layout, data)
+    flat = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+    if len(flat) > layout.nbytes:
+        raise DeviceError(
+            f"the weight {label_of(constant)} takes {len(flat)} bytes as {layout.name}, "
+            f"for which {layout.nbytes} were planned"
+        )
+    return flat
+
+
+def _step(part: Node | Fused) -> Step:
+    if isinstance(part, Fused):
+        return Step(
+            part.nodes[-1], part.nodes, part.reads, scratch=part.scratch, inplace=part.inplace
+        )
+    row = table.KERNELS[part.op]
+    reads = tuple(s for s in part.src if s is not None)
+    inplace = [part.src[i] for i in row.inplace if i < len(part.src)]
+    return Step(
+        part,
+        (part,),
+        reads,
+        scratch=row.scratch(part) if row.scratch is not None else 0,
+        inplace=tuple(s for s in inplace if s is not None),
+    )

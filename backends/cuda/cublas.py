@@ -1,0 +1,100 @@
+"""Products by cuBLAS: CuPy's library and handle, called directly.
+
+CuPy refuses its own cuBLAS calls while a stream is captured; cuBLAS itself does not, as long as it
+works in memory that it was given.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+from pyggml.backends.cuda.driver import Context
+from pyggml.backends.cuda.launch import WORKSPACE, Gemm
+from pyggml.backends.cuda.memory import Buffer
+from pyggml.errors import DeviceError
+
+#: cudaDataType_t.
+_TYPES = {"f32": 0, "f16": 2, "bf16": 14}
+_COMPUTE_32F = 68
+#: cublasGemmAlgo_t: the library's choice; cublasMath_t: f32 products are not rounded to tf32.
+_DEFAULT_ALGORITHM = -1
+_DEFAULT_MATH = 0
+
+
+@cache
+def _library() -> Any:
+    from cupy_backends.cuda.libs import cublas  # loads the library that CuPy was built for
+
+    major = cublas.getVersion(_handle()) // 10000
+    for name in (f"libcublas.so.{major}", "libcublas.so.13", "libcublas.so.12"):
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise DeviceError("CuPy loaded no cuBLAS that can be found: pip install nvidia-cublas")
+
+
+def _handle() -> int:
+    """CuPy's handle of the current device and thread."""
+    import cupy
+
+    return int(cupy.cuda.device.get_cublas_handle())
+
+
+class Cublas:
+    """A GPU's cuBLAS."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self._own: Buffer | None = None
+
+    def prepare(self, gemms: Iterable[Gemm]) -> None:
+        """Called when a plan is bound: the library, and a workspace if one of these brings none."""
+        _library()
+        if self._own is None and any(one.workspace == (0, 0) for one in gemms):
+            self._own = Buffer(self.context, WORKSPACE)
+
+    def start(self, one: Gemm) -> None:
+        """Put a product into the stream."""
+        library, handle = _library(), ctypes.c_void_p(_handle())
+        _check(library.cublasSetStream_v2(handle, ctypes.c_void_p(self.context.stream.handle)))
+        ptr, size = one.workspace
+        if self._own is not None and not size:
+            ptr, size = self._own.ptr, WORKSPACE
+        workspace = ctypes.c_void_p(ptr)
+        _check(library.cublasSetWorkspace_v2(handle, workspace, ctypes.c_size_t(size)))
+        _check(library.cublasSetMathMode(handle, _DEFAULT_MATH))
+        operands: list[Any] = []
+        for ptr, kind, leading, stride in zip(one.ptrs, one.types, one.leading, one.strides):
+            operands += [
+                ctypes.c_void_p(ptr),
+                _TYPES[kind],
+                leading,
+                ctypes.c_longlong(stride),
+            ]
+        alpha, beta = ctypes.c_float(one.alpha), ctypes.c_float(one.beta)
+        _check(
+            library.cublasGemmStridedBatchedEx(
+                handle,
+                int(one.transposed[0]),
+                int(one.transposed[1]),
+                one.m,
+                one.n,
+                one.k,
+                ctypes.byref(alpha),
+                *operands[:8],
+                ctypes.byref(beta),
+                *operands[8:],
+                one.batch,
+                _COMPUTE_32F,
+                _DEFAULT_ALGORITHM,
+            )
+        )
+
+
+def _check(status: int) -> None:
+    if status:
+        raise DeviceError(f"cuBLAS refused a product: cublasStatus_t {status}")

@@ -1,0 +1,100 @@
+"""What the CUDA backend finds here, what it lacks, and what mends it. For `pyggml doctor`."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from importlib import metadata
+from importlib.util import find_spec
+
+from pyggml.backends.cuda import compiler, driver
+from pyggml.backends.cuda.launch import H200
+from pyggml.errors import DeviceError
+
+#: (what, what was found, how to mend it: empty where nothing is wrong)
+Finding = tuple[str, str, str]
+
+#: Python packages by the name they are installed under, and what they are for.
+_PACKAGES = {
+    "pycuda": "pip install pycuda, or sh tools/build_pycuda.sh where that fails",
+    "cupy-cuda13x": "pip install cupy-cuda13x",
+    "cuda-bindings": "pip install cuda-bindings",
+}
+_SMALLEST = "rms_norm<1, 1, false>"
+
+
+def findings() -> Iterator[Finding]:
+    """Everything that the backend needs, in the order in which it is needed."""
+    for name, mend in _PACKAGES.items():
+        yield _package(name, mend)
+    yield from _compiler()
+    yield _library()
+    yield _cache()
+    yield from _gpus()
+
+
+def _package(name: str, mend: str) -> Finding:
+    try:
+        return name, metadata.version(name), ""
+    except metadata.PackageNotFoundError:
+        return name, "not installed", mend
+
+
+def _compiler() -> Iterator[Finding]:
+    mend = f"pip install {' '.join(compiler.PACKAGES)}"
+    try:
+        version = ".".join(map(str, compiler.nvrtc_version()))
+    except DeviceError:
+        yield "NVRTC", "not found", mend
+        return
+    yield "NVRTC", version, ""
+    try:
+        yield "CUDA headers", str(compiler.include_folders()[0]), ""
+    except DeviceError:
+        yield "CUDA headers", "not found", mend
+        return
+    try:
+        made = compiler.compile_instance("norm.cu", _SMALLEST, H200.arch)
+        yield "a kernel", f"compiled for sm_{made.arch}, {len(made.code)} bytes", ""
+    except DeviceError as error:
+        yield "a kernel", str(error).partition("\n")[0], f"{mend}: headers and NVRTC must agree"
+
+
+def _library() -> Finding:
+    for folder in compiler.folders("lib"):
+        for path in sorted(folder.glob("libcublas.so.*")):
+            return "cuBLAS", str(path), ""
+    return "cuBLAS", "not found", 'pip install "nvidia-cublas==13.*"'
+
+
+def _cache() -> Finding:
+    folder = compiler.cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            kept = [entry for entry in os.scandir(folder) if entry.name.endswith(".cubin")]
+    except OSError as error:
+        return "kernel cache", str(error), "set PYGGML_CACHE to a folder that can be written"
+    size = sum(entry.stat().st_size for entry in kept)
+    return "kernel cache", f"{folder}: {len(kept)} kernels, {size / 2**20:.1f} MiB", ""
+
+
+def _gpus() -> Iterator[Finding]:
+    if find_spec("pycuda") is None:
+        return
+    try:
+        found = driver.driver()
+    except DeviceError as error:
+        mend = "install an NVIDIA driver of version 580 or newer; numpy needs none"
+        yield "driver", str(error).partition("; ")[0], mend
+        return
+    version = found.get_driver_version()
+    yield "driver", f"CUDA {version // 1000}.{version % 1000 // 10}", ""
+    for index in range(found.Device.count()):
+        try:
+            about = driver.context(index).about
+            size = f"{about.memory / 2**30:.0f} GiB, {about.sms} multiprocessors, sm_{about.arch}"
+            yield f"cuda:{index}", f"{about.name}, {size}", ""
+        except DeviceError as error:
+            yield f"cuda:{index}", str(error), "run on another GPU, or on backends=['numpy']"

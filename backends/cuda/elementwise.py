@@ -1,0 +1,100 @@
+"""Element by element: arithmetic, activations, gated units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from pyggml import ops
+from pyggml.backends.cuda.geometry import C_TYPES, blocks, counted, pack_width, part
+from pyggml.backends.cuda.launch import Argument, Call, Operand
+from pyggml.backends.cuda.table import kernel
+from pyggml.ops.elementwise import GLU_KINDS
+
+FILE = "elementwise.cu"
+
+
+def unary(call: Call, name: str, p: float = 0.0, q: float = 0.0) -> None:
+    """Record out = name(source 0) with two parameters."""
+    out, a = call.out, call.operand(0)
+    width = pack_width(out, a)
+    index, total = counted(call.node.spec.elements // width)
+    call.launch(
+        FILE,
+        f"unary<{name}, {C_TYPES[out.dtype.name]}, {width}, {index}>",
+        grid=blocks(int(total)),
+        block=256,
+        args=[out.tensor, a.tensor, total, np.float32(p), np.float32(q)],
+    )
+
+
+def binary(call: Call, name: str, a: Operand, b: Operand) -> None:
+    """Record out = name(a, b), b repeated into a."""
+    out = call.out
+    width = pack_width(out, a, b)
+    index, total = counted(call.node.spec.elements // width)
+    call.launch(
+        FILE,
+        f"binary<{name}, {C_TYPES[out.dtype.name]}, {width}, {index}>",
+        grid=blocks(int(total)),
+        block=256,
+        args=[out.tensor, a.tensor, b.tensor, total],
+    )
+
+
+def _unary(name: str) -> Callable[[Call], None]:
+    return lambda call: unary(call, name)
+
+
+def _binary(name: str) -> Callable[[Call], None]:
+    return lambda call: binary(call, name, call.operand(0), call.operand(1))
+
+
+for _op in ops.elementwise.UNARY:
+    kernel(_op, inplace=(0,))(_unary(_op.name.capitalize()))
+for _pair in (ops.add, ops.sub, ops.mul, ops.div):
+    kernel(_pair, inplace=(0,))(_binary(_pair.name.capitalize()))
+
+
+@kernel(ops.scale, inplace=(0,))
+def scale(call: Call) -> None:
+    unary(call, "Scale", call.attrs["s"], call.attrs["b"])
+
+
+@kernel(ops.clamp, inplace=(0,))
+def clamp(call: Call) -> None:
+    unary(call, "Clamp", call.attrs["min"], call.attrs["max"])
+
+
+@kernel(ops.fill, inplace=(0,))
+def fill(call: Call) -> None:
+    unary(call, "Fill", call.attrs["value"])
+
+
+@kernel(ops.glu)
+def glu(call: Call) -> None:
+    x, n = call.operand(0), call.out.ne[0]
+    if call.src[1] is not None:
+        g = call.operand(1)
+    else:
+        x, g = part(x, 0, 0, n), part(x, 0, n, n)
+    if call.attrs["swapped"]:
+        x, g = g, x
+    binary(call, f"Glu<{GLU_KINDS[call.attrs['kind']].capitalize()}>", x, g)
+
+
+@kernel(ops.add_id, inplace=(0,))
+def add_id(call: Call) -> None:
+    """Ids past the end add nothing."""
+    operands = [call.operand(i).tensor for i in range(3)]
+    grid = (call.out.ne[2], call.out.ne[1])
+    call.launch(FILE, "add_id", grid=grid, block=256, args=[call.out.tensor, *operands])
+
+
+@kernel(ops.causal_mask)
+def causal_mask(call: Call) -> None:
+    window = call.attrs["window"]
+    reach = np.int32(2**31 - 1 if window is None else min(window, 2**31 - 1))
+    args: list[Argument] = [call.out.tensor, call.operand(0).tensor, reach]
+    call.launch(FILE, "causal_mask", grid=call.out.ne[1], block=256, args=args)

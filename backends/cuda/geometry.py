@@ -1,0 +1,76 @@
+"""How work is spread over threads: what the host functions of several families share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+
+import numpy as np
+
+from pyggml.backends.cuda.launch import Operand
+from pyggml.graph import Ne
+
+#: Threads of a block where nothing speaks for another number.
+THREADS = 256
+#: Bytes that a thread reads at once where it can.
+WIDEST = 16
+
+#: Element types in C++.
+C_TYPES = {
+    "f32": "float",
+    "f16": "__half",
+    "bf16": "__nv_bfloat16",
+    "i32": "int",
+    "i64": "long long",
+}
+
+
+def blocks(count: int, each: int = THREADS) -> int:
+    """How many blocks of `each` hold `count`."""
+    return -(-count // each)
+
+
+def rows(operand: Operand) -> int:
+    """Rows of a tensor, over dimensions 1, 2 and 3."""
+    return prod(operand.ne[1:])
+
+
+def row_grid(operand: Operand) -> tuple[int, int]:
+    """A block for each row: over dimensions 1 and 2, and over 3."""
+    return operand.ne[1] * operand.ne[2], operand.ne[3]
+
+
+def counted(total: int) -> tuple[str, np.uint32 | np.int64]:
+    """A number of things to do: the C++ type that counts them, and the argument."""
+    if total < 2**32 - THREADS:
+        return "unsigned", np.uint32(total)
+    return "long long", np.int64(total)
+
+
+def pack_width(*operands: Operand) -> int:
+    """How many neighbours a thread may take at once in all of these; 1 where rows forbid more.
+
+    Sizes in dimension 0 must be equal, or 1 for a tensor that repeats there.
+    """
+    n = operands[0].ne[0]
+    width = WIDEST // max(op.dtype.nbytes for op in operands)
+    fits = n % width == 0 and all(
+        op.ne[0] == 1
+        or (op.ne[0] == n and op.nb[0] == op.dtype.nbytes and op.aligned(width * op.dtype.nbytes))
+        for op in operands
+    )
+    return width if fits else 1
+
+
+def threads_for(length: int, most: int = 1024) -> int:
+    """Threads of a block that walks a row of `length`: whole warps."""
+    return min(most, max(32, blocks(length, 32) * 32))
+
+
+def part(operand: Operand, axis: int, start: int, n: int) -> Operand:
+    """`n` elements (on dimension 0 whole blocks) of a tensor along an axis, from `start` on."""
+    ne = list(operand.ne)
+    ne[axis] = n
+    units = start // operand.dtype.block if axis == 0 else start
+    sizes: Ne = (ne[0], ne[1], ne[2], ne[3])
+    return replace(operand, ptr=operand.ptr + units * operand.nb[axis], ne=sizes)

@@ -1,0 +1,302 @@
+// What all kernels of flash_attn_ext share: the argument, the rows of scores, masks, softmax, the
+// end of a row.
+//
+// A row of scores is one query of one head. The `ratio` heads that share a head of keys are rows of
+// one block: row R is query R / ratio of head  head_kv ratio + R % ratio.
+// Scores are in units of log2: e^x = 2^(x log2 e), and 2^x is one instruction.
+#pragma once
+#include "mma.cuh"
+
+constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+#define INF __int_as_float(0x7f800000)
+// Keys and queries of a cell of the map of an explicit mask.
+constexpr int CELL = 64;
+// A cell's flags: some element is not 0; some element is not -inf.
+enum { NONZERO = 1, LIVE = 2 };
+
+// The argument of every kernel here (backends/cuda/attention.py packs it). Strides are in bytes.
+struct Attention {
+    const char *q, *k, *v;
+    const char *mask;   // f16, or null
+    const char *sinks;  // f32, or null
+    const int *kv_len;  // null: all keys count
+    const char *pos;    // i32: row i sees keys up to pos[i] (and `window` of them); or null
+    char *out;
+    float *parts;  // what the splits leave for `combine`: sums, then (max, sum of weights)
+    u8 *map;       // flags of cells of `mask` [mask_batch][queries / 64][keys / 64], or null
+    long long nb_q[3], nb_k[3], nb_v[3], nb_mask[4], nb_out[3], nb_sinks, nb_pos;
+    int n_q, n_kv, heads, heads_kv, n3, d_k, d_v, mask_heads, mask_batch;
+    int window, kv0, splits, head0, n_head, lse, type_k, type_v, v_start;
+    float scale, softcap, max_bias;
+
+    __device__ int ratio() const { return heads / heads_kv; }
+    __device__ int rows() const { return n_q * ratio(); }
+    __device__ int live() const { return kv_len ? max(0, min(n_kv, *kv_len - kv0)) : n_kv; }
+    __device__ int position(int i) const { return *(const int *)(pos + i * nb_pos); }
+};
+
+// ---- rows ---------------------------------------------------------------------------------------
+
+// A row of scores; it sees keys first <= j < last.
+struct Row {
+    int query, head, first, last;
+    const char *mask;
+    float slope;
+
+    __device__ Row(const Attention &a, int i3, int head_kv, int r, int live) {
+        const int ratio = a.ratio();
+        query = r / ratio;
+        head = head_kv * ratio + r % ratio;
+        first = 0, last = live, mask = nullptr, slope = LOG2E;
+        if (query >= a.n_q) {
+            query = -1, last = 0;
+            return;
+        }
+        if (a.pos) {
+            const int p = a.position(query);
+            last = min(last, p + 1);
+            if (a.window) first = max(0, p - a.window + 1);
+        }
+        if (a.mask)
+            mask = a.mask + query * a.nb_mask[1] + (head % a.mask_heads) * a.nb_mask[2] +
+                   (i3 % a.mask_batch) * a.nb_mask[3];
+        if (a.max_bias > 0) {
+            const int power = 1 << (31 - __clz(a.n_head)), g = a.head0 + head;
+            slope *= exp2f(-a.max_bias * (g < power ? g + 1 : g - power + 0.5f) / power);
+        }
+    }
+};
+
+// Keys that some row of a block sees, and those that every one does.
+struct Span {
+    int first, last, full_first, full_last;
+};
+
+// Called by all threads of a block; queries q0 <= i < q1.
+__device__ __forceinline__ Span span(const Attention &a, int q0, int q1, int live) {
+    if (!a.pos) return {0, live, 0, live};
+    __shared__ int low, high;
+    if (threadIdx.x == 0) low = 0x7fffffff, high = -1;
+    __syncthreads();
+    for (int i = q0 + threadIdx.x; i < min(q1, a.n_q); i += blockDim.x) {
+        const int p = a.position(i);
+        atomicMin(&low, p);
+        atomicMax(&high, p);
+    }
+    __syncthreads();
+    Span s = {0, min(live, high + 1), 0, max(0, min(live, low + 1))};
+    if (a.window) s.first = max(0, low - a.window + 1), s.full_first = max(0, high - a.window + 1);
+    return s;
+}
+
+// Flags of an explicit mask over queries q0..q1 and keys j0..j1: LIVE alone means all zeros.
+__device__ __forceinline__ int flags(const Attention &a, int i3, int q0, int q1, int j0, int j1) {
+    if (!a.map) return LIVE;
+    const int wide = (a.n_kv + CELL - 1) / CELL, high = (a.n_q + CELL - 1) / CELL;
+    const u8 *map = a.map + (long long)(i3 % a.mask_batch) * high * wide;
+    int all = 0;
+    for (int y = q0 / CELL; y <= min(q1, a.n_q - 1) / CELL; ++y)
+        for (int x = j0 / CELL; x <= min(j1, a.n_kv - 1) / CELL; ++x)
+            all |= map[(long long)y * wide + x];
+    return all;
+}
+
+// The queries of a block's rows on their way to T in shared memory: rows `warp`, `warp + WARPS`, ..
+// of ROWS. All loads of a warp are under way before the first is waited for, and should be started
+// before those of keys, behind which they would stand.
+template <class T, int D, int ROWS, int WARPS>
+struct Queries {
+    static constexpr int N = (D / 2 + 31) / 32, MINE = ROWS / WARPS;
+    float x[MINE][N][2];
+
+    __device__ __forceinline__ Queries(const Attention &a, int i3, int head_kv, int r0, int warp) {
+        const int lane = threadIdx.x % 32, ratio = a.ratio();
+#pragma unroll
+        for (int i = 0; i < MINE; ++i) {
+            const int r = r0 + warp + i * WARPS;
+            const int query = r / ratio, head = head_kv * ratio + r % ratio;
+            const bool real = query < a.n_q;
+            const float *from =
+                (const float *)(a.q + query * a.nb_q[0] + head * a.nb_q[1] + i3 * a.nb_q[2]);
+#pragma unroll
+            for (int n = 0; n < N; ++n)
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    const int c = 2 * (lane + 32 * n) + e;
+                    x[i][n][e] = real && c < D ? from[c] : 0;
+                }
+        }
+    }
+
+    // Each row is scaled by a power of two to magnitudes below 1, so that nothing overflows in f16;
+    // factor[row] makes scores of the products. `at` says where an even column and the next go.
+    template <class At>
+    __device__ __forceinline__ void store(const Attention &a, float *factor, int warp,
+                                          At at) const {
+        const int lane = threadIdx.x % 32;
+        const float base = a.softcap > 0 ? fabsf(a.scale) / a.softcap : fabsf(a.scale) * LOG2E;
+#pragma unroll
+        for (int i = 0; i < MINE; ++i) {
+            const int r = warp + i * WARPS;
+            float top = 0;
+#pragma unroll
+            for (int n = 0; n < N; ++n)
+                top = fmaxf(top, fmaxf(fabsf(x[i][n][0]), fabsf(x[i][n][1])));
+#pragma unroll
+            for (int m = 16; m; m /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, m));
+            const int e = max(-100, min(100, int(__float_as_uint(top) >> 23) - 126));
+            const float sign = a.scale < 0 ? -1.f : 1.f;
+            const float down = sign * __uint_as_float((127 - e) << 23);
+            if (lane == 0) factor[r] = fmaxf(base * __uint_as_float((127 + e) << 23), 1e-30f);
+#pragma unroll
+            for (int n = 0; n < N; ++n)
+                if (2 * (lane + 32 * n) < D)
+                    *at(r, 2 * (lane + 32 * n)) = pack2<T>(x[i][n][0] * down, x[i][n][1] * down);
+        }
+    }
+};
+
+// ---- scores and weights in fragments ------------------------------------------------------------
+
+// Keys that a row (e = 0 or 2: one of a fragment's two) does not see.
+template <int N>
+__device__ __forceinline__ void hide(const Row &row, float (&s)[N][4], int e, int key) {
+    const u32 ahead = key - row.first, many = max(0, row.last - row.first);
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            if (ahead + 8 * n + i >= many) s[n][e + i] = -INF;
+}
+
+// Products to scores for one of the two rows of a fragment (e = 0 or 2), where anything but the
+// factor is to be done: soft-cap, explicit mask, hidden keys. Returns the factor that is left.
+template <int N>
+__device__ __forceinline__ float masked(const Attention &a, const Row &row, float (&s)[N][4], int e,
+                                        float factor, int key, bool bias) {
+    if (!bias && a.softcap <= 0) {
+        hide(row, s, e, key);
+        return factor;
+    }
+    const u32 ahead = key - row.first, many = max(0, row.last - row.first);
+    const __half *mask = (const __half *)row.mask + key;  // their elements lie side by side
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            float x = s[n][e + i] * factor;
+            if (a.softcap > 0) x = a.softcap * LOG2E * tanhf(x);
+            const bool seen = ahead + 8 * n + i < many;
+            if (bias && seen) x += row.slope * __half2float(mask[8 * n + i]);
+            s[n][e + i] = seen ? x : -INF;
+        }
+    return 1;
+}
+
+__device__ __forceinline__ float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+__device__ __forceinline__ float quad_sum(float x) {
+    x += __shfl_xor_sync(~0u, x, 1);
+    return x + __shfl_xor_sync(~0u, x, 2);
+}
+// What is subtracted from scores: their maximum, but a number where all are -inf.
+__device__ __forceinline__ float finite(float m) { return m == -INF ? 0.f : m; }
+
+// The online softmax of a fragment's two rows: s becomes weights; returns what older sums lose.
+template <int N>
+__device__ __forceinline__ float2 softmax_step(float (&s)[N][4], const float (&factor)[2],
+                                               float (&m)[2], float (&l)[2]) {
+    float lost[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        float top = -INF;
+#pragma unroll
+        for (int n = 0; n < N; ++n) top = fmaxf(top, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
+        top = fmaxf(m[r], quad_max(top) * factor[r]);
+        const float base = finite(top);
+        lost[r] = exp2_fast(m[r] - base);
+        m[r] = top;
+        float sum = 0;
+#pragma unroll
+        for (int n = 0; n < N; ++n)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const float p = exp2_fast(fmaf(s[n][2 * r + i], factor[r], -base));
+                s[n][2 * r + i] = p;
+                sum += p;
+            }
+        l[r] = l[r] * lost[r] + sum;
+    }
+    return make_float2(lost[0], lost[1]);
+}
+
+// ---- the end of a row ---------------------------------------------------------------------------
+
+__device__ __forceinline__ float *out_row(const Attention &a, int i3, int query, int head) {
+    return (float *)(a.out + head * a.nb_out[0] + query * a.nb_out[1] + i3 * a.nb_out[2]);
+}
+
+// The factor of a row's sums, given the maximum m of its scores and the sum l of its weights;
+// leaves the log-sum-exp where it is wanted. One thread of a row passes `first`.
+__device__ __forceinline__ float row_end(const Attention &a, int i3, int query, int head, float m,
+                                         float l, bool first) {
+    float keep = 1;
+    if (a.sinks) {
+        const float sink = *(const float *)(a.sinks + head * a.nb_sinks) * LOG2E;
+        const float top = fmaxf(m, sink);
+        keep = exp2_fast(m - finite(top));
+        l = l * keep + exp2_fast(sink - finite(top));
+        m = top;
+    }
+    if (a.lse && first) out_row(a, i3, query, head)[a.d_v] = l > 0 ? (m + log2f(l)) * LN2 : -INF;
+    return l > 0 ? keep / l : 0;
+}
+
+// Where split `split` of a row leaves its sums, and its (m, l).
+__device__ __forceinline__ long long part_index(const Attention &a, int i3, int query, int head,
+                                                int split) {
+    return (((long long)i3 * a.n_q + query) * a.heads + head) * a.splits + split;
+}
+__device__ __forceinline__ float *part_sums(const Attention &a, long long part) {
+    return a.parts + part * a.d_v;
+}
+__device__ __forceinline__ float2 *part_stats(const Attention &a, long long part) {
+    return (float2 *)(a.parts + (long long)a.n3 * a.n_q * a.heads * a.splits * a.d_v) + part;
+}
+
+// Where the share of split `part` of `count` units begins.
+__device__ __forceinline__ int share(int count, int part, int parts) {
+    return u32(count) * u32(part) / u32(parts);
+}
+
+// Where a row's sums go, and their factor: its part if keys are split, else the result.
+struct End {
+    float *to;
+    float factor;
+    bool pairs;
+
+    __device__ End(const Attention &a, int i3, const Row &row, int split, float m, float l,
+                   bool first) {
+        if (a.splits > 1) {
+            const long long part = part_index(a, i3, row.query, row.head, split);
+            if (first) *part_stats(a, part) = make_float2(m, l);
+            to = part_sums(a, part), factor = 1;
+        } else {
+            to = out_row(a, i3, row.query, row.head);
+            factor = row_end(a, i3, row.query, row.head, m, l, first);
+        }
+        pairs = reinterpret_cast<u64>(to) % 8 == 0;
+    }
+
+    // Two neighbouring sums; the even one first.
+    __device__ __forceinline__ void put(int column, float x, float y) const {
+        if (pairs) {
+            *(float2 *)(to + column) = make_float2(x * factor, y * factor);
+        } else {
+            to[column] = x * factor;
+            to[column + 1] = y * factor;
+        }
+    }
+};

@@ -1,0 +1,140 @@
+// flash_attn_ext in plain f32 arithmetic: every type, stride and head size up to 576, and every
+// node with prec="f32". A block of 256 threads holds 16 rows of scores and walks its split's keys
+// in tiles of BN, decoded to f32 in shared memory: keys for the scores, then values in their place.
+//
+// @kernel any<{64|128|256}, 32>
+// @kernel any<576, 16>
+#include "attention.cuh"
+
+enum Type { F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL };
+
+__device__ __forceinline__ float half_at(const char *p) { return __half2float(*(const __half *)p); }
+
+// Element i of a row. A block of 32 has its scale first (and minimum), then, with 5 bits, their
+// high bits, then the codes: the low halves of 16 bytes are elements 0..15, the high ones 16..31.
+__device__ float element(const char *row, int type, int i) {
+    if (type == F32) return ((const float *)row)[i];
+    if (type == F16) return half_at(row + 2 * i);
+    if (type == BF16) return __bfloat162float(((const __nv_bfloat16 *)row)[i]);
+    const int b = i / 32, n = i % 32;
+    if (type == Q8_0) return half_at(row + b * 34) * ((const signed char *)row)[b * 34 + 2 + n];
+    const bool five = type == Q5_0 || type == Q5_1, least = type == Q4_1 || type == Q5_1;
+    const int head = 2 + 2 * least, size = head + 4 * five + 16;
+    const u8 *at = (const u8 *)row + b * size;
+    const int code = at[head + 4 * five + n % 16] >> (n / 16 * 4) & 15;
+    const float d = half_at((const char *)at);
+    if (type == IQ4_NL) {
+        const signed char values[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                                        1,    13,   25,  38,  53,  69,  89,  113};
+        return d * values[code];
+    }
+    const int high = five ? (at[head + n / 8] >> n % 8 & 1) << 4 : 0;
+    if (least) return d * (code + high) + half_at((const char *)at + 2);
+    return d * (code + high - (five ? 16 : 8));
+}
+
+template <int D, int BN>
+__global__ void __launch_bounds__(256) any(const __grid_constant__ Attention a) {
+    constexpr int M = 16, PITCH = D + 4, N = D / 64;
+    extern __shared__ __align__(16) float memory[];
+    float *q = memory, *tile = q + M * PITCH, *p = tile + BN * PITCH;
+    __shared__ float lost[M], top[M], total[M];
+    const int t = threadIdx.x, lane = t % 32, warp = t / 32;
+    const int split = blockIdx.y, r0 = blockIdx.x * M;
+    const int head_kv = blockIdx.z % a.heads_kv, i3 = blockIdx.z / a.heads_kv;
+    const int ratio = a.ratio(), live = a.live();
+    const int q0 = r0 / ratio, q1 = (r0 + M - 1) / ratio;
+
+    successor_may_begin();
+    for (int r = warp; r < M; r += 8) {
+        const int query = (r0 + r) / ratio, head = head_kv * ratio + (r0 + r) % ratio;
+        const float *row =
+            (const float *)(a.q + query * a.nb_q[0] + head * a.nb_q[1] + i3 * a.nb_q[2]);
+        for (int i = lane; i < PITCH; i += 32)
+            q[r * PITCH + i] = query < a.n_q && i < a.d_k ? row[i] : 0;
+    }
+    if (t < M) top[t] = -INF, total[t] = 0;
+    const Span seen = span(a, q0, q1 + 1, live);
+    const int t0 = seen.first / BN, tiles = max(0, (seen.last + BN - 1) / BN - t0);
+    const int begin = t0 + share(tiles, split, a.splits);
+    const int end = t0 + share(tiles, split + 1, a.splits);
+    const float scale = a.softcap > 0 ? a.scale / a.softcap : a.scale;
+    const int column = t % 64, rows = t / 64 * 4;
+    float sums[4][N] = {};
+
+    for (int n = begin; n < end; ++n) {
+        const int j0 = n * BN;
+        if (!(flags(a, i3, q0, q1, j0, j0 + BN - 1) & LIVE)) continue;
+        const char *k = a.k + head_kv * a.nb_k[1] + i3 * a.nb_k[2];
+        const char *v = a.v + head_kv * a.nb_v[1] + i3 * a.nb_v[2];
+        __syncthreads();
+        const int width = (a.d_k + 3) / 4 * 4;
+        for (int j = warp; j < BN; j += 8)
+            for (int i = lane; i < width; i += 32)
+                tile[j * PITCH + i] =
+                    j0 + j < live && i < a.d_k ? element(k + (j0 + j) * a.nb_k[0], a.type_k, i) : 0;
+        __syncthreads();
+        for (int i = t; i < M * BN; i += 256) {
+            const int r = i / BN, j = i % BN;
+            const Row row(a, i3, head_kv, r0 + r, live);
+            float s = 0;
+            for (int c = 0; c < width; c += 4) {
+                const float4 x = *(const float4 *)(q + r * PITCH + c);
+                const float4 y = *(const float4 *)(tile + j * PITCH + c);
+                s = fmaf(x.x, y.x, fmaf(x.y, y.y, fmaf(x.z, y.z, fmaf(x.w, y.w, s))));
+            }
+            s *= scale;
+            s = (a.softcap > 0 ? a.softcap * tanhf(s) : s) * LOG2E;
+            const bool visible = j0 + j >= row.first && j0 + j < row.last;
+            if (visible && row.mask) s += row.slope * half_at(row.mask + (j0 + j) * a.nb_mask[0]);
+            p[r * (BN + 1) + j] = visible ? s : -INF;
+        }
+        __syncthreads();
+        for (int j = warp; j < BN; j += 8)
+            for (int i = lane; i < a.d_v; i += 32)
+                tile[j * PITCH + i] =
+                    j0 + j < live ? element(v + (j0 + j) * a.nb_v[0], a.type_v, i) : 0;
+        for (int r = warp; r < M; r += 8) {
+            const float s = lane < BN ? p[r * (BN + 1) + lane] : -INF;
+            float m = s;
+            for (int i = 16; i; i /= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, i));
+            m = fmaxf(m, top[r]);
+            const float e = exp2f(s - finite(m));
+            float l = e;
+            for (int i = 16; i; i /= 2) l += __shfl_xor_sync(~0u, l, i);
+            __syncwarp();
+            if (lane < BN) p[r * (BN + 1) + lane] = e;
+            if (lane == 0) {
+                lost[r] = exp2f(top[r] - finite(m));
+                total[r] = total[r] * lost[r] + l;
+                top[r] = m;
+            }
+        }
+        __syncthreads();
+#pragma unroll
+        for (int r = 0; r < 4; ++r)
+#pragma unroll
+            for (int i = 0; i < N; ++i) sums[r][i] *= lost[rows + r];
+        for (int j = 0; j < BN; ++j) {
+            float w[4];
+#pragma unroll
+            for (int r = 0; r < 4; ++r) w[r] = p[(rows + r) * (BN + 1) + j];
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+                const float y = column + 64 * i < a.d_v ? tile[j * PITCH + column + 64 * i] : 0;
+#pragma unroll
+                for (int r = 0; r < 4; ++r) sums[r][i] = fmaf(w[r], y, sums[r][i]);
+            }
+        }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+        const Row row(a, i3, head_kv, r0 + rows + r, live);
+        if (row.query < 0) continue;
+        const End to(a, i3, row, split, top[rows + r], total[rows + r], column == 0);
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+            if (column + 64 * i < a.d_v) to.to[column + 64 * i] = sums[r][i] * to.factor;
+    }
+}

@@ -1,0 +1,209 @@
+// flash_attn_ext for many queries on 9.0: wgmma and the tensor copy engine.
+//
+// Two designs. (a) mma.sync (attention_tiles.cu): every warp reads every key through ldmatrix, which
+// alone costs more clocks than the products, and mma.sync has about 0.6 of wgmma's rate. (b) wgmma:
+// operands come from shared memory without passing through registers, a copy engine fills it, and
+// one thread directs both; for 9.0a alone. Both are there: 269 and 523 TFLOP/s on an H200 (192/128,
+// 16 heads, 8192 queries, causal, f16).
+//
+// Warpgroup 0 fetches: one thread keeps two tiles of BN keys and two of values in flight (mbarriers
+// full / empty for each). Warpgroups 1 and 2 own 64 rows each: S = Q K^T, weights in registers as the
+// A operand of O += P V. A tile's S is under way while the last tile's P V is, and its softmax runs
+// beside that P V; the two warpgroups fill each other's gaps.
+// EXTRA: with an explicit mask or a soft-cap; that code leaves too few registers for the overlap of
+// softmax and P V inside a warpgroup.
+// Rows are (query, head) of one head of keys, as in attention.cuh; 128 a block, the longest first.
+//
+// @kernel 90a hot hopper<{__half|__nv_bfloat16}, {64, 64, 128|128, 128, 128|192, 128, 128|256, 256, 64}, {false|true}>
+#include "attention.cuh"
+
+// Parameters of a kernel begin at 0x210 on 9.0, and tensor maps must lie at multiples of 64.
+struct HopperArgument {
+    u64 pad[6];
+    TensorMap map_k, map_v;
+    Attention a;
+};
+
+template <int DK, int DV, int BN>
+struct HopperShape {
+    static constexpr int Q = 128 * DK * 2, K = BN * DK * 2, V = BN * DV * 2;
+    static constexpr int BYTES = Q + 2 * (K + V) + 1024;  // and room to begin at a multiple of 1024
+};
+
+template <class T, int DK, int DV, int BN, bool EXTRA>
+__global__ void __launch_bounds__(384, 1) hopper(const __grid_constant__ HopperArgument argument) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    const Attention &a = argument.a;
+    using Shape = HopperShape<DK, DV, BN>;
+    constexpr int M = 128, NV = DV < 128 ? DV : 128, VS = DV / NV;
+    extern __shared__ char unaligned[];
+    char *memory = unaligned + (-shared_address(unaligned) & 1023);
+    char *ring_k = memory + Shape::Q, *ring_v = ring_k + 2 * Shape::K;
+    __shared__ float factors[M];
+    __shared__ u64 full_k[2], full_v[2], empty_k[2], empty_v[2];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int r0 = (gridDim.y - 1 - blockIdx.y) * M;
+    const int head_kv = blockIdx.x % a.heads_kv, i3 = blockIdx.x / a.heads_kv;
+    const int ratio = a.ratio(), live = a.live(), q0 = r0 / ratio, q1 = (r0 + M - 1) / ratio;
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < 2; ++s) {
+            barrier_init(full_k + s, 1), barrier_init(full_v + s, 1);
+            barrier_init(empty_k + s, 8), barrier_init(empty_v + s, 8);
+        }
+        fence_barriers();
+    }
+    const Span seen = span(a, q0, q1 + 1, live);
+    const int end = (seen.last + BN - 1) / BN;
+    const auto alive = [&](int t) {
+        while (EXTRA && t < end && !(flags(a, i3, q0, q1, t * BN, t * BN + BN - 1) & LIVE)) ++t;
+        return t;
+    };
+    int now = alive(seen.first / BN);
+    __syncthreads();
+
+    if (warp < 4) {
+        registers_give<24>();
+        if (threadIdx.x == 0) {
+            for (int i = 0; now < end; ++i, now = alive(now + 1)) {
+                const int s = i & 1, j0 = now * BN;
+                const u32 parity =
+                    (i >> 1 & 1) ^ 1;  // of the phase before: passes at once at first
+                barrier_wait(empty_k + s, parity);
+                barrier_expect(full_k + s, Shape::K);
+                for (int c = 0; c < DK / 64; ++c)
+                    tensor_copy(ring_k + s * Shape::K + c * BN * 128, &argument.map_k, full_k + s,
+                                c * 64, j0, head_kv, i3);
+                barrier_wait(empty_v + s, parity);
+                barrier_expect(full_v + s, Shape::V);
+                for (int c = 0; c < DV / 64; ++c)
+                    tensor_copy(ring_v + s * Shape::V + c * BN * 128, &argument.map_v, full_v + s,
+                                c * 64, j0, head_kv, i3);
+            }
+        }
+        return;
+    }
+    registers_take<240>();
+    const int group = warp / 4 - 1, row0 = group * 64 + warp % 4 * 16 + lane / 4;
+    const Queries<T, DK, 64, 4> queries(a, i3, head_kv, r0 + group * 64, warp % 4);
+    queries.store(a, factors + group * 64, warp % 4, [&](int r, int i) {
+        const int row = group * 64 + r, chunk = i % 64 / 8 ^ (r & 7);
+        return (u32 *)(memory + i / 64 * M * 128 + row * 128 + chunk * 16 + i % 8 * 2);
+    });
+    fence_engines();
+    warpgroup_sync(1 + group);
+    const float factor[2] = {factors[row0], factors[row0 + 8]};
+    const Row rows[2] = {Row(a, i3, head_kv, r0 + row0, live),
+                         Row(a, i3, head_kv, r0 + row0 + 8, live)};
+    const u32 at_q = shared_address(memory) + group * 64 * 128;
+    const u32 at_k = shared_address(ring_k), at_v = shared_address(ring_v);
+
+    float sums[VS][NV / 2], s[BN / 2], m[2] = {-INF, -INF}, l[2] = {};
+    float (&score)[BN / 8][4] = reinterpret_cast<float (&)[BN / 8][4]>(s);
+    u32 p[BN / 16][4];
+#pragma unroll
+    for (int x = 0; x < VS; ++x)
+#pragma unroll
+        for (int i = 0; i < NV / 2; ++i) sums[x][i] = 0;
+
+    const auto multiply_keys = [&](int i) {
+        barrier_wait(full_k + (i & 1), i >> 1 & 1);
+        wgmma_hold(s);
+        wgmma_fence();
+        const u32 from = at_k + (i & 1) * Shape::K;
+#pragma unroll
+        for (int n = 0; n < DK / 16; ++n)
+            wgmma_ss<T, BN>(s, tile_descriptor(at_q + n / 4 * M * 128 + n % 4 * 32, 16),
+                            tile_descriptor(from + n / 4 * BN * 128 + n % 4 * 32, 16), n > 0);
+        wgmma_commit();
+    };
+    const auto multiply_values = [&](int i) {
+        barrier_wait(full_v + (i & 1), i >> 1 & 1);
+#pragma unroll
+        for (int x = 0; x < VS; ++x) wgmma_hold(sums[x]);
+        wgmma_fence();
+        const u32 from = at_v + (i & 1) * Shape::V;
+#pragma unroll
+        for (int n = 0; n < BN / 16; ++n)
+#pragma unroll
+            for (int x = 0; x < VS; ++x)
+                wgmma_rs<T, NV>(
+                    sums[x], p[n],
+                    tile_descriptor(from + x * (NV / 64) * BN * 128 + n * 16 * 128, BN * 128), 1);
+        wgmma_commit();
+    };
+    const auto release = [&](u64 *b) {
+        if (lane == 0) barrier_arrive(b);
+    };
+    const auto soften = [&](int tile) {
+        const int j0 = tile * BN;
+        const int key = j0 + 2 * (lane & 3);
+        float left[2] = {factor[0], factor[1]};
+        const bool bias = EXTRA && a.mask && (flags(a, i3, q0, q1, j0, j0 + BN - 1) & NONZERO);
+        if (EXTRA && (bias || a.softcap > 0)) {
+            left[0] = masked(a, rows[0], score, 0, factor[0], key, bias);
+            left[1] = masked(a, rows[1], score, 2, factor[1], key, bias);
+        } else if (j0 < seen.full_first || j0 + BN > seen.full_last) {
+            hide(rows[0], score, 0, key);
+            hide(rows[1], score, 2, key);
+        }
+        return softmax_step(score, left, m, l);
+    };
+    const auto pack = [&] {
+#pragma unroll
+        for (int n = 0; n < BN / 16; ++n) {
+            p[n][0] = pack2<T>(score[2 * n][0], score[2 * n][1]);
+            p[n][1] = pack2<T>(score[2 * n][2], score[2 * n][3]);
+            p[n][2] = pack2<T>(score[2 * n + 1][0], score[2 * n + 1][1]);
+            p[n][3] = pack2<T>(score[2 * n + 1][2], score[2 * n + 1][3]);
+        }
+    };
+
+    if (now < end) {
+        multiply_keys(0);
+        wgmma_wait<0>();
+        wgmma_hold(s);
+        release(empty_k);
+        soften(now);
+        pack();
+        int i = 1;
+        for (now = alive(now + 1); now < end; now = alive(now + 1), ++i) {
+            multiply_keys(i);
+            multiply_values(i - 1);
+            wgmma_wait<1>();
+            wgmma_hold(s);
+            release(empty_k + (i & 1));
+            const float2 lost = soften(now);
+            // Never so: but the compiler must know the weights before it may wait for the sums.
+            if (l[0] + l[1] < 0) release(empty_v);
+            wgmma_wait<0>();
+#pragma unroll
+            for (int x = 0; x < VS; ++x) wgmma_hold(sums[x]);
+            release(empty_v + (i - 1 & 1));
+#pragma unroll
+            for (int x = 0; x < VS; ++x)
+#pragma unroll
+                for (int n = 0; n < NV / 2; n += 4) {
+                    sums[x][n] *= lost.x, sums[x][n + 1] *= lost.x;
+                    sums[x][n + 2] *= lost.y, sums[x][n + 3] *= lost.y;
+                }
+            pack();
+        }
+        multiply_values(i - 1);
+        wgmma_wait<0>();
+#pragma unroll
+        for (int x = 0; x < VS; ++x) wgmma_hold(sums[x]);
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const float total = quad_sum(l[r]);
+        if (rows[r].query < 0) continue;
+        const End to(a, i3, rows[r], 0, m[r], total, lane % 4 == 0);
+#pragma unroll
+        for (int x = 0; x < VS; ++x)
+#pragma unroll
+            for (int n = 0; n < NV / 8; ++n)
+                to.put(x * NV + n * 8 + (lane & 3) * 2, sums[x][4 * n + 2 * r],
+                       sums[x][4 * n + 2 * r + 1]);
+    }
+#endif
+}

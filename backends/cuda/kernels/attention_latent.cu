@@ -1,0 +1,237 @@
+// flash_attn_ext of the latent cache (576/512, V a view of K): every byte of it is read once a block
+// and serves as key and as value.
+//
+// Two designs. (a) wgmma: 64 rows, two warpgroups that own half of the 512 columns each and trade
+// weights; right at 64 rows and more, three quarters waste at 16 heads. (b) mma m16n8k16: rows in
+// steps of 16, so 16 heads fit exactly; the 8 warps split the keys of a tile for the scores and the
+// columns for the sums, weights pass through shared memory. At one query both wait for memory, and
+// (b) runs from 8.0 up: this file. From 17 rows on (a) wins on 9.0: attention_latent_hopper.cu (128
+// heads, 16384 keys, H200: 29 us against 42; 16 heads: 17 against 14).
+//
+// A block is 16 MI WM rows and a split of the keys, in tiles of BN keys; two tiles are in flight or
+// in use. Rows of 1152 bytes are swizzled: chunk c (16 bytes) of row r lies at c ^ (r & 7).
+//
+// @kernel hot latent<{__half|__nv_bfloat16}, {1, 1, 8, 64|1, 2, 4, 32}, false>
+// @kernel latent<{__half|__nv_bfloat16}, 2, 2, 4, 64, false>
+// @kernel hot latent<__half, {1, 1, 8, 64|1, 2, 4, 32|2, 2, 4, 32}, true>
+#include "attention.cuh"
+#include "attention_q8_0.cuh"
+
+constexpr int DK = 576, DV = 512, PITCH = DK * 2, RAW = DK / 32 * 34;
+
+__device__ __forceinline__ int swizzled(int row, int chunk) {
+    return row * PITCH + (chunk ^ (row & 7)) * 16;
+}
+
+// Shared memory: queries; tiles; weights; with q8_0 two raw tiles and one decoded.
+template <int M, int BN, bool Q8>
+struct LatentShape {
+    static constexpr int Q = M * PITCH, TILE = BN * PITCH, P = M * BN * 2,
+                         STAGE = Q8 ? BN * RAW : TILE;
+    static constexpr int TILES = Q8 ? TILE + 2 * STAGE : 2 * STAGE, BYTES = Q + TILES + P;
+};
+
+template <class T, int MI, int WM, int WN, int BN, bool Q8>
+__global__ void __launch_bounds__(256, 1) latent(const __grid_constant__ Attention a) {
+    static_assert(WM * WN == 8, "eight warps");
+    constexpr int M = 16 * MI * WM, NT = BN / 8 / WN, NV = DV / 8 / WN;
+    constexpr int PITCH_P = BN * 2;
+    using Shape = LatentShape<M, BN, Q8>;
+    extern __shared__ __align__(128) char memory[];
+    __shared__ float factors[M], tops[WN][M], totals[WN][M];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, wm = warp / WN, wn = warp % WN;
+    const int part = blockIdx.x, r0 = blockIdx.y * M;
+    const int head_kv = blockIdx.z % a.heads_kv, i3 = blockIdx.z / a.heads_kv;
+    const int ratio = a.ratio(), live = a.live(), q0 = r0 / ratio, q1 = (r0 + M - 1) / ratio;
+    char *queries = memory, *ring = memory + Shape::Q, *weights = ring + Shape::TILES;
+
+    const Queries<T, DK, M, 8> loaded(a, i3, head_kv, r0, warp);
+    const Span seen = span(a, q0, q1 + 1, live);
+    const int t0 = seen.first / BN, tiles = max(0, (seen.last + BN - 1) / BN - t0);
+    const int end = t0 + share(tiles, part + 1, a.splits);
+    const auto alive = [&](int t) {
+        while (t < end && !(flags(a, i3, q0, q1, t * BN, t * BN + BN - 1) & LIVE)) ++t;
+        return t;
+    };
+    const char *k = a.k + head_kv * a.nb_k[1] + i3 * a.nb_k[2];
+    const auto fetch = [&](int t, int stage) {
+        const int j0 = t * BN;
+        char *to = ring + (Q8 ? Shape::TILE : 0) + stage * Shape::STAGE;
+        if constexpr (Q8) {
+            fetch_raw<BN, RAW>(shared_address(to), k + j0 * a.nb_k[0], a.nb_k[0], live - j0,
+                               threadIdx.x, 256);
+        } else {
+            for (int i = threadIdx.x; i < BN * (DK / 8); i += 256) {
+                const int j = i / (DK / 8), c = i % (DK / 8);
+                const bool real = j0 + j < live;
+                copy16(shared_address(to) + swizzled(j, c),
+                       k + (real ? (j0 + j) * a.nb_k[0] + c * 16 : 0), real);
+            }
+        }
+    };
+    int now = alive(t0 + share(tiles, part, a.splits)), next = now;
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+        if (next < end) fetch(next, s), next = alive(next + 1);
+        copies_commit();
+    }
+    successor_may_begin();
+    loaded.store(a, factors, warp,
+                 [&](int r, int i) { return (u32 *)(queries + swizzled(r, i / 8) + i % 8 * 2); });
+    __syncthreads();
+
+    const int row0 = wm * MI * 16 + lane / 4;  // of this thread's first row in the block
+    float sums[MI][NV][4] = {}, m[MI][2], l[MI][2], factor[MI][2];
+#pragma unroll
+    for (int i = 0; i < MI; ++i)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            m[i][r] = -INF, l[i][r] = 0;
+            factor[i][r] = factors[row0 + 16 * i + 8 * r];
+        }
+
+    for (int stage = 0; now < end; stage ^= 1) {
+        copies_wait<1>();
+        __syncthreads();
+        const char *tile = ring + (Q8 ? 0 : stage * Shape::STAGE);
+        if constexpr (Q8) {
+            decode_raw_to<BN, DK>(ring + Shape::TILE + stage * Shape::STAGE, threadIdx.x, 256,
+                                  [&](int r, int c) { return ring + swizzled(r, c); });
+            __syncthreads();
+        }
+        // Scores of this warp's rows and its NT x 8 keys; even and odd steps in sums of their own.
+        float s[MI][NT][4] = {}, odd[MI][NT][4] = {};
+        const u32 at_q = shared_address(queries), at_k = shared_address(tile);
+#pragma unroll 2
+        for (int n = 0; n < DK / 32; ++n) {
+            u32 b[NT][4];
+#pragma unroll
+            for (int i = 0; i < NT; ++i)
+                ldmatrix(b[i],
+                         at_k + swizzled((wn * NT + i) * 8 + (lane & 7), n * 4 + (lane >> 3)));
+#pragma unroll
+            for (int i = 0; i < MI; ++i) {
+                const int r = (wm * MI + i) * 16 + (lane & 15);
+                u32 x[4], y[4];
+                ldmatrix(x, at_q + swizzled(r, n * 4 + (lane >> 4)));
+                ldmatrix(y, at_q + swizzled(r, n * 4 + 2 + (lane >> 4)));
+#pragma unroll
+                for (int c = 0; c < NT; ++c) {
+                    mma<T>(s[i][c], x, b[c][0], b[c][1]);
+                    mma<T>(odd[i][c], y, b[c][2], b[c][3]);
+                }
+            }
+        }
+        const int j0 = now * BN, key = j0 + wn * NT * 8 + 2 * (lane & 3);
+        const bool bias = a.mask && (flags(a, i3, q0, q1, j0, j0 + BN - 1) & NONZERO);
+        const bool special =
+            bias || a.softcap > 0 || j0 < seen.full_first || j0 + BN > seen.full_last;
+        float left[MI][2];
+#pragma unroll
+        for (int i = 0; i < MI; ++i) {
+#pragma unroll
+            for (int c = 0; c < NT; ++c)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) s[i][c][e] += odd[i][c][e];
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                left[i][r] = factor[i][r];
+                if (special)
+                    left[i][r] = masked(a, Row(a, i3, head_kv, r0 + row0 + 16 * i + 8 * r, live),
+                                        s[i], 2 * r, factor[i][r], key, bias);
+                float top = -INF;
+#pragma unroll
+                for (int c = 0; c < NT; ++c)
+                    top = fmaxf(top, fmaxf(s[i][c][2 * r], s[i][c][2 * r + 1]));
+                top = quad_max(top) * left[i][r];
+                if (lane % 4 == 0) tops[wn][row0 + 16 * i + 8 * r] = top;
+            }
+        }
+        __syncthreads();
+        // The maximum over all warps of a row; weights to shared memory.
+        float lost[MI][2];
+#pragma unroll
+        for (int i = 0; i < MI; ++i)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const int row = row0 + 16 * i + 8 * r;
+                float top = m[i][r];
+#pragma unroll
+                for (int w = 0; w < WN; ++w) top = fmaxf(top, tops[w][row]);
+                const float base = finite(top);
+                lost[i][r] = exp2_fast(m[i][r] - base);
+                m[i][r] = top;
+                l[i][r] *= lost[i][r];
+#pragma unroll
+                for (int c = 0; c < NT; ++c) {
+                    const float x = exp2_fast(fmaf(s[i][c][2 * r], left[i][r], -base));
+                    const float y = exp2_fast(fmaf(s[i][c][2 * r + 1], left[i][r], -base));
+                    l[i][r] += x + y;
+                    const int chunk = wn * NT + c;
+                    *(u32 *)(weights + row * PITCH_P + (chunk ^ (row & (BN / 8 - 1))) * 16 +
+                             (lane & 3) * 4) = pack2<T>(x, y);
+                }
+            }
+        __syncthreads();
+        // Sums of this warp's rows and its NV x 8 columns.
+#pragma unroll
+        for (int i = 0; i < MI; ++i)
+#pragma unroll
+            for (int c = 0; c < NV; ++c) {
+                sums[i][c][0] *= lost[i][0], sums[i][c][1] *= lost[i][0];
+                sums[i][c][2] *= lost[i][1], sums[i][c][3] *= lost[i][1];
+            }
+        const u32 at_p = shared_address(weights);
+        const int v_chunk = a.v_start / 8 + wn * NV + (lane >> 4);
+#pragma unroll
+        for (int n = 0; n < BN / 16; ++n) {
+            u32 x[MI][4];
+#pragma unroll
+            for (int i = 0; i < MI; ++i) {
+                const int r = (wm * MI + i) * 16 + (lane & 15);
+                ldmatrix(x[i],
+                         at_p + r * PITCH_P + ((2 * n + (lane >> 4)) ^ (r & (BN / 8 - 1))) * 16);
+            }
+#pragma unroll
+            for (int c = 0; c < NV; c += 2) {
+                u32 b[4];
+                ldmatrix_trans(b, at_k + swizzled(n * 16 + (lane & 15), v_chunk + c));
+#pragma unroll
+                for (int i = 0; i < MI; ++i) {
+                    mma<T>(sums[i][c], x[i], b[0], b[1]);
+                    mma<T>(sums[i][c + 1], x[i], b[2], b[3]);
+                }
+            }
+        }
+        __syncthreads();
+        now = alive(now + 1);
+        if (next < end) fetch(next, stage), next = alive(next + 1);
+        copies_commit();
+    }
+
+#pragma unroll
+    for (int i = 0; i < MI; ++i)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const float sum = quad_sum(l[i][r]);
+            if (lane % 4 == 0) totals[wn][row0 + 16 * i + 8 * r] = sum;
+        }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < MI; ++i)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int index = row0 + 16 * i + 8 * r;
+            const Row row(a, i3, head_kv, r0 + index, live);
+            if (row.query < 0) continue;
+            float total = 0;
+#pragma unroll
+            for (int w = 0; w < WN; ++w) total += totals[w][index];
+            const End to(a, i3, row, part, m[i][r], total, wn == 0 && lane % 4 == 0);
+#pragma unroll
+            for (int c = 0; c < NV; ++c) {
+                to.put((wn * NV + c) * 8 + (lane & 3) * 2, sums[i][c][2 * r],
+                       sums[i][c][2 * r + 1]);
+            }
+        }
+}

@@ -1,0 +1,181 @@
+// flash_attn_ext of the latent cache on 9.0: the design (a) of attention_latent.cu.
+//
+// A block is 64 rows and a split of the keys in tiles of 64; two tiles are in flight or in use, each
+// brought as 9 boxes of 64 columns that serve as keys and, 8 of them, as values. The two warpgroups
+// take half of a tile's keys each for the scores, trade maxima and weights through shared memory,
+// and half of the 512 columns each for the sums. The products of a tile begin with its first box.
+//
+// @kernel 90a hot latent_hopper<{__half|__nv_bfloat16}>
+#include "attention.cuh"
+
+constexpr int DK = 576, M = 64, BN = 64, BOX = BN * 128, TILE = DK / 64 * BOX;
+constexpr int PARTS = 3;  // barriers of a tile: 3 boxes each
+
+// As in attention_hopper.cu: parameters begin at 0x210, maps lie at multiples of 64.
+struct LatentArgument {
+    u64 pad[6];
+    TensorMap map;
+    Attention a;
+};
+
+template <class T>
+__global__ void __launch_bounds__(256, 1)
+    latent_hopper(const __grid_constant__ LatentArgument argument) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    const Attention &a = argument.a;
+    extern __shared__ char unaligned[];
+    char *queries = unaligned + (-shared_address(unaligned) & 1023);
+    char *ring = queries + TILE, *weights = ring + 2 * TILE;
+    __shared__ float factors[M], tops[2][M], totals[2][M];
+    __shared__ u64 full[2][PARTS];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = warp / 4;
+    const int part = blockIdx.x, r0 = blockIdx.y * M;
+    const int head_kv = blockIdx.z % a.heads_kv, i3 = blockIdx.z / a.heads_kv;
+    const int ratio = a.ratio(), live = a.live(), q0 = r0 / ratio, q1 = (r0 + M - 1) / ratio;
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < 2 * PARTS; ++s) barrier_init(&full[0][0] + s, 1);
+        fence_barriers();
+    }
+    const Queries<T, DK, M, 8> loaded(a, i3, head_kv, r0, warp);
+    const Span seen = span(a, q0, q1 + 1, live);
+    const int t0 = seen.first / BN, tiles = max(0, (seen.last + BN - 1) / BN - t0);
+    const int end = t0 + share(tiles, part + 1, a.splits);
+    const auto alive = [&](int t) {
+        while (t < end && !(flags(a, i3, q0, q1, t * BN, t * BN + BN - 1) & LIVE)) ++t;
+        return t;
+    };
+    const auto fetch = [&](int t, int stage) {
+        if (threadIdx.x) return;
+        for (int c = 0; c < DK / 64; ++c) {
+            u64 *b = full[stage] + c / 3;
+            if (c % 3 == 0) barrier_expect(b, 3 * BOX);
+            tensor_copy(ring + stage * TILE + c * BOX, &argument.map, b, c * 64, t * BN, head_kv,
+                        i3);
+        }
+    };
+    int now = alive(t0 + share(tiles, part, a.splits)), next = now;
+    for (int s = 0; s < 2; ++s)
+        if (next < end) fetch(next, s), next = alive(next + 1);
+    successor_may_begin();
+    loaded.store(a, factors, warp, [&](int r, int i) {
+        return (u32 *)(queries + i / 64 * BOX + r * 128 + (i % 64 / 8 ^ (r & 7)) * 16 + i % 8 * 2);
+    });
+    fence_engines();
+    __syncthreads();
+
+    const int row0 = warp % 4 * 16 + lane / 4;
+    const float factor[2] = {factors[row0], factors[row0 + 8]};
+    const Row rows[2] = {Row(a, i3, head_kv, r0 + row0, live),
+                         Row(a, i3, head_kv, r0 + row0 + 8, live)};
+    const u32 at_q = shared_address(queries), at_p = shared_address(weights);
+    float sums[2][64], m[2] = {-INF, -INF}, l[2] = {};
+#pragma unroll
+    for (int i = 0; i < 64; ++i) sums[0][i] = sums[1][i] = 0;
+
+    for (int i = 0; now < end; ++i) {
+        const int stage = i & 1, parity = i >> 1 & 1;
+        const u32 tile = shared_address(ring) + stage * TILE;
+        float flat[16];
+        float (&s)[4][4] = reinterpret_cast<float (&)[4][4]>(flat);
+        wgmma_hold(flat);
+#pragma unroll
+        for (int p = 0; p < PARTS; ++p) {
+            barrier_wait(full[stage] + p, parity);
+            wgmma_fence();
+#pragma unroll
+            for (int n = p * 12; n < p * 12 + 12; ++n)
+                wgmma_ss<T, 32>(
+                    flat, tile_descriptor(at_q + n / 4 * BOX + n % 4 * 32, 16),
+                    tile_descriptor(tile + n / 4 * BOX + group * 32 * 128 + n % 4 * 32, 16), n > 0);
+        }
+        wgmma_commit();
+        wgmma_wait<0>();
+        wgmma_hold(flat);
+
+        const int j0 = now * BN, key = j0 + group * 32 + 2 * (lane & 3);
+        const bool bias = a.mask && (flags(a, i3, q0, q1, j0, j0 + BN - 1) & NONZERO);
+        float left[2] = {factor[0], factor[1]}, lost[2];
+        if (bias || a.softcap > 0 || j0 < seen.full_first || j0 + BN > seen.full_last) {
+            left[0] = masked(a, rows[0], s, 0, factor[0], key, bias);
+            left[1] = masked(a, rows[1], s, 2, factor[1], key, bias);
+        }
+        float top[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            top[r] = -INF;
+#pragma unroll
+            for (int c = 0; c < 4; ++c) top[r] = fmaxf(top[r], fmaxf(s[c][2 * r], s[c][2 * r + 1]));
+            top[r] = quad_max(top[r]) * left[r];
+            if (lane % 4 == 0) tops[group][row0 + 8 * r] = top[r];
+        }
+        __syncthreads();
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int row = row0 + 8 * r;
+            top[r] = fmaxf(m[r], fmaxf(top[r], tops[group ^ 1][row]));
+            const float base = finite(top[r]);
+            lost[r] = exp2_fast(m[r] - base);
+            m[r] = top[r];
+            l[r] *= lost[r];
+#pragma unroll
+            for (int c = 0; c < 4; ++c) {
+                const float x = exp2_fast(fmaf(s[c][2 * r], left[r], -base));
+                const float y = exp2_fast(fmaf(s[c][2 * r + 1], left[r], -base));
+                l[r] += x + y;
+                *(u32 *)(weights + row * 128 + ((group * 4 + c) ^ (row & 7)) * 16 +
+                         (lane & 3) * 4) = pack2<T>(x, y);
+            }
+        }
+#pragma unroll
+        for (int x = 0; x < 2; ++x)
+#pragma unroll
+            for (int n = 0; n < 64; n += 4) {
+                sums[x][n] *= lost[0], sums[x][n + 1] *= lost[0];
+                sums[x][n + 2] *= lost[1], sums[x][n + 3] *= lost[1];
+            }
+        __syncthreads();
+        u32 p[BN / 16][4];
+        const int r = warp % 4 * 16 + (lane & 15);
+#pragma unroll
+        for (int n = 0; n < BN / 16; ++n)
+            ldmatrix(p[n], at_p + r * 128 + ((2 * n + (lane >> 4)) ^ (r & 7)) * 16);
+        wgmma_hold(sums[0]);
+        wgmma_hold(sums[1]);
+        wgmma_fence();
+        const u32 from = tile + (a.v_start / 64 + group * 4) * BOX;
+#pragma unroll
+        for (int n = 0; n < BN / 16; ++n)
+#pragma unroll
+            for (int x = 0; x < 2; ++x)
+                wgmma_rs<T, 128>(sums[x], p[n],
+                                 tile_descriptor(from + x * 2 * BOX + n * 16 * 128, BOX), 1);
+        wgmma_commit();
+        wgmma_wait<0>();
+        wgmma_hold(sums[0]);
+        wgmma_hold(sums[1]);
+        __syncthreads();
+        now = alive(now + 1);
+        if (next < end) fetch(next, stage), next = alive(next + 1);
+    }
+
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const float sum = quad_sum(l[r]);
+        if (lane % 4 == 0) totals[group][row0 + 8 * r] = sum;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        if (rows[r].query < 0) continue;
+        const float total = totals[0][row0 + 8 * r] + totals[1][row0 + 8 * r];
+        const End to(a, i3, rows[r], part, m[r], total, group == 0 && lane % 4 == 0);
+#pragma unroll
+        for (int x = 0; x < 2; ++x)
+#pragma unroll
+            for (int n = 0; n < 16; ++n) {
+                const int column = group * 256 + x * 128 + n * 8 + (lane & 3) * 2;
+                to.put(column, sums[x][4 * n + 2 * r], sums[x][4 * n + 2 * r + 1]);
+            }
+    }
+#endif
+}

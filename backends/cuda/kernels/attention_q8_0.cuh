@@ -1,0 +1,47 @@
+// Rows of q8_0 blocks (f16 scale, 32 int8) on their way to tiles of f16.
+#pragma once
+#include "mma.cuh"
+
+// Rows of BYTES (a multiple of 4, as are their addresses) to shared memory without gaps; those from
+// `real` on become zeros.
+template <int ROWS, int BYTES>
+__device__ __forceinline__ void fetch_raw(u32 to, const char *from, long long step, int real,
+                                          int thread, int threads) {
+    static_assert(BYTES % 4 == 0, "copies are of 4 bytes");
+    for (int i = thread; i < ROWS * (BYTES / 4); i += threads) {
+        const int r = i / (BYTES / 4), c = i % (BYTES / 4);
+        copy4(to + i * 4, r < real ? from + r * step + c * 4 : from, r < real);
+    }
+}
+
+// Such rows to f16 rows of D, `pitch` bytes apart, or as `at(row, chunk of 8)` says. Each thread
+// takes blocks. A byte b as int8 is 1024 + (b ^ 128) in f16's bits less 1152: exact; one rounding is
+// left, that of the product with the scale.
+template <int ROWS, int D, class At>
+__device__ __forceinline__ void decode_raw_to(const char *raw, int thread, int threads, At at) {
+    constexpr int BLOCKS = D / 32;
+    for (int i = thread; i < ROWS * BLOCKS; i += threads) {
+        const u16 *block = (const u16 *)(raw + i * 34);
+        const __half2 d = __half2half2(*(const __half *)block);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            u32 x[4];
+#pragma unroll
+            for (int n = 0; n < 4; ++n) {
+                const u32 two = block[1 + 4 * c + n] ^ 0x8080u;
+                const u32 bits = __byte_perm(two, 0x64646464u, 0x4140);
+                const __half2 y =
+                    __hmul2(__hsub2(*(const __half2 *)&bits, __floats2half2_rn(1152.f, 1152.f)), d);
+                x[n] = *(const u32 *)&y;
+            }
+            *(uint4 *)at(i / BLOCKS, i % BLOCKS * 4 + c) = make_uint4(x[0], x[1], x[2], x[3]);
+        }
+    }
+}
+
+template <int ROWS, int D>
+__device__ __forceinline__ void decode_raw(const char *raw, char *tile, int pitch, int thread,
+                                           int threads) {
+    decode_raw_to<ROWS, D>(raw, thread, threads,
+                           [&](int r, int c) { return tile + r * pitch + c * 16; });
+}

@@ -1,0 +1,130 @@
+// flash_attn_ext for many queries, from 8.0 up (attention_hopper.cu is the faster one on 9.0).
+//
+// Each warp owns 16 rows and all keys of a tile, so scores become weights in registers and no barrier
+// stands between the two products; keys and values of the next tile arrive by cp.async meanwhile.
+// Rows are (query, head) of one head of keys: a group of heads shares every tile. The other design,
+// 32 rows a warp, halves the reads of shared memory that bound this one at about 0.8 of the rate of
+// mma.sync, but its sums and scores leave no registers at d_v = 128.
+// Keys may be split over blocks (few rows, many keys); `combine` ends those.
+//
+// @kernel hot tiles<{__half|__nv_bfloat16}, {64, 64|80, 80|96, 96|128, 128|192, 128}, {4|8}, 64>
+// @kernel tiles<{__half|__nv_bfloat16}, 256, 256, {4|8}, 32>
+#include "attention.cuh"
+
+template <class T, int DK, int DV, int WARPS, int BN>
+__global__ void __launch_bounds__(WARPS * 32, 1) tiles(const __grid_constant__ Attention a) {
+    constexpr int M = 16 * WARPS, THREADS = 32 * WARPS;
+    constexpr int PITCH_K = DK * 2 + 16, PITCH_V = DV * 2 + 16, STAGE = BN * (PITCH_K + PITCH_V);
+    extern __shared__ __align__(128) char memory[];
+    __shared__ float factors[M];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    // The last rows see the most keys under a causal mask: they begin first.
+    const int part = blockIdx.z, r0 = (gridDim.y - 1 - blockIdx.y) * M;
+    const int head_kv = blockIdx.x % a.heads_kv, i3 = blockIdx.x / a.heads_kv;
+    const int ratio = a.ratio(), live = a.live(), q0 = r0 / ratio, q1 = (r0 + M - 1) / ratio;
+
+    successor_may_begin();
+    Queries<T, DK, M, WARPS>(a, i3, head_kv, r0, warp).store(a, factors, warp, [&](int r, int i) {
+        return (u32 *)(memory + r * PITCH_K + i * 2);
+    });
+    __syncthreads();
+    u32 q[DK / 16][4];
+#pragma unroll
+    for (int n = 0; n < DK / 16; ++n)
+        ldmatrix(q[n], shared_address(memory) + (warp * 16 + (lane & 15)) * PITCH_K +
+                           (lane >> 4) * 16 + n * 32);
+    const int row0 = warp * 16 + lane / 4;
+    const float factor[2] = {factors[row0], factors[row0 + 8]};
+    const Span seen = span(a, q0, q1 + 1, live);
+    __syncthreads();
+
+    const int t0 = seen.first / BN, count = max(0, (seen.last + BN - 1) / BN - t0);
+    const int end = t0 + share(count, part + 1, a.splits);
+    const auto alive = [&](int t) {
+        while (t < end && !(flags(a, i3, q0, q1, t * BN, t * BN + BN - 1) & LIVE)) ++t;
+        return t;
+    };
+    const char *k = a.k + head_kv * a.nb_k[1] + i3 * a.nb_k[2];
+    const char *v = a.v + head_kv * a.nb_v[1] + i3 * a.nb_v[2];
+    const auto fetch = [&](int t, int stage) {
+        constexpr int CK = DK / 8, CV = DV / 8;
+        const int j0 = t * BN;
+        const u32 to = shared_address(memory) + stage * STAGE;
+        for (int i = threadIdx.x; i < BN * CK; i += THREADS) {
+            const int j = i / CK, c = i % CK;
+            const bool real = j0 + j < live;
+            copy16(to + j * PITCH_K + c * 16, k + (real ? (j0 + j) * a.nb_k[0] + c * 16 : 0), real);
+        }
+        for (int i = threadIdx.x; i < BN * CV; i += THREADS) {
+            const int j = i / CV, c = i % CV;
+            const bool real = j0 + j < live;
+            copy16(to + BN * PITCH_K + j * PITCH_V + c * 16,
+                   v + (real ? (j0 + j) * a.nb_v[0] + c * 16 : 0), real);
+        }
+    };
+
+    int now = alive(t0 + share(count, part, a.splits)), next = now;
+    if (next < end) fetch(next, 0), next = alive(next + 1);
+    copies_commit();
+    float sums[DV / 8][4] = {}, m[2] = {-INF, -INF}, l[2] = {};
+    for (int stage = 0; now < end; stage ^= 1) {
+        copies_wait<0>();
+        __syncthreads();
+        const int j0 = now * BN;
+        now = next;
+        if (next < end) fetch(next, stage ^ 1), next = alive(next + 1);
+        copies_commit();
+
+        const u32 at = shared_address(memory) + stage * STAGE;
+        float s[BN / 8][4] = {};
+        const u32 at_k = at + ((lane & 7) + (lane >> 4) * 8) * PITCH_K + (lane >> 3 & 1) * 16;
+#pragma unroll
+        for (int n = 0; n < DK / 16; ++n)
+#pragma unroll
+            for (int c = 0; c < BN / 16; ++c) {
+                u32 b[4];
+                ldmatrix(b, at_k + c * 16 * PITCH_K + n * 32);
+                mma<T>(s[2 * c], q[n], b[0], b[1]);
+                mma<T>(s[2 * c + 1], q[n], b[2], b[3]);
+            }
+        const bool bias = a.mask && (flags(a, i3, q0, q1, j0, j0 + BN - 1) & NONZERO);
+        float left[2] = {factor[0], factor[1]};
+        if (bias || a.softcap > 0 || j0 < seen.full_first || j0 + BN > seen.full_last) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r)
+                left[r] = masked(a, Row(a, i3, head_kv, r0 + row0 + 8 * r, live), s, 2 * r,
+                                 factor[r], j0 + 2 * (lane & 3), bias);
+        }
+        const float2 lost = softmax_step(s, left, m, l);
+#pragma unroll
+        for (int n = 0; n < DV / 8; ++n) {
+            sums[n][0] *= lost.x, sums[n][1] *= lost.x;
+            sums[n][2] *= lost.y, sums[n][3] *= lost.y;
+        }
+        const u32 at_v = at + BN * PITCH_K + (lane & 15) * PITCH_V + (lane >> 4) * 16;
+#pragma unroll
+        for (int c = 0; c < BN / 16; ++c) {
+            const u32 p[4] = {pack2<T>(s[2 * c][0], s[2 * c][1]),
+                              pack2<T>(s[2 * c][2], s[2 * c][3]),
+                              pack2<T>(s[2 * c + 1][0], s[2 * c + 1][1]),
+                              pack2<T>(s[2 * c + 1][2], s[2 * c + 1][3])};
+#pragma unroll
+            for (int n = 0; n < DV / 8; n += 2) {
+                u32 b[4];
+                ldmatrix_trans(b, at_v + c * 16 * PITCH_V + n * 16);
+                mma<T>(sums[n], p, b[0], b[1]);
+                mma<T>(sums[n + 1], p, b[2], b[3]);
+            }
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const Row row(a, i3, head_kv, r0 + row0 + 8 * r, live);
+        const float total = quad_sum(l[r]);
+        if (row.query < 0) continue;
+        const End to(a, i3, row, part, m[r], total, lane % 4 == 0);
+#pragma unroll
+        for (int n = 0; n < DV / 8; ++n)
+            to.put(n * 8 + (lane & 3) * 2, sums[n][2 * r], sums[n][2 * r + 1]);
+    }
+}

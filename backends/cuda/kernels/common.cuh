@@ -1,0 +1,102 @@
+// What most kernels share: tensors as they are passed, conversions, reductions over a block.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+// A tensor by value (launch.py packs it): address, byte strides, sizes, dimension 0 first.
+struct Tensor {
+    char* data;
+    long long nb[4];
+    int ne[4];
+
+    template <class T>
+    __device__ T* row(int i1, int i2, int i3) const {
+        return (T*)(data + i1 * nb[1] + i2 * nb[2] + i3 * nb[3]);
+    }
+    template <class T>
+    __device__ T* at(int i0, int i1, int i2, int i3) const {
+        return (T*)(data + i0 * nb[0] + i1 * nb[1] + i2 * nb[2] + i3 * nb[3]);
+    }
+};
+
+struct Index {
+    int i0, i1, i2, i3;
+};
+
+// Where number `i` stands, counted dimension 0 first. I: unsigned, or long long past 2^32.
+template <class I>
+__device__ __forceinline__ Index unravel(I i, int n0, int n1, int n2) {
+    I rest = i / n0, outer = rest / n1, last = outer / n2;
+    return {int(i - rest * n0), int(rest - outer * n1), int(outer - last * n2), int(last)};
+}
+
+// i in a dimension of n that repeats. The sizes are the same almost always, and then it is free.
+__device__ __forceinline__ int wrap(int i, int n, int full) { return n == full ? i : i % n; }
+
+// -- values -----------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float to_f32(float x) { return x; }
+__device__ __forceinline__ float to_f32(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_f32(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_f32(int x) { return (float)x; }
+__device__ __forceinline__ float to_f32(long long x) { return (float)x; }
+
+template <class T>
+__device__ __forceinline__ T from_f32(float x) {
+    return (T)x;
+}
+template <>
+__device__ __forceinline__ __half from_f32<__half>(float x) {
+    return __float2half_rn(x);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_f32<__nv_bfloat16>(float x) {
+    return __float2bfloat16_rn(x);
+}
+
+template <class A, class B> struct Same { static constexpr bool yes = false; };
+template <class A> struct Same<A, A> { static constexpr bool yes = true; };
+template <class T> struct Whole { static constexpr bool yes = Same<T, int>::yes || Same<T, long long>::yes; };
+
+// One type into another: the same one bit for bit, whole numbers without a detour through f32.
+template <class D, class S>
+__device__ __forceinline__ D convert_to(S x) {
+    if constexpr (Same<D, S>::yes) return x;
+    else if constexpr (Whole<D>::yes && Whole<S>::yes) return (D)x;
+    else return from_f32<D>(to_f32(x));
+}
+
+// V neighbours, read and written at once.
+template <class T, int V>
+struct alignas(sizeof(T) * V) Pack {
+    T v[V];
+};
+
+// -- over a warp and a block ------------------------------------------------------------------------
+
+struct Sum {
+    static __device__ __forceinline__ float apply(float a, float b) { return a + b; }
+};
+struct Max {
+    static __device__ __forceinline__ float apply(float a, float b) { return fmaxf(a, b); }
+};
+
+// The same value in every lane, in an order that does not change.
+template <class Op>
+__device__ __forceinline__ float warp_reduce(float x) {
+    for (int lane = 16; lane; lane >>= 1) x = Op::apply(x, __shfl_xor_sync(~0u, x, lane));
+    return x;
+}
+
+// The same value in every thread of a block of whole warps. May be called again and again.
+template <class Op>
+__device__ __forceinline__ float block_reduce(float x, float neutral) {
+    __shared__ float parts[32];
+    x = warp_reduce<Op>(x);
+    if (blockDim.x == 32) return x;
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = threadIdx.x % 32 < blockDim.x / 32 ? parts[threadIdx.x % 32] : neutral;
+    return warp_reduce<Op>(x);
+}

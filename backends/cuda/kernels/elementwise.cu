@@ -1,0 +1,95 @@
+// Element by element: V neighbours a thread where rows allow it, any strides otherwise.
+//
+// @kernel binary<{Add|Sub|Mul|Div|Glu<Silu>}, float, {4|1}, unsigned>
+// @kernel binary<{Add|Mul|Glu<Gelu>|Glu<Relu>}, __half, {8|1}, unsigned>
+// @kernel binary<Add, {int|long long}, 1, unsigned>
+// @kernel binary<Add, float, 4, long long>
+// @kernel unary<{Exp|Log|Sqr|Sqrt|Tanh|Relu|Sigmoid|Silu|Gelu|Scale|Clamp|Fill}, float, 4, unsigned>
+// @kernel unary<{Silu|Scale}, __half, {8|1}, unsigned>
+// @kernel add_id
+// @kernel causal_mask
+#include "common.cuh"
+
+struct Exp { static __device__ float f(float x, float, float) { return expf(x); } };
+struct Log { static __device__ float f(float x, float, float) { return logf(x); } };
+struct Sqr { static __device__ float f(float x, float, float) { return x * x; } };
+struct Sqrt { static __device__ float f(float x, float, float) { return sqrtf(x); } };
+struct Tanh { static __device__ float f(float x, float, float) { return tanhf(x); } };
+// NaN stays NaN here and in Clamp: comparisons, not fmaxf.
+struct Relu { static __device__ float f(float x, float, float) { return x < 0 ? 0 : x; } };
+struct Sigmoid { static __device__ float f(float x, float, float) { return __fdividef(1, 1 + expf(-x)); } };
+struct Silu { static __device__ float f(float x, float, float) { return __fdividef(x, 1 + expf(-x)); } };
+struct Gelu {
+    static __device__ float f(float x, float, float) {
+        return 0.5f * x * (1 + tanhf(0.79788456080286535588f * x * (1 + 0.044715f * x * x)));
+    }
+};
+struct Scale { static __device__ float f(float x, float s, float b) { return b == 0 ? s * x : s * x + b; } };
+struct Clamp {
+    static __device__ float f(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
+};
+struct Fill { static __device__ float f(float, float value, float) { return value; } };
+
+struct Add { template <class T> static __device__ T f(T a, T b) { return a + b; } };
+struct Sub { template <class T> static __device__ T f(T a, T b) { return a - b; } };
+struct Mul { template <class T> static __device__ T f(T a, T b) { return a * b; } };
+struct Div { template <class T> static __device__ T f(T a, T b) { return a / b; } };
+template <class Act>
+struct Glu { template <class T> static __device__ T f(T a, T b) { return Act::f(a, 0, 0) * b; } };
+
+// Narrow types are computed in f32.
+template <class T> struct Wide { using type = float; };
+template <> struct Wide<int> { using type = int; };
+template <> struct Wide<long long> { using type = long long; };
+
+// `total` is the number of packs. The result may lie where `a` lies.
+template <class Op, class T, int V, class I>
+__global__ void __launch_bounds__(256) unary(Tensor out, Tensor a, I total, float p, float q) {
+    I i = (I)blockIdx.x * 256 + threadIdx.x;
+    if (i >= total) return;
+    Index at = unravel<I>(i, out.ne[0] / V, out.ne[1], out.ne[2]);
+    Pack<T, V> x = *a.at<Pack<T, V>>(at.i0 * V, at.i1, at.i2, at.i3);
+#pragma unroll
+    for (int k = 0; k < V; k++) x.v[k] = from_f32<T>(Op::f(to_f32(x.v[k]), p, q));
+    *out.at<Pack<T, V>>(at.i0 * V, at.i1, at.i2, at.i3) = x;
+}
+
+// b repeats into a. With V > 1 its rows are as long as a's, or hold one element.
+template <class Op, class T, int V, class I>
+__global__ void __launch_bounds__(256) binary(Tensor out, Tensor a, Tensor b, I total) {
+    using W = typename Wide<T>::type;
+    I i = (I)blockIdx.x * 256 + threadIdx.x;
+    if (i >= total) return;
+    Index at = unravel<I>(i, out.ne[0] / V, out.ne[1], out.ne[2]);
+    Pack<T, V> x = *a.at<Pack<T, V>>(at.i0 * V, at.i1, at.i2, at.i3), y;
+    const char* row = (const char*)b.row<T>(
+        wrap(at.i1, b.ne[1], a.ne[1]), wrap(at.i2, b.ne[2], a.ne[2]), wrap(at.i3, b.ne[3], a.ne[3]));
+    if (V > 1 && b.ne[0] > 1) {
+        y = *(const Pack<T, V>*)(row + at.i0 * V * sizeof(T));
+    } else {
+        T one = *(const T*)(row + wrap(at.i0 * V, b.ne[0], a.ne[0]) * b.nb[0] * (b.ne[0] > 1));
+        for (int k = 0; k < V; k++) y.v[k] = one;
+    }
+#pragma unroll
+    for (int k = 0; k < V; k++) x.v[k] = convert_to<T>(Op::f(convert_to<W>(x.v[k]), convert_to<W>(y.v[k])));
+    *out.at<Pack<T, V>>(at.i0 * V, at.i1, at.i2, at.i3) = x;
+}
+
+// y[:, e, t] = a[:, e, t] + b[:, ids[e, t]]; an id that means none, or is past the end, adds nothing.
+__global__ void __launch_bounds__(256) add_id(Tensor out, Tensor a, Tensor b, Tensor ids) {
+    int slot = blockIdx.y, token = blockIdx.x, id = *ids.at<int>(slot, token, 0, 0);
+    bool there = id >= 0 && id < b.ne[1];
+    for (int i = threadIdx.x; i < out.ne[0]; i += 256) {
+        float x = *a.at<float>(i, slot, token, 0);
+        *out.at<float>(i, slot, token, 0) = there ? x + *b.at<float>(i, id, 0, 0) : x;
+    }
+}
+
+// y[j, i] = 0 where j <= pos[i] and pos[i] - j < window, else -inf.
+__global__ void __launch_bounds__(256) causal_mask(Tensor out, Tensor pos, int window) {
+    int p = *pos.at<int>(blockIdx.x, 0, 0, 0);
+    for (int j = threadIdx.x; j < out.ne[0]; j += 256) {
+        bool seen = j <= p && p - j < window;
+        *out.at<__half>(j, blockIdx.x, 0, 0) = __ushort_as_half(seen ? 0 : 0xFC00);
+    }
+}

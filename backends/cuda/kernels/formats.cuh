@@ -1,0 +1,263 @@
+// Block types as the kernels of products read them (layout "tiles8"; packing.py writes it).
+//
+// A matrix lies in tiles of 8 rows, a row in groups of 32 weights. What belongs to a group stands
+// in planes, in the order [matrix][tile][group][row of the tile], so that a warp reads 128 to 512
+// bytes in a row whether it takes 4 groups of 8 rows or one:
+//
+//   codes   16 bytes for 32 four-bit codes; 8-bit codes: two such runs, weights 0-15 and 16-31
+//   high    the bits above the fourth: byte i of 4 has a bit for byte i of each of the 8 code
+//           words; of 8 bytes, the first 4 have two bits each for words 0-3, the others for 4-7
+//   scales  a group's own scale
+//   supers  what 8 groups share, in the order [matrix][tile][8 groups][row]
+//
+// Code word j holds the codes of weights 4 j to 4 j + 3, a byte each. Word j of the 16 bytes holds
+// code words j and j + 4: in the low and high halves of its bytes, or, for types with a table of
+// levels, in its low and high 16 bits.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "linear_common.cuh"
+
+struct Packed {
+    const unsigned char *codes, *high, *scales, *supers;
+    int rows, tiles, groups, super_groups;
+};
+
+// Weight = s (code - bias) - m for the two halves of a group.
+struct Scale {
+    float s0, s1, m0, m1;
+};
+
+// What a type is made of. AFFINE: it has a minimum; SPLIT: each half of a group has its own scale.
+template <int CODE_RUNS, int HIGH, int SCALE, int SUPER, bool AFFINE, bool SPLIT, int BIAS,
+          bool TABLE>
+struct Format {
+    static constexpr int code_runs = CODE_RUNS, high = HIGH, scale_bytes = SCALE,
+                         super_bytes = SUPER;
+    static constexpr bool affine = AFFINE, split = SPLIT, table = TABLE;
+    static constexpr int bias = BIAS;
+    using Source = Packed;
+    using Half = __half;                 // what holds a decoded weight
+    static constexpr bool wide = false;  // past the range of f16: Half is bf16
+
+    static __device__ __forceinline__ Scale one(float s) { return {s, s, s * BIAS, s * BIAS}; }
+};
+
+__device__ __forceinline__ float low_half(unsigned bits) {
+    return __half2float(__ushort_as_half((unsigned short)bits));
+}
+__device__ __forceinline__ float high_half(unsigned bits) { return low_half(bits >> 16); }
+
+struct Iq4Levels {
+    static __device__ __forceinline__ uint4 levels() {  // -127 -104 ... 113
+        return make_uint4(0xBFAD9881u, 0xF6EADDCFu, 0x26190D01u, 0x71594535u);
+    }
+};
+struct Fp4Levels {
+    static __device__ __forceinline__ uint4 levels() {  // 0 1 2 3 4 6 8 12 and their negatives
+        return make_uint4(0x03020100u, 0x0C080604u, 0xFDFEFF00u, 0xF4F8FAFCu);
+    }
+};
+
+struct q4_0 : Format<1, 0, 2, 0, false, false, 8, false> {
+    static __device__ __forceinline__ Scale scale(unsigned s, unsigned) { return one(low_half(s)); }
+};
+struct q5_0 : Format<1, 4, 2, 0, false, false, 16, false> {
+    static __device__ __forceinline__ Scale scale(unsigned s, unsigned) { return one(low_half(s)); }
+};
+struct q8_0 : Format<2, 0, 2, 0, false, false, 0, false> {
+    static __device__ __forceinline__ Scale scale(unsigned s, unsigned) { return one(low_half(s)); }
+};
+struct iq4_nl : Format<1, 0, 2, 0, false, false, 0, true>, Iq4Levels {
+    static __device__ __forceinline__ Scale scale(unsigned s, unsigned) { return one(low_half(s)); }
+};
+struct q4_1 : Format<1, 0, 4, 0, true, false, 0, false> {
+    static __device__ __forceinline__ Scale scale(unsigned s, unsigned) {
+        return {low_half(s), low_half(s), -high_half(s), -high_half(s)};
+    }
+};
+struct q5_1 : Format<1, 4, 4, 0, true, false, 0, false> {
+    static __device__ __forceinline__ Scale scale(unsigned s, unsigned u) {
+        return q4_1::scale(s, u);
+    }
+};
+struct q4_K : Format<1, 0, 2, 4, true, false, 0, false> {
+    static __device__ __forceinline__ Scale scale(unsigned s, unsigned u) {
+        float d = low_half(u) * (s & 255), m = high_half(u) * (s >> 8);
+        return {d, d, m, m};
+    }
+};
+struct q5_K : Format<1, 4, 2, 4, true, false, 0, false> {
+    static __device__ __forceinline__ Scale scale(unsigned s, unsigned u) {
+        return q4_K::scale(s, u);
+    }
+};
+struct q6_K : Format<1, 8, 2, 2, false, true, 32, false> {
+    static __device__ __forceinline__ Scale scale(unsigned s, unsigned u) {
+        float s0 = low_half(u) * (signed char)s, s1 = low_half(u) * (signed char)(s >> 8);
+        return {s0, s1, s0 * 32, s1 * 32};
+    }
+};
+struct iq4_xs : Format<1, 0, 1, 2, false, false, 0, true>, Iq4Levels {
+    static __device__ __forceinline__ Scale scale(unsigned s, unsigned u) {
+        return one(low_half(u) * (signed char)s);
+    }
+};
+struct mxfp4 : Format<1, 0, 1, 0, false, false, 0, true>, Fp4Levels {
+    using Half = __nv_bfloat16;
+    static constexpr bool wide = true;
+    static __device__ __forceinline__ Scale scale(unsigned e, unsigned) {  // 2^(e - 128)
+        return one(__uint_as_float(e < 2 ? 0x200000u << e : (e - 1) << 23));
+    }
+};
+
+// f16 and bf16 as they are.
+template <class T>
+struct Dense {
+    using Source = Tensor;
+    using Half = T;
+};
+
+// One matrix, or up and gate.
+template <class F>
+struct Weights {
+    typename F::Source w[2];
+};
+
+__device__ __forceinline__ int groups_of(const Packed& p) { return p.groups; }
+__device__ __forceinline__ int groups_of(const Tensor& a) { return a.ne[0] / 32; }
+__device__ __forceinline__ int rows_of(const Packed& p) { return p.rows; }
+__device__ __forceinline__ int rows_of(const Tensor& a) { return a.ne[1]; }
+
+// -- reading
+// ----------------------------------------------------------------------------------------
+
+template <int BYTES>
+__device__ __forceinline__ unsigned load_small(const unsigned char* plane, int unit) {
+    if constexpr (BYTES == 1) return plane[unit];
+    if constexpr (BYTES == 2) return ((const unsigned short*)plane)[unit];
+    if constexpr (BYTES == 4) return ((const unsigned*)plane)[unit];
+    return 0;
+}
+
+// The scale of a group, not yet decoded.
+struct RawScale {
+    unsigned own, shared;
+};
+
+// Where one row of a matrix lies; its groups are counted from here.
+template <class F>
+struct Row {
+    const uint4* codes;
+    const unsigned char *high, *scales, *supers;
+
+    Row() = default;
+    __device__ __forceinline__ Row(const Packed& p, int matrix, int tile, int row) {
+        long long at = matrix * (long long)p.tiles + tile, unit = at * p.groups * 8 + row;
+        codes = (const uint4*)p.codes + (at * p.groups * 8 * F::code_runs + row);
+        high = p.high + unit * F::high;
+        scales = p.scales + unit * F::scale_bytes;
+        supers = p.supers + (at * p.super_groups * 8 + row) * F::super_bytes;
+    }
+    __device__ __forceinline__ uint4 code_run(int group, int run) const {
+        return load_stream(codes + (group * F::code_runs + run) * 8);
+    }
+    // Word t of a run.
+    __device__ __forceinline__ unsigned code_word(int group, int run, int t) const {
+        return load_stream((const unsigned*)(codes + (group * F::code_runs + run) * 8) + t);
+    }
+    __device__ __forceinline__ uint2 high_bits(int group) const {
+        uint2 bits = {};
+        if constexpr (F::high == 4) bits.x = ((const unsigned*)high)[group * 8];
+        if constexpr (F::high == 8) bits = ((const uint2*)high)[group * 8];
+        return bits;
+    }
+    __device__ __forceinline__ RawScale scale(int group) const {
+        return {load_small<F::scale_bytes>(scales, group * 8),
+                load_small<F::super_bytes>(supers, group / 8 * 8)};
+    }
+};
+
+// A whole group of one row.
+template <class F>
+struct RawGroup {
+    uint4 codes[F::code_runs];
+    uint2 high;
+    RawScale scale;
+};
+
+template <class F>
+__device__ __forceinline__ RawGroup<F> load_group(const Row<F>& row, int group) {
+    RawGroup<F> raw;
+    for (int run = 0; run < F::code_runs; ++run) raw.codes[run] = row.code_run(group, run);
+    raw.high = row.high_bits(group);
+    raw.scale = row.scale(group);
+    return raw;
+}
+
+// The levels of a type with a table, each byte plus `offset` (0x80808080 makes them unsigned, 128
+// higher), and a mask; nothing for other types.
+template <class F>
+struct Table {
+    unsigned x, y, z, w, pick, magic;
+
+    // The constants are made to look unknown: a byte permutation takes but one from an immediate,
+    // and the compiler would move the others into registers again for each.
+    __device__ __forceinline__ explicit Table(unsigned offset) {
+        magic = 0x64646464u ^ threadIdx.z;
+        if constexpr (F::table) {
+            offset ^= threadIdx.z;  // 0
+            uint4 t = F::levels();
+            x = t.x ^ offset, y = t.y ^ offset, z = t.z ^ offset, w = t.w ^ offset;
+            pick = 0x32103210u ^ threadIdx.z;
+        }
+    }
+};
+
+__device__ __forceinline__ unsigned permute(unsigned a, unsigned b, unsigned selector) {
+    unsigned r;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
+    return r;
+}
+
+// Code words j and j + 4 from word j of a group's 16 bytes.
+template <class F>
+__device__ __forceinline__ void unpack(const Table<F>& t, unsigned q, uint2 high, int j,
+                                       unsigned& first, unsigned& second) {
+    if constexpr (F::table) {
+        // A nibble selects one of 8 bytes by its low three bits; its fourth says of which half.
+        unsigned low = q & 0x77777777u, pick = ((q >> 1) & 0x44444444u) | t.pick;
+        first = permute(permute(t.x, t.y, low), permute(t.z, t.w, low), pick);
+        low >>= 16, pick >>= 16;
+        second = permute(permute(t.x, t.y, low), permute(t.z, t.w, low), pick);
+    } else {
+        first = q & 0x0F0F0F0Fu;
+        second = (q >> 4) & 0x0F0F0F0Fu;
+        if constexpr (F::high == 4) {
+            first |= __funnelshift_r(high.x, high.x, j - 4) & 0x10101010u;
+            second |= (high.x >> j) & 0x10101010u;
+        }
+        if constexpr (F::high == 8) {
+            first |= __funnelshift_r(high.x, high.x, 2 * j - 4) & 0x30303030u;
+            second |= __funnelshift_r(high.y, high.y, 2 * j - 4) & 0x30303030u;
+        }
+    }
+}
+
+// The 8 code words of a group.
+template <class F>
+__device__ __forceinline__ void code_words(const Table<F>& t, const RawGroup<F>& raw,
+                                           unsigned (&words)[8]) {
+    const uint4 c = raw.codes[0];
+    if constexpr (F::code_runs == 2) {
+        const uint4 d = raw.codes[1];
+        words[0] = c.x, words[1] = c.y, words[2] = c.z, words[3] = c.w;
+        words[4] = d.x, words[5] = d.y, words[6] = d.z, words[7] = d.w;
+    } else {
+        unpack(t, c.x, raw.high, 0, words[0], words[4]);
+        unpack(t, c.y, raw.high, 1, words[1], words[5]);
+        unpack(t, c.z, raw.high, 2, words[2], words[6]);
+        unpack(t, c.w, raw.high, 3, words[3], words[7]);
+    }
+}

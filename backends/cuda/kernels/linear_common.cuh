@@ -1,0 +1,92 @@
+// Small things that the kernels of products share.
+#pragma once
+#include "common.cuh"
+
+// The row number `column` of a tensor, its dimensions 1 to 3 counted through.
+__device__ __forceinline__ char* row_at(const Tensor& x, unsigned column) {
+    if (column < (unsigned)x.ne[1]) return x.data + column * x.nb[1];
+    unsigned rest = column / x.ne[1];
+    return x.data + column % x.ne[1] * x.nb[1] + rest % x.ne[2] * x.nb[2] +
+           rest / x.ne[2] * x.nb[3];
+}
+
+// A kernel launched to overlap its predecessor may begin when all blocks of that have called
+// release_successor, and must not read what that writes before wait_for_predecessor. Every block
+// waits, also one that has nothing to do: what follows takes the end of this kernel for the end of
+// both.
+__device__ __forceinline__ void release_successor() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_predecessor() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// What is read once needs no place in L1.
+__device__ __forceinline__ uint4 load_stream(const uint4* at) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(at)
+                 : "memory");
+    return v;
+}
+__device__ __forceinline__ unsigned load_stream(const unsigned* at) {
+    unsigned v;
+    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(at) : "memory");
+    return v;
+}
+
+// What is read again: an address that hides from the compiler would become a generic load.
+__device__ __forceinline__ uint4 load_global(const void* at) {
+    uint4 v;
+    asm("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+        : "l"(at));
+    return v;
+}
+
+// act(gate) * up. act: 0 silu, 1 gelu (the tanh form: x / (1 + exp(-2 z)) with tanh's z), 2 relu.
+__device__ __forceinline__ float gated(int act, float gate, float up) {
+    if (act == 2) return (gate < 0.0f ? 0.0f : gate) * up;
+    float z = gate;
+    if (act == 1) z *= 1.59576912160573071f * (1.0f + 0.044715f * gate * gate);
+    return __fdividef(gate, 1.0f + expf(-z)) * up;
+}
+
+// Put element `row` of the row at `to`.
+__device__ __forceinline__ void put(const Tensor& y, char* to, int row, float value, int narrow) {
+    char* at = to + row * y.nb[0];
+    if (narrow)
+        *(__half*)at = __float2half_rn(value);
+    else
+        *(float*)at = value;
+}
+
+// Which matrix of `a` meets batch z = i3 * a2 + i2 of b: i3 / r3 and i2.
+struct Heads {
+    int a2, r3, columns;  // columns of b that share a matrix
+    __device__ __forceinline__ int matrix(unsigned z) const {
+        return z == 0 ? 0 : z / a2 / r3 * a2 + z % a2;
+    }
+};
+
+// A routed token: which expert (-1: none), which row of activations, where the result goes.
+struct Routing {
+    Tensor ids;  // i32 [n_used, n_tokens]
+    int experts, n_b;
+};
+struct Pair {
+    int expert;
+    unsigned column;
+    char* to;
+};
+__device__ __forceinline__ Pair pair_of(const Routing& r, const Tensor& y, int pair) {
+    int slot = pair % r.ids.ne[0], token = pair / r.ids.ne[0];
+    int id = *(const int*)(r.ids.data + slot * r.ids.nb[0] + token * r.ids.nb[1]);
+    return {id >= 0 && id < r.experts ? id : -1, (unsigned)(token * r.n_b + slot % r.n_b),
+            y.data + slot * y.nb[1] + token * y.nb[2]};
+}

@@ -1,0 +1,266 @@
+// Products with many columns: a block computes 128 rows (64 of up and 64 of gate where both are
+// asked for) by N columns on the tensor cores. Weights go from memory into registers and are
+// decoded there, straight into the A fragments of m16n8k16: a warp's 16 rows are two tiles of 8, so
+// that with up and gate both values of an element meet in one thread. Activations (f16, scaled by
+// rows; see linear_prepare.cu) come through shared memory, in rows of 64 numbers swizzled as wgmma
+// wants them.
+//
+// @kernel tile<{BLOCKS}, {1|2}, {32|64|128}, {true|false}>
+// @kernel tile<Dense<{__half|__nv_bfloat16}>, 1, {32|64|128}, true>
+// @kernel tile<Raw<{BLOCKS}>, 1, 64, {true|false}>
+#include "blocks.cuh"
+#include "linear_mma.cuh"
+
+constexpr int DEPTH = 64;  // numbers of k at a time
+constexpr int THREADS = 256;
+
+// Which columns a block has: a list made by moe_group.cu, or simply the next N.
+struct Columns {
+    const int4* tiles;  // {expert, first entry of `order`, entries}
+    const int* n_tiles;
+    const int* order;  // pairs by expert
+    Heads heads;
+    Routing routing;
+};
+
+// -- weights to fragments
+// ---------------------------------------------------------------------------
+
+// What a thread needs of one row's group: words t of its code runs (weights 4 t to 4 t + 3, and
+// those 16 further).
+template <class F>
+struct RawWords {
+    unsigned first, second;
+    uint2 high;
+    RawScale scale;
+};
+template <class F>
+struct TileRow : Row<F> {
+    int t;
+    TileRow() = default;
+    __device__ __forceinline__ TileRow(const typename F::Source& a, int matrix, int tile, int row,
+                                       int t)
+        : Row<F>(a, matrix, min(tile, (rows_of(a) - 1) / 8), row), t(t) {}
+    __device__ __forceinline__ RawWords<F> load(int group) const {
+        RawWords<F> raw = {};
+        raw.first = this->code_word(group, 0, t);
+        if constexpr (F::code_runs == 2) raw.second = this->code_word(group, 1, t);
+        raw.high = this->high_bits(group);
+        raw.scale = this->scale(group);
+        return raw;
+    }
+};
+
+__device__ __forceinline__ unsigned bits_of(__half2 x) { return *(unsigned*)&x; }
+
+// pairs[0], [1]: weights 4 t to 4 t + 3; pairs[2], [3]: those 16 further.
+template <class F>
+__device__ __forceinline__ void decode(const Table<F>& table, const RawWords<F>& raw, int t,
+                                       unsigned (&pairs)[4]) {
+    unsigned words[2] = {raw.first, raw.second};
+    if constexpr (F::code_runs == 1) unpack(table, raw.first, raw.high, t, words[0], words[1]);
+    Scale s = F::scale(raw.scale.own, raw.scale.shared);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        float scale = i ? s.s1 : s.s0, low = i ? s.m1 : s.m0;
+        if constexpr (F::wide) {
+            float w[4];
+            for (int j = 0; j < 4; ++j) w[j] = scale * (signed char)(words[i] >> 8 * j);
+            pairs[2 * i] = pack2<__nv_bfloat16>(w[0], w[1]);
+            pairs[2 * i + 1] = pack2<__nv_bfloat16>(w[2], w[3]);
+        } else {
+            // An f16 whose bits are 0x6400 + n is 1024 + n: n is a byte.
+            constexpr int zero = F::table || F::code_runs == 2 ? 128 : F::bias;
+            if constexpr (F::code_runs == 2) words[i] ^= 0x80808080u;
+            const __half2 bias = __half2half2(__ushort_as_half((unsigned short)(0x6400 + zero)));
+            const __half2 by = __float2half2_rn(scale);
+            for (int j = 0; j < 2; ++j) {
+                unsigned raised = permute(words[i], table.magic, j ? 0x4342 : 0x4140);
+                __half2 code = __hsub2(*(__half2*)&raised, bias);
+                pairs[2 * i + j] = bits_of(F::affine ? __hfma2(code, by, __float2half2_rn(-low))
+                                                     : __hmul2(code, by));
+            }
+        }
+    }
+}
+
+// What makes table entries unsigned, where the decoder wants that.
+template <class F>
+constexpr unsigned offset_of = F::wide ? 0 : 0x80808080u;
+template <class T>
+constexpr unsigned offset_of<Dense<T>> = 0;
+
+template <class T>
+struct TileRow<Dense<T>> {
+    const char* at;
+    TileRow() = default;
+    __device__ __forceinline__ TileRow(const Tensor& a, int matrix, int tile, int row, int t)
+        : at(a.data + matrix % a.ne[2] * a.nb[2] + matrix / a.ne[2] * a.nb[3] +
+             min(tile * 8 + row, a.ne[1] - 1) * a.nb[1] + t * 8) {}
+    __device__ __forceinline__ uint4 load(int group) const {
+        uint2 first = *(const uint2*)(at + group * 64),
+              second = *(const uint2*)(at + group * 64 + 32);
+        return make_uint4(first.x, first.y, second.x, second.y);
+    }
+};
+template <class T>
+struct Table<Dense<T>> {
+    __device__ __forceinline__ explicit Table(unsigned) {}
+};
+template <class T>
+__device__ __forceinline__ void decode(const Table<Dense<T>>&, const uint4& raw, int,
+                                       unsigned (&pairs)[4]) {
+    pairs[0] = raw.x, pairs[1] = raw.y, pairs[2] = raw.z, pairs[3] = raw.w;
+}
+
+// -- the product
+// ------------------------------------------------------------------------------------
+
+constexpr int STAGES = 4;
+
+// Two blocks take turns on the tensor cores where registers suffice: mma.sync needs more of them,
+// and so do types with high bits.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr int TWO_BLOCKS = 128;
+#else
+constexpr int TWO_BLOCKS = 64;
+#endif
+template <class F>
+constexpr int has_high = F::high != 0;
+template <class T>
+constexpr int has_high<Dense<T>> = 0;
+template <class F>
+constexpr bool is_small = F::code_runs == 1 && F::super_bytes == 0;
+template <class T>
+constexpr bool is_small<Dense<T>> = false;
+
+// Steps that weights are loaded ahead: with few columns nothing else hides how far memory is.
+template <class F, int N>
+constexpr int ahead_of = N > 64        ? 1
+                         : has_high<F> ? 1
+                         : is_small<F> ? 3
+                                       : 2;
+
+// grid: tiles of rows, tiles of columns, batches. x: [columns][k_padded] of F::Half, scale: of a
+// column.
+template <class F, int MATS, int N, bool ROUTED>
+__global__ void __launch_bounds__(THREADS, N << has_high<F> <= TWO_BLOCKS ? 2 : 1)
+    tile(Weights<F> weights, const char* x, const float* scales, int k_padded, Tensor y,
+         Columns columns, int narrow, int act) {
+    constexpr int AHEAD = ahead_of<F, N>;
+    extern __shared__ __align__(1024) char memory[];
+    __shared__ char* targets[N];
+    __shared__ float column_scales[N];
+    __shared__ unsigned sources[N];
+    const int thread = threadIdx.x, warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
+
+    // Which columns are ours.
+    int matrix, valid;
+    if constexpr (ROUTED) {
+        if (blockIdx.y >= *columns.n_tiles) {
+            wait_for_predecessor();  // so that the end of this kernel is the end of both
+            return;
+        }
+        int4 mine = columns.tiles[blockIdx.y];
+        matrix = mine.x, valid = mine.z;
+        if (thread < N && thread < valid) {
+            Pair pair = pair_of(columns.routing, y, columns.order[mine.y + thread]);
+            targets[thread] = pair.to, sources[thread] = pair.column;
+        }
+    } else {
+        matrix = columns.heads.matrix(blockIdx.z);
+        int start = blockIdx.y * N;
+        valid = min(N, columns.heads.columns - start);
+        if (thread < valid) {
+            unsigned column = blockIdx.z * columns.heads.columns + start + thread;
+            targets[thread] = row_at(y, column), sources[thread] = column;
+        }
+    }
+    // Weights first: they do not wait for the activations.
+    const int groups = groups_of(weights.w[0]);
+    const Table<F> table(offset_of<F>);
+    TileRow<F> rows[2];
+    for (int i = 0; i < 2; ++i)
+        rows[i] =
+            TileRow<F>(weights.w[MATS == 2 ? i : 0], matrix,
+                       MATS == 2 ? blockIdx.x * 8 + warp : blockIdx.x * 16 + warp * 2 + i, g, t);
+    decltype(rows[0].load(0)) raw[2 * AHEAD][2];
+#pragma unroll
+    for (int i = 0; i < 2 * AHEAD; ++i)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) raw[i][r] = rows[r].load(min(i, groups - 1));
+    wait_for_predecessor();
+    if (thread < valid) column_scales[thread] = scales[sources[thread]];
+    __syncthreads();
+
+    // Copies of activations: every thread has 16 bytes of some rows.
+    const int chunk = thread % 8, first_row = thread / 8;
+    constexpr int COPIES = (N + 31) / 32;
+    const char* from[COPIES];
+    for (int i = 0; i < COPIES; ++i) {
+        int row = first_row + 32 * i;
+        from[i] = x + (row < valid ? sources[row] : 0) * (long long)k_padded * 2 + chunk * 16;
+    }
+    const unsigned base = (shared_address(memory) + 1023) & ~1023u;
+    const int steps = k_padded / DEPTH;
+    auto copy_stage = [&](int step) {
+        if (step < steps) {
+            unsigned to = base + step % STAGES * (N * 128);
+#pragma unroll
+            for (int i = 0; i < COPIES; ++i) {
+                int row = first_row + 32 * i;
+                if (N % 32 == 0 || row < N)
+                    copy16(to + row * 128 + ((chunk ^ (row & 7)) << 4), from[i] + step * 128,
+                           row < valid);
+            }
+        }
+        copies_commit();
+    };
+#pragma unroll
+    for (int i = 0; i < STAGES - 2; ++i) copy_stage(i);
+
+    unsigned a[2][2][4];  // fragments of the halves of a step
+    float sums[N / 2] = {};
+    for (int round = 0; round < steps; round += AHEAD)
+#pragma unroll
+        for (int ahead = 0; ahead < AHEAD; ++ahead) {
+            const int step = round + ahead;
+            if (ahead && step >= steps) break;
+            copies_wait<STAGES - 3>();
+            fence_engines_for_wgmma();
+            __syncthreads();
+            // Its stage was read two steps ago: those products are complete, those of the last step
+            // not.
+            copy_stage(step + STAGES - 2);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                // The other half's product goes on while this one is decoded.
+                wait_products<1>();
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    unsigned pairs[4];
+                    decode(table, raw[2 * ahead + i][r], t, pairs);
+                    raw[2 * ahead + i][r] = rows[r].load(min((step + AHEAD) * 2 + i, groups - 1));
+                    a[i][0][r] = pairs[0], a[i][0][r + 2] = pairs[1];
+                    a[i][1][r] = pairs[2], a[i][1][r + 2] = pairs[3];
+                }
+                begin_product<typename F::Half, N>(sums, a[i], base + step % STAGES * (N * 128), i);
+            }
+        }
+    wait_products<0>();
+
+    // A thread has 2 columns of 2 rows in every 8 columns.
+    const int first = (blockIdx.x * 8 + warp) * (MATS == 2 ? 8 : 16) + g;
+    const int n_rows = rows_of(weights.w[0]);
+#pragma unroll
+    for (int i = 0; i < N / 4; ++i) {
+        int column = i / 2 * 8 + t * 2 + i % 2;
+        if (column >= valid) continue;
+        float scale = column_scales[column];
+        float upper = sums[i / 2 * 4 + i % 2] * scale, lower = sums[i / 2 * 4 + i % 2 + 2] * scale;
+        char* to = targets[column];
+        if (MATS == 2) upper = gated(act, lower, upper);
+        if (first < n_rows) put(y, to, first, upper, narrow);
+        if (MATS == 1 && first + 8 < n_rows) put(y, to, first + 8, lower, narrow);
+    }
+}

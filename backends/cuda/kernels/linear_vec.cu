@@ -1,0 +1,317 @@
+// Products with few columns of b, bound by reading the weights.
+//
+// Block types: activations become 16-bit fixed-point numbers by groups of 32 (24-bit where the
+// product must be as good as f32), cut into signed bytes, so that integer dot products with the
+// codes are exact. A block of 4 warps takes a tile of 8 rows: a warp's lanes are 8 rows by 4
+// groups, so a warp reads 512 bytes of codes in a row and only 4 groups of activations.
+//
+// @kernel hot quantize<{float|__half|__nv_bfloat16}, {2|3}>
+// @kernel hot vec<{BLOCKS}, 1, 2, 1, {1|2}>
+// @kernel vec<{BLOCKS}, {2|4|8}, 2, 1, {1|2}>
+// @kernel vec<{BLOCKS}, {1|8}, 3, 1, 1>
+// @kernel hot vec<{BLOCKS}, {1|8}, 2, 2, 1>
+// @kernel hot vec_id<{BLOCKS}, {1|2}>
+// @kernel vec<Raw<{BLOCKS}>, {1|8}, 2, 1, 1>
+// @kernel vec_id<Raw<{BLOCKS}>, 1>
+// @kernel vec_plain<{float|__half|__nv_bfloat16}, float, 1, {true|false}>
+// @kernel vec_plain<float, float, {4|8}, {true|false}>
+// @kernel vec_plain_id<{float|__half|__nv_bfloat16}, float, {true|false}>
+#include "blocks.cuh"
+
+template <int LEVELS>
+constexpr int group_bytes = 32 * LEVELS + 16;
+
+// b [k, columns] as groups: LEVELS runs of 32 signed bytes (highest first), then {step, sum of the
+// first 16, sum of the last 16, sum}. Eight lanes to a group.
+template <class T, int LEVELS>
+__global__ void __launch_bounds__(256)
+    quantize(Tensor b, unsigned char* out, int groups, long long columns) {
+    release_successor();
+    long long word = blockIdx.x * 256ll + threadIdx.x, group = word / 8;
+    int lane = threadIdx.x & 7;
+    bool inside = group < groups * columns;
+    float x[4] = {};
+    if (inside) {
+        const char* row = row_at(b, group / groups) + (group % groups * 32 + lane * 4) * b.nb[0];
+        for (int i = 0; i < 4; ++i) x[i] = to_f32(*(const T*)(row + i * b.nb[0]));
+    }
+    float most = fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3])));
+    float sound = x[0] + x[1] + x[2] + x[3];  // NaN or infinite where an x is
+    for (int i = 1; i < 8; i *= 2) {
+        most = fmaxf(most, __shfl_xor_sync(~0u, most, i));
+        sound += __shfl_xor_sync(~0u, sound, i);
+    }
+    // 127 in every byte; less a little where rounding could carry past it.
+    constexpr float top = LEVELS == 2 ? 127 * 257 : 127 * 65793 - 16;
+    // A step below 2^-126 would lose bits: such a group is zero to f32 products anyway.
+    float step = most / top, inverse = step < 1.1754944e-38f ? 0.0f : top / most;
+    unsigned packed[LEVELS] = {};
+    int sum = 0;
+    for (int i = 0; i < 4; ++i) {
+        int q = __float2int_rn(x[i] * inverse);
+        sum += q;
+        for (int level = LEVELS - 1; level >= 0; --level) {
+            int low = (int)(signed char)q;
+            packed[level] |= (unsigned)(low & 255) << 8 * i;
+            q = (q - low) >> 8;
+        }
+    }
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    int other = __shfl_xor_sync(~0u, sum, 4);
+    if (!inside) return;
+    if (isnan(sound) || isinf(most)) step = __int_as_float(0x7FC00000);
+    unsigned char* at = out + group * group_bytes<LEVELS>;
+    for (int level = 0; level < LEVELS; ++level)
+        ((unsigned*)(at + 32 * level))[lane] = packed[level];
+    if (lane == 0) {
+        float first = step * sum, last = step * other;
+        *(float4*)(at + 32 * LEVELS) = make_float4(step, first, last, first + last);
+    }
+}
+
+// A group of a column as `quantize` left it.
+template <int LEVELS>
+struct Fixed {
+    uint4 levels[2 * LEVELS];
+    float step, first_sum, last_sum, sum;
+
+    __device__ __forceinline__ explicit Fixed(const unsigned char* at) {
+#pragma unroll
+        for (int i = 0; i < 2 * LEVELS; ++i) levels[i] = load_global(at + 16 * i);
+        uint4 bits = load_global(at + 32 * LEVELS);
+        step = __uint_as_float(bits.x), first_sum = __uint_as_float(bits.y);
+        last_sum = __uint_as_float(bits.z), sum = __uint_as_float(bits.w);
+    }
+
+    // The dot product of half a group with its 4 code words, in steps.
+    __device__ __forceinline__ float dot(const unsigned* words, int half) const {
+        int sums[LEVELS];
+#pragma unroll
+        for (int i = 0; i < LEVELS; ++i) {
+            uint4 v = levels[2 * i + half];
+            int s = __dp4a((int)words[0], (int)v.x, 0);
+            s = __dp4a((int)words[1], (int)v.y, s);
+            s = __dp4a((int)words[2], (int)v.z, s);
+            sums[i] = __dp4a((int)words[3], (int)v.w, s);
+        }
+        float high = (float)(sums[0] * 256 + sums[1]);
+        if constexpr (LEVELS == 2) return high;
+        return fmaf(high, 256.0f, (float)sums[LEVELS - 1]);
+    }
+};
+
+// A decoded group of weights times the same group of a column.
+template <class F, int LEVELS>
+__device__ __forceinline__ float dot_group(const unsigned (&words)[8], Scale s,
+                                           const Fixed<LEVELS>& x) {
+    float first = x.dot(words, 0), last = x.dot(words + 4, 1);
+    float y = F::split ? x.step * fmaf(s.s1, last, s.s0 * first) : x.step * (s.s0 * (first + last));
+    if constexpr (F::split)
+        y -= fmaf(s.m1, x.last_sum, s.m0 * x.first_sum);
+    else if constexpr (F::affine || F::bias)
+        y = fmaf(-s.m0, x.sum, y);
+    return y;
+}
+
+constexpr int MOST_WARPS = 8;
+
+// `MATS * TILES` tiles of rows (of up and gate, or neighbours: what a column costs to load is
+// shared by them) times columns of activations: thread i < MATS * TILES * COLS * 8 returns the
+// value of row i % 8 of (mat, tile, column) i / 8. Groups are loaded a round or two before they are
+// used, the first ones before the activations are complete.
+template <class F, int COLS, int LEVELS, int MATS, int TILES>
+__device__ __forceinline__ float tile_product(const Weights<F>& weights, int matrix, int tile,
+                                              const unsigned char* (&x)[COLS]) {
+    constexpr int ROWS = MATS * TILES, AHEAD = ROWS * COLS > 1 ? 1 : 2;
+    const int groups = groups_of(weights.w[0]), lane = threadIdx.x, step = 4 * blockDim.y;
+    const int last_tile = (rows_of(weights.w[0]) - 1) / 8;
+    const Table<F> table(0);
+    Row<F> rows[ROWS];
+    for (int r = 0; r < ROWS; ++r)
+        rows[r] = Row<F>(weights.w[r / TILES], matrix, min(tile * TILES + r % TILES, last_tile),
+                         lane % 8);
+    const int first = 4 * threadIdx.y + lane / 8;
+    for (int c = 0; c < COLS; ++c) {
+        x[c] += first * group_bytes<LEVELS>;
+        asm volatile("" : "+l"(x[c]));  // one address that grows, not two that are added
+    }
+    float sums[ROWS * COLS] = {};
+    RawGroup<F> raw[AHEAD][ROWS];
+    auto load = [&](RawGroup<F>(&to)[ROWS], int group) {
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) to[r] = load_group(rows[r], min(group, groups - 1));
+    };
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) load(raw[i], first + i * step);
+    wait_for_predecessor();
+    for (int group = first; group < groups; group += AHEAD * step)
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            if (i && group + i * step >= groups) break;
+            unsigned words[ROWS][8];
+            Scale scales[ROWS];
+#pragma unroll
+            for (int r = 0; r < ROWS; ++r) {
+                code_words<F>(table, raw[i][r], words[r]);
+                scales[r] = F::scale(raw[i][r].scale.own, raw[i][r].scale.shared);
+            }
+            if (group + (i + AHEAD) * step < groups) load(raw[i], group + (i + AHEAD) * step);
+#pragma unroll
+            for (int c = 0; c < COLS; ++c) {
+                const Fixed<LEVELS> column(x[c]);
+                x[c] += step * group_bytes<LEVELS>;
+#pragma unroll
+                for (int r = 0; r < ROWS; ++r)
+                    sums[r * COLS + c] += dot_group<F, LEVELS>(words[r], scales[r], column);
+            }
+        }
+    __shared__ float parts[MOST_WARPS][ROWS * COLS][8];
+#pragma unroll
+    for (int i = 0; i < ROWS * COLS; ++i) {
+        sums[i] += __shfl_xor_sync(~0u, sums[i], 8);
+        sums[i] += __shfl_xor_sync(~0u, sums[i], 16);
+        if (lane < 8) parts[threadIdx.y][i][lane] = sums[i];
+    }
+    __syncthreads();
+    int i = threadIdx.y * 32 + lane;
+    float total = 0;
+    if (i < ROWS * COLS * 8)
+        for (int warp = 0; warp < blockDim.y; ++warp) total += parts[warp][i / 8][i % 8];
+    return total;
+}
+
+// Both values of a gated pair in the thread of the first: the second lies COLS * 8 threads further.
+template <int COLS, int MATS>
+__device__ __forceinline__ float combine(float mine, int act) {
+    if constexpr (MATS == 1) return mine;
+    __shared__ float gates[COLS * 8];
+    int i = threadIdx.y * 32 + threadIdx.x;
+    if (i >= COLS * 8 && i < 2 * COLS * 8) gates[i - COLS * 8] = mine;
+    __syncthreads();
+    return i < COLS * 8 ? gated(act, gates[i], mine) : 0.0f;
+}
+
+// grid: TILES tiles of rows, chunks of COLS columns, batches. MATS == 2: w[0] is up, w[1] is gate.
+template <class F, int COLS, int LEVELS, int MATS, int TILES>
+__global__ void __launch_bounds__(32 * MOST_WARPS)
+    vec(Weights<F> weights, const unsigned char* x, Tensor y, Heads heads, int narrow, int act) {
+    unsigned first = blockIdx.z * heads.columns;
+    int start = blockIdx.y * COLS, valid = min(COLS, heads.columns - start);
+    const unsigned char* columns[COLS];
+    for (int c = 0; c < COLS; ++c)
+        columns[c] = x + (long long)(first + start + min(c, valid - 1)) * groups_of(weights.w[0]) *
+                             group_bytes<LEVELS>;
+    float value = combine<COLS, MATS>(tile_product<F, COLS, LEVELS, MATS, TILES>(
+                                          weights, heads.matrix(blockIdx.z), blockIdx.x, columns),
+                                      act);
+    int i = threadIdx.y * 32 + threadIdx.x, column = i / 8 % COLS, tile = i / 8 / COLS;
+    int row = (blockIdx.x * TILES + tile) * 8 + i % 8;
+    if (tile < TILES && column < valid && row < rows_of(weights.w[0]))
+        put(y, row_at(y, first + start + column), row, value, narrow);
+}
+
+// grid: tiles of rows, pairs of token and slot.
+template <class F, int MATS>
+__global__ void __launch_bounds__(32 * MOST_WARPS)
+    vec_id(Weights<F> weights, const unsigned char* x, Tensor y, Routing routing, int act) {
+    Pair pair = pair_of(routing, y, blockIdx.y);
+    float value = 0;
+    if (pair.expert >= 0) {
+        const unsigned char* columns[1] = {x + (long long)pair.column * groups_of(weights.w[0]) *
+                                                   group_bytes<2>};
+        value = combine<1, MATS>(
+            tile_product<F, 1, 2, MATS, 1>(weights, pair.expert, blockIdx.x, columns), act);
+    } else {
+        wait_for_predecessor();  // so that the end of this kernel is the end of both
+    }
+    int i = threadIdx.y * 32 + threadIdx.x, row = blockIdx.x * 8 + i;
+    if (i < 8 && row < rows_of(weights.w[0])) put(y, pair.to, row, value, 0);
+}
+
+constexpr int PLAIN_ROWS = 4;
+
+// -- plain types
+// ------------------------------------------------------------------------------------
+
+// Rows of a times columns of b: a block has PLAIN_ROWS rows, its warps share k. VECTOR: both have
+// their elements side by side, 16-byte aligned, and k is a multiple of a vector. Thread i < COLS *
+// PLAIN_ROWS returns row i % PLAIN_ROWS of column i / PLAIN_ROWS.
+template <class A, class B, int COLS, bool VECTOR>
+__device__ __forceinline__ float rows_product(const Tensor& a, const char* first_row, int rows,
+                                              const char* const (&x)[COLS], long long nb_b) {
+    constexpr int N = VECTOR ? 16 / sizeof(A) : 1;
+    const int k = a.ne[0], lane = threadIdx.y * 32 + threadIdx.x, step = 32 * blockDim.y * N;
+    float sums[COLS][PLAIN_ROWS] = {};
+    const char* row[PLAIN_ROWS];
+    for (int r = 0; r < PLAIN_ROWS; ++r) row[r] = first_row + min(r, rows - 1) * a.nb[1];
+#pragma unroll 2
+    for (int i = lane * N; i < k; i += step) {
+        Pack<A, N> w[PLAIN_ROWS];
+#pragma unroll
+        for (int r = 0; r < PLAIN_ROWS; ++r)
+            if constexpr (VECTOR)
+                w[r] = *(const Pack<A, N>*)(row[r] + i * sizeof(A));
+            else
+                w[r].v[0] = *(const A*)(row[r] + i * a.nb[0]);
+#pragma unroll
+        for (int c = 0; c < COLS; ++c) {
+            Pack<B, N> v;
+            if constexpr (VECTOR)
+                v = *(const Pack<B, N>*)(x[c] + i * sizeof(B));
+            else
+                v.v[0] = *(const B*)(x[c] + i * nb_b);
+#pragma unroll
+            for (int r = 0; r < PLAIN_ROWS; ++r)
+#pragma unroll
+                for (int j = 0; j < N; ++j)
+                    sums[c][r] = fmaf(to_f32(w[r].v[j]), to_f32(v.v[j]), sums[c][r]);
+        }
+    }
+    __shared__ float parts[MOST_WARPS][COLS * PLAIN_ROWS];
+#pragma unroll
+    for (int i = 0; i < COLS * PLAIN_ROWS; ++i) {
+        float s = sums[i / PLAIN_ROWS][i % PLAIN_ROWS];
+        for (int d = 16; d; d /= 2) s += __shfl_xor_sync(~0u, s, d);
+        if (threadIdx.x == 0) parts[threadIdx.y][i] = s;
+    }
+    __syncthreads();
+    float total = 0;
+    if (lane < COLS * PLAIN_ROWS)
+        for (int warp = 0; warp < blockDim.y; ++warp) total += parts[warp][lane];
+    return total;
+}
+
+// grid: fours of rows, chunks of COLS columns, batches.
+template <class A, class B, int COLS, bool VECTOR>
+__global__ void __launch_bounds__(32 * MOST_WARPS)
+    vec_plain(Tensor a, Tensor b, Tensor y, Heads heads, int narrow) {
+    unsigned first = blockIdx.z * heads.columns;
+    int start = blockIdx.y * COLS, valid = min(COLS, heads.columns - start),
+        at = blockIdx.x * PLAIN_ROWS;
+    int matrix = heads.matrix(blockIdx.z);
+    const char* columns[COLS];
+    for (int c = 0; c < COLS; ++c) columns[c] = row_at(b, first + start + min(c, valid - 1));
+    const char* rows =
+        a.data + at * a.nb[1] + matrix % a.ne[2] * a.nb[2] + matrix / a.ne[2] * a.nb[3];
+    float value = rows_product<A, B, COLS, VECTOR>(a, rows, a.ne[1] - at, columns, b.nb[0]);
+    int i = threadIdx.y * 32 + threadIdx.x, row = at + i % PLAIN_ROWS;
+    if (i / PLAIN_ROWS < valid && row < a.ne[1])
+        put(y, row_at(y, first + start + i / PLAIN_ROWS), row, value, narrow);
+}
+
+// grid: fours of rows, pairs of token and slot.
+template <class A, class B, bool VECTOR>
+__global__ void __launch_bounds__(32 * MOST_WARPS)
+    vec_plain_id(Tensor a, Tensor b, Tensor y, Routing routing) {
+    Pair pair = pair_of(routing, y, blockIdx.y);
+    int at = blockIdx.x * PLAIN_ROWS;
+    float value = 0;
+    if (pair.expert >= 0) {
+        const char* const columns[1] = {row_at(b, pair.column)};
+        const char* rows = a.data + at * a.nb[1] + pair.expert * a.nb[2];
+        value = rows_product<A, B, 1, VECTOR>(a, rows, a.ne[1] - at, columns, b.nb[0]);
+    }
+    int i = threadIdx.y * 32 + threadIdx.x, row = at + i;
+    if (i < PLAIN_ROWS && row < a.ne[1]) put(y, pair.to, row, value, 0);
+}

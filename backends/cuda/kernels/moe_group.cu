@@ -1,0 +1,71 @@
+// Sorts routed tokens by expert, on the device and in an order that never changes: a block for each
+// expert counts all of them, so no block waits for another. One more block clears the rows of
+// tokens that have no expert.
+//
+// @kernel group_pairs
+#include "linear_common.cuh"
+
+constexpr int THREADS = 1024;
+
+// order: pairs by expert. tiles: {expert, first entry of order, entries} for every `columns` pairs.
+__global__ void __launch_bounds__(THREADS)
+    group_pairs(Routing routing, Tensor y, int* order, int4* tiles, int* n_tiles, int columns) {
+    extern __shared__ int counts[];  // by expert
+    __shared__ int starts[THREADS / 32], before, tiles_before, all_tiles;
+    const int thread = threadIdx.x, mine = blockIdx.x, n_used = routing.ids.ne[0];
+    const int pairs = n_used * routing.ids.ne[1];
+    auto id_of = [&](int pair) {
+        int id = *(const int*)routing.ids.at<char>(pair % n_used, pair / n_used, 0, 0);
+        return id >= 0 && id < routing.experts ? id : -1;
+    };
+    if (mine == routing.experts) {
+        for (int base = thread & ~31; base < pairs; base += THREADS) {
+            int pair = base + thread % 32;
+            for (unsigned none = __ballot_sync(~0u, pair < pairs && id_of(pair) < 0); none;
+                 none &= none - 1) {
+                int one = base + __ffs(none) - 1;
+                for (int row = thread % 32; row < y.ne[0]; row += 32)
+                    *y.at<float>(row, one % n_used, one / n_used, 0) = 0.0f;
+            }
+        }
+        return;
+    }
+    for (int e = thread; e < routing.experts; e += THREADS) counts[e] = 0;
+    if (thread == 0) before = tiles_before = all_tiles = 0;
+    __syncthreads();
+    // Each thread has a run of pairs, so that ranks follow from a sum over threads.
+    const int share = (pairs + THREADS - 1) / THREADS;
+    const int first = min(thread * share, pairs), last = min(first + share, pairs);
+    int own = 0;
+    for (int pair = first; pair < last; ++pair) {
+        int id = id_of(pair);
+        own += id == mine;
+        if (id >= 0) atomicAdd(&counts[id], 1);
+    }
+    __syncthreads();
+    for (int e = thread; e < routing.experts; e += THREADS) {
+        int some = (counts[e] + columns - 1) / columns;
+        atomicAdd(&all_tiles, some);
+        if (e < mine) {
+            atomicAdd(&before, counts[e]);
+            atomicAdd(&tiles_before, some);
+        }
+    }
+    int rank = own;
+    for (int i = 1; i < 32; i *= 2) {
+        int other = __shfl_up_sync(~0u, rank, i);
+        if (thread % 32 >= i) rank += other;
+    }
+    if (thread % 32 == 31) starts[thread / 32] = rank;
+    __syncthreads();
+    int at = before + rank - own;
+    for (int warp = 0; warp < thread / 32; ++warp) at += starts[warp];
+    if (own)
+        for (int pair = first; pair < last; ++pair)
+            if (id_of(pair) == mine) order[at++] = pair;
+    int count = counts[mine];
+    for (int i = thread; i * columns < count; i += THREADS)
+        tiles[tiles_before + i] =
+            make_int4(mine, before + i * columns, min(columns, count - i * columns), 0);
+    if (mine == 0 && thread == 0) *n_tiles = all_tiles;
+}

@@ -1,0 +1,38 @@
+// Normalisation of rows: a block for each row.
+//
+// @kernel hot rms_norm<{1|4}, {0|1|2|4}, {true|false}>
+#include "common.cuh"
+
+// y = a / sqrt(mean(a^2) + eps), WEIGHTED: times the row w. V neighbours a thread at once; the result may lie where `a` lies.
+// A thread keeps its HELD packs of the row; rows with more are read twice.
+template <int V, int HELD, bool WEIGHTED>
+__global__ void __launch_bounds__(1024) rms_norm(Tensor out, Tensor a, Tensor w, float eps) {
+    int i1 = blockIdx.x % out.ne[1], i2 = blockIdx.x / out.ne[1], i3 = blockIdx.y, n = out.ne[0];
+    const char* x = (const char*)a.row<float>(i1, i2, i3);
+    char* y = (char*)out.row<float>(i1, i2, i3);
+    Pack<float, V> held[HELD ? HELD : 1];
+    float sum = 0;
+#pragma unroll
+    for (int p = 0; p < (HELD ? HELD : 1); p++)
+        for (int i = (threadIdx.x + p * blockDim.x) * V; i < n; i += blockDim.x * V) {
+            held[p] = *(const Pack<float, V>*)(x + i * a.nb[0]);
+#pragma unroll
+            for (int k = 0; k < V; k++) sum += held[p].v[k] * held[p].v[k];
+            if (HELD) break;
+        }
+    float scale = sqrtf(block_reduce<Sum>(sum, 0) / n + eps);
+#pragma unroll
+    for (int p = 0; p < (HELD ? HELD : 1); p++)
+        for (int i = (threadIdx.x + p * blockDim.x) * V; i < n; i += blockDim.x * V) {
+            if (!HELD) held[p] = *(const Pack<float, V>*)(x + i * a.nb[0]);
+#pragma unroll
+            for (int k = 0; k < V; k++) held[p].v[k] /= scale;
+            if (WEIGHTED) {
+                Pack<float, V> part = *(const Pack<float, V>*)(w.data + i * w.nb[0]);
+#pragma unroll
+                for (int k = 0; k < V; k++) held[p].v[k] *= part.v[k];
+            }
+            *(Pack<float, V>*)(y + i * out.nb[0]) = held[p];
+            if (HELD) break;
+        }
+}

@@ -1,0 +1,150 @@
+// The element types as files hold them, for copies, conversions and gathers: one value at a time.
+// These do the f32 operations of the NumPy codecs in their order, so results are equal to the bit.
+#pragma once
+#include "common.cuh"
+
+__device__ __forceinline__ float half_at(const unsigned char* p) {
+    return __half2float(__ushort_as_half((unsigned short)(p[0] | p[1] << 8)));
+}
+// A product that no addition swallows.
+__device__ __forceinline__ float times(float a, float b) { return __fmul_rn(a, b); }
+
+__constant__ signed char IQ4_LEVELS[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                                           1,    13,   25,  38,  53,  69,  89,  113};
+__constant__ signed char FP4_LEVELS[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
+// SIZE: elements of a block, BYTES: of a block; value(p, i): element i of the block at p.
+template <class T>
+struct Plain {
+    static constexpr int SIZE = 1, BYTES = sizeof(T);
+    static __device__ __forceinline__ float value(const unsigned char* p, int) { return to_f32(*(const T*)p); }
+};
+
+// Code i of fields of 4 bits in runs of RUN bytes: the low halves of a run, then the high ones.
+template <int RUN>
+__device__ __forceinline__ int nibble(const unsigned char* field, int i) {
+    int byte = field[i / (2 * RUN) * RUN + i % RUN];
+    return i / RUN % 2 ? byte >> 4 : byte & 15;
+}
+// Code i of fields of 2 bits: 4 runs of 32 in 32 bytes.
+__device__ __forceinline__ int pair_of_bits(const unsigned char* field, int i) {
+    return field[i / 128 * 32 + i % 32] >> (i / 32 % 4 * 2) & 3;
+}
+
+struct q8_0 {
+    static constexpr int SIZE = 32, BYTES = 34;
+    static __device__ float value(const unsigned char* p, int i) {
+        return times((signed char)p[2 + i], half_at(p));
+    }
+};
+// q4_0, q5_0: d (q - 2^(BITS-1)). q4_1, q5_1: d q + m. Fields: d, m, fifth bits, nibbles.
+template <int BITS, bool AFFINE>
+struct Linear {
+    static constexpr int SIZE = 32, HEAD = AFFINE ? 4 : 2, BYTES = HEAD + (BITS == 5 ? 4 : 0) + 16;
+    static __device__ float value(const unsigned char* p, int i) {
+        int q = nibble<16>(p + BYTES - 16, i);
+        if (BITS == 5) q |= (p[HEAD + i / 8] >> i % 8 & 1) << 4;
+        if (!AFFINE) return times(q - (1 << (BITS - 1)), half_at(p));
+        return __fadd_rn(times(q, half_at(p)), half_at(p + 2));
+    }
+};
+using q4_0 = Linear<4, false>;
+using q4_1 = Linear<4, true>;
+using q5_0 = Linear<5, false>;
+using q5_1 = Linear<5, true>;
+
+struct iq4_nl {
+    static constexpr int SIZE = 32, BYTES = 18;
+    static __device__ float value(const unsigned char* p, int i) {
+        return times(IQ4_LEVELS[nibble<16>(p + 2, i)], half_at(p));
+    }
+};
+// d sc q - dmin m. Fields: d, dmin, 12 bytes of 6-bit sc and m, fifth bits, nibbles.
+template <int BITS>
+struct Super {
+    static constexpr int SIZE = 256, BYTES = BITS == 5 ? 176 : 144;
+    static __device__ float value(const unsigned char* p, int i) {
+        int q = nibble<32>(p + BYTES - 128, i), g = i / 32, sc, m;
+        if (BITS == 5) q |= (p[16 + i % 32] >> g & 1) << 4;
+        const unsigned char* s = p + 4;
+        if (g < 4) {
+            sc = s[g] & 63, m = s[g + 4] & 63;
+        } else {
+            sc = (s[g + 4] & 15) | (s[g - 4] >> 2 & 48);
+            m = s[g + 4] >> 4 | (s[g] >> 2 & 48);
+        }
+        return __fsub_rn(times(q, times(sc, half_at(p))), times(m, half_at(p + 2)));
+    }
+};
+using q4_K = Super<4>;
+using q5_K = Super<5>;
+
+struct q6_K {
+    static constexpr int SIZE = 256, BYTES = 210;
+    static __device__ float value(const unsigned char* p, int i) {
+        int q = nibble<64>(p, i) | pair_of_bits(p + 128, i) << 4;
+        return times(q - 32, times(half_at(p + 208), (signed char)p[192 + i / 16]));
+    }
+};
+struct q2_K {
+    static constexpr int SIZE = 256, BYTES = 84;
+    static __device__ float value(const unsigned char* p, int i) {
+        int q = pair_of_bits(p + 16, i), s = p[i / 16];
+        float d = times(half_at(p + 80), s & 15), m = times(half_at(p + 82), s >> 4);
+        return __fsub_rn(times(d, q), m);
+    }
+};
+struct q3_K {
+    static constexpr int SIZE = 256, BYTES = 110;
+    static __device__ float value(const unsigned char* p, int i) {
+        const unsigned char* s = p + 96;
+        int g = i / 16, low = g < 8 ? s[g] & 15 : s[g - 8] >> 4, high = s[8 + g % 4] >> (g / 4 * 2) & 3;
+        int q = pair_of_bits(p + 32, i) - (p[i % 32] >> (i / 32) & 1 ? 0 : 4);
+        return times(times(half_at(p + 108), (low | high << 4) - 32), q);
+    }
+};
+struct iq4_xs {
+    static constexpr int SIZE = 256, BYTES = 136;
+    static __device__ float value(const unsigned char* p, int i) {
+        int g = i / 32, low = p[4 + g / 2] >> (g % 2 * 4) & 15, high = (p[2] | p[3] << 8) >> 2 * g & 3;
+        return times(IQ4_LEVELS[nibble<16>(p + 8, i)], times(half_at(p), (low | high << 4) - 32));
+    }
+};
+struct mxfp4 {
+    static constexpr int SIZE = 32, BYTES = 17;
+    static __device__ float value(const unsigned char* p, int i) {
+        return times(FP4_LEVELS[nibble<16>(p + 1, i)], ldexpf(1.0f, p[0] - 128));
+    }
+};
+// Four groups of 16 with a scale of 4 exponent and 3 mantissa bits, halved.
+struct nvfp4 {
+    static constexpr int SIZE = 64, BYTES = 36;
+    static __device__ float value(const unsigned char* p, int i) {
+        int s = p[i / 16], e = s >> 3 & 15, m = s & 7;
+        float d = s == 0 || s == 0x7F ? 0 : e ? ldexpf(8 + m, e - 11) : ldexpf(m, -10);
+        return times(d, FP4_LEVELS[nibble<8>(p + 4 + i / 16 * 8, i % 16)]);
+    }
+};
+struct tq2_0 {
+    static constexpr int SIZE = 256, BYTES = 66;
+    static __device__ float value(const unsigned char* p, int i) {
+        return times(half_at(p + 64), pair_of_bits(p, i) - 1);
+    }
+};
+// Base 3: a byte holds five digits, the first on top. 32 bytes of 5, 16 of 5, 4 of 4.
+struct tq1_0 {
+    static constexpr int SIZE = 256, BYTES = 54;
+    static __device__ float value(const unsigned char* p, int i) {
+        int at = i < 160 ? i % 32 : i < 240 ? 32 + (i - 160) % 16 : 48 + (i - 240) % 4;
+        int digit = i < 160 ? i / 32 : i < 240 ? (i - 160) / 16 : (i - 240) / 4;
+        unsigned char q = p[at];
+        for (int k = 0; k < digit; k++) q *= 3;
+        return times(half_at(p + 52), (q * 3 >> 8) - 1);
+    }
+};
+
+// Element i of a row whose blocks lie nb0 bytes apart.
+template <class B>
+__device__ __forceinline__ float element(const char* row, long long nb0, int i) {
+    return B::value((const unsigned char*)row + i / B::SIZE * nb0, i % B::SIZE);
+}

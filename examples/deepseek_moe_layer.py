@@ -1,0 +1,250 @@
+"""One DeepSeek MoE layer on several devices, against float64.
+
+Attention (latent cache), routing, experts (moe_up_gate, down) and shared experts: a prompt, then
+tokens decoded one by one; all of it twice. A row of the table is a place and a cache type; "+
+experts on numpy" is the first other place with the experts' weights there. A token that goes to
+other experts than in float64 is a near tie where the scores of the last expert chosen and of the
+first one not chosen are closer than the cache type can tell apart.
+
+Without --model a file with one layer of V2-Lite and random IQ4_NL weights is made first.
+
+    python examples/deepseek_moe_layer.py
+    python examples/deepseek_moe_layer.py --backend numpy --backend cuda --json rows.json
+
+Exit status: 0 where errors are within their bounds, choices float64's or near ties, and the two
+runs bit-equal; else 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+import pyggml as gg
+from pyggml import gguf, places
+from pyggml.dag import rebuilt
+from pyggml.models.config import DeepSeek2Config
+from pyggml.models.deepseek2 import AttentionOptions, Cache, Layer
+from pyggml.models.feed_forward import layer_output
+from pyggml.models.presets import preset, synth
+from pyggml.models.tensors import check_tensors
+from pyggml.parity.deepseek_layer import layer_f64, weights_of
+from pyggml.parity.tolerance import relative_error
+
+MIB = 2**20
+#: Relative error of the layer's output that a cache type may cause, by precision.
+BOUNDS = {"default": {"f16": 1e-2, "q8_0": 3e-2}, "f32": {"f16": 1e-3, "q8_0": 2e-2}}
+#: An error of the hidden states moves the scores of experts by about its own share of them: a
+#: margin below this part of the bound is a near tie.
+NEAR = 1 / 3
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table; sizes in MiB, times in ms.
+
+    same, near, other  tokens with float64's experts, with others at a near tie, with others
+    equal              the second run gave the same bits
+    """
+
+    place: str
+    cache: str
+    prompt_error: float
+    decode_error: float
+    bound: float
+    same: int
+    near: int
+    other: int
+    equal: bool
+    prompt: float
+    decode: float
+    weights: float
+    arena: float
+
+    @property
+    def ok(self) -> bool:
+        errors = self.prompt_error, self.decode_error
+        return all(e <= self.bound for e in errors) and not self.other and self.equal
+
+
+class Bench:
+    """One layer, one sequence of tokens, and what float64 makes of it."""
+
+    def __init__(self, file: gguf.GGUFFile, args: argparse.Namespace) -> None:
+        self.config = c = DeepSeek2Config.from_gguf(file.fields, file.tensors)
+        check_tensors(c, file.tensors)
+        self.layer = Layer.of(file, c, c.n_layer_dense if args.layer is None else args.layer)
+        if "ffn_gate_inp" not in self.layer.weights:
+            raise gg.ShapeError(f"layer {self.layer.il} is dense; give --layer of one with experts")
+        self.n_prompt, self.prec = args.prompt, args.prec
+        self.pos = np.arange(args.prompt + args.decode, dtype=np.int32)
+        self.n_kv = -(-len(self.pos) // 256) * 256
+        rng = np.random.default_rng(args.seed)
+        self.x = rng.standard_normal((len(self.pos), c.n_embd), dtype=np.float32)
+        self.want, self.routing = layer_f64(weights_of(file, self.layer.il), self.x, self.pos, c)
+
+    def plan(self, where: dict[str, Any], cache: str, n_tokens: int, store: gg.Store) -> gg.Plan:
+        x = gg.input("x", "f32", ne=(self.config.n_embd, n_tokens))
+        pos = gg.input("pos", "i32", ne=(n_tokens,))
+        mask = gg.causal_mask(pos, n_kv=self.n_kv)
+        options = AttentionOptions("latent", True, cache)
+        states = Cache.of(self.config, options, self.n_kv, self.layer.il)
+        y = layer_output(x, pos, pos, mask, self.layer, states, options)
+        made = {"y": y if self.prec == "default" else precise(y)}
+        return gg.compile(made, store=store, observe=["ffn_moe_topk-*"], **where)
+
+    def run(self, prompt: gg.Plan, single: gg.Plan) -> tuple[Any, Any, float, float]:
+        """Outputs and experts of all tokens, ms of the prompt and of the fastest token."""
+        runs = [(prompt, slice(self.n_prompt))]
+        runs += [(single, slice(i, i + 1)) for i in range(self.n_prompt, len(self.x))]
+        made, ms = [], []
+        for plan, at in runs:
+            start = time.perf_counter()
+            made.append(plan.run(x=self.x[at], pos=self.pos[at]))
+            ms.append(1e3 * (time.perf_counter() - start))
+        y, ids = (np.concatenate(parts) for parts in zip(*(m.values() for m in made)))
+        return y, ids, ms[0], min(ms[1:])
+
+    def measure(self, place: str, where: dict[str, Any], cache: str) -> Row:
+        store, bound = gg.Store(), BOUNDS[self.prec][cache]
+        prompt, single = (self.plan(where, cache, n, store) for n in (self.n_prompt, 1))
+        # The second run finds the rows of the first in its cache: masked, they change nothing.
+        first_y, first_ids, *_ = self.run(prompt, single)
+        y, ids, prompt_ms, decode_ms = self.run(prompt, single)
+        same = (np.sort(ids, axis=1) == np.sort(self.routing.ids, axis=1)).all(axis=1)
+        near = ~same & (self.routing.margin < NEAR * bound)
+        return Row(
+            place=place,
+            cache=cache,
+            prompt_error=relative_error(y[: self.n_prompt], self.want[: self.n_prompt]),
+            decode_error=relative_error(y[self.n_prompt :], self.want[self.n_prompt :]),
+            bound=bound,
+            same=int(same.sum()),
+            near=int(near.sum()),
+            other=int((~same & ~near).sum()),
+            equal=np.array_equal(first_y, y) and np.array_equal(first_ids, ids),
+            prompt=prompt_ms,
+            decode=decode_ms,
+            weights=prompt.memory.weights / MIB,
+            arena=max(plan.memory.compute for plan in (prompt, single)) / MIB,
+        )
+
+
+def wheres(backends: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Keywords of compile: each place alone, then experts on numpy beside the first other place."""
+    names = list(dict.fromkeys(str(places.parse(text)) for text in backends))
+    yield from ((name, {"backends": [name]}) for name in names)
+    for name in [name for name in names if name != "numpy"][:1]:
+        yield f"{name} + experts on numpy", {"backends": [name], "pins": {"_exps": "numpy"}}
+
+
+def precise(y: gg.Node) -> gg.Node:
+    """The same with prec="f32" for every op that has a precision."""
+
+    def rebuild(node: gg.Node, src: tuple[gg.Node | None, ...]) -> gg.Node:
+        if "prec" not in node.attrs:
+            return rebuilt(node, src)
+        return node.op.make(src, {**node.attrs, "prec": "f32"}, node.spec)
+
+    return gg.Graph({"y": y}).rewrite(rebuild).outputs["y"]
+
+
+COLUMNS = "place", "cache", "error", "error", "same experts", "runs", "ms", "ms", "MiB", "MiB"
+PARTS = "", "", "prompt", "decode", "of tokens", "", "prompt", "decode", "weights", "arena"
+LINE = "{:<28}  {:<5}  {:>7}  {:>7}  {:<19}  {:<9}  {:>7}  {:>7}  {:>7}  {:>7}"
+
+
+def line(row: Row) -> str:
+    other = f", {row.near} near ties" * (row.near > 0) + f", {row.other} others" * (row.other > 0)
+    return LINE.format(
+        row.place,
+        row.cache,
+        f"{row.prompt_error:.1e}",
+        f"{row.decode_error:.1e}",
+        f"{row.same}/{row.same + row.near + row.other}{other}",
+        "bit-equal" if row.equal else "DIFFER",
+        f"{row.prompt:.1f}",
+        f"{row.decode:.2f}",
+        f"{row.weights:.1f}",
+        f"{row.arena:.2f}" + ("" if row.ok else "  FAILED"),
+    )
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", metavar="FILE", help="a deepseek2 GGUF file (default: one is made)")
+    add("--layer", type=int, metavar="I", help="default: the first with experts")
+    add("--prompt", type=int, default=64, metavar="N", help="tokens (default: %(default)s)")
+    add("--decode", type=int, default=4, metavar="N", help="tokens (default: %(default)s)")
+    add("--types", default="f16,q8_0", help="cache types (default: %(default)s)")
+    add("--prec", choices=tuple(BOUNDS), default="default", help="of ops that have one")
+    add("--seed", type=int, default=0, help="of weights and tokens")
+    add("--backend", action="append", metavar="PLACE", help="repeatable; default: numpy and null")
+    add("--json", metavar="FILE", help="write the rows there")
+    args = parser.parse_args(argv)
+    args.types, args.backend = args.types.split(","), args.backend or ["numpy", "null"]
+    if unknown := set(args.types) - set(BOUNDS["default"]):
+        parser.error(f"no cache type {unknown.pop()!r}; choose from {', '.join(BOUNDS['default'])}")
+    if args.prompt < 1 or args.decode < 1 or args.seed < 0:
+        parser.error("--prompt and --decode are at least 1, --seed is not negative")
+    return args
+
+
+def run(args: argparse.Namespace, path: str) -> int:
+    with gguf.open(path) as file:
+        bench = Bench(file, args)
+    c = bench.config
+    head = (
+        f"{Path(path).name} layer {bench.layer.il}: n_embd {c.n_embd}, {c.n_head} heads, "
+        f"{c.n_expert_used} of {c.n_expert} experts of {c.n_ff_exp}, {c.n_expert_shared} shared; "
+        f"prompt {args.prompt}, decode {args.decode}, seed {args.seed}, prec {args.prec}; "
+        f"least margin of a choice {bench.routing.margin.min():.1e}"
+    )
+    print(head, LINE.format(*COLUMNS), LINE.format(*PARTS), sep="\n", flush=True)
+    rows = []
+    for place, where in wheres(args.backend):
+        for kind in args.types:
+            rows.append(bench.measure(place, where, kind))
+            print(line(rows[-1]), flush=True)
+    bad = sum(not row.ok for row in rows)
+    bounds = ", ".join(f"{BOUNDS[args.prec][kind]:g} ({kind})" for kind in args.types)
+    print(f"{bad} of {len(rows)} rows FAILED." if bad else f"All {len(rows)} rows hold.", end=" ")
+    print(f"Wanted: errors within {bounds}, float64's experts or near ties, bit-equal runs.")
+    if args.json:
+        made = {"header": head, "rows": [{**asdict(row), "ok": row.ok} for row in rows]}
+        Path(args.json).write_text(json.dumps(made, indent=1) + "\n")
+    return int(bad > 0)
+
+
+def lite(folder: str, seed: int) -> str:
+    """One layer of V2-Lite with experts. A layer sees no vocabulary: it is small."""
+    path = str(Path(folder) / "deepseek-v2-lite.gguf")
+    config = replace(preset("deepseek-v2-lite", layers=1), n_layer_dense=0, n_vocab=256)
+    synth(path, config, type="iq4_nl", seed=seed)
+    return path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        with TemporaryDirectory() as folder:
+            return run(args, args.model or lite(folder, args.seed))
+    except (gg.PyggmlError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""A DeepSeek layer in float64, with experts or dense, and the weights of one in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+
+from pyggml.gguf import GGUFFile
+from pyggml.models.config import DeepSeek2Config
+from pyggml.parity.deepseek import attention_f64, normed_by, project
+from pyggml.parity.oracle.base import Array, activate
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """The experts of each token, best first.
+
+    ids      [n_tokens, n_expert_used]
+    weights  [n_tokens, n_expert_used]
+    margin   [n_tokens]  how near another choice was: from the score of the last one chosen down to
+             that of the first one not chosen, as a share of the former; of experts or of groups,
+             whichever is nearer
+    """
+
+    ids: Array
+    weights: Array
+    margin: Array
+
+
+def route_f64(
+    weights: Mapping[str, Array],
+    x: Array,
+    *,
+    n_expert_used: int,
+    gating: str = "softmax",
+    weights_norm: bool = False,
+    weights_scale: float = 1.0,
+    n_group: int = 1,
+    n_group_used: int = 1,
+) -> Routing:
+    """Which experts, and how much of each.
+
+        p = softmax(W x) (V2) or sigmoid(W x) (V3);   score = p + bias
+        a group's score is that of its best expert (V2) or the sum of its best two (V3)
+        the n_expert_used best scores of the n_group_used best groups; their weights are p,
+        divided by their sum where weights_norm, times weights_scale
+
+    weights  ffn_gate_inp.weight [n_expert, n_embd]; exp_probs_b.bias [n_expert] where there is one
+    x        [n_tokens, n_embd], already normalised
+    """
+    logits = project(weights, "ffn_gate_inp", np.asarray(x, np.float64))
+    if gating == "softmax":
+        p = np.exp(logits - logits.max(axis=1, keepdims=True))
+        p /= p.sum(axis=1, keepdims=True)
+    else:
+        p = 0.5 + 0.5 * np.tanh(0.5 * logits)
+    score, margin = p + weights.get("exp_probs_b.bias", np.zeros(1)), np.full(len(p), np.inf)
+    if n_group > 1:
+        groups = score.reshape(len(p), n_group, -1)
+        best = np.sort(groups, axis=2)[..., -1 if gating == "softmax" else -2 :].sum(axis=2)
+        used, margin = _best(best, n_group_used)
+        open_ = np.any(used[..., None] == np.arange(n_group), axis=1)
+        score = np.where(open_[..., None], groups, -np.inf).reshape(p.shape)
+    ids, nearest = _best(score, n_expert_used)
+    made = np.take_along_axis(p, ids, axis=1)
+    if weights_norm:
+        made /= made.sum(axis=1, keepdims=True)
+    return Routing(ids, weights_scale * made, np.minimum(margin, nearest))
+
+
+def _best(score: Array, k: int) -> tuple[Array, Array]:
+    """Of each row the places of the k highest scores, and the margin to the next one."""
+    order = np.argsort(-score, axis=1, kind="stable")
+    if k == score.shape[1]:
+        return order, np.full(len(score), np.inf)
+    last, following = np.take_along_axis(score, order[:, k - 1 : k + 1], axis=1).T
+    return order[:, :k], (last - following) / np.abs(last)
+
+
+def feed_forward_f64(weights: Mapping[str, Any], x: Array, routing: Routing | None = None) -> Array:
+    """down(silu(gate x) * (up x)); with a routing its experts' weighted sum, and shared experts.
+
+    weights  ffn_up, ffn_gate [n_ff, n_embd] and ffn_down [n_embd, n_ff]; or ffn_up_exps and so on,
+             of which [e] gives the matrix of expert e (only experts in use are asked for), and
+             ffn_up_shexp and so on where there are shared experts; each with ".weight"
+    x        [n_tokens, n_embd], already normalised
+    """
+    x = np.asarray(x, np.float64)
+    if routing is None:
+        return _swiglu(x, *(weights[f"ffn_{part}.weight"] for part in _PARTS))
+    out = np.zeros_like(x)
+    for e in np.unique(routing.ids):
+        token, slot = np.nonzero(routing.ids == e)
+        made = _swiglu(x[token], *(weights[f"ffn_{part}_exps.weight"][e] for part in _PARTS))
+        out[token] += routing.weights[token, slot, None] * made
+    if "ffn_up_shexp.weight" in weights:
+        out += _swiglu(x, *(weights[f"ffn_{part}_shexp.weight"] for part in _PARTS))
+    return out
+
+
+_PARTS = "up", "gate", "down"
+
+
+def _swiglu(x: Array, up: Array, gate: Array, down: Array) -> Array:
+    up, gate, down = (np.asarray(w, np.float64) for w in (up, gate, down))
+    return np.asarray((activate("silu", x @ gate.T) * (x @ up.T)) @ down.T)
+
+
+def layer_f64(
+    weights: Mapping[str, Any], x: Array, positions: Array, config: DeepSeek2Config
+) -> tuple[Array, Routing | None]:
+    """h = x + attention(norm(x)), y = h + feed_forward(norm(h)): y, and where the tokens went.
+
+    weights  those of `attention_f64`, `route_f64` and `feed_forward_f64`; attn_norm, ffn_norm
+    x        [n_tokens, n_embd]; rising positions
+    """
+    c = config
+    x = np.asarray(x, np.float64)
+    h = x + attention_f64(
+        weights,
+        normed_by(weights, "attn_norm", x, c.rms_eps),
+        positions,
+        n_head=c.n_head,
+        qk_nope=c.d_nope,
+        qk_rope=c.n_rot,
+        v_dim=c.d_v,
+        kv_lora=c.kv_lora_rank,
+        eps=c.rms_eps,
+        kq_scale=c.kq_scale,
+        freq_base=c.rope_freq_base,
+        freq_scale=c.freq_scale,
+        ext_factor=c.ext_factor,
+        attn_factor=c.rope_attn_factor,
+        n_ctx_orig=c.n_ctx_orig,
+    )
+    normed = normed_by(weights, "ffn_norm", h, c.rms_eps)
+    if "ffn_gate_inp.weight" not in weights:
+        return h + feed_forward_f64(weights, normed), None
+    routing = route_f64(
+        weights,
+        normed,
+        n_expert_used=c.n_expert_used,
+        gating=c.gating,
+        weights_norm=c.weights_norm,
+        weights_scale=c.weights_scale or 1.0,
+        n_group=c.n_group,
+        n_group_used=c.n_group_used,
+    )
+    return h + feed_forward_f64(weights, normed, routing), routing
+
+
+class Experts:
+    """The matrices of a tensor of experts, each decoded when it is asked for: together they would
+    fill gigabytes."""
+
+    def __init__(self, rows: Array, kind: int) -> None:
+        self.rows, self.kind = rows, kind
+
+    def __getitem__(self, expert: int) -> Array:
+        return _decoded(self.rows[expert], self.kind)
+
+
+def weights_of(file: GGUFFile, il: int) -> dict[str, Any]:
+    """The weights of layer `il` as the functions above take them, decoded by the gguf package."""
+    made: dict[str, Any] = {}
+    prefix = f"blk.{il}."
+    for name, info in file.tensors.items():
+        if name.startswith(prefix):
+            decode = Experts if "_exps." in name else _decoded
+            made[name.removeprefix(prefix)] = decode(file.array(name), info.dtype.ggml_id)
+    return made
+
+
+def _decoded(rows: Array, kind: int) -> Array:
+    raw = np.ascontiguousarray(rows).view(np.uint8)
+    return np.asarray(dequantize(raw, GGMLQuantizationType(kind)))

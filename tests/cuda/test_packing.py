@@ -1,0 +1,150 @@
+"""Weights in tiles: read back as kernels/formats.cuh reads them, they are what the file held."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import pyggml as gg
+from pyggml import quants
+from pyggml.backends.cuda import packing
+from pyggml.dtypes import TYPES
+from pyggml.quants.common import FP4_LEVELS, IQ4_LEVELS
+
+BIAS = {"q4_0": 8, "q5_0": 16, "q6_K": 32}
+
+
+def half(words: NDArray[Any]) -> NDArray[np.float32]:
+    return (words & 0xFFFF).astype(np.uint16).view(np.float16).astype(np.float32)
+
+
+def signed(words: NDArray[Any]) -> NDArray[np.float32]:
+    return (words & 255).astype(np.uint8).view(np.int8).astype(np.float32)
+
+
+class Reader:
+    """The index arithmetic of `Row` and the bits of `unpack`, on the host."""
+
+    def __init__(self, kind: str, ne: tuple[int, int, int, int], data: NDArray[np.uint8]) -> None:
+        self.kind, self.form = kind, packing.FORMATS[kind]
+        self.tiles, self.data = packing.tiles_of(TYPES[kind], ne), data
+
+    def words(self, plane: int, width: int, index: NDArray[Any]) -> NDArray[Any]:
+        """Little-endian numbers of `width` bytes at places of a plane."""
+        at = self.tiles.starts[plane] + index[:, None] * width + np.arange(width)
+        return (self.data[at].astype(np.int64) << 8 * np.arange(width)).sum(axis=1)
+
+    def row(self, matrix: int, row: int) -> NDArray[np.float32]:
+        """The weights of a row, [groups, 32]."""
+        groups = np.arange(self.tiles.groups)
+        at = matrix * self.tiles.tiles + row // 8
+        unit = (at * self.tiles.groups + groups) * 8 + row % 8
+        super_ = (at * self.tiles.super_groups + groups // 8) * 8 + row % 8
+        codes = np.stack([self.codes(at, row % 8, unit, i) for i in range(32)], axis=1)
+        own = self.words(2, self.form.scale, unit)
+        shared = self.words(3, self.form.super_, super_) if self.form.super_ else own
+        return self.scaled(codes.astype(np.float32), own, shared)
+
+    def codes(self, at: int, row: int, unit: NDArray[Any], i: int) -> NDArray[Any]:
+        """The code (or level) of weight i of every group."""
+        word, byte = i // 4 % 4, i % 4
+        if self.form.code_runs == 2:
+            groups = np.arange(self.tiles.groups)
+            run = ((at * self.tiles.groups + groups) * 2 + i // 16) * 8 + row
+            return signed(self.words(0, 1, run * 16 + i % 16))
+        q = self.words(0, 4, unit * 4 + word)
+        if self.kind in ("iq4_nl", "iq4_xs", "mxfp4"):
+            levels = np.array(FP4_LEVELS if self.kind == "mxfp4" else IQ4_LEVELS)
+            return levels[q >> (4 * byte + 16 * (i // 16)) & 15]
+        code = q >> (8 * byte + 4 * (i // 16)) & 15
+        if self.form.high == 4:
+            code |= (self.words(1, 4, unit) >> (8 * byte + i // 4) & 1) << 4
+        if self.form.high == 8:
+            code |= (self.words(1, 4, unit * 2 + i // 16) >> (8 * byte + 2 * word) & 3) << 4
+        return code
+
+    def scaled(self, c: NDArray[Any], own: NDArray[Any], shared: NDArray[Any]) -> NDArray[Any]:
+        kind, bias = self.kind, BIAS.get(self.kind, 0)
+        if kind in ("q4_1", "q5_1"):
+            return half(own)[:, None] * c + half(own >> 16)[:, None]
+        if kind in ("q4_K", "q5_K"):
+            d, m = half(shared) * (own & 255), half(shared >> 16) * (own >> 8)
+            return (d.astype(np.float32)[:, None] * c - m.astype(np.float32)[:, None]).astype(
+                np.float32
+            )
+        if kind == "q6_K":
+            scales = np.stack([signed(own), signed(own >> 8)], axis=1).repeat(16, axis=1)
+            return half(shared)[:, None] * scales * (c - bias)
+        if kind == "iq4_xs":
+            return (half(shared) * signed(own))[:, None] * c
+        if kind == "mxfp4":
+            return np.ldexp(np.float32(1), own - 128)[:, None] * c
+        return half(own)[:, None] * (c - bias)
+
+
+def random_blocks(kind: str, ne: tuple[int, int, int, int]) -> NDArray[np.uint8]:
+    """Any bytes, but no scale that is not finite."""
+    t = TYPES[kind]
+    shape = (ne[1] * ne[2] * ne[3], ne[0] // t.block, t.nbytes)
+    raw = np.random.default_rng(3).integers(0, 256, shape, np.uint8)
+    if kind == "mxfp4":
+        raw[..., 0] &= 127  # not past 2^127
+    else:
+        for at in (0, 2, 208):
+            if at + 1 < t.nbytes:
+                raw[..., at + 1] &= 0xBF  # not the exponent of infinity
+    return raw
+
+
+@pytest.mark.parametrize("kind", packing.FORMATS)
+@pytest.mark.parametrize("m", (16, 19))
+def test_tiles_hold_what_the_blocks_held(kind: str, m: int) -> None:
+    ne = (512 if TYPES[kind].block == 256 else 96, m, 2, 1)
+    raw = random_blocks(kind, ne)
+    data = packing.to_tiles(TYPES[kind], ne, raw)
+    reader = Reader(kind, ne, data)
+    want = quants.decode(kind, raw).reshape(2, m, -1, 32)
+    for matrix in range(2):
+        for row in range(m):
+            np.testing.assert_array_equal(reader.row(matrix, row), want[matrix, row])
+    assert len(data) == reader.tiles.nbytes
+
+
+@pytest.mark.parametrize("kind", packing.FORMATS)
+def test_pieces_do_not_show(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ne = (256, 43, 2, 1)
+    raw = random_blocks(kind, ne)
+    whole = packing.to_tiles(TYPES[kind], ne, raw)
+    monkeypatch.setattr(packing, "PIECE", 256 * 16)
+    np.testing.assert_array_equal(packing.to_tiles(TYPES[kind], ne, raw), whole)
+
+
+@pytest.mark.parametrize("kind", packing.FORMATS)
+def test_tiles_take_hardly_more_than_the_file(kind: str) -> None:
+    ne = (4096, 14336, 1, 1)
+    rows = TYPES[kind].row_bytes(ne[0]) * ne[1]
+    assert rows <= packing.tiles_of(TYPES[kind], ne).nbytes <= rows * 1.03
+
+
+def weight(kind: str, *ne: int) -> gg.Node:
+    t = TYPES[kind]
+    shape = (*ne[:0:-1], t.row_bytes(ne[0]))
+    return gg.constant(np.zeros(shape, np.uint8), type=kind, name=f"{kind}_{ne}")
+
+
+def test_layout_follows_the_uses() -> None:
+    x, ids = gg.input("x", ne=(256, 3)), gg.input("ids", "i32", ne=(3,))
+    w = weight("q8_0", 256, 24)
+    product, rows = gg.mul_mat(w, x), gg.get_rows(w, ids)
+    assert packing.layout_of(w, [product]).name == "tiles8"
+    assert packing.layout_of(w, [product, rows]).name == "plain"
+    assert packing.layout_of(w, [gg.reshape(w, ne=(256, 6, 4))]).name == "plain"
+
+
+def test_other_block_types_become_bf16() -> None:
+    w = weight("iq2_xs", 256, 24)
+    layout = packing.layout_of(w, [gg.mul_mat(w, gg.input("x", ne=(256, 3)))])
+    assert (layout.name, layout.nbytes) == ("bf16", 2 * 256 * 24)

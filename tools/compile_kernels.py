@@ -1,0 +1,141 @@
+"""Compile every kernel of the CUDA backend for some architectures; needs NVRTC and no GPU.
+
+    python tools/compile_kernels.py                    all files for 90a and 80
+    python tools/compile_kernels.py -a 90a norm.cu     one file
+    python tools/compile_kernels.py -a 89,100a,120a
+
+Which instances are compiled stands in the kernels' sources, a line for each:
+
+    // @kernel [hot] [ARCH ..] EXPRESSION      `{a|b}`: once with each; `$n`: the n-th choice again;
+                                               BLOCKS: the types that weights are packed from
+
+Prints registers, shared memory, stack and spills of each instance, and the core-seconds that an
+architecture took. The status is 1 where an instance does not compile, a `hot` one spills, or an
+architecture took more than --limit core-seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from time import thread_time
+
+from pyggml.backends.cuda import compiler
+from pyggml.backends.cuda.packing import FORMATS
+from pyggml.errors import DeviceError
+
+_LINE = re.compile(r"^//\s*@kernel\s+(?P<flags>(?:(?:hot|\d+a?)\s+)*)(?P<name>.+)$", re.M)
+#: A word for several: the block types that weights are packed from.
+_WORDS = {"BLOCKS": "|".join(FORMATS)}
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """A line of a source, one choice of its braces. archs: all where there are none."""
+
+    file: str
+    name: str
+    hot: bool
+    archs: tuple[str, ...]
+
+
+def expand(text: str, chosen: tuple[str, ...] = ()) -> Iterator[str]:
+    """Each way to choose words in braces; `$n` is the word chosen in the n-th."""
+    found = re.search(r"\{([^{}]*)\}", text)
+    if found is None:
+        yield re.sub(r"\$(\d)", lambda m: chosen[int(m[1]) - 1], text)
+        return
+    for word in found[1].split("|"):
+        yield from expand(text[: found.start()] + word + text[found.end() :], (*chosen, word))
+
+
+def instances(files: list[Path]) -> Iterator[Instance]:
+    """What the sources declare. SystemExit where one declares nothing."""
+    for path in files:
+        lines = list(_LINE.finditer(path.read_text()))
+        if not lines:
+            raise SystemExit(f"{path}: no line says // @kernel: nothing of it would be compiled")
+        for line in lines:
+            flags = line["flags"].split()
+            text = re.sub(r"\b[A-Z]+\b", lambda m: _WORDS.get(m[0], m[0]), line["name"].strip())
+            for name in expand(text):
+                archs = tuple(flag for flag in flags if flag != "hot")
+                yield Instance(path.name, name, "hot" in flags, archs)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    instance: Instance
+    seconds: float
+    made: compiler.Cubin | None = None
+    error: str = ""
+
+    @property
+    def fault(self) -> str:
+        """What is wrong with it, or an empty string."""
+        if self.made is None:
+            return "does not compile"
+        return "SPILLS" if self.instance.hot and self.made.spilled else ""
+
+
+def _compile(instance: Instance, arch: str) -> Result:
+    start = thread_time()
+    try:
+        made = compiler.compile_instance(instance.file, instance.name, arch)
+    except DeviceError as error:
+        return Result(instance, thread_time() - start, error=str(error))
+    return Result(instance, thread_time() - start, made)
+
+
+def _report(arch: str, results: list[Result], quiet: bool) -> float:
+    """Print the table of an architecture; its core-seconds."""
+    width = max(len(r.instance.name) for r in results)
+    print(f"sm_{arch}{'':{width - 3}} {'regs':>5} {'smem':>7} {'stack':>6} {'spill':>6} {'s':>6}")
+    for r in results:
+        numbers = (0, 0, 0, 0)
+        if r.made is not None:
+            numbers = (r.made.registers, r.made.shared, r.made.stack, r.made.spilled)
+        hot = "hot " * r.instance.hot
+        if r.fault or not quiet:
+            told = " ".join(f"{n:>{w}}" for n, w in zip(numbers, (5, 7, 6, 6)))
+            print(f"{r.instance.name:{width}} {told} {r.seconds:6.2f} {hot}{r.fault}")
+        if r.error:
+            print(r.error, file=sys.stderr)
+    total = sum(r.seconds for r in results)
+    spills = sum(bool(r.made and r.made.spilled) for r in results)
+    print(f"sm_{arch}: {len(results)} instances, {spills} spill, {total:.1f} core-seconds\n")
+    return total
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", nargs="*", help="sources in backends/cuda/kernels; all by default")
+    parser.add_argument("-a", "--arch", default="90a,80", help="with commas; default %(default)s")
+    parser.add_argument("-j", "--jobs", type=int, default=2)
+    parser.add_argument("--limit", type=float, default=200.0, help="core-seconds an architecture")
+    parser.add_argument("-q", "--quiet", action="store_true", help="only what is wrong, and sums")
+    args = parser.parse_args()
+    paths = [compiler.KERNELS / name for name in args.files]
+    wanted = list(instances(paths or sorted(compiler.KERNELS.glob("*.cu"))))
+    status = 0
+    for arch in args.arch.split(","):
+        mine = [i for i in wanted if not i.archs or arch in i.archs]
+        if not mine:
+            continue
+        with ThreadPoolExecutor(args.jobs) as pool:
+            results = list(pool.map(partial(_compile, arch=arch), mine))
+        if _report(arch, results, args.quiet) > args.limit or any(r.fault for r in results):
+            status = 1
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
