@@ -94,7 +94,33 @@ def ratio(times: dict[str, float]) -> str:
     return f"{times['pyggml'] / times['plain']:.2f}"
 
 
-TABLES = {"readme": readme, "example": example, "kernels": kernels}
+#: What each row of the GPU's record is to reach.
+BARS = {
+    "fa_192_128_h16_n2048": 180, "fa_192_128_h16_n8192": 260, "fa_192_128_h16_n16384": 280,
+    "fa_192_128_h16_q1_n16384": 2.2, "fa_576_512_h16_q1_n16384": 16,
+    "fa_576_512_h128_q1_n16384": 35, "mul_mat_vec_iq4_nl": 0.55, "mul_mat_vec_q8_0": 0.55,
+    "mul_mat_iq4_nl_n512": 350, "moe_up_gate_iq4_nl_t1": 12, "moe_up_gate_iq4_nl_t512": 130,
+    "moe_up_gate_iq4_nl_t2048": 250, "layer_decode_d4096": 90, "layer_prompt_2048": 4000,
+}  # fmt: skip
+
+
+def gpu() -> str:
+    """The newest record of the H200 beside what was wanted."""
+    newest = max((RESULTS / "h200").glob("*.json"))
+    found: dict[str, Any] = json.loads(newest.read_text())
+    rows = []
+    for row in found["rows"]:
+        bar = BARS.get(row["name"])
+        wanted = (
+            "" if bar is None else f"{'at most' if row['unit'] == 'us' else 'at least'} {bar:g}"
+        )
+        rows.append([f"`{row['name']}`", f"{row['value']:.4g}", row["unit"], wanted])
+    told = ", ".join(f"{key} {value}" for key, value in found["machine"].items())
+    text = f"`{found['command']}` on {found['date']}, {told}. {found.get('note', '')}".rstrip()
+    return text + "\n\n" + table(["row", "measured", "unit", "wanted"], rows)
+
+
+TABLES = {"readme": readme, "example": example, "kernels": kernels, "gpu": gpu}
 
 
 def main() -> int:

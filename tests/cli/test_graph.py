@@ -1,0 +1,82 @@
+"""`pyggml graph`: how a model's graph runs, as text and as a picture."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from pyggml.cli import main
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("model") / "tiny.gguf"
+    assert main(["synth", str(path), "--preset", "tiny", "--layers", "6"]) == 0
+    return str(path)
+
+
+def test_experts_on_the_host(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["graph", "-m", tiny, "--backend", "null,numpy", "-ot", "exps=numpy"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"11 splits, \d+ steps, \d+ copies of", out)  # five layers have experts
+    assert "split 1 on numpy:" in out and "after split 0" in out
+    assert re.search(r"copy +ffn_moe_topk-1 .* from null:0", out)
+    assert re.search(r"the last \d+ rows \d times more", out)
+    assert re.search(r"^ +all \|", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["-fa", "off"],
+        ["-fa", "off", "-amb", "1", "-c", "256"],
+        ["--backend", "null,numpy", "-ot", r"exps=numpy,blk\.[34]\.=null:1"],
+    ],
+)
+def test_every_end_of_an_edge_is_drawn_once(tiny: str, words: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "plan.dot"
+    assert main(["graph", "-m", tiny, "--dot", str(out), *words]) == 0
+    text = out.read_text()
+    drawn = re.findall(r"^ *(\w+) \[label", text, re.MULTILINE)
+    edges = re.findall(r"^ *(\w+) -> (\w+)", text, re.MULTILINE)
+    assert len(drawn) == len(set(drawn)) and {n for edge in edges for n in edge} == set(drawn)
+    assert "split 0 on" in text
+    if "-ot" not in words:  # layers are alike
+        assert re.search(r"\(\d times\)", text)
+
+
+def test_a_comma_inside_a_pattern_is_part_of_it(
+    tiny: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["graph", "-m", tiny, "--backend", "null,numpy", "-ot", r"blk\.0{0,1}5\.=null:1"]
+    assert main(words) == 0
+    assert "on null:1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, why",
+    [
+        (["-ot", "exps"], "REGEX=PLACE"),
+        (["-ot", "exps=nowhere"], "no backend 'nowhere'"),
+        (["--backend", "numpy:3"], "one host"),
+        (["-amb", "0.0001"], "too small"),
+        (["-ub", "500"], "does not fit"),
+    ],
+)
+def test_errors_are_one_line(
+    tiny: str, words: list[str], why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["-fa", "off"] if "-amb" in words else []
+    assert main(["graph", "-m", tiny, *words, *more]) == 1
+    err = capsys.readouterr().err
+    assert why in err and err.count("\n") == 1
+
+
+def test_a_pin_that_matches_nothing_is_a_warning(
+    tiny: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["graph", "-m", tiny, "-ot", "nothing=numpy"]) == 0
+    assert "'nothing' to numpy matches no label" in capsys.readouterr().err
