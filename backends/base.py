@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from pyggml.graph import Ne, Node, Spec
-from pyggml.loop import Body, Loop
+from pyggml.errors import PyggmlError
+from pyggml.graph import Ne, Node, Spec, label_of, line_of
+from pyggml.loop import Body, Chain, Loop
+from pyggml.transfer import origin
 
 Buffer = Any  # a backend's own handle of a block of memory
 
@@ -92,6 +94,74 @@ class Step:
     def nbytes(self) -> int:
         """Bytes of the result."""
         return self.layout.nbytes if self.layout is not None else self.node.spec.nbytes
+
+
+def pieces_of(
+    step: Step, at: Mapping[Node, Address]
+) -> Iterator[tuple[Body, tuple[int, ...], dict[Node, Address]]]:
+    """The pieces of a loop step in order: body, where it starts along each dimension, and where
+    the body's result, carry and leaves are."""
+    loop, node = step.loop, step.node
+    assert loop is not None
+    for body, starts in loop.pieces():
+        filled = enumerate(loop.fill)
+        chains = [Chain(dim, axis, ()) for dim, axis in filled if isinstance(axis, int)]
+        out = _part(at[node], node, chains, starts)
+        places = {body.out: out}
+        if body.carry is not None:
+            places[body.carry] = out
+        for take in body.takes:
+            source = node.src[take.source]
+            assert source is not None
+            places[take.piece] = _part(at[source], source, take.chains, starts)
+        yield body, starts, places
+
+
+def _part(at: Address, node: Node, chains: Sequence[Chain], starts: Sequence[int]) -> Address:
+    """The address of the piece that begins where `chains` lead from `starts`."""
+    offset = at.offset
+    for chain in chains:
+        first = chain.at(starts[chain.dim])
+        offset += (first // node.dtype.block if chain.axis == 0 else first) * at.nb[chain.axis]
+    return Address(at.buffer, offset, at.nb)
+
+
+def looked_at(node: Node, places: Mapping[Node, Address]) -> Address:
+    """Where a view of a piece is, from where its source is."""
+    source = node.src[0]
+    assert source is not None and node.op.view is not None
+    seen = places[source]
+    looked = node.op.view(node, seen.nb)
+    assert looked is not None
+    return Address(seen.buffer, seen.offset + looked[0], looked[1])
+
+
+def attributes(body: Body, node: Node, starts: Sequence[int]) -> dict[str, Any]:
+    """The attributes of a body's node in the piece that starts there."""
+    attrs = dict(node.attrs)
+    for shift in body.shifts:
+        if shift.node is node:
+            attrs[shift.attr] += shift.per * shift.chain.at(starts[shift.chain.dim])
+    return attrs
+
+
+def wrong_type(node: Node, types: Collection[str] | None) -> str | None:
+    """Why a kernel that takes these element types (None: all) does not take the node's."""
+    for tensor in (node, *node.src):
+        if types is not None and tensor is not None and tensor.dtype.name not in types:
+            return f"{node.op.name} does not take {tensor.dtype}"
+    return None
+
+
+def named(error: Exception, node: Node) -> Exception:
+    """A kernel's complaint with the node and the line that built it; others get them as a note."""
+    sources = ", ".join(label_of(origin(s)) for s in node.src if s is not None)
+    what, where = f"{node.op.name}({sources})", f"at {line_of(node)}"
+    if isinstance(error, PyggmlError):
+        error.args = (f"{what}: {error}; {where}", *error.args[1:])
+    else:
+        error.add_note(f"in the kernel of {what}, {where}")
+    return error
 
 
 class Event(Protocol):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from pyggml.backends.base import Address, BodyPlan, Step
+from pyggml.backends.base import Address, Step, attributes, looked_at, named, pieces_of
 from pyggml.backends.cuda.checks import check_ids, debugging
 from pyggml.backends.cuda.cublas import Cublas
 from pyggml.backends.cuda.driver import Context, guarded
@@ -17,10 +17,7 @@ from pyggml.backends.cuda.fusion import fused_of
 from pyggml.backends.cuda.launch import H200, Call, Device, Gemm, Launch, Memset, Record
 from pyggml.backends.cuda.memory import Buffer, operand_at
 from pyggml.backends.cuda.table import KERNELS
-from pyggml.errors import PyggmlError
-from pyggml.graph import Node, label_of, line_of
-from pyggml.loop import Chain
-from pyggml.transfer import origin
+from pyggml.graph import Node
 
 Action = Callable[[], None]
 
@@ -33,7 +30,7 @@ def record_step(
 ) -> list[Record]:
     """What a step launches; `scratch`: address and bytes of what it declared."""
     if step.loop is not None:
-        return list(_Loop(step, at, scratch, device).records())
+        return list(_loop_records(step, at, scratch, device))
     return _recorded(step, at, step.node.attrs, device, scratch)
 
 
@@ -56,63 +53,23 @@ def _recorded(
     return call.records
 
 
-def named(error: Exception, node: Node) -> Exception:
-    """A kernel's complaint with the node and the line that built it; others get them as a note."""
-    sources = ", ".join(label_of(origin(s)) for s in node.src if s is not None)
-    what, where = f"{node.op.name}({sources})", f"at {line_of(node)}"
-    if isinstance(error, PyggmlError):
-        error.args = (f"{what}: {error}; {where}", *error.args[1:])
-    else:
-        error.add_note(f"in the kernel of {what}, {where}")
-    return error
-
-
-class _Loop:
-    """A loop node: the launches of every piece, one after another."""
-
-    def __init__(
-        self, step: Step, at: Mapping[Node, Address], scratch: tuple[int, int], device: Device
-    ) -> None:
-        assert step.loop is not None
-        self.loop, self.node, self.at, self.device = step.loop, step.node, at, device
-        self.plans = {plan.body: plan for plan in step.bodies}
-        self.scratch = scratch
-
-    def records(self) -> Iterator[Record]:
-        for body, starts in self.loop.pieces():
-            axes = enumerate(self.loop.fill)
-            chains = [Chain(dim, axis, ()) for dim, axis in axes if isinstance(axis, int)]
-            out = _part(self.at[self.node], self.node, chains, starts)
-            places = {body.out: out}
-            if body.carry is not None:
-                places[body.carry] = out
-            for take in body.takes:
-                source = self.node.src[take.source]
-                assert source is not None
-                places[take.piece] = _part(self.at[source], source, take.chains, starts)
-            yield from self._body(self.plans[body], places, starts)
-
-    def _body(
-        self, plan: BodyPlan, places: dict[Node, Address], starts: Sequence[int]
-    ) -> Iterator[Record]:
-        memory = _Memory(self.scratch[0])
+def _loop_records(
+    step: Step, at: Mapping[Node, Address], scratch: tuple[int, int], device: Device
+) -> Iterator[Record]:
+    """The launches of every piece, one after another."""
+    plans = {plan.body: plan for plan in step.bodies}
+    memory = _Memory(scratch[0])
+    for body, starts, places in pieces_of(step, at):
+        plan = plans[body]
         for node, place in plan.places.items():
             if place.base is None:
                 places[node] = Address(memory, place.offset, place.nb)
             elif place.base is not node:
-                source = node.src[0]
-                assert source is not None and node.op.view is not None
-                seen = places[source]
-                looked = node.op.view(node, seen.nb)
-                assert looked is not None
-                places[node] = Address(seen.buffer, seen.offset + looked[0], looked[1])
-        for step, offset in zip(plan.steps, plan.scratch_at):
-            attrs = dict(step.node.attrs)
-            for shift in plan.body.shifts:
-                if shift.node is step.node:
-                    attrs[shift.attr] += shift.per * shift.chain.at(starts[shift.chain.dim])
-            scratch = (self.scratch[0] + offset, step.scratch)
-            yield from _recorded(step, places, attrs, self.device, scratch)
+                places[node] = looked_at(node, places)
+        for inner, offset in zip(plan.steps, plan.scratch_at):
+            attrs = attributes(body, inner.node, starts)
+            own = scratch[0] + offset, inner.scratch
+            yield from _recorded(inner, places, attrs, device, own)
 
 
 class _Memory:
@@ -120,15 +77,6 @@ class _Memory:
 
     def __init__(self, ptr: int) -> None:
         self.ptr = ptr
-
-
-def _part(at: Address, node: Node, chains: Sequence[Chain], starts: Sequence[int]) -> Address:
-    """The address of the piece that begins where `chains` lead from `starts`."""
-    offset = at.offset
-    for chain in chains:
-        first = chain.at(starts[chain.dim])
-        offset += (first // node.dtype.block if chain.axis == 0 else first) * at.nb[chain.axis]
-    return Address(at.buffer, offset, at.nb)
 
 
 class CudaRunner:

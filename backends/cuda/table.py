@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pyggml.backends.base import wrong_type
 from pyggml.graph import Node, Op
 
 if TYPE_CHECKING:
@@ -73,8 +74,4 @@ def refusal(node: Node) -> str | None:
     found = KERNELS.get(node.op)
     if found is None:
         return f"no kernel for {node.op.name}"
-    if found.types is not None:
-        for tensor in (node, *node.src):
-            if tensor is not None and tensor.dtype.name not in found.types:
-                return f"{node.op.name} does not take {tensor.dtype}"
-    return found.refuses(node)
+    return wrong_type(node, found.types) or found.refuses(node)

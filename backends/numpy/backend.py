@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml.backends.base import Address, Backend, Buffer, Event, Step, WeightLayout
+from pyggml.backends.base import Address, Backend, Buffer, Event, Step, WeightLayout, wrong_type
 from pyggml.backends.numpy.runner import NumpyRunner, array_at
 from pyggml.backends.numpy.table import ALIGNMENT, KERNELS, Packed
 from pyggml.errors import OutOfMemoryError
@@ -34,11 +34,7 @@ class NumpyBackend:
         found = KERNELS.get(node.op)
         if found is None:
             return f"no kernel for {node.op.name}"
-        if found.types is not None:
-            for tensor in (node, *node.src):
-                if tensor is not None and tensor.dtype.name not in found.types:
-                    return f"{node.op.name} does not take {tensor.dtype}"
-        return found.refuses(node)
+        return wrong_type(node, found.types) or found.refuses(node)
 
     def numeric(self, node: Node) -> str:
         return "f32"

@@ -9,12 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml.backends.base import Address, BodyPlan, Step
+from pyggml.backends.base import Address, BodyPlan, Step, attributes, looked_at, named, pieces_of
 from pyggml.backends.numpy.table import KERNELS, Array, Packed, Scratch
-from pyggml.errors import PyggmlError
-from pyggml.graph import Node, Spec, label_of, line_of
-from pyggml.loop import Chain, Shift
-from pyggml.transfer import origin
+from pyggml.graph import Node, Spec
 
 Call = Callable[[], None]
 
@@ -68,7 +65,7 @@ class NumpyRunner:
                 for index, call in enumerate(self._calls):  # noqa: B007
                     call()
         except Exception as error:
-            raise _named(error, self.steps[index].node) from None
+            raise named(error, self.steps[index].node) from None
 
     def run_step(self, index: int) -> None:
         """Execute one step."""
@@ -76,7 +73,7 @@ class NumpyRunner:
             with _manners():
                 self._calls[index]()
         except Exception as error:
-            raise _named(error, self.steps[index].node) from None
+            raise named(error, self.steps[index].node) from None
 
 
 @contextmanager
@@ -86,17 +83,6 @@ def _manners() -> Iterator[None]:
     with np.errstate(all="ignore"):  # restores the size of buffers too
         np.setbufsize(2048)
         yield
-
-
-def _named(error: Exception, node: Node) -> Exception:
-    """A kernel's complaint with the node and the line that built it; others get them as a note."""
-    sources = ", ".join(label_of(origin(s)) for s in node.src if s is not None)
-    what, where = f"{node.op.name}({sources})", f"at {line_of(node)}"
-    if isinstance(error, PyggmlError):
-        error.args = (f"{what}: {error}; {where}", *error.args[1:])
-    else:
-        error.add_note(f"in the kernel of {what}, {where}")
-    return error
 
 
 def _operands(step: Step) -> tuple[Node | None, ...]:
@@ -116,37 +102,12 @@ class _LoopCall:
     """A loop node: its bodies' arrays that stay are made once, pieces of operands as they come."""
 
     def __init__(self, step: Step, at: Mapping[Node, Address], memory: NDArray[np.uint8]) -> None:
-        assert step.loop is not None
-        self.loop = step.loop
-        self.node = step.node
-        self.at = at
+        self.step, self.at = step, at
         self.bodies = {plan.body: _BoundBody(plan, memory) for plan in step.bodies}
 
     def __call__(self) -> None:
-        for body, starts in self.loop.pieces():
-            chains = [
-                Chain(dim, axis, ())
-                for dim, axis in enumerate(self.loop.fill)
-                if isinstance(axis, int)
-            ]
-            out = _part(self.at[self.node], self.node, chains, starts)
-            pieces = {body.out: out}
-            if body.carry is not None:
-                pieces[body.carry] = out
-            for take in body.takes:
-                source = self.node.src[take.source]
-                assert source is not None
-                pieces[take.piece] = _part(self.at[source], source, take.chains, starts)
-            self.bodies[body].run(pieces, starts)
-
-
-def _part(at: Address, node: Node, chains: Sequence[Chain], starts: Sequence[int]) -> Address:
-    """The address of the piece that begins where `chains` lead from `starts`."""
-    offset = at.offset
-    for chain in chains:
-        first = chain.at(starts[chain.dim])
-        offset += (first // node.dtype.block if chain.axis == 0 else first) * at.nb[chain.axis]
-    return Address(at.buffer, offset, at.nb)
+        for body, starts, places in pieces_of(self.step, self.at):
+            self.bodies[body].run(places, starts)
 
 
 class _BoundBody:
@@ -164,24 +125,14 @@ class _BoundBody:
             memory[offset : offset + step.scratch]
             for step, offset in zip(plan.steps, plan.scratch_at)
         ]
-        self.shifts: dict[Node, list[Shift]] = {}
-        for shift in plan.body.shifts:
-            self.shifts.setdefault(shift.node, []).append(shift)
 
     def run(self, pieces: dict[Node, Address], starts: Sequence[int]) -> None:
         for node in self.moving:
-            source = node.src[0]
-            assert source is not None and node.op.view is not None
-            looked = node.op.view(node, pieces[source].nb)
-            assert looked is not None
-            at = pieces[source]
-            pieces[node] = Address(at.buffer, at.offset + looked[0], looked[1])
+            pieces[node] = looked_at(node, pieces)
         arrays = dict(self.fixed)
         for node, at in pieces.items():
             arrays[node] = array_at(at, node.spec)
         for step, memory in zip(self.plan.steps, self.scratch):
-            attrs = dict(step.node.attrs)
-            for shift in self.shifts.get(step.node, ()):
-                attrs[shift.attr] += shift.per * shift.chain.at(starts[shift.chain.dim])
+            attrs = attributes(self.plan.body, step.node, starts)
             operands = [None if n is None else arrays[n] for n in _operands(step)]
             _kernel_call(step, operands, memory, attrs)()

@@ -146,3 +146,13 @@ def test_a_profile_times_the_steps_of_all_devices() -> None:
     assert len(copies) == len(copied(plan)) == sum(s.node.op is transfer for s in plan.steps) > 0
     plan.store.clear()
     same(plan.run(FEED), gg.compile({"y": stack(3)}).run(FEED))
+
+
+def test_what_a_fused_op_computes_inside_cannot_be_observed() -> None:
+    up, gate = (gg.constant(np.ones((4, 8), np.float32), name=k) for k in ("up", "gate"))
+    x = gg.input("x", "f32", ne=(8, 2))
+    y = gg.name(gg.fused_up_gate(up, gate, x), "ffn_hidden-0")
+    with pytest.raises(gg.UnknownName, match=r"ffn_up-\*.*there are: up, gate, x, ffn_hidden-\*"):
+        gg.compile({"y": y}, backends=ALL, observe=["ffn_up-*"])
+    seen = gg.compile({"out": gg.relu(y)}, backends=ALL, observe=["ffn_hidden-*"])
+    assert seen.run(x=np.ones((2, 8)))["ffn_hidden-0"].shape == (2, 4)
