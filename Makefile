@@ -21,7 +21,7 @@ demo: $(STAMP)  ## DeepSeek attention in all its forms, with memory and error of
 	$(BIN)/python examples/deepseek_attention.py
 
 test: $(STAMP)  ## the test-suite; needs no network, GPU, torch or ggml
-	$(BIN)/python -m pytest -m "not oracle"
+	$(BIN)/python -m pytest -m "not oracle and not kernels"
 
 test-oracle: $(STAMP)  ## live comparison with torch, transformers and real ggml (installs them)
 	$(BIN)/python tools/install_oracles.py
@@ -33,8 +33,9 @@ lint: $(STAMP)  ## ruff and mypy --strict
 	$(BIN)/mypy
 
 ARCHS ?= 90a,89,80,100a,120a
-kernels: $(STAMP)  ## compile every CUDA kernel, with no GPU; fails where a hot one spills
+kernels: $(STAMP)  ## compile every CUDA kernel, with no GPU; fails where a hot one spills; test the cache
 	$(BIN)/python -m pip install -q -e ".[kernels]"
+	$(BIN)/python -m pytest -m kernels
 	$(BIN)/python tools/compile_kernels.py -a $(ARCHS) --quiet
 
 bench: $(STAMP)  ## benchmarks against NumPy, into benchmarks/results/

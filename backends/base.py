@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,6 +27,27 @@ class Address:
     offset: int
     nb: Ne
     layout: str = "plain"
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A caller's array in a device's memory, as the library that made it describes it.
+
+    buffer, offset  its memory as this backend's addresses say it; holds the array
+    address         of its first byte, and `alignment`, what kernels need that to be a multiple of
+    shape, type     NumPy's shape; NumPy's name of the element type, or "bfloat16"
+    contiguous      whether it lies without gaps, in C order
+    ready           puts into the device's queue a wait for what its library still does to it
+    """
+
+    buffer: Buffer
+    offset: int
+    address: int
+    alignment: int
+    shape: tuple[int, ...]
+    type: str
+    contiguous: bool
+    ready: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +93,12 @@ class BodyPlan:
 class Step:
     """What a runner executes: one kernel covering one or more nodes.
 
-    node     the node whose result it leaves; `nodes` all that it covers
+    node     the node whose result it leaves; `nodes` all that it covers, among them perhaps nodes
+             of the backend's own, which only its steps read
     reads    the nodes it reads, as the kernel sees them (views included)
     scratch  bytes it needs while it runs; for a loop the larger of its bodies' arenas
+    workspace  bytes that a library of its device works in: one block of them, which every step of
+             every plan on that device shares
     inplace  sources whose memory the result may take over
     strided  whether the result may be a strided part of a larger tensor
     layout   for a step that brings a weight from the host: how it is kept while it is needed
@@ -89,11 +113,18 @@ class Step:
     loop: Loop | None = None
     bodies: tuple[BodyPlan, ...] = ()
     layout: WeightLayout | None = None
+    workspace: int = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes of the result."""
         return self.layout.nbytes if self.layout is not None else self.node.spec.nbytes
+
+
+def own_nodes(nodes: Collection[Node], steps: Iterable[Step]) -> Iterator[Node]:
+    """What steps make beside the `nodes` of the graph: a backend's own, for further steps of it."""
+    known = set(nodes)
+    return (node for step in steps for node in step.nodes if node not in known)
 
 
 def pieces_of(
@@ -190,12 +221,15 @@ class Backend(Protocol):
     name    of its folder: "cuda"
     place   what `backends=` and `pins=` call it: "numpy", "cuda:1"
     device  whose memory it uses: "host", "cuda:1". Copies are made between different devices only
+    alignment      of every tensor in its memory, in bytes
+    staging_bytes  of the host's memory that it keeps for copies
     """
 
     name: str
     place: str
     device: str
     alignment: int
+    staging_bytes: int
 
     def supports(self, node: Node) -> str | None:
         """None if a kernel here runs `node`, else the reason why not, as a phrase."""
@@ -229,15 +263,26 @@ class Backend(Protocol):
     def upload(self, at: Address, spec: Spec, array: NDArray[Any]) -> None:
         """Write an array (NumPy shape; raw rows for bf16 and block types) at an address."""
 
-    def download(self, at: Address, spec: Spec, copy: bool = True) -> NDArray[Any]:
-        """The array at an address, in NumPy shape; a view valid until the next run without copy."""
+    def download(self, at: Address, spec: Spec) -> NDArray[Any]:
+        """A copy of the tensor at an address, in NumPy shape and as it is stored."""
+
+    def view(self, at: Address, spec: Spec) -> Any:
+        """The tensor itself, not to be written to: NumPy's array on the host, else an object by
+        which libraries of that device read it where it is, and `np.asarray` copies it."""
+
+    def given(self, array: object) -> Given | None:
+        """A caller's array as memory of this device; None where it is not in it.
+
+        Errors: DTypeError where its library does not let it be shared.
+        """
 
     def fetch(self, source: Address, other: Backend, target: Address, spec: Spec) -> None:
-        """Put into this device's queue: copy a tensor from the memory of `other`, which is on
-        another device or the host, into this one's."""
+        """Put into this device's queue: copy a tensor from the memory of `other`, this device or
+        another or the host, into this one's."""
 
-    def send(self, source: Address, target: Address, spec: Spec) -> None:
-        """Put into this device's queue: copy a tensor into the host's memory."""
+    def send(self, source: Address, target: Address, spec: Spec) -> Event:
+        """Put into this device's queue: copy a tensor into the host's memory. It is there once the
+        event has been waited for; later work in the queue need not be done by then."""
 
     def bind(
         self,

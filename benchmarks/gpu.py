@@ -2,183 +2,247 @@
 
     python benchmarks/gpu.py                       all parts, into benchmarks/results/h200/
     python benchmarks/gpu.py layer linear --out F  some parts
+    python benchmarks/gpu.py --smoke --out F       all at once with few samples: does it all run?
 
-Parts: layer (one V2-Lite MoE layer), linear (products, experts), attention, parity (the small
-grid), examples (errors). Each runs in a process of its own. Times are medians of 20; what lies
-behind each row says its own file, gpu_*.py.
+Parts: layer (one V2-Lite MoE layer), linear (products, experts), attention, amb (the cost of an
+attention memory budget), compile, examples (their errors), parity (the whole grid, or --grid
+small), sanitize (a spread of it under compute-sanitizer; 0 cases where that cannot run). Each runs
+in processes of its own with a time limit; what lies behind each row says its own file, gpu_*.py.
+The record is written after each part. The status is 1 where a part failed or gave no row that is
+wanted; the other parts are measured all the same.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
+import platform
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import date
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from time import perf_counter
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-KERNELS = ROOT / "backends" / "cuda" / "kernels"
+sys.path.append(str(ROOT))
+
+from gpu_bench import ROWS, SMOKE, smi  # noqa: E402
+
+from pyggml.backends.cuda.compiler import nvrtc_version  # noqa: E402
+from tools.kernel_record import fingerprint  # noqa: E402
+from tools.tables import BARS  # noqa: E402
+
 Row = dict[str, Any]
-
-#: Rows of the other scripts: their name -> ours, unit, and how the value follows from
-#: microseconds t (and, for shares, the copy's TB/s c).
-FLOPS = {"up": 4 * 6 * 2048 * 1408, "fa": 2 * 16 * (192 + 128) / 2}
-LINEAR = {
-    "mul_mat iq4_nl n=1": ("mul_mat_vec_iq4_nl", "of copy", lambda t, c: 33.03e6 / t / 1e6 / c),
-    "mul_mat q8_0 n=1": ("mul_mat_vec_q8_0", "of copy", lambda t, c: 62.39e6 / t / 1e6 / c),
-    "mul_mat iq4_nl n=512": (
-        "mul_mat_iq4_nl_n512", "TFLOP/s", lambda t, c: 2 * 4096 * 14336 * 512 / t / 1e6
-    ),
-    "moe_up_gate t=1 N=None": ("moe_up_gate_iq4_nl_t1", "us", lambda t, c: t),
-    "moe_up_gate t=512 N=None": (
-        "moe_up_gate_iq4_nl_t512", "TFLOP/s", lambda t, c: 512 * FLOPS["up"] / t / 1e6
-    ),
-    "moe_up_gate t=2048 N=None": (
-        "moe_up_gate_iq4_nl_t2048", "TFLOP/s", lambda t, c: 2048 * FLOPS["up"] / t / 1e6
-    ),
-}  # fmt: skip
-ATTENTION = {
-    **{
-        f"fa_192_128_h16_n{n}": ("TFLOP/s", lambda t, n=n: n * n * FLOPS["fa"] / t / 1e6)
-        for n in (2048, 8192, 16384)
-    },
-    "fa_192_128_h16_q1_n16384": ("TB/s", lambda t: 16384 * 16 * 320 * 2 / t / 1e6),
-    "fa_576_512_h16_q1_n16384": ("us", lambda t: t),
-    "fa_576_512_h128_q1_n16384": ("us", lambda t: t),
-}
+PACKAGES = ("numpy", "pycuda", "cupy-cuda13x", "cuda-bindings", "torch")
 
 
-def started(*words: str, seconds: float = 300) -> str:
-    """What a script of this folder (or an example) prints."""
-    command = [sys.executable, "-W", "ignore", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=ROOT)
-    if done.returncode:
-        print(f"!! {' '.join(words)}: {done.returncode}: {(done.stdout + done.stderr)[-800:]}")
-    return done.stdout
+@dataclass(frozen=True)
+class Part:
+    """Scripts that run beside each other, and the seconds that they have."""
+
+    commands: tuple[tuple[str, ...], ...]
+    seconds: float
 
 
-def lines(text: str) -> list[Row]:
-    return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+def parts(args: argparse.Namespace, folder: Path) -> dict[str, Part]:
+    """What to run. Examples leave their rows as `folder`/examples_*.json."""
+    small = ("--prompt", "32", "--decode", "1") if args.smoke else ()
+    examples = tuple(
+        (f"../examples/{name}.py", "--backend", "cuda", "--prec", prec, *small,
+         "--json", str(folder / f"examples_{name}_{prec}.json"))
+        for name in ("deepseek_attention", "deepseek_moe_layer")
+        for prec in ("default", "f32")
+    )  # fmt: skip
+    grid = ("--grid", args.grid, "--seconds", str(args.parity_seconds))
+    if args.smoke:
+        grid = ("--grid", "small", "--every", "20", "-j", "4")
+    brief = ("--seconds", "5" if args.smoke else "20")
+    return {
+        "layer": Part((("gpu_layer.py",),), 120),
+        "linear": Part((("gpu_linear_times.py",),), 120),
+        "attention": Part((("gpu_attention_times.py",),), 150),
+        "amb": Part((("gpu_amb.py",),), 60),
+        "compile": Part((("gpu_compile.py",),), 150),
+        "examples": Part(examples, 180),
+        "parity": Part((("gpu_check.py", "parity", *grid),), args.parity_seconds + 60),
+        "sanitize": Part((("gpu_check.py", "memcheck", "racecheck", *brief),), 240),
+    }
 
 
-def layer() -> list[Row]:
-    with TemporaryDirectory() as folder:
-        started(str(HERE / "gpu_layer.py"), "--json", f"{folder}/rows.json")
-        rows: list[Row] = json.loads(Path(f"{folder}/rows.json").read_text())
-    return [row for row in rows if " " not in row["name"]]
+NAMES = ("layer", "linear", "attention", "amb", "compile", "examples", "parity", "sanitize")
 
 
-def linear() -> list[Row]:
-    found = {r["row"]: r for r in lines(started(str(HERE / "gpu_linear.py"), "time_dense"))}
-    found |= {r["row"]: r for r in lines(started(str(HERE / "gpu_linear.py"), "time_experts"))}
-    copy = found["copy"]["rate"]
-    rows = [{"name": "copy", "value": copy, "unit": "TB/s", "samples": []}]
-    for theirs, (name, unit, value) in LINEAR.items():
-        if theirs in found:
-            samples = [value(t, copy) for t in found[theirs]["samples"]]
-            rows.append(
-                {"name": name, "value": value(found[theirs]["us"], copy), "unit": unit,
-                 "samples": samples}
-            )  # fmt: skip
-    return rows
+class Run:
+    """A part that is running."""
+
+    def __init__(self, name: str, part: Part, folder: Path, smoke: bool) -> None:
+        self.name, self.part, self.begin = name, part, perf_counter()
+        self.rows, self.log = folder / f"{name}.rows", folder / f"{name}.log"
+        found = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {
+            **os.environ, ROWS: str(self.rows), SMOKE: "1" * smoke, "PYTHONPATH": ":".join(found)
+        }  # fmt: skip
+        self.processes = [self._started(words, environment) for words in part.commands]
+
+    def _started(self, words: Sequence[str], environment: dict[str, str]) -> Any:
+        script, *rest = words
+        command = [sys.executable, "-W", "ignore", str((HERE / script).resolve()), *rest]
+        with self.log.open("a") as log:  # a session of its own: children end with it
+            return subprocess.Popen(
+                command, stdout=log, stderr=log, cwd=ROOT, env=environment, start_new_session=True
+            )
+
+    def finish(self) -> list[str]:
+        """What went wrong; ends what is late."""
+        faults = []
+        for words, process in zip(self.part.commands, self.processes):
+            left = self.part.seconds - (perf_counter() - self.begin)
+            try:
+                status = process.wait(max(left, 0.1))
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                status = f"no end within {self.part.seconds:g} s"
+            if status:
+                faults.append(f"{self.name}: {words[0]}: {status}")
+        self.seconds = perf_counter() - self.begin
+        return faults
 
 
-def attention() -> list[Row]:
-    script, rows = str(HERE / "gpu_attention.py"), []
-    with TemporaryDirectory() as folder:
-        started(script, "compile", folder)
-        for group in ("fa_192", "fa_576"):
-            for row in lines(started(script, "bars", folder, group)):
-                if row["row"] in ATTENTION and row.get("samples"):
-                    unit, value = ATTENTION[row["row"]]
-                    samples = [value(t) for t in row["samples"]]
-                    rows.append(
-                        {"name": row["row"], "value": value(row["us"]), "unit": unit,
-                         "samples": samples}
-                    )  # fmt: skip
-    return rows
+def lines_of(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def parity() -> list[Row]:
-    jobs = str(max(1, (os.cpu_count() or 2) - 1))
-    text = started(str(HERE / "gpu_check.py"), "parity", "-j", jobs)
-    ok, failed, unsupported = map(int, text.split("\nall ")[1].split()[:3])
-    share = unsupported / (ok + failed + unsupported)
-    return [
-        {"name": "parity_failed", "value": failed, "unit": "cases", "samples": [ok, failed]},
-        {"name": "parity_unsupported_share", "value": share, "unit": "", "samples": []},
-    ]
+def example_rows(folder: Path) -> Iterator[Row]:
+    """The worst error of a cache type and precision over both examples; samples are all of them."""
+    found: dict[str, list[float]] = {}
+    for path in sorted(folder.glob("examples_*.json")):
+        tail = "_prec_f32" if path.stem.endswith("_f32") else ""
+        for row in json.loads(path.read_text())["rows"]:
+            errors = [value for key, value in row.items() if key.endswith("error")]
+            found.setdefault(f"example_worst_error_{row['cache']}{tail}", []).extend(errors)
+    for name, errors in found.items():
+        yield {"name": name, "value": max(errors), "unit": "", "samples": errors}
 
 
-def examples() -> list[Row]:
-    worst: dict[str, float] = {}
-    with TemporaryDirectory() as folder:
-        for prec, tail in (("default", ""), ("f32", "_prec_f32")):
-            out = f"{folder}/moe.json"
-            words = ("--backend", "cuda", "--prec", prec, "--json", out)
-            started("examples/deepseek_moe_layer.py", *words)
-            told = json.loads(Path(out).read_text())
-            for row in told if isinstance(told, list) else told["rows"]:
-                key = f"example_worst_error_{row['cache']}{tail}"
-                error = max(row["prompt_error"], row["decode_error"])
-                worst[key] = max(error, worst.get(key, 0.0))
-    return [{"name": k, "value": v, "unit": "", "samples": []} for k, v in worst.items()]
-
-
-PARTS = {f.__name__: f for f in (layer, linear, attention, parity, examples)}
+def version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def machine() -> dict[str, str]:
-    query = "--query-gpu=name,driver_version,clocks.sm,clocks.mem"
-    told = subprocess.run(
-        ["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True
+    return {
+        "gpu": smi("name"),
+        "driver": smi("driver_version"),
+        "highest clocks": smi("clocks.max.sm,clocks.max.mem"),
+        "cores": str(os.cpu_count()),
+        "python": platform.python_version(),
+        "nvrtc": ".".join(map(str, nvrtc_version())),
+        **{name: version(name) for name in PACKAGES},
+    }
+
+
+def commit() -> str:
+    """Of the checkout, with a + where files differ from it; "unknown" where git cannot be asked."""
+    try:
+        words = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def command(args: argparse.Namespace) -> str:
+    """What measures the same, wherever its record is written."""
+    some = [] if args.parts == list(NAMES) else args.parts
+    grid = [] if args.grid == "all" else ["--grid", args.grid]
+    return " ".join(["python benchmarks/gpu.py", *some, *grid, *["--smoke"] * args.smoke])
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    packages = ("numpy", "pycuda", "cupy-cuda13x", "cuda-bindings", "torch")
-    return {"gpu": told.stdout.strip(), **{name: metadata.version(name) for name in packages}}
-
-
-def fingerprint() -> str:
-    """What kernels the record was made from."""
-    told = hashlib.sha256()
-    for path in sorted(KERNELS.iterdir()):
-        told.update(path.name.encode() + path.read_bytes())
-    return told.hexdigest()[:16]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="PART")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--commit", default="", help="where git cannot be asked")
+    add = parser.add_argument
+    add("parts", nargs="*", metavar="PART", help=f"of {', '.join(NAMES)}")
+    add("--out", type=Path, help="default: benchmarks/results/h200/DATE.json")
+    add("--log", type=Path, help="everything that the parts print")
+    add("--commit", help="where git cannot be asked")
+    add("--grid", choices=("all", "small"), default="all", help="of parity (default: all)")
+    add("--parity-seconds", type=float, default=270, metavar="S", help="(default: %(default)s)")
+    add("--smoke", action="store_true", help="all parts at once, few samples; no record")
     args = parser.parse_args()
+    if unknown := set(args.parts) - set(NAMES):
+        parser.error(f"no part {unknown.pop()!r}; there are {', '.join(NAMES)}")
+    if args.smoke and not args.out:
+        parser.error("--smoke makes no record: give --out")
+    args.parts = [name for name in NAMES if not args.parts or name in args.parts]
+    return args
+
+
+def collect(run: Run, folder: Path, told: dict[str, Any], log: Path | None) -> list[str]:
+    """What a part measured, into the record; what went wrong."""
+    faults, found = run.finish(), lines_of(run.rows)
+    rows = [row for row in found if "name" in row]
+    if run.name == "examples":
+        rows += example_rows(folder)
+    print(f"-- {run.name}: {run.seconds:.0f} s", flush=True)
+    for row in rows:
+        print(f"{row['name']:32} {row['value']:10.4g} {row['unit']}")
+    text = run.log.read_text()
+    if faults:
+        print(f"!! {'; '.join(faults)}\n{text[-3000:]}", flush=True)
+    if log is not None:
+        with log.open("a") as file:
+            file.write(f"== {run.name}\n{text}\n")
+    told["rows"] += rows
+    told["clocks"] += [line for line in found if "clocks" in line]
+    told["seconds"][run.name] = round(run.seconds, 1)
+    told["faults"] += faults
+    return faults
+
+
+def main() -> int:
+    args = parsed()
     told: dict[str, Any] = {
         "date": date.today().isoformat(),
-        "command": " ".join(["python benchmarks/gpu.py", *args.parts]),
-        "commit": args.commit,
+        "command": command(args),
+        "commit": args.commit or commit(),
         "kernels": fingerprint(),
         "machine": machine(),
+        "grid": args.grid,
+        "clocks": [],
+        "seconds": {},
+        "faults": [],
         "rows": [],
     }
     out = args.out or HERE / "results" / "h200" / f"{told['date']}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    for name in args.parts or PARTS:
-        try:
-            found = PARTS[name]()
-        except Exception as error:  # one part that breaks does not take the others along
-            print(f"!! {name}: {type(error).__name__}: {error}")
-            continue
-        for row in found:
-            print(f"{row['name']:32} {row['value']:10.4g} {row['unit']}", flush=True)
-        told["rows"] += found
-        out.write_text(json.dumps(told, indent=1) + "\n")  # what is there if a later part hangs
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        wanted = {name: part for name, part in parts(args, folder).items() if name in args.parts}
+        started = (Run(name, part, folder, args.smoke) for name, part in wanted.items())
+        for run in list(started) if args.smoke else started:
+            collect(run, folder, told, args.log)
+            if len(told["seconds"]) == len(NAMES):
+                missing = BARS.keys() - {row["name"] for row in told["rows"]}
+                told["faults"] += [f"no row {name}" for name in sorted(missing)]
+            out.write_text(json.dumps(told, indent=1) + "\n")  # kept if a later part hangs
+    print(f"{sum(told['seconds'].values()):.0f} s in all; {out}")
+    for fault in told["faults"]:
+        print(f"!! {fault}")
+    return 1 if told["faults"] else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

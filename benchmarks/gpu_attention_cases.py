@@ -147,28 +147,6 @@ def groups() -> dict[str, list[Case]]:
     return made
 
 
-BARS = {
-    "fa_192_128_h16_n2048": Case("hopper", 192, 128, 2048, 2048, 16, 16, mask="pos"),
-    "fa_192_128_h16_n8192": Case("hopper", 192, 128, 8192, 8192, 16, 16, mask="pos"),
-    "fa_192_128_h16_n16384": Case("hopper", 192, 128, 16384, 16384, 16, 16, mask="pos"),
-    "fa_128_128_h32_n8192": Case("hopper", 128, 128, 8192, 8192, 32, 32, mask="pos"),
-    "fa_64_64_h16_n8192": Case("hopper", 64, 64, 8192, 8192, 16, 16, mask="pos"),
-    "fa_256_256_h16_n8192": Case("hopper", 256, 256, 8192, 8192, 16, 16, mask="pos"),
-    "tiles_192_128_h16_n8192": Case("tiles", 192, 128, 8192, 8192, 16, 16, mask="pos"),
-    "latent_h16_prompt_q512_n4096": Case("", 576, 512, 512, 4096, 16, 1, mask="pos", inside=0),
-    "fa_192_128_h16_q1_n16384": Case("", 192, 128, 1, 16384, 16, 16),
-    "fa_192_128_h16_q1_n4096": Case("", 192, 128, 1, 4096, 16, 16),
-    "fa_192_128_h16_q1_n16384_q8_0": Case("", 192, 128, 1, 16384, 16, 16, kind="q8_0"),
-    "fa_128_128_h32_8_q1_n16384": Case("", 128, 128, 1, 16384, 32, 8),
-    "fa_576_512_h16_q1_n16384": Case("", 576, 512, 1, 16384, 16, 1, inside=0),
-    "fa_576_512_h16_q1_n16384 wgmma": Case("latent_hopper", 576, 512, 1, 16384, 16, 1, inside=0),
-    "fa_576_512_h128_q1_n16384 mma": Case("latent", 576, 512, 1, 16384, 128, 1, inside=0),
-    "fa_576_512_h16_q1_n4096": Case("", 576, 512, 1, 4096, 16, 1, inside=0),
-    "fa_576_512_h16_q1_n16384_q8_0": Case("", 576, 512, 1, 16384, 16, 1, kind="q8_0", inside=0),
-    "fa_576_512_h128_q1_n16384": Case("", 576, 512, 1, 16384, 128, 1, inside=0),
-}
-
-
 def others() -> list[tuple[gg.Node, dict[str, np.ndarray[Any, Any]]]]:
     """The ops beside flash_attn_ext, and what their inputs hold."""
     rng = np.random.default_rng(0)

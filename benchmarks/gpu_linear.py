@@ -1,32 +1,26 @@
-"""Products on a GPU: every variant against float64, then times. Needs PyTorch and the driver.
+"""Products on a GPU: every variant against float64. Needs PyTorch and the driver.
 
     python benchmarks/gpu_linear.py            all of it, each part in a process of its own
-    python benchmarks/gpu_linear.py PART...    check_blocks, check_plain, check_experts, time_dense,
-                                               time_experts
+    python benchmarks/gpu_linear.py PART...    check_blocks, check_plain, check_experts
 
-Steps are recorded as the backend records them (`launch.Call`) and launched through the driver.
+Steps are recorded as the backend records them (`launch.Call`), on operands laid out here.
 """
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from gpu_linear_bed import FAILED, activated, check, dense_want, ids_of, tensor, weight
-from gpu_linear_times import time_dense, time_experts  # noqa: F401  (found by name)
 
 from pyggml import ops
-from pyggml.backends.cuda import packing
+from pyggml.backends.cuda.formats import FORMATS
 
-PARTS = ("check_blocks", "check_plain", "check_experts", "time_dense", "time_experts")
-
-
-BLOCKS = list(packing.FORMATS)
+PARTS = ("check_blocks", "check_plain", "check_experts")
+BLOCKS = list(FORMATS)
 
 
 def check_blocks() -> None:
@@ -174,8 +168,11 @@ def check_experts() -> None:
                 one = expert_want(a.values, b.values, ids.values)
                 label = f"{kind} {layout} t={tokens}"
                 check(f"mul_mat_id {label}", ops.mul_mat_id, (a, b, ids), one)
+                check(f"mul_mat_id {label} f32", ops.mul_mat_id, (a, b, ids), one, prec="f32")
                 two = activated("silu", expert_want(gate.values, b.values, ids.values)) * one
                 check(f"moe_up_gate {label}", ops.moe_up_gate, (a, gate, b, ids), two, act="silu")
+                exact = {"act": "silu", "prec": "f32"}
+                check(f"moe_up_gate {label} f32", ops.moe_up_gate, (a, gate, b, ids), two, **exact)
     up, gate = weight("q4_K", (256, 75, 9, 1), "tiles8"), weight("q6_K", (256, 75, 9, 1), "tiles8")
     for tokens in (3, 100):
         b, ids = tensor("f32", (256, 1, tokens, 1)), ids_of(4, tokens, 9)
@@ -200,25 +197,19 @@ def main() -> int:
             globals()[part]()
             print(f"PART {part}: {len(FAILED)} failed, {time.time() - began:.0f} s")
         return bool(FAILED)
-    out = Path(os.environ.get("OUT", "."))
-    rows: list[str] = []
+    failed = 0
     for part in PARTS:
-        with (out / f"{part}.log").open("w") as log:
-            try:
-                subprocess.run(
-                    [sys.executable, __file__, part],
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    timeout=100,
-                )
-            except subprocess.TimeoutExpired:
-                log.write("\nTIMED OUT\n")
-        text = (out / f"{part}.log").read_text().splitlines()
-        rows += [line for line in text if line.startswith(("ROW", "PART", "FAILED", "TIMED"))][-80:]
-        if not any(line.startswith("PART") for line in text):
-            rows += text[-15:]
-    print("\n".join(rows))
-    return 0
+        try:
+            done = subprocess.run(
+                [sys.executable, __file__, part], capture_output=True, text=True, timeout=200
+            )
+            text, status = (done.stdout + done.stderr).splitlines(), done.returncode
+        except subprocess.TimeoutExpired:
+            text, status = [f"TIMED OUT {part}"], 1
+        told = [line for line in text if line.startswith(("PART", "FAILED", "TIMED"))]
+        print("\n".join(told[-40:] if told else text[-15:]))
+        failed += bool(status)
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

@@ -1,127 +1,23 @@
-"""What the checks and times of products share: operands on the GPU, recorded steps, launches."""
+"""What the checks of products share: operands on the GPU, recorded steps, the comparison."""
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from gpu_bench import launch, random_blocks
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from pyggml import ops, quants
+from pyggml.backends.cuda import packing, table
+from pyggml.backends.cuda.launch import Call, Launch, Operand
+from pyggml.dtypes import TYPES
+from pyggml.parity.tolerance import CLASSES, nmse
 
-import torch  # noqa: E402
-
-from pyggml import ops, quants  # noqa: E402
-from pyggml.backends.cuda import compiler, packing, table  # noqa: E402
-from pyggml.backends.cuda.launch import Call, Gemm, Launch, Operand  # noqa: E402
-from pyggml.dtypes import TYPES  # noqa: E402
-from pyggml.parity.tolerance import CLASSES, nmse  # noqa: E402
-
-ARCH = os.environ.get("ARCH", "90a")
 rng = np.random.default_rng(int(os.environ.get("SEED", "7")))
-
-
-# -- running what was recorded --------------------------------------------------------------------
-
-
-def _includes() -> tuple[Path, ...]:
-    """Folders that have all headers, whatever wheels are there."""
-    for folder in compiler.folders("include"):
-        if (folder / "cuda_fp16.h").is_file() and (folder / "crt").is_dir():
-            return (folder, folder / "cccl") if (folder / "cccl").is_dir() else (folder,)
-    raise SystemExit("no CUDA headers")
-
-
-compiler.include_folders = _includes
-cuda = ctypes.CDLL("libcuda.so.1")
-_kernels: dict[tuple[str, str], Any] = {}
-
-
-def _ok(status: int, what: str) -> None:
-    if status:
-        raise RuntimeError(f"{what}: error {status}")
-
-
-def load(wanted: Sequence[tuple[str, str]]) -> None:
-    fresh = [w for w in dict.fromkeys(wanted) if w not in _kernels]
-    for key, made in compiler.cubins(fresh, ARCH).items():
-        module, function = ctypes.c_void_p(), ctypes.c_void_p()
-        _ok(cuda.cuModuleLoadData(ctypes.byref(module), made.code), f"loading {key}")
-        name = made.symbol.encode()
-        _ok(cuda.cuModuleGetFunction(ctypes.byref(function), module, name), f"finding {key}")
-        if made.spilled:
-            print(f"  spills: {key} {made.spilled} bytes")
-        _kernels[key] = function
-
-
-def start(call: Call) -> None:
-    for one in call.records:
-        start_one(one)
-
-
-def start_one(one: Any) -> None:
-    if isinstance(one, Gemm):
-        _gemm(one)
-    else:
-        assert isinstance(one, Launch)
-        _launch(one, ctypes.c_void_p(torch.cuda.current_stream().cuda_stream))
-
-
-class Config(ctypes.Structure):
-    """CUlaunchConfig."""
-
-    _fields_ = (
-        ("sizes", ctypes.c_uint * 7),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.c_void_p),
-        ("count", ctypes.c_uint),
-    )
-
-
-#: CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 1
-OVERLAP = (ctypes.c_uint * 18)(6, 0, 1)
-
-
-def _launch(one: Launch, stream: ctypes.c_void_p) -> None:
-    function = _kernels[one.file, one.name]
-    if one.shared > 48 << 10:
-        _ok(cuda.cuFuncSetAttribute(function, 8, one.shared), "shared memory")
-    data = ctypes.create_string_buffer(one.args, len(one.args))
-    size = ctypes.c_size_t(len(one.args))
-    extra = (ctypes.c_void_p * 5)(1, ctypes.addressof(data), 2, ctypes.addressof(size), 0)
-    sizes = (ctypes.c_uint * 7)(*one.grid, *one.block, one.shared)
-    config = Config(sizes, stream, ctypes.addressof(OVERLAP), int(one.overlap))
-    status = cuda.cuLaunchKernelEx(ctypes.byref(config), function, None, ctypes.byref(extra))
-    _ok(status, f"launching {one.name} {one.grid} {one.block} {one.shared}")
-
-
-_blas = None
-
-
-def _gemm(one: Gemm) -> None:
-    global _blas
-    if _blas is None:
-        torch.mm(torch.ones(8, 8, device="cuda"), torch.ones(8, 8, device="cuda"))
-        _blas = ctypes.CDLL("libcublas.so.13")
-    code = {"f32": 0, "f16": 2, "bf16": 14}
-    operands: list[Any] = []
-    for ptr, kind, leading, stride in zip(one.ptrs, one.types, one.leading, one.strides):
-        operands += [ctypes.c_void_p(ptr), code[kind], leading, ctypes.c_longlong(stride)]
-    alpha, beta = ctypes.c_float(one.alpha), ctypes.c_float(one.beta)
-    _ok(
-        _blas.cublasGemmStridedBatchedEx(
-            ctypes.c_void_p(torch.cuda.current_blas_handle()),
-            *map(int, one.transposed), one.m, one.n, one.k, ctypes.byref(alpha), *operands[:8],
-            ctypes.byref(beta), *operands[8:], one.batch, 68, -1,
-        ),
-        f"cuBLAS {one}",
-    )  # fmt: skip
 
 
 # -- operands -------------------------------------------------------------------------------------
@@ -140,32 +36,11 @@ def on_device(data: np.ndarray) -> Any:
     return torch.from_numpy(np.ascontiguousarray(data).reshape(-1).view(np.uint8).copy()).cuda()
 
 
-def blocks_of(kind: str, ne: tuple[int, int, int, int]) -> np.ndarray:
-    """Random blocks with scales of real weights."""
-    t = TYPES[kind]
-    raw = rng.integers(0, 256, (ne[1] * ne[2] * ne[3], ne[0] // t.block, t.nbytes), np.uint8)
-
-    def halves(at: int, low: float, high: float) -> None:
-        size = raw.shape[:2]
-        values = rng.uniform(low, high, size).astype(np.float16)
-        raw[..., at : at + 2] = values[..., None].view(np.uint8)
-
-    if kind == "mxfp4":
-        raw[..., 0] = rng.integers(112, 124, raw.shape[:2])
-    elif kind == "q6_K":
-        halves(208, 1e-5, 1e-4)
-    else:
-        halves(0, 1e-3, 1e-2)
-        if kind in ("q4_1", "q5_1", "q4_K", "q5_K"):
-            halves(2, 1e-3, 1e-2)
-    return raw
-
-
 def weight(kind: str, ne: tuple[int, int, int, int], layout: str, values: bool = True) -> Held:
     t = TYPES[kind]
     if t.block == 1:
         return tensor(kind, ne)
-    raw = blocks_of(kind, ne)
+    raw = random_blocks(kind, ne[1] * ne[2] * ne[3], ne[0], rng)
     data = packing.to_tiles(t, ne, raw) if layout == "tiles8" else raw
     memory = on_device(data)
     row = t.row_bytes(ne[0])
@@ -228,7 +103,6 @@ def record(
     if reason:
         raise RuntimeError(reason)
     row.record(call)
-    load([(r.file, r.name) for r in call.records if isinstance(r, Launch)])
     return call, y, row.numeric(node)
 
 
@@ -241,12 +115,12 @@ def check(
 ) -> None:
     try:
         call, y, numeric = record(op, sources, attrs, gap)
-        start(call)
-        torch.cuda.synchronize()
+        torch.cuda.synchronize()  # operands are made in another stream
+        launch(call.records)
         got = read(y)
         first = got.clone()
-        start(call)
         torch.cuda.synchronize()
+        launch(call.records)
         same = bool(torch.equal(first.nan_to_num(7e7), read(y).nan_to_num(7e7)))
     except Exception as error:
         FAILED.append(label)

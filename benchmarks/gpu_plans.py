@@ -1,4 +1,4 @@
-"""Whole plans on a GPU against NumPy, device arrays, products by cuBLAS; and a few speeds."""
+"""Whole plans on a GPU against NumPy, products by cuBLAS, `gpu_arrays`; and a few speeds."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+from gpu_arrays import CHECKS
 from gpu_faults import raises, report
 
 import pyggml as gg
@@ -73,15 +74,6 @@ def _fused() -> str:
             if wrong or made != steps:
                 return f"rows of {n}: {made} steps for {steps}; {wrong}"
     return ""
-
-
-def _mixed() -> str:
-    """A step on the host between steps on the GPU."""
-    x = gg.input("x", ne=(640, 33))
-    middle = gg.name(gg.silu(gg.scale(x, s=2.0)), "middle")
-    y = gg.rms_norm(gg.add(middle, x), eps=1e-6)
-    given = {"x": np.random.default_rng(4).standard_normal((33, 640)).astype("f4")}
-    return _compared(y, given, 1e-6, pins={"middle": "numpy"})
 
 
 def _weights() -> str:
@@ -162,8 +154,8 @@ def _product() -> str:
         )
         want = b.astype(np.float64) @ a.astype(np.float64).T
         with device.context:
-            device.cublas.prepare([one])
-            device.cublas.start(one)
+            product = device.cublas.ready()
+            product(one)
             for how in ("started", "in a graph"):
                 got = device.download(held[2], spec)
                 error = np.linalg.norm(got - want) / np.linalg.norm(want)
@@ -173,37 +165,15 @@ def _product() -> str:
                     device.upload(held[2], spec, np.zeros((7, 40), np.float32))
                     stream = device.context.external
                     stream.begin_capture()
-                    device.cublas.start(one)
+                    product(one)
                     graph = stream.end_capture()
                     graph.launch(stream)
     return ""
 
 
-def _exchange() -> str:
-    """Device arrays of CuPy go in without the host, and tensors are seen as CuPy arrays."""
-    import cupy
-
-    from pyggml.backends.base import Address
-    from pyggml.backends.cuda import arrays
-    from pyggml.dtypes import F32
-    from pyggml.graph import make_spec
-
-    device: Any = backends.get("cuda")
-    spec = make_spec(F32, (6, 4))
-    at = Address(device.alloc(256), 32, (8, 48, 192, 192))  # every other element
-    given = cupy.arange(24, dtype="f4").reshape(4, 6)
-    cupy.cuda.get_current_stream().synchronize()
-    device.upload(at, spec, given)
-    seen = arrays.view(device.context, at, spec)
-    with device.context:
-        device.synchronize()
-        fine = bool((seen == given).all()) and (device.download(at, spec) == given.get()).all()
-    return "" if fine else "other values came back"
-
-
 def plans(log: list[str]) -> bool:
-    checks = (_plan, _loop, _fused, _mixed, _weights, _long_rows, _bad_ids, _product, _exchange)
-    return report("plan", checks, log)
+    checks = (_plan, _loop, _fused, _weights, _long_rows, _bad_ids, _product)
+    return report("plan", (*checks, *CHECKS), log)
 
 
 def speed(log: list[str]) -> bool:

@@ -31,10 +31,10 @@ import numpy as np
 
 import pyggml as gg
 from pyggml import gguf, places
-from pyggml.dag import rebuilt
 from pyggml.models.config import DeepSeek2Config
 from pyggml.models.deepseek2 import AttentionOptions, Cache, Layer
 from pyggml.models.feed_forward import layer_output
+from pyggml.models.precision import precise
 from pyggml.models.presets import preset, synth
 from pyggml.models.tensors import check_tensors
 from pyggml.parity.deepseek_layer import layer_f64, weights_of
@@ -145,17 +145,6 @@ def wheres(backends: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     yield from ((name, {"backends": [name]}) for name in names)
     for name in [name for name in names if name != "numpy"][:1]:
         yield f"{name} + experts on numpy", {"backends": [name], "pins": {"_exps": "numpy"}}
-
-
-def precise(y: gg.Node) -> gg.Node:
-    """The same with prec="f32" for every op that has a precision."""
-
-    def rebuild(node: gg.Node, src: tuple[gg.Node | None, ...]) -> gg.Node:
-        if "prec" not in node.attrs:
-            return rebuilt(node, src)
-        return node.op.make(src, {**node.attrs, "prec": "f32"}, node.spec)
-
-    return gg.Graph({"y": y}).rewrite(rebuild).outputs["y"]
 
 
 COLUMNS = "place", "cache", "error", "error", "same experts", "runs", "ms", "ms", "MiB", "MiB"

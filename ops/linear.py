@@ -114,16 +114,18 @@ def expert_slices(n_experts: int) -> Any:
 
 
 @op
-def mul_mat_id(experts: Node, b: Node, ids: Node) -> Spec:
+def mul_mat_id(experts: Node, b: Node, ids: Node, *, prec: str = "default") -> Spec:
     """Product with chosen matrices:  y[:, e, t] = experts[:, :, ids[e, t]] b[:, e % n_b, t].
 
     experts  any float or block type  [k, m, n_expert]
     b        f32 or f16               [k, n_b, n_tokens]     n_b divides n_used
     ids      i32                      [n_used, n_tokens]
     y        f32                      [m, n_used, n_tokens]
+    prec     "default" or "f32"       as in mul_mat
     A negative id gives a zero row; an id past the end is an IdError when run.
     """
     want_experts(experts, b, ids, "experts")
+    choose("prec", prec, PRECISIONS)
     return make_spec(F32, (experts.ne[1], ids.ne[0], ids.ne[1]), 3)
 
 

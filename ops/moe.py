@@ -7,6 +7,7 @@ from pyggml.errors import ShapeError
 from pyggml.graph import Axis, Cost, Cut, Node, Slice, Spec, make_spec, op
 from pyggml.ops.elementwise import ACTIVATIONS, activation, mul
 from pyggml.ops.linear import (
+    PRECISIONS,
     expert_cost,
     expert_slices,
     mul_mat,
@@ -17,7 +18,9 @@ from pyggml.ops.rules import choose, outer_slices, want_ne, want_readable, want_
 
 
 @op
-def moe_up_gate(up: Node, gate: Node, b: Node, ids: Node, *, act: str = "silu") -> Spec:
+def moe_up_gate(
+    up: Node, gate: Node, b: Node, ids: Node, *, act: str = "silu", prec: str = "default"
+) -> Spec:
     """Two expert products and the gated activation in one:
 
     y[:, e, t] = act(gate[:, :, ids[e, t]] x) * (up[:, :, ids[e, t]] x),   x = b[:, e % n_b, t]
@@ -27,8 +30,10 @@ def moe_up_gate(up: Node, gate: Node, b: Node, ids: Node, *, act: str = "silu") 
     ids       i32                      [n_used, n_tokens]     a negative id gives a zero row
     y         f32                      [n_ff, n_used, n_tokens]
     act       silu, gelu or relu
+    prec      "default" or "f32", as in mul_mat
     """
     choose("act", act, ACTIVATIONS)
+    choose("prec", prec, PRECISIONS)
     want_experts(up, b, ids, "up")
     want_experts(gate, b, ids, "gate")
     want_ne("gate", gate, up.ne, "up's size")
@@ -36,8 +41,11 @@ def moe_up_gate(up: Node, gate: Node, b: Node, ids: Node, *, act: str = "silu") 
 
 
 @moe_up_gate.means
-def _(up: Node, gate: Node, b: Node, ids: Node, *, act: str = "silu") -> Node:
-    return mul(activation(act, mul_mat_id(gate, b, ids)), mul_mat_id(up, b, ids))
+def _(
+    up: Node, gate: Node, b: Node, ids: Node, *, act: str = "silu", prec: str = "default"
+) -> Node:
+    opened = activation(act, mul_mat_id(gate, b, ids, prec=prec))
+    return mul(opened, mul_mat_id(up, b, ids, prec=prec))
 
 
 moe_up_gate.cost(expert_cost)
@@ -45,14 +53,18 @@ moe_up_gate.slices(expert_slices(2))
 
 
 @op
-def fused_up_gate(up: Node, gate: Node, b: Node, *, act: str = "silu") -> Spec:
+def fused_up_gate(
+    up: Node, gate: Node, b: Node, *, act: str = "silu", prec: str = "default"
+) -> Spec:
     """The dense form of moe_up_gate:  y = act(gate b) * (up b).
 
     up, gate  any float or block type  [k, n_ff]
     b         f32 or f16               [k, n_tokens, ne2, ne3]
     y         f32                      [n_ff, n_tokens, ne2, ne3]
+    prec      "default" or "f32", as in mul_mat
     """
     choose("act", act, ACTIVATIONS)
+    choose("prec", prec, PRECISIONS)
     for what, node in (("up", up), ("gate", gate)):
         want_readable(what, node)
         want_rows(what, node)
@@ -62,8 +74,8 @@ def fused_up_gate(up: Node, gate: Node, b: Node, *, act: str = "silu") -> Spec:
 
 
 @fused_up_gate.means
-def _(up: Node, gate: Node, b: Node, *, act: str = "silu") -> Node:
-    return mul(activation(act, mul_mat(gate, b)), mul_mat(up, b))
+def _(up: Node, gate: Node, b: Node, *, act: str = "silu", prec: str = "default") -> Node:
+    return mul(activation(act, mul_mat(gate, b, prec=prec)), mul_mat(up, b, prec=prec))
 
 
 @fused_up_gate.cost

@@ -173,12 +173,12 @@ def set_rows(a: Node, b: Node, ids: Node) -> Spec:
     """Write rows by id: a[:, ids[i, p % c1, q % c2], p, q] = b[:, i, p, q]; a's new handle.
 
     a    a state or a view of one, any type that can be encoded  [n, n_rows, ne2, ne3]
-    b    f32 or f16   [n, n_ids, ne2, ne3]
+    b    f32 or f16, or whole numbers of a's type   [n, n_ids, ne2, ne3]
     ids  i32 or i64   [n_ids, c1, c2]    c1 divides ne2, c2 divides ne3; negative: not written
     Two equal ids leave either row. Conversion as `cast`.
     """
     _want_state("a", a)
-    want_type("b", b, FLOATS)
+    want_type("b", b, FLOATS if a.dtype.kind != "int" else (*FLOATS, a.dtype.name))
     _want_conversion(b, a.dtype)
     want_index("ids", ids, ("i32", "i64"))
     want_ne("b", b, (a.ne[0], b.ne[1], a.ne[2], a.ne[3]), "rows of a's size")

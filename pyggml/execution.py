@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from time import perf_counter
 
-from pyggml.backends.base import Address, Backend, Buffer, Event, Runner, Step
+from pyggml.backends.base import Address, Backend, Buffer, Event, Runner
 from pyggml.graph import Node
 from pyggml.passes.work import Split, Work
 from pyggml.transfer import origin
@@ -38,12 +38,16 @@ class Execution:
         # One without a split may have an upload in its queue; one with neither need not exist.
         used = [split.backend for split in self.splits] + [work.home(n) for n in work.leaves]
         self.backends = tuple(dict.fromkeys(used))
-        self.waited = {i for split in self.splits for i in split.waits}
+        # What is sent to the host is in its maker's own queue, so nothing else is to be waited for.
+        waits = [() if s.backend.device == "host" else s.waits for s in self.splits]
+        self.waits: list[tuple[int, ...]] = waits
+        self.waited = {i for each in waits for i in each}
         self.spared = {i for split in self.splits for i in split.spares}
 
-    def run(self) -> None:
-        """Every split; returns when all is done. An error leaves no device at work."""
-        self._run(None)
+    def run(self, repeat: int = 1) -> None:
+        """Every split, so many times over; returns when all is done. An error leaves no device at
+        work."""
+        self._run(None, repeat)
 
     def timed(self) -> list[float]:
         """Seconds of every step of one run, one by one."""
@@ -58,19 +62,12 @@ class Execution:
         self._run(time)
         return seconds
 
-    def _run(self, timed: Timed | None) -> None:
-        done: dict[int, Event] = {}
-        copied: dict[int, Event] = {}
+    def _run(self, timed: Timed | None, repeat: int = 1) -> None:
         try:
-            for i, split in enumerate(self.splits):
-                for event in (*(done[k] for k in split.waits), *(copied[k] for k in split.spares)):
-                    split.backend.wait_for(event)
-                self._copy(i, split, timed)
-                if i in self.spared:
-                    copied[i] = split.backend.record()
-                self._compute(i, split, timed)
-                if i in self.waited:
-                    done[i] = split.backend.record()
+            for turn in range(repeat):
+                if turn and len(self.backends) > 1:
+                    self._meet()
+                self._issue(timed)
             for backend in self.backends:
                 backend.synchronize()
         except BaseException:
@@ -78,28 +75,46 @@ class Execution:
                 _settle(backend)
             raise
 
-    def _copy(self, i: int, split: Split, timed: Timed | None) -> None:
-        """What the split reads from elsewhere. A device fetches; to the host, devices send."""
-        senders: list[Backend] = []
-        for k, step in enumerate(split.copies):
-            sender = self.work.home(origin(step.node))
-            call = self._copying(step, split.backend, sender)
-            to_host = split.backend.device == "host"
-            if to_host:
-                senders.append(sender)
-            if timed is None:
-                call()
-            else:
-                timed(self.first[i] + k, call, sender if to_host else split.backend)
-        for sender in dict.fromkeys(senders):
-            sender.record().wait()
+    def _meet(self) -> None:
+        """Let no device begin a run before the others have ended the one before: what it writes
+        they may still read."""
+        ends = {backend: backend.record() for backend in self.backends}
+        for backend in self.backends:
+            for other, end in ends.items():
+                if other is not backend:
+                    backend.wait_for(end)
 
-    def _copying(self, step: Step, target: Backend, sender: Backend) -> Callable[[], None]:
-        source = origin(step.node)
-        there, here = self.at[source], self.at[step.node]
-        if target.device == "host":
-            return lambda: sender.send(there, here, source.spec)
-        return lambda: target.fetch(there, sender, here, source.spec)
+    def _issue(self, timed: Timed | None) -> None:
+        done: dict[int, Event] = {}
+        copied: dict[int, Event] = {}
+        for i, split in enumerate(self.splits):
+            for event in (*(done[k] for k in self.waits[i]), *(copied[k] for k in split.spares)):
+                split.backend.wait_for(event)
+            self._copy(i, split, timed)
+            if i in self.spared:
+                copied[i] = split.backend.record()
+            self._compute(i, split, timed)
+            if i in self.waited:
+                done[i] = split.backend.record()
+
+    def _copy(self, i: int, split: Split, timed: Timed | None) -> None:
+        """What the split reads from elsewhere. A device fetches; to the host, devices send, all of
+        it before the host waits for the first."""
+        sent: list[Event] = []
+        for k, step in enumerate(split.copies):
+            source, target = origin(step.node), split.backend
+            sender = self.work.home(source)
+            there, here, spec = self.at[source], self.at[step.node], source.spec
+            if target.device != "host":
+                call: Callable[[], Event | None] = partial(target.fetch, there, sender, here, spec)
+            else:
+                call = partial(sender.send, there, here, spec)
+            if timed is not None:
+                timed(self.first[i] + k, partial(_waited, call), target)
+            elif (event := call()) is not None:
+                sent.append(event)
+        for event in sent:
+            event.wait()
 
     def _compute(self, i: int, split: Split, timed: Timed | None) -> None:
         runner = self.runners[i]
@@ -109,6 +124,12 @@ class Execution:
         start = self.first[i] + len(split.copies)
         for k in range(len(split.steps)):
             timed(start + k, partial(runner.run_step, k), split.backend)
+
+
+def _waited(call: Callable[[], Event | None]) -> None:
+    event = call()
+    if event is not None:
+        event.wait()
 
 
 def _settle(backend: Backend) -> None:

@@ -11,8 +11,6 @@ from fnmatch import fnmatchcase
 from numbers import Real
 from typing import Any
 
-from numpy.typing import ArrayLike, NDArray
-
 from pyggml import passes, places
 from pyggml.backends.base import Address, Backend, Step
 from pyggml.dag import Graph
@@ -26,13 +24,13 @@ from pyggml.errors import (
 )
 from pyggml.execution import Execution, addresses
 from pyggml.graph import Node, Spec, labels, line_of
+from pyggml.inputs import Inputs, together
 from pyggml.listing import plan_text
-from pyggml.ops.leaf import constant_op, data_of, input_op, state_op
+from pyggml.ops.leaf import constant_op, data_of, state_op
 from pyggml.passes.work import Pins, Split, Work
 from pyggml.quants import decode_rows
 from pyggml.reports import Memory, Profile
-from pyggml.store import Need, Store, stored
-from pyggml.transfer import origin
+from pyggml.store import Need, Progress, Store
 
 
 class Plan:
@@ -49,13 +47,12 @@ class Plan:
         self._at: dict[Node, Address] = {}
         self.store = store
         self.memory = memory
-        self.inputs: dict[str, Spec] = {}
-        self._slots: dict[str, list[Need]] = {}  # an input may be wanted on several devices
-        for need in needs:
-            leaf = origin(need.node)
-            if leaf.op is input_op:
-                self.inputs[leaf.attrs["name"]] = leaf.spec
-                self._slots.setdefault(leaf.attrs["name"], []).append(need)
+        self._inputs = Inputs(needs)
+
+    @property
+    def inputs(self) -> Mapping[str, Spec]:
+        """The inputs' types and sizes, by name."""
+        return self._inputs.specs
 
     @property
     def graph(self) -> Graph:
@@ -84,22 +81,43 @@ class Plan:
     def __str__(self) -> str:
         return plan_text(self._work)
 
-    def bind(self) -> Plan:
+    def bind(
+        self,
+        inputs: Mapping[str, object] | None = None,
+        /,
+        *,
+        progress: Progress | None = None,
+        **named: object,
+    ) -> Plan:
         """Allocate, upload weights and make runners. The first run does it if nobody else did.
 
-        Errors: DeviceError for a place that is only described, OutOfMemoryError with the table.
+        inputs, named  arrays that stay these inputs' memory, nothing copied: of NumPy for the host,
+                       of CuPy, PyTorch and others for a GPU, in C order and of the tensor's type.
+                       The plan keeps them, runs read what is in them then and take no array for
+                       those inputs. None goes back to copies. What is not named stays as it is
+        progress       called with (bytes that are there, bytes in all) after every weight that
+                       goes to a device
+        Errors: DeviceError for a place that is only described, OutOfMemoryError with the table;
+        UnknownName, ShapeError, DTypeError, GraphError for arrays, of which none is bound then.
         """
+        if progress is not None and not callable(progress):
+            raise DTypeError(
+                f"progress={type(progress).__name__} is no function; "
+                "give an input named progress in a dict: bind({'progress': array})"
+            )
         with self.store.lock:
             if self._described:
                 raise DeviceError(
                     f"{self._described} is a description of a device: compile works on it, bind "
                     "and run do not; give the place without a size"
                 )
+            if self._inputs.bind(together(inputs, named), self.store.arenas):
+                self._execution = None  # what is recorded reads the old addresses
             if self._execution is None or self._generation != self.store.generation:
-                self._bind()
+                self._bind(progress)
         return self
 
-    def _bind(self) -> None:
+    def _bind(self, progress: Progress | None) -> None:
         work = self._work
         wanted = {b: work.placed.arenas[b.device].nbytes for b in _one_a_device(work.backends)}
         used = {need.backend.device for need in self._needs} | {
@@ -107,30 +125,39 @@ class Plan:
         }
         try:
             leaves = self.store.reserve(
-                self._needs, {b: n for b, n in wanted.items() if b.device in used}
+                self._needs,
+                {b: n for b, n in wanted.items() if b.device in used},
+                self._inputs.addresses,
+                progress,
             )
+            arenas = {device: arena.buffer for device, arena in self.store.arenas.items()}
+            at = addresses(work, leaves, arenas)
+            self._execution = Execution(work, at, arenas)
         except OutOfMemoryError as error:
             raise OutOfMemoryError(f"{error}; the plan needs:\n{self.memory}") from None
-        arenas = {device: arena.buffer for device, arena in self.store.arenas.items()}
-        self._at = addresses(work, leaves, arenas)
-        self._execution = Execution(work, self._at, arenas)
+        self._at = at
         self._generation = self.store.generation
         self.store.bound.add(self)
 
     def run(
         self,
-        inputs: Mapping[str, ArrayLike] | None = None,
+        inputs: Mapping[str, object] | None = None,
         /,
         *,
         copy: bool = True,
-        **named: ArrayLike,
-    ) -> dict[str, NDArray[Any]]:
+        repeat: int = 1,
+        **named: object,
+    ) -> dict[str, Any]:
         """Give every input an array (NumPy shape), execute, return the outputs by name.
 
-        inputs, named  a dict, keywords, or both
-        bf16 and block types come back as f32. copy=False returns read-only views of the stored
-        values (raw rows for those types), valid until the store's next run. Where a run fails,
-        states that its earlier steps wrote stay written.
+        inputs, named  a dict, keywords, or both. An array of CuPy, PyTorch or others in the memory
+                       of a GPU that reads it is copied there, and must have the tensor's type
+        repeat         how many times to execute, one after another with no host in between; only
+                       states make the runs differ, and the outputs are the last one's
+        bf16 and block types come back as f32. copy=False returns what must not be written to, valid
+        until the store's next run: stored values (raw rows for those types), as NumPy arrays or, on
+        a GPU, as objects that CuPy and PyTorch read where they are. Where a run fails, states that
+        its earlier steps wrote stay written.
         Errors: UnknownName, ShapeError or DTypeError for inputs, IdError for ids past the end.
         """
         if not isinstance(copy, bool):
@@ -138,57 +165,43 @@ class Plan:
                 f"copy={type(copy).__name__} is no bool; "
                 "give an input named copy in a dict: run({'copy': array})"
             )
+        _want_count(repeat)
         with self.store.lock:
             self.bind()
-            self._give(_together(inputs, named))
+            self._inputs.give(together(inputs, named), self._at)
             assert self._execution is not None
-            self._execution.run()
+            self._execution.run(repeat)
             outputs = self._work.graph.outputs.items()
             return {key: self._output(node, copy) for key, node in outputs}
 
-    def _output(self, node: Node, copy: bool) -> NDArray[Any]:
+    def _output(self, node: Node, copy: bool) -> Any:
+        home, at = self._work.home(node), self._at[node]
         if node.op is constant_op:  # a device may keep it in a layout of its own
-            found = data_of(node).copy() if copy else data_of(node).view()
+            data = data_of(node)
+            found = data.copy() if copy else data.view()
+        elif not copy:
+            return home.view(at, node.spec)
         else:
-            found = self._work.home(node).download(self._at[node], node.spec, copy)
-        if not copy:
-            found.flags.writeable = False
-        elif node.dtype.numpy is None:
-            found = decode_rows(node.dtype, found)
-        return found
+            found = home.download(at, node.spec)
+        return decode_rows(node.dtype, found) if copy and node.dtype.numpy is None else found
 
     def release(self) -> None:
         """Let go of the arenas; the next run binds again."""
         self._execution, self._at = None, {}
 
-    def _give(self, inputs: Mapping[str, ArrayLike]) -> None:
-        for key in inputs:
-            if key not in self.inputs:
-                known = ", ".join(self.inputs) or "none"
-                raise UnknownName(f"the plan has no input {key!r}; its inputs: {known}")
-        missing = [key for key in self.inputs if key not in inputs]
-        if missing:
-            wanted = ", ".join(f"{key} ({self.inputs[key]})" for key in missing)
-            raise GraphError(f"run lacks inputs: {wanted} (sizes in ne order)")
-        ready = {k: stored(f"input {k!r}", self.inputs[k], a) for k, a in inputs.items()}
-        for key, array in ready.items():
-            for need in self._slots[key]:
-                need.backend.upload(self._at[need.node], self.inputs[key], array)
-
     def profile(
         self,
-        inputs: Mapping[str, ArrayLike] | None = None,
+        inputs: Mapping[str, object] | None = None,
         /,
         *,
         repeat: int = 3,
-        **named: ArrayLike,
+        **named: object,
     ) -> Profile:
         """Time every step (best of `repeat` runs, which write states) beside flops and bytes."""
-        if not isinstance(repeat, int) or repeat < 1:
-            raise DTypeError(f"repeat={repeat!r} must be a whole number of at least 1")
+        _want_count(repeat)
         with self.store.lock:
             self.bind()
-            self._give(_together(inputs, named))
+            self._inputs.give(together(inputs, named), self._at)
             assert self._execution is not None
             times = [self._execution.timed() for _ in range(repeat)]
         return Profile.of(self.steps, [min(step) for step in zip(*times)])
@@ -198,17 +211,12 @@ def _one_a_device(backends: Iterable[Backend]) -> tuple[Backend, ...]:
     return tuple({backend.device: backend for backend in backends}.values())
 
 
-def _together(
-    inputs: Mapping[str, ArrayLike] | None, named: Mapping[str, ArrayLike]
-) -> dict[str, ArrayLike]:
-    if inputs is not None and not isinstance(inputs, Mapping):
+def _want_count(repeat: object) -> None:
+    if isinstance(repeat, bool) or not isinstance(repeat, int) or repeat < 1:
         raise DTypeError(
-            f"inputs are given by name, in a dict or as keywords, not as {type(inputs).__name__}"
+            f"repeat={repeat!r} must be a whole number of at least 1; "
+            "an input named repeat is given in a dict"
         )
-    twice = [key for key in named if key in (inputs or {})]
-    if twice:
-        raise GraphError(f"input {twice[0]!r} is given twice, in the dict and as a keyword")
-    return {**(inputs or {}), **named}
 
 
 def compile(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pyggml.backends.base import Step
 from pyggml.graph import cost_of, label_of
@@ -23,6 +23,9 @@ class DeviceMemory:
 
     weights, states, inputs   resident in the store (shared with its other plans)
     compute                   this plan's arena; the store keeps one as large as its largest plan's
+    workspace                 what the device's libraries work in: one block for all plans on it
+    staging                   bytes of the host, pinned, that copies to and from the device pass
+                              through; one block for all plans, no part of `total`
     score_peak                most bytes of attention scores and expanded K and V at once
     score_peak_plain          the same without a budget
     live                      live bytes in each step, for pictures: packing's lower bound
@@ -34,29 +37,33 @@ class DeviceMemory:
     states: int
     inputs: int
     compute: int
+    workspace: int
     score_peak: int
     score_peak_plain: int
     live: tuple[int, ...]
     size: int | None
+    staging: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.states + self.inputs + self.compute
+        return self.weights + self.states + self.inputs + self.compute + self.workspace
 
     def row(self) -> list[str]:
-        sizes = (self.weights, self.states, self.inputs, self.compute, self.total)
-        peaks = (self.score_peak, self.score_peak_plain)
-        return [self.device, *map(mib, (*sizes, *peaks))]
+        return [self.device, *(mib(getattr(self, column)) for column in _COLUMNS)]
 
 
-_COLUMNS = ["device", "weights", "states", "inputs", "compute", "total", "score_peak", "plain"]
+#: What the table shows of each device, and the heads that say it.
+_SIZES = ("weights", "states", "inputs", "compute", "workspace", "total")
+_COLUMNS = (*_SIZES, "score_peak", "score_peak_plain")
+_HEADS = ["device", *_SIZES, "score peak", "plain"]
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
     """The bytes a plan will use; exact, and known before anything is allocated.
 
-    weights, states, inputs, compute and total are sums over `devices`, `score_peak` is the largest.
+    weights, states, inputs, compute, workspace and total are sums over `devices`, `score_peak` is
+    the largest.
 
     devices               a row for each
     amb                   the attention memory budget in bytes, or None
@@ -77,17 +84,9 @@ class Memory:
         for device, arena in work.placed.arenas.items():
             if not (arena.nbytes or device in used or device == work.backends[0].device):
                 continue
-            kinds = {"constant": 0, "state": 0, "input": 0}
-            for need in needs:
-                if need.backend.device == device:
-                    kinds[origin(need.node).op.name] += need.nbytes
-            peak = arena.score_peak, plain.placed.arenas[device].score_peak
-            name = next(b.place for b in work.backends if b.device == device)
-            size = sizes.get(device)
-            weights, states, inputs = kinds.values()
-            rows.append(
-                DeviceMemory(name, weights, states, inputs, arena.nbytes, *peak, arena.live, size)
-            )
+            row = _row(work, device, [need for need in needs if need.backend.device == device])
+            peak = plain.placed.arenas[device].score_peak
+            rows.append(replace(row, score_peak_plain=peak, size=sizes.get(device)))
             if max(arena.live, default=0) > top or not where:
                 top = max(arena.live, default=0)
                 steps = [s for s, live in zip(work.steps, arena.live) if live == top]
@@ -114,6 +113,10 @@ class Memory:
         return self._sum("compute")
 
     @property
+    def workspace(self) -> int:
+        return self._sum("workspace")
+
+    @property
     def total(self) -> int:
         return self._sum("total")
 
@@ -132,11 +135,9 @@ class Memory:
 
     def __str__(self) -> str:
         budget = "none" if self.amb is None else f"{mib(self.amb)} MiB"
-        rows = [[c.replace("_", " ") for c in _COLUMNS], *(row.row() for row in self.devices)]
+        rows = [_HEADS, *(row.row() for row in self.devices)]
         if len(self.devices) > 1:
-            peaks = (self.score_peak, self.score_peak_plain)
-            sizes = (self.weights, self.states, self.inputs, self.compute, self.total)
-            rows.append(["all", *map(mib, (*sizes, *peaks))])
+            rows.append(["all", *(mib(getattr(self, column)) for column in _COLUMNS)])
         widths = [max(map(len, column)) for column in zip(*rows)]
         lines = [" | ".join(text.rjust(w) for text, w in zip(cells, widths)) for cells in rows]
         lines.append(
@@ -144,6 +145,9 @@ class Memory:
             f"attention budget: {budget}."
         )
         for row in self.devices:
+            if row.staging:
+                pinned = f"{mib(row.staging)} MiB of pinned host memory"
+                lines.append(f"Beside it {row.device} copies through {pinned}.")
             if row.size is not None:
                 short = row.total - row.size
                 fits = (
@@ -153,6 +157,29 @@ class Memory:
                 )
                 lines.append(f"{row.device} was said to have {mib(row.size)} MiB: {fits}.")
         return "\n".join(lines)
+
+
+def _row(work: Work, device: str, needs: Sequence[Need]) -> DeviceMemory:
+    """What a plan with these leaves uses of a device, which has no size yet."""
+    backend = next(b for b in work.backends if b.device == device)
+    steps = [s for split in work.splits if split.backend.device == device for s in split.steps]
+    kinds = {"constant": 0, "state": 0, "input": 0}
+    for need in needs:
+        kinds[origin(need.node).op.name] += need.nbytes
+    arena = work.placed.arenas[device]
+    return DeviceMemory(
+        device=backend.place,
+        weights=kinds["constant"],
+        states=kinds["state"],
+        inputs=kinds["input"],
+        compute=arena.nbytes,
+        workspace=max((step.workspace for step in steps), default=0),
+        score_peak=arena.score_peak,
+        score_peak_plain=arena.score_peak,
+        live=arena.live,
+        size=None,
+        staging=backend.staging_bytes if steps or needs else 0,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from threading import RLock
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from pyggml.arrays import raw_shape, raw_type, stored
 from pyggml.backends.base import Address, Backend, Buffer, WeightLayout
-from pyggml.dtypes import DType
-from pyggml.errors import DTypeError, GraphError, OutOfMemoryError, ShapeError, UnknownName
+from pyggml.errors import GraphError, OutOfMemoryError, UnknownName
 from pyggml.graph import Node, Spec
 from pyggml.ops.leaf import constant_op, data_of, state_op
-from pyggml.quants import decode_rows, encode_rows
+from pyggml.quants import decode_rows
 from pyggml.transfer import origin
+
+#: Called while weights go to their devices, with the bytes that are there and those that will be.
+Progress: TypeAlias = Callable[[int, int], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,10 @@ class Need:
     @property
     def nbytes(self) -> int:
         return self.node.spec.nbytes if self.layout is None else self.layout.nbytes
+
+
+_Key: TypeAlias = tuple[str | Node, str, str]  # name or node, device, layout
+_Weight: TypeAlias = tuple[Node, Address]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +62,7 @@ class Store:
         self.bound: WeakSet[Any] = WeakSet()  # plans that hold arenas
         self.homes: dict[str, Backend] = {}  # of states, by name, from the first plan bound
         self.planned: dict[str, Backend] = {}  # where plans that are not bound yet want them
-        self._weights: dict[tuple[str | Node, str, str], tuple[Node, Address]] = {}
+        self._weights: dict[_Key, _Weight] = {}
         self._states: dict[str, tuple[Spec, Address]] = {}
         self._inputs: dict[tuple[str, Spec, str], Address] = {}
 
@@ -79,21 +86,25 @@ class Store:
             if other is not leaf and not _same_data(other, leaf):
                 raise GraphError(f"the store holds other values under the weight {key!r}")
 
-    def reserve(self, needs: Iterable[Need], arenas: Mapping[Backend, int]) -> dict[Node, Address]:
-        """Memory for all leaves, and arenas of these sizes; on failure no leaf has any."""
+    def reserve(
+        self,
+        needs: Iterable[Need],
+        arenas: Mapping[Backend, int],
+        given: Mapping[Node, Address],
+        progress: Progress | None = None,
+    ) -> dict[Node, Address]:
+        """Memory for all leaves but those that are given, and arenas of these sizes; on failure no
+        leaf has any."""
         needs = tuple(needs)
         self.check(need.node for need in needs)
-        weights, states, inputs, homes = {}, {}, {}, {}
-        found: dict[Node, Address] = {}
+        weights = self._uploaded(needs, progress)
+        states, inputs, homes = {}, {}, {}
+        found: dict[Node, Address] = dict(given)
         for need in needs:
             leaf, backend = origin(need.node), need.backend
             key, spec = leaf.attrs["name"], leaf.spec
             if leaf.op is constant_op:
-                assert need.layout is not None
-                weight = (key if key is not None else leaf, backend.device, need.layout.name)
-                if weight not in self._weights and weight not in weights:
-                    buffer = backend.weight(leaf, need.layout, data_of(leaf))
-                    weights[weight] = leaf, Address(buffer, 0, spec.nb, need.layout.name)
+                weight = _weight_key(need)
                 found[need.node] = (self._weights.get(weight) or weights[weight])[1]
             elif leaf.op is state_op:
                 if key not in self._states:
@@ -105,7 +116,7 @@ class Store:
                         f"bound first put it on {self.homes[key].place}; compile this one again"
                     )
                 found[need.node] = (self._states.get(key) or states[key])[1]
-            else:
+            elif need.node not in given:
                 slot = (key, spec, backend.device)
                 if slot not in self._inputs:
                     inputs[slot] = Address(backend.alloc(spec.nbytes), 0, spec.nb)
@@ -119,6 +130,26 @@ class Store:
         self.homes.update(homes)
         self._inputs.update(inputs)
         return found
+
+    def _uploaded(self, needs: Iterable[Need], progress: Progress | None) -> dict[_Key, _Weight]:
+        """The weights among `needs` that the store has not yet, on their devices now."""
+        new = {
+            _weight_key(need): need
+            for need in needs
+            if origin(need.node).op is constant_op and _weight_key(need) not in self._weights
+        }
+        # What the host reads in place is not brought anywhere.
+        total = sum(need.nbytes for need in new.values() if need.backend.device != "host")
+        done, made = 0, {}
+        for key, need in new.items():
+            leaf, layout = origin(need.node), need.layout
+            assert layout is not None
+            buffer = need.backend.weight(leaf, layout, data_of(leaf))
+            made[key] = leaf, Address(buffer, 0, leaf.spec.nb, layout.name)
+            if progress is not None and need.backend.device != "host":
+                done += need.nbytes
+                progress(done, total)
+        return made
 
     def _grown(self, backend: Backend, nbytes: int) -> Arena | None:
         """An arena of this size where the present one is smaller. Where there is no room for both,
@@ -171,19 +202,16 @@ class Store:
         with self.lock:
             for name in names or tuple(self._states):
                 spec, at, backend = self._state(name)
-                shape = (*spec.shape[:-1], spec.dtype.row_bytes(spec.ne[0]) // _unit(spec.dtype))
-                zero = np.zeros((), spec.dtype.numpy or _raw_type(spec.dtype))
-                backend.upload(at, spec, np.broadcast_to(zero, shape))
+                zero = np.zeros((), spec.dtype.numpy or raw_type(spec.dtype))
+                backend.upload(at, spec, np.broadcast_to(zero, raw_shape(spec)))
                 backend.synchronize()
 
 
-def _raw_type(kind: DType) -> Any:
-    return np.uint16 if kind.block == 1 else np.uint8
-
-
-def _unit(kind: DType) -> int:
-    """Bytes of one element of the stored array."""
-    return kind.nbytes if kind.block == 1 else 1
+def _weight_key(need: Need) -> _Key:
+    leaf, layout = origin(need.node), need.layout
+    assert layout is not None
+    name = leaf.attrs["name"]
+    return leaf if name is None else name, need.backend.device, layout.name
 
 
 def _same_data(a: Node, b: Node) -> bool:
@@ -194,39 +222,3 @@ def _same_data(a: Node, b: Node) -> bool:
     return x.ctypes.data == y.ctypes.data or all(
         np.array_equal(x[i : i + 2**20], y[i : i + 2**20]) for i in blocks
     )
-
-
-def stored(what: str, spec: Spec, array: ArrayLike) -> NDArray[Any]:
-    """An array from the user as the type is stored; errors say what was expected.
-
-    Floats go into every float and block type, whole numbers into integer types if they fit;
-    bf16 and block types also take their raw rows (uint16, uint8).
-    """
-    try:
-        given = np.asanyarray(array)
-    except ValueError as error:
-        raise DTypeError(f"{what}: no array can be made of it: {error}") from None
-    if isinstance(given, np.ma.MaskedArray) or given.dtype.kind not in "fiu":
-        raise DTypeError(f"{what} takes {spec}; it got an array of {given.dtype}")
-    kind = spec.dtype
-    if kind.numpy is None and given.dtype == _raw_type(kind):
-        raw = (*spec.shape[:-1], kind.row_bytes(spec.ne[0]) // _unit(kind))
-        _want_shape(what, spec, given, raw)
-        return np.ascontiguousarray(given)
-    _want_shape(what, spec, given, spec.shape)
-    if kind.kind == "int":
-        if given.dtype.kind == "f":
-            raise DTypeError(f"{what} takes {spec}; it got {given.dtype}: give whole numbers")
-        limit = np.iinfo(kind.numpy or "i4")
-        if given.size and (given.min() < limit.min or given.max() > limit.max):
-            raise DTypeError(f"{what}: values do not fit in {kind}")
-    if kind.numpy is not None:
-        return np.ascontiguousarray(given, dtype=kind.numpy)
-    return encode_rows(kind, np.ascontiguousarray(given, dtype=np.float32))
-
-
-def _want_shape(what: str, spec: Spec, given: NDArray[Any], shape: tuple[int, ...]) -> None:
-    if given.shape != shape:
-        raise ShapeError(
-            f"{what} takes {spec}, NumPy shape {shape}; it got NumPy shape {given.shape}"
-        )

@@ -18,7 +18,8 @@ LAYERS = (  # later ones may import earlier ones and their own
     "pyggml.ops",
     "pyggml.backends pyggml.backends.base",
     "pyggml.passes pyggml.verify",
-    "pyggml.store pyggml.plan pyggml.places pyggml.reports pyggml.execution pyggml.listing",
+    "pyggml.arrays pyggml.store pyggml.inputs pyggml.plan pyggml.places pyggml.reports "
+    "pyggml.execution pyggml.listing",
     "pyggml.gguf pyggml.models pyggml.parity",
     "pyggml.viz pyggml.cli pyggml.__main__ pyggml",
 )

@@ -96,12 +96,17 @@ def ratio(times: dict[str, float]) -> str:
 
 #: What each row of the GPU's record is to reach.
 BARS = {
-    "fa_192_128_h16_n2048": 180, "fa_192_128_h16_n8192": 260, "fa_192_128_h16_n16384": 280,
-    "fa_192_128_h16_q1_n16384": 2.2, "fa_576_512_h16_q1_n16384": 16,
-    "fa_576_512_h128_q1_n16384": 35, "mul_mat_vec_iq4_nl": 0.55, "mul_mat_vec_q8_0": 0.55,
-    "mul_mat_iq4_nl_n512": 350, "moe_up_gate_iq4_nl_t1": 12, "moe_up_gate_iq4_nl_t512": 130,
-    "moe_up_gate_iq4_nl_t2048": 250, "layer_decode_d4096": 90, "layer_prompt_2048": 4000,
+    "layer_decode_d4096": 90, "layer_prompt_2048": 4.0, "mul_mat_vec_iq4_nl": 0.55,
+    "mul_mat_vec_q8_0": 0.55, "mul_mat_iq4_nl_n512": 350, "moe_up_gate_iq4_nl_t1": 12,
+    "moe_up_gate_iq4_nl_t512": 130, "moe_up_gate_iq4_nl_t2048": 250, "fa_192_128_h16_n2048": 180,
+    "fa_192_128_h16_n8192": 260, "fa_192_128_h16_n16384": 280, "fa_192_128_h16_q1_n16384": 2.2,
+    "fa_576_512_h16_q1_n16384": 16, "fa_576_512_h128_q1_n16384": 35, "amb_256_slowdown": 1.10,
+    "compile_cold": 60, "compile_cached": 1, "example_worst_error_f16": 1e-2,
+    "example_worst_error_q8_0": 3e-2, "example_worst_error_f16_prec_f32": 1e-3,
+    "example_worst_error_q8_0_prec_f32": 2e-2, "parity_failed": 0, "parity_unsupported_share": 0.05,
 }  # fmt: skip
+#: Units of which more is better.
+RATES = ("TFLOP/s", "TB/s", "of copy")
 
 
 def gpu() -> str:
@@ -110,14 +115,24 @@ def gpu() -> str:
     found: dict[str, Any] = json.loads(newest.read_text())
     rows = []
     for row in found["rows"]:
+        least = row["unit"] in RATES
         bar = BARS.get(row["name"])
-        wanted = (
-            "" if bar is None else f"{'at most' if row['unit'] == 'us' else 'at least'} {bar:g}"
-        )
+        missed = bar is not None and (row["value"] < bar if least else row["value"] > bar)
+        wanted = "" if bar is None else f"{'at least' if least else 'at most'} {bar:g}"
+        wanted += ", missed" * missed
         rows.append([f"`{row['name']}`", f"{row['value']:.4g}", row["unit"], wanted])
-    told = ", ".join(f"{key} {value}" for key, value in found["machine"].items())
-    text = f"`{found['command']}` on {found['date']}, {told}. {found.get('note', '')}".rstrip()
-    return text + "\n\n" + table(["row", "measured", "unit", "wanted"], rows)
+    measured = {row["name"] for row in found["rows"]}
+    rows += [[f"`{name}`", "not measured", "", ""] for name in BARS if name not in measured]
+    told = [f"{key} {value}" for key, value in found["machine"].items()]
+    told += [f"commit {found['commit']}", f"kernels {found['kernels']}"]
+    told += [
+        f"during {c['clocks']} SM {c['sm']}, memory {c['memory']}, {c['power']}"
+        for c in found.get("clocks", ())
+    ]
+    told += [f"parity: {found['grid']} cases of the grid"] if "grid" in found else []
+    faults = "".join(f" Fault: {fault}." for fault in found.get("faults", ()))
+    text = f"`{found['command']}` on {found['date']}, {', '.join(told)}. {found.get('note', '')}"
+    return f"{text.rstrip()}{faults}\n\n" + table(["row", "measured", "unit", "wanted"], rows)
 
 
 TABLES = {"readme": readme, "example": example, "kernels": kernels, "gpu": gpu}

@@ -1,58 +1,162 @@
-"""Arrays of other libraries on the device: taken and given without a copy through the host."""
+"""Arrays of other libraries in a GPU's memory, and tensors as those libraries take them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from pyggml.backends.base import Address
-from pyggml.backends.cuda.driver import Context, guarded
-from pyggml.backends.cuda.memory import operand_at, units
-from pyggml.errors import DTypeError, ShapeError
+import numpy as np
+from numpy.typing import NDArray
+
+from pyggml.backends.base import Address, Given
+from pyggml.backends.cuda import dlpack
+from pyggml.backends.cuda.driver import Context
+from pyggml.errors import DTypeError
 from pyggml.graph import Spec
+
+#: What the address of an array that stays an input's memory must be a multiple of: the widest load.
+ALIGNMENT = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Borrowed:
+    """Memory that somebody else owns, in the place of a `memory.Buffer`; `owner` keeps it."""
+
+    ptr: int
+    nbytes: int
+    owner: Any
 
 
 def on_device(array: object) -> bool:
-    """Whether it is a device array of CuPy, PyTorch, pycuda or whoever speaks the interface."""
-    return hasattr(array, "__cuda_array_interface__")
+    """Whether it may be in the memory of a GPU: it speaks a protocol by which such arrays do."""
+    return hasattr(array, "__dlpack_device__") or hasattr(array, "__cuda_array_interface__")
 
 
-def view(context: Context, at: Address, spec: Spec) -> Any:
-    """A CuPy array over a tensor: NumPy shape, uint16 for bf16, [.., blocks, bytes] for blocks.
+def given(context: Context, array: Any) -> Given | None:
+    """The array in this GPU's memory, by DLPack or __cuda_array_interface__; None elsewhere.
 
-    It is valid until the store's next run, and its memory until the plan is let go.
+    Its `ready` lets our stream wait for what the library that made it has begun.
     """
+    if isinstance(array, DeviceArray):  # a run is over when its outputs are given
+        if array.index != context.index:
+            return None
+        owner, tensor, ready = array, _described(array.__cuda_array_interface__), lambda: None
+    elif hasattr(array, "__dlpack_device__"):
+        kind, index = array.__dlpack_device__()
+        if kind not in (dlpack.CUDA, dlpack.MANAGED) or index != context.index:
+            return None
+        ready = partial(_shared, context, array)  # whoever gives a capsule makes our stream wait
+        owner = ready()
+        tensor = dlpack.described(owner)
+    elif hasattr(array, "__cuda_array_interface__"):
+        about = array.__cuda_array_interface__
+        if _device_of(about["data"][0]) != context.index:
+            return None
+        owner, tensor, ready = array, _described(about), partial(_follow, context, array)
+    else:
+        return None
+    return Given(
+        buffer=Borrowed(tensor.address, tensor.nbytes, (array, owner)),
+        offset=0,
+        address=tensor.address,
+        alignment=ALIGNMENT,
+        shape=tensor.shape,
+        type=tensor.type,
+        contiguous=tensor.contiguous,
+        ready=ready,
+    )
+
+
+def _shared(context: Context, array: Any) -> Any:
+    try:
+        return array.__dlpack__(stream=context.stream.handle)
+    except (BufferError, RuntimeError, TypeError) as error:
+        raise DTypeError(f"its library does not share it: {error}") from None
+
+
+def _described(about: dict[str, Any]) -> dlpack.Tensor:
+    """What __cuda_array_interface__ says; DTypeError for values behind a mask."""
+    if about.get("mask") is not None:
+        raise DTypeError("arrays with a mask are not taken")
+    kind = np.dtype(about["typestr"])
+    return dlpack.Tensor(
+        address=about["data"][0],
+        shape=tuple(about["shape"]),
+        strides=about.get("strides"),
+        type=kind.name if kind.isnative else kind.str,
+        size=kind.itemsize,
+    )
+
+
+def _device_of(ptr: int) -> int:
+    """The GPU whose memory an address is in."""
     import cupy
 
-    kind, size = spec.dtype, max(at.buffer.nbytes, 1)
-    block = cupy.cuda.UnownedMemory(at.buffer.ptr, size, at.buffer, context.index)
-    memory = cupy.cuda.MemoryPointer(block, at.offset)
-    shape, strides = units(spec)[::-1], at.nb[::-1]
-    if kind.block > 1:
-        made = cupy.ndarray((*shape, kind.nbytes), "u1", memory, (*strides, 1))
-        return made.reshape(made.shape[4 - spec.rank :])
-    made = cupy.ndarray(shape, kind.numpy or "u2", memory, strides)
-    return made.reshape(spec.shape)
+    return int(cupy.cuda.runtime.pointerGetAttributes(ptr).device)
 
 
-def copy_in(context: Context, at: Address, spec: Spec, array: Any) -> None:
-    """Write a device array (a tensor's NumPy shape and stored type) at an address.
+def _follow(context: Context, array: Any) -> None:
+    """Let the stream wait for the one that the array says it is in use on; before version 3 of
+    the interface, and for None, there is none to wait for."""
+    stream = array.__cuda_array_interface__.get("stream")
+    if stream is not None:
+        import cupy
 
-    Errors: ShapeError, DTypeError where it is not what the tensor takes.
+        producer = cupy.cuda.ExternalStream(stream, context.index)
+        context.external.wait_event(producer.record())
+
+
+class DeviceArray:
+    """A tensor where it stands on a GPU, for whoever reads there: `cupy.asarray`,
+    `torch.from_dlpack`, `torch.as_tensor`, ... `np.asarray` copies it to the host.
+
+    shape, dtype  NumPy's; uint16 for bf16, uint8 [.., bytes of a row] for block types
+    It is valid until the store's next run; its memory stays as long as somebody holds it.
     """
-    import cupy
 
-    target = view(context, at, spec)
-    with context.external:
-        given = cupy.asarray(array)
-        if given.dtype != target.dtype:
-            raise DTypeError(f"a device array of {given.dtype} is no {spec}: cast it first")
-        if given.size != target.size:
-            raise ShapeError(f"a device array of shape {given.shape} is no {spec}")
-        here = operand_at(at, spec)
-        if here.contiguous and given.flags.c_contiguous:
-            with guarded("copying a device array"):
-                context.driver.memcpy_dtod_async(
-                    here.ptr, given.data.ptr, spec.nbytes, context.stream
-                )
-        else:
-            target[...] = given.reshape(target.shape)
+    def __init__(
+        self, context: Context, at: Address, spec: Spec, download: Callable[[], NDArray[Any]]
+    ) -> None:
+        kind = spec.dtype
+        self.dtype = np.dtype(kind.numpy or ("u2" if kind.block == 1 else "u1"))
+        row = spec.ne[0] if kind.block == 1 else kind.row_bytes(spec.ne[0])
+        self.shape = (*spec.shape[:-1], row)
+        inner = at.nb[0] if kind.block == 1 else 1  # rows of blocks lie together
+        self.strides = (*at.nb[spec.rank - 1 : 0 : -1], inner)
+        self.index = context.index
+        self._ptr, self._buffer, self._download = at.buffer.ptr + at.offset, at.buffer, download
+
+    def __repr__(self) -> str:
+        return f"<{self.dtype} array {self.shape} on cuda:{self.index}>"
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {
+            "version": 3,
+            "shape": self.shape,
+            "typestr": self.dtype.str,
+            "strides": self.strides,
+            "data": (self._ptr, False),  # PyTorch takes nothing that says it is read-only
+            "stream": None,  # nothing to wait for
+        }
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return dlpack.CUDA, self.index
+
+    def __dlpack__(self, *, stream: int | None = None, **options: Any) -> Any:
+        """CuPy's capsule, freed by code that needs no Python: capsules outlive interpreters."""
+        import cupy
+
+        size = max(self._buffer.nbytes, 1)
+        block = cupy.cuda.UnownedMemory(self._buffer.ptr, size, self, self.index)
+        memory = cupy.cuda.MemoryPointer(block, self._ptr - self._buffer.ptr)
+        made = cupy.ndarray(self.shape, self.dtype, memory, self.strides)
+        return made.__dlpack__(stream=stream)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        if copy is False:
+            raise ValueError("memory of a GPU cannot be seen without a copy")
+        found = self._download()
+        return found if dtype is None else found.astype(dtype)

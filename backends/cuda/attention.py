@@ -9,16 +9,12 @@ from dataclasses import replace
 import numpy as np
 
 from pyggml import ops
-from pyggml.backends.cuda.attention_routes import CELL, HOPPER, TYPES, Instance, Shape
-from pyggml.backends.cuda.fusion import Alone, Fused, fuses
+from pyggml.backends.cuda.attention_routes import CELL, HOPPER, STATIC, TYPES, Instance, Shape
+from pyggml.backends.cuda.fusion import Fused, Run, fuses
 from pyggml.backends.cuda.launch import Call, Operand, Value
 from pyggml.backends.cuda.table import kernel
 from pyggml.backends.cuda.tensormap import tensor_map
 from pyggml.graph import Node
-
-#: Shared memory that kernels take beside what they are given at their launch, about: latent_hopper,
-#: which leaves least, takes 1344 bytes.
-STATIC = 2048
 
 
 def _refuses(node: Node) -> str | None:
@@ -59,10 +55,13 @@ def flash_attn_causal(call: Call, pos: Operand, window: int | None) -> None:
 
 
 @fuses(ops.flash_attn_ext)
-def absorb_causal_mask(node: Node, alone: Alone) -> Fused | None:
-    """The pattern of flash_attn_causal."""
+def absorb_causal_mask(node: Node, run: Run) -> Fused | None:
+    """The pattern of flash_attn_causal. A mask that attentions share is built by none of them."""
     mask = node.src[3]
-    if mask is None or mask.op is not ops.causal_mask or not alone(mask):
+    if mask is None or mask.op is not ops.causal_mask or mask not in run.number:
+        return None
+    readers = run.readers[mask]
+    if not run.only(mask, *(r for r in readers if r.op is ops.flash_attn_ext and r.src[3] is mask)):
         return None
     pos, window = mask.src[0], mask.attrs["window"]
     assert pos is not None
@@ -75,7 +74,8 @@ def absorb_causal_mask(node: Node, alone: Alone) -> Fused | None:
         _Attention(call, src, call.operand(0), window).record()
 
     reads = (pos, *(s for s in node.src if s is not None and s is not mask))
-    return Fused((mask, node), reads, record, scratch=Shape.of(node, fused=True).scratch())
+    scratch = Shape.of(node, fused=True).scratch()
+    return Fused((mask, node), reads, record, scratch=scratch, again=(mask,))
 
 
 class _Attention:
@@ -98,7 +98,7 @@ class _Attention:
 
     def _instance(self, route: str) -> Instance:
         extra = self.mask is not None or self.call.attrs["logit_softcap"] > 0
-        return self.shape.instance(route, self.call.device.shared, extra)
+        return self.shape.instance(route, self.call.device.shared - STATIC, extra)
 
     def _fits(self, route: str) -> bool:
         """Whether addresses, strides and the device suit a kernel."""
@@ -155,8 +155,7 @@ class _Attention:
         if splits > 1:
             lanes = 4 if shape.d_v % 4 == 0 else 1
             grid = shape.n3 * shape.n_q * shape.heads, -(-shape.d_v // (32 * lanes)), 1
-            overlap = not call.device.arch.startswith("8")
-            self._launch("combine", f"combine<{lanes}>", grid, argument, overlap=overlap)
+            self._launch("combine", f"combine<{lanes}>", grid, argument)
 
     def _launch(
         self,
@@ -166,7 +165,6 @@ class _Attention:
         argument: Value,
         threads: int = 256,
         shared: int = 0,
-        overlap: bool = False,
     ) -> None:
         self.call.launch(
             f"attention_{file}.cu",
@@ -175,7 +173,6 @@ class _Attention:
             block=threads,
             args=[argument],
             shared=shared,
-            overlap=overlap,
         )
 
     def _with_maps(self, argument: Value) -> Value:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,15 +12,25 @@ from pyggml.graph import Node
 #: Head sizes (d_k, d_v) with kernels on the tensor cores; 576/512 has one of its own.
 PAIRS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256))
 LATENT = (576, 512)
-#: Warps and stages of attention_split.cu, keys of a tile of attention_tiles.cu and _hopper.cu.
+#: Shared memory that kernels take beside what they are given at their launch, about: latent_hopper,
+#: which leaves least, takes 1344 bytes.
+STATIC = 2048
+#: Warps and stages of attention_split.cu: the first that fits is taken. The last fits every GPU
+#: from 8.0 on: 99 KB on 8.6, 8.9 and 12.0, 163 KB on 8.0.
 SPLIT = {
-    (64, 64): (8, 4),
-    (80, 80): (8, 4),
-    (96, 96): (8, 3),
-    (128, 128): (8, 2),
-    (192, 128): (8, 2),
-    (256, 256): (4, 2),
+    (64, 64): ((8, 4), (8, 2)),
+    (80, 80): ((8, 4), (8, 2)),
+    (96, 96): ((8, 3), (4, 3)),
+    (128, 128): ((8, 2), (4, 2)),
+    (192, 128): ((8, 2), (4, 2)),
+    (256, 256): ((4, 2), (2, 2)),
 }
+#: The same for attention_latent.cu: MI, WM, WN and keys of a tile, by rows of a block.
+LATENT_SPLIT = {
+    16: ((1, 1, 8, 64), (1, 2, 4, 32), (1, 1, 4, 32)),
+    64: ((2, 2, 4, 64), (2, 2, 4, 32), (1, 2, 4, 32), (1, 1, 4, 32)),
+}
+#: Keys of a tile of attention_tiles.cu and _hopper.cu.
 TILES = {pair: 32 if pair == (256, 256) else 64 for pair in PAIRS}
 HOPPER = {(64, 64): 128, (128, 128): 128, (192, 128): 128, (256, 256): 64}
 #: The type codes of attention_any.cu.
@@ -97,7 +108,7 @@ class Shape:
         return ("hopper",) * (full and pair in HOPPER) + ("tiles", "any")
 
     def block_rows(self, route: str) -> int:
-        """Rows of scores of a block."""
+        """Rows of scores of a block; of `latent` at most, where shared memory allows."""
         if route == "latent_hopper":
             return 64
         if route == "latent":
@@ -132,11 +143,13 @@ class Shape:
         rows = 2 * self.n_kv * self.heads_kv * self.n3
         return rows * self.d_k, 0 if route == "latent_hopper" else rows * self.d_v
 
-    def instance(self, route: str, limit: int, extra: bool) -> Instance:
-        """What a route launches. limit: shared memory of a block; extra: a mask or cap."""
+    def instance(self, route: str, room: int, extra: bool) -> Instance:
+        """What a route launches. room: dynamic shared memory of a block; extra: a mask or cap.
+
+        Where nothing fits, the smallest.
+        """
         d_k, d_v, kind = self.d_k, self.d_v, C_TYPES.get(self.type_k)
-        raw, rows = self.type_k == "q8_0", self.block_rows(route)
-        packed = str(raw).lower()
+        rows = self.block_rows(route)
         if route == "any":
             size = next(n for n in (64, 128, 256, 576) if n >= max(d_k, d_v))
             keys = 16 if size == 576 else 32
@@ -145,21 +158,10 @@ class Shape:
         if route == "latent_hopper":
             return Instance(f"latent_hopper<{kind}>", 256, rows, 64 * (3 * 1152 + 128) + 1024)
         if route == "latent":
-            keys, cut = 64, "1, 1, 8" if rows == 16 else "2, 2, 4"
-            if limit < 200_000:
-                keys, cut, rows = 32, "1, 2, 4", 32
-            elif raw and rows == 64:
-                keys = 32
-            tiles = keys * (1152 + 2 * 612) if raw else 2 * keys * 1152
-            name = f"latent<{kind}, {cut}, {keys}, {packed}>"
-            return Instance(name, 256, rows, rows * (1152 + 2 * keys) + tiles)
-        tile = 2 * (d_k + d_v) + 32  # bytes of a key and its value, padded
+            return _first_fit((self._latent(*cut) for cut in LATENT_SPLIT[rows]), room)
         if route == "split":
-            warps, stages = SPLIT[d_k, d_v]
-            stage = _ceil(16 * (d_k + d_v) // 32 * 34, 16) * 16 if raw else 16 * tile
-            ring = stages * stage + (16 * tile if raw else 0)
-            name = f"split<{kind}, {d_k}, {d_v}, {warps}, {stages}, {packed}>"
-            return Instance(name, 32 * warps, rows, warps * max(ring, 64 * (d_v + 4)))
+            return _first_fit((self._split(*cut) for cut in SPLIT[d_k, d_v]), room)
+        tile = 2 * (d_k + d_v) + 32  # bytes of a key and its value, padded
         if route == "tiles":
             keys = TILES[d_k, d_v]
             name = f"tiles<{kind}, {d_k}, {d_v}, {rows // 16}, {keys}>"
@@ -168,12 +170,34 @@ class Shape:
         name = f"hopper<{kind}, {d_k}, {d_v}, {keys}, {str(extra).lower()}>"
         return Instance(name, 384, rows, 256 * d_k + 4 * keys * (d_k + d_v) + 1024)
 
+    def _split(self, warps: int, stages: int) -> Instance:
+        d_k, d_v, raw = self.d_k, self.d_v, self.type_k == "q8_0"
+        tile = 16 * (2 * (d_k + d_v) + 32)  # bytes of 16 keys and values, padded
+        stage = _ceil(16 * (d_k + d_v) // 32 * 34, 16) * 16 if raw else tile
+        ring = stages * stage + (tile if raw else 0)
+        words = f"{C_TYPES[self.type_k]}, {d_k}, {d_v}, {warps}, {stages}, {str(raw).lower()}"
+        return Instance(f"split<{words}>", 32 * warps, 16, warps * max(ring, 64 * (d_v + 4)))
+
+    def _latent(self, mi: int, wm: int, wn: int, keys: int) -> Instance:
+        raw, rows = self.type_k == "q8_0", 16 * mi * wm
+        tiles = keys * (1152 + 2 * 612) if raw else 2 * keys * 1152
+        words = f"{C_TYPES[self.type_k]}, {mi}, {wm}, {wn}, {keys}, {str(raw).lower()}"
+        return Instance(f"latent<{words}>", 32 * wm * wn, rows, rows * (1152 + 2 * keys) + tiles)
+
     def scratch(self) -> int:
         """Bytes for whichever kernel it will be."""
         return max(
             sum(-(-n // ALIGNMENT) * ALIGNMENT for n in (self.parts(r), self.map, *self.decoded(r)))
             for r in self.routes
         )
+
+
+def _first_fit(made: Iterable[Instance], room: int) -> Instance:
+    """The first that fits, else the last."""
+    for one in made:
+        if one.shared <= room:
+            break
+    return one
 
 
 def _ceil(a: int, b: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml.backends.base import Address, Backend, Event, Step, WeightLayout
-from pyggml.backends.cuda import arrays, driver, memory, packing, table
+from pyggml.backends.base import Address, Backend, Event, Given, Step, WeightLayout
+from pyggml.backends.cuda import arrays, driver, lowering, memory, packing, pinned, table
 from pyggml.backends.cuda.cublas import Cublas
-from pyggml.backends.cuda.fusion import Fused, fused
 from pyggml.backends.cuda.runner import CudaRunner
 from pyggml.errors import DeviceError
 from pyggml.graph import Node, Spec, label_of
@@ -27,20 +27,18 @@ for _found in pkgutil.iter_modules([str(Path(__file__).parent)]):
     if _found.name != "backend":
         importlib.import_module(f"pyggml.backends.cuda.{_found.name}")
 
-#: Called with a weight's label and bytes when it is on the device: for progress.
-Progress = Callable[[str, int], None]
-
 
 class CudaBackend:
     """One GPU: our kernels, compiled for it when they are first needed, and cuBLAS."""
 
     name = "cuda"
     alignment = table.ALIGNMENT
+    staging_bytes = pinned.RING
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.place = self.device = f"cuda:{index}"
-        self.progress: Progress = lambda label, nbytes: None
+        self._peers: set[int] = set()  # GPUs whose memory this one was allowed to reach
 
     def __repr__(self) -> str:
         return f"<backend {self.place}>"
@@ -61,7 +59,7 @@ class CudaBackend:
     def lower(
         self, nodes: Sequence[Node], keep: Collection[Node], layouts: Mapping[Node, WeightLayout]
     ) -> list[Step]:
-        return [_step(part) for part in fused(nodes, keep)]
+        return lowering.lower(nodes, keep)
 
     # -- the runtime half ---------------------------------------------------------------------
 
@@ -71,8 +69,8 @@ class CudaBackend:
         return driver.context(self.index)
 
     @cached_property
-    def staging(self) -> memory.Staging:
-        return memory.Staging(self.context)
+    def staging(self) -> pinned.Staging:
+        return pinned.Staging(self.context)
 
     @cached_property
     def cublas(self) -> Cublas:
@@ -86,50 +84,60 @@ class CudaBackend:
         with self.context:
             made = memory.Buffer(self.context, layout.nbytes)
             self.staging.upload(made.ptr, _kept(constant, layout, data))
-        self.progress(label_of(constant), layout.nbytes)
         return made
 
     def upload(self, at: Address, spec: Spec, array: NDArray[Any]) -> None:
         with self.context:
-            if arrays.on_device(array):
-                arrays.copy_in(self.context, at, spec, array)
-            else:
-                memory.put(self.staging, at, spec, array)
+            pinned.put(self.staging, at, spec, array)
 
-    def download(self, at: Address, spec: Spec, copy: bool = True) -> NDArray[Any]:
+    def download(self, at: Address, spec: Spec) -> NDArray[Any]:
         with self.context:
-            return memory.take(self.staging, at, spec)
+            return pinned.take(self.staging, at, spec)
+
+    def view(self, at: Address, spec: Spec) -> arrays.DeviceArray:
+        return arrays.DeviceArray(self.context, at, spec, partial(self.download, at, spec))
+
+    def given(self, array: object) -> Given | None:
+        if not arrays.on_device(array):
+            return None  # the GPU need not be opened to say so
+        with self.context:
+            return arrays.given(self.context, array)
 
     def fetch(self, source: Address, other: Backend, target: Address, spec: Spec) -> None:
         if isinstance(other, CudaBackend) and self._fetch_directly(source, other, target, spec):
             return
-        self.upload(target, spec, other.download(source, spec, copy=False))
+        here = other.view(source, spec) if other.device == "host" else other.download(source, spec)
+        self.upload(target, spec, here)
 
     def _fetch_directly(
         self, source: Address, other: CudaBackend, target: Address, spec: Spec
     ) -> bool:
-        """From GPU to GPU, where both tensors lie in memory without gaps."""
+        """On a GPU and between two, where both tensors lie in memory without gaps. The order
+        beside the other's queue is the caller's: `wait_for` before, `record` after."""
         there, here = memory.operand_at(source, spec), memory.operand_at(target, spec)
         if not (there.contiguous and here.contiguous):
             return False
-        with self.context, driver.guarded(f"copying from {other.place} to {self.place}"):
-            self.context.driver.memcpy_peer_async(
-                here.ptr,
-                there.ptr,
-                spec.nbytes,
-                self.context.primary,
-                other.context.primary,
-                self.context.stream,
-            )
+        mine, theirs = self.context, other.context
+        with mine, driver.guarded(f"copying from {other.place} to {self.place}"):
+            pair = here.ptr, there.ptr, spec.nbytes
+            if other is self:
+                mine.driver.memcpy_dtod_async(*pair, mine.stream)
+            else:
+                self._reach(other)
+                mine.driver.memcpy_peer_async(*pair, mine.primary, theirs.primary, mine.stream)
         return True
 
-    def send(self, source: Address, target: Address, spec: Spec) -> None:
+    def _reach(self, other: CudaBackend) -> None:
+        """Let copies from the other GPU go straight. Where that cannot be, or where CuPy or PyTorch
+        has asked before (an error too), they arrive all the same."""
+        if other.index not in self._peers:
+            self._peers.add(other.index)
+            with suppress(self.context.driver.Error):
+                self.context.driver.Context.enable_peer_access(other.context.primary)
+
+    def send(self, source: Address, target: Address, spec: Spec) -> Event:
         with self.context:
-            values = memory.take(self.staging, source, spec)
-        span = memory.span(target.nb, spec)
-        around = target.buffer[target.offset : target.offset + span]
-        part = memory.in_span(around, target.nb, spec)
-        part[...] = values.reshape(-1).view(np.uint8).reshape(part.shape)
+            return pinned.send(self.staging, source, target, spec)
 
     def bind(
         self,
@@ -146,6 +154,7 @@ class CudaBackend:
                 ptr = address.buffer.ptr + address.offset
                 loads[step.node] = partial(self.staging.upload, ptr, held)
         with self.context:
+            self.staging.prepare()
             return CudaRunner(
                 self.context, steps, at, scratch, scratch_at, loads, lambda: self.cublas
             )
@@ -196,20 +205,3 @@ def _kept(constant: Node, layout: WeightLayout, data: NDArray[Any]) -> NDArray[n
             f"for which {layout.nbytes} were planned"
         )
     return flat
-
-
-def _step(part: Node | Fused) -> Step:
-    if isinstance(part, Fused):
-        return Step(
-            part.nodes[-1], part.nodes, part.reads, scratch=part.scratch, inplace=part.inplace
-        )
-    row = table.KERNELS[part.op]
-    reads = tuple(s for s in part.src if s is not None)
-    inplace = [part.src[i] for i in row.inplace if i < len(part.src)]
-    return Step(
-        part,
-        (part,),
-        reads,
-        scratch=row.scratch(part) if row.scratch is not None else 0,
-        inplace=tuple(s for s in inplace if s is not None),
-    )

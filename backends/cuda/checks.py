@@ -10,7 +10,8 @@ import numpy as np
 from pyggml import ops
 from pyggml.backends.base import Address, Step
 from pyggml.backends.cuda.driver import Context
-from pyggml.backends.cuda.memory import Staging, take
+from pyggml.backends.cuda.fusion import seen
+from pyggml.backends.cuda.pinned import Staging, take
 from pyggml.errors import IdError
 from pyggml.graph import Node
 
@@ -39,6 +40,8 @@ def check_ids(context: Context, step: Step, at: Mapping[Node, Address]) -> None:
         return
     ids, table = step.node.src[found[0]], step.node.src[found[1]]
     assert ids is not None and table is not None
+    if seen(ids) in step.nodes:  # the step itself chooses them
+        return
     largest = int(np.max(take(Staging(context), at[ids], ids.spec)))
     count = table.ne[found[2]]
     if largest >= count:

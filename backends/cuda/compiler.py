@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from pyggml.backends.cuda import grids
 from pyggml.errors import DeviceError
 
 KERNELS = Path(__file__).parent / "kernels"
@@ -108,9 +109,15 @@ def compile_instance(file: str, name: str, arch: str) -> Cubin:
         *(f"-I{p}" for p in (KERNELS, *include_folders())),
     ]
     raw = [o.encode() for o in options]
+    # Headers that are no files are handed over.
+    made = [name for name in _with_headers(file, {}) if name == grids.HEADER]
+    names, texts = (
+        (ctypes.c_char_p * len(made))(*(part.encode() for part in parts))
+        for parts in (made, [_source(name) for name in made])
+    )
     _check(
         library.nvrtcCreateProgram(
-            ctypes.byref(program), _source(file).encode(), file.encode(), 0, None, None
+            ctypes.byref(program), _source(file).encode(), file.encode(), len(made), texts, names
         )
     )
     try:
@@ -165,6 +172,8 @@ def _resources(log: str, symbol: str) -> tuple[int, int, int, int]:
 
 
 def _source(file: str) -> str:
+    if file == grids.HEADER:
+        return grids.header()
     try:
         return (KERNELS / file).read_text()
     except OSError as error:

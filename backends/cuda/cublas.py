@@ -7,11 +7,12 @@ works in memory that it was given.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
+from weakref import ref
 
-from pyggml.backends.cuda.driver import Context
+from pyggml.backends.cuda.driver import Context, imported
 from pyggml.backends.cuda.launch import WORKSPACE, Gemm
 from pyggml.backends.cuda.memory import Buffer
 from pyggml.errors import DeviceError
@@ -26,9 +27,8 @@ _DEFAULT_MATH = 0
 
 @cache
 def _library() -> Any:
-    from cupy_backends.cuda.libs import cublas  # loads the library that CuPy was built for
-
-    major = cublas.getVersion(_handle()) // 10000
+    # It loads the library that CuPy was built for.
+    major = imported("cupy_backends.cuda.libs.cublas").getVersion(_handle()) // 10000
     for name in (f"libcublas.so.{major}", "libcublas.so.13", "libcublas.so.12"):
         try:
             return ctypes.CDLL(name)
@@ -39,33 +39,31 @@ def _library() -> Any:
 
 def _handle() -> int:
     """CuPy's handle of the current device and thread."""
-    import cupy
-
-    return int(cupy.cuda.device.get_cublas_handle())
+    return int(imported("cupy").cuda.device.get_cublas_handle())
 
 
 class Cublas:
-    """A GPU's cuBLAS."""
+    """A GPU's cuBLAS, and the one block of memory that it works in."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
-        self._own: Buffer | None = None
+        self._workspace: ref[Buffer] | None = None
 
-    def prepare(self, gemms: Iterable[Gemm]) -> None:
-        """Called when a plan is bound: the library, and a workspace if one of these brings none."""
+    def ready(self) -> Callable[[Gemm], None]:
+        """What puts a product into the stream. It keeps the block, which all that are made while
+        one is kept share, so it is asked for when a plan is bound."""
         _library()
-        if self._own is None and any(one.workspace == (0, 0) for one in gemms):
-            self._own = Buffer(self.context, WORKSPACE)
+        found = None if self._workspace is None else self._workspace()
+        if found is None:
+            found = Buffer(self.context, WORKSPACE)
+            self._workspace = ref(found)
+        return partial(self._start, found)
 
-    def start(self, one: Gemm) -> None:
-        """Put a product into the stream."""
+    def _start(self, held: Buffer, one: Gemm) -> None:
         library, handle = _library(), ctypes.c_void_p(_handle())
         _check(library.cublasSetStream_v2(handle, ctypes.c_void_p(self.context.stream.handle)))
-        ptr, size = one.workspace
-        if self._own is not None and not size:
-            ptr, size = self._own.ptr, WORKSPACE
-        workspace = ctypes.c_void_p(ptr)
-        _check(library.cublasSetWorkspace_v2(handle, workspace, ctypes.c_size_t(size)))
+        workspace, size = ctypes.c_void_p(held.ptr), ctypes.c_size_t(held.nbytes)
+        _check(library.cublasSetWorkspace_v2(handle, workspace, size))
         _check(library.cublasSetMathMode(handle, _DEFAULT_MATH))
         operands: list[Any] = []
         for ptr, kind, leading, stride in zip(one.ptrs, one.types, one.leading, one.strides):

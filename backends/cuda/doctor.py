@@ -21,7 +21,7 @@ _PACKAGES = {
     "cupy-cuda13x": "pip install cupy-cuda13x",
     "cuda-bindings": "pip install cuda-bindings",
 }
-_SMALLEST = "rms_norm<1, 1, false>"
+_SMALLEST = "rms_norm<1, 1, false, false>"
 
 
 def findings() -> Iterator[Finding]:
@@ -85,12 +85,10 @@ def _gpus() -> Iterator[Finding]:
         return
     try:
         found = driver.driver()
-    except DeviceError as error:
-        mend = "install an NVIDIA driver of version 580 or newer; numpy needs none"
-        yield "driver", str(error).partition("; ")[0], mend
+    except driver.Unusable as error:
+        yield "driver", error.what, error.mend
         return
-    version = found.get_driver_version()
-    yield "driver", f"CUDA {version // 1000}.{version % 1000 // 10}", ""
+    yield "driver", f"CUDA {driver.spoken(found.get_driver_version())}", ""
     for index in range(found.Device.count()):
         try:
             about = driver.context(index).about

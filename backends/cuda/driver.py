@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 from pyggml.backends.cuda import compiler
@@ -20,51 +21,99 @@ from pyggml.errors import DeviceError, OutOfMemoryError
 OLDEST = (8, 0)
 #: Dynamic shared memory that a block has without asking for more.
 FREE_SHARED = 48 * 1024
-_DOCTOR = "`pyggml doctor` says what is missing"
+
+
+class Unusable(DeviceError):
+    """There is no driver, no GPU, or one that is too old. what: what is wrong; mend: what to do."""
+
+    def __init__(self, what: str, mend: str) -> None:
+        super().__init__(f"{what}. To mend it: {mend}. `pyggml doctor` says what else is missing")
+        self.what, self.mend = what, mend
+
+
+_INSTALL = "install an NVIDIA driver of version 580 or newer, or run on backends=['numpy']"
+
+
+#: Packages by the first part of their modules' names, where the two differ.
+_PACKAGES = {"cupy": "CuPy", "cupy_backends": "CuPy", "cuda": "cuda-bindings"}
+
+
+@cache
+def imported(module: str) -> Any:
+    """A module of the packages that the extra `cuda` installs; Unusable where it cannot be had."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # pycuda's guess at why it cannot load
+            return import_module(module)
+    except ImportError as error:
+        first = module.partition(".")[0]
+        raise _unloaded(_PACKAGES.get(first, first), error) from None
 
 
 @cache
 def driver() -> Any:
-    """pycuda.driver, initialised; DeviceError without pycuda, without a driver, with an old one."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # pycuda's guess at why it cannot load
-            import pycuda.driver as found
-    except ModuleNotFoundError as error:
-        raise DeviceError(
-            f"the CUDA backend needs pycuda, and the module {error.name} is not installed: "
-            f"pip install pyggml[cuda], or tools/build_pycuda.sh where that fails; {_DOCTOR}"
-        ) from None
-    except ImportError as error:
-        raise DeviceError(
-            f"no NVIDIA driver here ({error}): install one of version 580 or newer, or run on "
-            f"backends=['numpy']; {_DOCTOR}"
-        ) from None
-    version, needed = found.get_driver_version(), 1000 * compiler.nvrtc_version()[0]
+    """pycuda.driver, initialised; Unusable without pycuda, without a driver, with an old one."""
+    found = imported("pycuda.driver")
+    version, needed = found.get_driver_version(), _needed()
     if version < needed:
-        raise DeviceError(
-            f"the NVIDIA driver is too old: it speaks CUDA {_spoken(version)}, the kernels need "
-            f"{_spoken(needed)}. Update the driver, or install an older NVRTC; {_DOCTOR}"
+        raise Unusable(
+            f"the NVIDIA driver is too old: it speaks CUDA {spoken(version)}, the kernels need "
+            f"{spoken(needed)}",
+            f"{_INSTALL}; an older NVRTC does too",
         )
     try:
         found.init()
     except found.Error as error:
-        raise DeviceError(f"no CUDA device can be used: {error}; {_DOCTOR}") from None
+        raise Unusable(
+            f"no GPU can be used: {error}",
+            "see whether nvidia-smi lists one and CUDA_VISIBLE_DEVICES (or the container) lets it "
+            "through, or run on backends=['numpy']",
+        ) from None
     return found
 
 
-def _spoken(version: int) -> str:
+def _unloaded(package: str, error: ImportError) -> Unusable:
+    """Why a package cannot be imported: it is not there, or what it is linked with is not."""
+    if isinstance(error, ModuleNotFoundError):
+        return Unusable(
+            f"the CUDA backend needs {package}, and the module {error.name} is not installed",
+            'pip install "pyggml[cuda]", or sh tools/build_pycuda.sh where pycuda does not build',
+        )
+    if "undefined symbol: cu" in str(error):
+        return Unusable(f"the NVIDIA driver is too old for {package} ({error})", _INSTALL)
+    if "libcuda.so" in str(error):
+        return Unusable(f"there is no NVIDIA driver here ({error})", _INSTALL)
+    return Unusable(
+        f"{package} cannot be loaded ({error})",
+        "build it on this machine: sh tools/build_pycuda.sh"
+        if package == "pycuda"
+        else 'pip install --force-reinstall "pyggml[cuda]"',
+    )
+
+
+def _needed() -> int:
+    """The CUDA version that the compiled kernels need; 0 without a compiler, which is missed when
+    there is something to compile."""
+    try:
+        return 1000 * compiler.nvrtc_version()[0]
+    except DeviceError:
+        return 0
+
+
+def spoken(version: int) -> str:
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
 @contextmanager
 def guarded(what: str) -> Iterator[None]:
-    """pycuda's errors as ours; `what` was being done."""
+    """Errors of pycuda and CuPy as ours; `what` was being done."""
     found = driver()
     try:
         yield
     except found.MemoryError as error:
         raise OutOfMemoryError(f"{what}: {error}") from None
-    except found.Error as error:
+    except (found.Error, RuntimeError) as error:
+        if not isinstance(error, found.Error) and not type(error).__module__.startswith("cupy"):
+            raise
         raise DeviceError(f"{what}: {error}. {_advice(str(error))}") from None
 
 
@@ -90,7 +139,10 @@ class Context:
         count = self.driver.Device.count()
         if index >= count:
             there = ", ".join(f"cuda:{i}" for i in range(count)) or "none"
-            raise DeviceError(f"there is no cuda:{index}; GPUs here: {there}")
+            raise DeviceError(
+                f"there is no cuda:{index}; GPUs here: {there}. Choose one of these, or run on "
+                "backends=['numpy']"
+            )
         with guarded(f"opening cuda:{index}"):
             handle = self.driver.Device(index)
             self.about = _described(handle, self.driver)
@@ -112,22 +164,24 @@ class Context:
     @property
     def external(self) -> Any:
         """The stream as CuPy's: capture and graphs come from there."""
-        import cupy
-
+        cupy = imported("cupy")
         return cupy.cuda.ExternalStream(self.stream.handle, self.index)
 
     def load(self, launches: Sequence[Launch]) -> None:
         """Compile (or find compiled) and load every kernel of these launches."""
-        wanted = [(one.file, one.name) for one in launches]
-        new = [key for key in dict.fromkeys(wanted) if key not in self._functions]
+        wanted = {(one.file, one.name): one for one in launches}
+        new = [key for key in wanted if key not in self._functions and key not in self._raw]
         for key, made in compiler.cubins(new, self.about.arch).items():
             with guarded(f"loading {key[1]}"):
+                if _has_attributes(wanted[key]):
+                    self._raw[key] = _raw_function(made)
+                    continue
                 module = self.driver.module_from_buffer(made.code)
                 self._modules.append(module)
                 self._functions[key] = module.get_function(made.symbol)
         for one in launches:
-            if one.cluster or one.overlap:
-                self._load_raw(one)
+            if _has_attributes(one):
+                self._allow(one)
             elif one.shared > FREE_SHARED:
                 attribute = self.driver.function_attribute.MAX_DYNAMIC_SHARED_SIZE_BYTES
                 function = self._functions[one.file, one.name]
@@ -137,7 +191,7 @@ class Context:
 
     def start(self, one: Launch) -> None:
         """Put a loaded kernel into the stream."""
-        if one.cluster or one.overlap:
+        if _has_attributes(one):
             self._start_raw(one)
             return
         function = self._functions[one.file, one.name]
@@ -145,29 +199,24 @@ class Context:
 
     # -- what pycuda lacks: launches with attributes ------------------------------------------
 
-    def _load_raw(self, one: Launch) -> None:
-        from cuda.bindings import driver as cu
-
+    def _allow(self, one: Launch) -> None:
+        """Cluster sizes and shared memory that a function may have only when asked for."""
+        cu = imported("cuda.bindings.driver")
         key = one.file, one.name
-        if key not in self._raw:
-            made = compiler.cubin(*key, self.about.arch)
-            module = _asked(cu, f"loading {one.name}", cu.cuModuleLoadData(made.code))
-            symbol = made.symbol.encode()
-            self._raw[key] = _asked(cu, one.name, cu.cuModuleGetFunction(module, symbol))
         attribute = cu.CUfunction_attribute
         wanted = []
         if one.cluster:
             wanted.append((attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1))
         if one.shared > FREE_SHARED:
             limit = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            self._shared[key] = max(one.shared, self._shared.get(key, 0))
-            wanted.append((limit, self._shared[key]))
+            if one.shared > self._shared.get(key, 0):
+                self._shared[key] = one.shared
+                wanted.append((limit, one.shared))
         for name, value in wanted:
             _asked(cu, one.name, cu.cuFuncSetAttribute(self._raw[key], name, value))
 
     def _start_raw(self, one: Launch) -> None:
-        from cuda.bindings import driver as cu
-
+        cu = imported("cuda.bindings.driver")
         config = cu.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = one.grid
         config.blockDimX, config.blockDimY, config.blockDimZ = one.block
@@ -193,6 +242,17 @@ class Context:
         function = self._raw[one.file, one.name]
         made = cu.cuLaunchKernelEx(config, function, 0, ctypes.addressof(extra))
         _asked(cu, one.name, made)
+
+
+def _has_attributes(one: Launch) -> bool:
+    """Whether its launch has attributes, which pycuda's has not."""
+    return one.overlap or one.cluster is not None
+
+
+def _raw_function(made: compiler.Cubin) -> Any:
+    cu = imported("cuda.bindings.driver")
+    module = _asked(cu, "loading a module", cu.cuModuleLoadData(made.code))
+    return _asked(cu, made.symbol, cu.cuModuleGetFunction(module, made.symbol.encode()))
 
 
 def _asked(cu: Any, what: str, answer: tuple[Any, ...]) -> Any:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
 from pyggml import ops
+from pyggml.backends.cuda.fusion import Fused, Run, fuses
 from pyggml.backends.cuda.geometry import C_TYPES, blocks, counted, pack_width, part
 from pyggml.backends.cuda.launch import Argument, Call, Operand
 from pyggml.backends.cuda.table import kernel
-from pyggml.ops.elementwise import GLU_KINDS
+from pyggml.graph import Node
+from pyggml.ops.elementwise import ACTIVATIONS, GLU_KINDS
 
 FILE = "elementwise.cu"
 
@@ -82,6 +85,24 @@ def glu(call: Call) -> None:
     if call.attrs["swapped"]:
         x, g = g, x
     binary(call, f"Glu<{GLU_KINDS[call.attrs['kind']].capitalize()}>", x, g)
+
+
+@fuses(ops.mul)
+def activated_times(node: Node, run: Run) -> Fused | None:
+    """act(x) * g."""
+    for act, g in (node.src[:2], node.src[1::-1]):
+        if act is None or g is None or act.op.name not in ACTIVATIONS or not run.only(act, node):
+            continue
+        x = act.src[0]
+        if x is not None and x.ne == g.ne == node.ne:
+            name = f"Glu<{act.op.name.capitalize()}>"
+            record = partial(_gated, name=name)
+            return Fused((act, node), (x, g), record, inplace=(x, g))
+    return None
+
+
+def _gated(call: Call, name: str) -> None:
+    binary(call, name, call.operand(0), call.operand(1))
 
 
 @kernel(ops.add_id, inplace=(0,))

@@ -2,11 +2,14 @@
 
 Few pairs of token and slot: a product each (`vec_id`). More: pairs are sorted by expert and a tile
 of the product meets up to 128 of them (`tile`). A pair without an expert gets zeros.
+
+prec="f32" keeps to a product for each pair, with 24-bit b for block types: slow for many pairs.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -14,14 +17,18 @@ from pyggml import ops
 from pyggml.backends.cuda import linear_blocks, linear_plain
 from pyggml.backends.cuda.geometry import C_TYPES
 from pyggml.backends.cuda.launch import Call, Operand, Value
-from pyggml.backends.cuda.linear import beside, gate_rows, refusal, rounded, together, widest
+from pyggml.backends.cuda.linear import (
+    beside,
+    gate_rows,
+    is_exact,
+    together,
+    widest,
+)
 from pyggml.backends.cuda.linear_common import (
     VEC,
     act_of,
     aligned,
-    as_plain,
     in_blocks,
-    plain_type,
 )
 from pyggml.backends.cuda.table import kernel
 from pyggml.dtypes import F32, DType
@@ -29,6 +36,8 @@ from pyggml.graph import Ne, Node
 
 #: Pairs up to which each is a product of its own.
 FEW = 64
+#: Pairs that one launch of `vec_id` takes: the most that a grid has in its second dimension.
+GRID = 65535
 
 
 def routing(ids: Operand, experts: int, b: Operand) -> Value:
@@ -42,11 +51,12 @@ def pairs_of(ids: Ne) -> int:
 
 def has_tile(kind: DType, k: int) -> bool:
     """Whether `tile` takes the type: f32 would lose too much."""
-    return plain_type(kind) is not F32 and k % 32 == 0
+    return kind is not F32 and k % 32 == 0
 
 
-def is_few(kind: DType, a: Ne, ids: Ne) -> bool:
-    return pairs_of(ids) <= FEW or not has_tile(kind, a[0])
+def is_few(kind: DType, a: Ne, ids: Ne, exact: bool) -> bool:
+    """Whether each pair is a product of its own."""
+    return exact or pairs_of(ids) <= FEW or not has_tile(kind, a[0])
 
 
 def columns_for(pairs: int, experts: int) -> int:
@@ -65,69 +75,89 @@ def group_scratch(pairs: int, experts: int) -> int:
     return aligned(4 * pairs, 16 * tiles, 4)
 
 
-def scratch(a: Node, b: Node, ids: Node) -> int:
-    if is_few(a.dtype, a.ne, ids.ne):
-        return linear_blocks.vec_scratch(b.ne) if in_blocks(a.dtype) else 0
+def scratch(node: Node, matrix: int) -> int:
+    """Bytes for the product with one of the node's matrices."""
+    a, b, ids = node.src[matrix], node.src[-2], node.src[-1]
+    assert a is not None and b is not None and ids is not None
+    exact = is_exact(node)
+    if is_few(a.dtype, a.ne, ids.ne, exact):
+        return linear_blocks.vec_scratch(b.ne, 3 if exact else 2) if in_blocks(a.dtype) else 0
     return linear_blocks.tile_scratch(b.ne) + group_scratch(pairs_of(ids.ne), a.ne[2])
 
 
 def numeric(node: Node) -> str:
     """The class of the least exact of the node's weights."""
-    return widest(*(_numeric(a, node.src[-1]) for a in node.src[:-2]))
+    return widest(*(_numeric(a, node.src[-1], is_exact(node)) for a in node.src[:-2]))
 
 
-def _numeric(a: Node | None, ids: Node | None) -> str:
+def _numeric(a: Node | None, ids: Node | None, exact: bool) -> str:
     assert a is not None and ids is not None
-    if rounded(a):
-        return "bf16"
-    if not is_few(a.dtype, a.ne, ids.ne):
-        return linear_blocks.CLASS[linear_blocks.half_of(plain_type(a.dtype))]
-    return "f16" if in_blocks(a.dtype) else "f32"
+    if not is_few(a.dtype, a.ne, ids.ne, exact):
+        return linear_blocks.CLASS[linear_blocks.half_of(a.dtype)]
+    return "f16" if in_blocks(a.dtype) and not exact else "f32"
 
 
 def can_tile(a: Operand) -> bool:
     """Whether the tensor cores' kernel can read the rows: 8 bytes at once."""
-    one = as_plain(a)
-    return in_blocks(a.dtype) or (one.nb[0] == one.dtype.nbytes and one.aligned(8))
+    return in_blocks(a.dtype) or (a.nb[0] == a.dtype.nbytes and a.aligned(8))
 
 
 def product(call: Call, a: tuple[Operand, ...], b: Operand, ids: Operand, y: Operand) -> None:
     """One matrix for each pair, or up and gate of a type that `together` allows."""
-    if not is_few(a[0].dtype, a[0].ne, ids.ne) and can_tile(a[0]):
+    exact = is_exact(call.node)
+    if not is_few(a[0].dtype, a[0].ne, ids.ne, exact) and can_tile(a[0]):
         grouped(call, a, b, ids, y)
     elif in_blocks(a[0].dtype):
-        fixed = linear_blocks.quantize(call, b, 2)
-        tiles = -(-a[0].ne[1] // 8)
+        few_blocks(call, a, b, ids, y, 3 if exact else 2)
+    else:
+        few_plain(call, a[0], b, ids, y)
+
+
+def few_blocks(
+    call: Call, a: tuple[Operand, ...], b: Operand, ids: Operand, y: Operand, levels: int
+) -> None:
+    """`vec_id`, of one matrix or of up and gate."""
+    fixed = linear_blocks.quantize(call, b, levels)
+    token = b.ne[1] * b.ne[0] // 32 * linear_blocks.group_bytes(levels)
+    tiles = -(-a[0].ne[1] // 8)
+    for start, some, to in _launches(ids, y):
+        pairs = pairs_of(some.ne)
         call.launch(
             VEC,
-            f"vec_id<{linear_blocks.cpp_format(a[0])}, {len(a)}>",
-            grid=(tiles, pairs_of(ids.ne)),
-            block=(32, linear_blocks.warps_for(a[0].ne[0] // 32, tiles * pairs_of(ids.ne))),
+            f"vec_id<{linear_blocks.cpp_format(a[0])}, {levels}, {len(a)}>",
+            grid=(tiles, pairs),
+            block=(32, linear_blocks.warps_for(a[0].ne[0] // 32, tiles * pairs)),
             args=[
                 linear_blocks.weights_of(*a),
-                fixed,
-                y.tensor,
-                routing(ids, a[0].ne[2], b),
+                np.uint64(int(fixed) + start * token),
+                to.tensor,
+                routing(some, a[0].ne[2], b),
                 act_of(call),
+                np.int32(linear_blocks.is_prepared(call)),
             ],
-            overlap=True,
         )
-    else:
-        one = as_plain(a[0])
-        vector = linear_plain.can_vector(one, b)
-        most = 65535  # pairs in a grid
-        for start in range(0, ids.ne[1], most // ids.ne[0]):
-            some = most // ids.ne[0]
-            part = _tokens(ids, 1, start, some)
-            x, to = _tokens(b, 2, start, some), _tokens(y, 2, start, some)
-            types = f"{C_TYPES[one.dtype.name]}, {C_TYPES[b.dtype.name]}"
-            call.launch(
-                VEC,
-                f"vec_plain_id<{types}, {str(vector).lower()}>",
-                grid=(-(-one.ne[1] // 4), pairs_of(part.ne)),
-                block=(32, linear_plain.plain_warps(one, vector)),
-                args=[one.tensor, x.tensor, to.tensor, routing(part, one.ne[2], x)],
-            )
+
+
+def few_plain(call: Call, a: Operand, b: Operand, ids: Operand, y: Operand) -> None:
+    """`vec_plain_id`: f32 sums of exact products."""
+    vector = linear_plain.can_vector(a, b)
+    types = f"{C_TYPES[a.dtype.name]}, {C_TYPES[b.dtype.name]}"
+    for start, some, to in _launches(ids, y):
+        x = _tokens(b, 2, start, some.ne[1])
+        call.launch(
+            VEC,
+            f"vec_plain_id<{types}, {str(vector).lower()}>",
+            grid=(-(-a.ne[1] // 4), pairs_of(some.ne)),
+            block=(32, linear_plain.plain_warps(a, vector)),
+            args=[a.tensor, x.tensor, to.tensor, routing(some, a.ne[2], x)],
+        )
+
+
+def _launches(ids: Operand, y: Operand) -> Iterator[tuple[int, Operand, Operand]]:
+    """As many tokens as fit a grid: the first one, their ids and results."""
+    most = max(1, GRID // ids.ne[0])
+    for start in range(0, ids.ne[1], most):
+        yield start, _tokens(ids, 1, start, most), _tokens(y, 2, start, most)
 
 
 def _tokens(x: Operand, axis: int, start: int, most: int) -> Operand:
@@ -139,7 +169,6 @@ def _tokens(x: Operand, axis: int, start: int, most: int) -> Operand:
 
 def grouped(call: Call, a: tuple[Operand, ...], b: Operand, ids: Operand, y: Operand) -> None:
     """Sort the pairs by expert, then `tile`."""
-    a = tuple(as_plain(m) for m in a)
     pairs, experts = pairs_of(ids.ne), a[0].ne[2]
     some = columns_for(pairs, experts)
     tiles = most_tiles(pairs, experts, some)
@@ -163,8 +192,7 @@ def grouped(call: Call, a: tuple[Operand, ...], b: Operand, ids: Operand, y: Ope
 @kernel(
     ops.mul_mat_id,
     types=None,
-    scratch=lambda node: scratch(*_sources(node, 0)),
-    refuses=refusal,
+    scratch=lambda node: scratch(node, 0),
     numeric=numeric,
 )
 def mul_mat_id(call: Call) -> None:
@@ -172,21 +200,14 @@ def mul_mat_id(call: Call) -> None:
     product(call, (a,), b, ids, call.out)
 
 
-def _sources(node: Node, matrix: int) -> tuple[Node, Node, Node]:
-    a, b, ids = node.src[matrix], node.src[-2], node.src[-1]
-    assert a is not None and b is not None and ids is not None
-    return a, b, ids
-
-
 def _up_gate_scratch(node: Node) -> int:
-    apart = aligned(4 * node.spec.elements) + scratch(*_sources(node, 1))
-    return scratch(*_sources(node, 0)) + apart
+    return scratch(node, 0) + aligned(4 * node.spec.elements) + scratch(node, 1)
 
 
-@kernel(ops.moe_up_gate, types=None, scratch=_up_gate_scratch, refuses=refusal, numeric=numeric)
+@kernel(ops.moe_up_gate, types=None, scratch=_up_gate_scratch, numeric=numeric)
 def moe_up_gate(call: Call) -> None:
     up, gate, b, ids = (call.operand(i) for i in range(4))
-    if together(up, gate):
+    if together(up, gate) and not is_exact(call.node):
         product(call, (up, gate), b, ids, call.out)
         return
     other = beside(call)

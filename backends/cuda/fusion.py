@@ -3,24 +3,19 @@
 A family registers a pattern by the op that ends it:
 
     @fuses(ops.mul)
-    def norm_times_row(node: Node, alone: Alone) -> Fused | None: ...
+    def norm_times_row(node: Node, run: Run) -> Fused | None: ...
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pyggml.backends.base import Step
 from pyggml.backends.cuda.launch import Call
 from pyggml.graph import Node, Op
 from pyggml.ops.leaf import state_op
 from pyggml.ops.views import root_of
-
-#: Whether nothing but the pattern reads a node, so that it needs no memory.
-Alone = Callable[[Node], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +26,10 @@ class Fused:
     reads    what the kernel takes: `call.src`, in this order
     record   as in the kernel table; `call.node` and `call.attrs` are the last node's
     inplace  sources whose memory the result may take over
+    also     further nodes that the kernel leaves in memory where others read them: `call.also`
+    at       where the step stands if not where its last node does: one of `nodes`, before it
+    again    of `nodes`: what every reader computes for itself, none of them for all
+    prepares another `record`: it leaves the result in fixed point as well, the last of `call.also`
     """
 
     nodes: tuple[Node, ...]
@@ -38,9 +37,50 @@ class Fused:
     record: Callable[[Call], None]
     inplace: tuple[Node, ...] = ()
     scratch: int = 0
+    also: tuple[Node, ...] = ()
+    at: Node | None = None
+    again: tuple[Node, ...] = ()
+    prepares: Callable[[Call], None] | None = None
 
 
-Fuser = Callable[[Node, Alone], Fused | None]
+class Run:
+    """The nodes that are lowered together, in order, and who reads what of them."""
+
+    def __init__(self, nodes: Sequence[Node], keep: Collection[Node]) -> None:
+        self.nodes, self.keep = nodes, keep
+        self.number = {node: i for i, node in enumerate(nodes)}
+        self.readers: dict[Node, list[Node]] = {}  # through views
+        for node in nodes:
+            for source in node.src:
+                if source is not None:
+                    self.readers.setdefault(seen(source), []).append(node)
+
+    def only(self, node: Node, *readers: Node) -> bool:
+        """Whether nothing but these reads a node, so that it needs no memory."""
+        return node not in self.keep and set(self.readers.get(node, ())) <= set(readers)
+
+    def allows(self, match: Fused) -> bool:
+        """Whether all that the step reads is there where it stands, and still the same."""
+        place = self.number[match.at or match.nodes[-1]]
+        if any(self.number.get(seen(read), -1) >= place for read in match.reads):
+            return False
+        inside = set(match.nodes)
+        outside = (r for node in match.also for r in self.readers.get(node, ()) if r not in inside)
+        if any(self.number[reader] <= place for reader in outside):
+            return False
+        return not any(self._changed(node, place, inside) for node in match.nodes)
+
+    def _changed(self, node: Node, place: int, inside: Collection[Node]) -> bool:
+        """Whether a state that `node` reads would be another at `place`."""
+        states = {root_of(s) for s in node.src if s is not None and root_of(s).op is state_op}
+        first, last = sorted((self.number.get(node, place), place))
+        return bool(states) and any(
+            other.op.writes is not None and other not in inside and root_of(other) in states
+            for other in self.nodes[first : last + 1]
+        )
+
+
+Fuser = Callable[[Node, Run], Fused | None]
 
 FUSERS: dict[Op[Any], list[Fuser]] = {}
 
@@ -55,42 +95,40 @@ def fuses(last: Op[Any]) -> Callable[[Fuser], Fuser]:
     return register
 
 
-def _match(node: Node, alone: Alone) -> Fused | None:
-    return next((f for fuser in FUSERS.get(node.op, ()) if (f := fuser(node, alone))), None)
-
-
-def fused_of(step: Step) -> Fused | None:
-    """The pattern of a step that `fused` made; None of a step for one node."""
-    return _match(step.node, lambda node: node in step.nodes) if len(step.nodes) > 1 else None
-
-
-def fused(nodes: Sequence[Node], keep: Collection[Node]) -> Iterator[Node | Fused]:
-    """`nodes` in order, those that a pattern covers as one where its last node stands."""
-    readers = Counter(_seen(s) for node in nodes for s in node.src if s is not None)
-    found: dict[Node, Fused] = {}
-    covered: set[Node] = set()
+def fused(nodes: Sequence[Node], keep: Collection[Node]) -> list[Node | Fused]:
+    """`nodes` in order, those that a pattern covers as one where it stands."""
+    run = Run(nodes, keep)
+    found: list[Fused] = []
+    taken: set[Node] = set()
     for node in reversed(nodes):
-        if node in covered:
-            continue
-        match = _match(node, lambda n: n not in keep and readers[n] == 1)
-        if match is not None and not _reads_states(match):
-            found[node] = match
-            covered.update(match.nodes[:-1])
+        for fuser in FUSERS.get(node.op, ()) if node not in taken else ():
+            match = fuser(node, run)
+            if match is None or taken & (set(match.nodes) - set(match.again)):
+                continue
+            if run.allows(match):
+                found.append(match)
+                taken.update(set(match.nodes) - set(match.again))
+                break
+    return list(_in_place(nodes, run, found))
+
+
+def _in_place(nodes: Sequence[Node], run: Run, found: Sequence[Fused]) -> Iterator[Node | Fused]:
+    """Where a reader does not compute a node `again`, that is made once, for all of them."""
+    inside = {(node, match.nodes[-1]) for match in found for node in match.again}
+    once = {n for n, _ in inside if any((n, r) not in inside for r in run.readers[n])}
+    found = [match for match in found if not once & set(match.again)]
+    standing = {match.at or match.nodes[-1]: match for match in found}
+    covered = {node for match in found for node in match.nodes}
     for node in nodes:
-        if node not in covered:
-            yield found.get(node, node)
+        if node in standing:
+            yield standing[node]
+        elif node not in covered:
+            yield node
 
 
-def _seen(node: Node) -> Node:
+def seen(node: Node) -> Node:
     """What a view looks at."""
     while node.op.view is not None:
         assert node.src[0] is not None
         node = node.src[0]
     return node
-
-
-def _reads_states(match: Fused) -> bool:
-    """Whether an earlier node reads a state: read later, it could be overwritten already."""
-    return any(
-        root_of(s).op is state_op for node in match.nodes[:-1] for s in node.src if s is not None
-    )

@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 
 from pyggml.backends.cuda.table import ALIGNMENT
-from pyggml.dtypes import DType
+from pyggml.dtypes import F32, DType
 from pyggml.errors import PyggmlError
 from pyggml.graph import Ne, Node
 
 Dim3 = tuple[int, int, int]
 
-#: Bytes that cuBLAS likes to work in on this generation. A kernel that calls `gemm` declares them
-#: as scratch, behind its own; the memory is then part of the plan.
+#: Bytes that cuBLAS likes to work in on this generation: one block of a device, which all products
+#: share, as they follow each other. `Kernel.cublas` says which steps need it.
 WORKSPACE = 32 << 20
 
 
@@ -45,6 +45,12 @@ class Device:
     shared: int
     l2: int
     memory: int
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a launch may begin before its predecessor ended; every kernel waits for it
+        (kernels/overlap.cuh)."""
+        return not self.arch.startswith("8")
 
 
 #: The device that is meant where none is there to be asked: planning and compiling ahead.
@@ -102,6 +108,10 @@ class Operand:
         return all(x % nbytes == 0 for x in (self.ptr, *steps))
 
 
+#: What a kernel gets in the place of a tensor that is not there.
+ABSENT = Operand(0, (1, 1, 1, 1), (0, 0, 0, 0), F32)
+
+
 @dataclass(frozen=True, slots=True)
 class Launch:
     """One kernel: the instance `name` of kernels/`file`, its geometry and packed arguments."""
@@ -120,8 +130,7 @@ class Launch:
 class Gemm:
     """cublasGemmStridedBatchedEx, in its words (column-major): C = alpha op(A) op(B) + beta C.
 
-    types      of A, B and C; sums are f32, and f32 operands are not rounded to tf32
-    workspace  address and bytes of memory to work in; (0, 0): the backend's own
+    types  of A, B and C; sums are f32, and f32 operands are not rounded to tf32
     """
 
     m: int
@@ -135,7 +144,6 @@ class Gemm:
     strides: tuple[int, int, int]
     alpha: float
     beta: float
-    workspace: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +189,7 @@ class Call:
 
     node, attrs  the node; in a loop the attributes are those of this piece
     out, src     operands; None for an absent source
+    also         further results of a step that covers several nodes
     device       what the kernels may depend on
     """
 
@@ -192,13 +201,14 @@ class Call:
         attrs: Mapping[str, Any],
         device: Device = H200,
         scratch: tuple[int, int] = (0, 0),
+        also: Sequence[Operand] = (),
     ) -> None:
         self.node, self.out, self.src, self.attrs = node, out, tuple(src), attrs
+        self.also = tuple(also)
         self.device = device
         self.records: list[Record] = []
         self._scratch, self._limit = scratch
         self._used = 0
-        self._workspace = (0, 0)
 
     def operand(self, index: int) -> Operand:
         """Source number `index`, which is not absent."""
@@ -227,7 +237,6 @@ class Call:
         args: Sequence[Argument],
         shared: int = 0,
         cluster: tuple[int, ...] | None = None,
-        overlap: bool = False,
     ) -> None:
         """Record one kernel.
 
@@ -236,7 +245,6 @@ class Call:
                     structs as bytes or Value
         shared      bytes of dynamic shared memory
         cluster     blocks of a cluster
-        overlap     may begin before its predecessor ended (griddepcontrol waits for it)
         """
         where = f"{self.node.op.name}: launch of {name}"
         size = _dim3(where, grid)
@@ -251,7 +259,7 @@ class Call:
                 pack(args),
                 shared,
                 None if cluster is None else _dim3(where, cluster),
-                overlap,
+                self.device.overlaps,
             )
         )
 
@@ -278,12 +286,7 @@ class Call:
         a, b, c           device addresses
         types             of A, B, C: "f32", "f16", "bf16"; sums are f32
         leading, strides  in elements; strides are those of the batch
-        It works in the last WORKSPACE bytes of the declared scratch, where so much is left.
         """
-        start = self._limit - WORKSPACE
-        start -= (self._scratch + start) % ALIGNMENT
-        if self._workspace == (0, 0) and self._used <= start:
-            self._limit, self._workspace = start, (self._scratch + start, WORKSPACE)
         self.records.append(
             Gemm(
                 m,
@@ -297,7 +300,6 @@ class Call:
                 strides,
                 alpha,
                 beta,
-                self._workspace,
             )
         )
 

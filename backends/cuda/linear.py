@@ -23,30 +23,12 @@ from pyggml.backends.cuda.linear_common import (
     aligned,
     dense,
     in_blocks,
-    plain_type,
     rows_in,
     shape_of,
 )
-from pyggml.backends.cuda.packing import layout_of, repack
 from pyggml.backends.cuda.table import kernel
 from pyggml.dtypes import F32
 from pyggml.graph import Node
-from pyggml.ops.leaf import constant_op
-from pyggml.transfer import origin
-
-__all__ = ["layout_of", "repack"]
-
-
-def refusal(node: Node) -> str | None:
-    """Only constants of a block type without a decoder here become bf16."""
-    for a in node.src[: 2 if node.op in (ops.fused_up_gate, ops.moe_up_gate) else 1]:
-        assert a is not None
-        weight = origin(a).op is constant_op
-        if a.dtype.kind == "block" and not in_blocks(a.dtype) and not weight:
-            return f"{a.dtype} is decoded when a weight is loaded, not in the graph"
-        if rounded(a) and node.attrs.get("prec") == "f32":
-            return f"a weight of {a.dtype} is kept as bf16, which is less than prec='f32' asks"
-    return None
 
 
 def product_scratch(a: Node, b: Node, exact: bool) -> int:
@@ -58,15 +40,14 @@ def product_scratch(a: Node, b: Node, exact: bool) -> int:
             if few
             else linear_blocks.tile_scratch(b.ne)
         )
-    kind = plain_type(a.dtype)
-    if linear_plain.is_few(kind, a.ne, b.ne, exact):
+    if not by_cublas(a, b, exact):
         return 0
-    return linear_plain.many_plain_scratch(a.ne, kind, b.ne, exact)
+    return linear_plain.many_plain_scratch(a.ne, a.dtype, b.ne, exact)
 
 
-def rounded(a: Node) -> bool:
-    """Whether the weight is kept as bf16, rounded from what its blocks say."""
-    return a.dtype.kind == "block" and not in_blocks(a.dtype)
+def by_cublas(a: Node, b: Node, exact: bool) -> bool:
+    """Whether the product is left to cuBLAS."""
+    return not in_blocks(a.dtype) and not linear_plain.is_few(a.dtype, a.ne, b.ne, exact)
 
 
 def widest(*classes: str) -> str:
@@ -75,34 +56,39 @@ def widest(*classes: str) -> str:
 
 
 def product_numeric(a: Node, b: Node, exact: bool) -> str:
-    if rounded(a):
-        return "bf16"
     if in_blocks(a.dtype):
         few = shape_of(a.ne, b.ne).columns <= FEW
         return "f32" if exact else "f16" if few else CLASS[half_of(a.dtype)]
-    kind = plain_type(a.dtype)
-    return "f32" if exact or linear_plain.is_few(kind, a.ne, b.ne, exact) else kind.name
+    return "f32" if exact or not by_cublas(a, b, exact) else a.dtype.name
 
 
-def operands(node: Node) -> tuple[Node, Node, bool]:
-    a, b = node.src[0], node.src[-1]
+def is_exact(node: Node) -> bool:
+    """Whether nothing less than f32 is allowed."""
+    return bool(node.attrs["prec"] == "f32")
+
+
+def operands(node: Node, matrix: int = 0) -> tuple[Node, Node, bool]:
+    a, b = node.src[matrix], node.src[-1]
     assert a is not None and b is not None
-    return a, b, node.attrs.get("prec") == "f32"
+    return a, b, is_exact(node)
 
 
 @kernel(
     ops.mul_mat,
     types=None,
     scratch=lambda node: product_scratch(*operands(node)),
-    refuses=refusal,
     numeric=lambda node: product_numeric(*operands(node)),
+    cublas=lambda node: by_cublas(*operands(node)),
 )
 def mul_mat(call: Call) -> None:
-    a, b, exact = call.operand(0), call.operand(1), call.attrs["prec"] == "f32"
+    product(call, call.operand(0), call.operand(1), call.out)
+
+
+def product(call: Call, a: Operand, b: Operand, y: Operand) -> None:
     if in_blocks(a.dtype):
-        linear_blocks.product(call, (a,), b, call.out, exact)
+        linear_blocks.product(call, (a,), b, y, is_exact(call.node))
     else:
-        linear_plain.product(call, a, b, call.out, exact)
+        linear_plain.product(call, a, b, y, is_exact(call.node))
 
 
 def together(up: Operand | Node, gate: Operand | Node) -> bool:
@@ -112,15 +98,12 @@ def together(up: Operand | Node, gate: Operand | Node) -> bool:
 
 
 def _fused_scratch(node: Node) -> int:
-    up, gate, b = node.src
-    assert up is not None and gate is not None and b is not None
-    apart = aligned(4 * node.spec.elements) + product_scratch(gate, b, False)
-    return product_scratch(up, b, False) + apart
+    up, gate = (product_scratch(*operands(node, i)) for i in range(2))
+    return up + aligned(4 * node.spec.elements) + gate
 
 
-def _fused_numeric(up: Node | None, gate: Node | None, b: Node | None) -> str:
-    assert up is not None and gate is not None and b is not None
-    return widest(*(product_numeric(a, b, False) for a in (up, gate)))
+def _fused_numeric(node: Node) -> str:
+    return widest(*(product_numeric(*operands(node, i)) for i in range(2)))
 
 
 def gate_rows(call: Call, gate: Operand) -> None:
@@ -145,18 +128,15 @@ def beside(call: Call) -> Operand:
     ops.fused_up_gate,
     types=None,
     scratch=_fused_scratch,
-    refuses=refusal,
-    numeric=lambda node: _fused_numeric(*node.src),
+    numeric=_fused_numeric,
+    cublas=lambda node: any(by_cublas(*operands(node, i)) for i in range(2)),
 )
 def fused_up_gate(call: Call) -> None:
     up, gate, b = (call.operand(i) for i in range(3))
-    if together(up, gate):
+    if together(up, gate) and not is_exact(call.node):
         linear_blocks.product(call, (up, gate), b, call.out, False)
         return
     other = beside(call)
-    for a, y in ((up, call.out), (gate, other)):
-        if in_blocks(a.dtype):
-            linear_blocks.product(call, (a,), b, y, False)
-        else:
-            linear_plain.product(call, a, b, y, False)
+    product(call, up, b, call.out)
+    product(call, gate, b, other)
     gate_rows(call, other)

@@ -53,10 +53,27 @@ def group_bytes(levels: int) -> int:
     return 32 * levels + 16
 
 
+def fixed_bytes(b: Ne, levels: int) -> int:
+    """Bytes of b in fixed point."""
+    return rows_in(b) * (b[0] // 32) * group_bytes(levels)
+
+
 def quantize(call: Call, b: Operand, levels: int) -> np.uint64:
-    """b in fixed point, for `vec`."""
+    """b in fixed point, for `vec`; the last source where an earlier step has left it."""
+    if is_prepared(call):
+        return call.operand(-1).pointer
+    out = np.uint64(call.scratch(fixed_bytes(b.ne, levels)))
+    launch_quantize(call, b, out, levels)
+    return out
+
+
+def is_prepared(call: Call) -> bool:
+    """Whether the step has a source more than its op: b in fixed point."""
+    return len(call.src) > len(call.node.src)
+
+
+def launch_quantize(call: Call, b: Operand, out: np.uint64, levels: int) -> None:
     groups, columns = b.ne[0] // 32, rows_in(b.ne)
-    out = np.uint64(call.scratch(columns * groups * group_bytes(levels)))
     call.launch(
         VEC,
         f"quantize<{C_TYPES[b.dtype.name]}, {levels}>",
@@ -64,7 +81,6 @@ def quantize(call: Call, b: Operand, levels: int) -> np.uint64:
         block=256,
         args=[b.tensor, out, np.int32(groups), np.int64(columns)],
     )
-    return out
 
 
 def padded(k: int) -> int:
@@ -87,7 +103,7 @@ def to_halves(call: Call, b: Operand, half: str) -> tuple[np.uint64, np.uint64]:
 
 
 def vec_scratch(b: Ne, levels: int = 2) -> int:
-    return aligned(rows_in(b) * (b[0] // 32) * group_bytes(levels))
+    return aligned(fixed_bytes(b, levels))
 
 
 def tile_scratch(b: Ne) -> int:
@@ -114,7 +130,6 @@ def few_columns(call: Call, a: tuple[Operand, ...], b: Operand, y: Operand, leve
         grid=grid,
         block=(32, max(warps_for(a[0].ne[0] // 32, prod(grid)), 8 * some * len(a) * pair // 32)),
         args=[weights_of(*a), x, y.tensor, shape.heads, is_narrow(y), act_of(call)],
-        overlap=True,
     )
 
 
@@ -165,7 +180,6 @@ def launch_tile(
             act_of(call),
         ],
         shared=tile_shared(some),
-        overlap=True,
     )
 
 

@@ -9,9 +9,8 @@ from math import prod
 import numpy as np
 
 from pyggml.backends.cuda.launch import Call, Operand, Value
-from pyggml.backends.cuda.packing import FORMATS
 from pyggml.backends.cuda.table import ALIGNMENT
-from pyggml.dtypes import BF16, F16, DType
+from pyggml.dtypes import F16, DType
 from pyggml.graph import Ne
 from pyggml.ops.elementwise import ACTIVATIONS
 
@@ -46,18 +45,9 @@ def shape_of(a: Ne, b: Ne) -> Shape:
     return Shape(a[2] * b[3], b[1] * (b[2] // a[2]), a[2], b[3] // a[3])
 
 
-def plain_type(kind: DType) -> DType:
-    """What a's elements are for the kernels of plain types: other block types are kept as bf16."""
-    return BF16 if kind.kind == "block" else kind
-
-
 def in_blocks(kind: DType) -> bool:
-    return kind.name in FORMATS
-
-
-def as_plain(a: Operand) -> Operand:
-    """The operand of a plain type, with the strides that its layout has."""
-    return dense(a.ptr, a.ne, BF16) if a.layout == "bf16" else a
+    """Whether it is a block type: the kernels decode all of them."""
+    return kind.kind == "block"
 
 
 def aligned(*sizes: int) -> int:

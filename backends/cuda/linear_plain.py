@@ -15,7 +15,6 @@ from pyggml.backends.cuda.linear_common import (
     VEC,
     Shape,
     aligned,
-    as_plain,
     dense,
     is_narrow,
     rows_in,
@@ -203,7 +202,6 @@ def is_few(kind: DType, a: Ne, b: Ne, exact: bool) -> bool:
 
 
 def product(call: Call, a: Operand, b: Operand, y: Operand, exact: bool) -> None:
-    a = as_plain(a)
     if is_few(a.dtype, a.ne, b.ne, exact):
         few_plain(call, a, b, y)
     else:

@@ -2,38 +2,80 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from pyggml import ops
+from pyggml.backends.cuda.fusion import Fused, Run, fuses
 from pyggml.backends.cuda.geometry import blocks, row_grid, threads_for
-from pyggml.backends.cuda.launch import H200, Call, Operand
+from pyggml.backends.cuda.launch import ABSENT, Call, Operand
 from pyggml.backends.cuda.reduce import power_of_two
 from pyggml.backends.cuda.table import kernel
 from pyggml.graph import Node
 from pyggml.ops.reduce import row_length
 
 FILE = "moe.cu"
+#: Bytes of shared memory that a block can have on every GPU from 8.0 on.
+LEAST_SHARED = 99 << 10
 
 
-def _sum(call: Call, weights: Operand) -> None:
+def _sum(call: Call, weights: Operand | None, more: Sequence[Operand] = ()) -> None:
+    """Record out = sum of experts (times weights) + more[0] + more[1]."""
     out, a = call.out, call.operand(0)
+    one, two = (*more, ABSENT, ABSENT)[:2]
     call.launch(
         FILE,
-        f"multi_add<{'false' if weights is a else 'true'}>",
+        f"multi_add<{'false' if weights is None else 'true'}>",
         grid=(out.ne[1], blocks(out.ne[0])),
         block=256,
-        args=[out.tensor, a.tensor, weights.tensor],
+        args=[out.tensor, a.tensor, (weights or a).tensor, one.tensor, two.tensor],
     )
 
 
 @kernel(ops.multi_add)
 def multi_add(call: Call) -> None:
-    _sum(call, call.operand(0))
+    _sum(call, None)
 
 
 @kernel(ops.mul_multi_add)
 def mul_multi_add(call: Call) -> None:
     _sum(call, call.operand(1))
+
+
+@fuses(ops.add)
+def sum_and_more(node: Node, run: Run) -> Fused | None:
+    """mul_multi_add(a, w) + b, and + c: routed experts, shared experts, what passes by the layer.
+
+    In this order of the sums, whichever side of an addition the sum of experts is on.
+    """
+    found = _sums(node, run, 2)
+    if found is None:
+        return None
+    nodes, more = found
+    sources = tuple(s for s in nodes[0].src if s is not None)
+
+    def record(call: Call) -> None:
+        operands = [call.operand(i) for i in range(len(call.src))]
+        _sum(call, operands[1], operands[2:])
+
+    return Fused(nodes, (*sources, *more), record, inplace=more)
+
+
+def _sums(node: Node, run: Run, most: int) -> tuple[tuple[Node, ...], tuple[Node, ...]] | None:
+    """A mul_multi_add and the additions up to `node`, at most so many, and what they add."""
+    if node.op is ops.mul_multi_add:
+        return (node,), ()
+    if node.op is not ops.add or not most:
+        return None
+    left, right = node.src
+    assert left is not None and right is not None
+    for inner, other in ((left, right), (right, left)):
+        if inner in run.number and run.only(inner, node) and inner.ne == other.ne == node.ne:
+            found = _sums(inner, run, most - 1)
+            if found is not None:
+                return (*found[0], node), (*found[1], other)
+    return None
 
 
 def _shared(node: Node) -> int:
@@ -43,7 +85,7 @@ def _shared(node: Node) -> int:
 
 
 def _too_many(node: Node) -> str | None:
-    if _shared(node) <= H200.shared // 2:  # what every GPU from 8.0 on has
+    if _shared(node) <= LEAST_SHARED:
         return None
     return f"{row_length(node)} experts do not fit into shared memory"
 

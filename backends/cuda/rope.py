@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import struct
+from functools import partial
 
 import numpy as np
 
 from pyggml import ops
+from pyggml.backends.cuda.fusion import Fused, Run, fuses
 from pyggml.backends.cuda.geometry import C_TYPES, blocks
 from pyggml.backends.cuda.launch import Call, Value
 from pyggml.backends.cuda.table import kernel
-from pyggml.graph import Attrs
+from pyggml.dtypes import BF16, F16, F32, I32
+from pyggml.graph import Attrs, Node
 
 
 @kernel(ops.rope_ext, inplace=(0,))
@@ -31,6 +34,36 @@ def rope_ext(call: Call) -> None:
             np.uint64(0 if factors is None else factors.ptr),
             constants(call.attrs),
         ],
+    )
+
+
+@fuses(ops.set_rows)
+def rope_into_rows(node: Node, run: Run) -> Fused | None:
+    """set_rows(cache, reshape(rope_ext(a, pos)), ids): the heads of a token, turned, as a row."""
+    cache, row, ids = node.src
+    assert cache is not None and row is not None and ids is not None
+    turned = row.src[0] if row.op is ops.reshape else row
+    if turned is None or turned.op is not ops.rope_ext or not run.only(turned, node):
+        return None
+    a, pos, factors = turned.src
+    assert a is not None and pos is not None
+    whole = row.ne == (a.ne[0] * a.ne[1], a.ne[2], 1, 1) and a.ne[3] == 1
+    types = turned.dtype is F32 and cache.dtype in (F16, BF16) and ids.dtype is I32
+    if not whole or not types or cache.ne[2:] != (1, 1) or factors is not None:
+        return None
+    record = partial(_rope_into_rows, turn=turned)
+    return Fused((turned, node), (cache, a, pos, ids), record)
+
+
+def _rope_into_rows(call: Call, turn: Node) -> None:
+    _, a, pos, ids = (call.operand(i) for i in range(4))
+    neox = "true" if turn.attrs["mode"] == "neox" else "false"
+    call.launch(
+        "rope.cu",
+        f"rope_rows<{C_TYPES[call.out.dtype.name]}, {neox}>",
+        grid=(a.ne[2], blocks(-(-a.ne[0] // 2) * a.ne[1])),
+        block=256,
+        args=[*(x.tensor for x in (call.out, a, pos, ids)), constants(turn.attrs)],
     )
 
 

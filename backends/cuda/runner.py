@@ -13,10 +13,10 @@ from pyggml.backends.base import Address, Step, attributes, looked_at, named, pi
 from pyggml.backends.cuda.checks import check_ids, debugging
 from pyggml.backends.cuda.cublas import Cublas
 from pyggml.backends.cuda.driver import Context, guarded
-from pyggml.backends.cuda.fusion import fused_of
 from pyggml.backends.cuda.launch import H200, Call, Device, Gemm, Launch, Memset, Record
+from pyggml.backends.cuda.lowering import CudaStep
 from pyggml.backends.cuda.memory import Buffer, operand_at
-from pyggml.backends.cuda.table import KERNELS
+from pyggml.errors import PyggmlError
 from pyggml.graph import Node
 
 Action = Callable[[], None]
@@ -41,13 +41,15 @@ def _recorded(
     device: Device,
     scratch: tuple[int, int],
 ) -> list[Record]:
-    node, fused = step.node, fused_of(step)
-    reads = node.src if fused is None else fused.reads
-    record = KERNELS[node.op].record if fused is None else fused.record
-    src = [None if n is None else operand_at(at[n], n.spec) for n in reads]
-    call = Call(node, operand_at(at[node], node.spec), src, attrs, device, scratch)
+    assert isinstance(step, CudaStep)
+    node = step.node
+    src = [None if n is None else operand_at(at[n], n.spec) for n in step.operands]
+    also = [operand_at(at[n], n.spec) for n in step.also]
+    call = Call(node, operand_at(at[node], node.spec), src, attrs, device, scratch, also)
     try:
-        record(call)
+        step.record(call)
+        if not step.workspace and any(isinstance(one, Gemm) for one in call.records):
+            raise PyggmlError("the kernel calls cuBLAS, and its row in the table does not say so")
     except Exception as error:
         raise named(error, node) from None
     return call.records
@@ -104,14 +106,12 @@ class CudaRunner:
             recorded.append([] if load else record_step(step, at, memory, context.about))
         everything = [one for records in recorded for one in records]
         context.load([one for one in everything if isinstance(one, Launch)])
-        gemms = [one for one in everything if isinstance(one, Gemm)]
-        if gemms:
-            cublas().prepare(gemms)
-        product = cublas().start if gemms else None
+        uses = any(isinstance(one, Gemm) for one in everything)
+        product = cublas().ready() if uses else None
         self._actions = [
             [loads[step.node]]
             if step.node in loads
-            else [_action(context, one, product) for one in records]
+            else [as_action(context, one, product) for one in records]
             for step, records in zip(self.steps, recorded)
         ]
         self._runs: list[Action] | None = None
@@ -177,7 +177,7 @@ class CudaRunner:
         return [partial(graph.launch, stream)]
 
 
-def _action(context: Context, one: Record, product: Callable[[Gemm], None] | None) -> Action:
+def as_action(context: Context, one: Record, product: Callable[[Gemm], None] | None) -> Action:
     """A record as something to call."""
     found, stream = context.driver, context.stream
     if isinstance(one, Launch):

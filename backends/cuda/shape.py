@@ -8,30 +8,17 @@ from pyggml import ops
 from pyggml.backends.cuda.geometry import C_TYPES, blocks, counted, pack_width, part, rows
 from pyggml.backends.cuda.launch import Call, Operand
 from pyggml.backends.cuda.table import kernel
-from pyggml.dtypes import BF16, DType
-from pyggml.graph import Node, make_spec
+from pyggml.dtypes import DType
 
 FILE = "shape.cu"
 
 #: Words that a copy moves, by bytes.
 _WORDS = {16: "uint4", 8: "uint2", 4: "unsigned", 2: "unsigned short", 1: "unsigned char"}
-#: Block types that the kernels read. The others look their weights up in long tables.
-DECODED = frozenset(
-    {"q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "q2_K", "q3_K", "q4_K", "q5_K", "q6_K"}
-    | {"iq4_xs", "mxfp4", "nvfp4", "tq1_0", "tq2_0"}
-)
 
 
 def reader(kind: DType) -> str:
     """What reads one value of that type in values.cuh."""
     return kind.name if kind.block > 1 else f"Plain<{C_TYPES[kind.name]}>"
-
-
-def _unread(*nodes: Node | None) -> str | None:
-    for node in nodes:
-        if node is not None and node.dtype.block > 1 and node.dtype.name not in DECODED:
-            return f"values of {node.dtype} are not decoded on the device"
-    return None
 
 
 # -- copies -----------------------------------------------------------------------------------
@@ -145,19 +132,12 @@ def _encode(call: Call, out: Operand, b: Operand, ids: Operand | None) -> None:
     )
 
 
-def _refuse_conversion(node: Node) -> str | None:
-    a = node.src[0]
-    assert a is not None
-    same = a.dtype == node.dtype and a.ne == node.ne
-    return None if same else _unread(a)
-
-
-@kernel(ops.cast, types=None, refuses=_refuse_conversion)
+@kernel(ops.cast, types=None)
 def cast(call: Call) -> None:
     convert(call, call.out, call.operand(0))
 
 
-@kernel(ops.cpy, types=None, refuses=_refuse_conversion)
+@kernel(ops.cpy, types=None)
 def cpy(call: Call) -> None:
     convert(call, call.out, call.operand(0))
 
@@ -165,13 +145,10 @@ def cpy(call: Call) -> None:
 # -- by id ------------------------------------------------------------------------------------
 
 
-@kernel(ops.get_rows, types=None, refuses=lambda node: _unread(node.src[0]))
+@kernel(ops.get_rows, types=None)
 def get_rows(call: Call) -> None:
     """Only the rows asked for are decoded; ids past the end give zero rows."""
     out, a, ids = call.out, call.operand(0), call.operand(1)
-    if a.layout == "bf16":  # a product reads it too, and takes it so
-        spec = make_spec(BF16, a.ne)
-        a = replace(a, dtype=spec.dtype, nb=spec.nb, layout="plain")
     name = "get_ids" if a.dtype.kind == "int" else f"get_rows<{reader(a.dtype)}>"
     grid = (rows(out), blocks(out.ne[0]))
     call.launch(FILE, name, grid=grid, block=256, args=[out.tensor, a.tensor, ids.tensor])

@@ -29,6 +29,7 @@ class Kernel:
     scratch  bytes it needs beside its operands, from the node
     refuses  a further reason not to run a node, or None
     numeric  class of its numbers, a key of `parity.tolerance.CLASSES`
+    cublas   whether it calls `gemm`
     """
 
     record: Callable[[Call], None]
@@ -37,6 +38,7 @@ class Kernel:
     scratch: Callable[[Node], int] | None
     refuses: Callable[[Node], str | None]
     numeric: Callable[[Node], str]
+    cublas: Callable[[Node], bool]
 
 
 KERNELS: dict[Op[Any], Kernel] = {}
@@ -50,6 +52,7 @@ def kernel(
     scratch: Callable[[Node], int] | None = None,
     refuses: Callable[[Node], str | None] = lambda node: None,
     numeric: str | Callable[[Node], str] = "f32",
+    cublas: Callable[[Node], bool] = lambda node: False,
 ) -> Callable[[Callable[[Call], None]], Callable[[Call], None]]:
     """Register the CUDA kernel of `op`.
 
@@ -63,7 +66,7 @@ def kernel(
         return numeric if isinstance(numeric, str) else numeric(node)
 
     def register(fn: Callable[[Call], None]) -> Callable[[Call], None]:
-        KERNELS[op] = Kernel(fn, allowed, inplace, scratch, refuses, of_numbers)
+        KERNELS[op] = Kernel(fn, allowed, inplace, scratch, refuses, of_numbers, cublas)
         return fn
 
     return register

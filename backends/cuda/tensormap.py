@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 
+from pyggml.backends.cuda.driver import imported
 from pyggml.backends.cuda.launch import Value
 from pyggml.errors import DeviceError
 
@@ -23,12 +24,7 @@ def tensor_map(
     ptr  a multiple of 16, as are the byte strides nb[1:]
     box  elements a copy brings, box[0] at most 128 bytes
     """
-    try:
-        from cuda.bindings import driver
-    except ImportError as error:
-        raise DeviceError(
-            f"tensor maps need cuda-bindings ({error}): pip install pyggml[cuda]"
-        ) from None
+    driver = imported("cuda.bindings.driver")
     u32, u64 = driver.cuuint32_t, driver.cuuint64_t
     steps = [nb[1]]
     for n, step in zip(ne[2:], nb[2:]):

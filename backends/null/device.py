@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import finalize
 
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml import backends
-from pyggml.backends.base import Address, Backend, Buffer, Event, Step, WeightLayout
+from pyggml.backends.base import Address, Backend, Buffer, Event, Given, Step, WeightLayout
 from pyggml.backends.null.memory import HEADER, PRIVATE, NullBuffer, plain, private
 from pyggml.backends.null.queue import Queue
 from pyggml.backends.null.runner import NullRunner, room_for_weights
@@ -34,7 +34,7 @@ class NullDevice:
     def __init__(self, index: int) -> None:
         self.place = self.device = f"null:{index}"
         self.host = backends.get("numpy")
-        self.alignment = self.host.alignment
+        self.alignment, self.staging_bytes = self.host.alignment, 0
         self.denied: frozenset[str] = frozenset()
         self.limit: int | None = None
         self.allocated = 0
@@ -106,26 +106,42 @@ class NullDevice:
         held, here = array.copy(), self.seen(at)
         self.queue.add(lambda: self.host.upload(here, spec, held))
 
-    def download(self, at: Address, spec: Spec, copy: bool = True) -> NDArray[Any]:
+    def download(self, at: Address, spec: Spec) -> NDArray[Any]:
         self.queue.run_all()
-        return self.host.download(self.seen(at), spec, copy)
+        return self.host.download(self.seen(at), spec)
+
+    def view(self, at: Address, spec: Spec) -> NullArray:
+        return NullArray(self, at, spec)
+
+    def given(self, array: object) -> Given | None:
+        if not isinstance(array, NullArray) or array.device is not self:
+            return None
+        found = self.host.given(self.host.view(self.seen(array.at), array.spec))
+        assert found is not None
+        return replace(found, buffer=array.at.buffer, offset=array.at.offset)
 
     def fetch(self, source: Address, other: Backend, target: Address, spec: Spec) -> None:
         here = self.seen(target)
 
         def task() -> None:
             # What is there when the queue gets to it, whether or not somebody waited for it.
-            there = other.seen(source) if isinstance(other, NullDevice) else source
-            reader = self.host if isinstance(other, NullDevice) else other
-            self.host.upload(here, spec, reader.download(there, spec, copy=False))
+            if isinstance(other, NullDevice):
+                values = self.host.view(other.seen(source), spec)
+            elif other.device == "host":
+                values = other.view(source, spec)
+            else:
+                values = other.download(source, spec)
+            self.host.upload(here, spec, values)
 
         self.queue.add(task)
 
-    def send(self, source: Address, target: Address, spec: Spec) -> None:
+    def send(self, source: Address, target: Address, spec: Spec) -> Event:
         here = self.seen(source)
-        self.queue.add(
-            lambda: self.host.upload(target, spec, self.host.download(here, spec, copy=False))
-        )
+        held: list[
+            NDArray[Any]
+        ] = []  # as on a GPU: on its way, and where it belongs once waited for
+        self.queue.add(lambda: held.append(self.host.download(here, spec)))
+        return _Arrival(self.queue.mark(), lambda: self.host.upload(target, spec, held[0]))
 
     def bind(
         self,
@@ -160,3 +176,30 @@ class NullDevice:
     def unpacked(self, at: Address, into: NDArray[np.uint8]) -> None:
         """A weight that is kept in the private layout, made plain."""
         plain(self.bytes_of(at.buffer)[at.offset :], into)
+
+
+@dataclass(frozen=True, slots=True)
+class NullArray:
+    """A tensor where it stands on a null device, which only that device can read in place."""
+
+    device: NullDevice
+    at: Address
+    spec: Spec
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        if copy is False:
+            raise ValueError(f"memory of {self.device.place} cannot be seen without a copy")
+        found = self.device.download(self.at, self.spec)
+        return found if dtype is None else found.astype(dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    """A copy on its way to the host."""
+
+    queued: Event
+    land: Callable[[], None]
+
+    def wait(self) -> None:
+        self.queued.wait()
+        self.land()

@@ -11,7 +11,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml.backends.base import Address, Backend, Buffer, Event, Step, WeightLayout, wrong_type
+from pyggml.backends.base import (
+    Address,
+    Backend,
+    Buffer,
+    Event,
+    Given,
+    Step,
+    WeightLayout,
+    wrong_type,
+)
 from pyggml.backends.numpy.runner import NumpyRunner, array_at
 from pyggml.backends.numpy.table import ALIGNMENT, KERNELS, Packed
 from pyggml.errors import OutOfMemoryError
@@ -29,6 +38,7 @@ class NumpyBackend:
     name = place = "numpy"
     device = "host"
     alignment = ALIGNMENT
+    staging_bytes = 0
 
     def supports(self, node: Node) -> str | None:
         found = KERNELS.get(node.op)
@@ -68,20 +78,42 @@ class NumpyBackend:
         raw = target.raw if isinstance(target, Packed) else target
         raw[...] = array.reshape(raw.shape)
 
-    def download(self, at: Address, spec: Spec, copy: bool = True) -> NDArray[Any]:
+    def download(self, at: Address, spec: Spec) -> NDArray[Any]:
+        return self.view(at, spec).copy()
+
+    def view(self, at: Address, spec: Spec) -> NDArray[Any]:
         found = array_at(at, spec)
         if isinstance(found, Packed):
             rows = found.raw.reshape(*found.raw.shape[:3], -1)
         else:
             rows = found
         view = rows.reshape(*spec.shape[:-1], rows.shape[-1])
-        return view.copy() if copy else view
+        view.flags.writeable = False
+        return view
+
+    def given(self, array: object) -> Given | None:
+        if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
+            return None
+        array = np.asarray(array)  # a class of its own may look at memory in its own way
+        kind, contiguous = array.dtype, bool(array.flags.c_contiguous)
+        return Given(
+            buffer=array.reshape(-1).view(np.uint8) if contiguous and kind.kind in "fiu" else None,
+            offset=0,
+            address=array.ctypes.data,
+            alignment=kind.alignment,
+            shape=array.shape,
+            type=kind.name if kind.isnative else kind.str,
+            contiguous=contiguous,
+            ready=lambda: None,
+        )
 
     def fetch(self, source: Address, other: Backend, target: Address, spec: Spec) -> None:
-        self.upload(target, spec, other.download(source, spec, copy=False))
+        here = other.view(source, spec) if other.device == "host" else other.download(source, spec)
+        self.upload(target, spec, here)
 
-    def send(self, source: Address, target: Address, spec: Spec) -> None:
-        self.upload(target, spec, self.download(source, spec, copy=False))
+    def send(self, source: Address, target: Address, spec: Spec) -> Event:
+        self.upload(target, spec, self.view(source, spec))
+        return _DONE
 
     def bind(
         self,

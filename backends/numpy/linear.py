@@ -212,5 +212,5 @@ def by_expert(
 
 
 @kernel(ops.mul_mat_id, types=None, scratch=expert_scratch(1))
-def mul_mat_id(out: Raw, experts: Array, b: Raw, ids: Raw, *, scratch: Scratch) -> None:
+def mul_mat_id(out: Raw, experts: Array, b: Raw, ids: Raw, *, scratch: Scratch, prec: str) -> None:
     by_expert(out, (experts,), b, ids, scratch, 1, lambda made: made[0])

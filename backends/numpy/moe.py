@@ -40,7 +40,7 @@ from pyggml.ops.reduce import row_length
 
 @kernel(ops.moe_up_gate, types=None, scratch=expert_scratch(3))
 def moe_up_gate(
-    out: Raw, up: Array, gate: Array, b: Raw, ids: Raw, *, scratch: Scratch, act: str
+    out: Raw, up: Array, gate: Array, b: Raw, ids: Raw, *, scratch: Scratch, act: str, prec: str
 ) -> None:
     def finish(made: Sequence[Floats]) -> Floats:
         raised, gated, spare = made
@@ -128,7 +128,9 @@ def _fused_scratch(node: Node) -> int:
 
 
 @kernel(ops.fused_up_gate, types=None, scratch=_fused_scratch)
-def fused_up_gate(out: Raw, up: Array, gate: Array, b: Raw, *, scratch: Scratch, act: str) -> None:
+def fused_up_gate(
+    out: Raw, up: Array, gate: Array, b: Raw, *, scratch: Scratch, act: str, prec: str
+) -> None:
     """Tile by tile: gate into out, up beside it, then the activation."""
     *_, m, k = shape_of(up)
     n3, n2, n, _ = b.shape

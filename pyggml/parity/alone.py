@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from pyggml.arrays import stored
 from pyggml.dag import Graph, rebuilt
 from pyggml.errors import DTypeError, GraphError, UnknownName
 from pyggml.graph import Node, inherit, label_of
@@ -19,7 +20,6 @@ from pyggml.parity.case import Case, Source, numeric_class
 from pyggml.places import parse
 from pyggml.plan import Plan, compile
 from pyggml.quants import decode_rows
-from pyggml.store import stored
 
 Array = NDArray[Any]
 #: Tensors with memory of their own (leaves and computed nodes) -> contents, as the type is stored.

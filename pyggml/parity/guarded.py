@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml import passes
-from pyggml.backends.base import Address, Backend, Buffer, Runner
+from pyggml.backends.base import Address, Backend, Buffer, Runner, own_nodes
 from pyggml.dag import Graph
 from pyggml.dtypes import dtype
 from pyggml.errors import PyggmlError
@@ -85,7 +85,8 @@ class Bed:
         """The steps bound: the result with strides `nb`, or in the memory of the leaf `onto`."""
         at: dict[Node, Address] = {}
         made: dict[Node | None, _Block] = {}
-        for node in self.work.order:
+        order = self.work.order
+        for node in (*order, *own_nodes(order, self.work.steps)):
             if node.op.leaf:
                 at[node] = self.at[node]
             elif node.op.view is not None or node.op.writes is not None:

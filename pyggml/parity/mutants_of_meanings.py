@@ -27,7 +27,7 @@ meaning("moe_up_gate", "up and gate swapped")(
     lambda right, up, gate, *src, **rest: right(gate, up, *src, **rest)
 )
 meaning("moe_up_gate", "SiLU for every activation")(
-    lambda right, *src, act: right(*src, act="silu")
+    lambda right, *src, act, **rest: right(*src, act="silu", **rest)
 )
 meaning("fused_up_gate", "up and gate swapped")(
     lambda right, up, gate, b, **rest: right(gate, up, b, **rest)

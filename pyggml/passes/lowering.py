@@ -69,7 +69,10 @@ def _lower_loop(node: Node, backend: Backend, scores: Collection[Node]) -> Step:
     bodies = tuple(_plan_body(body, backend, scores) for body in loop.bodies())
     reads = tuple(s for s in node.src if s is not None)
     scratch = max(body.nbytes for body in bodies)
-    return Step(node, (node,), reads, scratch=scratch, loop=loop, bodies=bodies)
+    workspace = max(step.workspace for body in bodies for step in body.steps)
+    return Step(
+        node, (node,), reads, scratch=scratch, loop=loop, bodies=bodies, workspace=workspace
+    )
 
 
 def _plan_body(body: Body, backend: Backend, scores: Collection[Node]) -> BodyPlan:

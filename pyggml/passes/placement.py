@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from pyggml.backends.base import Place, Step
+from pyggml.backends.base import Place, Step, own_nodes
 from pyggml.graph import Ne, Node
 from pyggml.memory import Interval, live_bytes, pack
 
@@ -73,10 +73,11 @@ class _Placer:
         alignments: Mapping[str, int],
         device_of: Callable[[Node], str],
     ) -> None:
-        self.nodes, self.steps, self.alignments = nodes, steps, alignments
+        self.nodes = (*nodes, *own_nodes(nodes, steps))
+        self.steps, self.alignments = steps, alignments
         self.device_of = device_of
         self.outside, self.scores = outside, scores
-        self.owner = _owners(nodes, outside)
+        self.owner = _owners(self.nodes, outside)
         self.made = self._results(roots)
         self.last = self._last_uses(roots)
         self.home: dict[Node, tuple[Node, Ne]] = {}  # part -> (parent, start in it)
@@ -224,7 +225,8 @@ class _Placer:
             if node in self.outside:
                 places[node] = Place(node, 0, node.nb)
             elif node.op.view is not None or node.op.writes is not None:
-                places[node] = self._looked(node, places)
+                if self._source(node) in places:  # else a step covers it, and nothing reads this
+                    places[node] = self._looked(node, places)
             elif node in self.home:
                 parent, start = self.home[node]
                 units = (start[0] // node.dtype.block, *start[1:])
@@ -234,10 +236,15 @@ class _Placer:
                 places[node] = Place(None, at[self._block(node)], node.spec.nb)
         return places
 
-    def _looked(self, node: Node, places: Mapping[Node, Place]) -> Place:
+    @staticmethod
+    def _source(node: Node) -> Node:
+        """What a view looks at, or a write writes into."""
         source = node.src[node.op.writes or 0]
         assert source is not None
-        seen = places[source]
+        return source
+
+    def _looked(self, node: Node, places: Mapping[Node, Place]) -> Place:
+        seen = places[self._source(node)]
         if node.op.view is None:
             return seen
         looked = node.op.view(node, seen.nb)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from heapq import heappop, heappush
 
-from pyggml.backends.base import Backend, Step
+from pyggml.backends.base import Backend, Step, own_nodes
 from pyggml.dag import toposort
 from pyggml.graph import Node
 from pyggml.ops.leaf import constant_op
@@ -113,6 +113,8 @@ def lower_nodes(work: Work) -> Work:
                 groups.append((home, []))
             groups[-1][1].append(node)
     splits = [_split(work, backend, nodes, users) for backend, nodes in groups]
+    own = {node: s.backend for s in splits for node in own_nodes(work.order, s.steps)}
+    work = replace(work, homes={**work.homes, **own})
     return replace(work, splits=tuple(_with_waits(work, splits)))
 
 

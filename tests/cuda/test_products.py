@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 
 import pytest
 
 import pyggml as gg
-from pyggml.backends.cuda import experts, linear, packing  # noqa: F401 (they fill the table)
+from pyggml.backends.cuda import (
+    experts,
+    linear,  # noqa: F401 (it fills the table)
+    linear_blocks,
+)
+from pyggml.backends.cuda.formats import FORMATS
 from pyggml.backends.cuda.launch import Call, Gemm, Launch, Operand
 from pyggml.backends.cuda.table import KERNELS
 
@@ -15,7 +21,7 @@ BASE = 1 << 40
 
 
 def operand(node: gg.Node, index: int, tiles: bool) -> Operand:
-    layout = "tiles8" if tiles and node.dtype.name in packing.FORMATS else "plain"
+    layout = "tiles8" if tiles and node.dtype.name in FORMATS else "plain"
     return Operand(BASE * (index + 2), node.ne, node.nb, node.dtype, layout)
 
 
@@ -38,7 +44,7 @@ def mat(kind: str, *ne: int, name: str = "a") -> gg.Node:
     return gg.input(f"{name}_{kind}_{ne}", kind, ne=ne)
 
 
-@pytest.mark.parametrize("kind", [*packing.FORMATS, "f32", "f16", "bf16"])
+@pytest.mark.parametrize("kind", [*FORMATS, "f32", "f16", "bf16"])
 @pytest.mark.parametrize("tiles", (True, False))
 @pytest.mark.parametrize("n", (1, 2, 5, 8, 9, 40, 300))
 @pytest.mark.parametrize("prec", ("default", "f32"))
@@ -85,17 +91,63 @@ def test_large_b_is_converted_in_pieces() -> None:
     assert kernels(recorded(node)).count("gemm") == 16
 
 
-@pytest.mark.parametrize("kind", [*packing.FORMATS, "f32", "f16", "bf16"])
+@pytest.mark.parametrize("kind", [*FORMATS, "f32", "f16", "bf16"])
 @pytest.mark.parametrize("tokens", (1, 11, 40, 700))
 @pytest.mark.parametrize("tiles", (True, False))
-def test_products_by_expert_keep_to_their_scratch(kind: str, tokens: int, tiles: bool) -> None:
+@pytest.mark.parametrize("prec", ("default", "f32"))
+def test_products_by_expert_keep_to_their_scratch(
+    kind: str, tokens: int, tiles: bool, prec: str
+) -> None:
     up, gate = mat(kind, 256, 75, 9), mat(kind, 256, 75, 9, name="gate")
     b, ids = mat("f32", 256, 2, tokens, name="b"), gg.input("ids", "i32", ne=(6, tokens))
-    grouped = kind != "f32" and 6 * tokens > experts.FEW
-    one = kernels(recorded(gg.mul_mat_id(up, b, ids), tiles))
+    grouped = kind != "f32" and 6 * tokens > experts.FEW and prec == "default"
+    one = kernels(recorded(gg.mul_mat_id(up, b, ids, prec=prec), tiles))
     assert ("group_pairs" in one) == grouped
-    recorded(gg.moe_up_gate(up, gate, b, ids), tiles)
-    recorded(gg.moe_up_gate(up, mat("q8_0", 256, 75, 9, name="other"), b, ids), tiles)
+    recorded(gg.moe_up_gate(up, gate, b, ids, prec=prec), tiles)
+    other = mat("q8_0", 256, 75, 9, name="other")
+    recorded(gg.moe_up_gate(up, other, b, ids, prec=prec), tiles)
+
+
+@pytest.mark.parametrize("kind", [*FORMATS, "f32", "f16", "bf16"])
+@pytest.mark.parametrize("n", (1, 6, 40))
+def test_nothing_less_than_f32_where_it_is_asked(kind: str, n: int) -> None:
+    """24-bit activations for block types, f32 sums for plain ones, declared as such."""
+    b, ids = mat("f32", 256, 2, n, name="b"), gg.input("ids", "i32", ne=(6, n))
+    three, two = [mat(kind, 256, 75, 9)] * 2, [mat(kind, 256, 75)] * 2
+    for node in (
+        gg.mul_mat_id(three[0], b, ids, prec="f32"),
+        gg.moe_up_gate(*three, b, ids, prec="f32"),
+        gg.fused_up_gate(*two, b, prec="f32"),
+    ):
+        assert KERNELS[node.op].numeric(node) == "f32"
+        records = recorded(node)
+        names = [r.name for r in records if isinstance(r, Launch)]
+        assert all(r.types[:2] == ("f32", "f32") for r in records if isinstance(r, Gemm))
+        assert not {"tile", "group_pairs", "to_halves"} & set(kernels(records))
+        for name in names:
+            head, _, rest = name.partition("<")
+            if head in ("quantize", "vec", "vec_id"):
+                level = {"quantize": 1, "vec": 2, "vec_id": 1}[head]
+                assert rest.rstrip(">").replace(" ", "").split(",")[level] == "3", name
+    assert kernels(recorded(gg.mul_mat_id(three[0], b, ids, prec="f32"))) == (
+        ["quantize", "vec_id"] if kind in FORMATS else ["vec_plain_id"]
+    )
+
+
+def test_more_pairs_than_a_grid_has_are_several_launches() -> None:
+    """Each begins at its own tokens' activations, ids and results."""
+    n = 15_000
+    b, ids = mat("f32", 256, 1, n, name="b"), gg.input("ids", "i32", ne=(6, n))
+    node = gg.mul_mat_id(mat("q8_0", 256, 75, 9), b, ids, prec="f32")
+    tokens, (quantized, first, second) = experts.GRID // 6, recorded(node)
+    assert isinstance(quantized, Launch) and quantized.name == "quantize<float, 3>"
+    assert isinstance(first, Launch) and isinstance(second, Launch)
+    assert [first.grid[1], second.grid[1]] == [6 * tokens, 6 * (n - tokens)]
+    groups = 256 // 32 * linear_blocks.group_bytes(3)
+    for launch, start in ((first, 0), (second, tokens)):
+        words = struct.unpack_from(f"<{len(launch.args) // 8}Q", launch.args)
+        x, y, chosen = BASE + start * groups, BASE + start * 6 * 75 * 4, 4 * BASE + start * 6 * 4
+        assert {x, y, chosen} <= set(words)
 
 
 @pytest.mark.parametrize("pairs", (1, 100, 6000))
@@ -113,12 +165,16 @@ def test_tiles_suffice_for_any_choice(pairs: int, n_experts: int) -> None:
 
 @pytest.mark.parametrize("kind", ("q4_K", "f16", "f32"))
 @pytest.mark.parametrize("n", (1, 6, 40))
-def test_fused_up_gate_keeps_to_its_scratch(kind: str, n: int) -> None:
-    up, gate = mat(kind, 256, 75), mat(kind, 256, 75, name="gate")
-    names = kernels(recorded(gg.fused_up_gate(up, gate, mat("f32", 256, n, 2, name="b"))))
-    assert ("gate_rows" in names) == (kind != "q4_K")
+@pytest.mark.parametrize("prec", ("default", "f32"))
+def test_fused_up_gate_keeps_to_its_scratch(kind: str, n: int, prec: str) -> None:
+    up, gate, b = mat(kind, 256, 75), mat(kind, 256, 75, name="gate"), mat("f32", 256, n, 2)
+    names = kernels(recorded(gg.fused_up_gate(up, gate, b, prec=prec)))
+    assert ("gate_rows" in names) == (kind != "q4_K" or prec == "f32")
 
 
-def test_block_types_without_a_decoder_are_refused_in_the_graph() -> None:
-    node = gg.mul_mat(mat("iq2_xs", 256, 64), mat("f32", 256, 2, name="b"))
-    assert "iq2_xs" in (KERNELS[node.op].refuses(node) or "")
+@pytest.mark.parametrize("kind", ("f16", "f32"))
+@pytest.mark.parametrize("prec", ("default", "f32"))
+def test_two_products_by_cublas_share_the_scratch_they_declared(kind: str, prec: str) -> None:
+    up, gate = mat(kind, 2048, 1408), mat(kind, 2048, 1408, name="gate")
+    b = mat("f32", 2048, 20000, name="b")
+    assert "gemm" in kernels(recorded(gg.fused_up_gate(up, gate, b, prec=prec)))

@@ -67,5 +67,19 @@ def test_a_fused_op_is_what_it_means(name: str) -> None:
     np.testing.assert_allclose(got["kernel"], got["meaning"], rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("prec", ["default", "f32"])
+def test_a_meaning_keeps_the_precision(prec: str) -> None:
+    """Of every product, also where a device that lacks the op has the products made on another."""
+    x, w = gg.input("x", "f32", ne=(64, 5)), weights(7, 64)
+    experts, ids = weights(4, 7, 64), gg.input("ids", "i32", ne=(2, 5))
+    for node in (
+        gg.fused_up_gate(w, w, x, prec=prec),
+        gg.moe_up_gate(experts, experts, gg.reshape(x, ne=(64, 1, 5)), ids, prec=prec),
+    ):
+        meant = gg.Graph({"y": node.op.meaning(*node.src, **node.attrs)}).nodes
+        products = [n for n in meant if n.op in (gg.ops.mul_mat, gg.ops.mul_mat_id)]
+        assert products and {n.attrs["prec"] for n in products} == {prec}
+
+
 def test_every_meaning_is_checked_here() -> None:
     assert set(FUSED) == {name for name, op in gg.ops.ALL.items() if op.meaning is not None}

@@ -219,3 +219,44 @@ class Reference:
             axes = list(node.attrs["axes"])
             return seen.transpose([3 - axes.index(dim) for dim in (3, 2, 1, 0)])
         return seen.reshape(node.ne[::-1])
+
+
+# -- greedy decoding with token and position as states ------------------------------------------
+
+VOCABULARY, WIDTH, STEPS = 50, 16, 40
+
+
+def _model() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(11)
+    embd = rng.standard_normal((VOCABULARY, WIDTH)).astype(np.float32)
+    return embd, rng.standard_normal((VOCABULARY, WIDTH)).astype(np.float32)
+
+
+def greedy() -> dict[str, gg.Node]:
+    """One step: the token's row, turned by its position, a product, the largest; all in states."""
+    embd, head = _model()
+    token, pos = (gg.state(name, "i32", ne=(1,)) for name in ("token", "pos"))
+    ids = gg.name(gg.state("ids", "i32", ne=(1, STEPS)), "state ids")
+    row = gg.get_rows(gg.constant(embd, name="embd"), token)
+    turned = gg.rope_ext(gg.reshape(row, ne=(WIDTH, 1, 1)), pos, n_dims=WIDTH)
+    logits = gg.mul_mat(gg.constant(head, name="head"), gg.reshape(turned, ne=(WIDTH, 1)))
+    best = gg.argmax(logits)
+    one = gg.constant(np.ones(1, np.int32), name="one")
+    kept = gg.set_rows(ids, gg.reshape(best, ne=(1, 1)), pos)
+    return {"token": gg.cpy(best, token), "pos": gg.cpy(gg.add(pos, one), pos), "ids": kept}
+
+
+def greedy_ids(token: int, steps: int) -> list[int]:
+    """The tokens that follow, in float64."""
+    embd, head = _model()
+    found = []
+    for pos in range(steps):
+        pairs = embd[token].astype(np.float64).reshape(-1, 2)
+        angle = pos * 10000.0 ** (-np.arange(WIDTH // 2) * 2 / WIDTH)
+        cos, sin = np.cos(angle), np.sin(angle)
+        turned = np.stack(
+            [pairs[:, 0] * cos - pairs[:, 1] * sin, pairs[:, 0] * sin + pairs[:, 1] * cos], axis=1
+        )
+        token = int(np.argmax(head.astype(np.float64) @ turned.reshape(-1)))
+        found.append(token)
+    return found

@@ -35,6 +35,7 @@ __device__ float element(const char *row, int type, int i) {
 
 template <int D, int BN>
 __global__ void __launch_bounds__(256) any(const __grid_constant__ Attention a) {
+    wait_for_predecessor();
     constexpr int M = 16, PITCH = D + 4, N = D / 64;
     extern __shared__ __align__(16) float memory[];
     float *q = memory, *tile = q + M * PITCH, *p = tile + BN * PITCH;
@@ -45,7 +46,7 @@ __global__ void __launch_bounds__(256) any(const __grid_constant__ Attention a) 
     const int ratio = a.ratio(), live = a.live();
     const int q0 = r0 / ratio, q1 = (r0 + M - 1) / ratio;
 
-    successor_may_begin();
+    release_successor();
     for (int r = warp; r < M; r += 8) {
         const int query = (r0 + r) / ratio, head = head_kv * ratio + (r0 + r) % ratio;
         const float *row =

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(256) combine(const __grid_constant__ Attention
                 x[n][0] = real ? from[0] : 0;
         }
     };
-    predecessor_ended();
+    begin();
     load(0);
     float m = -INF;
     for (int s = lane; s < a.splits; s += 32) m = fmaxf(m, stats[s].x);
@@ -72,6 +72,7 @@ __global__ void __launch_bounds__(256) combine(const __grid_constant__ Attention
 
 // The map of an explicit mask: a warp surveys a cell of all its heads.
 __global__ void __launch_bounds__(256) survey(const __grid_constant__ Attention a) {
+    begin();
     const int lane = threadIdx.x % 32, x = blockIdx.x * 8 + threadIdx.x / 32, y = blockIdx.y;
     const int wide = (a.n_kv + CELL - 1) / CELL;
     if (x >= wide) return;
@@ -96,6 +97,7 @@ __global__ void __launch_bounds__(256) survey(const __grid_constant__ Attention 
 // Rows of q8_0 blocks as f16 without gaps: y [n, rows, heads, n3]. A thread decodes a block.
 __global__ void decode_q8_0(const char *x, __half *y, int blocks, int rows, int heads,
                             long long nb1, long long nb2, long long nb3, long long total) {
+    begin();
     const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= total) return;
     const int b = i % blocks;
@@ -124,6 +126,7 @@ struct Rows {
 
 // Every thread must have read the ends of the rows before one of them is overwritten in place.
 __global__ void merge_lse(Rows y, Rows a, Rows b, int d_v) {
+    begin();
     const float la = a(d_v), lb = b(d_v), m = fmaxf(la, lb), base = finite(m);
     const float wa = expf(la - base), wb = expf(lb - base), total = wa + wb;
     __syncthreads();
@@ -135,6 +138,7 @@ __global__ void merge_lse(Rows y, Rows a, Rows b, int d_v) {
 // c: the sum so far (S, s, m), absent (at = null) at the first part. The reference m moves only
 // where the new part outgrows it by far: e^(l - m) below e^16 does no harm, and e^0 is exactly 1.
 __global__ void lse_sum(Rows y, Rows a, Rows c, int d_v) {
+    begin();
     const bool more = c.at != nullptr;
     const float l = a(d_v), s = more ? c(d_v) : 0, m = more ? c(d_v + 1) : -3.4028235e38f;
     const float top = l - (more ? 16.f : 0.f) > m ? l : m;
@@ -146,6 +150,7 @@ __global__ void lse_sum(Rows y, Rows a, Rows c, int d_v) {
 }
 
 __global__ void lse_finish(Rows y, Rows c, int d_v, int lse) {
+    begin();
     const float s = c(d_v), m = c(d_v + 1);
     for (int i = threadIdx.x; i < d_v; i += blockDim.x) y(i) = s > 0 ? c(i) / s : 0;
     if (lse && threadIdx.x == 0) y(d_v) = s > 0 ? m + logf(s) : -INF;

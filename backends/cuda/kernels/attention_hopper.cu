@@ -32,6 +32,7 @@ struct HopperShape {
 
 template <class T, int DK, int DV, int BN, bool EXTRA>
 __global__ void __launch_bounds__(384, 1) hopper(const __grid_constant__ HopperArgument argument) {
+    begin();
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     const Attention &a = argument.a;
     using Shape = HopperShape<DK, DV, BN>;

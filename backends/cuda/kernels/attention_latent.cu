@@ -3,17 +3,22 @@
 //
 // Two designs. (a) wgmma: 64 rows, two warpgroups that own half of the 512 columns each and trade
 // weights; right at 64 rows and more, three quarters waste at 16 heads. (b) mma m16n8k16: rows in
-// steps of 16, so 16 heads fit exactly; the 8 warps split the keys of a tile for the scores and the
+// steps of 16, so 16 heads fit exactly; the warps split the keys of a tile for the scores and the
 // columns for the sums, weights pass through shared memory. At one query both wait for memory, and
 // (b) runs from 8.0 up: this file. From 17 rows on (a) wins on 9.0: attention_latent_hopper.cu (128
 // heads, 16384 keys, H200: 29 us against 42; 16 heads: 17 against 14).
 //
 // A block is 16 MI WM rows and a split of the keys, in tiles of BN keys; two tiles are in flight or
 // in use. Rows of 1152 bytes are swizzled: chunk c (16 bytes) of row r lies at c ^ (r & 7).
+// 16 or 64 rows and tiles of 64 keys take the shared memory of 9.0; 32 keys fit 8.0, and with 16
+// rows, of 4 warps, every GPU from 8.0 on.
 //
 // @kernel hot latent<{__half|__nv_bfloat16}, {1, 1, 8, 64|1, 2, 4, 32}, false>
 // @kernel latent<{__half|__nv_bfloat16}, 2, 2, 4, 64, false>
+// @kernel 80 latent<{__half|__nv_bfloat16}, 2, 2, 4, 32, false>
 // @kernel hot latent<__half, {1, 1, 8, 64|1, 2, 4, 32|2, 2, 4, 32}, true>
+// @kernel hot 80 86 89 120a latent<{__half|__nv_bfloat16}, 1, 1, 4, 32, false>
+// @kernel hot 80 86 89 120a latent<__half, 1, 1, 4, 32, true>
 #include "attention.cuh"
 #include "attention_q8_0.cuh"
 
@@ -32,8 +37,9 @@ struct LatentShape {
 };
 
 template <class T, int MI, int WM, int WN, int BN, bool Q8>
-__global__ void __launch_bounds__(256, 1) latent(const __grid_constant__ Attention a) {
-    static_assert(WM * WN == 8, "eight warps");
+__global__ void __launch_bounds__(32 * WM * WN, 1) latent(const __grid_constant__ Attention a) {
+    wait_for_predecessor();
+    constexpr int WARPS = WM * WN, THREADS = 32 * WARPS;
     constexpr int M = 16 * MI * WM, NT = BN / 8 / WN, NV = DV / 8 / WN;
     constexpr int PITCH_P = BN * 2;
     using Shape = LatentShape<M, BN, Q8>;
@@ -45,7 +51,7 @@ __global__ void __launch_bounds__(256, 1) latent(const __grid_constant__ Attenti
     const int ratio = a.ratio(), live = a.live(), q0 = r0 / ratio, q1 = (r0 + M - 1) / ratio;
     char *queries = memory, *ring = memory + Shape::Q, *weights = ring + Shape::TILES;
 
-    const Queries<T, DK, M, 8> loaded(a, i3, head_kv, r0, warp);
+    const Queries<T, DK, M, WARPS> loaded(a, i3, head_kv, r0, warp);
     const Span seen = span(a, q0, q1 + 1, live);
     const int t0 = seen.first / BN, tiles = max(0, (seen.last + BN - 1) / BN - t0);
     const int end = t0 + share(tiles, part + 1, a.splits);
@@ -59,9 +65,9 @@ __global__ void __launch_bounds__(256, 1) latent(const __grid_constant__ Attenti
         char *to = ring + (Q8 ? Shape::TILE : 0) + stage * Shape::STAGE;
         if constexpr (Q8) {
             fetch_raw<BN, RAW>(shared_address(to), k + j0 * a.nb_k[0], a.nb_k[0], live - j0,
-                               threadIdx.x, 256);
+                               threadIdx.x, THREADS);
         } else {
-            for (int i = threadIdx.x; i < BN * (DK / 8); i += 256) {
+            for (int i = threadIdx.x; i < BN * (DK / 8); i += THREADS) {
                 const int j = i / (DK / 8), c = i % (DK / 8);
                 const bool real = j0 + j < live;
                 copy16(shared_address(to) + swizzled(j, c),
@@ -75,7 +81,7 @@ __global__ void __launch_bounds__(256, 1) latent(const __grid_constant__ Attenti
         if (next < end) fetch(next, s), next = alive(next + 1);
         copies_commit();
     }
-    successor_may_begin();
+    release_successor();
     loaded.store(a, factors, warp,
                  [&](int r, int i) { return (u32 *)(queries + swizzled(r, i / 8) + i % 8 * 2); });
     __syncthreads();
@@ -95,7 +101,7 @@ __global__ void __launch_bounds__(256, 1) latent(const __grid_constant__ Attenti
         __syncthreads();
         const char *tile = ring + (Q8 ? 0 : stage * Shape::STAGE);
         if constexpr (Q8) {
-            decode_raw_to<BN, DK>(ring + Shape::TILE + stage * Shape::STAGE, threadIdx.x, 256,
+            decode_raw_to<BN, DK>(ring + Shape::TILE + stage * Shape::STAGE, threadIdx.x, THREADS,
                                   [&](int r, int c) { return ring + swizzled(r, c); });
             __syncthreads();
         }

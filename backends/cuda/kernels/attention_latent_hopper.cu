@@ -22,6 +22,7 @@ template <class T>
 __global__ void __launch_bounds__(256, 1)
     latent_hopper(const __grid_constant__ LatentArgument argument) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    wait_for_predecessor();
     const Attention &a = argument.a;
     extern __shared__ char unaligned[];
     char *queries = unaligned + (-shared_address(unaligned) & 1023);
@@ -56,7 +57,7 @@ __global__ void __launch_bounds__(256, 1)
     int now = alive(t0 + share(tiles, part, a.splits)), next = now;
     for (int s = 0; s < 2; ++s)
         if (next < end) fetch(next, s), next = alive(next + 1);
-    successor_may_begin();
+    release_successor();
     loaded.store(a, factors, warp, [&](int r, int i) {
         return (u32 *)(queries + i / 64 * BOX + r * 128 + (i % 64 / 8 ^ (r & 7)) * 16 + i % 8 * 2);
     });

@@ -10,6 +10,8 @@
 // every WARPS-th tile of 16 keys through a ring of its own (cp.async), so no barrier of the block
 // stalls a load. The warps' sums are merged in their order, the splits' by `combine`.
 // q8_0 keys and values travel as they are and are decoded to f16 from the ring.
+// The lines with architectures are for GPUs with less shared memory than 9.0 has; on 8.0 half of the
+// others fit too.
 //
 // @kernel hot split<{__half|__nv_bfloat16}, 64, 64, 8, 4, false>
 // @kernel hot split<{__half|__nv_bfloat16}, 80, 80, 8, 4, false>
@@ -21,6 +23,12 @@
 // @kernel hot split<__half, 128, 128, 8, 2, true>
 // @kernel hot split<__half, 192, 128, 8, 2, true>
 // @kernel split<__half, 256, 256, 4, 2, true>
+// @kernel hot 80 86 89 120a split<{__half|__nv_bfloat16}, {64, 64|80, 80}, 8, 2, false>
+// @kernel hot 80 86 89 120a split<{__half|__nv_bfloat16}, 96, 96, 4, 3, false>
+// @kernel hot 80 86 89 120a split<{__half|__nv_bfloat16}, {128, 128|192, 128}, 4, 2, false>
+// @kernel 80 86 89 120a split<{__half|__nv_bfloat16}, 256, 256, 2, 2, false>
+// @kernel hot 80 86 89 120a split<__half, {64, 64, 8|128, 128, 4|192, 128, 4}, 2, true>
+// @kernel 80 86 89 120a split<__half, 256, 256, 2, 2, true>
 #include "attention.cuh"
 #include "attention_q8_0.cuh"
 
@@ -34,6 +42,7 @@ struct SplitShape {
 
 template <class T, int DK, int DV, int WARPS, int STAGES, bool Q8>
 __global__ void __launch_bounds__(WARPS * 32, 1) split(const __grid_constant__ Attention a) {
+    wait_for_predecessor();
     using Shape = SplitShape<DK, DV, Q8>;
     constexpr int KEYS = Shape::KEYS, PITCH_K = Shape::PITCH_K, PITCH_V = Shape::PITCH_V;
     constexpr int PITCH_SUM = DV + 4;
@@ -44,7 +53,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) split(const __grid_constant__ A
     const int head_kv = blockIdx.z % a.heads_kv, i3 = blockIdx.z / a.heads_kv;
     const int ratio = a.ratio(), live = a.live(), q0 = r0 / ratio, q1 = (r0 + 15) / ratio;
 
-    successor_may_begin();
+    release_successor();
     Queries<T, DK, 16, WARPS>(a, i3, head_kv, r0, warp).store(a, factors, warp, [&](int r, int i) {
         return (u32 *)(memory + r * PITCH_K + i * 2);
     });

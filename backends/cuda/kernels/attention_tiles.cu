@@ -13,6 +13,7 @@
 
 template <class T, int DK, int DV, int WARPS, int BN>
 __global__ void __launch_bounds__(WARPS * 32, 1) tiles(const __grid_constant__ Attention a) {
+    wait_for_predecessor();
     constexpr int M = 16 * WARPS, THREADS = 32 * WARPS;
     constexpr int PITCH_K = DK * 2 + 16, PITCH_V = DV * 2 + 16, STAGE = BN * (PITCH_K + PITCH_V);
     extern __shared__ __align__(128) char memory[];
@@ -23,7 +24,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) tiles(const __grid_constant__ A
     const int head_kv = blockIdx.x % a.heads_kv, i3 = blockIdx.x / a.heads_kv;
     const int ratio = a.ratio(), live = a.live(), q0 = r0 / ratio, q1 = (r0 + M - 1) / ratio;
 
-    successor_may_begin();
+    release_successor();
     Queries<T, DK, M, WARPS>(a, i3, head_kv, r0, warp).store(a, factors, warp, [&](int r, int i) {
         return (u32 *)(memory + r * PITCH_K + i * 2);
     });

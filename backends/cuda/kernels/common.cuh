@@ -3,6 +3,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "overlap.cuh"
+
 // A tensor by value (launch.py packs it): address, byte strides, sizes, dimension 0 first.
 struct Tensor {
     char* data;

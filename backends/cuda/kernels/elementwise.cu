@@ -45,6 +45,7 @@ template <> struct Wide<long long> { using type = long long; };
 // `total` is the number of packs. The result may lie where `a` lies.
 template <class Op, class T, int V, class I>
 __global__ void __launch_bounds__(256) unary(Tensor out, Tensor a, I total, float p, float q) {
+    begin();
     I i = (I)blockIdx.x * 256 + threadIdx.x;
     if (i >= total) return;
     Index at = unravel<I>(i, out.ne[0] / V, out.ne[1], out.ne[2]);
@@ -57,6 +58,7 @@ __global__ void __launch_bounds__(256) unary(Tensor out, Tensor a, I total, floa
 // b repeats into a. With V > 1 its rows are as long as a's, or hold one element.
 template <class Op, class T, int V, class I>
 __global__ void __launch_bounds__(256) binary(Tensor out, Tensor a, Tensor b, I total) {
+    begin();
     using W = typename Wide<T>::type;
     I i = (I)blockIdx.x * 256 + threadIdx.x;
     if (i >= total) return;
@@ -77,6 +79,7 @@ __global__ void __launch_bounds__(256) binary(Tensor out, Tensor a, Tensor b, I 
 
 // y[:, e, t] = a[:, e, t] + b[:, ids[e, t]]; an id that means none, or is past the end, adds nothing.
 __global__ void __launch_bounds__(256) add_id(Tensor out, Tensor a, Tensor b, Tensor ids) {
+    begin();
     int slot = blockIdx.y, token = blockIdx.x, id = *ids.at<int>(slot, token, 0, 0);
     bool there = id >= 0 && id < b.ne[1];
     for (int i = threadIdx.x; i < out.ne[0]; i += 256) {
@@ -87,6 +90,7 @@ __global__ void __launch_bounds__(256) add_id(Tensor out, Tensor a, Tensor b, Te
 
 // y[j, i] = 0 where j <= pos[i] and pos[i] - j < window, else -inf.
 __global__ void __launch_bounds__(256) causal_mask(Tensor out, Tensor pos, int window) {
+    begin();
     int p = *pos.at<int>(blockIdx.x, 0, 0, 0);
     for (int j = threadIdx.x; j < out.ne[0]; j += 256) {
         bool seen = j <= p && p - j < window;

@@ -4,19 +4,21 @@
 // in planes, in the order [matrix][tile][group][row of the tile], so that a warp reads 128 to 512
 // bytes in a row whether it takes 4 groups of 8 rows or one:
 //
-//   codes   16 bytes for 32 four-bit codes; 8-bit codes: two such runs, weights 0-15 and 16-31
-//   high    the bits above the fourth: byte i of 4 has a bit for byte i of each of the 8 code
-//           words; of 8 bytes, the first 4 have two bits each for words 0-3, the others for 4-7
+//   codes   16 bytes for 32 four-bit codes; 8-bit codes: two such runs, weights 0-15 and 16-31;
+//           two-bit codes: 8 bytes
+//   high    the bits above these: byte i of 4 has a bit for byte i of each of the 8 code words; of
+//           8 bytes, the first 4 have two bits each for words 0-3, the others for 4-7
 //   scales  a group's own scale
 //   supers  what 8 groups share, in the order [matrix][tile][8 groups][row]
 //
 // Code word j holds the codes of weights 4 j to 4 j + 3, a byte each. Word j of the 16 bytes holds
 // code words j and j + 4: in the low and high halves of its bytes, or, for types with a table of
-// levels, in its low and high 16 bits.
+// levels, in its low and high 16 bits. Two-bit codes lie like 8 bytes of high bits.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "iq.cuh"
 #include "linear_common.cuh"
 
 struct Packed {
@@ -29,12 +31,14 @@ struct Scale {
     float s0, s1, m0, m1;
 };
 
-// What a type is made of. AFFINE: it has a minimum; SPLIT: each half of a group has its own scale.
+// What a type is made of. CODE_RUNS: of 16 bytes, 0 for two-bit codes; AFFINE: it has a minimum;
+// SPLIT: each half of a group has its own scale.
 template <int CODE_RUNS, int HIGH, int SCALE, int SUPER, bool AFFINE, bool SPLIT, int BIAS,
           bool TABLE>
 struct Format {
     static constexpr int code_runs = CODE_RUNS, high = HIGH, scale_bytes = SCALE,
                          super_bytes = SUPER;
+    static constexpr int code_bytes = CODE_RUNS ? 16 * CODE_RUNS : 8;
     static constexpr bool affine = AFFINE, split = SPLIT, table = TABLE;
     static constexpr int bias = BIAS;
     using Source = Packed;
@@ -99,6 +103,22 @@ struct q6_K : Format<1, 8, 2, 2, false, true, 32, false> {
         return {s0, s1, s0 * 32, s1 * 32};
     }
 };
+struct q3_K : Format<0, 4, 2, 2, false, true, 4, false> {
+    static __device__ __forceinline__ Scale scale(unsigned s, unsigned u) {
+        float s0 = low_half(u) * (signed char)s, s1 = low_half(u) * (signed char)(s >> 8);
+        return {s0, s1, s0 * 4, s1 * 4};
+    }
+};
+struct q2_K : Format<0, 0, 2, 4, true, true, 0, false> {
+    static __device__ __forceinline__ Scale scale(unsigned s, unsigned u) {
+        float d = low_half(u), m = high_half(u);
+        return {d * (s & 15), d * (s >> 8 & 15), m * (s >> 4 & 15), m * (s >> 12)};
+    }
+};
+struct tq2_0 : Format<0, 0, 0, 2, false, false, 1, false> {
+    static __device__ __forceinline__ Scale scale(unsigned, unsigned u) { return one(low_half(u)); }
+};
+struct tq1_0 : tq2_0 {};
 struct iq4_xs : Format<1, 0, 1, 2, false, false, 0, true>, Iq4Levels {
     static __device__ __forceinline__ Scale scale(unsigned s, unsigned u) {
         return one(low_half(u) * (signed char)s);
@@ -111,6 +131,31 @@ struct mxfp4 : Format<1, 0, 1, 0, false, false, 0, true>, Fp4Levels {
         return one(__uint_as_float(e < 2 ? 0x200000u << e : (e - 1) << 23));
     }
 };
+struct nvfp4 : Format<1, 0, 2, 0, false, true, 0, true>, Fp4Levels {
+    // 4 bits of exponent and 3 of mantissa are the upper ones of an f16 2^8 times smaller; halved.
+    static __device__ __forceinline__ float e4m3(unsigned s) {
+        return low_half((s & 127) << 7) * 128;
+    }
+    static __device__ __forceinline__ Scale scale(unsigned s, unsigned) {
+        return {e4m3(s), e4m3(s >> 8), 0, 0};
+    }
+};
+template <class B>
+struct InGrid : Format<1, 0, 2, 2, false, true, 0, true> {
+    using Blocks = B;
+    static __device__ __forceinline__ uint4 levels() { return B::levels(); }
+    static __device__ __forceinline__ Scale scale(unsigned s, unsigned u) {
+        float d = low_half(u) * 0.125f;
+        return {d * (s & 255), d * (s >> 8), 0, 0};
+    }
+};
+using iq1_s = InGrid<iq::iq1_s>;
+using iq1_m = InGrid<iq::iq1_m>;
+using iq2_xxs = InGrid<iq::iq2_xxs>;
+using iq2_xs = InGrid<iq::iq2_xs>;
+using iq2_s = InGrid<iq::iq2_s>;
+using iq3_xxs = InGrid<iq::iq3_xxs>;
+using iq3_s = InGrid<iq::iq3_s>;
 
 // f16 and bf16 as they are.
 template <class T>
@@ -155,7 +200,10 @@ struct Row {
     Row() = default;
     __device__ __forceinline__ Row(const Packed& p, int matrix, int tile, int row) {
         long long at = matrix * (long long)p.tiles + tile, unit = at * p.groups * 8 + row;
-        codes = (const uint4*)p.codes + (at * p.groups * 8 * F::code_runs + row);
+        if constexpr (F::code_runs == 0)
+            codes = (const uint4*)(p.codes + unit * 8);
+        else
+            codes = (const uint4*)p.codes + (at * p.groups * 8 * F::code_runs + row);
         high = p.high + unit * F::high;
         scales = p.scales + unit * F::scale_bytes;
         supers = p.supers + (at * p.super_groups * 8 + row) * F::super_bytes;
@@ -166,6 +214,10 @@ struct Row {
     // Word t of a run.
     __device__ __forceinline__ unsigned code_word(int group, int run, int t) const {
         return load_stream((const unsigned*)(codes + (group * F::code_runs + run) * 8) + t);
+    }
+    // Two-bit codes.
+    __device__ __forceinline__ uint2 code_pairs(int group) const {
+        return load_stream((const uint2*)codes + group * 8);
     }
     __device__ __forceinline__ uint2 high_bits(int group) const {
         uint2 bits = {};
@@ -182,7 +234,7 @@ struct Row {
 // A whole group of one row.
 template <class F>
 struct RawGroup {
-    uint4 codes[F::code_runs];
+    uint4 codes[F::code_runs ? F::code_runs : 1];  // of two-bit codes x and y
     uint2 high;
     RawScale scale;
 };
@@ -190,6 +242,10 @@ struct RawGroup {
 template <class F>
 __device__ __forceinline__ RawGroup<F> load_group(const Row<F>& row, int group) {
     RawGroup<F> raw;
+    if constexpr (F::code_runs == 0) {
+        const uint2 pairs = row.code_pairs(group);
+        raw.codes[0] = make_uint4(pairs.x, pairs.y, 0, 0);
+    }
     for (int run = 0; run < F::code_runs; ++run) raw.codes[run] = row.code_run(group, run);
     raw.high = row.high_bits(group);
     raw.scale = row.scale(group);
@@ -245,6 +301,19 @@ __device__ __forceinline__ void unpack(const Table<F>& t, unsigned q, uint2 high
     }
 }
 
+// Code words j and j + 4 from two-bit codes.
+template <class F>
+__device__ __forceinline__ void unpack_pairs(uint2 q, uint2 high, int j, unsigned& first,
+                                             unsigned& second) {
+    // Rotated: with plain shifts ptxas takes fewer registers and then spills.
+    first = __funnelshift_r(q.x, q.x, 2 * j) & 0x03030303u;
+    second = __funnelshift_r(q.y, q.y, 2 * j) & 0x03030303u;
+    if constexpr (F::high == 4) {
+        first |= __funnelshift_r(high.x, high.x, j - 2) & 0x04040404u;
+        second |= (high.x >> (j + 2)) & 0x04040404u;
+    }
+}
+
 // The 8 code words of a group.
 template <class F>
 __device__ __forceinline__ void code_words(const Table<F>& t, const RawGroup<F>& raw,
@@ -254,6 +323,10 @@ __device__ __forceinline__ void code_words(const Table<F>& t, const RawGroup<F>&
         const uint4 d = raw.codes[1];
         words[0] = c.x, words[1] = c.y, words[2] = c.z, words[3] = c.w;
         words[4] = d.x, words[5] = d.y, words[6] = d.z, words[7] = d.w;
+    } else if constexpr (F::code_runs == 0) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+            unpack_pairs<F>(make_uint2(c.x, c.y), raw.high, j, words[j], words[j + 4]);
     } else {
         unpack(t, c.x, raw.high, 0, words[0], words[4]);
         unpack(t, c.y, raw.high, 1, words[1], words[5]);

@@ -10,26 +10,19 @@ __device__ __forceinline__ char* row_at(const Tensor& x, unsigned column) {
            rest / x.ne[2] * x.nb[3];
 }
 
-// A kernel launched to overlap its predecessor may begin when all blocks of that have called
-// release_successor, and must not read what that writes before wait_for_predecessor. Every block
-// waits, also one that has nothing to do: what follows takes the end of this kernel for the end of
-// both.
-__device__ __forceinline__ void release_successor() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void wait_for_predecessor() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 // What is read once needs no place in L1.
 __device__ __forceinline__ uint4 load_stream(const uint4* at) {
     uint4 v;
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(at)
+                 : "memory");
+    return v;
+}
+__device__ __forceinline__ uint2 load_stream(const uint2* at) {
+    uint2 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(v.x), "=r"(v.y)
                  : "l"(at)
                  : "memory");
     return v;

@@ -16,7 +16,7 @@ constexpr int THREADS = 128, RUNS = 4;
 template <class S, class H>
 __global__ void __launch_bounds__(THREADS)
     to_halves(Tensor b, H* out, float* scales, int k_padded) {
-    release_successor();
+    begin();
     const char* row = row_at(b, blockIdx.x);
     const int k = b.ne[0];
     float x[RUNS][8];
@@ -60,6 +60,7 @@ __global__ void __launch_bounds__(THREADS)
 template <class S, class D>
 __global__ void __launch_bounds__(256)
     copy_rows(Tensor in, D* out, unsigned first, unsigned columns) {
+    begin();
     long long n = (long long)in.ne[0] * columns;
     for (long long i = blockIdx.x * 256ll + threadIdx.x; i < n; i += gridDim.x * 256ll) {
         unsigned column = i / in.ne[0], i0 = i % in.ne[0];
@@ -70,6 +71,7 @@ __global__ void __launch_bounds__(256)
 // y = act(gate) * y, of rows without gaps in gate.
 __global__ void __launch_bounds__(256)
     gate_rows(Tensor y, const float* gate, int act, unsigned columns) {
+    begin();
     long long n = (long long)y.ne[0] * columns;
     for (long long i = blockIdx.x * 256ll + threadIdx.x; i < n; i += gridDim.x * 256ll) {
         float* at = (float*)(row_at(y, i / y.ne[0]) + i % y.ne[0] * y.nb[0]);
@@ -80,6 +82,7 @@ __global__ void __launch_bounds__(256)
 // Rows without gaps into rows of y.
 __global__ void __launch_bounds__(256)
     put_rows(const float* product, Tensor y, unsigned first, unsigned columns, int narrow) {
+    begin();
     long long n = (long long)y.ne[0] * columns;
     for (long long i = blockIdx.x * 256ll + threadIdx.x; i < n; i += gridDim.x * 256ll)
         put(y, row_at(y, first + i / y.ne[0]), i % y.ne[0], product[i], narrow);

@@ -5,9 +5,10 @@
 // rows; see linear_prepare.cu) come through shared memory, in rows of 64 numbers swizzled as wgmma
 // wants them.
 //
-// @kernel tile<{BLOCKS}, {1|2}, {32|64|128}, {true|false}>
+// @kernel tile<{BLOCKS}, {1|2}, {32|64|128}, true>
+// @kernel tile<{SOME}, {1|2}, {32|64|128}, false>
 // @kernel tile<Dense<{__half|__nv_bfloat16}>, 1, {32|64|128}, true>
-// @kernel tile<Raw<{BLOCKS}>, 1, 64, {true|false}>
+// @kernel tile<Raw<{SOME}>, 1, 64, {true|false}>
 #include "blocks.cuh"
 #include "linear_mma.cuh"
 
@@ -27,7 +28,7 @@ struct Columns {
 // ---------------------------------------------------------------------------
 
 // What a thread needs of one row's group: words t of its code runs (weights 4 t to 4 t + 3, and
-// those 16 further).
+// those 16 further); all two-bit codes.
 template <class F>
 struct RawWords {
     unsigned first, second;
@@ -43,7 +44,12 @@ struct TileRow : Row<F> {
         : Row<F>(a, matrix, min(tile, (rows_of(a) - 1) / 8), row), t(t) {}
     __device__ __forceinline__ RawWords<F> load(int group) const {
         RawWords<F> raw = {};
-        raw.first = this->code_word(group, 0, t);
+        if constexpr (F::code_runs == 0) {
+            const uint2 pairs = this->code_pairs(group);
+            raw.first = pairs.x, raw.second = pairs.y;
+        } else {
+            raw.first = this->code_word(group, 0, t);
+        }
         if constexpr (F::code_runs == 2) raw.second = this->code_word(group, 1, t);
         raw.high = this->high_bits(group);
         raw.scale = this->scale(group);
@@ -59,6 +65,8 @@ __device__ __forceinline__ void decode(const Table<F>& table, const RawWords<F>&
                                        unsigned (&pairs)[4]) {
     unsigned words[2] = {raw.first, raw.second};
     if constexpr (F::code_runs == 1) unpack(table, raw.first, raw.high, t, words[0], words[1]);
+    if constexpr (F::code_runs == 0)
+        unpack_pairs<F>(make_uint2(raw.first, raw.second), raw.high, t, words[0], words[1]);
     Scale s = F::scale(raw.scale.own, raw.scale.shared);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -158,7 +166,7 @@ __global__ void __launch_bounds__(THREADS, N << has_high<F> <= TWO_BLOCKS ? 2 : 
     int matrix, valid;
     if constexpr (ROUTED) {
         if (blockIdx.y >= *columns.n_tiles) {
-            wait_for_predecessor();  // so that the end of this kernel is the end of both
+            begin();
             return;
         }
         int4 mine = columns.tiles[blockIdx.y];
@@ -189,7 +197,7 @@ __global__ void __launch_bounds__(THREADS, N << has_high<F> <= TWO_BLOCKS ? 2 : 
     for (int i = 0; i < 2 * AHEAD; ++i)
 #pragma unroll
         for (int r = 0; r < 2; ++r) raw[i][r] = rows[r].load(min(i, groups - 1));
-    wait_for_predecessor();
+    begin();
     if (thread < valid) column_scales[thread] = scales[sources[thread]];
     __syncthreads();
 

@@ -10,64 +10,29 @@
 // @kernel vec<{BLOCKS}, {2|4|8}, 2, 1, {1|2}>
 // @kernel vec<{BLOCKS}, {1|8}, 3, 1, 1>
 // @kernel hot vec<{BLOCKS}, {1|8}, 2, 2, 1>
-// @kernel hot vec_id<{BLOCKS}, {1|2}>
-// @kernel vec<Raw<{BLOCKS}>, {1|8}, 2, 1, 1>
-// @kernel vec_id<Raw<{BLOCKS}>, 1>
+// @kernel hot vec_id<{BLOCKS}, 2, {1|2}>
+// @kernel vec_id<{BLOCKS}, 3, 1>
+// @kernel vec<Raw<{EVERY}>, 1, 2, 1, 1>
+// @kernel vec<Raw<{SOME}>, 8, 2, 1, 1>
+// @kernel vec_id<Raw<{SOME}>, {2|3}, 1>
 // @kernel vec_plain<{float|__half|__nv_bfloat16}, float, 1, {true|false}>
 // @kernel vec_plain<float, float, {4|8}, {true|false}>
 // @kernel vec_plain_id<{float|__half|__nv_bfloat16}, float, {true|false}>
 #include "blocks.cuh"
+#include "fixed_point.cuh"
 
-template <int LEVELS>
-constexpr int group_bytes = 32 * LEVELS + 16;
-
-// b [k, columns] as groups: LEVELS runs of 32 signed bytes (highest first), then {step, sum of the
-// first 16, sum of the last 16, sum}. Eight lanes to a group.
+// b [k, columns] as groups. Eight lanes to a group.
 template <class T, int LEVELS>
 __global__ void __launch_bounds__(256)
     quantize(Tensor b, unsigned char* out, int groups, long long columns) {
-    release_successor();
+    begin();
     long long word = blockIdx.x * 256ll + threadIdx.x, group = word / 8;
-    int lane = threadIdx.x & 7;
-    bool inside = group < groups * columns;
-    float x[4] = {};
-    if (inside) {
-        const char* row = row_at(b, group / groups) + (group % groups * 32 + lane * 4) * b.nb[0];
-        for (int i = 0; i < 4; ++i) x[i] = to_f32(*(const T*)(row + i * b.nb[0]));
-    }
-    float most = fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3])));
-    float sound = x[0] + x[1] + x[2] + x[3];  // NaN or infinite where an x is
-    for (int i = 1; i < 8; i *= 2) {
-        most = fmaxf(most, __shfl_xor_sync(~0u, most, i));
-        sound += __shfl_xor_sync(~0u, sound, i);
-    }
-    // 127 in every byte; less a little where rounding could carry past it.
-    constexpr float top = LEVELS == 2 ? 127 * 257 : 127 * 65793 - 16;
-    // A step below 2^-126 would lose bits: such a group is zero to f32 products anyway.
-    float step = most / top, inverse = step < 1.1754944e-38f ? 0.0f : top / most;
-    unsigned packed[LEVELS] = {};
-    int sum = 0;
-    for (int i = 0; i < 4; ++i) {
-        int q = __float2int_rn(x[i] * inverse);
-        sum += q;
-        for (int level = LEVELS - 1; level >= 0; --level) {
-            int low = (int)(signed char)q;
-            packed[level] |= (unsigned)(low & 255) << 8 * i;
-            q = (q - low) >> 8;
-        }
-    }
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    sum += __shfl_xor_sync(~0u, sum, 2);
-    int other = __shfl_xor_sync(~0u, sum, 4);
-    if (!inside) return;
-    if (isnan(sound) || isinf(most)) step = __int_as_float(0x7FC00000);
-    unsigned char* at = out + group * group_bytes<LEVELS>;
-    for (int level = 0; level < LEVELS; ++level)
-        ((unsigned*)(at + 32 * level))[lane] = packed[level];
-    if (lane == 0) {
-        float first = step * sum, last = step * other;
-        *(float4*)(at + 32 * LEVELS) = make_float4(step, first, last, first + last);
-    }
+    if (group >= groups * columns) return;  // whole groups of lanes
+    const char* row =
+        row_at(b, group / groups) + (group % groups * 32 + (threadIdx.x & 7) * 4) * b.nb[0];
+    float x[4];
+    for (int i = 0; i < 4; ++i) x[i] = to_f32(*(const T*)(row + i * b.nb[0]));
+    put_fixed<LEVELS>(x, out + group * group_bytes<LEVELS>);
 }
 
 // A group of a column as `quantize` left it.
@@ -107,8 +72,8 @@ __device__ __forceinline__ float dot_group(const unsigned (&words)[8], Scale s,
                                            const Fixed<LEVELS>& x) {
     float first = x.dot(words, 0), last = x.dot(words + 4, 1);
     float y = F::split ? x.step * fmaf(s.s1, last, s.s0 * first) : x.step * (s.s0 * (first + last));
-    if constexpr (F::split)
-        y -= fmaf(s.m1, x.last_sum, s.m0 * x.first_sum);
+    if constexpr (F::split && (F::affine || F::bias))
+        y = fmaf(-s.m1, x.last_sum, fmaf(-s.m0, x.first_sum, y));
     else if constexpr (F::affine || F::bias)
         y = fmaf(-s.m0, x.sum, y);
     return y;
@@ -144,7 +109,7 @@ __device__ __forceinline__ float tile_product(const Weights<F>& weights, int mat
     };
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i) load(raw[i], first + i * step);
-    wait_for_predecessor();
+    begin();
     for (int group = first; group < groups; group += AHEAD * step)
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {
@@ -212,18 +177,20 @@ __global__ void __launch_bounds__(32 * MOST_WARPS)
 }
 
 // grid: tiles of rows, pairs of token and slot.
-template <class F, int MATS>
+template <class F, int LEVELS, int MATS>
 __global__ void __launch_bounds__(32 * MOST_WARPS)
-    vec_id(Weights<F> weights, const unsigned char* x, Tensor y, Routing routing, int act) {
+    vec_id(Weights<F> weights, const unsigned char* x, Tensor y, Routing routing, int act,
+           int late) {
+    if (late) wait_for_predecessor();  // which may have chosen the experts
     Pair pair = pair_of(routing, y, blockIdx.y);
     float value = 0;
     if (pair.expert >= 0) {
         const unsigned char* columns[1] = {x + (long long)pair.column * groups_of(weights.w[0]) *
-                                                   group_bytes<2>};
+                                                   group_bytes<LEVELS>};
         value = combine<1, MATS>(
-            tile_product<F, 1, 2, MATS, 1>(weights, pair.expert, blockIdx.x, columns), act);
+            tile_product<F, 1, LEVELS, MATS, 1>(weights, pair.expert, blockIdx.x, columns), act);
     } else {
-        wait_for_predecessor();  // so that the end of this kernel is the end of both
+        begin();
     }
     int i = threadIdx.y * 32 + threadIdx.x, row = blockIdx.x * 8 + i;
     if (i < 8 && row < rows_of(weights.w[0])) put(y, pair.to, row, value, 0);
@@ -286,6 +253,7 @@ __device__ __forceinline__ float rows_product(const Tensor& a, const char* first
 template <class A, class B, int COLS, bool VECTOR>
 __global__ void __launch_bounds__(32 * MOST_WARPS)
     vec_plain(Tensor a, Tensor b, Tensor y, Heads heads, int narrow) {
+    begin();
     unsigned first = blockIdx.z * heads.columns;
     int start = blockIdx.y * COLS, valid = min(COLS, heads.columns - start),
         at = blockIdx.x * PLAIN_ROWS;
@@ -304,6 +272,7 @@ __global__ void __launch_bounds__(32 * MOST_WARPS)
 template <class A, class B, bool VECTOR>
 __global__ void __launch_bounds__(32 * MOST_WARPS)
     vec_plain_id(Tensor a, Tensor b, Tensor y, Routing routing) {
+    begin();
     Pair pair = pair_of(routing, y, blockIdx.y);
     int at = blockIdx.x * PLAIN_ROWS;
     float value = 0;

@@ -9,6 +9,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "overlap.cuh"
+
 using u8 = unsigned char;
 using u16 = unsigned short;
 using u32 = unsigned int;
@@ -128,20 +130,6 @@ __device__ __forceinline__ void tensor_copy(void* to, const TensorMap* map, u64*
                  "[%0], [%1, {%3,%4,%5,%6}], [%2];" ::"r"(shared_address(to)),
                  "l"(map), "r"(shared_address(b)), "r"(x), "r"(y), "r"(z), "r"(w)
                  : "memory");
-}
-
-// ---- a kernel that begins before its predecessor ended (9.0) ------------------------------------
-
-__device__ __forceinline__ void successor_may_begin() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-// What the predecessor wrote may be read from here on.
-__device__ __forceinline__ void predecessor_ended() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
 }
 
 // ---- warpgroups: wgmma (9.0a only) --------------------------------------------------------------

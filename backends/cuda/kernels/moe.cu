@@ -2,11 +2,14 @@
 //
 // @kernel multi_add<{true|false}>
 // @kernel grouped_topk
+// @kernel route
 #include "sort.cuh"
 
-// y[:, t] = sum_e a[:, e, t] b[0, e, t], without b where it is not WEIGHTED; in the order of e.
+// y[:, t] = sum_e a[:, e, t] b[0, e, t], without b where it is not WEIGHTED; in the order of e. Then
+// + c[:, t] + d[:, t], where these are there.
 template <bool WEIGHTED>
-__global__ void __launch_bounds__(256) multi_add(Tensor out, Tensor a, Tensor b) {
+__global__ void __launch_bounds__(256) multi_add(Tensor out, Tensor a, Tensor b, Tensor c, Tensor d) {
+    begin();
     int token = blockIdx.x, i = blockIdx.y * 256 + threadIdx.x;
     if (i >= out.ne[0]) return;
     float sum = 0;
@@ -14,19 +17,16 @@ __global__ void __launch_bounds__(256) multi_add(Tensor out, Tensor a, Tensor b)
         float x = *a.at<float>(i, e, token, 0);
         sum += WEIGHTED ? x * *b.at<float>(0, e, token, 0) : x;
     }
+    if (c.data) sum += *c.at<float>(i, token, 0, 0);
+    if (d.data) sum += *d.at<float>(i, token, 0, 0);
     *out.at<float>(i, token, 0, 0) = sum;
 }
 
-// Ids of the k best experts of the best groups: a block for each token.
-// Shared memory: `padded` keys (a power of two), n_group keys, n scores.
-__global__ void grouped_topk(Tensor out, Tensor a, int padded, int n_group, int n_used, int n_top) {
-    extern __shared__ Key keys[];
-    Key* groups = keys + padded;
-    float* scores = (float*)(groups + n_group);
-    int n = a.ne[0], size = n / n_group;
-    int i1 = blockIdx.x % a.ne[1], i2 = blockIdx.x / a.ne[1], i3 = blockIdx.y;
-    for (int i = threadIdx.x; i < n; i += blockDim.x) scores[i] = *a.at<float>(i, i1, i2, i3);
-    __syncthreads();
+// Keys of n experts of which the best of the best n_used groups are to be found; of all where there
+// are no groups. What a group is worth: the sum of its n_top best scores.
+__device__ __forceinline__ void make_keys(Key* keys, int padded, Key* groups, const float* scores,
+                                          int n, int n_group, int n_used, int n_top) {
+    const int size = n_group ? n / n_group : n;
     for (int g = threadIdx.x; g < n_group; g += blockDim.x) {
         float score = 0;
         Key last = 0;  // the best so far: the next is the least key above it
@@ -43,14 +43,70 @@ __global__ void grouped_topk(Tensor out, Tensor a, int padded, int n_group, int 
     }
     __syncthreads();
     for (int i = threadIdx.x; i < padded; i += blockDim.x) {
-        int better = n_group;
-        if (i < n) {
-            better = 0;
+        int better = 0;
+        if (i < n)
             for (int g = 0; g < n_group; g++) better += groups[g] < groups[i / size];
-        }
-        keys[i] = better < n_used ? sort_key(scores[i], i, true) : LAST_KEY;
+        bool there = i < n && (n_group == 0 || better < n_used);
+        keys[i] = there ? sort_key(scores[i], i, true) : LAST_KEY;
     }
+}
+
+// Ids of the k best experts of the best groups: a block for each token.
+// Shared memory: `padded` keys (a power of two), n_group keys, n scores.
+__global__ void grouped_topk(Tensor out, Tensor a, int padded, int n_group, int n_used, int n_top) {
+    begin();
+    extern __shared__ Key keys[];
+    Key* groups = keys + padded;
+    float* scores = (float*)(groups + n_group);
+    int n = a.ne[0], i1 = blockIdx.x % a.ne[1], i2 = blockIdx.x / a.ne[1], i3 = blockIdx.y;
+    for (int i = threadIdx.x; i < n; i += blockDim.x) scores[i] = *a.at<float>(i, i1, i2, i3);
+    __syncthreads();
+    make_keys(keys, padded, groups, scores, n, n_group, n_used, n_top);
     sort_shared(keys, padded, 0);
     for (int i = threadIdx.x; i < out.ne[0]; i += blockDim.x)
         *out.at<int>(i, i1, i2, i3) = (int)(unsigned)keys[i];
+}
+
+// Routing as a whole, a block for each token: p = soft_max(scale scores) or sigmoid(scores), the ids
+// of the best p (+ bias), weights s p[ids] (/ their sum within limits) + b.
+// Shared memory: `padded` keys, n_group keys, `padded` p and as many p + bias.
+__global__ void route(Tensor weights, Tensor ids, Tensor scores, Tensor bias, int padded, int n_group,
+                      int n_used, int n_top, int softmax, float scale, int divided, float low,
+                      float high, float s, float b) {
+    begin();
+    extern __shared__ Key keys[];
+    Key* groups = keys + padded;
+    float *p = (float*)(groups + n_group), *chosen = p + padded;
+    const int token = blockIdx.x, n = scores.ne[0], k = ids.ne[0];
+    const float infinity = __int_as_float(0x7f800000);
+    float most = -infinity, sum = 0, base = 0, factor = 1;
+    for (int i = threadIdx.x; i < n; i += blockDim.x) {
+        p[i] = *scores.at<float>(i, token, 0, 0) * scale;
+        most = fmaxf(most, p[i]);
+    }
+    if (softmax) {
+        most = block_reduce<Max>(most, -infinity);
+        base = most == -infinity ? 0 : most;
+        for (int i = threadIdx.x; i < n; i += blockDim.x) sum += expf(p[i] - base);
+        sum = block_reduce<Sum>(sum, 0);
+        factor = sum > 0 ? 1 / sum : 0;
+    }
+    for (int i = threadIdx.x; i < n; i += blockDim.x) {
+        p[i] = softmax ? expf(p[i] - base) * factor : 1 / (1 + expf(-p[i]));
+        chosen[i] = bias.data ? p[i] + *bias.at<float>(i, 0, 0, 0) : p[i];
+    }
+    __syncthreads();
+    make_keys(keys, padded, groups, chosen, n, n_group, n_used, n_top);
+    sort_shared(keys, padded, 0);
+    float by = s;
+    if (divided) {
+        sum = 0;  // every thread: k is small
+        for (int i = 0; i < k; i++) sum += p[(unsigned)keys[i]];
+        by = s / fminf(fmaxf(sum, low), high);
+    }
+    for (int i = threadIdx.x; i < k; i += blockDim.x) {
+        const int id = (int)(unsigned)keys[i];
+        *ids.at<int>(i, token, 0, 0) = id;
+        *weights.at<float>(i, token, 0, 0) = p[id] * by + b;
+    }
 }

@@ -10,6 +10,7 @@ constexpr int THREADS = 1024;
 // order: pairs by expert. tiles: {expert, first entry of order, entries} for every `columns` pairs.
 __global__ void __launch_bounds__(THREADS)
     group_pairs(Routing routing, Tensor y, int* order, int4* tiles, int* n_tiles, int columns) {
+    begin();
     extern __shared__ int counts[];  // by expert
     __shared__ int starts[THREADS / 32], before, tiles_before, all_tiles;
     const int thread = threadIdx.x, mine = blockIdx.x, n_used = routing.ids.ne[0];

@@ -16,6 +16,7 @@ __device__ __forceinline__ const char* row_of(const Tensor& a) {
 }
 
 __global__ void sum_rows(Tensor out, Tensor a) {
+    begin();
     const char* x = row_of(a);
     float sum = 0;
     for (int i = threadIdx.x; i < a.ne[0]; i += blockDim.x) sum += *(const float*)(x + (long long)i * a.nb[0]);
@@ -38,6 +39,7 @@ __device__ __forceinline__ int* result_of_row(const Tensor& out, int row, int i3
 // The id of a row's largest, the first of equals; the result has a's dimensions 1, 2 and 3.
 // A row may be shared by gridDim.z blocks, at most 32: then each leaves its best key.
 __global__ void argmax(Tensor out, Tensor a, Key* keys) {
+    begin();
     __shared__ Key parts[32];
     const char* x = row_of(a);
     Key best = LAST_KEY;
@@ -57,6 +59,7 @@ __global__ void argmax(Tensor out, Tensor a, Key* keys) {
 
 // A warp for each row: the best of its `parts` keys.
 __global__ void argmax_of(Tensor out, const Key* keys, int parts) {
+    begin();
     const Key* mine = keys + ((long long)blockIdx.y * gridDim.x + blockIdx.x) * parts;
     Key best = warp_least(threadIdx.x < parts ? mine[threadIdx.x] : LAST_KEY);
     if (threadIdx.x == 0) *result_of_row(out, blockIdx.x, blockIdx.y) = (int)(unsigned)best;
@@ -64,6 +67,7 @@ __global__ void argmax_of(Tensor out, const Key* keys, int parts) {
 
 // Rows that fit into shared memory: `padded` keys, a power of two.
 __global__ void sort_rows(Tensor out, Tensor a, int padded, int descending) {
+    begin();
     extern __shared__ Key keys[];
     const char* x = row_of(a);
     for (int i = threadIdx.x; i < padded; i += blockDim.x)
@@ -78,6 +82,7 @@ __global__ void sort_rows(Tensor out, Tensor a, int padded, int descending) {
 
 // blockIdx.x: the row; blockIdx.y: part of it.
 __global__ void make_keys(Key* memory, Tensor a, int padded, int descending) {
+    begin();
     __shared__ Key keys[PART];
     int row = blockIdx.x, i1 = row % a.ne[1], rest = row / a.ne[1];
     const char* x = (const char*)a.row<float>(i1, rest % a.ne[2], rest / a.ne[2]);
@@ -92,6 +97,7 @@ __global__ void make_keys(Key* memory, Tensor a, int padded, int descending) {
 }
 
 __global__ void merge_far(Key* memory, int padded, int size, int stride) {
+    begin();
     int i = blockIdx.y * blockDim.x + threadIdx.x;
     Key* row = memory + (long long)blockIdx.x * padded;
     int low = 2 * i - (i & (stride - 1)), high = low + stride;
@@ -100,6 +106,7 @@ __global__ void merge_far(Key* memory, int padded, int size, int stride) {
 }
 
 __global__ void merge_near(Key* memory, int padded, int size) {
+    begin();
     __shared__ Key keys[PART];
     int base = blockIdx.y * PART;
     Key* mine = memory + (long long)blockIdx.x * padded + base;
@@ -109,6 +116,7 @@ __global__ void merge_near(Key* memory, int padded, int size) {
 }
 
 __global__ void first_ids(Tensor out, const Key* memory, int padded) {
+    begin();
     int i = blockIdx.y * blockDim.x + threadIdx.x, row = blockIdx.x;
     if (i >= out.ne[0]) return;
     int i1 = row % out.ne[1], rest = row / out.ne[1];

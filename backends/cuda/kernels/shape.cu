@@ -6,17 +6,19 @@
 // @kernel convert<float, {int|long long}, 1, unsigned>
 // @kernel convert<{int|long long}, float, 1, unsigned>
 // @kernel convert<{unsigned short|unsigned char}, $1, 1, unsigned>
-// @kernel decode<{q8_0|q4_0|q4_1|q5_0|q5_1|iq4_nl|q2_K|q3_K|q4_K|q5_K|q6_K|iq4_xs|mxfp4|nvfp4|tq1_0|tq2_0}, float, 4>
+// @kernel decode<{EVERY}, float, 4>
 // @kernel decode<{q8_0|q6_K}, {__half|__nv_bfloat16}, {4|1}>
-// @kernel get_rows<{Plain<float>|Plain<__half>|Plain<__nv_bfloat16>|q8_0|q4_K|q6_K|iq4_nl}>
+// @kernel get_rows<{Plain<float>|Plain<__half>|Plain<__nv_bfloat16>|q8_0|q4_K|q6_K|iq4_nl|iq2_xs}>
 // @kernel get_ids
 // @kernel set_rows<{float|__half}, {float|__half|__nv_bfloat16}, {int|long long}>
+// @kernel set_rows<{int|long long}, $1, {int|long long}>
 // @kernel encode_rows<Plain<{float|__half|__nv_bfloat16}>, {q8_0|q4_0|q4_1|q5_0|q5_1|iq4_nl}, {void|int|long long}>
 #include "encode.cuh"
 
 // Words of W, of one size; the source repeats.
 template <class W, class I>
 __global__ void __launch_bounds__(256) copy(Tensor out, Tensor a, I total) {
+    begin();
     I i = (I)blockIdx.x * 256 + threadIdx.x;
     if (i >= total) return;
     Index at = unravel<I>(i, out.ne[0], out.ne[1], out.ne[2]);
@@ -28,6 +30,7 @@ __global__ void __launch_bounds__(256) copy(Tensor out, Tensor a, I total) {
 // Elements in order from S to D; sizes may differ where counts do not. V > 1: rows are alike.
 template <class S, class D, int V, class I>
 __global__ void __launch_bounds__(256) convert(Tensor out, Tensor a, I total) {
+    begin();
     I i = (I)blockIdx.x * 256 + threadIdx.x;
     if (i >= total) return;
     Index from = unravel<I>(i, a.ne[0] / V, a.ne[1], a.ne[2]);
@@ -48,6 +51,7 @@ __device__ __forceinline__ char* row_number(const Tensor& t, long long row) {
 // Blocks to plain elements, V neighbours a thread. blockIdx.x: the row, blockIdx.y: part of it.
 template <class B, class D, int V>
 __global__ void __launch_bounds__(256) decode(Tensor out, Tensor a) {
+    begin();
     int i = (blockIdx.y * 256 + threadIdx.x) * V;
     if (i >= out.ne[0]) return;
     const char* row = row_number(a, blockIdx.x);
@@ -60,6 +64,7 @@ __global__ void __launch_bounds__(256) decode(Tensor out, Tensor a) {
 // y[:, i, p, q] = a[:, ids[i, p, q], p, q]; zeros where an id means none or is past the end.
 template <class B>
 __global__ void __launch_bounds__(256) get_rows(Tensor out, Tensor a, Tensor ids) {
+    begin();
     int i = blockIdx.y * 256 + threadIdx.x, i1 = blockIdx.x % out.ne[1], rest = blockIdx.x / out.ne[1];
     int i2 = rest % out.ne[2], i3 = rest / out.ne[2], id = *ids.at<int>(i1, i2, i3, 0);
     if (i >= out.ne[0]) return;
@@ -69,6 +74,7 @@ __global__ void __launch_bounds__(256) get_rows(Tensor out, Tensor a, Tensor ids
 
 // The same for whole numbers, which f32 does not hold.
 __global__ void __launch_bounds__(256) get_ids(Tensor out, Tensor a, Tensor ids) {
+    begin();
     int i = blockIdx.y * 256 + threadIdx.x, i1 = blockIdx.x % out.ne[1], rest = blockIdx.x / out.ne[1];
     int i2 = rest % out.ne[2], i3 = rest / out.ne[2], id = *ids.at<int>(i1, i2, i3, 0);
     if (i >= out.ne[0]) return;
@@ -85,6 +91,7 @@ __device__ __forceinline__ char* target_row(const Tensor& out, const Tensor& ids
 // a[:, ids[i, p % c1, q % c2], p, q] = b[:, i, p, q]. blockIdx.x: the row of b.
 template <class S, class D, class Id>
 __global__ void __launch_bounds__(256) set_rows(Tensor out, Tensor b, Tensor ids) {
+    begin();
     int i = blockIdx.y * 256 + threadIdx.x, i1 = blockIdx.x % b.ne[1], rest = blockIdx.x / b.ne[1];
     int i2 = rest % b.ne[2], i3 = rest / b.ne[2];
     char* row = target_row<Id>(out, ids, i1, i2, i3);
@@ -95,6 +102,7 @@ __global__ void __launch_bounds__(256) set_rows(Tensor out, Tensor b, Tensor ids
 // Rows into blocks of 32, a warp for each block: to the rows that ids name, or in order (Id void).
 template <class S, class B, class Id>
 __global__ void __launch_bounds__(256) encode_rows(Tensor out, Tensor b, Tensor ids) {
+    begin();
     int lane = threadIdx.x % 32, block = blockIdx.y * 8 + threadIdx.x / 32;
     if (block >= b.ne[0] / 32) return;
     char* row;

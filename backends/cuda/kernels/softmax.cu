@@ -15,6 +15,7 @@ struct Softmax {
 
 template <class M, int VEC>
 __global__ void __launch_bounds__(256) softmax(const __grid_constant__ Softmax p) {
+    begin();
     const int i = blockIdx.x, h = blockIdx.y, s = blockIdx.z, t = threadIdx.x;
     const char *a = p.a + i * p.nb_a[1] + h * p.nb_a[2] + s * p.nb_a[3];
     const char *mask = p.mask ? p.mask + i * p.nb_mask[1] + h % p.mask_heads * p.nb_mask[2] +

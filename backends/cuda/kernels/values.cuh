@@ -2,6 +2,8 @@
 // These do the f32 operations of the NumPy codecs in their order, so results are equal to the bit.
 #pragma once
 #include "common.cuh"
+#include "fields.cuh"
+#include "iq.cuh"
 
 __device__ __forceinline__ float half_at(const unsigned char* p) {
     return __half2float(__ushort_as_half((unsigned short)(p[0] | p[1] << 8)));
@@ -16,20 +18,10 @@ __constant__ signed char FP4_LEVELS[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -
 // SIZE: elements of a block, BYTES: of a block; value(p, i): element i of the block at p.
 template <class T>
 struct Plain {
+    using Type = T;
     static constexpr int SIZE = 1, BYTES = sizeof(T);
     static __device__ __forceinline__ float value(const unsigned char* p, int) { return to_f32(*(const T*)p); }
 };
-
-// Code i of fields of 4 bits in runs of RUN bytes: the low halves of a run, then the high ones.
-template <int RUN>
-__device__ __forceinline__ int nibble(const unsigned char* field, int i) {
-    int byte = field[i / (2 * RUN) * RUN + i % RUN];
-    return i / RUN % 2 ? byte >> 4 : byte & 15;
-}
-// Code i of fields of 2 bits: 4 runs of 32 in 32 bytes.
-__device__ __forceinline__ int pair_of_bits(const unsigned char* field, int i) {
-    return field[i / 128 * 32 + i % 32] >> (i / 32 % 4 * 2) & 3;
-}
 
 struct q8_0 {
     static constexpr int SIZE = 32, BYTES = 34;
@@ -97,10 +89,7 @@ struct q2_K {
 struct q3_K {
     static constexpr int SIZE = 256, BYTES = 110;
     static __device__ float value(const unsigned char* p, int i) {
-        const unsigned char* s = p + 96;
-        int g = i / 16, low = g < 8 ? s[g] & 15 : s[g - 8] >> 4, high = s[8 + g % 4] >> (g / 4 * 2) & 3;
-        int q = pair_of_bits(p + 32, i) - (p[i % 32] >> (i / 32) & 1 ? 0 : 4);
-        return times(times(half_at(p + 108), (low | high << 4) - 32), q);
+        return times(times(half_at(p + 108), scale_of_q3_K(p, i / 16)), code_of_q3_K(p, i) - 4);
     }
 };
 struct iq4_xs {
@@ -131,17 +120,33 @@ struct tq2_0 {
         return times(half_at(p + 64), pair_of_bits(p, i) - 1);
     }
 };
-// Base 3: a byte holds five digits, the first on top. 32 bytes of 5, 16 of 5, 4 of 4.
 struct tq1_0 {
     static constexpr int SIZE = 256, BYTES = 54;
     static __device__ float value(const unsigned char* p, int i) {
-        int at = i < 160 ? i % 32 : i < 240 ? 32 + (i - 160) % 16 : 48 + (i - 240) % 4;
-        int digit = i < 160 ? i / 32 : i < 240 ? (i - 160) / 16 : (i - 240) / 4;
-        unsigned char q = p[at];
-        for (int k = 0; k < digit; k++) q *= 3;
-        return times(half_at(p + 52), (q * 3 >> 8) - 1);
+        return times(half_at(p + 52), digit_of_3(p, i) - 1);
     }
 };
+
+// Every product here is exact, so that their order is free.
+template <class B>
+struct InGrid {
+    static constexpr int SIZE = 256, BYTES = B::BYTES;
+    static __device__ float value(const unsigned char* p, int i) {
+        const uint4 levels = B::levels();
+        const int code = B::code(p, i);
+        unsigned four = code & 8 ? (code & 4 ? levels.w : levels.z) : code & 4 ? levels.y : levels.x;
+        int level = (signed char)(four >> code % 4 * 8);
+        float d = __half2float(__ushort_as_half((unsigned short)B::d(p)));
+        return times(level, times(d, 0.125f * B::factor(p, i)));
+    }
+};
+using iq1_s = InGrid<iq::iq1_s>;
+using iq1_m = InGrid<iq::iq1_m>;
+using iq2_xxs = InGrid<iq::iq2_xxs>;
+using iq2_xs = InGrid<iq::iq2_xs>;
+using iq2_s = InGrid<iq::iq2_s>;
+using iq3_xxs = InGrid<iq::iq3_xxs>;
+using iq3_s = InGrid<iq::iq3_s>;
 
 // Element i of a row whose blocks lie nb0 bytes apart.
 template <class B>

@@ -16,7 +16,7 @@ def mul_mat(a: Array, b: Array, *, prec: str = "default", type: object = "f32") 
     return out
 
 
-def mul_mat_id(experts: Array, b: Array, ids: Array) -> Array:
+def mul_mat_id(experts: Array, b: Array, ids: Array, *, prec: str = "default") -> Array:
     """out[:, e, t] = experts[:, :, ids[e, t]] . b[:, e mod n_b, t]; a negative id gives zeros."""
     n_tokens, n_used = ids.shape[2:]
     out = np.zeros((1, n_tokens, n_used, experts.shape[2]))

@@ -8,11 +8,15 @@ from pyggml.parity.oracle.base import Array, activate
 from pyggml.parity.oracle.linear import mul_mat, mul_mat_id
 
 
-def moe_up_gate(up: Array, gate: Array, b: Array, ids: Array, *, act: str = "silu") -> Array:
+def moe_up_gate(
+    up: Array, gate: Array, b: Array, ids: Array, *, act: str = "silu", prec: str = "default"
+) -> Array:
     return activate(act, mul_mat_id(gate, b, ids)) * mul_mat_id(up, b, ids)
 
 
-def fused_up_gate(up: Array, gate: Array, b: Array, *, act: str = "silu") -> Array:
+def fused_up_gate(
+    up: Array, gate: Array, b: Array, *, act: str = "silu", prec: str = "default"
+) -> Array:
     return activate(act, mul_mat(gate, b)) * mul_mat(up, b)
 
 

@@ -1,0 +1,46 @@
+// Activations in fixed point by groups of 32: LEVELS runs of 32 signed bytes (highest first), then
+// {step, sum of the first 16, sum of the last 16, sum}.
+#pragma once
+#include "common.cuh"
+
+template <int LEVELS>
+constexpr int group_bytes = 32 * LEVELS + 16;
+
+// A group of which lanes 8 i to 8 i + 7 of a warp hold four neighbours each; other lanes may be
+// elsewhere.
+template <int LEVELS>
+__device__ __forceinline__ void put_fixed(const float (&x)[4], unsigned char* at) {
+    const int lane = threadIdx.x & 7;
+    const unsigned mask = 0xFFu << (threadIdx.x & 24);
+    float most = fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3])));
+    float sound = x[0] + x[1] + x[2] + x[3];  // NaN or infinite where an x is
+    for (int i = 1; i < 8; i *= 2) {
+        most = fmaxf(most, __shfl_xor_sync(mask, most, i));
+        sound += __shfl_xor_sync(mask, sound, i);
+    }
+    // 127 in every byte; less a little where rounding could carry past it.
+    constexpr float top = LEVELS == 2 ? 127 * 257 : 127 * 65793 - 16;
+    // A step below 2^-126 would lose bits: such a group is zero to f32 products anyway.
+    float step = most / top, inverse = step < 1.1754944e-38f ? 0.0f : top / most;
+    unsigned packed[LEVELS] = {};
+    int sum = 0;
+    for (int i = 0; i < 4; ++i) {
+        int q = __float2int_rn(x[i] * inverse);
+        sum += q;
+        for (int level = LEVELS - 1; level >= 0; --level) {
+            int low = (int)(signed char)q;
+            packed[level] |= (unsigned)(low & 255) << 8 * i;
+            q = (q - low) >> 8;
+        }
+    }
+    sum += __shfl_xor_sync(mask, sum, 1);
+    sum += __shfl_xor_sync(mask, sum, 2);
+    int other = __shfl_xor_sync(mask, sum, 4);
+    if (isnan(sound) || isinf(most)) step = __int_as_float(0x7FC00000);
+    for (int level = 0; level < LEVELS; ++level)
+        ((unsigned*)(at + 32 * level))[lane] = packed[level];
+    if (lane == 0) {
+        float first = step * sum, last = step * other;
+        *(float4*)(at + 32 * LEVELS) = make_float4(step, first, last, first + last);
+    }
+}

@@ -1,0 +1,63 @@
+"""What `lower` makes: steps that know how they are recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from pyggml.backends.base import Step
+from pyggml.backends.cuda import table
+from pyggml.backends.cuda.fixed_point import shared
+from pyggml.backends.cuda.fusion import Fused, fused
+from pyggml.backends.cuda.launch import WORKSPACE, Call
+from pyggml.graph import Node
+
+
+def _nothing(call: Call) -> None:
+    raise NotImplementedError
+
+
+@dataclass(eq=False, slots=True)
+class CudaStep(Step):
+    """A step of our kernels.
+
+    operands  what becomes `call.src`: `reads`, and None for an absent source
+    also      what becomes `call.also`
+    record    called when a plan is bound
+    """
+
+    operands: tuple[Node | None, ...] = ()
+    also: tuple[Node, ...] = ()
+    record: Callable[[Call], None] = _nothing
+
+
+def lower(nodes: Sequence[Node], keep: Collection[Node]) -> list[Step]:
+    """Patterns as one step, what several products read prepared once, and a step for each other
+    node."""
+    return [_step(part) for part in shared(fused(nodes, keep))]
+
+
+def _step(part: Node | Fused) -> CudaStep:
+    if isinstance(part, Fused):
+        return CudaStep(
+            part.nodes[-1],
+            part.nodes,
+            part.reads,
+            scratch=part.scratch,
+            inplace=part.inplace,
+            operands=part.reads,
+            also=part.also,
+            record=part.record,
+        )
+    row = table.KERNELS[part.op]
+    inplace = [part.src[i] for i in row.inplace if i < len(part.src)]
+    return CudaStep(
+        part,
+        (part,),
+        tuple(s for s in part.src if s is not None),
+        scratch=row.scratch(part) if row.scratch is not None else 0,
+        workspace=WORKSPACE if row.cublas(part) else 0,
+        inplace=tuple(s for s in inplace if s is not None),
+        operands=part.src,
+        record=row.record,
+    )

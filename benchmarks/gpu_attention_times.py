@@ -1,0 +1,193 @@
+"""Times of flash attention on a GPU, and of cuDNN's through PyTorch beside them.
+
+    python benchmarks/gpu_attention_times.py          rows of the record
+    python benchmarks/gpu_attention_times.py more     other sizes and types too
+
+f16 K and V unless the name says q8_0; prompts are causal. `fa_DK_DV_hH_nN`: N queries over N keys,
+TFLOP/s of the causal half. With one query (`q1`): over 192/128 TB/s of K and V; over 576/512, V
+inside K and one head of K, us, with the sum over parts of the keys. Whole sets of Q, K and V take
+turns. cuDNN takes no 576/512.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import Any
+
+import numpy as np
+from gpu_bench import (
+    SHORT,
+    copies,
+    node_microseconds,
+    peer_microseconds,
+    plan_microseconds,
+    random_blocks,
+    replays,
+    tell,
+    tell_clocks,
+)
+
+import pyggml as gg
+from pyggml.dtypes import dtype
+
+
+@dataclass(frozen=True)
+class Size:
+    """Attention of `n_q` queries; latent: V is the first d_v elements of K."""
+
+    d_k: int
+    d_v: int
+    n_q: int
+    n_kv: int
+    heads: int
+    heads_kv: int
+    kind: str = "f16"
+
+    @property
+    def latent(self) -> bool:
+        return self.d_k == 576
+
+    @property
+    def moved(self) -> int:
+        """Bytes of K and V."""
+        width = self.d_k if self.latent else self.d_k + self.d_v
+        return dtype(self.kind).row_bytes(width) * self.n_kv * self.heads_kv
+
+    @property
+    def sets(self) -> int:
+        return copies(self.moved + 4 * self.n_q * self.heads * (self.d_k + self.d_v))
+
+    @property
+    def flops(self) -> int:
+        """Of the causal half."""
+        return self.n_q * self.n_kv * self.heads * (self.d_k + self.d_v)
+
+    def value(self, us: float) -> float:
+        if self.n_q > 1:
+            return self.flops / us / 1e6
+        return us if self.latent else self.moved / us / 1e6
+
+    @property
+    def unit(self) -> str:
+        return "TFLOP/s" if self.n_q > 1 else "us" if self.latent else "TB/s"
+
+
+ROWS = {
+    "fa_192_128_h16_n2048": Size(192, 128, 2048, 2048, 16, 16),
+    "fa_192_128_h16_n8192": Size(192, 128, 8192, 8192, 16, 16),
+    "fa_192_128_h16_n16384": Size(192, 128, 16384, 16384, 16, 16),
+    "fa_192_128_h16_q1_n16384": Size(192, 128, 1, 16384, 16, 16),
+    "fa_576_512_h16_q1_n16384": Size(576, 512, 1, 16384, 16, 1),
+    "fa_576_512_h128_q1_n16384": Size(576, 512, 1, 16384, 128, 1),
+}
+MORE = {
+    "fa_128_128_h32_n8192": Size(128, 128, 8192, 8192, 32, 32),
+    "fa_64_64_h16_n8192": Size(64, 64, 8192, 8192, 16, 16),
+    "fa_256_256_h16_n8192": Size(256, 256, 8192, 8192, 16, 16),
+    "fa_192_128_h16_q1_n4096": Size(192, 128, 1, 4096, 16, 16),
+    "fa_192_128_h16_q1_n16384_q8_0": Size(192, 128, 1, 16384, 16, 16, "q8_0"),
+    "fa_128_128_h32_8_q1_n16384": Size(128, 128, 1, 16384, 32, 8),
+    "fa_576_512_h16_q1_n4096": Size(576, 512, 1, 4096, 16, 1),
+    "fa_576_512_h16_q1_n16384_q8_0": Size(576, 512, 1, 16384, 16, 1, "q8_0"),
+    "fa_576_512_h16_q512_n4096": Size(576, 512, 512, 4096, 16, 1),
+}
+
+rng = np.random.default_rng(3)
+
+
+class Leaves:
+    """Inputs made when they are first asked for; `given`: what they hold."""
+
+    def __init__(self) -> None:
+        self.given: dict[str, Any] = {}
+        self.made: dict[str, gg.Node] = {}
+
+    def get(self, name: str, kind: str, d: int, n: int, heads: int) -> gg.Node:
+        if name not in self.made:
+            if kind == "q8_0":
+                values: Any = random_blocks(kind, heads * n, d, rng).reshape(heads, n, -1)
+            else:
+                values = rng.standard_normal((heads, n, d), np.float32).astype(dtype(kind).numpy)
+            self.given[name] = values
+            self.made[name] = gg.input(name, kind, ne=(d, n, heads))
+        return self.made[name]
+
+    def pos(self, n_q: int, n_kv: int) -> gg.Node:
+        """Positions of the last queries."""
+        if "pos" not in self.made:
+            self.given["pos"] = np.arange(n_kv - n_q, n_kv)
+            self.made["pos"] = gg.input("pos", "i32", ne=(n_q,))
+        return self.made["pos"]
+
+
+def node(size: Size, i: int, leaves: Leaves) -> gg.Node:
+    """Attention of queries of its own over one of the sets of K and V."""
+    s, one = size, i % size.sets
+    q = leaves.get(f"q{i}", "f32", s.d_k, s.n_q, s.heads)
+    k = leaves.get(f"k{one}", s.kind, s.d_k, s.n_kv, s.heads_kv)
+    if s.latent:
+        v = gg.view(k, ne=(s.d_v, s.n_kv, s.heads_kv))
+    else:
+        v = leaves.get(f"v{one}", s.kind, s.d_v, s.n_kv, s.heads_kv)
+    mask = gg.causal_mask(leaves.pos(s.n_q, s.n_kv), n_kv=s.n_kv) if s.n_q > 1 else None
+    return gg.flash_attn_ext(q, k, v, mask, scale=s.d_k**-0.5)
+
+
+def ours(name: str, size: Size) -> None:
+    leaves = Leaves()
+    turns = -(-SHORT // size.sets) if size.n_q == 1 else 1
+    nodes = [node(size, i, leaves) for i in range(turns * size.sets)]
+    tell(name, size.unit, [size.value(t) for t in node_microseconds(nodes, leaves.given)])
+
+
+def cudnn(name: str, size: Size) -> None:
+    """PyTorch's attention on cuDNN."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+    def tensor(heads: int, n: int, d: int) -> Any:
+        return torch.randn(1, heads, n, d, device="cuda", dtype=torch.float16)
+
+    def call() -> Any:
+        q = tensor(size.heads, size.n_q, size.d_k)
+        k, v = (tensor(size.heads_kv, size.n_kv, d) for d in (size.d_k, size.d_v))
+        grouped = size.heads != size.heads_kv
+        return partial(sdpa, q, k, v, is_causal=size.n_q > 1, enable_gqa=grouped)
+
+    calls = [call() for _ in range(size.sets)]
+    if size.n_q == 1:
+        calls *= -(-SHORT // len(calls))
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            taken = peer_microseconds(calls)
+        tell(f"torch_cudnn_{name}", size.unit, [size.value(t) for t in taken])
+    except RuntimeError as error:  # it does not take every size
+        print(f"torch_cudnn_{name}: not measured: {error}")
+    del calls
+    torch.cuda.empty_cache()
+
+
+def clocks() -> None:
+    """While a long prompt is running."""
+    size, leaves = ROWS["fa_192_128_h16_n8192"], Leaves()
+    plan = gg.compile({"y": node(size, 0, leaves)}, backends=["cuda"])
+    plan.run(leaves.given)
+    tell_clocks("attention", replays([plan]), median(plan_microseconds([plan])))
+
+
+def main() -> None:
+    rows = {**ROWS, **(MORE if sys.argv[1:] == ["more"] else {})}
+    for name, size in rows.items():
+        ours(name, size)
+    clocks()
+    for name, size in rows.items():
+        if not size.latent and size.kind == "f16":
+            cudnn(name, size)
+
+
+if __name__ == "__main__":
+    main()

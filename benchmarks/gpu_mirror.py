@@ -1,0 +1,130 @@
+"""A backend whose memory lies on the host between runs: the parity grid's way to test a GPU.
+
+A case writes and reads its memory many times, poison and guards, for every run of a kernel; on a
+GPU that many processes share, each of these is a wait. Here they touch the host's memory, and a run
+is one copy to the device, the kernels, one copy back. What no longer fits lies on the device.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from pyggml import backends
+from pyggml.backends.base import Address, Step
+from pyggml.dtypes import dtype
+from pyggml.graph import Node, make_spec
+
+
+@dataclass(slots=True)
+class Region:
+    """A block of the mirrored memory, from byte `start`; counts itself out when it is dropped."""
+
+    mirror: Mirrored
+    start: int
+    data: Any
+
+    def __del__(self) -> None:
+        self.mirror.dropped()
+
+
+class Mirrored:
+    """`backend` with mirrored memory of `nbytes`; all else is the backend's own.
+
+    seconds  spent in runs: copies and kernels
+    """
+
+    def __init__(self, backend: Any, nbytes: int = 128 << 20) -> None:
+        self.backend, self.seconds = backend, 0.0
+        self.host: Any = backends.get("numpy")
+        self.memory = self.host.alloc(nbytes)
+        self.there: Any = None
+        self.top = self.live = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
+
+    def install(self) -> None:
+        """From now on `backends.get` gives this in the backend's place."""
+        module: Any = importlib.import_module(f"pyggml.backends.{self.backend.name}")
+        module.device = lambda index: self
+        backends.get.cache_clear()
+
+    # -- memory -------------------------------------------------------------------------------
+
+    def alloc(self, nbytes: int) -> Any:
+        size = -(-nbytes // self.backend.alignment) * self.backend.alignment
+        if self.top + size > len(self.memory):
+            return self.backend.alloc(nbytes)
+        made = Region(self, self.top, self.memory[self.top : self.top + nbytes])
+        made.data[:] = 0
+        self.top += size
+        self.live += 1
+        return made
+
+    def dropped(self) -> None:
+        self.live -= 1
+        if not self.live:
+            self.top = 0
+
+    def upload(self, at: Address, spec: Any, array: Any) -> None:
+        self._side(at).upload(_plain(at), spec, array)
+
+    def download(self, at: Address, spec: Any) -> Any:
+        return self._side(at).download(_plain(at), spec)
+
+    def _side(self, at: Address) -> Any:
+        return self.host if isinstance(at.buffer, Region) else self.backend
+
+    # -- runs ---------------------------------------------------------------------------------
+
+    def bind(
+        self,
+        steps: Sequence[Step],
+        at: Mapping[Node, Address],
+        scratch: Any,
+        scratch_at: Sequence[int],
+    ) -> Any:
+        if self.there is None:
+            self.there = self.backend.alloc(len(self.memory))
+        starts = [Address(scratch, start, (1, 1, 1, 1)) for start in scratch_at]
+        moved = [self._there(one) for one in starts]
+        memory = moved[0].buffer if moved else self.there
+        runner = self.backend.bind(
+            steps, {n: self._there(a) for n, a in at.items()}, memory, [m.offset for m in moved]
+        )
+        return _Runner(self, runner, (at, scratch))
+
+    def _there(self, at: Address) -> Address:
+        if not isinstance(at.buffer, Region):
+            return at
+        return replace(at, buffer=self.there, offset=at.offset + at.buffer.start)
+
+    def run(self, runner: Any) -> None:
+        """What is in use to the device, the kernels, and back."""
+        begin, size = perf_counter(), self.top
+        at = Address(self.there, 0, (1, size, size, size))
+        spec, used = make_spec(dtype("i8"), (max(size, 1),)), self.memory[: max(size, 1)]
+        self.backend.upload(at, spec, used.view(np.int8))
+        runner.run()
+        used[:] = self.backend.download(at, spec).view(np.uint8)
+        self.seconds += perf_counter() - begin
+
+
+class _Runner:
+    """A runner that mirrors; `held` keeps the regions that it was bound to."""
+
+    def __init__(self, mirror: Mirrored, runner: Any, held: object) -> None:
+        self.mirror, self.runner, self.held = mirror, runner, held
+
+    def run(self) -> None:
+        self.mirror.run(self.runner)
+
+
+def _plain(at: Address) -> Address:
+    return replace(at, buffer=at.buffer.data) if isinstance(at.buffer, Region) else at

@@ -1,0 +1,212 @@
+"""Small graphs in which a backend may do several nodes in one step, and must not do too many.
+
+Each is built of inputs, weights and states of its own; `PATTERNS` names them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyggml.graph import Node
+from pyggml.ops import (
+    add,
+    causal_mask,
+    clamp,
+    concat,
+    cpy,
+    div,
+    flash_attn_ext,
+    fused_up_gate,
+    gelu,
+    get_rows,
+    grouped_topk,
+    mul,
+    mul_mat,
+    mul_mat_id,
+    mul_multi_add,
+    relu,
+    reshape,
+    rms_norm,
+    rope_ext,
+    scale,
+    set_rows,
+    sigmoid,
+    silu,
+    soft_max,
+    sum_rows,
+    top_k,
+    view,
+)
+from pyggml.ops.leaf import constant, state
+from pyggml.ops.leaf import input as input_
+
+T, K = 5, 256
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """Outputs by name, and arrays for the inputs in NumPy shape."""
+
+    outputs: dict[str, Node]
+    inputs: Mapping[str, NDArray[np.generic]]
+
+
+class _Maker:
+    """Leaves with values from a seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.inputs: dict[str, NDArray[np.generic]] = {}
+
+    def floats(self, name: str, *ne: int, type: str = "f32") -> Node:
+        self.inputs[name] = self.rng.standard_normal(ne[::-1]).astype("f4")
+        return input_(name, type, ne=ne)
+
+    def weight(self, name: str, *ne: int, type: str = "f32") -> Node:
+        values = self.rng.standard_normal(ne[::-1]).astype("f4") / 16
+        return constant(values, type=type, name=name)
+
+    def positions(self, name: str = "pos", start: int = 3) -> Node:
+        self.inputs[name] = np.arange(start, start + T, dtype="i4")
+        return input_(name, "i32", ne=(T,))
+
+    def done(self, **outputs: Node) -> Pattern:
+        return Pattern(outputs, self.inputs)
+
+
+def norm_and_products(m: _Maker) -> Pattern:
+    """A sum that goes on, its norm times a row, and several products of that."""
+    h = add(m.floats("a", K, T), m.floats("b", K, T))
+    normed = mul(rms_norm(h, eps=1e-6), m.weight("row", K))
+    up, gate = (m.weight(name, K, 96, type="iq4_nl") for name in ("up", "gate"))
+    wide = fused_up_gate(up, gate, normed)
+    plain = mul_mat(m.weight("router", K, 8), normed)
+    return m.done(wide=wide, plain=plain, h=scale(h, s=2.0))
+
+
+def shared_activations(m: _Maker) -> Pattern:
+    """Products of one b that no norm makes; a view of it has other rows."""
+    x = silu(m.floats("x", K, T))
+    one, two = (m.weight(name, K, 40, type="q8_0") for name in ("one", "two"))
+    part = view(x, ne=(K, 2), start=(0, 1))
+    return m.done(one=mul_mat(one, x), two=mul_mat(two, x), part=mul_mat(two, part))
+
+
+def experts(m: _Maker) -> Pattern:
+    """Routing by softmax, products of the chosen, their weighted sum and what is added to it."""
+    x, h = m.floats("x", K, T), m.floats("h", K, T)
+    probs = soft_max(mul_mat(m.weight("router", K, 16), x, prec="f32"))
+    ids = top_k(probs, k=3)
+    weights = get_rows(reshape(probs, ne=(1, 16, T)), ids)
+    b = reshape(x, ne=(K, 1, T))
+    made = mul_mat_id(m.weight("down", K, K, 16, type="q8_0"), b, ids)
+    y = add(h, add(mul_multi_add(made, weights), mul_mat(m.weight("shared", K, K), x)))
+    return m.done(y=y, ids=ids)
+
+
+def grouped_experts(m: _Maker) -> Pattern:
+    """Routing as in V3: sigmoid, a bias that only chooses, the best groups, weights of one sum."""
+    probs = sigmoid(m.floats("scores", 32, T))
+    chosen = add(probs, m.weight("bias", 32))
+    ids = grouped_topk(chosen, n_group=4, n_group_used=2, n_top=2, k=5)
+    flat = reshape(get_rows(reshape(probs, ne=(1, 32, T)), ids), ne=(5, T))
+    flat = div(flat, clamp(sum_rows(flat), min=6e-5, max=float("inf")))
+    return m.done(ids=ids, w=scale(reshape(flat, ne=(1, 5, T)), s=2.5))
+
+
+def divided_weights(m: _Maker) -> Pattern:
+    """Weights of one sum, not scaled; the best are chosen with a bias."""
+    probs = soft_max(m.floats("scores", 32, T))
+    ids = top_k(add(probs, m.weight("bias", 32)), k=5)
+    flat = reshape(get_rows(reshape(probs, ne=(1, 32, T)), ids), ne=(5, T))
+    return m.done(ids=ids, w=div(flat, clamp(sum_rows(flat), min=6e-5, max=0.1)))
+
+
+def probabilities_kept(m: _Maker) -> Pattern:
+    """The same routing where the probabilities are an output."""
+    probs = soft_max(m.floats("scores", 16, T))
+    ids = top_k(probs, k=3)
+    return m.done(p=probs, w=get_rows(reshape(probs, ne=(1, 16, T)), ids))
+
+
+def _latent(m: _Maker, type: str, mode: str) -> Pattern:
+    both, pos = m.floats("kv", 576, T), m.positions()
+    c = mul(rms_norm(view(both, ne=(512, T)), eps=1e-6), m.weight("row", 512))
+    k = view(both, ne=(64, T), start=(512,))
+    k = rope_ext(reshape(k, ne=(64, 1, T)), pos, n_dims=64, mode=mode)
+    row = concat(c, reshape(k, ne=(64, T)), dim=0)
+    cache = set_rows(state("cache", type, ne=(576, 32)), row, pos)
+    return m.done(cache=scale(view(get_rows(cache, m.positions("rows")), ne=(576, T)), s=1.0))
+
+
+def _turned(m: _Maker, type: str) -> Pattern:
+    """Keys of several heads turned and cached, a row a token."""
+    pos = m.positions()
+    turned = rope_ext(m.floats("k", 64, 3, T), pos, n_dims=48, offset=16)
+    cache = set_rows(state("cache", type, ne=(192, 32)), reshape(turned, ne=(192, T)), pos)
+    return m.done(cache=get_rows(cache, m.positions("rows")))
+
+
+def gated(m: _Maker) -> Pattern:
+    """An activation times what it gates, on either side; one whose activation goes on."""
+    x, g, h = m.floats("x", K, T), m.floats("g", K, T), m.floats("h", K, T)
+    opened = gelu(h)
+    return m.done(
+        left=mul(silu(x), g), right=mul(g, relu(x)), row=mul(silu(g), m.weight("row", K)),
+        kept=mul(opened, x), opened=opened,
+    )  # fmt: skip
+
+
+def _attention(m: _Maker, name: str, mask: Node, q: Node | None = None) -> Node:
+    q = m.floats(f"{name}.q", 64, T, 4) if q is None else q
+    k, v = (m.floats(f"{name}.{x}", 64, 32, 2, type="f16") for x in "kv")
+    return flash_attn_ext(q, k, v, mask, scale=0.125)
+
+
+def shared_mask(m: _Maker) -> Pattern:
+    """Two attentions under one causal mask."""
+    mask = causal_mask(m.positions(), n_kv=32)
+    return m.done(one=_attention(m, "one", mask), two=_attention(m, "two", mask))
+
+
+def mask_kept(m: _Maker) -> Pattern:
+    """A causal mask that something else reads too."""
+    mask = causal_mask(m.positions(), n_kv=32)
+    return m.done(y=_attention(m, "one", mask), mask=mask)
+
+
+def moved_position(m: _Maker) -> Pattern:
+    """Positions are a state that is written between the mask and the attention that reads it."""
+    pos = state("pos", "i32", ne=(T,))
+    mask = causal_mask(pos, n_kv=32)
+    moved = cpy(m.positions("next", 20), pos)
+    zero = scale(get_rows(m.floats("table", 1, 64), moved), s=0.0)
+    q = add(m.floats("q", 64, T, 4), zero)
+    return m.done(y=_attention(m, "one", mask, q))
+
+
+PATTERNS: dict[str, Callable[[_Maker], Pattern]] = {
+    **{
+        made.__name__: made
+        for made in (
+            norm_and_products, shared_activations, experts, grouped_experts, divided_weights,
+            probabilities_kept, shared_mask, mask_kept, moved_position, gated,
+        )
+    },
+    **{f"turned_{kind}": partial(_turned, type=kind) for kind in ("f16", "bf16")},
+    **{
+        f"latent_row_{kind}_{mode}": partial(_latent, type=kind, mode=mode)
+        for kind in ("f16", "bf16", "q8_0")
+        for mode in ("normal", "neox")
+    },
+}  # fmt: skip
+
+
+def pattern(name: str, seed: int = 0) -> Pattern:
+    """That graph, with values from a seed."""
+    return PATTERNS[name](_Maker(seed))

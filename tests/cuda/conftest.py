@@ -1,0 +1,94 @@
+"""Machines that this one is not: without pycuda, without a driver, with an old one, with a GPU."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from pyggml.backends.cuda import backend, compiler, doctor, driver
+
+FAKE = Path(__file__).parent / "fake_pycuda"
+PACKAGES = ("pycuda", "cupy-cuda13x", "cuda-bindings")
+#: What is found once and kept.
+FOUND = (driver.imported, driver.driver, driver.context, compiler.nvrtc)
+VERSION = compiler.nvrtc_version.__wrapped__
+#: What a device opens once and keeps.
+OPENED = ("context", "staging", "cublas")
+
+Machine = Callable[..., None]
+
+
+def loaded() -> dict[str, ModuleType]:
+    """The modules of pycuda, whichever it is."""
+    return {name: m for name, m in sys.modules.items() if name.partition(".")[0] == "pycuda"}
+
+
+def forget() -> None:
+    for found in FOUND:
+        found.cache_clear()
+    for name in loaded():
+        del sys.modules[name]
+    for device in map(backend.device, range(2)):
+        device._peers.clear()
+        for name in OPENED:
+            vars(device).pop(name, None)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Machine]:
+    """`machine(pycuda, nvrtc)` makes the process believe that it runs there.
+
+    pycuda  None: neither it nor the other packages are installed; else the kind of machine that
+            fake_pycuda plays
+    nvrtc   whether NVRTC, its headers and cuBLAS are there; kernels compile to nothing
+    """
+    version, real = metadata.version, loaded()
+
+    def become(pycuda: str | None = None, nvrtc: bool = True) -> None:
+        forget()
+        monkeypatch.setenv("PYGGML_CACHE", str(tmp_path / "cache"))
+        if pycuda is None:
+            for name in ("pycuda", "pycuda.driver"):
+                monkeypatch.setitem(sys.modules, name, None)
+        else:
+            monkeypatch.syspath_prepend(FAKE)
+            monkeypatch.setenv("PYCUDA_FAKE", pycuda)
+
+        def installed(name: str) -> str:
+            if name not in PACKAGES:
+                return version(name)
+            if pycuda is None:
+                raise metadata.PackageNotFoundError(name)
+            return "1.2.3"
+
+        monkeypatch.setattr(doctor.metadata, "version", installed)
+        folder = tmp_path / "toolkit"
+        folder.mkdir(exist_ok=True)
+        (folder / "libcublas.so.13").touch()
+        monkeypatch.setattr(compiler, "folders", lambda part: iter([folder] if nvrtc else []))
+        if nvrtc:
+            monkeypatch.setattr(compiler, "nvrtc_version", lambda: (13, 0))
+            monkeypatch.setattr(compiler, "include_folders", lambda: (folder,))
+            monkeypatch.setattr(compiler, "compile_instance", compiled)
+        else:
+            monkeypatch.setattr(compiler, "nvrtc_version", VERSION)
+            monkeypatch.setattr(compiler.ctypes, "CDLL", no_library)
+
+    yield become
+    forget()
+    sys.modules.update(real)
+
+
+def no_library(name: str) -> Any:
+    raise OSError(f"{name}: cannot open shared object file: No such file or directory")
+
+
+def compiled(file: str, name: str, arch: str) -> compiler.Cubin:
+    """What NVRTC might make of an instance."""
+    return compiler.Cubin(name, "_Z6symbol", arch, 32, 0, 0, 0, f"{file} {name} {arch}".encode())

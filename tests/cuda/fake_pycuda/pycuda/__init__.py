@@ -1,0 +1,1 @@
+"""Stands in for pycuda on machines that have none; see `driver`."""

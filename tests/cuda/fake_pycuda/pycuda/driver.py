@@ -1,0 +1,238 @@
+"""What pyggml asks of `pycuda.driver`, on a machine that PYCUDA_FAKE names.
+
+no driver, foreign    importing fails: libcuda is not there, or the package is of another machine
+no device             the driver is there and finds no GPU
+old, older            the driver speaks CUDA 12.2; it even lacks what pycuda is linked with
+gpu, gpus             one GPU of compute capability 8.0, with the memory MEMORY; two of them
+
+Of a GPU only memory is real: blocks are the host's. What is put into a stream runs when somebody
+waits for it, so a missing wait shows. A launch does nothing, so what kernels would compute is not
+computed. CALLS names the copies asked for. Texts of errors are the driver's own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Any
+
+import numpy as np
+
+from pyggml.backends.null.queue import Queue
+
+KIND = os.environ["PYCUDA_FAKE"]
+MEMORY = 1 << 30
+CALLS: list[str] = []
+_FAILURES = {
+    "no driver": "libcuda.so.1: cannot open shared object file: No such file or directory",
+    "foreign": "libcurand.so.10: cannot open shared object file: No such file or directory",
+    "older": "_driver.so: undefined symbol: cuCtxCreate_v4",
+}
+if KIND in _FAILURES:
+    raise ImportError(_FAILURES[KIND])
+
+
+class Error(Exception):
+    pass
+
+
+class MemoryError(Error):
+    pass
+
+
+class RuntimeError(Error):
+    pass
+
+
+class LogicError(Error):
+    pass
+
+
+def get_driver_version() -> int:
+    return 12020 if KIND == "old" else 13000
+
+
+def init() -> None:
+    if KIND not in ("gpu", "gpus"):
+        raise RuntimeError("cuInit failed: no CUDA-capable device is detected")
+
+
+class device_attribute:
+    MULTIPROCESSOR_COUNT = 108
+    MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 166_912
+    L2_CACHE_SIZE = 40 << 20
+
+
+class event_flags:
+    DISABLE_TIMING = 2
+
+
+class function_attribute:
+    MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+
+
+class Device:
+    @staticmethod
+    def count() -> int:
+        return 2 if KIND == "gpus" else 1
+
+    def __init__(self, index: int) -> None:
+        assert index < self.count()
+        self.index = index
+
+    def name(self) -> str:
+        return "a GPU that is not there"
+
+    def compute_capability(self) -> tuple[int, int]:
+        return 8, 0
+
+    def get_attribute(self, value: int) -> int:
+        return value
+
+    def total_memory(self) -> int:
+        return MEMORY
+
+    def retain_primary_context(self) -> Context:
+        return Context(self.index)
+
+
+class Context:
+    depth = 0
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    @staticmethod
+    def enable_peer_access(peer: Context) -> None:
+        CALLS.append(f"reach {peer.index}")
+
+    def push(self) -> None:
+        Context.depth += 1
+
+    @staticmethod
+    def pop() -> None:
+        assert Context.depth > 0
+        Context.depth -= 1
+
+
+class Stream:
+    all: list[Stream] = []
+
+    def __init__(self) -> None:
+        self.queue, self.handle = Queue(), 1000 + len(self.all)
+        self.all.append(self)
+
+    def synchronize(self) -> None:
+        self.queue.run_all()
+
+    def wait_for_event(self, event: Event) -> None:
+        assert event.mark is not None
+        self.queue.add(event.mark.wait)
+
+
+class Event:
+    def __init__(self, flags: int = 0) -> None:
+        self.mark: Any = None
+
+    def record(self, stream: Stream) -> Event:
+        self.mark = stream.queue.mark()
+        return self
+
+    def synchronize(self) -> None:
+        self.mark.wait()
+
+
+# -- memory -----------------------------------------------------------------------------------
+
+
+class DeviceAllocation:
+    held: dict[int, int] = {}  # address -> bytes
+
+    def __init__(self, nbytes: int) -> None:
+        self.memory = np.full(nbytes + 256, 0xAA, np.uint8)
+        self.ptr = -(-self.memory.ctypes.data // 256) * 256
+        self.held[self.ptr] = nbytes
+
+    def __int__(self) -> int:
+        return self.ptr
+
+    def free(self) -> None:
+        for stream in Stream.all:  # as cuMemFree does
+            stream.synchronize()
+        del self.held[self.ptr]
+
+
+def mem_get_info() -> tuple[int, int]:
+    return MEMORY - sum(DeviceAllocation.held.values()), MEMORY
+
+
+def mem_alloc(nbytes: int) -> DeviceAllocation:
+    assert Context.depth > 0, "no context is current"
+    if nbytes > mem_get_info()[0]:
+        raise MemoryError("cuMemAlloc failed: out of memory")
+    return DeviceAllocation(nbytes)
+
+
+def pagelocked_empty(shape: int, dtype: Any) -> Any:
+    assert Context.depth > 0, "no context is current"
+    return np.empty(shape, dtype)
+
+
+def _inside(ptr: int, nbytes: int) -> None:
+    held = DeviceAllocation.held
+    if not any(start <= ptr and ptr + nbytes <= start + size for start, size in held.items()):
+        raise LogicError("cuMemcpyAsync failed: invalid argument")
+
+
+def memset_d8_async(ptr: int, byte: int, nbytes: int, stream: Stream) -> None:
+    _inside(ptr, nbytes)
+    stream.queue.add(lambda: ctypes.memset(ptr, byte, nbytes))
+
+
+def memcpy_htod_async(target: int, source: Any, stream: Stream) -> None:
+    _inside(target, source.nbytes)
+    CALLS.append("htod")
+    stream.queue.add(lambda: ctypes.memmove(target, source.ctypes.data, source.nbytes))
+
+
+def memcpy_dtoh_async(target: Any, source: int, stream: Stream) -> None:
+    _inside(source, target.nbytes)
+    CALLS.append("dtoh")
+    stream.queue.add(lambda: ctypes.memmove(target.ctypes.data, source, target.nbytes))
+
+
+def memcpy_dtod_async(target: int, source: int, nbytes: int, stream: Stream) -> None:
+    _inside(target, nbytes)
+    _inside(source, nbytes)
+    CALLS.append("dtod")
+    stream.queue.add(lambda: ctypes.memmove(target, source, nbytes))
+
+
+def memcpy_peer_async(
+    target: int, source: int, nbytes: int, here: Context, there: Context, stream: Stream
+) -> None:
+    memcpy_dtod_async(target, source, nbytes, stream)
+    CALLS[-1] = f"{there.index} to {here.index}"
+
+
+# -- kernels ----------------------------------------------------------------------------------
+
+
+class Function:
+    def get_attribute(self, which: int) -> int:
+        return 0
+
+    def set_attribute(self, which: int, value: int) -> None:
+        pass
+
+    def _launch_kernel(self, *geometry: Any) -> None:
+        pass
+
+
+class Module:
+    def get_function(self, symbol: str) -> Function:
+        return Function()
+
+
+def module_from_buffer(code: bytes) -> Module:
+    return Module()

@@ -1,0 +1,114 @@
+"""Which kernel flash_attn_ext takes on which GPU, by its shared memory. No GPU."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+
+import pytest
+
+import pyggml as gg
+from pyggml.backends.cuda import attention_routes as routes
+from pyggml.backends.cuda.launch import H200, Call, Device, Launch, Operand
+from pyggml.backends.cuda.table import KERNELS
+from tools.compile_kernels import instances
+
+FOLDER = Path(routes.__file__).parent / "kernels"
+DEVICES = {
+    "80": replace(H200, arch="80", shared=166_912),
+    "86": replace(H200, arch="86", shared=101_376),
+    "89": replace(H200, arch="89", shared=101_376),
+    "90a": H200,
+    "120a": replace(H200, arch="120a", shared=101_376),
+}
+#: What is compiled ahead for an architecture.
+AHEAD = {
+    arch: {
+        one.name
+        for one in instances([FOLDER / "attention_split.cu", FOLDER / "attention_latent.cu"])
+        if not one.archs or arch in one.archs
+    }
+    for arch in DEVICES
+}
+
+
+def launched(node: gg.Node, device: Device) -> list[Launch]:
+    src, base = [], 1 << 40
+    for i, s in enumerate(node.src):
+        src.append(None if s is None else Operand(base * (i + 2), s.ne, s.nb, s.dtype))
+    if node.src[2] is not None and node.src[2].op.view is not None:
+        k, v = src[1], src[2]
+        assert k is not None and v is not None
+        src[2] = replace(v, ptr=k.ptr, nb=k.nb)
+    row = KERNELS[node.op]
+    assert row.scratch is not None
+    out = Operand(base, node.ne, node.nb, node.dtype)
+    call = Call(node, out, src, node.attrs, device, (base, row.scratch(node)))
+    row.record(call)
+    return [r for r in call.records if isinstance(r, Launch)]
+
+
+def attention(
+    pair: tuple[int, int], kind: str, n_q: int, heads: int, heads_kv: int, n_kv: int = 4096
+) -> gg.Node:
+    d_k, d_v = pair
+    q = gg.input("q", "f32", ne=(d_k, n_q, heads))
+    k = gg.state("k", kind, ne=(d_k, n_kv, heads_kv))
+    inside = pair == routes.LATENT
+    v = gg.view(k, ne=(d_v, n_kv, heads_kv)) if inside else gg.state("v", kind, ne=(d_v, *k.ne[1:]))
+    return gg.flash_attn_ext(q, k, v, scale=0.1)
+
+
+@pytest.mark.parametrize("arch", DEVICES)
+@pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("pair", [*routes.PAIRS, routes.LATENT])
+def test_few_queries_split_their_keys_on_every_gpu(
+    arch: str, kind: str, pair: tuple[int, int]
+) -> None:
+    """By an instance that is compiled ahead, in the shared memory that the GPU has."""
+    if kind == "q8_0" and pair in ((80, 80), (96, 96)):
+        pytest.skip("no kernel on the tensor cores for these")
+    device, latent = DEVICES[arch], pair == routes.LATENT
+    shapes = [(1, 16, 1), (1, 128, 1)] if latent else [(1, 16, 16), (2, 32, 4)]
+    for n_q, heads, heads_kv in shapes[: 1 if latent and arch == "90a" else 2]:  # wgmma for 128
+        first, last = launched(attention(pair, kind, n_q, heads, heads_kv), device)
+        assert last.name.startswith("combine<")
+        assert first.name.startswith("latent<" if latent else "split<")
+        assert first.name in AHEAD[arch]
+        assert first.shared + routes.STATIC <= device.shared
+        numbers = [int(n) for n in re.findall(r"\b\d+\b", first.name)]
+        rows, threads = _latent(numbers) if latent else (16, 32 * numbers[2])
+        assert prod(first.block) == threads
+        assert first.grid[1] == -(-n_q * heads // heads_kv // rows) and first.grid[0] > 1
+
+
+def _latent(numbers: list[int]) -> tuple[int, int]:
+    """Rows and threads of a block of `latent`."""
+    mi, wm, wn, _ = numbers
+    return 16 * mi * wm, 32 * wm * wn
+
+
+@pytest.mark.parametrize(
+    ("pair", "raw"),
+    [*((pair, False) for pair in routes.SPLIT), *((pair, True) for pair in routes.HOPPER)],
+)
+def test_shared_memory_is_what_the_kernel_lays_out(pair: tuple[int, int], raw: bool) -> None:
+    """SplitShape of attention_split.cu, and the warps' sums at the end, in the same memory."""
+    d_k, d_v = pair
+    node = attention(pair, "q8_0" if raw else "f16", 1, 4, 4)
+    for warps, stages in routes.SPLIT[pair]:
+        tile = 16 * (d_k * 2 + 16 + d_v * 2 + 16)
+        stage = -(-16 * (d_k // 32 * 34 + d_v // 32 * 34) // 16) * 16 if raw else tile
+        ring = stages * stage + raw * tile
+        made = routes.Shape.of(node)._split(warps, stages)
+        assert made.shared == warps * max(ring, 16 * (d_v + 4) * 4)
+        assert made.shared >= 16 * (d_k * 2 + 16), "the queries pass through it first"
+
+
+def test_keys_are_split_alike_on_every_gpu() -> None:
+    """Their parts are planned, as scratch, without a device."""
+    for pair in (*routes.PAIRS, routes.LATENT):
+        node = attention(pair, "f16", 1, 16, 1 if pair == routes.LATENT else 16)
+        assert len({launched(node, device)[0].grid[0] for device in DEVICES.values()}) == 1

@@ -1,0 +1,156 @@
+"""The kernels' own decoders, compiled for the host: exactly what the blocks say.
+
+Skipped where no C++ compiler knows f16 (`_Float16`); test_packing.py says the same of tiles without
+one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from pyggml import quants
+from pyggml.backends.cuda import grids, packing
+from pyggml.backends.cuda.compiler import KERNELS
+from pyggml.backends.cuda.formats import FORMATS
+from pyggml.dtypes import TYPES
+from pyggml.parity import tolerance
+
+HERE = Path(__file__).parent
+TENSOR = "{(char*)raw, {0, row, row * rows, row * rows}, {32 * groups, rows, 1, 1}}"
+
+
+def on_host(text: str) -> str:
+    """A kernel source whose two kinds of PTX are put in C++."""
+    text = re.sub(
+        r'asm( volatile)?\("ld\..*?\);', "std::memcpy(&v, at, sizeof v);", text, flags=re.S
+    )
+    return re.sub(r'asm\("prmt.*?\);', "r = byte_permutation(a, b, selector);", text, flags=re.S)
+
+
+def products() -> str:
+    """Both ways in which products read weights, by name of the type."""
+    tile = (KERNELS / "linear_tile.cu").read_text().split("// -- the product")[0]
+    tile = re.sub(r"#include.*", "", on_host(tile))
+    cases = "\n".join(
+        f'if (kind == std::string("{kind}")) return run<{kind}>(tiles, tile, packed, tensor, out);'
+        for kind in FORMATS
+    )
+    return f"""#include "blocks.cuh"
+{tile}
+{(HERE / "decoders.cpp").read_text()}
+#include <string>
+extern "C" int decode_weights(const char* kind, int tiles, int tile, const Packed& packed,
+                              const void* raw, long long row, float* out) {{
+    const int rows = packed.rows, groups = packed.groups;
+    const Tensor tensor = {TENSOR};
+    {cases}
+    return 1;
+}}"""
+
+
+def values() -> str:
+    """What copies and gathers read, one value at a time."""
+    cases = "\n".join(
+        f'if (kind == std::string("{kind}"))'
+        f"for (; n > 0; --n, raw += {kind}::BYTES)"
+        f"for (int i = 0; i < {kind}::SIZE; ++i) *out++ = {kind}::value(raw, i);"
+        for kind in FORMATS
+    )
+    return f"""#include "values.cuh"
+#include <string>
+extern "C" void decode_values(const char* kind, const unsigned char* raw, int n, float* out) {{
+    {cases}
+}}"""
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """[what `products` says, what `values` says] as libraries."""
+    compiler = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+    if compiler is None:
+        pytest.skip("there is no C++ compiler here")
+    folder = tmp_path_factory.mktemp("host")
+    for path in KERNELS.glob("*.cuh"):
+        (folder / path.name).write_text(on_host(path.read_text()))
+    (folder / grids.HEADER).write_text(grids.header())
+    for name in ("cuda_fp16.h", "cuda_bf16.h"):
+        (folder / name).touch()
+    options = ["-std=c++17", "-w", "-shared", "-fPIC", "-ffp-contract=off", "-I", str(folder)]
+    (folder / "f16.cpp").write_text("_Float16 f(_Float16 x) { return x + x; }")
+    if subprocess.run([compiler, *options, folder / "f16.cpp", "-o", folder / "f16"]).returncode:
+        pytest.skip(f"{compiler} knows no _Float16")
+    running = []
+    for name, text in (("products", products()), ("values", values())):
+        source = folder / f"{name}.cpp"
+        source.write_text((HERE / "host.hpp").read_text() + text)
+        command = [compiler, *options, source, "-o", folder / name]
+        running.append(
+            (folder / name, subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+        )
+    for _, process in running:
+        _, log = process.communicate()
+        assert process.returncode == 0, log
+    return [ctypes.CDLL(str(path)) for path, _ in running]
+
+
+def blocks_of(kind: str, rows: int) -> NDArray[np.uint8]:
+    """Any bytes [rows, blocks, bytes of a block], but scales between 2^-8 and 2^8."""
+    t = TYPES[kind]
+    shape = (rows, 3 if t.block == 256 else 8, t.nbytes)
+    raw = np.random.default_rng(3).integers(0, 256, shape, np.uint8)
+    if kind == "mxfp4":
+        raw[..., 0] = 120 + raw[..., 0] % 16
+    elif kind == "nvfp4":
+        raw[0, 0, :4] = 0x7F, 0xFF, 0x80, 0
+    else:
+        scales = {"q2_K": (80, 82), "iq1_m": (54,)}.get(kind, (0, 2, t.nbytes - 2))
+        for at in scales:
+            raw[..., at + 1] = raw[..., at + 1] & 0x9F | 0x20
+    return raw
+
+
+def pointer(array: NDArray[Any]) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+@pytest.mark.parametrize("tiles", (True, False), ids=("tiles", "rows of a file"))
+@pytest.mark.parametrize("kind", FORMATS)
+def test_products_read_what_the_blocks_say(kind: str, tiles: bool, libraries: list[Any]) -> None:
+    """`vec` exactly; `tile` as f16, or bf16 for mxfp4."""
+    rows = 19
+    raw = blocks_of(kind, rows)
+    want = quants.decode(kind, raw)
+    t, ne = TYPES[kind], (want.shape[1], rows, 1, 1)
+    packed = packing.to_tiles(t, ne, raw)
+    struct = packing.tiles_of(t, ne).at(packed.ctypes.data).data
+    for tile in (False, True):
+        got = np.full_like(want, np.nan)
+        status = libraries[0].decode_weights(
+            kind.encode(), tiles, tile, struct, pointer(raw),
+            ctypes.c_longlong(t.row_bytes(ne[0])), pointer(got),
+        )  # fmt: skip
+        assert status == 0
+        if tile:
+            assert tolerance.nmse(got, want) < 2e-7
+        else:
+            np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_values_are_those_of_the_codecs_bit_for_bit(kind: str, libraries: list[Any]) -> None:
+    raw = blocks_of(kind, 5)
+    want = quants.decode(kind, raw)
+    got = np.full_like(want, np.nan)
+    libraries[1].decode_values(
+        kind.encode(), pointer(raw), want.size // TYPES[kind].block, pointer(got)
+    )
+    np.testing.assert_array_equal(got.view(np.uint32), want.view(np.uint32))

@@ -1,0 +1,222 @@
+"""What goes wrong without a GPU, or with too little memory on one: an error that says what to do,
+nothing left behind, and a process that goes on."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+import pyggml as gg
+from pyggml import backends
+from pyggml.backends.cuda import compiler, cublas, driver
+from pyggml.backends.cuda.memory import ALLOCATIONS, fail_allocation
+from pyggml.backends.cuda.tensormap import tensor_map
+from pyggml.plan import Plan
+from tests.cuda.conftest import Machine
+
+ONES = np.ones((40, 256), np.float32)
+
+
+def everything() -> dict[str, gg.Node]:
+    """Weights that cuBLAS reads and that our kernels read, a state, an input, scratch."""
+    x, state = gg.input("x", ne=(256, 40)), gg.state("s", ne=(256, 40))
+    norm = gg.constant(np.ones(256, np.float32), name="norm")
+    w = [
+        gg.constant(np.eye(256, dtype=np.float32), type=kind, name=f"w_{kind}")
+        for kind in ("f16", "q8_0")
+    ]
+    y = gg.mul(gg.rms_norm(gg.sub(x, state), eps=1e-6), norm)
+    return {"y": gg.mul_mat(w[1], gg.mul_mat(w[0], y))}
+
+
+def numpy_works() -> None:
+    plan = gg.compile({"y": gg.relu(gg.input("x", ne=(4,)))})
+    np.testing.assert_array_equal(plan.run(x=[-1, 0, 1, 2])["y"], [0, 0, 1, 2])
+
+
+# -- no GPU ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (None, ("needs pycuda", "not installed", 'pip install "pyggml[cuda]"', "build_pycuda.sh")),
+        ("no driver", ("no NVIDIA driver here", "version 580 or newer", "backends=['numpy']")),
+        ("no device", ("no CUDA-capable device", "nvidia-smi", "backends=['numpy']")),
+        ("old", ("too old", "CUDA 12.2", "need 13.0", "version 580 or newer")),
+        ("older", ("too old for pycuda", "cuCtxCreate_v4", "version 580 or newer")),
+        ("foreign", ("pycuda cannot be loaded", "libcurand.so.10", "tools/build_pycuda.sh")),
+    ],
+)
+def test_a_machine_without_a_gpu(machine: Machine, kind: str | None, words: list[str]) -> None:
+    machine(kind)
+    plan = gg.compile(everything(), backends=["cuda"])
+    before = ALLOCATIONS.blocks
+    for call in (plan.bind, plan.bind, lambda: plan.run(x=ONES)):  # it stays that error
+        with pytest.raises(gg.DeviceError) as caught:
+            call()
+        assert all(word in str(caught.value) for word in words), str(caught.value)
+        assert "`pyggml doctor` says what else" in str(caught.value)
+    assert ALLOCATIONS.blocks == before
+    numpy_works()
+    mixed = gg.compile(everything(), backends=["numpy", "cuda"])  # which it does not need
+    assert mixed.run(x=ONES)["y"].shape == (40, 256)
+
+
+@pytest.mark.parametrize("module", ("cupy", "cupy_backends", "cuda"))
+def test_the_other_packages(machine: Machine, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    """Only what a plan needs is asked for; what is missing then is named."""
+    machine("gpu")
+    monkeypatch.setitem(sys.modules, module, None)
+    name = "cuda-bindings" if module == "cuda" else "CuPy"
+    said = f"needs {name}, and the module {module}.* is not installed.*pip install"
+    if module == "cuda":
+        with pytest.raises(gg.DeviceError, match=said):
+            tensor_map(1 << 20, "f16", (64, 64), (2, 128), (64, 8))
+        return
+    plan = gg.compile(everything(), backends=["cuda"])
+    for _ in range(2):
+        with pytest.raises(gg.DeviceError, match=said):
+            cublas._handle() if module == "cupy" else plan.bind()
+    gg.compile({"y": gg.relu(gg.input("x", ne=(4,)))}, backends=["cuda"]).bind()
+    numpy_works()
+
+
+def test_what_is_mended_is_found_without_a_new_process(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine("no device")
+    plan = gg.compile(everything(), backends=["cuda"])
+    with pytest.raises(gg.DeviceError):
+        plan.bind()
+    machine("gpu")
+    cublas_is_there(monkeypatch)
+    plan.bind()
+
+
+@pytest.mark.parametrize("place", ("cuda:1", "cuda:99"))
+def test_a_wrong_index(machine: Machine, place: str) -> None:
+    machine("gpu")
+    plan = gg.compile(everything(), backends=[place])
+    said = rf"there is no {place}; GPUs here: cuda:0\. Choose one of these, or .*numpy"
+    for call in (plan.bind, lambda: plan.run(x=ONES)):
+        with pytest.raises(gg.DeviceError, match=said):
+            call()
+    numpy_works()
+
+
+def test_a_gpu_that_is_too_old(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine("gpu")
+    monkeypatch.setattr(driver.driver().Device, "compute_capability", lambda self: (7, 5))
+    with pytest.raises(gg.DeviceError, match=r"has compute capability 7\.5; .* need 8\.0"):
+        gg.compile(everything(), backends=["cuda"]).bind()
+    numpy_works()
+
+
+def test_without_a_compiler(machine: Machine) -> None:
+    machine("gpu", nvrtc=False)
+    start = ALLOCATIONS.blocks
+    plan = gg.compile(everything(), backends=["cuda"])
+    with pytest.raises(gg.DeviceError, match=r"NVRTC.* is not installed; pip install .*nvrtc"):
+        plan.bind()
+    del plan
+    gc.collect()
+    assert ALLOCATIONS.blocks - start == 1  # the ring of copies, which the next plan takes over
+    numpy_works()
+
+
+# -- too little memory ----------------------------------------------------------------------------
+
+
+def cublas_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as binding asks CuPy for it."""
+    monkeypatch.setattr(cublas, "_library", lambda: None)
+
+
+@pytest.fixture
+def gpu(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine("gpu")
+    cublas_is_there(monkeypatch)
+
+
+def test_every_allocation_may_fail(gpu: None) -> None:
+    """For every n: a named error, nothing left, and the same plan can be bound afterwards."""
+    start, number = ALLOCATIONS.blocks, 0
+    while True:
+        number += 1
+        forget_memory()
+        plan: Plan | None = gg.compile(everything(), backends=["cuda"])
+        assert plan is not None
+        try:
+            with fail_allocation(number):
+                plan.bind()
+            break
+        except gg.OutOfMemoryError as error:
+            assert "let the allocation of" in str(error)
+            assert "the plan needs:\ndevice | weights | states" in str(error)
+        plan.bind()
+        plan = None
+        gc.collect()
+        forget_memory()
+        assert ALLOCATIONS.blocks == start, f"allocation {number}"
+    # three weights, a state, an input; the arena; the ring; what cuBLAS works in
+    assert number == 1 + 3 + 2 + 1 + 1 + 1
+    numpy_works()
+
+
+def forget_memory() -> None:
+    """Let go of what a device keeps for the next plan."""
+    vars(backends.get("cuda")).pop("staging", None)
+    vars(backends.get("cuda")).pop("cublas", None)
+    gc.collect()
+
+
+def test_memory_that_is_full_is_told_with_the_plan(gpu: None) -> None:
+    start = ALLOCATIONS.blocks
+    big = gg.input("x", ne=(1 << 20, 300))
+    plan = gg.compile({"y": gg.relu(big)}, backends=["cuda"])
+    with pytest.raises(gg.OutOfMemoryError) as caught:
+        plan.bind()
+    text = str(caught.value)
+    assert "cuda:0 (a GPU that is not there) has no 1,258,291,200 bytes" in text
+    assert "Pin weights to the host" in text and "the plan needs:\ndevice" in text
+    del plan, caught
+    gc.collect()
+    assert ALLOCATIONS.blocks - start <= 1 and ALLOCATIONS.nbytes >= 0
+    numpy_works()
+
+
+def test_a_kernel_that_does_not_compile(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of its plan stays, and the plan binds once it does compile."""
+    right: Callable[..., compiler.Cubin] = compiler.compile_instance
+
+    def wrong(file: str, name: str, arch: str) -> compiler.Cubin:
+        if file == "norm.cu":
+            raise compiler.CompileError(f"kernels/{file} does not compile for sm_{arch} as {name}")
+        return right(file, name, arch)
+
+    monkeypatch.setattr(compiler, "compile_instance", wrong)
+    start = ALLOCATIONS.blocks
+    plan = gg.compile(everything(), backends=["cuda"])
+    for _ in range(2):
+        with pytest.raises(compiler.CompileError, match=r"norm\.cu does not compile for sm_80"):
+            plan.bind()
+    monkeypatch.setattr(compiler, "compile_instance", right)
+    plan.bind()
+    del plan
+    gc.collect()
+    forget_memory()
+    assert ALLOCATIONS.blocks == start
+
+
+def test_the_context_is_left_as_it_was(gpu: None) -> None:
+    """What is pushed for a call is popped, also where it fails."""
+    plan = gg.compile(everything(), backends=["cuda"])
+    with fail_allocation(3), pytest.raises(gg.OutOfMemoryError):
+        plan.bind()
+    plan.bind()
+    assert driver.driver().Context.depth == 0

@@ -1,0 +1,85 @@
+"""What the CUDA backend does in one step, and where it must not. No GPU."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+import pyggml as gg
+from pyggml.backends.cuda.compiler import KERNELS
+from pyggml.backends.cuda.fusion import Run, fused
+from pyggml.parity.patterns import PATTERNS, pattern
+
+ROW = "rms_norm mul rope_ext concat set_rows"
+#: The ops of each step that has several.
+FUSED = {
+    "norm_and_products": ["add rms_norm fixed_point mul"],
+    "shared_activations": [],
+    "experts": ["soft_max_ext top_k get_rows", "mul_multi_add add add"],
+    "grouped_experts": ["sigmoid add grouped_topk get_rows sum_rows clamp div scale"],
+    "divided_weights": ["soft_max_ext add top_k get_rows sum_rows clamp div"],
+    "probabilities_kept": [],
+    "shared_mask": ["causal_mask flash_attn_ext"] * 2,
+    "mask_kept": [],
+    "moved_position": [],
+    "gated": ["silu mul", "relu mul"],
+    "turned_f16": ["rope_ext set_rows"],
+    "turned_bf16": ["rope_ext set_rows"],
+    **{f"latent_row_{t}_{m}": [ROW] for t in ("f16", "bf16", "q8_0") for m in ("normal", "neox")},
+}
+
+
+def planned(name: str) -> gg.Plan:
+    return gg.compile(pattern(name).outputs, backends=["cuda:0:24GiB"])
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_patterns_become_steps(name: str) -> None:
+    several = [step for step in planned(name).steps if len(step.nodes) > 1]
+    assert [" ".join(n.op.name for n in step.nodes) for step in several] == FUSED[name]
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_patterns_are_the_same_on_every_backend_here(name: str) -> None:
+    made = pattern(name)
+    want = gg.compile(made.outputs).run(made.inputs)
+    got = gg.compile(made.outputs, backends=["null:0"]).run(made.inputs)
+    for key, values in want.items():
+        np.testing.assert_array_equal(got[key], values)
+
+
+def test_activations_are_prepared_once() -> None:
+    """One step for two products of the same rows; a view of other rows prepares its own."""
+    steps = planned("shared_activations").steps
+    (made,) = (step for step in steps if step.node.op.name == "fixed_point")
+    readers = [step for step in steps if made.node in step.reads]
+    assert [step.node.ne[1] for step in readers] == [5, 5]
+
+
+def test_a_step_stands_where_its_first_result_is_read() -> None:
+    ops = [step.node.op.name for step in planned("experts").steps]
+    assert ops.index("get_rows") < ops.index("mul_mat_id")
+
+
+def test_a_moved_step_may_not_read_what_is_not_there_yet() -> None:
+    made = pattern("experts").outputs["y"]
+    nodes = [n for n in gg.Graph({"y": made}).nodes if not n.op.leaf and n.op.view is None]
+    run = Run(nodes, set())
+    (route,) = (p for p in fused(nodes, set()) if getattr(p, "at", None) is not None)
+    early = [*(n for n in nodes if n in route.nodes), *(n for n in nodes if n not in route.nodes)]
+    assert run.allows(route) and not Run(early, set()).allows(route)
+
+
+def test_every_kernel_waits_for_its_predecessor() -> None:
+    """Launches overlap: one that did not wait would not only read too early, but let all that
+    follow take its end for the end of everything before."""
+    kernels = 0
+    for path in KERNELS.glob("*.cu"):
+        for part in re.split(r"\b__global__\b", path.read_text())[1:]:
+            body = part[part.index("{") : part.index("\n}\n")]
+            kernels += 1
+            waits = r"\bbegin\(\)|\bwait_for_predecessor\(\)|tile_product<"
+            assert re.search(waits, body), f"{path.name}: {part[:80]}"
+    assert kernels > 40

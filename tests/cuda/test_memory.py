@@ -1,0 +1,149 @@
+"""`plan.memory` tells the truth of a GPU: all that is allocated is in it, and nothing else is."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pyggml as gg
+from pyggml import backends
+from pyggml.backends.cuda import cublas
+from pyggml.backends.cuda.launch import WORKSPACE, Gemm
+from pyggml.backends.cuda.memory import ALLOCATIONS
+from pyggml.backends.cuda.pinned import RING
+from pyggml.parity.case import build
+from pyggml.parity.cases import cases
+from pyggml.plan import Plan
+from tests.cuda.test_recording import steps_of
+
+MIB = 2**20
+
+
+def product(kind: str = "f16", columns: int = 40) -> gg.Node:
+    w = gg.constant(np.ones((64, 256), np.float32), type=kind, name=f"w_{kind}")
+    return gg.mul_mat(w, gg.input("x", ne=(256, columns)))
+
+
+def attention() -> gg.Node:
+    q, k, v = (gg.input(n, ne=ne) for n, ne in zip("qkv", ((64, 40, 4), (64, 96, 4), (96, 32, 4))))
+    return gg.mul_mat(v, gg.soft_max_ext(gg.mul_mat(k, q), scale=0.125))
+
+
+def planned(node: gg.Node, place: str = "cuda", **options: Any) -> Plan:
+    return gg.compile({"y": node}, backends=[place], **options)
+
+
+# -- what is said -------------------------------------------------------------------------------
+
+
+def test_every_case_that_calls_cublas_says_so_and_no_other() -> None:
+    """Otherwise the table would lack the block that cuBLAS works in, or show one for nothing."""
+    device, calling = backends.get("cuda"), 0
+    for case in cases():
+        if case.op not in ("mul_mat", "fused_up_gate", "mul_mat_id", "moe_up_gate"):
+            continue
+        node = build(case, values=False).node
+        if device.supports(node) is not None:
+            continue
+        for step, records in steps_of(node):
+            calls = any(isinstance(one, Gemm) for one in records)
+            assert step.workspace == (WORKSPACE if calls else 0), case
+            calling += calls
+    assert calling > 20
+
+
+@pytest.mark.parametrize(
+    ("kind", "columns", "workspace"),
+    [("f16", 40, WORKSPACE), ("f32", 40, WORKSPACE), ("f16", 1, 0), ("q8_0", 40, 0)],
+)
+def test_the_workspace_is_a_column_of_its_own(kind: str, columns: int, workspace: int) -> None:
+    memory = planned(product(kind, columns)).memory
+    (row,) = memory.devices
+    assert row.workspace == memory.workspace == workspace
+    parts = (row.weights, row.states, row.inputs, row.compute, row.workspace)
+    assert row.total == memory.total == sum(parts)
+    head, line = (text.split("|") for text in str(memory).splitlines()[:2])
+    at = [word.strip() for word in head].index("workspace")
+    assert float(line[at]) == workspace / MIB
+
+
+def test_it_is_one_block_however_many_products_there_are() -> None:
+    x = gg.input("x", ne=(64, 40))
+    for i in range(3):
+        w = gg.constant(np.ones((64, 64), np.float32), type="f16", name=f"w{i}")
+        x = gg.mul_mat(w, x)
+    assert planned(x).memory.workspace == WORKSPACE
+
+
+def test_a_described_device_must_have_room_for_it() -> None:
+    plan = planned(product(), "cuda:0:8MiB")
+    assert plan.memory.total - WORKSPACE < 8 * MIB < plan.memory.total
+    assert "cuda:0 was said to have 8.00 MiB: does NOT fit" in str(plan.memory)
+    assert "8.00 MiB: fits" in str(planned(product(columns=1), "cuda:0:8MiB").memory)
+
+
+def test_the_attention_budget_does_not_count_it() -> None:
+    """It does not grow with the attention, and no cutting makes it smaller."""
+    whole = planned(attention())
+    assert whole.memory.workspace == WORKSPACE and whole.memory.score_peak < MIB
+    tight = planned(attention(), amb=0.05)
+    assert [step.loop is not None for step in tight.steps] == [True]
+    assert tight.memory.workspace == WORKSPACE and tight.memory.score_peak <= 0.05 * MIB
+
+
+def test_pinned_memory_of_the_host_is_told_beside_the_table() -> None:
+    told = f"Beside it cuda:0 copies through {RING / MIB:.2f} MiB of pinned host memory."
+    plan = gg.compile({"y": product()}, backends=["cuda:0:24GiB", "numpy"])
+    assert told in str(plan.memory).splitlines()
+    assert [row.staging for row in plan.memory.devices] == [RING]
+    assert "pinned" not in str(planned(product(), "numpy").memory)
+    y = {"y": gg.name(product(), "elsewhere")}
+    idle = gg.compile(y, backends=["cuda", "numpy"], pins={"elsewhere|^w|^x": "numpy"})
+    assert [row.device for row in idle.memory.devices] == ["cuda:0", "numpy"]
+    assert "pinned" not in str(idle.memory)
+
+
+@pytest.mark.parametrize("place", ("numpy", "null:0"))
+def test_other_backends_have_none(place: str) -> None:
+    memory = planned(product(), place).memory
+    assert memory.workspace == 0 and all(row.staging == 0 for row in memory.devices)
+
+
+# -- what is done, on a GPU of which only the memory is there ------------------------------------
+
+
+@pytest.fixture
+def gpu(machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    machine("gpu")
+    monkeypatch.setattr(cublas, "_library", lambda: None)  # of CuPy, which is not there
+
+
+def held(start: tuple[int, int]) -> tuple[int, int]:
+    """Blocks and bytes that are allocated since."""
+    gc.collect()
+    return ALLOCATIONS.blocks - start[0], ALLOCATIONS.nbytes - start[1]
+
+
+def test_a_plan_takes_what_it_said(gpu: None) -> None:
+    start = held((0, 0))
+    plan = planned(product()).bind()
+    # a weight, an input, an arena, the workspace; and the ring
+    assert held(start) == (5, plan.memory.total + plan.memory.devices[0].staging)
+    again = planned(product(columns=17)).bind()  # in a store of its own
+    together = plan.memory.total + again.memory.total - WORKSPACE  # which they share
+    assert held(start)[1] == together + RING
+    del plan
+    assert held(start)[1] == again.memory.total + RING
+    del again
+    assert held(start) == (1, RING)  # kept for the next plan
+
+
+def test_binding_allocates_all_that_a_run_needs(gpu: None) -> None:
+    plan = planned(gg.relu(gg.input("x", ne=(256, 40)))).bind()
+    made = ALLOCATIONS.made
+    plan.run(x=np.ones((40, 256)))
+    assert ALLOCATIONS.made == made

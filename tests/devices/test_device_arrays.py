@@ -1,0 +1,169 @@
+"""Arrays in a device's memory in and out of plans, and runs in a row of several devices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pyggml as gg
+from pyggml import backends
+from pyggml.backends.base import Address
+from tests.devices.stacks import FEED, HALVES, same, stack
+
+X = np.arange(8, dtype=np.float32)
+
+
+@pytest.fixture(params=[None, 0, 1], ids=["late", "pace0", "pace1"])
+def paced(request: Any) -> Iterator[None]:
+    """The queues of two devices as late as can be, or as it comes."""
+    queues = [backends.get("null", i).queue for i in range(2)]
+    for queue in queues:
+        queue.pace = None if request.param is None else Random(request.param)
+    yield
+    for queue in queues:
+        queue.pace = None
+
+
+def on(place: str, values: np.ndarray) -> Any:
+    """These values in the memory of a device, of a store of their own."""
+    x = gg.input("x", ne=values.shape[::-1])
+    return gg.compile({"x": x}, backends=[place]).run(x=values, copy=False)["x"]
+
+
+def doubled(place: str = "null:0", **options: Any) -> gg.Plan:
+    return gg.compile({"y": gg.scale(gg.input("x", ne=(8,)), s=2.0)}, backends=[place], **options)
+
+
+def test_outputs_stay_on_their_device_and_go_into_the_next_plan() -> None:
+    first, second = doubled(), doubled()
+    y = first.run(x=X, copy=False)["y"]
+    assert not isinstance(y, np.ndarray)
+    np.testing.assert_array_equal(np.asarray(y), 2 * X)
+    assert np.asarray(y, np.float64).dtype == np.float64
+    with pytest.raises(ValueError, match="cannot be seen without a copy"):
+        np.array(y, copy=False)
+    np.testing.assert_array_equal(second.run(x=y)["y"], 4 * X)  # a copy within the device
+    second.bind(x=y)
+    np.testing.assert_array_equal(second.run()["y"], 4 * X)
+    first.run(x=X + 1)
+    np.testing.assert_array_equal(second.run()["y"], 4 * X + 4)  # nothing was copied
+
+
+def test_where_an_array_is_matters() -> None:
+    plan, there = doubled("null:0"), on("null:1", X)
+    with pytest.raises(gg.DTypeError, match=r"'x' is read on null:0; bind takes.*Give it to run"):
+        plan.bind(x=there)
+    with pytest.raises(gg.DTypeError, match=r"it got a numpy.ndarray"):
+        plan.bind(x=X)
+    np.testing.assert_array_equal(plan.run(x=there)["y"], 2 * X)  # by way of the host
+    with pytest.raises(gg.ShapeError, match=r"input 'x' takes.*it got NumPy shape \(2,\)"):
+        plan.run(x=on("null:0", X[:2]))
+    every_other = gg.view(gg.input("x", ne=(16,)), ne=(8,), step=(2,))
+    wide = gg.compile({"y": every_other}, backends=["null:0"]).run(x=np.arange(16), copy=False)
+    with pytest.raises(gg.ShapeError, match="strides differ"):
+        plan.run(x=wide["y"])
+    ids = gg.compile({"y": gg.cont(gg.input("x", "i32", ne=(8,)))}, backends=["null:0"])
+    with pytest.raises(gg.DTypeError, match=r"takes i32.*array of float32.*give int32"):
+        ids.run(x=on("null:0", X))
+    y = plan.run(x=X, copy=False)["y"]
+    with pytest.raises(gg.GraphError, match="part of the store's arena"):
+        plan.bind(x=y)
+
+
+@pytest.mark.parametrize("home", ["null:0", "null:1", "numpy"])
+def test_an_input_of_several_devices_comes_from_the_one_that_has_it(home: str, paced: None) -> None:
+    x = gg.input("x", "f32", ne=(8,))
+    made = {
+        "a": gg.name(gg.relu(x), "on 0"),
+        "b": gg.name(gg.scale(x, s=-1.0), "on 1"),
+        "c": gg.sqr(x),
+    }
+    pins = {"^on 0$": "null:0", "^on 1$": "null:1"}
+    plan = gg.compile(made, backends=["numpy"], pins=pins)
+    held = X.copy() if home == "numpy" else on(home, X)
+    want = {"a": X, "b": -X, "c": X * X}
+    same(plan.run(x=held), want)
+    plan.bind(x=held)
+    slots = {device for *_, device in plan.store._inputs}
+    for turn in range(3):
+        values = X + turn
+        if home == "numpy":
+            held[:] = values
+        else:  # as the library that owns the array would write it
+            backends.get("null", int(home[-1])).upload(held.at, held.spec, values)
+        same(plan.run(), {"a": values, "b": -values, "c": values * values})
+    assert {device for *_, device in plan.store._inputs} == slots
+
+
+def test_the_device_waits_for_whoever_still_writes_an_array() -> None:
+    """`ready` of a given array comes before it is read, at every run."""
+    device: Any = backends.get("null", 0)
+    plan, held, asked = doubled(), on("null:0", X), []
+    given = type(device).given
+
+    def late(array: Any) -> Any:
+        def ready() -> None:
+            asked.append(1)
+            device.upload(held.at, held.spec, X + len(asked))
+
+        found = given(device, array)
+        return None if found is None else replace(found, ready=ready)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "given", late, raising=False)
+        np.testing.assert_array_equal(plan.run(x=held)["y"], 2 * (X + 1))
+        plan.bind(x=held)
+    for turn in (2, 3):
+        np.testing.assert_array_equal(plan.run()["y"], 2 * (X + turn))
+
+
+# -- copies to the host --------------------------------------------------------------------------
+
+
+def test_a_copy_to_the_host_lands_when_it_is_waited_for(paced: None) -> None:
+    device: Any = backends.get("null", 0)
+    there, target = on("null:0", X), np.zeros(8, np.float32)
+    arrival = device.send(there.at, Address(target.view(np.uint8), 0, there.at.nb), there.spec)
+    later: list[int] = []
+    device.queue.add(lambda: later.append(1))
+    assert not target.any()
+    arrival.wait()
+    np.testing.assert_array_equal(target, X)
+    assert device.queue.pace is not None or not later  # what came later was not waited for
+    device.synchronize()
+
+
+# -- runs in a row -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_experts", [0, 4])
+def test_repeats_over_devices_are_the_runs_of_one(n_experts: int, paced: None) -> None:
+    """Each run reads states of the one before, memory of one device is read late by another."""
+    pins = {"exps": "numpy", **HALVES} if n_experts else HALVES
+    h, counter = stack(8, n_experts), gg.state("counter", "f32", ne=(40, 5))
+    made = {"y": gg.cpy(gg.add(counter, gg.tanh(h)), counter)}
+    plain = gg.compile(made)
+    plan = gg.compile(made, backends=["null:0", "null:1", "numpy"], pins=pins)
+    for count in (1, 4, 3):
+        for _ in range(count):
+            want = plain.run(FEED)
+        same(plan.run(FEED, repeat=count), want)
+
+
+def test_a_run_does_not_overtake_the_copies_of_the_one_before() -> None:
+    """The last step on another device reads what the first step of the next run writes over."""
+    s = gg.state("s", "f32", ne=(4,))
+    first = gg.name(gg.exp(s), "on 0")
+    grown = gg.cpy(gg.add(s, gg.constant(np.ones(4, np.float32), name="one")), gg.name(s, "on 0 s"))
+    total = gg.state("total", "f32", ne=(4,))
+    summed = gg.cpy(gg.name(gg.add(total, gg.name(gg.cont(first), "on 1")), "on 1 sum"), total)
+    pins = {"^on 0": "null:0", "^on 1": "null:1", "^total$": "null:1"}
+    plan = gg.compile({}, updates=[grown, summed], backends=["null:0", "null:1"], pins=pins)
+    plan.run(repeat=6)
+    want = np.exp(np.arange(6, dtype=np.float32)).sum()
+    np.testing.assert_allclose(plan.store.read("total"), want, rtol=1e-5)

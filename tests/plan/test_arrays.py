@@ -1,0 +1,176 @@
+"""Inputs bound to arrays of the caller's, runs without a host in between, progress of weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pyggml as gg
+from pyggml.errors import DTypeError, GraphError, PyggmlError, ShapeError, UnknownName
+from tests.plan.graphs import greedy, greedy_ids
+
+X = np.arange(8, dtype=np.float32)
+
+
+def doubled(**options: Any) -> gg.Plan:
+    x, z = gg.input("x", ne=(8,)), gg.input("z", ne=(8,))
+    return gg.compile({"y": gg.add(gg.scale(x, s=2.0), z), "x": x}, **options)
+
+
+# -- bound inputs --------------------------------------------------------------------------------
+
+
+def test_a_bound_input_is_read_where_it_is() -> None:
+    plan, held = doubled(), X.copy()
+    plan.bind(x=held)
+    np.testing.assert_array_equal(plan.run(z=np.ones(8))["y"], 2 * X + 1)
+    held[:] = 7  # no copy was made, so the next run sees it
+    got = plan.run(z=np.zeros(8), copy=False)
+    np.testing.assert_array_equal(got["y"], 14)
+    assert np.shares_memory(got["x"], held)
+    assert not any(key == "x" for key, *_ in plan.store._inputs)  # and no slot stands idle
+    np.testing.assert_array_equal(held, 7)
+
+
+def test_an_input_is_bound_to_another_array_and_given_back() -> None:
+    plan = doubled().bind(x=X)
+    plan.run(z=np.zeros(8))
+    execution = plan._execution
+    assert plan.bind(x=X)._execution is execution  # the same address: nothing is made anew
+    other = X + 1
+    plan.bind(x=other)
+    assert plan._execution is not execution
+    np.testing.assert_array_equal(plan.run(z=np.zeros(8))["y"], 2 * other)
+    plan.bind(x=None)
+    np.testing.assert_array_equal(plan.run(x=X - 1, z=np.zeros(8))["y"], 2 * X - 2)
+
+
+def test_what_is_bound_stays_when_the_store_s_arena_moves() -> None:
+    store, held = gg.Store(), X.copy()
+    plan = doubled(store=store).bind(x=held)
+    large = gg.input("w", ne=(100_000,))
+    gg.compile({"y": gg.add(gg.exp(large), gg.log(large))}, store=store).bind()
+    np.testing.assert_array_equal(plan.run(z=np.zeros(8))["y"], 2 * X)
+    held += 1
+    np.testing.assert_array_equal(plan.run(z=np.zeros(8))["y"], 2 * X + 2)
+
+
+def test_one_array_serves_two_plans_and_one_plan_s_output_another_s_input() -> None:
+    first, second = doubled(), doubled()  # each with a store of its own
+    y = first.run(x=X, z=X, copy=False)["y"]
+    second.bind(x=y)
+    np.testing.assert_array_equal(second.run(z=np.zeros(8))["y"], 6 * X)
+
+
+@pytest.mark.parametrize(
+    "given, error, text",
+    [
+        (X.astype("f8"), DTypeError, "input 'x' takes f32.*array of float64.*give float32"),
+        (X.astype(">f4"), DTypeError, ">f4"), (X > 1, DTypeError, "bool"),
+        (X[:4], ShapeError, r"NumPy shape \(8,\); it got NumPy shape \(4,\)"),
+        (np.repeat(X, 2)[::2], ShapeError, "strides differ"), (X[::-1], ShapeError, "strides"),
+        (np.frombuffer(bytes(33), np.float32, 8, 1), ShapeError, "multiple of 4 bytes"),
+        (X.tolist(), DTypeError, "'x' is read on numpy; bind takes.*it got a list"),
+        (np.ma.masked_array(X), DTypeError, "it got a numpy.ma"),
+        (np.array([None] * 8), DTypeError, "object"),
+    ],
+)  # fmt: skip
+def test_arrays_that_cannot_be_bound(given: Any, error: type[Exception], text: str) -> None:
+    plan = doubled()
+    with pytest.raises(error, match=f"(?s){text}") as caught:
+        plan.bind(x=given, z=X)
+    assert isinstance(caught.value, PyggmlError)
+    np.testing.assert_array_equal(plan.run(x=X, z=X)["y"], 3 * X)  # neither of the two is bound
+
+
+def test_raw_rows_can_be_bound() -> None:
+    for kind, raw in (("bf16", np.uint16), ("q8_0", np.uint8)):
+        x = gg.input("x", kind, ne=(64, 2))
+        plan = gg.compile({"y": gg.cast(x, type="f32")})
+        held = gg.compile({"x": x}).run(x=np.ones((2, 64)), copy=False)["x"].copy()
+        assert held.dtype == raw
+        np.testing.assert_allclose(plan.bind(x=held).run()["y"], 1, rtol=1e-2)
+
+
+def test_a_part_of_the_arena_is_not_bound() -> None:
+    plan = doubled()
+    y = plan.run(x=X, z=X, copy=False)["y"]
+    with pytest.raises(GraphError, match=r"input 'x'.*part of the store's arena"):
+        plan.bind(x=y)
+    plan.bind(x=y.copy())
+
+
+def test_names_that_bind_and_run_refuse() -> None:
+    plan = doubled().bind(x=X)
+    with pytest.raises(UnknownName, match="no input 'q'; its inputs: x, z"):
+        plan.bind(q=X)
+    with pytest.raises(GraphError, match=r"'x' is bound to an array of yours.*bind\(x=None\)"):
+        plan.run(x=X, z=X)
+    with pytest.raises(GraphError, match="run lacks inputs: z"):
+        plan.run()
+    with pytest.raises(GraphError, match="'x' is given twice"):
+        plan.bind({"x": X}, x=X)
+    odd = gg.compile({"y": gg.cont(gg.input("progress", ne=(8,)))})
+    with pytest.raises(DTypeError, match=r"progress=ndarray.*bind\(\{'progress': array\}\)"):
+        odd.bind(progress=X)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(odd.bind({"progress": X}).run()["y"], X)
+
+
+# -- runs without a host in between --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("places", [["numpy"], ["null:0"], ["null:0", "numpy"]])
+def test_many_steps_in_one_run_are_many_runs_of_one(places: list[str]) -> None:
+    pins = {"embd": "numpy", "state": "null:0"} if len(places) > 1 else {}
+    plans = [gg.compile(greedy(), backends=places, pins=pins) for _ in range(2)]
+    for plan in plans:
+        plan.bind().store.write("token", [3])
+    single = [int(plans[0].run()["token"][0]) for _ in range(12)]
+    assert len(set(single)) > 4 and single == greedy_ids(3, 12)
+    assert int(plans[1].run(repeat=5)["token"][0]) == single[4]
+    assert int(plans[1].run(repeat=7)["token"][0]) == single[11]
+    for name in ("ids", "token", "pos"):
+        np.testing.assert_array_equal(*(plan.store.read(name) for plan in plans), name)
+    assert plans[1].store.read("ids")[:12, 0].tolist() == single
+    assert plans[1].store.read("pos").tolist() == [12]
+
+
+def test_inputs_are_given_once_for_all_repeats() -> None:
+    x, s = gg.input("x", ne=(2,)), gg.state("s", ne=(2,))
+    total = gg.cpy(gg.add(s, x), s)
+    plan = gg.compile({"y": gg.scale(x, s=2.0)}, updates=[total])
+    np.testing.assert_array_equal(plan.run(x=[1, 2], repeat=5)["y"], [2, 4])
+    np.testing.assert_array_equal(plan.store.read("s"), [5, 10])
+    for wrong in (0, -1, 1.5, True, "2"):
+        with pytest.raises(DTypeError, match="repeat="):
+            plan.run(x=[1, 2], repeat=wrong)  # type: ignore[arg-type]
+
+
+# -- progress ------------------------------------------------------------------------------------
+
+
+def test_progress_of_weights_that_go_to_a_device() -> None:
+    w = [gg.constant(np.ones((8 * (i + 1), 8), np.float32), name=f"w{i}") for i in range(3)]
+    y = gg.add(gg.relu(w[1]), gg.relu(w[0]))
+    store, seen = gg.Store(), []
+    first = gg.compile({"y": y}, backends=["null:0"], store=store)
+    first.bind(progress=lambda done, total: seen.append((done, total)))
+    total = first.memory.weights
+    assert [b for _, b in seen] == [total] * 2 and seen[-1][0] == total > seen[0][0] > 0
+    seen.clear()
+    more = gg.compile({"y": y, "z": gg.relu(w[2])}, backends=["null:0"], store=store)
+    more.bind(progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(more.memory.weights - total,) * 2]  # what the store has goes up no more
+    seen.clear()
+    gg.compile({"y": y}).bind(progress=lambda *both: seen.append(both))
+    assert not seen  # the host reads its own in place
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    again = gg.Store()
+    with pytest.raises(KeyboardInterrupt):
+        gg.compile({"y": y}, backends=["null:0"], store=again).bind(progress=stop)
+    assert not again._weights and not again.arenas
