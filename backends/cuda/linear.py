@@ -38,7 +38,7 @@ def product_scratch(a: Node, b: Node, exact: bool) -> int:
         return (
             linear_blocks.vec_scratch(b.ne, 3 if exact else 2)
             if few
-            else linear_blocks.tile_scratch(b.ne)
+            else linear_blocks.tile_scratch(b.ne) + linear_blocks.split_scratch(a.ne, b.ne)
         )
     if not by_cublas(a, b, exact):
         return 0

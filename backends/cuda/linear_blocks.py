@@ -8,19 +8,20 @@ from math import prod
 import numpy as np
 
 from pyggml.backends.cuda.geometry import C_TYPES, blocks
-from pyggml.backends.cuda.launch import Call, Operand, Value
+from pyggml.backends.cuda.launch import H200, Call, Operand, Value
 from pyggml.backends.cuda.linear_common import (
     FEW,
     PREPARE,
     VEC,
     act_of,
     aligned,
+    dense,
     is_narrow,
     rows_in,
     shape_of,
 )
 from pyggml.backends.cuda.packing import packed
-from pyggml.dtypes import DType
+from pyggml.dtypes import F32, DType
 from pyggml.graph import Ne
 
 TILE = "linear_tile.cu"
@@ -142,14 +143,42 @@ def tile_shared(columns: int) -> int:
     return 4 * columns * DEPTH * 2 + 1024
 
 
+def splits_of(a: Ne, b: Ne) -> int:
+    """How many blocks of `tile` share the k of a tile, so that a GPU has two on a multiprocessor
+    and none has less than 4 steps. The same on every GPU: so are its sums."""
+    shape = shape_of(a, b)
+    if shape.columns > 128:
+        return 1
+    tiles = -(-a[1] // 128) * -(-shape.columns // 64) * shape.batches
+    return max(1, min(2 * H200.sms // tiles, padded(a[0]) // DEPTH // 4))
+
+
+def split_scratch(a: Ne, b: Ne) -> int:
+    """Bytes of the sums of all splits."""
+    splits = splits_of(a, b)
+    return aligned(4 * a[1] * rows_in(b) * splits) if splits > 1 else 0
+
+
 def many_columns(call: Call, a: tuple[Operand, ...], b: Operand, y: Operand) -> None:
     """`tile`, of one matrix or of up and gate."""
     shape = shape_of(a[0].ne, b.ne)
-    some = tile_columns(shape.columns)
+    some, splits = tile_columns(shape.columns), 1 if len(a) == 2 else splits_of(a[0].ne, b.ne)
+    sums, count = y, rows_in(b.ne)
+    if splits > 1:
+        some, ptr = min(some, 64), call.scratch(4 * y.ne[0] * count * splits)
+        sums = dense(ptr, (y.ne[0], count * splits, 1, 1), F32)
     # The struct `Columns`, its routing unused.
     columns = Value(struct.pack("<24x3i68x", shape.a2, shape.r3, shape.columns))
     grid = -(-shape.columns // some), shape.batches
-    launch_tile(call, cpp_format(a[0]), a, b, y, some, columns, grid)
+    launch_tile(call, cpp_format(a[0]), a, b, sums, some, columns, grid, splits=splits)
+    if splits > 1:
+        call.launch(
+            PREPARE,
+            "add_splits",
+            grid=blocks(y.ne[0] * count),
+            block=256,
+            args=[sums.pointer, y.tensor, np.int32(splits), np.uint32(count), is_narrow(y)],
+        )
 
 
 def launch_tile(
@@ -162,12 +191,13 @@ def launch_tile(
     columns: Value,
     grid: tuple[int, int],
     routed: bool = False,
+    splits: int = 1,
 ) -> None:
     x, scales = to_halves(call, b, half_of(a[0].dtype))
     call.launch(
         TILE,
         f"tile<{form}, {len(a)}, {some}, {str(routed).lower()}>",
-        grid=(-(-a[0].ne[1] * len(a) // 128), *grid),
+        grid=(-(-a[0].ne[1] * len(a) // 128) * splits, *grid),
         block=256,
         args=[
             weights_of(*a),
@@ -178,6 +208,7 @@ def launch_tile(
             columns,
             is_narrow(y),
             act_of(call),
+            np.int32(splits),
         ],
         shared=tile_shared(some),
     )

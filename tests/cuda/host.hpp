@@ -1,4 +1,4 @@
-// The words of CUDA that the kernels' decoders need, on the host: one thread, after another.
+// The words of CUDA that the kernels' decoders need, for one thread on the host.
 #pragma once
 #include <algorithm>
 #include <cmath>

@@ -4,6 +4,7 @@
 // @kernel copy_rows<{float|__half|__nv_bfloat16}, {float|__half|__nv_bfloat16}>
 // @kernel gate_rows
 // @kernel put_rows
+// @kernel add_splits
 #include "linear_common.cuh"
 
 // A row of b for linear_tile.cu: numbers of H with zeros up to k_padded, and what to multiply
@@ -77,6 +78,17 @@ __global__ void __launch_bounds__(256)
         float* at = (float*)(row_at(y, i / y.ne[0]) + i % y.ne[0] * y.nb[0]);
         *at = gated(act, gate[i], *at);
     }
+}
+
+// The sums of all splits of k, [rows, columns, splits], added in their order.
+__global__ void __launch_bounds__(256)
+    add_splits(const float* sums, Tensor y, int splits, unsigned columns, int narrow) {
+    begin();
+    const long long n = (long long)y.ne[0] * columns, i = blockIdx.x * 256ll + threadIdx.x;
+    if (i >= n) return;
+    float total = 0;
+    for (int s = 0; s < splits; ++s) total += sums[s * n + i];
+    put(y, row_at(y, i / y.ne[0]), i % y.ne[0], total, narrow);
 }
 
 // Rows without gaps into rows of y.

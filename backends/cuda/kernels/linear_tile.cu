@@ -3,7 +3,7 @@
 // decoded there, straight into the A fragments of m16n8k16: a warp's 16 rows are two tiles of 8, so
 // that with up and gate both values of an element meet in one thread. Activations (f16, scaled by
 // rows; see linear_prepare.cu) come through shared memory, in rows of 64 numbers swizzled as wgmma
-// wants them.
+// wants them. Where few blocks would be busy, several share the k of a tile and leave a sum each.
 //
 // @kernel tile<{BLOCKS}, {1|2}, {32|64|128}, true>
 // @kernel tile<{SOME}, {1|2}, {32|64|128}, false>
@@ -149,12 +149,13 @@ constexpr int ahead_of = N > 64        ? 1
                          : is_small<F> ? 3
                                        : 2;
 
-// grid: tiles of rows, tiles of columns, batches. x: [columns][k_padded] of F::Half, scale: of a
-// column.
+// grid: tiles of rows times `splits` of k, tiles of columns, batches. x: [columns][k_padded] of
+// F::Half, scale: of a column. With splits, y holds the sums of the first for all columns, then those
+// of the second, and so on.
 template <class F, int MATS, int N, bool ROUTED>
 __global__ void __launch_bounds__(THREADS, N << has_high<F> <= TWO_BLOCKS ? 2 : 1)
     tile(Weights<F> weights, const char* x, const float* scales, int k_padded, Tensor y,
-         Columns columns, int narrow, int act) {
+         Columns columns, int narrow, int act, int splits) {
     constexpr int AHEAD = ahead_of<F, N>;
     extern __shared__ __align__(1024) char memory[];
     __shared__ char* targets[N];
@@ -162,7 +163,10 @@ __global__ void __launch_bounds__(THREADS, N << has_high<F> <= TWO_BLOCKS ? 2 : 
     __shared__ unsigned sources[N];
     const int thread = threadIdx.x, warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
 
-    // Which columns are ours.
+    // Which columns are ours, which rows, and which part of k.
+    constexpr bool CAN_SPLIT = MATS == 1 && N <= 64 && !ROUTED;
+    const int part = CAN_SPLIT ? blockIdx.x % splits : 0,
+              row_tile = CAN_SPLIT ? blockIdx.x / splits : blockIdx.x;
     int matrix, valid;
     if constexpr (ROUTED) {
         if (blockIdx.y >= *columns.n_tiles) {
@@ -181,9 +185,13 @@ __global__ void __launch_bounds__(THREADS, N << has_high<F> <= TWO_BLOCKS ? 2 : 
         valid = min(N, columns.heads.columns - start);
         if (thread < valid) {
             unsigned column = blockIdx.z * columns.heads.columns + start + thread;
-            targets[thread] = row_at(y, column), sources[thread] = column;
+            sources[thread] = column;
+            if (CAN_SPLIT) column += part * gridDim.z * columns.heads.columns;
+            targets[thread] = row_at(y, column);
         }
     }
+    const int steps = k_padded / DEPTH, begins = CAN_SPLIT ? steps * part / splits : 0,
+              ends = CAN_SPLIT ? steps * (part + 1) / splits : steps;
     // Weights first: they do not wait for the activations.
     const int groups = groups_of(weights.w[0]);
     const Table<F> table(offset_of<F>);
@@ -191,12 +199,12 @@ __global__ void __launch_bounds__(THREADS, N << has_high<F> <= TWO_BLOCKS ? 2 : 
     for (int i = 0; i < 2; ++i)
         rows[i] =
             TileRow<F>(weights.w[MATS == 2 ? i : 0], matrix,
-                       MATS == 2 ? blockIdx.x * 8 + warp : blockIdx.x * 16 + warp * 2 + i, g, t);
+                       MATS == 2 ? row_tile * 8 + warp : row_tile * 16 + warp * 2 + i, g, t);
     decltype(rows[0].load(0)) raw[2 * AHEAD][2];
 #pragma unroll
     for (int i = 0; i < 2 * AHEAD; ++i)
 #pragma unroll
-        for (int r = 0; r < 2; ++r) raw[i][r] = rows[r].load(min(i, groups - 1));
+        for (int r = 0; r < 2; ++r) raw[i][r] = rows[r].load(min(2 * begins + i, groups - 1));
     begin();
     if (thread < valid) column_scales[thread] = scales[sources[thread]];
     __syncthreads();
@@ -210,9 +218,8 @@ __global__ void __launch_bounds__(THREADS, N << has_high<F> <= TWO_BLOCKS ? 2 : 
         from[i] = x + (row < valid ? sources[row] : 0) * (long long)k_padded * 2 + chunk * 16;
     }
     const unsigned base = (shared_address(memory) + 1023) & ~1023u;
-    const int steps = k_padded / DEPTH;
     auto copy_stage = [&](int step) {
-        if (step < steps) {
+        if (step < ends) {
             unsigned to = base + step % STAGES * (N * 128);
 #pragma unroll
             for (int i = 0; i < COPIES; ++i) {
@@ -225,15 +232,15 @@ __global__ void __launch_bounds__(THREADS, N << has_high<F> <= TWO_BLOCKS ? 2 : 
         copies_commit();
     };
 #pragma unroll
-    for (int i = 0; i < STAGES - 2; ++i) copy_stage(i);
+    for (int i = 0; i < STAGES - 2; ++i) copy_stage(begins + i);
 
     unsigned a[2][2][4];  // fragments of the halves of a step
     float sums[N / 2] = {};
-    for (int round = 0; round < steps; round += AHEAD)
+    for (int round = begins; round < ends; round += AHEAD)
 #pragma unroll
         for (int ahead = 0; ahead < AHEAD; ++ahead) {
             const int step = round + ahead;
-            if (ahead && step >= steps) break;
+            if (ahead && step >= ends) break;
             copies_wait<STAGES - 3>();
             fence_engines_for_wgmma();
             __syncthreads();
@@ -258,7 +265,7 @@ __global__ void __launch_bounds__(THREADS, N << has_high<F> <= TWO_BLOCKS ? 2 : 
     wait_products<0>();
 
     // A thread has 2 columns of 2 rows in every 8 columns.
-    const int first = (blockIdx.x * 8 + warp) * (MATS == 2 ? 8 : 16) + g;
+    const int first = (row_tile * 8 + warp) * (MATS == 2 ? 8 : 16) + g;
     const int n_rows = rows_of(weights.w[0]);
 #pragma unroll
     for (int i = 0; i < N / 4; ++i) {
