@@ -5,7 +5,7 @@
 IQ4_NL weights, f16 latent cache; inputs are on the device. A decode step reads about 50 MB, which
 the cache would keep: six plans with weights, cache and token of their own take turns, and a sample
 is the mean of their graphs, one after another. A prompt reads more than four times the cache.
-`--steps` prints the slowest steps of each plan.
+`--steps` prints what each launch adds.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
-from gpu_bench import copies, plan_microseconds, replays, tell, tell_clocks
+from gpu_bench import copies, cuda, plan_microseconds, replays, sampled, tell, tell_clocks
 
 import pyggml as gg
 from pyggml import gguf
@@ -59,13 +59,30 @@ def layer_plan(layer: Layer, n_tokens: int, n_kv: int, form: str) -> gg.Plan:
     return gg.compile({"y": y}, backends=["cuda"])
 
 
-def fed(plan: gg.Plan, depth: int, rng: np.random.Generator) -> dict[str, Any]:
-    """Inputs of the last tokens before `depth`; the plan was run with them."""
+def feed(plan: gg.Plan, depth: int, rng: np.random.Generator) -> None:
+    """Run the plan with the last tokens before `depth`."""
     n_tokens, n_embd = plan.inputs["x"].shape
     x = rng.standard_normal((n_tokens, n_embd), dtype=np.float32)
-    given = {"x": x, "pos": np.arange(depth - n_tokens, depth)}
-    plan.run(given)
-    return given
+    plan.run(x=x, pos=np.arange(depth - n_tokens, depth))
+
+
+def by_launch(plan: gg.Plan) -> Iterator[str]:
+    """What each launch adds to a replayed graph of all up to it, in us, and its step."""
+    assert plan._execution is not None
+    (runner,) = plan._execution.runners
+    named = [(s, a) for s, actions in zip(runner.steps, runner._actions) for a in actions]
+    before, context = 0.0, cuda().context
+    with context:
+        stream = context.external
+        for n, (step, last) in enumerate(named, 1):
+            stream.begin_capture()
+            for _, action in named[:n]:
+                action()
+            graph = stream.end_capture()
+            now = median(sampled(partial(graph.launch, stream), stream))
+            kernel = getattr(last.args[0], "name", "") if isinstance(last, partial) else ""
+            yield f"{now - before:8.2f} {now:9.2f}  {step.node.op.name:16} {kernel}"
+            before = now
 
 
 def main() -> None:
@@ -77,7 +94,8 @@ def main() -> None:
     with lite() as layer:
         for name, n_tokens, depth, n_kv, form, nbytes in ROWS:
             plans = [layer_plan(layer, n_tokens, n_kv, form) for _ in range(copies(nbytes))]
-            given = [fed(plan, depth, rng) for plan in plans]
+            for plan in plans:
+                feed(plan, depth, rng)
             taken = plan_microseconds(plans)
             if n_tokens == 1:
                 tell(name, "us", taken)
@@ -85,8 +103,8 @@ def main() -> None:
                 tell(name, "ms", [t / 1000 for t in taken])
                 tell_clocks(name, replays(plans), median(taken))
             if steps:
-                print(len(plans[0].steps), "steps", plans[0].profile(given[0]), flush=True)
-            del plans, given
+                print(*by_launch(plans[0]), sep="\n", flush=True)
+            del plans
 
 
 if __name__ == "__main__":

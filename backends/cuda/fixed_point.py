@@ -10,7 +10,7 @@ from pyggml.backends.cuda import experts, linear
 from pyggml.backends.cuda.fusion import Fused
 from pyggml.backends.cuda.launch import Call
 from pyggml.backends.cuda.linear_blocks import fixed_bytes, launch_quantize
-from pyggml.backends.cuda.linear_common import FEW, in_blocks, shape_of
+from pyggml.backends.cuda.linear_common import in_blocks, is_few
 from pyggml.backends.cuda.table import KERNELS, kernel
 from pyggml.dtypes import TYPES
 from pyggml.graph import Node, Op, Spec, make_spec
@@ -51,7 +51,7 @@ def levels_of(node: Node) -> int:
         assert ids is not None
         few = experts.is_few(a.dtype, a.ne, ids.ne, exact)
     else:
-        few = exact or shape_of(a.ne, _activations(node).ne).columns <= FEW
+        few = is_few(a.ne, _activations(node).ne, exact)
     return 0 if not few else 3 if exact else 2
 
 

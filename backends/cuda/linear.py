@@ -17,14 +17,13 @@ from pyggml.backends.cuda.geometry import blocks
 from pyggml.backends.cuda.launch import Call, Operand
 from pyggml.backends.cuda.linear_blocks import CLASS, half_of
 from pyggml.backends.cuda.linear_common import (
-    FEW,
     PREPARE,
     act_of,
     aligned,
     dense,
     in_blocks,
+    is_few,
     rows_in,
-    shape_of,
 )
 from pyggml.backends.cuda.table import kernel
 from pyggml.dtypes import F32
@@ -32,14 +31,10 @@ from pyggml.graph import Node
 
 
 def product_scratch(a: Node, b: Node, exact: bool) -> int:
-    columns = shape_of(a.ne, b.ne).columns
     if in_blocks(a.dtype):
-        few = exact or columns <= FEW
-        return (
-            linear_blocks.vec_scratch(b.ne, 3 if exact else 2)
-            if few
-            else linear_blocks.tile_scratch(b.ne) + linear_blocks.split_scratch(a.ne, b.ne)
-        )
+        if is_few(a.ne, b.ne, exact):
+            return linear_blocks.vec_scratch(b.ne, 3 if exact else 2)
+        return linear_blocks.tile_scratch(b.ne) + linear_blocks.split_scratch(a.ne, b.ne)
     if not by_cublas(a, b, exact):
         return 0
     return linear_plain.many_plain_scratch(a.ne, a.dtype, b.ne, exact)
@@ -57,7 +52,7 @@ def widest(*classes: str) -> str:
 
 def product_numeric(a: Node, b: Node, exact: bool) -> str:
     if in_blocks(a.dtype):
-        few = shape_of(a.ne, b.ne).columns <= FEW
+        few = is_few(a.ne, b.ne, exact)
         return "f32" if exact else "f16" if few else CLASS[half_of(a.dtype)]
     return "f32" if exact or not by_cublas(a, b, exact) else a.dtype.name
 

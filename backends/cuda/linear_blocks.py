@@ -16,6 +16,7 @@ from pyggml.backends.cuda.linear_common import (
     act_of,
     aligned,
     dense,
+    is_few,
     is_narrow,
     rows_in,
     shape_of,
@@ -215,7 +216,7 @@ def launch_tile(
 
 
 def product(call: Call, a: tuple[Operand, ...], b: Operand, y: Operand, exact: bool) -> None:
-    if exact or shape_of(a[0].ne, b.ne).columns <= FEW:
+    if is_few(a[0].ne, b.ne, exact):
         few_columns(call, a, b, y, 3 if exact else 2)
     else:
         many_columns(call, a, b, y)

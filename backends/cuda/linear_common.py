@@ -15,8 +15,10 @@ from pyggml.graph import Ne
 from pyggml.ops.elementwise import ACTIVATIONS
 
 VEC, PREPARE = "linear_vec.cu", "linear_prepare.cu"
-#: Columns of b up to which reading the weights is all that counts.
+#: Columns of b up to which reading the weights is all that counts; of a large matrix, measured on
+#: an H200, up to half as many.
 FEW = 8
+LARGE = 8 << 20
 #: Activations as kernels number them.
 ACT = {name: np.int32(("silu", "gelu", "relu").index(name)) for name in ACTIVATIONS}
 
@@ -43,6 +45,12 @@ def shape_of(a: Ne, b: Ne) -> Shape:
     if a[2] == a[3] == 1:
         return Shape(1, b[1] * b[2] * b[3], 1, 1)
     return Shape(a[2] * b[3], b[1] * (b[2] // a[2]), a[2], b[3] // a[3])
+
+
+def is_few(a: Ne, b: Ne, exact: bool) -> bool:
+    """Whether a product with a block type is `vec`'s: of few columns, or as good as f32."""
+    columns = shape_of(a, b).columns
+    return exact or columns <= (FEW if a[0] * a[1] <= LARGE else FEW // 2)
 
 
 def in_blocks(kind: DType) -> bool:
