@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from gpu_bench import SMOKE, cuda, tell
-from gpu_layer import ROWS, fed, layer_plan, lite
+from gpu_layer import ROWS, feed, layer_plan, lite
 
 TIMES = 1 if os.environ.get(SMOKE) else 3
 
@@ -40,7 +40,7 @@ def loaded() -> tuple[float, int]:
     rng = np.random.default_rng(0)
     with lite() as layer:
         for _, n_tokens, depth, n_kv, form, _ in ROWS:
-            fed(layer_plan(layer, n_tokens, n_kv, form), depth, rng)
+            feed(layer_plan(layer, n_tokens, n_kv, form), depth, rng)
     return sum(spent), len(kernels)
 
 
