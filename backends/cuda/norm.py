@@ -35,7 +35,7 @@ def _weighted(node: Node, run: Run) -> tuple[Node, Node, Node] | None:
 
 @fuses(ops.mul)
 def sum_norm_times_row(node: Node, run: Run) -> Fused | None:
-    """x = a + b, which stays for others that read it, and rms_norm(x) * w."""
+    """x = a + b, which stays where others read it, and rms_norm(x) * w."""
     found = _weighted(node, run)
     if found is None or found[0].op is not ops.add or found[0] not in run.number:
         return None
@@ -43,9 +43,8 @@ def sum_norm_times_row(node: Node, run: Run) -> Fused | None:
     a, b = x.src
     if a is None or b is None or not a.ne == b.ne == x.ne:
         return None
-    if run.only(x, normed):  # then it has no memory, and the kernel writes it
-        return None
-    return _fused((x, normed, node), (a, weight, b), also=(x,))
+    also = () if run.only(x, normed) else (x,)
+    return _fused((x, normed, node), (a, weight, b), inplace=(a, b), also=also)
 
 
 @fuses(ops.mul)
@@ -72,8 +71,8 @@ def _fused(
 def _norm_times_row(call: Call, eps: float, fixed: bool) -> None:
     """call.src: x, w, or a, w, b where x is a sum; call.also: the sum, the result prepared."""
     plus = call.operand(2) if len(call.src) > 2 else None
-    total = call.also[0] if plus is not None else None
     out = call.also[-1] if fixed else None
+    total = call.also[0] if len(call.also) > fixed else None
     _norm(call, call.operand(0), eps, call.operand(1), plus, total, out)
 
 

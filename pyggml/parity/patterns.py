@@ -80,13 +80,14 @@ class _Maker:
 
 
 def norm_and_products(m: _Maker) -> Pattern:
-    """A sum that goes on, its norm times a row, and several products of that."""
+    """A sum that goes on, its norm times a row, several products of that; a sum that ends there."""
     h = add(m.floats("a", K, T), m.floats("b", K, T))
     normed = mul(rms_norm(h, eps=1e-6), m.weight("row", K))
+    alone = mul(rms_norm(add(h, normed), eps=1e-6), m.weight("other", K))
     up, gate = (m.weight(name, K, 96, type="iq4_nl") for name in ("up", "gate"))
     wide = fused_up_gate(up, gate, normed)
     plain = mul_mat(m.weight("router", K, 8), normed)
-    return m.done(wide=wide, plain=plain, h=scale(h, s=2.0))
+    return m.done(wide=wide, plain=plain, alone=alone, h=scale(h, s=2.0))
 
 
 def shared_activations(m: _Maker) -> Pattern:

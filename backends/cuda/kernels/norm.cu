@@ -4,42 +4,42 @@
 // @kernel hot rms_norm<4, {1|2|4}, true, true>
 #include "fixed_point.cuh"
 
-// x = a, or a + plus where that is there: then `total` gets x.
+// x = a, or a + plus where that is there; `total` gets x where it is there.
 // y = x / sqrt(mean(x^2) + eps), WEIGHTED: times the row w, FIXED: also as numbers of 16 bits.
-// V neighbours a thread at once; the result may lie where `a` lies. A thread keeps its HELD packs of
-// the row; rows with more are read twice.
+// V neighbours a thread at once; the result may lie where `a` or `plus` lies. A thread keeps its HELD
+// packs of the row; rows with more are read twice.
 template <int V, int HELD, bool WEIGHTED, bool FIXED>
 __global__ void __launch_bounds__(1024) rms_norm(Tensor out, Tensor a, Tensor w, float eps,
                                                  Tensor plus, Tensor total, unsigned char* fixed) {
     begin();
     int i1 = blockIdx.x % out.ne[1], i2 = blockIdx.x / out.ne[1], i3 = blockIdx.y, n = out.ne[0];
-    const char* x = (const char*)a.row<float>(i1, i2, i3);
-    const char* more = (const char*)plus.row<float>(i1, i2, i3);
-    char* y = (char*)out.row<float>(i1, i2, i3);
+    const char *x = a.row<char>(i1, i2, i3), *more = plus.row<char>(i1, i2, i3);
+    char *y = out.row<char>(i1, i2, i3), *sums = total.row<char>(i1, i2, i3);
+    auto load = [&](int i) {
+        Pack<float, V> pack = *(const Pack<float, V>*)(x + i * a.nb[0]);
+        if (plus.data) {
+            Pack<float, V> part = *(const Pack<float, V>*)(more + i * plus.nb[0]);
+#pragma unroll
+            for (int k = 0; k < V; k++) pack.v[k] += part.v[k];
+        }
+        return pack;
+    };
     Pack<float, V> held[HELD ? HELD : 1];
     float sum = 0;
 #pragma unroll
     for (int p = 0; p < (HELD ? HELD : 1); p++)
         for (int i = (threadIdx.x + p * blockDim.x) * V; i < n; i += blockDim.x * V) {
-            held[p] = *(const Pack<float, V>*)(x + i * a.nb[0]);
-            if (plus.data) {
-                Pack<float, V> part = *(const Pack<float, V>*)(more + i * plus.nb[0]);
-#pragma unroll
-                for (int k = 0; k < V; k++) held[p].v[k] += part.v[k];
-                *(Pack<float, V>*)((char*)total.row<float>(i1, i2, i3) + i * total.nb[0]) = held[p];
-            }
+            held[p] = load(i);
+            if (total.data) *(Pack<float, V>*)(sums + i * total.nb[0]) = held[p];
 #pragma unroll
             for (int k = 0; k < V; k++) sum += held[p].v[k] * held[p].v[k];
             if (HELD) break;
         }
     float scale = sqrtf(block_reduce<Sum>(sum, 0) / n + eps);
-    // Where the row is read again, a sum is read from where it was put.
-    const char* again = plus.data ? (const char*)total.row<float>(i1, i2, i3) : x;
-    const long long step = plus.data ? total.nb[0] : a.nb[0];
 #pragma unroll
     for (int p = 0; p < (HELD ? HELD : 1); p++)
         for (int i = (threadIdx.x + p * blockDim.x) * V; i < n; i += blockDim.x * V) {
-            if (!HELD) held[p] = *(const Pack<float, V>*)(again + i * step);
+            if (!HELD) held[p] = load(i);
 #pragma unroll
             for (int k = 0; k < V; k++) held[p].v[k] /= scale;
             if (WEIGHTED) {
