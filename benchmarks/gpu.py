@@ -37,6 +37,7 @@ sys.path.append(str(ROOT))
 from gpu_bench import ROWS, SMOKE, smi  # noqa: E402
 
 from pyggml.backends.cuda.compiler import nvrtc_version  # noqa: E402
+from pyggml.errors import DeviceError  # noqa: E402
 from tools.kernel_record import fingerprint  # noqa: E402
 from tools.tables import BARS  # noqa: E402
 
@@ -140,6 +141,13 @@ def version(package: str) -> str:
         return "not installed"
 
 
+def nvrtc() -> str:
+    try:
+        return ".".join(map(str, nvrtc_version()))
+    except DeviceError:
+        return "not installed"
+
+
 def machine() -> dict[str, str]:
     return {
         "gpu": smi("name"),
@@ -147,7 +155,7 @@ def machine() -> dict[str, str]:
         "highest clocks": smi("clocks.max.sm,clocks.max.mem"),
         "cores": str(os.cpu_count()),
         "python": platform.python_version(),
-        "nvrtc": ".".join(map(str, nvrtc_version())),
+        "nvrtc": nvrtc(),
         **{name: version(name) for name in PACKAGES},
     }
 
