@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -221,6 +222,7 @@ class Backend(Protocol):
     name    of its folder: "cuda"
     place   what `backends=` and `pins=` call it: "numpy", "cuda:1"
     device  whose memory it uses: "host", "cuda:1". Copies are made between different devices only
+    lock    held by whoever uses the device: its queue is one, whatever store a plan belongs to
     alignment      of every tensor in its memory, in bytes
     staging_bytes  of the host's memory that it keeps for copies
     """
@@ -229,6 +231,7 @@ class Backend(Protocol):
     place: str
     device: str
     alignment: int
+    lock: AbstractContextManager[object]
     staging_bytes: int
 
     def supports(self, node: Node) -> str | None:
@@ -305,3 +308,7 @@ class Backend(Protocol):
 
     def synchronize(self) -> None:
         """Wait until everything started here is done; errors of queued steps are raised here."""
+
+    def abandon(self) -> None:
+        """After an error: wait for what was started here, and let go of copies to the host that
+        nobody has waited for, so that none arrives later."""

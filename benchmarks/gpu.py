@@ -6,10 +6,11 @@
 
 Parts: layer (one V2-Lite MoE layer), linear (products, experts), attention, amb (the cost of an
 attention memory budget), compile, examples (their errors), parity (the whole grid, or --grid
-small), sanitize (a spread of it under compute-sanitizer; 0 cases where that cannot run). Each runs
-in processes of its own with a time limit; what lies behind each row says its own file, gpu_*.py.
-The record is written after each part. The status is 1 where a part failed or gave no row that is
-wanted; the other parts are measured all the same.
+small), checks (faults, whole plans, fused steps, tensors past 2^31 elements), sanitize (a spread of
+the grid under compute-sanitizer; 0 cases where that cannot run). Each runs in processes of its own
+with a time limit; what lies behind each row says its own file, gpu_*.py. The record is written
+after each part. The status is 1 where a part failed or gave no row that is wanted; the other parts
+are measured all the same.
 """
 
 from __future__ import annotations
@@ -74,11 +75,22 @@ def parts(args: argparse.Namespace, folder: Path) -> dict[str, Part]:
         "compile": Part((("gpu_compile.py",),), 150),
         "examples": Part(examples, 180),
         "parity": Part((("gpu_check.py", "parity", *grid),), args.parity_seconds + 60),
+        "checks": Part((("gpu_check.py", "faults", "plans", "fusions", "large"),), 240),
         "sanitize": Part((("gpu_check.py", "memcheck", "racecheck", *brief),), 240),
     }
 
 
-NAMES = ("layer", "linear", "attention", "amb", "compile", "examples", "parity", "sanitize")
+NAMES = (
+    "layer",
+    "linear",
+    "attention",
+    "amb",
+    "compile",
+    "examples",
+    "parity",
+    "checks",
+    "sanitize",
+)
 
 
 class Run:

@@ -95,7 +95,9 @@ def main() -> int:
             elif part in TOOLS:
                 fine &= sanitize(part, args, log)
             else:
-                fine &= parts[part](log)
+                right = parts[part](log)
+                tell(f"{part}_failed", "", [float(not right)])
+                fine &= right
         except PyggmlError as error:
             print(f"{part} FAIL {error}")
             fine = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -36,7 +38,8 @@ def _(a: Node, *, eps: float = 0.0) -> Node:
     return gg.div(gg.silu(a), gg.scale(gg.sum_rows(a), s=1 / a.ne[0], b=eps))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args(argv)
     x = gg.input("x", "f32", ne=(5, 2))
     plan = gg.compile({"sum": cumsum(x, reverse=True), "mean": swish_mean(cumsum(x))})
     print(plan)

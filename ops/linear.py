@@ -122,7 +122,8 @@ def mul_mat_id(experts: Node, b: Node, ids: Node, *, prec: str = "default") -> S
     ids      i32                      [n_used, n_tokens]
     y        f32                      [m, n_used, n_tokens]
     prec     "default" or "f32"       as in mul_mat
-    A negative id gives a zero row; an id past the end is an IdError when run.
+    A negative id gives a zero row. One past the end is an IdError on the host; a GPU takes it for a
+    negative one, and says so under PYGGML_CUDA_DEBUG=1 only (not inside loops).
     """
     want_experts(experts, b, ids, "experts")
     choose("prec", prec, PRECISIONS)

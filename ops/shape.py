@@ -147,6 +147,8 @@ def get_rows(a: Node, ids: Node) -> Spec:
     a    any type  [n, n_rows, ne2, ne3]
     ids  i32       [n_ids, ne2, ne3]
     y    f32       [n, n_ids, ne2, ne3]   (i32 for an i32 source)
+    An id past the end is an IdError on the host; a GPU takes it for a negative one, and says so
+    under PYGGML_CUDA_DEBUG=1 only (not inside loops).
     """
     want_index("ids", ids)
     if a.dtype.name != "i32":

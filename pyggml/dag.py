@@ -82,6 +82,7 @@ class Graph:
 
     @property
     def roots(self) -> tuple[Node, ...]:
+        """What is wanted: outputs, then updates."""
         return (*self.outputs.values(), *self.updates)
 
     @cached_property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from time import perf_counter
 
@@ -44,6 +45,11 @@ class Execution:
         self.waited = {i for each in waits for i in each}
         self.spared = {i for split in self.splits for i in split.spares}
 
+    def settle(self) -> None:
+        """Wait for what is in the queues: what binding a plan put there, too."""
+        for backend in self.backends:
+            backend.synchronize()
+
     def run(self, repeat: int = 1) -> None:
         """Every split, so many times over; returns when all is done. An error leaves no device at
         work."""
@@ -68,12 +74,16 @@ class Execution:
                 if turn and len(self.backends) > 1:
                     self._meet()
                 self._issue(timed)
-            for backend in self.backends:
-                backend.synchronize()
+            self.settle()
         except BaseException:
-            for backend in self.backends:
-                _settle(backend)
+            self.abandon()
             raise
+
+    def abandon(self) -> None:
+        """Let all devices finish after an error; their own errors are no news then."""
+        for backend in self.backends:
+            with suppress(Exception):
+                backend.abandon()
 
     def _meet(self) -> None:
         """Let no device begin a run before the others have ended the one before: what it writes
@@ -130,14 +140,6 @@ def _waited(call: Callable[[], Event | None]) -> None:
     event = call()
     if event is not None:
         event.wait()
-
-
-def _settle(backend: Backend) -> None:
-    """Let a device finish after an error elsewhere; its own errors are no news then."""
-    try:
-        backend.synchronize()
-    except Exception:
-        return
 
 
 def addresses(

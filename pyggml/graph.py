@@ -41,10 +41,12 @@ class Spec:
 
     @property
     def elements(self) -> int:
+        """How many numbers it holds: the product of `ne`."""
         return math.prod(self.ne)
 
     @property
     def nbytes(self) -> int:
+        """Bytes without gaps: row_bytes(ne[0]) ne[1] ne[2] ne[3], rows of whole blocks."""
         return self.dtype.row_bytes(self.ne[0]) * self.ne[1] * self.ne[2] * self.ne[3]
 
     @property
@@ -110,14 +112,17 @@ class Node:
 
     @property
     def ne(self) -> Ne:
+        """Four sizes in ggml's order, ne[0] contiguous."""
         return self.spec.ne
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """NumPy's order, as many sizes as the maker gave."""
         return self.spec.shape
 
     @property
     def dtype(self) -> DType:
+        """The type of its elements; `.name` is ggml's name, "q8_0"."""
         return self.spec.dtype
 
     @property

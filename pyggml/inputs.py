@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,11 +11,11 @@ from numpy.typing import NDArray
 
 from pyggml.arrays import check, stored
 from pyggml.backends.base import Address, Backend, Buffer, Given
-from pyggml.dtypes import F32
+from pyggml.dtypes import TYPES
 from pyggml.errors import DTypeError, GraphError, ShapeError, UnknownName
 from pyggml.graph import Node, Spec, make_spec
 from pyggml.ops.leaf import input_op
-from pyggml.store import Arena, Need
+from pyggml.store import Need, Store
 from pyggml.transfer import origin
 
 
@@ -35,7 +36,7 @@ class Inputs:
     def __init__(self, needs: Iterable[Need]) -> None:
         self.specs: dict[str, Spec] = {}
         self._needs: dict[str, list[Need]] = {}  # an input may be wanted on several devices
-        self._bound: dict[str, Shared] = {}
+        self._bound: dict[str, Shared] = {}  # replaced, never changed
         for need in needs:
             leaf = origin(need.node)
             if leaf.op is input_op:
@@ -52,7 +53,7 @@ class Inputs:
             if need.backend.device == shared.backend.device
         }
 
-    def bind(self, arrays: Mapping[str, object], arenas: Mapping[str, Arena]) -> bool:
+    def bind(self, arrays: Mapping[str, object], store: Store) -> bool:
         """Read these inputs where the arrays are from now on, None: from a slot again.
 
         Whether an address changed. Where one array is refused none is bound.
@@ -63,9 +64,17 @@ class Inputs:
             if array is None:
                 bound.pop(key, None)
             else:
-                bound[key] = self._bindable(key, array, arenas)
+                bound[key] = self._bindable(key, array, store)
         before, self._bound = self._bound, bound
         return _addresses(bound) != _addresses(before)
+
+    @property
+    def bound(self) -> Mapping[str, Shared]:
+        """What is bound, to be `restore`d where binding the plan fails."""
+        return self._bound
+
+    def restore(self, bound: Mapping[str, Shared]) -> None:
+        self._bound = dict(bound)
 
     def give(self, arrays: Mapping[str, object], at: Mapping[Node, Address]) -> None:
         """Put arrays into the slots; of what is bound only what other devices have a slot for."""
@@ -102,18 +111,15 @@ class Inputs:
 
     def _shared(self, key: str, array: object, needs: Iterable[Need]) -> Shared | None:
         """The array in the memory of the first of these that it belongs to."""
-        what = f"input {key!r}"
         for need in needs:
-            try:
+            with _naming(key):
                 given = need.backend.given(array)
-            except DTypeError as error:
-                raise DTypeError(f"{what}: {error}") from None
             if given is not None:
-                check(what, self.specs[key], given)
+                check(f"input {key!r}", self.specs[key], given)
                 return Shared(need.backend, given)
         return None
 
-    def _bindable(self, key: str, array: object, arenas: Mapping[str, Arena]) -> Shared:
+    def _bindable(self, key: str, array: object, store: Store) -> Shared:
         needs = self._needs[key]
         shared = self._shared(key, array, needs)
         if shared is None:
@@ -128,18 +134,20 @@ class Inputs:
                 f"input {key!r}: the array begins at an address that is no multiple of "
                 f"{given.alignment} bytes, as {shared.backend.place} needs: bind a copy of it"
             )
-        if device in arenas and _inside(shared, arenas[device].buffer, arenas[device].nbytes):
-            raise GraphError(
-                f"input {key!r}: the array is part of the store's arena, which the next run writes "
-                "over: give it to run, or bind a copy of it"
-            )
+        for what, buffer, nbytes in store.written(device):
+            if _inside(shared, buffer, nbytes):
+                raise GraphError(
+                    f"input {key!r}: the array is part of {what}, which runs write over: give it "
+                    "to run, or bind a copy of it"
+                )
         return shared
 
     def _spread(self, key: str, array: Shared, at: Mapping[Node, Address]) -> None:
         """Copies of a device's array into the slots of the input, in the devices' queues."""
         spec, sender = self.specs[key], array.backend
         source, bound = array.at(spec), key in self._bound
-        array.given.ready()
+        with _naming(key):
+            array.given.ready()
         for need in self._needs[key]:
             if need.backend.device == "host" != sender.device:
                 sender.send(source, at[need.node], spec).wait()
@@ -152,15 +160,22 @@ class Inputs:
                 need.backend.fetch(source, sender, at[need.node], spec)
 
 
+@contextmanager
+def _naming(key: str) -> Iterator[None]:
+    """Errors about an array with the input's name."""
+    try:
+        yield
+    except (DTypeError, GraphError) as error:
+        raise type(error)(f"input {key!r}: {error}") from None
+
+
 def _addresses(bound: Mapping[str, Shared]) -> dict[str, tuple[str, int]]:
     return {key: (one.backend.device, one.given.address) for key, one in bound.items()}
 
 
 def _inside(array: Shared, buffer: Buffer, nbytes: int) -> bool:
     """Whether it begins in this block of its device's memory."""
-    if nbytes < F32.nbytes:
-        return False
-    spec = make_spec(F32, (nbytes // F32.nbytes,))
+    spec = make_spec(TYPES["i8"], (max(nbytes, 1),))
     block = array.backend.given(array.backend.view(Address(buffer, 0, spec.nb), spec))
     assert block is not None
     return 0 <= array.given.address - block.address < nbytes

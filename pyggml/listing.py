@@ -65,13 +65,20 @@ def rows_of(work: Work) -> list[Row]:
     return [row for i, split in enumerate(work.splits) for row in _split_rows(work, i, split)]
 
 
+def counted(n: int, one: str, many: str = "") -> str:
+    """`1 step`, `2 steps`; `many` where the plural is not `one` with an s."""
+    return f"{n} {one if n == 1 else many or one + 's'}"
+
+
 def _head(work: Work) -> Iterator[str]:
     copies = [step for step in work.steps if step.node.op is transfer]
-    line = f"{len(work.splits)} splits, {len(work.steps) - len(copies)} steps"
+    steps = len(work.steps) - len(copies)
+    line = f"{counted(len(work.splits), 'split')}, {counted(steps, 'step')}"
     if copies:
-        line += f", {len(copies)} copies of {mib(sum(s.nbytes for s in copies))} MiB"
+        size = mib(sum(step.nbytes for step in copies))
+        line += f", {counted(len(copies), 'copy', 'copies')} of {size} MiB"
     if work.placed.copied_parts:
-        line += f", {work.placed.copied_parts} parts of concats copied"
+        line += f", {counted(work.placed.copied_parts, 'part')} of concats copied"
     yield line
     for device, arena in work.placed.arenas.items():
         if not arena.nbytes:
@@ -86,8 +93,9 @@ def _head(work: Work) -> Iterator[str]:
 def _split_rows(work: Work, number: int, split: Split) -> Iterator[Row]:
     after = f", after split {', '.join(map(str, split.waits))}" if split.waits else ""
     copies, steps = len(split.copies), len(split.steps)
+    told = f"{counted(copies, 'copy', 'copies')}, {counted(steps, 'step')}{after}"
     yield Row(
-        f"split {number} on {split.backend.place}: {copies} copies, {steps} steps{after}",
+        f"split {number} on {split.backend.place}: {told}",
         ("split", split.backend.place, copies, steps),
     )
     for step in (*split.copies, *split.steps):

@@ -17,15 +17,18 @@ _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A device by name: `numpy`, `cuda:1`, or with a size a description of one (`cuda:0:24GiB`)."""
+    """A device by name: `numpy`, `cuda:1`, or with a size a description of one (`cuda:0:24GiB`).
+
+    size, said  its bytes, and how they were written: None and "" without a size
+    """
 
     name: str
     index: int
     size: int | None
+    said: str
 
     def __str__(self) -> str:
-        size = "" if self.size is None else f":{self.size / 2**20:g}MiB"
-        return f"{self.backend.place}{size}"
+        return self.backend.place + (f":{self.said}" if self.said else "")
 
     @property
     def backend(self) -> Backend:
@@ -43,4 +46,4 @@ def parse(text: str) -> Place:
     nbytes = int(float(size) * _UNITS[found["unit"]]) if size else None
     name, index = found["name"], int(found["index"] or 0)
     backends.get(name, index)  # raises where there is none
-    return Place(name, index, nbytes)
+    return Place(name, index, nbytes, f"{size}{found['unit']}" if size else "")

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from pyggml import passes, places
@@ -105,16 +105,21 @@ class Plan:
                 f"progress={type(progress).__name__} is no function; "
                 "give an input named progress in a dict: bind({'progress': array})"
             )
-        with self.store.lock:
+        with self.store.alone(self._work.backends):
             if self._described:
                 raise DeviceError(
                     f"{self._described} is a description of a device: compile works on it, bind "
                     "and run do not; give the place without a size"
                 )
-            if self._inputs.bind(together(inputs, named), self.store.arenas):
+            before = self._inputs.bound
+            if self._inputs.bind(together(inputs, named), self.store):
                 self._execution = None  # what is recorded reads the old addresses
             if self._execution is None or self._generation != self.store.generation:
-                self._bind(progress)
+                try:
+                    self._bind(progress)
+                except BaseException:
+                    self._inputs.restore(before)
+                    raise
         return self
 
     def _bind(self, progress: Progress | None) -> None:
@@ -132,10 +137,11 @@ class Plan:
             )
             arenas = {device: arena.buffer for device, arena in self.store.arenas.items()}
             at = addresses(work, leaves, arenas)
-            self._execution = Execution(work, at, arenas)
+            execution = Execution(work, at, arenas)
+            execution.settle()  # one device may read at once what another still clears or gets
         except OutOfMemoryError as error:
             raise OutOfMemoryError(f"{error}; the plan needs:\n{self.memory}") from None
-        self._at = at
+        self._at, self._execution = at, execution
         self._generation = self.store.generation
         self.store.bound.add(self)
 
@@ -158,7 +164,10 @@ class Plan:
         until the store's next run: stored values (raw rows for those types), as NumPy arrays or, on
         a GPU, as objects that CuPy and PyTorch read where they are. Where a run fails, states that
         its earlier steps wrote stay written.
-        Errors: UnknownName, ShapeError or DTypeError for inputs, IdError for ids past the end.
+        Errors: UnknownName, ShapeError, DTypeError or GraphError for inputs; DeviceError for a
+        device that is not there, only described, or that failed; OutOfMemoryError where the first
+        run binds; IdError for ids past the end, on the host. A GPU takes those for negative ones,
+        and says so under PYGGML_CUDA_DEBUG=1 only (not inside loops).
         """
         if not isinstance(copy, bool):
             raise DTypeError(
@@ -166,13 +175,21 @@ class Plan:
                 "give an input named copy in a dict: run({'copy': array})"
             )
         _want_count(repeat)
-        with self.store.lock:
+        with self.store.alone(self._work.backends):
             self.bind()
-            self._inputs.give(together(inputs, named), self._at)
+            self._give(together(inputs, named))
             assert self._execution is not None
             self._execution.run(repeat)
             outputs = self._work.graph.outputs.items()
             return {key: self._output(node, copy) for key, node in outputs}
+
+    def _give(self, arrays: Mapping[str, object]) -> None:
+        assert self._execution is not None
+        try:
+            self._inputs.give(arrays, self._at)
+        except BaseException:
+            self._execution.abandon()  # copies of the arrays before that one are under way
+            raise
 
     def _output(self, node: Node, copy: bool) -> Any:
         home, at = self._work.home(node), self._at[node]
@@ -197,11 +214,14 @@ class Plan:
         repeat: int = 3,
         **named: object,
     ) -> Profile:
-        """Time every step (best of `repeat` runs, which write states) beside flops and bytes."""
+        """Time every step (best of `repeat` runs, which write states) beside flops and bytes.
+
+        inputs, named  as for `run`, with the same errors
+        """
         _want_count(repeat)
-        with self.store.lock:
+        with self.store.alone(self._work.backends):
             self.bind()
-            self._inputs.give(together(inputs, named), self._at)
+            self._give(together(inputs, named))
             assert self._execution is not None
             times = [self._execution.timed() for _ in range(repeat)]
         return Profile.of(self.steps, [min(step) for step in zip(*times)])
@@ -212,7 +232,7 @@ def _one_a_device(backends: Iterable[Backend]) -> tuple[Backend, ...]:
 
 
 def _want_count(repeat: object) -> None:
-    if isinstance(repeat, bool) or not isinstance(repeat, int) or repeat < 1:
+    if isinstance(repeat, bool) or not isinstance(repeat, Integral) or repeat < 1:
         raise DTypeError(
             f"repeat={repeat!r} must be a whole number of at least 1; "
             "an input named repeat is given in a dict"
@@ -231,14 +251,18 @@ def compile(
 ) -> Plan:
     """Make a plan of the graph that computes `outputs`. Allocates nothing.
 
-    backends  places in order of preference: ["null:0", "numpy"]
+    backends  places in order of preference: ["cuda:0", "numpy"]. With a size ("cuda:0:24GiB") one
+              is a description: the plan is made, its memory says whether it fits, bind refuses it
     amb       attention memory budget in MiB (fractions allowed), on each device; None is no budget
     pins      label pattern (re.search) -> place, for weights, states and nodes; the first match
               counts. A place may stand here alone
     store     the store to share weights, states and arenas with; a new one by default
     observe   label patterns (as in file names) of tensors to return as well
     updates   handles of state writes that no output reaches
-    Errors: UnsupportedOp where no place runs a node, BudgetError, GraphError (states, names).
+    Errors: UnsupportedOp where no place runs a node; BudgetError where `amb` is too small,
+    ShapeError where it is no number above 0; GraphError for states and names; DeviceError for what
+    is no place, UnknownName for a backend or an `observe` that is not there; DTypeError for
+    arguments of the wrong kind.
     """
     devices, patterns = _places(backends, pins or {})
     budget = _budget_bytes(amb)
@@ -258,7 +282,7 @@ def compile(
             warnings.warn(text, stacklevel=2)
     store.check(work.leaves)
     needs = tuple(Need(n, work.home(n), work.layouts.get(n)) for n in work.leaves)
-    sizes = {p.backend.device: p.size for p in devices if p.size is not None}
+    sizes = {p.backend.device: p for p in devices if p.size is not None}
     memory = Memory.of(work, plain, needs, sizes)
     for need in needs:
         if need.node.op is state_op and not sizes:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pyggml.backends.base import Step
 from pyggml.graph import cost_of, label_of
 from pyggml.passes.work import Work
+from pyggml.places import Place
 from pyggml.store import Need
 from pyggml.transfer import origin
 
@@ -29,7 +30,7 @@ class DeviceMemory:
     score_peak                most bytes of attention scores and expanded K and V at once
     score_peak_plain          the same without a budget
     live                      live bytes in each step, for pictures: packing's lower bound
-    size                      what the place was said to have, or None
+    size, said                bytes that the place was said to have, and how: None and "" for none
     """
 
     device: str
@@ -42,6 +43,7 @@ class DeviceMemory:
     score_peak_plain: int
     live: tuple[int, ...]
     size: int | None
+    said: str
     staging: int
 
     @property
@@ -76,8 +78,9 @@ class Memory:
     peak_live: int
 
     @staticmethod
-    def of(work: Work, plain: Work, needs: Sequence[Need], sizes: Mapping[str, int]) -> Memory:
-        """The memory of `work`; `plain` is the same graph without a budget, `needs` its leaves."""
+    def of(work: Work, plain: Work, needs: Sequence[Need], sizes: Mapping[str, Place]) -> Memory:
+        """The memory of `work`; `plain` is the same graph without a budget, `needs` its leaves,
+        `sizes` the places that were given with one, by device."""
         rows = []
         top, where = 0, ""
         used = {need.backend.device for need in needs}
@@ -86,7 +89,9 @@ class Memory:
                 continue
             row = _row(work, device, [need for need in needs if need.backend.device == device])
             peak = plain.placed.arenas[device].score_peak
-            rows.append(replace(row, score_peak_plain=peak, size=sizes.get(device)))
+            row = replace(row, score_peak_plain=peak)
+            told = sizes.get(device)
+            rows.append(replace(row, size=told.size, said=told.said) if told else row)
             if max(arena.live, default=0) > top or not where:
                 top = max(arena.live, default=0)
                 steps = [s for s, live in zip(work.steps, arena.live) if live == top]
@@ -151,11 +156,11 @@ class Memory:
             if row.size is not None:
                 short = row.total - row.size
                 fits = (
-                    f"fits, {mib(-short)} left"
+                    f"fits, {mib(-short)} MiB left"
                     if short <= 0
-                    else f"does NOT fit: {mib(short)} over"
+                    else f"does NOT fit: {mib(short)} MiB over"
                 )
-                lines.append(f"{row.device} was said to have {mib(row.size)} MiB: {fits}.")
+                lines.append(f"{row.device} was said to have {row.said}: {fits}.")
         return "\n".join(lines)
 
 
@@ -178,6 +183,7 @@ def _row(work: Work, device: str, needs: Sequence[Need]) -> DeviceMemory:
         score_peak_plain=arena.score_peak,
         live=arena.live,
         size=None,
+        said="",
         staging=backend.staging_bytes if steps or needs else 0,
     )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from threading import RLock
 from typing import Any, TypeAlias
@@ -70,6 +71,16 @@ class Store:
     def arena_bytes(self) -> int:
         """Bytes of the arenas of all devices."""
         return sum(arena.nbytes for arena in self.arenas.values())
+
+    @contextmanager
+    def alone(self, backends: Iterable[Backend]) -> Iterator[None]:
+        """No other thread uses the store, or these devices for another store: a device has one
+        queue."""
+        with ExitStack() as held:
+            held.enter_context(self.lock)
+            for backend in sorted(set(backends), key=lambda backend: backend.place):
+                held.enter_context(backend.lock)
+            yield
 
     # -- for plans ----------------------------------------------------------------------------
 
@@ -166,6 +177,14 @@ class Store:
         self._release()
         return Arena(backend.alloc(nbytes), nbytes)
 
+    def written(self, device: str) -> Iterator[tuple[str, Buffer, int]]:
+        """What runs write over on a device: its name, memory and bytes."""
+        if device in self.arenas:
+            yield "the store's arena", self.arenas[device].buffer, self.arenas[device].nbytes
+        for name, (spec, at) in self._states.items():
+            if self.homes[name].device == device:
+                yield f"the state {name!r}", at.buffer, spec.nbytes
+
     def _release(self) -> None:
         """Let bound plans bind again at their next run."""
         self.generation += 1
@@ -187,15 +206,18 @@ class Store:
         """A copy of a state in NumPy shape; bf16 and block types as f32, or raw rows."""
         with self.lock:
             spec, at, backend = self._state(name)
-            found = backend.download(at, spec)
+            with backend.lock:
+                found = backend.download(at, spec)
         return found if raw or spec.dtype.numpy is not None else decode_rows(spec.dtype, found)
 
     def write(self, name: str, array: ArrayLike) -> None:
         """Set a state from an array of its NumPy shape (or its raw rows)."""
         with self.lock:
             spec, at, backend = self._state(name)
-            backend.upload(at, spec, stored(f"state {name!r}", spec, array))
-            backend.synchronize()
+            values = stored(f"state {name!r}", spec, array)
+            with backend.lock:
+                backend.upload(at, spec, values)
+                backend.synchronize()
 
     def clear(self, *names: str) -> None:
         """Set states to zero; all of them without names."""
@@ -203,8 +225,9 @@ class Store:
             for name in names or tuple(self._states):
                 spec, at, backend = self._state(name)
                 zero = np.zeros((), spec.dtype.numpy or raw_type(spec.dtype))
-                backend.upload(at, spec, np.broadcast_to(zero, raw_shape(spec)))
-                backend.synchronize()
+                with backend.lock:
+                    backend.upload(at, spec, np.broadcast_to(zero, raw_shape(spec)))
+                    backend.synchronize()
 
 
 def _weight_key(need: Need) -> _Key:

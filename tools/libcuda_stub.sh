@@ -3,7 +3,7 @@
 # happens without a GPU can be tested.
 #
 #   sh tools/libcuda_stub.sh PYTHON OUTDIR          PYTHON is one that has pycuda installed
-#   LD_LIBRARY_PATH=OUTDIR PYTHON -m pytest ...
+#   LD_LIBRARY_PATH=OUTDIR pyggml doctor            `make stub` does both and runs tests
 #
 # Every call answers CUDA_ERROR_NO_DEVICE (100). cuDriverGetVersion answers 13000, or the number in
 # LIBCUDA_STUB_VERSION: 12020 plays a driver that is too old.

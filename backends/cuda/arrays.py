@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from pyggml.backends.base import Address, Given
 from pyggml.backends.cuda import dlpack
-from pyggml.backends.cuda.driver import Context
-from pyggml.errors import DTypeError
+from pyggml.backends.cuda.driver import Context, guarded
+from pyggml.errors import DTypeError, GraphError
 from pyggml.graph import Spec
 
 #: What the address of an array that stays an input's memory must be a multiple of: the widest load.
@@ -44,17 +44,18 @@ def given(context: Context, array: Any) -> Given | None:
             return None
         owner, tensor, ready = array, _described(array.__cuda_array_interface__), lambda: None
     elif hasattr(array, "__dlpack_device__"):
-        kind, index = array.__dlpack_device__()
+        kind, index = _asked(array.__dlpack_device__)
         if kind not in (dlpack.CUDA, dlpack.MANAGED) or index != context.index:
             return None
-        ready = partial(_shared, context, array)  # whoever gives a capsule makes our stream wait
-        owner = ready()
+        owner = _shared(context, array)  # whoever gives a capsule makes our stream wait
         tensor = dlpack.described(owner)
+        ready = partial(_share_again, context, array, tensor.address)
     elif hasattr(array, "__cuda_array_interface__"):
         about = array.__cuda_array_interface__
         if _device_of(about["data"][0]) != context.index:
             return None
-        owner, tensor, ready = array, _described(about), partial(_follow, context, array)
+        owner, tensor = array, _described(about)
+        ready = partial(_follow, context, array, tensor.address)
     else:
         return None
     return Given(
@@ -69,11 +70,26 @@ def given(context: Context, array: Any) -> Given | None:
     )
 
 
-def _shared(context: Context, array: Any) -> Any:
+def _asked(call: Callable[..., Any], **options: Any) -> Any:
     try:
-        return array.__dlpack__(stream=context.stream.handle)
-    except (BufferError, RuntimeError, TypeError) as error:
+        return call(**options)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
         raise DTypeError(f"its library does not share it: {error}") from None
+
+
+def _shared(context: Context, array: Any) -> Any:
+    with context:  # its library makes ours wait for the stream that is current on this GPU
+        return _asked(array.__dlpack__, stream=context.stream.handle)
+
+
+def _share_again(context: Context, array: Any, address: int) -> None:
+    """Wait for the array's library once more; GraphError where its memory is another by now."""
+    _want_same(dlpack.described(_shared(context, array)).address, address)
+
+
+def _want_same(address: int, bound: int) -> None:
+    if address != bound:
+        raise GraphError("the array's memory has moved since it was bound: bind it again")
 
 
 def _described(about: dict[str, Any]) -> dlpack.Tensor:
@@ -97,15 +113,18 @@ def _device_of(ptr: int) -> int:
     return int(cupy.cuda.runtime.pointerGetAttributes(ptr).device)
 
 
-def _follow(context: Context, array: Any) -> None:
+def _follow(context: Context, array: Any, address: int) -> None:
     """Let the stream wait for the one that the array says it is in use on; before version 3 of
-    the interface, and for None, there is none to wait for."""
-    stream = array.__cuda_array_interface__.get("stream")
+    the interface, and for None, there is none to wait for. GraphError where its memory moved."""
+    about = array.__cuda_array_interface__
+    _want_same(about["data"][0], address)
+    stream = about.get("stream")
     if stream is not None:
         import cupy
 
-        producer = cupy.cuda.ExternalStream(stream, context.index)
-        context.external.wait_event(producer.record())
+        with context, guarded("waiting for the stream of an array"):
+            producer = cupy.cuda.ExternalStream(stream, context.index)
+            context.external.wait_event(producer.record())
 
 
 class DeviceArray:
@@ -145,14 +164,27 @@ class DeviceArray:
     def __dlpack_device__(self) -> tuple[int, int]:
         return dlpack.CUDA, self.index
 
-    def __dlpack__(self, *, stream: int | None = None, **options: Any) -> Any:
+    def __dlpack__(
+        self,
+        *,
+        stream: int | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+        **options: Any,
+    ) -> Any:
         """CuPy's capsule, freed by code that needs no Python: capsules outlive interpreters."""
         import cupy
+
+        if dl_device not in (None, self.__dlpack_device__()):
+            raise BufferError(f"the array is on cuda:{self.index}, not on device {dl_device}")
 
         size = max(self._buffer.nbytes, 1)
         block = cupy.cuda.UnownedMemory(self._buffer.ptr, size, self, self.index)
         memory = cupy.cuda.MemoryPointer(block, self._ptr - self._buffer.ptr)
         made = cupy.ndarray(self.shape, self.dtype, memory, self.strides)
+        if copy:
+            with cupy.cuda.Device(self.index):
+                made = made.copy()
         return made.__dlpack__(stream=stream)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:

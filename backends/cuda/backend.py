@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, cached_property, partial
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ class CudaBackend:
     def __init__(self, index: int) -> None:
         self.index = index
         self.place = self.device = f"cuda:{index}"
+        self.lock = RLock()
         self._peers: set[int] = set()  # GPUs whose memory this one was allowed to reach
 
     def __repr__(self) -> str:
@@ -95,7 +97,11 @@ class CudaBackend:
             return pinned.take(self.staging, at, spec)
 
     def view(self, at: Address, spec: Spec) -> arrays.DeviceArray:
-        return arrays.DeviceArray(self.context, at, spec, partial(self.download, at, spec))
+        return arrays.DeviceArray(self.context, at, spec, partial(self._read, at, spec))
+
+    def _read(self, at: Address, spec: Spec) -> NDArray[Any]:
+        with self.lock:
+            return self.download(at, spec)
 
     def given(self, array: object) -> Given | None:
         if not arrays.on_device(array):
@@ -124,7 +130,7 @@ class CudaBackend:
                 mine.driver.memcpy_dtod_async(*pair, mine.stream)
             else:
                 self._reach(other)
-                mine.driver.memcpy_peer_async(*pair, mine.primary, theirs.primary, mine.stream)
+                mine.copy_from(theirs, *pair)
         return True
 
     def _reach(self, other: CudaBackend) -> None:
@@ -156,7 +162,14 @@ class CudaBackend:
         with self.context:
             self.staging.prepare()
             return CudaRunner(
-                self.context, steps, at, scratch, scratch_at, loads, lambda: self.cublas
+                self.context,
+                steps,
+                at,
+                scratch,
+                scratch_at,
+                loads,
+                lambda: self.cublas,
+                self.staging,
             )
 
     def record(self) -> Event:
@@ -175,6 +188,10 @@ class CudaBackend:
     def synchronize(self) -> None:
         with self.context, driver.guarded(f"running on {self.place}"):
             self.context.stream.synchronize()
+
+    def abandon(self) -> None:
+        self.staging.forget()
+        self.synchronize()
 
 
 class CudaEvent:

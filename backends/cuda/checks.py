@@ -9,7 +9,6 @@ import numpy as np
 
 from pyggml import ops
 from pyggml.backends.base import Address, Step
-from pyggml.backends.cuda.driver import Context
 from pyggml.backends.cuda.fusion import seen
 from pyggml.backends.cuda.pinned import Staging, take
 from pyggml.errors import IdError
@@ -30,7 +29,7 @@ def debugging() -> bool:
     return os.environ.get("PYGGML_CUDA_DEBUG") == "1"
 
 
-def check_ids(context: Context, step: Step, at: Mapping[Node, Address]) -> None:
+def check_ids(staging: Staging, step: Step, at: Mapping[Node, Address]) -> None:
     """IdError where an id of the step is past the end. Kernels take such a one for none.
 
     Steps inside loops are not looked at.
@@ -42,7 +41,7 @@ def check_ids(context: Context, step: Step, at: Mapping[Node, Address]) -> None:
     assert ids is not None and table is not None
     if seen(ids) in step.nodes:  # the step itself chooses them
         return
-    largest = int(np.max(take(Staging(context), at[ids], ids.spec)))
+    largest = int(np.max(take(staging, at[ids], ids.spec)))
     count = table.ne[found[2]]
     if largest >= count:
         raise IdError(

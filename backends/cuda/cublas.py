@@ -12,7 +12,7 @@ from functools import cache, partial
 from typing import Any
 from weakref import ref
 
-from pyggml.backends.cuda.driver import Context, imported
+from pyggml.backends.cuda.driver import INSTALL_CUBLAS, Context, guarded, imported
 from pyggml.backends.cuda.launch import WORKSPACE, Gemm
 from pyggml.backends.cuda.memory import Buffer
 from pyggml.errors import DeviceError
@@ -28,13 +28,15 @@ _DEFAULT_MATH = 0
 @cache
 def _library() -> Any:
     # It loads the library that CuPy was built for.
-    major = imported("cupy_backends.cuda.libs.cublas").getVersion(_handle()) // 10000
+    ours = imported("cupy_backends.cuda.libs.cublas")
+    with guarded("starting cuBLAS"):
+        major = ours.getVersion(_handle()) // 10000
     for name in (f"libcublas.so.{major}", "libcublas.so.13", "libcublas.so.12"):
         try:
             return ctypes.CDLL(name)
         except OSError:
             continue
-    raise DeviceError("CuPy loaded no cuBLAS that can be found: pip install nvidia-cublas")
+    raise DeviceError(f"CuPy loaded no cuBLAS that can be found: {INSTALL_CUBLAS}")
 
 
 def _handle() -> int:

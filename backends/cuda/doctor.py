@@ -15,30 +15,27 @@ from pyggml.errors import DeviceError
 #: (what, what was found, how to mend it: empty where nothing is wrong)
 Finding = tuple[str, str, str]
 
-#: Python packages by the name they are installed under, and what they are for.
-_PACKAGES = {
-    "pycuda": "pip install pycuda, or sh tools/build_pycuda.sh where that fails",
-    "cupy-cuda13x": "pip install cupy-cuda13x",
-    "cuda-bindings": "pip install cuda-bindings",
-}
+_PACKAGES = ("pycuda", "cupy-cuda13x", "cuda-bindings")
+#: What mends several missing packages at once.
+ALL = f'pip install -e ".[cuda]"; where pycuda does not build, {driver.BUILD_PYCUDA}'
 _SMALLEST = "rms_norm<1, 1, false, false>"
 
 
 def findings() -> Iterator[Finding]:
     """Everything that the backend needs, in the order in which it is needed."""
-    for name, mend in _PACKAGES.items():
-        yield _package(name, mend)
-    yield from _compiler()
-    yield _library()
+    rows = [*map(_package, _PACKAGES), *_compiler(), _library()]
+    missing = [row for row in rows if row[1] in ("not installed", "not found")]
+    for row in rows:
+        yield (*row[:2], ALL) if len(missing) > 1 and row in missing else row
     yield _cache()
     yield from _gpus()
 
 
-def _package(name: str, mend: str) -> Finding:
+def _package(name: str) -> Finding:
     try:
         return name, metadata.version(name), ""
     except metadata.PackageNotFoundError:
-        return name, "not installed", mend
+        return name, "not installed", driver.how_to_install(name)
 
 
 def _compiler() -> Iterator[Finding]:
@@ -65,7 +62,7 @@ def _library() -> Finding:
     for folder in compiler.folders("lib"):
         for path in sorted(folder.glob("libcublas.so.*")):
             return "cuBLAS", str(path), ""
-    return "cuBLAS", "not found", 'pip install "nvidia-cublas==13.*"'
+    return "cuBLAS", "not found", driver.INSTALL_CUBLAS
 
 
 def _cache() -> Finding:

@@ -35,7 +35,10 @@ _INSTALL = "install an NVIDIA driver of version 580 or newer, or run on backends
 
 
 #: Packages by the first part of their modules' names, where the two differ.
-_PACKAGES = {"cupy": "CuPy", "cupy_backends": "CuPy", "cuda": "cuda-bindings"}
+_PACKAGES = {"cupy": "cupy-cuda13x", "cupy_backends": "cupy-cuda13x", "cuda": "cuda-bindings"}
+
+BUILD_PYCUDA = "from a checkout: sh tools/build_pycuda.sh"
+INSTALL_CUBLAS = 'pip install "nvidia-cublas==13.*"'
 
 
 @cache
@@ -76,18 +79,26 @@ def _unloaded(package: str, error: ImportError) -> Unusable:
     if isinstance(error, ModuleNotFoundError):
         return Unusable(
             f"the CUDA backend needs {package}, and the module {error.name} is not installed",
-            'pip install "pyggml[cuda]", or sh tools/build_pycuda.sh where pycuda does not build',
+            how_to_install(package),
         )
     if "undefined symbol: cu" in str(error):
         return Unusable(f"the NVIDIA driver is too old for {package} ({error})", _INSTALL)
     if "libcuda.so" in str(error):
         return Unusable(f"there is no NVIDIA driver here ({error})", _INSTALL)
+    if "libcublas" in str(error):
+        return Unusable(f"{package} finds no cuBLAS ({error})", INSTALL_CUBLAS)
     return Unusable(
         f"{package} cannot be loaded ({error})",
-        "build it on this machine: sh tools/build_pycuda.sh"
+        f"build it on this machine, {BUILD_PYCUDA}"
         if package == "pycuda"
-        else 'pip install --force-reinstall "pyggml[cuda]"',
+        else f"pip install --force-reinstall {package}",
     )
+
+
+def how_to_install(package: str) -> str:
+    """The command, and for pycuda, which has no wheel, what to do where it does not build."""
+    build = f", or where that fails, {BUILD_PYCUDA}" if package == "pycuda" else ""
+    return f"pip install {package}{build}"
 
 
 def _needed() -> int:
@@ -197,7 +208,19 @@ class Context:
         function = self._functions[one.file, one.name]
         function._launch_kernel(one.grid, one.block, one.args, one.shared, self.stream)
 
-    # -- what pycuda lacks: launches with attributes ------------------------------------------
+    # -- what pycuda lacks: copies that name two GPUs, launches with attributes -----------------
+
+    def copy_from(self, other: Context, target: int, source: int, nbytes: int) -> None:
+        """Queue a copy from the memory of another GPU; pycuda's takes both for the current one."""
+        cu = imported("cuda.bindings.driver")
+        what = f"copying from cuda:{other.index} to cuda:{self.index}"
+        with other:
+            theirs = _asked(cu, what, cu.cuCtxGetCurrent())
+        with self:
+            mine = _asked(cu, what, cu.cuCtxGetCurrent())
+            stream = cu.CUstream(self.stream.handle)
+            made = cu.cuMemcpyPeerAsync(target, mine, source, theirs, nbytes, stream)
+            _asked(cu, what, made)
 
     def _allow(self, one: Launch) -> None:
         """Cluster sizes and shared memory that a function may have only when asked for."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import count
 
 from pyggml import ops
 from pyggml.backends.cuda import experts, linear
@@ -20,13 +21,17 @@ from pyggml.transfer import origin
 Part = Node | Fused
 
 
-def _rule(b: Node, *, levels: int) -> Spec:
-    """b [k, columns] as `quantize` of linear_vec.cu leaves it; no graph that users build has it."""
+def _rule(b: Node, *, levels: int, run: int) -> Spec:
+    """b [k, columns] as `quantize` of linear_vec.cu leaves it; no graph that users build has it.
+
+    run  numbers the nodes lowered together: a later run, behind a loop or a load, makes its own
+    """
     return make_spec(TYPES["i8"], (fixed_bytes(b.ne, levels),))
 
 
 _rule.__name__ = "fixed_point"
 fixed_point = Op(_rule)
+_runs = count()
 
 
 @kernel(fixed_point, types=None)
@@ -76,15 +81,16 @@ def shared(parts: Sequence[Part]) -> Iterator[Part]:
     """Parts, and among them steps that bring into fixed point what several products read, or one
     product where the step that makes it does so by the way."""
     readers: dict[Node, list[Node]] = {}
+    run = next(_runs)
     for part in parts:
         if isinstance(part, Node) and (levels := levels_of(part)):
-            made = fixed_point(_rows_of(_activations(part)), levels=levels)
+            made = fixed_point(_rows_of(_activations(part)), levels=levels, run=run)
             readers.setdefault(made, []).append(part)
     prepared = {p: made for made, found in readers.items() for p in found}
     done: set[Node] = set()
     for part in parts:
         if isinstance(part, Fused) and part.prepares is not None:
-            made = fixed_point(part.nodes[-1], levels=2)
+            made = fixed_point(part.nodes[-1], levels=2, run=run)
             if made in readers:
                 done.add(made)
                 nodes = (*part.nodes[:-1], made, part.nodes[-1])

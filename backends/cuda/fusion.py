@@ -56,15 +56,16 @@ class Run:
                     self.readers.setdefault(seen(source), []).append(node)
 
     def only(self, node: Node, *readers: Node) -> bool:
-        """Whether nothing but these reads a node, so that it needs no memory."""
-        return node not in self.keep and set(self.readers.get(node, ())) <= set(readers)
+        """Whether a node of the run is read by nothing but these, so that it needs no memory."""
+        alone = node in self.number and node not in self.keep
+        return alone and set(self.readers.get(node, ())) <= set(readers)
 
     def allows(self, match: Fused) -> bool:
-        """Whether all that the step reads is there where it stands, and still the same."""
+        """Whether all that the step reads is made before it, and still the same where it stands."""
         place = self.number[match.at or match.nodes[-1]]
-        if any(self.number.get(seen(read), -1) >= place for read in match.reads):
+        inside, read = set(match.nodes), {seen(node) for node in match.reads}
+        if read & inside or any(self.number.get(node, -1) >= place for node in read):
             return False
-        inside = set(match.nodes)
         outside = (r for node in match.also for r in self.readers.get(node, ()) if r not in inside)
         if any(self.number[reader] <= place for reader in outside):
             return False

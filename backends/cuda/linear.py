@@ -4,6 +4,10 @@
     up to 8         vec: 16-bit fixed-point b           vec_plain (f16, bf16: 1 column)
     more            tile: f16 on the tensor cores       cuBLAS in the type of a
 
+Of block matrices with more than 8 Mi elements up to 4 columns are `vec`'s. Up to 128 columns,
+blocks of `tile` share the k of a tile where there are too few tiles to fill a GPU (of one matrix:
+up and gate together do not). mxfp4 is bf16 on the tensor cores.
+
 prec="f32" keeps to `vec` with 24-bit b for block types, and to f32 products for plain ones.
 """
 

@@ -88,6 +88,13 @@ class Staging:
         """Flat bytes from a device address; waits for them, and for all that was queued before."""
         self.receive(data, ptr).wait()
 
+    def forget(self) -> None:
+        """Let copies to the host that nobody has waited for arrive nowhere."""
+        for flying in self._flying:
+            landing = flying.landing() if flying.landing is not None else None
+            if landing is not None:
+                landing.forget()
+
     def _part(self, nbytes: int) -> tuple[int, Bytes, Any]:
         """Where the next bytes of the ring begin, they themselves, free, and an event for them."""
         self.prepare()
@@ -137,6 +144,9 @@ class _Landing:
                 self._event.synchronize()
             self._data[:] = self._part
             self._data = None
+
+    def forget(self) -> None:
+        self._data = None
 
 
 class Arrival:

@@ -50,6 +50,9 @@ def route(node: Node, run: Run) -> Fused | None:
     found = _scaled(node, run)
     if found is None or found.scores.ne[0] > MOST or found.scores.dtype is not F32:
         return None
+    ids = found.ids
+    if node.ne not in (ids.ne, (1, *ids.ne[:3])) or run.only(ids, *found.nodes):
+        return None
     reads = (found.scores, *(() if found.bias is None else (found.bias,)))
     record = partial(_record, found=found)
     return Fused(found.nodes, reads, record, also=(found.ids,), at=found.ids)
@@ -74,7 +77,7 @@ def _divided(node: Node, run: Run) -> _Routing | None:
     total, inner = least.src[0], _shown(weights)
     if total is None or inner is None or total.op is not ops.sum_rows:
         return None
-    if _shown(total.src[0]) is not inner or weights.ne != (inner.ne[1], inner.ne[2], 1, 1):
+    if total.src[0] is not weights or weights.ne != (inner.ne[1], inner.ne[2], 1, 1):
         return None
     alone = run.only(inner, total, node) and run.only(total, least) and run.only(least, node)
     found = _chosen(inner, run) if alone else None

@@ -16,6 +16,7 @@ from pyggml.backends.cuda.driver import Context, guarded
 from pyggml.backends.cuda.launch import H200, Call, Device, Gemm, Launch, Memset, Record
 from pyggml.backends.cuda.lowering import CudaStep
 from pyggml.backends.cuda.memory import Buffer, operand_at
+from pyggml.backends.cuda.pinned import Staging
 from pyggml.errors import PyggmlError
 from pyggml.graph import Node
 
@@ -96,8 +97,9 @@ class CudaRunner:
         scratch_at: Sequence[int],
         loads: Mapping[Node, Action],
         cublas: Callable[[], Cublas],
+        staging: Staging,
     ) -> None:
-        self.steps, self.context = tuple(steps), context
+        self.steps, self.context, self._staging = tuple(steps), context, staging
         self._at, self._scratch = at, scratch  # kept: what is recorded lies in their memory
         recorded: list[list[Record]] = []
         for step, offset in zip(self.steps, scratch_at):
@@ -141,7 +143,7 @@ class CudaRunner:
         step = self.steps[index]
         try:
             if debugging():
-                check_ids(self.context, step, self._at)
+                check_ids(self._staging, step, self._at)
             with guarded("starting a kernel"):
                 for action in self._actions[index]:
                     action()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from threading import RLock
 from typing import Any
 from weakref import finalize
 
@@ -39,6 +40,7 @@ class NullDevice:
         self.limit: int | None = None
         self.allocated = 0
         self.queue = Queue()
+        self.lock = RLock()
 
     @contextmanager
     def denying(self, *ops: str) -> Iterator[None]:
@@ -160,6 +162,9 @@ class NullDevice:
 
     def synchronize(self) -> None:
         self.queue.run_all()
+
+    def abandon(self) -> None:
+        self.synchronize()
 
     # -- its memory ---------------------------------------------------------------------------
 

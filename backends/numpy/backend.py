@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class NumpyBackend:
     name = place = "numpy"
     device = "host"
     alignment = ALIGNMENT
+    lock = nullcontext()  # stores share nothing here
     staging_bytes = 0
 
     def supports(self, node: Node) -> str | None:
@@ -131,6 +133,9 @@ class NumpyBackend:
         event.wait()
 
     def synchronize(self) -> None:
+        return None
+
+    def abandon(self) -> None:
         return None
 
 

@@ -56,8 +56,9 @@ def _of(name: str) -> list[Finding]:
 def _lines(name: str, rows: Sequence[Finding]) -> list[str]:
     width = max(len(what) for what, _, _ in rows)
     lines = [name]
+    last = {mend: what for what, _, mend in rows}  # said once, though it may mend several
     for what, text, mend in rows:
         lines.append(f"  {'-' if mend else '+'} {what:{width}}  {text}")
-        if mend:
+        if mend and last[mend] == what:
             lines.append(f"    {'':{width}}  to mend it: {mend}")
     return lines

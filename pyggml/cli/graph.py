@@ -2,6 +2,7 @@
 
 pyggml graph -m FILE                                 the plan on NumPy, layers folded
 pyggml graph -m FILE --backend null,numpy -ot 'attn=numpy'
+pyggml graph -m FILE --backend cuda:0:24GiB,numpy -ot exps=numpy    for a GPU, here or not
 pyggml graph -m FILE --backend null:0:24GiB -amb 256 on a device of that size, under a budget
 pyggml graph -m FILE --dot plan.dot                  the same as a picture for `dot -Tsvg`
 """
@@ -11,8 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pyggml import gguf
-from pyggml.cli.model import add_options, model_graph
+from pyggml.cli.model import add_options, model_graph, weighted
 from pyggml.errors import DTypeError
 from pyggml.plan import compile
 from pyggml.viz import dot
@@ -33,7 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints or draws the plan; nothing is allocated and no weight is read."""
-    with gguf.open(args.m) as file:
+    with weighted(args.m) as file:
         graph = model_graph(file, args)
         plan = compile(
             graph.outputs, backends=args.backend.split(","), amb=args.amb, pins=pins_of(args.ot)

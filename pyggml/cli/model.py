@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from os import PathLike
 
 import numpy as np
 
-from pyggml.errors import ShapeError
+from pyggml import gguf
+from pyggml.errors import GGUFError, ShapeError
 from pyggml.gguf import GGUFFile
 from pyggml.graph import Node
 from pyggml.models.config import DeepSeek2Config
@@ -43,6 +45,18 @@ def add_options(parser: argparse._ArgumentGroup) -> None:
     add("-fmoe", choices=("on", "off"), nargs="?", const="on", default="on",
         help="up, gate and activation of experts as one op (default: on)")  # fmt: skip
     add("--seed", type=int, metavar="N", default=0, help="of random inputs (default: 0)")
+
+
+def weighted(path: str | PathLike[str]) -> GGUFFile:
+    """The open file; GGUFError where it lacks weights, with what a header alone is good for."""
+    file = gguf.open(path, allow_missing_data=True)
+    if not file.complete:
+        file.close()
+        raise GGUFError(
+            f"{path}: weights are missing, it is cut off or a header alone. `pyggml info` reads "
+            "such a file, a graph needs the whole"
+        )
+    return file
 
 
 def count(text: str) -> int:

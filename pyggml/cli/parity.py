@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from math import isfinite
 
-from pyggml import backends, gguf
+from pyggml import backends, places
 from pyggml.cli import model
 from pyggml.errors import DeviceError, GraphError, UnknownName
 from pyggml.parity import grid, hunt, support
@@ -42,7 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--mode", choices=MODES, default="test", help="what to do with the cases (default: test)")
     add("-o", "--op", metavar="OP[,OP]", help="only these ops, or one case as it is printed")
     add("-p", "--pattern", metavar="REGEX", help="only cases whose text or arguments match")
-    add("-b", "--backend", metavar="NAME", help="only this backend (default: every one there is)")
+    add("-b", "--backend", metavar="PLACE", help="only on this (default: every backend there is)")
     add("-j", "--jobs", metavar="N", type=model.count, default=1, help="processes (default: 1)")
     add("--quick", action="store_true", help="the small grid: every op in under a minute")
     add("--kernel", metavar="FILE.py:FUNCTION", default="", help="test this kernel of one op")
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _of_model(args: argparse.Namespace) -> int:
     """The report of a model's graph; status 1 where it is not ok."""
-    with gguf.open(args.model) as file:
+    with model.weighted(args.model) as file:
         graph = model.model_graph(file, args)
         report = parity(graph.outputs, args.a, args.b, graph.inputs, states=graph.states)
         if args.json:
@@ -100,7 +100,9 @@ def _of_ops(args: argparse.Namespace) -> int:
     one = args.backend or ("numpy" if args.kernel else "")
     names = [one] if one else list(backends.available())
     for name in names:
-        backends.get(name)  # one that does not exist is named before anything runs
+        place = places.parse(name)  # one that does not exist is named before anything runs
+        if place.size is not None:
+            raise DeviceError(f"{place} is a description of a device: give it without a size")
     chosen = select(args.op, args.pattern, args.quick, perf=args.mode == "perf")
     if args.mode == "list":
         print(json.dumps([str(c) for c in chosen]) if args.json else "\n".join(map(str, chosen)))

@@ -6,7 +6,7 @@ tests. Norms, router and its bias are f32. A row that the blocks of TYPE do not 
 is q6_K where TYPE is smaller.
 
 --header-only writes keys and tensor table and no weights: everything that describes the model, as
-`pyggml info` and `plan` need it, but nothing to run.
+`pyggml info` needs it, but nothing to run.
 
   pyggml synth lite.gguf --preset deepseek-v2-lite --type q4_K
   pyggml synth v3.gguf --preset deepseek-v3 --header-only

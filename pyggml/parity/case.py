@@ -12,7 +12,7 @@ from zlib import crc32
 
 import numpy as np
 
-from pyggml import backends, ops
+from pyggml import ops, places
 from pyggml.backends.base import Backend
 from pyggml.dag import Graph
 from pyggml.dtypes import dtype
@@ -244,7 +244,7 @@ def check(case: Case, backend: str = "numpy") -> tolerance.Comparison:
     """Run a case on a backend in every way of `guarded.results`; the first that is wrong, else the
     worst within the bound.
     """
-    built, device = build(case), backends.get(backend)
+    built, device = build(case), places.parse(backend).backend
     want = _wanted(case, built)
     computed = [n for n in Graph({"y": built.node}).nodes if not n.op.leaf and n.op.view is None]
     bound = case.bound(built.node, *(numeric_class(device, node) for node in computed))

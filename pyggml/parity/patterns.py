@@ -135,6 +135,33 @@ def probabilities_kept(m: _Maker) -> Pattern:
     return m.done(p=probs, w=get_rows(reshape(probs, ne=(1, 16, T)), ids))
 
 
+def squares(m: _Maker) -> Pattern:
+    """Nodes that meet themselves."""
+    x, row = m.floats("x", K, T), m.floats("one", K)
+    opened, normed = relu(x), rms_norm(row, eps=1e-6)
+    total = mul_multi_add(m.floats("a", K, 3, T), m.floats("w", 1, 3, T))
+    return m.done(act=mul(opened, opened), norm=mul(normed, normed), sum=add(total, total))
+
+
+def odd_routing(m: _Maker) -> Pattern:
+    """Routing whose ids nobody else reads, and weights that share one sum of all tokens."""
+    probs = soft_max(m.floats("scores", 32, T))
+    ids = top_k(probs, k=4)
+    weights = get_rows(reshape(probs, ne=(1, 32, T)), ids)
+    other = soft_max(m.floats("others", 32, T))
+    unread = get_rows(reshape(other, ne=(1, 32, T)), top_k(other, k=2))
+    every = clamp(sum_rows(reshape(weights, ne=(4 * T,))), min=0.0, max=9.0)
+    return m.done(ids=ids, unread=unread, share=div(reshape(weights, ne=(4, T)), every))
+
+
+def flat_weights(m: _Maker) -> Pattern:
+    """Weights of another shape than routing has."""
+    probs = soft_max(m.floats("scores", 32, T))
+    ids = top_k(probs, k=4)
+    weights = get_rows(reshape(probs, ne=(1, 32, T)), ids)
+    return m.done(ids=ids, flat=scale(reshape(weights, ne=(4 * T,)), s=2.0))
+
+
 def _latent(m: _Maker, type: str, mode: str) -> Pattern:
     both, pos = m.floats("kv", 576, T), m.positions()
     c = mul(rms_norm(view(both, ne=(512, T)), eps=1e-6), m.weight("row", 512))
@@ -197,6 +224,7 @@ PATTERNS: dict[str, Callable[[_Maker], Pattern]] = {
         for made in (
             norm_and_products, shared_activations, experts, grouped_experts, divided_weights,
             probabilities_kept, shared_mask, mask_kept, moved_position, gated,
+            squares, odd_routing, flat_weights,
         )
     },
     **{f"turned_{kind}": partial(_turned, type=kind) for kind in ("f16", "bf16")},

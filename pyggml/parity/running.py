@@ -15,7 +15,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from pyggml import backends, ops
+from pyggml import ops, places
 from pyggml.dag import Graph
 from pyggml.errors import DeviceError, GraphError, PyggmlError, UnknownName, UnsupportedOp
 from pyggml.graph import cost_of
@@ -52,7 +52,7 @@ class Outcome:
 
 def refusal(case: Case, backend: str) -> str | None:
     """Why the backend does not run the case itself; None where it does."""
-    node, device = build(case, values=False).node, backends.get(backend)
+    node, device = build(case, values=False).node, places.parse(backend).backend
     if not case.means:
         return None if node.op.view is not None else device.supports(node)
     try:
@@ -88,7 +88,7 @@ def measured(case: Case, backend: str) -> Outcome:
     reason = refusal(case, backend)
     if reason:
         return Outcome(str(case), "unsupported", reason)
-    built, device = build(case), backends.get(backend)
+    built, device = build(case), places.parse(backend).backend
     bed = Bed(device, built.node, {**built.inputs, **built.states})
     placed = bed.place()
     placed.run(NUMBER)
@@ -143,11 +143,11 @@ def _chunk(texts: Sequence[str], backend: str, mode: str, kernel: str) -> list[O
 @contextmanager
 def restored(backend: str) -> Iterator[Any]:
     """The module with the backend's `KERNELS`, which are afterwards what they were."""
-    backends.get(backend)
+    name = places.parse(backend).name
     try:
-        table: Any = importlib.import_module(f"pyggml.backends.{backend}.table")
+        table: Any = importlib.import_module(f"pyggml.backends.{name}.table")
     except ModuleNotFoundError:
-        raise PyggmlError(f"the backend {backend} has no table of kernels in Python") from None
+        raise PyggmlError(f"the backend {name} has no table of kernels in Python") from None
     before = dict(table.KERNELS)
     try:
         yield table

@@ -47,6 +47,11 @@ def compiled(outputs: dict[str, Node], amb: int) -> gg.Plan:
     return gg.compile(outputs, amb=amb / MIB)
 
 
+#: Relative error that another order of f32 sums makes: up to 1.4e-6 found, where scores of 30 are
+#: sums of 48 products. A piece out of place makes 1e-2 and more.
+ORDER = 1e-5
+
+
 class Case:
     """An attention, its whole result, and plans of it under budgets."""
 
@@ -66,7 +71,7 @@ class Case:
         assert peak <= amb
         assert peak == plan.memory.score_peak
         assert plan.memory.score_peak_plain == self.need
-        assert error(out["y"], self.wanted) <= 1e-6, (amb, [str(x) for x in loops(plan)])
+        assert error(out["y"], self.wanted) <= ORDER, (amb, [str(x) for x in loops(plan)])
         return plan
 
     def check_all(self) -> None:

@@ -1,6 +1,6 @@
 """Keys and values expanded from a latent cache for flash attention, under every budget.
 
-A BLAS product of a block of another size may sum in another order. In f32 that stays below 1e-6;
+A BLAS product of a block of another size may sum in another order. In f32 that is a few 1e-6;
 rounded to f16 a last bit may turn over, which is no error of the loop. So random values are tested
 with f32 expansions, and f16 with whole numbers, whose sums no order rounds.
 """

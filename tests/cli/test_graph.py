@@ -75,6 +75,18 @@ def test_errors_are_one_line(
     assert why in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("words", [["graph", "-m"], ["parity", "-m"]])
+def test_a_header_alone(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "head.gguf"
+    assert main(["synth", str(path), "--preset", "tiny", "--header-only"]) == 0
+    assert main([*words, str(path)]) == 1
+    err = capsys.readouterr().err
+    assert f"{path}: weights are missing" in err and "`pyggml info` reads" in err
+    assert "allow_missing_data" not in err and err.count("\n") == 1
+
+
 def test_a_pin_that_matches_nothing_is_a_warning(
     tiny: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -29,6 +29,11 @@ def loaded() -> dict[str, ModuleType]:
     return {name: m for name, m in sys.modules.items() if name.partition(".")[0] == "pycuda"}
 
 
+def copy_from(self: driver.Context, other: driver.Context, *pair: int) -> None:
+    """What cuda.bindings would do."""
+    self.driver.memcpy_peer_async(*pair, self.primary, other.primary, self.stream)
+
+
 def forget() -> None:
     for found in FOUND:
         found.cache_clear()
@@ -59,6 +64,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Machine
         else:
             monkeypatch.syspath_prepend(FAKE)
             monkeypatch.setenv("PYCUDA_FAKE", pycuda)
+            monkeypatch.setattr(driver.Context, "copy_from", copy_from)
 
         def installed(name: str) -> str:
             if name not in PACKAGES:

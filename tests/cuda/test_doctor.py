@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -32,21 +34,55 @@ def test_nothing_installed(machine: Machine, capsys: Streams) -> None:
     machine(None, nvrtc=False)
     status, rows = said(capsys)
     assert status == 1 and wrong(rows) == {*PACKAGES, "NVRTC", "cuBLAS"}
-    assert rows["pycuda"] == (
-        "not installed", "pip install pycuda, or sh tools/build_pycuda.sh where that fails"
-    )  # fmt: skip
     assert all(rows[name][0] == "not installed" for name in PACKAGES)
-    assert rows["NVRTC"][0] == "not found" and "nvidia-cuda-nvrtc==13.0" in rows["NVRTC"][1]
+    assert rows["NVRTC"][0] == "not found"
+    assert {mend for _, mend in rows.values() if mend} == {doctor.ALL}
     assert "driver" not in rows  # nothing is there to ask it with
 
 
-def test_it_prints_a_line_for_each_and_how_to_mend_it(machine: Machine, capsys: Streams) -> None:
+@pytest.mark.parametrize(
+    ("what", "mend"),
+    [
+        ("pycuda", "pip install pycuda, or where that fails, from a checkout: sh tools/build_py"),
+        ("cupy-cuda13x", "pip install cupy-cuda13x"),
+        ("NVRTC", 'pip install "nvidia-cuda-nvrtc==13.0'),
+        ("cuBLAS", 'pip install "nvidia-cublas==13'),
+    ],
+)
+def test_what_is_missing_alone_is_named_alone(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: Streams, what: str, mend: str
+) -> None:
+    machine("gpu")
+    asked = doctor.metadata.version
+
+    def without(name: str) -> str:
+        if name == what:
+            raise metadata.PackageNotFoundError(name)
+        return asked(name)
+
+    def fails() -> None:
+        raise DeviceError("it is not there")
+
+    monkeypatch.setattr(doctor.metadata, "version", without)
+    if what == "NVRTC":
+        monkeypatch.setattr(compiler, "nvrtc_version", fails)
+    if what == "cuBLAS":
+        monkeypatch.setattr(compiler, "folders", lambda part: iter([]))
+    status, rows = said(capsys)
+    assert status == 1 and wrong(rows) == {what}
+    assert rows[what][0] in ("not installed", "not found") and rows[what][1].startswith(mend)
+
+
+def test_it_prints_a_line_for_each_and_what_mends_all_once(
+    machine: Machine, capsys: Streams
+) -> None:
     machine(None, nvrtc=False)
     assert main(["doctor"]) == 1
     out = capsys.readouterr().out
     for name in PACKAGES:
-        found, mend = out[out.index(f"  - {name}") :].splitlines()[:2]
-        assert found.endswith("not installed") and mend.strip().startswith("to mend it: pip ")
+        assert re.search(rf"^  - {name} +not installed$", out, re.MULTILINE)
+    assert out.count("to mend it") == 1
+    assert re.search(r"- cuBLAS .*\n +to mend it: pip install -e \"\.\[cuda\]\"", out)
     assert "numpy" in out and "  + backend  ready" in out  # other backends need nothing
 
 

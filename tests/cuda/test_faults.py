@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ def numpy_works() -> None:
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        (None, ("needs pycuda", "not installed", 'pip install "pyggml[cuda]"', "build_pycuda.sh")),
+        (None, ("needs pycuda", "not installed", "pip install pycuda", "build_pycuda.sh")),
         ("no driver", ("no NVIDIA driver here", "version 580 or newer", "backends=['numpy']")),
         ("no device", ("no CUDA-capable device", "nvidia-smi", "backends=['numpy']")),
         ("old", ("too old", "CUDA 12.2", "need 13.0", "version 580 or newer")),
@@ -72,8 +73,8 @@ def test_the_other_packages(machine: Machine, monkeypatch: pytest.MonkeyPatch, m
     """Only what a plan needs is asked for; what is missing then is named."""
     machine("gpu")
     monkeypatch.setitem(sys.modules, module, None)
-    name = "cuda-bindings" if module == "cuda" else "CuPy"
-    said = f"needs {name}, and the module {module}.* is not installed.*pip install"
+    name = "cuda-bindings" if module == "cuda" else "cupy-cuda13x"
+    said = f"needs {name}, and the module {module}.* is not installed.*pip install {name}"
     if module == "cuda":
         with pytest.raises(gg.DeviceError, match=said):
             tensor_map(1 << 20, "f16", (64, 64), (2, 128), (64, 8))
@@ -83,6 +84,23 @@ def test_the_other_packages(machine: Machine, monkeypatch: pytest.MonkeyPatch, m
         with pytest.raises(gg.DeviceError, match=said):
             cublas._handle() if module == "cupy" else plan.bind()
     gg.compile({"y": gg.relu(gg.input("x", ne=(4,)))}, backends=["cuda"]).bind()
+    numpy_works()
+
+
+def test_no_cublas(machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """CuPy is there, its module of cuBLAS finds no library."""
+    machine("gpu")
+    folder = tmp_path / "cupy_backends" / "cuda" / "libs"
+    folder.mkdir(parents=True)
+    why = "libcublas.so.13: cannot open shared object file"
+    (folder / "cublas.py").write_text(f"raise ImportError({why!r})")
+    monkeypatch.syspath_prepend(tmp_path)
+    said = f'cupy-cuda13x finds no cuBLAS .{why}.*pip install "nvidia-cublas==13'
+    plan = gg.compile(everything(), backends=["cuda"])
+    with pytest.raises(gg.DeviceError, match=said):
+        plan.bind()
+    for name in [name for name in sys.modules if name.startswith("cupy_backends")]:
+        del sys.modules[name]
     numpy_works()
 
 

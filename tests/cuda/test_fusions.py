@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -24,6 +25,9 @@ FUSED = {
     "shared_mask": ["causal_mask flash_attn_ext"] * 2,
     "mask_kept": [],
     "moved_position": [],
+    "squares": [],
+    "odd_routing": ["soft_max_ext top_k get_rows"],
+    "flat_weights": ["soft_max_ext top_k get_rows"],
     "gated": ["silu mul", "relu mul"],
     "turned_f16": ["rope_ext set_rows"],
     "turned_bf16": ["rope_ext set_rows"],
@@ -70,6 +74,32 @@ def test_a_moved_step_may_not_read_what_is_not_there_yet() -> None:
     (route,) = (p for p in fused(nodes, set()) if getattr(p, "at", None) is not None)
     early = [*(n for n in nodes if n in route.nodes), *(n for n in nodes if n not in route.nodes)]
     assert run.allows(route) and not Run(early, set()).allows(route)
+
+
+def host_between(kind: str, n_tokens: int, prec: str = "default") -> dict[str, gg.Node]:
+    """Products and activations around one of the host's, which cuts the GPU's run in two."""
+    made = (
+        gg.constant(np.ones((256, 256), np.float32), type=kind, name=name)
+        for name in ("a", "b", "host", "c", "d")
+    )
+    a, b, host, c, d = (partial(gg.mul_mat, w, prec=prec) for w in made)
+    x = gg.silu(gg.input("x", ne=(256, n_tokens)))
+    first = gg.add(a(x), b(x))
+    opened = gg.silu(first)
+    y = gg.mul(opened, gg.add(host(first), gg.add(c(x), d(x))))
+    return {"y": y, "opened": opened}
+
+
+@pytest.mark.parametrize("n_tokens", (5, 64))  # of 64 the weight is borrowed: a load between runs
+@pytest.mark.parametrize("prec", ("default", "f32"))
+def test_what_an_earlier_run_made_is_neither_covered_nor_shared(n_tokens: int, prec: str) -> None:
+    plan = gg.compile(
+        host_between("q8_0", n_tokens, prec),
+        backends=["cuda:0:24GiB", "numpy"],
+        pins={"^host$": "numpy"},
+    )
+    made = [node for step in plan.steps for node in step.nodes]
+    assert len(made) == len(set(made))  # the verifier looks at the rest
 
 
 def test_every_kernel_waits_for_its_predecessor() -> None:

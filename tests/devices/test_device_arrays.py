@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from random import Random
@@ -9,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 import pyggml as gg
 from pyggml import backends
@@ -167,3 +170,49 @@ def test_a_run_does_not_overtake_the_copies_of_the_one_before() -> None:
     plan.run(repeat=6)
     want = np.exp(np.arange(6, dtype=np.float32)).sum()
     np.testing.assert_allclose(plan.store.read("total"), want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("place", ("numpy", "null:0"))
+def test_an_input_is_not_bound_to_a_state_of_its_store(place: str) -> None:
+    """The planner knows of no such alias: a write of the state would change the input."""
+    store, s = gg.Store(), gg.state("s", ne=(8,))
+    seen = gg.compile({"s": s}, backends=[place], store=store).run(copy=False)["s"]
+    written = gg.cpy(gg.scale(s, s=10.0), s)
+    y = gg.add(gg.input("x", ne=(8,)), written)
+    plan = gg.compile({"y": y}, backends=[place], store=store)
+    with pytest.raises(gg.GraphError, match=r"input 'x': .* part of the state 's'"):
+        plan.bind(x=seen)
+
+
+def test_threads_with_a_store_each_share_a_device() -> None:
+    def plan(seed: int) -> gg.Plan:
+        rng = np.random.default_rng(seed)
+        w = gg.constant(rng.standard_normal((64, 64)).astype("f4"), name="w")
+        y = gg.input("x", ne=(64, 64))
+        for _ in range(6):
+            y = gg.rms_norm(gg.mul_mat(w, y), eps=1e-6)
+        return gg.compile({"y": y}, backends=["null:0"])
+
+    plans, x = [plan(i) for i in range(2)], np.ones((64, 64), np.float32)
+    wanted, wrong = [one.run(x=x)["y"] for one in plans], list[str]()
+
+    def work(one: gg.Plan, want: NDArray[Any]) -> None:
+        for _ in range(40):
+            try:
+                same = np.array_equal(one.run(x=x)["y"], want)
+            except Exception as error:
+                wrong.append(repr(error))
+            else:
+                wrong.extend([] if same else ["other numbers"])
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(plans, wanted)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong

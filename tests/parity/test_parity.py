@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -165,6 +166,19 @@ def test_choosing_cases(parity: Said) -> None:
     assert status == 0 and "  relu(f32[3,2]@step): OK\n" in out
 
 
+def test_a_second_device(parity: Said) -> None:
+    case, device = "relu(f32[3,2]@step)", cast(Any, get("null", 1))
+    status, out = parity("-o", case, "-b", "null:1")
+    assert status == 0 and f"Backend 1/1: null:1\n  {case}: OK\n" in out
+    device.limit = 1  # byte: so that it shows which one is asked
+    try:
+        status, out = parity("-o", case, "-b", "null:1")
+        assert status == 1 and "OutOfMemoryError" in out and f"-b null:1 -o '{case}'" in out
+        assert parity("-o", case, "-b", "null:0")[0] == 0
+    finally:
+        device.limit = None
+
+
 def test_other_modes(parity: Said, file: str) -> None:
     words = ("--quick", "-o", "relu", "-p", r"\[1\]", "-b", "numpy")
     status, out = parity(*words, "--mode", "support", "--kernel", f"{file}:narrow")
@@ -194,6 +208,7 @@ def test_other_modes(parity: Said, file: str) -> None:
         (("-o", "relu", "-p", "("), "no regular expression"),
         (("-o", "relu", "-p", "q8_0"), "matches no case"),
         (("-b", "abacus"), "no backend 'abacus'"),
+        (("-b", "null:0:1GiB"), "null:0:1GiB is a description of a device"),
         (("--markdown",), "--mode support"),
         (("--mode", "mutants", "-o", "view"), "no mutants of view"),
         (("--kernel", "missing.py:f", "-o", "relu"), "file.py:function"),

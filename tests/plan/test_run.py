@@ -169,7 +169,9 @@ def test_a_plan_in_words() -> None:
     assert (memory.weights, memory.states, memory.inputs) == (64, 16, 128)
     assert memory.total == 64 + 16 + 128 + memory.compute
     assert "weights | states" in str(memory) and "attention budget: none" in str(memory)
+    assert str(plan).startswith("1 split, 3 steps\n")
     assert "split 0 on numpy: 0 copies, 3 steps" in str(plan)
+    assert "\nsplit 0 on numpy: 0 copies, 1 step\n" in str(gg.compile({"y": gg.relu(x)}))
     assert "mul_mat" in str(plan) and "product" in str(plan)
     profile = plan.profile(x=np.zeros((4, 8)), repeat=2)
     assert [row.op for row in profile.rows] == ["mul_mat", "relu", "cpy"]

@@ -1,8 +1,8 @@
 // What routing of experts takes beside products: choice within groups, weighted sums.
 //
-// @kernel multi_add<{true|false}>
+// @kernel hot multi_add<{true|false}>
 // @kernel grouped_topk
-// @kernel route
+// @kernel hot route
 #include "sort.cuh"
 
 // y[:, t] = sum_e a[:, e, t] b[0, e, t], without b where it is not WEIGHTED; in the order of e. Then

@@ -2,7 +2,7 @@
 // expert counts all of them, so no block waits for another. One more block clears the rows of
 // tokens that have no expert.
 //
-// @kernel group_pairs
+// @kernel hot group_pairs
 #include "linear_common.cuh"
 
 constexpr int THREADS = 1024;

@@ -1,0 +1,80 @@
+"""Machines without a GPU as the real pycuda meets them: no libcuda, or our stub in its place.
+
+`make stub` builds both (tools/build_pycuda.sh, tools/libcuda_stub.sh) and runs this; test_faults.py
+and test_doctor.py say more of the same of a pycuda that is played.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from ctypes.util import find_library
+from pathlib import Path
+
+import pytest
+
+BUILT = os.environ.get("PYGGML_STUB", "")
+
+pytestmark = [
+    pytest.mark.stub,
+    pytest.mark.skipif(not BUILT, reason="`make stub` builds what it needs and runs it"),
+]
+
+RUN = """
+import pyggml as gg
+
+y = {"y": gg.relu(gg.input("x", ne=(4,)))}
+plan = gg.compile(y, backends=["cuda"])
+for _ in range(2):  # it stays that error
+    try:
+        plan.run(x=[-1, 0, 1, 2])
+    except gg.DeviceError as error:
+        print(error)
+print(gg.compile(y, backends=["numpy"]).run(x=[-1, 0, 1, 2])["y"].tolist())
+"""
+DOCTOR = "import sys; from pyggml.cli import main; sys.exit(main(['doctor']))"
+
+
+def said(program: str, libcuda: bool, version: str) -> tuple[int, list[str]]:
+    """Status and lines of a process that has pycuda, and the stub where `libcuda` says so."""
+    built = Path(BUILT).resolve()
+    env = {**os.environ, "PYTHONPATH": str(built / "site"), "LIBCUDA_STUB_VERSION": version}
+    if libcuda:
+        found = (str(built / "lib"), env.get("LD_LIBRARY_PATH"))
+        env["LD_LIBRARY_PATH"] = ":".join(filter(None, found))
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert not done.stderr, done.stderr
+    return done.returncode, done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("libcuda", "version", "what", "mend"),
+    [
+        pytest.param(
+            False, "13000",
+            "there is no NVIDIA driver here (libcuda.so.1: cannot open shared object file: ",
+            "version 580 or newer",
+            marks=pytest.mark.skipif(bool(find_library("cuda")), reason="a driver is here"),
+        ),
+        (True, "13000", "no GPU can be used: cuInit failed: no CUDA-capable device", "nvidia-smi"),
+        (
+            True, "12020",
+            "the NVIDIA driver is too old: it speaks CUDA 12.2, the kernels need 13.0",
+            "version 580 or newer",
+        ),
+    ],
+    ids=("no libcuda", "no device", "old driver"),
+)  # fmt: skip
+def test_a_machine_without_a_gpu(libcuda: bool, version: str, what: str, mend: str) -> None:
+    status, (first, second, numpy) = said(RUN, libcuda, version)
+    assert (status, second, numpy) == (0, first, "[0.0, 0.0, 1.0, 2.0]")
+    assert first.startswith(what) and mend in first and "backends=['numpy']" in first
+
+    status, lines = said(DOCTOR, libcuda, version)
+    (at,) = (i for i, line in enumerate(lines) if line.startswith("  - driver"))
+    assert status == 1 and what in lines[at]
+    assert lines[at + 1].strip().startswith("to mend it: ") and mend in lines[at + 1]
+    assert any(line.startswith("  + pycuda") for line in lines)
+    assert not any("cuda:0" in line for line in lines)
