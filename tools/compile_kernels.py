@@ -11,6 +11,8 @@ Which instances are compiled stands in the kernels' sources, a line for each:
                                                weights do not lie like another's in tiles; SOME:
                                                one for each way in which codes are read
 
+A name on a second line is the same instance; `hot ARCH` there forbids spills on that one.
+
 Prints registers, shared memory, stack and spills of each instance, and the core-seconds that an
 architecture took, with a word where they are more than --limit. The status is 1 where an instance
 does not compile, or a `hot` one spills on 9.0 or 8.0. On others, which are compiled and not run, a
@@ -24,7 +26,7 @@ import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import thread_time
@@ -48,12 +50,19 @@ _WORDS = {
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """A line of a source, one choice of its braces. archs: all where there are none."""
+    """A line of a source, one choice of its braces.
+
+    archs  that it is compiled for; all where there are none
+    hot    where it must not spill: architectures, or "" for all
+    """
 
     file: str
     name: str
-    hot: bool
     archs: tuple[str, ...]
+    hot: tuple[str, ...]
+
+    def is_hot(self, arch: str) -> bool:
+        return "" in self.hot or arch in self.hot
 
 
 def expand(text: str, chosen: tuple[str, ...] = ()) -> Iterator[str]:
@@ -72,12 +81,20 @@ def instances(files: list[Path]) -> Iterator[Instance]:
         lines = list(_LINE.finditer(path.read_text()))
         if not lines:
             raise SystemExit(f"{path}: no line says // @kernel: nothing of it would be compiled")
+        found: dict[str, Instance] = {}
         for line in lines:
             flags = line["flags"].split()
             text = re.sub(r"\b[A-Z]+\b", lambda m: _WORDS.get(m[0], m[0]), line["name"].strip())
+            archs = tuple(flag for flag in flags if flag != "hot")
+            hot = (archs or ("",)) if "hot" in flags else ()
             for name in expand(text):
-                archs = tuple(flag for flag in flags if flag != "hot")
-                yield Instance(path.name, name, "hot" in flags, archs)
+                first = found.get(name)
+                found[name] = (
+                    Instance(path.name, name, archs, hot)
+                    if first is None
+                    else replace(first, hot=first.hot + hot)
+                )
+        yield from found.values()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +109,8 @@ class Result:
         """What is wrong with it, or an empty string."""
         if self.made is None:
             return "does not compile"
-        return "SPILLS" if self.instance.hot and self.made.spilled else ""
+        hot = self.instance.is_hot(self.made.arch)
+        return "SPILLS" if hot and self.made.spilled else ""
 
 
 def _compile(instance: Instance, arch: str) -> Result:
@@ -112,7 +130,7 @@ def _report(arch: str, results: list[Result], quiet: bool) -> float:
         numbers = (0, 0, 0, 0)
         if r.made is not None:
             numbers = (r.made.registers, r.made.shared, r.made.stack, r.made.spilled)
-        hot = "hot " * r.instance.hot
+        hot = "hot " * r.instance.is_hot(arch)
         if r.fault or not quiet:
             told = " ".join(f"{n:>{w}}" for n, w in zip(numbers, (5, 7, 6, 6)))
             print(f"{r.instance.name:{width}} {told} {r.seconds:6.2f} {hot}{r.fault}")

@@ -7,6 +7,7 @@
 //
 // @kernel tile<{BLOCKS}, {1|2}, {32|64|128}, true>
 // @kernel tile<{SOME}, {1|2}, {32|64|128}, false>
+// @kernel hot 90a tile<{q8_0|iq4_nl}, {1|2}, {32|64|128}, {true|false}>
 // @kernel tile<Dense<{__half|__nv_bfloat16}>, 1, {32|64|128}, true>
 // @kernel tile<Raw<{SOME}>, 1, 64, {true|false}>
 #include "blocks.cuh"
