@@ -66,7 +66,7 @@ def parts(args: argparse.Namespace, folder: Path) -> dict[str, Part]:
     grid = ("--grid", args.grid, "--seconds", str(args.parity_seconds))
     if args.smoke:
         grid = ("--grid", "small", "--every", "20", "-j", "4")
-    brief = ("--seconds", "5" if args.smoke else "20")
+    brief = ("--seconds", "5" if args.smoke else "10")
     return {
         "layer": Part((("gpu_layer.py",),), 120),
         "linear": Part((("gpu_linear_times.py",),), 120),

@@ -119,7 +119,10 @@ struct Table<Dense<T>> {
 template <class T>
 __device__ __forceinline__ void decode(const Table<Dense<T>>&, const uint4& raw, int,
                                        unsigned (&pairs)[4]) {
-    pairs[0] = raw.x, pairs[1] = raw.y, pairs[2] = raw.z, pairs[3] = raw.w;
+    // Into registers of their own: the tensor cores go on reading them when `raw` is loaded again.
+    const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) asm volatile("mov.b32 %0, %1;" : "=r"(pairs[i]) : "r"(words[i]));
 }
 
 // -- the product
