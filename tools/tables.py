@@ -120,7 +120,8 @@ def gpu() -> str:
         missed = bar is not None and (row["value"] < bar if least else row["value"] > bar)
         wanted = "" if bar is None else f"{'at least' if least else 'at most'} {bar:g}"
         wanted += ", missed" * missed
-        rows.append([f"`{row['name']}`", f"{row['value']:.4g}", row["unit"], wanted])
+        value = f"{row['value']:.0f}" if row["unit"] == "cases" else f"{row['value']:.4g}"
+        rows.append([f"`{row['name']}`", value, row["unit"], wanted])
     measured = {row["name"] for row in found["rows"]}
     rows += [[f"`{name}`", "not measured", "", ""] for name in BARS if name not in measured]
     told = [f"{key} {value}" for key, value in found["machine"].items()]
