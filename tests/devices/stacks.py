@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from random import Random
 from typing import Any
 
 import numpy as np
 
 import pyggml as gg
+from pyggml import backends
 from pyggml.graph import Node
 from pyggml.passes.work import Split
 from pyggml.plan import Plan
@@ -115,3 +119,14 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> None:
 def row(plan: Plan, place: str) -> Any:
     """The row of a device in the memory table."""
     return next(r for r in plan.memory.devices if r.device == place)
+
+
+@contextmanager
+def paces(seed: int | None) -> Iterator[None]:
+    """The queues of two devices run as late as they may (None), or as a seeded generator has it."""
+    queues = [backends.get("null", i).queue for i in range(2)]
+    for queue in queues:
+        queue.pace = None if seed is None else Random(seed)
+    yield
+    for queue in queues:
+        queue.pace = None

@@ -6,7 +6,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from random import Random
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 import pyggml as gg
 from pyggml import backends
 from pyggml.backends.base import Address
-from tests.devices.stacks import FEED, HALVES, same, stack
+from tests.devices.stacks import FEED, HALVES, paces, same, stack
 
 X = np.arange(8, dtype=np.float32)
 
@@ -24,12 +23,8 @@ X = np.arange(8, dtype=np.float32)
 @pytest.fixture(params=[None, 0, 1], ids=["late", "pace0", "pace1"])
 def paced(request: Any) -> Iterator[None]:
     """The queues of two devices as late as can be, or as it comes."""
-    queues = [backends.get("null", i).queue for i in range(2)]
-    for queue in queues:
-        queue.pace = None if request.param is None else Random(request.param)
-    yield
-    for queue in queues:
-        queue.pace = None
+    with paces(request.param):
+        yield
 
 
 def on(place: str, values: np.ndarray) -> Any:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import permutations
-from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
-from stacks import copied, ops, places, row, where
+from stacks import copied, ops, paces, places, row, where
 
 import pyggml as gg
 from pyggml import backends
@@ -22,12 +21,8 @@ ROWS = np.arange(400, dtype=np.float32).reshape(100, 4)
 @pytest.fixture(params=[None, 0, 1, 2, 3], autouse=True)
 def pace(request: Any) -> Iterator[None]:
     """Queues that run as late as they may, or as a seeded generator has it."""
-    queues = [backends.get("null", i).queue for i in range(2)]
-    for queue in queues:
-        queue.pace = None if request.param is None else Random(request.param)
-    yield
-    for queue in queues:
-        queue.pace = None
+    with paces(request.param):
+        yield
 
 
 # -- memory that others still copy from ---------------------------------------------------------
