@@ -10,8 +10,8 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from pyggml.errors import PyggmlError
-from pyggml.graph import Ne, Node, Spec, label_of, line_of
 from pyggml.loop import Body, Chain, Loop
+from pyggml.node import Ne, Node, Spec, label_of, line_of
 from pyggml.transfer import origin
 
 Buffer = Any  # a backend's own handle of a block of memory

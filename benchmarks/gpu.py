@@ -37,7 +37,7 @@ sys.path.append(str(ROOT))
 
 from gpu_bench import ROWS, SMOKE, smi  # noqa: E402
 
-from pyggml.backends.cuda.compiler import nvrtc_version  # noqa: E402
+from pyggml.backends.cuda.device.compiler import nvrtc_version  # noqa: E402
 from pyggml.errors import DeviceError  # noqa: E402
 from tools.kernel_record import fingerprint  # noqa: E402
 from tools.tables import BARS  # noqa: E402

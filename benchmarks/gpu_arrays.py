@@ -273,7 +273,7 @@ def _let_go() -> str:
 
     import cupy
 
-    from pyggml.backends.cuda.memory import ALLOCATIONS
+    from pyggml.backends.cuda.device.memory import ALLOCATIONS
 
     gc.collect()
     before = ALLOCATIONS.blocks

@@ -22,14 +22,14 @@ from gpu_bench import launch
 
 import pyggml as gg
 from pyggml import quants
-from pyggml.backends.cuda import attention, attention_parts, softmax
-from pyggml.backends.cuda import attention_routes as routes
+from pyggml.backends.cuda import softmax
+from pyggml.backends.cuda.attention import flash, parts, routes
 from pyggml.backends.cuda.launch import Call, Launch, Operand
 from pyggml.backends.cuda.table import KERNELS
 from pyggml.dtypes import I32
 from pyggml.parity.tolerance import CLASSES
 
-assert attention_parts and softmax  # importing them fills the table
+assert parts and softmax  # importing them fills the table
 
 
 def layout(node: gg.Node, ptr: int) -> Operand:
@@ -46,14 +46,14 @@ def force(route: str) -> None:
             shape.__dict__["routes"] = (route, "any") if route != "any" else ("any",)
         return shape
 
-    attention.Shape = type("Forced", (), {"of": staticmethod(of)})  # type: ignore[misc,assignment]
+    flash.Shape = type("Forced", (), {"of": staticmethod(of)})  # type: ignore[misc,assignment]
 
 
 ORIGINAL = routes.Shape
 
 
 def record(case: Case, at: dict[str, int], scratch: tuple[int, int]) -> list[Launch]:
-    attention.Shape = ORIGINAL  # type: ignore[misc]
+    flash.Shape = ORIGINAL  # type: ignore[misc]
     force(case.route)
     node = node_of(case)
     src: list[Operand | None] = []
@@ -72,16 +72,16 @@ def record(case: Case, at: dict[str, int], scratch: tuple[int, int]) -> list[Lau
     call = Call(node, layout(node, at["out"]), src, node.attrs, scratch=scratch)
     if case.pos:
         pos = Operand(at["pos"], (case.n_q, 1, 1, 1), (4, 4 * case.n_q, 0, 0), I32)
-        attention.flash_attn_causal(call, pos, case.window)
+        flash.flash_attn_causal(call, pos, case.window)
     else:
-        attention.flash_attn_ext(call)
+        flash.flash_attn_ext(call)
     return call.records  # type: ignore[return-value]
 
 
 def scratch_of(case: Case) -> int:
-    attention.Shape = ORIGINAL  # type: ignore[misc]
+    flash.Shape = ORIGINAL  # type: ignore[misc]
     force(case.route)
-    return attention.Shape.of(node_of(case)).scratch()
+    return flash.Shape.of(node_of(case)).scratch()
 
 
 def record_other(node: gg.Node, at: list[int]) -> list[Launch]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import pyggml as gg
-from pyggml.backends.cuda import attention_routes as routes
+from pyggml.backends.cuda.attention import routes
 
 
 @dataclass

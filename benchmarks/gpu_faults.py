@@ -64,7 +64,7 @@ def everything() -> tuple[dict[str, gg.Node], np.ndarray[Any, Any]]:
 def _every_allocation() -> str:
     """For every n the n-th fails: a named error with the plan's table, nothing left once the plan
     is gone, and before that the same plan can be run."""
-    from pyggml.backends.cuda.memory import ALLOCATIONS, fail_allocation
+    from pyggml.backends.cuda.device.memory import ALLOCATIONS, fail_allocation
 
     outputs, given = everything()
     want = gg.compile(outputs).run(x=given)["y"]
@@ -99,7 +99,7 @@ def _every_allocation() -> str:
 
 
 def _bad_kernel() -> str:
-    from pyggml.backends.cuda import compiler
+    from pyggml.backends.cuda.device import compiler
 
     return raises(
         compiler.CompileError,

@@ -17,7 +17,7 @@ import torch
 from gpu_linear_bed import FAILED, activated, check, dense_want, ids_of, tensor, weight
 
 from pyggml import ops
-from pyggml.backends.cuda.formats import FORMATS
+from pyggml.backends.cuda.weights.formats import FORMATS
 
 PARTS = ("check_blocks", "check_plain", "check_experts")
 BLOCKS = list(FORMATS)

@@ -12,8 +12,9 @@ import torch
 from gpu_bench import launch, random_blocks
 
 from pyggml import ops, quants
-from pyggml.backends.cuda import packing, table
+from pyggml.backends.cuda import table
 from pyggml.backends.cuda.launch import Call, Launch, Operand
+from pyggml.backends.cuda.weights import packing
 from pyggml.dtypes import TYPES
 from pyggml.parity.tolerance import CLASSES, nmse
 

@@ -18,7 +18,7 @@ import numpy as np
 from pyggml import backends
 from pyggml.backends.base import Address, Step
 from pyggml.dtypes import dtype
-from pyggml.graph import Node, make_spec
+from pyggml.node import Node, make_spec
 
 
 @dataclass(slots=True)

@@ -127,7 +127,7 @@ def _product() -> str:
     from pyggml.backends.base import Address
     from pyggml.backends.cuda.launch import Gemm
     from pyggml.dtypes import dtype
-    from pyggml.graph import make_spec
+    from pyggml.node import make_spec
 
     device: Any = backends.get("cuda")
     rng = np.random.default_rng(2)
@@ -178,7 +178,7 @@ def plans(log: list[str]) -> bool:
 
 def speed(log: list[str]) -> bool:
     """Bandwidth of large calls, and time of small ones in a replayed graph of 20."""
-    from pyggml.graph import cost_of
+    from pyggml.node import cost_of
 
     def f32(name: str, *ne: int) -> gg.Node:
         return gg.input(name, ne=ne)

@@ -55,7 +55,7 @@ def check(cases: Sequence[Case], backend: str) -> bool:
 @contextmanager
 def narrowed(shared: int) -> Iterator[Counter[str]]:
     """cuda:0 with less shared memory and no kernels of 9.0a; how often each kernel was bound."""
-    from pyggml.backends.cuda import driver
+    from pyggml.backends.cuda.device import driver
 
     context, used = driver.context(0), Counter[str]()
     about, load = context.about, context.load

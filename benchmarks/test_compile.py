@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import pyggml as gg
-from pyggml.graph import Node
+from pyggml.node import Node
 
 
 def layers(n_nodes: int) -> tuple[dict[str, Node], list[Node]]:

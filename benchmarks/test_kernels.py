@@ -18,7 +18,7 @@ import pyggml.backends.numpy.backend  # noqa: F401  (fills the kernel table)
 from pyggml import ops
 from pyggml.backends.numpy.table import KERNELS, Packed, Scratch
 from pyggml.dtypes import dtype
-from pyggml.graph import Node
+from pyggml.node import Node
 from pyggml.quants import WORK_BYTES, decode, encode
 
 Call = Callable[[], object]

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 import pyggml as gg
-from pyggml import gguf, places
+from pyggml import gguf
 from pyggml.models.config import DeepSeek2Config
 from pyggml.models.deepseek2 import AttentionOptions, Cache, Layer
 from pyggml.models.feed_forward import layer_output
@@ -39,6 +39,7 @@ from pyggml.models.presets import preset, synth
 from pyggml.models.tensors import check_tensors
 from pyggml.parity.deepseek_layer import layer_f64, weights_of
 from pyggml.parity.tolerance import relative_error
+from pyggml.runtime import places
 
 MIB = 2**20
 #: Relative error of the layer's output that a cache type may cause, by precision.

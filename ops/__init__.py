@@ -5,8 +5,9 @@ No array code and no device. `ALL` lists the op objects by name; the functions s
 
 from typing import Any as _Any
 
-from pyggml.graph import Op as _Op
+from pyggml.node import Op as _Op
 from pyggml.ops.attention import causal_mask, flash_attn_ext, lse_finish, lse_sum, merge_lse
+from pyggml.ops.copy import cast, concat, cont, cpy, get_rows, repeat, set_rows
 from pyggml.ops.elementwise import (
     add,
     add_id,
@@ -33,7 +34,6 @@ from pyggml.ops.moe import fused_up_gate, grouped_topk, moe_up_gate, mul_multi_a
 from pyggml.ops.norm import rms_norm
 from pyggml.ops.reduce import argmax, argsort, soft_max, soft_max_ext, sum_rows, top_k
 from pyggml.ops.rope import rope_ext
-from pyggml.ops.shape import cast, concat, cont, cpy, get_rows, repeat, set_rows
 from pyggml.ops.views import permute, reshape, transpose, view, whole
 
 __all__ = [

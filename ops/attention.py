@@ -6,7 +6,7 @@ from typing import Any
 
 from pyggml.dtypes import F16, F32
 from pyggml.errors import ShapeError
-from pyggml.graph import Axis, Cost, Cut, Node, Slice, Spec, make_spec, op
+from pyggml.node import Axis, Cost, Cut, Node, Slice, Spec, make_spec, op
 from pyggml.ops.linear import PRECISIONS
 from pyggml.ops.reduce import alibi_heads, mask_cut, want_mask
 from pyggml.ops.rules import (

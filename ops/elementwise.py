@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pyggml.errors import DTypeError, ShapeError
-from pyggml.graph import Axis, Cut, Node, Op, Slice, Spec, make_spec, op
+from pyggml.node import Axis, Cut, Node, Op, Slice, Spec, make_spec, op
 from pyggml.ops.rules import (
     FLOATS,
     choose,

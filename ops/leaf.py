@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pyggml.dtypes import TYPES, DType, dtype
 from pyggml.errors import DTypeError, ShapeError
-from pyggml.graph import Node, Op, Spec, integers, located, make_spec, name
+from pyggml.node import Node, Op, Spec, integers, located, make_spec, name
 from pyggml.quants import DECODABLE, encode_rows
 
 _GRAPH_TYPES = DECODABLE | {"i32", "i64"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pyggml.dtypes import F32, I32
 from pyggml.errors import ShapeError
-from pyggml.graph import Axis, Cost, Cut, Node, Slice, Spec, make_spec, op
+from pyggml.node import Axis, Cost, Cut, Node, Slice, Spec, make_spec, op
 from pyggml.ops.elementwise import ACTIVATIONS, activation, mul
 from pyggml.ops.linear import (
     PRECISIONS,

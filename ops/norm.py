@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyggml.errors import ShapeError
-from pyggml.graph import Cost, Node, Spec, op
+from pyggml.node import Cost, Node, Spec, op
 from pyggml.ops.rules import outer_slices, want_finite, want_type
 
 

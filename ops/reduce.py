@@ -6,7 +6,7 @@ from typing import Any
 
 from pyggml.dtypes import I32
 from pyggml.errors import ShapeError
-from pyggml.graph import Axis, Cost, Cut, Node, Slice, Spec, make_spec, op
+from pyggml.node import Axis, Cost, Cut, Node, Slice, Spec, make_spec, op
 from pyggml.ops.rules import (
     choose,
     modulo_cut,

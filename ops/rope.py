@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyggml.errors import ShapeError
-from pyggml.graph import Axis, Cost, Cut, Node, Slice, Spec, op
+from pyggml.node import Axis, Cost, Cut, Node, Slice, Spec, op
 from pyggml.ops.rules import FLOATS, choose, want_finite, want_index, want_ne, want_type
 
 

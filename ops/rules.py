@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 
 from pyggml.errors import DTypeError, ShapeError
-from pyggml.graph import Axis, Cut, Ne, Node, Slice
+from pyggml.node import Axis, Cut, Ne, Node, Slice
 
 FLOATS = ("f32", "f16")
 DECODABLE_FLOATS = ("f32", "f16", "bf16")

@@ -8,7 +8,7 @@ from typing import Any
 
 from pyggml.dtypes import DType
 from pyggml.errors import DTypeError, ShapeError
-from pyggml.graph import Axis, Cut, Ne, Node, Op, Slice, Spec, integers, located, make_spec, op
+from pyggml.node import Axis, Cut, Ne, Node, Op, Slice, Spec, integers, located, make_spec, op
 from pyggml.ops.leaf import state_op
 from pyggml.ops.rules import (
     AXES,

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 if not (_Path(__file__).parent / "ops").is_dir():
     __path__.append(str(_Path(__file__).resolve().parent.parent))
 
-from pyggml.dag import Graph
 from pyggml.errors import (
     BudgetError,
     DeviceError,
@@ -35,11 +34,12 @@ from pyggml.errors import (
     UnknownName,
     UnsupportedOp,
 )
-from pyggml.graph import Cost, Cut, Node, Op, Slice, Spec, labels, make_spec, name, op
+from pyggml.graph import Graph
+from pyggml.node import Cost, Cut, Node, Op, Slice, Spec, labels, make_spec, name, op
 from pyggml.ops import *  # noqa: F403
 from pyggml.ops import __all__ as _ops
-from pyggml.plan import Plan, compile
-from pyggml.store import Store
+from pyggml.runtime.plan import Plan, compile
+from pyggml.runtime.store import Store
 
 if _TYPE_CHECKING:
     from pyggml.parity import Parity as _Parity

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
-from pyggml.graph import Axis, Cut, Node, Op, Spec
+from pyggml.node import Axis, Cut, Node, Op, Spec
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyggml.graph import Cost, Node, Op, Spec
+from pyggml.node import Cost, Node, Op, Spec
 
 
 def _rule(a: Node, *, to: str, resident: bool) -> Spec:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pyggml.dag import Graph
-from pyggml.graph import Node, label_of
-from pyggml.listing import folds, rows_of
+from pyggml.graph import Graph
 from pyggml.loop import loop_of
-from pyggml.plan import Plan
-from pyggml.reports import mib
+from pyggml.node import Node, label_of
+from pyggml.runtime.listing import folds, rows_of
+from pyggml.runtime.plan import Plan
+from pyggml.runtime.reports import mib
 from pyggml.transfer import is_resident, origin, transfer
 
 _LEAF_COLOURS = {"constant": "#dbe9f6", "input": "#fdebd0", "state": "#d5f5e3"}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-from pyggml.plan import Plan
+from pyggml.runtime.plan import Plan
 
 os.environ["PYGGML_VERIFY"] = "1"
 settings.register_profile("core", deadline=None, suppress_health_check=[HealthCheck.too_slow])

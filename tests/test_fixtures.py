@@ -11,7 +11,7 @@ import pytest
 import pyggml as gg
 from pyggml import ops
 from pyggml.dtypes import dtype
-from pyggml.graph import Node
+from pyggml.node import Node
 from pyggml.parity.tolerance import compare
 from tests.fixtures.case import HERE, Case, Source, load
 

@@ -13,18 +13,17 @@ TOP = Path(__file__).parent.parent
 LAYERS = (  # later ones may import earlier ones and their own
     "pyggml.errors",
     "pyggml.dtypes pyggml.quants",
-    "pyggml.graph",
-    "pyggml.dag pyggml.loop pyggml.transfer pyggml.memory",
+    "pyggml.node",
+    "pyggml.graph pyggml.loop pyggml.transfer",
     "pyggml.ops",
     "pyggml.backends pyggml.backends.base",
-    "pyggml.passes pyggml.verify",
-    "pyggml.arrays pyggml.store pyggml.inputs pyggml.plan pyggml.places pyggml.reports "
-    "pyggml.execution pyggml.listing",
+    "pyggml.passes",
+    "pyggml.runtime",
     "pyggml.gguf pyggml.models pyggml.parity",
     "pyggml.viz pyggml.cli pyggml.__main__ pyggml",
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
-CONCRETE = {"graph", "loop", "transfer", "ops", "dtypes", "quants", "errors"}
+CONCRETE = {"node", "loop", "transfer", "ops", "dtypes", "quants", "errors"}
 FILES = [f for d in ("pyggml", "ops", "backends") for f in sorted((TOP / d).rglob("*.py"))]
 MODULES = {f.relative_to(TOP): f for f in FILES if not f.match("pyggml/ops/**")}
 

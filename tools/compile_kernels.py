@@ -31,8 +31,8 @@ from functools import partial
 from pathlib import Path
 from time import thread_time
 
-from pyggml.backends.cuda import compiler
-from pyggml.backends.cuda.formats import FORMATS
+from pyggml.backends.cuda.device import compiler
+from pyggml.backends.cuda.weights.formats import FORMATS
 from pyggml.errors import DeviceError
 
 _LINE = re.compile(r"^//\s*@kernel\s+(?P<flags>(?:(?:hot|\d+a?)\s+)*)(?P<name>.+)$", re.M)

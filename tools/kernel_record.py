@@ -21,7 +21,7 @@ RECORDS = ROOT / "benchmarks" / "results" / "h200"
 def fingerprint(folder: Path = KERNELS) -> str:
     """What the kernels' sources are: a record holds it under "kernels"."""
     told = hashlib.sha256()
-    for path in sorted(folder.glob("*.cu*")):
+    for path in sorted(folder.rglob("*.cu*")):
         told.update(path.name.encode() + path.read_bytes())
     return told.hexdigest()[:16]
 

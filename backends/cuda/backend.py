@@ -15,18 +15,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml.backends.base import Address, Backend, Event, Given, Step, WeightLayout
-from pyggml.backends.cuda import arrays, driver, lowering, memory, packing, pinned, table
-from pyggml.backends.cuda.cublas import Cublas
+from pyggml.backends.cuda import lowering, table
+from pyggml.backends.cuda.device import arrays, driver, memory, pinned
+from pyggml.backends.cuda.device.cublas import Cublas
 from pyggml.backends.cuda.runner import CudaRunner
+from pyggml.backends.cuda.weights import packing
 from pyggml.errors import DeviceError
-from pyggml.graph import Node, Spec, label_of
+from pyggml.node import Node, Spec, label_of
 from pyggml.ops.leaf import data_of
 from pyggml.transfer import origin
 
 # Every family of kernels registers itself.
-for _found in pkgutil.iter_modules([str(Path(__file__).parent)]):
-    if _found.name != "backend":
-        importlib.import_module(f"pyggml.backends.cuda.{_found.name}")
+for _module in pkgutil.walk_packages([str(Path(__file__).parent)], "pyggml.backends.cuda."):
+    if _module.name != "pyggml.backends.cuda.backend":
+        importlib.import_module(_module.name)
 
 
 class CudaBackend:

@@ -9,10 +9,10 @@ import numpy as np
 
 from pyggml import ops
 from pyggml.backends.base import Address, Step
+from pyggml.backends.cuda.device.pinned import Staging, take
 from pyggml.backends.cuda.fusion import seen
-from pyggml.backends.cuda.pinned import Staging, take
 from pyggml.errors import IdError
-from pyggml.graph import Node
+from pyggml.node import Node
 
 #: Of an op with ids: which source they are, which source they choose from, along which dimension.
 IDS = {

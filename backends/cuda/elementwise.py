@@ -9,10 +9,10 @@ import numpy as np
 
 from pyggml import ops
 from pyggml.backends.cuda.fusion import Fused, Run, fuses
-from pyggml.backends.cuda.geometry import C_TYPES, blocks, counted, pack_width, part
+from pyggml.backends.cuda.geometry import C_TYPES, blocks_for, counted, pack_width, part
 from pyggml.backends.cuda.launch import Argument, Call, Operand
 from pyggml.backends.cuda.table import kernel
-from pyggml.graph import Node
+from pyggml.node import Node
 from pyggml.ops.elementwise import ACTIVATIONS, GLU_KINDS
 
 FILE = "elementwise.cu"
@@ -26,7 +26,7 @@ def unary(call: Call, name: str, p: float = 0.0, q: float = 0.0) -> None:
     call.launch(
         FILE,
         f"unary<{name}, {C_TYPES[out.dtype.name]}, {width}, {index}>",
-        grid=blocks(int(total)),
+        grid=blocks_for(int(total)),
         block=256,
         args=[out.tensor, a.tensor, total, np.float32(p), np.float32(q)],
     )
@@ -40,7 +40,7 @@ def binary(call: Call, name: str, a: Operand, b: Operand) -> None:
     call.launch(
         FILE,
         f"binary<{name}, {C_TYPES[out.dtype.name]}, {width}, {index}>",
-        grid=blocks(int(total)),
+        grid=blocks_for(int(total)),
         block=256,
         args=[out.tensor, a.tensor, b.tensor, total],
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyggml.backends.cuda.launch import Call
-from pyggml.graph import Node, Op
+from pyggml.node import Node, Op
 from pyggml.ops.leaf import state_op
 from pyggml.ops.views import root_of
 

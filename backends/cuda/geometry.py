@@ -8,7 +8,7 @@ from math import prod
 import numpy as np
 
 from pyggml.backends.cuda.launch import Operand
-from pyggml.graph import Ne
+from pyggml.node import Ne
 
 #: Threads of a block where nothing speaks for another number.
 THREADS = 256
@@ -25,7 +25,7 @@ C_TYPES = {
 }
 
 
-def blocks(count: int, each: int = THREADS) -> int:
+def blocks_for(count: int, each: int = THREADS) -> int:
     """How many blocks of `each` hold `count`."""
     return -(-count // each)
 
@@ -64,7 +64,7 @@ def pack_width(*operands: Operand) -> int:
 
 def threads_for(length: int, most: int = 1024) -> int:
     """Threads of a block that walks a row of `length`: whole warps."""
-    return min(most, max(32, blocks(length, 32) * 32))
+    return min(most, max(32, blocks_for(length, 32) * 32))
 
 
 def part(operand: Operand, axis: int, start: int, n: int) -> Operand:

@@ -20,7 +20,7 @@ import numpy as np
 from pyggml.backends.cuda.table import ALIGNMENT
 from pyggml.dtypes import F32, DType
 from pyggml.errors import PyggmlError
-from pyggml.graph import Ne, Node
+from pyggml.node import Ne, Node
 
 Dim3 = tuple[int, int, int]
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from pyggml.backends.base import Step
 from pyggml.backends.cuda import table
-from pyggml.backends.cuda.fixed_point import shared
 from pyggml.backends.cuda.fusion import Fused, fused
 from pyggml.backends.cuda.launch import WORKSPACE, Call
-from pyggml.graph import Node
+from pyggml.backends.cuda.linear.fixed_point import shared
+from pyggml.node import Node
 
 
 def _nothing(call: Call) -> None:

@@ -8,11 +8,11 @@ import numpy as np
 
 from pyggml import ops
 from pyggml.backends.cuda.fusion import Fused, Run, fuses
-from pyggml.backends.cuda.geometry import blocks, row_grid, threads_for
+from pyggml.backends.cuda.geometry import blocks_for, row_grid, threads_for
 from pyggml.backends.cuda.launch import ABSENT, Call, Operand
 from pyggml.backends.cuda.reduce import power_of_two
 from pyggml.backends.cuda.table import kernel
-from pyggml.graph import Node
+from pyggml.node import Node
 from pyggml.ops.reduce import row_length
 
 FILE = "moe.cu"
@@ -27,7 +27,7 @@ def _sum(call: Call, weights: Operand | None, more: Sequence[Operand] = ()) -> N
     call.launch(
         FILE,
         f"multi_add<{'false' if weights is None else 'true'}>",
-        grid=(out.ne[1], blocks(out.ne[0])),
+        grid=(out.ne[1], blocks_for(out.ne[0])),
         block=256,
         args=[out.tensor, a.tensor, (weights or a).tensor, one.tensor, two.tensor],
     )

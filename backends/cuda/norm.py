@@ -10,10 +10,10 @@ from pyggml import ops
 from pyggml.backends.cuda.fusion import Fused, Run, fuses
 from pyggml.backends.cuda.geometry import pack_width, row_grid, threads_for
 from pyggml.backends.cuda.launch import ABSENT, Call, Operand
-from pyggml.backends.cuda.linear_blocks import launch_quantize
+from pyggml.backends.cuda.linear.blocks import launch_quantize
 from pyggml.backends.cuda.table import kernel
 from pyggml.dtypes import F32
-from pyggml.graph import Node
+from pyggml.node import Node
 
 
 @kernel(ops.rms_norm, inplace=(0,))

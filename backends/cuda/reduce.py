@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from pyggml import ops
-from pyggml.backends.cuda.geometry import blocks, row_grid, rows, threads_for
+from pyggml.backends.cuda.geometry import blocks_for, row_grid, rows, threads_for
 from pyggml.backends.cuda.launch import Argument, Call
 from pyggml.backends.cuda.table import kernel
-from pyggml.graph import Node
+from pyggml.node import Node
 from pyggml.ops.reduce import row_length
 
 FILE = "reduce.cu"
@@ -31,7 +31,7 @@ def sum_rows(call: Call) -> None:
 
 def _parts(n: int) -> int:
     """Blocks that share a row whose largest is wanted; at most 32."""
-    return min(32, blocks(n, 4096))
+    return min(32, blocks_for(n, 4096))
 
 
 def _argmax_scratch(node: Node) -> int:
@@ -97,5 +97,5 @@ def _sort(call: Call, descending: bool) -> None:
         call.launch(FILE, "merge_near", grid=grid, block=1024, args=near)
         run *= 2
     out = call.out
-    wanted = (count, blocks(out.ne[0]))
+    wanted = (count, blocks_for(out.ne[0]))
     call.launch(FILE, "first_ids", grid=wanted, block=256, args=[out.tensor, memory, size])

@@ -10,11 +10,11 @@ import numpy as np
 
 from pyggml import ops
 from pyggml.backends.cuda.fusion import Fused, Run, fuses
-from pyggml.backends.cuda.geometry import C_TYPES, blocks
+from pyggml.backends.cuda.geometry import C_TYPES, blocks_for
 from pyggml.backends.cuda.launch import Call, Value
 from pyggml.backends.cuda.table import kernel
 from pyggml.dtypes import BF16, F16, F32, I32
-from pyggml.graph import Attrs, Node
+from pyggml.node import Attrs, Node
 
 
 @kernel(ops.rope_ext, inplace=(0,))
@@ -25,7 +25,7 @@ def rope_ext(call: Call) -> None:
     call.launch(
         "rope.cu",
         f"rope<{C_TYPES[out.dtype.name]}, {neox}>",
-        grid=(out.ne[2], blocks(-(-out.ne[0] // 2) * out.ne[1]), out.ne[3]),
+        grid=(out.ne[2], blocks_for(-(-out.ne[0] // 2) * out.ne[1]), out.ne[3]),
         block=256,
         args=[
             out.tensor,
@@ -61,7 +61,7 @@ def _rope_into_rows(call: Call, turn: Node) -> None:
     call.launch(
         "rope.cu",
         f"rope_rows<{C_TYPES[call.out.dtype.name]}, {neox}>",
-        grid=(a.ne[2], blocks(-(-a.ne[0] // 2) * a.ne[1])),
+        grid=(a.ne[2], blocks_for(-(-a.ne[0] // 2) * a.ne[1])),
         block=256,
         args=[*(x.tensor for x in (call.out, a, pos, ids)), constants(turn.attrs)],
     )

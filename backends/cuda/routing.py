@@ -13,7 +13,7 @@ from pyggml.backends.cuda.geometry import threads_for
 from pyggml.backends.cuda.launch import ABSENT, Call
 from pyggml.backends.cuda.reduce import power_of_two
 from pyggml.dtypes import F32
-from pyggml.graph import Node
+from pyggml.node import Node
 
 #: Experts up to which a block sorts their keys in the shared memory that every kernel has.
 MOST = 2048

@@ -11,14 +11,14 @@ from typing import Any
 
 from pyggml.backends.base import Address, Step, attributes, looked_at, named, pieces_of
 from pyggml.backends.cuda.checks import check_ids, debugging
-from pyggml.backends.cuda.cublas import Cublas
-from pyggml.backends.cuda.driver import Context, guarded
+from pyggml.backends.cuda.device.cublas import Cublas
+from pyggml.backends.cuda.device.driver import Context, guarded
+from pyggml.backends.cuda.device.memory import Buffer, operand_at
+from pyggml.backends.cuda.device.pinned import Staging
 from pyggml.backends.cuda.launch import H200, Call, Device, Gemm, Launch, Memset, Record
 from pyggml.backends.cuda.lowering import CudaStep
-from pyggml.backends.cuda.memory import Buffer, operand_at
-from pyggml.backends.cuda.pinned import Staging
 from pyggml.errors import PyggmlError
-from pyggml.graph import Node
+from pyggml.node import Node
 
 Action = Callable[[], None]
 

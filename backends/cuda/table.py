@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pyggml.backends.base import wrong_type
-from pyggml.graph import Node, Op
+from pyggml.node import Node, Op
 
 if TYPE_CHECKING:
     from pyggml.backends.cuda.launch import Call

@@ -18,8 +18,8 @@ from pyggml.backends.null.memory import HEADER, PRIVATE, NullBuffer, plain, priv
 from pyggml.backends.null.queue import Queue
 from pyggml.backends.null.runner import NullRunner, room_for_weights
 from pyggml.errors import DeviceError, OutOfMemoryError
-from pyggml.graph import Node, Spec
 from pyggml.loop import loop_of
+from pyggml.node import Node, Spec
 
 
 class NullDevice:

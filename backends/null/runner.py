@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pyggml.backends.base import Address, Buffer, Step, WeightLayout
 from pyggml.backends.null.memory import PRIVATE
-from pyggml.graph import Node
+from pyggml.node import Node
 from pyggml.ops.leaf import data_of
 from pyggml.transfer import origin
 

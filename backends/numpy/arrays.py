@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pyggml.backends.numpy.table import Array, Packed, Scratch, aligned
 from pyggml.dtypes import F32, TYPES, DType
 from pyggml.errors import IdError
-from pyggml.graph import Node
+from pyggml.node import Node
 from pyggml.ops.views import root_of
 from pyggml.quants import decode, encode, work_bytes
 from pyggml.quants.common import pieces as pieces

@@ -30,7 +30,7 @@ from pyggml.backends.numpy.arrays import (
 from pyggml.backends.numpy.masks import Mask, alibi_slopes
 from pyggml.backends.numpy.reduce import FLOOR
 from pyggml.backends.numpy.table import Array, Scratch, kernel
-from pyggml.graph import Node
+from pyggml.node import Node
 
 #: What hides a key in a mask, and its bits.
 HIDDEN = np.float16(-np.inf)

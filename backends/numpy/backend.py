@@ -25,7 +25,7 @@ from pyggml.backends.base import (
 from pyggml.backends.numpy.runner import NumpyRunner, array_at
 from pyggml.backends.numpy.table import ALIGNMENT, KERNELS, Packed
 from pyggml.errors import OutOfMemoryError
-from pyggml.graph import Node, Spec
+from pyggml.node import Node, Spec
 
 # Every family of kernels registers itself.
 for _found in pkgutil.iter_modules([str(Path(__file__).parent)]):

@@ -26,7 +26,7 @@ from pyggml.backends.numpy.arrays import (
 )
 from pyggml.backends.numpy.table import Scratch, kernel
 from pyggml.dtypes import F32
-from pyggml.graph import Node
+from pyggml.node import Node
 from pyggml.ops.elementwise import GLU_KINDS
 
 #: fn(y, x, t): y from x with a temporary t; y may be x.

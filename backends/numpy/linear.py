@@ -29,7 +29,7 @@ from pyggml.backends.numpy.arrays import (
 )
 from pyggml.backends.numpy.table import Array, Scratch, kernel
 from pyggml.dtypes import F32, DType
-from pyggml.graph import Node
+from pyggml.node import Node
 
 #: f32 elements of converted activations that one pass over the weights serves.
 BATCH = 1 << 22

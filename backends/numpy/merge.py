@@ -7,7 +7,7 @@ import numpy as np
 from pyggml import ops
 from pyggml.backends.numpy.arrays import IDS, PIECE, Raw, floats, pieces, shaped
 from pyggml.backends.numpy.table import Scratch, kernel
-from pyggml.graph import Node
+from pyggml.node import Node
 
 #: A part may outweigh the reference by e^GROWTH before the sum is scaled: far from overflow.
 GROWTH = 16.0

@@ -34,7 +34,7 @@ from pyggml.backends.numpy.linear import (
 )
 from pyggml.backends.numpy.reduce import first_ids, ids_of, sort_keys
 from pyggml.backends.numpy.table import Array, Scratch, kernel
-from pyggml.graph import Node
+from pyggml.node import Node
 from pyggml.ops.reduce import row_length
 
 

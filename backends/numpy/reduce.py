@@ -23,7 +23,7 @@ from pyggml.backends.numpy.arrays import (
 )
 from pyggml.backends.numpy.masks import Mask, alibi_slopes
 from pyggml.backends.numpy.table import Scratch, kernel
-from pyggml.graph import Node
+from pyggml.node import Node
 from pyggml.ops.reduce import row_length
 
 #: Below every score, and not -inf: a row without keys stays free of NaN.

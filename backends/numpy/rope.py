@@ -22,7 +22,7 @@ from pyggml.backends.numpy.arrays import (
 )
 from pyggml.backends.numpy.table import Scratch, kernel
 from pyggml.dtypes import F32
-from pyggml.graph import Node
+from pyggml.node import Node
 
 f32 = np.float32
 

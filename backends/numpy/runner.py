@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pyggml.backends.base import Address, BodyPlan, Step, attributes, looked_at, named, pieces_of
 from pyggml.backends.numpy.table import KERNELS, Array, Packed, Scratch
-from pyggml.graph import Node, Spec
+from pyggml.node import Node, Spec
 
 Call = Callable[[], None]
 

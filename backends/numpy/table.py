@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pyggml.dtypes import DType
 from pyggml.errors import PyggmlError
-from pyggml.graph import Node, Op
+from pyggml.node import Node, Op
 
 ALIGNMENT = 64
 

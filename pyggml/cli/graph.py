@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pyggml.cli.model import add_options, model_graph, weighted
 from pyggml.errors import DTypeError
-from pyggml.plan import compile
+from pyggml.runtime.plan import compile
 from pyggml.viz import dot
 
 

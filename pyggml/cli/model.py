@@ -11,11 +11,11 @@ import numpy as np
 from pyggml import gguf
 from pyggml.errors import GGUFError, ShapeError
 from pyggml.gguf import GGUFFile
-from pyggml.graph import Node
 from pyggml.models.config import DeepSeek2Config
 from pyggml.models.deepseek2 import AttentionOptions, Cache, Layer
 from pyggml.models.feed_forward import layer_output
 from pyggml.models.tensors import check_tensors
+from pyggml.node import Node
 from pyggml.ops import causal_mask, input
 from pyggml.parity.alone import Array
 

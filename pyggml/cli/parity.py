@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from math import isfinite
 
-from pyggml import backends, places
+from pyggml import backends
 from pyggml.cli import model
 from pyggml.errors import DeviceError, GraphError, UnknownName
 from pyggml.parity import grid, hunt, support
@@ -33,6 +33,7 @@ from pyggml.parity.nodes import parity
 from pyggml.parity.oracle import ORACLE
 from pyggml.parity.report import script_name
 from pyggml.parity.running import Outcome, outcomes
+from pyggml.runtime import places
 
 MODES = ("test", "support", "list", "perf", "mutants")
 

@@ -24,13 +24,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pyggml import graph
+from pyggml import node as nodes
 from pyggml.dtypes import dtype
 from pyggml.errors import GraphError, ShapeError, UnknownName
 from pyggml.gguf import GGUFFile
 from pyggml.gguf.reader import Names
-from pyggml.graph import Node
 from pyggml.models.config import DeepSeek2Config
+from pyggml.node import Node
 from pyggml.ops import (
     cast,
     concat,
@@ -112,7 +112,7 @@ class Layer:
 
     def name(self, node: Node, label: str) -> Node:
         """`node` under llama.cpp's name for it, such as kq-3."""
-        return graph.name(node, f"{label}-{self.il}")
+        return nodes.name(node, f"{label}-{self.il}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ on groups choose experts only; their weights are the gate's own values. Sources:
 
 from __future__ import annotations
 
-from pyggml.graph import Node
 from pyggml.models.deepseek2 import AttentionOptions, Cache, Layer, attention, norm
+from pyggml.node import Node
 from pyggml.ops import (
     add,
     clamp,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pyggml.dag import Graph, rebuilt
-from pyggml.graph import Node
+from pyggml.graph import Graph, rebuilt
+from pyggml.node import Node
 
 
 def precise(y: Node) -> Node:

@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pyggml.arrays import stored
-from pyggml.dag import Graph, rebuilt
 from pyggml.errors import DTypeError, GraphError, UnknownName
-from pyggml.graph import Node, inherit, label_of
+from pyggml.graph import Graph, rebuilt
+from pyggml.node import Node, inherit, label_of
 from pyggml.ops import input, whole
 from pyggml.ops.leaf import constant_op, data_of, input_op, state_op
 from pyggml.ops.views import root_of
 from pyggml.parity.case import Case, Source, numeric_class
-from pyggml.places import parse
-from pyggml.plan import Plan, compile
 from pyggml.quants import decode_rows
+from pyggml.runtime.arrays import stored
+from pyggml.runtime.places import parse
+from pyggml.runtime.plan import Plan, compile
 
 Array = NDArray[Any]
 #: Tensors with memory of their own (leaves and computed nodes) -> contents, as the type is stored.

@@ -12,14 +12,15 @@ from zlib import crc32
 
 import numpy as np
 
-from pyggml import ops, places
+from pyggml import ops
 from pyggml.backends.base import Backend
-from pyggml.dag import Graph
 from pyggml.dtypes import dtype
 from pyggml.errors import GraphError
-from pyggml.graph import Node
+from pyggml.graph import Graph
+from pyggml.node import Node
 from pyggml.parity import guarded, oracle, tolerance
 from pyggml.parity.values import LAYOUTS, Array, blank, decoded, in_memory, numbers, seen, stored
+from pyggml.runtime import places
 
 _SOURCE = re.compile(
     r"(?P<type>\w+)\[(?P<ne>[\d,]+)\](?P<fill>[<!#]\d+-?|~\w+)?"

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from pyggml import passes
 from pyggml.backends.base import Address, Backend, Buffer, Runner, own_nodes
-from pyggml.dag import Graph
 from pyggml.dtypes import dtype
 from pyggml.errors import PyggmlError
-from pyggml.graph import Ne, Node, Spec, make_spec
+from pyggml.graph import Graph
+from pyggml.node import Ne, Node, Spec, make_spec
 from pyggml.ops.leaf import constant_op, data_of
 from pyggml.passes.work import Work
 

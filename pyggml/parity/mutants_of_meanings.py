@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pyggml import ops
-from pyggml.graph import Node
+from pyggml.node import Node
 from pyggml.parity.mutants import Mutant, Wrong, maker
 
 MUTANTS: list[Mutant] = []

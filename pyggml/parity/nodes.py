@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pyggml.dag import Graph, toposort
 from pyggml.errors import DeviceError, GraphError, OutOfMemoryError, UnsupportedOp
-from pyggml.graph import Node, label_of, labels
+from pyggml.graph import Graph, toposort
+from pyggml.node import Node, label_of, labels
 from pyggml.ops.views import root_of
 from pyggml.parity.alone import Alone, Array, Values, alone, contents, decoded, run_with
 from pyggml.parity.report import Report, Row
 from pyggml.parity.reproduce import write_script
 from pyggml.parity.tolerance import CLASSES, STORAGE, Comparison, compare
 from pyggml.passes.states import state_edges
-from pyggml.places import parse
-from pyggml.plan import compile
+from pyggml.runtime.places import parse
+from pyggml.runtime.plan import compile
 
 #: Outputs of the whole graph may differ by this many times what its nodes may differ together.
 #: Errors that know nothing of each other add up in the NMSE; a softmax, or a norm over terms that

@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml.graph import Node
+from pyggml.node import Node
 from pyggml.ops import (
     add,
     causal_mask,

@@ -10,10 +10,10 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from pyggml import places
 from pyggml.errors import DTypeError, GraphError, UnknownName
-from pyggml.graph import Node, labels, line_of
+from pyggml.node import Node, labels, line_of
 from pyggml.parity.tolerance import Comparison
+from pyggml.runtime import places
 
 #: Rows that the table shows at most.
 SHOWN = 20

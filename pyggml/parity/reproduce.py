@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from pyggml import ops
-from pyggml.dag import toposort
 from pyggml.errors import GraphError
-from pyggml.graph import Node, line_of
+from pyggml.graph import toposort
+from pyggml.node import Node, line_of
 from pyggml.ops.leaf import constant_op, input_op, state_op
 from pyggml.ops.views import view_op
 from pyggml.parity.alone import Alone, Values, decoded

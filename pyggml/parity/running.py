@@ -15,14 +15,15 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from pyggml import ops, places
-from pyggml.dag import Graph
+from pyggml import ops
 from pyggml.errors import DeviceError, GraphError, PyggmlError, UnknownName, UnsupportedOp
-from pyggml.graph import cost_of
+from pyggml.graph import Graph
+from pyggml.node import cost_of
 from pyggml.parity.case import Case, build, check
 from pyggml.parity.guarded import NUMBER, Bed
 from pyggml.passes.assign import assign
 from pyggml.passes.work import Work
+from pyggml.runtime import places
 
 #: Cases that a process takes at a time.
 CHUNK = 50

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pyggml import ops
 from pyggml.dtypes import DType
-from pyggml.graph import Node, make_spec
+from pyggml.node import Node, make_spec
 from pyggml.quants import ENCODABLE, decode_rows, encode_rows
 
 Array = NDArray[Any]

@@ -11,8 +11,8 @@ from pyggml.passes.budget import apply_budget, score_tensors
 from pyggml.passes.placement import place
 from pyggml.passes.schedule import lower_nodes, order_nodes
 from pyggml.passes.states import keep_outputs
+from pyggml.passes.verify import verify, verifying
 from pyggml.passes.work import Work
-from pyggml.verify import verify, verifying
 
 
 def protect_outputs(work: Work) -> Work:

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from pyggml.backends.base import Backend
-from pyggml.dag import Graph, rebuilt
 from pyggml.errors import GraphError, UnsupportedOp
-from pyggml.graph import Node, cost_of, inherit, label_of, line_of, stand_at
+from pyggml.graph import Graph, rebuilt
 from pyggml.loop import loop_op
+from pyggml.node import Node, cost_of, inherit, label_of, line_of, stand_at
 from pyggml.ops.leaf import constant_op, state_op
 from pyggml.ops.views import root_of
 from pyggml.passes.borders import bases, fewer_copies, leaf_homes

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from pyggml.backends.base import Backend
-from pyggml.dag import Graph, rebuilt, toposort
-from pyggml.graph import Node, inherit
+from pyggml.graph import Graph, rebuilt, toposort
+from pyggml.node import Node, inherit
 from pyggml.ops.leaf import constant_op, input_op, state_op
 from pyggml.ops.views import view, view_op, whole
 from pyggml.passes.states import state_edges

@@ -12,16 +12,16 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from pyggml.backends.base import Backend
-from pyggml.dag import Graph, rebuilt, toposort
 from pyggml.errors import BudgetError
-from pyggml.graph import Axis, Node, label_of, line_of, slice_of
+from pyggml.graph import Graph, rebuilt, toposort
 from pyggml.loop import loop_of
+from pyggml.node import Axis, Node, label_of, line_of, slice_of
 from pyggml.ops.attention import flash_attn_ext
+from pyggml.ops.copy import cast, cont
 from pyggml.ops.elementwise import add, scale, tanh
 from pyggml.ops.leaf import state_op
 from pyggml.ops.linear import mul_mat
 from pyggml.ops.reduce import soft_max_ext
-from pyggml.ops.shape import cast, cont
 from pyggml.ops.views import root_of
 from pyggml.passes.cutting import Region, cut, standalone, structure
 from pyggml.passes.work import Work

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from pyggml.dag import rebuilt
 from pyggml.errors import ShapeError
-from pyggml.graph import Axis, Node, Slice, inherit, make_spec, slice_of
+from pyggml.graph import rebuilt
 from pyggml.loop import Body, Chain, Dim, Loop, Shift, Take, make_loop
+from pyggml.node import Axis, Node, Slice, inherit, make_spec, slice_of
 from pyggml.ops.attention import flash_attn_ext, lse_finish, lse_sum
 from pyggml.ops.leaf import piece_op
 

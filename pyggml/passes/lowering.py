@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from pyggml.backends.base import Backend, BodyPlan, Step, WeightLayout
-from pyggml.dag import toposort, users_of
-from pyggml.graph import Node
+from pyggml.graph import toposort, users_of
 from pyggml.loop import Body, loop_of
+from pyggml.node import Node
 from pyggml.passes.placement import place
 from pyggml.transfer import origin, transfer
 

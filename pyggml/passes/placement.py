@@ -6,8 +6,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from pyggml.backends.base import Place, Step, own_nodes
-from pyggml.graph import Ne, Node
-from pyggml.memory import Interval, live_bytes, pack
+from pyggml.node import Ne, Node
+from pyggml.passes.arena import Interval, live_bytes, pack
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ from dataclasses import replace
 from heapq import heappop, heappush
 
 from pyggml.backends.base import Backend, Step, own_nodes
-from pyggml.dag import toposort
-from pyggml.graph import Node
+from pyggml.graph import toposort
+from pyggml.node import Node
 from pyggml.ops.leaf import constant_op
 from pyggml.passes.borders import base_of, bases
 from pyggml.passes.lowering import lower

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pyggml.dag import Graph
 from pyggml.errors import GraphError
-from pyggml.graph import Node, line_of
+from pyggml.graph import Graph
+from pyggml.node import Node, line_of
+from pyggml.ops.copy import cont
 from pyggml.ops.leaf import state_op
-from pyggml.ops.shape import cont
 
 
 def versions(nodes: Iterable[Node]) -> dict[Node, Node]:

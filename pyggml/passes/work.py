@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pyggml.backends.base import Backend, Step, WeightLayout
-from pyggml.dag import Graph
-from pyggml.graph import Node, labels
+from pyggml.graph import Graph
+from pyggml.node import Node, labels
 from pyggml.passes.placement import Placement
 from pyggml.transfer import is_resident
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 import pyggml as gg
-from pyggml.graph import Node
+from pyggml.node import Node
 
 Values = dict[str, np.ndarray[Any, Any]]
 

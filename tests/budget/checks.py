@@ -10,8 +10,8 @@ from attentions import Latent, Leaves, Scores
 from tracing import measured_peak
 
 import pyggml as gg
-from pyggml.graph import Node
 from pyggml.loop import Loop
+from pyggml.node import Node
 
 MIB = 2**20
 

@@ -13,8 +13,8 @@ from checks import Case, compiled, counts, error, least_of, loops
 from tracing import measured_peak
 
 import pyggml as gg
-from pyggml.dag import toposort
-from pyggml.graph import Node
+from pyggml.graph import toposort
+from pyggml.node import Node
 
 
 def sizes(plan: gg.Plan) -> tuple[int, int]:

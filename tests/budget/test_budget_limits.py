@@ -13,7 +13,7 @@ from checks import MIB, Case, compiled, counts, least_of, loops
 
 import pyggml as gg
 from pyggml import backends, passes
-from pyggml.dag import Graph
+from pyggml.graph import Graph
 from pyggml.passes.budget import regions
 from pyggml.passes.cutting import cut
 from pyggml.passes.work import Work

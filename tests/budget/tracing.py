@@ -19,7 +19,7 @@ from attentions import Leaves, run
 import pyggml as gg
 from pyggml.backends.numpy import runner
 from pyggml.backends.numpy.table import Packed
-from pyggml.graph import Node, labels
+from pyggml.node import Node, labels
 
 Span = tuple[int, int]
 

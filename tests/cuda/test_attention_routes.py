@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 import pyggml as gg
-from pyggml.backends.cuda import attention_routes as routes
+from pyggml.backends.cuda.attention import routes
 from pyggml.backends.cuda.launch import H200, Call, Device, Launch, Operand
 from pyggml.backends.cuda.table import KERNELS
 from tools.compile_kernels import instances
 
-FOLDER = Path(routes.__file__).parent / "kernels"
+FOLDER = Path(routes.__file__).parent.parent / "kernels"
 DEVICES = {
     "80": replace(H200, arch="80", shared=166_912),
     "86": replace(H200, arch="86", shared=101_376),

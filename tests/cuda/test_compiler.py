@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from pyggml.backends.cuda import compiler
+from pyggml.backends.cuda.device import compiler
 from tests.cuda.conftest import compiled
 
 KERNEL = '#include "outer.cuh"\ntemplate <int n> __global__ void k(int* y) { *y = n + FIRST; }\n'
@@ -34,9 +34,10 @@ Compiled = list[tuple[str, str, str]]
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A folder of kernels of our own, and an empty cache."""
     kernels = tmp_path / "kernels"
-    kernels.mkdir()
+    (kernels / "include").mkdir(parents=True)
     for name, text in FILES.items():
-        (kernels / name).write_text(text)
+        folder = kernels / "include" if name.endswith(".cuh") else kernels
+        (folder / name).write_text(text)
     monkeypatch.setattr(compiler, "KERNELS", kernels)
     monkeypatch.setattr(compiler, "_warned", threading.Event())
     monkeypatch.setenv("PYGGML_CACHE", str(tmp_path))
@@ -155,7 +156,7 @@ def test_two_processes_fill_it_at_once(cache: Path) -> None:
 
 
 def _header(monkeypatch: pytest.MonkeyPatch) -> None:
-    (compiler.KERNELS / "inner.cuh").write_text("#define FIRST 2\n")
+    (compiler.KERNELS / "include" / "inner.cuh").write_text("#define FIRST 2\n")
 
 
 def _source(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,13 +190,13 @@ def test_each_instance_and_architecture_has_its_own(cache: Path, calls: Compiled
 
 def test_what_it_does_not_include_does_not(calls: Compiled) -> None:
     compiler.cubin(*ONE)
-    (compiler.KERNELS / "other.cuh").write_text("#error\n")
+    (compiler.KERNELS / "include" / "other.cuh").write_text("#error\n")
     compiler.cubin(*ONE)
     assert calls == [ONE]
 
 
 def test_a_header_that_is_not_there_is_named(calls: Compiled) -> None:
-    (compiler.KERNELS / "inner.cuh").unlink()
+    (compiler.KERNELS / "include" / "inner.cuh").unlink()
     with pytest.raises(compiler.CompileError, match=r"kernels/inner\.cuh cannot be read"):
         compiler.cubin(*ONE)
 

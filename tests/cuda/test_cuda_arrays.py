@@ -14,9 +14,9 @@ import pytest
 import pyggml as gg
 from pyggml import backends
 from pyggml.backends.base import Address
-from pyggml.backends.cuda import dlpack, pinned
+from pyggml.backends.cuda.device import dlpack, pinned
 from pyggml.dtypes import dtype
-from pyggml.graph import make_spec
+from pyggml.node import make_spec
 from tests.cuda.conftest import Machine
 from tests.cuda.foreign import Capsule, CuPy, Interface
 

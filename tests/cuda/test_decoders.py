@@ -18,9 +18,9 @@ import pytest
 from numpy.typing import NDArray
 
 from pyggml import quants
-from pyggml.backends.cuda import grids, packing
-from pyggml.backends.cuda.compiler import KERNELS
-from pyggml.backends.cuda.formats import FORMATS
+from pyggml.backends.cuda.device.compiler import KERNELS
+from pyggml.backends.cuda.weights import grids, packing
+from pyggml.backends.cuda.weights.formats import FORMATS
 from pyggml.dtypes import TYPES
 from pyggml.parity import tolerance
 
@@ -79,7 +79,7 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     if compiler is None:
         pytest.skip("there is no C++ compiler here")
     folder = tmp_path_factory.mktemp("host")
-    for path in KERNELS.glob("*.cuh"):
+    for path in (KERNELS / "include").glob("*.cuh"):
         (folder / path.name).write_text(on_host(path.read_text()))
     (folder / grids.HEADER).write_text(grids.header())
     for name in ("cuda_fp16.h", "cuda_bf16.h"):

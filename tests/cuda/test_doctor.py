@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pyggml.backends.cuda import compiler, doctor
+from pyggml.backends.cuda.device import compiler, doctor
 from pyggml.cli import main
 from pyggml.errors import DeviceError
 from tests.cuda.conftest import PACKAGES, Machine

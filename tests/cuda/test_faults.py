@@ -13,10 +13,10 @@ import pytest
 
 import pyggml as gg
 from pyggml import backends
-from pyggml.backends.cuda import compiler, cublas, driver
-from pyggml.backends.cuda.memory import ALLOCATIONS, fail_allocation
-from pyggml.backends.cuda.tensormap import tensor_map
-from pyggml.plan import Plan
+from pyggml.backends.cuda.device import compiler, cublas, driver
+from pyggml.backends.cuda.device.memory import ALLOCATIONS, fail_allocation
+from pyggml.backends.cuda.device.tensormap import tensor_map
+from pyggml.runtime.plan import Plan
 from tests.cuda.conftest import Machine
 
 ONES = np.ones((40, 256), np.float32)

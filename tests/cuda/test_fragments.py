@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pyggml.backends.cuda import compiler
+from pyggml.backends.cuda.device import compiler
 
 
 @pytest.mark.kernels

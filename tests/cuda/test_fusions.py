@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import pyggml as gg
-from pyggml.backends.cuda.compiler import KERNELS
+from pyggml.backends.cuda.device.compiler import KERNELS
 from pyggml.backends.cuda.fusion import Run, fused
 from pyggml.parity.patterns import PATTERNS, pattern
 

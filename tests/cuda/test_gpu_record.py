@@ -18,7 +18,7 @@ import pyggml as gg
 from pyggml import backends
 from pyggml.backends.base import Address
 from pyggml.dtypes import dtype
-from pyggml.graph import make_spec
+from pyggml.node import make_spec
 from pyggml.parity import running
 from pyggml.parity.case import Case
 from pyggml.parity.cases import cases

@@ -11,13 +11,13 @@ import pytest
 
 import pyggml as gg
 from pyggml import backends
-from pyggml.backends.cuda import cublas
+from pyggml.backends.cuda.device import cublas
+from pyggml.backends.cuda.device.memory import ALLOCATIONS
+from pyggml.backends.cuda.device.pinned import RING
 from pyggml.backends.cuda.launch import WORKSPACE, Gemm
-from pyggml.backends.cuda.memory import ALLOCATIONS
-from pyggml.backends.cuda.pinned import RING
 from pyggml.parity.case import build
 from pyggml.parity.cases import cases
-from pyggml.plan import Plan
+from pyggml.runtime.plan import Plan
 from tests.cuda.test_recording import steps_of
 
 MIB = 2**20

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 import pyggml as gg
 from pyggml import quants
-from pyggml.backends.cuda import packing
-from pyggml.backends.cuda.formats import FORMATS
-from pyggml.backends.cuda.grids import LEVELS
+from pyggml.backends.cuda.weights import packing
+from pyggml.backends.cuda.weights.formats import FORMATS
+from pyggml.backends.cuda.weights.grids import LEVELS
 from pyggml.dtypes import TYPES
 from pyggml.quants.common import FP4_LEVELS, IQ4_LEVELS
 

@@ -8,14 +8,10 @@ from collections.abc import Sequence
 import pytest
 
 import pyggml as gg
-from pyggml.backends.cuda import (
-    experts,
-    linear,  # noqa: F401 (it fills the table)
-    linear_blocks,
-)
-from pyggml.backends.cuda.formats import FORMATS
 from pyggml.backends.cuda.launch import Call, Gemm, Launch, Operand
+from pyggml.backends.cuda.linear import blocks, experts
 from pyggml.backends.cuda.table import KERNELS
+from pyggml.backends.cuda.weights.formats import FORMATS
 
 BASE = 1 << 40
 
@@ -143,7 +139,7 @@ def test_more_pairs_than_a_grid_has_are_several_launches() -> None:
     assert isinstance(quantized, Launch) and quantized.name == "quantize<float, 3>"
     assert isinstance(first, Launch) and isinstance(second, Launch)
     assert [first.grid[1], second.grid[1]] == [6 * tokens, 6 * (n - tokens)]
-    groups = 256 // 32 * linear_blocks.group_bytes(3)
+    groups = 256 // 32 * blocks.group_bytes(3)
     for launch, start in ((first, 0), (second, tokens)):
         words = struct.unpack_from(f"<{len(launch.args) // 8}Q", launch.args)
         x, y, chosen = BASE + start * groups, BASE + start * 6 * 75 * 4, 4 * BASE + start * 6 * 4

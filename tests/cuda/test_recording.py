@@ -12,12 +12,12 @@ from pyggml import backends, passes
 from pyggml.backends.base import Address, Step
 from pyggml.backends.cuda.launch import Launch, Record
 from pyggml.backends.cuda.runner import record_step
-from pyggml.dag import Graph
-from pyggml.execution import addresses
-from pyggml.graph import Node
+from pyggml.graph import Graph
+from pyggml.node import Node
 from pyggml.parity.case import build
 from pyggml.parity.cases import cases
 from pyggml.passes.work import Work
+from pyggml.runtime.execution import addresses
 
 
 class Memory:

@@ -11,9 +11,9 @@ import numpy as np
 
 import pyggml as gg
 from pyggml import backends
-from pyggml.graph import Node
+from pyggml.node import Node
 from pyggml.passes.work import Split
-from pyggml.plan import Plan
+from pyggml.runtime.plan import Plan
 
 WIDTH, TOKENS, ROWS = 16, 5, 32
 

@@ -10,9 +10,9 @@ from stacks import copied, ops, places, row, same, weight, where
 
 import pyggml as gg
 from pyggml import backends
-from pyggml.graph import Node
+from pyggml.node import Node
 from pyggml.ops.leaf import data_of
-from pyggml.plan import Plan
+from pyggml.runtime.plan import Plan
 
 PINS = {"_w": "numpy"}
 HEADER = 64  # of null's private layout

@@ -10,7 +10,7 @@ from stacks import FEED, TOKENS, WIDTH, copied, places, row, same, stack, weight
 
 import pyggml as gg
 from pyggml import backends
-from pyggml.graph import Node
+from pyggml.node import Node
 from pyggml.transfer import transfer
 
 ALL = ["null:0", "null:1", "numpy"]

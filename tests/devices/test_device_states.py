@@ -12,7 +12,7 @@ from stacks import copied, ops, paces, places, row, where
 
 import pyggml as gg
 from pyggml import backends
-from pyggml.graph import Node
+from pyggml.node import Node
 
 ALL = ["null:0", "null:1", "numpy"]
 ROWS = np.arange(400, dtype=np.float32).reshape(100, 4)

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 import pyggml as gg
 from pyggml import backends, passes
-from pyggml.dag import Graph
-from pyggml.graph import Node
+from pyggml.graph import Graph
+from pyggml.node import Node
 from pyggml.passes.work import Work
 from pyggml.transfer import origin, transfer
 

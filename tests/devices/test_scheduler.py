@@ -11,7 +11,7 @@ from stacks import FEED, HALVES, TOKENS, WIDTH, copied, ops, places, row, same, 
 
 import pyggml as gg
 from pyggml import backends
-from pyggml.graph import Node
+from pyggml.node import Node
 
 
 def denying(stack: ExitStack, index: int, *ops: str) -> None:

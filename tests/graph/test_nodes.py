@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import pyggml as gg
 from pyggml.errors import DTypeError, GraphError, ShapeError
-from pyggml.graph import cost_of, line_of, slice_of
+from pyggml.node import cost_of, line_of, slice_of
 
 SIZES = st.tuples(*[st.integers(1, 5)] * 4)
 

@@ -9,7 +9,7 @@ import pytest
 
 import pyggml as gg
 from pyggml.errors import IdError
-from pyggml.graph import Node
+from pyggml.node import Node
 
 a = gg.input("a", "f32", ne=(8, 5))
 q = gg.input("a", "q8_0", ne=(32, 5))

@@ -7,7 +7,7 @@ import pytest
 
 import pyggml as gg
 from pyggml.backends.numpy.table import KERNELS
-from pyggml.graph import Node
+from pyggml.node import Node
 
 rng = np.random.default_rng(0)
 

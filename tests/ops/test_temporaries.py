@@ -7,7 +7,7 @@ import tracemalloc
 import pytest
 
 from pyggml import compile
-from pyggml.graph import Node
+from pyggml.node import Node
 from pyggml.parity.case import Case, build
 from pyggml.parity.cases import cases
 

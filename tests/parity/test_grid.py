@@ -7,8 +7,8 @@ import pytest
 from pyggml import ops
 from pyggml.backends import get
 from pyggml.backends.base import WeightLayout
-from pyggml.dag import Graph
-from pyggml.graph import Node
+from pyggml.graph import Graph
+from pyggml.node import Node
 from pyggml.ops.leaf import constant_op
 from pyggml.parity.case import Case, build, check, numeric_class
 from pyggml.parity.cases import BLOCKS, PLAIN, cases

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import pyggml as gg
 from pyggml.errors import ShapeError
-from pyggml.graph import Node
+from pyggml.node import Node
 from pyggml.ops.leaf import data_of, state_op
 from pyggml.ops.rules import repeats_into
 from pyggml.ops.views import root_of

@@ -8,7 +8,7 @@ import pytest
 import pyggml as gg
 from examples.own_op import cumsum, main, swish_mean
 from pyggml.errors import DTypeError, UnsupportedOp
-from pyggml.graph import Node, Spec, cost_of
+from pyggml.node import Node, Spec, cost_of
 
 
 def test_with_a_kernel() -> None:

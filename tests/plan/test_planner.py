@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 import pyggml as gg
 from pyggml import backends
-from pyggml.graph import Node
-from pyggml.memory import Interval, live_bytes, pack
-from pyggml.plan import Plan
+from pyggml.node import Node
+from pyggml.passes.arena import Interval, live_bytes, pack
+from pyggml.runtime.plan import Plan
 from tests.plan.graphs import Reference, graphs, inputs_of
 
 

@@ -7,7 +7,7 @@ import pytest
 
 import pyggml as gg
 from pyggml.errors import DTypeError, GraphError, ShapeError, UnknownName
-from pyggml.graph import Node
+from pyggml.node import Node
 
 ROW = np.arange(4, dtype=np.float32)
 

@@ -10,7 +10,7 @@ import pytest
 import pyggml as gg
 from pyggml import backends
 from pyggml.errors import DeviceError, DTypeError, GraphError, OutOfMemoryError
-from pyggml.plan import Plan
+from pyggml.runtime.plan import Plan
 
 WEIGHT = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
 

@@ -12,10 +12,18 @@ from collections.abc import Callable, Sequence
 from inspect import getmembers, isfunction
 from typing import Any
 
-from pyggml.parity.oracle import attention, elementwise, linear, moe, reduce, rope, shape
+from pyggml.parity.oracle import (
+    attention,
+    copy,
+    elementwise,
+    linear,
+    moe,
+    reduce,
+    rope,
+)
 from pyggml.parity.oracle.base import Array
 
-_FAMILIES = (shape, elementwise, reduce, rope, linear, attention, moe)
+_FAMILIES = (copy, elementwise, reduce, rope, linear, attention, moe)
 
 #: Op name -> function(*sources, **attributes): the public functions of the family files.
 ORACLE: dict[str, Callable[..., Array]] = {

@@ -1,0 +1,1 @@
+"""Flash attention: which kernel runs, and how it is recorded."""

@@ -1,0 +1,204 @@
+"""Which kernel of flash_attn_ext a node takes, and how its work is cut. Needs no device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from pyggml.backends.cuda.table import ALIGNMENT
+from pyggml.node import Node
+
+#: Head sizes (d_k, d_v) with kernels on the tensor cores; 576/512 has one of its own.
+PAIRS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256))
+LATENT = (576, 512)
+#: Shared memory that kernels take beside what they are given at their launch, about: latent_hopper,
+#: which leaves least, takes 1344 bytes.
+STATIC = 2048
+#: Warps and stages of attention_split.cu: the first that fits is taken. The last fits every GPU
+#: from 8.0 on: 99 KB on 8.6, 8.9 and 12.0, 163 KB on 8.0.
+SPLIT = {
+    (64, 64): ((8, 4), (8, 2)),
+    (80, 80): ((8, 4), (8, 2)),
+    (96, 96): ((8, 3), (4, 3)),
+    (128, 128): ((8, 2), (4, 2)),
+    (192, 128): ((8, 2), (4, 2)),
+    (256, 256): ((4, 2), (2, 2)),
+}
+#: The same for attention_latent.cu: MI, WM, WN and keys of a tile, by rows of a block.
+LATENT_SPLIT = {
+    16: ((1, 1, 8, 64), (1, 2, 4, 32), (1, 1, 4, 32)),
+    64: ((2, 2, 4, 64), (2, 2, 4, 32), (1, 2, 4, 32), (1, 1, 4, 32)),
+}
+#: Keys of a tile of attention_tiles.cu and _hopper.cu.
+TILES = {pair: 32 if pair == (256, 256) else 64 for pair in PAIRS}
+HOPPER = {(64, 64): 128, (128, 128): 128, (192, 128): 128, (256, 256): 64}
+#: The type codes of attention_any.cu.
+TYPES = {
+    name: code
+    for code, name in enumerate(
+        ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl")
+    )
+}
+C_TYPES = {"f16": "__half", "bf16": "__nv_bfloat16", "q8_0": "__half"}
+#: Blocks that fill the GPU once. A number of this file and not of the device, so that memory can be
+#: planned, and so that results do not depend on the GPU.
+FULL = 132
+#: Keys and queries of a cell of a mask's map.
+CELL = 64
+#: Fewest keys of a split.
+LEAST = {"any": 64, "split": 128, "latent": 64, "latent_hopper": 64, "tiles": 256}
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """A compiled kernel: its name, threads and rows of scores of a block, dynamic shared memory."""
+
+    name: str
+    threads: int
+    rows: int
+    shared: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one flash_attn_ext node."""
+
+    d_k: int
+    d_v: int
+    n_q: int
+    n_kv: int
+    heads: int
+    heads_kv: int
+    n3: int
+    type_k: str
+    type_v: str
+    mask_batch: int  # 0: no mask
+    exact: bool
+
+    @staticmethod
+    def of(node: Node, fused: bool = False) -> Shape:
+        q, k, v, mask, *_ = node.src
+        assert q is not None and k is not None and v is not None
+        batch = 0 if mask is None or fused else mask.ne[3]
+        names = k.dtype.name, v.dtype.name
+        exact = node.attrs["prec"] == "f32"
+        d_k, n_q, heads, n3 = q.ne
+        return Shape(d_k, v.ne[0], n_q, k.ne[1], heads, k.ne[2], n3, *names, batch, exact)
+
+    @property
+    def rows(self) -> int:
+        """Rows of scores of one head of keys."""
+        return self.n_q * (self.heads // self.heads_kv)
+
+    @cached_property
+    def routes(self) -> tuple[str, ...]:
+        """Kernels that may take it, best first; addresses and device decide between them."""
+        pair, kind = (self.d_k, self.d_v), self.type_k
+        if self.exact or kind != self.type_v or kind not in C_TYPES:
+            return ("any",)
+        if pair == LATENT:
+            many = self.rows > (16 if kind != "q8_0" else 256)
+            return ("latent_hopper",) * many + ("latent", "any")
+        if pair not in PAIRS or (kind == "q8_0" and pair not in HOPPER):
+            return ("any",)
+        if self.rows <= 32:
+            return "split", "any"
+        full = 2 * _ceil(self.rows, 128) * self.heads_kv * self.n3 >= FULL
+        return ("hopper",) * (full and pair in HOPPER) + ("tiles", "any")
+
+    def block_rows(self, route: str) -> int:
+        """Rows of scores of a block; of `latent` at most, where shared memory allows."""
+        if route == "latent_hopper":
+            return 64
+        if route == "latent":
+            return 16 if self.rows <= 16 else 64
+        if route == "tiles":
+            return 64 if self.rows <= 64 else 128
+        return 128 if route == "hopper" else 16
+
+    def splits(self, route: str) -> int:
+        """Into how many parts keys are split, so that few rows fill the GPU too."""
+        if route == "hopper":
+            return 1
+        blocks = _ceil(self.rows, self.block_rows(route)) * self.heads_kv * self.n3
+        units = _ceil(self.n_kv, LEAST[route])
+        most = max(1, min(FULL * (2 if route == "any" else 1) // blocks, units))
+        return _ceil(units, _ceil(units, most))
+
+    def parts(self, route: str) -> int:
+        """Bytes that splits leave for their combination."""
+        n = self.splits(route)
+        return 0 if n == 1 else self.n3 * self.n_q * self.heads * n * (self.d_v + 2) * 4
+
+    @property
+    def map(self) -> int:
+        """Bytes of the map of an explicit mask."""
+        return self.mask_batch * _ceil(self.n_q, CELL) * _ceil(self.n_kv, CELL)
+
+    def decoded(self, route: str) -> tuple[int, int]:
+        """Bytes of keys and values as f16, where a kernel does not read q8_0 itself."""
+        if self.type_k != "q8_0" or route not in ("hopper", "tiles", "latent_hopper"):
+            return 0, 0
+        rows = 2 * self.n_kv * self.heads_kv * self.n3
+        return rows * self.d_k, 0 if route == "latent_hopper" else rows * self.d_v
+
+    def instance(self, route: str, room: int, extra: bool) -> Instance:
+        """What a route launches. room: dynamic shared memory of a block; extra: a mask or cap.
+
+        Where nothing fits, the smallest.
+        """
+        d_k, d_v, kind = self.d_k, self.d_v, C_TYPES.get(self.type_k)
+        rows = self.block_rows(route)
+        if route == "any":
+            size = next(n for n in (64, 128, 256, 576) if n >= max(d_k, d_v))
+            keys = 16 if size == 576 else 32
+            shared = 4 * ((16 + keys) * (size + 4) + 16 * (keys + 1))
+            return Instance(f"any<{size}, {keys}>", 256, rows, shared)
+        if route == "latent_hopper":
+            return Instance(f"latent_hopper<{kind}>", 256, rows, 64 * (3 * 1152 + 128) + 1024)
+        if route == "latent":
+            return _first_fit((self._latent(*cut) for cut in LATENT_SPLIT[rows]), room)
+        if route == "split":
+            return _first_fit((self._split(*cut) for cut in SPLIT[d_k, d_v]), room)
+        tile = 2 * (d_k + d_v) + 32  # bytes of a key and its value, padded
+        if route == "tiles":
+            keys = TILES[d_k, d_v]
+            name = f"tiles<{kind}, {d_k}, {d_v}, {rows // 16}, {keys}>"
+            return Instance(name, 2 * rows, rows, max(2 * keys * tile, rows * (2 * d_k + 16)))
+        keys = HOPPER[d_k, d_v]
+        name = f"hopper<{kind}, {d_k}, {d_v}, {keys}, {str(extra).lower()}>"
+        return Instance(name, 384, rows, 256 * d_k + 4 * keys * (d_k + d_v) + 1024)
+
+    def _split(self, warps: int, stages: int) -> Instance:
+        d_k, d_v, raw = self.d_k, self.d_v, self.type_k == "q8_0"
+        tile = 16 * (2 * (d_k + d_v) + 32)  # bytes of 16 keys and values, padded
+        stage = _ceil(16 * (d_k + d_v) // 32 * 34, 16) * 16 if raw else tile
+        ring = stages * stage + (tile if raw else 0)
+        words = f"{C_TYPES[self.type_k]}, {d_k}, {d_v}, {warps}, {stages}, {str(raw).lower()}"
+        return Instance(f"split<{words}>", 32 * warps, 16, warps * max(ring, 64 * (d_v + 4)))
+
+    def _latent(self, mi: int, wm: int, wn: int, keys: int) -> Instance:
+        raw, rows = self.type_k == "q8_0", 16 * mi * wm
+        tiles = keys * (1152 + 2 * 612) if raw else 2 * keys * 1152
+        words = f"{C_TYPES[self.type_k]}, {mi}, {wm}, {wn}, {keys}, {str(raw).lower()}"
+        return Instance(f"latent<{words}>", 32 * wm * wn, rows, rows * (1152 + 2 * keys) + tiles)
+
+    def scratch(self) -> int:
+        """Bytes for whichever kernel it will be."""
+        return max(
+            sum(-(-n // ALIGNMENT) * ALIGNMENT for n in (self.parts(r), self.map, *self.decoded(r)))
+            for r in self.routes
+        )
+
+
+def _first_fit(made: Iterable[Instance], room: int) -> Instance:
+    """The first that fits, else the last."""
+    for one in made:
+        if one.shared <= room:
+            break
+    return one
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)

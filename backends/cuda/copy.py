@@ -1,0 +1,171 @@
+"""Copies, conversions, gathers and scatters."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pyggml import ops
+from pyggml.backends.cuda.geometry import C_TYPES, blocks_for, counted, pack_width, part, rows
+from pyggml.backends.cuda.launch import Call, Operand
+from pyggml.backends.cuda.table import kernel
+from pyggml.dtypes import DType
+
+FILE = "copy.cu"
+
+#: Words that a copy moves, by bytes.
+_WORDS = {16: "uint4", 8: "uint2", 4: "unsigned", 2: "unsigned short", 1: "unsigned char"}
+
+
+def reader(kind: DType) -> str:
+    """What reads one value of that type in values.cuh."""
+    return kind.name if kind.block > 1 else f"Plain<{C_TYPES[kind.name]}>"
+
+
+# -- copies -----------------------------------------------------------------------------------
+
+
+def _as_words(operand: Operand, size: int) -> Operand:
+    """The same bytes as words; rows must lie together."""
+    n = operand.dtype.row_bytes(operand.ne[0]) // size
+    return replace(operand, ne=(n, *operand.ne[1:]), nb=(size, *operand.nb[1:]))
+
+
+def _word(operands: tuple[Operand, ...]) -> int:
+    """Bytes of the widest word that makes up all these rows, 0 where they do not lie together."""
+    for operand in operands:
+        if operand.ne[0] > operand.dtype.block and operand.nb[0] != operand.dtype.nbytes:
+            return 0
+    return next(
+        size
+        for size in _WORDS
+        if all(o.dtype.row_bytes(o.ne[0]) % size == 0 and o.aligned(size) for o in operands)
+    )
+
+
+def copy(call: Call, out: Operand, a: Operand) -> None:
+    """Record a copy of `a`, repeated into `out`, of the same type."""
+    if out.contiguous and a.contiguous and out.ne == a.ne:
+        nbytes = out.dtype.row_bytes(out.ne[0]) * rows(out)
+        if nbytes >= 1 << 16:
+            call.memcpy(out.ptr, a.ptr, nbytes)
+            return
+    size = _word((out, a)) if out.ne[0] == a.ne[0] else 0
+    if size:
+        out, a = _as_words(out, size), _as_words(a, size)
+    else:
+        size = out.dtype.nbytes
+    index, total = counted(out.ne[0] * rows(out))
+    call.launch(
+        FILE,
+        f"copy<{_WORDS[size]}, {index}>",
+        grid=blocks_for(int(total)),
+        block=256,
+        args=[out.tensor, a.tensor, total],
+    )
+
+
+@kernel(ops.cont, types=None)
+def cont(call: Call) -> None:
+    copy(call, call.out, call.operand(0))
+
+
+@kernel(ops.concat, types=None)
+def concat(call: Call) -> None:
+    start, dim = 0, call.attrs["dim"]
+    for a in (call.operand(0), call.operand(1)):
+        copy(call, part(call.out, dim, start, a.ne[dim]), a)
+        start += a.ne[dim]
+
+
+@kernel(ops.repeat)
+def repeat(call: Call) -> None:
+    copy(call, call.out, call.operand(0))
+
+
+# -- conversions ------------------------------------------------------------------------------
+
+
+def convert(call: Call, out: Operand, a: Operand) -> None:
+    """Record a's elements in their order written into `out`, converted."""
+    if a.dtype == out.dtype and a.ne == out.ne:
+        copy(call, out, a)
+    elif a.dtype == out.dtype and a.dtype.block > 1:  # rows in order, as they are
+        size = _word((out, a))
+        _in_order(call, _as_words(out, size), _as_words(a, size), _WORDS[size], _WORDS[size])
+    elif out.dtype.block > 1:
+        _encode(call, out, a, None)
+    elif a.dtype.block > 1:
+        width = min(pack_width(out), 4)
+        call.launch(
+            FILE,
+            f"decode<{a.dtype.name}, {C_TYPES[out.dtype.name]}, {width}>",
+            grid=(rows(out), blocks_for(out.ne[0] // width)),
+            block=256,
+            args=[out.tensor, a.tensor],
+        )
+    else:
+        _in_order(call, out, a, C_TYPES[out.dtype.name], C_TYPES[a.dtype.name])
+
+
+def _in_order(call: Call, out: Operand, a: Operand, to: str, source: str) -> None:
+    """Record element after element of `a`, of C++ type `source`, into `out`."""
+    width = pack_width(out, a) if to != source and out.ne[0] == a.ne[0] else 1
+    index, total = counted(out.ne[0] * rows(out) // width)
+    call.launch(
+        FILE,
+        f"convert<{source}, {to}, {width}, {index}>",
+        grid=blocks_for(int(total)),
+        block=256,
+        args=[out.tensor, a.tensor, total],
+    )
+
+
+def _encode(call: Call, out: Operand, b: Operand, ids: Operand | None) -> None:
+    """Record rows of b written as blocks: to the rows that ids name, or in order."""
+    into = "void" if ids is None else C_TYPES[ids.dtype.name]
+    call.launch(
+        FILE,
+        f"encode_rows<{reader(b.dtype)}, {out.dtype.name}, {into}>",
+        grid=(rows(b), blocks_for(b.ne[0])),
+        block=256,
+        args=[out.tensor, b.tensor, (b if ids is None else ids).tensor],
+    )
+
+
+@kernel(ops.cast, types=None)
+def cast(call: Call) -> None:
+    convert(call, call.out, call.operand(0))
+
+
+@kernel(ops.cpy, types=None)
+def cpy(call: Call) -> None:
+    convert(call, call.out, call.operand(0))
+
+
+# -- by id ------------------------------------------------------------------------------------
+
+
+@kernel(ops.get_rows, types=None)
+def get_rows(call: Call) -> None:
+    """Only the rows asked for are decoded; ids past the end give zero rows."""
+    out, a, ids = call.out, call.operand(0), call.operand(1)
+    name = "get_ids" if a.dtype.kind == "int" else f"get_rows<{reader(a.dtype)}>"
+    grid = (rows(out), blocks_for(out.ne[0]))
+    call.launch(FILE, name, grid=grid, block=256, args=[out.tensor, a.tensor, ids.tensor])
+
+
+@kernel(ops.set_rows, types=None)
+def set_rows(call: Call) -> None:
+    """Rows of b converted into the rows of out, which is a, that ids name; its others stay."""
+    out, b, ids = call.out, call.operand(1), call.operand(2)
+    if out.dtype.block > 1:
+        _encode(call, out, b, ids)
+        return
+    types = ", ".join(C_TYPES[o.dtype.name] for o in (b, out, ids))
+    call.launch(
+        FILE,
+        f"set_rows<{types}>",
+        grid=(rows(b), blocks_for(b.ne[0])),
+        block=256,
+        args=[out.tensor, b.tensor, ids.tensor],
+    )

@@ -1,0 +1,1 @@
+"""One GPU: driver, compiler, memory, copies, foreign arrays."""

@@ -1,0 +1,239 @@
+"""Copies between a GPU and the host through pinned memory, whatever the tensors' strides."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+from weakref import finalize, ref
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+from numpy.typing import NDArray
+
+from pyggml.backends.base import Address
+from pyggml.backends.cuda.device.driver import Context, guarded
+from pyggml.backends.cuda.device.memory import ALLOCATIONS, operand_at
+from pyggml.backends.cuda.launch import Operand
+from pyggml.errors import OutOfMemoryError
+from pyggml.node import Ne, Spec
+
+Bytes = NDArray[np.uint8]
+
+#: Bytes of the pinned memory that copies pass through; most bytes of one such copy; and what each
+#: begins at a multiple of, so that there are few events.
+RING, PART, GRAIN = 16 << 20, 4 << 20, 64 << 10
+
+
+class Staging:
+    """A ring of pinned memory between a GPU and the host: copies are queued, and a part is used
+    again once its copy is over.
+
+    `RING` bytes of the host for each GPU, allocated by the first copy or plan and then kept.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self._ring: Bytes | None = None
+        self._end = 0  # of all parts so far, as if the ring went on for ever
+        self._flying: deque[_Flying] = deque()
+        self._events: list[Any] = []
+
+    def prepare(self) -> None:
+        """Allocate the ring: `bind` does, so that no run has to."""
+        if self._ring is not None:
+            return
+        ALLOCATIONS.begin(RING)
+        try:
+            with guarded("allocating"):
+                self._ring = self.context.driver.pagelocked_empty(RING, np.uint8)
+        except OutOfMemoryError:
+            raise OutOfMemoryError(
+                f"the host has no {RING:,} bytes that can be pinned, which copies to and from "
+                f"cuda:{self.context.index} pass through: see `ulimit -l` and what else runs here"
+            ) from None
+        ALLOCATIONS.add(RING)
+        finalize(self._ring, ALLOCATIONS.drop, RING)
+
+    def upload(self, ptr: int, data: Bytes) -> None:
+        """Queue flat bytes for a device address. When it returns, `data` may change."""
+        for start in range(0, len(data), PART):
+            rest = data[start : start + PART]
+            at, part, event = self._part(len(rest))
+            part[:] = rest
+            found, stream = self.context.driver, self.context.stream
+            with guarded("uploading"):
+                found.memcpy_htod_async(ptr + start, part, stream)
+                event.record(stream)
+            self._flying.append(_Flying(at, event, None))
+
+    def receive(self, data: Bytes, ptr: int) -> Arrival:
+        """Queue a copy from a device address; `data` has it once the arrival was waited for, and
+        may be written to from now on."""
+        landings = []
+        for start in range(0, len(data), PART):
+            rest = data[start : start + PART]
+            at, part, event = self._part(len(rest))
+            found, stream = self.context.driver, self.context.stream
+            with guarded("downloading"):
+                found.memcpy_dtoh_async(part, ptr + start, stream)
+                event.record(stream)
+            landings.append(_Landing(self.context, event, part, rest))
+            self._flying.append(_Flying(at, event, ref(landings[-1])))
+        return Arrival(landings)
+
+    def download(self, data: Bytes, ptr: int) -> None:
+        """Flat bytes from a device address; waits for them, and for all that was queued before."""
+        self.receive(data, ptr).wait()
+
+    def forget(self) -> None:
+        """Let copies to the host that nobody has waited for arrive nowhere."""
+        for flying in self._flying:
+            landing = flying.landing() if flying.landing is not None else None
+            if landing is not None:
+                landing.forget()
+
+    def _part(self, nbytes: int) -> tuple[int, Bytes, Any]:
+        """Where the next bytes of the ring begin, they themselves, free, and an event for them."""
+        self.prepare()
+        found = self.context.driver
+        assert self._ring is not None
+        start = self._end
+        if start % RING + nbytes > RING:  # a part is in one piece
+            start += -start % RING
+        self._end = start + -(-nbytes // GRAIN) * GRAIN
+        while self._flying and self._flying[0].start < self._end - RING:
+            self._events.append(self._flying.popleft().landed())
+        if not self._events:
+            with guarded("making an event"):
+                self._events.append(found.Event(found.event_flags.DISABLE_TIMING))
+        return start, self._ring[start % RING :][:nbytes], self._events.pop()
+
+
+@dataclass(frozen=True, slots=True)
+class _Flying:
+    """A part of the ring in use since `start`. A landing that nobody waits for any more is let go:
+    where it would go may be in other use."""
+
+    start: int
+    event: Any
+    landing: ref[_Landing] | None
+
+    def landed(self) -> Any:
+        """The event, after its copy is over and the part is no longer needed."""
+        with guarded("waiting for a copy"):
+            self.event.synchronize()
+        landing = self.landing() if self.landing is not None else None
+        if landing is not None:
+            landing.wait()
+        return self.event
+
+
+class _Landing:
+    """Bytes on their way to the ring, and where they go from there."""
+
+    def __init__(self, context: Context, event: Any, part: Bytes, data: Bytes) -> None:
+        self._context, self._event, self._part = context, event, part
+        self._data: Bytes | None = data
+
+    def wait(self) -> None:
+        if self._data is not None:
+            with self._context, guarded("waiting for a copy"):
+                self._event.synchronize()
+            self._data[:] = self._part
+            self._data = None
+
+    def forget(self) -> None:
+        self._data = None
+
+
+class Arrival:
+    """A copy on its way to the host, done once it has been waited for; an `Event`."""
+
+    def __init__(self, landings: Sequence[_Landing] = ()) -> None:
+        self._landings = landings
+
+    def wait(self) -> None:
+        for landing in self._landings:
+            landing.wait()
+
+
+# -- tensors ---------------------------------------------------------------------------------
+
+
+def units(spec: Spec) -> Ne:
+    """Sizes with dimension 0 counted in blocks, as strides count it."""
+    return (spec.ne[0] // spec.dtype.block, *spec.ne[1:])
+
+
+def span(nb: Ne, spec: Spec) -> int:
+    """Bytes from a tensor's first to its last."""
+    return sum((n - 1) * step for n, step in zip(units(spec), nb)) + spec.dtype.nbytes
+
+
+def in_span(memory: Bytes, nb: Ne, spec: Spec) -> Bytes:
+    """The tensor's bytes [ne3, ne2, ne1, blocks, bytes] inside the memory that it spans."""
+    shape = (*units(spec)[::-1], spec.dtype.nbytes)
+    return as_strided(memory, shape, (*nb[::-1], 1))
+
+
+def put(staging: Staging, at: Address, spec: Spec, array: NDArray[Any]) -> None:
+    """Write an array (NumPy shape, or raw rows) at an address, whatever its strides."""
+    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    target = operand_at(at, spec)
+    if target.contiguous:
+        staging.upload(target.ptr, flat)
+        return
+    if _apart(target, spec):
+        for ptr, row in _rows(target, spec, flat):
+            staging.upload(ptr, row)
+        return
+    around = np.empty(span(at.nb, spec), np.uint8)  # what lies between its rows stays
+    staging.download(around, target.ptr)
+    part = in_span(around, at.nb, spec)
+    part[...] = flat.reshape(part.shape)
+    staging.upload(target.ptr, around)
+
+
+def take(staging: Staging, at: Address, spec: Spec) -> NDArray[Any]:
+    """The array at an address in NumPy shape: uint16 for bf16, rows of bytes for block types."""
+    source = operand_at(at, spec)
+    if source.contiguous:
+        flat = np.empty(spec.nbytes, np.uint8)
+        staging.download(flat, source.ptr)
+    elif _apart(source, spec):
+        flat = np.empty(spec.nbytes, np.uint8)
+        for ptr, row in _rows(source, spec, flat):
+            staging.download(row, ptr)
+    else:
+        around = np.empty(span(at.nb, spec), np.uint8)
+        staging.download(around, source.ptr)
+        flat = np.ascontiguousarray(in_span(around, at.nb, spec)).reshape(-1)
+    kind = spec.dtype
+    stored = np.dtype(kind.numpy or (np.uint16 if kind.block == 1 else np.uint8))
+    rows = flat.view(stored)
+    return rows.reshape(*spec.shape[:-1], rows.size // prod(spec.ne[1:]))
+
+
+def _apart(x: Operand, spec: Spec) -> bool:
+    """Whether copies of single rows cost less than a copy of all that lies between them."""
+    return x.nb[0] == spec.dtype.nbytes and span(x.nb, spec) > PART * prod(spec.ne[1:])
+
+
+def _rows(x: Operand, spec: Spec, flat: Bytes) -> Iterator[tuple[int, Bytes]]:
+    """The address of each row, and the row in the flat bytes."""
+    for index, row in zip(np.ndindex(spec.ne[:0:-1]), flat.reshape(prod(spec.ne[1:]), -1)):
+        yield x.ptr + sum(i * step for i, step in zip(index, x.nb[:0:-1])), row
+
+
+def send(staging: Staging, source: Address, target: Address, spec: Spec) -> Arrival:
+    """Queue a copy into the host's memory. Between strides it is waited for here."""
+    there, here = operand_at(source, spec), Operand(0, spec.ne, target.nb, spec.dtype)
+    around = target.buffer[target.offset :][: span(target.nb, spec)]
+    if there.contiguous and here.contiguous:
+        return staging.receive(around, there.ptr)
+    part = in_span(around, target.nb, spec)
+    part[...] = take(staging, source, spec).reshape(-1).view(np.uint8).reshape(part.shape)
+    return Arrival()

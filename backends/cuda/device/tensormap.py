@@ -1,0 +1,47 @@
+"""Tensor maps: what the tensor copy engine of compute capability 9.0 must know of a tensor."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+from pyggml.backends.cuda.device.driver import imported
+from pyggml.backends.cuda.launch import Value
+from pyggml.errors import DeviceError
+
+_TYPES = {
+    "f16": "CU_TENSOR_MAP_DATA_TYPE_FLOAT16",
+    "bf16": "CU_TENSOR_MAP_DATA_TYPE_BFLOAT16",
+    "f32": "CU_TENSOR_MAP_DATA_TYPE_FLOAT32",
+}
+
+
+def tensor_map(
+    ptr: int, dtype: str, ne: Sequence[int], nb: Sequence[int], box: Sequence[int]
+) -> Value:
+    """Boxes of a tensor, swizzled in 128 bytes; what lies outside of `ne` reads as zeros.
+
+    ptr  a multiple of 16, as are the byte strides nb[1:]
+    box  elements a copy brings, box[0] at most 128 bytes
+    """
+    driver = imported("cuda.bindings.driver")
+    u32, u64 = driver.cuuint32_t, driver.cuuint64_t
+    steps = [nb[1]]
+    for n, step in zip(ne[2:], nb[2:]):
+        steps.append(step if n > 1 else steps[-1])
+    status, made = driver.cuTensorMapEncodeTiled(
+        getattr(driver.CUtensorMapDataType, _TYPES[dtype]),
+        len(ne),
+        ptr,
+        [u64(n) for n in ne],
+        [u64(step) for step in steps],
+        [u32(n) for n in box],
+        [u32(1)] * len(ne),
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise DeviceError(f"no tensor map of {dtype} {list(ne)}, strides {steps}: {status.name}")
+    return Value(ctypes.string_at(made.getPtr(), 128), align=64)

@@ -1,0 +1,1 @@
+"""Matrix products: of blocks, of plain weights, of experts."""

@@ -1,0 +1,207 @@
+"""Products with weights of plain types: f32 sums of exact products, or cuBLAS."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from pyggml.backends.cuda.geometry import C_TYPES, blocks_for
+from pyggml.backends.cuda.launch import Call, Operand
+from pyggml.backends.cuda.linear.common import (
+    FEW,
+    PREPARE,
+    VEC,
+    Shape,
+    aligned,
+    dense,
+    is_narrow,
+    rows_in,
+    shape_of,
+)
+from pyggml.dtypes import F32, DType
+from pyggml.node import Ne
+
+#: Columns up to which f16 and bf16 weights are not left to cuBLAS.
+FEW_HALVES = 1
+#: Bytes of b that are converted at once for cuBLAS.
+PIECE = 64 << 20
+
+
+def can_vector(a: Operand, b: Operand) -> bool:
+    """Whether `vec_plain` may read 16 bytes at a time."""
+    size = a.dtype.nbytes
+    step = 16 // size * b.dtype.nbytes
+    return (
+        a.nb[0] == size
+        and b.nb[0] == b.dtype.nbytes
+        and a.ne[0] % (16 // size) == 0
+        and a.aligned(16)
+        and b.aligned(min(step, 16))
+    )
+
+
+def plain_warps(a: Operand, vector: bool) -> int:
+    return min(8, max(1, a.ne[0] // (32 * (16 // a.dtype.nbytes if vector else 1) * 2)))
+
+
+def few_plain(call: Call, a: Operand, b: Operand, y: Operand) -> None:
+    shape, vector = shape_of(a.ne, b.ne), can_vector(a, b)
+    some = 1 if shape.columns == 1 else 4 if shape.columns <= 4 else 8
+    names = f"{C_TYPES[a.dtype.name]}, {C_TYPES[b.dtype.name]}, {some}, {str(vector).lower()}"
+    call.launch(
+        VEC,
+        f"vec_plain<{names}>",
+        grid=(-(-a.ne[1] // 4), -(-shape.columns // some), shape.batches),
+        block=(32, plain_warps(a, vector)),
+        args=[a.tensor, b.tensor, y.tensor, shape.heads, is_narrow(y)],
+    )
+
+
+def copy_rows(call: Call, source: Operand, kind: DType, to: int, first: int, columns: int) -> None:
+    """Rows `first`... of an operand, without gaps and of another type."""
+    call.launch(
+        PREPARE,
+        f"copy_rows<{C_TYPES[source.dtype.name]}, {C_TYPES[kind.name]}>",
+        grid=min(blocks_for(source.ne[0] * columns), 1 << 16),
+        block=256,
+        args=[source.tensor, np.uint64(to), np.uint32(first), np.uint32(columns)],
+    )
+
+
+def leading(a: Operand, rows: int) -> tuple[int, bool] | None:
+    """(leading dimension, transposed) of a matrix [k, rows] as cuBLAS can read it."""
+    size = a.dtype.nbytes
+    k = a.ne[0]
+    if a.nb[0] == size and (rows == 1 or (a.nb[1] % size == 0 and a.nb[1] >= k * size)):
+        return (k if rows == 1 else a.nb[1] // size), True
+    if a.nb[1] == size and a.nb[0] % size == 0 and a.nb[0] >= rows * size:
+        return a.nb[0] // size, False
+    return None
+
+
+def many_plain_scratch(a: Ne, kind: DType, b: Ne, exact: bool) -> int:
+    """All of b, or one matrix of a with pieces of b and of results."""
+    size, columns = (F32 if exact else kind).nbytes, shape_of(a, b).columns
+    some = min(columns, piece_columns(a, b, size))
+    whole = rows_in(b) * b[0] * size
+    one = aligned(a[0] * a[1] * size, some * b[0] * size, some * a[1] * 4)
+    return max(one, aligned(whole)) if whole <= PIECE else one
+
+
+def piece_columns(a: Ne, b: Ne, size: int) -> int:
+    return max(1, PIECE // max(b[0] * size, a[1] * 4))
+
+
+def many_plain(call: Call, a: Operand, b: Operand, y: Operand, exact: bool) -> None:
+    """cuBLAS: all heads at once where strides allow, else matrix by matrix."""
+    kind, ratio = F32 if exact else a.dtype, b.ne[2] // a.ne[2]
+    whole = rows_in(b.ne) * b.ne[0] * kind.nbytes
+    row = leading(a, a.ne[1])
+    even = a.nb[2] % a.dtype.nbytes == 0 and is_even(y, ratio)
+    if a.dtype is not kind or row is None or y.dtype is not F32 or not even or whole > PIECE:
+        by_matrix(call, a, b, y, kind)
+        return
+    if b.dtype is not kind or not is_even(b, ratio):
+        b = contiguous(call, b, kind)
+    step_b, step_y = (x.nb[2 if x.ne[1] == 1 else 1] // x.dtype.nbytes for x in (b, y))
+    n = b.ne[1] * ratio
+    for i3 in range(b.ne[3]):
+        call.gemm(
+            a.ne[1],
+            n,
+            a.ne[0],
+            a.ptr + i3 * a.ne[3] // b.ne[3] * a.nb[3],
+            b.ptr + i3 * b.nb[3],
+            y.ptr + i3 * y.nb[3],
+            types=(kind.name, kind.name, "f32"),
+            leading=(row[0], step_b if n > 1 else b.ne[0], step_y if n > 1 else a.ne[1]),
+            transposed=(row[1], False),
+            batch=a.ne[2],
+            strides=(
+                a.nb[2] // kind.nbytes,
+                b.nb[2] * ratio // kind.nbytes,
+                y.nb[2] * ratio // 4,
+            ),
+        )
+
+
+def is_even(x: Operand, ratio: int) -> bool:
+    """Whether cuBLAS can read or write it: rows without gaps, at even distances also from head to
+    head where `ratio` heads share a matrix."""
+    size = x.dtype.nbytes
+    step = x.nb[2 if x.ne[1] == 1 else 1]
+    return (
+        x.nb[0] == size
+        and x.nb[2] % size == 0
+        and step % size == 0
+        and (step >= x.ne[0] * size or x.ne[1] * ratio == 1)
+        and (ratio == 1 or x.nb[2] == x.ne[1] * step)
+    )
+
+
+def contiguous(call: Call, b: Operand, kind: DType) -> Operand:
+    made = dense(call.scratch(rows_in(b.ne) * b.ne[0] * kind.nbytes), b.ne, kind)
+    copy_rows(call, b, kind, made.ptr, 0, rows_in(b.ne))
+    return made
+
+
+def by_matrix(call: Call, a: Operand, b: Operand, y: Operand, kind: DType) -> None:
+    """Each matrix of a, copied if need be, with pieces of b; results through scratch."""
+    k, m, shape = a.ne[0], a.ne[1], shape_of(a.ne, b.ne)
+    some = min(shape.columns, piece_columns(a.ne, b.ne, kind.nbytes))
+    row = leading(a, m) if a.dtype is kind else None
+    weights = 0 if row is not None else call.scratch(k * m * kind.nbytes)
+    x = call.scratch(some * k * kind.nbytes)
+    product = call.scratch(some * m * 4)
+    for z, start in _pieces(shape, some):
+        i3, i2 = z // shape.a2 // shape.r3, z % shape.a2
+        at = a.ptr + i2 * a.nb[2] + i3 * a.nb[3]
+        if row is None:
+            if start == 0:
+                copy_rows(call, a, kind, weights, (i3 * a.ne[2] + i2) * m, m)
+            at = weights
+        n = min(some, shape.columns - start)
+        first = z * shape.columns + start
+        copy_rows(call, b, kind, x, first, n)
+        call.gemm(
+            m,
+            n,
+            k,
+            at,
+            x,
+            product,
+            types=(kind.name, kind.name, "f32"),
+            leading=(k if row is None else row[0], k, m),
+            transposed=(True if row is None else row[1], False),
+        )
+        put_rows(call, product, y, first, n)
+
+
+def _pieces(shape: Shape, some: int) -> Iterator[tuple[int, int]]:
+    for z in range(shape.batches):
+        for start in range(0, shape.columns, some):
+            yield z, start
+
+
+def put_rows(call: Call, product: int, y: Operand, first: int, columns: int) -> None:
+    """f32 rows without gaps into rows `first`... of y."""
+    call.launch(
+        PREPARE,
+        "put_rows",
+        grid=min(blocks_for(y.ne[0] * columns), 1 << 16),
+        block=256,
+        args=[np.uint64(product), y.tensor, np.uint32(first), np.uint32(columns), is_narrow(y)],
+    )
+
+
+def is_few(kind: DType, a: Ne, b: Ne, exact: bool) -> bool:
+    """Whether a product with a matrix of a plain type is left to `vec_plain`."""
+    return shape_of(a, b).columns <= (FEW if exact or kind is F32 else FEW_HALVES)
+
+
+def product(call: Call, a: Operand, b: Operand, y: Operand, exact: bool) -> None:
+    if is_few(a.dtype, a.ne, b.ne, exact):
+        few_plain(call, a, b, y)
+    else:
+        many_plain(call, a, b, y, exact)

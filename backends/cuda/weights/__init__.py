@@ -1,0 +1,1 @@
+"""How weights of block types are kept on the GPU."""

@@ -1,0 +1,192 @@
+"""Copies, conversions, gathers and scatters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from pyggml import ops
+from pyggml.backends.numpy.arrays import (
+    GATHERED,
+    IDS,
+    PIECE,
+    Raw,
+    Work,
+    check_ids,
+    codec_bytes,
+    decoded,
+    floats,
+    gather,
+    ids_in,
+    load,
+    pieces,
+    raw_of,
+    shape_of,
+    shaped,
+    split,
+    store,
+    work_of,
+)
+from pyggml.backends.numpy.elementwise import tiles
+from pyggml.backends.numpy.table import Array, Scratch, kernel
+from pyggml.dtypes import F16, F32, DType
+from pyggml.node import Node
+
+
+def _spare(ne0: int, elements: int) -> int:
+    """f32 elements of a piece of whole rows."""
+    return min(elements, max(PIECE, ne0))
+
+
+def _conversion_scratch(node: Node) -> int:
+    a = node.src[0]
+    assert a is not None
+    return floats(_spare(a.ne[0], a.spec.elements)) + codec_bytes(a, node)
+
+
+def _convert(kind: DType, source: Raw, to: DType, target: Raw, spare: Raw, work: Work) -> None:
+    """Values of one raw array into another; their first three axes are alike."""
+    if kind == to or (kind.numpy and to.numpy and kind is not F16):
+        np.copyto(target, source, casting="unsafe")
+        return
+    row = source.shape[3] * kind.block
+    for index in pieces(source.shape[:3], max(1, PIECE // row)):
+        if to is F32:
+            load(kind, source[index], target[index], work)
+        else:
+            values = source[index]
+            if kind is not F32:
+                values = decoded(kind, values, spare, work)
+            store(to, values, target[index], work)
+
+
+@kernel(ops.cont, types=None)
+def cont(out: Array, a: Array) -> None:
+    np.copyto(raw_of(out)[1], raw_of(a)[1])
+
+
+@kernel(ops.cast, types=None, scratch=_conversion_scratch)
+def cast(out: Array, a: Array, *, scratch: Scratch, type: str) -> None:
+    _copy(out, a, scratch)
+
+
+@kernel(ops.cpy, types=None, scratch=_conversion_scratch)
+def cpy(out: Array, a: Array, b: Array, *, scratch: Scratch) -> None:
+    """Writes a into out, which is b; sizes may differ where counts do not."""
+    _copy(out, a, scratch)
+
+
+def _copy(out: Array, a: Array, scratch: Scratch) -> None:
+    (kind, source), (to, target) = raw_of(a), raw_of(out)
+    ne0 = shape_of(a)[3]
+    elements = source.size if kind.block == 1 else source.size // kind.nbytes * kind.block
+    spare, work = scratch.array(_spare(ne0, elements)), work_of(scratch, a, out)
+    # Rows of blocks are copied whole, so only the axes before them can differ in size.
+    lead = 4 if kind.block == to.block == 1 else 3
+    if source.shape[:lead] == target.shape[:lead]:
+        pass
+    elif source.flags.c_contiguous:
+        source = source.reshape(*target.shape[:lead], *source.shape[lead:])
+    elif target.flags.c_contiguous:
+        target = target.reshape(*source.shape[:lead], *target.shape[lead:])
+    else:
+        _copy_scattered(kind, source, to, target, spare, work)
+        return
+    _convert(kind, source, to, target, spare, work)
+
+
+def _copy_scattered(
+    kind: DType, source: Raw, to: DType, target: Raw, spare: Raw, work: Work
+) -> None:
+    """Two strided arrays of different sizes: element by element (or block) in logical order."""
+    unit = max(kind.block, to.block)
+    source = source.reshape(*source.shape[:3], -1, unit // kind.block, *source.shape[4:])
+    target = target.reshape(*target.shape[:3], -1, unit // to.block, *target.shape[4:])
+    count = prod(source.shape[:4])
+    for s in split(count, max(1, min(IDS, GATHERED // (4 * unit)))):
+        numbers = np.arange(s.start, s.stop)
+        part = source[np.unravel_index(numbers, source.shape[:4])]
+        if kind != to and not (kind.numpy and to.numpy):
+            values = decoded(kind, part, spare, work)
+            part = np.empty((len(values), *target.shape[4:]), target.dtype)
+            store(to, values, part, work)
+        target[np.unravel_index(numbers, target.shape[:4])] = part
+
+
+@kernel(ops.concat, types=None)
+def concat(out: Array, a: Array, b: Array, *, dim: int) -> None:
+    axis = 3 - dim
+    target, *parts = (raw_of(x)[1] for x in (out, a, b))
+    start = 0
+    for part in parts:
+        stop = start + part.shape[axis]
+        np.copyto(target[(slice(None),) * axis + (slice(start, stop),)], part)
+        start = stop
+
+
+@kernel(ops.repeat, types=None)
+def repeat(out: Array, a: Array, *, ne: tuple[int, ...]) -> None:
+    target, source = raw_of(out)[1], raw_of(a)[1]
+    np.copyto(tiles(target, source.shape), tiles(source, source.shape))
+
+
+def _lines(n3: int, n2: int, n1: int, along_rows: bool) -> Iterator[tuple[int, Any, Any]]:
+    """Indices (i3, i2, i1) of lines of ids: along the rows, or one id of every matrix."""
+    every = slice(None)
+    for i3 in range(n3):
+        if along_rows:
+            yield from ((i3, i2, every) for i2 in range(n2))
+        else:
+            yield from ((i3, every, i1) for i1 in range(n1))
+
+
+@kernel(
+    ops.get_rows,
+    types=None,
+    scratch=lambda node: floats(PIECE) + codec_bytes(node.src[0]),
+)
+def get_rows(out: Raw, a: Array, ids: Raw, *, scratch: Scratch) -> None:
+    """Only the rows asked for are decoded."""
+    kind, raw = raw_of(a)
+    check_ids("row", ids, raw.shape[2])
+    work, spare = work_of(scratch, a), scratch.array(4 * PIECE, np.uint8)
+    n3, n2, rows, _ = out.shape
+    for line in _lines(n3, n2, rows, along_rows=rows >= n2):
+        matrix = range(n2) if isinstance(line[1], slice) else line[1]
+        gather(kind, raw[line[0]], (matrix, ids[0][line]), out[line], work, spare)
+
+
+def _set_rows_scratch(node: Node) -> int:
+    size = max(GATHERED // 4, node.ne[0])
+    return floats(size, size) + codec_bytes(node, node.src[1])
+
+
+@kernel(ops.set_rows, types=None, scratch=_set_rows_scratch)
+def set_rows(out: Array, a: Array, b: Raw, ids: Raw, *, scratch: Scratch) -> None:
+    """Encodes rows of b into out, which is a; its other rows stay as they are."""
+    (kind, source), (to, target) = raw_of(b), raw_of(out)
+    check_ids("row", ids, target.shape[2])
+    n3, n2, rows, n = source.shape
+    c3, c2 = ids.shape[1:3]
+    size = max(GATHERED // 4, n)
+    values, encoded, work = scratch.array(size), scratch.array(size), work_of(scratch, b, out)
+    for i3, i2, i1 in _lines(n3, n2, rows, along_rows=rows >= n2 or c2 != n2):
+        matrix = range(n2) if isinstance(i2, slice) else i2
+        chosen = ids[0, i3 % c3, i2 if c2 == n2 else i2 % c2, i1]
+        for s in split(len(chosen), max(1, min(IDS, GATHERED // (4 * n)))):
+            part = source[i3, i2, i1][s]
+            if kind != to:
+                if kind is not F32:
+                    part = decoded(kind, part, values, work)
+                made = shaped(encoded.view(target.dtype), len(part), *target.shape[3:])
+                store(to, part, made, work)
+                part = made
+            written = chosen[s] >= 0
+            at = (ids_in(matrix, s), chosen[s])
+            if not written.all():
+                part = part[written]
+                at = tuple(i[written] if isinstance(i, np.ndarray) else i for i in at)
+            target[i3][at] = part

@@ -1,0 +1,473 @@
+"""The graph: Spec, Node, Op. What is computed from what; no device, no memory, no array code."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import math
+import operator
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Generic, ParamSpec, TypeAlias
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+from pyggml.dtypes import DType
+from pyggml.errors import DTypeError, PyggmlError, ShapeError
+
+P = ParamSpec("P")
+Ne: TypeAlias = tuple[int, int, int, int]
+Attrs: TypeAlias = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """Type and size of a tensor.
+
+    ne    ggml's order, ne[0] contiguous, always four numbers
+    rank  how many dimensions the maker gave; printing shows that many
+    """
+
+    dtype: DType
+    ne: Ne
+    rank: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """NumPy's order: the reverse of `ne`, as many dimensions as were given."""
+        return self.ne[self.rank - 1 :: -1]
+
+    @property
+    def elements(self) -> int:
+        """How many numbers it holds: the product of `ne`."""
+        return math.prod(self.ne)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes without gaps: row_bytes(ne[0]) ne[1] ne[2] ne[3], rows of whole blocks."""
+        return self.dtype.row_bytes(self.ne[0]) * self.ne[1] * self.ne[2] * self.ne[3]
+
+    @property
+    def nb(self) -> Ne:
+        """Byte strides of a contiguous tensor; nb[0] is the size of one block."""
+        row = self.dtype.row_bytes(self.ne[0])
+        return (self.dtype.nbytes, row, row * self.ne[1], row * self.ne[1] * self.ne[2])
+
+    def __str__(self) -> str:
+        return f"{self.dtype.name} [{', '.join(map(str, self.ne[: self.rank]))}]"
+
+
+def integers(what: str, value: Any) -> tuple[int, ...]:
+    """A sequence of whole numbers as a tuple of Python's; DTypeError where it is none."""
+    try:
+        if not any(isinstance(v, bool) for v in value):
+            return tuple(operator.index(v) for v in value)
+    except TypeError:
+        pass
+    raise DTypeError(f"{what} takes whole numbers such as (64, 32), not {value!r}")
+
+
+def make_spec(dtype: DType, ne: tuple[int, ...] | list[int], rank: int | None = None) -> Spec:
+    """A checked Spec: one to four sizes of at least 1, rows of whole blocks."""
+    sizes = integers("ne=", ne)
+    if not 1 <= len(sizes) <= 4:
+        raise ShapeError(f"a tensor has one to four dimensions, not {len(sizes)}")
+    if min(sizes) < 1:
+        raise ShapeError(f"every size is at least 1; got ne={list(sizes)}")
+    dtype.row_bytes(sizes[0])
+    full = sizes + (1,) * (4 - len(sizes))
+    return Spec(dtype, (full[0], full[1], full[2], full[3]), rank or len(sizes))
+
+
+class Node:
+    """One operation in a graph: op, sources, attributes, spec. Frozen, hash-consed.
+
+    Compared by identity: building the same node twice gives the same object.
+    `ne` is ggml's order, `shape` NumPy's. `nb` are the byte strides that the tensor has if nothing
+    but its own views moved it: they say what is contiguous, never where bytes are.
+    """
+
+    __slots__ = ("__weakref__", "attrs", "nb", "op", "spec", "src")
+
+    op: Op[Any]
+    src: tuple[Node | None, ...]
+    attrs: Attrs
+    spec: Spec
+    nb: Ne
+
+    def __init__(
+        self, op: Op[Any], src: tuple[Node | None, ...], attrs: Attrs, spec: Spec, nb: Ne
+    ) -> None:
+        put = object.__setattr__
+        put(self, "op", op)
+        put(self, "src", src)
+        put(self, "attrs", attrs)
+        put(self, "spec", spec)
+        put(self, "nb", nb)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"nodes are frozen: cannot set {name!r}; build a new node")
+
+    @property
+    def ne(self) -> Ne:
+        """Four sizes in ggml's order, ne[0] contiguous."""
+        return self.spec.ne
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """NumPy's order, as many sizes as the maker gave."""
+        return self.spec.shape
+
+    @property
+    def dtype(self) -> DType:
+        """The type of its elements; `.name` is ggml's name, "q8_0"."""
+        return self.spec.dtype
+
+    @property
+    def contiguous(self) -> bool:
+        """Strides equal those of a fresh tensor; dimensions of size 1 do not count."""
+        fresh = self.spec.nb
+        return all(n == 1 or have == want for n, have, want in zip(self.ne, self.nb, fresh))
+
+    def __repr__(self) -> str:
+        return f"<{label_of(self)}: {self.spec}>"
+
+
+# Side tables: what people want to know of a node and what is not its identity.
+_interned: WeakValueDictionary[tuple[object, ...], Node] = WeakValueDictionary()
+_labels: WeakKeyDictionary[Node, tuple[str, ...]] = WeakKeyDictionary()
+_lines: WeakKeyDictionary[Node, tuple[str, int]] = WeakKeyDictionary()
+
+
+def name(node: Node, label: str) -> Node:
+    """Give `node` a label (several are allowed) and return it.
+
+    Labels name tensors in errors, plans and pins.
+    """
+    if not isinstance(node, Node) or not isinstance(label, str):
+        raise DTypeError(f"name(node, label) takes a node and a string; got {node!r} and {label!r}")
+    if label not in _labels.get(node, ()):
+        _labels[node] = (*_labels.get(node, ()), label)
+    return node
+
+
+def labels(node: Node) -> tuple[str, ...]:
+    """Every label of `node`, oldest first."""
+    return _labels.get(node, ())
+
+
+def label_of(node: Node) -> str:
+    """The newest label, else the op's name."""
+    found = _labels.get(node)
+    return found[-1] if found else node.op.name
+
+
+def line_of(node: Node) -> str:
+    """`file:line` of the user's code that built `node`, or an empty string."""
+    found = _lines.get(node)
+    return f"{found[0]}:{found[1]}" if found else ""
+
+
+def stand_at(new: Node, old: Node) -> Node:
+    """Let `new`, a part of what `old` means, name the line that built `old`."""
+    if old in _lines:
+        _lines[new] = _lines[old]
+    return new
+
+
+def inherit(new: Node, old: Node) -> Node:
+    """Let `new`, which replaces `old`, carry its labels and its line."""
+    if new is not old:
+        for label in _labels.get(old, ()):
+            name(new, label)
+        if old in _lines:
+            _lines[new] = _lines[old]
+    return new
+
+
+def _user_line() -> tuple[str, int]:
+    """The innermost frame outside the library; model files count as a user's."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None:
+        module = frame.f_globals.get("__name__", "")
+        if not module.startswith("pyggml.") or module.startswith("pyggml.models."):
+            break
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_lineno
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What an op must do at least: floating-point operations, and bytes read and written once."""
+
+    flops: float
+    nbytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """The part of a source that a piece of the result needs: along `axis`, from f(start) on.
+
+    f(i) = (i * mul // div) % mod + add   (no modulo where mod is 0)
+    extent of a piece of n: max(1, n * mul // div), at most mod
+    """
+
+    axis: int
+    mul: int = 1
+    div: int = 1
+    mod: int = 0
+    add: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """How one piece of a result is computed from pieces of its sources.
+
+    cuts   one per source: a Cut, or None for all of it
+    attrs  attributes that differ in a piece of this extent
+    shift  attributes that grow by this much per element of the piece's start
+    merge  None: pieces stand side by side; "sum" or "lse": pieces are partial results
+    """
+
+    cuts: tuple[Cut | None, ...]
+    attrs: Attrs = field(default_factory=dict)
+    shift: Mapping[str, int] = field(default_factory=dict)
+    merge: str | None = None
+
+
+Axis: TypeAlias = int | str
+ShapeRule: TypeAlias = Callable[P, "Spec | tuple[Spec, dict[str, Any]]"]
+SliceRule: TypeAlias = Callable[[Node, Axis, int], "Slice | None"]
+ViewRule: TypeAlias = Callable[[Node, Ne], "tuple[int, Ne] | None"]
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (float, int),
+    "str": (str,),
+    "bool": (bool,),
+}
+
+
+class Op(Generic[P]):
+    """An operation: a shape rule made callable. Calling it builds (or finds) a node.
+
+    view    the result is another look at source 0 and owns no memory (see `viewed`)
+    writes  index of the source that the op writes into; the result is that source's new handle
+    leaf    no sources; every call makes a new node
+    parts   for a result that only gathers its sources: where in it each of them stands
+    """
+
+    def __init__(
+        self,
+        rule: ShapeRule[P],
+        *,
+        view: ViewRule | None = None,
+        writes: int | None = None,
+        leaf: bool = False,
+    ) -> None:
+        self.name = rule.__name__
+        self.__name__ = rule.__name__
+        self.__doc__ = rule.__doc__
+        self.__module__ = rule.__module__
+        self.__wrapped__ = rule
+        self.rule = rule
+        self.view = view
+        self.writes = writes
+        self.leaf = leaf
+        self.parts: Callable[[Node], tuple[Ne, ...]] | None = None
+        self.meaning: Callable[..., Node] | None = None
+        self.cost_rule: Callable[[Node], Cost] | None = None
+        self.slice_rule: SliceRule | None = None
+        parameters = inspect.signature(rule).parameters.values()
+        self._tensors = {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
+        self._attrs = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+    def __repr__(self) -> str:
+        return f"<op {self.name}>"
+
+    # -- definition -------------------------------------------------------------------------
+
+    def means(self, meaning: Callable[P, Node]) -> Callable[P, Node]:
+        """Decorator: the op said in simpler ops, called with the node's sources and attributes."""
+        self.meaning = meaning
+        return meaning
+
+    def cost(self, rule: Callable[[Node], Cost]) -> Callable[[Node], Cost]:
+        """Decorator: the op's cost. Without one: an operation an element, every byte once."""
+        self.cost_rule = rule
+        return rule
+
+    def slices(self, rule: SliceRule) -> SliceRule:
+        """Decorator: the slice rule, `rule(node, axis, n) -> Slice`, None where that cannot be cut.
+
+        `axis` is an output dimension, or the name of a reduction whose pieces are merged.
+        """
+        self.slice_rule = rule
+        return rule
+
+    # -- use --------------------------------------------------------------------------------
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Node:
+        try:
+            src, attrs = self._bind(args, kwargs)
+        except PyggmlError as error:
+            raise _at_line(error, str(error)) from None
+        try:
+            made = self.rule(*src, **attrs)  # type: ignore[arg-type]
+        except PyggmlError as error:
+            raise self._located(error, src) from None
+        if isinstance(made, tuple):
+            made, canonical = made
+            attrs.update(canonical)
+        return self.make(src, attrs, made)
+
+    def again(self, node: Node, **changed: Any) -> Node:
+        """`node`, one of this op's, with some attributes changed."""
+        return self(*node.src, **{**node.attrs, **changed})  # type: ignore[arg-type]
+
+    def make(
+        self, src: tuple[Node | None, ...], attrs: dict[str, Any], made: Spec, line: bool = True
+    ) -> Node:
+        """The node of these parts, found or new. Rewrites call it with parts already checked."""
+        key = (self, src, *attrs.values(), made)
+        if not self.leaf:
+            found = _interned.get(key)
+            if found is not None:
+                return found
+        node = Node(self, src, MappingProxyType(attrs), made, made.nb)
+        if self.view is not None and src[0] is not None:
+            looked = self.view(node, src[0].nb)
+            if looked is None:
+                raise self._located(
+                    ShapeError("the source is not contiguous there; use cont(a) first"), src
+                )
+            object.__setattr__(node, "nb", looked[1])
+        elif self.writes is not None:
+            target = src[self.writes]
+            assert target is not None
+            object.__setattr__(node, "nb", target.nb)
+        if not self.leaf:
+            _interned[key] = node
+        if line:
+            _lines[node] = _user_line()
+        return node
+
+    def _bind(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Node | None, ...], dict[str, Any]]:
+        if len(args) > len(self._tensors):
+            raise DTypeError(
+                f"{self.name} takes {len(self._tensors)} tensors ({', '.join(self._tensors)}); "
+                f"got {len(args)} positional arguments. Attributes are given by keyword"
+            )
+        src: list[Node | None] = []
+        for index, (key, default) in enumerate(self._tensors.items()):
+            value = args[index] if index < len(args) else kwargs.pop(key, default)
+            if not isinstance(value, Node) and not (value is None and default is None):
+                raise DTypeError(_not_a_tensor(self.name, key, value))
+            src.append(value)
+        attrs: dict[str, Any] = {}
+        for key, parameter in self._attrs.items():
+            value = kwargs.pop(key, parameter.default)
+            if value is parameter.empty:
+                raise DTypeError(f"{self.name}: the attribute {key}= is required")
+            attrs[key] = _attribute(self.name, key, value, str(parameter.annotation))
+        if kwargs:
+            wrong = next(iter(kwargs))
+            near = difflib.get_close_matches(wrong, [*self._tensors, *self._attrs], 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise DTypeError(
+                f"{self.name} has no argument {wrong!r}{hint} "
+                f"(tensors: {', '.join(self._tensors)}; attributes: {', '.join(self._attrs)})"
+            )
+        return tuple(src), attrs
+
+    def _located(self, error: PyggmlError, src: tuple[Node | None, ...]) -> PyggmlError:
+        """The rule's complaint with what the user needs to find the place."""
+        given = [s for s in src if s is not None]
+        text = f"{self.name}({', '.join(label_of(s) for s in given)}): {error}"
+        if given:
+            shown = [(key, s) for key, s in zip(self._tensors, src) if s is not None]
+            sizes = ", ".join(f"{key}={s.spec}" for key, s in shown)
+            shapes = ", ".join(f"{key}={s.shape}" for key, s in shown)
+            text += f" (ne order: {sizes}; numpy shapes: {shapes})"
+        return _at_line(error, text)
+
+
+def op(rule: ShapeRule[P]) -> Op[P]:
+    """Make an operation of a shape rule: tensors positional, attributes keyword-only.
+
+    The rule gets nodes and attributes and returns the result's Spec (or the Spec and attributes to
+    replace), or raises ShapeError or DTypeError saying what is wrong; names, sizes and the user's
+    line are added here.
+    """
+    return Op(rule)
+
+
+def located(build: Callable[P, Node]) -> Callable[P, Node]:
+    """Decorator for builders that are no op: their errors name the user's line too."""
+
+    @functools.wraps(build)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Node:
+        try:
+            return build(*args, **kwargs)
+        except PyggmlError as error:
+            raise _at_line(error, str(error)) from None
+
+    return call
+
+
+def _at_line(error: PyggmlError, text: str) -> PyggmlError:
+    file, number = _user_line()
+    place = f"; at {file}:{number}"
+    error.args = (text if place in text else text + place, *error.args[1:])
+    return error
+
+
+def _not_a_tensor(op_name: str, key: str, value: object) -> str:
+    if value is inspect.Parameter.empty:
+        return f"{op_name}: the tensor {key} is missing"
+    hint = "; wrap arrays with constant(...), or feed them through input(...)"
+    return f"{op_name}: {key} must be a node, not {type(value).__name__}{hint}"
+
+
+def _attribute(op_name: str, key: str, value: Any, annotation: str) -> Any:
+    """An attribute as a plain hashable Python value of the annotated kind."""
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if isinstance(value, DType):
+        value = value.name
+    if annotation == "Ne" or annotation.startswith("tuple"):
+        return integers(f"{op_name}: {key}=", value)
+    kinds = _KINDS.get(annotation.removesuffix(" | None"))
+    if kinds is not None and not (value is None and annotation.endswith("None")):
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kinds != (bool,)):
+            raise DTypeError(
+                f"{op_name}: {key}= takes {annotation}, not {value!r} ({type(value).__name__})"
+            )
+        if kinds[0] is float:
+            try:
+                value = float(value) + 0.0  # type: ignore[arg-type]  # no -0.0: it would be found as an equal of 0.0
+            except OverflowError:
+                raise ShapeError(f"{op_name}: {key}= is too large for a float") from None
+            if math.isnan(value):
+                raise ShapeError(f"{op_name}: {key}= is NaN")
+    return value
+
+
+def slice_of(node: Node, axis: Axis, n: int) -> Slice | None:
+    """The slice rule of `node`'s op applied, or None."""
+    rule = node.op.slice_rule
+    return rule(node, axis, n) if rule is not None else None
+
+
+def cost_of(node: Node) -> Cost:
+    """The cost of `node` by its op's rule."""
+    if node.op.cost_rule is not None:
+        return node.op.cost_rule(node)
+    if node.op.view is not None or node.op.leaf:
+        return Cost(0.0, 0.0)
+    read = sum(s.spec.nbytes for s in node.src if s is not None)
+    return Cost(float(node.spec.elements), float(read + node.spec.nbytes))

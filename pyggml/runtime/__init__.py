@@ -1,0 +1,1 @@
+"""From compiled work to results: compile, plans, stores, arrays in and out."""

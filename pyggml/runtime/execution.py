@@ -1,0 +1,160 @@
+"""A plan's splits bound to memory: issued in order, each device in its own queue."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from time import perf_counter
+
+from pyggml.backends.base import Address, Backend, Buffer, Event, Runner
+from pyggml.node import Node
+from pyggml.passes.work import Split, Work
+from pyggml.transfer import origin
+
+Timed = Callable[[int, Callable[[], None], Backend], None]
+
+
+class Execution:
+    """Splits with their runners. A device goes on by itself; the host waits only for what it reads,
+    and once at the end."""
+
+    def __init__(
+        self, work: Work, at: Mapping[Node, Address], arenas: Mapping[str, Buffer]
+    ) -> None:
+        self.splits = work.splits
+        self.work = work
+        self.at = at
+        self.runners: list[Runner] = []
+        self.first: list[int] = []  # number of each split's first step in the whole plan
+        count = 0
+        scratch_at = work.placed.scratch_at
+        for split in self.splits:
+            self.first.append(count)
+            count += len(split.copies)
+            starts = scratch_at[count : count + len(split.steps)]
+            count += len(split.steps)
+            arena = arenas[split.backend.device]
+            self.runners.append(split.backend.bind(split.steps, at, arena, starts))
+        # One without a split may have an upload in its queue; one with neither need not exist.
+        used = [split.backend for split in self.splits] + [work.home(n) for n in work.leaves]
+        self.backends = tuple(dict.fromkeys(used))
+        # What is sent to the host is in its maker's own queue, so nothing else is to be waited for.
+        waits = [() if s.backend.device == "host" else s.waits for s in self.splits]
+        self.waits: list[tuple[int, ...]] = waits
+        self.waited = {i for each in waits for i in each}
+        self.spared = {i for split in self.splits for i in split.spares}
+
+    def settle(self) -> None:
+        """Wait for what is in the queues: what binding a plan put there, too."""
+        for backend in self.backends:
+            backend.synchronize()
+
+    def run(self, repeat: int = 1) -> None:
+        """Every split, so many times over; returns when all is done. An error leaves no device at
+        work."""
+        self._run(None, repeat)
+
+    def timed(self) -> list[float]:
+        """Seconds of every step of one run, one by one."""
+        seconds = [0.0] * len(self.work.steps)
+
+        def time(number: int, call: Callable[[], None], backend: Backend) -> None:
+            start = perf_counter()
+            call()
+            backend.synchronize()
+            seconds[number] = perf_counter() - start
+
+        self._run(time)
+        return seconds
+
+    def _run(self, timed: Timed | None, repeat: int = 1) -> None:
+        try:
+            for turn in range(repeat):
+                if turn and len(self.backends) > 1:
+                    self._meet()
+                self._issue(timed)
+            self.settle()
+        except BaseException:
+            self.abandon()
+            raise
+
+    def abandon(self) -> None:
+        """Let all devices finish after an error; their own errors are no news then."""
+        for backend in self.backends:
+            with suppress(Exception):
+                backend.abandon()
+
+    def _meet(self) -> None:
+        """Let no device begin a run before the others have ended the one before: what it writes
+        they may still read."""
+        ends = {backend: backend.record() for backend in self.backends}
+        for backend in self.backends:
+            for other, end in ends.items():
+                if other is not backend:
+                    backend.wait_for(end)
+
+    def _issue(self, timed: Timed | None) -> None:
+        done: dict[int, Event] = {}
+        copied: dict[int, Event] = {}
+        for i, split in enumerate(self.splits):
+            for event in (*(done[k] for k in self.waits[i]), *(copied[k] for k in split.spares)):
+                split.backend.wait_for(event)
+            self._copy(i, split, timed)
+            if i in self.spared:
+                copied[i] = split.backend.record()
+            self._compute(i, split, timed)
+            if i in self.waited:
+                done[i] = split.backend.record()
+
+    def _copy(self, i: int, split: Split, timed: Timed | None) -> None:
+        """What the split reads from elsewhere. A device fetches; to the host, devices send, all of
+        it before the host waits for the first."""
+        sent: list[Event] = []
+        for k, step in enumerate(split.copies):
+            source, target = origin(step.node), split.backend
+            sender = self.work.home(source)
+            there, here, spec = self.at[source], self.at[step.node], source.spec
+            if target.device != "host":
+                call: Callable[[], Event | None] = partial(target.fetch, there, sender, here, spec)
+            else:
+                call = partial(sender.send, there, here, spec)
+            if timed is not None:
+                timed(self.first[i] + k, partial(_waited, call), target)
+            elif (event := call()) is not None:
+                sent.append(event)
+        for event in sent:
+            event.wait()
+
+    def _compute(self, i: int, split: Split, timed: Timed | None) -> None:
+        runner = self.runners[i]
+        if timed is None:
+            runner.run()
+            return
+        start = self.first[i] + len(split.copies)
+        for k in range(len(split.steps)):
+            timed(start + k, partial(runner.run_step, k), split.backend)
+
+
+def _waited(call: Callable[[], Event | None]) -> None:
+    event = call()
+    if event is not None:
+        event.wait()
+
+
+def addresses(
+    work: Work,
+    leaves: Mapping[Node, Address],
+    arenas: Mapping[str, Buffer],
+) -> dict[Node, Address]:
+    """Where every tensor of a placed graph is."""
+    at: dict[Node, Address] = {}
+    for node, place in work.placed.places.items():
+        if place.base is None:
+            layout = work.layouts.get(node)
+            name = layout.name if layout is not None else "plain"
+            at[node] = Address(arenas[work.home(node).device], place.offset, place.nb, name)
+        else:
+            base = leaves[place.base]
+            at[node] = Address(base.buffer, base.offset + place.offset, place.nb, base.layout)
+    return at

@@ -1,0 +1,244 @@
+"""What a plan says of itself: memory before it is spent, time by step and by op."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from pyggml.backends.base import Step
+from pyggml.node import cost_of, label_of
+from pyggml.passes.work import Work
+from pyggml.runtime.places import Place
+from pyggml.runtime.store import Need
+from pyggml.transfer import origin
+
+
+def mib(nbytes: float) -> str:
+    """Bytes as MiB; two decimals, four below 1."""
+    return f"{nbytes / 2**20:.{2 if nbytes >= 2**20 or not nbytes else 4}f}"
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """The bytes that a plan uses on one device.
+
+    weights, states, inputs   resident in the store (shared with its other plans)
+    compute                   this plan's arena; the store keeps one as large as its largest plan's
+    workspace                 what the device's libraries work in: one block for all plans on it
+    staging                   bytes of the host, pinned, that copies to and from the device pass
+                              through; one block for all plans, no part of `total`
+    score_peak                most bytes of attention scores and expanded K and V at once
+    score_peak_plain          the same without a budget
+    live                      live bytes in each step, for pictures: packing's lower bound
+    size, said                bytes that the place was said to have, and how: None and "" for none
+    """
+
+    device: str
+    weights: int
+    states: int
+    inputs: int
+    compute: int
+    workspace: int
+    score_peak: int
+    score_peak_plain: int
+    live: tuple[int, ...]
+    size: int | None
+    said: str
+    staging: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.states + self.inputs + self.compute + self.workspace
+
+    def row(self) -> list[str]:
+        return [self.device, *(mib(getattr(self, column)) for column in _COLUMNS)]
+
+
+#: What the table shows of each device, and the heads that say it.
+_SIZES = ("weights", "states", "inputs", "compute", "workspace", "total")
+_COLUMNS = (*_SIZES, "score_peak", "score_peak_plain")
+_HEADS = ["device", *_SIZES, "score peak", "plain"]
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The bytes a plan will use; exact, and known before anything is allocated.
+
+    weights, states, inputs, compute, workspace and total are sums over `devices`, `score_peak` is
+    the largest.
+
+    devices               a row for each
+    amb                   the attention memory budget in bytes, or None
+    peak_step, peak_live  the step with most live bytes on a device, and how many
+    """
+
+    devices: tuple[DeviceMemory, ...]
+    amb: int | None
+    peak_step: str
+    peak_live: int
+
+    @staticmethod
+    def of(work: Work, plain: Work, needs: Sequence[Need], sizes: Mapping[str, Place]) -> Memory:
+        """The memory of `work`; `plain` is the same graph without a budget, `needs` its leaves,
+        `sizes` the places that were given with one, by device."""
+        rows = []
+        top, where = 0, ""
+        used = {need.backend.device for need in needs}
+        for device, arena in work.placed.arenas.items():
+            if not (arena.nbytes or device in used or device == work.backends[0].device):
+                continue
+            row = _row(work, device, [need for need in needs if need.backend.device == device])
+            peak = plain.placed.arenas[device].score_peak
+            row = replace(row, score_peak_plain=peak)
+            told = sizes.get(device)
+            rows.append(replace(row, size=told.size, said=told.said) if told else row)
+            if max(arena.live, default=0) > top or not where:
+                top = max(arena.live, default=0)
+                steps = [s for s, live in zip(work.steps, arena.live) if live == top]
+                where = label_of(steps[0].node) if steps else ""
+        return Memory(tuple(rows), work.amb, where, top)
+
+    def _sum(self, what: str) -> int:
+        return sum(getattr(row, what) for row in self.devices)
+
+    @property
+    def weights(self) -> int:
+        return self._sum("weights")
+
+    @property
+    def states(self) -> int:
+        return self._sum("states")
+
+    @property
+    def inputs(self) -> int:
+        return self._sum("inputs")
+
+    @property
+    def compute(self) -> int:
+        return self._sum("compute")
+
+    @property
+    def workspace(self) -> int:
+        return self._sum("workspace")
+
+    @property
+    def total(self) -> int:
+        return self._sum("total")
+
+    @property
+    def score_peak(self) -> int:
+        return max(row.score_peak for row in self.devices)
+
+    @property
+    def score_peak_plain(self) -> int:
+        return max(row.score_peak_plain for row in self.devices)
+
+    @property
+    def live(self) -> tuple[int, ...]:
+        """Live bytes in each step, of all devices together."""
+        return tuple(map(sum, zip(*(row.live for row in self.devices))))
+
+    def __str__(self) -> str:
+        budget = "none" if self.amb is None else f"{mib(self.amb)} MiB"
+        rows = [_HEADS, *(row.row() for row in self.devices)]
+        if len(self.devices) > 1:
+            rows.append(["all", *(mib(getattr(self, column)) for column in _COLUMNS)])
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        lines = [" | ".join(text.rjust(w) for text, w in zip(cells, widths)) for cells in rows]
+        lines.append(
+            f"MiB. Peak at {self.peak_step or 'no step'} with {mib(self.peak_live)} live; "
+            f"attention budget: {budget}."
+        )
+        for row in self.devices:
+            if row.staging:
+                pinned = f"{mib(row.staging)} MiB of pinned host memory"
+                lines.append(f"Beside it {row.device} copies through {pinned}.")
+            if row.size is not None:
+                short = row.total - row.size
+                fits = (
+                    f"fits, {mib(-short)} MiB left"
+                    if short <= 0
+                    else f"does NOT fit: {mib(short)} MiB over"
+                )
+                lines.append(f"{row.device} was said to have {row.said}: {fits}.")
+        return "\n".join(lines)
+
+
+def _row(work: Work, device: str, needs: Sequence[Need]) -> DeviceMemory:
+    """What a plan with these leaves uses of a device, which has no size yet."""
+    backend = next(b for b in work.backends if b.device == device)
+    steps = [s for split in work.splits if split.backend.device == device for s in split.steps]
+    kinds = {"constant": 0, "state": 0, "input": 0}
+    for need in needs:
+        kinds[origin(need.node).op.name] += need.nbytes
+    arena = work.placed.arenas[device]
+    return DeviceMemory(
+        device=backend.place,
+        weights=kinds["constant"],
+        states=kinds["state"],
+        inputs=kinds["input"],
+        compute=arena.nbytes,
+        workspace=max((step.workspace for step in steps), default=0),
+        score_peak=arena.score_peak,
+        score_peak_plain=arena.score_peak,
+        live=arena.live,
+        size=None,
+        said="",
+        staging=backend.staging_bytes if steps or needs else 0,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One step's time in seconds beside what it had to do."""
+
+    label: str
+    op: str
+    seconds: float
+    flops: float
+    nbytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Times of all steps. `print` shows the slowest and the sums by op."""
+
+    rows: tuple[Timing, ...]
+
+    @staticmethod
+    def of(steps: Sequence[Step], seconds: Sequence[float]) -> Profile:
+        rows = []
+        for step, time in zip(steps, seconds):
+            costs = [cost_of(node) for node in step.nodes]
+            flops, nbytes = sum(c.flops for c in costs), sum(c.nbytes for c in costs)
+            rows.append(Timing(label_of(origin(step.node)), step.node.op.name, time, flops, nbytes))
+        return Profile(tuple(rows))
+
+    @property
+    def seconds(self) -> float:
+        return sum(row.seconds for row in self.rows)
+
+    def by_op(self) -> list[Timing]:
+        """Sums by op, slowest first."""
+        sums: dict[str, list[float]] = {}
+        for row in self.rows:
+            have = sums.setdefault(row.op, [0.0, 0.0, 0.0, 0.0])
+            for i, value in enumerate((row.seconds, row.flops, row.nbytes, 1.0)):
+                have[i] += value
+        made = [Timing(f"{int(n)} steps", op, s, f, b) for op, (s, f, b, n) in sums.items()]
+        return sorted(made, key=lambda row: -row.seconds)
+
+    def __str__(self) -> str:
+        slowest = sorted(self.rows, key=lambda row: -row.seconds)[:12]
+        head = f"{'':24} {'op':18} {'ms':>9} {'%':>6} {'GFLOP/s':>9} {'GB/s':>8}"
+        lines = [f"{len(self.rows)} steps, {self.seconds * 1e3:.3f} ms", head]
+        lines += [self._line(row) for row in slowest]
+        return "\n".join([*lines, "by op", *(self._line(row) for row in self.by_op())])
+
+    def _line(self, row: Timing) -> str:
+        time = max(row.seconds, 1e-9)
+        share = 100 * row.seconds / max(self.seconds, 1e-9)
+        return (
+            f"{row.label[:24]:24} {row.op[:18]:18} {row.seconds * 1e3:9.3f} {share:6.1f} "
+            f"{row.flops / time / 1e9:9.2f} {row.nbytes / time / 1e9:8.2f}"
+        )
