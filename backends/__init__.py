@@ -7,7 +7,7 @@ import pkgutil
 from functools import cache
 
 from pyggml.backends.base import Backend
-from pyggml.errors import UnknownName
+from pyggml.errors import UnknownNameError
 
 
 def available() -> tuple[str, ...]:
@@ -19,10 +19,10 @@ def available() -> tuple[str, ...]:
 def get(name: str, index: int = 0) -> Backend:
     """The backend of that name on its device `index`, imported now.
 
-    Errors: UnknownName lists those there are; DeviceError where there is no such device.
+    Errors: UnknownNameError lists those there are; DeviceError where there is no such device.
     """
     if name not in available():
-        raise UnknownName(f"no backend {name!r}; there are: {', '.join(available())}")
+        raise UnknownNameError(f"no backend {name!r}; there are: {', '.join(available())}")
     found: Backend = importlib.import_module(f"pyggml.backends.{name}").device(index)
     return found
 

@@ -18,7 +18,7 @@ X = np.random.default_rng(21).standard_normal((33, 640)).astype("f4")
 
 def _doubled(kind: str = "f32") -> gg.Plan:
     x = gg.input("x", kind, ne=(640, 33))
-    return gg.compile({"y": gg.scale(gg.cast(x, type="f32"), s=2.0), "x": x}, backends=["cuda"])
+    return gg.compile({"y": gg.scale(gg.cast(x, dtype="f32"), s=2.0), "x": x}, backends=["cuda"])
 
 
 def _same(what: str, got: Any, want: Any) -> str:
@@ -165,7 +165,7 @@ def greedy() -> dict[str, gg.Node]:
     soft = gg.soft_max_ext(scores, gg.causal_mask(pos, n_kv=ROWS), scale=0.25)
     mixed = gg.cont(gg.permute(gg.mul_mat(gg.cont(gg.transpose(held[1])), soft), axes=(0, 2, 1, 3)))
     mixed = gg.mul_mat(weight("o", WIDTH, WIDTH), gg.reshape(mixed, ne=(WIDTH, 1)))
-    x = gg.add(gg.name(gg.silu(mixed), "middle"), x)
+    x = gg.add(gg.label(gg.silu(mixed), "middle"), x)
     best = gg.argmax(gg.mul_mat(weight("head", VOCABULARY, WIDTH), x))
     ids = gg.set_rows(gg.state("ids", "i32", ne=(1, ROWS)), gg.reshape(best, ne=(1, 1)), pos)
     one = gg.constant(np.ones(1, "i4"), name="one")
@@ -207,15 +207,15 @@ def _copies() -> str:
     strided, all bits as the first time and as NumPy's."""
     for ne in ((640, 33), (4096, 1500)):  # the second does not fit into the pinned ring
         x = gg.input("x", ne=ne)
-        a = gg.name(gg.silu(gg.name(gg.scale(x, s=2.0), "gpu a")), "host a")
-        turned = gg.name(gg.cont(gg.transpose(gg.name(gg.add(a, x), "gpu b"))), "gpu c")
-        b = gg.name(gg.relu(turned), "host b")
+        a = gg.label(gg.silu(gg.label(gg.scale(x, s=2.0), "gpu a")), "host a")
+        turned = gg.label(gg.cont(gg.transpose(gg.label(gg.add(a, x), "gpu b"))), "gpu c")
+        b = gg.label(gg.relu(turned), "host b")
         part = gg.view(b, ne=(ne[1] // 2, ne[0] // 2), start=(3, 1), step=(1, 2))
-        held = gg.name(gg.cont(part), "gpu d")
-        c = gg.name(gg.sqr(held), "host c")
+        held = gg.label(gg.cont(part), "gpu d")
+        c = gg.label(gg.sqr(held), "host c")
         y = {
-            "y": gg.name(gg.scale(gg.name(gg.concat(c, held, dim=1), "gpu e"), s=0.5), "gpu f"),
-            "z": gg.name(gg.sum_rows(b), "gpu g"),
+            "y": gg.label(gg.scale(gg.label(gg.concat(c, held, dim=1), "gpu e"), s=0.5), "gpu f"),
+            "z": gg.label(gg.sum_rows(b), "gpu g"),
         }
         plan = gg.compile(y, backends=["cuda", "numpy"], pins={"^host": "numpy", "^gpu": "cuda"})
         if [split.backend.place for split in plan.splits].count("numpy") != 3:
@@ -249,7 +249,7 @@ def _two_gpus() -> str:
         if got != want:
             return f"{repeats[:3]}..: {got[:8]} for {want[:8]}"
     x = gg.input("x", ne=(640, 33))
-    made = {"a": gg.name(gg.scale(x, s=2.0), "on 0"), "b": gg.name(gg.scale(x, s=3.0), "on 1")}
+    made = {"a": gg.label(gg.scale(x, s=2.0), "on 0"), "b": gg.label(gg.scale(x, s=3.0), "on 1")}
     plan = gg.compile(
         made, backends=["cuda:0", "cuda:1"], pins={"on 0": "cuda:0", "on 1": "cuda:1"}
     )

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 import pyggml as gg
+from pyggml import ops
 from pyggml.backends.cuda.attention import routes
 
 
@@ -163,7 +164,7 @@ def others() -> list[tuple[gg.Node, dict[str, np.ndarray[Any, Any]]]]:
             if i == hide:
                 x[rng.random(shape) < 0.4] = -np.inf
                 x[..., 0, :] = -np.inf
-            if op is gg.lse_finish:
+            if op is ops.lse_finish:
                 x = np.abs(x)  # the weights of a sum
             kind = "f16" if i == hide else "f32"
             nodes.append(gg.input(f"x{i}", kind, ne=shape[::-1]))
@@ -175,7 +176,7 @@ def others() -> list[tuple[gg.Node, dict[str, np.ndarray[Any, Any]]]]:
         put(gg.soft_max_ext, [(1, 4, 9, n), None, (4,)], scale=0.5)
         put(gg.soft_max_ext, [(1, 4, 9, n), (1, 1, 9, n)], scale=0.5)
     put(gg.merge_lse, [(2, 5, 3, 33), (2, 5, 3, 33)])
-    put(gg.lse_sum, [(2, 5, 3, 33)])
-    put(gg.lse_sum, [(2, 5, 3, 33), (2, 5, 3, 34)])
-    put(gg.lse_finish, [(2, 5, 3, 34)], lse=True)
+    put(ops.lse_sum, [(2, 5, 3, 33)])
+    put(ops.lse_sum, [(2, 5, 3, 33), (2, 5, 3, 34)])
+    put(ops.lse_finish, [(2, 5, 3, 34)], lse=True)
     return made

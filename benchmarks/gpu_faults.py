@@ -57,7 +57,7 @@ def everything() -> tuple[dict[str, gg.Node], np.ndarray[Any, Any]]:
     y = gg.mul(gg.rms_norm(gg.sub(x, state), eps=1e-6), norm)
     for kind in ("f16", "q8_0"):
         w = rng.standard_normal((256, 256)).astype(np.float32) / 16
-        y = gg.mul_mat(gg.constant(w, type=kind, name=f"w_{kind}"), y)
+        y = gg.mul_mat(gg.constant(w, dtype=kind, name=f"w_{kind}"), y)
     return {"y": y}, rng.standard_normal((40, 256)).astype(np.float32)
 
 

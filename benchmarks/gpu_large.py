@@ -64,7 +64,7 @@ def _table(kind: str, weight: bool = False, most: float = 1e-2) -> str:
     b = rng.standard_normal((16, ROW)).astype(np.float32)
     added = rng.standard_normal(ROW).astype(np.float16)
     if weight:
-        a = gg.constant(stored, type=kind, name="a")
+        a = gg.constant(stored, dtype=kind, name="a")
     else:
         a = gg.input("a", kind, ne=(ROW, ROWS))
     x, ids = gg.input("x", ne=(ROW, 16)), gg.input("ids", "i32", ne=(len(SOME),))
@@ -106,7 +106,7 @@ def _result(kind: str) -> str:
     stored = pattern(kind, (m, k))
     b = pattern("f32", (n, k), OTHER)
     some = [0, 16_384, 32_767, 32_768, n - 1]  # row 32,768 begins at element 2^31
-    a, ids = gg.constant(stored, type=kind, name="a"), gg.input("ids", "i32", ne=(len(some),))
+    a, ids = gg.constant(stored, dtype=kind, name="a"), gg.input("ids", "i32", ne=(len(some),))
     y = gg.get_rows(gg.mul_mat(a, gg.input("b", ne=(k, n))), ids)
     got = run({"y": y}, {"b": b, "ids": np.array(some, np.int32)})["y"]
     want = b[some].astype(np.float64) @ values(kind, stored).astype(np.float64).T

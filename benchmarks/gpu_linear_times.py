@@ -47,9 +47,9 @@ def bandwidth() -> float:
 
 def weight(kind: str, *ne: int) -> gg.Node:
     if TYPES[kind].block == 1:
-        return gg.constant(rng.standard_normal(ne[::-1], np.float32), type=kind)
+        return gg.constant(rng.standard_normal(ne[::-1], np.float32), dtype=kind)
     rows = random_blocks(kind, prod(ne[1:]), ne[0], rng)
-    return gg.constant(rows.reshape(*ne[:0:-1], -1), type=kind)
+    return gg.constant(rows.reshape(*ne[:0:-1], -1), dtype=kind)
 
 
 def mul_mat(kind: str, n: int, k: int = K, m: int = M) -> list[float]:

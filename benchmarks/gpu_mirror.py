@@ -18,7 +18,7 @@ import numpy as np
 from pyggml import backends
 from pyggml.backends.base import Address, Step
 from pyggml.dtypes import dtype
-from pyggml.node import Node, make_spec
+from pyggml.node import Node, Spec
 
 
 @dataclass(slots=True)
@@ -109,7 +109,7 @@ class Mirrored:
         """What is in use to the device, the kernels, and back."""
         begin, size = perf_counter(), self.top
         at = Address(self.there, 0, (1, size, size, size))
-        spec, used = make_spec(dtype("i8"), (max(size, 1),)), self.memory[: max(size, 1)]
+        spec, used = Spec.of(dtype("i8"), (max(size, 1),)), self.memory[: max(size, 1)]
         self.backend.upload(at, spec, used.view(np.int8))
         runner.run()
         used[:] = self.backend.download(at, spec).view(np.uint8)

@@ -23,7 +23,7 @@ def _plan() -> str:
     normed = gg.rms_norm(x, eps=1e-6)
     turned = gg.rope_ext(normed, pos, n_dims=64)
     rows = gg.set_rows(cache, gg.reshape(turned, ne=(256, 3)), pos)
-    y = gg.scale(gg.cast(rows, type="f32"), s=0.5)
+    y = gg.scale(gg.cast(rows, dtype="f32"), s=0.5)
     plans = {b: gg.compile({"y": y}, backends=[b]) for b in ("numpy", "cuda")}
     for turn in range(4):
         given = {
@@ -80,10 +80,10 @@ def _weights() -> str:
     """Products with packed weights, few columns and many, and rows of a quantized table."""
     rng = np.random.default_rng(5)
     ids = gg.input("ids", "i32", ne=(21,))
-    table = gg.constant(rng.standard_normal((50, 256)), type="q4_0", name="table")
+    table = gg.constant(rng.standard_normal((50, 256)), dtype="q4_0", name="table")
     x = gg.get_rows(table, ids)
     for kind in ("q8_0", "iq4_nl", "f16"):
-        weight = gg.constant(rng.standard_normal((96, 256)) / 16, type=kind, name=f"w_{kind}")
+        weight = gg.constant(rng.standard_normal((96, 256)) / 16, dtype=kind, name=f"w_{kind}")
         given = {"ids": rng.integers(0, 50, 21).astype("i4")}
         for node in (gg.mul_mat(weight, x), gg.mul_mat(weight, gg.view(x, ne=(256, 2)))):
             wrong = _compared(node, given, 1e-2)
@@ -127,14 +127,14 @@ def _product() -> str:
     from pyggml.backends.base import Address
     from pyggml.backends.cuda.launch import Gemm
     from pyggml.dtypes import dtype
-    from pyggml.node import make_spec
+    from pyggml.node import Spec
 
     device: Any = backends.get("cuda")
     rng = np.random.default_rng(2)
     for kind, most in (("f32", 1e-6), ("f16", 1e-3)):
         a, b = (rng.standard_normal((n, 96)).astype(np.dtype(dtype(kind).numpy)) for n in (40, 7))
-        specs = [make_spec(dtype(kind), (96, n)) for n in (40, 7)]
-        spec = make_spec(dtype("f32"), (40, 7))
+        specs = [Spec.of(dtype(kind), (96, n)) for n in (40, 7)]
+        spec = Spec.of(dtype("f32"), (40, 7))
         held = [Address(device.alloc(s.nbytes), 0, s.nb) for s in (*specs, spec)]
         for at, s, values in zip(held, specs, (a, b)):
             device.upload(at, s, values)
@@ -190,10 +190,10 @@ def speed(log: list[str]) -> bool:
         "mul by a row": gg.mul(big, row),
         "silu": gg.silu(big),
         "rms_norm 8192x4096": gg.rms_norm(big, eps=1e-6),
-        "cast f32 to f16": gg.cast(big, type="f16"),
-        "cast f16 to f32": gg.cast(half, type="f32"),
+        "cast f32 to f16": gg.cast(big, dtype="f16"),
+        "cast f16 to f32": gg.cast(half, dtype="f32"),
         "cont of a transposed": gg.cont(gg.transpose(big)),
-        "cast q8_0 to f16": gg.cast(gg.input("q", "q8_0", ne=(8192, 4096)), type="f16"),
+        "cast q8_0 to f16": gg.cast(gg.input("q", "q8_0", ne=(8192, 4096)), dtype="f16"),
         "rope 64x16x2048": gg.rope_ext(
             f32("r", 64, 16, 2048), gg.input("p", "i32", ne=(2048,)), n_dims=64
         ),

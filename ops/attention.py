@@ -6,7 +6,7 @@ from typing import Any
 
 from pyggml.dtypes import F16, F32
 from pyggml.errors import ShapeError
-from pyggml.node import Axis, Cost, Cut, Node, Slice, Spec, make_spec, op
+from pyggml.node import Axis, Cost, Cut, Node, Slice, Spec, op
 from pyggml.ops.linear import PRECISIONS
 from pyggml.ops.reduce import alibi_heads, mask_cut, want_mask
 from pyggml.ops.rules import (
@@ -85,7 +85,7 @@ def flash_attn_ext(
         raise ShapeError("max_bias > 0 needs a mask")
     if logit_softcap < 0:
         raise ShapeError(f"logit_softcap={logit_softcap} is negative")
-    made = make_spec(F32, (v.ne[0] + lse, heads, n_q, n3), 4 if n3 > 1 else 3)
+    made = Spec.of(F32, (v.ne[0] + lse, heads, n_q, n3), 4 if n3 > 1 else 3)
     return made, {"n_head": alibi_heads(heads, head0, n_head, max_bias)}
 
 
@@ -134,7 +134,7 @@ def causal_mask(pos: Node, *, n_kv: int, window: int | None = None) -> Spec:
     want_ne("pos", pos, (pos.ne[0], 1, 1, 1), "one row of positions")
     if n_kv < 1 or (window is not None and window < 1):
         raise ShapeError(f"n_kv={n_kv} and window={window} must be at least 1")
-    return make_spec(F16, (n_kv, pos.ne[0]), 2)
+    return Spec.of(F16, (n_kv, pos.ne[0]), 2)
 
 
 @causal_mask.slices
@@ -169,7 +169,7 @@ def lse_sum(a: Node, c: Node | None = None) -> Spec:
     l outgrows it. Nothing passes through a logarithm, so errors do not add up. lse_finish ends it.
     """
     want_type("a", a, ("f32",))
-    made = make_spec(F32, (a.ne[0] + 1, *a.ne[1:]), a.spec.rank)
+    made = Spec.of(F32, (a.ne[0] + 1, *a.ne[1:]), a.spec.rank)
     if a.ne[0] < 2:
         raise ShapeError("rows are d_v values and the log-sum-exp")
     if c is not None:
@@ -188,7 +188,7 @@ def lse_finish(c: Node, *, lse: bool = False) -> Spec:
     want_type("c", c, ("f32",))
     if c.ne[0] < 3:
         raise ShapeError("rows are d_v sums, their weight and its reference")
-    return make_spec(F32, (c.ne[0] - 2 + lse, *c.ne[1:]), c.spec.rank)
+    return Spec.of(F32, (c.ne[0] - 2 + lse, *c.ne[1:]), c.spec.rank)
 
 
 @lse_sum.slices

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyggml.dtypes import DType, dtype
+from pyggml.dtypes import DType
+from pyggml.dtypes import dtype as dtype_of
 from pyggml.errors import DTypeError, ShapeError
-from pyggml.node import Axis, Cut, Ne, Node, Slice, Spec, make_spec, op
+from pyggml.node import Axis, Cut, Ne, Node, Slice, Spec, op
 from pyggml.ops.leaf import state_op
 from pyggml.ops.rules import (
     AXES,
@@ -44,14 +45,14 @@ def _want_conversion(a: Node, to: DType) -> None:
 
 
 @op
-def cast(a: Node, *, type: str) -> Spec | tuple[Spec, dict[str, Any]]:
+def cast(a: Node, *, dtype: str) -> Spec | tuple[Spec, dict[str, Any]]:
     """A contiguous copy of a in another type.
 
     f32, f16, bf16 and block types among each other; i32 and i64 to and from f32.
     """
-    to = dtype(type)
+    to = dtype_of(dtype)
     _want_conversion(a, to)
-    return make_spec(to, a.ne, a.spec.rank), {"type": to.name}
+    return Spec.of(to, a.ne, a.spec.rank), {"dtype": to.name}
 
 
 @cast.slices
@@ -98,7 +99,7 @@ def concat(a: Node, b: Node, *, dim: int) -> Spec:
     if a.dtype != b.dtype:
         raise DTypeError(f"a is {a.dtype} and b is {b.dtype}; cast one of them")
     want_ne("b", b, resized(a.ne, dim, b.ne[dim]), f"a's sizes but for {AXES[dim]}")
-    return make_spec(
+    return Spec.of(
         a.dtype, resized(a.ne, dim, a.ne[dim] + b.ne[dim]), max(a.spec.rank, b.spec.rank, dim + 1)
     )
 
@@ -123,7 +124,7 @@ def _(node: Node, axis: Axis, n: int) -> Slice | None:
 def repeat(a: Node, *, ne: tuple[int, ...]) -> Spec | tuple[Spec, dict[str, Any]]:
     """a tiled to the size `ne`, each of which is a multiple of a's.   Plain types only."""
     want_type("a", a, ("f32", "f16", "bf16", "i32", "i64"))
-    made = make_spec(a.dtype, ne)
+    made = Spec.of(a.dtype, ne)
     for axis, (n, m) in enumerate(zip(a.ne, made.ne)):
         if m % n:
             raise ShapeError(f"{AXES[axis]}={n} does not divide {m}")
@@ -155,9 +156,9 @@ def get_rows(a: Node, ids: Node) -> Spec:
         want_readable("a", a)
     if ids.ne[1:] != (a.ne[2], a.ne[3], 1):
         raise ShapeError(f"ids must be [n_ids, {a.ne[2]}, {a.ne[3]}] beside a, not {list(ids.ne)}")
-    result = a.dtype if a.dtype.name == "i32" else dtype("f32")
+    result = a.dtype if a.dtype.name == "i32" else dtype_of("f32")
     rank = max(ids.spec.rank + 1, 2 if ids.ne[0] > 1 else 1)
-    return make_spec(result, (a.ne[0], *ids.ne[:3]), rank)
+    return Spec.of(result, (a.ne[0], *ids.ne[:3]), rank)
 
 
 @get_rows.slices

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pyggml.errors import DTypeError, ShapeError
-from pyggml.node import Axis, Cut, Node, Op, Slice, Spec, make_spec, op
+from pyggml.node import Axis, Cut, Node, Op, Slice, Spec, op
 from pyggml.ops.rules import (
     FLOATS,
     choose,
@@ -18,7 +18,6 @@ from pyggml.ops.rules import (
 )
 
 ACTIVATIONS = ("silu", "gelu", "relu")
-GLU_KINDS = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}
 
 
 def _pair(a: Node, b: Node, types: tuple[str, ...]) -> Spec:
@@ -116,14 +115,14 @@ def activation(kind: str, a: Node) -> Node:
 
 
 @op
-def glu(a: Node, b: Node | None = None, *, kind: str = "swiglu", swapped: bool = False) -> Spec:
+def glu(a: Node, b: Node | None = None, *, act: str = "silu", swapped: bool = False) -> Spec:
     """Gated linear unit: y = act(x) * g.
 
     with b     x = a, g = b                    a, b, y  f32 [n, ne1, ne2, ne3]
     without    x, g = the halves of a's rows   a        f32 [2n, ne1, ne2, ne3]
-    kind       swiglu (act silu), geglu (gelu), reglu (relu); swapped takes the halves the other way
+    act        silu (SwiGLU), gelu (GEGLU) or relu (ReGLU); swapped takes the halves the other way
     """
-    choose("kind", kind, GLU_KINDS)
+    choose("act", act, ACTIVATIONS)
     want_type("a", a, FLOATS)
     if b is not None:
         want_type("b", b, (a.dtype.name,))
@@ -133,18 +132,18 @@ def glu(a: Node, b: Node | None = None, *, kind: str = "swiglu", swapped: bool =
         return a.spec
     if a.ne[0] % 2:
         raise ShapeError(f"a's rows of {a.ne[0]} do not have two halves")
-    return make_spec(a.dtype, (a.ne[0] // 2, *a.ne[1:]), a.spec.rank)
+    return Spec.of(a.dtype, (a.ne[0] // 2, *a.ne[1:]), a.spec.rank)
 
 
 @glu.means
-def _(a: Node, b: Node | None = None, *, kind: str = "swiglu", swapped: bool = False) -> Node:
+def _(a: Node, b: Node | None = None, *, act: str = "silu", swapped: bool = False) -> Node:
     from pyggml.ops.views import view
 
     if b is None:
         n = a.ne[0] // 2
         halves = [view(a, ne=(n, *a.ne[1 : a.spec.rank]), start=(i * n,)) for i in (0, 1)]
         a, b = reversed(halves) if swapped else halves
-    return mul(activation(GLU_KINDS[kind], a), b)
+    return mul(activation(act, a), b)
 
 
 glu.slices(outer_slices)

@@ -8,9 +8,11 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pyggml.dtypes import TYPES, DType, dtype
+from pyggml.dtypes import TYPES, DType
+from pyggml.dtypes import dtype as dtype_of
 from pyggml.errors import DTypeError, ShapeError
-from pyggml.node import Node, Op, Spec, integers, located, make_spec, name
+from pyggml.node import Node, Op, Spec, integers, located
+from pyggml.node import label as add_label
 from pyggml.quants import DECODABLE, encode_rows
 
 _GRAPH_TYPES = DECODABLE | {"i32", "i64"}
@@ -36,7 +38,7 @@ piece_op = _leaf("piece")
 
 def _build(kind: Op[Any], label: str | None, made: Spec) -> Node:
     node = kind.make((), {"name": label}, made)
-    return name(node, label) if label else node
+    return add_label(node, label) if label else node
 
 
 def _named(kind: str, label: str) -> None:
@@ -45,16 +47,16 @@ def _named(kind: str, label: str) -> None:
 
 
 def _sizes(
-    what: str, type: str | DType, ne: tuple[int, ...] | None, shape: tuple[int, ...] | None
+    what: str, dtype: str | DType, ne: tuple[int, ...] | None, shape: tuple[int, ...] | None
 ) -> Spec:
     if (ne is None) == (shape is None):
         raise ShapeError(f"{what}: give exactly one of ne= (ggml's order) and shape= (NumPy's)")
-    kind = dtype(type)
+    kind = dtype_of(dtype)
     if kind.name not in _GRAPH_TYPES:
         raise DTypeError(f"{what}: type {kind} cannot stand in a graph; cast it to f32 or i32")
     sizes = integers(f"{what}: {'shape' if ne is None else 'ne'}=", shape if ne is None else ne)
     try:
-        return make_spec(kind, sizes if ne is not None else sizes[::-1])
+        return Spec.of(kind, sizes if ne is not None else sizes[::-1])
     except ShapeError as error:
         raise ShapeError(f"{what}: {error}") from None
 
@@ -62,7 +64,7 @@ def _sizes(
 @located
 def input(
     name: str,
-    type: str | DType = "f32",
+    dtype: str | DType = "f32",
     *,
     ne: tuple[int, ...] | None = None,
     shape: tuple[int, ...] | None = None,
@@ -73,13 +75,13 @@ def input(
     Errors: ShapeError (sizes), DTypeError (type, name).
     """
     _named("input", name)
-    return _build(input_op, name, _sizes(f"input {name!r}", type, ne, shape))
+    return _build(input_op, name, _sizes(f"input {name!r}", dtype, ne, shape))
 
 
 @located
 def state(
     name: str,
-    type: str | DType = "f32",
+    dtype: str | DType = "f32",
     *,
     ne: tuple[int, ...] | None = None,
     shape: tuple[int, ...] | None = None,
@@ -89,14 +91,16 @@ def state(
     It starts as zeros; `set_rows` and `cpy` write it. Plans of one store share states by name.
     """
     _named("state", name)
-    return _build(state_op, name, _sizes(f"state {name!r}", type, ne, shape))
+    return _build(state_op, name, _sizes(f"state {name!r}", dtype, ne, shape))
 
 
 @located
-def constant(array: ArrayLike, *, type: str | DType | None = None, name: str | None = None) -> Node:
+def constant(
+    array: ArrayLike, *, dtype: str | DType | None = None, name: str | None = None
+) -> Node:
     """A weight: an array that never changes. It is read in place: do not write to it later.
 
-    array  NumPy shape, C order. Without `type` its own type counts (float64 becomes f32).
+    array  NumPy shape, C order. Without `dtype` its own type counts (float64 becomes f32).
            For bf16 and block types either the raw bytes (uint16 or uint8 [..., bytes of a row])
            as a GGUF file holds them, or floats, which are encoded here.
     """
@@ -109,11 +113,11 @@ def constant(array: ArrayLike, *, type: str | DType | None = None, name: str | N
         raise DTypeError(f"{what}: cannot hold {held.dtype} values; give real numbers")
     if held.ndim == 0:
         held = held.reshape(1)
-    kind = dtype(type) if type is not None else _BY_NUMPY.get(held.dtype)
+    kind = dtype_of(dtype) if dtype is not None else _BY_NUMPY.get(held.dtype)
     if kind is None:
         if held.dtype.kind != "f":
-            raise DTypeError(f"{what}: an array of {held.dtype} has no type here; give type=")
-        kind = dtype("f32")
+            raise DTypeError(f"{what}: an array of {held.dtype} has no type here; give dtype=")
+        kind = dtype_of("f32")
     held, shape = _held(what, held, kind)
     node = _build(constant_op, name, _sizes(what, kind, None, shape))
     held = held.view()

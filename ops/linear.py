@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyggml.dtypes import F32, dtype
+from pyggml.dtypes import F32
+from pyggml.dtypes import dtype as dtype_of
 from pyggml.errors import ShapeError
-from pyggml.node import Axis, Cost, Cut, Node, Slice, Spec, make_spec, op
+from pyggml.node import Axis, Cost, Cut, Node, Slice, Spec, op
 from pyggml.ops.rules import (
     DECODABLE_FLOATS,
     FLOATS,
@@ -23,7 +24,7 @@ PRECISIONS = ("default", "f32")
 
 @op
 def mul_mat(
-    a: Node, b: Node, *, prec: str = "default", type: str = "f32"
+    a: Node, b: Node, *, prec: str = "default", dtype: str = "f32"
 ) -> Spec | tuple[Spec, dict[str, Any]]:
     """Matrix product of rows:  y[i, j, p, q] = sum_k a[k, i, p // r2, q // r3] b[k, j, p, q].
 
@@ -37,7 +38,7 @@ def mul_mat(
     want_readable("a", a)
     want_type("b", b, DECODABLE_FLOATS)
     choose("prec", prec, PRECISIONS)
-    result = dtype(choose("type", dtype(type).name, FLOATS))
+    result = dtype_of(choose("dtype", dtype_of(dtype).name, FLOATS))
     if a.dtype.block > 1:
         want_rows("a", a)
     if a.ne[0] != b.ne[0]:
@@ -49,7 +50,7 @@ def mul_mat(
                 "a is the one that repeats"
             )
     rank = max(a.spec.rank, b.spec.rank, 2)
-    return make_spec(result, (a.ne[1], *b.ne[1:]), rank), {"type": result.name}
+    return Spec.of(result, (a.ne[1], *b.ne[1:]), rank), {"dtype": result.name}
 
 
 @mul_mat.cost
@@ -127,7 +128,7 @@ def mul_mat_id(experts: Node, b: Node, ids: Node, *, prec: str = "default") -> S
     """
     want_experts(experts, b, ids, "experts")
     choose("prec", prec, PRECISIONS)
-    return make_spec(F32, (experts.ne[1], ids.ne[0], ids.ne[1]), 3)
+    return Spec.of(F32, (experts.ne[1], ids.ne[0], ids.ne[1]), 3)
 
 
 def expert_cost(node: Node) -> Cost:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pyggml.dtypes import F32, I32
 from pyggml.errors import ShapeError
-from pyggml.node import Axis, Cost, Cut, Node, Slice, Spec, make_spec, op
+from pyggml.node import Axis, Cost, Cut, Node, Slice, Spec, op
 from pyggml.ops.elementwise import ACTIVATIONS, activation, mul
 from pyggml.ops.linear import (
     PRECISIONS,
@@ -37,7 +37,7 @@ def moe_up_gate(
     want_experts(up, b, ids, "up")
     want_experts(gate, b, ids, "gate")
     want_ne("gate", gate, up.ne, "up's size")
-    return make_spec(F32, (up.ne[1], ids.ne[0], ids.ne[1]), 3)
+    return Spec.of(F32, (up.ne[1], ids.ne[0], ids.ne[1]), 3)
 
 
 @moe_up_gate.means
@@ -70,7 +70,7 @@ def fused_up_gate(
         want_rows(what, node)
         want_ne(what, node, (b.ne[0], up.ne[1], 1, 1), "[k, n_ff] with b's k")
     want_type("b", b, ("f32", "f16"))
-    return make_spec(F32, (up.ne[1], *b.ne[1:]), max(b.spec.rank, 2))
+    return Spec.of(F32, (up.ne[1], *b.ne[1:]), max(b.spec.rank, 2))
 
 
 @fused_up_gate.means
@@ -110,7 +110,7 @@ def grouped_topk(a: Node, *, n_group: int, n_group_used: int, n_top: int, k: int
         raise ShapeError(f"n_top={n_top} of groups of {size}")
     if not 1 <= k <= size * n_group_used:
         raise ShapeError(f"k={k} of {n_group_used} groups of {size} experts")
-    return make_spec(I32, (k, *a.ne[1:]), a.spec.rank)
+    return Spec.of(I32, (k, *a.ne[1:]), a.spec.rank)
 
 
 grouped_topk.slices(outer_slices)
@@ -126,7 +126,7 @@ def multi_add(a: Node) -> Spec:
     want_type("a", a, ("f32",))
     if a.ne[3] != 1:
         raise ShapeError(f"a has ne3={a.ne[3]}; it has three dimensions")
-    return make_spec(F32, (a.ne[0], a.ne[2]), 2)
+    return Spec.of(F32, (a.ne[0], a.ne[2]), 2)
 
 
 @op
@@ -142,7 +142,7 @@ def mul_multi_add(a: Node, b: Node) -> Spec:
     if a.ne[3] != 1:
         raise ShapeError(f"a has ne3={a.ne[3]}; it has three dimensions")
     want_ne("b", b, (1, a.ne[1], a.ne[2], 1), "a weight for each row of a")
-    return make_spec(F32, (a.ne[0], a.ne[2]), 2)
+    return Spec.of(F32, (a.ne[0], a.ne[2]), 2)
 
 
 @mul_multi_add.means

@@ -6,7 +6,7 @@ from typing import Any
 
 from pyggml.dtypes import I32
 from pyggml.errors import ShapeError
-from pyggml.node import Axis, Cost, Cut, Node, Slice, Spec, make_spec, op
+from pyggml.node import Axis, Cost, Cut, Node, Slice, Spec, op
 from pyggml.ops.rules import (
     choose,
     modulo_cut,
@@ -22,7 +22,7 @@ from pyggml.ops.rules import (
 def sum_rows(a: Node) -> Spec:
     """y[0, ..] = sum of a's row.   a  f32 [n, ne1, ne2, ne3],   y  f32 [1, ne1, ne2, ne3]"""
     want_type("a", a, ("f32",))
-    return make_spec(a.dtype, (1, *a.ne[1:]), a.spec.rank)
+    return Spec.of(a.dtype, (1, *a.ne[1:]), a.spec.rank)
 
 
 sum_rows.slices(outer_slices)
@@ -119,7 +119,7 @@ def soft_max(a: Node) -> Node:
 
 def _row_ids(a: Node, n: int) -> Spec:
     want_type("a", a, ("f32",))
-    return make_spec(I32, (n, *a.ne[1:]), a.spec.rank)
+    return Spec.of(I32, (n, *a.ne[1:]), a.spec.rank)
 
 
 @op
@@ -141,7 +141,7 @@ def top_k(a: Node, *, k: int) -> Spec:
 def argmax(a: Node) -> Spec:
     """Id of each row's largest, the first of equals.   a  f32 [n, ne1, ..],   y  i32 [ne1, ..]"""
     want_type("a", a, ("f32",))
-    return make_spec(I32, a.ne[1:], max(a.spec.rank - 1, 1))
+    return Spec.of(I32, a.ne[1:], max(a.spec.rank - 1, 1))
 
 
 @argmax.slices

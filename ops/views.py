@@ -8,7 +8,7 @@ from typing import Any
 
 from pyggml.dtypes import DType
 from pyggml.errors import DTypeError, ShapeError
-from pyggml.node import Axis, Cut, Ne, Node, Op, Slice, Spec, integers, located, make_spec, op
+from pyggml.node import Axis, Cut, Ne, Node, Op, Slice, Spec, integers, located, op
 from pyggml.ops.leaf import state_op
 from pyggml.ops.rules import (
     AXES,
@@ -57,7 +57,7 @@ def reshape(a: Node, *, ne: tuple[int, ...]) -> Spec:
 
     Errors: ShapeError where the count differs or where strides need a copy (use cont first).
     """
-    made = make_spec(a.dtype, ne)
+    made = Spec.of(a.dtype, ne)
     if made.elements != a.spec.elements:
         raise ShapeError(
             f"{a.spec.elements} elements cannot become {list(ne)} = {made.elements} elements"
@@ -116,7 +116,7 @@ def permute(a: Node, *, axes: tuple[int, ...]) -> Spec | tuple[Spec, dict[str, A
     for source, result in enumerate(full):
         sizes[result] = a.ne[source]
     rank = max(a.spec.rank, 1 + max((r for s, r in enumerate(full) if a.ne[s] > 1), default=0))
-    return make_spec(a.dtype, tuple(sizes), rank), {"axes": full}
+    return Spec.of(a.dtype, tuple(sizes), rank), {"axes": full}
 
 
 permute.view = _permute_view
@@ -146,7 +146,7 @@ def _view(a: Node, *, ne: Ne, start: Ne, step: Ne, rank: int) -> Spec:
             )
     if a.dtype.block > 1 and (start[0] % a.dtype.block or step[0] != 1):
         raise ShapeError(f"a slice of {a.dtype} starts at a whole block of {a.dtype.block}")
-    return make_spec(a.dtype, ne, rank)
+    return Spec.of(a.dtype, ne, rank)
 
 
 _view.__name__ = "view"
@@ -180,7 +180,7 @@ def view(
     """
     if not isinstance(a, Node):
         raise DTypeError(f"view: a must be a node, not {type(a).__name__}")
-    made = make_spec(a.dtype, integers("view: ne=", ne))
+    made = Spec.of(a.dtype, integers("view: ne=", ne))
     if nb is not None or offset:
         if start is not None or step is not None:
             raise ShapeError("view: give start= and step=, or nb= and offset=, not both")
@@ -252,7 +252,7 @@ def offset_of(node: Node) -> int:
     """Byte offset of `node` inside its root, in the layout that `nb` speaks of."""
     offset = 0
     # A whole state begins at 0 whatever it looks at: chains of writes stay linear.
-    while node.op is not whole and (node.op.view is not None or node.op.writes is not None):
+    while node.op is not state_of and (node.op.view is not None or node.op.writes is not None):
         source = node.src[node.op.writes or 0]
         assert source is not None
         if node.op.view is not None:
@@ -264,10 +264,10 @@ def offset_of(node: Node) -> int:
 
 
 @op
-def whole(a: Node) -> Spec:
+def state_of(a: Node) -> Spec:
     """The whole state of which `a` is a part, after the write that made `a`.
 
-    After `h = cpy(x, view(cache, ...))`, `whole(h)` is the cache with x in it.
+    After `h = cpy(x, view(cache, ...))`, `state_of(h)` is the cache with x in it.
     """
     root = root_of(a)
     if root.op is not state_op:
@@ -275,7 +275,7 @@ def whole(a: Node) -> Spec:
     return root.spec
 
 
-whole.view = lambda node, nb: (-offset_of(source_of(node)), root_of(source_of(node)).nb)
+state_of.view = lambda node, nb: (-offset_of(source_of(node)), root_of(source_of(node)).nb)
 
 
 def source_of(node: Node) -> Node:

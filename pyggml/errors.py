@@ -23,7 +23,7 @@ class GraphError(PyggmlError, ValueError):
     """A graph that cannot be ordered or run as it stands: a state written twice, ..."""
 
 
-class UnsupportedOp(PyggmlError, NotImplementedError):
+class UnsupportedOpError(PyggmlError, NotImplementedError):
     """No backend can run a node, not even through its meaning in simpler ops."""
 
 
@@ -51,5 +51,5 @@ class IdError(PyggmlError, IndexError):
     """A row or expert id past the end."""
 
 
-class UnknownName(PyggmlError, KeyError):
+class UnknownNameError(PyggmlError, KeyError):
     """A name (input, output, state, type, backend, preset) that does not exist here."""

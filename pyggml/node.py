@@ -1,4 +1,4 @@
-"""The graph: Spec, Node, Op. What is computed from what; no device, no memory, no array code."""
+"""Node and Op: what is computed from what. No device, no memory, no array code."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import difflib
 import functools
 import inspect
 import math
-import operator
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Generic, ParamSpec, TypeAlias
@@ -16,69 +17,13 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from pyggml.dtypes import DType
 from pyggml.errors import DTypeError, PyggmlError, ShapeError
+from pyggml.renamed import KEYWORDS
+from pyggml.spec import Ne as Ne
+from pyggml.spec import Spec as Spec
+from pyggml.spec import integers as integers
 
 P = ParamSpec("P")
-Ne: TypeAlias = tuple[int, int, int, int]
 Attrs: TypeAlias = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Spec:
-    """Type and size of a tensor.
-
-    ne    ggml's order, ne[0] contiguous, always four numbers
-    rank  how many dimensions the maker gave; printing shows that many
-    """
-
-    dtype: DType
-    ne: Ne
-    rank: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """NumPy's order: the reverse of `ne`, as many dimensions as were given."""
-        return self.ne[self.rank - 1 :: -1]
-
-    @property
-    def elements(self) -> int:
-        """How many numbers it holds: the product of `ne`."""
-        return math.prod(self.ne)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes without gaps: row_bytes(ne[0]) ne[1] ne[2] ne[3], rows of whole blocks."""
-        return self.dtype.row_bytes(self.ne[0]) * self.ne[1] * self.ne[2] * self.ne[3]
-
-    @property
-    def nb(self) -> Ne:
-        """Byte strides of a contiguous tensor; nb[0] is the size of one block."""
-        row = self.dtype.row_bytes(self.ne[0])
-        return (self.dtype.nbytes, row, row * self.ne[1], row * self.ne[1] * self.ne[2])
-
-    def __str__(self) -> str:
-        return f"{self.dtype.name} [{', '.join(map(str, self.ne[: self.rank]))}]"
-
-
-def integers(what: str, value: Any) -> tuple[int, ...]:
-    """A sequence of whole numbers as a tuple of Python's; DTypeError where it is none."""
-    try:
-        if not any(isinstance(v, bool) for v in value):
-            return tuple(operator.index(v) for v in value)
-    except TypeError:
-        pass
-    raise DTypeError(f"{what} takes whole numbers such as (64, 32), not {value!r}")
-
-
-def make_spec(dtype: DType, ne: tuple[int, ...] | list[int], rank: int | None = None) -> Spec:
-    """A checked Spec: one to four sizes of at least 1, rows of whole blocks."""
-    sizes = integers("ne=", ne)
-    if not 1 <= len(sizes) <= 4:
-        raise ShapeError(f"a tensor has one to four dimensions, not {len(sizes)}")
-    if min(sizes) < 1:
-        raise ShapeError(f"every size is at least 1; got ne={list(sizes)}")
-    dtype.row_bytes(sizes[0])
-    full = sizes + (1,) * (4 - len(sizes))
-    return Spec(dtype, (full[0], full[1], full[2], full[3]), rank or len(sizes))
 
 
 class Node:
@@ -141,15 +86,45 @@ _labels: WeakKeyDictionary[Node, tuple[str, ...]] = WeakKeyDictionary()
 _lines: WeakKeyDictionary[Node, tuple[str, int]] = WeakKeyDictionary()
 
 
-def name(node: Node, label: str) -> Node:
-    """Give `node` a label (several are allowed) and return it.
+class _Rewrite:
+    """The nodes of one graph while it is compiled, and those that its passes build."""
 
-    Labels name tensors in errors, plans and pins.
+    def __init__(self, nodes: Iterable[Node]) -> None:
+        self.interned = {_key(n.op, n.src, n.attrs, n.spec): n for n in nodes if not n.op.leaf}
+        self.built: set[Node] = set()
+
+
+_rewrite: ContextVar[_Rewrite | None] = ContextVar("rewrite", default=None)
+
+
+@contextmanager
+def rewriting(nodes: Iterable[Node]) -> Iterator[None]:
+    """While a graph of `nodes` is rewritten, new nodes are its own.
+
+    They are shared with no other graph, so that labels which rewrites carry over stay with it.
     """
-    if not isinstance(node, Node) or not isinstance(label, str):
-        raise DTypeError(f"name(node, label) takes a node and a string; got {node!r} and {label!r}")
-    if label not in _labels.get(node, ()):
-        _labels[node] = (*_labels.get(node, ()), label)
+    token = _rewrite.set(_Rewrite(nodes))
+    try:
+        yield
+    finally:
+        _rewrite.reset(token)
+
+
+def _key(op: Op[Any], src: tuple[Node | None, ...], attrs: Attrs, spec: Spec) -> tuple[object, ...]:
+    return (op, src, *attrs.values(), spec)
+
+
+def label(node: Node, text: str) -> Node:
+    """Give `node` a label and return it. A node can have several labels.
+
+    Labels name tensors in errors, plans, pins and `observe=`.
+    """
+    if not isinstance(node, Node) or not isinstance(text, str):
+        raise _at_line(
+            DTypeError(), f"label(node, text) takes a node and a string; got {node!r} and {text!r}"
+        )
+    if text not in _labels.get(node, ()):
+        _labels[node] = (*_labels.get(node, ()), text)
     return node
 
 
@@ -178,10 +153,14 @@ def stand_at(new: Node, old: Node) -> Node:
 
 
 def inherit(new: Node, old: Node) -> Node:
-    """Let `new`, which replaces `old`, carry its labels and its line."""
-    if new is not old:
-        for label in _labels.get(old, ()):
-            name(new, label)
+    """Let `new`, which replaces `old`, carry its labels and its line.
+
+    A node that the user built keeps its own: other graphs may hold it too.
+    """
+    rewrite = _rewrite.get()
+    if new is not old and (rewrite is None or new in rewrite.built):
+        for text in _labels.get(old, ()):
+            label(new, text)
         if old in _lines:
             _lines[new] = _lines[old]
     return new
@@ -331,11 +310,13 @@ class Op(Generic[P]):
         self, src: tuple[Node | None, ...], attrs: dict[str, Any], made: Spec, line: bool = True
     ) -> Node:
         """The node of these parts, found or new. Rewrites call it with parts already checked."""
-        key = (self, src, *attrs.values(), made)
+        key = _key(self, src, attrs, made)
+        rewrite = _rewrite.get()
+        interned = _interned if rewrite is None else rewrite.interned
         if not self.leaf:
-            found = _interned.get(key)
-            if found is not None:
-                return found
+            same = interned.get(key)
+            if same is not None:
+                return same
         node = Node(self, src, MappingProxyType(attrs), made, made.nb)
         if self.view is not None and src[0] is not None:
             looked = self.view(node, src[0].nb)
@@ -349,7 +330,9 @@ class Op(Generic[P]):
             assert target is not None
             object.__setattr__(node, "nb", target.nb)
         if not self.leaf:
-            _interned[key] = node
+            interned[key] = node
+        if rewrite is not None:
+            rewrite.built.add(node)
         if line:
             _lines[node] = _user_line()
         return node
@@ -362,6 +345,9 @@ class Op(Generic[P]):
                 f"{self.name} takes {len(self._tensors)} tensors ({', '.join(self._tensors)}); "
                 f"got {len(args)} positional arguments. Attributes are given by keyword"
             )
+        for old in KEYWORDS.keys() & kwargs.keys():
+            if KEYWORDS[old] in self._attrs:
+                raise DTypeError(f"{self.name}: {old}= is now {KEYWORDS[old]}=")
         src: list[Node | None] = []
         for index, (key, default) in enumerate(self._tensors.items()):
             value = args[index] if index < len(args) else kwargs.pop(key, default)
@@ -412,6 +398,8 @@ def located(build: Callable[P, Node]) -> Callable[P, Node]:
     @functools.wraps(build)
     def call(*args: P.args, **kwargs: P.kwargs) -> Node:
         try:
+            for old in KEYWORDS.keys() & kwargs.keys():
+                raise DTypeError(f"{build.__name__}: {old}= is now {KEYWORDS[old]}=")
             return build(*args, **kwargs)
         except PyggmlError as error:
             raise _at_line(error, str(error)) from None

@@ -12,7 +12,7 @@ import pyggml as gg
 from pyggml import ops
 from pyggml.dtypes import dtype
 from pyggml.node import Node
-from pyggml.parity.tolerance import compare
+from pyggml.parity.tolerance import within
 from tests.fixtures.case import HERE, Case, Source, load
 
 CASES = [
@@ -64,7 +64,7 @@ def test_agrees_with_ggml(case: Case) -> None:
     want = case.out.values()
     assert math.prod(got.shape) == want.size
     # ggml's gelu and f16 sums are further from the contract than this library is.
-    result = compare(got.reshape(want.shape), want, case.bound)
+    result = within(got.reshape(want.shape), want, case.bound)
     assert result, f"{result}; ggml may differ because: {case.why}"
 
 

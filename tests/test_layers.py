@@ -11,8 +11,8 @@ import pytest
 
 TOP = Path(__file__).parent.parent
 LAYERS = (  # later ones may import earlier ones and their own
-    "pyggml.errors",
-    "pyggml.dtypes pyggml.quants",
+    "pyggml.errors pyggml.renamed",
+    "pyggml.dtypes pyggml.quants pyggml.spec",
     "pyggml.node",
     "pyggml.graph pyggml.loop pyggml.transfer",
     "pyggml.ops",
@@ -20,7 +20,7 @@ LAYERS = (  # later ones may import earlier ones and their own
     "pyggml.passes",
     "pyggml.runtime",
     "pyggml.gguf pyggml.models pyggml.parity",
-    "pyggml.viz pyggml.cli pyggml.__main__ pyggml",
+    "pyggml.viz pyggml.cli pyggml.__main__ pyggml pyggml.define",
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
 CONCRETE = {"node", "loop", "transfer", "ops", "dtypes", "quants", "errors"}

@@ -11,7 +11,7 @@ from pyggml import viz
 def plan(amb: float | None = None) -> gg.Plan:
     k = gg.state('cache "k"', "f32", ne=(64, 128, 4))
     q = gg.input("q", "f32", ne=(64, 32, 4))
-    p = gg.name(gg.soft_max_ext(gg.mul_mat(k, q), scale=0.125), "kq_soft_max-0")
+    p = gg.label(gg.soft_max_ext(gg.mul_mat(k, q), scale=0.125), "kq_soft_max-0")
     v = gg.constant([[0.5] * 128] * 64, name="v")
     return gg.compile({"out": gg.mul_mat(v, p)}, amb=amb)
 

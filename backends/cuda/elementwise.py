@@ -13,7 +13,7 @@ from pyggml.backends.cuda.geometry import C_TYPES, blocks_for, counted, pack_wid
 from pyggml.backends.cuda.launch import Argument, Call, Operand
 from pyggml.backends.cuda.table import kernel
 from pyggml.node import Node
-from pyggml.ops.elementwise import ACTIVATIONS, GLU_KINDS
+from pyggml.ops.elementwise import ACTIVATIONS
 
 FILE = "elementwise.cu"
 
@@ -84,7 +84,7 @@ def glu(call: Call) -> None:
         x, g = part(x, 0, 0, n), part(x, 0, n, n)
     if call.attrs["swapped"]:
         x, g = g, x
-    binary(call, f"Glu<{GLU_KINDS[call.attrs['kind']].capitalize()}>", x, g)
+    binary(call, f"Glu<{call.attrs['act'].capitalize()}>", x, g)
 
 
 @fuses(ops.mul)

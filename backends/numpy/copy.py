@@ -69,7 +69,7 @@ def cont(out: Array, a: Array) -> None:
 
 
 @kernel(ops.cast, types=None, scratch=_conversion_scratch)
-def cast(out: Array, a: Array, *, scratch: Scratch, type: str) -> None:
+def cast(out: Array, a: Array, *, scratch: Scratch, dtype: str) -> None:
     _copy(out, a, scratch)
 
 

@@ -27,7 +27,6 @@ from pyggml.backends.numpy.arrays import (
 from pyggml.backends.numpy.table import Scratch, kernel
 from pyggml.dtypes import F32
 from pyggml.node import Node
-from pyggml.ops.elementwise import GLU_KINDS
 
 #: fn(y, x, t): y from x with a temporary t; y may be x.
 Unary = Callable[[Floats, Floats, Floats], object]
@@ -170,15 +169,15 @@ def fill(out: Raw, a: Raw, *, value: float) -> None:
 
 
 @kernel(ops.glu, inplace=(), scratch=piece_scratch(1))
-def glu(out: Raw, a: Raw, b: Raw | None, *, scratch: Scratch, kind: str, swapped: bool) -> None:
+def glu(out: Raw, a: Raw, b: Raw | None, *, scratch: Scratch, act: str, swapped: bool) -> None:
     half = out.shape[3]
     x, g = (a, b) if b is not None else (a[..., :half], a[..., half:])
     if swapped:
         x, g = g, x
-    act = ACTIVATIONS[GLU_KINDS[kind]]
+    activate = ACTIVATIONS[act]
 
     def fn(y: Floats, x: Floats, g: Floats, t: Floats) -> None:
-        act(t, x, t)
+        activate(t, x, t)
         np.multiply(t, g, out=y)
 
     in_pieces(fn, out, x, g, scratch=scratch, temporaries=1)

@@ -94,7 +94,7 @@ def _together(x: Raw) -> Raw:
 
 
 @kernel(ops.mul_mat, types=None, scratch=_mul_mat_scratch)
-def mul_mat(out: Raw, a: Array, b: Array, *, scratch: Scratch, prec: str, type: str) -> None:
+def mul_mat(out: Raw, a: Array, b: Array, *, scratch: Scratch, prec: str, dtype: str) -> None:
     """One product where BLAS can read all operands; else tiles of `a`, each decoded once."""
     a3, heads, m, k = shape_of(a)
     w, x = ready(a), ready(b)

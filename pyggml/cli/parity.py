@@ -25,11 +25,11 @@ from math import isfinite
 
 from pyggml import backends
 from pyggml.cli import model
-from pyggml.errors import DeviceError, GraphError, UnknownName
+from pyggml.errors import DeviceError, GraphError, UnknownNameError
 from pyggml.parity import grid, hunt, support
 from pyggml.parity.case import Case, build
 from pyggml.parity.cases import cases
-from pyggml.parity.nodes import parity
+from pyggml.parity.nodes import compare
 from pyggml.parity.oracle import ORACLE
 from pyggml.parity.report import script_name
 from pyggml.parity.running import Outcome, outcomes
@@ -80,7 +80,7 @@ def _of_model(args: argparse.Namespace) -> int:
     """The report of a model's graph; status 1 where it is not ok."""
     with model.weighted(args.model) as file:
         graph = model.model_graph(file, args)
-        report = parity(graph.outputs, args.a, args.b, graph.inputs, states=graph.states)
+        report = compare(graph.outputs, args.a, args.b, graph.inputs, states=graph.states)
         if args.json:
             print(json.dumps(report.as_dict()))
         else:
@@ -131,11 +131,11 @@ def _is_here(name: str) -> bool:
 
 
 def select(op: str | None, pattern: str | None, quick: bool, perf: bool = False) -> list[Case]:
-    """The cases that the options leave; UnknownName or GraphError where that is none."""
+    """The cases that the options leave; UnknownNameError or GraphError where that is none."""
     if op and "(" in op:
         case = Case.parse(op)
         if case.op not in ORACLE:
-            raise UnknownName(f"there is no op {case.op!r}")
+            raise UnknownNameError(f"there is no op {case.op!r}")
         build(case, values=False)  # an error of its own, before anything runs
         return [case]
     table = grid.perf_cases() if perf else cases() if quick else grid.all_cases()
@@ -143,14 +143,14 @@ def select(op: str | None, pattern: str | None, quick: bool, perf: bool = False)
     unknown = [name for name in wanted if name not in {case.op for case in table}]
     if unknown:
         known = ", ".join(sorted({case.op for case in table}))
-        raise UnknownName(f"no cases of {', '.join(unknown)}; there are cases of: {known}")
+        raise UnknownNameError(f"no cases of {', '.join(unknown)}; there are cases of: {known}")
     try:
         seek = re.compile(pattern or "").search
     except re.error as error:
         raise GraphError(f"-p {pattern!r} is no regular expression: {error}") from None
     chosen = [c for c in table if c.op in wanted and (seek(str(c)) or seek(c.vars))]
     if not chosen:
-        raise UnknownName(f"-p {pattern!r} matches no case of {', '.join(wanted)}")
+        raise UnknownNameError(f"-p {pattern!r} matches no case of {', '.join(wanted)}")
     return chosen
 
 
@@ -234,7 +234,7 @@ def _mutants(args: argparse.Namespace) -> int:
     if args.op:
         wanted &= set(args.op.split(","))
     if not wanted:
-        raise UnknownName(f"there are no mutants of {args.op}")
+        raise UnknownNameError(f"there are no mutants of {args.op}")
     found = list(hunt.hunt(wanted))
     if args.json:
         print(json.dumps([asdict(one) for one in found]))

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from pyggml.errors import GGUFError, UnknownName
+from pyggml.errors import GGUFError, UnknownNameError
 from pyggml.gguf.format import TensorInfo, Value
 from pyggml.gguf.header import Header, parse
 
@@ -24,12 +24,12 @@ _SPLIT_NAME = re.compile(r"-(\d{5})-of-(\d{5})\.gguf\Z")
 
 
 class Names(dict[str, V]):
-    """A dict whose KeyError is an UnknownName that suggests the nearest names."""
+    """A dict whose KeyError is an UnknownNameError that suggests the nearest names."""
 
     def __missing__(self, name: str) -> V:
         near = difflib.get_close_matches(str(name), self, n=3)
         hint = f"; did you mean {', '.join(near)}?" if near else f" among {len(self)}"
-        raise UnknownName(f"no {name!r} here{hint}")
+        raise UnknownNameError(f"no {name!r} here{hint}")
 
 
 class GGUFFile:
@@ -70,7 +70,7 @@ class GGUFFile:
         bf16                         uint16                          [..., ne1, ne0]
         block types                  uint8, rows as they stand       [..., ne1, row_bytes]
 
-        UnknownName, or GGUFError where the file is closed or no longer holds the bytes. A file
+        UnknownNameError, or GGUFError where the file is closed or no longer holds the bytes. A file
         that shrinks afterwards, while the array is used, kills the process: replace, don't cut.
         """
         info = self.tensors[name]

@@ -24,13 +24,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pyggml import node as nodes
 from pyggml.dtypes import dtype
-from pyggml.errors import GraphError, ShapeError, UnknownName
+from pyggml.errors import GraphError, ShapeError, UnknownNameError
 from pyggml.gguf import GGUFFile
 from pyggml.gguf.reader import Names
 from pyggml.models.config import DeepSeek2Config
 from pyggml.node import Node
+from pyggml.node import label as add_label
 from pyggml.ops import (
     cast,
     concat,
@@ -71,7 +71,7 @@ class AttentionOptions:
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:
-            raise UnknownName(f"no attention form {self.form!r}; there are {', '.join(FORMS)}")
+            raise UnknownNameError(f"no attention form {self.form!r}; there are {', '.join(FORMS)}")
         if self.form == "expanded" and not self.flash:
             raise ShapeError(
                 "form='expanded' runs with flash attention only: with scores, K and V of all rows "
@@ -95,14 +95,14 @@ class Layer:
     def of(file: GGUFFile, config: DeepSeek2Config, il: int = 0) -> Layer:
         """Layer `il` of an open file; its tensors stay where they are until a plan is bound."""
         if not 0 <= il < config.n_layer:
-            raise UnknownName(f"no layer {il}: the file has {config.n_layer}, counted from 0")
+            raise UnknownNameError(f"no layer {il}: the file has {config.n_layer}, counted from 0")
         prefix = f"blk.{il}."
         return Layer(
             config,
             Names(
                 (
                     name.removeprefix(prefix).removesuffix(".weight"),
-                    constant(file.array(name), type=info.dtype, name=name),
+                    constant(file.array(name), dtype=info.dtype, name=name),
                 )
                 for name, info in file.tensors.items()
                 if name.startswith(prefix)
@@ -112,7 +112,7 @@ class Layer:
 
     def name(self, node: Node, label: str) -> Node:
         """`node` under llama.cpp's name for it, such as kq-3."""
-        return nodes.name(node, f"{label}-{self.il}")
+        return add_label(node, f"{label}-{self.il}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,11 +238,11 @@ def expand(layer: Layer, kv_c: Node, k_rope: Node) -> tuple[Node, Node]:
         return permute(reshape(made, ne=(d, c.n_head, n)), axes=SWAP)
 
     if "attn_k_b" in w:
-        k_nope = transpose(mul_mat(kv_c, transpose(unpacked(w["attn_k_b"])), type=kind))
+        k_nope = transpose(mul_mat(kv_c, transpose(unpacked(w["attn_k_b"])), dtype=kind))
         v_b = reshape(w["attn_v_b"], ne=(c.kv_lora_rank, c.d_v * c.n_head))
-        v = heads(mul_mat(v_b, kv_c, type=kind), c.d_v)
+        v = heads(mul_mat(v_b, kv_c, dtype=kind), c.d_v)
     else:
-        kv = heads(layer.name(mul_mat(w["attn_kv_b"], kv_c, type=kind), "kv"), c.d_nope + c.d_v)
+        kv = heads(layer.name(mul_mat(w["attn_kv_b"], kv_c, dtype=kind), "kv"), c.d_nope + c.d_v)
         k_nope = view(kv, ne=(c.d_nope, n, c.n_head))
         v = view(kv, ne=(c.d_v, n, c.n_head), start=(c.d_nope,))
     k = concat(k_nope, repeat(k_rope, ne=(c.n_rot, n, c.n_head)), dim=0)
@@ -303,9 +303,9 @@ def attend(layer: Layer, q: Node, k: Node, v: Node, mask: Node, flash: bool) -> 
 
 def unpacked(a: Node) -> Node:
     """a, in f16 if it is of a block type: rows of blocks cannot be transposed."""
-    return cast(a, type="f16") if a.dtype.block > 1 else a
+    return cast(a, dtype="f16") if a.dtype.block > 1 else a
 
 
 def plain(a: Node) -> Node:
     """a, in f16 if a product cannot have its type: only f32 and f16 stay."""
-    return a if a.dtype.name in ("f32", "f16") else cast(a, type="f16")
+    return a if a.dtype.name in ("f32", "f16") else cast(a, dtype="f16")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pyggml.dtypes import F32, TYPES, DType
-from pyggml.errors import ShapeError, UnknownName
+from pyggml.errors import ShapeError, UnknownNameError
 from pyggml.gguf.format import DEFAULT_ALIGNMENT
 from pyggml.gguf.synth import drawn_type, fitting_type, random_tensor
 from pyggml.gguf.writer import Progress, Tensor, write
@@ -57,7 +57,7 @@ _FILE_TYPES = {
 def preset(name: str, *, layers: int | None = None, kv_b: KvB = "split") -> DeepSeek2Config:
     """The preset of that name, cut or grown to `layers`, in either layout of the kv_b weights."""
     if name not in PRESETS:
-        raise UnknownName(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+        raise UnknownNameError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
     config = PRESETS[name]
     n_layer = config.n_layer if layers is None else layers
     if not 1 <= n_layer <= MAX_LAYERS:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pyggml.errors import DTypeError, GraphError, UnknownName
+from pyggml.errors import DTypeError, GraphError, UnknownNameError
 from pyggml.graph import Graph, rebuilt
 from pyggml.node import Node, inherit, label_of
-from pyggml.ops import input, whole
+from pyggml.ops import input, state_of
 from pyggml.ops.leaf import constant_op, data_of, input_op, state_op
 from pyggml.ops.views import root_of
 from pyggml.parity.case import Case, Source, numeric_class
@@ -84,7 +84,7 @@ def alone(node: Node) -> Alone:
     made = inherit(rebuilt(node, src), node)
     if node.op.writes is None:
         return Alone(node, made, leaves, None)
-    return Alone(node, whole(made), leaves, root_of(node))
+    return Alone(node, state_of(made), leaves, root_of(node))
 
 
 def _seen(node: Node, leaves: Mapping[Node, Node]) -> Node:
@@ -95,7 +95,7 @@ def _seen(node: Node, leaves: Mapping[Node, Node]) -> Node:
         node = target
     if node in leaves:
         return leaves[node]
-    if node.op is whole:
+    if node.op is state_of:
         return leaves[root_of(node)]
     return rebuilt(node, tuple(None if s is None else _seen(s, leaves) for s in node.src))
 
@@ -128,7 +128,7 @@ def contents(
         for key in given:
             if key not in mine:
                 known = ", ".join(mine) or "none"
-                raise UnknownName(f"the graph has no {what} {key!r}; its {what}s: {known}")
+                raise UnknownNameError(f"the graph has no {what} {key!r}; its {what}s: {known}")
         missing = [f"{key} ({leaf.spec})" for key, leaf in mine.items() if key not in given]
         if missing and kind is input_op:
             raise GraphError(f"parity lacks inputs: {', '.join(missing)} (sizes in ne order)")

@@ -118,7 +118,7 @@ class Case:
     def kind(self) -> tuple[object, ...]:
         """(op, type and layout of each source, type asked for): what a grid has many of."""
         told = [None if s is None else (s.type, s.place, s.of, s.start) for s in self.sources]
-        return (self.op, *told, self.attrs.get("type"))
+        return (self.op, *told, self.attrs.get("dtype"))
 
     @staticmethod
     def parse(text: str) -> Case:
@@ -211,7 +211,7 @@ def _leaf(
     def leaf(size: tuple[int, ...]) -> Node:
         if source.weight:
             data = blank(kind, size) if held is None else held
-            return ops.constant(data, type=kind, name=name)
+            return ops.constant(data, dtype=kind, name=name)
         if held is not None:
             (made.states if maker is ops.state else made.inputs)[name] = held
         found: Node = maker(name, kind, ne=size)
@@ -253,7 +253,7 @@ def check(case: Case, backend: str = "numpy") -> tolerance.Comparison:
     try:
         for how, got in guarded.results(device, built.node, {**built.inputs, **built.states}):
             values = decoded(built.node.dtype, got).reshape(want.shape)
-            result = tolerance.compare(values, want, bound)
+            result = tolerance.within(values, want, bound)
             found.append(replace(result, why=", ".join(filter(None, (result.why, how)))))
             if not result:
                 return found[-1]
@@ -266,7 +266,7 @@ def _wanted(case: Case, built: Built) -> Array:
     """The oracle's result. Of a write it knows the values; the state's type rounds them."""
     want, kind = oracle.run(case.op, built.values, **case.attrs), built.node.dtype.name
     if case.op in ("cpy", "set_rows"):
-        return oracle.run("cast", [want], type=kind)
+        return oracle.run("cast", [want], dtype=kind)
     if kind == "f16":  # beyond its largest number and half a step is infinity
         return np.where(np.abs(want) >= 65520, np.copysign(np.inf, want), want)
     return want

@@ -16,7 +16,7 @@ from pyggml.backends.base import Address, Backend, Buffer, Runner, own_nodes
 from pyggml.dtypes import dtype
 from pyggml.errors import PyggmlError
 from pyggml.graph import Graph
-from pyggml.node import Ne, Node, Spec, make_spec
+from pyggml.node import Ne, Node, Spec
 from pyggml.ops.leaf import constant_op, data_of
 from pyggml.passes.work import Work
 
@@ -45,7 +45,7 @@ class _Block:
     nbytes: int
 
     def at(self) -> tuple[Address, Spec]:
-        return Address(self.buffer, 0, (1, *(self.nbytes,) * 3)), make_spec(_BYTE, [self.nbytes])
+        return Address(self.buffer, 0, (1, *(self.nbytes,) * 3)), Spec.of(_BYTE, [self.nbytes])
 
 
 class Bed:
@@ -79,7 +79,7 @@ class Bed:
     def _part(self, leaf: Node) -> Spec:
         """What the array of a leaf is: all of it, or a few of its rows."""
         rows = self.held[leaf.attrs["name"]].shape[2::-1]
-        return make_spec(leaf.dtype, (leaf.ne[0], *rows))
+        return Spec.of(leaf.dtype, (leaf.ne[0], *rows))
 
     def place(self, nb: Ne | None = None, onto: Node | None = None) -> Placed:
         """The steps bound: the result with strides `nb`, or in the memory of the leaf `onto`."""

@@ -38,7 +38,7 @@ mutant("cpy", "through f16")(instead(0, lambda a: a.astype(np.float16).astype(a.
 
 @mutant("cast", "f16 by cutting bits off, not to the nearest")
 def _(right: Any, out: Any, a: Any, **rest: Any) -> None:
-    if isinstance(a, np.ndarray) and a.dtype == np.float32 and rest["type"] == "f16":
+    if isinstance(a, np.ndarray) and a.dtype == np.float32 and rest["dtype"] == "f16":
         a = (np.ascontiguousarray(a).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
     right(out, a, **rest)
 
@@ -99,7 +99,7 @@ mutant("scale", "without the added constant")(changed(b=0.0))
 mutant("clamp", "NaN becomes the lower limit")(instead(0, lambda a: np.nan_to_num(a, nan=-1e9)))
 mutant("exp", "in f16")(instead(0, lambda a: a.astype(np.float16).astype(a.dtype)))
 mutant("glu", "halves swapped")(changed(swapped=lambda old: not old))
-mutant("glu", "GELU for SiLU")(changed(kind=lambda old: {"swiglu": "geglu"}.get(old, old)))
+mutant("glu", "GELU for SiLU")(changed(act=lambda old: {"silu": "gelu"}.get(old, old)))
 mutant("add_id", "the ids of the first token for all")(
     instead(2, lambda ids: np.broadcast_to(ids[:, :, :1], ids.shape))
 )

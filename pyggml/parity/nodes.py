@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pyggml.errors import DeviceError, GraphError, OutOfMemoryError, UnsupportedOp
+from pyggml.errors import DeviceError, GraphError, OutOfMemoryError, UnsupportedOpError
 from pyggml.graph import Graph, toposort
 from pyggml.node import Node, label_of, labels
 from pyggml.ops.views import root_of
 from pyggml.parity.alone import Alone, Array, Values, alone, contents, decoded, run_with
 from pyggml.parity.report import Report, Row
 from pyggml.parity.reproduce import write_script
-from pyggml.parity.tolerance import CLASSES, STORAGE, Comparison, compare
+from pyggml.parity.tolerance import CLASSES, STORAGE, Comparison, within
 from pyggml.passes.states import state_edges
 from pyggml.runtime.places import parse
 from pyggml.runtime.plan import compile
@@ -35,7 +35,7 @@ FARTHEST = 1e-2
 ROUNDED = {**STORAGE, **{name: CLASSES[name] for name in ("f16", "bf16")}}
 
 
-def parity(
+def compare(
     outputs: Mapping[str, Node],
     a: str,
     b: str,
@@ -46,7 +46,7 @@ def parity(
 ) -> Report:
     """Run the graph of `outputs` on the places a and b, and say at which nodes they differ.
 
-        report = gg.parity({"y": y}, "numpy", "null", {"x": array})
+        report = gg.compare({"y": y}, "numpy", "null", {"x": array})
 
     Every node runs alone on both, from the values that `a` computed before it: errors do not add
     up, and no node is blamed for another. Then the whole graph runs on both, with all that the
@@ -61,7 +61,7 @@ def parity(
     meaning. One that it cannot run at all is "unsupported": the other's value is carried on. Where
     that one fails too, nodes that read the value are "skipped". The report is ok with neither.
 
-    Errors: UnknownName, GraphError, ShapeError or DTypeError for arrays; DeviceError,
+    Errors: UnknownNameError, GraphError, ShapeError or DTypeError for arrays; DeviceError,
     OutOfMemoryError.
     """
     graph = Graph(outputs, updates)
@@ -82,7 +82,7 @@ def _attempt(place: str, run: Callable[..., Any], *args: Any) -> Any:
         return run(*args)
     except (DeviceError, OutOfMemoryError):
         raise
-    except UnsupportedOp as error:
+    except UnsupportedOpError as error:
         return Failed("unsupported", str(error))
     except Exception as error:
         return Failed("fail", f"{place} raised {type(error).__name__}: {error}")
@@ -243,4 +243,4 @@ def difference(
         held = decoded(node, before)
         changed = (a != held) | (b != held)
         a, b = np.where(changed, a, 0), np.where(changed, b, 0)
-    return compare(b, a, bound)
+    return within(b, a, bound)

@@ -69,7 +69,7 @@ class _Maker:
 
     def weight(self, name: str, *ne: int, type: str = "f32") -> Node:
         values = self.rng.standard_normal(ne[::-1]).astype("f4") / 16
-        return constant(values, type=type, name=name)
+        return constant(values, dtype=type, name=name)
 
     def positions(self, name: str = "pos", start: int = 3) -> Node:
         self.inputs[name] = np.arange(start, start + T, dtype="i4")

@@ -10,7 +10,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from pyggml.errors import DTypeError, GraphError, UnknownName
+from pyggml.errors import DTypeError, GraphError, UnknownNameError
 from pyggml.node import Node, labels, line_of
 from pyggml.parity.tolerance import Comparison
 from pyggml.runtime import places
@@ -157,7 +157,7 @@ class Report:
         }
 
     def row(self, label: str) -> Row:
-        """The node of that label; UnknownName where there is none or more than one."""
+        """The node of that label; UnknownNameError where there is none or more than one."""
         found = [row for row in self.nodes if row.label == label] or [
             row for row in self.nodes if label in labels(row.node)
         ]
@@ -165,7 +165,9 @@ class Report:
             return found[0]
         known = [row.label for row in (found or self.nodes)]
         near = known if found else difflib.get_close_matches(label, known, 5) or known[:5]
-        raise UnknownName(f"{len(found) or 'no'} nodes are labelled {label!r}; {', '.join(near)}")
+        raise UnknownNameError(
+            f"{len(found) or 'no'} nodes are labelled {label!r}; {', '.join(near)}"
+        )
 
     def script(self, which: str | Row, path: str | Path) -> Path:
         """Write a program that runs one node on a and b, with its inputs beside it in an .npz file.

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 import pyggml as gg
-from pyggml.parity.tolerance import compare
+from pyggml.parity.tolerance import within
 {imports}
 A, B, BOUND = {a!r}, {b!r}, {bound!r}
 arrays = np.load(Path(__file__).with_suffix(".npz"))
@@ -45,7 +45,7 @@ def run(place):
 
 
 a, b = run(A), run(B)
-{changed}found = compare(b, a, BOUND)
+{changed}found = within(b, a, BOUND)
 print(f"{{A}} and {{B}}: {{found}}")
 sys.exit(0 if found else 1)
 '''

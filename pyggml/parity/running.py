@@ -16,7 +16,7 @@ from time import perf_counter
 from typing import Any
 
 from pyggml import ops
-from pyggml.errors import DeviceError, GraphError, PyggmlError, UnknownName, UnsupportedOp
+from pyggml.errors import DeviceError, GraphError, PyggmlError, UnknownNameError, UnsupportedOpError
 from pyggml.graph import Graph
 from pyggml.node import cost_of
 from pyggml.parity.case import Case, build, check
@@ -58,7 +58,7 @@ def refusal(case: Case, backend: str) -> str | None:
         return None if node.op.view is not None else device.supports(node)
     try:
         assign(Work(Graph({"y": node}), (device,)))
-    except UnsupportedOp as error:
+    except UnsupportedOpError as error:
         return str(error)
     return None
 
@@ -166,14 +166,16 @@ def use_kernel(kernel: str, names: set[str], table: Any) -> None:
     if len(names) != 1:
         raise GraphError(f"--kernel is of one op: say which with -o; now there are {len(names)}")
     if not file.endswith(".py") or not Path(file).is_file():
-        raise UnknownName(f"--kernel {kernel!r}: it takes file.py:function, and the file is there")
+        raise UnknownNameError(
+            f"--kernel {kernel!r}: it takes file.py:function, and the file is there"
+        )
     try:
         space = runpy.run_path(file)
     except Exception as error:
         raise PyggmlError(f"--kernel: {file} raised {type(error).__name__}: {error}") from error
     found = space.get(function)
     if not callable(found):
-        raise UnknownName(f"--kernel {kernel!r}: {file} has no function {function!r}")
+        raise UnknownNameError(f"--kernel {kernel!r}: {file} has no function {function!r}")
     op = getattr(ops, names.pop())
     if op not in table.KERNELS or table.KERNELS[op].run is not found:
         table.kernel(op, types=None)(found)

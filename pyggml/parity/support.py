@@ -48,7 +48,7 @@ def _types(op: str, cases: Sequence[Case]) -> str:
         if seen:
             told.append(f"{name}: {_listed(seen)}")
     if op in ("cast", "mul_mat"):
-        told.append(f"type: {_listed({str(c.attrs.get('type', 'f32')) for c in cases})}")
+        told.append(f"dtype: {_listed({str(c.attrs.get('dtype', 'f32')) for c in cases})}")
     return "; ".join(told) if told else "no"
 
 

@@ -114,7 +114,7 @@ class Comparison:
         return f"NMSE {self.error:.3g} {verdict} {self.bound:.3g}{why}{place}"
 
 
-def compare(a: NDArray[Any], ref: NDArray[Any], bound: float) -> Comparison:
+def within(a: NDArray[Any], ref: NDArray[Any], bound: float) -> Comparison:
     """Same shape, NaN and signed infinities at the same places, and NMSE within the bound."""
     if a.shape != ref.shape:
         why = f"shape {a.shape} for {ref.shape}"

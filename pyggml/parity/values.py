@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pyggml import ops
 from pyggml.dtypes import DType
-from pyggml.node import Node, make_spec
+from pyggml.node import Node, Spec
 from pyggml.quants import ENCODABLE, decode_rows, encode_rows
 
 Array = NDArray[Any]
@@ -128,7 +128,7 @@ def _around(kind: DType, ne: Ne, layout: str) -> Ne:
 def _far_step(kind: DType, ne: Ne) -> Ne:
     """Steps that put the last of the outermost rows, matrices.. FAR bytes behind the first."""
     axis = max(axis for axis, n in enumerate(ne) if n > 1)
-    apart = FAR // ((ne[axis] - 1) * make_spec(kind, ne).nb[axis]) + 1
+    apart = FAR // ((ne[axis] - 1) * Spec.of(kind, ne).nb[axis]) + 1
     return tuple(apart if i == axis else 1 for i in range(4))
 
 

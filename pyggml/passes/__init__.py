@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from pyggml.node import rewriting
 from pyggml.passes.assign import assign
 from pyggml.passes.borders import cross_borders
 from pyggml.passes.budget import apply_budget, score_tensors
@@ -67,8 +68,9 @@ def finish(work: Work) -> Work:
 
 def run(work: Work) -> Work:
     """Every pass in turn; with PYGGML_VERIFY=1 the invariants are checked after each."""
-    for step in PIPELINE:
-        work = step(work)
-        if verifying():
-            verify(work, after=step.__name__)
+    with rewriting(work.graph.nodes):
+        for step in PIPELINE:
+            work = step(work)
+            if verifying():
+                verify(work, after=step.__name__)
     return work

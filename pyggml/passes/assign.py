@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from pyggml.backends.base import Backend
-from pyggml.errors import GraphError, UnsupportedOp
+from pyggml.errors import GraphError, UnsupportedOpError
 from pyggml.graph import Graph, rebuilt
 from pyggml.loop import loop_op
 from pyggml.node import Node, cost_of, inherit, label_of, line_of, stand_at
@@ -26,7 +26,10 @@ BORROWED = 32
 
 
 def assign(work: Work) -> Work:
-    """The graph with its ops settled, and every node's home. UnsupportedOp lists all refusals."""
+    """The graph with its ops settled, and every node's home.
+
+    UnsupportedOpError lists all refusals.
+    """
     maker = _Assigner(work)
     graph = maker.graph()
     homes = maker.homes
@@ -179,7 +182,7 @@ class _Assigner:
         return meant
 
     def _scattered(self, node: Node, wanted: Backend, refusals: list[str], fixed: bool) -> Node:
-        """The meaning with each part where it can run; UnsupportedOp where one can run nowhere."""
+        """The meaning with each part where it can run; UnsupportedOpError if one cannot."""
         if node.op.writes is not None and self.work.pinned(root_of(node)) is None:
             reasons = ((b.place, b.supports(node)) for b in self.work.backends)
             refusals = [f"{place}: {reason}" for place, reason in reasons if reason is not None]
@@ -188,11 +191,11 @@ class _Assigner:
             why = f"{node.op.name} has no meaning in simpler ops"
             if fixed:
                 why = "it writes a state" if node.op.writes is not None else "it is pinned there"
-            raise UnsupportedOp(f"no place runs {node!r} (at {line_of(node)}): {told}; {why}")
+            raise UnsupportedOpError(f"no place runs {node!r} (at {line_of(node)}): {told}; {why}")
         try:
             meant = _in_parts(node, self._settled)
-        except UnsupportedOp as error:
-            raise UnsupportedOp(
+        except UnsupportedOpError as error:
+            raise UnsupportedOpError(
                 f"no place runs {node!r} (at {line_of(node)}): {told}; part by part: {error}"
             ) from None
         self.expanded.append(Expanded(label_of(node), node.op.name, "several places", told))

@@ -9,7 +9,7 @@ from pyggml.backends.base import Backend
 from pyggml.graph import Graph, rebuilt, toposort
 from pyggml.node import Node, inherit
 from pyggml.ops.leaf import constant_op, input_op, state_op
-from pyggml.ops.views import view, view_op, whole
+from pyggml.ops.views import state_of, view, view_op
 from pyggml.passes.states import state_edges
 from pyggml.passes.work import Work
 from pyggml.transfer import transfer
@@ -146,7 +146,7 @@ class _Crossing:
 
     def cross(self, node: Node) -> None:
         """Make the new form of a node that is no view; views are made where they are read."""
-        if node.op.view is not None and node.op is not whole:
+        if node.op.view is not None and node.op is not state_of:
             return
         home = self.work.home(node)
         src = tuple(None if s is None else self.on(s, home) for s in node.src)
@@ -161,7 +161,7 @@ class _Crossing:
         """The node as `backend` reads it."""
         key = node, backend.device
         if key not in self.brought:
-            if node.op.view is not None and node.op is not whole:
+            if node.op.view is not None and node.op is not state_of:
                 assert node.src[0] is not None
                 made = inherit(self._view(node, self.on(node.src[0], backend)), node)
                 self.homes[made] = backend
@@ -214,12 +214,12 @@ def _rows_read(work: Work) -> dict[tuple[Node | None, str], tuple[int, int]]:
     """(node, device) -> the rows along its outermost axis, from and to, that are read there."""
     found: dict[tuple[Node | None, str], tuple[int, int]] = {}
     for node in work.graph.nodes:
-        if node.op.view is not None and node.op is not whole:
+        if node.op.view is not None and node.op is not state_of:
             continue
         device = work.home(node).device
         for source in node.src:
             first = base = source
-            while base is not None and base.op.view is not None and base.op is not whole:
+            while base is not None and base.op.view is not None and base.op is not state_of:
                 first, base = base, base.src[0]
             if first is None or base is None or base.op in (constant_op, input_op):
                 continue

@@ -9,7 +9,7 @@ from functools import cached_property
 from pyggml.errors import ShapeError
 from pyggml.graph import rebuilt
 from pyggml.loop import Body, Chain, Dim, Loop, Shift, Take, make_loop
-from pyggml.node import Axis, Node, Slice, inherit, make_spec, slice_of
+from pyggml.node import Axis, Node, Slice, Spec, inherit, slice_of
 from pyggml.ops.attention import flash_attn_ext, lse_finish, lse_sum
 from pyggml.ops.leaf import piece_op
 
@@ -105,7 +105,7 @@ def standalone(region: Region) -> Region:
 def _piece(source: Node, ne: tuple[int, ...]) -> Node:
     """A leaf for a part of `source`, with its strides."""
     node = piece_op.make(
-        (), {"name": None}, make_spec(source.dtype, ne, source.spec.rank), line=False
+        (), {"name": None}, Spec.of(source.dtype, ne, source.spec.rank), line=False
     )
     object.__setattr__(node, "nb", source.nb)
     return inherit(node, source)

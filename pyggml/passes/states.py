@@ -38,7 +38,7 @@ def _writes(nodes: Iterable[Node], seen: dict[Node, Node]) -> dict[Node, Node]:
             raise GraphError(
                 f"{node!r} (at {line_of(node)}) and {first!r} (at {line_of(first)}) write the same "
                 f"handle of {seen[target]!r}: let the second write into what the first returned "
-                "(after cpy into a part, into a view of whole(...) of it)"
+                "(after cpy into a part, into a view of state_of(...) of it)"
             )
     return writes
 

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from pyggml.backends.base import Address, Backend, Buffer, Given
 from pyggml.dtypes import TYPES
-from pyggml.errors import DTypeError, GraphError, ShapeError, UnknownName
-from pyggml.node import Node, Spec, make_spec
+from pyggml.errors import DTypeError, GraphError, ShapeError, UnknownNameError
+from pyggml.node import Node, Spec
 from pyggml.ops.leaf import input_op
 from pyggml.runtime.arrays import check, stored
 from pyggml.runtime.store import Need, Store
@@ -101,7 +101,7 @@ class Inputs:
         for key in arrays:
             if key not in self.specs:
                 known = ", ".join(self.specs) or "none"
-                raise UnknownName(f"the plan has no input {key!r}; its inputs: {known}")
+                raise UnknownNameError(f"the plan has no input {key!r}; its inputs: {known}")
 
     def _taken(self, key: str, array: object) -> NDArray[np.generic] | Shared:
         """An array for one run: where it is if a device has it, else as the host stores it."""
@@ -175,7 +175,7 @@ def _addresses(bound: Mapping[str, Shared]) -> dict[str, tuple[str, int]]:
 
 def _inside(array: Shared, buffer: Buffer, nbytes: int) -> bool:
     """Whether it begins in this block of its device's memory."""
-    spec = make_spec(TYPES["i8"], (max(nbytes, 1),))
+    spec = Spec.of(TYPES["i8"], (max(nbytes, 1),))
     block = array.backend.given(array.backend.view(Address(buffer, 0, spec.nb), spec))
     assert block is not None
     return 0 <= array.given.address - block.address < nbytes

@@ -36,7 +36,7 @@ class Place:
 
 
 def parse(text: str) -> Place:
-    """The place that `text` names; DeviceError where it is none, UnknownName for its backend."""
+    """The place that `text` names. DeviceError if malformed, UnknownNameError for a backend."""
     if not isinstance(text, str):
         raise DTypeError(f"a place is a string such as 'numpy' or 'cuda:0:24GiB', not {text!r}")
     found = _FORM.fullmatch(text)

@@ -19,7 +19,7 @@ from pyggml.errors import (
     GraphError,
     OutOfMemoryError,
     ShapeError,
-    UnknownName,
+    UnknownNameError,
 )
 from pyggml.graph import Graph
 from pyggml.node import Node, Spec, labels, line_of
@@ -99,7 +99,7 @@ class Plan:
         progress       called with (bytes that are there, bytes in all) after every weight that
                        goes to a device
         Errors: DeviceError for a place that is only described, OutOfMemoryError with the table;
-        UnknownName, ShapeError, DTypeError, GraphError for arrays, of which none is bound then.
+        UnknownNameError, ShapeError, DTypeError, GraphError for arrays; then none is bound.
         """
         if progress is not None and not callable(progress):
             raise DTypeError(
@@ -165,7 +165,7 @@ class Plan:
         until the store's next run: stored values (raw rows for those types), as NumPy arrays or, on
         a GPU, as objects that CuPy and PyTorch read where they are. Where a run fails, states that
         its earlier steps wrote stay written.
-        Errors: UnknownName, ShapeError, DTypeError or GraphError for inputs; DeviceError for a
+        Errors: UnknownNameError, ShapeError, DTypeError or GraphError for inputs; DeviceError for a
         device that is not there, only described, or that failed; OutOfMemoryError where the first
         run binds; IdError for ids past the end, on the host. A GPU takes those for negative ones,
         and says so under PYGGML_CUDA_DEBUG=1 only (not inside loops).
@@ -260,9 +260,9 @@ def compile(
     store     the store to share weights, states and arenas with; a new one by default
     observe   label patterns (as in file names) of tensors to return as well
     updates   handles of state writes that no output reaches
-    Errors: UnsupportedOp where no place runs a node; BudgetError where `amb` is too small,
+    Errors: UnsupportedOpError where no place runs a node; BudgetError where `amb` is too small,
     ShapeError where it is no number above 0; GraphError for states and names; DeviceError for what
-    is no place, UnknownName for a backend or an `observe` that is not there; DTypeError for
+    is no place, UnknownNameError for a backend or an `observe` that is not there; DTypeError for
     arguments of the wrong kind.
     """
     devices, patterns = _places(backends, pins or {})
@@ -376,7 +376,7 @@ def _observed(graph: Graph, patterns: Iterable[str]) -> Graph:
         if not found:
             kinds = Counter(re.sub(r"\d+", "*", x) for node in graph.nodes for x in labels(node))
             known = ", ".join(f"{kind} ({n})" if n > 1 else kind for kind, n in kinds.items())
-            raise UnknownName(
+            raise UnknownNameError(
                 f"observe={pattern!r} matches no label; there are: {known or 'none'}. What a fused "
                 "op or a loop computes inside has none: build it of simpler ops to see it"
             )

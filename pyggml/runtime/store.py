@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pyggml.backends.base import Address, Backend, Buffer, WeightLayout
-from pyggml.errors import GraphError, OutOfMemoryError, UnknownName
+from pyggml.errors import GraphError, OutOfMemoryError, UnknownNameError
 from pyggml.node import Node, Spec
 from pyggml.ops.leaf import constant_op, data_of, state_op
 from pyggml.quants import decode_rows
@@ -199,7 +199,7 @@ class Store:
             known = (
                 ", ".join(self._states) or "none: states exist once a plan that has them is bound"
             )
-            raise UnknownName(f"the store has no state {name!r}; it has: {known}")
+            raise UnknownNameError(f"the store has no state {name!r}; it has: {known}")
         return *self._states[name], self.homes[name]
 
     def read(self, name: str, *, raw: bool = False) -> NDArray[Any]:

@@ -18,7 +18,7 @@ Values = dict[str, np.ndarray[Any, Any]]
 
 
 def counted(node: Node) -> Node:
-    return gg.name(node, "counted")
+    return gg.label(node, "counted")
 
 
 @dataclass
@@ -37,25 +37,25 @@ class Leaves:
         return self.rng.standard_normal(ne[::-1]).astype(np.float32)
 
     def input(
-        self, label: str, *ne: int, type: str = "f32", values: np.ndarray[Any, Any] | None = None
+        self, label: str, *ne: int, dtype: str = "f32", values: np.ndarray[Any, Any] | None = None
     ) -> Node:
         label = self.prefix + label
         self.inputs[label] = self.normal(ne) if values is None else values
-        return gg.input(label, type, ne=ne)
+        return gg.input(label, dtype, ne=ne)
 
     def state(
-        self, label: str, *ne: int, type: str = "f32", values: np.ndarray[Any, Any] | None = None
+        self, label: str, *ne: int, dtype: str = "f32", values: np.ndarray[Any, Any] | None = None
     ) -> Node:
         label = self.prefix + label
         self.states[label] = self.normal(ne) if values is None else values
-        return gg.state(label, type, ne=ne)
+        return gg.state(label, dtype, ne=ne)
 
     def mask(self, *ne: int, type: str = "f16") -> Node:
         """Distances and holes; the first row has no key at all."""
         values = -self.rng.integers(0, 9, ne[::-1]).astype(np.float32)
         values[self.rng.random(values.shape) < 0.4] = -np.inf
         values[..., 0, :] = -np.inf
-        return self.input("mask", *ne, type=type, values=values)
+        return self.input("mask", *ne, dtype=type, values=values)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Scores:
         scores, after = self._product(at, k, q)
         scale = 0.3 if self.form != "scale" else 1.0
         soft = counted(gg.soft_max_ext(scores, mask, sinks, scale=scale, max_bias=self.max_bias))
-        return gg.name(gg.mul_mat(self._value(at), after(soft)), "out")
+        return gg.label(gg.mul_mat(self._value(at), after(soft)), "out")
 
     def _product(self, at: Leaves, k: Node, q: Node) -> tuple[Node, Any]:
         same = lambda soft: soft  # noqa: E731
@@ -120,15 +120,15 @@ class Scores:
         if self.form == "cap":  # to f16 would round: what fell on either side would show
             capped = counted(gg.tanh(counted(gg.scale(kq, s=0.1))))
             return counted(gg.scale(capped, s=10.0)), lambda soft: counted(
-                gg.cast(soft, type="f32")
+                gg.cast(soft, dtype="f32")
             )
         return kq, lambda soft: counted(gg.cont(soft)) if self.form == "cont" else soft
 
     def _key(self, at: Leaves, d: int) -> Node:
         ne = (d, self.n_kv, self.heads // self.ratio, self.streams // self.stream_ratio)
         if self.key == "cast":
-            return counted(gg.cast(at.state("k", *ne, type="f16"), type="f32"))
-        return at.input("k", *ne) if self.key == "f32" else at.state("k", *ne, type=self.key)
+            return counted(gg.cast(at.state("k", *ne, dtype="f16"), dtype="f32"))
+        return at.input("k", *ne) if self.key == "f32" else at.state("k", *ne, dtype=self.key)
 
     def _value(self, at: Leaves) -> Node:
         h, d = self.heads // self.ratio, 32 if self.value == "q8_0" else 6
@@ -136,11 +136,11 @@ class Scores:
         if self.value == "input":
             return at.input("v", self.n_kv, d, h, streams)
         if self.value == "rows":  # [d, heads, keys], as a cache stores it
-            v = at.state("v", d, h, self.n_kv, streams, type="f16")
+            v = at.state("v", d, h, self.n_kv, streams, dtype="f16")
             return gg.permute(v, axes=(1, 2, 0, 3))
-        v = at.state("v", d, self.n_kv, h, streams, type=self.value)
+        v = at.state("v", d, self.n_kv, h, streams, dtype=self.value)
         if self.value == "q8_0":
-            return gg.transpose(counted(gg.cast(v, type="f32")))
+            return gg.transpose(counted(gg.cast(v, dtype="f32")))
         return counted(gg.cont(gg.transpose(v)))
 
 
@@ -178,7 +178,7 @@ class Latent:
 
     def build(self, at: Leaves) -> Node:
         cache = at.state(
-            "cache", self.rank + self.rope, self.n_kv, type=self.cache, values=self._cached(at)
+            "cache", self.rank + self.rope, self.n_kv, dtype=self.cache, values=self._cached(at)
         )
         kn, v = self._expanded(at, gg.view(cache, ne=(self.rank, self.n_kv)))
         kr = gg.view(cache, ne=(self.rope, self.n_kv), start=(self.rank,))
@@ -189,21 +189,21 @@ class Latent:
         if self.mask == "causal":
             pos = np.arange(self.n_kv - self.n_q, self.n_kv, dtype=np.int32)
             mask = gg.causal_mask(
-                at.input("pos", self.n_q, type="i32", values=pos), n_kv=self.n_kv, window=50
+                at.input("pos", self.n_q, dtype="i32", values=pos), n_kv=self.n_kv, window=50
             )
         elif self.mask:
             mask = at.mask(self.n_kv, self.n_q, self.heads_mask)
         if self.sinks:
             sinks = at.input("sinks", self.heads)
         if self.kv_len:
-            length = at.input("len", 1, type="i32", values=np.array([self.kv_len], np.int32))
+            length = at.input("len", 1, dtype="i32", values=np.array([self.kv_len], np.int32))
         made = gg.flash_attn_ext(
             q, k, v, mask, sinks, length, scale=0.05, max_bias=self.max_bias, lse=self.lse
         )
-        return gg.name(made, "out")
+        return gg.label(made, "out")
 
     def _cast(self, x: Node) -> Node:
-        return x if x.dtype.name == self.type else counted(gg.cast(x, type=self.type))
+        return x if x.dtype.name == self.type else counted(gg.cast(x, dtype=self.type))
 
     def _cached(self, at: Leaves) -> np.ndarray[Any, Any]:
         ne = (self.rank + self.rope, self.n_kv)
@@ -239,7 +239,7 @@ class Latent:
     def _wide(self, latent: Node) -> Node:
         """The latent as f32, for every head where weights are split by head."""
         if self.cache != "f32":
-            latent = counted(gg.cast(latent, type="f32"))
+            latent = counted(gg.cast(latent, dtype="f32"))
         if not self.split:
             return latent
         return counted(gg.repeat(latent, ne=(self.rank, self.n_kv, self.heads_kv)))

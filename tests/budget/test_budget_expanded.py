@@ -104,7 +104,7 @@ def test_keys_in_blocks_of_a_block_type() -> None:
     made = []
     for label in ("w_k", "w_v"):
         wide = counted(gg.mul_mat(gg.constant(at.normal((32, 64 * heads)), name=label), cache))
-        packed = counted(gg.cast(wide, type="q8_0"))
+        packed = counted(gg.cast(wide, dtype="q8_0"))
         made.append(gg.permute(gg.reshape(packed, ne=(64, heads, n_kv)), axes=(0, 2, 1, 3)))
     y = {"y": gg.flash_attn_ext(at.input("q", 64, 9, heads), *made, scale=0.01)}
     wanted = run(gg.compile(y), at)["y"]

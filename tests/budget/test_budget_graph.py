@@ -142,7 +142,7 @@ def two_alive(at: Leaves, n: tuple[int, int] = (61, 97)) -> dict[str, Node]:
     and the first can only be finished after it."""
     d, n_q, heads = 8, 9, 6
     old = at.state("cache", d, n[0], heads)
-    ids = at.input("ids", n_q, type="i64", values=np.arange(n_q))
+    ids = at.input("ids", n_q, dtype="i64", values=np.arange(n_q))
     new = gg.set_rows(old, at.input("fresh", d, n_q, heads), ids)
     kq_old = counted(gg.mul_mat(old, at.input("q0", d, n_q, heads)))
     kq_new = counted(gg.mul_mat(new, at.input("q1", d, n_q, heads)))
@@ -179,7 +179,7 @@ def test_pieces_shrink_where_scores_must_stay_beside_their_loop() -> None:
     """A product that is made before a write, and read once more after the other attention."""
     at = Leaves()
     old = at.state("cache", 8, 61, 6)
-    ids = at.input("ids", 9, type="i64", values=np.arange(9))
+    ids = at.input("ids", 9, dtype="i64", values=np.arange(9))
     new = gg.set_rows(old, at.input("fresh", 8, 9, 6), ids)
     kept = counted(gg.mul_mat(old, at.input("q0", 8, 9, 6)))
     soft = counted(gg.soft_max_ext(counted(gg.mul_mat(new, at.input("q1", 8, 9, 6)))))
@@ -207,8 +207,8 @@ def test_two_attentions_of_one_expansion() -> None:
 
 def test_a_cache_is_written_before_its_loop_reads_it() -> None:
     at = Leaves()
-    k, v = at.state("k", 8, 61, 6, type="f16"), at.state("v", 8, 61, 6, type="f16")
-    ids = at.input("ids", 9, type="i64", values=np.arange(20, 29))
+    k, v = at.state("k", 8, 61, 6, dtype="f16"), at.state("v", 8, 61, 6, dtype="f16")
+    ids = at.input("ids", 9, dtype="i64", values=np.arange(20, 29))
     k, v = (gg.set_rows(x, at.input(f"new{i}", 8, 9, 6), ids) for i, x in enumerate((k, v)))
     soft = counted(gg.soft_max_ext(counted(gg.mul_mat(k, at.input("q", 8, 9, 6)))))
     check_together({"y": gg.mul_mat(gg.permute(v, axes=(1, 0, 2, 3)), soft)}, at)
@@ -220,9 +220,9 @@ def test_a_cache_is_written_before_its_loop_reads_it() -> None:
 def inside() -> tuple[Leaves, dict[str, Node]]:
     at = Leaves()
     q, k = at.input("q", 8, 9, 6), at.input("k", 8, 61, 6)
-    kq = gg.name(counted(gg.mul_mat(k, q)), "kq")
-    soft = gg.name(counted(gg.soft_max_ext(gg.scale(kq, s=0.3))), "soft")
-    y = gg.name(gg.mul_mat(at.input("v", 61, 8, 6), soft), "kqv")
+    kq = gg.label(counted(gg.mul_mat(k, q)), "kq")
+    soft = gg.label(counted(gg.soft_max_ext(gg.scale(kq, s=0.3))), "soft")
+    y = gg.label(gg.mul_mat(at.input("v", 61, 8, 6), soft), "kqv")
     return at, {"kq": kq, "soft": soft, "y": y, "turned": gg.permute(kq, axes=(0, 2, 1, 3)),
                 "copy": gg.reshape(soft, ne=(61 * 9, 6))}  # fmt: skip
 
@@ -246,7 +246,7 @@ def test_observed_scores_are_exempt_and_other_attentions_are_not() -> None:
     first = Scores(6, 1, 9, 61).build(at)
     at.prefix = "b."
     q, k, v = at.input("q", 8, 9, 6), at.input("k", 8, 61, 6), at.input("v", 61, 8, 6)
-    soft = gg.name(gg.soft_max_ext(gg.name(gg.mul_mat(k, q), "kq-1")), "soft-1")
+    soft = gg.label(gg.soft_max_ext(gg.label(gg.mul_mat(k, q), "kq-1")), "soft-1")
     second = gg.sum_rows(_flat(gg.mul_mat(v, soft)))
     outputs = {"y": gg.add(_flat(first), second)}
     wanted = run(gg.compile(outputs), at)["y"]
@@ -329,7 +329,7 @@ def test_what_is_no_score_and_no_expansion_is_left_alone(build: object) -> None:
 def test_queries_whose_positions_are_a_state_are_no_keys() -> None:
     """In a recorded decode loop positions are a state: what they rotate is no expansion of it."""
     at = Leaves()
-    pos = at.state("pos", 9, type="i32", values=np.arange(9, dtype=np.int32))
+    pos = at.state("pos", 9, dtype="i32", values=np.arange(9, dtype=np.int32))
     q = gg.rope_ext(gg.permute(at.input("q", 8, 9, 6), axes=(0, 2, 1, 3)), pos, n_dims=8)
     kq = counted(gg.mul_mat(at.input("k", 8, 61, 6), gg.permute(q, axes=(0, 2, 1, 3))))
     y = {"y": gg.mul_mat(at.input("v", 61, 8, 6), counted(gg.soft_max_ext(kq)))}

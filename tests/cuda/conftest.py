@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from pyggml.backends.cuda import backend
-from pyggml.backends.cuda.device import compiler, doctor, driver
+from pyggml.backends.cuda import backend, doctor
+from pyggml.backends.cuda.device import compiler, driver
 
 FAKE = Path(__file__).parent / "fake_pycuda"
 PACKAGES = ("pycuda", "cupy-cuda13x", "cuda-bindings")

@@ -33,7 +33,7 @@ def copies(plan: gg.Plan) -> list[gg.Node]:
 
 
 def test_a_state_is_zero_before_another_gpu_reads_it() -> None:
-    there = gg.name(gg.cont(gg.transpose(gg.state("s", ne=(6, 4)))), "there")
+    there = gg.label(gg.cont(gg.transpose(gg.state("s", ne=(6, 4)))), "there")
     pins = {"^s$": "cuda:0", "there": "cuda:1"}
     plan = gg.compile({"y": there}, backends=["cuda:0", "cuda:1"], pins=pins).bind()
     assert plan._execution is not None
@@ -97,7 +97,7 @@ def test_what_a_failed_run_sent_does_not_arrive_later() -> None:
     """The exception is kept, and its frames with it; copies go round the ring meanwhile."""
     s, r = gg.state("s", ne=(6, 4)), gg.state("r", ne=(6, 4))
     pins = {"^[sr]$": "cuda", "there": "numpy"}
-    y = gg.name(gg.add(s, r), "there")
+    y = gg.label(gg.add(s, r), "there")
     plan = gg.compile({"y": y}, backends=["cuda", "numpy"], pins=pins).bind()
     plan.store.write("s", X)
     plan.store.write("r", X)

@@ -115,7 +115,7 @@ def test_a_write_that_fails_leaves_nothing(
 TWO = """
 import sys, time
 from pathlib import Path
-from pyggml.backends.cuda import compiler
+from pyggml.backends.cuda.device import compiler
 
 cache, me, other, kernels = Path(sys.argv[1]), *sys.argv[2:]
 compiler.KERNELS = Path(kernels)

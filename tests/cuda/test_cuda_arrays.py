@@ -16,7 +16,7 @@ from pyggml import backends
 from pyggml.backends.base import Address
 from pyggml.backends.cuda.device import dlpack, pinned
 from pyggml.dtypes import dtype
-from pyggml.node import make_spec
+from pyggml.node import Spec
 from tests.cuda.conftest import Machine
 from tests.cuda.foreign import Capsule, CuPy, Interface
 
@@ -142,7 +142,7 @@ def test_an_odd_address_is_copied_but_not_bound(gpus: list[Any]) -> None:
 
 def test_an_input_of_the_host_too_is_sent_there(gpus: list[Any]) -> None:
     x = gg.input("x", ne=(6, 4))
-    made = {"x": x, "y": gg.name(gg.scale(x, s=-1.0), "there")}
+    made = {"x": x, "y": gg.label(gg.scale(x, s=-1.0), "there")}
     plan = gg.compile(made, backends=["cuda", "numpy"], pins={"^x$": "cuda", "there": "numpy"})
     given = Interface(X - 11)
     np.testing.assert_array_equal(plan.run(x=given)["y"], 11 - X)
@@ -203,12 +203,12 @@ def test_views_describe_tensors_as_they_lie(gpus: list[Any]) -> None:
         ("bf16", (4, 64), "<u2", (128, 2)),
         ("q8_0", (4, 68), "|u1", (68, 1)),
     ):
-        spec = make_spec(dtype(kind), (64, 4))
+        spec = Spec.of(dtype(kind), (64, 4))
         at = Address(device.alloc(spec.nbytes + 32), 32, spec.nb)
         about = device.view(at, spec).__cuda_array_interface__
         assert about["data"] == (at.buffer.ptr + 32, False)
         assert (about["shape"], about["typestr"], about["strides"]) == (shape, type_, strides)
-    turned = make_spec(dtype("f32"), (6, 4))
+    turned = Spec.of(dtype("f32"), (6, 4))
     about = device.view(Address(at.buffer, 0, (16, 4, 96, 96)), turned)
     assert about.__cuda_array_interface__["strides"] == (4, 16)
     assert about.__dlpack_device__() == (2, 0)
@@ -270,7 +270,7 @@ def test_what_nobody_waits_for_is_not_written(gpus: list[Any], staging: pinned.S
 
 def test_send_and_fetch_do_not_wait(gpus: list[Any]) -> None:
     device, queue = gpus[0], gpus[0].context.stream.queue
-    spec = make_spec(dtype("f32"), (6, 4))
+    spec = Spec.of(dtype("f32"), (6, 4))
     there = Address(device.alloc(spec.nbytes), 0, spec.nb)
     host = Address(X.copy().reshape(-1).view(np.uint8), 0, spec.nb)
     back = Address(np.zeros(96, np.uint8), 0, spec.nb)
@@ -294,7 +294,7 @@ def test_send_and_fetch_do_not_wait(gpus: list[Any]) -> None:
 
 def test_a_state_on_a_gpu_is_read_on_the_host(gpus: list[Any]) -> None:
     s = gg.state("s", ne=(6, 4))
-    made = {"y": gg.name(gg.scale(s, s=2.0), "there")}
+    made = {"y": gg.label(gg.scale(s, s=2.0), "there")}
     plan = gg.compile(made, backends=["cuda", "numpy"], pins={"^s$": "cuda", "there": "numpy"})
     plan.bind().store.write("s", X)
     np.testing.assert_array_equal(plan.run()["y"], 2 * X)
@@ -304,7 +304,7 @@ def test_a_state_on_a_gpu_is_read_on_the_host(gpus: list[Any]) -> None:
 def test_from_gpu_to_gpu_straight_and_in_order(gpus: list[Any]) -> None:
     """As `execution` does it: the reader waits for the maker, the maker for the copy."""
     one, two = gpus
-    spec = make_spec(dtype("f32"), (6, 4))
+    spec = Spec.of(dtype("f32"), (6, 4))
     here, there = (Address(d.alloc(spec.nbytes), 0, spec.nb) for d in gpus)
     one.upload(here, spec, X)
     two.wait_for(one.record())

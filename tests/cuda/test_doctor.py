@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pyggml.backends.cuda.device import compiler, doctor
+from pyggml.backends.cuda import doctor
+from pyggml.backends.cuda.device import compiler
 from pyggml.cli import main
 from pyggml.errors import DeviceError
 from tests.cuda.conftest import PACKAGES, Machine

@@ -27,7 +27,7 @@ def everything() -> dict[str, gg.Node]:
     x, state = gg.input("x", ne=(256, 40)), gg.state("s", ne=(256, 40))
     norm = gg.constant(np.ones(256, np.float32), name="norm")
     w = [
-        gg.constant(np.eye(256, dtype=np.float32), type=kind, name=f"w_{kind}")
+        gg.constant(np.eye(256, dtype=np.float32), dtype=kind, name=f"w_{kind}")
         for kind in ("f16", "q8_0")
     ]
     y = gg.mul(gg.rms_norm(gg.sub(x, state), eps=1e-6), norm)

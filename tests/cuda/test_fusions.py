@@ -79,7 +79,7 @@ def test_a_moved_step_may_not_read_what_is_not_there_yet() -> None:
 def host_between(kind: str, n_tokens: int, prec: str = "default") -> dict[str, gg.Node]:
     """Products and activations around one of the host's, which cuts the GPU's run in two."""
     made = (
-        gg.constant(np.ones((256, 256), np.float32), type=kind, name=name)
+        gg.constant(np.ones((256, 256), np.float32), dtype=kind, name=name)
         for name in ("a", "b", "host", "c", "d")
     )
     a, b, host, c, d = (partial(gg.mul_mat, w, prec=prec) for w in made)

@@ -18,7 +18,7 @@ import pyggml as gg
 from pyggml import backends
 from pyggml.backends.base import Address
 from pyggml.dtypes import dtype
-from pyggml.node import make_spec
+from pyggml.node import Spec
 from pyggml.parity import running
 from pyggml.parity.case import Case
 from pyggml.parity.cases import cases
@@ -81,7 +81,7 @@ def test_rows_far_apart_are_copied_one_by_one(
     """What lies between them is neither read nor written."""
     machine("gpu")
     device: Any = backends.get("cuda")
-    spec, step = make_spec(dtype("f16"), (40, 3, 2)), 20 << 20
+    spec, step = Spec.of(dtype("f16"), (40, 3, 2)), 20 << 20
     at = Address(device.alloc(6 * step), 64, (2, step, 3 * step, 6 * step))
     values = np.random.default_rng(0).standard_normal((2, 3, 40)).astype(np.float16)
     copied: list[int] = []
@@ -101,9 +101,7 @@ def test_rows_far_apart_are_copied_one_by_one(
     np.testing.assert_array_equal(device.download(at, spec), values)
     assert copied == [80] * 12
     row = Address(at.buffer, 64 + 4 * step, (2, 80, 80, 80))
-    np.testing.assert_array_equal(
-        device.download(row, make_spec(dtype("f16"), (40,))), values[1, 1]
-    )
+    np.testing.assert_array_equal(device.download(row, Spec.of(dtype("f16"), (40,))), values[1, 1])
 
 
 # -- workers ----------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ MIB = 2**20
 
 
 def product(kind: str = "f16", columns: int = 40) -> gg.Node:
-    w = gg.constant(np.ones((64, 256), np.float32), type=kind, name=f"w_{kind}")
+    w = gg.constant(np.ones((64, 256), np.float32), dtype=kind, name=f"w_{kind}")
     return gg.mul_mat(w, gg.input("x", ne=(256, columns)))
 
 
@@ -74,7 +74,7 @@ def test_the_workspace_is_a_column_of_its_own(kind: str, columns: int, workspace
 def test_it_is_one_block_however_many_products_there_are() -> None:
     x = gg.input("x", ne=(64, 40))
     for i in range(3):
-        w = gg.constant(np.ones((64, 64), np.float32), type="f16", name=f"w{i}")
+        w = gg.constant(np.ones((64, 64), np.float32), dtype="f16", name=f"w{i}")
         x = gg.mul_mat(w, x)
     assert planned(x).memory.workspace == WORKSPACE
 
@@ -101,7 +101,7 @@ def test_pinned_memory_of_the_host_is_told_beside_the_table() -> None:
     assert told in str(plan.memory).splitlines()
     assert [row.staging for row in plan.memory.devices] == [RING]
     assert "pinned" not in str(planned(product(), "numpy").memory)
-    y = {"y": gg.name(product(), "elsewhere")}
+    y = {"y": gg.label(product(), "elsewhere")}
     idle = gg.compile(y, backends=["cuda", "numpy"], pins={"elsewhere|^w|^x": "numpy"})
     assert [row.device for row in idle.memory.devices] == ["cuda:0", "numpy"]
     assert "pinned" not in str(idle.memory)

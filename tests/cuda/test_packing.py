@@ -158,7 +158,7 @@ def test_tiles_take_hardly_more_than_the_file(kind: str) -> None:
 def weight(kind: str, *ne: int) -> gg.Node:
     t = TYPES[kind]
     shape = (*ne[:0:-1], t.row_bytes(ne[0]))
-    return gg.constant(np.zeros(shape, np.uint8), type=kind, name=f"{kind}_{ne}")
+    return gg.constant(np.zeros(shape, np.uint8), dtype=kind, name=f"{kind}_{ne}")
 
 
 def test_layout_follows_the_uses() -> None:

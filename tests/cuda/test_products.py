@@ -50,7 +50,7 @@ def test_dense_products_keep_to_their_scratch(kind: str, tiles: bool, n: int, pr
         (mat(kind, 256, 70, 2, 2), mat("f16", 256, n, 6, 4, name="b")),
     ):
         for type in ("f32", "f16"):
-            recorded(gg.mul_mat(a, b, prec=prec, type=type), tiles)
+            recorded(gg.mul_mat(a, b, prec=prec, dtype=type), tiles)
 
 
 @pytest.mark.parametrize(

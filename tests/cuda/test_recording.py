@@ -60,7 +60,7 @@ def test_every_case_is_recorded() -> None:
 def test_planning_imports_neither_pycuda_nor_cupy() -> None:
     code = (
         "import sys, pyggml as gg\n"
-        "w = gg.constant([[1.0] * 256] * 8, type='q8_0', name='w')\n"
+        "w = gg.constant([[1.0] * 256] * 8, dtype='q8_0', name='w')\n"
         "y = gg.soft_max(gg.mul_mat(w, gg.input('x', ne=(256, 4))))\n"
         "plan = gg.compile({'y': y}, backends=['cuda:0:24GiB'])\n"
         "print(plan, plan.memory)\n"
@@ -73,7 +73,7 @@ def test_planning_imports_neither_pycuda_nor_cupy() -> None:
 
 def test_experts_on_the_host_and_the_rest_on_a_gpu_are_planned() -> None:
     w = [
-        gg.constant(np.ones((8, 64, 256), np.float32), type="q8_0", name=f"ffn_{k}_exps")
+        gg.constant(np.ones((8, 64, 256), np.float32), dtype="q8_0", name=f"ffn_{k}_exps")
         for k in ("up", "gate")
     ]
     square = gg.constant(np.ones((256, 256), np.float32), name="square")
@@ -95,7 +95,7 @@ def test_a_sum_that_only_its_norm_reads_takes_no_memory() -> None:
 
 def test_what_a_fused_step_covers_takes_no_memory() -> None:
     x, w = gg.input("x", ne=(1024, 64)), gg.constant(np.ones(1024, np.float32), name="w")
-    normed = gg.name(gg.rms_norm(x, eps=1e-6), "normed")
+    normed = gg.label(gg.rms_norm(x, eps=1e-6), "normed")
     y = gg.mul(normed, w)
     (step,) = gg.compile({"y": y}, backends=["cuda"]).steps
     assert [node.op.name for node in step.nodes] == ["rms_norm", "mul"]

@@ -48,7 +48,7 @@ def attention(layer: int, a: Node, pos: Node, at: Node, factors: Node | None) ->
     k = cached("k", heads("k"))
     v = cached("v", gg.mul_mat(weight(f"blk.{layer}.v", WIDTH, WIDTH), a))
     mask = gg.causal_mask(pos, n_kv=ROWS)
-    scores = gg.name(gg.mul_mat(k, q), f"kq-{layer}")
+    scores = gg.label(gg.mul_mat(k, q), f"kq-{layer}")
     soft = gg.soft_max_ext(scores, mask, scale=0.3)
     out = gg.permute(gg.mul_mat(gg.cont(gg.transpose(v)), soft), axes=(0, 2, 1, 3))
     made = gg.reshape(gg.cont(out), ne=(WIDTH, a.ne[1]))
@@ -67,8 +67,8 @@ def experts(layer: int, a: Node, count: int) -> Node:
     up, gate, down = (weight(f"blk.{layer}.{k}_exps", *ne) for k, ne in sizes.items())
     ids = gg.top_k(gg.mul_mat(weight(f"blk.{layer}.router", WIDTH, count), a), k=2)
     b = gg.reshape(a, ne=(WIDTH, 1, a.ne[1]))
-    opened = gg.name(gg.silu(gg.mul_mat_id(gate, b, ids)), f"opened-{layer}")
-    hidden = gg.name(gg.mul(opened, gg.mul_mat_id(up, b, ids)), f"hidden-{layer}")
+    opened = gg.label(gg.silu(gg.mul_mat_id(gate, b, ids)), f"opened-{layer}")
+    hidden = gg.label(gg.mul(opened, gg.mul_mat_id(up, b, ids)), f"hidden-{layer}")
     return gg.multi_add(gg.mul_mat_id(down, hidden, ids))
 
 

@@ -84,7 +84,7 @@ def test_a_weight_pinned_to_another_device_is_not_borrowed() -> None:
 
 
 def test_a_pinned_product_stays_where_it_is_pinned() -> None:
-    y = gg.name(gg.mul_mat(weight("a_w", 16, 24), gg.input("x", "f32", ne=(16, 64))), "here")
+    y = gg.label(gg.mul_mat(weight("a_w", 16, 24), gg.input("x", "f32", ne=(16, 64))), "here")
     pins = {"^here$": "numpy", **PINS}
     assert places(gg.compile({"y": y}, backends=["null:0"], pins=pins)) == ["numpy"]
 
@@ -149,8 +149,8 @@ def test_one_store_borrows_for_a_prompt_and_not_for_a_token() -> None:
 def both(pins: dict[str, str]) -> Plan:
     """One weight in a product on each of two devices."""
     w, x = weight("w", 16, 16), gg.input("x", "f32", ne=(16, 4))
-    a = gg.name(gg.mul_mat(w, gg.name(gg.relu(x), "left")), "left")
-    b = gg.name(gg.mul_mat(w, gg.name(gg.tanh(x), "right")), "right")
+    a = gg.label(gg.mul_mat(w, gg.label(gg.relu(x), "left")), "left")
+    b = gg.label(gg.mul_mat(w, gg.label(gg.tanh(x), "right")), "right")
     pins = {"^left$": "null:0", "^right$": "null:1", **pins}
     return gg.compile({"a": a, "b": b}, backends=["null:0"], pins=pins)
 
@@ -179,8 +179,8 @@ def test_a_pinned_weight_is_resident_only_there() -> None:
 
 def test_the_host_reads_weights_where_they_are() -> None:
     w, x = weight("w", 16, 16), gg.input("x", "f32", ne=(16, 4))
-    far = gg.name(gg.mul_mat(w, gg.relu(x)), "far")
-    near = gg.name(gg.mul_mat(w, gg.tanh(x)), "near")
+    far = gg.label(gg.mul_mat(w, gg.relu(x)), "far")
+    near = gg.label(gg.mul_mat(w, gg.tanh(x)), "near")
     for pins in ({"^near$": "numpy"}, {"^near$": "numpy", "^w$": "null:0"}):
         plan = gg.compile({"a": far, "b": near}, backends=["null:0"], pins=pins).bind()
         assert not copied(plan) or all(nbytes == x.spec.nbytes for _, nbytes in copied(plan))
@@ -193,7 +193,7 @@ def test_the_host_reads_weights_where_they_are() -> None:
 
 def test_an_unpinned_weight_follows_its_first_consumer() -> None:
     w, x = weight("w", 16, 16), gg.input("x", "f32", ne=(16, 4))
-    y = gg.name(gg.mul_mat(w, x), "there")
+    y = gg.label(gg.mul_mat(w, x), "there")
     plan = gg.compile({"y": y}, backends=["null:0"], pins={"^there$": "null:1"})
     assert where(plan, "w") == "null:1"
     assert row(plan, "null:0").total == 0

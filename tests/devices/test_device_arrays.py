@@ -77,8 +77,8 @@ def test_where_an_array_is_matters() -> None:
 def test_an_input_of_several_devices_comes_from_the_one_that_has_it(home: str, paced: None) -> None:
     x = gg.input("x", "f32", ne=(8,))
     made = {
-        "a": gg.name(gg.relu(x), "on 0"),
-        "b": gg.name(gg.scale(x, s=-1.0), "on 1"),
+        "a": gg.label(gg.relu(x), "on 0"),
+        "b": gg.label(gg.scale(x, s=-1.0), "on 1"),
         "c": gg.sqr(x),
     }
     pins = {"^on 0$": "null:0", "^on 1$": "null:1"}
@@ -156,10 +156,12 @@ def test_repeats_over_devices_are_the_runs_of_one(n_experts: int, paced: None) -
 def test_a_run_does_not_overtake_the_copies_of_the_one_before() -> None:
     """The last step on another device reads what the first step of the next run writes over."""
     s = gg.state("s", "f32", ne=(4,))
-    first = gg.name(gg.exp(s), "on 0")
-    grown = gg.cpy(gg.add(s, gg.constant(np.ones(4, np.float32), name="one")), gg.name(s, "on 0 s"))
+    first = gg.label(gg.exp(s), "on 0")
+    grown = gg.cpy(
+        gg.add(s, gg.constant(np.ones(4, np.float32), name="one")), gg.label(s, "on 0 s")
+    )
     total = gg.state("total", "f32", ne=(4,))
-    summed = gg.cpy(gg.name(gg.add(total, gg.name(gg.cont(first), "on 1")), "on 1 sum"), total)
+    summed = gg.cpy(gg.label(gg.add(total, gg.label(gg.cont(first), "on 1")), "on 1 sum"), total)
     pins = {"^on 0": "null:0", "^on 1": "null:1", "^total$": "null:1"}
     plan = gg.compile({}, updates=[grown, summed], backends=["null:0", "null:1"], pins=pins)
     plan.run(repeat=6)

@@ -36,12 +36,12 @@ def test_scores_are_counted_on_a_device_that_gets_its_input_from_another() -> No
 
 def test_a_budget_bounds_what_is_alive_together_behind_a_border() -> None:
     """Two attentions, each within the budget, whose scores are alive at once."""
-    q = gg.name(gg.relu(gg.input("q", "f32", ne=(8, 16, 2))), "far")
+    q = gg.label(gg.relu(gg.input("q", "f32", ne=(8, 16, 2))), "far")
     made = []
     for i in range(2):
-        k = gg.name(gg.state(f"k{i}", "f32", ne=(8, 32, 2)), "near")
+        k = gg.label(gg.state(f"k{i}", "f32", ne=(8, 32, 2)), "near")
         made.append(gg.soft_max(gg.mul_mat(k, q)))
-    v = gg.name(gg.state("v", "f32", ne=(32, 8, 2)), "near")
+    v = gg.label(gg.state("v", "f32", ne=(32, 8, 2)), "near")
     mixed = gg.add(gg.mul_mat(v, made[0]), gg.mul_mat(v, made[1]))
     pins = {"^far$": "null:1", "^near$": "null:0"}
     peaks = [

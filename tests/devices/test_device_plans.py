@@ -23,21 +23,21 @@ LAYERS = {r"blk\.0\.": "null:0", r"blk\.1\.": "null:1", r"blk\.2\.|output": "num
 def outputs() -> dict[str, Node]:
     """Every kind of output: leaves, views of them, results of each device and views of those."""
     x, w = gg.input("x", "f32", ne=(WIDTH, TOKENS)), weight("w", WIDTH, WIDTH)
-    a = gg.name(gg.mul_mat(w, x), "on 0")
-    b = gg.name(gg.relu(a), "on 1")
+    a = gg.label(gg.mul_mat(w, x), "on 0")
+    b = gg.label(gg.relu(a), "on 1")
     private = weight("private", WIDTH, WIDTH)
     return {
         "private": private,  # kept in the device's own layout
-        "product": gg.name(gg.mul_mat(private, x), "on 1"),
+        "product": gg.label(gg.mul_mat(private, x), "on 1"),
         "x": x,
         "w": w,
         "part of x": gg.view(x, ne=(3, 2), start=(1, 1)),
         "part of w": gg.view(w, ne=(3, 2), start=(1, 1)),
-        "half": gg.constant(np.arange(6.0).reshape(2, 3), type="bf16"),
+        "half": gg.constant(np.arange(6.0).reshape(2, 3), dtype="bf16"),
         "a": a,
         "turned a": gg.transpose(a),
         "part of b": gg.view(b, ne=(2, 2), start=(1, 0), step=(4, 2)),
-        "c": gg.name(gg.tanh(gg.transpose(b)), "on host"),
+        "c": gg.label(gg.tanh(gg.transpose(b)), "on host"),
     }
 
 
@@ -74,7 +74,7 @@ def test_graphs_of_leaves_alone() -> None:
 
 def test_an_input_that_two_devices_read_is_given_to_both() -> None:
     x = gg.input("x", "f32", ne=(8,))
-    made = {"a": gg.name(gg.relu(x), "on 0"), "b": gg.name(gg.tanh(x), "on 1"), "c": gg.silu(x)}
+    made = {"a": gg.label(gg.relu(x), "on 0"), "b": gg.label(gg.tanh(x), "on 1"), "c": gg.silu(x)}
     with pytest.warns(UserWarning, match=r"the pin '\^on host\$' to numpy matches no label"):
         plan = gg.compile(made, backends=["numpy"], pins=PINS)
     assert copied(plan) == []
@@ -85,7 +85,7 @@ def test_an_input_that_two_devices_read_is_given_to_both() -> None:
 
 def test_an_input_that_no_step_of_its_device_reads_leaves_nothing_in_the_queue() -> None:
     device: Any = backends.get("null", 1)
-    made = {"y": gg.name(gg.relu(gg.input("x", "f32", ne=(8,))), "on host")}
+    made = {"y": gg.label(gg.relu(gg.input("x", "f32", ne=(8,))), "on host")}
     pins = {"^x$": "null:1", "^on host$": "numpy"}
     plan = gg.compile(made, backends=["numpy"], pins=pins)
     for value in range(3):
@@ -157,8 +157,10 @@ def test_a_profile_times_the_steps_of_all_devices() -> None:
 def test_what_a_fused_op_computes_inside_cannot_be_observed() -> None:
     up, gate = (gg.constant(np.ones((4, 8), np.float32), name=k) for k in ("up", "gate"))
     x = gg.input("x", "f32", ne=(8, 2))
-    y = gg.name(gg.fused_up_gate(up, gate, x), "ffn_hidden-0")
-    with pytest.raises(gg.UnknownName, match=r"ffn_up-\*.*there are: up, gate, x, ffn_hidden-\*"):
+    y = gg.label(gg.fused_up_gate(up, gate, x), "ffn_hidden-0")
+    with pytest.raises(
+        gg.UnknownNameError, match=r"ffn_up-\*.*there are: up, gate, x, ffn_hidden-\*"
+    ):
         gg.compile({"y": y}, backends=ALL, observe=["ffn_up-*"])
     seen = gg.compile({"out": gg.relu(y)}, backends=ALL, observe=["ffn_hidden-*"])
     assert seen.run(x=np.ones((2, 8)))["ffn_hidden-0"].shape == (2, 4)

@@ -35,11 +35,11 @@ def test_memory_is_not_used_again_while_another_device_copies_from_it(
     """`a` makes a first tensor that `b` and `c` read, then, having heard from `c` alone, a second
     one in the same memory."""
     x = gg.input("x", "f32", ne=(64,))
-    first = gg.name(gg.relu(x), "a first")
-    late = gg.name(gg.tanh(first), "b late")
-    soon = gg.name(gg.scale(first, s=2.0), "c soon")
-    second = gg.name(gg.scale(soon, s=-3.0), "a second")
-    y = gg.name(gg.add(late, second), "b y")
+    first = gg.label(gg.relu(x), "a first")
+    late = gg.label(gg.tanh(first), "b late")
+    soon = gg.label(gg.scale(first, s=2.0), "c soon")
+    second = gg.label(gg.scale(soon, s=-3.0), "a second")
+    y = gg.label(gg.add(late, second), "b y")
     pins = {"^a ": a, "^b ": b, "^c ": c}
     plan = gg.compile({"y": y}, backends=ALL, pins=pins)
     assert places(plan) == [a, b, c, a, b]
@@ -53,7 +53,7 @@ def test_memory_is_not_used_again_while_another_device_copies_from_it(
 
 def test_an_old_handle_is_read_on_another_device_before_the_write() -> None:
     state = gg.state("s", "f32", ne=(4, 100))
-    old = gg.name(gg.relu(gg.view(state, ne=(4, 3))), "there")
+    old = gg.label(gg.relu(gg.view(state, ne=(4, 3))), "there")
     new = gg.cpy(gg.input("x", "f32", ne=(4, 100)), state)
     plan = gg.compile(
         {"old": old},
@@ -69,10 +69,10 @@ def test_an_old_handle_is_read_on_another_device_before_the_write() -> None:
 
 def test_a_write_that_could_go_first_waits_for_a_late_reader_of_the_old_handle() -> None:
     """The host has the write ready while the reader still waits for a third device."""
-    here = gg.name(gg.relu(gg.input("x", "f32", ne=(4, 100))), "host")
-    far = gg.name(gg.scale(here, s=10.0), "far")
+    here = gg.label(gg.relu(gg.input("x", "f32", ne=(4, 100))), "host")
+    far = gg.label(gg.scale(here, s=10.0), "far")
     state = gg.state("s", "f32", ne=(4, 100))
-    old = gg.name(gg.add(far, state), "reader")
+    old = gg.label(gg.add(far, state), "reader")
     pins = {"^host$|^s$": "numpy", "^far$": "null:1", "^reader$": "null:0"}
     plan = gg.compile(
         {"old": old}, updates=[gg.cpy(here, state)], backends=["numpy"], pins=pins
@@ -89,7 +89,7 @@ def test_a_write_that_could_go_first_waits_for_a_late_reader_of_the_old_handle()
 
 def read_there(read: Node, want: np.ndarray, nbytes: int, kind: str = "f32") -> None:
     """`read` of the state "s" on null:0 is right, and brings so many bytes."""
-    out = gg.name(gg.cont(read), "there")
+    out = gg.label(gg.cont(read), "there")
     pins = {"^there$": "null:0", "^s$": "numpy"}
     plan = gg.compile({"y": out}, backends=["null:0", "numpy"], pins=pins).bind()
     plan.store.write("s", ROWS if kind == "f32" else np.repeat(ROWS, 8, axis=1) / 8)
@@ -113,7 +113,7 @@ def test_only_the_rows_that_views_read_are_copied() -> None:
 
 def test_rows_of_block_types_and_of_three_dimensions() -> None:
     q = gg.state("s", "q8_0", ne=(32, 100))
-    out = gg.name(gg.cast(gg.view(q, ne=(32, 5)), type="f32"), "there")
+    out = gg.label(gg.cast(gg.view(q, ne=(32, 5)), dtype="f32"), "there")
     pins = {"^there$": "null:0", "^s$": "numpy"}
     plan = gg.compile({"y": out}, backends=["null:0", "numpy"], pins=pins).bind()
     plan.store.write("s", np.repeat(ROWS, 8, axis=1))
@@ -121,7 +121,7 @@ def test_rows_of_block_types_and_of_three_dimensions() -> None:
     assert copied(plan) == [("null:0", 5 * 34)]
 
     three = gg.state("t", "f32", ne=(4, 10, 10))
-    out = gg.name(gg.cont(gg.view(three, ne=(4, 2, 3), start=(0, 1, 1))), "there")
+    out = gg.label(gg.cont(gg.view(three, ne=(4, 2, 3), start=(0, 1, 1))), "there")
     pins = {"^there$": "null:0", "^t$": "numpy"}
     plan = gg.compile({"y": out}, backends=["null:0", "numpy"], pins=pins).bind()
     plan.store.write("t", ROWS.reshape(10, 10, 4))
@@ -131,10 +131,10 @@ def test_rows_of_block_types_and_of_three_dimensions() -> None:
 
 def test_only_the_last_rows_of_a_result_are_copied() -> None:
     x = gg.input("x", "f32", ne=(4, 100))
-    made = gg.name(gg.relu(x), "here")
-    last = gg.name(gg.scale(gg.view(made, ne=(4, 1), start=(0, 99)), s=2.0), "there 1")
+    made = gg.label(gg.relu(x), "here")
+    last = gg.label(gg.scale(gg.view(made, ne=(4, 1), start=(0, 99)), s=2.0), "there 1")
     part = gg.view(made, ne=(3, 2), start=(1, 97))
-    wide = gg.name(gg.cont(gg.permute(part, axes=(1, 0, 2, 3))), "there 2")
+    wide = gg.label(gg.cont(gg.permute(part, axes=(1, 0, 2, 3))), "there 2")
     pins = {"^there": "null:0", "^here": "numpy"}
     plan = gg.compile({"last": last, "wide": wide}, backends=["null:0", "numpy"], pins=pins)
     got = plan.run(x=ROWS)
@@ -145,8 +145,8 @@ def test_only_the_last_rows_of_a_result_are_copied() -> None:
 
 def test_two_readers_share_one_copy_of_the_rows_of_both() -> None:
     s = gg.state("s", "f32", ne=(4, 100))
-    few = gg.name(gg.relu(gg.view(s, ne=(4, 2))), "there 1")
-    more = gg.name(gg.tanh(gg.view(s, ne=(4, 2), start=(0, 5))), "there 2")
+    few = gg.label(gg.relu(gg.view(s, ne=(4, 2))), "there 1")
+    more = gg.label(gg.tanh(gg.view(s, ne=(4, 2), start=(0, 5))), "there 2")
     pins = {"^there": "null:0", "^s$": "numpy"}
     plan = gg.compile({"a": few, "b": more}, backends=["null:0", "numpy"], pins=pins).bind()
     plan.store.write("s", ROWS)
@@ -160,12 +160,12 @@ def test_rows_of_what_a_write_returned_and_of_a_whole() -> None:
     """`set_rows` and `cpy` into a part run where the state is; both handles are read elsewhere."""
     x, ids = gg.input("x", "f32", ne=(4, 2)), gg.input("ids", "i32", ne=(2,))
     state = gg.state("s", "f32", ne=(4, 100))
-    there = gg.name(gg.scale(x, s=-1.0), "there x")
+    there = gg.label(gg.scale(x, s=-1.0), "there x")
     first = gg.set_rows(state, there, ids)
-    seen = gg.name(gg.cont(gg.view(first, ne=(4, 6))), "there first")
+    seen = gg.label(gg.cont(gg.view(first, ne=(4, 6))), "there first")
     second = gg.cpy(there, gg.view(first, ne=(4, 2), start=(0, 50)))
-    part = gg.name(gg.relu(second), "there part")
-    after = gg.name(gg.cont(gg.view(gg.whole(second), ne=(4, 52))), "there whole")
+    part = gg.label(gg.relu(second), "there part")
+    after = gg.label(gg.cont(gg.view(gg.state_of(second), ne=(4, 52))), "there whole")
     outputs = {"first": seen, "part": part, "whole": after}
     plan = gg.compile(
         outputs, backends=["null:1", "numpy"], pins={"^there": "null:1", "^s$": "numpy"}
@@ -191,7 +191,7 @@ def test_rows_of_what_a_write_returned_and_of_a_whole() -> None:
 
 
 def test_a_state_is_with_its_first_user_if_all_writes_run_there() -> None:
-    x = gg.name(gg.relu(gg.input("x", "f32", ne=(4, 100))), "made")
+    x = gg.label(gg.relu(gg.input("x", "f32", ne=(4, 100))), "made")
     plan = gg.compile(
         {"y": gg.cpy(x, gg.state("s", "f32", ne=(4, 100)))},
         backends=["null:0", "null:1"],
@@ -216,8 +216,8 @@ def test_an_output_may_look_at_a_state_of_another_device() -> None:
     new = gg.cpy(x, gg.view(s, ne=(4, 2), start=(0, 7)))
     outputs = {
         "old": gg.view(s, ne=(2, 2), start=(1, 6)),  # kept by a copy before the write
-        "new": gg.view(gg.whole(new), ne=(2, 2), start=(1, 6)),
-        "other": gg.name(gg.relu(x), "elsewhere"),
+        "new": gg.view(gg.state_of(new), ne=(2, 2), start=(1, 6)),
+        "other": gg.label(gg.relu(x), "elsewhere"),
     }
     plan = gg.compile(outputs, backends=ALL, pins={"^s$": "null:1", "^elsewhere$": "numpy"}).bind()
     plan.store.write("s", ROWS)

@@ -64,7 +64,7 @@ def test_writing_a_state_away_from_it_is_a_named_error() -> None:
     with pytest.raises(gg.GraphError, match=r"'cache' is pinned to numpy.*null:1"):
         step(1, store, backends=["null:1", "numpy"], pins={"cache": "numpy"})
     x = gg.input("x", "f32", ne=(4,))
-    new = gg.name(gg.cpy(x, gg.state("s", "f32", ne=(4,))), "written")
+    new = gg.label(gg.cpy(x, gg.state("s", "f32", ne=(4,))), "written")
     pins = {"^written$": "null:1", "^s$": "null:0"}
     with pytest.raises(gg.GraphError, match=r"written.*null:1.*state s.*null:0.*pin the state"):
         gg.compile({"y": new}, backends=["null:0", "null:1"], pins=pins)
@@ -73,13 +73,13 @@ def test_writing_a_state_away_from_it_is_a_named_error() -> None:
 
 
 def test_conflicting_writes_and_reads_are_named_on_several_devices_too() -> None:
-    x = gg.name(gg.input("x", "f32", ne=(4,)), "x")
+    x = gg.label(gg.input("x", "f32", ne=(4,)), "x")
     s = gg.state("s", "f32", ne=(4,))
-    first, second = gg.cpy(x, s), gg.cpy(gg.name(gg.relu(x), "far"), s)
+    first, second = gg.cpy(x, s), gg.cpy(gg.label(gg.relu(x), "far"), s)
     options: Any = {"backends": ["null:0", "null:1"], "pins": {"^far": "null:1", "^s$": "null:0"}}
     with pytest.raises(gg.GraphError, match="write the same handle"):
         gg.compile({"a": first, "b": second}, **options)
-    stale = gg.name(gg.add(first, s), "far sum")  # reads what the write, that it needs, replaces
+    stale = gg.label(gg.add(first, s), "far sum")  # reads what the write, that it needs, replaces
     with pytest.raises(gg.GraphError, match=r"far sum.*must run before.*read the handle"):
         gg.compile({"a": stale}, **options)
 
@@ -122,7 +122,7 @@ def test_a_plan_whose_places_lack_the_states_device(
 def test_reading_a_state_that_is_pinned_away_from_it_is_a_named_error(read: str) -> None:
     store = settled("null:0")
     s = gg.state("s", "f32", ne=(4,))
-    y = s if read == "output" else gg.name(gg.relu(s), "y")
+    y = s if read == "output" else gg.label(gg.relu(s), "y")
     pins = {"^s$": "numpy", **({"^y$": "numpy"} if read == "pinned" else {})}
     with pytest.raises(gg.GraphError, match=r"'s' is pinned to numpy.*null:0"):
         gg.compile({"y": y}, backends=["null:0", "numpy"], pins=pins, store=store)

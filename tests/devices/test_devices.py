@@ -46,7 +46,7 @@ class Fused(Grower):
         elif kind == 0:
             a = self.pick()
             weights = [
-                gg.constant(np.linspace(s, 1, 3 * a.ne[0]).reshape(3, -1), type="f32")
+                gg.constant(np.linspace(s, 1, 3 * a.ne[0]).reshape(3, -1), dtype="f32")
                 for s in (-1, -0.5)
             ]
             made = gg.fused_up_gate(*weights, a)
@@ -55,7 +55,7 @@ class Fused(Grower):
         else:
             super().step()
         for node in self.nodes[before:]:
-            gg.name(node, f"n{next(self.count)}")
+            gg.label(node, f"n{next(self.count)}")
 
 
 @st.composite
@@ -122,7 +122,7 @@ def test_several_devices_give_the_bits_of_one(case: dict[str, Any]) -> None:
         devices(case, stack)
         try:
             plan = gg.compile(outputs, updates=updates, backends=case["places"], pins=case["pins"])
-        except (gg.GraphError, gg.UnsupportedOp) as error:
+        except (gg.GraphError, gg.UnsupportedOpError) as error:
             assert "pinned" in str(error)  # a pin where it cannot be kept
             return
         check_splits(plan)

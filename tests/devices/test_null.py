@@ -76,7 +76,7 @@ def test_an_error_drops_what_waits_and_the_queue_goes_on() -> None:
 
 def test_a_run_waits_for_what_no_output_needs(device: Any) -> None:
     x = gg.input("x", "f32", ne=(4,))
-    kept = gg.cpy(gg.scale(x, s=2.0), gg.name(gg.state("s", "f32", ne=(4,)), "there"))
+    kept = gg.cpy(gg.scale(x, s=2.0), gg.label(gg.state("s", "f32", ne=(4,)), "there"))
     plan = gg.compile(
         {"y": gg.relu(x)}, updates=[kept], backends=["numpy"], pins={"^there$": "null:9"}
     )
@@ -185,7 +185,7 @@ def test_an_error_in_a_kernel_leaves_every_device_idle(
 
 def y_in(y: Any) -> Any:
     """The input "x" of a graph."""
-    return next(n for n in gg.dag.Graph({"y": y}).nodes if n.attrs.get("name") == "x")
+    return next(n for n in gg.Graph({"y": y}).nodes if n.attrs.get("name") == "x")
 
 
 # -- out of memory ------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ def denying(stack: ExitStack, index: int, *ops: str) -> None:
 def test_pins_are_searched_and_the_first_match_counts() -> None:
     x = gg.input("x", "f32", ne=(4, 2))
     w = weight("blk.3.ffn_up.weight", 4, 4)
-    y = gg.name(gg.relu(gg.mul_mat(w, x)), "last-3")
+    y = gg.label(gg.relu(gg.mul_mat(w, x)), "last-3")
     plan = gg.compile(
         {"y": y},
         backends=["null:0"],
@@ -56,17 +56,19 @@ def test_pins_of_inputs_and_states_attract() -> None:
 
 
 def test_a_label_that_a_tensor_got_first_counts_too() -> None:
-    y = gg.name(gg.name(gg.relu(gg.input("x", "f32", ne=(4,))), "old"), "new")
+    y = gg.label(gg.label(gg.relu(gg.input("x", "f32", ne=(4,))), "old"), "new")
     for label in ("old", "new"):
         pins = {f"^{label}$": "null:1"}
         assert places(gg.compile({"y": y}, backends=["null:0"], pins=pins)) == ["null:1"]
 
 
 def test_a_pinned_node_that_its_place_refuses_is_an_error_with_the_reason() -> None:
-    y = gg.name(gg.relu(gg.input("x", "f32", ne=(4,))), "here")
+    y = gg.label(gg.relu(gg.input("x", "f32", ne=(4,))), "here")
     with ExitStack() as stack:
         denying(stack, 1, "relu")
-        with pytest.raises(gg.UnsupportedOp, match=r"here.*null:1: relu is on the deny list") as e:
+        with pytest.raises(
+            gg.UnsupportedOpError, match=r"here.*null:1: relu is on the deny list"
+        ) as e:
             gg.compile({"y": y}, backends=["null:0", "numpy"], pins={"here": "null:1"})
     assert "pinned" in str(e.value) and "null:0:" not in str(e.value)
     assert "test_scheduler.py" in str(e.value)
@@ -76,7 +78,7 @@ def test_pins_that_are_none() -> None:
     y = gg.relu(gg.input("x", "f32", ne=(4,)))
     with pytest.raises(gg.DTypeError, match=r"'\('.*regular expression"):
         gg.compile({"y": y}, pins={"(": "numpy"})
-    with pytest.raises(gg.UnknownName, match="nothere"):
+    with pytest.raises(gg.UnknownNameError, match="nothere"):
         gg.compile({"y": y}, pins={"x": "nothere"})
     with pytest.raises(gg.DeviceError, match="null;1"):
         gg.compile({"y": y}, pins={"x": "null;1"})
@@ -97,7 +99,7 @@ def test_a_pin_to_no_string_says_that_the_place_is_wrong() -> None:
 def gated() -> tuple[Node, dict[str, Any]]:
     up, gate = (weight(label, WIDTH, 24) for label in ("up", "gate"))
     x = gg.input("x", "f32", ne=(WIDTH, TOKENS))
-    return gg.name(gg.fused_up_gate(up, gate, x), "ffn"), {"x": FEED["x"]}
+    return gg.label(gg.fused_up_gate(up, gate, x), "ffn"), {"x": FEED["x"]}
 
 
 def test_a_fused_op_is_expanded_where_it_is_before_it_is_sent_elsewhere() -> None:
@@ -137,7 +139,7 @@ def test_an_op_that_no_place_runs_is_an_error_that_lists_all_refusals() -> None:
     with ExitStack() as stack:
         denying(stack, 0, "fused_up_gate", "silu")
         denying(stack, 1, "fused_up_gate", "silu", "mul_mat")
-        with pytest.raises(gg.UnsupportedOp) as e:
+        with pytest.raises(gg.UnsupportedOpError) as e:
             gg.compile({"y": y}, backends=["null:0", "null:1"])
     told = str(e.value)
     for reason in ("ffn", "null:0: silu is on", "null:1: silu is on", "test_scheduler.py"):

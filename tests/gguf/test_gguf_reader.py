@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pyggml import gguf
-from pyggml.errors import GGUFError, UnknownName
+from pyggml.errors import GGUFError, UnknownNameError
 from tests.gguf.gguf_bytes import (
     ARCH,
     STRING,
@@ -76,9 +76,9 @@ def test_arrays_are_read_only_views_in_numpy_shape(path: Path) -> None:
 
 def test_unknown_names_suggest(path: Path) -> None:
     with gguf.open(path) as file:
-        with pytest.raises(UnknownName, match="did you mean plain"):
+        with pytest.raises(UnknownNameError, match="did you mean plain"):
             file.array("plane")
-        with pytest.raises(UnknownName, match=r"general\.architecture"):
+        with pytest.raises(UnknownNameError, match=r"general\.architecture"):
             file.fields["general.architectur"]
         assert file.fields.get("nothing") is None and "nothing" not in file.tensors
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import pyggml as gg
+from pyggml import renamed
 from pyggml.errors import DTypeError, PyggmlError, ShapeError
 
 S, T = ShapeError, DTypeError
@@ -57,7 +59,7 @@ CALLS: list[tuple[Callable[[], Any], type[PyggmlError], str]] = [
     (lambda: gg.add(X.a84, X.a84, X.a84), T, "add takes 2 tensors (a, b)"),
     (lambda: gg.glu(X.a17), S, "rows of 17 do not have two halves"),
     (lambda: gg.glu(X.a84, X.a83), S, "b must be [8, 4, 1, 1]"),
-    (lambda: gg.glu(X.a84, kind="swish"), S, "it is one of swiglu, geglu, reglu"),
+    (lambda: gg.glu(X.a84, act="swish"), S, "it is one of silu, gelu, relu"),
     (lambda: gg.glu(X.a84, X.a84, swapped=True), S, "belongs to the form without b"),
     (lambda: gg.add_id(X.r, X.a83, X.i4), S, "ids must be [2, 4, 1, 1]"),
     (lambda: gg.add_id(X.r, X.a48, X.ids), S, "a row as long as a's"),
@@ -87,11 +89,11 @@ CALLS: list[tuple[Callable[[], Any], type[PyggmlError], str]] = [
     (lambda: gg.view(X.a84, ne=(4,), offset=2), S, "2 bytes inside an element"),
     (lambda: gg.view(X.a84, ne=(4,), offset=4, start=(1,)), S, "not both"),
     (lambda: gg.view(np.zeros(3), ne=(4,)), T, "a must be a node"),
-    (lambda: gg.whole(X.a84), S, "which is not a state"),
-    (lambda: gg.cast(X.a84, type="q9"), T, "unknown type 'q9'; known types"),
-    (lambda: gg.cast(X.a84, type="iq1_s"), T, "cannot become iq1_s; f32 and"),
-    (lambda: gg.cast(X.i84, type="f16"), T, "a has type i32"),
-    (lambda: gg.cast(X.a84, type="q4_0"), S, "a row of 8 elements does not divide"),
+    (lambda: gg.state_of(X.a84), S, "which is not a state"),
+    (lambda: gg.cast(X.a84, dtype="q9"), T, "unknown type 'q9'; known types"),
+    (lambda: gg.cast(X.a84, dtype="iq1_s"), T, "cannot become iq1_s; f32 and"),
+    (lambda: gg.cast(X.i84, dtype="f16"), T, "a has type i32"),
+    (lambda: gg.cast(X.a84, dtype="q4_0"), S, "a row of 8 elements does not divide"),
     (lambda: gg.cpy(X.a84, X.a84), S, "must be a state or a view of one"),
     (lambda: gg.cpy(X.a84, st), S, "a has 32 elements, b 48"),
     (lambda: gg.cpy(X.a84, sq), T, "cannot become iq2_xs"),
@@ -136,7 +138,7 @@ CALLS: list[tuple[Callable[[], Any], type[PyggmlError], str]] = [
     (lambda: gg.mul_mat(X.k83, X.k82), S, "a.ne[2]=3 does not divide b.ne[2]=2"),
     (lambda: gg.mul_mat(X.i84, X.a84), T, "a has type i32; it takes float and block types"),
     (lambda: gg.mul_mat(X.a32, X.q), T, "b has type q4_0"),
-    (lambda: gg.mul_mat(X.a84, X.a84, type="bf16"), S, "it is one of f32, f16"),
+    (lambda: gg.mul_mat(X.a84, X.a84, dtype="bf16"), S, "it is one of f32, f16"),
     (lambda: gg.mul_mat(X.a84, X.a84, prec="f64"), S, "it is one of default, f32"),
     (lambda: gg.mul_mat_id(X.e, X.b81, X.i4), S, "[n_used, n_tokens]"),
     (lambda: gg.mul_mat_id(X.e, X.b81, X.ids, prec="tf32"), S, "it is one of default, f32"),
@@ -191,14 +193,14 @@ CALLS: list[tuple[Callable[[], Any], type[PyggmlError], str]] = [
     (lambda: gg.constant(np.ma.masked_array([1.0], [True])), T, "give real numbers"),
     (lambda: gg.constant([[1], [1, 2]]), T, "no array can be made of it"),
     (lambda: gg.constant(np.zeros((2, 0))), S, "every size is at least 1"),
-    (lambda: gg.constant(np.zeros(5, np.uint8)), T, "has no type here; give type="),
-    (lambda: gg.constant(np.zeros(33), type="q4_0"), S, "does not divide into q4_0 blocks"),
-    (lambda: gg.constant(np.zeros(17, np.uint8), type="q4_0"), S, "not whole q4_0 blocks of 18"),
-    (lambda: gg.constant(np.zeros(256), type="iq2_xs"), T, "cannot encode iq2_xs"),
-    (lambda: gg.constant([1.5], type="i32"), T, "takes whole numbers, not float64"),
-    (lambda: gg.constant([1 << 40], type="i32"), T, "values do not fit in i32"),
-    (lambda: gg.name(X.a84, 5), T, "takes a node and a string"),
-    (lambda: gg.name("x", "y"), T, "takes a node and a string"),
+    (lambda: gg.constant(np.zeros(5, np.uint8)), T, "has no type here; give dtype="),
+    (lambda: gg.constant(np.zeros(33), dtype="q4_0"), S, "does not divide into q4_0 blocks"),
+    (lambda: gg.constant(np.zeros(17, np.uint8), dtype="q4_0"), S, "not whole q4_0 blocks of 18"),
+    (lambda: gg.constant(np.zeros(256), dtype="iq2_xs"), T, "cannot encode iq2_xs"),
+    (lambda: gg.constant([1.5], dtype="i32"), T, "takes whole numbers, not float64"),
+    (lambda: gg.constant([1 << 40], dtype="i32"), T, "values do not fit in i32"),
+    (lambda: gg.label(X.a84, 5), T, "takes a node and a string"),
+    (lambda: gg.label("x", "y"), T, "takes a node and a string"),
 ]  # fmt: skip
 
 
@@ -211,14 +213,13 @@ def test_error(number: int) -> None:
     assert text in message
     assert isinstance(caught.value, PyggmlError)
     assert isinstance(caught.value, ValueError if error is S else TypeError)
-    if "name(node, label)" not in message:
-        line = inspect.getsourcelines(call)[1]
-        assert message.count("; at ") == 1 and message.endswith(f"; at {__file__}:{line}")
+    line = inspect.getsourcelines(call)[1]
+    assert message.count("; at ") == 1 and message.endswith(f"; at {__file__}:{line}")
 
 
 def test_both_shapes_in_both_orders() -> None:
     with pytest.raises(ShapeError) as caught:
-        gg.mul_mat(gg.name(X.a84, "blk.3.attn_q"), X.a48)
+        gg.mul_mat(gg.label(X.a84, "blk.3.attn_q"), X.a48)
     assert (
         "mul_mat(blk.3.attn_q, a48): inner dimensions differ: a.ne[0]=8, b.ne[0]=4 "
         "(ne order: a=f32 [8, 4], b=f32 [4, 8]; numpy shapes: a=(4, 8), b=(8, 4)); at "
@@ -231,4 +232,28 @@ def test_every_builder_has_an_error_here() -> None:
 
     unary = {"exp", "log", "relu", "gelu", "silu", "sigmoid", "tanh", "sqr", "sqrt"}
     missing = {n for n in __all__ if f"gg.{n}(" not in source} - unary - {"cont"}
-    assert missing <= {"lse_sum", "lse_finish"}
+    assert not missing
+
+
+@pytest.mark.parametrize("old", list(renamed.NAMES))
+def test_an_old_name_says_the_new_one(old: str) -> None:
+    with pytest.raises(AttributeError, match=rf"pyggml\.{old} is now {renamed.NAMES[old]}"):
+        getattr(gg, old)
+    new = renamed.NAMES[old].removeprefix("gg.").removeprefix("pyggml.")
+    assert operator.attrgetter(new)(gg)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: gg.cast(X.a84, type="f16"),
+        lambda: gg.mul_mat(X.a84, X.a84, type="f16"),
+        lambda: gg.input("x", type="f16", ne=(4,)),
+        lambda: gg.state("x", type="f16", ne=(4,)),
+        lambda: gg.constant([1.0], type="f16"),
+        lambda: gg.glu(X.a84, kind="swiglu"),
+    ],
+)
+def test_an_old_keyword_says_the_new_one(call: Callable[[], object]) -> None:
+    with pytest.raises(DTypeError, match=r"(type= is now dtype=|kind= is now act=)"):
+        call()

@@ -31,7 +31,7 @@ def test_equal_nodes_are_one_object() -> None:
     assert gg.scale(x, s=2) is not gg.scale(x, s=3)
     assert gg.scale(x, s=2) is not gg.scale(y, s=2)  # leaves are one a call
     assert gg.soft_max(x) is gg.soft_max_ext(x, n_head=1)
-    assert gg.mul_mat(x, x) is gg.mul_mat(x, x, type="F32", prec="default")
+    assert gg.mul_mat(x, x) is gg.mul_mat(x, x, dtype="F32", prec="default")
     assert gg.view(x, ne=(8, 4)) is gg.view(x, ne=[8, 4], start=(0,), step=(1, 1))
     assert gg.fill(x, value=-0.0) is gg.fill(x, value=0.0)
     assert gg.fill(x, value=1) is not gg.fill(x, value=2)
@@ -53,9 +53,9 @@ def test_nodes_are_frozen() -> None:
 
 def test_labels_and_lines() -> None:
     x = leaf()
-    y = gg.name(gg.relu(x), "first")
-    assert gg.name(y, "second") is y
-    gg.name(y, "first")
+    y = gg.label(gg.relu(x), "first")
+    assert gg.label(y, "second") is y
+    gg.label(y, "first")
     assert gg.labels(y) == ("first", "second")
     assert gg.relu(x) is y, "labels are no part of what a node is"
     assert repr(y) == "<second: f32 [8, 4]>"
@@ -84,13 +84,13 @@ def test_two_leaves_of_one_name() -> None:
 
 def test_text() -> None:
     x, w = leaf((8, 3)), gg.constant(np.zeros((4, 8), np.float16), name="w")
-    y = gg.name(gg.scale(gg.mul_mat(w, x), s=0.5), "kq-0")
+    y = gg.label(gg.scale(gg.mul_mat(w, x), s=0.5), "kq-0")
     cache = gg.state("cache", "f16", ne=(4, 9))
     h = gg.cpy(y, gg.view(cache, ne=(4, 3), start=(0, 2)))
     assert str(gg.Graph({"out": gg.permute(y, axes=(1, 0))}, [h])) == (
         '%0 = constant() f16 [8, 4]  "w"\n'
         '%1 = input() f32 [8, 3]  "x"\n'
-        "%2 = mul_mat(%0, %1, prec=default, type=f32) f32 [4, 3]\n"
+        "%2 = mul_mat(%0, %1, prec=default, dtype=f32) f32 [4, 3]\n"
         '%3 = scale(%2, s=0.5, b=0) f32 [4, 3]  "kq-0"\n'
         "%4 = permute(%3, axes=(1,0,2,3)) f32 [3, 4]\n"
         '%5 = state() f16 [4, 9]  "cache"\n'
@@ -103,7 +103,7 @@ def test_text() -> None:
 
 def test_rewrites_carry_labels_and_lines() -> None:
     x = leaf()
-    y = gg.name(gg.relu(x), "act")
+    y = gg.label(gg.relu(x), "act")
     new = gg.Graph({"y": gg.sqr(y)}).rewrite(
         lambda node, src: (
             gg.silu(x) if node is y else node.op.make(src, dict(node.attrs), node.spec)
@@ -218,7 +218,7 @@ def test_views_of_block_types() -> None:
 def test_whole_is_the_state_with_the_write_in_it() -> None:
     cache = gg.state("cache", "f32", ne=(4, 3, 2))
     part = gg.view(gg.permute(cache, axes=(0, 2, 1)), ne=(2, 2, 1), start=(1, 0, 2))
-    full = gg.whole(gg.cpy(leaf((2, 2, 1)), part))
+    full = gg.state_of(gg.cpy(leaf((2, 2, 1)), part))
     assert (full.ne, full.nb) == (cache.ne, cache.nb)
     want = np.zeros((2, 3, 4), np.float32)
     want[:, 2, 1:3] = numbered((2, 2))
@@ -232,3 +232,15 @@ def test_a_graph_must_compute_something() -> None:
     for wrong in (leaf(), [leaf()], {"x": 1}, {1: leaf()}):
         with pytest.raises(DTypeError, match="outputs are a dict of names to nodes"):
             gg.compile(wrong)  # type: ignore[arg-type]
+
+
+def test_labels_stay_with_the_graph_that_was_compiled() -> None:
+    x, up, gate = leaf((8, 2)), leaf((8, 4), "up"), leaf((8, 4), "gate")
+    fused = gg.label(gg.fused_up_gate(up, gate, x), "fused")
+    meant = gg.mul(gg.silu(gg.mul_mat(gate, x)), gg.mul_mat(up, x))  # another graph's
+    null = gg.backends.get("null", 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(null), "supports", lambda self, node: "no" if node is fused else None)
+        plan = gg.compile({"y": fused}, backends=["null:0"], observe=["fused"])
+    assert [step.node.op.name for step in plan.steps][-1] == "mul"
+    assert gg.labels(meant) == ()

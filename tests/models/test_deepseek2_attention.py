@@ -190,7 +190,7 @@ def random_case(
         shapes |= {"attn_q_a": (q_lora, 96), "attn_q_b": (n_head * 64, q_lora)}
     weights = {k: rng.standard_normal(s) * s[-1] ** -0.5 for k, s in shapes.items()}
     weights = split(weights, n_head, 32) if kv_b == "split" else weights
-    nodes = {k: gg.constant(w.astype("f4"), type=type, name=k) for k, w in weights.items()}
+    nodes = {k: gg.constant(w.astype("f4"), dtype=type, name=k) for k, w in weights.items()}
     if type == "q8_0":
         raw = {k: np.asarray(gg.ops.leaf.data_of(node)) for k, node in nodes.items()}
         weights = {k: dequantize(r, GGMLQuantizationType.Q8_0) for k, r in raw.items()}
@@ -366,7 +366,7 @@ def test_cache_rows_of_the_published_models() -> None:
 
 
 def test_options_that_do_not_exist() -> None:
-    with pytest.raises(gg.UnknownName, match="no attention form 'mla'"):
+    with pytest.raises(gg.UnknownNameError, match="no attention form 'mla'"):
         AttentionOptions("mla")
     with pytest.raises(gg.ShapeError, match="flash attention only"):
         AttentionOptions("expanded", flash=False)
@@ -410,7 +410,7 @@ def test_layers_and_weights_that_are_not_there(tmp_path: Path) -> None:
     with gguf.open(path) as file:
         config = DeepSeek2Config.from_gguf(file.fields, file.tensors)
         for il in (-1, 3):
-            with pytest.raises(gg.UnknownName, match=f"no layer {il}: the file has 3"):
+            with pytest.raises(gg.UnknownNameError, match=f"no layer {il}: the file has 3"):
                 Layer.of(file, config, il)
-        with pytest.raises(gg.UnknownName, match="attn_q"):
+        with pytest.raises(gg.UnknownNameError, match="attn_q"):
             Layer.of(file, config).weights["attn_q"]

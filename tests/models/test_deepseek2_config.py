@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pyggml import gguf
-from pyggml.errors import DTypeError, GGUFError, ShapeError, UnknownName
+from pyggml.errors import DTypeError, GGUFError, ShapeError, UnknownNameError
 from pyggml.models.config import DeepSeek2Config
 from pyggml.models.presets import PRESETS, config_fields, preset, synth
 from pyggml.models.tensors import check_tensors, tensor_sizes
@@ -142,7 +142,7 @@ def test_other_contradictions() -> None:
 
 
 def test_presets_refuse_nonsense(tmp_path: Path) -> None:
-    with pytest.raises(UnknownName, match="tiny"):
+    with pytest.raises(UnknownNameError, match="tiny"):
         preset("big")
     for layers in (0, 10**9):
         with pytest.raises(ShapeError, match="layers"):

@@ -31,7 +31,7 @@ NODES: dict[str, Callable[[], Node]] = {
 
 @pytest.mark.parametrize("name", NODES)
 def test_past_the_end(name: str) -> None:
-    plan = gg.compile({"y": gg.name(NODES[name](), "mine")})
+    plan = gg.compile({"y": gg.label(NODES[name](), "mine")})
     given = {
         key: np.zeros(node.shape) if key != "ids" else np.zeros(node.shape, np.int32)
         for key, node in plan.inputs.items()

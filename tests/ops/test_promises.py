@@ -52,7 +52,7 @@ FUSED = {
         weights(7, 64), weights(7, 64), gg.input("b", "f32", ne=(64, 5))
     ),
     "mul_multi_add": lambda: gg.mul_multi_add(*inputs(a=(5, 3, 8), b=(5, 3, 1)).values()),
-    "glu": lambda: gg.glu(gg.input("a", "f32", ne=(10, 3)), kind="geglu", swapped=True),
+    "glu": lambda: gg.glu(gg.input("a", "f32", ne=(10, 3)), act="gelu", swapped=True),
 }
 
 

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.oracle
 pytest.importorskip("ggml", reason="needs ggml-python (the extra 'oracle')")
 
 from pyggml.parity.oracle import ORACLE, run  # noqa: E402
-from pyggml.parity.tolerance import STORAGE, compare, nmse  # noqa: E402
+from pyggml.parity.tolerance import STORAGE, nmse, within  # noqa: E402
 from tests.fixtures import ggml_cases, real_ggml  # noqa: E402
 from tests.fixtures.case import Case, Source, load  # noqa: E402
 
@@ -21,7 +21,7 @@ few = settings(max_examples=25, deadline=None)
 
 def check(case: Case) -> None:
     got = real_ggml.run(case).values()
-    result = compare(got, run(case.op, case.values(), **case.attrs), case.bound)
+    result = within(got, run(case.op, case.values(), **case.attrs), case.bound)
     assert result, f"{case}: {result}; ggml may differ because: {case.why}"
 
 
@@ -40,7 +40,7 @@ def test_the_stored_results_are_those_of_ggml(family: str) -> None:
         now, then = real_ggml.run(case), case.out
         assert now.type == then.type
         # Another CPU sums in another order; bytes and numbers that no sum touches are the same.
-        assert compare(now.values(), then.values(), case.bound), str(case)
+        assert within(now.values(), then.values(), case.bound), str(case)
 
 
 @few
@@ -115,6 +115,6 @@ def test_rope(seed: int, mode: str, half: int, scale: float, ext: float) -> None
 def test_the_loss_of_a_storage_type_is_about_half_its_bound(type: str) -> None:
     rng = np.random.default_rng(5)
     source = ggml_cases.floats(rng, 1024, 64)
-    stored = real_ggml.run(Case(type, "cast", (source,), {"type": type}))
+    stored = real_ggml.run(Case(type, "cast", (source,), {"dtype": type}))
     assert isinstance(stored, Source)
     assert 0.3 * STORAGE[type] < nmse(stored.values(), source.values()) < 0.7 * STORAGE[type]

@@ -7,7 +7,7 @@ import pytest
 from gguf.quants import quantize
 
 from pyggml.parity.oracle import ORACLE, run
-from pyggml.parity.tolerance import compare
+from pyggml.parity.tolerance import within
 from tests.fixtures.case import HERE, Case, gguf_type, load
 
 FAMILIES = sorted(path.stem for path in HERE.glob("ggml_*.npz"))
@@ -25,7 +25,7 @@ WITHOUT_FIXTURE = {"reshape", "view", "permute", "transpose", "soft_max", "fill"
 @pytest.mark.parametrize("case", [c for c in CASES if c.op in ORACLE], ids=str)
 def test_oracle_agrees_with_ggml(case: Case) -> None:
     assert case.out is not None and case.why
-    result = compare(case.out.values(), run(case.op, case.values(), **case.attrs), case.bound)
+    result = within(case.out.values(), run(case.op, case.values(), **case.attrs), case.bound)
     assert result, f"{case}: {result}; ggml may differ because: {case.why}"
 
 
@@ -40,7 +40,7 @@ def test_blocks_are_decoded_as_ggml_does(case: Case) -> None:
 def test_gguf_encodes_the_same_bytes(case: Case) -> None:
     source = case.sources[0]
     assert source is not None and case.out is not None
-    raw = quantize(source.array.reshape(-1, source.ne[0]), gguf_type(case.attrs["type"]))
+    raw = quantize(source.array.reshape(-1, source.ne[0]), gguf_type(case.attrs["dtype"]))
     want = np.ascontiguousarray(case.out.array)
     np.testing.assert_array_equal(raw.reshape(-1).view(np.uint8), want.reshape(-1).view(np.uint8))
 

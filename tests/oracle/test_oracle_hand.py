@@ -119,10 +119,10 @@ def test_cast_rounds_to_nearest_even() -> None:
         2.0**-135,
     ]
     want = [1, 1 + 2 * ulp, -1 - ulp, (2 - ulp) * 2.0**127, INF, INF, 2.0**-132, 0]
-    assert run("cast", [four(a)], type="bf16").ravel().tolist() == want
-    halves = run("cast", [four([1 + 2.0**-11, 65519.0, 65520.0])], type="f16")
+    assert run("cast", [four(a)], dtype="bf16").ravel().tolist() == want
+    halves = run("cast", [four([1 + 2.0**-11, 65519.0, 65520.0])], dtype="f16")
     assert halves.ravel().tolist() == [1, 65504, INF]
-    assert run("cast", [four([1.7, -1.7])], type="i32").ravel().tolist() == [1, -1]
+    assert run("cast", [four([1.7, -1.7])], dtype="i32").ravel().tolist() == [1, -1]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pyggml.parity.oracle import ORACLE
-from pyggml.parity.tolerance import CLASSES, OPS, bound, compare, nmse, relative_error
+from pyggml.parity.tolerance import CLASSES, OPS, bound, nmse, relative_error, within
 
 REF = np.array([[3.0, 4.0], [0.0, -12.0]])
 
@@ -22,10 +22,10 @@ def test_nmse_and_relative_error_by_hand() -> None:
 def test_the_worst_element_is_named() -> None:
     got = REF.copy()
     got[1, 0] = 0.5
-    result = compare(got, REF, 1e-3)
+    result = within(got, REF, 1e-3)
     assert not result and result.at == (1, 0) and (result.got, result.want) == (0.5, 0.0)
     assert "(1, 0)" in str(result) and "NOT within" in str(result)
-    assert compare(got, REF, 2e-3)
+    assert within(got, REF, 2e-3)
 
 
 @pytest.mark.parametrize(
@@ -34,19 +34,19 @@ def test_the_worst_element_is_named() -> None:
 def test_a_nan_or_infinity_in_the_wrong_place_is_refused(got: float, want: float) -> None:
     a, ref = REF.copy(), REF.copy()
     a[0, 1], ref[0, 1] = got, want
-    result = compare(a, ref, 1e9)
+    result = within(a, ref, 1e9)
     assert not result and result.at == (0, 1) and result.error == np.inf
 
 
 def test_equal_nan_and_infinities_leave_the_rest_to_the_bound() -> None:
     ref = np.array([np.nan, np.inf, -np.inf, 2.0])
-    assert compare(ref, ref, 0.0)
-    assert not compare(np.array([np.nan, np.inf, -np.inf, 2.1]), ref, 1e-3)
+    assert within(ref, ref, 0.0)
+    assert not within(np.array([np.nan, np.inf, -np.inf, 2.1]), ref, 1e-3)
 
 
 def test_another_shape_is_refused_and_nothing_equals_nothing() -> None:
-    assert not compare(REF.T[:1], REF, 1e9)
-    assert compare(np.zeros((2, 0)), np.zeros((2, 0)), 0.0)
+    assert not within(REF.T[:1], REF, 1e9)
+    assert within(np.zeros((2, 0)), np.zeros((2, 0)), 0.0)
 
 
 def test_bounds_are_for_ops_and_classes_that_exist() -> None:

@@ -106,16 +106,16 @@ def test_untouched_rows_do_not_count(host: Host) -> None:
     cache = gg.state("cache", "f32", ne=(4, 1000))
     part = gg.view(cache, ne=(4, 2), start=(0, 3))
     written = gg.cpy(gg.input("x", ne=(4, 2)), part)
-    read = gg.relu(gg.whole(written))
+    read = gg.relu(gg.state_of(written))
     host.wrong["cpy"] = scaled(1.001)
     states = {"cache": 100 * values((1000, 4))}
-    report = gg.parity({"y": read}, "numpy", B, {"x": values((2, 4))}, states=states)
+    report = gg.compare({"y": read}, "numpy", B, {"x": values((2, 4))}, states=states)
     first, relu = report.nodes
     assert first.status == "fail" and first.error == pytest.approx(1e-6, rel=0.01)
     assert at(first)[0] in (3, 4)
     assert relu.status == "ok"
     assert {row.label: row.status for row in report.outputs}["state cache"] == "fail"
-    nothing_read = gg.parity({}, "numpy", B, {"x": values((2, 4))}, updates=[written])
+    nothing_read = gg.compare({}, "numpy", B, {"x": values((2, 4))}, updates=[written])
     assert [row.label for row in nothing_read.outputs] == ["state cache"]
     assert [row.status for row in nothing_read.rows] == ["fail", "fail"]
 
@@ -133,7 +133,7 @@ def test_strides_are_those_of_the_graph(host: Host) -> None:
     y = gg.relu(gg.permute(gg.view(h, ne=(3, 4, 2), start=(1, 0, 1)), axes=(1, 0, 2)))
     try:
         KERNELS[gg.relu] = replace(before, run=look, inplace=())
-        assert gg.parity({"y": y}, "numpy", "numpy", {"x": values((3, 4, 6))})
+        assert gg.compare({"y": y}, "numpy", "numpy", {"x": values((3, 4, 6))})
     finally:
         KERNELS[gg.relu] = before
     assert len(set(seen)) == 1 and seen[0] == ((1, 2, 3, 4), (seen[0][1][0], 96, 4, 24))
@@ -154,7 +154,7 @@ def test_positions_far_out_have_a_bound_of_their_own() -> None:
     x, pos = gg.input("x", ne=(8, 1, 2)), gg.input("pos", "i32", ne=(2,))
     y = gg.rope_ext(x, pos, n_dims=8)
     bounds = [
-        gg.parity({"y": y}, "numpy", B, {"x": values((2, 1, 8)), "pos": [0, last]}).nodes[0].bound
+        gg.compare({"y": y}, "numpy", B, {"x": values((2, 1, 8)), "pos": [0, last]}).nodes[0].bound
         for last in (5, 100_000)
     ]
     assert bounds == [2e-7, 2e-5]
@@ -162,10 +162,10 @@ def test_positions_far_out_have_a_bound_of_their_own() -> None:
 
 def test_leaves_views_and_labels_that_meet(tmp_path: Path) -> None:
     x = gg.input("x", ne=(4, 3))
-    report = gg.parity({"x": x, "t": gg.transpose(x)}, "numpy", B, {"x": values((3, 4))})
+    report = gg.compare({"x": x, "t": gg.transpose(x)}, "numpy", B, {"x": values((3, 4))})
     assert report and not report.nodes and len(report.outputs) == 2 and report.worst is None
-    y = gg.add(gg.name(gg.sqr(x), "x"), x)
-    report = gg.parity({"y": y}, "numpy", B, {"x": values((3, 4))})
+    y = gg.add(gg.label(gg.sqr(x), "x"), x)
+    report = gg.compare({"y": y}, "numpy", B, {"x": values((3, 4))})
     assert report and [row.label for row in report.nodes] == ["x%1", "add%2"]
     assert run_here(report.script("add%2", tmp_path / "add.py"))[0] == 0
 
@@ -194,14 +194,14 @@ def test_unsupported(model: Model, tmp_path: Path) -> None:
 
 
 def test_a_node_that_a_place_lacks_runs_as_its_meaning(host: Host) -> None:
-    up, gate = (gg.constant(values((8, 32), seed), type="f16") for seed in (1, 2))
+    up, gate = (gg.constant(values((8, 32), seed), dtype="f16") for seed in (1, 2))
     y = gg.fused_up_gate(up, gate, gg.input("x", ne=(32, 3)))
     host.classes["mul_mat"] = "quantized"
     with backends.get("null", 7).denying("fused_up_gate"):
-        report = gg.parity({"y": y}, "numpy", B, {"x": values((3, 32))})
+        report = gg.compare({"y": y}, "numpy", B, {"x": values((3, 32))})
     assert report and [row.op for row in report.nodes] == ["fused_up_gate"]
     assert report.nodes[0].bound == pytest.approx(5e-4 + 1e-10)  # its products are what B declares
-    assert gg.parity({"y": y}, "numpy", B, {"x": values((3, 32))}).nodes[0].bound == 2e-10
+    assert gg.compare({"y": y}, "numpy", B, {"x": values((3, 32))}).nodes[0].bound == 2e-10
 
 
 def test_kernels_that_raise(model: Model, host: Host) -> None:
@@ -230,7 +230,7 @@ def test_wrong_arguments(model: Model) -> None:
     given = dict(model.inputs)
     for error, changed, why in (
         (gg.GraphError, {"ids": None}, r"parity lacks inputs: ids \(i32 \[5\]\)"),
-        (gg.UnknownName, {"z": [1]}, "no input 'z'; its inputs: "),
+        (gg.UnknownNameError, {"z": [1]}, "no input 'z'; its inputs: "),
         (gg.ShapeError, {"x": values((64, 5))}, r"input 'x' takes f32 \[64, 5\], NumPy shape"),
         (gg.DTypeError, {"ids": values((5,))}, "input 'ids' takes i32"),
     ):
@@ -239,7 +239,7 @@ def test_wrong_arguments(model: Model) -> None:
             model.on()
     model.inputs = given
     for error, states, why in (
-        (gg.UnknownName, {"kache": [1]}, "no state 'kache'; its states: cache"),
+        (gg.UnknownNameError, {"kache": [1]}, "no state 'kache'; its states: cache"),
         (gg.ShapeError, {"cache": [1]}, "state 'cache' takes f16"),
         (gg.DTypeError, 3, "states are a dict"),
     ):
@@ -248,7 +248,7 @@ def test_wrong_arguments(model: Model) -> None:
             model.on()
     model.states = {}
     assert model.on()  # states begin as zeros
-    with pytest.raises(gg.UnknownName, match="no backend 'abacus'"):
+    with pytest.raises(gg.UnknownNameError, match="no backend 'abacus'"):
         model.on("abacus")
     with pytest.raises(gg.DeviceError, match="description of a device"):
         model.on("numpy:1GiB")

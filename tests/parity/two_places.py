@@ -59,23 +59,23 @@ class Model:
     """A small graph: a product with blocks, a state written and read, scores, an output seen."""
 
     def __init__(self) -> None:
-        w = gg.constant(values((32, 64), 1) / 8, type="q8_0", name="w")
+        w = gg.constant(values((32, 64), 1) / 8, dtype="q8_0", name="w")
         x = gg.input("x", ne=(64, 5))
         self.cache = gg.state("cache", "f16", ne=(32, 12))
         ids = gg.input("ids", "i32", ne=(5,))
-        h = gg.name(gg.mul_mat(w, x), "h")
-        old = gg.name(gg.mul_mat(gg.view(self.cache, ne=(32, 4)), h), "old")
-        self.rows = gg.name(gg.set_rows(self.cache, h, ids), "rows")
-        kq = gg.name(gg.mul_mat(gg.view(self.rows, ne=(32, 12)), gg.silu(h)), "kq")
-        p = gg.name(gg.soft_max_ext(kq, scale=0.1), "p")
-        v = gg.name(gg.cont(gg.transpose(self.rows)), "v")
-        y = gg.name(gg.add(gg.mul_mat(v, p), h), "y")
+        h = gg.label(gg.mul_mat(w, x), "h")
+        old = gg.label(gg.mul_mat(gg.view(self.cache, ne=(32, 4)), h), "old")
+        self.rows = gg.label(gg.set_rows(self.cache, h, ids), "rows")
+        kq = gg.label(gg.mul_mat(gg.view(self.rows, ne=(32, 12)), gg.silu(h)), "kq")
+        p = gg.label(gg.soft_max_ext(kq, scale=0.1), "p")
+        v = gg.label(gg.cont(gg.transpose(self.rows)), "v")
+        y = gg.label(gg.add(gg.mul_mat(v, p), h), "y")
         self.outputs = {"y": gg.transpose(y), "old": old}
         self.inputs = {"x": values((5, 64)), "ids": [3, 1, 11, 6, 0]}
         self.states = {"cache": values((12, 32), 2)}
 
     def on(self, b: str = B, a: str = "numpy") -> Report:
-        return gg.parity(self.outputs, a, b, self.inputs, states=self.states)
+        return gg.compare(self.outputs, a, b, self.inputs, states=self.states)
 
 
 def bad(report: Report) -> list[str]:

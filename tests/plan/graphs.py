@@ -57,7 +57,7 @@ class Grower:
         return gg.rms_norm(a, eps=0.1)
 
     def cast(self, a: Node) -> Node:
-        return gg.cast(gg.cast(a, type="f16"), type="f32")
+        return gg.cast(gg.cast(a, dtype="f16"), dtype="f32")
 
     def binary(self, a: Node) -> Node:
         fits = [b for b in self.nodes if repeats_into(b.ne, a.ne)]
@@ -110,7 +110,7 @@ class Grower:
         rows = self.draw(st.integers(1, 3))
         part = gg.view(self.handles["s"], ne=(3, rows), start=(1, self.draw(st.integers(0, 3))))
         b = gg.repeat(gg.view(a, ne=(1,)), ne=(3, rows))
-        return self._written(gg.whole(gg.cpy(b, part)))
+        return self._written(gg.state_of(gg.cpy(b, part)))
 
     def _written(self, handle: Node) -> Node:
         self.handles["s"] = handle
@@ -202,7 +202,7 @@ class Reference:
         """Which elements of its state `node` looks at."""
         if node.op is state_op:
             return np.arange(node.spec.elements).reshape(node.ne[::-1])
-        if node.op.name == "whole":
+        if node.op.name == "state_of":
             return self._places(root_of(node))
         source = node.src[node.op.writes or 0]
         assert source is not None
@@ -236,7 +236,7 @@ def greedy() -> dict[str, gg.Node]:
     """One step: the token's row, turned by its position, a product, the largest; all in states."""
     embd, head = _model()
     token, pos = (gg.state(name, "i32", ne=(1,)) for name in ("token", "pos"))
-    ids = gg.name(gg.state("ids", "i32", ne=(1, STEPS)), "state ids")
+    ids = gg.label(gg.state("ids", "i32", ne=(1, STEPS)), "state ids")
     row = gg.get_rows(gg.constant(embd, name="embd"), token)
     turned = gg.rope_ext(gg.reshape(row, ne=(WIDTH, 1, 1)), pos, n_dims=WIDTH)
     logits = gg.mul_mat(gg.constant(head, name="head"), gg.reshape(turned, ne=(WIDTH, 1)))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import pyggml as gg
-from pyggml.errors import DTypeError, GraphError, PyggmlError, ShapeError, UnknownName
+from pyggml.errors import DTypeError, GraphError, PyggmlError, ShapeError, UnknownNameError
 from tests.plan.graphs import greedy, greedy_ids
 
 X = np.arange(8, dtype=np.float32)
@@ -88,7 +88,7 @@ def test_arrays_that_cannot_be_bound(given: Any, error: type[Exception], text: s
 def test_raw_rows_can_be_bound() -> None:
     for kind, raw in (("bf16", np.uint16), ("q8_0", np.uint8)):
         x = gg.input("x", kind, ne=(64, 2))
-        plan = gg.compile({"y": gg.cast(x, type="f32")})
+        plan = gg.compile({"y": gg.cast(x, dtype="f32")})
         held = gg.compile({"x": x}).run(x=np.ones((2, 64)), copy=False)["x"].copy()
         assert held.dtype == raw
         np.testing.assert_allclose(plan.bind(x=held).run()["y"], 1, rtol=1e-2)
@@ -104,7 +104,7 @@ def test_a_part_of_the_arena_is_not_bound() -> None:
 
 def test_names_that_bind_and_run_refuse() -> None:
     plan = doubled().bind(x=X)
-    with pytest.raises(UnknownName, match="no input 'q'; its inputs: x, z"):
+    with pytest.raises(UnknownNameError, match="no input 'q'; its inputs: x, z"):
         plan.bind(q=X)
     with pytest.raises(GraphError, match=r"'x' is bound to an array of yours.*bind\(x=None\)"):
         plan.run(x=X, z=X)

@@ -7,7 +7,7 @@ import pytest
 
 import pyggml as gg
 from examples.own_op import cumsum, main, swish_mean
-from pyggml.errors import DTypeError, UnsupportedOp
+from pyggml.errors import DTypeError, UnsupportedOpError
 from pyggml.node import Node, Spec, cost_of
 
 
@@ -22,7 +22,7 @@ def test_with_a_kernel() -> None:
 
 def test_with_a_meaning_only() -> None:
     x = np.random.default_rng(0).uniform(1, 2, (3, 5)).astype(np.float32)
-    node = gg.name(swish_mean(gg.input("x", "f32", ne=(5, 3)), eps=0.5), "mine")
+    node = gg.label(swish_mean(gg.input("x", "f32", ne=(5, 3)), eps=0.5), "mine")
     plan = gg.compile({"y": node})
     assert [step.node.op.name for step in plan.steps] == ["silu", "sum_rows", "scale", "div"]
     assert gg.labels(plan.graph.outputs["y"]) == ("mine",)
@@ -40,7 +40,9 @@ def test_with_neither() -> None:
     def nothing(a: Node) -> Spec:
         return a.spec
 
-    with pytest.raises(UnsupportedOp, match="no kernel for nothing; nothing has no meaning") as e:
+    with pytest.raises(
+        UnsupportedOpError, match="no kernel for nothing; nothing has no meaning"
+    ) as e:
         gg.compile({"y": nothing(gg.input("x", "f32", ne=(5,)))})
     assert isinstance(e.value, NotImplementedError) and __file__ in str(e.value)
 
@@ -56,7 +58,7 @@ def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_meaning_of_another_size_is_refused() -> None:
     @gg.op
-    def crooked(a: gg.Node) -> gg.Spec:
+    def crooked(a: gg.Node) -> gg.define.Spec:
         return a.spec
 
     @crooked.means

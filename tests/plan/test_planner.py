@@ -207,7 +207,7 @@ def test_compile_of_a_large_plan_allocates_nothing() -> None:
     x = gg.input("x", "f32", ne=(1 << 20, 64))
     cache = gg.state("cache", "f16", ne=(1 << 20, 128))
     y = gg.add(gg.silu(x), gg.tanh(x))
-    h = gg.cpy(gg.cast(x, type="f16"), gg.view(cache, ne=(1 << 20, 64)))
+    h = gg.cpy(gg.cast(x, dtype="f16"), gg.view(cache, ne=(1 << 20, 64)))
     gg.compile({"y": y}, updates=[h])  # imports, tables
     tracemalloc.start()
     plan = gg.compile({"y": y}, updates=[h])

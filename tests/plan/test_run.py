@@ -15,7 +15,7 @@ from pyggml.errors import (
     GraphError,
     PyggmlError,
     ShapeError,
-    UnknownName,
+    UnknownNameError,
 )
 
 X = np.arange(32, dtype=np.float32).reshape(4, 8)
@@ -97,7 +97,7 @@ def test_block_types_take_floats_and_raw_rows() -> None:
 
 def test_names_of_inputs() -> None:
     plan = plan_of()
-    with pytest.raises(UnknownName, match="no input 'z'; its inputs: x") as error:
+    with pytest.raises(UnknownNameError, match="no input 'z'; its inputs: x") as error:
         plan.run(x=X, z=X)
     assert isinstance(error.value, KeyError)
     with pytest.raises(GraphError, match=r"run lacks inputs: x \(f32 \[8, 4\]\)"):
@@ -129,7 +129,7 @@ def test_values_like_any_other() -> None:
         ({"backends": "numpy"}, DTypeError, "list of places"),
         ({"backends": []}, DTypeError, "list of places"),
         ({"backends": [5]}, DTypeError, "a place is a string"),
-        ({"backends": ["tpu"]}, UnknownName, "no backend 'tpu'; there are:.*numpy"),
+        ({"backends": ["tpu"]}, UnknownNameError, "no backend 'tpu'; there are:.*numpy"),
         ({"backends": ["numpy::"]}, DeviceError, "NAME"),
         ({"backends": ["numpy:0:1.2.3GiB"]}, DeviceError, "NAME"),
         ({"backends": ["numpy", "numpy:1"]}, DeviceError, "one host"),
@@ -139,23 +139,23 @@ def test_values_like_any_other() -> None:
         ({"amb": float("nan")}, ShapeError, "above 0"), ({"amb": "1"}, ShapeError, "above 0"),
         ({"amb": True}, ShapeError, "above 0"), ({"amb": float("inf")}, ShapeError, "above 0"),
         ({"observe": "x"}, DTypeError, "list of label patterns"),
-        ({"observe": ["kq*"]}, UnknownName, "matches no label; there are: x, act"),
+        ({"observe": ["kq*"]}, UnknownNameError, "matches no label; there are: x, act"),
         ({"updates": gg.input("u", ne=(1,))}, DTypeError, "updates a list of handles"),
     ],
 )  # fmt: skip
 def test_options_that_are_refused(options: Any, error: type[Exception], text: str) -> None:
-    y = gg.name(gg.relu(gg.input("x", ne=(4,))), "act")
+    y = gg.label(gg.relu(gg.input("x", ne=(4,))), "act")
     with pytest.raises(error, match=text):
         gg.compile({"y": y}, **options)
 
 
 def test_observe() -> None:
     x = gg.input("x", ne=(4,))
-    inner = gg.name(gg.scale(x, s=2.0), "inner-3")
+    inner = gg.label(gg.scale(x, s=2.0), "inner-3")
     plan = gg.compile({"y": gg.relu(inner)}, observe=["inner-*", "x"])
     got = plan.run(x=-np.ones(4))
     assert set(got) == {"y", "inner-3", "x"} and (got["inner-3"] == -2).all()
-    named = gg.name(gg.sqr(inner), "out")
+    named = gg.label(gg.sqr(inner), "out")
     with pytest.raises(GraphError, match="under the name 'out', which is another output's"):
         gg.compile({"out": gg.relu(named)}, observe=["out"])
 
@@ -163,7 +163,7 @@ def test_observe() -> None:
 def test_a_plan_in_words() -> None:
     w = gg.constant(np.zeros((2, 8), np.float32), name="w")
     x, s = gg.input("x", ne=(8, 4)), gg.state("s", "f16", ne=(2, 4))
-    product = gg.name(gg.mul_mat(w, x), "product")
+    product = gg.label(gg.mul_mat(w, x), "product")
     plan = gg.compile({"y": gg.relu(product)}, updates=[gg.cpy(product, s)])
     memory = plan.memory
     assert (memory.weights, memory.states, memory.inputs) == (64, 16, 128)

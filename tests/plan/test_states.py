@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import pyggml as gg
-from pyggml.errors import DTypeError, GraphError, ShapeError, UnknownName
+from pyggml.errors import DTypeError, GraphError, ShapeError, UnknownNameError
 from pyggml.node import Node
 
 ROW = np.arange(4, dtype=np.float32)
@@ -66,7 +66,7 @@ def test_writes_in_a_chain() -> None:
     handle, seen = cache, {}
     for row in range(3):
         part = gg.view(handle, ne=(4, 1), start=(0, row))
-        handle = gg.whole(gg.cpy(gg.scale(x, s=row + 1.0), part))
+        handle = gg.state_of(gg.cpy(gg.scale(x, s=row + 1.0), part))
         seen[f"after{row}"] = handle
     plan = gg.compile(seen)
     got = plan.run(x=ROW[None])
@@ -80,7 +80,7 @@ def test_writes_in_a_chain() -> None:
 def test_whole_is_for_states_only() -> None:
     x = gg.input("x", "f32", ne=(4, 3))
     with pytest.raises(ShapeError, match="not a state"):
-        gg.whole(gg.view(x, ne=(2, 2)))
+        gg.state_of(gg.view(x, ne=(2, 2)))
 
 
 @pytest.mark.parametrize("build", [lambda x: gg.cpy(x, x), lambda x: gg.set_rows(x, x, x)])
@@ -123,10 +123,10 @@ def test_store_reads_writes_and_clears() -> None:
 def test_store_errors() -> None:
     store = gg.Store()
     for call in (store.read, store.clear, lambda name: store.write(name, 0)):
-        with pytest.raises(UnknownName, match="no state 'k'; it has: none"):
+        with pytest.raises(UnknownNameError, match="no state 'k'; it has: none"):
             call("k")
     gg.compile({"y": gg.cont(gg.state("k", "f32", ne=(4, 2)))}, store=store).bind()
-    with pytest.raises(UnknownName, match="it has: k"):
+    with pytest.raises(UnknownNameError, match="it has: k"):
         store.clear("k", "v")
     with pytest.raises(ShapeError, match=r"NumPy shape \(2, 4\); it got NumPy shape \(4, 2\)"):
         store.write("k", np.zeros((4, 2)))
@@ -147,6 +147,6 @@ def test_a_thousand_chained_writes_compile_at_once() -> None:
     x = gg.input("x", "f32", ne=(4,))
     for i in range(1000):
         row = gg.view(handle, ne=(4,), start=(0, i % 8))
-        handle = gg.whole(gg.cpy(gg.scale(x, s=float(i)), row))
+        handle = gg.state_of(gg.cpy(gg.scale(x, s=float(i)), row))
     got = gg.compile({"s": handle}).run(x=np.ones(4))["s"]
     np.testing.assert_array_equal(got[:, 0], [992 + i for i in range(8)])

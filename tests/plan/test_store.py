@@ -74,7 +74,7 @@ def test_one_name_with_two_meanings_is_an_error() -> None:
     step(store, 1).bind()
     other = gg.state("cache", "f16", ne=(8, 16))
     with pytest.raises(GraphError, match=r"'cache' is f32 \[8, 16\] in this store, not f16"):
-        gg.compile({"y": gg.cast(other, type="f32")}, store=store)
+        gg.compile({"y": gg.cast(other, dtype="f32")}, store=store)
     weight = gg.constant(WEIGHT + 1, name="w")
     with pytest.raises(GraphError, match="other values under the weight 'w'"):
         gg.compile({"y": gg.relu(weight)}, store=store)

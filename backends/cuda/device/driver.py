@@ -23,7 +23,7 @@ OLDEST = (8, 0)
 FREE_SHARED = 48 * 1024
 
 
-class Unusable(DeviceError):
+class UnusableError(DeviceError):
     """There is no driver, no GPU, or one that is too old. what: what is wrong; mend: what to do."""
 
     def __init__(self, what: str, mend: str) -> None:
@@ -43,7 +43,7 @@ INSTALL_CUBLAS = 'pip install "nvidia-cublas==13.*"'
 
 @cache
 def imported(module: str) -> Any:
-    """A module of the packages that the extra `cuda` installs; Unusable where it cannot be had."""
+    """A module that the extra `cuda` installs; UnusableError where it cannot be loaded."""
     try:
         with warnings.catch_warnings(action="ignore"):  # pycuda's guess at why it cannot load
             return import_module(module)
@@ -54,11 +54,11 @@ def imported(module: str) -> Any:
 
 @cache
 def driver() -> Any:
-    """pycuda.driver, initialised; Unusable without pycuda, without a driver, with an old one."""
+    """pycuda.driver, initialised; UnusableError without pycuda or a new enough driver."""
     found = imported("pycuda.driver")
     version, needed = found.get_driver_version(), _needed()
     if version < needed:
-        raise Unusable(
+        raise UnusableError(
             f"the NVIDIA driver is too old: it speaks CUDA {spoken(version)}, the kernels need "
             f"{spoken(needed)}",
             f"{_INSTALL}; an older NVRTC does too",
@@ -66,7 +66,7 @@ def driver() -> Any:
     try:
         found.init()
     except found.Error as error:
-        raise Unusable(
+        raise UnusableError(
             f"no GPU can be used: {error}",
             "see whether nvidia-smi lists one and CUDA_VISIBLE_DEVICES (or the container) lets it "
             "through, or run on backends=['numpy']",
@@ -74,20 +74,20 @@ def driver() -> Any:
     return found
 
 
-def _unloaded(package: str, error: ImportError) -> Unusable:
+def _unloaded(package: str, error: ImportError) -> UnusableError:
     """Why a package cannot be imported: it is not there, or what it is linked with is not."""
     if isinstance(error, ModuleNotFoundError):
-        return Unusable(
+        return UnusableError(
             f"the CUDA backend needs {package}, and the module {error.name} is not installed",
             how_to_install(package),
         )
     if "undefined symbol: cu" in str(error):
-        return Unusable(f"the NVIDIA driver is too old for {package} ({error})", _INSTALL)
+        return UnusableError(f"the NVIDIA driver is too old for {package} ({error})", _INSTALL)
     if "libcuda.so" in str(error):
-        return Unusable(f"there is no NVIDIA driver here ({error})", _INSTALL)
+        return UnusableError(f"there is no NVIDIA driver here ({error})", _INSTALL)
     if "libcublas" in str(error):
-        return Unusable(f"{package} finds no cuBLAS ({error})", INSTALL_CUBLAS)
-    return Unusable(
+        return UnusableError(f"{package} finds no cuBLAS ({error})", INSTALL_CUBLAS)
+    return UnusableError(
         f"{package} cannot be loaded ({error})",
         f"build it on this machine, {BUILD_PYCUDA}"
         if package == "pycuda"

@@ -14,7 +14,7 @@ from pyggml.backends.cuda.linear.blocks import fixed_bytes, launch_quantize
 from pyggml.backends.cuda.linear.common import in_blocks, is_few
 from pyggml.backends.cuda.table import KERNELS, kernel
 from pyggml.dtypes import TYPES
-from pyggml.node import Node, Op, Spec, make_spec
+from pyggml.node import Node, Op, Spec
 from pyggml.ops.leaf import constant_op
 from pyggml.transfer import origin
 
@@ -26,7 +26,7 @@ def _rule(b: Node, *, levels: int, run: int) -> Spec:
 
     run  numbers the nodes lowered together: a later run, behind a loop or a load, makes its own
     """
-    return make_spec(TYPES["i8"], (fixed_bytes(b.ne, levels),))
+    return Spec.of(TYPES["i8"], (fixed_bytes(b.ne, levels),))
 
 
 _rule.__name__ = "fixed_point"

@@ -43,12 +43,12 @@ def _bf16(a: Array) -> Array:
         return np.where(np.abs(rounded) >= 2.0**128, np.copysign(np.inf, a), rounded)
 
 
-def cast(a: Array, *, type: object) -> Array:
+def cast(a: Array, *, dtype: object) -> Array:
     """`a` rounded to f32, f16, bf16 or truncated to an integer type.
 
     Block types are left as they are: what they lose is a bound (tolerance.STORAGE), not a value.
     """
-    name = str(type)
+    name = str(dtype)
     if name in ("i32", "i64"):
         return a.astype(np.int64)
     values = a.astype(np.float64)

@@ -80,11 +80,11 @@ def fill(a: Array, *, value: float) -> Array:
     return np.full(a.shape, value)
 
 
-def glu(a: Array, b: Array | None = None, *, kind: str = "swiglu", swapped: bool = False) -> Array:
+def glu(a: Array, b: Array | None = None, *, act: str = "silu", swapped: bool = False) -> Array:
     """act(first) * second: a and b, or the halves of a's rows; `swapped` exchanges the two."""
     if b is None:
         half = a.shape[3] // 2
         a, b = a[..., :half], a[..., half:]
     if swapped:
         a, b = b, a
-    return activate({"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}[kind], a) * b
+    return activate(act, a) * b

@@ -7,7 +7,7 @@ import numpy as np
 from pyggml.parity.oracle.base import Array
 
 
-def mul_mat(a: Array, b: Array, *, prec: str = "default", type: object = "f32") -> Array:
+def mul_mat(a: Array, b: Array, *, prec: str = "default", dtype: object = "f32") -> Array:
     """out[i, j, p, q] = sum_k a[k, i, p // r2, q // r3] * b[k, j, p, q]; r = b's size over a's."""
     r3, r2 = b.shape[0] // a.shape[0], b.shape[1] // a.shape[1]
     out = np.empty((*b.shape[:3], a.shape[2]))

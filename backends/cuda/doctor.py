@@ -82,7 +82,7 @@ def _gpus() -> Iterator[Finding]:
         return
     try:
         found = driver.driver()
-    except driver.Unusable as error:
+    except driver.UnusableError as error:
         yield "driver", error.what, error.mend
         return
     yield "driver", f"CUDA {driver.spoken(found.get_driver_version())}", ""

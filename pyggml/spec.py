@@ -1,0 +1,76 @@
+"""Spec: the type and size of a tensor."""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from pyggml.dtypes import DType
+from pyggml.dtypes import dtype as dtype_of
+from pyggml.errors import DTypeError, ShapeError
+
+Ne: TypeAlias = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """Type and size of a tensor.
+
+    ne    ggml's order, ne[0] contiguous, always four numbers
+    rank  how many dimensions the caller gave; printing shows that many
+    """
+
+    dtype: DType
+    ne: Ne
+    rank: int
+
+    @classmethod
+    def of(
+        cls, dtype: str | DType, ne: tuple[int, ...] | list[int], rank: int | None = None
+    ) -> Spec:
+        """A checked Spec: one to four sizes of at least 1, rows of whole blocks."""
+        element = dtype_of(dtype)
+        sizes = integers("ne=", ne)
+        if not 1 <= len(sizes) <= 4:
+            raise ShapeError(f"a tensor has one to four dimensions, not {len(sizes)}")
+        if min(sizes) < 1:
+            raise ShapeError(f"every size is at least 1; got ne={list(sizes)}")
+        element.row_bytes(sizes[0])
+        full = sizes + (1,) * (4 - len(sizes))
+        return cls(element, (full[0], full[1], full[2], full[3]), rank or len(sizes))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """NumPy's order: the reverse of `ne`, as many dimensions as were given."""
+        return self.ne[self.rank - 1 :: -1]
+
+    @property
+    def elements(self) -> int:
+        """How many numbers it holds: the product of `ne`."""
+        return math.prod(self.ne)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes without gaps: row_bytes(ne[0]) ne[1] ne[2] ne[3], rows of whole blocks."""
+        return self.dtype.row_bytes(self.ne[0]) * self.ne[1] * self.ne[2] * self.ne[3]
+
+    @property
+    def nb(self) -> Ne:
+        """Byte strides of a contiguous tensor; nb[0] is the size of one block."""
+        row = self.dtype.row_bytes(self.ne[0])
+        return (self.dtype.nbytes, row, row * self.ne[1], row * self.ne[1] * self.ne[2])
+
+    def __str__(self) -> str:
+        return f"{self.dtype.name} [{', '.join(map(str, self.ne[: self.rank]))}]"
+
+
+def integers(what: str, value: Any) -> tuple[int, ...]:
+    """A sequence of whole numbers as a tuple of Python's; DTypeError where it is none."""
+    try:
+        if not any(isinstance(v, bool) for v in value):
+            return tuple(operator.index(v) for v in value)
+    except TypeError:
+        pass
+    raise DTypeError(f"{what} takes whole numbers such as (64, 32), not {value!r}")
