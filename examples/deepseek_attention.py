@@ -40,8 +40,11 @@ from pyggml.models.deepseek2 import AttentionOptions, Cache, Layer, attention, n
 from pyggml.models.precision import precise
 from pyggml.models.presets import preset, synth
 from pyggml.models.tensors import check_tensors
-from pyggml.parity.deepseek import attention_f64
 from pyggml.parity.tolerance import relative_error
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # the float64 reference
+
+from tests.reference.deepseek import attention_f64
 
 MIB = 2**20
 #: Relative error of the layer's output that a cache type may cause, by precision.

@@ -37,9 +37,12 @@ from pyggml.models.feed_forward import layer_output
 from pyggml.models.precision import precise
 from pyggml.models.presets import preset, synth
 from pyggml.models.tensors import check_tensors
-from pyggml.parity.deepseek_layer import layer_f64, weights_of
 from pyggml.parity.tolerance import relative_error
 from pyggml.runtime import places
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # the float64 reference
+
+from tests.reference.deepseek_layer import layer_f64, weights_of
 
 MIB = 2**20
 #: Relative error of the layer's output that a cache type may cause, by precision.

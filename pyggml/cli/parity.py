@@ -6,7 +6,6 @@ pyggml parity -o mul_mat -p 'type_a=q4_K.*ne_b=\\[256,1'
 pyggml parity -o 'relu(f32[64,5]@wide)'           this case, in the grid or not
 pyggml parity --mode support                      which cases a backend runs, and why not
 pyggml parity --mode perf -o mul_mat              time, GFLOPS and GB/s
-pyggml parity --mode mutants                      wrong kernels: are they all found out?
 pyggml parity --kernel my.py:mul_mat_iq4 -o mul_mat -p type_a=iq4_nl
 pyggml parity -m FILE --a numpy --b null          a model's graph (attention of every layer)
 pyggml parity -m FILE --script kq-0 --out kq.py   ... and one node of it as a program
@@ -19,14 +18,14 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from math import isfinite
 
 from pyggml import backends
 from pyggml.cli import model
 from pyggml.errors import DeviceError, GraphError, UnknownNameError
-from pyggml.parity import grid, hunt, support
+from pyggml.parity import grid, support
 from pyggml.parity.case import Case, build
 from pyggml.parity.cases import cases
 from pyggml.parity.nodes import compare
@@ -35,7 +34,7 @@ from pyggml.parity.report import script_name
 from pyggml.parity.running import Outcome, outcomes
 from pyggml.runtime import places
 
-MODES = ("test", "support", "list", "perf", "mutants")
+MODES = ("test", "support", "list", "perf")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -94,8 +93,6 @@ def _of_model(args: argparse.Namespace) -> int:
 
 
 def _of_ops(args: argparse.Namespace) -> int:
-    if args.mode == "mutants":
-        return _mutants(args)
     if args.markdown and args.mode != "support":
         raise GraphError("--markdown belongs to --mode support")
     one = args.backend or ("numpy" if args.kernel else "")
@@ -223,30 +220,3 @@ def _perf_line(row: Outcome, name: str) -> str:
 
 
 _LINES = {"test": _test_line, "support": _support_line, "perf": _perf_line}
-
-
-def _mutants(args: argparse.Namespace) -> int:
-    """A line a mutant, and the share that the small grid kills."""
-    for option in ("--pattern", "--backend", "--jobs", "--kernel"):
-        if getattr(args, option.lstrip("-")) != args.usual[option]:
-            raise GraphError(f"{option} does not go with --mode mutants: only -o does")
-    wanted = {m.op for m in hunt.MUTANTS}
-    if args.op:
-        wanted &= set(args.op.split(","))
-    if not wanted:
-        raise UnknownNameError(f"there are no mutants of {args.op}")
-    found = list(hunt.hunt(wanted))
-    if args.json:
-        print(json.dumps([asdict(one) for one in found]))
-    else:
-        print("\n".join(_mutant_lines(found)))
-    return 0 if all(one.killed for one in found) else 1
-
-
-def _mutant_lines(found: Iterable[hunt.Hunted]) -> Iterator[str]:
-    killed = total = 0
-    for one in found:
-        total, killed = total + 1, killed + bool(one.killed)
-        yield f"  {one.op}: {one.what}: " + (f"killed by {one.killed}" if one.killed else "ALIVE")
-    share = 100 * killed / max(total, 1)
-    yield f"  {killed}/{total} mutants killed ({share:.1f} %)"

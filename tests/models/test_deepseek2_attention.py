@@ -19,9 +19,9 @@ from pyggml import gguf
 from pyggml.models.config import DeepSeek2Config
 from pyggml.models.deepseek2 import AttentionOptions, Cache, Layer, attention
 from pyggml.models.presets import PRESETS, synth
-from pyggml.parity.deepseek import attention_f64
 from pyggml.parity.tolerance import relative_error
 from tests.fixtures.case import HERE
+from tests.reference.deepseek import attention_f64
 
 FORMS = [
     ("standard", True),

@@ -14,8 +14,8 @@ from pyggml.models.deepseek2 import AttentionOptions, Cache, Layer
 from pyggml.models.feed_forward import LEAST_SUM, feed_forward, layer_output, route
 from pyggml.models.presets import PRESETS
 from pyggml.models.tensors import tensor_sizes
-from pyggml.parity.deepseek_layer import feed_forward_f64, layer_f64, route_f64
 from pyggml.parity.tolerance import relative_error
+from tests.reference.deepseek_layer import feed_forward_f64, layer_f64, route_f64
 
 #: f32 sums against float64: 1e-7 to 4e-7 measured.
 EXACT = 2e-6

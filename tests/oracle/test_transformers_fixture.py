@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from pyggml.parity.deepseek import attention_f64
 from pyggml.parity.tolerance import relative_error
 from tests.fixtures.case import HERE
+from tests.reference.deepseek import attention_f64
 
 FIXTURES = sorted(HERE.glob("deepseek_*.npz"), key=str)
 #: Both sides are float64: what is left is the order of sums (1e-15 measured).

@@ -7,9 +7,9 @@ import pytest
 pytestmark = pytest.mark.oracle
 pytest.importorskip("transformers", reason="needs torch and transformers (the extra 'oracle')")
 
-from pyggml.parity.deepseek import attention_f64  # noqa: E402
 from pyggml.parity.tolerance import relative_error  # noqa: E402
 from tests.fixtures.real_transformers import MODELS, PROMPT, run  # noqa: E402
+from tests.reference.deepseek import attention_f64  # noqa: E402
 
 
 @pytest.mark.parametrize("n_tokens", [PROMPT, PROMPT + 6])

@@ -29,8 +29,8 @@ from pyggml.models.config import DeepSeek2Config  # noqa: E402
 from pyggml.models.deepseek2 import Layer  # noqa: E402
 from pyggml.models.feed_forward import feed_forward  # noqa: E402
 from pyggml.models.presets import PRESETS  # noqa: E402
-from pyggml.parity.deepseek_layer import feed_forward_f64, route_f64  # noqa: E402
 from pyggml.parity.tolerance import relative_error  # noqa: E402
+from tests.reference.deepseek_layer import feed_forward_f64, route_f64  # noqa: E402
 
 N_EMBD, N_FF, N_TOKENS = 40, 24, 17
 PLAIN: dict[str, Any] = {"n_expert_used": 3, "weights_scale": 1.0, "n_group": 1, "n_group_used": 1}

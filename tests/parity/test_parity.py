@@ -19,7 +19,7 @@ from pyggml.cli import main
 from pyggml.parity.case import Case, build
 from pyggml.parity.cases import cases
 from pyggml.parity.grid import all_cases
-from pyggml.parity.hunt import MUTANTS, Hunted, hunt
+from tests.mutants.hunt import MUTANTS, Hunted, hunt
 
 ROOT = Path(__file__).parent.parent.parent
 Streams = pytest.CaptureFixture[str]
@@ -103,14 +103,6 @@ def test_mutants_are_of_every_family() -> None:
 def test_what_is_found_is_said(hunted: list[Hunted], op: str, what: str, why: str) -> None:
     (found,) = [one for one in hunted if one.op == op and what in one.what]
     assert why in found.why
-
-
-def test_the_killed_share_is_printed(parity: Said) -> None:
-    status, out = parity("--mode", "mutants", "-o", "relu,tanh")
-    assert status == 0 and "  2/2 mutants killed (100.0 %)\n" in out
-    assert "  relu: NaN becomes 0: killed by relu(f32[64,5]~wild)\n" in out
-    status, out = parity("--mode", "mutants", "-o", "relu", "--json")
-    assert status == 0 and json.loads(out)[0]["killed"]
 
 
 # -- the command --------------------------------------------------------------------------------
@@ -210,7 +202,6 @@ def test_other_modes(parity: Said, file: str) -> None:
         (("-b", "abacus"), "no backend 'abacus'"),
         (("-b", "null:0:1GiB"), "null:0:1GiB is a description of a device"),
         (("--markdown",), "--mode support"),
-        (("--mode", "mutants", "-o", "view"), "no mutants of view"),
         (("--kernel", "missing.py:f", "-o", "relu"), "file.py:function"),
         (("--kernel", "FILE:f", "-o", "relu"), "has no function 'f'"),
         (("--kernel", "FILE:right"), "which with -o"),

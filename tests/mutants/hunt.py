@@ -13,12 +13,12 @@ from functools import partial
 from typing import Any
 
 from pyggml import backends, ops
-from pyggml.parity import mutants_of_layers, mutants_of_meanings, mutants_of_values
 from pyggml.parity.cases import cases
-from pyggml.parity.mutants import Mutant
 from pyggml.parity.running import restored, tested
+from tests.mutants import layers, meanings, values
+from tests.mutants.mutant import Mutant
 
-MUTANTS = (*mutants_of_values.MUTANTS, *mutants_of_layers.MUTANTS, *mutants_of_meanings.MUTANTS)
+MUTANTS = (*values.MUTANTS, *layers.MUTANTS, *meanings.MUTANTS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ from gguf.quants import dequantize
 
 from pyggml.gguf import GGUFFile
 from pyggml.models.config import DeepSeek2Config
-from pyggml.parity.deepseek import attention_f64, normed_by, project
 from pyggml.parity.oracle.base import Array, activate
+from tests.reference.deepseek import attention_f64, normed_by, project
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pyggml.parity.mutants import Mutant, changed, instead, maker, stretched, then, without
+from tests.mutants.mutant import Mutant, changed, instead, maker, stretched, then, without
 
 MUTANTS: list[Mutant] = []
 mutant = maker(MUTANTS)

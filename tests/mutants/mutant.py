@@ -2,7 +2,7 @@
 
 A mutant is `fn(right, out, *sources, **attributes)`: the right kernel is given other sources or
 attributes, or its result is spoilt. Those of meanings and of weights stand in
-`mutants_of_meanings`. `hunt` runs them.
+`meanings`. `hunt` runs them.
 """
 
 from __future__ import annotations

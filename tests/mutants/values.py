@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from pyggml.parity.mutants import (
+from tests.mutants.mutant import (
     Mutant,
     changed,
     instead,

@@ -12,7 +12,7 @@ import numpy as np
 
 from pyggml import ops
 from pyggml.node import Node
-from pyggml.parity.mutants import Mutant, Wrong, maker
+from tests.mutants.mutant import Mutant, Wrong, maker
 
 MUTANTS: list[Mutant] = []
 meaning = maker(MUTANTS, "meaning")
