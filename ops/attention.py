@@ -91,8 +91,7 @@ def flash_attn_ext(
 
 @flash_attn_ext.cost
 def _(node: Node) -> Cost:
-    q, k, v, *_ = node.src
-    assert q is not None and k is not None and v is not None
+    q, k, v = node["q"], node["k"], node["v"]
     pairs = float(q.ne[1] * k.ne[1] * q.ne[2] * q.ne[3])
     read = sum(s.spec.nbytes for s in node.src if s is not None)
     return Cost(2.0 * pairs * (k.ne[0] + v.ne[0]), float(read + node.spec.nbytes))
@@ -100,20 +99,18 @@ def _(node: Node) -> Cost:
 
 @flash_attn_ext.slices
 def _(node: Node, axis: Axis, n: int) -> Slice | None:
-    q, k, _, mask, sinks, _ = node.src
-    assert q is not None and k is not None
-    heads = q.ne[2]
+    mask, heads, heads_kv = node.get("mask"), node["q"].ne[2], node["k"].ne[2]
     if axis == "kv":
         if not node.attrs["lse"]:
             return None
         masked = Cut(0) if mask is not None else None
         return Slice((None, Cut(1), Cut(1), masked, None, None), shift={"kv0": 1}, merge="lse")
     if axis == 1:
-        ratio = heads // k.ne[2]
+        ratio = heads // heads_kv
         if n % ratio and ratio % n:
             return None
-        part = None if k.ne[2] == 1 else Cut(2, div=ratio)
-        sink = Cut(0) if sinks is not None else None
+        part = None if heads_kv == 1 else Cut(2, div=ratio)
+        sink = Cut(0) if node.get("sinks") is not None else None
         cuts = (Cut(2), part, part, mask_cut(mask, 2, heads), sink, None)
         return Slice(cuts, shift={"head0": 1})
     if axis == 2:
@@ -142,7 +139,14 @@ def _(node: Node, axis: Axis, n: int) -> Slice | None:
     return Slice((Cut(0),)) if axis == 1 else None
 
 
-@op
+def _row_slices(node: Node, axis: Axis, n: int) -> Slice | None:
+    """Parts of attentions are merged row by row."""
+    if not isinstance(axis, int) or axis == 0:
+        return None
+    return Slice(tuple(None if s is None else Cut(axis) for s in node.src))
+
+
+@op(slices=_row_slices)
 def merge_lse(a: Node, b: Node) -> Spec:
     """Two parts of one attention, over different keys, as one (flash_attn_ext with lse=True).
 
@@ -159,7 +163,7 @@ def merge_lse(a: Node, b: Node) -> Spec:
     return a.spec
 
 
-@op
+@op(slices=_row_slices)
 def lse_sum(a: Node, c: Node | None = None) -> Spec:
     """The running sum of many parts of one attention: `merge_lse` without its rounding.
 
@@ -178,7 +182,7 @@ def lse_sum(a: Node, c: Node | None = None) -> Spec:
     return made
 
 
-@op
+@op(slices=_row_slices)
 def lse_finish(c: Node, *, lse: bool = False) -> Spec:
     """The attention that `lse_sum` summed up:  y = S / s, with lse=True also m + ln s.
 
@@ -189,12 +193,3 @@ def lse_finish(c: Node, *, lse: bool = False) -> Spec:
     if c.ne[0] < 3:
         raise ShapeError("rows are d_v sums, their weight and its reference")
     return Spec.of(F32, (c.ne[0] - 2 + lse, *c.ne[1:]), c.spec.rank)
-
-
-@lse_sum.slices
-@lse_finish.slices
-@merge_lse.slices
-def _(node: Node, axis: Axis, n: int) -> Slice | None:
-    if not isinstance(axis, int) or axis == 0:
-        return None
-    return Slice(tuple(None if s is None else Cut(axis) for s in node.src))

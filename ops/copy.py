@@ -7,7 +7,7 @@ from typing import Any
 from pyggml.dtypes import DType
 from pyggml.dtypes import dtype as dtype_of
 from pyggml.errors import DTypeError, ShapeError
-from pyggml.node import Axis, Cut, Ne, Node, Slice, Spec, op
+from pyggml.node import Axis, Cut, Ids, Ne, Node, Slice, Spec, op
 from pyggml.ops.leaf import state_op
 from pyggml.ops.rules import (
     AXES,
@@ -19,17 +19,14 @@ from pyggml.ops.rules import (
     want_readable,
     want_type,
 )
-from pyggml.ops.views import resized, root_of, source_of
+from pyggml.ops.views import resized, root_of
 from pyggml.quants import ENCODABLE
 
 
-@op
+@op(slices=elementwise_slices)
 def cont(a: Node) -> Spec:
     """A contiguous copy of a: same type, same sizes."""
     return a.spec
-
-
-cont.slices(elementwise_slices)
 
 
 def _want_conversion(a: Node, to: DType) -> None:
@@ -57,8 +54,7 @@ def cast(a: Node, *, dtype: str) -> Spec | tuple[Spec, dict[str, Any]]:
 
 @cast.slices
 def _(node: Node, axis: Axis, n: int) -> Slice | None:
-    source = source_of(node)
-    if axis == 0 and max(node.dtype.block, source.dtype.block) > 1:
+    if axis == 0 and max(node.dtype.block, node["a"].dtype.block) > 1:
         return None
     return elementwise_slices(node, axis, n)
 
@@ -68,7 +64,7 @@ def _want_state(what: str, node: Node) -> None:
         raise ShapeError(f"{what} must be a state or a view of one: nothing else can be written")
 
 
-@op
+@op(writes="b")
 def cpy(a: Node, b: Node) -> Spec:
     """Write a into b, a state or a view of one; the result is b's new handle.
 
@@ -83,10 +79,12 @@ def cpy(a: Node, b: Node) -> Spec:
     return b.spec
 
 
-cpy.writes = 1
+def _concat_parts(node: Node) -> tuple[Ne, ...]:
+    dim = node.attrs["dim"]
+    return (0, 0, 0, 0), resized((0, 0, 0, 0), dim, node["a"].ne[dim])
 
 
-@op
+@op(parts=_concat_parts)
 def concat(a: Node, b: Node, *, dim: int) -> Spec:
     """a and b end to end along `dim`.
 
@@ -102,15 +100,6 @@ def concat(a: Node, b: Node, *, dim: int) -> Spec:
     return Spec.of(
         a.dtype, resized(a.ne, dim, a.ne[dim] + b.ne[dim]), max(a.spec.rank, b.spec.rank, dim + 1)
     )
-
-
-def _parts(node: Node) -> tuple[Ne, Ne]:
-    first = [0, 0, 0, 0]
-    first[node.attrs["dim"]] = source_of(node).ne[node.attrs["dim"]]
-    return (0, 0, 0, 0), (first[0], first[1], first[2], first[3])
-
-
-concat.parts = _parts
 
 
 @concat.slices
@@ -135,13 +124,13 @@ def repeat(a: Node, *, ne: tuple[int, ...]) -> Spec | tuple[Spec, dict[str, Any]
 def _(node: Node, axis: Axis, n: int) -> Slice | None:
     if not isinstance(axis, int):
         return None
-    cut = modulo_cut(source_of(node).ne[axis], axis, node.ne[axis])
+    cut = modulo_cut(node["a"].ne[axis], axis, node.ne[axis])
     if cut is not None and cut.mod and n % cut.mod:
         return None
     return Slice((cut,), {"ne": resized(node.ne, axis, n)})
 
 
-@op
+@op(ids=Ids("ids", of="a", axis=1))
 def get_rows(a: Node, ids: Node) -> Spec:
     """Rows by id: y[:, i, p, q] = a[:, ids[i, p, q], p, q].   A negative id gives a zero row.
 
@@ -163,15 +152,14 @@ def get_rows(a: Node, ids: Node) -> Spec:
 
 @get_rows.slices
 def _(node: Node, axis: Axis, n: int) -> Slice | None:
-    a = source_of(node)
     if axis == 0:
-        return Slice((Cut(0), None)) if a.dtype.block == 1 else None
+        return Slice((Cut(0), None)) if node["a"].dtype.block == 1 else None
     if axis == 1:
         return Slice((None, Cut(0)))
     return Slice((Cut(axis), Cut(axis - 1))) if isinstance(axis, int) else None
 
 
-@op
+@op(writes="a", ids=Ids("ids", of="a", axis=1))
 def set_rows(a: Node, b: Node, ids: Node) -> Spec:
     """Write rows by id: a[:, ids[i, p % c1, q % c2], p, q] = b[:, i, p, q]; a's new handle.
 
@@ -191,6 +179,3 @@ def set_rows(a: Node, b: Node, ids: Node) -> Spec:
             f"and c2 dividing {a.ne[3]}"
         )
     return a.spec
-
-
-set_rows.writes = 0

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from pyggml.errors import DTypeError, ShapeError
-from pyggml.node import Axis, Cut, Node, Op, Slice, Spec, op
+from pyggml.node import Axis, Cut, Ids, Node, Op, Slice, Spec, op
 from pyggml.ops.rules import (
     FLOATS,
     choose,
@@ -28,7 +26,7 @@ def _pair(a: Node, b: Node, types: tuple[str, ...]) -> Spec:
     return a.spec
 
 
-@op
+@op(slices=elementwise_slices)
 def add(a: Node, b: Node) -> Spec:
     """y = a + b, b repeated into a.
 
@@ -38,25 +36,25 @@ def add(a: Node, b: Node) -> Spec:
     return _pair(a, b, (*FLOATS, "i32", "i64"))
 
 
-@op
+@op(slices=elementwise_slices)
 def sub(a: Node, b: Node) -> Spec:
     """y = a - b, b repeated into a. Types and sizes as `add`, floats only."""
     return _pair(a, b, FLOATS)
 
 
-@op
+@op(slices=elementwise_slices)
 def mul(a: Node, b: Node) -> Spec:
     """y = a * b, b repeated into a. Types and sizes as `add`, floats only."""
     return _pair(a, b, FLOATS)
 
 
-@op
+@op(slices=elementwise_slices)
 def div(a: Node, b: Node) -> Spec:
     """y = a / b, b repeated into a. Types and sizes as `add`, floats only."""
     return _pair(a, b, FLOATS)
 
 
-@op
+@op(slices=elementwise_slices)
 def scale(a: Node, *, s: float, b: float = 0.0) -> Spec:
     """y = s * a + b.   a, y  f32 or f16, any size."""
     want_type("a", a, FLOATS)
@@ -64,7 +62,7 @@ def scale(a: Node, *, s: float, b: float = 0.0) -> Spec:
     return a.spec
 
 
-@op
+@op(slices=elementwise_slices)
 def clamp(a: Node, *, min: float, max: float) -> Spec:
     """y = a limited to [min, max]; infinite limits are none.   a, y  f32 or f16."""
     want_type("a", a, FLOATS)
@@ -73,22 +71,20 @@ def clamp(a: Node, *, min: float, max: float) -> Spec:
     return a.spec
 
 
-@op
+@op(slices=elementwise_slices)
 def fill(a: Node, *, value: float) -> Spec:
     """y = value everywhere; only the size and type of a count.   a, y  f32 or f16."""
     want_type("a", a, FLOATS)
     return a.spec
 
 
-def _unary(symbol: str, formula: str) -> Op[[Node]]:
+def _unary(name: str, formula: str) -> Op[[Node]]:
     def rule(a: Node) -> Spec:
         want_type("a", a, FLOATS)
         return a.spec
 
-    rule.__name__ = symbol
     rule.__doc__ = f"y = {formula}.   a, y  f32 or f16, any size."
-    rule.__module__ = __name__
-    return op(rule)
+    return Op(rule, name=name, slices=elementwise_slices)
 
 
 exp = _unary("exp", "e^a")
@@ -102,19 +98,15 @@ silu = _unary("silu", "a / (1 + e^-a)")
 gelu = _unary("gelu", "a/2 (1 + tanh(sqrt(2/pi) (a + 0.044715 a^3))), ggml's tanh form of GELU")
 
 UNARY: tuple[Op[[Node]], ...] = (exp, log, sqr, sqrt, tanh, relu, sigmoid, silu, gelu)
-_ALL: tuple[Op[Any], ...] = (*UNARY, add, sub, mul, div, scale, clamp, fill)
-for _each in _ALL:
-    _each.slices(elementwise_slices)
-
-_BY_NAME = {each.name: each for each in UNARY}
+_BY_NAME = {unary.name: unary for unary in UNARY}
 
 
-def activation(kind: str, a: Node) -> Node:
+def activation(act: str, a: Node) -> Node:
     """The activation op of that name, applied: "silu", "gelu" or "relu"."""
-    return _BY_NAME[choose("act", kind, ACTIVATIONS)](a)
+    return _BY_NAME[choose("act", act, ACTIVATIONS)](a)
 
 
-@op
+@op(slices=outer_slices)
 def glu(a: Node, b: Node | None = None, *, act: str = "silu", swapped: bool = False) -> Spec:
     """Gated linear unit: y = act(x) * g.
 
@@ -146,10 +138,7 @@ def _(a: Node, b: Node | None = None, *, act: str = "silu", swapped: bool = Fals
     return mul(activation(act, a), b)
 
 
-glu.slices(outer_slices)
-
-
-@op
+@op(ids=Ids("ids", of="b", axis=1))
 def add_id(a: Node, b: Node, ids: Node) -> Spec:
     """y[:, e, t] = a[:, e, t] + b[:, ids[e, t]]: a bias for each chosen expert.
 

@@ -22,18 +22,14 @@ _BY_NUMPY = {np.dtype(t.numpy): t for t in TYPES.values() if t.numpy and t.name 
 _data: WeakKeyDictionary[Node, NDArray[Any]] = WeakKeyDictionary()
 
 
-def _leaf(kind: str) -> Op[Any]:
-    def rule(*, name: str | None, made: Spec) -> Spec:
-        return made
-
-    rule.__name__ = kind
-    return Op(rule, leaf=True)
+def _leaf(*, name: str | None, made: Spec) -> Spec:
+    return made
 
 
-constant_op = _leaf("constant")
-input_op = _leaf("input")
-state_op = _leaf("state")
-piece_op = _leaf("piece")
+constant_op = Op(_leaf, name="constant", leaf=True)
+input_op = Op(_leaf, name="input", leaf=True)
+state_op = Op(_leaf, name="state", leaf=True)
+piece_op = Op(_leaf, name="piece", leaf=True)
 
 
 def _build(kind: Op[Any], label: str | None, made: Spec) -> Node:

@@ -7,7 +7,7 @@ from typing import Any
 from pyggml.dtypes import F32
 from pyggml.dtypes import dtype as dtype_of
 from pyggml.errors import ShapeError
-from pyggml.node import Axis, Cost, Cut, Node, Slice, Spec, op
+from pyggml.node import Axis, Cost, Cut, Ids, Node, Slice, Spec, op
 from pyggml.ops.rules import (
     DECODABLE_FLOATS,
     FLOATS,
@@ -22,7 +22,7 @@ from pyggml.ops.rules import (
 PRECISIONS = ("default", "f32")
 
 
-@op
+@op(weights=("a",))
 def mul_mat(
     a: Node, b: Node, *, prec: str = "default", dtype: str = "f32"
 ) -> Spec | tuple[Spec, dict[str, Any]]:
@@ -55,14 +55,14 @@ def mul_mat(
 
 @mul_mat.cost
 def _(node: Node) -> Cost:
-    a, b = (s for s in node.src if s is not None)
+    a, b = node["a"], node["b"]
     read = float(a.spec.nbytes + b.spec.nbytes + node.spec.nbytes)
     return Cost(2.0 * node.spec.elements * a.ne[0], read)
 
 
 @mul_mat.slices
 def _(node: Node, axis: Axis, n: int) -> Slice | None:
-    a, b = (s for s in node.src if s is not None)
+    a, b = node["a"], node["b"]
     if axis == 0:
         return Slice((Cut(1), None))
     if axis == 1:
@@ -96,25 +96,35 @@ def want_experts(experts: Node, b: Node, ids: Node, what: str) -> None:
         raise ShapeError(f"b has {b.ne[1]} rows a token, which do not divide n_used={ids.ne[0]}")
 
 
-def expert_slices(n_experts: int) -> Any:
-    """Slice rule of `y[m, n_used, n_tokens]` from experts (n of them), b and ids."""
-
-    def rule(node: Node, axis: Axis, n: int) -> Slice | None:
-        b = node.src[n_experts]
-        assert b is not None
-        if axis == 0:
-            return Slice((*(Cut(1),) * n_experts, None, None))
-        if axis == 1:
-            if b.ne[1] not in (1, node.ne[1]):
-                return None
-            slot = None if b.ne[1] == 1 else Cut(1)
-            return Slice((*(None,) * n_experts, slot, Cut(0)))
-        return Slice((*(None,) * n_experts, Cut(2), Cut(1))) if axis == 2 else None
-
-    return rule
+def expert_slices(node: Node, axis: Axis, n: int) -> Slice | None:
+    """Slice rule of `y[m, n_used, n_tokens]` from matrices of experts, b and ids."""
+    matrices = len(node.op.weights)
+    if axis == 0:
+        return Slice((*(Cut(1),) * matrices, None, None))
+    if axis == 1:
+        n_b = node["b"].ne[1]
+        if n_b not in (1, node.ne[1]):
+            return None
+        return Slice((*(None,) * matrices, None if n_b == 1 else Cut(1), Cut(0)))
+    return Slice((*(None,) * matrices, Cut(2), Cut(1))) if axis == 2 else None
 
 
-@op
+def expert_cost(node: Node) -> Cost:
+    """Cost of products by expert: every chosen matrix read once at most."""
+    matrices = [node[name] for name in node.op.weights]
+    touched = min(matrices[0].ne[2], node["ids"].spec.elements)
+    weights = sum(m.spec.nbytes // m.ne[2] * touched for m in matrices)
+    flops = 2.0 * matrices[0].ne[0] * node.spec.elements * len(matrices)
+    others = sum(t.spec.nbytes for t in (node["b"], node["ids"], node))
+    return Cost(flops, float(weights + others))
+
+
+@op(
+    weights=("experts",),
+    ids=Ids("ids", of="experts", axis=2),
+    cost=expert_cost,
+    slices=expert_slices,
+)
 def mul_mat_id(experts: Node, b: Node, ids: Node, *, prec: str = "default") -> Spec:
     """Product with chosen matrices:  y[:, e, t] = experts[:, :, ids[e, t]] b[:, e % n_b, t].
 
@@ -129,18 +139,3 @@ def mul_mat_id(experts: Node, b: Node, ids: Node, *, prec: str = "default") -> S
     want_experts(experts, b, ids, "experts")
     choose("prec", prec, PRECISIONS)
     return Spec.of(F32, (experts.ne[1], ids.ne[0], ids.ne[1]), 3)
-
-
-def expert_cost(node: Node) -> Cost:
-    """Cost of products by expert: every chosen matrix read once at most."""
-    matrices = [s for s in node.src[:-2] if s is not None]
-    b, ids = node.src[-2], node.src[-1]
-    assert b is not None and ids is not None
-    touched = min(matrices[0].ne[2], ids.spec.elements)
-    weights = sum(m.spec.nbytes // m.ne[2] * touched for m in matrices)
-    flops = 2.0 * matrices[0].ne[0] * node.spec.elements * len(matrices)
-    return Cost(flops, float(weights + b.spec.nbytes + ids.spec.nbytes + node.spec.nbytes))
-
-
-mul_mat_id.cost(expert_cost)
-mul_mat_id.slices(expert_slices(1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pyggml.dtypes import F32, I32
 from pyggml.errors import ShapeError
-from pyggml.node import Axis, Cost, Cut, Node, Slice, Spec, op
+from pyggml.node import Axis, Cost, Cut, Ids, Node, Slice, Spec, op
 from pyggml.ops.elementwise import ACTIVATIONS, activation, mul
 from pyggml.ops.linear import (
     PRECISIONS,
@@ -17,7 +17,12 @@ from pyggml.ops.linear import (
 from pyggml.ops.rules import choose, outer_slices, want_ne, want_readable, want_rows, want_type
 
 
-@op
+@op(
+    weights=("up", "gate"),
+    ids=Ids("ids", of="up", axis=2),
+    cost=expert_cost,
+    slices=expert_slices,
+)
 def moe_up_gate(
     up: Node, gate: Node, b: Node, ids: Node, *, act: str = "silu", prec: str = "default"
 ) -> Spec:
@@ -48,11 +53,7 @@ def _(
     return mul(opened, mul_mat_id(up, b, ids, prec=prec))
 
 
-moe_up_gate.cost(expert_cost)
-moe_up_gate.slices(expert_slices(2))
-
-
-@op
+@op(weights=("up", "gate"))
 def fused_up_gate(
     up: Node, gate: Node, b: Node, *, act: str = "silu", prec: str = "default"
 ) -> Spec:
@@ -81,8 +82,7 @@ def _(up: Node, gate: Node, b: Node, *, act: str = "silu", prec: str = "default"
 @fused_up_gate.cost
 def _(node: Node) -> Cost:
     read = sum(s.spec.nbytes for s in node.src if s is not None)
-    assert node.src[0] is not None
-    return Cost(4.0 * node.spec.elements * node.src[0].ne[0], float(read + node.spec.nbytes))
+    return Cost(4.0 * node.spec.elements * node["up"].ne[0], float(read + node.spec.nbytes))
 
 
 @fused_up_gate.slices
@@ -92,7 +92,7 @@ def _(node: Node, axis: Axis, n: int) -> Slice | None:
     return Slice((None, None, Cut(axis))) if isinstance(axis, int) else None
 
 
-@op
+@op(slices=outer_slices)
 def grouped_topk(a: Node, *, n_group: int, n_group_used: int, n_top: int, k: int) -> Spec:
     """Ids of the k best experts of the best groups, best first.
 
@@ -113,10 +113,15 @@ def grouped_topk(a: Node, *, n_group: int, n_group_used: int, n_top: int, k: int
     return Spec.of(I32, (k, *a.ne[1:]), a.spec.rank)
 
 
-grouped_topk.slices(outer_slices)
+def _token_slices(node: Node, axis: Axis, n: int) -> Slice | None:
+    """Sums over the experts of a token: of columns, or of tokens, with or without weights."""
+    sources = len(node.src)
+    if axis == 0:
+        return Slice((Cut(0), None)[:sources])
+    return Slice((Cut(2),) * sources) if axis == 1 else None
 
 
-@op
+@op(slices=_token_slices)
 def multi_add(a: Node) -> Spec:
     """Sum over the experts of each token:  y[:, t] = sum_e a[:, e, t].
 
@@ -129,7 +134,7 @@ def multi_add(a: Node) -> Spec:
     return Spec.of(F32, (a.ne[0], a.ne[2]), 2)
 
 
-@op
+@op(slices=_token_slices)
 def mul_multi_add(a: Node, b: Node) -> Spec:
     """Weighted sum over the experts of each token:  y[:, t] = sum_e a[:, e, t] b[0, e, t].
 
@@ -148,11 +153,3 @@ def mul_multi_add(a: Node, b: Node) -> Spec:
 @mul_multi_add.means
 def _(a: Node, b: Node) -> Node:
     return multi_add(mul(a, b))
-
-
-@multi_add.slices
-@mul_multi_add.slices
-def _(node: Node, axis: Axis, n: int) -> Slice | None:
-    if axis == 0:
-        return Slice((Cut(0), None)[: len(node.src)])
-    return Slice((Cut(2),) * len(node.src)) if axis == 1 else None

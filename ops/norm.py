@@ -7,7 +7,7 @@ from pyggml.node import Cost, Node, Spec, op
 from pyggml.ops.rules import outer_slices, want_finite, want_type
 
 
-@op
+@op(slices=outer_slices)
 def rms_norm(a: Node, *, eps: float) -> Spec:
     """y = a / sqrt(mean(a^2 over the row) + eps).   a, y  f32 [n, ne1, ne2, ne3]
 
@@ -23,6 +23,3 @@ def rms_norm(a: Node, *, eps: float) -> Spec:
 @rms_norm.cost
 def _(node: Node) -> Cost:
     return Cost(3.0 * node.spec.elements, 2.0 * node.spec.nbytes)
-
-
-rms_norm.slices(outer_slices)

@@ -18,14 +18,11 @@ from pyggml.ops.rules import (
 )
 
 
-@op
+@op(slices=outer_slices)
 def sum_rows(a: Node) -> Spec:
     """y[0, ..] = sum of a's row.   a  f32 [n, ne1, ne2, ne3],   y  f32 [1, ne1, ne2, ne3]"""
     want_type("a", a, ("f32",))
     return Spec.of(a.dtype, (1, *a.ne[1:]), a.spec.rank)
-
-
-sum_rows.slices(outer_slices)
 
 
 def alibi_heads(n_heads_here: int, head0: int, n_head: int | None, max_bias: float) -> int:
@@ -106,9 +103,8 @@ def _(node: Node, axis: Axis, n: int) -> Slice | None:
     if axis not in (1, 2, 3):
         return None
     assert isinstance(axis, int)
-    _, mask, sinks = node.src
-    sink = Cut(0) if sinks is not None and axis == 2 else None
-    cuts = (Cut(axis), mask_cut(mask, axis, node.ne[axis]), sink)
+    sink = Cut(0) if node.get("sinks") is not None and axis == 2 else None
+    cuts = (Cut(axis), mask_cut(node.get("mask"), axis, node.ne[axis]), sink)
     return Slice(cuts, shift={"head0": 1} if axis == 2 else {})
 
 
@@ -122,14 +118,14 @@ def _row_ids(a: Node, n: int) -> Spec:
     return Spec.of(I32, (n, *a.ne[1:]), a.spec.rank)
 
 
-@op
+@op(slices=outer_slices)
 def argsort(a: Node, *, order: str = "asc") -> Spec:
     """Ids that sort each row, "asc" or "desc"; stable.   a  f32 [n, ..],   y  i32 [n, ..]"""
     choose("order", order, ("asc", "desc"))
     return _row_ids(a, a.ne[0])
 
 
-@op
+@op(slices=outer_slices)
 def top_k(a: Node, *, k: int) -> Spec:
     """Ids of the k largest of each row, largest first.   a  f32 [n, ..],   y  i32 [k, ..]"""
     if not 1 <= k <= a.ne[0]:
@@ -149,11 +145,6 @@ def _(node: Node, axis: Axis, n: int) -> Slice | None:
     return Slice((Cut(axis + 1),)) if isinstance(axis, int) and axis < 3 else None
 
 
-for _each in (argsort, top_k):
-    _each.slices(outer_slices)
-
-
 def row_length(node: Node) -> int:
     """Length of the rows that a row op reads."""
-    assert node.src[0] is not None
-    return node.src[0].ne[0]
+    return node["a"].ne[0]

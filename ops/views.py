@@ -29,8 +29,7 @@ def _units(dtype: DType, ne: Ne) -> Ne:
 
 def _reshape_view(node: Node, nb: Ne) -> tuple[int, Ne] | None:
     """Strides of the new sizes over the old ones, or None where that would need a copy."""
-    source = node.src[0]
-    assert source is not None
+    source = node["a"]
     old = [(n, b) for n, b in zip(_units(node.dtype, source.ne), nb) if n > 1]
     strides: list[int] = []
     size, stride = old.pop(0) if old else (1, node.dtype.nbytes)
@@ -51,7 +50,7 @@ def _reshape_view(node: Node, nb: Ne) -> tuple[int, Ne] | None:
     return 0, _full(tuple(strides), 0)
 
 
-@op
+@op(view=_reshape_view)
 def reshape(a: Node, *, ne: tuple[int, ...]) -> Spec:
     """The same elements in the same order under other sizes; no copy.
 
@@ -65,14 +64,11 @@ def reshape(a: Node, *, ne: tuple[int, ...]) -> Spec:
     return made
 
 
-reshape.view = _reshape_view
-
-
 @reshape.slices
 def _(node: Node, axis: Axis, n: int) -> Slice | None:
-    source = node.src[0]
-    if not isinstance(axis, int) or source is None:
+    if not isinstance(axis, int):
         return None
+    source = node["a"]
     inner, outer = math.prod(node.ne[:axis]), math.prod(node.ne[: axis + 1])
     sizes = resized(node.ne, axis, n)
     for s in range(4):
@@ -101,7 +97,7 @@ def _permute_view(node: Node, nb: Ne) -> tuple[int, Ne]:
     return 0, _full(tuple(strides), 0)
 
 
-@op
+@op(view=_permute_view)
 def permute(a: Node, *, axes: tuple[int, ...]) -> Spec | tuple[Spec, dict[str, Any]]:
     """Dimensions in another order; no copy. ggml's meaning: a's dimension i becomes axes[i].
 
@@ -117,9 +113,6 @@ def permute(a: Node, *, axes: tuple[int, ...]) -> Spec | tuple[Spec, dict[str, A
         sizes[result] = a.ne[source]
     rank = max(a.spec.rank, 1 + max((r for s, r in enumerate(full) if a.ne[s] > 1), default=0))
     return Spec.of(a.dtype, tuple(sizes), rank), {"axes": full}
-
-
-permute.view = _permute_view
 
 
 @permute.slices
@@ -149,8 +142,7 @@ def _view(a: Node, *, ne: Ne, start: Ne, step: Ne, rank: int) -> Spec:
     return Spec.of(a.dtype, ne, rank)
 
 
-_view.__name__ = "view"
-view_op = Op(_view, view=_slice_view)
+view_op = Op(_view, name="view", view=_slice_view)
 
 
 @view_op.slices
@@ -263,7 +255,11 @@ def offset_of(node: Node) -> int:
     return offset
 
 
-@op
+def _state_view(node: Node, nb: Ne) -> tuple[int, Ne]:
+    return -offset_of(node["a"]), root_of(node["a"]).nb
+
+
+@op(view=_state_view)
 def state_of(a: Node) -> Spec:
     """The whole state of which `a` is a part, after the write that made `a`.
 
@@ -273,11 +269,3 @@ def state_of(a: Node) -> Spec:
     if root.op is not state_op:
         raise ShapeError(f"a is part of {root!r}, which is not a state")
     return root.spec
-
-
-state_of.view = lambda node, nb: (-offset_of(source_of(node)), root_of(source_of(node)).nb)
-
-
-def source_of(node: Node) -> Node:
-    assert node.src[0] is not None
-    return node.src[0]

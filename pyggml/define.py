@@ -9,6 +9,6 @@
 docs/adding-an-op.md shows a whole op.
 """
 
-from pyggml.node import Axis, Cost, Cut, Node, Op, Slice, Spec, located, op
+from pyggml.node import Axis, Cost, Cut, Ids, Node, Op, Slice, Spec, located, op
 
-__all__ = ["Axis", "Cost", "Cut", "Node", "Op", "Slice", "Spec", "located", "op"]
+__all__ = ["Axis", "Cost", "Cut", "Ids", "Node", "Op", "Slice", "Spec", "located", "op"]

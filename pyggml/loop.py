@@ -114,8 +114,7 @@ def _rule(*, loop: Loop, made: Spec) -> Spec:
     return made
 
 
-_rule.__name__ = "loop"
-loop_op = Op(_rule)
+loop_op = Op(_rule, name="loop")
 
 
 def make_loop(sources: tuple[Node, ...], loop: Loop, made: Spec) -> Node:

@@ -10,17 +10,21 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Generic, ParamSpec, TypeAlias
+from typing import Any, Generic, ParamSpec, TypeAlias, overload
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from pyggml.dtypes import DType
-from pyggml.errors import DTypeError, PyggmlError, ShapeError
+from pyggml.errors import DTypeError, PyggmlError, ShapeError, UnknownNameError
 from pyggml.renamed import KEYWORDS
 from pyggml.spec import Ne as Ne
 from pyggml.spec import Spec as Spec
 from pyggml.spec import integers as integers
+from pyggml.traits import Axis as Axis
+from pyggml.traits import Cost as Cost
+from pyggml.traits import Cut as Cut
+from pyggml.traits import Ids as Ids
+from pyggml.traits import Slice as Slice
 
 P = ParamSpec("P")
 Attrs: TypeAlias = Mapping[str, Any]
@@ -30,6 +34,7 @@ class Node:
     """One operation in a graph: op, sources, attributes, spec. Frozen, hash-consed.
 
     Compared by identity: building the same node twice gives the same object.
+    `node["mask"]` is the source that the op calls `mask`; `node.get("mask")` is None without one.
     `ne` is ggml's order, `shape` NumPy's. `nb` are the byte strides that the tensor has if nothing
     but its own views moved it: they say what is contiguous, never where bytes are.
     """
@@ -54,6 +59,21 @@ class Node:
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"nodes are frozen: cannot set {name!r}; build a new node")
+
+    def __getitem__(self, operand: str) -> Node:
+        """The source of that name. UnknownNameError where the op has none, or this node none."""
+        source = self.src[self.op.index(operand)]
+        if source is None:
+            raise UnknownNameError(
+                f"{self!r} has no {operand}; node.get({operand!r}) gives None there"
+            )
+        return source
+
+    def get(self, operand: str) -> Node | None:
+        """The source of that name, None where it was left out."""
+        return self.src[self.op.index(operand)]
+
+    __iter__: None = None  # Python would try node[0], node[1], ... otherwise
 
     @property
     def ne(self) -> Ne:
@@ -177,49 +197,11 @@ def _user_line() -> tuple[str, int]:
     return frame.f_code.co_filename, frame.f_lineno
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """What an op must do at least: floating-point operations, and bytes read and written once."""
-
-    flops: float
-    nbytes: float
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """The part of a source that a piece of the result needs: along `axis`, from f(start) on.
-
-    f(i) = (i * mul // div) % mod + add   (no modulo where mod is 0)
-    extent of a piece of n: max(1, n * mul // div), at most mod
-    """
-
-    axis: int
-    mul: int = 1
-    div: int = 1
-    mod: int = 0
-    add: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """How one piece of a result is computed from pieces of its sources.
-
-    cuts   one per source: a Cut, or None for all of it
-    attrs  attributes that differ in a piece of this extent
-    shift  attributes that grow by this much per element of the piece's start
-    merge  None: pieces stand side by side; "sum" or "lse": pieces are partial results
-    """
-
-    cuts: tuple[Cut | None, ...]
-    attrs: Attrs = field(default_factory=dict)
-    shift: Mapping[str, int] = field(default_factory=dict)
-    merge: str | None = None
-
-
-Axis: TypeAlias = int | str
 ShapeRule: TypeAlias = Callable[P, "Spec | tuple[Spec, dict[str, Any]]"]
 SliceRule: TypeAlias = Callable[[Node, Axis, int], "Slice | None"]
 ViewRule: TypeAlias = Callable[[Node, Ne], "tuple[int, Ne] | None"]
+CostRule: TypeAlias = Callable[[Node], Cost]
+PartsRule: TypeAlias = Callable[[Node], tuple[Ne, ...]]
 
 _KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,),
@@ -232,39 +214,68 @@ _KINDS: dict[str, tuple[type, ...]] = {
 class Op(Generic[P]):
     """An operation: a shape rule made callable. Calling it builds (or finds) a node.
 
-    view    the result is another look at source 0 and owns no memory (see `viewed`)
-    writes  index of the source that the op writes into; the result is that source's new handle
-    leaf    no sources; every call makes a new node
-    parts   for a result that only gathers its sources: where in it each of them stands
+    Tensors are the rule's positional parameters and attributes its keyword-only ones. `operands`
+    maps the tensors' names to their indices in `src`.
+
+    name     what the op is called, where that is not the name of the rule
+    view     the result is another view of operand 0 and owns no memory: this rule gives its byte
+             offset and strides from those of the operand, or None where that needs a copy
+    writes   the operand that the op writes into; the result is that operand's new handle
+    ids      the operand that holds ids, and what they choose from
+    weights  operands that a matrix product reads as its weights
+    leaf     no operands; every call makes a new node
+    parts    for a result that only gathers its operands: where in it each of them stands
+    cost     the cost rule, as `Op.cost` takes it
+    slices   the slice rule, as `Op.slices` takes it
     """
 
     def __init__(
         self,
         rule: ShapeRule[P],
         *,
+        name: str | None = None,
         view: ViewRule | None = None,
-        writes: int | None = None,
+        writes: str | None = None,
+        ids: Ids | None = None,
+        weights: tuple[str, ...] = (),
         leaf: bool = False,
+        parts: PartsRule | None = None,
+        cost: CostRule | None = None,
+        slices: SliceRule | None = None,
     ) -> None:
-        self.name = rule.__name__
-        self.__name__ = rule.__name__
+        self.name = self.__name__ = name or rule.__name__
         self.__doc__ = rule.__doc__
         self.__module__ = rule.__module__
         self.__wrapped__ = rule
-        self.rule = rule
-        self.view = view
-        self.writes = writes
-        self.leaf = leaf
-        self.parts: Callable[[Node], tuple[Ne, ...]] | None = None
-        self.meaning: Callable[..., Node] | None = None
-        self.cost_rule: Callable[[Node], Cost] | None = None
-        self.slice_rule: SliceRule | None = None
         parameters = inspect.signature(rule).parameters.values()
         self._tensors = {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
         self._attrs = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+        self.operands = {tensor: index for index, tensor in enumerate(self._tensors)}
+        self.rule = rule
+        self.view = view
+        self.writes = None if writes is None else self.index(writes)
+        self.ids = ids
+        self.weights = weights
+        self.leaf = leaf
+        self.parts = parts
+        self.meaning: Callable[..., Node] | None = None
+        self.cost_rule = cost
+        self.slice_rule = slices
+        for operand in (*weights, *((ids.operand, ids.of) if ids is not None else ())):
+            self.index(operand)
 
     def __repr__(self) -> str:
         return f"<op {self.name}>"
+
+    def index(self, operand: str) -> int:
+        """Where in `src` the operand of that name stands."""
+        index = self.operands.get(operand)
+        if index is None:
+            names = ", ".join(self.operands) or "none"
+            raise UnknownNameError(
+                f"{self.name} has no operand {operand!r}; its operands are: {names}"
+            )
+        return index
 
     # -- definition -------------------------------------------------------------------------
 
@@ -273,7 +284,7 @@ class Op(Generic[P]):
         self.meaning = meaning
         return meaning
 
-    def cost(self, rule: Callable[[Node], Cost]) -> Callable[[Node], Cost]:
+    def cost(self, rule: CostRule) -> CostRule:
         """Decorator: the op's cost. Without one: an operation an element, every byte once."""
         self.cost_rule = rule
         return rule
@@ -382,14 +393,34 @@ class Op(Generic[P]):
         return _at_line(error, text)
 
 
-def op(rule: ShapeRule[P]) -> Op[P]:
-    """Make an operation of a shape rule: tensors positional, attributes keyword-only.
+@overload
+def op(rule: ShapeRule[P], /) -> Op[P]: ...
+
+
+@overload
+def op(
+    *,
+    name: str | None = None,
+    view: ViewRule | None = None,
+    writes: str | None = None,
+    ids: Ids | None = None,
+    weights: tuple[str, ...] = (),
+    parts: PartsRule | None = None,
+    cost: CostRule | None = None,
+    slices: SliceRule | None = None,
+) -> Callable[[ShapeRule[P]], Op[P]]: ...
+
+
+def op(rule: Any = None, /, **options: Any) -> Any:
+    """Decorator: make an operation of a shape rule, `@op` or `@op(slices=..., ...)`.
 
     The rule gets nodes and attributes and returns the result's Spec (or the Spec and attributes to
     replace), or raises ShapeError or DTypeError saying what is wrong; names, sizes and the user's
-    line are added here.
+    line are added here. The options are those of `Op`.
     """
-    return Op(rule)
+    if rule is not None:
+        return Op(rule)
+    return functools.partial(Op, **options)
 
 
 def located(build: Callable[P, Node]) -> Callable[P, Node]:

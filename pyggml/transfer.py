@@ -13,13 +13,11 @@ def _rule(a: Node, *, to: str, resident: bool) -> Spec:
     return a.spec
 
 
-_rule.__name__ = "transfer"
-transfer = Op(_rule)
-
-
-@transfer.cost
-def _(node: Node) -> Cost:
+def _cost(node: Node) -> Cost:
     return Cost(0.0, 2.0 * node.spec.nbytes)
+
+
+transfer = Op(_rule, name="transfer", cost=_cost)
 
 
 def is_resident(node: Node) -> bool:
@@ -29,6 +27,4 @@ def is_resident(node: Node) -> bool:
 
 def origin(node: Node) -> Node:
     """The node itself, or what a transfer brings."""
-    source = node.src[0] if node.op is transfer else node
-    assert source is not None
-    return source
+    return node["a"] if node.op is transfer else node

@@ -12,7 +12,7 @@ import pytest
 TOP = Path(__file__).parent.parent
 LAYERS = (  # later ones may import earlier ones and their own
     "pyggml.errors pyggml.renamed",
-    "pyggml.dtypes pyggml.quants pyggml.spec",
+    "pyggml.dtypes pyggml.quants pyggml.spec pyggml.traits",
     "pyggml.node",
     "pyggml.graph pyggml.loop pyggml.transfer",
     "pyggml.ops",
@@ -23,7 +23,7 @@ LAYERS = (  # later ones may import earlier ones and their own
     "pyggml.viz pyggml.cli pyggml.__main__ pyggml pyggml.define",
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
-CONCRETE = {"node", "loop", "transfer", "ops", "dtypes", "quants", "errors"}
+CONCRETE = {"node", "loop", "transfer", "ops", "dtypes", "quants", "errors", "traits"}
 FILES = [f for d in ("pyggml", "ops", "backends") for f in sorted((TOP / d).rglob("*.py"))]
 MODULES = {f.relative_to(TOP): f for f in FILES if not f.match("pyggml/ops/**")}
 

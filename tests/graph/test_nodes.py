@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pyggml as gg
-from pyggml.errors import DTypeError, GraphError, ShapeError
+from pyggml import define, ops
+from pyggml.errors import DTypeError, GraphError, ShapeError, UnknownNameError
 from pyggml.node import cost_of, line_of, slice_of
 
 SIZES = st.tuples(*[st.integers(1, 5)] * 4)
@@ -49,6 +50,61 @@ def test_nodes_are_frozen() -> None:
         leaf().spec = None  # type: ignore[misc]
     with pytest.raises(TypeError):
         gg.scale(leaf(), s=2.0).attrs["s"] = 3.0  # type: ignore[index]
+
+
+def test_sources_have_the_names_that_the_op_gives_them() -> None:
+    x, mask = leaf(), gg.input("mask", "f16", ne=(8, 4))
+    plain, masked = gg.soft_max_ext(x), gg.soft_max_ext(x, mask)
+    assert plain["a"] is masked["a"] is x
+    assert masked["mask"] is masked.get("mask") is mask
+    assert plain.get("mask") is None
+    with pytest.raises(UnknownNameError, match=r"soft_max_ext: .* has no mask"):
+        plain["mask"]
+    unknown = "soft_max_ext has no operand 'ids'; its operands are: a, mask, sinks"
+    for look_up in (plain.get, plain.__getitem__):
+        with pytest.raises(UnknownNameError, match=unknown):
+            look_up("ids")
+    with pytest.raises(UnknownNameError, match="input has no operand 'a'; its operands are: none"):
+        x["a"]
+    with pytest.raises(TypeError):
+        list(plain)  # type: ignore[call-overload]
+
+
+def test_an_op_says_what_it_is_in_one_place() -> None:
+    def rule(table: gg.Node, rows: gg.Node, which: gg.Node, *, s: float = 1.0) -> define.Spec:
+        return table.spec
+
+    def cost(node: gg.Node) -> define.Cost:
+        return define.Cost(1.0, 2.0)
+
+    def cuts(node: gg.Node, axis: define.Axis, n: int) -> define.Slice | None:
+        return None
+
+    chosen = define.Ids("which", of="table", axis=1)
+    build = define.op(name="put", writes="rows", ids=chosen, weights=("table",), cost=cost)(rule)
+    assert build.name == build.__name__ == "put"
+    assert (build.writes, build.ids, build.weights) == (1, chosen, ("table",))
+    assert build.operands == {"table": 0, "rows": 1, "which": 2}
+    x = leaf()
+    assert cost_of(build(x, x, x)) == define.Cost(1.0, 2.0)
+    assert define.op(slices=cuts)(rule).slice_rule is cuts
+    for wrong in (
+        {"writes": "nothing"},
+        {"weights": ("table", "nothing")},
+        {"ids": define.Ids("nothing", of="table", axis=0)},
+        {"ids": define.Ids("which", of="nothing", axis=0)},
+    ):
+        with pytest.raises(UnknownNameError, match="rule has no operand 'nothing'"):
+            define.op(**wrong)(rule)  # type: ignore[call-overload]
+
+
+def test_ops_name_their_ids_and_their_weights() -> None:
+    held = {name: op.ids.operand for name, op in ops.ALL.items() if op.ids is not None}
+    assert held == {name: "ids" for name, op in ops.ALL.items() if "ids" in op.operands}, (
+        "an op that takes ids says so, and a backend can check them"
+    )
+    products = ("mul_mat", "mul_mat_id", "fused_up_gate", "moe_up_gate")
+    assert {name for name, op in ops.ALL.items() if op.weights} == set(products)
 
 
 def test_labels_and_lines() -> None:

@@ -1,0 +1,58 @@
+"""What an op says about itself: its cost, how it can be cut, which operand holds ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+#: A dimension of a result, or the name of a reduction.
+Axis: TypeAlias = int | str
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What an op must do at least: floating-point operations, and bytes read and written once."""
+
+    flops: float
+    nbytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """The part of a source that a piece of the result needs: along `axis`, from f(start) on.
+
+    f(i) = (i * mul // div) % mod + add   (no modulo where mod is 0)
+    extent of a piece of n: max(1, n * mul // div), at most mod
+    """
+
+    axis: int
+    mul: int = 1
+    div: int = 1
+    mod: int = 0
+    add: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """How one piece of a result is computed from pieces of its sources.
+
+    cuts   one per source: a Cut, or None for all of it
+    attrs  attributes that differ in a piece of this extent
+    shift  attributes that grow by this much per element of the piece's start
+    merge  None: pieces stand side by side; "sum" or "lse": pieces are partial results
+    """
+
+    cuts: tuple[Cut | None, ...]
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+    shift: Mapping[str, int] = field(default_factory=dict)
+    merge: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ids:
+    """That `operand` holds ids, which choose along dimension `axis` of the operand `of`."""
+
+    operand: str
+    of: str
+    axis: int
