@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from pyggml.errors import DTypeError, ShapeError
 
-Kind: TypeAlias = Literal["float", "int", "block"]
+Kind: TypeAlias = Literal["float", "int", "block", "unknown"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +19,8 @@ class DType:
     ggml_id  the number that stands in GGUF files
     block    elements in one block (1 for plain types)
     nbytes   bytes of one block
-    kind     "float" (f64 f32 f16 bf16), "int" or "block"
+    kind     "float" (f64 f32 f16 bf16), "int" or "block"; "unknown" for a type that a file has and
+             the table below has not
     numpy    the NumPy type string of one element; None where NumPy has none (bf16, block types)
     """
 
@@ -41,6 +43,10 @@ class DType:
                 f"use a multiple of {self.block} or another type"
             )
         return blocks * self.nbytes
+
+    def tensor_bytes(self, ne: tuple[int, ...]) -> int:
+        """Bytes of a contiguous tensor of that size (ggml's order; no numbers: one element)."""
+        return self.row_bytes(ne[0] if ne else 1) * math.prod(ne[1:])
 
 
 def _table() -> dict[str, DType]:

@@ -37,6 +37,7 @@ def _as_json(file: gguf.GGUFFile) -> dict[str, Any]:
     tensors = file.tensors.values()
     return {
         "files": file.paths,
+        "missing": file.missing,
         "version": file.version,
         "complete": file.complete,
         "parameters": sum(t.n_elements for t in tensors),
@@ -61,8 +62,11 @@ def _plain(value: gguf.Value, longest: int) -> Any:
 
 def _as_text(file: gguf.GGUFFile) -> Iterator[str]:
     tensors = list(file.tensors.values())
-    parts = f" in {len(file.paths)} parts" if len(file.paths) > 1 else ""
+    n_parts = len(file.paths) + len(file.missing)
+    parts = f" in {n_parts} parts" if n_parts > 1 else ""
     missing = "" if file.complete else ", weights missing"
+    if file.missing:
+        missing = f", {len(file.missing)} of them missing"
     yield f"{_safe(file.paths[0])}: GGUF v{file.version}{parts}{missing}"
     yield f"\nkeys: {len(file.fields)}"
     rows = [(_safe(key), _short(value)) for key, value in file.fields.items()]

@@ -1,13 +1,15 @@
-"""The header of one GGUF file, walked and checked: keys, then the tensor table. Reads no weights.
+"""The header of one GGUF file, read and checked: keys, then the tensor table. Reads no weights.
 
 Every length, count, type, dimension and offset is compared with the bytes that are there before
-it is used, so time and memory are bounded by the header's size, never by a number written in it.
+it is used. Time is linear in the size of the header, which is at most MAX_HEADER bytes with
+MAX_KEYS keys and MAX_TENSORS tensors.
 
-Policy where the format or other readers leave room. Refused: an empty, overlong (65,535 bytes),
-repeated or non-UTF-8 key; a bool other than 0 and 1; an array of arrays; a tensor without name or
-with one over 63 bytes; no dimensions or more than 4; a dimension of 0; tensors that overlap; an
-alignment that is no power of two from 8 to 65,536. Accepted: gaps between tensors, any order of
-their data, bytes after the last one.
+Where the format or other readers leave room. Refused: an empty, overlong (65,535 bytes), repeated
+or non-UTF-8 key; a bool other than 0 and 1; an array of arrays; a tensor without a name or with one
+over 63 bytes; more than 4 dimensions; tensors that overlap; an alignment that is not a power of two
+from 8 to 65,536. Accepted: a tensor without dimensions (one element) or with a dimension of 0 (no
+elements), one of a type that pyggml does not know (its array cannot be had), gaps between tensors,
+any order of their data, bytes after the last one.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import math
 import mmap
 from collections.abc import Iterator
 from itertools import pairwise
+from struct import Struct
 from typing import NamedTuple, NoReturn, TypeAlias
 
 import numpy as np
@@ -31,13 +34,17 @@ from pyggml.gguf.format import (
     MAX_DIMS,
     MAX_HEADER,
     MAX_KEY,
+    MAX_KEYS,
     MAX_NAME,
+    MAX_TENSORS,
+    SCALAR_CODES,
     SCALARS,
     STRING,
     U32,
     StringArray,
     TensorInfo,
     Value,
+    foreign_type,
     padded,
     u64,
 )
@@ -50,8 +57,13 @@ _OTHER_FORMATS = {
     b"<": "HTML or XML, perhaps a failed download",
     b"version https://git-lfs": "a Git LFS pointer: run `git lfs pull`",
 }  # fmt: skip
-_REMOVED_TYPES = frozenset({4, 5, 31, 32, 33, 36, 37, 38})
-_FIRST_IK_TYPE = 97
+
+_u32 = Struct("<I").unpack_from
+#: Bytes of one value of each type (of its length, for a string).
+_SIZES = {id_: dtype.itemsize for id_, dtype in SCALARS.items()} | {STRING: 8}
+_READERS = {id_: Struct(f"<{SCALAR_CODES[id_]}").unpack_from for id_ in SCALARS}
+#: What follows a tensor's name and its number of dimensions: ne, type, offset.
+_ROWS = [Struct(f"<{n}QIQ") for n in range(MAX_DIMS + 1)]
 
 
 class Header(NamedTuple):
@@ -70,27 +82,32 @@ def parse(
     """
     cursor = _Cursor(source, path)
     version = _version(cursor)
-    n_tensors = cursor.count("tensor count", least=33)
-    n_keys = cursor.count("key count", least=14)
+    n_tensors = cursor.count("tensor count", least=24, most=MAX_TENSORS)
+    n_keys = cursor.count("key count", least=14, most=MAX_KEYS)
     spans = _keys(cursor, n_keys)
     alignment = _alignment(cursor, spans.get("general.alignment"))
     rows = list(_rows(cursor, n_tensors, alignment))
     start = padded(cursor.pos, alignment)
     tensors = _placed(cursor, rows, start, None if allow_missing_data else size, part)
     # Values are copied out last: a file that is refused costs next to no memory.
-    fields = {key: _value(cursor, f"key {key!r}", span) for key, span in spans.items()}
+    fields = {key: _value(cursor, key, span) for key, span in spans.items()}
     return Header(version, fields, tensors, start)
 
 
 class _Cursor:
-    """A position in the header; a read that would pass its end is a GGUFError."""
+    """A position in the header; a read that would pass its end is a GGUFError.
+
+    subject  the key or tensor that is being read, with which error messages begin
+    """
 
     def __init__(self, source: Source, path: str) -> None:
         self.source, self.path, self.pos = source, path, 0
         self.end = min(len(source), MAX_HEADER)
+        self.subject = ""
 
     def fail(self, field: str, problem: str, at: int | None = None) -> NoReturn:
-        raise GGUFError(f"{self.path}: byte {self.pos if at is None else at}, {field}: {problem}")
+        byte = self.pos if at is None else at
+        raise GGUFError(f"{self.path}: byte {byte}, {self.subject}{field}: {problem}")
 
     def take(self, nbytes: int, field: str) -> int:
         """Steps over `nbytes` and returns where they start."""
@@ -101,29 +118,35 @@ class _Cursor:
         self.pos = start + nbytes
         return start
 
-    def integer(self, nbytes: int, field: str) -> int:
-        start = self.take(nbytes, field)
-        return int.from_bytes(self.source[start : self.pos], "little")
+    def u32(self, field: str) -> int:
+        number: int = _u32(self.source, self.take(4, field))[0]
+        return number
 
-    def count(self, field: str, least: int) -> int:
-        """A u64 count of things that take at least `least` bytes each."""
-        number = self.integer(8, field)
+    def u64(self, field: str) -> int:
+        number: int = u64(self.source, self.take(8, field))[0]
+        return number
+
+    def count(self, field: str, least: int, most: int | None = None) -> int:
+        """A u64 count of things that take at least `least` bytes each, at most `most` of them."""
+        number = self.u64(field)
         if number * least > self.end - self.pos:
             left = self.end - self.pos
             self.fail(field, f"{number} of them cannot fit in the {left} bytes left", self.pos - 8)
+        if most is not None and number > most:
+            self.fail(field, f"{number}, at most {most} are read", self.pos - 8)
         return number
 
-    def name(self, field: str, longest: int) -> str:
-        length = self.integer(8, f"{field} length")
+    def name(self, longest: int) -> str:
+        length = self.u64(" length")
         if not 1 <= length <= longest:
-            self.fail(f"{field} length", f"{length}, must be 1 to {longest}", self.pos - 8)
-        return self.decode(self.take(length, field), self.pos, field)
+            self.fail(" length", f"{length}, must be 1 to {longest}", self.pos - 8)
+        return self.decode(self.take(length, ""), self.pos)
 
-    def decode(self, start: int, stop: int, field: str) -> str:
+    def decode(self, start: int, stop: int) -> str:
         try:
             return self.source[start:stop].decode()
         except UnicodeDecodeError as error:
-            self.fail(field, f"not UTF-8: {error.reason}", start + error.start)
+            self.fail("", f"not UTF-8: {error.reason}", start + error.start)
 
 
 class _Span(NamedTuple):
@@ -141,7 +164,7 @@ def _version(cursor: _Cursor) -> int:
         kind = next((k for magic, k in _OTHER_FORMATS.items() if head.startswith(magic)), None)
         cursor.fail("magic", f"{head[:4]!r}, not {MAGIC!r}" + (f": {kind}" if kind else ""))
     cursor.take(4, "magic")
-    version = cursor.integer(4, "version")
+    version = cursor.u32("version")
     if version not in (2, 3):
         big_endian = version in (2 << 24, 3 << 24)
         hint = "; a big-endian file must be converted" if big_endian else ""
@@ -153,59 +176,63 @@ def _keys(cursor: _Cursor, count: int) -> dict[str, _Span]:
     spans: dict[str, _Span] = {}
     for i in range(count):
         at = cursor.pos
-        key = cursor.name(f"key {i}", MAX_KEY)
+        cursor.subject = f"key {i}"
+        key = cursor.name(MAX_KEY)
         if key in spans:
-            cursor.fail(f"key {i}", f"{key!r} occurs twice", at)
-        spans[key] = _span(cursor, f"key {key!r}")
+            cursor.fail("", f"{key!r} occurs twice", at)
+        cursor.subject = f"key {key!r}"
+        spans[key] = _span(cursor)
+    cursor.subject = ""
     return spans
 
 
-def _span(cursor: _Cursor, field: str) -> _Span:
-    type_, length = cursor.integer(4, f"{field} type"), None
+def _span(cursor: _Cursor) -> _Span:
+    type_, length = cursor.u32(" type"), None
     is_array = type_ == ARRAY
     if is_array:
-        type_ = cursor.integer(4, f"{field} element type")
+        type_ = cursor.u32(" element type")
     if type_ == ARRAY:
-        cursor.fail(f"{field} element type", "an array of arrays is not read", cursor.pos - 4)
-    if type_ != STRING and type_ not in SCALARS:
-        cursor.fail(f"{field} type", f"{type_} does not exist", cursor.pos - 4)
-    least = 8 if type_ == STRING else SCALARS[type_].itemsize
+        cursor.fail(" element type", "an array of arrays is not read", cursor.pos - 4)
+    if type_ not in _SIZES:
+        cursor.fail(" type", f"{type_} does not exist", cursor.pos - 4)
     if is_array:
-        length = cursor.count(f"{field} length", least)
+        length = cursor.count(" length", _SIZES[type_])
     start, number = cursor.pos, 1 if length is None else length
     if type_ == STRING:
-        _skip_strings(cursor, number, field)
+        _skip_strings(cursor, number)
     else:
-        cursor.take(number * least, field)
+        cursor.take(number * _SIZES[type_], "")
     return _Span(type_, length, start, cursor.pos)
 
 
-def _skip_strings(cursor: _Cursor, count: int, field: str) -> None:
+def _skip_strings(cursor: _Cursor, count: int) -> None:
     # The one long loop of a parse, hence no calls of cursor in it.
     source, pos, last = cursor.source, cursor.pos, cursor.end - 8
     for i in range(count):
         if pos > last:
-            cursor.fail(f"{field}, string {i}", "its length passes the header's end", pos)
+            cursor.fail(f", string {i}", "its length passes the header's end", pos)
         pos += 8 + u64(source, pos)[0]
     if pos > cursor.end:
         left = cursor.end - cursor.pos
-        cursor.fail(field, f"{pos - cursor.pos} bytes of strings, {left} left")
+        cursor.fail("", f"{pos - cursor.pos} bytes of strings, {left} left")
     cursor.pos = pos
 
 
-def _value(cursor: _Cursor, field: str, span: _Span) -> Value:
+def _value(cursor: _Cursor, key: str, span: _Span) -> Value:
+    cursor.subject = f"key {key!r}"
+    if span.length is None:
+        if span.type == STRING:
+            return cursor.decode(span.start + 8, span.stop)
+        if span.type == BOOL and cursor.source[span.start] > 1:
+            cursor.fail("", "a bool is 0 or 1", span.start)
+        scalar: bool | int | float = _READERS[span.type](cursor.source, span.start)[0]
+        return scalar
     raw = cursor.source[span.start : span.stop]
     if span.type == STRING:
-        if span.length is None:
-            return cursor.decode(span.start + 8, span.stop, field)
-        return StringArray(raw, span.length, f"{cursor.path}: byte {span.start}, {field}")
+        return StringArray(raw, span.length, f"{cursor.path}: byte {span.start}, key {key!r}")
     if span.type == BOOL and raw.strip(b"\0\1"):
-        cursor.fail(field, "a bool is 0 or 1", span.start)
-    values = np.frombuffer(raw, SCALARS[span.type])
-    if span.length is None:
-        scalar: bool | int | float = values[0].item()
-        return scalar
-    return values
+        cursor.fail("", "a bool is 0 or 1", span.start)
+    return np.frombuffer(raw, SCALARS[span.type])
 
 
 def _alignment(cursor: _Cursor, span: _Span | None) -> int:
@@ -214,7 +241,7 @@ def _alignment(cursor: _Cursor, span: _Span | None) -> int:
     field = "key 'general.alignment'"
     if span.type != U32 or span.length is not None:
         cursor.fail(field, "must be a u32", span.start)
-    alignment = int.from_bytes(cursor.source[span.start : span.stop], "little")
+    alignment: int = _u32(cursor.source, span.start)[0]
     if not 8 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
         limits = f"must be a power of two from 8 to {MAX_ALIGNMENT}"
         cursor.fail(field, f"{alignment}, {limits}", span.start)
@@ -234,46 +261,32 @@ def _rows(cursor: _Cursor, count: int, alignment: int) -> Iterator[_Row]:
     names: set[str] = set()
     for i in range(count):
         at = cursor.pos
-        name = cursor.name(f"tensor {i} name", MAX_NAME)
-        field = f"tensor {name!r}"
+        cursor.subject = f"tensor {i} name"
+        name = cursor.name(MAX_NAME)
+        cursor.subject = f"tensor {name!r}"
         if name in names:
-            cursor.fail(field, "occurs twice", at)
+            cursor.fail("", "occurs twice", at)
         names.add(name)
-        ne = _ne(cursor, field)
-        dtype = _dtype(cursor, field)
-        try:
-            nbytes = dtype.row_bytes(ne[0]) * math.prod(ne[1:])
-        except ShapeError as error:
-            cursor.fail(f"{field} ne[0]", str(error), at)
-        offset = cursor.integer(8, f"{field} offset")
+        n_dims = cursor.u32(" dimensions")
+        if n_dims > MAX_DIMS:
+            cursor.fail(" dimensions", f"{n_dims}, must be 0 to {MAX_DIMS}", cursor.pos - 4)
+        row = _ROWS[n_dims]
+        *sizes, id_, offset = row.unpack_from(cursor.source, cursor.take(row.size, " row"))
+        ne = tuple(sizes)
+        dtype = BY_ID.get(id_) or foreign_type(id_)
+        if dtype is None:
+            cursor.fail(" type", f"{id_} does not exist", cursor.pos - 12)
         if offset % alignment:
-            cursor.fail(f"{field} offset", f"{offset}, no multiple of {alignment}", cursor.pos - 8)
-        if offset + nbytes >= 1 << 63:
-            cursor.fail(f"{field} size", f"ne={list(ne)} at offset {offset} passes 2^63 bytes", at)
+            cursor.fail(" offset", f"{offset}, no multiple of {alignment}", cursor.pos - 8)
+        try:
+            nbytes = dtype.tensor_bytes(ne)
+        except ShapeError as error:
+            cursor.fail(" ne[0]", str(error), at)
+        # Dimensions of 0 make others no better: an array of that shape must be possible.
+        if offset + math.prod(n or 1 for n in ne) * max(dtype.nbytes, 1) >= 1 << 63:
+            cursor.fail(" size", f"ne={list(ne)} at offset {offset} passes 2^63 bytes", at)
         yield _Row(at, name, dtype, ne, nbytes, offset)
-
-
-def _ne(cursor: _Cursor, field: str) -> tuple[int, ...]:
-    n_dims = cursor.integer(4, f"{field} dimensions")
-    if not 1 <= n_dims <= MAX_DIMS:
-        cursor.fail(f"{field} dimensions", f"{n_dims}, must be 1 to {MAX_DIMS}", cursor.pos - 4)
-    ne = tuple(cursor.integer(8, f"{field} ne[{i}]") for i in range(n_dims))
-    if 0 in ne:
-        cursor.fail(f"{field} ne", f"{list(ne)} holds a zero", cursor.pos - 8 * n_dims)
-    return ne
-
-
-def _dtype(cursor: _Cursor, field: str) -> DType:
-    id_ = cursor.integer(4, f"{field} type")
-    if id_ in BY_ID:
-        return BY_ID[id_]
-    if id_ in _REMOVED_TYPES:
-        problem = f"{id_} was removed from ggml; convert the model again"
-    elif _FIRST_IK_TYPE <= id_ < 512:
-        problem = f"{id_} is an ik_llama.cpp type, which pyggml does not read"
-    else:
-        problem = f"{id_} does not exist"
-    cursor.fail(f"{field} type", problem, cursor.pos - 4)
+    cursor.subject = ""
 
 
 def _placed(
@@ -287,7 +300,9 @@ def _placed(
                 "(a header alone opens with allow_missing_data=True)",
                 row.at,
             )
-    for before, row in pairwise(sorted(rows, key=lambda row: row.offset)):
+    # One without bytes overlaps nothing, wherever it stands.
+    ordered = sorted((row for row in rows if row.nbytes), key=lambda row: row.offset)
+    for before, row in pairwise(ordered):
         if row.offset < before.offset + before.nbytes:
             cursor.fail(f"tensor {row.name!r} offset", f"overlaps {before.name!r}", row.at)
     return [TensorInfo(r.name, r.dtype, r.ne, start + r.offset, r.nbytes, part) for r in rows]

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from pyggml.errors import GGUFError, UnknownNameError
-from pyggml.gguf.format import TensorInfo, Value
+from pyggml.gguf.format import TensorInfo, Value, why_unknown
 from pyggml.gguf.header import Header, parse
 
 V = TypeVar("V")
@@ -38,18 +38,21 @@ class GGUFFile:
     version   2 or 3
     fields    key -> bool, int, float, str, array, or StringArray, in the file's order
     tensors   name -> TensorInfo, in the file's order
-    paths     of its parts: one, or all of a split model
+    paths     of its parts: one, or all of a split model that are there
+    missing   of the other parts of a split model opened with allow_missing_data; their tensors are
+              not known
     complete  False if opened with allow_missing_data and weights are missing
 
     `fields` and `tensors` stay readable after `close()`; arrays handed out stay valid too.
     """
 
-    def __init__(self, parts: list[_Part], allow_missing_data: bool) -> None:
+    def __init__(self, parts: list[_Part], missing: list[str], allow_missing_data: bool) -> None:
         headers = [part.header(i, allow_missing_data) for i, part in enumerate(parts)]
         self._parts = parts
         self.paths = [part.path for part in parts]
+        self.missing = missing
         self.version = headers[0].version
-        self.complete = all(
+        self.complete = not missing and all(
             p.holds(t) for p, h in zip(parts, headers, strict=True) for t in h.tensors
         )
         self.fields: Names[Value] = Names(headers[0].fields)
@@ -60,8 +63,8 @@ class GGUFFile:
                     first = self.paths[self.tensors[info.name].part]
                     raise GGUFError(f"{part.path}: tensor {info.name!r} is in {first} too")
                 self.tensors[info.name] = info
-        if len(parts) > 1:
-            _check_split(self.paths, headers)
+        if len(parts) + len(missing) > 1:
+            _check_split(parts, headers, missing)
 
     def array(self, name: str) -> np.ndarray[Any, Any]:
         """The values of a tensor, read-only and memory-mapped, in NumPy shape (reversed ne).
@@ -70,9 +73,15 @@ class GGUFFile:
         bf16                         uint16                          [..., ne1, ne0]
         block types                  uint8, rows as they stand       [..., ne1, row_bytes]
 
-        UnknownNameError, or GGUFError where the file is closed or no longer holds the bytes. A file
-        that shrinks afterwards, while the array is used, kills the process: replace, don't cut.
+        UnknownNameError, or GGUFError where the file is closed, no longer holds the bytes, or holds them
+        in a type that is not known. A file that shrinks afterwards, while the array is used, kills
+        the process: replace, don't cut.
         """
+        if name not in self.tensors and self.missing:
+            raise GGUFError(
+                f"{self.paths[0]}: no tensor {name!r} in the parts that are there; "
+                f"{', '.join(self.missing)} not found"
+            )
         info = self.tensors[name]
         if not self._parts:
             raise GGUFError(f"{self.paths[info.part]}: tensor {name!r}: the file is closed")
@@ -97,24 +106,28 @@ class GGUFFile:
 def open(path: str | bytes | PathLike[str], *, allow_missing_data: bool = False) -> GGUFFile:
     """Opens a GGUF file of version 2 or 3, or the first part (-00001-of-000NN) of a split one.
 
-    allow_missing_data  accept a file without its weights, or cut off: everything is described, and
-                        `array` refuses what is not there
+    allow_missing_data  accept a file without its weights, cut off, or without some later parts:
+                        what is there is described, and `array` refuses the rest
     GGUFError (file, byte, field, problem) for anything that is not a whole, well-formed file.
     """
     with ExitStack() as stack:
         first = _Part(os.fsdecode(path), stack)
-        parts = [first]
-        parts += [_Part(rest, stack) for rest in _other_parts(first, allow_missing_data)]
-        file = GGUFFile(parts, allow_missing_data)
+        parts, missing = [first], []
+        for number, other in enumerate(_other_parts(first, allow_missing_data), 1):
+            if allow_missing_data and not os.path.lexists(other):
+                missing.append(other)
+            else:
+                parts.append(_Part(other, stack, number))
+        file = GGUFFile(parts, missing, allow_missing_data)
         stack.pop_all()
     return file
 
 
 class _Part:
-    """One mapped file."""
+    """One mapped file: number `number` of a split model, counted from 0."""
 
-    def __init__(self, path: str, stack: ExitStack) -> None:
-        self.path = path
+    def __init__(self, path: str, stack: ExitStack, number: int = 0) -> None:
+        self.path, self.number = path, number
         self._header: Header | None = None
         try:
             # Asked before opening: opening a FIFO would wait for a writer.
@@ -122,8 +135,10 @@ class _Part:
             if regular:
                 self._file = stack.enter_context(FileIO(path))
                 self._size = os.fstat(self._file.fileno()).st_size
+                if not self._size:  # nothing to map
+                    raise GGUFError(f"{path}: the file is empty")
                 self._map = mmap.mmap(self._file.fileno(), self._size, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:  # ValueError: an empty file, a NUL in the path
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             raise GGUFError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
         if not regular:
             raise GGUFError(f"{path}: not a regular file")
@@ -141,6 +156,8 @@ class _Part:
         return info.offset + info.nbytes <= size
 
     def array(self, info: TensorInfo) -> np.ndarray[Any, Any]:
+        if info.dtype.kind == "unknown":
+            raise GGUFError(f"{self.path}: tensor {info.name!r}: {why_unknown(info.dtype)}")
         if not self.holds(info):
             raise GGUFError(
                 f"{self.path}: byte {info.offset}, tensor {info.name!r}: its {info.nbytes} bytes "
@@ -150,6 +167,8 @@ class _Part:
         element = dtype.numpy or ("<u2" if dtype.block == 1 else "u1")
         if dtype.block > 1:
             shape = (*shape[:-1], dtype.row_bytes(info.ne[0]))
+        if not info.nbytes:
+            return np.empty(shape, element)
         flat = np.frombuffer(self._map, np.uint8, info.nbytes, info.offset)
         return flat.view(element).reshape(shape)
 
@@ -178,18 +197,19 @@ def _other_parts(first: _Part, allow_missing_data: bool) -> Iterable[str]:
     return [f"{stem}-{i:05}-of-{count:05}.gguf" for i in range(2, count + 1)]
 
 
-def _check_split(paths: list[str], headers: list[Header]) -> None:
-    count = len(headers)
-    for i, (path, header) in enumerate(zip(paths, headers, strict=True)):
-        found = (header.fields.get("split.no"), header.fields.get("split.count"))
-        if found != (i, count):
+def _check_split(parts: list[_Part], headers: list[Header], missing: list[str]) -> None:
+    count = len(parts) + len(missing)
+    for part, header in zip(parts, headers, strict=True):
+        number, of = header.fields.get("split.no"), header.fields.get("split.count")
+        if (number, of) != (part.number, count):
             raise GGUFError(
-                f"{path}: keys 'split.no' and 'split.count' are {found[0]} and {found[1]}, "
-                f"expected {i} and {count}"
+                f"{part.path}: keys 'split.no' and 'split.count' are {number} and {of}, "
+                f"expected {part.number} and {count}"
             )
     total = sum(len(header.tensors) for header in headers)
     declared = headers[0].fields.get("split.tensors.count", total)
-    if declared != total:
+    if declared != total and not missing:
         raise GGUFError(
-            f"{paths[0]}: key 'split.tensors.count': {declared}, but the parts hold {total} tensors"
+            f"{parts[0].path}: key 'split.tensors.count': {declared}, but the parts hold {total} "
+            "tensors"
         )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
-import math
-import os
+import fcntl
+import glob
+import secrets
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -42,7 +43,7 @@ class Tensor(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return self.dtype.row_bytes(self.ne[0]) * math.prod(self.ne[1:])
+        return self.dtype.tensor_bytes(self.ne)
 
 
 def write(
@@ -60,30 +61,66 @@ def write(
     header_only  keys and the whole tensor table, no weights: `open` it with allow_missing_data
     progress     called with bytes written and bytes in all, after every chunk
 
-    The file appears under its name only when complete: it is written beside it and renamed; a
-    failure removes what was written. GGUFError for names, sizes or keys that no reader would take,
-    OSError where the disk is too small (before anything is written) or the write fails.
+    The file appears under its name only when complete: it is written beside it and renamed. A
+    failure removes what was written; what a killed process left is removed by the next `write` of
+    that name. GGUFError for names, sizes or keys that no reader would take, OSError where the disk
+    is too small (before anything is written) or the write fails.
     """
     target = Path(path)
     header = _header(fields, tensors)
     end = len(header) + _offsets(tensors)[-1]
     parse(header, end, str(target))  # what our reader refuses is not written
     total = len(header) if header_only else end
+    _remove_abandoned(target)
     _check_room(target, total)
-    part = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    part, file = _open_part(target)
     try:
-        with part.open("xb", buffering=0) as file:
+        with file:
             _put(file, header)
             if not header_only:
                 _put_tensors(file, tensors, len(header), total, progress)
-        part.replace(target)
-    except FileExistsError:
-        raise  # somebody else's
+            part.replace(target)
     except BaseException:
         with suppress(OSError):
             part.unlink()
         raise
     return total
+
+
+# A file in the making is called .NAME.RANDOM.tmp and is locked by its writer while that lives: the
+# kernel drops the locks of the dead, and process numbers, which repeat, do not come into it.
+
+
+def _open_part(target: Path) -> tuple[Path, BinaryIO]:
+    """A new file beside `target`, locked."""
+    while True:
+        part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+        file = part.open("xb", buffering=0)
+        try:
+            _lock(file)
+        except BlockingIOError:  # another writer found it before it was locked, and removes it
+            file.close()
+            continue
+        except OSError:
+            return part, file  # a file system without locks: nothing there counts as abandoned
+        if part.exists():
+            return part, file
+        file.close()
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Gives back the space of files that writers of `target` left when they were killed."""
+    pattern = f".{glob.escape(target.name)}.{'[0-9a-f]' * 8}.tmp"
+    for name in glob.glob(pattern, root_dir=target.parent):
+        part = target.with_name(name)
+        with suppress(OSError), part.open("rb") as file:
+            _lock(file)
+            part.unlink()
+
+
+def _lock(file: BinaryIO) -> None:
+    """BlockingIOError where another process has the lock, OSError where there are no locks."""
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _check_room(target: Path, total: int) -> None:
@@ -152,7 +189,10 @@ def _sized(key: str, value: float) -> np.generic:
 
 def _put(file: BinaryIO, data: Any) -> int:
     """All of `data`: a raw file may write less than asked."""
-    view = memoryview(data).cast("B")
+    view = memoryview(data)
+    if not view.nbytes:
+        return 0  # no shape with a 0 can be cast
+    view = view.cast("B")
     done = 0
     while done < len(view):
         done += file.write(view[done:])

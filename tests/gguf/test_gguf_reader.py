@@ -10,8 +10,10 @@ import gguf as reference
 import numpy as np
 import pytest
 
-from pyggml import gguf
-from pyggml.errors import GGUFError, UnknownNameError
+from pyggml import gguf, quants
+from pyggml.dtypes import TYPES
+from pyggml.errors import DTypeError, GGUFError, UnknownNameError
+from pyggml.ops import constant
 from tests.gguf.gguf_bytes import (
     ARCH,
     STRING,
@@ -153,6 +155,75 @@ def test_reads_what_the_gguf_package_writes(tmp_path: Path) -> None:
         assert file.tensors["q"].dtype.name == "q8_0"
 
 
+@pytest.mark.parametrize("name", ["x.gguf", "y.gguf"])
+def test_shapes_with_no_elements_or_no_dimensions(tmp_path: Path, name: str) -> None:
+    """As gguf-py reads them; ours and theirs write them."""
+    path = tmp_path / name
+    rows = [tensor("none", (0,)), tensor("rows", (4, 0), 0), tensor("q", (0, 3), 8),
+            tensor("one", (), 0), tensor("last", (2,), 0, 32)]  # fmt: skip
+    path.write_bytes(build(None, rows, np.arange(10, dtype="<f4").tobytes()))
+    if name == "y.gguf":
+        with gguf.open(tmp_path / "y.gguf") as file:
+            tensors = [
+                gguf.Tensor(t.name, t.dtype, t.ne, lambda name=t.name: [file.array(name)])
+                for t in file.tensors.values()
+            ]
+            path = tmp_path / "ours.gguf"
+            gguf.write(path, {"general.architecture": "x"}, tensors)
+    with gguf.open(path) as file:
+        arrays = {name: file.array(name) for name in file.tensors}
+        sizes = {t.name: (t.n_elements, t.nbytes) for t in file.tensors.values()}
+    assert {name: a.shape for name, a in arrays.items()} == {
+        "none": (0,), "rows": (0, 4), "q": (3, 0), "one": (), "last": (2,),
+    }  # fmt: skip
+    assert arrays["one"] == 0 and arrays["last"].tolist() == [8, 9]
+    assert sizes == {"none": (0, 0), "rows": (0, 0), "q": (0, 0), "one": (1, 4), "last": (2, 8)}
+    for theirs in reference.GGUFReader(path).tensors:
+        ours = arrays[theirs.name]
+        assert (theirs.n_elements, theirs.n_bytes) == sizes[theirs.name]
+        assert theirs.data.size == ours.size
+
+
+FOREIGN = {
+    4: "removed from ggml; convert", 36: "removed from ggml; convert", 42: "newer than this pyggml",
+    137: "an ik_llama.cpp type", 511: "an ik_llama.cpp type",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("id_", FOREIGN)
+def test_a_type_that_is_not_known_is_refused_when_it_is_used(tmp_path: Path, id_: int) -> None:
+    path = tmp_path / "x.gguf"
+    rows = [tensor("strange", (33, 2), id_), tensor("good", (8,), 0, 64)]
+    path.write_bytes(build(None, rows, bytes(range(96))))
+    with gguf.open(path) as file:
+        assert file.complete and file.array("good").tobytes() == bytes(range(64, 96))
+        info = file.tensors["strange"]
+        assert (info.dtype.name, info.dtype.kind, info.ne) == (f"type {id_}", "unknown", (33, 2))
+        with pytest.raises(GGUFError, match=rf"tensor 'strange': type {id_} .*{FOREIGN[id_]}"):
+            file.array("strange")
+
+
+@pytest.mark.parametrize("name", sorted(TYPES))
+def test_a_tensor_of_every_type_can_be_had(tmp_path: Path, name: str) -> None:
+    """Those that cannot be decoded too: it is their use in a graph that fails."""
+    path, kind = tmp_path / "x.gguf", TYPES[name]
+    row = tensor("t", (256, 2), kind.ggml_id)
+    path.write_bytes(build(None, [row], bytes(kind.tensor_bytes((256, 2)))))
+    with gguf.open(path) as file:
+        array = file.array("t")
+        assert file.tensors["t"].dtype is kind and array.nbytes == kind.tensor_bytes((256, 2))
+        if name not in quants.DECODABLE and kind.kind == "block":
+            with pytest.raises(DTypeError, match=f"type {name} cannot stand in a graph"):
+                constant(array, type=kind)
+
+
+def test_tokens_with_any_characters(tmp_path: Path) -> None:
+    for tokens in (["a", "\0", "é\0b", ""], ["", ""], [], [""], ["日本", "x" * 300]):
+        gguf.write(tmp_path / "x.gguf", {"k": tokens}, [])
+        with gguf.open(tmp_path / "x.gguf") as file:
+            assert list(file.fields["k"]) == tokens  # type: ignore[arg-type]
+
+
 # --- split files ---------------------------------------------------------------------------------
 
 
@@ -200,3 +271,18 @@ def test_split_part_missing_or_opened_first(tmp_path: Path) -> None:
     second.unlink()
     with pytest.raises(GGUFError, match=r"00002-of-00003\.gguf: No such file"):
         gguf.open(first)
+
+
+def test_split_part_missing_on_request(tmp_path: Path) -> None:
+    first = write_split(tmp_path)
+    (tmp_path / "m-00002-of-00003.gguf").unlink()
+    with gguf.open(first, allow_missing_data=True) as file:
+        assert list(file.tensors) == ["t0", "t2"] and not file.complete
+        assert [Path(p).name for p in file.missing] == ["m-00002-of-00003.gguf"]
+        assert file.array("t2").tobytes()[0] == 2
+        with pytest.raises(GGUFError, match=r"no tensor 't1' .*00002-of-00003\.gguf not found"):
+            file.array("t1")
+    wrong = write_split(tmp_path, part2={"split.no": 1})
+    (tmp_path / "m-00002-of-00003.gguf").unlink()
+    with pytest.raises(GGUFError, match="are 1 and 3, expected 2 and 3"):
+        gguf.open(wrong, allow_missing_data=True)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -119,6 +124,74 @@ def test_failure_keeps_the_old_file_and_leaves_no_other(
     with pytest.raises(type(error)):
         gguf.write(path, {}, [gguf.Tensor("t", dtype("f32"), (16,), chunks)])
     assert [p.name for p in tmp_path.iterdir()] == ["x.gguf"] and path.read_bytes() == b"old"
+
+
+# Begins to write argv[1], says so, and waits to be killed.
+_WRITER = """
+import sys, time
+import numpy as np
+from pyggml import gguf
+from pyggml.dtypes import dtype
+
+def chunks():
+    yield np.zeros(1024, np.float32)
+    print("begun", flush=True)
+    time.sleep(60)
+
+gguf.write(sys.argv[1], {}, [gguf.Tensor("t", dtype("f32"), (2048,), chunks)])
+"""
+
+
+def begun(path: Path) -> subprocess.Popen[str]:
+    """A process that is in the middle of writing `path`."""
+    command = [sys.executable, "-c", _WRITER, str(path)]
+    writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path.cwd())
+    assert writer.stdout is not None and writer.stdout.readline() == "begun\n"
+    return writer
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    path, other = tmp_path / "a[b]*.gguf", tmp_path / "other.gguf"
+    writers = [begun(path), begun(path), begun(other)]
+    for writer in writers:
+        writer.kill()
+        writer.wait()
+    assert len(list(tmp_path.iterdir())) == 3
+    gguf.write(path, {}, [of(np.ones(8))])
+    left = [p.name for p in tmp_path.iterdir() if p != path]
+    assert len(left) == 1 and left[0].startswith(".other.gguf.")
+    gguf.write(other, {}, [])
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, other.name}
+
+
+def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    writer = begun(path)
+    try:
+        gguf.write(path, {}, [of(np.ones(8))])
+        assert len(list(tmp_path.iterdir())) == 2
+    finally:
+        writer.kill()
+        writer.wait()
+
+
+def test_the_same_process_number_again(tmp_path: Path) -> None:
+    """In a container it is 1 every time."""
+    path = tmp_path / "x.gguf"
+    (tmp_path / f".x.gguf.{os.getpid()}.tmp").touch()
+    gguf.write(path, {}, [of(np.ones(8))])
+    assert path.exists()
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    left = tmp_path / ".x.gguf.0123abcd.tmp"
+    left.touch()
+    gguf.write(tmp_path / "x.gguf", {}, [of(np.ones(8))])
+    assert {p.name for p in tmp_path.iterdir()} == {"x.gguf", left.name}
 
 
 def test_wrong_amount_of_data(tmp_path: Path) -> None:
