@@ -69,7 +69,7 @@ def _table() -> dict[str, DType]:
         ("iq1_s", 19, 256, 50), ("iq4_nl", 20, 32, 18), ("iq3_s", 21, 256, 110),
         ("iq2_s", 22, 256, 82), ("iq4_xs", 23, 256, 136), ("iq1_m", 29, 256, 56),
         ("tq1_0", 34, 256, 54), ("tq2_0", 35, 256, 66), ("mxfp4", 39, 32, 17),
-        ("nvfp4", 40, 64, 36),
+        ("nvfp4", 40, 64, 36), ("q1_0", 41, 128, 18),
     ]  # fmt: skip
     types = [DType(name, id_, 1, size, kind, numpy) for name, id_, size, kind, numpy in plain]
     types += [DType(name, id_, block, size, "block") for name, id_, block, size in blocks]

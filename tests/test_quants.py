@@ -58,7 +58,18 @@ def assert_same_bits(a: NDArray[np.float32], b: NDArray[np.float32]) -> None:
     np.testing.assert_array_equal(a.view(np.uint32)[~nan], b.view(np.uint32)[~nan])
 
 
-@pytest.mark.parametrize("name", sorted(quants.DECODABLE))
+#: What the gguf package decodes; it knows q1_0 by size alone.
+GGUF_DECODES = sorted(
+    name for name in quants.DECODABLE
+    if TYPES[name].ggml_id in gguf.quants._type_traits or name in ("f32", "f16")
+)  # fmt: skip
+
+
+def test_gguf_decodes_all_but_one() -> None:
+    assert quants.DECODABLE - set(GGUF_DECODES) <= {"q1_0"}
+
+
+@pytest.mark.parametrize("name", GGUF_DECODES)
 def test_decode_random_bytes_like_gguf(name: str) -> None:
     raw = random_bytes(name, 3, 700)
     expected = gguf_decode(name, raw)
@@ -140,6 +151,20 @@ def test_decode_iq4_nl_by_hand() -> None:
     raw = np.array([[f16_bytes(2.0) + [0xF0] * 15 + [0x87]]], np.uint8)
     expected = [-254] * 15 + [-20] + [226] * 15 + [2]
     np.testing.assert_array_equal(quants.decode("iq4_nl", raw), [expected])
+
+
+def test_decode_q1_0_by_hand() -> None:
+    raw = np.array([[f16_bytes(-1.5) + [0b0000_0101] + [0] * 14 + [0x80]]], np.uint8)
+    expected = np.full(128, 1.5)
+    expected[[0, 2, 127]] = -1.5
+    np.testing.assert_array_equal(quants.decode("q1_0", raw), [[*expected]])
+
+
+@pytest.mark.parametrize("byte", range(256))
+def test_decode_every_scale_of_nvfp4_like_gguf(byte: int) -> None:
+    raw = random_bytes("nvfp4", 2, 3)
+    raw[..., :4] = byte
+    assert_same_bits(quants.decode("nvfp4", raw), gguf_decode("nvfp4", raw))
 
 
 def test_decode_q4_k_by_hand() -> None:
@@ -310,5 +335,5 @@ def test_type_objects_and_letter_case_are_taken() -> None:
 
 def test_error_where_gguf_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf.quants, "_type_traits", {})
-    with pytest.raises(DTypeError, match="installed gguf package cannot decode nvfp4"):
-        quants.decode("nvfp4", random_bytes("nvfp4", 1, 1))
+    with pytest.raises(DTypeError, match="installed gguf package cannot decode iq2_s"):
+        quants.decode("iq2_s", random_bytes("iq2_s", 1, 1))

@@ -9,7 +9,7 @@ bytes, the low halves and then the high halves; further bits stand in a field of
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -85,13 +85,19 @@ def _look_up(codes: NDArray[np.uint16], levels: tuple[int, ...], y: Floats, memo
     y[...] = pairs.view(np.float32)
 
 
-def _add_high(y: Floats, field: Bytes, shifts: Any, mask: int, memory: Memory) -> None:
-    """y += 16 * the codes (field >> shifts) & mask: the bits above the fourth."""
+def _bits(field: Bytes, shifts: Any, mask: int, memory: Memory) -> Bytes:
+    """field >> shifts & mask, broadcast against each other."""
     shifts = np.array(shifts, np.uint8)
     shape = np.broadcast_shapes(field.shape, shifts.shape)
     codes = memory.rest().array(shape, np.uint8)
     np.right_shift(field, shifts, out=codes)
     codes &= mask
+    return codes
+
+
+def _add_high(y: Floats, field: Bytes, shifts: Any, mask: int, memory: Memory) -> None:
+    """y += 16 * the codes (field >> shifts) & mask: the bits above the fourth."""
+    codes = _bits(field, shifts, mask, memory)
     codes <<= 4
     y += codes.reshape(y.shape)
 
@@ -162,8 +168,96 @@ def _mxfp4(b: Bytes, y: Floats, memory: Memory) -> None:
     y *= np.ldexp(np.float32(1), b[:, :1].astype(np.int32) - 128)
 
 
+def _nvfp4(b: Bytes, y: Floats, memory: Memory) -> None:
+    """s level[q] for 4 groups of 16, the levels doubled and s halved. Fields: s, nibbles."""
+    _nibbles(b, y, memory, at=4, run=8, levels=FP4_LEVELS)
+    groups = y.reshape(-1, 4, 16)
+    groups *= _half_ue4m3()[b[:, :4, None]]
+
+
+@cache
+def _half_ue4m3() -> Floats:
+    """Half of an unsigned e4m3 scale (bias 7, no infinity), by its byte; 0x7F counts as 0.
+
+    The top bit is ignored, but 0xFF is 480 where 0x7F is none: as gguf reads them.
+    """
+    exponent, mantissa = np.divmod(np.arange(256) & 127, 8)
+    scales = np.where(exponent == 0, mantissa / 8, 1 + mantissa / 8) * 2.0 ** (
+        np.maximum(exponent, 1) - 8
+    )
+    scales[0x7F] = 0
+    return scales.astype(np.float32)
+
+
+def _q1_0(b: Bytes, y: Floats, memory: Memory) -> None:
+    """d where a bit is set, else -d. Fields: d, bits."""
+    y[...] = _bits(b[:, 2:, None], range(8), 1, memory).reshape(y.shape)
+    y *= 2
+    y -= 1
+    y *= half(b[:, :2])
+
+
+def _pairs(b: Bytes, y: Floats, memory: Memory, *, at: int) -> None:
+    """y = 256 codes of two bits from byte `at` of a block on: runs of 32 bytes, low bits first."""
+    field = b[:, at : at + 64].reshape(-1, 2, 1, 32)
+    y[...] = _bits(field, [[0], [2], [4], [6]], 3, memory).reshape(y.shape)
+
+
+def _q2_k(b: Bytes, y: Floats, memory: Memory) -> None:
+    """d sc q - dmin m for 16 groups of 16. Fields: nibbles (sc low, m high), codes, d, dmin."""
+    _pairs(b, y, memory, at=16)
+    groups, pairs = y.reshape(-1, 16, 16), half(b[:, 80:])
+    groups *= ((b[:, :16] & 15) * pairs[:, :1])[:, :, None]
+    groups -= ((b[:, :16] >> 4) * pairs[:, 1:])[:, :, None]
+
+
+def _q3_k(b: Bytes, y: Floats, memory: Memory) -> None:
+    """d (s - 32) q for 16 groups of 16; q is a code, less 4 where its high bit is not set. Fields:
+    high bits (bit g of byte i belongs to weight i of group g of 32), codes, s (low nibbles, then
+    pairs of high bits), d."""
+    _pairs(b, y, memory, at=32)
+    y -= 4
+    bits = _bits(b[:, None, :32], [[g] for g in range(8)], 1, memory)
+    bits <<= 2
+    y += bits.reshape(y.shape)
+    low = np.stack([b[:, 96:104] & 15, b[:, 96:104] >> 4], axis=1).reshape(-1, 16)
+    high = (b[:, None, 104:108] >> np.array([[0], [2], [4], [6]], np.uint8) & 3).reshape(-1, 16)
+    scales = half(b[:, 108:]) * ((low | high << 4).astype(np.float32) - 32)
+    groups = y.reshape(-1, 16, 16)
+    groups *= scales[:, :, None]
+
+
+def _tq2_0(b: Bytes, y: Floats, memory: Memory) -> None:
+    """d (q - 1). Fields: codes, d."""
+    _pairs(b, y, memory, at=0)
+    y -= 1
+    y *= half(b[:, 64:])
+
+
+def _tq1_0(b: Bytes, y: Floats, memory: Memory) -> None:
+    """d (q - 1), q digits of base 3. A byte is a fraction of 256 with five (the last four bytes:
+    four) digits after the point: 32 bytes, 16 bytes, 4 bytes, the first digits of each run first.
+    """
+    done = 0
+    for start, stop, n_digits in ((0, 32, 5), (32, 48, 5), (48, 52, 4)):
+        part, powers = memory.rest(), np.array([3**i for i in range(n_digits)], np.uint8)
+        rest = part.array((len(b), n_digits, stop - start), np.uint8)  # behind the first i digits
+        np.multiply(b[:, None, start:stop], powers[:, None], out=rest)  # modulo 256
+        digits = part.array(rest.shape, np.uint16)
+        np.multiply(rest, 3, out=digits, dtype=np.uint16)
+        digits >>= 8
+        n = (stop - start) * n_digits
+        y[:, done : done + n] = digits.reshape(len(b), n)
+        done += n
+    y -= 1
+    y *= half(b[:, 52:])
+
+
 def _by_gguf(b: Bytes, y: Floats, memory: Memory, *, name: str) -> None:
-    """The other types, in pieces small enough for gguf's temporaries to stay small."""
+    """The types whose codes stand in grids, which the gguf package has and this one does not.
+
+    In pieces small enough for gguf's temporaries to stay small.
+    """
     import gguf  # loaded only where a file has such a type
 
     try:
@@ -178,24 +272,27 @@ def _by_gguf(b: Bytes, y: Floats, memory: Memory, *, name: str) -> None:
         ) from error
 
 
+BY_GGUF = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s")
 BY_NAME: dict[str, Decoder] = {
     "f32": _f32,
     "f16": _f16,
     "bf16": _bf16,
+    "q1_0": _q1_0,
     "q4_0": partial(_linear, bits=4, affine=False),
     "q4_1": partial(_linear, bits=4, affine=True),
     "q5_0": partial(_linear, bits=5, affine=False),
     "q5_1": partial(_linear, bits=5, affine=True),
     "q8_0": _q8_0,
+    "q2_K": _q2_k,
+    "q3_K": _q3_k,
     "q4_K": partial(_q45_k, bits=4),
     "q5_K": partial(_q45_k, bits=5),
     "q6_K": _q6_k,
     "iq4_nl": _iq4_nl,
     "iq4_xs": _iq4_xs,
+    "tq1_0": _tq1_0,
+    "tq2_0": _tq2_0,
     "mxfp4": _mxfp4,
+    "nvfp4": _nvfp4,
+    **{name: partial(_by_gguf, name=name) for name in BY_GGUF},
 }
-BY_GGUF = (
-    "q2_K", "q3_K", "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "tq1_0",
-    "tq2_0", "nvfp4",
-)  # fmt: skip
-BY_NAME |= {name: partial(_by_gguf, name=name) for name in BY_GGUF}
