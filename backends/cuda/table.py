@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pyggml.backends.base import wrong_type
+from pyggml.backends.cuda.weights.formats import FORMATS
 from pyggml.node import Node, Op
 
 if TYPE_CHECKING:
@@ -77,4 +78,12 @@ def refusal(node: Node) -> str | None:
     found = KERNELS.get(node.op)
     if found is None:
         return f"no kernel for {node.op.name}"
-    return wrong_type(node, found.types) or found.refuses(node)
+    return wrong_type(node, found.types) or _unread_blocks(node) or found.refuses(node)
+
+
+def _unread_blocks(node: Node) -> str | None:
+    """A block type that the package decodes and these kernels do not."""
+    for tensor in (node, *node.src):
+        if tensor is not None and tensor.dtype.block > 1 and tensor.dtype.name not in FORMATS:
+            return f"no kernel for blocks of {tensor.dtype}"
+    return None

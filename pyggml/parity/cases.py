@@ -11,14 +11,14 @@ from dataclasses import replace
 from functools import cache
 
 from pyggml import ops
+from pyggml.dtypes import TYPES
 from pyggml.parity.case import Case
+from pyggml.quants import DECODABLE
 
 PLAIN = "f32|f16|bf16"
 LEGACY = "q8_0|q4_0|q4_1|q5_0|q5_1|iq4_nl"
-BLOCKS = (
-    LEGACY + "|q2_K|q3_K|q4_K|q5_K|q6_K|iq1_s|iq1_m|iq2_xxs|iq2_xs|iq2_s|iq3_xxs|iq3_s|iq4_xs"
-    "|mxfp4|nvfp4|tq1_0|tq2_0"
-)
+#: Every block type that can be decoded.
+BLOCKS = "|".join(name for name, t in TYPES.items() if t.kind == "block" and name in DECODABLE)
 #: Layouts of a source for the lines that try them all.
 LAYOUTS = "|@wide|@inner|@step|@p0213|@p1032|@p3210"
 
