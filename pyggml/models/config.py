@@ -6,16 +6,17 @@ import math
 import warnings
 from collections.abc import Collection, Mapping, Sized
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from pyggml.errors import GGUFError
+from pyggml.models.keys import Keys
+from pyggml.models.known import check_known
 
 KvB: TypeAlias = Literal["split", "joined"]
 ARCHITECTURE = "deepseek2"
 
 MAX_LAYERS = 10_000
-_MAX_SIZE = 1 << 31
-_GATING: dict[int, Literal["softmax", "sigmoid"]] = {0: "softmax", 1: "softmax", 2: "sigmoid"}
+_GATING: dict[int, Literal["softmax", "sigmoid"]] = {1: "softmax", 2: "sigmoid"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class DeepSeek2Config:
     The keys lack the prefix `deepseek2.`; "-> x" is the value where the key is missing.
     """
 
-    n_layer: int  # block_count
+    n_layer: int  # block_count less nextn_predict_layers
     n_layer_dense: int  # leading_dense_block_count -> 0
     n_ctx_train: int  # context_length
     n_vocab: int  # vocab_size -> number of tokenizer.ggml.tokens
@@ -42,7 +43,7 @@ class DeepSeek2Config:
     n_expert_used: int  # expert_used_count
     n_expert_shared: int  # expert_shared_count -> 0
     rms_eps: float = 1e-6  # attention.layer_norm_rms_epsilon (required)
-    gating: Literal["softmax", "sigmoid"] = "softmax"  # expert_gating_func 1, 2
+    gating: Literal["softmax", "sigmoid"] = "softmax"  # expert_gating_func 1, 2 (see _gating)
     weights_norm: bool = False  # expert_weights_norm
     weights_scale: float = 0.0  # expert_weights_scale; 0 (missing) and 1 scale nothing
     n_group: int = 1  # expert_group_count
@@ -53,6 +54,11 @@ class DeepSeek2Config:
     n_ctx_orig: int = 0  # rope.scaling.original_context_length -> context_length
     yarn_log_mul: float = 0.0  # rope.scaling.yarn_log_multiplier (0.1 x mscale_all_dim)
     attn_factor: float = 1.0  # rope.scaling.attn_factor
+    yarn_beta_fast: float = 32.0  # rope.scaling.yarn_beta_fast
+    yarn_beta_slow: float = 1.0  # rope.scaling.yarn_beta_slow
+    temperature_scale: float = 0.0  # attention.temperature_scale; 0 is none
+    temperature_length: int = 0  # attention.temperature_length -> n_ctx_orig
+    n_layer_nextn: int = 0  # nextn_predict_layers: blocks behind the layers, not computed
     kv_b: KvB = "split"  # attn_k_b + attn_v_b, or attn_kv_b
 
     @classmethod
@@ -60,10 +66,21 @@ class DeepSeek2Config:
         """The hyperparameters in the keys of a file (`GGUFFile.fields`).
 
         `kv_b` follows the names in `tensors` where given (split wins if both are there), else the
-        presence of key_length_mla. Warns of a yarn file without yarn_log_multiplier (`kq_scale`).
-        GGUFError names the key that is missing, of the wrong type, or contradicts another.
+        presence of key_length_mla. GGUFError names the key that is missing, of the wrong type, or
+        contradicts another, and keys and tensors of the architecture that are not read (`known`).
+
+        Warns of a yarn file without yarn_log_multiplier (`kq_scale`), of a missing
+        expert_gating_func, and of blocks that predict further tokens, which are left out.
         """
-        config = _read(_Keys(fields), tensors)
+        config = _read(Keys(ARCHITECTURE, fields), tensors)
+        n_block = config.n_layer + config.n_layer_nextn
+        check_known(ARCHITECTURE, fields, tensors, config.n_layer, n_block)
+        if config.n_layer_nextn:
+            warnings.warn(
+                f"key '{ARCHITECTURE}.nextn_predict_layers': the last {config.n_layer_nextn} of "
+                f"{n_block} blocks predict further tokens (MTP) and are left out",
+                stacklevel=2,
+            )
         if config.rope_scaling == "yarn" and config.rope_factor != 1 and not config.yarn_log_mul:
             warnings.warn(
                 f"key '{ARCHITECTURE}.rope.scaling.yarn_log_multiplier' is missing: attention is "
@@ -123,73 +140,35 @@ class DeepSeek2Config:
         return -math.log(self.freq_scale)
 
 
-class _Keys:
-    """Typed and bounded look-ups among the keys of the architecture."""
-
-    def __init__(self, fields: Mapping[str, Any]) -> None:
-        self.fields = fields
-        if (found := fields.get("general.architecture")) != ARCHITECTURE:
-            raise GGUFError(f"key 'general.architecture': {found!r}, must be {ARCHITECTURE!r}")
-
-    def fail(self, key: str, problem: str) -> NoReturn:
-        raise GGUFError(f"key '{ARCHITECTURE}.{key}': {problem}")
-
-    def get(self, key: str, kind: type, default: Any) -> Any:
-        value = self.fields.get(f"{ARCHITECTURE}.{key}", default)
-        if value is None:
-            self.fail(key, "is missing")
-        if type(value) is not kind:
-            self.fail(key, f"is of type {type(value).__name__}, must be {kind.__name__}")
-        return value
-
-    def has(self, key: str) -> bool:
-        return f"{ARCHITECTURE}.{key}" in self.fields
-
-    def integer(
-        self, key: str, default: int | None = None, *, least: int = 1, most: int = _MAX_SIZE
-    ) -> int:
-        value: int = self.get(key, int, default)
-        if not least <= value <= most:
-            self.fail(key, f"{value}, must be {least} to {most}")
-        return value
-
-    def number(self, key: str, default: float | None = None, *, zero: bool = False) -> float:
-        """A finite float greater than 0, or 0 too where `zero`."""
-        value: float = self.get(key, float, default)
-        if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-            limit = "not negative" if zero else "greater than 0"
-            self.fail(key, f"{value}, must be finite and {limit}")
-        return value
-
-    def equal(self, key: str, expected: int, because: str) -> None:
-        if (value := self.get(key, int, expected)) != expected:
-            self.fail(key, f"{value}, but {because} makes it {expected}")
-
-
-def _read(keys: _Keys, tensors: Collection[str]) -> DeepSeek2Config:
-    n_layer = keys.integer("block_count", most=MAX_LAYERS)
+def _read(keys: Keys, tensors: Collection[str]) -> DeepSeek2Config:
+    n_block = keys.integer("block_count", most=MAX_LAYERS)
+    n_layer_nextn = keys.integer("nextn_predict_layers", 0, least=0, most=n_block - 1)
+    n_layer = n_block - n_layer_nextn
     n_layer_dense = keys.integer("leading_dense_block_count", 0, least=0, most=n_layer)
-    n_ctx = keys.integer("context_length")
+    n_ctx, n_vocab = keys.integer("context_length"), _n_vocab(keys)
+    any_moe = n_layer > n_layer_dense
     return DeepSeek2Config(
         n_layer=n_layer,
         n_layer_dense=n_layer_dense,
+        n_layer_nextn=n_layer_nextn,
         n_ctx_train=n_ctx,
-        n_vocab=_n_vocab(keys),
+        n_vocab=n_vocab,
         n_embd=keys.integer("embedding_length"),
         rms_eps=keys.number("attention.layer_norm_rms_epsilon"),
         n_ff=_n_ff(keys, n_layer_dense > 0),
         kv_b=_kv_b(keys, tensors),
+        gating=_gating(keys, n_block, n_vocab, any_moe),
         **_attention(keys),
         **_rope_scaling(keys, n_ctx),
-        **_experts(keys, n_layer > n_layer_dense),
+        **_experts(keys, any_moe),
     )
 
 
-def _n_ff(keys: _Keys, any_dense: bool) -> int:
+def _n_ff(keys: Keys, any_dense: bool) -> int:
     return keys.integer("feed_forward_length", None if any_dense else 0, least=int(any_dense))
 
 
-def _n_vocab(keys: _Keys) -> int:
+def _n_vocab(keys: Keys) -> int:
     tokens = keys.fields.get("tokenizer.ggml.tokens")
     known = len(tokens) if isinstance(tokens, Sized) else None
     n_vocab = keys.integer("vocab_size", known)
@@ -198,7 +177,7 @@ def _n_vocab(keys: _Keys) -> int:
     return n_vocab
 
 
-def _kv_b(keys: _Keys, tensors: Collection[str]) -> KvB:
+def _kv_b(keys: Keys, tensors: Collection[str]) -> KvB:
     if not tensors:
         return "split" if keys.has("attention.key_length_mla") else "joined"
     if {"blk.0.attn_k_b.weight", "blk.0.attn_v_b.weight"} <= set(tensors):
@@ -208,7 +187,7 @@ def _kv_b(keys: _Keys, tensors: Collection[str]) -> KvB:
     raise GGUFError("neither blk.0.attn_kv_b nor blk.0.attn_k_b and attn_v_b is in the file")
 
 
-def _attention(keys: _Keys) -> dict[str, Any]:
+def _attention(keys: Keys) -> dict[str, Any]:
     n_head = keys.integer("attention.head_count")
     kv_lora_rank = keys.integer("attention.kv_lora_rank")
     n_rot = keys.integer("rope.dimension_count")
@@ -235,28 +214,54 @@ def _attention(keys: _Keys) -> dict[str, Any]:
     }
 
 
-def _rope_scaling(keys: _Keys, n_ctx: int) -> dict[str, Any]:
+def _rope_scaling(keys: Keys, n_ctx: int) -> dict[str, Any]:
     kind = keys.get("rope.scaling.type", str, "linear")
     if kind not in ("none", "linear", "yarn"):
         keys.fail("rope.scaling.type", f"{kind!r}, must be none, linear or yarn")
+    old_factor = keys.number("rope.scale_linear", 1.0, zero=True)  # its name until 2023
+    n_ctx_orig = keys.integer("rope.scaling.original_context_length", n_ctx)
+    temperature = keys.number("attention.temperature_scale", 0.0, zero=True)
+    length = keys.integer("attention.temperature_length", n_ctx_orig)
     return {
         "rope_freq_base": keys.number("rope.freq_base", 10000.0),
         "rope_scaling": kind,
-        "rope_factor": keys.number("rope.scaling.factor", 1.0, zero=True) or 1.0,
-        "n_ctx_orig": keys.integer("rope.scaling.original_context_length", n_ctx),
+        "rope_factor": keys.number("rope.scaling.factor", old_factor, zero=True) or 1.0,
+        "n_ctx_orig": n_ctx_orig,
         "yarn_log_mul": keys.number("rope.scaling.yarn_log_multiplier", 0.0, zero=True),
         "attn_factor": keys.number("rope.scaling.attn_factor", 1.0),
+        "yarn_beta_fast": keys.number("rope.scaling.yarn_beta_fast", 32.0),
+        "yarn_beta_slow": keys.number("rope.scaling.yarn_beta_slow", 1.0),
+        "temperature_scale": temperature,
+        "temperature_length": length if temperature else 0,
     }
 
 
-def _experts(keys: _Keys, any_moe: bool) -> dict[str, Any]:
+def _gating(keys: Keys, n_block: int, n_vocab: int, any_moe: bool) -> Literal["softmax", "sigmoid"]:
+    """As llama.cpp has it: without the key (or with 0) softmax, as in the first files of V2; but
+    sigmoid for GLM-4.7-Flash, whose first files lack it and are told by their sizes.
+    """
+    number = keys.integer("expert_gating_func", 0, least=0)
+    if number not in (0, *_GATING):
+        keys.fail("expert_gating_func", f"{number}, must be 1 (softmax) or 2 (sigmoid)")
+    if number:
+        return _GATING[number]
+    gating: Literal["softmax", "sigmoid"] = "softmax"
+    if n_block in (47, 48) and n_vocab == 154_880:
+        gating = "sigmoid"
+    if any_moe:
+        warnings.warn(
+            f"key '{ARCHITECTURE}.expert_gating_func' is missing: experts are chosen by {gating}, "
+            "as llama.cpp does for such a file; the model may mean something else",
+            stacklevel=4,
+        )
+    return gating
+
+
+def _experts(keys: Keys, any_moe: bool) -> dict[str, Any]:
     required = None if any_moe else 0
     least = int(any_moe)
     n_expert = keys.integer("expert_count", required, least=least)
     used = keys.integer("expert_used_count", required, least=least, most=n_expert)
-    gating = keys.integer("expert_gating_func", 1, least=0)
-    if gating not in _GATING:
-        keys.fail("expert_gating_func", f"{gating}, must be 1 (softmax) or 2 (sigmoid)")
     n_group = keys.integer("expert_group_count", 1, least=0) or 1
     group_used = keys.integer("expert_group_used_count", n_group, least=0, most=n_group) or n_group
     if n_group > 1:
@@ -267,12 +272,15 @@ def _experts(keys: _Keys, any_moe: bool) -> dict[str, Any]:
         if size * group_used < used:
             problem = f"{group_used} groups of {size} hold fewer than the {used} experts used"
             keys.fail("expert_group_used_count", problem)
+    n_shared = keys.integer("expert_shared_count", 0, least=0)
+    n_ff_exp = keys.integer("expert_feed_forward_length", required, least=least)
+    because = "expert_shared_count x expert_feed_forward_length"
+    keys.equal("expert_shared_feed_forward_length", n_shared * n_ff_exp, because)
     return {
         "n_expert": n_expert,
         "n_expert_used": used,
-        "n_expert_shared": keys.integer("expert_shared_count", 0, least=0),
-        "n_ff_exp": keys.integer("expert_feed_forward_length", required, least=least),
-        "gating": _GATING[gating],
+        "n_expert_shared": n_shared,
+        "n_ff_exp": n_ff_exp,
         "weights_norm": keys.get("expert_weights_norm", bool, False),
         "weights_scale": keys.number("expert_weights_scale", 0.0, zero=True),
         "n_group": n_group,

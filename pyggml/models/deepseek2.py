@@ -13,10 +13,11 @@ behind the sum of values. A key then costs 2R + n_rot products a head instead of
 times as many] and reading R + n_rot elements instead of (d_k + d_v) H [1/9 in V2-Lite, 1/71 in V3]:
 right for decoding. Expanded is for prompts over the same cache.
 
-The expansion stands in a file as attn_kv_b, or as attn_k_b (transposed) and attn_v_b. Every form
-runs from both. Where it needs the K part the other way round than a block type stores it, the graph
-casts that part to f16: 2 R d_nope H bytes written and read in each run [2 MiB in V2-Lite, 16 MiB in
-V3, a layer]. That is so for latent from attn_kv_b, and standard and expanded from attn_k_b.
+The expansion stands in a file as attn_kv_b, or as attn_k_b (transposed) and attn_v_b, or both; then
+each form takes what suits it. Every form runs from either. Where it needs the K part the other way
+round than a block type stores it, the graph casts that part to f16: 2 R d_nope H bytes written and
+read in each run [2 MiB in V2-Lite, 16 MiB in V3, a layer]. That is so for latent from attn_kv_b,
+and standard and expanded from attn_k_b.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ from pyggml.ops import (
     concat,
     constant,
     cont,
+    div,
+    fill,
     flash_attn_ext,
+    log,
     mul,
     mul_mat,
     permute,
@@ -44,6 +48,7 @@ from pyggml.ops import (
     reshape,
     rms_norm,
     rope_ext,
+    scale,
     set_rows,
     soft_max_ext,
     state,
@@ -96,23 +101,32 @@ class Layer:
         """Layer `il` of an open file; its tensors stay where they are until a plan is bound."""
         if not 0 <= il < config.n_layer:
             raise UnknownNameError(f"no layer {il}: the file has {config.n_layer}, counted from 0")
-        prefix = f"blk.{il}."
-        return Layer(
-            config,
-            Names(
-                (
-                    name.removeprefix(prefix).removesuffix(".weight"),
-                    constant(file.array(name), dtype=info.dtype, name=name),
-                )
-                for name, info in file.tensors.items()
-                if name.startswith(prefix)
-            ),
-            il,
-        )
+        prefix, weights = f"blk.{il}.", Names[Node]()
+        for name, info in file.tensors.items():
+            key = name.removeprefix(prefix)
+            if key == name or key.endswith(".input_scale"):
+                continue
+            array = file.array(name)
+            if key in ("attn_k_b.weight", "attn_v_b.weight"):
+                # One matrix a head, also where a file has the heads one below the other.
+                array = array.reshape(config.n_head, -1, array.shape[-1])
+            weights[key.removesuffix(".weight")] = constant(array, dtype=info.dtype, name=name)
+        return Layer(config, weights, il)
 
     def name(self, node: Node, label: str) -> Node:
         """`node` under llama.cpp's name for it, such as kq-3."""
         return add_label(node, f"{label}-{self.il}")
+
+    def product(self, weight: str, x: Node) -> Node:
+        """W x, times the weight's factor where it has one."""
+        return self.scaled(weight, mul_mat(self.weights[weight], x))
+
+    def scaled(self, weight: str, y: Node) -> Node:
+        """y, a product of that weight, times the factor that quantizers of NVFP4 leave beside it:
+        block scales of 8 bits reach the range of a tensor only with one more for the whole.
+        """
+        factor = self.weights.get(f"{weight}.scale")
+        return y if factor is None else mul(y, factor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +174,9 @@ def attention(
         k, v = expand(layer, kv_c, k_rope)
         k, v = written(cache.k, k, ids, n_kv), written(cache.v, v, ids, n_kv)
     else:
-        row = layer.name(concat(kv_c, k_rope, dim=0), "Kcur")
+        row = concat(kv_c, k_rope, dim=0)
+        if options.form == "latent":
+            layer.name(row, "Kcur")  # in the form expanded that is K of the heads
         rows = written(cache.k, row, ids, n_kv)
         kv_c = view(rows, ne=(c.kv_lora_rank, n_kv))
         if options.form == "expanded":
@@ -170,9 +186,9 @@ def attention(
             q, k, v = absorb(layer, q), rows, kv_c
     y = attend(layer, layer.name(q, "Qcur"), k, v, mask, options.flash)
     if options.form == "latent":
-        y = permute(mul_mat(v_part(layer), permute(y, axes=SWAP)), axes=SWAP)
+        y = permute(v_product(layer, permute(y, axes=SWAP)), axes=SWAP)
     y = reshape(y if y.contiguous else cont(y), ne=(c.d_v * c.n_head, x.ne[1]))
-    y = mul_mat(layer.weights["attn_output"], layer.name(y, "kqv_out"))
+    y = layer.product("attn_output", layer.name(y, "kqv_out"))
     return layer.name(y, "attn_out")
 
 
@@ -180,20 +196,37 @@ def attention(
 
 
 def queries(layer: Layer, x: Node, pos: Node) -> Node:
-    """[d_k, T, H]: the heads' queries [nope | rope], turned."""
-    c, w = layer.config, layer.weights
+    """[d_k, T, H]: the heads' queries [nope | rope], turned, times their temperature."""
+    c = layer.config
     if c.q_lora_rank is None:
-        q = mul_mat(w["attn_q"], x)
+        q = layer.product("attn_q", x)
     else:
-        q = mul_mat(w["attn_q_b"], norm(layer, mul_mat(w["attn_q_a"], x), "attn_q_a_norm"))
+        q_a = norm(layer, layer.product("attn_q_a", x), "attn_q_a_norm")
+        q = layer.product("attn_q_b", q_a)
     q = reshape(layer.name(q, "q"), ne=(c.d_k, c.n_head, x.ne[1]))
-    return permute(rope(layer, q, pos, c.d_nope), axes=SWAP)
+    q = rope(layer, q, pos, c.d_nope)
+    if c.temperature_scale:
+        q = mul(q, temperature(c, pos))
+    return permute(q, axes=SWAP)
+
+
+def temperature(c: DeepSeek2Config, pos: Node) -> Node:
+    """f32 [1, 1, T]: 1 + temperature_scale ln(1 + floor(pos / temperature_length)).
+
+    Mistral Large 3 sharpens the attention of late queries by it (Llama 4 does likewise). Whole
+    numbers are exact in f32 up to positions of 2^24.
+    """
+    at = cast(pos, type="f32")
+    periods = div(at, fill(at, value=float(c.temperature_length)))
+    periods = cast(cast(periods, type="i32"), type="f32")  # the conversion cuts the fraction off
+    factors = scale(log(scale(periods, s=1.0, b=1.0)), s=c.temperature_scale, b=1.0)
+    return reshape(factors, ne=(1, 1, pos.ne[0]))
 
 
 def latents(layer: Layer, x: Node, pos: Node) -> tuple[Node, Node]:
     """c [R, T], normalised, and k_rope [n_rot, T], turned: what all heads' K and V come from."""
     c, n_tokens = layer.config, x.ne[1]
-    kv_a = layer.name(mul_mat(layer.weights["attn_kv_a_mqa"], x), "kv_cmpr_pe")
+    kv_a = layer.name(layer.product("attn_kv_a_mqa", x), "kv_cmpr_pe")
     kv_c = norm(layer, view(kv_a, ne=(c.kv_lora_rank, n_tokens)), "attn_kv_a_norm")
     k_rope = view(kv_a, ne=(c.n_rot, n_tokens), start=(c.kv_lora_rank,))
     k_rope = rope(layer, reshape(k_rope, ne=(c.n_rot, 1, n_tokens)), pos)
@@ -219,6 +252,8 @@ def rope(layer: Layer, x: Node, pos: Node, offset: int = 0) -> Node:
         freq_scale=c.freq_scale,
         ext_factor=c.ext_factor,
         attn_factor=c.rope_attn_factor,
+        beta_fast=c.yarn_beta_fast,
+        beta_slow=c.yarn_beta_slow,
     )
 
 
@@ -234,17 +269,25 @@ def expand(layer: Layer, kv_c: Node, k_rope: Node) -> tuple[Node, Node]:
     """K [d_k, n, H] = [W_k c | k_rope] and V [d_v, n, H] = W_v c, of the type of c, f32 or f16."""
     c, w, n, kind = layer.config, layer.weights, kv_c.ne[1], kv_c.dtype.name
 
+    def typed(weight: str, a: Node, b: Node) -> Node:
+        """a b in that type. With a factor it is f32 before: without it, it may pass f16's range."""
+        if f"{weight}.scale" not in w:
+            return mul_mat(a, b, type=kind)
+        y = layer.scaled(weight, mul_mat(a, b))
+        return y if kind == "f32" else cast(y, type=kind)
+
     def heads(made: Node, d: int) -> Node:
         return permute(reshape(made, ne=(d, c.n_head, n)), axes=SWAP)
 
-    if "attn_k_b" in w:
-        k_nope = transpose(mul_mat(kv_c, transpose(unpacked(w["attn_k_b"])), dtype=kind))
-        v_b = reshape(w["attn_v_b"], ne=(c.kv_lora_rank, c.d_v * c.n_head))
-        v = heads(mul_mat(v_b, kv_c, dtype=kind), c.d_v)
-    else:
-        kv = heads(layer.name(mul_mat(w["attn_kv_b"], kv_c, dtype=kind), "kv"), c.d_nope + c.d_v)
+    if "attn_kv_b" in w:
+        kv = layer.name(typed("attn_kv_b", w["attn_kv_b"], kv_c), "kv")
+        kv = heads(kv, c.d_nope + c.d_v)
         k_nope = view(kv, ne=(c.d_nope, n, c.n_head))
         v = view(kv, ne=(c.d_v, n, c.n_head), start=(c.d_nope,))
+    else:
+        k_nope = transpose(typed("attn_k_b", kv_c, transpose(unpacked(w["attn_k_b"]))))
+        v_b = reshape(w["attn_v_b"], ne=(c.kv_lora_rank, c.d_v * c.n_head))
+        v = heads(typed("attn_v_b", v_b, kv_c), c.d_v)
     k = concat(k_nope, repeat(k_rope, ne=(c.n_rot, n, c.n_head)), dim=0)
     return layer.name(k, "Kcur"), layer.name(v, "Vcur")
 
@@ -257,22 +300,20 @@ def absorb(layer: Layer, q: Node) -> Node:
     c, n_tokens = layer.config, q.ne[1]
     q_nope = view(q, ne=(c.d_nope, n_tokens, c.n_head))
     q_rope = view(q, ne=(c.n_rot, n_tokens, c.n_head), start=(c.d_nope,))
-    q_nope = layer.name(mul_mat(k_part(layer), q_nope), "q_nope_absorbed")
-    return concat(q_nope, q_rope, dim=0)
+    if "attn_k_b" in layer.weights:
+        q_nope = layer.product("attn_k_b", q_nope)
+    else:
+        k_part = transpose(unpacked(_kv_b(layer, 0, c.d_nope)))
+        q_nope = layer.scaled("attn_kv_b", mul_mat(k_part, q_nope))
+    return concat(layer.name(q_nope, "q_nope_absorbed"), q_rope, dim=0)
 
 
-def k_part(layer: Layer) -> Node:
-    """W_k transposed, [d_nope, R, H]."""
-    c, w = layer.config, layer.weights
-    if "attn_k_b" in w:
-        return w["attn_k_b"]
-    return transpose(unpacked(_kv_b(layer, 0, c.d_nope)))
-
-
-def v_part(layer: Layer) -> Node:
-    """W_v, [R, d_v, H]."""
-    c, w = layer.config, layer.weights
-    return w["attn_v_b"] if "attn_v_b" in w else _kv_b(layer, c.d_nope, c.d_v)
+def v_product(layer: Layer, y: Node) -> Node:
+    """W_v y, [d_v, n, H], from y [R, n, H]."""
+    c = layer.config
+    if "attn_v_b" in layer.weights:
+        return layer.product("attn_v_b", y)
+    return layer.scaled("attn_kv_b", mul_mat(_kv_b(layer, c.d_nope, c.d_v), y))
 
 
 def _kv_b(layer: Layer, start: int, n: int) -> Node:
@@ -292,11 +333,11 @@ def attend(layer: Layer, q: Node, k: Node, v: Node, mask: Node, flash: bool) -> 
     Without flash attention V is needed the other way round: a block type is cast to f16 first,
     which the attention memory budget counts and cuts with the scores.
     """
-    scale = layer.config.kq_scale
+    kq_scale = layer.config.kq_scale
     if flash:
-        return layer.name(flash_attn_ext(q, k, v, mask, scale=scale), "kqv")
+        return layer.name(flash_attn_ext(q, k, v, mask, scale=kq_scale), "kqv")
     kq = layer.name(mul_mat(k, q), "kq")
-    kq = layer.name(soft_max_ext(kq, mask, scale=scale), "kq_soft_max")
+    kq = layer.name(soft_max_ext(kq, mask, scale=kq_scale), "kq_soft_max")
     kqv = layer.name(mul_mat(transpose(unpacked(v)), kq), "kqv")
     return permute(kqv, axes=SWAP)
 

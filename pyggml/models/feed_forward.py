@@ -15,6 +15,7 @@ from pyggml.ops import (
     div,
     fused_up_gate,
     get_rows,
+    glu,
     grouped_topk,
     moe_up_gate,
     mul,
@@ -71,12 +72,12 @@ def feed_forward(x: Node, layer: Layer, *, fused: bool = True) -> Node:
 
 def _dense(x: Node, layer: Layer, suffix: str, fused: bool) -> Node:
     w = layer.weights
-    up, gate = w[f"ffn_up{suffix}"], w[f"ffn_gate{suffix}"]
-    if fused:
-        hidden = fused_up_gate(up, gate, x)
+    up, gate = f"ffn_up{suffix}", f"ffn_gate{suffix}"
+    if fused and not _any_scaled(layer, up, gate):
+        hidden = fused_up_gate(w[up], w[gate], x)
     else:
-        hidden = mul(silu(mul_mat(gate, x)), mul_mat(up, x))
-    return mul_mat(w[f"ffn_down{suffix}"], hidden)
+        hidden = mul(silu(layer.product(gate, x)), layer.product(up, x))
+    return layer.product(f"ffn_down{suffix}", hidden)
 
 
 def _experts(x: Node, layer: Layer, fused: bool) -> Node:
@@ -84,14 +85,35 @@ def _experts(x: Node, layer: Layer, fused: bool) -> Node:
     c, w = layer.config, layer.weights
     ids, weights = route(x, layer)
     b = reshape(x, ne=(c.n_embd, 1, x.ne[1]))
-    up, gate = w["ffn_up_exps"], w["ffn_gate_exps"]
-    if fused:
-        hidden = moe_up_gate(up, gate, b, ids)
+    up, gate = "ffn_up_exps", "ffn_gate_exps"
+    if "ffn_gate_up_exps" in w:
+        hidden = glu(_expert_product(layer, "ffn_gate_up_exps", b, ids))  # rows of gate, then of up
+    elif fused and not _any_scaled(layer, up, gate):
+        hidden = moe_up_gate(w[up], w[gate], b, ids)
     else:
-        hidden = mul(silu(mul_mat_id(gate, b, ids)), mul_mat_id(up, b, ids))
+        gated = silu(_expert_product(layer, gate, b, ids))
+        hidden = mul(gated, _expert_product(layer, up, b, ids))
     hidden = layer.name(hidden, "ffn_moe_hidden")
-    made = layer.name(mul_mat_id(w["ffn_down_exps"], hidden, ids), "ffn_moe_down")
+    made = layer.name(_expert_product(layer, "ffn_down_exps", hidden, ids), "ffn_moe_down")
     return layer.name(mul_multi_add(made, weights), "ffn_moe_out")
+
+
+def _any_scaled(layer: Layer, *weights: str) -> bool:
+    """Whether products of these have factors, which the ops that fuse them do not take."""
+    return any(f"{weight}.scale" in layer.weights for weight in weights)
+
+
+def _expert_product(layer: Layer, weight: str, b: Node, ids: Node) -> Node:
+    """The product of each token with its experts' matrices, times the factors of those experts."""
+    y = mul_mat_id(layer.weights[weight], b, ids)
+    factors = layer.weights.get(f"{weight}.scale")
+    if factors is None:
+        return y
+    n_used, n_tokens = ids.ne[:2]
+    chosen = get_rows(
+        reshape(factors, ne=(1, factors.ne[0])), reshape(ids, ne=(n_used * n_tokens,))
+    )
+    return mul(y, reshape(chosen, ne=(1, n_used, n_tokens)))
 
 
 def route(x: Node, layer: Layer) -> tuple[Node, Node]:
@@ -100,7 +122,8 @@ def route(x: Node, layer: Layer) -> tuple[Node, Node]:
     x  f32 [n_embd, T]
     """
     c, w = layer.config, layer.weights
-    logits = layer.name(mul_mat(w["ffn_gate_inp"], x, prec="f32"), "ffn_moe_logits")
+    logits = layer.scaled("ffn_gate_inp", mul_mat(w["ffn_gate_inp"], x, prec="f32"))
+    logits = layer.name(logits, "ffn_moe_logits")
     gated = soft_max(logits) if c.gating == "softmax" else sigmoid(logits)
     probs = layer.name(gated, "ffn_moe_probs")
     chosen = add(probs, w["exp_probs_b.bias"]) if "exp_probs_b.bias" in w else probs

@@ -128,7 +128,8 @@ def config_fields(config: DeepSeek2Config) -> dict[str, Any]:
         "vocab_size": config.n_vocab,
         "context_length": config.n_ctx_train,
         "embedding_length": config.n_embd,
-        "block_count": config.n_layer,
+        "block_count": config.n_layer + config.n_layer_nextn,
+        "nextn_predict_layers": config.n_layer_nextn or None,
         "leading_dense_block_count": config.n_layer_dense,
         "feed_forward_length": config.n_ff,
         "attention.head_count": config.n_head,
@@ -155,9 +156,16 @@ def config_fields(config: DeepSeek2Config) -> dict[str, Any]:
         "rope.scaling.factor": config.rope_factor,
         "rope.scaling.original_context_length": config.n_ctx_orig or config.n_ctx_train,
         "rope.scaling.yarn_log_multiplier": config.yarn_log_mul or None,
+        "attention.temperature_scale": config.temperature_scale or None,
+        "attention.temperature_length": config.temperature_length or None,
     }
-    if config.attn_factor != 1:
-        keys["rope.scaling.attn_factor"] = config.attn_factor
+    for key, value, default in (
+        ("attn_factor", config.attn_factor, 1.0),
+        ("yarn_beta_fast", config.yarn_beta_fast, 32.0),
+        ("yarn_beta_slow", config.yarn_beta_slow, 1.0),
+    ):
+        if value != default:
+            keys[f"rope.scaling.{key}"] = value
     known = {f"{ARCHITECTURE}.{key}": v for key, v in keys.items() if v is not None}
     return {"general.architecture": ARCHITECTURE} | known
 

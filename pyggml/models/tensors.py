@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from pyggml.errors import GGUFError
 from pyggml.gguf.format import TensorInfo
-from pyggml.models.config import DeepSeek2Config
+from pyggml.models.config import DeepSeek2Config, KvB
 
 Sizes = dict[str, tuple[int, ...]]
 
 #: A file may lack these: a tied output matrix, a router without selection bias.
 _OPTIONAL = ("output.weight", ".exp_probs_b.bias")
+#: What may stand instead: of the experts, gate and up as one tensor.
+_MERGED = re.compile(r"(blk\.\d+\.)ffn_(gate|up)_exps\.weight")
 
 
 def tensor_sizes(config: DeepSeek2Config) -> Sizes:
     """Name -> ne (ggml's order) of every tensor of such a model, in the order of use."""
     sizes: Sizes = {"token_embd.weight": (config.n_embd, config.n_vocab)}
     for i in range(config.n_layer):
-        feed_forward = _dense if i < config.n_layer_dense else _experts
-        layer = _attention(config) | feed_forward(config)
-        sizes |= {f"blk.{i}.{name}": ne for name, ne in layer.items()}
+        sizes |= {f"blk.{i}.{name}": ne for name, ne in _layer(config, i).items()}
     sizes["output_norm.weight"] = (config.n_embd,)
     sizes["output.weight"] = (config.n_embd, config.n_vocab)
     return sizes
@@ -28,14 +29,57 @@ def tensor_sizes(config: DeepSeek2Config) -> Sizes:
 
 def check_tensors(config: DeepSeek2Config, tensors: Mapping[str, TensorInfo]) -> None:
     """GGUFError naming the first tensor that is missing or whose size contradicts the keys."""
-    for name, ne in tensor_sizes(config).items():
-        if name not in tensors:
-            if name.endswith(_OPTIONAL):
-                continue
+    required, allowed = tensor_sizes(config), _other_sizes(config)
+    for name, ne in required.items():
+        if name in tensors or name.endswith(_OPTIONAL):
+            continue
+        if _MERGED.sub(r"\1ffn_gate_up_exps.weight", name) not in tensors:
             raise GGUFError(f"tensor {name!r} of ne={list(ne)} is missing")
-        found = tensors[name].ne
-        if _four(found) != _four(ne):
-            raise GGUFError(f"tensor {name!r}: ne={list(found)}, but the keys make it {list(ne)}")
+    for name, info in tensors.items():
+        ne = required.get(name, allowed.get(name, info.ne))
+        if _four(info.ne) != _four(ne) and info.ne != _flat(name, ne):
+            raise GGUFError(f"tensor {name!r}: ne={list(info.ne)}, but the keys make it {list(ne)}")
+
+
+def _flat(name: str, ne: tuple[int, ...]) -> tuple[int, ...]:
+    """The size in which ik_llama.cpp stores a tensor: attn_k_b and attn_v_b have their heads one
+    below the other.
+    """
+    if name.endswith(("attn_k_b.weight", "attn_v_b.weight")):
+        return (ne[0], ne[1] * ne[2])
+    return ne
+
+
+def _other_sizes(config: DeepSeek2Config) -> Sizes:
+    """What a file may hold besides `tensor_sizes`, or instead: the other layout of kv_b, merged
+    experts, factors of products.
+    """
+    c = config
+    sizes: Sizes = {"output.scale": (1,)}
+    for i in range(c.n_layer):
+        layer = _layer(c, i) | _kv_b(c, "joined") | _kv_b(c, "split")
+        if i >= c.n_layer_dense:
+            layer["ffn_gate_up_exps.weight"] = (c.n_embd, 2 * c.n_ff_exp, c.n_expert)
+        scales = {
+            name.replace(".weight", ".scale"): (c.n_expert if "_exps" in name else 1,)
+            for name in layer
+            if name.endswith(".weight") and "norm" not in name
+        }
+        sizes |= {f"blk.{i}.{name}": ne for name, ne in (layer | scales).items()}
+    return sizes
+
+
+def _layer(c: DeepSeek2Config, il: int) -> Sizes:
+    return _attention(c) | (_dense(c) if il < c.n_layer_dense else _experts(c))
+
+
+def _kv_b(c: DeepSeek2Config, kv_b: KvB) -> Sizes:
+    if kv_b == "joined":
+        return {"attn_kv_b.weight": (c.kv_lora_rank, c.n_head * (c.d_nope + c.d_v))}
+    return {
+        "attn_k_b.weight": (c.d_nope, c.kv_lora_rank, c.n_head),
+        "attn_v_b.weight": (c.kv_lora_rank, c.d_v, c.n_head),
+    }
 
 
 def _four(ne: tuple[int, ...]) -> tuple[int, ...]:
@@ -52,11 +96,7 @@ def _attention(c: DeepSeek2Config) -> Sizes:
         sizes["attn_q_b.weight"] = (c.q_lora_rank, c.n_head * c.d_k)
     sizes["attn_kv_a_mqa.weight"] = (c.n_embd, c.kv_lora_rank + c.n_rot)
     sizes["attn_kv_a_norm.weight"] = (c.kv_lora_rank,)
-    if c.kv_b == "split":
-        sizes["attn_k_b.weight"] = (c.d_nope, c.kv_lora_rank, c.n_head)
-        sizes["attn_v_b.weight"] = (c.kv_lora_rank, c.d_v, c.n_head)
-    else:
-        sizes["attn_kv_b.weight"] = (c.kv_lora_rank, c.n_head * (c.d_nope + c.d_v))
+    sizes |= _kv_b(c, c.kv_b)
     sizes["attn_output.weight"] = (c.n_head * c.d_v, c.n_embd)
     return sizes
 

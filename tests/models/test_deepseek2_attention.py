@@ -15,10 +15,13 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 import pyggml as gg
-from pyggml import gguf
+from pyggml import gguf, quants
+from pyggml.dtypes import TYPES
 from pyggml.models.config import DeepSeek2Config
-from pyggml.models.deepseek2 import AttentionOptions, Cache, Layer, attention
-from pyggml.models.presets import PRESETS, synth
+from pyggml.models.deepseek2 import AttentionOptions, Cache, Layer, attention, temperature
+from pyggml.models.feed_forward import layer_output
+from pyggml.models.presets import PRESETS, config_fields, random_tensors, synth
+from pyggml.models.tensors import check_tensors, tensor_sizes
 from pyggml.parity.tolerance import relative_error
 from tests.fixtures.case import HERE
 from tests.reference.deepseek import attention_f64
@@ -114,6 +117,10 @@ def sizes_of(config: DeepSeek2Config) -> dict[str, Any]:
         "ext_factor": config.ext_factor,
         "attn_factor": config.rope_attn_factor,
         "n_ctx_orig": config.n_ctx_orig,
+        "beta_fast": config.yarn_beta_fast,
+        "beta_slow": config.yarn_beta_slow,
+        "temperature_scale": config.temperature_scale,
+        "temperature_length": config.temperature_length,
     }
 
 
@@ -171,13 +178,30 @@ def test_a_prompt_and_three_tokens_are_those_of_transformers(
 
 
 def random_case(
-    n_head: int, kv_b: str, type: str = "f32", n_tokens: int = 24, q_lora: int | None = None
+    n_head: int,
+    kv_b: str,
+    type: str = "f32",
+    n_tokens: int = 24,
+    q_lora: int | None = None,
+    factors: bool = False,
+    **changes: Any,
 ) -> Case:
-    """A layer whose sizes blocks of 32 divide, V3's YaRN; its weights of `type`."""
+    """A layer whose sizes blocks of 32 divide, V3's YaRN; its weights of `type`.
+
+    With `factors` every product has one, and the weights are larger by as much.
+    """
     config = replace(
-        PRESETS["tiny"], n_embd=96, n_head=n_head, q_lora_rank=q_lora, kv_lora_rank=64, d_nope=32,
-        n_rot=32, d_v=64, kv_b=kv_b,
-    )  # fmt: skip
+        PRESETS["tiny"],
+        n_embd=96,
+        n_head=n_head,
+        q_lora_rank=q_lora,
+        kv_lora_rank=64,
+        d_nope=32,
+        n_rot=32,
+        d_v=64,
+        kv_b=kv_b,
+        **changes,
+    )
     rng = np.random.default_rng(n_head)
     shapes = {
         "attn_kv_a_mqa": (96, 96),
@@ -190,6 +214,10 @@ def random_case(
         shapes |= {"attn_q_a": (q_lora, 96), "attn_q_b": (n_head * 64, q_lora)}
     weights = {k: rng.standard_normal(s) * s[-1] ** -0.5 for k, s in shapes.items()}
     weights = split(weights, n_head, 32) if kv_b == "split" else weights
+    scales = {}
+    if factors:
+        scales = {f"{k}.scale": np.float32([2.0 ** -(9 + i)]) for i, k in enumerate(weights)}
+        weights = {k: w / scales[f"{k}.scale"] for k, w in weights.items()}
     nodes = {k: gg.constant(w.astype("f4"), dtype=type, name=k) for k, w in weights.items()}
     if type == "q8_0":
         raw = {k: np.asarray(gg.ops.leaf.data_of(node)) for k, node in nodes.items()}
@@ -200,9 +228,13 @@ def random_case(
     for key, n in norms.items():
         weights[key] = 1 + 0.3 * rng.standard_normal(n).astype("f4")
         nodes[key] = gg.constant(weights[key], name=key)
+    nodes |= {k: gg.constant(w, name=k) for k, w in scales.items()}
     x = rng.standard_normal((n_tokens, 96)).astype("f4")
     want = attention_f64(
-        {f"{k}.weight": w for k, w in weights.items()}, x, np.arange(n_tokens), **sizes_of(config)
+        {f"{k}.weight": w for k, w in weights.items()} | scales,
+        x,
+        np.arange(n_tokens),
+        **sizes_of(config),
     )
     return Case(Layer(config, nodes, il=3), x, want)
 
@@ -320,6 +352,69 @@ def test_a_run_allocates_nothing_to_speak_of(form: str, flash: bool) -> None:
     assert peak < 64 * 1024 + 2 * 64 * 96 * 4  # besides, the output's copy and the inputs'
 
 
+@all_forms
+@both_layouts
+@pytest.mark.parametrize("cache_type", ["f32", "f16"])
+def test_products_of_weights_with_factors(
+    cache_type: str, kv_b: str, form: str, flash: bool
+) -> None:
+    """The weights are 2^9 to 2^15 times as large: past f16 where a product forgets its factor."""
+    case = random_case(3, kv_b, q_lora=48, factors=True)
+    got = case.run(AttentionOptions(form, flash, cache_type), [20, 1, 1, 1, 1])
+    assert relative_error(got, case.want) < (EXACT if cache_type == "f32" else 1e-3)
+
+
+@all_forms
+@both_layouts
+@pytest.mark.parametrize("length", [1, 5, 7, 24])
+def test_queries_have_a_temperature(length: int, kv_b: str, form: str, flash: bool) -> None:
+    """It grows at every multiple of the length; without it results differ visibly."""
+    case = random_case(3, kv_b, temperature_scale=0.9, temperature_length=length)
+    got = case.run(AttentionOptions(form, flash, "f32"), [20, 1, 1, 1, 1])
+    assert relative_error(got, case.want) < EXACT
+    plain = random_case(3, kv_b)
+    assert (relative_error(plain.want, case.want) > 100 * EXACT) == (length < 24)
+
+
+@pytest.mark.parametrize("length", [1, 3, 10, 8192, 16384])
+def test_a_temperature_is_exact_about_every_multiple(length: int) -> None:
+    """Where a rounded quotient would be on the wrong side, and for positions that mean nothing."""
+    rng = np.random.default_rng(length)
+    periods = rng.integers(0, 2**24 // length, 2000)
+    pos = np.concatenate([periods * length + d for d in (-1, 0, 1)]).astype(np.int32)
+    config = replace(PRESETS["tiny"], temperature_scale=0.1, temperature_length=length)
+    made = temperature(config, gg.input("pos", "i32", ne=(len(pos),)))
+    got = gg.compile({"t": made}).run(pos=pos)["t"].reshape(-1)
+    valid = np.maximum(pos.astype(np.int64), 0)
+    np.testing.assert_allclose(got, 1 + 0.1 * np.log1p(valid // length), rtol=3e-7)
+
+
+@all_forms
+@both_layouts
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_label_is_its_tensor_alone(preset: str, kv_b: str, form: str, flash: bool) -> None:
+    """Of a layer of each preset, cut to a few heads and experts: `*` observes them all."""
+    config = replace(
+        PRESETS[preset], n_head=2, n_embd=64, n_vocab=32, kv_lora_rank=64, d_nope=32, n_rot=32,
+        d_v=32, n_ff=64, n_ff_exp=32, kv_b=kv_b,
+    )  # fmt: skip
+    pos, x = gg.input("pos", "i32", ne=(4,)), gg.input("x", ne=(64, 4))
+    mask, options = gg.causal_mask(pos, n_kv=16), AttentionOptions(form, flash, "f16")
+    for il in (0, config.n_layer_dense):
+        weights = {
+            name.removeprefix(f"blk.{il}.").removesuffix(".weight"): gg.constant(
+                np.ones(ne[::-1], np.float32), name=name
+            )
+            for name, ne in tensor_sizes(config).items()
+            if name.startswith(f"blk.{il}.")
+        }
+        cache = Cache.of(config, options, 16, il)
+        y = layer_output(x, pos, pos, mask, Layer(config, weights, il), cache, options)
+        plan = gg.compile({"y": y}, observe=["*"])
+        observed = plan.run(x=np.ones((4, 64), np.float32), pos=np.arange(4))
+        assert {f"Kcur-{il}", f"Qcur-{il}", f"kqv_out-{il}"} <= set(observed)
+
+
 # -- files, names, errors -----------------------------------------------------------------------
 
 
@@ -343,6 +438,47 @@ def test_a_layer_of_a_file(
     want = attention_f64(weights, x, np.arange(12), **sizes_of(config))
     got = Case(layer, x, want).run(AttentionOptions(form, flash, "f32"), [10, 1, 1])
     assert relative_error(got, want) < EXACT
+
+
+@all_forms
+@pytest.mark.parametrize("type", ["f16", "q8_0", "iq4_nl"])
+def test_a_layer_with_both_layouts_and_heads_one_below_the_other(
+    tmp_path: Path, type: str, form: str, flash: bool
+) -> None:
+    """As ik_llama.cpp writes attn_k_b and attn_v_b: of two dimensions, beside attn_kv_b."""
+    joined = replace(PRESETS["tiny"], n_layer=1, kv_b="joined", n_layer_dense=1)
+    both = {t.name: t for t in random_tensors(joined, TYPES[type], 0)}
+    for tensor in random_tensors(replace(joined, kv_b="split"), TYPES[type], 0):
+        if tensor.name.endswith(("attn_k_b.weight", "attn_v_b.weight")):
+            ne = tensor.ne
+            both[tensor.name] = tensor._replace(ne=(ne[0], ne[1] * ne[2]))
+    x = np.random.default_rng(0).standard_normal((12, joined.n_embd)).astype("f4")
+    for left_out in ("nothing", "attn_kv_b"):
+        path = tmp_path / f"{left_out}.gguf"
+        gguf.write(path, config_fields(joined), [t for n, t in both.items() if left_out not in n])
+        with gguf.open(path) as file:
+            config = DeepSeek2Config.from_gguf(file.fields, file.tensors)
+            check_tensors(config, file.tensors)
+            layer = Layer.of(file, config)
+            weights = {
+                name.removeprefix("blk.0."): quants.decode_rows(info.dtype, file.array(name))
+                for name, info in file.tensors.items()
+                if "attn_" in name
+            }
+        assert config.kv_b == "split"
+        assert layer.weights["attn_k_b"].ne == (32, 64, 4, 1)
+        assert layer.weights["attn_v_b"].ne == (64, 32, 4, 1)
+        if form == "latent" or left_out == "attn_kv_b":  # takes these two, whatever else is there
+            weights.pop("attn_kv_b.weight", None)
+            for key in ("attn_k_b.weight", "attn_v_b.weight"):
+                weights[key] = weights[key].reshape(4, -1, weights[key].shape[-1])
+        want = attention_f64(weights, x, np.arange(12), **sizes_of(config))
+        got = Case(layer, x, want).run(AttentionOptions(form, flash, "f32"), [10, 1, 1])
+        assert relative_error(got, want) < (EXACT if type == "f16" else 1e-3)
+    wrong = both["blk.0.attn_k_b.weight"]._replace(ne=(64, 128))
+    gguf.write(path, config_fields(joined), [*(both | {wrong.name: wrong}).values()])
+    with gguf.open(path) as file, pytest.raises(gg.GGUFError, match=r"attn_k_b.*\[64, 128\]"):
+        check_tensors(config, file.tensors)
 
 
 def test_intermediate_tensors_have_the_names_of_llama_cpp() -> None:

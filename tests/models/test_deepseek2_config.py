@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import gguf as reference
 import numpy as np
 import pytest
 
 from pyggml import gguf
 from pyggml.errors import DTypeError, GGUFError, ShapeError, UnknownNameError
-from pyggml.models.config import DeepSeek2Config
+from pyggml.models.config import DeepSeek2Config, _read
+from pyggml.models.deepseek2 import Layer
+from pyggml.models.keys import Keys
+from pyggml.models.known import KNOWN
 from pyggml.models.presets import PRESETS, config_fields, preset, synth
 from pyggml.models.tensors import check_tensors, tensor_sizes
 
@@ -79,11 +85,175 @@ def test_defaults_of_missing_keys() -> None:
              "expert_group_count", "expert_group_used_count", "leading_dense_block_count",
              "rope__scaling__type", "rope__scaling__factor", "attention__q_lora_rank",
              "rope__scaling__original_context_length")  # fmt: skip
-    config = DeepSeek2Config.from_gguf(changed(**dict.fromkeys(names)))
+    with pytest.warns(UserWarning, match="expert_gating_func"):
+        config = DeepSeek2Config.from_gguf(changed(**dict.fromkeys(names)))
     assert (config.gating, config.weights_norm, config.weights_scale) == ("softmax", False, 0)
     assert (config.n_group, config.n_group_used, config.n_layer_dense) == (1, 1, 0)
     assert (config.rope_scaling, config.rope_factor) == ("linear", 1)
     assert config.q_lora_rank is None and config.n_ctx_orig == config.n_ctx_train
+
+
+def quiet(fields: dict[str, Any], tensors: Collection[str] = ()) -> DeepSeek2Config:
+    """The configuration, which must come without a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return DeepSeek2Config.from_gguf(fields, tensors)
+
+
+@pytest.mark.parametrize("number", [None, 0])
+@pytest.mark.parametrize(
+    ("n_layer", "n_vocab", "gating"),
+    [
+        (47, 154_880, "sigmoid"), (48, 154_880, "sigmoid"), (47, 129_280, "softmax"),
+        (46, 154_880, "softmax"), (61, 154_880, "softmax"), (27, 102_400, "softmax"),
+    ],
+)  # fmt: skip
+def test_gating_where_a_file_does_not_say(
+    n_layer: int, n_vocab: int, gating: str, number: int | None
+) -> None:
+    """GLM-4.7-Flash is sigmoid, as llama.cpp tells it by its sizes; V2 and others are softmax."""
+    fields = changed(block_count=n_layer, vocab_size=n_vocab, expert_gating_func=number)
+    message = f"expert_gating_func' is missing: .* by {gating}"
+    with pytest.warns(UserWarning, match=message) as caught:
+        assert DeepSeek2Config.from_gguf(fields).gating == gating
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert quiet(fields | {"deepseek2.expert_gating_func": 1}).gating == "softmax"
+    assert quiet(fields | {"deepseek2.expert_gating_func": 2}).gating == "sigmoid"
+    dense = fields | {"deepseek2.leading_dense_block_count": n_layer}
+    assert quiet(dense).n_layer_dense == n_layer  # nothing to choose
+
+
+def test_blocks_that_predict_further_tokens_are_left_out() -> None:
+    fields = changed(block_count=48, nextn_predict_layers=1)
+    tensors = [*tensor_sizes(replace(V3, n_layer=47)), "blk.47.nextn.eh_proj.weight",
+               "blk.47.attn_norm.weight"]  # fmt: skip
+    with pytest.warns(UserWarning, match="the last 1 of 48 blocks .* left out") as caught:
+        config = DeepSeek2Config.from_gguf(fields, tensors)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert (config.n_layer, config.n_layer_nextn) == (47, 1)
+    assert "blk.46.attn_norm.weight" in tensor_sizes(config)
+    assert "blk.47.attn_norm.weight" not in tensor_sizes(config)
+    assert config_fields(config) == fields
+    with pytest.warns(UserWarning), pytest.raises(UnknownName, match="no layer 47"):
+        Layer.of(SimpleNamespace(tensors={}), DeepSeek2Config.from_gguf(fields), 47)  # type: ignore[arg-type]
+    for n in (48, 99):
+        with pytest.raises(GGUFError, match="nextn_predict_layers"):
+            DeepSeek2Config.from_gguf(changed(block_count=48, nextn_predict_layers=n))
+    with pytest.raises(GGUFError, match=r"'blk.47.attn_norm.weight', 'blk.47.nextn"):
+        DeepSeek2Config.from_gguf(changed(block_count=47), sorted(tensors))
+
+
+def test_a_temperature_of_queries() -> None:
+    config = quiet(changed(attention__temperature_scale=0.1, attention__temperature_length=8192))
+    assert (config.temperature_scale, config.temperature_length) == (0.1, 8192)
+    assert config_fields(config)["deepseek2.attention.temperature_length"] == 8192
+    # As llama.cpp has it for Mistral 3, whose files give no length.
+    without = quiet(changed(attention__temperature_scale=0.1))
+    assert without.temperature_length == without.n_ctx_orig == 4096
+    assert quiet(changed(attention__temperature_length=8192)).temperature_scale == 0
+
+
+def test_the_old_name_of_a_factor_and_the_ramp_of_yarn() -> None:
+    config = quiet(changed(rope__scaling__factor=None, rope__scale_linear=8.0))
+    assert config.rope_factor == 8
+    config = quiet(changed(rope__scaling__yarn_beta_fast=16.0, rope__scaling__yarn_beta_slow=2.0))
+    assert (config.yarn_beta_fast, config.yarn_beta_slow) == (16, 2)
+    assert DeepSeek2Config.from_gguf(config_fields(config)) == config
+
+
+# --- what is not known ---------------------------------------------------------------------------
+
+
+def test_the_list_of_keys_is_what_is_read() -> None:
+    """No key is read that is not in the list, none is in the list that is not read."""
+    asked: set[str] = set()
+    for config in (V3, LITE, replace(V3, kv_b="joined"), replace(LITE, kv_b="joined")):
+        keys = Keys("deepseek2", config_fields(config))
+        _read(keys, ())
+        asked |= keys.asked
+    assert asked == KNOWN["deepseek2"].keys
+
+
+def test_the_list_of_tensors_covers_all_that_files_hold() -> None:
+    known = KNOWN["deepseek2"]
+    for config in (V3, LITE, replace(V3, kv_b="joined")):
+        names = [name.split(".", 2)[-1] for name in tensor_sizes(config) if name[:4] == "blk."]
+        assert set(names) <= known.layer_tensors()
+    theirs = reference.MODEL_TENSORS[reference.MODEL_ARCH.DEEPSEEK2]
+    names = [reference.TENSOR_NAMES[t] for t in theirs]
+    layer = {
+        n.removeprefix("blk.{bid}.") for n in names if n.startswith("blk.") and "nextn" not in n
+    }
+    assert {n for n in layer if f"{n}.weight" not in known.layer_tensors()} <= {
+        # exp_probs_b has its bias; the others belong to rope_freqs and to the plain attention of
+        # DeepSeek-OCR, which share the list.
+        "exp_probs_b", "attn_rot_embd", "attn_k", "attn_v", "attn_qkv",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "key", ["attention.new_factor", "swiglu_clamp_exp", "attention.indexer.top_k"]
+)
+def test_a_key_that_is_not_known_is_an_error(key: str) -> None:
+    with pytest.raises(GGUFError, match=rf"key 'deepseek2.{key}': not known"):
+        DeepSeek2Config.from_gguf(changed() | {f"deepseek2.{key}": 1})
+
+
+def test_keys_that_are_not_known_are_counted() -> None:
+    fields = changed() | {f"deepseek2.x{i}": i for i in range(7)}
+    with pytest.raises(GGUFError, match=r"keys 'deepseek2\.x0', .* and 4 more: not known"):
+        DeepSeek2Config.from_gguf(fields)
+
+
+@pytest.mark.parametrize(
+    ("key", "off", "on"),
+    [
+        ("attention.sliding_window", 0, 4096), ("attn_logit_softcapping", 0.0, 50.0),
+        ("attention.causal", True, False), ("logit_scale", 1.0, 0.5),
+        ("rope.scaling.yarn_ext_factor", -1.0, 0.5), ("attention.sliding_window", 0, [1, 0]),
+    ],
+)  # fmt: skip
+def test_what_is_not_computed_may_be_off(key: str, off: Any, on: Any) -> None:
+    quiet(changed() | {f"deepseek2.{key}": off})
+    with pytest.raises(GGUFError, match=rf"'deepseek2.{key}': .* does not compute"):
+        DeepSeek2Config.from_gguf(changed() | {f"deepseek2.{key}": on})
+
+
+def test_keys_of_others_are_not_looked_at() -> None:
+    names = ("tokenizer.ggml.new", "general.new", "quantize.imatrix.file", "split.count",
+             "llama.block_count", "deepseek2x.y", "bare")  # fmt: skip
+    quiet(changed() | dict.fromkeys(names, 1))
+
+
+def test_what_changes_nothing_is_named_once() -> None:
+    fields = changed() | {
+        "deepseek2.pooling_type": 0,
+        "deepseek2.attention.layer_norm_epsilon": 1.0,
+    }
+    tensors = [*tensor_sizes(V3), "v.patch_embd.weight", "mm.0.weight"]
+    with pytest.warns(UserWarning, match="not used: .*layer_norm_epsilon, .*mm.0.weight") as caught:
+        DeepSeek2Config.from_gguf(fields, tensors)
+    assert len(caught) == 1 and caught[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "blk.0.attn_q.bias", "blk.3.ffn_down_exps.bias", "blk.0.attn_sinks.weight",
+        "rope_freqs.weight",
+        "blk.0.attn_output.lora_a", "blk.61.attn_norm.weight", "token_embd_norm.weight", "blk.x",
+        "output.bias", "blk.0.attn_norm.scale",
+    ],
+)  # fmt: skip
+def test_a_tensor_that_is_not_known_is_an_error(name: str) -> None:
+    with pytest.raises(GGUFError, match=f"tensor '{name}': not known for .* 61 blocks"):
+        DeepSeek2Config.from_gguf(changed(), [*tensor_sizes(V3), name])
+
+
+def test_factors_of_products_are_known() -> None:
+    more = ["blk.0.attn_q_a.scale", "blk.5.ffn_up_exps.scale", "blk.5.ffn_up_exps.input_scale",
+            "blk.5.ffn_gate_up_exps.weight", "output.scale"]  # fmt: skip
+    quiet(changed(), [*tensor_sizes(V3), *more])
 
 
 def test_vocabulary_size_from_tokens() -> None:
@@ -119,7 +289,11 @@ BAD: list[tuple[str, Any]] = [
     ("rope.scaling.yarn_log_multiplier", math.nan), ("rope.scaling.attn_factor", 0.0),
     ("expert_count", 0), ("expert_count", None), ("expert_used_count", 257),
     ("expert_used_count", 0), ("expert_feed_forward_length", None), ("expert_gating_func", 3),
-    ("expert_weights_scale", -1.0), ("expert_weights_norm", 1), ("expert_group_count", 7),
+    ("nextn_predict_layers", -1), ("nextn_predict_layers", 61), ("nextn_predict_layers", True),
+    ("attention.temperature_scale", -0.1), ("attention.temperature_length", 0),
+    ("rope.scale_linear", math.nan), ("rope.scaling.yarn_beta_fast", 0.0),
+    ("expert_shared_feed_forward_length", 5), ("expert_weights_scale", -1.0),
+    ("expert_weights_norm", 1), ("expert_group_count", 7),
     ("expert_group_count", 256), ("expert_group_used_count", 9), ("expert_shared_count", -1),
 ]  # fmt: skip
 
@@ -229,3 +403,15 @@ def test_check_tensors_names_what_is_wrong(tmp_path: Path) -> None:
         check_tensors(replace(config, q_lora_rank=None), tensors)
     del tensors["output.weight"], tensors["blk.1.exp_probs_b.bias"]
     check_tensors(config, tensors)
+    for name, ne in {"blk.1.ffn_up_exps.scale": (8,), "blk.1.attn_q_a.scale": (1,),
+                     "blk.1.attn_output.scale": ()}.items():  # fmt: skip
+        good, wrong = (replace(tensors["output_norm.weight"], ne=n) for n in (ne, (3,)))
+        check_tensors(config, tensors | {name: good})
+        with pytest.raises(GGUFError, match=rf"'{name}': ne=\[3\], but"):
+            check_tensors(config, tensors | {name: wrong})
+    merged = replace(tensors["blk.1.ffn_up_exps.weight"], ne=(256, 256, 8))
+    for part in ("up", "gate"):
+        del tensors[f"blk.1.ffn_{part}_exps.weight"]
+    check_tensors(config, tensors | {"blk.1.ffn_gate_up_exps.weight": merged})
+    with pytest.raises(GGUFError, match=r"ffn_gate_exps.weight' of ne=\[256, 128, 8\] is missing"):
+        check_tensors(config, tensors)

@@ -128,6 +128,51 @@ def test_a_dense_layer() -> None:
     assert relative_error(plain, fused) < 1e-6
 
 
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
+@pytest.mark.parametrize("il", [0, 1], ids=["dense", "experts"])
+@pytest.mark.parametrize(
+    "scaled", ["gate", "up", "down", "inp", "all"], ids=lambda name: f"scaled-{name}"
+)
+def test_products_of_weights_with_factors(scaled: str, il: int, fused: bool) -> None:
+    """One for a matrix, one an expert; any of them alone, too."""
+    weights, x = random_weights(V3, il), tokens(V3)
+    rng = np.random.default_rng(5)
+    for key in [k for k in weights if k.startswith("ffn_") and "norm" not in k]:
+        if scaled in (*key.removesuffix(".weight").split("_"), "all"):
+            n = V3.n_expert if "_exps" in key else 1
+            weights[key.replace(".weight", ".scale")] = rng.uniform(0.2, 3, n).astype("f4")
+    assert_like_float64(weights, x, il, fused)
+
+
+def assert_like_float64(weights: Weights, x: Array, il: int, fused: bool = True) -> None:
+    routing = route_f64(weights, x, **routing_of(V3)) if il else None
+    want = feed_forward_f64(weights, x, routing)
+    given = gg.input("x", ne=(V3.n_embd, len(x)))
+    made = feed_forward(given, layer_of(V3, weights, il), fused=fused)
+    got = gg.compile({"y": made}).run(x=x)["y"]
+    assert relative_error(got, want) < EXACT
+    bare = {key: w for key, w in weights.items() if not key.endswith(".scale")}
+    if len(bare) < len(weights):
+        routing = route_f64(bare, x, **routing_of(V3)) if il else None
+        assert relative_error(feed_forward_f64(bare, x, routing), want) > 0.05
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
+@pytest.mark.parametrize("factors", [False, True], ids=["", "factors"])
+@pytest.mark.parametrize("n_tokens", [1, N_TOKENS])
+def test_gate_and_up_of_experts_as_one_tensor(n_tokens: int, factors: bool, fused: bool) -> None:
+    weights, x = random_weights(V3), tokens(V3, n_tokens)
+    apart = feed_forward_f64(weights, x, route_f64(weights, x, **routing_of(V3)))
+    parts = [weights.pop(f"ffn_{part}_exps.weight") for part in ("gate", "up")]
+    weights["ffn_gate_up_exps.weight"] = np.concatenate(parts, axis=1)
+    if factors:
+        weights["ffn_gate_up_exps.scale"] = np.linspace(0.5, 3, V3.n_expert, dtype="f4")
+    else:
+        want = feed_forward_f64(weights, x, route_f64(weights, x, **routing_of(V3)))
+        np.testing.assert_allclose(want, apart, rtol=1e-12)
+    assert_like_float64(weights, x, 1, fused)
+
+
 def test_shared_experts_are_added() -> None:
     """They are a dense net beside the others, as wide as all of them."""
     weights, x = random_weights(V3), tokens(V3)

@@ -13,8 +13,14 @@ from pyggml.parity.oracle.rope import rope_ext
 
 
 def project(weights: Mapping[str, Array], name: str, x: Array) -> Array:
-    """x W^T."""
-    return np.asarray(x @ np.asarray(weights[f"{name}.weight"], np.float64).T)
+    """x W^T, times the weight's factor where it has one."""
+    return np.asarray(x @ np.asarray(weights[f"{name}.weight"], np.float64).T) * factor(
+        weights, name
+    )
+
+
+def factor(weights: Mapping[str, Array], name: str) -> Array:
+    return np.asarray(weights.get(f"{name}.scale", 1.0), np.float64)
 
 
 def normed_by(weights: Mapping[str, Array], name: str, x: Array, eps: float) -> Array:
@@ -25,10 +31,13 @@ def normed_by(weights: Mapping[str, Array], name: str, x: Array, eps: float) -> 
 def _expansion(weights: Mapping[str, Array], n_head: int, qk_nope: int) -> tuple[Array, Array]:
     """(K part [H, qk_nope, kv_lora], V part [H, v_dim, kv_lora]) from either layout."""
     if "attn_kv_b.weight" in weights:
-        kv_b = np.asarray(weights["attn_kv_b.weight"], np.float64)
+        kv_b = np.asarray(weights["attn_kv_b.weight"], np.float64) * factor(weights, "attn_kv_b")
         kv_b = kv_b.reshape(n_head, -1, kv_b.shape[-1])
         return kv_b[:, :qk_nope], kv_b[:, qk_nope:]
-    k_b, v_b = (np.asarray(weights[f"attn_{x}_b.weight"], np.float64) for x in "kv")
+    k_b, v_b = (
+        np.asarray(weights[f"{name}.weight"], np.float64) * factor(weights, name)
+        for name in ("attn_k_b", "attn_v_b")
+    )
     return k_b.swapaxes(1, 2), v_b
 
 
@@ -51,13 +60,17 @@ def attention_f64(
     n_ctx_orig: int = 0,
     beta_fast: float = 32.0,
     beta_slow: float = 1.0,
+    temperature_scale: float = 0.0,
+    temperature_length: int = 0,
 ) -> Array:
     """Causal multi-head latent attention over all tokens given, in its standard (expanded) form.
 
         q = W_q x                 or W_qb norm(W_qa x)             per head [nope | rope]
         [c | k_rope] = W_kva x;   c = norm(c)                      one for all heads
         [k_nope | v] = W_kvb c                                     per head
+        q times 1 + temperature_scale ln(1 + floor(position / temperature_length))
         out = W_o concat_h softmax(kq_scale q_h . k_h + causal) v_h
+        each W is times its factor, if there is one under its name with ".scale"
 
     weights    GGUF names within a layer, NumPy shape (rows are outputs): attn_q, or attn_q_a,
                attn_q_a_norm and attn_q_b; attn_kv_a_mqa, attn_kv_a_norm; attn_kv_b
@@ -99,7 +112,12 @@ def attention_f64(
     k_rope = rotated(kv_a[:, None, kv_lora:])[:, 0]  # [n_tokens, qk_rope], shared by the heads
     k_part, v_part = _expansion(weights, n_head, qk_nope)
 
-    scale = 1.0 / math.sqrt(qk_nope + qk_rope) if kq_scale is None else kq_scale
+    scale = np.full(
+        (n_tokens, 1), 1 / math.sqrt(qk_nope + qk_rope) if kq_scale is None else kq_scale
+    )
+    if temperature_scale:
+        periods = np.asarray(positions) // temperature_length
+        scale *= 1 + temperature_scale * np.log(1 + periods[:, None])
     future = np.triu(np.full((n_tokens, n_tokens), -np.inf), 1)
     out = np.empty((n_tokens, n_head, v_dim))
     for h in range(n_head):

@@ -13,7 +13,7 @@ from gguf.quants import dequantize
 from pyggml.gguf import GGUFFile
 from pyggml.models.config import DeepSeek2Config
 from pyggml.parity.oracle.base import Array, activate
-from tests.reference.deepseek import attention_f64, normed_by, project
+from tests.reference.deepseek import attention_f64, factor, normed_by, project
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,23 +87,40 @@ def feed_forward_f64(weights: Mapping[str, Any], x: Array, routing: Routing | No
 
     weights  ffn_up, ffn_gate [n_ff, n_embd] and ffn_down [n_embd, n_ff]; or ffn_up_exps and so on,
              of which [e] gives the matrix of expert e (only experts in use are asked for), and
-             ffn_up_shexp and so on where there are shared experts; each with ".weight"
+             ffn_up_shexp and so on where there are shared experts; each with ".weight", and perhaps
+             a factor with ".scale", one or one an expert; ffn_gate_up_exps [e] may hold the rows of
+             gate and then those of up
     x        [n_tokens, n_embd], already normalised
     """
     x = np.asarray(x, np.float64)
     if routing is None:
-        return _swiglu(x, *(weights[f"ffn_{part}.weight"] for part in _PARTS))
+        return _swiglu(x, *(_matrix(weights, f"ffn_{part}") for part in _PARTS))
     out = np.zeros_like(x)
     for e in np.unique(routing.ids):
         token, slot = np.nonzero(routing.ids == e)
-        made = _swiglu(x[token], *(weights[f"ffn_{part}_exps.weight"][e] for part in _PARTS))
+        made = _swiglu(x[token], *(_expert(weights, part, e) for part in _PARTS))
         out[token] += routing.weights[token, slot, None] * made
     if "ffn_up_shexp.weight" in weights:
-        out += _swiglu(x, *(weights[f"ffn_{part}_shexp.weight"] for part in _PARTS))
+        out += _swiglu(x, *(_matrix(weights, f"ffn_{part}_shexp") for part in _PARTS))
     return out
 
 
 _PARTS = "up", "gate", "down"
+
+
+def _matrix(weights: Mapping[str, Any], name: str) -> Array:
+    return np.asarray(weights[f"{name}.weight"], np.float64) * factor(weights, name)
+
+
+def _expert(weights: Mapping[str, Any], part: str, expert: int) -> Array:
+    merged = "ffn_gate_up_exps" if part != "down" else ""
+    name = merged if f"{merged}.weight" in weights else f"ffn_{part}_exps"
+    made = np.asarray(weights[f"{name}.weight"][expert], np.float64)
+    if f"{name}.scale" in weights:
+        made = made * np.float64(weights[f"{name}.scale"][expert])
+    if name == merged:
+        made = np.split(made, 2)[part == "up"]
+    return made
 
 
 def _swiglu(x: Array, up: Array, gate: Array, down: Array) -> Array:
@@ -137,6 +154,10 @@ def layer_f64(
         ext_factor=c.ext_factor,
         attn_factor=c.rope_attn_factor,
         n_ctx_orig=c.n_ctx_orig,
+        beta_fast=c.yarn_beta_fast,
+        beta_slow=c.yarn_beta_slow,
+        temperature_scale=c.temperature_scale,
+        temperature_length=c.temperature_length,
     )
     normed = normed_by(weights, "ffn_norm", h, c.rms_eps)
     if "ffn_gate_inp.weight" not in weights:

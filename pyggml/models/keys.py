@@ -1,0 +1,62 @@
+"""Typed and bounded look-ups among the keys of an architecture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from pyggml.errors import GGUFError
+
+_MAX_SIZE = 1 << 31
+
+
+class Keys:
+    """The keys of a file (`GGUFFile.fields`) that begin with the name of the architecture.
+
+    Every look-up takes the key without that prefix, and raises a GGUFError that names it where it
+    is missing, of another type, or out of bounds. `asked` collects what was looked up.
+    """
+
+    def __init__(self, architecture: str, fields: Mapping[str, Any]) -> None:
+        self.architecture, self.fields = architecture, fields
+        self.asked: set[str] = set()
+        if (name := fields.get("general.architecture")) != architecture:
+            raise GGUFError(f"key 'general.architecture': {name!r}, must be {architecture!r}")
+
+    def fail(self, key: str, problem: str) -> NoReturn:
+        raise GGUFError(f"key '{self.architecture}.{key}': {problem}")
+
+    def get(self, key: str, kind: type, default: Any) -> Any:
+        self.asked.add(key)
+        value = self.fields.get(f"{self.architecture}.{key}", default)
+        if value is None:
+            self.fail(key, "is missing")
+        if type(value) is not kind:
+            self.fail(key, f"is of type {type(value).__name__}, must be {kind.__name__}")
+        return value
+
+    def has(self, key: str) -> bool:
+        self.asked.add(key)
+        return f"{self.architecture}.{key}" in self.fields
+
+    def integer(
+        self, key: str, default: int | None = None, *, least: int = 1, most: int = _MAX_SIZE
+    ) -> int:
+        value: int = self.get(key, int, default)
+        if not least <= value <= most:
+            self.fail(key, f"{value}, must be {least} to {most}")
+        return value
+
+    def number(self, key: str, default: float | None = None, *, zero: bool = False) -> float:
+        """A finite float greater than 0, or 0 too where `zero`."""
+        value: float = self.get(key, float, default)
+        if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+            limit = "not negative" if zero else "greater than 0"
+            self.fail(key, f"{value}, must be finite and {limit}")
+        return value
+
+    def equal(self, key: str, expected: int, because: str) -> None:
+        """Checks a key that says again what others say."""
+        if (value := self.get(key, int, expected)) != expected:
+            self.fail(key, f"{value}, but {because} makes it {expected}")
