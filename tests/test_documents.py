@@ -40,3 +40,14 @@ def test_links_lead_somewhere(path: Path) -> None:
 def test_tables_come_from_the_records() -> None:
     done = subprocess.run([sys.executable, ROOT / "tools" / "tables.py", "--check"])
     assert done.returncode == 0
+
+
+def test_the_page_on_quant_types_quotes_the_code() -> None:
+    page = (ROOT / "docs/adding-a-quant-type.md").read_text()
+    quotes = re.findall(r"^```py\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    code = [(ROOT / f"pyggml/{name}.py").read_text() for name in ("dtypes", "quants/decoders")]
+    assert len(quotes) == 2
+    for quote, text in zip(quotes, code, strict=True):
+        assert quote.strip() in text
+    for path in re.findall(r"`([\w/]+\.(?:py|cuh|cu))`", page):
+        assert (ROOT / path).exists() or list((ROOT / "tests").rglob(path)), path
