@@ -44,7 +44,7 @@ def test_tables_come_from_the_records() -> None:
 
 def test_the_page_on_quant_types_quotes_the_code() -> None:
     page = (ROOT / "docs/adding-a-quant-type.md").read_text()
-    quotes = re.findall(r"^```py\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    quotes = re.findall(r"^```(?:py|text)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     code = [(ROOT / f"pyggml/{name}.py").read_text() for name in ("dtypes", "quants/decoders")]
     assert len(quotes) == 2
     for quote, text in zip(quotes, code, strict=True):

@@ -73,9 +73,9 @@ class GGUFFile:
         bf16                         uint16                          [..., ne1, ne0]
         block types                  uint8, rows as they stand       [..., ne1, row_bytes]
 
-        UnknownNameError, or GGUFError where the file is closed, no longer holds the bytes, or holds them
-        in a type that is not known. A file that shrinks afterwards, while the array is used, kills
-        the process: replace, don't cut.
+        UnknownNameError, or GGUFError where the file is closed, no longer holds the bytes, or holds
+        them in a type that is not known. A file that shrinks afterwards, while the array is used,
+        kills the process: replace, don't cut.
         """
         if name not in self.tensors and self.missing:
             raise GGUFError(

@@ -216,9 +216,9 @@ def temperature(c: DeepSeek2Config, pos: Node) -> Node:
     Mistral Large 3 sharpens the attention of late queries by it (Llama 4 does likewise). Whole
     numbers are exact in f32 up to positions of 2^24.
     """
-    at = cast(pos, type="f32")
+    at = cast(pos, dtype="f32")
     periods = div(at, fill(at, value=float(c.temperature_length)))
-    periods = cast(cast(periods, type="i32"), type="f32")  # the conversion cuts the fraction off
+    periods = cast(cast(periods, dtype="i32"), dtype="f32")  # the conversion cuts the fraction off
     factors = scale(log(scale(periods, s=1.0, b=1.0)), s=c.temperature_scale, b=1.0)
     return reshape(factors, ne=(1, 1, pos.ne[0]))
 
@@ -272,9 +272,9 @@ def expand(layer: Layer, kv_c: Node, k_rope: Node) -> tuple[Node, Node]:
     def typed(weight: str, a: Node, b: Node) -> Node:
         """a b in that type. With a factor it is f32 before: without it, it may pass f16's range."""
         if f"{weight}.scale" not in w:
-            return mul_mat(a, b, type=kind)
+            return mul_mat(a, b, dtype=kind)
         y = layer.scaled(weight, mul_mat(a, b))
-        return y if kind == "f32" else cast(y, type=kind)
+        return y if kind == "f32" else cast(y, dtype=kind)
 
     def heads(made: Node, d: int) -> Node:
         return permute(reshape(made, ne=(d, c.n_head, n)), axes=SWAP)

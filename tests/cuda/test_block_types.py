@@ -18,7 +18,7 @@ BLOCKS = sorted(name for name in quants.DECODABLE if TYPES[name].kind == "block"
 def weight(name: str, *ne: int) -> Node:
     kind = TYPES[name]
     raw = np.zeros((*ne[:0:-1], kind.row_bytes(ne[0])), np.uint8)
-    return gg.constant(raw, type=kind)
+    return gg.constant(raw, dtype=kind)
 
 
 @pytest.mark.parametrize("name", BLOCKS)

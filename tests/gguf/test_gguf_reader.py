@@ -214,7 +214,7 @@ def test_a_tensor_of_every_type_can_be_had(tmp_path: Path, name: str) -> None:
         assert file.tensors["t"].dtype is kind and array.nbytes == kind.tensor_bytes((256, 2))
         if name not in quants.DECODABLE and kind.kind == "block":
             with pytest.raises(DTypeError, match=f"type {name} cannot stand in a graph"):
-                constant(array, type=kind)
+                constant(array, dtype=kind)
 
 
 def test_tokens_with_any_characters(tmp_path: Path) -> None:

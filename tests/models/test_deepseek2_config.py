@@ -134,7 +134,7 @@ def test_blocks_that_predict_further_tokens_are_left_out() -> None:
     assert "blk.46.attn_norm.weight" in tensor_sizes(config)
     assert "blk.47.attn_norm.weight" not in tensor_sizes(config)
     assert config_fields(config) == fields
-    with pytest.warns(UserWarning), pytest.raises(UnknownName, match="no layer 47"):
+    with pytest.warns(UserWarning), pytest.raises(UnknownNameError, match="no layer 47"):
         Layer.of(SimpleNamespace(tensors={}), DeepSeek2Config.from_gguf(fields), 47)  # type: ignore[arg-type]
     for n in (48, 99):
         with pytest.raises(GGUFError, match="nextn_predict_layers"):
