@@ -52,6 +52,8 @@ def weighted(path: str | PathLike[str]) -> GGUFFile:
     file = gguf.open(path, allow_missing_data=True)
     if not file.complete:
         file.close()
+        if file.missing:
+            raise GGUFError(f"{path}: parts of the model are missing: {', '.join(file.missing)}")
         raise GGUFError(
             f"{path}: weights are missing, it is cut off or a header alone. `pyggml info` reads "
             "such a file, a graph needs the whole"

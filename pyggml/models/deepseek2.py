@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pyggml.dtypes import dtype
-from pyggml.errors import GraphError, ShapeError, UnknownNameError
+from pyggml.errors import GGUFError, GraphError, ShapeError, UnknownNameError
 from pyggml.gguf import GGUFFile
 from pyggml.gguf.reader import Names
 from pyggml.models.config import DeepSeek2Config
@@ -107,9 +107,12 @@ class Layer:
             if key == name or key.endswith(".input_scale"):
                 continue
             array = file.array(name)
-            if key in ("attn_k_b.weight", "attn_v_b.weight"):
-                # One matrix a head, also where a file has the heads one below the other.
-                array = array.reshape(config.n_head, -1, array.shape[-1])
+            if key in ("attn_k_b.weight", "attn_v_b.weight") and array.ndim == 2:
+                # The heads' matrices one below the other: ik_llama.cpp's layout.
+                rows, rest = divmod(len(array), config.n_head)
+                if rest:
+                    raise GGUFError(f"tensor {name!r}: {len(array)} rows for {config.n_head} heads")
+                array = array.reshape(config.n_head, rows, array.shape[1])
             weights[key.removesuffix(".weight")] = constant(array, dtype=info.dtype, name=name)
         return Layer(config, weights, il)
 

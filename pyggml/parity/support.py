@@ -53,6 +53,10 @@ def _types(op: str, cases: Sequence[Case]) -> str:
 
 
 def _listed(types: set[str]) -> str:
+    """Types in the table's order; of many block types, only the few that are not among them."""
     blocks = set(BLOCKS.split("|"))
-    whole = ["every block type"] if blocks <= types else []
-    return " ".join([t for t in TYPES if t in types and not (whole and t in blocks)] + whole)
+    missing = [name for name in TYPES if name in blocks - types]
+    if 2 * len(missing) > len(blocks):
+        return " ".join(name for name in TYPES if name in types)
+    every = f"every block type{' but ' * bool(missing)}{' '.join(missing)}"
+    return " ".join([*(name for name in TYPES if name in types - blocks), every])

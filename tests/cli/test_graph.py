@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pyggml import gguf
 from pyggml.cli import main
 
 
@@ -85,6 +86,20 @@ def test_a_header_alone(
     err = capsys.readouterr().err
     assert f"{path}: weights are missing" in err and "`pyggml info` reads" in err
     assert "allow_missing_data" not in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["graph", "-m"], ["parity", "-m"]])
+def test_a_model_without_one_of_its_parts(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "m-00001-of-00002.gguf"
+    fields = {"general.architecture": "deepseek2", "split.count": 2, "split.no": 0}
+    gguf.write(path, fields, [])
+    assert main([*words, str(path)]) == 1
+    assert re.search(r"parts of the model are missing: .*-00002-of-00002\.gguf\n$",
+                     capsys.readouterr().err)  # fmt: skip
+    assert main(["info", str(path)]) == 0
+    assert "in 2 parts, 1 of them missing" in capsys.readouterr().out
 
 
 def test_a_pin_that_matches_nothing_is_a_warning(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tracemalloc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -475,10 +476,15 @@ def test_a_layer_with_both_layouts_and_heads_one_below_the_other(
         want = attention_f64(weights, x, np.arange(12), **sizes_of(config))
         got = Case(layer, x, want).run(AttentionOptions(form, flash, "f32"), [10, 1, 1])
         assert relative_error(got, want) < (EXACT if type == "f16" else 1e-3)
-    wrong = both["blk.0.attn_k_b.weight"]._replace(ne=(64, 128))
-    gguf.write(path, config_fields(joined), [*(both | {wrong.name: wrong}).values()])
-    with gguf.open(path) as file, pytest.raises(gg.GGUFError, match=r"attn_k_b.*\[64, 128\]"):
-        check_tensors(config, file.tensors)
+    wrong = both["blk.0.attn_k_b.weight"]._replace(ne=(32, 255))
+    tensors = [*(both | {wrong.name: wrong}).values()]
+    gguf.write(path, config_fields(joined), tensors, header_only=True)
+    os.truncate(path, 64 << 20)  # zeros for weights
+    with gguf.open(path) as file:
+        with pytest.raises(gg.GGUFError, match=r"attn_k_b.*\[32, 255\]"):
+            check_tensors(config, file.tensors)
+        with pytest.raises(gg.GGUFError, match="255 rows for 4 heads"):
+            Layer.of(file, config)
 
 
 def test_intermediate_tensors_have_the_names_of_llama_cpp() -> None:
