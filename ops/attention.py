@@ -50,6 +50,8 @@ def flash_attn_ext(
 
     s_j = scale q.k_j, with logit_softcap c: c tanh(scale / c q.k_j), plus slope(h) mask_j.
     slope(h) as in soft_max_ext (head0, n_head).   Sums are f32.   A row without keys gives 0.
+    A key that a row does not see (mask_j = -inf, or kv_len) takes no part in it, whatever its rows
+    of k and v hold: NaN and infinity there never reach the result, as in ggml.
     lse=True: y is [d_v + 1, ..], its last element ln sum_j exp s_j (with the sink), -inf for a row
     without keys. Parts over blocks of keys are put together by merge_lse (kv0: block's first key).
     Contract: ggml's ggml_flash_attn_ext, with the n3 and mask rules of its 2026 form.

@@ -77,6 +77,9 @@ def soft_max_ext(
     slope(h)  1 where max_bias is 0, else ALiBi's: with p = 2^floor(log2 n_head), g = head0 + h,
               2^(-max_bias (g + 1) / p) where g < p, else 2^(-max_bias (2 (g - p) + 1) / (2 p))
     A fully masked row gives 0 (ggml gives NaN without sinks).
+    A mask is added, as in ggml: a score of NaN stays NaN under -inf, and its row is NaN. A weight of
+    0 times NaN or infinity in a later mul_mat is NaN there too. flash_attn_ext leaves out what its
+    mask hides, whatever it holds: prefer it where a cache may hold rows that were never written.
     """
     want_type("a", a, ("f32",))
     n_kv, n_q, heads, n3 = a.ne
@@ -120,14 +123,21 @@ def _row_ids(a: Node, n: int) -> Spec:
 
 @op(slices=outer_slices)
 def argsort(a: Node, *, order: str = "asc") -> Spec:
-    """Ids that sort each row, "asc" or "desc"; stable.   a  f32 [n, ..],   y  i32 [n, ..]"""
+    """Ids that sort each row, "asc" or "desc"; stable.   a  f32 [n, ..],   y  i32 [n, ..]
+
+    -0 equals 0. NaN, whatever its sign, is larger than every number (as in NumPy and PyTorch); one
+    NaN equals another. The same holds in top_k, argmax and grouped_topk.
+    """
     choose("order", order, ("asc", "desc"))
     return _row_ids(a, a.ne[0])
 
 
 @op(slices=outer_slices)
 def top_k(a: Node, *, k: int) -> Spec:
-    """Ids of the k largest of each row, largest first.   a  f32 [n, ..],   y  i32 [k, ..]"""
+    """Ids of the k largest of each row, largest first.   a  f32 [n, ..],   y  i32 [k, ..]
+
+    NaN is larger than every number (argsort): a row that holds one shows it.
+    """
     if not 1 <= k <= a.ne[0]:
         raise ShapeError(f"k={k} of rows with {a.ne[0]} elements")
     return _row_ids(a, k)
@@ -135,7 +145,10 @@ def top_k(a: Node, *, k: int) -> Spec:
 
 @op
 def argmax(a: Node) -> Spec:
-    """Id of each row's largest, the first of equals.   a  f32 [n, ne1, ..],   y  i32 [ne1, ..]"""
+    """Id of each row's largest, the first of equals.   a  f32 [n, ne1, ..],   y  i32 [ne1, ..]
+
+    The first NaN of a row that holds one (argsort).
+    """
     want_type("a", a, ("f32",))
     return Spec.of(I32, a.ne[1:], max(a.spec.rank - 1, 1))
 

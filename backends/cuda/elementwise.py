@@ -116,6 +116,6 @@ def add_id(call: Call) -> None:
 @kernel(ops.causal_mask)
 def causal_mask(call: Call) -> None:
     window = call.attrs["window"]
-    reach = np.int32(2**31 - 1 if window is None else min(window, 2**31 - 1))
+    reach = np.uint32(2**31 if window is None else min(window, 2**31))
     args: list[Argument] = [call.out.tensor, call.operand(0).tensor, reach]
     call.launch(FILE, "causal_mask", grid=call.out.ne[1], block=256, args=args)

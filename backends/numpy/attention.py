@@ -1,4 +1,11 @@
-"""Fused attention over blocks of keys with an online softmax; its mask; the merge of its parts."""
+"""Fused attention over blocks of keys with an online softmax; its mask; the merge of its parts.
+
+A hidden key takes no part, whatever its rows of K and V hold. Adding -inf to its score and weighing
+its values by 0 does that only where they are finite, so both results are looked at, which costs a
+thousandth of the products: NaN in a row's largest score, and anything but finite numbers in the
+weighted sums of values. Only then is the mask read again, and values are summed without the rows
+that are not finite; those that do see such a key get it afterwards.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +34,11 @@ from pyggml.backends.numpy.arrays import (
     split,
     work_of,
 )
-from pyggml.backends.numpy.masks import Mask, alibi_slopes
+from pyggml.backends.numpy.masks import HIDDEN, Mask, alibi_slopes
 from pyggml.backends.numpy.reduce import FLOOR
 from pyggml.backends.numpy.table import Array, Scratch, kernel
 from pyggml.node import Node
 
-#: What hides a key in a mask, and its bits.
-HIDDEN = np.float16(-np.inf)
 MINUS_INFINITY = int(HIDDEN.view(np.uint16))
 #: f32 elements of scores and of decoded keys and values at a time.
 SCORES = DECODED = 2 * TILE
@@ -129,7 +134,7 @@ class _Pass:
     def __init__(self, cut: _Cut, memory: list[Raw], shape: tuple[int, int]) -> None:
         heads, queries = self.shape = shape
         n, self.rows = heads // cut.ratio, cut.ratio * queries
-        queried, sums, stats, self.scores, self.products, *_ = memory
+        queried, sums, stats, self.scores, self.products, *_, self.values = memory
         self.q = shaped(queried, n, self.rows, cut.d_k)
         self.sums = shaped(sums, n, self.rows, cut.d_v)
         self.top, self.total, self.new, self.fix, self.part = shaped(stats, 5, n, self.rows, 1)
@@ -163,6 +168,9 @@ class _Pass:
         for r in split(len(flat), max(1, PIECE // k.shape[1])):
             x, m = flat[r], new[r]
             np.max(x, axis=1, keepdims=True, out=m)
+            if mask is not None and np.isnan(m).any():
+                mask.hide(x, head, r.start)
+                np.max(x, axis=1, keepdims=True, out=m)
             np.maximum(m, top[r], out=m)
             x -= m
             np.exp(x, out=x)
@@ -174,8 +182,29 @@ class _Pass:
         self.total[g] += self.part[g]
         products = shaped(self.products, len(k), self.rows, v.shape[2])
         np.matmul(scores, v, out=products)
+        if mask is not None and not np.isfinite(products.sum()):
+            self._weigh_seen(products, scores, v, mask, head)
         self.sums[g] *= self.fix[g]
         self.sums[g] += products
+
+    def _weigh_seen(
+        self, products: Floats, weights: Floats, v: Floats, mask: Mask, head: int
+    ) -> None:
+        """products = weights v, where a row that does not see a key takes nothing of its values."""
+        clean = shaped(self.values, *v.shape)
+        if clean.ctypes.data != v.ctypes.data or clean.strides != v.strides:
+            np.copyto(clean, v)
+        ratio = weights.shape[1] // self.shape[1]
+        for n, (x, w, values) in enumerate(zip(products, weights, clean)):
+            heads = range(head + n * ratio, head + (n + 1) * ratio)
+            odd = np.flatnonzero(~np.isfinite(values.sum(axis=1)))
+            rows = values[odd]
+            values[odd] = 0
+            np.matmul(w, values, out=x)
+            for j, row in zip(odd, rows):
+                seeing = np.flatnonzero(mask.seeing(heads, int(j)))
+                for s in split(len(seeing), max(1, PIECE // len(row))):
+                    x[seeing[s]] += np.multiply.outer(w[seeing[s], j], row)
 
     def end(self, out: Raw, lse: bool) -> None:
         """out: [heads, queries, d_v], and one more for the log-sum-exp."""
@@ -268,7 +297,8 @@ def causal_mask(out: Raw, pos: Raw, *, scratch: Scratch, n_kv: int, window: int 
         ahead = shaped(memory, *rows.shape)  # j - pos[i]
         for j in split(n_kv, 4096):
             ahead[:, j] = np.arange(j.start, j.stop, dtype=np.int32)
-        ahead -= pos[0, 0, 0, t, None]
+        # Every position below 0 sees nothing; -1 stands for all of them, as j + 2^31 is no int32.
+        ahead -= np.maximum(pos[0, 0, 0, t, None], -1)
         hidden = shaped(flags, *rows.shape)
         np.greater(ahead, 0, out=hidden)
         rows.fill(0)

@@ -6,6 +6,9 @@ import numpy as np
 
 from pyggml.backends.numpy.arrays import Floats, Raw, Work, decoded, raw_of
 
+#: What hides a key.
+HIDDEN = np.float16(-np.inf)
+
 
 def alibi_slopes(heads: int, head0: int, n_head: int, max_bias: float) -> list[float] | None:
     """What the mask is multiplied by for each head, or None where that is 1."""
@@ -41,3 +44,18 @@ class Mask:
             if self.slopes is not None:
                 bias *= np.float32(self.slopes[h])
             tile += bias
+
+    def hide(self, scores: Floats, head: int, row: int) -> None:
+        """scores [some, keys] become -inf where a key is hidden, NaN or not.
+
+        The first is query `row` of `head`, counted on through the queries of the heads after it.
+        """
+        queries = self.part.shape[1]
+        for n, x in enumerate(scores, head * queries + row):
+            h, i = divmod(n, queries)
+            np.copyto(x, HIDDEN, where=self.part[h % len(self.part), i] == HIDDEN)
+
+    def seeing(self, heads: range, key: int) -> Raw:
+        """Whether a row of scores sees a key, for the rows of these heads one below the other."""
+        columns = [self.part[h % len(self.part), :, key] != HIDDEN for h in heads]
+        return np.concatenate(columns)

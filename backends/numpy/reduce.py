@@ -100,10 +100,14 @@ def _softmax(y: Floats, sink: Floats | None, stats: Floats) -> None:
 def sort_keys(a: Floats, keys: NDArray[np.int64], descending: bool) -> None:
     """Keys whose order is that of the rows' values, equal ones by id; the low half is the id.
 
-    The bits of a float grow with it if those of negative ones are inverted.
+    The bits of a float grow with it if those of negative ones are inverted. Every NaN gets the same
+    bits, which are past those of infinity: its sign and payload depend on the CPU.
     """
     values = keys.view(np.float32)[..., ::2]
     np.add(a, 0, out=values)  # -0 becomes 0, equal to the other
+    if np.isnan(np.max(values)):
+        for s in split(a.shape[-1], IDS):
+            np.copyto(values[..., s], np.float32(np.nan), where=np.isnan(values[..., s]))
     np.left_shift(keys, 32, out=keys)
     bits = keys.view(np.int32)[..., 1::2]
     sign = keys.view(np.int32)[..., ::2]

@@ -23,7 +23,7 @@ from pyggml.parity.values import LAYOUTS, Array, blank, decoded, in_memory, numb
 from pyggml.runtime import places
 
 _SOURCE = re.compile(
-    r"(?P<type>\w+)\[(?P<ne>[\d,]+)\](?P<fill>[<!#]\d+-?|~\w+)?"
+    r"(?P<type>\w+)\[(?P<ne>[\d,]+)\](?P<fill>[<!]\d+-?|#-?\d+|~\w+)?"
     r"(?P<weight>@weight)?(?:@(?P<layout>\w+))?(?:=(?P<of>\d)\+(?P<start>\d+))?"
 )
 #: Positions below it keep the usual bound of rope (tolerance.OPS says why).
@@ -40,7 +40,10 @@ class Source:
             !8: ids below 8, all different in a row;  #9: the number 9;  ~mask: a third -inf, row 1
             all of it;  ~causal: -inf behind the diagonal that ends in the last key;  ~blocks: 30 %
             of blocks of 16 x 8 -inf;  ~above: above 0;  ~one: 0.9 to 1.1;  ~large: thousands;
-            ~ties: small whole numbers;  ~wild: inf, NaN, subnormals; in blocks any bytes
+            ~ties: small whole numbers;  ~wild: inf, NaN, subnormals; in blocks any bytes;
+            ~holed: NaN and infinity in rows 3, 8, 13, ..;  ~ended: in the second half of the rows;
+            ~holes: a mask that hides keys 3, 8, 13, .. from all rows but every sixth, and a fifth
+            of the other keys
     weight  whether it is a constant, which a backend may keep in a layout of its own (or a part of
             one, seen through views: `@weight@inner`)
     layout  how it lies in memory, NaN around it.   wide: rows in longer rows;  inner: a part in

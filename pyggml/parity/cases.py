@@ -79,6 +79,8 @@ REDUCE = """
 sum_rows(f32[{37,5,2|1|1000,3|2,2,2,2}]{|@inner|@p1032})
 rms_norm(f32[{37,5,2|512,3|8|1,4}]{|@inner|@step|@p0213}, eps={1e-06|0.5})
 soft_max(f32[{37,5,3|1,2|512}])
+soft_max(f32[{5|4},40]~wild)
+soft_max_ext(f32[6,40]~wild, {-|f16[6,40]~mask}, f32[1], scale=0.7)
 soft_max_ext(f32[37,5,3]{|@inner|@p0213|@p1032}, scale={1.0|0.1})
 soft_max_ext(f32[19,3,{1|5|6|12},2], {f16|f32}[19,{3|4}]~mask, scale=0.7, max_bias={0.0|8.0})
 soft_max_ext(f32[11,4,4,6]@inner, {f16|f32}[11,6,{1|2|4},{1|3}]~mask{|@wide}, max_bias={0.0|4.0})
@@ -86,8 +88,10 @@ soft_max_ext(f32[29,3,4], {-|f16[29,3]~mask|f32[29,3,4]~mask}, f32[4], scale=0.5
 soft_max_ext(f32[17,3,3], f16[17,3]~mask, f32[3], max_bias=8.0, head0=5, n_head=12)
 soft_max_ext(f32[300,70,3,2], f16[300,70]~mask)
 argsort(f32[{33,5,2|1|700,3}]{|~ties|@inner}, order={'asc'|'desc'})
-top_k(f32[{64,7|9,2,2}]{|~ties|@wide}, k={1|6|9})
-argmax(f32[{33,5,3,2|33,4|7}]{|~ties|@inner|@p1032})
+argsort(f32[{33,9|5000,2}]~wild{|@step}, order={'asc'|'desc'})
+top_k(f32[{64,7|9,2,2}]{|~ties|@wide|~wild}, k={1|6|9})
+argmax(f32[{33,5,3,2|33,4|7}]{|~ties|@inner|@p1032|~wild})
+argmax(f32[{3,50|20000,3}]~wild)
 """
 
 ROPE = """
@@ -121,6 +125,7 @@ moe_up_gate({f16|q8_0|q4_K}[256,10,5], {f16|q8_0}[256,10,5], f32[256,3,{7|30}], 
 fused_up_gate({bf16|q8_0|q4_K}[256,11], $1[256,11], f32[256,{1|5|20}], act='gelu', prec='f32')
 grouped_topk(f32[{160,7|16,3|16}]{|@wide}, n_group={1|2|8}, n_group_used=1, n_top={1|2}, k=2)
 grouped_topk(f32[64,{5|1}], n_group=8, n_group_used=4, n_top={1|2|8}, k=8)
+grouped_topk(f32[40,30]~wild, n_group=8, n_group_used=3, n_top={1|2|5}, k=6)
 multi_add(f32[{13,6,5|1,1,1|700,3,2}]{|@inner|@p0213})
 mul_multi_add(f32[13,6,5]{|@inner|@p0213}, f32[1,6,5]{|@step})
 """  # noqa: E501
@@ -135,6 +140,16 @@ flash_attn_ext(f32[32,3,4], f32[32,14,2], f32[48,14,2], {-|f16[14,3]~mask}, f32[
 flash_attn_ext(f32[32,3,4], f32[32,14,2], f32[48,14,2], {-|f16[14,3]~mask}, -, i32[1]#{20|9|0}, scale=0.3, lse={True|False}, kv0={0|8})
 flash_attn_ext(f32[40,2,5], f32[40,1,5], f32[24,1,5], scale=0.2)
 flash_attn_ext(f32[64,70,2], f16[64,700,1], f16[64,700,1], f16[700,70]~mask, scale=0.2, lse=True)
+flash_attn_ext(f32[64,7,{2|4}], {f32|f16|bf16|q8_0}[64,37,2]~holed, $2[64,37,2]~holed, f16[37,7,{1|2}]~holes, scale=0.125, max_bias={0.0|8.0}, lse={True|False})
+flash_attn_ext(f32[64,7,2], {f32|f16|q8_0|q4_0}[64,{37|300},1]~ended, $1[64,$2,1]~ended, {-|f16[$2,7]~mask}, -, i32[1]#18, scale=0.125, {logit_softcap=5.0|prec='f32'})
+flash_attn_ext(f32[576,{1|3|20|70},4]@p0213, {f32|f16|bf16|q8_0}[576,69]~holed, $2[512,69]=1+{0|64}, f16[69,$1]~holes, scale=0.04)
+flash_attn_ext(f32[576,{1|20},4], {f16|q8_0}[576,333]~ended, $2[512,333]=1+64, -, -, i32[1]#167, scale=0.04)
+flash_attn_ext(f32[{64|80|96|128|256},{70|6},2], {f16|bf16}[$1,330,2]~holed, $3[$1,330,2]~holed, f16[330,$2]~holes, scale=0.1)
+flash_attn_ext(f32[{64|192},130,34], {f16|bf16|q8_0}[$1,150,34]~ended, $2[{64|128},150,34]~ended, {-|f16[150,130]~holes}, -, i32[1]#75, scale=0.1)
+flash_attn_ext(f32[40,2,5], f32[40,29,5]~holed, f32[24,29,5]~holed, f16[29,2]~holes, f32[5], scale=0.2)
+flash_attn_ext(f32[32,{1|3},2], {f32|f16|bf16}[32,300,1], $2[{1|5},300,1], {-|f16[300,3]~mask}, {-|f32[2]}, scale=0.2, lse={True|False})
+flash_attn_ext(f32[32,3,4], f32[32,14,2], f32[48,14,2], -, f32[4]@step, i32[1]#9@step, scale=0.3)
+causal_mask(i32[7]#{-2147483648|2147483647|-2147483600}, n_kv={1|37|256}, window={None|1|9|2147483647})
 causal_mask(i32[{1|5|70}]<40, n_kv={1|37|256}, window={None|1|9})
 merge_lse(f32[{2|33},3,5,2]{|@inner}, f32[$1,3,5,2]{|@wide})
 """  # noqa: E501

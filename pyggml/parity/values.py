@@ -23,6 +23,8 @@ LAYOUTS = {
     "inner": ((1, 2, 1, 1), (2, 1, 1, 0), (1, 1, 1, 1)),
     "step": ((0, 0, 0, 0), (0, 0, 0, 0), (1, 2, 1, 1)),
 }
+#: Keys that hold NaN or infinity in ~holed and that ~holes hides from most queries.
+_HOLES = slice(3, None, 5)
 #: What lies around a tensor: nothing may read it.
 _POISON = {"float": np.nan, "int": 2**31 - 1, "block": 0xFF}
 #: Bytes after which the last rows of a source that lies far begin: more than 32 bits can count.
@@ -44,6 +46,16 @@ def numbers(rng: np.random.Generator, shape: tuple[int, ...], fill: str) -> Arra
         hidden = rng.random(shape) < 0.3
         hidden[..., 1:2, :] = True
         return np.where(hidden, -np.inf, values)
+    if fill == "~holes":
+        hidden = rng.random(shape) < 0.2
+        hidden[..., _HOLES] = True
+        hidden[..., 5::6, _HOLES] = False
+        return np.where(hidden, -np.inf, np.where(rng.random(shape) < 0.5, 0, values))
+    if fill in ("~holed", "~ended"):
+        rows = values[..., _HOLES if fill == "~holed" else slice(shape[-2] // 2, None), :]
+        for start, special in enumerate((np.nan, np.inf, -np.inf)):
+            rows[..., start::3, start::2] = special
+        return values
     if fill == "~causal":
         rows, keys = shape[-2:]
         return np.where(np.tri(rows, keys, keys - rows, dtype=bool), 0.0, -np.inf) + 0 * values
@@ -60,7 +72,7 @@ def numbers(rng: np.random.Generator, shape: tuple[int, ...], fill: str) -> Arra
     if fill == "~ties":
         return np.rint(2 * values)
     if fill == "~wild":
-        special = rng.choice([np.inf, -np.inf, np.nan, 1e-40, 0.0], shape)
+        special = rng.choice([np.inf, -np.inf, np.nan, -np.nan, 1e-40, 0.0], shape)
         return np.where(rng.random(shape) < 0.2, special, values)
     return values
 

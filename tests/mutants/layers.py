@@ -159,6 +159,21 @@ def _(right: Any, out: Any, q: Any, k: Any, v: Any, *sources: Any, **rest: Any) 
 mutant(FLASH, "the next head's mask")(instead(3, lambda mask: np.roll(mask, 1, axis=1)))
 
 
+@mutant(FLASH, "weighs hidden NaN by 0")
+def _(right: Any, out: Any, q: Any, k: Any, v: Any, *sources: Any, **rest: Any) -> None:
+    right(out, q, k, v, *sources, **rest)
+    if isinstance(v, np.ndarray):
+        spoilt = np.repeat(0 * v.sum(axis=2), q.shape[1] // v.shape[1], axis=1)
+        out[..., : v.shape[3]] += spoilt[:, None]
+
+
+@mutant(FLASH, "drops NaN that a row sees")
+def _(right: Any, out: Any, q: Any, k: Any, v: Any, *sources: Any, **rest: Any) -> None:
+    if isinstance(k, np.ndarray) and isinstance(v, np.ndarray):
+        k, v = (np.where(np.isfinite(x), x, x.dtype.type(0)) for x in (k, v))
+    right(out, q, k, v, *sources, **rest)
+
+
 @mutant(FLASH, "drops the tail of keys past a block of 8")
 def _(right: Any, out: Any, q: Any, k: Any, v: Any, mask: Any, *sources: Any, **rest: Any) -> None:
     if isinstance(k, np.ndarray) and k.shape[2] > 8:
@@ -191,6 +206,17 @@ def _(right: Any, out: Any, *sources: Any, **rest: Any) -> None:
 mutant("causal_mask", "hides a token's own key")(instead(0, lambda pos: pos - 1))
 mutant("causal_mask", "a window one key too wide")(
     changed(window=lambda old: None if old is None else old + 1)
+)
+mutant("causal_mask", "counts keys ahead with 32 bits")(
+    lambda right, out, pos, n_kv, window, **rest: (
+        np.copyto(
+            out[0, 0],
+            np.where(np.arange(n_kv, dtype="i4") - pos[0, 0, 0, :, None] > 0, -np.inf, 0),
+            casting="unsafe",
+        )
+        if window is None
+        else right(out, pos, n_kv=n_kv, window=window, **rest)
+    )
 )
 mutant("causal_mask", "-65504 for -inf")(then(lambda out: np.maximum(out, -65504, out=out)))
 mutant("merge_lse", "the mean of both parts")(instead(1, lambda b: _same_weight(b)))

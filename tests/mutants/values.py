@@ -192,6 +192,16 @@ mutant("argsort", "the last of equals first")(
 )
 
 
+mutant("argsort", "NaN behind the least number in either order")(
+    lambda right, out, a, order, **rest: right(
+        out, np.where(np.isnan(a), np.inf if order == "asc" else -np.inf, a), order=order, **rest
+    )
+)
+mutant("top_k", "passes over NaN")(
+    instead(0, lambda a: np.where(np.isnan(a), a.dtype.type(-np.inf), a))
+)
+
+
 @mutant("top_k", "the first two swapped, as ggml's CPU does")
 def _(right: Any, out: Any, a: Any, **rest: Any) -> None:
     right(out, a, **rest)

@@ -21,16 +21,22 @@ def fused_up_gate(
 
 
 def grouped_topk(a: Array, *, n_group: int, n_group_used: int, n_top: int, k: int) -> Array:
-    """The k best experts of each token, of the n_group_used groups whose n_top best sum highest."""
+    """The k best experts of each token, of the n_group_used groups whose n_top best sum highest.
+    NaN is larger than every number."""
+
+    def falling(x: float) -> tuple[bool, float]:
+        return not np.isnan(x), -x
+
     n_tokens, n_expert = a.shape[2:]
     size = n_expert // n_group
     out = np.empty((1, 1, n_tokens, k), np.int64)
     for t in range(n_tokens):
         groups = a[0, 0, t].reshape(n_group, size)
-        scores = [sum(sorted(group, reverse=True)[:n_top]) for group in groups]
-        best = sorted(range(n_group), key=lambda g: -scores[g])[:n_group_used]
+        with np.errstate(invalid="ignore"):
+            scores = [sum(sorted(group, key=falling)[:n_top]) for group in groups]
+        best = sorted(range(n_group), key=lambda g: falling(scores[g]))[:n_group_used]
         experts = [g * size + j for g in sorted(best) for j in range(size)]
-        out[0, 0, t] = sorted(experts, key=lambda e: -a[0, 0, t, e])[:k]
+        out[0, 0, t] = sorted(experts, key=lambda e: falling(a[0, 0, t, e]))[:k]
     return out
 
 

@@ -20,7 +20,8 @@ def _soft_max_row(s: Array, sink: float | None) -> Array:
     top = max(float(np.max(s, initial=-np.inf)), -np.inf if sink is None else sink)
     if top == -np.inf:
         return np.zeros_like(s)
-    e = np.exp(s - top)
+    with np.errstate(invalid="ignore"):
+        e = np.exp(s - top)
     return np.asarray(e / (np.sum(e) + (0.0 if sink is None else np.exp(sink - top))))
 
 
@@ -41,7 +42,8 @@ def soft_max_ext(
         s = scale * a[i3, h, i]
         if mask is not None:
             slope = alibi_slope(head0 + h, heads, max_bias)
-            s = s + slope * mask[i3 % mask.shape[0], h % mask.shape[1], i]
+            with np.errstate(invalid="ignore"):
+                s = s + slope * mask[i3 % mask.shape[0], h % mask.shape[1], i]
         out[i3, h, i] = _soft_max_row(s, None if sinks is None else float(sinks[0, 0, 0, h]))
     return out
 
@@ -51,9 +53,10 @@ def soft_max(a: Array) -> Array:
 
 
 def argsort(a: Array, *, order: str = "asc") -> Array:
-    """Indices that sort each row; equal values keep the order of their indices."""
-    keys = {"asc": a, "desc": -a}[order]
-    return np.argsort(keys, axis=3, kind="stable").astype(np.int64)
+    """Indices that sort each row; equal values keep the order of their indices. NaN, of whatever
+    sign, is larger than every number."""
+    value, is_nan = {"asc": (a, np.isnan(a)), "desc": (-a, ~np.isnan(a))}[order]
+    return np.lexsort((value, is_nan), axis=3).astype(np.int64)
 
 
 def top_k(a: Array, *, k: int) -> Array:

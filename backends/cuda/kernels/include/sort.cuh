@@ -5,9 +5,10 @@
 typedef unsigned long long Key;
 #define LAST_KEY 0xFFFFFFFFFFFFFFFFull
 
-// Keys in the order of the values, equal ones by id. -0 equals 0.
+// Keys in the order of the values, equal ones by id. -0 equals 0; NaN, of whatever sign, is larger
+// than every number, so that a row that holds it says so.
 __device__ __forceinline__ Key sort_key(float value, int id, bool descending) {
-    int bits = __float_as_int(value + 0.0f);
+    int bits = value == value ? __float_as_int(value + 0.0f) : 0x7FC00000;
     bits ^= (bits >> 31) & 0x7FFFFFFF;
     unsigned order = (unsigned)bits ^ 0x80000000u;
     return (Key)(descending ? ~order : order) << 32 | (unsigned)id;
