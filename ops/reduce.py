@@ -77,9 +77,9 @@ def soft_max_ext(
     slope(h)  1 where max_bias is 0, else ALiBi's: with p = 2^floor(log2 n_head), g = head0 + h,
               2^(-max_bias (g + 1) / p) where g < p, else 2^(-max_bias (2 (g - p) + 1) / (2 p))
     A fully masked row gives 0 (ggml gives NaN without sinks).
-    A mask is added, as in ggml: a score of NaN stays NaN under -inf, and its row is NaN. A weight of
-    0 times NaN or infinity in a later mul_mat is NaN there too. flash_attn_ext leaves out what its
-    mask hides, whatever it holds: prefer it where a cache may hold rows that were never written.
+    A mask is added, as in ggml: a score of NaN stays NaN under -inf, and so its row is NaN; in a
+    mul_mat that follows, a weight of 0 times NaN or infinity is NaN too. flash_attn_ext leaves out
+    what its mask hides, whatever that holds: use it if a cache may hold rows never written.
     """
     want_type("a", a, ("f32",))
     n_kv, n_q, heads, n3 = a.ne

@@ -54,10 +54,25 @@ def _binary(name: str) -> Callable[[Call], None]:
     return lambda call: binary(call, name, call.operand(0), call.operand(1))
 
 
-for _op in ops.elementwise.UNARY:
-    kernel(_op, inplace=(0,))(_unary(_op.name.capitalize()))
-for _pair in (ops.add, ops.sub, ops.mul, ops.div):
-    kernel(_pair, inplace=(0,))(_binary(_pair.name.capitalize()))
+#: The functors of elementwise.cu. An op without one here is no op of this backend.
+FUNCTORS = {
+    ops.exp: "Exp",
+    ops.log: "Log",
+    ops.sqr: "Sqr",
+    ops.sqrt: "Sqrt",
+    ops.tanh: "Tanh",
+    ops.relu: "Relu",
+    ops.sigmoid: "Sigmoid",
+    ops.silu: "Silu",
+    ops.gelu: "Gelu",
+}
+#: Those of activations by name, where one gates something.
+GATES = {op.name: functor for op, functor in FUNCTORS.items() if op.name in ACTIVATIONS}
+BINARY_FUNCTORS = {ops.add: "Add", ops.sub: "Sub", ops.mul: "Mul", ops.div: "Div"}
+for _op, _functor in FUNCTORS.items():
+    kernel(_op, inplace=(0,))(_unary(_functor))
+for _op, _functor in BINARY_FUNCTORS.items():
+    kernel(_op, inplace=(0,))(_binary(_functor))
 
 
 @kernel(ops.scale, inplace=(0,))
@@ -84,18 +99,18 @@ def glu(call: Call) -> None:
         x, g = part(x, 0, 0, n), part(x, 0, n, n)
     if call.attrs["swapped"]:
         x, g = g, x
-    binary(call, f"Glu<{call.attrs['act'].capitalize()}>", x, g)
+    binary(call, f"Glu<{GATES[call.attrs['act']]}>", x, g)
 
 
 @fuses(ops.mul)
 def activated_times(node: Node, run: Run) -> Fused | None:
     """act(x) * g."""
     for act, g in (node.src[:2], node.src[1::-1]):
-        if act is None or g is None or act.op.name not in ACTIVATIONS or not run.only(act, node):
+        if act is None or g is None or act.op.name not in GATES or not run.only(act, node):
             continue
         x = act.src[0]
         if x is not None and x.ne == g.ne == node.ne:
-            name = f"Glu<{act.op.name.capitalize()}>"
+            name = f"Glu<{GATES[act.op.name]}>"
             record = partial(_gated, name=name)
             return Fused((act, node), (x, g), record, inplace=(x, g))
     return None

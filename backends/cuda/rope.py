@@ -6,12 +6,10 @@ import math
 import struct
 from functools import partial
 
-import numpy as np
-
 from pyggml import ops
 from pyggml.backends.cuda.fusion import Fused, Run, fuses
 from pyggml.backends.cuda.geometry import C_TYPES, blocks_for
-from pyggml.backends.cuda.launch import Call, Value
+from pyggml.backends.cuda.launch import ABSENT, Call, Value
 from pyggml.backends.cuda.table import kernel
 from pyggml.dtypes import BF16, F16, F32, I32
 from pyggml.node import Attrs, Node
@@ -31,7 +29,7 @@ def rope_ext(call: Call) -> None:
             out.tensor,
             a.tensor,
             pos.tensor,
-            np.uint64(0 if factors is None else factors.ptr),
+            (factors or ABSENT).tensor,
             constants(call.attrs),
         ],
     )
@@ -70,7 +68,6 @@ def _rope_into_rows(call: Call, turn: Node) -> None:
 def constants(attrs: Attrs) -> Value:
     """The struct `Rope` of rope.cu: what the formula of `rope_ext` takes from attributes alone."""
     n_dims, base = attrs["n_dims"], attrs["freq_base"]
-    step = np.float32(base) ** np.float32(-2 / n_dims)
     magnitude, low, width = attrs["attn_factor"], 0.0, 1.0
     if attrs["ext_factor"]:
         magnitude *= 1 + 0.1 * math.log(1 / attrs["freq_scale"])
@@ -82,5 +79,5 @@ def constants(attrs: Attrs) -> Value:
         low = max(0, math.floor(pair(attrs["beta_fast"])))
         high = min(n_dims - 1, math.ceil(pair(attrs["beta_slow"])))
         width = max(0.001, high - low)
-    numbers = (step, attrs["freq_scale"], magnitude, attrs["ext_factor"], low, width)
-    return Value(struct.pack("<2i6f", n_dims, attrs["offset"], *numbers), align=4)
+    doubles = (base ** (-2 / n_dims), attrs["freq_scale"], attrs["ext_factor"], low, width)
+    return Value(struct.pack("<5dfii4x", *doubles, magnitude, n_dims, attrs["offset"]))

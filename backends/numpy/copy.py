@@ -36,15 +36,15 @@ from pyggml.dtypes import F16, F32, DType
 from pyggml.node import Node
 
 
-def _spare(ne0: int, elements: int) -> int:
-    """f32 elements of a piece of whole rows."""
-    return min(elements, max(PIECE, ne0))
+def _spare(elements: int, *rows: int) -> int:
+    """f32 elements of a piece of whole rows, whichever of these lengths they have."""
+    return min(elements, max(PIECE, *rows))
 
 
 def _conversion_scratch(node: Node) -> int:
     a = node.src[0]
     assert a is not None
-    return floats(_spare(a.ne[0], a.spec.elements)) + codec_bytes(a, node)
+    return floats(_spare(a.spec.elements, a.ne[0], node.ne[0])) + codec_bytes(a, node)
 
 
 def _convert(kind: DType, source: Raw, to: DType, target: Raw, spare: Raw, work: Work) -> None:
@@ -81,9 +81,9 @@ def cpy(out: Array, a: Array, b: Array, *, scratch: Scratch) -> None:
 
 def _copy(out: Array, a: Array, scratch: Scratch) -> None:
     (kind, source), (to, target) = raw_of(a), raw_of(out)
-    ne0 = shape_of(a)[3]
+    rows = shape_of(a)[3], shape_of(out)[3]
     elements = source.size if kind.block == 1 else source.size // kind.nbytes * kind.block
-    spare, work = scratch.array(_spare(ne0, elements)), work_of(scratch, a, out)
+    spare, work = scratch.array(_spare(elements, *rows)), work_of(scratch, a, out)
     # Rows of blocks are copied whole, so only the axes before them can differ in size.
     lead = 4 if kind.block == to.block == 1 else 3
     if source.shape[:lead] == target.shape[:lead]:

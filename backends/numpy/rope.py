@@ -1,10 +1,16 @@
-"""Rotary position embedding."""
+"""Rotary position embedding.
+
+Angles are computed in float64 and brought to half a turn before they become f32: an f32 angle at
+position 160,000 is off by 0.01, ggml's f32 chain of products by more (NMSE 2.7e-6 of the result;
+9e-5 at 1,000,000). There are few angles beside elements, so it costs next to nothing.
+"""
 
 from __future__ import annotations
 
 import math
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pyggml import ops
 from pyggml.backends.numpy.arrays import (
@@ -25,6 +31,7 @@ from pyggml.dtypes import F32
 from pyggml.node import Node
 
 f32 = np.float32
+Doubles = NDArray[np.float64]
 
 
 def _tokens(n: int, heads: int, tokens: int) -> int:
@@ -37,7 +44,7 @@ def _rope_scratch(node: Node) -> int:
     tokens, n_dims = _tokens(n, heads, n_tokens), node.attrs["n_dims"]
     narrow = node.dtype is not F32
     angles, halves = tokens * n_dims, tokens * heads * n_dims
-    size = floats(angles, angles, halves, narrow * tokens * heads * n)
+    size = floats(2 * angles, angles, halves, narrow * tokens * heads * n)
     return size + codec_bytes(node.src[0])
 
 
@@ -64,31 +71,36 @@ def rope_ext(
     n3, n_tokens, heads, n = a.shape
     kind, pairs = raw_of(a)[0], n_dims // 2
     tokens = _tokens(n, heads, n_tokens)
-    angle, spare = scratch.array((2, tokens * pairs))
+    angle, spare = scratch.array((2, tokens * pairs), np.float64)
     turns = scratch.array(tokens * pairs, np.complex64)
     halves = scratch.array(tokens * heads * n_dims)
     work = None
     if kind is not F32:
         whole, work = scratch.array(tokens * heads * n), work_of(scratch, a)
     factors = None if freq_factors is None else freq_factors[0, 0, 0, :pairs]
+    frequencies = freq_base ** (np.arange(pairs) * (-2 / n_dims))
     keep = None
     if ext_factor:
         keep = ext_factor * _ramp(pairs, n_dims, freq_base, n_ctx_orig, beta_fast, beta_slow)
         attn_factor *= 1 + 0.1 * math.log(1 / freq_scale)
     for t in split(n_tokens, tokens):
         theta = shaped(angle, t.stop - t.start, pairs)
-        chain = shaped(spare, *theta.shape)
-        _angles(theta, chain, pos[0, 0, 0, t], f32(freq_base) ** f32(-2 / n_dims), factors)
+        work64 = shaped(spare, *theta.shape)
+        np.multiply(pos[0, 0, 0, t, None], frequencies, out=theta)
+        if factors is not None:
+            theta /= factors
         if keep is not None:
-            np.multiply(theta, f32(freq_scale), out=chain)
-            chain *= f32(1) - keep
+            np.multiply(theta, freq_scale, out=work64)
+            work64 *= 1 - keep
             theta *= keep
-            theta += chain
+            theta += work64
         else:
-            theta *= f32(freq_scale)
+            theta *= freq_scale
+        _within_half_a_turn(theta, work64)
         turn = shaped(turns, *theta.shape)
-        np.cos(theta, out=turn.real)
-        np.sin(theta, out=turn.imag)
+        np.copyto(turn.real, theta, casting="same_kind")
+        np.sin(turn.real, out=turn.imag)
+        np.cos(turn.real, out=turn.real)
         turn *= f32(attn_factor)
         for i3 in range(n3):
             y = out[i3, t] if kind is F32 else shaped(whole, *out[i3, t].shape)
@@ -103,25 +115,24 @@ def rope_ext(
                 store(kind, y, out[i3, t], work)
 
 
-def _ramp(pairs: int, n_dims: int, base: float, n_ctx: int, fast: float, slow: float) -> Floats:
+def _ramp(pairs: int, n_dims: int, base: float, n_ctx: int, fast: float, slow: float) -> Doubles:
     """YaRN: how far each pair keeps its own angle; 1 for those that turn fast."""
 
     def pair(beta: float) -> float:
         return n_dims * math.log(n_ctx / (2 * math.pi * beta)) / (2 * math.log(base))
 
     low, high = max(0, math.floor(pair(fast))), min(n_dims - 1, math.ceil(pair(slow)))
-    y = (np.arange(pairs, dtype=f32) - f32(low)) / f32(max(0.001, high - low))
-    kept: Floats = f32(1) - np.clip(y, 0, 1)
+    y = (np.arange(pairs) - low) / max(0.001, high - low)
+    kept: Doubles = 1 - np.clip(y, 0, 1)
     return kept
 
 
-def _angles(theta: Floats, chain: Floats, pos: Raw, step: f32, factors: Raw | None) -> None:
-    """theta[t, i] = pos[t] * step^i / factors[i], each from the one before as ggml does it."""
-    chain[...] = step
-    chain[:, 0] = pos
-    np.multiply.accumulate(chain, axis=1, out=theta)
-    if factors is not None:
-        theta /= factors
+def _within_half_a_turn(theta: Doubles, spare: Doubles) -> None:
+    """theta -= 2 pi rint(theta / 2 pi)"""
+    np.divide(theta, 2 * math.pi, out=spare)
+    np.rint(spare, out=spare)
+    spare *= 2 * math.pi
+    theta -= spare
 
 
 def _turn_halves(x: Floats, turn: Raw, spare: Floats) -> None:

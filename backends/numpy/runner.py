@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from pyggml.backends.base import Address, BodyPlan, Step, attributes, looked_at, named, pieces_of
 from pyggml.backends.numpy.table import KERNELS, Array, Packed, Scratch
+from pyggml.errors import PyggmlError
 from pyggml.node import Node, Spec
 
 Call = Callable[[], None]
@@ -93,9 +94,19 @@ def _kernel_call(
     step: Step, arrays: Sequence[Array | None], memory: NDArray[np.uint8], attrs: Mapping[str, Any]
 ) -> Call:
     row = KERNELS[step.node.op]
+    out = arrays[0]
     if row.scratch is None:
-        return lambda: row.run(*arrays, **attrs)
-    return lambda: row.run(*arrays, scratch=Scratch(memory), **attrs)
+        return lambda: _want_filled(out, row.run(*arrays, **attrs))
+    return lambda: _want_filled(out, row.run(*arrays, scratch=Scratch(memory), **attrs))
+
+
+def _want_filled(out: Array | None, returned: object) -> None:
+    """An error where a kernel returned its result: `out` then holds whatever was there before."""
+    if returned is not None and returned is not out:
+        raise PyggmlError(
+            f"the kernel returned a {type(returned).__name__}; it must write the result into `out` "
+            "(out[...] = result) and return nothing"
+        )
 
 
 class _LoopCall:

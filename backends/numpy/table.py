@@ -101,7 +101,8 @@ def kernel(
 
     The function is called as `fn(out, *sources, scratch=Scratch, **attributes)` with strided
     four-dimensional arrays in NumPy shape: None for an absent source, `Packed` for bf16 and block
-    types; `scratch` only where it is declared. It fills `out` and touches nothing else.
+    types; `scratch` only where it is declared. It fills `out`, touches nothing else and returns
+    nothing (or `out` itself): a result that is returned instead is an error.
     """
     allowed = None if types is None else frozenset(types)
 

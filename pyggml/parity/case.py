@@ -26,8 +26,6 @@ _SOURCE = re.compile(
     r"(?P<type>\w+)\[(?P<ne>[\d,]+)\](?P<fill>[<!]\d+-?|#-?\d+|~\w+)?"
     r"(?P<weight>@weight)?(?:@(?P<layout>\w+))?(?:=(?P<of>\d)\+(?P<start>\d+))?"
 )
-#: Positions below it keep the usual bound of rope (tolerance.OPS says why).
-NEAR = 20000
 #: Ops whose results are their sources' values, moved: nothing is computed, nothing may change.
 _MOVES = {"reshape", "view", "permute", "transpose", "cont", "concat", "repeat", "get_rows"}
 
@@ -47,8 +45,9 @@ class Source:
     weight  whether it is a constant, which a backend may keep in a layout of its own (or a part of
             one, seen through views: `@weight@inner`)
     layout  how it lies in memory, NaN around it.   wide: rows in longer rows;  inner: a part in
-            every dimension;  step: every other row;  p0213: ggml's permute(memory, (0, 2, 1, 3));
-            far: its last row (matrix..) begins 2^31 bytes behind the first, with zeros between
+            every dimension;  step: every other row;  apart: every other element;  p0213: ggml's
+            permute(memory, (0, 2, 1, 3));  far: its last row (matrix..) begins 2^31 bytes behind
+            the first, with zeros between
     of      it is a view of that other source, `start` elements into each row
     """
 
@@ -148,8 +147,7 @@ class Case:
         if self.op in ("cast", "cpy", "set_rows"):
             same = first is not None and first.type == kind.name
             return 0.0 if same else tolerance.STORAGE.get(kind.name, 0.0)
-        far = self.op == "rope_ext" and int(str(self.sources[1]).partition("<")[2] or 0) > NEAR
-        own = tolerance.bound(self.op, "far" if far else "f32")
+        own = tolerance.bound(self.op)
         rounded = tolerance.CLASSES[kind.name] if kind.name in ("f16", "bf16") else 0.0
         parts = sum(tolerance.declared(self.op, c) for c in numeric if c != "f32")
         return max(own, rounded, min(parts, tolerance.LIMITS.get(self.op, tolerance.LIMIT)))

@@ -36,6 +36,9 @@ fill({f32|f16}[37,5]~wild, value=-3.5)
 {log|sqrt}({f32|f16}[37,5,3]~above{|@wide|@p1032})
 glu({f32|f16}[26,7,2]{|@inner|@p0213}, act={'silu'|'gelu'|'relu'}, swapped={True|False})
 glu(f32[26,7]{|@wide}, f32[26,7]{|@step}, act={'silu'|'gelu'|'relu'})
+add_id(f32[10,3,4]@apart, f32[10,5]@apart, i32[3,4]<5-@apart)
+{add|mul}({f32|f16}[64,5]{|@apart}, $2[{64|64,5}]@apart)
+{silu|exp}({f32|f16}[64,5]@apart)
 add_id(f32[10,3,4]{|@inner|@p0213}, f32[10,5]{|@wide}, i32[3,4]<5-{|@wide})
 """
 
@@ -66,6 +69,13 @@ get_rows({PLAIN}[37,9,3,2]{|@inner|@p0213}, i32[7,3,2]<9-{|@wide})
 get_rows({BLOCKS}[256,9], i32[5]<9)
 get_rows({q8_0|q4_K}[256,9,3,2]{@inner|@p0213}, i32[4,3,2]<9-)
 get_rows(i32[7,9]<99-, i32[5]<9-)
+get_rows({f32|f16}[64,9]@apart, i32[5]<9-@apart)
+set_rows({f32|f16}[64,9]@apart, f32[64,5]@apart, {i32|i64}[5]!9@apart)
+cast({f32|f16}[64,5]@apart, type={'f16'|'bf16'|'q8_0'})
+cpy({f32|f16|bf16}[64,5]@apart, {f16|f32|bf16}[64,5]{|@apart})
+cpy(f16[64,2000], bf16[128000])
+cpy(bf16[1,70000], f16[70000])
+cpy({f16|bf16}[64,2000]@step, f32[128000])
 set_rows({PLAIN}[64,8,4,3]{|@inner|@p0213}, {f32|f16}[64,3,4,3]{|@wide}, {i32|i64}[3,{4|2|1},3]!8)
 set_rows({q8_0|q4_0|iq4_nl}[64,8,2]{|@inner}, f32[64,3,2]{|@p0213}, i32[3,1]!8)
 set_rows(f32[37,9], f32[37,5], i32[5]!9{|@step})
@@ -76,6 +86,8 @@ cpy(i32[7,5]<99-, {i32|i64|f32}[5,7]{|@step})
 """
 
 REDUCE = """
+{sum_rows|argmax|argsort}(f32[37,5]@apart)
+rms_norm(f32[64,5]@apart, eps=1e-06)
 sum_rows(f32[{37,5,2|1|1000,3|2,2,2,2}]{|@inner|@p1032})
 rms_norm(f32[{37,5,2|512,3|8|1,4}]{|@inner|@step|@p0213}, eps={1e-06|0.5})
 soft_max(f32[{37,5,3|1,2|512}])
@@ -85,6 +97,7 @@ soft_max_ext(f32[37,5,3]{|@inner|@p0213|@p1032}, scale={1.0|0.1})
 soft_max_ext(f32[19,3,{1|5|6|12},2], {f16|f32}[19,{3|4}]~mask, scale=0.7, max_bias={0.0|8.0})
 soft_max_ext(f32[11,4,4,6]@inner, {f16|f32}[11,6,{1|2|4},{1|3}]~mask{|@wide}, max_bias={0.0|4.0})
 soft_max_ext(f32[29,3,4], {-|f16[29,3]~mask|f32[29,3,4]~mask}, f32[4], scale=0.5)
+soft_max_ext(f32[29,3,4]{|@apart}, {-|f16[29,3]~mask}, f32[4]@apart, scale=0.5)
 soft_max_ext(f32[17,3,3], f16[17,3]~mask, f32[3], max_bias=8.0, head0=5, n_head=12)
 soft_max_ext(f32[300,70,3,2], f16[300,70]~mask)
 argsort(f32[{33,5,2|1|700,3}]{|~ties|@inner}, order={'asc'|'desc'})
@@ -100,6 +113,9 @@ rope_ext(f32[192,3,5], i32[5]<6000, n_dims=64, mode={'normal'|'neox'}, offset={0
 rope_ext(f32[64,2,5], i32[5]<6000, n_dims=64, freq_base=500000.0, freq_scale=0.25, attn_factor=1.3)
 rope_ext(f32[80,2,5], i32[5]<6000, {-|f32[32]~above|f32[40]~above@wide}, n_dims=40, mode={'normal'|'neox'}, n_ctx_orig={4096|100}, freq_scale=0.025, ext_factor={1.0|0.7465}, attn_factor=0.7305, beta_fast=24.0, beta_slow=2.0)
 rope_ext(f32[64,1,1], i32[1]<6000, n_dims=64)
+rope_ext(f32[64,2,9], i32[9]<{160000|2147483647}, n_dims=64, freq_scale={1.0|0.025}, mode={'normal'|'neox'})
+rope_ext(f32[64,2,5], i32[5]#-2147483648, {-|f32[32]~above@apart|f32[40]~above@wide}, n_dims=64)
+rope_ext({f32|f16}[64,2,5]@apart, i32[5]<6000{|@apart}, {-|f32[32]~above@apart}, n_dims=64, mode={'normal'|'neox'})
 """  # noqa: E501
 
 LINEAR = """
@@ -110,6 +126,8 @@ mul_mat(f32[33,5]{|@p1032}, {PLAIN}[33,4,3]{|@p1032|@p2013|@step})
 mul_mat({f32|q8_0|q4_K}[256,3,2,2]{|@wide|@p0213}, f32[256,1,{2|6|12},{2|4}])
 mul_mat({BLOCKS}[256,3,2,2], f32[256,2,4,4])
 mul_mat(f32[1,1], f32[1,1])
+mul_mat({f32|f16}[64,7]@apart, f32[64,{1|5|20}]@apart)
+mul_mat_id({f32|q8_0}[64,9,4], f32[64,2,3]@apart, i32[2,3]<4-@apart)
 mul_mat({f32|q8_0}[64,1,1], f32[64,3,5], prec='f32')
 mul_mat(f16[40,300,1]{|@p1032}, f32[40,9,{1|16}])
 mul_mat_id({f32|f16|bf16|q8_0|q4_K}[256,12,8], {f32|f16}[256,{1|2|6},5]{|@inner}, i32[6,5]<8-{|@wide})
@@ -127,7 +145,7 @@ grouped_topk(f32[{160,7|16,3|16}]{|@wide}, n_group={1|2|8}, n_group_used=1, n_to
 grouped_topk(f32[64,{5|1}], n_group=8, n_group_used=4, n_top={1|2|8}, k=8)
 grouped_topk(f32[40,30]~wild, n_group=8, n_group_used=3, n_top={1|2|5}, k=6)
 multi_add(f32[{13,6,5|1,1,1|700,3,2}]{|@inner|@p0213})
-mul_multi_add(f32[13,6,5]{|@inner|@p0213}, f32[1,6,5]{|@step})
+mul_multi_add(f32[13,6,5]{|@inner|@p0213}, f32[1,6,5]{|@step|@apart})
 """  # noqa: E501
 
 ATTENTION = """
@@ -148,9 +166,10 @@ flash_attn_ext(f32[{64|80|96|128|256},{70|6},2], {f16|bf16}[$1,330,2]~holed, $3[
 flash_attn_ext(f32[{64|192},130,34], {f16|bf16|q8_0}[$1,150,34]~ended, $2[{64|128},150,34]~ended, {-|f16[150,130]~holes}, -, i32[1]#75, scale=0.1)
 flash_attn_ext(f32[40,2,5], f32[40,29,5]~holed, f32[24,29,5]~holed, f16[29,2]~holes, f32[5], scale=0.2)
 flash_attn_ext(f32[32,{1|3},2], {f32|f16|bf16}[32,300,1], $2[{1|5},300,1], {-|f16[300,3]~mask}, {-|f32[2]}, scale=0.2, lse={True|False})
-flash_attn_ext(f32[32,3,4], f32[32,14,2], f32[48,14,2], -, f32[4]@step, i32[1]#9@step, scale=0.3)
+flash_attn_ext(f32[32,3,4], f32[32,14,2], f32[48,14,2], {-|f16[14,3]~mask}, f32[4]@apart, i32[1]#9@apart, scale=0.3)
+flash_attn_ext(f32[64,3,4], f16[64,300,2], f16[64,300,2], -, f32[4]@apart, i32[1]#200@apart, scale=0.1)
 causal_mask(i32[7]#{-2147483648|2147483647|-2147483600}, n_kv={1|37|256}, window={None|1|9|2147483647})
-causal_mask(i32[{1|5|70}]<40, n_kv={1|37|256}, window={None|1|9})
+causal_mask(i32[{1|5|70}]<40{|@apart}, n_kv={1|37|256}, window={None|1|9})
 merge_lse(f32[{2|33},3,5,2]{|@inner}, f32[$1,3,5,2]{|@wide})
 """  # noqa: E501
 

@@ -24,10 +24,6 @@ CLASSES: dict[str, float] = {
 
 #: NMSE by (op, numeric class) where the op is another matter than its class.
 OPS: dict[tuple[str, str], float] = {
-    # The angle is an f32 chain of products: 1.7e-9 at position 5,000, 7.5e-8 at 40,000.
-    ("rope_ext", "f32"): 1e-7,
-    # ... and 1.4e-6 at 160,000. "far" is for positions past 20,000.
-    ("rope_ext", "far"): 1e-5,
     # A product of two products: their relative errors add.
     ("moe_up_gate", "f16"): 2e-6,
     ("fused_up_gate", "f16"): 2e-6,
@@ -64,7 +60,7 @@ STORAGE: dict[str, float] = {
 
 
 def bound(op: str, numeric: str = "f32") -> float:
-    """The NMSE that `op` may have in a numeric class of `CLASSES` (or "far", for rope_ext)."""
+    """The NMSE that `op` may have in a numeric class of `CLASSES`."""
     return OPS[op, numeric] if (op, numeric) in OPS else CLASSES[numeric]
 
 

@@ -22,6 +22,7 @@ LAYOUTS = {
     "wide": ((1, 0, 0, 0), (1, 0, 0, 0), (1, 1, 1, 1)),
     "inner": ((1, 2, 1, 1), (2, 1, 1, 0), (1, 1, 1, 1)),
     "step": ((0, 0, 0, 0), (0, 0, 0, 0), (1, 2, 1, 1)),
+    "apart": ((1, 0, 0, 0), (0, 0, 0, 0), (2, 1, 1, 1)),
 }
 #: Keys that hold NaN or infinity in ~holed and that ~holes hides from most queries.
 _HOLES = slice(3, None, 5)
@@ -175,6 +176,6 @@ def in_memory(kind: DType, ne: Ne, layout: str, array: Array) -> Array:
     poison = _POISON[kind.kind] if kind.name != "bf16" else 0xFFFF
     memory = np.full((*whole[:0:-1], whole[0] // kind.block * block), poison, array.dtype)
     place = [slice(b, b + n * s, s) for b, n, s in zip(before, array.shape[::-1], step)]
-    place[0] = slice(before[0] * block, before[0] * block + array.shape[-1])
+    place[0] = slice(before[0] * block, before[0] * block + array.shape[-1] * step[0], step[0])
     memory[tuple(place[::-1])] = array
     return memory

@@ -14,6 +14,7 @@ using std::min;
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 
+#ifndef __BLOCK__
 struct Dim3 {
     int x, y, z;
 };
@@ -23,6 +24,7 @@ template <class T>
 T __shfl_xor_sync(unsigned, T x, int) {
     return x;
 }
+#endif
 
 struct uint2 {
     unsigned x, y;

@@ -92,7 +92,7 @@ class _Attention:
         assert q is not None and k is not None and v is not None
         self.call, self.q, self.k, self.v, self.pos, self.window = call, q, k, v, pos, window
         self.shape = Shape.of(call.node, fused=self.mask is None)
-        self.v_start = self.parts = self.map = 0
+        self.v_start = self.parts = self.stats = self.map = 0
         self.route = next(r for r in self.shape.routes if self._fits(r))
         self.instance = self._instance(self.route)
 
@@ -133,8 +133,8 @@ class _Attention:
         call, shape, route, made = self.call, self.shape, self.route, self.instance
         sizes = zip((self.k, self.v), shape.decoded(route))
         self.k, self.v = (self._decoded(x, n) if n else x for x, n in sizes)
-        if shape.parts(route):
-            self.parts = call.scratch(shape.parts(route))
+        if shape.splits(route) > 1:
+            self.parts, self.stats = (call.scratch(n) for n in shape.parts(route))
         if self.mask is not None:
             self.map = call.scratch(shape.map)
         argument = self._argument()
@@ -225,7 +225,9 @@ class _Attention:
             shape.d_v,
         ]
         numbers += [mask.ne[2], mask.ne[3]] if mask is not None else [1, 1]
-        numbers += [self.window or 0, attrs["kv0"], shape.splits(self.route), attrs["head0"]]
+        # One that reaches back past every position that there is hides nothing.
+        window = self.window if self.window is not None and self.window < 2**31 else 0
+        numbers += [window, attrs["kv0"], shape.splits(self.route), attrs["head0"]]
         numbers += [attrs["n_head"], attrs["lse"], TYPES[shape.type_k], TYPES[shape.type_v]]
         floats = (
             attrs["scale"],
@@ -234,9 +236,10 @@ class _Attention:
         )
         return Value(
             struct.pack(
-                "<10Q18q18i3f4x",
+                "<11Q18q18i3f4x",
                 *(ptr(x) for x in pointers),
                 self.parts,
+                self.stats,
                 self.map,
                 *nb,
                 *numbers,

@@ -126,10 +126,13 @@ class Shape:
         most = max(1, min(FULL * (2 if route == "any" else 1) // blocks, units))
         return _ceil(units, _ceil(units, most))
 
-    def parts(self, route: str) -> int:
-        """Bytes that splits leave for their combination."""
+    def parts(self, route: str) -> tuple[int, int]:
+        """Bytes that splits leave for their combination: sums; maxima and sums of weights. The
+        second are pairs of floats, which do not begin at a multiple of 8 behind any odd number of
+        floats: both are scratch of their own."""
         n = self.splits(route)
-        return 0 if n == 1 else self.n3 * self.n_q * self.heads * n * (self.d_v + 2) * 4
+        count = 0 if n == 1 else self.n3 * self.n_q * self.heads * n
+        return 4 * count * self.d_v, 8 * count
 
     @property
     def map(self) -> int:
@@ -187,7 +190,9 @@ class Shape:
     def scratch(self) -> int:
         """Bytes for whichever kernel it will be."""
         return max(
-            sum(-(-n // ALIGNMENT) * ALIGNMENT for n in (self.parts(r), self.map, *self.decoded(r)))
+            sum(
+                -(-n // ALIGNMENT) * ALIGNMENT for n in (*self.parts(r), self.map, *self.decoded(r))
+            )
             for r in self.routes
         )
 

@@ -16,19 +16,26 @@ _TYPES = {
 }
 
 
+def steps_of(ne: Sequence[int], nb: Sequence[int]) -> list[int]:
+    """The byte strides that a map is given: that of a size of 1 means nothing and may be anything,
+    but must be a multiple of 16 there."""
+    steps = [16 * -(-ne[0] * nb[0] // 16)]
+    for n, step in zip(ne[1:], nb[1:]):
+        steps.append(step if n > 1 else steps[-1])
+    return steps[1:]
+
+
 def tensor_map(
     ptr: int, dtype: str, ne: Sequence[int], nb: Sequence[int], box: Sequence[int]
 ) -> Value:
     """Boxes of a tensor, swizzled in 128 bytes; what lies outside of `ne` reads as zeros.
 
-    ptr  a multiple of 16, as are the byte strides nb[1:]
+    ptr  a multiple of 16, as are the byte strides nb[1:] of sizes above 1
     box  elements a copy brings, box[0] at most 128 bytes
     """
     driver = imported("cuda.bindings.driver")
     u32, u64 = driver.cuuint32_t, driver.cuuint64_t
-    steps = [nb[1]]
-    for n, step in zip(ne[2:], nb[2:]):
-        steps.append(step if n > 1 else steps[-1])
+    steps = steps_of(ne, nb)
     status, made = driver.cuTensorMapEncodeTiled(
         getattr(driver.CUtensorMapDataType, _TYPES[dtype]),
         len(ne),

@@ -33,6 +33,16 @@ __device__ float element(const char *row, int type, int i) {
     return d * (code + high - (five ? 16 : 8));
 }
 
+// Keys and values of one head for `repair`.
+struct Every {
+    const char *k, *v;
+    long long step_k, step_v;
+    int type_k, type_v;
+
+    __device__ float key(int j, int i) const { return element(k + j * step_k, type_k, i); }
+    __device__ float value(int j, int c) const { return element(v + j * step_v, type_v, c); }
+};
+
 template <int D, int BN>
 __global__ void __launch_bounds__(256) any(const __grid_constant__ Attention a) {
     wait_for_predecessor();
@@ -86,8 +96,11 @@ __global__ void __launch_bounds__(256) any(const __grid_constant__ Attention a) 
             }
             s *= scale;
             s = (a.softcap > 0 ? a.softcap * tanhf(s) : s) * LOG2E;
-            const bool visible = j0 + j >= row.first && j0 + j < row.last;
-            if (visible && row.mask) s += row.slope * half_at(row.mask + (j0 + j) * a.nb_mask[0]);
+            bool visible = j0 + j >= row.first && j0 + j < row.last;
+            if (visible && row.mask) {
+                const float bias = half_at(row.mask + (j0 + j) * a.nb_mask[0]);
+                s += row.slope * bias, visible = bias != -INF;
+            }
             p[r * (BN + 1) + j] = visible ? s : -INF;
         }
         __syncthreads();
@@ -129,6 +142,7 @@ __global__ void __launch_bounds__(256) any(const __grid_constant__ Attention a) 
         }
     }
     __syncthreads();
+    bool odd[4] = {};
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
         const Row row(a, i3, head_kv, r0 + rows + r, live);
@@ -136,6 +150,22 @@ __global__ void __launch_bounds__(256) any(const __grid_constant__ Attention a) 
         const End to(a, i3, row, split, top[rows + r], total[rows + r], column == 0);
 #pragma unroll
         for (int i = 0; i < N; ++i)
-            if (column + 64 * i < a.d_v) to.to[column + 64 * i] = sums[r][i] * to.factor;
+            if (column + 64 * i < a.d_v) {
+                to.to[column + 64 * i] = sums[r][i] * to.factor;
+                odd[r] |= !finite_number(sums[r][i]);
+            }
+    }
+    const Every source = {a.k + head_kv * a.nb_k[1] + i3 * a.nb_k[2],
+                          a.v + head_kv * a.nb_v[1] + i3 * a.nb_v[2],
+                          a.nb_k[0], a.nb_v[0], a.type_k, a.type_v};
+    u32 some = 0;
+#pragma unroll
+    for (int r = 0; r < 4; ++r) some |= __any_sync(~0u, odd[r]) << r;
+    for (__syncwarp(); some; some &= some - 1) {
+        const int r = rows + __ffs(some) - 1;
+#pragma unroll 1  // a repair needs few registers if it is of few columns
+        for (int i = column - lane; i < a.d_v; i += 64)
+            repair<1>(a, i3, head_kv, r0 + r, begin * BN, end * BN, split, i, min(i + 32, a.d_v),
+                      top[r], total[r], source);
     }
 }

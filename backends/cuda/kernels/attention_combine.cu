@@ -130,9 +130,9 @@ __global__ void merge_lse(Rows y, Rows a, Rows b, int d_v) {
     const float la = a(d_v), lb = b(d_v), m = fmaxf(la, lb), base = finite(m);
     const float wa = expf(la - base), wb = expf(lb - base), total = wa + wb;
     __syncthreads();
-    const float fa = total > 0 ? wa / total : 0, fb = total > 0 ? wb / total : 0;
+    const float fa = total == 0 ? 0 : wa / total, fb = total == 0 ? 0 : wb / total;
     for (int i = threadIdx.x; i < d_v; i += blockDim.x) y(i) = fa * a(i) + fb * b(i);
-    if (threadIdx.x == 0) y(d_v) = total > 0 ? m + logf(total) : -INF;
+    if (threadIdx.x == 0) y(d_v) = total == 0 ? -INF : m + logf(total);
 }
 
 // c: the sum so far (S, s, m), absent (at = null) at the first part. The reference m moves only
@@ -152,6 +152,6 @@ __global__ void lse_sum(Rows y, Rows a, Rows c, int d_v) {
 __global__ void lse_finish(Rows y, Rows c, int d_v, int lse) {
     begin();
     const float s = c(d_v), m = c(d_v + 1);
-    for (int i = threadIdx.x; i < d_v; i += blockDim.x) y(i) = s > 0 ? c(i) / s : 0;
-    if (lse && threadIdx.x == 0) y(d_v) = s > 0 ? m + logf(s) : -INF;
+    for (int i = threadIdx.x; i < d_v; i += blockDim.x) y(i) = s == 0 ? 0 : c(i) / s;
+    if (lse && threadIdx.x == 0) y(d_v) = s == 0 ? -INF : m + logf(s);
 }

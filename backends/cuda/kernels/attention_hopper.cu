@@ -194,17 +194,20 @@ __global__ void __launch_bounds__(384, 1) hopper(const __grid_constant__ HopperA
 #pragma unroll
         for (int x = 0; x < VS; ++x) wgmma_hold(sums[x]);
     }
+    bool odd[2] = {};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        const float total = quad_sum(l[r]);
+        l[r] = quad_sum(l[r]);
         if (rows[r].query < 0) continue;
-        const End to(a, i3, rows[r], 0, m[r], total, lane % 4 == 0);
+        const End to(a, i3, rows[r], 0, m[r], l[r], lane % 4 == 0);
 #pragma unroll
         for (int x = 0; x < VS; ++x)
 #pragma unroll
             for (int n = 0; n < NV / 8; ++n)
-                to.put(x * NV + n * 8 + (lane & 3) * 2, sums[x][4 * n + 2 * r],
-                       sums[x][4 * n + 2 * r + 1]);
+                odd[r] |= to.put(x * NV + n * 8 + (lane & 3) * 2, sums[x][4 * n + 2 * r],
+                                 sums[x][4 * n + 2 * r + 1]);
     }
+    repair_rows<DV>(a, i3, head_kv, r0 + row0 - lane / 4, seen.first / BN * BN, end * BN, 0, 0, odd,
+                    m, l, source_of<T>(a, i3, head_kv));
 #endif
 }

@@ -75,7 +75,8 @@ __global__ void __launch_bounds__(32 * WM * WN, 1) latent(const __grid_constant_
             }
         }
     };
-    int now = alive(t0 + share(tiles, part, a.splits)), next = now;
+    const int first = t0 + share(tiles, part, a.splits);
+    int now = alive(first), next = now;
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
         if (next < end) fetch(next, s), next = alive(next + 1);
@@ -224,20 +225,25 @@ __global__ void __launch_bounds__(32 * WM * WN, 1) latent(const __grid_constant_
         }
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < MI; ++i)
+    for (int i = 0; i < MI; ++i) {
+        bool odd[2] = {};
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int index = row0 + 16 * i + 8 * r;
             const Row row(a, i3, head_kv, r0 + index, live);
-            if (row.query < 0) continue;
             float total = 0;
 #pragma unroll
             for (int w = 0; w < WN; ++w) total += totals[w][index];
+            l[i][r] = total;
+            if (row.query < 0) continue;
             const End to(a, i3, row, part, m[i][r], total, wn == 0 && lane % 4 == 0);
 #pragma unroll
-            for (int c = 0; c < NV; ++c) {
-                to.put((wn * NV + c) * 8 + (lane & 3) * 2, sums[i][c][2 * r],
-                       sums[i][c][2 * r + 1]);
-            }
+            for (int c = 0; c < NV; ++c)
+                odd[r] |= to.put((wn * NV + c) * 8 + (lane & 3) * 2, sums[i][c][2 * r],
+                                 sums[i][c][2 * r + 1]);
         }
+        repair_rows<NV * 8>(a, i3, head_kv, r0 + (wm * MI + i) * 16, first * BN, end * BN, part,
+                            wn * NV * 8, odd, m[i], l[i],
+                            latent_source_of<Stored<T, Q8>>(a, i3, head_kv));
+    }
 }

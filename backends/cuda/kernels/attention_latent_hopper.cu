@@ -54,7 +54,8 @@ __global__ void __launch_bounds__(256, 1)
                         i3);
         }
     };
-    int now = alive(t0 + share(tiles, part, a.splits)), next = now;
+    const int first = t0 + share(tiles, part, a.splits);
+    int now = alive(first), next = now;
     for (int s = 0; s < 2; ++s)
         if (next < end) fetch(next, s), next = alive(next + 1);
     release_successor();
@@ -165,18 +166,21 @@ __global__ void __launch_bounds__(256, 1)
         if (lane % 4 == 0) totals[group][row0 + 8 * r] = sum;
     }
     __syncthreads();
+    bool odd[2] = {};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
+        l[r] = totals[0][row0 + 8 * r] + totals[1][row0 + 8 * r];
         if (rows[r].query < 0) continue;
-        const float total = totals[0][row0 + 8 * r] + totals[1][row0 + 8 * r];
-        const End to(a, i3, rows[r], part, m[r], total, group == 0 && lane % 4 == 0);
+        const End to(a, i3, rows[r], part, m[r], l[r], group == 0 && lane % 4 == 0);
 #pragma unroll
         for (int x = 0; x < 2; ++x)
 #pragma unroll
             for (int n = 0; n < 16; ++n) {
                 const int column = group * 256 + x * 128 + n * 8 + (lane & 3) * 2;
-                to.put(column, sums[x][4 * n + 2 * r], sums[x][4 * n + 2 * r + 1]);
+                odd[r] |= to.put(column, sums[x][4 * n + 2 * r], sums[x][4 * n + 2 * r + 1]);
             }
     }
+    repair_rows<256>(a, i3, head_kv, r0 + row0 - lane / 4, first * BN, end * BN, part, group * 256,
+                     odd, m, l, latent_source_of<T>(a, i3, head_kv));
 #endif
 }

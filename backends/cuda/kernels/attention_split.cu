@@ -104,7 +104,8 @@ __global__ void __launch_bounds__(WARPS * 32, 1) split(const __grid_constant__ A
         }
     };
 
-    int now = alive(t0 + share(tiles, part, a.splits) + warp), next = now;
+    const int first = t0 + share(tiles, part, a.splits);
+    int now = alive(first + warp), next = now;
 #pragma unroll
     for (int s = 0; s < STAGES; ++s) {
         if (next < end) fetch(next, s), next = alive(next + WARPS);
@@ -189,12 +190,17 @@ __global__ void __launch_bounds__(WARPS * 32, 1) split(const __grid_constant__ A
             total += weight[w] * totals[w][r];
         }
         const End to(a, i3, row, part, top, total, lane == 0);
+        bool odd = false;
         for (int c = lane; c < DV; c += 32) {
             float x = 0;
 #pragma unroll
             for (int w = 0; w < WARPS; ++w)
                 x += weight[w] * shared_sums[(w * 16 + r) * PITCH_SUM + c];
             to.to[c] = x * to.factor;
+            odd |= !finite_number(x);
         }
+        if (__any_sync(~0u, odd))
+            repair<(DV + 31) / 32>(a, i3, head_kv, r0 + r, first * KEYS, end * KEYS, part, 0,
+                                       DV, top, total, source_of<Stored<T, Q8>>(a, i3, head_kv));
     }
 }

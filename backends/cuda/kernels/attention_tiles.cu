@@ -64,7 +64,8 @@ __global__ void __launch_bounds__(WARPS * 32, 1) tiles(const __grid_constant__ A
         }
     };
 
-    int now = alive(t0 + share(count, part, a.splits)), next = now;
+    const int first = t0 + share(count, part, a.splits);
+    int now = alive(first), next = now;
     if (next < end) fetch(next, 0), next = alive(next + 1);
     copies_commit();
     float sums[DV / 8][4] = {}, m[2] = {-INF, -INF}, l[2] = {};
@@ -118,14 +119,17 @@ __global__ void __launch_bounds__(WARPS * 32, 1) tiles(const __grid_constant__ A
             }
         }
     }
+    bool odd[2] = {};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const Row row(a, i3, head_kv, r0 + row0 + 8 * r, live);
-        const float total = quad_sum(l[r]);
+        l[r] = quad_sum(l[r]);
         if (row.query < 0) continue;
-        const End to(a, i3, row, part, m[r], total, lane % 4 == 0);
+        const End to(a, i3, row, part, m[r], l[r], lane % 4 == 0);
 #pragma unroll
         for (int n = 0; n < DV / 8; ++n)
-            to.put(n * 8 + (lane & 3) * 2, sums[n][2 * r], sums[n][2 * r + 1]);
+            odd[r] |= to.put(n * 8 + (lane & 3) * 2, sums[n][2 * r], sums[n][2 * r + 1]);
     }
+    repair_rows<DV>(a, i3, head_kv, r0 + warp * 16, first * BN, end * BN, part, 0, odd, m, l,
+                    source_of<T>(a, i3, head_kv));
 }

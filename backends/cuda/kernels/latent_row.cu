@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(256) latent_row(Tensor cache, Tensor c, Tensor
     const int position = *pos.at<int>(token, 0, 0, 0);
     for (int unit = threadIdx.x; unit < (n_k + 1) / 2; unit += 256)
         turn<NEOX>(
-            r, unit, n_k, position, nullptr, [&](int i) { return *k.at<float>(i, 0, token, 0); },
+            r, unit, n_k, position, Tensor{}, [&](int i) { return *k.at<float>(i, 0, token, 0); },
             [&](int i, float x) { row[n_c + i] = x; });
     __syncthreads();
     const int id = *ids.at<int>(token, 0, 0, 0);

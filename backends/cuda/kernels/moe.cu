@@ -89,7 +89,7 @@ __global__ void route(Tensor weights, Tensor ids, Tensor scores, Tensor bias, in
         base = most == -infinity ? 0 : most;
         for (int i = threadIdx.x; i < n; i += blockDim.x) sum += expf(p[i] - base);
         sum = block_reduce<Sum>(sum, 0);
-        factor = sum > 0 ? 1 / sum : 0;
+        factor = sum == 0 ? 0 : 1 / sum;  // NaN stays NaN
     }
     for (int i = threadIdx.x; i < n; i += blockDim.x) {
         p[i] = softmax ? expf(p[i] - base) * factor : 1 / (1 + expf(-p[i]));
@@ -102,7 +102,7 @@ __global__ void route(Tensor weights, Tensor ids, Tensor scores, Tensor bias, in
     if (divided) {
         sum = 0;  // every thread: k is small
         for (int i = 0; i < k; i++) sum += p[(unsigned)keys[i]];
-        by = s / fminf(fmaxf(sum, low), high);
+        by = s / (sum < low ? low : sum > high ? high : sum);  // as Clamp: NaN stays NaN
     }
     for (int i = threadIdx.x; i < k; i += blockDim.x) {
         const int id = (int)(unsigned)keys[i];

@@ -7,7 +7,7 @@
 // The result may lie where `a` lies.
 template <class T, bool NEOX>
 __global__ void __launch_bounds__(256)
-    rope(Tensor out, Tensor a, Tensor pos, const float* factors, Rope r) {
+    rope(Tensor out, Tensor a, Tensor pos, Tensor factors, Rope r) {
     begin();
     int units = (out.ne[0] + 1) / 2, i = blockIdx.y * 256 + threadIdx.x;
     if (i >= units * out.ne[1]) return;
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(256)
     int head = i / units, id = *ids.at<int>(token, 0, 0, 0);
     if (head >= a.ne[1] || id < 0 || id >= cache.ne[1]) return;
     turn<NEOX>(
-        r, i % units, a.ne[0], *pos.at<int>(token, 0, 0, 0), nullptr,
+        r, i % units, a.ne[0], *pos.at<int>(token, 0, 0, 0), Tensor{},
         [&](int k) { return *a.at<float>(k, head, token, 0); },
         [&](int k, float x) { *cache.at<T>(head * a.ne[0] + k, id, 0, 0) = from_f32<T>(x); });
 }

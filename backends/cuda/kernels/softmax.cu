@@ -1,5 +1,6 @@
 // soft_max_ext: a block a row. The largest score and the sum of exponentials in one pass (online),
 // the result in a second one that finds the row in a cache; it may be written over its source.
+// NaN in a row, or +inf, makes all of it NaN: fmaxf passes over NaN, the sum keeps it.
 //
 // @kernel hot softmax<{float|__half}, {1|4}>
 #include "common.cuh"
@@ -57,17 +58,16 @@ __global__ void __launch_bounds__(256) softmax(const __grid_constant__ Softmax p
         scores(j, x);
 #pragma unroll
         for (int e = 0; e < VEC; ++e) top = fmaxf(top, x[e]);
-        if (top == -infinity) continue;
-        l *= expf(m - top);
+        const float base = top == -infinity ? 0 : top;
+        l *= expf(m - base);
 #pragma unroll
-        for (int e = 0; e < VEC; ++e) l += expf(x[e] - top);
+        for (int e = 0; e < VEC; ++e) l += expf(x[e] - base);
         m = top;
     }
     __shared__ float tops[8], totals[8];
     const auto join = [&](float m1, float l1) {
-        const float top = fmaxf(m, m1);
-        if (top == -infinity) return;
-        l = l * expf(m - top) + l1 * expf(m1 - top), m = top;
+        const float top = fmaxf(m, m1), base = top == -infinity ? 0 : top;
+        l = l * expf(m - base) + l1 * expf(m1 - base), m = top;
     };
 #pragma unroll
     for (int d = 16; d; d /= 2) join(__shfl_xor_sync(~0u, m, d), __shfl_xor_sync(~0u, l, d));
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(256) softmax(const __grid_constant__ Softmax p
 #pragma unroll
     for (int w = 0; w < 8; ++w) join(tops[w], totals[w]);
     if (p.sinks) join(*(const float *)(p.sinks + h * p.nb_sinks), 1);
-    const float factor = l > 0 ? 1 / l : 0, base = m == -infinity ? 0 : m;
+    const float factor = l == 0 ? 0 : 1 / l, base = m == -infinity ? 0 : m;
     for (int j = t * VEC; j < p.n; j += 256 * VEC) {
         float x[VEC];
         scores(j, x);

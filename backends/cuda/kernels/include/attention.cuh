@@ -4,6 +4,17 @@
 // A row of scores is one query of one head. The `ratio` heads that share a head of keys are rows of
 // one block: row R is query R / ratio of head  head_kv ratio + R % ratio.
 // Scores are in units of log2: e^x = 2^(x log2 e), and 2^x is one instruction.
+//
+// A key that a row does not see takes no part in it, even where its rows of K and V hold NaN or
+// infinity. Its score is replaced by -inf, whatever it was. Its values are multiplied by a weight of
+// 0, and 0 NaN is NaN: two designs.
+// (a) Clear, in shared memory, the rows of V that no row of the block sees. It costs a pass over
+// every tile with a hidden key, and is wrong where rows of one block differ: the NaN of one sequence
+// in a cache reaches the others.
+// (b) Look at the finished sums, one comparison each. Where one is not finite, `repair` looks for
+// the cause among the hidden keys, and if it is there, does the row again in f32, key by key and
+// without them. It costs nothing in the loop and is right for each row by itself: taken. A row that
+// is repaired takes about a thousand times as long; one that is NaN in its own right does not.
 #pragma once
 #include "mma.cuh"
 
@@ -22,7 +33,8 @@ struct Attention {
     const int *kv_len;  // null: all keys count
     const char *pos;    // i32: row i sees keys up to pos[i] (and `window` of them); or null
     char *out;
-    float *parts;  // what the splits leave for `combine`: sums, then (max, sum of weights)
+    float *parts;   // what the splits leave for `combine`: sums ..
+    float2 *stats;  // .. and (max, sum of weights)
     u8 *map;       // flags of cells of `mask` [mask_batch][queries / 64][keys / 64], or null
     long long nb_q[3], nb_k[3], nb_v[3], nb_mask[4], nb_out[3], nb_sinks, nb_pos;
     int n_q, n_kv, heads, heads_kv, n3, d_k, d_v, mask_heads, mask_batch;
@@ -31,8 +43,13 @@ struct Attention {
 
     __device__ int ratio() const { return heads / heads_kv; }
     __device__ int rows() const { return n_q * ratio(); }
-    __device__ int live() const { return kv_len ? max(0, min(n_kv, *kv_len - kv0)) : n_kv; }
-    __device__ int position(int i) const { return *(const int *)(pos + i * nb_pos); }
+    // Keys that count. Like positions, kv_len may be any int32.
+    __device__ int live() const {
+        if (!kv_len) return n_kv;
+        return *kv_len <= kv0 ? 0 : (int)min((long long)n_kv, (long long)*kv_len - kv0);
+    }
+    // Below 0 nothing is seen: -1 stands for all of these, and no sum with it overflows.
+    __device__ int position(int i) const { return max(-1, *(const int *)(pos + i * nb_pos)); }
 };
 
 // ---- rows ---------------------------------------------------------------------------------------
@@ -54,8 +71,8 @@ struct Row {
         }
         if (a.pos) {
             const int p = a.position(query);
-            last = min(last, p + 1);
-            if (a.window) first = max(0, p - a.window + 1);
+            last = p < last ? p + 1 : last;
+            if (a.window) first = max(0, p - (a.window - 1));
         }
         if (a.mask)
             mask = a.mask + query * a.nb_mask[1] + (head % a.mask_heads) * a.nb_mask[2] +
@@ -84,8 +101,9 @@ __device__ __forceinline__ Span span(const Attention &a, int q0, int q1, int liv
         atomicMax(&high, p);
     }
     __syncthreads();
-    Span s = {0, min(live, high + 1), 0, max(0, min(live, low + 1))};
-    if (a.window) s.first = max(0, low - a.window + 1), s.full_first = max(0, high - a.window + 1);
+    Span s = {0, high < live ? high + 1 : live, 0, low < live ? low + 1 : live};
+    if (a.window)
+        s.first = max(0, low - (a.window - 1)), s.full_first = max(0, high - (a.window - 1));
     return s;
 }
 
@@ -186,8 +204,11 @@ __device__ __forceinline__ float masked(const Attention &a, const Row &row, floa
         for (int i = 0; i < 2; ++i) {
             float x = s[n][e + i] * factor;
             if (a.softcap > 0) x = a.softcap * LOG2E * tanhf(x);
-            const bool seen = ahead + 8 * n + i < many;
-            if (bias && seen) x += row.slope * __half2float(mask[8 * n + i]);
+            bool seen = ahead + 8 * n + i < many;
+            if (bias && seen) {
+                const float b = __half2float(mask[8 * n + i]);
+                x += row.slope * b, seen = b != -INF;
+            }
             s[n][e + i] = seen ? x : -INF;
         }
     return 1;
@@ -250,8 +271,8 @@ __device__ __forceinline__ float row_end(const Attention &a, int i3, int query, 
         l = l * keep + exp2_fast(sink - finite(top));
         m = top;
     }
-    if (a.lse && first) out_row(a, i3, query, head)[a.d_v] = l > 0 ? (m + log2f(l)) * LN2 : -INF;
-    return l > 0 ? keep / l : 0;
+    if (a.lse && first) out_row(a, i3, query, head)[a.d_v] = l == 0 ? -INF : (m + log2f(l)) * LN2;
+    return l == 0 ? 0 : keep / l;  // NaN stays NaN
 }
 
 // Where split `split` of a row leaves its sums, and its (m, l).
@@ -263,13 +284,15 @@ __device__ __forceinline__ float *part_sums(const Attention &a, long long part) 
     return a.parts + part * a.d_v;
 }
 __device__ __forceinline__ float2 *part_stats(const Attention &a, long long part) {
-    return (float2 *)(a.parts + (long long)a.n3 * a.n_q * a.heads * a.splits * a.d_v) + part;
+    return a.stats + part;
 }
 
 // Where the share of split `part` of `count` units begins.
 __device__ __forceinline__ int share(int count, int part, int parts) {
     return u32(count) * u32(part) / u32(parts);
 }
+
+__device__ __forceinline__ bool finite_number(float x) { return fabsf(x) < INF; }
 
 // Where a row's sums go, and their factor: its part if keys are split, else the result.
 struct End {
@@ -290,13 +313,146 @@ struct End {
         pairs = reinterpret_cast<u64>(to) % 8 == 0;
     }
 
-    // Two neighbouring sums; the even one first.
-    __device__ __forceinline__ void put(int column, float x, float y) const {
+    // Two neighbouring sums; the even one first. Whether one of them is not finite.
+    __device__ __forceinline__ bool put(int column, float x, float y) const {
         if (pairs) {
             *(float2 *)(to + column) = make_float2(x * factor, y * factor);
         } else {
             to[column] = x * factor;
             to[column + 1] = y * factor;
         }
+        return !(finite_number(x) && finite_number(y));
     }
 };
+
+// ---- rows that hidden keys spoilt ---------------------------------------------------------------
+
+// Keys and values of one head as `repair` reads them: T is __half, __nv_bfloat16, Blocks (q8_0) or
+// a type of its own (attention_any.cu).
+struct Blocks {};
+template <class T, bool Q8>
+struct StoredAs {
+    using type = T;
+};
+template <class T>
+struct StoredAs<T, true> {
+    using type = Blocks;
+};
+template <class T, bool Q8>
+using Stored = typename StoredAs<T, Q8>::type;
+__device__ __forceinline__ float number(const char *row, int i, __half) {
+    return __half2float(((const __half *)row)[i]);
+}
+__device__ __forceinline__ float number(const char *row, int i, __nv_bfloat16) {
+    return __bfloat162float(((const __nv_bfloat16 *)row)[i]);
+}
+__device__ __forceinline__ float number(const char *row, int i, Blocks) {
+    const char *block = row + i / 32 * 34;
+    return __half2float(*(const __half *)block) * ((const signed char *)block)[2 + i % 32];
+}
+template <class T>
+struct Source {
+    const char *k, *v;
+    long long step_k, step_v;
+    int v_start;
+
+    __device__ __forceinline__ float key(int j, int i) const {
+        return number(k + j * step_k, i, T());
+    }
+    __device__ __forceinline__ float value(int j, int c) const {
+        return number(v + j * step_v, v_start + c, T());
+    }
+};
+template <class T>
+__device__ __forceinline__ Source<T> source_of(const Attention &a, int i3, int head_kv) {
+    return {a.k + head_kv * a.nb_k[1] + i3 * a.nb_k[2], a.v + head_kv * a.nb_v[1] + i3 * a.nb_v[2],
+            a.nb_k[0], a.nb_v[0], 0};
+}
+// Where V is a part of K, elements v_start to ..
+template <class T>
+__device__ __forceinline__ Source<T> latent_source_of(const Attention &a, int i3, int head_kv) {
+    const char *k = a.k + head_kv * a.nb_k[1] + i3 * a.nb_k[2];
+    return {k, k, a.nb_k[0], a.nb_k[0], a.v_start};
+}
+
+// A warp looks into row r, some sums of which are not finite, and puts those right that a hidden key
+// spoilt. The warp owns the N columns  column + lane + 32 n < columns  of each lane; j0 <= j < j1
+// are the keys that the block walked, m and l the row's as it left them.
+template <int N, class S>
+__device__ __forceinline__ void repair(const Attention &a, int i3, int head_kv, int r, int j0,
+                                       int j1, int split, int column, int columns, float m,
+                                       float l, const S &source) {
+    const int lane = threadIdx.x % 32;
+    const Row row(a, i3, head_kv, r, a.live());
+    j1 = min(j1, a.n_kv);
+    const auto bias = [&](int j) {
+        return row.mask ? __half2float(*(const __half *)(row.mask + j * a.nb_mask[0])) : 0;
+    };
+    // Of keys j to j + 31 those that the row sees, a bit each.
+    const auto seen = [&](int j) {
+        const int mine = j + lane;
+        return __ballot_sync(~0u, mine >= row.first && mine < min(row.last, j1) &&
+                                      bias(mine < j1 ? mine : j) != -INF);
+    };
+    bool spoilt[N] = {}, some = false;
+    for (int j = j0; j < j1; j += 32)
+        for (u32 hidden = ~seen(j) & ~0u >> max(0, 32 - (j1 - j)); hidden; hidden &= hidden - 1)
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                const int c = column + lane + 32 * n;
+                if (c < columns && !finite_number(source.value(j + __ffs(hidden) - 1, c)))
+                    spoilt[n] = some = true;
+            }
+    if (!__any_sync(~0u, some)) return;
+    const float *q =
+        (const float *)(a.q + row.query * a.nb_q[0] + row.head * a.nb_q[1] + i3 * a.nb_q[2]);
+    const float scale = a.softcap > 0 ? a.scale / a.softcap : a.scale * LOG2E;
+    float sums[N] = {}, total = 0;
+    for (int j = j0; j < j1; j += 32) {
+        for (u32 some = seen(j); some; some &= some - 1) {
+            const int key = j + __ffs(some) - 1;
+            float s = 0;
+            for (int i = lane; i < a.d_k; i += 32) s = fmaf(q[i], source.key(key, i), s);
+#pragma unroll
+            for (int i = 16; i; i /= 2) s += __shfl_xor_sync(~0u, s, i);
+            s *= scale;
+            if (a.softcap > 0) s = a.softcap * LOG2E * tanhf(s);
+            const float p = exp2_fast(s + row.slope * bias(key) - finite(m));
+            total += p;
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                const int c = column + lane + 32 * n;
+                if (c < columns && spoilt[n]) sums[n] = fmaf(p, source.value(key, c), sums[n]);
+            }
+        }
+        // Keys that the row does see may make all of them NaN too: they are that already.
+        bool open = false;
+#pragma unroll
+        for (int n = 0; n < N; ++n) open |= spoilt[n] && sums[n] == sums[n];
+        if (!__any_sync(~0u, open)) return;
+    }
+    const End to(a, i3, row, split, m, l, false);
+    const float factor = total == 0 ? 0 : l / total * to.factor;
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+        if (spoilt[n]) to.to[column + lane + 32 * n] = sums[n] * factor;
+}
+
+// The same for the sums of a warp's fragments: this thread found some of row `row0 + lane / 4`
+// (odd[0]) or of the one 8 below it (odd[1]) not finite. `row0`, the columns and keys are the warp's.
+template <int COLUMNS, class S>
+__device__ __forceinline__ void repair_rows(const Attention &a, int i3, int head_kv, int row0,
+                                            int j0, int j1, int split, int column,
+                                            const bool (&odd)[2], const float (&m)[2],
+                                            const float (&l)[2], const S &source) {
+    __syncwarp();  // what is put right is written after what was wrong
+    const u32 first = __ballot_sync(~0u, odd[0]), second = __ballot_sync(~0u, odd[1]);
+    for (u64 some = first | (u64)second << 32; some;) {
+        const int bit = __ffsll(some) - 1, lane = bit % 32;
+        const float top = __shfl_sync(~0u, bit < 32 ? m[0] : m[1], lane);
+        const float total = __shfl_sync(~0u, bit < 32 ? l[0] : l[1], lane);
+        repair<(COLUMNS + 31) / 32>(a, i3, head_kv, row0 + bit / 32 * 8 + lane / 4, j0, j1,
+                                        split, column, column + COLUMNS, top, total, source);
+        some &= ~(15ull << (bit & ~3));
+    }
+}

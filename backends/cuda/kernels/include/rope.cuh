@@ -3,31 +3,39 @@
 #include "common.cuh"
 
 struct Rope {
+    double step;  // freq_base^(-2 / n_dims)
+    double freq_scale;
+    double ext_factor;  // 0: no YaRN
+    double low, width;  // of its ramp
+    float magnitude;    // of cos and sin
     int n_dims, offset;
-    float step;        // freq_base^(-2 / n_dims)
-    float freq_scale;
-    float magnitude;   // of cos and sin
-    float ext_factor;  // 0: no YaRN
-    float low, width;  // of its ramp
 };
 
-// Angle of a pair, each pair's from the one before, in f32, as ggml does it.
-__device__ __forceinline__ float angle_of(int pair, int position, const float* factors,
+// Angle of a pair, in half turns, of which whole turns are left out. Two designs: a chain of f32
+// products, each pair's from the one before, as in ggml; its error grows with the position (NMSE of
+// the result 2.7e-6 at 163,840, 9e-5 at 1,000,000), and the sine of a large f32 is slow. A few
+// products in f64: exact at every position, and no chain as long as the pair's number: taken.
+// factors: of the frequencies, or absent
+__device__ __forceinline__ float angle_of(int pair, int position, const Tensor& factors,
                                           const Rope& r) {
-    float theta = (float)position;
-    for (int i = 0; i < pair; i++) theta = __fmul_rn(theta, r.step);
-    if (factors) theta /= factors[pair];
-    float scaled = theta * r.freq_scale;
-    if (r.ext_factor == 0) return scaled;
-    float kept = (1 - fminf(fmaxf((pair - r.low) / r.width, 0.0f), 1.0f)) * r.ext_factor;
-    return scaled * (1 - kept) + theta * kept;
+    double theta = position, step = r.step;
+    for (int i = pair; i; i /= 2, step *= step)
+        if (i % 2) theta *= step;
+    if (factors.data) theta /= *factors.at<float>(pair, 0, 0, 0);
+    double angle = theta * r.freq_scale;
+    if (r.ext_factor != 0) {
+        const double kept = (1 - fmin(fmax((pair - r.low) / r.width, 0.0), 1.0)) * r.ext_factor;
+        angle = angle * (1 - kept) + theta * kept;
+    }
+    const double halves = angle * 0.31830988618379067154;  // 1 / pi
+    return halves - 2 * rint(halves / 2);
 }
 
 // Unit `unit` of the (n + 1) / 2 of a row: a pair turned, or two elements that stay. NEOX: a pair is
 // (i, i + n_dims / 2), else (2 i, 2 i + 1). get(i) reads an element, put(i, x) writes one.
 template <bool NEOX, class Get, class Put>
 __device__ __forceinline__ void turn(const Rope& r, int unit, int n, int position,
-                                     const float* factors, Get get, Put put) {
+                                     const Tensor& factors, Get get, Put put) {
     const int half = r.n_dims / 2;
     if (unit >= half) {
         int e = 2 * (unit - half);
@@ -36,7 +44,7 @@ __device__ __forceinline__ void turn(const Rope& r, int unit, int n, int positio
         return;
     }
     float s, c;
-    sincosf(angle_of(unit, position, factors, r), &s, &c);
+    sincospif(angle_of(unit, position, factors, r), &s, &c);
     s *= r.magnitude, c *= r.magnitude;
     const int first = r.offset + (NEOX ? unit : 2 * unit), second = first + (NEOX ? half : 1);
     const float x = get(first), z = get(second);

@@ -1,0 +1,164 @@
+"""The plain attention kernel on the host, thread by thread, against the oracle.
+
+Hidden keys that hold NaN, keys split with rows of any length, and positions at the ends of int32:
+what a kernel does about these is the same source on a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pyggml as gg
+from pyggml.backends.cuda.compiler import KERNELS
+from pyggml.backends.cuda.launch import Call, Launch, Operand
+from pyggml.backends.cuda.table import ALIGNMENT
+from pyggml.backends.cuda.table import KERNELS as TABLE
+from pyggml.node import Node
+from pyggml.parity import oracle, tolerance
+from pyggml.parity.case import Case, build
+
+HERE = Path(__file__).parent
+
+
+def kernel_source(name: str) -> str:
+    """A kernel file without its includes, in C++ of the host."""
+    text = re.sub(r"#include.*", "", (KERNELS / name).read_text())
+    text = re.sub(r"extern __shared__ __align__\(\d+\) (\w+) memory\[\];", r"", text)
+    return text.replace("#pragma once", "")
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler here")
+    folder = tmp_path_factory.mktemp("attention")
+    parts = [(HERE / name).read_text() for name in ("block.hpp", "host.hpp", "attention_words.hpp")]
+    files = ("attention.cuh", "attention_any.cu", "attention_combine.cu")
+    parts += [kernel_source(name) for name in files]
+    source = folder / "attention.cpp"
+    source.write_text("\n".join([*parts, (HERE / "attention.cpp").read_text()]))
+    options = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC"]
+    (folder / "f16.cpp").write_text(
+        "#include <ucontext.h>\n_Float16 f(_Float16 x) { return x + x; }"
+    )
+    if subprocess.run([compiler, *options, folder / "f16.cpp", "-o", folder / "f16"]).returncode:
+        pytest.skip(f"{compiler} knows no _Float16 or no ucontext")
+    done = subprocess.run(
+        [compiler, *options, source, "-o", folder / "attention"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return ctypes.CDLL(str(folder / "attention"))
+
+
+def on_host(library: Any, node: Node, arrays: list[Any], out: Any) -> None:
+    """What the backend records for the node, at the addresses of NumPy arrays."""
+
+    def operand(n: Node, array: Any) -> Operand:
+        return Operand(array.ctypes.data, n.ne, n.nb, n.dtype)
+
+    row = TABLE[node.op]
+    assert row.scratch is not None
+    need = row.scratch(node)
+    scratch = np.full(need + ALIGNMENT, 0xFF, np.uint8)
+    ptr = scratch.ctypes.data + -scratch.ctypes.data % ALIGNMENT
+    src = [None if n is None else operand(n, a) for n, a in zip(node.src, arrays)]
+    call = Call(node, operand(node, out), src, node.attrs, scratch=(ptr, need))
+    row.record(call)
+    launches = [one for one in call.records if isinstance(one, Launch)]
+    grids = {one.name.partition("<")[0]: one.grid for one in launches}
+    assert launches[-1].name in ("any<64, 32>", "combine<1>", "combine<4>")
+    argument = ctypes.create_string_buffer(launches[0].args)
+    assert library.attention_size() == len(launches[0].args)
+    triples = [
+        (ctypes.c_int * 3)(*grids.get(name, (0, 0, 0))) for name in ("any", "survey", "combine")
+    ]
+    library.attention(argument, *triples)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            f"flash_attn_ext(f32[{d},7,2], {kind}[{d},150,1]~{fill}, {kind}[{d},150,1]~{fill}, "
+            f"{mask}, -, {length}, scale=0.2, prec='f32'{more})"
+            for d, kind in ((40, "f32"), (24, "f16"), (32, "q8_0"), (64, "bf16"), (32, "q4_1"))
+            for fill, mask, length, more in (
+                ("holed", "f16[150,7]~holes", "-", ", lse=True"),
+                ("holed", "f16[150,7]~holes", "-", ", max_bias=8.0, logit_softcap=4.0"),
+                ("ended", "-", "i32[1]#75", ", lse=True"),
+                ("ended", "f16[150,7]~mask", "i32[1]#75", ""),
+            )
+        ),
+        *(
+            f"flash_attn_ext(f32[32,{n},1], {kind}[32,{keys},1], {kind}[{d_v},{keys},1], -, "
+            f"{sinks}, scale=0.2, prec='f32', lse={lse})"
+            for kind in ("f32", "f16")
+            for d_v in (1, 5)
+            for n, keys in ((1, 300), (3, 321))
+            for sinks in ("-", "f32[1]")
+            for lse in (True, False)
+        ),
+        "flash_attn_ext(f32[32,3,1], f32[32,9,1], f32[32,9,1], -, -, i32[1]#-2147483648, "
+        "scale=0.2, prec='f32', kv0=8)",
+    ],
+)
+def test_the_kernel_is_right(text: str, library: Any) -> None:
+    case = Case.parse(text)
+    built = build(case)
+    held = {**built.inputs, **built.states}
+    arrays = [None if n is None else held[f"s{i}"] for i, n in enumerate(built.node.src)]
+    got = np.zeros(built.node.ne[::-1], np.float32)
+    on_host(library, built.node, arrays, got)
+    want = oracle.run(case.op, built.values, **case.attrs)
+    result = tolerance.within(got.astype(np.float64), want, 1e-10)
+    assert result, f"{case}: {result}"
+
+
+def test_positions_at_the_ends(library: Any) -> None:
+    """causal_mask in the place of a mask, as the fused step gives it."""
+    from pyggml.backends.cuda.attention import flash_attn_causal
+
+    rng = np.random.default_rng(0)
+    n_kv, pos = 100, np.array([-(2**31), -1, 0, 50, 99, 100, 2**31 - 1, 2**31 - 40], "i4")
+    q = rng.standard_normal((2, len(pos), 32)).astype("f4")
+    k, v = rng.standard_normal((2, 1, n_kv, 32)).astype("f4")
+    k[:, 60], v[:, 60:63] = np.inf, np.nan
+    for window in (None, 1, 30, 2**31 - 1, 2**31, 2**40):
+        nodes = [gg.input(name, ne=x.shape[::-1]) for name, x in (("q", q), ("k", k), ("v", v))]
+        at = gg.input("pos", "i32", ne=pos.shape)
+        mask = gg.causal_mask(at, n_kv=n_kv, window=window)
+        node = gg.flash_attn_ext(*nodes, mask, scale=0.2, prec="f32")
+        operands = [
+            Operand(x.ctypes.data, n.ne, n.nb, n.dtype)
+            for n, x in zip((*nodes, at), (q, k, v, pos))
+        ]
+        out = np.zeros(node.ne[2::-1], np.float32)
+        result = Operand(out.ctypes.data, node.ne, node.nb, node.dtype)
+        scratch = np.full(1 << 20, 0xFF, np.uint8)
+        call = Call(
+            node, result, (*operands[:3], None, None, None), node.attrs,
+            scratch=(scratch.ctypes.data + -scratch.ctypes.data % 16, (1 << 20) - 16),
+        )  # fmt: skip
+        flash_attn_causal(call, operands[3], window)
+        launches = {one.name.partition("<")[0]: one for one in call.records}
+        grids = [
+            (ctypes.c_int * 3)(*(launches[name].grid if name in launches else (0, 0, 0)))
+            for name in ("any", "survey", "combine")
+        ]
+        library.attention(ctypes.create_string_buffer(launches["any"].args), *grids)
+        hidden = oracle.run(
+            "causal_mask", [pos[None, None, None].astype("i8")], n_kv=n_kv, window=window
+        )
+        want = oracle.run(
+            "flash_attn_ext", [x[None].astype("f8") for x in (q, k, v)] + [hidden], scale=0.2
+        )
+        assert tolerance.within(out.astype("f8"), want[0], 1e-10), window
