@@ -69,10 +69,10 @@ FUNCTORS = {
 #: Those of activations by name, where one gates something.
 GATES = {op.name: functor for op, functor in FUNCTORS.items() if op.name in ACTIVATIONS}
 BINARY_FUNCTORS = {ops.add: "Add", ops.sub: "Sub", ops.mul: "Mul", ops.div: "Div"}
-for _op, _functor in FUNCTORS.items():
-    kernel(_op, inplace=(0,))(_unary(_functor))
-for _op, _functor in BINARY_FUNCTORS.items():
-    kernel(_op, inplace=(0,))(_binary(_functor))
+for _one, _functor in FUNCTORS.items():
+    kernel(_one, inplace=(0,))(_unary(_functor))
+for _pair, _functor in BINARY_FUNCTORS.items():
+    kernel(_pair, inplace=(0,))(_binary(_functor))
 
 
 @kernel(ops.scale, inplace=(0,))

@@ -100,7 +100,7 @@ def _kernel_call(
     return lambda: _want_filled(out, row.run(*arrays, scratch=Scratch(memory), **attrs))
 
 
-def _want_filled(out: Array | None, returned: object) -> None:
+def _want_filled(out: Array | None, returned: Any) -> None:
     """An error where a kernel returned its result: `out` then holds whatever was there before."""
     if returned is not None and returned is not out:
         raise PyggmlError(

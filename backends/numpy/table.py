@@ -73,7 +73,7 @@ class Kernel:
     refuses  a further reason not to run a node, or None
     """
 
-    run: Callable[..., None]
+    run: Callable[..., Any]
     types: frozenset[str] | None
     inplace: tuple[int, ...]
     scratch: Callable[[Node], int] | None

@@ -218,12 +218,30 @@ def moved_position(m: _Maker) -> Pattern:
     return m.done(y=_attention(m, "one", mask, q))
 
 
+def hidden_rows(m: _Maker) -> Pattern:
+    """A cache whose rows behind the last position were never written: NaN, infinity, anything."""
+    pos = m.positions()
+    outputs = {}
+    for name, d_k, d_v, heads in (("few", 64, 64, 4), ("latent", 576, 512, 4), ("odd", 40, 24, 2)):
+        k = m.floats(f"{name}.k", d_k, 32, 1, type="f16")
+        rows = np.array(m.inputs[f"{name}.k"])
+        rows[:, T + 3 :], rows[:, T + 5 :: 2] = np.nan, np.inf
+        m.inputs[f"{name}.k"] = rows
+        v = view(k, ne=(d_v, 32, 1))
+        q = m.floats(f"{name}.q", d_k, T, heads)
+        for window in (None, 4):
+            mask = causal_mask(pos, n_kv=32, window=window)
+            outputs[f"{name}{window or ''}"] = flash_attn_ext(q, k, v, mask, scale=0.1)
+    return m.done(**outputs)
+
+
 PATTERNS: dict[str, Callable[[_Maker], Pattern]] = {
     **{
         made.__name__: made
         for made in (
             norm_and_products, shared_activations, experts, grouped_experts, divided_weights,
             probabilities_kept, shared_mask, mask_kept, moved_position, gated,
+            hidden_rows,
             squares, odd_routing, flat_weights,
         )
     },

@@ -9,6 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 #: NMSE by numeric class, for every op without a row of its own in `OPS`.
+#:
+#: These are bounds for results of many numbers. A rounded operand costs a part of the sum of the
+#: products' magnitudes, not of the result: where products cancel, a single value may be off by any
+#: factor (16-bit activations: by 38 % if the result is 1e-5 of the magnitudes). So a case should
+#: have more than a handful of results, or be compared with the magnitudes.
 CLASSES: dict[str, float] = {
     # f32 operands and sums: real ggml stays below 5e-13 in long sums, 1e-10 leaves the order free.
     "f32": 1e-10,

@@ -53,9 +53,9 @@ def numbers(rng: np.random.Generator, shape: tuple[int, ...], fill: str) -> Arra
         hidden[..., 5::6, _HOLES] = False
         return np.where(hidden, -np.inf, np.where(rng.random(shape) < 0.5, 0, values))
     if fill in ("~holed", "~ended"):
-        rows = values[..., _HOLES if fill == "~holed" else slice(shape[-2] // 2, None), :]
+        spoilt = values[..., _HOLES if fill == "~holed" else slice(shape[-2] // 2, None), :]
         for start, special in enumerate((np.nan, np.inf, -np.inf)):
-            rows[..., start::3, start::2] = special
+            spoilt[..., start::3, start::2] = special
         return values
     if fill == "~causal":
         rows, keys = shape[-2:]
@@ -73,8 +73,8 @@ def numbers(rng: np.random.Generator, shape: tuple[int, ...], fill: str) -> Arra
     if fill == "~ties":
         return np.rint(2 * values)
     if fill == "~wild":
-        special = rng.choice([np.inf, -np.inf, np.nan, -np.nan, 1e-40, 0.0], shape)
-        return np.where(rng.random(shape) < 0.2, special, values)
+        odd = rng.choice([np.inf, -np.inf, np.nan, -np.nan, 1e-40, 0.0], shape)
+        return np.where(rng.random(shape) < 0.2, odd, values)
     return values
 
 

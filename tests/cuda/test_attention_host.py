@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import pyggml as gg
-from pyggml.backends.cuda.compiler import KERNELS
+from pyggml.backends.cuda.device.compiler import KERNELS
 from pyggml.backends.cuda.launch import Call, Launch, Operand
 from pyggml.backends.cuda.table import ALIGNMENT
 from pyggml.backends.cuda.table import KERNELS as TABLE
@@ -28,9 +28,13 @@ from pyggml.parity.case import Case, build
 HERE = Path(__file__).parent
 
 
+def _path(name: str) -> Path:
+    return KERNELS / "include" / name if name.endswith(".cuh") else KERNELS / name
+
+
 def kernel_source(name: str) -> str:
     """A kernel file without its includes, in C++ of the host."""
-    text = re.sub(r"#include.*", "", (KERNELS / name).read_text())
+    text = re.sub(r"#include.*", "", _path(name).read_text())
     text = re.sub(r"extern __shared__ __align__\(\d+\) (\w+) memory\[\];", r"", text)
     return text.replace("#pragma once", "")
 
@@ -125,7 +129,7 @@ def test_the_kernel_is_right(text: str, library: Any) -> None:
 
 def test_positions_at_the_ends(library: Any) -> None:
     """causal_mask in the place of a mask, as the fused step gives it."""
-    from pyggml.backends.cuda.attention import flash_attn_causal
+    from pyggml.backends.cuda.attention.flash import flash_attn_causal
 
     rng = np.random.default_rng(0)
     n_kv, pos = 100, np.array([-(2**31), -1, 0, 50, 99, 100, 2**31 - 1, 2**31 - 40], "i4")

@@ -23,6 +23,7 @@ FUSED = {
     "divided_weights": ["soft_max_ext add top_k get_rows sum_rows clamp div"],
     "probabilities_kept": [],
     "shared_mask": ["causal_mask flash_attn_ext"] * 2,
+    "hidden_rows": ["causal_mask flash_attn_ext"] * 6,
     "mask_kept": [],
     "moved_position": [],
     "squares": [],
@@ -52,6 +53,12 @@ def test_patterns_are_the_same_on_every_backend_here(name: str) -> None:
     got = gg.compile(made.outputs, backends=["null:0"]).run(made.inputs)
     for key, values in want.items():
         np.testing.assert_array_equal(got[key], values)
+
+
+def test_rows_that_a_causal_mask_hides_never_show() -> None:
+    made = pattern("hidden_rows")
+    for values in gg.compile(made.outputs).run(made.inputs).values():
+        assert np.isfinite(values).all()
 
 
 def test_activations_are_prepared_once() -> None:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 import pyggml as gg
+from pyggml import quants
 from pyggml.backends.cuda.launch import Call, Gemm, Launch, Operand
 from pyggml.backends.cuda.linear import blocks, experts
 from pyggml.backends.cuda.table import KERNELS
 from pyggml.backends.cuda.weights.formats import FORMATS
+from pyggml.dtypes import TYPES
+from pyggml.parity import tolerance
 
 BASE = 1 << 40
 
@@ -174,3 +179,27 @@ def test_two_products_by_cublas_share_the_scratch_they_declared(kind: str, prec:
     up, gate = mat(kind, 2048, 1408), mat(kind, 2048, 1408, name="gate")
     b = mat("f32", 2048, 20000, name="b")
     assert "gemm" in kernels(recorded(gg.fused_up_gate(up, gate, b, prec=prec)))
+
+
+def fixed(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Activations as `quantize` brings them into 16 bits, by groups of 32."""
+    groups = x.reshape(*x.shape[:-1], -1, 32)
+    step = np.abs(groups).max(axis=-1, keepdims=True) / (127 * 257)
+    return np.asarray((np.rint(groups / step) * step).reshape(x.shape))
+
+
+def test_what_fixed_point_loses_is_a_part_of_the_operands() -> None:
+    """16 bits lose 2^-15 of the sum of magnitudes at most, but any part of a result that cancels:
+    one of 64 products that is 1e-5 of their magnitudes may be 38 % off. tolerance.CLASSES says so.
+    """
+    rng = np.random.default_rng(0)
+    blocks = quants.encode_rows(TYPES["q4_0"], rng.standard_normal((1, 64)).astype("f4"))
+    w = quants.decode_rows(TYPES["q4_0"], blocks)[0].astype(np.float64)
+    x = rng.standard_normal((20000, 64))
+    exact, got = x @ w, fixed(x) @ w
+    assert (np.abs(got - exact) / (np.abs(x) @ np.abs(w))).max() < 2**-15
+    assert tolerance.nmse(got, exact) < tolerance.CLASSES["f16"] / 100
+    x -= np.outer(exact / (w @ w), w) * (1 - 1e-5)  # now every product cancels
+    exact, got = x @ w, fixed(x) @ w
+    assert (np.abs(got - exact) / (np.abs(x) @ np.abs(w))).max() < 2**-15
+    assert (np.abs(got - exact) / np.abs(exact)).max() > 0.38

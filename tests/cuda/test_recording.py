@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import numpy as np
 import pyggml as gg
 from pyggml import backends, passes
 from pyggml.backends.base import Address, Step
+from pyggml.backends.cuda.device.compiler import KERNELS
 from pyggml.backends.cuda.launch import Launch, Record
 from pyggml.backends.cuda.runner import record_step
 from pyggml.backends.cuda.weights.formats import FORMATS
@@ -19,6 +21,7 @@ from pyggml.parity.case import build
 from pyggml.parity.cases import BLOCKS, cases
 from pyggml.passes.work import Work
 from pyggml.runtime.execution import addresses
+from tools.compile_kernels import instances
 
 
 class Memory:
@@ -109,3 +112,41 @@ def test_what_a_fused_step_covers_takes_no_memory() -> None:
     assert gg.compile({"y": y}, backends=["cuda"]).memory.compute == y.spec.nbytes
     seen = gg.compile({"y": y}, backends=["cuda"], observe=["normed"])
     assert len(seen.steps) == 2 and seen.memory.compute == 2 * y.spec.nbytes
+
+
+#: Words that any template may be given: element types, and block types by their names.
+_PLAIN = set(
+    [
+        "unsigned",
+        "short",
+        "long",
+        "int",
+        "char",
+        "float",
+        "__half",
+        "__nv_bfloat16",
+        "true",
+        "false",
+        "void",
+    ]
+)
+_PLAIN |= set(FORMATS)
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"[A-Za-z_]\w*", text))
+
+
+def test_every_instance_has_its_template() -> None:
+    """A name that no `// @kernel` line of its file knows would fail on a GPU alone."""
+    known: dict[tuple[str, str], set[str]] = {}
+    for one in instances(sorted(KERNELS.glob("*.cu"))):
+        template = one.name.partition("<")[0]
+        known.setdefault((one.file, template), set()).update(_words(one.name))
+    for case in cases():
+        for one in recorded(build(case, values=False).node):
+            if isinstance(one, Launch):
+                template = one.file, one.name.partition("<")[0]
+                assert template in known, f"{case}: {one.file} has no kernel {one.name}"
+                unknown = _words(one.name) - known[template] - _PLAIN
+                assert not unknown, f"{case}: {one.name}: {unknown} stand in no @kernel line"

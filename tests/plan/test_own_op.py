@@ -7,7 +7,8 @@ import pytest
 
 import pyggml as gg
 from examples.own_op import cumsum, main, swish_mean
-from pyggml.errors import DTypeError, UnsupportedOpError
+from pyggml.backends.numpy.table import kernel
+from pyggml.errors import DTypeError, PyggmlError, UnsupportedOpError
 from pyggml.node import Node, Spec, cost_of
 
 
@@ -67,3 +68,20 @@ def test_a_meaning_of_another_size_is_refused() -> None:
 
     with pytest.raises(gg.GraphError, match=r"meaning of crooked gives f32 \[1\]"):
         gg.compile({"y": crooked(gg.input("x", ne=(4,)))})
+
+
+def test_a_kernel_that_returns_its_result_is_refused() -> None:
+    @gg.op
+    def doubled(a: Node) -> Spec:
+        return a.spec
+
+    plan_of = lambda: gg.compile({"y": doubled(gg.input("x", "f32", ne=(3,)))}, backends=["numpy"])  # noqa: E731
+    x = np.ones(3, np.float32)
+    kernel(doubled)(lambda out, a: 2 * a)
+    with pytest.raises(
+        PyggmlError,
+        match=r"doubled\(x\): the kernel returned a ndarray.*`out`.*test_own_op.py:\d+$",
+    ):
+        plan_of().run(x=x)
+    kernel(doubled)(lambda out, a: np.multiply(a, 2, out=out))  # `out` itself may be returned
+    np.testing.assert_array_equal(plan_of().run(x=x)["y"], 2 * x)
