@@ -44,7 +44,7 @@ def _rope_scratch(node: Node) -> int:
     tokens, n_dims = _tokens(n, heads, n_tokens), node.attrs["n_dims"]
     narrow = node.dtype is not F32
     angles, halves = tokens * n_dims, tokens * heads * n_dims
-    size = floats(2 * angles, angles, halves, narrow * tokens * heads * n)
+    size = floats(n_dims, 2 * angles, angles, halves, narrow * tokens * heads * n)
     return size + codec_bytes(node.src[0])
 
 
@@ -71,6 +71,7 @@ def rope_ext(
     n3, n_tokens, heads, n = a.shape
     kind, pairs = raw_of(a)[0], n_dims // 2
     tokens = _tokens(n, heads, n_tokens)
+    frequencies = scratch.array(pairs, np.float64)
     angle, spare = scratch.array((2, tokens * pairs), np.float64)
     turns = scratch.array(tokens * pairs, np.complex64)
     halves = scratch.array(tokens * heads * n_dims)
@@ -78,7 +79,8 @@ def rope_ext(
     if kind is not F32:
         whole, work = scratch.array(tokens * heads * n), work_of(scratch, a)
     factors = None if freq_factors is None else freq_factors[0, 0, 0, :pairs]
-    frequencies = freq_base ** (np.arange(pairs) * (-2 / n_dims))
+    for s in split(pairs, 2048):
+        frequencies[s] = freq_base ** (np.arange(s.start, s.stop) * (-2 / n_dims))
     keep = None
     if ext_factor:
         keep = ext_factor * _ramp(pairs, n_dims, freq_base, n_ctx_orig, beta_fast, beta_slow)
