@@ -144,6 +144,8 @@ def test_every_instance_has_its_template() -> None:
         template = one.name.partition("<")[0]
         known.setdefault((one.file, template), set()).update(_words(one.name))
     for case in cases():
+        if any(s is not None and s.type in UNREAD for s in case.sources):
+            continue
         for one in recorded(build(case, values=False).node):
             if isinstance(one, Launch):
                 template = one.file, one.name.partition("<")[0]
