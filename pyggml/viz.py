@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pyggml.graph import Graph
 from pyggml.loop import loop_of
 from pyggml.node import Node, label_of
+from pyggml.ops.views import root_of
 from pyggml.runtime.listing import folds, rows_of
 from pyggml.runtime.plan import Plan
 from pyggml.runtime.reports import mib
@@ -16,16 +17,19 @@ _LEAF_COLOURS = {"constant": "#dbe9f6", "input": "#fdebd0", "state": "#d5f5e3"}
 _COPY_COLOUR = "#f9e79f"
 
 
-def dot(what: Graph | Plan, name: str = "graph") -> str:
-    """DOT text. Views are ellipses, loops are folders; sizes in ne order.
+def dot(what: Graph | Plan, name: str = "pyggml") -> str:
+    """A graph or a plan as DOT text: `dot -Tsvg plan.dot -o plan.svg` draws it.
 
-    Of a plan each split is a box with its place, copies between devices are yellow, and what
-    repeats (the layers of a model) is drawn once, with how many times it stands there.
+    name   the name of the drawing, any text
+
+    Ellipses are views, folders are loops, and sizes are in ne order. In a plan each split is a box
+    that holds its steps and the weights, states and views they use; copies between devices are
+    yellow. Layers that repeat are drawn once, with the number of repeats.
     """
     drawing = _Drawing(what.graph) if isinstance(what, Plan) else _Drawing(what)
     if isinstance(what, Plan):
         drawing.fold(what)
-    return "\n".join([f"digraph {name} {{", *drawing.lines(what), "}"])
+    return "\n".join([f'digraph "{_quoted(name)}" {{', *drawing.lines(what), "}"])
 
 
 class _Drawing:
@@ -61,13 +65,16 @@ class _Drawing:
     def lines(self, what: Graph | Plan) -> list[str]:
         shown = self._shown()
         index = {node: f"n{i}" for i, node in enumerate(shown)}
-        lines = ['  node [fontname="monospace", fontsize=10, style=filled];']
+        lines = [
+            '  graph [fontname="monospace", fontsize=11];',
+            '  node [fontname="monospace", fontsize=10, style=filled];',
+        ]
         boxes = _boxes(what)
         inside: dict[tuple[int, str], list[Node]] = {}
         for node in shown:
             if node in boxes:
                 inside.setdefault(boxes[node], []).append(node)
-        for (number, title), nodes in inside.items():
+        for (number, title), nodes in sorted(inside.items(), key=lambda box: box[0]):
             lines.append(f'  subgraph cluster_{number} {{ label="{_quoted(title)}";')
             lines += [f"    {index[n]} [{self._style(n)}];" for n in nodes]
             lines.append("  }")
@@ -104,16 +111,52 @@ class _Drawing:
 
 
 def _boxes(what: Graph | Plan) -> dict[Node, tuple[int, str]]:
-    """Node -> the number and title of its split."""
+    """Node -> the number and title of the split it is drawn in."""
     if isinstance(what, Graph):
         return {}
-    return {
-        node: (i, f"split {i} on {split.backend.place}")
-        for i, split in enumerate(what.splits)
+    titles = [f"split {i} on {split.backend.place}" for i, split in enumerate(what.splits)]
+    return {node: (i, titles[i]) for node, i in _splits(what).items()}
+
+
+def _splits(plan: Plan) -> dict[Node, int]:
+    """Node -> its split. A view is drawn where its memory is written; what the store holds
+    (weights, states, inputs) beside its first reader on its own device.
+    """
+    splits = {
+        node: i
+        for i, split in enumerate(plan.splits)
         for step in (*split.copies, *split.steps)
         for node in step.nodes
     }
+    devices = [split.backend.device for split in plan.splits]
+    readers = _readers(plan.graph, splits)
+    for node in plan.graph.nodes:  # sources come before their views
+        if node in splits:
+            continue
+        source = node.src[0] if node.op.view is not None else None
+        if source is not None and not is_resident(root_of(node)):
+            splits[node] = splits[source]
+            continue
+        home = plan._work.home(node).device
+        here = [i for i, device in enumerate(devices) if device == home]
+        near = [i for i in here if i in readers[node]]
+        if here:  # else no split runs on its device: it stands alone
+            splits[node] = min(near or here)
+    return splits
+
+
+def _readers(graph: Graph, splits: Mapping[Node, int]) -> dict[Node, set[int]]:
+    """Node -> the splits whose steps read it, directly or through views."""
+    readers: dict[Node, set[int]] = {node: set() for node in graph.nodes}
+    for node in reversed(graph.nodes):  # readers come before what they read
+        used_by = {splits[node]} if node in splits else readers[node]
+        for source in node.src:
+            if source is not None:
+                readers[source] |= used_by
+    return readers
 
 
 def _quoted(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"')
+    """Text as it may stand between the quotes of a DOT string."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return shown.replace("\\", "\\\\").replace('"', '\\"')

@@ -5,6 +5,7 @@ pyggml graph -m FILE --backend null,numpy -ot 'attn=numpy'
 pyggml graph -m FILE --backend cuda:0:24GiB,numpy -ot exps=numpy    for a GPU, here or not
 pyggml graph -m FILE --backend null:0:24GiB -amb 256 on a device of that size, under a budget
 pyggml graph -m FILE --dot plan.dot                  the same as a picture for `dot -Tsvg`
+pyggml graph -m FILE --dot - | dot -Tsvg -o plan.svg
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("-ot", metavar="REGEX=PLACE", action="append", default=[],
         help="pin what has a matching label; commas between several")  # fmt: skip
     add("-amb", metavar="MIB", type=float, help="attention memory budget")
-    add("--dot", metavar="FILE", type=Path, help="write a picture instead")
+    add("--dot", metavar="FILE", help="write a picture for `dot -Tsvg` instead; - for stdout")
     add_options(parser.add_argument_group("the graph"))
 
 
@@ -40,8 +41,10 @@ def run(args: argparse.Namespace) -> int:
         )
         if args.dot is None:
             print(f"{plan}\n\n{plan.memory}")
+        elif args.dot == "-":
+            print(dot(plan))
         else:
-            args.dot.write_text(dot(plan))
+            Path(args.dot).write_text(dot(plan) + "\n", encoding="utf-8")
             print(f"wrote {args.dot}")
     return 0
 

@@ -9,6 +9,7 @@ import pytest
 
 from pyggml import gguf
 from pyggml.cli import main
+from tests import dot_syntax
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +42,22 @@ def test_every_end_of_an_edge_is_drawn_once(tiny: str, words: list[str], tmp_pat
     out = tmp_path / "plan.dot"
     assert main(["graph", "-m", tiny, "--dot", str(out), *words]) == 0
     text = out.read_text()
-    drawn = re.findall(r"^ *(\w+) \[label", text, re.MULTILINE)
-    edges = re.findall(r"^ *(\w+) -> (\w+)", text, re.MULTILINE)
-    assert len(drawn) == len(set(drawn)) and {n for edge in edges for n in edge} == set(drawn)
+    drawing = dot_syntax.read(text)
+    assert {end for edge in drawing.edges for end in edge} == set(drawing.nodes)
+    assert all(name.startswith("out") for name in drawing.loose)
     assert "split 0 on" in text
     if "-ot" not in words:  # layers are alike
         assert re.search(r"\(\d times\)", text)
+
+
+def test_a_drawing_goes_to_stdout(
+    tiny: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["graph", "-m", tiny, "--dot", "-"]) == 0
+    out, err = capsys.readouterr()
+    assert dot_syntax.read(out).boxes and not err and not list(tmp_path.iterdir())
+    dot_syntax.drawn_by_dot(out)
 
 
 def test_a_comma_inside_a_pattern_is_part_of_it(
