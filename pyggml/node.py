@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, Generic, ParamSpec, TypeAlias, overload
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
+from pyggml.attributes import Attribute, identity, signature_of
 from pyggml.dtypes import DType
 from pyggml.errors import DTypeError, PyggmlError, ShapeError, UnknownNameError
 from pyggml.renamed import KEYWORDS
@@ -131,7 +131,7 @@ def rewriting(nodes: Iterable[Node]) -> Iterator[None]:
 
 
 def _key(op: Op[Any], src: tuple[Node | None, ...], attrs: Attrs, spec: Spec) -> tuple[object, ...]:
-    return (op, src, *attrs.values(), spec)
+    return (op, src, *map(identity, attrs.values()), spec)
 
 
 def label(node: Node, text: str) -> Node:
@@ -203,13 +203,6 @@ ViewRule: TypeAlias = Callable[[Node, Ne], "tuple[int, Ne] | None"]
 CostRule: TypeAlias = Callable[[Node], Cost]
 PartsRule: TypeAlias = Callable[[Node], tuple[Ne, ...]]
 
-_KINDS: dict[str, tuple[type, ...]] = {
-    "int": (int,),
-    "float": (float, int),
-    "str": (str,),
-    "bool": (bool,),
-}
-
 
 class Op(Generic[P]):
     """An operation: a shape rule made callable. Calling it builds (or finds) a node.
@@ -247,9 +240,14 @@ class Op(Generic[P]):
         self.__doc__ = rule.__doc__
         self.__module__ = rule.__module__
         self.__wrapped__ = rule
-        parameters = inspect.signature(rule).parameters.values()
-        self._tensors = {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
-        self._attrs = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+        signature = signature_of(rule)
+        self.__signature__ = signature.replace(return_annotation=Node)  # for help and editors
+        tensors, attrs = (
+            [p for p in signature.parameters.values() if p.kind is kind]
+            for kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        )
+        self._tensors = {p.name: p.default for p in tensors}
+        self._attrs = {p.name: Attribute.of(p) for p in attrs}
         self.operands = {tensor: index for index, tensor in enumerate(self._tensors)}
         self.rule = rule
         self.view = view
@@ -266,6 +264,10 @@ class Op(Generic[P]):
 
     def __repr__(self) -> str:
         return f"<op {self.name}>"
+
+    def __get__(self, instance: object, owner: type | None = None) -> Op[P]:
+        """Itself. pydoc shows an object that has this as a function: `help(op)` needs it."""
+        return self
 
     def index(self, operand: str) -> int:
         """Where in `src` the operand of that name stands."""
@@ -308,10 +310,10 @@ class Op(Generic[P]):
             made = self.rule(*src, **attrs)  # type: ignore[arg-type]
         except PyggmlError as error:
             raise self._located(error, src) from None
-        if isinstance(made, tuple):
-            made, canonical = made
-            attrs.update(canonical)
-        return self.make(src, attrs, made)
+        spec, canonical = made if isinstance(made, tuple) and len(made) == 2 else (made, {})
+        if not isinstance(spec, Spec) or not isinstance(canonical, Mapping):
+            raise self._located(DTypeError(self._wrong_rule(made)), src)
+        return self.make(src, {**attrs, **canonical}, spec)
 
     def again(self, node: Node, **changed: Any) -> Node:
         """`node`, one of this op's, with some attributes changed."""
@@ -357,29 +359,38 @@ class Op(Generic[P]):
                 f"got {len(args)} positional arguments. Attributes are given by keyword"
             )
         for old in KEYWORDS.keys() & kwargs.keys():
-            if KEYWORDS[old] in self._attrs:
+            if KEYWORDS[old] in self._attrs and old not in self._attrs:
                 raise DTypeError(f"{self.name}: {old}= is now {KEYWORDS[old]}=")
+        tensors = list(self._tensors)
+        for key in kwargs:
+            if key in tensors[: len(args)]:
+                raise DTypeError(f"{self.name}: the tensor {key} is given twice")
+            if key not in self._tensors and key not in self._attrs:
+                near = _near(key, [*tensors, *self._attrs])
+                raise DTypeError(
+                    f"{self.name} has no argument {key!r}{near} "
+                    f"(tensors: {', '.join(tensors)}; attributes: {', '.join(self._attrs)})"
+                )
         src: list[Node | None] = []
         for index, (key, default) in enumerate(self._tensors.items()):
-            value = args[index] if index < len(args) else kwargs.pop(key, default)
+            value = args[index] if index < len(args) else kwargs.get(key, default)
             if not isinstance(value, Node) and not (value is None and default is None):
                 raise DTypeError(_not_a_tensor(self.name, key, value))
             src.append(value)
         attrs: dict[str, Any] = {}
-        for key, parameter in self._attrs.items():
-            value = kwargs.pop(key, parameter.default)
-            if value is parameter.empty:
+        for key, attribute in self._attrs.items():
+            if key not in kwargs and attribute.required:
                 raise DTypeError(f"{self.name}: the attribute {key}= is required")
-            attrs[key] = _attribute(self.name, key, value, str(parameter.annotation))
-        if kwargs:
-            wrong = next(iter(kwargs))
-            near = difflib.get_close_matches(wrong, [*self._tensors, *self._attrs], 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise DTypeError(
-                f"{self.name} has no argument {wrong!r}{hint} "
-                f"(tensors: {', '.join(self._tensors)}; attributes: {', '.join(self._attrs)})"
-            )
+            attrs[key] = attribute.value(self.name, kwargs.get(key, attribute.default))
         return tuple(src), attrs
+
+    def _wrong_rule(self, made: object) -> str:
+        """What is wrong where the rule returned no Spec."""
+        hint = ""
+        if isinstance(made, Node):
+            hint = f": return node.spec; how to compute it goes into @{self.name}.means"
+        kind = type(made).__name__
+        return f"its rule must return a Spec (or a Spec and attributes), not {kind}{hint}"
 
     def _located(self, error: PyggmlError, src: tuple[Node | None, ...]) -> PyggmlError:
         """The rule's complaint with what the user needs to find the place."""
@@ -426,6 +437,10 @@ def op(rule: Any = None, /, **options: Any) -> Any:
 def located(build: Callable[P, Node]) -> Callable[P, Node]:
     """Decorator for builders that are no op: their errors name the user's line too."""
 
+    signature = inspect.signature(build)
+    plain = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    form = inspect.Signature(plain)
+
     @functools.wraps(build)
     def call(*args: P.args, **kwargs: P.kwargs) -> Node:
         try:
@@ -434,6 +449,15 @@ def located(build: Callable[P, Node]) -> Callable[P, Node]:
             return build(*args, **kwargs)
         except PyggmlError as error:
             raise _at_line(error, str(error)) from None
+        except TypeError:
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError as error:
+                wrong = next((key for key in kwargs if key not in signature.parameters), "")
+                hint = _near(wrong, list(signature.parameters))
+                text = f"{build.__name__}: {error}{hint}; call it as {build.__name__}{form}"
+                raise _at_line(DTypeError(text), text) from None
+            raise
 
     return call
 
@@ -445,35 +469,17 @@ def _at_line(error: PyggmlError, text: str) -> PyggmlError:
     return error
 
 
+def _near(wrong: str, known: list[str]) -> str:
+    """`; did you mean X?`, or nothing where no known name is like it."""
+    near = difflib.get_close_matches(wrong, known, 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 def _not_a_tensor(op_name: str, key: str, value: object) -> str:
     if value is inspect.Parameter.empty:
         return f"{op_name}: the tensor {key} is missing"
     hint = "; wrap arrays with constant(...), or feed them through input(...)"
     return f"{op_name}: {key} must be a node, not {type(value).__name__}{hint}"
-
-
-def _attribute(op_name: str, key: str, value: Any, annotation: str) -> Any:
-    """An attribute as a plain hashable Python value of the annotated kind."""
-    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
-        value = value.item()
-    if isinstance(value, DType):
-        value = value.name
-    if annotation == "Ne" or annotation.startswith("tuple"):
-        return integers(f"{op_name}: {key}=", value)
-    kinds = _KINDS.get(annotation.removesuffix(" | None"))
-    if kinds is not None and not (value is None and annotation.endswith("None")):
-        if not isinstance(value, kinds) or (isinstance(value, bool) and kinds != (bool,)):
-            raise DTypeError(
-                f"{op_name}: {key}= takes {annotation}, not {value!r} ({type(value).__name__})"
-            )
-        if kinds[0] is float:
-            try:
-                value = float(value) + 0.0  # type: ignore[arg-type]  # no -0.0: it would be found as an equal of 0.0
-            except OverflowError:
-                raise ShapeError(f"{op_name}: {key}= is too large for a float") from None
-            if math.isnan(value):
-                raise ShapeError(f"{op_name}: {key}= is NaN")
-    return value
 
 
 def slice_of(node: Node, axis: Axis, n: int) -> Slice | None:

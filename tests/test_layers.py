@@ -12,7 +12,7 @@ import pytest
 TOP = Path(__file__).parent.parent
 LAYERS = (  # later ones may import earlier ones and their own
     "pyggml.errors pyggml.renamed",
-    "pyggml.dtypes pyggml.quants pyggml.spec pyggml.traits",
+    "pyggml.dtypes pyggml.quants pyggml.spec pyggml.traits pyggml.attributes",
     "pyggml.node",
     "pyggml.graph pyggml.loop pyggml.transfer",
     "pyggml.ops",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pyggml.backends.base import wrong_type
+from pyggml.backends.base import no_kernel, wrong_type
 from pyggml.backends.cuda.weights.formats import FORMATS
 from pyggml.node import Node, Op
 
@@ -77,7 +77,7 @@ def refusal(node: Node) -> str | None:
     """None where a kernel here runs `node`, else the reason why not, as a phrase."""
     found = KERNELS.get(node.op)
     if found is None:
-        return f"no kernel for {node.op.name}"
+        return no_kernel(node.op, KERNELS)
     return wrong_type(node, found.types) or _unread_blocks(node) or found.refuses(node)
 
 

@@ -20,6 +20,7 @@ from pyggml.backends.base import (
     Given,
     Step,
     WeightLayout,
+    no_kernel,
     wrong_type,
 )
 from pyggml.backends.numpy.runner import NumpyRunner, array_at
@@ -45,7 +46,7 @@ class NumpyBackend:
     def supports(self, node: Node) -> str | None:
         found = KERNELS.get(node.op)
         if found is None:
-            return f"no kernel for {node.op.name}"
+            return no_kernel(node.op, KERNELS)
         return wrong_type(node, found.types) or found.refuses(node)
 
     def numeric(self, node: Node) -> str:

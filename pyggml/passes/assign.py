@@ -211,6 +211,11 @@ def _in_parts(node: Node, settle: Callable[[Node, Node], Node]) -> Node:
     """The meaning of `node`, every op in it put through `settle(op, as it was before)`."""
     assert node.op.meaning is not None
     meant = node.op.meaning(*node.src, **node.attrs)
+    if not isinstance(meant, Node):
+        raise GraphError(
+            f"{node!r} (at {line_of(node)}): the meaning of {node.op.name} must return a node, "
+            f"not {type(meant).__name__}"
+        )
     if meant.spec != node.spec:
         raise GraphError(
             f"{node!r} (at {line_of(node)}): the meaning of {node.op.name} gives {meant.spec}, "

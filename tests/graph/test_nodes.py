@@ -34,7 +34,7 @@ def test_equal_nodes_are_one_object() -> None:
     assert gg.soft_max(x) is gg.soft_max_ext(x, n_head=1)
     assert gg.mul_mat(x, x) is gg.mul_mat(x, x, dtype="F32", prec="default")
     assert gg.view(x, ne=(8, 4)) is gg.view(x, ne=[8, 4], start=(0,), step=(1, 1))
-    assert gg.fill(x, value=-0.0) is gg.fill(x, value=0.0)
+    assert gg.fill(x, value=-0.0) is gg.fill(x, value=-0.0) is not gg.fill(x, value=0.0)
     assert gg.fill(x, value=1) is not gg.fill(x, value=2)
 
 

@@ -85,3 +85,28 @@ def test_a_kernel_that_returns_its_result_is_refused() -> None:
         plan_of().run(x=x)
     kernel(doubled)(lambda out, a: np.multiply(a, 2, out=out))  # `out` itself may be returned
     np.testing.assert_array_equal(plan_of().run(x=x)["y"], 2 * x)
+
+
+def test_a_meaning_that_returns_no_node_is_refused() -> None:
+    @gg.op
+    def crooked(a: gg.Node) -> Spec:
+        return a.spec
+
+    @crooked.means
+    def _(a: gg.Node) -> gg.Node:
+        gg.relu(a)
+        return None  # type: ignore[return-value]
+
+    with pytest.raises(gg.GraphError, match=r"meaning of crooked must return a node, not NoneType"):
+        gg.compile({"y": crooked(gg.input("x", ne=(4,)))})
+
+
+@pytest.mark.parametrize("place", ["numpy", "null", "cuda:0:1GiB"])
+def test_an_op_named_like_one_of_the_library(place: str) -> None:
+    @gg.op
+    def silu(a: Node) -> Spec:
+        return a.spec
+
+    why = rf"no kernel for silu of {__name__}; .* another op, silu of pyggml\.ops\.elementwise"
+    with pytest.raises(UnsupportedOpError, match=why):
+        gg.compile({"y": silu(gg.input("x", "f32", ne=(5,)))}, backends=[place])

@@ -1,0 +1,165 @@
+"""Attributes of ops: what each one takes, read from the annotations of the op's rule."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pyggml.dtypes import DType
+from pyggml.errors import DTypeError, ShapeError
+from pyggml.spec import integers
+
+#: Types whose values are kept as they are.
+_PLAIN = frozenset({bool, int, float, str})
+
+
+@dataclass(frozen=True, slots=True)
+class Attribute:
+    """An attribute of an op.
+
+    kinds     types of value that it takes; empty where the annotation allows anything hashable
+    choices   its values, if it takes only these
+    optional  whether None is allowed
+    default   inspect.Parameter.empty where the attribute is required
+    """
+
+    name: str
+    kinds: frozenset[type]
+    choices: tuple[Any, ...]
+    optional: bool
+    default: Any
+
+    @classmethod
+    def of(cls, parameter: inspect.Parameter) -> Attribute:
+        """The attribute that a keyword-only parameter of a rule declares."""
+        kinds, choices = _kinds(parameter.annotation)
+        optional = NoneType in kinds or parameter.default is None
+        kinds -= {NoneType}
+        return cls(parameter.name, kinds, choices, optional, parameter.default)
+
+    @property
+    def required(self) -> bool:
+        return self.default is inspect.Parameter.empty
+
+    @property
+    def takes(self) -> str:
+        """What it takes, in words: `float`, `int | None`, `one of 'asc', 'desc'`."""
+        if self.choices:
+            words = f"one of {', '.join(map(repr, self.choices))}"
+        else:
+            words = " | ".join(sorted(kind.__name__ for kind in self.kinds)) or "a hashable value"
+        return f"{words} | None" if self.optional else words
+
+    def value(self, op_name: str, value: Any) -> Any:
+        """`value` as a plain hashable Python value; DTypeError or ShapeError where it is none."""
+        if type(value) in self.kinds and type(value) in _PLAIN and value == value:
+            return value  # the usual case; NaN is not equal to itself
+        what = f"{op_name}: {self.name}="
+        if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+            value = value.item()
+        if isinstance(value, DType):
+            value = value.name
+        if value is None and self.optional:
+            return None
+        if self.choices:
+            return self._chosen(what, value)
+        if tuple in self.kinds:
+            return integers(what, value)
+        if self.kinds and not self._fits(value):
+            raise DTypeError(f"{what} takes {self.takes}, not {value!r} ({type(value).__name__})")
+        if float in self.kinds and isinstance(value, int):
+            try:
+                value = float(value)
+            except OverflowError:
+                raise ShapeError(f"{what} is too large for a float") from None
+        if isinstance(value, float) and math.isnan(value):
+            raise ShapeError(f"{what} is NaN")
+        try:
+            hash(value)
+        except TypeError:
+            raise DTypeError(
+                f"{what} must be hashable, because equal nodes are one node: {value!r} "
+                f"({type(value).__name__}) is not"
+            ) from None
+        return value
+
+    def _fits(self, value: Any) -> bool:
+        if isinstance(value, bool):
+            return bool in self.kinds
+        whole = isinstance(value, int) and float in self.kinds
+        return whole or isinstance(value, tuple(self.kinds))
+
+    def _chosen(self, what: str, value: Any) -> Any:
+        for choice in self.choices:
+            if type(value) is type(choice) and value == choice:
+                return value
+        if any(isinstance(value, type(choice)) for choice in self.choices):
+            known = ", ".join(map(str, self.choices))
+            raise ShapeError(f"{what}{value!r} is unknown; it is one of {known}")
+        raise DTypeError(f"{what} takes {self.takes}, not {value!r} ({type(value).__name__})")
+
+
+def identity(value: Any) -> Any:
+    """What two equal nodes share: a value, its type and the sign of its zero."""
+    if isinstance(value, float) and value == 0.0:
+        return (float, value, math.copysign(1.0, value))
+    return value if isinstance(value, str) else (type(value), value)
+
+
+def signature_of(rule: Callable[..., Any]) -> inspect.Signature:
+    """The rule's signature with its annotations evaluated.
+
+    DTypeError where that cannot be done, or where its parameters are not tensors and keywords.
+    """
+    name = rule.__name__
+    try:
+        signature = inspect.signature(rule, eval_str=True)
+    except (NameError, AttributeError, SyntaxError, TypeError) as error:
+        raise DTypeError(
+            f"op {name}: its annotations cannot be evaluated ({error}). They say what its "
+            "attributes take, so the types must be importable when the module runs, not only in "
+            "`if TYPE_CHECKING:`"
+        ) from None
+    for p in signature.parameters.values():
+        if p.kind is p.KEYWORD_ONLY:
+            continue
+        if p.kind is not p.POSITIONAL_OR_KEYWORD:
+            raise DTypeError(f"op {name}: {p} is not allowed; name every tensor and attribute")
+        if p.default not in (p.empty, None):
+            raise DTypeError(
+                f"op {name}: {p.name} has a default, so it is an attribute: put a * before it, "
+                f"{name}(a, *, {p.name}={p.default!r})"
+            )
+    return signature
+
+
+def _kinds(annotation: Any) -> tuple[frozenset[type], tuple[Any, ...]]:
+    """Types (NoneType for None) and choices that an annotation allows; no types: anything."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _kinds(get_args(annotation)[0])
+    if origin is Literal:
+        values = get_args(annotation)
+        none = frozenset({NoneType} if None in values else ())
+        return none, tuple(value for value in values if value is not None)
+    if origin in (Union, UnionType):
+        kinds: frozenset[type] = frozenset()
+        choices: tuple[Any, ...] = ()
+        for part in get_args(annotation):
+            more, some = _kinds(part)
+            if not more and not some:
+                return frozenset(), ()
+            kinds, choices = kinds | more, choices + some
+        return kinds, choices if not kinds - {NoneType} else ()
+    if annotation is None:
+        return frozenset({NoneType}), ()
+    if annotation is DType:
+        return frozenset({str}), ()  # kept by its name
+    kind = origin or annotation
+    if isinstance(kind, type) and kind not in (Any, object, inspect.Parameter.empty):
+        return frozenset({kind}), ()
+    return frozenset(), ()

@@ -1,0 +1,179 @@
+"""What ops take: attributes by the annotations of their rule, in words that help."""
+
+import inspect
+import pydoc
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+
+import pyggml as gg
+from pyggml.dtypes import dtype
+from pyggml.errors import DTypeError, ShapeError
+from pyggml.node import Node, Op, Spec
+
+# No `from __future__ import annotations` here: these annotations are classes, not text.
+
+
+@gg.op
+def leaky(a: Node, *, slope: float = 0.01) -> Spec:
+    return a.spec
+
+
+@gg.op
+def every(
+    a: Node,
+    *,
+    n: int = 1,
+    maybe: float | None = 2.0,
+    flag: bool = False,
+    way: Literal["up", "down"] = "up",
+    sizes: tuple[int, ...] = (1,),
+    kind: str | type(dtype("f32")) = "f32",  # type: ignore[valid-type]
+    free: Any = None,
+    bare=None,  # type: ignore[no-untyped-def]
+) -> Spec:
+    return a.spec
+
+
+@gg.op
+def scaled(a: "Node", b: "Node | None" = None, *, factor: "float", offset: "int" = 0) -> "Spec":
+    return a.spec
+
+
+x = gg.input("x", "f32", ne=(4,))
+nan = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda: leaky(x, slope="abc"), DTypeError, "slope= takes float, not 'abc' (str)"),
+        (lambda: leaky(x, slope=nan), ShapeError, "leaky: slope= is NaN"),
+        (lambda: leaky(x, slope=np.float32("nan")), ShapeError, "slope= is NaN"),
+        (lambda: leaky(x, slope=None), DTypeError, "slope= takes float, not None"),
+        (lambda: leaky(x, slope=True), DTypeError, "slope= takes float, not True"),
+        (lambda: leaky(x, slope=10**400), ShapeError, "slope= is too large"),
+        (lambda: leaky(x, slop=1), DTypeError, "no argument 'slop'; did you mean slope?"),
+        (lambda: every(x, n=1.0), DTypeError, "n= takes int, not 1.0"),
+        (lambda: every(x, maybe="2"), DTypeError, "maybe= takes float | None, not '2'"),
+        (lambda: every(x, flag=1), DTypeError, "flag= takes bool, not 1"),
+        (lambda: every(x, way="left"), ShapeError, "way='left' is unknown; it is one of up, down"),
+        (lambda: every(x, way=0), DTypeError, "way= takes one of 'up', 'down', not 0 (int)"),
+        (lambda: every(x, sizes="12"), DTypeError, "sizes= takes whole numbers"),
+        (lambda: every(x, kind=4), DTypeError, "kind= takes str, not 4"),
+        (lambda: every(x, free=[1]), DTypeError, "free= must be hashable"),
+        (lambda: every(x, free=nan), ShapeError, "free= is NaN"),
+        (lambda: every(x, bare=np.zeros(2)), DTypeError, "bare= must be hashable"),
+        (lambda: scaled(x, facto=2.0), DTypeError, "no argument 'facto'; did you mean factor?"),
+        (lambda: scaled(x), DTypeError, "the attribute factor= is required"),
+        (lambda: scaled(x, factor="2"), DTypeError, "factor= takes float, not '2'"),
+        (lambda: scaled(c=x, factor=1), DTypeError, "scaled has no argument 'c'"),
+        (lambda: scaled(x, a=x, factor=1), DTypeError, "the tensor a is given twice"),
+        (lambda: gg.rope_ext(x, x, n_dim=4), DTypeError, "'n_dim'; did you mean n_dims?"),
+        (lambda: gg.input("x", "f32", (4,)), DTypeError, "input: too many positional arguments"),
+        (lambda: gg.input("x", "f32", n=(4,)), DTypeError, "unexpected keyword argument 'n'"),
+        (lambda: gg.input("x", shap=(4,)), DTypeError, "'shap'; did you mean shape?"),
+        (lambda: gg.state(), DTypeError, "state: missing a required argument: 'name'"),
+        (lambda: gg.constant(), DTypeError, "constant: missing a required argument: 'array'"),
+    ],
+)
+def test_wrong_arguments(call: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error) as caught:
+        call()
+    message = str(caught.value)
+    line = inspect.getsourcelines(call)[1]
+    assert text in message and message.endswith(f"; at {__file__}:{line}")
+
+
+def test_a_call_of_another_form_is_shown() -> None:
+    with pytest.raises(DTypeError, match=r"call it as input\(name, .*\*, ne=None, shape=None\)"):
+        gg.input("x", "f32", (4,))  # type: ignore[call-arg]
+
+
+def test_a_type_error_inside_a_builder_is_its_own() -> None:
+    class Odd:
+        def __array__(self, *_: Any, **__: Any) -> Any:
+            raise TypeError("an odd array")
+
+    with pytest.raises(TypeError, match="an odd array"):
+        gg.constant(Odd())
+
+
+def test_right_arguments_are_plain_values() -> None:
+    node = every(x, maybe=np.float32(0.5), n=np.int64(3), sizes=[1, 2], kind=dtype("f16"), way="up")
+    assert node.attrs == {"n": 3, "maybe": 0.5, "flag": False, "way": "up", "sizes": (1, 2),
+                          "kind": "f16", "free": None, "bare": None}  # fmt: skip
+    assert type(node.attrs["n"]) is int and type(node.attrs["maybe"]) is float
+    assert every(x, maybe=None).attrs["maybe"] is None
+    assert type(leaky(x, slope=1).attrs["slope"]) is float
+
+
+def test_equal_attributes_are_one_node_and_others_are_not() -> None:
+    assert leaky(x, slope=0) is leaky(x, slope=0.0) is leaky(x, slope=np.float64(0))
+    assert leaky(x, slope=-0.0) is leaky(x, slope=-0.0) is not leaky(x, slope=0.0)
+    assert str(leaky(x, slope=-0.0).attrs["slope"]) == "-0.0"
+    free = [every(x, free=value) for value in (1, 1.0, True, "1", 0, 0.0, -0.0, False, None)]
+    assert len(set(map(id, free))) == len(free)
+    assert every(x, free=1.0) is free[1]
+
+
+def test_the_sign_of_a_zero_reaches_the_kernel() -> None:
+    y = gg.compile({"minus": gg.fill(x, value=-0.0), "plus": gg.fill(x, value=0.0)}).run(x=[1] * 4)
+    assert np.signbit(y["minus"]).all() and not np.signbit(y["plus"]).any()
+
+
+def refused(rule: Any) -> str:
+    with pytest.raises(DTypeError) as caught:
+        gg.op(rule)
+    return str(caught.value)
+
+
+def test_rules_that_cannot_be_an_op() -> None:
+    def no_star(a: Node, slope: float = 0.01) -> Spec:
+        return a.spec
+
+    def many(*a: Node) -> Spec:
+        return a[0].spec
+
+    def unknown(a: Node, *, way: "Unknown") -> Spec:  # type: ignore[name-defined]  # noqa: F821
+        return a.spec
+
+    assert "put a * before it, no_star(a, *, slope=0.01)" in refused(no_star)
+    assert "op many: *a: " in refused(many)
+    assert "name 'Unknown' is not defined" in refused(unknown)
+
+
+@pytest.mark.parametrize(
+    ("result", "hint"),
+    [(x, "return node.spec"), (None, "not NoneType"), ((4,), "not tuple"), ((x, {}), "not tuple")],
+)
+def test_a_rule_that_returns_no_spec(result: Any, hint: str) -> None:
+    def crooked(a: Node) -> Spec:
+        return result  # type: ignore[no-any-return]
+
+    with pytest.raises(DTypeError, match=r"crooked\(x\): its rule must return a Spec") as caught:
+        gg.op(crooked)(x)
+    assert hint in str(caught.value) and __file__ in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["rope_ext", "mul_mat", "flash_attn_ext", "relu", "soft_max_ext"])
+def test_help_shows_the_call(name: str) -> None:
+    op = getattr(gg, name)
+    signature = inspect.signature(op)
+    assert signature.return_annotation is Node
+    text = pydoc.plain(pydoc.render_doc(op))
+    head = next(line for line in text.splitlines() if line.startswith(f"{name}("))
+    assert head.endswith("-> pyggml.node.Node")
+    for parameter in signature.parameters.values():
+        assert parameter.name in head
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty:
+            assert f"{parameter.name}: " in head and f"= {parameter.default!r}" in head
+
+
+def test_every_op_has_a_signature_for_help() -> None:
+    ops = [value for value in map(gg.__dict__.get, gg.__all__) if isinstance(value, Op)]
+    assert len(ops) > 40
+    for op in ops:
+        assert inspect.signature(op).return_annotation is Node
+        assert inspect.isroutine(op), "pydoc shows what is none as an object with a long repr"
