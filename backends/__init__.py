@@ -9,10 +9,14 @@ from functools import cache
 from pyggml.backends.base import Backend
 from pyggml.errors import UnknownNameError
 
+#: Backends that stand in for a device in tests: listed last, and used only when asked for.
+STAND_INS = ("null",)
+
 
 def available() -> tuple[str, ...]:
-    """Names of the backends that stand here, whether or not their device does."""
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if m.ispkg))
+    """Names of all backends, whether or not their device is here; stand-ins last."""
+    names = sorted(m.name for m in pkgutil.iter_modules(__path__) if m.ispkg)
+    return tuple(sorted(names, key=STAND_INS.__contains__))
 
 
 @cache

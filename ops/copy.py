@@ -7,7 +7,7 @@ from typing import Any
 from pyggml.dtypes import DType
 from pyggml.dtypes import dtype as dtype_of
 from pyggml.errors import DTypeError, ShapeError
-from pyggml.node import Axis, Cut, Ids, Ne, Node, Slice, Spec, op
+from pyggml.node import Axis, Cost, Cut, Ids, Ne, Node, Slice, Spec, op
 from pyggml.ops.leaf import state_op
 from pyggml.ops.rules import (
     AXES,
@@ -77,6 +77,11 @@ def cpy(a: Node, b: Node) -> Spec:
     if a.ne[0] != b.ne[0] and max(a.dtype.block, b.dtype.block) > 1:
         raise ShapeError("rows of blocks are copied whole: ne0 of a and b must be equal")
     return b.spec
+
+
+@cpy.cost
+def _(node: Node) -> Cost:
+    return Cost(0.0, float(node["a"].spec.nbytes + node.spec.nbytes))
 
 
 def _concat_parts(node: Node) -> tuple[Ne, ...]:
@@ -150,6 +155,14 @@ def get_rows(a: Node, ids: Node) -> Spec:
     return Spec.of(result, (a.ne[0], *ids.ne[:3]), rank)
 
 
+@get_rows.cost
+def _(node: Node) -> Cost:
+    """The rows that are read, however large the table is."""
+    a, ids = node["a"], node["ids"]
+    rows = node.spec.elements // node.ne[0] * a.dtype.row_bytes(a.ne[0])
+    return Cost(0.0, float(rows + ids.spec.nbytes + node.spec.nbytes))
+
+
 @get_rows.slices
 def _(node: Node, axis: Axis, n: int) -> Slice | None:
     if axis == 0:
@@ -179,3 +192,11 @@ def set_rows(a: Node, b: Node, ids: Node) -> Spec:
             f"and c2 dividing {a.ne[3]}"
         )
     return a.spec
+
+
+@set_rows.cost
+def _(node: Node) -> Cost:
+    """The rows that are written, however large the state is."""
+    a, b, ids = node["a"], node["b"], node["ids"]
+    rows = b.spec.elements // b.ne[0] * a.dtype.row_bytes(a.ne[0])
+    return Cost(0.0, float(b.spec.nbytes + ids.spec.nbytes + rows))

@@ -25,12 +25,14 @@ from math import isfinite
 from pyggml import backends
 from pyggml.cli import model
 from pyggml.errors import DeviceError, GraphError, UnknownNameError
+from pyggml.graph import Graph
 from pyggml.parity import grid, support
+from pyggml.parity.alone import contents
 from pyggml.parity.case import Case, build
 from pyggml.parity.cases import cases
-from pyggml.parity.nodes import compare
+from pyggml.parity.nodes import Walk
 from pyggml.parity.oracle import ORACLE
-from pyggml.parity.report import script_name
+from pyggml.parity.report import script_name, script_path
 from pyggml.parity.running import Outcome, outcomes
 from pyggml.runtime import places
 
@@ -79,7 +81,12 @@ def _of_model(args: argparse.Namespace) -> int:
     """The report of a model's graph; status 1 where it is not ok."""
     with model.weighted(args.model) as file:
         graph = model.model_graph(file, args)
-        report = compare(graph.outputs, args.a, args.b, graph.inputs, states=graph.states)
+        outputs = Graph(graph.outputs)
+        walk = Walk(outputs, (args.a, args.b), contents(outputs, graph.inputs, graph.states))
+        if args.script:  # what is wrong with these is said before everything runs
+            walk.node(args.script)
+            script_path(args.out or script_name(args.script))
+        report = walk.report()
         if args.json:
             print(json.dumps(report.as_dict()))
         else:
@@ -106,7 +113,7 @@ def _of_ops(args: argparse.Namespace) -> int:
         print(json.dumps([str(c) for c in chosen]) if args.json else "\n".join(map(str, chosen)))
         return 0
     if not one and args.mode in ("test", "perf"):
-        names = [name for name in names if _is_here(name)]
+        names = [name for name in names if _is_here(name, args.mode)]
     jobs = 1 if args.mode == "perf" else args.jobs
     found = {name: outcomes(chosen, name, args.mode, jobs, args.kernel) for name in names}
     if args.json:
@@ -117,8 +124,12 @@ def _of_ops(args: argparse.Namespace) -> int:
     return _as_text(args, found)
 
 
-def _is_here(name: str) -> bool:
-    """Whether the backend's device can be used; says why not."""
+def _is_here(name: str, mode: str) -> bool:
+    """Whether the backend's device can be used, and measured; says why not."""
+    if mode == "perf" and name in backends.STAND_INS:
+        print(f"Skipping {name}: its times say nothing about a device (-b {name} measures it)",
+              file=sys.stderr)  # fmt: skip
+        return False
     try:
         backends.get(name).alloc(0)
     except DeviceError as error:

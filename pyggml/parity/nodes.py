@@ -17,7 +17,7 @@ from pyggml.graph import Graph, toposort
 from pyggml.node import Node, label_of, labels
 from pyggml.ops.views import root_of
 from pyggml.parity.alone import Alone, Array, Values, alone, contents, decoded, run_with
-from pyggml.parity.report import Report, Row
+from pyggml.parity.report import Report, Row, labelled
 from pyggml.parity.reproduce import write_script
 from pyggml.parity.tolerance import CLASSES, STORAGE, Comparison, within
 from pyggml.passes.states import state_edges
@@ -133,6 +133,11 @@ class Walk:
             node: label_of(node) + ("" if labels(node) and shared[label_of(node)] == 1 else f"%{i}")
             for i, node in enumerate(self.graph.nodes)
         }
+
+    def node(self, label: str) -> Node:
+        """The computed node of that label; UnknownNameError for none and for several."""
+        computed = (n for n in self.order if not n.op.leaf and n.op.view is None)
+        return labelled(label, {node: self.names[node] for node in computed})
 
     def _unknown(self, single: Alone, values: Values) -> Failed | None:
         for of in single.leaves:

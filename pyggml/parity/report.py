@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
@@ -158,16 +158,8 @@ class Report:
 
     def row(self, label: str) -> Row:
         """The node of that label; UnknownNameError where there is none or more than one."""
-        found = [row for row in self.nodes if row.label == label] or [
-            row for row in self.nodes if label in labels(row.node)
-        ]
-        if len(found) == 1:
-            return found[0]
-        known = [row.label for row in (found or self.nodes)]
-        near = known if found else difflib.get_close_matches(label, known, 5) or known[:5]
-        raise UnknownNameError(
-            f"{len(found) or 'no'} nodes are labelled {label!r}; {', '.join(near)}"
-        )
+        node = labelled(label, {row.node: row.label for row in self.nodes})
+        return next(row for row in self.nodes if row.node is node)
 
     def script(self, which: str | Row, path: str | Path) -> Path:
         """Write a program that runs one node on a and b, with its inputs beside it in an .npz file.
@@ -180,11 +172,30 @@ class Report:
         row = self.row(which) if isinstance(which, str) else which
         if not isinstance(row, Row) or row not in self.nodes:
             raise DTypeError(f"script takes a node's label or its row, not {which!r}")
-        path = Path(path)
-        if path.suffix != ".py":
-            raise GraphError(f"the script is a NAME.py, with NAME.npz beside it, not {str(path)!r}")
+        path = script_path(path)
         self._script(row.node, row.bound or 0.0, path)
         return path
+
+
+def labelled(label: str, names: Mapping[Node, str]) -> Node:
+    """The node of that name or that label; UnknownNameError for none and for several."""
+    nodes = [node for node, name in names.items() if name == label]
+    nodes = nodes or [node for node in names if label in labels(node)]
+    if len(nodes) == 1:
+        return nodes[0]
+    known = [names[node] for node in nodes or names]
+    near = known if nodes else difflib.get_close_matches(label, known, 5) or known[:5]
+    raise UnknownNameError(f"{len(nodes) or 'no'} nodes are labelled {label!r}; {', '.join(near)}")
+
+
+def script_path(path: str | Path) -> Path:
+    """Where a script is written; GraphError unless it is a NAME.py in a folder that exists."""
+    path = Path(path)
+    if path.suffix != ".py":
+        raise GraphError(f"the script is a NAME.py, with NAME.npz beside it, not {str(path)!r}")
+    if not path.parent.is_dir():
+        raise GraphError(f"the script {path} cannot be written: there is no folder {path.parent}")
+    return path
 
 
 def script_name(label: str) -> str:

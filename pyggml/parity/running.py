@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import runpy
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from time import perf_counter
 from typing import Any
 
 from pyggml import ops
+from pyggml.backends.base import Backend, Runner
 from pyggml.errors import DeviceError, GraphError, PyggmlError, UnknownNameError, UnsupportedOpError
 from pyggml.graph import Graph
 from pyggml.node import cost_of
@@ -85,7 +87,7 @@ def tested(case: Case, backend: str) -> Outcome:
 
 
 def measured(case: Case, backend: str) -> Outcome:
-    """Time of one run, the mean over MEASURED seconds after one to warm up."""
+    """Time of one run: the mean of as many as take MEASURED seconds, after one to warm up."""
     reason = refusal(case, backend)
     if reason:
         return Outcome(str(case), "unsupported", reason)
@@ -93,15 +95,24 @@ def measured(case: Case, backend: str) -> Outcome:
     bed = Bed(device, built.node, {**built.inputs, **built.states})
     placed = bed.place()
     placed.run(NUMBER)
-    runs, start = 0, perf_counter()
-    while runs == 0 or perf_counter() - start < MEASURED:
-        placed.runner.run()
-        runs += 1
-    device.synchronize()
-    us = (perf_counter() - start) / runs * 1e6
+    runs, seconds = 1, _seconds(placed.runner, device, 1)
+    while seconds < MEASURED / 2:
+        # Counted, not timed: a device may take in more work in half a second than it does in a day.
+        runs = min(10 * runs, math.ceil(MEASURED * runs / seconds))
+        seconds = _seconds(placed.runner, device, runs)
+    us = seconds / runs * 1e6
     costs = [cost_of(node) for node in bed.work.graph.nodes]
     flops, nbytes = sum(cost.flops for cost in costs), sum(cost.nbytes for cost in costs)
     return Outcome(str(case), "ok", runs=runs, us=us, flops=flops, nbytes=nbytes)
+
+
+def _seconds(runner: Runner, device: Backend, runs: int) -> float:
+    """How long so many runs take, the last one finished."""
+    start = perf_counter()
+    for _ in range(runs):
+        runner.run()
+    device.synchronize()
+    return max(perf_counter() - start, 1e-9)
 
 
 MODES: dict[str, Callable[[Case, str], Outcome]] = {
@@ -165,10 +176,12 @@ def use_kernel(kernel: str, names: set[str], table: Any) -> None:
     file, _, function = kernel.rpartition(":")
     if len(names) != 1:
         raise GraphError(f"--kernel is of one op: say which with -o; now there are {len(names)}")
-    if not file.endswith(".py") or not Path(file).is_file():
+    if not file.endswith(".py") or not function:
         raise UnknownNameError(
-            f"--kernel {kernel!r}: it takes file.py:function, and the file is there"
+            f"--kernel {kernel!r}: it takes file.py:function, such as my.py:relu"
         )
+    if not Path(file).is_file():
+        raise UnknownNameError(f"--kernel {kernel!r}: there is no file {file}")
     try:
         space = runpy.run_path(file)
     except Exception as error:

@@ -9,13 +9,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from time import perf_counter
 from typing import Any, cast
 
 import pytest
 
-from pyggml import ops
+import pyggml as gg
+from pyggml import backends, ops
 from pyggml.backends import get
 from pyggml.cli import main
+from pyggml.node import cost_of
+from pyggml.parity import running
 from pyggml.parity.case import Case, build
 from pyggml.parity.cases import cases
 from pyggml.parity.grid import all_cases
@@ -178,10 +182,43 @@ def test_other_modes(parity: Said, file: str) -> None:
     assert "relu(f16[1]): NOT SUPPORTED (relu does not take f16)\n" in out
     status, out = parity("-o", "relu(f32[64,5])", "-b", "numpy", "--mode", "perf")
     assert status == 0 and re.search(r"\): \d+ runs - [\d.]+ us/run - .* GFLOPS - .* GB/s\n", out)
+    status, out = parity("-o", "relu(f32[64,5])", "--mode", "perf")
+    assert status == 0 and "numpy" in out and "null" not in out  # a stand-in: only when asked for
     status, out = parity(*words, "--json")
     told = json.loads(out)
     assert status == 0 and told["mode"] == "test" and told["backends"][0]["backend"] == "numpy"
     assert {row["status"] for row in told["backends"][0]["cases"]} == {"ok"}
+
+
+@pytest.mark.parametrize("case", ["relu(f32[64,5])", "mul_mat(f32[256,512], f32[256,64])"])
+def test_a_device_with_a_queue_is_measured_in_time(
+    parity: Said, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    """A queue takes in work much faster than it is done."""
+    monkeypatch.setattr(running, "MEASURED", 0.1)
+    start = perf_counter()
+    status, out = parity("-o", case, "-b", "null", "--mode", "perf")
+    line = re.search(r"\): (\d+) runs - ([\d.]+) us/run", out)
+    assert status == 0 and line is not None and perf_counter() - start < 5
+    runs, us = int(line[1]), float(line[2])
+    assert 0.02 < runs * us / 1e6 < 1
+
+
+def test_backends_come_in_the_order_of_use(parity: Said) -> None:
+    """Stand-ins are last."""
+    assert backends.available() == ("cuda", "numpy", "null")
+    status, out = parity("-o", "relu(f32[3])", "--mode", "support")
+    assert status == 0 and re.findall(r"Backend \d/3: (\w+)", out) == ["cuda", "numpy", "null"]
+
+
+def test_costs_of_rows_are_of_those_rows() -> None:
+    table = gg.state("table", "q8_0", ne=(64, 1000))
+    ids = gg.input("ids", "i32", ne=(3,))
+    rows = gg.get_rows(table, ids)
+    assert cost_of(rows).nbytes == 3 * 68 + 3 * 4 + 3 * 64 * 4
+    assert cost_of(gg.set_rows(table, rows, ids)).nbytes == 3 * 64 * 4 + 3 * 4 + 3 * 68
+    part = gg.view(gg.state("s", "f32", ne=(64, 1000)), ne=(64, 3))
+    assert cost_of(gg.cpy(rows, part)).nbytes == 2 * 3 * 64 * 4
 
 
 @pytest.mark.parametrize(
@@ -202,7 +239,9 @@ def test_other_modes(parity: Said, file: str) -> None:
         (("-b", "abacus"), "no backend 'abacus'"),
         (("-b", "null:0:1GiB"), "null:0:1GiB is a description of a device"),
         (("--markdown",), "--mode support"),
-        (("--kernel", "missing.py:f", "-o", "relu"), "file.py:function"),
+        (("--kernel", "missing.py:f", "-o", "relu"), "there is no file missing.py"),
+        (("--kernel", "FILE", "-o", "relu"), "it takes file.py:function"),
+        (("--kernel", "FILE:", "-o", "relu"), "it takes file.py:function"),
         (("--kernel", "FILE:f", "-o", "relu"), "has no function 'f'"),
         (("--kernel", "FILE:right"), "which with -o"),
     ],

@@ -17,6 +17,7 @@ import pyggml as gg
 from pyggml.cli import main
 from pyggml.parity.case import Case, build
 from pyggml.parity.cases import cases
+from pyggml.parity.nodes import Walk
 
 # -- the script ---------------------------------------------------------------------------------
 
@@ -172,6 +173,8 @@ def test_a_model_with_a_wrong_kernel(tiny: str, host: Host, capsys: Any, tmp_pat
         (["-m", "TINY", "-ctk", "q3"], "q3"),
         (["-m", "TINY", "--b", "abacus"], "no backend 'abacus'"),
         (["-m", "TINY", "-c", "8", "-ub", "1", "--script", "kq"], "no nodes are labelled 'kq'"),
+        (["-m", "TINY", "--script", "k_pe-1", "--out", "kq.txt"], "the script is a NAME.py"),
+        (["-m", "TINY", "--script", "k_pe-1", "--out", "no/kq.py"], "there is no folder no"),
         (["-m", "missing.gguf"], "No such file"),
     ],
 )
@@ -179,3 +182,15 @@ def test_errors_are_one_line(tiny: str, capsys: Any, words: list[str], why: str)
     assert main(["parity", *(tiny if w == "TINY" else w for w in words)]) == 1
     err = capsys.readouterr().err
     assert err.startswith("pyggml: error: ") and why in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["nolabel"], ["k_pe-1", "--out", "kq.txt"]])
+def test_what_is_wrong_with_a_script_is_said_before_anything_runs(
+    tiny: str, capsys: Any, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    def report(_: object) -> None:
+        raise AssertionError("it ran")
+
+    monkeypatch.setattr(Walk, "report", report)
+    assert main(["parity", "-m", tiny, "--script", *words]) == 1
+    assert "pyggml: error: " in capsys.readouterr().err
