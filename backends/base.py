@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from numpy.typing import NDArray
 
@@ -15,6 +15,22 @@ from pyggml.node import Ne, Node, Op, Spec, label_of, line_of
 from pyggml.transfer import origin
 
 Buffer = Any  # a backend's own handle of a block of memory
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a backend found of one thing that it needs. A backend may offer `findings()` of them.
+
+    what   the thing: a package, a library, a device
+    text   its version, or what is wrong
+    fix    the command that helps; empty where there is nothing to fix
+    state  "ok"; "absent": not here, and nothing here needs it; "broken": it ought to work
+    """
+
+    what: str
+    text: str
+    fix: str = ""
+    state: Literal["ok", "absent", "broken"] = "ok"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,68 +1,81 @@
-"""What the CUDA backend finds here, what it lacks, and what mends it. For `pyggml doctor`."""
+"""What the CUDA backend finds on this machine, and what to install. For `pyggml doctor`."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import metadata
 from importlib.util import find_spec
+from pathlib import Path
 
-from pyggml.backends.cuda.device import compiler, driver
+from pyggml.backends.base import Finding
+from pyggml.backends.cuda.device import compiler, driver, install
 from pyggml.backends.cuda.launch import H200
 from pyggml.errors import DeviceError
 
-#: (what, what was found, how to mend it: empty where nothing is wrong)
-Finding = tuple[str, str, str]
-
 _PACKAGES = ("pycuda", "cupy-cuda13x", "cuda-bindings")
-#: What mends several missing packages at once.
-ALL = f'pip install -e ".[cuda]"; where pycuda does not build, {driver.BUILD_PYCUDA}'
 _SMALLEST = "rms_norm<1, 1, false, false>"
+#: What a loaded NVIDIA driver leaves in the file system: Linux, containers, WSL.
+GPU_MARKS = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/usr/lib/wsl/lib/libcuda.so.1")
+_ABSENT = ("not installed", "not found")
 
 
 def findings() -> Iterator[Finding]:
-    """Everything that the backend needs, in the order in which it is needed."""
+    """Everything that the backend needs, in the order in which it is needed.
+
+    What is not installed is broken only where there is a GPU that could use it.
+    """
+    gpu = any(Path(mark).exists() for mark in GPU_MARKS)
+    if not gpu:
+        text = "none here (no NVIDIA driver is loaded): the CUDA backend can plan but not run"
+        yield Finding("GPU", text, state="absent")
     rows = [*map(_package, _PACKAGES), *_compiler(), _library()]
-    missing = [row for row in rows if row[1] in ("not installed", "not found")]
+    absent = [row for row in rows if row.text in _ABSENT]
     for row in rows:
-        yield (*row[:2], ALL) if len(missing) > 1 and row in missing else row
+        if row in absent:
+            fix = install.everything() if len(absent) > 1 else row.fix
+            row = replace(row, fix=fix, state="broken" if gpu else "absent")
+        yield row
     yield _cache()
-    yield from _gpus()
+    yield from _gpus(gpu)
 
 
 def _package(name: str) -> Finding:
     try:
-        return name, metadata.version(name), ""
+        return Finding(name, metadata.version(name))
     except metadata.PackageNotFoundError:
-        return name, "not installed", driver.how_to_install(name)
+        return Finding(name, _ABSENT[0], install.package(name))
 
 
 def _compiler() -> Iterator[Finding]:
-    mend = f"pip install {' '.join(compiler.PACKAGES)}"
+    fix = install.extra("kernels")
     try:
         version = ".".join(map(str, compiler.nvrtc_version()))
     except DeviceError:
-        yield "NVRTC", "not found", mend
+        yield Finding("NVRTC", _ABSENT[1], fix)
         return
-    yield "NVRTC", version, ""
+    yield Finding("NVRTC", version)
     try:
-        yield "CUDA headers", str(compiler.include_folders()[0]), ""
+        yield Finding("CUDA headers", str(compiler.include_folders()[0]))
     except DeviceError:
-        yield "CUDA headers", "not found", mend
+        yield Finding("CUDA headers", _ABSENT[1], fix)
         return
     try:
-        made = compiler.compile_instance("norm.cu", _SMALLEST, H200.arch)
-        yield "a kernel", f"compiled for sm_{made.arch}, {len(made.code)} bytes", ""
+        cubin = compiler.compile_instance("norm.cu", _SMALLEST, H200.arch)
     except DeviceError as error:
-        yield "a kernel", str(error).partition("\n")[0], f"{mend}: headers and NVRTC must agree"
+        reason = str(error).partition("\n")[0]
+        yield Finding("a kernel", reason, f"{fix}: headers and NVRTC must agree", state="broken")
+    else:
+        yield Finding("a kernel", f"compiled for sm_{cubin.arch}, {len(cubin.code)} bytes")
 
 
 def _library() -> Finding:
     for folder in compiler.folders("lib"):
         for path in sorted(folder.glob("libcublas.so.*")):
-            return "cuBLAS", str(path), ""
-    return "cuBLAS", "not found", driver.INSTALL_CUBLAS
+            return Finding("cuBLAS", str(path))
+    return Finding("cuBLAS", _ABSENT[1], install.extra("cuda"))
 
 
 def _cache() -> Finding:
@@ -70,26 +83,29 @@ def _cache() -> Finding:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            kept = [entry for entry in os.scandir(folder) if entry.name.endswith(".cubin")]
+            cubins = [entry for entry in os.scandir(folder) if entry.name.endswith(".cubin")]
     except OSError as error:
-        return "kernel cache", str(error), "set PYGGML_CACHE to a folder that can be written"
-    size = sum(entry.stat().st_size for entry in kept)
-    return "kernel cache", f"{folder}: {len(kept)} kernels, {size / 2**20:.1f} MiB", ""
+        fix = "set PYGGML_CACHE to a folder that can be written"
+        return Finding("kernel cache", str(error), fix, state="broken")
+    size = sum(entry.stat().st_size for entry in cubins)
+    return Finding("kernel cache", f"{folder}: {len(cubins)} kernels, {size / 2**20:.1f} MiB")
 
 
-def _gpus() -> Iterator[Finding]:
+def _gpus(gpu: bool) -> Iterator[Finding]:
     if find_spec("pycuda") is None:
         return
     try:
         found = driver.driver()
     except driver.UnusableError as error:
-        yield "driver", error.what, error.mend
+        absent = error.absent and not gpu
+        yield Finding("driver", error.what, error.fix, "absent" if absent else "broken")
         return
-    yield "driver", f"CUDA {driver.spoken(found.get_driver_version())}", ""
+    yield Finding("driver", f"CUDA {driver.spoken(found.get_driver_version())}")
     for index in range(found.Device.count()):
         try:
             about = driver.context(index).about
             size = f"{about.memory / 2**30:.0f} GiB, {about.sms} multiprocessors, sm_{about.arch}"
-            yield f"cuda:{index}", f"{about.name}, {size}", ""
+            yield Finding(f"cuda:{index}", f"{about.name}, {size}")
         except DeviceError as error:
-            yield f"cuda:{index}", str(error), "run on another GPU, or on backends=['numpy']"
+            fix = "run on another GPU, or on backends=['numpy']"
+            yield Finding(f"cuda:{index}", str(error), fix, state="broken")

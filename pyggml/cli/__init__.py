@@ -16,10 +16,11 @@ from importlib import import_module
 from io import TextIOWrapper
 from typing import Any, NoReturn
 
+from pyggml import __version__
 from pyggml.errors import PyggmlError
 
 COMMANDS = {
-    "doctor": "what each backend finds on this machine, and what mends what is missing",
+    "doctor": "what each backend finds on this machine, and how to install what is missing",
     "graph": "how a model's graph runs: splits, copies, steps and memory",
     "info": "keys and tensors of a GGUF file",
     "parity": "compare every op of a backend with its float64 statement",
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("pyggml", description="ggml-style compute graphs in Python")
+    parser.add_argument("--version", action="version", version=f"pyggml {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary)

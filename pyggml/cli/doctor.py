@@ -1,9 +1,11 @@
-"""Says what each backend finds on this machine, what it lacks, and the command that mends it.
+"""Says what each backend finds on this machine, and how to get what is missing.
 
 pyggml doctor
 pyggml doctor --json
 
-The status is 1 where something is missing.
++ is there and works, - is not here, ! is broken. The status is 1 where something is broken: a
+driver that is too old, a package that cannot be loaded, a GPU without the packages that it needs.
+A machine without a GPU lacks nothing.
 """
 
 from __future__ import annotations
@@ -12,12 +14,13 @@ import argparse
 import json
 import platform
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import import_module, metadata
-from importlib.util import find_spec
 
 from pyggml import __version__, backends
+from pyggml.backends.base import Finding
 
-Finding = tuple[str, str, str]
+MARKS = {"ok": "+", "absent": "-", "broken": "!"}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -25,40 +28,36 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    found = {"python": _basics(), **{name: _of(name) for name in backends.available()}}
+    findings = {"python": _basics(), **{name: _of(name) for name in backends.available()}}
     if args.json:
-        told = {
-            name: [dict(zip(("what", "found", "mend"), row)) for row in rows]
-            for name, rows in found.items()
-        }
-        print(json.dumps(told, indent=1))
+        rows = {name: [asdict(row) for row in rows] for name, rows in findings.items()}
+        print(json.dumps(rows, indent=1))
     else:
-        print("\n".join(line for name, rows in found.items() for line in _lines(name, rows)))
-    return int(any(mend for rows in found.values() for _, _, mend in rows))
+        print("\n".join(line for name, rows in findings.items() for line in _lines(name, rows)))
+    return int(any(row.state == "broken" for rows in findings.values() for row in rows))
 
 
 def _basics() -> list[Finding]:
     system = f"{platform.system()} {platform.machine()}"
     return [
-        ("python", f"{platform.python_version()} on {system}", ""),
-        ("pyggml", __version__, ""),
-        ("numpy", metadata.version("numpy"), ""),
+        Finding("python", f"{platform.python_version()} on {system}"),
+        Finding("pyggml", __version__),
+        Finding("numpy", metadata.version("numpy")),
     ]
 
 
 def _of(name: str) -> list[Finding]:
-    """What the backend's own module `doctor` says; one without it needs nothing."""
-    if find_spec(f"pyggml.backends.{name}.doctor") is None:
-        return [("backend", "ready", "")]
-    return list(import_module(f"pyggml.backends.{name}.doctor").findings())
+    """The findings of a backend; one that offers none needs nothing."""
+    findings = getattr(import_module(f"pyggml.backends.{name}"), "findings", None)
+    return [Finding("backend", "ready")] if findings is None else list(findings())
 
 
 def _lines(name: str, rows: Sequence[Finding]) -> list[str]:
-    width = max(len(what) for what, _, _ in rows)
+    width = max(len(row.what) for row in rows)
     lines = [name]
-    last = {mend: what for what, _, mend in rows}  # said once, though it may mend several
-    for what, text, mend in rows:
-        lines.append(f"  {'-' if mend else '+'} {what:{width}}  {text}")
-        if mend and last[mend] == what:
-            lines.append(f"    {'':{width}}  to mend it: {mend}")
+    last = {row.fix: row.what for row in rows}  # a fix that helps several is printed once
+    for row in rows:
+        lines.append(f"  {MARKS[row.state]} {row.what:{width}}  {row.text}")
+        if row.fix and last[row.fix] == row.what:
+            lines.append(f"    {'':{width}}  to fix it: {row.fix}")
     return lines

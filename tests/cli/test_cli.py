@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import pyggml
 from pyggml import cli, gguf
 from pyggml.cli import info, main
 from pyggml.errors import OutOfMemoryError
@@ -41,6 +42,11 @@ def test_help_and_usage(capsys: Streams) -> None:
         assert main(wrong) == 2
         out, err = capsys.readouterr()
         assert not out and "usage" in err
+
+
+def test_version(capsys: Streams) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"pyggml {pyggml.__version__}\n"
 
 
 def test_errors_are_one_line_on_stderr(

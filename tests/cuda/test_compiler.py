@@ -205,7 +205,9 @@ def test_without_nvrtc_the_error_says_what_to_install(
     machine: Callable[..., None], cache: Path
 ) -> None:
     machine("gpu", nvrtc=False)
-    with pytest.raises(compiler.DeviceError, match=r"NVRTC.*not installed; pip install.*nvrtc==13"):
+    with pytest.raises(
+        compiler.DeviceError, match=r"NVRTC.*not installed; pip install .*\[kernels\]"
+    ):
         compiler.cubin(*ONE)
 
 

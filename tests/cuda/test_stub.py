@@ -7,6 +7,7 @@ and test_doctor.py say more of the same of a pycuda that is played.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from ctypes.util import find_library
@@ -50,7 +51,7 @@ def said(program: str, libcuda: bool, version: str) -> tuple[int, list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("libcuda", "version", "what", "mend"),
+    ("libcuda", "version", "what", "fix"),
     [
         pytest.param(
             False, "13000",
@@ -67,14 +68,15 @@ def said(program: str, libcuda: bool, version: str) -> tuple[int, list[str]]:
     ],
     ids=("no libcuda", "no device", "old driver"),
 )  # fmt: skip
-def test_a_machine_without_a_gpu(libcuda: bool, version: str, what: str, mend: str) -> None:
+def test_a_machine_without_a_gpu(libcuda: bool, version: str, what: str, fix: str) -> None:
     status, (first, second, numpy) = said(RUN, libcuda, version)
     assert (status, second, numpy) == (0, first, "[0.0, 0.0, 1.0, 2.0]")
-    assert first.startswith(what) and mend in first and "backends=['numpy']" in first
+    assert first.startswith(what) and fix in first and "backends=['numpy']" in first
 
     status, lines = said(DOCTOR, libcuda, version)
-    (at,) = (i for i, line in enumerate(lines) if line.startswith("  - driver"))
-    assert status == 1 and what in lines[at]
-    assert lines[at + 1].strip().startswith("to mend it: ") and mend in lines[at + 1]
+    (at,) = (i for i, line in enumerate(lines) if re.match("  [-!] driver", line))
+    assert what in lines[at] and status == any(line.startswith("  ! ") for line in lines)
+    assert lines[at].startswith("  ! ") or version == "13000"  # an old driver is always a fault
+    assert lines[at + 1].strip().startswith("to fix it: ") and fix in lines[at + 1]
     assert any(line.startswith("  + pycuda") for line in lines)
     assert not any("cuda:0" in line for line in lines)

@@ -18,15 +18,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from pyggml.backends.cuda.device.install import extra
 from pyggml.backends.cuda.weights import grids
 from pyggml.errors import DeviceError
 
 KERNELS = Path(__file__).parent.parent / "kernels"
 #: Of every kernel. Numbers are IEEE's: no flush to zero, exact division and square root.
 OPTIONS = ("--std=c++17", "--device-as-default-execution-space", "--ptxas-options=-v", "-DNDEBUG")
-#: What pip installs for it.
-PACKAGES = tuple(f'"nvidia-cuda-{part}==13.0.*"' for part in ("nvrtc", "runtime", "crt", "cccl"))
-_INSTALL = f"pip install {' '.join(PACKAGES)}"
 
 
 class CompileError(DeviceError):
@@ -80,7 +78,7 @@ def nvrtc() -> Any:
             continue
         library.nvrtcGetErrorString.restype = ctypes.c_char_p
         return library
-    raise DeviceError(f"NVRTC, the compiler of kernels, is not installed; {_INSTALL}")
+    raise DeviceError(f"NVRTC, the compiler of kernels, is not installed; {extra('kernels')}")
 
 
 @cache
@@ -96,7 +94,7 @@ def include_folders() -> tuple[Path, ...]:
     for folder in folders("include"):
         if (folder / "cuda_fp16.h").is_file():
             return (folder, folder / "cccl") if (folder / "cccl").is_dir() else (folder,)
-    raise DeviceError(f"the headers of CUDA (cuda_fp16.h) are not installed; {_INSTALL}")
+    raise DeviceError(f"the headers of CUDA (cuda_fp16.h) are not installed; {extra('kernels')}")
 
 
 def compile_instance(file: str, name: str, arch: str) -> Cubin:

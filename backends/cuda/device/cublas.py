@@ -12,7 +12,8 @@ from functools import cache, partial
 from typing import Any
 from weakref import ref
 
-from pyggml.backends.cuda.device.driver import INSTALL_CUBLAS, Context, guarded, imported
+from pyggml.backends.cuda.device.driver import Context, guarded, imported
+from pyggml.backends.cuda.device.install import extra
 from pyggml.backends.cuda.device.memory import Buffer
 from pyggml.backends.cuda.launch import WORKSPACE, Gemm
 from pyggml.errors import DeviceError
@@ -36,7 +37,7 @@ def _library() -> Any:
             return ctypes.CDLL(name)
         except OSError:
             continue
-    raise DeviceError(f"CuPy loaded no cuBLAS that can be found: {INSTALL_CUBLAS}")
+    raise DeviceError(f"CuPy loaded no cuBLAS that can be found: {extra('cuda')}")
 
 
 def _handle() -> int:

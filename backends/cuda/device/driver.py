@@ -13,7 +13,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
-from pyggml.backends.cuda.device import compiler
+from pyggml.backends.cuda.device import compiler, install
 from pyggml.backends.cuda.launch import Device, Launch
 from pyggml.errors import DeviceError, OutOfMemoryError
 
@@ -24,11 +24,15 @@ FREE_SHARED = 48 * 1024
 
 
 class UnusableError(DeviceError):
-    """There is no driver, no GPU, or one that is too old. what: what is wrong; mend: what to do."""
+    """There is no driver, no GPU, or one that is too old.
 
-    def __init__(self, what: str, mend: str) -> None:
-        super().__init__(f"{what}. To mend it: {mend}. `pyggml doctor` says what else is missing")
-        self.what, self.mend = what, mend
+    what    what is wrong;  fix: what to do
+    absent  whether it is just not here, as on a machine without a GPU
+    """
+
+    def __init__(self, what: str, fix: str, absent: bool = False) -> None:
+        super().__init__(f"{what}. To fix it: {fix}. `pyggml doctor` says what else is missing")
+        self.what, self.fix, self.absent = what, fix, absent
 
 
 _INSTALL = "install an NVIDIA driver of version 580 or newer, or run on backends=['numpy']"
@@ -36,9 +40,6 @@ _INSTALL = "install an NVIDIA driver of version 580 or newer, or run on backends
 
 #: Packages by the first part of their modules' names, where the two differ.
 _PACKAGES = {"cupy": "cupy-cuda13x", "cupy_backends": "cupy-cuda13x", "cuda": "cuda-bindings"}
-
-BUILD_PYCUDA = "from a checkout: sh tools/build_pycuda.sh"
-INSTALL_CUBLAS = 'pip install "nvidia-cublas==13.*"'
 
 
 @cache
@@ -70,6 +71,7 @@ def driver() -> Any:
             f"no GPU can be used: {error}",
             "see whether nvidia-smi lists one and CUDA_VISIBLE_DEVICES (or the container) lets it "
             "through, or run on backends=['numpy']",
+            absent=True,
         ) from None
     return found
 
@@ -79,26 +81,20 @@ def _unloaded(package: str, error: ImportError) -> UnusableError:
     if isinstance(error, ModuleNotFoundError):
         return UnusableError(
             f"the CUDA backend needs {package}, and the module {error.name} is not installed",
-            how_to_install(package),
+            install.package(package),
         )
     if "undefined symbol: cu" in str(error):
         return UnusableError(f"the NVIDIA driver is too old for {package} ({error})", _INSTALL)
     if "libcuda.so" in str(error):
-        return UnusableError(f"there is no NVIDIA driver here ({error})", _INSTALL)
+        return UnusableError(f"there is no NVIDIA driver here ({error})", _INSTALL, absent=True)
     if "libcublas" in str(error):
-        return UnusableError(f"{package} finds no cuBLAS ({error})", INSTALL_CUBLAS)
+        return UnusableError(f"{package} finds no cuBLAS ({error})", install.extra("cuda"))
     return UnusableError(
         f"{package} cannot be loaded ({error})",
-        f"build it on this machine, {BUILD_PYCUDA}"
+        f"build it on this machine: {install.build_pycuda()}"
         if package == "pycuda"
         else f"pip install --force-reinstall {package}",
     )
-
-
-def how_to_install(package: str) -> str:
-    """The command, and for pycuda, which has no wheel, what to do where it does not build."""
-    build = f", or where that fails, {BUILD_PYCUDA}" if package == "pycuda" else ""
-    return f"pip install {package}{build}"
 
 
 def _needed() -> int:
