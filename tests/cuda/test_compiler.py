@@ -148,7 +148,7 @@ def test_two_processes_fill_it_at_once(cache: Path) -> None:
     ]
     for process in started:
         out, err = process.communicate(timeout=60)
-        assert (process.returncode, out, err) == (0, "4000000\n1\n", "")
+        assert (process.returncode, out, err) == (0, "4000000\n1\n", ""), err
     assert [path.suffix for path in cache.iterdir()] == [".cubin"]
 
 
