@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo test test-oracle lint kernels stub bench clean
+.PHONY: help setup demo test test-oracle lint fmt kernels cuda gpu stub docs bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -20,8 +20,8 @@ setup: $(STAMP)  ## make .venv and install pyggml into it
 demo: $(STAMP)  ## DeepSeek attention in all its forms, with memory and error of each
 	$(BIN)/python examples/deepseek_attention.py
 
-test: $(STAMP)  ## the test-suite; needs no network, GPU, torch or ggml
-	$(BIN)/python -m pytest -rs -m "not oracle and not kernels and not stub"
+test: $(STAMP)  ## the test suite; needs no network, GPU, torch or ggml
+	$(BIN)/python -m pytest -rs -m "not oracle and not kernels and not stub and not gpu"
 
 test-oracle: $(STAMP)  ## live comparison with torch, transformers and real ggml (installs them)
 	$(BIN)/python tools/install_oracles.py
@@ -32,11 +32,27 @@ lint: $(STAMP)  ## ruff and mypy --strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+fmt: $(STAMP)  ## format the code and fix what ruff can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
 ARCHS ?= 90a,89,80,100a,120a
 kernels: $(STAMP)  ## compile every CUDA kernel, with no GPU; fails where a hot one spills; test the cache
 	$(BIN)/python -m pip install -q -e ".[kernels]"
 	$(BIN)/python -m pytest -m kernels
 	$(BIN)/python tools/compile_kernels.py -a $(ARCHS) --quiet
+
+PYCUDA := build/pycuda
+cuda: $(STAMP)  ## on a GPU machine: install all that the CUDA backend needs, and check it
+	$(BIN)/python -m pip install -q -e ".[cuda]" || { \
+		echo "pip could not build pycuda here; building it without the CUDA toolkit" \
+		&& rm -rf $(PYCUDA) && sh tools/build_pycuda.sh $(BIN)/python $(PYCUDA) \
+		&& $(BIN)/python -m pip install -q $(PYCUDA)/pycuda-*.whl \
+		&& $(BIN)/python -m pip install -q -e ".[cuda]"; }
+	$(BIN)/pyggml doctor
+
+gpu: $(STAMP)  ## the tests that run on a GPU; fails where there is none (first: make cuda)
+	$(BIN)/python -m pytest -m gpu tests/gpu
 
 STUB := build/stub
 $(STUB)/lib/libcuda.so.1: tools/build_pycuda.sh tools/libcuda_stub.sh | $(STAMP)
@@ -49,8 +65,12 @@ stub: $(STUB)/lib/libcuda.so.1  ## build pycuda and a libcuda without a GPU, tes
 	$(BIN)/python -m pip install -q -e ".[kernels]"
 	PYGGML_STUB=$(STUB) $(BIN)/python -m pytest -m stub tests/cuda -rs
 
+docs: $(STAMP)  ## the API pages, from docstrings, into build/docs; a warning is an error
+	$(BIN)/python -m pip install -q -e ".[docs]"
+	$(BIN)/python tools/api_pages.py build/docs
+
 bench: $(STAMP)  ## benchmarks against NumPy, into benchmarks/results/
 	$(BIN)/python benchmarks/run.py
 
-clean:  ## remove .venv, what `stub` built and caches
-	rm -rf .venv $(STUB) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean:  ## remove .venv, what was built, and caches
+	rm -rf .venv $(STUB) $(PYCUDA) build/docs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -35,8 +35,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.append(str(ROOT))
 
-from gpu_bench import ROWS, SMOKE, smi  # noqa: E402
-
+from benchmarks.gpu_bench import ROWS, SMOKE, smi  # noqa: E402
 from pyggml.backends.cuda.device.compiler import nvrtc_version  # noqa: E402
 from pyggml.errors import DeviceError  # noqa: E402
 from tools.kernel_record import fingerprint  # noqa: E402
@@ -63,7 +62,7 @@ def parts(args: argparse.Namespace, folder: Path) -> dict[str, Part]:
         for name in ("deepseek_attention", "deepseek_moe_layer")
         for prec in ("default", "f32")
     )  # fmt: skip
-    grid = ("--grid", args.grid, "--seconds", str(args.parity_seconds))
+    grid: tuple[str, ...] = ("--grid", args.grid, "--seconds", str(args.parity_seconds))
     if args.smoke:
         grid = ("--grid", "small", "--every", "20", "-j", "4")
     brief = ("--seconds", "5" if args.smoke else "10")

@@ -16,7 +16,9 @@ def test_open_102400_tokens(benchmark: Any, tmp_path: Path) -> None:
 
     def tokens() -> int:
         with gguf.open(path, allow_missing_data=True) as file:
-            return len(list(file.fields["tokenizer.ggml.tokens"]))
+            tokens = file.fields["tokenizer.ggml.tokens"]
+            assert isinstance(tokens, gguf.StringArray)
+            return len(list(tokens))
 
     assert benchmark.pedantic(tokens, rounds=5, warmup_rounds=1) == 102_400
 

@@ -116,7 +116,7 @@ def soft_max() -> tuple[Call, Call]:
     def plain() -> Floats:
         y = np.exp(a.raw - a.raw.max(axis=-1, keepdims=True))
         y /= y.sum(axis=-1, keepdims=True)
-        return y
+        return np.asarray(y)
 
     return kernel(ops.soft_max_ext, a), plain
 
@@ -138,7 +138,7 @@ def rope() -> tuple[Call, Call]:
 
     def plain() -> NDArray[Any]:
         angle = np.arange(512)[:, None, None] * 10000.0 ** (-np.arange(32) / 32)
-        return pairs * np.exp(1j * angle).astype(np.complex64)
+        return np.asarray(pairs * np.exp(1j * angle).astype(np.complex64))
 
     return kernel(ops.rope_ext, a, pos, n_dims=64), plain
 

@@ -94,7 +94,9 @@ class Bench:
         self.n_kv = -(-len(self.pos) // 256) * 256
         rng = np.random.default_rng(args.seed)
         self.x = rng.standard_normal((len(self.pos), c.n_embd), dtype=np.float32)
-        self.want, self.routing = layer_f64(weights_of(file, self.layer.il), self.x, self.pos, c)
+        self.want, routing = layer_f64(weights_of(file, self.layer.il), self.x, self.pos, c)
+        assert routing is not None  # the layer has experts
+        self.routing = routing
 
     def plan(self, where: dict[str, Any], cache: str, n_tokens: int, store: gg.Store) -> gg.Plan:
         x = gg.input("x", "f32", ne=(self.config.n_embd, n_tokens))

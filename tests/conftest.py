@@ -4,17 +4,46 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
+from pyggml.errors import DeviceError
 from pyggml.runtime.plan import Plan
 
 os.environ["PYGGML_VERIFY"] = "1"
 settings.register_profile("core", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("core")
+
+
+@cache
+def lacks(marker: str) -> str:
+    """What this machine lacks for tests with the marker; empty where they can run."""
+    try:
+        if marker == "kernels":
+            compiler = import_module("pyggml.backends.cuda.device.compiler")
+            compiler.nvrtc(), compiler.include_folders()
+        if marker == "gpu":
+            driver = import_module("pyggml.backends.cuda.device.driver").driver()
+            return "" if driver.Device.count() else "there is no GPU"
+    except DeviceError as error:
+        return str(error)
+    return ""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a compiler of kernels or a GPU where there is none; `-m` with the marker's
+    name alone asks for just these tests, and then it is an error.
+    """
+    for marker in ("kernels", "gpu"):
+        if item.get_closest_marker(marker) and lacks(marker):
+            if item.config.getoption("markexpr") == marker:
+                pytest.fail(f"-m {marker}: {lacks(marker)}", pytrace=False)
+            pytest.skip(f"{marker}: {lacks(marker)}")
 
 
 @pytest.fixture(autouse=True)

@@ -47,4 +47,4 @@ if ! grep -q libcuda.so.1 "$work"/unpacked/pycuda/_driver*.so; then
     exit 1
 fi
 mv "$wheel" "$out"
-echo "$out/$(basename "$wheel")"
+echo "built; now: $python -m pip install $out/$(basename "$wheel")"

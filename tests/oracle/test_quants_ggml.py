@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from pyggml import quants
+
+pytest.importorskip("ggml", reason="needs ggml-python (the extra 'oracle')")
+
 from tests.fixtures.make_iq4_nl import quantize, samples
 
 

@@ -1,0 +1,114 @@
+"""Versions and pins stand in one place; CI runs what the project checks."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pyggml
+from pyggml.backends.cuda.device import install
+
+ROOT = Path(__file__).parent.parent
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+EXTRAS: dict[str, list[str]] = PROJECT["project"]["optional-dependencies"]
+
+
+def test_the_version_stands_in_the_package() -> None:
+    assert "version" in PROJECT["project"]["dynamic"] and "version" not in PROJECT["project"]
+    path = ROOT / PROJECT["tool"]["hatch"]["version"]["path"]
+    assert f'__version__ = "{pyggml.__version__}"\n' in path.read_text()
+
+
+def test_each_pin_of_a_package_stands_once() -> None:
+    names = [
+        re.split(r"[<>=\[]", r)[0] for extra in EXTRAS.values() for r in extra if "pyggml[" not in r
+    ]
+    assert len(names) == len(set(names))
+    assert "pyggml[kernels]" in EXTRAS["cuda"]
+    pin = re.compile(r"(nvidia-[a-z-]+|cupy-cuda13x|pycuda|cuda-bindings|torch)[\"']?(==|>=)\d")
+    files = [
+        f for d in ("pyggml", "backends", "ops", "tools", "docs") for f in (ROOT / d).rglob("*")
+    ]
+    for path in [ROOT / "README.md", *files]:
+        if path.is_file() and path.suffix in (".py", ".md", ".sh"):
+            assert not pin.search(path.read_text()), path
+
+
+def test_pycuda_is_built_with_the_headers_of_the_kernels() -> None:
+    script = (ROOT / "tools" / "build_pycuda.sh").read_text()
+    default = re.search(r"CUDA_HEADERS_VERSION:-([\d.*]+)", script)
+    assert default and {r.partition("==")[2] for r in EXTRAS["kernels"]} == {default[1]}
+
+
+def test_the_wheel_has_the_script_that_doctor_names() -> None:
+    wheel = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    assert wheel["tools/build_pycuda.sh"] == "pyggml/tools/build_pycuda.sh"
+    where = {source: (ROOT / source).exists() for source in wheel}
+    assert all(where.values()), where
+    # In the wheel `install.py` stands two folders below pyggml/backends, as here below backends/.
+    assert install._TOP == ROOT and install.from_clone()
+
+
+# -- CI ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Path:
+    """A folder with .ci/run, and commands that only write down that they were called."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci" / "run")
+    for name in ("make", "python3", ".venv/bin/python"):
+        path = tmp_path / ("bin/" + name if "/" not in name else name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            f'#!/bin/sh\necho "{name} $*" >> {tmp_path}/log\n'
+            f'case "{name} $*" in\n"$FAILS") exit 1;;\n'
+            '"python3 tools/readme_commands.py") echo "make demo  ";;\nesac\n'
+        )
+        path.chmod(0o755)
+    return tmp_path
+
+
+def ci(machine: Path, fails: str = "") -> tuple[int, list[str]]:
+    """Status of .ci/run, and what it called."""
+    env = {"PATH": f"{machine}/bin:{os.environ['PATH']}", "FAILS": fails}
+    done = subprocess.run(["bash", ".ci/run"], cwd=machine, env=env, capture_output=True, text=True)
+    return done.returncode, (machine / "log").read_text().splitlines()
+
+
+STEPS = (
+    "python3 tools/readme_commands.py",
+    "make demo",  # which a fake README asks for
+    "make lint",
+    "make docs",
+    "make kernels ARCHS=90a,80",
+    "python3 tools/kernel_record.py",
+    "make test-oracle",
+)
+
+
+def test_ci_runs_every_check(machine: Path) -> None:
+    status, calls = ci(machine)
+    assert status == 0 and [call for call in calls if call in STEPS] == list(STEPS)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_ci_fails_where_a_check_fails(machine: Path, step: str) -> None:
+    status, calls = ci(machine, fails=step)
+    assert status != 0 and calls[-1] == step
+
+
+def test_the_workflow_runs_ci_on_the_oldest_and_newest_python() -> None:
+    text = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert re.search(r"^ +- run: bash \.ci/run$", text, re.MULTILINE)
+    named = re.findall(r":: (3\.\d+)$", "\n".join(PROJECT["project"]["classifiers"]), re.MULTILINE)
+    versions = re.search(r'python: \["([\d.]+)", "([\d.]+)"\]', text)
+    assert versions and versions.groups() == (named[0], named[-1])
