@@ -10,9 +10,10 @@ import shutil
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 
@@ -33,7 +34,8 @@ Progress: TypeAlias = Callable[[int, int], object]
 _IDS = {dtype: id_ for id_, dtype in SCALARS.items()}
 
 
-class Tensor(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Tensor:
     """A tensor to write. `chunks()` yields contiguous buffers, `nbytes` in all, when asked."""
 
     name: str
