@@ -59,12 +59,23 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary)
         if name in words:  # only what is asked for is imported
-            module = import_module(f"pyggml.cli.{name}")
-            command.description = module.__doc__
-            command.formatter_class = argparse.RawDescriptionHelpFormatter
-            command.set_defaults(run=module.run)
-            module.configure(command)
+            _configure(command, name)
     return parser
+
+
+def parser_of(name: str) -> argparse.ArgumentParser:
+    """The parser of one command, for documents."""
+    command = argparse.ArgumentParser(f"pyggml {name}")
+    _configure(command, name)
+    return command
+
+
+def _configure(command: argparse.ArgumentParser, name: str) -> None:
+    module = import_module(f"pyggml.cli.{name}")
+    command.description = module.__doc__
+    command.formatter_class = argparse.RawDescriptionHelpFormatter
+    command.set_defaults(run=module.run)
+    module.configure(command)
 
 
 def _fail(error: Exception) -> int:

@@ -22,13 +22,13 @@ from pyggml.viz import dot
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""
     add = parser.add_argument
-    add("-m", metavar="FILE", type=Path, required=True, help="a GGUF file of DeepSeek-2")
+    add("-m", metavar="FILE", type=Path, required=True, help="a DeepSeek-2 GGUF file")
     add("--backend", metavar="PLACES", default="numpy",
-        help="places in order of preference, commas between (default: numpy)")  # fmt: skip
+        help="places in order of preference, separated by commas (default: numpy)")  # fmt: skip
     add("-ot", metavar="REGEX=PLACE", action="append", default=[],
-        help="pin what has a matching label; commas between several")  # fmt: skip
-    add("-amb", metavar="MIB", type=float, help="attention memory budget")
-    add("--dot", metavar="FILE", help="write a picture for `dot -Tsvg` instead; - for stdout")
+        help="put tensors with a matching label on PLACE; separate several by commas")  # fmt: skip
+    add("-amb", metavar="MIB", type=float, help="attention memory budget in MiB (default: none)")
+    add("--dot", metavar="FILE", help="write a drawing for Graphviz instead of text; - is stdout")
     add_options(parser.add_argument_group("the graph"))
 
 

@@ -35,16 +35,16 @@ class ModelGraph:
 
 def add_options(parser: argparse._ArgumentGroup) -> None:
     add = parser.add_argument
-    add("-c", type=count, metavar="N", default=128, help="rows of the cache (default: 128)")
-    add("-ub", type=count, metavar="N", default=16, help="tokens of a batch (default: 16)")
-    add("-ctk", metavar="TYPE", default="f16", help="type of the cache (default: f16)")
+    add("-c", type=count, metavar="N", default=128, help="rows of the KV cache (default: 128)")
+    add("-ub", type=count, metavar="N", default=16, help="tokens in the batch (default: 16)")
+    add("-ctk", metavar="TYPE", default="f16", help="type of the KV cache (default: f16)")
     add("-fa", choices=("on", "off"), nargs="?", const="on", default="on",
         help="flash attention (default: on)")  # fmt: skip
     add("-mla", type=int, choices=range(len(FORMS)), default=1,
-        help="attention: 0 standard, 1 latent, 2 or 3 expanded if -fa (default: 1)")  # fmt: skip
+        help="attention: 0 standard, 1 latent, 2 or 3 expanded if -fa on (default: 1)")  # fmt: skip
     add("-fmoe", choices=("on", "off"), nargs="?", const="on", default="on",
-        help="up, gate and activation of experts as one op (default: on)")  # fmt: skip
-    add("--seed", type=int, metavar="N", default=0, help="of random inputs (default: 0)")
+        help="experts' up, gate and activation in one op (default: on)")  # fmt: skip
+    add("--seed", type=int, metavar="N", default=0, help="seed of the random inputs (default: 0)")
 
 
 def weighted(path: str | PathLike[str]) -> GGUFFile:

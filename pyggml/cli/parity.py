@@ -44,20 +44,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--mode", choices=MODES, default="test", help="what to do with the cases (default: test)")
     add("-o", "--op", metavar="OP[,OP]", help="only these ops, or one case as it is printed")
     add("-p", "--pattern", metavar="REGEX", help="only cases whose text or arguments match")
-    add("-b", "--backend", metavar="PLACE", help="only on this (default: every backend there is)")
+    add("-b", "--backend", metavar="PLACE", help="only on this place (default: every backend)")
     add("-j", "--jobs", metavar="N", type=model.count, default=1, help="processes (default: 1)")
     add("--quick", action="store_true", help="the small grid: every op in under a minute")
-    add("--kernel", metavar="FILE.py:FUNCTION", default="", help="test this kernel of one op")
+    add("--kernel", metavar="FILE.py:FUNCTION", default="",
+        help="use this function as the kernel of the one op that -o names")  # fmt: skip
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print one JSON object")
-    form.add_argument("--markdown", action="store_true", help="with --mode support: docs/ops.md")
+    form.add_argument(
+        "--markdown", action="store_true", help="with --mode support: print docs/ops.md"
+    )
     group = parser.add_argument_group("a model's graph on two places, node by node")
     add = group.add_argument
     add("-m", "--model", metavar="FILE", help="a GGUF file, or the first of its parts")
-    add("--a", metavar="PLACE", default="numpy", help="default: numpy")
-    add("--b", metavar="PLACE", default="null", help="default: null")
-    add("--script", metavar="LABEL", help="write the node of that label as a program")
-    add("--out", metavar="FILE.py", help="of --script (default: its label)")
+    add("--a", metavar="PLACE", default="numpy", help="the first place (default: numpy)")
+    add("--b", metavar="PLACE", default="null", help="the second place (default: null)")
+    add("--script", metavar="LABEL", help="write a program that runs only the node with that label")
+    add("--out", metavar="FILE.py", help="where --script writes it (default: LABEL.py)")
     model.add_options(group)
     own = {option: option.lstrip("-") for option in (*_GRID, *_MODEL)}
     parser.set_defaults(usual={option: parser.get_default(name) for option, name in own.items()})

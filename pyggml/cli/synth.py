@@ -26,13 +26,15 @@ from pyggml.models.presets import PRESETS, preset, synth
 def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("out", metavar="OUT", help="the file to write; it appears only when complete")
-    add("--preset", choices=PRESETS, default="small", help="default: %(default)s")
+    add("--preset", choices=PRESETS, default="small",
+        help="size of the model (default: %(default)s)")  # fmt: skip
     add("--layers", type=_natural, metavar="N", help="number of layers instead of the preset's")
     add("--type", type=_type, default="iq4_nl", metavar="TYPE",
         help=f"storage type (default: %(default)s): {' '.join(DRAWN)}")  # fmt: skip
     add("--kv-b", choices=("split", "joined"), default="split",
-        help="attn_k_b and attn_v_b, or attn_kv_b (default: %(default)s)")  # fmt: skip
-    add("--seed", type=_natural, default=0, help="default: %(default)s")
+        help="store attn_k_b and attn_v_b, or attn_kv_b (default: %(default)s)")  # fmt: skip
+    add("--seed", type=_natural, default=0, metavar="N",
+        help="seed of the weights (default: %(default)s)")  # fmt: skip
     add("--header-only", action="store_true", help="write no weights")
 
 

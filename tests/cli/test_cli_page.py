@@ -1,0 +1,71 @@
+"""docs/cli.md: its examples run, its tables are those of the parsers."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import warnings
+from pathlib import Path
+
+import pytest
+
+from pyggml.cli import COMMANDS, main, parser_of
+from tests import dot_syntax
+from tools import cli_tables
+
+TEXT = cli_tables.PAGE.read_text()
+
+
+def examples() -> list[str]:
+    blocks = re.findall(r"^```sh\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+def test_the_tables_are_of_the_parsers_as_they_are() -> None:
+    """Else: python tools/cli_tables.py"""
+    assert cli_tables.page(TEXT) == TEXT
+
+
+def test_every_command_has_a_section_an_example_and_a_table() -> None:
+    for name in COMMANDS:
+        section = re.search(rf"^## pyggml {name}\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL)
+        assert section and f"<!-- options: {name} -->" in section[1]
+        assert f"\npyggml {name}" in section[1]
+        for action in parser_of(name)._actions[1:]:
+            for option in action.option_strings:
+                assert f"`{option}`" in section[1], (name, option)
+
+
+def test_every_option_says_what_it_does() -> None:
+    for name in COMMANDS:
+        for action in parser_of(name)._actions:
+            assert action.help and len(action.help.split()) > 2, (name, action.dest)
+
+
+def test_an_option_that_is_new_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def more(name: str) -> object:
+        parser = parser_of(name)
+        parser.add_argument("--brand-new", help="an option of today")
+        return parser
+
+    monkeypatch.setattr(cli_tables, "parser_of", more)
+    assert cli_tables.page(TEXT) != TEXT and "`--brand-new`" in cli_tables.page(TEXT)
+
+
+def test_the_examples_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pyggml.parity.running.MEASURED", 0.01)
+    assert len(examples()) >= 15
+    for line in examples():
+        command, *words = shlex.split(line)
+        assert command == "pyggml"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            status = main(words)
+        out, err = capsys.readouterr()
+        doctor = words[0] == "doctor"  # whose status is this machine's
+        assert (status == 0 or doctor) and out and "warning" not in err, (line, err)
+    assert dot_syntax.read(Path("plan.dot").read_text()).boxes
+    assert Path("k_pe.py").exists() and Path("k_pe.npz").exists()
