@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
+#: `pyggml.define` is a name of `pyggml`, so it gets its page with it.
 MODULES = (
     "pyggml", "pyggml.backends.base", "pyggml.backends.numpy", "pyggml.gguf",
     "pyggml.models.deepseek2", "pyggml.models.feed_forward", "pyggml.parity.tolerance",
@@ -46,8 +47,12 @@ def write(folder: Path) -> None:
 
     from pyggml.node import Op
 
-    for op in (value for value in vars(import_module("pyggml")).values() if isinstance(value, Op)):
-        vars(op).pop("__wrapped__")  # pdoc would show the shape rule, which returns a Spec
+    package = import_module("pyggml")
+    for name in package.__all__:
+        value = getattr(package, name)
+        setattr(package, name, value)  # some are imported when first used: pdoc looks in vars()
+        if isinstance(value, Op):
+            vars(value).pop("__wrapped__")  # pdoc would show the shape rule, which returns a Spec
     pdoc.render.configure(
         template_directory=ROOT / "docs" / "api", show_source=False, footer_text="pyggml"
     )
