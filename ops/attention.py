@@ -7,10 +7,9 @@ from typing import Any
 from pyggml.dtypes import F16, F32
 from pyggml.errors import ShapeError
 from pyggml.node import Axis, Cost, Cut, Node, Slice, Spec, op
-from pyggml.ops.linear import PRECISIONS
 from pyggml.ops.reduce import alibi_heads, mask_cut, want_mask
 from pyggml.ops.rules import (
-    choose,
+    Precision,
     want_finite,
     want_index,
     want_ne,
@@ -32,7 +31,7 @@ def flash_attn_ext(
     scale: float,
     max_bias: float = 0.0,
     logit_softcap: float = 0.0,
-    prec: str = "default",
+    prec: Precision = "default",
     lse: bool = False,
     head0: int = 0,
     n_head: int | None = None,
@@ -81,7 +80,6 @@ def flash_attn_ext(
     if kv_len is not None:
         want_index("kv_len", kv_len)
         want_ne("kv_len", kv_len, (1, 1, 1, 1), "one number")
-    choose("prec", prec, PRECISIONS)
     want_finite(scale=scale, max_bias=max_bias, logit_softcap=logit_softcap)
     if max_bias > 0 and mask is None:
         raise ShapeError("max_bias > 0 needs a mask")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, TypeAlias, get_args
+
 from pyggml.errors import DTypeError, ShapeError
 from pyggml.node import Axis, Cut, Ids, Node, Op, Slice, Spec, op
 from pyggml.ops.rules import (
@@ -15,7 +17,8 @@ from pyggml.ops.rules import (
     want_type,
 )
 
-ACTIVATIONS = ("silu", "gelu", "relu")
+Activation: TypeAlias = Literal["silu", "gelu", "relu"]
+ACTIVATIONS: tuple[str, ...] = get_args(Activation)
 
 
 def _pair(a: Node, b: Node, types: tuple[str, ...]) -> Spec:
@@ -107,14 +110,13 @@ def activation(act: str, a: Node) -> Node:
 
 
 @op(slices=outer_slices)
-def glu(a: Node, b: Node | None = None, *, act: str = "silu", swapped: bool = False) -> Spec:
+def glu(a: Node, b: Node | None = None, *, act: Activation = "silu", swapped: bool = False) -> Spec:
     """Gated linear unit: y = act(x) * g.
 
     with b     x = a, g = b                    a, b, y  f32 [n, ne1, ne2, ne3]
     without    x, g = the halves of a's rows   a        f32 [2n, ne1, ne2, ne3]
     act        silu (SwiGLU), gelu (GEGLU) or relu (ReGLU); swapped takes the halves the other way
     """
-    choose("act", act, ACTIVATIONS)
     want_type("a", a, FLOATS)
     if b is not None:
         want_type("b", b, (a.dtype.name,))
@@ -128,7 +130,7 @@ def glu(a: Node, b: Node | None = None, *, act: str = "silu", swapped: bool = Fa
 
 
 @glu.means
-def _(a: Node, b: Node | None = None, *, act: str = "silu", swapped: bool = False) -> Node:
+def _(a: Node, b: Node | None = None, *, act: Activation = "silu", swapped: bool = False) -> Node:
     from pyggml.ops.views import view
 
     if b is None:

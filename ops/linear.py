@@ -11,6 +11,7 @@ from pyggml.node import Axis, Cost, Cut, Ids, Node, Slice, Spec, op
 from pyggml.ops.rules import (
     DECODABLE_FLOATS,
     FLOATS,
+    Precision,
     choose,
     want_index,
     want_ne,
@@ -19,12 +20,10 @@ from pyggml.ops.rules import (
     want_type,
 )
 
-PRECISIONS = ("default", "f32")
-
 
 @op(weights=("a",))
 def mul_mat(
-    a: Node, b: Node, *, prec: str = "default", dtype: str = "f32"
+    a: Node, b: Node, *, prec: Precision = "default", dtype: str = "f32"
 ) -> Spec | tuple[Spec, dict[str, Any]]:
     """Matrix product of rows:  y[i, j, p, q] = sum_k a[k, i, p // r2, q // r3] b[k, j, p, q].
 
@@ -37,7 +36,6 @@ def mul_mat(
     """
     want_readable("a", a)
     want_type("b", b, DECODABLE_FLOATS)
-    choose("prec", prec, PRECISIONS)
     result = dtype_of(choose("dtype", dtype_of(dtype).name, FLOATS))
     if a.dtype.block > 1:
         want_rows("a", a)
@@ -125,7 +123,7 @@ def expert_cost(node: Node) -> Cost:
     cost=expert_cost,
     slices=expert_slices,
 )
-def mul_mat_id(experts: Node, b: Node, ids: Node, *, prec: str = "default") -> Spec:
+def mul_mat_id(experts: Node, b: Node, ids: Node, *, prec: Precision = "default") -> Spec:
     """Product with chosen matrices:  y[:, e, t] = experts[:, :, ids[e, t]] b[:, e % n_b, t].
 
     experts  any float or block type  [k, m, n_expert]
@@ -137,5 +135,4 @@ def mul_mat_id(experts: Node, b: Node, ids: Node, *, prec: str = "default") -> S
     negative one, and says so under PYGGML_CUDA_DEBUG=1 only (not inside loops).
     """
     want_experts(experts, b, ids, "experts")
-    choose("prec", prec, PRECISIONS)
     return Spec.of(F32, (experts.ne[1], ids.ne[0], ids.ne[1]), 3)

@@ -5,16 +5,15 @@ from __future__ import annotations
 from pyggml.dtypes import F32, I32
 from pyggml.errors import ShapeError
 from pyggml.node import Axis, Cost, Cut, Ids, Node, Slice, Spec, op
-from pyggml.ops.elementwise import ACTIVATIONS, activation, mul
+from pyggml.ops.elementwise import Activation, activation, mul
 from pyggml.ops.linear import (
-    PRECISIONS,
     expert_cost,
     expert_slices,
     mul_mat,
     mul_mat_id,
     want_experts,
 )
-from pyggml.ops.rules import choose, outer_slices, want_ne, want_readable, want_rows, want_type
+from pyggml.ops.rules import Precision, outer_slices, want_ne, want_readable, want_rows, want_type
 
 
 @op(
@@ -24,7 +23,13 @@ from pyggml.ops.rules import choose, outer_slices, want_ne, want_readable, want_
     slices=expert_slices,
 )
 def moe_up_gate(
-    up: Node, gate: Node, b: Node, ids: Node, *, act: str = "silu", prec: str = "default"
+    up: Node,
+    gate: Node,
+    b: Node,
+    ids: Node,
+    *,
+    act: Activation = "silu",
+    prec: Precision = "default",
 ) -> Spec:
     """Two expert products and the gated activation in one:
 
@@ -37,8 +42,6 @@ def moe_up_gate(
     act       silu, gelu or relu
     prec      "default" or "f32", as in mul_mat
     """
-    choose("act", act, ACTIVATIONS)
-    choose("prec", prec, PRECISIONS)
     want_experts(up, b, ids, "up")
     want_experts(gate, b, ids, "gate")
     want_ne("gate", gate, up.ne, "up's size")
@@ -47,7 +50,13 @@ def moe_up_gate(
 
 @moe_up_gate.means
 def _(
-    up: Node, gate: Node, b: Node, ids: Node, *, act: str = "silu", prec: str = "default"
+    up: Node,
+    gate: Node,
+    b: Node,
+    ids: Node,
+    *,
+    act: Activation = "silu",
+    prec: Precision = "default",
 ) -> Node:
     opened = activation(act, mul_mat_id(gate, b, ids, prec=prec))
     return mul(opened, mul_mat_id(up, b, ids, prec=prec))
@@ -55,7 +64,7 @@ def _(
 
 @op(weights=("up", "gate"))
 def fused_up_gate(
-    up: Node, gate: Node, b: Node, *, act: str = "silu", prec: str = "default"
+    up: Node, gate: Node, b: Node, *, act: Activation = "silu", prec: Precision = "default"
 ) -> Spec:
     """The dense form of moe_up_gate:  y = act(gate b) * (up b).
 
@@ -64,8 +73,6 @@ def fused_up_gate(
     y         f32                      [n_ff, n_tokens, ne2, ne3]
     prec      "default" or "f32", as in mul_mat
     """
-    choose("act", act, ACTIVATIONS)
-    choose("prec", prec, PRECISIONS)
     for what, node in (("up", up), ("gate", gate)):
         want_readable(what, node)
         want_rows(what, node)
@@ -75,7 +82,9 @@ def fused_up_gate(
 
 
 @fused_up_gate.means
-def _(up: Node, gate: Node, b: Node, *, act: str = "silu", prec: str = "default") -> Node:
+def _(
+    up: Node, gate: Node, b: Node, *, act: Activation = "silu", prec: Precision = "default"
+) -> Node:
     return mul(activation(act, mul_mat(gate, b, prec=prec)), mul_mat(up, b, prec=prec))
 
 

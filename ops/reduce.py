@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pyggml.dtypes import I32
 from pyggml.errors import ShapeError
-from pyggml.node import Axis, Cost, Cut, Node, Slice, Spec, op
+from pyggml.node import Axis, Cost, Cut, Node, Slice, Spec, located, op
 from pyggml.ops.rules import (
-    choose,
     modulo_cut,
     outer_slices,
     want_finite,
@@ -111,6 +110,7 @@ def _(node: Node, axis: Axis, n: int) -> Slice | None:
     return Slice(cuts, shift={"head0": 1} if axis == 2 else {})
 
 
+@located
 def soft_max(a: Node) -> Node:
     """Softmax of rows: `soft_max_ext` with defaults."""
     return soft_max_ext(a)
@@ -122,13 +122,12 @@ def _row_ids(a: Node, n: int) -> Spec:
 
 
 @op(slices=outer_slices)
-def argsort(a: Node, *, order: str = "asc") -> Spec:
+def argsort(a: Node, *, order: Literal["asc", "desc"] = "asc") -> Spec:
     """Ids that sort each row, "asc" or "desc"; stable.   a  f32 [n, ..],   y  i32 [n, ..]
 
     -0 equals 0. NaN, whatever its sign, is larger than every number (as in NumPy and PyTorch); one
     NaN equals another. The same holds in top_k, argmax and grouped_topk.
     """
-    choose("order", order, ("asc", "desc"))
     return _row_ids(a, a.ne[0])
 
 

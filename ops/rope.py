@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pyggml.errors import ShapeError
 from pyggml.node import Axis, Cost, Cut, Node, Slice, Spec, op
-from pyggml.ops.rules import FLOATS, choose, want_finite, want_index, want_ne, want_type
+from pyggml.ops.rules import FLOATS, want_finite, want_index, want_ne, want_type
 
 
 @op
@@ -14,7 +16,7 @@ def rope_ext(
     freq_factors: Node | None = None,
     *,
     n_dims: int,
-    mode: str = "normal",
+    mode: Literal["normal", "neox"] = "normal",
     n_ctx_orig: int = 0,
     freq_base: float = 10000.0,
     freq_scale: float = 1.0,
@@ -43,7 +45,6 @@ def rope_ext(
     """
     want_type("a", a, FLOATS)
     want_index("pos", pos)
-    choose("mode", mode, ("normal", "neox"))
     want_finite(
         freq_base=freq_base, freq_scale=freq_scale, ext_factor=ext_factor, attn_factor=attn_factor
     )

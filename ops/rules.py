@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Literal, TypeAlias
 
 from pyggml.errors import DTypeError, ShapeError
 from pyggml.node import Axis, Cut, Ne, Node, Slice
+
+#: How exactly a product or attention computes: "f32" allows nothing less than f32.
+Precision: TypeAlias = Literal["default", "f32"]
 
 FLOATS = ("f32", "f16")
 DECODABLE_FLOATS = ("f32", "f16", "bf16")

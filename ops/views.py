@@ -120,6 +120,7 @@ def _(node: Node, axis: Axis, n: int) -> Slice | None:
     return Slice((Cut(node.attrs["axes"].index(axis)),)) if isinstance(axis, int) else None
 
 
+@located
 def transpose(a: Node) -> Node:
     """Dimensions 0 and 1 exchanged; no copy. `permute(a, axes=(1, 0, 2, 3))`."""
     return permute(a, axes=(1, 0, 2, 3))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -162,7 +163,7 @@ def flat_weights(m: _Maker) -> Pattern:
     return m.done(ids=ids, flat=scale(reshape(weights, ne=(4 * T,)), s=2.0))
 
 
-def _latent(m: _Maker, type: str, mode: str) -> Pattern:
+def _latent(m: _Maker, type: str, mode: Literal["normal", "neox"]) -> Pattern:
     both, pos = m.floats("kv", 576, T), m.positions()
     c = mul(rms_norm(view(both, ne=(512, T)), eps=1e-6), m.weight("row", 512))
     k = view(both, ne=(64, T), start=(512,))

@@ -71,6 +71,9 @@ nan = float("nan")
         (lambda: scaled(c=x, factor=1), DTypeError, "scaled has no argument 'c'"),
         (lambda: scaled(x, a=x, factor=1), DTypeError, "the tensor a is given twice"),
         (lambda: gg.rope_ext(x, x, n_dim=4), DTypeError, "'n_dim'; did you mean n_dims?"),
+        (lambda: gg.rope_ext(x, x, n_dims=4, mode=0), DTypeError, "one of 'normal', 'neox', not 0"),
+        (lambda: gg.argsort(x, order=True), DTypeError, "one of 'asc', 'desc', not True (bool)"),
+        (lambda: gg.mul_mat(x, x, prec=None), DTypeError, "one of 'default', 'f32', not None"),
         (lambda: gg.input("x", "f32", (4,)), DTypeError, "input: too many positional arguments"),
         (lambda: gg.input("x", "f32", n=(4,)), DTypeError, "unexpected keyword argument 'n'"),
         (lambda: gg.input("x", shap=(4,)), DTypeError, "'shap'; did you mean shape?"),
@@ -84,6 +87,12 @@ def test_wrong_arguments(call: Any, error: type[Exception], text: str) -> None:
     message = str(caught.value)
     line = inspect.getsourcelines(call)[1]
     assert text in message and message.endswith(f"; at {__file__}:{line}")
+
+
+def test_a_spec_by_the_name_of_its_type() -> None:
+    assert Spec.of("f32", (4, 2)) == Spec.of(dtype("f32"), [4, 2])
+    with pytest.raises(DTypeError, match="unknown type 'f33'"):
+        Spec.of("f33", (4,))
 
 
 def test_a_call_of_another_form_is_shown() -> None:
