@@ -6,6 +6,10 @@ pyggml parity -o mul_mat -p 'type_a=q4_K.*ne_b=\\[256,1'
 pyggml parity -o 'relu(f32[64,5]@wide)'           this case, in the grid or not
 pyggml parity --mode support                      which cases a backend runs, and why not
 pyggml parity --mode perf -o mul_mat              time, GFLOPS and GB/s
+pyggml parity --mode fuzz -b numpy --seconds 60 --seed 1            random cases
+pyggml parity --mode fuzz -b numpy --seconds 60 --seed 1 --graphs   random graphs
+pyggml parity -b numpy --case 'x=f32[8]; y=relu(x); plan(y)'        this case or graph
+pyggml parity --ops my_ops.py                     ops of your own, against their meanings
 pyggml parity --kernel my.py:mul_mat_iq4 -o mul_mat -p type_a=iq4_nl
 pyggml parity -m FILE --a numpy --b null          a model's graph (attention of every layer)
 pyggml parity -m FILE --script kq-0 --out kq.py   ... and one node of it as a program
@@ -23,7 +27,7 @@ from dataclasses import asdict
 from math import isfinite
 
 from pyggml import backends
-from pyggml.cli import model
+from pyggml.cli import fuzz, model
 from pyggml.errors import DeviceError, GraphError, UnknownNameError
 from pyggml.graph import Graph
 from pyggml.parity import grid, support
@@ -36,7 +40,7 @@ from pyggml.parity.report import script_name, script_path
 from pyggml.parity.running import Outcome, outcomes
 from pyggml.runtime import places
 
-MODES = ("test", "support", "list", "perf")
+MODES = ("test", "support", "list", "perf", "fuzz")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +53,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--quick", action="store_true", help="the small grid: every op in under a minute")
     add("--kernel", metavar="FILE.py:FUNCTION", default="",
         help="use this function as the kernel of the one op that -o names")  # fmt: skip
+    add("--case", metavar="TEXT", help="run this case or graph, as a report prints it")
+    add("--ops", metavar="FILE.py", default="", help="test the ops that this file defines")
+    add("--seconds", metavar="N", type=float, default=60.0, help="of --mode fuzz (default: 60)")
+    add("--cases", metavar="N", type=model.count, help="of --mode fuzz: stop after so many")
+    add("--graphs", action="store_true", help="of --mode fuzz: whole graphs and their plans")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print one JSON object")
     form.add_argument(
@@ -62,21 +71,28 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--script", metavar="LABEL", help="write a program that runs only the node with that label")
     add("--out", metavar="FILE.py", help="where --script writes it (default: LABEL.py)")
     model.add_options(group)
-    own = {option: option.lstrip("-") for option in (*_GRID, *_MODEL)}
+    own = {option: option.lstrip("-") for option in (*_GRID, *_MODEL, *_FUZZ)}
     parser.set_defaults(usual={option: parser.get_default(name) for option, name in own.items()})
 
 
 #: What belongs to the grid alone, and to a model alone.
-_GRID = ("--mode", "--op", "--pattern", "--backend", "--jobs", "--quick", "--kernel", "--markdown")
+_GRID = ("--mode", "--op", "--pattern", "--backend", "--jobs", "--quick", "--kernel", "--markdown",
+         "--case", "--ops", "--seconds", "--cases", "--graphs")  # fmt: skip
+_FUZZ = ("--seconds", "--cases", "--graphs", "--seed")
 _MODEL = ("--a", "--b", "--script", "--out", "-c", "-ub", "-ctk", "-fa", "-mla",
           "-fmoe", "--seed")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
-    for option in _GRID if args.model else _MODEL:
+    for option in _GRID if args.model else (*_MODEL, *_FUZZ):
+        if args.mode == "fuzz" and option in _FUZZ:
+            continue
         if getattr(args, option.lstrip("-")) != args.usual[option]:
             goes = "does not go" if args.model else "goes only"
-            raise GraphError(f"{option} {goes} with a model, -m FILE")
+            other = " or --mode fuzz" if option == "--seed" and not args.model else ""
+            if option in _FUZZ[:3] and not args.model:
+                raise GraphError(f"{option} goes only with --mode fuzz")
+            raise GraphError(f"{option} {goes} with a model, -m FILE{other}")
     return _of_model(args) if args.model else _of_ops(args)
 
 
@@ -111,6 +127,10 @@ def _of_ops(args: argparse.Namespace) -> int:
         place = places.parse(name)  # one that does not exist is named before anything runs
         if place.size is not None:
             raise DeviceError(f"{place} is a description of a device: give it without a size")
+    if args.mode == "fuzz":
+        return fuzz.run(args, [name for name in names if one or _is_here(name)])
+    if args.case or args.ops:
+        return fuzz.run_given(args, [name for name in names if one or _is_here(name)])
     chosen = select(args.op, args.pattern, args.quick, perf=args.mode == "perf")
     if args.mode == "list":
         print(json.dumps([str(c) for c in chosen]) if args.json else "\n".join(map(str, chosen)))

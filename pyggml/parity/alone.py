@@ -15,7 +15,8 @@ from pyggml.node import Node, inherit, label_of
 from pyggml.ops import input, state_of
 from pyggml.ops.leaf import constant_op, data_of, input_op, state_op
 from pyggml.ops.views import root_of
-from pyggml.parity.case import Case, Source, numeric_class
+from pyggml.parity.case import Case, Source
+from pyggml.parity.check import numeric_class
 from pyggml.quants import decode_rows
 from pyggml.runtime.arrays import stored
 from pyggml.runtime.places import parse

@@ -6,28 +6,29 @@ import ast
 import inspect
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 from zlib import crc32
 
 import numpy as np
 
 from pyggml import ops
-from pyggml.backends.base import Backend
 from pyggml.dtypes import dtype
-from pyggml.errors import GraphError
-from pyggml.graph import Graph
+from pyggml.errors import GraphError, UnknownNameError
 from pyggml.node import Node
-from pyggml.parity import guarded, oracle, tolerance
-from pyggml.parity.values import LAYOUTS, Array, blank, decoded, in_memory, numbers, seen, stored
-from pyggml.runtime import places
+from pyggml.parity import tolerance
+from pyggml.parity.layouts import Layout, in_memory, seen
+from pyggml.parity.meant import meaning_of
+from pyggml.parity.values import Array, blank, decoded, numbers, stored
 
 _SOURCE = re.compile(
     r"(?P<type>\w+)\[(?P<ne>[\d,]+)\](?P<fill>[<!]\d+-?|#-?\d+|~\w+)?"
     r"(?P<weight>@weight)?(?:@(?P<layout>\w+))?(?:=(?P<of>\d)\+(?P<start>\d+))?"
 )
+#: Ops of a user's own, by name, while they are tested.
+OWN: dict[str, Any] = {}
 #: Ops whose results are their sources' values, moved: nothing is computed, nothing may change.
-_MOVES = {"reshape", "view", "permute", "transpose", "cont", "concat", "repeat", "get_rows"}
+MOVES = {"reshape", "view", "permute", "transpose", "cont", "concat", "repeat", "get_rows"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,19 +36,24 @@ class Source:
     """A tensor of a case: `f16[64,5]`, `i32[6,5]<8-`, `q4_0[64,5]@weight@wide`, `f16[512,9]=1+64`
 
     fill    what it holds; nothing: normal values.   <8: ids below 8;  <8-: negative ones too;
-            !8: ids below 8, all different in a row;  #9: the number 9;  ~mask: a third -inf, row 1
-            all of it;  ~causal: -inf behind the diagonal that ends in the last key;  ~blocks: 30 %
-            of blocks of 16 x 8 -inf;  ~above: above 0;  ~one: 0.9 to 1.1;  ~large: thousands;
-            ~ties: small whole numbers;  ~wild: inf, NaN, subnormals; in blocks any bytes;
+            !8: ids below 8, all different in a row;  !8-: a fourth of them -1;  #9: the number 9;
+            ~mask: a third -inf, row 1 all of it;  ~causal: -inf behind the diagonal that ends in
+            the last key;  ~blocks: 30 % of blocks of 16 x 8 -inf;  ~above: above 0;  ~one: 0.9 to
+            1.1;  ~large: thousands;  ~ties: small whole numbers;
+            ~wild: inf, NaN, subnormals; in blocks any bytes;
             ~holed: NaN and infinity in rows 3, 8, 13, ..;  ~ended: in the second half of the rows;
             ~holes: a mask that hides keys 3, 8, 13, .. from all rows but every sixth, and a fifth
-            of the other keys
+            of the other keys;
+            ~nan: a tenth NaN;  ~nan5: rows 4, 9, .. are NaN;  ~dead5: those are NaN or infinite;
+            ~past7: all rows from 7 on are;  ~hide5, ~upto7: masks that hide the keys of such rows
     weight  whether it is a constant, which a backend may keep in a layout of its own (or a part of
             one, seen through views: `@weight@inner`)
     layout  how it lies in memory, NaN around it.   wide: rows in longer rows;  inner: a part in
             every dimension;  step: every other row;  apart: every other element;  p0213: ggml's
-            permute(memory, (0, 2, 1, 3));  far: its last row (matrix..) begins 2^31 bytes behind
-            the first, with zeros between
+            permute(memory, (0, 2, 1, 3));
+            p1032b1000a0100s2111: that of a part of the memory, with elements (blocks) before and
+            after it on each dimension, and steps (any of the four may be missing);
+            far: its last row (matrix..) begins 2^31 bytes behind the first, with zeros between
     of      it is a view of that other source, `start` elements into each row
     """
 
@@ -76,8 +82,7 @@ class Source:
             return None
         found = _SOURCE.fullmatch(text)
         layout = found["layout"] or "" if found else ""
-        known = layout in ("", "far", *LAYOUTS) or sorted(layout) == list("0123p")
-        if found is None or not known:
+        if found is None or (layout != "far" and Layout.parse(layout) is None):
             raise GraphError(f"{text!r} is no source; a source looks like f16[64,5]@wide")
         ne = tuple(int(n) for n in found["ne"].split(","))
         if layout == "far" and (found["weight"] or not any(n > 1 for n in ne[1:])):
@@ -108,7 +113,7 @@ class Case:
     @property
     def vars(self) -> str:
         """`type_a=q4_K,ne_a=[256,16],type_b=..`: what a pattern can ask for, by argument name."""
-        names = inspect.signature(getattr(ops, self.op)).parameters
+        names = inspect.signature(op_of(self.op)).parameters
         told = [
             f"type_{name}={s.type},ne_{name}=[{','.join(map(str, s.ne))}],layout_{name}={s.place}"
             for name, s in zip(names, self.sources)
@@ -128,21 +133,15 @@ class Case:
         found = re.fullmatch(r"(\w+)(\.means)?\((.*)\)", text)
         if found is None:
             raise GraphError(f"{text!r} is no case; a case looks like relu(f32[64,5])")
-        sources, attrs = [], {}
-        for part in re.findall(r"(?:[^,(\[]|\([^)]*\)|\[[^\]]*\])+", found[3]):
-            key, equal, value = part.strip().partition("=")
-            if equal and key.isidentifier():
-                attrs[key] = _value(value)
-            else:
-                sources.append(Source.parse(part.strip()))
-        return Case(found[1], tuple(sources), attrs, found[2] is not None)
+        given, attrs = arguments(found[3])
+        return Case(found[1], tuple(map(Source.parse, given)), attrs, found[2] is not None)
 
     def bound(self, result: Node, *numeric: str) -> float:
         """The NMSE that a backend may have whose numbers in this op are of these classes: for a
         meaning, one for each of its parts, whose errors add up.
         """
         kind, first = result.dtype, self.sources[1 if self.op == "set_rows" else 0]
-        if kind.kind == "int" or self.op in _MOVES:
+        if kind.kind == "int" or self.op in MOVES:
             return 0.0
         if self.op in ("cast", "cpy", "set_rows"):
             same = first is not None and first.type == kind.name
@@ -151,6 +150,26 @@ class Case:
         rounded = tolerance.CLASSES[kind.name] if kind.name in ("f16", "bf16") else 0.0
         parts = sum(tolerance.declared(self.op, c) for c in numeric if c != "f32")
         return max(own, rounded, min(parts, tolerance.LIMITS.get(self.op, tolerance.LIMIT)))
+
+
+def arguments(text: str) -> tuple[list[str], dict[str, Any]]:
+    """What stands between a call's brackets: positional arguments as they are, attributes."""
+    given, attrs = [], {}
+    for part in re.findall(r"(?:'[^']*'|[^,(\[']|\([^)]*\)|\[[^\]]*\])+", text):
+        key, equal, value = part.strip().partition("=")
+        if equal and key.isidentifier():
+            attrs[key] = _value(value)
+        else:
+            given.append(part.strip())
+    return given, attrs
+
+
+def op_of(name: str) -> Any:
+    """The op of that name: the library's, or one of a file's that is being tested."""
+    op = OWN.get(name) or getattr(ops, name, None)
+    if op is None:
+        raise UnknownNameError(f"there is no op {name!r}")
+    return op
 
 
 def _value(text: str) -> Any:
@@ -181,7 +200,7 @@ class Built:
 def build(case: Case, values: bool = True) -> Built:
     """The graph of a case, and its values: the same at every call; or the graph alone."""
     rng = np.random.default_rng(crc32(str(case).encode()))
-    op: Any = getattr(ops, case.op)
+    op = op_of(case.op)
     writes = getattr(op, "writes", None)
     made = Built(None, [], [], {}, {})  # type: ignore[arg-type]
     for number, source in enumerate(case.sources):
@@ -195,7 +214,7 @@ def build(case: Case, values: bool = True) -> Built:
         made.values.append(value)
     made.node = op(*made.sources, **case.attrs)
     if case.means:
-        made.node = _meaning(made.node)
+        made.node = meaning_of(made.node)
     return made
 
 
@@ -221,18 +240,6 @@ def _leaf(
     return seen(kind, ne, source.layout, leaf), value
 
 
-def _meaning(node: Node) -> Node:
-    """The op of a node in simpler ops."""
-    if node.op.meaning is None:
-        raise GraphError(f"{node.op.name} has no meaning in simpler ops")
-    meant: Node = node.op.meaning(*node.src, **node.attrs)
-    if meant.spec != node.spec:
-        raise GraphError(
-            f"the meaning of {node.op.name} gives {meant.spec}, its shape rule {node.spec}"
-        )
-    return meant
-
-
 def _view_of(made: Built, source: Source) -> tuple[Node, Array | None]:
     found = list(zip(made.sources, made.values))[source.of or 0 :][:1]
     whole, values = found[0] if found else (None, None)
@@ -240,39 +247,3 @@ def _view_of(made: Built, source: Source) -> tuple[Node, Array | None]:
         raise GraphError(f"{source} is a view of a source that does not stand before it")
     part = None if values is None else values[..., source.start : source.start + source.ne[0]]
     return ops.view(whole, ne=source.ne, start=(source.start, 0, 0, 0)), part
-
-
-def check(case: Case, backend: str = "numpy") -> tolerance.Comparison:
-    """Run a case on a backend in every way of `guarded.results`; the first that is wrong, else the
-    worst within the bound.
-    """
-    built, device = build(case), places.parse(backend).backend
-    want = _wanted(case, built)
-    computed = [n for n in Graph({"y": built.node}).nodes if not n.op.leaf and n.op.view is None]
-    bound = case.bound(built.node, *(numeric_class(device, node) for node in computed))
-    found: list[tolerance.Comparison] = []
-    try:
-        for how, got in guarded.results(device, built.node, {**built.inputs, **built.states}):
-            values = decoded(built.node.dtype, got).reshape(want.shape)
-            result = tolerance.within(values, want, bound)
-            found.append(replace(result, why=", ".join(filter(None, (result.why, how)))))
-            if not result:
-                return found[-1]
-    except guarded.Violation as broken:
-        return tolerance.Comparison(False, float("inf"), bound, why=str(broken))
-    return max(found, key=lambda result: result.error)
-
-
-def _wanted(case: Case, built: Built) -> Array:
-    """The oracle's result. Of a write it knows the values; the state's type rounds them."""
-    want, kind = oracle.run(case.op, built.values, **case.attrs), built.node.dtype.name
-    if case.op in ("cpy", "set_rows"):
-        return oracle.run("cast", [want], dtype=kind)
-    if kind == "f16":  # beyond its largest number and half a step is infinity
-        return np.where(np.abs(want) >= 65520, np.copysign(np.inf, want), want)
-    return want
-
-
-def numeric_class(device: Backend, node: Node) -> str:
-    """What the backend says of its numbers in a node: a class of `tolerance.CLASSES`."""
-    return "f32" if node.attrs.get("prec") == "f32" else device.numeric(node)

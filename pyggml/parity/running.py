@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import importlib
 import math
-import os
 import runpy
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from pyggml import ops
 from pyggml.backends.base import Backend, Runner
 from pyggml.errors import DeviceError, GraphError, PyggmlError, UnknownNameError, UnsupportedOpError
 from pyggml.graph import Graph
 from pyggml.node import cost_of
-from pyggml.parity.case import Case, build, check
+from pyggml.parity.case import Case, build, op_of
+from pyggml.parity.check import check
+from pyggml.parity.graph_case import GraphCase, is_graph
+from pyggml.parity.graph_check import check_graph
 from pyggml.parity.guarded import NUMBER, Bed
+from pyggml.parity.own import own_ops
+from pyggml.parity.worker import Pool, Setup
 from pyggml.passes.assign import assign
 from pyggml.passes.work import Work
 from pyggml.runtime import places
 
-#: Cases that a process takes at a time.
-CHUNK = 50
 #: Seconds that a measurement lasts.
 MEASURED = 0.5
 
@@ -73,10 +71,10 @@ def supported(case: Case, backend: str) -> Outcome:
 
 def tested(case: Case, backend: str) -> Outcome:
     """The case against the oracle. A kernel may raise anything: that is a failure like others."""
-    reason = refusal(case, backend)
-    if reason:
-        return Outcome(str(case), "unsupported", reason)
     try:
+        reason = refusal(case, backend)
+        if reason:
+            return Outcome(str(case), "unsupported", reason)
         result = check(case, backend)
     except DeviceError:
         raise
@@ -130,26 +128,45 @@ def outcomes(
     jobs    processes to share the work, each with one thread of its own
     kernel  `file.py:function`, which takes the place of the backend's kernel of the cases' op
     """
+    setup = Setup(backend, mode, kernel, frozenset(case.op for case in cases))
     if jobs == 1:
-        if not kernel:
-            yield from (MODES[mode](case, backend) for case in cases)
-            return
-        with restored(backend) as table:
-            use_kernel(kernel, {case.op for case in cases}, table)
+        with prepared(setup):
             yield from (MODES[mode](case, backend) for case in cases)
         return
-    texts = [str(case) for case in cases]
-    chunks = [texts[i : i + CHUNK] for i in range(0, len(texts), CHUNK)]
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ.setdefault(name, "1")  # read by the processes that start now
-    work = partial(_chunk, backend=backend, mode=mode, kernel=kernel)
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        for part in pool.map(work, chunks):
-            yield from part
+    with Pool(setup, jobs) as pool:
+        yield from pool.run([str(case) for case in cases])
 
 
-def _chunk(texts: Sequence[str], backend: str, mode: str, kernel: str) -> list[Outcome]:
-    return list(outcomes([Case.parse(text) for text in texts], backend, mode, 1, kernel))
+def one(text: str, setup: Setup) -> Outcome:
+    """What becomes of a case, or of a graph, that is given as its text."""
+    if is_graph(text):
+        return graph_tested(text, setup.backend)
+    return MODES[setup.mode](Case.parse(text), setup.backend)
+
+
+def graph_tested(text: str, backend: str) -> Outcome:
+    """The graph against its float64 values; an error that it may not raise is a failure."""
+    try:
+        why = check_graph(GraphCase.parse(text), backend)
+    except DeviceError:
+        raise
+    except UnsupportedOpError as error:
+        return Outcome(text, "unsupported", str(error))
+    except Exception as error:
+        return Outcome(text, "fail", f"raised {type(error).__name__}: {error}")
+    return Outcome(text, "fail" if why else "ok", why)
+
+
+@contextmanager
+def prepared(setup: Setup) -> Iterator[None]:
+    """Inside, the kernel of the setup takes its place, and the user's own ops are known."""
+    with ExitStack() as stack:
+        if setup.file:
+            stack.enter_context(own_ops(setup.file))
+        if setup.kernel:
+            table = stack.enter_context(restored(setup.backend))
+            use_kernel(setup.kernel, set(setup.ops), table)
+        yield
 
 
 @contextmanager
@@ -189,6 +206,6 @@ def use_kernel(kernel: str, names: set[str], table: Any) -> None:
     found = space.get(function)
     if not callable(found):
         raise UnknownNameError(f"--kernel {kernel!r}: {file} has no function {function!r}")
-    op = getattr(ops, names.pop())
+    op = op_of(names.pop())
     if op not in table.KERNELS or table.KERNELS[op].run is not found:
         table.kernel(op, types=None)(found)

@@ -1,35 +1,23 @@
-"""What a case's sources hold, and how that lies in memory."""
+"""What a case's sources hold."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
 from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml import ops
 from pyggml.dtypes import DType
-from pyggml.node import Node, Spec
 from pyggml.quants import ENCODABLE, decode_rows, encode_rows
 
 Array = NDArray[Any]
 Ne = tuple[int, ...]
-
-#: Layouts: elements (on dimension 0: blocks) before and after the tensor, and its steps.
-LAYOUTS = {
-    "wide": ((1, 0, 0, 0), (1, 0, 0, 0), (1, 1, 1, 1)),
-    "inner": ((1, 2, 1, 1), (2, 1, 1, 0), (1, 1, 1, 1)),
-    "step": ((0, 0, 0, 0), (0, 0, 0, 0), (1, 2, 1, 1)),
-    "apart": ((1, 0, 0, 0), (0, 0, 0, 0), (2, 1, 1, 1)),
-}
 #: Keys that hold NaN or infinity in ~holed and that ~holes hides from most queries.
 _HOLES = slice(3, None, 5)
-#: What lies around a tensor: nothing may read it.
-_POISON = {"float": np.nan, "int": 2**31 - 1, "block": 0xFF}
-#: Bytes after which the last rows of a source that lies far begin: more than 32 bits can count.
-FAR = 1 << 31
+#: Words of `Source.fill` for NaN, infinity and what hides them.
+_SPECIAL = re.compile(r"~(nan|dead|past|upto|hide)(\d*)")
 
 
 def numbers(rng: np.random.Generator, shape: tuple[int, ...], fill: str) -> Array:
@@ -39,10 +27,16 @@ def numbers(rng: np.random.Generator, shape: tuple[int, ...], fill: str) -> Arra
         if fill[0] == "<":
             return rng.integers(-2 if fill.endswith("-") else 0, count, shape)
         lines = [rng.permutation(count)[: shape[-1]] for _ in range(int(np.prod(shape[:-1])))]
-        return np.array(lines).reshape(shape)
+        different = np.array(lines).reshape(shape)
+        if fill.endswith("-"):
+            different[rng.random(shape) < 0.25] = -1
+        return different
     if fill.startswith("#"):
         return np.full(shape, int(fill[1:]))
     values = rng.standard_normal(shape)
+    word = _SPECIAL.fullmatch(fill)
+    if word:
+        return _specials(rng, values, word[1], int(word[2] or 0))
     if fill == "~mask":
         hidden = rng.random(shape) < 0.3
         hidden[..., 1:2, :] = True
@@ -78,16 +72,36 @@ def numbers(rng: np.random.Generator, shape: tuple[int, ...], fill: str) -> Arra
     return values
 
 
+def _specials(rng: np.random.Generator, values: Array, word: str, number: int) -> Array:
+    """Values with NaN or infinity where a word of `Source.fill` says; masks that hide such."""
+    if word == "nan" and not number:
+        return np.where(rng.random(values.shape) < 0.1, np.nan, values)
+    if word in ("upto", "hide"):
+        keys = np.arange(values.shape[-1])
+        hidden = keys >= number if word == "upto" else keys % number == number - 1
+        return np.where(hidden | (rng.random(values.shape) < 0.2), -np.inf, values)
+    rows = np.arange(values.shape[-2])
+    chosen = rows >= number if word == "past" else rows % number == number - 1
+    words = [np.nan] if word == "nan" else [np.nan, np.inf, -np.inf]
+    return np.where(chosen[:, None], rng.choice(words, values.shape), values)
+
+
 def stored(kind: DType, values: Array, rng: np.random.Generator, fill: str = "") -> Array:
     """Values as the type is stored: [.., bytes of a row] for block types.
 
-    A block type that nothing here encodes gets blocks of its own; ~wild blocks are any bytes.
+    A block type that nothing here encodes gets blocks of its own; ~wild blocks are any bytes, and
+    a row that holds NaN or infinity is all bytes 0xFF.
     """
     if kind.numpy is not None:
         return values.astype(kind.numpy)
     shape = (*values.shape[:-1], kind.row_bytes(values.shape[-1]))
     if kind.block > 1 and fill == "~wild":
         return rng.integers(0, 256, shape, np.uint8)
+    special = ~np.isfinite(values).all(axis=-1) if kind.block > 1 else None
+    if special is not None and special.any():
+        blocks = stored(kind, np.where(np.isfinite(values), values, 0.0), rng)
+        blocks[special] = 0xFF
+        return blocks
     if kind.name in ENCODABLE:
         return encode_rows(kind, np.ascontiguousarray(values, dtype=np.float32))
     known = _blocks(kind)
@@ -119,63 +133,3 @@ def blank(kind: DType, ne: Ne) -> Array:
     if kind.block == 1:
         return np.zeros(ne[::-1], kind.numpy or np.uint16)
     return np.zeros((*ne[:0:-1], kind.row_bytes(ne[0])), np.uint8)
-
-
-# -- memory -----------------------------------------------------------------------------------
-
-
-def _axes(layout: str) -> tuple[int, ...]:
-    """Of the layout p0213: (0, 2, 1, 3); of others nothing."""
-    return tuple(int(axis) for axis in layout[1:]) if layout[:1] == "p" else ()
-
-
-def _around(kind: DType, ne: Ne, layout: str) -> Ne:
-    """The size of the memory in which a tensor of `ne` lies."""
-    before, after, step = LAYOUTS[layout]
-    edge = [
-        (b + a) * (kind.block if axis == 0 else 1) for axis, (b, a) in enumerate(zip(before, after))
-    ]
-    return tuple(n * s + more for n, s, more in zip(ne, step, edge))
-
-
-def _far_step(kind: DType, ne: Ne) -> Ne:
-    """Steps that put the last of the outermost rows, matrices.. FAR bytes behind the first."""
-    axis = max(axis for axis, n in enumerate(ne) if n > 1)
-    apart = FAR // ((ne[axis] - 1) * Spec.of(kind, ne).nb[axis]) + 1
-    return tuple(apart if i == axis else 1 for i in range(4))
-
-
-def seen(kind: DType, ne: Ne, layout: str, leaf: Callable[[Ne], Node]) -> Node:
-    """A source in its layout: `leaf(size of its memory)`, looked at."""
-    if layout == "far":
-        step = _far_step(kind, ne)
-        memory = leaf(tuple(n * s for n, s in zip(ne, step)))
-        return ops.view(memory, ne=ne, start=(0, 0, 0, 0), step=step)
-    axes = _axes(layout)
-    if axes:
-        return ops.permute(leaf(tuple(ne[axis] for axis in axes)), axes=axes)
-    if not layout:
-        return leaf(ne)
-    before, _, step = LAYOUTS[layout]
-    start = (before[0] * kind.block, *before[1:])
-    return ops.view(leaf(_around(kind, ne, layout)), ne=ne, start=start, step=step)
-
-
-def in_memory(kind: DType, ne: Ne, layout: str, array: Array) -> Array:
-    """What that leaf holds: the array in its place, poison around it; of one far apart the array
-    alone.
-    """
-    axes = _axes(layout)
-    if axes:
-        return np.ascontiguousarray(array.transpose([3 - axes[3 - i] for i in range(4)]))
-    if layout in ("", "far"):
-        return array
-    before, _, step = LAYOUTS[layout]
-    whole = _around(kind, ne, layout)
-    block = array.shape[-1] // (ne[0] // kind.block)  # stored elements of a block
-    poison = _POISON[kind.kind] if kind.name != "bf16" else 0xFFFF
-    memory = np.full((*whole[:0:-1], whole[0] // kind.block * block), poison, array.dtype)
-    place = [slice(b, b + n * s, s) for b, n, s in zip(before, array.shape[::-1], step)]
-    place[0] = slice(before[0] * block, before[0] * block + array.shape[-1] * step[0], step[0])
-    memory[tuple(place[::-1])] = array
-    return memory

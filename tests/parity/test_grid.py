@@ -10,8 +10,9 @@ from pyggml.backends.base import WeightLayout
 from pyggml.graph import Graph
 from pyggml.node import Node
 from pyggml.ops.leaf import constant_op
-from pyggml.parity.case import Case, build, check, numeric_class
+from pyggml.parity.case import Case, build
 from pyggml.parity.cases import BLOCKS, PLAIN, cases
+from pyggml.parity.check import check, numeric_class
 from pyggml.parity.grid import all_cases, perf_cases
 from pyggml.parity.guarded import Bed, results
 from pyggml.parity.running import Outcome

@@ -1,0 +1,88 @@
+"""A case on a backend, against its float64 statement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import isfinite, sqrt
+
+import numpy as np
+
+from pyggml.backends.base import Backend
+from pyggml.graph import Graph
+from pyggml.node import Node
+from pyggml.parity import guarded, oracle, tolerance
+from pyggml.parity.case import MOVES, Built, Case, build
+from pyggml.parity.meant import evaluated, meaning_of
+from pyggml.parity.values import Array, decoded
+from pyggml.runtime import places
+
+#: Ops whose errors do not come from sums: their bounds stand as they are.
+_EXACT = {*MOVES, "cast", "cpy", "set_rows", "rope_ext"}
+
+
+def check(case: Case, backend: str = "numpy") -> tolerance.Comparison:
+    """Run a case on a backend in every way of `guarded.results`; the first that is wrong, else the
+    worst within the bound.
+    """
+    built, device = build(case), places.parse(backend).backend
+    want = _wanted(case, built)
+    computed = [n for n in Graph({"y": built.node}).nodes if not n.op.leaf and n.op.view is None]
+    bound = case.bound(built.node, *(numeric_class(device, node) for node in computed))
+    found: list[tolerance.Comparison] = []
+    try:
+        for how, got in guarded.results(device, built.node, {**built.inputs, **built.states}):
+            values = decoded(built.node.dtype, got).reshape(want.shape)
+            result = tolerance.within(values, want, bound)
+            if not result and isfinite(result.error) and case.op not in _EXACT:
+                bound = max(bound, _moved(case, built, want, bound))
+                result = tolerance.within(values, want, bound)
+            found.append(replace(result, why=", ".join(filter(None, (result.why, how)))))
+            if not result:
+                return found[-1]
+    except guarded.Violation as broken:
+        return tolerance.Comparison(False, float("inf"), bound, why=str(broken))
+    return max(found, key=lambda result: result.error)
+
+
+def _moved(case: Case, built: Built, want: Array, bound: float) -> float:
+    """The NMSE that sources off by less than the bound's own share make: where terms of a sum
+    cancel in most of a result, a right kernel's rounding is large beside what is left.
+    """
+    rng = np.random.default_rng(0)
+    moved = 0.0
+    for _ in range(3):
+        sources = [
+            x
+            if x is None or x.dtype.kind == "i"
+            else x * (1 + sqrt(bound) * rng.uniform(-1, 1, x.shape))
+            for x in built.values
+        ]
+        with np.errstate(all="ignore"):
+            off = _stated(case, built, sources)
+        finite = np.isfinite(want) & np.isfinite(off)
+        moved = max(moved, tolerance.nmse(off[finite], want[finite]))
+    return 4 * moved if isfinite(moved) else 0.0
+
+
+def _stated(case: Case, built: Built, values: Sequence[Array | None]) -> Array:
+    """The case in float64, of sources with these values."""
+    if case.op in oracle.ORACLE:
+        return oracle.run(case.op, values, **case.attrs)
+    node = built.node if case.means else meaning_of(built.node)
+    return evaluated(node, {s: v for s, v in zip(built.sources, values) if s and v is not None})
+
+
+def _wanted(case: Case, built: Built) -> Array:
+    """The oracle's result. Of a write it knows the values; the state's type rounds them."""
+    want, kind = _stated(case, built, built.values), built.node.dtype.name
+    if case.op in ("cpy", "set_rows"):
+        return oracle.run("cast", [want], dtype=kind)
+    if kind == "f16":  # beyond its largest number and half a step is infinity
+        return np.where(np.abs(want) >= 65520, np.copysign(np.inf, want), want)
+    return want
+
+
+def numeric_class(device: Backend, node: Node) -> str:
+    """What the backend says of its numbers in a node: a class of `tolerance.CLASSES`."""
+    return "f32" if node.attrs.get("prec") == "f32" else device.numeric(node)

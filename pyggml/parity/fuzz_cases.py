@@ -1,0 +1,224 @@
+"""Random cases of every op that the oracle knows: sizes, types, layouts, values and attributes.
+
+Sizes keep away from those of the grid: odd, 1, on either side of a tile. NaN and infinity stand
+where they may not reach the result (keys that a mask or kv_len hides, experts that nobody chose),
+and where everyone agrees what they do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import prod
+from random import Random
+
+from pyggml.errors import PyggmlError
+from pyggml.parity import fuzz_products as products
+from pyggml.parity.case import Case, build
+from pyggml.parity.cases import has_meaning
+from pyggml.parity.fuzz_draw import BLOCKS, PLAIN, Draw
+from pyggml.parity.oracle import ORACLE
+
+ANY = (*PLAIN, *BLOCKS)
+CODED = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl")
+
+
+# -- element by element, and moves ------------------------------------------------------------
+
+
+def _binary(d: Draw) -> Case:
+    op = d.pick(("add", "sub", "mul", "div"))
+    kind = d.pick(("f32", "f32", "f16"))
+    fill = d.special()
+    if op == "add" and d.chance(0.2):
+        kind, fill = d.pick(("i32", "i64")), "<1000-"
+    ne = d.ne()
+    second = [n if d.chance(0.5) else d.divisor(n) for n in ne]
+    other = "~above" if op == "div" else fill
+    return d.case(op, d.source(kind, ne, fill), d.source(kind, second, other))
+
+
+def _unary(d: Draw) -> Case:
+    kind, ne = d.pick(("f32", "f16")), d.ne()
+    op = d.pick(("exp", "sqr", "tanh", "relu", "sigmoid", "silu", "gelu", "log", "sqrt"))
+    fill = "~above" if op in ("log", "sqrt") else d.special()
+    if kind == "f32" and op in ("exp", "log", "sqr", "sqrt", "tanh", "relu", "sigmoid"):
+        fill = "~wild" if d.chance(0.2) else fill
+    return d.case(op, d.source(kind, ne, fill))
+
+
+def _simple(d: Draw) -> Case:
+    a = d.source(d.pick(("f32", "f16")), d.ne(), d.special())
+    which = d.rng.randrange(3)
+    if which == 0:
+        return d.case("scale", a, s=d.number(), b=d.number())
+    if which == 1:
+        return d.case("fill", replace(a, fill="~wild"), value=d.number())
+    low, high = sorted((d.number(), d.number()))
+    low, high = d.pick(((low, high), (float("-inf"), high), (low, float("inf"))))
+    return d.case("clamp", a, min=low, max=high)
+
+
+def _glu(d: Draw) -> Case:
+    kind, ne = d.pick(("f32", "f16")), d.ne()
+    act = d.pick(("silu", "gelu", "relu"))
+    if d.chance(0.5):
+        return d.case("glu", d.source(kind, ne, d.special()), d.source(kind, ne), act=act)
+    a = d.source(kind, (2 * ne[0], *ne[1:]))
+    return d.case("glu", a, act=act, swapped=d.chance(0.5))
+
+
+def _add_id(d: Draw) -> Case:
+    n, used, tokens, experts = d.size(300), d.size(9), d.size(17), d.size(33)
+    a, b = d.source("f32", (n, used, tokens)), d.source("f32", (n, experts))
+    return d.case("add_id", a, b, d.ids((used, tokens), experts))
+
+
+def _moved(d: Draw) -> Case:
+    kind = d.pick((*PLAIN, "i32", *BLOCKS))
+    ne = d.ne(d.row(kind))
+    fill = "<999-" if kind == "i32" else d.special() if kind in PLAIN else ""
+    a = d.source(kind, ne, fill)
+    which = d.rng.randrange(5)
+    if which == 0:
+        return d.case("cont", a)
+    if which == 1:
+        dim = d.rng.randrange(4)
+        other = [*ne, 1, 1, 1][:4]
+        other[dim] = d.row(kind) if dim == 0 else d.size(9)
+        return d.case("concat", a, replace(d.source(kind, other), fill=fill), dim=dim)
+    if which == 2 and kind in (*PLAIN, "i32"):
+        times = [d.pick((1, 1, 2, 3)) for _ in ne]
+        return d.case("repeat", a, ne=tuple(n * k for n, k in zip(ne, times)))
+    if which == 3:
+        a = replace(a, layout="")
+        flat = prod(ne[1:])
+        return d.case("reshape", a, ne=(ne[0], flat))
+    coded = ne[0] % 32 == 0 and kind in (*PLAIN, *CODED) and not fill
+    target = d.pick((*PLAIN, *CODED) if coded else PLAIN)
+    if kind == "i32":
+        target = d.pick(("i32", "i64", "f32"))
+    return d.case("cast", replace(a, fill="<99-" if kind == "i32" else ""), dtype=target)
+
+
+def _get_rows(d: Draw) -> Case:
+    kind = d.pick((*ANY, "i32"))
+    n, rows, outer = d.row(kind), d.size(40), d.ne(d.size(4), 8, 2)
+    fill = "<99-" if kind == "i32" else d.pick(("", "", "~nan3")) if kind in PLAIN else ""
+    a = d.source(kind, (n, rows, *outer), fill)
+    return d.case("get_rows", a, d.ids((d.size(17), *outer), rows))
+
+
+def _set_rows(d: Draw) -> Case:
+    kind = d.pick((*PLAIN, *CODED, "i32"))
+    n, rows, ne2, ne3 = d.row(kind), d.size(40), d.size(4), d.size(3)
+    count = d.rng.randint(1, rows)
+    source = kind if kind == "i32" and d.chance(0.7) else d.pick(("f32", "f16"))
+    fill = "<99-" if source == "i32" else "~ties" if kind == "i32" else ""
+    if kind == "f32" and source == "f32":
+        fill = d.special()
+    a = d.state(kind, (n, rows, ne2, ne3), "<99" if kind == "i32" else "")
+    ids = d.source(d.pick(("i32", "i64")), (count, d.divisor(ne2), d.divisor(ne3)), f"!{rows}")
+    ids = replace(ids, fill=ids.fill + "-" * d.chance(0.5))
+    return d.case("set_rows", a, d.source(source, (n, count, ne2, ne3), fill), ids)
+
+
+def _cpy(d: Draw) -> Case:
+    """Rows of any length into rows of any other, now and then past a kernel's buffer."""
+    a_type, b_type = d.pick(PLAIN), d.pick(PLAIN)
+    if d.chance(0.25):
+        a_type, b_type = d.pick((*PLAIN, *CODED)), d.pick((*PLAIN, *CODED))
+        row = max(32, d.row(a_type))
+        row -= row % 32
+        ne = (row, d.size(9))
+        return d.case("cpy", d.source(a_type, ne), d.state(b_type, (row, 1, ne[1])))
+    if d.chance(0.2):
+        a_type, b_type = d.pick((("f16", "bf16"), ("bf16", "f16"), (a_type, b_type)))
+        row, rows = d.rng.randint(1000, 2500), d.rng.randint(40, 60)
+        flat = (row * rows,)
+        pair = [(row, rows), flat] if d.chance(0.7) else [flat, (row, rows)]
+        plain = [replace(d.state(t, ne), layout="") for t, ne in zip((a_type, b_type), pair)]
+        return d.case("cpy", *plain)
+    sizes = d.ne()
+    other = list(sizes)
+    d.rng.shuffle(other)
+    if d.chance(0.3):
+        other = [prod(sizes)]
+    return d.case("cpy", d.source(a_type, sizes), d.state(b_type, other))
+
+
+# -- rows ------------------------------------------------------------------------------------
+
+
+def _rows(d: Draw) -> Case:
+    op = d.pick(("sum_rows", "rms_norm", "argsort", "top_k", "argmax"))
+    ne = d.ne(d.size(2100), 9000)
+    ordered = op in ("argsort", "top_k", "argmax")
+    a = d.source("f32", ne, d.pick(("", "~ties")) if ordered else d.special())
+    if op == "rms_norm":
+        return d.case(op, a, eps=d.pick((1e-6, 1e-5, 0.1, 10.0)))
+    if op == "argsort":
+        return d.case(op, a, order=d.pick(("asc", "desc")))
+    if op == "top_k":
+        return d.case(op, a, k=d.rng.randint(1, min(ne[0], 40)))
+    return d.case(op, a)
+
+
+def _soft_max(d: Draw) -> Case:
+    n_kv, n_q, heads, n3 = d.size(1100), d.size(12), d.size(12), d.size(3)
+    a = d.source("f32", (n_kv, n_q, heads, n3), d.special(0.1))
+    ne = (n_kv, n_q + d.pick((0, 0, 3)), d.divisor(heads), d.divisor(n3))
+    fill = d.pick(("~mask", "~causal", "~blocks", f"~upto{d.rng.randint(1, n_kv)}"))
+    mask = d.maybe(d.source(d.pick(("f16", "f32")), ne, fill, rows=True))
+    sinks = d.maybe(d.source("f32", (heads,)), 0.3)
+    attrs = products.slopes(d, heads) if mask is not None else {}
+    return d.case("soft_max_ext", a, mask, sinks, scale=d.number(), **attrs)
+
+
+def _rope(d: Draw) -> Case:
+    n = 2 * d.size(100)
+    turned = 2 * d.rng.randint(1, n // 2)
+    offset = 2 * d.rng.randint(0, (n - turned) // 2)
+    tokens = d.size(33)
+    a = d.source(d.pick(("f32", "f16")), (n, d.size(9), tokens, d.size(3)), d.special(0.05))
+    far = d.pick((2, 60, 600, 6000))
+    fill = d.pick(("~above", "~one")) if far < 100 else "~one"  # f32 cannot hold larger angles
+    factors = d.source("f32", (turned // 2 + d.pick((0, 0, 3)),), fill)
+    attrs: dict[str, object] = {"n_dims": turned, "mode": d.pick(("normal", "neox"))}
+    if d.chance(0.5):
+        attrs |= {"offset": offset, "freq_base": d.pick((10000.0, 500000.0, 1000.0))}
+    if d.chance(0.3):
+        attrs |= {"freq_scale": d.pick((0.25, 1.4)), "attn_factor": d.pick((0.7, 1.3))}
+    if d.chance(0.25):
+        attrs |= {"ext_factor": d.pick((1.0, 0.75)), "n_ctx_orig": d.pick((100, 4096))}
+    return d.case("rope_ext", a, d.ids((tokens,), far), d.maybe(factors, 0.6), **attrs)
+
+
+#: Generators, and how often each is chosen.
+MAKERS: Sequence[tuple[Callable[[Draw], Case], int]] = (
+    (_binary, 6), (_unary, 5), (_simple, 3), (_glu, 3), (_add_id, 2), (_moved, 8), (_get_rows, 4),
+    (_set_rows, 5), (_cpy, 5), (_rows, 6), (_soft_max, 5), (_rope, 9), (products.mul_mat, 8),
+    (products.mul_mat_id, 5), (products.moe_up_gate, 4), (products.fused_up_gate, 3),
+    (products.routing, 2), (products.sums, 2), (products.attention, 14), (products.masks, 3),
+)  # fmt: skip
+#: Every op that some generator makes.
+OPS = frozenset(ORACLE) - {"view", "permute", "transpose", "soft_max"}
+
+
+def random_case(seed: int, number: int, ops: frozenset[str] = OPS) -> Case:
+    """The case of that number in the sequence of a seed, of one of these ops."""
+    draw = Draw(Random(f"{seed}:{number}"))
+    makers, weights = zip(*MAKERS)
+    while True:
+        case: Case = draw.rng.choices(makers, weights)[0](draw)
+        if case.op not in ops:
+            continue
+        if has_meaning(case.op) and draw.chance(0.2):
+            case = replace(case, means=True)
+        try:
+            build(case, values=False)
+        except PyggmlError:
+            continue  # a layout that the op's rule refuses
+        except Exception:
+            return case  # let the run report it
+        return case

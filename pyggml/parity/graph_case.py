@@ -1,0 +1,222 @@
+"""A graph with its plans as one line of text, and as nodes with values.
+
+    x=f32[8,5]; s=state(f16[8,32]); i=i32[5]!32; w=set_rows(s, x, i); y=relu(w); plan(y, amb=0.5)
+
+A leaf is a source as in a case (`f32[8,5]@wide`); `@weight` makes it a constant, `state(..)` a
+state. All else is `name=op(names, attributes)`. The plans share a store; each is
+
+    plan(outputs.., updates='w', on='null:0,numpy', pins='y=null:1', amb=0.5, repeat=2, bind='x')
+
+amb     0 is the least budget there is, 1 what the graph needs without one
+`chain(x, times=500, of='add')` is as many ops, one after another.
+
+bind    inputs that the plan reads where the array lies
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+
+from pyggml import ops
+from pyggml.dtypes import dtype
+from pyggml.errors import GraphError
+from pyggml.graph import Graph
+from pyggml.node import Node, label
+from pyggml.parity.case import Source, arguments
+from pyggml.parity.layouts import in_memory, seen
+from pyggml.parity.values import Array, decoded, numbers, stored
+
+#: What a `chain(x, times=500, of='add')` repeats: node so far and x -> the next node.
+LINKS: dict[str, Callable[[Node, Node], Node]] = {
+    "add": lambda node, first: ops.add(node, first),
+    "scale": lambda node, first: ops.scale(node, s=1.0, b=0.001),
+    "view": lambda node, first: ops.view(node, ne=node.ne, start=(0, 0, 0, 0)),
+    "relu": lambda node, first: ops.relu(ops.scale(node, s=1.0, b=0.001)),
+}
+
+
+def is_graph(text: str) -> bool:
+    """Whether a text is a graph and no single case."""
+    return ";" in text
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """A leaf or an op.
+
+    op      its name, "state", or empty for an input or a constant
+    args    what it reads, by name; source: of a leaf
+    """
+
+    name: str
+    op: str
+    args: tuple[str | None, ...] = ()
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+    source: Source | None = None
+
+    def __str__(self) -> str:
+        if self.source is not None:
+            return f"{self.name}={f'state({self.source})' if self.op else self.source}"
+        return f"{self.name}={_call(self.op, self.args, self.attrs)}"
+
+
+@dataclass(frozen=True, slots=True)
+class PlanText:
+    """What is compiled: `plan(..)` of the text."""
+
+    outputs: tuple[str, ...]
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return _call("plan", self.outputs, self.attrs)
+
+    def words(self, key: str) -> tuple[str, ...]:
+        """A list among the attributes: `on='null:0,numpy'`."""
+        return tuple(filter(None, str(self.attrs.get(key, "")).split(",")))
+
+    @property
+    def roots(self) -> tuple[str, ...]:
+        return (*self.outputs, *self.words("updates"))
+
+
+def _call(op: str, args: Iterable[str | None], attrs: Mapping[str, Any]) -> str:
+    parts = [arg or "-" for arg in args] + [f"{key}={value!r}" for key, value in attrs.items()]
+    return f"{op}({', '.join(parts)})"
+
+
+@dataclass(frozen=True, slots=True)
+class GraphCase:
+    """Statements in an order in which they can be built, and plans."""
+
+    statements: tuple[Statement, ...]
+    plans: tuple[PlanText, ...]
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, (*self.statements, *self.plans)))
+
+    @staticmethod
+    def parse(text: str) -> GraphCase:
+        """The graph that prints as `text`."""
+        statements, plans = [], []
+        for part in filter(None, (part.strip() for part in text.split(";"))):
+            if part.startswith("plan("):
+                args, attrs = _arguments(part)
+                plans.append(PlanText(tuple(filter(None, args)), attrs))
+            else:
+                statements.append(_statement(part))
+        if not plans:
+            raise GraphError("a graph's text ends with plan(names of outputs)")
+        return GraphCase(tuple(statements), tuple(plans))
+
+    def needed(self) -> GraphCase:
+        """Without what no plan reaches."""
+        known = {s.name: s for s in self.statements}
+        alive: set[str] = set()
+        stack = [root for plan in self.plans for root in plan.roots]
+        while stack:
+            key = stack.pop()
+            if key not in alive and key in known:
+                alive.add(key)
+                stack += [arg for arg in known[key].args if arg]
+        kept = tuple(s for s in self.statements if s.name in alive)
+        return GraphCase(kept, self.plans)
+
+
+def _arguments(call: str) -> tuple[tuple[str | None, ...], dict[str, Any]]:
+    """The names and the attributes of `op(a, -, key=value)`."""
+    given, attrs = arguments(call.partition("(")[2].removesuffix(")"))
+    return tuple(None if name == "-" else name for name in given), attrs
+
+
+def _statement(text: str) -> Statement:
+    name, equal, rest = text.partition("=")
+    if not equal or not name.isidentifier():
+        raise GraphError(f"{text!r} is no statement; one looks like y=relu(x)")
+    state = re.fullmatch(r"state\((.*)\)", rest)
+    if state or "(" not in rest:
+        return Statement(
+            name, "state" if state else "", source=Source.parse(state[1] if state else rest)
+        )
+    op = rest.partition("(")[0]
+    args, attrs = _arguments(rest)
+    return Statement(name, op, args, attrs)
+
+
+# -- as nodes ---------------------------------------------------------------------------------
+
+
+class Builder:
+    """Nodes of statements, one after another, and what their leaves hold.
+
+    nodes   by name
+    values  of leaves: float64 or int64, four-dimensional (of states before the first run)
+    inputs, states  arrays as the types are stored, by name
+    """
+
+    def __init__(self) -> None:
+        self.nodes: dict[str, Node] = {}
+        self.statements: list[Statement] = []
+        self.values: dict[str, Array] = {}
+        self.inputs: dict[str, Array] = {}
+        self.states: dict[str, Array] = {}
+
+    def add(self, statement: Statement) -> Node:
+        node = self._leaf(statement) if statement.source else self._computed(statement)
+        self.nodes[statement.name] = node
+        self.statements.append(statement)
+        return node
+
+    def _computed(self, statement: Statement) -> Node:
+        if statement.op == "chain":
+            return self._chain(statement)
+        op: Any = getattr(ops, statement.op, None)
+        missing = [arg for arg in statement.args if arg and arg not in self.nodes]
+        if op is None or missing:
+            raise GraphError(f"{statement}: there is no {missing[0] if missing else statement.op}")
+        src = [self.nodes[arg] if arg else None for arg in statement.args]
+        return label(op(*src, **statement.attrs), statement.name)
+
+    def _chain(self, statement: Statement) -> Node:
+        assert statement.args[0] is not None
+        node = first = self.nodes[statement.args[0]]
+        for _ in range(statement.attrs["times"]):
+            node = LINKS[statement.attrs["of"]](node, first)
+        return label(node, statement.name)
+
+    def _leaf(self, statement: Statement) -> Node:
+        source, name = statement.source, statement.name
+        assert source is not None
+        rng = np.random.default_rng(crc32(str(statement).encode()))
+        kind, ne = dtype(source.type), (*source.ne, 1, 1, 1)[:4]
+        array = stored(kind, numbers(rng, ne[::-1], source.fill), rng, source.fill)
+        held = in_memory(kind, ne, source.layout, array)
+        self.values[name] = decoded(kind, array)
+        if source.weight:
+            return seen(
+                kind, ne, source.layout, lambda _: ops.constant(held, dtype=kind, name=name)
+            )
+        maker: Any = ops.state if statement.op else ops.input
+        (self.states if statement.op else self.inputs)[name] = held
+        return seen(kind, ne, source.layout, lambda size: maker(name, kind, ne=size))
+
+
+def built(case: GraphCase) -> Builder:
+    """All nodes of a graph."""
+    builder = Builder()
+    for statement in case.statements:
+        builder.add(statement)
+    return builder
+
+
+def graph_of(builder: Builder, plan: PlanText) -> Graph:
+    """What a plan of these nodes is compiled of."""
+    nodes = builder.nodes
+    return Graph(
+        {key: nodes[key] for key in plan.outputs}, [nodes[key] for key in plan.words("updates")]
+    )

@@ -1,0 +1,163 @@
+"""A graph's values in float64, statement by statement, with no planner and no kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pyggml.errors import PyggmlError
+from pyggml.node import Node
+from pyggml.ops.views import root_of
+from pyggml.parity import oracle
+from pyggml.parity.graph_case import Builder, PlanText, Statement
+from pyggml.parity.values import Array, decoded
+from pyggml.quants import encode_rows
+
+VIEWS = {"view", "permute", "transpose", "reshape"}
+#: Moves values: no rounding of a kernel's is in them.
+MOVES = {*VIEWS, "cont", "concat", "repeat", "get_rows", "set_rows", "cpy", "state_of", "relu"}
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """What a name stands for.
+
+    content, index  of a state or a part of one: all of the state, flat, as of this handle, and
+                    which elements of it these are
+    """
+
+    array: Array
+    content: Array | None = None
+    index: Array | None = None
+
+
+class Evaluation:
+    """Values of all statements in one run.
+
+    noise  relative error that every computed value gets (a generator draws it), as if a kernel had
+           rounded it: what moves then is no more certain than it moves
+    """
+
+    def __init__(
+        self, builder: Builder, states: Mapping[str, Array], noise: float, seed: int
+    ) -> None:
+        self.nodes, self.noise = builder.nodes, noise
+        self.rng = np.random.default_rng(seed)
+        self.values: dict[str, Value] = {}
+        with np.errstate(all="ignore"):
+            for statement in builder.statements:
+                known = states.get(statement.name, builder.values.get(statement.name))
+                self.values[statement.name] = self._value(statement, known)
+
+    def _value(self, statement: Statement, known: Array | None) -> Value:
+        if known is not None:
+            if statement.op != "state":
+                return Value(known)
+            return Value(known, known.reshape(-1), np.arange(known.size).reshape(known.shape))
+        node = self.nodes[statement.name]
+        sources = [self.values[arg] if arg else None for arg in statement.args]
+        if statement.op == "chain":
+            return self._chained(statement, sources[0])
+        if statement.op in ("set_rows", "cpy"):
+            return self._written(statement, sources, node)
+        if statement.op == "state_of":
+            source = sources[0]
+            assert source is not None and source.content is not None
+            shape = root_of(node).ne[::-1]
+            index = np.arange(source.content.size).reshape(shape)
+            return Value(source.content.reshape(shape), source.content, index)
+        array = oracle.run(statement.op, _arrays(sources), **statement.attrs)
+        if statement.op in VIEWS and sources[0] is not None:
+            first = sources[0]
+            if first.index is None:
+                return Value(array)
+            index = oracle.run(statement.op, [first.index], **statement.attrs)
+            return Value(array, first.content, index)
+        if self.noise and array.dtype.kind == "f" and statement.op not in MOVES:
+            array = array * (1 + self.noise * self.rng.uniform(-1, 1, array.shape))
+        return Value(rounded(node, array))
+
+    def _chained(self, statement: Statement, first: Value | None) -> Value:
+        assert first is not None
+        times, of = statement.attrs["times"], statement.attrs["of"]
+        if of == "view":
+            return first
+        array = first.array
+        for _ in range(times):
+            array = array + first.array if of == "add" else array + 0.001
+            array = np.maximum(array, 0) if of == "relu" else array
+        if self.noise:
+            array = array * (1 + self.noise * self.rng.uniform(-1, 1, array.shape))
+        return Value(array)
+
+    def _written(self, statement: Statement, sources: Sequence[Value | None], node: Node) -> Value:
+        target = sources[node.op.writes or 0]
+        assert target is not None and target.content is not None and target.index is not None
+        array = oracle.run(statement.op, _arrays(sources), **statement.attrs)
+        array = rounded(node, array)
+        content = target.content.copy()
+        content[target.index] = array
+        return Value(array, content, target.index)
+
+
+def _arrays(sources: Sequence[Value | None]) -> list[Array | None]:
+    return [None if source is None else source.array for source in sources]
+
+
+def rounded(node: Node, array: Array) -> Array:
+    """The array as the node's type keeps it."""
+    kind = node.dtype
+    if kind.kind == "int":
+        return array.astype(np.int64)
+    if kind.block > 1:
+        return decoded(kind, encode_rows(kind, np.ascontiguousarray(array, np.float32)))
+    return oracle.run("cast", [array], dtype=kind.name)
+
+
+def reached(builder: Builder, plan: PlanText) -> set[str]:
+    """The statements that a plan runs."""
+    of = {s.name: s for s in builder.statements}
+    names: set[str] = set()
+    stack = list(plan.roots)
+    while stack:
+        name = stack.pop()
+        if name not in names:
+            names.add(name)
+            stack += [arg for arg in of[name].args if arg]
+    return names
+
+
+def after(builder: Builder, plan: PlanText, run: Evaluation) -> dict[str, Array]:
+    """What each state of a plan holds after a run: its last write that the plan makes."""
+    found: dict[str, Array] = {}
+    ran = reached(builder, plan)
+    for statement in builder.statements:
+        node = builder.nodes[statement.name]
+        if statement.name not in ran or not (statement.op == "state" or node.op.writes is not None):
+            continue
+        root = root_of(node)
+        content = run.values[statement.name].content
+        if content is None:
+            raise PyggmlError(f"{statement} writes what is no state")
+        found[root.attrs["name"]] = content.reshape(root.ne[::-1])
+    return found
+
+
+def runs(
+    builder: Builder, plan: PlanText, states: Mapping[str, Array], noise: float, seed: int
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """(outputs, all states afterwards) of `repeat` runs of a plan."""
+    held = dict(states)
+    outputs: dict[str, Array] = {}
+    for number in range(int(plan.attrs.get("repeat", 1))):
+        run = Evaluation(builder, held, noise, seed + number)
+        outputs = {key: run.values[key].array for key in plan.outputs}
+        held |= after(builder, plan, run)
+    return outputs, held
+
+
+def as_float(values: Mapping[str, Any]) -> dict[str, Array]:
+    return {key: np.asarray(value, np.float64) for key, value in values.items()}
