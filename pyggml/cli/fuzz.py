@@ -49,8 +49,10 @@ def _failure(failure: Failure, name: str, kernel: str) -> str:
         f"  {failure.why} FAIL",
         f"    pyggml parity -b {name}{own} --case {shlex.quote(failure.small)}",
     ]
-    if failure.small != failure.case and len(failure.case) < 2000:
-        lines.append(f"    made smaller from number {failure.number}: {failure.case}")
+    shrunk = failure.small != failure.case and len(failure.case) < 2000
+    lines.append(
+        f"    number {failure.number}" + (f", shrunk from {failure.case}" if shrunk else "")
+    )
     return "\n".join(lines)
 
 

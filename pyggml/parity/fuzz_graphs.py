@@ -123,9 +123,8 @@ class Grower:
         return self.op("rms_norm", self.as_f32(a), eps=0.1)
 
     def _cast(self, a: str) -> str:
-        return self.op(
-            "cast", self.op("cast", a, dtype=self.draw.pick(("f16", "bf16"))), type="f32"
-        )
+        narrow = self.op("cast", a, dtype=self.draw.pick(("f16", "bf16")))
+        return self.op("cast", narrow, dtype="f32")
 
     def _binary(self, a: str) -> str:
         a = self.as_f32(a)

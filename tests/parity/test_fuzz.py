@@ -82,8 +82,8 @@ def _has_factors(case: Case) -> bool:
 def test_graphs_reach_states_views_plans_and_attentions() -> None:
     graphs = [random_graph(4, number, "null") for number in range(150)]
     ops = Counter(s.op for graph in graphs for s in graph.statements)
-    assert set(ops) >= {"state", "set_rows", "cpy", "whole", "view", "permute", "soft_max_ext"}
-    assert set(ops) >= {"flash_attn_ext", "mul_mat_id", "top_k", "rope_ext", "rms_norm", "cont"}
+    assert set(ops) >= {"state", "set_rows", "cpy", "state_of", "view", "permute", "soft_max_ext"}
+    assert set(ops) >= {"flash_attn_ext", "mul_mat_id", "top_k", "rope_ext", "rms_norm", "cast"}
     keys = Counter(key for graph in graphs for plan in graph.plans for key in plan.attrs)
     assert set(keys) >= {"amb", "repeat", "on", "pins", "updates"}
     assert sum(len(graph.plans) > 1 for graph in graphs) >= 10
@@ -221,7 +221,7 @@ OWN = '''
 import numpy as np
 
 from pyggml import ops
-from pyggml.graph import Node, op
+from pyggml.node import Node, op
 from pyggml.backends.numpy.table import kernel
 
 
