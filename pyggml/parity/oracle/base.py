@@ -36,10 +36,16 @@ def alibi_slope(h: int, n_head: int, max_bias: float) -> float:
     return float(2.0 ** (-max_bias / 2.0 * (2 * (h - n2) + 1) / n2))
 
 
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + e^-x); exact far below 0 too, where 1 + tanh(x / 2) cancels."""
+    small = np.exp(-np.abs(x))
+    return np.where(x >= 0.0, 1.0, small) / (1.0 + small)
+
+
 def activate(name: str, x: Array) -> Array:
     """silu, relu, or gelu in ggml's tanh form."""
     if name == "silu":
-        return np.asarray(x * 0.5 * (1.0 + np.tanh(0.5 * x)))  # no overflow, unlike 1 + exp(-x)
+        return np.asarray(x * sigmoid(x))
     if name == "relu":
         return np.where(x > 0.0, x, np.where(np.isnan(x), x, 0.0))
     if name == "gelu":

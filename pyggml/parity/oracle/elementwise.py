@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from pyggml.parity.oracle import base
 from pyggml.parity.oracle.base import Array, activate, rows_at, tiled
 
 
@@ -56,7 +57,7 @@ def silu(a: Array) -> Array:
 
 
 def sigmoid(a: Array) -> Array:
-    return 0.5 * (1.0 + np.tanh(0.5 * a))
+    return base.sigmoid(a)
 
 
 def tanh(a: Array) -> Array:
