@@ -15,6 +15,8 @@ from pyggml.parity.worker import CHUNK, Pool, Setup
 
 #: Seconds for making one failure smaller, beside those for running cases; failures made smaller.
 SHRINKING, KINDS = 20.0, 12
+#: Graphs that a process takes at a time: each takes as long as many cases.
+GRAPHS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +65,11 @@ def fuzz(
     tally, start = Tally(), monotonic()
     aside = 0.0  # seconds that went into making failures smaller
     draw = draw or drawn(setup, seed, graphs)
-    with Pool(setup, jobs) as pool:
+    chunk = GRAPHS if graphs else CHUNK
+    with Pool(setup, jobs, chunk) as pool:
         number = 0
         while monotonic() - start - aside < seconds and (most is None or number < most):
-            count = CHUNK * jobs if most is None else min(CHUNK * jobs, most - number)
+            count = chunk * jobs if most is None else min(chunk * jobs, most - number)
             texts = [draw(number + i) for i in range(count)]
             for at, outcome in enumerate(pool.run(texts)):
                 _count(tally, outcome)

@@ -123,9 +123,13 @@ class Worker:
 
 
 class Pool:
-    """Workers side by side; outcomes come in the order of the cases."""
+    """Workers side by side; outcomes come in the order of the cases.
 
-    def __init__(self, setup: Setup, jobs: int = 1) -> None:
+    chunk  cases that a worker takes at a time; their outcomes arrive together
+    """
+
+    def __init__(self, setup: Setup, jobs: int = 1, chunk: int = CHUNK) -> None:
+        self.chunk = chunk
         self.workers = [Worker(setup) for _ in range(jobs)]
         self._free: SimpleQueue[Worker] = SimpleQueue()
         for worker in self.workers:
@@ -147,7 +151,7 @@ class Pool:
         if len(self.workers) == 1:
             yield from self.workers[0].run(texts)
             return
-        chunks = [texts[i : i + CHUNK] for i in range(0, len(texts), CHUNK)]
+        chunks = [texts[i : i + self.chunk] for i in range(0, len(texts), self.chunk)]
         with ThreadPoolExecutor(len(self.workers)) as threads:
             for part in threads.map(self._chunk, chunks):
                 yield from part
