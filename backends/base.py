@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pyggml.errors import PyggmlError
 from pyggml.loop import Body, Chain, Loop
-from pyggml.node import Ne, Node, Op, Spec, label_of, line_of
+from pyggml.node import Ne, Node, Spec, label_of, line_of
 from pyggml.transfer import origin
 
 Buffer = Any  # a backend's own handle of a block of memory
@@ -191,27 +191,6 @@ def attributes(body: Body, node: Node, starts: Sequence[int]) -> dict[str, Any]:
         if shift.node is node:
             attrs[shift.attr] += shift.per * shift.chain.at(starts[shift.chain.dim])
     return attrs
-
-
-def no_kernel(op: Op[Any], kernels: Collection[Op[Any]]) -> str:
-    """That a backend with these kernels has none for `op`, and whose kernel might be mistaken for
-    it: an op of the user's may have the name of one in the library.
-    """
-    for other in kernels:
-        if other.name == op.name:
-            return (
-                f"no kernel for {op.name} of {op.__module__}; the kernel here is for another op, "
-                f"{other.name} of {other.__module__}"
-            )
-    return f"no kernel for {op.name}"
-
-
-def wrong_type(node: Node, types: Collection[str] | None) -> str | None:
-    """Why a kernel that takes these element types (None: all) does not take the node's."""
-    for tensor in (node, *node.src):
-        if types is not None and tensor is not None and tensor.dtype.name not in types:
-            return f"{node.op.name} does not take {tensor.dtype}"
-    return None
 
 
 def named(error: Exception, node: Node) -> Exception:

@@ -103,7 +103,7 @@ def record(
     reason = row.refuses(node)
     if reason:
         raise RuntimeError(reason)
-    row.record(call)
+    row.run(call)
     return call, y, row.numeric(node)
 
 

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 import pyggml.backends.numpy.backend  # noqa: F401  (fills the kernel table)
 from pyggml import ops
-from pyggml.backends.numpy.table import KERNELS, Packed, Scratch
+from pyggml.backends.host_memory import Packed, Scratch
+from pyggml.backends.numpy.table import KERNELS
 from pyggml.dtypes import dtype
 from pyggml.node import Node
 from pyggml.quants import WORK_BYTES, decode, encode

@@ -50,10 +50,10 @@ class CudaBackend:
     # -- the pure half: no GPU, no pycuda -----------------------------------------------------
 
     def supports(self, node: Node) -> str | None:
-        return table.refusal(node)
+        return table.KERNELS.refusal(node)
 
     def numeric(self, node: Node) -> str:
-        return table.KERNELS[node.op].numeric(node)
+        return table.KERNELS.numeric(node)
 
     def weight_layout(self, constant: Node, uses: Collection[Node]) -> WeightLayout:
         if not any(use.op in packing.READERS for use in uses):

@@ -70,22 +70,22 @@ FUNCTORS = {
 GATES = {op.name: functor for op, functor in FUNCTORS.items() if op.name in ACTIVATIONS}
 BINARY_FUNCTORS = {ops.add: "Add", ops.sub: "Sub", ops.mul: "Mul", ops.div: "Div"}
 for _one, _functor in FUNCTORS.items():
-    kernel(_one, inplace=(0,))(_unary(_functor))
+    kernel(_one, inplace=("a",))(_unary(_functor))
 for _pair, _functor in BINARY_FUNCTORS.items():
-    kernel(_pair, inplace=(0,))(_binary(_functor))
+    kernel(_pair, inplace=("a",))(_binary(_functor))
 
 
-@kernel(ops.scale, inplace=(0,))
+@kernel(ops.scale, inplace=("a",))
 def scale(call: Call) -> None:
     unary(call, "Scale", call.attrs["s"], call.attrs["b"])
 
 
-@kernel(ops.clamp, inplace=(0,))
+@kernel(ops.clamp, inplace=("a",))
 def clamp(call: Call) -> None:
     unary(call, "Clamp", call.attrs["min"], call.attrs["max"])
 
 
-@kernel(ops.fill, inplace=(0,))
+@kernel(ops.fill, inplace=("a",))
 def fill(call: Call) -> None:
     unary(call, "Fill", call.attrs["value"])
 
@@ -120,7 +120,7 @@ def _gated(call: Call, name: str) -> None:
     binary(call, name, call.operand(0), call.operand(1))
 
 
-@kernel(ops.add_id, inplace=(0,))
+@kernel(ops.add_id, inplace=("a",))
 def add_id(call: Call) -> None:
     """Ids past the end add nothing."""
     operands = [call.operand(i).tensor for i in range(3)]

@@ -50,14 +50,7 @@ def _step(part: Node | Fused) -> CudaStep:
             record=part.record,
         )
     row = table.KERNELS[part.op]
-    inplace = [part.src[i] for i in row.inplace if i < len(part.src)]
-    return CudaStep(
-        part,
-        (part,),
-        tuple(s for s in part.src if s is not None),
-        scratch=row.scratch(part) if row.scratch is not None else 0,
-        workspace=WORKSPACE if row.cublas(part) else 0,
-        inplace=tuple(s for s in inplace if s is not None),
-        operands=part.src,
-        record=row.record,
+    workspace = WORKSPACE if row.cublas(part) else 0
+    return table.KERNELS.step(
+        part, CudaStep, workspace=workspace, operands=part.src, record=row.run
     )

@@ -16,7 +16,7 @@ from pyggml.dtypes import F32
 from pyggml.node import Node
 
 
-@kernel(ops.rms_norm, inplace=(0,))
+@kernel(ops.rms_norm, inplace=("a",))
 def rms_norm(call: Call) -> None:
     _norm(call, call.operand(0), call.attrs["eps"])
 

@@ -15,7 +15,7 @@ from pyggml.dtypes import BF16, F16, F32, I32
 from pyggml.node import Attrs, Node
 
 
-@kernel(ops.rope_ext, inplace=(0,))
+@kernel(ops.rope_ext, inplace=("a",))
 def rope_ext(call: Call) -> None:
     out, a, pos = call.out, call.operand(0), call.operand(1)
     factors = call.src[2]

@@ -14,7 +14,7 @@ def _whole(x: Operand | None, size: int) -> bool:
     return x is None or (x.nb[0] == size and x.aligned(4 * size))
 
 
-@kernel(ops.soft_max_ext, types=frozenset({"f32", "f16"}), inplace=(0,))
+@kernel(ops.soft_max_ext, types=frozenset({"f32", "f16"}), inplace=("a",))
 def soft_max_ext(call: Call) -> None:
     a, out, attrs = call.operand(0), call.out, call.attrs
     _, mask, sinks = call.src

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from pyggml.backends.numpy.table import Array, Packed, Scratch, aligned
+from pyggml.backends.host_memory import Array, Packed, Scratch, aligned
 from pyggml.dtypes import F32, TYPES, DType
 from pyggml.errors import IdError
 from pyggml.node import Node

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from pyggml import ops
+from pyggml.backends.host_memory import Array, Scratch
 from pyggml.backends.numpy.arrays import (
     IDS,
     PIECE,
@@ -36,7 +37,7 @@ from pyggml.backends.numpy.arrays import (
 )
 from pyggml.backends.numpy.masks import HIDDEN, Mask, alibi_slopes
 from pyggml.backends.numpy.reduce import FLOOR
-from pyggml.backends.numpy.table import Array, Scratch, kernel
+from pyggml.backends.numpy.table import kernel
 from pyggml.node import Node
 
 MINUS_INFINITY = int(HIDDEN.view(np.uint16))
@@ -317,7 +318,7 @@ def _merge_rows(n: int) -> int:
     return max(1, min(IDS, PIECE // n))
 
 
-@kernel(ops.merge_lse, inplace=(0, 1), scratch=_merge_scratch)
+@kernel(ops.merge_lse, inplace=("a", "b"), scratch=_merge_scratch)
 def merge_lse(out: Raw, a: Raw, b: Raw, *, scratch: Scratch) -> None:
     """Two partial results weighted by exp(lse - the larger lse)."""
     n = out.shape[3]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from pyggml import ops
+from pyggml.backends.host_memory import Array, Scratch
 from pyggml.backends.numpy.arrays import (
     GATHERED,
     IDS,
@@ -31,7 +32,7 @@ from pyggml.backends.numpy.arrays import (
     work_of,
 )
 from pyggml.backends.numpy.elementwise import tiles
-from pyggml.backends.numpy.table import Array, Scratch, kernel
+from pyggml.backends.numpy.table import kernel
 from pyggml.dtypes import F16, F32, DType
 from pyggml.node import Node
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from pyggml import ops
+from pyggml.backends.host_memory import Scratch
 from pyggml.backends.numpy.arrays import (
     PIECE,
     Floats,
@@ -24,7 +25,7 @@ from pyggml.backends.numpy.arrays import (
     shaped,
     work_of,
 )
-from pyggml.backends.numpy.table import Scratch, kernel
+from pyggml.backends.numpy.table import kernel
 from pyggml.dtypes import F32
 from pyggml.node import Node
 
@@ -106,7 +107,7 @@ def _one_call(out: Raw, a: Raw, *, fn: Any) -> None:
 
 
 for _op, _composed in {ops.sigmoid: _sigmoid, ops.silu: _silu, ops.gelu: _gelu}.items():
-    kernel(_op, inplace=(0,), scratch=piece_scratch(1))(partial(_unary, fn=_composed))
+    kernel(_op, inplace=("a",), scratch=piece_scratch(1))(partial(_unary, fn=_composed))
 
 # NumPy's own functions compute f16 in f32, element by element.
 for _op, _fn in {
@@ -116,10 +117,10 @@ for _op, _fn in {
     ops.sqrt: np.sqrt,
     ops.tanh: np.tanh,
 }.items():
-    kernel(_op, inplace=(0,))(partial(_one_call, fn=_fn))
+    kernel(_op, inplace=("a",))(partial(_one_call, fn=_fn))
 
 
-@kernel(ops.relu, inplace=(0,))
+@kernel(ops.relu, inplace=("a",))
 def relu(out: Raw, a: Raw) -> None:
     np.maximum(a, 0, out=out)
 
@@ -142,10 +143,10 @@ for _pair, _ufunc in {
     ops.mul: np.multiply,
     ops.div: np.divide,
 }.items():
-    kernel(_pair, inplace=(0,))(partial(_binary, fn=_ufunc))
+    kernel(_pair, inplace=("a",))(partial(_binary, fn=_ufunc))
 
 
-@kernel(ops.scale, inplace=(0,), scratch=piece_scratch(0))
+@kernel(ops.scale, inplace=("a",), scratch=piece_scratch(0))
 def scale(out: Raw, a: Raw, *, scratch: Scratch, s: float, b: float) -> None:
     def fn(y: Floats, x: Floats) -> None:
         np.multiply(x, np.float32(s), out=y)
@@ -155,7 +156,7 @@ def scale(out: Raw, a: Raw, *, scratch: Scratch, s: float, b: float) -> None:
     in_pieces(fn, out, a, scratch=scratch, temporaries=0)
 
 
-@kernel(ops.clamp, inplace=(0,), scratch=piece_scratch(0))
+@kernel(ops.clamp, inplace=("a",), scratch=piece_scratch(0))
 def clamp(out: Raw, a: Raw, *, scratch: Scratch, min: float, max: float) -> None:
     def fn(y: Floats, x: Floats) -> None:
         np.clip(x, np.float32(min), np.float32(max), out=y)
@@ -163,7 +164,7 @@ def clamp(out: Raw, a: Raw, *, scratch: Scratch, min: float, max: float) -> None
     in_pieces(fn, out, a, scratch=scratch, temporaries=0)
 
 
-@kernel(ops.fill, inplace=(0,))
+@kernel(ops.fill, inplace=("a",))
 def fill(out: Raw, a: Raw, *, value: float) -> None:
     out[...] = np.float32(value)
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml import ops
+from pyggml.backends.host_memory import Array, Scratch
 from pyggml.backends.numpy.arrays import (
     IDS,
     TILE,
@@ -27,7 +28,7 @@ from pyggml.backends.numpy.arrays import (
     split,
     work_of,
 )
-from pyggml.backends.numpy.table import Array, Scratch, kernel
+from pyggml.backends.numpy.table import kernel
 from pyggml.dtypes import F32, DType
 from pyggml.node import Node
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from pyggml import ops
+from pyggml.backends.host_memory import Scratch
 from pyggml.backends.numpy.arrays import IDS, PIECE, Raw, floats, pieces, shaped
-from pyggml.backends.numpy.table import Scratch, kernel
+from pyggml.backends.numpy.table import kernel
 from pyggml.node import Node
 
 #: A part may outweigh the reference by e^GROWTH before the sum is scaled: far from overflow.
@@ -22,7 +23,7 @@ def _sum_scratch(node: Node) -> int:
     return floats(rows, rows, rows, rows * node.ne[0])
 
 
-@kernel(ops.lse_sum, scratch=_sum_scratch, inplace=(1,))
+@kernel(ops.lse_sum, scratch=_sum_scratch, inplace=("c",))
 def lse_sum(out: Raw, a: Raw, c: Raw | None, *, scratch: Scratch) -> None:
     n = out.shape[3]
     stats, spare = scratch.array((3, _rows(n))), scratch.array(_rows(n) * n)

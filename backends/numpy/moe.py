@@ -8,6 +8,7 @@ from itertools import product
 import numpy as np
 
 from pyggml import ops
+from pyggml.backends.host_memory import Array, Scratch
 from pyggml.backends.numpy.arrays import (
     PIECE,
     Floats,
@@ -33,7 +34,7 @@ from pyggml.backends.numpy.linear import (
     weights_at,
 )
 from pyggml.backends.numpy.reduce import first_ids, ids_of, sort_keys
-from pyggml.backends.numpy.table import Array, Scratch, kernel
+from pyggml.backends.numpy.table import kernel
 from pyggml.node import Node
 from pyggml.ops.reduce import row_length
 

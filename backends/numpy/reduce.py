@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml import ops
+from pyggml.backends.host_memory import Scratch
 from pyggml.backends.numpy.arrays import (
     IDS,
     PIECE,
@@ -22,7 +23,7 @@ from pyggml.backends.numpy.arrays import (
     work_of,
 )
 from pyggml.backends.numpy.masks import Mask, alibi_slopes
-from pyggml.backends.numpy.table import Scratch, kernel
+from pyggml.backends.numpy.table import kernel
 from pyggml.node import Node
 from pyggml.ops.reduce import row_length
 
@@ -48,7 +49,7 @@ def _softmax_scratch(node: Node) -> int:
     return bias + floats(2 * rows * heads)
 
 
-@kernel(ops.soft_max_ext, inplace=(0,), scratch=_softmax_scratch)
+@kernel(ops.soft_max_ext, inplace=("a",), scratch=_softmax_scratch)
 def soft_max_ext(
     out: Raw,
     a: Raw,

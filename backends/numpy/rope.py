@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml import ops
+from pyggml.backends.host_memory import Scratch
 from pyggml.backends.numpy.arrays import (
     PIECE,
     Floats,
@@ -26,7 +27,7 @@ from pyggml.backends.numpy.arrays import (
     store,
     work_of,
 )
-from pyggml.backends.numpy.table import Scratch, kernel
+from pyggml.backends.numpy.table import kernel
 from pyggml.dtypes import F32
 from pyggml.node import Node
 
@@ -48,7 +49,7 @@ def _rope_scratch(node: Node) -> int:
     return size + codec_bytes(node.src[0])
 
 
-@kernel(ops.rope_ext, inplace=(0,), scratch=_rope_scratch)
+@kernel(ops.rope_ext, inplace=("a",), scratch=_rope_scratch)
 def rope_ext(
     out: Raw,
     a: Raw,

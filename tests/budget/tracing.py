@@ -17,8 +17,8 @@ import pytest
 from attentions import Leaves, run
 
 import pyggml as gg
-from pyggml.backends.numpy import runner
-from pyggml.backends.numpy.table import Packed
+from pyggml.backends import host_runner
+from pyggml.backends.host_memory import Packed
 from pyggml.node import Node, labels
 
 Span = tuple[int, int]
@@ -51,10 +51,10 @@ def _span(x: Any) -> Span:
 def recorded() -> Iterator[list[Call]]:
     """The kernel calls of plans that are bound and run inside the context."""
     calls: list[Call] = []
-    original = runner._kernel_call
+    original = host_runner._kernel_call
 
-    def recording(step: Any, arrays: Any, memory: Any, attrs: Any) -> Any:
-        call = original(step, arrays, memory, attrs)
+    def recording(kernels: Any, step: Any, arrays: Any, memory: Any, attrs: Any) -> Any:
+        call = original(kernels, step, arrays, memory, attrs)
         made = Call(step.node, _span(arrays[0]), _span(memory) if memory.size else (0, 0))
 
         def both() -> None:
@@ -64,7 +64,7 @@ def recorded() -> Iterator[list[Call]]:
         return both
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "_kernel_call", recording)
+        patch.setattr(host_runner, "_kernel_call", recording)
         yield calls
 
 

@@ -28,7 +28,7 @@ def recorded(node: Node, shift: int = 0) -> list[Launch]:
     )
     assert out is not None
     call = Call(node, out, src, node.attrs, scratch=(BASE, need))
-    row.record(call)
+    row.run(call)
     return [one for one in call.records if isinstance(one, Launch)]
 
 

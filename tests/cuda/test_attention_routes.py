@@ -46,7 +46,7 @@ def launched(node: gg.Node, device: Device) -> list[Launch]:
     assert row.scratch is not None
     out = Operand(base, node.ne, node.nb, node.dtype)
     call = Call(node, out, src, node.attrs, device, (base, row.scratch(node)))
-    row.record(call)
+    row.run(call)
     return [r for r in call.records if isinstance(r, Launch)]
 
 

@@ -33,7 +33,7 @@ def recorded(node: gg.Node, tiles: bool = True) -> list[Launch | Gemm]:
     src = [operand(s, i, tiles) for i, s in enumerate(node.src) if s is not None]
     need = row.scratch(node) if row.scratch is not None else 0
     call = Call(node, operand(node, -1, False), src, node.attrs, scratch=(BASE, need))
-    row.record(call)
+    row.run(call)
     return [r for r in call.records if isinstance(r, (Launch, Gemm))]
 
 

@@ -26,12 +26,12 @@ def _launch(call: Call, name: str, operands: list[Operand | None], numbers: list
     call.launch(_FILE, name, grid=call.out.ne[1:], block=128, args=args)
 
 
-@kernel(ops.merge_lse, inplace=(0, 1))
+@kernel(ops.merge_lse, inplace=("a", "b"))
 def merge_lse(call: Call) -> None:
     _launch(call, "merge_lse", [call.out, call.src[0], call.src[1]], [call.out.ne[0] - 1])
 
 
-@kernel(ops.lse_sum, inplace=(1,))
+@kernel(ops.lse_sum, inplace=("c",))
 def lse_sum(call: Call) -> None:
     _launch(call, "lse_sum", [call.out, call.src[0], call.src[1]], [call.out.ne[0] - 2])
 

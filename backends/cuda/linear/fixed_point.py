@@ -112,4 +112,4 @@ def _reading(product: Node, made: Node) -> Fused:
     row = KERNELS[product.op]
     sources = tuple(s for s in product.src if s is not None)
     scratch = row.scratch(product) if row.scratch is not None else 0
-    return Fused((product,), (*sources, made), row.record, scratch=scratch)
+    return Fused((product,), (*sources, made), row.run, scratch=scratch)

@@ -10,38 +10,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml.backends.base import Address, BodyPlan, Step, attributes, looked_at, named, pieces_of
-from pyggml.backends.numpy.table import KERNELS, Array, Packed, Scratch
+from pyggml.backends.host_memory import Array, Scratch, array_at
+from pyggml.backends.table import Kernel, KernelTable
 from pyggml.errors import PyggmlError
-from pyggml.node import Node, Spec
+from pyggml.node import Node
 
 Call = Callable[[], None]
 
 
-def array_at(at: Address, spec: Spec) -> Array:
-    """The four-dimensional array (or Packed) at an address."""
-    kind, ne, nb = spec.dtype, spec.ne, at.nb
-    outer = (ne[3], ne[2], ne[1])
-    steps = (nb[3], nb[2], nb[1])
-    if kind.numpy is not None:
-        return _strided((*outer, ne[0]), kind.numpy, at, (*steps, nb[0]))
-    if kind.block == 1:
-        return Packed(kind, _strided((*outer, ne[0]), np.uint16, at, (*steps, nb[0])), ne)
-    shape = (*outer, ne[0] // kind.block, kind.nbytes)
-    return Packed(kind, _strided(shape, np.uint8, at, (*steps, nb[0], 1)), ne)
-
-
-def _strided(
-    shape: tuple[int, ...], dtype: Any, at: Address, strides: tuple[int, ...]
-) -> NDArray[Any]:
-    made: NDArray[Any] = np.ndarray(shape, dtype, at.buffer, at.offset, strides)
-    return made
-
-
-class NumpyRunner:
+class HostRunner:
     """A plan's steps with their arrays. `run` calls the kernels in order."""
 
     def __init__(
         self,
+        kernels: KernelTable[Kernel],
         steps: Sequence[Step],
         at: Mapping[Node, Address],
         scratch: NDArray[np.uint8],
@@ -53,10 +35,10 @@ class NumpyRunner:
         for step, offset in zip(self.steps, scratch_at):
             memory = scratch[offset : offset + step.scratch]
             if step.loop is not None:
-                self._calls.append(_LoopCall(step, at, memory))
+                self._calls.append(_LoopCall(kernels, step, at, memory))
             else:
                 arrays = [None if n is None else array_at(at[n], n.spec) for n in _operands(step)]
-                self._calls.append(_kernel_call(step, arrays, memory, step.node.attrs))
+                self._calls.append(_kernel_call(kernels, step, arrays, memory, step.node.attrs))
 
     def run(self) -> None:
         """Execute every step in order."""
@@ -91,9 +73,13 @@ def _operands(step: Step) -> tuple[Node | None, ...]:
 
 
 def _kernel_call(
-    step: Step, arrays: Sequence[Array | None], memory: NDArray[np.uint8], attrs: Mapping[str, Any]
+    kernels: KernelTable[Kernel],
+    step: Step,
+    arrays: Sequence[Array | None],
+    memory: NDArray[np.uint8],
+    attrs: Mapping[str, Any],
 ) -> Call:
-    row = KERNELS[step.node.op]
+    row = kernels[step.node.op]
     out = arrays[0]
     if row.scratch is None:
         return lambda: _want_filled(out, row.run(*arrays, **attrs))
@@ -112,9 +98,15 @@ def _want_filled(out: Array | None, returned: Any) -> None:
 class _LoopCall:
     """A loop node: its bodies' arrays that stay are made once, pieces of operands as they come."""
 
-    def __init__(self, step: Step, at: Mapping[Node, Address], memory: NDArray[np.uint8]) -> None:
+    def __init__(
+        self,
+        kernels: KernelTable[Kernel],
+        step: Step,
+        at: Mapping[Node, Address],
+        memory: NDArray[np.uint8],
+    ) -> None:
         self.step, self.at = step, at
-        self.bodies = {plan.body: _BoundBody(plan, memory) for plan in step.bodies}
+        self.bodies = {plan.body: _BoundBody(kernels, plan, memory) for plan in step.bodies}
 
     def __call__(self) -> None:
         for body, starts, places in pieces_of(self.step, self.at):
@@ -122,8 +114,10 @@ class _LoopCall:
 
 
 class _BoundBody:
-    def __init__(self, plan: BodyPlan, memory: NDArray[np.uint8]) -> None:
-        self.plan = plan
+    def __init__(
+        self, kernels: KernelTable[Kernel], plan: BodyPlan, memory: NDArray[np.uint8]
+    ) -> None:
+        self.kernels, self.plan = kernels, plan
         self.fixed: dict[Node, Array] = {}
         self.moving: list[Node] = []  # views of pieces, sources first
         for node, place in plan.places.items():
@@ -146,4 +140,4 @@ class _BoundBody:
         for step, memory in zip(self.plan.steps, self.scratch):
             attrs = attributes(self.plan.body, step.node, starts)
             operands = [None if n is None else arrays[n] for n in _operands(step)]
-            _kernel_call(step, operands, memory, attrs)()
+            _kernel_call(self.kernels, step, operands, memory, attrs)()

@@ -1,0 +1,130 @@
+"""What backends on the host's memory share: a second set of kernels needs a table and a name."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyggml.backends.base import Address, Backend, Buffer, Event, Given, Step, WeightLayout
+from pyggml.backends.host_memory import ALIGNMENT, Packed, allocated, array_at
+from pyggml.backends.host_runner import HostRunner
+from pyggml.backends.table import Kernel, KernelTable
+from pyggml.node import Node, Spec
+
+
+class HostBackend:
+    """A backend whose memory is the host's: a step for each node, arrays as operands.
+
+    A subclass gives its name and its kernels. Tensors pass between such backends without a copy.
+    """
+
+    name: str
+    kernels: KernelTable[Kernel]
+
+    device = "host"
+    alignment = ALIGNMENT
+    lock: AbstractContextManager[object] = nullcontext()  # stores share nothing here
+    staging_bytes = 0
+
+    @property
+    def place(self) -> str:
+        return self.name
+
+    def supports(self, node: Node) -> str | None:
+        return self.kernels.refusal(node)
+
+    def numeric(self, node: Node) -> str:
+        return self.kernels.numeric(node)
+
+    def weight_layout(self, constant: Node, uses: Collection[Node]) -> WeightLayout:
+        return WeightLayout(constant.spec.nbytes)
+
+    def lower(
+        self,
+        nodes: Sequence[Node],
+        keep: Collection[Node],
+        layouts: Mapping[Node, WeightLayout],
+    ) -> list[Step]:
+        return [self.kernels.step(node, Step) for node in nodes]
+
+    # -- the runtime half ---------------------------------------------------------------------
+
+    def alloc(self, nbytes: int) -> Buffer:
+        return allocated(nbytes)
+
+    def weight(self, constant: Node, layout: WeightLayout, data: NDArray[Any]) -> Buffer:
+        return np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+
+    def upload(self, at: Address, spec: Spec, array: NDArray[Any]) -> None:
+        target = array_at(at, spec)
+        raw = target.raw if isinstance(target, Packed) else target
+        raw[...] = array.reshape(raw.shape)
+
+    def download(self, at: Address, spec: Spec) -> NDArray[Any]:
+        return self.view(at, spec).copy()
+
+    def view(self, at: Address, spec: Spec) -> NDArray[Any]:
+        array = array_at(at, spec)
+        rows = array.raw.reshape(*array.raw.shape[:3], -1) if isinstance(array, Packed) else array
+        view = rows.reshape(*spec.shape[:-1], rows.shape[-1])
+        view.flags.writeable = False
+        return view
+
+    def given(self, array: object) -> Given | None:
+        if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
+            return None
+        array = np.asarray(array)  # a class of its own may look at memory in its own way
+        kind, contiguous = array.dtype, bool(array.flags.c_contiguous)
+        return Given(
+            buffer=array.reshape(-1).view(np.uint8) if contiguous and kind.kind in "fiu" else None,
+            offset=0,
+            address=array.ctypes.data,
+            alignment=kind.alignment,
+            shape=array.shape,
+            type=kind.name if kind.isnative else kind.str,
+            contiguous=contiguous,
+            ready=lambda: None,
+        )
+
+    def fetch(self, source: Address, other: Backend, target: Address, spec: Spec) -> None:
+        here = other.view(source, spec) if other.device == "host" else other.download(source, spec)
+        self.upload(target, spec, here)
+
+    def send(self, source: Address, target: Address, spec: Spec) -> Event:
+        self.upload(target, spec, self.view(source, spec))
+        return _DONE
+
+    def bind(
+        self,
+        steps: Sequence[Step],
+        at: Mapping[Node, Address],
+        scratch: Buffer,
+        scratch_at: Sequence[int],
+    ) -> HostRunner:
+        return HostRunner(self.kernels, steps, at, scratch, scratch_at)
+
+    def record(self) -> Event:
+        return _DONE
+
+    def wait_for(self, event: Event) -> None:
+        event.wait()
+
+    def synchronize(self) -> None:
+        return None
+
+    def abandon(self) -> None:
+        return None
+
+
+class _Done:
+    """The host's queue is the calling thread: everything in it is done."""
+
+    def wait(self) -> None:
+        return None
+
+
+_DONE = _Done()

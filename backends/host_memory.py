@@ -1,0 +1,94 @@
+"""The host's memory: tensors in it as arrays, and the scratch of kernels that work on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyggml.backends.base import Address
+from pyggml.dtypes import DType
+from pyggml.errors import OutOfMemoryError, PyggmlError
+from pyggml.node import Spec
+
+#: Bytes: every tensor, and every block of scratch, begins at a multiple of it.
+ALIGNMENT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A tensor whose type NumPy does not have: bf16 or a block type.
+
+    raw  bf16:   uint16 [ne3, ne2, ne1, ne0]
+         blocks: uint8  [ne3, ne2, ne1, ne0 / block, bytes of a block]
+    """
+
+    dtype: DType
+    raw: NDArray[Any]
+    ne: tuple[int, int, int, int]
+
+
+Array = NDArray[Any] | Packed
+
+
+def allocated(nbytes: int) -> NDArray[np.uint8]:
+    """So many zero bytes, aligned."""
+    try:
+        raw = np.zeros(nbytes + ALIGNMENT, np.uint8)
+    except (MemoryError, ValueError) as error:
+        raise OutOfMemoryError(f"the host has no {nbytes} bytes: {error}") from None
+    skip = -raw.ctypes.data % ALIGNMENT
+    return raw[skip : skip + nbytes]
+
+
+def aligned(nbytes: int) -> int:
+    """`nbytes` rounded up to `ALIGNMENT`."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+class Scratch:
+    """A bump allocator over the scratch bytes that a kernel declared."""
+
+    __slots__ = ("_memory", "used")
+
+    def __init__(self, memory: NDArray[np.uint8]) -> None:
+        self._memory = memory
+        self.used = 0
+
+    def array(self, shape: int | tuple[int, ...], dtype: Any = np.float32) -> NDArray[Any]:
+        """An uninitialised C-contiguous array inside the declared bytes."""
+        shape = (shape,) if isinstance(shape, int) else shape
+        count = 1
+        for extent in shape:
+            count *= extent
+        nbytes = count * np.dtype(dtype).itemsize
+        start, end = self.used, self.used + nbytes
+        if end > self._memory.nbytes:
+            raise PyggmlError(
+                f"a kernel asked for {end} bytes of scratch but declared {self._memory.nbytes}"
+            )
+        self.used = aligned(end)
+        array: NDArray[Any] = self._memory[start:end].view(dtype).reshape(shape)
+        return array
+
+
+def array_at(at: Address, spec: Spec) -> Array:
+    """The four-dimensional array (or Packed) at an address."""
+    kind, ne, nb = spec.dtype, spec.ne, at.nb
+    outer = (ne[3], ne[2], ne[1])
+    steps = (nb[3], nb[2], nb[1])
+    if kind.numpy is not None:
+        return _strided((*outer, ne[0]), kind.numpy, at, (*steps, nb[0]))
+    if kind.block == 1:
+        return Packed(kind, _strided((*outer, ne[0]), np.uint16, at, (*steps, nb[0])), ne)
+    shape = (*outer, ne[0] // kind.block, kind.nbytes)
+    return Packed(kind, _strided(shape, np.uint8, at, (*steps, nb[0], 1)), ne)
+
+
+def _strided(
+    shape: tuple[int, ...], dtype: Any, at: Address, strides: tuple[int, ...]
+) -> NDArray[Any]:
+    array: NDArray[Any] = np.ndarray(shape, dtype, at.buffer, at.offset, strides)
+    return array
