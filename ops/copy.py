@@ -22,6 +22,8 @@ from pyggml.ops.rules import (
 from pyggml.ops.views import resized, root_of
 from pyggml.quants import ENCODABLE
 
+__all__ = ["cast", "concat", "cont", "cpy", "get_rows", "repeat", "set_rows"]
+
 
 @op(slices=elementwise_slices)
 def cont(a: Node) -> Spec:

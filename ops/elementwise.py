@@ -17,6 +17,27 @@ from pyggml.ops.rules import (
     want_type,
 )
 
+__all__ = [
+    "add",
+    "add_id",
+    "clamp",
+    "div",
+    "exp",
+    "fill",
+    "gelu",
+    "glu",
+    "log",
+    "mul",
+    "relu",
+    "scale",
+    "sigmoid",
+    "silu",
+    "sqr",
+    "sqrt",
+    "sub",
+    "tanh",
+]
+
 Activation: TypeAlias = Literal["silu", "gelu", "relu"]
 ACTIVATIONS: tuple[str, ...] = get_args(Activation)
 

@@ -15,6 +15,8 @@ from pyggml.node import Node, Op, Spec, integers, located
 from pyggml.node import label as add_label
 from pyggml.quants import DECODABLE, encode_rows
 
+__all__ = ["constant", "input", "state"]
+
 _GRAPH_TYPES = DECODABLE | {"i32", "i64"}
 _BY_NUMPY = {np.dtype(t.numpy): t for t in TYPES.values() if t.numpy and t.name in _GRAPH_TYPES}
 

@@ -20,6 +20,8 @@ from pyggml.ops.rules import (
     want_type,
 )
 
+__all__ = ["mul_mat", "mul_mat_id"]
+
 
 @op(weights=("a",))
 def mul_mat(

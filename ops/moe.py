@@ -15,6 +15,8 @@ from pyggml.ops.linear import (
 )
 from pyggml.ops.rules import Precision, outer_slices, want_ne, want_readable, want_rows, want_type
 
+__all__ = ["fused_up_gate", "grouped_topk", "moe_up_gate", "mul_multi_add", "multi_add"]
+
 
 @op(
     weights=("up", "gate"),

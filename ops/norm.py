@@ -6,6 +6,8 @@ from pyggml.errors import ShapeError
 from pyggml.node import Cost, Node, Spec, op
 from pyggml.ops.rules import outer_slices, want_finite, want_type
 
+__all__ = ["rms_norm"]
+
 
 @op(slices=outer_slices)
 def rms_norm(a: Node, *, eps: float) -> Spec:

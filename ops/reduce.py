@@ -16,6 +16,8 @@ from pyggml.ops.rules import (
     want_type,
 )
 
+__all__ = ["argmax", "argsort", "soft_max", "soft_max_ext", "sum_rows", "top_k"]
+
 
 @op(slices=outer_slices)
 def sum_rows(a: Node) -> Spec:

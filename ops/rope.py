@@ -8,6 +8,8 @@ from pyggml.errors import ShapeError
 from pyggml.node import Axis, Cost, Cut, Node, Slice, Spec, op
 from pyggml.ops.rules import FLOATS, want_finite, want_index, want_ne, want_type
 
+__all__ = ["rope_ext"]
+
 
 @op
 def rope_ext(

@@ -14,6 +14,8 @@ from pyggml.ops.rules import (
     AXES,
 )
 
+__all__ = ["permute", "reshape", "state_of", "transpose", "view"]
+
 Sizes = tuple[int, ...] | list[int]
 
 

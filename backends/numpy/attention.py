@@ -1,4 +1,4 @@
-"""Fused attention over blocks of keys with an online softmax; its mask; the merge of its parts.
+"""Fused attention over blocks of keys with an online softmax, and its mask.
 
 A hidden key takes no part, whatever its rows of K and V hold. Adding -inf to its score and weighing
 its values by 0 does that only where they are finite, so both results are looked at, which costs a
@@ -18,7 +18,6 @@ import numpy as np
 from pyggml import ops
 from pyggml.backends.host_memory import Array, Scratch
 from pyggml.backends.numpy.arrays import (
-    IDS,
     PIECE,
     TILE,
     Floats,
@@ -27,7 +26,6 @@ from pyggml.backends.numpy.arrays import (
     codec_bytes,
     decoded,
     floats,
-    pieces,
     raw_of,
     ready,
     shape_of,
@@ -94,10 +92,9 @@ def _cut_of(n_q: int, heads: int, heads_kv: int, n_kv: int, d_k: int, d_v: int) 
 
 
 def _flash_scratch(node: Node) -> int:
-    q, k, v, *_ = node.src
-    assert q is not None and k is not None and v is not None
+    q, k, v = node["q"], node["k"], node["v"]
     cut = _cut_of(q.ne[1], q.ne[2], k.ne[2], k.ne[1], k.ne[0], v.ne[0])
-    return floats(*cut.sizes()) + codec_bytes(k, v, node.src[3])
+    return floats(*cut.sizes()) + codec_bytes(k, v, node.get("mask"))
 
 
 def _inside(k: Array, v: Array) -> int | None:
@@ -307,38 +304,3 @@ def causal_mask(out: Raw, pos: Raw, *, scratch: Scratch, n_kv: int, window: int 
         if window is not None:
             np.less_equal(ahead, -window, out=hidden)
             np.copyto(rows, HIDDEN, where=hidden)
-
-
-def _merge_scratch(node: Node) -> int:
-    rows = _merge_rows(node.ne[0])
-    return floats(*(rows,) * 4, rows * node.ne[0])
-
-
-def _merge_rows(n: int) -> int:
-    return max(1, min(IDS, PIECE // n))
-
-
-@kernel(ops.merge_lse, inplace=("a", "b"), scratch=_merge_scratch)
-def merge_lse(out: Raw, a: Raw, b: Raw, *, scratch: Scratch) -> None:
-    """Two partial results weighted by exp(lse - the larger lse)."""
-    n = out.shape[3]
-    rows = _merge_rows(n)
-    stats, spare = scratch.array((4, rows)), scratch.array(rows * n)
-    for index in pieces(out.shape[:3], rows):
-        y, u, v = out[index], a[index], b[index]
-        top, total, w_u, w_v = (shaped(s, *y.shape[:-1], 1) for s in stats)
-        np.maximum(u[..., -1:], v[..., -1:], out=top)
-        np.maximum(top, FLOOR, out=total)
-        for part, weight in ((u, w_u), (v, w_v)):
-            np.subtract(part[..., -1:], total, out=weight)
-            np.exp(weight, out=weight)
-        np.add(w_u, w_v, out=total)
-        np.copyto(total, 1, where=total == 0)
-        w_u /= total
-        w_v /= total
-        weighted = shaped(spare, *y.shape[:-1], n - 1)
-        np.multiply(v[..., :-1], w_v, out=weighted)
-        np.multiply(u[..., :-1], w_u, out=y[..., :-1])
-        y[..., :-1] += weighted
-        np.log(total, out=total)
-        np.add(total, top, out=y[..., -1:])

@@ -43,8 +43,7 @@ def _spare(elements: int, *rows: int) -> int:
 
 
 def _conversion_scratch(node: Node) -> int:
-    a = node.src[0]
-    assert a is not None
+    a = node["a"]
     return floats(_spare(a.spec.elements, a.ne[0], node.ne[0])) + codec_bytes(a, node)
 
 
@@ -147,7 +146,7 @@ def _lines(n3: int, n2: int, n1: int, along_rows: bool) -> Iterator[tuple[int, A
 @kernel(
     ops.get_rows,
     types=None,
-    scratch=lambda node: floats(PIECE) + codec_bytes(node.src[0]),
+    scratch=lambda node: floats(PIECE) + codec_bytes(node["a"]),
 )
 def get_rows(out: Raw, a: Array, ids: Raw, *, scratch: Scratch) -> None:
     """Only the rows asked for are decoded."""
@@ -162,7 +161,7 @@ def get_rows(out: Raw, a: Array, ids: Raw, *, scratch: Scratch) -> None:
 
 def _set_rows_scratch(node: Node) -> int:
     size = max(GATHERED // 4, node.ne[0])
-    return floats(size, size) + codec_bytes(node, node.src[1])
+    return floats(size, size) + codec_bytes(node, node["b"])
 
 
 @kernel(ops.set_rows, types=None, scratch=_set_rows_scratch)

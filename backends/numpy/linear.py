@@ -61,8 +61,7 @@ def _head_tile(m: int, k: int, heads: int) -> int:
 
 
 def _mul_mat_scratch(node: Node) -> int:
-    a, b = node.src
-    assert a is not None and b is not None
+    a, b = node["a"], node["b"]
     if is_ready(a) and is_ready(b) and node.dtype is F32:
         return 0
     k, m, heads, _ = a.ne
@@ -141,13 +140,12 @@ def expert_scratch(tiles: int) -> Callable[[Node], int]:
     """Scratch of `by_expert` with so many tiles of products."""
 
     def scratch(node: Node) -> int:
-        experts, ids = node.src[0], node.src[-1]
-        assert experts is not None and ids is not None
-        k, m, *_ = experts.ne
-        pairs, rows = _pairs(ids.spec.elements, k), tile_rows(m, k)
-        order = 2 * ids.spec.elements
+        matrices = [node[name] for name in node.op.weights]
+        k, m, *_ = matrices[0].ne
+        count = node["ids"].spec.elements
+        pairs, rows, order = _pairs(count, k), tile_rows(m, k), 2 * count
         size = floats(order, pairs * k, rows * k, *(pairs * rows,) * tiles)
-        return size + codec_bytes(*node.src[:-1])
+        return size + codec_bytes(*matrices, node["b"])
 
     return scratch
 

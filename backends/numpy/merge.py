@@ -1,4 +1,4 @@
-"""The running sum of parts of one attention, and its end."""
+"""Parts of one attention over different keys put together, as a pair or by a running sum."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import numpy as np
 from pyggml import ops
 from pyggml.backends.host_memory import Scratch
 from pyggml.backends.numpy.arrays import IDS, PIECE, Raw, floats, pieces, shaped
+from pyggml.backends.numpy.reduce import FLOOR
 from pyggml.backends.numpy.table import kernel
 from pyggml.node import Node
 
@@ -16,6 +17,37 @@ GROWTH = 16.0
 
 def _rows(n: int) -> int:
     return max(1, min(IDS, PIECE // n))
+
+
+def _merge_scratch(node: Node) -> int:
+    rows = _rows(node.ne[0])
+    return floats(*(rows,) * 4, rows * node.ne[0])
+
+
+@kernel(ops.merge_lse, inplace=("a", "b"), scratch=_merge_scratch)
+def merge_lse(out: Raw, a: Raw, b: Raw, *, scratch: Scratch) -> None:
+    """Two partial results weighted by exp(lse - the larger lse)."""
+    n = out.shape[3]
+    rows = _rows(n)
+    stats, spare = scratch.array((4, rows)), scratch.array(rows * n)
+    for index in pieces(out.shape[:3], rows):
+        y, u, v = out[index], a[index], b[index]
+        top, total, w_u, w_v = (shaped(s, *y.shape[:-1], 1) for s in stats)
+        np.maximum(u[..., -1:], v[..., -1:], out=top)
+        np.maximum(top, FLOOR, out=total)
+        for part, weight in ((u, w_u), (v, w_v)):
+            np.subtract(part[..., -1:], total, out=weight)
+            np.exp(weight, out=weight)
+        np.add(w_u, w_v, out=total)
+        np.copyto(total, 1, where=total == 0)
+        w_u /= total
+        w_v /= total
+        weighted = shaped(spare, *y.shape[:-1], n - 1)
+        np.multiply(v[..., :-1], w_v, out=weighted)
+        np.multiply(u[..., :-1], w_u, out=y[..., :-1])
+        y[..., :-1] += weighted
+        np.log(total, out=total)
+        np.add(total, top, out=y[..., -1:])
 
 
 def _sum_scratch(node: Node) -> int:

@@ -119,8 +119,7 @@ def _fused_tile(m: int, k: int, n: int) -> tuple[int, int]:
 
 
 def _fused_scratch(node: Node) -> int:
-    up, _, b = node.src
-    assert up is not None and b is not None
+    up, b = node["up"], node["b"]
     k, m = up.ne[:2]
     rows, columns = _fused_tile(m, k, b.ne[1])
     converted = 0 if is_ready(b) else columns * k

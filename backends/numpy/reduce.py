@@ -45,7 +45,8 @@ def _softmax_tile(n: int, rows: int, heads: int) -> tuple[int, int]:
 def _softmax_scratch(node: Node) -> int:
     n, rows, heads, _ = node.ne
     rows, heads = _softmax_tile(n, rows, heads)
-    bias = floats(rows * n) + codec_bytes(node.src[1]) if node.src[1] is not None else 0
+    mask = node.get("mask")
+    bias = floats(rows * n) + codec_bytes(mask) if mask is not None else 0
     return bias + floats(2 * rows * heads)
 
 

@@ -46,7 +46,7 @@ def _rope_scratch(node: Node) -> int:
     narrow = node.dtype is not F32
     angles, halves = tokens * n_dims, tokens * heads * n_dims
     size = floats(n_dims, 2 * angles, angles, halves, narrow * tokens * heads * n)
-    return size + codec_bytes(node.src[0])
+    return size + codec_bytes(node["a"])
 
 
 @kernel(ops.rope_ext, inplace=("a",), scratch=_rope_scratch)

@@ -10,8 +10,9 @@ from pyggml.errors import ShapeError
 from pyggml.graph import rebuilt
 from pyggml.loop import Body, Chain, Dim, Loop, Shift, Take, make_loop
 from pyggml.node import Axis, Node, Slice, Spec, inherit, slice_of
-from pyggml.ops.attention import flash_attn_ext, lse_finish, lse_sum
+from pyggml.ops.attention import flash_attn_ext
 from pyggml.ops.leaf import piece_op
+from pyggml.ops.merge import lse_finish, lse_sum
 
 Cuts = Sequence[tuple[Axis, int]]
 
