@@ -19,6 +19,8 @@ PLAIN = "f32|f16|bf16"
 LEGACY = "q8_0|q4_0|q4_1|q5_0|q5_1|iq4_nl"
 #: Every block type that can be decoded.
 BLOCKS = "|".join(name for name, t in TYPES.items() if t.kind == "block" and name in DECODABLE)
+#: Unary ops that take every number. `log` and `sqrt` have lines of their own.
+UNARY = "|".join(op.name for op in ops.elementwise.UNARY if op not in (ops.log, ops.sqrt))
 #: Layouts of a source for the lines that try them all.
 LAYOUTS = "|@wide|@inner|@step|@p0213|@p1032|@p3210"
 
@@ -31,7 +33,7 @@ scale({f32|f16}[{37,5|64|1|33,2,3,2}], s=-1.7, b=0.3)
 scale(f32[64,5]{LAYOUTS}, s={2.0|0.0})
 clamp({f32|f16}[37,5]{|~wild}, min={-0.5|-inf}, max=0.25)
 fill({f32|f16}[37,5]~wild, value=-3.5)
-{exp|sqr|tanh|relu|sigmoid|silu|gelu}({f32|f16}[{37,5|1|64,3,2,2}]{|@inner|@p1032})
+{UNARY}({f32|f16}[{37,5|1|64,3,2,2}]{|@inner|@p1032})
 {exp|log|sqr|sqrt|tanh|relu|sigmoid}(f32[64,5]~wild)
 {log|sqrt}({f32|f16}[37,5,3]~above{|@wide|@p1032})
 glu({f32|f16}[26,7,2]{|@inner|@p0213}, act={'silu'|'gelu'|'relu'}, swapped={True|False})
@@ -250,8 +252,8 @@ def expand(text: str) -> tuple[Case, ...]:
     """The cases of a table's text, each once, in its order; then those of ops that mean simpler
     ones once more, by their meanings.
     """
-    words = {"PLAIN": PLAIN, "BLOCKS": BLOCKS, "LEGACY": LEGACY, "LAYOUTS": LAYOUTS}
-    for name, choice in words.items():
+    words = {"PLAIN": PLAIN, "BLOCKS": BLOCKS, "LEGACY": LEGACY, "UNARY": UNARY}
+    for name, choice in {**words, "LAYOUTS": LAYOUTS}.items():
         text = text.replace(name, choice)
     lines = dict.fromkeys(one for line in text.split("\n") if line for one in _expand(line))
     found = tuple(map(Case.parse, lines))

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 import pyggml as gg
 from pyggml.backends.numpy.table import KERNELS
 from pyggml.node import Node
+from pyggml.parity.case import Case, build
+from pyggml.parity.cases import cases
 
 rng = np.random.default_rng(0)
 
 
 def weights(*shape: int) -> Node:
     return gg.constant(rng.standard_normal(shape, np.float32))
-
-
-def inputs(**sizes: tuple[int, ...]) -> dict[str, Node]:
-    return {name: gg.input(name, "f32", shape=shape) for name, shape in sizes.items()}
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -40,31 +40,17 @@ def test_flash_attention_never_holds_the_scores() -> None:
     assert declared is not None and declared(node) < 64 * 2**20
 
 
-FUSED = {
-    "moe_up_gate": lambda: gg.moe_up_gate(
-        weights(4, 7, 64),
-        weights(4, 7, 64),
-        gg.input("b", "f32", ne=(64, 1, 5)),
-        gg.constant(np.array([[0, 3], [1, -1], [2, 2], [3, 0], [1, 2]], np.int32)),
-        act="gelu",
-    ),
-    "fused_up_gate": lambda: gg.fused_up_gate(
-        weights(7, 64), weights(7, 64), gg.input("b", "f32", ne=(64, 5))
-    ),
-    "mul_multi_add": lambda: gg.mul_multi_add(*inputs(a=(5, 3, 8), b=(5, 3, 1)).values()),
-    "glu": lambda: gg.glu(gg.input("a", "f32", ne=(10, 3)), act="gelu", swapped=True),
-}
+#: The first case of every op that is said in simpler ops too.
+MEANT = {case.op: case for case in reversed(cases()) if case.means}
 
 
-@pytest.mark.parametrize("name", FUSED)
-def test_a_fused_op_is_what_it_means(name: str) -> None:
-    node = FUSED[name]()
-    assert node.op.name == name and node.op.meaning is not None
-    meant = node.op.meaning(*node.src, **node.attrs)
-    plan = gg.compile({"kernel": node, "meaning": meant})
-    given = {key: rng.standard_normal(x.shape, np.float32) for key, x in plan.inputs.items()}
-    got = plan.run(given)
-    np.testing.assert_allclose(got["kernel"], got["meaning"], rtol=2e-5, atol=2e-5)
+@pytest.mark.parametrize("case", MEANT.values(), ids=lambda case: case.op)
+def test_a_fused_op_is_what_it_means(case: Case) -> None:
+    kernel, meaning = build(replace(case, means=False)), build(case)
+    assert kernel.node.op.meaning is not None and meaning.node.op is not kernel.node.op
+    plans = [gg.compile({"y": built.node}) for built in (kernel, meaning)]
+    results = [plan.run(kernel.inputs)["y"] for plan in plans]
+    np.testing.assert_allclose(*results, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("prec", ["default", "f32"])
@@ -79,7 +65,3 @@ def test_a_meaning_keeps_the_precision(prec: str) -> None:
         meant = gg.Graph({"y": node.op.meaning(*node.src, **node.attrs)}).nodes
         products = [n for n in meant if n.op in (gg.ops.mul_mat, gg.ops.mul_mat_id)]
         assert products and {n.attrs["prec"] for n in products} == {prec}
-
-
-def test_every_meaning_is_checked_here() -> None:
-    assert set(FUSED) == {name for name, op in gg.ops.ALL.items() if op.meaning is not None}
