@@ -8,6 +8,7 @@ from these lists. `ALL` maps the names of the ops to the ops.
 from inspect import ismodule as _ismodule
 from typing import Any as _Any
 
+import pyggml.ops.operators as _operators  # noqa: F401  what + - * / on nodes build
 from pyggml.node import Op as _Op
 from pyggml.ops.attention import *
 from pyggml.ops.copy import *

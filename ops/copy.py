@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyggml.dtypes import DType
+from pyggml.dtypes import DType, DTypeLike
 from pyggml.dtypes import dtype as dtype_of
 from pyggml.errors import DTypeError, ShapeError
 from pyggml.node import Axis, Cost, Cut, Ids, Ne, Node, Slice, Spec, op
@@ -44,7 +44,7 @@ def _want_conversion(a: Node, to: DType) -> None:
 
 
 @op
-def cast(a: Node, *, dtype: str) -> Spec | tuple[Spec, dict[str, Any]]:
+def cast(a: Node, *, dtype: DTypeLike) -> Spec | tuple[Spec, dict[str, Any]]:
     """A contiguous copy of a in another type.
 
     f32, f16, bf16 and block types among each other; i32 and i64 to and from f32.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, TypeAlias, get_args
 
 from pyggml.errors import DTypeError, ShapeError
-from pyggml.node import Axis, Cut, Ids, Node, Op, Slice, Spec, op
+from pyggml.node import Axis, Cut, Ids, Node, Op, Slice, Spec, located, op
 from pyggml.ops.rules import (
     FLOATS,
     choose,
@@ -35,6 +35,7 @@ __all__ = [
     "sqr",
     "sqrt",
     "sub",
+    "swiglu",
     "tanh",
 ]
 
@@ -159,6 +160,12 @@ def _(a: Node, b: Node | None = None, *, act: Activation = "silu", swapped: bool
         halves = [view(a, ne=(n, *a.ne[1 : a.spec.rank]), start=(i * n,)) for i in (0, 1)]
         a, b = reversed(halves) if swapped else halves
     return mul(activation(act, a), b)
+
+
+@located
+def swiglu(a: Node, b: Node | None = None) -> Node:
+    """y = silu(a) * b, without b silu of the first half of a's rows times the second: `glu`."""
+    return glu(a, b, act="silu")
 
 
 @op(ids=Ids("ids", of="b", axis=1))

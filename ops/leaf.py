@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pyggml.dtypes import TYPES, DType
+from pyggml.dtypes import TYPES, DType, DTypeLike
 from pyggml.dtypes import dtype as dtype_of
 from pyggml.errors import DTypeError, ShapeError
 from pyggml.node import Node, Op, Spec, integers, located
@@ -45,7 +45,7 @@ def _named(kind: str, label: str) -> None:
 
 
 def _sizes(
-    what: str, dtype: str | DType, ne: tuple[int, ...] | None, shape: tuple[int, ...] | None
+    what: str, dtype: DTypeLike, ne: tuple[int, ...] | None, shape: tuple[int, ...] | None
 ) -> Spec:
     if (ne is None) == (shape is None):
         raise ShapeError(f"{what}: give exactly one of ne= (ggml's order) and shape= (NumPy's)")
@@ -62,7 +62,7 @@ def _sizes(
 @located
 def input(
     name: str,
-    dtype: str | DType = "f32",
+    dtype: DTypeLike = "f32",
     *,
     ne: tuple[int, ...] | None = None,
     shape: tuple[int, ...] | None = None,
@@ -79,7 +79,7 @@ def input(
 @located
 def state(
     name: str,
-    dtype: str | DType = "f32",
+    dtype: DTypeLike = "f32",
     *,
     ne: tuple[int, ...] | None = None,
     shape: tuple[int, ...] | None = None,
@@ -93,9 +93,7 @@ def state(
 
 
 @located
-def constant(
-    array: ArrayLike, *, dtype: str | DType | None = None, name: str | None = None
-) -> Node:
+def constant(array: ArrayLike, *, dtype: DTypeLike | None = None, name: str | None = None) -> Node:
     """A weight: an array that never changes. It is read in place: do not write to it later.
 
     array  NumPy shape, C order. Without `dtype` its own type counts (float64 becomes f32).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyggml.dtypes import F32
+from pyggml.dtypes import F32, DTypeLike
 from pyggml.dtypes import dtype as dtype_of
 from pyggml.errors import ShapeError
 from pyggml.node import Axis, Cost, Cut, Ids, Node, Slice, Spec, op
@@ -25,7 +25,7 @@ __all__ = ["mul_mat", "mul_mat_id"]
 
 @op(weights=("a",))
 def mul_mat(
-    a: Node, b: Node, *, prec: Precision = "default", dtype: str = "f32"
+    a: Node, b: Node, *, prec: Precision = "default", dtype: DTypeLike = "f32"
 ) -> Spec | tuple[Spec, dict[str, Any]]:
     """Matrix product of rows:  y[i, j, p, q] = sum_k a[k, i, p // r2, q // r3] b[k, j, p, q].
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 from pyggml.errors import ShapeError
-from pyggml.node import Axis, Cost, Cut, Node, Slice, Spec, op
+from pyggml.node import Axis, Cost, Cut, Node, Slice, Spec, located, op
 from pyggml.ops.rules import FLOATS, want_finite, want_index, want_ne, want_type
 
-__all__ = ["rope_ext"]
+__all__ = ["rope", "rope_ext"]
 
 
 @op
@@ -83,3 +83,23 @@ def _(node: Node, axis: Axis, n: int) -> Slice | None:
         return None
     assert isinstance(axis, int)
     return Slice((Cut(axis), Cut(0) if axis == 2 else None, None))
+
+
+@located
+def rope(
+    a: Node,
+    pos: Node,
+    *,
+    n_dims: int | None = None,
+    mode: str = "normal",
+    freq_base: float = 10000.0,
+) -> Node:
+    """Rotary position embedding without scaling: `rope_ext` with defaults.
+
+    a, y    f32 or f16  [n, n_head, n_tokens, n3]
+    pos     i32         [n_tokens]
+    n_dims  how many elements of a row are turned; without it whole rows
+    """
+    if n_dims is None and isinstance(a, Node):
+        n_dims = a.ne[0]
+    return rope_ext(a, pos, n_dims=2 if n_dims is None else n_dims, mode=mode, freq_base=freq_base)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
 
 from pyggml.errors import DTypeError, ShapeError
 
@@ -82,15 +84,36 @@ _BY_FOLDED: dict[str, DType] = {name.lower(): t for name, t in TYPES.items()}
 
 F32, F16, BF16, I32, I64 = (TYPES[n] for n in ("f32", "f16", "bf16", "i32", "i64"))
 
-#: The plain types that ops compute with. Block types with a decoder can stand in a graph too.
-GRAPH_PLAIN = frozenset({"f32", "f16", "bf16", "i32", "i64"})
+_BY_NUMPY: dict[np.dtype[Any], DType] = {np.dtype(t.numpy): t for t in TYPES.values() if t.numpy}
+
+#: How an element type is given: a name, a `DType`, or NumPy's (`np.float16`, `array.dtype`).
+DTypeLike: TypeAlias = str | DType | type | np.dtype[Any]
 
 
-def dtype(name: str | DType) -> DType:
-    """The type of that name, case ignored: "Q4_K" is q4_K. DTypeError names the known ones."""
+def dtype(name: DTypeLike) -> DType:
+    """The type of that name, case ignored: "Q4_K" is q4_K; or the one that NumPy's type is.
+
+    DTypeError names the known ones.
+    """
     if isinstance(name, DType):
         return name
-    found = _BY_FOLDED.get(name.lower()) if isinstance(name, str) else None
-    if found is None:
-        raise DTypeError(f"unknown type {name!r}; known types: {', '.join(TYPES)}")
-    return found
+    known: DType | None
+    if isinstance(name, str):
+        known = _BY_FOLDED.get(name.lower())
+    else:
+        known = _of_numpy(name)
+    if known is None:
+        near = _of_numpy(name)
+        hint = f"; did you mean {near.name!r}?" if near is not None else ""
+        raise DTypeError(f"unknown type {name!r}{hint}; known types: {', '.join(TYPES)}")
+    return known
+
+
+def _of_numpy(name: Any) -> DType | None:
+    """The type that NumPy's type, or NumPy's name of one, is."""
+    if name is None:  # to NumPy it is float64
+        return None
+    try:
+        return _BY_NUMPY.get(np.dtype(name))
+    except (TypeError, ValueError, SyntaxError):  # NumPy parses strings
+        return None

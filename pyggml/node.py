@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, Generic, ParamSpec, TypeAlias, overload
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
+from pyggml.arithmetic import Arithmetic
 from pyggml.attributes import Attribute, identity, signature_of
 from pyggml.dtypes import DType
 from pyggml.errors import DTypeError, PyggmlError, ShapeError, UnknownNameError
@@ -30,10 +31,11 @@ P = ParamSpec("P")
 Attrs: TypeAlias = Mapping[str, Any]
 
 
-class Node:
+class Node(Arithmetic):
     """One operation in a graph: op, sources, attributes, spec. Frozen, hash-consed.
 
     Compared by identity: building the same node twice gives the same object.
+    Its operators are in pyggml/arithmetic.py; `==` is identity.
     `node["mask"]` is the source that the op calls `mask`; `node.get("mask")` is None without one.
     `ne` is ggml's order, `shape` NumPy's. `nb` are the byte strides that the tensor has if nothing
     but its own views moved it: they say what is contiguous, never where bytes are.

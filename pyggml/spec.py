@@ -7,7 +7,7 @@ import operator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from pyggml.dtypes import DType
+from pyggml.dtypes import DType, DTypeLike
 from pyggml.dtypes import dtype as dtype_of
 from pyggml.errors import DTypeError, ShapeError
 
@@ -27,9 +27,7 @@ class Spec:
     rank: int
 
     @classmethod
-    def of(
-        cls, dtype: str | DType, ne: tuple[int, ...] | list[int], rank: int | None = None
-    ) -> Spec:
+    def of(cls, dtype: DTypeLike, ne: tuple[int, ...] | list[int], rank: int | None = None) -> Spec:
         """A checked Spec: one to four sizes of at least 1, rows of whole blocks."""
         element = dtype_of(dtype)
         sizes = integers("ne=", ne)

@@ -13,7 +13,7 @@ TOP = Path(__file__).parent.parent
 LAYERS = (  # later ones may import earlier ones and their own
     "pyggml.errors pyggml.renamed",
     "pyggml.dtypes pyggml.quants pyggml.spec pyggml.traits pyggml.attributes",
-    "pyggml.node",
+    "pyggml.node pyggml.arithmetic",
     "pyggml.graph pyggml.loop pyggml.transfer",
     "pyggml.ops",
     "pyggml.backends",

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml.dtypes import DType
+from pyggml.dtypes import DType, DTypeLike
 from pyggml.dtypes import dtype as as_dtype
 from pyggml.errors import DTypeError, ShapeError
 from pyggml.quants import decoders, encoders
@@ -41,7 +41,7 @@ ENCODABLE = frozenset(encoders.BY_NAME)
 
 
 def decode(
-    dtype: str | DType,
+    dtype: DTypeLike,
     raw: NDArray[Any],
     out: Floats | None = None,
     *,
@@ -75,7 +75,7 @@ def decode(
 
 
 def encode(
-    dtype: str | DType,
+    dtype: DTypeLike,
     values: Floats,
     out: NDArray[Any] | None = None,
     *,
@@ -104,13 +104,13 @@ def encode(
     return raw
 
 
-def decode_rows(dtype: str | DType, rows: NDArray[Any]) -> Floats:
+def decode_rows(dtype: DTypeLike, rows: NDArray[Any]) -> Floats:
     """`decode` of rows as files hold them: uint8 [..., bytes of a row] for block types."""
     t = as_dtype(dtype)
     return decode(t, rows.reshape(*rows.shape[:-1], -1, t.nbytes) if t.kind == "block" else rows)
 
 
-def encode_rows(dtype: str | DType, values: Floats) -> NDArray[Any]:
+def encode_rows(dtype: DTypeLike, values: Floats) -> NDArray[Any]:
     """`encode` into rows as files hold them: uint8 [..., bytes of a row] for block types."""
     t = as_dtype(dtype)
     made = encode(t, values)
@@ -158,7 +158,7 @@ def _storage(t: DType) -> np.dtype[Any]:
     return np.dtype({"f32": np.float32, "f16": np.float16, "bf16": np.uint16}.get(t.name, np.uint8))
 
 
-def _known(dtype: str | DType, names: frozenset[str], verb: str) -> DType:
+def _known(dtype: DTypeLike, names: frozenset[str], verb: str) -> DType:
     t = as_dtype(dtype)
     if t.name not in names:
         raise DTypeError(f"cannot {verb} {t}; types that can be: {', '.join(sorted(names))}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import operator
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -61,6 +60,8 @@ CALLS: list[tuple[Callable[[], Any], type[PyggmlError], str]] = [
     (lambda: gg.add(X.a84, X.a84, X.a84), T, "add takes 2 tensors (a, b)"),
     (lambda: gg.glu(X.a17), S, "rows of 17 do not have two halves"),
     (lambda: gg.glu(X.a84, X.a83), S, "b must be [8, 4, 1, 1]"),
+    (lambda: gg.swiglu(X.a17), S, "do not have two halves"),
+    (lambda: gg.rope(X.r, X.i3), S, "one for each token"),
     (lambda: gg.glu(X.a84, act="swish"), S, "it is one of silu, gelu, relu"),
     (lambda: gg.glu(X.a84, X.a84, swapped=True), S, "belongs to the form without b"),
     (lambda: gg.add_id(X.r, X.a83, X.i4), S, "ids must be [2, 4, 1, 1]"),
