@@ -4,9 +4,9 @@ No array code and no device. Each family's `__all__` says what it offers; everyt
 from these lists. `ALL` maps the names of the ops to the ops.
 """
 
-# ruff: noqa: F403
+# ruff: noqa: E402, F403
+import typing as _typing
 from inspect import ismodule as _ismodule
-from typing import Any as _Any
 
 import pyggml.ops.operators as _operators  # noqa: F401  what + - * / on nodes build
 from pyggml.node import Op as _Op
@@ -22,14 +22,19 @@ from pyggml.ops.reduce import *
 from pyggml.ops.rope import *
 from pyggml.ops.views import *
 
-__all__ = sorted(
-    name for name, value in globals().items() if not name.startswith("_") and not _ismodule(value)
+#: The names that users call, `pyggml.NAME`.
+BUILDERS = tuple(
+    sorted(name for name, value in globals().items() if name[0] != "_" and not _ismodule(value))
 )
+if not _typing.TYPE_CHECKING:  # mypy takes a list that it cannot read for an empty one
+    __all__ = BUILDERS
 
 # Not for users: the budget's loops build them.
 from pyggml.ops.merge import lse_finish as lse_finish
 from pyggml.ops.merge import lse_sum as lse_sum
 
-ALL: dict[str, _Op[_Any]] = {op.name: op for op in list(globals().values()) if isinstance(op, _Op)}
+ALL: dict[str, _Op[_typing.Any]] = {
+    op.name: op for op in list(globals().values()) if isinstance(op, _Op)
+}
 
 assert __name__ == "pyggml.ops", "import pyggml.ops, not the top-level folder ops"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from pyggml.errors import ShapeError
 from pyggml.node import Axis, Cost, Cut, Node, Slice, Spec, located, op
 from pyggml.ops.rules import FLOATS, want_finite, want_index, want_ne, want_type
 
 __all__ = ["rope", "rope_ext"]
+
+Mode: TypeAlias = Literal["normal", "neox"]
 
 
 @op
@@ -18,7 +20,7 @@ def rope_ext(
     freq_factors: Node | None = None,
     *,
     n_dims: int,
-    mode: Literal["normal", "neox"] = "normal",
+    mode: Mode = "normal",
     n_ctx_orig: int = 0,
     freq_base: float = 10000.0,
     freq_scale: float = 1.0,
@@ -91,7 +93,7 @@ def rope(
     pos: Node,
     *,
     n_dims: int | None = None,
-    mode: str = "normal",
+    mode: Mode = "normal",
     freq_base: float = 10000.0,
 ) -> Node:
     """Rotary position embedding without scaling: `rope_ext` with defaults.

@@ -39,7 +39,7 @@ from pyggml.errors import (
 from pyggml.graph import Graph
 from pyggml.node import Node, label, labels, op
 from pyggml.ops import *  # noqa: F403
-from pyggml.ops import __all__ as _ops
+from pyggml.ops import BUILDERS as _ops
 from pyggml.renamed import NAMES as _RENAMED
 from pyggml.runtime.plan import Plan, compile
 from pyggml.runtime.store import Store

@@ -229,7 +229,7 @@ def test_both_shapes_in_both_orders() -> None:
     ) in str(caught.value)
 
 
-BUILDERS = sorted(set(ops.__all__))
+BUILDERS = sorted(set(ops.BUILDERS))
 
 
 @pytest.mark.parametrize("name", BUILDERS)
