@@ -7,7 +7,7 @@ import pytest
 
 import pyggml as gg
 from pyggml import quants
-from pyggml.backends.cuda.table import refusal
+from pyggml.backends.cuda.table import KERNELS
 from pyggml.backends.cuda.weights.formats import FORMATS
 from pyggml.dtypes import TYPES
 from pyggml.node import Node
@@ -37,6 +37,6 @@ def test_a_type_without_a_format_is_refused(name: str) -> None:
         gg.cont(gg.view(w, ne=(256, 2))),
     ]
     for node in nodes:
-        assert (refusal(node) is None) == (name in FORMATS), node.op.name
+        assert (KERNELS.refusal(node) is None) == (name in FORMATS), node.op.name
         if name not in FORMATS:
-            assert refusal(node) == f"no kernel for blocks of {name}"
+            assert KERNELS.refusal(node) == f"no kernel for blocks of {name}"
