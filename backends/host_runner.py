@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import copy_context
 from typing import Any
 
 import numpy as np
@@ -42,30 +42,27 @@ class HostRunner:
 
     def run(self) -> None:
         """Execute every step in order."""
-        index = 0
-        try:
-            with _manners():
-                for index, call in enumerate(self._calls):  # noqa: B007
-                    call()
-        except Exception as error:
-            raise named(error, self.steps[index].node) from None
+        copy_context().run(self._run, range(len(self.steps)))
 
     def run_step(self, index: int) -> None:
         """Execute one step."""
+        copy_context().run(self._run, (index,))
+
+    def _run(self, indices: Iterable[int]) -> None:
+        """Execute steps, with NumPy set as kernels expect it: inf and NaN are values like others,
+        and its buffers, of which a ufunc over strided operands takes three, stay small.
+
+        NumPy keeps these settings in the context, so they end with the copy of it in which this
+        runs, whatever ends it.
+        """
+        np.seterr(all="ignore")
+        np.setbufsize(2048)
+        index = 0
         try:
-            with _manners():
+            for index in indices:
                 self._calls[index]()
         except Exception as error:
             raise named(error, self.steps[index].node) from None
-
-
-@contextmanager
-def _manners() -> Iterator[None]:
-    """NumPy as kernels expect it: inf and NaN are values like others, and its own buffers, of which
-    a ufunc over strided operands takes three, stay small."""
-    with np.errstate(all="ignore"):  # restores the size of buffers too
-        np.setbufsize(2048)
-        yield
 
 
 def _operands(step: Step) -> tuple[Node | None, ...]:

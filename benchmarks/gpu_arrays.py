@@ -51,13 +51,13 @@ def _taken(array: Any, other: Any, write: Callable[[Any, np.ndarray], None]) -> 
         plan.bind(x=held)
         for turn in range(4):
             write(held, X - turn)
-            seen = plan.run(copy=False)
+            seen = plan.views()
             wrong = _same(f"bound {turn}", seen["y"], 2 * (X - turn))
             if wrong or _ptr(seen["x"]) != _ptr(held):
                 return wrong or "the input was copied"
     plan.bind(x=None)
     wrong = _same("unbound", plan.run(x=X)["y"], 2 * X)
-    refused = raises(GraphError, lambda: plan.bind(x=plan.run(x=X, copy=False)["y"]), "arena")
+    refused = raises(GraphError, lambda: plan.bind(x=plan.views(x=X)["y"]), "arena")
     return wrong or refused
 
 
@@ -68,7 +68,7 @@ def _cupy() -> str:
         array.set(values)
 
     one, two = cupy.asarray(X), cupy.asarray(X)
-    y = _doubled().run(x=one, copy=False)["y"]
+    y = _doubled().views(x=one)["y"]
     for seen in (cupy.asarray(y), cupy.from_dlpack(y)):
         if seen.data.ptr != _ptr(y) or (seen.get() != 2 * X).any():
             return "CuPy does not see the output where it is"
@@ -117,7 +117,7 @@ def _torch() -> str:
     one, two = (torch.zeros((33, 640), device="cuda") for _ in range(2))
     wrong = _taken(one, two, write)
     write(one, X)
-    y = _doubled().run(x=one, copy=False)["y"]
+    y = _doubled().views(x=one)["y"]
     for seen in (torch.from_dlpack(y), torch.as_tensor(y, device="cuda")):
         if seen.data_ptr() != _ptr(y) or (seen.cpu().numpy() != 2 * X).any():
             return wrong or "PyTorch does not see the output where it is"
@@ -177,7 +177,7 @@ def _decoded(repeats: list[int], **options: Any) -> list[int]:
     plan = gg.compile(greedy(), **options).bind()
     plan.store.write("token", [7])
     for count in repeats:
-        plan.run(repeat=count)
+        plan.repeat(count)
     done = int(plan.store.read("pos")[0])
     return [int(i) for i in plan.store.read("ids")[:done, 0]]
 
@@ -224,7 +224,7 @@ def _copies() -> str:
         want = gg.compile(y).run(x=given)
         first = plan.run(x=given)
         for turn in range(25 if ne[0] == 640 else 4):
-            got = plan.run(x=given, repeat=1 + turn % 3)
+            got = plan.repeat(1 + turn % 3, x=given)
             for key in y:
                 error = np.linalg.norm(got[key] - want[key]) / np.linalg.norm(want[key])
                 if got[key].tobytes() != first[key].tobytes() or not error < 1e-6:
@@ -280,7 +280,7 @@ def _let_go() -> str:
     given = Interface(cupy.asarray(X))
     alive = ref(given)
     plan = _doubled().bind(x=given)
-    y = plan.run(copy=False)["y"]
+    y = plan.views()["y"]
     seen = cupy.from_dlpack(y)
     del plan, given, y
     gc.collect()

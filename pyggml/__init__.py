@@ -41,7 +41,8 @@ from pyggml.node import Node, label, labels, op
 from pyggml.ops import *  # noqa: F403
 from pyggml.ops import BUILDERS as _ops
 from pyggml.renamed import NAMES as _RENAMED
-from pyggml.runtime.plan import Plan, compile
+from pyggml.runtime.compile import compile
+from pyggml.runtime.plan import Plan
 from pyggml.runtime.store import Store
 
 if _TYPE_CHECKING:

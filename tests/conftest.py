@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from pyggml.errors import DeviceError
-from pyggml.runtime.plan import Plan
+from pyggml.runtime.execution import Execution
 
 os.environ["PYGGML_VERIFY"] = "1"
 settings.register_profile("core", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -49,16 +49,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def poisoned_arena(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A result that is read before it is written is NaN (0xFF bytes in every type)."""
-    run = Plan.run
+    run = Execution.run
 
-    def poisoned(self: Plan, *inputs: Any, **named: Any) -> dict[str, np.ndarray]:
-        self.bind()
-        for arena in self.store.arenas.values():
-            own = isinstance(arena.buffer, np.ndarray)
-            memory = arena.buffer if own else getattr(arena.buffer, "data", None)
+    def poisoned(self: Execution, *args: Any, **named: Any) -> None:
+        for buffer in self.arenas.values():
+            memory = buffer if isinstance(buffer, np.ndarray) else getattr(buffer, "data", None)
             if memory is not None:  # a GPU's cannot be written to from here
                 memory[:] = 0xFF
-        return run(self, *inputs, **named)
+        run(self, *args, **named)
 
-    monkeypatch.setattr(Plan, "run", poisoned)
+    monkeypatch.setattr(Execution, "run", poisoned)
     yield

@@ -139,9 +139,9 @@ class CudaBackend:
         """Let copies from the other GPU go straight. Where that cannot be, or where CuPy or PyTorch
         has asked before (an error too), they arrive all the same."""
         if other.index not in self._peers:
-            self._peers.add(other.index)
             with suppress(self.context.driver.Error):
                 self.context.driver.Context.enable_peer_access(other.context.primary)
+            self._peers.add(other.index)
 
     def send(self, source: Address, target: Address, spec: Spec) -> Event:
         with self.context:

@@ -6,6 +6,7 @@ Recording needs no GPU: `record_step` gives what a step launches.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -169,12 +170,15 @@ class CudaRunner:
             return actions
         stream = self.context.external
         with guarded("capturing a graph"):
-            stream.begin_capture()
             try:
+                stream.begin_capture()
                 for action in actions:
                     action()
-            finally:
                 graph = stream.end_capture()
+            except BaseException:  # an interrupt, too, must not leave the stream capturing
+                with suppress(Exception):  # there may be no capture yet, or no longer
+                    stream.end_capture()
+                raise
             graph.upload(stream)
         return [partial(graph.launch, stream)]
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from threading import RLock
 from typing import Any
-from weakref import finalize
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,6 @@ class NullDevice:
 
     denied  names of ops that it refuses, on top of NumPy's refusals
     limit   bytes that it has; None for as many as the host has
-    allocated  bytes taken and not given back
     """
 
     name = "null"
@@ -38,7 +37,7 @@ class NullDevice:
         self.alignment, self.staging_bytes = self.host.alignment, 0
         self.denied: frozenset[str] = frozenset()
         self.limit: int | None = None
-        self.allocated = 0
+        self._blocks: WeakSet[NullBuffer] = WeakSet()  # a sum beside them could fall behind them
         self.queue = Queue()
         self.lock = RLock()
 
@@ -80,18 +79,19 @@ class NullDevice:
 
     # -- the runtime half ---------------------------------------------------------------------
 
+    @property
+    def allocated(self) -> int:
+        """Bytes taken and not given back."""
+        return sum(len(block.data) for block in self._blocks)
+
     def alloc(self, nbytes: int) -> Buffer:
         if self.limit is not None and self.allocated + nbytes > self.limit:
             raise OutOfMemoryError(
                 f"{self.place} has no {nbytes} bytes: {self.allocated} of {self.limit} are taken"
             )
-        made = NullBuffer(self.place, self.host.alloc(nbytes))
-        self.allocated += nbytes
-        finalize(made, self._give_back, nbytes)
-        return made
-
-    def _give_back(self, nbytes: int) -> None:
-        self.allocated -= nbytes
+        block = NullBuffer(self.place, self.host.alloc(nbytes))
+        self._blocks.add(block)
+        return block
 
     def weight(self, constant: Node, layout: WeightLayout, data: NDArray[Any]) -> Buffer:
         buffer = self.alloc(layout.nbytes)
@@ -194,8 +194,9 @@ class NullArray:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:
             raise ValueError(f"memory of {self.device.place} cannot be seen without a copy")
-        found = self.device.download(self.at, self.spec)
-        return found if dtype is None else found.astype(dtype)
+        with self.device.lock:  # it runs the queue, which may be in use for another store
+            rows = self.device.download(self.at, self.spec)
+        return rows if dtype is None else rows.astype(dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from itertools import count
 from random import Random
 
 Task = Callable[[], None]
@@ -15,40 +16,43 @@ class Queue:
 
     pace  a generator that decides how many tasks run at once when one is added: other orders in
           which a GPU might have run them. None: none
+
+    Each task stands in the queue with its own number, so there is no count beside the queue that
+    an interrupt could let fall behind it.
     """
 
     def __init__(self) -> None:
         self.pace: Random | None = None
-        self._tasks: deque[Task] = deque()
-        self._begun = 0  # tasks taken out so far
-        self._added = 0
+        self._numbers = count()
+        self._tasks: deque[tuple[int, Task]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._tasks)
 
     def add(self, task: Task) -> None:
         """Put a task at the end."""
-        self._tasks.append(task)
-        self._added += 1
+        self._tasks.append((next(self._numbers), task))
         if self.pace is not None:
-            self.run_to(self._begun + self.pace.randint(0, len(self._tasks)))
+            at_once = self.pace.randint(0, len(self._tasks))
+            if at_once:
+                self.run_to(self._tasks[at_once - 1][0])
 
     def run_to(self, number: int) -> None:
-        """Run tasks until so many have been run. After an error those that wait are dropped."""
-        while self._begun < min(number, self._added) and self._tasks:
-            task = self._tasks.popleft()
-            self._begun += 1
-            try:
-                task()
-            except BaseException:
-                self._tasks.clear()
-                self._begun = self._added
-                raise
+        """Run tasks up to that number. After an error those that wait are dropped."""
+        try:
+            while self._tasks and self._tasks[0][0] <= number:
+                self._tasks.popleft()[1]()
+        except BaseException:
+            self._tasks.clear()
+            raise
 
     def run_all(self) -> None:
         """Run every task."""
-        self.run_to(self._added)
+        self.mark().wait()
 
     def mark(self) -> Mark:
         """The end of the queue as it is now."""
-        return Mark(self, self._added)
+        return Mark(self, self._tasks[-1][0] if self._tasks else -1)
 
 
 class Mark:

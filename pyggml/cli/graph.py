@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pyggml.cli.model import add_options, model_graph, weighted
 from pyggml.errors import DTypeError
-from pyggml.runtime.plan import compile
+from pyggml.runtime.compile import compile
 from pyggml.viz import dot
 
 

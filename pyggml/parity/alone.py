@@ -19,8 +19,9 @@ from pyggml.parity.case import Case, Source
 from pyggml.parity.check import numeric_class
 from pyggml.quants import decode_rows
 from pyggml.runtime.arrays import stored
+from pyggml.runtime.compile import compile
 from pyggml.runtime.places import parse
-from pyggml.runtime.plan import Plan, compile
+from pyggml.runtime.plan import Plan
 
 Array = NDArray[Any]
 #: Tensors with memory of their own (leaves and computed nodes) -> contents, as the type is stored.
@@ -108,7 +109,7 @@ def run_with(plan: Plan, leaves: Values) -> dict[str, Array]:
         if node.op is state_op:
             plan.store.write(node.attrs["name"], array)
     inputs = {n.attrs["name"]: array for n, array in leaves.items() if n.op is input_op}
-    return {key: np.array(found) for key, found in plan.run(inputs, copy=False).items()}
+    return {key: np.array(found) for key, found in plan.views(inputs).items()}
 
 
 def decoded(node: Node, array: Array) -> Array:

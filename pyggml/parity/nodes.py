@@ -21,8 +21,8 @@ from pyggml.parity.report import Report, Row, labelled
 from pyggml.parity.reproduce import write_script
 from pyggml.parity.tolerance import CLASSES, STORAGE, Comparison, within
 from pyggml.passes.states import state_edges
+from pyggml.runtime.compile import compile
 from pyggml.runtime.places import parse
-from pyggml.runtime.plan import compile
 
 #: Outputs of the whole graph may differ by this many times what its nodes may differ together.
 #: Errors that know nothing of each other add up in the NMSE; a softmax, or a norm over terms that

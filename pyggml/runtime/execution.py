@@ -10,6 +10,8 @@ from time import perf_counter
 from pyggml.backends.base import Address, Backend, Buffer, Event, Runner
 from pyggml.node import Node
 from pyggml.passes.work import Split, Work
+from pyggml.runtime.inputs import Bound, same_memory
+from pyggml.runtime.store import Arena
 from pyggml.transfer import origin
 
 Timed = Callable[[int, Callable[[], None], Backend], None]
@@ -20,11 +22,16 @@ class Execution:
     and once at the end."""
 
     def __init__(
-        self, work: Work, at: Mapping[Node, Address], arenas: Mapping[str, Buffer]
+        self,
+        work: Work,
+        at: Mapping[Node, Address],
+        arenas: Mapping[str, Buffer],
+        bound: Bound,
     ) -> None:
         self.splits = work.splits
         self.work = work
         self.at = at
+        self.arenas, self.bound = arenas, bound
         self.runners: list[Runner] = []
         self.first: list[int] = []  # number of each split's first step in the whole plan
         count = 0
@@ -45,17 +52,28 @@ class Execution:
         self.waited = {i for each in waits for i in each}
         self.spared = {i for split in self.splits for i in split.spares}
 
+    def serves(self, work: Work, bound: Bound, arenas: Mapping[str, Arena]) -> bool:
+        """Whether it was made of this work, for these arrays of the caller's and these arenas."""
+        return (
+            self.work is work
+            and same_memory(self.bound, bound)
+            and all(
+                device in arenas and arenas[device].buffer is buffer
+                for device, buffer in self.arenas.items()
+            )
+        )
+
     def settle(self) -> None:
         """Wait for what is in the queues: what binding a plan put there, too."""
         for backend in self.backends:
             backend.synchronize()
 
-    def run(self, repeat: int = 1) -> None:
-        """Every split, so many times over; returns when all is done. An error leaves no device at
-        work."""
-        self._run(None, repeat)
+    def run(self, give: Callable[[], None] | None = None, repeat: int = 1) -> None:
+        """Give the inputs, then every split, so many times over; returns when all is done. An
+        error or an interrupt leaves no device at work."""
+        self._run(give, None, repeat)
 
-    def timed(self) -> list[float]:
+    def timed(self, give: Callable[[], None] | None = None) -> list[float]:
         """Seconds of every step of one run, one by one."""
         seconds = [0.0] * len(self.work.steps)
 
@@ -65,11 +83,13 @@ class Execution:
             backend.synchronize()
             seconds[number] = perf_counter() - start
 
-        self._run(time)
+        self._run(give, time)
         return seconds
 
-    def _run(self, timed: Timed | None, repeat: int = 1) -> None:
+    def _run(self, give: Callable[[], None] | None, timed: Timed | None, repeat: int = 1) -> None:
         try:
+            if give is not None:
+                give()
             for turn in range(repeat):
                 if turn and len(self.backends) > 1:
                     self._meet()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,89 +31,88 @@ class Shared:
         return Address(self.given.buffer, self.given.offset, spec.nb)
 
 
+Bound: TypeAlias = Mapping[str, Shared]
+Ready: TypeAlias = Mapping[str, NDArray[np.generic] | Shared]
+
+
 class Inputs:
-    """What a plan takes from its caller: by copy at each run, or bound once."""
+    """What a plan takes from its caller. Which of them are bound is the plan's to know."""
 
     def __init__(self, needs: Iterable[Need]) -> None:
         self.specs: dict[str, Spec] = {}
-        self._needs: dict[str, list[Need]] = {}  # an input may be wanted on several devices
-        self._bound: dict[str, Shared] = {}  # replaced, never changed
+        self._needs: dict[str, list[Need]] = {}  # an input may be read on several devices
         for need in needs:
             leaf = origin(need.node)
             if leaf.op is input_op:
                 self.specs[leaf.attrs["name"]] = leaf.spec
                 self._needs.setdefault(leaf.attrs["name"], []).append(need)
 
-    @property
-    def addresses(self) -> dict[Node, Address]:
+    def addresses(self, bound: Bound) -> dict[Node, Address]:
         """Where inputs are that need no slot."""
         return {
             need.node: shared.at(self.specs[key])
-            for key, shared in self._bound.items()
+            for key, shared in bound.items()
             for need in self._needs[key]
             if need.backend.device == shared.backend.device
         }
 
-    def bind(self, arrays: Mapping[str, object], store: Store) -> bool:
-        """Read these inputs where the arrays are from now on, None: from a slot again.
-
-        Whether an address changed. Where one array is refused none is bound.
-        """
-        self._want_known(arrays)
-        bound = dict(self._bound)
+    def bind(self, arrays: Mapping[str, object], bound: Bound, store: Store) -> Bound:
+        """What is bound once these arrays are, too; None in the place of an array ends it."""
+        self._check_names(arrays)
+        changed = dict(bound)
         for key, array in arrays.items():
             if array is None:
-                bound.pop(key, None)
+                changed.pop(key, None)
             else:
-                bound[key] = self._bindable(key, array, store)
-        before, self._bound = self._bound, bound
-        return _addresses(bound) != _addresses(before)
+                changed[key] = self._bindable(key, array, store)
+        return changed
 
-    @property
-    def bound(self) -> Mapping[str, Shared]:
-        """What is bound, to be `restore`d where binding the plan fails."""
-        return self._bound
+    def take(self, arrays: Mapping[str, object]) -> Ready:
+        """Arrays for one run: where they are if a device has them, else as the host stores them.
 
-    def restore(self, bound: Mapping[str, Shared]) -> None:
-        self._bound = dict(bound)
+        To be called without the store's lock: an array of another device takes that device's lock.
+        """
+        self._check_names(arrays)
+        return {key: self._taken(key, array) for key, array in arrays.items()}
 
-    def give(self, arrays: Mapping[str, object], at: Mapping[Node, Address]) -> None:
-        """Put arrays into the slots; of what is bound only what other devices have a slot for."""
-        self._want_known(arrays)
-        twice = [key for key in arrays if key in self._bound]
+    def check(self, arrays: Iterable[str], bound: Bound) -> None:
+        """GraphError unless each input is either bound or given."""
+        twice = [key for key in arrays if key in bound]
         if twice:
             raise GraphError(
                 f"input {twice[0]!r} is bound to an array of yours: write into that one, or "
                 f"bind({twice[0]}=None) first"
             )
-        missing = [key for key in self.specs if key not in arrays and key not in self._bound]
+        missing = [key for key in self.specs if key not in arrays and key not in bound]
         if missing:
-            wanted = ", ".join(f"{key} ({self.specs[key]})" for key in missing)
-            raise GraphError(f"run lacks inputs: {wanted} (sizes in ne order)")
-        ready = {key: self._taken(key, array) for key, array in arrays.items()}
-        for key, array in {**ready, **self._bound}.items():
+            sizes = ", ".join(f"{key} ({self.specs[key]})" for key in missing)
+            raise GraphError(f"run lacks inputs: {sizes} (sizes in ne order)")
+
+    def put(self, ready: Ready, bound: Bound, at: Mapping[Node, Address]) -> None:
+        """Put arrays into the slots; of what is bound only what other devices have a slot for."""
+        for key, array in {**ready, **bound}.items():
             if isinstance(array, Shared):
-                self._spread(key, array, at)
+                self._spread(key, array, key in bound, at)
             else:
                 for need in self._needs[key]:
                     need.backend.upload(at[need.node], self.specs[key], array)
 
-    def _want_known(self, arrays: Iterable[str]) -> None:
+    def _check_names(self, arrays: Iterable[str]) -> None:
         for key in arrays:
             if key not in self.specs:
                 known = ", ".join(self.specs) or "none"
-                raise UnknownNameError(f"the plan has no input {key!r}; its inputs: {known}")
+                hint = _RENAMED.get(key, "")
+                raise UnknownName(f"the plan has no input {key!r}; its inputs: {known}{hint}")
 
     def _taken(self, key: str, array: object) -> NDArray[np.generic] | Shared:
-        """An array for one run: where it is if a device has it, else as the host stores it."""
         devices = [need for need in self._needs[key] if need.backend.device != "host"]
-        found = self._shared(key, array, devices)
-        return found or stored(f"input {key!r}", self.specs[key], array)  # type: ignore[arg-type]
+        shared = self._shared(key, array, devices)
+        return shared or stored(f"input {key!r}", self.specs[key], array)  # type: ignore[arg-type]
 
     def _shared(self, key: str, array: object, needs: Iterable[Need]) -> Shared | None:
         """The array in the memory of the first of these that it belongs to."""
         for need in needs:
-            with _naming(key):
+            with need.backend.lock, _naming(key):
                 given = need.backend.given(array)
             if given is not None:
                 check(f"input {key!r}", self.specs[key], given)
@@ -142,10 +142,10 @@ class Inputs:
                 )
         return shared
 
-    def _spread(self, key: str, array: Shared, at: Mapping[Node, Address]) -> None:
+    def _spread(self, key: str, array: Shared, is_bound: bool, at: Mapping[Node, Address]) -> None:
         """Copies of a device's array into the slots of the input, in the devices' queues."""
         spec, sender = self.specs[key], array.backend
-        source, bound = array.at(spec), key in self._bound
+        source = array.at(spec)
         with _naming(key):
             array.given.ready()
         for need in self._needs[key]:
@@ -154,10 +154,27 @@ class Inputs:
             elif need.backend.device != sender.device:
                 need.backend.wait_for(sender.record())
                 need.backend.fetch(source, sender, at[need.node], spec)
-                if not bound:  # it may be in an arena that the run is to write over
+                if not is_bound:  # it may be in an arena that the run is to write over
                     sender.wait_for(need.backend.record())
-            elif not bound:
+            elif not is_bound:
                 need.backend.fetch(source, sender, at[need.node], spec)
+
+
+#: Options that methods of a plan once had, where a name of an input stands now.
+_RENAMED = {
+    "copy": ". run(copy=False) is now views()",
+    "repeat": ". run(repeat=n) is now repeat(n), profile(repeat=n) is profile(inputs, n)",
+    "progress": ". bind(progress=f) is now bind(arrays, f): bind({}, f) without arrays",
+}
+
+
+def same_memory(a: Bound, b: Bound) -> bool:
+    """Whether what is recorded for one reads the arrays of the other."""
+
+    def addresses(bound: Bound) -> dict[str, tuple[str, int]]:
+        return {key: (array.backend.device, array.given.address) for key, array in bound.items()}
+
+    return a is b or addresses(a) == addresses(b)
 
 
 @contextmanager
@@ -167,10 +184,6 @@ def _naming(key: str) -> Iterator[None]:
         yield
     except (DTypeError, GraphError) as error:
         raise type(error)(f"input {key!r}: {error}") from None
-
-
-def _addresses(bound: Mapping[str, Shared]) -> dict[str, tuple[str, int]]:
-    return {key: (one.backend.device, one.given.address) for key, one in bound.items()}
 
 
 def _inside(array: Shared, buffer: Buffer, nbytes: int) -> bool:

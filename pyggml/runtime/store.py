@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from threading import RLock
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 from weakref import WeakSet
 
 import numpy as np
@@ -20,13 +20,15 @@ from pyggml.quants import decode_rows
 from pyggml.runtime.arrays import raw_shape, raw_type, stored
 from pyggml.transfer import origin
 
+T = TypeVar("T")
+
 #: Called while weights go to their devices, with the bytes that are there and those that will be.
 Progress: TypeAlias = Callable[[int, int], object]
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """A leaf (or one given to a further device) that a plan reads, and where it is wanted."""
+    """A leaf (or one given to a further device) that a plan reads, and where it reads it."""
 
     node: Node
     backend: Backend
@@ -36,9 +38,15 @@ class Need:
     def nbytes(self) -> int:
         return self.node.spec.nbytes if self.layout is None else self.layout.nbytes
 
-
-_Key: TypeAlias = tuple[str | Node, str, str]  # name or node, device, layout
-_Weight: TypeAlias = tuple[Node, Address]
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Needs of one key share their memory."""
+        leaf = origin(self.node)
+        name = leaf.attrs["name"]
+        if leaf.op is constant_op:
+            assert self.layout is not None
+            return leaf if name is None else name, self.backend.device, self.layout.name
+        return (name,) if leaf.op is state_op else (name, leaf.spec, self.backend.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +55,67 @@ class Arena:
 
     buffer: Buffer
     nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """A leaf in the store: the node that brought it, its memory, and on which backend it is."""
+
+    node: Node
+    at: Address
+    backend: Backend
+
+    @property
+    def spec(self) -> Spec:
+        return self.node.spec
+
+
+_Table: TypeAlias = dict[tuple[object, ...], Leaf]
+
+
+@dataclass(slots=True)
+class Leaves:
+    """Everything that a store holds of leaves. A store replaces it as a whole and never changes
+    it, so an interrupt leaves either what was there or all of what is new."""
+
+    weights: _Table = field(default_factory=dict)
+    states: _Table = field(default_factory=dict)
+    inputs: _Table = field(default_factory=dict)
+
+    def with_room(self, needs: Sequence[Need], progress: Progress | None) -> Leaves:
+        """These leaves and those of `needs`, whose memory is allocated and filled."""
+        more = Leaves(dict(self.weights), dict(self.states), dict(self.inputs))
+        weights = [need for need in needs if origin(need.node).op is constant_op]
+        more._upload({need.key: need for need in weights if need.key not in self.weights}, progress)
+        for need in needs:
+            leaf = origin(need.node)
+            if leaf.op is not constant_op and need.key not in more.table(need):
+                at = Address(need.backend.alloc(leaf.spec.nbytes), 0, leaf.spec.nb)
+                more.table(need)[need.key] = Leaf(leaf, at, need.backend)
+        return more
+
+    def table(self, need: Need) -> _Table:
+        """The one in which a need's leaf stands."""
+        kind = origin(need.node).op
+        if kind is constant_op:
+            return self.weights
+        return self.states if kind is state_op else self.inputs
+
+    def _upload(
+        self, missing: Mapping[tuple[object, ...], Need], progress: Progress | None
+    ) -> None:
+        # The host reads weights where they lie: nothing is copied, nothing counts as progress.
+        total = sum(need.nbytes for need in missing.values() if need.backend.device != "host")
+        done = 0
+        for key, need in missing.items():
+            leaf, layout = origin(need.node), need.layout
+            assert layout is not None
+            buffer = need.backend.weight(leaf, layout, data_of(leaf))
+            at = Address(buffer, 0, leaf.spec.nb, layout.name)
+            self.weights[key] = Leaf(leaf, at, need.backend)
+            if progress is not None and need.backend.device != "host":
+                done += need.nbytes
+                progress(done, total)
 
 
 class Store:
@@ -58,183 +127,158 @@ class Store:
 
     def __init__(self) -> None:
         self.lock = RLock()
-        self.arenas: dict[str, Arena] = {}  # by device
-        self.generation = 0  # grows when an arena moves: bound plans then bind again
+        self.arenas: Mapping[str, Arena] = {}  # by device; replaced, never changed
         self.bound: WeakSet[Any] = WeakSet()  # plans that hold arenas
-        self.homes: dict[str, Backend] = {}  # of states, by name, from the first plan bound
-        self.planned: dict[str, Backend] = {}  # where plans that are not bound yet want them
-        self._weights: dict[_Key, _Weight] = {}
-        self._states: dict[str, tuple[Spec, Address]] = {}
-        self._inputs: dict[tuple[str, Spec, str], Address] = {}
+        self._leaves = Leaves()
+
+    def __repr__(self) -> str:
+        held = self._leaves
+        arenas = ", ".join(f"{arena.nbytes} bytes on {d}" for d, arena in self.arenas.items())
+        return (
+            f"<store: {len(held.weights)} weights, {len(held.states)} states, "
+            f"arenas: {arenas or 'none'}>"
+        )
 
     @property
     def arena_bytes(self) -> int:
         """Bytes of the arenas of all devices."""
         return sum(arena.nbytes for arena in self.arenas.values())
 
-    @contextmanager
-    def alone(self, backends: Iterable[Backend]) -> Iterator[None]:
-        """No other thread uses the store, or these devices for another store: a device has one
-        queue."""
-        with ExitStack() as held:
-            held.enter_context(self.lock)
-            for backend in sorted(set(backends), key=lambda backend: backend.place):
-                held.enter_context(backend.lock)
-            yield
+    @property
+    def homes(self) -> dict[str, Backend]:
+        """Where the states are, by name: where the first plan that was bound has them."""
+        return {str(key[0]): leaf.backend for key, leaf in self._leaves.states.items()}
+
+    def alone(self, backends: Iterable[Backend], action: Callable[[], T]) -> T:
+        """Do something while no other thread uses the store, or these devices for another store:
+        a device has one queue."""
+        devices = sorted(set(backends), key=lambda backend: backend.place)
+        return _holding([self.lock, *(backend.lock for backend in devices)], action)
 
     # -- for plans ----------------------------------------------------------------------------
 
     def check(self, leaves: Iterable[Node]) -> None:
         """GraphError where a leaf contradicts what the store holds under its name."""
-        held = {key[0]: node for key, (node, _) in self._weights.items()}
+        states = {key[0]: leaf.spec for key, leaf in self._leaves.states.items()}
+        weights = {key[0]: leaf.node for key, leaf in self._leaves.weights.items()}
         for leaf in map(origin, leaves):
             key = leaf.attrs["name"]
-            if leaf.op is state_op and key in self._states:
-                spec = self._states[key][0]
-                if (spec.dtype, spec.ne) != (leaf.dtype, leaf.ne):
-                    raise GraphError(f"the state {key!r} is {spec} in this store, not {leaf.spec}")
-            other = held.get(key, leaf) if leaf.op is constant_op else leaf
+            spec = states.get(key, leaf.spec) if leaf.op is state_op else leaf.spec
+            if (spec.dtype, spec.ne) != (leaf.dtype, leaf.ne):
+                raise GraphError(f"the state {key!r} is {spec} in this store, not {leaf.spec}")
+            other = weights.get(key, leaf) if leaf.op is constant_op else leaf
             if other is not leaf and not _same_data(other, leaf):
                 raise GraphError(f"the store holds other values under the weight {key!r}")
 
     def reserve(
         self,
-        needs: Iterable[Need],
+        needs: Sequence[Need],
         arenas: Mapping[Backend, int],
-        given: Mapping[Node, Address],
+        bound: Mapping[Node, Address],
         progress: Progress | None = None,
     ) -> dict[Node, Address]:
-        """Memory for all leaves but those that are given, and arenas of these sizes; on failure no
-        leaf has any."""
-        needs = tuple(needs)
+        """Where each need is, with memory for what had none, and arenas of at least these sizes.
+
+        bound  inputs that the caller's arrays hold; they get no memory
+        On failure, and on an interrupt, no leaf has memory that it did not have before.
+        """
         self.check(need.node for need in needs)
-        weights = self._uploaded(needs, progress)
-        states, inputs, homes = {}, {}, {}
-        found: dict[Node, Address] = dict(given)
-        for need in needs:
-            leaf, backend = origin(need.node), need.backend
-            key, spec = leaf.attrs["name"], leaf.spec
-            if leaf.op is constant_op:
-                weight = _weight_key(need)
-                found[need.node] = (self._weights.get(weight) or weights[weight])[1]
-            elif leaf.op is state_op:
-                if key not in self._states:
-                    states[key] = spec, Address(backend.alloc(spec.nbytes), 0, spec.nb)
-                    homes[key] = backend
-                elif self.homes[key].device != backend.device:
-                    raise GraphError(
-                        f"this plan has the state {key!r} on {backend.place}, and a plan that was "
-                        f"bound first put it on {self.homes[key].place}; compile this one again"
-                    )
-                found[need.node] = (self._states.get(key) or states[key])[1]
-            elif need.node not in given:
-                slot = (key, spec, backend.device)
-                if slot not in self._inputs:
-                    inputs[slot] = Address(backend.alloc(spec.nbytes), 0, spec.nb)
-                found[need.node] = self._inputs.get(slot) or inputs[slot]
-        grown = {backend.device: self._grown(backend, n) for backend, n in arenas.items()}
-        self.arenas.update((device, arena) for device, arena in grown.items() if arena is not None)
-        if any(arena is not None for arena in grown.values()):
-            self._release()  # or the old arenas would live as long as the plans do
-        self._weights.update(weights)
-        self._states.update(states)
-        self.homes.update(homes)
-        self._inputs.update(inputs)
-        return found
+        here = [need for need in needs if need.node not in bound]
+        leaves = self._leaves.with_room(here, progress)
+        self._enlarge(arenas)
+        self._leaves = leaves
+        return {**bound, **{need.node: leaves.table(need)[need.key].at for need in here}}
 
-    def _uploaded(self, needs: Iterable[Need], progress: Progress | None) -> dict[_Key, _Weight]:
-        """The weights among `needs` that the store has not yet, on their devices now."""
-        new = {
-            _weight_key(need): need
-            for need in needs
-            if origin(need.node).op is constant_op and _weight_key(need) not in self._weights
+    def _enlarge(self, sizes: Mapping[Backend, int]) -> None:
+        larger = {
+            backend.device: self._larger(backend, nbytes)
+            for backend, nbytes in sizes.items()
+            if backend.device not in self.arenas or self.arenas[backend.device].nbytes < nbytes
         }
-        # What the host reads in place is not brought anywhere.
-        total = sum(need.nbytes for need in new.values() if need.backend.device != "host")
-        done, made = 0, {}
-        for key, need in new.items():
-            leaf, layout = origin(need.node), need.layout
-            assert layout is not None
-            buffer = need.backend.weight(leaf, layout, data_of(leaf))
-            made[key] = leaf, Address(buffer, 0, leaf.spec.nb, layout.name)
-            if progress is not None and need.backend.device != "host":
-                done += need.nbytes
-                progress(done, total)
-        return made
+        if larger:
+            self._release()  # or the old arenas would live as long as the plans do
+            self.arenas = {**self.arenas, **larger}
 
-    def _grown(self, backend: Backend, nbytes: int) -> Arena | None:
-        """An arena of this size where the present one is smaller. Where there is no room for both,
-        the present one is given up first: it holds nothing between runs."""
-        held = self.arenas.get(backend.device)
-        if held is not None and held.nbytes >= nbytes:
-            return None
+    def _larger(self, backend: Backend, nbytes: int) -> Arena:
+        """A new arena. Where there is no room for it beside the present one, that is given up
+        first: it holds nothing between runs."""
         try:
             return Arena(backend.alloc(nbytes), nbytes)
         except OutOfMemoryError:
-            if held is None:
+            if backend.device not in self.arenas:
                 raise
-        del self.arenas[backend.device], held
         self._release()
+        self.arenas = {d: arena for d, arena in self.arenas.items() if d != backend.device}
         return Arena(backend.alloc(nbytes), nbytes)
+
+    def _release(self) -> None:
+        """Bound plans let go of their arenas, and bind again at their next run."""
+        for plan in tuple(self.bound):
+            plan.release()
+        self.bound.clear()
 
     def written(self, device: str) -> Iterator[tuple[str, Buffer, int]]:
         """What runs write over on a device: its name, memory and bytes."""
         if device in self.arenas:
             yield "the store's arena", self.arenas[device].buffer, self.arenas[device].nbytes
-        for name, (spec, at) in self._states.items():
-            if self.homes[name].device == device:
-                yield f"the state {name!r}", at.buffer, spec.nbytes
-
-    def _release(self) -> None:
-        """Let bound plans bind again at their next run."""
-        self.generation += 1
-        for plan in tuple(self.bound):
-            plan.release()
-        self.bound.clear()
+        for (name,), leaf in self._leaves.states.items():
+            if leaf.backend.device == device:
+                yield f"the state {name!r}", leaf.at.buffer, leaf.spec.nbytes
 
     # -- for users ----------------------------------------------------------------------------
 
-    def _state(self, name: str) -> tuple[Spec, Address, Backend]:
-        if name not in self._states:
-            known = (
-                ", ".join(self._states) or "none: states exist once a plan that has them is bound"
+    def _state(self, name: str) -> Leaf:
+        states = self._leaves.states
+        if (name,) not in states:
+            known = ", ".join(str(key[0]) for key in states)
+            raise UnknownName(
+                f"the store has no state {name!r}; it has: "
+                f"{known or 'none: states exist once a plan that has them is bound'}"
             )
-            raise UnknownNameError(f"the store has no state {name!r}; it has: {known}")
-        return *self._states[name], self.homes[name]
+        return states[name,]
 
     def read(self, name: str, *, raw: bool = False) -> NDArray[Any]:
         """A copy of a state in NumPy shape; bf16 and block types as f32, or raw rows."""
         with self.lock:
-            spec, at, backend = self._state(name)
-            with backend.lock:
-                found = backend.download(at, spec)
-        return found if raw or spec.dtype.numpy is not None else decode_rows(spec.dtype, found)
+            state = self._state(name)
+            with state.backend.lock:
+                rows = state.backend.download(state.at, state.spec)
+        dtype = state.spec.dtype
+        return rows if raw or dtype.numpy is not None else decode_rows(dtype, rows)
 
     def write(self, name: str, array: ArrayLike) -> None:
         """Set a state from an array of its NumPy shape (or its raw rows)."""
-        with self.lock:
-            spec, at, backend = self._state(name)
-            values = stored(f"state {name!r}", spec, array)
-            with backend.lock:
-                backend.upload(at, spec, values)
-                backend.synchronize()
+        # Without the locks: an array of a device takes that device's own.
+        values = stored(f"state {name!r}", self._state(name).spec, array)
+        self._set(name, values)
 
     def clear(self, *names: str) -> None:
         """Set states to zero; all of them without names."""
         with self.lock:
-            for name in names or tuple(self._states):
-                spec, at, backend = self._state(name)
+            for name in names or [str(key[0]) for key in self._leaves.states]:
+                spec = self._state(name).spec
                 zero = np.zeros((), spec.dtype.numpy or raw_type(spec.dtype))
-                with backend.lock:
-                    backend.upload(at, spec, np.broadcast_to(zero, raw_shape(spec)))
-                    backend.synchronize()
+                self._set(name, np.broadcast_to(zero, raw_shape(spec)))
+
+    def _set(self, name: str, values: NDArray[Any]) -> None:
+        with self.lock:
+            state = self._state(name)
+            with state.backend.lock:
+                state.backend.upload(state.at, state.spec, values)
+                state.backend.synchronize()
 
 
-def _weight_key(need: Need) -> _Key:
-    leaf, layout = origin(need.node), need.layout
-    assert layout is not None
-    name = leaf.attrs["name"]
-    return leaf if name is None else name, need.backend.device, layout.name
+def _holding(locks: Sequence[AbstractContextManager[object]], action: Callable[[], T]) -> T:
+    """Call `action` with the locks taken, in this order.
+
+    One `with` statement a lock: Python looks for a signal neither between taking a lock and
+    entering its block nor between leaving the block and giving the lock back, so Ctrl-C leaves
+    none taken. A generator or an ExitStack in between would let one in.
+    """
+    if not locks:
+        return action()
+    with locks[0]:
+        return _holding(locks[1:], action)
 
 
 def _same_data(a: Node, b: Node) -> bool:

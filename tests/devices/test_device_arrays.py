@@ -30,7 +30,7 @@ def paced(request: Any) -> Iterator[None]:
 def on(place: str, values: np.ndarray) -> Any:
     """These values in the memory of a device, of a store of their own."""
     x = gg.input("x", ne=values.shape[::-1])
-    return gg.compile({"x": x}, backends=[place]).run(x=values, copy=False)["x"]
+    return gg.compile({"x": x}, backends=[place]).views(x=values)["x"]
 
 
 def doubled(place: str = "null:0", **options: Any) -> gg.Plan:
@@ -39,7 +39,7 @@ def doubled(place: str = "null:0", **options: Any) -> gg.Plan:
 
 def test_outputs_stay_on_their_device_and_go_into_the_next_plan() -> None:
     first, second = doubled(), doubled()
-    y = first.run(x=X, copy=False)["y"]
+    y = first.views(x=X)["y"]
     assert not isinstance(y, np.ndarray)
     np.testing.assert_array_equal(np.asarray(y), 2 * X)
     assert np.asarray(y, np.float64).dtype == np.float64
@@ -62,13 +62,13 @@ def test_where_an_array_is_matters() -> None:
     with pytest.raises(gg.ShapeError, match=r"input 'x' takes.*it got NumPy shape \(2,\)"):
         plan.run(x=on("null:0", X[:2]))
     every_other = gg.view(gg.input("x", ne=(16,)), ne=(8,), step=(2,))
-    wide = gg.compile({"y": every_other}, backends=["null:0"]).run(x=np.arange(16), copy=False)
+    wide = gg.compile({"y": every_other}, backends=["null:0"]).views(x=np.arange(16))
     with pytest.raises(gg.ShapeError, match="strides differ"):
         plan.run(x=wide["y"])
     ids = gg.compile({"y": gg.cont(gg.input("x", "i32", ne=(8,)))}, backends=["null:0"])
     with pytest.raises(gg.DTypeError, match=r"takes i32.*array of float32.*give int32"):
         ids.run(x=on("null:0", X))
-    y = plan.run(x=X, copy=False)["y"]
+    y = plan.views(x=X)["y"]
     with pytest.raises(gg.GraphError, match="part of the store's arena"):
         plan.bind(x=y)
 
@@ -87,7 +87,7 @@ def test_an_input_of_several_devices_comes_from_the_one_that_has_it(home: str, p
     want = {"a": X, "b": -X, "c": X * X}
     same(plan.run(x=held), want)
     plan.bind(x=held)
-    slots = {device for *_, device in plan.store._inputs}
+    slots = {device for *_, device in plan.store._leaves.inputs}
     for turn in range(3):
         values = X + turn
         if home == "numpy":
@@ -95,7 +95,7 @@ def test_an_input_of_several_devices_comes_from_the_one_that_has_it(home: str, p
         else:  # as the library that owns the array would write it
             backends.get("null", int(home[-1])).upload(held.at, held.spec, values)
         same(plan.run(), {"a": values, "b": -values, "c": values * values})
-    assert {device for *_, device in plan.store._inputs} == slots
+    assert {device for *_, device in plan.store._leaves.inputs} == slots
 
 
 def test_the_device_waits_for_whoever_still_writes_an_array() -> None:
@@ -150,7 +150,7 @@ def test_repeats_over_devices_are_the_runs_of_one(n_experts: int, paced: None) -
     for count in (1, 4, 3):
         for _ in range(count):
             want = plain.run(FEED)
-        same(plan.run(FEED, repeat=count), want)
+        same(plan.repeat(count, FEED), want)
 
 
 def test_a_run_does_not_overtake_the_copies_of_the_one_before() -> None:
@@ -164,7 +164,7 @@ def test_a_run_does_not_overtake_the_copies_of_the_one_before() -> None:
     summed = gg.cpy(gg.label(gg.add(total, gg.label(gg.cont(first), "on 1")), "on 1 sum"), total)
     pins = {"^on 0": "null:0", "^on 1": "null:1", "^total$": "null:1"}
     plan = gg.compile({}, updates=[grown, summed], backends=["null:0", "null:1"], pins=pins)
-    plan.run(repeat=6)
+    plan.repeat(6)
     want = np.exp(np.arange(6, dtype=np.float32)).sum()
     np.testing.assert_allclose(plan.store.read("total"), want, rtol=1e-5)
 
@@ -173,7 +173,7 @@ def test_a_run_does_not_overtake_the_copies_of_the_one_before() -> None:
 def test_an_input_is_not_bound_to_a_state_of_its_store(place: str) -> None:
     """The planner knows of no such alias: a write of the state would change the input."""
     store, s = gg.Store(), gg.state("s", ne=(8,))
-    seen = gg.compile({"s": s}, backends=[place], store=store).run(copy=False)["s"]
+    seen = gg.compile({"s": s}, backends=[place], store=store).views()["s"]
     written = gg.cpy(gg.scale(s, s=10.0), s)
     y = gg.add(gg.input("x", ne=(8,)), written)
     plan = gg.compile({"y": y}, backends=[place], store=store)

@@ -81,7 +81,7 @@ def test_a_run_waits_for_what_no_output_needs(device: Any) -> None:
         {"y": gg.relu(x)}, updates=[kept], backends=["numpy"], pins={"^there$": "null:9"}
     )
     plan.run(x=[1, 2, 3, 4])
-    assert not device.queue._tasks
+    assert not len(device.queue)
     np.testing.assert_array_equal(plan.store.read("s"), [2, 4, 6, 8])
 
 
@@ -175,7 +175,7 @@ def test_an_error_in_a_kernel_leaves_every_device_idle(
     try:
         with pytest.raises(gg.IdError, match=r"bad.*row id 7 is past the end"):
             plan.run({**FEED, "ids": [0, 1, -1, 7, -1]})
-        assert all(not queue._tasks for queue in queues)
+        assert all(not len(queue) for queue in queues)
         plan.store.clear()
         same(plan.run(good), want)
     finally:
@@ -185,7 +185,7 @@ def test_an_error_in_a_kernel_leaves_every_device_idle(
 
 def y_in(y: Any) -> Any:
     """The input "x" of a graph."""
-    return next(n for n in gg.Graph({"y": y}).nodes if n.attrs.get("name") == "x")
+    return next(n for n in gg.graph.Graph({"y": y}).nodes if n.attrs.get("name") == "x")
 
 
 # -- out of memory ------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def test_where_any_allocation_fails_nothing_is_kept(
             with pytest.raises(gg.OutOfMemoryError, match=r"null:9 has no(?s:.)*the plan needs"):
                 plan.bind()
         assert store.arena_bytes == 0
-        assert not (store._weights or store._states or store._inputs)
+        assert not (store._leaves.weights or store._leaves.states or store._leaves.inputs)
     same(plan.run(x=FEED["x"]), want)
 
 

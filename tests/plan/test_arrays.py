@@ -27,10 +27,10 @@ def test_a_bound_input_is_read_where_it_is() -> None:
     plan.bind(x=held)
     np.testing.assert_array_equal(plan.run(z=np.ones(8))["y"], 2 * X + 1)
     held[:] = 7  # no copy was made, so the next run sees it
-    got = plan.run(z=np.zeros(8), copy=False)
+    got = plan.views(z=np.zeros(8))
     np.testing.assert_array_equal(got["y"], 14)
     assert np.shares_memory(got["x"], held)
-    assert not any(key == "x" for key, *_ in plan.store._inputs)  # and no slot stands idle
+    assert not any(key == "x" for key, *_ in plan.store._leaves.inputs)  # and no slot stands idle
     np.testing.assert_array_equal(held, 7)
 
 
@@ -59,7 +59,7 @@ def test_what_is_bound_stays_when_the_store_s_arena_moves() -> None:
 
 def test_one_array_serves_two_plans_and_one_plan_s_output_another_s_input() -> None:
     first, second = doubled(), doubled()  # each with a store of its own
-    y = first.run(x=X, z=X, copy=False)["y"]
+    y = first.views(x=X, z=X)["y"]
     second.bind(x=y)
     np.testing.assert_array_equal(second.run(z=np.zeros(8))["y"], 6 * X)
 
@@ -88,15 +88,15 @@ def test_arrays_that_cannot_be_bound(given: Any, error: type[Exception], text: s
 def test_raw_rows_can_be_bound() -> None:
     for kind, raw in (("bf16", np.uint16), ("q8_0", np.uint8)):
         x = gg.input("x", kind, ne=(64, 2))
-        plan = gg.compile({"y": gg.cast(x, dtype="f32")})
-        held = gg.compile({"x": x}).run(x=np.ones((2, 64)), copy=False)["x"].copy()
+        plan = gg.compile({"y": gg.cast(x, type="f32")})
+        held = gg.compile({"x": x}).views(x=np.ones((2, 64)))["x"].copy()
         assert held.dtype == raw
         np.testing.assert_allclose(plan.bind(x=held).run()["y"], 1, rtol=1e-2)
 
 
 def test_a_part_of_the_arena_is_not_bound() -> None:
     plan = doubled()
-    y = plan.run(x=X, z=X, copy=False)["y"]
+    y = plan.views(x=X, z=X)["y"]
     with pytest.raises(GraphError, match=r"input 'x'.*part of the store's arena"):
         plan.bind(x=y)
     plan.bind(x=y.copy())
@@ -112,10 +112,36 @@ def test_names_that_bind_and_run_refuse() -> None:
         plan.run()
     with pytest.raises(GraphError, match="'x' is given twice"):
         plan.bind({"x": X}, x=X)
-    odd = gg.compile({"y": gg.cont(gg.input("progress", ne=(8,)))})
-    with pytest.raises(DTypeError, match=r"progress=ndarray.*bind\(\{'progress': array\}\)"):
-        odd.bind(progress=X)  # type: ignore[arg-type]
-    np.testing.assert_array_equal(odd.bind({"progress": X}).run()["y"], X)
+    with pytest.raises(DTypeError, match=r"bind\(arrays, progress\):.*is not a function"):
+        plan.bind({}, X)  # type: ignore[arg-type]
+
+
+def test_options_do_not_take_the_names_of_inputs() -> None:
+    names = ("copy", "repeat", "progress", "inputs", "arrays", "n", "runs", "self")
+    nodes = {name: gg.input(name, ne=(8,)) for name in names}
+    outputs = {name: gg.scale(node, s=2.0) for name, node in nodes.items()}
+    plan, feed = gg.compile(outputs), {name: X + i for i, name in enumerate(names)}
+    for got in (plan.run(**feed), plan.repeat(2, **feed), plan.views(**feed)):
+        for name in names:
+            np.testing.assert_array_equal(got[name], 2 * feed[name])
+    assert plan.time(**feed) > 0 and plan.time({}, 1, **feed) > 0
+    assert len(plan.profile({}, 1, **feed).rows) == len(names)
+    plan.bind(**feed)
+    np.testing.assert_array_equal(plan.run()["progress"], 2 * feed["progress"])
+
+
+@pytest.mark.parametrize(
+    "call, text",
+    [
+        (lambda p: p.run(x=X, z=X, copy=False), r"run\(copy=False\) is now views\(\)"),
+        (lambda p: p.run(x=X, z=X, repeat=3), r"run\(repeat=n\) is now repeat\(n\)"),
+        (lambda p: p.profile(x=X, z=X, repeat=3), r"profile\(repeat=n\) is profile\(inputs, n\)"),
+        (lambda p: p.bind(progress=print), r"bind\(progress=f\) is now bind\(arrays, f\)"),
+    ],
+)
+def test_old_options_name_what_stands_in_their_place(call: Any, text: str) -> None:
+    with pytest.raises(UnknownName, match=text):
+        call(doubled())
 
 
 # -- runs without a host in between --------------------------------------------------------------
@@ -129,8 +155,8 @@ def test_many_steps_in_one_run_are_many_runs_of_one(places: list[str]) -> None:
         plan.bind().store.write("token", [3])
     single = [int(plans[0].run()["token"][0]) for _ in range(12)]
     assert len(set(single)) > 4 and single == greedy_ids(3, 12)
-    assert int(plans[1].run(repeat=5)["token"][0]) == single[4]
-    assert int(plans[1].run(repeat=7)["token"][0]) == single[11]
+    assert int(plans[1].repeat(5)["token"][0]) == single[4]
+    assert int(plans[1].repeat(7)["token"][0]) == single[11]
     for name in ("ids", "token", "pos"):
         np.testing.assert_array_equal(*(plan.store.read(name) for plan in plans), name)
     assert plans[1].store.read("ids")[:12, 0].tolist() == single
@@ -141,11 +167,11 @@ def test_inputs_are_given_once_for_all_repeats() -> None:
     x, s = gg.input("x", ne=(2,)), gg.state("s", ne=(2,))
     total = gg.cpy(gg.add(s, x), s)
     plan = gg.compile({"y": gg.scale(x, s=2.0)}, updates=[total])
-    np.testing.assert_array_equal(plan.run(x=[1, 2], repeat=5)["y"], [2, 4])
+    np.testing.assert_array_equal(plan.repeat(5, x=[1, 2])["y"], [2, 4])
     np.testing.assert_array_equal(plan.store.read("s"), [5, 10])
     for wrong in (0, -1, 1.5, True, "2"):
-        with pytest.raises(DTypeError, match="repeat="):
-            plan.run(x=[1, 2], repeat=wrong)  # type: ignore[arg-type]
+        with pytest.raises(DTypeError, match="repeat"):
+            plan.repeat(wrong, x=[1, 2])  # type: ignore[arg-type]
 
 
 # -- progress ------------------------------------------------------------------------------------
@@ -156,15 +182,15 @@ def test_progress_of_weights_that_go_to_a_device() -> None:
     y = gg.add(gg.relu(w[1]), gg.relu(w[0]))
     store, seen = gg.Store(), []
     first = gg.compile({"y": y}, backends=["null:0"], store=store)
-    first.bind(progress=lambda done, total: seen.append((done, total)))
+    first.bind({}, lambda done, total: seen.append((done, total)))
     total = first.memory.weights
     assert [b for _, b in seen] == [total] * 2 and seen[-1][0] == total > seen[0][0] > 0
     seen.clear()
     more = gg.compile({"y": y, "z": gg.relu(w[2])}, backends=["null:0"], store=store)
-    more.bind(progress=lambda done, total: seen.append((done, total)))
+    more.bind({}, lambda done, total: seen.append((done, total)))
     assert seen == [(more.memory.weights - total,) * 2]  # what the store has goes up no more
     seen.clear()
-    gg.compile({"y": y}).bind(progress=lambda *both: seen.append(both))
+    gg.compile({"y": y}).bind({}, lambda *both: seen.append(both))
     assert not seen  # the host reads its own in place
 
     def stop(done: int, total: int) -> None:
@@ -172,5 +198,5 @@ def test_progress_of_weights_that_go_to_a_device() -> None:
 
     again = gg.Store()
     with pytest.raises(KeyboardInterrupt):
-        gg.compile({"y": y}, backends=["null:0"], store=again).bind(progress=stop)
-    assert not again._weights and not again.arenas
+        gg.compile({"y": y}, backends=["null:0"], store=again).bind({}, stop)
+    assert not again._leaves.weights and not again.arenas

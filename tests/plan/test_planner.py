@@ -231,9 +231,9 @@ def test_memory_is_what_the_store_allocates(graph: tuple[dict[str, Node], list[N
     finally:
         del backend.alloc
     memory, store = plan.memory, plan.store
-    assert sum(at.buffer.nbytes for _, at in store._weights.values()) == memory.weights
-    assert sum(at.buffer.nbytes for _, at in store._states.values()) == memory.states
-    assert sum(at.buffer.nbytes for at in store._inputs.values()) == memory.inputs
+    assert sum(leaf.at.buffer.nbytes for leaf in store._leaves.weights.values()) == memory.weights
+    assert sum(leaf.at.buffer.nbytes for leaf in store._leaves.states.values()) == memory.states
+    assert sum(leaf.at.buffer.nbytes for leaf in store._leaves.inputs.values()) == memory.inputs
     assert store.arena_bytes == memory.compute
     assert sum(asked) == memory.total - memory.weights
     assert max(memory.live, default=0) == memory.peak_live <= memory.compute

@@ -87,10 +87,10 @@ def test_block_types_take_floats_and_raw_rows() -> None:
     values = np.random.default_rng(0).standard_normal((2, 64))
     decoded = plan.run(x=values)["y"]
     assert decoded.dtype == np.float32 and np.abs(decoded - values).max() < 0.02
-    view = plan.run(x=values, copy=False)["y"]
+    view = plan.views(x=values)["y"]
     assert (view.shape, view.dtype) == ((2, 68), np.uint8) and not view.flags.writeable
     raw = view.copy()
-    np.testing.assert_array_equal(plan.run(x=raw, copy=False)["y"], raw)
+    np.testing.assert_array_equal(plan.views(x=raw)["y"], raw)
     with pytest.raises(ShapeError, match=r"NumPy shape \(2, 68\)"):
         plan.run(x=raw[:, :34])
 
@@ -173,11 +173,11 @@ def test_a_plan_in_words() -> None:
     assert "split 0 on numpy: 0 copies, 3 steps" in str(plan)
     assert "\nsplit 0 on numpy: 0 copies, 1 step\n" in str(gg.compile({"y": gg.relu(x)}))
     assert "mul_mat" in str(plan) and "product" in str(plan)
-    profile = plan.profile(x=np.zeros((4, 8)), repeat=2)
+    profile = plan.profile({}, 2, x=np.zeros((4, 8)))
     assert [row.op for row in profile.rows] == ["mul_mat", "relu", "cpy"]
     assert "GFLOP/s" in str(profile) and profile.seconds > 0
     with pytest.raises(DTypeError, match="whole number of at least 1"):
-        plan.profile(repeat=0, x=np.zeros((4, 8)))
+        plan.profile({}, 0, x=np.zeros((4, 8)))
 
 
 def test_the_same_plan_gives_the_same_bits() -> None:

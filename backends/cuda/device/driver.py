@@ -229,10 +229,10 @@ class Context:
         if one.shared > FREE_SHARED:
             limit = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             if one.shared > self._shared.get(key, 0):
-                self._shared[key] = one.shared
                 wanted.append((limit, one.shared))
         for name, value in wanted:
             _asked(cu, one.name, cu.cuFuncSetAttribute(self._raw[key], name, value))
+        self._shared[key] = max(one.shared, self._shared.get(key, 0))  # once it is so
 
     def _start_raw(self, one: Launch) -> None:
         cu = imported("cuda.bindings.driver")

@@ -61,13 +61,11 @@ class Staging:
         """Queue flat bytes for a device address. When it returns, `data` may change."""
         for start in range(0, len(data), PART):
             rest = data[start : start + PART]
-            at, part, event = self._part(len(rest))
+            flying, part = self._part(len(rest))
             part[:] = rest
-            found, stream = self.context.driver, self.context.stream
             with guarded("uploading"):
-                found.memcpy_htod_async(ptr + start, part, stream)
-                event.record(stream)
-            self._flying.append(_Flying(at, event, None))
+                self.context.driver.memcpy_htod_async(ptr + start, part, self.context.stream)
+                flying.record()
 
     def receive(self, data: Bytes, ptr: int) -> Arrival:
         """Queue a copy from a device address; `data` has it once the arrival was waited for, and
@@ -75,13 +73,12 @@ class Staging:
         landings = []
         for start in range(0, len(data), PART):
             rest = data[start : start + PART]
-            at, part, event = self._part(len(rest))
-            found, stream = self.context.driver, self.context.stream
+            flying, part = self._part(len(rest))
+            landings.append(_Landing(flying, part, rest))
+            flying.landing = ref(landings[-1])
             with guarded("downloading"):
-                found.memcpy_dtoh_async(part, ptr + start, stream)
-                event.record(stream)
-            landings.append(_Landing(self.context, event, part, rest))
-            self._flying.append(_Flying(at, event, ref(landings[-1])))
+                self.context.driver.memcpy_dtoh_async(part, ptr + start, self.context.stream)
+                flying.record()
         return Arrival(landings)
 
     def download(self, data: Bytes, ptr: int) -> None:
@@ -95,8 +92,12 @@ class Staging:
             if landing is not None:
                 landing.forget()
 
-    def _part(self, nbytes: int) -> tuple[int, Bytes, Any]:
-        """Where the next bytes of the ring begin, they themselves, free, and an event for them."""
+    def _part(self, nbytes: int) -> tuple[_Flying, Bytes]:
+        """The next bytes of the ring, free, and their entry among those in use.
+
+        They are in use from here on, before any copy is queued: an interrupt can end this at any
+        line, and bytes that a copy still reads must never be given out.
+        """
         self.prepare()
         found = self.context.driver
         assert self._ring is not None
@@ -105,26 +106,44 @@ class Staging:
             start += -start % RING
         self._end = start + -(-nbytes // GRAIN) * GRAIN
         while self._flying and self._flying[0].start < self._end - RING:
-            self._events.append(self._flying.popleft().landed())
+            event = self._flying[0].landed()
+            self._flying.popleft()
+            self._events.append(event)
         if not self._events:
             with guarded("making an event"):
                 self._events.append(found.Event(found.event_flags.DISABLE_TIMING))
-        return start, self._ring[start % RING :][:nbytes], self._events.pop()
+        flying = _Flying(self.context, start, self._events.pop())
+        self._flying.append(flying)
+        return flying, self._ring[start % RING :][:nbytes]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Flying:
     """A part of the ring in use since `start`. A landing that nobody waits for any more is let go:
-    where it would go may be in other use."""
+    where it would go may be in other use.
 
+    recorded  whether the event stands behind the copy; until then the whole stream is waited for
+    """
+
+    context: Context
     start: int
     event: Any
-    landing: ref[_Landing] | None
+    landing: ref[_Landing] | None = None
+    recorded: bool = False
+
+    def record(self) -> None:
+        """The copy is in the stream."""
+        self.event.record(self.context.stream)
+        self.recorded = True
+
+    def wait(self) -> None:
+        """Wait until the copy is over."""
+        with self.context, guarded("waiting for a copy"):
+            (self.event if self.recorded else self.context.stream).synchronize()
 
     def landed(self) -> Any:
         """The event, after its copy is over and the part is no longer needed."""
-        with guarded("waiting for a copy"):
-            self.event.synchronize()
+        self.wait()
         landing = self.landing() if self.landing is not None else None
         if landing is not None:
             landing.wait()
@@ -134,14 +153,13 @@ class _Flying:
 class _Landing:
     """Bytes on their way to the ring, and where they go from there."""
 
-    def __init__(self, context: Context, event: Any, part: Bytes, data: Bytes) -> None:
-        self._context, self._event, self._part = context, event, part
+    def __init__(self, flying: _Flying, part: Bytes, data: Bytes) -> None:
+        self._flying, self._part = flying, part
         self._data: Bytes | None = data
 
     def wait(self) -> None:
         if self._data is not None:
-            with self._context, guarded("waiting for a copy"):
-                self._event.synchronize()
+            self._flying.wait()
             self._data[:] = self._part
             self._data = None
 

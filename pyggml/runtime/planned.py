@@ -1,0 +1,74 @@
+"""What was asked of compile, and the plan that the passes make of it for a store."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from pyggml import passes
+from pyggml.backends.base import Backend
+from pyggml.errors import GraphError
+from pyggml.ops.leaf import state_op
+from pyggml.passes.work import Work
+from pyggml.runtime.inputs import Inputs
+from pyggml.runtime.places import Place
+from pyggml.runtime.reports import Memory
+from pyggml.runtime.store import Need, Store
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A graph planned: its steps and places, the leaves it needs, its memory, its inputs."""
+
+    work: Work
+    needs: tuple[Need, ...]
+    memory: Memory
+    inputs: Inputs
+
+    def fits(self, store: Store) -> bool:
+        """Whether the store has every state where this plan reads it, or has not got it yet."""
+        return all(
+            store.homes.get(need.node.attrs["name"], need.backend).device == need.backend.device
+            for need in self.needs
+            if need.node.op is state_op
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A graph as the user wants it run, before any store is asked where its states are.
+
+    work   the graph, its places and pins
+    amb    the attention budget in bytes
+    sizes  places that are only described, by device
+    """
+
+    work: Work
+    amb: int | None
+    sizes: Mapping[str, Place]
+
+    def plan(self, store: Store, stacklevel: int) -> Planned:
+        """Plan it around the states that the store has; the store is only read."""
+        begin = replace(self.work, settled=_settled(self.work, store))
+        plain = work = passes.run(begin)
+        if self.amb is not None:
+            work = passes.run(replace(begin, amb=self.amb))
+            for text in work.warnings:
+                warnings.warn(text, stacklevel=stacklevel + 1)
+        store.check(work.leaves)
+        needs = tuple(Need(n, work.home(n), work.layouts.get(n)) for n in work.leaves)
+        return Planned(work, needs, Memory.of(work, plain, needs, self.sizes), Inputs(needs))
+
+
+def _settled(work: Work, store: Store) -> dict[str, Backend]:
+    """Where the store has the graph's states, by name."""
+    names = {node.attrs["name"] for node in work.graph.nodes if node.op is state_op}
+    settled = {name: home for name, home in store.homes.items() if name in names}
+    for name, home in settled.items():
+        if home not in work.backends:
+            raise GraphError(
+                f"the state {name!r} is on {home.place} in this store, which is none of the places "
+                f"{', '.join(b.place for b in work.backends)}: add it to backends="
+            )
+    return settled
