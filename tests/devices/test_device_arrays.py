@@ -52,6 +52,38 @@ def test_outputs_stay_on_their_device_and_go_into_the_next_plan() -> None:
     np.testing.assert_array_equal(second.run()["y"], 4 * X + 4)  # nothing was copied
 
 
+def test_a_view_is_read_under_the_lock_of_its_device() -> None:
+    """Reading it runs the device's queue, which another thread may be filling for its store."""
+    y, device = doubled().views(x=X)["y"], backends.get("null", 0)
+    read: list[np.ndarray] = []
+    reader = threading.Thread(target=lambda: read.append(np.asarray(y)))
+    with device.lock:
+        reader.start()
+        reader.join(timeout=0.2)
+        assert not read
+    reader.join()
+    np.testing.assert_array_equal(read[0], 2 * X)
+
+
+def test_views_of_each_other_s_devices_do_not_block_two_threads() -> None:
+    """Plans of two stores take what stands on the other's device, each before its own locks."""
+    plans = [doubled("null:0"), doubled("null:1")]
+    views = [on("null:1", X), on("null:0", X)]
+    done = []
+
+    def work(i: int) -> None:
+        for _ in range(200):
+            np.testing.assert_array_equal(plans[i].run(x=views[i])["y"], 2 * X)
+        done.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert sorted(done) == [0, 1]
+
+
 def test_where_an_array_is_matters() -> None:
     plan, there = doubled("null:0"), on("null:1", X)
     with pytest.raises(gg.DTypeError, match=r"'x' is read on null:0; bind takes.*Give it to run"):

@@ -1,0 +1,90 @@
+"""Ctrl-C at every point of copies through pinned memory: no part of the ring is given out while a
+copy reads it, and nothing arrives where it should not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pyggml as gg
+from pyggml import backends
+from pyggml.backends.cuda.device import pinned
+from tests.cuda.conftest import Machine
+from tests.interrupts import everywhere
+
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+X = np.arange(24, dtype=np.float32).reshape(4, 6)
+
+
+@pytest.fixture
+def gpu(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A GPU whose ring holds four parts, so that they are soon used again."""
+    machine("gpu")
+    monkeypatch.setattr(pinned, "RING", 4096)
+    monkeypatch.setattr(pinned, "PART", 1024)
+    monkeypatch.setattr(pinned, "GRAIN", 256)
+    return backends.get("cuda")
+
+
+def test_parts_of_the_ring_that_are_in_use_stay_so(gpu: Any) -> None:
+    sizes = (900, 3000, 100)
+    buffers = [gpu.alloc(size) for size in sizes]
+    staging = gpu.staging
+    turns = iter(range(1, 10**6))
+    sent: list[np.ndarray] = []
+
+    def begin() -> Callable[[], object]:
+        gpu.synchronize()
+        sent[:] = [np.full(size, next(turns) % 251, np.uint8) for size in sizes]
+
+        def copies() -> None:
+            with gpu.context:
+                for buffer, values in zip(buffers, sent):
+                    staging.upload(buffer.ptr, values)
+                for buffer, values in zip(buffers, sent):
+                    got = np.zeros_like(values)
+                    staging.download(got, buffer.ptr)
+                    np.testing.assert_array_equal(got, values)
+
+        return copies
+
+    for where in everywhere(begin, 3):
+        with gpu.context:  # what follows, with nothing waited for, goes round the ring
+            after = [np.full(size, next(turns) % 251, np.uint8) for size in sizes]
+            for buffer, values in zip(buffers, after):
+                staging.upload(buffer.ptr, values)
+            for buffer, values in zip(buffers, after):
+                got = np.zeros_like(values)
+                staging.download(got, buffer.ptr)
+                np.testing.assert_array_equal(got, values, err_msg=where)
+
+
+def test_a_state_on_a_gpu_is_the_old_one_or_the_new_one(gpu: Any) -> None:
+    s = gg.state("s", ne=(6, 4))
+    store = gg.compile({"s": s}, backends=["cuda"]).bind().store
+
+    def begin() -> Callable[[], object]:
+        store.write("s", X)
+        return lambda: (store.read("s"), store.write("s", -X))
+
+    for where in everywhere(begin):
+        state = store.read("s")
+        assert (state == X).all() or (state == -X).all(), where
+
+
+def test_a_plan_on_a_gpu_is_bound_or_not(gpu: Any) -> None:
+    w = gg.constant(X, name="w")
+    plans: list[gg.Plan] = []
+
+    def begin() -> Callable[[], object]:
+        plans[:] = [
+            gg.compile({"w": gg.scale(w, s=1.0), "x": gg.input("x", ne=(6, 4))}, backends=["cuda"])
+        ]
+        return plans[0].bind
+
+    for where in everywhere(begin, 5):
+        np.testing.assert_array_equal(plans[0].run(x=X)["x"], X, err_msg=where)
