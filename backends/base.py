@@ -257,10 +257,13 @@ class Backend(Protocol):
         nodes: Sequence[Node],
         keep: Collection[Node],
         layouts: Mapping[Node, WeightLayout],
+        *,
+        fuse: bool = True,
     ) -> list[Step]:
         """Steps that compute `nodes` (sources first). Nodes in `keep` must be left in memory.
 
         layouts  of the weights that they read
+        fuse     False: a step for each node, to find out whether a fusion computes something else
         """
 
     # -- the runtime half ----------------------------------------------------------------------

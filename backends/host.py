@@ -48,6 +48,8 @@ class HostBackend:
         nodes: Sequence[Node],
         keep: Collection[Node],
         layouts: Mapping[Node, WeightLayout],
+        *,
+        fuse: bool = True,
     ) -> list[Step]:
         return [self.kernels.step(node, Step) for node in nodes]
 

@@ -33,8 +33,9 @@ from pyggml.errors import (
     OutOfMemoryError,
     PyggmlError,
     ShapeError,
-    UnknownNameError,
-    UnsupportedOpError,
+    StateWarning,
+    UnknownName,
+    UnsupportedOp,
 )
 from pyggml.graph import Graph
 from pyggml.node import Node, label, labels, op
@@ -78,6 +79,9 @@ __all__ = [
     "Plan",
     "PyggmlError",
     "ShapeError",
+    "Slice",
+    "Spec",
+    "StateWarning",
     "Store",
     "UnknownNameError",
     "UnsupportedOpError",

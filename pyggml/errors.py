@@ -51,5 +51,10 @@ class IdError(PyggmlError, IndexError):
     """A row or expert id past the end."""
 
 
-class UnknownNameError(PyggmlError, KeyError):
+class StateWarning(UserWarning):
+    """A state is used in a way that is legal and hardly meant: a write that never happens or that
+    its reader does not see."""
+
+
+class UnknownName(PyggmlError, KeyError):
     """A name (input, output, state, type, backend, preset) that does not exist here."""

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any, Generic, ParamSpec, TypeAlias, overload
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary, ref
 
 from pyggml.arithmetic import Arithmetic
 from pyggml.attributes import Attribute, identity, signature_of
@@ -106,6 +106,7 @@ class Node(Arithmetic):
 _interned: WeakValueDictionary[tuple[object, ...], Node] = WeakValueDictionary()
 _labels: WeakKeyDictionary[Node, tuple[str, ...]] = WeakKeyDictionary()
 _lines: WeakKeyDictionary[Node, tuple[str, int]] = WeakKeyDictionary()
+_written: WeakKeyDictionary[Node, list[tuple[ref[Node], str]]] = WeakKeyDictionary()
 
 
 class _Rewrite:
@@ -165,6 +166,12 @@ def line_of(node: Node) -> str:
     """`file:line` of the user's code that built `node`, or an empty string."""
     found = _lines.get(node)
     return f"{found[0]}:{found[1]}" if found else ""
+
+
+def writes_of(handle: Node) -> list[tuple[Node | None, str]]:
+    """What the user built that writes into `handle`, a state or the result of a write: the node,
+    None if nobody holds it any more, and its op and line."""
+    return [(node(), text) for node, text in _written.get(handle, ())]
 
 
 def stand_at(new: Node, old: Node) -> Node:
@@ -350,6 +357,13 @@ class Op(Generic[P]):
             rewrite.built.add(node)
         if line:
             _lines[node] = _user_line()
+        if line and self.writes is not None:
+            handle = src[self.writes]
+            while handle is not None and handle.op.view is not None:
+                handle = handle.src[0]
+            if handle is not None:
+                text = f"{self.name} at {line_of(node)}"
+                _written.setdefault(handle, []).append((ref(node), text))
         return node
 
     def _bind(

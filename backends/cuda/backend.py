@@ -61,9 +61,14 @@ class CudaBackend:
         return packing.layout_of(constant, uses)
 
     def lower(
-        self, nodes: Sequence[Node], keep: Collection[Node], layouts: Mapping[Node, WeightLayout]
+        self,
+        nodes: Sequence[Node],
+        keep: Collection[Node],
+        layouts: Mapping[Node, WeightLayout],
+        *,
+        fuse: bool = True,
     ) -> list[Step]:
-        return lowering.lower(nodes, keep)
+        return lowering.lower(nodes, keep, fuse)
 
     # -- the runtime half ---------------------------------------------------------------------
 

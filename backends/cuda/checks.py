@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from pyggml import ops
 from pyggml.backends.base import Address, Step
 from pyggml.backends.cuda.device.pinned import Staging, take
 from pyggml.backends.cuda.fusion import seen
@@ -22,17 +23,32 @@ def debugging() -> bool:
 def check_ids(staging: Staging, step: Step, at: Mapping[Node, Address]) -> None:
     """IdError where an id of the step is past the end. Kernels take such a one for none.
 
-    Steps inside loops are not looked at.
+    So it is where a position is past the keys of a causal mask. Steps inside loops are not looked
+    at.
     """
-    node, choice = step.node, step.node.op.ids
-    if choice is None:
-        return
-    ids, count = node[choice.operand], node[choice.of].ne[choice.axis]
+    for node in step.nodes:
+        choice = node.op.ids
+        if node.op is ops.causal_mask:
+            _check(staging, step, node["pos"], at, node.attrs["n_kv"], "position", "the keys")
+        elif choice is not None:
+            count = node[choice.of].ne[choice.axis]
+            _check(staging, step, node[choice.operand], at, count, "id", "the end")
+
+
+def _check(
+    staging: Staging,
+    step: Step,
+    ids: Node,
+    at: Mapping[Node, Address],
+    count: int,
+    what: str,
+    end: str,
+) -> None:
     if seen(ids) in step.nodes:  # the step itself chooses them
         return
     largest = int(np.max(take(staging, at[ids], ids.spec)))
     if largest >= count:
         raise IdError(
-            f"id {largest} is past the end: there are {count}, counted from 0; "
-            "a negative id means none"
+            f"{what} {largest} is past {end}: there are {count}, counted from 0; "
+            f"a negative {what} means none"
         )

@@ -31,10 +31,10 @@ class CudaStep(Step):
     record: Callable[[Call], None] = _nothing
 
 
-def lower(nodes: Sequence[Node], keep: Collection[Node]) -> list[Step]:
+def lower(nodes: Sequence[Node], keep: Collection[Node], fuse: bool = True) -> list[Step]:
     """Patterns as one step, what several products read prepared once, and a step for each other
-    node."""
-    return [_step(part) for part in shared(fused(nodes, keep))]
+    node; without `fuse` a step for each node."""
+    return [_step(part) for part in (shared(fused(nodes, keep)) if fuse else nodes)]
 
 
 def _step(part: Node | Fused) -> CudaStep:

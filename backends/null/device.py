@@ -70,11 +70,13 @@ class NullDevice:
         nodes: Sequence[Node],
         keep: Collection[Node],
         layouts: Mapping[Node, WeightLayout],
+        *,
+        fuse: bool = True,
     ) -> list[Step]:
         """NumPy's steps, with scratch for the weights that a step must see plain."""
         return [
             replace(step, scratch=step.scratch + room_for_weights(step, layouts))
-            for step in self.host.lower(nodes, keep, layouts)
+            for step in self.host.lower(nodes, keep, layouts, fuse=fuse)
         ]
 
     # -- the runtime half ---------------------------------------------------------------------

@@ -36,6 +36,7 @@ from pyggml.backends.numpy.arrays import (
 from pyggml.backends.numpy.masks import HIDDEN, Mask, alibi_slopes
 from pyggml.backends.numpy.reduce import FLOOR
 from pyggml.backends.numpy.table import kernel
+from pyggml.errors import IdError
 from pyggml.node import Node
 
 MINUS_INFINITY = int(HIDDEN.view(np.uint16))
@@ -288,6 +289,12 @@ def _mask_piece(n_kv: int, n_tokens: int) -> int:
 
 @kernel(ops.causal_mask, scratch=lambda node: floats(*(_mask_piece(*node.ne[:2]),) * 2))
 def causal_mask(out: Raw, pos: Raw, *, scratch: Scratch, n_kv: int, window: int | None) -> None:
+    last = int(pos.max())
+    if last >= n_kv:
+        raise IdError(
+            f"position {last} is past the keys: n_kv={n_kv}, counted from 0, so its own key would "
+            "not be seen; a negative position sees none"
+        )
     piece = _mask_piece(n_kv, out.shape[2])
     memory, flags = scratch.array(piece, np.int32), scratch.array(piece, np.bool_)
     for t in split(out.shape[2], max(1, PIECE // n_kv)):

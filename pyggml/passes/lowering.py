@@ -22,17 +22,19 @@ def lower(
     users: Users,
     scores: Collection[Node],
     layouts: Layouts,
+    fuse: bool,
 ) -> list[Step]:
     """Steps for `nodes`, sources first, all of one device. Loops and loading of weights stand
     alone; between them the backend decides.
 
     scores  the tensors that the attention budget counts, for the bodies' own peaks
+    fuse    whether a step may cover several nodes
     """
     steps: list[Step] = []
     run: list[Node] = []
 
     def finish_run() -> None:
-        steps.extend(backend.lower(run, _kept(run, roots, users), layouts))
+        steps.extend(backend.lower(run, _kept(run, roots, users), layouts, fuse=fuse))
         run.clear()
 
     for node in nodes:
@@ -44,7 +46,7 @@ def lower(
             steps.append(Step(node, (node,), (origin(node),), strided=False, layout=kept))
         elif loop_of(node) is not None:
             finish_run()
-            steps.append(_lower_loop(node, backend, scores))
+            steps.append(_lower_loop(node, backend, scores, fuse))
         else:
             run.append(node)
     finish_run()
@@ -63,10 +65,12 @@ def _kept(run: Sequence[Node], roots: Collection[Node], users: Users) -> set[Nod
     return {node for node in run if leaves(node)}
 
 
-def _lower_loop(node: Node, backend: Backend, scores: Collection[Node]) -> Step:
+def _lower_loop(
+    node: Node, backend: Backend, scores: Collection[Node], fuse: bool
+) -> Step:
     loop = loop_of(node)
     assert loop is not None
-    bodies = tuple(_plan_body(body, backend, scores) for body in loop.bodies())
+    bodies = tuple(_plan_body(body, backend, scores, fuse) for body in loop.bodies())
     reads = tuple(s for s in node.src if s is not None)
     scratch = max(body.nbytes for body in bodies)
     workspace = max(step.workspace for body in bodies for step in body.steps)
@@ -75,10 +79,12 @@ def _lower_loop(node: Node, backend: Backend, scores: Collection[Node]) -> Step:
     )
 
 
-def _plan_body(body: Body, backend: Backend, scores: Collection[Node]) -> BodyPlan:
+def _plan_body(
+    body: Body, backend: Backend, scores: Collection[Node], fuse: bool
+) -> BodyPlan:
     """Lower and place one body; its result and its pieces are memory of the loop's operands."""
     nodes = toposort([body.out])
-    steps = lower(nodes, backend, {body.out}, users_of(nodes), scores, {})
+    steps = lower(nodes, backend, {body.out}, users_of(nodes), scores, {}, fuse)
     outside = {body.out, *(n for n in nodes if n.op.leaf)}
     placed = place(nodes, steps, {body.out}, outside, scores, {"": backend.alignment})
     arena = placed.arenas[""]

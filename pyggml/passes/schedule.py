@@ -123,7 +123,8 @@ def _split(
 ) -> Split:
     copies = {n: None for n in nodes if n.op is transfer and n not in work.layouts}
     rest = [n for n in nodes if n not in copies]
-    steps = lower(rest, backend, set(work.graph.roots), users, work.scores, work.layouts)
+    roots, layouts = set(work.graph.roots), work.layouts
+    steps = lower(rest, backend, roots, users, work.scores, layouts, work.fuse)
     return Split(backend, tuple(Step(n, (n,), (origin(n),)) for n in copies), tuple(steps))
 
 

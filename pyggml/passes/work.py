@@ -49,6 +49,7 @@ class Work:
     pins       patterns of labels, and where what they match goes; the first match counts
     settled    where states of the store already are, by name
     amb        the attention memory budget in bytes, None for no budget
+    fuse       whether backends may compute several nodes in one step
     homes      where each node is; views are with what they look at, others on the first backend
     scores     tensors that the budget counts (those inside loops too)
     exempt     tensors that it would count if the attention around them could be cut
@@ -62,6 +63,7 @@ class Work:
     pins: Pins = ()
     settled: Mapping[str, Backend] = field(default_factory=dict)
     amb: int | None = None
+    fuse: bool = True
     homes: Mapping[Node, Backend] = field(default_factory=dict)
     expanded: tuple[Expanded, ...] = ()
     scores: frozenset[Node] = frozenset()

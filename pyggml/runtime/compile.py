@@ -10,11 +10,12 @@ from fnmatch import fnmatchcase
 from numbers import Real
 
 from pyggml.backends.base import Backend
-from pyggml.errors import DTypeError, GraphError, ShapeError, UnknownName
+from pyggml.errors import DTypeError, GraphError, ShapeError, StateWarning, UnknownName
 from pyggml.graph import Graph
 from pyggml.node import Node, labels, line_of
 from pyggml.passes.work import Pins, Work
 from pyggml.runtime import places
+from pyggml.runtime.misuse import stale_reads
 from pyggml.runtime.plan import Plan
 from pyggml.runtime.planned import Request
 from pyggml.runtime.store import Store
@@ -29,6 +30,7 @@ def compile(
     store: Store | None = None,
     observe: Iterable[str] = (),
     updates: Iterable[Node] = (),
+    fuse: bool = True,
 ) -> Plan:
     """Make a plan of the graph that computes `outputs`. Allocates nothing and changes nothing.
 
@@ -40,11 +42,15 @@ def compile(
     store     the store to share weights, states and arenas with; a new one by default
     observe   label patterns (as in file names) of tensors to return as well
     updates   handles of state writes that no output reaches
+    fuse      False: every node is a step of its own, so that results with and without tell whether
+              a fusion of the backend is wrong. NumPy and null fuse nothing
     Errors: UnsupportedOp where no place runs a node; BudgetError where `amb` is too small,
     ShapeError where it is no number above 0; GraphError for states and names; DeviceError for what
     is no place, UnknownName for a backend or an `observe` that is not there; DTypeError for
     arguments of the wrong kind.
     """
+    if not isinstance(fuse, bool):
+        raise DTypeError(f"fuse= takes True or False, not {fuse!r}")
     devices, patterns = _places(backends, pins or {})
     budget = _budget_bytes(amb)
     store = store if store is not None else Store()
@@ -52,7 +58,9 @@ def compile(
         raise DTypeError(f"store= takes a Store, not {store!r}")
     graph = _observed(Graph(outputs, updates), observe)
     _check_pins(graph, patterns)
-    work = Work(graph, tuple(place.backend for place in devices), patterns)
+    for text in stale_reads(graph):
+        warnings.warn(text, StateWarning, stacklevel=2)
+    work = Work(graph, tuple(place.backend for place in devices), patterns, fuse=fuse)
     sizes = {place.backend.device: place for place in devices if place.size is not None}
     request = Request(work, budget, sizes)
     return Plan(request, request.plan(store, stacklevel=2), store)

@@ -16,6 +16,7 @@ from pyggml.errors import DTypeError, GraphError, ShapeError, UnknownNameError
 from pyggml.node import Node, Spec
 from pyggml.ops.leaf import input_op
 from pyggml.runtime.arrays import check, stored
+from pyggml.runtime.misuse import Limit
 from pyggml.runtime.store import Need, Store
 from pyggml.transfer import origin
 
@@ -38,7 +39,8 @@ Ready: TypeAlias = Mapping[str, NDArray[np.generic] | Shared]
 class Inputs:
     """What a plan takes from its caller. Which of them are bound is the plan's to know."""
 
-    def __init__(self, needs: Iterable[Need]) -> None:
+    def __init__(self, needs: Iterable[Need], limits: Iterable[Limit] = ()) -> None:
+        self._limits = tuple(limits)
         self.specs: dict[str, Spec] = {}
         self._needs: dict[str, list[Need]] = {}  # an input may be read on several devices
         for need in needs:
@@ -73,7 +75,12 @@ class Inputs:
         To be called without the store's lock: an array of another device takes that device's lock.
         """
         self._check_names(arrays)
-        return {key: self._taken(key, array) for key, array in arrays.items()}
+        ready = {key: self._taken(key, array) for key, array in arrays.items()}
+        for limit in self._limits:
+            ids = ready.get(limit.input)
+            if isinstance(ids, np.ndarray):
+                limit.check(ids)
+        return ready
 
     def check(self, arrays: Iterable[str], bound: Bound) -> None:
         """GraphError unless each input is either bound or given."""

@@ -79,6 +79,8 @@ def _head(work: Work) -> Iterator[str]:
         line += f", {counted(len(copies), 'copy', 'copies')} of {size} MiB"
     if work.placed.copied_parts:
         line += f", {counted(work.placed.copied_parts, 'part')} of concats copied"
+    if not work.fuse:
+        line += ", nothing fused"
     yield line
     for device, arena in work.placed.arenas.items():
         if not arena.nbytes:

@@ -12,6 +12,7 @@ from pyggml.errors import GraphError
 from pyggml.ops.leaf import state_op
 from pyggml.passes.work import Work
 from pyggml.runtime.inputs import Inputs
+from pyggml.runtime.misuse import limits
 from pyggml.runtime.places import Place
 from pyggml.runtime.reports import Memory
 from pyggml.runtime.store import Need, Store
@@ -58,7 +59,12 @@ class Request:
                 warnings.warn(text, stacklevel=stacklevel + 1)
         store.check(work.leaves)
         needs = tuple(Need(n, work.home(n), work.layouts.get(n)) for n in work.leaves)
-        return Planned(work, needs, Memory.of(work, plain, needs, self.sizes), Inputs(needs))
+        return Planned(
+            work,
+            needs,
+            Memory.of(work, plain, needs, self.sizes),
+            Inputs(needs, limits(self.work.graph)),
+        )
 
 
 def _settled(work: Work, store: Store) -> dict[str, Backend]:

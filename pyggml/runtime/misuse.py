@@ -1,0 +1,168 @@
+"""Graphs that are legal and hardly meant: writes that never happen or that their reader misses,
+rows and positions past what is read."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyggml.errors import IdError, StateWarning
+from pyggml.graph import Graph, toposort
+from pyggml.node import Node, label_of, line_of, writes_of
+from pyggml.ops.attention import causal_mask
+from pyggml.ops.copy import set_rows
+from pyggml.ops.leaf import input_op
+from pyggml.ops.views import root_of, view_op
+from pyggml.passes.states import versions
+
+# -- what the graph alone shows -------------------------------------------------------------------
+
+
+def stale_reads(graph: Graph) -> Iterator[str]:
+    """Reads of a state that miss a write which the user built: a sentence for each handle."""
+    seen = versions(graph.nodes)
+    replaced = {seen[_target(node)]: node for node in graph.nodes if node.op.writes is not None}
+    for handle, readers in _readers(graph, seen).items():
+        state, write = label_of(root_of(handle)), replaced.get(handle)
+        if write is None:
+            text = next((t for node, t in writes_of(handle) if _is_dropped(node, graph)), None)
+            if text is not None:
+                yield (
+                    f"{_at(readers[0])} reads the state {state!r}, and {text}, which writes it, "
+                    "never happens: nothing uses the handle that it returned. Read that handle, "
+                    "or give it to updates="
+                )
+        elif _comes_late(graph, seen, write):
+            before = set(toposort([write]))
+            reader = next((reader for reader in readers if reader not in before), None)
+            if reader is not None:
+                yield (
+                    f"{_at(reader)} reads the state {state!r} as it is before {_at(write)} writes "
+                    "it, so it misses the rows of this run: read the handle that the write returned"
+                )
+
+
+def _readers(graph: Graph, seen: Mapping[Node, Node]) -> dict[Node, list[Node]]:
+    """Who reads each handle of a state, in order."""
+    readers: dict[Node, list[Node]] = {}
+    for node in graph.nodes:
+        for i, source in enumerate(node.src):
+            if source is None or source not in seen:
+                continue
+            if node.op.view is None and i != node.op.writes:
+                readers.setdefault(seen[source], []).append(node)
+    return readers
+
+
+def _is_dropped(write: Node | None, graph: Graph) -> bool:
+    """Whether a write that is not in the graph was meant to be: nobody holds it any more, or all
+    that it takes is taken by this graph as well. Others may be of another plan."""
+    if write is None:
+        return True
+    inputs = {node for node in toposort([write]) if node.op is input_op}
+    return bool(inputs) and inputs <= set(graph.nodes)
+
+
+def _comes_late(graph: Graph, seen: Mapping[Node, Node], write: Node) -> bool:
+    """Whether a write stores rows, for no reader in the graph, that nothing else here uses."""
+    rows = _base(write.src[1])
+    users = [node for node in graph.nodes if any(_base(s) is rows for s in node.src)]
+    is_read = any(
+        seen.get(source) is write for node in graph.nodes for source in node.src if source
+    )
+    return (
+        write.op is set_rows
+        and write in graph.updates
+        and not is_read
+        and all(node is write or node.op.view is not None for node in users)
+    )
+
+
+def _target(write: Node) -> Node:
+    target = write.src[write.op.writes or 0]
+    assert target is not None
+    return target
+
+
+def _base(node: Node | None) -> Node | None:
+    while node is not None and node.op.view is not None:
+        node = node.src[0]
+    return node
+
+
+def _at(node: Node) -> str:
+    return f"{node.op.name} at {line_of(node)}"
+
+
+# -- what inputs show -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """What the numbers in an input stay below, and what it means if they do not.
+
+    is_error  else it is a StateWarning
+    """
+
+    input: str
+    below: int
+    text: str
+    is_error: bool
+
+    def check(self, numbers: NDArray[np.generic]) -> None:
+        """IdError or StateWarning where a number is past the limit."""
+        largest = int(numbers.max())
+        if largest < self.below:
+            return
+        text = f"input {self.input!r} holds {largest}: {self.text}"
+        if self.is_error:
+            raise IdError(text)
+        warnings.warn(text, StateWarning, stacklevel=6)
+
+
+def limits(graph: Graph) -> Iterator[Limit]:
+    """Limits of inputs that are positions of a causal mask, or ids of rows to write."""
+    for node in graph.nodes:
+        if node.op is causal_mask and (key := _input(node.src[0])) is not None:
+            n_kv = node.attrs["n_kv"]
+            text = (
+                f"a position of {_at(node)}, where n_kv={n_kv}. It is past the keys, so its own "
+                "key would not be seen; a negative position sees none"
+            )
+            yield Limit(key, n_kv, text, is_error=True)
+        elif node.op is set_rows and (key := _input(node.src[2])) is not None:
+            view, rows = _rows_read(graph, node)
+            if view is not None and rows < node.ne[1]:
+                text = (
+                    f"a row that {_at(node)} writes, and what reads them, {_at(view)}, shows only "
+                    f"the first {rows} rows"
+                )
+                yield Limit(key, rows, text, is_error=False)
+
+
+def _input(node: Node | None) -> str | None:
+    """The name of the input whose numbers `node` holds, all of them."""
+    base = _base(node)
+    if node is None or base is None or base.op is not input_op:
+        return None
+    return str(base.attrs["name"]) if base.spec.elements == node.spec.elements else None
+
+
+def _rows_read(graph: Graph, write: Node) -> tuple[Node | None, int]:
+    """The view that shows most rows of what was written, and how many; None where something may
+    read all of them."""
+    users = graph.users[write]
+    if not users or write in graph.outputs.values():
+        return None, 0
+    shown: list[tuple[int, Node]] = []
+    for user in users:
+        if user.op is not view_op or user.ne[0] != write.ne[0]:
+            return None, 0
+        start, step = user.attrs["start"][1], user.attrs["step"][1]
+        shown.append((start + (user.ne[1] - 1) * step + 1, user))
+    rows, view = max(shown, key=lambda pair: pair[0])
+    return view, rows
