@@ -8,9 +8,9 @@ from pyggml.graph import Graph
 from pyggml.loop import loop_of
 from pyggml.node import Node, label_of
 from pyggml.ops.views import root_of
-from pyggml.runtime.listing import folds, rows_of
+from pyggml.runtime.report import folds, rows_of
 from pyggml.runtime.plan import Plan
-from pyggml.runtime.reports import mib
+from pyggml.runtime.report import folds, rows_of
 from pyggml.transfer import is_resident, origin, transfer
 
 _LEAF_COLOURS = {"constant": "#dbe9f6", "input": "#fdebd0", "state": "#d5f5e3"}

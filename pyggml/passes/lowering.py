@@ -65,9 +65,7 @@ def _kept(run: Sequence[Node], roots: Collection[Node], users: Users) -> set[Nod
     return {node for node in run if leaves(node)}
 
 
-def _lower_loop(
-    node: Node, backend: Backend, scores: Collection[Node], fuse: bool
-) -> Step:
+def _lower_loop(node: Node, backend: Backend, scores: Collection[Node], fuse: bool) -> Step:
     loop = loop_of(node)
     assert loop is not None
     bodies = tuple(_plan_body(body, backend, scores, fuse) for body in loop.bodies())
@@ -79,9 +77,7 @@ def _lower_loop(
     )
 
 
-def _plan_body(
-    body: Body, backend: Backend, scores: Collection[Node], fuse: bool
-) -> BodyPlan:
+def _plan_body(body: Body, backend: Backend, scores: Collection[Node], fuse: bool) -> BodyPlan:
     """Lower and place one body; its result and its pieces are memory of the loop's operands."""
     nodes = toposort([body.out])
     steps = lower(nodes, backend, {body.out}, users_of(nodes), scores, {}, fuse)

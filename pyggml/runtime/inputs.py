@@ -16,8 +16,9 @@ from pyggml.errors import DTypeError, GraphError, ShapeError, UnknownNameError
 from pyggml.node import Node, Spec
 from pyggml.ops.leaf import input_op
 from pyggml.runtime.arrays import check, stored
+from pyggml.runtime.leaves import Need
 from pyggml.runtime.misuse import Limit
-from pyggml.runtime.store import Need, Store
+from pyggml.runtime.store import Store
 from pyggml.transfer import origin
 
 

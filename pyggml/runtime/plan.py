@@ -18,10 +18,11 @@ from pyggml.passes.work import Split, Work
 from pyggml.quants import decode_rows
 from pyggml.runtime.execution import Execution, addresses
 from pyggml.runtime.inputs import Bound, Ready, together
-from pyggml.runtime.listing import plan_text
+from pyggml.runtime.leaves import Progress
+from pyggml.runtime.memory import Memory
 from pyggml.runtime.planned import Planned, Request
-from pyggml.runtime.reports import Memory, Profile
-from pyggml.runtime.store import Progress, Store
+from pyggml.runtime.report import Profile, plan_text
+from pyggml.runtime.store import Store
 
 T = TypeVar("T")
 Arrays = Mapping[str, object] | None

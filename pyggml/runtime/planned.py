@@ -12,10 +12,11 @@ from pyggml.errors import GraphError
 from pyggml.ops.leaf import state_op
 from pyggml.passes.work import Work
 from pyggml.runtime.inputs import Inputs
+from pyggml.runtime.leaves import Need
+from pyggml.runtime.memory import Memory
 from pyggml.runtime.misuse import limits
 from pyggml.runtime.places import Place
-from pyggml.runtime.reports import Memory
-from pyggml.runtime.store import Need, Store
+from pyggml.runtime.store import Store
 
 
 @dataclass(frozen=True, slots=True)

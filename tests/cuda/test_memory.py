@@ -82,7 +82,7 @@ def test_it_is_one_block_however_many_products_there_are() -> None:
 def test_a_described_device_must_have_room_for_it() -> None:
     plan = planned(product(), "cuda:0:8MiB")
     assert plan.memory.total - WORKSPACE < 8 * MIB < plan.memory.total
-    assert "cuda:0 was said to have 8MiB: does NOT fit" in str(plan.memory)
+    assert "cuda:0 (assumed 8MiB): does NOT fit" in str(plan.memory)
     assert "8MiB: fits" in str(planned(product(columns=1), "cuda:0:8MiB").memory)
 
 

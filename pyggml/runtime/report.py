@@ -1,4 +1,4 @@
-"""A plan as text: splits, copies and steps with their sizes; what repeats is shown once."""
+"""What a plan says of its steps: as text, where what repeats is shown once, and their times."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pyggml.backends.base import Step
-from pyggml.node import Node, labels
+from pyggml.node import Node, cost_of, labels
 from pyggml.passes.work import Split, Work
-from pyggml.runtime.reports import mib
+from pyggml.runtime.memory import mib
 from pyggml.transfer import origin, transfer
 
 #: Longest repeated part that is looked for, in rows: more than a layer of any model has.
@@ -105,12 +105,9 @@ def _split_rows(work: Work, number: int, split: Split) -> Iterator[Row]:
 
 
 def _row(work: Work, step: Step) -> Row:
-    node, at = step.node, work.placed.places[step.node]
-    op, label, note = node.op.name, _label(node), ""
+    node, at, note = step.node, work.placed.places[step.node], ""
     if node.op is transfer:
-        source = origin(node)
-        op, label = "copy", _label(source) or source.op.name
-        note = f" from {work.home(source).place}, {mib(step.nbytes)} MiB"
+        note = f" from {work.home(origin(node)).place}, {mib(step.nbytes)} MiB"
     elif step.loop is not None:
         inner = ", ".join(s.node.op.name for s in step.bodies[-1].steps)
         note = f" loop {step.loop} of {inner}"
@@ -118,14 +115,33 @@ def _row(work: Work, step: Step) -> Row:
         note = f" of {', '.join(n.op.name for n in step.nodes)}"
     if step.scratch:
         note = f" scratch {step.scratch}" + note
-    where = f"@{at.offset}" if at.base is None else f"in {_label(at.base) or at.base.op.name}"
-    text = f"  {op:16} {label:24} {node.spec!s:28} {where}{note}"
-    return Row(text, (op, re.sub(r"\d+", "#", label), node.spec, re.sub(r"\d+", "#", note)), step)
+    where = f"@{at.offset}" if at.base is None else f"in {name_of(at.base)}"
+    text = text_of(node)
+    line = f"  {text:56} {node.spec!s:28} {where}{note}"
+    return Row(line, tuple(re.sub(r"\d+", "#", part) for part in (text, note)) + (node.spec,), step)
+
+
+def text_of(node: Node) -> str:
+    """Label, op and what it reads, by name: `Qcur-0 = mul_mat(blk.0.attn_q.weight, norm-0)`."""
+    if node.op is transfer:
+        return f"copy({name_of(origin(node))})"
+    call = f"{node.op.name}({', '.join(name_of(s) for s in node.src if s is not None)})"
+    return f"{_label(node)} = {call}" if _label(node) else call
+
+
+def name_of(node: Node) -> str:
+    """The newest label of a tensor, or of what it looks at or is a copy of; else its op."""
+    label = _label(node)
+    while not label and node.src and (node.op.view is not None or node.op is transfer):
+        assert node.src[0] is not None
+        node = node.src[0]
+        label = _label(node)
+    return label or node.op.name
 
 
 def _label(node: Node) -> str:
-    found = labels(node)
-    return found[-1] if found else ""
+    names = labels(node)
+    return names[-1] if names else ""
 
 
 def _folded(rows: Sequence[Row]) -> Iterator[str]:
@@ -138,3 +154,71 @@ def _folded(rows: Sequence[Row]) -> Iterator[str]:
         what = "row" if fold.period == 1 else f"{fold.period} rows"
         again = "once" if fold.times == 2 else f"{fold.times - 1} times"
         yield f"  ... the last {what} {again} more"
+
+
+# -- times ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One step's time in seconds beside what it had to do.
+
+    text  its label and op with what it reads, `Qcur-0 = mul_mat(blk.0.attn_q.weight, norm-0)`
+    """
+
+    text: str
+    op: str
+    seconds: float
+    flops: float
+    nbytes: float
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Profile:
+    """Times of all steps. `print` shows the slowest and the sums by op."""
+
+    rows: tuple[Timing, ...]
+
+    @staticmethod
+    def of(steps: Sequence[Step], seconds: Sequence[float]) -> Profile:
+        rows = []
+        for step, time in zip(steps, seconds):
+            costs = [cost_of(node) for node in step.nodes]
+            flops, nbytes = sum(c.flops for c in costs), sum(c.nbytes for c in costs)
+            rows.append(Timing(text_of(step.node), step.node.op.name, time, flops, nbytes))
+        return Profile(tuple(rows))
+
+    def __repr__(self) -> str:
+        return f"<profile: {len(self.rows)} steps, {self.seconds * 1e3:.3f} ms>"
+
+    @property
+    def seconds(self) -> float:
+        return sum(row.seconds for row in self.rows)
+
+    def by_op(self) -> list[Timing]:
+        """Sums by op, slowest first."""
+        sums: dict[str, list[float]] = {}
+        for row in self.rows:
+            have = sums.setdefault(row.op, [0.0, 0.0, 0.0, 0.0])
+            for i, value in enumerate((row.seconds, row.flops, row.nbytes, 1.0)):
+                have[i] += value
+        made = [
+            Timing(f"{op}, {counted(int(n), 'step')}", op, s, f, b)
+            for op, (s, f, b, n) in sums.items()
+        ]
+        return sorted(made, key=lambda row: -row.seconds)
+
+    def __str__(self) -> str:
+        slowest = sorted(self.rows, key=lambda row: -row.seconds)[:12]
+        head = f"{'':62} {'ms':>9} {'%':>6} {'GFLOP/s':>9} {'GB/s':>8}"
+        lines = [f"{len(self.rows)} steps, {self.seconds * 1e3:.3f} ms", head]
+        lines += [self._line(row) for row in slowest]
+        return "\n".join([*lines, "by op", *(self._line(row) for row in self.by_op())])
+
+    def _line(self, row: Timing) -> str:
+        time = max(row.seconds, 1e-9)
+        share = 100 * row.seconds / max(self.seconds, 1e-9)
+        return (
+            f"{row.text[:62]:62} {row.seconds * 1e3:9.3f} {share:6.1f} "
+            f"{row.flops / time / 1e9:9.2f} {row.nbytes / time / 1e9:8.2f}"
+        )

@@ -1,15 +1,14 @@
-"""What a plan says of itself: memory before it is spent, time by step and by op."""
+"""The bytes that a plan uses on each device, known before any is allocated."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pyggml.backends.base import Step
-from pyggml.node import cost_of, label_of
+from pyggml.node import label_of
 from pyggml.passes.work import Work
+from pyggml.runtime.leaves import Need
 from pyggml.runtime.places import Place
-from pyggml.runtime.store import Need
 from pyggml.transfer import origin
 
 
@@ -30,7 +29,7 @@ class DeviceMemory:
     score_peak                most bytes of attention scores and expanded K and V at once
     score_peak_plain          the same without a budget
     live                      live bytes in each step, for pictures: packing's lower bound
-    size, said                bytes that the place was said to have, and how: None and "" for none
+    size, said                bytes of the place, and how they were written: None and "" if not
     """
 
     device: str
@@ -60,7 +59,7 @@ _COLUMNS = (*_SIZES, "score_peak", "score_peak_plain")
 _HEADS = ["device", *_SIZES, "score peak", "plain"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Memory:
     """The bytes a plan will use; exact, and known before anything is allocated.
 
@@ -138,6 +137,10 @@ class Memory:
         """Live bytes in each step, of all devices together."""
         return tuple(map(sum, zip(*(row.live for row in self.devices))))
 
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{mib(row.total)} MiB on {row.device}" for row in self.devices)
+        return f"<memory: {parts}>"
+
     def __str__(self) -> str:
         budget = "none" if self.amb is None else f"{mib(self.amb)} MiB"
         rows = [_HEADS, *(row.row() for row in self.devices)]
@@ -160,7 +163,7 @@ class Memory:
                     if short <= 0
                     else f"does NOT fit: {mib(short)} MiB over"
                 )
-                lines.append(f"{row.device} was said to have {row.said}: {fits}.")
+                lines.append(f"{row.device} (assumed {row.said}): {fits}.")
         return "\n".join(lines)
 
 
@@ -186,59 +189,3 @@ def _row(work: Work, device: str, needs: Sequence[Need]) -> DeviceMemory:
         said="",
         staging=backend.staging_bytes if steps or needs else 0,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """One step's time in seconds beside what it had to do."""
-
-    label: str
-    op: str
-    seconds: float
-    flops: float
-    nbytes: float
-
-
-@dataclass(frozen=True, slots=True)
-class Profile:
-    """Times of all steps. `print` shows the slowest and the sums by op."""
-
-    rows: tuple[Timing, ...]
-
-    @staticmethod
-    def of(steps: Sequence[Step], seconds: Sequence[float]) -> Profile:
-        rows = []
-        for step, time in zip(steps, seconds):
-            costs = [cost_of(node) for node in step.nodes]
-            flops, nbytes = sum(c.flops for c in costs), sum(c.nbytes for c in costs)
-            rows.append(Timing(label_of(origin(step.node)), step.node.op.name, time, flops, nbytes))
-        return Profile(tuple(rows))
-
-    @property
-    def seconds(self) -> float:
-        return sum(row.seconds for row in self.rows)
-
-    def by_op(self) -> list[Timing]:
-        """Sums by op, slowest first."""
-        sums: dict[str, list[float]] = {}
-        for row in self.rows:
-            have = sums.setdefault(row.op, [0.0, 0.0, 0.0, 0.0])
-            for i, value in enumerate((row.seconds, row.flops, row.nbytes, 1.0)):
-                have[i] += value
-        made = [Timing(f"{int(n)} steps", op, s, f, b) for op, (s, f, b, n) in sums.items()]
-        return sorted(made, key=lambda row: -row.seconds)
-
-    def __str__(self) -> str:
-        slowest = sorted(self.rows, key=lambda row: -row.seconds)[:12]
-        head = f"{'':24} {'op':18} {'ms':>9} {'%':>6} {'GFLOP/s':>9} {'GB/s':>8}"
-        lines = [f"{len(self.rows)} steps, {self.seconds * 1e3:.3f} ms", head]
-        lines += [self._line(row) for row in slowest]
-        return "\n".join([*lines, "by op", *(self._line(row) for row in self.by_op())])
-
-    def _line(self, row: Timing) -> str:
-        time = max(row.seconds, 1e-9)
-        share = 100 * row.seconds / max(self.seconds, 1e-9)
-        return (
-            f"{row.label[:24]:24} {row.op[:18]:18} {row.seconds * 1e3:9.3f} {share:6.1f} "
-            f"{row.flops / time / 1e9:9.2f} {row.nbytes / time / 1e9:8.2f}"
-        )
