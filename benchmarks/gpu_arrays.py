@@ -273,9 +273,10 @@ def _let_go() -> str:
 
     import cupy
 
-    from pyggml.backends.cuda.device.memory import ALLOCATIONS
+    from tests.cuda.allocations import ALLOCATIONS
 
     gc.collect()
+    ALLOCATIONS.watch(backends.get("cuda").context.driver)  # type: ignore[attr-defined]
     before = ALLOCATIONS.blocks
     given = Interface(cupy.asarray(X))
     alive = ref(given)

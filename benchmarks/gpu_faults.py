@@ -64,11 +64,12 @@ def everything() -> tuple[dict[str, gg.Node], np.ndarray[Any, Any]]:
 def _every_allocation() -> str:
     """For every n the n-th fails: a named error with the plan's table, nothing left once the plan
     is gone, and before that the same plan can be run."""
-    from pyggml.backends.cuda.device.memory import ALLOCATIONS, fail_allocation
+    from tests.cuda.allocations import ALLOCATIONS, fail_allocation
 
     outputs, given = everything()
     want = gg.compile(outputs).run(x=given)["y"]
     device: Any = backends.get("cuda")
+    ALLOCATIONS.watch(device.context.driver)
     before, number = None, 0
     while True:
         for kept in ("staging", "cublas"):  # which a device keeps for the next plan

@@ -34,8 +34,8 @@ from pyggml.errors import (
     PyggmlError,
     ShapeError,
     StateWarning,
-    UnknownName,
-    UnsupportedOp,
+    UnknownNameError,
+    UnsupportedOpError,
 )
 from pyggml.graph import Graph
 from pyggml.node import Node, label, labels, op
@@ -79,8 +79,6 @@ __all__ = [
     "Plan",
     "PyggmlError",
     "ShapeError",
-    "Slice",
-    "Spec",
     "StateWarning",
     "Store",
     "UnknownNameError",

@@ -56,5 +56,5 @@ class StateWarning(UserWarning):
     its reader does not see."""
 
 
-class UnknownName(PyggmlError, KeyError):
+class UnknownNameError(PyggmlError, KeyError):
     """A name (input, output, state, type, backend, preset) that does not exist here."""

@@ -357,7 +357,7 @@ class Op(Generic[P]):
             rewrite.built.add(node)
         if line:
             _lines[node] = _user_line()
-        if line and self.writes is not None:
+        if rewrite is None and self.writes is not None:
             handle = src[self.writes]
             while handle is not None and handle.op.view is not None:
                 handle = handle.src[0]

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from numbers import Real
 
 from pyggml.backends.base import Backend
-from pyggml.errors import DTypeError, GraphError, ShapeError, StateWarning, UnknownName
+from pyggml.errors import DTypeError, GraphError, ShapeError, StateWarning, UnknownNameError
 from pyggml.graph import Graph
 from pyggml.node import Node, labels, line_of
 from pyggml.passes.work import Pins, Work
@@ -44,9 +44,9 @@ def compile(
     updates   handles of state writes that no output reaches
     fuse      False: every node is a step of its own, so that results with and without tell whether
               a fusion of the backend is wrong. NumPy and null fuse nothing
-    Errors: UnsupportedOp where no place runs a node; BudgetError where `amb` is too small,
+    Errors: UnsupportedOpError where no place runs a node; BudgetError where `amb` is too small,
     ShapeError where it is no number above 0; GraphError for states and names; DeviceError for what
-    is no place, UnknownName for a backend or an `observe` that is not there; DTypeError for
+    is no place, UnknownNameError for a backend or an `observe` that is not there; DTypeError for
     arguments of the wrong kind.
     """
     if not isinstance(fuse, bool):
@@ -131,7 +131,7 @@ def _observed(graph: Graph, patterns: Iterable[str]) -> Graph:
         if not found:
             kinds = Counter(re.sub(r"\d+", "*", x) for node in graph.nodes for x in labels(node))
             known = ", ".join(f"{kind} ({n})" if n > 1 else kind for kind, n in kinds.items())
-            raise UnknownName(
+            raise UnknownNameError(
                 f"observe={pattern!r} matches no label; there are: {known or 'none'}. What a fused "
                 "op or a loop computes inside has none: build it of simpler ops to see it"
             )

@@ -110,7 +110,7 @@ class Inputs:
             if key not in self.specs:
                 known = ", ".join(self.specs) or "none"
                 hint = _RENAMED.get(key, "")
-                raise UnknownName(f"the plan has no input {key!r}; its inputs: {known}{hint}")
+                raise UnknownNameError(f"the plan has no input {key!r}; its inputs: {known}{hint}")
 
     def _taken(self, key: str, array: object) -> NDArray[np.generic] | Shared:
         devices = [need for need in self._needs[key] if need.backend.device != "host"]

@@ -119,7 +119,7 @@ class Plan:
         A store keeps each state where the first plan that was bound has it. A plan that was
         compiled before that, for another place, is planned again here.
         Errors: DeviceError for a place that is only described, OutOfMemoryError with the table;
-        UnknownName, ShapeError, DTypeError, GraphError for arrays; then none is bound.
+        UnknownNameError, ShapeError, DTypeError, GraphError for arrays; then none is bound.
         """
         if progress is not None and not callable(progress):
             raise DTypeError(f"bind(arrays, progress): {progress!r} is not a function")
@@ -187,7 +187,7 @@ class Plan:
                        of a GPU that reads it is copied there, and must have the tensor's type
         bf16 and block types come back as f32. Where a run fails, states that its earlier steps
         wrote stay written.
-        Errors: UnknownName, ShapeError, DTypeError or GraphError for inputs; DeviceError for a
+        Errors: UnknownNameError, ShapeError, DTypeError or GraphError for inputs; DeviceError for a
         device that is not there, only described, or that failed; OutOfMemoryError where the first
         run binds; IdError for ids past the end, on the host. A GPU takes those for negative ones,
         and says so under PYGGML_CUDA_DEBUG=1 only (not inside loops).

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pyggml.backends.base import Address, Backend, Buffer
-from pyggml.errors import GraphError, OutOfMemoryError, UnknownName
+from pyggml.errors import GraphError, OutOfMemoryError, UnknownNameError
 from pyggml.node import Node
 from pyggml.ops.leaf import constant_op, data_of, state_op
 from pyggml.quants import decode_rows
@@ -145,7 +145,7 @@ class Store:
         states = self._leaves.states
         if (name,) not in states:
             known = ", ".join(str(key[0]) for key in states)
-            raise UnknownName(
+            raise UnknownNameError(
                 f"the store has no state {name!r}; it has: "
                 f"{known or 'none: states exist once a plan that has them is bound'}"
             )

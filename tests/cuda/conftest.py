@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable, Iterator
-from importlib import metadata
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +17,7 @@ from pyggml.backends.cuda import backend, doctor
 from pyggml.backends.cuda.attention import flash
 from pyggml.backends.cuda.device import compiler, driver
 from pyggml.backends.cuda.launch import Value
+from tests.cuda.allocations import ALLOCATIONS
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +80,9 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Machine
             monkeypatch.syspath_prepend(FAKE)
             monkeypatch.setenv("PYCUDA_FAKE", pycuda)
             monkeypatch.setattr(driver.Context, "copy_from", copy_from)
+
+        if pycuda in ("gpu", "gpus"):
+            ALLOCATIONS.watch(import_module("pycuda.driver"))
 
         def installed(name: str) -> str:
             if name not in PACKAGES:

@@ -11,7 +11,7 @@ import pytest
 import pyggml as gg
 from pyggml import backends
 from pyggml.backends.cuda.device import pinned
-from pyggml.backends.cuda.device.memory import ALLOCATIONS, fail_allocation
+from tests.cuda.allocations import ALLOCATIONS, fail_allocation
 from tests.cuda.conftest import Machine
 from tests.cuda.foreign import Capsule, CuPy, Interface
 

@@ -12,12 +12,12 @@ import pytest
 import pyggml as gg
 from pyggml import backends
 from pyggml.backends.cuda.device import cublas
-from pyggml.backends.cuda.device.memory import ALLOCATIONS
 from pyggml.backends.cuda.device.pinned import RING
 from pyggml.backends.cuda.launch import WORKSPACE, Gemm
 from pyggml.parity.case import build
 from pyggml.parity.cases import cases
 from pyggml.runtime.plan import Plan
+from tests.cuda.allocations import ALLOCATIONS
 from tests.cuda.test_recording import steps_of
 
 MIB = 2**20
@@ -83,7 +83,7 @@ def test_a_described_device_must_have_room_for_it() -> None:
     plan = planned(product(), "cuda:0:8MiB")
     assert plan.memory.total - WORKSPACE < 8 * MIB < plan.memory.total
     assert "cuda:0 (assumed 8MiB): does NOT fit" in str(plan.memory)
-    assert "8MiB: fits" in str(planned(product(columns=1), "cuda:0:8MiB").memory)
+    assert "8MiB): fits" in str(planned(product(columns=1), "cuda:0:8MiB").memory)
 
 
 def test_the_attention_budget_does_not_count_it() -> None:

@@ -132,7 +132,7 @@ def test_a_described_device_says_whether_the_plan_fits() -> None:
         (need // 1024 + 1, "fits"),
     ):
         plan = gg.compile(y, backends=[f"null:0:{kib}KiB", "numpy"])
-        (line,) = [text for text in str(plan.memory).splitlines() if "was said" in text]
+        (line,) = [text for text in str(plan.memory).splitlines() if "assumed" in text]
         assert line.startswith(f"null:0 (assumed {kib}KiB): {told}")
         for call in (plan.bind, lambda plan=plan: plan.run(FEED)):
             with pytest.raises(gg.DeviceError, match=rf"null:0:{kib}KiB.*description"):

@@ -185,7 +185,7 @@ def test_an_error_in_a_kernel_leaves_every_device_idle(
 
 def y_in(y: Any) -> Any:
     """The input "x" of a graph."""
-    return next(n for n in gg.graph.Graph({"y": y}).nodes if n.attrs.get("name") == "x")
+    return next(n for n in gg.Graph({"y": y}).nodes if n.attrs.get("name") == "x")
 
 
 # -- out of memory ------------------------------------------------------------------------------

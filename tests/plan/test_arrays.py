@@ -88,7 +88,7 @@ def test_arrays_that_cannot_be_bound(given: Any, error: type[Exception], text: s
 def test_raw_rows_can_be_bound() -> None:
     for kind, raw in (("bf16", np.uint16), ("q8_0", np.uint8)):
         x = gg.input("x", kind, ne=(64, 2))
-        plan = gg.compile({"y": gg.cast(x, type="f32")})
+        plan = gg.compile({"y": gg.cast(x, dtype="f32")})
         held = gg.compile({"x": x}).views(x=np.ones((2, 64)))["x"].copy()
         assert held.dtype == raw
         np.testing.assert_allclose(plan.bind(x=held).run()["y"], 1, rtol=1e-2)
@@ -140,7 +140,7 @@ def test_options_do_not_take_the_names_of_inputs() -> None:
     ],
 )
 def test_old_options_name_what_stands_in_their_place(call: Any, text: str) -> None:
-    with pytest.raises(UnknownName, match=text):
+    with pytest.raises(UnknownNameError, match=text):
         call(doubled())
 
 

@@ -31,7 +31,7 @@ def accumulating(store: gg.Store, places: tuple[str, ...], rows: int = 2) -> gg.
     if rows != 2:
         product = gg.view(product, ne=(4, 2))
     total = gg.cpy(gg.add(s, product), s)
-    y = gg.name(gg.scale(total, s=2.0), "there")
+    y = gg.label(gg.scale(total, s=2.0), "there")
     pins = {"there": places[-1], "^s$": places[0]}
     return gg.compile({"y": y}, backends=list(places), pins=pins, store=store)
 

@@ -103,8 +103,8 @@ def test_graphs_that_are_meant() -> None:
 def masked(n_kv: int, computed: bool = False) -> dict[str, gg.Node]:
     pos = gg.input("pos", "i32", ne=(2,))
     if computed:
-        pos = gg.cast(gg.cast(pos, type="f32"), type="i32")
-    return {"mask": gg.cast(gg.causal_mask(pos, n_kv=n_kv), type="f32")}
+        pos = gg.cast(gg.cast(pos, dtype="f32"), dtype="i32")
+    return {"mask": gg.cast(gg.causal_mask(pos, n_kv=n_kv), dtype="f32")}
 
 
 @pytest.mark.parametrize("place", ["numpy", "null:0"])

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
-from weakref import finalize, ref
+from weakref import ref
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pyggml.backends.base import Address
 from pyggml.backends.cuda.device.driver import Context, guarded
-from pyggml.backends.cuda.device.memory import ALLOCATIONS, operand_at
+from pyggml.backends.cuda.device.memory import operand_at
 from pyggml.backends.cuda.launch import Operand
 from pyggml.errors import OutOfMemoryError
 from pyggml.node import Ne, Spec
@@ -45,7 +45,6 @@ class Staging:
         """Allocate the ring: `bind` does, so that no run has to."""
         if self._ring is not None:
             return
-        ALLOCATIONS.begin(RING)
         try:
             with guarded("allocating"):
                 self._ring = self.context.driver.pagelocked_empty(RING, np.uint8)
@@ -54,8 +53,6 @@ class Staging:
                 f"the host has no {RING:,} bytes that can be pinned, which copies to and from "
                 f"cuda:{self.context.index} pass through: see `ulimit -l` and what else runs here"
             ) from None
-        ALLOCATIONS.add(RING)
-        finalize(self._ring, ALLOCATIONS.drop, RING)
 
     def upload(self, ptr: int, data: Bytes) -> None:
         """Queue flat bytes for a device address. When it returns, `data` may change."""
