@@ -125,7 +125,7 @@ def plan_microseconds(plans: Sequence[gg.Plan], nodes: int = 1) -> list[float]:
 
 def replays(plans: Sequence[gg.Plan]) -> Action:
     """What puts each plan's graph into the queue once."""
-    runners = [runner for plan in plans for runner in plan._execution.runners]  # type: ignore[union-attr]
+    runners = [runner for plan in plans for runner in plan.runners]
     assert len(runners) == len(plans), "a plan needs other devices too"
     return partial(_all, [runner.run for runner in runners])
 

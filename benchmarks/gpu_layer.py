@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 from gpu_bench import copies, cuda, plan_microseconds, replays, sampled, tell, tell_clocks
@@ -68,9 +69,9 @@ def feed(plan: gg.Plan, depth: int, rng: np.random.Generator) -> None:
 
 def by_launch(plan: gg.Plan) -> Iterator[str]:
     """What each launch adds to a replayed graph of all up to it, in us, and its step."""
-    assert plan._execution is not None
-    (runner,) = plan._execution.runners
-    named = [(s, a) for s, actions in zip(runner.steps, runner._actions) for a in actions]
+    runner: Any
+    (runner,) = plan.runners
+    named = [(s, a) for s, actions in zip(runner.steps, runner.actions) for a in actions]
     before, context = 0.0, cuda().context
     with context:
         stream = context.external

@@ -206,9 +206,9 @@ def speed(log: list[str]) -> bool:
     for name, node in cases.items():
         plan = gg.compile({"y": node}, backends=["cuda"])
         plan.bind()
-        runner: Any = plan._execution.runners[0]  # type: ignore[union-attr]
+        runner: Any = plan.runners[0]
         with device.context:
-            actions = [action for step in runner._actions for action in step]
+            actions = [action for step in runner.actions for action in step]
             for action in actions:
                 action()
             stream = device.context.external

@@ -111,7 +111,7 @@ class CudaRunner:
         context.load([one for one in everything if isinstance(one, Launch)])
         uses = any(isinstance(one, Gemm) for one in everything)
         product = cublas().ready() if uses else None
-        self._actions = [
+        self.actions = [
             [loads[step.node]]
             if step.node in loads
             else [as_action(context, one, product) for one in records]
@@ -146,7 +146,7 @@ class CudaRunner:
             if debugging():
                 check_ids(self._staging, step, self._at)
             with guarded("starting a kernel"):
-                for action in self._actions[index]:
+                for action in self.actions[index]:
                     action()
                 if debugging():
                     self.context.stream.synchronize()
@@ -156,7 +156,7 @@ class CudaRunner:
     def _captured(self) -> Iterator[Action]:
         """Each run of steps between loads as one graph."""
         pending: list[Action] = []
-        for index, actions in enumerate(self._actions):
+        for index, actions in enumerate(self.actions):
             if index in self._loads:
                 yield from self._graph(pending)
                 pending = []

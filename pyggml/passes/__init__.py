@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import copy_context
 from dataclasses import replace
 
 from pyggml.node import rewriting
@@ -68,6 +69,11 @@ def finish(work: Work) -> Work:
 
 def run(work: Work) -> Work:
     """Every pass in turn; with PYGGML_VERIFY=1 the invariants are checked after each."""
+    # In a context of its own, so that an interrupt leaves nobody's nodes in the rewriting.
+    return copy_context().run(_run, work)
+
+
+def _run(work: Work) -> Work:
     with rewriting(work.graph.nodes):
         for step in PIPELINE:
             work = step(work)

@@ -116,16 +116,18 @@ def _row(work: Work, step: Step) -> Row:
     if step.scratch:
         note = f" scratch {step.scratch}" + note
     where = f"@{at.offset}" if at.base is None else f"in {name_of(at.base)}"
-    text = text_of(node)
-    line = f"  {text:56} {node.spec!s:28} {where}{note}"
+    text = text_of(step)
+    line = f"  {text:40} {node.spec!s:20} {where}{note}"
     return Row(line, tuple(re.sub(r"\d+", "#", part) for part in (text, note)) + (node.spec,), step)
 
 
-def text_of(node: Node) -> str:
+def text_of(step: Step) -> str:
     """Label, op and what it reads, by name: `Qcur-0 = mul_mat(blk.0.attn_q.weight, norm-0)`."""
+    node = step.node
     if node.op is transfer:
         return f"copy({name_of(origin(node))})"
-    call = f"{node.op.name}({', '.join(name_of(s) for s in node.src if s is not None)})"
+    sources = node.src if len(step.nodes) == 1 else step.reads
+    call = f"{node.op.name}({', '.join(name_of(s) for s in sources if s is not None)})"
     return f"{_label(node)} = {call}" if _label(node) else call
 
 
@@ -185,7 +187,7 @@ class Profile:
         for step, time in zip(steps, seconds):
             costs = [cost_of(node) for node in step.nodes]
             flops, nbytes = sum(c.flops for c in costs), sum(c.nbytes for c in costs)
-            rows.append(Timing(text_of(step.node), step.node.op.name, time, flops, nbytes))
+            rows.append(Timing(text_of(step), step.node.op.name, time, flops, nbytes))
         return Profile(tuple(rows))
 
     def __repr__(self) -> str:

@@ -120,3 +120,21 @@ def test_every_kernel_waits_for_its_predecessor() -> None:
             waits = r"\bbegin\(\)|\bwait_for_predecessor\(\)|tile_product<"
             assert re.search(waits, body), f"{path.name}: {part[:80]}"
     assert kernels > 40
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_nothing_is_fused_where_the_user_says_so(name: str) -> None:
+    plan = gg.compile(pattern(name).outputs, backends=["cuda:0:24GiB"], fuse=False)
+    assert all(len(step.nodes) == 1 for step in plan.steps)
+    assert not any(step.node.op.name == "fixed_point" for step in plan.steps)
+    assert ", nothing fused" in str(plan).partition("\n")[0]
+    assert "nothing fused" not in str(planned(name))
+
+
+def test_fuse_is_a_choice_of_two() -> None:
+    x = gg.input("x", ne=(4,))
+    with pytest.raises(gg.DTypeError, match="fuse= takes True or False"):
+        gg.compile({"y": gg.relu(x)}, fuse="no")  # type: ignore[arg-type]
+    for place in ("numpy", "null:0"):
+        got = gg.compile({"y": gg.relu(x)}, backends=[place], fuse=False).run(x=[-1, 0, 1, 2])
+        np.testing.assert_array_equal(got["y"], [0, 0, 1, 2])

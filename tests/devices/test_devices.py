@@ -24,6 +24,9 @@ from pyggml.transfer import origin, transfer
 sys.path.append(str(Path(__file__).parent.parent / "plan"))
 from graphs import Grower, inputs_of
 
+# Random graphs read and write states in every order.
+pytestmark = pytest.mark.filterwarnings("ignore::pyggml.errors.StateWarning")
+
 PLACES = ("null:0", "null:1", "numpy")
 #: What a null device may refuse; NumPy stands in for it, or the op's meaning.
 REFUSED = ("relu", "add", "mul_mat", "soft_max_ext", "cont", "concat", "fused_up_gate", "multi_add")

@@ -111,8 +111,7 @@ def test_no_large_temporary(case: Case) -> None:
     for name, array in built.states.items():
         plan.store.write(name, array)
     plan.run(built.inputs)  # tables made at first use
-    assert plan._execution is not None
-    runners = plan._execution.runners  # one split, or none
+    runners = plan.runners  # one split, or none
     peaks: dict[Node, int] = {}
     tracemalloc.start()
     try:

@@ -172,9 +172,16 @@ def test_a_plan_in_words() -> None:
     assert str(plan).startswith("1 split, 3 steps\n")
     assert "split 0 on numpy: 0 copies, 3 steps" in str(plan)
     assert "\nsplit 0 on numpy: 0 copies, 1 step\n" in str(gg.compile({"y": gg.relu(x)}))
-    assert "mul_mat" in str(plan) and "product" in str(plan)
+    assert "  product = mul_mat(w, x)" in str(plan) and "  relu(product)" in str(plan)
+    assert repr(plan) == "<plan of y: 3 steps on numpy, not bound>"
+    assert repr(memory) == f"<memory: {memory.total / 2**20:.4f} MiB on numpy>"
+    assert repr(plan.store) == "<store: 0 weights, 0 states, arenas: none>"
     profile = plan.profile({}, 2, x=np.zeros((4, 8)))
     assert [row.op for row in profile.rows] == ["mul_mat", "relu", "cpy"]
+    assert [row.text for row in profile.rows][:2] == ["product = mul_mat(w, x)", "relu(product)"]
+    assert repr(profile).startswith("<profile: 3 steps, ") and "mul_mat(w, x)" in str(profile)
+    assert repr(plan).endswith("numpy, bound>")
+    assert repr(plan.store).startswith("<store: 1 weights, 1 states, arenas: ")
     assert "GFLOP/s" in str(profile) and profile.seconds > 0
     with pytest.raises(DTypeError, match="whole number of at least 1"):
         plan.profile({}, 0, x=np.zeros((4, 8)))
