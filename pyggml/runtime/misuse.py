@@ -36,7 +36,7 @@ def stale_reads(graph: Graph) -> Iterator[str]:
                     "never happens: nothing uses the handle that it returned. Read that handle, "
                     "or give it to updates="
                 )
-        elif _comes_late(graph, seen, write):
+        elif _comes_late(graph, write):
             before = set(toposort([write]))
             reader = next((reader for reader in readers if reader not in before), None)
             if reader is not None:
@@ -67,19 +67,25 @@ def _is_dropped(write: Node | None, graph: Graph) -> bool:
     return bool(inputs) and inputs <= set(graph.nodes)
 
 
-def _comes_late(graph: Graph, seen: Mapping[Node, Node], write: Node) -> bool:
+def _comes_late(graph: Graph, write: Node) -> bool:
     """Whether a write stores rows, for no reader in the graph, that nothing else here uses."""
-    rows = _base(write.src[1])
-    users = [node for node in graph.nodes if any(_base(s) is rows for s in node.src)]
-    is_read = any(
-        seen.get(source) is write for node in graph.nodes for source in node.src if source
-    )
     return (
         write.op is set_rows
         and write in graph.updates
-        and not is_read
-        and all(node is write or node.op.view is not None for node in users)
+        and not any(_users(graph, write))
+        and all(user is write for user in _users(graph, _base(write.src[1])))
     )
+
+
+def _users(graph: Graph, node: Node) -> Iterator[Node]:
+    """Who reads a node, through views too."""
+    nodes = [node]
+    while nodes:
+        for user in graph.users[nodes.pop()]:
+            if user.op.view is None:
+                yield user
+            else:
+                nodes.append(user)
 
 
 def _target(write: Node) -> Node:
@@ -88,9 +94,11 @@ def _target(write: Node) -> Node:
     return target
 
 
-def _base(node: Node | None) -> Node | None:
+def _base(node: Node | None) -> Node:
+    """What a node looks at."""
     while node is not None and node.op.view is not None:
         node = node.src[0]
+    assert node is not None
     return node
 
 
@@ -147,7 +155,7 @@ def limits(graph: Graph) -> Iterator[Limit]:
 def _input(node: Node | None) -> str | None:
     """The name of the input whose numbers `node` holds, all of them."""
     base = _base(node)
-    if node is None or base is None or base.op is not input_op:
+    if node is None or base.op is not input_op:
         return None
     return str(base.attrs["name"]) if base.spec.elements == node.spec.elements else None
 

@@ -140,10 +140,9 @@ class Plan:
         self, changes: Mapping[str, object] | None = None, progress: Progress | None = None
     ) -> Execution:
         """What runs the plan, made again where something it was made for has changed."""
-        planned, execution = self._planned, self._execution
-        if not planned.fits(self.store):
+        planned, bound, execution = self._planned, self._bound, self._execution
+        if execution is None and not planned.fits(self.store):
             planned = self._request.plan(self.store, stacklevel=6)
-        bound = self._bound
         if changes:
             bound = planned.inputs.bind(changes, bound, self.store)
         if execution is None or not execution.serves(planned.work, bound, self.store.arenas):

@@ -30,8 +30,9 @@ class Planned:
 
     def fits(self, store: Store) -> bool:
         """Whether the store has every state where this plan reads it, or has not got it yet."""
+        homes = store.homes
         return all(
-            store.homes.get(need.node.attrs["name"], need.backend).device == need.backend.device
+            homes.get(need.node.attrs["name"], need.backend).device == need.backend.device
             for need in self.needs
             if need.node.op is state_op
         )
