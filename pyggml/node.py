@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any, Generic, ParamSpec, TypeAlias, overload
-from weakref import WeakKeyDictionary, WeakValueDictionary, ref
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from pyggml.arithmetic import Arithmetic
 from pyggml.attributes import Attribute, identity, signature_of
@@ -26,6 +26,7 @@ from pyggml.traits import Cost as Cost
 from pyggml.traits import Cut as Cut
 from pyggml.traits import Ids as Ids
 from pyggml.traits import Slice as Slice
+from pyggml.written import note_write
 
 P = ParamSpec("P")
 Attrs: TypeAlias = Mapping[str, Any]
@@ -106,7 +107,6 @@ class Node(Arithmetic):
 _interned: WeakValueDictionary[tuple[object, ...], Node] = WeakValueDictionary()
 _labels: WeakKeyDictionary[Node, tuple[str, ...]] = WeakKeyDictionary()
 _lines: WeakKeyDictionary[Node, tuple[str, int]] = WeakKeyDictionary()
-_written: WeakKeyDictionary[Node, list[tuple[ref[Node], str]]] = WeakKeyDictionary()
 
 
 class _Rewrite:
@@ -166,12 +166,6 @@ def line_of(node: Node) -> str:
     """`file:line` of the user's code that built `node`, or an empty string."""
     found = _lines.get(node)
     return f"{found[0]}:{found[1]}" if found else ""
-
-
-def writes_of(handle: Node) -> list[tuple[Node | None, str]]:
-    """What the user built that writes into `handle`, a state or the result of a write: the node,
-    None if nobody holds it any more, and its op and line."""
-    return [(node(), text) for node, text in _written.get(handle, ())]
 
 
 def stand_at(new: Node, old: Node) -> Node:
@@ -358,12 +352,7 @@ class Op(Generic[P]):
         if line:
             _lines[node] = _user_line()
         if rewrite is None and self.writes is not None:
-            handle = src[self.writes]
-            while handle is not None and handle.op.view is not None:
-                handle = handle.src[0]
-            if handle is not None:
-                text = f"{self.name} at {line_of(node)}"
-                _written.setdefault(handle, []).append((ref(node), text))
+            note_write(node, line_of(node))
         return node
 
     def _bind(

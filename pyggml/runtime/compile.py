@@ -19,6 +19,7 @@ from pyggml.runtime.misuse import stale_reads
 from pyggml.runtime.plan import Plan
 from pyggml.runtime.planned import Request
 from pyggml.runtime.store import Store
+from pyggml.written import note_graph
 
 
 def compile(
@@ -58,6 +59,7 @@ def compile(
         raise DTypeError(f"store= takes a Store, not {store!r}")
     graph = _observed(Graph(outputs, updates), observe)
     _check_pins(graph, patterns)
+    note_graph(graph.nodes)
     for text in stale_reads(graph):
         warnings.warn(text, StateWarning, stacklevel=2)
     work = Work(graph, tuple(place.backend for place in devices), patterns, fuse=fuse)

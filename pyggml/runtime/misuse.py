@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 
 from pyggml.errors import IdError, StateWarning
 from pyggml.graph import Graph, toposort
-from pyggml.node import Node, label_of, line_of, writes_of
+from pyggml.node import Node, label_of, line_of
 from pyggml.ops.attention import causal_mask
 from pyggml.ops.copy import set_rows
 from pyggml.ops.leaf import input_op
 from pyggml.ops.views import root_of, view_op
+from pyggml.passes.borders import base_of
 from pyggml.passes.states import versions
+from pyggml.written import Write, writes_of
 
 # -- what the graph alone shows -------------------------------------------------------------------
 
@@ -29,12 +31,12 @@ def stale_reads(graph: Graph) -> Iterator[str]:
     for handle, readers in _readers(graph, seen).items():
         state, write = label_of(root_of(handle)), replaced.get(handle)
         if write is None:
-            text = next((t for node, t in writes_of(handle) if _is_dropped(node, graph)), None)
-            if text is not None:
+            dropped = next((w for w in writes_of(handle) if _is_dropped(w, graph)), None)
+            if dropped is not None:
                 yield (
-                    f"{_at(readers[0])} reads the state {state!r}, and {text}, which writes it, "
-                    "never happens: nothing uses the handle that it returned. Read that handle, "
-                    "or give it to updates="
+                    f"{_at(readers[0])} reads the state {state!r}, and {dropped.text}, which "
+                    "writes it, never happens: nothing uses the handle that it returned. Read that "
+                    "handle, or give it to updates="
                 )
         elif _comes_late(graph, write):
             before = set(toposort([write]))
@@ -58,12 +60,13 @@ def _readers(graph: Graph, seen: Mapping[Node, Node]) -> dict[Node, list[Node]]:
     return readers
 
 
-def _is_dropped(write: Node | None, graph: Graph) -> bool:
-    """Whether a write that is not in the graph was meant to be: nobody holds it any more, or all
+def _is_dropped(write: Write, graph: Graph) -> bool:
+    """Whether a write that is in no graph was meant for this one: nobody holds it any more, or all
     that it takes is taken by this graph as well. Others may be of another plan."""
-    if write is None:
-        return True
-    inputs = {node for node in toposort([write]) if node.op is input_op}
+    node = write.node()
+    if write.in_graph or node is None:
+        return not write.in_graph
+    inputs = {node for node in toposort([node]) if node.op is input_op}
     return bool(inputs) and inputs <= set(graph.nodes)
 
 
@@ -73,7 +76,7 @@ def _comes_late(graph: Graph, write: Node) -> bool:
         write.op is set_rows
         and write in graph.updates
         and not any(_users(graph, write))
-        and all(user is write for user in _users(graph, _base(write.src[1])))
+        and all(user is write for user in _users(graph, base_of(write["b"])))
     )
 
 
@@ -92,14 +95,6 @@ def _target(write: Node) -> Node:
     target = write.src[write.op.writes or 0]
     assert target is not None
     return target
-
-
-def _base(node: Node | None) -> Node:
-    """What a node looks at."""
-    while node is not None and node.op.view is not None:
-        node = node.src[0]
-    assert node is not None
-    return node
 
 
 def _at(node: Node) -> str:
@@ -135,14 +130,14 @@ class Limit:
 def limits(graph: Graph) -> Iterator[Limit]:
     """Limits of inputs that are positions of a causal mask, or ids of rows to write."""
     for node in graph.nodes:
-        if node.op is causal_mask and (key := _input(node.src[0])) is not None:
+        if node.op is causal_mask and (key := _input(node["pos"])) is not None:
             n_kv = node.attrs["n_kv"]
             text = (
                 f"a position of {_at(node)}, where n_kv={n_kv}. It is past the keys, so its own "
                 "key would not be seen; a negative position sees none"
             )
             yield Limit(key, n_kv, text, is_error=True)
-        elif node.op is set_rows and (key := _input(node.src[2])) is not None:
+        elif node.op is set_rows and (key := _input(node["ids"])) is not None:
             view, rows = _rows_read(graph, node)
             if view is not None and rows < node.ne[1]:
                 text = (
@@ -152,10 +147,10 @@ def limits(graph: Graph) -> Iterator[Limit]:
                 yield Limit(key, rows, text, is_error=False)
 
 
-def _input(node: Node | None) -> str | None:
+def _input(node: Node) -> str | None:
     """The name of the input whose numbers `node` holds, all of them."""
-    base = _base(node)
-    if node is None or base.op is not input_op:
+    base = base_of(node)
+    if base.op is not input_op:
         return None
     return str(base.attrs["name"]) if base.spec.elements == node.spec.elements else None
 
