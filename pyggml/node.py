@@ -342,16 +342,14 @@ class Op(Generic[P]):
                 )
             object.__setattr__(node, "nb", looked[1])
         elif self.writes is not None:
-            target = src[self.writes]
-            assert target is not None
-            object.__setattr__(node, "nb", target.nb)
+            object.__setattr__(node, "nb", src[self.writes].nb)  # type: ignore[union-attr]
         if not self.leaf:
             interned[key] = node
-        if rewrite is not None:
-            rewrite.built.add(node)
         if line:
             _lines[node] = _user_line()
-        if rewrite is None and self.writes is not None:
+        if rewrite is not None:
+            rewrite.built.add(node)
+        elif self.writes is not None:
             note_write(node, line_of(node))
         return node
 
