@@ -337,9 +337,8 @@ class Op(Generic[P]):
         if self.view is not None and src[0] is not None:
             looked = self.view(node, src[0].nb)
             if looked is None:
-                raise self._located(
-                    ShapeError("the source is not contiguous there; use cont(a) first"), src
-                )
+                error = ShapeError("the source is not contiguous there; use cont(a) first")
+                raise self._located(error, src)
             object.__setattr__(node, "nb", looked[1])
         elif self.writes is not None:
             object.__setattr__(node, "nb", src[self.writes].nb)  # type: ignore[union-attr]

@@ -149,7 +149,8 @@ def _hidden(d: Draw, n_kv: int) -> tuple[str, str]:
 
 def masks(d: Draw) -> Case:
     if d.chance(0.5):
-        pos = d.ids((d.size(70),), d.pick((2, 40, 300)))
-        return d.case("causal_mask", pos, n_kv=d.size(300), window=d.pick((None, None, 1, 9, 32)))
+        n_kv = d.size(300)
+        pos = d.ids((d.size(70),), n_kv)
+        return d.case("causal_mask", pos, n_kv=n_kv, window=d.pick((None, None, 1, 9, 32)))
     ne = (1 + d.size(130), d.size(5), d.size(9), d.size(3))
     return d.case("merge_lse", d.source("f32", ne), d.source("f32", ne))

@@ -22,7 +22,8 @@ from pyggml.parity.graph_values import reached, runs
 from pyggml.parity.values import Array, decoded
 from pyggml.passes.states import state_edges
 from pyggml.runtime import places
-from pyggml.runtime.plan import Plan, compile
+from pyggml.runtime.compile import compile
+from pyggml.runtime.plan import Plan
 from pyggml.runtime.store import Store
 
 MIB = 2**20
@@ -75,7 +76,7 @@ def _faults(case: GraphCase, builder: Builder, backend: str) -> Iterator[str]:
             if turn == 0:
                 plan.bind({k: given[k] for k in text.words("bind") if k in given})
             given = {k: a for k, a in given.items() if k not in text.words("bind")}
-            outputs = plan.run(given, repeat=int(text.attrs.get("repeat", 1)))
+            outputs = plan.repeat(int(text.attrs.get("repeat", 1)), given)
             judge = Judge(builder, text, held, _noise(builder, text, backend))
             where = f"plan {number}, round {turn}"
             yield from (f"{where}, {fault}" for fault in judge.outputs(outputs))
