@@ -236,30 +236,11 @@ def _start(a: Node, offset: int) -> Ne:
 
 def root_of(node: Node) -> Node:
     """The tensor whose memory `node` looks at, through views and writes."""
-    while node.op.view is not None or node.op.writes is not None:
-        source = node.src[node.op.writes or 0]
-        assert source is not None
-        node = source
-    return node
-
-
-def offset_of(node: Node) -> int:
-    """Byte offset of `node` inside its root, in the layout that `nb` speaks of."""
-    offset = 0
-    # A whole state begins at 0 whatever it looks at: chains of writes stay linear.
-    while node.op is not state_of and (node.op.view is not None or node.op.writes is not None):
-        source = node.src[node.op.writes or 0]
-        assert source is not None
-        if node.op.view is not None:
-            looked = node.op.view(node, source.nb)
-            assert looked is not None
-            offset += looked[0]
-        node = source
-    return offset
+    return node.root
 
 
 def _state_view(node: Node, nb: Ne) -> tuple[int, Ne]:
-    return -offset_of(node["a"]), root_of(node["a"]).nb
+    return -node["a"].offset, node["a"].root.nb
 
 
 @op(view=_state_view)

@@ -12,11 +12,14 @@ Rebuild = Callable[[Node, tuple[Node | None, ...]], Node]
 
 
 def toposort(
-    roots: Iterable[Node], before: Mapping[Node, tuple[Node, ...]] | None = None
+    roots: Iterable[Node],
+    before: Mapping[Node, tuple[Node, ...]] | None = None,
+    stop: Callable[[Node], bool] | None = None,
 ) -> tuple[Node, ...]:
     """Every node that `roots` need, sources first, depth first and left to right.
 
-    before  further edges: nodes that must stand before the key. GraphError on a cycle.
+    before  further edges: nodes that must stand before the key. GraphError on a cycle
+    stop    where to end: such nodes are in the order, what only they need is not
     """
     order: list[Node] = []
     done: dict[Node, bool] = {}  # False while a node waits for its sources
@@ -28,6 +31,10 @@ def toposort(
             order.append(node)
             continue
         if node in done:
+            continue
+        if stop is not None and stop(node):
+            done[node] = True
+            order.append(node)
             continue
         done[node] = False
         stack.append((node, True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from pyggml.node import Axis, Cut, Node, Op, Spec
@@ -36,6 +36,16 @@ class Chain:
     dim: int
     axis: int
     maps: tuple[Cut, ...]
+
+    def then(self, cut: Cut) -> Chain:
+        """One more cut. Cuts that change nothing are left out: deep graphs have long chains."""
+        step = replace(cut, axis=0)  # what it does to a start, whatever the axis
+        maps = (*self.maps, step)
+        if step == Cut(0):
+            maps = self.maps
+        elif maps[-2:] == (Cut(0, mul=step.div), step):  # (i * n) // n
+            maps = self.maps[:-1]
+        return Chain(self.dim, cut.axis, maps)
 
     def at(self, start: int) -> int:
         for cut in self.maps:

@@ -40,15 +40,19 @@ class Node(Arithmetic):
     `node["mask"]` is the source that the op calls `mask`; `node.get("mask")` is None without one.
     `ne` is ggml's order, `shape` NumPy's. `nb` are the byte strides that the tensor has if nothing
     but its own views moved it: they say what is contiguous, never where bytes are.
+    `offset` is the byte offset in `root` under those strides.
     """
 
-    __slots__ = ("__weakref__", "attrs", "nb", "op", "spec", "src")
+    __slots__ = ("__weakref__", "_base", "_root", "attrs", "nb", "offset", "op", "spec", "src")
 
     op: Op[Any]
     src: tuple[Node | None, ...]
     attrs: Attrs
     spec: Spec
     nb: Ne
+    offset: int
+    _base: Node | None  # None for itself: a node must not hold itself alive
+    _root: Node | None
 
     def __init__(
         self, op: Op[Any], src: tuple[Node | None, ...], attrs: Attrs, spec: Spec, nb: Ne
@@ -59,6 +63,11 @@ class Node(Arithmetic):
         put(self, "attrs", attrs)
         put(self, "spec", spec)
         put(self, "nb", nb)
+        put(self, "offset", 0)
+        shown = src[0] if op.view is not None else None
+        target = shown if op.writes is None else src[op.writes]
+        put(self, "_base", None if shown is None else shown.base)
+        put(self, "_root", None if target is None else target.root)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"nodes are frozen: cannot set {name!r}; build a new node")
@@ -92,6 +101,16 @@ class Node(Arithmetic):
     def dtype(self) -> DType:
         """The type of its elements; `.name` is ggml's name, "q8_0"."""
         return self.spec.dtype
+
+    @property
+    def base(self) -> Node:
+        """The node whose values this one shows: through views, not through writes."""
+        return self if self._base is None else self._base
+
+    @property
+    def root(self) -> Node:
+        """The node whose memory this one is in: through views and writes."""
+        return self if self._root is None else self._root
 
     @property
     def contiguous(self) -> bool:
@@ -340,8 +359,12 @@ class Op(Generic[P]):
                 error = ShapeError("the source is not contiguous there; use cont(a) first")
                 raise self._located(error, src)
             object.__setattr__(node, "nb", looked[1])
+            object.__setattr__(node, "offset", src[0].offset + looked[0])
         elif self.writes is not None:
-            object.__setattr__(node, "nb", src[self.writes].nb)  # type: ignore[union-attr]
+            target = src[self.writes]
+            assert target is not None
+            object.__setattr__(node, "nb", target.nb)
+            object.__setattr__(node, "offset", target.offset)
         if not self.leaf:
             interned[key] = node
         if line:

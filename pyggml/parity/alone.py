@@ -91,15 +91,17 @@ def alone(node: Node) -> Alone:
 
 def _seen(node: Node, leaves: Mapping[Node, Node]) -> Node:
     """`node`, a source, over the leaf of its root: what was written stands there already."""
-    while node.op.writes is not None:
-        target = node.src[node.op.writes]
-        assert target is not None
-        node = target
-    if node in leaves:
-        return leaves[node]
-    if node.op is state_of:
-        return leaves[root_of(node)]
-    return rebuilt(node, tuple(None if s is None else _seen(s, leaves) for s in node.src))
+    views = []
+    while node not in leaves and node.op is not state_of:
+        if node.op.view is not None:
+            views.append(node)
+        source = node.src[node.op.writes or 0]
+        assert source is not None
+        node = source
+    made = leaves[node.root]
+    for view in reversed(views):
+        made = rebuilt(view, (made,))
+    return made
 
 
 def run_with(plan: Plan, leaves: Values) -> dict[str, Array]:

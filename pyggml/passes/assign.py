@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from pyggml.backends.base import Backend
 from pyggml.errors import GraphError, UnsupportedOpError
-from pyggml.graph import Graph, rebuilt
+from pyggml.graph import Graph, rebuilt, toposort
 from pyggml.loop import loop_op
 from pyggml.node import Node, cost_of, inherit, label_of, line_of, stand_at
 from pyggml.ops.leaf import constant_op, state_op
@@ -222,13 +222,9 @@ def _in_parts(node: Node, settle: Callable[[Node, Node], Node]) -> Node:
             f"its shape rule {node.spec}"
         )
     done = {s: s for s in node.src if s is not None}
-
-    def visit(part: Node) -> Node:
+    for part in toposort([meant], stop=frozenset(done).__contains__):
         if part not in done:
-            src = tuple(None if s is None else visit(s) for s in part.src)
-            new = rebuilt(stand_at(part, node), src)
+            new = rebuilt(stand_at(part, node), tuple(s and done[s] for s in part.src))
             simple = new.op.leaf or new.op.view is not None
             done[part] = inherit(new if simple else settle(new, part), part)
-        return done[part]
-
-    return visit(meant)
+    return done[meant]

@@ -22,15 +22,7 @@ WALKS = 4
 
 def bases(node: Node) -> Iterator[Node]:
     """What the sources of `node` are, or look at through views."""
-    return (base_of(source) for source in node.src if source is not None)
-
-
-def base_of(node: Node) -> Node:
-    """The node whose values `node` looks at: through views, not through writes."""
-    while node.op.view is not None:
-        assert node.src[0] is not None
-        node = node.src[0]
-    return node
+    return (source.base for source in node.src if source is not None)
 
 
 # -- what may move ------------------------------------------------------------------------------
@@ -146,7 +138,7 @@ class _Crossing:
 
     def cross(self, node: Node) -> None:
         """Make the new form of a node that is no view; views are made where they are read."""
-        if node.op.view is not None and node.op is not state_of:
+        if _looks(node):
             return
         home = self.work.home(node)
         src = tuple(None if s is None else self.on(s, home) for s in node.src)
@@ -159,18 +151,20 @@ class _Crossing:
 
     def on(self, node: Node, backend: Backend) -> Node:
         """The node as `backend` reads it."""
-        key = node, backend.device
-        if key not in self.brought:
-            if node.op.view is not None and node.op is not state_of:
-                assert node.src[0] is not None
-                made = inherit(self._view(node, self.on(node.src[0], backend)), node)
-                self.homes[made] = backend
-            elif self.work.home(node).device == backend.device:
-                made = self.new[node]
-            else:
-                made = self._transfer(node, backend)
-            self.brought[key] = made
-        return self.brought[key]
+        views = []
+        while _looks(node) and (node, backend.device) not in self.brought:
+            views.append(node)
+            node = _shown(node)
+        made = self.brought.get((node, backend.device))
+        if made is None:
+            here = self.work.home(node).device == backend.device
+            made = self.new[node] if here else self._transfer(node, backend)
+            self.brought[node, backend.device] = made
+        for node in reversed(views):
+            made = inherit(self._view(node, made), node)
+            self.homes[made] = backend
+            self.brought[node, backend.device] = made
+        return made
 
     def _view(self, node: Node, source: Node) -> Node:
         """The view `node` over `source`, which may be a transfer of the rows that are read."""
@@ -205,6 +199,17 @@ class _Crossing:
         return node.op is input_op
 
 
+def _looks(node: Node) -> bool:
+    """Whether the node is a view that each device can take for itself."""
+    return node.op.view is not None and node.op is not state_of
+
+
+def _shown(view: Node) -> Node:
+    """What a view looks at."""
+    assert view.src[0] is not None
+    return view.src[0]
+
+
 def _outermost(node: Node) -> int:
     """The last axis with more than one element: parts along it lie together."""
     return max((axis for axis in range(4) if node.ne[axis] > 1), default=0)
@@ -213,17 +218,20 @@ def _outermost(node: Node) -> int:
 def _rows_read(work: Work) -> dict[tuple[Node | None, str], tuple[int, int]]:
     """(node, device) -> the rows along its outermost axis, from and to, that are read there."""
     found: dict[tuple[Node | None, str], tuple[int, int]] = {}
+    first: dict[Node, Node] = {}  # view -> the view by which it looks at its base
     for node in work.graph.nodes:
-        if node.op.view is not None and node.op is not state_of:
+        if _looks(node):
+            first[node] = first.get(_shown(node), node)
             continue
         device = work.home(node).device
         for source in node.src:
-            first = base = source
-            while base is not None and base.op.view is not None and base.op is not state_of:
-                first, base = base, base.src[0]
-            if first is None or base is None or base.op in (constant_op, input_op):
+            if source is None:
                 continue
-            low, high = _rows(first, base)
+            view = first.get(source, source)
+            base = _shown(view) if _looks(view) else view
+            if base.op in (constant_op, input_op):
+                continue
+            low, high = _rows(view, base)
             before = found.get((base, device), (low, high))
             found[base, device] = min(low, before[0]), max(high, before[1])
     return found

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 
 from pyggml.backends.base import Backend
 from pyggml.errors import BudgetError
@@ -115,20 +114,17 @@ def _expanded(sources: Iterable[Node | None], derived: set[Node]) -> set[Node]:
 def _scores(top: Node) -> set[Node] | None:
     """The softmax and the tensors before it, back to a product; None where there is no product."""
 
-    @cache
-    def back(node: Node | None) -> set[Node] | None:
-        if node is None:
-            return None
-        if node.op is mul_mat:
-            return {node}
-        if node.op.view is None and node.op not in (scale, add, tanh, cast, cont):
-            return None
-        ways = [way for way in map(back, node.src) if way is not None]
-        own = set() if node.op.view is not None else {node}
-        return own.union(*ways) if ways else None
+    def ends(node: Node) -> bool:
+        return node.op.view is None and node.op not in (scale, add, tanh, cast, cont)
 
-    way = back(top.src[0])
-    return None if way is None else way | {top}
+    ways: set[Node] = set()  # on a way from a product to the softmax
+    assert top.src[0] is not None
+    for node in toposort([top.src[0]], stop=ends):
+        if node.op is mul_mat or (not ends(node) and any(s in ways for s in node.src)):
+            ways.add(node)
+    if top.src[0] not in ways:
+        return None
+    return {node for node in ways if node.op.view is None} | {top}
 
 
 def _copies(node: Node | None, top: Node) -> set[Node]:
@@ -144,19 +140,20 @@ def _copies(node: Node | None, top: Node) -> set[Node]:
 def _result_axis(out: Node, port: int, top: Node, axis: int) -> int | None:
     """The axis of `out` that walks along `axis` of `top`, which its source `port` shows."""
 
-    def lands(node: Node, here: Axis) -> bool:
-        if node is top:
-            return here == axis
-        rule = slice_of(node, here, node.ne[here]) if isinstance(here, int) else None
-        if rule is None:
-            return False
-        at = port if node is out else 0
-        source, step = node.src[at], rule.cuts[at]
-        return step is not None and source is not None and lands(source, step.axis)
+    def lands(here: int) -> bool:
+        node = out
+        while node is not top:
+            rule = slice_of(node, here, node.ne[here])
+            at = port if node is out else 0
+            source, step = node.src[at], None if rule is None else rule.cuts[at]
+            if step is None or source is None:
+                return False
+            node, here = source, step.axis
+        return here == axis
 
     if top.ne[axis] == 1:
         return None
-    return next((a for a in range(4) if lands(out, a)), None)
+    return next((a for a in range(4) if lands(a)), None)
 
 
 # -- how it is cut ----------------------------------------------------------------------------

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any, TypeAlias, TypeVar
 
 from pyggml.errors import ShapeError
-from pyggml.graph import rebuilt
+from pyggml.graph import rebuilt, toposort
 from pyggml.loop import Body, Chain, Dim, Loop, Shift, Take, make_loop
 from pyggml.node import Axis, Node, Slice, Spec, inherit, slice_of
 from pyggml.ops.attention import flash_attn_ext
@@ -15,6 +16,8 @@ from pyggml.ops.leaf import piece_op
 from pyggml.ops.merge import lse_finish, lse_sum
 
 Cuts = Sequence[tuple[Axis, int]]
+T = TypeVar("T")
+Steps: TypeAlias = Generator[Any, Any, T]
 
 
 @dataclass(frozen=True)
@@ -34,19 +37,15 @@ class Region:
     @cached_property
     def inside(self) -> tuple[Node, ...]:
         """Nodes that a body computes: `out`, the counted ones and the views between, in order."""
-        useful: dict[Node, bool] = {}
+        inside: dict[Node, None] = {}
+        for node in toposort([self.out], stop=self._ends):
+            counts = node is self.out or node in self.counted
+            if counts or (not self._ends(node) and any(s in inside for s in node.src)):
+                inside[node] = None
+        return tuple(inside)
 
-        def visit(node: Node) -> bool:
-            if node not in useful:
-                below = [visit(s) for s in node.src if s is not None] if self._passes(node) else []
-                useful[node] = node in self.counted or node is self.out or any(below)
-            return useful[node]
-
-        visit(self.out)
-        return tuple(node for node, use in useful.items() if use)
-
-    def _passes(self, node: Node) -> bool:
-        return node is self.out or node in self.counted or node.op.view is not None
+    def _ends(self, node: Node) -> bool:
+        return node is not self.out and node not in self.counted and node.op.view is None
 
     def extent(self, axis: Axis) -> int:
         """Elements of `out` along `axis`; for a reduction the length of what it reduces."""
@@ -122,6 +121,21 @@ def _mergeable(out: Node) -> Node:
 # -- bodies -----------------------------------------------------------------------------------
 
 
+def _unwound(call: Steps[T]) -> T:
+    """The result of a recursive generator, in which `yield f(x)` is a call: regions are deep."""
+    calls: list[Steps[Any]] = [call]
+    result: Any = None
+    while calls:
+        try:
+            calls.append(calls[-1].send(result))
+            result = None
+        except StopIteration as end:
+            calls.pop()
+            result = end.value
+    made: T = result
+    return made
+
+
 class _Uncuttable(Exception):
     """A later dimension meets a tensor that it cannot cut."""
 
@@ -165,7 +179,7 @@ class _Cutter:
         if rule is None:
             return None
         start = Chain(self.dim, axis if isinstance(axis, int) else -1, ())
-        made = self._apply(out, rule, start, n)
+        made = _unwound(self._apply(out, rule, start, n))
         if made is None:
             return None
         for shift in self.body.shifts:
@@ -174,14 +188,14 @@ class _Cutter:
 
     def uncut(self) -> _Piece:
         """The body of a loop of one piece: everything as it is."""
-        out = self._copy(self.body.out)
+        out = _unwound(self._copy(self.body.out))
         return _Piece(out, self.takes, (), self._counted())
 
     def _counted(self) -> set[Node]:
         """What stands in the new body for the counted nodes of the old one."""
         return self.pieces.union(*(self.new_of.get(old, ()) for old in self.body.counted))
 
-    def _apply(self, node: Node, rule: Slice, chain: Chain, n: int) -> Node | None:
+    def _apply(self, node: Node, rule: Slice, chain: Chain, n: int) -> Steps[Node | None]:
         """`node` for a piece: sources cut as the rule says, attributes changed."""
         src: list[Node | None] = []
         for source, step in zip(node.src, rule.cuts):
@@ -189,12 +203,11 @@ class _Cutter:
                 src.append(None)
                 continue
             if step is None:
-                src.append(self._whole(source))
+                src.append((yield self._whole(source)))
                 continue
             extent = max(1, n * step.mul // step.div)
             extent = min(extent, step.mod) if step.mod else extent
-            grown = Chain(chain.dim, step.axis, (*chain.maps, step))
-            src.append(self._part(source, grown, extent))
+            src.append((yield self._part(source, chain.then(step), extent)))
         try:
             made = inherit(node.op(*src, **{**node.attrs, **rule.attrs}), node)
         except ShapeError:
@@ -203,7 +216,7 @@ class _Cutter:
         self.shifts += [Shift(made, key, per, chain) for key, per in rule.shift.items()]
         return made
 
-    def _part(self, node: Node, chain: Chain, extent: int) -> Node:
+    def _part(self, node: Node, chain: Chain, extent: int) -> Steps[Node]:
         """The part of `node` where `chain` leads: computed in the body, or taken from outside."""
         key = (node, chain, extent)
         if key in self.memo:
@@ -211,7 +224,8 @@ class _Cutter:
         made = None
         if node in self.inside:
             rule = slice_of(node, chain.axis, extent)
-            made = None if rule is None else self._apply(node, rule, chain, extent)
+            if rule is not None:
+                made = yield self._apply(node, rule, chain, extent)
             if made is None and not self.first:
                 raise _Uncuttable
         if made is None:
@@ -219,15 +233,19 @@ class _Cutter:
         self.memo[key] = made
         return made
 
-    def _whole(self, node: Node) -> Node:
+    def _whole(self, node: Node) -> Steps[Node]:
         key = (node, None, 0)
         if key not in self.memo:
             keep = node in self.inside and not self.first
-            self.memo[key] = self._copy(node) if keep else self._take(node, None, 0)
+            self.memo[key] = (yield self._copy(node)) if keep else self._take(node, None, 0)
         return self.memo[key]
 
-    def _copy(self, node: Node) -> Node:
-        made = rebuilt(node, tuple(None if s is None else self._whole(s) for s in node.src))
+    def _copy(self, node: Node) -> Steps[Node]:
+        src: list[Node | None] = []
+        for source in node.src:
+            whole = None if source is None else (yield self._whole(source))
+            src.append(whole)
+        made = rebuilt(node, tuple(src))
         self.new_of.setdefault(node, []).append(inherit(made, node))
         return made
 

@@ -56,13 +56,15 @@ def lower(
 def _kept(run: Sequence[Node], roots: Collection[Node], users: Users) -> set[Node]:
     """Nodes of a run that something outside it reads, through views too."""
     mine = set(run)
-
-    def leaves(node: Node) -> bool:
-        return node in roots or any(
-            leaves(user) if user.op.view is not None else user not in mine for user in users[node]
-        )
-
-    return {node for node in run if leaves(node)}
+    kept = set()
+    for node in run:
+        shown = [node]  # the node and its views
+        for view in shown:
+            if view in roots or any(u.op.view is None and u not in mine for u in users[view]):
+                kept.add(node)
+                break
+            shown += [user for user in users[view] if user.op.view is not None]
+    return kept
 
 
 def _lower_loop(node: Node, backend: Backend, scores: Collection[Node], fuse: bool) -> Step:

@@ -291,9 +291,12 @@ def _owners(nodes: Sequence[Node], outside: Collection[Node]) -> dict[Node, Node
 
 def _viewable(node: Node, nb: Ne, views: Mapping[Node, list[Node]]) -> bool:
     """Whether every view of `node` still works with these strides."""
-    for view in views.get(node, ()):
-        assert view.op.view is not None
-        looked = view.op.view(view, nb)
-        if looked is None or not _viewable(view, looked[1], views):
-            return False
+    shown = [(node, nb)]
+    for source, strides in shown:
+        for view in views.get(source, ()):
+            assert view.op.view is not None
+            looked = view.op.view(view, strides)
+            if looked is None:
+                return False
+            shown.append((view, looked[1]))
     return True

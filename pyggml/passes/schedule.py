@@ -10,7 +10,7 @@ from pyggml.backends.base import Backend, Step, own_nodes
 from pyggml.graph import toposort
 from pyggml.node import Node
 from pyggml.ops.leaf import constant_op
-from pyggml.passes.borders import base_of, bases
+from pyggml.passes.borders import bases
 from pyggml.passes.lowering import lower
 from pyggml.passes.states import state_edges
 from pyggml.passes.work import Split, Work
@@ -51,7 +51,7 @@ def _in_runs(work: Work, order: Sequence[Node], edges: Edges) -> tuple[Node, ...
         for source in bases(node):
             if source.op is transfer:
                 readers.setdefault(source, []).append(node)
-                source = base_of(origin(source))
+                source = origin(source).base
             if source in number:
                 needs[node].add(source)
     for write, before in edges.items():
@@ -85,12 +85,7 @@ def _in_runs(work: Work, order: Sequence[Node], edges: Edges) -> tuple[Node, ...
 
 def _emit(node: Node, made: dict[Node, None]) -> None:
     """`node` after the views, transfers and leaves that it reads."""
-    if node in made:
-        return
-    for source in node.src:
-        if source is not None and source not in made:
-            _emit(source, made)
-    made[node] = None
+    made.update(dict.fromkeys(toposort([node], stop=made.__contains__)))
 
 
 # -- splits -----------------------------------------------------------------------------------
@@ -139,7 +134,7 @@ def _with_waits(work: Work, splits: Sequence[Split]) -> Iterator[Split]:
         mine = split.backend.device
         waits: dict[str, int] = {}
         for step in split.copies:
-            source = base_of(origin(step.node))
+            source = origin(step.node).base
             device = work.home(source).device
             if source in made:
                 waits[device] = max(made[source], waits.get(device, 0))

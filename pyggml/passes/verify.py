@@ -44,10 +44,7 @@ def _steps(steps: Iterable[Step], known: set[Node]) -> None:
     known = set(known)
     for step in steps:
         for read in step.reads:
-            root = read
-            while root not in known and root.op.view is not None and root.src[0] is not None:
-                root = root.src[0]
-            if root not in known:
+            if read not in known and read.base not in known:
                 raise GraphError(f"the step of {step.node!r} reads {read!r} before it is made")
         known.update(step.nodes)
         for body in step.bodies:

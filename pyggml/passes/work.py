@@ -97,10 +97,7 @@ class Work:
     def home(self, node: Node) -> Backend:
         """The backend on which `node` is made or kept."""
         found = self.homes.get(node)
-        while found is None and node.op.view is not None and node.src[0] is not None:
-            node = node.src[0]
-            found = self.homes.get(node)
-        return self.backends[0] if found is None else found
+        return found or self.homes.get(node.base) or self.backends[0]
 
     def pinned(self, node: Node) -> Backend | None:
         """Where the first pin that matches a label of `node` puts it."""
