@@ -9,8 +9,9 @@ from dataclasses import replace
 from pyggml.node import rewriting
 from pyggml.passes.assign import assign
 from pyggml.passes.borders import cross_borders
-from pyggml.passes.budget import apply_budget, score_tensors
+from pyggml.passes.budget import apply_budget
 from pyggml.passes.placement import place
+from pyggml.passes.regions import score_tensors
 from pyggml.passes.schedule import lower_nodes, order_nodes
 from pyggml.passes.states import keep_outputs
 from pyggml.passes.verify import verify, verifying

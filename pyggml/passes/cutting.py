@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 from typing import Any, TypeAlias, TypeVar
 
 from pyggml.errors import ShapeError
 from pyggml.graph import rebuilt, toposort
-from pyggml.loop import Body, Chain, Dim, Loop, Shift, Take, make_loop
+from pyggml.loop import Body, Chain, Dim, Loop, Shift, Take, loop_op, make_loop
 from pyggml.node import Axis, Node, Slice, Spec, inherit, slice_of
 from pyggml.ops.attention import flash_attn_ext
 from pyggml.ops.leaf import piece_op
@@ -28,24 +29,35 @@ class Region:
     counted  tensors between the region's sources and `out` (never `out` itself)
     ways     how `out` may be cut, preferred first: axes, all but the last one into single
              elements; a reduction by its name
+    early    nodes that cannot wait until `out` is made: they read a state that is written before
     """
 
     out: Node
     counted: frozenset[Node]
     ways: tuple[tuple[Axis, ...], ...]
+    early: frozenset[Node] = frozenset()
 
     @cached_property
     def inside(self) -> tuple[Node, ...]:
         """Nodes that a body computes: `out`, the counted ones and the views between, in order."""
         inside: dict[Node, None] = {}
         for node in toposort([self.out], stop=self._ends):
-            counts = node is self.out or node in self.counted
-            if counts or (not self._ends(node) and any(s in inside for s in node.src)):
+            if self._ends(node):
+                continue
+            if node.op.view is None or any(s in inside for s in node.src):
                 inside[node] = None
         return tuple(inside)
 
     def _ends(self, node: Node) -> bool:
-        return node is not self.out and node not in self.counted and node.op.view is None
+        """Whether the loop takes the node from outside. Loops do not stand in loops."""
+        if node is self.out:
+            return False
+        taken = node in self.early or node.op is loop_op
+        return taken or (node not in self.counted and node.op.view is None)
+
+    def pieces(self, cuts: Cuts) -> int:
+        """How many pieces `cuts` gives."""
+        return prod(-(-self.extent(axis) // step) for axis, step in cuts)
 
     def extent(self, axis: Axis) -> int:
         """Elements of `out` along `axis`; for a reduction the length of what it reduces."""
@@ -61,7 +73,11 @@ class Region:
 
     def mapped(self, new: Mapping[Node, Node]) -> Region:
         """The region over rewritten nodes."""
-        return Region(new[self.out], frozenset(new[n] for n in self.counted), self.ways)
+        counted, early = (
+            frozenset(new[node] for node in nodes if node in new)
+            for nodes in (self.counted, self.early)
+        )
+        return Region(new[self.out], counted, self.ways, early)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +96,7 @@ def structure(region: Region) -> object:
     def number(node: Node) -> int:
         if node not in index:
             index[node] = len(index)
-            rows.append((node.spec, node.nb))
+            rows.append((node.spec, node.nb, node in region.counted))
         return index[node]
 
     for node in region.inside:

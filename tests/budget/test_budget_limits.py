@@ -14,8 +14,8 @@ from checks import MIB, Case, compiled, counts, least_of, loops
 import pyggml as gg
 from pyggml import backends, passes
 from pyggml.graph import Graph
-from pyggml.passes.budget import regions
 from pyggml.passes.cutting import cut
+from pyggml.passes.regions import regions
 from pyggml.passes.work import Work
 
 KINDS = [Scores(6, 2, 9, 61, mask=(3, 1)), Latent(4, 9, 211, cache="f16")]
