@@ -19,7 +19,7 @@ from pyggml.ops.rules import (
     want_readable,
     want_type,
 )
-from pyggml.ops.views import resized, root_of
+from pyggml.ops.views import resized
 from pyggml.quants import ENCODABLE
 
 __all__ = ["cast", "concat", "cont", "cpy", "get_rows", "repeat", "set_rows"]
@@ -62,7 +62,7 @@ def _(node: Node, axis: Axis, n: int) -> Slice | None:
 
 
 def _want_state(what: str, node: Node) -> None:
-    if root_of(node).op is not state_op:
+    if node.root.op is not state_op:
         raise ShapeError(f"{what} must be a state or a view of one: nothing else can be written")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -234,9 +235,9 @@ def _start(a: Node, offset: int) -> Ne:
     return _full((start[0] * a.dtype.block, *start[1:]), 0)
 
 
-def root_of(node: Node) -> Node:
-    """The tensor whose memory `node` looks at, through views and writes."""
-    return node.root
+def bases(node: Node) -> Iterator[Node]:
+    """The bases of the sources of `node`."""
+    return (source.base for source in node.src if source is not None)
 
 
 def _state_view(node: Node, nb: Ne) -> tuple[int, Ne]:
@@ -249,7 +250,7 @@ def state_of(a: Node) -> Spec:
 
     After `h = cpy(x, view(cache, ...))`, `state_of(h)` is the cache with x in it.
     """
-    root = root_of(a)
+    root = a.root
     if root.op is not state_op:
         raise ShapeError(f"a is part of {root!r}, which is not a state")
     return root.spec

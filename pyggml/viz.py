@@ -134,7 +134,7 @@ def _splits(plan: Plan) -> dict[Node, int]:
         if node in splits:
             continue
         source = node.src[0] if node.op.view is not None else None
-        if source is not None and not is_resident(root_of(node)):
+        if source is not None and not is_resident(node.root):
             splits[node] = splits[source]
             continue
         home = plan._work.home(node).device

@@ -15,7 +15,6 @@ from typing import Any
 from pyggml.backends.cuda.launch import Call
 from pyggml.node import Node, Op
 from pyggml.ops.leaf import state_op
-from pyggml.ops.views import root_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +72,10 @@ class Run:
 
     def _changed(self, node: Node, place: int, inside: Collection[Node]) -> bool:
         """Whether a state that `node` reads would be another at `place`."""
-        states = {root_of(s) for s in node.src if s is not None and root_of(s).op is state_op}
+        states = {s.root for s in node.src if s is not None and s.root.op is state_op}
         first, last = sorted((self.number.get(node, place), place))
         return bool(states) and any(
-            other.op.writes is not None and other not in inside and root_of(other) in states
+            other.op.writes is not None and other not in inside and other.root in states
             for other in self.nodes[first : last + 1]
         )
 

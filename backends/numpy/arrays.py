@@ -18,7 +18,6 @@ from pyggml.backends.host_memory import Array, Packed, Scratch, aligned
 from pyggml.dtypes import F32, TYPES, DType
 from pyggml.errors import IdError
 from pyggml.node import Node
-from pyggml.ops.views import root_of
 from pyggml.quants import decode, encode, work_bytes
 from pyggml.quants.common import pieces as pieces
 
@@ -95,7 +94,7 @@ def is_ready(node: Node) -> bool:
     if node.dtype is not F32:
         return False
     # A tensor may be placed inside a wider one: then only elements of one row are side by side.
-    sure = root_of(node).ne[0] > 1
+    sure = node.root.ne[0] > 1
     fits = (nb0 == 4 and nb1 >= 4 * n0) or (nb1 == 4 and nb0 >= 4 * n1)
     return 1 in (n0, n1) or (sure and fits)
 

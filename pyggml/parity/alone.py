@@ -14,7 +14,6 @@ from pyggml.graph import Graph, rebuilt
 from pyggml.node import Node, inherit, label_of
 from pyggml.ops import input, state_of
 from pyggml.ops.leaf import constant_op, data_of, input_op, state_op
-from pyggml.ops.views import root_of
 from pyggml.parity.case import Case, Source
 from pyggml.parity.check import numeric_class
 from pyggml.quants import decode_rows
@@ -59,7 +58,7 @@ class Alone:
     def _case(self, values: Values) -> Case:
         """The node as a case, as far as bounds depend on it: types, and how far positions go."""
         sources = [
-            None if s is None else Source(s.dtype.name, s.ne, f"<{_largest(values[root_of(s)])}")
+            None if s is None else Source(s.dtype.name, s.ne, f"<{_largest(values[s.root])}")
             for s in self.node.src
         ]
         return Case(self.node.op.name, tuple(sources), self.node.attrs)
@@ -71,7 +70,7 @@ def _largest(array: Array) -> int:
 
 def alone(node: Node) -> Alone:
     """`node` over leaves. Strides of what it sees are those in its graph."""
-    roots = {root_of(s): None for s in node.src if s is not None}
+    roots = {s.root: None for s in node.src if s is not None}
     taken = {root.attrs["name"] for root in roots if root.op.leaf}
     leaves: dict[Node, Node] = {}
     for root in roots:
@@ -86,7 +85,7 @@ def alone(node: Node) -> Alone:
     made = inherit(rebuilt(node, src), node)
     if node.op.writes is None:
         return Alone(node, made, leaves, None)
-    return Alone(node, state_of(made), leaves, root_of(node))
+    return Alone(node, state_of(made), leaves, node.root)
 
 
 def _seen(node: Node, leaves: Mapping[Node, Node]) -> Node:

@@ -14,7 +14,7 @@ from pyggml.parity.case import Source
 from pyggml.parity.fuzz_blocks import BLOCKS
 from pyggml.parity.fuzz_draw import Draw
 from pyggml.parity.graph_case import Builder, GraphCase, PlanText, Statement, graph_of
-from pyggml.passes.states import state_edges
+from pyggml.passes.order import state_edges
 
 #: Elements of the largest tensor that single ops make.
 MOST = 4096

@@ -20,7 +20,7 @@ from pyggml.parity.check import numeric_class
 from pyggml.parity.graph_case import Builder, GraphCase, PlanText, built, graph_of
 from pyggml.parity.graph_values import reached, runs
 from pyggml.parity.values import Array, decoded
-from pyggml.passes.states import state_edges
+from pyggml.passes.order import state_edges
 from pyggml.runtime import places
 from pyggml.runtime.compile import compile
 from pyggml.runtime.plan import Plan

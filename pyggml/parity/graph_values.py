@@ -10,7 +10,6 @@ import numpy as np
 
 from pyggml.errors import PyggmlError
 from pyggml.node import Node
-from pyggml.ops.views import root_of
 from pyggml.parity import oracle
 from pyggml.parity.graph_case import Builder, PlanText, Statement
 from pyggml.parity.values import Array, decoded
@@ -66,7 +65,7 @@ class Evaluation:
         if statement.op == "state_of":
             source = sources[0]
             assert source is not None and source.content is not None
-            shape = root_of(node).ne[::-1]
+            shape = node.root.ne[::-1]
             index = np.arange(source.content.size).reshape(shape)
             return Value(source.content.reshape(shape), source.content, index)
         array = oracle.run(statement.op, _arrays(sources), **statement.attrs)
@@ -138,7 +137,7 @@ def after(builder: Builder, plan: PlanText, run: Evaluation) -> dict[str, Array]
         node = builder.nodes[statement.name]
         if statement.name not in ran or not (statement.op == "state" or node.op.writes is not None):
             continue
-        root = root_of(node)
+        root = node.root
         content = run.values[statement.name].content
         if content is None:
             raise PyggmlError(f"{statement} writes what is no state")

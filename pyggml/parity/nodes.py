@@ -15,12 +15,11 @@ from numpy.typing import ArrayLike
 from pyggml.errors import DeviceError, GraphError, OutOfMemoryError, UnsupportedOpError
 from pyggml.graph import Graph, toposort
 from pyggml.node import Node, label_of, labels
-from pyggml.ops.views import root_of
 from pyggml.parity.alone import Alone, Array, Values, alone, contents, decoded, run_with
 from pyggml.parity.report import Report, Row, labelled
 from pyggml.parity.reproduce import write_script
 from pyggml.parity.tolerance import CLASSES, STORAGE, Comparison, within
-from pyggml.passes.states import state_edges
+from pyggml.passes.order import state_edges
 from pyggml.runtime.compile import compile
 from pyggml.runtime.places import parse
 
@@ -176,7 +175,7 @@ class Walk:
         ends = {f"output {key}": (node, node) for key, node in self.graph.outputs.items()}
         for node in self.order:
             if node.op.writes is not None:
-                ends[f"state {root_of(node).attrs['name']}"] = root_of(node), node
+                ends[f"state {node.root.attrs['name']}"] = node.root, node
         return ends
 
     def _run(self, place: str) -> dict[str, Array]:
@@ -214,7 +213,7 @@ def walk(
     keep   tensors whose values are left; those of others are let go after their last reader
     """
     last = {
-        root_of(source): node
+        source.root: node
         for node in order
         if not node.op.leaf and node.op.view is None
         for source in node.src
@@ -224,7 +223,7 @@ def walk(
     for node in order:
         if node.op.leaf or node.op.view is not None:
             continue
-        single, own = alone(node), root_of(node)
+        single, own = alone(node), node.root
         value = visit(single, values)
         if value is None:
             values.pop(own, None)  # of a state: what it holds is unknown from here on

@@ -4,68 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import copy_context
-from dataclasses import replace
+from functools import reduce
 
 from pyggml.node import rewriting
 from pyggml.passes.assign import assign
-from pyggml.passes.borders import cross_borders
-from pyggml.passes.budget import apply_budget
-from pyggml.passes.placement import place
-from pyggml.passes.regions import score_tensors
-from pyggml.passes.schedule import lower_nodes, order_nodes
-from pyggml.passes.states import keep_outputs
+from pyggml.passes.budget import within_budget
+from pyggml.passes.cross import cross
+from pyggml.passes.lower import lower
+from pyggml.passes.order import order
+from pyggml.passes.place import place
+from pyggml.passes.protect import protect
 from pyggml.passes.verify import verify, verifying
 from pyggml.passes.work import Work
 
+Pass = Callable[[Work], Work]
 
-def protect_outputs(work: Work) -> Work:
-    """Outputs that look at states which the run overwrites become copies."""
-    return replace(work, graph=keep_outputs(work.graph))
-
-
-def assign_ops(work: Work) -> Work:
-    """Every node gets a device; ops that it lacks are said in simpler ones."""
-    return assign(work)
-
-
-def split_attention(work: Work) -> Work:
-    """Computations whose attention memory exceeds the budget become loops."""
-    if work.amb is None:
-        return replace(work, scores=frozenset(score_tensors(work.graph)))
-    return apply_budget(work, finish)
-
-
-def place_tensors(work: Work) -> Work:
-    """Every tensor's place in an arena or in a leaf."""
-    alignments: dict[str, int] = {}
-    for backend in work.backends:
-        alignments[backend.device] = max(backend.alignment, alignments.get(backend.device, 1))
-    placed = place(
-        work.order,
-        work.steps,
-        frozenset(work.graph.roots),
-        frozenset(work.leaves),
-        work.scores,
-        alignments,
-        lambda node: work.home(node).device,
-    )
-    return replace(work, placement=placed)
-
-
-PIPELINE: tuple[Callable[[Work], Work], ...] = (
-    protect_outputs,
-    assign_ops,
-    split_attention,
-    cross_borders,
-    order_nodes,
-    lower_nodes,
-    place_tensors,
-)
+#: From a graph whose ops and loops are settled to places in memory.
+FINISH: tuple[Pass, ...] = (cross, order, lower, place)
 
 
 def finish(work: Work) -> Work:
-    """Borders, order, steps and places of a graph whose ops are settled."""
-    return place_tensors(lower_nodes(order_nodes(cross_borders(work))))
+    """The passes after the budget, which measures with them what a way to cut needs."""
+    return reduce(lambda work, step: step(work), FINISH, work)
+
+
+def budget(work: Work) -> Work:
+    """Attentions that need more memory than the budget become loops."""
+    return within_budget(work, finish)
+
+
+PIPELINE: tuple[Pass, ...] = (protect, assign, budget, *FINISH)
 
 
 def run(work: Work) -> Work:

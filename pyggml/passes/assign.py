@@ -7,7 +7,7 @@ was made. Where that device lacks the op, the op's meaning runs there before it 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from pyggml.backends.base import Backend
@@ -16,13 +16,17 @@ from pyggml.graph import Graph, rebuilt, toposort
 from pyggml.loop import loop_op
 from pyggml.node import Node, cost_of, inherit, label_of, line_of, stand_at
 from pyggml.ops.leaf import constant_op, state_op
-from pyggml.ops.views import root_of
-from pyggml.passes.borders import bases, fewer_copies, leaf_homes
+from pyggml.ops.views import bases
 from pyggml.passes.work import Expanded, Work
 
 #: Multiply-adds with each element of a weight, from which bringing it to a faster device pays:
 #: llama.cpp offloads a product from 32 rows on (for experts: 32 rows an expert).
 BORROWED = 32
+
+#: Walks over the graph in search of a better place for free nodes; one mostly is enough.
+WALKS = 4
+
+Homes = dict[Node, Backend]
 
 
 def assign(work: Work) -> Work:
@@ -56,7 +60,7 @@ class _Assigner:
             if node.op is state_op:
                 self._settle_state(node)
             elif node.op.writes is not None:
-                self.writers.setdefault(root_of(node), []).append(node)
+                self.writers.setdefault(node.root, []).append(node)
 
     def graph(self) -> Graph:
         """The user's graph over ops that run where they are."""
@@ -90,16 +94,16 @@ class _Assigner:
         """Where the node's pin, states, pinned sources or weights put it."""
         pin = self.work.pinned(node)
         if node.op.writes is not None:
-            home = self._state_home(root_of(node), node)
+            home = self._state_home(node.root, node)
             if pin is not None and pin.device != home.device:
                 raise GraphError(
                     f"{node!r} (at {line_of(node)}) is pinned to {pin.place}, but it writes the "
-                    f"state {label_of(root_of(node))}, which is on {home.place}; pin the state too"
+                    f"state {label_of(node.root)}, which is on {home.place}; pin the state too"
                 )
             return pin or home
         if pin is not None:
             return pin
-        roots = [root_of(s) for s in node.src if s is not None]
+        roots = [s.root for s in node.src if s is not None]
         leaves = [root for root in roots if root.op.leaf]
         for leaf in leaves:
             pin = self.work.pinned(leaf)
@@ -183,7 +187,7 @@ class _Assigner:
 
     def _scattered(self, node: Node, wanted: Backend, refusals: list[str], fixed: bool) -> Node:
         """The meaning with each part where it can run; UnsupportedOpError if one cannot."""
-        if node.op.writes is not None and self.work.pinned(root_of(node)) is None:
+        if node.op.writes is not None and self.work.pinned(node.root) is None:
             reasons = ((b.place, b.supports(node)) for b in self.work.backends)
             refusals = [f"{place}: {reason}" for place, reason in reasons if reason is not None]
         told = "; ".join(refusals)
@@ -228,3 +232,88 @@ def _in_parts(node: Node, settle: Callable[[Node, Node], Node]) -> Node:
             simple = new.op.leaf or new.op.view is not None
             done[part] = inherit(new if simple else settle(new, part), part)
     return done[meant]
+
+
+# -- nodes that may move, and leaves ----------------------------------------------------------
+
+
+def fewer_copies(
+    backends: Sequence[Backend],
+    graph: Graph,
+    homes: Mapping[Node, Backend],
+    free: Mapping[Node, Backend],
+) -> Homes:
+    """Homes with nodes that want nothing moved to where the fewest bytes are copied for them.
+
+    free  those nodes, and where each would be for the sake of its sources. They move only between
+          that device, the preferred one and those of their neighbours that are not free
+    """
+    found = dict(homes)
+    rank = {backend: i for i, backend in enumerate(backends)}
+    users: dict[Node, list[Node]] = {node: [] for node in found}
+    for node in graph.nodes:
+        if node in found and not node.op.leaf:
+            for base in bases(node):
+                if base in users:
+                    users[base].append(node)
+    order = [node for node in graph.nodes if node in free]
+    for walk in range(WALKS):
+        moved = False
+        for node in order[:: -1 if walk % 2 else 1]:
+            near = [*users[node], *(b for b in bases(node) if b in found)]
+            ways = {
+                found[node],
+                free[node],
+                backends[0],
+                *(found[n] for n in near if n not in free),
+            }
+            best = min(ways, key=lambda way: (_copied(node, way, found, users), rank[way]))
+            if best is not found[node] and best.supports(node) is None:
+                found[node], moved = best, True
+        if not moved:
+            break
+    return found
+
+
+def _copied(
+    node: Node, way: Backend, homes: Homes, users: Mapping[Node, list[Node]]
+) -> tuple[int, int]:
+    """Bytes that are copied because `node` is on `way`, and in how many copies."""
+    total = count = 0
+    for base in dict.fromkeys(bases(node)):
+        here = base in homes and homes[base].device != way.device and not base.op.leaf
+        if here and not any(homes[u].device == way.device for u in users[base] if u is not node):
+            total += base.spec.nbytes
+            count += 1
+    far = {homes[user].device for user in users[node]} - {way.device}
+    return total + len(far) * node.spec.nbytes, count + len(far)
+
+
+def leaf_homes(work: Work, graph: Graph, homes: Mapping[Node, Backend]) -> Homes:
+    """Homes of leaves: pinned, where the store has a state, else with the first user.
+
+    A weight pinned to a device where none of its readers runs is with the first of them too; on
+    the host it stays, and is brought to them.
+    """
+    found: Homes = {}
+    read: dict[Node, set[Backend]] = {}
+    for node in graph.nodes:
+        if node in homes and not node.op.leaf:
+            for base in bases(node):
+                read.setdefault(base, set()).add(homes[node])
+
+    def settle(leaf: Node, user: Backend) -> None:
+        if leaf.op.leaf and leaf not in homes and leaf not in found:
+            held = work.settled.get(leaf.attrs["name"]) if leaf.op is state_op else None
+            pin = work.pinned(leaf)
+            if pin is not None and pin not in read.get(leaf, {pin}) and leaf.op is constant_op:
+                pin = pin if pin.device == "host" else None
+            found[leaf] = held or pin or user
+
+    for node in graph.nodes:
+        if node in homes and not node.op.leaf:
+            for base in bases(node):
+                settle(base, homes[node])
+    for node in graph.nodes:  # what only an output looks at
+        settle(node, work.backends[0])
+    return found

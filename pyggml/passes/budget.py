@@ -12,9 +12,9 @@ from pyggml.errors import BudgetError
 from pyggml.graph import Graph, rebuilt, toposort
 from pyggml.loop import loop_of
 from pyggml.node import Axis, Node, label_of, line_of
-from pyggml.passes.cutting import Region, cut, standalone, structure
-from pyggml.passes.regions import regions
-from pyggml.passes.states import state_edges
+from pyggml.passes.cut import Region, cut, standalone, structure
+from pyggml.passes.order import state_edges
+from pyggml.passes.regions import regions, score_tensors
 from pyggml.passes.work import Work
 
 Finish = Callable[[Work], Work]
@@ -30,14 +30,15 @@ FINEST_KEYS = 32
 _MIB = 2**20
 
 
-def apply_budget(work: Work, finish: Finish) -> Work:
+def within_budget(work: Work, finish: Finish) -> Work:
     """Replace every attention that needs more than the budget by a loop over its pieces.
 
     Attentions with an output or an observed tensor inside are left whole, with a warning.
     BudgetError with the least budget where no pieces fit.
     """
     amb = work.amb
-    assert amb is not None
+    if amb is None:
+        return replace(work, scores=frozenset(score_tensors(work.graph)))
     work, found = _bounded(work)
     search = _Search(work, found, _Chooser(finish))
     trial = search.fit(amb)

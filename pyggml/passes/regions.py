@@ -17,7 +17,7 @@ from pyggml.ops.elementwise import add, scale, tanh
 from pyggml.ops.leaf import state_op
 from pyggml.ops.linear import mul_mat
 from pyggml.ops.reduce import soft_max_ext
-from pyggml.passes.cutting import Region
+from pyggml.passes.cut import Region
 
 #: Flash attention over expanded keys: groups of heads, streams, blocks of keys, then all at once.
 _FLASH_WAYS: tuple[tuple[Axis, ...], ...] = ((1,), (1, 3), ("kv",), (1, 3, "kv"))

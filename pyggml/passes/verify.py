@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from pyggml.backends.base import Place, Step
 from pyggml.errors import GraphError
 from pyggml.node import Node
-from pyggml.ops.views import root_of
 from pyggml.passes.work import Work
 
 
@@ -74,17 +73,17 @@ def _places(work: Work) -> None:
     last: dict[Node, int] = {}
     for i, step in enumerate(work.steps):
         for read in (*step.reads, step.node):
-            last[root_of(read)] = i
+            last[read.root] = i
     for root in work.graph.roots:
-        last[root_of(root)] = len(work.steps)
+        last[root.root] = len(work.steps)
     alive: dict[Node, tuple[int, int]] = {}
     for i, step in enumerate(work.steps):
         for made in step.nodes:
             at = placed.places.get(made)
-            if at is None or at.base is not None or root_of(made) is not made:
+            if at is None or at.base is not None or made.root is not made:
                 continue
             span, device = _span(made, at), work.home(made).device
-            taken = {root_of(r) for r in step.inplace} if step.node is made else set()
+            taken = {r.root for r in step.inplace} if step.node is made else set()
             parts = set(made.src) if made.op.parts is not None else set()
             for other, used in alive.items():
                 apart = span[1] <= used[0] or used[1] <= span[0]

@@ -6,10 +6,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pyggml.backends.base import Backend, Step, WeightLayout
+from pyggml.backends.base import Backend, Place, Step, WeightLayout
 from pyggml.graph import Graph
 from pyggml.node import Node, labels
-from pyggml.passes.placement import Placement
 from pyggml.transfer import is_resident
 
 Pins = tuple[tuple[re.Pattern[str], Backend], ...]
@@ -29,6 +28,38 @@ class Split:
     steps: tuple[Step, ...]
     waits: tuple[int, ...] = ()
     spares: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Arena:
+    """The arena of one device.
+
+    nbytes      its size
+    live        bytes needed in each step (no packing can do with less than their maximum)
+    score_peak  most bytes alive at once of what the attention budget counts, scratch included
+    """
+
+    nbytes: int
+    live: tuple[int, ...]
+    score_peak: int
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where everything stands, and how much of each device's arena is used when.
+
+    copied_parts sources of a concat that could not be written into their place
+    """
+
+    places: Mapping[Node, Place]
+    scratch_at: tuple[int, ...]
+    arenas: Mapping[str, Arena]
+    copied_parts: int
+
+    @property
+    def score_peak(self) -> int:
+        """The largest of all devices."""
+        return max(arena.score_peak for arena in self.arenas.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,3 +134,8 @@ class Work:
         """Where the first pin that matches a label of `node` puts it."""
         names = labels(node)
         return next((b for p, b in self.pins if any(map(p.search, names))), None)
+
+
+def runs(node: Node) -> bool:
+    """Whether some step computes the node."""
+    return not is_resident(node) and node.op.view is None

@@ -14,7 +14,7 @@ from checks import MIB, Case, compiled, counts, least_of, loops
 import pyggml as gg
 from pyggml import backends, passes
 from pyggml.graph import Graph
-from pyggml.passes.cutting import cut
+from pyggml.passes.cut import cut
 from pyggml.passes.regions import regions
 from pyggml.passes.work import Work
 

@@ -134,7 +134,7 @@ def test_several_devices_give_the_bits_of_one(case: dict[str, Any]) -> None:
             tuple(backends.get(*place(p)) for p in case["places"]),
             tuple(plan._work.pins),
         )
-        expanded = passes.assign_ops(passes.protect_outputs(work)).graph
+        expanded = passes.assign(passes.protect(work)).graph
         feed = inputs_of(Graph(outputs, updates).nodes)
         runs = [plan.run(feed) for _ in range(2)]
         states = {n.attrs["name"] for n in plan.graph.nodes if n.op.name == "state"}

@@ -12,7 +12,6 @@ from pyggml.errors import ShapeError
 from pyggml.node import Node
 from pyggml.ops.leaf import data_of, state_op
 from pyggml.ops.rules import repeats_into
-from pyggml.ops.views import root_of
 
 UNARY = (gg.relu, gg.tanh, gg.silu, gg.sigmoid, gg.gelu, gg.cont, gg.sum_rows, gg.soft_max)
 BINARY = (gg.add, gg.sub, gg.mul)
@@ -114,8 +113,8 @@ class Grower:
 
     def _written(self, handle: Node) -> Node:
         self.handles["s"] = handle
-        self.old += [n for n in self.nodes if root_of(n).op is state_op]
-        self.nodes = [n for n in self.nodes if root_of(n).op is not state_op]
+        self.old += [n for n in self.nodes if n.root.op is state_op]
+        self.nodes = [n for n in self.nodes if n.root.op is not state_op]
         write = handle if handle.op.writes is not None else handle.src[0]
         assert write is not None
         self.updates.append(write)
@@ -162,7 +161,7 @@ class Reference:
             return self.inputs[node.attrs["name"]]
         if node.op.name == "constant":
             return data_of(node)
-        if root_of(node).op is state_op:
+        if node.root.op is state_op:
             return self.content(node).reshape(-1)[self._places(node)]
         made = node.op.make(
             tuple(None if s is None else self._alone(s) for s in node.src),
@@ -203,7 +202,7 @@ class Reference:
         if node.op is state_op:
             return np.arange(node.spec.elements).reshape(node.ne[::-1])
         if node.op.name == "state_of":
-            return self._places(root_of(node))
+            return self._places(node.root)
         source = node.src[node.op.writes or 0]
         assert source is not None
         seen = self._places(source)

@@ -1,119 +1,22 @@
-"""Borders between devices: nodes moved so that less crosses them, and a transfer for what does."""
+"""A transfer node for everything that one device makes and another reads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from pyggml.backends.base import Backend
 from pyggml.graph import Graph, rebuilt, toposort
 from pyggml.node import Node, inherit
-from pyggml.ops.leaf import constant_op, input_op, state_op
+from pyggml.ops.leaf import constant_op, input_op
 from pyggml.ops.views import state_of, view, view_op
-from pyggml.passes.states import state_edges
+from pyggml.passes.order import state_edges
 from pyggml.passes.work import Work
 from pyggml.transfer import transfer
 
 Homes = dict[Node, Backend]
 
-#: Walks over the graph in search of a better place for free nodes; one mostly is enough.
-WALKS = 4
 
-
-def bases(node: Node) -> Iterator[Node]:
-    """What the sources of `node` are, or look at through views."""
-    return (source.base for source in node.src if source is not None)
-
-
-# -- what may move ------------------------------------------------------------------------------
-
-
-def fewer_copies(
-    backends: Sequence[Backend],
-    graph: Graph,
-    homes: Mapping[Node, Backend],
-    free: Mapping[Node, Backend],
-) -> Homes:
-    """Homes with nodes that want nothing moved to where the fewest bytes are copied for them.
-
-    free  those nodes, and where each would be for the sake of its sources. They move only between
-          that device, the preferred one and those of their neighbours that are not free
-    """
-    found = dict(homes)
-    rank = {backend: i for i, backend in enumerate(backends)}
-    users: dict[Node, list[Node]] = {node: [] for node in found}
-    for node in graph.nodes:
-        if node in found and not node.op.leaf:
-            for base in bases(node):
-                if base in users:
-                    users[base].append(node)
-    order = [node for node in graph.nodes if node in free]
-    for walk in range(WALKS):
-        moved = False
-        for node in order[:: -1 if walk % 2 else 1]:
-            near = [*users[node], *(b for b in bases(node) if b in found)]
-            ways = {
-                found[node],
-                free[node],
-                backends[0],
-                *(found[n] for n in near if n not in free),
-            }
-            best = min(ways, key=lambda way: (_copied(node, way, found, users), rank[way]))
-            if best is not found[node] and best.supports(node) is None:
-                found[node], moved = best, True
-        if not moved:
-            break
-    return found
-
-
-def _copied(
-    node: Node, way: Backend, homes: Homes, users: Mapping[Node, list[Node]]
-) -> tuple[int, int]:
-    """Bytes that are copied because `node` is on `way`, and in how many copies."""
-    total = count = 0
-    for base in dict.fromkeys(bases(node)):
-        here = base in homes and homes[base].device != way.device and not base.op.leaf
-        if here and not any(homes[u].device == way.device for u in users[base] if u is not node):
-            total += base.spec.nbytes
-            count += 1
-    far = {homes[user].device for user in users[node]} - {way.device}
-    return total + len(far) * node.spec.nbytes, count + len(far)
-
-
-def leaf_homes(work: Work, graph: Graph, homes: Mapping[Node, Backend]) -> Homes:
-    """Homes of leaves: pinned, where the store has a state, else with the first user.
-
-    A weight pinned to a device where none of its readers runs is with the first of them too; on
-    the host it stays, and is brought to them.
-    """
-    found: Homes = {}
-    read: dict[Node, set[Backend]] = {}
-    for node in graph.nodes:
-        if node in homes and not node.op.leaf:
-            for base in bases(node):
-                read.setdefault(base, set()).add(homes[node])
-
-    def settle(leaf: Node, user: Backend) -> None:
-        if leaf.op.leaf and leaf not in homes and leaf not in found:
-            held = work.settled.get(leaf.attrs["name"]) if leaf.op is state_op else None
-            pin = work.pinned(leaf)
-            if pin is not None and pin not in read.get(leaf, {pin}) and leaf.op is constant_op:
-                pin = pin if pin.device == "host" else None
-            found[leaf] = held or pin or user
-
-    for node in graph.nodes:
-        if node in homes and not node.op.leaf:
-            for base in bases(node):
-                settle(base, homes[node])
-    for node in graph.nodes:  # what only an output looks at
-        settle(node, work.backends[0])
-    return found
-
-
-# -- transfers ----------------------------------------------------------------------------------
-
-
-def cross_borders(work: Work) -> Work:
+def cross(work: Work) -> Work:
     """Every source that is on another device is read from a transfer of it; one each."""
     if not work.several:
         return work

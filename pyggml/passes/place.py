@@ -3,46 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 from pyggml.backends.base import Place, Step, own_nodes
 from pyggml.node import Ne, Node
 from pyggml.passes.arena import Interval, live_bytes, pack
+from pyggml.passes.work import Arena, Placement, Work
 
 
-@dataclass(frozen=True, slots=True)
-class Arena:
-    """The arena of one device.
-
-    nbytes      its size
-    live        bytes needed in each step (no packing can do with less than their maximum)
-    score_peak  most bytes alive at once of what the attention budget counts, scratch included
-    """
-
-    nbytes: int
-    live: tuple[int, ...]
-    score_peak: int
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Where everything stands, and how much of each device's arena is used when.
-
-    copied_parts sources of a concat that could not be written into their place
-    """
-
-    places: Mapping[Node, Place]
-    scratch_at: tuple[int, ...]
-    arenas: Mapping[str, Arena]
-    copied_parts: int
-
-    @property
-    def score_peak(self) -> int:
-        """The largest of all devices."""
-        return max(arena.score_peak for arena in self.arenas.values())
+def place(work: Work) -> Work:
+    """Every tensor's place in an arena or in a leaf."""
+    alignments: dict[str, int] = {}
+    for backend in work.backends:
+        alignments[backend.device] = max(backend.alignment, alignments.get(backend.device, 1))
+    placed = place_steps(
+        work.order,
+        work.steps,
+        frozenset(work.graph.roots),
+        frozenset(work.leaves),
+        work.scores,
+        alignments,
+        lambda node: work.home(node).device,
+    )
+    return replace(work, placement=placed)
 
 
-def place(
+def place_steps(
     nodes: Sequence[Node],
     steps: Sequence[Step],
     roots: Collection[Node],
