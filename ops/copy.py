@@ -159,10 +159,10 @@ def get_rows(a: Node, ids: Node) -> Spec:
 
 @get_rows.cost
 def _(node: Node) -> Cost:
-    """The rows that are read, however large the table is."""
+    """The rows that are read, once each at most."""
     a, ids = node["a"], node["ids"]
     rows = node.spec.elements // node.ne[0] * a.dtype.row_bytes(a.ne[0])
-    return Cost(0.0, float(rows + ids.spec.nbytes + node.spec.nbytes))
+    return Cost(0.0, float(min(rows, a.spec.nbytes) + ids.spec.nbytes + node.spec.nbytes))
 
 
 @get_rows.slices

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
 from collections.abc import Callable
@@ -163,3 +164,16 @@ def _kinds(annotation: Any) -> tuple[frozenset[type], tuple[Any, ...]]:
     if isinstance(kind, type) and kind not in (Any, object, inspect.Parameter.empty):
         return frozenset({kind}), ()
     return frozenset(), ()
+
+
+def near(wrong: str, known: list[str]) -> str:
+    """`; did you mean X?`, or nothing where no known name is like it."""
+    close = difflib.get_close_matches(wrong, known, 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def not_a_tensor(op_name: str, key: str, value: object) -> str:
+    if value is inspect.Parameter.empty:
+        return f"{op_name}: the tensor {key} is missing"
+    hint = "; wrap arrays with constant(...), or feed them through input(...)"
+    return f"{op_name}: {key} must be a node, not {type(value).__name__}{hint}"

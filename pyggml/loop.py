@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from math import prod
 
-from pyggml.node import Axis, Cut, Node, Op, Spec
+from pyggml.graph import toposort
+from pyggml.node import Axis, Cost, Cut, Node, Op, Spec, cost_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,19 @@ def _rule(*, loop: Loop, made: Spec) -> Spec:
 
 
 loop_op = Op(_rule, name="loop")
+
+
+@loop_op.cost
+def _(node: Node) -> Cost:
+    """What the pieces compute; sources and result are read and written once."""
+    loop: Loop = node.attrs["loop"]
+    runs = prod(dim.count for dim in loop.dims)
+    first = runs if loop.rest is None else runs // loop.dims[-1].count
+    counts = (first, runs - first)
+    bodies = ((n, toposort([body.out])) for n, body in zip(counts, loop.bodies()))
+    flops = sum(n * cost_of(inner).flops for n, nodes in bodies for inner in nodes)
+    moved = sum(s.spec.nbytes for s in node.src if s is not None) + node.spec.nbytes
+    return Cost(flops, float(moved))
 
 
 def make_loop(sources: tuple[Node, ...], loop: Loop, made: Spec) -> Node:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import sys
@@ -14,7 +13,7 @@ from typing import Any, Generic, ParamSpec, TypeAlias, overload
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from pyggml.arithmetic import Arithmetic
-from pyggml.attributes import Attribute, identity, signature_of
+from pyggml.attributes import Attribute, identity, near, not_a_tensor, signature_of
 from pyggml.dtypes import DType
 from pyggml.errors import DTypeError, PyggmlError, ShapeError, UnknownNameError
 from pyggml.renamed import KEYWORDS
@@ -30,17 +29,16 @@ from pyggml.written import note_write
 
 P = ParamSpec("P")
 Attrs: TypeAlias = Mapping[str, Any]
+Sources: TypeAlias = tuple["Node | None", ...]
 
 
 class Node(Arithmetic):
     """One operation in a graph: op, sources, attributes, spec. Frozen, hash-consed.
 
-    Compared by identity: building the same node twice gives the same object.
-    Its operators are in pyggml/arithmetic.py; `==` is identity.
+    `==` is identity: building the same node twice gives the same object.
     `node["mask"]` is the source that the op calls `mask`; `node.get("mask")` is None without one.
-    `ne` is ggml's order, `shape` NumPy's. `nb` are the byte strides that the tensor has if nothing
-    but its own views moved it: they say what is contiguous, never where bytes are.
-    `offset` is the byte offset in `root` under those strides.
+    `ne` is ggml's order, `shape` NumPy's. `nb` are the byte strides, and `offset` the bytes from
+    the start of `root`, if nothing but views moved the tensor: never where bytes really are.
     """
 
     __slots__ = ("__weakref__", "_base", "_root", "attrs", "nb", "offset", "op", "spec", "src")
@@ -54,9 +52,7 @@ class Node(Arithmetic):
     _base: Node | None  # None for itself: a node must not hold itself alive
     _root: Node | None
 
-    def __init__(
-        self, op: Op[Any], src: tuple[Node | None, ...], attrs: Attrs, spec: Spec, nb: Ne
-    ) -> None:
+    def __init__(self, op: Op[Any], src: Sources, attrs: Attrs, spec: Spec, nb: Ne) -> None:
         put = object.__setattr__
         put(self, "op", op)
         put(self, "src", src)
@@ -65,9 +61,9 @@ class Node(Arithmetic):
         put(self, "nb", nb)
         put(self, "offset", 0)
         shown = src[0] if op.view is not None else None
-        target = shown if op.writes is None else src[op.writes]
-        put(self, "_base", None if shown is None else shown.base)
-        put(self, "_root", None if target is None else target.root)
+        written = src[op.writes] if op.writes is not None else shown
+        put(self, "_base", shown and shown.base)
+        put(self, "_root", written and written.root)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"nodes are frozen: cannot set {name!r}; build a new node")
@@ -203,8 +199,7 @@ def inherit(new: Node, old: Node) -> Node:
     if new is not old and (rewrite is None or new in rewrite.built):
         for text in _labels.get(old, ()):
             label(new, text)
-        if old in _lines:
-            _lines[new] = _lines[old]
+        stand_at(new, old)
     return new
 
 
@@ -341,9 +336,7 @@ class Op(Generic[P]):
         """`node`, one of this op's, with some attributes changed."""
         return self(*node.src, **{**node.attrs, **changed})  # type: ignore[arg-type]
 
-    def make(
-        self, src: tuple[Node | None, ...], attrs: dict[str, Any], made: Spec, line: bool = True
-    ) -> Node:
+    def make(self, src: Sources, attrs: dict[str, Any], made: Spec, line: bool = True) -> Node:
         """The node of these parts, found or new. Rewrites call it with parts already checked."""
         key = _key(self, src, attrs, made)
         rewrite = _rewrite.get()
@@ -391,16 +384,15 @@ class Op(Generic[P]):
             if key in tensors[: len(args)]:
                 raise DTypeError(f"{self.name}: the tensor {key} is given twice")
             if key not in self._tensors and key not in self._attrs:
-                near = _near(key, [*tensors, *self._attrs])
                 raise DTypeError(
-                    f"{self.name} has no argument {key!r}{near} "
+                    f"{self.name} has no argument {key!r}{near(key, [*tensors, *self._attrs])} "
                     f"(tensors: {', '.join(tensors)}; attributes: {', '.join(self._attrs)})"
                 )
         src: list[Node | None] = []
         for index, (key, default) in enumerate(self._tensors.items()):
             value = args[index] if index < len(args) else kwargs.get(key, default)
             if not isinstance(value, Node) and not (value is None and default is None):
-                raise DTypeError(_not_a_tensor(self.name, key, value))
+                raise DTypeError(not_a_tensor(self.name, key, value))
             src.append(value)
         attrs: dict[str, Any] = {}
         for key, attribute in self._attrs.items():
@@ -479,7 +471,7 @@ def located(build: Callable[P, Node]) -> Callable[P, Node]:
                 signature.bind(*args, **kwargs)
             except TypeError as error:
                 wrong = next((key for key in kwargs if key not in signature.parameters), "")
-                hint = _near(wrong, list(signature.parameters))
+                hint = near(wrong, list(signature.parameters))
                 text = f"{build.__name__}: {error}{hint}; call it as {build.__name__}{form}"
                 raise _at_line(DTypeError(text), text) from None
             raise
@@ -494,19 +486,6 @@ def _at_line(error: PyggmlError, text: str) -> PyggmlError:
     return error
 
 
-def _near(wrong: str, known: list[str]) -> str:
-    """`; did you mean X?`, or nothing where no known name is like it."""
-    near = difflib.get_close_matches(wrong, known, 1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def _not_a_tensor(op_name: str, key: str, value: object) -> str:
-    if value is inspect.Parameter.empty:
-        return f"{op_name}: the tensor {key} is missing"
-    hint = "; wrap arrays with constant(...), or feed them through input(...)"
-    return f"{op_name}: {key} must be a node, not {type(value).__name__}{hint}"
-
-
 def slice_of(node: Node, axis: Axis, n: int) -> Slice | None:
     """The slice rule of `node`'s op applied, or None."""
     rule = node.op.slice_rule
@@ -519,5 +498,5 @@ def cost_of(node: Node) -> Cost:
         return node.op.cost_rule(node)
     if node.op.view is not None or node.op.leaf:
         return Cost(0.0, 0.0)
-    read = sum(s.spec.nbytes for s in node.src if s is not None)
+    read = sum(s.spec.nbytes for s in dict.fromkeys(node.src) if s is not None)
     return Cost(float(node.spec.elements), float(read + node.spec.nbytes))
