@@ -67,10 +67,9 @@ def _with_waits(work: Work, splits: Sequence[Split]) -> Iterator[Split]:
                 waits[device] = max(made[source], waits.get(device, 0))
             if mine != "host":  # for the host, the other device does it in its turn
                 copying.setdefault(device, {})[mine] = i
-        spares = copying.pop(mine, {})
-        yield replace(
-            split, waits=tuple(sorted(waits.values())), spares=tuple(sorted(spares.values()))
-        )
+        copies = copying.pop(mine, {}).items()
+        spares = [k for device, k in copies if waits.get(device, -1) < k]  # else that is waited for
+        yield replace(split, waits=tuple(sorted(waits.values())), spares=tuple(sorted(spares)))
 
 
 # -- steps of one device ----------------------------------------------------------------------
