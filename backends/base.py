@@ -68,7 +68,7 @@ class Given:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Spot:
     """Where a planned tensor will be: byte `offset` and strides `nb` in a leaf's memory.
 
     base  the leaf (or, inside a loop, the body's result) whose memory it is; None for the arena
@@ -94,13 +94,13 @@ class WeightLayout:
 class BodyPlan:
     """A body of a loop, lowered and placed. Its arena is part of the loop's scratch.
 
-    places      every node of the body; strides of what looks at a piece are settled at bind
+    spots       every node of the body; strides of what looks at a piece are settled at bind
     scratch_at  where each step's scratch begins in the body's arena
     """
 
     body: Body
     steps: tuple[Step, ...]
-    places: Mapping[Node, Place]
+    spots: Mapping[Node, Spot]
     scratch_at: tuple[int, ...]
     nbytes: int
     score_peak: int

@@ -117,11 +117,11 @@ class _BoundBody:
         self.kernels, self.plan = kernels, plan
         self.fixed: dict[Node, Array] = {}
         self.moving: list[Node] = []  # views of pieces, sources first
-        for node, place in plan.places.items():
-            if place.base is None:
-                at = Address(memory, place.offset, place.nb)
+        for node, spot in plan.spots.items():
+            if spot.base is None:
+                at = Address(memory, spot.offset, spot.nb)
                 self.fixed[node] = array_at(at, node.spec)
-            elif place.base is not node:
+            elif spot.base is not node:
                 self.moving.append(node)
         self.scratch = [
             memory[offset : offset + step.scratch]

@@ -10,7 +10,6 @@ import numpy as np
 from pyggml import ops
 from pyggml.backends.base import Address, Step
 from pyggml.backends.cuda.device.pinned import Staging, take
-from pyggml.backends.cuda.fusion import seen
 from pyggml.errors import IdError
 from pyggml.node import Node
 
@@ -44,7 +43,7 @@ def _check(
     what: str,
     end: str,
 ) -> None:
-    if seen(ids) in step.nodes:  # the step itself chooses them
+    if ids.base in step.nodes:  # the step itself chooses them
         return
     largest = int(np.max(take(staging, at[ids], ids.spec)))
     if largest >= count:

@@ -52,7 +52,7 @@ class Run:
         for node in nodes:
             for source in node.src:
                 if source is not None:
-                    self.readers.setdefault(seen(source), []).append(node)
+                    self.readers.setdefault(source.base, []).append(node)
 
     def only(self, node: Node, *readers: Node) -> bool:
         """Whether a node of the run is read by nothing but these, so that it needs no memory."""
@@ -62,7 +62,7 @@ class Run:
     def allows(self, match: Fused) -> bool:
         """Whether all that the step reads is made before it, and still the same where it stands."""
         place = self.number[match.at or match.nodes[-1]]
-        inside, read = set(match.nodes), {seen(node) for node in match.reads}
+        inside, read = set(match.nodes), {node.base for node in match.reads}
         if read & inside or any(self.number.get(node, -1) >= place for node in read):
             return False
         outside = (r for node in match.also for r in self.readers.get(node, ()) if r not in inside)
@@ -124,11 +124,3 @@ def _in_place(nodes: Sequence[Node], run: Run, found: Sequence[Fused]) -> Iterat
             yield standing[node]
         elif node not in covered:
             yield node
-
-
-def seen(node: Node) -> Node:
-    """What a view looks at."""
-    while node.op.view is not None:
-        assert node.src[0] is not None
-        node = node.src[0]
-    return node

@@ -65,10 +65,10 @@ def _loop_records(
     memory = _Memory(scratch[0])
     for body, starts, places in pieces_of(step, at):
         plan = plans[body]
-        for node, place in plan.places.items():
-            if place.base is None:
-                places[node] = Address(memory, place.offset, place.nb)
-            elif place.base is not node:
+        for node, spot in plan.spots.items():
+            if spot.base is None:
+                places[node] = Address(memory, spot.offset, spot.nb)
+            elif spot.base is not node:
                 places[node] = looked_at(node, places)
         for inner, offset in zip(plan.steps, plan.scratch_at):
             attrs = attributes(body, inner.node, starts)

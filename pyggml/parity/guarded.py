@@ -139,7 +139,7 @@ class Placed:
     def run(self, word: int) -> Array:
         """The result, of a run over results and scratch full of `word`; raises Violation."""
         bed = self.bed
-        written = {_root(n) for n in bed.work.order if n.op.writes is not None} | {self.onto}
+        written = {n.root for n in bed.work.order if n.op.writes is not None} | {self.onto}
         for leaf in bed.at:
             if leaf.op is not constant_op:
                 bed.give(leaf)
@@ -186,14 +186,6 @@ def _same(got: Array, want: Array, what: str) -> None:
         raise Violation(f"{what}: {len(differ)} bytes, the first {int(differ[0]) - GUARD} from it")
 
 
-def _root(node: Node) -> Node:
-    while node.op.view is not None or node.op.writes is not None:
-        source = node.src[node.op.writes or 0]
-        assert source is not None
-        node = source
-    return node
-
-
 def _looked(node: Node, at: Mapping[Node, Address]) -> Address:
     source = node.src[node.op.writes or 0]
     assert source is not None
@@ -218,7 +210,7 @@ def results(backend: Backend, node: Node, held: Mapping[str, Array]) -> Iterator
     again = placed.run(NUMBER).view(np.uint8)
     if not np.array_equal(first.view(np.uint8), again):
         raise Violation("a second run over other memory gave other bits")
-    if _root(bed.result).op.leaf:
+    if bed.result.root.op.leaf:
         if bed.work.steps:
             _rest_stays(bed, placed, first)
         return
@@ -235,7 +227,7 @@ def results(backend: Backend, node: Node, held: Mapping[str, Array]) -> Iterator
 
 def _rest_stays(bed: Bed, placed: Placed, first: Array) -> None:
     """What a write leaves of a state is the state's; what it writes does not depend on it."""
-    state = _root(bed.result)
+    state = bed.result.root
     name, held = state.attrs["name"], bed.held
     before = np.ascontiguousarray(held[name])
     inverted = (~before.view(np.uint8)).view(before.dtype)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pyggml.backends.base import Backend
-from pyggml.graph import Graph, rebuilt, toposort
+from pyggml.graph import Graph, rebuilt
 from pyggml.node import Node, inherit
 from pyggml.ops.leaf import constant_op, input_op
 from pyggml.ops.views import state_of, view, view_op
-from pyggml.passes.order import state_edges
+from pyggml.passes.order import check_order
 from pyggml.passes.work import Work
 from pyggml.transfer import transfer
 
@@ -20,7 +20,7 @@ def cross(work: Work) -> Work:
     """Every source that is on another device is read from a transfer of it; one each."""
     if not work.several:
         return work
-    toposort(work.graph.roots, state_edges(work.graph.nodes))  # while it names the user's nodes
+    check_order(work.graph)
     maker = _Crossing(work)
     graph = work.graph
     for node in graph.nodes:

@@ -147,5 +147,5 @@ def _plan_body(body: Body, backend: Backend, scores: Collection[Node], fuse: boo
     placed = place_steps(nodes, steps, {body.out}, outside, scores, {"": backend.alignment})
     arena = placed.arenas[""]
     return BodyPlan(
-        body, tuple(steps), placed.places, placed.scratch_at, arena.nbytes, arena.score_peak
+        body, tuple(steps), placed.spots, placed.scratch_at, arena.nbytes, arena.score_peak
     )

@@ -7,7 +7,7 @@ from dataclasses import replace
 from heapq import heappop, heappush
 
 from pyggml.errors import GraphError
-from pyggml.graph import toposort
+from pyggml.graph import Graph, toposort
 from pyggml.node import Node, line_of
 from pyggml.ops.leaf import state_op
 from pyggml.ops.views import bases
@@ -79,6 +79,14 @@ def _in_runs(work: Work, order: Sequence[Node], edges: Edges) -> tuple[Node, ...
 def _emit(node: Node, made: dict[Node, None]) -> None:
     """`node` after the views, transfers and leaves that it reads."""
     made.update(dict.fromkeys(toposort([node], stop=made.__contains__)))
+
+
+def check_order(graph: Graph) -> None:
+    """GraphError where reads and writes of states have no order.
+
+    `order` finds that too; before transfers stand in the graph, the nodes it names are the user's.
+    """
+    toposort(graph.roots, state_edges(graph.nodes))
 
 
 # -- states -----------------------------------------------------------------------------------

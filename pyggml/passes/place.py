@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
-from pyggml.backends.base import Place, Step, own_nodes
+from pyggml.backends.base import Spot, Step, own_nodes
 from pyggml.node import Ne, Node
 from pyggml.passes.arena import Interval, live_bytes, pack
 from pyggml.passes.work import Arena, Placement, Work
@@ -109,7 +109,7 @@ class _Placer:
                 scratch_at[i] = offset
             live = tuple(live_bytes(intervals, len(self.steps)))
             arenas[device] = Arena(nbytes, live, self._score_peak(device))
-        return Placement(self._places(at), tuple(scratch_at), arenas, self.copied_parts)
+        return Placement(self._spots(at), tuple(scratch_at), arenas, self.copied_parts)
 
     # -- sharing ------------------------------------------------------------------------------
 
@@ -205,22 +205,22 @@ class _Placer:
         step = self.steps[self.made[node]]
         return step.nbytes if step.node is node else node.spec.nbytes
 
-    def _places(self, at: Mapping[Node, int]) -> dict[Node, Place]:
-        places: dict[Node, Place] = {}
+    def _spots(self, at: Mapping[Node, int]) -> dict[Node, Spot]:
+        spots: dict[Node, Spot] = {}
         for node in self.nodes:
             if node in self.outside:
-                places[node] = Place(node, 0, node.nb)
+                spots[node] = Spot(node, 0, node.nb)
             elif node.op.view is not None or node.op.writes is not None:
-                if self._source(node) in places:  # else a step covers it, and nothing reads this
-                    places[node] = self._looked(node, places)
+                if self._source(node) in spots:  # else a step covers it, and nothing reads this
+                    spots[node] = self._looked(node, spots)
             elif node in self.home:
                 parent, start = self.home[node]
                 units = (start[0] // node.dtype.block, *start[1:])
                 inside = sum(s * b for s, b in zip(units, parent.spec.nb))
-                places[node] = Place(None, at[self._block(node)] + inside, parent.spec.nb)
+                spots[node] = Spot(None, at[self._block(node)] + inside, parent.spec.nb)
             elif node in self.made:
-                places[node] = Place(None, at[self._block(node)], node.spec.nb)
-        return places
+                spots[node] = Spot(None, at[self._block(node)], node.spec.nb)
+        return spots
 
     @staticmethod
     def _source(node: Node) -> Node:
@@ -229,13 +229,13 @@ class _Placer:
         assert source is not None
         return source
 
-    def _looked(self, node: Node, places: Mapping[Node, Place]) -> Place:
-        seen = places[self._source(node)]
+    def _looked(self, node: Node, spots: Mapping[Node, Spot]) -> Spot:
+        seen = spots[self._source(node)]
         if node.op.view is None:
             return seen
         looked = node.op.view(node, seen.nb)
         assert looked is not None
-        return Place(seen.base, seen.offset + looked[0], looked[1])
+        return Spot(seen.base, seen.offset + looked[0], looked[1])
 
     def _score_peak(self, device: str) -> int:
         """Distinct blocks of counted tensors alive in a step, and the scratch of their steps."""

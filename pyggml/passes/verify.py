@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-from pyggml.backends.base import Place, Step
+from pyggml.backends.base import Spot, Step
 from pyggml.errors import GraphError
 from pyggml.node import Node
 from pyggml.passes.work import Work
@@ -47,7 +47,7 @@ def _steps(steps: Iterable[Step], known: set[Node]) -> None:
                 raise GraphError(f"the step of {step.node!r} reads {read!r} before it is made")
         known.update(step.nodes)
         for body in step.bodies:
-            inside = {place.base for place in body.places.values() if place.base is not None}
+            inside = {spot.base for spot in body.spots.values() if spot.base is not None}
             _steps(body.steps, inside)
 
 
@@ -79,7 +79,7 @@ def _places(work: Work) -> None:
     alive: dict[Node, tuple[int, int]] = {}
     for i, step in enumerate(work.steps):
         for made in step.nodes:
-            at = placed.places.get(made)
+            at = placed.spots.get(made)
             if at is None or at.base is not None or made.root is not made:
                 continue
             span, device = _span(made, at), work.home(made).device
@@ -87,7 +87,7 @@ def _places(work: Work) -> None:
             parts = set(made.src) if made.op.parts is not None else set()
             for other, used in alive.items():
                 apart = span[1] <= used[0] or used[1] <= span[0]
-                strided = at.nb != made.nb or placed.places[other].nb != other.nb
+                strided = at.nb != made.nb or placed.spots[other].nb != other.nb
                 near = work.home(other).device == device
                 if near and not apart and not (other in taken or other in parts or strided):
                     raise GraphError(f"{made!r} at {span} overlaps {other!r} at {used}")
@@ -103,7 +103,7 @@ def _places(work: Work) -> None:
         alive = {node: span for node, span in alive.items() if last.get(node, i) > i}
 
 
-def _span(node: Node, at: Place) -> tuple[int, int]:
+def _span(node: Node, at: Spot) -> tuple[int, int]:
     units = (node.ne[0] // node.dtype.block, *node.ne[1:])
     extent = node.dtype.nbytes + sum((n - 1) * b for n, b in zip(units, at.nb))
     return at.offset, at.offset + extent

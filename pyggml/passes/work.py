@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pyggml.backends.base import Backend, Place, Step, WeightLayout
+from pyggml.backends.base import Backend, Spot, Step, WeightLayout
 from pyggml.graph import Graph
 from pyggml.node import Node, labels
 from pyggml.transfer import is_resident
@@ -51,7 +51,7 @@ class Placement:
     copied_parts sources of a concat that could not be written into their place
     """
 
-    places: Mapping[Node, Place]
+    spots: Mapping[Node, Spot]
     scratch_at: tuple[int, ...]
     arenas: Mapping[str, Arena]
     copied_parts: int

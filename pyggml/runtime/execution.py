@@ -169,12 +169,12 @@ def addresses(
 ) -> dict[Node, Address]:
     """Where every tensor of a placed graph is."""
     at: dict[Node, Address] = {}
-    for node, place in work.placed.places.items():
-        if place.base is None:
+    for node, spot in work.placed.spots.items():
+        if spot.base is None:
             layout = work.layouts.get(node)
             name = layout.name if layout is not None else "plain"
-            at[node] = Address(arenas[work.home(node).device], place.offset, place.nb, name)
+            at[node] = Address(arenas[work.home(node).device], spot.offset, spot.nb, name)
         else:
-            base = leaves[place.base]
-            at[node] = Address(base.buffer, base.offset + place.offset, place.nb, base.layout)
+            base = leaves[spot.base]
+            at[node] = Address(base.buffer, base.offset + spot.offset, spot.nb, base.layout)
     return at

@@ -105,7 +105,7 @@ def _split_rows(work: Work, number: int, split: Split) -> Iterator[Row]:
 
 
 def _row(work: Work, step: Step) -> Row:
-    node, at, note = step.node, work.placed.places[step.node], ""
+    node, at, note = step.node, work.placed.spots[step.node], ""
     if node.op is transfer:
         note = f" from {work.home(origin(node)).place}, {mib(step.nbytes)} MiB"
     elif step.loop is not None:

@@ -20,14 +20,6 @@ from tests.plan.graphs import Reference, graphs, inputs_of
 pytestmark = pytest.mark.filterwarnings("ignore::pyggml.errors.StateWarning")
 
 
-def _root(node: Node) -> Node:
-    while node.op.view is not None or node.op.writes is not None:
-        source = node.src[node.op.writes or 0]
-        assert source is not None
-        node = source
-    return node
-
-
 def _bytes(plan: Plan, node: Node) -> np.ndarray:
     """Every byte of the arena that `node` occupies."""
     at = plan.addresses[node]
@@ -50,7 +42,7 @@ def check_memory(plan: Plan) -> None:
     same: dict[int, set[int]] = {}  # a concat leaves the values of its parts as they are
 
     def expect(node: Node, reader: str) -> None:
-        root = _root(node)
+        root = node.root
         if root.op.leaf:
             return
         wanted = {number[root]} | same.get(number[root], set())
@@ -60,16 +52,16 @@ def check_memory(plan: Plan) -> None:
         node, offset = step.node, plan._work.placed.scratch_at[i]
         scratch = range(offset, offset + step.scratch)
         number[node] = i
-        own = set() if _root(node).op.leaf else set(_bytes(plan, node))
+        own = set() if node.root.op.leaf else set(_bytes(plan, node))
         assert not _meets(own, scratch)
         for read in step.reads:
             expect(read, str(node))
-            if _root(read).op.leaf:
+            if read.root.op.leaf:
                 continue
             taken = set(_bytes(plan, read))
             assert not _meets(taken, scratch)
             if taken & own and node.op.parts is not None:
-                same.setdefault(number[_root(read)], set()).add(i)
+                same.setdefault(number[read.root], set()).add(i)
             elif taken & own:
                 assert read in step.inplace and plan.addresses[read] == plan.addresses[node]
         writer[scratch.start : scratch.stop] = -2
