@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pyggml.graph import Graph
 from pyggml.loop import loop_of
 from pyggml.node import Node, label_of
-from pyggml.ops.views import root_of
 from pyggml.runtime.memory import mib
 from pyggml.runtime.plan import Plan
 from pyggml.runtime.report import folds, rows_of

@@ -16,9 +16,8 @@ from pyggml.node import Node, label_of, line_of
 from pyggml.ops.attention import causal_mask
 from pyggml.ops.copy import set_rows
 from pyggml.ops.leaf import input_op
-from pyggml.ops.views import root_of, view_op
-from pyggml.passes.borders import base_of
-from pyggml.passes.states import versions
+from pyggml.ops.views import view_op
+from pyggml.passes.order import versions
 from pyggml.written import Write, writes_of
 
 # -- what the graph alone shows -------------------------------------------------------------------
@@ -29,7 +28,7 @@ def stale_reads(graph: Graph) -> Iterator[str]:
     seen = versions(graph.nodes)
     replaced = {seen[_target(node)]: node for node in graph.nodes if node.op.writes is not None}
     for handle, readers in _readers(graph, seen).items():
-        state, write = label_of(root_of(handle)), replaced.get(handle)
+        state, write = label_of(handle.root), replaced.get(handle)
         if write is None:
             dropped = next((w for w in writes_of(handle) if _is_dropped(w, graph)), None)
             if dropped is not None:
@@ -76,7 +75,7 @@ def _comes_late(graph: Graph, write: Node) -> bool:
         write.op is set_rows
         and write in graph.updates
         and not any(_users(graph, write))
-        and all(user is write for user in _users(graph, base_of(write["b"])))
+        and all(user is write for user in _users(graph, write["b"].base))
     )
 
 
@@ -149,7 +148,7 @@ def limits(graph: Graph) -> Iterator[Limit]:
 
 def _input(node: Node) -> str | None:
     """The name of the input whose numbers `node` holds, all of them."""
-    base = base_of(node)
+    base = node.base
     if base.op is not input_op:
         return None
     return str(base.attrs["name"]) if base.spec.elements == node.spec.elements else None
