@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -25,6 +24,7 @@ from pyggml.traits import Cost as Cost
 from pyggml.traits import Cut as Cut
 from pyggml.traits import Ids as Ids
 from pyggml.traits import Slice as Slice
+from pyggml.where import at_line, user_line
 from pyggml.written import note_write
 
 P = ParamSpec("P")
@@ -158,7 +158,7 @@ def label(node: Node, text: str) -> Node:
     Labels name tensors in errors, plans, pins and `observe=`.
     """
     if not isinstance(node, Node) or not isinstance(text, str):
-        raise _at_line(
+        raise at_line(
             DTypeError(), f"label(node, text) takes a node and a string; got {node!r} and {text!r}"
         )
     if text not in _labels.get(node, ()):
@@ -201,17 +201,6 @@ def inherit(new: Node, old: Node) -> Node:
             label(new, text)
         stand_at(new, old)
     return new
-
-
-def _user_line() -> tuple[str, int]:
-    """The innermost frame outside the library; model files count as a user's."""
-    frame = sys._getframe(2)
-    while frame.f_back is not None:
-        module = frame.f_globals.get("__name__", "")
-        if not module.startswith("pyggml.") or module.startswith("pyggml.models."):
-            break
-        frame = frame.f_back
-    return frame.f_code.co_filename, frame.f_lineno
 
 
 ShapeRule: TypeAlias = Callable[P, "Spec | tuple[Spec, dict[str, Any]]"]
@@ -322,7 +311,7 @@ class Op(Generic[P]):
         try:
             src, attrs = self._bind(args, kwargs)
         except PyggmlError as error:
-            raise _at_line(error, str(error)) from None
+            raise at_line(error, str(error)) from None
         try:
             made = self.rule(*src, **attrs)  # type: ignore[arg-type]
         except PyggmlError as error:
@@ -361,7 +350,7 @@ class Op(Generic[P]):
         if not self.leaf:
             interned[key] = node
         if line:
-            _lines[node] = _user_line()
+            _lines[node] = user_line()
         if rewrite is not None:
             rewrite.built.add(node)
         elif self.writes is not None:
@@ -418,7 +407,7 @@ class Op(Generic[P]):
             sizes = ", ".join(f"{key}={s.spec}" for key, s in shown)
             shapes = ", ".join(f"{key}={s.shape}" for key, s in shown)
             text += f" (ne order: {sizes}; numpy shapes: {shapes})"
-        return _at_line(error, text)
+        return at_line(error, text)
 
 
 @overload
@@ -465,7 +454,7 @@ def located(build: Callable[P, Node]) -> Callable[P, Node]:
                 raise DTypeError(f"{build.__name__}: {old}= is now {KEYWORDS[old]}=")
             return build(*args, **kwargs)
         except PyggmlError as error:
-            raise _at_line(error, str(error)) from None
+            raise at_line(error, str(error)) from None
         except TypeError:
             try:
                 signature.bind(*args, **kwargs)
@@ -473,17 +462,10 @@ def located(build: Callable[P, Node]) -> Callable[P, Node]:
                 wrong = next((key for key in kwargs if key not in signature.parameters), "")
                 hint = near(wrong, list(signature.parameters))
                 text = f"{build.__name__}: {error}{hint}; call it as {build.__name__}{form}"
-                raise _at_line(DTypeError(text), text) from None
+                raise at_line(DTypeError(text), text) from None
             raise
 
     return call
-
-
-def _at_line(error: PyggmlError, text: str) -> PyggmlError:
-    file, number = _user_line()
-    place = f"; at {file}:{number}"
-    error.args = (text if place in text else text + place, *error.args[1:])
-    return error
 
 
 def slice_of(node: Node, axis: Axis, n: int) -> Slice | None:

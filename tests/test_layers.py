@@ -11,7 +11,7 @@ import pytest
 
 TOP = Path(__file__).parent.parent
 LAYERS = (  # later ones may import earlier ones and their own
-    "pyggml.errors pyggml.renamed pyggml.written",
+    "pyggml.errors pyggml.where pyggml.renamed pyggml.written",
     "pyggml.dtypes pyggml.quants pyggml.spec pyggml.traits pyggml.attributes",
     "pyggml.node pyggml.arithmetic",
     "pyggml.graph pyggml.loop pyggml.transfer",

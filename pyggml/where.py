@@ -1,0 +1,25 @@
+"""The line of the user's code that is running: every error names it."""
+
+from __future__ import annotations
+
+import sys
+
+from pyggml.errors import PyggmlError
+
+
+def user_line() -> tuple[str, int]:
+    """The innermost frame outside the library; model files count as a user's."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None:
+        module = frame.f_globals.get("__name__", "")
+        if not module.startswith("pyggml.") or module.startswith("pyggml.models."):
+            break
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_lineno
+
+
+def at_line(error: PyggmlError, text: str) -> PyggmlError:
+    file, number = user_line()
+    place = f"; at {file}:{number}"
+    error.args = (text if place in text else text + place, *error.args[1:])
+    return error
