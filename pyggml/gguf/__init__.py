@@ -1,4 +1,4 @@
-"""GGUF files: `open` reads them through a memory map, `write` makes them."""
+"""GGUF files: `open` memory-maps and reads them, `write` writes them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a GGUF file is made of: constants of the format, key values, rows of the tensor table."""
+"""The parts of a GGUF file: format constants, key values, rows of the tensor table."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ MAX_ALIGNMENT = 65_536
 MAX_DIMS = 4
 MAX_NAME = 63
 MAX_KEY = 65_535
-#: Largest keys-and-table part that is read. A vocabulary of 250,000 tokens takes about 15 MB.
+#: Largest header (keys and tensor table) we read. A vocabulary of 250,000 tokens takes about 15 MB.
 MAX_HEADER = 128 << 20
-#: Most keys and tensors that are read. Model files have about 50 keys, and 50,000 tensors where
-#: every expert of DeepSeek-V3 stands alone.
+#: Most keys and tensors we read. Model files have about 50 keys, and 50,000 tensors if every expert
+#: of DeepSeek-V3 is a tensor of its own.
 MAX_KEYS = 65_536
 MAX_TENSORS = 262_144
 
 U32, BOOL, STRING, ARRAY = 4, 7, 8, 9
-#: Key value types by GGUF id, as `struct` and as NumPy spell them; string (8) and array (9) stand
-#: apart.
+#: Scalar key types by GGUF id, as `struct` and NumPy spell them. String (8) and array (9) are not
+#: scalars.
 SCALAR_CODES = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
@@ -43,10 +43,10 @@ _IK_TYPES = range(97, 512)
 
 
 def foreign_type(id_: int) -> DType | None:
-    """A stand-in for a type that is not in the table: it has no size and cannot be decoded.
+    """A stand-in DType for a type that `dtypes.TYPES` does not list; it has no size and no decoder.
 
-    A file may hold such tensors beside others. None for a number that no ggml has used or is soon
-    to use.
+    A file may contain such tensors among others. None for an id that no ggml version uses or is
+    likely to use soon.
     """
     if id_ not in range(_IK_TYPES.stop):
         return None
@@ -54,19 +54,19 @@ def foreign_type(id_: int) -> DType | None:
 
 
 def why_unknown(dtype: DType) -> str:
-    """What is known of a stand-in's type."""
+    """Why pyggml cannot read a stand-in's type."""
     if dtype.ggml_id in _REMOVED_TYPES:
         return f"{dtype} was removed from ggml; convert the model again"
     if dtype.ggml_id in _IK_TYPES:
         return f"{dtype} is an ik_llama.cpp type, which pyggml does not read"
-    return f"{dtype} is newer than this pyggml, or no type at all"
+    return f"{dtype} is newer than this pyggml, or not a type at all"
 
 
 class StringArray(Sequence[str]):
     """A read-only array of strings, decoded on first use (a vocabulary opens in milliseconds).
 
-    `data` is `count` times a u64 length and that many bytes. An element that is not UTF-8 raises
-    GGUFError, naming `where`, when the array is first looked into; `raw()` gives plain bytes.
+    `data` is `count` strings, each a u64 length followed by that many bytes. The first access
+    raises a GGUFError that names `where` if any element is not UTF-8; `raw()` returns bytes.
     """
 
     def __init__(self, data: bytes, count: int, where: str) -> None:
@@ -86,8 +86,8 @@ class StringArray(Sequence[str]):
         if self._values is None:
             texts = self.raw()
             try:
-                # One call for all of them takes a third of the time of one call each. A zero byte
-                # is never inside a character, so it separates texts, unless a text has one itself.
+                # Decoding all of them at once takes a third of the time. UTF-8 has no zero byte
+                # inside a character, so zero bytes can separate the texts, unless a text has one.
                 values = b"\0".join(texts).decode().split("\0")
                 if len(values) != self._count:
                     values = [text.decode() for text in texts]
@@ -113,7 +113,7 @@ class StringArray(Sequence[str]):
         return f"StringArray({self._count} strings)"
 
 
-#: A key's value as Python sees it. Numbers lose their width: 7 is 7, u32 or i8.
+#: A key's value in Python. Numbers lose their width: a u32 7 and an i8 7 are both 7.
 Value: TypeAlias = bool | int | float | str | np.ndarray[Any, Any] | StringArray
 
 
@@ -121,10 +121,10 @@ Value: TypeAlias = bool | int | float | str | np.ndarray[Any, Any] | StringArray
 class TensorInfo:
     """One row of the tensor table.
 
-    ne      ggml's order, as many numbers as the file gives: none for a single element
-    offset  of the first byte, from the start of its file
-    nbytes  0 for a type that is not known (dtype.kind "unknown")
-    part    index into `GGUFFile.paths` of the file that holds it (0 unless the model is split)
+    ne      ggml's order, as many numbers as the file has: none for a single element
+    offset  of its first byte, counted from the start of its file
+    nbytes  0 for an unknown type (dtype.kind "unknown")
+    part    index of its file in `GGUFFile.paths` (0 unless the model is split)
     """
 
     name: str
@@ -145,5 +145,5 @@ class TensorInfo:
 
 
 def padded(nbytes: int, alignment: int) -> int:
-    """The next multiple of `alignment`."""
+    """`nbytes` rounded up to a multiple of `alignment`."""
     return -(-nbytes // alignment) * alignment

@@ -1,15 +1,18 @@
-"""The header of one GGUF file, read and checked: keys, then the tensor table. Reads no weights.
+"""Parsing and checking the header of one GGUF file: keys, then the tensor table. Reads no weights.
 
-Every length, count, type, dimension and offset is compared with the bytes that are there before
-it is used. Time is linear in the size of the header, which is at most MAX_HEADER bytes with
-MAX_KEYS keys and MAX_TENSORS tensors.
+The parser checks every length, count, type, dimension and offset against the bytes in the file
+before it uses them. It takes time linear in the size of the header, which is at most MAX_HEADER
+bytes with MAX_KEYS keys and MAX_TENSORS tensors.
 
-Where the format or other readers leave room. Refused: an empty, overlong (65,535 bytes), repeated
-or non-UTF-8 key; a bool other than 0 and 1; an array of arrays; a tensor without a name or with one
-over 63 bytes; more than 4 dimensions; tensors that overlap; an alignment that is not a power of two
-from 8 to 65,536. Accepted: a tensor without dimensions (one element) or with a dimension of 0 (no
-elements), one of a type that pyggml does not know (its array cannot be had), gaps between tensors,
-any order of their data, bytes after the last one.
+Our choices where the format or other readers leave a choice:
+
+refused   a key that is empty, longer than 65,535 bytes, repeated or not UTF-8; a bool other than 0
+          and 1; an array of arrays; a tensor whose name is empty or longer than 63 bytes; more than
+          4 dimensions; overlapping tensors; an alignment that is not a power of two from 8 to
+          65,536
+accepted  a tensor without dimensions (one element) or with a dimension of 0 (no elements); a tensor
+          of an unknown type (`GGUFFile.array` refuses it); gaps between tensors; data in any order;
+          bytes after the last tensor
 """
 
 from __future__ import annotations
@@ -59,10 +62,10 @@ _OTHER_FORMATS = {
 }  # fmt: skip
 
 _u32 = Struct("<I").unpack_from
-#: Bytes of one value of each type (of its length, for a string).
+#: Bytes of one value of each type; for a string, bytes of its length.
 _SIZES = {id_: dtype.itemsize for id_, dtype in SCALARS.items()} | {STRING: 8}
 _READERS = {id_: Struct(f"<{SCALAR_CODES[id_]}").unpack_from for id_ in SCALARS}
-#: What follows a tensor's name and its number of dimensions: ne, type, offset.
+#: The fields after a tensor's name and its number of dimensions: ne, type, offset.
 _ROWS = [Struct(f"<{n}QIQ") for n in range(MAX_DIMS + 1)]
 
 
@@ -76,9 +79,9 @@ class Header(NamedTuple):
 def parse(
     source: Source, size: int, path: str, *, part: int = 0, allow_missing_data: bool = False
 ) -> Header:
-    """The header at the start of `source`, a file of `size` bytes; GGUFError where it is wrong.
+    """The header at the start of `source`, a file of `size` bytes; GGUFError if it is malformed.
 
-    `path` names the file in errors; `allow_missing_data` accepts tensors past the file's end.
+    Errors call the file `path`. `allow_missing_data` accepts tensors past the end of the file.
     """
     cursor = _Cursor(source, path)
     version = _version(cursor)
@@ -89,15 +92,15 @@ def parse(
     rows = list(_rows(cursor, n_tensors, alignment))
     start = padded(cursor.pos, alignment)
     tensors = _placed(cursor, rows, start, None if allow_missing_data else size, part)
-    # Values are copied out last: a file that is refused costs next to no memory.
+    # Values are copied out last, so that a malformed file costs almost no memory.
     fields = {key: _value(cursor, key, span) for key, span in spans.items()}
     return Header(version, fields, tensors, start)
 
 
 class _Cursor:
-    """A position in the header; a read that would pass its end is a GGUFError.
+    """A position in the header; reading past the end is a GGUFError.
 
-    subject  the key or tensor that is being read, with which error messages begin
+    subject  the key or tensor being read; error messages begin with it
     """
 
     def __init__(self, source: Source, path: str) -> None:
@@ -110,10 +113,10 @@ class _Cursor:
         raise GGUFError(f"{self.path}: byte {byte}, {self.subject}{field}: {problem}")
 
     def take(self, nbytes: int, field: str) -> int:
-        """Steps over `nbytes` and returns where they start."""
+        """Skip `nbytes` and return where they start."""
         start = self.pos
         if nbytes > self.end - start:
-            end = "the limit of a header" if self.end == MAX_HEADER else "the end of the file"
+            end = "the header size limit" if self.end == MAX_HEADER else "the end of the file"
             self.fail(field, f"{nbytes} bytes needed, {self.end - start} left before {end}")
         self.pos = start + nbytes
         return start
@@ -127,13 +130,13 @@ class _Cursor:
         return number
 
     def count(self, field: str, least: int, most: int | None = None) -> int:
-        """A u64 count of things that take at least `least` bytes each, at most `most` of them."""
+        """A u64 count, at most `most`, of items that take at least `least` bytes each."""
         number = self.u64(field)
         if number * least > self.end - self.pos:
             left = self.end - self.pos
-            self.fail(field, f"{number} of them cannot fit in the {left} bytes left", self.pos - 8)
+            self.fail(field, f"{number} do not fit in the {left} bytes left", self.pos - 8)
         if most is not None and number > most:
-            self.fail(field, f"{number}, at most {most} are read", self.pos - 8)
+            self.fail(field, f"{number}, must be at most {most}", self.pos - 8)
         return number
 
     def name(self, longest: int) -> str:
@@ -150,7 +153,7 @@ class _Cursor:
 
 
 class _Span(NamedTuple):
-    """Where a value lies. `length` is None for a scalar; a string's span begins at its length."""
+    """Where a value is. `length` is None for a scalar; a string's span begins at its length."""
 
     type: int
     length: int | None
@@ -161,14 +164,15 @@ class _Span(NamedTuple):
 def _version(cursor: _Cursor) -> int:
     head = cursor.source[:32]
     if not head.startswith(MAGIC):
-        kind = next((k for magic, k in _OTHER_FORMATS.items() if head.startswith(magic)), None)
-        cursor.fail("magic", f"{head[:4]!r}, not {MAGIC!r}" + (f": {kind}" if kind else ""))
+        other = next((n for magic, n in _OTHER_FORMATS.items() if head.startswith(magic)), None)
+        hint = f"; this is {other}" if other else ""
+        cursor.fail("magic", f"expected {MAGIC!r}, got {head[:4]!r}{hint}")
     cursor.take(4, "magic")
     version = cursor.u32("version")
     if version not in (2, 3):
         big_endian = version in (2 << 24, 3 << 24)
-        hint = "; a big-endian file must be converted" if big_endian else ""
-        cursor.fail("version", f"{version}, only 2 and 3 are read{hint}", 4)
+        hint = "; convert this big-endian file to little-endian" if big_endian else ""
+        cursor.fail("version", f"{version}, must be 2 or 3{hint}", 4)
     return version
 
 
@@ -192,7 +196,7 @@ def _span(cursor: _Cursor) -> _Span:
     if is_array:
         type_ = cursor.u32(" element type")
     if type_ == ARRAY:
-        cursor.fail(" element type", "an array of arrays is not read", cursor.pos - 4)
+        cursor.fail(" element type", "an array of arrays is not supported", cursor.pos - 4)
     if type_ not in _SIZES:
         cursor.fail(" type", f"{type_} does not exist", cursor.pos - 4)
     if is_array:
@@ -206,15 +210,15 @@ def _span(cursor: _Cursor) -> _Span:
 
 
 def _skip_strings(cursor: _Cursor, count: int) -> None:
-    # The one long loop of a parse, hence no calls of cursor in it.
+    # The only long loop of a parse, so it avoids method calls.
     source, pos, last = cursor.source, cursor.pos, cursor.end - 8
     for i in range(count):
         if pos > last:
-            cursor.fail(f", string {i}", "its length passes the header's end", pos)
+            cursor.fail(f", string {i}", "starts past the end of the header", pos)
         pos += 8 + u64(source, pos)[0]
     if pos > cursor.end:
         left = cursor.end - cursor.pos
-        cursor.fail("", f"{pos - cursor.pos} bytes of strings, {left} left")
+        cursor.fail("", f"{pos - cursor.pos} bytes of strings, but only {left} left")
     cursor.pos = pos
 
 
@@ -224,14 +228,14 @@ def _value(cursor: _Cursor, key: str, span: _Span) -> Value:
         if span.type == STRING:
             return cursor.decode(span.start + 8, span.stop)
         if span.type == BOOL and cursor.source[span.start] > 1:
-            cursor.fail("", "a bool is 0 or 1", span.start)
+            cursor.fail("", "a bool must be 0 or 1", span.start)
         scalar: bool | int | float = _READERS[span.type](cursor.source, span.start)[0]
         return scalar
     raw = cursor.source[span.start : span.stop]
     if span.type == STRING:
         return StringArray(raw, span.length, f"{cursor.path}: byte {span.start}, key {key!r}")
     if span.type == BOOL and raw.strip(b"\0\1"):
-        cursor.fail("", "a bool is 0 or 1", span.start)
+        cursor.fail("", "a bool must be 0 or 1", span.start)
     return np.frombuffer(raw, SCALARS[span.type])
 
 
@@ -277,14 +281,14 @@ def _rows(cursor: _Cursor, count: int, alignment: int) -> Iterator[_Row]:
         if dtype is None:
             cursor.fail(" type", f"{id_} does not exist", cursor.pos - 12)
         if offset % alignment:
-            cursor.fail(" offset", f"{offset}, no multiple of {alignment}", cursor.pos - 8)
+            cursor.fail(" offset", f"{offset}, must be a multiple of {alignment}", cursor.pos - 8)
         try:
             nbytes = dtype.tensor_bytes(ne)
         except ShapeError as error:
             cursor.fail(" ne[0]", str(error), at)
-        # Dimensions of 0 make others no better: an array of that shape must be possible.
+        # A dimension of 0 counts as 1 here, because NumPy limits the shape of an empty array too.
         if offset + math.prod(n or 1 for n in ne) * max(dtype.nbytes, 1) >= 1 << 63:
-            cursor.fail(" size", f"ne={list(ne)} at offset {offset} passes 2^63 bytes", at)
+            cursor.fail(" size", f"ne={list(ne)} at offset {offset} exceeds 2^63 bytes", at)
         yield _Row(at, name, dtype, ne, nbytes, offset)
     cursor.subject = ""
 
@@ -296,11 +300,11 @@ def _placed(
         if size is not None and start + row.offset + row.nbytes > size:
             cursor.fail(
                 f"tensor {row.name!r}",
-                f"{row.nbytes} bytes from {start + row.offset} pass the end of the file, {size} "
-                "(a header alone opens with allow_missing_data=True)",
+                f"its {row.nbytes} bytes at {start + row.offset} pass the end of the file at "
+                f"{size}; use allow_missing_data=True to open a header without its weights",
                 row.at,
             )
-    # One without bytes overlaps nothing, wherever it stands.
+    # A tensor without bytes overlaps nothing.
     ordered = sorted((row for row in rows if row.nbytes), key=lambda row: row.offset)
     for before, row in pairwise(ordered):
         if row.offset < before.offset + before.nbytes:

@@ -1,4 +1,4 @@
-"""Opening GGUF files, one or split, through memory maps. Weights are not touched until used."""
+"""Opening GGUF files, single or split, through memory maps. Weights are read on first use."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ class Names(dict[str, V]):
 
 
 class GGUFFile:
-    """An open GGUF file; a context manager. Made by `pyggml.gguf.open`.
+    """An open GGUF file, from `pyggml.gguf.open`; a context manager.
 
     version   2 or 3
     fields    key -> bool, int, float, str, array, or StringArray, in the file's order
     tensors   name -> TensorInfo, in the file's order
-    paths     of its parts: one, or all of a split model that are there
-    missing   of the other parts of a split model opened with allow_missing_data; their tensors are
-              not known
+    paths     one path, or those of all parts of a split model that exist
+    missing   paths of the missing parts of a split model opened with allow_missing_data; `tensors`
+              does not list their tensors
     complete  False if opened with allow_missing_data and weights are missing
 
-    `fields` and `tensors` stay readable after `close()`; arrays handed out stay valid too.
+    `fields`, `tensors` and the arrays you already have stay valid after `close()`.
     """
 
     def __init__(self, parts: list[_Part], missing: list[str], allow_missing_data: bool) -> None:
@@ -61,7 +61,7 @@ class GGUFFile:
             for info in header.tensors:
                 if info.name in self.tensors:
                     first = self.paths[self.tensors[info.name].part]
-                    raise GGUFError(f"{part.path}: tensor {info.name!r} is in {first} too")
+                    raise GGUFError(f"{part.path}: tensor {info.name!r} is also in {first}")
                 self.tensors[info.name] = info
         if len(parts) + len(missing) > 1:
             _check_split(parts, headers, missing)
@@ -71,16 +71,16 @@ class GGUFFile:
 
         f64 f32 f16 i8 i16 i32 i64   elements of that type           [..., ne1, ne0]
         bf16                         uint16                          [..., ne1, ne0]
-        block types                  uint8, rows as they stand       [..., ne1, row_bytes]
+        block types                  uint8, rows as in the file      [..., ne1, row_bytes]
 
-        UnknownNameError, or GGUFError where the file is closed, no longer holds the bytes, or holds
-        them in a type that is not known. A file that shrinks afterwards, while the array is used,
-        kills the process: replace, don't cut.
+        UnknownNameError for a name the file does not have. GGUFError if the file is closed, no
+        longer contains the bytes, or stores them in an unknown type. Truncating the file while the
+        array is in use kills the process (SIGBUS): replace the file instead.
         """
         if name not in self.tensors and self.missing:
             raise GGUFError(
-                f"{self.paths[0]}: no tensor {name!r} in the parts that are there; "
-                f"{', '.join(self.missing)} not found"
+                f"{self.paths[0]}: no tensor {name!r} in the parts that exist; "
+                f"missing: {', '.join(self.missing)}"
             )
         info = self.tensors[name]
         if not self._parts:
@@ -88,7 +88,7 @@ class GGUFFile:
         return self._parts[info.part].array(info)
 
     def close(self) -> None:
-        """Gives the files back; safe to call twice."""
+        """Close the files. Safe to call twice."""
         for part in self._parts:
             part.close()
         self._parts = []
@@ -104,11 +104,11 @@ class GGUFFile:
 
 
 def open(path: str | bytes | PathLike[str], *, allow_missing_data: bool = False) -> GGUFFile:
-    """Opens a GGUF file of version 2 or 3, or the first part (-00001-of-000NN) of a split one.
+    """Open a GGUF file of version 2 or 3; of a split model, its first part (-00001-of-000NN).
 
-    allow_missing_data  accept a file without its weights, cut off, or without some later parts:
-                        what is there is described, and `array` refuses the rest
-    GGUFError (file, byte, field, problem) for anything that is not a whole, well-formed file.
+    allow_missing_data  accept a file without its weights, truncated, or without some later parts;
+                        `array` then refuses the missing tensors
+    GGUFError (file, byte, field, problem) for anything but a complete, well-formed file.
     """
     with ExitStack() as stack:
         first = _Part(os.fsdecode(path), stack)
@@ -130,7 +130,7 @@ class _Part:
         self.path, self.number = path, number
         self._header: Header | None = None
         try:
-            # Asked before opening: opening a FIFO would wait for a writer.
+            # Before opening, because opening a FIFO would wait for a writer.
             regular = stat.S_ISREG(os.stat(path).st_mode)
             if regular:
                 self._file = stack.enter_context(FileIO(path))
@@ -151,7 +151,7 @@ class _Part:
         return self._header
 
     def holds(self, info: TensorInfo) -> bool:
-        """Whether the data is there now: the file may have shrunk since it was mapped."""
+        """Whether the file still contains the data; it may have shrunk since it was mapped."""
         size = min(self._size, os.fstat(self._file.fileno()).st_size)
         return info.offset + info.nbytes <= size
 
@@ -173,27 +173,29 @@ class _Part:
         return flat.view(element).reshape(shape)
 
     def close(self) -> None:
-        # The map itself goes with the last array that looks into it.
+        # The map itself is freed with the last array that uses it.
         self._file.close()
 
 
 def _other_parts(first: _Part, allow_missing_data: bool) -> Iterable[str]:
-    """The paths of parts 2 to N, if `first` says that it is one of N."""
+    """The paths of parts 2 to N if the keys of `first` say that it is one of N."""
     fields = first.header(0, allow_missing_data).fields
     count = fields.get("split.count", 1)
     if type(count) is not int or not 0 <= count <= 65_535:
         raise GGUFError(f"{first.path}: key 'split.count': {count!r}, must be 0 to 65535")
     if count <= 1:
         return []
-    named = _SPLIT_NAME.search(first.path)
-    if named is None or int(named[2]) != count:
+    match = _SPLIT_NAME.search(first.path)
+    if match is None or int(match[2]) != count:
         raise GGUFError(
-            f"{first.path}: key 'split.count': {count} parts, so the name must end in "
+            f"{first.path}: key 'split.count': {count} parts, so the file name must end in "
             f"-00001-of-{count:05}.gguf"
         )
-    stem = first.path[: named.start()]
-    if int(named[1]) != 1:
-        raise GGUFError(f"{first.path}: a later part; open {stem}-00001-of-{count:05}.gguf")
+    stem = first.path[: match.start()]
+    if int(match[1]) != 1:
+        raise GGUFError(
+            f"{first.path}: not the first part of the model; open {stem}-00001-of-{count:05}.gguf"
+        )
     return [f"{stem}-{i:05}-of-{count:05}.gguf" for i in range(2, count + 1)]
 
 
@@ -210,6 +212,6 @@ def _check_split(parts: list[_Part], headers: list[Header], missing: list[str]) 
     declared = headers[0].fields.get("split.tensors.count", total)
     if declared != total and not missing:
         raise GGUFError(
-            f"{parts[0].path}: key 'split.tensors.count': {declared}, but the parts hold {total} "
+            f"{parts[0].path}: key 'split.tensors.count': {declared}, but the parts have {total} "
             "tensors"
         )

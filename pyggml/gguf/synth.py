@@ -1,4 +1,4 @@
-"""Random weights of any storage type, drawn directly as blocks: nothing is encoded."""
+"""Random weights of any storage type, drawn as blocks without encoding anything."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Draw: TypeAlias = Callable[[np.random.Generator, int], Array]
 
 _CHUNK_BYTES = 8 << 20
 
-#: Block types whose bytes may all be random but for the f16 scales: where those stand, as
-#: (byte, factor of the scale), and the root mean square of a decoded block of scale 1. The second
-#: entry of the types with a minimum is set so that the mean is zero. The numbers were measured by
-#: decoding random blocks; a test decodes again.
+#: Block types in which every byte may be random except the f16 scales. Each entry lists the scales
+#: as (byte, factor) and gives the root mean square of a decoded block whose scale is 1. In types
+#: with a minimum, the second factor makes the mean zero. The numbers come from decoding random
+#: blocks; a test repeats the measurement.
 _BLOCKS: dict[str, tuple[tuple[tuple[int, float], ...], float]] = {
     "q4_0": (((0, 1.0),), 4.637),
     "q4_1": (((0, 1.0), (2, -7.5)), 4.610),
@@ -49,25 +49,26 @@ DRAWN: tuple[str, ...] = ("f32", "f16", "bf16", *_BLOCKS)
 
 
 def drawn_type(name: str) -> DType:
-    """The type of that name; DTypeError where random weights of it cannot be drawn."""
+    """The type called `name`; DTypeError if `random_tensor` cannot draw it."""
     if dtype(name).name not in DRAWN:
-        raise DTypeError(f"no random weights of type {name}; choose from {', '.join(DRAWN)}")
+        raise DTypeError(f"cannot draw random {name} weights; choose from {', '.join(DRAWN)}")
     return dtype(name)
 
 
-def fitting_type(wanted: DType, ne0: int) -> DType:
-    """`wanted`, or q8_0, or f16: the first whose blocks divide a row of `ne0` elements."""
-    fits = (t for t in (wanted, TYPES["q8_0"], TYPES["f16"]) if ne0 % t.block == 0)
-    return next(fits)
+def fitting_type(preferred: DType, ne0: int) -> DType:
+    """The first of `preferred`, q8_0 and f16 whose blocks divide a row of `ne0` elements."""
+    candidates = (preferred, TYPES["q8_0"], TYPES["f16"])
+    return next(t for t in candidates if ne0 % t.block == 0)
 
 
 def random_tensor(
     name: str, type: DType, ne: tuple[int, ...], *, std: float, mean: float = 0.0, seed: int = 0
 ) -> Tensor:
-    """A tensor of random values of that standard deviation, drawn while it is written.
+    """A tensor of random values with standard deviation `std`, drawn while it is written.
 
-    Plain types are normal around `mean`; block types have the spread of their quants around 0.
-    The values depend on `seed` and `name` only: a layer keeps its own when others come or go.
+    Plain types are normal around `mean`. Block types are spread around 0 as their quants are.
+    The values depend only on `seed` and `name`, so a layer keeps its values when others are added
+    or removed.
     """
 
     def chunks() -> Iterator[np.ndarray[Any, Any]]:
@@ -89,7 +90,7 @@ def _random_bytes(rng: np.random.Generator, count: int) -> Array:
 
 
 def _normal(rng: np.random.Generator, type: DType, std: float, mean: float) -> Draw:
-    """Picks from 65,536 normal values already in the type's bits: no value is converted."""
+    """A draw from a table of 65,536 normal values, converted once to the bits of the type."""
     values = (rng.standard_normal(1 << 16) * std + mean).astype(np.float32)
     if type.numpy is None:
         table = ((values.view(np.uint32) + 0x8000) >> 16).astype("<u2")  # bf16, to nearest
@@ -99,7 +100,9 @@ def _normal(rng: np.random.Generator, type: DType, std: float, mean: float) -> D
 
 
 def _blocks(type: DType, std: float) -> Draw:
-    """Random bytes, scales from a table of 256: both signs, +-20 % around what gives `std`."""
+    """A draw of random bytes. Scales come from a table of 256: both signs, within 20 % of the scale
+    that gives `std`.
+    """
     places, rms = _BLOCKS[type.name]
     spread = np.linspace(0.8, 1.2, 128)
     spread *= std / rms / np.sqrt(np.mean(spread**2))

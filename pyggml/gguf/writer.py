@@ -1,4 +1,4 @@
-"""Writing GGUF v3 files: header first, then each tensor's bytes as they are produced."""
+"""Writing GGUF v3 files: the header, then each tensor's bytes as they are produced."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _IDS = {dtype: id_ for id_, dtype in SCALARS.items()}
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor to write. `chunks()` yields contiguous buffers, `nbytes` in all, when asked."""
+    """A tensor to write. `chunks()` yields contiguous buffers, `nbytes` in total."""
 
     name: str
     dtype: DType
@@ -56,22 +56,23 @@ def write(
     header_only: bool = False,
     progress: Progress | None = None,
 ) -> int:
-    """Writes a GGUF v3 file and returns its size in bytes.
+    """Write a GGUF v3 file and return its size in bytes.
 
-    fields       a NumPy scalar or array keeps its type; else int is u32 (or the first of i32, u64,
-                 i64 that holds it), float is f32, a sequence of str an array of strings
-    header_only  keys and the whole tensor table, no weights: `open` it with allow_missing_data
-    progress     called with bytes written and bytes in all, after every chunk
+    fields       NumPy scalars and arrays keep their types; a Python int becomes u32 (or the first
+                 of i32, u64, i64 that fits), a float f32, a sequence of str an array of strings
+    header_only  write keys and the whole tensor table, but no weights; `open` such a file with
+                 allow_missing_data
+    progress     called after every chunk with the bytes written and the total bytes
 
-    The file appears under its name only when complete: it is written beside it and renamed. A
-    failure removes what was written; what a killed process left is removed by the next `write` of
-    that name. GGUFError for names, sizes or keys that no reader would take, OSError where the disk
-    is too small (before anything is written) or the write fails.
+    The data goes to a temporary file in the same directory, which gets its final name when it is
+    complete. A failed write removes its temporary file; the next `write` of the same name removes
+    the files of killed processes. GGUFError for names, sizes or keys that readers reject. OSError
+    if the disk has too little space (before anything is written) or the write fails.
     """
     target = Path(path)
     header = _header(fields, tensors)
     end = len(header) + _offsets(tensors)[-1]
-    parse(header, end, str(target))  # what our reader refuses is not written
+    parse(header, end, str(target))  # never write a file that our own reader refuses
     total = len(header) if header_only else end
     _remove_abandoned(target)
     _check_room(target, total)
@@ -89,29 +90,29 @@ def write(
     return total
 
 
-# A file in the making is called .NAME.RANDOM.tmp and is locked by its writer while that lives: the
-# kernel drops the locks of the dead, and process numbers, which repeat, do not come into it.
+# A temporary file is called .NAME.RANDOM.tmp, and its writer holds a lock on it. The kernel drops
+# the lock when the process dies. A process id in the name would not do: ids are reused.
 
 
 def _open_part(target: Path) -> tuple[Path, BinaryIO]:
-    """A new file beside `target`, locked."""
+    """A new locked file in the directory of `target`."""
     while True:
         part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
         file = part.open("xb", buffering=0)
         try:
             _lock(file)
-        except BlockingIOError:  # another writer found it before it was locked, and removes it
+        except BlockingIOError:  # another writer took it for abandoned and is removing it
             file.close()
             continue
         except OSError:
-            return part, file  # a file system without locks: nothing there counts as abandoned
+            return part, file  # no locks on this file system, so _remove_abandoned removes nothing
         if part.exists():
             return part, file
         file.close()
 
 
 def _remove_abandoned(target: Path) -> None:
-    """Gives back the space of files that writers of `target` left when they were killed."""
+    """Remove the temporary files of killed writers of `target`."""
     pattern = f".{glob.escape(target.name)}.{'[0-9a-f]' * 8}.tmp"
     for name in glob.glob(pattern, root_dir=target.parent):
         part = target.with_name(name)
@@ -121,7 +122,9 @@ def _remove_abandoned(target: Path) -> None:
 
 
 def _lock(file: BinaryIO) -> None:
-    """BlockingIOError where another process has the lock, OSError where there are no locks."""
+    """Lock the file. BlockingIOError if another process has the lock, OSError if locks are
+    unavailable.
+    """
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
@@ -130,13 +133,13 @@ def _check_room(target: Path, total: int) -> None:
         raise FileExistsError(errno.EEXIST, "exists and is not a regular file", str(target))
     free = shutil.disk_usage(target.parent).free
     if total > free:
-        need = f"{total:,} bytes needed, {free:,} free on the disk"
-        raise OSError(errno.ENOSPC, need, str(target))
+        problem = f"{total:,} bytes needed, {free:,} free on the disk"
+        raise OSError(errno.ENOSPC, problem, str(target))
 
 
 def _header(fields: Mapping[str, Any], tensors: Sequence[Tensor]) -> bytes:
     if fields.get("general.alignment", DEFAULT_ALIGNMENT) != DEFAULT_ALIGNMENT:
-        raise GGUFError(f"key 'general.alignment': files are written with {DEFAULT_ALIGNMENT}")
+        raise GGUFError(f"key 'general.alignment': must be {DEFAULT_ALIGNMENT} in a written file")
     out = [MAGIC, struct.pack("<IQQ", 3, len(tensors), len(fields))]
     for key, value in fields.items():
         out += [_text(key), _encoded(key, value)]
@@ -149,7 +152,7 @@ def _header(fields: Mapping[str, Any], tensors: Sequence[Tensor]) -> bytes:
 
 
 def _offsets(tensors: Sequence[Tensor]) -> list[int]:
-    """Where each tensor starts behind the header, and where the last one ends (padded)."""
+    """Where each tensor starts after the header, and where the last one ends (padded)."""
     offsets = [0]
     for tensor in tensors:
         offsets.append(padded(offsets[-1] + tensor.nbytes, DEFAULT_ALIGNMENT))
@@ -183,17 +186,17 @@ def _sized(key: str, value: float) -> np.generic:
         return np.bool_(value)
     if isinstance(value, float):
         return np.float32(value)
-    for kind in (np.uint32, np.int32, np.uint64, np.int64):
-        if np.iinfo(kind).min <= value <= np.iinfo(kind).max:
-            return kind(value)
+    for integer in (np.uint32, np.int32, np.uint64, np.int64):
+        if np.iinfo(integer).min <= value <= np.iinfo(integer).max:
+            return integer(value)
     raise DTypeError(f"key {key!r}: {value} does not fit in 64 bits")
 
 
 def _put(file: BinaryIO, data: Any) -> int:
-    """All of `data`: a raw file may write less than asked."""
+    """Write all of `data` and return its size. A raw file may write less at each call."""
     view = memoryview(data)
     if not view.nbytes:
-        return 0  # no shape with a 0 can be cast
+        return 0  # memoryview cannot cast a shape with a 0
     view = view.cast("B")
     done = 0
     while done < len(view):
@@ -212,6 +215,6 @@ def _put_tensors(
                 progress(done, total)
         if done - start != tensor.nbytes:
             raise GGUFError(
-                f"tensor {tensor.name!r}: {done - start} bytes given, {tensor.nbytes} expected"
+                f"tensor {tensor.name!r}: expected {tensor.nbytes} bytes, got {done - start}"
             )
         done += _put(file, bytes(padded(done, DEFAULT_ALIGNMENT) - done))

@@ -1,4 +1,4 @@
-"""GGUF files put together byte by byte, so that every number in them can be wrong."""
+"""GGUF files built byte by byte, so that tests can make any number in them wrong."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def build(
 
 
 def every_kind(**options: Any) -> bytes:
-    """A valid file with a key of every type, arrays, and three tensors; no byte is spare."""
+    """A valid file with a key of every type, arrays, and three tensors, and no unused byte."""
     scalars = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
                12: "d"}  # fmt: skip
     keys = [ARCH]

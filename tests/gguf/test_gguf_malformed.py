@@ -1,4 +1,4 @@
-"""Files that are no good: each is a GGUFError that names the field, soon and cheaply."""
+"""Malformed files: each raises a GGUFError that names the field, in little time and memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ DATA = bytes(32)
 NESTED = u32(ARRAY) + u64(1)
 
 
-def one(row: bytes, data: bytes = DATA) -> bytes:
+def single(row: bytes, data: bytes = DATA) -> bytes:
     return build(None, [row], data)
 
 
@@ -43,7 +43,7 @@ def aligned(value: int) -> bytes:
     return build([kv("general.alignment", U32, u32(value))], [F32], DATA)
 
 
-# name -> the bytes, and what the error must say
+# name -> the bytes of the file, and a regular expression for the error message
 CATALOGUE: dict[str, tuple[bytes, str]] = {
     # A. the file
     "empty": (b"", "the file is empty"),
@@ -65,9 +65,9 @@ CATALOGUE: dict[str, tuple[bytes, str]] = {
     "n_keys one more": (build(n_keys=2), "key 1"),
     "n_tensors 2^63": (build(n_tensors=1 << 63), "byte 8, tensor count"),
     "n_tensors -1": (build(n_tensors=(1 << 64) - 1), "byte 8, tensor count"),
-    "keys without end": (build(n_keys=65_537) + bytes(65_537 * 14), "key count: 65537, at most"),
-    "tensors without end": (
-        build(n_tensors=262_145) + bytes(262_145 * 24), "tensor count: 262145, at most"),
+    "too many keys": (build(n_keys=65_537) + bytes(65_537 * 14), "count: 65537, must be at most"),
+    "too many tensors": (
+        build(n_tensors=262_145) + bytes(262_145 * 24), "tensor count: 262145, must be at most"),
     "n_tensors one more": (build(None, [F32], DATA, n_tensors=2), "tensor 1"),
     "key length 0": (build([kv("", U32, u32(1))]), "byte 24, key 0 length: 0"),
     "key length 2^63": (build([text("k", 1 << 63) + bytes(40)]), "byte 24, key 0 length"),
@@ -95,8 +95,8 @@ CATALOGUE: dict[str, tuple[bytes, str]] = {
     "array element type 99": (build([array("k", 99, 1, bytes(40))]), "key 'k' type: 99"),
     "array of arrays": (build([kv("k", ARRAY, NESTED * 64 + bytes(40))]), "array of arrays"),
     "arrays 5,000 deep": (build([kv("k", ARRAY, NESTED * 5_000)]), "array of arrays"),
-    "bool 2": (build([kv("k", 7, b"\2")]), "key 'k': a bool is 0 or 1"),
-    "bool 255 in an array": (build([array("k", 7, 3, b"\0\xff\0")]), "a bool is 0 or 1"),
+    "bool 2": (build([kv("k", 7, b"\2")]), "key 'k': a bool must be 0 or 1"),
+    "bool 255 in an array": (build([array("k", 7, 3, b"\0\xff\0")]), "a bool must be 0 or 1"),
     "alignment 0": (aligned(0), "general.alignment': 0"),
     "alignment 3": (aligned(3), "general.alignment': 3"),
     "alignment 4": (aligned(4), "general.alignment': 4"),
@@ -106,30 +106,30 @@ CATALOGUE: dict[str, tuple[bytes, str]] = {
     "alignment an i32": (build([kv("general.alignment", 5, u32(32))]), "must be a u32"),
     "alignment an array": (build([array("general.alignment", U32, 1, u32(32))]), "must be a u32"),
     # C. tensors
-    "name empty": (one(tensor("", (8,))), "tensor 0 name length: 0"),
-    "name of 64 bytes": (one(tensor("n" * 64, (8,))), "tensor 0 name length: 64"),
-    "name not UTF-8": (one(tensor(b"\xff", (8,))), "tensor 0 name: not UTF-8"),
+    "name empty": (single(tensor("", (8,))), "tensor 0 name length: 0"),
+    "name of 64 bytes": (single(tensor("n" * 64, (8,))), "tensor 0 name length: 64"),
+    "name not UTF-8": (single(tensor(b"\xff", (8,))), "tensor 0 name: not UTF-8"),
     "name twice": (build(None, [F32, tensor("t", (8,), offset=32)], DATA * 2), "occurs twice"),
-    "5 dimensions": (one(tensor("t", (8, 1, 1, 1, 1))), "'t' dimensions: 5"),
-    "2^31 dimensions": (one(tensor("t", (8,), dims=1 << 31)), "'t' dimensions"),
-    "ne 0 beside 2^62": (one(tensor("t", (1 << 62, 0))), "2.63 bytes"),
-    "ne -1": (one(tensor("t", ((1 << 64) - 1,))), "2.63 bytes"),
-    "ne 2^62": (one(tensor("t", (1 << 62,))), "2.63 bytes"),
-    "product wraps to 0": (one(tensor("t", (1 << 32, 1 << 32))), "2.63 bytes"),
-    "product wraps to 8": (one(tensor("t", ((1 << 63) + 8, 2, 1))), "2.63 bytes"),
-    "exabytes": (one(tensor("t", (1 << 30, 1 << 28))), "pass the end of the file"),
-    "type 512": (one(tensor("t", (32,), 512)), "'t' type: 512 does not exist"),
-    "type -1": (one(tensor("t", (32,), (1 << 32) - 1)), "does not exist"),
-    "no dimensions, blocks": (one(tensor("t", (), 8)), r"'t' ne\[0\]"),
-    "row not whole blocks": (one(tensor("t", (33,), 8)), r"'t' ne\[0\]"),
-    "offset unaligned": (one(tensor("t", (8,), offset=8), DATA * 2), "'t' offset: 8"),
-    "offset 2^64-32": (one(tensor("t", (8,), offset=(1 << 64) - 32)), "'t' size"),
-    "offset past the end": (one(tensor("t", (8,), offset=64)), "pass the end of the file"),
+    "5 dimensions": (single(tensor("t", (8, 1, 1, 1, 1))), "'t' dimensions: 5"),
+    "2^31 dimensions": (single(tensor("t", (8,), dims=1 << 31)), "'t' dimensions"),
+    "ne 0 next to 2^62": (single(tensor("t", (1 << 62, 0))), "2.63 bytes"),
+    "ne -1": (single(tensor("t", ((1 << 64) - 1,))), "2.63 bytes"),
+    "ne 2^62": (single(tensor("t", (1 << 62,))), "2.63 bytes"),
+    "product wraps to 0": (single(tensor("t", (1 << 32, 1 << 32))), "2.63 bytes"),
+    "product wraps to 8": (single(tensor("t", ((1 << 63) + 8, 2, 1))), "2.63 bytes"),
+    "exabytes": (single(tensor("t", (1 << 30, 1 << 28))), "pass the end of the file"),
+    "type 512": (single(tensor("t", (32,), 512)), "'t' type: 512 does not exist"),
+    "type -1": (single(tensor("t", (32,), (1 << 32) - 1)), "does not exist"),
+    "no dimensions, blocks": (single(tensor("t", (), 8)), r"'t' ne\[0\]"),
+    "row not whole blocks": (single(tensor("t", (33,), 8)), r"'t' ne\[0\]"),
+    "offset unaligned": (single(tensor("t", (8,), offset=8), DATA * 2), "'t' offset: 8"),
+    "offset 2^64-32": (single(tensor("t", (8,), offset=(1 << 64) - 32)), "'t' size"),
+    "offset past the end": (single(tensor("t", (8,), offset=64)), "pass the end of the file"),
     "offsets equal": (build(None, [F32, tensor("u", (8,))], DATA * 2), "overlaps 't'"),
     "offsets overlap": (
         build(None, [tensor("t", (16,)), tensor("u", (8,), offset=32)], DATA * 2), "overlaps 't'"),
-    "data one byte short": (one(F32, DATA[:-1]), "pass the end of the file"),
-    "no data": (one(F32, b""), "pass the end of the file"),
+    "data one byte short": (single(F32, DATA[:-1]), "pass the end of the file"),
+    "no data": (single(F32, b""), "pass the end of the file"),
 }  # fmt: skip
 
 
@@ -147,7 +147,7 @@ def test_malformed_file_is_an_error(tmp_path: Path, name: str) -> None:
         seconds, peak = time.perf_counter() - start, tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert str(caught.value).startswith(str(path))
-    assert seconds < 1  # a guard against hangs; about a millisecond
+    assert seconds < 1  # catches hangs; it takes about a millisecond
     assert peak < 10 << 20
 
 
@@ -175,7 +175,7 @@ def test_every_bit_of_the_header_flipped(tmp_path: Path) -> None:
                     opened += len(read) == 3
             except GGUFError:
                 pass
-    assert opened > 100  # a flipped character or number leaves a good file
+    assert opened > 100  # a flipped character or number can leave a valid file
 
 
 @settings(max_examples=300, deadline=None)
@@ -202,7 +202,7 @@ def test_a_bad_file_with_a_large_vocabulary_costs_little(tmp_path: Path) -> None
 
 
 def crafted(kind: str, mib: int) -> bytes:
-    """A valid header of about that size, of as many small things as are read of one kind."""
+    """A valid header of about `mib` MiB with as many small items of one kind as fit."""
     if kind == "strings":
         count = mib << 17
         return build([array("k", STRING, count, bytes(8 * count))])
@@ -225,17 +225,17 @@ def test_time_is_linear_in_the_size(kind: str, least: int, most: int) -> None:
 
 @pytest.mark.parametrize("kind", ["strings", "keys", "tensors"])
 def test_memory_is_bounded(kind: str) -> None:
-    """By a few hundred bytes a thing: the largest header that is read stays under 1 GB."""
+    """By a few hundred bytes an item, so the largest header we read takes less than 1 GB."""
     data = crafted(kind, 1)
     tracemalloc.start()
     header = parse(data, 1 << 50, "x")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    things = len(header.fields) + len(header.tensors)
-    assert peak < 1.1 * len(data) + 1000 * things
+    items = len(header.fields) + len(header.tensors)
+    assert peak < 1.1 * len(data) + 1000 * items
 
 
-def test_paths_that_are_no_files(tmp_path: Path) -> None:
+def test_paths_that_are_not_files(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     os.mkfifo(tmp_path / "fifo")
     for name in ("missing", "loop", "fifo", ".", "nul\0byte"):

@@ -1,4 +1,4 @@
-"""Reading good files: our bytes, the gguf package's, split ones; arrays and their lives."""
+"""Reading valid files: ours, the gguf package's, split ones; how long their arrays live."""
 
 from __future__ import annotations
 
@@ -46,9 +46,10 @@ def test_fields_are_python_values(path: Path) -> None:
     assert type(fields["k.6"]) is type(fields["k.12"]) is float
     assert list(fields["tokens"]) == ["a", "", "é"] and fields["tokens"][-1] == "é"  # type: ignore[index,arg-type]
     assert fields["none"].shape == (0,)  # type: ignore[union-attr]
-    for id_, kind in {0: "u1", 5: "i4", 6: "f4", 7: "?", 12: "f8"}.items():
+    for id_, element in {0: "u1", 5: "i4", 6: "f4", 7: "?", 12: "f8"}.items():
         values: Any = fields[f"a.{id_}"]
-        assert values.dtype == kind and values.tolist() == [0, 1] and not values.flags.writeable
+        assert values.dtype == element and values.tolist() == [0, 1]
+        assert not values.flags.writeable
 
 
 def test_version_2_reads_alike(tmp_path: Path) -> None:
@@ -64,7 +65,7 @@ def test_arrays_are_read_only_views_in_numpy_shape(path: Path) -> None:
     assert plain.dtype == np.float32 and plain.shape == (2, 4)
     assert block.dtype == np.uint8 and block.shape == (2, 34)
     assert half.dtype == np.uint16 and half.shape == (2, 2, 8)
-    # After close, too: the map lives as long as its arrays.
+    # The file is closed now; the map lives as long as its arrays.
     assert (plain.tobytes(), block.tobytes(), half.tobytes()) == (
         data[:32],
         data[32:100],
@@ -157,7 +158,7 @@ def test_reads_what_the_gguf_package_writes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["x.gguf", "y.gguf"])
 def test_shapes_with_no_elements_or_no_dimensions(tmp_path: Path, name: str) -> None:
-    """As gguf-py reads them; ours and theirs write them."""
+    """We read what gguf-py reads, from bytes of our own and from a file that we wrote."""
     path = tmp_path / name
     rows = [tensor("none", (0,)), tensor("rows", (4, 0), 0), tensor("q", (0, 3), 8),
             tensor("one", (), 0), tensor("last", (2,), 0, 32)]  # fmt: skip
@@ -191,7 +192,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("id_", FOREIGN)
-def test_a_type_that_is_not_known_is_refused_when_it_is_used(tmp_path: Path, id_: int) -> None:
+def test_a_tensor_of_an_unknown_type_is_refused_on_use(tmp_path: Path, id_: int) -> None:
     path = tmp_path / "x.gguf"
     rows = [tensor("strange", (33, 2), id_), tensor("good", (8,), 0, 64)]
     path.write_bytes(build(None, rows, bytes(range(96))))
@@ -204,17 +205,17 @@ def test_a_type_that_is_not_known_is_refused_when_it_is_used(tmp_path: Path, id_
 
 
 @pytest.mark.parametrize("name", sorted(TYPES))
-def test_a_tensor_of_every_type_can_be_had(tmp_path: Path, name: str) -> None:
-    """Those that cannot be decoded too: it is their use in a graph that fails."""
-    path, kind = tmp_path / "x.gguf", TYPES[name]
-    row = tensor("t", (256, 2), kind.ggml_id)
-    path.write_bytes(build(None, [row], bytes(kind.tensor_bytes((256, 2)))))
+def test_tensors_of_every_type_are_read(tmp_path: Path, name: str) -> None:
+    """Even types that cannot be decoded; using those in a graph is the error."""
+    path, dtype = tmp_path / "x.gguf", TYPES[name]
+    row = tensor("t", (256, 2), dtype.ggml_id)
+    path.write_bytes(build(None, [row], bytes(dtype.tensor_bytes((256, 2)))))
     with gguf.open(path) as file:
         array = file.array("t")
-        assert file.tensors["t"].dtype is kind and array.nbytes == kind.tensor_bytes((256, 2))
-        if name not in quants.DECODABLE and kind.kind == "block":
+        assert file.tensors["t"].dtype is dtype and array.nbytes == dtype.tensor_bytes((256, 2))
+        if name not in quants.DECODABLE and dtype.kind == "block":
             with pytest.raises(DTypeError, match=f"type {name} cannot stand in a graph"):
-                constant(array, dtype=kind)
+                constant(array, dtype=dtype)
 
 
 def test_tokens_with_any_characters(tmp_path: Path) -> None:
@@ -227,14 +228,16 @@ def test_tokens_with_any_characters(tmp_path: Path) -> None:
 # --- split files ---------------------------------------------------------------------------------
 
 
-def write_split(folder: Path, count: int = 3, **changed: Any) -> Path:
-    """`count` parts with a tensor t<i> each; changed: name=(part, value of its keys or tensor)."""
+def write_split(folder: Path, count: int = 3, **changes: Any) -> Path:
+    """`count` parts with one tensor t<i> each. `part1={...}` changes keys of part 1, `name1="u"`
+    the name of its tensor.
+    """
     paths = [folder / f"m-{i + 1:05}-of-{count:05}.gguf" for i in range(count)]
     for i, path in enumerate(paths):
         fields = {"split.no": i, "split.count": count, "split.tensors.count": count}
-        fields |= changed.get(f"part{i}", {})
+        fields |= changes.get(f"part{i}", {})
         keys = [kv(key, 10, u64(value)) for key, value in fields.items()]
-        row = tensor(changed.get(f"name{i}", f"t{i}"), (8,))
+        row = tensor(changes.get(f"name{i}", f"t{i}"), (8,))
         path.write_bytes(build(keys, [row], bytes([i]) * 32))
     return paths[0]
 
@@ -247,18 +250,18 @@ def test_split_files_are_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "message"),
+    ("changes", "message"),
     [
         ({"part0": {"split.count": 4}}, "must end in -00001-of-00004"),
         ({"part0": {"split.count": 2**32 - 1}}, "must be 0 to 65535"),
         ({"part1": {"split.no": 2}}, "are 2 and 3, expected 1 and 3"),
         ({"part2": {"split.count": 7}}, "are 2 and 7, expected 2 and 3"),
-        ({"part0": {"split.tensors.count": 9}}, "9, but the parts hold 3"),
-        ({"name2": "t0"}, "'t0' is in .*00001-of-00003.gguf too"),
+        ({"part0": {"split.tensors.count": 9}}, "9, but the parts have 3"),
+        ({"name2": "t0"}, "'t0' is also in .*00001-of-00003.gguf"),
     ],
 )
-def test_split_contradictions(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
-    first = write_split(tmp_path, **changed)
+def test_split_contradictions(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    first = write_split(tmp_path, **changes)
     with pytest.raises(GGUFError, match=message):
         gguf.open(first)
 
@@ -280,7 +283,7 @@ def test_split_part_missing_on_request(tmp_path: Path) -> None:
         assert list(file.tensors) == ["t0", "t2"] and not file.complete
         assert [Path(p).name for p in file.missing] == ["m-00002-of-00003.gguf"]
         assert file.array("t2").tobytes()[0] == 2
-        with pytest.raises(GGUFError, match=r"no tensor 't1' .*00002-of-00003\.gguf not found"):
+        with pytest.raises(GGUFError, match=r"no tensor 't1' .*missing: .*00002-of-00003\.gguf"):
             file.array("t1")
     wrong = write_split(tmp_path, part2={"split.no": 1})
     (tmp_path / "m-00002-of-00003.gguf").unlink()

@@ -1,4 +1,4 @@
-"""Writing: what both readers see, what is refused, what is left behind after a failure."""
+"""Writing: what both readers read back, what is refused, which files remain after a failure."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_failure_keeps_the_old_file_and_leaves_no_other(
     assert [p.name for p in tmp_path.iterdir()] == ["x.gguf"] and path.read_bytes() == b"old"
 
 
-# Begins to write argv[1], says so, and waits to be killed.
+# Starts writing argv[1], prints a line, and waits to be killed.
 _WRITER = """
 import sys, time
 import numpy as np
@@ -135,38 +135,38 @@ from pyggml.dtypes import dtype
 
 def chunks():
     yield np.zeros(1024, np.float32)
-    print("begun", flush=True)
+    print("writing", flush=True)
     time.sleep(60)
 
 gguf.write(sys.argv[1], {}, [gguf.Tensor("t", dtype("f32"), (2048,), chunks)])
 """
 
 
-def begun(path: Path) -> subprocess.Popen[str]:
-    """A process that is in the middle of writing `path`."""
+def start_writer(path: Path) -> subprocess.Popen[str]:
+    """A process in the middle of writing `path`."""
     command = [sys.executable, "-c", _WRITER, str(path)]
     writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path.cwd())
-    assert writer.stdout is not None and writer.stdout.readline() == "begun\n"
+    assert writer.stdout is not None and writer.stdout.readline() == "writing\n"
     return writer
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+def test_files_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     path, other = tmp_path / "a[b]*.gguf", tmp_path / "other.gguf"
-    writers = [begun(path), begun(path), begun(other)]
+    writers = [start_writer(path), start_writer(path), start_writer(other)]
     for writer in writers:
         writer.kill()
         writer.wait()
     assert len(list(tmp_path.iterdir())) == 3
     gguf.write(path, {}, [of(np.ones(8))])
-    left = [p.name for p in tmp_path.iterdir() if p != path]
-    assert len(left) == 1 and left[0].startswith(".other.gguf.")
+    others = [p.name for p in tmp_path.iterdir() if p != path]
+    assert len(others) == 1 and others[0].startswith(".other.gguf.")
     gguf.write(other, {}, [])
     assert {p.name for p in tmp_path.iterdir()} == {path.name, other.name}
 
 
-def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
+def test_files_of_a_running_process_are_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
-    writer = begun(path)
+    writer = start_writer(path)
     try:
         gguf.write(path, {}, [of(np.ones(8))])
         assert len(list(tmp_path.iterdir())) == 2
@@ -175,8 +175,8 @@ def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
         writer.wait()
 
 
-def test_the_same_process_number_again(tmp_path: Path) -> None:
-    """In a container it is 1 every time."""
+def test_a_process_id_that_repeats(tmp_path: Path) -> None:
+    """In a container it is often 1."""
     path = tmp_path / "x.gguf"
     (tmp_path / f".x.gguf.{os.getpid()}.tmp").touch()
     gguf.write(path, {}, [of(np.ones(8))])
@@ -188,16 +188,16 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError(errno.ENOLCK, "no locks")
 
     monkeypatch.setattr(fcntl, "flock", fail)
-    left = tmp_path / ".x.gguf.0123abcd.tmp"
-    left.touch()
+    leftover = tmp_path / ".x.gguf.0123abcd.tmp"
+    leftover.touch()
     gguf.write(tmp_path / "x.gguf", {}, [of(np.ones(8))])
-    assert {p.name for p in tmp_path.iterdir()} == {"x.gguf", left.name}
+    assert {p.name for p in tmp_path.iterdir()} == {"x.gguf", leftover.name}
 
 
 def test_wrong_amount_of_data(tmp_path: Path) -> None:
-    for given_ in (7, 9):
-        tensor = gguf.Tensor("t", dtype("f32"), (8,), lambda n=given_: [np.zeros(n, np.float32)])
-        with pytest.raises(GGUFError, match="'t'"):
+    for size in (7, 9):
+        tensor = gguf.Tensor("t", dtype("f32"), (8,), lambda n=size: [np.zeros(n, np.float32)])
+        with pytest.raises(GGUFError, match="'t': expected 32 bytes, got"):
             gguf.write(tmp_path / "x.gguf", {}, [tensor])
     assert not list(tmp_path.iterdir())
 
@@ -209,7 +209,7 @@ def test_larger_than_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not list(tmp_path.iterdir())
 
 
-def test_target_that_is_no_file(tmp_path: Path) -> None:
+def test_target_that_is_not_a_file(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="not a regular file"):
         gguf.write(tmp_path, {}, [])
     with pytest.raises(FileNotFoundError):
@@ -222,12 +222,12 @@ def test_target_that_is_no_file(tmp_path: Path) -> None:
 def decoded(name: str, raw: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     if name in ("f32", "f16"):
         return raw.astype(np.float64)
-    kind = reference.GGMLQuantizationType[name.upper()]
-    return reference.dequantize(raw.view(np.uint8), kind).astype(np.float64)
+    qtype = reference.GGMLQuantizationType[name.upper()]
+    return reference.dequantize(raw.view(np.uint8), qtype).astype(np.float64)
 
 
 @pytest.mark.parametrize("name", DRAWN)
-def test_random_weights_have_the_spread_asked_for(name: str) -> None:
+def test_random_weights_have_the_requested_spread(name: str) -> None:
     type_ = dtype(name)
     tensor = random_tensor("t", type_, (256, 1024), std=0.02, seed=3)
     chunks = list(tensor.chunks())
