@@ -452,7 +452,7 @@ def test_a_layer_with_both_layouts_and_heads_one_below_the_other(
     for tensor in random_tensors(replace(joined, kv_b="split"), TYPES[type], 0):
         if tensor.name.endswith(("attn_k_b.weight", "attn_v_b.weight")):
             ne = tensor.ne
-            both[tensor.name] = tensor._replace(ne=(ne[0], ne[1] * ne[2]))
+            both[tensor.name] = replace(tensor, ne=(ne[0], ne[1] * ne[2]))
     x = np.random.default_rng(0).standard_normal((12, joined.n_embd)).astype("f4")
     for left_out in ("nothing", "attn_kv_b"):
         path = tmp_path / f"{left_out}.gguf"
@@ -476,7 +476,7 @@ def test_a_layer_with_both_layouts_and_heads_one_below_the_other(
         want = attention_f64(weights, x, np.arange(12), **sizes_of(config))
         got = Case(layer, x, want).run(AttentionOptions(form, flash, "f32"), [10, 1, 1])
         assert relative_error(got, want) < (EXACT if type == "f16" else 1e-3)
-    wrong = both["blk.0.attn_k_b.weight"]._replace(ne=(32, 255))
+    wrong = replace(both["blk.0.attn_k_b.weight"], ne=(32, 255))
     tensors = [*(both | {wrong.name: wrong}).values()]
     gguf.write(path, config_fields(joined), tensors, header_only=True)
     os.truncate(path, 64 << 20)  # zeros for weights
