@@ -1,4 +1,4 @@
-"""Attributes of ops: what each one takes, read from the annotations of the op's rule."""
+"""Attributes of ops: their types and choices, read from the annotations of the op's shape rule."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pyggml.dtypes import DType
 from pyggml.errors import DTypeError, ShapeError
 from pyggml.spec import integers
 
-#: Types whose values are kept as they are.
+#: Types whose values need no conversion.
 _PLAIN = frozenset({bool, int, float, str})
 
 
@@ -22,10 +22,10 @@ _PLAIN = frozenset({bool, int, float, str})
 class Attribute:
     """An attribute of an op.
 
-    kinds     types of value that it takes; empty where the annotation allows anything hashable
-    choices   its values, if it takes only these
-    optional  whether None is allowed
-    default   inspect.Parameter.empty where the attribute is required
+    kinds     types it accepts; empty if the annotation allows anything hashable
+    choices   values it accepts, if they are a fixed set
+    optional  whether it accepts None
+    default   inspect.Parameter.empty if the attribute is required
     """
 
     name: str
@@ -36,7 +36,7 @@ class Attribute:
 
     @classmethod
     def of(cls, parameter: inspect.Parameter) -> Attribute:
-        """The attribute that a keyword-only parameter of a rule declares."""
+        """The attribute declared by a keyword-only parameter of a shape rule."""
         kinds, choices = _kinds(parameter.annotation)
         optional = NoneType in kinds or parameter.default is None
         kinds -= {NoneType}
@@ -48,7 +48,7 @@ class Attribute:
 
     @property
     def takes(self) -> str:
-        """What it takes, in words: `float`, `int | None`, `one of 'asc', 'desc'`."""
+        """Its type in words: `float`, `int | None`, `one of 'asc', 'desc'`."""
         if self.choices:
             words = f"one of {', '.join(map(repr, self.choices))}"
         else:
@@ -56,9 +56,9 @@ class Attribute:
         return f"{words} | None" if self.optional else words
 
     def value(self, op_name: str, value: Any) -> Any:
-        """`value` as a plain hashable Python value; DTypeError or ShapeError where it is none."""
+        """`value` as a plain hashable Python value; DTypeError or ShapeError if it is not valid."""
         if type(value) in self.kinds and type(value) in _PLAIN and value == value:
-            return value  # the usual case; NaN is not equal to itself
+            return value  # the usual case; NaN, not equal to itself, falls through to its error
         what = f"{op_name}: {self.name}="
         if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
             value = value.item()
@@ -105,7 +105,7 @@ class Attribute:
 
 
 def identity(value: Any) -> Any:
-    """What two equal nodes share: a value, its type and the sign of its zero."""
+    """A key that is equal only for values of equal type, value and sign of zero."""
     if isinstance(value, float) and value == 0.0:
         return (float, value, math.copysign(1.0, value))
     return value if isinstance(value, str) else (type(value), value)
@@ -114,16 +114,15 @@ def identity(value: Any) -> Any:
 def signature_of(rule: Callable[..., Any]) -> inspect.Signature:
     """The rule's signature with its annotations evaluated.
 
-    DTypeError where that cannot be done, or where its parameters are not tensors and keywords.
+    DTypeError if they cannot be evaluated, or if a parameter is neither a tensor nor a keyword.
     """
     name = rule.__name__
     try:
         signature = inspect.signature(rule, eval_str=True)
     except (NameError, AttributeError, SyntaxError, TypeError) as error:
         raise DTypeError(
-            f"op {name}: its annotations cannot be evaluated ({error}). They say what its "
-            "attributes take, so the types must be importable when the module runs, not only in "
-            "`if TYPE_CHECKING:`"
+            f"op {name}: cannot evaluate the annotations of its rule ({error}); they define its "
+            "attributes, so import their types at run time, not only under `if TYPE_CHECKING:`"
         ) from None
     for p in signature.parameters.values():
         if p.kind is p.KEYWORD_ONLY:
@@ -139,7 +138,7 @@ def signature_of(rule: Callable[..., Any]) -> inspect.Signature:
 
 
 def _kinds(annotation: Any) -> tuple[frozenset[type], tuple[Any, ...]]:
-    """Types (NoneType for None) and choices that an annotation allows; no types: anything."""
+    """Types (NoneType for None) and choices that an annotation allows; both empty: anything."""
     origin = get_origin(annotation)
     if origin is Annotated:
         return _kinds(get_args(annotation)[0])
@@ -150,16 +149,16 @@ def _kinds(annotation: Any) -> tuple[frozenset[type], tuple[Any, ...]]:
     if origin in (Union, UnionType):
         kinds: frozenset[type] = frozenset()
         choices: tuple[Any, ...] = ()
-        for part in get_args(annotation):
-            more, some = _kinds(part)
-            if not more and not some:
+        for member in get_args(annotation):
+            member_kinds, member_choices = _kinds(member)
+            if not member_kinds and not member_choices:
                 return frozenset(), ()
-            kinds, choices = kinds | more, choices + some
+            kinds, choices = kinds | member_kinds, choices + member_choices
         return kinds, choices if not kinds - {NoneType} else ()
     if annotation is None:
         return frozenset({NoneType}), ()
     if annotation is DType:
-        return frozenset({str}), ()  # kept by its name
+        return frozenset({str}), ()  # stored by name
     kind = origin or annotation
     if isinstance(kind, type) and kind not in (Any, object, inspect.Parameter.empty):
         return frozenset({kind}), ()

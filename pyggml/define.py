@@ -1,4 +1,4 @@
-"""For authors of ops: what a shape rule, a cost rule and a slice rule are written with.
+"""For authors of ops: the types and decorators to write shape, cost and slice rules with.
 
     import pyggml as gg
     from pyggml import define
@@ -6,7 +6,7 @@
     @define.op
     def leaky_relu(a: define.Node, *, slope: float) -> define.Spec: ...
 
-docs/adding-an-op.md shows a whole op.
+docs/adding-an-op.md has a complete op.
 """
 
 from pyggml.node import Axis, Cost, Cut, Ids, Node, Op, Slice, Spec, located, op

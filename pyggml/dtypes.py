@@ -1,4 +1,4 @@
-"""Element types and GGUF block formats as data: names, ids, block sizes. Reads no values."""
+"""Element types and GGUF block formats as data: names, ids, block sizes. No codecs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Kind: TypeAlias = Literal["float", "int", "block", "unknown"]
 class DType:
     """One element type of ggml.
 
-    name     spelled as ggml prints it: "f32", "q4_K", "iq4_nl"
-    ggml_id  the number that stands in GGUF files
+    name     as ggml prints it: "f32", "q4_K", "iq4_nl"
+    ggml_id  its number in GGUF files
     block    elements in one block (1 for plain types)
     nbytes   bytes of one block
-    kind     "float" (f64 f32 f16 bf16), "int" or "block"; "unknown" for a type that a file has and
-             the table below has not
-    numpy    the NumPy type string of one element; None where NumPy has none (bf16, block types)
+    kind     "float" (f64 f32 f16 bf16), "int" or "block"; "unknown" for a type in a file that is
+             not in `TYPES`
+    numpy    the NumPy type string of one element; None if NumPy has no such type (bf16, blocks)
     """
 
     name: str
@@ -37,9 +37,9 @@ class DType:
         return self.name
 
     def row_bytes(self, ne0: int) -> int:
-        """Bytes of a contiguous row of `ne0` elements; ShapeError where a block would be cut."""
-        blocks, rest = divmod(ne0, self.block)
-        if rest:
+        """Bytes of a contiguous row of `ne0` elements; ShapeError unless it is whole blocks."""
+        blocks, remainder = divmod(ne0, self.block)
+        if remainder:
             raise ShapeError(
                 f"a row of {ne0} elements does not divide into {self.name} blocks of {self.block}; "
                 f"use a multiple of {self.block} or another type"
@@ -47,7 +47,7 @@ class DType:
         return blocks * self.nbytes
 
     def tensor_bytes(self, ne: tuple[int, ...]) -> int:
-        """Bytes of a contiguous tensor of that size (ggml's order; no numbers: one element)."""
+        """Bytes of a contiguous tensor of size `ne` (ggml's order; () is one element)."""
         return self.row_bytes(ne[0] if ne else 1) * math.prod(ne[1:])
 
 
@@ -86,32 +86,32 @@ F32, F16, BF16, I32, I64 = (TYPES[n] for n in ("f32", "f16", "bf16", "i32", "i64
 
 _BY_NUMPY: dict[np.dtype[Any], DType] = {np.dtype(t.numpy): t for t in TYPES.values() if t.numpy}
 
-#: How an element type is given: a name, a `DType`, or NumPy's (`np.float16`, `array.dtype`).
+#: Ways to name an element type: a string, a `DType`, or NumPy's type (`np.float16`, `array.dtype`).
 DTypeLike: TypeAlias = str | DType | type | np.dtype[Any]
 
 
 def dtype(name: DTypeLike) -> DType:
-    """The type of that name, case ignored: "Q4_K" is q4_K; or the one that NumPy's type is.
+    """The type called `name`, ignoring case ("Q4_K" is q4_K), or the type equal to a NumPy type.
 
-    DTypeError names the known ones.
+    DTypeError for an unknown one; the message lists all types.
     """
     if isinstance(name, DType):
         return name
-    known: DType | None
+    match: DType | None
     if isinstance(name, str):
-        known = _BY_FOLDED.get(name.lower())
+        match = _BY_FOLDED.get(name.lower())
     else:
-        known = _of_numpy(name)
-    if known is None:
+        match = _of_numpy(name)
+    if match is None:
         near = _of_numpy(name)
         hint = f"; did you mean {near.name!r}?" if near is not None else ""
         raise DTypeError(f"unknown type {name!r}{hint}; known types: {', '.join(TYPES)}")
-    return known
+    return match
 
 
 def _of_numpy(name: Any) -> DType | None:
-    """The type that NumPy's type, or NumPy's name of one, is."""
-    if name is None:  # to NumPy it is float64
+    """The type equal to a NumPy type, or to one that NumPy knows by this name."""
+    if name is None:  # np.dtype(None) is float64
         return None
     try:
         return _BY_NUMPY.get(np.dtype(name))

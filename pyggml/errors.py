@@ -1,38 +1,38 @@
-"""The exceptions of pyggml: one base class, beside it the built-in one a user would catch."""
+"""pyggml's exceptions. Each derives from one base class and from the closest built-in class."""
 
 from __future__ import annotations
 
 
 class PyggmlError(Exception):
-    """Base of every error raised on purpose; its text says what is wrong, where, what to do."""
+    """Base class of all pyggml errors. The message names the problem, the place and the fix."""
 
     def __str__(self) -> str:
-        # KeyError would print the repr of its argument.
+        # KeyError.__str__ returns the repr of its argument.
         return str(self.args[0]) if self.args else ""
 
 
 class ShapeError(PyggmlError, ValueError):
-    """Sizes, strides or attribute values that do not fit together."""
+    """Sizes, strides or attribute values do not fit together."""
 
 
 class DTypeError(PyggmlError, TypeError):
-    """An element type that the operation does not take, or an argument of the wrong kind."""
+    """The operation does not support an element type, or an argument has the wrong type."""
 
 
 class GraphError(PyggmlError, ValueError):
-    """A graph that cannot be ordered or run as it stands: a state written twice, ..."""
+    """The graph cannot be ordered or run; for example, two nodes write one state."""
 
 
 class UnsupportedOpError(PyggmlError, NotImplementedError):
-    """No backend can run a node, not even through its meaning in simpler ops."""
+    """No backend can run a node, not even after expanding it into simpler ops."""
 
 
 class OutOfMemoryError(PyggmlError, MemoryError):
-    """The memory asked for does not exist; carries what was planned."""
+    """An allocation failed. The message contains the plan's memory table."""
 
 
 class BudgetError(OutOfMemoryError):
-    """The attention memory budget is too small; `least` is the smallest in MiB that works."""
+    """The attention memory budget is too small; `least` is the smallest that works, in MiB."""
 
     def __init__(self, message: str, least: float) -> None:
         super().__init__(message)
@@ -40,15 +40,15 @@ class BudgetError(OutOfMemoryError):
 
 
 class GGUFError(PyggmlError, ValueError):
-    """A file that is not a readable GGUF file: byte offset and field say where that shows."""
+    """A file is not a readable GGUF file. The message names the byte offset and the field."""
 
 
 class DeviceError(PyggmlError, RuntimeError):
-    """A device that is absent, described only, or failed."""
+    """A device is absent, only described (for planning), or has failed."""
 
 
 class IdError(PyggmlError, IndexError):
-    """A row or expert id past the end."""
+    """A row or expert id is past the end."""
 
 
 class StateWarning(UserWarning):
@@ -57,4 +57,4 @@ class StateWarning(UserWarning):
 
 
 class UnknownNameError(PyggmlError, KeyError):
-    """A name (input, output, state, type, backend, preset) that does not exist here."""
+    """A name (of an input, output, state, backend, preset, ...) does not exist."""

@@ -1,8 +1,11 @@
-"""Names that changed before 0.2: using one is an error that gives the new name. Goes with 0.3."""
+"""Names that changed before 0.2. Using one raises an error that gives the new name.
+
+Version 0.3 removes this file.
+"""
 
 from __future__ import annotations
 
-#: What stood in `pyggml` -> what to write now.
+#: Old name in `pyggml` -> what to write now.
 NAMES = {
     "Cost": "gg.define.Cost",
     "Cut": "gg.define.Cut",
@@ -18,5 +21,5 @@ NAMES = {
     "whole": "gg.state_of",
 }
 
-#: Keywords of ops and builders that changed.
+#: Old keyword of an op or builder -> new keyword.
 KEYWORDS = {"type": "dtype", "kind": "act"}

@@ -19,7 +19,7 @@ class Spec:
     """Type and size of a tensor.
 
     ne    ggml's order, ne[0] contiguous, always four numbers
-    rank  how many dimensions the caller gave; printing shows that many
+    rank  number of dimensions the caller gave, and the number that printing shows
     """
 
     dtype: DType
@@ -28,7 +28,7 @@ class Spec:
 
     @classmethod
     def of(cls, dtype: DTypeLike, ne: tuple[int, ...] | list[int], rank: int | None = None) -> Spec:
-        """A checked Spec: one to four sizes of at least 1, rows of whole blocks."""
+        """A Spec whose sizes are checked: one to four, each at least 1, rows of whole blocks."""
         element = dtype_of(dtype)
         sizes = integers("ne=", ne)
         if not 1 <= len(sizes) <= 4:
@@ -41,17 +41,17 @@ class Spec:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """NumPy's order: the reverse of `ne`, as many dimensions as were given."""
+        """NumPy's order: the reverse of `ne`, with `rank` dimensions."""
         return self.ne[self.rank - 1 :: -1]
 
     @property
     def elements(self) -> int:
-        """How many numbers it holds: the product of `ne`."""
+        """Number of elements: the product of `ne`."""
         return math.prod(self.ne)
 
     @property
     def nbytes(self) -> int:
-        """Bytes without gaps: row_bytes(ne[0]) ne[1] ne[2] ne[3], rows of whole blocks."""
+        """Bytes of a contiguous tensor: row_bytes(ne[0]) ne[1] ne[2] ne[3]."""
         return self.dtype.row_bytes(self.ne[0]) * self.ne[1] * self.ne[2] * self.ne[3]
 
     @property
@@ -65,7 +65,10 @@ class Spec:
 
 
 def integers(what: str, value: Any) -> tuple[int, ...]:
-    """A sequence of whole numbers as a tuple of Python's; DTypeError where it is none."""
+    """`value` as a tuple of Python ints; DTypeError unless it is a sequence of whole numbers.
+
+    what  how the error message calls it
+    """
     try:
         if not any(isinstance(v, bool) for v in value):
             return tuple(operator.index(v) for v in value)

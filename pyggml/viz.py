@@ -1,4 +1,4 @@
-"""A graph or a plan as a picture: DOT text (`dot -Tsvg` draws it)."""
+"""Drawings of graphs and plans as DOT text for Graphviz."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _COPY_COLOUR = "#f9e79f"
 
 
 def dot(what: Graph | Plan, name: str = "pyggml") -> str:
-    """A graph or a plan as DOT text: `dot -Tsvg plan.dot -o plan.svg` draws it.
+    """A graph or a plan as DOT text; draw it with `dot -Tsvg plan.dot -o plan.svg`.
 
     name   the name of the drawing, any text
 
-    Ellipses are views, folders are loops, and sizes are in ne order. In a plan each split is a box
-    that holds its steps and the weights, states and views they use; copies between devices are
-    yellow. Layers that repeat are drawn once, with the number of repeats.
+    Ellipses are views, folders are loops, and sizes are in ne order. In a plan, each split is a box
+    with its steps and the weights, states and views they use, and copies between devices are
+    yellow. Repeated layers are drawn once, with the number of repeats.
     """
     drawing = _Drawing(what.graph) if isinstance(what, Plan) else _Drawing(what)
     if isinstance(what, Plan):
@@ -34,32 +34,32 @@ def dot(what: Graph | Plan, name: str = "pyggml") -> str:
 class _Drawing:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.stands: dict[Node, Node] = {}  # step of a repeated part -> its like in the first one
-        self.times: dict[Node, int] = {}
+        self.twin: dict[Node, Node] = {}  # step of a repeat -> the same step of the first one
+        self.times: dict[Node, int] = {}  # step -> how often it is repeated
 
     def fold(self, plan: Plan) -> None:
-        """Find what repeats."""
+        """Find the steps that repeat."""
         rows = rows_of(plan._work)
         for fold in folds([row.key for row in rows]):
             if fold.times == 1 or fold.period == 1:
                 continue
-            part = rows[fold.start :][: fold.period * fold.times]
-            for i, row in enumerate(part):
-                first = part[i % fold.period]
+            repeats = rows[fold.start :][: fold.period * fold.times]
+            for i, row in enumerate(repeats):
+                first = repeats[i % fold.period]
                 if row.step is None or first.step is None:
                     continue
                 self.times[first.step.node] = fold.times
                 if row is not first:
-                    self.stands[row.step.node] = first.step.node
+                    self.twin[row.step.node] = first.step.node
 
     def _shown(self) -> list[Node]:
-        """Steps that nothing stands for, and the leaves and views that they read."""
+        """The nodes to draw: steps that have no twin, and the leaves and views they read."""
         read: set[Node] = set(self.graph.roots)
         for node in reversed(self.graph.nodes):
             passive = node.op.view is not None or is_resident(node)
-            if node not in self.stands and (node in read or not passive):
+            if node not in self.twin and (node in read or not passive):
                 read |= {node, *(s for s in node.src if s is not None)}
-        return [node for node in self.graph.nodes if node in read and node not in self.stands]
+        return [node for node in self.graph.nodes if node in read and node not in self.twin]
 
     def lines(self, what: Graph | Plan) -> list[str]:
         shown = self._shown()
@@ -85,19 +85,19 @@ class _Drawing:
         for node, key in index.items():
             for port, source in enumerate(node.src):
                 if source is not None:
-                    start = index[self.stands.get(source, source)]
+                    start = index[self.twin.get(source, source)]
                     lines.append(f'  {start} -> {key} [label="{port}", fontsize=8];')
         for i, (label, node) in enumerate(self.graph.outputs.items()):
             lines.append(f'  out{i} [label="{_quoted(label)}", shape=cds, fillcolor="#f5b7b1"];')
-            lines.append(f"  {index[self.stands.get(node, node)]} -> out{i};")
+            lines.append(f"  {index[self.twin.get(node, node)]} -> out{i};")
         return lines
 
     def _style(self, node: Node) -> str:
         loop = loop_of(node)
         shape = "box" if node.op.view is None else "ellipse"
         colour = _LEAF_COLOURS.get(node.op.name, "white")
-        known = label_of(node) == node.op.name or node.op.leaf
-        title = label_of(node) if known else f"{node.op.name} {label_of(node)}"
+        is_plain = label_of(node) == node.op.name or node.op.leaf
+        title = label_of(node) if is_plain else f"{node.op.name} {label_of(node)}"
         size = str(node.spec)
         if loop is not None:
             shape, title = "folder", f"loop {loop} {label_of(node)}"
@@ -110,7 +110,7 @@ class _Drawing:
 
 
 def _boxes(what: Graph | Plan) -> dict[Node, tuple[int, str]]:
-    """Node -> the number and title of the split it is drawn in."""
+    """Node -> number and title of the box it is drawn in."""
     if isinstance(what, Graph):
         return {}
     titles = [f"split {i} on {split.backend.place}" for i, split in enumerate(what.splits)]
@@ -118,8 +118,10 @@ def _boxes(what: Graph | Plan) -> dict[Node, tuple[int, str]]:
 
 
 def _splits(plan: Plan) -> dict[Node, int]:
-    """Node -> its split. A view is drawn where its memory is written; what the store holds
-    (weights, states, inputs) beside its first reader on its own device.
+    """Node -> the split it is drawn in.
+
+    A view is drawn in the split that writes its memory. Weights, states and inputs are drawn with
+    their first reader on their own device.
     """
     splits = {
         node: i
@@ -137,10 +139,10 @@ def _splits(plan: Plan) -> dict[Node, int]:
             splits[node] = splits[source]
             continue
         home = plan._work.home(node).device
-        here = [i for i, device in enumerate(devices) if device == home]
-        near = [i for i in here if i in readers[node]]
-        if here:  # else no split runs on its device: it stands alone
-            splits[node] = min(near or here)
+        local = [i for i, device in enumerate(devices) if device == home]
+        reading = [i for i in local if i in readers[node]]
+        if local:  # otherwise no split runs on its device, and it is drawn outside the boxes
+            splits[node] = min(reading or local)
     return splits
 
 
@@ -156,6 +158,6 @@ def _readers(graph: Graph, splits: Mapping[Node, int]) -> dict[Node, set[int]]:
 
 
 def _quoted(text: str) -> str:
-    """Text as it may stand between the quotes of a DOT string."""
-    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-    return shown.replace("\\", "\\\\").replace('"', '\\"')
+    """`text` escaped for a quoted DOT string."""
+    printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return printable.replace("\\", "\\\\").replace('"', '\\"')

@@ -1,4 +1,4 @@
-"""Codecs: bit equality with the gguf package, blocks written by hand, strides, memory, errors."""
+"""Codecs: bit equality with the gguf package, hand-written blocks, strides, memory, errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SCALES = [1.0, 0.02, 1e4, 1e30, 1e-5, 1e-30, 1e-41]
 
 
 def random_bytes(name: str, *shape: int, seed: int = 0) -> NDArray[Any]:
-    """Every bit random, scales too: negative, subnormal, inf and NaN among them."""
+    """Random bits everywhere, scales included, so some are negative, subnormal, inf or NaN."""
     rng = np.random.default_rng(seed)
     if name in PLAIN:
         size = TYPES[name].nbytes
@@ -59,14 +59,14 @@ def gguf_encodes(name: str) -> bool:
 
 
 def assert_same_bits(a: NDArray[np.float32], b: NDArray[np.float32]) -> None:
-    """Equal bit for bit, -0 too; a NaN is a NaN."""
+    """Equal bit for bit, including -0; any NaN equals any NaN."""
     assert a.shape == b.shape and a.dtype == b.dtype
     nan = np.isnan(b)
     np.testing.assert_array_equal(np.isnan(a), nan)
     np.testing.assert_array_equal(a.view(np.uint32)[~nan], b.view(np.uint32)[~nan])
 
 
-#: What the gguf package decodes; it knows q1_0 by size alone.
+#: The types that the gguf package decodes; some versions know only the size of q1_0.
 GGUF_DECODES = sorted(
     name for name in quants.DECODABLE
     if TYPES[name].ggml_id in gguf.quants._type_traits or name in ("f32", "f16")
@@ -118,7 +118,7 @@ def test_encode_like_gguf(name: str, scale: float) -> None:
 
 @pytest.mark.parametrize("name", BY_GGUF)
 def test_encode_random_bits_like_gguf(name: str) -> None:
-    """f32 of any bit pattern: NaN, inf and subnormal among ordinary numbers."""
+    """f32 of any bit pattern, so NaN, inf and subnormals are among ordinary numbers."""
     x = random_bytes("f32", 64, 2048, seed=3)
     np.testing.assert_array_equal(quants.encode(name, x), gguf_encode(name, x))
 
@@ -135,8 +135,8 @@ def test_encode_iq4_nl_like_ggml() -> None:
 
 @pytest.mark.parametrize("name", sorted(quants.ENCODABLE - set(PLAIN)))
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_encode_not_finite(name: str, bad: float) -> None:
-    """The block is spoilt visibly, and it alone."""
+def test_encode_of_values_that_are_not_finite(name: str, bad: float) -> None:
+    """That block, and no other, decodes to values that are not finite."""
     x = np.random.default_rng(4).standard_normal((1, 96)).astype(np.float32)
     clean = quants.encode(name, x)
     x[0, 40] = bad
@@ -149,19 +149,19 @@ def f16_bytes(*values: float) -> list[int]:
     return list(np.array(values, "<f2").tobytes())
 
 
-def test_decode_q8_0_by_hand() -> None:
+def test_decode_a_known_q8_0_block() -> None:
     raw = np.array([[f16_bytes(0.5) + list(range(16)) + list(range(240, 256))]], np.uint8)
     expected = [*np.arange(16) / 2, *np.arange(-16, 0) / 2]
     np.testing.assert_array_equal(quants.decode("q8_0", raw), [expected])
 
 
-def test_decode_iq4_nl_by_hand() -> None:
+def test_decode_a_known_iq4_nl_block() -> None:
     raw = np.array([[f16_bytes(2.0) + [0xF0] * 15 + [0x87]]], np.uint8)
     expected = [-254] * 15 + [-20] + [226] * 15 + [2]
     np.testing.assert_array_equal(quants.decode("iq4_nl", raw), [expected])
 
 
-def test_decode_q1_0_by_hand() -> None:
+def test_decode_a_known_q1_0_block() -> None:
     raw = np.array([[f16_bytes(-1.5) + [0b0000_0101] + [0] * 14 + [0x80]]], np.uint8)
     expected = np.full(128, 1.5)
     expected[[0, 2, 127]] = -1.5
@@ -175,8 +175,8 @@ def test_decode_every_scale_of_nvfp4_like_gguf(byte: int) -> None:
     assert_same_bits(quants.decode("nvfp4", raw), gguf_decode("nvfp4", raw))
 
 
-def test_decode_q4_k_by_hand() -> None:
-    """Group 0: sc 1, m 2. Group 4: sc 16 + 3, m 32 + 5, put together from two bytes each."""
+def test_decode_a_known_q4_k_block() -> None:
+    """Group 0: sc 1, m 2. Group 4: sc 16 + 3, m 32 + 5, each assembled from two bytes."""
     scales = [0b01_000001, 0, 0, 0, 0b10_000010, 0, 0, 0, 0x53, 0, 0, 0]
     raw = np.array([[f16_bytes(2.0, 0.5) + scales + [0x21] * 128]], np.uint8)
     expected = np.zeros((8, 32))
@@ -185,7 +185,7 @@ def test_decode_q4_k_by_hand() -> None:
     np.testing.assert_array_equal(quants.decode("q4_K", raw), expected.reshape(1, 256))
 
 
-def test_encode_by_hand() -> None:
+def test_encode_known_blocks() -> None:
     x = np.zeros((1, 32), np.float32)
     x[0, :3] = -8, 7, 4
     q4_0 = quants.encode("q4_0", x)[0, 0].tolist()
@@ -217,7 +217,7 @@ def test_zeros_stay_zero(name: str) -> None:
 def test_strides_and_pieces_do_not_matter(
     name: str, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A permuted view of rows inside wider rows, into every second row of a larger result."""
+    """The source is a permuted view into wider rows, `out` every second row of a larger array."""
     monkeypatch.setattr(quants, "DECODE_PIECE", limit)
     t = TYPES[name]
     raw = random_bytes(name, 3, 2, 5, 4 if t.kind == "block" else 4 * 256)
@@ -266,7 +266,7 @@ def test_pieces_cover_once(shape: tuple[int, ...], limit: int) -> None:
 
 
 def peak_of(function: Any, *args: Any, **keywords: Any) -> int:
-    function(*args, **keywords)  # tables are made once, by the first call
+    function(*args, **keywords)  # the first call makes the tables
     tracemalloc.start()
     try:
         function(*args, **keywords)
@@ -337,18 +337,18 @@ def test_errors(call: Any, error: type[Exception], text: str) -> None:
         call()
 
 
-def test_type_objects_and_letter_case_are_taken() -> None:
+def test_type_objects_and_any_letter_case() -> None:
     np.testing.assert_array_equal(quants.decode(dtype("q8_0"), RAW), quants.decode("Q8_0", RAW))
 
 
-def test_error_where_gguf_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_if_gguf_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf.quants, "_type_traits", {})
     with pytest.raises(DTypeError, match="installed gguf package cannot decode iq2_s"):
         quants.decode("iq2_s", random_bytes("iq2_s", 1, 1))
 
 
 def test_gguf_is_not_imported_until_it_is_needed(tmp_path: Path) -> None:
-    """It takes as long to load as all the rest, and most files have no type that needs it."""
+    """Importing it takes as long as everything else, and most files have no type that needs it."""
     code = f"""
 import sys
 import numpy as np

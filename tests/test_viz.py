@@ -1,4 +1,4 @@
-"""Drawings: valid DOT, every node and edge once, names quoted, loops shown, splits as boxes."""
+"""Drawings: valid DOT, every node and edge once, quoted names, loops, splits as boxes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ def plan(amb: float | None = None) -> gg.Plan:
 
 
 def two_places() -> gg.Plan:
-    """null, numpy, null; a view of a result, views of weights, a weight of the other device."""
+    """Splits on null, numpy, null, with a view of a result, views of weights, and a weight on the
+    other device.
+    """
     w = gg.constant([[0.5] * 8] * 16, name="w")
     far = gg.constant([[0.25] * 16] * 4, name="far")
     x = gg.mul_mat(gg.view(w, ne=(8, 8), offset=0), gg.input("x", "f32", ne=(8, 3)))
@@ -55,37 +57,37 @@ def test_any_name_is_a_name(name: str) -> None:
     dot_syntax.drawn_by_dot(viz.dot(plan(), name))
 
 
-@pytest.mark.parametrize("kind", PLANS)
-def test_graphviz_draws_every_kind_of_plan(kind: str) -> None:
-    made = PLANS[kind]()
-    for what in (made, made.graph):
+@pytest.mark.parametrize("name", PLANS)
+def test_graphviz_draws_every_kind_of_plan(name: str) -> None:
+    example = PLANS[name]()
+    for what in (example, example.graph):
         svg = dot_syntax.drawn_by_dot(viz.dot(what))
         assert svg.count('class="edge"') == len(dot_syntax.read(viz.dot(what)).edges)
 
 
-@pytest.mark.parametrize("kind", PLANS)
-def test_all_but_outputs_stands_in_a_box(kind: str) -> None:
-    drawing = dot_syntax.read(viz.dot(PLANS[kind]()))
-    assert all(name.startswith("out") for name in drawing.loose)
+@pytest.mark.parametrize("name", PLANS)
+def test_everything_but_outputs_is_in_a_box(name: str) -> None:
+    drawing = dot_syntax.read(viz.dot(PLANS[name]()))
+    assert all(node.startswith("out") for node in drawing.loose)
 
 
-def test_weights_and_views_stand_where_they_are() -> None:
-    made = two_places()
-    drawing = dot_syntax.read(viz.dot(made))
+def test_weights_and_views_are_in_the_box_of_their_device() -> None:
+    example = two_places()
+    drawing = dot_syntax.read(viz.dot(example))
     place = {
         drawing.nodes[name]["label"].strip('"').split("\\n")[0]: title.strip('"').split()[-1]
         for title, names in drawing.boxes.items()
         for name in names
     }
     assert place["w"] == place["last"] == place["x"] == "null:0" and place["far"] == "numpy"
-    assert len(drawing.boxes) == len(made.splits) == 3
+    assert len(drawing.boxes) == len(example.splits) == 3
     boxes = [{drawing.nodes[n]["label"].split("\\n")[0].strip('"') for n in names}
              for names in drawing.boxes.values()]  # fmt: skip
     assert {"w", "view", "permute"} <= boxes[0] and {"far", "view", "reshape"} <= boxes[1]
     assert "last" in boxes[2]
 
 
-def test_the_reader_of_dot_finds_what_is_wrong() -> None:
+def test_the_dot_reader_finds_mistakes() -> None:
     for wrong in ("digraph graph { }", "digraph a { b [label=c] }", "digraph { }",
                   "digraph a { b -> c; }", 'digraph a { b [label="c"d"]; }'):  # fmt: skip
         with pytest.raises(AssertionError):

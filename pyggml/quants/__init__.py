@@ -1,10 +1,11 @@
 """Codecs between f32 and the element types of GGUF files, in NumPy.
 
 An array of a block type is uint8 [..., blocks, bytes of a block]; bf16 is uint16 [..., ne0]; f16
-and f32 are themselves. Any strides are taken, in arguments and in `out`, which must not overlap
-the input. Work is done in pieces inside `work` (uint8; made where not given): `work_bytes` says how
-much pieces of full size take, less makes them smaller. No call makes a further temporary of 64 KiB
-or more, tables made at first use (30 KiB each, and gguf's) apart.
+and f32 are NumPy's own types. Arguments and `out` may have any strides; `out` must not overlap the
+input. A call works piece by piece in the memory of `work` (uint8; allocated if absent).
+`work_bytes` returns how much memory full-size pieces need; less memory means smaller pieces. A call
+allocates no other temporary of 64 KiB or more, except for tables at first use (30 KiB each, and
+gguf's own).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ __all__ = [
     "work_bytes",
 ]  # fmt: skip
 
-#: Names of the types that `decode` and `encode` take.
+#: Names of the types that `decode` and `encode` support.
 DECODABLE = frozenset(decoders.BY_NAME)
 ENCODABLE = frozenset(encoders.BY_NAME)
 
@@ -47,15 +48,15 @@ def decode(
     *,
     work: NDArray[np.uint8] | None = None,
 ) -> Floats:
-    """The f32 values of `raw`: equal, bit for bit, to gguf.quants.dequantize (NaNs stay NaNs).
+    """The f32 values of `raw`, bit for bit those of gguf.quants.dequantize (a NaN stays a NaN).
 
-        raw     block types  uint8   [..., blocks, bytes of a block]
-                bf16         uint16  [..., ne0]
-                f16, f32     itself  [..., ne0]
-        result  f32                  [..., ne0]   (ne0 = blocks * weights of a block)
+        raw     block types  uint8       [..., blocks, bytes of a block]
+                bf16         uint16      [..., ne0]
+                f16, f32     f16 or f32  [..., ne0]
+        result  f32                      [..., ne0]   (ne0 = blocks * weights of a block)
 
-    DTypeError for a type outside DECODABLE or an array of another element type; ShapeError for
-    a last axis that is not one block, or an `out` or `work` that does not fit.
+    DTypeError for a type outside DECODABLE or an array of the wrong element type; ShapeError if
+    the last axis is not one block, or if `out` or `work` does not fit.
     """
     t = _known(dtype, DECODABLE, "decode")
     _check_elements(raw, _storage(t), f"raw {t} data")
@@ -81,14 +82,14 @@ def encode(
     *,
     work: NDArray[np.uint8] | None = None,
 ) -> NDArray[Any]:
-    """f32 [..., ne0] in the layout that `decode` takes.
+    """f32 values [..., ne0] in the layout that `decode` reads, bit for bit gguf.quants.quantize.
 
-    Equal to gguf.quants.quantize bit for bit. gguf has no iq4_nl: that is ggml's search without an
-    importance matrix, in ggml's order of f32 operations. Inputs that are not finite, or whose scale
-    is past the f16 range, give their block a scale of inf or NaN.
+    gguf has no iq4_nl encoder; ours is ggml's search without an importance matrix, in ggml's order
+    of f32 operations. A block with an input that is not finite, or with a scale outside the range
+    of f16, gets a scale of inf or NaN.
 
-    DTypeError for a type outside ENCODABLE or values that are not f32; ShapeError for an ne0 that
-    would cut a block, or an `out` or `work` that does not fit.
+    DTypeError for a type outside ENCODABLE or values that are not f32; ShapeError if ne0 is not
+    whole blocks, or if `out` or `work` does not fit.
     """
     t = _known(dtype, ENCODABLE, "encode")
     _check_elements(values, np.dtype(np.float32), "the array to encode")
@@ -105,16 +106,16 @@ def encode(
 
 
 def decode_rows(dtype: DTypeLike, rows: NDArray[Any]) -> Floats:
-    """`decode` of rows as files hold them: uint8 [..., bytes of a row] for block types."""
+    """`decode` of rows as files store them: uint8 [..., bytes of a row] for block types."""
     t = as_dtype(dtype)
     return decode(t, rows.reshape(*rows.shape[:-1], -1, t.nbytes) if t.kind == "block" else rows)
 
 
 def encode_rows(dtype: DTypeLike, values: Floats) -> NDArray[Any]:
-    """`encode` into rows as files hold them: uint8 [..., bytes of a row] for block types."""
+    """`encode` into rows as files store them: uint8 [..., bytes of a row] for block types."""
     t = as_dtype(dtype)
-    made = encode(t, values)
-    return made.reshape(*values.shape[:-1], -1) if t.kind == "block" else made
+    raw = encode(t, values)
+    return raw.reshape(*values.shape[:-1], -1) if t.kind == "block" else raw
 
 
 def _convert(
@@ -124,30 +125,32 @@ def _convert(
     limit: int,
     work: NDArray[np.uint8] | None,
 ) -> None:
-    """Runs a codec over pieces of at most `limit` blocks; the last axis of both arrays is a block.
+    """Run a codec on pieces of at most `limit` blocks; the last axis of both arrays is a block.
 
-    The codec sees contiguous memory only, and may overwrite its copy of the source.
+    The codec gets contiguous memory and may overwrite its copy of the source.
     """
     if work is None:
         work = np.empty(WORK_BYTES, np.uint8)
     _check_elements(work, np.dtype(np.uint8), "work")
     if work.nbytes < LEAST_WORK or not work.flags.carray:
-        raise ShapeError(f"work must be contiguous, writable, of at least {LEAST_WORK} bytes")
+        raise ShapeError(
+            f"work must be contiguous, writable and at least {LEAST_WORK} bytes; "
+            f"got {work.nbytes} bytes"
+        )
     if work.nbytes < WORK_BYTES:
         limit = max(1, limit * (work.nbytes - LEAST_WORK // 2) // WORK_BYTES)
-    with np.errstate(all="ignore"):  # inf and NaN are values like others
+    with np.errstate(all="ignore"):  # inf and NaN are legal values
         for index in pieces(source.shape[:-1], limit):
             memory = Memory(work.reshape(-1))
-            part = source[index]
-            gathered = memory.array(part.shape, part.dtype)
-            gathered[...] = part
-            final = target[index]
-            filled = final
-            if not final.flags.c_contiguous:
-                filled = memory.array(final.shape, final.dtype)
-            codec(_blocks(gathered), _blocks(filled), memory)
-            if filled is not final:
-                final[...] = filled
+            piece = source[index]
+            x = memory.array(piece.shape, piece.dtype)
+            x[...] = piece
+            result = y = target[index]
+            if not result.flags.c_contiguous:
+                y = memory.array(result.shape, result.dtype)
+            codec(_blocks(x), _blocks(y), memory)
+            if y is not result:
+                result[...] = y
 
 
 def _blocks(array: NDArray[Any]) -> NDArray[Any]:
@@ -161,30 +164,30 @@ def _storage(t: DType) -> np.dtype[Any]:
 def _known(dtype: DTypeLike, names: frozenset[str], verb: str) -> DType:
     t = as_dtype(dtype)
     if t.name not in names:
-        raise DTypeError(f"cannot {verb} {t}; types that can be: {', '.join(sorted(names))}")
+        raise DTypeError(f"cannot {verb} {t}; choose from {', '.join(sorted(names))}")
     return t
 
 
-def _check_elements(array: NDArray[Any], wanted: np.dtype[Any], what: str) -> None:
-    if not isinstance(array, np.ndarray) or array.dtype != wanted:
-        kind = getattr(array, "dtype", type(array).__name__)
-        raise DTypeError(f"{what} must be a NumPy array of {wanted}, not {kind}")
+def _check_elements(array: NDArray[Any], expected: np.dtype[Any], what: str) -> None:
+    if not isinstance(array, np.ndarray) or array.dtype != expected:
+        actual = getattr(array, "dtype", type(array).__name__)
+        raise DTypeError(f"{what} must be a NumPy array of {expected}, not {actual}")
 
 
 def _check_axes(array: NDArray[Any], what: str) -> None:
     if array.ndim == 0:
-        raise ShapeError(f"{what} has no axis; it is [..., ne0]")
+        raise ShapeError(f"{what} has no axis; expected [..., ne0]")
 
 
 def _result(
-    out: NDArray[Any] | None, shape: tuple[int, ...], wanted: np.dtype[Any]
+    out: NDArray[Any] | None, shape: tuple[int, ...], elements: np.dtype[Any]
 ) -> NDArray[Any]:
     if out is None:
-        return np.empty(shape, wanted)
-    _check_elements(out, wanted, "out")
+        return np.empty(shape, elements)
+    _check_elements(out, elements, "out")
     if out.shape != shape or not out.flags.writeable:
         raise ShapeError(
-            f"out must be writable, of shape {list(shape)} (NumPy order); it is "
+            f"out must be writable and of shape {list(shape)} (NumPy order); got "
             f"{'' if out.flags.writeable else 'read-only '}{list(out.shape)}"
         )
     return out

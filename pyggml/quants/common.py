@@ -1,4 +1,4 @@
-"""What both directions share: pieces of a tensor, memory for one piece, tables."""
+"""Shared by decoders and encoders: pieces of a tensor, memory for one piece, tables."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ Bytes: TypeAlias = NDArray[np.uint8]
 Floats: TypeAlias = NDArray[np.float32]
 Index: TypeAlias = tuple[int | slice | EllipsisType, ...]
 
-#: Weights in a piece. A piece and its intermediates stay in the L2 cache, and some fifteen NumPy
-#: calls on it take much longer than calling them does.
+#: Weights in a piece. Small enough that the piece and its intermediates stay in the L2 cache, large
+#: enough that the work of some fifteen NumPy calls outweighs their overhead.
 DECODE_PIECE = 65536
 ENCODE_PIECE = 16384
 
-#: Bytes of `work` for whole pieces (decoding iq4_nl into a strided result needs the most).
+#: Bytes of `work` for full-size pieces. Decoding iq4_nl into a strided result needs the most.
 WORK_BYTES = 640 * 1024
 
-#: Least bytes of `work`: a block of any type, and what every array of it may lose to alignment.
+#: Least bytes of `work`: one block of any type, plus the alignment of each array.
 LEAST_WORK = 32 * 1024
 
 
 def work_bytes(weights: int) -> int:
-    """Bytes of `work` with which so many weights can be converted in pieces of full size."""
+    """Bytes of `work` that let a codec convert `weights` weights in full-size pieces."""
     return min(WORK_BYTES, LEAST_WORK + weights * (WORK_BYTES // ENCODE_PIECE))
 
 
@@ -50,12 +50,16 @@ def pieces(shape: tuple[int, ...], limit: int) -> Iterator[Index]:
             yield (slice(start, start + step), ...)
     else:
         for i in range(shape[0]):
-            for rest in pieces(shape[1:], limit):
-                yield (i, *rest)
+            for inner in pieces(shape[1:], limit):
+                yield (i, *inner)
 
 
 class Memory:
-    """Hands out parts of `work` from its start, each 64-byte aligned; `rest()` begins anew."""
+    """An allocator over `work`: arrays are 64-byte aligned, one after another.
+
+    `rest()` is an allocator for the remaining bytes, so its arrays are temporary: whatever this
+    allocator hands out next reuses their memory.
+    """
 
     def __init__(self, work: Bytes, used: int | None = None) -> None:
         self._work = work
@@ -65,15 +69,15 @@ class Memory:
         start = self._used
         end = start + prod(shape) * np.dtype(dtype).itemsize
         self._used = end + (start - end) % 64
-        part: NDArray[Any] = self._work[start:end].view(dtype).reshape(shape)
-        return part
+        array: NDArray[Any] = self._work[start:end].view(dtype).reshape(shape)
+        return array
 
     def rest(self) -> Memory:
         return Memory(self._work, self._used)
 
 
 def half(field: Bytes) -> Floats:
-    """The f16 numbers in the last axis of a field of bytes, as f32."""
+    """The f16 numbers in the last axis of `field`, as f32."""
     return field.view(np.float16).astype(np.float32)
 
 
@@ -81,8 +85,9 @@ def half(field: Bytes) -> Floats:
 def pair_table(levels: tuple[int, ...]) -> NDArray[np.float64]:
     """The levels of two codes at once: entry w is the f32 pair levels[w & 15], levels[w >> 8].
 
-    A pair is stored as one 8-byte item. Of the 30 KiB only 256 entries are used, so the table
-    stays in the L1 cache; all 65536 words of two bytes would not."""
+    A pair is one 8-byte item. Look-ups touch only 256 entries of the 30 KiB, so the table stays
+    in the L1 cache; a table of all 65,536 two-byte words would not.
+    """
     words = np.arange(0x0F0F + 1)
     pairs = np.stack([words & 15, words >> 8], axis=1)
     return np.array(levels, np.float32)[pairs].view(np.float64)[:, 0]

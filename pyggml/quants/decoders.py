@@ -1,9 +1,10 @@
-"""Blocks to f32. Each decoder does gguf's f32 operations in gguf's order, so results are equal.
+"""Blocks to f32. Decoders do gguf's f32 operations in gguf's order, so results are bit-equal.
 
-A decoder is called as `fn(b, y, memory)`: b uint8 [n, bytes of a block] (plain types: [n, 1] of
-their own), y f32 [n, weights of a block], both contiguous. It unpacks integer codes into y (exact
-in f32), then scales y in place. Layouts are ggml's: a field of 4-bit codes holds, for each run of
-bytes, the low halves and then the high halves; further bits stand in a field of their own.
+A decoder is a function `fn(b, y, memory)`: b is uint8 [n, bytes of a block] (for plain types [n, 1]
+of the type), y is f32 [n, weights of a block], both contiguous. It unpacks integer codes into y
+(exact in f32), then scales y in place. Layouts are ggml's: for each run of bytes, a field of 4-bit
+codes has first the weights in the low halves, then those in the high halves. Bits above the fourth
+have a field of their own.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ Decoder: TypeAlias = Callable[[Any, Floats, Memory], None]
 
 
 def _f16(raw: NDArray[np.float16], y: Floats, memory: Memory) -> None:
-    """Moves the bits into place and rescales: twice as fast as NumPy's conversion.
+    """Move the bits into place and rescale: twice as fast as NumPy's conversion.
 
-    An f16 shifted by 13 is an f32 whose exponent is 112 too low, subnormals included. Only inf and
-    NaN come out wrong (as finite numbers from 2^16 up): such pieces take NumPy's way.
+    An f16 shifted left by 13 is an f32 whose exponent is 112 too low, subnormals included. Only inf
+    and NaN come out wrong, as finite numbers of at least 2^16; NumPy converts such pieces.
     """
     bits = y.view(np.uint32)
     np.copyto(bits.view(np.int32), raw.view(np.int16))
@@ -58,7 +59,7 @@ def _f32(raw: Floats, y: Floats, memory: Memory) -> None:
 def _nibbles(
     b: Bytes, y: Floats, memory: Memory, *, at: int, run: int, levels: tuple[int, ...] | None = None
 ) -> None:
-    """y = the 4-bit codes (or their levels) from byte `at` of a block on, in runs of `run`."""
+    """y = the 4-bit codes (or their levels) starting at byte `at` of a block, in runs of `run`."""
     n, runs = len(y), y.shape[1] // (2 * run)
     halves = y.reshape(n, runs, 2, run)
     fields = b[:, at : at + runs * run].reshape(n, runs, run)
@@ -80,13 +81,13 @@ def _look_up(codes: NDArray[np.uint16], levels: tuple[int, ...], y: Floats, memo
     index = memory.array(codes.shape, np.intp)
     pairs = memory.array(codes.shape, np.float64)
     index[...] = codes
-    # Without mode="clip" NumPy makes a copy of the result first.
+    # Without mode="clip" NumPy buffers the result.
     np.take(pair_table(levels), index, out=pairs, mode="clip")
     y[...] = pairs.view(np.float32)
 
 
 def _bits(field: Bytes, shifts: Any, mask: int, memory: Memory) -> Bytes:
-    """field >> shifts & mask, broadcast against each other."""
+    """field >> shifts & mask, with field and shifts broadcast."""
     shifts = np.array(shifts, np.uint8)
     shape = np.broadcast_shapes(field.shape, shifts.shape)
     codes = memory.rest().array(shape, np.uint8)
@@ -96,7 +97,7 @@ def _bits(field: Bytes, shifts: Any, mask: int, memory: Memory) -> Bytes:
 
 
 def _add_high(y: Floats, field: Bytes, shifts: Any, mask: int, memory: Memory) -> None:
-    """y += 16 * the codes (field >> shifts) & mask: the bits above the fourth."""
+    """y += 16 * (field >> shifts & mask): the bits above the fourth."""
     codes = _bits(field, shifts, mask, memory)
     codes <<= 4
     y += codes.reshape(y.shape)
@@ -125,8 +126,8 @@ def _q45_k(b: Bytes, y: Floats, memory: Memory, *, bits: int) -> None:
     _nibbles(b, y, memory, at=b.shape[1] - 128, run=32)
     if bits == 5:
         _add_high(y, b[:, None, 16:48], [[g] for g in range(8)], 1, memory)
-    # sc and m of groups 0-3 are the low six bits of bytes 0-3 and 4-7. Those of groups 4-7 are a
-    # nibble of bytes 8-11 under the two bits left over there.
+    # sc and m of groups 0-3 are the low six bits of bytes 0-3 and 4-7. Groups 4-7 take their low
+    # four bits from a nibble of bytes 8-11, and their high two bits from the top of bytes 0-7.
     first, last = b[:, 4:12].reshape(-1, 2, 4), b[:, 12:16]
     low = np.stack([last & 15, last >> 4], axis=1)
     scales = np.concatenate([first & 63, low | (first >> 2 & 48)], axis=2).astype(np.float32)
@@ -163,7 +164,7 @@ def _iq4_xs(b: Bytes, y: Floats, memory: Memory) -> None:
 
 
 def _mxfp4(b: Bytes, y: Floats, memory: Memory) -> None:
-    """2^(e - 128) level[q]: half an e8m0 scale, for the levels are doubled. Fields: e, nibbles."""
+    """2^(e - 128) level[q]: half an e8m0 scale, as the levels are doubled. Fields: e, nibbles."""
     _nibbles(b, y, memory, at=1, run=16, levels=FP4_LEVELS)
     y *= np.ldexp(np.float32(1), b[:, :1].astype(np.int32) - 128)
 
@@ -177,9 +178,9 @@ def _nvfp4(b: Bytes, y: Floats, memory: Memory) -> None:
 
 @cache
 def _half_ue4m3() -> Floats:
-    """Half of an unsigned e4m3 scale (bias 7, no infinity), by its byte; 0x7F counts as 0.
+    """A table from a byte to half its unsigned e4m3 scale (bias 7, no infinity).
 
-    The top bit is ignored, but 0xFF is 480 where 0x7F is none: as gguf reads them.
+    As in gguf: the top bit is ignored, 0x7F is 0, but 0xFF is 480.
     """
     exponent, mantissa = np.divmod(np.arange(256) & 127, 8)
     scales = np.where(exponent == 0, mantissa / 8, 1 + mantissa / 8) * 2.0 ** (
@@ -198,7 +199,7 @@ def _q1_0(b: Bytes, y: Floats, memory: Memory) -> None:
 
 
 def _pairs(b: Bytes, y: Floats, memory: Memory, *, at: int) -> None:
-    """y = 256 codes of two bits from byte `at` of a block on: runs of 32 bytes, low bits first."""
+    """y = 256 two-bit codes starting at byte `at` of a block: runs of 32 bytes, low bits first."""
     field = b[:, at : at + 64].reshape(-1, 2, 1, 32)
     y[...] = _bits(field, [[0], [2], [4], [6]], 3, memory).reshape(y.shape)
 
@@ -212,7 +213,7 @@ def _q2_k(b: Bytes, y: Floats, memory: Memory) -> None:
 
 
 def _q3_k(b: Bytes, y: Floats, memory: Memory) -> None:
-    """d (s - 32) q for 16 groups of 16; q is a code, less 4 where its high bit is not set. Fields:
+    """d (s - 32) q for 16 groups of 16; q is a code, minus 4 if its high bit is not set. Fields:
     high bits (bit g of byte i belongs to weight i of group g of 32), codes, s (low nibbles, then
     pairs of high bits), d."""
     _pairs(b, y, memory, at=32)
@@ -235,16 +236,18 @@ def _tq2_0(b: Bytes, y: Floats, memory: Memory) -> None:
 
 
 def _tq1_0(b: Bytes, y: Floats, memory: Memory) -> None:
-    """d (q - 1), q digits of base 3. A byte is a fraction of 256 with five (the last four bytes:
-    four) digits after the point: 32 bytes, 16 bytes, 4 bytes, the first digits of each run first.
+    """d (q - 1), where q is a base-3 digit. A byte / 256 is a fraction with five base-3 digits, or
+    four in the last four bytes. Fields: runs of 32, 16 and 4 bytes, d. A run gives the first digits
+    of all its bytes, then the second digits, and so on.
     """
     done = 0
     for start, stop, n_digits in ((0, 32, 5), (32, 48, 5), (48, 52, 4)):
-        part, powers = memory.rest(), np.array([3**i for i in range(n_digits)], np.uint8)
-        rest = part.array((len(b), n_digits, stop - start), np.uint8)  # behind the first i digits
-        np.multiply(b[:, None, start:stop], powers[:, None], out=rest)  # modulo 256
-        digits = part.array(rest.shape, np.uint16)
-        np.multiply(rest, 3, out=digits, dtype=np.uint16)
+        temporary, powers = memory.rest(), np.array([3**i for i in range(n_digits)], np.uint8)
+        # The fraction without its first i digits, for each i.
+        tails = temporary.array((len(b), n_digits, stop - start), np.uint8)
+        np.multiply(b[:, None, start:stop], powers[:, None], out=tails)  # modulo 256
+        digits = temporary.array(tails.shape, np.uint16)
+        np.multiply(tails, 3, out=digits, dtype=np.uint16)
         digits >>= 8
         n = (stop - start) * n_digits
         y[:, done : done + n] = digits.reshape(len(b), n)
@@ -254,11 +257,11 @@ def _tq1_0(b: Bytes, y: Floats, memory: Memory) -> None:
 
 
 def _by_gguf(b: Bytes, y: Floats, memory: Memory, *, name: str) -> None:
-    """The types whose codes stand in grids, which the gguf package has and this one does not.
+    """Decode the types whose codes index grids; the gguf package has the grids, pyggml does not.
 
-    In pieces small enough for gguf's temporaries to stay small.
+    Pieces are small, so that gguf's temporaries are small too.
     """
-    import gguf  # loaded only where a file has such a type
+    import gguf  # slow to import, and most files have no such type
 
     try:
         qtype = gguf.GGMLQuantizationType(TYPES[name].ggml_id)

@@ -1,7 +1,7 @@
-"""f32 to blocks, by the f32 operations of gguf (iq4_nl: of ggml) in their order.
+"""f32 to blocks. Encoders do gguf's f32 operations in gguf's order (for iq4_nl, ggml's).
 
-An encoder is called as `fn(x, b, memory)`: x f32 [n, weights of a block], which it may overwrite,
-b uint8 [n, bytes of a block] (plain types: [n, 1] of their own), both contiguous.
+An encoder is a function `fn(x, b, memory)`: x is f32 [n, weights of a block] and may be
+overwritten, b is uint8 [n, bytes of a block] (for plain types [n, 1] of the type), both contiguous.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _f16(x: Floats, out: NDArray[np.float16], memory: Memory) -> None:
 
 
 def _bf16(x: Floats, out: NDArray[np.uint16], memory: Memory) -> None:
-    """Rounds to nearest, ties to even; a NaN keeps its upper bits and becomes quiet."""
+    """Round to nearest, ties to even; a NaN keeps its upper bits and becomes quiet."""
     bits = x.view(np.uint32)
     rounded = memory.array(x.shape, np.uint32)
     nan = memory.array(x.shape, np.bool_)
@@ -46,7 +46,7 @@ def _inverse(d: Floats) -> Floats:
 
 
 def _largest(x: Floats, memory: Memory) -> Floats:
-    """The entry of largest magnitude, with its sign; the first of equals."""
+    """The entry of largest magnitude, with its sign; the first one of equals."""
     magnitude = np.abs(x, out=memory.rest().array(x.shape))
     return np.take_along_axis(x, magnitude.argmax(axis=1, keepdims=True), axis=1)
 
@@ -100,7 +100,8 @@ def _linear(x: Floats, b: Bytes, memory: Memory, *, bits: int, affine: bool) -> 
 def _nearest() -> tuple[Bytes, Floats]:
     """Code and level nearest to v, at index floor(2 v) + 256 for v in [-128, 128); ties go up.
 
-    The borders between levels are multiples of 1/2, so floor(2 v) decides."""
+    The borders between levels are multiples of 1/2, so floor(2 v) is enough.
+    """
     levels = np.array(IQ4_LEVELS, np.float32)
     borders = (levels[1:] + levels[:-1]) / 2
     codes = np.searchsorted(borders, np.arange(-256, 256) / 2, side="right").astype(np.uint8)
@@ -110,12 +111,14 @@ def _nearest() -> tuple[Bytes, Floats]:
 def _iq4_nl(x: Floats, b: Bytes, memory: Memory) -> None:
     """d and codes q that make sum w (x - d level[q])^2 small, with weights w = x^2.
 
-    Sixteen scales that put the largest x near the lowest level -127 (once at +127) are tried. Each
-    gives codes, and those codes a least-squares d = sum w l x / sum w l^2, whose gain is
-    (sum w l x)^2 / sum w l^2. The best d is kept and the codes are chosen again for it. This is
-    ggml's search without an importance matrix. Weights stand on the first axis, because NumPy adds
-    along it one after the other, as ggml does: where two scales do equally well (a block with one
-    weight that is not zero), rounding decides. A NaN makes d NaN, where ggml would make it 0.
+    Tries sixteen scales that put the largest x near the lowest level -127 (once at +127). Each
+    scale gives codes, and the codes give a least-squares d = sum w l x / sum w l^2 with the gain
+    (sum w l x)^2 / sum w l^2. The best d wins, and the final codes are those for that d. This is
+    ggml's search without an importance matrix.
+
+    The weights of a block are on the first axis because NumPy sums along it sequentially, as ggml
+    does. The order matters: where two scales are equally good (in a block with one nonzero weight),
+    rounding decides. A NaN makes d NaN, where ggml would make it 0.
     """
     shape = (x.shape[1], x.shape[0])
     columns, weight, level, product = (memory.array(shape) for _ in range(4))
@@ -130,7 +133,7 @@ def _iq4_nl(x: Floats, b: Bytes, memory: Memory) -> None:
         np.copyto(index, level, casting="unsafe")
 
     largest = _largest(x, memory)[:, 0]
-    largest[np.abs(largest) < 1e-15] = 0  # ggml takes such a block for zero
+    largest[np.abs(largest) < 1e-15] = 0  # ggml treats such a block as zero
     columns[...] = x.T
     np.multiply(columns, columns, out=weight)
     d = best = np.zeros_like(largest)
