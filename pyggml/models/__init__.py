@@ -1,1 +1,1 @@
-"""Architectures as graphs, and what their files must hold."""
+"""Model architectures: their graphs, hyperparameters and tensors. DeepSeek-2 only."""

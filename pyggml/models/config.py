@@ -1,4 +1,4 @@
-"""DeepSeek-2 hyperparameters as GGUF keys give them, checked against each other."""
+"""DeepSeek-2 hyperparameters, read from GGUF keys and checked against each other."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ _GATING: dict[int, Literal["softmax", "sigmoid"]] = {1: "softmax", 2: "sigmoid"}
 
 @dataclass(frozen=True, slots=True)
 class DeepSeek2Config:
-    """Sizes and constants of a DeepSeek-V2 or -V3 model; the GGUF key of each beside it.
+    """Sizes and constants of a DeepSeek-V2 or -V3 model.
 
-    The keys lack the prefix `deepseek2.`; "-> x" is the value where the key is missing.
+    Each comment gives the GGUF key without the prefix `deepseek2.`, and after "->" the value if the
+    key is missing.
     """
 
-    n_layer: int  # block_count less nextn_predict_layers
+    n_layer: int  # block_count minus nextn_predict_layers
     n_layer_dense: int  # leading_dense_block_count -> 0
     n_ctx_train: int  # context_length
     n_vocab: int  # vocab_size -> number of tokenizer.ggml.tokens
@@ -34,9 +35,9 @@ class DeepSeek2Config:
     n_head: int  # attention.head_count
     q_lora_rank: int | None  # attention.q_lora_rank -> None: one attn_q instead of attn_q_a, _b
     kv_lora_rank: int  # attention.kv_lora_rank
-    d_nope: int  # attention.key_length_mla, or key_length without it, less rope.dimension_count
+    d_nope: int  # attention.key_length_mla -> key_length; minus rope.dimension_count
     n_rot: int  # rope.dimension_count
-    d_v: int  # attention.value_length_mla, or value_length without it
+    d_v: int  # attention.value_length_mla -> value_length
     n_ff: int  # feed_forward_length (dense layers)
     n_ff_exp: int  # expert_feed_forward_length
     n_expert: int  # expert_count -> 0
@@ -45,32 +46,34 @@ class DeepSeek2Config:
     rms_eps: float = 1e-6  # attention.layer_norm_rms_epsilon (required)
     gating: Literal["softmax", "sigmoid"] = "softmax"  # expert_gating_func 1, 2 (see _gating)
     weights_norm: bool = False  # expert_weights_norm
-    weights_scale: float = 0.0  # expert_weights_scale; 0 (missing) and 1 scale nothing
+    weights_scale: float = 0.0  # expert_weights_scale -> 0; 0 and 1 scale nothing
     n_group: int = 1  # expert_group_count
     n_group_used: int = 1  # expert_group_used_count
     rope_freq_base: float = 10000.0  # rope.freq_base
     rope_scaling: Literal["none", "linear", "yarn"] = "linear"  # rope.scaling.type
-    rope_factor: float = 1.0  # rope.scaling.factor; 0 is 1
+    rope_factor: float = 1.0  # rope.scaling.factor; 0 means 1
     n_ctx_orig: int = 0  # rope.scaling.original_context_length -> context_length
     yarn_log_mul: float = 0.0  # rope.scaling.yarn_log_multiplier (0.1 x mscale_all_dim)
     attn_factor: float = 1.0  # rope.scaling.attn_factor
     yarn_beta_fast: float = 32.0  # rope.scaling.yarn_beta_fast
     yarn_beta_slow: float = 1.0  # rope.scaling.yarn_beta_slow
-    temperature_scale: float = 0.0  # attention.temperature_scale; 0 is none
+    temperature_scale: float = 0.0  # attention.temperature_scale; 0 means none
     temperature_length: int = 0  # attention.temperature_length -> n_ctx_orig
-    n_layer_nextn: int = 0  # nextn_predict_layers: blocks behind the layers, not computed
+    n_layer_nextn: int = 0  # nextn_predict_layers: blocks after the layers, not computed
     kv_b: KvB = "split"  # attn_k_b + attn_v_b, or attn_kv_b
 
     @classmethod
     def from_gguf(cls, fields: Mapping[str, Any], tensors: Collection[str] = ()) -> DeepSeek2Config:
         """The hyperparameters in the keys of a file (`GGUFFile.fields`).
 
-        `kv_b` follows the names in `tensors` where given (split wins if both are there), else the
-        presence of key_length_mla. GGUFError names the key that is missing, of the wrong type, or
-        contradicts another, and keys and tensors of the architecture that are not read (`known`).
+        `kv_b` follows the tensor names if you pass `tensors` (split wins if a file has both
+        layouts), and otherwise the presence of key_length_mla.
 
-        Warns of a yarn file without yarn_log_multiplier (`kq_scale`), of a missing
-        expert_gating_func, and of blocks that predict further tokens, which are left out.
+        GGUFError names a key that is missing, has the wrong type or contradicts another one, and
+        any key or tensor of the architecture that pyggml does not know (see `known`).
+
+        Warns about a yarn file without yarn_log_multiplier (see `kq_scale`), about a missing
+        expert_gating_func, and about multi-token prediction blocks, which are left out.
         """
         config = _read(Keys(ARCHITECTURE, fields), tensors)
         n_block = config.n_layer + config.n_layer_nextn
@@ -83,25 +86,25 @@ class DeepSeek2Config:
             )
         if config.rope_scaling == "yarn" and config.rope_factor != 1 and not config.yarn_log_mul:
             warnings.warn(
-                f"key '{ARCHITECTURE}.rope.scaling.yarn_log_multiplier' is missing: attention is "
-                "scaled as llama.cpp does for such a file; the model may mean something else",
+                f"key '{ARCHITECTURE}.rope.scaling.yarn_log_multiplier' is missing: using "
+                "llama.cpp's attention scale for such files, which may be wrong for this model",
                 stacklevel=2,
             )
         return config
 
     @property
     def d_k(self) -> int:
-        """Head size of keys in the standard form: nope and rope parts."""
+        """Head size of keys in the standard form: d_nope + n_rot."""
         return self.d_nope + self.n_rot
 
     @property
     def n_ff_shared(self) -> int:
-        """Width of the shared experts as one feed-forward net."""
+        """Width of the shared experts, which are one feed-forward net."""
         return self.n_ff_exp * self.n_expert_shared
 
     @property
     def n_group_top(self) -> int:
-        """How many of its experts score a group: the best one (V2) or the best two (V3)."""
+        """Number of best experts whose scores add up to a group's score: one (V2) or two (V3)."""
         return 2 if self.gating == "sigmoid" else 1
 
     @property
@@ -116,10 +119,10 @@ class DeepSeek2Config:
 
     @property
     def rope_attn_factor(self) -> float:
-        """rope_ext's attn_factor a, with A the key attn_factor and L = ln(factor).
+        """rope_ext's attn_factor a, as in llama.cpp.
 
-        yarn: a = A c / (1 + 0.1 L), c = 1 with a yarn_log_multiplier, else 1 + 0.1 L.
-        linear and none: a = A. As llama.cpp has it.
+        yarn with a yarn_log_multiplier: a = A / (1 + 0.1 L). Otherwise a = A. Here A is the key
+        attn_factor and L = ln(factor).
         """
         if self.rope_scaling == "yarn" and self.yarn_log_mul:
             return self.attn_factor / (1 + 0.1 * self._log_factor)
@@ -127,9 +130,10 @@ class DeepSeek2Config:
 
     @property
     def kq_scale(self) -> float:
-        """Scale of q.k: ms^2 / sqrt(d_k), ms = a (1 + 0.1 L) (1 + yarn_log_multiplier L).
+        """Scale of q.k, as in llama.cpp: ms^2 / sqrt(d_k).
 
-        a is `rope_attn_factor`, L = ln(factor), 0 for scaling type none. As llama.cpp has it.
+        ms = a (1 + 0.1 L) (1 + yarn_log_multiplier L), where a is `rope_attn_factor` and
+        L = ln(factor), or 0 for scaling type none.
         """
         log = self._log_factor
         ms = self.rope_attn_factor * (1 + 0.1 * log) * (1 + self.yarn_log_mul * log)
@@ -170,10 +174,10 @@ def _n_ff(keys: Keys, any_dense: bool) -> int:
 
 def _n_vocab(keys: Keys) -> int:
     tokens = keys.fields.get("tokenizer.ggml.tokens")
-    known = len(tokens) if isinstance(tokens, Sized) else None
-    n_vocab = keys.integer("vocab_size", known)
-    if known is not None and known != n_vocab:
-        keys.fail("vocab_size", f"{n_vocab}, but tokenizer.ggml.tokens holds {known}")
+    n_tokens = len(tokens) if isinstance(tokens, Sized) else None
+    n_vocab = keys.integer("vocab_size", n_tokens)
+    if n_tokens is not None and n_tokens != n_vocab:
+        keys.fail("vocab_size", f"{n_vocab}, but tokenizer.ggml.tokens has {n_tokens} tokens")
     return n_vocab
 
 
@@ -184,7 +188,7 @@ def _kv_b(keys: Keys, tensors: Collection[str]) -> KvB:
         return "split"
     if "blk.0.attn_kv_b.weight" in tensors:
         return "joined"
-    raise GGUFError("neither blk.0.attn_kv_b nor blk.0.attn_k_b and attn_v_b is in the file")
+    raise GGUFError("the file has neither blk.0.attn_kv_b nor blk.0.attn_k_b and attn_v_b")
 
 
 def _attention(keys: Keys) -> dict[str, Any]:
@@ -193,14 +197,14 @@ def _attention(keys: Keys) -> dict[str, Any]:
     n_rot = keys.integer("rope.dimension_count")
     if n_rot % 2:
         keys.fail("rope.dimension_count", f"{n_rot}, must be even")
-    # A file for absorbed attention describes one shared head of kv_lora + rope; the true sizes
-    # stand under the _mla keys.
+    # The plain keys of a file for absorbed attention describe one shared head of kv_lora + rope;
+    # the true head sizes are in the _mla keys.
     if mla := keys.has("attention.key_length_mla"):
         keys.equal("attention.key_length", kv_lora_rank + n_rot, "kv_lora_rank + rope")
         keys.equal("attention.value_length", kv_lora_rank, "kv_lora_rank")
         keys.equal("attention.head_count_kv", 1, "key_length_mla")
     else:
-        keys.equal("attention.head_count_kv", n_head, "head_count, without key_length_mla,")
+        keys.equal("attention.head_count_kv", n_head, "head_count without key_length_mla")
     suffix = "_mla" if mla else ""
     return {
         "n_head": n_head,
@@ -215,16 +219,16 @@ def _attention(keys: Keys) -> dict[str, Any]:
 
 
 def _rope_scaling(keys: Keys, n_ctx: int) -> dict[str, Any]:
-    kind = keys.get("rope.scaling.type", str, "linear")
-    if kind not in ("none", "linear", "yarn"):
-        keys.fail("rope.scaling.type", f"{kind!r}, must be none, linear or yarn")
-    old_factor = keys.number("rope.scale_linear", 1.0, zero=True)  # its name until 2023
+    scaling = keys.get("rope.scaling.type", str, "linear")
+    if scaling not in ("none", "linear", "yarn"):
+        keys.fail("rope.scaling.type", f"{scaling!r}, must be none, linear or yarn")
+    old_factor = keys.number("rope.scale_linear", 1.0, zero=True)  # the key's name until 2023
     n_ctx_orig = keys.integer("rope.scaling.original_context_length", n_ctx)
     temperature = keys.number("attention.temperature_scale", 0.0, zero=True)
     length = keys.integer("attention.temperature_length", n_ctx_orig)
     return {
         "rope_freq_base": keys.number("rope.freq_base", 10000.0),
-        "rope_scaling": kind,
+        "rope_scaling": scaling,
         "rope_factor": keys.number("rope.scaling.factor", old_factor, zero=True) or 1.0,
         "n_ctx_orig": n_ctx_orig,
         "yarn_log_mul": keys.number("rope.scaling.yarn_log_multiplier", 0.0, zero=True),
@@ -237,8 +241,10 @@ def _rope_scaling(keys: Keys, n_ctx: int) -> dict[str, Any]:
 
 
 def _gating(keys: Keys, n_block: int, n_vocab: int, any_moe: bool) -> Literal["softmax", "sigmoid"]:
-    """As llama.cpp has it: without the key (or with 0) softmax, as in the first files of V2; but
-    sigmoid for GLM-4.7-Flash, whose first files lack it and are told by their sizes.
+    """The gating function, with llama.cpp's defaults if the key is missing or 0.
+
+    Softmax, as the first V2 files have no key; but sigmoid for GLM-4.7-Flash, whose first files
+    have no key either and are recognized by their sizes.
     """
     number = keys.integer("expert_gating_func", 0, least=0)
     if number not in (0, *_GATING):
@@ -250,8 +256,8 @@ def _gating(keys: Keys, n_block: int, n_vocab: int, any_moe: bool) -> Literal["s
         gating = "sigmoid"
     if any_moe:
         warnings.warn(
-            f"key '{ARCHITECTURE}.expert_gating_func' is missing: experts are chosen by {gating}, "
-            "as llama.cpp does for such a file; the model may mean something else",
+            f"key '{ARCHITECTURE}.expert_gating_func' is missing: choosing experts by {gating}, "
+            "llama.cpp's default for such files, which may be wrong for this model",
             stacklevel=4,
         )
     return gating
@@ -265,17 +271,17 @@ def _experts(keys: Keys, any_moe: bool) -> dict[str, Any]:
     n_group = keys.integer("expert_group_count", 1, least=0) or 1
     group_used = keys.integer("expert_group_used_count", n_group, least=0, most=n_group) or n_group
     if n_group > 1:
-        size, rest = divmod(n_expert, n_group)
-        if rest or size < 2:
-            problem = f"{n_group} groups of at least 2 do not divide {n_expert} experts"
+        size, remainder = divmod(n_expert, n_group)
+        if remainder or size < 2:
+            problem = f"{n_group}, must divide {n_expert} experts into groups of at least 2"
             keys.fail("expert_group_count", problem)
         if size * group_used < used:
-            problem = f"{group_used} groups of {size} hold fewer than the {used} experts used"
+            problem = f"{group_used} groups of {size} have fewer than the {used} experts used"
             keys.fail("expert_group_used_count", problem)
     n_shared = keys.integer("expert_shared_count", 0, least=0)
     n_ff_exp = keys.integer("expert_feed_forward_length", required, least=least)
-    because = "expert_shared_count x expert_feed_forward_length"
-    keys.equal("expert_shared_feed_forward_length", n_shared * n_ff_exp, because)
+    reason = "expert_shared_count x expert_feed_forward_length"
+    keys.equal("expert_shared_feed_forward_length", n_shared * n_ff_exp, reason)
     return {
         "n_expert": n_expert,
         "n_expert_used": used,

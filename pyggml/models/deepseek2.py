@@ -1,23 +1,25 @@
-"""DeepSeek-2 (V2, V2-Lite, V3, R1) as a graph: the attention layer, read top to bottom.
+"""The attention layer of DeepSeek-2 (V2, V2-Lite, V3, R1) as a graph; reads from top to bottom.
 
-T tokens, H heads, R = kv_lora_rank, n_kv rows of the cache that are looked at. One attention in
-three forms, equal but for rounding; sizes of the published models in brackets:
+T is the number of tokens, H of heads, R = kv_lora_rank, and n_kv the number of cache rows that the
+attention reads. There are three forms of the attention, equal up to rounding. Head sizes of the
+published models are in brackets:
 
 form      cache of a layer                      attention runs over
 standard  K [d_k, n_ctx, H], V [d_v, n_ctx, H]  K and V                   [192 / 128, H heads]
 latent    rows [c | k_rope], [R + n_rot, n_ctx] the rows; V is their c    [576 / 512, one head of K]
 expanded  as latent                             K and V of all its rows   [192 / 128, H heads]
 
-Latent moves the expansion of keys and values out of the attention: into the queries (`absorb`) and
-behind the sum of values. A key then costs 2R + n_rot products a head instead of d_k + d_v [3.4
-times as many] and reading R + n_rot elements instead of (d_k + d_v) H [1/9 in V2-Lite, 1/71 in V3]:
-right for decoding. Expanded is for prompts over the same cache.
+The latent form moves the expansion of keys and values out of the attention: the queries absorb the
+K part (`absorb`), and the V part is applied after the sum of values. A key then costs 2R + n_rot
+multiplications per head instead of d_k + d_v [3.4 times as many], but reads only R + n_rot elements
+instead of (d_k + d_v) H [1/9 in V2-Lite, 1/71 in V3]. This is best for decoding. The expanded form
+is for prompts over the same cache.
 
-The expansion stands in a file as attn_kv_b, or as attn_k_b (transposed) and attn_v_b, or both; then
-each form takes what suits it. Every form runs from either. Where it needs the K part the other way
-round than a block type stores it, the graph casts that part to f16: 2 R d_nope H bytes written and
-read in each run [2 MiB in V2-Lite, 16 MiB in V3, a layer]. That is so for latent from attn_kv_b,
-and standard and expanded from attn_k_b.
+A file stores the expansion as attn_kv_b, or as attn_k_b (transposed) and attn_v_b, or both, and
+then each form uses the layout that suits it. Every form runs from either layout. If a form needs
+the transpose of a K part stored in a block type, the graph casts that part to f16, which writes and
+reads 2 R d_nope H bytes in each run [2 MiB a layer in V2-Lite, 16 MiB in V3]. This affects the
+latent form from attn_kv_b, and the standard and expanded forms from attn_k_b.
 """
 
 from __future__ import annotations
@@ -66,8 +68,9 @@ class AttentionOptions:
     """How a layer attends.
 
     form        "standard", "latent" or "expanded" (see the top of this file)
-    flash       flash attention, or a tensor of scores and a softmax; expanded is flash only
-    cache_type  of the states: f32, f16, bf16, or a block type that divides the rows
+    flash       flash attention; False computes a tensor of scores and a softmax instead. The
+                expanded form needs flash attention.
+    cache_type  type of the states: f32, f16, bf16, or a block type that divides the rows
     """
 
     form: str = "latent"
@@ -76,20 +79,21 @@ class AttentionOptions:
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:
-            raise UnknownNameError(f"no attention form {self.form!r}; there are {', '.join(FORMS)}")
+            raise UnknownNameError(f"no attention form {self.form!r}; use {', '.join(FORMS)}")
         if self.form == "expanded" and not self.flash:
             raise ShapeError(
-                "form='expanded' runs with flash attention only: with scores, K and V of all rows "
-                "would stand beside them and save nothing; use form='latent'"
+                "form='expanded' needs flash attention: without it, K and V of all rows would be "
+                "in memory next to the scores; use flash=True or form='latent'"
             )
         dtype(self.cache_type)
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A layer's hyperparameters, weights by short name ("attn_q": blk.0.attn_q.weight), number.
+    """The hyperparameters and weights of layer `il`.
 
-    Make it once and use it in every graph: plans of one store then share the weights.
+    `weights` has short names: "attn_q" is blk.0.attn_q.weight. Create a Layer once and use it in
+    every graph, so that the plans of one store share its weights.
     """
 
     config: DeepSeek2Config
@@ -98,9 +102,14 @@ class Layer:
 
     @staticmethod
     def of(file: GGUFFile, config: DeepSeek2Config, il: int = 0) -> Layer:
-        """Layer `il` of an open file; its tensors stay where they are until a plan is bound."""
+        """Layer `il` of an open file. No weights are read until a plan is bound.
+
+        UnknownNameError if the file has no such layer.
+        """
         if not 0 <= il < config.n_layer:
-            raise UnknownNameError(f"no layer {il}: the file has {config.n_layer}, counted from 0")
+            raise UnknownNameError(
+                f"no layer {il}: the file has {config.n_layer} layers, numbered from 0"
+            )
         prefix, weights = f"blk.{il}.", Names[Node]()
         for name, info in file.tensors.items():
             key = name.removeprefix(prefix)
@@ -108,25 +117,30 @@ class Layer:
                 continue
             array = file.array(name)
             if key in ("attn_k_b.weight", "attn_v_b.weight") and array.ndim == 2:
-                # The heads' matrices one below the other: ik_llama.cpp's layout.
-                rows, rest = divmod(len(array), config.n_head)
-                if rest:
-                    raise GGUFError(f"tensor {name!r}: {len(array)} rows for {config.n_head} heads")
+                # ik_llama.cpp stacks the heads' rows.
+                rows, remainder = divmod(len(array), config.n_head)
+                if remainder:
+                    raise GGUFError(
+                        f"tensor {name!r}: {len(array)} rows do not divide into "
+                        f"{config.n_head} heads"
+                    )
                 array = array.reshape(config.n_head, rows, array.shape[1])
             weights[key.removesuffix(".weight")] = constant(array, dtype=info.dtype, name=name)
         return Layer(config, weights, il)
 
     def name(self, node: Node, label: str) -> Node:
-        """`node` under llama.cpp's name for it, such as kq-3."""
+        """`node` with llama.cpp's label for this layer, such as kq-3."""
         return add_label(node, f"{label}-{self.il}")
 
     def product(self, weight: str, x: Node) -> Node:
-        """W x, times the weight's factor where it has one."""
+        """W x, times the weight's factor if it has one."""
         return self.scaled(weight, mul_mat(self.weights[weight], x))
 
     def scaled(self, weight: str, y: Node) -> Node:
-        """y, a product of that weight, times the factor that quantizers of NVFP4 leave beside it:
-        block scales of 8 bits reach the range of a tensor only with one more for the whole.
+        """y, a product of `weight`, times the weight's factor if it has one.
+
+        NVFP4 quantizers store such a factor, because 8-bit block scales alone do not cover the
+        range of a tensor.
         """
         factor = self.weights.get(f"{weight}.scale")
         return y if factor is None else mul(y, factor)
@@ -134,7 +148,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Cache:
-    """The states of a layer: K and V, or latent rows with no V of their own."""
+    """The states of a layer: K and V, or latent rows, which need no V."""
 
     k: Node
     v: Node | None = None
@@ -142,12 +156,12 @@ class Cache:
     @staticmethod
     def of(config: DeepSeek2Config, options: AttentionOptions, n_ctx: int, il: int = 0) -> Cache:
         """cache_k_l0 and cache_v_l0, or cache_kv_l0, with room for `n_ctx` tokens."""
-        c, kind = config, options.cache_type
+        c, type_ = config, options.cache_type
         if options.form != "standard":
-            return Cache(state(f"cache_kv_l{il}", kind, ne=(c.kv_lora_rank + c.n_rot, n_ctx)))
+            return Cache(state(f"cache_kv_l{il}", type_, ne=(c.kv_lora_rank + c.n_rot, n_ctx)))
         return Cache(
-            state(f"cache_k_l{il}", kind, ne=(c.d_k, n_ctx, c.n_head)),
-            state(f"cache_v_l{il}", kind, ne=(c.d_v, n_ctx, c.n_head)),
+            state(f"cache_k_l{il}", type_, ne=(c.d_k, n_ctx, c.n_head)),
+            state(f"cache_v_l{il}", type_, ne=(c.d_v, n_ctx, c.n_head)),
         )
 
 
@@ -160,16 +174,21 @@ def attention(
     cache: Cache,
     options: AttentionOptions,
 ) -> Node:
-    """The attention of one layer: the new tokens are written to the cache and attend to it.
+    """The attention of one layer, which writes the new tokens to the cache and attends to it.
 
-    x     f32         [n_embd, T]   normalised already: norm(residual, attn_norm)
+    x     f32         [n_embd, T]   norm(residual, attn_norm)
     pos   i32         [T]           positions
-    ids   i32 or i64  [T]           rows of the cache to write; `pos` itself where row j holds j
-    mask  f16         [n_kv, T]     causal_mask(pos, n_kv=n_kv); n_kv rows of the cache are read
-    y     f32         [n_embd, T]   to be added to the residual
+    ids   i32 or i64  [T]           cache rows to write; use `pos` if row j is for position j
+    mask  f16         [n_kv, T]     causal_mask(pos, n_kv=n_kv); attention reads n_kv cache rows
+    y     f32         [n_embd, T]   add it to the residual
+
+    GraphError if the cache belongs to another form.
     """
     if (cache.v is None) == (options.form == "standard"):
-        raise GraphError(f"the cache is not one of the form {options.form!r}: make it by Cache.of")
+        raise GraphError(
+            f"this cache is not for form {options.form!r}; create it with Cache.of and the same "
+            "options"
+        )
     c, n_kv = layer.config, mask.ne[0]
     q = queries(layer, x, pos)
     kv_c, k_rope = latents(layer, x, pos)
@@ -179,7 +198,7 @@ def attention(
     else:
         row = concat(kv_c, k_rope, dim=0)
         if options.form == "latent":
-            layer.name(row, "Kcur")  # in the form expanded that is K of the heads
+            layer.name(row, "Kcur")  # in the expanded form, `expand` gives this label to K
         rows = written(cache.k, row, ids, n_kv)
         kv_c = view(rows, ne=(c.kv_lora_rank, n_kv))
         if options.form == "expanded":
@@ -195,11 +214,11 @@ def attention(
     return layer.name(y, "attn_out")
 
 
-# -- what a token brings ------------------------------------------------------------------------
+# -- queries, keys and values of the new tokens -------------------------------------------------
 
 
 def queries(layer: Layer, x: Node, pos: Node) -> Node:
-    """[d_k, T, H]: the heads' queries [nope | rope], turned, times their temperature."""
+    """The heads' queries [nope | rope], [d_k, T, H], rotated and scaled by their temperature."""
     c = layer.config
     if c.q_lora_rank is None:
         q = layer.product("attn_q", x)
@@ -216,18 +235,18 @@ def queries(layer: Layer, x: Node, pos: Node) -> Node:
 def temperature(c: DeepSeek2Config, pos: Node) -> Node:
     """f32 [1, 1, T]: 1 + temperature_scale ln(1 + floor(pos / temperature_length)).
 
-    Mistral Large 3 sharpens the attention of late queries by it (Llama 4 does likewise). Whole
-    numbers are exact in f32 up to positions of 2^24.
+    Mistral Large 3 uses it to sharpen the attention of late queries, as does Llama 4. Exact for
+    positions up to 2^24, where f32 still represents every integer.
     """
-    at = cast(pos, dtype="f32")
-    periods = div(at, fill(at, value=float(c.temperature_length)))
-    periods = cast(cast(periods, dtype="i32"), dtype="f32")  # the conversion cuts the fraction off
+    positions = cast(pos, dtype="f32")
+    periods = div(positions, fill(positions, value=float(c.temperature_length)))
+    periods = cast(cast(periods, dtype="i32"), dtype="f32")  # the cast to i32 truncates
     factors = scale(log(scale(periods, s=1.0, b=1.0)), s=c.temperature_scale, b=1.0)
     return reshape(factors, ne=(1, 1, pos.ne[0]))
 
 
 def latents(layer: Layer, x: Node, pos: Node) -> tuple[Node, Node]:
-    """c [R, T], normalised, and k_rope [n_rot, T], turned: what all heads' K and V come from."""
+    """c [R, T], normalized, and k_rope [n_rot, T], rotated; all heads share them for K and V."""
     c, n_tokens = layer.config, x.ne[1]
     kv_a = layer.name(layer.product("attn_kv_a_mqa", x), "kv_cmpr_pe")
     kv_c = norm(layer, view(kv_a, ne=(c.kv_lora_rank, n_tokens)), "attn_kv_a_norm")
@@ -243,7 +262,7 @@ def norm(layer: Layer, x: Node, weight: str) -> Node:
 
 
 def rope(layer: Layer, x: Node, pos: Node, offset: int = 0) -> Node:
-    """x [.., n_head, T] with n_rot elements of each row, from `offset`, turned."""
+    """x [.., n_head, T] with n_rot elements of each row, starting at `offset`, rotated."""
     c = layer.config
     return rope_ext(
         x,
@@ -261,7 +280,7 @@ def rope(layer: Layer, x: Node, pos: Node, offset: int = 0) -> Node:
 
 
 def written(cache: Node, rows: Node, ids: Node, n_kv: int) -> Node:
-    """The first n_kv rows of a cache as they are once `rows` stand at `ids`."""
+    """The first n_kv rows of a cache after `rows` are written to its rows `ids`."""
     return view(set_rows(cache, rows, ids), ne=(cache.ne[0], n_kv, cache.ne[2]))
 
 
@@ -269,28 +288,28 @@ def written(cache: Node, rows: Node, ids: Node, n_kv: int) -> Node:
 
 
 def expand(layer: Layer, kv_c: Node, k_rope: Node) -> tuple[Node, Node]:
-    """K [d_k, n, H] = [W_k c | k_rope] and V [d_v, n, H] = W_v c, of the type of c, f32 or f16."""
-    c, w, n, kind = layer.config, layer.weights, kv_c.ne[1], kv_c.dtype.name
+    """K [d_k, n, H] = [W_k c | k_rope] and V [d_v, n, H] = W_v c, both of c's type (f32 or f16)."""
+    c, w, n, type_ = layer.config, layer.weights, kv_c.ne[1], kv_c.dtype.name
 
-    def typed(weight: str, a: Node, b: Node) -> Node:
-        """a b in that type. With a factor it is f32 before: without it, it may pass f16's range."""
+    def product(weight: str, a: Node, b: Node) -> Node:
+        """a b in c's type. If there is a factor, a b alone may exceed f16, so that one is f32."""
         if f"{weight}.scale" not in w:
-            return mul_mat(a, b, dtype=kind)
+            return mul_mat(a, b, dtype=type_)
         y = layer.scaled(weight, mul_mat(a, b))
-        return y if kind == "f32" else cast(y, dtype=kind)
+        return y if type_ == "f32" else cast(y, dtype=type_)
 
-    def heads(made: Node, d: int) -> Node:
-        return permute(reshape(made, ne=(d, c.n_head, n)), axes=SWAP)
+    def heads(y: Node, d: int) -> Node:
+        return permute(reshape(y, ne=(d, c.n_head, n)), axes=SWAP)
 
     if "attn_kv_b" in w:
-        kv = layer.name(typed("attn_kv_b", w["attn_kv_b"], kv_c), "kv")
+        kv = layer.name(product("attn_kv_b", w["attn_kv_b"], kv_c), "kv")
         kv = heads(kv, c.d_nope + c.d_v)
         k_nope = view(kv, ne=(c.d_nope, n, c.n_head))
         v = view(kv, ne=(c.d_v, n, c.n_head), start=(c.d_nope,))
     else:
-        k_nope = transpose(typed("attn_k_b", kv_c, transpose(unpacked(w["attn_k_b"]))))
+        k_nope = transpose(product("attn_k_b", kv_c, transpose(unpacked(w["attn_k_b"]))))
         v_b = reshape(w["attn_v_b"], ne=(c.kv_lora_rank, c.d_v * c.n_head))
-        v = heads(typed("attn_v_b", v_b, kv_c), c.d_v)
+        v = heads(product("attn_v_b", v_b, kv_c), c.d_v)
     k = concat(k_nope, repeat(k_rope, ne=(c.n_rot, n, c.n_head)), dim=0)
     return layer.name(k, "Kcur"), layer.name(v, "Vcur")
 
@@ -312,7 +331,7 @@ def absorb(layer: Layer, q: Node) -> Node:
 
 
 def v_product(layer: Layer, y: Node) -> Node:
-    """W_v y, [d_v, n, H], from y [R, n, H]."""
+    """W_v y [d_v, n, H], from y [R, n, H]."""
     c = layer.config
     if "attn_v_b" in layer.weights:
         return layer.product("attn_v_b", y)
@@ -323,8 +342,8 @@ def _kv_b(layer: Layer, start: int, n: int) -> Node:
     """Rows start .. start + n of each head of attn_kv_b, [R, n, H]."""
     c = layer.config
     by_head = (c.kv_lora_rank, c.d_nope + c.d_v, c.n_head)
-    whole = reshape(layer.weights["attn_kv_b"], ne=by_head)
-    return view(whole, ne=(c.kv_lora_rank, n, c.n_head), start=(0, start))
+    heads = reshape(layer.weights["attn_kv_b"], ne=by_head)
+    return view(heads, ne=(c.kv_lora_rank, n, c.n_head), start=(0, start))
 
 
 # -- attention ----------------------------------------------------------------------------------
@@ -333,8 +352,8 @@ def _kv_b(layer: Layer, start: int, n: int) -> Node:
 def attend(layer: Layer, q: Node, k: Node, v: Node, mask: Node, flash: bool) -> Node:
     """softmax(scale k.q + mask) v: [d_v, H, T] from q [d_k, T, H], k and v [.., n_kv, H or 1].
 
-    Without flash attention V is needed the other way round: a block type is cast to f16 first,
-    which the attention memory budget counts and cuts with the scores.
+    Without flash attention, V must be transposed, so a V in a block type is cast to f16 first. The
+    attention memory budget counts that copy and cuts it together with the scores.
     """
     kq_scale = layer.config.kq_scale
     if flash:
@@ -346,10 +365,10 @@ def attend(layer: Layer, q: Node, k: Node, v: Node, mask: Node, flash: bool) -> 
 
 
 def unpacked(a: Node) -> Node:
-    """a, in f16 if it is of a block type: rows of blocks cannot be transposed."""
+    """`a`, cast to f16 if it has a block type, because rows of blocks cannot be transposed."""
     return cast(a, dtype="f16") if a.dtype.block > 1 else a
 
 
 def plain(a: Node) -> Node:
-    """a, in f16 if a product cannot have its type: only f32 and f16 stay."""
+    """`a`, cast to f16 unless it is f32 or f16, the types that a product can have."""
     return a if a.dtype.name in ("f32", "f16") else cast(a, dtype="f16")

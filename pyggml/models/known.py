@@ -1,9 +1,9 @@
-"""What the files of an architecture may say: every key and tensor that is read, in one place.
+"""The keys and tensors of each architecture that pyggml knows.
 
-A key or tensor that is not listed may change what the model computes, so it is an error: whoever
-wrote it meant something by it. Keys of the tokenizer, `general.*` and other namespaces are not the
-architecture's and are left alone. The lists follow what llama.cpp reads (llama-arch.cpp,
-llama-model.cpp, models/deepseek2.cpp) and what gguf-py's converters write.
+A key or tensor that is not listed is an error, because it may change what the model computes. Keys
+of the tokenizer, `general.*` and other namespaces do not belong to the architecture and are not
+checked. The lists follow what llama.cpp reads (llama-arch.cpp, llama-model.cpp,
+models/deepseek2.cpp) and what gguf-py's converters write.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from pyggml.errors import GGUFError
 
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)")
-#: Where the names of tensors begin that belong to no language model: vision, projectors, audio.
+#: Name prefixes of tensors outside the language model: vision, projectors, audio.
 _OTHER_TOWERS = ("v.", "mm.", "a.", "resampler.")
 
 
@@ -25,13 +25,13 @@ _OTHER_TOWERS = ("v.", "mm.", "a.", "resampler.")
 class Known:
     """The keys (without the architecture's prefix) and tensors of an architecture.
 
-    keys      read, and used
-    neutral   not computed here, and accepted at the values at which it changes nothing
-    harmless  changes nothing in any case
-    layer     tensors of a layer, without `blk.N.`
-    products  those of them that are matrices: each may have a factor NAME.scale, by which its
-              product is multiplied. NAME.input_scale is accepted and not used: it belongs to
-              activations in four bits, and ours are in 16 bits or more.
+    keys      keys that pyggml uses
+    neutral   keys of features that pyggml does not compute -> the values that switch them off
+    harmless  keys that never change the result
+    layer     tensors of a layer that are not matrices, without `blk.N.`
+    products  matrices of a layer, without `blk.N.` and `.weight`. Each may have a factor
+              NAME.scale, which multiplies its product. NAME.input_scale is accepted but unused: it
+              is for 4-bit activations, and ours have at least 16 bits.
     model     tensors outside the layers
     """
 
@@ -43,14 +43,14 @@ class Known:
     model: frozenset[str]
 
     def layer_tensors(self) -> frozenset[str]:
-        """All names that may stand behind `blk.N.`."""
+        """All names that may follow `blk.N.`."""
         names = set(self.layer)
         for product in self.products:
-            names |= {f"{product}.{kind}" for kind in ("weight", "scale", "input_scale")}
+            names |= {f"{product}.{suffix}" for suffix in ("weight", "scale", "input_scale")}
         return frozenset(names)
 
 
-#: Keys of other architectures, at the values that switch them off.
+#: Keys of other architectures -> the values that switch them off.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0.0,),
@@ -129,10 +129,10 @@ def check_known(
     n_layer: int,
     n_block: int,
 ) -> None:
-    """GGUFError that names keys and tensors of the architecture that nobody here reads.
+    """Raise a GGUFError for keys and tensors of the architecture that pyggml does not know.
 
-    Blocks n_layer .. n_block - 1 are left out, whatever they hold. Things that change nothing are
-    named in one warning.
+    Tensors of blocks n_layer .. n_block - 1 are not checked: those blocks are left out. One warning
+    names all keys and tensors that are ignored because they change nothing.
     """
     known = KNOWN[architecture]
     ignored = _check_keys(known, architecture, fields) + _check_tensors(
@@ -155,11 +155,11 @@ def _check_keys(known: Known, architecture: str, fields: Mapping[str, Any]) -> l
             unknown.append(key)
         elif value not in known.neutral[name]:
             neutral = " or ".join(map(str, known.neutral[name]))
-            raise GGUFError(f"key '{key}': {value}, which pyggml does not compute; only {neutral}")
+            raise GGUFError(f"key '{key}': pyggml does not compute {value}; it must be {neutral}")
     if unknown:
         raise GGUFError(
-            f"key{'s' * (len(unknown) > 1)} {_listed(unknown)}: not known for architecture "
-            f"{architecture!r}, and the result may depend on it; a newer pyggml may read it"
+            f"key{'s' * (len(unknown) > 1)} {_listing(unknown)}: unknown for architecture "
+            f"{architecture!r}, and the result may depend on it; try a newer pyggml"
         )
     return ignored
 
@@ -177,9 +177,9 @@ def _check_tensors(
         (ignored if tensor.startswith(_OTHER_TOWERS) else unknown).append(tensor)
     if unknown:
         raise GGUFError(
-            f"tensor{'s' * (len(unknown) > 1)} {_listed(unknown)}: not known for architecture "
-            f"{architecture!r} with {n_block} blocks, and the result may depend on it; a newer "
-            "pyggml may read it"
+            f"tensor{'s' * (len(unknown) > 1)} {_listing(unknown)}: unknown for architecture "
+            f"{architecture!r} with {n_block} blocks, and the result may depend on it; try a newer "
+            "pyggml"
         )
     return ignored
 
@@ -189,6 +189,6 @@ def _is_known(layer: re.Match[str], names: Collection[str], n_layer: int, n_bloc
     return layer[2] in names if il < n_layer else il < n_block
 
 
-def _listed(names: list[str]) -> str:
+def _listing(names: list[str]) -> str:
     first = ", ".join(map(repr, names[:3]))
     return first if len(names) <= 3 else f"{first} and {len(names) - 3} more"

@@ -1,4 +1,4 @@
-"""A graph as it is, computed more precisely."""
+"""Raising the precision of a whole graph."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pyggml.node import Node
 
 
 def precise(y: Node) -> Node:
-    """The same with prec="f32" for every op that has a precision."""
+    """A copy of the graph of `y` in which every op with an attribute `prec` has prec="f32"."""
 
     def rebuild(node: Node, src: tuple[Node | None, ...]) -> Node:
         if "prec" not in node.attrs:

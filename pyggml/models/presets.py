@@ -1,4 +1,4 @@
-"""DeepSeek-2 models of known sizes, and files of random weights for them."""
+"""DeepSeek-2 presets, and files with random weights for them."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _V3 = replace(
     weights_norm=True, weights_scale=2.5, n_group=8, n_group_used=4, yarn_log_mul=0.1,
 )  # fmt: skip
 
-#: Sizes of the published models (their config.json), a small one for CPUs, and a tiny one with
-#: every feature of V3 for tests.
+#: The published models (sizes from their config.json), a small one for CPUs, and a tiny one for
+#: tests with every feature of V3.
 PRESETS: dict[str, DeepSeek2Config] = {
     "deepseek-v2-lite": _LITE,
     "deepseek-v3": _V3,
@@ -45,7 +45,7 @@ PRESETS: dict[str, DeepSeek2Config] = {
     ),
 }  # fmt: skip
 
-#: llama.cpp's number for a file that is mostly of a type (general.file_type).
+#: llama.cpp's general.file_type of a file whose weights are mostly of a type.
 _FILE_TYPES = {
     "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q2_K": 10,
     "q3_K": 11, "q4_K": 14, "q5_K": 16, "q6_K": 18, "iq2_xxs": 19, "iq2_xs": 20, "iq3_xxs": 23,
@@ -55,13 +55,16 @@ _FILE_TYPES = {
 
 
 def preset(name: str, *, layers: int | None = None, kv_b: KvB = "split") -> DeepSeek2Config:
-    """The preset of that name, cut or grown to `layers`, in either layout of the kv_b weights."""
+    """The preset called `name`, with `layers` layers if given, in either layout of kv_b.
+
+    UnknownNameError for an unknown name, ShapeError for an impossible number of layers.
+    """
     if name not in PRESETS:
-        raise UnknownNameError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+        raise UnknownNameError(f"no preset {name!r}; choose from {', '.join(PRESETS)}")
     config = PRESETS[name]
     n_layer = config.n_layer if layers is None else layers
     if not 1 <= n_layer <= MAX_LAYERS:
-        raise ShapeError(f"a model has 1 to {MAX_LAYERS} layers, not {n_layer}")
+        raise ShapeError(f"layers must be 1 to {MAX_LAYERS}, got {n_layer}")
     return replace(
         config, n_layer=n_layer, n_layer_dense=min(config.n_layer_dense, n_layer), kv_b=kv_b
     )
@@ -77,28 +80,29 @@ def synth(
     header_only: bool = False,
     progress: Progress | None = None,
 ) -> int:
-    """Writes a GGUF of that model with random weights; returns its size in bytes.
+    """Write a GGUF file of the model with random weights, and return its size in bytes.
 
-    Matrices have standard deviation 1/sqrt(fan-in), norms are about 1. Norms, router and its bias
-    are f32; rows that `type`'s blocks do not divide are q8_0, or f16; output.weight is q6_K where
-    `type` is smaller than that, as quantizers leave it.
+    Matrices have a standard deviation of 1/sqrt(fan-in), and norms are about 1. Norms, the router
+    and its bias are f32. Rows that are not whole blocks of `type` become q8_0, or f16.
+    output.weight is q6_K if `type` has fewer bits, as quantizers do it.
     """
     if seed < 0:
-        raise ShapeError(f"a seed is not negative; got {seed}")
-    wanted = drawn_type(type)
-    tensors = list(random_tensors(config, wanted, seed))
+        raise ShapeError(f"seed must not be negative, got {seed}")
+    preferred = drawn_type(type)
+    tensors = list(random_tensors(config, preferred, seed))
     general: dict[str, Any] = {
         "general.architecture": ARCHITECTURE,
         "general.name": name,
         "general.alignment": DEFAULT_ALIGNMENT,
-        "general.file_type": _FILE_TYPES[wanted.name],
+        "general.file_type": _FILE_TYPES[preferred.name],
         "general.quantization_version": 2,
     }
     fields = general | config_fields(config) | _vocabulary(config.n_vocab)
     return write(path, fields, tensors, header_only=header_only, progress=progress)
 
 
-def random_tensors(config: DeepSeek2Config, wanted: DType, seed: int) -> Iterator[Tensor]:
+def random_tensors(config: DeepSeek2Config, preferred: DType, seed: int) -> Iterator[Tensor]:
+    """The tensors of the model with random values, their types chosen as `synth` describes."""
     for name, ne in tensor_sizes(config).items():
         leaf = name.split(".", 2)[-1] if name.startswith("blk.") else name
         if leaf.endswith("norm.weight"):
@@ -106,23 +110,23 @@ def random_tensors(config: DeepSeek2Config, wanted: DType, seed: int) -> Iterato
         elif leaf == "exp_probs_b.bias":
             yield random_tensor(name, F32, ne, std=0.05, seed=seed)
         else:
-            # attn_k_b is stored transposed: what it sums over in the model is its ne[1].
+            # attn_k_b is stored transposed: the model sums over its ne[1].
             fan_in = ne[1] if leaf == "attn_k_b.weight" else ne[0]
-            type_ = fitting_type(_type_of(leaf, wanted), ne[0])
+            type_ = fitting_type(_type_of(leaf, preferred), ne[0])
             yield random_tensor(name, type_, ne, std=fan_in**-0.5, seed=seed)
 
 
-def _type_of(leaf: str, wanted: DType) -> DType:
+def _type_of(leaf: str, preferred: DType) -> DType:
     if leaf == "ffn_gate_inp.weight":
         return F32
     q6 = TYPES["q6_K"]
-    if leaf == "output.weight" and wanted.nbytes * q6.block < q6.nbytes * wanted.block:
+    if leaf == "output.weight" and preferred.nbytes * q6.block < q6.nbytes * preferred.block:
         return q6
-    return wanted
+    return preferred
 
 
 def config_fields(config: DeepSeek2Config) -> dict[str, Any]:
-    """The keys of a file of that model: what DeepSeek2Config.from_gguf reads back as `config`."""
+    """The keys of a file of the model; DeepSeek2Config.from_gguf reads them back as `config`."""
     split = config.kv_b == "split"
     keys: dict[str, Any] = {
         "vocab_size": config.n_vocab,
@@ -166,12 +170,12 @@ def config_fields(config: DeepSeek2Config) -> dict[str, Any]:
     ):
         if value != default:
             keys[f"rope.scaling.{key}"] = value
-    known = {f"{ARCHITECTURE}.{key}": v for key, v in keys.items() if v is not None}
-    return {"general.architecture": ARCHITECTURE} | known
+    fields = {f"{ARCHITECTURE}.{key}": v for key, v in keys.items() if v is not None}
+    return {"general.architecture": ARCHITECTURE} | fields
 
 
 def _vocabulary(n_vocab: int) -> dict[str, Any]:
-    """Tokens <0>, <1>, ... with a beginning and an end, and one merge: no text comes of it."""
+    """Placeholder tokens <0>, <1>, ... with BOS and EOS and one merge; not a usable tokenizer."""
     tokens = [f"<{i}>" for i in range(n_vocab)]
     tokens[2:5] = ["a", "b", "ab"]
     types = np.ones(n_vocab, np.int32)

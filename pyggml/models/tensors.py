@@ -1,4 +1,4 @@
-"""The tensors of a DeepSeek-2 file: names and sizes that follow from its hyperparameters."""
+"""Names and sizes of the tensors of a DeepSeek-2 file, from its hyperparameters."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pyggml.models.config import DeepSeek2Config, KvB
 
 Sizes = dict[str, tuple[int, ...]]
 
-#: A file may lack these: a tied output matrix, a router without selection bias.
+#: Optional tensors: models may tie the output matrix or have a router without selection bias.
 _OPTIONAL = ("output.weight", ".exp_probs_b.bias")
-#: What may stand instead: of the experts, gate and up as one tensor.
+#: Experts' tensors that a file may merge into one, ffn_gate_up_exps.
 _MERGED = re.compile(r"(blk\.\d+\.)ffn_(gate|up)_exps\.weight")
 
 
 def tensor_sizes(config: DeepSeek2Config) -> Sizes:
-    """Name -> ne (ggml's order) of every tensor of such a model, in the order of use."""
+    """Name -> ne (ggml's order) of every tensor of the model, in the order of use."""
     sizes: Sizes = {"token_embd.weight": (config.n_embd, config.n_vocab)}
     for i in range(config.n_layer):
         sizes |= {f"blk.{i}.{name}": ne for name, ne in _layer(config, i).items()}
@@ -28,7 +28,7 @@ def tensor_sizes(config: DeepSeek2Config) -> Sizes:
 
 
 def check_tensors(config: DeepSeek2Config, tensors: Mapping[str, TensorInfo]) -> None:
-    """GGUFError naming the first tensor that is missing or whose size contradicts the keys."""
+    """Raise a GGUFError for the first tensor that is missing or has the wrong size."""
     required, allowed = tensor_sizes(config), _other_sizes(config)
     for name, ne in required.items():
         if name in tensors or name.endswith(_OPTIONAL):
@@ -38,21 +38,21 @@ def check_tensors(config: DeepSeek2Config, tensors: Mapping[str, TensorInfo]) ->
     for name, info in tensors.items():
         ne = required.get(name, allowed.get(name, info.ne))
         if _four(info.ne) != _four(ne) and info.ne != _flat(name, ne):
-            raise GGUFError(f"tensor {name!r}: ne={list(info.ne)}, but the keys make it {list(ne)}")
+            raise GGUFError(
+                f"tensor {name!r}: ne={list(info.ne)}, but the file's keys imply {list(ne)}"
+            )
 
 
 def _flat(name: str, ne: tuple[int, ...]) -> tuple[int, ...]:
-    """The size in which ik_llama.cpp stores a tensor: attn_k_b and attn_v_b have their heads one
-    below the other.
-    """
+    """The size that ik_llama.cpp stores: in attn_k_b and attn_v_b it stacks the heads' rows."""
     if name.endswith(("attn_k_b.weight", "attn_v_b.weight")):
         return (ne[0], ne[1] * ne[2])
     return ne
 
 
 def _other_sizes(config: DeepSeek2Config) -> Sizes:
-    """What a file may hold besides `tensor_sizes`, or instead: the other layout of kv_b, merged
-    experts, factors of products.
+    """Sizes of tensors that a file may have besides `tensor_sizes`, or instead of them: the other
+    layout of kv_b, merged experts, factors of products.
     """
     c = config
     sizes: Sizes = {"output.scale": (1,)}

@@ -1,4 +1,4 @@
-"""The attention layer in all its forms against transformers' results and against float64."""
+"""All forms of the attention layer against transformers and against float64."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FORMS = [
 IDS = ["standard-fa", "standard", "latent-fa", "latent", "expanded-fa"]
 all_forms = pytest.mark.parametrize(("form", "flash"), FORMS, ids=IDS)
 both_layouts = pytest.mark.parametrize("kv_b", ["joined", "split"])
-#: f32 sums against float64: 5e-7 to 1e-6 measured.
+#: Bound of f32 sums against float64; measured errors are 5e-7 to 1e-6.
 EXACT = 1e-5
 
 Array = np.ndarray[Any, Any]
@@ -45,7 +45,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass
 class Case:
-    """A layer, tokens, and what the layer makes of them."""
+    """A layer, tokens, and the layer's output for them."""
 
     layer: Layer
     x: Array
@@ -86,7 +86,7 @@ class Case:
         store: gg.Store | None = None,
         **more: Any,
     ) -> Array:
-        """The layer over parts of so many tokens each, one run a part."""
+        """The layer's output for consecutive parts of the tokens; one run for each part."""
         store = store or gg.Store()
         plans = {n: self.plan(options, n, n_kv, store, **more) for n in set(parts)}
         ends = np.cumsum(parts)
@@ -95,12 +95,12 @@ class Case:
 
 def split(weights: dict[str, Array], n_head: int, d_nope: int) -> dict[str, Array]:
     """attn_kv_b as attn_k_b and attn_v_b."""
-    made = dict(weights)
-    joined = made.pop("attn_kv_b")
+    weights = dict(weights)
+    joined = weights.pop("attn_kv_b")
     by_head = joined.reshape(n_head, -1, joined.shape[-1])
-    made["attn_k_b"] = np.ascontiguousarray(by_head[:, :d_nope].swapaxes(1, 2))
-    made["attn_v_b"] = np.ascontiguousarray(by_head[:, d_nope:])
-    return made
+    weights["attn_k_b"] = np.ascontiguousarray(by_head[:, :d_nope].swapaxes(1, 2))
+    weights["attn_v_b"] = np.ascontiguousarray(by_head[:, d_nope:])
+    return weights
 
 
 def sizes_of(config: DeepSeek2Config) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def sizes_of(config: DeepSeek2Config) -> dict[str, Any]:
 
 # -- transformers -------------------------------------------------------------------------------
 
-#: Fixture -> q_lora_rank and rope scaling as a GGUF file says it.
+#: Fixture -> q_lora_rank and rope scaling, as a GGUF file has them.
 FIXTURES: dict[str, dict[str, Any]] = {
     "v2_lite": {"q_lora_rank": None},
     "v2": {"q_lora_rank": 20, "rope_scaling": "yarn", "rope_factor": 40.0, "yarn_log_mul": 0.0707},
@@ -166,7 +166,7 @@ def fixture(name: str, kv_b: str) -> Case:
 @all_forms
 @both_layouts
 @pytest.mark.parametrize("name", FIXTURES)
-def test_a_prompt_and_three_tokens_are_those_of_transformers(
+def test_a_prompt_and_three_tokens_match_transformers(
     name: str, kv_b: str, form: str, flash: bool
 ) -> None:
     case = fixture(name, kv_b)
@@ -187,9 +187,9 @@ def random_case(
     factors: bool = False,
     **changes: Any,
 ) -> Case:
-    """A layer whose sizes blocks of 32 divide, V3's YaRN; its weights of `type`.
+    """A layer with V3's YaRN, weights of `type`, and sizes that are multiples of 32.
 
-    With `factors` every product has one, and the weights are larger by as much.
+    `factors` gives every product a factor and divides its weights by it.
     """
     config = replace(
         PRESETS["tiny"],
@@ -265,7 +265,7 @@ def test_cache_types(cache_type: str, bound: float, kv_b: str, form: str, flash:
 @all_forms
 @both_layouts
 @pytest.mark.parametrize("type", ["f16", "q8_0"])
-def test_weights_that_must_be_turned_round_in_the_graph(
+def test_weights_that_the_graph_must_transpose(
     type: str, kv_b: str, form: str, flash: bool
 ) -> None:
     case = random_case(3, kv_b, type)
@@ -276,33 +276,33 @@ def test_weights_that_must_be_turned_round_in_the_graph(
 @all_forms
 @pytest.mark.parametrize(("cache_type", "bound"), [("f32", EXACT), ("f16", 1e-4)])
 def test_two_ubatches_are_one_prompt(cache_type: str, bound: float, form: str, flash: bool) -> None:
-    """But for the order of sums, which now and then rounds to the other f16."""
+    """Up to the order of sums, which occasionally rounds to the other f16."""
     case = random_case(3, "joined")
     options = AttentionOptions(form, flash, cache_type)
     whole, halves = gg.Store(), gg.Store()
-    one = case.run(options, [24], store=whole)
-    two = case.run(options, [13, 11], store=halves)
-    assert relative_error(two, one) < bound
+    prompt = case.run(options, [24], store=whole)
+    ubatches = case.run(options, [13, 11], store=halves)
+    assert relative_error(ubatches, prompt) < bound
     names = ["cache_k_l3", "cache_v_l3"] if form == "standard" else ["cache_kv_l3"]
     for name in names:
         assert np.any(whole.read(name))
         np.testing.assert_allclose(halves.read(name), whole.read(name), rtol=2e-3, atol=1e-6)
 
 
-def test_a_cache_filled_expanded_is_decoded_latent() -> None:
+def test_an_expanded_prompt_continues_with_latent_decoding() -> None:
     case = random_case(4, "split")
     store = gg.Store()
     prompt = case.plan(AttentionOptions("expanded", True, "f32"), 20, 32, store)
     single = case.plan(AttentionOptions("latent", True, "f32"), 1, 32, store)
     got = [case.feed(prompt, 0, 20)] + [case.feed(single, i, i + 1) for i in range(20, 24)]
     assert relative_error(np.concatenate(got), case.want) < EXACT
-    held = {p: {n for n in p.graph.nodes if n.op.name == "constant"} for p in (prompt, single)}
-    assert held[prompt] == held[single] == set(case.layer.weights.values())
+    weights = {p: {n for n in p.graph.nodes if n.op.name == "constant"} for p in (prompt, single)}
+    assert weights[prompt] == weights[single] == set(case.layer.weights.values())
 
 
 @all_forms
 def test_rows_past_the_tokens_change_nothing(form: str, flash: bool) -> None:
-    """Neither a larger bucket, nor a larger cache, nor what stands in rows not yet written."""
+    """A larger n_kv, a larger cache and garbage in unwritten rows leave the result as it is."""
     case = random_case(2, "joined")
     options = AttentionOptions(form, flash, "f16")
     small = case.run(options, [24], n_kv=24)
@@ -323,26 +323,26 @@ def test_within_a_budget_the_result_is_the_same(
     options = AttentionOptions(form, flash, cache_type)
     plain = case.plan(options, 40, 1024, gg.Store())
     whole = case.feed(plain, 0, 40)
-    need = plain.memory.score_peak
+    peak = plain.memory.score_peak
     if flash and form != "expanded":
-        assert need == 0
+        assert peak == 0
         return
     with pytest.raises(gg.BudgetError) as caught:
         case.plan(options, 40, 1024, gg.Store(), amb=1 / 2**20)
     least = int(caught.value.least * 2**20)
-    assert least < need
-    # Pieces of a product may differ in the last bit of f32 (the BLAS decides), and so round to
-    # another f16 where K and V are expanded as f16: up to 1.9e-5 found, of 42 plans.
-    most = 4e-5 if form == "expanded" and cache_type == "f16" else EXACT
-    for amb in (least, (least + need) // 2, need - 1):
+    assert least < peak
+    # BLAS may round pieces of a product differently in the last bit of f32. If K and V are expanded
+    # as f16, they may then round to another f16: errors of 42 plans were up to 1.9e-5.
+    bound = 4e-5 if form == "expanded" and cache_type == "f16" else EXACT
+    for amb in (least, (least + peak) // 2, peak - 1):
         plan = case.plan(options, 40, 1024, gg.Store(), amb=amb / 2**20)
         assert any(step.loop is not None for step in plan.steps)
         assert plan.memory.score_peak <= amb
-        assert relative_error(case.feed(plan, 0, 40), whole) < most
+        assert relative_error(case.feed(plan, 0, 40), whole) < bound
 
 
 @all_forms
-def test_a_run_allocates_nothing_to_speak_of(form: str, flash: bool) -> None:
+def test_a_run_allocates_almost_nothing(form: str, flash: bool) -> None:
     case = random_case(4, "split", "q8_0", n_tokens=64)
     plan = case.plan(AttentionOptions(form, flash, "q8_0"), 64, 256, gg.Store())
     case.feed(plan, 0, 64)
@@ -350,7 +350,7 @@ def test_a_run_allocates_nothing_to_speak_of(form: str, flash: bool) -> None:
     case.feed(plan, 0, 64)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 64 * 1024 + 2 * 64 * 96 * 4  # besides, the output's copy and the inputs'
+    assert peak < 64 * 1024 + 2 * 64 * 96 * 4  # copies of the output and of the inputs
 
 
 @all_forms
@@ -359,7 +359,7 @@ def test_a_run_allocates_nothing_to_speak_of(form: str, flash: bool) -> None:
 def test_products_of_weights_with_factors(
     cache_type: str, kv_b: str, form: str, flash: bool
 ) -> None:
-    """The weights are 2^9 to 2^15 times as large: past f16 where a product forgets its factor."""
+    """The weights are 2^9 to 2^15 times as large, so a product without its factor exceeds f16."""
     case = random_case(3, kv_b, q_lora=48, factors=True)
     got = case.run(AttentionOptions(form, flash, cache_type), [20, 1, 1, 1, 1])
     assert relative_error(got, case.want) < (EXACT if cache_type == "f32" else 1e-3)
@@ -369,7 +369,7 @@ def test_products_of_weights_with_factors(
 @both_layouts
 @pytest.mark.parametrize("length", [1, 5, 7, 24])
 def test_queries_have_a_temperature(length: int, kv_b: str, form: str, flash: bool) -> None:
-    """It grows at every multiple of the length; without it results differ visibly."""
+    """It grows at every multiple of the length. Without it, results differ visibly."""
     case = random_case(3, kv_b, temperature_scale=0.9, temperature_length=length)
     got = case.run(AttentionOptions(form, flash, "f32"), [20, 1, 1, 1, 1])
     assert relative_error(got, case.want) < EXACT
@@ -378,14 +378,14 @@ def test_queries_have_a_temperature(length: int, kv_b: str, form: str, flash: bo
 
 
 @pytest.mark.parametrize("length", [1, 3, 10, 8192, 16384])
-def test_a_temperature_is_exact_about_every_multiple(length: int) -> None:
-    """Where a rounded quotient would be on the wrong side, and for positions that mean nothing."""
+def test_a_temperature_is_exact_around_every_multiple(length: int) -> None:
+    """A rounded quotient could land on the wrong side there. Negative positions count as 0."""
     rng = np.random.default_rng(length)
     periods = rng.integers(0, 2**24 // length, 2000)
     pos = np.concatenate([periods * length + d for d in (-1, 0, 1)]).astype(np.int32)
     config = replace(PRESETS["tiny"], temperature_scale=0.1, temperature_length=length)
-    made = temperature(config, gg.input("pos", "i32", ne=(len(pos),)))
-    got = gg.compile({"t": made}).run(pos=pos)["t"].reshape(-1)
+    t = temperature(config, gg.input("pos", "i32", ne=(len(pos),)))
+    got = gg.compile({"t": t}).run(pos=pos)["t"].reshape(-1)
     valid = np.maximum(pos.astype(np.int64), 0)
     np.testing.assert_allclose(got, 1 + 0.1 * np.log1p(valid // length), rtol=3e-7)
 
@@ -393,8 +393,8 @@ def test_a_temperature_is_exact_about_every_multiple(length: int) -> None:
 @all_forms
 @both_layouts
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_label_is_its_tensor_alone(preset: str, kv_b: str, form: str, flash: bool) -> None:
-    """Of a layer of each preset, cut to a few heads and experts: `*` observes them all."""
+def test_every_label_names_one_tensor(preset: str, kv_b: str, form: str, flash: bool) -> None:
+    """Each preset, with small sizes: `*` observes all labels, and an ambiguous one is an error."""
     config = replace(
         PRESETS[preset], n_head=2, n_embd=64, n_vocab=32, kv_lora_rank=64, d_nope=32, n_rot=32,
         d_v=32, n_ff=64, n_ff_exp=32, kv_b=kv_b,
@@ -443,10 +443,10 @@ def test_a_layer_of_a_file(
 
 @all_forms
 @pytest.mark.parametrize("type", ["f16", "q8_0", "iq4_nl"])
-def test_a_layer_with_both_layouts_and_heads_one_below_the_other(
+def test_a_layer_with_both_layouts_and_stacked_heads(
     tmp_path: Path, type: str, form: str, flash: bool
 ) -> None:
-    """As ik_llama.cpp writes attn_k_b and attn_v_b: of two dimensions, beside attn_kv_b."""
+    """ik_llama.cpp writes attn_k_b and attn_v_b with two dimensions, and attn_kv_b too."""
     joined = replace(PRESETS["tiny"], n_layer=1, kv_b="joined", n_layer_dense=1)
     both = {t.name: t for t in random_tensors(joined, TYPES[type], 0)}
     for tensor in random_tensors(replace(joined, kv_b="split"), TYPES[type], 0):
@@ -454,9 +454,9 @@ def test_a_layer_with_both_layouts_and_heads_one_below_the_other(
             ne = tensor.ne
             both[tensor.name] = replace(tensor, ne=(ne[0], ne[1] * ne[2]))
     x = np.random.default_rng(0).standard_normal((12, joined.n_embd)).astype("f4")
-    for left_out in ("nothing", "attn_kv_b"):
-        path = tmp_path / f"{left_out}.gguf"
-        gguf.write(path, config_fields(joined), [t for n, t in both.items() if left_out not in n])
+    for omission in ("nothing", "attn_kv_b"):
+        path = tmp_path / f"{omission}.gguf"
+        gguf.write(path, config_fields(joined), [t for n, t in both.items() if omission not in n])
         with gguf.open(path) as file:
             config = DeepSeek2Config.from_gguf(file.fields, file.tensors)
             check_tensors(config, file.tensors)
@@ -469,7 +469,7 @@ def test_a_layer_with_both_layouts_and_heads_one_below_the_other(
         assert config.kv_b == "split"
         assert layer.weights["attn_k_b"].ne == (32, 64, 4, 1)
         assert layer.weights["attn_v_b"].ne == (64, 32, 4, 1)
-        if form == "latent" or left_out == "attn_kv_b":  # takes these two, whatever else is there
+        if form == "latent" or omission == "attn_kv_b":  # the layer uses attn_k_b and attn_v_b
             weights.pop("attn_kv_b.weight", None)
             for key in ("attn_k_b.weight", "attn_v_b.weight"):
                 weights[key] = weights[key].reshape(4, -1, weights[key].shape[-1])
@@ -479,11 +479,11 @@ def test_a_layer_with_both_layouts_and_heads_one_below_the_other(
     wrong = replace(both["blk.0.attn_k_b.weight"], ne=(32, 255))
     tensors = [*(both | {wrong.name: wrong}).values()]
     gguf.write(path, config_fields(joined), tensors, header_only=True)
-    os.truncate(path, 64 << 20)  # zeros for weights
+    os.truncate(path, 64 << 20)  # the weights are zeros
     with gguf.open(path) as file:
         with pytest.raises(gg.GGUFError, match=r"attn_k_b.*\[32, 255\]"):
             check_tensors(config, file.tensors)
-        with pytest.raises(gg.GGUFError, match="255 rows for 4 heads"):
+        with pytest.raises(gg.GGUFError, match="255 rows do not divide into 4 heads"):
             Layer.of(file, config)
 
 
@@ -491,9 +491,9 @@ def test_intermediate_tensors_have_the_names_of_llama_cpp() -> None:
     case = random_case(2, "joined")
     for form, flash in FORMS:
         plan = case.plan(AttentionOptions(form, flash), 4, 32, gg.Store())
-        found = {label for node in plan.graph.nodes for label in gg.labels(node)}
-        wanted = {"q-3", "kv_cmpr-3", "k_pe-3", "Qcur-3", "Kcur-3", "kqv-3", "kqv_out-3"}
-        assert wanted | ({"kq-3", "kq_soft_max-3"} if not flash else set()) <= found
+        labels = {label for node in plan.graph.nodes for label in gg.labels(node)}
+        expected = {"q-3", "kv_cmpr-3", "k_pe-3", "Qcur-3", "Kcur-3", "kqv-3", "kqv_out-3"}
+        assert expected | ({"kq-3", "kq_soft_max-3"} if not flash else set()) <= labels
         states = {n.attrs["name"] for n in plan.graph.nodes if n.op.name == "state"}
         assert states == ({"cache_k_l3", "cache_v_l3"} if form == "standard" else {"cache_kv_l3"})
 
@@ -510,18 +510,18 @@ def test_cache_rows_of_the_published_models() -> None:
 def test_options_that_do_not_exist() -> None:
     with pytest.raises(gg.UnknownNameError, match="no attention form 'mla'"):
         AttentionOptions("mla")
-    with pytest.raises(gg.ShapeError, match="flash attention only"):
+    with pytest.raises(gg.ShapeError, match="needs flash attention"):
         AttentionOptions("expanded", flash=False)
     with pytest.raises(gg.DTypeError, match="unknown type 'f7'"):
         AttentionOptions(cache_type="f7")
 
 
-@pytest.mark.parametrize(("made", "used"), [("standard", "latent"), ("latent", "standard")])
-def test_a_cache_of_another_form(made: str, used: str) -> None:
+@pytest.mark.parametrize(("other", "form"), [("standard", "latent"), ("latent", "standard")])
+def test_a_cache_of_another_form(other: str, form: str) -> None:
     case = random_case(2, "joined")
     pos = gg.input("pos", "i32", ne=(4,))
-    cache = Cache.of(case.layer.config, AttentionOptions(made), 32)
-    with pytest.raises(gg.GraphError, match=f"form '{used}'"):
+    cache = Cache.of(case.layer.config, AttentionOptions(other), 32)
+    with pytest.raises(gg.GraphError, match=f"form '{form}'"):
         attention(
             gg.input("x", ne=(96, 4)),
             pos,
@@ -529,7 +529,7 @@ def test_a_cache_of_another_form(made: str, used: str) -> None:
             gg.causal_mask(pos, n_kv=32),
             case.layer,
             cache,
-            AttentionOptions(used),
+            AttentionOptions(form),
         )
 
 
@@ -546,7 +546,7 @@ def test_ids_past_the_cache() -> None:
         plan.run(x=case.x[:2], pos=[0, 1], seen=[0, 1], ids=[15, 16])
 
 
-def test_layers_and_weights_that_are_not_there(tmp_path: Path) -> None:
+def test_layers_and_weights_that_do_not_exist(tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     synth(path, PRESETS["tiny"], type="f16")
     with gguf.open(path) as file:

@@ -1,4 +1,4 @@
-"""DeepSeek-2 hyperparameters: what is read, what is derived, what contradicts."""
+"""DeepSeek-2 hyperparameters: reading, derived values, contradictions; and synthetic files."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from pyggml.models.tensors import check_tensors, tensor_sizes
 LITE, V3 = PRESETS["deepseek-v2-lite"], PRESETS["deepseek-v3"]
 
 
-def changed(base: DeepSeek2Config = V3, **keys: Any) -> dict[str, Any]:
-    """The keys of `base` with some replaced (dots as __), or removed (None)."""
+def fields_of(base: DeepSeek2Config = V3, **keys: Any) -> dict[str, Any]:
+    """The keys of `base`, some of them replaced or (None) removed; __ stands for a dot."""
     fields = config_fields(base)
     for name, value in keys.items():
         fields[f"deepseek2.{name.replace('__', '.')}"] = value
@@ -45,7 +45,7 @@ def test_keys_round_trip(name: str, kv_b: Any) -> None:
     ("name", "published"), [("deepseek-v2-lite", 15.7e9), ("deepseek-v3", 671e9)]
 )
 @pytest.mark.parametrize("kv_b", ["split", "joined"])
-def test_parameter_counts_are_the_published(name: str, published: float, kv_b: Any) -> None:
+def test_parameter_counts_match_the_published_ones(name: str, published: float, kv_b: Any) -> None:
     sizes = tensor_sizes(preset(name, kv_b=kv_b))
     assert abs(sum(map(math.prod, sizes.values())) / published - 1) < 1e-3
 
@@ -57,7 +57,7 @@ def test_kq_scale_and_rope_of_the_published_models() -> None:
         assert (config.freq_scale, config.ext_factor, config.d_k) == (1 / 40, 1.0, 192)
 
 
-def test_kq_scale_of_the_other_kinds_of_file() -> None:
+def test_kq_scale_of_other_rope_scalings() -> None:
     log, root = math.log(40), math.sqrt(192)
     plain = replace(V3, yarn_log_mul=0.0)
     assert plain.rope_attn_factor == 1
@@ -74,10 +74,10 @@ def test_kq_scale_of_the_other_kinds_of_file() -> None:
 
 def test_a_yarn_file_without_multiplier_warns() -> None:
     with pytest.warns(UserWarning, match="yarn_log_multiplier"):
-        DeepSeek2Config.from_gguf(changed(rope__scaling__yarn_log_multiplier=None))
+        DeepSeek2Config.from_gguf(fields_of(rope__scaling__yarn_log_multiplier=None))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        DeepSeek2Config.from_gguf(changed())
+        DeepSeek2Config.from_gguf(fields_of())
 
 
 def test_defaults_of_missing_keys() -> None:
@@ -86,7 +86,7 @@ def test_defaults_of_missing_keys() -> None:
              "rope__scaling__type", "rope__scaling__factor", "attention__q_lora_rank",
              "rope__scaling__original_context_length")  # fmt: skip
     with pytest.warns(UserWarning, match="expert_gating_func"):
-        config = DeepSeek2Config.from_gguf(changed(**dict.fromkeys(names)))
+        config = DeepSeek2Config.from_gguf(fields_of(**dict.fromkeys(names)))
     assert (config.gating, config.weights_norm, config.weights_scale) == ("softmax", False, 0)
     assert (config.n_group, config.n_group_used, config.n_layer_dense) == (1, 1, 0)
     assert (config.rope_scaling, config.rope_factor) == ("linear", 1)
@@ -94,7 +94,7 @@ def test_defaults_of_missing_keys() -> None:
 
 
 def quiet(fields: dict[str, Any], tensors: Collection[str] = ()) -> DeepSeek2Config:
-    """The configuration, which must come without a warning."""
+    """The configuration; any warning is an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return DeepSeek2Config.from_gguf(fields, tensors)
@@ -108,23 +108,23 @@ def quiet(fields: dict[str, Any], tensors: Collection[str] = ()) -> DeepSeek2Con
         (46, 154_880, "softmax"), (61, 154_880, "softmax"), (27, 102_400, "softmax"),
     ],
 )  # fmt: skip
-def test_gating_where_a_file_does_not_say(
+def test_gating_of_files_without_the_key(
     n_layer: int, n_vocab: int, gating: str, number: int | None
 ) -> None:
-    """GLM-4.7-Flash is sigmoid, as llama.cpp tells it by its sizes; V2 and others are softmax."""
-    fields = changed(block_count=n_layer, vocab_size=n_vocab, expert_gating_func=number)
-    message = f"expert_gating_func' is missing: .* by {gating}"
+    """GLM-4.7-Flash (recognized by its sizes, as in llama.cpp) uses a sigmoid, others a softmax."""
+    fields = fields_of(block_count=n_layer, vocab_size=n_vocab, expert_gating_func=number)
+    message = f"expert_gating_func' is missing: choosing experts by {gating}"
     with pytest.warns(UserWarning, match=message) as caught:
         assert DeepSeek2Config.from_gguf(fields).gating == gating
     assert len(caught) == 1 and caught[0].filename == __file__
     assert quiet(fields | {"deepseek2.expert_gating_func": 1}).gating == "softmax"
     assert quiet(fields | {"deepseek2.expert_gating_func": 2}).gating == "sigmoid"
     dense = fields | {"deepseek2.leading_dense_block_count": n_layer}
-    assert quiet(dense).n_layer_dense == n_layer  # nothing to choose
+    assert quiet(dense).n_layer_dense == n_layer  # no experts, so no warning
 
 
 def test_blocks_that_predict_further_tokens_are_left_out() -> None:
-    fields = changed(block_count=48, nextn_predict_layers=1)
+    fields = fields_of(block_count=48, nextn_predict_layers=1)
     tensors = [*tensor_sizes(replace(V3, n_layer=47)), "blk.47.nextn.eh_proj.weight",
                "blk.47.attn_norm.weight"]  # fmt: skip
     with pytest.warns(UserWarning, match="the last 1 of 48 blocks .* left out") as caught:
@@ -138,43 +138,42 @@ def test_blocks_that_predict_further_tokens_are_left_out() -> None:
         Layer.of(SimpleNamespace(tensors={}), DeepSeek2Config.from_gguf(fields), 47)  # type: ignore[arg-type]
     for n in (48, 99):
         with pytest.raises(GGUFError, match="nextn_predict_layers"):
-            DeepSeek2Config.from_gguf(changed(block_count=48, nextn_predict_layers=n))
+            DeepSeek2Config.from_gguf(fields_of(block_count=48, nextn_predict_layers=n))
     with pytest.raises(GGUFError, match=r"'blk.47.attn_norm.weight', 'blk.47.nextn"):
-        DeepSeek2Config.from_gguf(changed(block_count=47), sorted(tensors))
+        DeepSeek2Config.from_gguf(fields_of(block_count=47), sorted(tensors))
 
 
 def test_a_temperature_of_queries() -> None:
-    config = quiet(changed(attention__temperature_scale=0.1, attention__temperature_length=8192))
+    config = quiet(fields_of(attention__temperature_scale=0.1, attention__temperature_length=8192))
     assert (config.temperature_scale, config.temperature_length) == (0.1, 8192)
     assert config_fields(config)["deepseek2.attention.temperature_length"] == 8192
-    # As llama.cpp has it for Mistral 3, whose files give no length.
-    without = quiet(changed(attention__temperature_scale=0.1))
+    # As in llama.cpp for Mistral 3, whose files have no length.
+    without = quiet(fields_of(attention__temperature_scale=0.1))
     assert without.temperature_length == without.n_ctx_orig == 4096
-    assert quiet(changed(attention__temperature_length=8192)).temperature_scale == 0
+    assert quiet(fields_of(attention__temperature_length=8192)).temperature_scale == 0
 
 
 def test_the_old_name_of_a_factor_and_the_ramp_of_yarn() -> None:
-    config = quiet(changed(rope__scaling__factor=None, rope__scale_linear=8.0))
+    config = quiet(fields_of(rope__scaling__factor=None, rope__scale_linear=8.0))
     assert config.rope_factor == 8
-    config = quiet(changed(rope__scaling__yarn_beta_fast=16.0, rope__scaling__yarn_beta_slow=2.0))
+    config = quiet(fields_of(rope__scaling__yarn_beta_fast=16.0, rope__scaling__yarn_beta_slow=2.0))
     assert (config.yarn_beta_fast, config.yarn_beta_slow) == (16, 2)
     assert DeepSeek2Config.from_gguf(config_fields(config)) == config
 
 
-# --- what is not known ---------------------------------------------------------------------------
+# --- unknown keys and tensors --------------------------------------------------------------------
 
 
-def test_the_list_of_keys_is_what_is_read() -> None:
-    """No key is read that is not in the list, none is in the list that is not read."""
-    asked: set[str] = set()
+def test_the_list_of_keys_matches_what_is_read() -> None:
+    lookups: set[str] = set()
     for config in (V3, LITE, replace(V3, kv_b="joined"), replace(LITE, kv_b="joined")):
         keys = Keys("deepseek2", config_fields(config))
         _read(keys, ())
-        asked |= keys.asked
-    assert asked == KNOWN["deepseek2"].keys
+        lookups |= keys.lookups
+    assert lookups == KNOWN["deepseek2"].keys
 
 
-def test_the_list_of_tensors_covers_all_that_files_hold() -> None:
+def test_the_list_of_tensors_covers_all_files() -> None:
     known = KNOWN["deepseek2"]
     for config in (V3, LITE, replace(V3, kv_b="joined")):
         names = [name.split(".", 2)[-1] for name in tensor_sizes(config) if name[:4] == "blk."]
@@ -185,8 +184,8 @@ def test_the_list_of_tensors_covers_all_that_files_hold() -> None:
         n.removeprefix("blk.{bid}.") for n in names if n.startswith("blk.") and "nextn" not in n
     }
     assert {n for n in layer if f"{n}.weight" not in known.layer_tensors()} <= {
-        # exp_probs_b has its bias; the others belong to rope_freqs and to the plain attention of
-        # DeepSeek-OCR, which share the list.
+        # Of exp_probs_b, files have the bias. The others belong to rope_freqs and to DeepSeek-OCR's
+        # plain attention, which share gguf-py's list.
         "exp_probs_b", "attn_rot_embd", "attn_k", "attn_v", "attn_qkv",
     }  # fmt: skip
 
@@ -194,14 +193,14 @@ def test_the_list_of_tensors_covers_all_that_files_hold() -> None:
 @pytest.mark.parametrize(
     "key", ["attention.new_factor", "swiglu_clamp_exp", "attention.indexer.top_k"]
 )
-def test_a_key_that_is_not_known_is_an_error(key: str) -> None:
-    with pytest.raises(GGUFError, match=rf"key 'deepseek2.{key}': not known"):
-        DeepSeek2Config.from_gguf(changed() | {f"deepseek2.{key}": 1})
+def test_an_unknown_key_is_an_error(key: str) -> None:
+    with pytest.raises(GGUFError, match=rf"key 'deepseek2.{key}': unknown"):
+        DeepSeek2Config.from_gguf(fields_of() | {f"deepseek2.{key}": 1})
 
 
-def test_keys_that_are_not_known_are_counted() -> None:
-    fields = changed() | {f"deepseek2.x{i}": i for i in range(7)}
-    with pytest.raises(GGUFError, match=r"keys 'deepseek2\.x0', .* and 4 more: not known"):
+def test_unknown_keys_are_counted() -> None:
+    fields = fields_of() | {f"deepseek2.x{i}": i for i in range(7)}
+    with pytest.raises(GGUFError, match=r"keys 'deepseek2\.x0', .* and 4 more: unknown"):
         DeepSeek2Config.from_gguf(fields)
 
 
@@ -213,20 +212,20 @@ def test_keys_that_are_not_known_are_counted() -> None:
         ("rope.scaling.yarn_ext_factor", -1.0, 0.5), ("attention.sliding_window", 0, [1, 0]),
     ],
 )  # fmt: skip
-def test_what_is_not_computed_may_be_off(key: str, off: Any, on: Any) -> None:
-    quiet(changed() | {f"deepseek2.{key}": off})
-    with pytest.raises(GGUFError, match=rf"'deepseek2.{key}': .* does not compute"):
-        DeepSeek2Config.from_gguf(changed() | {f"deepseek2.{key}": on})
+def test_features_that_are_not_computed_must_be_off(key: str, off: Any, on: Any) -> None:
+    quiet(fields_of() | {f"deepseek2.{key}": off})
+    with pytest.raises(GGUFError, match=rf"'deepseek2.{key}': pyggml does not compute"):
+        DeepSeek2Config.from_gguf(fields_of() | {f"deepseek2.{key}": on})
 
 
-def test_keys_of_others_are_not_looked_at() -> None:
+def test_keys_of_other_namespaces_are_ignored() -> None:
     names = ("tokenizer.ggml.new", "general.new", "quantize.imatrix.file", "split.count",
              "llama.block_count", "deepseek2x.y", "bare")  # fmt: skip
-    quiet(changed() | dict.fromkeys(names, 1))
+    quiet(fields_of() | dict.fromkeys(names, 1))
 
 
-def test_what_changes_nothing_is_named_once() -> None:
-    fields = changed() | {
+def test_one_warning_names_everything_ignored() -> None:
+    fields = fields_of() | {
         "deepseek2.pooling_type": 0,
         "deepseek2.attention.layer_norm_epsilon": 1.0,
     }
@@ -245,31 +244,31 @@ def test_what_changes_nothing_is_named_once() -> None:
         "output.bias", "blk.0.attn_norm.scale",
     ],
 )  # fmt: skip
-def test_a_tensor_that_is_not_known_is_an_error(name: str) -> None:
-    with pytest.raises(GGUFError, match=f"tensor '{name}': not known for .* 61 blocks"):
-        DeepSeek2Config.from_gguf(changed(), [*tensor_sizes(V3), name])
+def test_an_unknown_tensor_is_an_error(name: str) -> None:
+    with pytest.raises(GGUFError, match=f"tensor '{name}': unknown for .* 61 blocks"):
+        DeepSeek2Config.from_gguf(fields_of(), [*tensor_sizes(V3), name])
 
 
 def test_factors_of_products_are_known() -> None:
     more = ["blk.0.attn_q_a.scale", "blk.5.ffn_up_exps.scale", "blk.5.ffn_up_exps.input_scale",
             "blk.5.ffn_gate_up_exps.weight", "output.scale"]  # fmt: skip
-    quiet(changed(), [*tensor_sizes(V3), *more])
+    quiet(fields_of(), [*tensor_sizes(V3), *more])
 
 
 def test_vocabulary_size_from_tokens() -> None:
-    fields = changed(vocab_size=None) | {"tokenizer.ggml.tokens": ["a"] * 9}
+    fields = fields_of(vocab_size=None) | {"tokenizer.ggml.tokens": ["a"] * 9}
     assert DeepSeek2Config.from_gguf(fields).n_vocab == 9
-    with pytest.raises(GGUFError, match=r"vocab_size': 129280, but .* holds 9"):
-        DeepSeek2Config.from_gguf(changed() | {"tokenizer.ggml.tokens": ["a"] * 9})
+    with pytest.raises(GGUFError, match=r"vocab_size': 129280, but .* has 9 tokens"):
+        DeepSeek2Config.from_gguf(fields_of() | {"tokenizer.ggml.tokens": ["a"] * 9})
 
 
 def test_kv_b_follows_the_tensors() -> None:
     read = DeepSeek2Config.from_gguf
     joined, split = {"blk.0.attn_kv_b.weight"}, {"blk.0.attn_k_b.weight", "blk.0.attn_v_b.weight"}
-    assert read(changed(), joined).kv_b == "joined"
-    assert read(changed(replace(V3, kv_b="joined")), split | joined).kv_b == "split"
+    assert read(fields_of(), joined).kv_b == "joined"
+    assert read(fields_of(replace(V3, kv_b="joined")), split | joined).kv_b == "split"
     with pytest.raises(GGUFError, match="neither"):
-        read(changed(), {"blk.0.attn_k_b.weight"})
+        read(fields_of(), {"blk.0.attn_k_b.weight"})
 
 
 BAD: list[tuple[str, Any]] = [
@@ -301,15 +300,15 @@ BAD: list[tuple[str, Any]] = [
 @pytest.mark.parametrize(("key", "value"), BAD, ids=str)
 def test_bad_keys_are_named(key: str, value: Any) -> None:
     with pytest.raises(GGUFError, match=rf"key 'deepseek2\.{key}': "):
-        DeepSeek2Config.from_gguf(changed(**{key.replace(".", "__"): value}))
+        DeepSeek2Config.from_gguf(fields_of(**{key.replace(".", "__"): value}))
 
 
 def test_other_contradictions() -> None:
-    with pytest.raises(GGUFError, match="head_count_kv': 1, but"):
-        fields = changed(replace(V3, kv_b="joined"), attention__head_count_kv=1)
+    with pytest.raises(GGUFError, match="head_count_kv': 1, must be 128 because of head_count"):
+        fields = fields_of(replace(V3, kv_b="joined"), attention__head_count_kv=1)
         DeepSeek2Config.from_gguf(fields)
-    with pytest.raises(GGUFError, match="groups of 2 hold fewer"):
-        DeepSeek2Config.from_gguf(changed(expert_group_count=128, expert_group_used_count=3))
+    with pytest.raises(GGUFError, match="groups of 2 have fewer"):
+        DeepSeek2Config.from_gguf(fields_of(expert_group_count=128, expert_group_used_count=3))
     for architecture in ("llama", None, 7):
         with pytest.raises(GGUFError, match=r"general\.architecture"):
             DeepSeek2Config.from_gguf({"general.architecture": architecture})
@@ -333,7 +332,7 @@ def test_presets_refuse_nonsense(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kv_b", ["split", "joined"])
 @pytest.mark.parametrize("type_", ["f32", "bf16", "q4_K", "iq4_nl"])
-def test_tiny_file_from_end_to_end(tmp_path: Path, type_: str, kv_b: Any) -> None:
+def test_a_tiny_file_end_to_end(tmp_path: Path, type_: str, kv_b: Any) -> None:
     config = preset("tiny", kv_b=kv_b)
     size = synth(tmp_path / "t.gguf", config, type=type_, seed=1)
     with gguf.open(tmp_path / "t.gguf") as file:
@@ -359,19 +358,19 @@ def os_size(file: gguf.GGUFFile) -> int:
 
 
 @pytest.mark.parametrize("kv_b", ["split", "joined"])
-def test_matrices_keep_the_scale_of_what_they_multiply(tmp_path: Path, kv_b: Any) -> None:
+def test_matrices_preserve_the_scale_of_activations(tmp_path: Path, kv_b: Any) -> None:
     config = preset("tiny", kv_b=kv_b)
     synth(tmp_path / "t", config, type="f32")
-    # attn_k_b is stored transposed: the latent is its ne[1], and what attn_kv_b sums over.
+    # attn_k_b is stored transposed: its ne[1] is the latent, over which attn_kv_b sums.
     fan_in = {"attn_k_b": config.kv_lora_rank, "attn_v_b": config.kv_lora_rank,
               "attn_kv_b": config.kv_lora_rank, "attn_q_a": config.n_embd,
               "ffn_gate_inp": config.n_embd, "ffn_down_exps": config.n_ff_exp}  # fmt: skip
     with gguf.open(tmp_path / "t") as file:
-        found = [leaf for leaf in fan_in if f"blk.1.{leaf}.weight" in file.tensors]
-        for leaf in found:
+        leaves = [leaf for leaf in fan_in if f"blk.1.{leaf}.weight" in file.tensors]
+        for leaf in leaves:
             std = float(file.array(f"blk.1.{leaf}.weight").std())
             assert std * math.sqrt(fan_in[leaf]) == pytest.approx(1, rel=0.05), leaf
-    assert len(found) == (5 if kv_b == "split" else 4)
+    assert len(leaves) == (5 if kv_b == "split" else 4)
 
 
 def test_v3_header_with_its_real_sizes(tmp_path: Path) -> None:
@@ -384,7 +383,7 @@ def test_v3_header_with_its_real_sizes(tmp_path: Path) -> None:
             file.array("output.weight")
 
 
-def test_layers_keep_their_weights_when_others_go(tmp_path: Path) -> None:
+def test_a_layer_keeps_its_weights_if_others_are_removed(tmp_path: Path) -> None:
     for layers in (2, 3):
         synth(tmp_path / f"{layers}", preset("tiny", layers=layers), type="q8_0")
     with gguf.open(tmp_path / "2") as two, gguf.open(tmp_path / "3") as three:
@@ -392,7 +391,7 @@ def test_layers_keep_their_weights_when_others_go(tmp_path: Path) -> None:
             np.testing.assert_array_equal(two.array(name), three.array(name))
 
 
-def test_check_tensors_names_what_is_wrong(tmp_path: Path) -> None:
+def test_check_tensors_names_the_wrong_tensor(tmp_path: Path) -> None:
     config = preset("tiny")
     synth(tmp_path / "t", config, header_only=True)
     with gguf.open(tmp_path / "t", allow_missing_data=True) as file:

@@ -17,7 +17,7 @@ from pyggml.models.tensors import tensor_sizes
 from pyggml.parity.tolerance import relative_error
 from tests.reference.deepseek_layer import feed_forward_f64, layer_f64, route_f64
 
-#: f32 sums against float64: 1e-7 to 4e-7 measured.
+#: Bound of f32 sums against float64; measured errors are 1e-7 to 4e-7.
 EXACT = 2e-6
 N_TOKENS = 33
 
@@ -47,21 +47,21 @@ all_configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
 def random_weights(config: DeepSeek2Config, il: int = 1, bias: bool = True) -> Weights:
-    """The weights of a layer (0 is dense) by the names of a file, NumPy shape, f32."""
+    """The weights of a layer (0 is dense) by their names in a file, in NumPy shape, f32."""
     rng = np.random.default_rng(il)
-    made: Weights = {}
+    weights: Weights = {}
     for name, ne in tensor_sizes(config).items():
         key = name.removeprefix(f"blk.{il}.")
         values = rng.standard_normal(ne[::-1], dtype=np.float32)
         if name.endswith("norm.weight"):
-            made[key] = 1 + 0.1 * values
+            weights[key] = 1 + 0.1 * values
         elif key == "exp_probs_b.bias":
-            made[key] = 0.3 * values
+            weights[key] = 0.3 * values
         elif key != name:
-            made[key] = values * ne[0] ** -0.5
+            weights[key] = values * ne[0] ** -0.5
     if not bias:
-        made.pop("exp_probs_b.bias", None)
-    return made
+        weights.pop("exp_probs_b.bias", None)
+    return weights
 
 
 def layer_of(config: DeepSeek2Config, weights: Weights, il: int = 1) -> Layer:
@@ -89,9 +89,9 @@ def routing_of(config: DeepSeek2Config) -> dict[str, Any]:
 
 
 def run(config: DeepSeek2Config, weights: Weights, x: Array, *, fused: bool = True) -> Array:
-    given = gg.input("x", ne=(config.n_embd, len(x)))
-    made = feed_forward(given, layer_of(config, weights), fused=fused)
-    return gg.compile({"y": made}).run(x=x)["y"]
+    node = gg.input("x", ne=(config.n_embd, len(x)))
+    y = feed_forward(node, layer_of(config, weights), fused=fused)
+    return gg.compile({"y": y}).run(x=x)["y"]
 
 
 @all_configs
@@ -100,10 +100,10 @@ def test_experts_and_their_weights(config: DeepSeek2Config, bias: bool) -> None:
     weights, x = random_weights(config, bias=bias), tokens(config)
     if bias and config.gating == "softmax":
         weights["exp_probs_b.bias"] = np.linspace(-0.1, 0.1, config.n_expert, dtype=np.float32)
-    ids, made = route(gg.input("x", ne=(config.n_embd, N_TOKENS)), layer_of(config, weights))
-    got = gg.compile({"ids": ids, "weights": made}).run(x=x)
+    ids, shares = route(gg.input("x", ne=(config.n_embd, N_TOKENS)), layer_of(config, weights))
+    got = gg.compile({"ids": ids, "weights": shares}).run(x=x)
     want = route_f64(weights, x, **routing_of(config))
-    assert want.margin.min() > 1e-5  # else the test would ask f32 to tell ties apart
+    assert want.margin.min() > 1e-5  # closer scores would be ties in f32
     np.testing.assert_array_equal(got["ids"], want.ids)
     assert got["weights"].shape == (N_TOKENS, config.n_expert_used, 1)
     assert relative_error(got["weights"][..., 0], want.weights) < EXACT
@@ -111,7 +111,7 @@ def test_experts_and_their_weights(config: DeepSeek2Config, bias: bool) -> None:
 
 @all_configs
 @pytest.mark.parametrize("n_tokens", [1, N_TOKENS])
-def test_feed_forward_is_float64s(config: DeepSeek2Config, n_tokens: int) -> None:
+def test_feed_forward_matches_float64(config: DeepSeek2Config, n_tokens: int) -> None:
     weights, x = random_weights(config), tokens(config, n_tokens)
     want = feed_forward_f64(weights, x, route_f64(weights, x, **routing_of(config)))
     fused, plain = (run(config, weights, x, fused=fused) for fused in (True, False))
@@ -134,7 +134,7 @@ def test_a_dense_layer() -> None:
     "scaled", ["gate", "up", "down", "inp", "all"], ids=lambda name: f"scaled-{name}"
 )
 def test_products_of_weights_with_factors(scaled: str, il: int, fused: bool) -> None:
-    """One for a matrix, one an expert; any of them alone, too."""
+    """One factor for a matrix, one per expert for experts; on one weight or on all."""
     weights, x = random_weights(V3, il), tokens(V3)
     rng = np.random.default_rng(5)
     for key in [k for k in weights if k.startswith("ffn_") and "norm" not in k]:
@@ -147,9 +147,9 @@ def test_products_of_weights_with_factors(scaled: str, il: int, fused: bool) -> 
 def assert_like_float64(weights: Weights, x: Array, il: int, fused: bool = True) -> None:
     routing = route_f64(weights, x, **routing_of(V3)) if il else None
     want = feed_forward_f64(weights, x, routing)
-    given = gg.input("x", ne=(V3.n_embd, len(x)))
-    made = feed_forward(given, layer_of(V3, weights, il), fused=fused)
-    got = gg.compile({"y": made}).run(x=x)["y"]
+    node = gg.input("x", ne=(V3.n_embd, len(x)))
+    y = feed_forward(node, layer_of(V3, weights, il), fused=fused)
+    got = gg.compile({"y": y}).run(x=x)["y"]
     assert relative_error(got, want) < EXACT
     bare = {key: w for key, w in weights.items() if not key.endswith(".scale")}
     if len(bare) < len(weights):
@@ -162,47 +162,46 @@ def assert_like_float64(weights: Weights, x: Array, il: int, fused: bool = True)
 @pytest.mark.parametrize("n_tokens", [1, N_TOKENS])
 def test_gate_and_up_of_experts_as_one_tensor(n_tokens: int, factors: bool, fused: bool) -> None:
     weights, x = random_weights(V3), tokens(V3, n_tokens)
-    apart = feed_forward_f64(weights, x, route_f64(weights, x, **routing_of(V3)))
+    separate = feed_forward_f64(weights, x, route_f64(weights, x, **routing_of(V3)))
     parts = [weights.pop(f"ffn_{part}_exps.weight") for part in ("gate", "up")]
     weights["ffn_gate_up_exps.weight"] = np.concatenate(parts, axis=1)
     if factors:
         weights["ffn_gate_up_exps.scale"] = np.linspace(0.5, 3, V3.n_expert, dtype="f4")
     else:
         want = feed_forward_f64(weights, x, route_f64(weights, x, **routing_of(V3)))
-        np.testing.assert_allclose(want, apart, rtol=1e-12)
+        np.testing.assert_allclose(want, separate, rtol=1e-12)
     assert_like_float64(weights, x, 1, fused)
 
 
 def test_shared_experts_are_added() -> None:
-    """They are a dense net beside the others, as wide as all of them."""
+    """Together they are one dense net, added to the routed experts."""
     weights, x = random_weights(V3), tokens(V3)
-    alone = {key.replace("_shexp", ""): w for key, w in weights.items() if "_shexp" in key}
-    routed = {key: w for key, w in weights.items() if "_shexp" not in key}
-    sum_ = run(V3, routed, x) + run(V3, alone, x)
+    shared = {key.replace("_shexp", ""): w for key, w in weights.items() if "_shexp" in key}
+    others = {key: w for key, w in weights.items() if "_shexp" not in key}
+    sum_ = run(V3, others, x) + run(V3, shared, x)
     assert relative_error(run(V3, weights, x), sum_) < EXACT
 
 
-def test_a_bias_chooses_and_does_not_weigh() -> None:
+def test_a_bias_affects_the_choice_but_not_the_weights() -> None:
     config = replace(V3, n_group=1, n_group_used=1, weights_norm=False, weights_scale=0.0)
     weights, x = random_weights(config), tokens(config)
     bias = np.zeros(16, np.float32)
-    bias[[2, 5, 11]] = 3, 5, 4  # past every sigmoid
+    bias[[2, 5, 11]] = 3, 5, 4  # larger than any sigmoid
     weights["exp_probs_b.bias"] = bias
-    ids, made = route(gg.input("x", ne=(config.n_embd, N_TOKENS)), layer_of(config, weights))
-    got = gg.compile({"ids": ids, "weights": made}).run(x=x)
+    ids, shares = route(gg.input("x", ne=(config.n_embd, N_TOKENS)), layer_of(config, weights))
+    got = gg.compile({"ids": ids, "weights": shares}).run(x=x)
     assert (got["ids"] == [5, 11, 2]).all()
     p = 1 / (1 + np.exp(-x.astype("f8") @ weights["ffn_gate_inp.weight"].T.astype("f8")))
     assert relative_error(got["weights"][..., 0], p[:, [5, 11, 2]]) < EXACT
 
 
-def test_weights_whose_sum_is_next_to_nothing() -> None:
-    """Are divided by the least sum, not by their own."""
+def test_weights_with_a_tiny_sum_are_divided_by_the_lower_limit() -> None:
     config = replace(V3, n_group=1, n_group_used=1, weights_scale=0.0)
     x = np.ones((2, config.n_embd), np.float32)
     weights = random_weights(config, bias=False)
     weights["ffn_gate_inp.weight"] = np.full((16, config.n_embd), -20 / config.n_embd, "f4")
-    _, made = route(gg.input("x", ne=(config.n_embd, 2)), layer_of(config, weights))
-    got = gg.compile({"weights": made}).run(x=x)["weights"]
+    _, shares = route(gg.input("x", ne=(config.n_embd, 2)), layer_of(config, weights))
+    got = gg.compile({"weights": shares}).run(x=x)["weights"]
     np.testing.assert_allclose(got, 1 / (1 + np.exp(20.0)) / LEAST_SUM, rtol=1e-4)
 
 
@@ -210,7 +209,7 @@ def test_weights_whose_sum_is_next_to_nothing() -> None:
 @pytest.mark.parametrize("il", [0, 1], ids=["dense", "experts"])
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
 def test_a_whole_layer(config: DeepSeek2Config, il: int, fused: bool) -> None:
-    """A prompt and two tokens from the cache; the experts are those of float64."""
+    """A prompt, then two tokens from the cache; float64 chooses the same experts."""
     weights, x = random_weights(config, il), tokens(config)
     layer, options, store = (
         layer_of(config, weights, il),
@@ -220,39 +219,38 @@ def test_a_whole_layer(config: DeepSeek2Config, il: int, fused: bool) -> None:
     cache = Cache.of(config, options, 48, il)
 
     def plan(n: int) -> gg.Plan:
-        given, pos = gg.input("x", ne=(config.n_embd, n)), gg.input("pos", "i32", ne=(n,))
+        node, pos = gg.input("x", ne=(config.n_embd, n)), gg.input("pos", "i32", ne=(n,))
         mask = gg.causal_mask(pos, n_kv=48)
-        y = layer_output(given, pos, pos, mask, layer, cache, options, fused=fused)
-        seen = [f"ffn_moe_topk-{il}"] if il else []
-        return gg.compile({"y": y}, store=store, observe=seen)
+        y = layer_output(node, pos, pos, mask, layer, cache, options, fused=fused)
+        observe = [f"ffn_moe_topk-{il}"] if il else []
+        return gg.compile({"y": y}, store=store, observe=observe)
 
     pos, past = np.arange(N_TOKENS), N_TOKENS - 2
-    made = [plan(past).run(x=x[:past], pos=pos[:past])]
-    made += [plan(1).run(x=x[i : i + 1], pos=pos[i : i + 1]) for i in (past, past + 1)]
+    runs = [plan(past).run(x=x[:past], pos=pos[:past])]
+    runs += [plan(1).run(x=x[i : i + 1], pos=pos[i : i + 1]) for i in (past, past + 1)]
     want, routing = layer_f64(weights, x, pos, config)
-    assert relative_error(np.concatenate([m["y"] for m in made]), want) < EXACT
+    assert relative_error(np.concatenate([outputs["y"] for outputs in runs]), want) < EXACT
     assert (routing is None) == (il == 0)
     if routing is not None:
         assert routing.margin.min() > 1e-5
-        ids = np.concatenate([m[f"ffn_moe_topk-{il}"] for m in made])
+        ids = np.concatenate([outputs[f"ffn_moe_topk-{il}"] for outputs in runs])
         np.testing.assert_array_equal(ids, routing.ids)
 
 
 def test_intermediate_tensors_have_the_names_of_llama_cpp() -> None:
-    given = gg.input("x", ne=(V3.n_embd, 4))
-    made = feed_forward(given, layer_of(V3, random_weights(V3)))
-    found = {label for node in gg.Graph({"y": made}).nodes for label in gg.labels(node)}
+    y = feed_forward(gg.input("x", ne=(V3.n_embd, 4)), layer_of(V3, random_weights(V3)))
+    labels = {label for node in gg.Graph({"y": y}).nodes for label in gg.labels(node)}
     parts = ("logits", "probs", "topk", "weights", "down", "out")
-    assert {"ffn_out-1", "ffn_shexp-1", *(f"ffn_moe_{part}-1" for part in parts)} <= found
+    assert {"ffn_out-1", "ffn_shexp-1", *(f"ffn_moe_{part}-1" for part in parts)} <= labels
 
 
-def test_the_margin_is_the_step_to_the_first_one_not_chosen() -> None:
+def test_the_margin_is_the_distance_to_the_best_expert_not_chosen() -> None:
     logits = np.log([[0.4, 0.1, 0.3, 0.2]])
     weights = {"ffn_gate_inp.weight": logits.T}
     two = route_f64(weights, np.ones((1, 1)), n_expert_used=2)
     assert two.ids.tolist() == [[0, 2]]
     np.testing.assert_allclose(two.margin, [1 / 3])
-    # The groups' best are 0.4 and 0.3: nearer than 0.4 and 0.1, the experts of the group chosen.
+    # The best of the groups, 0.4 and 0.3, are closer than 0.4 and 0.1 within the chosen group.
     grouped = route_f64(weights, np.ones((1, 1)), n_expert_used=1, n_group=2, n_group_used=1)
     assert grouped.ids.tolist() == [[0]]
     np.testing.assert_allclose(grouped.margin, [0.25])
