@@ -1,8 +1,8 @@
-"""The `pyggml` command. A subcommand is a module here and a row in COMMANDS.
+"""The `pyggml` command. Each subcommand is a module of this package and a row in COMMANDS.
 
-Its module has `configure(parser)`, which adds its arguments, and `run(args) -> int`, the exit
-status. Results go to stdout, progress and errors to stderr. Status: 0 done, 1 failed, 2 wrong
-usage, 130 interrupted.
+The module has two functions: `configure(parser)` adds the arguments, and `run(args) -> int` returns
+the exit status. Results go to stdout, progress and errors to stderr. Exit status: 0 done, 1 failed,
+2 wrong usage, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from pyggml import __version__
 from pyggml.errors import PyggmlError
 
 COMMANDS = {
-    "doctor": "what each backend finds on this machine, and how to install what is missing",
-    "graph": "how a model's graph runs: splits, copies, steps and memory",
-    "info": "keys and tensors of a GGUF file",
-    "parity": "compare every op of a backend with its float64 statement",
+    "doctor": "check what each backend needs on this machine",
+    "graph": "show how a model's graph runs: splits, copies, steps and memory",
+    "info": "print the keys and tensors of a GGUF file",
+    "parity": "test the ops of a backend against float64",
     "synth": "write a DeepSeek-2 GGUF file with random weights",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line (sys.argv without a list) and returns the exit status."""
+    """Run one command line (by default sys.argv) and return the exit status."""
     words = sys.argv[1:] if argv is None else list(argv)
     if argv is None:
         signal.signal(signal.SIGTERM, _terminate)
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be text
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may not be valid text
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
             args = _parser(words).parse_args(words)
             status: int = args.run(args)
-            print(end="", flush=True)  # so that a failure to write shows here
+            print(end="", flush=True)  # raises here if stdout cannot be written
         except SystemExit as stop:  # --help, wrong usage, SIGTERM
             return int(stop.code or 0)
         except KeyboardInterrupt:
             return 130
-        except BrokenPipeError:  # the reader of our output left
+        except BrokenPipeError:  # for example `pyggml info | head`
             return 1
         except (PyggmlError, OSError) as error:
             return _fail(error)
@@ -58,13 +58,13 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary)
-        if name in words:  # only what is asked for is imported
+        if name in words:  # import only the module of the requested command
             _configure(command, name)
     return parser
 
 
 def parser_of(name: str) -> argparse.ArgumentParser:
-    """The parser of one command, for documents."""
+    """The parser of one command; tools/cli_tables.py writes docs/cli.md from it."""
     command = argparse.ArgumentParser(f"pyggml {name}")
     _configure(command, name)
     return command
@@ -87,7 +87,7 @@ def _fail(error: Exception) -> int:
 
 
 def _terminate(*_: Any) -> NoReturn:
-    raise SystemExit(128 + signal.SIGTERM)  # so that half-written files are removed
+    raise SystemExit(128 + signal.SIGTERM)  # unwinds, so that half-written files are removed
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -1,11 +1,11 @@
-"""Says what each backend finds on this machine, and how to get what is missing.
+"""Check what each backend needs on this machine, and show how to install what is missing.
 
 pyggml doctor
 pyggml doctor --json
 
-+ is there and works, - is not here, ! is broken. The status is 1 where something is broken: a
-driver that is too old, a package that cannot be loaded, a GPU without the packages that it needs.
-A machine without a GPU lacks nothing.
++ marks what works, - what is absent and not needed, ! what is broken. The status is 1 if something
+is broken: a driver that is too old, a package that does not load, a GPU without the packages it
+needs. A machine without a GPU needs none of those packages.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _basics() -> list[Finding]:
 
 
 def _of(name: str) -> list[Finding]:
-    """The findings of a backend; one that offers none needs nothing."""
+    """The findings of a backend. A backend without a function `findings` needs nothing."""
     findings = getattr(import_module(f"pyggml.backends.{name}"), "findings", None)
     return [Finding("backend", "ready")] if findings is None else list(findings())
 
@@ -55,7 +55,7 @@ def _of(name: str) -> list[Finding]:
 def _lines(name: str, rows: Sequence[Finding]) -> list[str]:
     width = max(len(row.what) for row in rows)
     lines = [name]
-    last = {row.fix: row.what for row in rows}  # a fix that helps several is printed once
+    last = {row.fix: row.what for row in rows}  # print a fix once, after the last row it helps
     for row in rows:
         lines.append(f"  {MARKS[row.state]} {row.what:{width}}  {row.text}")
         if row.fix and last[row.fix] == row.what:

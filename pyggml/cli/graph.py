@@ -1,10 +1,10 @@
-"""Shows how a model's graph runs: splits, copies between devices, steps and memory.
+"""Show how a model's graph runs: splits, copies between devices, steps and memory.
 
-pyggml graph -m FILE                                 the plan on NumPy, layers folded
+pyggml graph -m FILE                                  the plan on NumPy; repeated layers once
 pyggml graph -m FILE --backend null,numpy -ot 'attn=numpy'
-pyggml graph -m FILE --backend cuda:0:24GiB,numpy -ot exps=numpy    for a GPU, here or not
-pyggml graph -m FILE --backend null:0:24GiB -amb 256 on a device of that size, under a budget
-pyggml graph -m FILE --dot plan.dot                  the same as a picture for `dot -Tsvg`
+pyggml graph -m FILE --backend cuda:0:24GiB,numpy -ot exps=numpy    for a GPU, installed or not
+pyggml graph -m FILE --backend null:0:24GiB -amb 256  on a device of that size, with a budget
+pyggml graph -m FILE --dot plan.dot                   a drawing, for `dot -Tsvg`
 pyggml graph -m FILE --dot - | dot -Tsvg -o plan.svg
 """
 
@@ -20,20 +20,20 @@ from pyggml.viz import dot
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments."""
+    """Add the arguments."""
     add = parser.add_argument
     add("-m", metavar="FILE", type=Path, required=True, help="a DeepSeek-2 GGUF file")
     add("--backend", metavar="PLACES", default="numpy",
         help="places in order of preference, separated by commas (default: numpy)")  # fmt: skip
     add("-ot", metavar="REGEX=PLACE", action="append", default=[],
-        help="put tensors with a matching label on PLACE; separate several by commas")  # fmt: skip
+        help="put tensors with a matching label on PLACE; separate pairs by commas")  # fmt: skip
     add("-amb", metavar="MIB", type=float, help="attention memory budget in MiB (default: none)")
     add("--dot", metavar="FILE", help="write a drawing for Graphviz instead of text; - is stdout")
     add_options(parser.add_argument_group("the graph"))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints or draws the plan; nothing is allocated and no weight is read."""
+    """Print or draw the plan, without allocating memory or reading weights."""
     with weighted(args.m) as file:
         graph = model_graph(file, args)
         plan = compile(
@@ -50,16 +50,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def pins_of(words: list[str]) -> dict[str, str]:
-    """`regex=PLACE[,regex=PLACE..]`, the first match counts."""
+    """Pattern -> place, from words of the form `REGEX=PLACE[,REGEX=PLACE..]`.
+
+    In order: the first pattern that matches a label counts. DTypeError for a word of another form.
+    """
     pins: dict[str, str] = {}
     for word in words:
-        rest = ""
-        for part in word.split(","):
-            rest += part  # a comma before the = belongs to the expression
-            pattern, equal, place = rest.rpartition("=")
+        pair = ""
+        for piece in word.split(","):
+            pair += piece  # a comma before the = belongs to the pattern
+            pattern, equal, place = pair.rpartition("=")
             if equal and pattern:
                 pins.setdefault(pattern, place)
-            rest = "" if equal else rest + ","
-        if rest:
-            raise DTypeError(f"-ot {word!r}: it takes REGEX=PLACE, such as exps=numpy")
+            pair = "" if equal else pair + ","
+        if pair:
+            raise DTypeError(f"-ot {word!r}: expected REGEX=PLACE, such as exps=numpy")
     return pins

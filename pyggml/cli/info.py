@@ -1,7 +1,7 @@
-"""Prints the keys of a GGUF file and a summary of its tensors, layers folded (blk.*).
+"""Print the keys of a GGUF file and a summary of its tensors, with layers combined (blk.*).
 
 pyggml info model.gguf
-pyggml info model-00001-of-00009.gguf --json     every tensor, arrays up to 32 elements whole
+pyggml info model-00001-of-00009.gguf --json     every tensor, and arrays of up to 32 elements
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _as_json(file: gguf.GGUFFile) -> dict[str, Any]:
 
 
 def _plain(value: gguf.Value, longest: int) -> Any:
-    """What JSON can hold: no NaN or infinity, a long array as its length and first elements."""
+    """`value` for JSON: NaN and infinity as text, a long array as its length and first elements."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if not isinstance(value, (np.ndarray, gguf.StringArray)):
@@ -112,7 +112,7 @@ def _table(rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
 
 def _short(value: gguf.Value) -> str:
     if isinstance(value, float):
-        return f"{value:.7g}"  # most are f32
+        return f"{value:.7g}"  # the precision of f32, which most of them are
     plain = _plain(value, _TEXT_ELEMENTS)
     if isinstance(plain, dict):
         return f"{plain['length']} x {_clipped(repr(plain['first'])[:-1] + ', ...]')}"
@@ -124,5 +124,5 @@ def _clipped(text: str) -> str:
 
 
 def _safe(text: str) -> str:
-    """Names come from the file: no control characters to the terminal."""
+    """`text` from a file, with control characters escaped for the terminal."""
     return text if text.isprintable() else repr(text)[1:-1]

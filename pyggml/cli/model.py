@@ -1,4 +1,4 @@
-"""Options of commands that build a model's graph from a GGUF file, and the graph they ask for."""
+"""The graph of a model's layers from a GGUF file, and the command-line options that shape it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from pyggml.node import Node
 from pyggml.ops import causal_mask, input
 from pyggml.parity.alone import Array
 
-#: -mla: the form of attention, by ik_llama.cpp's numbers. Theirs takes 2 and 3 as 1 for less than
-#: 128 tokens; here a number is a form, so that small graphs can have it too.
+#: -mla: the form of attention, by ik_llama.cpp's numbers. ik_llama.cpp treats 2 and 3 as 1 for fewer
+#: than 128 tokens; here a number always means the same form, so that small graphs can use it too.
 FORMS = ("standard", "latent", "expanded", "expanded")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelGraph:
-    """A model's outputs by name, and contents for its inputs and states."""
+    """A model's outputs by name, and values for its inputs and states."""
 
     outputs: dict[str, Node]
     inputs: dict[str, Array]
@@ -41,37 +41,37 @@ def add_options(parser: argparse._ArgumentGroup) -> None:
     add("-fa", choices=("on", "off"), nargs="?", const="on", default="on",
         help="flash attention (default: on)")  # fmt: skip
     add("-mla", type=int, choices=range(len(FORMS)), default=1,
-        help="attention: 0 standard, 1 latent, 2 or 3 expanded if -fa on (default: 1)")  # fmt: skip
+        help="attention: 0 standard, 1 latent, 2 or 3 expanded with -fa on (default: 1)")  # fmt: skip
     add("-fmoe", choices=("on", "off"), nargs="?", const="on", default="on",
-        help="experts' up, gate and activation in one op (default: on)")  # fmt: skip
+        help="run experts' up, gate and activation as one op (default: on)")  # fmt: skip
     add("--seed", type=int, metavar="N", default=0, help="seed of the random inputs (default: 0)")
 
 
 def weighted(path: str | PathLike[str]) -> GGUFFile:
-    """The open file; GGUFError where it lacks weights, with what a header alone is good for."""
+    """The open file; GGUFError if weights are missing."""
     file = gguf.open(path, allow_missing_data=True)
     if not file.complete:
         file.close()
         if file.missing:
             raise GGUFError(f"{path}: parts of the model are missing: {', '.join(file.missing)}")
         raise GGUFError(
-            f"{path}: weights are missing, it is cut off or a header alone. `pyggml info` reads "
-            "such a file, a graph needs the whole"
+            f"{path}: weights are missing; the file is truncated or only a header. `pyggml info` "
+            "reads such a file, but a graph needs the weights"
         )
     return file
 
 
 def count(text: str) -> int:
-    """An argument that is a whole number of at least 1."""
+    """`text` as an integer of at least 1; argparse's error if it is not one."""
     if not (text.isascii() and text.isdecimal()) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)
 
 
 def model_graph(file: GGUFFile, args: argparse.Namespace) -> ModelGraph:
-    """Layer after layer, for -ub tokens that fill a cache of -c rows.
+    """All layers of the model, for -ub tokens that fill up a cache of -c rows.
 
-    The rows before them, and x, are random numbers of the seed.
+    x and the earlier cache rows are random numbers from --seed.
     """
     config = DeepSeek2Config.from_gguf(file.fields, file.tensors)
     check_tensors(config, file.tensors)
@@ -89,16 +89,16 @@ def model_graph(file: GGUFFile, args: argparse.Namespace) -> ModelGraph:
     for il in range(config.n_layer):
         layer, cache = Layer.of(file, config, il), Cache.of(config, options, args.c, il)
         y = layer_output(y, pos, pos, mask, layer, cache, options, fused=args.fmoe == "on")
-        for held in (cache.k, cache.v):
-            if held is not None:
-                rows = rng.standard_normal(held.shape, dtype=np.float32)
+        for node in (cache.k, cache.v):
+            if node is not None:
+                rows = rng.standard_normal(node.shape, dtype=np.float32)
                 rows[..., past:, :] = 0.0
-                states[held.attrs["name"]] = rows
+                states[node.attrs["name"]] = rows
     return ModelGraph({"y": y}, inputs, states)
 
 
 def _attention_options(args: argparse.Namespace) -> AttentionOptions:
     flash, form = args.fa == "on", FORMS[args.mla]
     if form == "expanded" and not flash:
-        form = "latent"  # what -mla 2 and 3 are without flash attention
+        form = "latent"  # the expanded form needs flash attention
     return AttentionOptions(form, flash, args.ctk)

@@ -130,7 +130,7 @@ def _of_ops(args: argparse.Namespace) -> int:
     if args.mode == "fuzz":
         return fuzz.run(args, [name for name in names if one or _is_here(name, args.mode)])
     if args.case or args.ops:
-        return fuzz.run_given(args, [name for name in names if one or _is_here(name, args.mode)])
+        return fuzz.run_texts(args, [name for name in names if one or _is_here(name, args.mode)])
     chosen = select(args.op, args.pattern, args.quick, perf=args.mode == "perf")
     if args.mode == "list":
         print(json.dumps([str(c) for c in chosen]) if args.json else "\n".join(map(str, chosen)))

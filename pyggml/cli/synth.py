@@ -1,12 +1,12 @@
-"""Writes a DeepSeek-2 GGUF file with random weights of sane scale.
+"""Write a DeepSeek-2 GGUF file with random weights of realistic scale.
 
 Presets: deepseek-v2-lite and deepseek-v3 have the published sizes, small is for CPUs, tiny for
-tests. Norms, router and its bias are f32. A row that the blocks of TYPE do not divide (attn_k_b of
-128 in a 256-block type) is stored as q8_0, or as f16 if 32 does not divide it either. output.weight
-is q6_K where TYPE is smaller.
+tests. Norms, the router and its bias are f32. A row that is not whole blocks of TYPE (a row of 128
+in attn_k_b, for a type with blocks of 256) becomes q8_0, or f16 if it is not whole blocks of 32
+either. output.weight is q6_K if TYPE has fewer bits.
 
---header-only writes keys and tensor table and no weights: everything that describes the model, as
-`pyggml info` needs it, but nothing to run.
+--header-only writes the keys and the tensor table but no weights. `pyggml info` needs no more, but
+such a file cannot run.
 
   pyggml synth lite.gguf --preset deepseek-v2-lite --type q4_K
   pyggml synth v3.gguf --preset deepseek-v3 --header-only
@@ -25,7 +25,7 @@ from pyggml.models.presets import PRESETS, preset, synth
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("out", metavar="OUT", help="the file to write; it appears only when complete")
+    add("out", metavar="OUT", help="the file to write; it appears when it is complete")
     add("--preset", choices=PRESETS, default="small",
         help="size of the model (default: %(default)s)")  # fmt: skip
     add("--layers", type=_natural, metavar="N", help="number of layers instead of the preset's")
@@ -69,5 +69,5 @@ def _type(text: str) -> str:
 
 def _natural(text: str) -> int:
     if not (text.isascii() and text.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
     return int(text)

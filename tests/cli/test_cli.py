@@ -1,4 +1,4 @@
-"""The command line: exit status, what goes to which stream, info and synth."""
+"""The command line: exit status, streams, `pyggml info` and `pyggml synth`."""
 
 from __future__ import annotations
 
@@ -102,14 +102,14 @@ def test_info_text(tiny: Path, capsys: Streams) -> None:
 
 def test_info_json(tiny: Path, capsys: Streams) -> None:
     assert main(["info", str(tiny), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["complete"] is True and found["version"] == 3
-    assert found["keys"]["general.architecture"] == "deepseek2"
-    assert found["keys"]["tokenizer.ggml.tokens"]["length"] == 512
-    assert found["keys"]["tokenizer.ggml.merges"] == ["a b"]
+    report = json.loads(capsys.readouterr().out)
+    assert report["complete"] is True and report["version"] == 3
+    assert report["keys"]["general.architecture"] == "deepseek2"
+    assert report["keys"]["tokenizer.ggml.tokens"]["length"] == 512
+    assert report["keys"]["tokenizer.ggml.merges"] == ["a b"]
     with gguf.open(tiny) as file:
-        assert [t["name"] for t in found["tensors"]] == list(file.tensors)
-        assert found["parameters"] == sum(t.n_elements for t in file.tensors.values())
+        assert [t["name"] for t in report["tensors"]] == list(file.tensors)
+        assert report["parameters"] == sum(t.n_elements for t in file.tensors.values())
 
 
 def test_info_of_a_header(tmp_path: Path, capsys: Streams) -> None:
@@ -148,14 +148,14 @@ def test_output_that_cannot_be_written(tiny: Path, target: str, status: int) -> 
     assert done.stderr == ("pyggml: error: No space left on device\n" if status else "")
 
 
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stopped_synth_leaves_nothing(tmp_path: Path, sent: int, status: int) -> None:
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_interrupted_synth_leaves_no_file(tmp_path: Path, signum: int, status: int) -> None:
     words = ["synth", str(tmp_path / "x"), "--preset", "deepseek-v2-lite", "--layers", "6"]
     process = subprocess.Popen([sys.executable, "-m", "pyggml", *words], stderr=subprocess.PIPE)
     deadline = time.monotonic() + 20
     while not list(tmp_path.iterdir()):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(sent)
+    process.send_signal(signum)
     _, err = process.communicate(timeout=20)
     assert process.returncode == status and err == b"" and not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""docs/cli.md: its examples run, its tables are those of the parsers."""
+"""docs/cli.md: its examples run, and its tables match the parsers."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def examples() -> list[str]:
     return [line for block in blocks for line in block.splitlines()]
 
 
-def test_the_tables_are_of_the_parsers_as_they_are() -> None:
-    """Else: python tools/cli_tables.py"""
+def test_the_tables_match_the_parsers() -> None:
+    """If this fails, run python tools/cli_tables.py"""
     assert cli_tables.page(TEXT) == TEXT
 
 
@@ -36,19 +36,19 @@ def test_every_command_has_a_section_an_example_and_a_table() -> None:
                 assert f"`{option}`" in section[1], (name, option)
 
 
-def test_every_option_says_what_it_does() -> None:
+def test_every_option_has_a_help_text() -> None:
     for name in COMMANDS:
         for action in parser_of(name)._actions:
             assert action.help and len(action.help.split()) > 2, (name, action.dest)
 
 
-def test_an_option_that_is_new_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def more(name: str) -> object:
+def test_a_new_option_makes_the_page_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_new_option(name: str) -> object:
         parser = parser_of(name)
-        parser.add_argument("--brand-new", help="an option of today")
+        parser.add_argument("--brand-new", help="a new option")
         return parser
 
-    monkeypatch.setattr(cli_tables, "parser_of", more)
+    monkeypatch.setattr(cli_tables, "parser_of", with_new_option)
     assert cli_tables.page(TEXT) != TEXT and "`--brand-new`" in cli_tables.page(TEXT)
 
 
@@ -65,7 +65,7 @@ def test_the_examples_run(
             warnings.simplefilter("error")
             status = main(words)
         out, err = capsys.readouterr()
-        doctor = words[0] == "doctor"  # whose status is this machine's
+        doctor = words[0] == "doctor"  # its status depends on the machine
         assert (status == 0 or doctor) and out and "warning" not in err, (line, err)
     assert dot_syntax.read(Path("plan.dot").read_text()).boxes
     assert Path("k_pe.py").exists() and Path("k_pe.npz").exists()

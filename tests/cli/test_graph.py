@@ -1,4 +1,4 @@
-"""`pyggml graph`: how a model's graph runs, as text and as a picture."""
+"""`pyggml graph`: how a model's graph runs, as text and as a drawing."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_every_end_of_an_edge_is_drawn_once(tiny: str, words: list[str], tmp_pat
     assert {end for edge in drawing.edges for end in edge} == set(drawing.nodes)
     assert all(name.startswith("out") for name in drawing.loose)
     assert "split 0 on" in text
-    if "-ot" not in words:  # layers are alike
+    if "-ot" not in words:  # all layers are equal, so they are drawn once
         assert re.search(r"\(\d times\)", text)
 
 
@@ -88,7 +88,7 @@ def test_errors_are_one_line(
 
 
 @pytest.mark.parametrize("words", [["graph", "-m"], ["parity", "-m"]])
-def test_a_header_alone(
+def test_a_header_without_weights(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "head.gguf"
