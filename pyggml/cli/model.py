@@ -19,8 +19,8 @@ from pyggml.node import Node
 from pyggml.ops import causal_mask, input
 from pyggml.parity.alone import Array
 
-#: -mla: the form of attention, by ik_llama.cpp's numbers. ik_llama.cpp treats 2 and 3 as 1 for fewer
-#: than 128 tokens; here a number always means the same form, so that small graphs can use it too.
+#: -mla: the form of attention, by ik_llama.cpp's numbers. ik_llama.cpp treats 2 and 3 as 1 below
+#: 128 tokens; here a number always means the same form, so that small graphs can use it too.
 FORMS = ("standard", "latent", "expanded", "expanded")
 
 
@@ -41,7 +41,7 @@ def add_options(parser: argparse._ArgumentGroup) -> None:
     add("-fa", choices=("on", "off"), nargs="?", const="on", default="on",
         help="flash attention (default: on)")  # fmt: skip
     add("-mla", type=int, choices=range(len(FORMS)), default=1,
-        help="attention: 0 standard, 1 latent, 2 or 3 expanded with -fa on (default: 1)")  # fmt: skip
+        help="attention: 0 standard, 1 latent, 2 or 3 expanded with -fa (default: 1)")  # fmt: skip
     add("-fmoe", choices=("on", "off"), nargs="?", const="on", default="on",
         help="run experts' up, gate and activation as one op (default: on)")  # fmt: skip
     add("--seed", type=int, metavar="N", default=0, help="seed of the random inputs (default: 0)")

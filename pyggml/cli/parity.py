@@ -1,18 +1,18 @@
-"""Compares every op of a backend with its float64 statement, or two places on a model's graph.
+"""Test every op of a backend against float64, or compare two places on a model's graph.
 
 pyggml parity                                     every case on every backend
 pyggml parity -b numpy -j 2 --quick               at most a minute
 pyggml parity -o mul_mat -p 'type_a=q4_K.*ne_b=\\[256,1'
 pyggml parity -o 'relu(f32[64,5]@wide)'           this case, in the grid or not
-pyggml parity --mode support                      which cases a backend runs, and why not
+pyggml parity --mode support                      which cases a backend supports, and why not
 pyggml parity --mode perf -o mul_mat              time, GFLOPS and GB/s
 pyggml parity --mode fuzz -b numpy --seconds 60 --seed 1            random cases
 pyggml parity --mode fuzz -b numpy --seconds 60 --seed 1 --graphs   random graphs
 pyggml parity -b numpy --case 'x=f32[8]; y=relu(x); plan(y)'        this case or graph
-pyggml parity --ops my_ops.py                     ops of your own, against their meanings
+pyggml parity --ops my_ops.py                     your own ops, against their meanings
 pyggml parity --kernel my.py:mul_mat_iq4 -o mul_mat -p type_a=iq4_nl
-pyggml parity -m FILE --a numpy --b null          a model's graph (attention of every layer)
-pyggml parity -m FILE --script kq-0 --out kq.py   ... and one node of it as a program
+pyggml parity -m FILE --a numpy --b null          all layers of a model, node by node
+pyggml parity -m FILE --script kq-0 --out kq.py   ... and write one node as a program
 """
 
 from __future__ import annotations
@@ -46,18 +46,20 @@ MODES = ("test", "support", "list", "perf", "fuzz")
 def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--mode", choices=MODES, default="test", help="what to do with the cases (default: test)")
-    add("-o", "--op", metavar="OP[,OP]", help="only these ops, or one case as it is printed")
+    add("-o", "--op", metavar="OP[,OP]", help="only these ops, or one case as a report prints it")
     add("-p", "--pattern", metavar="REGEX", help="only cases whose text or arguments match")
     add("-b", "--backend", metavar="PLACE", help="only on this place (default: every backend)")
-    add("-j", "--jobs", metavar="N", type=model.count, default=1, help="processes (default: 1)")
+    add("-j", "--jobs", metavar="N", type=model.count, default=1,
+        help="number of processes (default: 1)")  # fmt: skip
     add("--quick", action="store_true", help="the small grid: every op in under a minute")
     add("--kernel", metavar="FILE.py:FUNCTION", default="",
-        help="use this function as the kernel of the one op that -o names")  # fmt: skip
+        help="test this function as the kernel of the op in -o")  # fmt: skip
     add("--case", metavar="TEXT", help="run this case or graph, as a report prints it")
     add("--ops", metavar="FILE.py", default="", help="test the ops that this file defines")
-    add("--seconds", metavar="N", type=float, default=60.0, help="of --mode fuzz (default: 60)")
-    add("--cases", metavar="N", type=model.count, help="of --mode fuzz: stop after so many")
-    add("--graphs", action="store_true", help="of --mode fuzz: whole graphs and their plans")
+    add("--seconds", metavar="N", type=float, default=60.0,
+        help="with --mode fuzz: how long to run (default: 60)")  # fmt: skip
+    add("--cases", metavar="N", type=model.count, help="with --mode fuzz: stop after N cases")
+    add("--graphs", action="store_true", help="with --mode fuzz: whole graphs and their plans")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print one JSON object")
     form.add_argument(
@@ -68,14 +70,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("-m", "--model", metavar="FILE", help="a GGUF file, or the first of its parts")
     add("--a", metavar="PLACE", default="numpy", help="the first place (default: numpy)")
     add("--b", metavar="PLACE", default="null", help="the second place (default: null)")
-    add("--script", metavar="LABEL", help="write a program that runs only the node with that label")
-    add("--out", metavar="FILE.py", help="where --script writes it (default: LABEL.py)")
+    add("--script", metavar="LABEL", help="write a program that runs the node with this label")
+    add("--out", metavar="FILE.py", help="file for --script (default: LABEL.py)")
     model.add_options(group)
-    own = {option: option.lstrip("-") for option in (*_GRID, *_MODEL, *_FUZZ)}
-    parser.set_defaults(usual={option: parser.get_default(name) for option, name in own.items()})
+    names = {option: option.lstrip("-") for option in (*_GRID, *_MODEL, *_FUZZ)}
+    defaults = {option: parser.get_default(name) for option, name in names.items()}
+    parser.set_defaults(defaults=defaults)
 
 
-#: What belongs to the grid alone, and to a model alone.
+#: Options that need a run without a model, --mode fuzz, or a model.
 _GRID = ("--mode", "--op", "--pattern", "--backend", "--jobs", "--quick", "--kernel", "--markdown",
          "--case", "--ops", "--seconds", "--cases", "--graphs")  # fmt: skip
 _FUZZ = ("--seconds", "--cases", "--graphs", "--seed")
@@ -87,22 +90,23 @@ def run(args: argparse.Namespace) -> int:
     for option in _GRID if args.model else (*_MODEL, *_FUZZ):
         if args.mode == "fuzz" and option in _FUZZ:
             continue
-        if getattr(args, option.lstrip("-")) != args.usual[option]:
-            goes = "does not go" if args.model else "goes only"
-            other = " or --mode fuzz" if option == "--seed" and not args.model else ""
-            if option in _FUZZ[:3] and not args.model:
-                raise GraphError(f"{option} goes only with --mode fuzz")
-            raise GraphError(f"{option} {goes} with a model, -m FILE{other}")
+        if getattr(args, option.lstrip("-")) != args.defaults[option]:
+            if args.model:
+                raise GraphError(f"{option} does not work with a model, -m FILE; leave one out")
+            if option in _FUZZ[:3]:
+                raise GraphError(f"{option} needs --mode fuzz")
+            other = " or --mode fuzz" if option == "--seed" else ""
+            raise GraphError(f"{option} needs a model, -m FILE{other}")
     return _of_model(args) if args.model else _of_ops(args)
 
 
 def _of_model(args: argparse.Namespace) -> int:
-    """The report of a model's graph; status 1 where it is not ok."""
+    """Print the report of a model's graph; status 1 if the places differ."""
     with model.weighted(args.model) as file:
         graph = model.model_graph(file, args)
         outputs = Graph(graph.outputs)
         walk = Walk(outputs, (args.a, args.b), contents(outputs, graph.inputs, graph.states))
-        if args.script:  # what is wrong with these is said before everything runs
+        if args.script:  # raise errors of these arguments before the long run
             walk.node(args.script)
             script_path(args.out or script_name(args.script))
         report = walk.report()
@@ -114,43 +118,48 @@ def _of_model(args: argparse.Namespace) -> int:
             path = report.script(args.script, args.out or script_name(args.script))
             print(f"{path} runs {args.script}", file=sys.stderr)
         elif report.first in report.nodes and not args.json:
-            print(f"--script {shlex.quote(report.first.label)} writes the first as a program")
+            label = shlex.quote(report.first.label)
+            print(f"--script {label} writes the first failing node as a program")
     return 0 if report.ok else 1
 
 
 def _of_ops(args: argparse.Namespace) -> int:
     if args.markdown and args.mode != "support":
-        raise GraphError("--markdown belongs to --mode support")
-    one = args.backend or ("numpy" if args.kernel else "")
-    names = [one] if one else list(backends.available())
+        raise GraphError("--markdown needs --mode support")
+    place_name = args.backend or ("numpy" if args.kernel else "")
+    names = [place_name] if place_name else list(backends.available())
     for name in names:
-        place = places.parse(name)  # one that does not exist is named before anything runs
+        place = places.parse(name)  # raises for an unknown place before anything runs
         if place.size is not None:
-            raise DeviceError(f"{place} is a description of a device: give it without a size")
+            raise DeviceError(
+                f"{place} is a description of a device, for planning only; leave out the size"
+            )
     if args.mode == "fuzz":
-        return fuzz.run(args, [name for name in names if one or _is_here(name, args.mode)])
+        return fuzz.run(args, [name for name in names if place_name or _usable(name, args.mode)])
     if args.case or args.ops:
-        return fuzz.run_texts(args, [name for name in names if one or _is_here(name, args.mode)])
-    chosen = select(args.op, args.pattern, args.quick, perf=args.mode == "perf")
+        usable = [name for name in names if place_name or _usable(name, args.mode)]
+        return fuzz.run_texts(args, usable)
+    selection = select(args.op, args.pattern, args.quick, perf=args.mode == "perf")
     if args.mode == "list":
-        print(json.dumps([str(c) for c in chosen]) if args.json else "\n".join(map(str, chosen)))
+        texts = list(map(str, selection))
+        print(json.dumps(texts) if args.json else "\n".join(texts))
         return 0
-    if not one and args.mode in ("test", "perf"):
-        names = [name for name in names if _is_here(name, args.mode)]
+    if not place_name and args.mode in ("test", "perf"):
+        names = [name for name in names if _usable(name, args.mode)]
     jobs = 1 if args.mode == "perf" else args.jobs
-    found = {name: outcomes(chosen, name, args.mode, jobs, args.kernel) for name in names}
+    results = {name: outcomes(selection, name, args.mode, jobs, args.kernel) for name in names}
     if args.json:
-        return _as_json(args.mode, found)
+        return _as_json(args.mode, results)
     if args.markdown:
-        print(support.table(chosen, {name: list(some) for name, some in found.items()}))
+        print(support.table(selection, {name: list(rows) for name, rows in results.items()}))
         return 0
-    return _as_text(args, found)
+    return _as_text(args, results)
 
 
-def _is_here(name: str, mode: str) -> bool:
-    """Whether the backend's device can be used, and measured; says why not."""
+def _usable(name: str, mode: str) -> bool:
+    """Whether the backend's device exists and, for --mode perf, is real; prints why not."""
     if mode == "perf" and name in backends.STAND_INS:
-        print(f"Skipping {name}: its times say nothing about a device (-b {name} measures it)",
+        print(f"Skipping {name}: it is a stand-in for a device (use -b {name} to measure it)",
               file=sys.stderr)  # fmt: skip
         return False
     try:
@@ -162,63 +171,63 @@ def _is_here(name: str, mode: str) -> bool:
 
 
 def select(op: str | None, pattern: str | None, quick: bool, perf: bool = False) -> list[Case]:
-    """The cases that the options leave; UnknownNameError or GraphError where that is none."""
+    """The cases that the options select; UnknownNameError or GraphError if there are none."""
     if op and "(" in op:
         case = Case.parse(op)
         if case.op not in ORACLE:
             raise UnknownNameError(f"there is no op {case.op!r}")
-        build(case, values=False)  # an error of its own, before anything runs
+        build(case, values=False)  # raises if the case is not valid
         return [case]
     table = grid.perf_cases() if perf else cases() if quick else grid.all_cases()
-    wanted = op.split(",") if op else sorted({case.op for case in table})
-    unknown = [name for name in wanted if name not in {case.op for case in table}]
+    ops = op.split(",") if op else sorted({case.op for case in table})
+    unknown = [name for name in ops if name not in {case.op for case in table}]
     if unknown:
         known = ", ".join(sorted({case.op for case in table}))
         raise UnknownNameError(f"no cases of {', '.join(unknown)}; there are cases of: {known}")
     try:
-        seek = re.compile(pattern or "").search
+        search = re.compile(pattern or "").search
     except re.error as error:
-        raise GraphError(f"-p {pattern!r} is no regular expression: {error}") from None
-    chosen = [c for c in table if c.op in wanted and (seek(str(c)) or seek(c.vars))]
-    if not chosen:
-        raise UnknownNameError(f"-p {pattern!r} matches no case of {', '.join(wanted)}")
-    return chosen
+        raise GraphError(f"-p {pattern!r} is not a regular expression: {error}") from None
+    selection = [c for c in table if c.op in ops and (search(str(c)) or search(c.vars))]
+    if not selection:
+        raise UnknownNameError(f"-p {pattern!r} matches no case of {', '.join(ops)}")
+    return selection
 
 
-def _as_json(mode: str, found: dict[str, Iterator[Outcome]]) -> int:
-    told, failed = [], False
-    for name, some in found.items():
+def _as_json(mode: str, results: dict[str, Iterator[Outcome]]) -> int:
+    reports, failed = [], False
+    for name, result in results.items():
         rows = [
             {k: v if not isinstance(v, float) or isfinite(v) else str(v) for k, v in row.items()}
-            for row in map(asdict, some)
+            for row in map(asdict, result)
         ]
         failed |= any(row["status"] == "fail" for row in rows)
-        told.append({"backend": name, "cases": rows})
-    print(json.dumps({"mode": mode, "backends": told}))
+        reports.append({"backend": name, "cases": rows})
+    print(json.dumps({"mode": mode, "backends": reports}))
     return int(failed)
 
 
-def _as_text(args: argparse.Namespace, found: dict[str, Iterator[Outcome]]) -> int:
-    """test-backend-ops' lines."""
-    print(f"Testing {len(found)} devices\n")
+def _as_text(args: argparse.Namespace, results: dict[str, Iterator[Outcome]]) -> int:
+    """Print the results in the format of llama.cpp's test-backend-ops."""
+    print(f"Testing {len(results)} devices\n")
     good = 0
-    for number, (name, some) in enumerate(found.items(), 1):
-        print(f"Backend {number}/{len(found)}: {name}")
+    for number, (name, result) in enumerate(results.items(), 1):
+        print(f"Backend {number}/{len(results)}: {name}")
         rows = []
-        for row in some:
+        for row in result:
             print(f"  {row.case}: {_LINES[args.mode](row, name)}")
             rows.append(row)
         if args.mode == "test":
             good += _summary(rows, name, args.kernel)
     if args.mode != "test":
         return 0
-    print(f"{good}/{len(found)} backends passed")
-    print("OK" if good == len(found) else "FAIL")
-    return 0 if good == len(found) else 1
+    print(f"{good}/{len(results)} backends passed")
+    print("OK" if good == len(results) else "FAIL")
+    return 0 if good == len(results) else 1
 
 
 def _summary(rows: Sequence[Outcome], name: str, kernel: str) -> bool:
-    own = f" --kernel {shlex.quote(kernel)}" if kernel else ""
+    option = f" --kernel {shlex.quote(kernel)}" if kernel else ""
     run = [row for row in rows if row.status != "unsupported"]
     failed = [row for row in run if row.status == "fail"]
     print(f"  {len(run) - len(failed)}/{len(run)} tests passed", end="")
@@ -226,7 +235,7 @@ def _summary(rows: Sequence[Outcome], name: str, kernel: str) -> bool:
     if failed:
         print("\nFailing tests:")
         for row in failed:
-            print(f"  pyggml parity -b {name}{own} -o {shlex.quote(row.case)}")
+            print(f"  pyggml parity -b {name}{option} -o {shlex.quote(row.case)}")
     print(f"  Backend {name}: {'FAIL' if failed else 'OK'}\n")
     return not failed
 

@@ -234,7 +234,7 @@ def test_costs_of_rows_are_of_those_rows() -> None:
         (("-o", "scale(f32[3], s=x)"), "'x' is no value"),
         (("-o", "flash_attn_ext(f32[3,1], f32[3,2], f32[2,2]=4+1, scale=1.0)"), "is a view of"),
         (("-o", "mul_mat(f32[3], f32[4])"), "inner dimensions differ"),
-        (("-o", "relu", "-p", "("), "no regular expression"),
+        (("-o", "relu", "-p", "("), "not a regular expression"),
         (("-o", "relu", "-p", "q8_0"), "matches no case"),
         (("-b", "abacus"), "no backend 'abacus'"),
         (("-b", "null:0:1GiB"), "null:0:1GiB is a description of a device"),

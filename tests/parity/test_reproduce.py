@@ -166,9 +166,9 @@ def test_a_model_with_a_wrong_kernel(tiny: str, host: Host, capsys: Any, tmp_pat
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (["-m", "TINY", "-o", "relu"], "--op does not go with a model"),
-        (["--script", "kq-0"], "--script goes only with a model"),
-        (["-c", "64"], "-c goes only with a model"),
+        (["-m", "TINY", "-o", "relu"], "--op does not work with a model"),
+        (["--script", "kq-0"], "--script needs a model, -m FILE"),
+        (["-c", "64"], "-c needs a model, -m FILE"),
         (["-m", "TINY", "-ub", "200"], "does not fit in -c 128 rows"),
         (["-m", "TINY", "-ctk", "q3"], "q3"),
         (["-m", "TINY", "--b", "abacus"], "no backend 'abacus'"),
