@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TABLES = (ROOT / "docs" / "environment.md").read_text()
-LIBRARY, REST = TABLES.split("## Of tests, tools and benchmarks")
+LIBRARY, REST = TABLES.split("## Tests, tools and benchmarks")
 FOLDERS = ("pyggml", "ops", "backends")  # links are not followed: each file is seen once
 
 
