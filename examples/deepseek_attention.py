@@ -1,17 +1,17 @@
-"""DeepSeek attention in every form, against float64, within an attention memory budget.
+"""DeepSeek attention in every form, with and without a memory budget, compared with float64.
 
-A cache is filled with a prompt, then tokens are decoded one by one; all of it twice. A row of the
-table is a form of attention (standard, latent, latent expanded), with flash attention (FA) or
-without, a cache type and a budget for attention memory (amb); its error is the worse of prompt and
-decode.
+Each run fills a cache with a prompt and then decodes tokens one by one. Everything runs twice. A
+row of the table is a form of attention (standard, latent or expanded) with or without flash
+attention (FA), a cache type, and an attention memory budget (amb). Its error is the larger of the
+prompt's and the decoded tokens'.
 
-Without --model a file with one layer of V2-Lite's attention and random weights is made first.
+Without --model, the example first writes a file with one V2-Lite layer and random weights.
 
     python examples/deepseek_attention.py
     python examples/deepseek_attention.py --types f16 --plot arena.png --json rows.json
 
-Exit status: 0 where every error is within its bound, every score peak within its amb, and the two
-runs bit-equal; else 1.
+The exit status is 0 if every error is within its bound, every score peak is within its amb, and the
+two runs are bit-equal. Otherwise it is 1.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from pyggml.models.presets import preset, synth
 from pyggml.models.tensors import check_tensors
 from pyggml.parity.tolerance import relative_error
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # the float64 reference
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # for the float64 reference
 
 from tests.reference.deepseek import attention_f64
 
 MIB = 2**20
-#: Relative error of the layer's output that a cache type may cause, by precision.
+#: Bounds of the relative error of the layer's output, by precision and cache type.
 BOUNDS = {
     "default": {"f32": 1e-2, "f16": 1e-2, "bf16": 2e-2, "q8_0": 3e-2},
     "f32": {"f32": 1e-3, "f16": 1e-3, "bf16": 1e-2, "q8_0": 2e-2},
@@ -57,10 +57,11 @@ FORMS = [(form, flash) for form in ("standard", "latent", "expanded") for flash 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table; sizes in MiB, times in ms. `amb` None is no budget.
+    """A line of the table; sizes in MiB, times in ms.
 
+    amb    None without a budget
     live   bytes of the prompt's arena in use at each of its steps
-    equal  the second run gave the same bits
+    equal  whether both runs gave the same bits
     """
 
     form: str
@@ -85,7 +86,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Absent:
-    """A line for what there is not."""
+    """A line for a combination that does not exist."""
 
     form: str
     flash: bool
@@ -94,7 +95,7 @@ class Absent:
 
 
 class Bench:
-    """One layer, one sequence of tokens, and what float64 makes of it."""
+    """One layer, one sequence of tokens, and its output in float64."""
 
     def __init__(self, file: gguf.GGUFFile, args: argparse.Namespace) -> None:
         self.config = DeepSeek2Config.from_gguf(file.fields, file.tensors)
@@ -106,7 +107,7 @@ class Bench:
         n_tokens = args.prompt + args.decode
         self.x = rng.standard_normal((n_tokens, self.config.n_embd), dtype=np.float32)
         self.pos = np.arange(n_tokens, dtype=np.int32)
-        self.want = reference(file, self.config, args.layer, self.x, self.pos)
+        self.expected = reference(file, self.config, args.layer, self.x, self.pos)
 
     def plan(
         self, options: AttentionOptions, n_tokens: int, amb: float | None, store: gg.Store
@@ -117,11 +118,11 @@ class Bench:
         states = Cache.of(self.config, options, self.n_kv, self.layer.il)
         normed = norm(self.layer, x, "attn_norm")
         y = attention(normed, pos, pos, mask, self.layer, states, options)
-        made = {"y": y if self.prec == "default" else precise(y)}
-        return gg.compile(made, backends=[self.backend], amb=amb, store=store)
+        outputs = {"y": y if self.prec == "default" else precise(y)}
+        return gg.compile(outputs, backends=[self.backend], amb=amb, store=store)
 
     def plans(self, options: AttentionOptions, amb: float | None) -> tuple[gg.Plan, gg.Plan]:
-        """For the prompt and for one token. An expanded prompt's cache is decoded as latent."""
+        """Plans for the prompt and for one token. After an expanded prompt, decoding is latent."""
         store = gg.Store()
         single = replace(options, form="latent") if options.form == "expanded" else options
         return (
@@ -130,9 +131,10 @@ class Bench:
         )
 
     def budgets(self, options: AttentionOptions) -> list[float | None]:
-        """None, and in MiB: all that the prompt needs, a third of it, and too little for one head.
+        """None, and three budgets in MiB.
 
-        The third is of what is above the least, which is in the finest pieces too.
+        They are the score peak of the whole prompt, the least budget plus a third of the difference
+        to that peak, and one that cuts even a single head into pieces. [None] without scores.
         """
         whole = self.plans(options, None)[0].memory.score_peak
         if not whole:
@@ -142,7 +144,7 @@ class Bench:
             self.plans(options, 1 / MIB)
         except gg.BudgetError as error:
             least = error.least
-        # One byte less than what is needed asks for finer pieces: until heads alone will not do.
+        # A budget one byte below the peak forces finer pieces. Repeat until single heads are cut.
         while (peak - 1) / MIB >= least:
             finer = self.plans(options, (peak - 1) / MIB)[0]
             if not re.fullmatch("heads [0-9x]+", pieces(finer, options)):
@@ -151,21 +153,21 @@ class Bench:
         return [None, whole / MIB, least + (whole / MIB - least) / 3, (least + peak / MIB) / 2]
 
     def run(self, prompt: gg.Plan, single: gg.Plan) -> tuple[Any, float, float]:
-        """Outputs of all tokens, seconds of the prompt and of the fastest token."""
+        """Outputs of all tokens, seconds of the prompt, seconds of the fastest token."""
         runs = [(prompt, slice(self.n_prompt))]
         runs += [(single, slice(i, i + 1)) for i in range(self.n_prompt, len(self.x))]
-        made, seconds = [], []
-        for plan, at in runs:
+        outputs, seconds = [], []
+        for plan, tokens in runs:
             start = time.perf_counter()
-            made.append(plan.run(x=self.x[at], pos=self.pos[at])["y"])
+            outputs.append(plan.run(x=self.x[tokens], pos=self.pos[tokens])["y"])
             seconds.append(time.perf_counter() - start)
-        return np.concatenate(made), seconds[0], min(seconds[1:])
+        return np.concatenate(outputs), seconds[0], min(seconds[1:])
 
     def measure(self, options: AttentionOptions, amb: float | None) -> Row:
         prompt, single = (plan.bind() for plan in self.plans(options, amb))
-        # The second run finds the rows of the first in its cache: masked, they change nothing.
+        # In the second run, the cache has the rows of the first, but the mask hides them.
         first, *_ = self.run(prompt, single)
-        made, prompt_s, decode_s = self.run(prompt, single)
+        second, prompt_s, decode_s = self.run(prompt, single)
         parts = slice(self.n_prompt), slice(self.n_prompt, None)
         return Row(
             options.form,
@@ -173,56 +175,57 @@ class Bench:
             options.cache_type,
             amb,
             pieces(prompt, options),
-            max(relative_error(made[part], self.want[part]) for part in parts),
+            max(relative_error(second[part], self.expected[part]) for part in parts),
             max(plan.memory.score_peak for plan in (prompt, single)) / MIB,
             max(plan.memory.compute for plan in (prompt, single)) / MIB,
             1e3 * prompt_s,
             1e3 * decode_s,
             prompt.memory.live,
             BOUNDS[self.prec][options.cache_type],
-            np.array_equal(first, made),
+            np.array_equal(first, second),
         )
 
     def rows(self, types: Sequence[str]) -> Iterator[Row | Absent]:
         for form, flash in FORMS:
             if (form, flash) == ("expanded", False):
-                yield Absent(form, flash, "-", "expanded is flash only")
+                yield Absent(form, flash, "-", "expanded needs flash attention")
                 continue
             c = self.config
             sizes = (c.d_k, c.d_v) if form == "standard" else (c.kv_lora_rank + c.n_rot,)
-            for kind in types:
-                cut = [n for n in sizes if n % dtype(kind).block]
-                if cut:
-                    yield Absent(form, flash, kind, f"a row of {cut[0]} is no whole blocks")
+            for cache_type in types:
+                misfits = [n for n in sizes if n % dtype(cache_type).block]
+                if misfits:
+                    reason = f"a row of {misfits[0]} is not whole blocks"
+                    yield Absent(form, flash, cache_type, reason)
                     continue
-                options = AttentionOptions(form, flash, kind)
+                options = AttentionOptions(form, flash, cache_type)
                 for amb in self.budgets(options):
                     yield self.measure(options, amb)
 
 
 def pieces(plan: gg.Plan, options: AttentionOptions) -> str:
-    """How the budget cut the attention: so many pieces of so many heads, rows or keys."""
+    """How the budget cut the attention: number x size of the pieces of heads, rows or keys."""
     heads, rows = (1, 2) if options.flash else (2, 1)
-    what = {heads: "heads", rows: "rows", "kv": "keys"}
+    names = {heads: "heads", rows: "rows", "kv": "keys"}
     loops = [step.loop for step in plan.steps if step.loop is not None]
     cuts = [
-        f"{what[axis]} {dim.count}x{dim.step}"
+        f"{names[axis]} {dim.count}x{dim.step}"
         for loop in loops
         for axis, dim in zip(loop.fill, loop.dims)
     ]
     return ", ".join(cuts) or "whole"
 
 
-# -- the other opinion --------------------------------------------------------------------------
+# -- the float64 reference ----------------------------------------------------------------------
 
 
 def reference(
     file: gguf.GGUFFile, config: DeepSeek2Config, il: int, x: Any, pos: Any
 ) -> np.ndarray[Any, Any]:
-    """The layer in float64; weights decoded by the gguf package, nothing shared with backends."""
+    """The layer in float64, with weights decoded by the gguf package and no code of pyggml's."""
     prefix = f"blk.{il}."
     weights = {
-        name.removeprefix(prefix): decoded(file, name)
+        name.removeprefix(prefix): float64(file, name)
         for name in file.tensors
         if name.startswith(f"{prefix}attn_")
     }
@@ -247,7 +250,7 @@ def reference(
     )
 
 
-def decoded(file: gguf.GGUFFile, name: str) -> np.ndarray[Any, Any]:
+def float64(file: gguf.GGUFFile, name: str) -> np.ndarray[Any, Any]:
     info, array = file.tensors[name], file.array(name)
     if info.dtype.numpy is None:
         raw = np.ascontiguousarray(array).view(np.uint8)
@@ -255,7 +258,7 @@ def decoded(file: gguf.GGUFFile, name: str) -> np.ndarray[Any, Any]:
     return array.astype(np.float64)
 
 
-# -- what is shown ------------------------------------------------------------------------------
+# -- output -------------------------------------------------------------------------------------
 
 COLUMNS = "form", "", "cache", "amb", "score peak", "arena", "error", "prompt", "decode", "cut into"
 UNITS = "", "", "", "MiB", "MiB", "MiB", "", "ms", "ms/token", "pieces x size"
@@ -288,7 +291,7 @@ def cells(row: Row | Absent) -> tuple[str, ...]:
         f"{row.error:.1e}",
         f"{row.prompt:.1f}",
         f"{row.decode:.2f}",
-        (row.cut if row.peak else "no scores: nothing to bound")
+        (row.cut if row.peak else "no scores to cut")
         + ("" if row.equal else "  TWO RUNS DIFFER")
         + ("" if row.ok else "  FAILED"),
     )
@@ -307,19 +310,19 @@ def header(bench: Bench, name: str, args: argparse.Namespace) -> str:
 
 def verdict(rows: Sequence[Row]) -> str:
     bounds = ", ".join(
-        f"{bound:g} ({kind})" for kind, bound in {r.cache: r.bound for r in rows}.items()
+        f"{bound:g} ({cache})" for cache, bound in {r.cache: r.bound for r in rows}.items()
     )
     bad = sum(not row.ok for row in rows)
-    wanted = f"errors within {bounds}, score peaks within amb, bit-equal runs."
+    goal = f"errors within {bounds}, score peaks within amb, bit-equal runs."
     return (
-        f"{bad} of {len(rows)} rows FAILED. Wanted: {wanted}"
+        f"{bad} of {len(rows)} rows FAILED. Required: {goal}"
         if bad
-        else f"All {len(rows)} rows have {wanted}"
+        else f"All {len(rows)} rows have {goal}"
     )
 
 
 def plot(rows: Sequence[Row], path: str) -> None:
-    """Arena bytes in use over the steps of the prompt, with and without budget; one cache type."""
+    """Draw the arena use of the prompt's steps, with and without budget, for one cache type."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -351,23 +354,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", metavar="FILE", help="a deepseek2 GGUF file (default: one is made)")
-    add("--layer", type=int, default=0, metavar="I", help="default: %(default)s")
+    add("--model", metavar="FILE", help="a deepseek2 GGUF file (default: write one)")
+    add("--layer", type=int, default=0, metavar="I", help="number of the layer (default: 0)")
     add("--prompt", type=int, default=512, metavar="N", help="tokens (default: %(default)s)")
     add("--decode", type=int, default=4, metavar="N", help="tokens (default: %(default)s)")
     add("--n-kv", type=int, metavar="N", help="rows of the cache (default: a multiple of 256)")
-    add("--types", default="f16,q8_0", help=f"cache types, of {','.join(BOUNDS['f32'])}")
-    add("--prec", choices=tuple(BOUNDS), default="default", help="of ops that have one")
-    add("--seed", type=int, default=0, help="of weights and tokens")
-    add("--backend", default="numpy", help="default: %(default)s")
-    add("--json", metavar="FILE", help="write the rows there")
-    add("--plot", metavar="FILE", help="draw arena use there (needs the extra 'plot')")
+    add("--types", default="f16,q8_0", help=f"cache types, some of {','.join(BOUNDS['f32'])}")
+    add("--prec", choices=tuple(BOUNDS), default="default", help="precision of ops that have one")
+    add("--seed", type=int, default=0, help="seed of weights and tokens (default: 0)")
+    add("--backend", default="numpy", help="place to run on (default: numpy)")
+    add("--json", metavar="FILE", help="write the rows to FILE")
+    add("--plot", metavar="FILE", help="draw the arena use to FILE (needs the extra 'plot')")
     args = parser.parse_args(argv)
     args.types = args.types.split(",")
     if unknown := set(args.types) - set(BOUNDS["f32"]):
         parser.error(f"no cache type {unknown.pop()!r}; choose from {', '.join(BOUNDS['f32'])}")
     if args.prompt < 1 or args.decode < 1 or args.seed < 0:
-        parser.error("--prompt and --decode are at least 1, --seed is not negative")
+        parser.error("--prompt and --decode must be at least 1, --seed must not be negative")
     total = args.prompt + args.decode
     args.n_kv = args.n_kv if args.n_kv is not None else -(-total // 256) * 256
     if args.plot and find_spec("matplotlib") is None:
@@ -378,7 +381,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def lite(folder: str, seed: int) -> str:
-    """One layer of V2-Lite. Attention sees neither vocabulary nor feed-forward net: both small."""
+    """A file with one layer of V2-Lite. Attention uses neither the vocabulary nor the feed-forward
+    net, so both are small.
+    """
     path = str(Path(folder) / "deepseek-v2-lite.gguf")
     config = replace(preset("deepseek-v2-lite", layers=1), n_vocab=256, n_ff=256)
     synth(path, config, type="q8_0", seed=seed)
@@ -396,11 +401,13 @@ def run(args: argparse.Namespace, path: str) -> int:
         if not isinstance(row, Absent):
             rows.append(row)
     if not rows:
-        raise gg.ShapeError(f"no form of this model has a cache of type {', '.join(args.types)}")
+        raise gg.ShapeError(
+            f"no form of attention in this model can have a cache of type {', '.join(args.types)}"
+        )
     print(verdict(rows))
     if args.json:
-        shown = [{**asdict(row), "ok": row.ok} for row in rows]
-        Path(args.json).write_text(json.dumps({"header": head, "rows": shown}, indent=1) + "\n")
+        report = {"header": head, "rows": [{**asdict(row), "ok": row.ok} for row in rows]}
+        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
     if args.plot:
         plot(rows, args.plot)
     return 0 if all(row.ok for row in rows) else 1

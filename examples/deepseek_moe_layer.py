@@ -1,18 +1,18 @@
-"""One DeepSeek MoE layer on several devices, against float64.
+"""One DeepSeek MoE layer on several devices, compared with float64.
 
-Attention (latent cache), routing, experts (moe_up_gate, down) and shared experts: a prompt, then
-tokens decoded one by one; all of it twice. A row of the table is a place and a cache type; "+
-experts on numpy" is the first other place with the experts' weights there. A token that goes to
-other experts than in float64 is a near tie where the scores of the last expert chosen and of the
-first one not chosen are closer than the cache type can tell apart.
+The layer has attention with a latent cache, routing, experts (moe_up_gate, down) and shared
+experts. Each run is a prompt and then tokens decoded one by one. Everything runs twice. A row of
+the table is a place and a cache type; "+ experts on numpy" is a device with the experts' weights on
+numpy. If a token goes to other experts than in float64, it is a near tie if the scores of
+the last expert chosen and the best one not chosen are too close for the cache type.
 
-Without --model a file with one layer of V2-Lite and random IQ4_NL weights is made first.
+Without --model, the example first writes a file with one V2-Lite layer and random IQ4_NL weights.
 
     python examples/deepseek_moe_layer.py
     python examples/deepseek_moe_layer.py --backend numpy --backend cuda --json rows.json
 
-Exit status: 0 where errors are within their bounds, choices float64's or near ties, and the two
-runs bit-equal; else 1.
+The exit status is 0 if all errors are within their bounds, all choices are float64's or near ties,
+and the two runs are bit-equal. Otherwise it is 1.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ from pyggml.models.tensors import check_tensors
 from pyggml.parity.tolerance import relative_error
 from pyggml.runtime import places
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # the float64 reference
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # for the float64 reference
 
 from tests.reference.deepseek_layer import layer_f64, weights_of
 
 MIB = 2**20
-#: Relative error of the layer's output that a cache type may cause, by precision.
+#: Bounds of the relative error of the layer's output, by precision and cache type.
 BOUNDS = {"default": {"f16": 1e-2, "q8_0": 3e-2}, "f32": {"f16": 1e-3, "q8_0": 2e-2}}
-#: An error of the hidden states moves the scores of experts by about its own share of them: a
-#: margin below this part of the bound is a near tie.
+#: A margin below this fraction of the bound is a near tie, because a relative error of the hidden
+#: states changes the experts' scores by about the same relative error.
 NEAR = 1 / 3
 
 
@@ -56,8 +56,10 @@ NEAR = 1 / 3
 class Row:
     """A line of the table; sizes in MiB, times in ms.
 
-    same, near, other  tokens with float64's experts, with others at a near tie, with others
-    equal              the second run gave the same bits
+    same   number of tokens with float64's experts
+    near   number of tokens with other experts because of a near tie
+    other  number of tokens with other experts without a near tie
+    equal  whether both runs gave the same bits
     """
 
     place: str
@@ -81,20 +83,22 @@ class Row:
 
 
 class Bench:
-    """One layer, one sequence of tokens, and what float64 makes of it."""
+    """One layer, one sequence of tokens, and its output and routing in float64."""
 
     def __init__(self, file: gguf.GGUFFile, args: argparse.Namespace) -> None:
         self.config = c = DeepSeek2Config.from_gguf(file.fields, file.tensors)
         check_tensors(c, file.tensors)
         self.layer = Layer.of(file, c, c.n_layer_dense if args.layer is None else args.layer)
         if "ffn_gate_inp" not in self.layer.weights:
-            raise gg.ShapeError(f"layer {self.layer.il} is dense; give --layer of one with experts")
+            raise gg.ShapeError(
+                f"layer {self.layer.il} is dense; use --layer to choose one with experts"
+            )
         self.n_prompt, self.prec = args.prompt, args.prec
         self.pos = np.arange(args.prompt + args.decode, dtype=np.int32)
         self.n_kv = -(-len(self.pos) // 256) * 256
         rng = np.random.default_rng(args.seed)
         self.x = rng.standard_normal((len(self.pos), c.n_embd), dtype=np.float32)
-        self.want, routing = layer_f64(weights_of(file, self.layer.il), self.x, self.pos, c)
+        self.expected, routing = layer_f64(weights_of(file, self.layer.il), self.x, self.pos, c)
         assert routing is not None  # the layer has experts
         self.routing = routing
 
@@ -105,25 +109,25 @@ class Bench:
         options = AttentionOptions("latent", True, cache)
         states = Cache.of(self.config, options, self.n_kv, self.layer.il)
         y = layer_output(x, pos, pos, mask, self.layer, states, options)
-        made = {"y": y if self.prec == "default" else precise(y)}
-        return gg.compile(made, store=store, observe=["ffn_moe_topk-*"], **where)
+        outputs = {"y": y if self.prec == "default" else precise(y)}
+        return gg.compile(outputs, store=store, observe=["ffn_moe_topk-*"], **where)
 
     def run(self, prompt: gg.Plan, single: gg.Plan) -> tuple[Any, Any, float, float]:
-        """Outputs and experts of all tokens, ms of the prompt and of the fastest token."""
+        """Outputs and experts of all tokens, ms of the prompt, ms of the fastest token."""
         runs = [(prompt, slice(self.n_prompt))]
         runs += [(single, slice(i, i + 1)) for i in range(self.n_prompt, len(self.x))]
-        made, ms = [], []
-        for plan, at in runs:
+        outputs, ms = [], []
+        for plan, tokens in runs:
             start = time.perf_counter()
-            made.append(plan.run(x=self.x[at], pos=self.pos[at]))
+            outputs.append(plan.run(x=self.x[tokens], pos=self.pos[tokens]))
             ms.append(1e3 * (time.perf_counter() - start))
-        y, ids = (np.concatenate(parts) for parts in zip(*(m.values() for m in made)))
+        y, ids = (np.concatenate(parts) for parts in zip(*(o.values() for o in outputs)))
         return y, ids, ms[0], min(ms[1:])
 
     def measure(self, place: str, where: dict[str, Any], cache: str) -> Row:
         store, bound = gg.Store(), BOUNDS[self.prec][cache]
         prompt, single = (self.plan(where, cache, n, store) for n in (self.n_prompt, 1))
-        # The second run finds the rows of the first in its cache: masked, they change nothing.
+        # In the second run, the cache has the rows of the first, but the mask hides them.
         first_y, first_ids, *_ = self.run(prompt, single)
         y, ids, prompt_ms, decode_ms = self.run(prompt, single)
         same = (np.sort(ids, axis=1) == np.sort(self.routing.ids, axis=1)).all(axis=1)
@@ -131,8 +135,8 @@ class Bench:
         return Row(
             place=place,
             cache=cache,
-            prompt_error=relative_error(y[: self.n_prompt], self.want[: self.n_prompt]),
-            decode_error=relative_error(y[self.n_prompt :], self.want[self.n_prompt :]),
+            prompt_error=relative_error(y[: self.n_prompt], self.expected[: self.n_prompt]),
+            decode_error=relative_error(y[self.n_prompt :], self.expected[self.n_prompt :]),
             bound=bound,
             same=int(same.sum()),
             near=int(near.sum()),
@@ -146,7 +150,9 @@ class Bench:
 
 
 def wheres(backends: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Keywords of compile: each place alone, then experts on numpy beside the first other place."""
+    """Title and keywords of `compile`: each place alone, then the first device other than numpy
+    with the experts on numpy.
+    """
     names = list(dict.fromkeys(str(places.parse(text)) for text in backends))
     yield from ((name, {"backends": [name]}) for name in names)
     for name in [name for name in names if name != "numpy"][:1]:
@@ -179,21 +185,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", metavar="FILE", help="a deepseek2 GGUF file (default: one is made)")
-    add("--layer", type=int, metavar="I", help="default: the first with experts")
+    add("--model", metavar="FILE", help="a deepseek2 GGUF file (default: write one)")
+    add("--layer", type=int, metavar="I", help="its number (default: the first with experts)")
     add("--prompt", type=int, default=64, metavar="N", help="tokens (default: %(default)s)")
     add("--decode", type=int, default=4, metavar="N", help="tokens (default: %(default)s)")
     add("--types", default="f16,q8_0", help="cache types (default: %(default)s)")
-    add("--prec", choices=tuple(BOUNDS), default="default", help="of ops that have one")
-    add("--seed", type=int, default=0, help="of weights and tokens")
+    add("--prec", choices=tuple(BOUNDS), default="default", help="precision of ops that have one")
+    add("--seed", type=int, default=0, help="seed of weights and tokens (default: 0)")
     add("--backend", action="append", metavar="PLACE", help="repeatable; default: numpy and null")
-    add("--json", metavar="FILE", help="write the rows there")
+    add("--json", metavar="FILE", help="write the rows to FILE")
     args = parser.parse_args(argv)
     args.types, args.backend = args.types.split(","), args.backend or ["numpy", "null"]
     if unknown := set(args.types) - set(BOUNDS["default"]):
         parser.error(f"no cache type {unknown.pop()!r}; choose from {', '.join(BOUNDS['default'])}")
     if args.prompt < 1 or args.decode < 1 or args.seed < 0:
-        parser.error("--prompt and --decode are at least 1, --seed is not negative")
+        parser.error("--prompt and --decode must be at least 1, --seed must not be negative")
     return args
 
 
@@ -205,26 +211,26 @@ def run(args: argparse.Namespace, path: str) -> int:
         f"{Path(path).name} layer {bench.layer.il}: n_embd {c.n_embd}, {c.n_head} heads, "
         f"{c.n_expert_used} of {c.n_expert} experts of {c.n_ff_exp}, {c.n_expert_shared} shared; "
         f"prompt {args.prompt}, decode {args.decode}, seed {args.seed}, prec {args.prec}; "
-        f"least margin of a choice {bench.routing.margin.min():.1e}"
+        f"smallest margin of a choice {bench.routing.margin.min():.1e}"
     )
     print(head, LINE.format(*COLUMNS), LINE.format(*PARTS), sep="\n", flush=True)
     rows = []
     for place, where in wheres(args.backend):
-        for kind in args.types:
-            rows.append(bench.measure(place, where, kind))
+        for cache in args.types:
+            rows.append(bench.measure(place, where, cache))
             print(line(rows[-1]), flush=True)
     bad = sum(not row.ok for row in rows)
-    bounds = ", ".join(f"{BOUNDS[args.prec][kind]:g} ({kind})" for kind in args.types)
-    print(f"{bad} of {len(rows)} rows FAILED." if bad else f"All {len(rows)} rows hold.", end=" ")
-    print(f"Wanted: errors within {bounds}, float64's experts or near ties, bit-equal runs.")
+    bounds = ", ".join(f"{BOUNDS[args.prec][cache]:g} ({cache})" for cache in args.types)
+    print(f"{bad} of {len(rows)} rows FAILED." if bad else f"All {len(rows)} rows passed.", end=" ")
+    print(f"Required: errors within {bounds}, float64's experts or near ties, bit-equal runs.")
     if args.json:
-        made = {"header": head, "rows": [{**asdict(row), "ok": row.ok} for row in rows]}
-        Path(args.json).write_text(json.dumps(made, indent=1) + "\n")
+        report = {"header": head, "rows": [{**asdict(row), "ok": row.ok} for row in rows]}
+        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
     return int(bad > 0)
 
 
 def lite(folder: str, seed: int) -> str:
-    """One layer of V2-Lite with experts. A layer sees no vocabulary: it is small."""
+    """A file with one layer of V2-Lite with experts. A layer uses no vocabulary, so it is small."""
     path = str(Path(folder) / "deepseek-v2-lite.gguf")
     config = replace(preset("deepseek-v2-lite", layers=1), n_layer_dense=0, n_vocab=256)
     synth(path, config, type="iq4_nl", seed=seed)

@@ -1,4 +1,4 @@
-"""An operation of your own: a shape rule, a NumPy kernel, and nothing to register elsewhere."""
+"""Defining your own op: a shape rule and a NumPy kernel, or a meaning in other ops."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pyggml.node import Node, Spec
 def cumsum(a: Node, *, reverse: bool = False) -> Spec:
     """y[i] = a[0] + .. + a[i] along each row; reverse: a[i] + .. to the end.   a, y  f32"""
     if a.dtype.name != "f32":
-        raise gg.DTypeError(f"a has type {a.dtype}; it takes f32")
+        raise gg.DTypeError(f"a must be f32, got {a.dtype}")
     return a.spec
 
 
@@ -29,7 +29,7 @@ def _(out: Any, a: Any, *, reverse: bool) -> None:
 
 @gg.op
 def swish_mean(a: Node, *, eps: float = 0.0) -> Spec:
-    """y = silu(a) / (mean of the row + eps): said in other ops, it runs on every backend."""
+    """y = silu(a) / (mean of the row + eps). Other ops express it, so every backend can run it."""
     return a.spec
 
 

@@ -1,4 +1,4 @@
-"""The example: its table, its exit status, what it writes."""
+"""The attention example: its table, its exit status, its files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def example() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A file with q_lora and joined kv_b whose cache rows are whole blocks."""
+    """A file with q_lora and joined kv_b, whose cache rows are whole blocks."""
     path = tmp_path_factory.mktemp("model") / "tiny.gguf"
     config = replace(PRESETS["tiny"], n_head=6, n_rot=32, kv_b="joined", n_vocab=256)
     synth(path, config, type="q4_0", seed=1)
@@ -52,24 +52,24 @@ def test_the_table(
 ) -> None:
     status, rows = rows_of(example, tmp_path, "--model", model, "--layer", "2")
     assert status == 0
-    found = {(r["form"], r["flash"], r["cache"]): 0 for r in rows}
+    counts = {(r["form"], r["flash"], r["cache"]): 0 for r in rows}
     for r in rows:
-        found[r["form"], r["flash"], r["cache"]] += 1
+        counts[r["form"], r["flash"], r["cache"]] += 1
         assert r["bound"] == {"f16": 1e-2, "q8_0": 3e-2}[r["cache"]]
-        # NumPy rounds nothing but the cache.
+        # On NumPy, the cache is the only rounding.
         assert 1e-6 < r["error"] <= {"f16": 1e-3, "q8_0": 2e-2}[r["cache"]]
         assert r["equal"]
         assert r["amb"] is None or r["peak"] <= r["amb"]
         assert min(r["arena"], r["prompt"], r["decode"]) > 0
-    for kind in ("f16", "q8_0"):
-        assert found.pop(("standard", True, kind)) == found.pop(("latent", True, kind)) == 1
+    for cache in ("f16", "q8_0"):
+        assert counts.pop(("standard", True, cache)) == counts.pop(("latent", True, cache)) == 1
         for form, flash in (("standard", False), ("latent", False), ("expanded", True)):
-            assert found.pop((form, flash, kind)) == 4
-    assert not found
+            assert counts.pop((form, flash, cache)) == 4
+    assert not counts
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("tiny.gguf layer 2: n_embd 256, q_lora 96, 6 heads")
     assert len(lines) == 3 + len(rows) + 2
-    assert "does not exist: expanded is flash only" in lines[-2]
+    assert "does not exist: expanded needs flash attention" in lines[-2]
     assert lines[-1] == (
         f"All {len(rows)} rows have errors within 0.01 (f16), 0.03 (q8_0), "
         "score peaks within amb, bit-equal runs."
@@ -110,9 +110,9 @@ def test_prec_f32_reaches_every_op_that_has_a_precision(
     for form, flash in (("latent", True), ("standard", False)):
         options = example.AttentionOptions(form, flash, "f16")
         plan = bench.plan(options, 3, None, example.gg.Store())
-        found = [n for n in plan.graph.nodes if "prec" in n.attrs]
-        assert len(found) > 4 and {n.attrs["prec"] for n in found} == {"f32"}
-        assert ("flash_attn_ext" in {n.op.name for n in found}) == flash
+        nodes = [n for n in plan.graph.nodes if "prec" in n.attrs]
+        assert len(nodes) > 4 and {n.attrs["prec"] for n in nodes} == {"f32"}
+        assert ("flash_attn_ext" in {n.op.name for n in nodes}) == flash
     status, rows = rows_of(example, tmp_path, *words, "--types", "f16")
     assert status == 0 and {r["bound"] for r in rows} == {1e-3}
 
@@ -132,11 +132,11 @@ def test_a_row_out_of_bounds_fails(
         run, runs = example.Bench.run, []
 
         def other_run(bench: Any, *plans: Any) -> Any:
-            y, *rest = run(bench, *plans)
+            y, *times = run(bench, *plans)
             runs.append(y)
             if len(runs) == 2:
                 y[0, 0] = np.nextafter(y[0, 0], np.float32(np.inf))
-            return y, *rest
+            return y, *times
 
         monkeypatch.setattr(example.Bench, "run", other_run)
     else:
@@ -162,9 +162,9 @@ def test_a_row_out_of_bounds_fails(
 def test_wrong_usage(
     words: list[str], complaint: str, example: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as exit_:
         example.main([*SHORT, *words])
-    assert stopped.value.code == 2
+    assert exit_.value.code == 2
     assert complaint in capsys.readouterr().err
 
 
@@ -176,7 +176,7 @@ def test_wrong_usage(
         (["--layer", "1"], "no layer 1"),
     ],
 )
-def test_what_cannot_be_run_is_said_in_a_line(
+def test_errors_are_one_line(
     words: list[str], complaint: str, example: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert example.main([*SHORT, *words]) == 1
@@ -201,11 +201,11 @@ def test_it_runs_as_a_script(model: str) -> None:
 def test_types_that_do_not_divide_the_rows(
     example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The tiny preset's rows are no whole q8_0 blocks: a line says so, others go on."""
+    """A row of the tiny preset is not whole q8_0 blocks. One line says so; the others run."""
     model = tmp_path / "tiny.gguf"
     synth(model, PRESETS["tiny"], type="f16", seed=0)
     status, rows = rows_of(example, tmp_path, "--model", str(model))
     assert status == 0 and {r["cache"] for r in rows} == {"f16"}
-    assert "does not exist: a row of 48 is no whole blocks" in capsys.readouterr().out
+    assert "does not exist: a row of 48 is not whole blocks" in capsys.readouterr().out
     assert example.main([*SHORT, "--model", str(model), "--types", "q8_0"]) == 1
-    assert "no form of this model has a cache of type q8_0" in capsys.readouterr().err
+    assert "can have a cache of type q8_0" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The example of a whole MoE layer: its table, its exit status, what it writes."""
+"""The example of a whole MoE layer: its table, its exit status, its files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def example() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Tiny, with every feature of V3; layer 0 is dense; rows of the cache are whole blocks."""
+    """Tiny, with every feature of V3. Layer 0 is dense, and cache rows are whole blocks."""
     path = tmp_path_factory.mktemp("model") / "tiny.gguf"
     synth(path, replace(PRESETS["tiny"], n_rot=32, n_vocab=256), type="iq4_nl", seed=1)
     return str(path)
@@ -47,8 +47,8 @@ def rows_of(example: ModuleType, tmp_path: Path, *words: str) -> tuple[int, list
 
 
 def test_it_runs_as_a_script(model: str, tmp_path: Path) -> None:
-    written = tmp_path / "rows.json"
-    words = [sys.executable, str(EXAMPLE), *SHORT, "--model", model, "--json", str(written)]
+    output = tmp_path / "rows.json"
+    words = [sys.executable, str(EXAMPLE), *SHORT, "--model", model, "--json", str(output)]
     done = subprocess.run(
         words,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -60,8 +60,8 @@ def test_it_runs_as_a_script(model: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("tiny.gguf layer 1: n_embd 256, 4 heads, 2 of 8 experts of 128")
-    assert lines[-1].startswith("All 6 rows hold.")
-    rows = json.loads(written.read_text())["rows"]
+    assert lines[-1].startswith("All 6 rows passed.")
+    rows = json.loads(output.read_text())["rows"]
     places = ["numpy", "null:0", "null:0 + experts on numpy"]
     assert [(r["place"], r["cache"]) for r in rows] == [
         (p, c) for p in places for c in ("f16", "q8_0")
@@ -74,11 +74,10 @@ def test_it_runs_as_a_script(model: str, tmp_path: Path) -> None:
         for part in ("prompt_error", "decode_error"):
             assert row["bound"] / 1000 < row[part] <= row["bound"]
         assert min(row[key] for key in ("prompt", "decode", "weights", "arena")) > 0
-    # The null device computes through NumPy, and so does it with the experts there.
-    for kind in ("f16", "q8_0"):
-        assert (
-            len({(r["prompt_error"], r["decode_error"]) for r in rows if r["cache"] == kind}) == 1
-        )
+    # The null device computes with NumPy, so all places give the same errors.
+    for cache in ("f16", "q8_0"):
+        errors = {(r["prompt_error"], r["decode_error"]) for r in rows if r["cache"] == cache}
+        assert len(errors) == 1
 
 
 def test_other_layers_precisions_and_places(
@@ -97,13 +96,13 @@ def test_precise_reaches_every_op_that_has_a_precision(example: ModuleType, mode
     with example.gguf.open(model) as file:
         bench = example.Bench(file, args)
     plan = bench.plan({}, "f16", 3, example.gg.Store())
-    found = [n for n in plan.graph.nodes if "prec" in n.attrs]
-    assert len(found) > 8 and {n.attrs["prec"] for n in found} == {"f32"}
-    assert {n.op.name for n in found} >= {"mul_mat", "mul_mat_id", "moe_up_gate", "fused_up_gate"}
+    nodes = [n for n in plan.graph.nodes if "prec" in n.attrs]
+    assert len(nodes) > 8 and {n.attrs["prec"] for n in nodes} == {"f32"}
+    assert {n.op.name for n in nodes} >= {"mul_mat", "mul_mat_id", "moe_up_gate", "fused_up_gate"}
 
 
 def other_ids(bench: Any) -> None:
-    """float64 sends the first token elsewhere."""
+    """Change the experts that float64 chose for the first token."""
     bench.routing.ids[0] = (bench.routing.ids[0] + 1) % 8
 
 
@@ -121,17 +120,17 @@ def test_what_fails_and_what_is_a_near_tie(
     def wrong_bench(bench: Any, *args: Any) -> None:
         make(bench, *args)
         if fault in ("prompt", "decode"):
-            bench.want[0 if fault == "prompt" else -1] *= 1.5
+            bench.expected[0 if fault == "prompt" else -1] *= 1.5
         if fault in ("experts", "near tie"):
             other_ids(bench)
             bench.routing.margin[0] = 1e-2 / 3 * (1.01 if fault == "experts" else 0.99)
 
     def wrong_run(bench: Any, *plans: Any) -> Any:
-        y, *rest = run(bench, *plans)
+        y, *others = run(bench, *plans)
         runs.append(y)
         if fault == "runs" and len(runs) == 2:
             y[0, 0] = np.nextafter(y[0, 0], np.float32(np.inf))
-        return y, *rest
+        return y, *others
 
     monkeypatch.setattr(example.Bench, "__init__", wrong_bench)
     monkeypatch.setattr(example.Bench, "run", wrong_run)
@@ -153,9 +152,9 @@ def test_what_fails_and_what_is_a_near_tie(
 def test_wrong_usage(
     words: list[str], complaint: str, example: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as exit_:
         example.main([*SHORT, *words])
-    assert stopped.value.code == 2
+    assert exit_.value.code == 2
     assert complaint in capsys.readouterr().err
 
 
@@ -168,7 +167,7 @@ def test_wrong_usage(
         (["--layer", "3"], "no layer 3"),
     ],
 )
-def test_what_cannot_be_run_is_said_in_a_line(
+def test_errors_are_one_line(
     words: list[str],
     complaint: str,
     example: ModuleType,
