@@ -1,4 +1,4 @@
-# Everything runs in .venv, which the first target that needs it makes.
+# Everything runs in .venv, which the first target that needs it creates.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -15,19 +15,19 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install -q -e ".[test,plot,lint]"
 	@touch $@
 
-setup: $(STAMP)  ## make .venv and install pyggml into it
+setup: $(STAMP)  ## create .venv and install pyggml into it
 
-demo: $(STAMP)  ## DeepSeek attention in all its forms, with memory and error of each
+demo: $(STAMP)  ## run DeepSeek attention in all forms and print memory and errors
 	$(BIN)/python examples/deepseek_attention.py
 
-test: $(STAMP)  ## the test suite; needs no network, GPU, torch or ggml
+test: $(STAMP)  ## run the test suite; needs no network, GPU, torch or ggml
 	$(BIN)/python -m pytest -rs -m "not oracle and not kernels and not stub and not gpu"
 
-test-oracle: $(STAMP)  ## live comparison with torch, transformers and real ggml (installs them)
+test-oracle: $(STAMP)  ## install torch, transformers and real ggml, and compare results with them
 	$(BIN)/python tools/install_oracles.py
 	$(BIN)/python -m pytest -m oracle
 
-lint: $(STAMP)  ## ruff and mypy --strict
+lint: $(STAMP)  ## run ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -37,15 +37,15 @@ fmt: $(STAMP)  ## format the code and fix what ruff can fix
 	$(BIN)/ruff format .
 
 ARCHS ?= 90a,89,80,100a,120a
-kernels: $(STAMP)  ## compile every CUDA kernel, with no GPU; fails where a hot one spills; test the cache
+kernels: $(STAMP)  ## compile every CUDA kernel without a GPU and test them; fails if a hot one spills
 	$(BIN)/python -m pip install -q -e ".[kernels]"
 	$(BIN)/python -m pytest -m kernels
 	$(BIN)/python tools/compile_kernels.py -a $(ARCHS) --quiet
 
 PYCUDA := build/pycuda
-cuda: $(STAMP)  ## on a GPU machine: install all that the CUDA backend needs, and check it
+cuda: $(STAMP)  ## on a GPU machine: install everything that the CUDA backend needs, and check it
 	$(BIN)/python -m pip install -q -e ".[cuda]" || { \
-		echo "pip could not build pycuda here; building it without the CUDA toolkit" \
+		echo "pip could not build pycuda; building it without the CUDA toolkit" \
 		&& rm -rf $(PYCUDA) && sh tools/build_pycuda.sh $(BIN)/python $(PYCUDA) \
 		&& $(BIN)/python -m pip install -q $(PYCUDA)/pycuda-*.whl \
 		&& $(BIN)/python -m pip install -q -e ".[cuda]"; }
@@ -61,16 +61,16 @@ $(STUB)/lib/libcuda.so.1: tools/build_pycuda.sh tools/libcuda_stub.sh | $(STAMP)
 	$(BIN)/python -m pip install -q --target $(STUB)/site $(STUB)/pycuda-*.whl
 	PYTHONPATH=$(STUB)/site sh tools/libcuda_stub.sh $(BIN)/python $(STUB)/lib
 
-stub: $(STUB)/lib/libcuda.so.1  ## build pycuda and a libcuda without a GPU, test the errors there (C++)
+stub: $(STUB)/lib/libcuda.so.1  ## build pycuda and a fake libcuda, and test errors without a GPU; needs C++
 	$(BIN)/python -m pip install -q -e ".[kernels]"
 	PYGGML_STUB=$(STUB) $(BIN)/python -m pytest -m stub tests/cuda -rs
 
-docs: $(STAMP)  ## the API pages, from docstrings, into build/docs; a warning is an error
+docs: $(STAMP)  ## write the API pages to build/docs, from docstrings; a warning is an error
 	$(BIN)/python -m pip install -q -e ".[docs]"
 	$(BIN)/python tools/api_pages.py build/docs
 
-bench: $(STAMP)  ## benchmarks against NumPy, into benchmarks/results/
+bench: $(STAMP)  ## run the benchmarks against NumPy, into benchmarks/results/
 	$(BIN)/python benchmarks/run.py
 
-clean:  ## remove .venv, what was built, and caches
+clean:  ## remove .venv, build outputs and caches
 	rm -rf .venv $(STUB) $(PYCUDA) build/docs .pytest_cache .mypy_cache .ruff_cache .hypothesis

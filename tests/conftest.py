@@ -1,4 +1,4 @@
-"""Every test runs with the graph verifier on and with arenas full of NaN before each run."""
+"""Every test runs with the graph verifier on, and fills arenas with NaN before each run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ settings.load_profile("core")
 
 @cache
 def lacks(marker: str) -> str:
-    """What this machine lacks for tests with the marker; empty where they can run."""
+    """What this machine lacks for tests with the marker, or "" if they can run."""
     try:
         if marker == "kernels":
             compiler = import_module("pyggml.backends.cuda.device.compiler")
@@ -36,8 +36,9 @@ def lacks(marker: str) -> str:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what needs a compiler of kernels or a GPU where there is none; `-m` with the marker's
-    name alone asks for just these tests, and then it is an error.
+    """Skip tests whose marker needs something this machine lacks.
+
+    Under `-m MARKER`, which selects just those tests, they fail instead.
     """
     for marker in ("kernels", "gpu"):
         if item.get_closest_marker(marker) and lacks(marker):
@@ -48,13 +49,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned_arena(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A result that is read before it is written is NaN (0xFF bytes in every type)."""
+    """Fill arenas with 0xFF bytes (NaN in float types), so that reads of unwritten results show."""
     run = Execution.run
 
     def poisoned(self: Execution, *args: Any, **named: Any) -> None:
         for buffer in self.arenas.values():
             memory = buffer if isinstance(buffer, np.ndarray) else getattr(buffer, "data", None)
-            if memory is not None:  # a GPU's cannot be written to from here
+            if memory is not None:  # memory on a GPU cannot be written from here
                 memory[:] = 0xFF
         run(self, *args, **named)
 

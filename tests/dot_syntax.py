@@ -1,4 +1,4 @@
-"""Reads the DOT that pyggml writes, and draws it with Graphviz where that is installed."""
+"""A reader for the DOT text that pyggml writes, and Graphviz's drawing of it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _KEYWORDS = {"node", "edge", "graph", "digraph", "subgraph", "strict"}
 
 @dataclass
 class Drawing:
-    """What a DOT text says.
+    """The contents of a DOT text.
 
     boxes   title of a cluster -> the nodes declared in it
-    loose   nodes declared outside every cluster
+    loose   nodes declared outside all clusters
     """
 
     name: str = ""
@@ -31,14 +31,14 @@ class Drawing:
 
 
 class DotReader:
-    """Reads one digraph; AssertionError at what `dot` would call a syntax error."""
+    """A parser of one digraph. AssertionError for what `dot` would call a syntax error."""
 
     def __init__(self, text: str) -> None:
         self.tokens: list[str] = []
         at = 0
         while at < len(text):
             token = _TOKEN.match(text, at)
-            assert token, f"no DOT token: {text[at : at + 30]!r}"
+            assert token, f"not a DOT token: {text[at : at + 30]!r}"
             if token.lastgroup:
                 self.tokens.append(token[0])
             at = token.end()
@@ -52,12 +52,12 @@ class DotReader:
         return self.drawing
 
     def take(self, token: str) -> None:
-        assert self.tokens and self.tokens[0] == token, f"{token!r} expected: {self.tokens[:5]}"
+        assert self.tokens and self.tokens[0] == token, f"expected {token!r}: {self.tokens[:5]}"
         self.tokens.pop(0)
 
     def identifier(self) -> str:
         token = self.tokens.pop(0)
-        assert token[0] == '"' or re.match(r"[\w-]", token), f"an identifier expected: {token!r}"
+        assert token[0] == '"' or re.match(r"[\w-]", token), f"expected an identifier: {token!r}"
         assert token.lower() not in _KEYWORDS, f"{token!r} is a keyword"
         return token
 
@@ -80,7 +80,7 @@ class DotReader:
         self.take("}")
 
     def statement(self, box: str | None) -> str | None:
-        """One statement inside `box`; the box's title, which a `label=` changes."""
+        """Read one statement inside `box`. Return the box's title, which a `label=` changes."""
         first = self.tokens[0]
         if first == "subgraph":
             self.take("subgraph")
@@ -112,7 +112,7 @@ class DotReader:
 
 
 def read(text: str) -> Drawing:
-    """What a DOT text draws; fails where it is no DOT, or an edge ends at nothing."""
+    """The drawing of a DOT text; fails if it is not valid DOT or an edge has no node."""
     drawing = DotReader(text).read()
     ends = {end for edge in drawing.edges for end in edge}
     assert ends <= set(drawing.nodes), f"no such nodes: {ends - set(drawing.nodes)}"
@@ -120,9 +120,9 @@ def read(text: str) -> Drawing:
 
 
 def drawn_by_dot(text: str) -> str:
-    """The SVG that Graphviz makes of it; skips the test where `dot` is not installed."""
+    """Graphviz's SVG of the text. Skips the test if `dot` is not installed."""
     if shutil.which("dot") is None:
         pytest.skip("Graphviz is not installed (no `dot` on PATH)")
-    done = subprocess.run(["dot", "-Tsvg"], input=text, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    return done.stdout
+    dot = subprocess.run(["dot", "-Tsvg"], input=text, capture_output=True, text=True, check=False)
+    assert dot.returncode == 0 and not dot.stderr, dot.stderr
+    return dot.stdout

@@ -1,4 +1,4 @@
-"""The API pages: what their tool finds wrong, and how docstrings become HTML."""
+"""The API pages: missing docstrings are reported, and docstrings become HTML."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def test_a_name_without_a_docstring_is_found() -> None:
     assert list(api_pages.undocumented(module)) == ["pyggml.sample", "pyggml.sample.silent"]
 
 
-def test_a_docstring_stands_as_it_is() -> None:
+def test_a_docstring_keeps_its_layout() -> None:
     assert api_pages.as_html("a < b\n  y  [n, `m`]") == "a &lt; b\n  y  [n, <code>m</code>]"
 
 
 @pytest.mark.skipif(find_spec("pdoc") is None, reason="needs pdoc (make docs)")
 def test_pages_are_written_without_a_warning(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tools" / "api_pages.py"), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
     page = (tmp_path / "pyggml.html").read_text()
     assert 'id="rope_ext"' in page and "Turn pairs of a row" in page
     shutil.rmtree(tmp_path)

@@ -1,4 +1,4 @@
-"""What the documents say is so: their Python runs, their tables come from records."""
+"""The documents are correct: their Python runs, and their tables match the records."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ def blocks(path: Path) -> list[str]:
     "path", [path for path in DOCUMENTS if blocks(path)], ids=lambda path: path.name
 )
 def test_python_runs(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The blocks of a document in turn, in one namespace; `print(..)  # x` prints x."""
+    """Blocks of a document run one after another in one namespace; `print(..)  # x` prints x."""
     space: dict[str, object] = {}
     for block in blocks(path):
         exec(compile(block, str(path), "exec"), space)
         printed = capsys.readouterr().out.splitlines()
-        promised = re.findall(r"^print\(.*?\)  # ([\[(].*)$", block, re.MULTILINE)
-        for text in promised:
+        outputs = re.findall(r"^print\(.*?\)  # ([\[(].*)$", block, re.MULTILINE)
+        for text in outputs:
             assert any(text.startswith(line) for line in printed if line.strip()), (text, printed)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_links_lead_somewhere(path: Path) -> None:
+def test_links_have_targets(path: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
         assert (path.parent / target).exists(), target
 
 
-def test_tables_come_from_the_records() -> None:
-    done = subprocess.run([sys.executable, ROOT / "tools" / "tables.py", "--check"])
-    assert done.returncode == 0
+def test_tables_match_the_records() -> None:
+    result = subprocess.run([sys.executable, ROOT / "tools" / "tables.py", "--check"])
+    assert result.returncode == 0
 
 
 def test_the_page_on_quant_types_quotes_the_code() -> None:

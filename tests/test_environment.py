@@ -1,4 +1,4 @@
-"""docs/environment.md names every variable that is read, and no other."""
+"""docs/environment.md lists every variable that the code reads, and no other."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TABLES = (ROOT / "docs" / "environment.md").read_text()
-LIBRARY, REST = TABLES.split("## Tests, tools and benchmarks")
-FOLDERS = ("pyggml", "ops", "backends")  # links are not followed: each file is seen once
+LIBRARY, OTHERS = TABLES.split("## Tests, tools and benchmarks")
+FOLDERS = ("pyggml", "ops", "backends")  # pyggml's links to the others are not followed
 
 
 def documented(text: str) -> set[str]:
-    """The variables of the first column of a table."""
+    """The variables in the first column of a table."""
     rows = re.findall(r"^\| (`.*?`) \|", text, re.MULTILINE)
     return {name for row in rows for name in re.findall(r"`(\w+)`", row)}
 
@@ -26,7 +26,7 @@ def is_environ(node: ast.expr) -> bool:
 
 
 def names_read(tree: ast.Module) -> Iterator[ast.expr]:
-    """What is looked up in os.environ, or given to os.getenv."""
+    """Expressions that are looked up in os.environ or passed to os.getenv."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Subscript) and is_environ(node.value):
             yield node.slice
@@ -39,8 +39,8 @@ def names_read(tree: ast.Module) -> Iterator[ast.expr]:
 
 
 def values_of(name: str, tree: ast.Module) -> set[str]:
-    """The strings that a variable of a file can be."""
-    found: set[str] = set()
+    """The strings that the Python variable `name` can be."""
+    strings: set[str] = set()
     for node in ast.walk(tree):
         targets: list[ast.expr] = []
         value: ast.expr | None = None
@@ -49,12 +49,12 @@ def values_of(name: str, tree: ast.Module) -> set[str]:
         elif isinstance(node, (ast.For, ast.comprehension)):
             targets, value = [node.target], node.iter
         if value is not None and any(isinstance(t, ast.Name) and t.id == name for t in targets):
-            found |= {
+            strings |= {
                 constant.value
                 for constant in ast.walk(value)
                 if isinstance(constant, ast.Constant) and isinstance(constant.value, str)
             }
-    return found
+    return strings
 
 
 def read_by(source: str) -> set[str]:
@@ -65,7 +65,7 @@ def read_by(source: str) -> set[str]:
             names.add(str(node.value))
             continue
         values = values_of(node.id, tree) if isinstance(node, ast.Name) else set()
-        assert values, f"line {node.lineno}: which variable it reads cannot be seen"
+        assert values, f"line {node.lineno}: cannot determine which variable it reads"
         names |= values
     return names
 
@@ -79,24 +79,23 @@ def test_the_table_of_the_library_is_complete() -> None:
     assert read == documented(LIBRARY)
 
 
-def test_every_variable_of_ours_is_in_a_table() -> None:
-    named: set[str] = set()
+def test_every_pyggml_variable_is_in_a_table() -> None:
+    names: set[str] = set()
     for folder in (*FOLDERS, "tests", "tools", "benchmarks", "examples"):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".py", ".sh", ".cu", ".cuh") and path != Path(__file__):
-                named |= set(re.findall(r"\bPYGGML_[A-Z_]+\b", path.read_text()))
-    named |= set(re.findall(r"\bPYGGML_[A-Z_]+\b", (ROOT / "Makefile").read_text()))
-    ours = {name for name in documented(TABLES) if name.startswith("PYGGML_")}
-    assert named == ours
+                names |= set(re.findall(r"\bPYGGML_[A-Z_]+\b", path.read_text()))
+    names |= set(re.findall(r"\bPYGGML_[A-Z_]+\b", (ROOT / "Makefile").read_text()))
+    assert names == {name for name in documented(TABLES) if name.startswith("PYGGML_")}
 
 
 def test_variables_of_scripts_are_in_the_second_table() -> None:
-    named: set[str] = set()
+    names: set[str] = set()
     for path in (ROOT / "tools").glob("*.sh"):
         text = path.read_text()
-        named |= set(re.findall(r"\$\{([A-Z_]+):-", text))
-        named |= set(re.findall(r'getenv\("(\w+)"\)', text))
-    assert named == {name for name in documented(REST) if not name.startswith("PYGGML_")}
+        names |= set(re.findall(r"\$\{([A-Z_]+):-", text))
+        names |= set(re.findall(r'getenv\("(\w+)"\)', text))
+    assert names == {name for name in documented(OTHERS) if not name.startswith("PYGGML_")}
 
 
 @pytest.mark.parametrize(
@@ -109,10 +108,10 @@ def test_variables_of_scripts_are_in_the_second_table() -> None:
         ("environ['A']", set()),
     ],
 )
-def test_what_reads_a_variable_is_found(source: str, names: set[str]) -> None:
+def test_reads_of_variables_are_found(source: str, names: set[str]) -> None:
     assert read_by(source) == names
 
 
-def test_a_variable_that_cannot_be_seen_is_refused() -> None:
+def test_a_computed_name_is_refused() -> None:
     with pytest.raises(AssertionError, match="line 1"):
         read_by("os.environ.get(prefix + name)")

@@ -1,4 +1,4 @@
-"""What real ggml computed (tests/fixtures/ggml_*.npz) against the same ops through plans."""
+"""Results of real ggml (tests/fixtures/ggml_*.npz) against the same ops run by plans."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ CASES = [
 
 
 def leaf(source: Source, name: str, state: bool, values: dict[str, Any]) -> Node:
-    """The source in the layout the fixture says: rows in wider rows, or memory permuted."""
-    kind, ne, array = dtype(source.type), source.ne, source.array
+    """The source in the fixture's layout: contiguous, rows inside wider rows, or permuted."""
+    type_, ne, array = dtype(source.type), source.ne, source.array
     make = gg.state if state else gg.input
     if source.axes is not None:
         axes = source.axes
         values[name] = np.ascontiguousarray(array.transpose([3 - axes[3 - i] for i in range(4)]))
-        return gg.permute(make(name, kind, ne=[ne[a] for a in axes]), axes=axes)
+        return gg.permute(make(name, type_, ne=[ne[a] for a in axes]), axes=axes)
     if source.wide:
         wide = np.zeros((*array.shape[:-1], source.wide * array.shape[-1] // ne[0]), array.dtype)
         wide[..., : array.shape[-1]] = array
         values[name] = wide
-        return gg.view(make(name, kind, ne=(source.wide, *ne[1:])), ne=ne)
+        return gg.view(make(name, type_, ne=(source.wide, *ne[1:])), ne=ne)
     values[name] = array
-    return make(name, kind, ne=ne)
+    return make(name, type_, ne=ne)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -54,8 +54,8 @@ def test_agrees_with_ggml(case: Case) -> None:
             assert whole is not None
             sources.append(gg.view(whole, ne=source.ne, start=(source.start,)))
         else:
-            written = number == getattr(op, "writes", None)
-            sources.append(leaf(source, f"s{number}", written, values))
+            is_state = number == getattr(op, "writes", None)
+            sources.append(leaf(source, f"s{number}", is_state, values))
     node = op(*sources, **case.attrs)
     plan = gg.compile({"y": node}).bind()
     for state in set(values) - set(plan.inputs):
@@ -63,7 +63,7 @@ def test_agrees_with_ggml(case: Case) -> None:
     got = plan.run(values)["y"]
     want = case.out.values()
     assert math.prod(got.shape) == want.size
-    # ggml's gelu and f16 sums are further from the contract than this library is.
+    # ggml's gelu and f16 sums are less accurate than ours.
     result = within(got.reshape(want.shape), want, case.bound)
     assert result, f"{result}; ggml may differ because: {case.why}"
 

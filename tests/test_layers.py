@@ -1,4 +1,4 @@
-"""Who may import whom: one way, from element types to commands; no long files; a light import."""
+"""Layers: imports go one way, from element types to commands; short files; a light import."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 TOP = Path(__file__).parent.parent
-LAYERS = (  # later ones may import earlier ones and their own
+LAYERS = (  # a module may import from its own layer and from earlier ones
     "pyggml.errors pyggml.where pyggml.renamed pyggml.written",
     "pyggml.dtypes pyggml.quants pyggml.spec pyggml.traits pyggml.attributes",
     "pyggml.node pyggml.arithmetic",
@@ -24,21 +24,21 @@ LAYERS = (  # later ones may import earlier ones and their own
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
 CONCRETE = {"node", "loop", "transfer", "ops", "dtypes", "quants", "errors", "traits"}
-#: What all backends may use, in backends/ itself.
+#: Modules of backends/ that every backend may use.
 SHARED = {"base", "table", "host", "host_memory", "host_runner"}
 FILES = [f for d in ("pyggml", "ops", "backends") for f in sorted((TOP / d).rglob("*.py"))]
 MODULES = {f.relative_to(TOP): f for f in FILES if not f.match("pyggml/ops/**")}
 
 
 def rank_of(module: str) -> int:
-    """The rank of the nearest package that has one."""
+    """The rank of the module or of the innermost package around it that has one."""
     while module not in RANK:
         module = module.rpartition(".")[0]
     return RANK[module]
 
 
 def backend_of(module: str) -> str:
-    """The concrete backend that a module belongs to, or nothing."""
+    """The backend that a module belongs to, or ""."""
     parts = module.split(".")
     inside = parts[1:2] == ["backends"] and len(parts) > 2 and parts[2] not in SHARED
     return parts[2] if inside else ""
@@ -64,7 +64,7 @@ def test_imports(path: Path) -> None:
             if backend_of(here) and not backend_of(name):
                 top, *inner = name.split(".")[1:]
                 allowed = top in CONCRETE or (top == "backends" and bool(SHARED & set(inner[:1])))
-                allowed |= name == "pyggml.backends"  # one may look for another by name
+                allowed |= name == "pyggml.backends"  # a backend may look up another by name
                 assert allowed, f"{here} imports {name}"
 
 
@@ -75,7 +75,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 def test_import_loads_numpy_only() -> None:
     done = python(
         "import numpy, time, sys; start = time.perf_counter(); import pyggml\n"
-        "assert time.perf_counter() - start < 1\n"  # a guard: it adds less than 0.1 s
+        "assert time.perf_counter() - start < 1\n"  # it takes less than 0.1 s
         "print({m.split('.')[0] for m in sys.modules} & "
         "{'gguf', 'torch', 'matplotlib', 'yaml', 'cupy', 'numba', 'transformers'})\n"
         "print([m for m in sys.modules if m.startswith('pyggml.backends.numpy')])"

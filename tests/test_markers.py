@@ -1,4 +1,4 @@
-"""Markers: a test skips itself where what it needs is missing, and fails where it was asked for."""
+"""Markers: a test is skipped if the machine lacks something, but fails if -m selects it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests import conftest
 
 
 def setup(marker: str, markexpr: str) -> str:
-    """What happens before a test with the marker under `pytest -m markexpr`."""
+    """The outcome of the setup of a test with this marker, under `pytest -m markexpr`."""
     item: Any = Mock()
     item.get_closest_marker = lambda name: name == marker
     item.config.getoption = {"markexpr": markexpr}.get
@@ -25,11 +25,11 @@ def setup(marker: str, markexpr: str) -> str:
 
 
 @pytest.mark.parametrize("marker", ["kernels", "gpu"])
-def test_what_is_missing(monkeypatch: pytest.MonkeyPatch, marker: str) -> None:
-    monkeypatch.setattr(conftest, "lacks", lambda name: "it is not here" if name == marker else "")
-    assert setup(marker, "") == f"skipped: {marker}: it is not here"
-    assert setup(marker, "not oracle") == f"skipped: {marker}: it is not here"
-    assert setup(marker, marker) == f"failed: -m {marker}: it is not here"
+def test_something_is_missing(monkeypatch: pytest.MonkeyPatch, marker: str) -> None:
+    monkeypatch.setattr(conftest, "lacks", lambda name: "no compiler" if name == marker else "")
+    assert setup(marker, "") == f"skipped: {marker}: no compiler"
+    assert setup(marker, "not oracle") == f"skipped: {marker}: no compiler"
+    assert setup(marker, marker) == f"failed: -m {marker}: no compiler"
     assert setup("oracle", "") == setup("", marker) == "runs"
 
 

@@ -1,4 +1,4 @@
-"""Versions and pins stand in one place; CI runs what the project checks."""
+"""Versions and pins are in one place; CI runs every check of the project."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS: dict[str, list[str]] = PROJECT["project"]["optional-dependencies"]
 
 
-def test_the_version_stands_in_the_package() -> None:
+def test_the_version_is_in_the_package() -> None:
     assert "version" in PROJECT["project"]["dynamic"] and "version" not in PROJECT["project"]
     path = ROOT / PROJECT["tool"]["hatch"]["version"]["path"]
     assert f'__version__ = "{pyggml.__version__}"\n' in path.read_text()
 
 
-def test_each_pin_of_a_package_stands_once() -> None:
+def test_each_package_is_pinned_once() -> None:
     names = [
         re.split(r"[<>=\[]", r)[0] for extra in EXTRAS.values() for r in extra if "pyggml[" not in r
     ]
@@ -47,12 +47,12 @@ def test_pycuda_is_built_with_the_headers_of_the_kernels() -> None:
     assert default and {r.partition("==")[2] for r in EXTRAS["kernels"]} == {default[1]}
 
 
-def test_the_wheel_has_the_script_that_doctor_names() -> None:
+def test_the_wheel_contains_the_script_that_doctor_names() -> None:
     wheel = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
     assert wheel["tools/build_pycuda.sh"] == "pyggml/tools/build_pycuda.sh"
-    where = {source: (ROOT / source).exists() for source in wheel}
-    assert all(where.values()), where
-    # In the wheel `install.py` stands two folders below pyggml/backends, as here below backends/.
+    missing = [source for source in wheel if not (ROOT / source).exists()]
+    assert not missing
+    # In the wheel, `install.py` is two folders below pyggml/backends; here, below backends/.
     assert install._TOP == ROOT and install.from_clone()
 
 
@@ -61,7 +61,7 @@ def test_the_wheel_has_the_script_that_doctor_names() -> None:
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Path:
-    """A folder with .ci/run, and commands that only write down that they were called."""
+    """A folder with .ci/run and fake commands that log their calls."""
     (tmp_path / "bin").mkdir()
     (tmp_path / ".ci").mkdir()
     shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci" / "run")
@@ -78,15 +78,15 @@ def machine(tmp_path: Path) -> Path:
 
 
 def ci(machine: Path, fails: str = "") -> tuple[int, list[str]]:
-    """Status of .ci/run, and what it called."""
+    """The status of .ci/run, and the commands it called. `fails` is a command that fails."""
     env = {"PATH": f"{machine}/bin:{os.environ['PATH']}", "FAILS": fails}
-    done = subprocess.run(["bash", ".ci/run"], cwd=machine, env=env, capture_output=True, text=True)
-    return done.returncode, (machine / "log").read_text().splitlines()
+    run = subprocess.run(["bash", ".ci/run"], cwd=machine, env=env, capture_output=True, text=True)
+    return run.returncode, (machine / "log").read_text().splitlines()
 
 
 STEPS = (
     "python3 tools/readme_commands.py",
-    "make demo",  # which a fake README asks for
+    "make demo",  # from the fake README
     "make lint",
     "make docs",
     "make kernels ARCHS=90a,80",
@@ -101,7 +101,7 @@ def test_ci_runs_every_check(machine: Path) -> None:
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_ci_fails_where_a_check_fails(machine: Path, step: str) -> None:
+def test_ci_fails_if_a_check_fails(machine: Path, step: str) -> None:
     status, calls = ci(machine, fails=step)
     assert status != 0 and calls[-1] == step
 
@@ -109,6 +109,7 @@ def test_ci_fails_where_a_check_fails(machine: Path, step: str) -> None:
 def test_the_workflow_runs_ci_on_the_oldest_and_newest_python() -> None:
     text = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     assert re.search(r"^ +- run: bash \.ci/run$", text, re.MULTILINE)
-    named = re.findall(r":: (3\.\d+)$", "\n".join(PROJECT["project"]["classifiers"]), re.MULTILINE)
-    versions = re.search(r'python: \["([\d.]+)", "([\d.]+)"\]', text)
-    assert versions and versions.groups() == (named[0], named[-1])
+    classifiers = "\n".join(PROJECT["project"]["classifiers"])
+    supported = re.findall(r":: (3\.\d+)$", classifiers, re.MULTILINE)
+    tested = re.search(r'python: \["([\d.]+)", "([\d.]+)"\]', text)
+    assert tested and tested.groups() == (supported[0], supported[-1])

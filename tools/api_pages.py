@@ -1,8 +1,8 @@
-"""Write the API pages: one page a public module, made from its docstrings by pdoc.
+"""Write the API pages: one page for each public module, generated from docstrings by pdoc.
 
     python tools/api_pages.py build/docs
 
-The status is 1 where pdoc warns, or where a public name has no docstring.
+The status is 1 if pdoc warns or a public name has no docstring.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
-#: `pyggml.define` is a name of `pyggml`, so it gets its page with it.
+#: pdoc writes a page for `pyggml.define` too, because it is a public name of `pyggml`.
 MODULES = (
     "pyggml", "pyggml.backends.base", "pyggml.backends.numpy", "pyggml.gguf",
     "pyggml.models.deepseek2", "pyggml.models.feed_forward", "pyggml.parity.tolerance",
@@ -42,7 +42,7 @@ def main(folder: Path) -> int:
 
 
 def write(folder: Path) -> None:
-    """The pages, by pdoc with the template of docs/api."""
+    """Write the pages with pdoc and the template in docs/api."""
     import pdoc
 
     from pyggml.node import Op
@@ -50,9 +50,9 @@ def write(folder: Path) -> None:
     package = import_module("pyggml")
     for name in package.__all__:
         value = getattr(package, name)
-        setattr(package, name, value)  # some are imported when first used: pdoc looks in vars()
+        setattr(package, name, value)  # some are imported lazily, and pdoc only looks in vars()
         if isinstance(value, Op):
-            vars(value).pop("__wrapped__")  # pdoc would show the shape rule, which returns a Spec
+            vars(value).pop("__wrapped__")  # or pdoc would show the shape rule's signature
     pdoc.render.configure(
         template_directory=ROOT / "docs" / "api", show_source=False, footer_text="pyggml"
     )
@@ -61,19 +61,19 @@ def write(folder: Path) -> None:
 
 
 def as_html(text: str) -> str:
-    """A docstring as HTML: as it stands, with `names` set as code."""
+    """A docstring as HTML: the same text, with `names` as code."""
     return re.sub(r"`([^`\n]+)`", r"<code>\1</code>", html.escape(text, quote=False))
 
 
 def undocumented(module: ModuleType) -> Iterator[str]:
-    """Public functions and classes of a module that have no docstring of their own."""
+    """The public functions and classes of a module that have no docstring."""
     if not module.__doc__:
         yield module.__name__
     for name in getattr(module, "__all__", [n for n in vars(module) if n[0] != "_"]):
         value = getattr(module, name)
         ours = getattr(value, "__module__", "").startswith("pyggml")
         if ours and (inspect.isroutine(value) or inspect.isclass(value)):
-            generated = f"{name}("  # what a dataclass without a docstring is given
+            generated = f"{name}("  # the start of a dataclass's default docstring
             if not value.__doc__ or value.__doc__.startswith(generated):
                 yield f"{module.__name__}.{name}"
 

@@ -1,14 +1,15 @@
 #!/bin/sh
-# Build a wheel of pycuda on a machine that need not have a GPU, a driver or a CUDA toolkit.
+# Build a pycuda wheel on a machine without a GPU, a driver or a CUDA toolkit.
 #
 #   sh tools/build_pycuda.sh [PYTHON [OUTDIR]]      then   PYTHON -m pip install OUTDIR/pycuda-*.whl
 #
-# pycuda comes as source and wants three things that are often absent. Each is supplied here:
-#   cuda.h ...  from the pip wheels of the CUDA headers, installed into a throw-away folder
-#   libcuda.so  an empty library of the right name; the real one comes with the driver.
+# pycuda is distributed as source and needs three things that are often missing. This script
+# provides or avoids them:
+#   cuda.h ...  from the pip wheels of the CUDA headers, installed into a temporary folder
+#   libcuda.so  an empty library with the right name; the driver brings the real one.
 #               --no-as-needed (first on the line) keeps the wheel's dependency on it
-#   CURAND      left out: it is on by default and pyggml does not use it
-# Our kernels are compiled by NVRTC at run time, so no nvcc is needed. It takes a C++ compiler.
+#   CURAND      switched off; it is on by default, but pyggml does not use it
+# The script needs a C++ compiler, but no nvcc: NVRTC compiles our kernels at run time.
 set -eu
 
 python=${1:-python3}
@@ -23,12 +24,12 @@ mkdir -p "$work/home" "$work/lib" "$out"
 "$python" -m pip install -q --no-deps --target "$work/site" \
     "nvidia-cuda-runtime==$headers" "nvidia-cuda-crt==$headers" "nvidia-cuda-profiler-api==$headers"
 header=$(find "$work/site" -name cuda.h | head -n 1)
-test -n "$header" || { echo "build_pycuda: the header wheels $headers hold no cuda.h" >&2; exit 1; }
+test -n "$header" || { echo "build_pycuda: no cuda.h in the header wheels $headers" >&2; exit 1; }
 
 echo 'void pyggml_link_only(void) {}' > "$work/stub.c"
 ${CC:-cc} -shared -fPIC "$work/stub.c" -Wl,-soname,libcuda.so.1 -o "$work/lib/libcuda.so"
 
-# pycuda's build reads this file from the home folder; it wins over an nvcc found on PATH.
+# pycuda's build reads this file from the home folder; it has priority over an nvcc on PATH.
 cat > "$work/home/.aksetup-defaults.py" <<END
 CUDA_ROOT = "$work"
 CUDA_INC_DIR = ["$(dirname "$header")"]
@@ -43,7 +44,7 @@ env HOME="$work/home" LDFLAGS=-Wl,--no-as-needed "$python" -m pip wheel -q --no-
 wheel=$(ls "$work"/out/pycuda-"$version"-*.whl)
 "$python" -m zipfile -e "$wheel" "$work/unpacked"
 if ! grep -q libcuda.so.1 "$work"/unpacked/pycuda/_driver*.so; then
-    echo "build_pycuda: the linker dropped libcuda.so.1: the wheel would not find the driver" >&2
+    echo "build_pycuda: the linker dropped libcuda.so.1; the wheel would not find the driver" >&2
     exit 1
 fi
 mv "$wheel" "$out"

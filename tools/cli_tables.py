@@ -1,7 +1,7 @@
 """Write the option tables of docs/cli.md from the parsers of the commands.
 
 python tools/cli_tables.py           write them
-python tools/cli_tables.py --check   exit 1 where the document differs
+python tools/cli_tables.py --check   exit with status 1 if the document is out of date
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MARKS = re.compile(r"(<!-- options: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def rows(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str]]:
-    """Every argument but --help: how it is written, and what it means."""
+    """Every argument except --help: its spelling and its meaning."""
     formatter = parser._get_formatter()
     for action in parser._actions:
         if isinstance(action, argparse._HelpAction):
@@ -32,26 +32,26 @@ def rows(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str]]:
         value = f"`{metavar}`" if action.nargs != 0 else ""
         if action.nargs == "?":
             value = f"[{value}]"
-        written = " ".join(filter(None, (names, value))).replace("|", r"\|")
-        yield written, formatter._expand_help(action).replace("|", r"\|")
+        spelling = " ".join(filter(None, (names, value))).replace("|", r"\|")
+        yield spelling, formatter._expand_help(action).replace("|", r"\|")
 
 
 def table(command: str) -> str:
     lines = ["| option | meaning |", "|---|---|"]
-    lines += [f"| {written} | {meaning} |" for written, meaning in rows(parser_of(command))]
+    lines += [f"| {spelling} | {meaning} |" for spelling, meaning in rows(parser_of(command))]
     return "\n".join(lines) + "\n"
 
 
 def page(text: str) -> str:
-    """The document with the tables as they are now."""
+    """The document with its tables updated."""
     return MARKS.sub(lambda m: m[1] + table(m[2]) + m[3], text)
 
 
 def main() -> int:
     old = PAGE.read_text()
-    lacks = [name for name in COMMANDS if f"<!-- options: {name} -->" not in old]
-    if lacks:
-        print(f"docs/cli.md has no section for: {', '.join(lacks)}", file=sys.stderr)
+    missing = [name for name in COMMANDS if f"<!-- options: {name} -->" not in old]
+    if missing:
+        print(f"docs/cli.md has no section for: {', '.join(missing)}", file=sys.stderr)
         return 1
     if page(old) == old:
         return 0

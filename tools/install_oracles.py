@@ -1,7 +1,7 @@
-"""Install the packages of the extra `oracle` that this machine can have.
+"""Install those packages of the extra `oracle` that this machine supports.
 
-torch and transformers come as wheels. ggml-python is built from source: where no compiler is found
-its tests do not run, and this script says so.
+torch and transformers are wheels. ggml-python is built from source; without a C compiler, this
+script skips it with a message, and pytest skips its tests.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main() -> int:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = project["optional-dependencies"]["oracle"]
-    built = [r for r in wanted if r.startswith("ggml-python")]
-    for requirement in [r for r in wanted if r not in built]:  # torch first: it decides its build
+    requirements = project["optional-dependencies"]["oracle"]
+    sources = [r for r in requirements if r.startswith("ggml-python")]
+    for requirement in [r for r in requirements if r not in sources]:  # one by one, torch first
         install(requirement)
     if shutil.which("cc") and shutil.which("c++"):
-        install(*built)
+        install(*sources)
     else:
-        print("NOT RUN: real ggml (no C compiler here to build ggml-python with)")
+        print("NOT RUN: real ggml (no C compiler to build ggml-python)")
     return 0
 
 

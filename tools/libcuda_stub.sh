@@ -1,12 +1,12 @@
 #!/bin/sh
-# Make a libcuda.so.1 for a machine without a driver, so that pycuda can be imported there and what
-# happens without a GPU can be tested.
+# Build a fake libcuda.so.1 for a machine without a driver, so that pycuda can be imported there and
+# tests can check the errors on a machine without a GPU.
 #
-#   sh tools/libcuda_stub.sh PYTHON OUTDIR          PYTHON is one that has pycuda installed
-#   LD_LIBRARY_PATH=OUTDIR pyggml doctor            `make stub` does both and runs tests
+#   sh tools/libcuda_stub.sh PYTHON OUTDIR          PYTHON must have pycuda
+#   LD_LIBRARY_PATH=OUTDIR pyggml doctor            `make stub` does both and runs the tests
 #
-# Every call answers CUDA_ERROR_NO_DEVICE (100). cuDriverGetVersion answers 13000, or the number in
-# LIBCUDA_STUB_VERSION: 12020 plays a driver that is too old.
+# Every call returns CUDA_ERROR_NO_DEVICE (100). cuDriverGetVersion reports 13000, or the number in
+# LIBCUDA_STUB_VERSION; 12020 imitates a driver that is too old.
 set -eu
 
 python=$1
@@ -20,8 +20,8 @@ set -- "$package"/_driver*.so
     cat <<'END'
 #include <stdlib.h>
 int cuDriverGetVersion(int *version) {
-    const char *given = getenv("LIBCUDA_STUB_VERSION");
-    *version = given ? atoi(given) : 13000;
+    const char *text = getenv("LIBCUDA_STUB_VERSION");
+    *version = text ? atoi(text) : 13000;
     return 0;
 }
 int cuGetErrorName(int code, const char **text) {

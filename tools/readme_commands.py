@@ -1,4 +1,4 @@
-"""Print the shell commands of README.md's `sh` blocks, so that CI runs what a reader would."""
+"""Print the shell commands in the `sh` blocks of README.md, for CI to run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 
 
 def commands(text: str) -> list[str]:
-    """Lines of all ```sh blocks, comments taken off. Blocks for other machines are ```console."""
+    """Lines of all ```sh blocks without comments. CI does not run ```console blocks."""
     blocks = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
