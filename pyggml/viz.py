@@ -28,7 +28,7 @@ def dot(what: Graph | Plan, name: str = "pyggml") -> str:
     drawing = _Drawing(what.graph) if isinstance(what, Plan) else _Drawing(what)
     if isinstance(what, Plan):
         drawing.fold(what)
-    return "\n".join([f'digraph "{_quoted(name)}" {{', *drawing.lines(what), "}"])
+    return "\n".join([f'digraph "{_escape(name)}" {{', *drawing.lines(what), "}"])
 
 
 class _Drawing:
@@ -52,7 +52,7 @@ class _Drawing:
                 if row is not first:
                     self.twin[row.step.node] = first.step.node
 
-    def _shown(self) -> list[Node]:
+    def _visible(self) -> list[Node]:
         """The nodes to draw: steps that have no twin, and the leaves and views they read."""
         read: set[Node] = set(self.graph.roots)
         for node in reversed(self.graph.nodes):
@@ -62,22 +62,22 @@ class _Drawing:
         return [node for node in self.graph.nodes if node in read and node not in self.twin]
 
     def lines(self, what: Graph | Plan) -> list[str]:
-        shown = self._shown()
-        index = {node: f"n{i}" for i, node in enumerate(shown)}
+        visible = self._visible()
+        index = {node: f"n{i}" for i, node in enumerate(visible)}
         lines = [
             '  graph [fontname="monospace", fontsize=11];',
             '  node [fontname="monospace", fontsize=10, style=filled];',
         ]
         boxes = _boxes(what)
         inside: dict[tuple[int, str], list[Node]] = {}
-        for node in shown:
+        for node in visible:
             if node in boxes:
                 inside.setdefault(boxes[node], []).append(node)
         for (number, title), nodes in sorted(inside.items(), key=lambda box: box[0]):
-            lines.append(f'  subgraph cluster_{number} {{ label="{_quoted(title)}";')
+            lines.append(f'  subgraph cluster_{number} {{ label="{_escape(title)}";')
             lines += [f"    {index[n]} [{self._style(n)}];" for n in nodes]
             lines.append("  }")
-        lines += [f"  {index[n]} [{self._style(n)}];" for n in shown if n not in boxes]
+        lines += [f"  {index[n]} [{self._style(n)}];" for n in visible if n not in boxes]
         return lines + self._edges(index)
 
     def _edges(self, index: Mapping[Node, str]) -> list[str]:
@@ -88,7 +88,7 @@ class _Drawing:
                     start = index[self.twin.get(source, source)]
                     lines.append(f'  {start} -> {key} [label="{port}", fontsize=8];')
         for i, (label, node) in enumerate(self.graph.outputs.items()):
-            lines.append(f'  out{i} [label="{_quoted(label)}", shape=cds, fillcolor="#f5b7b1"];')
+            lines.append(f'  out{i} [label="{_escape(label)}", shape=cds, fillcolor="#f5b7b1"];')
             lines.append(f"  {index[self.twin.get(node, node)]} -> out{i};")
         return lines
 
@@ -106,7 +106,7 @@ class _Drawing:
             size += f" {mib(node.spec.nbytes)} MiB"
         if node in self.times:
             size += f" ({self.times[node]} times)"
-        return f'label="{_quoted(title)}\\n{size}", shape={shape}, fillcolor="{colour}"'
+        return f'label="{_escape(title)}\\n{size}", shape={shape}, fillcolor="{colour}"'
 
 
 def _boxes(what: Graph | Plan) -> dict[Node, tuple[int, str]]:
@@ -157,7 +157,7 @@ def _readers(graph: Graph, splits: Mapping[Node, int]) -> dict[Node, set[int]]:
     return readers
 
 
-def _quoted(text: str) -> str:
+def _escape(text: str) -> str:
     """`text` escaped for a quoted DOT string."""
     printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     return printable.replace("\\", "\\\\").replace('"', '\\"')

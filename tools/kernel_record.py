@@ -1,9 +1,9 @@
-"""Say whether the newest record of the GPU was made from the kernels as they are now.
+"""Check that the newest record of the GPU was made from the current kernels.
 
     python tools/kernel_record.py
 
-Prints a warning where it was not: the numbers of docs/performance.md are then of other kernels.
-The status is 0 either way, as only a machine with the GPU can mend it. Needs nothing but Python.
+If not, the numbers in docs/performance.md are of older kernels, and this prints a warning. The
+status is always 0, because only a machine with the GPU can make a new record. Needs only Python.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ RECORDS = ROOT / "benchmarks" / "results" / "h200"
 
 
 def fingerprint(folder: Path = KERNELS) -> str:
-    """What the kernels' sources are: a record holds it under "kernels"."""
-    told = hashlib.sha256()
+    """A hash of the kernels' sources; a record has it under "kernels"."""
+    digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.cu*")):
-        told.update(path.name.encode() + path.read_bytes())
-    return told.hexdigest()[:16]
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def newest(folder: Path = RECORDS) -> Path | None:
@@ -32,19 +32,19 @@ def newest(folder: Path = RECORDS) -> Path | None:
 
 
 def verdict(record: Path | None, kernels: str) -> str:
-    """What is wrong with the record, or an empty string."""
-    again = "run `python benchmarks/gpu.py` on a machine with the GPU"
+    """The problem with the record, or "" if there is none."""
+    fix = "run `python benchmarks/gpu.py` on a machine with the GPU"
     if record is None:
-        return f"there is no record of the GPU: {again}"
-    found = json.loads(record.read_text()).get("kernels")
-    if found == kernels:
+        return f"there is no record of the GPU; {fix}"
+    recorded = json.loads(record.read_text()).get("kernels")
+    if recorded == kernels:
         return ""
-    return f"{record.name} was made from kernels {found}, not from the present {kernels}: {again}"
+    return f"{record.name} was made from kernels {recorded}, not from the current {kernels}; {fix}"
 
 
 def main() -> int:
-    wrong = verdict(newest(), fingerprint())
-    print(f"WARNING: {wrong}" if wrong else "the newest record of the GPU is of these kernels")
+    problem = verdict(newest(), fingerprint())
+    print(f"WARNING: {problem}" if problem else "the newest record of the GPU is of these kernels")
     return 0
 
 

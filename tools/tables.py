@@ -1,7 +1,7 @@
 """Write the tables of README.md and docs/performance.md from the records in benchmarks/results/.
 
 python tools/tables.py           write them
-python tools/tables.py --check   exit 1 where a document differs from its record
+python tools/tables.py --check   exit with status 1 if a document differs from its record
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ MARKS = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def record(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
-    return found
+    result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return result
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -28,21 +28,21 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def conditions(found: dict[str, Any]) -> str:
+def conditions(result: dict[str, Any]) -> str:
+    """A line with the command, date, machine and versions of a record."""
     return (
-        f"`{found['command']}` on {found['date']}, {found['cpu']}, {found['cores']} cores, "
-        f"Python {found['python']}, NumPy {found['numpy']} ({found['blas']}).\n"
+        f"`{result['command']}` on {result['date']}, {result['cpu']}, {result['cores']} cores, "
+        f"Python {result['python']}, NumPy {result['numpy']} ({result['blas']}).\n"
     )
 
 
 def readme() -> str:
-    """The attention forms of the first screen: f16 cache, without a budget and with two."""
-    found = record("deepseek_attention")
+    """The README's table: attention forms with an f16 cache, without a budget and with two."""
     names = {"standard": "standard 192/128", "latent": "latent 576/512", "expanded": "expanded"}
     rows = []
-    for row in found["result"]["rows"]:
+    for row in record("deepseek_attention")["result"]["rows"]:
         if row["cache"] != "f16" or row["amb"] == row["peak"]:
-            continue  # a budget equal to the need leaves the graph whole
+            continue  # a budget equal to the peak cuts nothing
         form = f"{names[row['form']]}, {'flash' if row['flash'] else 'softmax'}"
         amb = "none" if row["amb"] is None else f"{row['amb']:.1f}"
         peak = f"{row['peak']:.1f}" if row["peak"] else "-"
@@ -56,10 +56,10 @@ def readme() -> str:
 
 
 def example() -> str:
-    """All rows of the example, with times."""
-    found = record("deepseek_attention")
+    """All rows of the attention example, with times."""
+    result = record("deepseek_attention")
     rows = []
-    for row in found["result"]["rows"]:
+    for row in result["result"]["rows"]:
         flash = "flash" if row["flash"] else "softmax"
         sizes = ["none" if row["amb"] is None else f"{row['amb']:.2f}"]
         sizes += [f"{row[key]:.2f}" for key in ("peak", "arena")]
@@ -68,25 +68,25 @@ def example() -> str:
         rows.append([row["form"], flash, row["cache"], *sizes, error, *times, row["cut"]])
     head = ["form", "attention", "cache", "amb", "score peak", "arena", "error", "prompt, ms",
             "decode, ms/token", "cut into"]  # fmt: skip
-    return conditions(found) + "\n" + table(head, rows)
+    return conditions(result) + "\n" + table(head, rows)
 
 
 def kernels() -> str:
-    """Kernels beside plain NumPy, and decoding."""
-    found = record("kernels")
+    """Kernels compared with plain NumPy, and decoding."""
+    result = record("kernels")
     pairs: dict[str, dict[str, float]] = {}
     single = []
-    for row in found["rows"]:
+    for row in result["rows"]:
         if row["side"]:
             pairs.setdefault(row["group"], {})[row["side"]] = row["median"]
         else:
             single.append([f"`{row['name']}`", f"{row['median'] * 1e3:.1f}"])
-    compared = [
+    comparison = [
         [name, f"{t['pyggml'] * 1e3:.2f}", f"{t['plain'] * 1e3:.2f}", ratio(t)]
         for name, t in pairs.items()
     ]
     head = ["kernel", "pyggml, ms", "plain NumPy, ms", "ratio"]
-    text = conditions(found) + "\nMedians.\n\n" + table(head, compared)
+    text = conditions(result) + "\nMedians.\n\n" + table(head, comparison)
     return text + "\n" + table(["benchmark", "ms"], single)
 
 
@@ -94,7 +94,7 @@ def ratio(times: dict[str, float]) -> str:
     return f"{times['pyggml'] / times['plain']:.2f}"
 
 
-#: What each row of the GPU's record is to reach.
+#: Targets for the rows of the GPU record: at least for rates, at most for all others.
 BARS = {
     "layer_decode_d4096": 90, "layer_prompt_2048": 4.0, "mul_mat_vec_iq4_nl": 0.55,
     "mul_mat_vec_q8_0": 0.55, "mul_mat_iq4_nl_n512": 350, "moe_up_gate_iq4_nl_t1": 12,
@@ -105,7 +105,7 @@ BARS = {
     "example_worst_error_q8_0": 3e-2, "example_worst_error_f16_prec_f32": 1e-3,
     "example_worst_error_q8_0_prec_f32": 2e-2, "parity_failed": 0, "parity_unsupported_share": 0.05,
 }  # fmt: skip
-#: Units of which more is better.
+#: Units for which more is better.
 RATES = ("TFLOP/s", "TB/s", "of copy")
 
 

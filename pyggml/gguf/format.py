@@ -82,7 +82,7 @@ class StringArray(Sequence[str]):
             texts.append(data[start:pos])
         return texts
 
-    def _decoded(self) -> list[str]:
+    def _strings(self) -> list[str]:
         if self._values is None:
             texts = self.raw()
             try:
@@ -104,10 +104,10 @@ class StringArray(Sequence[str]):
     @overload
     def __getitem__(self, index: slice) -> list[str]: ...
     def __getitem__(self, index: int | slice) -> str | list[str]:
-        return self._decoded()[index]
+        return self._strings()[index]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._decoded())
+        return iter(self._strings())
 
     def __repr__(self) -> str:
         return f"StringArray({self._count} strings)"

@@ -91,7 +91,7 @@ def parse(
     alignment = _alignment(cursor, spans.get("general.alignment"))
     rows = list(_rows(cursor, n_tensors, alignment))
     start = padded(cursor.pos, alignment)
-    tensors = _placed(cursor, rows, start, None if allow_missing_data else size, part)
+    tensors = _tensors(cursor, rows, start, None if allow_missing_data else size, part)
     # Values are copied out last, so that a malformed file costs almost no memory.
     fields = {key: _value(cursor, key, span) for key, span in spans.items()}
     return Header(version, fields, tensors, start)
@@ -293,7 +293,7 @@ def _rows(cursor: _Cursor, count: int, alignment: int) -> Iterator[_Row]:
     cursor.subject = ""
 
 
-def _placed(
+def _tensors(
     cursor: _Cursor, rows: list[_Row], start: int, size: int | None, part: int
 ) -> list[TensorInfo]:
     for row in rows:

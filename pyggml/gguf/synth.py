@@ -74,11 +74,11 @@ def random_tensor(
     def chunks() -> Iterator[np.ndarray[Any, Any]]:
         rng = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))
         draw = _blocks(type, std) if type.name in _BLOCKS else _normal(rng, type, std, mean)
-        left = tensor.nbytes // type.nbytes
-        while left:
-            count = min(left, _CHUNK_BYTES // type.nbytes)
+        remaining = tensor.nbytes // type.nbytes
+        while remaining:
+            count = min(remaining, _CHUNK_BYTES // type.nbytes)
             yield draw(rng, count)
-            left -= count
+            remaining -= count
 
     tensor = Tensor(name, type, ne, chunks)
     return tensor

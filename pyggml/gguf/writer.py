@@ -142,7 +142,7 @@ def _header(fields: Mapping[str, Any], tensors: Sequence[Tensor]) -> bytes:
         raise GGUFError(f"key 'general.alignment': must be {DEFAULT_ALIGNMENT} in a written file")
     out = [MAGIC, struct.pack("<IQQ", 3, len(tensors), len(fields))]
     for key, value in fields.items():
-        out += [_text(key), _encoded(key, value)]
+        out += [_text(key), _value_bytes(key, value)]
     for tensor, offset in zip(tensors, _offsets(tensors), strict=False):
         ne = tensor.ne
         row = struct.pack(f"<I{len(ne)}QIQ", len(ne), *ne, tensor.dtype.ggml_id, offset)
@@ -164,12 +164,12 @@ def _text(text: str) -> bytes:
     return struct.pack("<Q", len(raw)) + raw
 
 
-def _encoded(key: str, value: Any) -> bytes:
+def _value_bytes(key: str, value: Any) -> bytes:
     """The type id and bytes of a key's value."""
     if isinstance(value, str):
         return struct.pack("<I", STRING) + _text(value)
     if isinstance(value, (bool, int, float)) and not isinstance(value, np.generic):
-        value = _sized(key, value)
+        value = _scalar(key, value)
     if isinstance(value, (np.generic, np.ndarray)):
         id_ = _IDS.get(value.dtype.newbyteorder("<"))
         if id_ is None or value.ndim > 1:
@@ -181,7 +181,7 @@ def _encoded(key: str, value: Any) -> bytes:
     raise DTypeError(f"key {key!r}: a value of type {type(value).__name__} has no GGUF type")
 
 
-def _sized(key: str, value: float) -> np.generic:
+def _scalar(key: str, value: float) -> np.generic:
     if isinstance(value, bool):
         return np.bool_(value)
     if isinstance(value, float):

@@ -58,7 +58,7 @@ def decode(
     DTypeError for a type outside DECODABLE or an array of the wrong element type; ShapeError if
     the last axis is not one block, or if `out` or `work` does not fit.
     """
-    t = _known(dtype, DECODABLE, "decode")
+    t = _supported(dtype, DECODABLE, "decode")
     _check_elements(raw, _storage(t), f"raw {t} data")
     if t.kind != "block":
         _check_axes(raw, f"raw {t} data")
@@ -91,7 +91,7 @@ def encode(
     DTypeError for a type outside ENCODABLE or values that are not f32; ShapeError if ne0 is not
     whole blocks, or if `out` or `work` does not fit.
     """
-    t = _known(dtype, ENCODABLE, "encode")
+    t = _supported(dtype, ENCODABLE, "encode")
     _check_elements(values, np.dtype(np.float32), "the array to encode")
     _check_axes(values, "the array to encode")
     *outer, ne0 = values.shape
@@ -161,7 +161,7 @@ def _storage(t: DType) -> np.dtype[Any]:
     return np.dtype({"f32": np.float32, "f16": np.float16, "bf16": np.uint16}.get(t.name, np.uint8))
 
 
-def _known(dtype: DTypeLike, names: frozenset[str], verb: str) -> DType:
+def _supported(dtype: DTypeLike, names: frozenset[str], verb: str) -> DType:
     t = as_dtype(dtype)
     if t.name not in names:
         raise DTypeError(f"cannot {verb} {t}; choose from {', '.join(sorted(names))}")
