@@ -17,7 +17,7 @@ from pyggml.node import Node, Spec
 def cumsum(a: Node, *, reverse: bool = False) -> Spec:
     """y[i] = a[0] + .. + a[i] along each row; reverse: a[i] + .. to the end.   a, y  f32"""
     if a.dtype.name != "f32":
-        raise gg.DTypeError(f"a must be f32, got {a.dtype}")
+        raise gg.DTypeError(f"a has type {a.dtype}, expected f32")
     return a.spec
 
 

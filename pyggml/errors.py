@@ -52,8 +52,9 @@ class IdError(PyggmlError, IndexError):
 
 
 class StateWarning(UserWarning):
-    """A state is used in a way that is legal and hardly meant: a write that never happens or that
-    its reader does not see."""
+    """A state is used in a legal but probably unintended way: for example, a write that never
+    happens, or one that a reader does not see.
+    """
 
 
 class UnknownNameError(PyggmlError, KeyError):

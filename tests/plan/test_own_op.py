@@ -54,7 +54,7 @@ def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "cumsum" in shown and "[5., 4., 3., 2., 1.]" in shown
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
-    assert stop.value.code == 0 and "An operation of your own" in capsys.readouterr().out
+    assert stop.value.code == 0 and "Defining your own op" in capsys.readouterr().out
 
 
 def test_a_meaning_of_another_size_is_refused() -> None:
