@@ -84,7 +84,7 @@ def run_texts(args: argparse.Namespace, names: list[str]) -> int:
                 elif args.case or outcome.status == "fail":
                     print(f"{name}: {outcome.case}: {_result(outcome)}")
                 elif outcome.status == "unsupported" and counts["unsupported"] == 1:
-                    print(f"{name}: {outcome.case}: {_result(outcome)}, as may be others")
+                    print(f"{name}: {outcome.case}: {_result(outcome)} (not repeated)")
         failed |= counts["fail"] > 0
         if args.ops and not args.json:
             print(
