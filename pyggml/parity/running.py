@@ -7,7 +7,7 @@ import math
 import runpy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -133,7 +133,8 @@ def outcomes(
         with prepared(setup):
             yield from (MODES[mode](case, backend) for case in cases)
         return
-    with Pool(setup, jobs) as pool:
+    mirror = mode == "test" and places.parse(backend).name == "cuda"
+    with Pool(replace(setup, mirror=mirror), jobs) as pool:
         yield from pool.run([str(case) for case in cases])
 
 

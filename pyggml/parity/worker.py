@@ -24,7 +24,7 @@ from pyggml.errors import DeviceError, PyggmlError
 #: Cases that a process takes at a time.
 CHUNK = 50
 #: Seconds after which a case that does not end is given up.
-PATIENCE = 300.0
+PATIENCE = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,7 @@ class Setup:
     mode    of `running.MODES`
     kernel  `file.py:function` in place of the backend's kernel of `ops`
     file    with ops of the user's own
+    mirror  whether the device's memory is on the host between runs (parity.mirror)
     """
 
     backend: str
@@ -41,6 +42,7 @@ class Setup:
     kernel: str = ""
     ops: frozenset[str] = frozenset()
     file: str = ""
+    mirror: bool = False
 
 
 class Worker:
@@ -167,6 +169,7 @@ class Pool:
 def _serve(pipe: Connection, setup: Setup) -> None:
     """The process: runs what it is sent until the pipe closes."""
     from pyggml.parity import running
+    from pyggml.parity.mirror import mirrored
     from pyggml.runtime import places
 
     with ExitStack() as stack:
@@ -174,6 +177,8 @@ def _serve(pipe: Connection, setup: Setup) -> None:
             place = places.parse(setup.backend)
             if setup.mode != "support":
                 place.backend.alloc(0)  # a device that is not there says so now
+            if setup.mirror:
+                stack.enter_context(mirrored(place.name, place.index))
             stack.enter_context(running.prepared(setup))
         except PyggmlError as error:
             kind = type(error).__name__
