@@ -52,7 +52,7 @@ cuda: $(STAMP)  ## on a GPU machine: install everything that the CUDA backend ne
 	$(BIN)/pyggml doctor
 
 gpu: $(STAMP)  ## the tests that run on a GPU; fails where there is none (first: make cuda)
-	$(BIN)/python -m pytest -m gpu tests/gpu
+	$(BIN)/python -m pytest -rs -m gpu tests/gpu
 
 STUB := build/stub
 $(STUB)/lib/libcuda.so.1: tools/build_pycuda.sh tools/libcuda_stub.sh | $(STAMP)

@@ -1,4 +1,4 @@
-"""What the benchmarks of a GPU share: calls in its queue, their times, rows of the record.
+"""What the timings on a GPU share: rows of the record, times, data.
 
 A time is the median of 20 replays of a graph in which all calls take turns, divided by their
 number, after replays of 0.2 s that bring the clocks up. Inputs rotate: between two uses of one lie
@@ -21,8 +21,6 @@ import numpy as np
 
 import pyggml as gg
 from pyggml import backends
-from pyggml.backends.cuda.launch import Gemm, Launch, Record
-from pyggml.backends.cuda.runner import as_action
 from pyggml.dtypes import TYPES
 
 #: Puts something into a stream.
@@ -86,21 +84,6 @@ def tell_clocks(what: str, run: Action, us: float) -> None:
     sm, memory, power = told if len(told) == 3 else ["unknown"] * 3
     print(f"CLOCKS {what}: SM {sm}, memory {memory}, {power}", flush=True)
     _write({"clocks": what, "sm": sm, "memory": memory, "power": power})
-
-
-# -- launches without a plan ------------------------------------------------------------------
-
-
-def launch(records: Sequence[Record]) -> None:
-    """Put what steps recorded into the backend's queue, and wait for it."""
-    device = cuda()
-    products = any(isinstance(one, Gemm) for one in records)
-    with device.context:
-        device.context.load([one for one in records if isinstance(one, Launch)])
-        product = device.cublas.ready() if products else None
-        for one in records:
-            as_action(device.context, one, product)()
-        device.synchronize()
 
 
 # -- times ------------------------------------------------------------------------------------

@@ -1,29 +1,38 @@
-"""One V2-Lite MoE layer on a GPU: a decode step replayed, and a prompt.
+"""One V2-Lite MoE layer on a GPU: a decode step replayed, a prompt, and compiling its kernels.
 
-    python benchmarks/gpu_layer.py [--steps]
+    python benchmarks/gpu_layer.py [--steps]    rows of the layer
+    python benchmarks/gpu_layer.py compile      seconds to get its kernels
 
 IQ4_NL weights, f16 latent cache; inputs are on the device. A decode step reads about 50 MB, which
 the cache would keep: six plans with weights, cache and token of their own take turns, and a sample
 is the mean of their graphs, one after another. A prompt reads more than four times the cache.
-`--steps` prints what each launch adds.
+
+compile: counted is what `Context.load` does, and nothing else: NVRTC (or reading the cache),
+loading the machine code into the driver and finding the functions, for every kernel of the plans of
+a decode step and of a prompt (latent and expanded). Each sample is a process of its own. Cold: the
+cache is empty; cached: it was filled so. NVRTC is loaded before, as by every start of the backend.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from time import perf_counter
 from typing import Any
 
 import numpy as np
-from gpu_bench import copies, cuda, plan_microseconds, replays, sampled, tell, tell_clocks
 
 import pyggml as gg
+from benchmarks.gpu_bench import SMOKE, copies, cuda, plan_microseconds, replays, tell, tell_clocks
 from pyggml import gguf
 from pyggml.models.config import DeepSeek2Config
 from pyggml.models.deepseek2 import AttentionOptions, Cache, Layer
@@ -60,43 +69,71 @@ def layer_plan(layer: Layer, n_tokens: int, n_kv: int, form: str) -> gg.Plan:
     return gg.compile({"y": y}, backends=["cuda"])
 
 
-def feed(plan: gg.Plan, depth: int, rng: np.random.Generator) -> None:
-    """Run the plan with the last tokens before `depth`."""
+def tokens(plan: gg.Plan, depth: int, rng: np.random.Generator) -> dict[str, Any]:
+    """The plan's inputs: the last tokens before `depth`."""
     n_tokens, n_embd = plan.inputs["x"].shape
     x = rng.standard_normal((n_tokens, n_embd), dtype=np.float32)
-    plan.run(x=x, pos=np.arange(depth - n_tokens, depth))
+    return {"x": x, "pos": np.arange(depth - n_tokens, depth)}
 
 
-def by_launch(plan: gg.Plan) -> Iterator[str]:
-    """What each launch adds to a replayed graph of all up to it, in us, and its step."""
-    runner: Any
-    (runner,) = plan.runners
-    named = [(s, a) for s, actions in zip(runner.steps, runner.actions) for a in actions]
-    before, context = 0.0, cuda().context
-    with context:
-        stream = context.external
-        for n, (step, last) in enumerate(named, 1):
-            stream.begin_capture()
-            for _, action in named[:n]:
-                action()
-            graph = stream.end_capture()
-            now = median(sampled(partial(graph.launch, stream), stream))
-            kernel = getattr(last.args[0], "name", "") if isinstance(last, partial) else ""
-            yield f"{now - before:8.2f} {now:9.2f}  {step.node.op.name:16} {kernel}"
-            before = now
+#: Samples of each way to get the kernels.
+TIMES = 1 if os.environ.get(SMOKE) else 3
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", action="store_true")
-    steps, rng = parser.parse_args().steps, np.random.default_rng(0)
+def loaded() -> tuple[float, int]:
+    """Seconds in `Context.load`, and kernels, of this process."""
+    context = cuda().context
+    spent: list[float] = []
+    kernels: set[tuple[str, str]] = set()
+    load = context.load
+
+    def timed(launches: Any) -> None:
+        kernels.update((one.file, one.name) for one in launches)
+        begin = perf_counter()
+        load(launches)
+        spent.append(perf_counter() - begin)
+
+    context.load = timed
+    rng = np.random.default_rng(0)
+    with lite() as layer:
+        for _, n_tokens, depth, n_kv, form, _ in ROWS:
+            plan = layer_plan(layer, n_tokens, n_kv, form)
+            plan.run(tokens(plan, depth, rng))
+    return sum(spent), len(kernels)
+
+
+def load_seconds(cache: str) -> float:
+    """The seconds of a new process that uses the cache folder."""
+    command = [sys.executable, "-W", "ignore", __file__, "loaded"]
+    environment = {**os.environ, "PYGGML_CACHE": cache}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    if done.returncode:
+        raise RuntimeError(f"the process ended with {done.returncode}: {done.stderr[-600:]}")
+    seconds, kernels = json.loads(done.stdout.splitlines()[-1])
+    print(f"{kernels} kernels in {seconds:.3f} s")
+    return float(seconds)
+
+
+def compiling() -> None:
+    """Rows of the seconds that kernels take."""
+    cold = []
+    for _ in range(TIMES - 1):
+        with TemporaryDirectory() as cache:
+            cold.append(load_seconds(cache))
+    with TemporaryDirectory() as cache:
+        cold.append(load_seconds(cache))
+        tell("compile_cold", "s", cold)
+        tell("compile_cached", "s", [load_seconds(cache) for _ in range(TIMES)])
+
+
+def layers(steps: bool) -> None:
+    """Rows of the layer, and the times of its steps one by one."""
+    rng = np.random.default_rng(0)
     with lite() as layer:
         for name, n_tokens, depth, n_kv, form, nbytes in ROWS:
             plans = [layer_plan(layer, n_tokens, n_kv, form) for _ in range(copies(nbytes))]
             for plan in plans:
-                feed(plan, depth, rng)
+                plan.run(tokens(plan, depth, rng))
             taken = plan_microseconds(plans)
             if n_tokens == 1:
                 tell(name, "us", taken)
@@ -104,8 +141,24 @@ def main() -> None:
                 tell(name, "ms", [t / 1000 for t in taken])
                 tell_clocks(name, replays(plans), median(taken))
             if steps:
-                print(*by_launch(plans[0]), sep="\n", flush=True)
+                print(plans[0].profile(tokens(plans[0], depth, rng)), flush=True)
             del plans
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("part", nargs="?", choices=("layer", "compile", "loaded"), default="layer")
+    add("--steps", action="store_true", help="the time of each step too")
+    args = parser.parse_args()
+    if args.part == "loaded":
+        print(json.dumps(loaded()))
+    elif args.part == "compile":
+        compiling()
+    else:
+        layers(args.steps)
 
 
 if __name__ == "__main__":

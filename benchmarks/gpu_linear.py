@@ -1,216 +1,192 @@
-"""Products on a GPU: every variant against float64. Needs PyTorch and the driver.
+"""Times of products on a GPU: the record's rows, and a table of more types, sizes and ops.
 
-    python benchmarks/gpu_linear.py            all of it, each part in a process of its own
-    python benchmarks/gpu_linear.py PART...    check_blocks, check_plain, check_experts
+    python benchmarks/gpu_linear.py          rows of the record
+    python benchmarks/gpu_linear.py more     other block types, numbers of columns and tokens, and
+                                             ops that move memory
 
-Steps are recorded as the backend records them (`launch.Call`), on operands laid out here.
+A plan computes one product for each of its inputs, over weights that take turns. Shares are of the
+bandwidth of a copy, bytes read and written, measured in the same run: the better of one by the copy
+engine and one by a kernel. `torch_grouped_mm`: PyTorch's grouped product of bf16 weights, for as
+many pairs of tokens and experts, evenly spread, as up and gate of `moe_up_gate` together.
 """
 
 from __future__ import annotations
 
-import subprocess
 import sys
-import time
+from collections.abc import Callable
+from functools import partial
+from math import prod
+from statistics import median
 from typing import Any
 
-import torch
-from gpu_linear_bed import FAILED, activated, check, dense_want, ids_of, tensor, weight
+import numpy as np
 
-from pyggml import ops
-from pyggml.backends.cuda.weights.formats import FORMATS
+import pyggml as gg
+from benchmarks.gpu_bench import (
+    SHORT,
+    copies,
+    node_microseconds,
+    peer_microseconds,
+    random_blocks,
+    tell,
+)
+from pyggml.dtypes import TYPES
+from pyggml.node import cost_of
 
-PARTS = ("check_blocks", "check_plain", "check_experts")
-BLOCKS = list(FORMATS)
+K, M = 4096, 14336
+#: Up and gate of V2-Lite's experts.
+N_EMBD, N_FF, EXPERTS, USED = 2048, 1408, 64, 6
 
-
-def check_blocks() -> None:
-    for kind in BLOCKS:
-        for layout in ("tiles8", "plain"):
-            a = weight(kind, (512, 140, 1, 1), layout)
-            for n in (1, 3, 8, 9, 70, 200) if layout == "tiles8" else (1, 5, 40):
-                b = tensor("f32", (512, n, 1, 1))
-                check(
-                    f"mul_mat {kind} {layout} n={n}",
-                    ops.mul_mat,
-                    (a, b),
-                    dense_want(a.values, b.values),
-                )
-            b = tensor("f32", (512, 5, 1, 1))
-            check(
-                f"mul_mat {kind} {layout} f32 prec",
-                ops.mul_mat,
-                (a, b),
-                dense_want(a.values, b.values),
-                prec="f32",
-            )
-    for kind in ("q8_0", "iq4_nl", "q4_K", "mxfp4"):
-        for layout in ("tiles8", "plain"):
-            a = weight(kind, (256, 19, 2, 2), layout)
-            for n in (1, 7, 33):
-                b = tensor("f16", (256, n, 6, 4), (0, 2, 1, 3))
-                check(
-                    f"heads {kind} {layout} n={n}",
-                    ops.mul_mat,
-                    (a, b),
-                    dense_want(a.values, b.values),
-                    gap=3,
-                    type="f16" if n == 7 else "f32",
-                )
-            b = tensor("bf16", (256, 40, 2, 2), gap=5)
-            up, gate = weight(kind, (256, 75, 1, 1), layout), weight(kind, (256, 75, 1, 1), layout)
-            for n in (1, 6, 40):
-                b = tensor("f32", (256, n, 2, 1), (0, 2, 1, 3))
-                for act in ("silu", "gelu", "relu"):
-                    u, g = (
-                        dense_want(up.values, b.values.reshape(1, 1, -1, 256)),
-                        dense_want(gate.values, b.values.reshape(1, 1, -1, 256)),
-                    )
-                    want = (activated(act, g) * u).reshape(1, 2, n, 75)
-                    check(
-                        f"fused {kind} {layout} {act} n={2 * n}",
-                        ops.fused_up_gate,
-                        (up, gate, b),
-                        want,
-                        act=act,
-                    )
-    big = tensor("f32", (512, 20, 1, 1))
-    big.memory *= 1e6
-    big.values *= 1e6
-    a = weight("iq4_nl", (512, 100, 1, 1), "tiles8")
-    check("huge activations", ops.mul_mat, (a, big), dense_want(a.values, big.values))
-    odd = weight("iq4_nl", (1056, 100, 1, 1), "tiles8")
-    for n in (1, 30):
-        b = tensor("f32", (1056, n, 1, 1))
-        check(f"odd groups n={n}", ops.mul_mat, (odd, b), dense_want(odd.values, b.values))
+rng = np.random.default_rng(7)
 
 
-def check_plain() -> None:
-    for kind in ("f32", "f16", "bf16"):
-        for other in ("f32", "f16", "bf16"):
-            for n in (1, 3, 20):
-                for type_ in ("f32", "f16"):
-                    a, b = tensor(kind, (77, 6, 1, 1)), tensor(other, (77, n, 1, 1))
-                    check(
-                        f"{kind} {other} n={n} {type_}",
-                        ops.mul_mat,
-                        (a, b),
-                        dense_want(a.values, b.values),
-                        type=type_,
-                    )
-        for order in ((0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 2, 3), (3, 2, 1, 0)):
-            for n in (5, 24):
-                a = tensor(kind, (64, 7, 2, 3), order)
-                for b_order in ((0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 2, 3)):
-                    b = tensor("f32", (64, n, 4, 3), b_order)
-                    check(
-                        f"heads {kind} {order} {b_order} n={n}",
-                        ops.mul_mat,
-                        (a, b),
-                        dense_want(a.values, b.values),
-                        gap=1,
-                    )
-        a = tensor(kind, (4096, 500, 1, 1))
-        for n in (1, 4, 8, 100):
-            b = tensor("f32", (4096, n, 1, 1))
-            for prec in ("default", "f32"):
-                check(
-                    f"{kind} k=4096 n={n} {prec}",
-                    ops.mul_mat,
-                    (a, b),
-                    dense_want(a.values, b.values),
-                    prec=prec,
-                )
-        a = tensor(kind, (128, 300, 1, 1))
-        b = tensor("f32", (128, 3, 16, 2), (0, 2, 1, 3))
-        check(f"{kind} one matrix, 16 heads", ops.mul_mat, (a, b), dense_want(a.values, b.values))
-        up, gate, b = (
-            tensor(kind, (256, 11, 1, 1)),
-            tensor(kind, (256, 11, 1, 1)),
-            tensor("f16", (256, 9, 2, 1)),
-        )
-        u, g = (
-            dense_want(up.values, b.values.reshape(1, 1, -1, 256)),
-            dense_want(gate.values, b.values.reshape(1, 1, -1, 256)),
-        )
-        check(
-            f"fused {kind}",
-            ops.fused_up_gate,
-            (up, gate, b),
-            (activated("gelu", g) * u).reshape(1, 2, 9, 11),
-            act="gelu",
-        )
+def bandwidth() -> float:
+    """TB/s of a copy of 1 GiB."""
+    import torch
+
+    source = torch.randn(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    ways = (partial(target.copy_, source), partial(torch.neg, source, out=target))
+    rates = [[8 * source.numel() / t / 1e6 for t in peer_microseconds([way] * 3)] for way in ways]
+    best = max(rates, key=median)
+    tell("copy", "TB/s", best)
+    del source, target
+    torch.cuda.empty_cache()
+    return float(median(best))
 
 
-def expert_want(a: Any, b: Any, ids: Any) -> Any:
-    """[1, tokens, n_used, m] of a [1, E, m, k], b [1, tokens, n_b, k]."""
-    tokens, n_used = ids.shape
-    out = torch.zeros((tokens, n_used, a.shape[2]), dtype=torch.float64, device="cuda")
-    for slot in range(n_used):
-        x = b[0, :, slot % b.shape[2]]
-        for e in range(a.shape[1]):
-            mine = ids[:, slot] == e
-            if mine.any():
-                out[mine, slot] = x[mine] @ a[0, e].T
-    return out[None]
+def weight(kind: str, *ne: int) -> gg.Node:
+    if TYPES[kind].block == 1:
+        return gg.constant(rng.standard_normal(ne[::-1], np.float32), dtype=kind)
+    rows = random_blocks(kind, prod(ne[1:]), ne[0], rng)
+    return gg.constant(rows.reshape(*ne[:0:-1], -1), dtype=kind)
 
 
-def check_experts() -> None:
-    for kind in ("f32", "f16", "bf16", *BLOCKS):
-        for layout in ("tiles8", "plain") if kind in BLOCKS else ("plain",):
-            a, gate = (weight(kind, (256, 75, 9, 1), layout) for _ in range(2))
-            for n_used, n_b, tokens in ((4, 1, 1), (4, 2, 5), (4, 4, 60), (4, 1, 150), (4, 1, 700)):
-                if layout == "plain" and kind in BLOCKS and tokens > 60:
-                    continue
-                b, ids = (
-                    tensor("f32", (256, n_b, tokens, 1), gap=4 * (n_b > 1)),
-                    ids_of(n_used, tokens, 9, True, 3),
-                )
-                one = expert_want(a.values, b.values, ids.values)
-                label = f"{kind} {layout} t={tokens}"
-                check(f"mul_mat_id {label}", ops.mul_mat_id, (a, b, ids), one)
-                check(f"mul_mat_id {label} f32", ops.mul_mat_id, (a, b, ids), one, prec="f32")
-                two = activated("silu", expert_want(gate.values, b.values, ids.values)) * one
-                check(f"moe_up_gate {label}", ops.moe_up_gate, (a, gate, b, ids), two, act="silu")
-                exact = {"act": "silu", "prec": "f32"}
-                check(f"moe_up_gate {label} f32", ops.moe_up_gate, (a, gate, b, ids), two, **exact)
-    up, gate = weight("q4_K", (256, 75, 9, 1), "tiles8"), weight("q6_K", (256, 75, 9, 1), "tiles8")
-    for tokens in (3, 100):
-        b, ids = tensor("f32", (256, 1, tokens, 1)), ids_of(4, tokens, 9)
-        want = activated("relu", expert_want(gate.values, b.values, ids.values)) * expert_want(
-            up.values, b.values, ids.values
-        )
-        check(
-            f"moe_up_gate of two types t={tokens}",
-            ops.moe_up_gate,
-            (up, gate, b, ids),
-            want,
-            act="relu",
-        )
+def mul_mat(kind: str, n: int, k: int = K, m: int = M) -> list[float]:
+    """us of products with n columns."""
+    size = TYPES[kind].row_bytes(k) * m
+    weights = [weight(kind, k, m) for _ in range(copies(size))]
+    count = len(weights) * -(-SHORT // len(weights))
+    given = {f"x{i}": rng.standard_normal((n, k), np.float32) for i in range(count)}
+    nodes = [
+        gg.mul_mat(weights[i % len(weights)], gg.input(name, ne=(k, n)))
+        for i, name in enumerate(given)
+    ]
+    return node_microseconds(nodes, given)
 
 
-def main() -> int:
-    if len(sys.argv) > 1:
-        torch.cuda.init()
-        torch.zeros(1, device="cuda")
-        for part in sys.argv[1:]:
-            began = time.time()
-            globals()[part]()
-            print(f"PART {part}: {len(FAILED)} failed, {time.time() - began:.0f} s")
-        return bool(FAILED)
-    failed = 0
-    for part in PARTS:
-        try:
-            done = subprocess.run(
-                [sys.executable, __file__, part], capture_output=True, text=True, timeout=200
-            )
-            text, status = (done.stdout + done.stderr).splitlines(), done.returncode
-        except subprocess.TimeoutExpired:
-            text, status = [f"TIMED OUT {part}"], 1
-        told = [line for line in text if line.startswith(("PART", "FAILED", "TIMED"))]
-        print("\n".join(told[-40:] if told else text[-15:]))
-        failed += bool(status)
-    return int(failed > 0)
+def dense(kind: str, n: int, copy: float) -> None:
+    """A row: a share of the copy for one column, TFLOP/s for more."""
+    taken, size = mul_mat(kind, n), TYPES[kind].row_bytes(K) * M
+    if n == 1:
+        tell(f"mul_mat_vec_{kind}", "of copy", [size / t / 1e6 / copy for t in taken])
+    else:
+        tell(f"mul_mat_{kind}_n{n}", "TFLOP/s", [2 * K * M * n / t / 1e6 for t in taken])
+
+
+def moe_up_gate(tokens: int, weights: list[tuple[gg.Node, gg.Node]]) -> None:
+    """A row: us of one token, else TFLOP/s."""
+    given: dict[str, Any] = {}
+    nodes = []
+    for i in range(SHORT if tokens < 128 else 6):
+        chosen = [rng.permutation(EXPERTS)[:USED] for _ in range(tokens)]
+        given[f"ids{i}"] = np.array(chosen, np.int32)
+        given[f"x{i}"] = rng.standard_normal((tokens, 1, N_EMBD), np.float32)
+        x = gg.input(f"x{i}", ne=(N_EMBD, 1, tokens))
+        ids = gg.input(f"ids{i}", "i32", ne=(USED, tokens))
+        nodes.append(gg.moe_up_gate(*weights[i % len(weights)], x, ids))
+    taken, name = node_microseconds(nodes, given), f"moe_up_gate_iq4_nl_t{tokens}"
+    if tokens == 1:
+        tell(name, "us", taken)
+    else:
+        tell(name, "TFLOP/s", [flops(tokens) / t / 1e6 for t in taken])
+
+
+def flops(tokens: int) -> int:
+    return 2 * 2 * tokens * USED * N_EMBD * N_FF
+
+
+def experts() -> list[tuple[gg.Node, gg.Node]]:
+    """Up and gate, twice. One token touches 6 of 64: 20 tokens touch more than the cache holds."""
+    size = (N_EMBD, N_FF, EXPERTS)
+    return [(weight("iq4_nl", *size), weight("iq4_nl", *size)) for _ in range(2)]
+
+
+def grouped(tokens: int) -> None:
+    """PyTorch's row."""
+    import torch
+
+    pairs = tokens * USED
+    assert pairs % EXPERTS == 0, "every expert has as many"
+    x = torch.randn(pairs, N_EMBD, device="cuda", dtype=torch.bfloat16)
+    w = torch.randn(2, EXPERTS, 2 * N_FF, N_EMBD, device="cuda", dtype=torch.bfloat16)
+    ends = torch.arange(1, EXPERTS + 1, device="cuda", dtype=torch.int32) * (pairs // EXPERTS)
+    calls = [partial(torch._grouped_mm, x, w[i % 2].transpose(-2, -1), offs=ends) for i in range(4)]
+    taken = peer_microseconds(calls)
+    tell(f"torch_grouped_mm_t{tokens}", "TFLOP/s", [flops(tokens) / t / 1e6 for t in taken])
+    del x, w, calls
+    torch.cuda.empty_cache()
+
+
+class Leaves:
+    """Inputs that hold zeros: `given`, by name."""
+
+    def __init__(self) -> None:
+        self.given: dict[str, Any] = {}
+
+    def __call__(self, *ne: int, kind: str = "f32") -> gg.Node:
+        name, row = f"x{len(self.given)}", TYPES[kind].row_bytes(ne[0])
+        plain = TYPES[kind].numpy
+        shape = ne[::-1] if plain is not None else (*ne[:0:-1], row)
+        self.given[name] = np.zeros(shape, plain or np.uint8)
+        return gg.input(name, kind, ne=ne)
+
+
+#: Ops that move memory, of large sizes and of one token.
+MOVES: dict[str, Callable[[Leaves], gg.Node]] = {
+    "add 8192x4096": lambda x: gg.add(x(8192, 4096), x(8192, 4096)),
+    "mul by a row": lambda x: gg.mul(x(8192, 4096), x(8192)),
+    "silu": lambda x: gg.silu(x(8192, 4096)),
+    "rms_norm 8192x4096": lambda x: gg.rms_norm(x(8192, 4096), eps=1e-6),
+    "cast f32 to f16": lambda x: gg.cast(x(8192, 4096), dtype="f16"),
+    "cast f16 to f32": lambda x: gg.cast(x(8192, 4096, kind="f16"), dtype="f32"),
+    "cast q8_0 to f16": lambda x: gg.cast(x(8192, 4096, kind="q8_0"), dtype="f16"),
+    "cont of a transposed": lambda x: gg.cont(gg.transpose(x(8192, 4096))),
+    "rope 64x16x2048": lambda x: gg.rope_ext(x(64, 16, 2048), x(2048, kind="i32"), n_dims=64),
+    "rms_norm 2048x1": lambda x: gg.rms_norm(x(2048), eps=1e-6),
+    "add 2048x1": lambda x: gg.add(x(2048), x(2048)),
+    "top_k 64, 6": lambda x: gg.top_k(x(64), k=6),
+    "argmax 102400": lambda x: gg.argmax(x(102400)),
+}
+
+
+def moves() -> None:
+    """A line of each: microseconds, and the bytes that it reads and writes in that time."""
+    for name, make in MOVES.items():
+        nbytes = cost_of(make(Leaves())).nbytes
+        leaves = Leaves()
+        nodes = [make(leaves) for _ in range(min(SHORT, max(2, copies(int(nbytes)))))]
+        us = median(node_microseconds(nodes, leaves.given))
+        print(f"{name:22} {us:9.1f} us {nbytes / us / 1e6:7.2f} TB/s")
+
+
+def main() -> None:
+    copy = bandwidth()
+    for kind, n in (("iq4_nl", 1), ("q8_0", 1), ("iq4_nl", 512)):
+        dense(kind, n, copy)
+    weights = experts()
+    for tokens in (1, 512, 2048):
+        moe_up_gate(tokens, weights)
+    for tokens in (512, 2048):
+        grouped(tokens)
+    if sys.argv[1:] == ["more"]:
+        for kind in ("iq4_nl", "q8_0", "q4_0", "q4_K", "q6_K", "f16"):
+            for n in (1, 2, 4, 8, 16, 64, 512, 2048):
+                dense(kind, n, copy)
+        for tokens in (2, 4, 8, 16, 32, 128):
+            moe_up_gate(tokens, weights)
+        moves()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

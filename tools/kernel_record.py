@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "backends" / "cuda" / "kernels"
-RECORDS = ROOT / "benchmarks" / "results" / "h200"
+RECORDS = ROOT / "benchmarks" / "results"
 
 
 def fingerprint(folder: Path = KERNELS) -> str:
@@ -27,8 +27,8 @@ def fingerprint(folder: Path = KERNELS) -> str:
 
 
 def newest(folder: Path = RECORDS) -> Path | None:
-    """The last record by date, which is its name."""
-    return max(folder.glob("*.json"), default=None)
+    """The last record by date, which is its name; each card has a folder of them."""
+    return max(folder.glob("*/*.json"), key=lambda path: path.name, default=None)
 
 
 def verdict(record: Path | None, kernels: str) -> str:

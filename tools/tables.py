@@ -110,9 +110,9 @@ RATES = ("TFLOP/s", "TB/s", "of copy")
 
 
 def gpu() -> str:
-    """The newest record of the H200 beside what was wanted."""
-    newest = max((RESULTS / "h200").glob("*.json"))
-    found: dict[str, Any] = json.loads(newest.read_text())
+    """The newest record of a GPU beside what was wanted."""
+    path = max(RESULTS.glob("*/*.json"), key=lambda path: path.name)
+    found: dict[str, Any] = json.loads(path.read_text())
     rows = []
     for row in found["rows"]:
         least = row["unit"] in RATES
@@ -120,7 +120,9 @@ def gpu() -> str:
         missed = bar is not None and (row["value"] < bar if least else row["value"] > bar)
         wanted = "" if bar is None else f"{'at least' if least else 'at most'} {bar:g}"
         wanted += ", missed" * missed
-        value = f"{row['value']:.0f}" if row["unit"] == "cases" else f"{row['value']:.4g}"
+        value = (
+            f"{row['value']:.0f}" if row["unit"] in ("cases", "tests") else f"{row['value']:.4g}"
+        )
         rows.append([f"`{row['name']}`", value, row["unit"], wanted])
     measured = {row["name"] for row in found["rows"]}
     rows += [[f"`{name}`", "not measured", "", ""] for name in BARS if name not in measured]
@@ -132,6 +134,7 @@ def gpu() -> str:
     ]
     told += [f"parity: {found['grid']} cases of the grid"] if "grid" in found else []
     faults = "".join(f" Fault: {fault}." for fault in found.get("faults", ()))
+    faults += "".join(f" Skipped: {skip}." for skip in found.get("skipped", ()))
     text = f"`{found['command']}` on {found['date']}, {', '.join(told)}. {found.get('note', '')}"
     return f"{text.rstrip()}{faults}\n\n" + table(["row", "measured", "unit", "wanted"], rows)
 

@@ -18,8 +18,11 @@ def places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Path, Path]
         folder.mkdir()
         for name in files:
             (folder / name).write_text(name)
-    for name, told in (("2026-01-02", kernel_record.fingerprint(kernels)), ("2025-12-31", "0")):
-        (records / f"{name}.json").write_text(json.dumps({"kernels": told}))
+    newest = kernel_record.fingerprint(kernels)
+    for name, told in (("h100/2026-01-02", newest), ("h200/2025-12-31", "0")):
+        path = records / f"{name}.json"
+        path.parent.mkdir()
+        path.write_text(json.dumps({"kernels": told}))
     monkeypatch.setattr(kernel_record.fingerprint, "__defaults__", (kernels,))
     monkeypatch.setattr(kernel_record.newest, "__defaults__", (records,))
     return kernels, records
@@ -48,6 +51,6 @@ def test_a_record_of_other_kernels(
 
 
 def test_no_record(places: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    for record in places[1].iterdir():
+    for record in places[1].glob("*/*.json"):
         record.unlink()
     assert said(capsys).startswith("WARNING: there is no record")

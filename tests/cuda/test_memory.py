@@ -11,13 +11,17 @@ import pytest
 
 import pyggml as gg
 from pyggml import backends
+from pyggml.backends.base import Address
 from pyggml.backends.cuda.device import cublas
 from pyggml.backends.cuda.device.pinned import RING
 from pyggml.backends.cuda.launch import WORKSPACE, Gemm
+from pyggml.dtypes import dtype
+from pyggml.node import Spec
 from pyggml.parity.case import build
 from pyggml.parity.cases import cases
 from pyggml.runtime.plan import Plan
 from tests.cuda.allocations import ALLOCATIONS
+from tests.cuda.conftest import Machine
 from tests.cuda.test_recording import steps_of
 
 MIB = 2**20
@@ -147,3 +151,35 @@ def test_binding_allocates_all_that_a_run_needs(gpu: None) -> None:
     made = ALLOCATIONS.made
     plan.run(x=np.ones((40, 256)))
     assert ALLOCATIONS.made == made
+
+
+# -- copies ---------------------------------------------------------------------------------------
+
+
+def test_rows_far_apart_are_copied_one_by_one(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies between them is neither read nor written."""
+    machine("gpu")
+    device: Any = backends.get("cuda")
+    spec, step = Spec.of(dtype("f16"), (40, 3, 2)), 20 << 20
+    at = Address(device.alloc(6 * step), 64, (2, step, 3 * step, 6 * step))
+    values = np.random.default_rng(0).standard_normal((2, 3, 40)).astype(np.float16)
+    copied: list[int] = []
+    upload, download = device.staging.upload, device.staging.download
+
+    def up(ptr: int, data: Any) -> None:
+        copied.append(len(data))
+        upload(ptr, data)
+
+    def down(data: Any, ptr: int) -> None:
+        copied.append(len(data))
+        download(data, ptr)
+
+    monkeypatch.setattr(device.staging, "upload", up)
+    monkeypatch.setattr(device.staging, "download", down)
+    device.upload(at, spec, values)
+    np.testing.assert_array_equal(device.download(at, spec), values)
+    assert copied == [80] * 12
+    row = Address(at.buffer, 64 + 4 * step, (2, 80, 80, 80))
+    np.testing.assert_array_equal(device.download(row, Spec.of(dtype("f16"), (40,))), values[1, 1])

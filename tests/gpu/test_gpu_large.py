@@ -11,12 +11,13 @@ import gc
 from typing import Any
 
 import numpy as np
-from gpu_faults import report
+import pytest
 from numpy.typing import NDArray
 
 import pyggml as gg
 from pyggml.dtypes import dtype
 from pyggml.quants import decode_rows, encode_rows
+from tests.gpu.checks import rows_apart
 
 Array = NDArray[Any]
 
@@ -25,6 +26,8 @@ ROW, ROWS = 4096, 540_000
 SOME = (0, 1, 262_143, 262_144, 524_287, 524_288, ROWS - 1)
 #: Periods of values, in elements or blocks.
 PRIME, OTHER = 100_003, 99_991
+#: Relative error of a row.
+MOST = 1e-2
 
 
 def pattern(kind: str, shape: tuple[int, ...], period: int = PRIME) -> Array:
@@ -44,20 +47,14 @@ def values(kind: str, stored: Array) -> Array:
     return decode_rows(dtype(kind), np.ascontiguousarray(stored))
 
 
-def off(what: str, got: Array, want: Array, most: float) -> str:
-    """Relative error of each row, where one is too large."""
-    wide = np.asarray(want, np.float64)
-    error = np.linalg.norm(got - wide, axis=-1) / np.linalg.norm(wide, axis=-1)
-    return "" if (error <= most).all() else f"{what}: relative errors {error}\n"
-
-
 def run(outputs: dict[str, gg.Node], given: dict[str, Array]) -> dict[str, Array]:
-    found = gg.compile(outputs, backends=["cuda"]).run(given)
-    gc.collect()  # the next check needs the memory
-    return found
+    results = gg.compile(outputs, backends=["cuda"]).run(given)
+    gc.collect()  # the next test needs the memory
+    return results
 
 
-def _table(kind: str, weight: bool = False, most: float = 1e-2) -> str:
+@pytest.mark.parametrize(("kind", "weight"), [("f16", False), ("q8_0", False), ("q8_0", True)])
+def test_matrix(kind: str, weight: bool) -> None:
     """A matrix of 2.2e9 elements: its rows, products with 1 and 16 columns, a sum with a row."""
     stored = pattern(kind, (ROWS, ROW))
     rng = np.random.default_rng(2)
@@ -79,28 +76,16 @@ def _table(kind: str, weight: bool = False, most: float = 1e-2) -> str:
     got = run(outputs, given)
     rows = values(kind, stored[list(SOME)])
     product = b.astype(np.float64) @ rows.astype(np.float64).T
-    wrong = off("1 column", got["one"][..., SOME].reshape(1, -1), product[:1], most)
-    wrong += off("16 columns", got["many"][:, SOME], product, most)
+    rows_apart("1 column", got["one"][..., SOME].reshape(1, -1), product[:1], MOST)
+    rows_apart("16 columns", got["many"][:, SOME], product, MOST)
     if "rows" in got:
-        wrong += off("rows", got["rows"], rows, 0.0)
+        rows_apart("rows", got["rows"], rows, 0.0)
     if "sum" in got:
-        wrong += off("sum", got["sum"], rows + added.astype(np.float32), 1e-3)
-    return wrong
+        rows_apart("sum", got["sum"], rows + added.astype(np.float32), 1e-3)
 
 
-def _f16_matrix() -> str:
-    return _table("f16")
-
-
-def _q8_0_matrix() -> str:
-    return _table("q8_0")
-
-
-def _q8_0_weight() -> str:
-    return _table("q8_0", weight=True)
-
-
-def _result(kind: str) -> str:
+@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+def test_result(kind: str) -> None:
     """A product of 2.2e9 elements, read by rows."""
     m, n, k = 65_536, 33_000, 64
     stored = pattern(kind, (m, k))
@@ -110,15 +95,7 @@ def _result(kind: str) -> str:
     y = gg.get_rows(gg.mul_mat(a, gg.input("b", ne=(k, n))), ids)
     got = run({"y": y}, {"b": b, "ids": np.array(some, np.int32)})["y"]
     want = b[some].astype(np.float64) @ values(kind, stored).astype(np.float64).T
-    return off("rows of the product", got, want, 1e-2)
-
-
-def _f16_result() -> str:
-    return _result("f16")
-
-
-def _q8_0_result() -> str:
-    return _result("q8_0")
+    rows_apart("rows of the product", got, want, MOST)
 
 
 def attended(q: Array, k: Array, v: Array, scale: float) -> Array:
@@ -135,11 +112,10 @@ def attended(q: Array, k: Array, v: Array, scale: float) -> Array:
     return out / total
 
 
-def _attention() -> str:
+def test_attention() -> None:
     """17 heads of 2^20 keys: K and V of 2.3e9 elements each; 1 query and 64."""
     n_kv, heads, d = 1 << 20, 17, 128
     k, v = (pattern("f16", (heads, n_kv, d), period) for period in (PRIME, OTHER))
-    wrong = ""
     for n in (1, 64):
         q = np.random.default_rng(n).standard_normal((heads, n, d)).astype(np.float32)
         nodes = [gg.input(x, t, ne=a.shape[::-1])
@@ -149,11 +125,10 @@ def _attention() -> str:
         for head in (0, 15, 16):  # head 16 begins at element 2^31
             some = sorted({0, n - 1})
             want = attended(q[head, some], k[head], v[head], d**-0.5)
-            wrong += off(f"{n} queries, head {head}", got[some, head], want, 1e-2)
-    return wrong
+            rows_apart(f"{n} queries, head {head}", got[some, head], want, MOST)
 
 
-def _latent_attention() -> str:
+def test_latent_attention() -> None:
     """One head of 3.8e6 keys of 576, V their first 512: 2.2e9 elements in one head."""
     n_kv, heads, d = 3_800_000, 16, 576
     k = pattern("f16", (1, n_kv, d), 2_000_003)
@@ -162,10 +137,4 @@ def _latent_attention() -> str:
     v = gg.view(cache, ne=(512, n_kv, 1))
     y = gg.flash_attn_ext(gg.input("q", ne=(d, 1, heads)), cache, v, scale=192**-0.5)
     got = run({"y": y}, {"q": q, "k": k})["y"].reshape(heads, 512)
-    return off("heads", got, attended(q[:, 0], k[0], k[0, :, :512], 192**-0.5), 1e-2)
-
-
-def large(log: list[str]) -> bool:
-    checks = (_f16_matrix, _q8_0_matrix, _q8_0_weight, _f16_result, _q8_0_result, _attention,
-              _latent_attention)  # fmt: skip
-    return report("large", checks, log)
+    rows_apart("heads", got, attended(q[:, 0], k[0], k[0, :, :512], 192**-0.5), MOST)

@@ -1,0 +1,79 @@
+"""Programs that tests start: each in a session of its own, so that nothing of it is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
+from time import perf_counter
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a program printed, and its exit status; None where it was stopped after `seconds`."""
+
+    out: str
+    err: str
+    status: int | None
+    seconds: float
+
+    def __str__(self) -> str:
+        end = "stopped" if self.status is None else f"exit status {self.status}"
+        return f"{end} after {self.seconds:.1f} s\n{self.out[-2000:]}\n{self.err[-2000:]}"
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """Of a program that imports this checkout's pyggml, without the tests' own checks."""
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    own = {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1", "PYGGML_VERIFY": ""}
+    return {**os.environ, **own, **variables}
+
+
+class Program:
+    """A command that is running."""
+
+    def __init__(self, command: Sequence[str], text: str = "", **variables: str) -> None:
+        self.out, self.err, given = (TemporaryFile("w+") for _ in range(3))  # noqa: SIM115
+        given.write(text)
+        given.seek(0)
+        self.begin = perf_counter()
+        self.process = subprocess.Popen(
+            command,
+            stdin=given,
+            stdout=self.out,
+            stderr=self.err,
+            cwd=ROOT,
+            env=environment(**variables),
+            start_new_session=True,
+        )
+        given.close()
+
+    def wait(self, seconds: float) -> Done:
+        """Wait for its end, for so long at most."""
+        status: int | None = None
+        try:
+            status = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            if self.process.poll() is None:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+        texts = []
+        for file in (self.out, self.err):
+            file.seek(0)
+            texts.append(file.read())
+            file.close()
+        return Done(texts[0], texts[1], status, perf_counter() - self.begin)
+
+
+def python(*words: str, text: str = "", **variables: str) -> Program:
+    """Start Python with these words; `text` is its standard input."""
+    return Program([sys.executable, "-W", "ignore", *words], text, **variables)

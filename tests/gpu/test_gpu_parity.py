@@ -1,0 +1,53 @@
+"""The parity grid on a GPU, by the command that everybody has: `pyggml parity -b cuda -j N`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+from pyggml.parity.cases import cases
+from pyggml.parity.grid import all_cases
+from tests.gpu.programs import Done, python
+
+if TYPE_CHECKING:
+    from tests.gpu.conftest import Options
+
+Record = Callable[[str, object], None]
+
+
+class Counts(NamedTuple):
+    """Of the cases that were reached."""
+
+    passed: int
+    failed: int
+    unsupported: int
+
+    @property
+    def cases(self) -> int:
+        return sum(self)
+
+    @staticmethod
+    def of(out: str) -> Counts:
+        """Of what the command printed, whether or not it came to its end."""
+        ends = (r"^  \w.*\): OK$", r"^(?!  Backend ).* FAIL$", r"^  \w.*\): not supported \[")
+        return Counts(*(len(re.findall(end, out, re.MULTILINE)) for end in ends))
+
+
+def grid(*options: str, seconds: float, backend: str = "cuda") -> Done:
+    """Run the command, for so long at most."""
+    return python("-m", "pyggml", "parity", "-b", backend, *options).wait(seconds)
+
+
+def test_every_case_is_within_its_bound(options: Options, record_property: Record) -> None:
+    quick = ["--quick"] * options.quick
+    done = grid("-j", str(options.jobs), *quick, seconds=options.seconds)
+    counts = Counts.of(done.out)
+    missing = len(cases() if options.quick else all_cases()) - counts.cases
+    record_property("parity_cases", counts.cases)
+    record_property("parity_failed", counts.failed + missing)
+    record_property("parity_unsupported_share", counts.unsupported / max(1, counts.cases))
+    failed = re.findall(r"^  \w.*FAIL$", done.out, re.MULTILINE)
+    assert not counts.failed, f"{counts}:\n" + "\n".join(line[:500] for line in failed[:20])
+    assert not missing and done.status == 0, f"{missing} cases missing, {counts}, {done}"
+    assert counts.passed and counts.unsupported <= 0.05 * counts.cases, counts

@@ -1,0 +1,81 @@
+"""Products on a GPU: every block type and layout, few columns and many, heads, experts.
+
+Cases of the parity grid's kind, run in as many processes; see pyggml/parity/case.py for the text.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pyggml.backends.cuda.weights.formats import FORMATS
+from pyggml.parity.case import Case
+from pyggml.parity.cases import expand
+from pyggml.parity.running import outcomes
+
+if TYPE_CHECKING:
+    from tests.gpu.conftest import Options
+
+FORMAT = "|".join(FORMATS)
+#: One type of each family of decoders.
+FEW = "q8_0|iq4_nl|q4_K|mxfp4"
+#: A weight lies in tiles, an input as it is in a file.
+WEIGHT = "{|@weight}"
+#: Experts used, columns for each token, tokens.
+TOKENS = ((4, 1, 1), (4, 2, 5), (4, 4, 60), (4, 1, 150), (4, 1, 700))
+
+BLOCKS = f"""
+mul_mat({{{FORMAT}}}[512,140]@weight, f32[512,{{1|3|8|9|70|200}}])
+mul_mat({{{FORMAT}}}[512,140], f32[512,{{1|5|40}}])
+mul_mat({{{FORMAT}}}[512,140]{WEIGHT}, f32[512,5], prec='f32')
+mul_mat({{{FEW}}}[256,19,2,2]{WEIGHT}, f16[256,{{1|33}},6,4]@p0213)
+mul_mat({{{FEW}}}[256,19,2,2]{WEIGHT}, f16[256,7,6,4]@p0213, dtype='f16')
+mul_mat({{{FEW}}}[256,19,2,2]{WEIGHT}, bf16[256,40,2,2]@wide)
+fused_up_gate({{{FEW}}}[256,75]{WEIGHT}, $1[256,75]$2, f32[256,{{1|6|40}},2]@p0213, act={{'silu'|'gelu'|'relu'}})
+mul_mat(iq4_nl[512,100]@weight, f32[512,20]~large)
+mul_mat(iq4_nl[1056,100]@weight, f32[1056,{{1|30}}])
+"""  # noqa: E501
+
+PLAIN = """
+mul_mat({PLAIN}[77,6], {PLAIN}[77,{1|3|20}], dtype={'f32'|'f16'})
+mul_mat({PLAIN}[64,7,2,3]{|@p0213|@p1023|@p3210}, f32[64,{5|24},4,3]{|@p0213|@p1023})
+mul_mat({PLAIN}[4096,500], f32[4096,{1|4|8|100}], prec={'default'|'f32'})
+mul_mat({PLAIN}[128,300], f32[128,3,16,2]@p0213)
+fused_up_gate({PLAIN}[256,11], $1[256,11], f16[256,9,2], act='gelu')
+"""
+
+
+def experts() -> str:
+    """Weights and inputs of every type; the inputs of blocks with few tokens only."""
+    lines = []
+    for used, columns, tokens in TOKENS:
+        where, same = (WEIGHT, "$2") if tokens <= 60 else ("@weight", "@weight")
+        types = f"{{PLAIN|{FORMAT}}}[256,75,9]{where}"
+        x = f"f32[256,{columns},{tokens}]" + "@wide" * (columns > 1)
+        ids = f"i32[{used},{tokens}]<9-@wide, prec={{'default'|'f32'}}"
+        lines.append(f"mul_mat_id({types}, {x}, {ids})")
+        lines.append(f"moe_up_gate({types}, $1[256,75,9]{same}, {x}, {ids}, act='silu')")
+    lines.append(
+        "moe_up_gate(q4_K[256,75,9]@weight, q6_K[256,75,9]@weight, "
+        "f32[256,1,{3|100}], i32[4,$1]<9, act='relu')"
+    )
+    return "\n".join(lines)
+
+
+GROUPS = {"blocks": BLOCKS, "plain": PLAIN, "experts": experts()}
+
+
+def of(group: str) -> tuple[Case, ...]:
+    """The cases of a group; their ops' meanings are the grid's own."""
+    return tuple(case for case in expand(GROUPS[group]) if not case.means)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_product_is_within_its_bound(group: str, options: Options) -> None:
+    chosen = of(group)
+    results = list(outcomes(chosen, "cuda", jobs=options.jobs))
+    counts = Counter(outcome.status for outcome in results)
+    wrong = [f"{one.case}: {one.status} {one.why}" for one in results if one.status != "ok"]
+    assert len(results) == len(chosen) and not wrong, f"{counts}\n" + "\n".join(wrong[:20])

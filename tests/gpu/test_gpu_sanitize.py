@@ -1,0 +1,123 @@
+"""Cases of the parity grid under compute-sanitizer: no kernel leaves its memory (memcheck), none
+races for shared memory (racecheck) or misses a barrier (synccheck).
+
+The cases take turns by op, those of products, experts and attention three to one of another, until
+the time is up; each process takes its share of them.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+
+from pyggml.parity.cases import cases
+from pyggml.parity.grid import all_cases
+from tests.gpu.programs import Program
+
+if TYPE_CHECKING:
+    from tests.gpu.conftest import Options
+
+Record = Callable[[str, object], None]
+#: Of these ops three cases are taken for one of another: they have most kernels.
+MANY = ("flash_attn_ext", "mul_mat", "mul_mat_id", "moe_up_gate", "fused_up_gate")
+#: Seconds that a process has beside those for cases: to begin, for its last case, to end.
+GRACE = 90
+#: What the tools say at their end, and where they cannot run.
+SUMMARY = re.compile(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+)")
+REFUSED = re.compile(r"=+ (?:Error: (?:Device not supported|No attachable).*|Internal Sanitizer.*)")
+
+
+def spread(lines: Sequence[str]) -> Iterator[str]:
+    """All ops in turns, cases of each in an order that is random and always the same."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for line in lines:
+        if not re.search(r"@far|\.means\(", line):  # gigabytes, and what other cases have
+            groups[line.partition("(")[0]].append(line)
+    for group in groups.values():
+        random.Random(0).shuffle(group)
+    left = {op: iter(group) for op, group in groups.items()}
+    while left:
+        for op, remaining in tuple(left.items()):
+            turn = list(islice(remaining, 3 if op in MANY else 1))
+            yield from turn
+            if not turn:
+                del left[op]
+
+
+class Verdict(NamedTuple):
+    """Of one process: outcomes of its cases, and what the tool wrote; how the process ended."""
+
+    outcomes: list[list[str]]
+    report: str
+    end: str
+
+    @property
+    def errors(self) -> int | None:
+        """That the tool counts; None where it came to no end."""
+        summary = SUMMARY.search(self.report)
+        return None if summary is None else int(summary[1])
+
+    @property
+    def complaints(self) -> str:
+        """The first of the tool, or the end of a process without a summary."""
+        if self.errors is None:
+            return f"{self.report[-800:]}\n{self.end}"
+        lines = [line.lstrip("= ") for line in self.report.splitlines()]
+        telling = re.compile(r"Invalid|Race reported|hazard|Error|at .*\+0x|Address")
+        return "\n".join([line for line in lines if telling.search(line)][:12])
+
+
+def sanitizer() -> str | None:
+    """Where compute-sanitizer is."""
+    name = "compute-sanitizer"
+    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
+
+
+def run(command: str, tool: str, lines: Sequence[str], seconds: float, report: Path) -> Verdict:
+    """One process over its share of the cases."""
+    words = [command, "--tool", tool, "--report-api-errors", "no", "--log-file", str(report)]
+    words += [sys.executable, "-W", "ignore", "-m", "tests.gpu.sanitized", str(seconds)]
+    done = Program(words, "\n".join(lines)).wait(seconds + GRACE)
+    outcomes = [json.loads(row) for row in done.out.splitlines() if row.startswith("[")]
+    return Verdict(outcomes, report.read_text() if report.exists() else "", str(done))
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+def test_no_kernel_errs(
+    tool: str, options: Options, record_property: Record, tmp_path: Path
+) -> None:
+    record_property(f"{tool}_cases", 0)
+    command = sanitizer()
+    if command is None:
+        pytest.skip("there is no compute-sanitizer here")
+    lines = list(spread([str(case) for case in (cases() if options.quick else all_cases())]))
+    jobs, seconds = options.jobs, options.sanitize
+    with ThreadPoolExecutor(jobs) as pool:
+        running = [
+            pool.submit(run, command, tool, lines[i::jobs], seconds, tmp_path / f"{i}")
+            for i in range(jobs)
+        ]
+        verdicts = [one.result() for one in running]
+    refusal = next(filter(None, (REFUSED.search(one.report) for one in verdicts)), None)
+    if refusal is not None:
+        pytest.skip(f"compute-sanitizer cannot run here: {refusal[0].strip('= ')}")
+    ran = [row for one in verdicts for row in one.outcomes if row[1] != "unsupported"]
+    failed = [f"{case} {why}" for case, status, why in ran if status == "fail"]
+    errors = sum(one.errors or 0 for one in verdicts)
+    record_property(f"{tool}_cases", len(ran))
+    record_property(f"{tool}_errors", errors)
+    wrong = [one for one in verdicts if one.errors != 0]
+    text = "\n".join([*failed[:3], *(one.complaints[:1500] for one in wrong[:3])])
+    assert not failed and not wrong, f"{tool}: {errors} errors, {len(failed)} cases failed\n{text}"
+    assert ran, "no case was reached"
