@@ -66,20 +66,20 @@ def copy(call: Call, out: Operand, a: Operand) -> None:
 
 @kernel(ops.cont, types=None)
 def cont(call: Call) -> None:
-    copy(call, call.out, call.operand(0))
+    copy(call, call.out, call["a"])
 
 
 @kernel(ops.concat, types=None)
 def concat(call: Call) -> None:
     start, dim = 0, call.attrs["dim"]
-    for a in (call.operand(0), call.operand(1)):
+    for a in (call["a"], call["b"]):
         copy(call, part(call.out, dim, start, a.ne[dim]), a)
         start += a.ne[dim]
 
 
 @kernel(ops.repeat)
 def repeat(call: Call) -> None:
-    copy(call, call.out, call.operand(0))
+    copy(call, call.out, call["a"])
 
 
 # -- conversions ------------------------------------------------------------------------------
@@ -134,12 +134,12 @@ def _encode(call: Call, out: Operand, b: Operand, ids: Operand | None) -> None:
 
 @kernel(ops.cast, types=None)
 def cast(call: Call) -> None:
-    convert(call, call.out, call.operand(0))
+    convert(call, call.out, call["a"])
 
 
 @kernel(ops.cpy, types=None)
 def cpy(call: Call) -> None:
-    convert(call, call.out, call.operand(0))
+    convert(call, call.out, call["a"])
 
 
 # -- by id ------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def cpy(call: Call) -> None:
 @kernel(ops.get_rows, types=None)
 def get_rows(call: Call) -> None:
     """Only the rows asked for are decoded; ids past the end give zero rows."""
-    out, a, ids = call.out, call.operand(0), call.operand(1)
+    out, a, ids = call.out, call["a"], call["ids"]
     name = "get_ids" if a.dtype.kind == "int" else f"get_rows<{reader(a.dtype)}>"
     grid = (rows(out), blocks_for(out.ne[0]))
     call.launch(FILE, name, grid=grid, block=256, args=[out.tensor, a.tensor, ids.tensor])
@@ -157,7 +157,7 @@ def get_rows(call: Call) -> None:
 @kernel(ops.set_rows, types=None)
 def set_rows(call: Call) -> None:
     """Rows of b converted into the rows of out, which is a, that ids name; its others stay."""
-    out, b, ids = call.out, call.operand(1), call.operand(2)
+    out, b, ids = call.out, call["b"], call["ids"]
     if out.dtype.block > 1:
         _encode(call, out, b, ids)
         return

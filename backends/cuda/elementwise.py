@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 
 from pyggml import ops
-from pyggml.backends.cuda.fusion import Fused, Run, fuses
+from pyggml.backends.cuda.fusion import Fused, Run
 from pyggml.backends.cuda.geometry import C_TYPES, blocks_for, counted, pack_width, part
 from pyggml.backends.cuda.launch import Argument, Call, Operand
 from pyggml.backends.cuda.table import kernel
@@ -19,8 +18,8 @@ FILE = "elementwise.cu"
 
 
 def unary(call: Call, name: str, p: float = 0.0, q: float = 0.0) -> None:
-    """Record out = name(source 0) with two parameters."""
-    out, a = call.out, call.operand(0)
+    """Record out = name(a) with two parameters."""
+    out, a = call.out, call["a"]
     width = pack_width(out, a)
     index, total = counted(call.node.spec.elements // width)
     call.launch(
@@ -51,7 +50,7 @@ def _unary(name: str) -> Callable[[Call], None]:
 
 
 def _binary(name: str) -> Callable[[Call], None]:
-    return lambda call: binary(call, name, call.operand(0), call.operand(1))
+    return lambda call: binary(call, name, call["a"], call["b"])
 
 
 #: The functors of elementwise.cu. An op without one here is no op of this backend.
@@ -92,45 +91,37 @@ def fill(call: Call) -> None:
 
 @kernel(ops.glu)
 def glu(call: Call) -> None:
-    x, n = call.operand(0), call.out.ne[0]
-    if call.src[1] is not None:
-        g = call.operand(1)
-    else:
+    x, g, n = call["a"], call.get("b"), call.out.ne[0]
+    if g is None:
         x, g = part(x, 0, 0, n), part(x, 0, n, n)
     if call.attrs["swapped"]:
         x, g = g, x
     binary(call, f"Glu<{GATES[call.attrs['act']]}>", x, g)
 
 
-@fuses(ops.mul)
 def activated_times(node: Node, run: Run) -> Fused | None:
     """act(x) * g."""
-    for act, g in (node.src[:2], node.src[1::-1]):
-        if act is None or g is None or act.op.name not in GATES or not run.only(act, node):
+    for act, g in ((node["a"], node["b"]), (node["b"], node["a"])):
+        if act.op.name not in GATES or not run.only(act, node):
             continue
-        x = act.src[0]
-        if x is not None and x.ne == g.ne == node.ne:
-            name = f"Glu<{GATES[act.op.name]}>"
-            record = partial(_gated, name=name)
-            return Fused((act, node), (x, g), record, inplace=(x, g))
+        x = act["a"]
+        if x.ne == g.ne == node.ne:
+            record = _binary(f"Glu<{GATES[act.op.name]}>")
+            return Fused((act, node), {"a": x, "b": g}, record, inplace=(x, g))
     return None
-
-
-def _gated(call: Call, name: str) -> None:
-    binary(call, name, call.operand(0), call.operand(1))
 
 
 @kernel(ops.add_id, inplace=("a",))
 def add_id(call: Call) -> None:
     """Ids past the end add nothing."""
-    operands = [call.operand(i).tensor for i in range(3)]
+    args = [x.tensor for x in (call.out, call["a"], call["b"], call["ids"])]
     grid = (call.out.ne[2], call.out.ne[1])
-    call.launch(FILE, "add_id", grid=grid, block=256, args=[call.out.tensor, *operands])
+    call.launch(FILE, "add_id", grid=grid, block=256, args=args)
 
 
 @kernel(ops.causal_mask)
 def causal_mask(call: Call) -> None:
     window = call.attrs["window"]
     reach = np.uint32(2**31 if window is None else min(window, 2**31))
-    args: list[Argument] = [call.out.tensor, call.operand(0).tensor, reach]
+    args: list[Argument] = [call.out.tensor, call["pos"].tensor, reach]
     call.launch(FILE, "causal_mask", grid=call.out.ne[1], block=256, args=args)

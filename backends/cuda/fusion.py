@@ -1,45 +1,83 @@
-"""Steps that cover several nodes: patterns that `lower` looks for before each node gets its own.
+"""Steps, and how patterns cover several nodes by one of them.
 
-A family registers a pattern by the op that ends it:
+A family writes a pattern, a function of the last node that it would cover:
 
-    @fuses(ops.mul)
     def norm_times_row(node: Node, run: Run) -> Fused | None: ...
+
+and patterns.py lists it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from pyggml.backends.base import Step
 from pyggml.backends.cuda.launch import Call
 from pyggml.node import Node, Op
 from pyggml.ops.leaf import state_op
 
 
-@dataclass(frozen=True, slots=True)
-class Fused:
-    """One step for `nodes`, the last of which is its result; only its attributes may be shifted by
-    a loop.
+class CudaStep(Step):
+    """A step of kernels for `nodes`, the last of which is its result.
 
-    reads    what the kernel takes: `call.src`, in this order
-    record   as in the kernel table; `call.node` and `call.attrs` are the last node's
-    inplace  sources whose memory the result may take over
-    also     further nodes that the kernel leaves in memory where others read them: `call.also`
-    at       where the step stands if not where its last node does: one of `nodes`, before it
-    again    of `nodes`: what every reader computes for itself, none of them for all
-    prepares another `record`: it leaves the result in fixed point as well, the last of `call.also`
+    operands  what the kernels read, by the names that `record` uses: call["b"]
+    results   what they write besides the last node's tensor, by name as well
+    record    records the launches when a plan is bound
     """
 
-    nodes: tuple[Node, ...]
-    reads: tuple[Node, ...]
-    record: Callable[[Call], None]
-    inplace: tuple[Node, ...] = ()
-    scratch: int = 0
-    also: tuple[Node, ...] = ()
-    at: Node | None = None
-    again: tuple[Node, ...] = ()
-    prepares: Callable[[Call], None] | None = None
+    __slots__ = ("operands", "record", "results")
+
+    def __init__(
+        self,
+        nodes: tuple[Node, ...],
+        operands: Mapping[str, Node],
+        record: Callable[[Call], None],
+        *,
+        results: Mapping[str, Node] | None = None,
+        inplace: tuple[Node, ...] = (),
+        scratch: int = 0,
+        workspace: int = 0,
+    ) -> None:
+        super().__init__(
+            nodes[-1],
+            nodes,
+            tuple(operands.values()),
+            scratch=scratch,
+            inplace=inplace,
+            workspace=workspace,
+        )
+        self.operands, self.results, self.record = operands, results or {}, record
+
+
+class Fused(CudaStep):
+    """A step that covers the `nodes` of a pattern. A loop may shift only the last one's attributes.
+
+    reads      the operands by name; none of them is one of `nodes`
+    record     as in the kernel table; `call.node` and `call.attrs` are the last node's
+    results    those of `nodes`, besides the last, that stay in memory because others read them
+    inplace    operands whose memory the result may take over
+    at         the node in whose place the step runs, if not the last: one of `nodes` before it
+    recompute  those of `nodes` that every step reading them computes for itself. Where one reader
+               cannot, they are computed once and kept, for all
+    """
+
+    __slots__ = ("at", "recompute")
+
+    def __init__(
+        self,
+        nodes: tuple[Node, ...],
+        reads: Mapping[str, Node],
+        record: Callable[[Call], None],
+        *,
+        results: Mapping[str, Node] | None = None,
+        inplace: tuple[Node, ...] = (),
+        scratch: int = 0,
+        at: Node | None = None,
+        recompute: tuple[Node, ...] = (),
+    ) -> None:
+        super().__init__(nodes, reads, record, results=results, inplace=inplace, scratch=scratch)
+        self.at, self.recompute = at or nodes[-1], recompute
 
 
 class Run:
@@ -59,16 +97,17 @@ class Run:
         alone = node in self.number and node not in self.keep
         return alone and set(self.readers.get(node, ())) <= set(readers)
 
-    def allows(self, match: Fused) -> bool:
-        """Whether all that the step reads is made before it, and still the same where it stands."""
-        place = self.number[match.at or match.nodes[-1]]
-        inside, read = set(match.nodes), {node.base for node in match.reads}
+    def allows(self, step: Fused) -> bool:
+        """Whether what the step reads is computed before it, and still the same where it runs."""
+        place = self.number[step.at]
+        inside, read = set(step.nodes), {node.base for node in step.reads}
         if read & inside or any(self.number.get(node, -1) >= place for node in read):
             return False
-        outside = (r for node in match.also for r in self.readers.get(node, ()) if r not in inside)
+        results = step.results.values()
+        outside = (r for node in results for r in self.readers.get(node, ()) if r not in inside)
         if any(self.number[reader] <= place for reader in outside):
             return False
-        return not any(self._changed(node, place, inside) for node in match.nodes)
+        return not any(self._changed(node, place, inside) for node in step.nodes)
 
     def _changed(self, node: Node, place: int, inside: Collection[Node]) -> bool:
         """Whether a state that `node` reads would be another at `place`."""
@@ -80,47 +119,47 @@ class Run:
         )
 
 
-Fuser = Callable[[Node, Run], Fused | None]
-
-FUSERS: dict[Op[Any], list[Fuser]] = {}
-
-
-def fuses(last: Op[Any]) -> Callable[[Fuser], Fuser]:
-    """Register a pattern that ends in that op; the first that matches counts."""
-
-    def register(fuser: Fuser) -> Fuser:
-        FUSERS.setdefault(last, []).append(fuser)
-        return fuser
-
-    return register
+Match = Callable[[Node, Run], Fused | None]
+#: A pattern, and the ops that may end it.
+Pattern = tuple[Match, tuple[Op[Any], ...]]
 
 
-def fused(nodes: Sequence[Node], keep: Collection[Node]) -> list[Node | Fused]:
-    """`nodes` in order, those that a pattern covers as one where it stands."""
+def covered(
+    nodes: Sequence[Node], keep: Collection[Node], patterns: Sequence[Pattern]
+) -> Iterator[Node | Fused]:
+    """`nodes` in order, those that a pattern covers as one step where it runs.
+
+    From the last node to the first; of each the first pattern that matches.
+    """
     run = Run(nodes, keep)
-    found: list[Fused] = []
+    by_last: dict[Op[Any], list[Match]] = {}
+    for match, last in patterns:
+        for op in last:
+            by_last.setdefault(op, []).append(match)
+    steps: list[Fused] = []
     taken: set[Node] = set()
     for node in reversed(nodes):
-        for fuser in FUSERS.get(node.op, ()) if node not in taken else ():
-            match = fuser(node, run)
-            if match is None or taken & (set(match.nodes) - set(match.again)):
+        for match in by_last.get(node.op, ()) if node not in taken else ():
+            step = match(node, run)
+            if step is None:
                 continue
-            if run.allows(match):
-                found.append(match)
-                taken.update(set(match.nodes) - set(match.again))
+            own = set(step.nodes) - set(step.recompute)
+            if not taken & own and run.allows(step):
+                steps.append(step)
+                taken.update(own)
                 break
-    return list(_in_place(nodes, run, found))
+    return _in_order(nodes, run, steps)
 
 
-def _in_place(nodes: Sequence[Node], run: Run, found: Sequence[Fused]) -> Iterator[Node | Fused]:
-    """Where a reader does not compute a node `again`, that is made once, for all of them."""
-    inside = {(node, match.nodes[-1]) for match in found for node in match.again}
-    once = {n for n, _ in inside if any((n, r) not in inside for r in run.readers[n])}
-    found = [match for match in found if not once & set(match.again)]
-    standing = {match.at or match.nodes[-1]: match for match in found}
-    covered = {node for match in found for node in match.nodes}
+def _in_order(nodes: Sequence[Node], run: Run, steps: Sequence[Fused]) -> Iterator[Node | Fused]:
+    """A step that would recompute a node which another reader needs in memory is dropped."""
+    recomputed = {(node, step.node) for step in steps for node in step.recompute}
+    kept = {n for n, _ in recomputed if any((n, r) not in recomputed for r in run.readers[n])}
+    steps = [step for step in steps if not kept & set(step.recompute)]
+    places = {step.at: step for step in steps}
+    inside = {node for step in steps for node in step.nodes}
     for node in nodes:
-        if node in standing:
-            yield standing[node]
-        elif node not in covered:
+        if node in places:
+            yield places[node]
+        elif node not in inside:
             yield node

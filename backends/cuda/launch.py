@@ -10,7 +10,7 @@ restricts it to that one:
 
 from __future__ import annotations
 
-import struct
+import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,15 +57,39 @@ class Device:
 H200 = Device("H200", "90a", 132, 232_448, 60 << 20, 141 << 30)
 
 
-@dataclass(frozen=True, slots=True)
-class Value:
-    """A struct passed by value, and where it must begin: CUtensorMap takes align=64."""
+class Struct(ctypes.Structure):
+    """A C++ struct as a kernel's argument; `_fields_` follow its declaration, name by name.
 
-    data: bytes
-    align: int = 8
+    All fields are given by keyword, arrays as tuples. PyggmlError for a number that does not fit:
+    ctypes alone would cut it off.
+    """
+
+    def __init__(self, **values: Any) -> None:
+        kind = type(self).__name__
+        names = {field[0] for field in self._fields_}
+        if values.keys() != names:
+            raise PyggmlError(f"{kind} takes {', '.join(sorted(names))}; got {', '.join(values)}")
+        super().__init__(**values)
+        for name, value in values.items():
+            field = getattr(self, name)
+            numbers = tuple(field) if isinstance(field, ctypes.Array) else (field,)
+            if isinstance(numbers[0], int) and numbers != (
+                value if isinstance(value, tuple) else (value,)
+            ):
+                raise PyggmlError(f"{kind}.{name}: {value} does not fit")
 
 
-Argument = Value | bytes | np.generic
+class Tensor(Struct):
+    """The struct `Tensor` of common.cuh: address, byte strides, sizes."""
+
+    _fields_ = (
+        ("data", ctypes.c_uint64),
+        ("nb", ctypes.c_int64 * 4),
+        ("ne", ctypes.c_int32 * 4),
+    )
+
+
+Argument = Struct | np.generic
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +106,9 @@ class Operand:
     layout: str = "plain"
 
     @property
-    def tensor(self) -> Value:
-        """The struct `Tensor` of common.cuh."""
-        return Value(struct.pack("<Q4q4i", self.ptr, *self.nb, *self.ne))
+    def tensor(self) -> Tensor:
+        """The operand as kernels take it."""
+        return Tensor(data=self.ptr, nb=self.nb, ne=self.ne)
 
     @property
     def pointer(self) -> np.uint64:
@@ -122,13 +146,12 @@ class Launch:
     block: Dim3
     args: bytes
     shared: int = 0
-    cluster: Dim3 | None = None
     overlap: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Gemm:
-    """cublasGemmStridedBatchedEx, in its words (column-major): C = alpha op(A) op(B) + beta C.
+    """cublasGemmStridedBatchedEx, in its words (column-major): C = op(A) op(B).
 
     types  of A, B and C; sums are f32, and f32 operands are not rounded to tf32
     """
@@ -142,15 +165,6 @@ class Gemm:
     transposed: tuple[bool, bool]
     batch: int
     strides: tuple[int, int, int]
-    alpha: float
-    beta: float
-
-
-@dataclass(frozen=True, slots=True)
-class Memset:
-    ptr: int
-    byte: int
-    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +176,7 @@ class Memcpy:
     nbytes: int
 
 
-Record = Launch | Gemm | Memset | Memcpy
+Record = Launch | Gemm | Memcpy
 
 
 def pack(args: Sequence[Argument]) -> bytes:
@@ -171,25 +185,25 @@ def pack(args: Sequence[Argument]) -> bytes:
     for arg in args:
         if isinstance(arg, np.generic):
             data, align = arg.tobytes(), arg.dtype.itemsize
-        elif isinstance(arg, Value):
-            data, align = arg.data, arg.align
-        elif isinstance(arg, (bytes, bytearray, memoryview)):
-            data, align = bytes(arg), 8
+        elif isinstance(arg, Struct):
+            data, align = bytes(arg), ctypes.alignment(arg)
         else:
             raise PyggmlError(
-                f"a kernel's argument is a NumPy scalar (np.int32(3)), a Value or bytes, "
-                f"not {arg!r}: its size must be known"
+                f"a kernel's argument is a NumPy scalar (np.int32(3)) or a Struct, not {arg!r}: "
+                "its size must be known"
             )
         packed += bytes(-len(packed) % align) + data
     return bytes(packed)
 
 
 class Call:
-    """A step being bound: its operands, and a list of what it launches.
+    """A step being bound: its operands by name, and a list of what it launches.
+
+    call["b"] is an operand by the op's name for it (for a fused step, by the name that its pattern
+    gives), or a further result of a fused step; call.get("mask") is None where it is absent.
 
     node, attrs  the node; in a loop the attributes are those of this piece
-    out, src     operands; None for an absent source
-    also         further results of a step that covers several nodes
+    out          the result
     device       what the kernels may depend on
     """
 
@@ -197,24 +211,29 @@ class Call:
         self,
         node: Node,
         out: Operand,
-        src: Sequence[Operand | None],
+        operands: Mapping[str, Operand],
         attrs: Mapping[str, Any],
         device: Device = H200,
         scratch: tuple[int, int] = (0, 0),
-        also: Sequence[Operand] = (),
     ) -> None:
-        self.node, self.out, self.src, self.attrs = node, out, tuple(src), attrs
-        self.also = tuple(also)
+        self.node, self.out, self.attrs = node, out, attrs
         self.device = device
         self.records: list[Record] = []
+        self._operands = operands
         self._scratch, self._limit = scratch
         self._used = 0
 
-    def operand(self, index: int) -> Operand:
-        """Source number `index`, which is not absent."""
-        found = self.src[index]
-        assert found is not None
-        return found
+    def __getitem__(self, name: str) -> Operand:
+        """The operand of that name, which is there."""
+        operand = self._operands.get(name)
+        if operand is None:
+            names = ", ".join(self._operands) or "none"
+            raise PyggmlError(f"the step has no operand {name!r}; its operands are: {names}")
+        return operand
+
+    def get(self, name: str) -> Operand | None:
+        """The operand of that name, None where it is absent."""
+        return self._operands.get(name)
 
     def scratch(self, nbytes: int, align: int = ALIGNMENT) -> int:
         """The address of `nbytes` of the declared scratch; what it holds is undefined."""
@@ -236,32 +255,22 @@ class Call:
         block: tuple[int, ...] | int,
         args: Sequence[Argument],
         shared: int = 0,
-        cluster: tuple[int, ...] | None = None,
     ) -> None:
         """Record one kernel.
 
         file, name  kernels/`file`, and the C++ expression of the instance: "add<float, 4>"
         args        NumPy scalars (np.int32, np.int64, np.float32, np.uint64 for an address),
-                    structs as bytes or Value
+                    or a Struct
         shared      bytes of dynamic shared memory
-        cluster     blocks of a cluster
         """
         where = f"{self.node.op.name}: launch of {name}"
         size = _dim3(where, grid)
         if size[1] > 65535 or size[2] > 65535 or size[0] > 2**31 - 1:
             raise PyggmlError(f"{where}: the grid {size} is past the limits of 2^31, 65535, 65535")
-        self.records.append(
-            Launch(
-                file,
-                name,
-                size,
-                _dim3(where, block),
-                pack(args),
-                shared,
-                None if cluster is None else _dim3(where, cluster),
-                self.device.overlaps,
-            )
+        launch = Launch(
+            file, name, size, _dim3(where, block), pack(args), shared, self.device.overlaps
         )
+        self.records.append(launch)
 
     def gemm(
         self,
@@ -277,8 +286,6 @@ class Call:
         transposed: tuple[bool, bool] = (True, False),
         batch: int = 1,
         strides: tuple[int, int, int] = (0, 0, 0),
-        alpha: float = 1.0,
-        beta: float = 0.0,
     ) -> None:
         """Record a product by cuBLAS, which is column-major: C [m, n] = op(A) [m, k] op(B) [k, n].
 
@@ -287,25 +294,7 @@ class Call:
         types             of A, B, C: "f32", "f16", "bf16"; sums are f32
         leading, strides  in elements; strides are those of the batch
         """
-        self.records.append(
-            Gemm(
-                m,
-                n,
-                k,
-                (a, b, c),
-                types,
-                leading,
-                transposed,
-                batch,
-                strides,
-                alpha,
-                beta,
-            )
-        )
-
-    def memset(self, ptr: int, byte: int, nbytes: int) -> None:
-        """Record: fill `nbytes` with a byte."""
-        self.records.append(Memset(ptr, byte, nbytes))
+        self.records.append(Gemm(m, n, k, (a, b, c), types, leading, transposed, batch, strides))
 
     def memcpy(self, target: int, source: int, nbytes: int) -> None:
         """Record: copy `nbytes` inside the device."""

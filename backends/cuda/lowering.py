@@ -1,56 +1,35 @@
-"""What `lower` makes: steps that know how they are recorded."""
+"""From nodes to steps that know how they are recorded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from typing import Any
 
 from pyggml.backends.base import Step
 from pyggml.backends.cuda import table
-from pyggml.backends.cuda.fusion import Fused, fused
-from pyggml.backends.cuda.launch import WORKSPACE, Call
-from pyggml.backends.cuda.linear.fixed_point import shared
+from pyggml.backends.cuda.fusion import CudaStep, Fused, covered
+from pyggml.backends.cuda.launch import WORKSPACE
+from pyggml.backends.cuda.linear.fixed_point import prepare_once
+from pyggml.backends.cuda.patterns import PATTERNS
 from pyggml.node import Node
 
 
-def _nothing(call: Call) -> None:
-    raise NotImplementedError
-
-
-@dataclass(eq=False, slots=True)
-class CudaStep(Step):
-    """A step of our kernels.
-
-    operands  what becomes `call.src`: `reads`, and None for an absent source
-    also      what becomes `call.also`
-    record    called when a plan is bound
-    """
-
-    operands: tuple[Node | None, ...] = ()
-    also: tuple[Node, ...] = ()
-    record: Callable[[Call], None] = _nothing
-
-
 def lower(nodes: Sequence[Node], keep: Collection[Node], fuse: bool = True) -> list[Step]:
-    """Patterns as one step, what several products read prepared once, and a step for each other
-    node; without `fuse` a step for each node."""
-    return [_step(part) for part in (shared(fused(nodes, keep)) if fuse else nodes)]
+    """Steps that compute `nodes`: patterns as one step each, activations that several products read
+    prepared once, and a step for each other node. fuse=False: a step for each node."""
+    if not fuse:
+        return [step_of(node) for node in nodes]
+    parts = covered(nodes, keep, PATTERNS)
+    return list(prepare_once([p if isinstance(p, Fused) else step_of(p) for p in parts]))
 
 
-def _step(part: Node | Fused) -> CudaStep:
-    if isinstance(part, Fused):
-        return CudaStep(
-            part.nodes[-1],
-            part.nodes,
-            part.reads,
-            scratch=part.scratch,
-            inplace=part.inplace,
-            operands=part.reads,
-            also=part.also,
-            record=part.record,
-        )
-    row = table.KERNELS[part.op]
-    workspace = WORKSPACE if row.cublas(part) else 0
-    return table.KERNELS.step(
-        part, CudaStep, workspace=workspace, operands=part.src, record=row.run
-    )
+def step_of(node: Node) -> CudaStep:
+    """The step of one node, from the kernel table."""
+    row = table.KERNELS[node.op]
+    operands = {name: s for name in node.op.operands if (s := node.get(name)) is not None}
+    workspace = WORKSPACE if row.cublas(node) else 0
+
+    def make(_: Node, nodes: tuple[Node, ...], reads: object, **fields: Any) -> CudaStep:
+        return CudaStep(nodes, operands, row.run, **fields)
+
+    return table.KERNELS.step(node, make, workspace=workspace)

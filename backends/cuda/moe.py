@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from pyggml import ops
-from pyggml.backends.cuda.fusion import Fused, Run, fuses
+from pyggml.backends.cuda.fusion import Fused, Run
 from pyggml.backends.cuda.geometry import blocks_for, row_grid, threads_for
 from pyggml.backends.cuda.launch import ABSENT, Call, Operand
 from pyggml.backends.cuda.reduce import power_of_two
@@ -20,10 +18,10 @@ FILE = "moe.cu"
 LEAST_SHARED = 99 << 10
 
 
-def _sum(call: Call, weights: Operand | None, more: Sequence[Operand] = ()) -> None:
-    """Record out = sum of experts (times weights) + more[0] + more[1]."""
-    out, a = call.out, call.operand(0)
-    one, two = (*more, ABSENT, ABSENT)[:2]
+def _sum(call: Call, weights: Operand | None = None) -> None:
+    """Record out = sum of experts (times weights) (+ plus) (+ plus2)."""
+    out, a = call.out, call["a"]
+    one, two = (call.get(name) or ABSENT for name in ("plus", "plus2"))
     call.launch(
         FILE,
         f"multi_add<{'false' if weights is None else 'true'}>",
@@ -35,31 +33,25 @@ def _sum(call: Call, weights: Operand | None, more: Sequence[Operand] = ()) -> N
 
 @kernel(ops.multi_add)
 def multi_add(call: Call) -> None:
-    _sum(call, None)
+    _sum(call)
 
 
 @kernel(ops.mul_multi_add)
 def mul_multi_add(call: Call) -> None:
-    _sum(call, call.operand(1))
+    _sum(call, call["b"])
 
 
-@fuses(ops.add)
 def sum_and_more(node: Node, run: Run) -> Fused | None:
     """mul_multi_add(a, w) + b, and + c: routed experts, shared experts, what passes by the layer.
 
     In this order of the sums, whichever side of an addition the sum of experts is on.
     """
-    found = _sums(node, run, 2)
-    if found is None:
+    match = _sums(node, run, 2)
+    if match is None:
         return None
-    nodes, more = found
-    sources = tuple(s for s in nodes[0].src if s is not None)
-
-    def record(call: Call) -> None:
-        operands = [call.operand(i) for i in range(len(call.src))]
-        _sum(call, operands[1], operands[2:])
-
-    return Fused(nodes, (*sources, *more), record, inplace=more)
+    nodes, more = match
+    reads = {"a": nodes[0]["a"], "b": nodes[0]["b"], **dict(zip(("plus", "plus2"), more))}
+    return Fused(nodes, reads, mul_multi_add, inplace=more)
 
 
 def _sums(node: Node, run: Run, most: int) -> tuple[tuple[Node, ...], tuple[Node, ...]] | None:
@@ -68,13 +60,12 @@ def _sums(node: Node, run: Run, most: int) -> tuple[tuple[Node, ...], tuple[Node
         return (node,), ()
     if node.op is not ops.add or not most:
         return None
-    left, right = node.src
-    assert left is not None and right is not None
+    left, right = node["a"], node["b"]
     for inner, other in ((left, right), (right, left)):
         if inner in run.number and run.only(inner, node) and inner.ne == other.ne == node.ne:
-            found = _sums(inner, run, most - 1)
-            if found is not None:
-                return (*found[0], node), (*found[1], other)
+            match = _sums(inner, run, most - 1)
+            if match is not None:
+                return (*match[0], node), (*match[1], other)
     return None
 
 
@@ -92,7 +83,7 @@ def _too_many(node: Node) -> str | None:
 
 @kernel(ops.grouped_topk, refuses=_too_many)
 def grouped_topk(call: Call) -> None:
-    a, attrs = call.operand(0), call.attrs
+    a, attrs = call["a"], call.attrs
     padded = power_of_two(row_length(call.node))
     numbers = (padded, attrs["n_group"], attrs["n_group_used"], attrs["n_top"])
     call.launch(

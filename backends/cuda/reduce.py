@@ -24,7 +24,7 @@ def power_of_two(n: int) -> int:
 
 @kernel(ops.sum_rows)
 def sum_rows(call: Call) -> None:
-    a = call.operand(0)
+    a = call["a"]
     threads = threads_for(a.ne[0])
     call.launch(FILE, "sum_rows", grid=row_grid(a), block=threads, args=[call.out.tensor, a.tensor])
 
@@ -41,7 +41,7 @@ def _argmax_scratch(node: Node) -> int:
 
 @kernel(ops.argmax, scratch=_argmax_scratch)
 def argmax(call: Call) -> None:
-    out, a = call.out, call.operand(0)
+    out, a = call.out, call["a"]
     parts = _parts(a.ne[0])
     keys = np.uint64(call.scratch(rows(a) * parts * _KEY) if parts > 1 else 0)
     grid, threads = (*row_grid(a), parts), threads_for(a.ne[0])
@@ -69,7 +69,7 @@ def top_k(call: Call) -> None:
 
 
 def _sort(call: Call, descending: bool) -> None:
-    a, padded = call.operand(0), power_of_two(row_length(call.node))
+    a, padded = call["a"], power_of_two(row_length(call.node))
     order = np.int32(descending)
     if padded <= PART:
         call.launch(

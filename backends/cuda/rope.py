@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
-import struct
 from functools import partial
 
 from pyggml import ops
-from pyggml.backends.cuda.fusion import Fused, Run, fuses
+from pyggml.backends.cuda.fusion import Fused, Run
 from pyggml.backends.cuda.geometry import C_TYPES, blocks_for
-from pyggml.backends.cuda.launch import ABSENT, Call, Value
+from pyggml.backends.cuda.launch import ABSENT, Call, Struct
 from pyggml.backends.cuda.table import kernel
 from pyggml.dtypes import BF16, F16, F32, I32
 from pyggml.node import Attrs, Node
@@ -17,8 +17,7 @@ from pyggml.node import Attrs, Node
 
 @kernel(ops.rope_ext, inplace=("a",))
 def rope_ext(call: Call) -> None:
-    out, a, pos = call.out, call.operand(0), call.operand(1)
-    factors = call.src[2]
+    out, a, pos, factors = call.out, call["a"], call["pos"], call.get("freq_factors")
     neox = "true" if call.attrs["mode"] == "neox" else "false"
     call.launch(
         "rope.cu",
@@ -35,38 +34,53 @@ def rope_ext(call: Call) -> None:
     )
 
 
-@fuses(ops.set_rows)
 def rope_into_rows(node: Node, run: Run) -> Fused | None:
     """set_rows(cache, reshape(rope_ext(a, pos)), ids): the heads of a token, turned, as a row."""
-    cache, row, ids = node.src
-    assert cache is not None and row is not None and ids is not None
-    turned = row.src[0] if row.op is ops.reshape else row
-    if turned is None or turned.op is not ops.rope_ext or not run.only(turned, node):
+    cache, row, ids = node["a"], node["b"], node["ids"]
+    turned = row["a"] if row.op is ops.reshape else row
+    if turned.op is not ops.rope_ext or not run.only(turned, node):
         return None
-    a, pos, factors = turned.src
-    assert a is not None and pos is not None
+    a = turned["a"]
     whole = row.ne == (a.ne[0] * a.ne[1], a.ne[2], 1, 1) and a.ne[3] == 1
     types = turned.dtype is F32 and cache.dtype in (F16, BF16) and ids.dtype is I32
-    if not whole or not types or cache.ne[2:] != (1, 1) or factors is not None:
+    if not whole or not types or cache.ne[2:] != (1, 1) or turned.get("freq_factors"):
         return None
-    record = partial(_rope_into_rows, turn=turned)
-    return Fused((turned, node), (cache, a, pos, ids), record)
+    reads = {"cache": cache, "a": a, "pos": turned["pos"], "ids": ids}
+    return Fused((turned, node), reads, partial(_rope_into_rows, rope=turned.attrs))
 
 
-def _rope_into_rows(call: Call, turn: Node) -> None:
-    _, a, pos, ids = (call.operand(i) for i in range(4))
-    neox = "true" if turn.attrs["mode"] == "neox" else "false"
+def _rope_into_rows(call: Call, rope: Attrs) -> None:
+    a = call["a"]
+    neox = "true" if rope["mode"] == "neox" else "false"
     call.launch(
         "rope.cu",
         f"rope_rows<{C_TYPES[call.out.dtype.name]}, {neox}>",
         grid=(a.ne[2], blocks_for(-(-a.ne[0] // 2) * a.ne[1])),
         block=256,
-        args=[*(x.tensor for x in (call.out, a, pos, ids)), constants(turn.attrs)],
+        args=[
+            *(x.tensor for x in (call.out, a, call["pos"], call["ids"])),
+            constants(rope),
+        ],
     )
 
 
-def constants(attrs: Attrs) -> Value:
-    """The struct `Rope` of rope.cu: what the formula of `rope_ext` takes from attributes alone."""
+class Rope(Struct):
+    """The struct `Rope` of rope.cuh."""
+
+    _fields_ = (
+        ("step", ctypes.c_double),
+        ("freq_scale", ctypes.c_double),
+        ("ext_factor", ctypes.c_double),
+        ("low", ctypes.c_double),
+        ("width", ctypes.c_double),
+        ("magnitude", ctypes.c_float),
+        ("n_dims", ctypes.c_int32),
+        ("offset", ctypes.c_int32),
+    )
+
+
+def constants(attrs: Attrs) -> Rope:
+    """What the formula of `rope_ext` takes from attributes alone."""
     n_dims, base = attrs["n_dims"], attrs["freq_base"]
     magnitude, low, width = attrs["attn_factor"], 0.0, 1.0
     if attrs["ext_factor"]:
@@ -79,5 +93,13 @@ def constants(attrs: Attrs) -> Value:
         low = max(0, math.floor(pair(attrs["beta_fast"])))
         high = min(n_dims - 1, math.ceil(pair(attrs["beta_slow"])))
         width = max(0.001, high - low)
-    doubles = (base ** (-2 / n_dims), attrs["freq_scale"], attrs["ext_factor"], low, width)
-    return Value(struct.pack("<5dfii4x", *doubles, magnitude, n_dims, attrs["offset"]))
+    return Rope(
+        step=base ** (-2 / n_dims),
+        freq_scale=attrs["freq_scale"],
+        ext_factor=attrs["ext_factor"],
+        low=low,
+        width=width,
+        magnitude=magnitude,
+        n_dims=n_dims,
+        offset=attrs["offset"],
+    )

@@ -16,8 +16,8 @@ from pyggml.backends.cuda.device.cublas import Cublas
 from pyggml.backends.cuda.device.driver import Context, guarded
 from pyggml.backends.cuda.device.memory import Buffer, operand_at
 from pyggml.backends.cuda.device.pinned import Staging
-from pyggml.backends.cuda.launch import H200, Call, Device, Gemm, Launch, Memset, Record
-from pyggml.backends.cuda.lowering import CudaStep
+from pyggml.backends.cuda.fusion import CudaStep
+from pyggml.backends.cuda.launch import H200, Call, Device, Gemm, Launch, Record
 from pyggml.errors import PyggmlError
 from pyggml.node import Node
 
@@ -45,9 +45,9 @@ def _recorded(
 ) -> list[Record]:
     assert isinstance(step, CudaStep)
     node = step.node
-    src = [None if n is None else operand_at(at[n], n.spec) for n in step.operands]
-    also = [operand_at(at[n], n.spec) for n in step.also]
-    call = Call(node, operand_at(at[node], node.spec), src, attrs, device, scratch, also)
+    tensors = {**step.operands, **step.results}
+    operands = {name: operand_at(at[n], n.spec) for name, n in tensors.items()}
+    call = Call(node, operand_at(at[node], node.spec), operands, attrs, device, scratch)
     try:
         step.record(call)
         if not step.workspace and any(isinstance(one, Gemm) for one in call.records):
@@ -185,12 +185,10 @@ class CudaRunner:
 
 def as_action(context: Context, one: Record, product: Callable[[Gemm], None] | None) -> Action:
     """A record as something to call."""
-    found, stream = context.driver, context.stream
     if isinstance(one, Launch):
         return partial(context.start, one)
     if isinstance(one, Gemm):
         assert product is not None
         return partial(product, one)
-    if isinstance(one, Memset):
-        return partial(found.memset_d8_async, one.ptr, one.byte, one.nbytes, stream)
-    return partial(found.memcpy_dtod_async, one.target, one.source, one.nbytes, stream)
+    copy = context.driver.memcpy_dtod_async
+    return partial(copy, one.target, one.source, one.nbytes, context.stream)

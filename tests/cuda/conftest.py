@@ -16,7 +16,7 @@ import pytest
 from pyggml.backends.cuda import backend, doctor
 from pyggml.backends.cuda.attention import flash
 from pyggml.backends.cuda.device import compiler, driver
-from pyggml.backends.cuda.launch import Value
+from pyggml.backends.cuda.device.tensormap import TensorMap
 from tests.cuda.allocations import ALLOCATIONS
 
 
@@ -24,7 +24,7 @@ from tests.cuda.allocations import ALLOCATIONS
 def tensor_maps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the driver can write a tensor map: where it is not installed, recording gets zeros."""
     if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
-        monkeypatch.setattr(flash, "tensor_map", lambda *_: Value(bytes(128), align=64))
+        monkeypatch.setattr(flash, "tensor_map", lambda *_: TensorMap(opaque=(0,) * 16))
 
 
 FAKE = Path(__file__).parent / "fake_pycuda"
@@ -39,13 +39,9 @@ Machine = Callable[..., None]
 
 
 def loaded() -> dict[str, ModuleType]:
-    """The modules of pycuda, whichever it is."""
-    return {name: m for name, m in sys.modules.items() if name.partition(".")[0] == "pycuda"}
-
-
-def copy_from(self: driver.Context, other: driver.Context, *pair: int) -> None:
-    """What cuda.bindings would do."""
-    self.driver.memcpy_peer_async(*pair, self.primary, other.primary, self.stream)
+    """The modules of pycuda and cuda-bindings, whichever they are."""
+    names = [name for name in sys.modules if name.partition(".")[0] in ("pycuda", "cuda")]
+    return {name: sys.modules[name] for name in names}
 
 
 def forget() -> None:
@@ -74,12 +70,11 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Machine
         forget()
         monkeypatch.setenv("PYGGML_CACHE", str(tmp_path / "cache"))
         if pycuda is None:
-            for name in ("pycuda", "pycuda.driver"):
+            for name in ("pycuda", "pycuda.driver", "cuda"):
                 monkeypatch.setitem(sys.modules, name, None)
         else:
             monkeypatch.syspath_prepend(FAKE)
             monkeypatch.setenv("PYCUDA_FAKE", pycuda)
-            monkeypatch.setattr(driver.Context, "copy_from", copy_from)
 
         if pycuda in ("gpu", "gpus"):
             ALLOCATIONS.watch(import_module("pycuda.driver"))

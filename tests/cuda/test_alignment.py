@@ -22,12 +22,13 @@ def recorded(node: Node, shift: int = 0) -> list[Launch]:
     """The launches of a node whose operands all begin `shift` bytes behind a multiple of 256."""
     row = KERNELS[node.op]
     need = row.scratch(node) if row.scratch is not None else 0
-    out, *src = (
-        None if n is None else Operand(BASE * (i + 2) + shift, n.ne, n.nb, n.dtype)
-        for i, n in enumerate((node, *node.src))
-    )
-    assert out is not None
-    call = Call(node, out, src, node.attrs, scratch=(BASE, need))
+    operands = {
+        name: Operand(BASE * (i + 3) + shift, n.ne, n.nb, n.dtype)
+        for name, i in node.op.operands.items()
+        if (n := node.get(name)) is not None
+    }
+    out = Operand(BASE * 2 + shift, node.ne, node.nb, node.dtype)
+    call = Call(node, out, operands, node.attrs, scratch=(BASE, need))
     row.run(call)
     return [one for one in call.records if isinstance(one, Launch)]
 

@@ -74,8 +74,12 @@ def on_host(library: Any, node: Node, arrays: list[Any], out: Any) -> None:
     need = row.scratch(node)
     scratch = np.full(need + ALIGNMENT, 0xFF, np.uint8)
     ptr = scratch.ctypes.data + -scratch.ctypes.data % ALIGNMENT
-    src = [None if n is None else operand(n, a) for n, a in zip(node.src, arrays)]
-    call = Call(node, operand(node, out), src, node.attrs, scratch=(ptr, need))
+    operands = {
+        name: operand(node[name], array)
+        for name, array in zip(node.op.operands, arrays)
+        if array is not None
+    }
+    call = Call(node, operand(node, out), operands, node.attrs, scratch=(ptr, need))
     row.run(call)
     launches = [one for one in call.records if isinstance(one, Launch)]
     grids = {one.name.partition("<")[0]: one.grid for one in launches}
@@ -141,18 +145,16 @@ def test_positions_at_the_ends(library: Any) -> None:
         at = gg.input("pos", "i32", ne=pos.shape)
         mask = gg.causal_mask(at, n_kv=n_kv, window=window)
         node = gg.flash_attn_ext(*nodes, mask, scale=0.2, prec="f32")
-        operands = [
-            Operand(x.ctypes.data, n.ne, n.nb, n.dtype)
-            for n, x in zip((*nodes, at), (q, k, v, pos))
-        ]
+        named = zip(("q", "k", "v", "pos"), (*nodes, at), (q, k, v, pos))
+        operands = {name: Operand(x.ctypes.data, n.ne, n.nb, n.dtype) for name, n, x in named}
         out = np.zeros(node.ne[2::-1], np.float32)
         result = Operand(out.ctypes.data, node.ne, node.nb, node.dtype)
         scratch = np.full(1 << 20, 0xFF, np.uint8)
         call = Call(
-            node, result, (*operands[:3], None, None, None), node.attrs,
+            node, result, operands, node.attrs,
             scratch=(scratch.ctypes.data + -scratch.ctypes.data % 16, (1 << 20) - 16),
         )  # fmt: skip
-        flash_attn_causal(call, operands[3], window)
+        flash_attn_causal(call, window)
         launches = {one.name.partition("<")[0]: one for one in call.records}
         grids = [
             (ctypes.c_int * 3)(*(launches[name].grid if name in launches else (0, 0, 0)))

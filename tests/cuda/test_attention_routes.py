@@ -35,17 +35,17 @@ AHEAD = {
 
 
 def launched(node: gg.Node, device: Device) -> list[Launch]:
-    src, base = [], 1 << 40
-    for i, s in enumerate(node.src):
-        src.append(None if s is None else Operand(base * (i + 2), s.ne, s.nb, s.dtype))
-    if node.src[2] is not None and node.src[2].op.view is not None:
-        k, v = src[1], src[2]
-        assert k is not None and v is not None
-        src[2] = replace(v, ptr=k.ptr, nb=k.nb)
+    operands, base = {}, 1 << 40
+    for name, i in node.op.operands.items():
+        if (s := node.get(name)) is not None:
+            operands[name] = Operand(base * (i + 2), s.ne, s.nb, s.dtype)
+    if node["v"].op.view is not None:
+        k, v = operands["k"], operands["v"]
+        operands["v"] = replace(v, ptr=k.ptr, nb=k.nb)
     row = KERNELS[node.op]
     assert row.scratch is not None
     out = Operand(base, node.ne, node.nb, node.dtype)
-    call = Call(node, out, src, node.attrs, device, (base, row.scratch(node)))
+    call = Call(node, out, operands, node.attrs, device, (base, row.scratch(node)))
     row.run(call)
     return [r for r in call.records if isinstance(r, Launch)]
 

@@ -131,7 +131,7 @@ def test_products_read_what_the_blocks_say(kind: str, tiles: bool, libraries: li
     want = quants.decode(kind, raw)
     t, ne = TYPES[kind], (want.shape[1], rows, 1, 1)
     packed = packing.to_tiles(t, ne, raw)
-    struct = packing.tiles_of(t, ne).at(packed.ctypes.data).data
+    struct = ctypes.byref(packing.tiles_of(t, ne).at(packed.ctypes.data))
     for tile in (False, True):
         got = np.full_like(want, np.nan)
         status = libraries[0].decode_weights(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import pyggml as gg
+from pyggml.backends.cuda import fusion, patterns
 from pyggml.backends.cuda.device.compiler import KERNELS
-from pyggml.backends.cuda.fusion import Run, fused
+from pyggml.backends.cuda.fusion import Fused, Run, covered
+from pyggml.backends.cuda.lowering import lower
 from pyggml.parity.patterns import PATTERNS, pattern
 
 ROW = "rms_norm mul rope_ext concat set_rows"
@@ -69,16 +72,54 @@ def test_activations_are_prepared_once() -> None:
     assert [step.node.ne[1] for step in readers] == [5, 5]
 
 
+def nodes_of(name: str) -> list[gg.Node]:
+    nodes = gg.Graph(pattern(name).outputs).nodes
+    return [n for n in nodes if not n.op.leaf and n.op.view is None]
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_patterns_can_be_left_out(name: str) -> None:
+    """Then a step for each node, as the kernel table has it, and nothing of the backend's own."""
+    nodes = nodes_of(name)
+    steps = lower(nodes, set(), fuse=False)
+    assert [step.nodes for step in steps] == [(node,) for node in nodes]
+    for step, node in zip(steps, nodes):
+        assert isinstance(step, fusion.CudaStep)
+        assert step.operands == {n: node[n] for n in node.op.operands if node.get(n) is not None}
+
+
+def test_the_first_pattern_in_their_order_counts() -> None:
+    """One row of a norm times an activation is both a gated row and a weighted norm."""
+    x, g = gg.input("x", ne=(256,)), gg.input("g", ne=(256,))
+    y = gg.mul(gg.rms_norm(x, eps=1e-6), gg.relu(g))
+    nodes = [n for n in gg.Graph({"y": y}).nodes if not n.op.leaf]
+    ways = (patterns.PATTERNS, patterns.PATTERNS[::-1])
+    steps = [next(s for s in covered(nodes, set(), way) if isinstance(s, Fused)) for way in ways]
+    assert [[n.op.name for n in s.nodes] for s in steps] == [["relu", "mul"], ["rms_norm", "mul"]]
+
+
+def test_every_pattern_is_listed_once() -> None:
+    """A family that writes one and forgets patterns.py would never see it matched."""
+    written = {
+        f"{path.stem}.{name}"
+        for path in Path(fusion.__file__).parent.rglob("*.py")
+        for name in re.findall(r"^def ([a-z]\w+)\(node: Node, run: Run\)", path.read_text(), re.M)
+    }
+    listed = [f"{m.__module__.rpartition('.')[2]}.{m.__name__}" for m, _ in patterns.PATTERNS]
+    assert sorted(listed) == sorted(written)
+
+
 def test_a_step_stands_where_its_first_result_is_read() -> None:
     ops = [step.node.op.name for step in planned("experts").steps]
     assert ops.index("get_rows") < ops.index("mul_mat_id")
 
 
 def test_a_moved_step_may_not_read_what_is_not_there_yet() -> None:
-    made = pattern("experts").outputs["y"]
-    nodes = [n for n in gg.Graph({"y": made}).nodes if not n.op.leaf and n.op.view is None]
+    y = pattern("experts").outputs["y"]
+    nodes = [n for n in gg.Graph({"y": y}).nodes if not n.op.leaf and n.op.view is None]
     run = Run(nodes, set())
-    (route,) = (p for p in fused(nodes, set()) if getattr(p, "at", None) is not None)
+    steps = [s for s in covered(nodes, set(), patterns.PATTERNS) if isinstance(s, Fused)]
+    (route,) = (step for step in steps if step.at is not step.node)
     early = [*(n for n in nodes if n in route.nodes), *(n for n in nodes if n not in route.nodes)]
     assert run.allows(route) and not Run(early, set()).allows(route)
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 import pyggml as gg
 from pyggml import quants
 from pyggml.backends.cuda.launch import Call, Gemm, Launch, Operand
-from pyggml.backends.cuda.linear import blocks, experts
+from pyggml.backends.cuda.linear import blocks, experts, routes
 from pyggml.backends.cuda.table import KERNELS
 from pyggml.backends.cuda.weights.formats import FORMATS
 from pyggml.dtypes import TYPES
@@ -30,9 +30,9 @@ def recorded(node: gg.Node, tiles: bool = True) -> list[Launch | Gemm]:
     """The step's records; PyggmlError where it takes more scratch than it declared."""
     row = KERNELS[node.op]
     assert row.refuses(node) is None
-    src = [operand(s, i, tiles) for i, s in enumerate(node.src) if s is not None]
+    operands = {name: operand(node[name], i, tiles) for name, i in node.op.operands.items()}
     need = row.scratch(node) if row.scratch is not None else 0
-    call = Call(node, operand(node, -1, False), src, node.attrs, scratch=(BASE, need))
+    call = Call(node, operand(node, -1, False), operands, node.attrs, scratch=(BASE, need))
     row.run(call)
     return [r for r in call.records if isinstance(r, (Launch, Gemm))]
 
@@ -101,7 +101,7 @@ def test_products_by_expert_keep_to_their_scratch(
 ) -> None:
     up, gate = mat(kind, 256, 75, 9), mat(kind, 256, 75, 9, name="gate")
     b, ids = mat("f32", 256, 2, tokens, name="b"), gg.input("ids", "i32", ne=(6, tokens))
-    grouped = kind != "f32" and 6 * tokens > experts.FEW and prec == "default"
+    grouped = kind != "f32" and 6 * tokens > routes.FEW_PAIRS and prec == "default"
     one = kernels(recorded(gg.mul_mat_id(up, b, ids, prec=prec), tiles))
     assert ("group_pairs" in one) == grouped
     recorded(gg.moe_up_gate(up, gate, b, ids, prec=prec), tiles)

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Sequence
+import ctypes
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from pyggml import ops
 from pyggml.backends.cuda.attention.routes import CELL, HOPPER, STATIC, TYPES, Instance, Shape
-from pyggml.backends.cuda.device.tensormap import tensor_map
-from pyggml.backends.cuda.fusion import Fused, Run, fuses
-from pyggml.backends.cuda.launch import Call, Operand, Value
+from pyggml.backends.cuda.device.tensormap import TensorMap, tensor_map
+from pyggml.backends.cuda.fusion import Fused, Run
+from pyggml.backends.cuda.launch import ABSENT, Call, Operand, Struct
 from pyggml.backends.cuda.table import kernel
 from pyggml.node import Node
 
 
 def _refuses(node: Node) -> str | None:
-    _, k, v, *_ = node.src
-    assert k is not None and v is not None
+    k, v = node["k"], node["v"]
     for what, source in (("keys", k), ("values", v)):
         if source.dtype.name not in TYPES:
             return f"flash_attn_ext does not read {what} of {source.dtype}"
@@ -43,54 +42,106 @@ def _numeric(node: Node) -> str:
     numeric=_numeric,
 )
 def flash_attn_ext(call: Call) -> None:
-    _Attention(call, call.src).record()
+    _Attention(call).record()
 
 
-def flash_attn_causal(call: Call, pos: Operand, window: int | None) -> None:
-    """The same for a node whose mask is causal_mask(pos, window): the mask is never built.
+def flash_attn_causal(call: Call, window: int | None) -> None:
+    """The same for a node whose mask is causal_mask(pos, window), which is never built.
 
-    The call's operand 3 is not read. Scratch is less than that of flash_attn_ext.
+    call["pos"] stands in place of the mask. Scratch is less than that of flash_attn_ext.
     """
-    _Attention(call, (*call.src[:3], None, *call.src[4:]), pos, window).record()
+    _Attention(call, window).record()
 
 
-@fuses(ops.flash_attn_ext)
-def absorb_causal_mask(node: Node, run: Run) -> Fused | None:
-    """The pattern of flash_attn_causal. A mask that attentions share is built by none of them."""
-    mask = node.src[3]
+def causal_attention(node: Node, run: Run) -> Fused | None:
+    """flash_attn_ext under a causal mask. A mask that attentions share is built by none of them."""
+    mask = node.get("mask")
     if mask is None or mask.op is not ops.causal_mask or mask not in run.number:
         return None
-    readers = run.readers[mask]
-    if not run.only(mask, *(r for r in readers if r.op is ops.flash_attn_ext and r.src[3] is mask)):
+    attentions = (r for r in run.readers[mask] if r.op is ops.flash_attn_ext)
+    if not run.only(mask, *(r for r in attentions if r.get("mask") is mask)):
         return None
-    pos, window = mask.src[0], mask.attrs["window"]
-    assert pos is not None
-    present = [i for i, s in enumerate(node.src) if s is not None and i != 3]
+    others = {name: s for name in node.op.operands if (s := node.get(name)) and name != "mask"}
+    return Fused(
+        (mask, node),
+        {"pos": mask["pos"], **others},
+        partial(flash_attn_causal, window=mask.attrs["window"]),
+        scratch=Shape.of(node, fused=True).scratch(),
+        recompute=(mask,),
+    )
 
-    def record(call: Call) -> None:
-        src: list[Operand | None] = [None] * 6
-        for i, operand in zip(present, call.src[1:]):
-            src[i] = operand
-        _Attention(call, src, call.operand(0), window).record()
 
-    reads = (pos, *(s for s in node.src if s is not None and s is not mask))
-    scratch = Shape.of(node, fused=True).scratch()
-    return Fused((mask, node), reads, record, scratch=scratch, again=(mask,))
+class Attention(Struct):
+    """The struct `Attention` of attention.cuh: addresses (0: absent), byte strides, sizes."""
+
+    _fields_ = (
+        ("q", ctypes.c_uint64),
+        ("k", ctypes.c_uint64),
+        ("v", ctypes.c_uint64),
+        ("mask", ctypes.c_uint64),
+        ("sinks", ctypes.c_uint64),
+        ("kv_len", ctypes.c_uint64),
+        ("pos", ctypes.c_uint64),
+        ("out", ctypes.c_uint64),
+        ("parts", ctypes.c_uint64),
+        ("stats", ctypes.c_uint64),
+        ("map", ctypes.c_uint64),
+        ("nb_q", ctypes.c_int64 * 3),
+        ("nb_k", ctypes.c_int64 * 3),
+        ("nb_v", ctypes.c_int64 * 3),
+        ("nb_mask", ctypes.c_int64 * 4),
+        ("nb_out", ctypes.c_int64 * 3),
+        ("nb_sinks", ctypes.c_int64),
+        ("nb_pos", ctypes.c_int64),
+        ("n_q", ctypes.c_int32),
+        ("n_kv", ctypes.c_int32),
+        ("heads", ctypes.c_int32),
+        ("heads_kv", ctypes.c_int32),
+        ("n3", ctypes.c_int32),
+        ("d_k", ctypes.c_int32),
+        ("d_v", ctypes.c_int32),
+        ("mask_heads", ctypes.c_int32),
+        ("mask_batch", ctypes.c_int32),
+        ("window", ctypes.c_int32),
+        ("kv0", ctypes.c_int32),
+        ("splits", ctypes.c_int32),
+        ("head0", ctypes.c_int32),
+        ("n_head", ctypes.c_int32),
+        ("lse", ctypes.c_int32),
+        ("type_k", ctypes.c_int32),
+        ("type_v", ctypes.c_int32),
+        ("v_start", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+        ("max_bias", ctypes.c_float),
+    )
+
+
+class HopperArgument(Struct):
+    """The struct `HopperArgument` of attention_hopper.cu. Maps must lie at multiples of 64, and
+    parameters begin at 0x210 on 9.0: hence `pad`."""
+
+    _fields_ = (
+        ("pad", ctypes.c_uint64 * 6),
+        ("map_k", TensorMap),
+        ("map_v", TensorMap),
+        ("a", Attention),
+    )
+
+
+class LatentArgument(Struct):
+    """The struct `LatentArgument` of attention_latent_hopper.cu, laid out alike."""
+
+    _fields_ = (("pad", ctypes.c_uint64 * 6), ("map", TensorMap), ("a", Attention))
 
 
 class _Attention:
-    """One node being recorded. src: q, k, v, mask, sinks, kv_len; `pos` in the place of a mask."""
+    """One node being recorded. call["pos"] stands in place of a mask, with a window or None."""
 
-    def __init__(
-        self,
-        call: Call,
-        src: Sequence[Operand | None],
-        pos: Operand | None = None,
-        window: int | None = None,
-    ) -> None:
-        q, k, v, self.mask, self.sinks, self.kv_len = src
-        assert q is not None and k is not None and v is not None
-        self.call, self.q, self.k, self.v, self.pos, self.window = call, q, k, v, pos, window
+    def __init__(self, call: Call, window: int | None = None) -> None:
+        self.call, self.window = call, window
+        self.q, self.k, self.v = call["q"], call["k"], call["v"]
+        self.mask, self.pos = call.get("mask"), call.get("pos")
         self.shape = Shape.of(call.node, fused=self.mask is None)
         self.v_start = self.parts = self.stats = self.map = 0
         self.route = next(r for r in self.shape.routes if self._fits(r))
@@ -116,9 +167,9 @@ class _Attention:
             self.v_start = start
         if "hopper" in route and self.call.device.arch != "90a":
             return False
-        made = self._instance(route)
-        few = self.shape.rows <= 65535 * made.rows
-        return few and made.shared + STATIC <= self.call.device.shared
+        instance = self._instance(route)
+        few = self.shape.rows <= 65535 * instance.rows
+        return few and instance.shared + STATIC <= self.call.device.shared
 
     def _inside(self) -> int | None:
         """At which element of a row of keys its values begin, if they are a part of it."""
@@ -130,7 +181,7 @@ class _Attention:
         return start if rest == 0 <= start <= k.ne[0] - v.ne[0] else None
 
     def record(self) -> None:
-        call, shape, route, made = self.call, self.shape, self.route, self.instance
+        call, shape, route, instance = self.call, self.shape, self.route, self.instance
         sizes = zip((self.k, self.v), shape.decoded(route))
         self.k, self.v = (self._decoded(x, n) if n else x for x, n in sizes)
         if shape.splits(route) > 1:
@@ -143,7 +194,7 @@ class _Attention:
             self._launch(
                 "combine", "survey", (-(-cells[0] // 8), cells[1], shape.mask_batch), argument
             )
-        blocks, outer = -(-shape.rows // made.rows), shape.heads_kv * shape.n3
+        blocks, outer = -(-shape.rows // instance.rows), shape.heads_kv * shape.n3
         splits = shape.splits(route)
         grid = {
             "any": (blocks, splits, outer),
@@ -151,7 +202,7 @@ class _Attention:
             "tiles": (outer, blocks, splits),
         }.get(route, (splits, blocks, outer))
         whole = self._with_maps(argument) if "hopper" in route else argument
-        self._launch(route, made.name, grid, whole, made.threads, made.shared)
+        self._launch(route, instance.name, grid, whole, instance.threads, instance.shared)
         if splits > 1:
             lanes = 4 if shape.d_v % 4 == 0 else 1
             grid = shape.n3 * shape.n_q * shape.heads, -(-shape.d_v // (32 * lanes)), 1
@@ -162,7 +213,7 @@ class _Attention:
         file: str,
         name: str,
         grid: tuple[int, int, int],
-        argument: Value,
+        argument: Struct,
         threads: int = 256,
         shared: int = 0,
     ) -> None:
@@ -175,17 +226,19 @@ class _Attention:
             shared=shared,
         )
 
-    def _with_maps(self, argument: Value) -> Value:
-        """The argument behind tensor maps of keys and values, in boxes of 64 columns.
-
-        Maps must lie at multiples of 64, and parameters begin at 0x210 on 9.0: hence 48 bytes.
-        """
+    def _with_maps(self, argument: Attention) -> Struct:
+        """The argument behind tensor maps of keys and values, in boxes of 64 columns."""
         kind = "bf16" if self.shape.type_k == "bf16" else "f16"
-        latent = self.route == "latent_hopper"
-        keys = 64 if latent else HOPPER[self.shape.d_k, self.shape.d_v]
-        sources = (self.k,) if latent else (self.k, self.v)
-        maps = (tensor_map(x.ptr, kind, x.ne, x.nb, (64, keys, 1, 1)) for x in sources)
-        return Value(bytes(48) + b"".join(m.data for m in maps) + argument.data)
+
+        def boxes(x: Operand, keys: int) -> TensorMap:
+            return tensor_map(x.ptr, kind, x.ne, x.nb, (64, keys, 1, 1))
+
+        pad = (0,) * 6
+        if self.route == "latent_hopper":
+            return LatentArgument(pad=pad, map=boxes(self.k, 64), a=argument)
+        keys = HOPPER[self.shape.d_k, self.shape.d_v]
+        maps = boxes(self.k, keys), boxes(self.v, keys)
+        return HopperArgument(pad=pad, map_k=maps[0], map_v=maps[1], a=argument)
 
     def _decoded(self, x: Operand, nbytes: int) -> Operand:
         """q8_0 as f16 in scratch, without gaps."""
@@ -203,47 +256,50 @@ class _Attention:
         )
         return replace(x, ptr=to, nb=(2, 2 * d, 2 * d * rows, 2 * d * rows * heads))
 
-    def _argument(self) -> Value:
-        """The struct Attention of attention.cuh."""
+    def _argument(self) -> Attention:
         call, shape, attrs = self.call, self.shape, self.call.attrs
-        sinks, mask, pos = self.sinks, self.mask, self.pos
-
-        def ptr(x: Operand | None) -> int:
-            return 0 if x is None else x.ptr
-
-        pointers = (self.q, self.k, self.v, mask, sinks, self.kv_len, pos, call.out)
-        nb = [*self.q.nb[1:], *self.k.nb[1:], *self.v.nb[1:]]
-        nb += [*(mask.nb if mask is not None else (0,) * 4), *call.out.nb[1:]]
-        nb += [sinks.nb[0] if sinks is not None else 0, pos.nb[0] if pos is not None else 0]
-        numbers = [
-            shape.n_q,
-            shape.n_kv,
-            shape.heads,
-            shape.heads_kv,
-            shape.n3,
-            shape.d_k,
-            shape.d_v,
-        ]
-        numbers += [mask.ne[2], mask.ne[3]] if mask is not None else [1, 1]
-        # One that reaches back past every position that there is hides nothing.
+        # A window that reaches back past every position hides nothing.
         window = self.window if self.window is not None and self.window < 2**31 else 0
-        numbers += [window, attrs["kv0"], shape.splits(self.route), attrs["head0"]]
-        numbers += [attrs["n_head"], attrs["lse"], TYPES[shape.type_k], TYPES[shape.type_v]]
-        floats = (
-            attrs["scale"],
-            attrs["logit_softcap"],
-            attrs["max_bias"] if mask is not None else 0,
-        )
-        return Value(
-            struct.pack(
-                "<11Q18q18i3f4x",
-                *(ptr(x) for x in pointers),
-                self.parts,
-                self.stats,
-                self.map,
-                *nb,
-                *numbers,
-                self.v_start,
-                *floats,
-            )
+        mask, pos = self.mask or ABSENT, self.pos or ABSENT
+        sinks, kv_len = call.get("sinks") or ABSENT, call.get("kv_len") or ABSENT
+        return Attention(
+            q=self.q.ptr,
+            k=self.k.ptr,
+            v=self.v.ptr,
+            mask=mask.ptr,
+            sinks=sinks.ptr,
+            kv_len=kv_len.ptr,
+            pos=pos.ptr,
+            out=call.out.ptr,
+            parts=self.parts,
+            stats=self.stats,
+            map=self.map,
+            nb_q=self.q.nb[1:],
+            nb_k=self.k.nb[1:],
+            nb_v=self.v.nb[1:],
+            nb_mask=mask.nb,
+            nb_out=call.out.nb[1:],
+            nb_sinks=sinks.nb[0],
+            nb_pos=pos.nb[0],
+            n_q=shape.n_q,
+            n_kv=shape.n_kv,
+            heads=shape.heads,
+            heads_kv=shape.heads_kv,
+            n3=shape.n3,
+            d_k=shape.d_k,
+            d_v=shape.d_v,
+            mask_heads=mask.ne[2],
+            mask_batch=mask.ne[3],
+            window=window,
+            kv0=attrs["kv0"],
+            splits=shape.splits(self.route),
+            head0=attrs["head0"],
+            n_head=attrs["n_head"],
+            lse=attrs["lse"],
+            type_k=TYPES[shape.type_k],
+            type_v=TYPES[shape.type_v],
+            v_start=self.v_start,
+            scale=attrs["scale"],
+            softcap=attrs["logit_softcap"],
+            max_bias=0.0 if self.mask is None else attrs["max_bias"],
         )

@@ -7,44 +7,38 @@ from functools import partial
 import numpy as np
 
 from pyggml import ops
-from pyggml.backends.cuda.fusion import Fused, Run, fuses
+from pyggml.backends.cuda.fusion import Fused, Run
 from pyggml.backends.cuda.launch import Call
 from pyggml.backends.cuda.rope import constants
 from pyggml.dtypes import F32, I32
-from pyggml.node import Node
+from pyggml.node import Attrs, Node
 
 #: Cache types, as values.cuh names what reads and writes them.
 ROWS = {"f16": "Plain<__half>", "bf16": "Plain<__nv_bfloat16>", "q8_0": "q8_0"}
 
 
-def _looked(node: Node | None) -> list[Node]:
-    """A node behind reshapes, and these: the last is it."""
-    found = []
-    while node is not None and node.op is ops.reshape:
-        found.append(node)
-        node = node.src[0]
-    return [*found, node] if node is not None else found
+def _behind_reshapes(node: Node) -> Node:
+    while node.op is ops.reshape:
+        node = node["a"]
+    return node
 
 
-@fuses(ops.set_rows)
 def latent_row(node: Node, run: Run) -> Fused | None:
     """set_rows(cache, concat(rms_norm(c) * w, rope(k)), ids), one row a token."""
-    cache, row, ids = node.src
-    assert cache is not None and row is not None and ids is not None
+    cache, row, ids = node["a"], node["b"], node["ids"]
     if row.op is not ops.concat or row.attrs["dim"] != 0 or not run.only(row, node):
         return None
-    scaled, turned = row.src[0], _looked(row.src[1])[-1]
-    if scaled is None or scaled.op is not ops.mul or turned.op is not ops.rope_ext:
+    scaled, turned = row["a"], _behind_reshapes(row["b"])
+    if scaled.op is not ops.mul or turned.op is not ops.rope_ext:
         return None
-    normed, weight = scaled.src
-    if normed is None or weight is None or normed.op is not ops.rms_norm:
+    normed, weight = scaled["a"], scaled["b"]
+    if normed.op is not ops.rms_norm:
         return None
     covered = (normed, scaled, turned, row)
     followers = (scaled, row, row, node)
     if not all(run.only(n, reader) for n, reader in zip(covered, followers)):
         return None
-    c, k, pos = normed.src[0], turned.src[0], turned.src[1]
-    assert c is not None and k is not None and pos is not None
+    c, k = normed["a"], turned["a"]
     n_tokens = row.ne[1]
     fits = (
         cache.dtype.name in ROWS
@@ -55,26 +49,29 @@ def latent_row(node: Node, run: Run) -> Fused | None:
         and k.ne[1:] == (1, n_tokens, 1)
         and weight.dtype is F32
         and weight.ne == (c.ne[0], 1, 1, 1)
-        and turned.src[2] is None
+        and turned.get("freq_factors") is None
     )
     if not fits:
         return None
-    record = partial(_record, eps=normed.attrs["eps"], turn=turned)
-    return Fused((*covered, node), (cache, c, weight, k, pos, ids), record)
+    return Fused(
+        (*covered, node),
+        {"cache": cache, "c": c, "weight": weight, "k": k, "pos": turned["pos"], "ids": ids},
+        partial(_record, eps=normed.attrs["eps"], rope=turned.attrs),
+    )
 
 
-def _record(call: Call, eps: float, turn: Node) -> None:
-    cache, c, weight, k, pos, ids = (call.operand(i) for i in range(6))
-    neox = str(turn.attrs["mode"] == "neox").lower()
+def _record(call: Call, eps: float, rope: Attrs) -> None:
+    c, k = call["c"], call["k"]
+    neox = str(rope["mode"] == "neox").lower()
     call.launch(
         "latent_row.cu",
-        f"latent_row<{ROWS[cache.dtype.name]}, {neox}>",
+        f"latent_row<{ROWS[call.out.dtype.name]}, {neox}>",
         grid=c.ne[1],
         block=256,
         args=[
-            *(x.tensor for x in (call.out, c, weight, k, pos, ids)),
+            *(x.tensor for x in (call.out, c, call["weight"], k, call["pos"], call["ids"])),
             np.float32(eps),
-            constants(turn.attrs),
+            constants(rope),
         ],
         shared=4 * (c.ne[0] + k.ne[0]),
     )

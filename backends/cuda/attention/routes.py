@@ -78,8 +78,7 @@ class Shape:
 
     @staticmethod
     def of(node: Node, fused: bool = False) -> Shape:
-        q, k, v, mask, *_ = node.src
-        assert q is not None and k is not None and v is not None
+        q, k, v, mask = node["q"], node["k"], node["v"], node.get("mask")
         batch = 0 if mask is None or fused else mask.ne[3]
         names = k.dtype.name, v.dtype.name
         exact = node.attrs["prec"] == "f32"
@@ -197,12 +196,12 @@ class Shape:
         )
 
 
-def _first_fit(made: Iterable[Instance], room: int) -> Instance:
+def _first_fit(instances: Iterable[Instance], room: int) -> Instance:
     """The first that fits, else the last."""
-    for one in made:
-        if one.shared <= room:
+    for instance in instances:
+        if instance.shared <= room:
             break
-    return one
+    return instance
 
 
 def _ceil(a: int, b: int) -> int:

@@ -76,7 +76,7 @@ class Cublas:
                 leading,
                 ctypes.c_longlong(stride),
             ]
-        alpha, beta = ctypes.c_float(one.alpha), ctypes.c_float(one.beta)
+        alpha, beta = ctypes.c_float(1), ctypes.c_float(0)
         _check(
             library.cublasGemmStridedBatchedEx(
                 handle,

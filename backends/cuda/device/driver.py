@@ -1,6 +1,8 @@
 """One GPU: its primary context, shared with CuPy and PyTorch, its stream, its loaded kernels.
 
-pycuda is imported here, on first use. Whatever goes wrong is a DeviceError that says what to do.
+pycuda opens the context and keeps streams, events and memory; cuda-bindings loads and launches
+kernels, as pycuda's launches take no attributes. Both are imported on first use. Whatever goes
+wrong is a DeviceError that says what to do.
 """
 
 from __future__ import annotations
@@ -154,10 +156,8 @@ class Context:
             handle = self.driver.Device(index)
             self.about = _described(handle, self.driver)
             self.primary = handle.retain_primary_context()
-        self._functions: dict[tuple[str, str], Any] = {}
-        self._raw: dict[tuple[str, str], Any] = {}
+        self._functions: dict[tuple[str, str], Any] = {}  # CUfunction by file and name
         self._shared: dict[tuple[str, str], int] = {}  # dynamic bytes that were asked for
-        self._modules: list[Any] = []
         with self:
             self.stream = self.driver.Stream()
 
@@ -174,112 +174,79 @@ class Context:
         cupy = imported("cupy")
         return cupy.cuda.ExternalStream(self.stream.handle, self.index)
 
+    # -- by cuda-bindings ---------------------------------------------------------------------
+
     def load(self, launches: Sequence[Launch]) -> None:
         """Compile (or find compiled) and load every kernel of these launches."""
-        wanted = {(one.file, one.name): one for one in launches}
-        new = [key for key in wanted if key not in self._functions and key not in self._raw]
-        for key, made in compiler.cubins(new, self.about.arch).items():
-            with guarded(f"loading {key[1]}"):
-                if _has_attributes(wanted[key]):
-                    self._raw[key] = _raw_function(made)
-                    continue
-                module = self.driver.module_from_buffer(made.code)
-                self._modules.append(module)
-                self._functions[key] = module.get_function(made.symbol)
-        for one in launches:
-            if _has_attributes(one):
-                self._allow(one)
-            elif one.shared > FREE_SHARED:
-                attribute = self.driver.function_attribute.MAX_DYNAMIC_SHARED_SIZE_BYTES
-                function = self._functions[one.file, one.name]
-                with guarded(f"{one.name}: {one.shared} bytes of shared memory"):
-                    if function.get_attribute(attribute) < one.shared:
-                        function.set_attribute(attribute, one.shared)
+        keys = dict.fromkeys((launch.file, launch.name) for launch in launches)
+        new = [key for key in keys if key not in self._functions]
+        for key, cubin in compiler.cubins(new, self.about.arch).items():
+            self._functions[key] = _function(cubin)
+        for launch in launches:
+            self._allow_shared(launch)
 
-    def start(self, one: Launch) -> None:
-        """Put a loaded kernel into the stream."""
-        if _has_attributes(one):
-            self._start_raw(one)
+    def _allow_shared(self, launch: Launch) -> None:
+        """Dynamic shared memory that a function may have only when asked for."""
+        key = launch.file, launch.name
+        if launch.shared <= self._shared.get(key, FREE_SHARED):
             return
-        function = self._functions[one.file, one.name]
-        function._launch_kernel(one.grid, one.block, one.args, one.shared, self.stream)
+        cu = imported("cuda.bindings.driver")
+        limit = cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        what = f"{launch.name}: {launch.shared} bytes of shared memory"
+        _checked(cu, what, cu.cuFuncSetAttribute(self._functions[key], limit, launch.shared))
+        self._shared[key] = launch.shared
 
-    # -- what pycuda lacks: copies that name two GPUs, launches with attributes -----------------
+    def start(self, launch: Launch) -> None:
+        """Put a loaded kernel into the stream."""
+        cu = imported("cuda.bindings.driver")
+        config = cu.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = launch.grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = launch.block
+        config.sharedMemBytes = launch.shared
+        config.hStream = cu.CUstream(self.stream.handle)
+        if launch.overlap:
+            attribute = cu.CUlaunchAttribute()
+            ids = cu.CUlaunchAttributeID
+            attribute.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs, config.numAttrs = [attribute], 1
+        # The arguments as one buffer: POINTER 1, SIZE 2, END 0.
+        buffer, size = ctypes.create_string_buffer(launch.args), ctypes.c_size_t(len(launch.args))
+        extra = (ctypes.c_void_p * 5)(1, ctypes.addressof(buffer), 2, ctypes.addressof(size), 0)
+        function = self._functions[launch.file, launch.name]
+        status = cu.cuLaunchKernelEx(config, function, 0, ctypes.addressof(extra))
+        _checked(cu, launch.name, status)
 
     def copy_from(self, other: Context, target: int, source: int, nbytes: int) -> None:
         """Queue a copy from the memory of another GPU; pycuda's takes both for the current one."""
         cu = imported("cuda.bindings.driver")
         what = f"copying from cuda:{other.index} to cuda:{self.index}"
         with other:
-            theirs = _asked(cu, what, cu.cuCtxGetCurrent())
+            theirs = _checked(cu, what, cu.cuCtxGetCurrent())
         with self:
-            mine = _asked(cu, what, cu.cuCtxGetCurrent())
+            mine = _checked(cu, what, cu.cuCtxGetCurrent())
             stream = cu.CUstream(self.stream.handle)
-            made = cu.cuMemcpyPeerAsync(target, mine, source, theirs, nbytes, stream)
-            _asked(cu, what, made)
-
-    def _allow(self, one: Launch) -> None:
-        """Cluster sizes and shared memory that a function may have only when asked for."""
-        cu = imported("cuda.bindings.driver")
-        key = one.file, one.name
-        attribute = cu.CUfunction_attribute
-        wanted = []
-        if one.cluster:
-            wanted.append((attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1))
-        if one.shared > FREE_SHARED:
-            limit = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            if one.shared > self._shared.get(key, 0):
-                wanted.append((limit, one.shared))
-        for name, value in wanted:
-            _asked(cu, one.name, cu.cuFuncSetAttribute(self._raw[key], name, value))
-        self._shared[key] = max(one.shared, self._shared.get(key, 0))  # once it is so
-
-    def _start_raw(self, one: Launch) -> None:
-        cu = imported("cuda.bindings.driver")
-        config = cu.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = one.grid
-        config.blockDimX, config.blockDimY, config.blockDimZ = one.block
-        config.sharedMemBytes = one.shared
-        config.hStream = cu.CUstream(self.stream.handle)
-        attributes = []
-        if one.cluster:
-            attribute = cu.CUlaunchAttribute()
-            attribute.id = cu.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-            size = attribute.value.clusterDim
-            size.x, size.y, size.z = one.cluster
-            attributes.append(attribute)
-        if one.overlap:
-            attribute = cu.CUlaunchAttribute()
-            kinds = cu.CUlaunchAttributeID
-            attribute.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            attribute.value.programmaticStreamSerializationAllowed = 1
-            attributes.append(attribute)
-        config.attrs, config.numAttrs = attributes, len(attributes)
-        # The arguments as one buffer: POINTER 1, SIZE 2, END 0.
-        held, size = ctypes.create_string_buffer(one.args), ctypes.c_size_t(len(one.args))
-        extra = (ctypes.c_void_p * 5)(1, ctypes.addressof(held), 2, ctypes.addressof(size), 0)
-        function = self._raw[one.file, one.name]
-        made = cu.cuLaunchKernelEx(config, function, 0, ctypes.addressof(extra))
-        _asked(cu, one.name, made)
+            status = cu.cuMemcpyPeerAsync(target, mine, source, theirs, nbytes, stream)
+            _checked(cu, what, status)
 
 
-def _has_attributes(one: Launch) -> bool:
-    """Whether its launch has attributes, which pycuda's has not."""
-    return one.overlap or one.cluster is not None
-
-
-def _raw_function(made: compiler.Cubin) -> Any:
+def _function(cubin: compiler.Cubin) -> Any:
+    """The kernel of a module, which stays loaded as long as the context."""
     cu = imported("cuda.bindings.driver")
-    module = _asked(cu, "loading a module", cu.cuModuleLoadData(made.code))
-    return _asked(cu, made.symbol, cu.cuModuleGetFunction(module, made.symbol.encode()))
+    what = f"loading {cubin.name}"
+    module = _checked(cu, what, cu.cuModuleLoadData(cubin.code))
+    return _checked(cu, what, cu.cuModuleGetFunction(module, cubin.symbol.encode()))
 
 
-def _asked(cu: Any, what: str, answer: tuple[Any, ...]) -> Any:
-    """The result of a call of cuda.bindings; DeviceError where it failed."""
-    status, *found = answer
+def _checked(cu: Any, what: str, answer: tuple[Any, ...]) -> Any:
+    """The result of a call of cuda-bindings; DeviceError where it failed."""
+    status, *results = answer
+    if status == cu.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+        raise OutOfMemoryError(f"{what}: {status.name}")
     if status != cu.CUresult.CUDA_SUCCESS:
-        raise DeviceError(f"{what}: {status.name}. {_advice(status.name.lower())}")
-    return found[0] if found else None
+        words = status.name.lower().replace("_", " ")
+        raise DeviceError(f"{what}: {status.name}. {_advice(words)}")
+    return results[0] if results else None
 
 
 def _described(handle: Any, found: Any) -> Device:

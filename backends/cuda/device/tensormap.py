@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Sequence
 
 from pyggml.backends.cuda.device.driver import imported
-from pyggml.backends.cuda.launch import Value
+from pyggml.backends.cuda.launch import Struct
 from pyggml.errors import DeviceError
 
 _TYPES = {
@@ -14,6 +14,13 @@ _TYPES = {
     "bf16": "CU_TENSOR_MAP_DATA_TYPE_BFLOAT16",
     "f32": "CU_TENSOR_MAP_DATA_TYPE_FLOAT32",
 }
+
+
+class TensorMap(Struct):
+    """The struct `TensorMap` of mma.cuh, the driver's CUtensorMap. Kernels need it at a multiple of
+    64 bytes."""
+
+    _fields_ = (("opaque", ctypes.c_uint64 * 16),)
 
 
 def steps_of(ne: Sequence[int], nb: Sequence[int]) -> list[int]:
@@ -27,7 +34,7 @@ def steps_of(ne: Sequence[int], nb: Sequence[int]) -> list[int]:
 
 def tensor_map(
     ptr: int, dtype: str, ne: Sequence[int], nb: Sequence[int], box: Sequence[int]
-) -> Value:
+) -> TensorMap:
     """Boxes of a tensor, swizzled in 128 bytes; what lies outside of `ne` reads as zeros.
 
     ptr  a multiple of 16, as are the byte strides nb[1:] of sizes above 1
@@ -51,4 +58,4 @@ def tensor_map(
     )
     if status != driver.CUresult.CUDA_SUCCESS:
         raise DeviceError(f"no tensor map of {dtype} {list(ne)}, strides {steps}: {status.name}")
-    return Value(ctypes.string_at(made.getPtr(), 128), align=64)
+    return TensorMap.from_buffer_copy(ctypes.string_at(made.getPtr(), ctypes.sizeof(TensorMap)))

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import struct
+import ctypes
 from math import prod
 
 import numpy as np
 
 from pyggml.backends.cuda.geometry import C_TYPES, blocks_for
-from pyggml.backends.cuda.launch import H200, Call, Operand, Value
+from pyggml.backends.cuda.launch import H200, Call, Operand, Struct, Tensor
 from pyggml.backends.cuda.linear.common import (
     FEW,
     PREPARE,
     VEC,
+    Heads,
+    Routing,
     act_of,
     aligned,
     dense,
-    is_few,
     is_narrow,
     rows_in,
     shape_of,
 )
-from pyggml.backends.cuda.weights.packing import packed
+from pyggml.backends.cuda.weights.packing import Packed, packed
 from pyggml.dtypes import F32, DType
 from pyggml.node import Ne
 
@@ -41,14 +42,40 @@ def cpp_format(a: Operand) -> str:
     return a.dtype.name if a.layout == "tiles8" else f"Raw<{a.dtype.name}>"
 
 
-def matrix_of(a: Operand) -> Value:
-    """One struct of `Weights`."""
-    return packed(a) if a.layout == "tiles8" else a.tensor
+class TileWeights(Struct):
+    """The struct `Weights` of formats.cuh, of a format that is kept in tiles."""
+
+    _fields_ = (("w", Packed * 2),)
 
 
-def weights_of(*matrices: Operand) -> Value:
-    """The struct `Weights`: the second is the first again where there is one."""
-    return Value(b"".join(matrix_of(m).data for m in (matrices * 2)[:2]))
+class RowWeights(Struct):
+    """The same of a format that lies in rows, as in a file."""
+
+    _fields_ = (("w", Tensor * 2),)
+
+
+class Columns(Struct):
+    """The struct `Columns` of linear_tile.cu: `heads`, or what moe_group.cu makes of `routing`."""
+
+    _fields_ = (
+        ("tiles", ctypes.c_uint64),
+        ("n_tiles", ctypes.c_uint64),
+        ("order", ctypes.c_uint64),
+        ("heads", Heads),
+        ("routing", Routing),
+    )
+
+
+NO_HEADS = Heads(a2=0, r3=0, columns=0)
+NO_ROUTING = Routing(ids=Tensor(data=0, nb=(0,) * 4, ne=(0,) * 4), experts=0, n_b=0)
+
+
+def weights_of(*matrices: Operand) -> Struct:
+    """One matrix, which then stands twice, or up and gate."""
+    first, second = (matrices * 2)[:2]
+    if first.layout == "tiles8":
+        return TileWeights(w=(packed(first), packed(second)))
+    return RowWeights(w=(first.tensor, second.tensor))
 
 
 def group_bytes(levels: int) -> int:
@@ -61,17 +88,13 @@ def fixed_bytes(b: Ne, levels: int) -> int:
 
 
 def quantize(call: Call, b: Operand, levels: int) -> np.uint64:
-    """b in fixed point, for `vec`; the last source where an earlier step has left it."""
-    if is_prepared(call):
-        return call.operand(-1).pointer
+    """b in fixed point, for `vec`; call["fixed"] where an earlier step has left it."""
+    fixed = call.get("fixed")
+    if fixed is not None:
+        return fixed.pointer
     out = np.uint64(call.scratch(fixed_bytes(b.ne, levels)))
     launch_quantize(call, b, out, levels)
     return out
-
-
-def is_prepared(call: Call) -> bool:
-    """Whether the step has a source more than its op: b in fixed point."""
-    return len(call.src) > len(call.node.src)
 
 
 def launch_quantize(call: Call, b: Operand, out: np.uint64, levels: int) -> None:
@@ -104,10 +127,6 @@ def to_halves(call: Call, b: Operand, half: str) -> tuple[np.uint64, np.uint64]:
     return out, scales
 
 
-def vec_scratch(b: Ne, levels: int = 2) -> int:
-    return aligned(fixed_bytes(b, levels))
-
-
 def tile_scratch(b: Ne) -> int:
     return aligned(rows_in(b) * padded(b[0]) * 2, rows_in(b) * 4)
 
@@ -118,7 +137,7 @@ def warps_for(groups: int, blocks: int) -> int:
     return min(wanted, max(1, groups // 8))
 
 
-def few_columns(call: Call, a: tuple[Operand, ...], b: Operand, y: Operand, levels: int) -> None:
+def vec(call: Call, a: tuple[Operand, ...], b: Operand, y: Operand, levels: int) -> None:
     """`vec`, of one matrix or of up and gate."""
     x = quantize(call, b, levels)
     shape, tiles = shape_of(a[0].ne, b.ne), -(-a[0].ne[1] // 8)
@@ -160,7 +179,7 @@ def split_scratch(a: Ne, b: Ne) -> int:
     return aligned(4 * a[1] * rows_in(b) * splits) if splits > 1 else 0
 
 
-def many_columns(call: Call, a: tuple[Operand, ...], b: Operand, y: Operand) -> None:
+def tile(call: Call, a: tuple[Operand, ...], b: Operand, y: Operand) -> None:
     """`tile`, of one matrix or of up and gate."""
     shape = shape_of(a[0].ne, b.ne)
     some, splits = tile_columns(shape.columns), 1 if len(a) == 2 else splits_of(a[0].ne, b.ne)
@@ -168,8 +187,7 @@ def many_columns(call: Call, a: tuple[Operand, ...], b: Operand, y: Operand) -> 
     if splits > 1:
         some, ptr = min(some, 64), call.scratch(4 * y.ne[0] * count * splits)
         sums = dense(ptr, (y.ne[0], count * splits, 1, 1), F32)
-    # The struct `Columns`, its routing unused.
-    columns = Value(struct.pack("<24x3i68x", shape.a2, shape.r3, shape.columns))
+    columns = Columns(tiles=0, n_tiles=0, order=0, heads=shape.heads, routing=NO_ROUTING)
     grid = -(-shape.columns // some), shape.batches
     launch_tile(call, cpp_format(a[0]), a, b, sums, some, columns, grid, splits=splits)
     if splits > 1:
@@ -189,7 +207,7 @@ def launch_tile(
     b: Operand,
     y: Operand,
     some: int,
-    columns: Value,
+    columns: Columns,
     grid: tuple[int, int],
     routed: bool = False,
     splits: int = 1,
@@ -213,10 +231,3 @@ def launch_tile(
         ],
         shared=tile_shared(some),
     )
-
-
-def product(call: Call, a: tuple[Operand, ...], b: Operand, y: Operand, exact: bool) -> None:
-    if is_few(a[0].ne, b.ne, exact):
-        few_columns(call, a, b, y, 3 if exact else 2)
-    else:
-        many_columns(call, a, b, y)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import struct
+import ctypes
 from dataclasses import dataclass
 from math import prod
 
 import numpy as np
 
-from pyggml.backends.cuda.launch import Call, Operand, Value
+from pyggml.backends.cuda.launch import Call, Operand, Struct, Tensor
 from pyggml.backends.cuda.table import ALIGNMENT
 from pyggml.dtypes import F16, DType
 from pyggml.node import Ne
@@ -21,6 +21,18 @@ FEW = 8
 LARGE = 8 << 20
 #: Activations as kernels number them.
 ACT = {name: np.int32(("silu", "gelu", "relu").index(name)) for name in ACTIVATIONS}
+
+
+class Heads(Struct):
+    """The struct `Heads` of linear_common.cuh."""
+
+    _fields_ = (("a2", ctypes.c_int32), ("r3", ctypes.c_int32), ("columns", ctypes.c_int32))
+
+
+class Routing(Struct):
+    """The struct `Routing` of linear_common.cuh: ids, experts, and the activations of a token."""
+
+    _fields_ = (("ids", Tensor), ("experts", ctypes.c_int32), ("n_b", ctypes.c_int32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,21 +48,15 @@ class Shape:
     r3: int
 
     @property
-    def heads(self) -> Value:
-        """The struct `Heads`."""
-        return Value(struct.pack("<3i", self.a2, self.r3, self.columns), 4)
+    def heads(self) -> Heads:
+        """The argument that says which columns meet which matrix."""
+        return Heads(a2=self.a2, r3=self.r3, columns=self.columns)
 
 
 def shape_of(a: Ne, b: Ne) -> Shape:
     if a[2] == a[3] == 1:
         return Shape(1, b[1] * b[2] * b[3], 1, 1)
     return Shape(a[2] * b[3], b[1] * (b[2] // a[2]), a[2], b[3] // a[3])
-
-
-def is_few(a: Ne, b: Ne, exact: bool) -> bool:
-    """Whether a product with a block type is `vec`'s: of few columns, or as good as f32."""
-    columns = shape_of(a, b).columns
-    return exact or columns <= (FEW if a[0] * a[1] <= LARGE else FEW // 2)
 
 
 def in_blocks(kind: DType) -> bool:

@@ -9,7 +9,6 @@ import numpy as np
 from pyggml.backends.cuda.geometry import C_TYPES, blocks_for
 from pyggml.backends.cuda.launch import Call, Operand
 from pyggml.backends.cuda.linear.common import (
-    FEW,
     PREPARE,
     VEC,
     Shape,
@@ -22,8 +21,6 @@ from pyggml.backends.cuda.linear.common import (
 from pyggml.dtypes import F32, DType
 from pyggml.node import Ne
 
-#: Columns up to which f16 and bf16 weights are not left to cuBLAS.
-FEW_HALVES = 1
 #: Bytes of b that are converted at once for cuBLAS.
 PIECE = 64 << 20
 
@@ -45,7 +42,7 @@ def plain_warps(a: Operand, vector: bool) -> int:
     return min(8, max(1, a.ne[0] // (32 * (16 // a.dtype.nbytes if vector else 1) * 2)))
 
 
-def few_plain(call: Call, a: Operand, b: Operand, y: Operand) -> None:
+def vec_plain(call: Call, a: Operand, b: Operand, y: Operand) -> None:
     shape, vector = shape_of(a.ne, b.ne), can_vector(a, b)
     some = 1 if shape.columns == 1 else 4 if shape.columns <= 4 else 8
     names = f"{C_TYPES[a.dtype.name]}, {C_TYPES[b.dtype.name]}, {some}, {str(vector).lower()}"
@@ -80,7 +77,7 @@ def leading(a: Operand, rows: int) -> tuple[int, bool] | None:
     return None
 
 
-def many_plain_scratch(a: Ne, kind: DType, b: Ne, exact: bool) -> int:
+def cublas_scratch(a: Ne, kind: DType, b: Ne, exact: bool) -> int:
     """All of b, or one matrix of a with pieces of b and of results."""
     size, columns = (F32 if exact else kind).nbytes, shape_of(a, b).columns
     some = min(columns, piece_columns(a, b, size))
@@ -93,8 +90,8 @@ def piece_columns(a: Ne, b: Ne, size: int) -> int:
     return max(1, PIECE // max(b[0] * size, a[1] * 4))
 
 
-def many_plain(call: Call, a: Operand, b: Operand, y: Operand, exact: bool) -> None:
-    """cuBLAS: all heads at once where strides allow, else matrix by matrix."""
+def cublas(call: Call, a: Operand, b: Operand, y: Operand, exact: bool) -> None:
+    """All heads at once where strides allow, else matrix by matrix."""
     kind, ratio = F32 if exact else a.dtype, b.ne[2] // a.ne[2]
     whole = rows_in(b.ne) * b.ne[0] * kind.nbytes
     row = leading(a, a.ne[1])
@@ -141,9 +138,10 @@ def is_even(x: Operand, ratio: int) -> bool:
 
 
 def contiguous(call: Call, b: Operand, kind: DType) -> Operand:
-    made = dense(call.scratch(rows_in(b.ne) * b.ne[0] * kind.nbytes), b.ne, kind)
-    copy_rows(call, b, kind, made.ptr, 0, rows_in(b.ne))
-    return made
+    """A copy in scratch without gaps, of that type."""
+    copy = dense(call.scratch(rows_in(b.ne) * b.ne[0] * kind.nbytes), b.ne, kind)
+    copy_rows(call, b, kind, copy.ptr, 0, rows_in(b.ne))
+    return copy
 
 
 def by_matrix(call: Call, a: Operand, b: Operand, y: Operand, kind: DType) -> None:
@@ -193,15 +191,3 @@ def put_rows(call: Call, product: int, y: Operand, first: int, columns: int) -> 
         block=256,
         args=[np.uint64(product), y.tensor, np.uint32(first), np.uint32(columns), is_narrow(y)],
     )
-
-
-def is_few(kind: DType, a: Ne, b: Ne, exact: bool) -> bool:
-    """Whether a product with a matrix of a plain type is left to `vec_plain`."""
-    return shape_of(a, b).columns <= (FEW if exact or kind is F32 else FEW_HALVES)
-
-
-def product(call: Call, a: Operand, b: Operand, y: Operand, exact: bool) -> None:
-    if is_few(a.dtype, a.ne, b.ne, exact):
-        few_plain(call, a, b, y)
-    else:
-        many_plain(call, a, b, y, exact)

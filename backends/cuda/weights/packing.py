@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import struct
+import ctypes
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,27 +10,34 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml import ops
 from pyggml.backends.base import WeightLayout
-from pyggml.backends.cuda.launch import Operand, Value
+from pyggml.backends.cuda.launch import Operand, Struct
 from pyggml.backends.cuda.table import ALIGNMENT
 from pyggml.backends.cuda.weights.bits import Bytes
 from pyggml.backends.cuda.weights.formats import FORMATS
 from pyggml.dtypes import DType
 from pyggml.node import Ne, Node
 
-#: Ops that read tiles, and which of their sources are weights.
-READERS = {
-    ops.mul_mat: (0,),
-    ops.fused_up_gate: (0, 1),
-    ops.mul_mat_id: (0,),
-    ops.moe_up_gate: (0, 1),
-}
 TILE = 8  # rows
 GROUP = 32  # weights
 SUPER = 8  # groups
 #: Weights packed at once: some of the steps need a few bytes for each.
 PIECE = 1 << 22
+
+
+class Packed(Struct):
+    """The struct `Packed` of formats.cuh: addresses of a weight's planes, and sizes."""
+
+    _fields_ = (
+        ("codes", ctypes.c_uint64),
+        ("high", ctypes.c_uint64),
+        ("scales", ctypes.c_uint64),
+        ("supers", ctypes.c_uint64),
+        ("rows", ctypes.c_int32),
+        ("tiles", ctypes.c_int32),
+        ("groups", ctypes.c_int32),
+        ("super_groups", ctypes.c_int32),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +52,19 @@ class Tiles:
     starts: tuple[int, int, int, int]
     nbytes: int
 
-    def at(self, ptr: int) -> Value:
-        """The struct `Packed`."""
-        planes = (ptr + start for start in self.starts)
-        sizes = self.rows, self.tiles, self.groups, self.super_groups
-        return Value(struct.pack("<4Q4i", *planes, *sizes))
+    def at(self, ptr: int) -> Packed:
+        """The argument for a weight at that address."""
+        codes, high, scales, supers = (ptr + start for start in self.starts)
+        return Packed(
+            codes=codes,
+            high=high,
+            scales=scales,
+            supers=supers,
+            rows=self.rows,
+            tiles=self.tiles,
+            groups=self.groups,
+            super_groups=self.super_groups,
+        )
 
 
 def tiles_of(kind: DType, ne: Ne) -> Tiles:
@@ -80,8 +95,8 @@ def layout_of(constant: Node, uses: Collection[Node]) -> WeightLayout:
 
 
 def _reads_tiles(use: Node, constant: Node) -> bool:
-    places = READERS.get(use.op, ())
-    return all(s is not constant or i in places for i, s in enumerate(use.src)) and bool(places)
+    names = {name for name in use.op.operands if use.get(name) is constant}
+    return bool(use.op.weights) and names <= set(use.op.weights)
 
 
 def repack(constant: Node, layout: WeightLayout, data: NDArray[Any]) -> Bytes:
@@ -134,6 +149,6 @@ def _place(plane: Bytes, part: Bytes, codes: bool) -> None:
         apart[full, :, :, : len(rest)] = rest.transpose(1, 2, 0, 3)
 
 
-def packed(a: Operand) -> Value:
-    """The struct `Packed` of a weight kept in tiles."""
+def packed(a: Operand) -> Packed:
+    """The argument for a weight kept in tiles."""
     return tiles_of(a.dtype, a.ne).at(a.ptr)

@@ -67,10 +67,6 @@ class event_flags:
     DISABLE_TIMING = 2
 
 
-class function_attribute:
-    MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
-
-
 class Device:
     @staticmethod
     def count() -> int:
@@ -97,7 +93,7 @@ class Device:
 
 
 class Context:
-    depth = 0
+    stack: list[Context] = []
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -107,12 +103,11 @@ class Context:
         CALLS.append(f"reach {peer.index}")
 
     def push(self) -> None:
-        Context.depth += 1
+        Context.stack.append(self)
 
     @staticmethod
     def pop() -> None:
-        assert Context.depth > 0
-        Context.depth -= 1
+        Context.stack.pop()
 
 
 class Stream:
@@ -167,14 +162,14 @@ def mem_get_info() -> tuple[int, int]:
 
 
 def mem_alloc(nbytes: int) -> DeviceAllocation:
-    assert Context.depth > 0, "no context is current"
+    assert Context.stack, "no context is current"
     if nbytes > mem_get_info()[0]:
         raise MemoryError("cuMemAlloc failed: out of memory")
     return DeviceAllocation(nbytes)
 
 
 def pagelocked_empty(shape: int, dtype: Any) -> Any:
-    assert Context.depth > 0, "no context is current"
+    assert Context.stack, "no context is current"
     return np.empty(shape, dtype)
 
 
@@ -206,33 +201,3 @@ def memcpy_dtod_async(target: int, source: int, nbytes: int, stream: Stream) -> 
     _inside(source, nbytes)
     CALLS.append("dtod")
     stream.queue.add(lambda: ctypes.memmove(target, source, nbytes))
-
-
-def memcpy_peer_async(
-    target: int, source: int, nbytes: int, here: Context, there: Context, stream: Stream
-) -> None:
-    memcpy_dtod_async(target, source, nbytes, stream)
-    CALLS[-1] = f"{there.index} to {here.index}"
-
-
-# -- kernels ----------------------------------------------------------------------------------
-
-
-class Function:
-    def get_attribute(self, which: int) -> int:
-        return 0
-
-    def set_attribute(self, which: int, value: int) -> None:
-        pass
-
-    def _launch_kernel(self, *geometry: Any) -> None:
-        pass
-
-
-class Module:
-    def get_function(self, symbol: str) -> Function:
-        return Function()
-
-
-def module_from_buffer(code: bytes) -> Module:
-    return Module()

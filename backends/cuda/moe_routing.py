@@ -1,0 +1,148 @@
+"""The choice of experts from their scores as one step: gate, the best of them, their weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import numpy as np
+
+from pyggml import ops
+from pyggml.backends.cuda.fusion import Fused, Run
+from pyggml.backends.cuda.geometry import threads_for
+from pyggml.backends.cuda.launch import ABSENT, Call
+from pyggml.backends.cuda.reduce import power_of_two
+from pyggml.dtypes import F32
+from pyggml.node import Node
+
+#: Experts up to which a block sorts their keys in the shared memory that every kernel has.
+MOST = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class _Routing:
+    """What a match is made of.
+
+        p = soft_max(s_in scores) or sigmoid(scores)
+        ids = the best of p (+ bias), within the best groups where there are some     [k, T]
+        weights = s (p[ids] / clamp(sum of p[ids])) + b                               [k, T]
+
+    limits  of the clamp; None: weights are not divided
+    nodes   all that is covered, the result last
+    """
+
+    scores: Node
+    probs: Node
+    ids: Node
+    nodes: tuple[Node, ...]
+    bias: Node | None = None
+    limits: tuple[float, float] | None = None
+    s: float = 1.0
+    b: float = 0.0
+    groups: tuple[int, int, int] = field(default=(0, 0, 0))
+
+
+def route(node: Node, run: Run) -> Fused | None:
+    """The end of `feed_forward.route`, whichever of its forms."""
+    routing = _scaled(node, run)
+    if routing is None or routing.scores.ne[0] > MOST or routing.scores.dtype is not F32:
+        return None
+    ids = routing.ids
+    if node.ne not in (ids.ne, (1, *ids.ne[:3])) or run.only(ids, *routing.nodes):
+        return None
+    return Fused(
+        routing.nodes,
+        reads={"scores": routing.scores, **({"bias": routing.bias} if routing.bias else {})},
+        record=partial(_record, routing=routing),
+        results={"ids": ids},
+        at=ids,
+    )
+
+
+def _scaled(node: Node, run: Run) -> _Routing | None:
+    if node.op is not ops.scale:
+        return _divided(node, run)
+    inner = _shown(node["a"])
+    routing = _divided(inner, run) if run.only(inner, node) else None
+    if routing is None:
+        return None
+    return replace(routing, nodes=(*routing.nodes, node), s=node.attrs["s"], b=node.attrs["b"])
+
+
+def _divided(node: Node, run: Run) -> _Routing | None:
+    if node.op is not ops.div:
+        return _chosen(node, run)
+    weights, least = node["a"], node["b"]
+    if least.op is not ops.clamp or least["a"].op is not ops.sum_rows:
+        return None
+    total, inner = least["a"], _shown(weights)
+    if total["a"] is not weights or weights.ne != (inner.ne[1], inner.ne[2], 1, 1):
+        return None
+    alone = run.only(inner, total, node) and run.only(total, least) and run.only(least, node)
+    routing = _chosen(inner, run) if alone else None
+    if routing is None:
+        return None
+    limits = (least.attrs["min"], least.attrs["max"])
+    return replace(routing, nodes=(*routing.nodes, total, least, node), limits=limits)
+
+
+def _chosen(node: Node, run: Run) -> _Routing | None:
+    """get_rows(reshape(p), ids) of the best."""
+    if node.op is not ops.get_rows:
+        return None
+    table, ids = node["a"], node["ids"]
+    if table.op is not ops.reshape or ids.op not in (ops.top_k, ops.grouped_topk):
+        return None
+    probs, ranked = table["a"], ids["a"]
+    if probs.ne[2:] != (1, 1) or table.ne != (1, probs.ne[0], probs.ne[1], 1):
+        return None
+    bias: Node | None = None
+    nodes: tuple[Node, ...] = (probs, ids, node)
+    if ranked is not probs:
+        if ranked.op is not ops.add or ranked["a"] is not probs or not run.only(ranked, ids):
+            return None
+        bias = ranked["b"]
+        if bias.ne != (probs.ne[0], 1, 1, 1):
+            return None
+        nodes = (probs, ranked, ids, node)
+    if not run.only(probs, *nodes[1:]):
+        return None
+    softmax = probs.op is ops.soft_max_ext
+    if probs.op is not ops.sigmoid and not softmax:
+        return None
+    if softmax and (probs.get("mask") or probs.get("sinks")):
+        return None
+    names = ("n_group", "n_group_used", "n_top")
+    groups = tuple(ids.attrs[n] for n in names) if ids.op is ops.grouped_topk else (0, 0, 0)
+    return _Routing(probs["a"], probs, ids, nodes, bias, groups=groups)
+
+
+def _shown(node: Node) -> Node:
+    """What a reshape looks at."""
+    return node["a"] if node.op is ops.reshape else node
+
+
+def _record(call: Call, routing: _Routing) -> None:
+    scores, ids, out = call["scores"], call["ids"], call.out
+    if out.ne != ids.ne:  # [1, k, T] as [k, T]
+        out = replace(out, ne=ids.ne, nb=(*out.nb[1:3], 0, 0))
+    bias = call.get("bias") or ABSENT
+    softmax = routing.probs.op is ops.soft_max_ext
+    low, high = routing.limits or (0.0, 0.0)
+    padded = power_of_two(scores.ne[0])
+    call.launch(
+        "moe.cu",
+        "route",
+        grid=scores.ne[1],
+        block=threads_for(padded // 2),
+        args=[
+            *(x.tensor for x in (out, ids, scores, bias)),
+            np.int32(padded),
+            *map(np.int32, routing.groups),
+            np.int32(softmax),
+            np.float32(routing.probs.attrs["scale"] if softmax else 1.0),
+            np.int32(routing.limits is not None),
+            *map(np.float32, (low, high, routing.s, routing.b)),
+        ],
+        shared=8 * (padded + routing.groups[0]) + 8 * padded,
+    )

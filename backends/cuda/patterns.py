@@ -1,0 +1,30 @@
+"""The patterns by which one step covers several nodes."""
+
+from __future__ import annotations
+
+from pyggml import ops
+from pyggml.backends.cuda.attention.flash import causal_attention
+from pyggml.backends.cuda.attention.latent_row import latent_row
+from pyggml.backends.cuda.elementwise import activated_times
+from pyggml.backends.cuda.fusion import Pattern
+from pyggml.backends.cuda.moe import sum_and_more
+from pyggml.backends.cuda.moe_routing import route
+from pyggml.backends.cuda.norm import norm_times_row, sum_norm_times_row
+from pyggml.backends.cuda.rope import rope_into_rows
+
+#: Each with the ops that may be its last. A graph is searched from its end, so a pattern whose last
+#: node comes later wins wherever it stands here. Between patterns with the same last op the first
+#: that matches is taken, so a pattern stands before those that cover only a part of it:
+#: `sum_norm_times_row` before `norm_times_row`. One row of a norm times an activation matches
+#: `activated_times` and a norm; it is the former's, which then has no row to read from memory.
+#: `latent_row` and `rope_into_rows` never match the same node.
+PATTERNS: tuple[Pattern, ...] = (
+    (latent_row, (ops.set_rows,)),
+    (rope_into_rows, (ops.set_rows,)),
+    (activated_times, (ops.mul,)),
+    (sum_norm_times_row, (ops.mul,)),
+    (norm_times_row, (ops.mul,)),
+    (sum_and_more, (ops.add,)),
+    (route, (ops.scale, ops.div, ops.get_rows)),
+    (causal_attention, (ops.flash_attn_ext,)),
+)

@@ -1,0 +1,107 @@
+"""What we call of cuda.bindings.driver, over the fake pycuda: launches are noted, not run."""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pycuda.driver as pycuda
+
+
+class CUresult(enum.Enum):
+    CUDA_SUCCESS = 0
+    CUDA_ERROR_INVALID_VALUE = 1
+    CUDA_ERROR_OUT_OF_MEMORY = 2
+
+
+OK = CUresult.CUDA_SUCCESS
+
+
+class CUfunction_attribute(enum.Enum):
+    CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+
+
+class CUlaunchAttributeID(enum.Enum):
+    CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+
+
+class CUlaunchAttribute:
+    def __init__(self) -> None:
+        self.id: Any = None
+        self.value = SimpleNamespace()
+
+
+class CUlaunchConfig:
+    attrs: tuple[CUlaunchAttribute, ...] = ()
+    numAttrs = 0
+
+
+@dataclass
+class Function:
+    """`allowed`: dynamic shared memory that was asked for, each time."""
+
+    symbol: str
+    allowed: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Started:
+    function: Function
+    config: CUlaunchConfig
+    args: bytes
+
+
+STARTED: list[Started] = []
+
+
+def CUstream(handle: int) -> pycuda.Stream:
+    return next(stream for stream in pycuda.Stream.all if stream.handle == handle)
+
+
+def cuCtxGetCurrent() -> tuple[CUresult, pycuda.Context]:
+    return OK, pycuda.Context.stack[-1]
+
+
+def cuMemcpyPeerAsync(
+    target: int,
+    here: pycuda.Context,
+    source: int,
+    there: pycuda.Context,
+    nbytes: int,
+    stream: pycuda.Stream,
+) -> tuple[CUresult]:
+    pycuda.memcpy_dtod_async(target, source, nbytes, stream)
+    pycuda.CALLS[-1] = f"{there.index} to {here.index}"
+    return (OK,)
+
+
+def cuModuleLoadData(code: bytes) -> tuple[CUresult, bytes]:
+    assert pycuda.Context.stack, "no context is current"
+    return OK, code
+
+
+def cuModuleGetFunction(module: bytes, symbol: bytes) -> tuple[CUresult, Function]:
+    return OK, Function(symbol.decode())
+
+
+def cuFuncSetAttribute(
+    function: Function, attribute: CUfunction_attribute, value: int
+) -> tuple[CUresult]:
+    if value > pycuda.device_attribute.MAX_SHARED_MEMORY_PER_BLOCK_OPTIN:
+        return (CUresult.CUDA_ERROR_INVALID_VALUE,)
+    function.allowed.append(value)
+    return (OK,)
+
+
+def cuLaunchKernelEx(
+    config: CUlaunchConfig, function: Function, params: int, extra: int
+) -> tuple[CUresult]:
+    assert pycuda.Context.stack, "no context is current"
+    _, buffer, _, size, end = (ctypes.c_uint64 * 5).from_address(extra)
+    assert params == end == 0
+    nbytes = ctypes.c_size_t.from_address(size).value
+    STARTED.append(Started(function, config, ctypes.string_at(buffer, nbytes)))
+    return (OK,)

@@ -1,0 +1,153 @@
+"""Kernel arguments: the structs of the host functions lie in memory as those of the kernels do."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pyggml as gg
+from pyggml.backends.cuda import rope, softmax
+from pyggml.backends.cuda.attention import flash, parts
+from pyggml.backends.cuda.device import tensormap
+from pyggml.backends.cuda.device.compiler import KERNELS
+from pyggml.backends.cuda.launch import Struct, Tensor, pack
+from pyggml.backends.cuda.linear import blocks, common
+from pyggml.backends.cuda.weights import packing
+
+HERE = Path(__file__).parent
+#: Struct, where the kernels declare it, and what they call it; those that it holds come first.
+STRUCTS: tuple[tuple[type[Struct], str, str], ...] = (
+    (Tensor, "include/common.cuh", "Tensor"),
+    (packing.Packed, "include/formats.cuh", "Packed"),
+    (rope.Rope, "include/rope.cuh", "Rope"),
+    (softmax.Softmax, "softmax.cu", "Softmax"),
+    (parts.Rows, "attention_combine.cu", "Rows"),
+    (common.Heads, "include/linear_common.cuh", "Heads"),
+    (common.Routing, "include/linear_common.cuh", "Routing"),
+    (blocks.Columns, "linear_tile.cu", "Columns"),
+    (blocks.TileWeights, "include/formats.cuh", "Weights<InTiles>"),
+    (blocks.RowWeights, "include/formats.cuh", "Weights<InRows>"),
+    (tensormap.TensorMap, "include/mma.cuh", "TensorMap"),
+    (flash.Attention, "include/attention.cuh", "Attention"),
+    (flash.HopperArgument, "attention_hopper.cu", "HopperArgument"),
+    (flash.LatentArgument, "attention_latent_hopper.cu", "LatentArgument"),
+)
+PRELUDE = """
+#include <cstddef>
+using u8 = unsigned char;
+using u64 = unsigned long long;
+struct float2 {
+    float x, y;
+};
+static const Dim3 blockIdx = {0, 0, 0};
+"""
+FORMATS = "struct InTiles { using Source = Packed; }; struct InRows { using Source = Tensor; };"
+
+
+def declaration(file: str, name: str) -> str:
+    """The struct as the kernels' source has it."""
+    name = name.partition("<")[0]
+    text = (KERNELS / file).read_text()
+    found = re.search(rf"^(template <[^>\n]*>\n)?struct {name} {{\n.*?^}};", text, re.M | re.S)
+    assert found is not None, f"{file} declares no struct {name}"
+    return found[0]
+
+
+def numbers(struct: type[Struct], name: str) -> list[str]:
+    """Its size, and where each field is and how large, as C++ expressions."""
+    fields = [field for field, *_ in struct._fields_]
+    each = [(f"offsetof({name}, {f})", f"sizeof((({name}*)0)->{f})") for f in fields]
+    return [f"sizeof({name})", f"alignof({name})", *(x for pair in each for x in pair)]
+
+
+def layout(struct: type[Struct]) -> list[int]:
+    """The same by ctypes."""
+    fields = [getattr(struct, field) for field, *_ in struct._fields_]
+    size, align = ctypes.sizeof(struct), ctypes.alignment(struct)
+    return [size, align, *(x for field in fields for x in (field.offset, field.size))]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    compiler = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+    if compiler is None:
+        pytest.skip("there is no C++ compiler here")
+    declared = dict.fromkeys(declaration(file, name) for _, file, name in STRUCTS)
+    body = "\n".join(declared) + f"\n{FORMATS}\n"
+    for i, (struct, _, name) in enumerate(STRUCTS):
+        body += (
+            f'extern "C" const long long layout{i}[] = {{{", ".join(numbers(struct, name))}}};\n'
+        )
+    folder = tmp_path_factory.mktemp("arguments")
+    source = folder / "arguments.cpp"
+    source.write_text((HERE / "host.hpp").read_text() + PRELUDE + body)
+    out = folder / "arguments.so"
+    options = ["-std=c++17", "-w", "-shared", "-fPIC", source, "-o", out]
+    done = subprocess.run([compiler, *options], capture_output=True, text=True)
+    if "_Float16" in done.stderr:
+        pytest.skip(f"{compiler} knows no _Float16")
+    assert done.returncode == 0, done.stderr
+    return ctypes.CDLL(str(out))
+
+
+@pytest.mark.parametrize("number", range(len(STRUCTS)), ids=[name for *_, name in STRUCTS])
+def test_a_struct_lies_as_the_kernels_declare_it(number: int, library: Any) -> None:
+    struct = STRUCTS[number][0]
+    want = layout(struct)
+    assert list((ctypes.c_longlong * len(want)).in_dll(library, f"layout{number}")) == want
+
+
+@pytest.mark.parametrize(("struct", "file", "name"), STRUCTS, ids=[name for *_, name in STRUCTS])
+def test_a_struct_has_all_fields_in_their_order(struct: type[Struct], file: str, name: str) -> None:
+    """By name: two fields of one size that changed places would lie alike."""
+    members = declaration(file, name).partition("{")[2].removesuffix("};")
+    members = re.sub(r"//.*", "", members)
+    members = members.partition("__device__")[0].rpartition(";")[0]
+    declared = [
+        re.findall(r"\w+", re.sub(r"\[\w+\]", "", one))[-1] for one in re.split(r"[;,]", members)
+    ]
+    assert declared == [field for field, *_ in struct._fields_]
+
+
+def every_struct() -> set[type[Struct]]:
+    """All that the host functions have."""
+    return {s for s in Struct.__subclasses__() if s.__module__.startswith("pyggml.")}
+
+
+def test_no_struct_is_left_out() -> None:
+    assert every_struct() == {struct for struct, *_ in STRUCTS}
+
+
+def test_a_number_that_does_not_fit_is_an_error() -> None:
+    """ctypes alone would cut it off."""
+    for ne, nb in (((2**31, 1, 1, 1), (4, 4, 4, 4)), ((1, 1, 1, 1), (4, 4, 2**63, 4))):
+        with pytest.raises(gg.PyggmlError, match=r"Tensor\.n[eb].* does not fit"):
+            Tensor(data=1 << 40, nb=nb, ne=ne)
+    with pytest.raises(gg.PyggmlError, match=r"Heads\.columns"):
+        common.Heads(a2=1, r3=1, columns=-(2**31) - 1)
+
+
+@pytest.mark.parametrize("fields", ({"a2": 1, "r3": 1}, {"a2": 1, "r3": 1, "column": 1}))
+def test_every_field_is_given_by_name(fields: dict[str, int]) -> None:
+    with pytest.raises(gg.PyggmlError, match="Heads takes a2, columns, r3; got"):
+        common.Heads(**fields)
+
+
+def test_arguments_begin_at_multiples_of_their_alignment() -> None:
+    heads = common.Heads(a2=1, r3=2, columns=3)
+    packed = pack([np.int32(7), np.uint64(8), heads, np.int32(4), np.uint64(9)])
+    words = np.frombuffer(packed, np.int32).tolist()
+    assert words == [7, 0, 8, 0, 1, 2, 3, 4, 9, 0]
+
+
+def test_an_argument_of_unknown_size_is_an_error() -> None:
+    for wrong in (3, 2.0, b"12345678"):
+        with pytest.raises(gg.PyggmlError, match="a kernel's argument is a NumPy scalar"):
+            pack([wrong])  # type: ignore[list-item]

@@ -1,0 +1,74 @@
+"""How kernels are started: with cuda-bindings, each loaded once. No GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+import pyggml as gg
+from pyggml.backends.cuda.device import driver
+from pyggml.backends.cuda.device.driver import FREE_SHARED, Context
+from pyggml.backends.cuda.launch import Launch
+from tests.cuda.conftest import Machine
+
+LAUNCH = Launch("norm.cu", "rms_norm", (3, 2, 1), (128, 1, 1), bytes(range(12)), 0, False)
+
+
+@pytest.fixture
+def context(machine: Machine) -> Iterator[Context]:
+    machine("gpu")
+    with driver.context(0) as context:
+        yield context
+
+
+def cu() -> Any:
+    return driver.imported("cuda.bindings.driver")
+
+
+def started(context: Context, *launches: Launch) -> list[Any]:
+    context.load(launches)
+    for launch in launches:
+        context.start(launch)
+    return list(cu().STARTED)
+
+
+def test_a_launch_is_what_was_recorded(context: Context) -> None:
+    (one,) = started(context, LAUNCH)
+    config = one.config
+    assert (config.gridDimX, config.gridDimY, config.gridDimZ) == LAUNCH.grid
+    assert (config.blockDimX, config.blockDimY, config.blockDimZ) == LAUNCH.block
+    assert config.sharedMemBytes == 0 and config.hStream is context.stream
+    assert one.args == LAUNCH.args and one.function.allowed == []
+
+
+@pytest.mark.parametrize("overlap", (True, False))
+def test_overlap_is_an_attribute_of_the_launch(context: Context, overlap: bool) -> None:
+    (one,) = started(context, replace(LAUNCH, overlap=overlap))
+    assert one.config.numAttrs == len(one.config.attrs) == overlap
+    for attribute in one.config.attrs:
+        assert attribute.id.name.endswith("PROGRAMMATIC_STREAM_SERIALIZATION")
+        assert attribute.value.programmaticStreamSerializationAllowed == 1
+
+
+def test_a_kernel_is_loaded_once_and_allowed_the_most_shared_memory(context: Context) -> None:
+    sizes = (0, FREE_SHARED, FREE_SHARED + 1, 100_000, 90_000, 100_000)
+    ones = started(context, *(replace(LAUNCH, shared=size) for size in sizes))
+    assert len({id(one.function) for one in ones}) == 1
+    assert ones[0].function.allowed == [FREE_SHARED + 1, 100_000]
+
+
+def test_too_much_shared_memory_is_an_error_that_names_the_kernel(context: Context) -> None:
+    with pytest.raises(gg.DeviceError, match=r"rms_norm: 999999 bytes .*INVALID_VALUE"):
+        context.load([replace(LAUNCH, shared=999_999)])
+
+
+def test_full_memory_is_an_error_of_its_own(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = (cu().CUresult.CUDA_ERROR_OUT_OF_MEMORY, None)
+    monkeypatch.setattr(cu(), "cuModuleLoadData", lambda code: full)
+    with pytest.raises(gg.OutOfMemoryError, match="loading rms_norm"):
+        context.load([LAUNCH])
