@@ -9,7 +9,7 @@ import numpy as np
 from pyggml import ops
 from pyggml.backends.cuda.fusion import Fused, Run
 from pyggml.backends.cuda.geometry import C_TYPES, blocks_for, counted, pack_width, part
-from pyggml.backends.cuda.launch import Argument, Call, Operand
+from pyggml.backends.cuda.launch import Call, Operand
 from pyggml.backends.cuda.table import kernel
 from pyggml.node import Node
 from pyggml.ops.elementwise import ACTIVATIONS
@@ -117,11 +117,3 @@ def add_id(call: Call) -> None:
     args = [x.tensor for x in (call.out, call["a"], call["b"], call["ids"])]
     grid = (call.out.ne[2], call.out.ne[1])
     call.launch(FILE, "add_id", grid=grid, block=256, args=args)
-
-
-@kernel(ops.causal_mask)
-def causal_mask(call: Call) -> None:
-    window = call.attrs["window"]
-    reach = np.uint32(2**31 if window is None else min(window, 2**31))
-    args: list[Argument] = [call.out.tensor, call["pos"].tensor, reach]
-    call.launch(FILE, "causal_mask", grid=call.out.ne[1], block=256, args=args)

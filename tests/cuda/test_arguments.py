@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import pyggml as gg
-from pyggml.backends.cuda import rope, softmax
+from pyggml.backends.cuda import reduce, rope
 from pyggml.backends.cuda.attention import flash, parts
 from pyggml.backends.cuda.device import tensormap
 from pyggml.backends.cuda.device.compiler import KERNELS
@@ -27,7 +27,7 @@ STRUCTS: tuple[tuple[type[Struct], str, str], ...] = (
     (Tensor, "include/common.cuh", "Tensor"),
     (packing.Packed, "include/formats.cuh", "Packed"),
     (rope.Rope, "include/rope.cuh", "Rope"),
-    (softmax.Softmax, "softmax.cu", "Softmax"),
+    (reduce.Softmax, "softmax.cu", "Softmax"),
     (parts.Rows, "attention_combine.cu", "Rows"),
     (common.Heads, "include/linear_common.cuh", "Heads"),
     (common.Routing, "include/linear_common.cuh", "Routing"),

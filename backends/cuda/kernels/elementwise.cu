@@ -7,7 +7,6 @@
 // @kernel unary<{Exp|Log|Sqr|Sqrt|Tanh|Relu|Sigmoid|Silu|Gelu|Scale|Clamp|Fill}, float, 4, unsigned>
 // @kernel unary<{Silu|Scale}, __half, {8|1}, unsigned>
 // @kernel add_id
-// @kernel causal_mask
 #include "common.cuh"
 
 struct Exp { static __device__ float f(float x, float, float) { return expf(x); } };
@@ -85,15 +84,5 @@ __global__ void __launch_bounds__(256) add_id(Tensor out, Tensor a, Tensor b, Te
     for (int i = threadIdx.x; i < out.ne[0]; i += 256) {
         float x = *a.at<float>(i, slot, token, 0);
         *out.at<float>(i, slot, token, 0) = there ? x + *b.at<float>(i, id, 0, 0) : x;
-    }
-}
-
-// y[j, i] = 0 where j <= pos[i] and pos[i] - j < window, else -inf.
-__global__ void __launch_bounds__(256) causal_mask(Tensor out, Tensor pos, unsigned window) {
-    begin();
-    int p = *pos.at<int>(blockIdx.x, 0, 0, 0);
-    for (int j = threadIdx.x; j < out.ne[0]; j += 256) {
-        bool seen = j <= p && unsigned(p - j) < window;
-        *out.at<__half>(j, blockIdx.x, 0, 0) = __ushort_as_half(seen ? 0 : 0xFC00);
     }
 }
