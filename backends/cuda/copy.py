@@ -17,7 +17,7 @@ _WORDS = {16: "uint4", 8: "uint2", 4: "unsigned", 2: "unsigned short", 1: "unsig
 
 
 def reader(kind: DType) -> str:
-    """What reads one value of that type in values.cuh."""
+    """What reads one value of that type in blocks.cuh."""
     return kind.name if kind.block > 1 else f"Plain<{C_TYPES[kind.name]}>"
 
 

@@ -44,7 +44,7 @@ def products() -> str:
         f'if (kind == std::string("{kind}")) return run<{kind}>(tiles, tile, packed, tensor, out);'
         for kind in FORMATS
     )
-    return f"""#include "blocks.cuh"
+    return f"""#include "raw.cuh"
 {tile}
 {(HERE / "decoders.cpp").read_text()}
 #include <string>
@@ -61,11 +61,11 @@ def values() -> str:
     """What copies and gathers read, one value at a time."""
     cases = "\n".join(
         f'if (kind == std::string("{kind}"))'
-        f"for (; n > 0; --n, raw += {kind}::BYTES)"
-        f"for (int i = 0; i < {kind}::SIZE; ++i) *out++ = {kind}::value(raw, i);"
+        f"for (; n > 0; --n, raw += file::{kind}::BYTES)"
+        f"for (int i = 0; i < file::{kind}::SIZE; ++i) *out++ = file::{kind}::value(raw, i);"
         for kind in FORMATS
     )
-    return f"""#include "values.cuh"
+    return f"""#include "blocks.cuh"
 #include <string>
 extern "C" void decode_values(const char* kind, const unsigned char* raw, int n, float* out) {{
     {cases}

@@ -13,7 +13,7 @@ from pyggml.backends.cuda.rope import constants
 from pyggml.dtypes import F32, I32
 from pyggml.node import Attrs, Node
 
-#: Cache types, as values.cuh names what reads and writes them.
+#: Cache types, as blocks.cuh names what reads and writes them.
 ROWS = {"f16": "Plain<__half>", "bf16": "Plain<__nv_bfloat16>", "q8_0": "q8_0"}
 
 

@@ -15,6 +15,8 @@
 // @kernel encode_rows<Plain<{float|__half|__nv_bfloat16}>, {q8_0|q4_0|q4_1|q5_0|q5_1|iq4_nl}, {void|int|long long}>
 #include "encode.cuh"
 
+using namespace file;
+
 // Words of W, of one size; the source repeats.
 template <class W, class I>
 __global__ void __launch_bounds__(256) copy(Tensor out, Tensor a, I total) {

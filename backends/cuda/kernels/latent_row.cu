@@ -6,6 +6,8 @@
 #include "encode.cuh"
 #include "rope.cuh"
 
+using namespace file;
+
 // cache [n_c + n_k, rows], c [n_c, T], w [n_c], k [n_k, 1, T], pos [T], ids [T]
 template <class B, bool NEOX>
 __global__ void __launch_bounds__(256) latent_row(Tensor cache, Tensor c, Tensor w, Tensor k,

@@ -10,8 +10,10 @@
 // @kernel hot 90a tile<{q8_0|iq4_nl}, {1|2}, {32|64|128}, {true|false}>
 // @kernel tile<Dense<{__half|__nv_bfloat16}>, 1, {32|64|128}, true>
 // @kernel tile<Raw<{SOME}>, 1, 64, {true|false}>
-#include "blocks.cuh"
 #include "linear_mma.cuh"
+#include "raw.cuh"
+
+using namespace tiles;
 
 constexpr int DEPTH = 64;  // numbers of k at a time
 constexpr int THREADS = 256;
@@ -113,7 +115,7 @@ struct TileRow<Dense<T>> {
     }
 };
 template <class T>
-struct Table<Dense<T>> {
+struct tiles::Table<Dense<T>> {
     __device__ __forceinline__ explicit Table(unsigned) {}
 };
 template <class T>

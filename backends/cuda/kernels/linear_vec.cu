@@ -18,8 +18,10 @@
 // @kernel vec_plain<{float|__half|__nv_bfloat16}, float, 1, {true|false}>
 // @kernel vec_plain<float, float, {4|8}, {true|false}>
 // @kernel vec_plain_id<{float|__half|__nv_bfloat16}, float, {true|false}>
-#include "blocks.cuh"
 #include "fixed_point.cuh"
+#include "raw.cuh"
+
+using namespace tiles;
 
 // b [k, columns] as groups. Eight lanes to a group.
 template <class T, int LEVELS>

@@ -1,195 +1,249 @@
-// Blocks as a file holds them, read where no layout could be chosen: inputs, states, parts of
-// weights. Slower: everything is put together from single bytes.
+// The block types as files hold them.
+//
+//   SIZE, BYTES     elements and bytes of a block
+//   code(p, i)      of element i of the block at p, all its bits
+//   scale(p, j)     of group j of 32 elements, not yet decoded, and what groups share
+//   value(p, i)     element i, by the f32 operations of the NumPy codecs in their order: results of
+//                   copies, conversions and gathers are equal to the bit
 #pragma once
+#include "common.cuh"
 #include "fields.cuh"
-#include "formats.cuh"
+#include "iq.cuh"
 
-template <class F>
-struct Raw : F {
-    using Source = Tensor;
+// The scale of a group, not yet decoded.
+struct RawScale {
+    unsigned own, shared;
 };
 
+__constant__ signed char IQ4_LEVELS[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                                           1,    13,   25,  38,  53,  69,  89,  113};
+__constant__ signed char FP4_LEVELS[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
+// Multiplied, and never made part of an FMA.
+__device__ __forceinline__ float times(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ unsigned bytes_at(const unsigned char* b, int n) {
     unsigned word = 0;
     for (int i = 0; i < n; ++i) word |= (unsigned)b[i] << 8 * i;
     return word;
 }
 
-// code: of weight i of the block at b, all its bits; scale: of group j, and what groups share.
-// Blocks of 32: a scale (and minimum), perhaps fifth bits, codes.
-template <class F>
-struct Block {
-    static constexpr int weights = 32, nbytes = F::scale_bytes + F::high + F::code_bytes;
-    static __device__ __forceinline__ int code(const unsigned char* b, int i) {
-        if constexpr (F::code_runs == 2) return b[2 + i];
-        int code = nibble<16>(b + nbytes - 16, i);
-        if constexpr (F::high == 4) code |= (b[nbytes - 20 + i / 8] >> i % 8 & 1) << 4;
-        return code;
+namespace file {
+
+__device__ __forceinline__ float half_at(const unsigned char* p) {
+    return __half2float(__ushort_as_half((unsigned short)(p[0] | p[1] << 8)));
+}
+
+// A plain type: a block of one element.
+template <class T>
+struct Plain {
+    using Type = T;
+    static constexpr int SIZE = 1, BYTES = sizeof(T);
+    static __device__ __forceinline__ float value(const unsigned char* p, int) { return to_f32(*(const T*)p); }
+};
+
+struct q8_0 {
+    static constexpr int SIZE = 32, BYTES = 34;
+    static __device__ __forceinline__ int code(const unsigned char* p, int i) { return p[2 + i]; }
+    static __device__ __forceinline__ RawScale scale(const unsigned char* p, int) {
+        return {bytes_at(p, 2), 0};
     }
-    static __device__ __forceinline__ RawScale scale(const unsigned char* b, int) {
-        return {bytes_at(b, F::scale_bytes), 0};
+    static __device__ float value(const unsigned char* p, int i) {
+        return times((signed char)code(p, i), half_at(p));
     }
 };
-template <>
-struct Block<nvfp4> {
-    static constexpr int weights = 64, nbytes = 36;
-    static __device__ __forceinline__ int code(const unsigned char* b, int i) {
-        return nibble<8>(b + 4, i);
+// q4_0, q5_0: d (q - 2^(BITS-1)). q4_1, q5_1: d q + m. Fields: d, m, fifth bits, nibbles.
+template <int BITS, bool AFFINE>
+struct Linear {
+    static constexpr int SIZE = 32, HEAD = AFFINE ? 4 : 2, BYTES = HEAD + (BITS == 5 ? 4 : 0) + 16;
+    static __device__ __forceinline__ int code(const unsigned char* p, int i) {
+        int q = nibble<16>(p + BYTES - 16, i);
+        if constexpr (BITS == 5) q |= (p[HEAD + i / 8] >> i % 8 & 1) << 4;
+        return q;
     }
-    static __device__ __forceinline__ RawScale scale(const unsigned char* b, int j) {
-        unsigned first = b[2 * j], last = b[2 * j + 1];  // 0x7F would be no number
-        return {(first == 0x7F ? 0 : first) | (last == 0x7F ? 0 : last) << 8, 0};
+    static __device__ __forceinline__ RawScale scale(const unsigned char* p, int) {
+        return {bytes_at(p, HEAD), 0};
     }
-};
-template <>
-struct Block<q2_K> {
-    static constexpr int weights = 256, nbytes = 84;
-    static __device__ __forceinline__ int code(const unsigned char* b, int i) {
-        return pair_of_bits(b + 16, i);
-    }
-    static __device__ __forceinline__ RawScale scale(const unsigned char* b, int j) {
-        return {bytes_at(b + 2 * j, 2), bytes_at(b + 80, 4)};
+    static __device__ float value(const unsigned char* p, int i) {
+        if (!AFFINE) return times(code(p, i) - (1 << (BITS - 1)), half_at(p));
+        return __fadd_rn(times(code(p, i), half_at(p)), half_at(p + 2));
     }
 };
-template <>
-struct Block<q3_K> {
-    static constexpr int weights = 256, nbytes = 110;
-    static __device__ __forceinline__ int code(const unsigned char* b, int i) {
-        return code_of_q3_K(b, i);
+using q4_0 = Linear<4, false>;
+using q4_1 = Linear<4, true>;
+using q5_0 = Linear<5, false>;
+using q5_1 = Linear<5, true>;
+
+struct iq4_nl {
+    static constexpr int SIZE = 32, BYTES = 18;
+    static __device__ __forceinline__ int code(const unsigned char* p, int i) {
+        return nibble<16>(p + 2, i);
     }
-    static __device__ __forceinline__ RawScale scale(const unsigned char* b, int j) {
-        unsigned first = scale_of_q3_K(b, 2 * j) & 255, last = scale_of_q3_K(b, 2 * j + 1) & 255;
-        return {first | last << 8, bytes_at(b + 108, 2)};
+    static __device__ __forceinline__ RawScale scale(const unsigned char* p, int) {
+        return {bytes_at(p, 2), 0};
+    }
+    static __device__ float value(const unsigned char* p, int i) {
+        return times(IQ4_LEVELS[code(p, i)], half_at(p));
     }
 };
-// q4_K and q5_K.
-template <class F>
-struct SuperBlock {
-    static constexpr int weights = 256, nbytes = F::high ? 176 : 144;
-    static __device__ __forceinline__ int code(const unsigned char* b, int i) {
-        int code = nibble<32>(b + nbytes - 128, i);
-        if constexpr (F::high == 4) code |= (b[16 + i % 32] >> i / 32 & 1) << 4;
-        return code;
+// d sc q - dmin m. Fields: d, dmin, 12 bytes of 6-bit sc and m, fifth bits, nibbles.
+template <int BITS>
+struct Super {
+    static constexpr int SIZE = 256, BYTES = BITS == 5 ? 176 : 144;
+    static __device__ __forceinline__ int code(const unsigned char* p, int i) {
+        int q = nibble<32>(p + BYTES - 128, i);
+        if constexpr (BITS == 5) q |= (p[16 + i % 32] >> i / 32 & 1) << 4;
+        return q;
     }
-    static __device__ __forceinline__ RawScale scale(const unsigned char* b, int j) {
+    static __device__ __forceinline__ RawScale scale(const unsigned char* p, int j) {
         unsigned s, m;
         if (j < 4) {
-            s = b[4 + j] & 63, m = b[8 + j] & 63;
+            s = p[4 + j] & 63, m = p[8 + j] & 63;
         } else {
-            s = (b[8 + j] & 15) | b[j] >> 6 << 4, m = b[8 + j] >> 4 | b[4 + j] >> 6 << 4;
+            s = (p[8 + j] & 15) | p[j] >> 6 << 4, m = p[8 + j] >> 4 | p[4 + j] >> 6 << 4;
         }
-        return {s | m << 8, bytes_at(b, 4)};
+        return {s | m << 8, bytes_at(p, 4)};
+    }
+    static __device__ float value(const unsigned char* p, int i) {
+        const unsigned s = scale(p, i / 32).own;
+        return __fsub_rn(times(code(p, i), times(s & 255, half_at(p))), times(s >> 8, half_at(p + 2)));
     }
 };
-template <>
-struct Block<q4_K> : SuperBlock<q4_K> {};
-template <>
-struct Block<q5_K> : SuperBlock<q5_K> {};
-template <>
-struct Block<q6_K> {
-    static constexpr int weights = 256, nbytes = 210;
-    static __device__ __forceinline__ int code(const unsigned char* b, int i) {
-        return nibble<64>(b, i) | pair_of_bits(b + 128, i) << 4;
+using q4_K = Super<4>;
+using q5_K = Super<5>;
+
+struct q6_K {
+    static constexpr int SIZE = 256, BYTES = 210;
+    static __device__ __forceinline__ int code(const unsigned char* p, int i) {
+        return nibble<64>(p, i) | pair_of_bits(p + 128, i) << 4;
     }
-    static __device__ __forceinline__ RawScale scale(const unsigned char* b, int j) {
-        return {bytes_at(b + 192 + 2 * j, 2), bytes_at(b + 208, 2)};
+    static __device__ __forceinline__ RawScale scale(const unsigned char* p, int j) {
+        return {bytes_at(p + 192 + 2 * j, 2), bytes_at(p + 208, 2)};
     }
-};
-template <>
-struct Block<iq4_xs> {
-    static constexpr int weights = 256, nbytes = 136;
-    static __device__ __forceinline__ int code(const unsigned char* b, int i) {
-        return nibble<16>(b + 8, i);
-    }
-    static __device__ __forceinline__ RawScale scale(const unsigned char* b, int j) {
-        unsigned s = (b[4 + j / 2] >> j % 2 * 4 & 15) | (bytes_at(b + 2, 2) >> 2 * j & 3) << 4;
-        return {s - 32 & 255, bytes_at(b, 2)};
+    static __device__ float value(const unsigned char* p, int i) {
+        return times(code(p, i) - 32, times(half_at(p + 208), (signed char)p[192 + i / 16]));
     }
 };
-template <>
-struct Block<tq1_0> {
-    static constexpr int weights = 256, nbytes = 54;
-    static __device__ __forceinline__ int code(const unsigned char* b, int i) {
-        return digit_of_3(b, i);
+struct q2_K {
+    static constexpr int SIZE = 256, BYTES = 84;
+    static __device__ __forceinline__ int code(const unsigned char* p, int i) {
+        return pair_of_bits(p + 16, i);
     }
-    static __device__ __forceinline__ RawScale scale(const unsigned char* b, int) {
-        return {0, bytes_at(b + 52, 2)};
+    static __device__ __forceinline__ RawScale scale(const unsigned char* p, int j) {
+        return {bytes_at(p + 2 * j, 2), bytes_at(p + 80, 4)};
     }
-};
-template <>
-struct Block<tq2_0> {
-    static constexpr int weights = 256, nbytes = 66;
-    static __device__ __forceinline__ int code(const unsigned char* b, int i) {
-        return pair_of_bits(b, i);
-    }
-    static __device__ __forceinline__ RawScale scale(const unsigned char* b, int) {
-        return {0, bytes_at(b + 64, 2)};
+    static __device__ float value(const unsigned char* p, int i) {
+        int s = p[i / 16];
+        float d = times(half_at(p + 80), s & 15), m = times(half_at(p + 82), s >> 4);
+        return __fsub_rn(times(d, code(p, i)), m);
     }
 };
+struct q3_K {
+    static constexpr int SIZE = 256, BYTES = 110;
+    static __device__ __forceinline__ int code(const unsigned char* p, int i) {
+        return code_of_q3_K(p, i);
+    }
+    static __device__ __forceinline__ RawScale scale(const unsigned char* p, int j) {
+        unsigned first = scale_of_q3_K(p, 2 * j) & 255, last = scale_of_q3_K(p, 2 * j + 1) & 255;
+        return {first | last << 8, bytes_at(p + 108, 2)};
+    }
+    static __device__ float value(const unsigned char* p, int i) {
+        return times(times(half_at(p + 108), scale_of_q3_K(p, i / 16)), code(p, i) - 4);
+    }
+};
+struct iq4_xs {
+    static constexpr int SIZE = 256, BYTES = 136;
+    static __device__ __forceinline__ int code(const unsigned char* p, int i) {
+        return nibble<16>(p + 8, i);
+    }
+    static __device__ __forceinline__ RawScale scale(const unsigned char* p, int j) {
+        unsigned s = (p[4 + j / 2] >> j % 2 * 4 & 15) | (bytes_at(p + 2, 2) >> 2 * j & 3) << 4;
+        return {s - 32 & 255, bytes_at(p, 2)};
+    }
+    static __device__ float value(const unsigned char* p, int i) {
+        return times(IQ4_LEVELS[code(p, i)], times(half_at(p), (signed char)scale(p, i / 32).own));
+    }
+};
+struct mxfp4 {
+    static constexpr int SIZE = 32, BYTES = 17;
+    static __device__ __forceinline__ int code(const unsigned char* p, int i) {
+        return nibble<16>(p + 1, i);
+    }
+    static __device__ __forceinline__ RawScale scale(const unsigned char* p, int) { return {p[0], 0}; }
+    static __device__ float value(const unsigned char* p, int i) {
+        return times(FP4_LEVELS[code(p, i)], ldexpf(1.0f, p[0] - 128));
+    }
+};
+// Four groups of 16 with a scale of 4 exponent and 3 mantissa bits, halved.
+struct nvfp4 {
+    static constexpr int SIZE = 64, BYTES = 36;
+    static __device__ __forceinline__ int code(const unsigned char* p, int i) {
+        return nibble<8>(p + 4, i);
+    }
+    static __device__ __forceinline__ RawScale scale(const unsigned char* p, int j) {
+        unsigned first = p[2 * j], last = p[2 * j + 1];  // 0x7F would be no number
+        return {(first == 0x7F ? 0 : first) | (last == 0x7F ? 0 : last) << 8, 0};
+    }
+    static __device__ float value(const unsigned char* p, int i) {
+        int s = p[i / 16], e = s >> 3 & 15, m = s & 7;
+        float d = s == 0 || s == 0x7F ? 0 : e ? ldexpf(8 + m, e - 11) : ldexpf(m, -10);
+        return times(d, FP4_LEVELS[code(p, i)]);
+    }
+};
+struct tq2_0 {
+    static constexpr int SIZE = 256, BYTES = 66;
+    static __device__ __forceinline__ int code(const unsigned char* p, int i) {
+        return pair_of_bits(p, i);
+    }
+    static __device__ __forceinline__ RawScale scale(const unsigned char* p, int) {
+        return {0, bytes_at(p + 64, 2)};
+    }
+    static __device__ float value(const unsigned char* p, int i) {
+        return times(half_at(p + 64), code(p, i) - 1);
+    }
+};
+struct tq1_0 {
+    static constexpr int SIZE = 256, BYTES = 54;
+    static __device__ __forceinline__ int code(const unsigned char* p, int i) {
+        return digit_of_3(p, i);
+    }
+    static __device__ __forceinline__ RawScale scale(const unsigned char* p, int) {
+        return {0, bytes_at(p + 52, 2)};
+    }
+    static __device__ float value(const unsigned char* p, int i) {
+        return times(half_at(p + 52), code(p, i) - 1);
+    }
+};
+
+// Every product of `value` is exact, so that their order is free.
 template <class B>
-struct Block<InGrid<B>> {
-    static constexpr int weights = 256, nbytes = B::BYTES;
-    static __device__ __forceinline__ int code(const unsigned char* b, int i) {
-        return B::code(b, i);
+struct InGrid {
+    static constexpr int SIZE = 256, BYTES = B::BYTES;
+    static __device__ __forceinline__ int code(const unsigned char* p, int i) { return B::code(p, i); }
+    static __device__ __forceinline__ RawScale scale(const unsigned char* p, int j) {
+        unsigned first = B::factor(p, 32 * j), last = B::factor(p, 32 * j + 16);
+        return {first | last << 8, B::d(p)};
     }
-    static __device__ __forceinline__ RawScale scale(const unsigned char* b, int j) {
-        unsigned first = B::factor(b, 32 * j), last = B::factor(b, 32 * j + 16);
-        return {first | last << 8, B::d(b)};
-    }
-};
-
-template <class F>
-struct Row<Raw<F>> {
-    static constexpr int inside = Block<F>::weights / 32;
-    const unsigned char* blocks;
-
-    Row() = default;
-    __device__ __forceinline__ Row(const Tensor& a, int matrix, int tile, int row)
-        : blocks(a.row<unsigned char>(min(tile * 8 + row, a.ne[1] - 1), matrix % a.ne[2],
-                                      matrix / a.ne[2])) {}
-    __device__ __forceinline__ const unsigned char* block(int group) const {
-        return blocks + (long long)(group / inside) * Block<F>::nbytes;
-    }
-    __device__ __forceinline__ int code(int group, int i) const {
-        unsigned j = group % (unsigned)inside;  // so, the compiler sees what is constant in 32 j + i
-        return Block<F>::code(block(group), j * 32 | i);
-    }
-    __device__ __forceinline__ unsigned code_word(int group, int run, int t) const {
-        unsigned word = 0;
-        for (int i = 0; i < 4; ++i) {
-            int first = code(group, 16 * run + 4 * t + i);
-            if constexpr (F::code_runs == 2) {
-                word |= (unsigned)first << 8 * i;
-            } else {
-                int second = code(group, 16 + 4 * t + i);
-                word |= (unsigned)(first & 15) << (F::table ? 4 : 8) * i;
-                word |= (unsigned)(second & 15) << (F::table ? 4 * i + 16 : 8 * i + 4);
-            }
-        }
-        return word;
-    }
-    __device__ __forceinline__ uint4 code_run(int group, int run) const {
-        return make_uint4(code_word(group, run, 0), code_word(group, run, 1),
-                          code_word(group, run, 2), code_word(group, run, 3));
-    }
-    // Two bits of each code, from bit `shift` on.
-    __device__ __forceinline__ uint2 pairs(int group, int shift) const {
-        unsigned words[2] = {};
-        for (int i = 0; i < 32; ++i)
-            words[i / 16] |= (unsigned)(code(group, i) >> shift & 3) << (i % 4 * 8 + i / 4 % 4 * 2);
-        return make_uint2(words[0], words[1]);
-    }
-    __device__ __forceinline__ uint2 code_pairs(int group) const { return pairs(group, 0); }
-    __device__ __forceinline__ uint2 high_bits(int group) const {
-        constexpr int low = F::code_runs ? 4 : 2;
-        if constexpr (F::high == 8) return pairs(group, low);
-        unsigned bits = 0;
-        if constexpr (F::high == 4)
-            for (int i = 0; i < 32; ++i)
-                bits |= (unsigned)(code(group, i) >> low) << (i % 4 * 8 + i / 4);
-        return make_uint2(bits, 0);
-    }
-    __device__ __forceinline__ RawScale scale(int group) const {
-        return Block<F>::scale(block(group), group % inside);
+    static __device__ float value(const unsigned char* p, int i) {
+        const uint4 levels = B::levels();
+        const int code = B::code(p, i);
+        unsigned four = code & 8 ? (code & 4 ? levels.w : levels.z) : code & 4 ? levels.y : levels.x;
+        int level = (signed char)(four >> code % 4 * 8);
+        float d = __half2float(__ushort_as_half((unsigned short)B::d(p)));
+        return times(level, times(d, 0.125f * B::factor(p, i)));
     }
 };
+using iq1_s = InGrid<iq::iq1_s>;
+using iq1_m = InGrid<iq::iq1_m>;
+using iq2_xxs = InGrid<iq::iq2_xxs>;
+using iq2_xs = InGrid<iq::iq2_xs>;
+using iq2_s = InGrid<iq::iq2_s>;
+using iq3_xxs = InGrid<iq::iq3_xxs>;
+using iq3_s = InGrid<iq::iq3_s>;
+
+// Element i of a row whose blocks lie nb0 bytes apart.
+template <class B>
+__device__ __forceinline__ float element(const char* row, long long nb0, int i) {
+    return B::value((const unsigned char*)row + i / B::SIZE * nb0, i % B::SIZE);
+}
+
+}  // namespace file

@@ -1,7 +1,9 @@
 // f32 to blocks of 32, by the f32 operations of the NumPy codecs: a warp for a block, a lane for a
 // weight.
 #pragma once
-#include "values.cuh"
+#include "blocks.cuh"
+
+namespace file {
 
 // As one store: blocks that can be written have an even size. (Written as two bytes, the low one came
 // out as zero on an H200, with NVRTC 13.0.)
@@ -85,3 +87,5 @@ struct Encoder<iq4_nl> {
         if (lane == 0) put_half(p, d);
     }
 };
+
+}  // namespace file

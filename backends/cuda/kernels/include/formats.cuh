@@ -15,16 +15,15 @@
 // code words j and j + 4: in the low and high halves of its bytes, or, for types with a table of
 // levels, in its low and high 16 bits. Two-bit codes lie like 8 bytes of high bits.
 #pragma once
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include "iq.cuh"
+#include "blocks.cuh"
 #include "linear_common.cuh"
 
 struct Packed {
     const unsigned char *codes, *high, *scales, *supers;
     int rows, tiles, groups, super_groups;
 };
+
+namespace tiles {
 
 // Weight = s (code - bias) - m for the two halves of a group.
 struct Scale {
@@ -33,9 +32,11 @@ struct Scale {
 
 // What a type is made of. CODE_RUNS: of 16 bytes, 0 for two-bit codes; AFFINE: it has a minimum;
 // SPLIT: each half of a group has its own scale.
-template <int CODE_RUNS, int HIGH, int SCALE, int SUPER, bool AFFINE, bool SPLIT, int BIAS,
-          bool TABLE>
+// BLOCKS: as files hold it.
+template <class BLOCKS, int CODE_RUNS, int HIGH, int SCALE, int SUPER, bool AFFINE, bool SPLIT,
+          int BIAS, bool TABLE>
 struct Format {
+    using Blocks = BLOCKS;
     static constexpr int code_runs = CODE_RUNS, high = HIGH, scale_bytes = SCALE,
                          super_bytes = SUPER;
     static constexpr int code_bytes = CODE_RUNS ? 16 * CODE_RUNS : 8;
@@ -64,74 +65,76 @@ struct Fp4Levels {
     }
 };
 
-struct q4_0 : Format<1, 0, 2, 0, false, false, 8, false> {
+struct q4_0 : Format<file::q4_0, 1, 0, 2, 0, false, false, 8, false> {
     static __device__ __forceinline__ Scale scale(unsigned s, unsigned) { return one(low_half(s)); }
 };
-struct q5_0 : Format<1, 4, 2, 0, false, false, 16, false> {
+struct q5_0 : Format<file::q5_0, 1, 4, 2, 0, false, false, 16, false> {
     static __device__ __forceinline__ Scale scale(unsigned s, unsigned) { return one(low_half(s)); }
 };
-struct q8_0 : Format<2, 0, 2, 0, false, false, 0, false> {
+struct q8_0 : Format<file::q8_0, 2, 0, 2, 0, false, false, 0, false> {
     static __device__ __forceinline__ Scale scale(unsigned s, unsigned) { return one(low_half(s)); }
 };
-struct iq4_nl : Format<1, 0, 2, 0, false, false, 0, true>, Iq4Levels {
+struct iq4_nl : Format<file::iq4_nl, 1, 0, 2, 0, false, false, 0, true>, Iq4Levels {
     static __device__ __forceinline__ Scale scale(unsigned s, unsigned) { return one(low_half(s)); }
 };
-struct q4_1 : Format<1, 0, 4, 0, true, false, 0, false> {
+struct q4_1 : Format<file::q4_1, 1, 0, 4, 0, true, false, 0, false> {
     static __device__ __forceinline__ Scale scale(unsigned s, unsigned) {
         return {low_half(s), low_half(s), -high_half(s), -high_half(s)};
     }
 };
-struct q5_1 : Format<1, 4, 4, 0, true, false, 0, false> {
+struct q5_1 : Format<file::q5_1, 1, 4, 4, 0, true, false, 0, false> {
     static __device__ __forceinline__ Scale scale(unsigned s, unsigned u) {
         return q4_1::scale(s, u);
     }
 };
-struct q4_K : Format<1, 0, 2, 4, true, false, 0, false> {
+struct q4_K : Format<file::q4_K, 1, 0, 2, 4, true, false, 0, false> {
     static __device__ __forceinline__ Scale scale(unsigned s, unsigned u) {
         float d = low_half(u) * (s & 255), m = high_half(u) * (s >> 8);
         return {d, d, m, m};
     }
 };
-struct q5_K : Format<1, 4, 2, 4, true, false, 0, false> {
+struct q5_K : Format<file::q5_K, 1, 4, 2, 4, true, false, 0, false> {
     static __device__ __forceinline__ Scale scale(unsigned s, unsigned u) {
         return q4_K::scale(s, u);
     }
 };
-struct q6_K : Format<1, 8, 2, 2, false, true, 32, false> {
+struct q6_K : Format<file::q6_K, 1, 8, 2, 2, false, true, 32, false> {
     static __device__ __forceinline__ Scale scale(unsigned s, unsigned u) {
         float s0 = low_half(u) * (signed char)s, s1 = low_half(u) * (signed char)(s >> 8);
         return {s0, s1, s0 * 32, s1 * 32};
     }
 };
-struct q3_K : Format<0, 4, 2, 2, false, true, 4, false> {
+struct q3_K : Format<file::q3_K, 0, 4, 2, 2, false, true, 4, false> {
     static __device__ __forceinline__ Scale scale(unsigned s, unsigned u) {
         float s0 = low_half(u) * (signed char)s, s1 = low_half(u) * (signed char)(s >> 8);
         return {s0, s1, s0 * 4, s1 * 4};
     }
 };
-struct q2_K : Format<0, 0, 2, 4, true, true, 0, false> {
+struct q2_K : Format<file::q2_K, 0, 0, 2, 4, true, true, 0, false> {
     static __device__ __forceinline__ Scale scale(unsigned s, unsigned u) {
         float d = low_half(u), m = high_half(u);
         return {d * (s & 15), d * (s >> 8 & 15), m * (s >> 4 & 15), m * (s >> 12)};
     }
 };
-struct tq2_0 : Format<0, 0, 0, 2, false, false, 1, false> {
+struct tq2_0 : Format<file::tq2_0, 0, 0, 0, 2, false, false, 1, false> {
     static __device__ __forceinline__ Scale scale(unsigned, unsigned u) { return one(low_half(u)); }
 };
-struct tq1_0 : tq2_0 {};
-struct iq4_xs : Format<1, 0, 1, 2, false, false, 0, true>, Iq4Levels {
+struct tq1_0 : tq2_0 {
+    using Blocks = file::tq1_0;
+};
+struct iq4_xs : Format<file::iq4_xs, 1, 0, 1, 2, false, false, 0, true>, Iq4Levels {
     static __device__ __forceinline__ Scale scale(unsigned s, unsigned u) {
         return one(low_half(u) * (signed char)s);
     }
 };
-struct mxfp4 : Format<1, 0, 1, 0, false, false, 0, true>, Fp4Levels {
+struct mxfp4 : Format<file::mxfp4, 1, 0, 1, 0, false, false, 0, true>, Fp4Levels {
     using Half = __nv_bfloat16;
     static constexpr bool wide = true;
     static __device__ __forceinline__ Scale scale(unsigned e, unsigned) {  // 2^(e - 128)
         return one(__uint_as_float(e < 2 ? 0x200000u << e : (e - 1) << 23));
     }
 };
-struct nvfp4 : Format<1, 0, 2, 0, false, true, 0, true>, Fp4Levels {
+struct nvfp4 : Format<file::nvfp4, 1, 0, 2, 0, false, true, 0, true>, Fp4Levels {
     // 4 bits of exponent and 3 of mantissa are the upper ones of an f16 2^8 times smaller; halved.
     static __device__ __forceinline__ float e4m3(unsigned s) {
         return low_half((s & 127) << 7) * 128;
@@ -141,8 +144,7 @@ struct nvfp4 : Format<1, 0, 2, 0, false, true, 0, true>, Fp4Levels {
     }
 };
 template <class B>
-struct InGrid : Format<1, 0, 2, 2, false, true, 0, true> {
-    using Blocks = B;
+struct InGrid : Format<file::InGrid<B>, 1, 0, 2, 2, false, true, 0, true> {
     static __device__ __forceinline__ uint4 levels() { return B::levels(); }
     static __device__ __forceinline__ Scale scale(unsigned s, unsigned u) {
         float d = low_half(u) * 0.125f;
@@ -185,11 +187,6 @@ __device__ __forceinline__ unsigned load_small(const unsigned char* plane, int u
     if constexpr (BYTES == 4) return ((const unsigned*)plane)[unit];
     return 0;
 }
-
-// The scale of a group, not yet decoded.
-struct RawScale {
-    unsigned own, shared;
-};
 
 // Where one row of a matrix lies; its groups are counted from here.
 template <class F>
@@ -334,3 +331,5 @@ __device__ __forceinline__ void code_words(const Table<F>& t, const RawGroup<F>&
         unpack(t, c.w, raw.high, 3, words[3], words[7]);
     }
 }
+
+}  // namespace tiles

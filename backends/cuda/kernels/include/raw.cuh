@@ -1,0 +1,69 @@
+// Products with blocks as a file holds them, where no layout could be chosen: inputs, states, parts
+// of weights. Slower: everything is put together from single bytes.
+#pragma once
+#include "formats.cuh"
+
+namespace tiles {
+
+template <class F>
+struct Raw : F {
+    using Source = Tensor;
+};
+
+template <class F>
+struct Row<Raw<F>> {
+    static constexpr int inside = F::Blocks::SIZE / 32;
+    const unsigned char* blocks;
+
+    Row() = default;
+    __device__ __forceinline__ Row(const Tensor& a, int matrix, int tile, int row)
+        : blocks(a.row<unsigned char>(min(tile * 8 + row, a.ne[1] - 1), matrix % a.ne[2],
+                                      matrix / a.ne[2])) {}
+    __device__ __forceinline__ const unsigned char* block(int group) const {
+        return blocks + (long long)(group / inside) * F::Blocks::BYTES;
+    }
+    __device__ __forceinline__ int code(int group, int i) const {
+        unsigned j = group % (unsigned)inside;  // so, the compiler sees what is constant in 32 j + i
+        return F::Blocks::code(block(group), j * 32 | i);
+    }
+    __device__ __forceinline__ unsigned code_word(int group, int run, int t) const {
+        unsigned word = 0;
+        for (int i = 0; i < 4; ++i) {
+            int first = code(group, 16 * run + 4 * t + i);
+            if constexpr (F::code_runs == 2) {
+                word |= (unsigned)first << 8 * i;
+            } else {
+                int second = code(group, 16 + 4 * t + i);
+                word |= (unsigned)(first & 15) << (F::table ? 4 : 8) * i;
+                word |= (unsigned)(second & 15) << (F::table ? 4 * i + 16 : 8 * i + 4);
+            }
+        }
+        return word;
+    }
+    __device__ __forceinline__ uint4 code_run(int group, int run) const {
+        return make_uint4(code_word(group, run, 0), code_word(group, run, 1),
+                          code_word(group, run, 2), code_word(group, run, 3));
+    }
+    // Two bits of each code, from bit `shift` on.
+    __device__ __forceinline__ uint2 pairs(int group, int shift) const {
+        unsigned words[2] = {};
+        for (int i = 0; i < 32; ++i)
+            words[i / 16] |= (unsigned)(code(group, i) >> shift & 3) << (i % 4 * 8 + i / 4 % 4 * 2);
+        return make_uint2(words[0], words[1]);
+    }
+    __device__ __forceinline__ uint2 code_pairs(int group) const { return pairs(group, 0); }
+    __device__ __forceinline__ uint2 high_bits(int group) const {
+        constexpr int low = F::code_runs ? 4 : 2;
+        if constexpr (F::high == 8) return pairs(group, low);
+        unsigned bits = 0;
+        if constexpr (F::high == 4)
+            for (int i = 0; i < 32; ++i)
+                bits |= (unsigned)(code(group, i) >> low) << (i % 4 * 8 + i / 4);
+        return make_uint2(bits, 0);
+    }
+    __device__ __forceinline__ RawScale scale(int group) const {
+        return F::Blocks::scale(block(group), group % inside);
+    }
+};
+
+}  // namespace tiles
