@@ -1,7 +1,7 @@
-// flash_attn_ext in plain f32 arithmetic: every type, stride and head size up to 576, and every
-// node with prec="f32". A block of 256 threads holds 16 rows of scores and walks its split's keys
-// in tiles of BN, decoded to f32 in shared memory: keys for the scores, then values in their place.
-//
+// flash_attn_ext in plain f32 arithmetic: handles every type, stride and head size up to 576, and
+// every node with prec="f32". A block of 256 threads computes 16 rows of scores and walks its split
+// of the keys in tiles of BN. Each tile is decoded to f32 in shared memory: first the keys for the
+// scores, then the values in the same place.
 // @kernel any<{64|128|256}, 32>
 // @kernel any<576, 16>
 #include "attention.cuh"
@@ -10,8 +10,8 @@ enum Type { F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL };
 
 __device__ __forceinline__ float half_at(const char *p) { return __half2float(*(const __half *)p); }
 
-// Element i of a row. A block of 32 has its scale first (and minimum), then, with 5 bits, their
-// high bits, then the codes: the low halves of 16 bytes are elements 0..15, the high ones 16..31.
+// Element i of a row. A block of 32 stores its scale, then its minimum (if any), the fifth bits (if
+// any) and the codes: the low nibbles of 16 bytes are elements 0..15, the high nibbles 16..31.
 __device__ float element(const char *row, int type, int i) {
     if (type == F32) return ((const float *)row)[i];
     if (type == F16) return half_at(row + 2 * i);
@@ -33,7 +33,7 @@ __device__ float element(const char *row, int type, int i) {
     return d * (code + high - (five ? 16 : 8));
 }
 
-// Keys and values of one head for `repair`.
+// Keys and values of one head, as `repair` reads them.
 struct Every {
     const char *k, *v;
     long long step_k, step_v;
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(256) any(const __grid_constant__ Attention a) 
     for (int r = 0; r < 4; ++r) some |= __any_sync(~0u, odd[r]) << r;
     for (__syncwarp(); some; some &= some - 1) {
         const int r = rows + __ffs(some) - 1;
-#pragma unroll 1  // a repair needs few registers if it is of few columns
+#pragma unroll 1  // repairing few columns at a time keeps register use low
         for (int i = column - lane; i < a.d_v; i += 64)
             repair<1>(a, i3, head_kv, r0 + r, begin * BN, end * BN, split, i, min(i + 32, a.d_v),
                       top[r], total[r], source);

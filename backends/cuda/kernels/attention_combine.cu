@@ -1,6 +1,6 @@
-// The ends of flash_attn_ext: what its splits left is put together, explicit masks are surveyed
-// beforehand, quantized keys and values decoded for the prompt kernels; and the ops beside it.
-//
+// The steps around flash_attn_ext: combining its splits, surveying explicit masks, decoding
+// quantized keys and values for the prompt kernels. Also the related ops merge_lse, lse_sum and
+// lse_finish.
 // @kernel hot combine<{1|4}>
 // @kernel survey
 // @kernel decode_q8_0
@@ -9,9 +9,9 @@
 // @kernel lse_finish
 #include "attention.cuh"
 
-// out = sum over splits, in their order. Block: a row and 32 x VEC columns; its 8 warps take every
-// eighth split and are summed in their order, so two runs are bit-equal. A warp's first 16 splits
-// are under way before their weights are known.
+// out = sum over splits, in order. A block computes one row and 32 x VEC columns. Each of its 8
+// warps takes every eighth split, and the warps are summed in order, so two runs are bit-equal. A
+// warp loads its first 16 splits before it knows their weights.
 template <int VEC>
 __global__ void __launch_bounds__(256) combine(const __grid_constant__ Attention a) {
     constexpr int AHEAD = 16;
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(256) combine(const __grid_constant__ Attention
     out_row(a, i3, query, head)[first + threadIdx.x] = total * factor;
 }
 
-// The map of an explicit mask: a warp surveys a cell of all its heads.
+// Builds the map of an explicit mask: each warp surveys one cell across all heads.
 __global__ void __launch_bounds__(256) survey(const __grid_constant__ Attention a) {
     begin();
     const int lane = threadIdx.x % 32, x = blockIdx.x * 8 + threadIdx.x / 32, y = blockIdx.y;
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(256) survey(const __grid_constant__ Attention 
     if (lane == 0) a.map[((long long)blockIdx.z * gridDim.y + y) * wide + x] = all;
 }
 
-// Rows of q8_0 blocks as f16 without gaps: y [n, rows, heads, n3]. A thread decodes a block.
+// Decodes rows of q8_0 blocks to contiguous f16: y [n, rows, heads, n3]. A thread per block.
 __global__ void decode_q8_0(const char *x, __half *y, int blocks, int rows, int heads,
                             long long nb1, long long nb2, long long nb3, long long total) {
     begin();
@@ -112,7 +112,7 @@ __global__ void decode_q8_0(const char *x, __half *y, int blocks, int rows, int 
     }
 }
 
-// ---- rows that end in their log-sum-exp; a block a row ------------------------------------------
+// ---- rows that end in their log-sum-exp; one block per row --------------------------------------
 
 struct Rows {
     char *at;
@@ -124,7 +124,7 @@ struct Rows {
     }
 };
 
-// Every thread must have read the ends of the rows before one of them is overwritten in place.
+// y may overwrite a or b in place, so every thread reads the log-sum-exps before any is written.
 __global__ void merge_lse(Rows y, Rows a, Rows b, int d_v) {
     begin();
     const float la = a(d_v), lb = b(d_v), m = fmaxf(la, lb), base = finite(m);
@@ -135,8 +135,9 @@ __global__ void merge_lse(Rows y, Rows a, Rows b, int d_v) {
     if (threadIdx.x == 0) y(d_v) = total == 0 ? -INF : m + logf(total);
 }
 
-// c: the sum so far (S, s, m), absent (at = null) at the first part. The reference m moves only
-// where the new part outgrows it by far: e^(l - m) below e^16 does no harm, and e^0 is exactly 1.
+// c is the sum so far (S, s, m); c.at is null for the first part. The reference m moves only when
+// the new part exceeds it by more than 16: factors e^(l - m) up to e^16 are harmless, and while m
+// stays the old sums are multiplied by e^0, exactly 1.
 __global__ void lse_sum(Rows y, Rows a, Rows c, int d_v) {
     begin();
     const bool more = c.at != nullptr;

@@ -1,23 +1,24 @@
 // flash_attn_ext for many queries on 9.0: wgmma and the tensor copy engine.
 //
-// Two designs. (a) mma.sync (attention_tiles.cu): every warp reads every key through ldmatrix, which
-// alone costs more clocks than the products, and mma.sync has about 0.6 of wgmma's rate. (b) wgmma:
-// operands come from shared memory without passing through registers, a copy engine fills it, and
-// one thread directs both; for 9.0a alone. Both are there: 269 and 523 TFLOP/s on an H200 (192/128,
-// 16 heads, 8192 queries, causal, f16).
+// Two designs. (a) mma.sync (attention_tiles.cu): every warp reads every key through ldmatrix,
+// which alone takes more clocks than the products, and mma.sync reaches about 0.6 of wgmma's rate.
+// (b) wgmma: operands come from shared memory without passing through registers, a copy engine
+// fills it, and one thread directs both; needs 9.0a. pyggml has both: 269 and 523 TFLOP/s on an
+// H200 (192/128, 16 heads, 8192 queries, causal, f16).
 //
-// Warpgroup 0 fetches: one thread keeps two tiles of BN keys and two of values in flight (mbarriers
-// full / empty for each). Warpgroups 1 and 2 own 64 rows each: S = Q K^T, weights in registers as the
-// A operand of O += P V. A tile's S is under way while the last tile's P V is, and its softmax runs
-// beside that P V; the two warpgroups fill each other's gaps.
-// EXTRA: with an explicit mask or a soft-cap; that code leaves too few registers for the overlap of
-// softmax and P V inside a warpgroup.
-// Rows are (query, head) of one head of keys, as in attention.cuh; 128 a block, the longest first.
-//
+// Warpgroup 0 fetches: one thread keeps two tiles of BN keys and two of BN values in flight (with
+// full / empty mbarriers for each). Warpgroups 1 and 2 own 64 rows each: S = Q K^T, then O += P V
+// with the weights P in registers as the A operand. The S of a tile runs at the same time as
+// the P V of the previous tile, and its softmax overlaps that P V. Each warpgroup fills the other's
+// gaps.
+// EXTRA: with an explicit mask or a soft-cap. That code leaves too few registers to overlap softmax
+// and P V inside a warpgroup.
+// Rows are the (query, head) pairs of one key head, as in attention.cuh. A block takes 128 rows;
+// blocks with the most keys start first.
 // @kernel 90a hot hopper<{__half|__nv_bfloat16}, {64, 64, 128|128, 128, 128|192, 128, 128|256, 256, 64}, {false|true}>
 #include "attention.cuh"
 
-// Parameters of a kernel begin at 0x210 on 9.0, and tensor maps must lie at multiples of 64.
+// Kernel parameters start at 0x210 on 9.0, and tensor maps must be 64-byte aligned.
 struct HopperArgument {
     u64 pad[6];
     TensorMap map_k, map_v;
@@ -27,7 +28,7 @@ struct HopperArgument {
 template <int DK, int DV, int BN>
 struct HopperShape {
     static constexpr int Q = 128 * DK * 2, K = BN * DK * 2, V = BN * DV * 2;
-    static constexpr int BYTES = Q + 2 * (K + V) + 1024;  // and room to begin at a multiple of 1024
+    static constexpr int BYTES = Q + 2 * (K + V) + 1024;  // plus room to align to 1024
 };
 
 template <class T, int DK, int DV, int BN, bool EXTRA>
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(384, 1) hopper(const __grid_constant__ HopperA
             for (int i = 0; now < end; ++i, now = alive(now + 1)) {
                 const int s = i & 1, j0 = now * BN;
                 const u32 parity =
-                    (i >> 1 & 1) ^ 1;  // of the phase before: passes at once at first
+                    (i >> 1 & 1) ^ 1;  // previous phase: the first wait passes at once
                 barrier_wait(empty_k + s, parity);
                 barrier_expect(full_k + s, Shape::K);
                 for (int c = 0; c < DK / 64; ++c)
@@ -174,7 +175,8 @@ __global__ void __launch_bounds__(384, 1) hopper(const __grid_constant__ HopperA
             wgmma_hold(s);
             release(empty_k + (i & 1));
             const float2 lost = soften(now);
-            // Never so: but the compiler must know the weights before it may wait for the sums.
+            // Never true, but it makes the compiler compute the weights before it waits for
+            // the sums.
             if (l[0] + l[1] < 0) release(empty_v);
             wgmma_wait<0>();
 #pragma unroll

@@ -1,18 +1,18 @@
-// flash_attn_ext of the latent cache (576/512, V a view of K): every byte of it is read once a block
-// and serves as key and as value.
+// flash_attn_ext of the latent cache (576/512, V is a view of K): a block reads each byte of the
+// cache once and uses it both as key and as value.
 //
-// Two designs. (a) wgmma: 64 rows, two warpgroups that own half of the 512 columns each and trade
-// weights; right at 64 rows and more, three quarters waste at 16 heads. (b) mma m16n8k16: rows in
-// steps of 16, so 16 heads fit exactly; the warps split the keys of a tile for the scores and the
-// columns for the sums, weights pass through shared memory. At one query both wait for memory, and
-// (b) runs from 8.0 up: this file. From 17 rows on (a) wins on 9.0: attention_latent_hopper.cu (128
-// heads, 16384 keys, H200: 29 us against 42; 16 heads: 17 against 14).
+// Two designs. (a) wgmma: 64 rows; two warpgroups own half of the 512 columns each and exchange
+// weights. Good from 64 rows on, but at 16 heads three quarters of the work is wasted. (b) mma
+// m16n8k16: rows in steps of 16, so 16 heads fit exactly. The warps split the keys of a tile for
+// the scores and the columns for the sums; weights pass through shared memory. At one query both
+// designs wait for memory, and (b) runs on 8.0 and up: it is this file. From 17 rows on, (a) is
+// faster on 9.0: attention_latent_hopper.cu (128 heads, 16384 keys, H200: 29 us against 42; 16
+// heads: 17 against 14).
 //
-// A block is 16 MI WM rows and a split of the keys, in tiles of BN keys; two tiles are in flight or
-// in use. Rows of 1152 bytes are swizzled: chunk c (16 bytes) of row r lies at c ^ (r & 7).
-// 16 or 64 rows and tiles of 64 keys take the shared memory of 9.0; 32 keys fit 8.0, and with 16
-// rows, of 4 warps, every GPU from 8.0 on.
-//
+// A block takes 16 MI WM rows and one split of the keys, in tiles of BN keys; two tiles are in
+// flight or in use. Rows of 1152 bytes are swizzled: chunk c (16 bytes) of row r is at c ^ (r & 7).
+// With tiles of 64 keys, 16 or 64 rows need the shared memory of 9.0. With 32 keys they fit on 8.0;
+// 16 rows, 4 warps and 32 keys fit on every GPU from 8.0 on.
 // @kernel hot latent<{__half|__nv_bfloat16}, {1, 1, 8, 64|1, 2, 4, 32}, false>
 // @kernel latent<{__half|__nv_bfloat16}, 2, 2, 4, 64, false>
 // @kernel 80 latent<{__half|__nv_bfloat16}, 2, 2, 4, 32, false>
@@ -28,7 +28,7 @@ __device__ __forceinline__ int swizzled(int row, int chunk) {
     return row * PITCH + (chunk ^ (row & 7)) * 16;
 }
 
-// Shared memory: queries; tiles; weights; with q8_0 two raw tiles and one decoded.
+// Shared memory: queries, tiles, weights. With q8_0 there are two raw tiles and one decoded tile.
 template <int M, int BN, bool Q8>
 struct LatentShape {
     static constexpr int Q = M * PITCH, TILE = BN * PITCH, P = M * BN * 2,
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(32 * WM * WN, 1) latent(const __grid_constant_
                  [&](int r, int i) { return (u32 *)(queries + swizzled(r, i / 8) + i % 8 * 2); });
     __syncthreads();
 
-    const int row0 = wm * MI * 16 + lane / 4;  // of this thread's first row in the block
+    const int row0 = wm * MI * 16 + lane / 4;  // this thread's first row in the block
     float sums[MI][NV][4] = {}, m[MI][2], l[MI][2], factor[MI][2];
 #pragma unroll
     for (int i = 0; i < MI; ++i)
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(32 * WM * WN, 1) latent(const __grid_constant_
                                   [&](int r, int c) { return ring + swizzled(r, c); });
             __syncthreads();
         }
-        // Scores of this warp's rows and its NT x 8 keys; even and odd steps in sums of their own.
+        // Scores of this warp's rows and its NT x 8 keys. Even and odd steps have separate sums.
         float s[MI][NT][4] = {}, odd[MI][NT][4] = {};
         const u32 at_q = shared_address(queries), at_k = shared_address(tile);
 #pragma unroll 2
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(32 * WM * WN, 1) latent(const __grid_constant_
             }
         }
         __syncthreads();
-        // The maximum over all warps of a row; weights to shared memory.
+        // The maximum of each row over all warps; the weights go to shared memory.
         float lost[MI][2];
 #pragma unroll
         for (int i = 0; i < MI; ++i)

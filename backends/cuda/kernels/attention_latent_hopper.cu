@@ -1,17 +1,17 @@
-// flash_attn_ext of the latent cache on 9.0: the design (a) of attention_latent.cu.
+// flash_attn_ext of the latent cache on 9.0: design (a) of attention_latent.cu.
 //
-// A block is 64 rows and a split of the keys in tiles of 64; two tiles are in flight or in use, each
-// brought as 9 boxes of 64 columns that serve as keys and, 8 of them, as values. The two warpgroups
-// take half of a tile's keys each for the scores, trade maxima and weights through shared memory,
-// and half of the 512 columns each for the sums. The products of a tile begin with its first box.
-//
+// A block takes 64 rows and one split of the keys, in tiles of 64; two tiles are in flight or in
+// use. Each tile arrives as 9 boxes of 64 columns: all 9 serve as keys, 8 of them also as values.
+// For the scores, each of the two warpgroups takes half of a tile's keys. They exchange maxima and
+// weights through shared memory, and each then sums half of the 512 columns. The products of a tile
+// start as soon as its first box arrives.
 // @kernel 90a hot latent_hopper<{__half|__nv_bfloat16}>
 #include "attention.cuh"
 
 constexpr int DK = 576, M = 64, BN = 64, BOX = BN * 128, TILE = DK / 64 * BOX;
-constexpr int PARTS = 3;  // barriers of a tile: 3 boxes each
+constexpr int PARTS = 3;  // barriers per tile: one for every 3 boxes
 
-// As in attention_hopper.cu: parameters begin at 0x210, maps lie at multiples of 64.
+// As in attention_hopper.cu: parameters start at 0x210, maps must be 64-byte aligned.
 struct LatentArgument {
     u64 pad[6];
     TensorMap map;

@@ -1,5 +1,4 @@
-// causal_mask where nothing fuses it into an attention: a block for each query, which writes its row.
-//
+// causal_mask, where it is not fused into an attention: one block per query writes one row.
 // @kernel causal_mask
 #include "common.cuh"
 

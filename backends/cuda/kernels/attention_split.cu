@@ -1,18 +1,17 @@
-// flash_attn_ext for few queries: memory-bound, so all that counts is bytes in flight.
+// flash_attn_ext for few queries: memory-bound, so only the number of bytes in flight matters.
 //
-// Two designs. (a) A vector kernel: lanes share a key, products by FMA, sums by shuffles; no waste of
-// multiplications at one query, but with g heads on one head of keys it does g times the work.
-// (b) mma m16n8k16 with the (head, query) rows of one head of keys as M: 15 of 16 rows are waste at
-// one query of one head, which costs nothing (a tile of 16 keys is 40 products at 192/128, a tenth
-// of the time its bytes take), and up to 16 rows are free. (b) is one kernel for all: taken.
+// Two designs. (a) A vector kernel: lanes share a key, with FMA products and shuffled sums. At one
+// query it wastes no multiplications, but with g heads on one key head it does g times the work.
+// (b) mma m16n8k16 with the (head, query) rows of one key head as M. At one query of one head 15 of
+// 16 rows are wasted, which costs nothing: a tile of 16 keys takes 40 products at 192/128, a tenth
+// of the time its bytes take. Up to 16 rows are free. (b) serves all cases: taken.
 //
-// A block is 16 rows and a split of the keys. Its warps share nothing until the end: each takes
-// every WARPS-th tile of 16 keys through a ring of its own (cp.async), so no barrier of the block
-// stalls a load. The warps' sums are merged in their order, the splits' by `combine`.
-// q8_0 keys and values travel as they are and are decoded to f16 from the ring.
-// The lines with architectures are for GPUs with less shared memory than 9.0 has; on 8.0 half of the
-// others fit too.
-//
+// A block takes 16 rows and one split of the keys. Its warps share nothing until the end: each
+// takes every WARPS-th tile of 16 keys through its own ring (cp.async), so no block-wide barrier
+// stalls a load. The sums of the warps are merged in order, and those of the splits by `combine`.
+// q8_0 keys and values arrive in the ring undecoded and are decoded to f16 from there.
+// The instances below that name architectures are for GPUs with less shared memory than 9.0; on 8.0
+// half of the others fit too.
 // @kernel hot split<{__half|__nv_bfloat16}, 64, 64, 8, 4, false>
 // @kernel hot split<{__half|__nv_bfloat16}, 80, 80, 8, 4, false>
 // @kernel hot split<{__half|__nv_bfloat16}, 96, 96, 8, 3, false>
@@ -68,7 +67,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) split(const __grid_constant__ A
     const Span seen = span(a, q0, q1 + 1, live);
     __syncthreads();
 
-    // Tiles of this warp: of 16 keys, those of a split side by side, dead ones passed over.
+    // This warp's tiles of 16 keys; the tiles of a split are adjacent, and dead ones are skipped.
     const int t0 = seen.first / KEYS, tiles = max(0, (seen.last + KEYS - 1) / KEYS - t0);
     const int end = t0 + share(tiles, part + 1, a.splits);
     const auto alive = [&](int t) {
@@ -163,7 +162,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) split(const __grid_constant__ A
         copies_commit();
     }
 
-    // The warps' sums, in their order.
+    // Sum over the warps, in order.
     copies_wait<0>();
     __syncthreads();
     float *shared_sums = (float *)memory;

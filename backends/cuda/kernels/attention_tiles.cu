@@ -1,12 +1,11 @@
-// flash_attn_ext for many queries, from 8.0 up (attention_hopper.cu is the faster one on 9.0).
+// flash_attn_ext for many queries on 8.0 and up (attention_hopper.cu is faster on 9.0).
 //
-// Each warp owns 16 rows and all keys of a tile, so scores become weights in registers and no barrier
-// stands between the two products; keys and values of the next tile arrive by cp.async meanwhile.
-// Rows are (query, head) of one head of keys: a group of heads shares every tile. The other design,
-// 32 rows a warp, halves the reads of shared memory that bound this one at about 0.8 of the rate of
-// mma.sync, but its sums and scores leave no registers at d_v = 128.
-// Keys may be split over blocks (few rows, many keys); `combine` ends those.
-//
+// Each warp owns 16 rows and all keys of a tile, so scores become weights in registers and no
+// barrier separates the two products. The next tile's keys and values arrive by cp.async meanwhile.
+// Rows are the (query, head) pairs of one key head, so a group of heads shares every tile. The
+// other design, 32 rows per warp, halves the shared-memory reads that limit this one to about 0.8
+// of the rate of mma.sync, but its sums and scores use up the registers at d_v = 128.
+// The keys may be split over blocks (few rows, many keys); `combine` then adds the splits.
 // @kernel hot tiles<{__half|__nv_bfloat16}, {64, 64|80, 80|96, 96|128, 128|192, 128}, {4|8}, 64>
 // @kernel tiles<{__half|__nv_bfloat16}, 256, 256, {4|8}, 32>
 #include "attention.cuh"
@@ -19,7 +18,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) tiles(const __grid_constant__ A
     extern __shared__ __align__(128) char memory[];
     __shared__ float factors[M];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    // The last rows see the most keys under a causal mask: they begin first.
+    // Under a causal mask the last rows see the most keys, so they start first.
     const int part = blockIdx.z, r0 = (gridDim.y - 1 - blockIdx.y) * M;
     const int head_kv = blockIdx.x % a.heads_kv, i3 = blockIdx.x / a.heads_kv;
     const int ratio = a.ratio(), live = a.live(), q0 = r0 / ratio, q1 = (r0 + M - 1) / ratio;

@@ -17,7 +17,7 @@
 
 using namespace file;
 
-// Words of W, of one size; the source repeats.
+// Copies words W of one size; the source repeats.
 template <class W, class I>
 __global__ void __launch_bounds__(256) copy(Tensor out, Tensor a, I total) {
     begin();
@@ -29,7 +29,8 @@ __global__ void __launch_bounds__(256) copy(Tensor out, Tensor a, I total) {
                  wrap(at.i2, a.ne[2], out.ne[2]), wrap(at.i3, a.ne[3], out.ne[3]));
 }
 
-// Elements in order from S to D; sizes may differ where counts do not. V > 1: rows are alike.
+// Converts elements in order from S to D. The shapes may differ, the number of elements
+// may not. V > 1: rows are equally long.
 template <class S, class D, int V, class I>
 __global__ void __launch_bounds__(256) convert(Tensor out, Tensor a, I total) {
     begin();
@@ -44,13 +45,14 @@ __global__ void __launch_bounds__(256) convert(Tensor out, Tensor a, I total) {
     *out.at<Pack<D, V>>(to.i0 * V, to.i1, to.i2, to.i3) = y;
 }
 
-// Row number `row`, counted over dimensions 1, 2 and 3.
+// Row number `row`, counting through dimensions 1, 2 and 3.
 __device__ __forceinline__ char* row_number(const Tensor& t, long long row) {
     long long outer = row / t.ne[1];
     return t.row<char>(int(row % t.ne[1]), int(outer % t.ne[2]), int(outer / t.ne[2]));
 }
 
-// Blocks to plain elements, V neighbours a thread. blockIdx.x: the row, blockIdx.y: part of it.
+// Decodes blocks to plain elements, V adjacent ones per thread. blockIdx.x: row; blockIdx.y:
+// part of it.
 template <class B, class D, int V>
 __global__ void __launch_bounds__(256) decode(Tensor out, Tensor a) {
     begin();
@@ -63,7 +65,7 @@ __global__ void __launch_bounds__(256) decode(Tensor out, Tensor a) {
     *(Pack<D, V>*)(row_number(out, blockIdx.x) + i * out.nb[0]) = y;
 }
 
-// y[:, i, p, q] = a[:, ids[i, p, q], p, q]; zeros where an id means none or is past the end.
+// y[:, i, p, q] = a[:, ids[i, p, q], p, q]; zeros where an id is negative or past the end.
 template <class B>
 __global__ void __launch_bounds__(256) get_rows(Tensor out, Tensor a, Tensor ids) {
     begin();
@@ -74,7 +76,7 @@ __global__ void __launch_bounds__(256) get_rows(Tensor out, Tensor a, Tensor ids
     *out.at<float>(i, i1, i2, i3) = there ? element<B>(a.row<char>(id, i2, i3), a.nb[0], i) : 0;
 }
 
-// The same for whole numbers, which f32 does not hold.
+// get_rows of i32 rows, whose values f32 cannot represent exactly.
 __global__ void __launch_bounds__(256) get_ids(Tensor out, Tensor a, Tensor ids) {
     begin();
     int i = blockIdx.y * 256 + threadIdx.x, i1 = blockIdx.x % out.ne[1], rest = blockIdx.x / out.ne[1];
@@ -83,14 +85,14 @@ __global__ void __launch_bounds__(256) get_ids(Tensor out, Tensor a, Tensor ids)
     *out.at<int>(i, i1, i2, i3) = id >= 0 && id < a.ne[1] ? *a.at<int>(i, id, i2, i3) : 0;
 }
 
-// Which row of `out` row i1, i2, i3 of b goes to; none where the id is not one of its rows.
+// The row of `out` that receives row (i1, i2, i3) of b; null where the id is not a row of `out`.
 template <class Id>
 __device__ __forceinline__ char* target_row(const Tensor& out, const Tensor& ids, int i1, int i2, int i3) {
     long long id = *ids.at<Id>(i1, i2 % ids.ne[1], i3 % ids.ne[2], 0);
     return id >= 0 && id < out.ne[1] ? out.row<char>((int)id, i2, i3) : nullptr;
 }
 
-// a[:, ids[i, p % c1, q % c2], p, q] = b[:, i, p, q]. blockIdx.x: the row of b.
+// a[:, ids[i, p % c1, q % c2], p, q] = b[:, i, p, q]. blockIdx.x: row of b.
 template <class S, class D, class Id>
 __global__ void __launch_bounds__(256) set_rows(Tensor out, Tensor b, Tensor ids) {
     begin();
@@ -101,7 +103,7 @@ __global__ void __launch_bounds__(256) set_rows(Tensor out, Tensor b, Tensor ids
     *(D*)(row + i * out.nb[0]) = convert_to<D>(*b.at<S>(i, i1, i2, i3));
 }
 
-// Rows into blocks of 32, a warp for each block: to the rows that ids name, or in order (Id void).
+// Encodes rows into blocks of 32, one warp per block. Rows go where ids say, or in order (Id void).
 template <class S, class B, class Id>
 __global__ void __launch_bounds__(256) encode_rows(Tensor out, Tensor b, Tensor ids) {
     begin();

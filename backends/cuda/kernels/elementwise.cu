@@ -1,5 +1,4 @@
-// Element by element: V neighbours a thread where rows allow it, any strides otherwise.
-//
+// Elementwise ops: V adjacent elements per thread where the rows allow it, else any strides.
 // @kernel binary<{Add|Sub|Mul|Div|Glu<Silu>}, float, {4|1}, unsigned>
 // @kernel binary<{Add|Mul|Glu<Gelu>|Glu<Relu>}, __half, {8|1}, unsigned>
 // @kernel binary<Add, {int|long long}, 1, unsigned>
@@ -14,7 +13,7 @@ struct Log { static __device__ float f(float x, float, float) { return logf(x); 
 struct Sqr { static __device__ float f(float x, float, float) { return x * x; } };
 struct Sqrt { static __device__ float f(float x, float, float) { return sqrtf(x); } };
 struct Tanh { static __device__ float f(float x, float, float) { return tanhf(x); } };
-// NaN stays NaN here and in Clamp: comparisons, not fmaxf.
+// NaN stays NaN here and in Clamp, so use comparisons, not fmaxf.
 struct Relu { static __device__ float f(float x, float, float) { return x < 0 ? 0 : x; } };
 struct Sigmoid { static __device__ float f(float x, float, float) { return __fdividef(1, 1 + expf(-x)); } };
 struct Silu { static __device__ float f(float x, float, float) { return __fdividef(x, 1 + expf(-x)); } };
@@ -36,12 +35,12 @@ struct Div { template <class T> static __device__ T f(T a, T b) { return a / b; 
 template <class Act>
 struct Glu { template <class T> static __device__ T f(T a, T b) { return Act::f(a, 0, 0) * b; } };
 
-// Narrow types are computed in f32.
+// Types narrower than f32 are computed in f32.
 template <class T> struct Wide { using type = float; };
 template <> struct Wide<int> { using type = int; };
 template <> struct Wide<long long> { using type = long long; };
 
-// `total` is the number of packs. The result may lie where `a` lies.
+// `total` is the number of packs. The result may overwrite `a`.
 template <class Op, class T, int V, class I>
 __global__ void __launch_bounds__(256) unary(Tensor out, Tensor a, I total, float p, float q) {
     begin();
@@ -54,7 +53,7 @@ __global__ void __launch_bounds__(256) unary(Tensor out, Tensor a, I total, floa
     *out.at<Pack<T, V>>(at.i0 * V, at.i1, at.i2, at.i3) = x;
 }
 
-// b repeats into a. With V > 1 its rows are as long as a's, or hold one element.
+// b repeats into a. With V > 1, rows of b are as long as rows of a, or one element long.
 template <class Op, class T, int V, class I>
 __global__ void __launch_bounds__(256) binary(Tensor out, Tensor a, Tensor b, I total) {
     begin();
@@ -76,7 +75,7 @@ __global__ void __launch_bounds__(256) binary(Tensor out, Tensor a, Tensor b, I 
     *out.at<Pack<T, V>>(at.i0 * V, at.i1, at.i2, at.i3) = x;
 }
 
-// y[:, e, t] = a[:, e, t] + b[:, ids[e, t]]; an id that means none, or is past the end, adds nothing.
+// y[:, e, t] = a[:, e, t] + b[:, ids[e, t]]; an id that is negative or past the end adds nothing.
 __global__ void __launch_bounds__(256) add_id(Tensor out, Tensor a, Tensor b, Tensor ids) {
     begin();
     int slot = blockIdx.y, token = blockIdx.x, id = *ids.at<int>(slot, token, 0, 0);

@@ -1,7 +1,6 @@
-// What latent attention keeps of a token, in one step: [rms_norm(c) * w | rope(k)] converted into
-// the row of the cache that the token's id names. A block for each token; the row is put together in
-// shared memory. Ids that are no row write nothing.
-//
+// Stores a token in the cache of latent attention in one step: [rms_norm(c) * w | rope(k)],
+// converted, goes to the row of the cache named by the token's id. One block per token; the row is
+// assembled in shared memory. Ids that are not rows write nothing.
 // @kernel hot latent_row<{Plain<__half>|Plain<__nv_bfloat16>|q8_0}, {true|false}>
 #include "encode.cuh"
 #include "rope.cuh"

@@ -1,5 +1,4 @@
-// What products do to their operands first, and to their results.
-//
+// Steps before and after the products: prepare operands, finish results.
 // @kernel to_halves<{float|__half|__nv_bfloat16}, {__half|__nv_bfloat16}>
 // @kernel copy_rows<{float|__half|__nv_bfloat16}, {float|__half|__nv_bfloat16}>
 // @kernel gate_rows
@@ -7,11 +6,11 @@
 // @kernel add_splits
 #include "linear_common.cuh"
 
-// A row of b for linear_tile.cu: numbers of H with zeros up to k_padded, and what to multiply
-// results by. Rows are scaled by a power of two that brings their largest entry to [2^14, 2^15), so
-// that nothing overflows f16 and little is lost; in runs of 16 they stand in the order of a
-// thread's weights: 0 1 4 5 8 9 12 13, 2 3 6 7 10 11 14 15. One block a row; it keeps what it reads
-// where a row has at most THREADS * 8 * RUNS numbers.
+// Prepares a row of b for linear_tile.cu: writes it as H, zero-padded to k_padded, and the factor
+// for its results. The row is scaled by a power of two that brings its largest entry to [2^14,
+// 2^15), so nothing overflows f16 and little precision is lost. Each run of 16 is in the order of a
+// thread's weights: 0 1 4 5 8 9 12 13, 2 3 6 7 10 11 14 15. One block per row; a row of at most
+// THREADS * 8 * RUNS values is kept in registers and read only once.
 constexpr int THREADS = 128, RUNS = 4;
 
 template <class S, class H>
@@ -57,7 +56,7 @@ __global__ void __launch_bounds__(THREADS)
     }
 }
 
-// Any tensor into rows without gaps. grid: pieces of a row, rows.
+// Copies any tensor to contiguous rows. grid: pieces of a row, rows.
 template <class S, class D>
 __global__ void __launch_bounds__(256)
     copy_rows(Tensor in, D* out, unsigned first, unsigned columns) {
@@ -69,7 +68,7 @@ __global__ void __launch_bounds__(256)
     }
 }
 
-// y = act(gate) * y, of rows without gaps in gate.
+// y = act(gate) * y, where the rows of gate are contiguous.
 __global__ void __launch_bounds__(256)
     gate_rows(Tensor y, const float* gate, int act, unsigned columns) {
     begin();
@@ -80,7 +79,7 @@ __global__ void __launch_bounds__(256)
     }
 }
 
-// The sums of all splits of k, [rows, columns, splits], added in their order.
+// Adds the sums of all splits of k, [rows, columns, splits], in order.
 __global__ void __launch_bounds__(256)
     add_splits(const float* sums, Tensor y, int splits, unsigned columns, int narrow) {
     begin();
@@ -91,7 +90,7 @@ __global__ void __launch_bounds__(256)
     put(y, row_at(y, i / y.ne[0]), i % y.ne[0], total, narrow);
 }
 
-// Rows without gaps into rows of y.
+// Writes contiguous rows to the rows of y.
 __global__ void __launch_bounds__(256)
     put_rows(const float* product, Tensor y, unsigned first, unsigned columns, int narrow) {
     begin();

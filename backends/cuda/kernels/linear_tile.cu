@@ -1,10 +1,10 @@
-// Products with many columns: a block computes 128 rows (64 of up and 64 of gate where both are
-// asked for) by N columns on the tensor cores. Weights go from memory into registers and are
-// decoded there, straight into the A fragments of m16n8k16: a warp's 16 rows are two tiles of 8, so
-// that with up and gate both values of an element meet in one thread. Activations (f16, scaled by
-// rows; see linear_prepare.cu) come through shared memory, in rows of 64 numbers swizzled as wgmma
-// wants them. Where few blocks would be busy, several share the k of a tile and leave a sum each.
-//
+// Products with many columns: a block computes 128 rows (or 64 of up and 64 of gate) by N columns
+// on the tensor cores. Weights go from global memory to registers and are decoded there, directly
+// into the A fragments of m16n8k16. A warp's 16 rows are two tiles of 8; with up and gate, one tile
+// of each, so both values of an element meet in one thread. Activations (f16, scaled by row; see
+// linear_prepare.cu) pass through shared memory, in rows of 64 values swizzled as wgmma requires.
+// If there are too few blocks to fill the GPU, several split the k of a tile and each writes a
+// partial sum.
 // @kernel tile<{BLOCKS}, {1|2}, {32|64|128}, true>
 // @kernel tile<{SOME}, {1|2}, {32|64|128}, false>
 // @kernel hot 90a tile<{q8_0|iq4_nl}, {1|2}, {32|64|128}, {true|false}>
@@ -15,23 +15,22 @@
 
 using namespace tiles;
 
-constexpr int DEPTH = 64;  // numbers of k at a time
+constexpr int DEPTH = 64;  // values of k per step
 constexpr int THREADS = 256;
 
-// Which columns a block has: a list made by moe_group.cu, or simply the next N.
+// The columns of a block: from a list made by moe_group.cu, or simply the next N.
 struct Columns {
     const int4* tiles;  // {expert, first entry of `order`, entries}
     const int* n_tiles;
-    const int* order;  // pairs by expert
+    const int* order;  // pairs sorted by expert
     Heads heads;
     Routing routing;
 };
 
-// -- weights to fragments
-// ---------------------------------------------------------------------------
+// -- weights to fragments -------------------------------------------------------------------------
 
-// What a thread needs of one row's group: words t of its code runs (weights 4 t to 4 t + 3, and
-// those 16 further); all two-bit codes.
+// The part of one row's group that a thread needs: word t of each code run (weights 4 t to 4 t + 3
+// and the same 16 further), or all two-bit codes.
 template <class F>
 struct RawWords {
     unsigned first, second;
@@ -62,7 +61,7 @@ struct TileRow : Row<F> {
 
 __device__ __forceinline__ unsigned bits_of(__half2 x) { return *(unsigned*)&x; }
 
-// pairs[0], [1]: weights 4 t to 4 t + 3; pairs[2], [3]: those 16 further.
+// pairs[0], [1]: weights 4 t to 4 t + 3; pairs[2], [3]: the same 16 further.
 template <class F>
 __device__ __forceinline__ void decode(const Table<F>& table, const RawWords<F>& raw, int t,
                                        unsigned (&pairs)[4]) {
@@ -80,7 +79,7 @@ __device__ __forceinline__ void decode(const Table<F>& table, const RawWords<F>&
             pairs[2 * i] = pack2<__nv_bfloat16>(w[0], w[1]);
             pairs[2 * i + 1] = pack2<__nv_bfloat16>(w[2], w[3]);
         } else {
-            // An f16 whose bits are 0x6400 + n is 1024 + n: n is a byte.
+            // The f16 with bits 0x6400 + n is 1024 + n, for a byte n.
             constexpr int zero = F::table || F::code_runs == 2 ? 128 : F::bias;
             if constexpr (F::code_runs == 2) words[i] ^= 0x80808080u;
             const __half2 bias = __half2half2(__ushort_as_half((unsigned short)(0x6400 + zero)));
@@ -95,7 +94,7 @@ __device__ __forceinline__ void decode(const Table<F>& table, const RawWords<F>&
     }
 }
 
-// What makes table entries unsigned, where the decoder wants that.
+// The offset that makes table entries unsigned, where the decoder needs that.
 template <class F>
 constexpr unsigned offset_of = F::wide ? 0 : 0x80808080u;
 template <class T>
@@ -121,19 +120,18 @@ struct tiles::Table<Dense<T>> {
 template <class T>
 __device__ __forceinline__ void decode(const Table<Dense<T>>&, const uint4& raw, int,
                                        unsigned (&pairs)[4]) {
-    // Into registers of their own: the tensor cores go on reading them when `raw` is loaded again.
+    // Copy to separate registers: the tensor cores still read them when `raw` is loaded again.
     const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) asm volatile("mov.b32 %0, %1;" : "=r"(pairs[i]) : "r"(words[i]));
 }
 
-// -- the product
-// ------------------------------------------------------------------------------------
+// -- the product ----------------------------------------------------------------------------------
 
 constexpr int STAGES = 4;
 
-// Two blocks take turns on the tensor cores where registers suffice: mma.sync needs more of them,
-// and so do types with high bits.
+// With at most this many columns, two blocks share the tensor cores of an SM, registers permitting.
+// mma.sync needs more registers, and so do types with high bits.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 constexpr int TWO_BLOCKS = 128;
 #else
@@ -148,7 +146,7 @@ constexpr bool is_small = F::code_runs == 1 && F::super_bytes == 0;
 template <class T>
 constexpr bool is_small<Dense<T>> = false;
 
-// Steps that weights are loaded ahead: with few columns nothing else hides how far memory is.
+// How many steps ahead to load weights: with few columns nothing else hides memory latency.
 template <class F, int N>
 constexpr int ahead_of = N > 64        ? 1
                          : has_high<F> ? 1
@@ -156,8 +154,8 @@ constexpr int ahead_of = N > 64        ? 1
                                        : 2;
 
 // grid: tiles of rows times `splits` of k, tiles of columns, batches. x: [columns][k_padded] of
-// F::Half, scale: of a column. With splits, y holds the sums of the first for all columns, then those
-// of the second, and so on.
+// F::Half; scale: one per column. With splits, y holds the sums of the first split for all columns,
+// then those of the second, and so on.
 template <class F, int MATS, int N, bool ROUTED>
 __global__ void __launch_bounds__(THREADS, N << has_high<F> <= TWO_BLOCKS ? 2 : 1)
     tile(Weights<F> weights, const char* x, const float* scales, int k_padded, Tensor y,
@@ -169,7 +167,7 @@ __global__ void __launch_bounds__(THREADS, N << has_high<F> <= TWO_BLOCKS ? 2 : 
     __shared__ unsigned sources[N];
     const int thread = threadIdx.x, warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
 
-    // Which columns are ours, which rows, and which part of k.
+    // This block's columns, rows and part of k.
     constexpr bool CAN_SPLIT = MATS == 1 && N <= 64 && !ROUTED;
     const int part = CAN_SPLIT ? blockIdx.x % splits : 0,
               row_tile = CAN_SPLIT ? blockIdx.x / splits : blockIdx.x;
@@ -198,7 +196,7 @@ __global__ void __launch_bounds__(THREADS, N << has_high<F> <= TWO_BLOCKS ? 2 : 
     }
     const int steps = k_padded / DEPTH, begins = CAN_SPLIT ? steps * part / splits : 0,
               ends = CAN_SPLIT ? steps * (part + 1) / splits : steps;
-    // Weights first: they do not wait for the activations.
+    // Weights first: they do not depend on the activations.
     const int groups = groups_of(weights.w[0]);
     const Table<F> table(offset_of<F>);
     TileRow<F> rows[2];
@@ -215,7 +213,7 @@ __global__ void __launch_bounds__(THREADS, N << has_high<F> <= TWO_BLOCKS ? 2 : 
     if (thread < valid) column_scales[thread] = scales[sources[thread]];
     __syncthreads();
 
-    // Copies of activations: every thread has 16 bytes of some rows.
+    // To copy activations, each thread takes 16 bytes of several rows.
     const int chunk = thread % 8, first_row = thread / 8;
     constexpr int COPIES = (N + 31) / 32;
     const char* from[COPIES];
@@ -240,7 +238,7 @@ __global__ void __launch_bounds__(THREADS, N << has_high<F> <= TWO_BLOCKS ? 2 : 
 #pragma unroll
     for (int i = 0; i < STAGES - 2; ++i) copy_stage(begins + i);
 
-    unsigned a[2][2][4];  // fragments of the halves of a step
+    unsigned a[2][2][4];  // fragments of the two halves of a step
     float sums[N / 2] = {};
     for (int round = begins; round < ends; round += AHEAD)
 #pragma unroll
@@ -250,12 +248,12 @@ __global__ void __launch_bounds__(THREADS, N << has_high<F> <= TWO_BLOCKS ? 2 : 
             copies_wait<STAGES - 3>();
             fence_engines_for_wgmma();
             __syncthreads();
-            // Its stage was read two steps ago: those products are complete, those of the last step
-            // not.
+            // This stage was read two steps ago. Those products are complete; those of the last
+            // step are not.
             copy_stage(step + STAGES - 2);
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                // The other half's product goes on while this one is decoded.
+                // The other half's product keeps running while this half is decoded.
                 wait_products<1>();
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {

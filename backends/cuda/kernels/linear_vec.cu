@@ -1,10 +1,9 @@
 // Products with few columns of b, bound by reading the weights.
 //
-// Block types: activations become 16-bit fixed-point numbers by groups of 32 (24-bit where the
-// product must be as good as f32), cut into signed bytes, so that integer dot products with the
-// codes are exact. A block of 4 warps takes a tile of 8 rows: a warp's lanes are 8 rows by 4
-// groups, so a warp reads 512 bytes of codes in a row and only 4 groups of activations.
-//
+// Block types: activations become 16-bit fixed-point numbers in groups of 32 (24-bit where the
+// result must be as accurate as f32). They are split into signed bytes, so the integer dot products
+// with the codes are exact. A block of 4 warps takes a tile of 8 rows. The lanes of a warp are 8
+// rows by 4 groups, so a warp reads 512 contiguous bytes of codes and only 4 groups of activations.
 // @kernel hot quantize<{float|__half|__nv_bfloat16}, {2|3}>
 // @kernel hot vec<{BLOCKS}, 1, 2, 1, {1|2}>
 // @kernel vec<{BLOCKS}, {2|4|8}, 2, 1, {1|2}>
@@ -23,13 +22,13 @@
 
 using namespace tiles;
 
-// b [k, columns] as groups. Eight lanes to a group.
+// Quantizes b [k, columns] to groups. Eight lanes per group.
 template <class T, int LEVELS>
 __global__ void __launch_bounds__(256)
     quantize(Tensor b, unsigned char* out, int groups, long long columns) {
     begin();
     long long word = blockIdx.x * 256ll + threadIdx.x, group = word / 8;
-    if (group >= groups * columns) return;  // whole groups of lanes
+    if (group >= groups * columns) return;  // exits by whole groups of lanes
     const char* row =
         row_at(b, group / groups) + (group % groups * 32 + (threadIdx.x & 7) * 4) * b.nb[0];
     float x[4];
@@ -37,7 +36,7 @@ __global__ void __launch_bounds__(256)
     put_fixed<LEVELS>(x, out + group * group_bytes<LEVELS>);
 }
 
-// A group of a column as `quantize` left it.
+// A group of a column as written by `quantize`.
 template <int LEVELS>
 struct Fixed {
     uint4 levels[2 * LEVELS];
@@ -51,7 +50,7 @@ struct Fixed {
         last_sum = __uint_as_float(bits.z), sum = __uint_as_float(bits.w);
     }
 
-    // The dot product of half a group with its 4 code words, in steps.
+    // The dot product of half a group with its 4 code words, in units of the step.
     __device__ __forceinline__ float dot(const unsigned* words, int half) const {
         int sums[LEVELS];
 #pragma unroll
@@ -68,7 +67,7 @@ struct Fixed {
     }
 };
 
-// A decoded group of weights times the same group of a column.
+// The dot product of a decoded group of weights and the same group of a column.
 template <class F, int LEVELS>
 __device__ __forceinline__ float dot_group(const unsigned (&words)[8], Scale s,
                                            const Fixed<LEVELS>& x) {
@@ -83,10 +82,10 @@ __device__ __forceinline__ float dot_group(const unsigned (&words)[8], Scale s,
 
 constexpr int MOST_WARPS = 8;
 
-// `MATS * TILES` tiles of rows (of up and gate, or neighbours: what a column costs to load is
-// shared by them) times columns of activations: thread i < MATS * TILES * COLS * 8 returns the
-// value of row i % 8 of (mat, tile, column) i / 8. Groups are loaded a round or two before they are
-// used, the first ones before the activations are complete.
+// Multiplies `MATS * TILES` tiles of rows (of up and gate, or adjacent ones, so that they share the
+// cost of loading a column) by columns of activations. Thread i < MATS * TILES * COLS * 8 returns
+// the value of row i % 8 of (mat, tile, column) i / 8. Groups are loaded a round or two before use,
+// the first ones before the activations are complete.
 template <class F, int COLS, int LEVELS, int MATS, int TILES>
 __device__ __forceinline__ float tile_product(const Weights<F>& weights, int matrix, int tile,
                                               const unsigned char* (&x)[COLS]) {
@@ -101,7 +100,7 @@ __device__ __forceinline__ float tile_product(const Weights<F>& weights, int mat
     const int first = 4 * threadIdx.y + lane / 8;
     for (int c = 0; c < COLS; ++c) {
         x[c] += first * group_bytes<LEVELS>;
-        asm volatile("" : "+l"(x[c]));  // one address that grows, not two that are added
+        asm volatile("" : "+l"(x[c]));  // one growing address instead of two added ones
     }
     float sums[ROWS * COLS] = {};
     RawGroup<F> raw[AHEAD][ROWS];
@@ -148,7 +147,8 @@ __device__ __forceinline__ float tile_product(const Weights<F>& weights, int mat
     return total;
 }
 
-// Both values of a gated pair in the thread of the first: the second lies COLS * 8 threads further.
+// Joins the two values of a gated pair in the first one's thread; the second is COLS * 8 threads
+// further.
 template <int COLS, int MATS>
 __device__ __forceinline__ float combine(float mine, int act) {
     if constexpr (MATS == 1) return mine;
@@ -183,7 +183,7 @@ template <class F, int LEVELS, int MATS>
 __global__ void __launch_bounds__(32 * MOST_WARPS)
     vec_id(Weights<F> weights, const unsigned char* x, Tensor y, Routing routing, int act,
            int late) {
-    if (late) wait_for_predecessor();  // which may have chosen the experts
+    if (late) wait_for_predecessor();  // the predecessor may have chosen the experts
     Pair pair = pair_of(routing, y, blockIdx.y);
     float value = 0;
     if (pair.expert >= 0) {
@@ -200,12 +200,11 @@ __global__ void __launch_bounds__(32 * MOST_WARPS)
 
 constexpr int PLAIN_ROWS = 4;
 
-// -- plain types
-// ------------------------------------------------------------------------------------
+// -- plain types ----------------------------------------------------------------------------------
 
-// Rows of a times columns of b: a block has PLAIN_ROWS rows, its warps share k. VECTOR: both have
-// their elements side by side, 16-byte aligned, and k is a multiple of a vector. Thread i < COLS *
-// PLAIN_ROWS returns row i % PLAIN_ROWS of column i / PLAIN_ROWS.
+// Multiplies rows of a by columns of b. A block takes PLAIN_ROWS rows; its warps split k. VECTOR:
+// both have contiguous, 16-byte aligned elements, and k is a multiple of a vector. Thread
+// i < COLS * PLAIN_ROWS returns row i % PLAIN_ROWS of column i / PLAIN_ROWS.
 template <class A, class B, int COLS, bool VECTOR>
 __device__ __forceinline__ float rows_product(const Tensor& a, const char* first_row, int rows,
                                               const char* const (&x)[COLS], long long nb_b) {
@@ -251,7 +250,7 @@ __device__ __forceinline__ float rows_product(const Tensor& a, const char* first
     return total;
 }
 
-// grid: fours of rows, chunks of COLS columns, batches.
+// grid: groups of PLAIN_ROWS rows, chunks of COLS columns, batches.
 template <class A, class B, int COLS, bool VECTOR>
 __global__ void __launch_bounds__(32 * MOST_WARPS)
     vec_plain(Tensor a, Tensor b, Tensor y, Heads heads, int narrow) {
@@ -270,7 +269,7 @@ __global__ void __launch_bounds__(32 * MOST_WARPS)
         put(y, row_at(y, first + start + i / PLAIN_ROWS), row, value, narrow);
 }
 
-// grid: fours of rows, pairs of token and slot.
+// grid: groups of PLAIN_ROWS rows, pairs of token and slot.
 template <class A, class B, bool VECTOR>
 __global__ void __launch_bounds__(32 * MOST_WARPS)
     vec_plain_id(Tensor a, Tensor b, Tensor y, Routing routing) {

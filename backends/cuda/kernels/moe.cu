@@ -1,12 +1,11 @@
-// What routing of experts takes beside products: choice within groups, weighted sums.
-//
+// Expert routing, apart from the products: choosing among groups of experts, weighted sums.
 // @kernel hot multi_add<{true|false}>
 // @kernel grouped_topk
 // @kernel hot route
 #include "sort.cuh"
 
-// y[:, t] = sum_e a[:, e, t] b[0, e, t], without b where it is not WEIGHTED; in the order of e. Then
-// + c[:, t] + d[:, t], where these are there.
+// y[:, t] = sum_e a[:, e, t] b[0, e, t] in the order of e, without b if not WEIGHTED. Then
+// + c[:, t] and + d[:, t] if present.
 template <bool WEIGHTED>
 __global__ void __launch_bounds__(256) multi_add(Tensor out, Tensor a, Tensor b, Tensor c, Tensor d) {
     begin();
@@ -22,14 +21,14 @@ __global__ void __launch_bounds__(256) multi_add(Tensor out, Tensor a, Tensor b,
     *out.at<float>(i, token, 0, 0) = sum;
 }
 
-// Keys of n experts of which the best of the best n_used groups are to be found; of all where there
-// are no groups. What a group is worth: the sum of its n_top best scores.
+// Makes sort keys of n experts that leave only those of the best n_used groups, or all if there are
+// no groups. The score of a group is the sum of its n_top best scores.
 __device__ __forceinline__ void make_keys(Key* keys, int padded, Key* groups, const float* scores,
                                           int n, int n_group, int n_used, int n_top) {
     const int size = n_group ? n / n_group : n;
     for (int g = threadIdx.x; g < n_group; g += blockDim.x) {
         float score = 0;
-        Key last = 0;  // the best so far: the next is the least key above it
+        Key last = 0;  // the previous best: the next one is the least key above it
         for (int t = 0; t < n_top; t++) {
             Key best = LAST_KEY;
             for (int i = g * size; i < (g + 1) * size; i++) {
@@ -51,7 +50,7 @@ __device__ __forceinline__ void make_keys(Key* keys, int padded, Key* groups, co
     }
 }
 
-// Ids of the k best experts of the best groups: a block for each token.
+// Ids of the k best experts of the best groups. One block per token.
 // Shared memory: `padded` keys (a power of two), n_group keys, n scores.
 __global__ void grouped_topk(Tensor out, Tensor a, int padded, int n_group, int n_used, int n_top) {
     begin();
@@ -67,9 +66,9 @@ __global__ void grouped_topk(Tensor out, Tensor a, int padded, int n_group, int 
         *out.at<int>(i, i1, i2, i3) = (int)(unsigned)keys[i];
 }
 
-// Routing as a whole, a block for each token: p = soft_max(scale scores) or sigmoid(scores), the ids
-// of the best p (+ bias), weights s p[ids] (/ their sum within limits) + b.
-// Shared memory: `padded` keys, n_group keys, `padded` p and as many p + bias.
+// The whole routing, one block per token: p = soft_max(scale scores) or sigmoid(scores); ids of the
+// best p (+ bias); weights = s p[ids] (/ their sum, clamped) + b.
+// Shared memory: `padded` keys, n_group keys, `padded` p and `padded` p + bias.
 __global__ void route(Tensor weights, Tensor ids, Tensor scores, Tensor bias, int padded, int n_group,
                       int n_used, int n_top, int softmax, float scale, int divided, float low,
                       float high, float s, float b) {
@@ -100,9 +99,9 @@ __global__ void route(Tensor weights, Tensor ids, Tensor scores, Tensor bias, in
     sort_shared(keys, padded, 0);
     float by = s;
     if (divided) {
-        sum = 0;  // every thread: k is small
+        sum = 0;  // computed by every thread: k is small
         for (int i = 0; i < k; i++) sum += p[(unsigned)keys[i]];
-        by = s / (sum < low ? low : sum > high ? high : sum);  // as Clamp: NaN stays NaN
+        by = s / (sum < low ? low : sum > high ? high : sum);  // like Clamp: NaN stays NaN
     }
     for (int i = threadIdx.x; i < k; i += blockDim.x) {
         const int id = (int)(unsigned)keys[i];

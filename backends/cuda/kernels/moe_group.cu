@@ -1,17 +1,17 @@
-// Sorts routed tokens by expert, on the device and in an order that never changes: a block for each
-// expert counts all of them, so no block waits for another. One more block clears the rows of
-// tokens that have no expert.
-//
+// Sorts routed tokens by expert, on the device and in a fixed order. One block per expert counts
+// all of them, so no block waits for another. One more block clears the rows of tokens without an
+// expert.
 // @kernel hot group_pairs
 #include "linear_common.cuh"
 
 constexpr int THREADS = 1024;
 
-// order: pairs by expert. tiles: {expert, first entry of order, entries} for every `columns` pairs.
+// order: pairs sorted by expert. tiles: {expert, first entry of order, entries}, one for every
+// `columns` pairs.
 __global__ void __launch_bounds__(THREADS)
     group_pairs(Routing routing, Tensor y, int* order, int4* tiles, int* n_tiles, int columns) {
     begin();
-    extern __shared__ int counts[];  // by expert
+    extern __shared__ int counts[];  // one per expert
     __shared__ int starts[THREADS / 32], before, tiles_before, all_tiles;
     const int thread = threadIdx.x, mine = blockIdx.x, n_used = routing.ids.ne[0];
     const int pairs = n_used * routing.ids.ne[1];
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(THREADS)
     for (int e = thread; e < routing.experts; e += THREADS) counts[e] = 0;
     if (thread == 0) before = tiles_before = all_tiles = 0;
     __syncthreads();
-    // Each thread has a run of pairs, so that ranks follow from a sum over threads.
+    // Each thread takes a contiguous run of pairs, so ranks follow from a prefix sum over threads.
     const int share = (pairs + THREADS - 1) / THREADS;
     const int first = min(thread * share, pairs), last = min(first + share, pairs);
     int own = 0;

@@ -1,13 +1,13 @@
-// Normalisation of rows: a block for each row.
-//
+// Normalization of rows: one block per row.
 // @kernel hot rms_norm<{1|4}, {0|1|2|4}, {true|false}, false>
 // @kernel hot rms_norm<4, {1|2|4}, true, true>
 #include "fixed_point.cuh"
 
-// x = a, or a + plus where that is there; `total` gets x where it is there.
-// y = x / sqrt(mean(x^2) + eps), WEIGHTED: times the row w, FIXED: also as numbers of 16 bits.
-// V neighbours a thread at once; the result may lie where `a` or `plus` lies. A thread keeps its HELD
-// packs of the row; rows with more are read twice.
+// x = a, or a + plus if present; x is stored in `total` if present.
+// y = x / sqrt(mean(x^2) + eps). WEIGHTED: times the row w. FIXED: also stored as fixed-point
+// groups.
+// A thread takes V adjacent elements at a time; the result may overwrite `a` or `plus`. A thread
+// keeps its HELD packs of the row in registers; longer rows are read twice (HELD 0).
 template <int V, int HELD, bool WEIGHTED, bool FIXED>
 __global__ void __launch_bounds__(1024) rms_norm(Tensor out, Tensor a, Tensor w, float eps,
                                                  Tensor plus, Tensor total, unsigned char* fixed) {
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(1024) rms_norm(Tensor out, Tensor a, Tensor w,
                 for (int k = 0; k < V; k++) held[p].v[k] *= part.v[k];
             }
             *(Pack<float, V>*)(y + i * out.nb[0]) = held[p];
-            if constexpr (FIXED) {  // rows of whole groups: 8 neighbours are here together, or none
+            if constexpr (FIXED) {  // whole groups: 8 neighboring lanes are all here, or none is
                 long long row = i1 + (long long)out.ne[1] * (i2 + (long long)out.ne[2] * i3);
                 put_fixed<2>(held[p].v, fixed + (row * (n / 32) + i / 32) * group_bytes<2>);
             }

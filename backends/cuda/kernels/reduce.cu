@@ -1,5 +1,4 @@
-// Along rows: sums, the largest, sorting.
-//
+// Reductions along rows: sums, argmax, sorting.
 // @kernel sum_rows
 // @kernel argmax
 // @kernel argmax_of
@@ -10,7 +9,7 @@
 // @kernel first_ids
 #include "sort.cuh"
 
-// A row is blockIdx.x over ne1 and ne2, blockIdx.y over ne3, of `a`.
+// A row of `a`: blockIdx.x counts over ne1 and ne2, blockIdx.y over ne3.
 __device__ __forceinline__ const char* row_of(const Tensor& a) {
     return (const char*)a.row<float>(blockIdx.x % a.ne[1], blockIdx.x / a.ne[1], blockIdx.y);
 }
@@ -36,8 +35,8 @@ __device__ __forceinline__ int* result_of_row(const Tensor& out, int row, int i3
     return out.at<int>(row % out.ne[0], row / out.ne[0], i3, 0);
 }
 
-// The id of a row's largest, the first of equals; the result has a's dimensions 1, 2 and 3.
-// A row may be shared by gridDim.z blocks, at most 32: then each leaves its best key.
+// The id of a row's largest element, the first among equals; the result has dimensions 1, 2 and 3
+// of a. Up to 32 blocks (gridDim.z) may share a row; each then writes its best key.
 __global__ void argmax(Tensor out, Tensor a, Key* keys) {
     begin();
     __shared__ Key parts[32];
@@ -57,7 +56,7 @@ __global__ void argmax(Tensor out, Tensor a, Key* keys) {
     else keys[((long long)blockIdx.y * gridDim.x + blockIdx.x) * gridDim.z + blockIdx.z] = best;
 }
 
-// A warp for each row: the best of its `parts` keys.
+// One warp per row: the best of its `parts` keys.
 __global__ void argmax_of(Tensor out, const Key* keys, int parts) {
     begin();
     const Key* mine = keys + ((long long)blockIdx.y * gridDim.x + blockIdx.x) * parts;
@@ -65,7 +64,7 @@ __global__ void argmax_of(Tensor out, const Key* keys, int parts) {
     if (threadIdx.x == 0) *result_of_row(out, blockIdx.x, blockIdx.y) = (int)(unsigned)best;
 }
 
-// Rows that fit into shared memory: `padded` keys, a power of two.
+// Rows that fit in shared memory: `padded` keys, a power of two.
 __global__ void sort_rows(Tensor out, Tensor a, int padded, int descending) {
     begin();
     extern __shared__ Key keys[];
@@ -77,10 +76,11 @@ __global__ void sort_rows(Tensor out, Tensor a, int padded, int descending) {
         *out.at<int>(i, blockIdx.x % a.ne[1], blockIdx.x / a.ne[1], blockIdx.y) = (int)(unsigned)keys[i];
 }
 
-// Longer rows, in memory [rows][padded]: PART keys a block are sorted, then merged near and far.
+// Longer rows, in global memory [rows][padded]: each block sorts PART keys; runs are then merged,
+// far pairs in global memory and near ones in shared memory.
 #define PART 4096
 
-// blockIdx.x: the row; blockIdx.y: part of it.
+// blockIdx.x: row; blockIdx.y: part of it.
 __global__ void make_keys(Key* memory, Tensor a, int padded, int descending) {
     begin();
     __shared__ Key keys[PART];

@@ -1,10 +1,9 @@
-// Rotary position embedding: a thread for each pair, and for each two elements that stay.
-//
+// Rotary position embedding: one thread per pair, and per two elements that are not rotated.
 // @kernel rope<{float|__half}, {true|false}>
 // @kernel rope_rows<{__half|__nv_bfloat16}, {true|false}>
 #include "rope.cuh"
 
-// The result may lie where `a` lies.
+// The result may overwrite `a`.
 template <class T, bool NEOX>
 __global__ void __launch_bounds__(256)
     rope(Tensor out, Tensor a, Tensor pos, Tensor factors, Rope r) {
@@ -18,8 +17,8 @@ __global__ void __launch_bounds__(256)
         [&](int k, float x) { *out.at<T>(k, head, token, i3) = from_f32<T>(x); });
 }
 
-// The same into the row of a cache that the token's id names, its heads one after another; ids that
-// are no row write nothing. cache [n n_head, rows], a [n, n_head, T]
+// Writes the result to the row of a cache named by the token's id, heads one after another. Ids
+// that are not rows write nothing. cache [n n_head, rows], a [n, n_head, T]
 template <class T, bool NEOX>
 __global__ void __launch_bounds__(256)
     rope_rows(Tensor cache, Tensor a, Tensor pos, Tensor ids, Rope r) {

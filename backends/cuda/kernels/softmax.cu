@@ -1,11 +1,11 @@
-// soft_max_ext: a block a row. The largest score and the sum of exponentials in one pass (online),
-// the result in a second one that finds the row in a cache; it may be written over its source.
-// NaN in a row, or +inf, makes all of it NaN: fmaxf passes over NaN, the sum keeps it.
-//
+// soft_max_ext: one block per row. The first pass finds the largest score and the sum of
+// exponentials (online); the second writes the result and finds the row in a cache. It may
+// overwrite its source. A NaN or +inf in a row makes the whole row NaN: fmaxf ignores NaN, but the
+// sum keeps it.
 // @kernel hot softmax<{float|__half}, {1|4}>
 #include "common.cuh"
 
-// A tensor, its strides in bytes.
+// A tensor; strides in bytes.
 struct Softmax {
     const char *a, *mask, *sinks;
     char *y;
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(256) softmax(const __grid_constant__ Softmax p
         const int power = 1 << (31 - __clz(p.n_head)), g = p.head0 + h;
         slope = exp2f(-p.max_bias * (g < power ? g + 1 : g - power + 0.5f) / power);
     }
-    // VEC scores from element j on.
+    // Loads VEC scores, starting at element j.
     const auto scores = [&](int j, float (&x)[VEC]) {
         if constexpr (VEC == 4) {
             const float4 v = *(const float4 *)(a + j * 4ll);

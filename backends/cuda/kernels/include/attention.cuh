@@ -1,28 +1,29 @@
-// What all kernels of flash_attn_ext share: the argument, the rows of scores, masks, softmax, the
-// end of a row.
+// Shared by all kernels of flash_attn_ext: the argument, the rows of scores, masks, softmax, and
+// how a row ends.
 //
-// A row of scores is one query of one head. The `ratio` heads that share a head of keys are rows of
-// one block: row R is query R / ratio of head  head_kv ratio + R % ratio.
+// A row of scores is one query of one head. The `ratio` heads that share a key head are rows of one
+// block: row R is query R / ratio of head  head_kv ratio + R % ratio.
 // Scores are in units of log2: e^x = 2^(x log2 e), and 2^x is one instruction.
 //
-// A key that a row does not see takes no part in it, even where its rows of K and V hold NaN or
-// infinity. Its score is replaced by -inf, whatever it was. Its values are multiplied by a weight of
-// 0, and 0 NaN is NaN: two designs.
-// (a) Clear, in shared memory, the rows of V that no row of the block sees. It costs a pass over
-// every tile with a hidden key, and is wrong where rows of one block differ: the NaN of one sequence
-// in a cache reaches the others.
-// (b) Look at the finished sums, one comparison each. Where one is not finite, `repair` looks for
-// the cause among the hidden keys, and if it is there, does the row again in f32, key by key and
-// without them. It costs nothing in the loop and is right for each row by itself: taken. A row that
-// is repaired takes about a thousand times as long; one that is NaN in its own right does not.
+// A key hidden from a row must not affect it, even if its K or V row holds NaN or infinity. Its
+// score is always replaced by -inf. Its values are multiplied by a weight of 0, but 0 * NaN is NaN,
+// so the values need more. Two designs.
+// (a) Clear, in shared memory, the rows of V that no row of the block sees. This costs a pass over
+// every tile with a hidden key, and it is wrong where the rows of a block differ: the NaN of one
+// sequence in a cache reaches the others.
+// (b) Check the finished sums, one comparison each. If one is not finite, `repair` looks for the
+// cause among the hidden keys. If it finds one there, it computes the row again in f32, key by key,
+// without the hidden keys. This costs nothing in the loop and is right for each row separately:
+// taken. A repaired row takes about a thousand times as long; a row whose visible keys give NaN
+// does not.
 #pragma once
 #include "mma.cuh"
 
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 #define INF __int_as_float(0x7f800000)
-// Keys and queries of a cell of the map of an explicit mask.
+// Keys and queries per cell in the map of an explicit mask.
 constexpr int CELL = 64;
-// A cell's flags: some element is not 0; some element is not -inf.
+// Flags of a cell: some element is not 0; some element is not -inf.
 enum { NONZERO = 1, LIVE = 2 };
 
 // The argument of every kernel here (Attention in attention/flash.py). Strides are in bytes.
@@ -31,11 +32,11 @@ struct Attention {
     const char *mask;   // f16, or null
     const char *sinks;  // f32, or null
     const int *kv_len;  // null: all keys count
-    const char *pos;    // i32: row i sees keys up to pos[i] (and `window` of them); or null
+    const char *pos;    // i32: row i sees keys up to pos[i] (at most `window` of them); or null
     char *out;
-    float *parts;   // what the splits leave for `combine`: sums ..
+    float *parts;   // partial results of the splits for `combine`: sums ..
     float2 *stats;  // .. and (max, sum of weights)
-    u8 *map;       // flags of cells of `mask` [mask_batch][queries / 64][keys / 64], or null
+    u8 *map;       // flags of the cells of `mask` [mask_batch][queries / 64][keys / 64], or null
     long long nb_q[3], nb_k[3], nb_v[3], nb_mask[4], nb_out[3], nb_sinks, nb_pos;
     int n_q, n_kv, heads, heads_kv, n3, d_k, d_v, mask_heads, mask_batch;
     int window, kv0, splits, head0, n_head, lse, type_k, type_v, v_start;
@@ -43,12 +44,12 @@ struct Attention {
 
     __device__ int ratio() const { return heads / heads_kv; }
     __device__ int rows() const { return n_q * ratio(); }
-    // Keys that count. Like positions, kv_len may be any int32.
+    // The number of valid keys. kv_len, like positions, may be any int32.
     __device__ int live() const {
         if (!kv_len) return n_kv;
         return *kv_len <= kv0 ? 0 : (int)min((long long)n_kv, (long long)*kv_len - kv0);
     }
-    // Below 0 nothing is seen: -1 stands for all of these, and no sum with it overflows.
+    // A negative position sees no keys. Clamping to -1 keeps sums with it from overflowing.
     __device__ int position(int i) const { return max(-1, *(const int *)(pos + i * nb_pos)); }
 };
 
@@ -84,12 +85,12 @@ struct Row {
     }
 };
 
-// Keys that some row of a block sees, and those that every one does.
+// The keys that some row of a block sees, and those that every row sees.
 struct Span {
     int first, last, full_first, full_last;
 };
 
-// Called by all threads of a block; queries q0 <= i < q1.
+// Must be called by all threads of a block; queries q0 <= i < q1.
 __device__ __forceinline__ Span span(const Attention &a, int q0, int q1, int live) {
     if (!a.pos) return {0, live, 0, live};
     __shared__ int low, high;
@@ -119,9 +120,9 @@ __device__ __forceinline__ int flags(const Attention &a, int i3, int q0, int q1,
     return all;
 }
 
-// The queries of a block's rows on their way to T in shared memory: rows `warp`, `warp + WARPS`, ..
-// of ROWS. All loads of a warp are under way before the first is waited for, and should be started
-// before those of keys, behind which they would stand.
+// Loads the queries of a block's rows, to be stored as T in shared memory. A warp takes rows
+// `warp`, `warp + WARPS`, .. of ROWS. It starts all its loads before it waits for the first. Start
+// them before the loads of the keys, or they queue behind those.
 template <class T, int D, int ROWS, int WARPS>
 struct Queries {
     static constexpr int N = (D / 2 + 31) / 32, MINE = ROWS / WARPS;
@@ -146,8 +147,9 @@ struct Queries {
         }
     }
 
-    // Each row is scaled by a power of two to magnitudes below 1, so that nothing overflows in f16;
-    // factor[row] makes scores of the products. `at` says where an even column and the next go.
+    // Scales each row by a power of two to magnitudes below 1, so that nothing overflows in f16.
+    // factor[row] turns products into scores. `at` returns the address of an even column and the
+    // next.
     template <class At>
     __device__ __forceinline__ void store(const Attention &a, float *factor, int warp,
                                           At at) const {
@@ -176,7 +178,7 @@ struct Queries {
 
 // ---- scores and weights in fragments ------------------------------------------------------------
 
-// Keys that a row (e = 0 or 2: one of a fragment's two) does not see.
+// Hides the keys that a row does not see. e = 0 or 2 picks one of a fragment's two rows.
 template <int N>
 __device__ __forceinline__ void hide(const Row &row, float (&s)[N][4], int e, int key) {
     const u32 ahead = key - row.first, many = max(0, row.last - row.first);
@@ -187,8 +189,8 @@ __device__ __forceinline__ void hide(const Row &row, float (&s)[N][4], int e, in
             if (ahead + 8 * n + i >= many) s[n][e + i] = -INF;
 }
 
-// Products to scores for one of the two rows of a fragment (e = 0 or 2), where anything but the
-// factor is to be done: soft-cap, explicit mask, hidden keys. Returns the factor that is left.
+// Turns products into scores for one of the two rows of a fragment (e = 0 or 2) when there is more
+// to do than scaling: soft-cap, explicit mask, hidden keys. Returns the factor still to be applied.
 template <int N>
 __device__ __forceinline__ float masked(const Attention &a, const Row &row, float (&s)[N][4], int e,
                                         float factor, int key, bool bias) {
@@ -197,7 +199,7 @@ __device__ __forceinline__ float masked(const Attention &a, const Row &row, floa
         return factor;
     }
     const u32 ahead = key - row.first, many = max(0, row.last - row.first);
-    const __half *mask = (const __half *)row.mask + key;  // their elements lie side by side
+    const __half *mask = (const __half *)row.mask + key;  // mask elements are adjacent
 #pragma unroll
     for (int n = 0; n < N; ++n)
 #pragma unroll
@@ -222,10 +224,11 @@ __device__ __forceinline__ float quad_sum(float x) {
     x += __shfl_xor_sync(~0u, x, 1);
     return x + __shfl_xor_sync(~0u, x, 2);
 }
-// What is subtracted from scores: their maximum, but a number where all are -inf.
+// The value to subtract from scores: their maximum, or a finite number where all are -inf.
 __device__ __forceinline__ float finite(float m) { return m == -INF ? 0.f : m; }
 
-// The online softmax of a fragment's two rows: s becomes weights; returns what older sums lose.
+// One step of online softmax on a fragment's two rows: s becomes weights. Returns the factors by
+// which to scale the older sums.
 template <int N>
 __device__ __forceinline__ float2 softmax_step(float (&s)[N][4], const float (&factor)[2],
                                                float (&m)[2], float (&l)[2]) {
@@ -259,8 +262,8 @@ __device__ __forceinline__ float *out_row(const Attention &a, int i3, int query,
     return (float *)(a.out + head * a.nb_out[0] + query * a.nb_out[1] + i3 * a.nb_out[2]);
 }
 
-// The factor of a row's sums, given the maximum m of its scores and the sum l of its weights;
-// leaves the log-sum-exp where it is wanted. One thread of a row passes `first`.
+// The factor for a row's sums, given the maximum m of its scores and the sum l of its weights. Also
+// writes the log-sum-exp if requested. One thread of each row passes `first`.
 __device__ __forceinline__ float row_end(const Attention &a, int i3, int query, int head, float m,
                                          float l, bool first) {
     float keep = 1;
@@ -275,7 +278,7 @@ __device__ __forceinline__ float row_end(const Attention &a, int i3, int query, 
     return l == 0 ? 0 : keep / l;  // NaN stays NaN
 }
 
-// Where split `split` of a row leaves its sums, and its (m, l).
+// Where split `split` of a row writes its sums and its (m, l).
 __device__ __forceinline__ long long part_index(const Attention &a, int i3, int query, int head,
                                                 int split) {
     return (((long long)i3 * a.n_q + query) * a.heads + head) * a.splits + split;
@@ -287,14 +290,14 @@ __device__ __forceinline__ float2 *part_stats(const Attention &a, long long part
     return a.stats + part;
 }
 
-// Where the share of split `part` of `count` units begins.
+// The first unit of `part` when `count` units are shared by `parts`.
 __device__ __forceinline__ int share(int count, int part, int parts) {
     return u32(count) * u32(part) / u32(parts);
 }
 
 __device__ __forceinline__ bool finite_number(float x) { return fabsf(x) < INF; }
 
-// Where a row's sums go, and their factor: its part if keys are split, else the result.
+// Where to write a row's sums, and their factor: to its part if keys are split, else to the result.
 struct End {
     float *to;
     float factor;
@@ -313,7 +316,7 @@ struct End {
         pairs = reinterpret_cast<u64>(to) % 8 == 0;
     }
 
-    // Two neighbouring sums; the even one first. Whether one of them is not finite.
+    // Writes two adjacent sums, the even column first. Returns whether one of them is not finite.
     __device__ __forceinline__ bool put(int column, float x, float y) const {
         if (pairs) {
             *(float2 *)(to + column) = make_float2(x * factor, y * factor);
@@ -325,10 +328,10 @@ struct End {
     }
 };
 
-// ---- rows that hidden keys spoilt ---------------------------------------------------------------
+// ---- rows damaged by hidden keys ----------------------------------------------------------------
 
-// Keys and values of one head as `repair` reads them: T is __half, __nv_bfloat16, Blocks (q8_0) or
-// a type of its own (attention_any.cu).
+// Keys and values of one head as `repair` reads them. T is __half, __nv_bfloat16, Blocks (q8_0) or
+// a kernel's own type (attention_any.cu).
 struct Blocks {};
 template <class T, bool Q8>
 struct StoredAs {
@@ -368,16 +371,16 @@ __device__ __forceinline__ Source<T> source_of(const Attention &a, int i3, int h
     return {a.k + head_kv * a.nb_k[1] + i3 * a.nb_k[2], a.v + head_kv * a.nb_v[1] + i3 * a.nb_v[2],
             a.nb_k[0], a.nb_v[0], 0};
 }
-// Where V is a part of K, elements v_start to ..
+// For a V that is part of K, starting at element v_start.
 template <class T>
 __device__ __forceinline__ Source<T> latent_source_of(const Attention &a, int i3, int head_kv) {
     const char *k = a.k + head_kv * a.nb_k[1] + i3 * a.nb_k[2];
     return {k, k, a.nb_k[0], a.nb_k[0], a.v_start};
 }
 
-// A warp looks into row r, some sums of which are not finite, and puts those right that a hidden key
-// spoilt. The warp owns the N columns  column + lane + 32 n < columns  of each lane; j0 <= j < j1
-// are the keys that the block walked, m and l the row's as it left them.
+// One warp inspects row r, some of whose sums are not finite, and corrects those that a hidden key
+// spoiled. Each lane owns the N columns  column + lane + 32 n < columns. j0 <= j < j1 are the keys
+// that the block walked; m and l are the row's final values.
 template <int N, class S>
 __device__ __forceinline__ void repair(const Attention &a, int i3, int head_kv, int r, int j0,
                                        int j1, int split, int column, int columns, float m,
@@ -388,7 +391,7 @@ __device__ __forceinline__ void repair(const Attention &a, int i3, int head_kv, 
     const auto bias = [&](int j) {
         return row.mask ? __half2float(*(const __half *)(row.mask + j * a.nb_mask[0])) : 0;
     };
-    // Of keys j to j + 31 those that the row sees, a bit each.
+    // A bit mask of the keys j to j + 31 that the row sees.
     const auto seen = [&](int j) {
         const int mine = j + lane;
         return __ballot_sync(~0u, mine >= row.first && mine < min(row.last, j1) &&
@@ -425,7 +428,7 @@ __device__ __forceinline__ void repair(const Attention &a, int i3, int head_kv, 
                 if (c < columns && spoilt[n]) sums[n] = fmaf(p, source.value(key, c), sums[n]);
             }
         }
-        // Keys that the row does see may make all of them NaN too: they are that already.
+        // If visible keys make every column NaN as well, there is nothing to correct.
         bool open = false;
 #pragma unroll
         for (int n = 0; n < N; ++n) open |= spoilt[n] && sums[n] == sums[n];
@@ -438,14 +441,15 @@ __device__ __forceinline__ void repair(const Attention &a, int i3, int head_kv, 
         if (spoilt[n]) to.to[column + lane + 32 * n] = sums[n] * factor;
 }
 
-// The same for the sums of a warp's fragments: this thread found some of row `row0 + lane / 4`
-// (odd[0]) or of the one 8 below it (odd[1]) not finite. `row0`, the columns and keys are the warp's.
+// Does the same for the sums of a warp's fragments. This thread found that a sum of row
+// `row0 + lane / 4` (odd[0]) or of the row 8 below it (odd[1]) is not finite. `row0`, columns and
+// keys are the warp's.
 template <int COLUMNS, class S>
 __device__ __forceinline__ void repair_rows(const Attention &a, int i3, int head_kv, int row0,
                                             int j0, int j1, int split, int column,
                                             const bool (&odd)[2], const float (&m)[2],
                                             const float (&l)[2], const S &source) {
-    __syncwarp();  // what is put right is written after what was wrong
+    __syncwarp();  // corrections must be written after the wrong values
     const u32 first = __ballot_sync(~0u, odd[0]), second = __ballot_sync(~0u, odd[1]);
     for (u64 some = first | (u64)second << 32; some;) {
         const int bit = __ffsll(some) - 1, lane = bit % 32;

@@ -1,9 +1,9 @@
-// Rows of q8_0 blocks (f16 scale, 32 int8) on their way to tiles of f16.
+// Loads rows of q8_0 blocks (f16 scale, 32 int8) and decodes them to tiles of f16.
 #pragma once
 #include "mma.cuh"
 
-// Rows of BYTES (a multiple of 4, as are their addresses) to shared memory without gaps; those from
-// `real` on become zeros.
+// Copies rows of BYTES (a multiple of 4, as are their addresses) contiguously into shared memory;
+// rows from `real` on become zeros.
 template <int ROWS, int BYTES>
 __device__ __forceinline__ void fetch_raw(u32 to, const char *from, long long step, int real,
                                           int thread, int threads) {
@@ -14,9 +14,9 @@ __device__ __forceinline__ void fetch_raw(u32 to, const char *from, long long st
     }
 }
 
-// Such rows to f16 rows of D, `pitch` bytes apart, or as `at(row, chunk of 8)` says. Each thread
-// takes blocks. A byte b as int8 is 1024 + (b ^ 128) in f16's bits less 1152: exact; one rounding is
-// left, that of the product with the scale.
+// Decodes such rows to f16 rows of D, stored where `at(row, chunk of 8)` says. Each thread takes
+// whole blocks. An int8 byte b is the f16 with bits 0x6400 + (b ^ 128) minus 1152: exact. The only
+// rounding is in the product with the scale.
 template <int ROWS, int D, class At>
 __device__ __forceinline__ void decode_raw_to(const char *raw, int thread, int threads, At at) {
     constexpr int BLOCKS = D / 32;

@@ -1,16 +1,16 @@
-// The block types as files hold them.
+// The block types as files store them.
 //
 //   SIZE, BYTES     elements and bytes of a block
-//   code(p, i)      of element i of the block at p, all its bits
-//   scale(p, j)     of group j of 32 elements, not yet decoded, and what groups share
-//   value(p, i)     element i, by the f32 operations of the NumPy codecs in their order: results of
-//                   copies, conversions and gathers are equal to the bit
+//   code(p, i)      all bits of the code of element i of the block at p
+//   scale(p, j)     undecoded scale of group j of 32 elements, and the fields that groups share
+//   value(p, i)     element i, by the same f32 operations in the same order as the NumPy codecs, so
+//                   copies, conversions and gathers are bit-equal
 #pragma once
 #include "common.cuh"
 #include "fields.cuh"
 #include "iq.cuh"
 
-// The scale of a group, not yet decoded.
+// The undecoded scale of a group.
 struct RawScale {
     unsigned own, shared;
 };
@@ -19,7 +19,7 @@ __constant__ signed char IQ4_LEVELS[16] = {-127, -104, -83, -65, -49, -35, -22, 
                                            1,    13,   25,  38,  53,  69,  89,  113};
 __constant__ signed char FP4_LEVELS[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
-// Multiplied, and never made part of an FMA.
+// Multiplies without contraction to FMA.
 __device__ __forceinline__ float times(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ unsigned bytes_at(const unsigned char* b, int n) {
     unsigned word = 0;
@@ -180,7 +180,7 @@ struct nvfp4 {
         return nibble<8>(p + 4, i);
     }
     static __device__ __forceinline__ RawScale scale(const unsigned char* p, int j) {
-        unsigned first = p[2 * j], last = p[2 * j + 1];  // 0x7F would be no number
+        unsigned first = p[2 * j], last = p[2 * j + 1];  // 0x7F is NaN
         return {(first == 0x7F ? 0 : first) | (last == 0x7F ? 0 : last) << 8, 0};
     }
     static __device__ float value(const unsigned char* p, int i) {
@@ -214,7 +214,7 @@ struct tq1_0 {
     }
 };
 
-// Every product of `value` is exact, so that their order is free.
+// Every product in `value` is exact, so their order does not matter.
 template <class B>
 struct InGrid {
     static constexpr int SIZE = 256, BYTES = B::BYTES;
@@ -240,7 +240,7 @@ using iq2_s = InGrid<iq::iq2_s>;
 using iq3_xxs = InGrid<iq::iq3_xxs>;
 using iq3_s = InGrid<iq::iq3_s>;
 
-// Element i of a row whose blocks lie nb0 bytes apart.
+// Element i of a row whose blocks are nb0 bytes apart.
 template <class B>
 __device__ __forceinline__ float element(const char* row, long long nb0, int i) {
     return B::value((const unsigned char*)row + i / B::SIZE * nb0, i % B::SIZE);

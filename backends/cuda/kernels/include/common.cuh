@@ -1,11 +1,11 @@
-// What most kernels share: tensors as they are passed, conversions, reductions over a block.
+// Shared by most kernels: tensor arguments, conversions, reductions over a block.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include "overlap.cuh"
 
-// A tensor by value (Tensor in launch.py): address, byte strides, sizes, dimension 0 first.
+// A tensor passed by value (Tensor in launch.py): address, byte strides, sizes; dimension 0 first.
 struct Tensor {
     char* data;
     long long nb[4];
@@ -25,14 +25,14 @@ struct Index {
     int i0, i1, i2, i3;
 };
 
-// Where number `i` stands, counted dimension 0 first. I: unsigned, or long long past 2^32.
+// The indices of element `i`, counting dimension 0 first. I: unsigned, or long long past 2^32.
 template <class I>
 __device__ __forceinline__ Index unravel(I i, int n0, int n1, int n2) {
     I rest = i / n0, outer = rest / n1, last = outer / n2;
     return {int(i - rest * n0), int(rest - outer * n1), int(outer - last * n2), int(last)};
 }
 
-// i in a dimension of n that repeats. The sizes are the same almost always, and then it is free.
+// i modulo n, in a dimension that repeats. Usually n == full, which costs nothing.
 __device__ __forceinline__ int wrap(int i, int n, int full) { return n == full ? i : i % n; }
 
 // -- values -----------------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ template <class A, class B> struct Same { static constexpr bool yes = false; };
 template <class A> struct Same<A, A> { static constexpr bool yes = true; };
 template <class T> struct Whole { static constexpr bool yes = Same<T, int>::yes || Same<T, long long>::yes; };
 
-// One type into another: the same one bit for bit, whole numbers without a detour through f32.
+// Converts one type to another: equal types bit for bit, integers without a detour through f32.
 template <class D, class S>
 __device__ __forceinline__ D convert_to(S x) {
     if constexpr (Same<D, S>::yes) return x;
@@ -68,7 +68,7 @@ __device__ __forceinline__ D convert_to(S x) {
     else return from_f32<D>(to_f32(x));
 }
 
-// V neighbours, read and written at once.
+// V adjacent elements, read and written at once.
 template <class T, int V>
 struct alignas(sizeof(T) * V) Pack {
     T v[V];
@@ -83,14 +83,14 @@ struct Max {
     static __device__ __forceinline__ float apply(float a, float b) { return fmaxf(a, b); }
 };
 
-// The same value in every lane, in an order that does not change.
+// Returns the same value in every lane. The order of operations is fixed.
 template <class Op>
 __device__ __forceinline__ float warp_reduce(float x) {
     for (int lane = 16; lane; lane >>= 1) x = Op::apply(x, __shfl_xor_sync(~0u, x, lane));
     return x;
 }
 
-// The same value in every thread of a block of whole warps. May be called again and again.
+// Returns the same value in every thread of a block of whole warps. May be called repeatedly.
 template <class Op>
 __device__ __forceinline__ float block_reduce(float x, float neutral) {
     __shared__ float parts[32];

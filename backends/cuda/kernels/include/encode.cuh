@@ -1,22 +1,22 @@
-// f32 to blocks of 32, by the f32 operations of the NumPy codecs: a warp for a block, a lane for a
-// weight.
+// Encodes f32 to blocks of 32, by the same f32 operations as the NumPy codecs: one warp per block,
+// one lane per weight.
 #pragma once
 #include "blocks.cuh"
 
 namespace file {
 
-// As one store: blocks that can be written have an even size. (Written as two bytes, the low one came
-// out as zero on an H200, with NVRTC 13.0.)
+// A single store: every block type that can be written has an even size. (Written as two bytes, the
+// low one came out as zero on an H200 with NVRTC 13.0.)
 __device__ __forceinline__ void put_half(unsigned char* p, float x) { *(__half*)p = __float2half_rn(x); }
 __device__ __forceinline__ float warp_max(float x) { return warp_reduce<Max>(x); }
 __device__ __forceinline__ float inverse(float d) { return d == 0 ? 0 : __fdiv_rn(1, d); }
 
-// The entry of largest magnitude, with its sign; the first of equals.
+// The entry of largest magnitude, with its sign; the first one among equals.
 __device__ __forceinline__ float warp_largest(float x) {
     unsigned top = __ballot_sync(~0u, fabsf(x) == warp_max(fabsf(x)));
     return __shfl_sync(~0u, x, (__ffs(top) - 1) & 31);
 }
-// Codes of 4 bits of a warp's lanes: 16 low halves, then 16 high ones.
+// Stores the 4-bit codes of a warp's lanes: 16 low nibbles, then 16 high ones.
 __device__ __forceinline__ void put_nibbles(unsigned char* field, int q, int lane) {
     int high = __shfl_down_sync(~0u, q, 16);
     if (lane < 16) field[lane] = (q & 15) | (high & 15) << 4;
@@ -59,19 +59,20 @@ struct Encoder<Linear<BITS, AFFINE>> {
     }
 };
 
-// Code of the level nearest to v; halfway goes up.
+// The code of the level nearest to v; ties go up.
 __device__ __forceinline__ int nearest_level(float v) {
     int code = 0;
     for (int k = 1; k < 16; k++) code += v >= (IQ4_LEVELS[k] + IQ4_LEVELS[k - 1]) * 0.5f;
     return code;
 }
-// The lanes' values added one after the other, as the NumPy codec does: rounding decides ties.
+// Adds the lanes' values one after the other, as the NumPy codec does: rounding decides ties.
 __device__ __forceinline__ float warp_chain(float x) {
     float sum = __shfl_sync(~0u, x, 0);
     for (int k = 1; k < 32; k++) sum = __fadd_rn(sum, __shfl_sync(~0u, x, k));
     return sum;
 }
-// Sixteen scales that put the largest near -127 (once at +127); for each the codes, and their best d.
+// Tries 16 scales: one maps the largest entry to +127, the others map it near -127. Each gives
+// codes and the best d for them; the best of all wins.
 template <>
 struct Encoder<iq4_nl> {
     static __device__ __forceinline__ void put(float x, unsigned char* p, int lane) {

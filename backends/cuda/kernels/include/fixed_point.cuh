@@ -1,4 +1,4 @@
-// Activations in fixed point by groups of 32: LEVELS runs of 32 signed bytes (highest first), then
+// Activations in fixed point, in groups of 32: LEVELS runs of 32 signed bytes (highest first), then
 // {step, sum of the first 16, sum of the last 16, sum}.
 #pragma once
 #include "common.cuh"
@@ -6,21 +6,21 @@
 template <int LEVELS>
 constexpr int group_bytes = 32 * LEVELS + 16;
 
-// A group of which lanes 8 i to 8 i + 7 of a warp hold four neighbours each; other lanes may be
-// elsewhere.
+// Encodes a group of which lanes 8 i to 8 i + 7 of a warp hold four adjacent values each; the
+// warp's other lanes need not take part.
 template <int LEVELS>
 __device__ __forceinline__ void put_fixed(const float (&x)[4], unsigned char* at) {
     const int lane = threadIdx.x & 7;
     const unsigned mask = 0xFFu << (threadIdx.x & 24);
     float most = fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3])));
-    float sound = x[0] + x[1] + x[2] + x[3];  // NaN or infinite where an x is
+    float sound = x[0] + x[1] + x[2] + x[3];  // NaN or infinite if some x is
     for (int i = 1; i < 8; i *= 2) {
         most = fmaxf(most, __shfl_xor_sync(mask, most, i));
         sound += __shfl_xor_sync(mask, sound, i);
     }
-    // 127 in every byte; less a little where rounding could carry past it.
+    // 127 in every byte, minus a little where rounding could carry past it.
     constexpr float top = LEVELS == 2 ? 127 * 257 : 127 * 65793 - 16;
-    // A step below 2^-126 would lose bits: such a group is zero to f32 products anyway.
+    // A step below 2^-126 would lose bits; f32 products treat such a group as zero anyway.
     float step = most / top, inverse = step < 1.1754944e-38f ? 0.0f : top / most;
     unsigned packed[LEVELS] = {};
     int sum = 0;

@@ -1,19 +1,19 @@
-// Block types as the kernels of products read them (layout "tiles8"; packing.py writes it).
+// Block types as the product kernels read them (layout "tiles8", written by packing.py).
 //
-// A matrix lies in tiles of 8 rows, a row in groups of 32 weights. What belongs to a group stands
-// in planes, in the order [matrix][tile][group][row of the tile], so that a warp reads 128 to 512
-// bytes in a row whether it takes 4 groups of 8 rows or one:
+// A matrix is stored in tiles of 8 rows, and a row in groups of 32 weights. The parts of a group
+// are stored in planes, in the order [matrix][tile][group][row of the tile], so a warp reads 128 to
+// 512 contiguous bytes whether it takes 4 groups of 8 rows or one group:
 //
 //   codes   16 bytes for 32 four-bit codes; 8-bit codes: two such runs, weights 0-15 and 16-31;
 //           two-bit codes: 8 bytes
-//   high    the bits above these: byte i of 4 has a bit for byte i of each of the 8 code words; of
-//           8 bytes, the first 4 have two bits each for words 0-3, the others for 4-7
-//   scales  a group's own scale
-//   supers  what 8 groups share, in the order [matrix][tile][8 groups][row]
+//   high    the bits above these. 4 bytes: byte i has a bit for byte i of each of the 8 code words.
+//           8 bytes: the first 4 have two bits each for words 0-3, the others for words 4-7
+//   scales  the group's own scale
+//   supers  the fields that 8 groups share, in the order [matrix][tile][8 groups][row]
 //
-// Code word j holds the codes of weights 4 j to 4 j + 3, a byte each. Word j of the 16 bytes holds
-// code words j and j + 4: in the low and high halves of its bytes, or, for types with a table of
-// levels, in its low and high 16 bits. Two-bit codes lie like 8 bytes of high bits.
+// Code word j holds the codes of weights 4 j to 4 j + 3, one byte each. Word j of the 16 bytes
+// holds code words j and j + 4: in the low and high halves of its bytes or, for types with a table
+// of levels, in its low and high 16 bits. Two-bit codes are laid out like 8 bytes of high bits.
 #pragma once
 #include "blocks.cuh"
 #include "linear_common.cuh"
@@ -25,14 +25,13 @@ struct Packed {
 
 namespace tiles {
 
-// Weight = s (code - bias) - m for the two halves of a group.
+// Weight = s (code - bias) - m, for the two halves of a group.
 struct Scale {
     float s0, s1, m0, m1;
 };
 
-// What a type is made of. CODE_RUNS: of 16 bytes, 0 for two-bit codes; AFFINE: it has a minimum;
-// SPLIT: each half of a group has its own scale.
-// BLOCKS: as files hold it.
+// The traits of a type. CODE_RUNS: runs of 16 code bytes, 0 for two-bit codes; AFFINE: has a
+// minimum; SPLIT: each half of a group has its own scale; BLOCKS: the type as files store it.
 template <class BLOCKS, int CODE_RUNS, int HIGH, int SCALE, int SUPER, bool AFFINE, bool SPLIT,
           int BIAS, bool TABLE>
 struct Format {
@@ -43,8 +42,8 @@ struct Format {
     static constexpr bool affine = AFFINE, split = SPLIT, table = TABLE;
     static constexpr int bias = BIAS;
     using Source = Packed;
-    using Half = __half;                 // what holds a decoded weight
-    static constexpr bool wide = false;  // past the range of f16: Half is bf16
+    using Half = __half;                 // holds a decoded weight
+    static constexpr bool wide = false;  // exceeds the range of f16: Half is bf16
 
     static __device__ __forceinline__ Scale one(float s) { return {s, s, s * BIAS, s * BIAS}; }
 };
@@ -135,7 +134,8 @@ struct mxfp4 : Format<file::mxfp4, 1, 0, 1, 0, false, false, 0, true>, Fp4Levels
     }
 };
 struct nvfp4 : Format<file::nvfp4, 1, 0, 2, 0, false, true, 0, true>, Fp4Levels {
-    // 4 bits of exponent and 3 of mantissa are the upper ones of an f16 2^8 times smaller; halved.
+    // The 4 exponent and 3 mantissa bits, moved to the top of an f16, give a value 2^8 times
+    // smaller; times 128, because the scale is halved.
     static __device__ __forceinline__ float e4m3(unsigned s) {
         return low_half((s & 127) << 7) * 128;
     }
@@ -159,7 +159,7 @@ using iq2_s = InGrid<iq::iq2_s>;
 using iq3_xxs = InGrid<iq::iq3_xxs>;
 using iq3_s = InGrid<iq::iq3_s>;
 
-// f16 and bf16 as they are.
+// f16 and bf16, undecoded.
 template <class T>
 struct Dense {
     using Source = Tensor;
@@ -177,8 +177,7 @@ __device__ __forceinline__ int groups_of(const Tensor& a) { return a.ne[0] / 32;
 __device__ __forceinline__ int rows_of(const Packed& p) { return p.rows; }
 __device__ __forceinline__ int rows_of(const Tensor& a) { return a.ne[1]; }
 
-// -- reading
-// ----------------------------------------------------------------------------------------
+// -- reading --------------------------------------------------------------------------------------
 
 template <int BYTES>
 __device__ __forceinline__ unsigned load_small(const unsigned char* plane, int unit) {
@@ -188,7 +187,7 @@ __device__ __forceinline__ unsigned load_small(const unsigned char* plane, int u
     return 0;
 }
 
-// Where one row of a matrix lies; its groups are counted from here.
+// Points at one row of a matrix; group numbers count from its first group.
 template <class F>
 struct Row {
     const uint4* codes;
@@ -212,7 +211,7 @@ struct Row {
     __device__ __forceinline__ unsigned code_word(int group, int run, int t) const {
         return load_stream((const unsigned*)(codes + (group * F::code_runs + run) * 8) + t);
     }
-    // Two-bit codes.
+    // The two-bit codes of a group.
     __device__ __forceinline__ uint2 code_pairs(int group) const {
         return load_stream((const uint2*)codes + group * 8);
     }
@@ -228,10 +227,10 @@ struct Row {
     }
 };
 
-// A whole group of one row.
+// One group of one row, undecoded.
 template <class F>
 struct RawGroup {
-    uint4 codes[F::code_runs ? F::code_runs : 1];  // of two-bit codes x and y
+    uint4 codes[F::code_runs ? F::code_runs : 1];  // two-bit codes use x and y
     uint2 high;
     RawScale scale;
 };
@@ -249,14 +248,14 @@ __device__ __forceinline__ RawGroup<F> load_group(const Row<F>& row, int group) 
     return raw;
 }
 
-// The levels of a type with a table, each byte plus `offset` (0x80808080 makes them unsigned, 128
-// higher), and a mask; nothing for other types.
+// The levels of a type with a table, each byte XORed with `offset` (0x80808080 makes them unsigned,
+// 128 higher), and masks. Other types need only `magic`.
 template <class F>
 struct Table {
     unsigned x, y, z, w, pick, magic;
 
-    // The constants are made to look unknown: a byte permutation takes but one from an immediate,
-    // and the compiler would move the others into registers again for each.
+    // Hides the constants from the compiler: a byte permutation takes only one immediate, and the
+    // compiler would move the others into registers again each time.
     __device__ __forceinline__ explicit Table(unsigned offset) {
         magic = 0x64646464u ^ threadIdx.z;
         if constexpr (F::table) {
@@ -274,12 +273,12 @@ __device__ __forceinline__ unsigned permute(unsigned a, unsigned b, unsigned sel
     return r;
 }
 
-// Code words j and j + 4 from word j of a group's 16 bytes.
+// Unpacks code words j and j + 4 from word j of a group's 16 bytes.
 template <class F>
 __device__ __forceinline__ void unpack(const Table<F>& t, unsigned q, uint2 high, int j,
                                        unsigned& first, unsigned& second) {
     if constexpr (F::table) {
-        // A nibble selects one of 8 bytes by its low three bits; its fourth says of which half.
+        // The low three bits of a nibble select one of 8 bytes; its fourth bit selects the half.
         unsigned low = q & 0x77777777u, pick = ((q >> 1) & 0x44444444u) | t.pick;
         first = permute(permute(t.x, t.y, low), permute(t.z, t.w, low), pick);
         low >>= 16, pick >>= 16;
@@ -298,11 +297,11 @@ __device__ __forceinline__ void unpack(const Table<F>& t, unsigned q, uint2 high
     }
 }
 
-// Code words j and j + 4 from two-bit codes.
+// Unpacks code words j and j + 4 from two-bit codes.
 template <class F>
 __device__ __forceinline__ void unpack_pairs(uint2 q, uint2 high, int j, unsigned& first,
                                              unsigned& second) {
-    // Rotated: with plain shifts ptxas takes fewer registers and then spills.
+    // Rotate: with plain shifts ptxas uses fewer registers and then spills.
     first = __funnelshift_r(q.x, q.x, 2 * j) & 0x03030303u;
     second = __funnelshift_r(q.y, q.y, 2 * j) & 0x03030303u;
     if constexpr (F::high == 4) {
@@ -311,7 +310,7 @@ __device__ __forceinline__ void unpack_pairs(uint2 q, uint2 high, int j, unsigne
     }
 }
 
-// The 8 code words of a group.
+// Unpacks the 8 code words of a group.
 template <class F>
 __device__ __forceinline__ void code_words(const Table<F>& t, const RawGroup<F>& raw,
                                            unsigned (&words)[8]) {

@@ -1,8 +1,8 @@
-// Small things that the kernels of products share.
+// Helpers shared by the product kernels.
 #pragma once
 #include "common.cuh"
 
-// The row number `column` of a tensor, its dimensions 1 to 3 counted through.
+// Row number `column` of a tensor, counting through dimensions 1 to 3.
 __device__ __forceinline__ char* row_at(const Tensor& x, unsigned column) {
     if (column < (unsigned)x.ne[1]) return x.data + column * x.nb[1];
     unsigned rest = column / x.ne[1];
@@ -10,7 +10,7 @@ __device__ __forceinline__ char* row_at(const Tensor& x, unsigned column) {
            rest / x.ne[2] * x.nb[3];
 }
 
-// What is read once needs no place in L1.
+// For data that is read once: bypasses L1.
 __device__ __forceinline__ uint4 load_stream(const uint4* at) {
     uint4 v;
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -33,7 +33,8 @@ __device__ __forceinline__ unsigned load_stream(const unsigned* at) {
     return v;
 }
 
-// What is read again: an address that hides from the compiler would become a generic load.
+// For data that is read again. With asm it stays a global load even where the compiler cannot tell
+// the address space.
 __device__ __forceinline__ uint4 load_global(const void* at) {
     uint4 v;
     asm("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -42,7 +43,8 @@ __device__ __forceinline__ uint4 load_global(const void* at) {
     return v;
 }
 
-// act(gate) * up. act: 0 silu, 1 gelu (the tanh form: x / (1 + exp(-2 z)) with tanh's z), 2 relu.
+// act(gate) * up. act: 0 silu, 1 gelu (the tanh form, as x / (1 + exp(-2 z)) with tanh's argument
+// z), 2 relu.
 __device__ __forceinline__ float gated(int act, float gate, float up) {
     if (act == 2) return (gate < 0.0f ? 0.0f : gate) * up;
     float z = gate;
@@ -50,7 +52,7 @@ __device__ __forceinline__ float gated(int act, float gate, float up) {
     return __fdividef(gate, 1.0f + expf(-z)) * up;
 }
 
-// Put element `row` of the row at `to`.
+// Writes element `row` of the row at `to`.
 __device__ __forceinline__ void put(const Tensor& y, char* to, int row, float value, int narrow) {
     char* at = to + row * y.nb[0];
     if (narrow)
@@ -59,7 +61,7 @@ __device__ __forceinline__ void put(const Tensor& y, char* to, int row, float va
         *(float*)at = value;
 }
 
-// Which matrix of `a` meets batch z = i3 * a2 + i2 of b: i3 / r3 and i2.
+// Maps batch z = i3 * a2 + i2 of b to its matrix of `a`: (i3 / r3, i2).
 struct Heads {
     int a2, r3, columns;  // columns of b that share a matrix
     __device__ __forceinline__ int matrix(unsigned z) const {
@@ -67,7 +69,7 @@ struct Heads {
     }
 };
 
-// A routed token: which expert (-1: none), which row of activations, where the result goes.
+// A routed token: its expert (-1: none), its row of activations, and where the result goes.
 struct Routing {
     Tensor ids;  // i32 [n_used, n_tokens]
     int experts, n_b;

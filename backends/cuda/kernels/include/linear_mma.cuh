@@ -1,8 +1,8 @@
-// A warpgroup's product with decoded weights in registers: wgmma where there is one, else mma.sync.
+// A warpgroup's product with decoded weights in registers: wgmma where available, else mma.sync.
 #pragma once
 #include "mma.cuh"
 
-// Shared memory written by this thread's copies is about to be read by wgmma.
+// Makes this thread's copies to shared memory visible to wgmma.
 __device__ __forceinline__ void fence_engines_for_wgmma() {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     fence_engines();
@@ -44,7 +44,7 @@ BY_ROWS(__nv_bfloat16, "bf16", 128, NAMES128, ARGS(D64(0)), 64, 65, 66, 67, 68)
 #undef BY_ROWS
 #endif
 
-// Until the sums are read, or the last but one product's A is overwritten.
+// Waits until at most LEFT products are running: before sums are read or an A is overwritten.
 template <int LEFT>
 __device__ __forceinline__ void wait_products() {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -52,8 +52,8 @@ __device__ __forceinline__ void wait_products() {
 #endif
 }
 
-// Begins sums += A B for 32 numbers of k. a: fragments of two m16n8k16; b: the first of N rows of
-// 128 bytes, and `half` which 64 of them.
+// Starts sums += A B for 32 values of k. a: fragments of two m16n8k16; b: the first of N rows of
+// 128 bytes; `half`: which 64 bytes of each row.
 template <class T, int N>
 __device__ __forceinline__ void begin_product(float (&sums)[N / 2], const u32 (&a)[2][4], u32 b,
                                               int half) {

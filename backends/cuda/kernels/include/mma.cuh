@@ -1,10 +1,11 @@
-// What C++ lacks of the tensor cores and the copy engines: thin wrappers of PTX.
+// Thin PTX wrappers for the tensor cores and copy engines, which C++ does not expose.
 //
-// Fragments of mma m16n8k16 (g = lane / 4, t = lane % 4): a thread holds of A rows g and g + 8,
-// columns 2t, 2t + 1 and 8 more; of B rows (k) 2t, 2t + 1 and 8 more of column g; of the sums
-// [0, 1] = row g and [2, 3] = row g + 8, columns 2t and 2t + 1. Two neighbouring tiles of sums are
-// therefore, rounded and packed, an A fragment: scores become weights without leaving registers.
-// The warps of a wgmma m64nNk16 hold 16 rows each in the same way.
+// Fragments of mma m16n8k16 (g = lane / 4, t = lane % 4). Of A, a thread holds rows g and g + 8,
+// columns 2t, 2t + 1 and the same 8 further. Of B, it holds rows (k) 2t, 2t + 1 and the same 8
+// further, column g. Of the sums, [0, 1] are row g and [2, 3] row g + 8, columns 2t and 2t + 1. So
+// two adjacent tiles of sums, rounded and packed, are an A fragment: scores become weights without
+// leaving registers.
+// Each warp of a wgmma m64nNk16 holds 16 rows in the same way.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -28,7 +29,7 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
-// Two floats rounded to T, the first in the low half.
+// Rounds two floats to T and packs them, the first in the low half.
 template <class T> __device__ __forceinline__ u32 pack2(float low, float high);
 template <> __device__ __forceinline__ u32 pack2<__half>(float low, float high) {
     u32 r;
@@ -70,7 +71,8 @@ __device__ __forceinline__ void ldmatrix_trans(u32 (&r)[4], u32 at) {
                  : "memory");
 }
 
-// 16 bytes to shared memory behind the program's back; zeros, and nothing read, where not `real`.
+// Copies 16 bytes to shared memory asynchronously (cp.async). Where not `real`, it
+// writes zeros and reads nothing.
 __device__ __forceinline__ void copy16(u32 to, const void* from, bool real) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                  "r"(real ? 16 : 0)
@@ -111,7 +113,7 @@ __device__ __forceinline__ void barrier_wait(u64* b, u32 parity) {
                  "r"(parity)
                  : "memory");
 }
-// Makes barriers that were initialised, or shared memory that was written, seen by the engines.
+// Make initialized barriers (or, fence_engines, written shared memory) visible to the engines.
 __device__ __forceinline__ void fence_barriers() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -119,7 +121,7 @@ __device__ __forceinline__ void fence_engines() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// What cuTensorMapEncodeTiled makes; it must lie at a multiple of 64.
+// The output of cuTensorMapEncodeTiled; must be 64-byte aligned.
 struct TensorMap {
     u64 opaque[16];
 };
@@ -150,19 +152,19 @@ template <int N> __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
-// Sums that wgmma writes: nothing that uses them moves across this.
+// wgmma writes the sums asynchronously: this keeps the compiler from moving their uses across it.
 template <int N> __device__ __forceinline__ void wgmma_hold(float (&d)[N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
-// A barrier of the warpgroup that `id` (1 to 15) stands for.
+// Barrier `id` (1 to 15) among the 128 threads of a warpgroup.
 __device__ __forceinline__ void warpgroup_sync(int id) {
     asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory");
 }
 
-// Of a tile in shared memory whose rows are 128 bytes (64 numbers), swizzled as TMA's 128B does:
-// groups of 8 rows lie 1024 bytes apart. `leading` is the step in bytes from one 64 columns to the
-// next, read only where the contiguous dimension is not k (B = V, [keys][d_v]).
+// Describes a tile in shared memory whose rows are 128 bytes (64 values), with TMA's 128B swizzle;
+// groups of 8 rows are 1024 bytes apart. `leading` is the step in bytes from one 64 columns to the
+// next. It is read only if the contiguous dimension is not k (B = V, [keys][d_v]).
 __device__ __forceinline__ u64 tile_descriptor(u32 at, u32 leading) {
     return u64((at & 0x3FFFF) >> 4) | u64(leading >> 4) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
 }
@@ -179,7 +181,7 @@ __device__ __forceinline__ u64 tile_descriptor(u32 at, u32 leading) {
     S32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,"   \
         "%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 
-// sums[64 x N] (+)= A B, both in shared memory with k contiguous (`add` 0 overwrites the sums).
+// sums[64 x N] (+)= A B, both in shared memory with k contiguous. `add` = 0 overwrites the sums.
 template <class T, int N>
 __device__ __forceinline__ void wgmma_ss(float (&d)[N / 2], u64 a, u64 b, int add);
 // The same with A in registers and B [k][n], n contiguous.

@@ -1,8 +1,9 @@
-// Launches that overlap (9.0): a kernel may begin once all blocks of its predecessor have called
-// release_successor, and must not read what that writes before wait_for_predecessor.
+// Overlapping launches (9.0): a kernel may start once all blocks of its predecessor have called
+// release_successor. It must not read the predecessor's results before wait_for_predecessor.
 //
-// Every block of every kernel waits, also one with nothing to do, and releases only then: so all
-// but the direct predecessor has ended when a kernel begins, and its end is the end of all before.
+// Every block of every kernel waits, even one with nothing to do, and releases its successor only
+// after that. So at most one earlier kernel is still running when a kernel starts, and when that
+// one has ended, all earlier ones have ended too.
 #pragma once
 
 __device__ __forceinline__ void release_successor() {
@@ -16,7 +17,7 @@ __device__ __forceinline__ void wait_for_predecessor() {
 #endif
 }
 
-// Once in every kernel, first of all or behind what needs nothing of the predecessor.
+// Call once in every kernel: first, or after the part that reads nothing from the predecessor.
 __device__ __forceinline__ void begin() {
     wait_for_predecessor();
     release_successor();

@@ -1,5 +1,5 @@
-// Products with blocks as a file holds them, where no layout could be chosen: inputs, states, parts
-// of weights. Slower: everything is put together from single bytes.
+// Products with blocks as files store them, for tensors that could not be repacked: inputs, states,
+// parts of weights. Slower, because everything is assembled from single bytes.
 #pragma once
 #include "formats.cuh"
 
@@ -23,7 +23,7 @@ struct Row<Raw<F>> {
         return blocks + (long long)(group / inside) * F::Blocks::BYTES;
     }
     __device__ __forceinline__ int code(int group, int i) const {
-        unsigned j = group % (unsigned)inside;  // so, the compiler sees what is constant in 32 j + i
+        unsigned j = group % (unsigned)inside;  // so 32 j + i has a constant part
         return F::Blocks::code(block(group), j * 32 | i);
     }
     __device__ __forceinline__ unsigned code_word(int group, int run, int t) const {
@@ -44,7 +44,7 @@ struct Row<Raw<F>> {
         return make_uint4(code_word(group, run, 0), code_word(group, run, 1),
                           code_word(group, run, 2), code_word(group, run, 3));
     }
-    // Two bits of each code, from bit `shift` on.
+    // Two bits of each code, starting at bit `shift`.
     __device__ __forceinline__ uint2 pairs(int group, int shift) const {
         unsigned words[2] = {};
         for (int i = 0; i < 32; ++i)

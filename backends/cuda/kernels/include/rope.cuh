@@ -6,16 +6,16 @@ struct Rope {
     double step;  // freq_base^(-2 / n_dims)
     double freq_scale;
     double ext_factor;  // 0: no YaRN
-    double low, width;  // of its ramp
-    float magnitude;    // of cos and sin
+    double low, width;  // of the YaRN ramp
+    float magnitude;    // factor on cos and sin
     int n_dims, offset;
 };
 
-// Angle of a pair, in half turns, of which whole turns are left out. Two designs: a chain of f32
-// products, each pair's from the one before, as in ggml; its error grows with the position (NMSE of
-// the result 2.7e-6 at 163,840, 9e-5 at 1,000,000), and the sine of a large f32 is slow. A few
-// products in f64: exact at every position, and no chain as long as the pair's number: taken.
-// factors: of the frequencies, or absent
+// The angle of a pair in half turns, without whole turns. Two designs. (a) A chain of f32 products,
+// each pair's angle from the previous one, as in ggml. Its error grows with the position (NMSE of
+// the result 2.7e-6 at 163,840, 9e-5 at 1,000,000), and the sine of a large f32 is slow. (b) A few
+// products in f64: accurate at every position, and no chain as long as the pair's number: taken.
+// factors: divide the frequencies; data is null if absent.
 __device__ __forceinline__ float angle_of(int pair, int position, const Tensor& factors,
                                           const Rope& r) {
     double theta = position, step = r.step;
@@ -31,8 +31,9 @@ __device__ __forceinline__ float angle_of(int pair, int position, const Tensor& 
     return halves - 2 * rint(halves / 2);
 }
 
-// Unit `unit` of the (n + 1) / 2 of a row: a pair turned, or two elements that stay. NEOX: a pair is
-// (i, i + n_dims / 2), else (2 i, 2 i + 1). get(i) reads an element, put(i, x) writes one.
+// Computes unit `unit` of the (n + 1) / 2 units of a row: rotates a pair, or copies two elements
+// outside the rotated part. NEOX: the pair is (i, i + n_dims / 2), else (2 i, 2 i + 1). get(i)
+// reads an element, put(i, x) writes one.
 template <bool NEOX, class Get, class Put>
 __device__ __forceinline__ void turn(const Rope& r, int unit, int n, int position,
                                      const Tensor& factors, Get get, Put put) {

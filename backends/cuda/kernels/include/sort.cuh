@@ -1,12 +1,12 @@
-// Sorting rows by keys in which the id is the low half: no two are equal, so the order is settled.
+// Sorts rows by keys whose low half is the id: no two keys are equal, so the order is unique.
 #pragma once
 #include "common.cuh"
 
 typedef unsigned long long Key;
 #define LAST_KEY 0xFFFFFFFFFFFFFFFFull
 
-// Keys in the order of the values, equal ones by id. -0 equals 0; NaN, of whatever sign, is larger
-// than every number, so that a row that holds it says so.
+// Keys sort by value, equal values by id. -0 equals 0. NaN of either sign sorts above every number,
+// so it shows up in the result.
 __device__ __forceinline__ Key sort_key(float value, int id, bool descending) {
     int bits = value == value ? __float_as_int(value + 0.0f) : 0x7FC00000;
     bits ^= (bits >> 31) & 0x7FFFFFFF;
@@ -14,8 +14,8 @@ __device__ __forceinline__ Key sort_key(float value, int id, bool descending) {
     return (Key)(descending ? ~order : order) << 32 | (unsigned)id;
 }
 
-// One merge of a bitonic sort: runs of `size`, from pairs `stride` apart down to neighbours, on the
-// `part` keys that stand at `base` of the whole.
+// One merge of a bitonic sort: forms runs of `size`, comparing pairs `stride` apart, then ever
+// closer down to neighbors. `keys` are the `part` keys at offset `base` of the whole row.
 __device__ __forceinline__ void merge_shared(Key* keys, int part, int size, int stride, int base) {
     for (; stride; stride /= 2) {
         __syncthreads();
@@ -28,7 +28,7 @@ __device__ __forceinline__ void merge_shared(Key* keys, int part, int size, int 
     __syncthreads();
 }
 
-// All merges up to `part`, a power of two. Ascending where `part` is the whole.
+// All merges up to `part`, a power of two. The result is ascending if `part` is the whole row.
 __device__ __forceinline__ void sort_shared(Key* keys, int part, int base) {
     for (int size = 2; size <= part; size *= 2) merge_shared(keys, part, size, size / 2, base);
     __syncthreads();
