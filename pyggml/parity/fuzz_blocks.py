@@ -43,7 +43,7 @@ def _query(g: Grower, s: Sizes) -> str:
     return g.leaf("f32", shape)
 
 
-def _keys(g: Grower, s: Sizes, want: str) -> str:
+def _keys(g: Grower, s: Sizes) -> str:
     """[d, n_kv, heads_kv], from an input, a state (read, written, cast, expanded)."""
     d = g.draw
     kind = d.pick(("f32", "f16", "q8_0" if s.d % 32 == 0 else "f16"))
@@ -111,7 +111,7 @@ def _mask(g: Grower, s: Sizes) -> str | None:
 def scores(g: Grower) -> str:
     """An attention that writes its scores down, and perhaps a second softmax and product."""
     d, s = g.draw, Sizes(g)
-    kq = g.op("mul_mat", _keys(g, s, "f32"), _query(g, s))
+    kq = g.op("mul_mat", _keys(g, s), _query(g, s))
     if d.chance(0.2):
         kq = g.op("scale", kq, s=0.3)
     if d.chance(0.05):
@@ -130,11 +130,11 @@ def scores(g: Grower) -> str:
 def flash(g: Grower) -> str:
     """Flash attention, whose keys and values may be expanded for it."""
     d, s = g.draw, Sizes(g)
-    k = _keys(g, s, "any")
+    k = _keys(g, s)
     kind = g.node(k).dtype.name
     if d.chance(0.5):
         v = _expanded(g, s, s.d)
-        if kind in ("f32", "f16") and kind != "f32":
+        if kind == "f16":
             v = g.op("cast", v, dtype=kind)
     else:
         v = k if d.chance(0.3) else g.handle(g.state(kind, (s.d, s.n_kv, s.heads_kv), share=0.5))

@@ -75,7 +75,7 @@ def _add_id(d: Draw) -> Case:
 
 
 def _moved(d: Draw) -> Case:
-    kind = d.pick((*PLAIN, "i32", *BLOCKS))
+    kind = d.pick((*PLAIN, *PLAIN, "i32", d.pick(BLOCKS)))
     ne = d.ne(d.row(kind))
     fill = "<999-" if kind == "i32" else d.special() if kind in PLAIN else ""
     a = d.source(kind, ne, fill)
@@ -85,7 +85,8 @@ def _moved(d: Draw) -> Case:
     if which == 1:
         dim = d.rng.randrange(4)
         other = [*ne, 1, 1, 1][:4]
-        other[dim] = d.row(kind) if dim == 0 else d.size(9)
+        if d.chance(0.7):
+            other[dim] = d.row(kind) if dim == 0 else d.size(9)
         return d.case("concat", a, replace(d.source(kind, other), fill=fill), dim=dim)
     if which == 2 and kind in (*PLAIN, "i32"):
         times = [d.pick((1, 1, 2, 3)) for _ in ne]
@@ -154,7 +155,8 @@ def _rows(d: Draw) -> Case:
     op = d.pick(("sum_rows", "rms_norm", "argsort", "top_k", "argmax"))
     ne = d.ne(d.size(2100), 9000)
     ordered = op in ("argsort", "top_k", "argmax")
-    a = d.source("f32", ne, d.pick(("", "~ties")) if ordered else d.special())
+    fill = d.pick(("", "~ties", "~nan", "~wild")) if ordered else d.special()
+    a = d.source("f32", ne, fill)
     if op == "rms_norm":
         return d.case(op, a, eps=d.pick((1e-6, 1e-5, 0.1, 10.0)))
     if op == "argsort":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pyggml.parity.case import Case
 from pyggml.parity.fuzz_draw import BLOCKS, PLAIN, Draw, viewed
 
@@ -151,6 +153,8 @@ def masks(d: Draw) -> Case:
     if d.chance(0.5):
         n_kv = d.size(300)
         pos = d.ids((d.size(70),), n_kv)
+        if d.chance(0.2):  # at the lower end of 32 bits, where differences overflow
+            pos = replace(pos, fill=d.pick(("#-2147483648", "#-2147483600")))
         return d.case("causal_mask", pos, n_kv=n_kv, window=d.pick((None, None, 1, 9, 32)))
     ne = (1 + d.size(130), d.size(5), d.size(9), d.size(3))
     return d.case("merge_lse", d.source("f32", ne), d.source("f32", ne))

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 
 from pyggml.errors import PyggmlError
 from pyggml.node import Node
 from pyggml.parity import oracle
+from pyggml.parity.case import MOVES
 from pyggml.parity.graph_case import Builder, PlanText, Statement
 from pyggml.parity.values import Array, decoded
 from pyggml.quants import encode_rows
 
 VIEWS = {"view", "permute", "transpose", "reshape"}
-#: Moves values: no rounding of a kernel's is in them.
-MOVES = {*VIEWS, "cont", "concat", "repeat", "get_rows", "set_rows", "cpy", "state_of", "relu"}
+#: Ops whose kernels compute nothing, so that no noise stands for their rounding.
+EXACT = {*MOVES, "set_rows", "cpy", "state_of", "relu"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +35,16 @@ class Value:
 class Evaluation:
     """Values of all statements in one run.
 
-    noise  relative error that every computed value gets (a generator draws it), as if a kernel had
-           rounded it: what moves then is no more certain than it moves
+    noise  op name -> relative error, drawn at random, of every value that the op computes, as if a
+           kernel had rounded it
     """
 
     def __init__(
-        self, builder: Builder, states: Mapping[str, Array], noise: float, seed: int
+        self,
+        builder: Builder,
+        states: Mapping[str, Array],
+        noise: Mapping[str, float],
+        seed: int,
     ) -> None:
         self.nodes, self.noise = builder.nodes, noise
         self.rng = np.random.default_rng(seed)
@@ -75,9 +78,13 @@ class Evaluation:
                 return Value(array)
             index = oracle.run(statement.op, [first.index], **statement.attrs)
             return Value(array, first.content, index)
-        if self.noise and array.dtype.kind == "f" and statement.op not in MOVES:
-            array = array * (1 + self.noise * self.rng.uniform(-1, 1, array.shape))
+        if array.dtype.kind == "f" and statement.op not in EXACT:
+            array = self._noisy(statement.op, array)
         return Value(rounded(node, array))
+
+    def _noisy(self, op: str, array: Array) -> Array:
+        noise = self.noise.get(op, 0.0)
+        return array * (1 + noise * self.rng.uniform(-1, 1, array.shape)) if noise else array
 
     def _chained(self, statement: Statement, first: Value | None) -> Value:
         assert first is not None
@@ -88,9 +95,7 @@ class Evaluation:
         for _ in range(times):
             array = array + first.array if of == "add" else array + 0.001
             array = np.maximum(array, 0) if of == "relu" else array
-        if self.noise:
-            array = array * (1 + self.noise * self.rng.uniform(-1, 1, array.shape))
-        return Value(array)
+        return Value(self._noisy("add" if of == "add" else "scale", array))
 
     def _written(self, statement: Statement, sources: Sequence[Value | None], node: Node) -> Value:
         target = sources[node.op.writes or 0]
@@ -146,7 +151,11 @@ def after(builder: Builder, plan: PlanText, run: Evaluation) -> dict[str, Array]
 
 
 def runs(
-    builder: Builder, plan: PlanText, states: Mapping[str, Array], noise: float, seed: int
+    builder: Builder,
+    plan: PlanText,
+    states: Mapping[str, Array],
+    noise: Mapping[str, float],
+    seed: int,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """(outputs, all states afterwards) of `repeat` runs of a plan."""
     held = dict(states)
@@ -156,7 +165,3 @@ def runs(
         outputs = {key: run.values[key].array for key in plan.outputs}
         held |= after(builder, plan, run)
     return outputs, held
-
-
-def as_float(values: Mapping[str, Any]) -> dict[str, Array]:
-    return {key: np.asarray(value, np.float64) for key, value in values.items()}

@@ -1,18 +1,19 @@
-"""The mutation test: a grid that lets a wrong kernel live cannot be trusted.
+"""The mutation test: cases that all pass with a wrong kernel cannot be trusted.
 
-Each mutant takes its place in the NumPy backend, or in an op, and the small grid's cases of its op
-run until one fails.
+Each mutant replaces the right function in the NumPy backend or in an op. Then cases of its op run
+until one fails.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from pyggml import backends, ops
+from pyggml.parity.case import Case
 from pyggml.parity.cases import cases
 from pyggml.parity.running import restored, tested
 from tests.mutants import layers, meanings, values
@@ -23,7 +24,7 @@ MUTANTS = (*values.MUTANTS, *layers.MUTANTS, *meanings.MUTANTS)
 
 @dataclass(frozen=True, slots=True)
 class Hunted:
-    """A mutant and the case that killed it (empty: it lives), and how that case failed."""
+    """A mutant, the case that killed it (empty where it survived), and why that case failed."""
 
     op: str
     what: str
@@ -31,21 +32,26 @@ class Hunted:
     why: str
 
 
-def hunt(only: Collection[str] | None = None) -> Iterator[Hunted]:
-    """What becomes of each mutant (of these ops) in the small grid."""
-    for mutant in MUTANTS:
-        if only is not None and mutant.op not in only:
-            continue
-        with _instead(mutant):
-            mine = (tested(case, "numpy") for case in cases() if case.op == mutant.op)
-            found = next((outcome for outcome in mine if outcome.status == "fail"), None)
-        case, why = (found.case, found.why) if found else ("", "")
+def in_grid(op: str) -> Iterator[Case]:
+    """The small grid's cases of an op."""
+    return (case for case in cases() if case.op == op)
+
+
+def hunt(
+    mutants: Iterable[Mutant] = MUTANTS, cases_of: Callable[[str], Iterable[Case]] = in_grid
+) -> Iterator[Hunted]:
+    """The fate of each mutant among the cases of its op."""
+    for mutant in mutants:
+        with installed(mutant):
+            outcomes = (tested(case, "numpy") for case in cases_of(mutant.op))
+            failure = next((outcome for outcome in outcomes if outcome.status == "fail"), None)
+        case, why = (failure.case, failure.why) if failure else ("", "")
         yield Hunted(mutant.op, mutant.what, case, why)
 
 
 @contextmanager
-def _instead(mutant: Mutant) -> Iterator[None]:
-    """Inside the context the mutant is what runs."""
+def installed(mutant: Mutant) -> Iterator[None]:
+    """Inside the context the mutant runs instead of the right function."""
     op: Any = getattr(ops, mutant.op)
     device: Any = backends.get("numpy")
     with restored("numpy") as table:

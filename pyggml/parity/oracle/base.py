@@ -50,7 +50,7 @@ def activate(name: str, x: Array) -> Array:
         return np.where(x > 0.0, x, np.where(np.isnan(x), x, 0.0))
     if name == "gelu":
         inner = np.sqrt(2.0 / np.pi) * x * (1.0 + 0.044715 * x * x)
-        return np.asarray(0.5 * x * (1.0 + np.tanh(inner)))
+        return np.asarray(x * sigmoid(2.0 * inner))  # = x / 2 (1 + tanh(inner)), exact in the tail
     raise KeyError(name)
 
 
