@@ -35,9 +35,8 @@ GAIN = 4.0
 #: A result that the noise moves further than this (NMSE) is not compared: GAIN^2 of it would let
 #: an error of a tenth pass.
 CHAOS = 1e-3
-#: Budgets tried between the least and the whole; how many more pieces a larger one may give.
+#: Budgets tried between the least and what the graph needs without one.
 LADDER = 6
-SLACK = 2.0
 
 
 def check_graph(case: GraphCase, backend: str) -> str:
@@ -171,7 +170,7 @@ class Compiler:
             if plan.memory.score_peak > nbytes and not self.exempt:
                 yield f"a budget of {nbytes} bytes gives a peak of {plan.memory.score_peak}"
             count = pieces(plan)
-            if fewest and count > SLACK * fewest:
+            if fewest and count > fewest:
                 yield f"{fewest} pieces at {at} bytes, {count} at {nbytes}"
             if not fewest or count < fewest:
                 fewest, at = count, nbytes

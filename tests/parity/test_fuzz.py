@@ -15,6 +15,7 @@ import pytest
 
 from pyggml.cli import main
 from pyggml.errors import GraphError
+from pyggml.parity import running
 from pyggml.parity.case import Case, build
 from pyggml.parity.fuzz import drawn, fuzz
 from pyggml.parity.fuzz_cases import OPS, random_case
@@ -22,7 +23,6 @@ from pyggml.parity.fuzz_graphs import random_graph
 from pyggml.parity.graph_case import GraphCase, PlanText
 from pyggml.parity.graph_check import check_graph
 from pyggml.parity.layouts import Layout
-from pyggml.parity import running
 from pyggml.parity.shrink import shrunk
 from pyggml.parity.worker import Pool, Setup, Worker
 from tests.mutants.hunt import MUTANTS, hunt, installed
