@@ -86,7 +86,7 @@ def _magnitude(case: Case, built: Built) -> Array:
         return np.ones_like(x)
     if case.op in ("gelu", "silu"):
         return np.abs(x)
-    total = np.float64(0.0)
+    total = np.zeros_like(x)
     for sign in (1, -1):  # relu(x) y and relu(-x) y: one of them is 0
         values = [
             v if v is None or v.dtype.kind == "i" or (at != 2 and case.op != "glu") else sign * v
@@ -94,7 +94,7 @@ def _magnitude(case: Case, built: Built) -> Array:
         ]
         relu = replace(case, attrs={**case.attrs, "act": "relu"}, means=False)
         total = total + np.abs(oracle.run(relu.op, values, **relu.attrs))
-    return np.asarray(total)
+    return total
 
 
 def _stated(case: Case, built: Built, values: Sequence[Array | None]) -> Array:
