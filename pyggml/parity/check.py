@@ -86,15 +86,16 @@ def _magnitude(case: Case, built: Built) -> Array:
         return np.ones_like(x)
     if case.op in ("gelu", "silu"):
         return np.abs(x)
-    total = np.zeros_like(x)
-    for sign in (1, -1):  # relu(x) y and relu(-x) y: one of them is 0
+    relu = replace(case, attrs={**case.attrs, "act": "relu"}, means=False)
+
+    def opened(sign: int) -> Array:
         values = [
             v if v is None or v.dtype.kind == "i" or (at != 2 and case.op != "glu") else sign * v
             for at, v in enumerate(built.values)
         ]
-        relu = replace(case, attrs={**case.attrs, "act": "relu"}, means=False)
-        total = total + np.abs(oracle.run(relu.op, values, **relu.attrs))
-    return total
+        return np.abs(oracle.run(relu.op, values, **relu.attrs))
+
+    return opened(1) + opened(-1)  # relu(x) y and relu(-x) y: one of them is 0
 
 
 def _stated(case: Case, built: Built, values: Sequence[Array | None]) -> Array:
