@@ -110,33 +110,43 @@ RATES = ("TFLOP/s", "TB/s", "of copy")
 
 
 def gpu() -> str:
-    """The newest record of a GPU beside what was wanted."""
+    """The newest record of a GPU, with the bars that its rows must meet."""
     path = max(RESULTS.glob("*/*.json"), key=lambda path: path.name)
-    found: dict[str, Any] = json.loads(path.read_text())
-    rows = []
-    for row in found["rows"]:
-        least = row["unit"] in RATES
-        bar = BARS.get(row["name"])
-        missed = bar is not None and (row["value"] < bar if least else row["value"] > bar)
-        wanted = "" if bar is None else f"{'at least' if least else 'at most'} {bar:g}"
-        wanted += ", missed" * missed
-        value = (
-            f"{row['value']:.0f}" if row["unit"] in ("cases", "tests") else f"{row['value']:.4g}"
-        )
-        rows.append([f"`{row['name']}`", value, row["unit"], wanted])
-    measured = {row["name"] for row in found["rows"]}
+    result: dict[str, Any] = json.loads(path.read_text())
+    rows = [gpu_row(row) for row in result["rows"]]
+    measured = {row["name"] for row in result["rows"]}
     rows += [[f"`{name}`", "not measured", "", ""] for name in BARS if name not in measured]
-    told = [f"{key} {value}" for key, value in found["machine"].items()]
-    told += [f"commit {found['commit']}", f"kernels {found['kernels']}"]
-    told += [
-        f"during {c['clocks']} SM {c['sm']}, memory {c['memory']}, {c['power']}"
-        for c in found.get("clocks", ())
+    return gpu_conditions(result) + "\n\n" + table(["row", "measured", "unit", "bar"], rows)
+
+
+def gpu_row(row: dict[str, Any]) -> list[str]:
+    value, unit, bar = row["value"], row["unit"], BARS.get(row["name"])
+    text = ""
+    if bar is not None:
+        is_rate = unit in RATES
+        text = f"{'at least' if is_rate else 'at most'} {bar:g}"
+        if value < bar if is_rate else value > bar:
+            text += ", missed"
+    number = f"{value:.0f}" if unit in ("cases", "tests") else f"{value:.4g}"
+    return [f"`{row['name']}`", number, unit, text]
+
+
+def gpu_conditions(result: dict[str, Any]) -> str:
+    """The command, date, hardware, versions and sources of a record, and clocks during it."""
+    values = [f"{key} {value}" for key, value in result["machine"].items()]
+    values += [f"commit {result['commit']}", f"kernels {result['kernels']}"]
+    sentences = [f"`{result['command']}` on {result['date']}, {', '.join(values)}."]
+    clocks = [
+        f"{c['clocks']} {c['sm']}, {c['memory']}, {c['power']}" for c in result.get("clocks", ())
     ]
-    told += [f"parity: {found['grid']} cases of the grid"] if "grid" in found else []
-    faults = "".join(f" Fault: {fault}." for fault in found.get("faults", ()))
-    faults += "".join(f" Skipped: {skip}." for skip in found.get("skipped", ()))
-    text = f"`{found['command']}` on {found['date']}, {', '.join(told)}. {found.get('note', '')}"
-    return f"{text.rstrip()}{faults}\n\n" + table(["row", "measured", "unit", "wanted"], rows)
+    if clocks:
+        sentences.append(f"SM clock, memory clock and power: {'; '.join(clocks)}.")
+    if "grid" in result:
+        sentences.append(f"Parity: {result['grid']} cases of the grid.")
+    sentences += [result["note"]] if result.get("note") else []
+    sentences += [f"Fault: {fault}." for fault in result.get("faults", ())]
+    sentences += [f"Skipped: {skip}." for skip in result.get("skipped", ())]
+    return " ".join(sentences)
 
 
 TABLES = {"readme": readme, "example": example, "kernels": kernels, "gpu": gpu}
