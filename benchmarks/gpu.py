@@ -1,17 +1,23 @@
-"""The GPU's record: every row that docs/performance.md shows, measured in one run.
+"""Measure every row of the GPU table in docs/performance.md, and write a record.
 
     python benchmarks/gpu.py                       all parts, into benchmarks/results/CARD/
     python benchmarks/gpu.py layer linear --out F  some parts
-    python benchmarks/gpu.py --join A B --out F    the parts of two records of one kind of GPU
-    python benchmarks/gpu.py --smoke --out F       all at once with few samples: does it all run?
+    python benchmarks/gpu.py --join A B --out F    join two records from GPUs of the same model
+    python benchmarks/gpu.py --smoke --out F       all parts at once, few samples: do they run?
 
-Parts: layer (one V2-Lite MoE layer), linear (products, experts), attention, amb (the cost of an
-attention memory budget), compile, examples (their errors), and the tests of tests/gpu: parity (the
-whole grid, or --grid small), sanitize (a spread of the grid under compute-sanitizer; 0 cases where
-that cannot run), checks (all others). Each runs in processes of its own, with a time limit. The
-record is written after each part, and names the tests that were skipped. The status is 1 where a
-part failed or left out a row that docs/performance.md needs; the other parts are measured all the
-same.
+layer      one V2-Lite MoE layer
+linear     products and experts
+attention  flash attention
+amb        the cost of an attention memory budget
+compile    compiling and loading kernels
+examples   errors of the examples
+parity     the whole parity grid, or the small one with --grid small
+sanitize   cases of the grid under compute-sanitizer; 0 cases if it cannot run
+checks     all other tests in tests/gpu
+
+Each part runs in its own processes, with a time limit. The record is written after each part and
+lists skipped tests. If a part fails, the others still run. The status is 1 if a part failed or a
+row of docs/performance.md is missing.
 """
 
 from __future__ import annotations
@@ -48,20 +54,20 @@ from benchmarks.gpu_record import (  # noqa: E402
 from tools.kernel_record import fingerprint  # noqa: E402
 from tools.tables import BARS  # noqa: E402
 
-#: The tests that run on a GPU.
+#: The folder of tests that need a GPU.
 TESTS = "tests/gpu"
 
 
 @dataclass(frozen=True)
 class Part:
-    """What Python runs at the same time, and the seconds that it has."""
+    """Python commands that run at the same time, and the time limit."""
 
     commands: tuple[tuple[str, ...], ...]
     seconds: float
 
 
 def parts(args: argparse.Namespace, folder: Path) -> dict[str, Part]:
-    """What to run. Examples leave their rows as `folder`/examples_*.json, tests as *.xml."""
+    """All parts by name. Examples write rows to `folder`/examples_*.json, tests to *.xml."""
     small = ("--prompt", "32", "--decode", "1") if args.smoke else ()
     examples = tuple(
         (f"examples/{name}.py", "--backend", "cuda", "--prec", prec, *small,
@@ -94,7 +100,7 @@ def parts(args: argparse.Namespace, folder: Path) -> dict[str, Part]:
 
 
 def interrupt(process: subprocess.Popen[bytes]) -> None:
-    """End it and its children. Tests stop what they started, and still write their report."""
+    """Stop a process and its children. SIGINT first: pytest then still writes its report."""
     for number in (signal.SIGINT, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
@@ -110,21 +116,22 @@ class Run:
     def __init__(self, name: str, part: Part, folder: Path, smoke: bool) -> None:
         self.name, self.part, self.begin = name, part, perf_counter()
         self.rows, self.log = folder / f"{name}.rows", folder / f"{name}.log"
-        found = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {
-            **os.environ, ROWS: str(self.rows), SMOKE: "1" * smoke, "PYTHONPATH": ":".join(found)
+            **os.environ, ROWS: str(self.rows), SMOKE: "1" * smoke, "PYTHONPATH": ":".join(path)
         }  # fmt: skip
-        self.processes = [self._started(words, environment) for words in part.commands]
+        self.processes = [self._start(words, environment) for words in part.commands]
 
-    def _started(self, words: Sequence[str], environment: dict[str, str]) -> Any:
+    def _start(self, words: Sequence[str], environment: dict[str, str]) -> Any:
         command = [sys.executable, "-W", "ignore", *words]
-        with self.log.open("a") as log:  # a session of its own: children end with it
+        with self.log.open("a") as log:
+            # In a new session, so that `interrupt` reaches its children.
             return subprocess.Popen(
                 command, stdout=log, stderr=log, cwd=ROOT, env=environment, start_new_session=True
             )
 
     def finish(self) -> list[str]:
-        """What went wrong; ends what is late. `ended`: whether all ended by themselves."""
+        """Wait, stop processes that are late, and return faults. `ended`: whether none was late."""
         faults, self.ended = [], True
         for words, process in zip(self.part.commands, self.processes):
             left = self.part.seconds - (perf_counter() - self.begin)
@@ -142,45 +149,51 @@ class Run:
 
 
 def command(args: argparse.Namespace) -> str:
-    """What measures the same, wherever its record is written."""
-    some = [] if args.parts == list(NAMES) else args.parts
+    """The command that measures the same, without options for output."""
+    parts = [] if args.parts == list(NAMES) else args.parts
     grid = [] if args.grid == "all" else ["--grid", args.grid]
-    return " ".join(["python benchmarks/gpu.py", *some, *grid, *["--smoke"] * args.smoke])
+    return " ".join(["python benchmarks/gpu.py", *parts, *grid, *["--smoke"] * args.smoke])
 
 
-def parsed() -> argparse.Namespace:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("parts", nargs="*", metavar="PART", help=f"of {', '.join(NAMES)}")
+    add("parts", nargs="*", metavar="PART", help=f"one of {', '.join(NAMES)} (default: all)")
     add("--out", type=Path, help="default: benchmarks/results/CARD/DATE.json")
-    add("--join", nargs=2, type=Path, metavar="RECORD", help="two records as one, into --out")
-    add("--log", type=Path, help="everything that the parts print")
-    add("--commit", help="where git cannot be asked")
-    add("--grid", choices=("all", "small"), default="all", help="of parity (default: all)")
-    add("--parity-seconds", type=float, default=270, metavar="S", help="(default: %(default)s)")
-    add("--smoke", action="store_true", help="all parts at once, few samples; no record")
+    add("--join", nargs=2, type=Path, metavar="RECORD", help="join two records into --out")
+    add("--log", type=Path, help="file for the output of the parts")
+    add("--commit", help="commit to record, if git is not there")
+    add("--grid", choices=("all", "small"), default="all", help="cases of parity (default: all)")
+    add(
+        "--parity-seconds",
+        type=float,
+        default=270,
+        metavar="S",
+        help="time limit of parity (default: %(default)s)",
+    )
+    add("--smoke", action="store_true", help="all parts at once, with few samples")
     args = parser.parse_args()
     if unknown := set(args.parts) - set(NAMES):
-        parser.error(f"no part {unknown.pop()!r}; there are {', '.join(NAMES)}")
+        parser.error(f"unknown part {unknown.pop()!r}; choose from {', '.join(NAMES)}")
     if (args.smoke or args.join) and not args.out:
-        parser.error("give --out: only a run of parts has a place for its record")
+        parser.error("--smoke and --join need --out")
     args.parts = [name for name in NAMES if not args.parts or name in args.parts]
     return args
 
 
-def collect(run: Run, folder: Path, told: dict[str, Any], log: Path | None) -> list[str]:
-    """What a part measured, into the record; what went wrong."""
-    faults, found = run.finish(), lines_of(run.rows)
-    rows = [row for row in found if "name" in row]
+def collect(run: Run, folder: Path, record: dict[str, Any], log: Path | None) -> None:
+    """Wait for a part, and add what it measured to the record."""
+    faults, lines = run.finish(), lines_of(run.rows)
+    rows = [row for row in lines if "name" in row]
     if run.name == "examples":
         rows += example_rows(folder)
     report = folder / f"{run.name}.xml"
     if report.exists():
         counts, skipped = report_rows(report, run.ended)
         rows += counts
-        told["skipped"] += skipped
+        record["skipped"] += skipped
     print(f"-- {run.name}: {run.seconds:.0f} s", flush=True)
     for row in rows:
         print(f"{row['name']:32} {row['value']:10.4g} {row['unit']}")
@@ -190,32 +203,31 @@ def collect(run: Run, folder: Path, told: dict[str, Any], log: Path | None) -> l
     if log is not None:
         with log.open("a") as file:
             file.write(f"== {run.name}\n{text}\n")
-    told["rows"] += rows
-    told["clocks"] += [line for line in found if "clocks" in line]
-    told["seconds"][run.name] = round(run.seconds, 1)
-    told["faults"] += faults
-    return faults
+    record["rows"] += rows
+    record["clocks"] += [line for line in lines if "clocks" in line]
+    record["seconds"][run.name] = round(run.seconds, 1)
+    record["faults"] += faults
 
 
-def finish(told: dict[str, Any], out: Path) -> int:
-    """Write the record, and say what is wrong with it."""
-    if len(told["seconds"]) == len(NAMES):
-        missing = BARS.keys() - {row["name"] for row in told["rows"]}
-        told["faults"] += [f"no row {name}" for name in sorted(missing)]
-    out.write_text(json.dumps(told, indent=1) + "\n")
-    print(f"{sum(told['seconds'].values()):.0f} s in all; {out}")
-    for skip in told["skipped"]:
+def finish(record: dict[str, Any], out: Path) -> int:
+    """Write the record, print its faults, and return the exit status."""
+    if len(record["seconds"]) == len(NAMES):
+        missing = BARS.keys() - {row["name"] for row in record["rows"]}
+        record["faults"] += [f"no row {name}" for name in sorted(missing)]
+    out.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"{sum(record['seconds'].values()):.0f} s in all; {out}")
+    for skip in record["skipped"]:
         print(f"skipped: {skip}")
-    for fault in told["faults"]:
+    for fault in record["faults"]:
         print(f"!! {fault}")
-    return 1 if told["faults"] else 0
+    return 1 if record["faults"] else 0
 
 
 def main() -> int:
-    args = parsed()
+    args = arguments()
     if args.join:
         return finish(join(*(json.loads(path.read_text()) for path in args.join)), args.out)
-    told: dict[str, Any] = {
+    record: dict[str, Any] = {
         "date": date.today().isoformat(),
         "command": command(args),
         "commit": args.commit or commit(),
@@ -228,19 +240,19 @@ def main() -> int:
         "faults": [],
         "rows": [],
     }
-    name = card(told["machine"]["gpu"])
+    name = card(record["machine"]["gpu"])
     if not (args.out or name):
-        raise SystemExit("nvidia-smi names no GPU here: give --out")
-    out: Path = args.out or HERE / "results" / name / f"{told['date']}.json"
+        raise SystemExit("nvidia-smi finds no GPU; give --out")
+    out: Path = args.out or HERE / "results" / name / f"{record['date']}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as name:
         folder = Path(name)
-        wanted = {name: part for name, part in parts(args, folder).items() if name in args.parts}
-        started = (Run(name, part, folder, args.smoke) for name, part in wanted.items())
-        for run in list(started) if args.smoke else started:
-            collect(run, folder, told, args.log)
-            out.write_text(json.dumps(told, indent=1) + "\n")  # kept if a later part hangs
-    return finish(told, out)
+        chosen = {name: part for name, part in parts(args, folder).items() if name in args.parts}
+        runs = (Run(name, part, folder, args.smoke) for name, part in chosen.items())
+        for run in list(runs) if args.smoke else runs:  # a list starts all of them at once
+            collect(run, folder, record, args.log)
+            out.write_text(json.dumps(record, indent=1) + "\n")  # kept if a later part hangs
+    return finish(record, out)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,20 @@
-"""Times of attention on a GPU, of cuDNN's through PyTorch beside them, and of a budget.
+"""Times of attention on a GPU, compared with cuDNN (through PyTorch), and of an attention budget.
 
     python benchmarks/gpu_attention.py          rows of the record
     python benchmarks/gpu_attention.py more     other sizes and types too
-    python benchmarks/gpu_attention.py amb      softmax attention within a budget and without
+    python benchmarks/gpu_attention.py amb      softmax attention with and without a budget
 
-f16 K and V unless the name says q8_0; prompts are causal. `fa_DK_DV_hH_nN`: N queries over N keys,
-TFLOP/s of the causal half. With one query (`q1`): over 192/128 TB/s of K and V; over 576/512, V
-inside K and one head of K, us, with the sum over parts of the keys. Whole sets of Q, K and V take
-turns. cuDNN takes no 576/512.
+K and V are f16 unless the name ends in q8_0. Prompts are causal.
 
-amb: a prompt of 8192 tokens, 16 heads, 192/128, causal; 256 MiB hold the scores of one head. A run
-touches 180 MB of K, V and queries and, within the budget, the same 256 MiB again and again: no
-rotation is needed. The status is 1 where the score peak is above the budget, or the result differs.
+fa_DK_DV_hH_nN        N queries and N keys: TFLOP/s of the causal half
+fa_192_128_.._q1_nN   one query: TB/s of K and V
+fa_576_512_.._q1_nN   one query, V is a part of K, one head of K: us, combining parts included
+
+Sets of Q, K and V take turns, so that they are not in the cache. cuDNN does not support 576/512.
+
+amb: a prompt of 8192 tokens, 16 heads, 192/128, causal; the scores of one head take 256 MiB. A run
+reads 180 MB of K, V and queries, so sets need not take turns. The status is 1 if the score peak
+exceeds the budget or the result differs.
 """
 
 from __future__ import annotations
@@ -33,15 +36,15 @@ from benchmarks.gpu_bench import (
     plan_microseconds,
     random_blocks,
     replays,
-    tell,
-    tell_clocks,
+    write_clocks,
+    write_row,
 )
 from pyggml.dtypes import dtype
 
 
 @dataclass(frozen=True)
 class Size:
-    """Attention of `n_q` queries; latent: V is the first d_v elements of K."""
+    """Attention with `n_q` queries. Latent (d_k = 576): V is the first d_v elements of K."""
 
     d_k: int
     d_v: int
@@ -49,7 +52,7 @@ class Size:
     n_kv: int
     heads: int
     heads_kv: int
-    kind: str = "f16"
+    dtype: str = "f16"
 
     @property
     def latent(self) -> bool:
@@ -59,7 +62,7 @@ class Size:
     def moved(self) -> int:
         """Bytes of K and V."""
         width = self.d_k if self.latent else self.d_k + self.d_v
-        return dtype(self.kind).row_bytes(width) * self.n_kv * self.heads_kv
+        return dtype(self.dtype).row_bytes(width) * self.n_kv * self.heads_kv
 
     @property
     def sets(self) -> int:
@@ -67,7 +70,7 @@ class Size:
 
     @property
     def flops(self) -> int:
-        """Of the causal half."""
+        """Operations of the causal half."""
         return self.n_q * self.n_kv * self.heads * (self.d_k + self.d_v)
 
     def value(self, us: float) -> float:
@@ -104,52 +107,52 @@ rng = np.random.default_rng(3)
 
 
 class Leaves:
-    """Inputs made when they are first asked for; `given`: what they hold."""
+    """Inputs, created on first use, and their `values` by name."""
 
     def __init__(self) -> None:
-        self.given: dict[str, Any] = {}
-        self.made: dict[str, gg.Node] = {}
+        self.values: dict[str, Any] = {}
+        self.nodes: dict[str, gg.Node] = {}
 
-    def get(self, name: str, kind: str, d: int, n: int, heads: int) -> gg.Node:
-        if name not in self.made:
-            if kind == "q8_0":
-                values: Any = random_blocks(kind, heads * n, d, rng).reshape(heads, n, -1)
+    def get(self, name: str, type: str, d: int, n: int, heads: int) -> gg.Node:
+        if name not in self.nodes:
+            if type == "q8_0":
+                values: Any = random_blocks(type, heads * n, d, rng).reshape(heads, n, -1)
             else:
-                values = rng.standard_normal((heads, n, d), np.float32).astype(dtype(kind).numpy)
-            self.given[name] = values
-            self.made[name] = gg.input(name, kind, ne=(d, n, heads))
-        return self.made[name]
+                values = rng.standard_normal((heads, n, d), np.float32).astype(dtype(type).numpy)
+            self.values[name] = values
+            self.nodes[name] = gg.input(name, type, ne=(d, n, heads))
+        return self.nodes[name]
 
     def pos(self, n_q: int, n_kv: int) -> gg.Node:
-        """Positions of the last queries."""
-        if "pos" not in self.made:
-            self.given["pos"] = np.arange(n_kv - n_q, n_kv)
-            self.made["pos"] = gg.input("pos", "i32", ne=(n_q,))
-        return self.made["pos"]
+        """The last n_q of n_kv positions."""
+        if "pos" not in self.nodes:
+            self.values["pos"] = np.arange(n_kv - n_q, n_kv)
+            self.nodes["pos"] = gg.input("pos", "i32", ne=(n_q,))
+        return self.nodes["pos"]
 
 
 def node(size: Size, i: int, leaves: Leaves) -> gg.Node:
-    """Attention of queries of its own over one of the sets of K and V."""
-    s, one = size, i % size.sets
+    """Attention of new queries over one of the sets of K and V."""
+    s, set_ = size, i % size.sets
     q = leaves.get(f"q{i}", "f32", s.d_k, s.n_q, s.heads)
-    k = leaves.get(f"k{one}", s.kind, s.d_k, s.n_kv, s.heads_kv)
+    k = leaves.get(f"k{set_}", s.dtype, s.d_k, s.n_kv, s.heads_kv)
     if s.latent:
         v = gg.view(k, ne=(s.d_v, s.n_kv, s.heads_kv))
     else:
-        v = leaves.get(f"v{one}", s.kind, s.d_v, s.n_kv, s.heads_kv)
+        v = leaves.get(f"v{set_}", s.dtype, s.d_v, s.n_kv, s.heads_kv)
     mask = gg.causal_mask(leaves.pos(s.n_q, s.n_kv), n_kv=s.n_kv) if s.n_q > 1 else None
     return gg.flash_attn_ext(q, k, v, mask, scale=s.d_k**-0.5)
 
 
-def ours(name: str, size: Size) -> None:
+def pyggml_row(name: str, size: Size) -> None:
     leaves = Leaves()
     turns = -(-SHORT // size.sets) if size.n_q == 1 else 1
     nodes = [node(size, i, leaves) for i in range(turns * size.sets)]
-    tell(name, size.unit, [size.value(t) for t in node_microseconds(nodes, leaves.given)])
+    write_row(name, size.unit, [size.value(t) for t in node_microseconds(nodes, leaves.values)])
 
 
-def cudnn(name: str, size: Size) -> None:
-    """PyTorch's attention on cuDNN."""
+def cudnn_row(name: str, size: Size) -> None:
+    """A row of PyTorch's attention on cuDNN."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -168,20 +171,20 @@ def cudnn(name: str, size: Size) -> None:
         calls *= -(-SHORT // len(calls))
     try:
         with torch.no_grad(), sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            taken = peer_microseconds(calls)
-        tell(f"torch_cudnn_{name}", size.unit, [size.value(t) for t in taken])
-    except RuntimeError as error:  # it does not take every size
+            times = peer_microseconds(calls)
+        write_row(f"torch_cudnn_{name}", size.unit, [size.value(t) for t in times])
+    except RuntimeError as error:  # cuDNN does not support every size
         print(f"torch_cudnn_{name}: not measured: {error}")
     del calls
     torch.cuda.empty_cache()
 
 
 def clocks() -> None:
-    """While a long prompt is running."""
+    """Write the clocks while a long prompt is running."""
     size, leaves = ROWS["fa_192_128_h16_n8192"], Leaves()
     plan = gg.compile({"y": node(size, 0, leaves)}, backends=["cuda"])
-    plan.run(leaves.given)
-    tell_clocks("attention", replays([plan]), median(plan_microseconds([plan])))
+    plan.run(leaves.values)
+    write_clocks("attention", replays([plan]), median(plan_microseconds([plan])))
 
 
 #: MiB, tokens, heads and head sizes of the budget's rows.
@@ -198,33 +201,33 @@ def softmax_attention(n: int = N) -> gg.Node:
 
 
 def budget() -> int:
-    """Rows of the budget; 1 where it does not hold, or changes the result."""
+    """Rows of the budget. Returns 1 if the plan exceeds the budget or the result differs."""
     rng = np.random.default_rng(0)
     sizes = {"q": D_K, "k": D_K, "v": D_V}
-    given: dict[str, Any] = {}
+    inputs: dict[str, Any] = {}
     for name, d in sizes.items():
         values = rng.standard_normal((HEADS, N, d), np.float32)
-        given[name] = values if name == "q" else values.astype(np.float16)
-    given["pos"] = np.arange(N)
+        inputs[name] = values if name == "q" else values.astype(np.float16)
+    inputs["pos"] = np.arange(N)
     times, results = {}, {}
     for name, amb in (("none", None), (f"{AMB}", AMB)):
         plan = gg.compile({"y": softmax_attention()}, backends=["cuda"], amb=amb)
         peak = plan.memory.score_peak / 2**20
         print(f"amb {name}: score peak {peak:.1f} MiB, arena {plan.memory.compute / 2**20:.1f} MiB")
         if amb is not None and not 0 < peak <= amb:
-            print(f"FAIL the score peak of {peak:.1f} MiB is not within amb {amb}")
+            print(f"FAIL the score peak of {peak:.1f} MiB exceeds amb {amb}")
             return 1
-        results[name] = plan.run(given)["y"]
+        results[name] = plan.run(inputs)["y"]
         times[name] = plan_microseconds([plan])
-        tell(f"amb_{name}_n{N}", "ms", [t / 1000 for t in times[name]])
+        write_row(f"amb_{name}_n{N}", "ms", [t / 1000 for t in times[name]])
         del plan
-    whole, cut = results.values()
-    error = float(np.linalg.norm(cut - whole) / np.linalg.norm(whole))
+    plain, cut = results.values()
+    error = float(np.linalg.norm(cut - plain) / np.linalg.norm(plain))
     if not error < 1e-3:
-        print(f"FAIL within the budget the result differs by {error:.1e}")
+        print(f"FAIL with the budget, the result differs by {error:.1e}")
         return 1
     without = median(times["none"])
-    tell(f"amb_{AMB}_slowdown", "times", [t / without for t in times[f"{AMB}"]])
+    write_row(f"amb_{AMB}_slowdown", "times", [t / without for t in times[f"{AMB}"]])
     return 0
 
 
@@ -233,11 +236,11 @@ def main() -> int:
         return budget()
     rows = {**ROWS, **(MORE if sys.argv[1:] == ["more"] else {})}
     for name, size in rows.items():
-        ours(name, size)
+        pyggml_row(name, size)
     clocks()
     for name, size in rows.items():
-        if not size.latent and size.kind == "f16":
-            cudnn(name, size)
+        if not size.latent and size.dtype == "f16":
+            cudnn_row(name, size)
     return 0
 
 

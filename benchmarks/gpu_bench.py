@@ -1,8 +1,8 @@
-"""What the timings on a GPU share: rows of the record, times, data.
+"""Shared by the GPU benchmarks: rows of the record, timing, and random data.
 
-A time is the median of 20 replays of a graph in which all calls take turns, divided by their
-number, after replays of 0.2 s that bring the clocks up. Inputs rotate: between two uses of one lie
-at least four times the L2 cache (`copies`).
+A time is the median of 20 replays of a CUDA graph, divided by the number of calls in it. First,
+replays for 0.2 s bring the clocks up. The calls use different inputs in turn, so that four times
+the L2 cache is read between two uses of the same input (`copies`).
 """
 
 from __future__ import annotations
@@ -23,38 +23,38 @@ import pyggml as gg
 from pyggml import backends
 from pyggml.dtypes import TYPES
 
-#: Puts something into a stream.
+#: Submits work to a stream.
 Action = Callable[[], object]
-#: Bytes that lie between two uses of an input: four times the L2 cache of an H200.
+#: Bytes read between two uses of an input: four times the L2 cache of an H200.
 APART = 4 * (60 << 20)
-#: Set where all that counts is whether everything runs.
+#: Environment variable: only check that everything runs.
 SMOKE = "PYGGML_BENCH_SMOKE"
 SAMPLES = 3 if os.environ.get(SMOKE) else 20
-#: A graph of kernels that may take less than 20 us holds so many.
+#: Calls in a graph, if one may take less than 20 us.
 SHORT = 20
 #: Seconds of replays before the first sample.
 WARM = 0.02 if os.environ.get(SMOKE) else 0.2
-#: Microseconds for which the queue is filled before nvidia-smi, which takes about a second, starts.
+#: Microseconds of work to queue before nvidia-smi starts, which takes about a second.
 BUSY = 2e6
-#: Where rows go as lines of JSON; gpu.py gives it.
+#: Environment variable: the file for rows, as lines of JSON. gpu.py sets it.
 ROWS = "PYGGML_BENCH_ROWS"
 
 
 def copies(nbytes: int) -> int:
-    """So many inputs of `nbytes` each that none is found in the cache."""
+    """How many inputs of `nbytes` each are needed so that none is in the cache when it is used."""
     return max(1, -(-APART // nbytes))
 
 
 def cuda() -> Any:
-    """The backend on the GPU."""
+    """The backend of the first GPU."""
     return backends.get("cuda")
 
 
 # -- rows -------------------------------------------------------------------------------------
 
 
-def tell(name: str, unit: str, samples: Sequence[float]) -> None:
-    """A row: its value is the median of the samples."""
+def write_row(name: str, unit: str, samples: Sequence[float]) -> None:
+    """Write a row of the record. Its value is the median of the samples."""
     value = median(samples)
     print(f"ROW {name:32} {value:10.4g} {unit}", flush=True)
     _write({"name": name, "value": value, "unit": unit, "samples": list(samples)})
@@ -67,21 +67,21 @@ def _write(line: dict[str, Any]) -> None:
 
 
 def smi(query: str) -> str:
-    """What nvidia-smi says of the first GPU; an empty string where there is no nvidia-smi."""
+    """The answer of nvidia-smi for the first GPU; empty if there is no nvidia-smi."""
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return told.stdout.partition("\n")[0].strip()
+    return done.stdout.partition("\n")[0].strip()
 
 
-def tell_clocks(what: str, run: Action, us: float) -> None:
-    """SM and memory clock while `run` (of `us`), put into a queue again and again, is running."""
+def write_clocks(what: str, run: Action, us: float) -> None:
+    """Write the SM clock, memory clock and power while `run`, which takes `us`, is running."""
     for _ in range(int(BUSY / us) + 1):
         run()
-    told = smi("clocks.sm,clocks.mem,power.draw").split(", ")
-    sm, memory, power = told if len(told) == 3 else ["unknown"] * 3
+    values = smi("clocks.sm,clocks.mem,power.draw").split(", ")
+    sm, memory, power = values if len(values) == 3 else ["unknown"] * 3
     print(f"CLOCKS {what}: SM {sm}, memory {memory}, {power}", flush=True)
     _write({"clocks": what, "sm": sm, "memory": memory, "power": power})
 
@@ -89,16 +89,18 @@ def tell_clocks(what: str, run: Action, us: float) -> None:
 # -- times ------------------------------------------------------------------------------------
 
 
-def node_microseconds(nodes: Sequence[gg.Node], given: Mapping[str, Any]) -> list[float]:
-    """Samples of the mean time of a node, all of them computed by one plan."""
+def node_microseconds(nodes: Sequence[gg.Node], inputs: Mapping[str, Any]) -> list[float]:
+    """Samples of the mean time of a node. One plan computes all nodes."""
     plan = gg.compile({f"y{i}": node for i, node in enumerate(nodes)}, backends=["cuda"])
-    plan.run(given)
+    plan.run(inputs)
     return plan_microseconds([plan], len(nodes))
 
 
 def plan_microseconds(plans: Sequence[gg.Plan], nodes: int = 1) -> list[float]:
-    """Samples of the mean time of a plan, or of one of its `nodes`. The plans, which were run and
-    need the GPU alone, take turns."""
+    """Samples of the mean time of a plan, or of one of its `nodes`.
+
+    The plans run in turn. Each must have run before, and must use nothing but the GPU.
+    """
     device, run = cuda(), replays(plans)
     with device.context:
         run()  # captures
@@ -107,37 +109,37 @@ def plan_microseconds(plans: Sequence[gg.Plan], nodes: int = 1) -> list[float]:
 
 
 def replays(plans: Sequence[gg.Plan]) -> Action:
-    """What puts each plan's graph into the queue once."""
+    """An action that submits each plan's graph once."""
     runners = [runner for plan in plans for runner in plan.runners]
-    assert len(runners) == len(plans), "a plan needs other devices too"
+    assert len(runners) == len(plans), "a plan uses other devices too"
     return partial(_all, [runner.run for runner in runners])
 
 
 def sampled(run: Action, stream: Any, calls: int = 1) -> list[float]:
-    """Microseconds of a call, of which `run` puts so many into a stream of CuPy's."""
+    """Samples of the microseconds per call; `run` submits `calls` of them to a CuPy stream."""
     import cupy
 
     end = perf_counter() + WARM
     while perf_counter() < end:
         run()
         stream.synchronize()
-    taken = []
+    times = []
     for _ in range(SAMPLES):
         before, after = cupy.cuda.Event(), cupy.cuda.Event()
         before.record(stream)
         run()
         after.record(stream)
         after.synchronize()
-        taken.append(1000 * cupy.cuda.get_elapsed_time(before, after) / calls)
-    return taken
+        times.append(1000 * cupy.cuda.get_elapsed_time(before, after) / calls)
+    return times
 
 
 def peer_microseconds(calls: Sequence[Action]) -> list[float]:
-    """Samples of the mean time of PyTorch's calls, all of them in one graph."""
+    """Samples of the mean time of PyTorch calls. One CUDA graph has all calls."""
     import cupy
     import torch
 
-    torch.cuda.synchronize()  # what the operands wait for is in another stream
+    torch.cuda.synchronize()  # the operands are computed in another stream
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls[:2]:
@@ -152,37 +154,37 @@ def peer_microseconds(calls: Sequence[Action]) -> list[float]:
 
 
 def _all(actions: Sequence[Action]) -> None:
-    for one in actions:
-        one()
+    for action in actions:
+        action()
 
 
 # -- data -------------------------------------------------------------------------------------
 
 
-def random_blocks(kind: str, rows: int, k: int, rng: np.random.Generator) -> np.ndarray:
-    """uint8 [rows, blocks, bytes of a block] with scales like those of real weights."""
-    t = TYPES[kind]
+def random_blocks(name: str, rows: int, k: int, rng: np.random.Generator) -> np.ndarray:
+    """uint8 [rows, blocks, bytes of a block] with scales of a realistic size."""
+    t = TYPES[name]
     raw = rng.integers(0, 256, (rows, k // t.block, t.nbytes), np.uint8)
 
     def halves(at: int, low: float, high: float) -> None:
         values = rng.uniform(low, high, raw.shape[:2]).astype(np.float16)
         raw[..., at : at + 2] = values[..., None].view(np.uint8)
 
-    if kind == "mxfp4":
+    if name == "mxfp4":
         raw[..., 0] = rng.integers(112, 124, raw.shape[:2])
-    elif kind == "nvfp4":
+    elif name == "nvfp4":
         raw[..., :4] = rng.integers(8, 56, (*raw.shape[:2], 4))
-    elif kind == "iq1_m":
+    elif name == "iq1_m":
         raw[..., 55] = raw[..., 55] & 0x0F | 0x20  # d, in the upper halves of four words
-    elif kind == "q6_K":
+    elif name == "q6_K":
         halves(208, 1e-5, 1e-4)
-    elif kind in ("q3_K", "tq1_0", "tq2_0"):
+    elif name in ("q3_K", "tq1_0", "tq2_0"):
         halves(t.nbytes - 2, 1e-3, 1e-2)
-    elif kind == "q2_K":
+    elif name == "q2_K":
         halves(80, 1e-3, 1e-2)
         halves(82, 1e-3, 1e-2)
     else:
         halves(0, 1e-3, 1e-2)
-        if kind in ("q4_1", "q5_1", "q4_K", "q5_K"):
+        if name in ("q4_1", "q5_1", "q4_K", "q5_K"):
             halves(2, 1e-3, 1e-2)
     return raw

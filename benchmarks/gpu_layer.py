@@ -1,16 +1,16 @@
-"""One V2-Lite MoE layer on a GPU: a decode step replayed, a prompt, and compiling its kernels.
+"""One V2-Lite MoE layer on a GPU: a decode step, a prompt, and compiling its kernels.
 
     python benchmarks/gpu_layer.py [--steps]    rows of the layer
-    python benchmarks/gpu_layer.py compile      seconds to get its kernels
+    python benchmarks/gpu_layer.py compile      seconds to compile or load its kernels
 
 IQ4_NL weights, f16 latent cache; inputs are on the device. A decode step reads about 50 MB, which
-the cache would keep: six plans with weights, cache and token of their own take turns, and a sample
-is the mean of their graphs, one after another. A prompt reads more than four times the cache.
+fits in the L2 cache. So six plans take turns, each with its own weights, cache and token, and a
+sample is the mean of their graphs. A prompt reads more than four times the L2 cache.
 
-compile: counted is what `Context.load` does, and nothing else: NVRTC (or reading the cache),
-loading the machine code into the driver and finding the functions, for every kernel of the plans of
-a decode step and of a prompt (latent and expanded). Each sample is a process of its own. Cold: the
-cache is empty; cached: it was filled so. NVRTC is loaded before, as by every start of the backend.
+compile: the time in `Context.load` for all kernels of the plans of a decode step and of a prompt
+(latent and expanded): NVRTC or reading the cache, loading the machine code into the driver, and
+looking up the functions. Each sample is a new process. Cold: with an empty cache; cached: with the
+cache that the last cold process filled. Loading NVRTC itself is not included.
 """
 
 from __future__ import annotations
@@ -32,7 +32,15 @@ from typing import Any
 import numpy as np
 
 import pyggml as gg
-from benchmarks.gpu_bench import SMOKE, copies, cuda, plan_microseconds, replays, tell, tell_clocks
+from benchmarks.gpu_bench import (
+    SMOKE,
+    copies,
+    cuda,
+    plan_microseconds,
+    replays,
+    write_clocks,
+    write_row,
+)
 from pyggml import gguf
 from pyggml.models.config import DeepSeek2Config
 from pyggml.models.deepseek2 import AttentionOptions, Cache, Layer
@@ -59,7 +67,7 @@ def lite() -> Iterator[Layer]:
 
 
 def layer_plan(layer: Layer, n_tokens: int, n_kv: int, form: str) -> gg.Plan:
-    """With a store of its own."""
+    """A plan of the layer, with its own store."""
     options = AttentionOptions(form, True, "f16")
     x = gg.input("x", "f32", ne=(layer.config.n_embd, n_tokens))
     pos = gg.input("pos", "i32", ne=(n_tokens,))
@@ -70,28 +78,28 @@ def layer_plan(layer: Layer, n_tokens: int, n_kv: int, form: str) -> gg.Plan:
 
 
 def tokens(plan: gg.Plan, depth: int, rng: np.random.Generator) -> dict[str, Any]:
-    """The plan's inputs: the last tokens before `depth`."""
+    """The plan's inputs: random tokens at the last positions before `depth`."""
     n_tokens, n_embd = plan.inputs["x"].shape
     x = rng.standard_normal((n_tokens, n_embd), dtype=np.float32)
     return {"x": x, "pos": np.arange(depth - n_tokens, depth)}
 
 
-#: Samples of each way to get the kernels.
+#: Samples of each row of `compile`.
 TIMES = 1 if os.environ.get(SMOKE) else 3
 
 
 def loaded() -> tuple[float, int]:
-    """Seconds in `Context.load`, and kernels, of this process."""
+    """Seconds that this process spends in `Context.load`, and the number of kernels."""
     context = cuda().context
-    spent: list[float] = []
+    seconds: list[float] = []
     kernels: set[tuple[str, str]] = set()
     load = context.load
 
     def timed(launches: Any) -> None:
-        kernels.update((one.file, one.name) for one in launches)
+        kernels.update((launch.file, launch.name) for launch in launches)
         begin = perf_counter()
         load(launches)
-        spent.append(perf_counter() - begin)
+        seconds.append(perf_counter() - begin)
 
     context.load = timed
     rng = np.random.default_rng(0)
@@ -99,11 +107,11 @@ def loaded() -> tuple[float, int]:
         for _, n_tokens, depth, n_kv, form, _ in ROWS:
             plan = layer_plan(layer, n_tokens, n_kv, form)
             plan.run(tokens(plan, depth, rng))
-    return sum(spent), len(kernels)
+    return sum(seconds), len(kernels)
 
 
 def load_seconds(cache: str) -> float:
-    """The seconds of a new process that uses the cache folder."""
+    """Seconds to load the kernels in a new process with this cache folder."""
     command = [sys.executable, "-W", "ignore", __file__, "loaded"]
     environment = {**os.environ, "PYGGML_CACHE": cache}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
@@ -114,32 +122,32 @@ def load_seconds(cache: str) -> float:
     return float(seconds)
 
 
-def compiling() -> None:
-    """Rows of the seconds that kernels take."""
+def compile_rows() -> None:
+    """Rows of the seconds to compile and to load kernels."""
     cold = []
     for _ in range(TIMES - 1):
         with TemporaryDirectory() as cache:
             cold.append(load_seconds(cache))
     with TemporaryDirectory() as cache:
         cold.append(load_seconds(cache))
-        tell("compile_cold", "s", cold)
-        tell("compile_cached", "s", [load_seconds(cache) for _ in range(TIMES)])
+        write_row("compile_cold", "s", cold)
+        write_row("compile_cached", "s", [load_seconds(cache) for _ in range(TIMES)])
 
 
-def layers(steps: bool) -> None:
-    """Rows of the layer, and the times of its steps one by one."""
+def layer_rows(steps: bool) -> None:
+    """Rows of the layer; with `steps`, also print the time of each step."""
     rng = np.random.default_rng(0)
     with lite() as layer:
         for name, n_tokens, depth, n_kv, form, nbytes in ROWS:
             plans = [layer_plan(layer, n_tokens, n_kv, form) for _ in range(copies(nbytes))]
             for plan in plans:
                 plan.run(tokens(plan, depth, rng))
-            taken = plan_microseconds(plans)
+            times = plan_microseconds(plans)
             if n_tokens == 1:
-                tell(name, "us", taken)
+                write_row(name, "us", times)
             else:
-                tell(name, "ms", [t / 1000 for t in taken])
-                tell_clocks(name, replays(plans), median(taken))
+                write_row(name, "ms", [t / 1000 for t in times])
+                write_clocks(name, replays(plans), median(times))
             if steps:
                 print(plans[0].profile(tokens(plans[0], depth, rng)), flush=True)
             del plans
@@ -151,14 +159,14 @@ def main() -> None:
     )
     add = parser.add_argument
     add("part", nargs="?", choices=("layer", "compile", "loaded"), default="layer")
-    add("--steps", action="store_true", help="the time of each step too")
+    add("--steps", action="store_true", help="also print the time of each step")
     args = parser.parse_args()
     if args.part == "loaded":
         print(json.dumps(loaded()))
     elif args.part == "compile":
-        compiling()
+        compile_rows()
     else:
-        layers(args.steps)
+        layer_rows(args.steps)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Times of products on a GPU: the record's rows, and a table of more types, sizes and ops.
+"""Times of products on a GPU.
 
     python benchmarks/gpu_linear.py          rows of the record
-    python benchmarks/gpu_linear.py more     other block types, numbers of columns and tokens, and
-                                             ops that move memory
+    python benchmarks/gpu_linear.py more     also other block types, numbers of columns and tokens,
+                                             and ops that move memory
 
-A plan computes one product for each of its inputs, over weights that take turns. Shares are of the
-bandwidth of a copy, bytes read and written, measured in the same run: the better of one by the copy
-engine and one by a kernel. `torch_grouped_mm`: PyTorch's grouped product of bf16 weights, for as
-many pairs of tokens and experts, evenly spread, as up and gate of `moe_up_gate` together.
+One plan computes many products, with weights that take turns. The unit "of copy" is the share of
+the bandwidth (bytes read and written) of a copy in the same run, by the copy engine or by a kernel,
+whichever is faster. `torch_grouped_mm` is PyTorch's grouped product with bf16 weights. It does the
+work of up and gate of `moe_up_gate`, with tokens spread evenly over the experts.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from benchmarks.gpu_bench import (
     node_microseconds,
     peer_microseconds,
     random_blocks,
-    tell,
+    write_row,
 )
 from pyggml.dtypes import TYPES
 from pyggml.node import cost_of
 
 K, M = 4096, 14336
-#: Up and gate of V2-Lite's experts.
+#: Sizes of up and gate in V2-Lite's experts.
 N_EMBD, N_FF, EXPERTS, USED = 2048, 1408, 64, 6
 
 rng = np.random.default_rng(7)
 
 
 def bandwidth() -> float:
-    """TB/s of a copy of 1 GiB."""
+    """TB/s of a copy of 1 GiB; writes the row."""
     import torch
 
     source = torch.randn(1 << 28, device="cuda")
@@ -49,57 +49,57 @@ def bandwidth() -> float:
     ways = (partial(target.copy_, source), partial(torch.neg, source, out=target))
     rates = [[8 * source.numel() / t / 1e6 for t in peer_microseconds([way] * 3)] for way in ways]
     best = max(rates, key=median)
-    tell("copy", "TB/s", best)
+    write_row("copy", "TB/s", best)
     del source, target
     torch.cuda.empty_cache()
     return float(median(best))
 
 
-def weight(kind: str, *ne: int) -> gg.Node:
-    if TYPES[kind].block == 1:
-        return gg.constant(rng.standard_normal(ne[::-1], np.float32), dtype=kind)
-    rows = random_blocks(kind, prod(ne[1:]), ne[0], rng)
-    return gg.constant(rows.reshape(*ne[:0:-1], -1), dtype=kind)
+def weight(dtype: str, *ne: int) -> gg.Node:
+    if TYPES[dtype].block == 1:
+        return gg.constant(rng.standard_normal(ne[::-1], np.float32), dtype=dtype)
+    rows = random_blocks(dtype, prod(ne[1:]), ne[0], rng)
+    return gg.constant(rows.reshape(*ne[:0:-1], -1), dtype=dtype)
 
 
-def mul_mat(kind: str, n: int, k: int = K, m: int = M) -> list[float]:
-    """us of products with n columns."""
-    size = TYPES[kind].row_bytes(k) * m
-    weights = [weight(kind, k, m) for _ in range(copies(size))]
+def mul_mat(dtype: str, n: int, k: int = K, m: int = M) -> list[float]:
+    """Samples of the us of a product with n columns."""
+    size = TYPES[dtype].row_bytes(k) * m
+    weights = [weight(dtype, k, m) for _ in range(copies(size))]
     count = len(weights) * -(-SHORT // len(weights))
-    given = {f"x{i}": rng.standard_normal((n, k), np.float32) for i in range(count)}
+    inputs = {f"x{i}": rng.standard_normal((n, k), np.float32) for i in range(count)}
     nodes = [
         gg.mul_mat(weights[i % len(weights)], gg.input(name, ne=(k, n)))
-        for i, name in enumerate(given)
+        for i, name in enumerate(inputs)
     ]
-    return node_microseconds(nodes, given)
+    return node_microseconds(nodes, inputs)
 
 
-def dense(kind: str, n: int, copy: float) -> None:
-    """A row: a share of the copy for one column, TFLOP/s for more."""
-    taken, size = mul_mat(kind, n), TYPES[kind].row_bytes(K) * M
+def dense(dtype: str, n: int, copy: float) -> None:
+    """A row: the share of a copy for one column, TFLOP/s for more."""
+    times, size = mul_mat(dtype, n), TYPES[dtype].row_bytes(K) * M
     if n == 1:
-        tell(f"mul_mat_vec_{kind}", "of copy", [size / t / 1e6 / copy for t in taken])
+        write_row(f"mul_mat_vec_{dtype}", "of copy", [size / t / 1e6 / copy for t in times])
     else:
-        tell(f"mul_mat_{kind}_n{n}", "TFLOP/s", [2 * K * M * n / t / 1e6 for t in taken])
+        write_row(f"mul_mat_{dtype}_n{n}", "TFLOP/s", [2 * K * M * n / t / 1e6 for t in times])
 
 
 def moe_up_gate(tokens: int, weights: list[tuple[gg.Node, gg.Node]]) -> None:
-    """A row: us of one token, else TFLOP/s."""
-    given: dict[str, Any] = {}
+    """A row: us for one token, TFLOP/s for more."""
+    inputs: dict[str, Any] = {}
     nodes = []
     for i in range(SHORT if tokens < 128 else 6):
-        chosen = [rng.permutation(EXPERTS)[:USED] for _ in range(tokens)]
-        given[f"ids{i}"] = np.array(chosen, np.int32)
-        given[f"x{i}"] = rng.standard_normal((tokens, 1, N_EMBD), np.float32)
+        experts_of = [rng.permutation(EXPERTS)[:USED] for _ in range(tokens)]
+        inputs[f"ids{i}"] = np.array(experts_of, np.int32)
+        inputs[f"x{i}"] = rng.standard_normal((tokens, 1, N_EMBD), np.float32)
         x = gg.input(f"x{i}", ne=(N_EMBD, 1, tokens))
         ids = gg.input(f"ids{i}", "i32", ne=(USED, tokens))
         nodes.append(gg.moe_up_gate(*weights[i % len(weights)], x, ids))
-    taken, name = node_microseconds(nodes, given), f"moe_up_gate_iq4_nl_t{tokens}"
+    times, name = node_microseconds(nodes, inputs), f"moe_up_gate_iq4_nl_t{tokens}"
     if tokens == 1:
-        tell(name, "us", taken)
+        write_row(name, "us", times)
     else:
-        tell(name, "TFLOP/s", [flops(tokens) / t / 1e6 for t in taken])
+        write_row(name, "TFLOP/s", [flops(tokens) / t / 1e6 for t in times])
 
 
 def flops(tokens: int) -> int:
@@ -107,52 +107,52 @@ def flops(tokens: int) -> int:
 
 
 def experts() -> list[tuple[gg.Node, gg.Node]]:
-    """Up and gate, twice. One token touches 6 of 64: 20 tokens touch more than the cache holds."""
+    """Two sets of up and gate. A token reads 6 of 64 experts; 20 tokens read more than L2 holds."""
     size = (N_EMBD, N_FF, EXPERTS)
     return [(weight("iq4_nl", *size), weight("iq4_nl", *size)) for _ in range(2)]
 
 
 def grouped(tokens: int) -> None:
-    """PyTorch's row."""
+    """A row of PyTorch's grouped product."""
     import torch
 
     pairs = tokens * USED
-    assert pairs % EXPERTS == 0, "every expert has as many"
+    assert pairs % EXPERTS == 0, "every expert needs equally many pairs"
     x = torch.randn(pairs, N_EMBD, device="cuda", dtype=torch.bfloat16)
     w = torch.randn(2, EXPERTS, 2 * N_FF, N_EMBD, device="cuda", dtype=torch.bfloat16)
     ends = torch.arange(1, EXPERTS + 1, device="cuda", dtype=torch.int32) * (pairs // EXPERTS)
     calls = [partial(torch._grouped_mm, x, w[i % 2].transpose(-2, -1), offs=ends) for i in range(4)]
-    taken = peer_microseconds(calls)
-    tell(f"torch_grouped_mm_t{tokens}", "TFLOP/s", [flops(tokens) / t / 1e6 for t in taken])
+    times = peer_microseconds(calls)
+    write_row(f"torch_grouped_mm_t{tokens}", "TFLOP/s", [flops(tokens) / t / 1e6 for t in times])
     del x, w, calls
     torch.cuda.empty_cache()
 
 
 class Leaves:
-    """Inputs that hold zeros: `given`, by name."""
+    """Inputs of zeros, and their `values` by name."""
 
     def __init__(self) -> None:
-        self.given: dict[str, Any] = {}
+        self.values: dict[str, Any] = {}
 
-    def __call__(self, *ne: int, kind: str = "f32") -> gg.Node:
-        name, row = f"x{len(self.given)}", TYPES[kind].row_bytes(ne[0])
-        plain = TYPES[kind].numpy
+    def __call__(self, *ne: int, dtype: str = "f32") -> gg.Node:
+        name, row = f"x{len(self.values)}", TYPES[dtype].row_bytes(ne[0])
+        plain = TYPES[dtype].numpy
         shape = ne[::-1] if plain is not None else (*ne[:0:-1], row)
-        self.given[name] = np.zeros(shape, plain or np.uint8)
-        return gg.input(name, kind, ne=ne)
+        self.values[name] = np.zeros(shape, plain or np.uint8)
+        return gg.input(name, dtype, ne=ne)
 
 
-#: Ops that move memory, of large sizes and of one token.
+#: Ops limited by memory, with large sizes and for one token.
 MOVES: dict[str, Callable[[Leaves], gg.Node]] = {
     "add 8192x4096": lambda x: gg.add(x(8192, 4096), x(8192, 4096)),
     "mul by a row": lambda x: gg.mul(x(8192, 4096), x(8192)),
     "silu": lambda x: gg.silu(x(8192, 4096)),
     "rms_norm 8192x4096": lambda x: gg.rms_norm(x(8192, 4096), eps=1e-6),
     "cast f32 to f16": lambda x: gg.cast(x(8192, 4096), dtype="f16"),
-    "cast f16 to f32": lambda x: gg.cast(x(8192, 4096, kind="f16"), dtype="f32"),
-    "cast q8_0 to f16": lambda x: gg.cast(x(8192, 4096, kind="q8_0"), dtype="f16"),
+    "cast f16 to f32": lambda x: gg.cast(x(8192, 4096, dtype="f16"), dtype="f32"),
+    "cast q8_0 to f16": lambda x: gg.cast(x(8192, 4096, dtype="q8_0"), dtype="f16"),
     "cont of a transposed": lambda x: gg.cont(gg.transpose(x(8192, 4096))),
-    "rope 64x16x2048": lambda x: gg.rope_ext(x(64, 16, 2048), x(2048, kind="i32"), n_dims=64),
+    "rope 64x16x2048": lambda x: gg.rope_ext(x(64, 16, 2048), x(2048, dtype="i32"), n_dims=64),
     "rms_norm 2048x1": lambda x: gg.rms_norm(x(2048), eps=1e-6),
     "add 2048x1": lambda x: gg.add(x(2048), x(2048)),
     "top_k 64, 6": lambda x: gg.top_k(x(64), k=6),
@@ -161,28 +161,28 @@ MOVES: dict[str, Callable[[Leaves], gg.Node]] = {
 
 
 def moves() -> None:
-    """A line of each: microseconds, and the bytes that it reads and writes in that time."""
+    """Print a line for each of `MOVES`: microseconds, and TB/s read and written."""
     for name, make in MOVES.items():
         nbytes = cost_of(make(Leaves())).nbytes
         leaves = Leaves()
         nodes = [make(leaves) for _ in range(min(SHORT, max(2, copies(int(nbytes)))))]
-        us = median(node_microseconds(nodes, leaves.given))
+        us = median(node_microseconds(nodes, leaves.values))
         print(f"{name:22} {us:9.1f} us {nbytes / us / 1e6:7.2f} TB/s")
 
 
 def main() -> None:
     copy = bandwidth()
-    for kind, n in (("iq4_nl", 1), ("q8_0", 1), ("iq4_nl", 512)):
-        dense(kind, n, copy)
+    for dtype, n in (("iq4_nl", 1), ("q8_0", 1), ("iq4_nl", 512)):
+        dense(dtype, n, copy)
     weights = experts()
     for tokens in (1, 512, 2048):
         moe_up_gate(tokens, weights)
     for tokens in (512, 2048):
         grouped(tokens)
     if sys.argv[1:] == ["more"]:
-        for kind in ("iq4_nl", "q8_0", "q4_0", "q4_K", "q6_K", "f16"):
+        for dtype in ("iq4_nl", "q8_0", "q4_0", "q4_K", "q6_K", "f16"):
             for n in (1, 2, 4, 8, 16, 64, 512, 2048):
-                dense(kind, n, copy)
+                dense(dtype, n, copy)
         for tokens in (2, 4, 8, 16, 32, 128):
             moe_up_gate(tokens, weights)
         moves()

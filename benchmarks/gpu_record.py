@@ -1,4 +1,4 @@
-"""What a record of the GPU is made of: the machine, rows of scripts and of tests, two as one."""
+"""Parts of a GPU record: the machine, rows of scripts and tests, and joining two records."""
 
 from __future__ import annotations
 
@@ -45,22 +45,23 @@ def row(name: str, unit: str, value: float) -> Row:
 
 
 def example_rows(folder: Path) -> Iterator[Row]:
-    """The worst error of a cache type and precision over both examples; samples are all of them."""
-    found: dict[str, list[float]] = {}
+    """The largest error for each cache type and precision; the samples are all errors."""
+    errors: dict[str, list[float]] = {}
     for path in sorted(folder.glob("examples_*.json")):
         tail = "_prec_f32" if path.stem.endswith("_f32") else ""
         for row in json.loads(path.read_text())["rows"]:
-            errors = [value for key, value in row.items() if key.endswith("error")]
-            found.setdefault(f"example_worst_error_{row['cache']}{tail}", []).extend(errors)
-    for name, errors in found.items():
-        yield {"name": name, "value": max(errors), "unit": "", "samples": errors}
+            values = [value for key, value in row.items() if key.endswith("error")]
+            errors.setdefault(f"example_worst_error_{row['cache']}{tail}", []).extend(values)
+    for name, values in errors.items():
+        yield {"name": name, "value": max(values), "unit": "", "samples": values}
 
 
 def report_rows(path: Path, ended: bool = True) -> tuple[list[Row], list[str]]:
-    """Rows of a report of pytest, and the tests that were skipped, with their reasons.
+    """Rows of a pytest report, and the tests that were skipped, with reasons.
 
-    Rows: what tests recorded; if pytest came to its end (a test that was interrupted has not
-    passed), how many tests of every file failed of those that ran, and how many passed in all.
+    The rows are what tests recorded. If pytest ended by itself, there are also the number of failed
+    tests in each file with tests that ran, and of passed tests. Otherwise they would be wrong: an
+    interrupted test looks as if it had passed.
     """
     failed: dict[str, int] = {}
     values: dict[str, float] = {}
@@ -68,17 +69,17 @@ def report_rows(path: Path, ended: bool = True) -> tuple[list[Row], list[str]]:
     passed = 0
     for case in ElementTree.parse(path).iter("testcase"):
         file = case.get("classname", "").rpartition("test_gpu_")[2]
-        for one in case.iter("property"):
-            values[one.get("name", "")] = float(one.get("value", "nan"))
+        for item in case.iter("property"):
+            values[item.get("name", "")] = float(item.get("value", "nan"))
         skip = case.find("skipped")
         if skip is not None:
             skipped.setdefault(skip.get("message", ""), []).append(case.get("name", ""))
             continue
-        wrong = case.find("failure") is not None or case.find("error") is not None
-        failed[file] = failed.get(file, 0) + wrong
-        passed += not wrong
+        has_failed = case.find("failure") is not None or case.find("error") is not None
+        failed[file] = failed.get(file, 0) + has_failed
+        passed += not has_failed
     rows = [row(name, unit(name), value) for name, value in values.items()]
-    texts = [f"{few(names)}: {reason}" for reason, names in skipped.items()]
+    texts = [f"{shortened(names)}: {reason}" for reason, names in skipped.items()]
     if not ended:
         return rows, texts
     counts = {f"{file}_failed": number for file, number in failed.items()}
@@ -87,13 +88,14 @@ def report_rows(path: Path, ended: bool = True) -> tuple[list[Row], list[str]]:
     return rows, texts
 
 
-def few(names: list[str]) -> str:
+def shortened(names: list[str]) -> str:
+    """The first three names, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
 
 
 def unit(name: str) -> str:
-    """Of what a test recorded."""
+    """The unit of a value that a test recorded."""
     return "cases" if name == "parity_failed" or name.endswith("_cases") else ""
 
 
@@ -115,11 +117,11 @@ def nvrtc() -> str:
 
 
 def card(name: str) -> str:
-    """What the folder of a GPU's records is called: h200 for "NVIDIA H200"."""
-    own = re.sub(
+    """The folder name for records of a GPU: h200 for "NVIDIA H200"."""
+    short = re.sub(
         r"NVIDIA|GeForce|Tesla|\b(SXM\d*|PCIE|HBM\w*|NVL|\d+GB)\b", " ", name, flags=re.IGNORECASE
     )
-    return "-".join(re.findall(r"[a-z0-9]+", own.lower()))
+    return "-".join(re.findall(r"[a-z0-9]+", short.lower()))
 
 
 def machine() -> dict[str, str]:
@@ -135,7 +137,7 @@ def machine() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Of the checkout, with a + where files differ from it; "unknown" where git cannot be asked."""
+    """The commit of the checkout, with a + if files were changed; "unknown" without git."""
     try:
         words = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
@@ -147,18 +149,19 @@ def commit() -> str:
 # -- two records ----------------------------------------------------------------------------------
 
 
-def join(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
-    """The parts of both; of a part that both have, the second's. SystemExit if they do not fit."""
+def join(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Both records as one. Rows in both come from the second. SystemExit if they do not match."""
     for key in ("kernels", "commit", "grid"):
-        if one[key] != two[key]:
-            raise SystemExit(f"they differ in {key}: {one[key]} and {two[key]}")
-    if one["machine"]["gpu"] != two["machine"]["gpu"]:
-        raise SystemExit(f"two cards: {one['machine']['gpu']} and {two['machine']['gpu']}")
-    again = {row["name"] for row in two["rows"]}
-    seconds = {**one["seconds"], **two["seconds"]}
-    lists = {key: one[key] + two[key] for key in ("clocks", "skipped", "faults")}
-    rows = [row for row in one["rows"] if row["name"] not in again] + two["rows"]
+        if first[key] != second[key]:
+            raise SystemExit(f"they differ in {key}: {first[key]} and {second[key]}")
+    cards = [record["machine"]["gpu"] for record in (first, second)]
+    if cards[0] != cards[1]:
+        raise SystemExit(f"two cards: {cards[0]} and {cards[1]}")
+    replaced = {row["name"] for row in second["rows"]}
+    seconds = {**first["seconds"], **second["seconds"]}
+    lists = {key: first[key] + second[key] for key in ("clocks", "skipped", "faults")}
+    rows = [row for row in first["rows"] if row["name"] not in replaced] + second["rows"]
     command = " ".join(
         ["python benchmarks/gpu.py", *([] if len(seconds) == len(NAMES) else seconds)]
     )
-    return {**two, **lists, "command": command, "seconds": seconds, "rows": rows}
+    return {**second, **lists, "command": command, "seconds": seconds, "rows": rows}

@@ -1,9 +1,9 @@
-"""Run the benchmarks and the example, and leave their records in benchmarks/results/.
+"""Run the CPU benchmarks and the example, and write their records to benchmarks/results/.
 
-    python benchmarks/run.py            both records, then the documents made from them
+    python benchmarks/run.py            both records, then the tables in the documents
     python benchmarks/run.py kernels    only the kernels
 
-kernels.json             every benchmark: median seconds; a pair's ratio is pyggml over plain NumPy
+kernels.json             every benchmark: median seconds and samples
 deepseek_attention.json  the rows of the example's table
 """
 
@@ -27,7 +27,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def conditions(command: Sequence[str]) -> dict[str, Any]:
-    """What a figure depends on: machine, versions, commit, command."""
+    """What the numbers depend on: machine, versions, commit and command."""
     return {
         "date": date.today().isoformat(),
         "command": " ".join(command),
@@ -54,7 +54,7 @@ def _cpu() -> str:
 
 
 def kernels() -> None:
-    """Every pytest-benchmark under benchmarks/, as rows with raw samples."""
+    """Record every pytest benchmark, with its samples."""
     command = ["python", "-m", "pytest", "benchmarks", "--benchmark-enable", "--benchmark-only"]
     with TemporaryDirectory() as folder:
         path = Path(folder) / "raw.json"
@@ -63,27 +63,27 @@ def kernels() -> None:
         raw = json.loads(path.read_text())["benchmarks"]
     rows = [
         {
-            "group": found["group"],
-            "name": found["name"],
-            "side": (found["params"] or {}).get("side", ""),
-            "median": found["stats"]["median"],
+            "group": benchmark["group"],
+            "name": benchmark["name"],
+            "side": (benchmark["params"] or {}).get("side", ""),
+            "median": benchmark["stats"]["median"],
             "unit": "s",
-            "samples": found["stats"]["data"],
+            "samples": benchmark["stats"]["data"],
         }
-        for found in raw
+        for benchmark in raw
     ]
     _write("kernels", {**conditions(command), "rows": rows})
 
 
 def example() -> None:
-    """The table of examples/deepseek_attention.py with its defaults."""
+    """Record the rows of examples/deepseek_attention.py with its defaults."""
     command = ["python", "examples/deepseek_attention.py"]
     with TemporaryDirectory() as folder:
         path = Path(folder) / "rows.json"
         full = [sys.executable, *command[1:], "--json", str(path)]
         subprocess.run(full, cwd=ROOT, check=True)
-        found = json.loads(path.read_text())
-    _write("deepseek_attention", {**conditions(command), "result": found})
+        result = json.loads(path.read_text())
+    _write("deepseek_attention", {**conditions(command), "result": result})
 
 
 def _write(name: str, record: dict[str, Any]) -> None:
@@ -94,7 +94,6 @@ def _write(name: str, record: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    chosen = sys.argv[1:] or ["kernels", "example"]
-    for name in chosen:
+    for name in sys.argv[1:] or ["kernels", "example"]:
         {"kernels": kernels, "example": example}[name]()
     subprocess.run([sys.executable, "tools/tables.py"], cwd=ROOT, check=True)

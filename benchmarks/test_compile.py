@@ -1,4 +1,4 @@
-"""compile() of thousands of nodes: pytest benchmarks/test_compile.py --benchmark-enable"""
+"""Time of compile() for thousands of nodes: pytest benchmarks/test_compile.py --benchmark-enable"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pyggml.node import Node
 
 
 def layers(n_nodes: int) -> tuple[dict[str, Node], list[Node]]:
-    """A transformer's graph of about `n_nodes` nodes: caches, attention by scores, feed-forward."""
+    """A transformer with about `n_nodes` nodes: caches, softmax attention and feed-forward."""
     x = gg.input("x", "f32", ne=(64, 8))
     pos = gg.input("pos", "i32", ne=(8,))
     mask = gg.causal_mask(pos, n_kv=32)

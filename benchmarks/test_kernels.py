@@ -1,8 +1,8 @@
-"""NumPy kernels beside plain NumPy: pytest benchmarks/test_kernels.py --benchmark-enable
+"""NumPy kernels compared with plain NumPy: pytest benchmarks/test_kernels.py --benchmark-enable
 
-Each group holds the kernel ("pyggml") and what it is held against ("plain"). Bars, at equal
-threads: a dense f32 product within 5 % of numpy.matmul, flash attention within 2 x of its two bare
-products; the rest near plain NumPy.
+Each group has the kernel ("pyggml") and the plain NumPy code ("plain"). Bars, with equal threads: a
+dense f32 product within 5 % of numpy.matmul, flash attention within twice its two products alone,
+the others close to plain NumPy.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def random(*shape: int) -> Floats:
 
 
 class Operand:
-    """An array of any type with its input node; `raw` is 4-D, block types 5-D."""
+    """An array of any type and its input node. `raw` is 4-D; 5-D for block types."""
 
     def __init__(self, values: NDArray[Any], kind: str = "f32") -> None:
         values = values.reshape((1,) * (4 - values.ndim) + values.shape)
@@ -44,12 +44,12 @@ class Operand:
 
 
 def kernel(op: Callable[..., Node], *sources: Operand, **attrs: Any) -> Call:
-    """A call of the kernel with memory and scratch made beforehand."""
+    """A call of the kernel, with its result and scratch allocated in advance."""
     node = op(*(s.node for s in sources), **attrs)
     row = KERNELS[node.op]
     out = np.empty(node.ne[::-1], node.dtype.numpy)
-    given: dict[Node | None, Any] = {s.node: s.array for s in sources}
-    arrays = [given.get(n) for n in node.src]
+    by_node: dict[Node | None, Any] = {s.node: s.array for s in sources}
+    arrays = [by_node.get(n) for n in node.src]
     if row.scratch is None:
         return lambda: row.run(out, *arrays, **node.attrs)
     memory = np.empty(row.scratch(node) + 64, np.uint8)
@@ -58,29 +58,29 @@ def kernel(op: Callable[..., Node], *sources: Operand, **attrs: Any) -> Call:
 
 
 def product(m: int, n: int, k: int, kind: str) -> tuple[Call, Call]:
-    """Against numpy.matmul; other types against decoding everything first."""
+    """Compared with numpy.matmul; other types with decoding everything first."""
     a, b = Operand(random(m, k), kind), Operand(random(n, k))
     x, y = b.raw[0, 0], np.empty((n, m), np.float32)
-    ours = kernel(ops.mul_mat, a, b)
+    call = kernel(ops.mul_mat, a, b)
     if kind == "f32":
-        return ours, lambda: np.matmul(x, a.raw[0, 0].T, out=y)
+        return call, lambda: np.matmul(x, a.raw[0, 0].T, out=y)
     w, work = np.empty((m, k), np.float32), np.empty(WORK_BYTES, np.uint8)
 
     def plain() -> None:
         decode(kind, a.raw[0, 0], w, work=work)
         np.matmul(x, w.T, out=y)
 
-    return ours, plain
+    return call, plain
 
 
 def flash(heads: int, n_q: int, n_kv: int, masked: bool) -> tuple[Call, Call]:
-    """192/128 as in DeepSeek, against the products q.k and p.v with nothing between them."""
+    """192/128 as in DeepSeek; compared with only the products q.k and p.v."""
     q, k, v = (random(heads, n, d) for n, d in ((n_q, 192), (n_kv, 192), (n_kv, 128)))
     mask = np.where(np.arange(n_kv) > np.arange(n_q)[:, None] + n_kv - n_q, -np.inf, 0)
     operands = [Operand(x) for x in (q, k, v)]
     if masked:
         operands.append(Operand(mask, "f16"))
-    ours = kernel(ops.flash_attn_ext, *operands, scale=192**-0.5)
+    call = kernel(ops.flash_attn_ext, *operands, scale=192**-0.5)
     p, y = np.empty((n_q, n_kv), np.float32), np.empty((n_q, 128), np.float32)
 
     def plain() -> None:
@@ -88,27 +88,27 @@ def flash(heads: int, n_q: int, n_kv: int, masked: bool) -> tuple[Call, Call]:
             np.matmul(q[h], k[h].T, out=p)
             np.matmul(p, v[h], out=y)
 
-    return ours, plain
+    return call, plain
 
 
 def experts(kind: str) -> tuple[Call, Call]:
-    """DeepSeek-V2-Lite's sizes, 6 of 16 experts; against a plain loop over experts."""
+    """DeepSeek-V2-Lite's sizes, 6 of 16 experts; compared with a plain loop over experts."""
     n_expert, n_used, n_tokens, k, m = 16, 6, 256, 2048, 1408
     matrices = [Operand(random(n_expert, m, k), kind) for _ in range(2)]
-    chosen = np.stack([rng.permutation(n_expert)[:n_used] for _ in range(n_tokens)])
+    ids = np.stack([rng.permutation(n_expert)[:n_used] for _ in range(n_tokens)])
     b = Operand(random(n_tokens, 1, k))
     w, work = np.empty((m, k), np.float32), np.empty(WORK_BYTES, np.uint8)
     y = np.empty((n_tokens, n_used, m), np.float32)
 
     def plain() -> None:
         for expert in range(n_expert):
-            token, slot = np.nonzero(chosen == expert)
+            token, slot = np.nonzero(ids == expert)
             x = b.raw[0, token, 0]
             up, gate = (x @ decode(kind, s.raw[0, expert], w, work=work).T for s in matrices)
             with np.errstate(over="ignore"):
                 y[token, slot] = up * gate / (1 + np.exp(-gate))
 
-    return kernel(ops.moe_up_gate, *matrices, b, Operand(chosen, "i32")), plain
+    return kernel(ops.moe_up_gate, *matrices, b, Operand(ids, "i32")), plain
 
 
 def soft_max() -> tuple[Call, Call]:
@@ -124,8 +124,8 @@ def soft_max() -> tuple[Call, Call]:
 
 def rms_norm() -> tuple[Call, Call]:
     a = Operand(random(512, 2048))
-    ours = kernel(ops.rms_norm, a, eps=1e-6)
-    return ours, lambda: a.raw / np.sqrt(np.mean(a.raw**2, axis=-1, keepdims=True) + 1e-6)
+    call = kernel(ops.rms_norm, a, eps=1e-6)
+    return call, lambda: a.raw / np.sqrt(np.mean(a.raw**2, axis=-1, keepdims=True) + 1e-6)
 
 
 def silu() -> tuple[Call, Call]:
@@ -182,7 +182,7 @@ CASES: dict[str, Callable[[], tuple[Call, Call]]] = {
 @pytest.mark.parametrize("side", ["plain", "pyggml"])
 @pytest.mark.parametrize("case", CASES)
 def test_kernel(benchmark: Any, case: str, side: str) -> None:
-    ours, plain = CASES[case]()
+    call, plain = CASES[case]()
     benchmark.group = case
     with np.errstate(over="ignore"):
-        benchmark.pedantic(ours if side == "pyggml" else plain, rounds=7, warmup_rounds=1)
+        benchmark.pedantic(call if side == "pyggml" else plain, rounds=7, warmup_rounds=1)

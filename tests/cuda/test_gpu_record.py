@@ -20,13 +20,13 @@ ROW = {"name": "layer_decode_d4096", "value": 2.0, "unit": "us", "samples": [1, 
 SCRIPTS = {
     "good": """
 from benchmarks import gpu_bench
-gpu_bench.tell("layer_decode_d4096", "us", [3, 1, 2])
-gpu_bench.tell_clocks("layer", lambda: None, 1e7)
+gpu_bench.write_row("layer_decode_d4096", "us", [3, 1, 2])
+gpu_bench.write_clocks("layer", lambda: None, 1e7)
 """,
     "bad": """
 import sys
 from benchmarks import gpu_bench
-gpu_bench.tell("other_d4096", "us", [3, 1, 2])
+gpu_bench.write_row("other_d4096", "us", [3, 1, 2])
 sys.exit("why")
 """,
     "late": "import subprocess; subprocess.run(['sleep', '60'])",
