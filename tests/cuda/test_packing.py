@@ -1,4 +1,4 @@
-"""Weights in tiles: read back as kernels/formats.cuh reads them, they are what the file held."""
+"""Weights in tiles: read as kernels/include/formats.cuh reads them, they equal the file's."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Nodes of flash_attn_ext that every kernel is tried on, also where it would not be chosen; what
-their leaves hold, and what comes out, in float64."""
+"""Cases of flash_attn_ext for each kernel, also where another would be chosen: nodes, the values of
+their inputs, and the result in float64."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ Array = NDArray[Any]
 
 @dataclass
 class Attention:
-    """One node: sizes, types of keys and values, attributes; `route` is forced where it is given.
+    """A node of flash_attn_ext. `route` is the kernel it must use; empty: any.
 
-    mask    pos and window: causal_mask of positions, which no kernel builds;  random: 0 and -inf;
-            dead: numbers and -inf;  alibi: numbers, with max_bias. The last three are an f16 mask
-            of m2 heads and m3 batches; whole tiles of random and dead are hidden, and a row
-    inside  V lies within K from this element on (below 0: it does not)
-    kv_len  below 0: none
+    mask    pos, window   a causal_mask, which kernels compute from positions
+            random        0 and -inf
+            dead          numbers and -inf
+            alibi         numbers, with max_bias
+            The last three are f16 masks with m2 heads and m3 batches. random and dead hide whole
+            tiles, and one row completely
+    inside  V is a view of K from this element on; negative: V is its own tensor
+    kv_len  negative: none
     """
 
     route: str
@@ -50,12 +53,12 @@ class Attention:
 
     def __str__(self) -> str:
         shape = f"{self.d_k}/{self.d_v} q{self.n_q} kv{self.n_kv} h{self.heads}/{self.heads_kv}"
-        rest = f"x{self.n3} {self.dtype} {self.mask}{self.m2}{self.m3} in{self.inside}"
-        return f"{self.route} {shape} {rest} len{self.kv_len} sinks{self.sinks:d} {self.attrs}"
+        types = f"x{self.n3} {self.dtype} {self.mask}{self.m2}{self.m3} in{self.inside}"
+        return f"{self.route} {shape} {types} len{self.kv_len} sinks{self.sinks:d} {self.attrs}"
 
     @property
     def pos(self) -> Array | None:
-        """Positions of the queries: the last has that of the last key, a negative one sees none."""
+        """Positions of the queries. The last query is at the last key; negative ones see no key."""
         causal = self.mask in ("pos", "window")
         return np.arange(self.n_kv - self.n_q, self.n_kv, dtype=np.int32) if causal else None
 
@@ -87,7 +90,7 @@ class Attention:
         return gg.flash_attn_ext(q, k, v, mask, sinks, kv_len, **self.all_attrs)
 
     def leaves(self) -> dict[str, Array]:
-        """What the inputs hold, as it is stored; the same at every call."""
+        """The stored values of the inputs; the same in every call."""
         rng = np.random.default_rng(list(str(self).encode()))
 
         def normal(*shape: int) -> Array:
@@ -123,13 +126,13 @@ def stored(name: str, values: Array) -> Array:
 
 
 def values(name: str, rows: Array) -> Array:
-    """Of stored rows, in float64."""
+    """Stored rows as float64."""
     kind = dtype(name)
     return np.asarray(decode_rows(kind, rows) if kind.numpy is None else rows, np.float64)
 
 
 def reference(case: Attention, leaves: dict[str, Array]) -> Array:
-    """[n3, n_q, heads, d_v], with the log-sum-exp behind it where `lse` asks for that."""
+    """The result, [n3, n_q, heads, d_v]; with `lse`, d_v + 1: the log-sum-exp comes last."""
     attrs, ratio = case.all_attrs, case.heads // case.heads_kv
     k = values(case.dtype, leaves["k"])
     inside = k[..., case.inside :][..., : case.d_v]
@@ -158,7 +161,7 @@ def reference(case: Attention, leaves: dict[str, Array]) -> Array:
 
 
 def slope(head: int, case: Attention) -> float:
-    """What ALiBi multiplies a head's mask by."""
+    """The factor of a head's mask in ALiBi."""
     if case.mask != "alibi":
         return 1.0
     power = 1 << (case.heads.bit_length() - 1)
@@ -168,7 +171,7 @@ def slope(head: int, case: Attention) -> float:
 
 @contextmanager
 def forced(route: str) -> Iterator[None]:
-    """Inside, the route is taken wherever it fits types and sizes; an empty one forces nothing."""
+    """Inside, use this route if it supports the types and sizes. An empty route changes nothing."""
     chosen = routes.Shape.routes
     if route:
         both = (route, "any") if route != "any" else ("any",)
@@ -183,7 +186,7 @@ def forced(route: str) -> Iterator[None]:
 
 
 def random_case(route: str, dice: random.Random) -> Attention:
-    """Any case that `route` takes, small enough for a float64 reference."""
+    """A random case that `route` supports, small enough for a float64 reference."""
     pick = dice.choice
     kind = pick(["f16", "f16", "bf16"])
     ratio = pick([1, 1, 2, 3, 4, 8])
@@ -226,7 +229,7 @@ def random_case(route: str, dice: random.Random) -> Attention:
 
 #: Random cases of each route.
 COUNTS = {"any": 30, "split": 50, "latent": 40, "latent_hopper": 30, "tiles": 50, "hopper": 60}
-#: A plain case of each kernel, tried first: where it fails, the rest explains nothing.
+#: Simple cases of each kernel. They run first, because they are the easiest to debug.
 PLAIN = [
     *(
         Attention("any", 64, 64, 3, 31, 2, 2, dtype=kind, attrs={"prec": "f32"})

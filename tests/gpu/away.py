@@ -1,5 +1,5 @@
-"""A process that runs functions for another: where a kernel takes it down, the next call starts a
-new one."""
+"""A process that calls functions for this one. If a kernel ends it, the next call starts a new
+process."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from typing import Any, Literal, NamedTuple
 
 import pytest
 
-#: What errors say once no call of the process can use the GPU any more: ours, CuPy's, PyTorch's.
+#: Errors of pyggml, CuPy and PyTorch after which a process can no longer use the GPU.
 LOST = re.compile("can no longer use the GPU|CUDA_ERROR_|cudaError|AcceleratorError")
-#: Seconds that a call may take.
+#: Time limit of a call, in seconds.
 PATIENCE = 180.0
 
 
 class Answer(NamedTuple):
-    """What became of a call: its value, the reason of a skip, or the text of a failure."""
+    """The result of a call: its value, the reason for a skip, or the text of a failure."""
 
     status: Literal["ok", "skip", "fail"]
     value: Any
 
 
 class Process:
-    """Started by the first call, and again by the call after one that it did not survive."""
+    """Starts with the first call, and again after a call that ended it."""
 
     def __init__(self, patience: float = PATIENCE) -> None:
         self.patience = patience
@@ -34,13 +34,13 @@ class Process:
         self._pipe: Any = None
 
     def call(self, function: Callable[..., Any], *args: Any, **named: Any) -> Answer:
-        """Call a module's function with arguments that can be pickled."""
+        """Call a function of a module; the arguments must be picklable."""
         if self._process is None:
             context = get_context("spawn")
-            self._pipe, there = context.Pipe()
-            self._process = context.Process(target=_serve, args=(there,), daemon=True)
+            self._pipe, remote = context.Pipe()
+            self._process = context.Process(target=_serve, args=(remote,), daemon=True)
             self._process.start()
-            there.close()
+            remote.close()
         try:
             self._pipe.send((function, args, named))
             if not self._pipe.poll(self.patience):
@@ -54,7 +54,7 @@ class Process:
         return answer
 
     def close(self, seconds: float = 5) -> str:
-        """End the process, which has so long to end by itself, and say how it ended."""
+        """End the process, by force after `seconds`; return how it ended."""
         process, self._process = self._process, None
         if process is None:
             return "it was not running"

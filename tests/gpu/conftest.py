@@ -1,8 +1,9 @@
-"""What runs on a GPU: `python -m pytest -m gpu tests/gpu`.
+"""Tests that need a GPU: `python -m pytest -m gpu tests/gpu`.
 
-A test that takes no fixture runs in a process of its own, which the next tests share: one whose
-kernel ends the process, or loses the GPU, fails alone. So pytest's process never uses the GPU, and
-tests that start processes themselves take a fixture: `options` or `record_property`.
+Tests without fixtures run in a second process. If a kernel ends this process or loses the GPU, only
+that test fails, and the next one starts a new process. So pytest's own process never uses the GPU.
+Tests that start processes themselves take a fixture (`options` or `record_property`) and run in
+pytest's process.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ AWAY = Process()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("gpu", "tests on a GPU (pytest -m gpu tests/gpu)")
-    group.addoption("--gpu-jobs", type=int, help="processes of the grid (default: all cores)")
-    group.addoption("--gpu-quick", action="store_true", help="the small grid")
+    group.addoption("--gpu-jobs", type=int, help="processes for the grid (default: all cores)")
+    group.addoption("--gpu-quick", action="store_true", help="use the small grid")
     group.addoption(
-        "--gpu-seconds", type=float, metavar="S", help="within which the grid ends (default: 270)"
+        "--gpu-seconds", type=float, metavar="S", help="time limit of the grid (default: 270)"
     )
     group.addoption(
-        "--gpu-sanitize", type=float, metavar="S", help="of each sanitizer (default: 60)"
+        "--gpu-sanitize", type=float, metavar="S", help="time of each sanitizer (default: 60)"
     )
 
 
 @dataclass(frozen=True)
 class Options:
-    """How much to do, and in how many processes."""
+    """How much to test, and in how many processes."""
 
     jobs: int
     quick: bool
@@ -45,7 +46,7 @@ class Options:
 
 @pytest.fixture
 def options(pytestconfig: pytest.Config) -> Options:
-    get = pytestconfig.getoption  # of no value where this file was not read before the options
+    get = pytestconfig.getoption  # without this file at startup, there are no such options
     return Options(
         jobs=get("gpu_jobs", None) or os.cpu_count() or 1,
         quick=get("gpu_quick", False),
@@ -56,8 +57,8 @@ def options(pytestconfig: pytest.Config) -> Options:
 
 @pytest.fixture(autouse=True)
 def poisoned_arena() -> None:
-    """A GPU's arena cannot be written to from here: guarded runs and compute-sanitizer find what
-    is read before it is written."""
+    """Replaces the fixture for the host: a GPU's arena is not poisoned. Guarded runs and
+    compute-sanitizer find reads of uninitialized memory."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -68,11 +69,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Run a test that takes nothing but parameters in the other process."""
-    given = pyfuncitem.callspec.params if hasattr(pyfuncitem, "callspec") else {}
-    if set(signature(pyfuncitem.obj).parameters) - set(given):
+    """Run a test without fixtures in the other process."""
+    params = pyfuncitem.callspec.params if hasattr(pyfuncitem, "callspec") else {}
+    if set(signature(pyfuncitem.obj).parameters) - set(params):
         return None
-    answer: Answer = AWAY.call(pyfuncitem.obj, **given)
+    answer: Answer = AWAY.call(pyfuncitem.obj, **params)
     if answer.status == "skip":
         pytest.skip(answer.value)
     if answer.status == "fail":

@@ -1,4 +1,4 @@
-"""Which kernels a GPU runs, and how many of them a process was told of."""
+"""Find out which kernels a plan uses on a GPU."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pyggml.backends.cuda.launch import Launch
 
 @contextmanager
 def bound(shared: int = 0) -> Iterator[Counter[tuple[str, str]]]:
-    """How often each kernel (file, name) is bound on cuda:0 inside.
+    """Count how often each kernel (file, name) is bound on cuda:0 inside the context.
 
-    shared  a block's bytes of shared memory there, fewer than the GPU has; then the kernels that
-            only 9.0a has are not taken either
+    shared  pretend that a block has only so many bytes of shared memory, and that the GPU lacks
+            the features of 9.0a
     """
     from pyggml.backends.cuda.device import driver
 
@@ -25,7 +25,7 @@ def bound(shared: int = 0) -> Iterator[Counter[tuple[str, str]]]:
     kernels = Counter[tuple[str, str]]()
 
     def counted(launches: Sequence[Launch]) -> None:
-        kernels.update((one.file, one.name) for one in launches)
+        kernels.update((launch.file, launch.name) for launch in launches)
         load(launches)
 
     context.load = counted

@@ -1,4 +1,4 @@
-"""Programs that tests start: each in a session of its own, so that nothing of it is left behind."""
+"""Programs that tests start. Each has its own session, so that its children can be ended too."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Done:
-    """What a program printed, and its exit status; None where it was stopped after `seconds`."""
+    """What a program printed, its exit status (None if it was stopped), and its seconds."""
 
     out: str
     err: str
@@ -30,7 +30,7 @@ class Done:
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """Of a program that imports this checkout's pyggml, without the tests' own checks."""
+    """Variables for a program that imports pyggml from here, without PYGGML_VERIFY."""
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     own = {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1", "PYGGML_VERIFY": ""}
     return {**os.environ, **own, **variables}
@@ -40,23 +40,23 @@ class Program:
     """A command that is running."""
 
     def __init__(self, command: Sequence[str], text: str = "", **variables: str) -> None:
-        self.out, self.err, given = (TemporaryFile("w+") for _ in range(3))  # noqa: SIM115
-        given.write(text)
-        given.seek(0)
+        self.out, self.err, stdin = (TemporaryFile("w+") for _ in range(3))  # noqa: SIM115
+        stdin.write(text)
+        stdin.seek(0)
         self.begin = perf_counter()
         self.process = subprocess.Popen(
             command,
-            stdin=given,
+            stdin=stdin,
             stdout=self.out,
             stderr=self.err,
             cwd=ROOT,
             env=environment(**variables),
             start_new_session=True,
         )
-        given.close()
+        stdin.close()
 
     def wait(self, seconds: float) -> Done:
-        """Wait for its end, for so long at most."""
+        """Wait until it ends; stop it and its children after `seconds`."""
         status: int | None = None
         try:
             status = self.process.wait(seconds)
@@ -75,5 +75,5 @@ class Program:
 
 
 def python(*words: str, text: str = "", **variables: str) -> Program:
-    """Start Python with these words; `text` is its standard input."""
+    """Start Python with these arguments; `text` is its standard input."""
     return Program([sys.executable, "-W", "ignore", *words], text, **variables)

@@ -1,8 +1,8 @@
-"""A program for compute-sanitizer: cases of the parity grid from standard input, for a while.
+"""A program for compute-sanitizer. Runs cases of the parity grid that it reads from stdin.
 
     compute-sanitizer --tool memcheck python -m tests.gpu.sanitized SECONDS
 
-Prints what became of each case as a line of JSON: the case, its status, why.
+Starts no case after SECONDS. Prints a line of JSON for each: the case, its status, and why.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main() -> int:
         try:
             outcome = tested(Case.parse(case), "cuda")
             print(json.dumps([case, outcome.status, outcome.why]), flush=True)
-        except DeviceError as fault:  # the tool ends the process, or the GPU is lost
+        except DeviceError as fault:  # after this error, the process cannot use the GPU
             print(json.dumps([case, "fail", str(fault)]), flush=True)
             return 1
     return 0

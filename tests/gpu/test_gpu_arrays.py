@@ -1,4 +1,4 @@
-"""Arrays of CuPy and PyTorch in and out of plans, steps without the host, copies."""
+"""Arrays of CuPy and PyTorch, many steps without the host, copies between devices, on a GPU."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.gpu.checks import apart, equal, refused
 X = np.random.default_rng(21).standard_normal((33, 640)).astype("f4")
 
 
-def _doubled(kind: str = "f32") -> gg.Plan:
-    x = gg.input("x", kind, ne=(640, 33))
+def _doubled(dtype: str = "f32") -> gg.Plan:
+    x = gg.input("x", dtype, ne=(640, 33))
     return gg.compile({"y": gg.scale(gg.cast(x, dtype="f32"), s=2.0), "x": x}, backends=["cuda"])
 
 
@@ -27,16 +27,16 @@ def _ptr(array: Any) -> int:
 
 
 class Interface:
-    """An array without DLPack: the stream that it names counts."""
+    """An array without DLPack, whose stream is in `__cuda_array_interface__`."""
 
     def __init__(self, array: Any) -> None:
         self._array, self.__cuda_array_interface__ = array, array.__cuda_array_interface__
 
 
 def check_taken(array: Any, other: Any, write: Callable[[Any, np.ndarray], None]) -> None:
-    """An array of a library by copy and bound, then another in its place; graphs follow."""
+    """Run with the array copied, bound, and replaced; CUDA graphs must be recorded again."""
     plan = _doubled()
-    for turn in range(3):  # kernel by kernel, captured, replayed
+    for turn in range(3):  # launched, captured, replayed
         write(array, X + turn)
         equal(plan.run(x=array)["y"], 2 * (X + turn))
     for bound in (array, other):
@@ -57,11 +57,11 @@ def test_cupy() -> None:
     def write(array: Any, values: np.ndarray) -> None:
         array.set(values)
 
-    one, two = cupy.asarray(X), cupy.asarray(X)
-    y = _doubled().views(x=one)["y"]
+    first, second = cupy.asarray(X), cupy.asarray(X)
+    y = _doubled().views(x=first)["y"]
     for view in (cupy.asarray(y), cupy.from_dlpack(y)):
         assert view.data.ptr == _ptr(y) and (view.get() == 2 * X).all()
-    check_taken(one, two, write)
+    check_taken(first, second, write)
     refused(DTypeError, lambda: _doubled().run(x=cupy.zeros((33, 640), "f8")), "float64")
     refused(ShapeError, lambda: _doubled().run(x=cupy.zeros((640, 33), "f4").T), "strides")
 
@@ -74,15 +74,15 @@ def test_an_array_that_a_stream_still_writes_is_read_after_that(
     import cupy
 
     stream = cupy.cuda.Stream(non_blocking=True)
-    slow, source, given = cupy.empty(1 << 28, "u1"), cupy.asarray(X), cupy.empty(X.shape, "f4")
+    slow, source, target = cupy.empty(1 << 28, "u1"), cupy.asarray(X), cupy.empty(X.shape, "f4")
     plan = _doubled().bind()
-    given.data.memset(0, given.nbytes)
+    target.data.memset(0, target.nbytes)
     cupy.cuda.Device().synchronize()
     with stream:
         for _ in range(200):
             slow.data.memset_async(1, slow.nbytes, stream)
-        given.data.copy_from_device_async(source.data, source.nbytes, stream)
-        array = Interface(given) if interface else given  # it reads the stream when it is made
+        target.data.copy_from_device_async(source.data, source.nbytes, stream)
+        array = Interface(target) if interface else target  # Interface reads the stream here
         results = plan.bind(x=array).run() if bound else plan.run(x=array)
     equal(results["y"], 2 * X)
 
@@ -93,22 +93,22 @@ def test_torch() -> None:
     def write(array: Any, values: np.ndarray) -> None:
         array.copy_(torch.from_numpy(values))
 
-    one, two = (torch.zeros((33, 640), device="cuda") for _ in range(2))
-    check_taken(one, two, write)
-    write(one, X)
-    y = _doubled().views(x=one)["y"]
+    first, second = (torch.zeros((33, 640), device="cuda") for _ in range(2))
+    check_taken(first, second, write)
+    write(first, X)
+    y = _doubled().views(x=first)["y"]
     for view in (torch.from_dlpack(y), torch.as_tensor(y, device="cuda")):
         assert view.data_ptr() == _ptr(y) and (view.cpu().numpy() == 2 * X).all()
-    half = one.to(torch.bfloat16)
+    half = first.to(torch.bfloat16)
     equal(_doubled("bf16").bind(x=half).run()["y"], 2 * half.float().cpu().numpy())
     with torch.cuda.stream(torch.cuda.Stream()):
-        late = torch.empty_like(one)
+        late = torch.empty_like(first)
         torch.cuda._sleep(100_000_000)
-        late.copy_(one)
+        late.copy_(first)
         results = _doubled().run(x=late)
     equal(results["y"], 2 * X)
     refused(DTypeError, lambda: _doubled().run(x=half), "bfloat16")
-    refused(DTypeError, lambda: _doubled().run(x=one.requires_grad_()), "share")
+    refused(DTypeError, lambda: _doubled().run(x=first.requires_grad_()), "share")
 
 
 # -- steps without the host ----------------------------------------------------------------------
@@ -117,7 +117,7 @@ WIDTH, HEADS, ROWS, VOCABULARY = 64, 4, 128, 512
 
 
 def greedy() -> dict[str, gg.Node]:
-    """One step of greedy decoding: a layer of attention over a cache, then the likeliest token."""
+    """One step of greedy decoding: one layer of attention over a cache, then argmax."""
     rng = np.random.default_rng(22)
 
     def weight(name: str, *shape: int) -> gg.Node:
@@ -129,14 +129,16 @@ def greedy() -> dict[str, gg.Node]:
     heads = (WIDTH // HEADS, HEADS)
     q = gg.rope_ext(gg.reshape(q, ne=(*heads, 1)), pos, n_dims=heads[0])
     k = gg.rope_ext(gg.reshape(k, ne=(*heads, 1)), pos, n_dims=heads[0])
-    held = []
+    caches = []
     for name, row in (("k", k), ("v", v)):
         cache = gg.state(f"cache_{name}", "f32", ne=(WIDTH, ROWS))
         cache = gg.set_rows(cache, gg.reshape(row, ne=(WIDTH, 1)), pos)
-        held.append(gg.permute(gg.reshape(cache, ne=(*heads, ROWS)), axes=(0, 2, 1, 3)))
-    scores = gg.mul_mat(held[0], gg.permute(q, axes=(0, 2, 1, 3)))
+        caches.append(gg.permute(gg.reshape(cache, ne=(*heads, ROWS)), axes=(0, 2, 1, 3)))
+    scores = gg.mul_mat(caches[0], gg.permute(q, axes=(0, 2, 1, 3)))
     soft = gg.soft_max_ext(scores, gg.causal_mask(pos, n_kv=ROWS), scale=0.25)
-    mixed = gg.cont(gg.permute(gg.mul_mat(gg.cont(gg.transpose(held[1])), soft), axes=(0, 2, 1, 3)))
+    mixed = gg.cont(
+        gg.permute(gg.mul_mat(gg.cont(gg.transpose(caches[1])), soft), axes=(0, 2, 1, 3))
+    )
     mixed = gg.mul_mat(weight("o", WIDTH, WIDTH), gg.reshape(mixed, ne=(WIDTH, 1)))
     x = gg.add(gg.label(gg.silu(mixed), "middle"), x)
     best = gg.argmax(gg.mul_mat(weight("head", VOCABULARY, WIDTH), x))
@@ -146,7 +148,7 @@ def greedy() -> dict[str, gg.Node]:
 
 
 def _decoded(repeats: list[int], **options: Any) -> list[int]:
-    """The tokens of so many steps in runs of these lengths."""
+    """The tokens that `repeat` generates with these counts."""
     plan = gg.compile(greedy(), **options).bind()
     plan.store.write("token", [7])
     for count in repeats:
@@ -165,14 +167,14 @@ def _decoded(repeats: list[int], **options: Any) -> list[int]:
     ids=["cuda", "cuda and host", "two GPUs"],
 )
 def test_steps_without_the_host(options: dict[str, Any]) -> None:
-    """100 steps in one go, in two, and one by one are those on NumPy; a step on the host between
-    them, or on another GPU, changes nothing."""
+    """100 steps, in one call, in two or one by one, give the same tokens as on NumPy, also with a
+    part of each step on the host or on another GPU."""
     if "cuda:1" in options["backends"]:
         needs_two()
-    want = _decoded([1] * 100, backends=["numpy"])
-    assert len(set(want)) >= 20, f"the tokens repeat: {want}"
+    expected = _decoded([1] * 100, backends=["numpy"])
+    assert len(set(expected)) >= 20, f"the tokens repeat: {expected}"
     for repeats in ([1] * 100, [100], [2, 98]):
-        assert _decoded(repeats, **options) == want, f"in {len(repeats)} runs"
+        assert _decoded(repeats, **options) == expected, f"in {len(repeats)} calls"
 
 
 def needs_two() -> None:
@@ -188,8 +190,9 @@ def needs_two() -> None:
 
 @pytest.mark.parametrize(("ne", "runs"), [((640, 33), 25), ((4096, 1500), 4)])
 def test_copies(ne: tuple[int, int], runs: int) -> None:
-    """Steps on the host between steps on the GPU, run after run: large (more than the pinned ring)
-    and small, whole and strided, all bits as the first time and as NumPy's."""
+    """Steps on the host between steps on the GPU, many times: large copies (more than the pinned
+    ring) and small ones, contiguous and strided. Every run gives the same bits, and NumPy's
+    results."""
     x = gg.input("x", ne=ne)
     a = gg.label(gg.silu(gg.label(gg.scale(x, s=2.0), "gpu a")), "host a")
     turned = gg.label(gg.cont(gg.transpose(gg.label(gg.add(a, x), "gpu b"))), "gpu c")
@@ -203,19 +206,19 @@ def test_copies(ne: tuple[int, int], runs: int) -> None:
     }
     plan = gg.compile(y, backends=["cuda", "numpy"], pins={"^host": "numpy", "^gpu": "cuda"})
     on_host = [split.backend.place for split in plan.splits].count("numpy")
-    assert on_host == 3, f"other splits than meant:\n{plan}"
-    given = np.random.default_rng(4).standard_normal(ne[::-1]).astype("f4")
-    want = gg.compile(y).run(x=given)
-    first = plan.run(x=given)
+    assert on_host == 3, f"unexpected splits:\n{plan}"
+    array = np.random.default_rng(4).standard_normal(ne[::-1]).astype("f4")
+    expected = gg.compile(y).run(x=array)
+    first = plan.run(x=array)
     for turn in range(runs):
-        results = plan.repeat(1 + turn % 3, x=given)
+        results = plan.repeat(1 + turn % 3, x=array)
         for key in y:
             assert results[key].tobytes() == first[key].tobytes(), f"run {turn}: {key} differs"
-            assert apart(results[key], want[key]) < 1e-6, f"run {turn}: {key}"
+            assert apart(results[key], expected[key]) < 1e-6, f"run {turn}: {key}"
 
 
 def test_arrays_of_two_gpus() -> None:
-    """From each to both: by copy, bound, and what is bound again and again."""
+    """An array on either GPU as the input of both: copied, bound, and read again."""
     needs_two()
     import cupy
 
@@ -225,16 +228,16 @@ def test_arrays_of_two_gpus() -> None:
     plan = gg.compile(parts, backends=["cuda:0", "cuda:1"], pins=pins)
     for index in range(2):
         with cupy.cuda.Device(index):
-            given = cupy.asarray(X)
+            array = cupy.asarray(X)
             cupy.cuda.Device(index).synchronize()
-        for results in (plan.run(x=given), plan.bind(x=given).run(), plan.run()):
+        for results in (plan.run(x=array), plan.bind(x=array).run(), plan.run()):
             equal(results["a"], 2 * X)
             equal(results["b"], 3 * X)
         plan.bind(x=None)
 
 
-def test_memory_is_let_go() -> None:
-    """It is as it was before; arrays that were bound are let go with the plan."""
+def test_memory_is_freed() -> None:
+    """All memory is freed, and bound arrays are released with the plan."""
     from weakref import ref
 
     import cupy
@@ -245,15 +248,15 @@ def test_memory_is_let_go() -> None:
     device: Any = backends.get("cuda")
     ALLOCATIONS.watch(device.context.driver)
     before = ALLOCATIONS.blocks
-    given = Interface(cupy.asarray(X))
-    alive = ref(given)
-    plan = _doubled().bind(x=given)
+    array = Interface(cupy.asarray(X))
+    alive = ref(array)
+    plan = _doubled().bind(x=array)
     y = plan.views()["y"]
     view = cupy.from_dlpack(y)
-    del plan, given, y
+    del plan, array, y
     gc.collect()
-    assert (view.get() == 2 * X).all(), "an output's memory did not outlive the plan"
-    assert alive() is None, "the plan is gone and its array is not"
+    assert (view.get() == 2 * X).all(), "the output's memory was freed with the plan"
+    assert alive() is None, "the array outlived the plan"
     del view
     _decoded([1, 5], backends=["cuda"])
     gc.collect()

@@ -1,7 +1,8 @@
-"""flash_attn_ext on a GPU, by every kernel, also where it would not be chosen; the ops beside it.
+"""flash_attn_ext on a GPU with every kernel, also where another would be chosen; related ops.
 
-Results and scratch are poisoned, memory around them is watched, two runs give the same bits
-(parity.guarded)."""
+Results and scratch are poisoned, the memory around them is checked, and two runs must give the same
+bits (parity.guarded).
+"""
 
 from __future__ import annotations
 
@@ -15,14 +16,14 @@ from pyggml.parity.cases import expand
 from tests.gpu import kernels
 from tests.gpu.attention_cases import Attention, attentions, forced, reference
 
-#: The ops beside flash_attn_ext, by sizes that one warp, one block or several blocks take.
-BESIDE = """
+#: Related ops, with sizes for one warp, one block and several blocks.
+RELATED = """
 soft_max_ext(f32[{1|37|300|1024|5000},9,6,2], f16[$1,11,2]~mask, scale=0.7, max_bias=8.0)
 soft_max_ext(f32[{1|37|300|1024|5000},9,4], -, f32[4], scale=0.5)
 soft_max_ext(f32[{1|37|300|1024|5000},9,4], f32[$1,9], scale=0.5)
 merge_lse(f32[33,3,5,2], f32[33,3,5,2])
 """
-#: Of the attention budget, without a statement in float64: beside NumPy.
+#: Ops of the attention budget. They have no float64 oracle and are compared with NumPy.
 PARTS = """
 lse_sum(f32[33,3,5,2])
 lse_sum(f32[33,3,5,2], f32[34,3,5,2])
@@ -31,15 +32,15 @@ lse_finish(f32[34,3,5,2]~above, lse=True)
 
 
 def judged(case: Attention, place: str) -> str:
-    """What is wrong with the case there; empty where all is right."""
+    """What is wrong with the case on a place; empty if nothing is."""
     with forced(case.route):
         node, leaves, device = case.node(), case.leaves(), backends.get(place)
         bound = tolerance.CLASSES[device.numeric(node)]
-        want = reference(case, leaves)
+        expected = reference(case, leaves)
         for how, values in guarded.results(device, node, leaves):
-            result = tolerance.within(values.reshape(want.shape), want, bound)
+            result = tolerance.within(values.reshape(expected.shape), expected, bound)
             if not result:
-                return f"{how or 'at first'}: {result}"
+                return f"{how or 'first run'}: {result}"
     return ""
 
 
@@ -49,19 +50,21 @@ def test_kernel(case: Attention) -> None:
         wrong = judged(case, "cuda")
     assert not wrong, wrong
     files = {file for file, _ in ran}
-    assert not case.route or f"attention_{case.route}.cu" in files, f"it ran {dict(ran)}"
+    assert not case.route or f"attention_{case.route}.cu" in files, f"it used {dict(ran)}"
 
 
-@pytest.mark.parametrize("case", expand(BESIDE), ids=str)
-def test_beside(case: Case) -> None:
+@pytest.mark.parametrize("case", expand(RELATED), ids=str)
+def test_related_op(case: Case) -> None:
     outcome = running.tested(case, "cuda")
     assert outcome.status == "ok", outcome.why
 
 
 @pytest.mark.parametrize("case", expand(PARTS), ids=str)
-def test_parts(case: Case) -> None:
+def test_op_of_the_budget(case: Case) -> None:
     graph = build(case)
-    want = gg.compile({"y": graph.node}).run(graph.inputs)["y"]
+    expected = gg.compile({"y": graph.node}).run(graph.inputs)["y"]
     for how, values in guarded.results(backends.get("cuda"), graph.node, graph.inputs):
-        result = tolerance.within(values.reshape(want.shape), want, tolerance.CLASSES["f32"])
+        result = tolerance.within(
+            values.reshape(expected.shape), expected, tolerance.CLASSES["f32"]
+        )
         assert result, f"{how}: {result}"

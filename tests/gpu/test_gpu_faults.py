@@ -1,5 +1,5 @@
-"""What may go wrong on a GPU, tried: each must be a named error, leave nothing behind, and the
-process usable where the driver allows. What needs no GPU is in tests/cuda/test_faults.py."""
+"""Failures on a GPU. Each must raise a clear error, leak nothing, and leave the process usable if
+the driver allows it. Tests that need no GPU are in tests/cuda/test_faults.py."""
 
 from __future__ import annotations
 
@@ -33,48 +33,49 @@ def test_memory_full() -> None:
 
 
 def everything() -> tuple[dict[str, gg.Node], np.ndarray[Any, Any]]:
-    """Weights for cuBLAS and for our kernels, a state, an input, scratch; and an input's values."""
+    """A graph with weights for cuBLAS and for pyggml's kernels, a state, an input and scratch; and
+    the input's values."""
     rng = np.random.default_rng(0)
     x, state = gg.input("x", ne=(256, 40)), gg.state("s", ne=(256, 40))
     norm = gg.constant(np.ones(256, np.float32), name="norm")
     y = gg.mul(gg.rms_norm(gg.sub(x, state), eps=1e-6), norm)
-    for kind in ("f16", "q8_0"):
+    for dtype in ("f16", "q8_0"):
         w = rng.standard_normal((256, 256)).astype(np.float32) / 16
-        y = gg.mul_mat(gg.constant(w, dtype=kind, name=f"w_{kind}"), y)
+        y = gg.mul_mat(gg.constant(w, dtype=dtype, name=f"w_{dtype}"), y)
     return {"y": y}, rng.standard_normal((40, 256)).astype(np.float32)
 
 
 def test_every_allocation() -> None:
-    """For every n the n-th fails: a named error with the plan's table, nothing left once the plan
-    is gone, and before that the same plan can be run."""
+    """Let the n-th allocation fail, for every n. The error shows the plan's memory; afterwards the
+    plan can run, and deleting it frees everything."""
     from tests.cuda.allocations import ALLOCATIONS, fail_allocation
 
-    outputs, given = everything()
-    want = gg.compile(outputs).run(x=given)["y"]
+    outputs, x = everything()
+    expected = gg.compile(outputs).run(x=x)["y"]
     device: Any = backends.get("cuda")
     ALLOCATIONS.watch(device.context.driver)
     before, number, done = None, 0, False
     while not done:
-        for kept in ("staging", "cublas"):  # which a device keeps for the next plan
+        for kept in ("staging", "cublas"):  # the device keeps these for the next plan
             vars(device).pop(kept, None)
         gc.collect()
         if before is None:
             before = ALLOCATIONS.blocks, ALLOCATIONS.nbytes
-        assert (ALLOCATIONS.blocks, ALLOCATIONS.nbytes) == before, f"blocks stay after {number}"
+        assert (ALLOCATIONS.blocks, ALLOCATIONS.nbytes) == before, f"memory leaked after {number}"
         number += 1
         plan = gg.compile(outputs, backends=["cuda"])
         with fail_allocation(number):
             try:
-                plan.run(x=given)
+                plan.run(x=x)
                 done = True
             except OutOfMemoryError as error:
                 assert "the plan needs:\ndevice" in str(error), f"{number}: no table in {error}"
-        for _ in range(3):  # by launches, then by graphs
-            error_after = apart(plan.run(x=given)["y"], want)
+        for _ in range(3):  # launched, captured, replayed
+            error_after = apart(plan.run(x=x)["y"], expected)
             assert error_after < 1e-2, f"after {number}: relative error {error_after}"
         del plan
     # Three weights, a state, an input, arena, ring, cuBLAS.
-    assert number == 9, f"there were {number - 1} allocations, not 8"
+    assert number == 9, f"{number - 1} allocations, expected 8"
 
 
 def test_bad_kernel() -> None:
@@ -89,27 +90,27 @@ def test_bad_kernel() -> None:
     )
 
 
-# -- in processes of their own ------------------------------------------------------------------
+# -- in other processes ------------------------------------------------------------------
 
-#: Runs `everything` on the GPU and on NumPy; prints what came of it, and how many warnings.
+#: Runs `everything` on the GPU and on NumPy; prints the outcome and the number of warnings.
 PROGRAM = """
 import warnings
 import numpy as np, pyggml as gg
 from tests.gpu.test_gpu_faults import everything
-outputs, given = everything()
-want = gg.compile(outputs).run(x=given)["y"]
+outputs, x = everything()
+expected = gg.compile(outputs).run(x=x)["y"]
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     try:
-        got = gg.compile(outputs, backends=["cuda"]).run(x=given)["y"]
-        error = np.linalg.norm(got - want) / np.linalg.norm(want)
+        y = gg.compile(outputs, backends=["cuda"]).run(x=x)["y"]
+        error = np.linalg.norm(y - expected) / np.linalg.norm(expected)
         print("RIGHT" if error < 1e-2 else f"WRONG by {error:.2e}")
     except gg.DeviceError as error:
         print("RAISED", error)
-        print("NUMPY", np.array_equal(gg.compile(outputs).run(x=given)["y"], want))
-print("WARNINGS", sum("PYGGML_CACHE" in str(one.message) for one in caught))
+        print("NUMPY", np.array_equal(gg.compile(outputs).run(x=x)["y"], expected))
+print("WARNINGS", sum("PYGGML_CACHE" in str(warning.message) for warning in caught))
 """
-#: Seconds that a program may take.
+#: Time limit of a program, in seconds.
 PATIENCE = 120
 
 
@@ -118,7 +119,7 @@ def start(program: str = PROGRAM, **variables: str) -> Program:
 
 
 def expect(program: Program, *words: str) -> None:
-    """It ended well, and printed these words."""
+    """Assert that it succeeds and prints these words."""
     done = program.wait(PATIENCE)
     missing = [word for word in words if word not in done.out]
     assert done.status == 0 and not missing, f"no {missing} in: {done}"
@@ -144,17 +145,17 @@ def test_corrupt_cache() -> None:
         for i, (path, data) in enumerate(files.items()):
             path.write_bytes((data[: len(data) // 2], b"", b"\x00" * 999, data + b"x")[i % 4])
         expect(start(PYGGML_CACHE=folder), "RIGHT", "WARNINGS 0")
-        # Code is looked at by its hash alone: NVRTC need not give the same bytes twice.
+        # Compare sizes only: NVRTC need not produce the same bytes twice.
         assert all(len(path.read_bytes()) > len(data) // 2 for path, data in files.items())
 
 
 def test_unwritable_cache() -> None:
     with TemporaryDirectory() as folder:
-        Path(folder, "file").touch()  # where the folder would be
+        Path(folder, "file").touch()  # a file in place of the folder
         expect(start(PYGGML_CACHE=f"{folder}/file"), "RIGHT", "WARNINGS 1")
 
 
-#: Loses the GPU by a bad address, in a launch and then in a plan's step.
+#: Loses the GPU by an illegal address in a step of a plan.
 LOST = """
 import os, sys
 import numpy as np, pyggml as gg
@@ -180,7 +181,7 @@ del plan
     ids=["usual", "debug"],
 )
 def test_sticky_error(debug: str, words: list[str]) -> None:
-    """It says that the GPU is lost and how to find out why; NumPy goes on, and the process ends as
-    it should."""
+    """The error says that the GPU is lost and how to find the cause. NumPy still works, and the
+    process ends normally."""
     always = ("FIRST", "AGAIN", "ALLOC", "can no longer use the GPU", "NUMPY 64")
     expect(start(LOST, PYGGML_CUDA_DEBUG=debug), *always, *words)

@@ -1,4 +1,4 @@
-"""The parity grid on a GPU, by the command that everybody has: `pyggml parity -b cuda -j N`."""
+"""The parity grid on a GPU, run by the command that users have: `pyggml parity -b cuda -j N`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Record = Callable[[str, object], None]
 
 
 class Counts(NamedTuple):
-    """Of the cases that were reached."""
+    """Numbers of the cases that ran."""
 
     passed: int
     failed: int
@@ -29,13 +29,13 @@ class Counts(NamedTuple):
 
     @staticmethod
     def of(out: str) -> Counts:
-        """Of what the command printed, whether or not it came to its end."""
+        """Counted in the output of the command, which may have been stopped."""
         ends = (r"^  \w.*\): OK$", r"^(?!  Backend ).* FAIL$", r"^  \w.*\): not supported \[")
         return Counts(*(len(re.findall(end, out, re.MULTILINE)) for end in ends))
 
 
 def grid(*options: str, seconds: float, backend: str = "cuda") -> Done:
-    """Run the command, for so long at most."""
+    """Run the command; stop it after `seconds`."""
     return python("-m", "pyggml", "parity", "-b", backend, *options).wait(seconds)
 
 

@@ -1,4 +1,4 @@
-"""Whole plans on a GPU against NumPy, and products by cuBLAS."""
+"""Plans on a GPU compared with NumPy, and products by cuBLAS."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.gpu.checks import apart, refused, same_as_numpy
 
 
 def test_a_state_is_written_run_after_run() -> None:
-    """A graph that writes a state, run again and again: by launches, then by graphs."""
+    """A graph that writes a state, launched, captured and replayed."""
     rng = np.random.default_rng(1)
     x, pos = gg.input("x", ne=(64, 4, 3)), gg.input("pos", "i32", ne=(3,))
     cache = gg.state("cache", "f16", ne=(256, 32))
@@ -22,76 +22,76 @@ def test_a_state_is_written_run_after_run() -> None:
     y = gg.scale(gg.cast(rows, dtype="f32"), s=0.5)
     plans = {b: gg.compile({"y": y}, backends=[b]) for b in ("numpy", "cuda")}
     for turn in range(4):
-        given = {
+        inputs = {
             "x": rng.standard_normal((3, 4, 64)).astype(np.float32),
             "pos": np.arange(3 * turn, 3 * turn + 3, dtype=np.int32),
         }
-        want, got = (plans[b].run(given)["y"] for b in ("numpy", "cuda"))
-        error = apart(got, want)
+        expected, result = (plans[b].run(inputs)["y"] for b in ("numpy", "cuda"))
+        error = apart(result, expected)
         assert error < 1e-3, f"run {turn}: relative error {error}"
 
 
 @pytest.mark.parametrize("tight", [False, True])
 def test_loop(tight: bool) -> None:
-    """Attention by softmax within a budget: a loop over heads and rows, recorded piece by piece."""
+    """Softmax attention with a budget: a loop over heads and rows, each piece recorded."""
     rng = np.random.default_rng(3)
     q, k, v = (gg.input(n, ne=ne) for n, ne in zip("qkv", ((64, 40, 4), (64, 96, 4), (96, 32, 4))))
     y = gg.mul_mat(v, gg.soft_max_ext(gg.mul_mat(k, q), scale=0.125))
-    given = {n.attrs["name"]: rng.standard_normal(n.shape).astype("f4") for n in (q, k, v)}
-    same_as_numpy({"y": y}, given, 2e-3, amb=3 * 2 * 96 * 4 / 2**20 if tight else None)
+    inputs = {n.attrs["name"]: rng.standard_normal(n.shape).astype("f4") for n in (q, k, v)}
+    same_as_numpy({"y": y}, inputs, 2e-3, amb=3 * 2 * 96 * 4 / 2**20 if tight else None)
 
 
 @pytest.mark.parametrize("n", [37, 640, 8192, 20000])
 def test_norm_and_weight_are_one_step(n: int) -> None:
-    """The same beside a reader of the norm alone."""
+    """If something else reads the norm, the steps differ and the results do not."""
     rng = np.random.default_rng(n)
     x = gg.input("x", ne=(n, 9, 2))
     weight = gg.constant(rng.standard_normal(n).astype("f4"), name=f"w{n}")
     normed = gg.rms_norm(x, eps=1e-6)
     y = gg.mul(normed, weight)
-    given = {"x": rng.standard_normal((2, 9, n)).astype("f4")}
+    inputs = {"x": rng.standard_normal((2, 9, n)).astype("f4")}
     for node, steps in ((y, 1), (gg.add(y, normed), 3)):
         assert len(gg.compile({"y": node}, backends=["cuda"]).steps) == steps
-        same_as_numpy({"y": node}, given, 1e-6)
+        same_as_numpy({"y": node}, inputs, 1e-6)
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "iq4_nl", "f16"])
 def test_packed_weights(kind: str) -> None:
-    """Few columns and many, of rows of a quantized table."""
+    """Products with few and many columns, which are rows of a quantized table."""
     rng = np.random.default_rng(5)
     ids = gg.input("ids", "i32", ne=(21,))
     table = gg.constant(rng.standard_normal((50, 256)), dtype="q4_0", name="table")
     x = gg.get_rows(table, ids)
     weight = gg.constant(rng.standard_normal((96, 256)) / 16, dtype=kind, name=f"w_{kind}")
-    given = {"ids": rng.integers(0, 50, 21).astype("i4")}
+    inputs = {"ids": rng.integers(0, 50, 21).astype("i4")}
     for node in (gg.mul_mat(weight, x), gg.mul_mat(weight, gg.view(x, ne=(256, 2)))):
-        same_as_numpy({"y": node}, given, 1e-2)
+        same_as_numpy({"y": node}, inputs, 1e-2)
 
 
 @pytest.mark.parametrize("n", [4097, 102400])
 def test_rows_that_several_blocks_share(n: int) -> None:
     x = gg.input("x", ne=(n, 3, 2))
-    given = {"x": np.random.default_rng(6).integers(-n, n, (2, 3, n)).astype("f4")}
+    inputs = {"x": np.random.default_rng(6).integers(-n, n, (2, 3, n)).astype("f4")}
     for node in (gg.argmax(x), gg.argsort(x, order="desc"), gg.top_k(x, k=40)):
-        same_as_numpy({"y": node}, given, 0.0)
+        same_as_numpy({"y": node}, inputs, 0.0)
 
 
 def test_ids_past_the_end() -> None:
-    """A zero row, and an IdError where steps are watched."""
+    """They give a zero row, and an IdError with PYGGML_CUDA_DEBUG=1."""
     x, ids = gg.input("x", ne=(8, 5)), gg.input("ids", "i32", ne=(3,))
     plan = gg.compile({"y": gg.get_rows(x, ids)}, backends=["cuda"])
-    given = {"x": np.ones((5, 8), "f4"), "ids": np.array([4, 5, -1], "i4")}
-    assert plan.run(given)["y"].sum(axis=1).tolist() == [8, 0, 0]
+    inputs = {"x": np.ones((5, 8), "f4"), "ids": np.array([4, 5, -1], "i4")}
+    assert plan.run(inputs)["y"].sum(axis=1).tolist() == [8, 0, 0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYGGML_CUDA_DEBUG", "1")
-        refused(IdError, lambda: plan.run(given), "id 5", "there are 5", "get_rows")
+        refused(IdError, lambda: plan.run(inputs), "id 5", "there are 5", "get_rows")
 
 
 @pytest.mark.parametrize("op", ["mul_mat_id", "moe_up_gate"])
 @pytest.mark.parametrize("kind", ["f16", "q8_0"])
 @pytest.mark.parametrize("tokens", [1, 5, 70])
 def test_experts_past_the_end_are_none(op: str, kind: str, tokens: int) -> None:
-    """As negative ids are: the rows of such experts are zero."""
+    """Their rows are zero, as those of negative ids."""
     rng = np.random.default_rng(9)
     names = ["experts"] if op == "mul_mat_id" else ["up", "gate"]
     weights = [
@@ -102,23 +102,24 @@ def test_experts_past_the_end_are_none(op: str, kind: str, tokens: int) -> None:
     values = rng.standard_normal((tokens, 1, 256)).astype("f4")
     chosen = rng.integers(0, 9, (tokens, 4)).astype("i4")
     chosen[::2, 1] = -1
-    want = plan.run(x=values, ids=chosen)["y"]
+    expected = plan.run(x=values, ids=chosen)["y"]
     chosen[::2, 1] = 12
-    got = plan.run(x=values, ids=chosen)["y"]
-    assert not want[::2, 1].any() and want[1::2].all(axis=-1).all() and want[:, 0].any()
-    assert np.array_equal(got, want)
+    result = plan.run(x=values, ids=chosen)["y"]
+    assert not expected[::2, 1].any() and expected[1::2].all(axis=-1).all() and expected[:, 0].any()
+    assert np.array_equal(result, expected)
 
 
 @pytest.mark.parametrize(("kind", "most"), [("f32", 1e-6), ("f16", 1e-3)])
 def test_cublas(kind: str, most: float) -> None:
-    """Started, and inside a graph."""
+    """cuBLAS, called directly and inside a CUDA graph."""
     rng = np.random.default_rng(2)
     a, b = (rng.standard_normal((n, 256)).astype(np.dtype(dtype(kind).numpy)) for n in (64, 40))
     weight = gg.constant(a, dtype=kind, name=f"w_{kind}")
-    y = gg.scale(gg.mul_mat(weight, gg.input("x", ne=(256, 40))), s=0.5)  # one step is no graph
+    # Scaled, because a single step does not become a graph.
+    y = gg.scale(gg.mul_mat(weight, gg.input("x", ne=(256, 40))), s=0.5)
     plan = gg.compile({"y": y}, backends=["cuda"])
-    assert any(step.workspace for step in plan.steps), "cuBLAS has no part in it"
-    want = 0.5 * b.astype(np.float64) @ a.astype(np.float64).T
+    assert any(step.workspace for step in plan.steps), "the plan does not use cuBLAS"
+    expected = 0.5 * b.astype(np.float64) @ a.astype(np.float64).T
     for turn in range(3):
-        error = apart(plan.run(x=b.astype(np.float32))["y"], want)
+        error = apart(plan.run(x=b.astype(np.float32))["y"], expected)
         assert error < most, f"run {turn}: relative error {error:.2e}"

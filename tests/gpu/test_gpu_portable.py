@@ -1,7 +1,8 @@
-"""The attention kernels of GPUs with less shared memory, run on one that has more.
+"""The attention kernels of GPUs with less shared memory, run on this one.
 
-flash_attn_ext of few queries as 8.0 (163 KB of shared memory a block) and 8.6 or 8.9 (99 KB) take
-it, against float64: the same instances, compiled for the GPU at hand without what only 9.0 has.
+flash_attn_ext of few queries as on 8.0 (163 KB of shared memory per block) and on 8.6 or 8.9
+(99 KB), compared with float64. The same instances are compiled for this GPU, without the features
+of 9.0.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from pyggml.parity import running
 from pyggml.parity.cases import expand
 from tests.gpu import kernels
 
-#: Bytes of shared memory that a block can have, by compute capability.
+#: Largest shared memory of a block in bytes, by compute capability.
 SHARED = {"8.0": 166_912, "8.9": 101_376}
-#: What few queries may run on.
+#: Kernels for few queries.
 MEANT = ("split<", "latent<", "combine<", "survey")
 LINES = """
 flash_attn_ext(f32[{64|128|256},{1|2},8], {f16|bf16|q8_0}[$1,{1|17|3000},{2|8}], $3[$1,$4,$5], scale=0.1)
@@ -32,10 +33,10 @@ flash_attn_ext(f32[576,1,16], {f16|q8_0}[576,999], $1[512,999]=1+64, f16[999,1,1
 def test_kernels_of(capability: str, line: str) -> None:
     device = backends.get("cuda").context.about  # type: ignore[attr-defined]
     if device.shared < SHARED[capability]:
-        pytest.skip(f"a block has {device.shared} bytes of shared memory here")
+        pytest.skip(f"this GPU has only {device.shared} bytes of shared memory per block")
     with kernels.bound(SHARED[capability]) as ran:
         outcomes = [running.tested(case, "cuda") for case in expand(line)]
-    wrong = [f"{one.case}: {one.status} {one.why}" for one in outcomes if one.status != "ok"]
+    wrong = [f"{o.case}: {o.status} {o.why}" for o in outcomes if o.status != "ok"]
     assert outcomes and not wrong, "\n".join(wrong[:5])
     names = {name for _, name in ran}
     assert any(name.startswith(("split<", "latent<")) for name in names), names

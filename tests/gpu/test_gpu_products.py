@@ -1,6 +1,6 @@
-"""Products on a GPU: every block type and layout, few columns and many, heads, experts.
+"""Products on a GPU: every block type and layout, few and many columns, heads, experts.
 
-Cases of the parity grid's kind, run in as many processes; see pyggml/parity/case.py for the text.
+The cases have the form of the parity grid (pyggml/parity/case.py) and run in several processes.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from tests.gpu.conftest import Options
 
 FORMAT = "|".join(FORMATS)
-#: One type of each family of decoders.
+#: One type for each family of decoders.
 FEW = "q8_0|iq4_nl|q4_K|mxfp4"
-#: A weight lies in tiles, an input as it is in a file.
+#: A weight is kept in tiles, an input in the layout of a file.
 WEIGHT = "{|@weight}"
-#: Experts used, columns for each token, tokens.
+#: Used experts, columns per token, tokens.
 TOKENS = ((4, 1, 1), (4, 2, 5), (4, 4, 60), (4, 1, 150), (4, 1, 700))
 
 BLOCKS = f"""
@@ -48,11 +48,11 @@ fused_up_gate({PLAIN}[256,11], $1[256,11], f16[256,9,2], act='gelu')
 
 
 def experts() -> str:
-    """Weights and inputs of every type; the inputs of blocks with few tokens only."""
+    """Cases of experts of every type, as weights and, with up to 60 tokens, as inputs."""
     lines = []
     for used, columns, tokens in TOKENS:
-        where, same = (WEIGHT, "$2") if tokens <= 60 else ("@weight", "@weight")
-        types = f"{{PLAIN|{FORMAT}}}[256,75,9]{where}"
+        layout, same = (WEIGHT, "$2") if tokens <= 60 else ("@weight", "@weight")
+        types = f"{{PLAIN|{FORMAT}}}[256,75,9]{layout}"
         x = f"f32[256,{columns},{tokens}]" + "@wide" * (columns > 1)
         ids = f"i32[{used},{tokens}]<9-@wide, prec={{'default'|'f32'}}"
         lines.append(f"mul_mat_id({types}, {x}, {ids})")
@@ -68,7 +68,7 @@ GROUPS = {"blocks": BLOCKS, "plain": PLAIN, "experts": experts()}
 
 
 def of(group: str) -> tuple[Case, ...]:
-    """The cases of a group; their ops' meanings are the grid's own."""
+    """The cases of a group, without those of meanings, which the grid has."""
     return tuple(case for case in expand(GROUPS[group]) if not case.means)
 
 
@@ -77,5 +77,5 @@ def test_every_product_is_within_its_bound(group: str, options: Options) -> None
     chosen = of(group)
     results = list(outcomes(chosen, "cuda", jobs=options.jobs))
     counts = Counter(outcome.status for outcome in results)
-    wrong = [f"{one.case}: {one.status} {one.why}" for one in results if one.status != "ok"]
+    wrong = [f"{o.case}: {o.status} {o.why}" for o in results if o.status != "ok"]
     assert len(results) == len(chosen) and not wrong, f"{counts}\n" + "\n".join(wrong[:20])

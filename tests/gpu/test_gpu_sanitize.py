@@ -1,8 +1,8 @@
-"""Cases of the parity grid under compute-sanitizer: no kernel leaves its memory (memcheck), none
-races for shared memory (racecheck) or misses a barrier (synccheck).
+"""Cases of the parity grid under compute-sanitizer: no access outside a kernel's memory (memcheck),
+no races in shared memory (racecheck), no wrong barriers (synccheck).
 
-The cases take turns by op, those of products, experts and attention three to one of another, until
-the time is up; each process takes its share of them.
+The cases alternate between ops, with three cases of products, experts and attention for one of any
+other op. Several processes share them until the time is up.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
     from tests.gpu.conftest import Options
 
 Record = Callable[[str, object], None]
-#: Of these ops three cases are taken for one of another: they have most kernels.
+#: Three cases of these ops run for one of another: they have the most kernels.
 MANY = ("flash_attn_ext", "mul_mat", "mul_mat_id", "moe_up_gate", "fused_up_gate")
-#: Seconds that a process has beside those for cases: to begin, for its last case, to end.
+#: Extra seconds for a process: to start, to finish its last case, and to end.
 GRACE = 90
-#: What the tools say at their end, and where they cannot run.
+#: Output of the tools at the end, and if they cannot run.
 SUMMARY = re.compile(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+)")
 REFUSED = re.compile(r"=+ (?:Error: (?:Device not supported|No attachable).*|Internal Sanitizer.*)")
 
 
 def spread(lines: Sequence[str]) -> Iterator[str]:
-    """All ops in turns, cases of each in an order that is random and always the same."""
+    """Cases of all ops in turn; those of each op in a random order that never changes."""
     groups: dict[str, list[str]] = defaultdict(list)
     for line in lines:
-        if not re.search(r"@far|\.means\(", line):  # gigabytes, and what other cases have
+        if not re.search(r"@far|\.means\(", line):  # too large, or tested by other cases
             groups[line.partition("(")[0]].append(line)
     for group in groups.values():
         random.Random(0).shuffle(group)
@@ -56,7 +56,7 @@ def spread(lines: Sequence[str]) -> Iterator[str]:
 
 
 class Verdict(NamedTuple):
-    """Of one process: outcomes of its cases, and what the tool wrote; how the process ended."""
+    """The outcomes of the cases of one process, the tool's report, and how the process ended."""
 
     outcomes: list[list[str]]
     report: str
@@ -64,28 +64,28 @@ class Verdict(NamedTuple):
 
     @property
     def errors(self) -> int | None:
-        """That the tool counts; None where it came to no end."""
+        """Errors that the tool counted; None if it did not finish."""
         summary = SUMMARY.search(self.report)
         return None if summary is None else int(summary[1])
 
     @property
     def complaints(self) -> str:
-        """The first of the tool, or the end of a process without a summary."""
+        """The first lines about errors; without a summary, the end of the report."""
         if self.errors is None:
             return f"{self.report[-800:]}\n{self.end}"
         lines = [line.lstrip("= ") for line in self.report.splitlines()]
-        telling = re.compile(r"Invalid|Race reported|hazard|Error|at .*\+0x|Address")
-        return "\n".join([line for line in lines if telling.search(line)][:12])
+        relevant = re.compile(r"Invalid|Race reported|hazard|Error|at .*\+0x|Address")
+        return "\n".join([line for line in lines if relevant.search(line)][:12])
 
 
 def sanitizer() -> str | None:
-    """Where compute-sanitizer is."""
+    """The path of compute-sanitizer, if it is installed."""
     name = "compute-sanitizer"
     return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
 
 
 def run(command: str, tool: str, lines: Sequence[str], seconds: float, report: Path) -> Verdict:
-    """One process over its share of the cases."""
+    """Run cases in one process."""
     words = [command, "--tool", tool, "--report-api-errors", "no", "--log-file", str(report)]
     words += [sys.executable, "-W", "ignore", "-m", "tests.gpu.sanitized", str(seconds)]
     done = Program(words, "\n".join(lines)).wait(seconds + GRACE)
@@ -100,7 +100,7 @@ def test_no_kernel_errs(
     record_property(f"{tool}_cases", 0)
     command = sanitizer()
     if command is None:
-        pytest.skip("there is no compute-sanitizer here")
+        pytest.skip("compute-sanitizer is not installed")
     lines = list(spread([str(case) for case in (cases() if options.quick else all_cases())]))
     jobs, seconds = options.jobs, options.sanitize
     with ThreadPoolExecutor(jobs) as pool:
@@ -108,16 +108,16 @@ def test_no_kernel_errs(
             pool.submit(run, command, tool, lines[i::jobs], seconds, tmp_path / f"{i}")
             for i in range(jobs)
         ]
-        verdicts = [one.result() for one in running]
-    refusal = next(filter(None, (REFUSED.search(one.report) for one in verdicts)), None)
+        verdicts = [future.result() for future in running]
+    refusal = next(filter(None, (REFUSED.search(verdict.report) for verdict in verdicts)), None)
     if refusal is not None:
         pytest.skip(f"compute-sanitizer cannot run here: {refusal[0].strip('= ')}")
-    ran = [row for one in verdicts for row in one.outcomes if row[1] != "unsupported"]
+    ran = [row for verdict in verdicts for row in verdict.outcomes if row[1] != "unsupported"]
     failed = [f"{case} {why}" for case, status, why in ran if status == "fail"]
-    errors = sum(one.errors or 0 for one in verdicts)
+    errors = sum(verdict.errors or 0 for verdict in verdicts)
     record_property(f"{tool}_cases", len(ran))
     record_property(f"{tool}_errors", errors)
-    wrong = [one for one in verdicts if one.errors != 0]
-    text = "\n".join([*failed[:3], *(one.complaints[:1500] for one in wrong[:3])])
+    wrong = [verdict for verdict in verdicts if verdict.errors != 0]
+    text = "\n".join([*failed[:3], *(verdict.complaints[:1500] for verdict in wrong[:3])])
     assert not failed and not wrong, f"{tool}: {errors} errors, {len(failed)} cases failed\n{text}"
-    assert ran, "no case was reached"
+    assert ran, "no case ran"
