@@ -55,6 +55,31 @@ def readme() -> str:
     return intro + table(head, rows)
 
 
+def whole_model() -> str:
+    """Speed of a whole model next to llama.cpp's."""
+    result = record("whole_model")
+    names = {
+        "pp2048": "prompt of 2,048 tokens",
+        "pp8192": "prompt of 8,192 tokens",
+        "tg_d0": "decoding, empty cache",
+        "tg_d4096": "decoding, 4,096 tokens in the cache",
+    }
+    rows = [
+        [
+            names[row["name"]],
+            f"{row['value']:,}",
+            f"{row['peer']:,}",
+            f"{row['value'] / row['peer']:.1f}x",
+        ]
+        for row in result["rows"]
+    ]
+    intro = (
+        "DeepSeek-V2-Lite with random IQ4_NL weights on one H200, tokens per second (layers stacked by "
+        f"a\nscript on {result['date']}, llama.cpp on the same file, machine and hour):\n\n"
+    )
+    return intro + table(["", "pyggml", "llama.cpp", "ratio"], rows)
+
+
 def example() -> str:
     """All rows of the attention example, with times."""
     result = record("deepseek_attention")
@@ -109,14 +134,17 @@ BARS = {
 RATES = ("TFLOP/s", "TB/s", "of copy")
 
 
-def gpu() -> str:
-    """The newest record of a GPU, with the bars that its rows must meet."""
-    path = max(RESULTS.glob("*/*.json"), key=lambda path: path.name)
+def gpu(card: str = "h200") -> str:
+    """The newest record of a GPU, with the bars that its rows must meet on an H200."""
+    path = max((RESULTS / card).glob("*.json"), key=lambda path: path.name)
     result: dict[str, Any] = json.loads(path.read_text())
     rows = [gpu_row(row) for row in result["rows"]]
     measured = {row["name"] for row in result["rows"]}
     rows += [[f"`{name}`", "not measured", "", ""] for name in BARS if name not in measured]
-    return gpu_conditions(result) + "\n\n" + table(["row", "measured", "unit", "bar"], rows)
+    head = ["row", "measured", "unit", "bar"]
+    if card != "h200":
+        head, rows = head[:3], [row[:3] for row in rows]
+    return gpu_conditions(result) + "\n\n" + table(head, rows)
 
 
 def gpu_row(row: dict[str, Any]) -> list[str]:
@@ -149,7 +177,14 @@ def gpu_conditions(result: dict[str, Any]) -> str:
     return " ".join(sentences)
 
 
-TABLES = {"readme": readme, "example": example, "kernels": kernels, "gpu": gpu}
+TABLES = {
+    "readme": readme,
+    "whole_model": whole_model,
+    "example": example,
+    "kernels": kernels,
+    "gpu": gpu,
+    "gpu_h100": lambda: gpu("h100"),
+}
 
 
 def main() -> int:
