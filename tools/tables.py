@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,9 @@ def whole_model() -> str:
         for row in result["rows"]
     ]
     intro = (
-        "DeepSeek-V2-Lite with random IQ4_NL weights on one H200, tokens per second (layers stacked by "
-        f"a\nscript on {result['date']}, llama.cpp on the same file, machine and hour):\n\n"
+        "DeepSeek-V2-Lite with random IQ4_NL weights on one H200, in tokens per second: its layers,\n"
+        f"stacked by a script on {result['date']}, and llama.cpp on the same file and machine in the\n"
+        "same hour.\n\n"
     )
     return intro + table(["", "pyggml", "llama.cpp", "ratio"], rows)
 
@@ -177,7 +179,7 @@ def gpu_conditions(result: dict[str, Any]) -> str:
     return " ".join(sentences)
 
 
-TABLES = {
+TABLES: dict[str, Callable[[], str]] = {
     "readme": readme,
     "whole_model": whole_model,
     "example": example,
