@@ -76,8 +76,8 @@ def whole_model() -> str:
     ]
     intro = (
         "DeepSeek-V2-Lite with random IQ4_NL weights on one H200, in tokens per second: layers\n"
-        f"stacked by a script on {result['date']}; llama.cpp with the same file and machine in the\n"
-        "same hour.\n\n"
+        f"stacked by a script on {result['date']}; llama.cpp with the same file and machine, same\n"
+        "hour.\n\n"
     )
     return intro + table(["", "pyggml", "llama.cpp", "ratio"], rows)
 
