@@ -1,4 +1,4 @@
-"""How operations are computed: one folder a backend, found by name, imported on first use."""
+"""How operations are computed: one folder per backend, found by name, imported on first use."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from functools import cache
 from pyggml.backends.base import Backend
 from pyggml.errors import UnknownNameError
 
-#: Backends that stand in for a device in tests: listed last, and used only when asked for.
+#: Backends that imitate a device in tests: listed last, and used only if requested by name.
 STAND_INS = ("null",)
 
 
 def available() -> tuple[str, ...]:
-    """Names of all backends, whether or not their device is here; stand-ins last."""
+    """Names of all backends, whether or not their device is present; stand-ins last."""
     names = sorted(m.name for m in pkgutil.iter_modules(__path__) if m.ispkg)
     return tuple(sorted(names, key=STAND_INS.__contains__))
 
 
 @cache
 def get(name: str, index: int = 0) -> Backend:
-    """The backend of that name on its device `index`, imported now.
+    """The backend `name` on its device `index`; imports it on first use.
 
-    Errors: UnknownNameError lists those there are; DeviceError where there is no such device.
+    Errors: UnknownNameError lists the known names; DeviceError if there is no such device.
     """
     if name not in available():
         raise UnknownNameError(f"no backend {name!r}; there are: {', '.join(available())}")
-    found: Backend = importlib.import_module(f"pyggml.backends.{name}").device(index)
-    return found
+    backend: Backend = importlib.import_module(f"pyggml.backends.{name}").device(index)
+    return backend
 
 
 assert __name__ == "pyggml.backends", "import pyggml.backends, not the top-level folder backends"

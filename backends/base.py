@@ -1,4 +1,4 @@
-"""What a backend must offer. The pure half works on a description; the runtime half on a device."""
+"""The interface of a backend: a pure half that needs no device, and a runtime half on a device."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from pyggml.loop import Body, Chain, Loop
 from pyggml.node import Ne, Node, Spec, label_of, line_of
 from pyggml.transfer import origin
 
-Buffer = Any  # a backend's own handle of a block of memory
+Buffer = Any  # a backend's handle of a block of memory
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a backend found of one thing that it needs. A backend may offer `findings()` of them.
+    """The status of one thing that a backend needs. A backend may offer them by `findings()`.
 
     what   the thing: a package, a library, a device
-    text   its version, or what is wrong
-    fix    the command that helps; empty where there is nothing to fix
-    state  "ok"; "absent": not here, and nothing here needs it; "broken": it ought to work
+    text   its version, or what is wrong with it
+    fix    the command that fixes it; empty if there is nothing to fix
+    state  "ok"; "absent": missing, but this machine does not need it; "broken": it should work
     """
 
     what: str
@@ -37,7 +37,7 @@ class Finding:
 class Address:
     """Where a tensor is: byte `offset` in `buffer`, byte strides `nb`.
 
-    layout  for a weight the name of its `WeightLayout`: then `nb` says nothing unless it is "plain"
+    layout  for a weight, the name of its `WeightLayout`; unless that is "plain", ignore `nb`
     """
 
     buffer: Buffer
@@ -48,13 +48,13 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """A caller's array in a device's memory, as the library that made it describes it.
+    """A caller's array in a device's memory, as described by the library that owns it.
 
-    buffer, offset  its memory as this backend's addresses say it; holds the array
-    address         of its first byte, and `alignment`, what kernels need that to be a multiple of
+    buffer, offset  its memory in the form of this backend's addresses; keeps the array alive
+    address         of its first byte; `alignment`: kernels require a multiple of it
     shape, type     NumPy's shape; NumPy's name of the element type, or "bfloat16"
-    contiguous      whether it lies without gaps, in C order
-    ready           puts into the device's queue a wait for what its library still does to it
+    contiguous      whether it has no gaps, in C order
+    ready           makes the device's queue wait for the library's pending work on the array
     """
 
     buffer: Buffer
@@ -69,9 +69,9 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class Spot:
-    """Where a planned tensor will be: byte `offset` and strides `nb` in a leaf's memory.
+    """The planned place of a tensor: byte `offset` and strides `nb` in the memory of `base`.
 
-    base  the leaf (or, inside a loop, the body's result) whose memory it is; None for the arena
+    base  the leaf (or, inside a loop, the body's result) that owns the memory; None for the arena
     """
 
     base: Node | None
@@ -81,9 +81,9 @@ class Spot:
 
 @dataclass(frozen=True, slots=True)
 class WeightLayout:
-    """How a backend keeps a weight: bytes it takes, and a name.
+    """How a backend stores a weight: its size in bytes, and a name.
 
-    name  "plain": as in a file, rows after rows. Other names are the backend's own
+    name  "plain": as in a file, row after row. Other names are private to the backend
     """
 
     nbytes: int
@@ -94,8 +94,8 @@ class WeightLayout:
 class BodyPlan:
     """A body of a loop, lowered and placed. Its arena is part of the loop's scratch.
 
-    spots       every node of the body; strides of what looks at a piece are settled at bind
-    scratch_at  where each step's scratch begins in the body's arena
+    spots       every node of the body; views of pieces get their strides at bind
+    scratch_at  offset of each step's scratch in the body's arena
     """
 
     body: Body
@@ -108,17 +108,18 @@ class BodyPlan:
 
 @dataclass(eq=False, slots=True)
 class Step:
-    """What a runner executes: one kernel covering one or more nodes.
+    """The unit that a runner executes: one kernel covering one or more nodes.
 
-    node     the node whose result it leaves; `nodes` all that it covers, among them perhaps nodes
-             of the backend's own, which only its steps read
-    reads    the nodes it reads, as the kernel sees them (views included)
-    scratch  bytes it needs while it runs; for a loop the larger of its bodies' arenas
-    workspace  bytes that a library of its device works in: one block of them, which every step of
-             every plan on that device shares
-    inplace  sources whose memory the result may take over
-    strided  whether the result may be a strided part of a larger tensor
-    layout   for a step that brings a weight from the host: how it is kept while it is needed
+    node       the node whose result it writes
+    nodes      all nodes it covers; they may include the backend's private nodes, which only its
+               own steps read
+    reads      the nodes it reads, as the kernel sees them (views included)
+    scratch    bytes it needs while it runs; for a loop, the larger of its bodies' arenas
+    workspace  bytes of work memory for a library of the device; all steps of all plans on the
+               device share one block
+    inplace    sources whose memory the result may take over
+    strided    whether the result may be a strided part of a larger tensor
+    layout     for a step that transfers a weight from the host: how to store it while needed
     """
 
     node: Node
@@ -134,12 +135,12 @@ class Step:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the result."""
+        """Size of the result in bytes."""
         return self.layout.nbytes if self.layout is not None else self.node.spec.nbytes
 
 
 def own_nodes(nodes: Collection[Node], steps: Iterable[Step]) -> Iterator[Node]:
-    """What steps make beside the `nodes` of the graph: a backend's own, for further steps of it."""
+    """The nodes that steps compute besides the graph's `nodes`: private nodes of the backend."""
     known = set(nodes)
     return (node for step in steps for node in step.nodes if node not in known)
 
@@ -147,8 +148,8 @@ def own_nodes(nodes: Collection[Node], steps: Iterable[Step]) -> Iterator[Node]:
 def pieces_of(
     step: Step, at: Mapping[Node, Address]
 ) -> Iterator[tuple[Body, tuple[int, ...], dict[Node, Address]]]:
-    """The pieces of a loop step in order: body, where it starts along each dimension, and where
-    the body's result, carry and leaves are."""
+    """The pieces of a loop step in order: the body, its start along each dimension, and the
+    addresses of the body's result, carry and leaves."""
     loop, node = step.loop, step.node
     assert loop is not None
     for body, starts in loop.pieces():
@@ -166,7 +167,7 @@ def pieces_of(
 
 
 def _part(at: Address, node: Node, chains: Sequence[Chain], starts: Sequence[int]) -> Address:
-    """The address of the piece that begins where `chains` lead from `starts`."""
+    """The address of the piece at the offsets that `chains` compute from `starts`."""
     offset = at.offset
     for chain in chains:
         first = chain.at(starts[chain.dim])
@@ -175,17 +176,18 @@ def _part(at: Address, node: Node, chains: Sequence[Chain], starts: Sequence[int
 
 
 def looked_at(node: Node, places: Mapping[Node, Address]) -> Address:
-    """Where a view of a piece is, from where its source is."""
+    """The address of a view of a piece, from the address of its source."""
     source = node.src[0]
     assert source is not None and node.op.view is not None
-    seen = places[source]
-    looked = node.op.view(node, seen.nb)
-    assert looked is not None
-    return Address(seen.buffer, seen.offset + looked[0], looked[1])
+    at = places[source]
+    view = node.op.view(node, at.nb)
+    assert view is not None
+    offset, nb = view
+    return Address(at.buffer, at.offset + offset, nb)
 
 
 def attributes(body: Body, node: Node, starts: Sequence[int]) -> dict[str, Any]:
-    """The attributes of a body's node in the piece that starts there."""
+    """The attributes of a body's node in the piece at `starts`."""
     attrs = dict(node.attrs)
     for shift in body.shifts:
         if shift.node is node:
@@ -194,13 +196,14 @@ def attributes(body: Body, node: Node, starts: Sequence[int]) -> dict[str, Any]:
 
 
 def named(error: Exception, node: Node) -> Exception:
-    """A kernel's complaint with the node and the line that built it; others get them as a note."""
+    """The error of a kernel, with the node and the line that built it added to its message; errors
+    of other libraries get them as a note."""
     sources = ", ".join(label_of(origin(s)) for s in node.src if s is not None)
-    what, where = f"{node.op.name}({sources})", f"at {line_of(node)}"
+    call, line = f"{node.op.name}({sources})", f"at {line_of(node)}"
     if isinstance(error, PyggmlError):
-        error.args = (f"{what}: {error}; {where}", *error.args[1:])
+        error.args = (f"{call}: {error}; {line}", *error.args[1:])
     else:
-        error.add_note(f"in the kernel of {what}, {where}")
+        error.add_note(f"in the kernel of {call}, {line}")
     return error
 
 
@@ -208,31 +211,32 @@ class Event(Protocol):
     """A point in a device's queue."""
 
     def wait(self) -> None:
-        """Block the host until the queue has got there."""
+        """Block the host until the queue has reached it."""
 
 
 class Runner(Protocol):
-    """Steps bound to addresses. `run` allocates nothing that was not declared."""
+    """Steps bound to addresses. `run` allocates no memory beyond what the steps declared."""
 
     def run(self) -> None:
-        """Execute every step in order; on a device, put them into its queue."""
+        """Execute every step in order; on a device, queue them."""
 
     def run_step(self, index: int) -> None:
-        """Execute one step; profiling and tests call it."""
+        """Execute one step, for profiling and tests."""
 
 
 class Backend(Protocol):
     """A set of kernels on a device.
 
-    The pure half: `supports`, `numeric`, `weight_layout`, `lower`. It needs no device and allocates
-    nothing.
+    The pure half is `supports`, `numeric`, `weight_layout` and `lower`: it needs no device and
+    allocates nothing.
 
-    name    of its folder: "cuda"
-    place   what `backends=` and `pins=` call it: "numpy", "cuda:1"
-    device  whose memory it uses: "host", "cuda:1". Copies are made between different devices only
-    lock    held by whoever uses the device: its queue is one, whatever store a plan belongs to
+    name    its folder: "cuda"
+    place   its name in `backends=` and `pins=`: "numpy", "cuda:1"
+    device  the device whose memory it uses: "host", "cuda:1". Tensors are copied only between
+            different devices
+    lock    taken while the device is used: it has one queue, shared by the plans of all stores
     alignment      of every tensor in its memory, in bytes
-    staging_bytes  of the host's memory that it keeps for copies
+    staging_bytes  bytes of host memory that it keeps for copies
     """
 
     name: str
@@ -243,14 +247,15 @@ class Backend(Protocol):
     staging_bytes: int
 
     def supports(self, node: Node) -> str | None:
-        """None if a kernel here runs `node`, else the reason why not, as a phrase."""
+        """None if a kernel here runs `node`, else the reason as a phrase."""
 
     def numeric(self, node: Node) -> str:
-        """The class of its numbers in `node`, a key of `parity.tolerance.CLASSES`: "f32" where
-        operands and sums are f32 and nothing is quantized on the way, whatever the types are."""
+        """The precision class in which it computes `node`, a key of `parity.tolerance.CLASSES`:
+        "f32" if operands and sums are f32 and nothing is quantized on the way, whatever the
+        types."""
 
     def weight_layout(self, constant: Node, uses: Collection[Node]) -> WeightLayout:
-        """How the constant is kept, from its type, size and all its uses."""
+        """How to store the constant, given its type, size and all its uses."""
 
     def lower(
         self,
@@ -260,16 +265,17 @@ class Backend(Protocol):
         *,
         fuse: bool = True,
     ) -> list[Step]:
-        """Steps that compute `nodes` (sources first). Nodes in `keep` must be left in memory.
+        """The steps that compute `nodes` (sources first). Nodes in `keep` must be in memory
+        afterwards.
 
-        layouts  of the weights that they read
-        fuse     False: a step for each node, to find out whether a fusion computes something else
+        layouts  the layouts of the weights that they read
+        fuse     False: one step per node, to check whether a fusion changes the result
         """
 
     # -- the runtime half ----------------------------------------------------------------------
 
     def alloc(self, nbytes: int) -> Buffer:
-        """A zeroed block of memory; OutOfMemoryError says what was asked for."""
+        """A zeroed block of memory; OutOfMemoryError with the requested size."""
 
     def weight(self, constant: Node, layout: WeightLayout, data: NDArray[Any]) -> Buffer:
         """The constant's values on the device."""
@@ -281,22 +287,22 @@ class Backend(Protocol):
         """A copy of the tensor at an address, in NumPy shape and as it is stored."""
 
     def view(self, at: Address, spec: Spec) -> Any:
-        """The tensor itself, not to be written to: NumPy's array on the host, else an object by
-        which libraries of that device read it where it is, and `np.asarray` copies it."""
+        """The tensor itself, read-only: on the host a NumPy array, elsewhere an object through
+        which the device's libraries read it in place and `np.asarray` copies it."""
 
     def given(self, array: object) -> Given | None:
-        """A caller's array as memory of this device; None where it is not in it.
+        """A caller's array as memory of this device; None if it is somewhere else.
 
-        Errors: DTypeError where its library does not let it be shared.
+        Errors: DTypeError if its library refuses to share it.
         """
 
     def fetch(self, source: Address, other: Backend, target: Address, spec: Spec) -> None:
-        """Put into this device's queue: copy a tensor from the memory of `other`, this device or
-        another or the host, into this one's."""
+        """Queue on this device: copy a tensor into its memory from the memory of `other` (this
+        device, another one, or the host)."""
 
     def send(self, source: Address, target: Address, spec: Spec) -> Event:
-        """Put into this device's queue: copy a tensor into the host's memory. It is there once the
-        event has been waited for; later work in the queue need not be done by then."""
+        """Queue on this device: copy a tensor to host memory. It has arrived once the event has
+        been waited for, which does not wait for later work in the queue."""
 
     def bind(
         self,
@@ -305,21 +311,21 @@ class Backend(Protocol):
         scratch: Buffer,
         scratch_at: Sequence[int],
     ) -> Runner:
-        """Steps ready to run: every tensor's address, and each step's scratch in `scratch`.
+        """Bind steps to the address of every tensor, and to each step's scratch in `scratch`.
 
         A step with a `layout` is a `transfer` of a constant: it loads the host's values (`data_of`)
-        into its address, kept like that.
+        to its address, stored in that layout.
         """
 
     def record(self) -> Event:
-        """This point in the queue."""
+        """The current point in the queue."""
 
     def wait_for(self, event: Event) -> None:
-        """Nothing put into this queue from now on begins before `event`, of any device."""
+        """Make all work queued from now on wait for `event`, of any device."""
 
     def synchronize(self) -> None:
-        """Wait until everything started here is done; errors of queued steps are raised here."""
+        """Wait until all queued work is done; raises the errors of queued steps."""
 
     def abandon(self) -> None:
-        """After an error: wait for what was started here, and let go of copies to the host that
+        """Clean up after an error: wait for all queued work, and drop copies to the host that
         nobody has waited for, so that none arrives later."""

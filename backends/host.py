@@ -1,4 +1,4 @@
-"""What backends on the host's memory share: a second set of kernels needs a table and a name."""
+"""The base of backends in host memory: a subclass adds a name and a kernel table."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from pyggml.node import Node, Spec
 
 
 class HostBackend:
-    """A backend whose memory is the host's: a step for each node, arrays as operands.
+    """A backend in host memory: one step per node, NumPy arrays as operands.
 
-    A subclass gives its name and its kernels. Tensors pass between such backends without a copy.
+    A subclass sets `name` and `kernels`. Tensors pass between such backends without a copy.
     """
 
     name: str
@@ -27,7 +27,7 @@ class HostBackend:
 
     device = "host"
     alignment = ALIGNMENT
-    lock: AbstractContextManager[object] = nullcontext()  # stores share nothing here
+    lock: AbstractContextManager[object] = nullcontext()  # host stores share nothing
     staging_bytes = 0
 
     @property
@@ -79,22 +79,23 @@ class HostBackend:
     def given(self, array: object) -> Given | None:
         if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
             return None
-        array = np.asarray(array)  # a class of its own may look at memory in its own way
-        kind, contiguous = array.dtype, bool(array.flags.c_contiguous)
+        array = np.asarray(array)  # a subclass may index its memory differently
+        dtype, contiguous = array.dtype, bool(array.flags.c_contiguous)
         return Given(
-            buffer=array.reshape(-1).view(np.uint8) if contiguous and kind.kind in "fiu" else None,
+            buffer=array.reshape(-1).view(np.uint8) if contiguous and dtype.kind in "fiu" else None,
             offset=0,
             address=array.ctypes.data,
-            alignment=kind.alignment,
+            alignment=dtype.alignment,
             shape=array.shape,
-            type=kind.name if kind.isnative else kind.str,
+            type=dtype.name if dtype.isnative else dtype.str,
             contiguous=contiguous,
             ready=lambda: None,
         )
 
     def fetch(self, source: Address, other: Backend, target: Address, spec: Spec) -> None:
-        here = other.view(source, spec) if other.device == "host" else other.download(source, spec)
-        self.upload(target, spec, here)
+        on_host = other.device == "host"
+        array = other.view(source, spec) if on_host else other.download(source, spec)
+        self.upload(target, spec, array)
 
     def send(self, source: Address, target: Address, spec: Spec) -> Event:
         self.upload(target, spec, self.view(source, spec))
@@ -123,7 +124,7 @@ class HostBackend:
 
 
 class _Done:
-    """The host's queue is the calling thread: everything in it is done."""
+    """An event of the host, whose queue is the calling thread: it has always happened."""
 
     def wait(self) -> None:
         return None

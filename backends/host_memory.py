@@ -1,4 +1,4 @@
-"""The host's memory: tensors in it as arrays, and the scratch of kernels that work on them."""
+"""Host memory: tensors as NumPy arrays, and the scratch of kernels."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pyggml.dtypes import DType
 from pyggml.errors import OutOfMemoryError, PyggmlError
 from pyggml.node import Spec
 
-#: Bytes: every tensor, and every block of scratch, begins at a multiple of it.
+#: Bytes; every tensor and every block of scratch starts at a multiple of it.
 ALIGNMENT = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A tensor whose type NumPy does not have: bf16 or a block type.
+    """A tensor of a type that NumPy lacks: bf16 or a block type.
 
     raw  bf16:   uint16 [ne3, ne2, ne1, ne0]
          blocks: uint8  [ne3, ne2, ne1, ne0 / block, bytes of a block]
@@ -34,11 +34,11 @@ Array = NDArray[Any] | Packed
 
 
 def allocated(nbytes: int) -> NDArray[np.uint8]:
-    """So many zero bytes, aligned."""
+    """`nbytes` zero bytes, aligned."""
     try:
         raw = np.zeros(nbytes + ALIGNMENT, np.uint8)
     except (MemoryError, ValueError) as error:
-        raise OutOfMemoryError(f"the host has no {nbytes} bytes: {error}") from None
+        raise OutOfMemoryError(f"the host cannot allocate {nbytes} bytes: {error}") from None
     skip = -raw.ctypes.data % ALIGNMENT
     return raw[skip : skip + nbytes]
 
@@ -58,7 +58,7 @@ class Scratch:
         self.used = 0
 
     def array(self, shape: int | tuple[int, ...], dtype: Any = np.float32) -> NDArray[Any]:
-        """An uninitialised C-contiguous array inside the declared bytes."""
+        """An uninitialized C-contiguous array inside the declared bytes."""
         shape = (shape,) if isinstance(shape, int) else shape
         count = 1
         for extent in shape:
@@ -75,16 +75,16 @@ class Scratch:
 
 
 def array_at(at: Address, spec: Spec) -> Array:
-    """The four-dimensional array (or Packed) at an address."""
-    kind, ne, nb = spec.dtype, spec.ne, at.nb
+    """The four-dimensional array (or `Packed`) at an address."""
+    dtype, ne, nb = spec.dtype, spec.ne, at.nb
     outer = (ne[3], ne[2], ne[1])
     steps = (nb[3], nb[2], nb[1])
-    if kind.numpy is not None:
-        return _strided((*outer, ne[0]), kind.numpy, at, (*steps, nb[0]))
-    if kind.block == 1:
-        return Packed(kind, _strided((*outer, ne[0]), np.uint16, at, (*steps, nb[0])), ne)
-    shape = (*outer, ne[0] // kind.block, kind.nbytes)
-    return Packed(kind, _strided(shape, np.uint8, at, (*steps, nb[0], 1)), ne)
+    if dtype.numpy is not None:
+        return _strided((*outer, ne[0]), dtype.numpy, at, (*steps, nb[0]))
+    if dtype.block == 1:
+        return Packed(dtype, _strided((*outer, ne[0]), np.uint16, at, (*steps, nb[0])), ne)
+    shape = (*outer, ne[0] // dtype.block, dtype.nbytes)
+    return Packed(dtype, _strided(shape, np.uint8, at, (*steps, nb[0], 1)), ne)
 
 
 def _strided(

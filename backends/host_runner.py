@@ -1,4 +1,4 @@
-"""Steps bound to host memory: arrays made once, kernels called in order, loops piece by piece."""
+"""Steps bound to host memory: arrays built once, kernels called in order, loops piece by piece."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ class HostRunner:
         copy_context().run(self._run, (index,))
 
     def _run(self, indices: Iterable[int]) -> None:
-        """Execute steps, with NumPy set as kernels expect it: inf and NaN are values like others,
-        and its buffers, of which a ufunc over strided operands takes three, stay small.
+        """Execute steps with the NumPy settings that kernels expect: no floating-point warnings,
+        and small ufunc buffers (strided operands take three).
 
-        NumPy keeps these settings in the context, so they end with the copy of it in which this
-        runs, whatever ends it.
+        NumPy keeps these settings in the context, so they end with the copy of the context in
+        which this runs, even after an error.
         """
         np.seterr(all="ignore")
         np.setbufsize(2048)
@@ -79,12 +79,13 @@ def _kernel_call(
     row = kernels[step.node.op]
     out = arrays[0]
     if row.scratch is None:
-        return lambda: _want_filled(out, row.run(*arrays, **attrs))
-    return lambda: _want_filled(out, row.run(*arrays, scratch=Scratch(memory), **attrs))
+        return lambda: _require_filled(out, row.run(*arrays, **attrs))
+    return lambda: _require_filled(out, row.run(*arrays, scratch=Scratch(memory), **attrs))
 
 
-def _want_filled(out: Array | None, returned: Any) -> None:
-    """An error where a kernel returned its result: `out` then holds whatever was there before."""
+def _require_filled(out: Array | None, returned: Any) -> None:
+    """Raise if a kernel returned its result instead of writing it: `out` still has its old
+    values."""
     if returned is not None and returned is not out:
         raise PyggmlError(
             f"the kernel returned a {type(returned).__name__}; it must write the result into `out` "
@@ -93,7 +94,7 @@ def _want_filled(out: Array | None, returned: Any) -> None:
 
 
 class _LoopCall:
-    """A loop node: its bodies' arrays that stay are made once, pieces of operands as they come."""
+    """A loop node: arrays fixed across pieces are built once, those of pieces when they run."""
 
     def __init__(
         self,

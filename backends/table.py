@@ -1,7 +1,7 @@
-"""The kernel table of a backend: which function computes which op, and what the planner must know.
+"""The kernel table of a backend: the function that computes each op, and its facts for the planner.
 
-A backend keeps one `KernelTable` in its `table.py`; the files of its families register themselves
-there. What a function is called with is the backend's own business, and stands in that file.
+Each backend has one `KernelTable` in its `table.py`, where the files of its op families register
+their kernels. That file also documents how the backend calls them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ S = TypeVar("S", bound=Step)
 
 
 def never(node: Node) -> None:
-    """Refuses no node."""
+    """Refuse no node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +28,11 @@ class Kernel:
     """One row of the table. Backends add fields in a subclass.
 
     run      the function
-    types    element types of operands and result that it takes; None for all
+    types    the element types it accepts for operands and result; None for all
     inplace  operands whose memory the result may take over
-    scratch  bytes that it needs besides its operands, from the node; None: it never needs any
-    refuses  why it does not run a node of these types, as a phrase; None where it does
-    numeric  the class of its numbers (see `Backend.numeric`), from the node
+    scratch  returns the bytes it needs for a node besides operands; None: it never needs any
+    refuses  returns why it cannot run a node of these types, as a phrase; None if it can
+    numeric  returns the precision class of a node (see `Backend.numeric`)
     """
 
     run: Callable[..., Any]
@@ -44,11 +44,11 @@ class Kernel:
 
 
 class KernelTable(dict[Op[Any], K]):
-    """The kernels of a backend by their ops.
+    """The kernels of a backend by op.
 
     row      the class of its rows
-    types    what a kernel takes that says nothing else
-    refuses  why no kernel of the backend runs a node, as a phrase; None where one may
+    types    the types of kernels that do not name any
+    refuses  returns why no kernel of the backend can run a node, as a phrase; None if one may
     """
 
     def __init__(
@@ -75,8 +75,8 @@ class KernelTable(dict[Op[Any], K]):
     ) -> Callable[[F], F]:
         """Decorator: register the function as the backend's kernel of `op`.
 
-        The keywords are the fields of `Kernel`, and those that the backend's rows have besides;
-        `numeric` may be the class itself.
+        The keywords are the fields of `Kernel` and any fields the backend's rows add; `numeric` may
+        be the class itself.
 
             @kernel(ops.scale, inplace=("a",))
             def scale(out, a, *, s, b): ...
@@ -95,15 +95,15 @@ class KernelTable(dict[Op[Any], K]):
         return register
 
     def refusal(self, node: Node) -> str | None:
-        """None where a kernel here runs `node`, else the reason why not, as a phrase."""
+        """None if a kernel here runs `node`, else the reason as a phrase."""
         row = self.get(node.op)
         if row is None:
             return self._absent(node.op)
         return _wrong_type(node, row.types) or self._refuses(node) or row.refuses(node)
 
     def _absent(self, op: Op[Any]) -> str:
-        """That there is no kernel for `op`, and whose kernel might be mistaken for it: an op of the
-        user's may have the name of one in the library.
+        """The refusal of an op without a kernel. It names a different op of the same name that has
+        one: a user's op may be named like one of the library.
         """
         for other in self:
             if other.name == op.name:
@@ -114,11 +114,11 @@ class KernelTable(dict[Op[Any], K]):
         return f"no kernel for {op.name}"
 
     def numeric(self, node: Node) -> str:
-        """The class of the numbers of `node` here."""
+        """The precision class in which this backend computes `node`."""
         return self[node.op].numeric(node)
 
     def step(self, node: Node, make: Callable[..., S], **fields: Any) -> S:
-        """The step that computes `node` alone: a `make`, with further fields of its own."""
+        """The step that computes `node` alone, built by `make` with additional fields."""
         row = self[node.op]
         inplace = (node.get(operand) for operand in row.inplace)
         return make(
@@ -132,7 +132,7 @@ class KernelTable(dict[Op[Any], K]):
 
 
 def _wrong_type(node: Node, types: Collection[str] | None) -> str | None:
-    """Why a kernel that takes these element types (None: all) does not take the node's."""
+    """Why a kernel for these element types (None: all) cannot take the node's; None if it can."""
     for tensor in (node, *node.src):
         if types is not None and tensor is not None and tensor.dtype.name not in types:
             return f"{node.op.name} does not take {tensor.dtype}"

@@ -1,7 +1,7 @@
-"""The CUDA backend: kernels of our own, compiled by NVRTC for the GPU at hand, and cuBLAS.
+"""The CUDA backend: its own kernels, compiled by NVRTC for the GPU present, and cuBLAS.
 
-Planning for a GPU needs neither one nor pycuda and CuPy; `bind` does. `pyggml doctor` says what is
-missing.
+Planning for a GPU needs no GPU, pycuda or CuPy; `bind` needs all three. `pyggml doctor` lists what
+is missing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["CudaBackend", "device", "findings", "kernel"]
 
 
 def findings() -> Iterator[Finding]:
-    """What the backend finds on this machine, for `pyggml doctor`."""
-    from pyggml.backends.cuda import doctor  # it imports what a plan does not need
+    """The status of everything the backend needs on this machine, for `pyggml doctor`."""
+    from pyggml.backends.cuda import doctor  # imports packages that plans do not need
 
     return doctor.findings()

@@ -1,4 +1,4 @@
-"""The backend object: what the planner asks without a GPU, and one GPU's memory and queue."""
+"""The backend object: a planning half that needs no GPU, and one GPU's memory and queue."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from pyggml.node import Node, Spec, label_of
 from pyggml.ops.leaf import data_of
 from pyggml.transfer import origin
 
-# Every family of kernels registers itself.
+# Importing a module registers its kernels.
 for _module in pkgutil.walk_packages([str(Path(__file__).parent)], "pyggml.backends.cuda."):
     if _module.name != "pyggml.backends.cuda.backend":
         importlib.import_module(_module.name)
 
 
 class CudaBackend:
-    """One GPU: our kernels, compiled for it when they are first needed, and cuBLAS."""
+    """One GPU: pyggml's kernels, compiled for it on first use, and cuBLAS."""
 
     name = "cuda"
     alignment = table.ALIGNMENT
@@ -42,7 +42,7 @@ class CudaBackend:
         self.index = index
         self.place = self.device = f"cuda:{index}"
         self.lock = RLock()
-        self._peers: set[int] = set()  # GPUs whose memory this one was allowed to reach
+        self._peers: set[int] = set()  # GPUs whose memory this one may access
 
     def __repr__(self) -> str:
         return f"<backend {self.place}>"
@@ -74,7 +74,7 @@ class CudaBackend:
 
     @cached_property
     def context(self) -> driver.Context:
-        """The GPU, opened by the first call that needs it."""
+        """The GPU, opened on first use."""
         return driver.context(self.index)
 
     @cached_property
@@ -91,9 +91,9 @@ class CudaBackend:
 
     def weight(self, constant: Node, layout: WeightLayout, data: NDArray[Any]) -> memory.Buffer:
         with self.context:
-            made = memory.Buffer(self.context, layout.nbytes)
-            self.staging.upload(made.ptr, _kept(constant, layout, data))
-        return made
+            buffer = memory.Buffer(self.context, layout.nbytes)
+            self.staging.upload(buffer.ptr, _stored(constant, layout, data))
+        return buffer
 
     def upload(self, at: Address, spec: Spec, array: NDArray[Any]) -> None:
         with self.context:
@@ -112,21 +112,22 @@ class CudaBackend:
 
     def given(self, array: object) -> Given | None:
         if not arrays.on_device(array):
-            return None  # the GPU need not be opened to say so
+            return None  # without opening the GPU
         with self.context:
             return arrays.given(self.context, array)
 
     def fetch(self, source: Address, other: Backend, target: Address, spec: Spec) -> None:
         if isinstance(other, CudaBackend) and self._fetch_directly(source, other, target, spec):
             return
-        here = other.view(source, spec) if other.device == "host" else other.download(source, spec)
-        self.upload(target, spec, here)
+        on_host = other.device == "host"
+        array = other.view(source, spec) if on_host else other.download(source, spec)
+        self.upload(target, spec, array)
 
     def _fetch_directly(
         self, source: Address, other: CudaBackend, target: Address, spec: Spec
     ) -> bool:
-        """On a GPU and between two, where both tensors lie in memory without gaps. The order
-        beside the other's queue is the caller's: `wait_for` before, `record` after."""
+        """Copy within a GPU or between two if both tensors are contiguous; returns whether it did.
+        The caller orders this queue with the other one: `wait_for` before, `record` after."""
         there, here = memory.operand_at(source, spec), memory.operand_at(target, spec)
         if not (there.contiguous and here.contiguous):
             return False
@@ -141,8 +142,8 @@ class CudaBackend:
         return True
 
     def _reach(self, other: CudaBackend) -> None:
-        """Let copies from the other GPU go straight. Where that cannot be, or where CuPy or PyTorch
-        has asked before (an error too), they arrive all the same."""
+        """Enable direct copies from the other GPU. If that is impossible, or if CuPy or PyTorch has
+        enabled it already (also an error), copies work without it."""
         if other.index not in self._peers:
             with suppress(self.context.driver.Error):
                 self.context.driver.Context.enable_peer_access(other.context.primary)
@@ -161,11 +162,11 @@ class CudaBackend:
     ) -> CudaRunner:
         loads: dict[Node, Callable[[], None]] = {}
         for step in steps:
-            if step.layout is not None:  # packed once, here: every run only copies
+            if step.layout is not None:  # pack once here; runs only copy
                 address, constant = at[step.node], origin(step.node)
-                held = _kept(constant, step.layout, data_of(constant))
+                data = _stored(constant, step.layout, data_of(constant))
                 ptr = address.buffer.ptr + address.offset
-                loads[step.node] = partial(self.staging.upload, ptr, held)
+                loads[step.node] = partial(self.staging.upload, ptr, data)
         with self.context:
             self.staging.prepare()
             return CudaRunner(
@@ -214,18 +215,18 @@ class CudaEvent:
 
 @cache
 def device(index: int) -> CudaBackend:
-    """The backend on that GPU. It is opened by what needs it; planning does not."""
+    """The backend on GPU `index`. The GPU is opened on first use; planning does not open it."""
     return CudaBackend(index)
 
 
-def _kept(constant: Node, layout: WeightLayout, data: NDArray[Any]) -> NDArray[np.uint8]:
-    """The bytes of a weight as `layout` keeps them; the host's own where that is "plain"."""
+def _stored(constant: Node, layout: WeightLayout, data: NDArray[Any]) -> NDArray[np.uint8]:
+    """The bytes of a weight in `layout`; for "plain", the host's bytes without a copy."""
     if layout.name != "plain":
         data = packing.repack(constant, layout, data)
     flat = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
     if len(flat) > layout.nbytes:
         raise DeviceError(
             f"the weight {label_of(constant)} takes {len(flat)} bytes as {layout.name}, "
-            f"for which {layout.nbytes} were planned"
+            f"but {layout.nbytes} were planned"
         )
     return flat

@@ -1,4 +1,4 @@
-"""What PYGGML_CUDA_DEBUG=1 adds to every step: its ids are looked at, and it is waited for."""
+"""The checks of PYGGML_CUDA_DEBUG=1: ids are in range; each step is waited for (see runner.py)."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from pyggml.node import Node
 
 
 def debugging() -> bool:
-    """Whether steps run one by one, under watch."""
+    """Whether steps run one by one, with checks."""
     return os.environ.get("PYGGML_CUDA_DEBUG") == "1"
 
 
 def check_ids(staging: Staging, step: Step, at: Mapping[Node, Address]) -> None:
-    """IdError where an id of the step is past the end. Kernels take such a one for none.
+    """Raise IdError if an id of the step is past the end; kernels treat such an id as negative.
 
-    So it is where a position is past the keys of a causal mask. Steps inside loops are not looked
-    at.
+    The same for positions past the keys of a causal mask. Steps inside loops are not checked.
     """
     for node in step.nodes:
         choice = node.op.ids
@@ -43,7 +42,7 @@ def _check(
     what: str,
     end: str,
 ) -> None:
-    if ids.base in step.nodes:  # the step itself chooses them
+    if ids.base in step.nodes:  # the step itself computes them
         return
     largest = int(np.max(take(staging, at[ids], ids.spec)))
     if largest >= count:

@@ -12,26 +12,26 @@ from pyggml.dtypes import DType
 
 FILE = "copy.cu"
 
-#: Words that a copy moves, by bytes.
+#: The C++ types of the words that a copy moves, by size in bytes.
 _WORDS = {16: "uint4", 8: "uint2", 4: "unsigned", 2: "unsigned short", 1: "unsigned char"}
 
 
-def reader(kind: DType) -> str:
-    """What reads one value of that type in blocks.cuh."""
-    return kind.name if kind.block > 1 else f"Plain<{C_TYPES[kind.name]}>"
+def reader(dtype: DType) -> str:
+    """The type in blocks.cuh that reads one value of `dtype`."""
+    return dtype.name if dtype.block > 1 else f"Plain<{C_TYPES[dtype.name]}>"
 
 
 # -- copies -----------------------------------------------------------------------------------
 
 
 def _as_words(operand: Operand, size: int) -> Operand:
-    """The same bytes as words; rows must lie together."""
+    """The same bytes as words of `size`; rows must be contiguous."""
     n = operand.dtype.row_bytes(operand.ne[0]) // size
     return replace(operand, ne=(n, *operand.ne[1:]), nb=(size, *operand.nb[1:]))
 
 
 def _word(operands: tuple[Operand, ...]) -> int:
-    """Bytes of the widest word that makes up all these rows, 0 where they do not lie together."""
+    """Bytes of the widest word that divides all rows, or 0 if the rows are not contiguous."""
     for operand in operands:
         if operand.ne[0] > operand.dtype.block and operand.nb[0] != operand.dtype.nbytes:
             return 0
@@ -43,7 +43,7 @@ def _word(operands: tuple[Operand, ...]) -> int:
 
 
 def copy(call: Call, out: Operand, a: Operand) -> None:
-    """Record a copy of `a`, repeated into `out`, of the same type."""
+    """Record a copy of `a`, repeated to the sizes of `out`; both have the same type."""
     if out.contiguous and a.contiguous and out.ne == a.ne:
         nbytes = out.dtype.row_bytes(out.ne[0]) * rows(out)
         if nbytes >= 1 << 16:
@@ -86,10 +86,10 @@ def repeat(call: Call) -> None:
 
 
 def convert(call: Call, out: Operand, a: Operand) -> None:
-    """Record a's elements in their order written into `out`, converted."""
+    """Record the conversion of `a` into `out`, element by element in order."""
     if a.dtype == out.dtype and a.ne == out.ne:
         copy(call, out, a)
-    elif a.dtype == out.dtype and a.dtype.block > 1:  # rows in order, as they are
+    elif a.dtype == out.dtype and a.dtype.block > 1:  # rows in order, unchanged
         size = _word((out, a))
         _in_order(call, _as_words(out, size), _as_words(a, size), _WORDS[size], _WORDS[size])
     elif out.dtype.block > 1:
@@ -108,7 +108,7 @@ def convert(call: Call, out: Operand, a: Operand) -> None:
 
 
 def _in_order(call: Call, out: Operand, a: Operand, to: str, source: str) -> None:
-    """Record element after element of `a`, of C++ type `source`, into `out`."""
+    """Record the elements of `a` (C++ type `source`), converted in order into `out` (type `to`)."""
     width = pack_width(out, a) if to != source and out.ne[0] == a.ne[0] else 1
     index, total = counted(out.ne[0] * rows(out) // width)
     call.launch(
@@ -121,7 +121,7 @@ def _in_order(call: Call, out: Operand, a: Operand, to: str, source: str) -> Non
 
 
 def _encode(call: Call, out: Operand, b: Operand, ids: Operand | None) -> None:
-    """Record rows of b written as blocks: to the rows that ids name, or in order."""
+    """Record rows of `b` encoded as blocks, into the rows given by `ids`, or in order."""
     into = "void" if ids is None else C_TYPES[ids.dtype.name]
     call.launch(
         FILE,
@@ -147,7 +147,7 @@ def cpy(call: Call) -> None:
 
 @kernel(ops.get_rows, types=None)
 def get_rows(call: Call) -> None:
-    """Only the rows asked for are decoded; ids past the end give zero rows."""
+    """Record the gather. It decodes only the selected rows; ids past the end give zero rows."""
     out, a, ids = call.out, call["a"], call["ids"]
     name = "get_ids" if a.dtype.kind == "int" else f"get_rows<{reader(a.dtype)}>"
     grid = (rows(out), blocks_for(out.ne[0]))
@@ -156,7 +156,7 @@ def get_rows(call: Call) -> None:
 
 @kernel(ops.set_rows, types=None)
 def set_rows(call: Call) -> None:
-    """Rows of b converted into the rows of out, which is a, that ids name; its others stay."""
+    """Record rows of `b` converted into the rows of `out` (the memory of a) given by `ids`."""
     out, b, ids = call.out, call["b"], call["ids"]
     if out.dtype.block > 1:
         _encode(call, out, b, ids)

@@ -1,4 +1,5 @@
-"""What the CUDA backend finds on this machine, and what to install. For `pyggml doctor`."""
+"""The CUDA part of `pyggml doctor`: what is present on this machine, and how to install the
+rest."""
 
 from __future__ import annotations
 
@@ -17,15 +18,15 @@ from pyggml.errors import DeviceError
 
 _PACKAGES = ("pycuda", "cupy-cuda13x", "cuda-bindings")
 _SMALLEST = "rms_norm<1, 1, false, false>"
-#: What a loaded NVIDIA driver leaves in the file system: Linux, containers, WSL.
+#: Files that exist when an NVIDIA driver is loaded: Linux, containers, WSL.
 GPU_MARKS = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/usr/lib/wsl/lib/libcuda.so.1")
 _ABSENT = ("not installed", "not found")
 
 
 def findings() -> Iterator[Finding]:
-    """Everything that the backend needs, in the order in which it is needed.
+    """The status of everything the backend needs, in the order of need.
 
-    What is not installed is broken only where there is a GPU that could use it.
+    A missing package counts as broken only if there is a GPU that could use it.
     """
     gpu = any(Path(mark).exists() for mark in GPU_MARKS)
     if not gpu:
@@ -85,7 +86,7 @@ def _cache() -> Finding:
         with tempfile.TemporaryFile(dir=folder):
             cubins = [entry for entry in os.scandir(folder) if entry.name.endswith(".cubin")]
     except OSError as error:
-        fix = "set PYGGML_CACHE to a folder that can be written"
+        fix = "set PYGGML_CACHE to a writable folder"
         return Finding("kernel cache", str(error), fix, state="broken")
     size = sum(entry.stat().st_size for entry in cubins)
     return Finding("kernel cache", f"{folder}: {len(cubins)} kernels, {size / 2**20:.1f} MiB")
@@ -95,13 +96,13 @@ def _gpus(gpu: bool) -> Iterator[Finding]:
     if find_spec("pycuda") is None:
         return
     try:
-        found = driver.driver()
+        api = driver.driver()
     except driver.UnusableError as error:
         absent = error.absent and not gpu
         yield Finding("driver", error.what, error.fix, "absent" if absent else "broken")
         return
-    yield Finding("driver", f"CUDA {driver.spoken(found.get_driver_version())}")
-    for index in range(found.Device.count()):
+    yield Finding("driver", f"CUDA {driver.version_text(api.get_driver_version())}")
+    for index in range(api.Device.count()):
         try:
             about = driver.context(index).about
             size = f"{about.memory / 2**30:.0f} GiB, {about.sms} multiprocessors, sm_{about.arch}"

@@ -1,4 +1,4 @@
-"""Element by element: arithmetic, activations, gated units."""
+"""Elementwise ops: arithmetic, activations, gated units."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FILE = "elementwise.cu"
 
 
 def unary(call: Call, name: str, p: float = 0.0, q: float = 0.0) -> None:
-    """Record out = name(a) with two parameters."""
+    """Record out = name(a), with parameters p and q."""
     out, a = call.out, call["a"]
     width = pack_width(out, a)
     index, total = counted(call.node.spec.elements // width)
@@ -32,7 +32,7 @@ def unary(call: Call, name: str, p: float = 0.0, q: float = 0.0) -> None:
 
 
 def binary(call: Call, name: str, a: Operand, b: Operand) -> None:
-    """Record out = name(a, b), b repeated into a."""
+    """Record out = name(a, b), with b repeated to the sizes of a."""
     out = call.out
     width = pack_width(out, a, b)
     index, total = counted(call.node.spec.elements // width)
@@ -53,7 +53,7 @@ def _binary(name: str) -> Callable[[Call], None]:
     return lambda call: binary(call, name, call["a"], call["b"])
 
 
-#: The functors of elementwise.cu. An op without one here is no op of this backend.
+#: The functors of elementwise.cu by op. Ops that are not listed have no kernel here.
 FUNCTORS = {
     ops.exp: "Exp",
     ops.log: "Log",
@@ -65,11 +65,11 @@ FUNCTORS = {
     ops.silu: "Silu",
     ops.gelu: "Gelu",
 }
-#: Those of activations by name, where one gates something.
+#: The functors of activations that may gate, by the name of the activation.
 GATES = {op.name: functor for op, functor in FUNCTORS.items() if op.name in ACTIVATIONS}
 BINARY_FUNCTORS = {ops.add: "Add", ops.sub: "Sub", ops.mul: "Mul", ops.div: "Div"}
-for _one, _functor in FUNCTORS.items():
-    kernel(_one, inplace=("a",))(_unary(_functor))
+for _op, _functor in FUNCTORS.items():
+    kernel(_op, inplace=("a",))(_unary(_functor))
 for _pair, _functor in BINARY_FUNCTORS.items():
     kernel(_pair, inplace=("a",))(_binary(_functor))
 
@@ -100,7 +100,7 @@ def glu(call: Call) -> None:
 
 
 def activated_times(node: Node, run: Run) -> Fused | None:
-    """act(x) * g."""
+    """act(x) * g, with the operands in either order."""
     for act, g in ((node["a"], node["b"]), (node["b"], node["a"])):
         if act.op.name not in GATES or not run.only(act, node):
             continue
@@ -113,7 +113,7 @@ def activated_times(node: Node, run: Run) -> Fused | None:
 
 @kernel(ops.add_id, inplace=("a",))
 def add_id(call: Call) -> None:
-    """Ids past the end add nothing."""
+    """Record the sum. Ids past the end add nothing."""
     args = [x.tensor for x in (call.out, call["a"], call["b"], call["ids"])]
     grid = (call.out.ne[2], call.out.ne[1])
     call.launch(FILE, "add_id", grid=grid, block=256, args=args)

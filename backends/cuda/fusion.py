@@ -1,10 +1,10 @@
-"""Steps, and how patterns cover several nodes by one of them.
+"""Steps, and patterns that cover several nodes by one step.
 
-A family writes a pattern, a function of the last node that it would cover:
+A pattern is a function of the last node that it would cover:
 
     def norm_times_row(node: Node, run: Run) -> Fused | None: ...
 
-and patterns.py lists it.
+patterns.py lists all patterns.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pyggml.ops.leaf import state_op
 
 
 class CudaStep(Step):
-    """A step of kernels for `nodes`, the last of which is its result.
+    """A step that computes `nodes` with kernels; the last node is its result.
 
-    operands  what the kernels read, by the names that `record` uses: call["b"]
-    results   what they write besides the last node's tensor, by name as well
+    operands  the nodes that the kernels read, by the names that `record` uses: call["b"]
+    results   the nodes they write besides the last one, also by name
     record    records the launches when a plan is bound
     """
 
@@ -51,15 +51,16 @@ class CudaStep(Step):
 
 
 class Fused(CudaStep):
-    """A step that covers the `nodes` of a pattern. A loop may shift only the last one's attributes.
+    """A step that covers the `nodes` of a pattern. In a loop, only the last node's attributes may
+    shift.
 
-    reads      the operands by name; none of them is one of `nodes`
-    record     as in the kernel table; `call.node` and `call.attrs` are the last node's
-    results    those of `nodes`, besides the last, that stay in memory because others read them
+    reads      the operands by name; must not contain any of `nodes`
+    record     as in the kernel table; `call.node` and `call.attrs` are those of the last node
+    results    nodes besides the last one that stay in memory because others read them
     inplace    operands whose memory the result may take over
-    at         the node in whose place the step runs, if not the last: one of `nodes` before it
-    recompute  those of `nodes` that every step reading them computes for itself. Where one reader
-               cannot, they are computed once and kept, for all
+    at         the node whose place in the order the step takes, if not the last one
+    recompute  nodes that each fused reader computes for itself. If any reader cannot, they are
+               computed once and stored, for all readers
     """
 
     __slots__ = ("at", "recompute")
@@ -81,24 +82,26 @@ class Fused(CudaStep):
 
 
 class Run:
-    """The nodes that are lowered together, in order, and who reads what of them."""
+    """The nodes that are lowered together, in order, and the readers of each."""
 
     def __init__(self, nodes: Sequence[Node], keep: Collection[Node]) -> None:
         self.nodes, self.keep = nodes, keep
         self.number = {node: i for i, node in enumerate(nodes)}
-        self.readers: dict[Node, list[Node]] = {}  # through views
+        self.readers: dict[Node, list[Node]] = {}  # also those through views
         for node in nodes:
             for source in node.src:
                 if source is not None:
                     self.readers.setdefault(source.base, []).append(node)
 
     def only(self, node: Node, *readers: Node) -> bool:
-        """Whether a node of the run is read by nothing but these, so that it needs no memory."""
+        """Whether only `readers` read the node (which must be in the run), so it needs no
+        memory."""
         alone = node in self.number and node not in self.keep
         return alone and set(self.readers.get(node, ())) <= set(readers)
 
     def allows(self, step: Fused) -> bool:
-        """Whether what the step reads is computed before it, and still the same where it runs."""
+        """Whether all that the step reads is computed before the step runs and not overwritten
+        until then, and all readers of its results come later."""
         place = self.number[step.at]
         inside, read = set(step.nodes), {node.base for node in step.reads}
         if read & inside or any(self.number.get(node, -1) >= place for node in read):
@@ -110,7 +113,7 @@ class Run:
         return not any(self._changed(node, place, inside) for node in step.nodes)
 
     def _changed(self, node: Node, place: int, inside: Collection[Node]) -> bool:
-        """Whether a state that `node` reads would be another at `place`."""
+        """Whether a state that `node` reads is written between `node` and `place`."""
         states = {s.root for s in node.src if s is not None and s.root.op is state_op}
         first, last = sorted((self.number.get(node, place), place))
         return bool(states) and any(
@@ -120,16 +123,16 @@ class Run:
 
 
 Match = Callable[[Node, Run], Fused | None]
-#: A pattern, and the ops that may end it.
+#: A pattern, and the ops that may come last in it.
 Pattern = tuple[Match, tuple[Op[Any], ...]]
 
 
 def covered(
     nodes: Sequence[Node], keep: Collection[Node], patterns: Sequence[Pattern]
 ) -> Iterator[Node | Fused]:
-    """`nodes` in order, those that a pattern covers as one step where it runs.
+    """`nodes` in order, with those that a pattern covers replaced by one step.
 
-    From the last node to the first; of each the first pattern that matches.
+    Searches from the last node to the first; for each node the first pattern that matches wins.
     """
     run = Run(nodes, keep)
     by_last: dict[Op[Any], list[Match]] = {}
@@ -152,10 +155,11 @@ def covered(
 
 
 def _in_order(nodes: Sequence[Node], run: Run, steps: Sequence[Fused]) -> Iterator[Node | Fused]:
-    """A step that would recompute a node which another reader needs in memory is dropped."""
+    """The nodes and steps in order. Drops steps that would recompute a node which another reader
+    needs in memory."""
     recomputed = {(node, step.node) for step in steps for node in step.recompute}
-    kept = {n for n, _ in recomputed if any((n, r) not in recomputed for r in run.readers[n])}
-    steps = [step for step in steps if not kept & set(step.recompute)]
+    stored = {n for n, _ in recomputed if any((n, r) not in recomputed for r in run.readers[n])}
+    steps = [step for step in steps if not stored & set(step.recompute)]
     places = {step.at: step for step in steps}
     inside = {node for step in steps for node in step.nodes}
     for node in nodes:

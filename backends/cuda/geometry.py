@@ -1,4 +1,4 @@
-"""How work is spread over threads: what the host functions of several families share."""
+"""Launch geometry shared by the op families: how work is spread over blocks and threads."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 from pyggml.backends.cuda.launch import Operand
 from pyggml.node import Ne
 
-#: Threads of a block where nothing speaks for another number.
+#: Default number of threads per block.
 THREADS = 256
-#: Bytes that a thread reads at once where it can.
+#: Most bytes that a thread reads at once.
 WIDEST = 16
 
 #: Element types in C++.
@@ -26,29 +26,30 @@ C_TYPES = {
 
 
 def blocks_for(count: int, each: int = THREADS) -> int:
-    """How many blocks of `each` hold `count`."""
+    """The number of blocks of `each` that hold `count` items."""
     return -(-count // each)
 
 
 def rows(operand: Operand) -> int:
-    """Rows of a tensor, over dimensions 1, 2 and 3."""
+    """The number of rows of a tensor, over dimensions 1, 2 and 3."""
     return prod(operand.ne[1:])
 
 
 def row_grid(operand: Operand) -> tuple[int, int]:
-    """A block for each row: over dimensions 1 and 2, and over 3."""
+    """A grid with one block per row: dimensions 1 and 2, then 3."""
     return operand.ne[1] * operand.ne[2], operand.ne[3]
 
 
 def counted(total: int) -> tuple[str, np.uint32 | np.int64]:
-    """A number of things to do: the C++ type that counts them, and the argument."""
+    """The C++ type that can count to `total`, and `total` as an argument of that type."""
     if total < 2**32 - THREADS:
         return "unsigned", np.uint32(total)
     return "long long", np.int64(total)
 
 
 def pack_width(*operands: Operand) -> int:
-    """How many neighbours a thread may take at once in all of these; 1 where rows forbid more.
+    """How many adjacent elements of all operands a thread can process at once; 1 if their rows
+    allow no more.
 
     Sizes in dimension 0 must be equal, or 1 for a tensor that repeats there.
     """
@@ -63,12 +64,13 @@ def pack_width(*operands: Operand) -> int:
 
 
 def threads_for(length: int, most: int = 1024) -> int:
-    """Threads of a block that walks a row of `length`: whole warps."""
+    """Threads per block for a row of `length`: whole warps, at most `most`."""
     return min(most, max(32, blocks_for(length, 32) * 32))
 
 
 def part(operand: Operand, axis: int, start: int, n: int) -> Operand:
-    """`n` elements (on dimension 0 whole blocks) of a tensor along an axis, from `start` on."""
+    """`n` elements of a tensor along an axis, starting at `start` (in dimension 0: whole
+    blocks)."""
     ne = list(operand.ne)
     ne[axis] = n
     units = start // operand.dtype.block if axis == 0 else start

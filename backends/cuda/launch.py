@@ -1,8 +1,8 @@
-"""What a kernel's host function records: launches, products by cuBLAS, copies. Needs no GPU.
+"""Recording of kernel launches, cuBLAS products and copies. Needs no GPU.
 
-A `.cu` file says which instances of its kernels are compiled ahead (tools/compile_kernels.py), one
-a line; braces stand for one line with each word, `hot` forbids spills, and an architecture
-restricts it to that one:
+A `.cu` file lists the kernel instances to compile ahead (tools/compile_kernels.py), one per line.
+Braces expand to one line per alternative, `hot` forbids spills, and an architecture restricts a
+line to that one:
 
     // @kernel hot add<{float|__half}, 4>
     // @kernel 90a attention<192, 128>
@@ -24,19 +24,19 @@ from pyggml.node import Ne, Node
 
 Dim3 = tuple[int, int, int]
 
-#: Bytes that cuBLAS likes to work in on this generation: one block of a device, which all products
-#: share, as they follow each other. `Kernel.cublas` says which steps need it.
+#: Bytes of workspace recommended for cuBLAS on this generation: one block per device, shared by all
+#: products, which run one after another. `CudaKernel.cublas` returns whether a step needs it.
 WORKSPACE = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What kernels may depend on.
+    """The properties of a GPU that kernels may depend on.
 
-    arch    as NVRTC spells it, without "sm_": "90a"
-    sms     multiprocessors
-    shared  bytes of shared memory that a block can have
-    l2      bytes of its cache
+    arch    in NVRTC's spelling without "sm_": "90a"
+    sms     number of multiprocessors
+    shared  maximum bytes of shared memory per block
+    l2      bytes of L2 cache
     """
 
     name: str
@@ -48,27 +48,27 @@ class Device:
 
     @property
     def overlaps(self) -> bool:
-        """Whether a launch may begin before its predecessor ended; every kernel waits for it
-        (kernels/overlap.cuh)."""
+        """Whether a launch may start before its predecessor has ended; every kernel waits for it
+        (kernels/include/overlap.cuh)."""
         return not self.arch.startswith("8")
 
 
-#: The device that is meant where none is there to be asked: planning and compiling ahead.
+#: The device assumed where none is present: for planning and compiling ahead.
 H200 = Device("H200", "90a", 132, 232_448, 60 << 20, 141 << 30)
 
 
 class Struct(ctypes.Structure):
-    """A C++ struct as a kernel's argument; `_fields_` follow its declaration, name by name.
+    """A C++ struct as a kernel argument; `_fields_` match its declaration name by name.
 
-    All fields are given by keyword, arrays as tuples. PyggmlError for a number that does not fit:
-    ctypes alone would cut it off.
+    Pass every field by keyword, arrays as tuples. A number that does not fit its field raises
+    PyggmlError; ctypes alone would truncate it.
     """
 
     def __init__(self, **values: Any) -> None:
-        kind = type(self).__name__
+        struct = type(self).__name__
         names = {field[0] for field in self._fields_}
         if values.keys() != names:
-            raise PyggmlError(f"{kind} takes {', '.join(sorted(names))}; got {', '.join(values)}")
+            raise PyggmlError(f"{struct} takes {', '.join(sorted(names))}; got {', '.join(values)}")
         super().__init__(**values)
         for name, value in values.items():
             field = getattr(self, name)
@@ -76,7 +76,7 @@ class Struct(ctypes.Structure):
             if isinstance(numbers[0], int) and numbers != (
                 value if isinstance(value, tuple) else (value,)
             ):
-                raise PyggmlError(f"{kind}.{name}: {value} does not fit")
+                raise PyggmlError(f"{struct}.{name}: {value} does not fit")
 
 
 class Tensor(Struct):
@@ -96,7 +96,7 @@ Argument = Struct | np.generic
 class Operand:
     """A tensor of a step: device address, sizes, byte strides, type.
 
-    layout  how a weight is kept, "plain" for everything else; ne and nb are then those of ggml
+    layout  of a weight; "plain" for all other tensors. ne and nb are always those of ggml
     """
 
     ptr: int
@@ -107,17 +107,17 @@ class Operand:
 
     @property
     def tensor(self) -> Tensor:
-        """The operand as kernels take it."""
+        """The operand as a kernel argument."""
         return Tensor(data=self.ptr, nb=self.nb, ne=self.ne)
 
     @property
     def pointer(self) -> np.uint64:
-        """The address as an argument."""
+        """The address as a kernel argument."""
         return np.uint64(self.ptr)
 
     @property
     def contiguous(self) -> bool:
-        """Whether it lies in memory without gaps, in ggml's order."""
+        """Whether it has no gaps, in ggml's order of dimensions."""
         size = self.dtype.nbytes
         units = (self.ne[0] // self.dtype.block, *self.ne[1:])
         for n, step in zip(units, self.nb):
@@ -127,18 +127,19 @@ class Operand:
         return True
 
     def aligned(self, nbytes: int) -> bool:
-        """Whether every row begins at a multiple of `nbytes`."""
+        """Whether every row starts at a multiple of `nbytes`."""
         steps = [step for n, step in zip(self.ne[1:], self.nb[1:]) if n > 1]
         return all(x % nbytes == 0 for x in (self.ptr, *steps))
 
 
-#: What a kernel gets in the place of a tensor that is not there.
+#: The operand that stands in for an absent tensor.
 ABSENT = Operand(0, (1, 1, 1, 1), (0, 0, 0, 0), F32)
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One kernel: the instance `name` of kernels/`file`, its geometry and packed arguments."""
+    """One kernel launch: the instance `name` of kernels/`file`, its geometry and packed
+    arguments."""
 
     file: str
     name: str
@@ -151,7 +152,7 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Gemm:
-    """cublasGemmStridedBatchedEx, in its words (column-major): C = op(A) op(B).
+    """A call of cublasGemmStridedBatchedEx, with its conventions (column-major): C = op(A) op(B).
 
     types  of A, B and C; sums are f32, and f32 operands are not rounded to tf32
     """
@@ -169,7 +170,7 @@ class Gemm:
 
 @dataclass(frozen=True, slots=True)
 class Memcpy:
-    """A copy inside the device."""
+    """A copy within the device."""
 
     target: int
     source: int
@@ -180,7 +181,7 @@ Record = Launch | Gemm | Memcpy
 
 
 def pack(args: Sequence[Argument]) -> bytes:
-    """Arguments as the driver takes them: each at a multiple of its own alignment."""
+    """Pack arguments the way the driver expects: each at a multiple of its own alignment."""
     packed = bytearray()
     for arg in args:
         if isinstance(arg, np.generic):
@@ -189,22 +190,22 @@ def pack(args: Sequence[Argument]) -> bytes:
             data, align = bytes(arg), ctypes.alignment(arg)
         else:
             raise PyggmlError(
-                f"a kernel's argument is a NumPy scalar (np.int32(3)) or a Struct, not {arg!r}: "
-                "its size must be known"
+                "a kernel argument must be a NumPy scalar (np.int32(3)) or a Struct, so that its "
+                f"size is known; got {arg!r}"
             )
         packed += bytes(-len(packed) % align) + data
     return bytes(packed)
 
 
 class Call:
-    """A step being bound: its operands by name, and a list of what it launches.
+    """A step being bound: its operands by name, and the records of its launches.
 
-    call["b"] is an operand by the op's name for it (for a fused step, by the name that its pattern
-    gives), or a further result of a fused step; call.get("mask") is None where it is absent.
+    call["b"] is the operand that the op names b. A fused step has the names of its pattern, and its
+    further results by name as well. call.get("mask") is None if the operand is absent.
 
-    node, attrs  the node; in a loop the attributes are those of this piece
+    node, attrs  the node and its attributes; in a loop, those of the current piece
     out          the result
-    device       what the kernels may depend on
+    device       the properties that kernels may depend on
     """
 
     def __init__(
@@ -224,7 +225,7 @@ class Call:
         self._used = 0
 
     def __getitem__(self, name: str) -> Operand:
-        """The operand of that name, which is there."""
+        """The operand `name`; PyggmlError if it is absent."""
         operand = self._operands.get(name)
         if operand is None:
             names = ", ".join(self._operands) or "none"
@@ -232,11 +233,11 @@ class Call:
         return operand
 
     def get(self, name: str) -> Operand | None:
-        """The operand of that name, None where it is absent."""
+        """The operand `name`, or None if it is absent."""
         return self._operands.get(name)
 
     def scratch(self, nbytes: int, align: int = ALIGNMENT) -> int:
-        """The address of `nbytes` of the declared scratch; what it holds is undefined."""
+        """The address of `nbytes` of the declared scratch; its contents are undefined."""
         start = self._used + -(self._scratch + self._used) % align
         self._used = start + nbytes
         if self._used > self._limit:
@@ -256,17 +257,17 @@ class Call:
         args: Sequence[Argument],
         shared: int = 0,
     ) -> None:
-        """Record one kernel.
+        """Record one kernel launch.
 
         file, name  kernels/`file`, and the C++ expression of the instance: "add<float, 4>"
-        args        NumPy scalars (np.int32, np.int64, np.float32, np.uint64 for an address),
-                    or a Struct
+        args        NumPy scalars (np.int32, np.int64, np.float32, np.uint64 for an address)
+                    or Structs
         shared      bytes of dynamic shared memory
         """
         where = f"{self.node.op.name}: launch of {name}"
         size = _dim3(where, grid)
         if size[1] > 65535 or size[2] > 65535 or size[0] > 2**31 - 1:
-            raise PyggmlError(f"{where}: the grid {size} is past the limits of 2^31, 65535, 65535")
+            raise PyggmlError(f"{where}: the grid {size} exceeds the limits 2^31 - 1, 65535, 65535")
         launch = Launch(
             file, name, size, _dim3(where, block), pack(args), shared, self.device.overlaps
         )
@@ -287,17 +288,17 @@ class Call:
         batch: int = 1,
         strides: tuple[int, int, int] = (0, 0, 0),
     ) -> None:
-        """Record a product by cuBLAS, which is column-major: C [m, n] = op(A) [m, k] op(B) [k, n].
+        """Record a cuBLAS product, which is column-major: C [m, n] = op(A) [m, k] op(B) [k, n].
 
         The defaults are ggml's y = a b: A is `a` [k, m] transposed, B is `b` [k, n].
         a, b, c           device addresses
         types             of A, B, C: "f32", "f16", "bf16"; sums are f32
-        leading, strides  in elements; strides are those of the batch
+        leading, strides  in elements; the strides are from matrix to matrix of the batch
         """
         self.records.append(Gemm(m, n, k, (a, b, c), types, leading, transposed, batch, strides))
 
     def memcpy(self, target: int, source: int, nbytes: int) -> None:
-        """Record: copy `nbytes` inside the device."""
+        """Record a copy of `nbytes` within the device."""
         self.records.append(Memcpy(target, source, nbytes))
 
 
@@ -305,5 +306,5 @@ def _dim3(where: str, size: tuple[int, ...] | int) -> Dim3:
     sizes = (size,) if isinstance(size, int) else tuple(int(n) for n in size)
     full = sizes + (1,) * (3 - len(sizes))
     if len(full) != 3 or min(full) < 1:
-        raise PyggmlError(f"{where}: {size} is no geometry; it takes one to three sizes from 1")
+        raise PyggmlError(f"{where}: expected one to three sizes of at least 1, got {size}")
     return full[0], full[1], full[2]

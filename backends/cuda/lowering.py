@@ -1,4 +1,4 @@
-"""From nodes to steps that know how they are recorded."""
+"""Lowering: from nodes to steps that can record their launches."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pyggml.node import Node
 
 
 def lower(nodes: Sequence[Node], keep: Collection[Node], fuse: bool = True) -> list[Step]:
-    """Steps that compute `nodes`: patterns as one step each, activations that several products read
-    prepared once, and a step for each other node. fuse=False: a step for each node."""
+    """The steps that compute `nodes`: one step per pattern match and per remaining node, and one
+    that prepares activations shared by several products. fuse=False: one step per node."""
     if not fuse:
         return [step_of(node) for node in nodes]
     parts = covered(nodes, keep, PATTERNS)

@@ -1,4 +1,4 @@
-"""Mixture of experts beside its products: choice within groups, weighted sums."""
+"""Mixture of experts, apart from its products: top k within groups, weighted sums."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from pyggml.node import Node
 from pyggml.ops.reduce import row_length
 
 FILE = "moe.cu"
-#: Bytes of shared memory that a block can have on every GPU from 8.0 on.
+#: Bytes of shared memory that a block can use on every GPU from 8.0 on.
 LEAST_SHARED = 99 << 10
 
 
 def _sum(call: Call, weights: Operand | None = None) -> None:
-    """Record out = sum of experts (times weights) (+ plus) (+ plus2)."""
+    """Record out = sum over experts of a (times weights), + plus, + plus2."""
     out, a = call.out, call["a"]
-    one, two = (call.get(name) or ABSENT for name in ("plus", "plus2"))
+    first, second = (call.get(name) or ABSENT for name in ("plus", "plus2"))
     call.launch(
         FILE,
         f"multi_add<{'false' if weights is None else 'true'}>",
         grid=(out.ne[1], blocks_for(out.ne[0])),
         block=256,
-        args=[out.tensor, a.tensor, (weights or a).tensor, one.tensor, two.tensor],
+        args=[out.tensor, a.tensor, (weights or a).tensor, first.tensor, second.tensor],
     )
 
 
@@ -42,9 +42,9 @@ def mul_multi_add(call: Call) -> None:
 
 
 def sum_and_more(node: Node, run: Run) -> Fused | None:
-    """mul_multi_add(a, w) + b, and + c: routed experts, shared experts, what passes by the layer.
+    """mul_multi_add(a, w) + b + c: routed experts, shared experts, residual.
 
-    In this order of the sums, whichever side of an addition the sum of experts is on.
+    The sums keep this order, whichever side of an addition the sum over experts is on.
     """
     match = _sums(node, run, 2)
     if match is None:
@@ -55,7 +55,7 @@ def sum_and_more(node: Node, run: Run) -> Fused | None:
 
 
 def _sums(node: Node, run: Run, most: int) -> tuple[tuple[Node, ...], tuple[Node, ...]] | None:
-    """A mul_multi_add and the additions up to `node`, at most so many, and what they add."""
+    """A mul_multi_add and up to `most` additions that end in `node`, and the nodes they add."""
     if node.op is ops.mul_multi_add:
         return (node,), ()
     if node.op is not ops.add or not most:
@@ -70,7 +70,7 @@ def _sums(node: Node, run: Run, most: int) -> tuple[tuple[Node, ...], tuple[Node
 
 
 def _shared(node: Node) -> int:
-    """Bytes of keys of experts and groups, and of scores."""
+    """Bytes of shared memory for the keys of experts and groups, and for the scores."""
     n, groups = row_length(node), int(node.attrs["n_group"])
     return 8 * power_of_two(n) + 8 * groups + 4 * n
 

@@ -1,4 +1,4 @@
-"""The choice of experts from their scores as one step: gate, the best of them, their weights."""
+"""Expert routing fused into one step: the gate, the top k, their weights."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from pyggml.backends.cuda.reduce import power_of_two
 from pyggml.dtypes import F32
 from pyggml.node import Node
 
-#: Experts up to which a block sorts their keys in the shared memory that every kernel has.
+#: The most experts whose keys a block can sort in the default shared memory.
 MOST = 2048
 
 
 @dataclass(frozen=True, slots=True)
 class _Routing:
-    """What a match is made of.
+    """The parts of a match.
 
         p = soft_max(s_in scores) or sigmoid(scores)
-        ids = the best of p (+ bias), within the best groups where there are some     [k, T]
+        ids = top k of p (+ bias), within the best groups if there are groups         [k, T]
         weights = s (p[ids] / clamp(sum of p[ids])) + b                               [k, T]
 
     limits  of the clamp; None: weights are not divided
-    nodes   all that is covered, the result last
+    nodes   all nodes covered, the result last
     """
 
     scores: Node
@@ -43,7 +43,7 @@ class _Routing:
 
 
 def route(node: Node, run: Run) -> Fused | None:
-    """The end of `feed_forward.route`, whichever of its forms."""
+    """The whole of `feed_forward.route`, in any of its forms."""
     routing = _scaled(node, run)
     if routing is None or routing.scores.ne[0] > MOST or routing.scores.dtype is not F32:
         return None
@@ -62,7 +62,7 @@ def route(node: Node, run: Run) -> Fused | None:
 def _scaled(node: Node, run: Run) -> _Routing | None:
     if node.op is not ops.scale:
         return _divided(node, run)
-    inner = _shown(node["a"])
+    inner = _behind_reshape(node["a"])
     routing = _divided(inner, run) if run.only(inner, node) else None
     if routing is None:
         return None
@@ -75,7 +75,7 @@ def _divided(node: Node, run: Run) -> _Routing | None:
     weights, least = node["a"], node["b"]
     if least.op is not ops.clamp or least["a"].op is not ops.sum_rows:
         return None
-    total, inner = least["a"], _shown(weights)
+    total, inner = least["a"], _behind_reshape(weights)
     if total["a"] is not weights or weights.ne != (inner.ne[1], inner.ne[2], 1, 1):
         return None
     alone = run.only(inner, total, node) and run.only(total, least) and run.only(least, node)
@@ -87,7 +87,7 @@ def _divided(node: Node, run: Run) -> _Routing | None:
 
 
 def _chosen(node: Node, run: Run) -> _Routing | None:
-    """get_rows(reshape(p), ids) of the best."""
+    """get_rows(reshape(p), ids) with the ids of the top k."""
     if node.op is not ops.get_rows:
         return None
     table, ids = node["a"], node["ids"]
@@ -117,14 +117,14 @@ def _chosen(node: Node, run: Run) -> _Routing | None:
     return _Routing(probs["a"], probs, ids, nodes, bias, groups=groups)
 
 
-def _shown(node: Node) -> Node:
-    """What a reshape looks at."""
+def _behind_reshape(node: Node) -> Node:
+    """The node behind a reshape."""
     return node["a"] if node.op is ops.reshape else node
 
 
 def _record(call: Call, routing: _Routing) -> None:
     scores, ids, out = call["scores"], call["ids"], call.out
-    if out.ne != ids.ne:  # [1, k, T] as [k, T]
+    if out.ne != ids.ne:  # view [1, k, T] as [k, T]
         out = replace(out, ne=ids.ne, nb=(*out.nb[1:3], 0, 0))
     bias = call.get("bias") or ABSENT
     softmax = routing.probs.op is ops.soft_max_ext

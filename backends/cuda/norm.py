@@ -1,4 +1,4 @@
-"""Normalization of rows, with the weight that multiplies it."""
+"""Normalization of rows, and its fusion with the weight that multiplies it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def rms_norm(call: Call) -> None:
 
 
 def _weighted(node: Node, run: Run) -> tuple[Node, Node, Node] | None:
-    """x, rms_norm(x) and w of a node that is rms_norm(x) * w, w one row."""
+    """x, rms_norm(x) and w if the node is rms_norm(x) * w with a single row w."""
     normed, weight = node["a"], node["b"]
     if normed.op is not ops.rms_norm or not run.only(normed, node):
         return None
@@ -33,7 +33,7 @@ def _weighted(node: Node, run: Run) -> tuple[Node, Node, Node] | None:
 
 
 def sum_norm_times_row(node: Node, run: Run) -> Fused | None:
-    """x = a + b, which stays where others read it, and rms_norm(x) * w."""
+    """rms_norm(x) * w with x = a + b; x stays in memory if others read it."""
     match = _weighted(node, run)
     if match is None or match[0].op is not ops.add or match[0] not in run.number:
         return None
@@ -61,20 +61,21 @@ def norm_times_row(node: Node, run: Run) -> Fused | None:
 
 
 def can_prepare(step: Fused) -> bool:
-    """Whether the step's kernel can leave its result in fixed point too, as call["fixed"]."""
+    """Whether the step's kernel can also write its result in fixed point, as call["fixed"]."""
     weighted = step.node.op is ops.mul and step.nodes[-2].op is ops.rms_norm
     return weighted and step.node.ne[0] % 32 == 0
 
 
 def _norm(call: Call, eps: float) -> None:
-    """Record out = norm of a (+ plus, which goes to `sum`), times weight; and out to `fixed`."""
+    """Record out = norm(a (+ plus)) times weight. The sum also goes to call["sum"], and out in
+    fixed point to call["fixed"], if these are present."""
     out, a, fixed = call.out, call["a"], call.get("fixed")
     weight, plus, total = call.get("weight"), call.get("plus"), call.get("sum")
     width = pack_width(out, a, *(x for x in (weight, plus, total) if x is not None))
     threads = threads_for(out.ne[0] // width)
     packs = next((n for n in (1, 2, 4) if n * threads * width >= out.ne[0]), 0)
-    together = fixed is not None and width == 4 and packs > 0
-    flags = (str(flag).lower() for flag in (weight is not None, together))
+    in_kernel = fixed is not None and width == 4 and packs > 0
+    flags = (str(flag).lower() for flag in (weight is not None, in_kernel))
     call.launch(
         "norm.cu",
         f"rms_norm<{width}, {packs}, {', '.join(flags)}>",
@@ -87,8 +88,8 @@ def _norm(call: Call, eps: float) -> None:
             np.float32(eps),
             (plus or ABSENT).tensor,
             (total or ABSENT).tensor,
-            fixed.pointer if fixed is not None and together else np.uint64(0),
+            fixed.pointer if fixed is not None and in_kernel else np.uint64(0),
         ],
     )
-    if fixed is not None and not together:
+    if fixed is not None and not in_kernel:
         launch_quantize(call, out, fixed.pointer, 2)

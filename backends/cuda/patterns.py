@@ -1,4 +1,4 @@
-"""The patterns by which one step covers several nodes."""
+"""The patterns that fuse several nodes into one step."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pyggml.backends.cuda.moe_routing import route
 from pyggml.backends.cuda.norm import norm_times_row, sum_norm_times_row
 from pyggml.backends.cuda.rope import rope_into_rows
 
-#: Each with the ops that may be its last. A graph is searched from its end, so a pattern whose last
-#: node comes later wins wherever it stands here. Between patterns with the same last op the first
-#: that matches is taken, so a pattern stands before those that cover only a part of it:
-#: `sum_norm_times_row` before `norm_times_row`. One row of a norm times an activation matches
-#: `activated_times` and a norm; it is the former's, which then has no row to read from memory.
+#: Each pattern with the ops that may come last in it. A graph is searched from its end, so a
+#: pattern whose last node comes later wins regardless of this order. Among patterns with the same
+#: last op the first match wins, so a pattern precedes those that cover only part of it:
+#: `sum_norm_times_row` before `norm_times_row`. A one-row norm times an activation matches both
+#: `activated_times` and `norm_times_row`; the former wins and saves reading a row from memory.
 #: `latent_row` and `rope_into_rows` never match the same node.
 PATTERNS: tuple[Pattern, ...] = (
     (latent_row, (ops.set_rows,)),

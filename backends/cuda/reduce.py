@@ -1,4 +1,4 @@
-"""Along rows: sums, the largest, sorting, softmax."""
+"""Reductions along rows: sums, argmax, sorting, softmax."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pyggml.node import Node
 from pyggml.ops.reduce import row_length
 
 FILE = "reduce.cu"
-#: Keys that a block sorts in shared memory; PART in the kernels.
+#: Keys that a block sorts in shared memory; PART in reduce.cu.
 PART = 4096
 _KEY = 8
 
 
 def power_of_two(n: int) -> int:
-    """The least power of two that is not below n."""
+    """The smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
 
 
@@ -32,7 +32,7 @@ def sum_rows(call: Call) -> None:
 
 
 def _parts(n: int) -> int:
-    """Blocks that share a row whose largest is wanted; at most 32."""
+    """Blocks that share the argmax of a row of `n`; at most 32."""
     return min(32, blocks_for(n, 4096))
 
 
@@ -55,7 +55,7 @@ def argmax(call: Call) -> None:
 
 
 def _sort_scratch(node: Node) -> int:
-    """Keys of whole rows, where they are too long for shared memory."""
+    """Bytes for the keys of all rows, if a row is too long for shared memory."""
     n = row_length(node)
     return 0 if n <= PART else node.spec.elements // node.ne[0] * power_of_two(n) * _KEY
 
@@ -99,8 +99,8 @@ def _sort(call: Call, descending: bool) -> None:
         call.launch(FILE, "merge_near", grid=grid, block=1024, args=near)
         run *= 2
     out = call.out
-    wanted = (count, blocks_for(out.ne[0]))
-    call.launch(FILE, "first_ids", grid=wanted, block=256, args=[out.tensor, memory, size])
+    ids_grid = (count, blocks_for(out.ne[0]))
+    call.launch(FILE, "first_ids", grid=ids_grid, block=256, args=[out.tensor, memory, size])
 
 
 # -- softmax ------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ class Softmax(Struct):
 
 
 def _whole(x: Operand | None, size: int) -> bool:
-    """Whether rows of `x` are runs of elements that begin at whole groups of four."""
+    """Whether the rows of `x` are contiguous and start at a multiple of four elements."""
     return x is None or (x.nb[0] == size and x.aligned(4 * size))
 
 
@@ -157,10 +157,10 @@ def soft_max_ext(call: Call) -> None:
         scale=attrs["scale"],
         max_bias=0.0 if mask is None else attrs["max_bias"],
     )
-    kind = "__half" if mask is not None and mask.dtype.name == "f16" else "float"
+    mask_type = "__half" if mask is not None and mask.dtype.name == "f16" else "float"
     call.launch(
         "softmax.cu",
-        f"softmax<{kind}, {4 if wide else 1}>",
+        f"softmax<{mask_type}, {4 if wide else 1}>",
         grid=(n_rows, heads, n3),
         block=256,
         args=[argument],

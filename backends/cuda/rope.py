@@ -35,18 +35,19 @@ def rope_ext(call: Call) -> None:
 
 
 def rope_into_rows(node: Node, run: Run) -> Fused | None:
-    """set_rows(cache, reshape(rope_ext(a, pos)), ids): the heads of a token, turned, as a row."""
+    """set_rows(cache, reshape(rope_ext(a, pos)), ids): stores the rotated heads of a token as a
+    row."""
     cache, row, ids = node["a"], node["b"], node["ids"]
-    turned = row["a"] if row.op is ops.reshape else row
-    if turned.op is not ops.rope_ext or not run.only(turned, node):
+    rotated = row["a"] if row.op is ops.reshape else row
+    if rotated.op is not ops.rope_ext or not run.only(rotated, node):
         return None
-    a = turned["a"]
+    a = rotated["a"]
     whole = row.ne == (a.ne[0] * a.ne[1], a.ne[2], 1, 1) and a.ne[3] == 1
-    types = turned.dtype is F32 and cache.dtype in (F16, BF16) and ids.dtype is I32
-    if not whole or not types or cache.ne[2:] != (1, 1) or turned.get("freq_factors"):
+    types = rotated.dtype is F32 and cache.dtype in (F16, BF16) and ids.dtype is I32
+    if not whole or not types or cache.ne[2:] != (1, 1) or rotated.get("freq_factors"):
         return None
-    reads = {"cache": cache, "a": a, "pos": turned["pos"], "ids": ids}
-    return Fused((turned, node), reads, partial(_rope_into_rows, rope=turned.attrs))
+    reads = {"cache": cache, "a": a, "pos": rotated["pos"], "ids": ids}
+    return Fused((rotated, node), reads, partial(_rope_into_rows, rope=rotated.attrs))
 
 
 def _rope_into_rows(call: Call, rope: Attrs) -> None:
@@ -80,7 +81,7 @@ class Rope(Struct):
 
 
 def constants(attrs: Attrs) -> Rope:
-    """What the formula of `rope_ext` takes from attributes alone."""
+    """The constants in the formula of `rope_ext`, which depend only on its attributes."""
     n_dims, base = attrs["n_dims"], attrs["freq_base"]
     magnitude, low, width = attrs["attn_factor"], 0.0, 1.0
     if attrs["ext_factor"]:

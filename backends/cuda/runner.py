@@ -1,6 +1,6 @@
 """Steps bound to device addresses: recorded once, replayed, captured as CUDA graphs.
 
-Recording needs no GPU: `record_step` gives what a step launches.
+Recording needs no GPU: `record_step` returns the launches of a step.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def record_step(
     scratch: tuple[int, int],
     device: Device = H200,
 ) -> list[Record]:
-    """What a step launches; `scratch`: address and bytes of what it declared."""
+    """The launches of a step; `scratch`: address and size in bytes of the declared scratch."""
     if step.loop is not None:
         return list(_loop_records(step, at, scratch, device))
     return _recorded(step, at, step.node.attrs, device, scratch)
@@ -50,8 +50,10 @@ def _recorded(
     call = Call(node, operand_at(at[node], node.spec), operands, attrs, device, scratch)
     try:
         step.record(call)
-        if not step.workspace and any(isinstance(one, Gemm) for one in call.records):
-            raise PyggmlError("the kernel calls cuBLAS, and its row in the table does not say so")
+        if not step.workspace and any(isinstance(record, Gemm) for record in call.records):
+            raise PyggmlError(
+                "the kernel calls cuBLAS but does not declare it; register it with `cublas=`"
+            )
     except Exception as error:
         raise named(error, node) from None
     return call.records
@@ -60,7 +62,7 @@ def _recorded(
 def _loop_records(
     step: Step, at: Mapping[Node, Address], scratch: tuple[int, int], device: Device
 ) -> Iterator[Record]:
-    """The launches of every piece, one after another."""
+    """The launches of all pieces, one after another."""
     plans = {plan.body: plan for plan in step.bodies}
     memory = _Memory(scratch[0])
     for body, starts, places in pieces_of(step, at):
@@ -72,21 +74,22 @@ def _loop_records(
                 places[node] = looked_at(node, places)
         for inner, offset in zip(plan.steps, plan.scratch_at):
             attrs = attributes(body, inner.node, starts)
-            own = scratch[0] + offset, inner.scratch
-            yield from _recorded(inner, places, attrs, device, own)
+            memory_of_step = scratch[0] + offset, inner.scratch
+            yield from _recorded(inner, places, attrs, device, memory_of_step)
 
 
 class _Memory:
-    """A loop's scratch, as a buffer."""
+    """A loop's scratch in the form of a buffer."""
 
     def __init__(self, ptr: int) -> None:
         self.ptr = ptr
 
 
 class CudaRunner:
-    """A plan's steps on a GPU. The first run starts each launch, later ones replay graphs.
+    """A plan's steps on a GPU. The first run starts every launch; later runs replay CUDA graphs.
 
-    loads  steps that bring a constant from the host each time, which no graph can hold
+    loads  for steps that transfer a constant from the host in every run: their uploads, which
+           cannot be part of a graph
     """
 
     def __init__(
@@ -101,28 +104,28 @@ class CudaRunner:
         staging: Staging,
     ) -> None:
         self.steps, self.context, self._staging = tuple(steps), context, staging
-        self._at, self._scratch = at, scratch  # kept: what is recorded lies in their memory
+        self._at, self._scratch = at, scratch  # keeps the recorded addresses alive
         recorded: list[list[Record]] = []
         for step, offset in zip(self.steps, scratch_at):
             memory = (scratch.ptr + offset, step.scratch)
             load = step.node in loads
             recorded.append([] if load else record_step(step, at, memory, context.about))
-        everything = [one for records in recorded for one in records]
-        context.load([one for one in everything if isinstance(one, Launch)])
-        uses = any(isinstance(one, Gemm) for one in everything)
-        product = cublas().ready() if uses else None
+        records = [record for step_records in recorded for record in step_records]
+        context.load([record for record in records if isinstance(record, Launch)])
+        has_gemm = any(isinstance(record, Gemm) for record in records)
+        product = cublas().ready() if has_gemm else None
         self.actions = [
             [loads[step.node]]
             if step.node in loads
-            else [as_action(context, one, product) for one in records]
-            for step, records in zip(self.steps, recorded)
+            else [as_action(context, record, product) for record in step_records]
+            for step, step_records in zip(self.steps, recorded)
         ]
         self._runs: list[Action] | None = None
         self._warm = False
         self._loads = frozenset(i for i, s in enumerate(self.steps) if s.node in loads)
 
     def run(self) -> None:
-        """Put every step into the stream: kernel by kernel the first time, then as graphs."""
+        """Queue every step: kernel by kernel the first time, then as graphs."""
         with self.context:
             if not self._warm or debugging():
                 for index in range(len(self.steps)):
@@ -136,7 +139,7 @@ class CudaRunner:
                     run()
 
     def run_step(self, index: int) -> None:
-        """Put one step into the stream."""
+        """Queue one step."""
         with self.context:
             self._start(index)
 
@@ -154,7 +157,7 @@ class CudaRunner:
             raise named(error, step.node) from None
 
     def _captured(self) -> Iterator[Action]:
-        """Each run of steps between loads as one graph."""
+        """Capture each sequence of steps between loads as one graph."""
         pending: list[Action] = []
         for index, actions in enumerate(self.actions):
             if index in self._loads:
@@ -175,20 +178,20 @@ class CudaRunner:
                 for action in actions:
                     action()
                 graph = stream.end_capture()
-            except BaseException:  # an interrupt, too, must not leave the stream capturing
-                with suppress(Exception):  # there may be no capture yet, or no longer
+            except BaseException:  # even an interrupt must not leave the stream capturing
+                with suppress(Exception):  # the capture may not have started or may have ended
                     stream.end_capture()
                 raise
             graph.upload(stream)
         return [partial(graph.launch, stream)]
 
 
-def as_action(context: Context, one: Record, product: Callable[[Gemm], None] | None) -> Action:
-    """A record as something to call."""
-    if isinstance(one, Launch):
-        return partial(context.start, one)
-    if isinstance(one, Gemm):
+def as_action(context: Context, record: Record, product: Callable[[Gemm], None] | None) -> Action:
+    """A function that queues the record."""
+    if isinstance(record, Launch):
+        return partial(context.start, record)
+    if isinstance(record, Gemm):
         assert product is not None
-        return partial(product, one)
+        return partial(product, record)
     copy = context.driver.memcpy_dtod_async
-    return partial(copy, one.target, one.source, one.nbytes, context.stream)
+    return partial(copy, record.target, record.source, record.nbytes, context.stream)

@@ -1,8 +1,8 @@
 """The kernel table of the CUDA backend.
 
-A kernel is called as `fn(call)` when a step is bound, and records what the step launches (see
-`launch.Call`). Addresses do not change afterwards: what it records is replayed as it is. What it
-launches fills `call.out`, which may be strided, and touches nothing else but its scratch.
+A kernel is called as `fn(call)` when a step is bound, and records the step's launches (see
+`launch.Call`). Addresses do not change afterwards, so every run replays the same records. The
+launches fill `call.out`, which may be strided, and write nothing else except scratch.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pyggml.backends.cuda.weights.formats import FORMATS
 from pyggml.backends.table import Kernel, KernelTable
 from pyggml.node import Node
 
-#: Bytes: every tensor, and every block of scratch, begins at a multiple of it.
+#: Bytes; every tensor and every block of scratch starts at a multiple of it.
 ALIGNMENT = 256
 
-#: What most kernels take: float types and whole numbers, no blocks.
+#: The types that most kernels accept: floats and integers, no block types.
 PLAIN = frozenset({"f32", "f16", "bf16", "i32", "i64"})
 
 
@@ -26,7 +26,7 @@ def _no_cublas(node: Node) -> bool:
 
 
 def _unread_blocks(node: Node) -> str | None:
-    """A block type that the package decodes and these kernels do not."""
+    """Why the kernels cannot run the node: a block type that only the host can decode."""
     for tensor in (node, *node.src):
         if tensor is not None and tensor.dtype.block > 1 and tensor.dtype.name not in FORMATS:
             return f"no kernel for blocks of {tensor.dtype}"
@@ -35,7 +35,7 @@ def _unread_blocks(node: Node) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class CudaKernel(Kernel):
-    """A kernel, and whether it calls `gemm` for a node."""
+    """A row of the table; `cublas` returns whether the kernel calls `gemm` for a node."""
 
     cublas: Callable[[Node], bool] = _no_cublas
 

@@ -149,5 +149,5 @@ def test_arguments_begin_at_multiples_of_their_alignment() -> None:
 
 def test_an_argument_of_unknown_size_is_an_error() -> None:
     for wrong in (3, 2.0, b"12345678"):
-        with pytest.raises(gg.PyggmlError, match="a kernel's argument is a NumPy scalar"):
+        with pytest.raises(gg.PyggmlError, match="a kernel argument must be a NumPy scalar"):
             pack([wrong])  # type: ignore[list-item]

@@ -96,8 +96,9 @@ def test_a_folder_that_cannot_be_written_is_told_once(
     for _ in range(3):
         assert compiler.cubin(*ONE) == compiled(*ONE)
     assert calls == [ONE] * 3
-    (told,) = recwarn
-    assert str(cache) in str(told.message) and "Set PYGGML_CACHE to a folder" in str(told.message)
+    (warning,) = recwarn
+    text = str(warning.message)
+    assert str(cache) in text and "Set PYGGML_CACHE to a writable folder" in text
 
 
 def test_a_write_that_fails_leaves_nothing(

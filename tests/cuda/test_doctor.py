@@ -57,7 +57,7 @@ def test_nothing_installed(machine: Machine, capsys: Streams, gpu: bool) -> None
 @pytest.mark.parametrize(
     ("what", "fix"),
     [
-        ("pycuda", "pip install pycuda, or where pip cannot build it, sh tools/build_pycuda.sh"),
+        ("pycuda", "pip install pycuda, or if pip cannot build it, sh tools/build_pycuda.sh"),
         ("cupy-cuda13x", "pip install cupy-cuda13x"),
         ("NVRTC", 'pip install -e ".[kernels]"'),
         ("cuBLAS", 'pip install -e ".[cuda]"'),
@@ -144,7 +144,7 @@ def test_a_compiler_that_is_missing_is_no_fault_of_the_driver(
     [
         ("no driver", "there is no NVIDIA driver here (libcuda.so.1: cannot", "580 or newer", True),
         ("no device", "no GPU can be used: cuInit failed: no CUDA-capable", "nvidia-smi", True),
-        ("old", "too old: it speaks CUDA 12.2, the kernels need 13.0", "580 or newer", False),
+        ("old", "too old: it supports CUDA 12.2, the kernels need 13.0", "580 or newer", False),
         ("older", "too old for pycuda (_driver.so: undefined symbol: cu", "580 or newer", False),
         ("foreign", "pycuda cannot be loaded (libcurand", "sh tools/build_pycuda.sh", False),
     ],

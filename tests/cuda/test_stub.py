@@ -62,7 +62,7 @@ def said(program: str, libcuda: bool, version: str) -> tuple[int, list[str]]:
         (True, "13000", "no GPU can be used: cuInit failed: no CUDA-capable device", "nvidia-smi"),
         (
             True, "12020",
-            "the NVIDIA driver is too old: it speaks CUDA 12.2, the kernels need 13.0",
+            "the NVIDIA driver is too old: it supports CUDA 12.2, the kernels need 13.0",
             "version 580 or newer",
         ),
     ],

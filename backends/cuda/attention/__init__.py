@@ -1,1 +1,1 @@
-"""Flash attention: which kernel runs, and how it is recorded."""
+"""Flash attention: the choice of its kernel, and the recording of its launches."""

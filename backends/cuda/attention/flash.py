@@ -1,4 +1,4 @@
-"""flash_attn_ext: one of six kernels, their argument, and what runs before and after them."""
+"""flash_attn_ext: its six kernels, their argument, and the launches before and after them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def _refuses(node: Node) -> str | None:
     k, v = node["k"], node["v"]
     for what, source in (("keys", k), ("values", v)):
         if source.dtype.name not in TYPES:
-            return f"flash_attn_ext does not read {what} of {source.dtype}"
+            return f"flash_attn_ext cannot read {what} of {source.dtype}"
     if max(k.ne[0], v.ne[0]) > 576:
-        return f"flash_attn_ext takes heads of 576 at most, not {k.ne[0]} and {v.ne[0]}"
+        return f"flash_attn_ext takes head sizes up to 576, got {k.ne[0]} and {v.ne[0]}"
     return None
 
 
@@ -46,15 +46,16 @@ def flash_attn_ext(call: Call) -> None:
 
 
 def flash_attn_causal(call: Call, window: int | None) -> None:
-    """The same for a node whose mask is causal_mask(pos, window), which is never built.
+    """flash_attn_ext for a node whose mask is causal_mask(pos, window), without building the mask.
 
-    call["pos"] stands in place of the mask. Scratch is less than that of flash_attn_ext.
+    It reads call["pos"] instead of a mask, and needs less scratch than flash_attn_ext.
     """
     _Attention(call, window).record()
 
 
 def causal_attention(node: Node, run: Run) -> Fused | None:
-    """flash_attn_ext under a causal mask. A mask that attentions share is built by none of them."""
+    """flash_attn_ext with a causal mask. Attentions that share a mask each compute it from
+    positions."""
     mask = node.get("mask")
     if mask is None or mask.op is not ops.causal_mask or mask not in run.number:
         return None
@@ -118,8 +119,8 @@ class Attention(Struct):
 
 
 class HopperArgument(Struct):
-    """The struct `HopperArgument` of attention_hopper.cu. Maps must lie at multiples of 64, and
-    parameters begin at 0x210 on 9.0: hence `pad`."""
+    """The struct `HopperArgument` of attention_hopper.cu. `pad` aligns the maps to 64 bytes: kernel
+    parameters start at 0x210 on 9.0."""
 
     _fields_ = (
         ("pad", ctypes.c_uint64 * 6),
@@ -130,13 +131,13 @@ class HopperArgument(Struct):
 
 
 class LatentArgument(Struct):
-    """The struct `LatentArgument` of attention_latent_hopper.cu, laid out alike."""
+    """The struct `LatentArgument` of attention_latent_hopper.cu, padded like `HopperArgument`."""
 
     _fields_ = (("pad", ctypes.c_uint64 * 6), ("map", TensorMap), ("a", Attention))
 
 
 class _Attention:
-    """One node being recorded. call["pos"] stands in place of a mask, with a window or None."""
+    """One node being recorded. Instead of a mask it may read call["pos"], with a window or None."""
 
     def __init__(self, call: Call, window: int | None = None) -> None:
         self.call, self.window = call, window
@@ -152,7 +153,7 @@ class _Attention:
         return self.shape.instance(route, self.call.device.shared - STATIC, extra)
 
     def _fits(self, route: str) -> bool:
-        """Whether addresses, strides and the device suit a kernel."""
+        """Whether a kernel supports these addresses, these strides and this device."""
         if route == "any":
             return True
         grain = 4 if self.shape.type_k == "q8_0" else 16
@@ -172,13 +173,14 @@ class _Attention:
         return few and instance.shared + STATIC <= self.call.device.shared
 
     def _inside(self) -> int | None:
-        """At which element of a row of keys its values begin, if they are a part of it."""
+        """The element of a row of keys at which its values start, or None if they are not part of
+        it."""
         k, v = self.k, self.v
         if any(a != b for n, a, b in zip(k.ne[1:], k.nb[1:], v.nb[1:]) if n > 1):
             return None
-        start, rest = divmod(v.ptr - k.ptr, k.dtype.nbytes)
+        start, remainder = divmod(v.ptr - k.ptr, k.dtype.nbytes)
         start *= k.dtype.block
-        return start if rest == 0 <= start <= k.ne[0] - v.ne[0] else None
+        return start if remainder == 0 <= start <= k.ne[0] - v.ne[0] else None
 
     def record(self) -> None:
         call, shape, route, instance = self.call, self.shape, self.route, self.instance
@@ -227,7 +229,7 @@ class _Attention:
         )
 
     def _with_maps(self, argument: Attention) -> Struct:
-        """The argument behind tensor maps of keys and values, in boxes of 64 columns."""
+        """The argument preceded by tensor maps of keys and values, in boxes of 64 columns."""
         kind = "bf16" if self.shape.type_k == "bf16" else "f16"
 
         def boxes(x: Operand, keys: int) -> TensorMap:
@@ -241,7 +243,7 @@ class _Attention:
         return HopperArgument(pad=pad, map_k=maps[0], map_v=maps[1], a=argument)
 
     def _decoded(self, x: Operand, nbytes: int) -> Operand:
-        """q8_0 as f16 in scratch, without gaps."""
+        """Record the decoding of q8_0 to contiguous f16 in scratch."""
         to = self.call.scratch(nbytes)
         d, rows, heads, n3 = x.ne
         total = d // 32 * rows * heads * n3
@@ -258,7 +260,7 @@ class _Attention:
 
     def _argument(self) -> Attention:
         call, shape, attrs = self.call, self.shape, self.call.attrs
-        # A window that reaches back past every position hides nothing.
+        # A window that reaches back past every position hides no key.
         window = self.window if self.window is not None and self.window < 2**31 else 0
         mask, pos = self.mask or ABSENT, self.pos or ABSENT
         sinks, kv_len = call.get("sinks") or ABSENT, call.get("kv_len") or ABSENT

@@ -1,4 +1,4 @@
-"""The row that latent attention caches: norm, rotation, their concat and its write as one step."""
+"""The cache row of latent attention: norm, rotation, concat and write fused into one step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pyggml.backends.cuda.rope import constants
 from pyggml.dtypes import F32, I32
 from pyggml.node import Attrs, Node
 
-#: Cache types, as blocks.cuh names what reads and writes them.
+#: The types in blocks.cuh that read and write each cache type.
 ROWS = {"f16": "Plain<__half>", "bf16": "Plain<__nv_bfloat16>", "q8_0": "q8_0"}
 
 
@@ -24,39 +24,39 @@ def _behind_reshapes(node: Node) -> Node:
 
 
 def latent_row(node: Node, run: Run) -> Fused | None:
-    """set_rows(cache, concat(rms_norm(c) * w, rope(k)), ids), one row a token."""
+    """set_rows(cache, concat(rms_norm(c) * w, rope(k)), ids), with one row per token."""
     cache, row, ids = node["a"], node["b"], node["ids"]
     if row.op is not ops.concat or row.attrs["dim"] != 0 or not run.only(row, node):
         return None
-    scaled, turned = row["a"], _behind_reshapes(row["b"])
-    if scaled.op is not ops.mul or turned.op is not ops.rope_ext:
+    scaled, rotated = row["a"], _behind_reshapes(row["b"])
+    if scaled.op is not ops.mul or rotated.op is not ops.rope_ext:
         return None
     normed, weight = scaled["a"], scaled["b"]
     if normed.op is not ops.rms_norm:
         return None
-    covered = (normed, scaled, turned, row)
+    covered = (normed, scaled, rotated, row)
     followers = (scaled, row, row, node)
     if not all(run.only(n, reader) for n, reader in zip(covered, followers)):
         return None
-    c, k = normed["a"], turned["a"]
+    c, k = normed["a"], rotated["a"]
     n_tokens = row.ne[1]
     fits = (
         cache.dtype.name in ROWS
         and row.ne[0] % cache.dtype.block == 0
-        and row.dtype is turned.dtype is scaled.dtype is F32
+        and row.dtype is rotated.dtype is scaled.dtype is F32
         and ids.dtype is I32
         and row.ne[2] == row.ne[3] == 1
         and k.ne[1:] == (1, n_tokens, 1)
         and weight.dtype is F32
         and weight.ne == (c.ne[0], 1, 1, 1)
-        and turned.get("freq_factors") is None
+        and rotated.get("freq_factors") is None
     )
     if not fits:
         return None
     return Fused(
         (*covered, node),
-        {"cache": cache, "c": c, "weight": weight, "k": k, "pos": turned["pos"], "ids": ids},
-        partial(_record, eps=normed.attrs["eps"], rope=turned.attrs),
+        {"cache": cache, "c": c, "weight": weight, "k": k, "pos": rotated["pos"], "ids": ids},
+        partial(_record, eps=normed.attrs["eps"], rope=rotated.attrs),
     )
 
 

@@ -1,4 +1,4 @@
-"""causal_mask as a tensor: for those that read one, and attentions that cannot do without."""
+"""causal_mask as a tensor, for readers other than fused attentions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts of one attention, over different keys, put together."""
+"""Merging the parts of one attention over different keys."""
 
 from __future__ import annotations
 

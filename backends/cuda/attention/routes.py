@@ -1,4 +1,4 @@
-"""Which kernel of flash_attn_ext a node takes, and how its work is cut. Needs no device."""
+"""The choice of a flash_attn_ext kernel for a node, and how its work is split. Needs no device."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from functools import cached_property
 from pyggml.backends.cuda.table import ALIGNMENT
 from pyggml.node import Node
 
-#: Head sizes (d_k, d_v) with kernels on the tensor cores; 576/512 has one of its own.
+#: Head sizes (d_k, d_v) with tensor-core kernels; 576/512 has its own.
 PAIRS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256))
 LATENT = (576, 512)
-#: Shared memory that kernels take beside what they are given at their launch, about: latent_hopper,
-#: which leaves least, takes 1344 bytes.
+#: An upper bound of the kernels' static shared memory: latent_hopper, with the least room left,
+#: uses 1344 bytes.
 STATIC = 2048
-#: Warps and stages of attention_split.cu: the first that fits is taken. The last fits every GPU
-#: from 8.0 on: 99 KB on 8.6, 8.9 and 12.0, 163 KB on 8.0.
+#: Warps and stages of attention_split.cu: the first pair that fits is used. The last one fits every
+#: GPU from 8.0 on: 99 KB on 8.6, 8.9 and 12.0, 163 KB on 8.0.
 SPLIT = {
     (64, 64): ((8, 4), (8, 2)),
     (80, 80): ((8, 4), (8, 2)),
@@ -25,12 +25,12 @@ SPLIT = {
     (192, 128): ((8, 2), (4, 2)),
     (256, 256): ((4, 2), (2, 2)),
 }
-#: The same for attention_latent.cu: MI, WM, WN and keys of a tile, by rows of a block.
+#: The same for attention_latent.cu: MI, WM, WN and keys per tile, by rows per block.
 LATENT_SPLIT = {
     16: ((1, 1, 8, 64), (1, 2, 4, 32), (1, 1, 4, 32)),
     64: ((2, 2, 4, 64), (2, 2, 4, 32), (1, 2, 4, 32), (1, 1, 4, 32)),
 }
-#: Keys of a tile of attention_tiles.cu and _hopper.cu.
+#: Keys per tile of attention_tiles.cu and attention_hopper.cu.
 TILES = {pair: 32 if pair == (256, 256) else 64 for pair in PAIRS}
 HOPPER = {(64, 64): 128, (128, 128): 128, (192, 128): 128, (256, 256): 64}
 #: The type codes of attention_any.cu.
@@ -41,18 +41,19 @@ TYPES = {
     )
 }
 C_TYPES = {"f16": "__half", "bf16": "__nv_bfloat16", "q8_0": "__half"}
-#: Blocks that fill the GPU once. A number of this file and not of the device, so that memory can be
-#: planned, and so that results do not depend on the GPU.
+#: Number of blocks that fills the GPU once. A constant, not a property of the device, so that
+#: memory can be planned and results do not depend on the GPU.
 FULL = 132
-#: Keys and queries of a cell of a mask's map.
+#: Keys and queries per cell of a mask's map.
 CELL = 64
-#: Fewest keys of a split.
+#: Minimum number of keys per split.
 LEAST = {"any": 64, "split": 128, "latent": 64, "latent_hopper": 64, "tiles": 256}
 
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """A compiled kernel: its name, threads and rows of scores of a block, dynamic shared memory."""
+    """A kernel instance: its name, threads per block, rows of scores per block, dynamic shared
+    memory."""
 
     name: str
     threads: int
@@ -62,7 +63,7 @@ class Instance:
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one flash_attn_ext node."""
+    """The sizes of one flash_attn_ext node."""
 
     d_k: int
     d_v: int
@@ -87,12 +88,12 @@ class Shape:
 
     @property
     def rows(self) -> int:
-        """Rows of scores of one head of keys."""
+        """Rows of scores per key head."""
         return self.n_q * (self.heads // self.heads_kv)
 
     @cached_property
     def routes(self) -> tuple[str, ...]:
-        """Kernels that may take it, best first; addresses and device decide between them."""
+        """The kernels that may run it, best first; addresses and the device decide between them."""
         pair, kind = (self.d_k, self.d_v), self.type_k
         if self.exact or kind != self.type_v or kind not in C_TYPES:
             return ("any",)
@@ -107,7 +108,7 @@ class Shape:
         return ("hopper",) * (full and pair in HOPPER) + ("tiles", "any")
 
     def block_rows(self, route: str) -> int:
-        """Rows of scores of a block; of `latent` at most, where shared memory allows."""
+        """Rows of scores per block; for `latent` the maximum, if shared memory allows."""
         if route == "latent_hopper":
             return 64
         if route == "latent":
@@ -117,7 +118,7 @@ class Shape:
         return 128 if route == "hopper" else 16
 
     def splits(self, route: str) -> int:
-        """Into how many parts keys are split, so that few rows fill the GPU too."""
+        """The number of splits of the keys, chosen so that even few rows fill the GPU."""
         if route == "hopper":
             return 1
         blocks = _ceil(self.rows, self.block_rows(route)) * self.heads_kv * self.n3
@@ -126,29 +127,30 @@ class Shape:
         return _ceil(units, _ceil(units, most))
 
     def parts(self, route: str) -> tuple[int, int]:
-        """Bytes that splits leave for their combination: sums; maxima and sums of weights. The
-        second are pairs of floats, which do not begin at a multiple of 8 behind any odd number of
-        floats: both are scratch of their own."""
+        """Bytes that the splits write for `combine`: sums; maxima and sums of weights. They are
+        separate blocks of scratch, because the second are pairs of floats: after an odd number of
+        floats they would not be 8-byte aligned."""
         n = self.splits(route)
         count = 0 if n == 1 else self.n3 * self.n_q * self.heads * n
         return 4 * count * self.d_v, 8 * count
 
     @property
     def map(self) -> int:
-        """Bytes of the map of an explicit mask."""
+        """Size of the map of an explicit mask, in bytes."""
         return self.mask_batch * _ceil(self.n_q, CELL) * _ceil(self.n_kv, CELL)
 
     def decoded(self, route: str) -> tuple[int, int]:
-        """Bytes of keys and values as f16, where a kernel does not read q8_0 itself."""
+        """Bytes for keys and values decoded to f16, if the kernel does not read q8_0 itself."""
         if self.type_k != "q8_0" or route not in ("hopper", "tiles", "latent_hopper"):
             return 0, 0
         rows = 2 * self.n_kv * self.heads_kv * self.n3
         return rows * self.d_k, 0 if route == "latent_hopper" else rows * self.d_v
 
     def instance(self, route: str, room: int, extra: bool) -> Instance:
-        """What a route launches. room: dynamic shared memory of a block; extra: a mask or cap.
+        """The instance that a route launches; the smallest one if none fits.
 
-        Where nothing fits, the smallest.
+        room   dynamic shared memory available to a block
+        extra  whether there is a mask or a soft-cap
         """
         d_k, d_v, kind = self.d_k, self.d_v, C_TYPES.get(self.type_k)
         rows = self.block_rows(route)
@@ -187,7 +189,7 @@ class Shape:
         return Instance(f"latent<{words}>", 32 * wm * wn, rows, rows * (1152 + 2 * keys) + tiles)
 
     def scratch(self) -> int:
-        """Bytes for whichever kernel it will be."""
+        """Bytes of scratch, enough for any kernel that may be chosen."""
         return max(
             sum(
                 -(-n // ALIGNMENT) * ALIGNMENT for n in (*self.parts(r), self.map, *self.decoded(r))
@@ -197,7 +199,7 @@ class Shape:
 
 
 def _first_fit(instances: Iterable[Instance], room: int) -> Instance:
-    """The first that fits, else the last."""
+    """The first instance that fits, else the last one."""
     for instance in instances:
         if instance.shared <= room:
             break

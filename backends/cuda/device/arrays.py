@@ -1,4 +1,4 @@
-"""Arrays of other libraries in a GPU's memory, and tensors as those libraries take them."""
+"""Arrays of other libraries in GPU memory, and tensors in a form that those libraries accept."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from pyggml.backends.cuda.device.driver import Context, guarded
 from pyggml.errors import DTypeError, GraphError
 from pyggml.node import Spec
 
-#: What the address of an array that stays an input's memory must be a multiple of: the widest load.
+#: The alignment in bytes of an array that is used as an input's memory: the widest load.
 ALIGNMENT = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Borrowed:
-    """Memory that somebody else owns, in the place of a `memory.Buffer`; `owner` keeps it."""
+    """Memory owned by someone else, in place of a `memory.Buffer`; `owner` keeps it alive."""
 
     ptr: int
     nbytes: int
@@ -30,16 +30,16 @@ class Borrowed:
 
 
 def on_device(array: object) -> bool:
-    """Whether it may be in the memory of a GPU: it speaks a protocol by which such arrays do."""
+    """Whether it may be in GPU memory: it supports a protocol of such arrays."""
     return hasattr(array, "__dlpack_device__") or hasattr(array, "__cuda_array_interface__")
 
 
 def given(context: Context, array: Any) -> Given | None:
-    """The array in this GPU's memory, by DLPack or __cuda_array_interface__; None elsewhere.
+    """The array, by DLPack or __cuda_array_interface__, if it is in this GPU's memory, else None.
 
-    Its `ready` lets our stream wait for what the library that made it has begun.
+    Its `ready` makes the context's stream wait for pending work of the array's library.
     """
-    if isinstance(array, DeviceArray):  # a run is over when its outputs are given
+    if isinstance(array, DeviceArray):  # its run is over
         if array.index != context.index:
             return None
         owner, tensor, ready = array, _described(array.__cuda_array_interface__), lambda: None
@@ -47,14 +47,14 @@ def given(context: Context, array: Any) -> Given | None:
         kind, index = _asked(array.__dlpack_device__)
         if kind not in (dlpack.CUDA, dlpack.MANAGED) or index != context.index:
             return None
-        owner = _shared(context, array)  # whoever gives a capsule makes our stream wait
+        owner = _shared(context, array)  # exporting a capsule makes the stream wait
         tensor = dlpack.described(owner)
         ready = partial(_share_again, context, array, tensor.address)
     elif hasattr(array, "__cuda_array_interface__"):
-        about = array.__cuda_array_interface__
-        if _device_of(about["data"][0]) != context.index:
+        interface = array.__cuda_array_interface__
+        if _device_of(interface["data"][0]) != context.index:
             return None
-        owner, tensor = array, _described(about)
+        owner, tensor = array, _described(interface)
         ready = partial(_follow, context, array, tensor.address)
     else:
         return None
@@ -74,35 +74,35 @@ def _asked(call: Callable[..., Any], **options: Any) -> Any:
     try:
         return call(**options)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
-        raise DTypeError(f"its library does not share it: {error}") from None
+        raise DTypeError(f"its library refuses to share it: {error}") from None
 
 
 def _shared(context: Context, array: Any) -> Any:
-    with context:  # its library makes ours wait for the stream that is current on this GPU
+    with context:  # the library makes our stream wait for its current stream on this GPU
         return _asked(array.__dlpack__, stream=context.stream.handle)
 
 
 def _share_again(context: Context, array: Any, address: int) -> None:
-    """Wait for the array's library once more; GraphError where its memory is another by now."""
-    _want_same(dlpack.described(_shared(context, array)).address, address)
+    """Wait for the array's library again; GraphError if its memory has moved."""
+    _require_same(dlpack.described(_shared(context, array)).address, address)
 
 
-def _want_same(address: int, bound: int) -> None:
+def _require_same(address: int, bound: int) -> None:
     if address != bound:
-        raise GraphError("the array's memory has moved since it was bound: bind it again")
+        raise GraphError("the array's memory has moved since it was bound; bind it again")
 
 
-def _described(about: dict[str, Any]) -> dlpack.Tensor:
-    """What __cuda_array_interface__ says; DTypeError for values behind a mask."""
-    if about.get("mask") is not None:
-        raise DTypeError("arrays with a mask are not taken")
-    kind = np.dtype(about["typestr"])
+def _described(interface: dict[str, Any]) -> dlpack.Tensor:
+    """The tensor of a __cuda_array_interface__; DTypeError if it has a mask."""
+    if interface.get("mask") is not None:
+        raise DTypeError("masked arrays are not supported; fill the masked values first")
+    dtype = np.dtype(interface["typestr"])
     return dlpack.Tensor(
-        address=about["data"][0],
-        shape=tuple(about["shape"]),
-        strides=about.get("strides"),
-        type=kind.name if kind.isnative else kind.str,
-        size=kind.itemsize,
+        address=interface["data"][0],
+        shape=tuple(interface["shape"]),
+        strides=interface.get("strides"),
+        type=dtype.name if dtype.isnative else dtype.str,
+        size=dtype.itemsize,
     )
 
 
@@ -114,11 +114,11 @@ def _device_of(ptr: int) -> int:
 
 
 def _follow(context: Context, array: Any, address: int) -> None:
-    """Let the stream wait for the one that the array says it is in use on; before version 3 of
-    the interface, and for None, there is none to wait for. GraphError where its memory moved."""
-    about = array.__cuda_array_interface__
-    _want_same(about["data"][0], address)
-    stream = about.get("stream")
+    """Make the context's stream wait for the array's stream, if it names one (version 3 of the
+    interface). GraphError if its memory has moved."""
+    interface = array.__cuda_array_interface__
+    _require_same(interface["data"][0], address)
+    stream = interface.get("stream")
     if stream is not None:
         import cupy
 
@@ -128,21 +128,21 @@ def _follow(context: Context, array: Any, address: int) -> None:
 
 
 class DeviceArray:
-    """A tensor where it stands on a GPU, for whoever reads there: `cupy.asarray`,
+    """A tensor in GPU memory that other libraries can read in place: `cupy.asarray`,
     `torch.from_dlpack`, `torch.as_tensor`, ... `np.asarray` copies it to the host.
 
     shape, dtype  NumPy's; uint16 for bf16, uint8 [.., bytes of a row] for block types
-    It is valid until the store's next run; its memory stays as long as somebody holds it.
+    It is valid until the store's next run; it keeps its memory alive.
     """
 
     def __init__(
         self, context: Context, at: Address, spec: Spec, download: Callable[[], NDArray[Any]]
     ) -> None:
-        kind = spec.dtype
-        self.dtype = np.dtype(kind.numpy or ("u2" if kind.block == 1 else "u1"))
-        row = spec.ne[0] if kind.block == 1 else kind.row_bytes(spec.ne[0])
+        dtype = spec.dtype
+        self.dtype = np.dtype(dtype.numpy or ("u2" if dtype.block == 1 else "u1"))
+        row = spec.ne[0] if dtype.block == 1 else dtype.row_bytes(spec.ne[0])
         self.shape = (*spec.shape[:-1], row)
-        inner = at.nb[0] if kind.block == 1 else 1  # rows of blocks lie together
+        inner = at.nb[0] if dtype.block == 1 else 1  # rows of blocks are contiguous
         self.strides = (*at.nb[spec.rank - 1 : 0 : -1], inner)
         self.index = context.index
         self._ptr, self._buffer, self._download = at.buffer.ptr + at.offset, at.buffer, download
@@ -157,7 +157,7 @@ class DeviceArray:
             "shape": self.shape,
             "typestr": self.dtype.str,
             "strides": self.strides,
-            "data": (self._ptr, False),  # PyTorch takes nothing that says it is read-only
+            "data": (self._ptr, False),  # PyTorch rejects read-only arrays
             "stream": None,  # nothing to wait for
         }
 
@@ -172,7 +172,8 @@ class DeviceArray:
         copy: bool | None = None,
         **options: Any,
     ) -> Any:
-        """CuPy's capsule, freed by code that needs no Python: capsules outlive interpreters."""
+        """CuPy's capsule: its destructor needs no Python, and capsules can outlive the
+        interpreter."""
         import cupy
 
         if dl_device not in (None, self.__dlpack_device__()):
@@ -181,14 +182,14 @@ class DeviceArray:
         size = max(self._buffer.nbytes, 1)
         block = cupy.cuda.UnownedMemory(self._buffer.ptr, size, self, self.index)
         memory = cupy.cuda.MemoryPointer(block, self._ptr - self._buffer.ptr)
-        made = cupy.ndarray(self.shape, self.dtype, memory, self.strides)
+        array = cupy.ndarray(self.shape, self.dtype, memory, self.strides)
         if copy:
             with cupy.cuda.Device(self.index):
-                made = made.copy()
-        return made.__dlpack__(stream=stream)
+                array = array.copy()
+        return array.__dlpack__(stream=stream)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:
-            raise ValueError("memory of a GPU cannot be seen without a copy")
-        found = self._download()
-        return found if dtype is None else found.astype(dtype)
+            raise ValueError("GPU memory cannot be read without a copy; drop copy=False")
+        array = self._download()
+        return array if dtype is None else array.astype(dtype)

@@ -1,4 +1,4 @@
-"""Kernels compiled by NVRTC for one architecture, and a cache of what it made. Needs no GPU."""
+"""Compiling kernels with NVRTC for one architecture, and a cache of the results. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -23,21 +23,25 @@ from pyggml.backends.cuda.weights import grids
 from pyggml.errors import DeviceError
 
 KERNELS = Path(__file__).parent.parent / "kernels"
-#: Of every kernel. Numbers are IEEE's: no flush to zero, exact division and square root.
+#: The options for every kernel. Arithmetic is IEEE: no flush to zero, exact division and square
+#: root.
 OPTIONS = ("--std=c++17", "--device-as-default-execution-space", "--ptxas-options=-v", "-DNDEBUG")
 
 
 class CompileError(DeviceError):
-    """A kernel that NVRTC refuses; the text holds its log."""
+    """NVRTC rejected a kernel; the message contains its log."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cubin:
     """A compiled instance.
 
-    symbol     its mangled name;  code: the machine code;  arch: what it is for
-    registers  a thread;  shared: bytes of static shared memory a block
-    spilled    bytes a thread stores to local memory because registers ran out;  stack: its frame
+    symbol     its mangled name
+    arch       the architecture of `code`, the machine code
+    registers  per thread
+    shared     bytes of static shared memory per block
+    stack      bytes of a thread's stack frame
+    spilled    bytes that a thread stores to local memory for lack of registers
     """
 
     name: str
@@ -54,7 +58,8 @@ class Cubin:
 
 
 def folders(part: str) -> Iterator[Path]:
-    """Where a toolkit's `lib` or `include` may be: pip's wheels, then an installed toolkit."""
+    """Folders that may be a toolkit's `lib` or `include`: pip's wheels, then an installed
+    toolkit."""
     spec = find_spec("nvidia")
     for root in spec.submodule_search_locations or () if spec is not None else ():
         yield from sorted(Path(root).glob(f"cu[0-9]*/{part}"), reverse=True)
@@ -66,19 +71,19 @@ def folders(part: str) -> Iterator[Path]:
 
 @cache
 def nvrtc() -> Any:
-    """NVRTC by ctypes; DeviceError says how to install it."""
-    found = [p for folder in folders("lib") for p in sorted(folder.glob("libnvrtc.so*[0-9]"))]
-    for candidate in (*found, Path("libnvrtc.so.13"), Path("libnvrtc.so.12")):
+    """NVRTC through ctypes; DeviceError with the install command if it is missing."""
+    paths = [p for folder in folders("lib") for p in sorted(folder.glob("libnvrtc.so*[0-9]"))]
+    for candidate in (*paths, Path("libnvrtc.so.13"), Path("libnvrtc.so.12")):
         try:
-            # Its other half is looked for by name only: loaded first, it is found.
-            for half in candidate.parent.glob("libnvrtc-builtins.so*[0-9]"):
-                ctypes.CDLL(str(half))
+            # NVRTC loads its builtins by bare name, which works only if they are already loaded.
+            for builtins in candidate.parent.glob("libnvrtc-builtins.so*[0-9]"):
+                ctypes.CDLL(str(builtins))
             library = ctypes.CDLL(str(candidate))
         except OSError:
             continue
         library.nvrtcGetErrorString.restype = ctypes.c_char_p
         return library
-    raise DeviceError(f"NVRTC, the compiler of kernels, is not installed; {extra('kernels')}")
+    raise DeviceError(f"NVRTC, the kernel compiler, is not installed; {extra('kernels')}")
 
 
 @cache
@@ -90,15 +95,15 @@ def nvrtc_version() -> tuple[int, int]:
 
 @cache
 def include_folders() -> tuple[Path, ...]:
-    """Folders with the CUDA headers that kernels include; DeviceError where there are none."""
+    """Folders with the CUDA headers that kernels include; DeviceError if there are none."""
     for folder in folders("include"):
         if (folder / "cuda_fp16.h").is_file():
             return (folder, folder / "cccl") if (folder / "cccl").is_dir() else (folder,)
-    raise DeviceError(f"the headers of CUDA (cuda_fp16.h) are not installed; {extra('kernels')}")
+    raise DeviceError(f"the CUDA headers (cuda_fp16.h) are not installed; {extra('kernels')}")
 
 
 def compile_instance(file: str, name: str, arch: str) -> Cubin:
-    """Compile the instance `name` of kernels/`file`, without a look at the cache."""
+    """Compile the instance `name` of kernels/`file`, ignoring the cache."""
     library, program = nvrtc(), ctypes.c_void_p()
     expression = name.encode()
     options = [
@@ -107,15 +112,20 @@ def compile_instance(file: str, name: str, arch: str) -> Cubin:
         *(f"-I{p}" for p in (KERNELS / "include", *include_folders())),
     ]
     raw = [o.encode() for o in options]
-    # Headers that are no files are handed over.
-    made = [name for name in _with_headers(file, {}) if name == grids.HEADER]
+    # Generated headers are passed as text.
+    generated = [name for name in _with_headers(file, {}) if name == grids.HEADER]
     names, texts = (
-        (ctypes.c_char_p * len(made))(*(part.encode() for part in parts))
-        for parts in (made, [_source(name) for name in made])
+        (ctypes.c_char_p * len(generated))(*(part.encode() for part in parts))
+        for parts in (generated, [_source(name) for name in generated])
     )
     _check(
         library.nvrtcCreateProgram(
-            ctypes.byref(program), _source(file).encode(), file.encode(), len(made), texts, names
+            ctypes.byref(program),
+            _source(file).encode(),
+            file.encode(),
+            len(generated),
+            texts,
+            names,
         )
     )
     try:
@@ -151,12 +161,12 @@ def _text(library: Any, program: ctypes.c_void_p, what: str, raw: bool = False) 
 
 
 def _resources(log: str, symbol: str) -> tuple[int, int, int, int]:
-    """Registers, shared memory, stack and spills of a kernel from the assembler's report."""
-    _, _, told = log.partition(f"Compiling entry function '{symbol}'")
+    """Registers, shared memory, stack and spills of a kernel, from the assembler's report."""
+    _, _, report = log.partition(f"Compiling entry function '{symbol}'")
 
     def number(pattern: str) -> int:
-        found = re.search(pattern, told)
-        return int(found[1]) if found else 0
+        match = re.search(pattern, report)
+        return int(match[1]) if match else 0
 
     return (
         number(r"Used (\d+) registers"),
@@ -179,7 +189,7 @@ def _source(file: str) -> str:
 
 
 def _with_headers(file: str, seen: dict[str, str]) -> dict[str, str]:
-    """The source and every header of ours that it includes, by name."""
+    """The source and all kernel headers that it includes, by name."""
     if file not in seen:
         seen[file] = _source(file)
         for header in re.findall(r'^\s*#\s*include\s+"([^"]+)"', seen[file], re.MULTILINE):
@@ -188,32 +198,32 @@ def _with_headers(file: str, seen: dict[str, str]) -> dict[str, str]:
 
 
 def fingerprint(file: str, name: str, arch: str) -> str:
-    """What a cached instance is found by: everything that its code depends on."""
-    told = hashlib.sha256()
+    """The key of an instance in the cache: a hash of everything that its code depends on."""
+    digest = hashlib.sha256()
     for part in (*sorted(_with_headers(file, {}).items()), OPTIONS, name, arch, nvrtc_version()):
-        told.update(repr(part).encode())
-    return told.hexdigest()[:32]
+        digest.update(repr(part).encode())
+    return digest.hexdigest()[:32]
 
 
 # -- the cache --------------------------------------------------------------------------------
 
 
 def cache_folder() -> Path:
-    """PYGGML_CACHE, else the user's cache folder."""
-    own = os.environ.get("PYGGML_CACHE")
-    if own:
-        return Path(own) / "cuda"
+    """The folder of cached kernels: in PYGGML_CACHE, else in the user's cache folder."""
+    folder = os.environ.get("PYGGML_CACHE")
+    if folder:
+        return Path(folder) / "cuda"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyggml" / "cuda"
 
 
 def _read(path: Path) -> Cubin | None:
-    """What a cache file holds; None where it is absent or not what was written."""
+    """The contents of a cache file; None if it is absent or damaged."""
     try:
         head, _, code = path.read_bytes().partition(b"\n")
-        told = json.loads(head)
-        if told.pop("sha256") != hashlib.sha256(code).hexdigest():
+        fields = json.loads(head)
+        if fields.pop("sha256") != hashlib.sha256(code).hexdigest():
             return None
-        return Cubin(**told, code=code)
+        return Cubin(**fields, code=code)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
@@ -222,15 +232,15 @@ _warned = threading.Event()
 
 
 def _write(path: Path, cubin: Cubin) -> None:
-    """A file under another name first, then in its place: readers see all of it or nothing."""
-    told = {k: v for k, v in asdict(cubin).items() if k != "code"}
-    told["sha256"] = hashlib.sha256(cubin.code).hexdigest()
+    """Write a temporary file and rename it, so that readers see all of it or nothing."""
+    fields = {k: v for k, v in asdict(cubin).items() if k != "code"}
+    fields["sha256"] = hashlib.sha256(cubin.code).hexdigest()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(json.dumps(told).encode() + b"\n" + cubin.code)
+                file.write(json.dumps(fields).encode() + b"\n" + cubin.code)
             os.replace(temporary, path)
         except BaseException:
             os.unlink(temporary)
@@ -239,26 +249,26 @@ def _write(path: Path, cubin: Cubin) -> None:
         if not _warned.is_set():
             _warned.set()
             warnings.warn(
-                f"compiled kernels cannot be kept in {path.parent}: {error}; every process will "
-                "compile them again. Set PYGGML_CACHE to a folder that can be written",
+                f"cannot cache compiled kernels in {path.parent}: {error}; every process will "
+                "compile them again. Set PYGGML_CACHE to a writable folder",
                 stacklevel=2,
             )
 
 
 def cubin(file: str, name: str, arch: str) -> Cubin:
-    """The instance from the cache, else compiled and kept there."""
+    """The instance from the cache; if it is not there, it is compiled and stored."""
     path = cache_folder() / f"{fingerprint(file, name, arch)}.cubin"
-    found = _read(path)
-    if found is None:
-        found = compile_instance(file, name, arch)
-        _write(path, found)
-    return found
+    instance = _read(path)
+    if instance is None:
+        instance = compile_instance(file, name, arch)
+        _write(path, instance)
+    return instance
 
 
-def cubins(wanted: Iterable[tuple[str, str]], arch: str) -> dict[tuple[str, str], Cubin]:
-    """Several (file, name) at once, on all cores."""
-    each = list(dict.fromkeys(wanted))
-    if not each:
+def cubins(keys: Iterable[tuple[str, str]], arch: str) -> dict[tuple[str, str], Cubin]:
+    """The instances of several (file, name), compiled on all cores."""
+    unique = list(dict.fromkeys(keys))
+    if not unique:
         return {}
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, len(each))) as pool:
-        return dict(zip(each, pool.map(lambda one: cubin(one[0], one[1], arch), each)))
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, len(unique))) as pool:
+        return dict(zip(unique, pool.map(lambda key: cubin(key[0], key[1], arch), unique)))

@@ -1,7 +1,7 @@
-"""Products by cuBLAS: CuPy's library and handle, called directly.
+"""Products by cuBLAS, with CuPy's library and handle but called directly.
 
-CuPy refuses its own cuBLAS calls while a stream is captured; cuBLAS itself does not, as long as it
-works in memory that it was given.
+CuPy refuses its cuBLAS calls during stream capture; cuBLAS itself allows them if it has a
+user-provided workspace.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from pyggml.errors import DeviceError
 #: cudaDataType_t.
 _TYPES = {"f32": 0, "f16": 2, "bf16": 14}
 _COMPUTE_32F = 68
-#: cublasGemmAlgo_t: the library's choice; cublasMath_t: f32 products are not rounded to tf32.
+#: cublasGemmAlgo_t: the library chooses; cublasMath_t: f32 operands are not rounded to tf32.
 _DEFAULT_ALGORITHM = -1
 _DEFAULT_MATH = 0
 
 
 @cache
 def _library() -> Any:
-    # It loads the library that CuPy was built for.
-    ours = imported("cupy_backends.cuda.libs.cublas")
+    # Importing it loads the library that CuPy was built for.
+    bindings = imported("cupy_backends.cuda.libs.cublas")
     with guarded("starting cuBLAS"):
-        major = ours.getVersion(_handle()) // 10000
+        major = bindings.getVersion(_handle()) // 10000
     for name in (f"libcublas.so.{major}", "libcublas.so.13", "libcublas.so.12"):
         try:
             return ctypes.CDLL(name)
         except OSError:
             continue
-    raise DeviceError(f"CuPy loaded no cuBLAS that can be found: {extra('cuda')}")
+    raise DeviceError(f"cannot find the cuBLAS that CuPy loaded; install it: {extra('cuda')}")
 
 
 def _handle() -> int:
@@ -46,33 +46,35 @@ def _handle() -> int:
 
 
 class Cublas:
-    """A GPU's cuBLAS, and the one block of memory that it works in."""
+    """A GPU's cuBLAS and its workspace."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
         self._workspace: ref[Buffer] | None = None
 
     def ready(self) -> Callable[[Gemm], None]:
-        """What puts a product into the stream. It keeps the block, which all that are made while
-        one is kept share, so it is asked for when a plan is bound."""
+        """A function that queues a product. It keeps the workspace alive, which all such functions
+        share; call this when a plan is bound, because it may allocate."""
         _library()
-        found = None if self._workspace is None else self._workspace()
-        if found is None:
-            found = Buffer(self.context, WORKSPACE)
-            self._workspace = ref(found)
-        return partial(self._start, found)
+        workspace = None if self._workspace is None else self._workspace()
+        if workspace is None:
+            workspace = Buffer(self.context, WORKSPACE)
+            self._workspace = ref(workspace)
+        return partial(self._start, workspace)
 
-    def _start(self, held: Buffer, one: Gemm) -> None:
+    def _start(self, workspace: Buffer, gemm: Gemm) -> None:
         library, handle = _library(), ctypes.c_void_p(_handle())
         _check(library.cublasSetStream_v2(handle, ctypes.c_void_p(self.context.stream.handle)))
-        workspace, size = ctypes.c_void_p(held.ptr), ctypes.c_size_t(held.nbytes)
-        _check(library.cublasSetWorkspace_v2(handle, workspace, size))
+        ptr, size = ctypes.c_void_p(workspace.ptr), ctypes.c_size_t(workspace.nbytes)
+        _check(library.cublasSetWorkspace_v2(handle, ptr, size))
         _check(library.cublasSetMathMode(handle, _DEFAULT_MATH))
         operands: list[Any] = []
-        for ptr, kind, leading, stride in zip(one.ptrs, one.types, one.leading, one.strides):
+        for address, name, leading, stride in zip(
+            gemm.ptrs, gemm.types, gemm.leading, gemm.strides
+        ):
             operands += [
-                ctypes.c_void_p(ptr),
-                _TYPES[kind],
+                ctypes.c_void_p(address),
+                _TYPES[name],
                 leading,
                 ctypes.c_longlong(stride),
             ]
@@ -80,16 +82,16 @@ class Cublas:
         _check(
             library.cublasGemmStridedBatchedEx(
                 handle,
-                int(one.transposed[0]),
-                int(one.transposed[1]),
-                one.m,
-                one.n,
-                one.k,
+                int(gemm.transposed[0]),
+                int(gemm.transposed[1]),
+                gemm.m,
+                gemm.n,
+                gemm.k,
                 ctypes.byref(alpha),
                 *operands[:8],
                 ctypes.byref(beta),
                 *operands[8:],
-                one.batch,
+                gemm.batch,
                 _COMPUTE_32F,
                 _DEFAULT_ALGORITHM,
             )

@@ -1,7 +1,7 @@
-"""DLPack: what a capsule of another library says of a tensor. Needs neither CuPy nor a GPU.
+"""DLPack: the description of a tensor in another library's capsule. Needs neither CuPy nor a GPU.
 
-CuPy takes no bf16 from a capsule, and PyTorch calls its bf16 "<f2" in __cuda_array_interface__; the
-capsule alone tells the two 16-bit floats apart.
+CuPy rejects bf16 in a capsule, and PyTorch reports bf16 as "<f2" in __cuda_array_interface__, so
+only the capsule distinguishes the two 16-bit floats.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-#: Kinds of devices: memory of a GPU, and memory that it shares with the host.
+#: Device types: GPU memory, and memory managed for GPU and host.
 CUDA, MANAGED = 2, 13
 _CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat"}
 
@@ -25,7 +25,7 @@ class _Type(ctypes.Structure):
 
 
 class _Tensor(ctypes.Structure):
-    """DLTensor, with which the unversioned DLManagedTensor begins."""
+    """DLTensor, the first member of the unversioned DLManagedTensor."""
 
     _fields_ = [
         ("data", ctypes.c_void_p),
@@ -48,7 +48,7 @@ class Tensor:
 
     address  of its first byte
     shape    NumPy's; strides in bytes, None for no gaps in C order
-    type     NumPy's name of the element type, or "bfloat16"; `size` its bytes
+    type     NumPy's name of the element type, or "bfloat16"; size: its bytes
     """
 
     address: int
@@ -59,12 +59,12 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its elements."""
+        """Size of its elements in bytes."""
         return self.size * prod(self.shape)
 
     @property
     def contiguous(self) -> bool:
-        """Whether it lies without gaps, in C order."""
+        """Whether it has no gaps, in C order."""
         size = self.size
         for n, step in zip(self.shape[::-1], (self.strides or ())[::-1]):
             if n > 1 and step != size:
@@ -74,15 +74,16 @@ class Tensor:
 
 
 def described(capsule: Any) -> Tensor:
-    """The tensor of a "dltensor" capsule, valid while the capsule lives: it stays its owner."""
-    held = _Tensor.from_address(_pointer(capsule, b"dltensor"))
-    size = held.type.bits * held.type.lanes // 8
-    name = _CODES.get(held.type.code, f"type {held.type.code}, bits ")
-    lanes = "" if held.type.lanes == 1 else f"x{held.type.lanes}"
+    """The tensor of a "dltensor" capsule. The capsule keeps ownership: the tensor is valid while it
+    lives."""
+    tensor = _Tensor.from_address(_pointer(capsule, b"dltensor"))
+    size = tensor.type.bits * tensor.type.lanes // 8
+    name = _CODES.get(tensor.type.code, f"type {tensor.type.code}, bits ")
+    lanes = "" if tensor.type.lanes == 1 else f"x{tensor.type.lanes}"
     return Tensor(
-        address=(held.data or 0) + held.byte_offset,
-        shape=tuple(held.shape[: held.ndim]),
-        strides=tuple(size * n for n in held.strides[: held.ndim]) if held.strides else None,
-        type=f"{name}{held.type.bits}{lanes}",
+        address=(tensor.data or 0) + tensor.byte_offset,
+        shape=tuple(tensor.shape[: tensor.ndim]),
+        strides=tuple(size * n for n in tensor.strides[: tensor.ndim]) if tensor.strides else None,
+        type=f"{name}{tensor.type.bits}{lanes}",
         size=size,
     )

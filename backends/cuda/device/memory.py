@@ -1,4 +1,4 @@
-"""Device memory: blocks that free themselves."""
+"""Device memory: blocks that are freed with their object."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Buffer:
         except OutOfMemoryError:
             free, total = context.driver.mem_get_info()
             raise OutOfMemoryError(
-                f"cuda:{context.index} ({context.about.name}) has no {nbytes:,} bytes: {free:,} of "
-                f"{total:,} are free. Pin weights to the host (pins=), take a smaller context or "
-                "batch, or end what else uses the GPU"
+                f"cuda:{context.index} ({context.about.name}) cannot allocate {nbytes:,} bytes: "
+                f"{free:,} of {total:,} are free. Pin weights to the host (pins=), use a smaller "
+                "context or batch, or end other processes on the GPU"
             ) from None
         self.ptr = int(self._block)
         with guarded("clearing memory"):
@@ -39,10 +39,10 @@ class Buffer:
     def __del__(self) -> None:
         block, self._block = getattr(self, "_block", None), None
         if block is not None:
-            with suppress(self.context.driver.Error), self.context:  # of a context that is lost
+            with suppress(self.context.driver.Error), self.context:  # the context may be lost
                 block.free()
 
 
 def operand_at(at: Address, spec: Spec) -> Operand:
-    """A tensor in device memory as kernels get it."""
+    """A tensor in device memory as an operand of kernels."""
     return Operand(at.buffer.ptr + at.offset, spec.ne, at.nb, spec.dtype, at.layout)

@@ -1,4 +1,4 @@
-"""Copies between a GPU and the host through pinned memory, whatever the tensors' strides."""
+"""Copies between a GPU and the host through pinned memory, for tensors with any strides."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from pyggml.node import Ne, Spec
 
 Bytes = NDArray[np.uint8]
 
-#: Bytes of the pinned memory that copies pass through; most bytes of one such copy; and what each
-#: begins at a multiple of, so that there are few events.
+#: Bytes of pinned memory that copies pass through; the most bytes of one part of it; the alignment
+#: of a part, which limits the number of events.
 RING, PART, GRAIN = 16 << 20, 4 << 20, 64 << 10
 
 
 class Staging:
-    """A ring of pinned memory between a GPU and the host: copies are queued, and a part is used
-    again once its copy is over.
+    """A ring of pinned memory between a GPU and the host: copies are queued, and a part is reused
+    once its copy is complete.
 
-    `RING` bytes of the host for each GPU, allocated by the first copy or plan and then kept.
+    It takes `RING` bytes of host memory per GPU, allocated by the first copy or plan and then kept.
     """
 
     def __init__(self, context: Context) -> None:
         self.context = context
         self._ring: Bytes | None = None
-        self._end = 0  # of all parts so far, as if the ring went on for ever
+        self._end = 0  # of all parts so far, as if the ring had no end
         self._flying: deque[_Flying] = deque()
         self._events: list[Any] = []
 
     def prepare(self) -> None:
-        """Allocate the ring: `bind` does, so that no run has to."""
+        """Allocate the ring. `bind` calls this, so that no run has to allocate."""
         if self._ring is not None:
             return
         try:
@@ -50,28 +50,28 @@ class Staging:
                 self._ring = self.context.driver.pagelocked_empty(RING, np.uint8)
         except OutOfMemoryError:
             raise OutOfMemoryError(
-                f"the host has no {RING:,} bytes that can be pinned, which copies to and from "
-                f"cuda:{self.context.index} pass through: see `ulimit -l` and what else runs here"
+                f"the host cannot pin {RING:,} bytes of memory, which copies to and from "
+                f"cuda:{self.context.index} need; check `ulimit -l` and other processes"
             ) from None
 
     def upload(self, ptr: int, data: Bytes) -> None:
-        """Queue flat bytes for a device address. When it returns, `data` may change."""
+        """Queue a copy of flat bytes to a device address. After it returns, `data` may change."""
         for start in range(0, len(data), PART):
-            rest = data[start : start + PART]
-            flying, part = self._part(len(rest))
-            part[:] = rest
+            chunk = data[start : start + PART]
+            flying, part = self._part(len(chunk))
+            part[:] = chunk
             with guarded("uploading"):
                 self.context.driver.memcpy_htod_async(ptr + start, part, self.context.stream)
                 flying.record()
 
     def receive(self, data: Bytes, ptr: int) -> Arrival:
-        """Queue a copy from a device address; `data` has it once the arrival was waited for, and
-        may be written to from now on."""
+        """Queue a copy from a device address. `data` may be written to at any time from now on, and
+        is complete once the arrival has been waited for."""
         landings = []
         for start in range(0, len(data), PART):
-            rest = data[start : start + PART]
-            flying, part = self._part(len(rest))
-            landings.append(_Landing(flying, part, rest))
+            chunk = data[start : start + PART]
+            flying, part = self._part(len(chunk))
+            landings.append(_Landing(flying, part, chunk))
             flying.landing = ref(landings[-1])
             with guarded("downloading"):
                 self.context.driver.memcpy_dtoh_async(part, ptr + start, self.context.stream)
@@ -79,27 +79,27 @@ class Staging:
         return Arrival(landings)
 
     def download(self, data: Bytes, ptr: int) -> None:
-        """Flat bytes from a device address; waits for them, and for all that was queued before."""
+        """Copy flat bytes from a device address; waits for them, and for all work queued before."""
         self.receive(data, ptr).wait()
 
     def forget(self) -> None:
-        """Let copies to the host that nobody has waited for arrive nowhere."""
+        """Drop the copies to the host that nobody has waited for."""
         for flying in self._flying:
             landing = flying.landing() if flying.landing is not None else None
             if landing is not None:
                 landing.forget()
 
     def _part(self, nbytes: int) -> tuple[_Flying, Bytes]:
-        """The next bytes of the ring, free, and their entry among those in use.
+        """The next free bytes of the ring, and their entry in the list of parts in use.
 
-        They are in use from here on, before any copy is queued: an interrupt can end this at any
-        line, and bytes that a copy still reads must never be given out.
+        They are listed before any copy is queued: an interrupt can end this at any line, and a
+        part that a copy still reads must never be handed out again.
         """
         self.prepare()
-        found = self.context.driver
+        driver = self.context.driver
         assert self._ring is not None
         start = self._end
-        if start % RING + nbytes > RING:  # a part is in one piece
+        if start % RING + nbytes > RING:  # a part does not wrap around
             start += -start % RING
         self._end = start + -(-nbytes // GRAIN) * GRAIN
         while self._flying and self._flying[0].start < self._end - RING:
@@ -108,7 +108,7 @@ class Staging:
             self._events.append(event)
         if not self._events:
             with guarded("making an event"):
-                self._events.append(found.Event(found.event_flags.DISABLE_TIMING))
+                self._events.append(driver.Event(driver.event_flags.DISABLE_TIMING))
         flying = _Flying(self.context, start, self._events.pop())
         self._flying.append(flying)
         return flying, self._ring[start % RING :][:nbytes]
@@ -116,10 +116,11 @@ class Staging:
 
 @dataclass(slots=True)
 class _Flying:
-    """A part of the ring in use since `start`. A landing that nobody waits for any more is let go:
-    where it would go may be in other use.
+    """A part of the ring in use, at `start`. It refers to its landing weakly: if nobody waits for
+    the landing any more, its target may have another use, and the bytes are dropped.
 
-    recorded  whether the event stands behind the copy; until then the whole stream is waited for
+    recorded  whether the event follows the copy in the stream; until then `wait` waits for the
+              whole stream
     """
 
     context: Context
@@ -129,17 +130,17 @@ class _Flying:
     recorded: bool = False
 
     def record(self) -> None:
-        """The copy is in the stream."""
+        """Record the event after the copy has been queued."""
         self.event.record(self.context.stream)
         self.recorded = True
 
     def wait(self) -> None:
-        """Wait until the copy is over."""
+        """Wait until the copy is complete."""
         with self.context, guarded("waiting for a copy"):
             (self.event if self.recorded else self.context.stream).synchronize()
 
     def landed(self) -> Any:
-        """The event, after its copy is over and the part is no longer needed."""
+        """The event, for reuse; waits until the copy is complete and the part no longer needed."""
         self.wait()
         landing = self.landing() if self.landing is not None else None
         if landing is not None:
@@ -148,7 +149,7 @@ class _Flying:
 
 
 class _Landing:
-    """Bytes on their way to the ring, and where they go from there."""
+    """Bytes on their way into the ring, and their target on the host."""
 
     def __init__(self, flying: _Flying, part: Bytes, data: Bytes) -> None:
         self._flying, self._part = flying, part
@@ -165,7 +166,7 @@ class _Landing:
 
 
 class Arrival:
-    """A copy on its way to the host, done once it has been waited for; an `Event`."""
+    """A copy on its way to the host, complete once it has been waited for; an `Event`."""
 
     def __init__(self, landings: Sequence[_Landing] = ()) -> None:
         self._landings = landings
@@ -179,23 +180,23 @@ class Arrival:
 
 
 def units(spec: Spec) -> Ne:
-    """Sizes with dimension 0 counted in blocks, as strides count it."""
+    """The sizes with dimension 0 counted in blocks, like the strides."""
     return (spec.ne[0] // spec.dtype.block, *spec.ne[1:])
 
 
 def span(nb: Ne, spec: Spec) -> int:
-    """Bytes from a tensor's first to its last."""
+    """Number of bytes from a tensor's first byte to its last."""
     return sum((n - 1) * step for n, step in zip(units(spec), nb)) + spec.dtype.nbytes
 
 
 def in_span(memory: Bytes, nb: Ne, spec: Spec) -> Bytes:
-    """The tensor's bytes [ne3, ne2, ne1, blocks, bytes] inside the memory that it spans."""
+    """A view of the tensor's bytes [ne3, ne2, ne1, blocks, bytes] in the memory that it spans."""
     shape = (*units(spec)[::-1], spec.dtype.nbytes)
     return as_strided(memory, shape, (*nb[::-1], 1))
 
 
 def put(staging: Staging, at: Address, spec: Spec, array: NDArray[Any]) -> None:
-    """Write an array (NumPy shape, or raw rows) at an address, whatever its strides."""
+    """Write an array (NumPy shape, or raw rows) to an address with any strides."""
     flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     target = operand_at(at, spec)
     if target.contiguous:
@@ -205,15 +206,15 @@ def put(staging: Staging, at: Address, spec: Spec, array: NDArray[Any]) -> None:
         for ptr, row in _rows(target, spec, flat):
             staging.upload(ptr, row)
         return
-    around = np.empty(span(at.nb, spec), np.uint8)  # what lies between its rows stays
-    staging.download(around, target.ptr)
-    part = in_span(around, at.nb, spec)
+    memory = np.empty(span(at.nb, spec), np.uint8)  # preserves the bytes between its rows
+    staging.download(memory, target.ptr)
+    part = in_span(memory, at.nb, spec)
     part[...] = flat.reshape(part.shape)
-    staging.upload(target.ptr, around)
+    staging.upload(target.ptr, memory)
 
 
 def take(staging: Staging, at: Address, spec: Spec) -> NDArray[Any]:
-    """The array at an address in NumPy shape: uint16 for bf16, rows of bytes for block types."""
+    """The array at an address, in NumPy shape: uint16 for bf16, rows of bytes for block types."""
     source = operand_at(at, spec)
     if source.contiguous:
         flat = np.empty(spec.nbytes, np.uint8)
@@ -223,32 +224,32 @@ def take(staging: Staging, at: Address, spec: Spec) -> NDArray[Any]:
         for ptr, row in _rows(source, spec, flat):
             staging.download(row, ptr)
     else:
-        around = np.empty(span(at.nb, spec), np.uint8)
-        staging.download(around, source.ptr)
-        flat = np.ascontiguousarray(in_span(around, at.nb, spec)).reshape(-1)
-    kind = spec.dtype
-    stored = np.dtype(kind.numpy or (np.uint16 if kind.block == 1 else np.uint8))
+        memory = np.empty(span(at.nb, spec), np.uint8)
+        staging.download(memory, source.ptr)
+        flat = np.ascontiguousarray(in_span(memory, at.nb, spec)).reshape(-1)
+    dtype = spec.dtype
+    stored = np.dtype(dtype.numpy or (np.uint16 if dtype.block == 1 else np.uint8))
     rows = flat.view(stored)
     return rows.reshape(*spec.shape[:-1], rows.size // prod(spec.ne[1:]))
 
 
 def _apart(x: Operand, spec: Spec) -> bool:
-    """Whether copies of single rows cost less than a copy of all that lies between them."""
+    """Whether copying row by row costs less than copying the whole span."""
     return x.nb[0] == spec.dtype.nbytes and span(x.nb, spec) > PART * prod(spec.ne[1:])
 
 
 def _rows(x: Operand, spec: Spec, flat: Bytes) -> Iterator[tuple[int, Bytes]]:
-    """The address of each row, and the row in the flat bytes."""
+    """The address of each row, and its part of the flat bytes."""
     for index, row in zip(np.ndindex(spec.ne[:0:-1]), flat.reshape(prod(spec.ne[1:]), -1)):
         yield x.ptr + sum(i * step for i, step in zip(index, x.nb[:0:-1])), row
 
 
 def send(staging: Staging, source: Address, target: Address, spec: Spec) -> Arrival:
-    """Queue a copy into the host's memory. Between strides it is waited for here."""
+    """Queue a copy to host memory. If a side is not contiguous, this waits for the copy."""
     there, here = operand_at(source, spec), Operand(0, spec.ne, target.nb, spec.dtype)
-    around = target.buffer[target.offset :][: span(target.nb, spec)]
+    memory = target.buffer[target.offset :][: span(target.nb, spec)]
     if there.contiguous and here.contiguous:
-        return staging.receive(around, there.ptr)
-    part = in_span(around, target.nb, spec)
+        return staging.receive(memory, there.ptr)
+    part = in_span(memory, target.nb, spec)
     part[...] = take(staging, source, spec).reshape(-1).view(np.uint8).reshape(part.shape)
     return Arrival()

@@ -1,4 +1,4 @@
-"""Tensor maps: what the tensor copy engine of compute capability 9.0 must know of a tensor."""
+"""Tensor maps: descriptions of tensors for the tensor copy engine of compute capability 9.0."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _TYPES = {
 
 
 class TensorMap(Struct):
-    """The struct `TensorMap` of mma.cuh, the driver's CUtensorMap. Kernels need it at a multiple of
-    64 bytes."""
+    """The struct `TensorMap` of mma.cuh, the driver's CUtensorMap. In kernel arguments it must be
+    64-byte aligned."""
 
     _fields_ = (("opaque", ctypes.c_uint64 * 16),)
 
 
 def steps_of(ne: Sequence[int], nb: Sequence[int]) -> list[int]:
-    """The byte strides that a map is given: that of a size of 1 means nothing and may be anything,
-    but must be a multiple of 16 there."""
+    """The byte strides for a map. The stride of a size of 1 has no meaning, but the map requires a
+    multiple of 16, so it is replaced."""
     steps = [16 * -(-ne[0] * nb[0] // 16)]
     for n, step in zip(ne[1:], nb[1:]):
         steps.append(step if n > 1 else steps[-1])
@@ -35,15 +35,16 @@ def steps_of(ne: Sequence[int], nb: Sequence[int]) -> list[int]:
 def tensor_map(
     ptr: int, dtype: str, ne: Sequence[int], nb: Sequence[int], box: Sequence[int]
 ) -> TensorMap:
-    """Boxes of a tensor, swizzled in 128 bytes; what lies outside of `ne` reads as zeros.
+    """A map for copying boxes of a tensor, with 128-byte swizzle; elements outside `ne` read as
+    zeros.
 
-    ptr  a multiple of 16, as are the byte strides nb[1:] of sizes above 1
-    box  elements a copy brings, box[0] at most 128 bytes
+    ptr  must be a multiple of 16, like the byte strides nb[1:] of sizes above 1
+    box  elements per copy; box[0] must not exceed 128 bytes
     """
     driver = imported("cuda.bindings.driver")
     u32, u64 = driver.cuuint32_t, driver.cuuint64_t
     steps = steps_of(ne, nb)
-    status, made = driver.cuTensorMapEncodeTiled(
+    status, encoded = driver.cuTensorMapEncodeTiled(
         getattr(driver.CUtensorMapDataType, _TYPES[dtype]),
         len(ne),
         ptr,
@@ -57,5 +58,7 @@ def tensor_map(
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
     if status != driver.CUresult.CUDA_SUCCESS:
-        raise DeviceError(f"no tensor map of {dtype} {list(ne)}, strides {steps}: {status.name}")
-    return TensorMap.from_buffer_copy(ctypes.string_at(made.getPtr(), ctypes.sizeof(TensorMap)))
+        raise DeviceError(
+            f"cannot make a tensor map of {dtype} {list(ne)}, strides {steps}: {status.name}"
+        )
+    return TensorMap.from_buffer_copy(ctypes.string_at(encoded.getPtr(), ctypes.sizeof(TensorMap)))

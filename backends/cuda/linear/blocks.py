@@ -27,15 +27,15 @@ from pyggml.dtypes import F32, DType
 from pyggml.node import Ne
 
 TILE = "linear_tile.cu"
-#: Numbers of k that a tile takes at a time.
+#: Values of k that a tile takes per step.
 DEPTH = 64
-#: Classes of numbers by what holds a decoded weight.
+#: Precision class by the C++ type that holds a decoded weight.
 CLASS = {"__half": "f16", "__nv_bfloat16": "bf16"}
 
 
-def half_of(kind: DType) -> str:
-    """What holds a decoded weight on the tensor cores, as C++ says it."""
-    return "__nv_bfloat16" if kind.name in ("mxfp4", "bf16") else "__half"
+def half_of(dtype: DType) -> str:
+    """The C++ type that holds a decoded weight on the tensor cores."""
+    return "__nv_bfloat16" if dtype.name in ("mxfp4", "bf16") else "__half"
 
 
 def cpp_format(a: Operand) -> str:
@@ -43,19 +43,20 @@ def cpp_format(a: Operand) -> str:
 
 
 class TileWeights(Struct):
-    """The struct `Weights` of formats.cuh, of a format that is kept in tiles."""
+    """The struct `Weights` of formats.cuh, for a format stored in tiles."""
 
     _fields_ = (("w", Packed * 2),)
 
 
 class RowWeights(Struct):
-    """The same of a format that lies in rows, as in a file."""
+    """The struct `Weights` of formats.cuh, for a format stored in rows, as in a file."""
 
     _fields_ = (("w", Tensor * 2),)
 
 
 class Columns(Struct):
-    """The struct `Columns` of linear_tile.cu: `heads`, or what moe_group.cu makes of `routing`."""
+    """The struct `Columns` of linear_tile.cu: `heads`, or the lists moe_group.cu makes from
+    `routing`."""
 
     _fields_ = (
         ("tiles", ctypes.c_uint64),
@@ -71,7 +72,7 @@ NO_ROUTING = Routing(ids=Tensor(data=0, nb=(0,) * 4, ne=(0,) * 4), experts=0, n_
 
 
 def weights_of(*matrices: Operand) -> Struct:
-    """One matrix, which then stands twice, or up and gate."""
+    """The kernel argument for one matrix (which then appears twice) or for up and gate."""
     first, second = (matrices * 2)[:2]
     if first.layout == "tiles8":
         return TileWeights(w=(packed(first), packed(second)))
@@ -83,12 +84,12 @@ def group_bytes(levels: int) -> int:
 
 
 def fixed_bytes(b: Ne, levels: int) -> int:
-    """Bytes of b in fixed point."""
+    """Size of b in fixed point, in bytes."""
     return rows_in(b) * (b[0] // 32) * group_bytes(levels)
 
 
 def quantize(call: Call, b: Operand, levels: int) -> np.uint64:
-    """b in fixed point, for `vec`; call["fixed"] where an earlier step has left it."""
+    """The address of b in fixed point, for `vec`: call["fixed"] if an earlier step prepared it."""
     fixed = call.get("fixed")
     if fixed is not None:
         return fixed.pointer
@@ -113,7 +114,8 @@ def padded(k: int) -> int:
 
 
 def to_halves(call: Call, b: Operand, half: str) -> tuple[np.uint64, np.uint64]:
-    """b for `tile`: scaled numbers, and the scales."""
+    """Record the conversion of b for `tile`; returns the addresses of its scaled rows and
+    scales."""
     columns = rows_in(b.ne)
     out = np.uint64(call.scratch(columns * padded(b.ne[0]) * 2))
     scales = np.uint64(call.scratch(columns * 4))
@@ -132,24 +134,24 @@ def tile_scratch(b: Ne) -> int:
 
 
 def warps_for(groups: int, blocks: int) -> int:
-    """Warps that share the rows of a block: enough to fill a GPU, each lane with two groups."""
-    wanted = 8 if blocks <= 512 else 4 if blocks <= 1536 else 2
-    return min(wanted, max(1, groups // 8))
+    """Warps that share the rows of a block: enough to fill a GPU, with two groups per lane."""
+    most = 8 if blocks <= 512 else 4 if blocks <= 1536 else 2
+    return min(most, max(1, groups // 8))
 
 
 def vec(call: Call, a: tuple[Operand, ...], b: Operand, y: Operand, levels: int) -> None:
-    """`vec`, of one matrix or of up and gate."""
+    """Record `vec` for one matrix, or for up and gate."""
     x = quantize(call, b, levels)
     shape, tiles = shape_of(a[0].ne, b.ne), -(-a[0].ne[1] // 8)
-    one = levels == 2 and len(a) == 1
-    some = next((n for n in ((1, 2, 4, 8) if one else (1, 8)) if n >= shape.columns), FEW)
-    pair = 2 if one and tiles >= 1024 else 1  # tiles of rows that share the loading of b
-    grid = -(-tiles // pair), -(-shape.columns // some), shape.batches
+    single = levels == 2 and len(a) == 1
+    chunk = next((n for n in ((1, 2, 4, 8) if single else (1, 8)) if n >= shape.columns), FEW)
+    pair = 2 if single and tiles >= 1024 else 1  # tiles of rows that share the loads of b
+    grid = -(-tiles // pair), -(-shape.columns // chunk), shape.batches
     call.launch(
         VEC,
-        f"vec<{cpp_format(a[0])}, {some}, {levels}, {len(a)}, {pair}>",
+        f"vec<{cpp_format(a[0])}, {chunk}, {levels}, {len(a)}, {pair}>",
         grid=grid,
-        block=(32, max(warps_for(a[0].ne[0] // 32, prod(grid)), 8 * some * len(a) * pair // 32)),
+        block=(32, max(warps_for(a[0].ne[0] // 32, prod(grid)), 8 * chunk * len(a) * pair // 32)),
         args=[weights_of(*a), x, y.tensor, shape.heads, is_narrow(y), act_of(call)],
     )
 
@@ -159,13 +161,13 @@ def tile_columns(columns: int) -> int:
 
 
 def tile_shared(columns: int) -> int:
-    """Bytes of shared memory: four stages, and what aligning them can cost."""
+    """Bytes of shared memory: four stages, and room to align them."""
     return 4 * columns * DEPTH * 2 + 1024
 
 
 def splits_of(a: Ne, b: Ne) -> int:
-    """How many blocks of `tile` share the k of a tile, so that a GPU has two on a multiprocessor
-    and none has less than 4 steps. The same on every GPU: so are its sums."""
+    """How many blocks of `tile` split the k of a tile: aims at two blocks per multiprocessor and at
+    least 4 steps per block. It is the same on every GPU, so that sums are too."""
     shape = shape_of(a, b)
     if shape.columns > 128:
         return 1
@@ -174,22 +176,22 @@ def splits_of(a: Ne, b: Ne) -> int:
 
 
 def split_scratch(a: Ne, b: Ne) -> int:
-    """Bytes of the sums of all splits."""
+    """Size of the sums of all splits, in bytes."""
     splits = splits_of(a, b)
     return aligned(4 * a[1] * rows_in(b) * splits) if splits > 1 else 0
 
 
 def tile(call: Call, a: tuple[Operand, ...], b: Operand, y: Operand) -> None:
-    """`tile`, of one matrix or of up and gate."""
+    """Record `tile` for one matrix, or for up and gate."""
     shape = shape_of(a[0].ne, b.ne)
-    some, splits = tile_columns(shape.columns), 1 if len(a) == 2 else splits_of(a[0].ne, b.ne)
+    width, splits = tile_columns(shape.columns), 1 if len(a) == 2 else splits_of(a[0].ne, b.ne)
     sums, count = y, rows_in(b.ne)
     if splits > 1:
-        some, ptr = min(some, 64), call.scratch(4 * y.ne[0] * count * splits)
+        width, ptr = min(width, 64), call.scratch(4 * y.ne[0] * count * splits)
         sums = dense(ptr, (y.ne[0], count * splits, 1, 1), F32)
     columns = Columns(tiles=0, n_tiles=0, order=0, heads=shape.heads, routing=NO_ROUTING)
-    grid = -(-shape.columns // some), shape.batches
-    launch_tile(call, cpp_format(a[0]), a, b, sums, some, columns, grid, splits=splits)
+    grid = -(-shape.columns // width), shape.batches
+    launch_tile(call, cpp_format(a[0]), a, b, sums, width, columns, grid, splits=splits)
     if splits > 1:
         call.launch(
             PREPARE,
@@ -206,7 +208,7 @@ def launch_tile(
     a: tuple[Operand, ...],
     b: Operand,
     y: Operand,
-    some: int,
+    width: int,
     columns: Columns,
     grid: tuple[int, int],
     routed: bool = False,
@@ -215,7 +217,7 @@ def launch_tile(
     x, scales = to_halves(call, b, half_of(a[0].dtype))
     call.launch(
         TILE,
-        f"tile<{form}, {len(a)}, {some}, {str(routed).lower()}>",
+        f"tile<{form}, {len(a)}, {width}, {str(routed).lower()}>",
         grid=(-(-a[0].ne[1] * len(a) // 128) * splits, *grid),
         block=256,
         args=[
@@ -229,5 +231,5 @@ def launch_tile(
             act_of(call),
             np.int32(splits),
         ],
-        shared=tile_shared(some),
+        shared=tile_shared(width),
     )

@@ -1,4 +1,4 @@
-"""What the host functions of products share: shapes, names of types, arguments."""
+"""Shared by the host functions of products: shapes, type names, kernel arguments."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pyggml.node import Ne
 from pyggml.ops.elementwise import ACTIVATIONS
 
 VEC, PREPARE = "linear_vec.cu", "linear_prepare.cu"
-#: Columns of b up to which reading the weights is all that counts; of a large matrix, measured on
-#: an H200, up to half as many.
+#: Columns of b up to which a product is bound by reading the weights. For matrices of more than
+#: LARGE elements it is half as many (measured on an H200).
 FEW = 8
 LARGE = 8 << 20
-#: Activations as kernels number them.
+#: The numbers of activations in kernel arguments.
 ACT = {name: np.int32(("silu", "gelu", "relu").index(name)) for name in ACTIVATIONS}
 
 
@@ -37,9 +37,10 @@ class Routing(Struct):
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Which columns of b meet which matrix of a: `batches` matrices with `columns` each.
+    """Which columns of b multiply which matrix of a: `batches` matrices with `columns` columns
+    each.
 
-    Columns are the rows of b, dimensions 1 to 3 counted through; those of a batch are neighbours.
+    A column is a row of b, counted through dimensions 1 to 3; the columns of a batch are adjacent.
     """
 
     batches: int
@@ -49,7 +50,7 @@ class Shape:
 
     @property
     def heads(self) -> Heads:
-        """The argument that says which columns meet which matrix."""
+        """The kernel argument that maps columns to matrices."""
         return Heads(a2=self.a2, r3=self.r3, columns=self.columns)
 
 
@@ -59,21 +60,21 @@ def shape_of(a: Ne, b: Ne) -> Shape:
     return Shape(a[2] * b[3], b[1] * (b[2] // a[2]), a[2], b[3] // a[3])
 
 
-def in_blocks(kind: DType) -> bool:
-    """Whether it is a block type: the kernels decode all of them."""
-    return kind.kind == "block"
+def in_blocks(dtype: DType) -> bool:
+    """Whether it is a block type; the kernels decode all of them."""
+    return dtype.kind == "block"
 
 
 def aligned(*sizes: int) -> int:
-    """Bytes of scratch for blocks of these sizes."""
+    """Bytes of scratch for aligned blocks of these sizes."""
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
 
 
-def dense(ptr: int, ne: Ne, kind: DType) -> Operand:
-    """A tensor without gaps, of a plain type."""
-    size = kind.nbytes
+def dense(ptr: int, ne: Ne, dtype: DType) -> Operand:
+    """A contiguous tensor of a plain type."""
+    size = dtype.nbytes
     row = size * ne[0]
-    return Operand(ptr, ne, (size, row, row * ne[1], row * ne[1] * ne[2]), kind)
+    return Operand(ptr, ne, (size, row, row * ne[1], row * ne[1] * ne[2]), dtype)
 
 
 def rows_in(ne: Ne) -> int:

@@ -1,6 +1,6 @@
-"""Products with the matrices of experts, chosen by ids on the device: nothing waits for the host.
+"""Products with expert matrices, chosen by ids on the device: nothing waits for the host.
 
-A pair of token and slot without an expert gets zeros.
+A (token, slot) pair without an expert gets zeros.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pyggml.backends.cuda.linear import blocks, plain
 from pyggml.backends.cuda.linear.common import VEC, Routing, act_of, aligned, in_blocks
 from pyggml.node import Ne
 
-#: Pairs that one launch of `vec_id` takes: the most that a grid has in its second dimension.
+#: Most pairs per launch of `vec_id`: the limit of a grid's second dimension.
 GRID = 65535
 
 
@@ -28,13 +28,13 @@ def pairs_of(ids: Ne) -> int:
 
 
 def columns_for(pairs: int, experts: int) -> int:
-    """Columns of a tile, from how many tokens an expert has on average."""
+    """Columns per tile, chosen by the mean number of pairs per expert."""
     mean = pairs / experts
     return 32 if mean <= 24 else 64 if mean <= 80 else 128
 
 
 def most_tiles(pairs: int, experts: int, columns: int) -> int:
-    """Tiles that any choice of experts can need."""
+    """The most tiles that any choice of experts can need."""
     return pairs // columns + min(experts, pairs)
 
 
@@ -45,19 +45,19 @@ def group_scratch(ids: Ne, experts: int) -> int:
 
 
 def can_tile(a: Operand) -> bool:
-    """Whether the tensor cores' kernel can read the rows: 8 bytes at once."""
+    """Whether the tensor-core kernel can read the rows, which it does 8 bytes at a time."""
     return in_blocks(a.dtype) or (a.nb[0] == a.dtype.nbytes and a.aligned(8))
 
 
 def vec(
     call: Call, a: tuple[Operand, ...], b: Operand, ids: Operand, y: Operand, levels: int
 ) -> None:
-    """`vec_id`, of one matrix or of up and gate."""
+    """Record `vec_id` for one matrix, or for up and gate."""
     fixed = blocks.quantize(call, b, levels)
     token = b.ne[1] * b.ne[0] // 32 * blocks.group_bytes(levels)
     tiles = -(-a[0].ne[1] // 8)
-    for start, some, to in _launches(ids, y):
-        pairs = pairs_of(some.ne)
+    for start, chunk, out in _launches(ids, y):
+        pairs = pairs_of(chunk.ne)
         call.launch(
             VEC,
             f"vec_id<{blocks.cpp_format(a[0])}, {levels}, {len(a)}>",
@@ -66,8 +66,8 @@ def vec(
             args=[
                 blocks.weights_of(*a),
                 np.uint64(int(fixed) + start * token),
-                to.tensor,
-                routing(some, a[0].ne[2], b),
+                out.tensor,
+                routing(chunk, a[0].ne[2], b),
                 act_of(call),
                 np.int32(call.get("fixed") is not None),
             ],
@@ -75,53 +75,57 @@ def vec(
 
 
 def vec_plain(call: Call, a: Operand, b: Operand, ids: Operand, y: Operand) -> None:
-    """`vec_plain_id`: f32 sums of exact products."""
+    """Record `vec_plain_id`: f32 sums of exact products."""
     vector = plain.can_vector(a, b)
     types = f"{C_TYPES[a.dtype.name]}, {C_TYPES[b.dtype.name]}"
-    for start, some, to in _launches(ids, y):
-        x = _tokens(b, 2, start, some.ne[1])
+    for start, chunk, out in _launches(ids, y):
+        x = _tokens(b, 2, start, chunk.ne[1])
         call.launch(
             VEC,
             f"vec_plain_id<{types}, {str(vector).lower()}>",
-            grid=(-(-a.ne[1] // 4), pairs_of(some.ne)),
+            grid=(-(-a.ne[1] // 4), pairs_of(chunk.ne)),
             block=(32, plain.plain_warps(a, vector)),
-            args=[a.tensor, x.tensor, to.tensor, routing(some, a.ne[2], x)],
+            args=[a.tensor, x.tensor, out.tensor, routing(chunk, a.ne[2], x)],
         )
 
 
 def _launches(ids: Operand, y: Operand) -> Iterator[tuple[int, Operand, Operand]]:
-    """As many tokens as fit a grid: the first one, their ids and results."""
+    """Split the tokens into launches that fit a grid: first token, ids, results."""
     most = max(1, GRID // ids.ne[0])
     for start in range(0, ids.ne[1], most):
         yield start, _tokens(ids, 1, start, most), _tokens(y, 2, start, most)
 
 
 def _tokens(x: Operand, axis: int, start: int, most: int) -> Operand:
-    """Some tokens of an operand."""
+    """At most `most` tokens of an operand, starting at `start`."""
     ne = list(x.ne)
     ne[axis] = min(most, ne[axis] - start)
     return Operand(x.ptr + start * x.nb[axis], (ne[0], ne[1], ne[2], ne[3]), x.nb, x.dtype)
 
 
 def tile(call: Call, a: tuple[Operand, ...], b: Operand, ids: Operand, y: Operand) -> None:
-    """Sort the pairs by expert, then `tile`."""
+    """Record the sorting of pairs by expert, then `tile`."""
     pairs, experts = pairs_of(ids.ne), a[0].ne[2]
-    some = columns_for(pairs, experts)
-    tiles = most_tiles(pairs, experts, some)
+    width = columns_for(pairs, experts)
+    tiles = most_tiles(pairs, experts, width)
     order, table, count = (np.uint64(call.scratch(n)) for n in (4 * pairs, 16 * tiles, 4))
-    where = routing(ids, experts, b)
+    routed = routing(ids, experts, b)
     call.launch(
         "moe_group.cu",
         "group_pairs",
         grid=experts + 1,
         block=1024,
-        args=[where, y.tensor, order, table, count, np.int32(some)],
+        args=[routed, y.tensor, order, table, count, np.int32(width)],
         shared=4 * experts,
     )
     form = blocks.cpp_format(a[0])
     if not in_blocks(a[0].dtype):
         form = f"Dense<{C_TYPES[a[0].dtype.name]}>"
     columns = blocks.Columns(
-        tiles=int(table), n_tiles=int(count), order=int(order), heads=blocks.NO_HEADS, routing=where
+        tiles=int(table),
+        n_tiles=int(count),
+        order=int(order),
+        heads=blocks.NO_HEADS,
+        routing=routed,
     )
-    blocks.launch_tile(call, form, a, b, y, some, columns, (tiles, 1), routed=True)
+    blocks.launch_tile(call, form, a, b, y, width, columns, (tiles, 1), routed=True)

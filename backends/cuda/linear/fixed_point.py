@@ -1,4 +1,4 @@
-"""Activations in fixed point for `vec`: what several products read of one b is prepared once."""
+"""Fixed-point activations for `vec`: b is quantized once for all products that read it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from pyggml.transfer import origin
 
 
 def _rule(b: Node, *, levels: int, run: int) -> Spec:
-    """b [k, columns] as `quantize` of linear_vec.cu leaves it; no graph that users build has it.
+    """b [k, columns] as written by `quantize` of linear_vec.cu. A backend-private op: user graphs
+    never contain it.
 
-    run  numbers the nodes lowered together: a later run, behind a loop or a load, makes its own
+    run  number of the call of `lower`: nodes lowered separately do not share fixed-point tensors
     """
     return Spec.of(TYPES["i8"], (fixed_bytes(b.ne, levels),))
 
@@ -37,9 +38,9 @@ def prepare(call: Call) -> None:
 
 
 def levels_of(node: Node) -> int:
-    """Bytes of a number of b in the fixed point that the product reads; 0 where it reads none.
+    """Bytes per value of b in the fixed point that the product reads; 0 if it reads none.
 
-    Only products with weights: they read them before the steps ahead of them have ended.
+    Only for products whose weights are constants: they read these before earlier steps have ended.
     """
     weights = [node[name] for name in node.op.weights]
     packed = all(in_blocks(w.dtype) and origin(w).op is constant_op for w in weights)
@@ -47,16 +48,16 @@ def levels_of(node: Node) -> int:
 
 
 def _rows_of(b: Node) -> Node:
-    """The node whose rows b shows, one by one."""
+    """The node whose rows b views unchanged."""
     while b.op is ops.reshape and b["a"].ne[0] == b.ne[0]:
         b = b["a"]
     return b
 
 
 def prepare_once(steps: Sequence[CudaStep]) -> Iterator[CudaStep]:
-    """The steps, and among them those that bring into fixed point what several products read.
+    """The steps, with those inserted that quantize a b which several products read.
 
-    Where the step that computes b can leave it in fixed point too, it does so for one product.
+    If the step that computes b can also write it in fixed point, it does, even for one product.
     """
     readers: dict[Node, list[CudaStep]] = {}
     fixed_of: dict[CudaStep, Node] = {}
@@ -66,31 +67,31 @@ def prepare_once(steps: Sequence[CudaStep]) -> Iterator[CudaStep]:
             fixed = fixed_point(_rows_of(step.node["b"]), levels=levels, run=run)
             readers.setdefault(fixed, []).append(step)
             fixed_of[step] = fixed
-    done: set[Node] = set()
+    prepared: set[Node] = set()
     for step in steps:
         if isinstance(step, Fused) and can_prepare(step):
             fixed = fixed_point(step.node, levels=2, run=run)
             if fixed in readers:
-                done.add(fixed)
+                prepared.add(fixed)
                 step = _leaving(step, fixed)
         elif step in fixed_of:
             fixed = fixed_of[step]
-            if fixed not in done and len(readers[fixed]) > 1:
-                done.add(fixed)
+            if fixed not in prepared and len(readers[fixed]) > 1:
+                prepared.add(fixed)
                 yield CudaStep((fixed,), {"b": fixed["b"]}, prepare)
-            if fixed in done:
+            if fixed in prepared:
                 step = _reading(step, fixed)
         yield step
 
 
 def _leaving(step: CudaStep, fixed: Node) -> CudaStep:
-    """The step, with its result in fixed point as a further result."""
+    """The step, with its result in fixed point as an additional result."""
     nodes = (*step.nodes[:-1], fixed, step.node)
     results = {**step.results, "fixed": fixed}
     return CudaStep(nodes, step.operands, step.record, results=results, inplace=step.inplace)
 
 
 def _reading(product: CudaStep, fixed: Node) -> CudaStep:
-    """The product, with its b in fixed point as a further operand."""
+    """The product, with its b in fixed point as an additional operand."""
     operands = {**product.operands, "fixed": fixed}
     return CudaStep(product.nodes, operands, product.record, scratch=product.scratch)

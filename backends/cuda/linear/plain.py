@@ -21,7 +21,7 @@ from pyggml.backends.cuda.linear.common import (
 from pyggml.dtypes import F32, DType
 from pyggml.node import Ne
 
-#: Bytes of b that are converted at once for cuBLAS.
+#: Most bytes of b converted at a time for cuBLAS.
 PIECE = 64 << 20
 
 
@@ -44,22 +44,22 @@ def plain_warps(a: Operand, vector: bool) -> int:
 
 def vec_plain(call: Call, a: Operand, b: Operand, y: Operand) -> None:
     shape, vector = shape_of(a.ne, b.ne), can_vector(a, b)
-    some = 1 if shape.columns == 1 else 4 if shape.columns <= 4 else 8
-    names = f"{C_TYPES[a.dtype.name]}, {C_TYPES[b.dtype.name]}, {some}, {str(vector).lower()}"
+    chunk = 1 if shape.columns == 1 else 4 if shape.columns <= 4 else 8
+    names = f"{C_TYPES[a.dtype.name]}, {C_TYPES[b.dtype.name]}, {chunk}, {str(vector).lower()}"
     call.launch(
         VEC,
         f"vec_plain<{names}>",
-        grid=(-(-a.ne[1] // 4), -(-shape.columns // some), shape.batches),
+        grid=(-(-a.ne[1] // 4), -(-shape.columns // chunk), shape.batches),
         block=(32, plain_warps(a, vector)),
         args=[a.tensor, b.tensor, y.tensor, shape.heads, is_narrow(y)],
     )
 
 
-def copy_rows(call: Call, source: Operand, kind: DType, to: int, first: int, columns: int) -> None:
-    """Rows `first`... of an operand, without gaps and of another type."""
+def copy_rows(call: Call, source: Operand, dtype: DType, to: int, first: int, columns: int) -> None:
+    """Record rows from `first` on, converted to contiguous rows of another type."""
     call.launch(
         PREPARE,
-        f"copy_rows<{C_TYPES[source.dtype.name]}, {C_TYPES[kind.name]}>",
+        f"copy_rows<{C_TYPES[source.dtype.name]}, {C_TYPES[dtype.name]}>",
         grid=min(blocks_for(source.ne[0] * columns), 1 << 16),
         block=256,
         args=[source.tensor, np.uint64(to), np.uint32(first), np.uint32(columns)],
@@ -67,7 +67,8 @@ def copy_rows(call: Call, source: Operand, kind: DType, to: int, first: int, col
 
 
 def leading(a: Operand, rows: int) -> tuple[int, bool] | None:
-    """(leading dimension, transposed) of a matrix [k, rows] as cuBLAS can read it."""
+    """(leading dimension, transposed) of a matrix [k, rows] for cuBLAS; None if it cannot read
+    it."""
     size = a.dtype.nbytes
     k = a.ne[0]
     if a.nb[0] == size and (rows == 1 or (a.nb[1] % size == 0 and a.nb[1] >= k * size)):
@@ -77,13 +78,13 @@ def leading(a: Operand, rows: int) -> tuple[int, bool] | None:
     return None
 
 
-def cublas_scratch(a: Ne, kind: DType, b: Ne, exact: bool) -> int:
-    """All of b, or one matrix of a with pieces of b and of results."""
-    size, columns = (F32 if exact else kind).nbytes, shape_of(a, b).columns
-    some = min(columns, piece_columns(a, b, size))
+def cublas_scratch(a: Ne, dtype: DType, b: Ne, exact: bool) -> int:
+    """Bytes for all of b, or for one matrix of a with pieces of b and of the result."""
+    size, columns = (F32 if exact else dtype).nbytes, shape_of(a, b).columns
+    piece = min(columns, piece_columns(a, b, size))
     whole = rows_in(b) * b[0] * size
-    one = aligned(a[0] * a[1] * size, some * b[0] * size, some * a[1] * 4)
-    return max(one, aligned(whole)) if whole <= PIECE else one
+    by_piece = aligned(a[0] * a[1] * size, piece * b[0] * size, piece * a[1] * 4)
+    return max(by_piece, aligned(whole)) if whole <= PIECE else by_piece
 
 
 def piece_columns(a: Ne, b: Ne, size: int) -> int:
@@ -91,16 +92,16 @@ def piece_columns(a: Ne, b: Ne, size: int) -> int:
 
 
 def cublas(call: Call, a: Operand, b: Operand, y: Operand, exact: bool) -> None:
-    """All heads at once where strides allow, else matrix by matrix."""
-    kind, ratio = F32 if exact else a.dtype, b.ne[2] // a.ne[2]
-    whole = rows_in(b.ne) * b.ne[0] * kind.nbytes
+    """Record cuBLAS products: all heads at once if the strides allow it, else matrix by matrix."""
+    dtype, ratio = F32 if exact else a.dtype, b.ne[2] // a.ne[2]
+    whole = rows_in(b.ne) * b.ne[0] * dtype.nbytes
     row = leading(a, a.ne[1])
     even = a.nb[2] % a.dtype.nbytes == 0 and is_even(y, ratio)
-    if a.dtype is not kind or row is None or y.dtype is not F32 or not even or whole > PIECE:
-        by_matrix(call, a, b, y, kind)
+    if a.dtype is not dtype or row is None or y.dtype is not F32 or not even or whole > PIECE:
+        by_matrix(call, a, b, y, dtype)
         return
-    if b.dtype is not kind or not is_even(b, ratio):
-        b = contiguous(call, b, kind)
+    if b.dtype is not dtype or not is_even(b, ratio):
+        b = contiguous(call, b, dtype)
     step_b, step_y = (x.nb[2 if x.ne[1] == 1 else 1] // x.dtype.nbytes for x in (b, y))
     n = b.ne[1] * ratio
     for i3 in range(b.ne[3]):
@@ -111,21 +112,21 @@ def cublas(call: Call, a: Operand, b: Operand, y: Operand, exact: bool) -> None:
             a.ptr + i3 * a.ne[3] // b.ne[3] * a.nb[3],
             b.ptr + i3 * b.nb[3],
             y.ptr + i3 * y.nb[3],
-            types=(kind.name, kind.name, "f32"),
+            types=(dtype.name, dtype.name, "f32"),
             leading=(row[0], step_b if n > 1 else b.ne[0], step_y if n > 1 else a.ne[1]),
             transposed=(row[1], False),
             batch=a.ne[2],
             strides=(
-                a.nb[2] // kind.nbytes,
-                b.nb[2] * ratio // kind.nbytes,
+                a.nb[2] // dtype.nbytes,
+                b.nb[2] * ratio // dtype.nbytes,
                 y.nb[2] * ratio // 4,
             ),
         )
 
 
 def is_even(x: Operand, ratio: int) -> bool:
-    """Whether cuBLAS can read or write it: rows without gaps, at even distances also from head to
-    head where `ratio` heads share a matrix."""
+    """Whether cuBLAS can read or write it: contiguous rows at equal distances, also from head to
+    head if `ratio` heads share a matrix."""
     size = x.dtype.nbytes
     step = x.nb[2 if x.ne[1] == 1 else 1]
     return (
@@ -137,31 +138,32 @@ def is_even(x: Operand, ratio: int) -> bool:
     )
 
 
-def contiguous(call: Call, b: Operand, kind: DType) -> Operand:
-    """A copy in scratch without gaps, of that type."""
-    copy = dense(call.scratch(rows_in(b.ne) * b.ne[0] * kind.nbytes), b.ne, kind)
-    copy_rows(call, b, kind, copy.ptr, 0, rows_in(b.ne))
+def contiguous(call: Call, b: Operand, dtype: DType) -> Operand:
+    """Record a contiguous copy in scratch, converted to `dtype`."""
+    copy = dense(call.scratch(rows_in(b.ne) * b.ne[0] * dtype.nbytes), b.ne, dtype)
+    copy_rows(call, b, dtype, copy.ptr, 0, rows_in(b.ne))
     return copy
 
 
-def by_matrix(call: Call, a: Operand, b: Operand, y: Operand, kind: DType) -> None:
-    """Each matrix of a, copied if need be, with pieces of b; results through scratch."""
+def by_matrix(call: Call, a: Operand, b: Operand, y: Operand, dtype: DType) -> None:
+    """Record each matrix of a (copied if necessary) times pieces of b; results go through
+    scratch."""
     k, m, shape = a.ne[0], a.ne[1], shape_of(a.ne, b.ne)
-    some = min(shape.columns, piece_columns(a.ne, b.ne, kind.nbytes))
-    row = leading(a, m) if a.dtype is kind else None
-    weights = 0 if row is not None else call.scratch(k * m * kind.nbytes)
-    x = call.scratch(some * k * kind.nbytes)
-    product = call.scratch(some * m * 4)
-    for z, start in _pieces(shape, some):
+    piece = min(shape.columns, piece_columns(a.ne, b.ne, dtype.nbytes))
+    row = leading(a, m) if a.dtype is dtype else None
+    weights = 0 if row is not None else call.scratch(k * m * dtype.nbytes)
+    x = call.scratch(piece * k * dtype.nbytes)
+    product = call.scratch(piece * m * 4)
+    for z, start in _pieces(shape, piece):
         i3, i2 = z // shape.a2 // shape.r3, z % shape.a2
         at = a.ptr + i2 * a.nb[2] + i3 * a.nb[3]
         if row is None:
             if start == 0:
-                copy_rows(call, a, kind, weights, (i3 * a.ne[2] + i2) * m, m)
+                copy_rows(call, a, dtype, weights, (i3 * a.ne[2] + i2) * m, m)
             at = weights
-        n = min(some, shape.columns - start)
+        n = min(piece, shape.columns - start)
         first = z * shape.columns + start
-        copy_rows(call, b, kind, x, first, n)
+        copy_rows(call, b, dtype, x, first, n)
         call.gemm(
             m,
             n,
@@ -169,21 +171,21 @@ def by_matrix(call: Call, a: Operand, b: Operand, y: Operand, kind: DType) -> No
             at,
             x,
             product,
-            types=(kind.name, kind.name, "f32"),
+            types=(dtype.name, dtype.name, "f32"),
             leading=(k if row is None else row[0], k, m),
             transposed=(True if row is None else row[1], False),
         )
         put_rows(call, product, y, first, n)
 
 
-def _pieces(shape: Shape, some: int) -> Iterator[tuple[int, int]]:
+def _pieces(shape: Shape, piece: int) -> Iterator[tuple[int, int]]:
     for z in range(shape.batches):
-        for start in range(0, shape.columns, some):
+        for start in range(0, shape.columns, piece):
             yield z, start
 
 
 def put_rows(call: Call, product: int, y: Operand, first: int, columns: int) -> None:
-    """f32 rows without gaps into rows `first`... of y."""
+    """Record contiguous f32 rows written to the rows of y from `first` on."""
     call.launch(
         PREPARE,
         "put_rows",

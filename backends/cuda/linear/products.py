@@ -1,4 +1,4 @@
-"""The ops that are matrix products; routes.py decides which kernels they take."""
+"""The ops that are matrix products; routes.py chooses their kernels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from pyggml.node import Node
 
 
 def _scratch(node: Node) -> int:
-    """Of up and gate also the gate's result, as they may be two products."""
+    """Bytes of scratch; for up and gate including the gate's result, as they may be two
+    products."""
     products = Product.all_of(node)
     between = aligned(4 * node.spec.elements) if len(products) == 2 else 0
     return between + sum(product.scratch for product in products)

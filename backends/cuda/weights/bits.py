@@ -1,4 +1,4 @@
-"""Codes of weights between the bits of blocks and a byte each, for packing.py's formats."""
+"""Conversions between packed bits of codes and one byte per code, for the formats of packing.py."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ Bytes: TypeAlias = NDArray[np.uint8]
 
 
 def halves(codes: Bytes) -> Bytes:
-    """Codes of 32 weights, a byte each, as 16 bytes of two nibbles."""
+    """Codes of 32 weights, one byte each, packed into 16 bytes of two nibbles."""
     return np.asarray(codes[..., :16] | (codes[..., 16:] << 4), np.uint8)
 
 
 def interleave(nibbles: Bytes) -> Bytes:
-    """Bytes of two codes (weights i, i + 16) as 32-bit words with one code of each in a nibble: low
-    halves in the low 16 bits. Types with a table want it."""
+    """Reorder bytes of two codes (weights i, i + 16) into 32-bit words whose low 16 bits hold the
+    low nibbles of four bytes and whose high 16 bits the high ones, as decoders with a table
+    need."""
     first, second = nibbles[..., 0::2], nibbles[..., 1::2]
     words = np.empty_like(nibbles)
     low, high = (first & 15) | (second << 4), (first >> 4) | (second & 0xF0)
@@ -27,14 +28,14 @@ def interleave(nibbles: Bytes) -> Bytes:
 
 
 def high_bits(bits: Bytes) -> Bytes:
-    """One bit for each of 32 weights as bytes: bit w of byte i belongs to weight 4 w + i."""
+    """One bit per weight of 32, packed into 4 bytes: bit w of byte i belongs to weight 4 w + i."""
     words = bits.reshape(*bits.shape[:-1], 8, 4).swapaxes(-1, -2)
     return np.asarray(np.packbits(words, axis=-1, bitorder="little")[..., 0], np.uint8)
 
 
 def pairs(codes: Bytes) -> Bytes:
-    """Two bits for each of 32 weights as 8 bytes: bits 2 w of byte i of the first four belong to
-    weight 4 w + i, the others to those 16 further."""
+    """Two bits per weight of 32, packed into 8 bytes: in the first four, bits 2 w and 2 w + 1 of
+    byte i belong to weight 4 w + i; the other four hold weights 16 to 31."""
     words = codes.reshape(*codes.shape[:-1], 2, 4, 4) << np.array([[0], [2], [4], [6]], np.uint8)
     return np.asarray(np.bitwise_or.reduce(words, axis=-2), np.uint8).reshape(*codes.shape[:-1], 8)
 
@@ -51,5 +52,5 @@ def fields_of_bits(b: Bytes) -> Bytes:
 
 
 def nibbles(b: Bytes) -> Bytes:
-    """[n, bytes] as [n, 2 bytes], the low half of a byte first."""
+    """[n, bytes] split into nibbles [n, 2 bytes], the low half of a byte first."""
     return np.stack([b & 15, b >> 4], axis=-1).reshape(len(b), -1)

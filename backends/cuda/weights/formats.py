@@ -1,7 +1,8 @@
-"""What groups of 32 weights of each block type are made of, as kernels/formats.cuh reads them.
+"""The parts of a group of 32 weights for each block type, as kernels/include/formats.cuh reads
+them.
 
-Codes and scales are those of the blocks, in another order: nothing is rounded. Types whose codes
-stand in a grid (grids.py) get the codes themselves, 4 bits each; tq1_0 gets 2 bits.
+Codes and scales are those of the blocks in a different order, without rounding. Types that index a
+grid (grids.py) store the codes themselves, 4 bits each; tq1_0 stores 2 bits per code.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ Parts: TypeAlias = tuple[Bytes, Bytes, Bytes, Bytes]
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """What a group of 32 weights of a type is made of, and how to take it out of blocks.
+    """The parts of a group of 32 weights, and how to extract them from blocks.
 
-    codes, high, scale, super_  bytes of codes, of the bits above them, of a group's scale, of what
-                                8 groups share
+    codes, high, scale, super_  bytes per group of codes, of the bits above them and of its scale;
+                                bytes shared by 8 groups
     parts  uint8 [n, bytes of a block] -> codes [n, groups, codes], high [n, groups, high],
            scale [n, groups, scale], super [n, super]
     """
@@ -53,7 +54,7 @@ def _none(b: Bytes, *shape: int) -> Bytes:
 
 
 def _small(b: Bytes, *, scale: int, high: bool = False, table: bool = False) -> Parts:
-    """Blocks of 32: a scale (and minimum), perhaps fifth bits, nibbles."""
+    """Blocks of 32: a scale (and minimum), fifth bits if `high`, nibbles."""
     low = b[:, None, -16:]
     bits = _none(b, 1)
     if high:
@@ -66,7 +67,7 @@ def _q8_0(b: Bytes) -> Parts:
 
 
 def _nvfp4(b: Bytes) -> Parts:
-    """A scale of 8 bits for each 16 weights; 0x7F, which would be no number, counts as 0."""
+    """An 8-bit scale per 16 weights; 0x7F, which encodes NaN, counts as 0."""
     field = b[:, 4:].reshape(-1, 4, 8)
     codes = np.concatenate([field & 15, field >> 4], axis=2).reshape(-1, 2, 32)
     scales = np.where(b[:, :4] == 0x7F, 0, b[:, :4]).astype(np.uint8)
@@ -113,7 +114,7 @@ def _iq4_xs(b: Bytes) -> Parts:
     return interleave(b[:, 8:].reshape(-1, 8, 16)), _none(b, 8), scales, b[:, :2]
 
 
-# -- codes that are looked up -------------------------------------------------------------------
+# -- codes that need a lookup -------------------------------------------------------------------
 
 
 def _by_grid(b: Bytes, *, name: str) -> Parts:
@@ -131,7 +132,8 @@ def _tq2_0(b: Bytes) -> Parts:
 
 
 def _tq1_0(b: Bytes) -> Parts:
-    """Digits of base 3: a byte holds five, the first on top. 32 bytes of 5, 16 of 5, 4 of 4."""
+    """Base-3 digits: a byte holds up to five, the first one highest. 32 bytes of 5, 16 of 5, 4 of
+    4."""
     runs = ((b[:, :32], 5), (b[:, 32:48], 5), (b[:, 48:52], 4))
     powers = np.array([1, 3, 9, 27, 81], np.uint8)[:, None]
     digits = [((run[:, None] * powers[:n]).astype(np.uint16) * 3 >> 8) for run, n in runs]

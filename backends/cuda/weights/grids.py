@@ -1,11 +1,11 @@
-"""The seven block types whose codes stand in grids, which the gguf package has.
+"""The seven block types whose codes come from grids, which are in the gguf package.
 
-An index names the codes of 8 weights (4 of iq3), and
+One index selects the codes of 8 weights (4 for iq3), and
 
     weight = d / 8 * factor * level[code]
 
-with a whole factor for 16 weights. A code is what the grid says, which counts the type's magnitudes
-upwards, in its low three bits and a sign above them.
+with an integer factor per 16 weights. The low three bits of a code are the entry of the grid, which
+numbers the magnitudes of the type in ascending order; the bit above is the sign.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from pyggml.errors import DeviceError
 #: Codes [n, 256], factors [n, 16] and the f16 d [n, 2] of blocks.
 Codes: TypeAlias = tuple[Bytes, Bytes, Bytes]
 
-#: What kernels/iq.cuh includes; no file of that name exists.
+#: The name by which kernels/include/iq.cuh includes `header()`; there is no such file.
 HEADER = "grids.cuh"
-#: Types that have a grid of their own. iq1_m has that of iq1_s.
+#: Types with their own grid; iq1_m uses that of iq1_s.
 TYPES = ("iq1_s", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s")
 
 
 def _levels(*magnitudes: int, negative: tuple[int, ...] = ()) -> tuple[int, ...]:
-    """The 16 levels of a code: from code 8 on the negative ones."""
-    rest = (0,) * (8 - len(magnitudes))
-    return *magnitudes, *rest, *(negative or tuple(-m for m in magnitudes)), *rest
+    """The 16 levels of a code; the negative ones start at code 8."""
+    unused = (0,) * (8 - len(magnitudes))
+    return *magnitudes, *unused, *(negative or tuple(-m for m in magnitudes)), *unused
 
 
-#: The level of each code; those of iq1 are 8 (-1, 0, 1) + 1 and, with the sign, 8 (-1, 0, 1) - 1.
+#: The level of each code. For iq1 they are 8 (-1, 0, 1) + 1 and, with the sign, 8 (-1, 0, 1) - 1.
 LEVELS: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("iq1_s", "iq1_m"), _levels(-7, 1, 9, negative=(-9, -1, 7))),
     **dict.fromkeys(("iq2_xxs", "iq2_xs", "iq2_s"), _levels(8, 25, 43)),
@@ -48,18 +48,18 @@ LEVELS: dict[str, tuple[int, ...]] = {
 def entries(name: str) -> Bytes:
     """The grid of a type: codes [indices, 8 or 4], without signs.
 
-    DeviceError where the installed gguf has no such grid.
+    DeviceError if the installed gguf has no such grid.
     """
-    from gguf import quants  # loaded only where a kernel or a file needs it
+    from gguf import quants  # loaded only if a kernel or a file needs it
 
     try:
-        kind = getattr(quants, name.upper())
-        kind.init_grid()
-        values = np.asarray(kind.grid).reshape(kind.grid_shape)
-        return np.searchsorted(kind.grid_map, values).astype(np.uint8)
+        codec = getattr(quants, name.upper())
+        codec.init_grid()
+        values = np.asarray(codec.grid).reshape(codec.grid_shape)
+        return np.searchsorted(codec.grid_map, values).astype(np.uint8)
     except (AttributeError, TypeError, ValueError) as error:
         raise DeviceError(
-            f"the installed gguf package has no grid of {name} ({error}): install one from 0.17 on"
+            f"the installed gguf package has no grid of {name} ({error}); install 0.17 or newer"
         ) from error
 
 
@@ -68,8 +68,8 @@ def entries(name: str) -> Bytes:
 
 @cache
 def header() -> str:
-    """`const unsigned short NAME_grid<0>[]` for each type: an entry has the 8 (4) codes that an
-    index stands for, 2 (3) bits each, the first lowest.
+    """`const unsigned short NAME_grid<0>[]` for each type: an entry packs the 8 (4) codes of an
+    index, 2 (3) bits each, the first one lowest.
     """
     return "#pragma once\n" + "\n".join(_array(name) for name in TYPES)
 
@@ -78,7 +78,7 @@ def _array(name: str) -> str:
     codes = entries(name).astype(np.uint16)
     n = codes.shape[1]
     words = (codes << np.arange(n, dtype=np.uint16) * (2 if n == 8 else 3)).sum(axis=1)
-    head = f"template <int> __device__ const unsigned short {name}_grid"  # kept where it is used
+    head = f"template <int> __device__ const unsigned short {name}_grid"  # emitted only where used
     return f"{head}[] = {{{', '.join(map(str, words))}}};"
 
 
@@ -86,39 +86,39 @@ def _array(name: str) -> str:
 
 
 def _signed(name: str, index: NDArray[Any], signs: NDArray[Any]) -> Bytes:
-    """Codes [n, 256] from indices and from a byte of signs for each 8 weights [n, 32]."""
+    """Codes [n, 256] from indices and one byte of signs per 8 weights [n, 32]."""
     grid = entries(name)
     word = np.uint64 if grid.shape[1] == 8 else np.uint32
-    found = grid.view(word)[:, 0][index].view(np.uint64) | _sign_words()[signs]
-    return np.asarray(found.view(np.uint8))
+    codes = grid.view(word)[:, 0][index].view(np.uint64) | _sign_words()[signs]
+    return np.asarray(codes.view(np.uint8))
 
 
 @cache
 def _sign_words() -> NDArray[np.uint64]:
-    """Bytes of 8 where a bit of 256 bytes is set."""
+    """For each value of a byte, 8 bytes that are 8 where its bit is set, else 0."""
     bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
     return np.asarray((bits << 3).astype(np.uint8).view(np.uint64)[:, 0], np.uint64)
 
 
 def _even(signs: NDArray[Any]) -> NDArray[Any]:
-    """Seven signs and an eighth that makes them even in number."""
+    """Seven signs and an eighth that makes the number of negative ones even."""
     odd = signs ^ signs >> 4
     odd ^= odd >> 2
     return np.asarray(signs | ((odd ^ odd >> 1) & 1) << 7)
 
 
-def _words(b: Bytes, kind: type[np.unsignedinteger[Any]]) -> NDArray[Any]:
-    return np.ascontiguousarray(b).view(kind)
+def _words(b: Bytes, dtype: type[np.unsignedinteger[Any]]) -> NDArray[Any]:
+    return np.ascontiguousarray(b).view(dtype)
 
 
 def _cut(words: NDArray[Any], shifts: tuple[int, ...], mask: int) -> NDArray[Any]:
-    """Some fields of each word, [n, words * fields]."""
+    """The fields of each word at `shifts`, [n, words * fields]."""
     cut = words[..., None] >> np.array(shifts, words.dtype) & mask
     return np.asarray(cut.reshape(len(words), -1), np.uint16)
 
 
 def _odd(scales: NDArray[Any], times: int = 1) -> Bytes:
-    """times (2 s + 1) of [n, 8 or 16] scales, for each 16 weights."""
+    """Factors times (2 s + 1) from scales s [n, 8 or 16], one per 16 weights."""
     return ((2 * scales + 1) * times).astype(np.uint8).repeat(16 // scales.shape[1], 1)
 
 
@@ -160,7 +160,7 @@ def _iq1_s(b: Bytes) -> Codes:
 
 
 def _iq1_m(b: Bytes) -> Codes:
-    """d is the top nibbles of four words, the first one lowest."""
+    """The f16 d consists of the top nibbles of four words, the first one lowest."""
     high, scales = nibbles(b[:, 32:48]).astype(np.uint16), _words(b[:, 48:], np.uint16)
     codes = _signed("iq1_s", b[:, :32] | (high & 7) << 8, (high >> 3) * 255)
     d = (scales & 0xF000) >> np.array([12, 8, 4, 0], np.uint16)

@@ -1,4 +1,5 @@
-"""How weights of block types are kept for the products: layout "tiles8" of kernels/formats.cuh."""
+"""Packing weights of block types for the products: layout "tiles8" of
+kernels/include/formats.cuh."""
 
 from __future__ import annotations
 
@@ -21,12 +22,12 @@ from pyggml.node import Ne, Node
 TILE = 8  # rows
 GROUP = 32  # weights
 SUPER = 8  # groups
-#: Weights packed at once: some of the steps need a few bytes for each.
+#: Weights packed at a time: some steps need several bytes of memory per weight.
 PIECE = 1 << 22
 
 
 class Packed(Struct):
-    """The struct `Packed` of formats.cuh: addresses of a weight's planes, and sizes."""
+    """The struct `Packed` of formats.cuh: the addresses of a weight's planes, and its sizes."""
 
     _fields_ = (
         ("codes", ctypes.c_uint64),
@@ -42,7 +43,8 @@ class Packed(Struct):
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Sizes of a weight in tiles: planes begin at `starts`, after codes, high, scales, supers."""
+    """The sizes of a weight in tiles. `starts`: offsets of its planes codes, high, scales,
+    supers."""
 
     rows: int
     tiles: int
@@ -53,7 +55,7 @@ class Tiles:
     nbytes: int
 
     def at(self, ptr: int) -> Packed:
-        """The argument for a weight at that address."""
+        """The kernel argument for a weight at address `ptr`."""
         codes, high, scales, supers = (ptr + start for start in self.starts)
         return Packed(
             codes=codes,
@@ -67,9 +69,9 @@ class Tiles:
         )
 
 
-def tiles_of(kind: DType, ne: Ne) -> Tiles:
-    """How a weight of a type of `FORMATS` lies in tiles."""
-    form = FORMATS[kind.name]
+def tiles_of(dtype: DType, ne: Ne) -> Tiles:
+    """The tiles of a weight whose type is in `FORMATS`."""
+    form = FORMATS[dtype.name]
     tiles, groups, matrices = -(-ne[1] // TILE), ne[0] // GROUP, ne[2] * ne[3]
     supers = -(-groups // SUPER)
     per_group = matrices * tiles * groups * TILE
@@ -83,12 +85,13 @@ def tiles_of(kind: DType, ne: Ne) -> Tiles:
     for size in sizes:
         starts.append(end)
         end += -(-size // ALIGNMENT) * ALIGNMENT
-    one, two, three, four = starts
-    return Tiles(ne[1], tiles, groups, supers, matrices, (one, two, three, four), end)
+    codes, high, scales, shared = starts
+    return Tiles(ne[1], tiles, groups, supers, matrices, (codes, high, scales, shared), end)
 
 
 def layout_of(constant: Node, uses: Collection[Node]) -> WeightLayout:
-    """Tiles for a block type that only products read."""
+    """The layout of a constant: tiles if it has a block type and only products read it, else
+    plain."""
     if constant.dtype.kind == "block" and all(_reads_tiles(use, constant) for use in uses):
         return WeightLayout(tiles_of(constant.dtype, constant.ne).nbytes, "tiles8")
     return WeightLayout(constant.spec.nbytes)
@@ -100,15 +103,15 @@ def _reads_tiles(use: Node, constant: Node) -> bool:
 
 
 def repack(constant: Node, layout: WeightLayout, data: NDArray[Any]) -> Bytes:
-    """The bytes of the layout "tiles8", from the rows of a file."""
-    kind, ne = constant.dtype, constant.ne
+    """The bytes of the layout "tiles8", from rows as in a file."""
+    dtype, ne = constant.dtype, constant.ne
     flat = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
-    return to_tiles(kind, ne, flat.reshape(-1, ne[0] // kind.block, kind.nbytes))
+    return to_tiles(dtype, ne, flat.reshape(-1, ne[0] // dtype.block, dtype.nbytes))
 
 
-def to_tiles(kind: DType, ne: Ne, blocks: Bytes) -> Bytes:
-    """uint8 [rows of all matrices, blocks, bytes of a block] in tiles."""
-    form, tiles = FORMATS[kind.name], tiles_of(kind, ne)
+def to_tiles(dtype: DType, ne: Ne, blocks: Bytes) -> Bytes:
+    """Pack uint8 [rows of all matrices, blocks, bytes of a block] into tiles."""
+    form, tiles = FORMATS[dtype.name], tiles_of(dtype, ne)
     out = np.zeros(tiles.nbytes, np.uint8)
     widths = (form.codes, form.high, form.scale, form.super_)
     planes = []
@@ -118,7 +121,7 @@ def to_tiles(kind: DType, ne: Ne, blocks: Bytes) -> Bytes:
         size = int(np.prod(shape))
         planes.append(out[start : start + size].reshape(shape))
     for matrix, tile, rows in _pieces(tiles, ne):
-        parts = form.parts(blocks[rows].reshape(-1, kind.nbytes))
+        parts = form.parts(blocks[rows].reshape(-1, dtype.nbytes))
         n = rows.stop - rows.start
         for i, (plane, part) in enumerate(zip(planes, parts)):
             if plane.shape[-1]:
@@ -127,17 +130,18 @@ def to_tiles(kind: DType, ne: Ne, blocks: Bytes) -> Bytes:
 
 
 def _pieces(tiles: Tiles, ne: Ne) -> Iterator[tuple[int, slice, slice]]:
-    """(matrix, its tiles, rows of all matrices) of at most `PIECE` weights."""
-    some = max(1, PIECE // (ne[0] * TILE))
+    """Pieces of at most `PIECE` weights: (matrix, its tiles, rows counted over all matrices)."""
+    step = max(1, PIECE // (ne[0] * TILE))
     for matrix in range(tiles.matrices):
-        for t in range(0, tiles.tiles, some):
-            first, last = t * TILE, min((t + some) * TILE, tiles.rows)
+        for t in range(0, tiles.tiles, step):
+            first, last = t * TILE, min((t + step) * TILE, tiles.rows)
             base = matrix * tiles.rows
-            yield matrix, slice(t, t + some), slice(base + first, base + last)
+            yield matrix, slice(t, t + step), slice(base + first, base + last)
 
 
 def _place(plane: Bytes, part: Bytes, codes: bool) -> None:
-    """[rows, groups, width] into [tiles, groups, 8, width]; runs of codes stand apart."""
+    """Copy [rows, groups, width] into [tiles, groups, 8, width], with each run of codes
+    separate."""
     n, groups, width = part.shape
     full = n // TILE
     runs = max(1, width // 16) if codes else 1
@@ -145,10 +149,10 @@ def _place(plane: Bytes, part: Bytes, codes: bool) -> None:
     whole = part[: full * TILE].reshape(full, TILE, groups, runs, width // runs)
     apart[:full] = whole.transpose(0, 2, 3, 1, 4)
     if n % TILE:
-        rest = part[full * TILE :].reshape(-1, groups, runs, width // runs)
-        apart[full, :, :, : len(rest)] = rest.transpose(1, 2, 0, 3)
+        tail = part[full * TILE :].reshape(-1, groups, runs, width // runs)
+        apart[full, :, :, : len(tail)] = tail.transpose(1, 2, 0, 3)
 
 
 def packed(a: Operand) -> Packed:
-    """The argument for a weight kept in tiles."""
+    """The kernel argument for a weight stored in tiles."""
     return tiles_of(a.dtype, a.ne).at(a.ptr)
