@@ -1,14 +1,14 @@
-"""What can be computed: shape rule, formula, cost, slice rule and meaning of every operation.
+"""The ops: shape rule, formula, cost, slice rule and meaning of each. No array code, no device.
 
-No array code and no device. Each family's `__all__` says what it offers; everything else follows
-from these lists. `ALL` maps the names of the ops to the ops.
+Each family lists its builders in `__all__`; `BUILDERS` and `ALL` (name -> op) are made from those
+lists.
 """
 
 # ruff: noqa: E402, F403
 import typing as _typing
 from inspect import ismodule as _ismodule
 
-import pyggml.ops.operators as _operators  # noqa: F401  what + - * / on nodes build
+import pyggml.ops.operators as _operators  # noqa: F401  fills the table of + - * / on nodes
 from pyggml.node import Op as _Op
 from pyggml.ops.attention import *
 from pyggml.ops.copy import *
@@ -26,10 +26,10 @@ from pyggml.ops.views import *
 BUILDERS = tuple(
     sorted(name for name, value in globals().items() if name[0] != "_" and not _ismodule(value))
 )
-if not _typing.TYPE_CHECKING:  # mypy takes a list that it cannot read for an empty one
+if not _typing.TYPE_CHECKING:  # mypy treats an `__all__` that it cannot evaluate as empty
     __all__ = BUILDERS
 
-# Not for users: the budget's loops build them.
+# Not for users: only the budget's loops build these.
 from pyggml.ops.merge import lse_finish as lse_finish
 from pyggml.ops.merge import lse_sum as lse_sum
 

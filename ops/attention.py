@@ -1,4 +1,4 @@
-"""Fused attention and its mask."""
+"""Fused attention and the causal mask."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def flash_attn_ext(
     mask    f16                      [n_kv, >= n_q, m2, m3]       m2 | n_head, m3 | n3, by modulo
     sinks   f32                      [n_head]                     a logit in the sum, no value
     kv_len  i32                      [1]                          hides keys kv0 + j >= kv_len
-    y       f32                      [d_v, n_head, n_q, n3]       mind the order: heads first
+    y       f32                      [d_v, n_head, n_q, n3]       note the order: heads first
 
     s_j = scale q.k_j, with logit_softcap c: c tanh(scale / c q.k_j), plus slope(h) mask_j.
     slope(h) as in soft_max_ext (head0, n_head).   Sums are f32.   A row without keys gives 0.
-    A key that a row does not see (mask_j = -inf, or kv_len) takes no part in it, whatever its rows
-    of k and v hold: NaN and infinity there never reach the result, as in ggml.
-    lse=True: y is [d_v + 1, ..], its last element ln sum_j exp s_j (with the sink), -inf for a row
-    without keys. Parts over blocks of keys are put together by merge_lse (kv0: block's first key).
+    A hidden key (mask_j = -inf, or past kv_len) has no effect on the row: NaN and infinity in its
+    rows of k and v never reach the result, as in ggml.
+    lse=True: y is [d_v + 1, ..]; the last element is ln sum_j exp s_j (with the sink), -inf for a
+    row without keys. merge_lse merges results over blocks of keys (kv0: the block's first key).
     Contract: ggml's ggml_flash_attn_ext, with the n3 and mask rules of its 2026 form.
     """
     want_type("q", q, ("f32",))
@@ -63,16 +63,17 @@ def flash_attn_ext(
         want_readable(what, node)
         want_rows(what, node)
         if node.ne[3] != n3:
-            raise ShapeError(f"{what}.ne[3]={node.ne[3]}, q.ne[3]={n3}: must be equal")
+            raise ShapeError(f"{what}.ne[3]={node.ne[3]} and q.ne[3]={n3} must be equal")
     want_rows("q", q)
     if k.ne[0] != d_k:
-        raise ShapeError(f"head sizes differ: q.ne[0]={d_k}, k.ne[0]={k.ne[0]}")
+        raise ShapeError(f"q and k must have the same head size: q.ne[0]={d_k}, k.ne[0]={k.ne[0]}")
     if k.ne[1:3] != v.ne[1:3]:
         raise ShapeError(
-            f"k and v differ in keys or heads: k {list(k.ne[1:3])}, v {list(v.ne[1:3])}"
+            "k and v must have the same numbers of keys and heads: "
+            f"k {list(k.ne[1:3])}, v {list(v.ne[1:3])}"
         )
     if heads % k.ne[2]:
-        raise ShapeError(f"n_head={heads} is no multiple of n_head_kv={k.ne[2]}")
+        raise ShapeError(f"n_head={heads} must be a multiple of n_head_kv={k.ne[2]}")
     if mask is not None:
         want_type("mask", mask, ("f16",))
     want_mask(mask, k.ne[1], n_q, heads, n3)
@@ -84,11 +85,11 @@ def flash_attn_ext(
         want_ne("kv_len", kv_len, (1, 1, 1, 1), "one number")
     want_finite(scale=scale, max_bias=max_bias, logit_softcap=logit_softcap)
     if max_bias > 0 and mask is None:
-        raise ShapeError("max_bias > 0 needs a mask")
+        raise ShapeError(f"max_bias={max_bias} needs a mask")
     if logit_softcap < 0:
-        raise ShapeError(f"logit_softcap={logit_softcap} is negative")
-    made = Spec.of(F32, (v.ne[0] + lse, heads, n_q, n3), 4 if n3 > 1 else 3)
-    return made, {"n_head": alibi_heads(heads, head0, n_head, max_bias)}
+        raise ShapeError(f"logit_softcap={logit_softcap} must not be negative")
+    spec = Spec.of(F32, (v.ne[0] + lse, heads, n_q, n3), 4 if n3 > 1 else 3)
+    return spec, {"n_head": alibi_heads(heads, head0, n_head, max_bias)}
 
 
 @flash_attn_ext.cost
@@ -124,13 +125,13 @@ def _(node: Node, axis: Axis, n: int) -> Slice | None:
 
 @op
 def causal_mask(pos: Node, *, n_kv: int, window: int | None = None) -> Spec:
-    """The mask of causal attention: y[j, i] = 0 where row j may be seen from pos[i], else -inf.
+    """The mask of causal attention: y[j, i] = 0 where the token at pos[i] sees row j, else -inf.
 
     pos  i32  [n_tokens]          cache row j holds position j
-    y    f16  [n_kv, n_tokens]    0 where j <= pos[i], and pos[i] - j < window where one is given
+    y    f16  [n_kv, n_tokens]    0 where j <= pos[i] and, with a window, pos[i] - j < window
     """
     want_index("pos", pos)
-    want_ne("pos", pos, (pos.ne[0], 1, 1, 1), "one row of positions")
+    want_ne("pos", pos, (pos.ne[0], 1, 1, 1), "a vector of positions")
     if n_kv < 1 or (window is not None and window < 1):
         raise ShapeError(f"n_kv={n_kv} and window={window} must be at least 1")
     return Spec.of(F16, (n_kv, pos.ne[0]), 2)

@@ -1,4 +1,4 @@
-"""Copies, gathers and scatters: what moves values without computing with them."""
+"""Copies, conversions, gathers and scatters."""
 
 from __future__ import annotations
 
@@ -32,14 +32,17 @@ def cont(a: Node) -> Spec:
 
 
 def _want_conversion(a: Node, to: DType) -> None:
-    """Which types turn into which: equal ones, floats and blocks among each other, i32 and f32."""
+    """DTypeError unless a's type converts to `to`.
+
+    Equal types, floats and block types to each other, and i32 and i64 to and from f32.
+    """
     if a.dtype == to or {a.dtype.name, to.name} <= {"i32", "i64", "f32"}:
         return
     want_readable("a", a)
     if to.kind == "int" or (to.name != "f32" and to.name not in ENCODABLE):
         raise DTypeError(
-            f"a of type {a.dtype} cannot become {to}; "
-            f"f32 and {', '.join(sorted(ENCODABLE))} can be written"
+            f"a has type {a.dtype}, which does not convert to {to}; "
+            f"expected f32 or one of {', '.join(sorted(ENCODABLE))}"
         )
 
 
@@ -47,7 +50,7 @@ def _want_conversion(a: Node, to: DType) -> None:
 def cast(a: Node, *, dtype: DTypeLike) -> Spec | tuple[Spec, dict[str, Any]]:
     """A contiguous copy of a in another type.
 
-    f32, f16, bf16 and block types among each other; i32 and i64 to and from f32.
+    f32, f16, bf16 and block types convert to each other; i32 and i64 to and from f32.
     """
     to = dtype_of(dtype)
     _want_conversion(a, to)
@@ -63,21 +66,28 @@ def _(node: Node, axis: Axis, n: int) -> Slice | None:
 
 def _want_state(what: str, node: Node) -> None:
     if node.root.op is not state_op:
-        raise ShapeError(f"{what} must be a state or a view of one: nothing else can be written")
+        raise ShapeError(f"{what} must be a state or a view of one; no other tensor can be written")
 
 
 @op(writes="b")
 def cpy(a: Node, b: Node) -> Spec:
-    """Write a into b, a state or a view of one; the result is b's new handle.
+    """Write a into b, a state or a view of one. The result is b's new handle.
 
-    Elements are taken in a's order and written in b's; counts are equal, types are converted.
+    Elements are read in a's order and written in b's, and converted to b's type. The two must have
+    the same number of elements.
     """
     _want_state("b", b)
     _want_conversion(a, b.dtype)
     if a.spec.elements != b.spec.elements:
-        raise ShapeError(f"a has {a.spec.elements} elements, b {b.spec.elements}")
+        raise ShapeError(
+            f"a and b must have equally many elements: a has {a.spec.elements}, "
+            f"b has {b.spec.elements}"
+        )
     if a.ne[0] != b.ne[0] and max(a.dtype.block, b.dtype.block) > 1:
-        raise ShapeError("rows of blocks are copied whole: ne0 of a and b must be equal")
+        raise ShapeError(
+            f"rows of block types are copied whole: a.ne[0]={a.ne[0]} and b.ne[0]={b.ne[0]} "
+            "must be equal"
+        )
     return b.spec
 
 
@@ -100,10 +110,10 @@ def concat(a: Node, b: Node, *, dim: int) -> Spec:
     y            [.., n + m, ..]
     """
     if not 0 <= dim < 4:
-        raise ShapeError(f"dim={dim} is not 0, 1, 2 or 3")
+        raise ShapeError(f"dim={dim} must be 0, 1, 2 or 3")
     if a.dtype != b.dtype:
-        raise DTypeError(f"a is {a.dtype} and b is {b.dtype}; cast one of them")
-    want_ne("b", b, resized(a.ne, dim, b.ne[dim]), f"a's sizes but for {AXES[dim]}")
+        raise DTypeError(f"a has type {a.dtype} and b has type {b.dtype}; cast one of them")
+    want_ne("b", b, resized(a.ne, dim, b.ne[dim]), f"a's sizes except {AXES[dim]}")
     return Spec.of(
         a.dtype, resized(a.ne, dim, a.ne[dim] + b.ne[dim]), max(a.spec.rank, b.spec.rank, dim + 1)
     )
@@ -118,13 +128,13 @@ def _(node: Node, axis: Axis, n: int) -> Slice | None:
 
 @op
 def repeat(a: Node, *, ne: tuple[int, ...]) -> Spec | tuple[Spec, dict[str, Any]]:
-    """a tiled to the size `ne`, each of which is a multiple of a's.   Plain types only."""
+    """a tiled to `ne`. Each size must be a multiple of a's.   No block types."""
     want_type("a", a, ("f32", "f16", "bf16", "i32", "i64"))
-    made = Spec.of(a.dtype, ne)
-    for axis, (n, m) in enumerate(zip(a.ne, made.ne)):
+    spec = Spec.of(a.dtype, ne)
+    for axis, (n, m) in enumerate(zip(a.ne, spec.ne)):
         if m % n:
-            raise ShapeError(f"{AXES[axis]}={n} does not divide {m}")
-    return made, {"ne": made.ne}
+            raise ShapeError(f"a's {AXES[axis]}={n} does not divide {m}")
+    return spec, {"ne": spec.ne}
 
 
 @repeat.slices
@@ -144,14 +154,16 @@ def get_rows(a: Node, ids: Node) -> Spec:
     a    any type  [n, n_rows, ne2, ne3]
     ids  i32       [n_ids, ne2, ne3]
     y    f32       [n, n_ids, ne2, ne3]   (i32 for an i32 source)
-    An id past the end is an IdError on the host; a GPU takes it for a negative one, and says so
-    under PYGGML_CUDA_DEBUG=1 only (not inside loops).
+    Errors: IdError on the host for an id >= n_rows. A GPU treats such an id as negative; with
+    PYGGML_CUDA_DEBUG=1 it raises the IdError too, except inside loops.
     """
     want_index("ids", ids)
     if a.dtype.name != "i32":
         want_readable("a", a)
     if ids.ne[1:] != (a.ne[2], a.ne[3], 1):
-        raise ShapeError(f"ids must be [n_ids, {a.ne[2]}, {a.ne[3]}] beside a, not {list(ids.ne)}")
+        raise ShapeError(
+            f"ids must be [n_ids, {a.ne[2]}, {a.ne[3]}] to match a, not {list(ids.ne)}"
+        )
     result = a.dtype if a.dtype.name == "i32" else dtype_of("f32")
     rank = max(ids.spec.rank + 1, 2 if ids.ne[0] > 1 else 1)
     return Spec.of(result, (a.ne[0], *ids.ne[:3]), rank)
@@ -159,7 +171,7 @@ def get_rows(a: Node, ids: Node) -> Spec:
 
 @get_rows.cost
 def _(node: Node) -> Cost:
-    """The rows that are read, once each at most."""
+    """Bytes of the rows that are read, each counted once."""
     a, ids = node["a"], node["ids"]
     rows = node.spec.elements // node.ne[0] * a.dtype.row_bytes(a.ne[0])
     return Cost(0.0, float(min(rows, a.spec.nbytes) + ids.spec.nbytes + node.spec.nbytes))
@@ -176,18 +188,19 @@ def _(node: Node, axis: Axis, n: int) -> Slice | None:
 
 @op(writes="a", ids=Ids("ids", of="a", axis=1))
 def set_rows(a: Node, b: Node, ids: Node) -> Spec:
-    """Write rows by id: a[:, ids[i, p % c1, q % c2], p, q] = b[:, i, p, q]; a's new handle.
+    """Write rows by id: a[:, ids[i, p % c1, q % c2], p, q] = b[:, i, p, q].
 
     a    a state or a view of one, any type that can be encoded  [n, n_rows, ne2, ne3]
     b    f32 or f16, or whole numbers of a's type   [n, n_ids, ne2, ne3]
     ids  i32 or i64   [n_ids, c1, c2]    c1 divides ne2, c2 divides ne3; negative: not written
-    Two equal ids leave either row. Conversion as `cast`.
+    The result is a's new handle. Types are converted as by `cast`. Where two ids are equal, either
+    of the two rows may end up in a.
     """
     _want_state("a", a)
     want_type("b", b, FLOATS if a.dtype.kind != "int" else (*FLOATS, a.dtype.name))
     _want_conversion(b, a.dtype)
     want_index("ids", ids, ("i32", "i64"))
-    want_ne("b", b, (a.ne[0], b.ne[1], a.ne[2], a.ne[3]), "rows of a's size")
+    want_ne("b", b, (a.ne[0], b.ne[1], a.ne[2], a.ne[3]), "rows as long as a's")
     if ids.ne[0] != b.ne[1] or a.ne[2] % ids.ne[1] or a.ne[3] % ids.ne[2] or ids.ne[3] != 1:
         raise ShapeError(
             f"ids {list(ids.ne)} must be [{b.ne[1]}, c1, c2] with c1 dividing {a.ne[2]} "
@@ -198,7 +211,7 @@ def set_rows(a: Node, b: Node, ids: Node) -> Spec:
 
 @set_rows.cost
 def _(node: Node) -> Cost:
-    """The rows that are written, however large the state is."""
+    """Bytes of the rows that are written, not of the whole state."""
     a, b, ids = node["a"], node["b"], node["ids"]
     rows = b.spec.elements // b.ne[0] * a.dtype.row_bytes(a.ne[0])
     return Cost(0.0, float(b.spec.nbytes + ids.spec.nbytes + rows))

@@ -1,4 +1,4 @@
-"""Element by element: arithmetic, activations, gated units."""
+"""Elementwise ops: arithmetic, activations, gated linear units."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ ACTIVATIONS: tuple[str, ...] = get_args(Activation)
 def _pair(a: Node, b: Node, types: tuple[str, ...]) -> Spec:
     want_type("a", a, types)
     if b.dtype != a.dtype:
-        raise DTypeError(f"a is {a.dtype} and b is {b.dtype}; cast one of them")
+        raise DTypeError(f"a has type {a.dtype} and b has type {b.dtype}; cast one of them")
     want_repeats("b", b, a)
     return a.spec
 
@@ -89,16 +89,16 @@ def scale(a: Node, *, s: float, b: float = 0.0) -> Spec:
 
 @op(slices=elementwise_slices)
 def clamp(a: Node, *, min: float, max: float) -> Spec:
-    """y = a limited to [min, max]; infinite limits are none.   a, y  f32 or f16."""
+    """y = a limited to [min, max]; a limit may be infinite.   a, y  f32 or f16."""
     want_type("a", a, FLOATS)
     if min > max:
-        raise ShapeError(f"min={min} is above max={max}")
+        raise ShapeError(f"min={min} must not be above max={max}")
     return a.spec
 
 
 @op(slices=elementwise_slices)
 def fill(a: Node, *, value: float) -> Spec:
-    """y = value everywhere; only the size and type of a count.   a, y  f32 or f16."""
+    """y = value everywhere. Only a's size and type matter.   a, y  f32 or f16."""
     want_type("a", a, FLOATS)
     return a.spec
 
@@ -127,7 +127,7 @@ _BY_NAME = {unary.name: unary for unary in UNARY}
 
 
 def activation(act: str, a: Node) -> Node:
-    """The activation op of that name, applied: "silu", "gelu" or "relu"."""
+    """Apply the activation named `act`, "silu", "gelu" or "relu", to `a`."""
     return _BY_NAME[choose("act", act, ACTIVATIONS)](a)
 
 
@@ -137,17 +137,18 @@ def glu(a: Node, b: Node | None = None, *, act: Activation = "silu", swapped: bo
 
     with b     x = a, g = b                    a, b, y  f32 [n, ne1, ne2, ne3]
     without    x, g = the halves of a's rows   a        f32 [2n, ne1, ne2, ne3]
-    act        silu (SwiGLU), gelu (GEGLU) or relu (ReGLU); swapped takes the halves the other way
+    act        silu (SwiGLU), gelu (GEGLU) or relu (ReGLU)
+    swapped    x is the second half, g the first
     """
     want_type("a", a, FLOATS)
     if b is not None:
         want_type("b", b, (a.dtype.name,))
-        want_ne("b", b, a.ne, "the size of a")
+        want_ne("b", b, a.ne, "a's size")
         if swapped:
-            raise ShapeError("swapped= belongs to the form without b")
+            raise ShapeError("swapped=True is only for the form without b")
         return a.spec
     if a.ne[0] % 2:
-        raise ShapeError(f"a's rows of {a.ne[0]} do not have two halves")
+        raise ShapeError(f"without b, a.ne[0]={a.ne[0]} must be even: a row is two halves")
     return Spec.of(a.dtype, (a.ne[0] // 2, *a.ne[1:]), a.spec.rank)
 
 
@@ -164,7 +165,7 @@ def _(a: Node, b: Node | None = None, *, act: Activation = "silu", swapped: bool
 
 @located
 def swiglu(a: Node, b: Node | None = None) -> Node:
-    """y = silu(a) * b, without b silu of the first half of a's rows times the second: `glu`."""
+    """y = silu(a) * b, or silu(first half) * second half of a's rows without b: `glu`."""
     return glu(a, b, act="silu")
 
 
@@ -182,7 +183,7 @@ def add_id(a: Node, b: Node, ids: Node) -> Spec:
     want_ne("b", b, (a.ne[0], b.ne[1], 1, 1), "a row as long as a's for each expert")
     want_ne("ids", ids, (a.ne[1], a.ne[2], 1, 1), "an id for each row of a")
     if a.ne[3] != 1:
-        raise ShapeError(f"a has ne3={a.ne[3]}; it has three dimensions")
+        raise ShapeError(f"a must have three dimensions, but its ne3 is {a.ne[3]}")
     return a.spec
 
 

@@ -1,4 +1,4 @@
-"""Matrix products: dense, and chosen by expert ids."""
+"""Matrix products: dense, and by expert id."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def mul_mat(
     b  f32, f16, bf16           [k, n, B2, B3]
     y  f32, or f16 on request   [m, n, B2, B3]
 
-    Sums are f32. a may be transposed unless it is a block type. prec="f32" forbids anything less
-    than f32 in the product; "default" lets a backend quantize b (NMSE at most 5e-4).
+    Sums are f32. a may be transposed unless it has a block type.
+    prec  "f32" computes products in f32; "default" lets a backend quantize b (NMSE at most 5e-4)
     """
     want_readable("a", a)
     want_type("b", b, DECODABLE_FLOATS)
@@ -47,7 +47,7 @@ def mul_mat(
         if b.ne[axis] % a.ne[axis]:
             raise ShapeError(
                 f"a.ne[{axis}]={a.ne[axis]} does not divide b.ne[{axis}]={b.ne[axis]}; "
-                "a is the one that repeats"
+                "only a is repeated, never b"
             )
     rank = max(a.spec.rank, b.spec.rank, 2)
     return Spec.of(result, (a.ne[1], *b.ne[1:]), rank), {"dtype": result.name}
@@ -73,14 +73,14 @@ def _(node: Node, axis: Axis, n: int) -> Slice | None:
     if a.ne[axis] == 1:
         return Slice((None, Cut(axis)))
     ratio = b.ne[axis] // a.ne[axis]
-    # A piece must hold whole groups of the heads that share one of a's, or stay inside one group.
+    # b's heads that share a head of a form a group; a piece is whole groups or within one.
     if n % ratio and ratio % n:
         return None
     return Slice((Cut(axis, div=ratio), Cut(axis)))
 
 
 def want_experts(experts: Node, b: Node, ids: Node, what: str) -> None:
-    """The common rules of products by expert id."""
+    """Check the operands of a product by expert id."""
     want_readable(what, experts)
     want_type("b", b, FLOATS)
     want_index("ids", ids)
@@ -91,13 +91,16 @@ def want_experts(experts: Node, b: Node, ids: Node, what: str) -> None:
         )
     want_ne("ids", ids, (ids.ne[0], b.ne[2], 1, 1), "[n_used, n_tokens], n_tokens = b.ne[2]")
     if experts.ne[3] != 1 or b.ne[3] != 1:
-        raise ShapeError(f"{what} and b have three dimensions")
+        raise ShapeError(
+            f"{what} and b must have three dimensions, but their ne3 are "
+            f"{experts.ne[3]} and {b.ne[3]}"
+        )
     if ids.ne[0] % b.ne[1]:
-        raise ShapeError(f"b has {b.ne[1]} rows a token, which do not divide n_used={ids.ne[0]}")
+        raise ShapeError(f"b.ne[1]={b.ne[1]} rows per token do not divide n_used={ids.ne[0]}")
 
 
 def expert_slices(node: Node, axis: Axis, n: int) -> Slice | None:
-    """Slice rule of `y[m, n_used, n_tokens]` from matrices of experts, b and ids."""
+    """The slice rule of products by expert id: y [m, n_used, n_tokens] from matrices, b and ids."""
     matrices = len(node.op.weights)
     if axis == 0:
         return Slice((*(Cut(1),) * matrices, None, None))
@@ -110,7 +113,7 @@ def expert_slices(node: Node, axis: Axis, n: int) -> Slice | None:
 
 
 def expert_cost(node: Node) -> Cost:
-    """Cost of products by expert: every chosen matrix read once at most."""
+    """The cost of products by expert id: each chosen matrix is read once."""
     matrices = [node[name] for name in node.op.weights]
     touched = min(matrices[0].ne[2], node["ids"].spec.elements)
     weights = sum(m.spec.nbytes // m.ne[2] * touched for m in matrices)
@@ -126,15 +129,16 @@ def expert_cost(node: Node) -> Cost:
     slices=expert_slices,
 )
 def mul_mat_id(experts: Node, b: Node, ids: Node, *, prec: Precision = "default") -> Spec:
-    """Product with chosen matrices:  y[:, e, t] = experts[:, :, ids[e, t]] b[:, e % n_b, t].
+    """Product with the chosen matrices:  y[:, e, t] = experts[:, :, ids[e, t]] b[:, e % n_b, t].
 
     experts  any float or block type  [k, m, n_expert]
     b        f32 or f16               [k, n_b, n_tokens]     n_b divides n_used
     ids      i32                      [n_used, n_tokens]
     y        f32                      [m, n_used, n_tokens]
     prec     "default" or "f32"       as in mul_mat
-    A negative id gives a zero row. One past the end is an IdError on the host; a GPU takes it for a
-    negative one, and says so under PYGGML_CUDA_DEBUG=1 only (not inside loops).
+    A negative id gives a zero row.
+    Errors: IdError on the host for an id >= n_expert. A GPU treats such an id as negative; with
+    PYGGML_CUDA_DEBUG=1 it raises the IdError too, except inside loops.
     """
     want_experts(experts, b, ids, "experts")
     return Spec.of(F32, (experts.ne[1], ids.ne[0], ids.ne[1]), 3)

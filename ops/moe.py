@@ -1,4 +1,4 @@
-"""Mixture of experts: fused up and gate, routing, weighted sums."""
+"""Mixture of experts: fused up and gate products, routing, weighted sums."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def moe_up_gate(
     act: Activation = "silu",
     prec: Precision = "default",
 ) -> Spec:
-    """Two expert products and the gated activation in one:
+    """Two products by expert id and a gated activation in one op:
 
     y[:, e, t] = act(gate[:, :, ids[e, t]] x) * (up[:, :, ids[e, t]] x),   x = b[:, e % n_b, t]
 
@@ -60,8 +60,8 @@ def _(
     act: Activation = "silu",
     prec: Precision = "default",
 ) -> Node:
-    opened = activation(act, mul_mat_id(gate, b, ids, prec=prec))
-    return mul(opened, mul_mat_id(up, b, ids, prec=prec))
+    activated = activation(act, mul_mat_id(gate, b, ids, prec=prec))
+    return mul(activated, mul_mat_id(up, b, ids, prec=prec))
 
 
 @op(weights=("up", "gate"))
@@ -105,27 +105,30 @@ def _(node: Node, axis: Axis, n: int) -> Slice | None:
 
 @op(slices=outer_slices)
 def grouped_topk(a: Node, *, n_group: int, n_group_used: int, n_top: int, k: int) -> Spec:
-    """Ids of the k best experts of the best groups, best first.
+    """Ids of the k best experts of the n_group_used best groups, best first.
 
-    a  f32  [n_expert, n_tokens]     n_group groups of n_expert / n_group neighbours
+    a  f32  [n_expert, n_tokens]     n_group groups of n_expert / n_group consecutive experts
     y  i32  [k, n_tokens]
-    A group's score is the sum of its n_top best (1: the group's best, DeepSeek-V2; 2: DeepSeek-V3).
+    A group's score is the sum of its n_top best experts' (DeepSeek-V2: 1, DeepSeek-V3: 2).
     """
     want_type("a", a, ("f32",))
     if n_group < 1 or a.ne[0] % n_group:
-        raise ShapeError(f"{a.ne[0]} experts do not divide into n_group={n_group} groups")
+        raise ShapeError(f"n_group={n_group} does not divide a.ne[0]={a.ne[0]} experts")
     size = a.ne[0] // n_group
     if not 1 <= n_group_used <= n_group:
-        raise ShapeError(f"n_group_used={n_group_used} of n_group={n_group}")
+        raise ShapeError(f"n_group_used={n_group_used} must be 1 to n_group={n_group}")
     if not 1 <= n_top <= size:
-        raise ShapeError(f"n_top={n_top} of groups of {size}")
+        raise ShapeError(f"n_top={n_top} must be 1 to {size}, the size of a group")
     if not 1 <= k <= size * n_group_used:
-        raise ShapeError(f"k={k} of {n_group_used} groups of {size} experts")
+        raise ShapeError(
+            f"k={k} must be 1 to {size * n_group_used}, the experts of {n_group_used} groups "
+            f"of {size}"
+        )
     return Spec.of(I32, (k, *a.ne[1:]), a.spec.rank)
 
 
 def _token_slices(node: Node, axis: Axis, n: int) -> Slice | None:
-    """Sums over the experts of a token: of columns, or of tokens, with or without weights."""
+    """The slice rule of sums over a token's experts: elements and tokens are independent."""
     sources = len(node.src)
     if axis == 0:
         return Slice((Cut(0), None)[:sources])
@@ -141,7 +144,7 @@ def multi_add(a: Node) -> Spec:
     """
     want_type("a", a, ("f32",))
     if a.ne[3] != 1:
-        raise ShapeError(f"a has ne3={a.ne[3]}; it has three dimensions")
+        raise ShapeError(f"a must have three dimensions, but its ne3 is {a.ne[3]}")
     return Spec.of(F32, (a.ne[0], a.ne[2]), 2)
 
 
@@ -156,7 +159,7 @@ def mul_multi_add(a: Node, b: Node) -> Spec:
     want_type("a", a, ("f32",))
     want_type("b", b, ("f32",))
     if a.ne[3] != 1:
-        raise ShapeError(f"a has ne3={a.ne[3]}; it has three dimensions")
+        raise ShapeError(f"a must have three dimensions, but its ne3 is {a.ne[3]}")
     want_ne("b", b, (1, a.ne[1], a.ne[2], 1), "a weight for each row of a")
     return Spec.of(F32, (a.ne[0], a.ne[2]), 2)
 

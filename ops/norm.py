@@ -1,4 +1,4 @@
-"""Normalisation of rows."""
+"""Normalization of rows."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["rms_norm"]
 def rms_norm(a: Node, *, eps: float) -> Spec:
     """y = a / sqrt(mean(a^2 over the row) + eps).   a, y  f32 [n, ne1, ne2, ne3]
 
-    The weight is a `mul` of its own.   eps >= 0.
+    eps >= 0. Apply the norm's weight with `mul`.
     """
     want_type("a", a, ("f32",))
     want_finite(eps=eps)
     if eps < 0:
-        raise ShapeError(f"eps={eps} is negative")
+        raise ShapeError(f"eps={eps} must not be negative")
     return a.spec
 
 

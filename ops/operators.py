@@ -1,4 +1,4 @@
-"""What Python's arithmetic operators build: `add`, `sub`, `mul` and `div`, or `scale` for a number.
+"""The nodes that Python's operators build: `add`, `sub`, `mul`, `div`, or `scale` for a number.
 
 x + y, x - y, x * y, x / y    y repeats into x, or x into y
 x * 2.0, x / 2.0, -x          scale(x, s=2.0), scale(x, s=0.5), scale(x, s=-1.0)
@@ -21,7 +21,7 @@ from pyggml.ops.rules import repeats_into
 
 
 def _number(value: object) -> float | None:
-    """`value` as a float where it is a number; truth values are none."""
+    """`value` as a float if it is a number, else None. A bool is not a number here."""
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value.item()
     is_number = isinstance(value, Real) and not isinstance(value, (bool, np.bool_))
@@ -29,7 +29,7 @@ def _number(value: object) -> float | None:
 
 
 def _apply(op: Op[Any], a: Any, b: Any) -> Node:
-    """op(a, b), where the smaller one repeats into the other."""
+    """op(a, b), the smaller operand repeated into the other."""
     nodes = isinstance(a, Node) and isinstance(b, Node)
     if nodes and a.ne != b.ne and repeats_into(a.ne, b.ne):
         if op in (add, mul):
@@ -78,13 +78,13 @@ def _by(a: Any, b: Any) -> Node:
 
 def _at(a: Any, b: Any) -> NoReturn:
     raise DTypeError(
-        f"{_shown(a)} @ {_shown(b)}: write mul_mat. ggml multiplies rows by rows: in NumPy shapes "
-        "mul_mat(a, b) is b @ a.T, and its inner dimension is ne[0] of both, NumPy's last axis. "
-        "With `@` it would be the last axis of the left one and the one before it of the right"
+        f"{_text(a)} @ {_text(b)}: nodes have no @; use mul_mat. In NumPy shapes mul_mat(a, b) is "
+        "b @ a.T: its inner dimension is ne[0] of both operands, NumPy's last axis, where `@` "
+        "uses the last axis of the left operand and the second last of the right"
     )
 
 
-def _shown(operand: object) -> str:
+def _text(operand: object) -> str:
     return repr(operand) if isinstance(operand, Node) else type(operand).__name__
 
 

@@ -1,4 +1,4 @@
-"""Along rows: sums, softmax, sorting."""
+"""Ops along rows: sums, softmax, sorting."""
 
 from __future__ import annotations
 
@@ -27,32 +27,37 @@ def sum_rows(a: Node) -> Spec:
 
 
 def alibi_heads(n_heads_here: int, head0: int, n_head: int | None, max_bias: float) -> int:
-    """How many heads the ALiBi slopes are spread over; checks head0 and n_head."""
+    """The number of heads that ALiBi's slopes are computed for, n_head or all of the tensor's.
+
+    Checks head0, n_head and max_bias.
+    """
     total = n_heads_here if n_head is None else n_head
     if head0 < 0 or head0 + n_heads_here > total:
-        raise ShapeError(f"heads {head0}..{head0 + n_heads_here - 1} are not within n_head={total}")
+        raise ShapeError(
+            f"heads {head0} to {head0 + n_heads_here - 1} (head0 on) must be within n_head={total}"
+        )
     if max_bias < 0:
-        raise ShapeError(f"max_bias={max_bias} is negative")
+        raise ShapeError(f"max_bias={max_bias} must not be negative")
     return total
 
 
 def want_mask(mask: Node | None, n_kv: int, n_q: int, n_head: int, n3: int) -> None:
-    """An attention's mask: [n_kv, >= n_q, m2, m3]; m2 divides the heads and m3 divides n3."""
+    """ShapeError unless `mask` is [n_kv, >= n_q, m2, m3] with m2 | n_head and m3 | n3."""
     if mask is None:
         return
     if mask.ne[0] != n_kv or mask.ne[1] < n_q:
         raise ShapeError(
-            f"the mask is {list(mask.ne)}; it needs ne0={n_kv} (keys) and ne1 >= {n_q} (queries)"
+            f"mask must have ne0={n_kv} (keys) and ne1 >= {n_q} (queries), not {list(mask.ne)}"
         )
     if n_head % mask.ne[2] or n3 % mask.ne[3]:
         raise ShapeError(
-            f"the mask's ne2={mask.ne[2]} and ne3={mask.ne[3]} must divide {n_head} heads and {n3}"
+            f"mask's ne2={mask.ne[2]} and ne3={mask.ne[3]} must divide n_head={n_head} and n3={n3}"
         )
-    want_rows("the mask", mask)
+    want_rows("mask", mask)
 
 
 def mask_cut(mask: Node | None, axis: int, full: int) -> Cut | None:
-    """The mask's part for a piece along `axis` of the scores [n_kv, n_q, heads, n3]."""
+    """The cut of the mask for a piece along `axis` of the scores [n_kv, n_q, n_head, n3]."""
     if mask is None:
         return None
     return Cut(1) if axis == 1 else modulo_cut(mask.ne[axis], axis, full)
@@ -72,15 +77,15 @@ def soft_max_ext(
     """Softmax of rows:  y[:, i, h, s] = softmax(scale a[:, i, h, s] + slope(h) mask).
 
     a, y   f32         [n_kv, n_q, n_head, n3]
-    mask   f16 or f32  [n_kv, >= n_q, m2, m3]    its [:, i, h % m2, s % m3]; rows past n_q: ignored
+    mask   f16 or f32  [n_kv, >= n_q, m2, m3]    its [:, i, h % m2, s % m3]; rows from n_q on unused
     sinks  f32         [n_head]                  one more logit in each head's sum, no column
 
     slope(h)  1 where max_bias is 0, else ALiBi's: with p = 2^floor(log2 n_head), g = head0 + h,
               2^(-max_bias (g + 1) / p) where g < p, else 2^(-max_bias (2 (g - p) + 1) / (2 p))
     A fully masked row gives 0 (ggml gives NaN without sinks).
-    A mask is added, as in ggml: a score of NaN stays NaN under -inf, and so its row is NaN; in a
-    mul_mat that follows, a weight of 0 times NaN or infinity is NaN too. flash_attn_ext leaves out
-    what its mask hides, whatever that holds: use it if a cache may hold rows never written.
+    As in ggml the mask is added, so a NaN score stays NaN under -inf and makes its whole row NaN;
+    in a mul_mat that follows, 0 times NaN or infinity is NaN too. flash_attn_ext skips hidden keys
+    whatever they hold: use it if a cache may contain rows that were never written.
     """
     want_type("a", a, ("f32",))
     n_kv, n_q, heads, n3 = a.ne
@@ -92,7 +97,7 @@ def soft_max_ext(
         want_ne("sinks", sinks, (heads, 1, 1, 1), "one for each head")
     want_finite(scale=scale, max_bias=max_bias)
     if max_bias > 0 and mask is None:
-        raise ShapeError("max_bias > 0 needs a mask")
+        raise ShapeError(f"max_bias={max_bias} needs a mask")
     return a.spec, {"n_head": alibi_heads(heads, head0, n_head, max_bias)}
 
 
@@ -127,8 +132,8 @@ def _row_ids(a: Node, n: int) -> Spec:
 def argsort(a: Node, *, order: Literal["asc", "desc"] = "asc") -> Spec:
     """Ids that sort each row, "asc" or "desc"; stable.   a  f32 [n, ..],   y  i32 [n, ..]
 
-    -0 equals 0. NaN, whatever its sign, is larger than every number (as in NumPy and PyTorch); one
-    NaN equals another. The same holds in top_k, argmax and grouped_topk.
+    -0 equals 0. NaN of either sign is larger than every number, as in NumPy and PyTorch, and all
+    NaN are equal. top_k, argmax and grouped_topk use the same order.
     """
     return _row_ids(a, a.ne[0])
 
@@ -137,10 +142,10 @@ def argsort(a: Node, *, order: Literal["asc", "desc"] = "asc") -> Spec:
 def top_k(a: Node, *, k: int) -> Spec:
     """Ids of the k largest of each row, largest first.   a  f32 [n, ..],   y  i32 [k, ..]
 
-    NaN is larger than every number (argsort): a row that holds one shows it.
+    NaN comes first: it is larger than every number (see argsort).
     """
     if not 1 <= k <= a.ne[0]:
-        raise ShapeError(f"k={k} of rows with {a.ne[0]} elements")
+        raise ShapeError(f"k={k} must be 1 to {a.ne[0]}, the elements of a row")
     return _row_ids(a, k)
 
 
@@ -148,7 +153,7 @@ def top_k(a: Node, *, k: int) -> Spec:
 def argmax(a: Node) -> Spec:
     """Id of each row's largest, the first of equals.   a  f32 [n, ne1, ..],   y  i32 [ne1, ..]
 
-    The first NaN of a row that holds one (argsort).
+    In a row with NaN that is the first NaN (see argsort).
     """
     want_type("a", a, ("f32",))
     return Spec.of(I32, a.ne[1:], max(a.spec.rank - 1, 1))
@@ -160,5 +165,5 @@ def _(node: Node, axis: Axis, n: int) -> Slice | None:
 
 
 def row_length(node: Node) -> int:
-    """Length of the rows that a row op reads."""
+    """The length of the rows that a row op reads."""
     return node["a"].ne[0]

@@ -30,7 +30,7 @@ def rope_ext(
     beta_slow: float = 1.0,
     offset: int = 0,
 ) -> Spec:
-    """Turn pairs of a row by angles that grow with the position; the rest is copied.
+    """Rotate pairs of each row by angles that grow with the position; copy the other elements.
 
     a, y          f32 or f16  [n, n_head, n_tokens, n3]
     pos           i32         [n_tokens]
@@ -44,8 +44,8 @@ def rope_ext(
       r = ext_factor (1 - clip((i - low) / max(0.001, high - low), 0, 1))
       low, high = floor, ceil of  n_dims ln(n_ctx_orig / (2 pi beta)) / (2 ln freq_base)  for
       beta_fast and beta_slow, limited to 0 .. n_dims - 1
-    Source: ggml's ggml_rope_ext. Angles are computed in f64; those of ggml are an f32 chain, off by
-    0.002 at position 100,000 (base 10,000) and more beyond.
+    Source: ggml's ggml_rope_ext. Angles are f64; ggml's come from a chain of f32 products, and are
+    off by 0.002 at position 100,000 (base 10,000) and by more beyond.
     """
     want_type("a", a, FLOATS)
     want_index("pos", pos)
@@ -55,7 +55,7 @@ def rope_ext(
     want_finite(beta_fast=beta_fast, beta_slow=beta_slow)
     want_ne("pos", pos, (a.ne[2], 1, 1, 1), "one for each token")
     if n_dims < 2 or n_dims % 2:
-        raise ShapeError(f"n_dims={n_dims} is not an even number of at least 2")
+        raise ShapeError(f"n_dims={n_dims} must be even and at least 2")
     if offset < 0 or offset % 2 or offset + n_dims > a.ne[0]:
         raise ShapeError(f"offset={offset} and n_dims={n_dims} do not fit a row of {a.ne[0]}")
     if freq_base <= 1 or freq_scale <= 0:
@@ -100,7 +100,7 @@ def rope(
 
     a, y    f32 or f16  [n, n_head, n_tokens, n3]
     pos     i32         [n_tokens]
-    n_dims  how many elements of a row are turned; without it whole rows
+    n_dims  how many elements of a row are rotated; all by default
     """
     if n_dims is None and isinstance(a, Node):
         n_dims = a.ne[0]

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 from pyggml.errors import DTypeError, ShapeError
 from pyggml.node import Axis, Cut, Ne, Node, Slice
 
-#: How exactly a product or attention computes: "f32" allows nothing less than f32.
+#: The precision of a product or attention: "f32" allows nothing less than f32.
 Precision: TypeAlias = Literal["default", "f32"]
 
 FLOATS = ("f32", "f16")
@@ -22,18 +22,18 @@ def want_type(what: str, node: Node, allowed: Iterable[str]) -> None:
     allowed = tuple(allowed)
     if node.dtype.name not in allowed:
         raise DTypeError(
-            f"{what} has type {node.dtype}; it takes {', '.join(allowed)}. cast(...) changes a type"
+            f"{what} has type {node.dtype}; expected {', '.join(allowed)}. Use cast to convert it"
         )
 
 
 def want_readable(what: str, node: Node) -> None:
-    """DTypeError unless the values of `node` can be read as floats (integers cannot)."""
+    """DTypeError unless `node` has a float or block type."""
     if node.dtype.kind == "int" or node.dtype.name == "f64":
-        raise DTypeError(f"{what} has type {node.dtype}; it takes float and block types")
+        raise DTypeError(f"{what} has type {node.dtype}; expected a float or block type")
 
 
 def want_index(what: str, node: Node, allowed: Iterable[str] = ("i32",)) -> None:
-    """DTypeError unless `node` holds ids."""
+    """DTypeError unless `node` has one of the types of ids."""
     want_type(what, node, allowed)
 
 
@@ -44,20 +44,20 @@ def want_ne(what: str, node: Node, ne: Ne, why: str) -> None:
 
 
 def want_finite(**values: float) -> None:
-    """ShapeError where a number is infinite."""
+    """ShapeError if a value is infinite or NaN."""
     for key, value in values.items():
         if not math.isfinite(value):
-            raise ShapeError(f"{key}={value} is not finite")
+            raise ShapeError(f"{key}={value} must be finite")
 
 
 def want_rows(what: str, node: Node) -> None:
-    """ShapeError unless elements of a row lie side by side."""
+    """ShapeError unless the elements of a row are contiguous."""
     if node.ne[0] > 1 and node.nb[0] != node.dtype.nbytes:
-        raise ShapeError(f"the rows of {what} are not contiguous (transposed); use cont or cast")
+        raise ShapeError(f"{what} must have contiguous rows (is it transposed?); use cont or cast")
 
 
 def repeats_into(b: Ne, a: Ne) -> bool:
-    """Whether b tiles a: every size of `a` is a multiple of b's."""
+    """Whether b repeats into a: every size of a is a multiple of b's."""
     return all(m % n == 0 for m, n in zip(a, b))
 
 
@@ -66,27 +66,27 @@ def want_repeats(what: str, b: Node, a: Node) -> None:
     for axis, (n, m) in enumerate(zip(b.ne, a.ne)):
         if m % n:
             raise ShapeError(
-                f"{what} does not repeat into a: its {AXES[axis]}={n} does not divide {m}"
+                f"{what} does not repeat into a: {what}'s {AXES[axis]}={n} does not divide a's {m}"
             )
 
 
 def choose(what: str, value: str, allowed: Iterable[str]) -> str:
-    """ShapeError unless `value` is one of the allowed words."""
+    """`value`, or a ShapeError if it is not one of `allowed`."""
     allowed = tuple(allowed)
     if value not in allowed:
-        raise ShapeError(f"{what}={value!r} is unknown; it is one of {', '.join(allowed)}")
+        raise ShapeError(f"{what}={value!r} must be one of {', '.join(allowed)}")
     return value
 
 
 def modulo_cut(size: int, axis: int, full: int) -> Cut | None:
-    """The cut of a source that repeats along `axis` to `full`."""
+    """The cut of a source whose `size` along `axis` repeats to `full`; None for all of it."""
     if size == 1:
         return None
     return Cut(axis) if size == full else Cut(axis, mod=size)
 
 
 def elementwise_slices(node: Node, axis: Axis, n: int) -> Slice | None:
-    """Every dimension can be cut; sources that repeat are cut by modulo."""
+    """The slice rule of elementwise ops: every dimension; repeated sources are cut by modulo."""
     if not isinstance(axis, int):
         return None
     full = node.ne[axis]
@@ -94,5 +94,5 @@ def elementwise_slices(node: Node, axis: Axis, n: int) -> Slice | None:
 
 
 def outer_slices(node: Node, axis: Axis, n: int) -> Slice | None:
-    """Rows are independent: every dimension but 0 can be cut."""
+    """The slice rule of row ops: every dimension except 0."""
     return elementwise_slices(node, axis, n) if axis != 0 else None

@@ -100,7 +100,7 @@ class Attribute:
                 return value
         if any(isinstance(value, type(choice)) for choice in self.choices):
             known = ", ".join(map(str, self.choices))
-            raise ShapeError(f"{what}{value!r} is unknown; it is one of {known}")
+            raise ShapeError(f"{what}{value!r} must be one of {known}")
         raise DTypeError(f"{what} takes {self.takes}, not {value!r} ({type(value).__name__})")
 
 

@@ -58,7 +58,7 @@ nan = float("nan")
         (lambda: every(x, n=1.0), DTypeError, "n= takes int, not 1.0"),
         (lambda: every(x, maybe="2"), DTypeError, "maybe= takes float | None, not '2'"),
         (lambda: every(x, flag=1), DTypeError, "flag= takes bool, not 1"),
-        (lambda: every(x, way="left"), ShapeError, "way='left' is unknown; it is one of up, down"),
+        (lambda: every(x, way="left"), ShapeError, "way='left' must be one of up, down"),
         (lambda: every(x, way=0), DTypeError, "way= takes one of 'up', 'down', not 0 (int)"),
         (lambda: every(x, sizes="12"), DTypeError, "sizes= takes whole numbers"),
         (lambda: every(x, kind=4), DTypeError, "kind= takes str, not 4"),

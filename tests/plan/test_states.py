@@ -79,7 +79,7 @@ def test_writes_in_a_chain() -> None:
 
 def test_whole_is_for_states_only() -> None:
     x = gg.input("x", "f32", ne=(4, 3))
-    with pytest.raises(ShapeError, match="not a state"):
+    with pytest.raises(ShapeError, match="must be in the memory of a state"):
         gg.state_of(gg.view(x, ne=(2, 2)))
 
 
