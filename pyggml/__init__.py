@@ -16,8 +16,8 @@ from pathlib import Path as _Path
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
-# ops/ and backends/ stand at the top of the checkout and are linked into this folder;
-# a checkout without symbolic links looks beside us.
+# ops/ and backends/ are at the top of the checkout, with symbolic links in this folder. In a
+# checkout without links they are found through the package's path.
 if not (_Path(__file__).parent / "ops").is_dir():
     __path__.append(str(_Path(__file__).resolve().parent.parent))
 
@@ -55,7 +55,7 @@ _MODULES = ("backends", "gguf", "models", "parity", "viz")
 
 
 def __getattr__(name: str) -> _Any:
-    """What is imported when first used; for a name of earlier versions, an error with the new."""
+    """Import modules at their first use. For an old name, raise an error with the new one."""
     if name in _MODULES:
         return _import_module(f"pyggml.{name}")
     if name == "compare":

@@ -1,4 +1,4 @@
-"""Arithmetic operators on nodes: `x + y`, `x * 2.0`, `-x`. What each one builds is up to ops/."""
+"""Arithmetic operators on nodes: `x + y`, `x * 2.0`, `-x`. ops/ defines what they build."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, Union
 if TYPE_CHECKING:
     from pyggml.node import Node
 
-#: A node, or a number of Python's or NumPy's.
+#: A node, or a Python or NumPy number.
 Operand: TypeAlias = Union["Node", float]
 
 
 class Arithmetic:
-    """The operators of Python, and a table of the builders that they call.
+    """Python's arithmetic operators, which call the builders in `operators`.
 
-    `==` and `!=` are not among them: two nodes are equal where they are one object.
+    `==` and `!=` stay comparisons of identity.
     """
 
     __slots__ = ()
-    # NumPy's numbers and arrays leave `number * node` to the node.
+    # Makes NumPy leave `array * node` to the node.
     __array_ufunc__: ClassVar[None] = None
-    #: Symbol -> builder of both operands, one of them a node. Filled by ops/operators.py.
+    #: Symbol -> builder from two operands, one of them a node. Filled by ops/operators.py.
     operators: ClassVar[dict[str, Callable[[Any, Any], Node]]] = {}
 
     def __add__(self, other: Operand) -> Node:

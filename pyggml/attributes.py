@@ -166,12 +166,13 @@ def _kinds(annotation: Any) -> tuple[frozenset[type], tuple[Any, ...]]:
 
 
 def near(wrong: str, known: list[str]) -> str:
-    """`; did you mean X?`, or nothing where no known name is like it."""
+    """`; did you mean X?` for the most similar known name, or an empty string."""
     close = difflib.get_close_matches(wrong, known, 1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def not_a_tensor(op_name: str, key: str, value: object) -> str:
+    """The message for an operand that is missing or not a node."""
     if value is inspect.Parameter.empty:
         return f"{op_name}: the tensor {key} is missing"
     hint = "; wrap arrays with constant(...), or feed them through input(...)"

@@ -19,7 +19,7 @@ class Spec:
     """Type and size of a tensor.
 
     ne    ggml's order, ne[0] contiguous, always four numbers
-    rank  number of dimensions the caller gave, and the number that printing shows
+    rank  the number of dimensions that the caller gave and that printing shows
     """
 
     dtype: DType
@@ -32,9 +32,9 @@ class Spec:
         element = dtype_of(dtype)
         sizes = integers("ne=", ne)
         if not 1 <= len(sizes) <= 4:
-            raise ShapeError(f"a tensor has one to four dimensions, not {len(sizes)}")
+            raise ShapeError(f"a tensor must have one to four dimensions, not {len(sizes)}")
         if min(sizes) < 1:
-            raise ShapeError(f"every size is at least 1; got ne={list(sizes)}")
+            raise ShapeError(f"every size must be at least 1; got ne={list(sizes)}")
         element.row_bytes(sizes[0])
         full = sizes + (1,) * (4 - len(sizes))
         return cls(element, (full[0], full[1], full[2], full[3]), rank or len(sizes))
@@ -67,7 +67,7 @@ class Spec:
 def integers(what: str, value: Any) -> tuple[int, ...]:
     """`value` as a tuple of Python ints; DTypeError unless it is a sequence of whole numbers.
 
-    what  how the error message calls it
+    what  the argument's name in the error message
     """
     try:
         if not any(isinstance(v, bool) for v in value):

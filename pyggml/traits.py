@@ -1,4 +1,4 @@
-"""What an op says about itself: its cost, how it can be cut, which operand holds ids."""
+"""Properties of ops: costs, how results are cut into pieces, which operand holds ids."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Axis: TypeAlias = int | str
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What an op must do at least: floating-point operations, and bytes read and written once."""
+    """The least work of a node: floating-point operations, and bytes read and written once."""
 
     flops: float
     nbytes: float
@@ -20,10 +20,10 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """The part of a source that a piece of the result needs: along `axis`, from f(start) on.
+    """The part of a source that a piece of the result reads: along `axis`, from f(start) on.
 
-    f(i) = (i * mul // div) % mod + add   (no modulo where mod is 0)
-    extent of a piece of n: max(1, n * mul // div), at most mod
+    f(i) = (i * mul // div) % mod + add   (no modulo if mod is 0)
+    A piece of n elements reads max(1, n * mul // div), at most mod.
     """
 
     axis: int
@@ -35,12 +35,12 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """How one piece of a result is computed from pieces of its sources.
+    """How a piece of a result is computed from pieces of its sources.
 
-    cuts   one per source: a Cut, or None for all of it
+    cuts   one per source: a Cut, or None for the whole source
     attrs  attributes that differ in a piece of this extent
     shift  attributes that grow by this much per element of the piece's start
-    merge  None: pieces stand side by side; "sum" or "lse": pieces are partial results
+    merge  None: pieces are parts of the result; "sum" or "lse": partial results to be merged
     """
 
     cuts: tuple[Cut | None, ...]
@@ -51,7 +51,7 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Ids:
-    """That `operand` holds ids, which choose along dimension `axis` of the operand `of`."""
+    """`operand` holds ids that choose along dimension `axis` of the operand `of`."""
 
     operand: str
     of: str

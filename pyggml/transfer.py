@@ -1,4 +1,4 @@
-"""The transfer node: a tensor of one device in the memory of another."""
+"""The transfer node: a copy of a tensor in another device's memory."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pyggml.node import Cost, Node, Op, Spec
 
 
 def _rule(a: Node, *, to: str, resident: bool) -> Spec:
-    """`a` on the place `to`.
+    """A copy of `a` on the place `to`.
 
-    resident  a leaf that is given to this device as well, once: no copy during a run
+    resident  the store keeps the copy of the leaf `a` on this device; runs do not copy it
     """
     return a.spec
 
@@ -21,10 +21,10 @@ transfer = Op(_rule, name="transfer", cost=_cost)
 
 
 def is_resident(node: Node) -> bool:
-    """Whether the store holds the node's memory: leaves, and what is given to a second device."""
+    """Whether the node's memory is in the store: leaves and resident transfers."""
     return node.op.leaf or (node.op is transfer and bool(node.attrs["resident"]))
 
 
 def origin(node: Node) -> Node:
-    """The node itself, or what a transfer brings."""
+    """The source of a transfer; any other node itself."""
     return node["a"] if node.op is transfer else node

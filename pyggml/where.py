@@ -1,4 +1,4 @@
-"""The line of the user's code that is running: every error names it."""
+"""The line of the user's code, which every error names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pyggml.errors import PyggmlError
 
 
 def user_line() -> tuple[str, int]:
-    """The innermost frame outside the library; model files count as a user's."""
+    """File and line of the innermost frame outside the library. pyggml.models counts as outside."""
     frame = sys._getframe(2)
     while frame.f_back is not None:
         module = frame.f_globals.get("__name__", "")
@@ -19,6 +19,7 @@ def user_line() -> tuple[str, int]:
 
 
 def at_line(error: PyggmlError, text: str) -> PyggmlError:
+    """`error` with `text` and the user's line as its message."""
     file, number = user_line()
     place = f"; at {file}:{number}"
     error.args = (text if place in text else text + place, *error.args[1:])

@@ -1,4 +1,4 @@
-"""Writes into states that users built, whether or not somebody still holds them."""
+"""A record of the state writes that users built, even if their nodes no longer exist."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from weakref import WeakKeyDictionary, ref
 
 @dataclass(slots=True)
 class Write:
-    """A node that writes into a state. Nodes are Any here: they are built on this module.
+    """A node that writes into a state. Its type is Any because pyggml.node imports this module.
 
-    node       the node, None once nobody holds it
-    text       its op and line
-    in_graph   whether a graph that was compiled has it
+    node      a weak reference to the node
+    text      its op and line
+    in_graph  whether a compiled graph contains it
     """
 
     node: ref[Any]
@@ -22,17 +22,17 @@ class Write:
     in_graph: bool = False
 
 
-# What a write replaces, a state or the result of an earlier write -> writes.
+# Handle, a state or the result of a write -> the writes into it.
 _writes: WeakKeyDictionary[Any, list[Write]] = WeakKeyDictionary()
 
 
 def note_write(node: Any, line: str) -> None:
-    """A user built `node`, which writes into a state, at that line."""
+    """Record that the user built `node`, a state write, at `line`."""
     _writes.setdefault(_handle(node), []).append(Write(ref(node), f"{node.op.name} at {line}"))
 
 
 def note_graph(nodes: Iterable[Any]) -> None:
-    """These nodes are compiled."""
+    """Record that the writes among these nodes are in a compiled graph."""
     for node in nodes:
         if node.op.writes is not None:
             for write in writes_of(_handle(node)):
@@ -40,7 +40,7 @@ def note_graph(nodes: Iterable[Any]) -> None:
 
 
 def writes_of(handle: Any) -> list[Write]:
-    """What was built to write into `handle`."""
+    """The writes that were built into `handle`."""
     return _writes.get(handle, [])
 
 

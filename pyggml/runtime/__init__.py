@@ -1,1 +1,1 @@
-"""From compiled work to results: compile, plans, stores, arrays in and out."""
+"""From a graph to results: compile, plans, stores, arrays in and out."""

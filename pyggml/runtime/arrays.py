@@ -1,5 +1,4 @@
-"""Arrays from the user: those of the host turned into what a tensor stores, those of devices
-checked, since nothing is converted there."""
+"""The caller's arrays: host arrays are converted to what a tensor stores, device arrays checked."""
 
 from __future__ import annotations
 
@@ -15,66 +14,74 @@ from pyggml.node import Spec
 from pyggml.quants import encode_rows
 
 
-def raw_type(kind: DType) -> np.dtype[Any]:
-    """NumPy's type of what is stored of a type that NumPy has not."""
-    return np.dtype(np.uint16 if kind.block == 1 else np.uint8)
+def raw_type(dtype: DType) -> np.dtype[Any]:
+    """NumPy's type for raw rows of a type that NumPy lacks: uint16 for bf16, uint8 for blocks."""
+    return np.dtype(np.uint16 if dtype.block == 1 else np.uint8)
 
 
 def raw_shape(spec: Spec) -> tuple[int, ...]:
-    """NumPy shape of the stored array: the last size in bytes for block types."""
-    kind = spec.dtype
-    if kind.block == 1:
+    """The NumPy shape of the stored array; for block types the last size is in bytes."""
+    if spec.dtype.block == 1:
         return spec.shape
-    return (*spec.shape[:-1], kind.row_bytes(spec.ne[0]))
+    return (*spec.shape[:-1], spec.dtype.row_bytes(spec.ne[0]))
 
 
 def stored(what: str, spec: Spec, array: ArrayLike) -> NDArray[Any]:
-    """An array of the host as the type is stored; errors say what was expected.
+    """A host array in the form that the tensor's type stores.
 
-    Floats go into every float and block type, whole numbers into integer types if they fit;
-    bf16 and block types also take their raw rows (uint16, uint8).
+    Float and block types take floats, integer types whole numbers that fit; bf16 and block types
+    also take raw rows (uint16, uint8).
+    Errors: DTypeError for the type or the values, ShapeError for the shape.
+
+    what  the tensor, for error messages
     """
     try:
-        given = np.asanyarray(array)
-    except (ValueError, TypeError, RuntimeError) as error:  # CuPy's and PyTorch's say how to copy
-        raise DTypeError(f"{what}: no array can be made of it: {error}") from None
-    if isinstance(given, np.ma.MaskedArray) or given.dtype.kind not in "fiu":
-        raise DTypeError(f"{what} takes {spec}; it got an array of {given.dtype}")
-    kind = spec.dtype
-    if kind.numpy is None and given.dtype == raw_type(kind):
-        _want_shape(what, spec, given.shape, raw_shape(spec))
-        return np.ascontiguousarray(given)
-    _want_shape(what, spec, given.shape, spec.shape)
-    if kind.kind == "int":
-        if given.dtype.kind == "f":
-            raise DTypeError(f"{what} takes {spec}; it got {given.dtype}: give whole numbers")
-        limit = np.iinfo(kind.numpy or "i4")
-        if given.size and (given.min() < limit.min or given.max() > limit.max):
-            raise DTypeError(f"{what}: values do not fit in {kind}")
-    if kind.numpy is not None:
-        return np.ascontiguousarray(given, dtype=kind.numpy)
-    return encode_rows(kind, np.ascontiguousarray(given, dtype=np.float32))
+        values = np.asanyarray(array)
+    except (ValueError, TypeError, RuntimeError) as error:
+        # The messages of CuPy and PyTorch tell the user how to copy an array to the host.
+        raise DTypeError(f"{what}: cannot convert it to a NumPy array: {error}") from None
+    if isinstance(values, np.ma.MaskedArray) or values.dtype.kind not in "fiu":
+        raise DTypeError(f"{what}: expected {spec}, got an array of {values.dtype}")
+    dtype = spec.dtype
+    if dtype.numpy is None and values.dtype == raw_type(dtype):
+        _want_shape(what, spec, values.shape, raw_shape(spec))
+        return np.ascontiguousarray(values)
+    _want_shape(what, spec, values.shape, spec.shape)
+    if dtype.kind == "int":
+        if values.dtype.kind == "f":
+            raise DTypeError(f"{what}: expected {spec}, got {values.dtype}; pass whole numbers")
+        limit = np.iinfo(dtype.numpy or "i4")
+        if values.size and (values.min() < limit.min or values.max() > limit.max):
+            raise DTypeError(f"{what}: values do not fit in {dtype}")
+    if dtype.numpy is not None:
+        return np.ascontiguousarray(values, dtype=dtype.numpy)
+    return encode_rows(dtype, np.ascontiguousarray(values, dtype=np.float32))
 
 
-def check(what: str, spec: Spec, given: Given) -> None:
-    """ShapeError or DTypeError unless an array can be read as it lies in its device's memory."""
-    kind = spec.dtype
-    types = [np.dtype(kind.numpy or raw_type(kind)).name]
-    if kind.name == "bf16":
+def check(what: str, spec: Spec, array: Given) -> None:
+    """ShapeError or DTypeError unless a device array has exactly the form that the tensor stores.
+
+    Arrays in a device's memory are never converted.
+    """
+    dtype = spec.dtype
+    types = [np.dtype(dtype.numpy or raw_type(dtype)).name]
+    if dtype.name == "bf16":
         types.append("bfloat16")
-    if given.type not in types:
+    if array.type not in types:
         raise DTypeError(
-            f"{what} takes {spec}; it got an array of {given.type}, and nothing is converted where "
-            f"it lies: give {' or '.join(types)}"
+            f"{what}: expected {spec}, got an array of {array.type}; arrays in a device's memory "
+            f"are not converted, so pass {' or '.join(types)}"
         )
-    _want_shape(what, spec, given.shape, raw_shape(spec))
-    if not given.contiguous:
+    _want_shape(what, spec, array.shape, raw_shape(spec))
+    if not array.contiguous:
         raise ShapeError(
-            f"{what} takes {spec} without gaps, in C order; the array's strides differ: make a "
-            "contiguous copy of it"
+            f"{what}: expected {spec}, contiguous in C order, but the array has other strides; "
+            "pass a contiguous copy"
         )
 
 
-def _want_shape(what: str, spec: Spec, given: tuple[int, ...], shape: tuple[int, ...]) -> None:
-    if given != shape:
-        raise ShapeError(f"{what} takes {spec}, NumPy shape {shape}; it got NumPy shape {given}")
+def _want_shape(what: str, spec: Spec, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if shape != expected:
+        raise ShapeError(
+            f"{what}: expected {spec}, NumPy shape {expected}, got NumPy shape {shape}"
+        )

@@ -1,4 +1,4 @@
-"""compile(): its arguments checked and made into a request, which is planned."""
+"""compile(): checks its arguments and plans the graph."""
 
 from __future__ import annotations
 
@@ -33,30 +33,31 @@ def compile(
     updates: Iterable[Node] = (),
     fuse: bool = True,
 ) -> Plan:
-    """Make a plan of the graph that computes `outputs`. Allocates nothing and changes nothing.
+    """Plan the graph that computes `outputs`. Allocates no device memory and changes no store.
 
-    backends  places in order of preference: ["cuda:0", "numpy"]. With a size ("cuda:0:24GiB") one
-              is a description: the plan is made, its memory says whether it fits, bind refuses it
-    amb       attention memory budget in MiB (fractions allowed), on each device; None is no budget
+    backends  places in order of preference: ["cuda:0", "numpy"]. A place with a size
+              ("cuda:0:24GiB") is for planning only: the plan's memory shows whether it fits, and
+              bind and run raise DeviceError
+    amb       attention memory budget in MiB on each device (fractions allowed); None: no budget
     pins      label pattern (re.search) -> place, for weights, states and nodes; the first match
-              counts. A place may stand here alone
-    store     the store to share weights, states and arenas with; a new one by default
-    observe   label patterns (as in file names) of tensors to return as well
-    updates   handles of state writes that no output reaches
-    fuse      False: every node is a step of its own, so that results with and without tell whether
-              a fusion of the backend is wrong. NumPy and null fuse nothing
-    Errors: UnsupportedOpError where no place runs a node; BudgetError where `amb` is too small,
-    ShapeError where it is no number above 0; GraphError for states and names; DeviceError for what
-    is no place, UnknownNameError for a backend or an `observe` that is not there; DTypeError for
-    arguments of the wrong kind.
+              counts. Places need not be in `backends`
+    store     the store whose weights, states and arenas the plan shares; a new one by default
+    observe   label patterns (shell style, `*` and `?`) of tensors to return with the outputs
+    updates   handles of state writes that no output depends on
+    fuse      False runs each node as its own step: results that differ from those with fusions
+              show that one of them is wrong. NumPy and null have no fusions
+    Errors: UnsupportedOpError if no place runs a node; BudgetError if `amb` is too small and
+    ShapeError if it is not a number above 0; GraphError for states and names; DeviceError for a
+    malformed place; UnknownNameError for an unknown backend or an `observe` pattern without a
+    match; DTypeError for arguments of the wrong type.
     """
     if not isinstance(fuse, bool):
-        raise DTypeError(f"fuse= takes True or False, not {fuse!r}")
+        raise DTypeError(f"fuse= must be True or False, not {fuse!r}")
     devices, patterns = _places(backends, pins or {})
     budget = _budget_bytes(amb)
     store = store if store is not None else Store()
     if not isinstance(store, Store):
-        raise DTypeError(f"store= takes a Store, not {store!r}")
+        raise DTypeError(f"store= must be a Store, not {store!r}")
     graph = _observed(Graph(outputs, updates), observe)
     _check_pins(graph, patterns)
     note_graph(graph.nodes)
@@ -72,24 +73,24 @@ def _budget_bytes(amb: float | None) -> int | None:
     if amb is None:
         return None
     if isinstance(amb, bool) or not isinstance(amb, Real) or not 0 < amb < float("inf"):
-        raise ShapeError(f"amb={amb!r}: the budget is a number of MiB above 0, or None for none")
+        raise ShapeError(f"amb={amb!r} must be a number of MiB above 0, or None for no budget")
     return int(amb * 2**20)
 
 
 def _places(
     backends: Sequence[str], pins: Mapping[str, str]
 ) -> tuple[tuple[places.Place, ...], Pins]:
-    """All places in order of preference, those of pins alone last; and the pins."""
+    """All places in order of preference, those named only in pins last; and the pins."""
     if isinstance(backends, str) or not backends:
-        raise DTypeError(f"backends= is a list of places such as ['numpy'], not {backends!r}")
+        raise DTypeError(f"backends= must be a list of places such as ['numpy'], not {backends!r}")
     if not isinstance(pins, Mapping):
-        raise DTypeError(f"pins= is a dict of label patterns to places, not {pins!r}")
-    found: dict[Backend, places.Place] = {}
+        raise DTypeError(f"pins= must be a dict of label patterns to places, not {pins!r}")
+    by_backend: dict[Backend, places.Place] = {}
 
     def add(text: str) -> Backend:
         place = places.parse(text)
-        if place.backend not in found or place.size is not None:
-            found[place.backend] = place
+        if place.backend not in by_backend or place.size is not None:
+            by_backend[place.backend] = place
         return place.backend
 
     for text in backends:
@@ -100,12 +101,12 @@ def _places(
         try:
             patterns.append((re.compile(pattern), place))
         except (re.error, TypeError) as error:
-            raise DTypeError(f"pins: {pattern!r} is no regular expression: {error}") from None
-    return tuple(found.values()), tuple(patterns)
+            raise DTypeError(f"pins: {pattern!r} is not a regular expression: {error}") from None
+    return tuple(by_backend.values()), tuple(patterns)
 
 
 def _check_pins(graph: Graph, pins: Pins) -> None:
-    """A warning for pins that match no label: they may be meant for another model."""
+    """Warn about pins that match no label; the user may reuse them for several models."""
     known = {label for node in graph.nodes for label in labels(node)} if pins else set()
     for pattern, backend in pins:
         if not any(map(pattern.search, known)):
@@ -116,31 +117,32 @@ def _check_pins(graph: Graph, pins: Pins) -> None:
 
 
 def _observed(graph: Graph, patterns: Iterable[str]) -> Graph:
-    """The graph with tensors whose labels match as further outputs."""
+    """The graph with the tensors whose labels match as additional outputs."""
     if isinstance(patterns, str) or not isinstance(patterns, Iterable):
-        raise DTypeError(f"observe= is a list of label patterns, not {patterns!r}")
+        raise DTypeError(f"observe= must be a list of label patterns, not {patterns!r}")
     patterns = tuple(patterns)
     if not all(isinstance(pattern, str) for pattern in patterns):
-        raise DTypeError(f"observe= is a list of label patterns, not {list(patterns)!r}")
+        raise DTypeError(f"observe= must be a list of label patterns, not {list(patterns)!r}")
     outputs = dict(graph.outputs)
     for pattern in patterns:
-        found = [
+        matches = [
             (label, node)
             for node in graph.nodes
             for label in labels(node)
             if fnmatchcase(label, pattern)
         ]
-        if not found:
-            kinds = Counter(re.sub(r"\d+", "*", x) for node in graph.nodes for x in labels(node))
-            known = ", ".join(f"{kind} ({n})" if n > 1 else kind for kind, n in kinds.items())
+        if not matches:
+            forms = Counter(re.sub(r"\d+", "*", x) for node in graph.nodes for x in labels(node))
+            known = ", ".join(f"{form} ({n})" if n > 1 else form for form, n in forms.items())
             raise UnknownNameError(
-                f"observe={pattern!r} matches no label; there are: {known or 'none'}. What a fused "
-                "op or a loop computes inside has none: build it of simpler ops to see it"
+                f"observe={pattern!r} matches no label; the labels are: {known or 'none'}. Tensors "
+                "inside a fused op or a loop have no label; build the op from simpler ones to "
+                "observe them"
             )
-        for label, node in found:
+        for label, node in matches:
             if outputs.setdefault(label, node) is not node:
                 raise GraphError(
-                    f"observe={pattern!r} would return {node!r} (at {line_of(node)}) under the "
-                    f"name {label!r}, which is another output's; give one of them another name"
+                    f"observe={pattern!r}: {node!r} (at {line_of(node)}) and another output are "
+                    f"both named {label!r}; rename one of them"
                 )
     return Graph(outputs, graph.updates)

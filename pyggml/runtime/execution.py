@@ -1,4 +1,4 @@
-"""A plan's splits bound to memory: issued in order, each device in its own queue."""
+"""A plan's splits bound to memory, and how they are issued to the devices' queues."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ Timed = Callable[[int, Callable[[], None], Backend], None]
 
 
 class Execution:
-    """Splits with their runners. A device goes on by itself; the host waits only for what it reads,
-    and once at the end."""
+    """Splits with their runners.
+
+    Devices work asynchronously. The host waits only for what it reads, and once at the end.
+    """
 
     def __init__(
         self,
@@ -33,7 +35,7 @@ class Execution:
         self.at = at
         self.arenas, self.bound = arenas, bound
         self.runners: list[Runner] = []
-        self.first: list[int] = []  # number of each split's first step in the whole plan
+        self.first: list[int] = []  # split -> the number of its first step in the plan
         count = 0
         scratch_at = work.placed.scratch_at
         for split in self.splits:
@@ -43,17 +45,19 @@ class Execution:
             count += len(split.steps)
             arena = arenas[split.backend.device]
             self.runners.append(split.backend.bind(split.steps, at, arena, starts))
-        # One without a split may have an upload in its queue; one with neither need not exist.
+        # A backend without splits may still have uploads in its queue. One without leaves either
+        # is left out: its device need not exist.
         used = [split.backend for split in self.splits] + [work.home(n) for n in work.leaves]
         self.backends = tuple(dict.fromkeys(used))
-        # What is sent to the host is in its maker's own queue, so nothing else is to be waited for.
+        # A copy to the host is issued in the queue of the device that computed the tensor, so it
+        # needs no other event.
         waits = [() if s.backend.device == "host" else s.waits for s in self.splits]
         self.waits: list[tuple[int, ...]] = waits
         self.waited = {i for each in waits for i in each}
         self.spared = {i for split in self.splits for i in split.spares}
 
     def serves(self, work: Work, bound: Bound, arenas: Mapping[str, Arena]) -> bool:
-        """Whether it was made of this work, for these arrays of the caller's and these arenas."""
+        """Whether it was built for this work, with these bound arrays and these arenas."""
         return (
             self.work is work
             and same_memory(self.bound, bound)
@@ -64,17 +68,19 @@ class Execution:
         )
 
     def settle(self) -> None:
-        """Wait for what is in the queues: what binding a plan put there, too."""
+        """Wait until all queues are empty, including what bind put there."""
         for backend in self.backends:
             backend.synchronize()
 
     def run(self, give: Callable[[], None] | None = None, repeat: int = 1) -> None:
-        """Give the inputs, then every split, so many times over; returns when all is done. An
-        error or an interrupt leaves no device at work."""
+        """Upload the inputs with `give`, run all splits `repeat` times, and wait for the end.
+
+        After an error or an interrupt no device is still working.
+        """
         self._run(give, None, repeat)
 
     def timed(self, give: Callable[[], None] | None = None) -> list[float]:
-        """Seconds of every step of one run, one by one."""
+        """The seconds that each step of one run takes when the steps run one by one."""
         seconds = [0.0] * len(self.work.steps)
 
         def time(number: int, call: Callable[[], None], backend: Backend) -> None:
@@ -100,14 +106,16 @@ class Execution:
             raise
 
     def abandon(self) -> None:
-        """Let all devices finish after an error; their own errors are no news then."""
+        """Wait for all devices after an error; errors of their own are ignored then."""
         for backend in self.backends:
             with suppress(Exception):
                 backend.abandon()
 
     def _meet(self) -> None:
-        """Let no device begin a run before the others have ended the one before: what it writes
-        they may still read."""
+        """Make each device wait for the end of the previous run on all others.
+
+        They may still read what it is about to overwrite.
+        """
         ends = {backend: backend.record() for backend in self.backends}
         for backend in self.backends:
             for other, end in ends.items():
@@ -128,8 +136,10 @@ class Execution:
                 done[i] = split.backend.record()
 
     def _copy(self, i: int, split: Split, timed: Timed | None) -> None:
-        """What the split reads from elsewhere. A device fetches; to the host, devices send, all of
-        it before the host waits for the first."""
+        """Issue the split's copies from other devices.
+
+        A device fetches. To the host the devices send, all of it before the host waits for any.
+        """
         sent: list[Event] = []
         for k, step in enumerate(split.copies):
             source, target = origin(step.node), split.backend
@@ -167,7 +177,7 @@ def addresses(
     leaves: Mapping[Node, Address],
     arenas: Mapping[str, Buffer],
 ) -> dict[Node, Address]:
-    """Where every tensor of a placed graph is."""
+    """The address of every tensor of a placed graph, from those of leaves and arenas."""
     at: dict[Node, Address] = {}
     for node, spot in work.placed.spots.items():
         if spot.base is None:

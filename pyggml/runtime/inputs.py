@@ -1,4 +1,4 @@
-"""A plan's inputs: copied into slots of the store's, or read where the caller keeps them."""
+"""A plan's inputs: copied into slots of the store, or read from the caller's own memory."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ Ready: TypeAlias = Mapping[str, NDArray[np.generic] | Shared]
 
 
 class Inputs:
-    """What a plan takes from its caller. Which of them are bound is the plan's to know."""
+    """The inputs of a plan. The plan keeps which of them are bound and passes it as `bound`."""
 
     def __init__(self, needs: Iterable[Need], limits: Iterable[Limit] = ()) -> None:
         self._limits = tuple(limits)
         self.specs: dict[str, Spec] = {}
-        self._needs: dict[str, list[Need]] = {}  # an input may be read on several devices
+        self._needs: dict[str, list[Need]] = {}  # several where several devices read the input
         for need in needs:
             leaf = origin(need.node)
             if leaf.op is input_op:
@@ -51,7 +51,7 @@ class Inputs:
                 self._needs.setdefault(leaf.attrs["name"], []).append(need)
 
     def addresses(self, bound: Bound) -> dict[Node, Address]:
-        """Where inputs are that need no slot."""
+        """The addresses of bound inputs on the devices that read the caller's array directly."""
         return {
             need.node: shared.at(self.specs[key])
             for key, shared in bound.items()
@@ -60,7 +60,7 @@ class Inputs:
         }
 
     def bind(self, arrays: Mapping[str, object], bound: Bound, store: Store) -> Bound:
-        """What is bound once these arrays are, too; None in the place of an array ends it."""
+        """`bound` with these arrays added; None in place of an array unbinds the input."""
         self._check_names(arrays)
         changed = dict(bound)
         for key, array in arrays.items():
@@ -71,9 +71,9 @@ class Inputs:
         return changed
 
     def take(self, arrays: Mapping[str, object]) -> Ready:
-        """Arrays for one run: where they are if a device has them, else as the host stores them.
+        """Arrays for one run: those in a device's memory as they are, others as the type stores.
 
-        To be called without the store's lock: an array of another device takes that device's lock.
+        Call it without the store's lock: a device array takes the lock of its device.
         """
         self._check_names(arrays)
         ready = {key: self._taken(key, array) for key, array in arrays.items()}
@@ -84,20 +84,20 @@ class Inputs:
         return ready
 
     def check(self, arrays: Iterable[str], bound: Bound) -> None:
-        """GraphError unless each input is either bound or given."""
+        """GraphError unless each input either is bound or has an array in this run."""
         twice = [key for key in arrays if key in bound]
         if twice:
             raise GraphError(
-                f"input {twice[0]!r} is bound to an array of yours: write into that one, or "
+                f"input {twice[0]!r} is bound to your array; write into that array, or call "
                 f"bind({twice[0]}=None) first"
             )
         missing = [key for key in self.specs if key not in arrays and key not in bound]
         if missing:
             sizes = ", ".join(f"{key} ({self.specs[key]})" for key in missing)
-            raise GraphError(f"run lacks inputs: {sizes} (sizes in ne order)")
+            raise GraphError(f"missing inputs: {sizes} (sizes in ne order)")
 
     def put(self, ready: Ready, bound: Bound, at: Mapping[Node, Address]) -> None:
-        """Put arrays into the slots; of what is bound only what other devices have a slot for."""
+        """Copy arrays into the slots of inputs; bound ones only to the devices that need a copy."""
         for key, array in {**ready, **bound}.items():
             if isinstance(array, Shared):
                 self._spread(key, array, key in bound, at)
@@ -110,7 +110,9 @@ class Inputs:
             if key not in self.specs:
                 known = ", ".join(self.specs) or "none"
                 hint = _RENAMED.get(key, "")
-                raise UnknownNameError(f"the plan has no input {key!r}; its inputs: {known}{hint}")
+                raise UnknownNameError(
+                    f"the plan has no input {key!r}; its inputs are: {known}{hint}"
+                )
 
     def _taken(self, key: str, array: object) -> NDArray[np.generic] | Shared:
         devices = [need for need in self._needs[key] if need.backend.device != "host"]
@@ -118,13 +120,13 @@ class Inputs:
         return shared or stored(f"input {key!r}", self.specs[key], array)  # type: ignore[arg-type]
 
     def _shared(self, key: str, array: object, needs: Iterable[Need]) -> Shared | None:
-        """The array in the memory of the first of these that it belongs to."""
+        """The array as the first of these devices reads it; None if it is in the memory of none."""
         for need in needs:
             with need.backend.lock, _naming(key):
-                given = need.backend.given(array)
-            if given is not None:
-                check(f"input {key!r}", self.specs[key], given)
-                return Shared(need.backend, given)
+                description = need.backend.given(array)
+            if description is not None:
+                check(f"input {key!r}", self.specs[key], description)
+                return Shared(need.backend, description)
         return None
 
     def _bindable(self, key: str, array: object, store: Store) -> Shared:
@@ -133,25 +135,25 @@ class Inputs:
         if shared is None:
             places = ", ".join(need.backend.place for need in needs)
             raise DTypeError(
-                f"input {key!r} is read on {places}; bind takes an array in that memory, and it "
-                f"got {_described(array)}. Give it to run, which copies it"
+                f"input {key!r}: bind needs an array in the memory of {places}, got "
+                f"{_type_name(array)}; pass it to run instead, which copies it"
             )
         given, device = shared.given, shared.backend.device
         if given.address % given.alignment:
             raise ShapeError(
-                f"input {key!r}: the array begins at an address that is no multiple of "
-                f"{given.alignment} bytes, as {shared.backend.place} needs: bind a copy of it"
+                f"input {key!r}: {shared.backend.place} needs arrays whose address is a multiple "
+                f"of {given.alignment} bytes; bind a copy"
             )
         for what, buffer, nbytes in store.written(device):
             if _inside(shared, buffer, nbytes):
                 raise GraphError(
-                    f"input {key!r}: the array is part of {what}, which runs write over: give it "
-                    "to run, or bind a copy of it"
+                    f"input {key!r}: the array is part of {what}, which runs overwrite; pass it "
+                    "to run, or bind a copy"
                 )
         return shared
 
     def _spread(self, key: str, array: Shared, is_bound: bool, at: Mapping[Node, Address]) -> None:
-        """Copies of a device's array into the slots of the input, in the devices' queues."""
+        """Issue copies of a device's array into the slots of the input on each device."""
         spec, sender = self.specs[key], array.backend
         source = array.at(spec)
         with _naming(key):
@@ -162,13 +164,13 @@ class Inputs:
             elif need.backend.device != sender.device:
                 need.backend.wait_for(sender.record())
                 need.backend.fetch(source, sender, at[need.node], spec)
-                if not is_bound:  # it may be in an arena that the run is to write over
+                if not is_bound:  # the array may be in an arena that the run overwrites
                     sender.wait_for(need.backend.record())
             elif not is_bound:
                 need.backend.fetch(source, sender, at[need.node], spec)
 
 
-#: Options that methods of a plan once had, where a name of an input stands now.
+#: Options of a plan's methods in earlier versions -> how to write them now.
 _RENAMED = {
     "copy": ". run(copy=False) is now views()",
     "repeat": ". run(repeat=n) is now repeat(n), profile(repeat=n) is profile(inputs, n)",
@@ -177,7 +179,7 @@ _RENAMED = {
 
 
 def same_memory(a: Bound, b: Bound) -> bool:
-    """Whether what is recorded for one reads the arrays of the other."""
+    """Whether both bind the same inputs to the same memory."""
 
     def addresses(bound: Bound) -> dict[str, tuple[str, int]]:
         return {key: (array.backend.device, array.given.address) for key, array in bound.items()}
@@ -187,7 +189,7 @@ def same_memory(a: Bound, b: Bound) -> bool:
 
 @contextmanager
 def _naming(key: str) -> Iterator[None]:
-    """Errors about an array with the input's name."""
+    """Add the input's name to errors about an array."""
     try:
         yield
     except (DTypeError, GraphError) as error:
@@ -195,25 +197,25 @@ def _naming(key: str) -> Iterator[None]:
 
 
 def _inside(array: Shared, buffer: Buffer, nbytes: int) -> bool:
-    """Whether it begins in this block of its device's memory."""
+    """Whether the array begins in this block of its device's memory."""
     spec = Spec.of(TYPES["i8"], (max(nbytes, 1),))
     block = array.backend.given(array.backend.view(Address(buffer, 0, spec.nb), spec))
     assert block is not None
     return 0 <= array.given.address - block.address < nbytes
 
 
-def _described(array: object) -> str:
-    kind = type(array)
-    return f"a {kind.__module__}.{kind.__qualname__}".replace("builtins.", "")
+def _type_name(array: object) -> str:
+    cls = type(array)
+    return f"a {cls.__module__}.{cls.__qualname__}".replace("builtins.", "")
 
 
 def together(inputs: Mapping[str, object] | None, named: Mapping[str, object]) -> dict[str, object]:
-    """Inputs given in a dict and as keywords."""
+    """The inputs of a dict and of keywords as one dict."""
     if inputs is not None and not isinstance(inputs, Mapping):
         raise DTypeError(
-            f"inputs are given by name, in a dict or as keywords, not as {type(inputs).__name__}"
+            f"inputs must be a dict or keywords, not {type(inputs).__name__}; they go by name"
         )
     twice = [key for key in named if key in (inputs or {})]
     if twice:
-        raise GraphError(f"input {twice[0]!r} is given twice, in the dict and as a keyword")
+        raise GraphError(f"input {twice[0]!r} is both in the dict and a keyword; pass it once")
     return {**(inputs or {}), **named}

@@ -1,4 +1,4 @@
-"""Leaves of plans, and their memory in a store: weights, states and slots of inputs."""
+"""The leaves of plans and their memory in a store: weights, states and slots of inputs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from pyggml.node import Node, Spec
 from pyggml.ops.leaf import constant_op, data_of, state_op
 from pyggml.transfer import origin
 
-#: Called while weights go to their devices, with the bytes that are there and those that will be.
+#: Called after each weight that is uploaded: bytes uploaded so far, bytes in total.
 Progress: TypeAlias = Callable[[int, int], object]
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """A leaf (or one given to a further device) that a plan reads, and where it reads it."""
+    """A leaf that a plan reads on a device; one for each device that reads the leaf.
+
+    node  the leaf, or a resident transfer of it to a second device
+    """
 
     node: Node
     backend: Backend
@@ -29,7 +32,7 @@ class Need:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Needs of one key share their memory."""
+        """Equal for needs that share memory."""
         leaf = origin(self.node)
         name = leaf.attrs["name"]
         if leaf.op is constant_op:
@@ -40,7 +43,7 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """A leaf in the store: the node that brought it, its memory, and on which backend it is."""
+    """A leaf with memory in the store: the node it was allocated for, its address and backend."""
 
     node: Node
     at: Address
@@ -56,36 +59,43 @@ _Table: TypeAlias = dict[tuple[object, ...], Leaf]
 
 @dataclass(slots=True)
 class Leaves:
-    """Everything that a store holds of leaves. A store replaces it as a whole and never changes
-    it, so an interrupt leaves either what was there or all of what is new."""
+    """All leaves with memory in a store.
+
+    A store never changes its `Leaves`; it replaces the whole object. So an interrupt leaves either
+    the old leaves or all of the new ones.
+    """
 
     weights: _Table = field(default_factory=dict)
     states: _Table = field(default_factory=dict)
     inputs: _Table = field(default_factory=dict)
 
-    def with_room(self, needs: Sequence[Need], progress: Progress | None) -> Leaves:
-        """These leaves and those of `needs`, whose memory is allocated and filled."""
-        more = Leaves(dict(self.weights), dict(self.states), dict(self.inputs))
-        weights = [need for need in needs if origin(need.node).op is constant_op]
-        more._upload({need.key: need for need in weights if need.key not in self.weights}, progress)
+    def with_needs(self, needs: Sequence[Need], progress: Progress | None) -> Leaves:
+        """These leaves and those of `needs`, with memory allocated and filled for the new ones."""
+        leaves = Leaves(dict(self.weights), dict(self.states), dict(self.inputs))
+        missing = {
+            need.key: need
+            for need in needs
+            if origin(need.node).op is constant_op and need.key not in self.weights
+        }
+        leaves._upload(missing, progress)
         for need in needs:
             leaf = origin(need.node)
-            if leaf.op is not constant_op and need.key not in more.table(need):
+            if leaf.op is not constant_op and need.key not in leaves.table(need):
                 at = Address(need.backend.alloc(leaf.spec.nbytes), 0, leaf.spec.nb)
-                more.table(need)[need.key] = Leaf(leaf, at, need.backend)
-        return more
+                leaves.table(need)[need.key] = Leaf(leaf, at, need.backend)
+        return leaves
 
     def table(self, need: Need) -> _Table:
-        """The one in which a need's leaf stands."""
-        kind = origin(need.node).op
-        if kind is constant_op:
+        """The table for a need's leaf: weights, states or inputs."""
+        op = origin(need.node).op
+        if op is constant_op:
             return self.weights
-        return self.states if kind is state_op else self.inputs
+        return self.states if op is state_op else self.inputs
 
     def _upload(
         self, missing: Mapping[tuple[object, ...], Need], progress: Progress | None
     ) -> None:
-        # The host reads weights where they lie: nothing is copied, nothing counts as progress.
+        # The host reads weights in place, so nothing is uploaded there.
         total = sum(need.nbytes for need in missing.values() if need.backend.device != "host")
         done = 0
         for key, need in missing.items():

@@ -1,4 +1,4 @@
-"""The bytes that a plan uses on each device, known before any is allocated."""
+"""The bytes that a plan uses on each device, computed before anything is allocated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pyggml.transfer import origin
 
 
 def mib(nbytes: float) -> str:
-    """Bytes as MiB; two decimals, four below 1."""
+    """Bytes in MiB, with two decimals, or four below 1 MiB."""
     return f"{nbytes / 2**20:.{2 if nbytes >= 2**20 or not nbytes else 4}f}"
 
 
@@ -21,15 +21,15 @@ def mib(nbytes: float) -> str:
 class DeviceMemory:
     """The bytes that a plan uses on one device.
 
-    weights, states, inputs   resident in the store (shared with its other plans)
-    compute                   this plan's arena; the store keeps one as large as its largest plan's
-    workspace                 what the device's libraries work in: one block for all plans on it
-    staging                   bytes of the host, pinned, that copies to and from the device pass
-                              through; one block for all plans, no part of `total`
-    score_peak                most bytes of attention scores and expanded K and V at once
+    weights, states, inputs   resident in the store, shared with its other plans
+    compute                   the plan's arena; the store's arena is as large as its largest plan's
+    workspace                 of the device's libraries: one block for all plans on the device
+    staging                   pinned host memory that copies to and from the device go through: one
+                              block for all plans, not part of `total`
+    score_peak                largest sum of attention scores and expanded K and V alive at once
     score_peak_plain          the same without a budget
-    live                      live bytes in each step, for pictures: packing's lower bound
-    size, said                bytes of the place, and how they were written: None and "" if not
+    live                      live bytes in each step, the lower bound of any packing
+    size, size_text           bytes of a place with a size, and its text ("24GiB"); else None and ""
     """
 
     device: str
@@ -42,7 +42,7 @@ class DeviceMemory:
     score_peak_plain: int
     live: tuple[int, ...]
     size: int | None
-    said: str
+    size_text: str
     staging: int
 
     @property
@@ -53,7 +53,7 @@ class DeviceMemory:
         return [self.device, *(mib(getattr(self, column)) for column in _COLUMNS)]
 
 
-#: What the table shows of each device, and the heads that say it.
+#: The columns of the table and their heads.
 _SIZES = ("weights", "states", "inputs", "compute", "workspace", "total")
 _COLUMNS = (*_SIZES, "score_peak", "score_peak_plain")
 _HEADS = ["device", *_SIZES, "score peak", "plain"]
@@ -61,14 +61,14 @@ _HEADS = ["device", *_SIZES, "score peak", "plain"]
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Memory:
-    """The bytes a plan will use; exact, and known before anything is allocated.
+    """The bytes that a plan will use: exact, and known before anything is allocated.
 
-    weights, states, inputs, compute, workspace and total are sums over `devices`, `score_peak` is
-    the largest.
+    weights, states, inputs, compute, workspace and total are sums over `devices`; `score_peak` is
+    the largest of the devices.
 
-    devices               a row for each
+    devices               one row each
     amb                   the attention memory budget in bytes, or None
-    peak_step, peak_live  the step with most live bytes on a device, and how many
+    peak_step, peak_live  the step with the most live bytes on one device, and those bytes
     """
 
     devices: tuple[DeviceMemory, ...]
@@ -78,8 +78,12 @@ class Memory:
 
     @staticmethod
     def of(work: Work, plain: Work, needs: Sequence[Need], sizes: Mapping[str, Place]) -> Memory:
-        """The memory of `work`; `plain` is the same graph without a budget, `needs` its leaves,
-        `sizes` the places that were given with one, by device."""
+        """The memory of `work`.
+
+        plain  the same graph planned without a budget
+        needs  the plan's leaves
+        sizes  places with a size, by device
+        """
         rows = []
         top, where = 0, ""
         used = {need.backend.device for need in needs}
@@ -89,8 +93,9 @@ class Memory:
             row = _row(work, device, [need for need in needs if need.backend.device == device])
             peak = plain.placed.arenas[device].score_peak
             row = replace(row, score_peak_plain=peak)
-            told = sizes.get(device)
-            rows.append(replace(row, size=told.size, said=told.said) if told else row)
+            if (place := sizes.get(device)) is not None:
+                row = replace(row, size=place.size, size_text=place.size_text)
+            rows.append(row)
             if max(arena.live, default=0) > top or not where:
                 top = max(arena.live, default=0)
                 steps = [s for s, live in zip(work.steps, arena.live) if live == top]
@@ -134,7 +139,7 @@ class Memory:
 
     @property
     def live(self) -> tuple[int, ...]:
-        """Live bytes in each step, of all devices together."""
+        """Live bytes in each step, summed over all devices."""
         return tuple(map(sum, zip(*(row.live for row in self.devices))))
 
     def __repr__(self) -> str:
@@ -155,7 +160,7 @@ class Memory:
         for row in self.devices:
             if row.staging:
                 pinned = f"{mib(row.staging)} MiB of pinned host memory"
-                lines.append(f"Beside it {row.device} copies through {pinned}.")
+                lines.append(f"Copies to and from {row.device} use another {pinned}.")
             if row.size is not None:
                 short = row.total - row.size
                 fits = (
@@ -163,29 +168,29 @@ class Memory:
                     if short <= 0
                     else f"does NOT fit: {mib(short)} MiB over"
                 )
-                lines.append(f"{row.device} (assumed {row.said}): {fits}.")
+                lines.append(f"{row.device} (assumed {row.size_text}): {fits}.")
         return "\n".join(lines)
 
 
 def _row(work: Work, device: str, needs: Sequence[Need]) -> DeviceMemory:
-    """What a plan with these leaves uses of a device, which has no size yet."""
+    """The memory of a plan with these leaves on a device, without a size."""
     backend = next(b for b in work.backends if b.device == device)
     steps = [s for split in work.splits if split.backend.device == device for s in split.steps]
-    kinds = {"constant": 0, "state": 0, "input": 0}
+    nbytes = {"constant": 0, "state": 0, "input": 0}
     for need in needs:
-        kinds[origin(need.node).op.name] += need.nbytes
+        nbytes[origin(need.node).op.name] += need.nbytes
     arena = work.placed.arenas[device]
     return DeviceMemory(
         device=backend.place,
-        weights=kinds["constant"],
-        states=kinds["state"],
-        inputs=kinds["input"],
+        weights=nbytes["constant"],
+        states=nbytes["state"],
+        inputs=nbytes["input"],
         compute=arena.nbytes,
         workspace=max((step.workspace for step in steps), default=0),
         score_peak=arena.score_peak,
         score_peak_plain=arena.score_peak,
         live=arena.live,
         size=None,
-        said="",
+        size_text="",
         staging=backend.staging_bytes if steps or needs else 0,
     )

@@ -1,5 +1,7 @@
-"""Graphs that are legal and hardly meant: writes that never happen or that their reader misses,
-rows and positions past what is read."""
+"""Warnings about legal graphs that are probably mistakes.
+
+State writes that never happen or that a reader misses, and ids and positions past what is read.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,11 @@ from pyggml.ops.views import view_op
 from pyggml.passes.order import versions
 from pyggml.written import Write, writes_of
 
-# -- what the graph alone shows -------------------------------------------------------------------
+# -- checks of the graph --------------------------------------------------------------------------
 
 
 def stale_reads(graph: Graph) -> Iterator[str]:
-    """Reads of a state that miss a write which the user built: a sentence for each handle."""
+    """A warning for each state handle that is read where a write the user built is missed."""
     seen = versions(graph.nodes)
     replaced = {seen[_target(node)]: node for node in graph.nodes if node.op.writes is not None}
     for handle, readers in _readers(graph, seen).items():
@@ -33,22 +35,22 @@ def stale_reads(graph: Graph) -> Iterator[str]:
             dropped = next((w for w in writes_of(handle) if _is_dropped(w, graph)), None)
             if dropped is not None:
                 yield (
-                    f"{_at(readers[0])} reads the state {state!r}, and {dropped.text}, which "
-                    "writes it, never happens: nothing uses the handle that it returned. Read that "
-                    "handle, or give it to updates="
+                    f"{_at(readers[0])} reads the state {state!r}, but {dropped.text}, which "
+                    "writes it, never runs because nothing uses the handle it returned; read that "
+                    "handle, or pass it in updates="
                 )
         elif _comes_late(graph, write):
             before = set(toposort([write]))
             reader = next((reader for reader in readers if reader not in before), None)
             if reader is not None:
                 yield (
-                    f"{_at(reader)} reads the state {state!r} as it is before {_at(write)} writes "
-                    "it, so it misses the rows of this run: read the handle that the write returned"
+                    f"{_at(reader)} reads the state {state!r} before {_at(write)} writes it, so it "
+                    "misses the rows of this run; read the handle that the write returned"
                 )
 
 
 def _readers(graph: Graph, seen: Mapping[Node, Node]) -> dict[Node, list[Node]]:
-    """Who reads each handle of a state, in order."""
+    """Handle of a state -> the nodes that read it, in order."""
     readers: dict[Node, list[Node]] = {}
     for node in graph.nodes:
         for i, source in enumerate(node.src):
@@ -60,8 +62,11 @@ def _readers(graph: Graph, seen: Mapping[Node, Node]) -> dict[Node, list[Node]]:
 
 
 def _is_dropped(write: Write, graph: Graph) -> bool:
-    """Whether a write that is in no graph was meant for this one: nobody holds it any more, or all
-    that it takes is taken by this graph as well. Others may be of another plan."""
+    """Whether a write that is in no compiled graph was probably meant for this one.
+
+    It was if its handle is gone, or if this graph has all inputs that it depends on. Other writes
+    may belong to another plan.
+    """
     node = write.node()
     if write.in_graph or node is None:
         return not write.in_graph
@@ -70,7 +75,10 @@ def _is_dropped(write: Write, graph: Graph) -> bool:
 
 
 def _comes_late(graph: Graph, write: Node) -> bool:
-    """Whether a write stores rows, for no reader in the graph, that nothing else here uses."""
+    """Whether a write only stores rows for later runs.
+
+    That is, no node of the graph reads its handle, and no other node reads its rows.
+    """
     return (
         write.op is set_rows
         and write in graph.updates
@@ -80,7 +88,7 @@ def _comes_late(graph: Graph, write: Node) -> bool:
 
 
 def _users(graph: Graph, node: Node) -> Iterator[Node]:
-    """Who reads a node, through views too."""
+    """The nodes that read `node`, directly or through views."""
     nodes = [node]
     while nodes:
         for user in graph.users[nodes.pop()]:
@@ -100,14 +108,15 @@ def _at(node: Node) -> str:
     return f"{node.op.name} at {line_of(node)}"
 
 
-# -- what inputs show -----------------------------------------------------------------------------
+# -- checks of input values -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """What the numbers in an input stay below, and what it means if they do not.
+    """The limit that the numbers in an input must stay below.
 
-    is_error  else it is a StateWarning
+    text      what a number at or above it means
+    is_error  raise an IdError, not a StateWarning
     """
 
     input: str
@@ -116,38 +125,38 @@ class Limit:
     is_error: bool
 
     def check(self, numbers: NDArray[np.generic]) -> None:
-        """IdError or StateWarning where a number is past the limit."""
+        """IdError or StateWarning if a number is not below the limit."""
         largest = int(numbers.max())
         if largest < self.below:
             return
-        text = f"input {self.input!r} holds {largest}: {self.text}"
+        text = f"input {self.input!r} contains {largest}: {self.text}"
         if self.is_error:
             raise IdError(text)
         warnings.warn(text, StateWarning, stacklevel=6)
 
 
 def limits(graph: Graph) -> Iterator[Limit]:
-    """Limits of inputs that are positions of a causal mask, or ids of rows to write."""
+    """The limits of inputs that are positions of a causal mask or ids of rows to write."""
     for node in graph.nodes:
         if node.op is causal_mask and (key := _input(node["pos"])) is not None:
             n_kv = node.attrs["n_kv"]
             text = (
-                f"a position of {_at(node)}, where n_kv={n_kv}. It is past the keys, so its own "
-                "key would not be seen; a negative position sees none"
+                f"a position of {_at(node)} with n_kv={n_kv} keys. Positions must be below n_kv, "
+                "or the token does not see its own key; a negative position sees no key"
             )
             yield Limit(key, n_kv, text, is_error=True)
         elif node.op is set_rows and (key := _input(node["ids"])) is not None:
             view, rows = _rows_read(graph, node)
             if view is not None and rows < node.ne[1]:
                 text = (
-                    f"a row that {_at(node)} writes, and what reads them, {_at(view)}, shows only "
-                    f"the first {rows} rows"
+                    f"a row that {_at(node)} writes, but {_at(view)} reads only the first {rows} "
+                    "rows"
                 )
                 yield Limit(key, rows, text, is_error=False)
 
 
 def _input(node: Node) -> str | None:
-    """The name of the input whose numbers `node` holds, all of them."""
+    """The name of the input that `node` shows completely, else None."""
     base = node.base
     if base.op is not input_op:
         return None
@@ -155,8 +164,10 @@ def _input(node: Node) -> str | None:
 
 
 def _rows_read(graph: Graph, write: Node) -> tuple[Node | None, int]:
-    """The view that shows most rows of what was written, and how many; None where something may
-    read all of them."""
+    """The view that shows the most rows of a written state, and their number.
+
+    None if something may read all rows.
+    """
     users = graph.users[write]
     if not users or write in graph.outputs.values():
         return None, 0

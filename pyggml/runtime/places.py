@@ -1,4 +1,4 @@
-"""Places: `NAME[:INDEX][:SIZE]`, where a graph may run."""
+"""Places where a graph may run: `NAME[:INDEX][:SIZE]`."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A device by name: `numpy`, `cuda:1`, or with a size a description of one (`cuda:0:24GiB`).
+    """A device by name: `numpy`, `cuda:1`, or `cuda:0:24GiB`, for planning only.
 
-    size, said  its bytes, and how they were written: None and "" without a size
+    size, size_text  the size in bytes and as text ("24GiB"); None and "" without one
     """
 
     name: str
     index: int
     size: int | None
-    said: str
+    size_text: str
 
     def __str__(self) -> str:
-        return self.backend.place + (f":{self.said}" if self.said else "")
+        return self.backend.place + (f":{self.size_text}" if self.size_text else "")
 
     @property
     def backend(self) -> Backend:
@@ -36,14 +36,20 @@ class Place:
 
 
 def parse(text: str) -> Place:
-    """The place that `text` names. DeviceError if malformed, UnknownNameError for a backend."""
+    """The place that `text` names.
+
+    Errors: DTypeError if it is not a string, DeviceError if it is malformed, UnknownNameError for
+    an unknown backend.
+    """
     if not isinstance(text, str):
-        raise DTypeError(f"a place is a string such as 'numpy' or 'cuda:0:24GiB', not {text!r}")
-    found = _FORM.fullmatch(text)
-    if found is None:
-        raise DeviceError(f"{text!r} is no place; the form is NAME[:INDEX][:SIZE], cuda:0:24GiB")
-    size = found["size"]
-    nbytes = int(float(size) * _UNITS[found["unit"]]) if size else None
-    name, index = found["name"], int(found["index"] or 0)
-    backends.get(name, index)  # raises where there is none
-    return Place(name, index, nbytes, f"{size}{found['unit']}" if size else "")
+        raise DTypeError(f"a place must be a string such as 'cuda:0' or 'numpy', not {text!r}")
+    match = _FORM.fullmatch(text)
+    if match is None:
+        raise DeviceError(
+            f"{text!r} is not a place; expected NAME[:INDEX][:SIZE] such as cuda:0:24GiB"
+        )
+    size = match["size"]
+    nbytes = int(float(size) * _UNITS[match["unit"]]) if size else None
+    name, index = match["name"], int(match["index"] or 0)
+    backends.get(name, index)  # raises if the backend is unknown
+    return Place(name, index, nbytes, f"{size}{match['unit']}" if size else "")

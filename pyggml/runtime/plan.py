@@ -1,4 +1,4 @@
-"""Plan: a graph made ready for devices, its memory known, run many times."""
+"""Plan: a compiled graph, ready to run many times."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ Arrays = Mapping[str, object] | None
 
 
 class Plan:
-    """A graph compiled against a store. `compile` makes it; it holds no memory before `bind`.
+    """A graph compiled for a store. `compile` makes it; it has no device memory before `bind`.
 
-    An interrupted call leaves a plan as it was or as it was to be: each of the three parts that
-    change is replaced by one assignment, and `_ready` asks whether they still belong together.
+    An interrupt leaves each of `_planned`, `_bound` and `_execution` either old or new, because one
+    assignment replaces it. `_ready` checks that the three belong together.
     """
 
     def __init__(self, request: Request, planned: Planned, store: Store) -> None:
@@ -50,7 +50,7 @@ class Plan:
     def __str__(self) -> str:
         return plan_text(self._work)
 
-    # -- what it is ---------------------------------------------------------------------------
+    # -- contents -----------------------------------------------------------------------------
 
     @property
     def _work(self) -> Work:
@@ -62,45 +62,45 @@ class Plan:
 
     @property
     def memory(self) -> Memory:
-        """The bytes that it takes, known before any is allocated."""
+        """The bytes that the plan uses, known before anything is allocated."""
         return self._planned.memory
 
     @property
     def inputs(self) -> Mapping[str, Spec]:
-        """The inputs' types and sizes, by name."""
+        """The types and sizes of the inputs, by name."""
         return self._planned.inputs.specs
 
     @property
     def graph(self) -> Graph:
-        """The graph as it runs: expanded, cut by the budget, with transfers between devices."""
+        """The graph that runs: ops expanded, attentions cut by the budget, transfers inserted."""
         return self._work.graph
 
     @property
     def splits(self) -> tuple[Split, ...]:
-        """Runs of steps of one device, in the order in which they are issued."""
+        """The splits: consecutive steps on one device, in the order in which they are issued."""
         return self._work.splits
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """All steps of all splits, copies between devices included."""
+        """The steps of all splits, including copies between devices."""
         return self._work.steps
 
     @property
     def addresses(self) -> Mapping[Node, Address]:
-        """Where each tensor is, once bound."""
+        """The address of each tensor; empty before `bind`."""
         return self._execution.at if self._execution is not None else {}
 
     @property
     def runners(self) -> tuple[Runner, ...]:
-        """What runs each split, once bound: for tools that time a device by its own clock.
+        """The runner of each split, empty before `bind`; for tools that time with device clocks.
 
-        `run()` of a runner puts its steps into the device's queue and does not wait. Inputs keep
-        what the last run gave them.
+        A runner's `run()` puts its steps into the device's queue and does not wait. Inputs keep the
+        values of the last run.
         """
         return tuple(self._execution.runners) if self._execution is not None else ()
 
     def place_of(self, node: Node) -> str:
-        """The place where a node of `graph` is computed or kept."""
+        """The place where a node of `graph` is computed or stored."""
         return self._work.home(node).place
 
     # -- memory -------------------------------------------------------------------------------
@@ -108,18 +108,19 @@ class Plan:
     def bind(
         self, arrays: Arrays = None, progress: Progress | None = None, /, **named: object
     ) -> Plan:
-        """Allocate, upload weights and make runners. The first run does it if nobody else did.
+        """Allocate memory, upload weights and build runners. The first run does it if needed.
 
-        arrays, named  arrays that stay these inputs' memory, nothing copied: of NumPy for the host,
-                       of CuPy, PyTorch and others for a GPU, in C order and of the tensor's type.
-                       The plan keeps them, runs read what is in them then and take no array for
-                       those inputs. None goes back to copies. What is not named stays as it is
-        progress       called with (bytes that are there, bytes in all) after every weight that
-                       goes to a device: `bind({}, show)`
-        A store keeps each state where the first plan that was bound has it. A plan that was
-        compiled before that, for another place, is planned again here.
-        Errors: DeviceError for a place that is only described, OutOfMemoryError with the table;
-        UnknownNameError, ShapeError, DTypeError, GraphError for arrays; then none is bound.
+        arrays, named  arrays that become the memory of these inputs, without a copy: NumPy arrays
+                       for the host, arrays of CuPy, PyTorch and others for a GPU, in C order and of
+                       the tensor's type. Runs read them and take no array for these inputs; the
+                       plan keeps them alive. None unbinds an input; other inputs do not change
+        progress       called as progress(uploaded bytes, total bytes) after each weight:
+                       `bind({}, show)`
+        A store keeps each state on the device of the first plan that was bound. A plan compiled
+        earlier for another place is planned again here.
+        Errors: DeviceError for a place with a size; OutOfMemoryError with the memory table;
+        UnknownNameError, ShapeError, DTypeError or GraphError for arrays, and then no array is
+        bound.
         """
         if progress is not None and not callable(progress):
             raise DTypeError(f"bind(arrays, progress): {progress!r} is not a function")
@@ -129,17 +130,17 @@ class Plan:
 
     def _alone(self, action: Callable[[], T]) -> T:
         if self._request.sizes:
-            described = ", ".join(map(str, self._request.sizes.values()))
+            names = ", ".join(map(str, self._request.sizes.values()))
             raise DeviceError(
-                f"{described} is a description of a device: compile works on it, bind "
-                "and run do not; give the place without a size"
+                f"{names}: a place with a size is for planning only; compile for the place without "
+                "the size to bind or run"
             )
         return self.store.alone(self._work.backends, action)
 
     def _ready(
         self, changes: Mapping[str, object] | None = None, progress: Progress | None = None
     ) -> Execution:
-        """What runs the plan, made again where something it was made for has changed."""
+        """The execution, rebuilt if the store, the arenas or the bound arrays have changed."""
         planned, bound, execution = self._planned, self._bound, self._execution
         if execution is None and not planned.fits(self.store):
             planned = self._request.plan(self.store, stacklevel=6)
@@ -152,56 +153,61 @@ class Plan:
         return execution
 
     def _executable(self, planned: Planned, bound: Bound, progress: Progress | None) -> Execution:
-        """Runners over memory of the store, all of it allocated and filled."""
+        """An execution over the store's memory, all of it allocated and filled."""
         work = planned.work
         used = {need.backend.device for need in planned.needs} | {
             split.backend.device for split in work.splits
         }
-        one_a_device = {backend.device: backend for backend in work.backends}
+        by_device = {backend.device: backend for backend in work.backends}
         sizes = {
             backend: work.placed.arenas[device].nbytes
-            for device, backend in one_a_device.items()
+            for device, backend in by_device.items()
             if device in used
         }
-        given = planned.inputs.addresses(bound)
+        bound_at = planned.inputs.addresses(bound)
         try:
-            leaves = self.store.reserve(planned.needs, sizes, given, progress)
+            leaves = self.store.reserve(planned.needs, sizes, bound_at, progress)
             arenas = {device: self.store.arenas[device].buffer for device in used}
             execution = Execution(work, addresses(work, leaves, arenas), arenas, bound)
-            execution.settle()  # one device may read at once what another still clears or gets
+            execution.settle()  # another device may read memory that is still being filled
         except OutOfMemoryError as error:
             raise OutOfMemoryError(f"{error}; the plan needs:\n{planned.memory}") from None
         return execution
 
     def release(self) -> None:
-        """Let go of the arenas; the next run binds again."""
+        """Free the arenas; the next run binds again."""
         self._execution = None
 
     # -- runs ---------------------------------------------------------------------------------
 
     def run(self, inputs: Arrays = None, /, **named: object) -> dict[str, Any]:
-        """Give every input an array (NumPy shape), execute, return copies of the outputs by name.
+        """Run the graph on `inputs` (NumPy shapes) and return copies of the outputs by name.
 
-        inputs, named  a dict, keywords, or both. An array of CuPy, PyTorch or others in the memory
-                       of a GPU that reads it is copied there, and must have the tensor's type
-        bf16 and block types come back as f32. Where a run fails, states that its earlier steps
-        wrote stay written.
+        inputs, named  a dict, keywords, or both: an array for every input that is not bound. An
+                       array of CuPy, PyTorch or others in the memory of a GPU that reads it is
+                       copied on the GPU, and must have the tensor's type
+        bf16 and block types are returned as f32. If a run fails, states keep what its steps wrote
+        before the failure.
         Errors: UnknownNameError, ShapeError, DTypeError or GraphError for inputs; DeviceError for a
-        device that is not there, only described, or that failed; OutOfMemoryError where the first
-        run binds; IdError for ids past the end, on the host. A GPU takes those for negative ones,
-        and says so under PYGGML_CUDA_DEBUG=1 only (not inside loops).
+        device that is missing, has failed, or was given a size; OutOfMemoryError when the first run
+        binds; IdError for ids past the end, on the host (on a GPU see `get_rows`).
         """
         return self._run(inputs, named, 1, self._copy)
 
     def repeat(self, n: int, inputs: Arrays = None, /, **named: object) -> dict[str, Any]:
-        """Execute `n` times, one after another with no host in between; copies of the last
-        outputs. Inputs are given once; only states make the runs differ. Errors as for `run`."""
+        """Run `n` times without returning to the host in between; copies of the last outputs.
+
+        Inputs are uploaded once, so runs differ only by states. Errors as for `run`.
+        """
         return self._run(inputs, named, _count("repeat(n)", n), self._copy)
 
     def views(self, inputs: Arrays = None, /, **named: object) -> dict[str, Any]:
-        """As `run`, but outputs are left where they are: not to be written to, and valid until
-        the store's next run. They are stored values (raw rows for bf16 and block types), NumPy
-        arrays on the host and on a GPU objects that CuPy and PyTorch read."""
+        """Like `run`, but return views of the outputs' memory, without copies.
+
+        Do not write to them. They are valid until the store's next run. On the host they are NumPy
+        arrays, on a GPU objects that CuPy and PyTorch read. They show stored values: raw rows for
+        bf16 and block types.
+        """
         return self._run(inputs, named, 1, self._view)
 
     def _run(
@@ -224,21 +230,21 @@ class Plan:
         named: Mapping[str, object],
         run: Callable[[Execution, Callable[[], None]], T],
     ) -> T:
-        """Bind if need be, and call `run` with what gives the arrays to the devices."""
-        taken = self._planned.inputs.take(together(inputs, named))
+        """Bind if needed, then call `run` with a function that uploads the inputs."""
+        ready = self._planned.inputs.take(together(inputs, named))
 
         def action() -> T:
             execution = self._ready()
-            self._planned.inputs.check(taken, self._bound)
-            return run(execution, partial(self._give, taken, execution))
+            self._planned.inputs.check(ready, self._bound)
+            return run(execution, partial(self._give, ready, execution))
 
         return self._alone(action)
 
-    def _give(self, taken: Ready, execution: Execution) -> None:
-        self._planned.inputs.put(taken, self._bound, execution.at)
+    def _give(self, ready: Ready, execution: Execution) -> None:
+        self._planned.inputs.put(ready, self._bound, execution.at)
 
     def _copy(self, execution: Execution, node: Node) -> Any:
-        if node.op is constant_op:  # a device may keep it in a layout of its own
+        if node.op is constant_op:  # on the device it may have another layout
             rows = data_of(node).copy()
         else:
             rows = execution.work.home(node).download(execution.at[node], node.spec)
@@ -252,9 +258,11 @@ class Plan:
     # -- times --------------------------------------------------------------------------------
 
     def time(self, inputs: Arrays = None, runs: int = 9, /, **named: object) -> float:
-        """Seconds of one run, from giving it to the devices until all are done: the median of
-        `runs`, after one that warms up. Inputs are given once and outputs are not copied; every
-        run writes states. Errors as for `run`."""
+        """The median seconds of `runs` runs after a warm-up, from issuing to the devices' end.
+
+        Inputs are uploaded once and outputs are not copied. Every run writes states. Errors as for
+        `run`.
+        """
         _count("time(inputs, runs)", runs)
 
         def run(execution: Execution, give: Callable[[], None]) -> float:
@@ -264,9 +272,9 @@ class Plan:
         return self._execute(inputs, named, run)
 
     def profile(self, inputs: Arrays = None, runs: int = 3, /, **named: object) -> Profile:
-        """Time every step (best of `runs`, which write states) beside flops and bytes.
+        """The time of every step (the best of `runs` runs) with its flops and bytes.
 
-        inputs, named  as for `run`, with the same errors
+        Every run writes states. Inputs and errors are those of `run`.
         """
         _count("profile(inputs, runs)", runs)
 
@@ -285,5 +293,5 @@ def _seconds(call: Callable[[], None]) -> float:
 
 def _count(what: str, n: object) -> int:
     if isinstance(n, bool) or not isinstance(n, Integral) or n < 1:
-        raise DTypeError(f"{what} takes a whole number of at least 1, not {n!r}")
+        raise DTypeError(f"{what} needs a whole number of at least 1, not {n!r}")
     return int(n)

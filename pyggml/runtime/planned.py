@@ -1,4 +1,4 @@
-"""What was asked of compile, and the plan that the passes make of it for a store."""
+"""A request of compile, and what the passes plan for it and a store."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pyggml.runtime.store import Store
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A graph planned: its steps and places, the leaves it needs, its memory, its inputs."""
+    """A planned graph: its steps and places, the leaves it needs, its memory, its inputs."""
 
     work: Work
     needs: tuple[Need, ...]
@@ -29,7 +29,7 @@ class Planned:
     inputs: Inputs
 
     def fits(self, store: Store) -> bool:
-        """Whether the store has every state where this plan reads it, or has not got it yet."""
+        """Whether each state that the store already has is where the plan reads it."""
         homes = store.homes
         return all(
             homes.get(need.node.attrs["name"], need.backend).device == need.backend.device
@@ -40,11 +40,11 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A graph as the user wants it run, before any store is asked where its states are.
+    """The arguments of compile, before a store decides where states are.
 
     work   the graph, its places and pins
-    amb    the attention budget in bytes
-    sizes  places that are only described, by device
+    amb    the attention memory budget in bytes, or None
+    sizes  places with a size, which are for planning only, by device
     """
 
     work: Work
@@ -52,7 +52,7 @@ class Request:
     sizes: Mapping[str, Place]
 
     def plan(self, store: Store, stacklevel: int) -> Planned:
-        """Plan it around the states that the store has; the store is only read."""
+        """Plan the graph, with states where the store has them. Does not change the store."""
         begin = replace(self.work, settled=_settled(self.work, store))
         plain = work = passes.run(begin)
         if self.amb is not None:
@@ -70,13 +70,13 @@ class Request:
 
 
 def _settled(work: Work, store: Store) -> dict[str, Backend]:
-    """Where the store has the graph's states, by name."""
+    """Name -> where the store has the graph's state."""
     names = {node.attrs["name"] for node in work.graph.nodes if node.op is state_op}
     settled = {name: home for name, home in store.homes.items() if name in names}
     for name, home in settled.items():
         if home not in work.backends:
             raise GraphError(
-                f"the state {name!r} is on {home.place} in this store, which is none of the places "
-                f"{', '.join(b.place for b in work.backends)}: add it to backends="
+                f"this store has the state {name!r} on {home.place}, which is not among the places "
+                f"{', '.join(b.place for b in work.backends)}; add it to backends="
             )
     return settled

@@ -1,4 +1,4 @@
-"""What a plan says of its steps: as text, where what repeats is shown once, and their times."""
+"""A plan's steps as text, with repeated parts shown once, and the times of steps."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pyggml.passes.work import Split, Work
 from pyggml.runtime.memory import mib
 from pyggml.transfer import origin, transfer
 
-#: Longest repeated part that is looked for, in rows: more than a layer of any model has.
+#: The longest repeated part that `folds` finds, in rows: longer than a layer of any model.
 LONGEST = 512
 
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """Rows `start` to `start + period`, which stand `times` times one after another."""
+    """Rows `start` to `start + period`, which occur `times` times in succession."""
 
     start: int
     period: int
@@ -27,7 +27,7 @@ class Fold:
 
 
 def folds(rows: Sequence[object]) -> Iterator[Fold]:
-    """The rows cut into parts that repeat and single ones; equal rows are those that are ==."""
+    """Divide rows into repeated parts and single rows. Rows are compared with ==."""
     at = 0
     while at < len(rows):
         best = Fold(at, 1, 1)
@@ -45,9 +45,10 @@ def folds(rows: Sequence[object]) -> Iterator[Fold]:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A line of a plan, and what must be equal for another to be the same over again.
+    """A line of a plan.
 
-    step  what it shows; None for the head of a split
+    key   equal for rows that count as repetitions of each other
+    step  the step that it shows; None for the head of a split
     """
 
     text: str
@@ -56,17 +57,17 @@ class Row:
 
 
 def plan_text(work: Work) -> str:
-    """The splits in order; of each its copies, its steps, and what it waits for."""
+    """The splits in order, each with its copies, its steps and the splits that it waits for."""
     return "\n".join([*_head(work), *_folded(rows_of(work))])
 
 
 def rows_of(work: Work) -> list[Row]:
-    """Every line of a plan, nothing folded."""
+    """All lines of a plan, including repeated ones."""
     return [row for i, split in enumerate(work.splits) for row in _split_rows(work, i, split)]
 
 
 def counted(n: int, one: str, many: str = "") -> str:
-    """`1 step`, `2 steps`; `many` where the plural is not `one` with an s."""
+    """`1 step`, `2 steps`; give `many` if the plural is not `one` with an s."""
     return f"{n} {one if n == 1 else many or one + 's'}"
 
 
@@ -87,17 +88,17 @@ def _head(work: Work) -> Iterator[str]:
             continue
         place = next(b.place for b in work.backends if b.device == device)
         yield f"arena of {place}: {mib(arena.nbytes)} MiB"
-    told = Counter((e.op, e.place, e.reason) for e in work.expanded)
-    for (op, place, reason), count in told.items():
+    expanded = Counter((e.op, e.place, e.reason) for e in work.expanded)
+    for (op, place, reason), count in expanded.items():
         yield f"{count} x {op} in simpler ops on {place}: {reason}"
 
 
 def _split_rows(work: Work, number: int, split: Split) -> Iterator[Row]:
     after = f", after split {', '.join(map(str, split.waits))}" if split.waits else ""
     copies, steps = len(split.copies), len(split.steps)
-    told = f"{counted(copies, 'copy', 'copies')}, {counted(steps, 'step')}{after}"
+    text = f"{counted(copies, 'copy', 'copies')}, {counted(steps, 'step')}{after}"
     yield Row(
-        f"split {number} on {split.backend.place}: {told}",
+        f"split {number} on {split.backend.place}: {text}",
         ("split", split.backend.place, copies, steps),
     )
     for step in (*split.copies, *split.steps):
@@ -122,7 +123,7 @@ def _row(work: Work, step: Step) -> Row:
 
 
 def text_of(step: Step) -> str:
-    """Label, op and what it reads, by name: `Qcur-0 = mul_mat(blk.0.attn_q.weight, norm-0)`."""
+    """A step's label, op and sources: `Qcur-0 = mul_mat(blk.0.attn_q.weight, norm-0)`."""
     node = step.node
     if node.op is transfer:
         return f"copy({name_of(origin(node))})"
@@ -132,7 +133,7 @@ def text_of(step: Step) -> str:
 
 
 def name_of(node: Node) -> str:
-    """The newest label of a tensor, or of what it looks at or is a copy of; else its op."""
+    """The newest label of a tensor, or of the source of a view or transfer; else the op's name."""
     label = _label(node)
     while not label and node.src and (node.op.view is not None or node.op is transfer):
         assert node.src[0] is not None
@@ -163,9 +164,9 @@ def _folded(rows: Sequence[Row]) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One step's time in seconds beside what it had to do.
+    """The time of a step in seconds, with its floating-point operations and bytes.
 
-    text  its label and op with what it reads, `Qcur-0 = mul_mat(blk.0.attn_q.weight, norm-0)`
+    text  label, op and sources: `Qcur-0 = mul_mat(blk.0.attn_q.weight, norm-0)`
     """
 
     text: str
@@ -177,7 +178,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Profile:
-    """Times of all steps. `print` shows the slowest and the sums by op."""
+    """The times of all steps. As text: the slowest steps, and sums by op."""
 
     rows: tuple[Timing, ...]
 
@@ -201,14 +202,14 @@ class Profile:
         """Sums by op, slowest first."""
         sums: dict[str, list[float]] = {}
         for row in self.rows:
-            have = sums.setdefault(row.op, [0.0, 0.0, 0.0, 0.0])
+            total = sums.setdefault(row.op, [0.0, 0.0, 0.0, 0.0])
             for i, value in enumerate((row.seconds, row.flops, row.nbytes, 1.0)):
-                have[i] += value
-        made = [
+                total[i] += value
+        timings = [
             Timing(f"{op}, {counted(int(n), 'step')}", op, s, f, b)
             for op, (s, f, b, n) in sums.items()
         ]
-        return sorted(made, key=lambda row: -row.seconds)
+        return sorted(timings, key=lambda row: -row.seconds)
 
     def __str__(self) -> str:
         slowest = sorted(self.rows, key=lambda row: -row.seconds)[:12]

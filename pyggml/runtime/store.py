@@ -1,4 +1,4 @@
-"""What outlives a plan: weights, states, input slots, and arenas as large as needed."""
+"""Store: memory that plans share. Weights, states, input slots and arenas."""
 
 from __future__ import annotations
 
@@ -26,63 +26,71 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Arena:
-    """Memory that a device's plans share."""
+    """A block of a device's memory for intermediate tensors, shared by the store's plans."""
 
     buffer: Buffer
     nbytes: int
 
 
 class Store:
-    """The memory that plans share: weights and states once, an arena on each device.
+    """The memory that plans share: weights and states once, and an arena on each device.
 
-    Plans of one store run one at a time; stores are independent. Addresses of weights, states and
-    input slots never change while the store lives.
+    Plans of one store run one at a time; stores are independent. The addresses of weights, states
+    and input slots never change while the store exists.
     """
 
     def __init__(self) -> None:
         self.lock = RLock()
         self.arenas: Mapping[str, Arena] = {}  # by device; replaced, never changed
-        self.bound: WeakSet[Any] = WeakSet()  # plans that hold arenas
+        self.bound: WeakSet[Any] = WeakSet()  # the plans that use the arenas
         self._leaves = Leaves()
 
     def __repr__(self) -> str:
-        held = self._leaves
+        leaves = self._leaves
         arenas = ", ".join(f"{arena.nbytes} bytes on {d}" for d, arena in self.arenas.items())
         return (
-            f"<store: {len(held.weights)} weights, {len(held.states)} states, "
+            f"<store: {len(leaves.weights)} weights, {len(leaves.states)} states, "
             f"arenas: {arenas or 'none'}>"
         )
 
     @property
     def arena_bytes(self) -> int:
-        """Bytes of the arenas of all devices."""
+        """The bytes of all arenas."""
         return sum(arena.nbytes for arena in self.arenas.values())
 
     @property
     def homes(self) -> dict[str, Backend]:
-        """Where the states are, by name: where the first plan that was bound has them."""
+        """State name -> its backend, decided by the first plan that was bound."""
         return {str(key[0]): leaf.backend for key, leaf in self._leaves.states.items()}
 
     def alone(self, backends: Iterable[Backend], action: Callable[[], T]) -> T:
-        """Do something while no other thread uses the store, or these devices for another store:
-        a device has one queue."""
+        """Call `action` while no other thread uses the store or these devices.
+
+        Devices are locked too because a device has one queue, which stores share.
+        """
         devices = sorted(set(backends), key=lambda backend: backend.place)
         return _holding([self.lock, *(backend.lock for backend in devices)], action)
 
     # -- for plans ----------------------------------------------------------------------------
 
     def check(self, leaves: Iterable[Node]) -> None:
-        """GraphError where a leaf contradicts what the store holds under its name."""
+        """GraphError if the store has another state or weight with the name of a leaf."""
         states = {key[0]: leaf.spec for key, leaf in self._leaves.states.items()}
         weights = {key[0]: leaf.node for key, leaf in self._leaves.weights.items()}
         for leaf in map(origin, leaves):
             key = leaf.attrs["name"]
             spec = states.get(key, leaf.spec) if leaf.op is state_op else leaf.spec
             if (spec.dtype, spec.ne) != (leaf.dtype, leaf.ne):
-                raise GraphError(f"the state {key!r} is {spec} in this store, not {leaf.spec}")
+                raise GraphError(
+                    f"this store has the state {key!r} as {spec}, not {leaf.spec}; use another "
+                    "name or another store"
+                )
             other = weights.get(key, leaf) if leaf.op is constant_op else leaf
             if other is not leaf and not _same_data(other, leaf):
-                raise GraphError(f"the store holds other values under the weight {key!r}")
+                raise GraphError(
+                    f"this store has a weight {key!r} with other values; use another name or "
+                    "another store"
+                )
 
     def reserve(
         self,
@@ -91,17 +99,18 @@ class Store:
         bound: Mapping[Node, Address],
         progress: Progress | None = None,
     ) -> dict[Node, Address]:
-        """Where each need is, with memory for what had none, and arenas of at least these sizes.
+        """Allocate what is missing of `needs` and `arenas`; return the address of each need.
 
-        bound  inputs that the caller's arrays hold; they get no memory
-        On failure, and on an interrupt, no leaf has memory that it did not have before.
+        arenas  the bytes that the arena of each backend needs at least
+        bound   the addresses of inputs bound to the caller's arrays; they get no memory
+        After an error or an interrupt the leaves are as before.
         """
         self.check(need.node for need in needs)
-        here = [need for need in needs if need.node not in bound]
-        leaves = self._leaves.with_room(here, progress)
+        own = [need for need in needs if need.node not in bound]
+        leaves = self._leaves.with_needs(own, progress)
         self._enlarge(arenas)
         self._leaves = leaves
-        return {**bound, **{need.node: leaves.table(need)[need.key].at for need in here}}
+        return {**bound, **{need.node: leaves.table(need)[need.key].at for need in own}}
 
     def _enlarge(self, sizes: Mapping[Backend, int]) -> None:
         larger = {
@@ -110,12 +119,11 @@ class Store:
             if backend.device not in self.arenas or self.arenas[backend.device].nbytes < nbytes
         }
         if larger:
-            self._release()  # or the old arenas would live as long as the plans do
+            self._release()  # bound plans would keep the old arenas alive
             self.arenas = {**self.arenas, **larger}
 
     def _larger(self, backend: Backend, nbytes: int) -> Arena:
-        """A new arena. Where there is no room for it beside the present one, that is given up
-        first: it holds nothing between runs."""
+        """A new arena. If memory runs out, free the old one first: between runs it is unused."""
         try:
             return Arena(backend.alloc(nbytes), nbytes)
         except OutOfMemoryError:
@@ -126,13 +134,13 @@ class Store:
         return Arena(backend.alloc(nbytes), nbytes)
 
     def _release(self) -> None:
-        """Bound plans let go of their arenas, and bind again at their next run."""
+        """Make bound plans free the arenas; they bind again at their next run."""
         for plan in tuple(self.bound):
             plan.release()
         self.bound.clear()
 
     def written(self, device: str) -> Iterator[tuple[str, Buffer, int]]:
-        """What runs write over on a device: its name, memory and bytes."""
+        """The memory that runs overwrite on a device: a name, the buffer and its bytes."""
         if device in self.arenas:
             yield "the store's arena", self.arenas[device].buffer, self.arenas[device].nbytes
         for (name,), leaf in self._leaves.states.items():
@@ -146,13 +154,16 @@ class Store:
         if (name,) not in states:
             known = ", ".join(str(key[0]) for key in states)
             raise UnknownNameError(
-                f"the store has no state {name!r}; it has: "
-                f"{known or 'none: states exist once a plan that has them is bound'}"
+                f"the store has no state {name!r}; its states are: "
+                f"{known or 'none yet. A state exists once a plan with it is bound'}"
             )
         return states[name,]
 
     def read(self, name: str, *, raw: bool = False) -> NDArray[Any]:
-        """A copy of a state in NumPy shape; bf16 and block types as f32, or raw rows."""
+        """A copy of a state in NumPy shape; bf16 and block types as f32, or as raw rows.
+
+        Errors: UnknownNameError for a name without a state.
+        """
         with self.lock:
             state = self._state(name)
             with state.backend.lock:
@@ -161,13 +172,16 @@ class Store:
         return rows if raw or dtype.numpy is not None else decode_rows(dtype, rows)
 
     def write(self, name: str, array: ArrayLike) -> None:
-        """Set a state from an array of its NumPy shape (or its raw rows)."""
-        # Without the locks: an array of a device takes that device's own.
+        """Set a state from an array of its NumPy shape, or from raw rows.
+
+        Errors: UnknownNameError, ShapeError, DTypeError.
+        """
+        # Before taking the locks, because converting a device array takes its device's lock.
         values = stored(f"state {name!r}", self._state(name).spec, array)
         self._set(name, values)
 
     def clear(self, *names: str) -> None:
-        """Set states to zero; all of them without names."""
+        """Set states to zero, all of them by default. Errors: UnknownNameError."""
         with self.lock:
             for name in names or [str(key[0]) for key in self._leaves.states]:
                 spec = self._state(name).spec
@@ -185,9 +199,9 @@ class Store:
 def _holding(locks: Sequence[AbstractContextManager[object]], action: Callable[[], T]) -> T:
     """Call `action` with the locks taken, in this order.
 
-    One `with` statement a lock: Python looks for a signal neither between taking a lock and
-    entering its block nor between leaving the block and giving the lock back, so Ctrl-C leaves
-    none taken. A generator or an ExitStack in between would let one in.
+    Each lock has its own `with` statement: Python checks for signals neither between acquiring a
+    lock and entering the block nor between leaving the block and releasing the lock, so Ctrl-C
+    never leaves a lock taken. With a generator or an ExitStack in between it could.
     """
     if not locks:
         return action()
@@ -199,7 +213,7 @@ def _same_data(a: Node, b: Node) -> bool:
     if a.dtype != b.dtype or a.ne != b.ne:
         return False
     x, y = (data_of(n).reshape(-1).view(np.uint8) for n in (a, b))
-    blocks = range(0, len(x), 2**20)  # a weight's size is not to be allocated to compare it
+    blocks = range(0, len(x), 2**20)  # in blocks: the comparison allocates as much as it compares
     return x.ctypes.data == y.ctypes.data or all(
         np.array_equal(x[i : i + 2**20], y[i : i + 2**20]) for i in blocks
     )

@@ -174,7 +174,7 @@ def test_nothing_is_fused_where_the_user_says_so(name: str) -> None:
 
 def test_fuse_is_a_choice_of_two() -> None:
     x = gg.input("x", ne=(4,))
-    with pytest.raises(gg.DTypeError, match="fuse= takes True or False"):
+    with pytest.raises(gg.DTypeError, match="fuse= must be True or False"):
         gg.compile({"y": gg.relu(x)}, fuse="no")  # type: ignore[arg-type]
     for place in ("numpy", "null:0"):
         got = gg.compile({"y": gg.relu(x)}, backends=[place], fuse=False).run(x=[-1, 0, 1, 2])

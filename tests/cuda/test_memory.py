@@ -100,7 +100,7 @@ def test_the_attention_budget_does_not_count_it() -> None:
 
 
 def test_pinned_memory_of_the_host_is_told_beside_the_table() -> None:
-    told = f"Beside it cuda:0 copies through {RING / MIB:.2f} MiB of pinned host memory."
+    told = f"Copies to and from cuda:0 use another {RING / MIB:.2f} MiB of pinned host memory."
     plan = gg.compile({"y": product()}, backends=["cuda:0:24GiB", "numpy"])
     assert told in str(plan.memory).splitlines()
     assert [row.staging for row in plan.memory.devices] == [RING]

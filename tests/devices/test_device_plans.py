@@ -135,7 +135,7 @@ def test_a_described_device_says_whether_the_plan_fits() -> None:
         (line,) = [text for text in str(plan.memory).splitlines() if "assumed" in text]
         assert line.startswith(f"null:0 (assumed {kib}KiB): {told}")
         for call in (plan.bind, lambda plan=plan: plan.run(FEED)):
-            with pytest.raises(gg.DeviceError, match=rf"null:0:{kib}KiB.*description"):
+            with pytest.raises(gg.DeviceError, match=rf"null:0:{kib}KiB.*for planning only"):
                 call()
         assert plan.store.arenas == {}
     pinned = gg.compile(y, backends=["numpy"], pins={r"blk\.0": "null:0:1KiB"})
@@ -159,7 +159,7 @@ def test_what_a_fused_op_computes_inside_cannot_be_observed() -> None:
     x = gg.input("x", "f32", ne=(8, 2))
     y = gg.label(gg.fused_up_gate(up, gate, x), "ffn_hidden-0")
     with pytest.raises(
-        gg.UnknownNameError, match=r"ffn_up-\*.*there are: up, gate, x, ffn_hidden-\*"
+        gg.UnknownNameError, match=r"ffn_up-\*.*the labels are: up, gate, x, ffn_hidden-\*"
     ):
         gg.compile({"y": y}, backends=ALL, observe=["ffn_up-*"])
     seen = gg.compile({"out": gg.relu(y)}, backends=ALL, observe=["ffn_hidden-*"])

@@ -88,7 +88,7 @@ def test_pins_that_are_none() -> None:
 
 def test_a_pin_to_no_string_says_that_the_place_is_wrong() -> None:
     y = gg.relu(gg.input("x", "f32", ne=(4,)))
-    with pytest.raises(gg.DTypeError, match=r"a place is a string") as e:
+    with pytest.raises(gg.DTypeError, match=r"a place must be a string") as e:
         gg.compile({"y": y}, pins={"x": 3})
     assert "regular expression" not in str(e.value)
 

@@ -69,9 +69,7 @@ def test_nodes_are_compared_by_identity() -> None:
 
 @pytest.mark.parametrize("call", [lambda: X @ Y, lambda: X @ np.ones(3), lambda: np.ones(3) @ X])
 def test_matmul_says_what_to_write(call: Callable[[], object]) -> None:
-    with pytest.raises(
-        TypeError, match=r"use mul_mat.*inner dimension is ne\[0\].*; at "
-    ) as told:
+    with pytest.raises(TypeError, match=r"use mul_mat.*inner dimension is ne\[0\].*; at ") as told:
         call()
     assert __file__ in str(told.value)
 

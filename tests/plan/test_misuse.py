@@ -63,7 +63,7 @@ def test_a_copy_that_is_dropped_after_another_write() -> None:
     cache, rows, at = leaves()
     first = gg.set_rows(cache, rows, at)
     gg.cpy(rows, gg.view(first, ne=(4, 2)))
-    with pytest.warns(gg.StateWarning, match="cpy at .* never happens"):
+    with pytest.warns(gg.StateWarning, match="cpy at .* never runs"):
         gg.compile({"y": gg.relu(first)})
 
 
@@ -139,9 +139,11 @@ def test_rows_written_past_what_is_read() -> None:
     new, write = gg.set_rows(cache, rows, at), line()
     seen, read = gg.view(new, ne=(4, 4)), line()
     plan = gg.compile({"y": gg.relu(seen)})
-    with pytest.warns(gg.StateWarning, match="'at' holds 4.*only the first 4 rows") as caught:
+    with pytest.warns(gg.StateWarning, match="'at' contains 4.*only the first 4 rows") as caught:
         plan.run(rows=ROWS, at=[3, 4])
-    assert f":{write} writes" in str(caught[0].message) and f":{read}," in str(caught[0].message)
+    assert f":{write} writes" in str(caught[0].message) and f":{read} reads" in str(
+        caught[0].message
+    )
     assert caught[0].filename == __file__
     got = silent(lambda: plan.run(rows=ROWS, at=[3, -1]))["y"]
     np.testing.assert_array_equal(got[3], ROWS[0])

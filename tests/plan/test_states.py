@@ -123,12 +123,12 @@ def test_store_reads_writes_and_clears() -> None:
 def test_store_errors() -> None:
     store = gg.Store()
     for call in (store.read, store.clear, lambda name: store.write(name, 0)):
-        with pytest.raises(UnknownNameError, match="no state 'k'; it has: none"):
+        with pytest.raises(UnknownNameError, match="no state 'k'; its states are: none"):
             call("k")
     gg.compile({"y": gg.cont(gg.state("k", "f32", ne=(4, 2)))}, store=store).bind()
-    with pytest.raises(UnknownNameError, match="it has: k"):
+    with pytest.raises(UnknownNameError, match="its states are: k"):
         store.clear("k", "v")
-    with pytest.raises(ShapeError, match=r"NumPy shape \(2, 4\); it got NumPy shape \(4, 2\)"):
+    with pytest.raises(ShapeError, match=r"NumPy shape \(2, 4\); got NumPy shape \(4, 2\)"):
         store.write("k", np.zeros((4, 2)))
     with pytest.raises(DTypeError, match="complex128"):
         store.write("k", np.zeros((2, 4), complex))

@@ -73,10 +73,10 @@ def test_one_name_with_two_meanings_is_an_error() -> None:
     store = gg.Store()
     step(store, 1).bind()
     other = gg.state("cache", "f16", ne=(8, 16))
-    with pytest.raises(GraphError, match=r"'cache' is f32 \[8, 16\] in this store, not f16"):
+    with pytest.raises(GraphError, match=r"'cache' as f32 \[8, 16\], not f16"):
         gg.compile({"y": gg.cast(other, dtype="f32")}, store=store)
     weight = gg.constant(WEIGHT + 1, name="w")
-    with pytest.raises(GraphError, match="other values under the weight 'w'"):
+    with pytest.raises(GraphError, match="a weight 'w' with other values"):
         gg.compile({"y": gg.relu(weight)}, store=store)
     equal = gg.constant(WEIGHT.copy(), name="w")
     np.testing.assert_array_equal(
@@ -89,7 +89,7 @@ def test_a_conflict_between_two_plans_that_are_not_bound_yet() -> None:
     a = gg.compile({"y": gg.cont(gg.state("s", "f32", ne=(4,)))}, store=store)
     b = gg.compile({"y": gg.cont(gg.state("s", "f32", ne=(5,)))}, store=store)
     a.bind()
-    with pytest.raises(GraphError, match="the state 's' is"):
+    with pytest.raises(GraphError, match="has the state 's' as"):
         b.bind()
 
 
@@ -155,9 +155,9 @@ def test_memory_that_does_not_exist() -> None:
 def test_places_and_stores() -> None:
     x = gg.input("x", "f32", ne=(4,))
     described = gg.compile({"y": gg.relu(x)}, backends=["numpy:0:4GiB"])
-    with pytest.raises(DeviceError, match="description"):
+    with pytest.raises(DeviceError, match="for planning only"):
         described.run(x=np.zeros(4))
-    with pytest.raises(DTypeError, match="takes a Store"):
+    with pytest.raises(DTypeError, match="must be a Store"):
         gg.compile({"y": gg.relu(x)}, store="mine")  # type: ignore[arg-type]
 
 
