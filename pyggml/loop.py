@@ -1,4 +1,10 @@
-"""The loop node: pieces of one computation, written once and run in turn."""
+"""The loop node: pieces of one computation, written once and run in turn.
+
+The pieces of a computation are one node: a body graph, how its sources are cut, and where results
+go. A first piece that differs (shorter, or the start of a sum) has a body of its own; there are
+never more than two. A body is lowered and placed once, and its arena is the scratch of the loop's
+step.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,11 @@
-"""Node and Op: what is computed from what. No device, no memory, no array code."""
+"""Node and Op: what is computed from what. No device, no memory, no array code.
+
+Nodes are frozen, hash-consed and compared by identity; each has one output. Building the same
+node twice returns the same object. Leaves are new with each call, and two leaves of one name in a
+graph are an error. Labels and the user's line are in side tables, so they are not part of a
+node's identity. While a graph is compiled, the nodes that passes build belong to that graph alone
+(`rewriting`): labels that a rewrite carries over never reach an equal node of another graph.
+"""
 
 from __future__ import annotations
 

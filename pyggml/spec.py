@@ -1,4 +1,9 @@
-"""Spec: the type and size of a tensor."""
+"""Spec: the type and size of a tensor.
+
+`ne` is in ggml's order, with the contiguous dimension first; `shape` is in NumPy's. There are
+always four dimensions inside; `rank` is what the caller gave, and what is shown. Sizes are at
+least 1.
+"""
 
 from __future__ import annotations
 

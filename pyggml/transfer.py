@@ -1,4 +1,11 @@
-"""The transfer node: a copy of a tensor in another device's memory."""
+"""The transfer node: a copy of a tensor in another device's memory.
+
+A copy between devices is a node and not an entry in a side table: hash-consing makes it happen
+once, it has one lifetime, every pass and every report sees it, and kernels need not know about
+it. The other design, addresses by (tensor, device), would make placement, binding, views and
+reports each ask which device is meant. Weights and inputs that two devices read are given to both
+by the store; everything else is copied, and only the rows that are read.
+"""
 
 from __future__ import annotations
 

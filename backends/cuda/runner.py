@@ -1,6 +1,10 @@
 """Steps bound to device addresses: recorded once, replayed, captured as CUDA graphs.
 
 Recording needs no GPU: `record_step` returns the launches of a step.
+
+A host function records launches when a step is bound, and the runner replays them. Addresses
+never change afterwards, so a run of steps is captured as one CUDA graph. Recording needs no GPU:
+the tests record every case of the parity grid.
 """
 
 from __future__ import annotations

@@ -1,4 +1,13 @@
-"""The order of all nodes: sources first, readers of a state before its writers."""
+"""The order of all nodes: sources first, readers of a state before its writers.
+
+Order follows from data. A write to a state returns a new handle. Readers of the old handle run
+before the write; a reader of the old handle that depends on the write is an error, and so are two
+writes of one handle. (ggml runs nodes in the order in which they were built.) Writes that no
+output needs are listed in `updates=`.
+
+The same order holds on every device, so each lifetime is an interval of it and each arena is
+packed alone.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Lifetimes of steps -> offsets in one arena: who may share memory with whom, and when."""
+"""Lifetimes of steps -> offsets in one arena: who may share memory with whom, and when.
+
+Steps are lowered before memory is planned, so the scratch of a step is an interval like every
+tensor. Kernels can write strided results: a part of a `concat` is written where it belongs if its
+step and all its views allow it; parts that must be copied are counted in `print(plan)`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""The caller's arrays: host arrays are converted to what a tensor stores, device arrays checked."""
+"""The caller's arrays: host arrays are converted to what a tensor stores, device arrays checked.
+
+Foreign arrays need no API of their own: `bind(x=array)` uses their memory, and `views` returns
+outputs where they are. An output on a GPU is a small object that other libraries read by DLPack
+or `__cuda_array_interface__`, so pyggml needs none of them.
+"""
 
 from __future__ import annotations
 

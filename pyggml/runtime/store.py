@@ -1,4 +1,12 @@
-"""Store: memory that plans share. Weights, states, input slots and arenas."""
+"""Store: memory that plans share. Weights, states, input slots and arenas.
+
+A state lives where the first plan that was bound put it. A plan that was compiled for another
+device is planned again when it is bound. Two designs lost: an error that asks the user to compile
+again makes prompt and decode plans depend on the order of their calls, and a note in the store
+about plans that are not bound lets a plan that was thrown away move a state. Plans of a store run
+one at a time; stores are independent. Addresses of weights, states and inputs change only by
+`bind(x=array)`.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,10 @@
 
 CuPy refuses its cuBLAS calls during stream capture; cuBLAS itself allows them if it has a
 user-provided workspace.
+
+cuBLAS's workspace is one block per device. Products run one after another in a queue, so all
+plans share it. As scratch, its 32 MiB would be added to every arena and hide the score peak that
+the attention budget bounds.
 """
 
 from __future__ import annotations

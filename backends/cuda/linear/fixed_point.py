@@ -1,4 +1,8 @@
-"""Fixed-point activations for `vec`: b is quantized once for all products that read it."""
+"""Fixed-point activations for `vec`: b is quantized once for all products that read it.
+
+Quantized activations that several products share are a node private to the backend, so the
+planner sees their memory. A cache inside the runner would hide it.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,11 @@ them.
 
 Codes and scales are those of the blocks in a different order, without rounding. Types that index a
 grid (grids.py) store the codes themselves, 4 bits each; tq1_0 stores 2 bits per code.
+
+A block weight that only products read is kept in tiles of 8 rows, with codes and scales apart;
+other weights stay as they are in the file. Kernels decode every block type exactly. Codes keep
+their bits, except those of seven IQ types, which a file stores as indices into a grid: they are
+looked up when the weight is loaded and then take 4 bits.
 """
 
 from __future__ import annotations
