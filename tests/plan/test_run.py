@@ -102,7 +102,7 @@ def test_names_of_inputs() -> None:
     assert isinstance(error.value, KeyError)
     with pytest.raises(GraphError, match=r"missing inputs: x \(f32 \[8, 4\]\)"):
         plan.run()
-    with pytest.raises(GraphError, match="'x' is given twice"):
+    with pytest.raises(GraphError, match="'x' is both in the dict and a keyword"):
         plan.run({"x": X}, x=X)
     with pytest.raises(DTypeError, match="inputs must be a dict or keywords, not ndarray"):
         plan.run(X)  # type: ignore[arg-type]

@@ -128,7 +128,7 @@ def test_store_errors() -> None:
     gg.compile({"y": gg.cont(gg.state("k", "f32", ne=(4, 2)))}, store=store).bind()
     with pytest.raises(UnknownNameError, match="its states are: k"):
         store.clear("k", "v")
-    with pytest.raises(ShapeError, match=r"NumPy shape \(2, 4\); got NumPy shape \(4, 2\)"):
+    with pytest.raises(ShapeError, match=r"NumPy shape \(2, 4\), got NumPy shape \(4, 2\)"):
         store.write("k", np.zeros((4, 2)))
     with pytest.raises(DTypeError, match="complex128"):
         store.write("k", np.zeros((2, 4), complex))
