@@ -32,7 +32,7 @@ def run(args: argparse.Namespace, names: list[str]) -> int:
                 print(_failure(failure, name, args.kernel), flush=True)
 
         tally = fuzz(
-            setup, args.seconds, args.seed, args.graphs, args.jobs, args.cases, told=show
+            setup, args.seconds, args.seed, args.graphs, args.jobs, args.cases, report=show
         )  # fmt: skip
         tallies[name] = tally
         if not args.json:

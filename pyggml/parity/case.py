@@ -1,4 +1,4 @@
-"""A case: one op over described sources, as text and as a graph with values for the oracle."""
+"""A case: one op over sources, as text and as a graph with values for the oracle."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _SOURCE = re.compile(
     r"(?P<type>\w+)\[(?P<ne>[\d,]+)\](?P<fill>[<!]\d+-?|#-?\d+|~\w+)?"
     r"(?P<weight>@weight)?(?:@(?P<layout>\w+))?(?:=(?P<of>\d)\+(?P<start>\d+))?"
 )
-#: Ops of a user's own, by name, while they are tested.
+#: A user's own ops by name, while they are tested.
 OWN: dict[str, Any] = {}
-#: Ops whose results are their sources' values, moved: nothing is computed, nothing may change.
+#: Ops that only move values: nothing may change.
 MOVES = {"reshape", "view", "permute", "transpose", "cont", "concat", "repeat", "get_rows"}
 
 
@@ -35,26 +35,30 @@ MOVES = {"reshape", "view", "permute", "transpose", "cont", "concat", "repeat", 
 class Source:
     """A tensor of a case: `f16[64,5]`, `i32[6,5]<8-`, `q4_0[64,5]@weight@wide`, `f16[512,9]=1+64`
 
-    fill    what it holds; nothing: normal values.   <8: ids below 8;  <8-: negative ones too;
-            !8: ids below 8, all different in a row;  !8-: a fourth of them -1;  #9: the number 9;
-            ~mask: a third -inf, row 1 all of it;  ~causal: -inf behind the diagonal that ends in
-            the last key;  ~blocks: 30 % of blocks of 16 x 8 -inf;  ~above: above 0;  ~one: 0.9 to
-            1.1;  ~large: thousands;  ~ties: small whole numbers;
-            ~wild: inf, NaN, subnormals; in blocks any bytes;
+    fill    its values; by default normally distributed.
+            <8: ids below 8;  <8-: some of them negative;
+            !8: ids below 8, distinct within a row;  !8-: a fourth of them is -1;  #9: all are 9;
+            ~mask: a third is -inf, and all of row 1;
+            ~causal: -inf after the diagonal that ends at the last key;
+            ~blocks: 30 % of blocks of 16 x 8 are -inf;
+            ~above: above 0;  ~one: 0.9 to 1.1;  ~large: thousands;  ~ties: small integers;
+            ~wild: inf, NaN and subnormals; for block types any bytes;
             ~holed: NaN and infinity in rows 3, 8, 13, ..;  ~ended: in the second half of the rows;
             ~holes: a mask that hides keys 3, 8, 13, .. from all rows but every sixth, and a fifth
             of the other keys;
-            ~nan: a tenth NaN;  ~nan5: rows 4, 9, .. are NaN;  ~dead5: those are NaN or infinite;
-            ~past7: all rows from 7 on are;  ~hide5, ~upto7: masks that hide the keys of such rows
-    weight  whether it is a constant, which a backend may keep in a layout of its own (or a part of
-            one, seen through views: `@weight@inner`)
-    layout  how it lies in memory, NaN around it.   wide: rows in longer rows;  inner: a part in
-            every dimension;  step: every other row;  apart: every other element;  p0213: ggml's
-            permute(memory, (0, 2, 1, 3));
-            p1032b1000a0100s2111: that of a part of the memory, with elements (blocks) before and
-            after it on each dimension, and steps (any of the four may be missing);
-            far: its last row (matrix..) begins 2^31 bytes behind the first, with zeros between
-    of      it is a view of that other source, `start` elements into each row
+            ~nan: a tenth is NaN;  ~nan5: rows 4, 9, .. are NaN;
+            ~dead5: rows 4, 9, .. are NaN or infinite;  ~past7: all rows from 7 on are;
+            ~hide5, ~upto7: masks that hide the keys of such rows
+    weight  true for a constant, which a backend may store in its own layout; `@weight@inner` is a
+            part of a constant, seen through a view
+    layout  its layout in memory, with NaN around it.
+            wide: rows in longer rows;  inner: a part in every dimension;
+            step: every other row;  apart: every other element;
+            p0213: ggml's permute(memory, (0, 2, 1, 3));
+            p1032b1000a0100s2111: a permuted part of the memory, with elements (blocks) before and
+            after it on each dimension, and steps; any of the four may be left out;
+            far: the last row (or matrix) is 2^31 bytes after the first, with zeros between
+    of      number of the source that this one is a view of, `start` elements into each row
     """
 
     type: str
@@ -72,32 +76,34 @@ class Source:
 
     @property
     def place(self) -> str:
-        """`wide`, `weight`, `weight@wide`: whether it is a constant, and how it lies in memory."""
+        """`wide`, `weight`, `weight@wide`: the mark of a constant, and the layout."""
         return "@".join(filter(None, ("weight" * self.weight, self.layout)))
 
     @staticmethod
     def parse(text: str) -> Source | None:
-        """The source that prints as `text`; None for an absent one, `-`."""
+        """The source with this text; None for `-`, an absent source."""
         if text == "-":
             return None
-        found = _SOURCE.fullmatch(text)
-        layout = found["layout"] or "" if found else ""
-        if found is None or (layout != "far" and Layout.parse(layout) is None):
-            raise GraphError(f"{text!r} is no source; a source looks like f16[64,5]@wide")
-        ne = tuple(int(n) for n in found["ne"].split(","))
-        if layout == "far" and (found["weight"] or not any(n > 1 for n in ne[1:])):
-            raise GraphError(f"{text!r} is no source: rows of inputs and states lie @far, no other")
-        of = None if found["of"] is None else int(found["of"])
-        start = int(found["start"] or 0)
-        weight = found["weight"] is not None
-        return Source(found["type"], ne, found["fill"] or "", weight, layout, of, start)
+        match = _SOURCE.fullmatch(text)
+        layout = match["layout"] or "" if match else ""
+        if match is None or (layout != "far" and Layout.parse(layout) is None):
+            raise GraphError(f"{text!r} is no source; expected a form such as f16[64,5]@wide")
+        ne = tuple(int(n) for n in match["ne"].split(","))
+        if layout == "far" and (match["weight"] or not any(n > 1 for n in ne[1:])):
+            raise GraphError(
+                f"{text!r} is no source: only inputs and states with several rows can be @far"
+            )
+        of = None if match["of"] is None else int(match["of"])
+        start = int(match["start"] or 0)
+        weight = match["weight"] is not None
+        return Source(match["type"], ne, match["fill"] or "", weight, layout, of, start)
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """`op(*sources, **attrs)`; its text is that too: `mul_mat(q4_K[256,16], f32[256,5])`.
+    """`op(*sources, **attrs)`, as in its text: `mul_mat(q4_K[256,16], f32[256,5])`.
 
-    means  the op's meaning in simpler ops instead of the op: `glu.means(f32[26,7])`
+    means  run the op's meaning in simpler ops instead of the op: `glu.means(f32[26,7])`
     """
 
     op: str
@@ -112,33 +118,34 @@ class Case:
 
     @property
     def vars(self) -> str:
-        """`type_a=q4_K,ne_a=[256,16],type_b=..`: what a pattern can ask for, by argument name."""
+        """`type_a=q4_K,ne_a=[256,16],type_b=..`: the text that a pattern (-p) is matched with."""
         names = inspect.signature(op_of(self.op)).parameters
-        told = [
+        sources = [
             f"type_{name}={s.type},ne_{name}=[{','.join(map(str, s.ne))}],layout_{name}={s.place}"
             for name, s in zip(names, self.sources)
             if s is not None
         ]
-        return ",".join([*told, *(f"{k}={v}" for k, v in self.attrs.items())])
+        return ",".join([*sources, *(f"{k}={v}" for k, v in self.attrs.items())])
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """(op, type and layout of each source, type asked for): what a grid has many of."""
-        told = [None if s is None else (s.type, s.place, s.of, s.start) for s in self.sources]
-        return (self.op, *told, self.attrs.get("dtype"))
+        """(op, type and layout of each source, dtype): the same for cases of different sizes."""
+        sources = [None if s is None else (s.type, s.place, s.of, s.start) for s in self.sources]
+        return (self.op, *sources, self.attrs.get("dtype"))
 
     @staticmethod
     def parse(text: str) -> Case:
-        """The case that prints as `text`."""
-        found = re.fullmatch(r"(\w+)(\.means)?\((.*)\)", text)
-        if found is None:
-            raise GraphError(f"{text!r} is no case; a case looks like relu(f32[64,5])")
-        given, attrs = arguments(found[3])
-        return Case(found[1], tuple(map(Source.parse, given)), attrs, found[2] is not None)
+        """The case with this text."""
+        match = re.fullmatch(r"(\w+)(\.means)?\((.*)\)", text)
+        if match is None:
+            raise GraphError(f"{text!r} is no case; expected a form such as relu(f32[64,5])")
+        sources, attrs = arguments(match[3])
+        return Case(match[1], tuple(map(Source.parse, sources)), attrs, match[2] is not None)
 
     def bound(self, result: Node, *numeric: str) -> float:
-        """The NMSE that a backend may have whose numbers in this op are of these classes: for a
-        meaning, one for each of its parts, whose errors add up.
+        """The NMSE allowed for a backend that declares these numeric classes.
+
+        numeric  the op's class; for a meaning the class of each of its ops, whose bounds add up
         """
         kind, first = result.dtype, self.sources[1 if self.op == "set_rows" else 0]
         if kind.kind == "int" or self.op in MOVES:
@@ -153,19 +160,19 @@ class Case:
 
 
 def arguments(text: str) -> tuple[list[str], dict[str, Any]]:
-    """What stands between a call's brackets: positional arguments as they are, attributes."""
-    given, attrs = [], {}
+    """(positional arguments, attributes) of the text between a call's parentheses."""
+    positional, attrs = [], {}
     for part in re.findall(r"(?:'[^']*'|[^,(\[']|\([^)]*\)|\[[^\]]*\])+", text):
         key, equal, value = part.strip().partition("=")
         if equal and key.isidentifier():
             attrs[key] = _value(value)
         else:
-            given.append(part.strip())
-    return given, attrs
+            positional.append(part.strip())
+    return positional, attrs
 
 
 def op_of(name: str) -> Any:
-    """The op of that name: the library's, or one of a file's that is being tested."""
+    """The op with this name: one of the file under test, or the library's."""
     op = OWN.get(name) or getattr(ops, name, None)
     if op is None:
         raise UnknownNameError(f"there is no op {name!r}")
@@ -176,7 +183,9 @@ def _value(text: str) -> Any:
     try:
         return float(text) if text.lstrip("-") in ("inf", "nan") else ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        raise GraphError(f"{text!r} is no value of an attribute") from None
+        raise GraphError(
+            f"{text!r} is no value for an attribute; expected a Python literal, inf or nan"
+        ) from None
 
 
 # -- graphs -----------------------------------------------------------------------------------
@@ -186,8 +195,9 @@ def _value(text: str) -> Any:
 class Built:
     """A case as a graph.
 
-    node     the result;  sources: what it was made of;  values: of each, for the oracle
-    inputs   arrays for the inputs;  states: first contents of the states
+    node     the result
+    sources  nodes of the sources;  values: their values for the oracle
+    inputs   arrays for the inputs;  states: initial contents of the states
     """
 
     node: Node
@@ -198,52 +208,52 @@ class Built:
 
 
 def build(case: Case, values: bool = True) -> Built:
-    """The graph of a case, and its values: the same at every call; or the graph alone."""
+    """The graph of a case; with `values` also its values, which are the same at every call."""
     rng = np.random.default_rng(crc32(str(case).encode()))
     op = op_of(case.op)
     writes = getattr(op, "writes", None)
-    made = Built(None, [], [], {}, {})  # type: ignore[arg-type]
+    built = Built(None, [], [], {}, {})  # type: ignore[arg-type]
     for number, source in enumerate(case.sources):
         node, value = None, None
         if source is not None and source.of is not None:
-            node, value = _view_of(made, source)
+            node, value = _view_of(built, source)
         elif source is not None:
-            maker = ops.state if number == writes else ops.input
-            node, value = _leaf(made, source, f"s{number}", maker, rng if values else None)
-        made.sources.append(node)
-        made.values.append(value)
-    made.node = op(*made.sources, **case.attrs)
+            leaf = ops.state if number == writes else ops.input
+            node, value = _leaf(built, source, f"s{number}", leaf, rng if values else None)
+        built.sources.append(node)
+        built.values.append(value)
+    built.node = op(*built.sources, **case.attrs)
     if case.means:
-        made.node = meaning_of(made.node)
-    return made
+        built.node = meaning_of(built.node)
+    return built
 
 
 def _leaf(
-    made: Built, source: Source, name: str, maker: Any, rng: np.random.Generator | None
+    case: Built, source: Source, name: str, op: Any, rng: np.random.Generator | None
 ) -> tuple[Node, Array | None]:
-    """The source as its leaf is seen, and its values; what the leaf holds goes into `made`."""
-    kind, ne = dtype(source.type), (*source.ne, 1, 1, 1)[:4]
-    value = held = None
+    """(the source as a view of its leaf, its values); adds the leaf's array to `case`."""
+    type_, ne = dtype(source.type), (*source.ne, 1, 1, 1)[:4]
+    value = memory = None
     if rng is not None:
-        array = stored(kind, numbers(rng, ne[::-1], source.fill), rng, source.fill)
-        value, held = decoded(kind, array), in_memory(kind, ne, source.layout, array)
+        array = stored(type_, numbers(rng, ne[::-1], source.fill), rng, source.fill)
+        value, memory = decoded(type_, array), in_memory(type_, ne, source.layout, array)
 
     def leaf(size: tuple[int, ...]) -> Node:
         if source.weight:
-            data = blank(kind, size) if held is None else held
-            return ops.constant(data, dtype=kind, name=name)
-        if held is not None:
-            (made.states if maker is ops.state else made.inputs)[name] = held
-        found: Node = maker(name, kind, ne=size)
-        return found
+            data = blank(type_, size) if memory is None else memory
+            return ops.constant(data, dtype=type_, name=name)
+        if memory is not None:
+            (case.states if op is ops.state else case.inputs)[name] = memory
+        node: Node = op(name, type_, ne=size)
+        return node
 
-    return seen(kind, ne, source.layout, leaf), value
+    return seen(type_, ne, source.layout, leaf), value
 
 
-def _view_of(made: Built, source: Source) -> tuple[Node, Array | None]:
-    found = list(zip(made.sources, made.values))[source.of or 0 :][:1]
-    whole, values = found[0] if found else (None, None)
+def _view_of(case: Built, source: Source) -> tuple[Node, Array | None]:
+    earlier = list(zip(case.sources, case.values))[source.of or 0 :][:1]
+    whole, values = earlier[0] if earlier else (None, None)
     if whole is None:
-        raise GraphError(f"{source} is a view of a source that does not stand before it")
+        raise GraphError(f"{source} is a view of source {source.of}, which must come before it")
     part = None if values is None else values[..., source.start : source.start + source.ne[0]]
     return ops.view(whole, ne=source.ne, start=(source.start, 0, 0, 0)), part

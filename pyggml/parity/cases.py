@@ -1,6 +1,6 @@
-"""The parity cases of every op: one table for the tests and for comparing backends.
+"""The parity cases of every op, for the tests and for comparing backends.
 
-Each line is cases in the form of `Case`; `{a|b}` stands for one line with each of its words.
+Each line is one or more cases in the form of `Case`: `{a|b}` means one line with each word.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LEGACY = "q8_0|q4_0|q4_1|q5_0|q5_1|iq4_nl"
 BLOCKS = "|".join(name for name, t in TYPES.items() if t.kind == "block" and name in DECODABLE)
 #: Unary ops that take every number. `log` and `sqrt` have lines of their own.
 UNARY = "|".join(op.name for op in ops.elementwise.UNARY if op not in (ops.log, ops.sqrt))
-#: Layouts of a source for the lines that try them all.
+#: All layouts, for lines that try each of them.
 LAYOUTS = "|@wide|@inner|@step|@p0213|@p1032|@p3210"
 
 ELEMENTWISE = """
@@ -176,7 +176,7 @@ causal_mask(i32[7]#{-2147483648|-1|-2147483600}, n_kv={1|37|256}, window={None|1
 merge_lse(f32[{2|33},3,5,2]{|@inner}, f32[$1,3,5,2]{|@wide})
 """  # noqa: E501
 
-#: Sources that a model has as weights are constants here, whole and in part.
+#: Sources that are weights in a model: constants, whole and in part.
 WEIGHTS = """
 mul_mat({PLAIN|BLOCKS}[256,{16|7}]@weight{|@inner}, f32[256,{5|1}])
 mul_mat({f32|f16|q8_0|q4_K}[256,6,2,3]@weight{@wide|@step|@p0213|@p0321}, {f32|f16}[256,3,4,3])
@@ -207,7 +207,7 @@ cpy(f32[12,10]@weight{|@p1032}, f16[12,10])
 mul_multi_add(f32[13,6,5], f32[1,6,5]@weight)
 """  # noqa: E501
 
-#: Rows, matrices or heads that lie further apart than 32 bits count.
+#: Rows, matrices or heads at offsets that overflow 32 bits.
 DISTANT = """
 {add|mul}(f32[37,5]@far, f32[37,5]@far)
 silu({f32|f16}[64,5,2]@far)
@@ -240,33 +240,33 @@ TABLE = (ELEMENTWISE, SHAPES, REDUCE, ROPE, LINEAR, MOE, ATTENTION, WEIGHTS, DIS
 
 
 def _expand(line: str, chosen: tuple[str, ...] = ()) -> Iterator[str]:
-    """Each way to choose; `$n` is the word chosen in the n-th braces."""
-    found = re.search(r"\{([^{}]*)\}", line)
-    if found is None:
+    """The line with each choice of words; `$n` repeats the word chosen in the n-th braces."""
+    match = re.search(r"\{([^{}]*)\}", line)
+    if match is None:
         yield re.sub(r"\$(\d)", lambda m: chosen[int(m[1]) - 1], line)
         return
-    for word in found[1].split("|"):
-        yield from _expand(line[: found.start()] + word + line[found.end() :], (*chosen, word))
+    for word in match[1].split("|"):
+        yield from _expand(line[: match.start()] + word + line[match.end() :], (*chosen, word))
 
 
 def expand(text: str) -> tuple[Case, ...]:
-    """The cases of a table's text, each once, in its order; then those of ops that mean simpler
-    ones once more, by their meanings.
+    """The distinct cases of a table, in its order; then those of ops with a meaning once more, by
+    their meanings.
     """
     words = {"PLAIN": PLAIN, "BLOCKS": BLOCKS, "LEGACY": LEGACY, "UNARY": UNARY}
     for name, choice in {**words, "LAYOUTS": LAYOUTS}.items():
         text = text.replace(name, choice)
-    lines = dict.fromkeys(one for line in text.split("\n") if line for one in _expand(line))
-    found = tuple(map(Case.parse, lines))
-    return found + tuple(replace(case, means=True) for case in found if has_meaning(case.op))
+    texts = dict.fromkeys(case for line in text.split("\n") if line for case in _expand(line))
+    plain = tuple(map(Case.parse, texts))
+    return plain + tuple(replace(case, means=True) for case in plain if has_meaning(case.op))
 
 
 def has_meaning(op: str) -> bool:
-    """Whether the op is said in simpler ops too (a few are functions, and no ops)."""
+    """Whether the op has a meaning in simpler ops (a few names are functions, not ops)."""
     return getattr(getattr(ops, op), "meaning", None) is not None
 
 
 @cache
 def cases() -> tuple[Case, ...]:
-    """Every case of the small grid: the tables here."""
+    """Every case of the small grid."""
     return expand("".join(TABLE))

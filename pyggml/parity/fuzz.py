@@ -1,4 +1,4 @@
-"""Random cases and graphs for so many seconds; what fails is made smaller and told."""
+"""Run random cases or graphs for some seconds; shrink and report those that fail."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from time import monotonic
 from pyggml.parity.fuzz_cases import OPS, random_case
 from pyggml.parity.fuzz_graphs import random_graph
 from pyggml.parity.running import Outcome
-from pyggml.parity.shrink import shrunk, way
+from pyggml.parity.shrink import kind_of, shrunk
 from pyggml.parity.worker import CHUNK, Pool, Setup
 
-#: Seconds for making one failure smaller, beside those for running cases; failures made smaller.
+#: Seconds that shrinking one failure may take (they do not count as running time), and how many
+#: failures are shrunk.
 SHRINKING, KINDS = 20.0, 12
-#: Graphs that a process takes at a time: each takes as long as many cases.
+#: Graphs that a process takes at a time. A graph takes as long as many cases.
 GRAPHS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A failing case as it was met, and made small.
+    """A failing case, and its shrunk form.
 
-    number  of the case in the sequence of its seed
+    number  the case's position in the sequence of its seed
     """
 
     number: int
@@ -34,7 +35,7 @@ class Failure:
 
 @dataclass(slots=True)
 class Tally:
-    """What a run of the fuzzer met."""
+    """Counts and failures of one run of the fuzzer."""
 
     cases: int = 0
     unsupported: int = 0
@@ -54,42 +55,43 @@ def fuzz(
     jobs: int = 1,
     most: int | None = None,
     draw: Callable[[int], str] | None = None,
-    told: Callable[[Failure], None] = lambda failure: None,
+    report: Callable[[Failure], None] = lambda failure: None,
 ) -> Tally:
-    """Run cases 0, 1, .. of a seed until the time is over (or so many have run).
+    """Run cases 0, 1, .. of a seed for `seconds`, or until `most` have run.
 
-    draw  the text of the case of a number, in place of the usual ones
-    told  is called with the first failure of each kind, made small
-    The same seed makes the same cases; how many run depends on the machine.
+    draw    number -> text of the case; the seed's own by default
+    report  called with the first failure of each kind, shrunk
+
+    The same seed draws the same cases; how many of them run depends on the machine.
     """
     tally, start = Tally(), monotonic()
-    aside = 0.0  # seconds that went into making failures smaller
-    draw = draw or drawn(setup, seed, graphs)
+    shrinking = 0.0  # seconds spent on shrinking failures
+    draw = draw or sequence(setup, seed, graphs)
     chunk = GRAPHS if graphs else CHUNK
     with Pool(setup, jobs, chunk) as pool:
         number = 0
-        while monotonic() - start - aside < seconds and (most is None or number < most):
+        while monotonic() - start - shrinking < seconds and (most is None or number < most):
             count = chunk * jobs if most is None else min(chunk * jobs, most - number)
             texts = [draw(number + i) for i in range(count)]
             for at, outcome in enumerate(pool.run(texts)):
                 _count(tally, outcome)
                 kind = _kind(outcome)
                 if outcome.status == "fail" and tally.kinds[kind] == 1:
-                    began = monotonic()
+                    before = monotonic()
                     failure = _small(setup, number + at, outcome, len(tally.failures) < KINDS)
                     tally.failures.append(failure)
-                    told(failure)
-                    aside += monotonic() - began
-                if monotonic() - start - aside > seconds:
+                    report(failure)
+                    shrinking += monotonic() - before
+                if monotonic() - start - shrinking > seconds:
                     break
             number += count
         tally.deaths = pool.deaths
-    tally.seconds = monotonic() - start - aside
+    tally.seconds = monotonic() - start - shrinking
     return tally
 
 
-def drawn(setup: Setup, seed: int, graphs: bool) -> Callable[[int], str]:
-    """The text of the case of a number."""
+def sequence(setup: Setup, seed: int, graphs: bool) -> Callable[[int], str]:
+    """A seed's cases: number -> text."""
     if graphs:
         return lambda number: str(random_graph(seed, number, setup.backend))
     ops = setup.ops & OPS or OPS
@@ -97,9 +99,9 @@ def drawn(setup: Setup, seed: int, graphs: bool) -> Callable[[int], str]:
 
 
 def _kind(outcome: Outcome) -> str:
-    """What failures of one cause have in common."""
+    """What failures with one cause have in common: the op, and the reason without its numbers."""
     op = "" if ";" in outcome.case else outcome.case.partition("(")[0]
-    return f"{op} {way(outcome.why)}"
+    return f"{op} {kind_of(outcome.why)}"
 
 
 def _count(tally: Tally, outcome: Outcome) -> None:
@@ -120,7 +122,7 @@ def _ops(text: str) -> Iterator[str]:
 
 
 def _small(setup: Setup, number: int, outcome: Outcome, shrink: bool) -> Failure:
-    """The failure made small, in a process of its own: the trials may die as the case did."""
+    """The failure, shrunk in a new process: a trial may kill its process as the case did."""
     if not shrink:
         return Failure(number, outcome.case, outcome.case, outcome.why)
     end = monotonic() + SHRINKING
@@ -129,8 +131,8 @@ def _small(setup: Setup, number: int, outcome: Outcome, shrink: bool) -> Failure
         def run(text: str) -> str | None:
             if not text or monotonic() > end:
                 return None
-            (tried,) = pool.run([text])
-            return str(tried.why) if tried.status == "fail" else None
+            (trial,) = pool.run([text])
+            return str(trial.why) if trial.status == "fail" else None
 
         small, why = shrunk(outcome.case, outcome.why, run)
     return Failure(number, outcome.case, small, why)

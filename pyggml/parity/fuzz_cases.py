@@ -1,8 +1,8 @@
-"""Random cases of every op that the oracle knows: sizes, types, layouts, values and attributes.
+"""Random cases of every op of the oracle: sizes, types, layouts, values and attributes.
 
-Sizes keep away from those of the grid: odd, 1, on either side of a tile. NaN and infinity stand
-where they may not reach the result (keys that a mask or kv_len hides, experts that nobody chose),
-and where everyone agrees what they do.
+Sizes differ from the grid's: odd, 1, on either side of a tile. Sources hold NaN and infinity where
+these must not reach the result (keys that a mask or kv_len hides, experts that no token uses), and
+where their effect is defined.
 """
 
 from __future__ import annotations
@@ -15,36 +15,37 @@ from random import Random
 from pyggml.errors import PyggmlError
 from pyggml.parity import fuzz_products as products
 from pyggml.parity.case import Case, build
-from pyggml.parity.cases import has_meaning
+from pyggml.parity.cases import LEGACY, has_meaning
 from pyggml.parity.fuzz_draw import BLOCKS, PLAIN, Draw
 from pyggml.parity.oracle import ORACLE
 
 ANY = (*PLAIN, *BLOCKS)
-CODED = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl")
+#: Block types that backends write.
+ENCODED = tuple(LEGACY.split("|"))
 
 
-# -- element by element, and moves ------------------------------------------------------------
+# -- elementwise ops and copies ---------------------------------------------------------------
 
 
 def _binary(d: Draw) -> Case:
     op = d.pick(("add", "sub", "mul", "div"))
-    kind = d.pick(("f32", "f32", "f16"))
+    dtype = d.pick(("f32", "f32", "f16"))
     fill = d.special()
     if op == "add" and d.chance(0.2):
-        kind, fill = d.pick(("i32", "i64")), "<1000-"
+        dtype, fill = d.pick(("i32", "i64")), "<1000-"
     ne = d.ne()
     second = [n if d.chance(0.5) else d.divisor(n) for n in ne]
     other = "~above" if op == "div" else fill
-    return d.case(op, d.source(kind, ne, fill), d.source(kind, second, other))
+    return d.case(op, d.source(dtype, ne, fill), d.source(dtype, second, other))
 
 
 def _unary(d: Draw) -> Case:
-    kind, ne = d.pick(("f32", "f16")), d.ne()
+    dtype, ne = d.pick(("f32", "f16")), d.ne()
     op = d.pick(("exp", "sqr", "tanh", "relu", "sigmoid", "silu", "gelu", "log", "sqrt"))
     fill = "~above" if op in ("log", "sqrt") else d.special()
-    if kind == "f32" and op in ("exp", "log", "sqr", "sqrt", "tanh", "relu", "sigmoid"):
+    if dtype == "f32" and op in ("exp", "log", "sqr", "sqrt", "tanh", "relu", "sigmoid"):
         fill = "~wild" if d.chance(0.2) else fill
-    return d.case(op, d.source(kind, ne, fill))
+    return d.case(op, d.source(dtype, ne, fill))
 
 
 def _simple(d: Draw) -> Case:
@@ -60,11 +61,11 @@ def _simple(d: Draw) -> Case:
 
 
 def _glu(d: Draw) -> Case:
-    kind, ne = d.pick(("f32", "f16")), d.ne()
+    dtype, ne = d.pick(("f32", "f16")), d.ne()
     act = d.pick(("silu", "gelu", "relu"))
     if d.chance(0.5):
-        return d.case("glu", d.source(kind, ne, d.special()), d.source(kind, ne), act=act)
-    a = d.source(kind, (2 * ne[0], *ne[1:]))
+        return d.case("glu", d.source(dtype, ne, d.special()), d.source(dtype, ne), act=act)
+    a = d.source(dtype, (2 * ne[0], *ne[1:]))
     return d.case("glu", a, act=act, swapped=d.chance(0.5))
 
 
@@ -74,11 +75,11 @@ def _add_id(d: Draw) -> Case:
     return d.case("add_id", a, b, d.ids((used, tokens), experts))
 
 
-def _moved(d: Draw) -> Case:
-    kind = d.pick((*PLAIN, *PLAIN, "i32", d.pick(BLOCKS)))
-    ne = d.ne(d.row(kind))
-    fill = "<999-" if kind == "i32" else d.special() if kind in PLAIN else ""
-    a = d.source(kind, ne, fill)
+def _copied(d: Draw) -> Case:
+    dtype = d.pick((*PLAIN, *PLAIN, "i32", d.pick(BLOCKS)))
+    ne = d.ne(d.row(dtype))
+    fill = "<999-" if dtype == "i32" else d.special() if dtype in PLAIN else ""
+    a = d.source(dtype, ne, fill)
     which = d.rng.randrange(5)
     if which == 0:
         return d.case("cont", a)
@@ -86,49 +87,49 @@ def _moved(d: Draw) -> Case:
         dim = d.rng.randrange(4)
         other = [*ne, 1, 1, 1][:4]
         if d.chance(0.7):
-            other[dim] = d.row(kind) if dim == 0 else d.size(9)
-        return d.case("concat", a, replace(d.source(kind, other), fill=fill), dim=dim)
-    if which == 2 and kind in (*PLAIN, "i32"):
+            other[dim] = d.row(dtype) if dim == 0 else d.size(9)
+        return d.case("concat", a, replace(d.source(dtype, other), fill=fill), dim=dim)
+    if which == 2 and dtype in (*PLAIN, "i32"):
         times = [d.pick((1, 1, 2, 3)) for _ in ne]
         return d.case("repeat", a, ne=tuple(n * k for n, k in zip(ne, times)))
     if which == 3:
         a = replace(a, layout="")
         flat = prod(ne[1:])
         return d.case("reshape", a, ne=(ne[0], flat))
-    coded = ne[0] % 32 == 0 and kind in (*PLAIN, *CODED) and not fill
-    target = d.pick((*PLAIN, *CODED) if coded else PLAIN)
-    if kind == "i32":
+    encoded = ne[0] % 32 == 0 and dtype in (*PLAIN, *ENCODED) and not fill
+    target = d.pick((*PLAIN, *ENCODED) if encoded else PLAIN)
+    if dtype == "i32":
         target = d.pick(("i32", "i64", "f32"))
-    return d.case("cast", replace(a, fill="<99-" if kind == "i32" else ""), dtype=target)
+    return d.case("cast", replace(a, fill="<99-" if dtype == "i32" else ""), dtype=target)
 
 
 def _get_rows(d: Draw) -> Case:
-    kind = d.pick((*ANY, "i32"))
-    n, rows, outer = d.row(kind), d.size(40), d.ne(d.size(4), 8, 2)
-    fill = "<99-" if kind == "i32" else d.pick(("", "", "~nan3")) if kind in PLAIN else ""
-    a = d.source(kind, (n, rows, *outer), fill)
+    dtype = d.pick((*ANY, "i32"))
+    n, rows, outer = d.row(dtype), d.size(40), d.ne(d.size(4), 8, 2)
+    fill = "<99-" if dtype == "i32" else d.pick(("", "", "~nan3")) if dtype in PLAIN else ""
+    a = d.source(dtype, (n, rows, *outer), fill)
     return d.case("get_rows", a, d.ids((d.size(17), *outer), rows))
 
 
 def _set_rows(d: Draw) -> Case:
-    kind = d.pick((*PLAIN, *CODED, "i32"))
-    n, rows, ne2, ne3 = d.row(kind), d.size(40), d.size(4), d.size(3)
+    dtype = d.pick((*PLAIN, *ENCODED, "i32"))
+    n, rows, ne2, ne3 = d.row(dtype), d.size(40), d.size(4), d.size(3)
     count = d.rng.randint(1, rows)
-    source = kind if kind == "i32" and d.chance(0.7) else d.pick(("f32", "f16"))
-    fill = "<99-" if source == "i32" else "~ties" if kind == "i32" else ""
-    if kind == "f32" and source == "f32":
+    source = dtype if dtype == "i32" and d.chance(0.7) else d.pick(("f32", "f16"))
+    fill = "<99-" if source == "i32" else "~ties" if dtype == "i32" else ""
+    if dtype == "f32" and source == "f32":
         fill = d.special()
-    a = d.state(kind, (n, rows, ne2, ne3), "<99" if kind == "i32" else "")
+    a = d.state(dtype, (n, rows, ne2, ne3), "<99" if dtype == "i32" else "")
     ids = d.source(d.pick(("i32", "i64")), (count, d.divisor(ne2), d.divisor(ne3)), f"!{rows}")
     ids = replace(ids, fill=ids.fill + "-" * d.chance(0.5))
     return d.case("set_rows", a, d.source(source, (n, count, ne2, ne3), fill), ids)
 
 
 def _cpy(d: Draw) -> Case:
-    """Rows of any length into rows of any other, now and then past a kernel's buffer."""
+    """Rows of one length into rows of another; sometimes more than a kernel's buffer holds."""
     a_type, b_type = d.pick(PLAIN), d.pick(PLAIN)
     if d.chance(0.25):
-        a_type, b_type = d.pick((*PLAIN, *CODED)), d.pick((*PLAIN, *CODED))
+        a_type, b_type = d.pick((*PLAIN, *ENCODED)), d.pick((*PLAIN, *ENCODED))
         row = max(32, d.row(a_type))
         row -= row % 32
         ne = (row, d.size(9))
@@ -184,7 +185,7 @@ def _rope(d: Draw) -> Case:
     tokens = d.size(33)
     a = d.source(d.pick(("f32", "f16")), (n, d.size(9), tokens, d.size(3)), d.special(0.05))
     far = d.pick((2, 60, 600, 6000))
-    fill = d.pick(("~above", "~one")) if far < 100 else "~one"  # f32 cannot hold larger angles
+    fill = d.pick(("~above", "~one")) if far < 100 else "~one"  # larger angles are beyond f32
     factors = d.source("f32", (turned // 2 + d.pick((0, 0, 3)),), fill)
     attrs: dict[str, object] = {"n_dims": turned, "mode": d.pick(("normal", "neox"))}
     if d.chance(0.5):
@@ -196,19 +197,19 @@ def _rope(d: Draw) -> Case:
     return d.case("rope_ext", a, d.ids((tokens,), far), d.maybe(factors, 0.6), **attrs)
 
 
-#: Generators, and how often each is chosen.
+#: Generators and their weights.
 MAKERS: Sequence[tuple[Callable[[Draw], Case], int]] = (
-    (_binary, 6), (_unary, 5), (_simple, 3), (_glu, 3), (_add_id, 2), (_moved, 8), (_get_rows, 4),
+    (_binary, 6), (_unary, 5), (_simple, 3), (_glu, 3), (_add_id, 2), (_copied, 8), (_get_rows, 4),
     (_set_rows, 5), (_cpy, 5), (_rows, 6), (_soft_max, 5), (_rope, 9), (products.mul_mat, 8),
     (products.mul_mat_id, 5), (products.moe_up_gate, 4), (products.fused_up_gate, 3),
     (products.routing, 2), (products.sums, 2), (products.attention, 14), (products.masks, 3),
 )  # fmt: skip
-#: Every op that some generator makes.
+#: Every op that a generator draws.
 OPS = frozenset(ORACLE) - {"view", "permute", "transpose", "soft_max"}
 
 
 def random_case(seed: int, number: int, ops: frozenset[str] = OPS) -> Case:
-    """The case of that number in the sequence of a seed, of one of these ops."""
+    """Case `number` of a seed's sequence, of one of `ops`."""
     draw = Draw(Random(f"{seed}:{number}"))
     makers, weights = zip(*MAKERS)
     while True:
@@ -220,7 +221,7 @@ def random_case(seed: int, number: int, ops: frozenset[str] = OPS) -> Case:
         try:
             build(case, values=False)
         except PyggmlError:
-            continue  # a layout that the op's rule refuses
+            continue  # the op's rule refuses the layout
         except Exception:
-            return case  # let the run report it
+            return case  # the run reports it
         return case

@@ -1,4 +1,4 @@
-"""Random choices of the fuzzer: sizes, layouts and sources, all from one seed."""
+"""The fuzzer's random choices: sizes, layouts and sources, all from one seed."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from pyggml.parity.layouts import Layout
 T = TypeVar("T")
 PLAIN = ("f32", "f16", "bf16")
 BLOCKS = tuple(_BLOCKS.split("|"))
-#: Sizes around what kernels pack, tile and split by.
+#: Sizes on and next to those that kernels pack, tile and split by.
 EDGES = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257)
 LARGE = (300, 511, 512, 513, 700, 1023, 1025, 2049)
-#: The named layouts, which backends may know; the others are spelled out.
+#: Layouts with a name, which kernels may treat specially; all others are spelled out.
 NAMED = ("wide", "inner", "step")
 
 
 class Draw:
-    """A generator of a case's parts."""
+    """Draws the parts of a case from one generator."""
 
     def __init__(self, rng: Random) -> None:
         self.rng = rng
@@ -32,13 +32,13 @@ class Draw:
     def chance(self, share: float) -> bool:
         return self.rng.random() < share
 
-    def pick(self, some: Sequence[T]) -> T:
-        return self.rng.choice(some)
+    def pick(self, choices: Sequence[T]) -> T:
+        return self.rng.choice(choices)
 
     # -- sizes ------------------------------------------------------------------------------
 
     def size(self, most: int) -> int:
-        """1 to `most`: on or beside an edge, or anything; small ones more often."""
+        """A size from 1 to `most`: on or next to an edge, or any; small sizes are more likely."""
         if self.chance(0.25):
             return 1
         if self.chance(0.5):
@@ -46,18 +46,18 @@ class Draw:
         return int(math.exp(self.rng.uniform(0, math.log(most + 1))))
 
     def row(self, type: str, most: int = 600) -> int:
-        """The length of a row of whole blocks."""
+        """The length of a row: whole blocks of the type."""
         block = dtype(type).block
         return self.size(most) if block == 1 else block * self.rng.randint(1, max(1, 768 // block))
 
     def ne(self, first: int | None = None, most: int = 6000, rank: int = 4) -> tuple[int, ...]:
-        """Sizes of at most `most` elements in all, the outer ones small."""
+        """Sizes of a tensor of at most `most` elements; outer dimensions are small."""
         sizes = [self.size(min(most, 1100)) if first is None else first]
         for _ in range(self.rng.randrange(rank)):
-            left = most // math.prod(sizes)
-            if left < 1:
+            room = most // math.prod(sizes)
+            if room < 1:
                 break
-            sizes.append(self.size(min(left, 70)))
+            sizes.append(self.size(min(room, 70)))
         return tuple(sizes)
 
     def divisor(self, n: int) -> int:
@@ -66,7 +66,7 @@ class Draw:
     # -- sources ----------------------------------------------------------------------------
 
     def layout(self, type: str, rows: bool) -> str:
-        """Any layout; with `rows`, elements of a row stay side by side."""
+        """Any layout; with `rows`, the elements of a row stay contiguous."""
         if self.chance(0.35):
             return ""
         if self.chance(0.2):
@@ -77,21 +77,20 @@ class Draw:
             self.rng.shuffle(axes)
         before, after, step = (0, 0, 0, 0), (0, 0, 0, 0), [1, 1, 1, 1]
         if self.chance(0.5):
-            before, after = (self._few() for _ in range(2))
+            before, after = (self._edges() for _ in range(2))
         if self.chance(0.5):
             step = [self.pick((1, 1, 2, 3)) for _ in range(4)]
         step[0] = 1 if rows else step[0]
-        spelled = Layout((0, *axes) if rows else tuple(axes), before, after, tuple(step))
-        return str(spelled)
+        return str(Layout((0, *axes) if rows else tuple(axes), before, after, tuple(step)))
 
-    def _few(self) -> tuple[int, int, int, int]:
+    def _edges(self) -> tuple[int, int, int, int]:
         a, b, c, d = (self.pick((0, 0, 1, 2)) for _ in range(4))
         return a, b, c, d
 
     def source(
         self, type: str, ne: Sequence[int], fill: str = "", rows: bool = False, weight: float = 0.15
     ) -> Source:
-        """A source somewhere in memory, an input or (by that share) a constant."""
+        """A source in a random layout: an input, or with probability `weight` a constant."""
         layout = self.layout(type, rows)
         return Source(type, tuple(ne), fill, self.chance(weight), layout)
 
@@ -105,23 +104,23 @@ class Draw:
         return source if self.chance(share) else None
 
     def number(self) -> float:
-        """A number such as attributes are."""
+        """A value for an attribute."""
         return self.pick((0.0, 1.0, -1.0, 0.5, round(self.rng.uniform(-3, 3), 3)))
 
     def special(self, share: float = 0.15) -> str:
-        """NaN in a few of the elements, or nothing."""
+        """The fill `~nan` with probability `share`, else none."""
         return "~nan" if self.chance(share) else ""
 
     def case(self, op: str, *sources: Source | None, **attrs: object) -> Case:
-        """The case without absent sources at its end."""
-        given = list(sources)
-        while given and given[-1] is None:
-            given.pop()
-        return Case(op, tuple(given), attrs)
+        """The case, without absent sources at its end."""
+        present = list(sources)
+        while present and present[-1] is None:
+            present.pop()
+        return Case(op, tuple(present), attrs)
 
 
 def viewed(source: Source, type: str, ne: Sequence[int], of: int, start: int) -> Source:
-    """A view of an earlier source, `start` elements into each row."""
+    """A view of source number `of`, `start` elements into each row."""
     return replace(
         source, type=type, ne=tuple(ne), fill="", weight=False, layout="", of=of, start=start
     )

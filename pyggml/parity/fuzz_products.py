@@ -15,45 +15,45 @@ HEADS = (1, 2, 3, 4, 5, 7, 8, 12, 16, 24, 33, 40, 64, 72, 80, 96, 100, 128, 192,
 
 
 def mul_mat(d: Draw) -> Case:
-    kind = d.pick((*PLAIN, d.pick(BLOCKS)))
-    k, m, n = d.row(kind), d.size(70), d.size(40)
+    dtype = d.pick((*PLAIN, d.pick(BLOCKS)))
+    k, m, n = d.row(dtype), d.size(70), d.size(40)
     a2, a3 = d.pick((1, 1, 2, 3)), d.pick((1, 1, 2))
-    fill = d.pick(("", "", "", "~nan3")) if kind in PLAIN else ""
-    a = d.source(kind, (k, m, a2, a3), fill, weight=0.4)
+    fill = d.pick(("", "", "", "~nan3")) if dtype in PLAIN else ""
+    a = d.source(dtype, (k, m, a2, a3), fill, weight=0.4)
     b = d.source(d.pick(PLAIN), (k, n, a2 * d.pick((1, 1, 2, 3)), a3 * d.pick((1, 1, 2))))
     attrs = d.pick(({}, {}, {"dtype": "f16"}, {"prec": "f32"}))
     return d.case("mul_mat", a, b, **attrs)
 
 
 def _experts(d: Draw) -> tuple[str, int, int, int, int, int, int]:
-    """Type, k, m, experts, used, rows of b a token, tokens."""
-    kind = d.pick((*PLAIN, d.pick(BLOCKS)))
+    """(type, k, m, experts, experts used, rows of b per token, tokens)"""
+    dtype = d.pick((*PLAIN, d.pick(BLOCKS)))
     used = d.pick((1, 2, 3, 6))
-    return kind, d.row(kind, 300), d.size(40), d.size(12), used, d.divisor(used), d.size(20)
+    return dtype, d.row(dtype, 300), d.size(40), d.size(12), used, d.divisor(used), d.size(20)
 
 
 def mul_mat_id(d: Draw) -> Case:
-    kind, k, m, experts, used, rows, tokens = _experts(d)
-    a = d.source(kind, (k, m, experts), rows=True, weight=0.4)
+    dtype, k, m, experts, used, rows, tokens = _experts(d)
+    a = d.source(dtype, (k, m, experts), rows=True, weight=0.4)
     b = d.source(d.pick(("f32", "f16")), (k, rows, tokens))
     attrs = d.pick(({}, {"prec": "f32"}))
     return d.case("mul_mat_id", a, b, d.ids((used, tokens), experts), **attrs)
 
 
 def moe_up_gate(d: Draw) -> Case:
-    kind, k, m, experts, used, rows, tokens = _experts(d)
-    up, gate = (d.source(kind, (k, m, experts), rows=True, weight=0.4) for _ in range(2))
+    dtype, k, m, experts, used, rows, tokens = _experts(d)
+    up, gate = (d.source(dtype, (k, m, experts), rows=True, weight=0.4) for _ in range(2))
     b = d.source(d.pick(("f32", "f16")), (k, rows, tokens))
     attrs = {"act": d.pick(ACTS), **d.pick(({}, {"prec": "f32"}))}
     return d.case("moe_up_gate", up, gate, b, d.ids((used, tokens), experts), **attrs)
 
 
 def fused_up_gate(d: Draw) -> Case:
-    kind = d.pick((*PLAIN, d.pick(BLOCKS)))
-    second = d.pick((kind, kind, "f32", "q8_0"))
-    k, m = d.row(kind), d.size(70)
+    dtype = d.pick((*PLAIN, d.pick(BLOCKS)))
+    second = d.pick((dtype, dtype, "f32", "q8_0"))
+    k, m = d.row(dtype), d.size(70)
     k = k if second != "q8_0" else max(32, k - k % 32)
-    up, gate = (d.source(t, (k, m), rows=True, weight=0.4) for t in (kind, second))
+    up, gate = (d.source(t, (k, m), rows=True, weight=0.4) for t in (dtype, second))
     b = d.source(d.pick(("f32", "f16")), (k, d.size(33), d.size(3), d.size(2)))
     attrs = {"act": d.pick(ACTS), **d.pick(({}, {"prec": "f32"}))}
     return d.case("fused_up_gate", up, gate, b, **attrs)
@@ -79,10 +79,10 @@ def sums(d: Draw) -> Case:
 
 
 def attention(d: Draw) -> Case:
-    """Every route: keys past 256 so that they split, head sizes of no pack, hidden rows of NaN."""
-    kind = d.pick((*PLAIN, *PLAIN, "q8_0", "q4_0", "iq4_nl"))
-    blocked = kind not in PLAIN
-    d_k, d_v = _heads(d, blocked)
+    """Every route: more than 256 keys (kernels split them), odd head sizes, hidden rows of NaN."""
+    dtype = d.pick((*PLAIN, *PLAIN, "q8_0", "q4_0", "iq4_nl"))
+    block = dtype not in PLAIN
+    d_k, d_v = _heads(d, block)
     n_kv = d.pick((d.size(256), d.rng.randint(257, 900), d.size(64)))
     heads_kv, ratio, n3 = d.pick((1, 1, 2, 3)), d.pick((1, 1, 2, 4, 5)), d.pick((1, 1, 1, 2))
     n_q = d.size(40)
@@ -90,13 +90,13 @@ def attention(d: Draw) -> Case:
     n_q = max(1, min(n_q, 3_000_000 // (heads * n3 * n_kv * (d_k + d_v)), 120 // (heads * n3)))
     fill, hide = _hidden(d, n_kv)
     q = d.source("f32", (d_k, n_q, heads, n3), rows=True)
-    k = d.source(kind, (d_k, n_kv, heads_kv, n3), fill, rows=True)
-    v = d.source(kind, (d_v, n_kv, heads_kv, n3), fill, rows=True)
+    k = d.source(dtype, (d_k, n_kv, heads_kv, n3), fill, rows=True)
+    v = d.source(dtype, (d_v, n_kv, heads_kv, n3), fill, rows=True)
     if d_v <= d_k and d.chance(0.15):
         start = (
-            d.rng.randint(0, d_k - d_v) if not blocked else 32 * d.rng.randint(0, (d_k - d_v) // 32)
+            d.rng.randint(0, d_k - d_v) if not block else 32 * d.rng.randint(0, (d_k - d_v) // 32)
         )
-        v = viewed(v, kind, v.ne, 1, start)
+        v = viewed(v, dtype, v.ne, 1, start)
     ne = (n_kv, n_q + d.pick((0, 0, 5)), d.divisor(heads), d.divisor(n3))
     word = hide if hide.startswith("~") else d.pick(("~mask", "~causal", "~blocks"))
     mask = d.source("f16", ne, word, rows=True) if hide[:1] == "~" or d.chance(0.5) else None
@@ -114,7 +114,7 @@ def attention(d: Draw) -> Case:
 
 
 def slopes(d: Draw, heads: int) -> dict[str, object]:
-    """ALiBi, and which heads of how many these are."""
+    """Attributes of ALiBi: its bias, and which of all heads these are."""
     if d.chance(0.6):
         return {}
     head0 = d.pick((0, 0, 3))
@@ -125,9 +125,9 @@ def slopes(d: Draw, heads: int) -> dict[str, object]:
     }
 
 
-def _heads(d: Draw, blocked: bool) -> tuple[int, int]:
-    """Sizes of a key and of a value."""
-    if blocked:
+def _heads(d: Draw, block: bool) -> tuple[int, int]:
+    """(d_k, d_v)"""
+    if block:
         return d.pick(
             ((32, 32), (64, 64), (96, 32), (128, 128), (192, 128), (576, 512), (256, 256))
         )
@@ -137,7 +137,7 @@ def _heads(d: Draw, blocked: bool) -> tuple[int, int]:
 
 
 def _hidden(d: Draw, n_kv: int) -> tuple[str, str]:
-    """What K and V hold beside numbers, and the mask or the length (if any) that hides it."""
+    """(fill of k and v, fill of the mask or the length that hides their NaN), either may be ""."""
     n = d.rng.randint(1, max(1, n_kv - 1))
     every = d.pick((2, 3, 7, 33))
     none = ("", "")
@@ -153,7 +153,7 @@ def masks(d: Draw) -> Case:
     if d.chance(0.5):
         n_kv = d.size(300)
         pos = d.ids((d.size(70),), n_kv)
-        if d.chance(0.2):  # at the lower end of 32 bits, where differences overflow
+        if d.chance(0.2):  # differences overflow 32 bits
             pos = replace(pos, fill=d.pick(("#-2147483648", "#-2147483600")))
         return d.case("causal_mask", pos, n_kv=n_kv, window=d.pick((None, None, 1, 9, 32)))
     ne = (1 + d.size(130), d.size(5), d.size(9), d.size(3))

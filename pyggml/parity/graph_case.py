@@ -1,16 +1,17 @@
-"""A graph with its plans as one line of text, and as nodes with values.
+"""A graph and its plans: as one line of text, and as nodes with values.
 
     x=f32[8,5]; s=state(f16[8,32]); i=i32[5]!32; w=set_rows(s, x, i); y=relu(w); plan(y, amb=0.5)
 
 A leaf is a source as in a case (`f32[8,5]@wide`); `@weight` makes it a constant, `state(..)` a
-state. All else is `name=op(names, attributes)`. The plans share a store; each is
+state. An op is `name=op(names, attributes)`; `chain(x, times=500, of='add')` is 500 ops in a row.
+The plans share a store. Each is
 
     plan(outputs.., updates='w', on='null:0,numpy', pins='y=null:1', amb=0.5, repeat=2, bind='x')
 
-amb     0 is the least budget there is, 1 what the graph needs without one
-`chain(x, times=500, of='add')` is as many ops, one after another.
-
-bind    inputs that the plan reads where the array lies
+on      places the plan may use;  pins: node=place
+amb     0: the least possible budget;  1: what the graph needs without a budget
+repeat  runs per call
+bind    inputs that are bound, so that the plan reads the array itself
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from pyggml.parity.case import Source, arguments
 from pyggml.parity.layouts import in_memory, seen
 from pyggml.parity.values import Array, decoded, numbers, stored
 
-#: What a `chain(x, times=500, of='add')` repeats: node so far and x -> the next node.
+#: The ops that a chain repeats: (node so far, x) -> next node.
 LINKS: dict[str, Callable[[Node, Node], Node]] = {
     "add": lambda node, first: ops.add(node, first),
     "scale": lambda node, first: ops.scale(node, s=1.0, b=0.001),
@@ -42,7 +43,7 @@ LINKS: dict[str, Callable[[Node, Node], Node]] = {
 
 
 def is_graph(text: str) -> bool:
-    """Whether a text is a graph and no single case."""
+    """Whether a text is a graph rather than a single case."""
     return ";" in text
 
 
@@ -50,8 +51,9 @@ def is_graph(text: str) -> bool:
 class Statement:
     """A leaf or an op.
 
-    op      its name, "state", or empty for an input or a constant
-    args    what it reads, by name; source: of a leaf
+    op      name of the op; "state" for a state, empty for an input or a constant
+    args    names of the sources
+    source  of a leaf: its type, size, values and layout
     """
 
     name: str
@@ -68,7 +70,7 @@ class Statement:
 
 @dataclass(frozen=True, slots=True)
 class PlanText:
-    """What is compiled: `plan(..)` of the text."""
+    """A plan to compile: `plan(..)` of the text."""
 
     outputs: tuple[str, ...]
     attrs: Mapping[str, Any] = field(default_factory=dict)
@@ -92,7 +94,7 @@ def _call(op: str, args: Iterable[str | None], attrs: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class GraphCase:
-    """Statements in an order in which they can be built, and plans."""
+    """Statements in topological order, and plans."""
 
     statements: tuple[Statement, ...]
     plans: tuple[PlanText, ...]
@@ -111,40 +113,39 @@ class GraphCase:
             else:
                 statements.append(_statement(part))
         if not plans:
-            raise GraphError("a graph's text ends with plan(names of outputs)")
+            raise GraphError("the graph has no plan; end its text with plan(names of outputs)")
         return GraphCase(tuple(statements), tuple(plans))
 
-    def needed(self) -> GraphCase:
-        """Without what no plan reaches."""
+    def pruned(self) -> GraphCase:
+        """The graph without statements that no plan reaches."""
         known = {s.name: s for s in self.statements}
-        alive: set[str] = set()
+        needed: set[str] = set()
         stack = [root for plan in self.plans for root in plan.roots]
         while stack:
             key = stack.pop()
-            if key not in alive and key in known:
-                alive.add(key)
+            if key not in needed and key in known:
+                needed.add(key)
                 stack += [arg for arg in known[key].args if arg]
-        kept = tuple(s for s in self.statements if s.name in alive)
-        return GraphCase(kept, self.plans)
+        statements = tuple(s for s in self.statements if s.name in needed)
+        return GraphCase(statements, self.plans)
 
 
 def _arguments(call: str) -> tuple[tuple[str | None, ...], dict[str, Any]]:
     """The names and the attributes of `op(a, -, key=value)`."""
-    given, attrs = arguments(call.partition("(")[2].removesuffix(")"))
-    return tuple(None if name == "-" else name for name in given), attrs
+    names, attrs = arguments(call.partition("(")[2].removesuffix(")"))
+    return tuple(None if name == "-" else name for name in names), attrs
 
 
 def _statement(text: str) -> Statement:
-    name, equal, rest = text.partition("=")
+    name, equal, value = text.partition("=")
     if not equal or not name.isidentifier():
-        raise GraphError(f"{text!r} is no statement; one looks like y=relu(x)")
-    state = re.fullmatch(r"state\((.*)\)", rest)
-    if state or "(" not in rest:
-        return Statement(
-            name, "state" if state else "", source=Source.parse(state[1] if state else rest)
-        )
-    op = rest.partition("(")[0]
-    args, attrs = _arguments(rest)
+        raise GraphError(f"{text!r} is no statement; expected a form such as y=relu(x)")
+    state = re.fullmatch(r"state\((.*)\)", value)
+    if state or "(" not in value:
+        source = Source.parse(state[1] if state else value)
+        return Statement(name, "state" if state else "", source=source)
+    op = value.partition("(")[0]
+    args, attrs = _arguments(value)
     return Statement(name, op, args, attrs)
 
 
@@ -152,11 +153,10 @@ def _statement(text: str) -> Statement:
 
 
 class Builder:
-    """Nodes of statements, one after another, and what their leaves hold.
+    """Nodes of statements, and the values of their leaves, all by name.
 
-    nodes   by name
-    values  of leaves: float64 or int64, four-dimensional (of states before the first run)
-    inputs, states  arrays as the types are stored, by name
+    values  of leaves: float64 or int64, four-dimensional (of states: before the first run)
+    inputs, states  the same as arrays in their stored type and layout
     """
 
     def __init__(self) -> None:
@@ -178,7 +178,9 @@ class Builder:
         op: Any = getattr(ops, statement.op, None)
         missing = [arg for arg in statement.args if arg and arg not in self.nodes]
         if op is None or missing:
-            raise GraphError(f"{statement}: there is no {missing[0] if missing else statement.op}")
+            raise GraphError(
+                f"{statement}: no {f'name {missing[0]}' if missing else f'op {statement.op}'}"
+            )
         src = [self.nodes[arg] if arg else None for arg in statement.args]
         return label(op(*src, **statement.attrs), statement.name)
 
@@ -193,21 +195,21 @@ class Builder:
         source, name = statement.source, statement.name
         assert source is not None
         rng = np.random.default_rng(crc32(str(statement).encode()))
-        kind, ne = dtype(source.type), (*source.ne, 1, 1, 1)[:4]
-        array = stored(kind, numbers(rng, ne[::-1], source.fill), rng, source.fill)
-        held = in_memory(kind, ne, source.layout, array)
-        self.values[name] = decoded(kind, array)
+        type_, ne = dtype(source.type), (*source.ne, 1, 1, 1)[:4]
+        array = stored(type_, numbers(rng, ne[::-1], source.fill), rng, source.fill)
+        memory = in_memory(type_, ne, source.layout, array)
+        self.values[name] = decoded(type_, array)
         if source.weight:
             return seen(
-                kind, ne, source.layout, lambda _: ops.constant(held, dtype=kind, name=name)
+                type_, ne, source.layout, lambda _: ops.constant(memory, dtype=type_, name=name)
             )
-        maker: Any = ops.state if statement.op else ops.input
-        (self.states if statement.op else self.inputs)[name] = held
-        return seen(kind, ne, source.layout, lambda size: maker(name, kind, ne=size))
+        leaf: Any = ops.state if statement.op else ops.input
+        (self.states if statement.op else self.inputs)[name] = memory
+        return seen(type_, ne, source.layout, lambda size: leaf(name, type_, ne=size))
 
 
 def built(case: GraphCase) -> Builder:
-    """All nodes of a graph."""
+    """A builder with all nodes of a graph."""
     builder = Builder()
     for statement in case.statements:
         builder.add(statement)
@@ -215,7 +217,7 @@ def built(case: GraphCase) -> Builder:
 
 
 def graph_of(builder: Builder, plan: PlanText) -> Graph:
-    """What a plan of these nodes is compiled of."""
+    """The graph that a plan compiles."""
     nodes = builder.nodes
     return Graph(
         {key: nodes[key] for key in plan.outputs}, [nodes[key] for key in plan.words("updates")]

@@ -1,4 +1,4 @@
-"""A graph's values in float64, statement by statement, with no planner and no kernel."""
+"""A graph's values in float64, statement by statement, without a planner or a kernel."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ EXACT = {*MOVES, "set_rows", "cpy", "state_of", "relu"}
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """What a name stands for.
+    """The value of a statement.
 
-    content, index  of a state or a part of one: all of the state, flat, as of this handle, and
-                    which elements of it these are
+    content  of a handle: the whole state, flat, as this handle sees it
+    index    of a handle: which elements of `content` the value is
     """
 
     array: Array
@@ -36,7 +36,7 @@ class Value:
 class Evaluation:
     """Values of all statements in one run.
 
-    noise  op name -> relative error, drawn at random, of every value that the op computes, as if a
+    noise  op name -> relative error, drawn at random for every value that the op computes, as if a
            kernel had rounded it
     """
 
@@ -113,42 +113,44 @@ def _arrays(sources: Sequence[Value | None]) -> list[Array | None]:
 
 
 def rounded(node: Node, array: Array) -> Array:
-    """The array as the node's type keeps it."""
-    kind = node.dtype
-    if kind.kind == "int":
+    """The array, rounded to the node's type."""
+    dtype = node.dtype
+    if dtype.kind == "int":
         return array.astype(np.int64)
-    if kind.block > 1:
-        return decoded(kind, encode_rows(kind, np.ascontiguousarray(array, np.float32)))
-    return oracle.run("cast", [array], dtype=kind.name)
+    if dtype.block > 1:
+        return decoded(dtype, encode_rows(dtype, np.ascontiguousarray(array, np.float32)))
+    return oracle.run("cast", [array], dtype=dtype.name)
 
 
 def reached(builder: Builder, plan: PlanText) -> set[str]:
     """The statements that a plan runs."""
-    of = {s.name: s for s in builder.statements}
+    statements = {s.name: s for s in builder.statements}
     names: set[str] = set()
     stack = list(plan.roots)
     while stack:
         name = stack.pop()
         if name not in names:
             names.add(name)
-            stack += [arg for arg in of[name].args if arg]
+            stack += [arg for arg in statements[name].args if arg]
     return names
 
 
 def after(builder: Builder, plan: PlanText, run: Evaluation) -> dict[str, Array]:
-    """What each state of a plan holds after a run: its last write that the plan makes."""
-    found: dict[str, Array] = {}
-    ran = reached(builder, plan)
+    """Contents of each state after a run: those of the plan's last write to it."""
+    states: dict[str, Array] = {}
+    names = reached(builder, plan)
     for statement in builder.statements:
         node = builder.nodes[statement.name]
-        if statement.name not in ran or not (statement.op == "state" or node.op.writes is not None):
+        if statement.name not in names or not (
+            statement.op == "state" or node.op.writes is not None
+        ):
             continue
         root = node.root
         content = run.values[statement.name].content
         if content is None:
-            raise PyggmlError(f"{statement} writes what is no state")
-        found[root.attrs["name"]] = content.reshape(root.ne[::-1])
-    return found
+            raise PyggmlError(f"{statement}: its target must be a state or a view of one")
+        states[root.attrs["name"]] = content.reshape(root.ne[::-1])
+    return states
 
 
 def runs(
@@ -158,11 +160,11 @@ def runs(
     noise: Mapping[str, float],
     seed: int,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """(outputs, all states afterwards) of `repeat` runs of a plan."""
-    held = dict(states)
+    """(outputs, states after the last run) of `repeat` runs of a plan."""
+    contents = dict(states)
     outputs: dict[str, Array] = {}
     for number in range(int(plan.attrs.get("repeat", 1))):
-        run = Evaluation(builder, held, noise, seed + number)
+        run = Evaluation(builder, contents, noise, seed + number)
         outputs = {key: run.values[key].array for key in plan.outputs}
-        held |= after(builder, plan, run)
-    return outputs, held
+        contents |= after(builder, plan, run)
+    return outputs, contents

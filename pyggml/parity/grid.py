@@ -1,7 +1,7 @@
-"""The large grid: test-backend-ops' own for our ops, and what people ran into, made of tables.
+"""The large grid: the cases of test-backend-ops for our ops, and cases from reported faults.
 
-The lines are those of `cases`; loops stand where one size follows from another. Flash attention,
-whose product of choices has no end, is sampled, the same at every call.
+Lines are as in `cases`; loops generate those where one size depends on another. Flash attention has
+too many combinations, so its cases are a sample, the same at every call.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pyggml.parity.cases import cases, expand
 
 #: One type of each family of formats.
 BASE = "f32|f16|q8_0|q4_0|q4_1|q4_K|mxfp4|nvfp4|iq2_xxs"
-#: Layouts that keep rows whole, as block types want them.
+#: Layouts that keep rows contiguous, as block types need.
 ROWS = "|@wide|@inner|@step|@p0213"
 
 LINES = f"""
@@ -105,7 +105,7 @@ cast({{PLAIN|BLOCKS}}[256,5,3]@weight{{|@inner|@p0213}}, dtype={{'f32'|'f16'}})
 
 
 def _batched() -> Iterator[str]:
-    """Products: batches of a (bs) and how often each meets one of b (nr)."""
+    """Products with batches: sizes of a (bs), and matrices of b for each of a (nr)."""
     for (a2, a3), (r2, r3) in product([(1, 1), (3, 1), (3, 2)], product((1, 2), (1, 2))):
         b = f"{a2 * r2},{a3 * r3}"
         yield f"mul_mat({{{BASE}}}[256,16,{a2},{a3}]{{|@inner}}, {{PLAIN}}[256,{{1|16}},{b}])"
@@ -129,7 +129,7 @@ HEADS += [(192, 128), (320, 256), (576, 512)]
 GQA = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 32, 128)
 N_KV = (1, 31, 32, 33, 113, 255, 256, 257, 512, 1024, 4096)
 N_Q = (1, 2, 3, 7, 8, 9, 16, 32, 33, 75, 127, 128, 129, 512)
-#: Most rows of scores, and most products of a query and a key, of a sampled case.
+#: Upper limits of a sampled case: rows of scores, products of a query and a key.
 ROWS_AT_MOST, WORK = 1024, 1 << 23
 
 
@@ -145,12 +145,12 @@ def _attention(count: int = 3000) -> Iterator[str]:
             continue
         count -= 1
         blocked = d_k % 32 == 0
-        kind = pick(
+        dtype = pick(
             ("f32", "f16", "bf16", "q8_0", "q8_0", "q4_0", "q5_1", "iq4_nl")[: 8 * blocked or 3]
         )
         layout = pick(("", "", "@wide", "@p0213", "@step"))
         start = pick((0, 64)) if d_k - d_v == 64 else 0
-        v = f"{kind}[{d_v},{n_kv},{h_kv},{n3}]"
+        v = f"{dtype}[{d_v},{n_kv},{h_kv},{n3}]"
         v += f"=1+{start}" if d_v < d_k or rng.random() < 0.2 else pick(("", "@wide", "@p0213"))
         m2 = pick((1, 1, heads))
         mask = f"f16[{n_kv},{n_q + pick((0, 5))},{m2},{pick((1, n3))}]"
@@ -162,7 +162,7 @@ def _attention(count: int = 3000) -> Iterator[str]:
         attrs += pick(([], [], ["logit_softcap=10.0"])) + pick(([], ["prec='f32'"]))
         attrs += pick(([], ["lse=True"])) + pick(([], [], ["kv0=1"] if length != "-" else []))
         q = f"f32[{d_k},{n_q},{heads},{n3}]{pick(('', '@p0213', '@inner'))}"
-        k = f"{kind}[{d_k},{n_kv},{h_kv},{n3}]{layout}"
+        k = f"{dtype}[{d_k},{n_kv},{h_kv},{n3}]{layout}"
         yield f"flash_attn_ext({', '.join([q, k, v, mask, sinks, length, *attrs])})"
 
 
@@ -170,8 +170,8 @@ def _attention(count: int = 3000) -> Iterator[str]:
 def all_cases() -> tuple[Case, ...]:
     """The small grid and the large one."""
     lines = "\n".join([LINES, *_batched(), *_soft_max(), *_attention()])
-    found = {str(case): case for case in (*cases(), *expand(lines))}
-    return tuple(found.values())
+    distinct = {str(case): case for case in (*cases(), *expand(lines))}
+    return tuple(distinct.values())
 
 
 PERF = """
@@ -190,5 +190,5 @@ set_rows(f16[576,4096], f32[576,512], i32[512]!4096)
 
 @cache
 def perf_cases() -> tuple[Case, ...]:
-    """Sizes of real models, to be timed."""
+    """Cases of real models' sizes, for measuring times."""
     return expand(PERF)

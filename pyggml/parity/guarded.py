@@ -1,5 +1,5 @@
-"""One node on memory of the test's own: what a kernel may not read is NaN, what it may not write
-is looked at afterwards.
+"""Run one node in memory of the test's own: NaN around every source shows wrong reads, guards
+around every tensor show wrong writes.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from pyggml.passes.work import Work
 
 Array = NDArray[Any]
 
-#: Bytes before and behind every tensor; a multiple of every backend's alignment.
+#: Bytes before and after every tensor; a multiple of every backend's alignment.
 GUARD = 1024
-#: Blocks by which rows of a strided result are longer than its own.
+#: Blocks by which rows of a strided result are longer than contiguous ones.
 PADDING = 4
-#: What results and scratch hold before a run: NaN in every float type and no id of anything, and
-#: then an ordinary number. A result that depends on it shows.
+#: Words in results and scratch before a run: NaN in every float type and an invalid id; for the
+#: second run an ordinary number. A result that depends on them differs.
 POISON, NUMBER = 0x7FFFFFFF, 0x3F803F80
 
 _BYTE = dtype("i8")
 
 
 class Violation(PyggmlError):
-    """A kernel touched what is not its own, or its result depends on what it may not."""
+    """A kernel wrote outside its memory, or its result depends on data that it may not read."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Memory of one tensor: its guards are part of the `nbytes`."""
+    """Memory of one tensor; `nbytes` includes its guards."""
 
     buffer: Buffer
     nbytes: int
@@ -51,18 +51,18 @@ class _Block:
 class Bed:
     """The steps of a node, and its leaves with their values.
 
-    held    arrays of inputs and states by name, four-dimensional, as they are stored; a smaller one
-            than its leaf is spread over the whole leaf, which is too large to be looked at
-    at      where each leaf is
-    blocks  the guarded memory of all leaves but constants (which are where and how the backend
-            keeps them) and such large ones; these are found unchanged by a second run only
+    arrays  of inputs and states by name, four-dimensional, in their types' storage; the rows of an
+            array that is smaller than its leaf are spread over the whole leaf
+    at      address of each leaf
+    blocks  guarded memory of each leaf, except for constants (the backend allocates them) and
+            leaves that are larger than their array; only a second run checks those for changes
     """
 
-    def __init__(self, backend: Backend, node: Node, held: Mapping[str, Array]) -> None:
+    def __init__(self, backend: Backend, node: Node, arrays: Mapping[str, Array]) -> None:
         self.backend = backend
         self.work = passes.run(Work(Graph({"y": node}), (backend,)))
         self.result = self.work.graph.outputs["y"]
-        self.held = held
+        self.arrays = arrays
         self.blocks: dict[Node, _Block] = {}
         self.at = {leaf: self._address(leaf) for leaf in self.work.leaves}
 
@@ -77,42 +77,43 @@ class Bed:
         return Address(self.blocks[leaf].buffer, GUARD, leaf.spec.nb)
 
     def _part(self, leaf: Node) -> Spec:
-        """What the array of a leaf is: all of it, or a few of its rows."""
-        rows = self.held[leaf.attrs["name"]].shape[2::-1]
+        """The spec of a leaf's array: the whole leaf, or a few of its rows."""
+        rows = self.arrays[leaf.attrs["name"]].shape[2::-1]
         return Spec.of(leaf.dtype, (leaf.ne[0], *rows))
 
     def place(self, nb: Ne | None = None, onto: Node | None = None) -> Placed:
-        """The steps bound: the result with strides `nb`, or in the memory of the leaf `onto`."""
+        """Bind the steps, with strides `nb` for the result, or with the result in leaf `onto`."""
         at: dict[Node, Address] = {}
-        made: dict[Node | None, _Block] = {}
+        blocks: dict[Node | None, _Block] = {}
         order = self.work.order
         for node in (*order, *own_nodes(order, self.work.steps)):
             if node.op.leaf:
                 at[node] = self.at[node]
             elif node.op.view is not None or node.op.writes is not None:
-                at[node] = _looked(node, at)
+                at[node] = _address_of_view(node, at)
             elif node is self.result and onto is not None:
                 at[node] = at[onto]
             else:
                 strides = nb if nb is not None and node is self.result else node.spec.nb
-                made[node] = self._block(strides[3] * node.ne[3])
-                at[node] = Address(made[node].buffer, GUARD, strides)
+                blocks[node] = self._block(strides[3] * node.ne[3])
+                at[node] = Address(blocks[node].buffer, GUARD, strides)
         scratch = max((step.scratch for step in self.work.steps), default=0)
-        made[None] = self._block(scratch)
+        blocks[None] = self._block(scratch)
         starts = [GUARD] * len(self.work.steps)
-        runner = self.backend.bind(self.work.steps, at, made[None].buffer, starts)
-        return Placed(self, runner, at, made, onto)
+        runner = self.backend.bind(self.work.steps, at, blocks[None].buffer, starts)
+        return Placed(self, runner, at, blocks, onto)
 
     def give(self, leaf: Node) -> None:
-        """(Re)write an input or a state, NaN around it."""
+        """Write an input or a state, with NaN around it."""
         if leaf in self.blocks:
             self.fill(self.blocks[leaf], POISON)
         at, part = self.at[leaf], self._part(leaf)
-        b0, b1, b2, b3 = (b * (have // n) for b, have, n in zip(at.nb, leaf.ne, part.ne))
+        b0, b1, b2, b3 = (b * (rows // n) for b, rows, n in zip(at.nb, leaf.ne, part.ne))
         spread = replace(at, nb=(b0, b1, b2, b3))
-        self.backend.upload(spread, part, self.held[leaf.attrs["name"]])
+        self.backend.upload(spread, part, self.arrays[leaf.attrs["name"]])
 
     def fill(self, block: _Block, word: int) -> None:
+        """Fill a block and its guards with copies of a 32-bit word."""
         at, spec = block.at()
         image = np.full(-(-block.nbytes // 4), word, np.uint32).view(np.int8)
         self.backend.upload(at, spec, image[: block.nbytes])
@@ -128,42 +129,50 @@ class Bed:
 
 @dataclass(slots=True)
 class Placed:
-    """A bed with a place for every result. `run` is one run, and looks at all memory after it."""
+    """A bed with an address for every result.
+
+    blocks  memory of each computed node; under None the scratch
+    onto    the leaf that the result replaces, if any
+    """
 
     bed: Bed
     runner: Runner
     at: Mapping[Node, Address]
-    made: Mapping[Node | None, _Block]
+    blocks: Mapping[Node | None, _Block]
     onto: Node | None
 
     def run(self, word: int) -> Array:
-        """The result, of a run over results and scratch full of `word`; raises Violation."""
+        """The result of a run with results and scratch full of `word`; then check all memory.
+
+        Errors: Violation.
+        """
         bed = self.bed
         written = {n.root for n in bed.work.order if n.op.writes is not None} | {self.onto}
         for leaf in bed.at:
             if leaf.op is not constant_op:
                 bed.give(leaf)
-        for block in self.made.values():
+        for block in self.blocks.values():
             bed.fill(block, word)
         before = {leaf: bed.image(block) for leaf, block in bed.blocks.items()}
         self.runner.run()
         bed.backend.synchronize()
-        got = self._read()
+        values = self._read()
         for leaf, block in bed.blocks.items():
             own = slice(GUARD, GUARD + leaf.spec.nbytes) if leaf in written else slice(0, 0)
             after = bed.image(block)
             after[own] = before[leaf][own]
-            _same(after, before[leaf], f"it changed its source {leaf.attrs['name']}, or beside it")
-        for node, block in self.made.items():
-            self._look_around(node, block, word)
-        return got
+            name = leaf.attrs["name"]
+            _same(after, before[leaf], f"it changed its source {name}, or memory next to it")
+        for node, block in self.blocks.items():
+            self._check_guards(node, block, word)
+        return values
 
     def _read(self) -> Array:
         result = self.bed.result
         return self.bed.backend.download(self.at[result], result.spec)
 
-    def _look_around(self, node: Node | None, block: _Block, word: int) -> None:
-        """The block again, filled and with the result in its place, must be what the run left."""
+    def _check_guards(self, node: Node | None, block: _Block, word: int) -> None:
+        """Compare the block with one that is filled again and holds the result."""
         bed = self.bed
         left = bed.image(block)
         if node is None:
@@ -177,7 +186,7 @@ class Placed:
             values = bed.backend.download(self.at[node], node.spec)
             bed.fill(block, word)
             bed.backend.upload(self.at[node], node.spec, values)
-            _same(left, bed.image(block), "it wrote beside its result")
+            _same(left, bed.image(block), "it wrote next to its result")
 
 
 def _same(got: Array, want: Array, what: str) -> None:
@@ -186,24 +195,29 @@ def _same(got: Array, want: Array, what: str) -> None:
         raise Violation(f"{what}: {len(differ)} bytes, the first {int(differ[0]) - GUARD} from it")
 
 
-def _looked(node: Node, at: Mapping[Node, Address]) -> Address:
+def _address_of_view(node: Node, at: Mapping[Node, Address]) -> Address:
     source = node.src[node.op.writes or 0]
     assert source is not None
     seen = at[source]
     if node.op.view is None:
         return seen
-    looked = node.op.view(node, seen.nb)
-    assert looked is not None
-    return replace(seen, offset=seen.offset + looked[0], nb=looked[1])
+    view = node.op.view(node, seen.nb)
+    assert view is not None
+    return replace(seen, offset=seen.offset + view[0], nb=view[1])
 
 
-def results(backend: Backend, node: Node, held: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
-    """(how, result) of every way to run a node; raises Violation.
+def results(
+    backend: Backend, node: Node, arrays: Mapping[str, Array]
+) -> Iterator[tuple[str, Array]]:
+    """(how, result) of every way to run a node.
 
-    A second run over other memory must give the first one's bits. Then: into a strided place, in
-    place of each source that a step declares, and (for a write) over a state of other bytes.
+    A second run over other memory must give the same bits. Then the result goes into strided
+    memory, and into the memory of each source that the step declares as `inplace`. A write runs
+    again over a state with other bytes.
+
+    Errors: Violation.
     """
-    bed = Bed(backend, node, held)
+    bed = Bed(backend, node, arrays)
     placed = bed.place()
     first = placed.run(POISON)
     yield "", first
@@ -212,7 +226,7 @@ def results(backend: Backend, node: Node, held: Mapping[str, Array]) -> Iterator
         raise Violation("a second run over other memory gave other bits")
     if bed.result.root.op.leaf:
         if bed.work.steps:
-            _rest_stays(bed, placed, first)
+            _check_unwritten(bed, placed, first)
         return
     nb, step = bed.result.spec.nb, bed.work.steps[-1]
     if step.strided:
@@ -225,16 +239,16 @@ def results(backend: Backend, node: Node, held: Mapping[str, Array]) -> Iterator
             yield f"in place of {source.attrs['name']}", bed.place(onto=source).run(POISON)
 
 
-def _rest_stays(bed: Bed, placed: Placed, first: Array) -> None:
-    """What a write leaves of a state is the state's; what it writes does not depend on it."""
+def _check_unwritten(bed: Bed, placed: Placed, first: Array) -> None:
+    """A write must leave all other elements of the state, and not depend on the old ones."""
     state = bed.result.root
-    name, held = state.attrs["name"], bed.held
-    before = np.ascontiguousarray(held[name])
+    name, arrays = state.attrs["name"], bed.arrays
+    before = np.ascontiguousarray(arrays[name])
     inverted = (~before.view(np.uint8)).view(before.dtype)
-    bed.held = {**held, name: inverted}
+    bed.arrays = {**arrays, name: inverted}
     second = placed.run(POISON)
-    start = Bed(bed.backend, bed.result.src[bed.result.op.writes or 0] or state, held)
-    seen = start.place().run(POISON).view(np.uint8)
+    start = Bed(bed.backend, bed.result.src[bed.result.op.writes or 0] or state, arrays)
+    old = start.place().run(POISON).view(np.uint8)
     one, two = first.view(np.uint8), second.view(np.uint8)
-    if not ((one == two) | ((one == seen) & (two == ~seen))).all():
+    if not ((one == two) | ((one == old) & (two == ~old))).all():
         raise Violation("it changed elements of the state that it does not write")

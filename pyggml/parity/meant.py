@@ -1,4 +1,4 @@
-"""An op's value in float64 by its meaning in simpler ops, down to those that the oracle states."""
+"""The float64 value of a node through its meaning in simpler ops, down to ops of the oracle."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from pyggml.parity.values import Array
 
 
 def meaning_of(node: Node) -> Node:
-    """The node in simpler ops."""
+    """The meaning of a node: the same result in simpler ops."""
     if node.op.meaning is None:
         raise GraphError(f"{node.op.name} has no meaning in simpler ops")
-    meant: Node = node.op.meaning(*node.src, **node.attrs)
-    if meant.spec != node.spec:
+    meaning: Node = node.op.meaning(*node.src, **node.attrs)
+    if meaning.spec != node.spec:
         raise GraphError(
-            f"the meaning of {node.op.name} gives {meant.spec}, its shape rule {node.spec}"
+            f"{node.op.name}: its meaning gives {meaning.spec}, its shape rule {node.spec}"
         )
-    return meant
+    return meaning
 
 
 def evaluated(node: Node, known: Mapping[Node, Array]) -> Array:
-    """The value of a node over known ones, each of its parts rounded to no type."""
+    """The value of a node from known ones, without rounding between its parts."""
     values = dict(known)
     needed: set[Node] = set()
     stack = [node]
     while stack:
-        each = stack.pop()
-        if each not in known and each not in needed:
-            needed.add(each)
-            stack += [s for s in each.src if s is not None]
-    for each in (n for n in toposort([node]) if n in needed):
-        if each.op.name not in oracle.ORACLE:
-            values[each] = evaluated(meaning_of(each), values)
+        part = stack.pop()
+        if part not in known and part not in needed:
+            needed.add(part)
+            stack += [s for s in part.src if s is not None]
+    for part in (n for n in toposort([node]) if n in needed):
+        if part.op.name not in oracle.ORACLE:
+            values[part] = evaluated(meaning_of(part), values)
             continue
-        attrs = {key: value for key, value in each.attrs.items() if key != "rank"}
-        sources = [None if s is None else values[s] for s in each.src]
-        values[each] = oracle.run(each.op.name, sources, **attrs)
+        attrs = {key: value for key, value in part.attrs.items() if key != "rank"}
+        sources = [None if s is None else values[s] for s in part.src]
+        values[part] = oracle.run(part.op.name, sources, **attrs)
     return values[node]

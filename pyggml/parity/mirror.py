@@ -1,8 +1,8 @@
-"""A backend whose memory is on the host between runs, which makes the parity grid fast on a GPU.
+"""A backend that keeps its memory on the host between runs, so that the grid is fast on a GPU.
 
-A case writes and reads its memory many times for every run of a kernel: values, poison, guards. On
-a GPU that many processes share, each of these is a wait. Here they touch the host's memory, and a
-run is one copy to the device, the kernels, and one copy back. What does not fit is on the device.
+A case writes and reads its memory many times per run of a kernel: values, poison, guards. On a GPU
+that many processes share, each access waits. Here they access the host's memory, and a run is one
+copy to the device, the kernels, and one copy back. Tensors that do not fit stay on the device.
 """
 
 from __future__ import annotations
@@ -34,17 +34,19 @@ class Region:
 
 
 class Mirrored:
-    """`backend` with mirrored memory of `nbytes`; everything else is the backend's own.
+    """`backend` with mirrored memory of `nbytes`; all else is the backend's own.
 
-    memory  the host's; `there` is its twin on the device, which a run fills and reads
-    top     bytes of it in use; back to 0 once none of the `live` regions is left
+    memory  on the host
+    twin    of the same size on the device; a run fills it and reads it back
+    top     bytes of the memory in use; 0 again when no region is left
+    live    number of regions
     """
 
     def __init__(self, backend: Any, nbytes: int) -> None:
         self.backend = backend
         self.host: Any = backends.get("numpy")
         self.memory = self.host.alloc(nbytes)
-        self.there: Any = None
+        self.twin: Any = None
         self.top = self.live = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -85,25 +87,24 @@ class Mirrored:
         scratch: Any,
         scratch_at: Sequence[int],
     ) -> Any:
-        if self.there is None:
-            self.there = self.backend.alloc(len(self.memory))
+        if self.twin is None:
+            self.twin = self.backend.alloc(len(self.memory))
         starts = [Address(scratch, start, (1, 1, 1, 1)) for start in scratch_at]
-        moved = [self._there(one) for one in starts]
-        memory = moved[0].buffer if moved else self.there
-        runner = self.backend.bind(
-            steps, {n: self._there(a) for n, a in at.items()}, memory, [m.offset for m in moved]
-        )
+        scratches = [self._on_device(start) for start in starts]
+        memory = scratches[0].buffer if scratches else self.twin
+        places = {node: self._on_device(address) for node, address in at.items()}
+        runner = self.backend.bind(steps, places, memory, [s.offset for s in scratches])
         return _Runner(self, runner, (at, scratch))
 
-    def _there(self, at: Address) -> Address:
+    def _on_device(self, at: Address) -> Address:
         if not isinstance(at.buffer, Region):
             return at
-        return replace(at, buffer=self.there, offset=at.offset + at.buffer.start)
+        return replace(at, buffer=self.twin, offset=at.offset + at.buffer.start)
 
     def run(self, runner: Any) -> None:
-        """Copy what is in use to the device, run the kernels, copy it back."""
+        """Copy the used memory to the device, run the kernels, copy it back."""
         size = self.top
-        at = Address(self.there, 0, (1, size, size, size))
+        at = Address(self.twin, 0, (1, size, size, size))
         spec, used = Spec.of(dtype("i8"), (max(size, 1),)), self.memory[: max(size, 1)]
         self.backend.upload(at, spec, used.view(np.int8))
         runner.run()
@@ -111,7 +112,7 @@ class Mirrored:
 
 
 class _Runner:
-    """A runner that mirrors. It keeps the regions that it is bound to."""
+    """A runner that copies the memory before and after. It keeps its regions alive."""
 
     def __init__(self, mirror: Mirrored, runner: Any, regions: object) -> None:
         self.mirror, self.runner, self.regions = mirror, runner, regions
@@ -126,7 +127,7 @@ def _plain(at: Address) -> Address:
 
 @contextmanager
 def mirrored(name: str, index: int = 0, nbytes: int = 128 << 20) -> Iterator[Mirrored]:
-    """Inside, `backends.get` gives the backend's device of that index with mirrored memory."""
+    """Make `backends.get(name, index)` return a device with mirrored memory inside the context."""
     module: Any = importlib.import_module(f"pyggml.backends.{name}")
     device = module.device
     mirror = Mirrored(device(index), nbytes)

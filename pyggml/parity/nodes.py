@@ -1,4 +1,4 @@
-"""Any graph on two places, node by node: where do they part?"""
+"""Compare a graph on two places, node by node."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from pyggml.passes.order import state_edges
 from pyggml.runtime.compile import compile
 from pyggml.runtime.places import parse
 
-#: Outputs of the whole graph may differ by this many times what its nodes may differ together.
-#: Errors that know nothing of each other add up in the NMSE; a softmax, or a norm over terms that
-#: cancel, may make them relatively larger on their way, and that is no kernel's fault.
+#: Outputs of the whole graph may differ by this multiple of the sum of their nodes' bounds.
+#: Independent errors add up in the NMSE. A softmax, or a norm over terms that cancel, may magnify
+#: them on their way, which is not a kernel's fault.
 GAIN = 10.0
-#: ... but by no more than this: a tenth in relative error is another result.
+#: ... but never by more than this NMSE, a tenth in relative error.
 FARTHEST = 1e-2
-#: What a node of a narrow type adds: numbers that differ in their last bit, on either side of a
-#: rounding boundary, come out a whole step apart.
+#: What a node of a narrow type adds: two numbers on either side of a rounding boundary, however
+#: close, come out a whole step apart.
 ROUNDED = {**STORAGE, **{name: CLASSES[name] for name in ("f16", "bf16")}}
 
 
@@ -43,22 +43,22 @@ def compare(
     states: Mapping[str, ArrayLike] | None = None,
     updates: Iterable[Node] = (),
 ) -> Report:
-    """Run the graph of `outputs` on the places a and b, and say at which nodes they differ.
+    """Run the graph of `outputs` on the places a and b, and report the nodes where they differ.
 
         report = gg.compare({"y": y}, "numpy", "null", {"x": array})
 
-    Every node runs alone on both, from the values that `a` computed before it: errors do not add
-    up, and no node is blamed for another. Then the whole graph runs on both, with all that the
-    backends fuse, and outputs and written states are compared too, within a wider bound.
+    Every node runs alone on both places, from the values that `a` computed for its sources: errors
+    do not add up, and a wrong node does not affect others. Then the whole graph runs on both, with
+    all fusions, and its outputs and written states are compared within a wider bound.
 
     outputs, updates  as for compile
     inputs            an array for every input
-    states            what states hold before; zeros unless given
+    states            initial contents of states; zeros by default
 
-    A node's bound is the sum of two: that of its op in the numeric class which a declares, and in
-    the one which b does (`pyggml/parity/tolerance.py`). A node that a place lacks runs there as its
-    meaning. One that it cannot run at all is "unsupported": the other's value is carried on. Where
-    that one fails too, nodes that read the value are "skipped". The report is ok with neither.
+    A node's bound is the sum of its op's bounds for the numeric classes that a and b declare
+    (`pyggml/parity/tolerance.py`). A node without a kernel on a place runs there as its meaning. If
+    that fails too, the node is "unsupported", and the other place's value is used from there on. If
+    neither place has a value, nodes that read it are "skipped". The report is ok with none of both.
 
     Errors: UnknownNameError, GraphError, ShapeError or DTypeError for arrays; DeviceError,
     OutOfMemoryError.
@@ -69,14 +69,14 @@ def compare(
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """What a place gives where it gives no value: a status of `Row`, and the reason."""
+    """No value from a place: a status of `Row`, and the reason."""
 
     status: str
     why: str
 
 
 def _attempt(place: str, run: Callable[..., Any], *args: Any) -> Any:
-    """What `run` returns, or Failed. A kernel may raise anything: that is a failure like others."""
+    """The result of `run`, or Failed. An exception of any kind in a kernel is a failure."""
     try:
         return run(*args)
     except (DeviceError, OutOfMemoryError):
@@ -88,16 +88,16 @@ def _attempt(place: str, run: Callable[..., Any], *args: Any) -> Any:
 
 
 class Walk:
-    """A graph, two places, and contents for all its leaves."""
+    """Runs a graph on two places, with contents for all its leaves."""
 
     def __init__(self, graph: Graph, places: tuple[str, str], leaves: Values) -> None:
         for place in places:
-            parse(place)  # one that does not exist is named before anything runs
+            parse(place)  # an unknown place is an error before anything runs
         self.graph, self.places, self.leaves = graph, places, leaves
         self.order = toposort(graph.roots, state_edges(graph.nodes))
 
     def report(self) -> Report:
-        """Every node, then the whole graph."""
+        """Compare every node, then the whole graph."""
         rows: dict[Node, Row] = {}
 
         def visit(single: Alone, values: Values) -> Array | None:
@@ -110,7 +110,7 @@ class Walk:
         return Report(*self.places, tuple(rows.values()), ends, self.script)
 
     def script(self, node: Node, bound: float, path: Path) -> None:
-        """Write the script of a node; what it reads is computed again."""
+        """Write the script of a node; the values that it reads are computed again."""
         single, needed = alone(node), set(toposort([node])) - {node}
 
         def visit(earlier: Alone, values: Values) -> Array | None:
@@ -126,7 +126,7 @@ class Walk:
 
     @cached_property
     def names(self) -> dict[Node, str]:
-        """A label that no other has for each: `kq-0`, or with its number `mul_mat%12`."""
+        """A unique name for each node: its label `kq-0`, or op and number `mul_mat%12`."""
         shared = Counter(label_of(node) for node in self.graph.nodes)
         return {
             node: label_of(node) + ("" if labels(node) and shared[label_of(node)] == 1 else f"%{i}")
@@ -134,7 +134,7 @@ class Walk:
         }
 
     def node(self, label: str) -> Node:
-        """The computed node of that label; UnknownNameError for none and for several."""
+        """The computed node with this label; UnknownNameError unless there is exactly one."""
         computed = (n for n in self.order if not n.op.leaf and n.op.view is None)
         return labelled(label, {node: self.names[node] for node in computed})
 
@@ -145,21 +145,21 @@ class Walk:
         return None
 
     def _compared(self, single: Alone, values: Values) -> tuple[Comparison | Failed, Array | None]:
-        """How a node's values on a and b compare, and the one to go on with."""
+        """(comparison of a node's values on a and b, the value for its readers)"""
         unknown = self._unknown(single, values)
         if unknown:
             return unknown, None
         sides = [_attempt(place, single.run, place, values) for place in self.places]
         failed = [side for side in sides if isinstance(side, Failed)]
-        made = [side for side in sides if not isinstance(side, Failed)]
+        good = [side for side in sides if not isinstance(side, Failed)]
         if failed:
-            return failed[0], made[0][0] if made else None
-        (want, bound_a), (got, bound_b) = made
+            return failed[0], good[0][0] if good else None
+        (want, bound_a), (got, bound_b) = good
         before = None if single.state is None else values[single.state]
         return difference(single.result, got, want, bound_a + bound_b, before), want
 
     def _whole(self, bounds: Mapping[Node, float]) -> Iterator[Row]:
-        """A row for each output of the graph as it runs whole, and for each state it writes."""
+        """A row for each output of the whole graph, and for each state that it writes."""
         sides = [_attempt(place, self._run, place) for place in self.places]
         failed = [side for side in sides if isinstance(side, Failed)]
         for key, (leaf, node) in self._ends().items():
@@ -171,7 +171,7 @@ class Walk:
             yield _row(key, leaf, difference(leaf, got, want, bound, self.leaves.get(leaf)))
 
     def _ends(self) -> dict[str, tuple[Node, Node]]:
-        """What the graph leaves: name -> (tensor, the last node that computes it)."""
+        """Results of the graph: name -> (tensor, the last node that computes it)."""
         ends = {f"output {key}": (node, node) for key, node in self.graph.outputs.items()}
         for node in self.order:
             if node.op.writes is not None:
@@ -180,11 +180,11 @@ class Walk:
 
     def _run(self, place: str) -> dict[str, Array]:
         plan = compile(self.graph.outputs, backends=[place], updates=self.graph.updates)
-        made = {f"output {key}": array for key, array in run_with(plan, self.leaves).items()}
+        results = {f"output {key}": array for key, array in run_with(plan, self.leaves).items()}
         for key, (leaf, _) in self._ends().items():
-            if key not in made:
-                made[key] = plan.store.read(leaf.attrs["name"], raw=True)
-        return made
+            if key not in results:
+                results[key] = plan.store.read(leaf.attrs["name"], raw=True)
+        return results
 
 
 def _row(label: str, node: Node, result: Comparison | Failed) -> Row:
@@ -194,10 +194,10 @@ def _row(label: str, node: Node, result: Comparison | Failed) -> Row:
 
 
 def _together(node: Node, bounds: Mapping[Node, float]) -> float:
-    """How far a node may be off when all before it ran too; exact where all of them are."""
-    mine = [n for n in toposort([node]) if n in bounds]
-    total = sum(bounds[n] for n in mine)
-    rounded = sum(ROUNDED.get(n.dtype.name, 0.0) for n in mine)
+    """The bound of a node that runs after all its sources; 0 if all their bounds are 0."""
+    nodes = [n for n in toposort([node]) if n in bounds]
+    total = sum(bounds[n] for n in nodes)
+    rounded = sum(ROUNDED.get(n.dtype.name, 0.0) for n in nodes)
     return min(GAIN * (total + rounded), FARTHEST) if total else 0.0
 
 
@@ -207,10 +207,10 @@ def walk(
     visit: Callable[[Alone, Values], Array | None],
     keep: Collection[Node] = (),
 ) -> Values:
-    """Visit the computed nodes in order; the values that are left.
+    """Visit the computed nodes in order; return the values that remain.
 
-    visit  gets the node alone and the values of what it reads; returns its own, None for none
-    keep   tensors whose values are left; those of others are let go after their last reader
+    visit  (node alone, values of its sources) -> value, None for none
+    keep   tensors whose values remain; others are freed after their last reader
     """
     last = {
         source.root: node
@@ -226,7 +226,7 @@ def walk(
         single, own = alone(node), node.root
         value = visit(single, values)
         if value is None:
-            values.pop(own, None)  # of a state: what it holds is unknown from here on
+            values.pop(own, None)  # a state's contents are unknown from here on
         elif own in last or own in keep:
             values[own] = value
         for of in single.leaves:
@@ -238,13 +238,13 @@ def walk(
 def difference(
     node: Node, got: Array, want: Array, bound: float, before: Array | None = None
 ) -> Comparison:
-    """Two arrays as `node`'s type stores them; where neither changed `before`, they do not count.
+    """Compare two arrays in the storage of `node`'s type, except elements that both left as before.
 
-    Untouched rows of a large state would make the error of the written ones look small.
+    Unchanged rows of a large state would make the error of the written ones look small.
     """
     a, b = decoded(node, want), decoded(node, got)
     if before is not None:
-        held = decoded(node, before)
-        changed = (a != held) | (b != held)
+        old = decoded(node, before)
+        changed = (a != old) | (b != old)
         a, b = np.where(changed, a, 0), np.where(changed, b, 0)
     return within(b, a, bound)

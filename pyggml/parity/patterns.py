@@ -1,6 +1,6 @@
-"""Small graphs in which a backend may do several nodes in one step, and must not do too many.
+"""Small graphs that test fusion: nodes that a backend may fuse, and nodes that it must not.
 
-Each is built of inputs, weights and states of its own; `PATTERNS` names them.
+Each graph has its own inputs, weights and states. `PATTERNS` holds them by name.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Pattern:
 
 
 class _Maker:
-    """Leaves with values from a seed."""
+    """Makes leaves, with values from a seed."""
 
     def __init__(self, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
@@ -81,7 +81,7 @@ class _Maker:
 
 
 def norm_and_products(m: _Maker) -> Pattern:
-    """A sum that goes on, its norm times a row, several products of that; a sum that ends there."""
+    """A sum with other readers, its norm times a row, products with that; a sum without readers."""
     h = add(m.floats("a", K, T), m.floats("b", K, T))
     normed = mul(rms_norm(h, eps=1e-6), m.weight("row", K))
     alone = mul(rms_norm(add(h, normed), eps=1e-6), m.weight("other", K))
@@ -92,7 +92,7 @@ def norm_and_products(m: _Maker) -> Pattern:
 
 
 def shared_activations(m: _Maker) -> Pattern:
-    """Products of one b that no norm makes; a view of it has other rows."""
+    """Products with one b that is not a norm, and one with a view of b's rows."""
     x = silu(m.floats("x", K, T))
     one, two = (m.weight(name, K, 40, type="q8_0") for name in ("one", "two"))
     part = view(x, ne=(K, 2), start=(0, 1))
@@ -100,29 +100,29 @@ def shared_activations(m: _Maker) -> Pattern:
 
 
 def experts(m: _Maker) -> Pattern:
-    """Routing by softmax, products of the chosen, their weighted sum and what is added to it."""
+    """Routing by softmax, products with the chosen experts, their weighted sum and a residual."""
     x, h = m.floats("x", K, T), m.floats("h", K, T)
     probs = soft_max(mul_mat(m.weight("router", K, 16), x, prec="f32"))
     ids = top_k(probs, k=3)
     weights = get_rows(reshape(probs, ne=(1, 16, T)), ids)
     b = reshape(x, ne=(K, 1, T))
-    made = mul_mat_id(m.weight("down", K, K, 16, type="q8_0"), b, ids)
-    y = add(h, add(mul_multi_add(made, weights), mul_mat(m.weight("shared", K, K), x)))
+    down = mul_mat_id(m.weight("down", K, K, 16, type="q8_0"), b, ids)
+    y = add(h, add(mul_multi_add(down, weights), mul_mat(m.weight("shared", K, K), x)))
     return m.done(y=y, ids=ids)
 
 
 def grouped_experts(m: _Maker) -> Pattern:
-    """Routing as in V3: sigmoid, a bias that only chooses, the best groups, weights of one sum."""
+    """Routing as in V3: sigmoid, a bias for the choice, the best groups, normalized weights."""
     probs = sigmoid(m.floats("scores", 32, T))
-    chosen = add(probs, m.weight("bias", 32))
-    ids = grouped_topk(chosen, n_group=4, n_group_used=2, n_top=2, k=5)
+    biased = add(probs, m.weight("bias", 32))
+    ids = grouped_topk(biased, n_group=4, n_group_used=2, n_top=2, k=5)
     flat = reshape(get_rows(reshape(probs, ne=(1, 32, T)), ids), ne=(5, T))
     flat = div(flat, clamp(sum_rows(flat), min=6e-5, max=float("inf")))
     return m.done(ids=ids, w=scale(reshape(flat, ne=(1, 5, T)), s=2.5))
 
 
 def divided_weights(m: _Maker) -> Pattern:
-    """Weights of one sum, not scaled; the best are chosen with a bias."""
+    """Normalized weights without a scale; the choice is biased."""
     probs = soft_max(m.floats("scores", 32, T))
     ids = top_k(add(probs, m.weight("bias", 32)), k=5)
     flat = reshape(get_rows(reshape(probs, ne=(1, 32, T)), ids), ne=(5, T))
@@ -130,14 +130,14 @@ def divided_weights(m: _Maker) -> Pattern:
 
 
 def probabilities_kept(m: _Maker) -> Pattern:
-    """The same routing where the probabilities are an output."""
+    """Routing whose probabilities are an output."""
     probs = soft_max(m.floats("scores", 16, T))
     ids = top_k(probs, k=3)
     return m.done(p=probs, w=get_rows(reshape(probs, ne=(1, 16, T)), ids))
 
 
 def squares(m: _Maker) -> Pattern:
-    """Nodes that meet themselves."""
+    """Products and sums of a node with itself."""
     x, row = m.floats("x", K, T), m.floats("one", K)
     opened, normed = relu(x), rms_norm(row, eps=1e-6)
     total = mul_multi_add(m.floats("a", K, 3, T), m.floats("w", 1, 3, T))
@@ -145,7 +145,7 @@ def squares(m: _Maker) -> Pattern:
 
 
 def odd_routing(m: _Maker) -> Pattern:
-    """Routing whose ids nobody else reads, and weights that share one sum of all tokens."""
+    """Routing whose ids have no other reader, and weights divided by one sum over all tokens."""
     probs = soft_max(m.floats("scores", 32, T))
     ids = top_k(probs, k=4)
     weights = get_rows(reshape(probs, ne=(1, 32, T)), ids)
@@ -156,7 +156,7 @@ def odd_routing(m: _Maker) -> Pattern:
 
 
 def flat_weights(m: _Maker) -> Pattern:
-    """Weights of another shape than routing has."""
+    """Weights in another shape than routing uses."""
     probs = soft_max(m.floats("scores", 32, T))
     ids = top_k(probs, k=4)
     weights = get_rows(reshape(probs, ne=(1, 32, T)), ids)
@@ -174,7 +174,7 @@ def _latent(m: _Maker, type: str, mode: Literal["normal", "neox"]) -> Pattern:
 
 
 def _turned(m: _Maker, type: str) -> Pattern:
-    """Keys of several heads turned and cached, a row a token."""
+    """Keys of several heads, rotated and cached, one row per token."""
     pos = m.positions()
     turned = rope_ext(m.floats("k", 64, 3, T), pos, n_dims=48, offset=16)
     cache = set_rows(state("cache", type, ne=(192, 32)), reshape(turned, ne=(192, T)), pos)
@@ -182,7 +182,7 @@ def _turned(m: _Maker, type: str) -> Pattern:
 
 
 def gated(m: _Maker) -> Pattern:
-    """An activation times what it gates, on either side; one whose activation goes on."""
+    """Activations that gate a product on either side; one that has another reader."""
     x, g, h = m.floats("x", K, T), m.floats("g", K, T), m.floats("h", K, T)
     opened = gelu(h)
     return m.done(
@@ -204,13 +204,13 @@ def shared_mask(m: _Maker) -> Pattern:
 
 
 def mask_kept(m: _Maker) -> Pattern:
-    """A causal mask that something else reads too."""
+    """A causal mask that is also an output."""
     mask = causal_mask(m.positions(), n_kv=32)
     return m.done(y=_attention(m, "one", mask), mask=mask)
 
 
 def moved_position(m: _Maker) -> Pattern:
-    """Positions are a state that is written between the mask and the attention that reads it."""
+    """Positions in a state that is written between the mask and the attention."""
     pos = state("pos", "i32", ne=(T,))
     mask = causal_mask(pos, n_kv=32)
     moved = cpy(m.positions("next", 20), pos)
@@ -220,7 +220,7 @@ def moved_position(m: _Maker) -> Pattern:
 
 
 def hidden_rows(m: _Maker) -> Pattern:
-    """A cache whose rows behind the last position were never written: NaN, infinity, anything."""
+    """A cache whose rows after the last position are NaN or infinite, as if never written."""
     pos = m.positions()
     outputs = {}
     for name, d_k, d_v, heads in (("few", 64, 64, 4), ("latent", 576, 512, 4), ("odd", 40, 24, 2)):
@@ -238,8 +238,8 @@ def hidden_rows(m: _Maker) -> Pattern:
 
 PATTERNS: dict[str, Callable[[_Maker], Pattern]] = {
     **{
-        made.__name__: made
-        for made in (
+        graph.__name__: graph
+        for graph in (
             norm_and_products, shared_activations, experts, grouped_experts, divided_weights,
             probabilities_kept, shared_mask, mask_kept, moved_position, gated,
             hidden_rows,
@@ -256,5 +256,5 @@ PATTERNS: dict[str, Callable[[_Maker], Pattern]] = {
 
 
 def pattern(name: str, seed: int = 0) -> Pattern:
-    """That graph, with values from a seed."""
+    """The graph with this name, with values from a seed."""
     return PATTERNS[name](_Maker(seed))

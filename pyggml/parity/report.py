@@ -1,4 +1,4 @@
-"""What `gg.parity` found: a row for each node, and the table that people read."""
+"""The result of `gg.compare`: a row for each node, and the table that it prints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pyggml.node import Node, labels, line_of
 from pyggml.parity.tolerance import Comparison
 from pyggml.runtime import places
 
-#: Rows that the table shows at most.
+#: The most rows that the table shows.
 SHOWN = 20
 
 
@@ -23,10 +23,11 @@ SHOWN = 20
 class Row:
     """A node, or an output of the whole graph, on two places.
 
-    label   that of the node if no other has it, else with its number in `print(Graph(...))`
+    label   the node's label; with its number in `print(Graph(...))` if another node has the same
     status  "ok"; "fail": out of bound, or a kernel raised; "unsupported": a place cannot run it;
-            "skipped": what it reads could not be computed. `why`: the reason
-    found   NMSE, bound and the worst element, where both gave a value
+            "skipped": a source could not be computed
+    why     the reason of a status that is not ok
+    found   NMSE, bound and worst element, if both places gave a value
     """
 
     label: str
@@ -71,22 +72,22 @@ class Row:
         return f"{self.label} = {self.op} {self.spec}{built}: {result}"
 
     def as_dict(self) -> dict[str, Any]:
-        """What JSON can hold of it; error and worst values as text where they are inf or NaN."""
-        told = {name: getattr(self, name) for name in ("label", "op", "spec", "line", "status")}
+        """The row for JSON; inf and NaN become text."""
+        texts = {name: getattr(self, name) for name in ("label", "op", "spec", "line", "status")}
         numbers: dict[str, Any] = {"why": self.why, "error": self.error, "bound": self.bound}
         if self.found is not None and self.found.at is not None:
             numbers |= {"at": self.found.at, "a": self.found.want, "b": self.found.got}
         finite = {k: v if not isinstance(v, float) or abs(v) < inf else str(v)
                   for k, v in numbers.items()}  # fmt: skip
-        return told | finite
+        return texts | finite
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Every node of a graph on places a and b, and the whole graph. True where all is well.
+    """The comparison of a graph on places a and b. It is true if `ok`.
 
-    nodes    rows in the graph's order, each node alone
-    outputs  rows of the whole graph: outputs, and the states that it writes
+    nodes    a row for each node, run alone, in the graph's order
+    outputs  rows of the whole graph: its outputs, and the states that it writes
     """
 
     a: str
@@ -101,7 +102,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether every node and output was compared, and is within its bound."""
+        """Whether every node and output was compared and is within its bound."""
         return all(row.status == "ok" for row in self.rows)
 
     def __bool__(self) -> bool:
@@ -109,17 +110,17 @@ class Report:
 
     @property
     def first(self) -> Row | None:
-        """The first in order that failed: a node, or an output where every node alone is right."""
+        """The first node that failed; if none did, the first output."""
         return next((row for row in self.rows if row.status == "fail"), None)
 
     @property
     def worst(self) -> Row | None:
-        """The largest error in units of its bound: of the failing nodes, else of the failing
-        outputs, else of all nodes.
+        """The row with the largest error relative to its bound: among failing nodes, else among
+        failing outputs, else among all nodes.
         """
         failing = [[r for r in rows if r.status == "fail"] for rows in (self.nodes, self.outputs)]
-        some: Sequence[Row] = failing[0] or failing[1] or self.nodes
-        return max(some, key=lambda row: (row.ratio, row.error or 0.0), default=None)
+        rows: Sequence[Row] = failing[0] or failing[1] or self.nodes
+        return max(rows, key=lambda row: (row.ratio, row.error or 0.0), default=None)
 
     def __str__(self) -> str:
         if self.first is None or self.first in self.outputs:
@@ -133,10 +134,10 @@ class Report:
         lines = [f"{self.a} and {self.b}: {_counts(self.nodes, 'node')}; "
                  f"whole graph: {_counts(self.outputs, 'result')}"]  # fmt: skip
         if places.parse(self.a) == places.parse(self.b):
-            lines.append("the same place twice: this shows only that it gives the same again")
-        bad = [row for row in self.rows if row.status != "ok"]
-        lines += _table(bad[:SHOWN])
-        lines += [f"  and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
+            lines.append("the same place twice: this only shows that it is deterministic")
+        others = [row for row in self.rows if row.status != "ok"]
+        lines += _table(others[:SHOWN])
+        lines += [f"  and {len(others) - SHOWN} more"] if len(others) > SHOWN else []
         first, worst = self.first, self.worst
         if first is not None:
             lines.append(f"first{' and worst' * (first is worst)}: {first}")
@@ -145,7 +146,7 @@ class Report:
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
-        """What JSON can hold of it."""
+        """The report for JSON."""
         return {
             "a": self.a,
             "b": self.b,
@@ -157,17 +158,18 @@ class Report:
         }
 
     def row(self, label: str) -> Row:
-        """The node of that label; UnknownNameError where there is none or more than one."""
+        """The row with this label; UnknownNameError unless there is exactly one."""
         node = labelled(label, {row.node: row.label for row in self.nodes})
         return next(row for row in self.nodes if row.node is node)
 
     def script(self, which: str | Row, path: str | Path) -> Path:
-        """Write a program that runs one node on a and b, with its inputs beside it in an .npz file.
+        """Write a program that runs one node on a and b, and its inputs in an .npz file next to it.
 
-        which  a label or a row;  path: of the program, `NAME.py`
+        which  a label or a row
+        path   path of the program, `NAME.py`
 
-        The program exits with 1 where the node is out of bound. What the node reads is computed
-        again here, as it was for the report.
+        The program exits with 1 if the node is out of bound. The node's sources are computed again
+        here, as for the report.
         """
         row = self.row(which) if isinstance(which, str) else which
         if not isinstance(row, Row) or row not in self.nodes:
@@ -178,7 +180,7 @@ class Report:
 
 
 def labelled(label: str, names: Mapping[Node, str]) -> Node:
-    """The node of that name or that label; UnknownNameError for none and for several."""
+    """The node with this name or label; UnknownNameError unless there is exactly one."""
     nodes = [node for node, name in names.items() if name == label]
     nodes = nodes or [node for node in names if label in labels(node)]
     if len(nodes) == 1:
@@ -189,25 +191,27 @@ def labelled(label: str, names: Mapping[Node, str]) -> Node:
 
 
 def script_path(path: str | Path) -> Path:
-    """Where a script is written; GraphError unless it is a NAME.py in a folder that exists."""
+    """The path of a script; GraphError unless it is a NAME.py in an existing folder."""
     path = Path(path)
     if path.suffix != ".py":
-        raise GraphError(f"the script is a NAME.py, with NAME.npz beside it, not {str(path)!r}")
+        raise GraphError(
+            f"the script must be a NAME.py (its arrays go to NAME.npz), got {str(path)!r}"
+        )
     if not path.parent.is_dir():
         raise GraphError(f"the script {path} cannot be written: there is no folder {path.parent}")
     return path
 
 
 def script_name(label: str) -> str:
-    """A file for the script of a node."""
+    """The default file name of a node's script."""
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in label) + ".py"
 
 
 def _counts(rows: Sequence[Row], what: str) -> str:
     """`39/41 nodes within their bounds, 1 fail, 1 unsupported`."""
     counts = Counter(row.status for row in rows)
-    bad = [f"{n} {status}" for status, n in counts.items() if status != "ok"]
-    return ", ".join([f"{counts['ok']}/{len(rows)} {what}s within their bounds", *bad])
+    others = [f"{n} {status}" for status, n in counts.items() if status != "ok"]
+    return ", ".join([f"{counts['ok']}/{len(rows)} {what}s within their bounds", *others])
 
 
 def _table(rows: Sequence[Row]) -> list[str]:

@@ -1,4 +1,4 @@
-"""A program that runs one node on two places, its inputs in a file beside it."""
+"""Write a program that runs one node on two places, with its inputs in a file next to it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pyggml.parity.alone import Alone, Values, decoded
 
 _PROGRAM = '''"""{title}, alone on {a} and on {b}.
 
-What it reads stands in {arrays} beside this file. Exit status: 1 out of bound.
+Its inputs are in {arrays}, next to this file. The exit status is 1 if it is out of bound.
 """
 
 import sys
@@ -45,12 +45,12 @@ def run(place):
 
 
 a, b = run(A), run(B)
-{changed}found = within(b, a, BOUND)
-print(f"{{A}} and {{B}}: {{found}}")
-sys.exit(0 if found else 1)
+{changed}result = within(b, a, BOUND)
+print(f"{{A}} and {{B}}: {{result}}")
+sys.exit(0 if result else 1)
 '''
 
-_CHANGED = """# What neither of them wrote does not count.
+_CHANGED = """# Elements that neither of them wrote do not count.
 same = (a == arrays["before"]) & (b == arrays["before"])
 a[same] = b[same] = 0
 """
@@ -59,7 +59,7 @@ a[same] = b[same] = 0
 def write_script(
     path: Path, single: Alone, values: Values, label: str, places: tuple[str, str], bound: float
 ) -> None:
-    """Write the program `path`, and the arrays of the node's leaves beside it."""
+    """Write the program `path`, and the arrays of the node's leaves next to it."""
     nodes = toposort([single.result])
     var = {node: f"t{i}" for i, node in enumerate(nodes)}
     of = {leaf: root for root, leaf in single.leaves.items()}
@@ -88,7 +88,7 @@ def write_script(
 
 
 def _quotable(text: str) -> str:
-    """Text that may stand in a docstring."""
+    """The text, safe inside a docstring."""
     return text.replace("\\", "/").replace('"""', "'''")
 
 
@@ -98,12 +98,12 @@ def _names(kind: Any, var: Mapping[Node, str]) -> dict[str, str]:
 
 
 def _public(node: Node) -> bool:
-    """Whether the node's op stands in `pyggml` under its name."""
+    """Whether `pyggml` exports the node's op under its name."""
     return node.op.leaf or node.op is view_op or getattr(ops, node.op.name, None) is node.op
 
 
 def _imports(nodes: tuple[Node, ...]) -> list[str]:
-    """Lines that import ops from outside the library."""
+    """Import lines for ops from outside the library."""
     lines = []
     for node in nodes:
         if _public(node):
@@ -111,26 +111,26 @@ def _imports(nodes: tuple[Node, ...]) -> list[str]:
         module, name = node.op.__module__, node.op.name
         if module == "__main__" or getattr(sys.modules.get(module), name, None) is not node.op:
             raise GraphError(
-                f"the script cannot import the op {name}: define it under its own name in a module "
-                f"(it is of {module})"
+                f"the script cannot import the op {name} from {module}; define it in a module, "
+                "under its own name"
             )
         lines.append(f"from {module} import {name}\n")
     return lines
 
 
 def _built(node: Node, var: Mapping[Node, str]) -> str:
-    """The call that builds a node."""
+    """The call that builds the node."""
     attrs, kind = dict(node.attrs), node.dtype.name
     if node.op is constant_op:
-        return f"gg.constant(arrays[{var[node]!r}], type={kind!r}, name={attrs['name']!r})"
+        return f"gg.constant(arrays[{var[node]!r}], dtype={kind!r}, name={attrs['name']!r})"
     if node.op.leaf:
         sizes = node.ne[: node.spec.rank]
         return f"gg.{node.op.name}({attrs['name']!r}, {kind!r}, ne={sizes})"
     if node.op is view_op:
         attrs["ne"] = attrs["ne"][: attrs.pop("rank")]
-    given = ["None" if s is None else var[s] for s in node.src]
-    given += [f"{key}={_literal(value)}" for key, value in attrs.items()]
-    return f"{'gg.' if _public(node) else ''}{node.op.name}({', '.join(given)})"
+    arguments = ["None" if s is None else var[s] for s in node.src]
+    arguments += [f"{key}={_literal(value)}" for key, value in attrs.items()]
+    return f"{'gg.' if _public(node) else ''}{node.op.name}({', '.join(arguments)})"
 
 
 def _literal(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Cases run one by one or by several processes; what becomes of each as one small record."""
+"""Run cases, in this process or in several; one outcome for each."""
 
 from __future__ import annotations
 
@@ -27,17 +27,18 @@ from pyggml.passes.assign import assign
 from pyggml.passes.work import Work
 from pyggml.runtime import places
 
-#: Seconds that a measurement lasts.
+#: Seconds that a measurement takes.
 MEASURED = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a case.
+    """The outcome of a case.
 
-    status  "ok", "fail", "unsupported"; why: the reason of the last two
-    error   NMSE (None where no numbers came to be compared), and the bound that it is held to
-    runs    of a measurement, with us, flops and nbytes of one
+    status  "ok", "fail" or "unsupported"
+    why     reason of the latter two
+    error   NMSE, None if no numbers were compared;  bound: the largest NMSE allowed
+    runs    number of runs of a measurement;  us, flops, nbytes: of one run
     """
 
     case: str
@@ -52,7 +53,7 @@ class Outcome:
 
 
 def refusal(case: Case, backend: str) -> str | None:
-    """Why the backend does not run the case itself; None where it does."""
+    """Why the backend has no kernel for the case; None if it has one."""
     node, device = build(case, values=False).node, places.parse(backend).backend
     if not case.means:
         return None if node.op.view is not None else device.supports(node)
@@ -70,7 +71,7 @@ def supported(case: Case, backend: str) -> Outcome:
 
 
 def tested(case: Case, backend: str) -> Outcome:
-    """The case against the oracle. A kernel may raise anything: that is a failure like others."""
+    """Compare the case with the oracle. An exception of any kind in a kernel is a failure."""
     try:
         reason = refusal(case, backend)
         if reason:
@@ -85,7 +86,7 @@ def tested(case: Case, backend: str) -> Outcome:
 
 
 def measured(case: Case, backend: str) -> Outcome:
-    """Time of one run: the mean of as many as take MEASURED seconds, after one to warm up."""
+    """The mean time of a run, over as many runs as take MEASURED seconds, after a warm-up."""
     reason = refusal(case, backend)
     if reason:
         return Outcome(str(case), "unsupported", reason)
@@ -95,7 +96,7 @@ def measured(case: Case, backend: str) -> Outcome:
     placed.run(NUMBER)
     runs, seconds = 1, _seconds(placed.runner, device, 1)
     while seconds < MEASURED / 2:
-        # Counted, not timed: a device may take in more work in half a second than it does in a day.
+        # Runs are counted, not timed: in half a second one may queue a day's work.
         runs = min(10 * runs, math.ceil(MEASURED * runs / seconds))
         seconds = _seconds(placed.runner, device, runs)
     us = seconds / runs * 1e6
@@ -105,7 +106,7 @@ def measured(case: Case, backend: str) -> Outcome:
 
 
 def _seconds(runner: Runner, device: Backend, runs: int) -> float:
-    """How long so many runs take, the last one finished."""
+    """Seconds from the first run's start to the last one's end."""
     start = perf_counter()
     for _ in range(runs):
         runner.run()
@@ -125,8 +126,8 @@ def outcomes(
 ) -> Iterator[Outcome]:
     """The outcome of each case, in order.
 
-    jobs    processes to share the work, each with one thread of its own
-    kernel  `file.py:function`, which takes the place of the backend's kernel of the cases' op
+    jobs    number of processes, with one thread each
+    kernel  `file.py:function`, which replaces the backend's kernel of the cases' op
     """
     setup = Setup(backend, mode, kernel, frozenset(case.op for case in cases))
     if jobs == 1:
@@ -138,15 +139,15 @@ def outcomes(
         yield from pool.run([str(case) for case in cases])
 
 
-def one(text: str, setup: Setup) -> Outcome:
-    """What becomes of a case, or of a graph, that is given as its text."""
+def run_text(text: str, setup: Setup) -> Outcome:
+    """The outcome of a case or a graph, given as text."""
     if is_graph(text):
         return graph_tested(text, setup.backend)
     return MODES[setup.mode](Case.parse(text), setup.backend)
 
 
 def graph_tested(text: str, backend: str) -> Outcome:
-    """The graph against its float64 values; an error that it may not raise is a failure."""
+    """Compare the graph with its float64 values. An unexpected exception is a failure."""
     try:
         why = check_graph(GraphCase.parse(text), backend)
     except DeviceError:
@@ -160,7 +161,7 @@ def graph_tested(text: str, backend: str) -> Outcome:
 
 @contextmanager
 def prepared(setup: Setup) -> Iterator[None]:
-    """Inside, the kernel of the setup takes its place, and the user's own ops are known."""
+    """Install the setup's kernel and the user's own ops inside the context."""
     with ExitStack() as stack:
         if setup.file:
             stack.enter_context(own_ops(setup.file))
@@ -172,12 +173,14 @@ def prepared(setup: Setup) -> Iterator[None]:
 
 @contextmanager
 def restored(backend: str) -> Iterator[Any]:
-    """The module with the backend's `KERNELS`, which are afterwards what they were."""
+    """The module with the backend's `KERNELS`; the context restores the table at its end."""
     name = places.parse(backend).name
     try:
         table: Any = importlib.import_module(f"pyggml.backends.{name}.table")
     except ModuleNotFoundError:
-        raise PyggmlError(f"the backend {name} has no table of kernels in Python") from None
+        raise PyggmlError(
+            f"the backend {name} has no Python kernel table; --kernel needs one"
+        ) from None
     before = dict(table.KERNELS)
     try:
         yield table
@@ -187,26 +190,28 @@ def restored(backend: str) -> Iterator[Any]:
 
 
 def use_kernel(kernel: str, names: set[str], table: Any) -> None:
-    """Put `file.py:function` into the table for the one op named.
+    """Put `file.py:function` into the table as the kernel of the one op in `names`.
 
-    A function that its file has put there itself, with `@kernel(...)`, keeps what it declared.
+    A function that its file decorates with `@kernel(...)` keeps what it declares there.
     """
     file, _, function = kernel.rpartition(":")
     if len(names) != 1:
-        raise GraphError(f"--kernel is of one op: say which with -o; now there are {len(names)}")
+        raise GraphError(
+            f"--kernel replaces the kernel of one op; name one with -o, got {len(names)}"
+        )
     if not file.endswith(".py") or not function:
         raise UnknownNameError(
-            f"--kernel {kernel!r}: it takes file.py:function, such as my.py:relu"
+            f"--kernel {kernel!r}: expected file.py:function, such as my.py:relu"
         )
     if not Path(file).is_file():
         raise UnknownNameError(f"--kernel {kernel!r}: there is no file {file}")
     try:
-        space = runpy.run_path(file)
+        module = runpy.run_path(file)
     except Exception as error:
         raise PyggmlError(f"--kernel: {file} raised {type(error).__name__}: {error}") from error
-    found = space.get(function)
-    if not callable(found):
+    run = module.get(function)
+    if not callable(run):
         raise UnknownNameError(f"--kernel {kernel!r}: {file} has no function {function!r}")
     op = op_of(names.pop())
-    if op not in table.KERNELS or table.KERNELS[op].run is not found:
-        table.kernel(op, types=None)(found)
+    if op not in table.KERNELS or table.KERNELS[op].run is not run:
+        table.kernel(op, types=None)(run)

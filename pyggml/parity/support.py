@@ -1,4 +1,4 @@
-"""docs/ops.md: which ops and types every backend runs, from the cases it was asked for."""
+"""docs/ops.md: the ops and types that each backend runs, from the outcomes of cases."""
 
 from __future__ import annotations
 
@@ -13,24 +13,27 @@ from pyggml.parity.running import Outcome
 
 _HEAD = """# Ops and types
 
-What each backend runs with a kernel of its own, by the cases of `pyggml parity`. Made by
+The ops for which each backend has kernels, by the cases of `pyggml parity`. Made by
 `pyggml parity --mode support --markdown > docs/ops.md`.
 
-An op marked * has a meaning in simpler ops: where a backend lacks it, they run in its place.
+An op marked * has a meaning in simpler ops, which run on a backend that has no kernel for it.
 """
 
 
-def table(cases: Sequence[Case], found: Mapping[str, Sequence[Outcome]]) -> str:
+def table(cases: Sequence[Case], outcomes: Mapping[str, Sequence[Outcome]]) -> str:
     """The document: a row for each op, a column for each backend, refusals below."""
-    # What an op's meaning takes is said by the ops in it.
-    rows = {n: [(c, o) for c, o in zip(cases, some) if not c.means] for n, some in found.items()}
+    # Meanings are left out: the ops in them have rows.
+    rows = {
+        name: [(c, o) for c, o in zip(cases, column) if not c.means]
+        for name, column in outcomes.items()
+    }
     lines = [_HEAD, _row(["op", *rows]), _row(["---"] * (1 + len(rows)))]
     for op in sorted({case.op for case in cases}):
-        mine = [[c for c, o in some if c.op == op and o.status == "ok"] for some in rows.values()]
+        able = [[c for c, o in row if c.op == op and o.status == "ok"] for row in rows.values()]
         mark = "*" if has_meaning(op) else ""
-        lines.append(_row([f"`{op}`{mark}", *(_types(op, some) for some in mine)]))
-    for name, some in rows.items():
-        reasons = sorted({o.why for _, o in some if o.status == "unsupported"})
+        lines.append(_row([f"`{op}`{mark}", *(_types(op, column) for column in able)]))
+    for name, row in rows.items():
+        reasons = sorted({o.why for _, o in row if o.status == "unsupported"})
         lines += ["", f"## Refused by {name}", ""] if reasons else []
         lines += [f"- {reason}" for reason in reasons]
     return "\n".join(lines)
@@ -41,19 +44,19 @@ def _row(cells: Iterable[str]) -> str:
 
 
 def _types(op: str, cases: Sequence[Case]) -> str:
-    """`a f32 f16; b f32`: the types of each argument in these cases."""
-    told = []
+    """`a: f32 f16; b: f32`: the types of each argument in these cases."""
+    arguments = []
     for at, name in enumerate(inspect.signature(getattr(ops, op)).parameters):
         seen = {s.type for c in cases for s in c.sources[at : at + 1] if s is not None}
         if seen:
-            told.append(f"{name}: {_listed(seen)}")
+            arguments.append(f"{name}: {_listed(seen)}")
     if op in ("cast", "mul_mat"):
-        told.append(f"dtype: {_listed({str(c.attrs.get('dtype', 'f32')) for c in cases})}")
-    return "; ".join(told) if told else "no"
+        arguments.append(f"dtype: {_listed({str(c.attrs.get('dtype', 'f32')) for c in cases})}")
+    return "; ".join(arguments) if arguments else "no"
 
 
 def _listed(types: set[str]) -> str:
-    """Types in the table's order; of many block types, only the few that are not among them."""
+    """Types in the table's order; "every block type but .." if only a few are missing."""
     blocks = set(BLOCKS.split("|"))
     missing = [name for name in TYPES if name in blocks - types]
     if 2 * len(missing) > len(blocks):

@@ -1,4 +1,4 @@
-"""How far a result may stand from the float64 oracle: the numbers, reasons and comparison."""
+"""Error bounds of results relative to the float64 oracle, their reasons, and the comparison."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-#: NMSE by numeric class, for every op without a row of its own in `OPS`.
+#: NMSE by numeric class, for every op without a row in `OPS`.
 #:
-#: These are bounds for results of many numbers. A rounded operand costs a part of the sum of the
-#: products' magnitudes, not of the result: where products cancel, a single value may be off by any
-#: factor (16-bit activations: by 38 % if the result is 1e-5 of the magnitudes). So a case should
-#: have more than a handful of results, or be compared with the magnitudes.
+#: These bounds are for results of many elements. The error of a rounded operand is relative to the
+#: sum of the products' magnitudes, not to the result: where products cancel, a single element may
+#: be off by any factor (with 16-bit activations by 38 %, if it is 1e-5 of the magnitudes). So a
+#: case should have more than a few results; `check` widens the bound of one that has not.
 CLASSES: dict[str, float] = {
     # f32 operands and sums: real ggml stays below 5e-13 in long sums, 1e-10 leaves the order free.
     "f32": 1e-10,
@@ -23,16 +23,16 @@ CLASSES: dict[str, float] = {
     "bf16": 5e-5,
     # Activations quantized to 8-bit blocks: 2e-5 to 2e-4 in real ggml; this is ggml's own bound.
     "quantized": 5e-4,
-    # Ids, orders and copies of integers: equal or wrong.
+    # Ids, orders and copies of integers must be equal.
     "int": 0.0,
 }
 
-#: NMSE by (op, numeric class) where the op is another matter than its class.
+#: NMSE by (op, numeric class), for ops that differ from their class.
 OPS: dict[tuple[str, str], float] = {
     # A product of two products: their relative errors add.
     ("moe_up_gate", "f16"): 2e-6,
     ("fused_up_gate", "f16"): 2e-6,
-    # Moves values, f32 to f32: nothing may change.
+    # These move values, f32 to f32: nothing may change.
     **{
         (op, "f32"): 0.0
         for op in ("reshape", "view", "permute", "transpose", "cont", "cast", "cpy", "concat")
@@ -40,8 +40,8 @@ OPS: dict[tuple[str, str], float] = {
     },
 }
 
-#: NMSE that no declaration of a backend raises a bound past: test-backend-ops' own for the op. (Its
-#: reference has rounded the result to its type, ours has not: that is not counted here.)
+#: The largest NMSE that a backend may declare: that of test-backend-ops for the op. (Its reference
+#: is rounded to the result's type, ours is not: these limits do not count that rounding.)
 LIMITS: dict[str, float] = {
     **dict.fromkeys(("mul_mat", "mul_mat_id", "flash_attn_ext"), 5e-4),
     # ggml grants fused products 5e-3. Each of the two is a product; together they get no more.
@@ -51,9 +51,9 @@ LIMITS: dict[str, float] = {
 #: ... and for every other op.
 LIMIT = 1e-7
 
-#: NMSE of one trip through a block type (cast, cpy, set_rows), which the oracle does not round to:
-#: twice what real ggml loses on normally distributed values. To f16 and bf16 it rounds itself, to
-#: nearest even, so there nothing is left to chance.
+#: NMSE of one conversion to a block type (cast, cpy, set_rows), to which the oracle does not round:
+#: twice the loss of real ggml on normally distributed values. To f16 and bf16 the oracle rounds,
+#: to nearest even, so those conversions must be exact.
 STORAGE: dict[str, float] = {
     "q8_0": 6e-5,
     "q5_1": 3e-3,
@@ -65,17 +65,17 @@ STORAGE: dict[str, float] = {
 
 
 def bound(op: str, numeric: str = "f32") -> float:
-    """The NMSE that `op` may have in a numeric class of `CLASSES`."""
+    """The NMSE allowed for `op` in a numeric class of `CLASSES`."""
     return OPS[op, numeric] if (op, numeric) in OPS else CLASSES[numeric]
 
 
 def declared(op: str, numeric: str) -> float:
-    """The NMSE that a backend gets which declares this class for `op`."""
+    """The NMSE allowed for `op` if the backend declares this class: at most the op's limit."""
     return min(bound(op, numeric), LIMITS.get(op, LIMIT))
 
 
 def nmse(a: NDArray[Any], ref: NDArray[Any]) -> float:
-    """sum (a - ref)^2 / sum ref^2; 0 where both are all zeros or empty, inf where only ref is."""
+    """sum (a - ref)^2 / sum ref^2; 0 if both are zero or empty, inf if only ref is."""
     a, ref = np.asarray(a, np.float64), np.asarray(ref, np.float64)
     error, power = float(np.sum((a - ref) ** 2)), float(np.sum(ref**2))
     if error == 0.0:
@@ -90,11 +90,12 @@ def relative_error(a: NDArray[Any], ref: NDArray[Any]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One result against its reference; true in a boolean context where it is within the bound.
+    """A result compared with its reference; true if it is within the bound.
 
-    at     NumPy coordinates of the worst element (of the first that has no business being NaN or
-           infinite, or finite), None where the arrays are empty or differ in shape
-    error  NMSE over the finite elements; inf where shape, NaN or infinities already differ
+    at     NumPy coordinates of the worst element, or of the first NaN or infinity that differs;
+           None if the arrays are empty or differ in shape
+    error  NMSE over the finite elements; inf if shape, NaN or infinities differ
+    got, want  the element at `at` of the result and of the reference
     """
 
     ok: bool
@@ -110,13 +111,13 @@ class Comparison:
 
     def __str__(self) -> str:
         verdict = "within" if self.ok else "NOT within"
-        place = "" if self.at is None else f"; worst at {self.at}: {self.got!r} for {self.want!r}"
+        worst = "" if self.at is None else f"; worst at {self.at}: {self.got!r} for {self.want!r}"
         why = self.why and f" ({self.why})"
-        return f"NMSE {self.error:.3g} {verdict} {self.bound:.3g}{why}{place}"
+        return f"NMSE {self.error:.3g} {verdict} {self.bound:.3g}{why}{worst}"
 
 
 def within(a: NDArray[Any], ref: NDArray[Any], bound: float) -> Comparison:
-    """Same shape, NaN and signed infinities at the same places, and NMSE within the bound."""
+    """Compare: same shape, NaN and signed infinities at the same places, NMSE within the bound."""
     if a.shape != ref.shape:
         why = f"shape {a.shape} for {ref.shape}"
         return Comparison(False, float("inf"), bound, why=why)

@@ -1,4 +1,4 @@
-"""What a case's sources hold."""
+"""The values of a case's sources."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from pyggml.quants import ENCODABLE, decode_rows, encode_rows
 
 Array = NDArray[Any]
 Ne = tuple[int, ...]
-#: Keys that hold NaN or infinity in ~holed and that ~holes hides from most queries.
+#: Keys that are NaN or infinite in ~holed, and hidden from most queries by ~holes.
 _HOLES = slice(3, None, 5)
-#: Words of `Source.fill` for NaN, infinity and what hides them.
+#: Fills with NaN or infinity, and masks that hide these.
 _SPECIAL = re.compile(r"~(nan|dead|past|upto|hide)(\d*)")
 
 
 def numbers(rng: np.random.Generator, shape: tuple[int, ...], fill: str) -> Array:
-    """Values in NumPy shape, by the words of `Source.fill`."""
+    """Values in NumPy shape, as `Source.fill` describes them."""
     if fill[:1] in ("<", "!"):
         count = int(fill[1:].rstrip("-"))
         if fill[0] == "<":
             return rng.integers(-2 if fill.endswith("-") else 0, count, shape)
         lines = [rng.permutation(count)[: shape[-1]] for _ in range(int(np.prod(shape[:-1])))]
-        different = np.array(lines).reshape(shape)
+        ids = np.array(lines).reshape(shape)
         if fill.endswith("-"):
-            different[rng.random(shape) < 0.25] = -1
-        return different
+            ids[rng.random(shape) < 0.25] = -1
+        return ids
     if fill.startswith("#"):
         return np.full(shape, int(fill[1:]))
     values = rng.standard_normal(shape)
@@ -47,9 +47,9 @@ def numbers(rng: np.random.Generator, shape: tuple[int, ...], fill: str) -> Arra
         hidden[..., 5::6, _HOLES] = False
         return np.where(hidden, -np.inf, np.where(rng.random(shape) < 0.5, 0, values))
     if fill in ("~holed", "~ended"):
-        spoilt = values[..., _HOLES if fill == "~holed" else slice(shape[-2] // 2, None), :]
+        spoiled = values[..., _HOLES if fill == "~holed" else slice(shape[-2] // 2, None), :]
         for start, special in enumerate((np.nan, np.inf, -np.inf)):
-            spoilt[..., start::3, start::2] = special
+            spoiled[..., start::3, start::2] = special
         return values
     if fill == "~causal":
         rows, keys = shape[-2:]
@@ -73,7 +73,7 @@ def numbers(rng: np.random.Generator, shape: tuple[int, ...], fill: str) -> Arra
 
 
 def _specials(rng: np.random.Generator, values: Array, word: str, number: int) -> Array:
-    """Values with NaN or infinity where a word of `Source.fill` says; masks that hide such."""
+    """Values with NaN or infinity for the fills of `_SPECIAL`, and masks that hide them."""
     if word == "nan" and not number:
         return np.where(rng.random(values.shape) < 0.1, np.nan, values)
     if word in ("upto", "hide"):
@@ -86,50 +86,50 @@ def _specials(rng: np.random.Generator, values: Array, word: str, number: int) -
     return np.where(chosen[:, None], rng.choice(words, values.shape), values)
 
 
-def stored(kind: DType, values: Array, rng: np.random.Generator, fill: str = "") -> Array:
-    """Values as the type is stored: [.., bytes of a row] for block types.
+def stored(dtype: DType, values: Array, rng: np.random.Generator, fill: str = "") -> Array:
+    """Values in the type's storage: [.., bytes of a row] for block types.
 
-    A block type that nothing here encodes gets blocks of its own; ~wild blocks are any bytes, and
-    a row that holds NaN or infinity is all bytes 0xFF.
+    A block type without an encoder gets random blocks instead of the values. ~wild blocks are any
+    bytes, and a row with NaN or infinity is all bytes 0xFF.
     """
-    if kind.numpy is not None:
-        return values.astype(kind.numpy)
-    shape = (*values.shape[:-1], kind.row_bytes(values.shape[-1]))
-    if kind.block > 1 and fill == "~wild":
+    if dtype.numpy is not None:
+        return values.astype(dtype.numpy)
+    shape = (*values.shape[:-1], dtype.row_bytes(values.shape[-1]))
+    if dtype.block > 1 and fill == "~wild":
         return rng.integers(0, 256, shape, np.uint8)
-    special = ~np.isfinite(values).all(axis=-1) if kind.block > 1 else None
+    special = ~np.isfinite(values).all(axis=-1) if dtype.block > 1 else None
     if special is not None and special.any():
-        blocks = stored(kind, np.where(np.isfinite(values), values, 0.0), rng)
+        blocks = stored(dtype, np.where(np.isfinite(values), values, 0.0), rng)
         blocks[special] = 0xFF
         return blocks
-    if kind.name in ENCODABLE:
-        return encode_rows(kind, np.ascontiguousarray(values, dtype=np.float32))
-    known = _blocks(kind)
-    chosen = rng.integers(0, len(known), (*shape[:-1], shape[-1] // kind.nbytes))
+    if dtype.name in ENCODABLE:
+        return encode_rows(dtype, np.ascontiguousarray(values, dtype=np.float32))
+    known = _blocks(dtype)
+    chosen = rng.integers(0, len(known), (*shape[:-1], shape[-1] // dtype.nbytes))
     return known[chosen].reshape(shape)
 
 
 @cache
-def _blocks(kind: DType) -> Array:
-    """Random blocks of which the largest value is about 1.
+def _blocks(dtype: DType) -> Array:
+    """Random blocks whose largest value is about 1.
 
-    Any bytes are blocks, but sums over blocks of 1e9 and of 1e-9 tell nothing of a kernel.
+    Any bytes are valid blocks, but a sum over blocks of 1e9 and 1e-9 would not test a kernel.
     """
-    drawn = np.random.default_rng(0).integers(0, 256, (1 << 11, kind.nbytes), np.uint8)
+    blocks = np.random.default_rng(0).integers(0, 256, (1 << 11, dtype.nbytes), np.uint8)
     with np.errstate(all="ignore"):
-        largest = np.abs(decode_rows(kind, drawn)).max(axis=1)
-    return np.asarray(drawn[(largest > 0.1) & (largest < 10)])
+        largest = np.abs(decode_rows(dtype, blocks)).max(axis=1)
+    return np.asarray(blocks[(largest > 0.1) & (largest < 10)])
 
 
-def decoded(kind: DType, array: Array) -> Array:
-    """What an array, as the type is stored, says: float64 or int64."""
-    if kind.kind == "int":
+def decoded(dtype: DType, array: Array) -> Array:
+    """The values of an array in the type's storage: float64 or int64."""
+    if dtype.kind == "int":
         return array.astype(np.int64)
-    return (array if kind.numpy is not None else decode_rows(kind, array)).astype(np.float64)
+    return (array if dtype.numpy is not None else decode_rows(dtype, array)).astype(np.float64)
 
 
-def blank(kind: DType, ne: Ne) -> Array:
-    """Zeros as the type is stored."""
-    if kind.block == 1:
-        return np.zeros(ne[::-1], kind.numpy or np.uint16)
-    return np.zeros((*ne[:0:-1], kind.row_bytes(ne[0])), np.uint8)
+def blank(dtype: DType, ne: Ne) -> Array:
+    """Zeros in the type's storage."""
+    if dtype.block == 1:
+        return np.zeros(ne[::-1], dtype.numpy or np.uint16)
+    return np.zeros((*ne[:0:-1], dtype.row_bytes(ne[0])), np.uint8)

@@ -1,7 +1,7 @@
-"""Processes that run cases, each announced before it runs: one that dies leaves its name behind.
+"""Processes that run cases and survive the death of one: a new process runs the remaining cases.
 
-A kernel that reads past its memory on a GPU ends the process, or leaves a device that refuses all
-further work. What ran then is known, and a new process goes on with the next case.
+A GPU kernel that reads past its memory ends its process, or leaves a device that refuses all
+further work. The worker knows which case ran then, reports it, and continues with the next one.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from pyggml.errors import DeviceError, PyggmlError
 
 #: Cases that a process takes at a time.
 CHUNK = 50
-#: Seconds after which a case that does not end is given up.
+#: Seconds to wait for a case before its process is killed.
 PATIENCE = 120.0
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What every process is told once.
+    """What every process needs to know; it is sent once.
 
-    mode    of `running.MODES`
-    kernel  `file.py:function` in place of the backend's kernel of `ops`
-    file    with ops of the user's own
-    mirror  whether the device's memory is on the host between runs (parity.mirror)
+    mode    a key of `running.MODES`
+    kernel  `file.py:function`, which replaces the backend's kernel of `ops`
+    file    a file that defines the user's own ops
+    mirror  keep the device's memory on the host between runs (parity.mirror)
     """
 
     backend: str
@@ -46,7 +46,7 @@ class Setup:
 
 
 class Worker:
-    """One process, started when it is needed and again when it has died."""
+    """One process, started on first use and again after its death."""
 
     def __init__(self, setup: Setup, patience: float = PATIENCE) -> None:
         self.setup, self.patience = setup, patience
@@ -56,14 +56,14 @@ class Worker:
 
     def run(self, texts: Sequence[str]) -> Iterator[Any]:
         """The outcome of each case, in order."""
-        rest = list(texts)
-        while rest:
-            for outcome in self._some(tuple(rest)):
-                rest.pop(0)
+        pending = list(texts)
+        while pending:
+            for outcome in self._until_death(tuple(pending)):
+                pending.pop(0)
                 yield outcome
 
-    def _some(self, texts: tuple[str, ...]) -> Iterator[Any]:
-        """Outcomes up to the first case that ends the process, its own included."""
+    def _until_death(self, texts: tuple[str, ...]) -> Iterator[Any]:
+        """Outcomes up to and including the first case that ends the process."""
         from pyggml.parity.running import Outcome
 
         self._start()
@@ -90,23 +90,23 @@ class Worker:
         if self._process is not None:
             return
         for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-            os.environ.setdefault(name, "1")  # read by the process that starts now
+            os.environ.setdefault(name, "1")  # the new process reads it
         context = get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self.setup), daemon=True)
+        self._pipe, other_end = context.Pipe()
+        self._process = context.Process(target=_serve, args=(other_end, self.setup), daemon=True)
         self._process.start()
-        theirs.close()
+        other_end.close()
         try:
             error = self._pipe.recv()
         except EOFError:
             error = "DeviceError", f"the process for {self.setup.backend} died: {self._cause()}"
         if error is not None:
             self.close(kill=True)
-            kind, text = error
-            raise getattr(errors, kind)(text)
+            name, text = error
+            raise getattr(errors, name)(text)
 
     def _cause(self) -> str:
-        """How the process ended."""
+        """The signal or the exit status that ended the process."""
         assert self._process is not None
         self._process.join(10)
         code = self._process.exitcode
@@ -125,7 +125,7 @@ class Worker:
 
 
 class Pool:
-    """Workers side by side; outcomes come in the order of the cases.
+    """Several workers; outcomes come in the order of the cases.
 
     chunk  cases that a worker takes at a time; their outcomes arrive together
     """
@@ -149,7 +149,7 @@ class Pool:
         return sum(worker.deaths for worker in self.workers)
 
     def run(self, texts: Sequence[str]) -> Iterator[Any]:
-        """The outcome of each case."""
+        """The outcome of each case, in order."""
         if len(self.workers) == 1:
             yield from self.workers[0].run(texts)
             return
@@ -167,7 +167,7 @@ class Pool:
 
 
 def _serve(pipe: Connection, setup: Setup) -> None:
-    """The process: runs what it is sent until the pipe closes."""
+    """The process's main function: run the cases that arrive until the pipe closes."""
     from pyggml.parity import running
     from pyggml.parity.mirror import mirrored
     from pyggml.runtime import places
@@ -176,27 +176,27 @@ def _serve(pipe: Connection, setup: Setup) -> None:
         try:
             place = places.parse(setup.backend)
             if setup.mode != "support":
-                place.backend.alloc(0)  # a device that is not there says so now
+                place.backend.alloc(0)  # fails now if there is no such device
             if setup.mirror:
                 stack.enter_context(mirrored(place.name, place.index))
             stack.enter_context(running.prepared(setup))
         except PyggmlError as error:
-            kind = type(error).__name__
-            pipe.send((kind if hasattr(errors, kind) else "PyggmlError", str(error)))
+            name = type(error).__name__
+            pipe.send((name if hasattr(errors, name) else "PyggmlError", str(error)))
             return
         pipe.send(None)
-        with suppress(EOFError, OSError, KeyboardInterrupt):  # whoever asked is gone
-            while _answered(pipe, setup, pipe.recv()):
+        with suppress(EOFError, OSError, KeyboardInterrupt):  # the parent closed the pipe
+            while _answer(pipe, setup, pipe.recv()):
                 pass
 
 
-def _answered(pipe: Connection, setup: Setup, texts: Sequence[str]) -> bool:
-    """Run some cases and send what became of each; whether the device is still of use."""
+def _answer(pipe: Connection, setup: Setup, texts: Sequence[str]) -> bool:
+    """Run cases and send their outcomes; false if the device can run no more."""
     from pyggml.parity import running
 
     for text in texts:
         try:
-            outcome, alive = running.one(text, setup), True
+            outcome, alive = running.run_text(text, setup), True
         except DeviceError as error:
             why = f"died: {type(error).__name__}: {error}"
             outcome, alive = running.Outcome(text, "fail", why), False

@@ -21,23 +21,23 @@ def _half(a: Any) -> Any:
 mutant("rope_ext", "the other pairs")(
     changed(mode=lambda old: "neox" if old == "normal" else "normal")
 )
-mutant("rope_ext", "from the first element on, offset or not")(changed(offset=0))
-mutant("rope_ext", "turns the other way")(instead(1, np.negative))
+mutant("rope_ext", "from the first element on, without the offset")(changed(offset=0))
+mutant("rope_ext", "rotates in the other direction")(instead(1, np.negative))
 mutant("rope_ext", "positions in f16")(instead(1, lambda pos: pos.astype(np.float16).astype("i4")))
 mutant("rope_ext", "multiplies by the frequency factors")(instead(2, lambda f: 1 / f))
 mutant("rope_ext", "without YaRN's mixing")(changed(ext_factor=0.0))
 mutant("rope_ext", "without the amplitude")(changed(attn_factor=1.0))
 mutant("rope_ext", "YaRN's limits swapped")(
-    lambda right, out, *sources, **rest: right(
-        out, *sources, **{**rest, "beta_fast": rest["beta_slow"], "beta_slow": rest["beta_fast"]}
+    lambda right, out, *sources, **attrs: right(
+        out, *sources, **{**attrs, "beta_fast": attrs["beta_slow"], "beta_slow": attrs["beta_fast"]}
     )
 )
 
 
-@mutant("rope_ext", "leaves out what it does not turn")
-def _(right: Any, out: Any, a: Any, *sources: Any, **rest: Any) -> None:
-    right(out, a, *sources, **rest)
-    out[..., rest["offset"] + rest["n_dims"] :] = 0
+@mutant("rope_ext", "clears the elements that it does not rotate")
+def _(right: Any, out: Any, a: Any, *sources: Any, **attrs: Any) -> None:
+    right(out, a, *sources, **attrs)
+    out[..., attrs["offset"] + attrs["n_dims"] :] = 0
 
 
 # -- products -----------------------------------------------------------------------------------
@@ -48,42 +48,42 @@ def _tiled(a: Any, b: Any) -> Any:
 
 
 @mutant("mul_mat", "a's head by i % r, not i // r")
-def _(right: Any, out: Any, a: Any, b: Any, **rest: Any) -> None:
+def _(right: Any, out: Any, a: Any, b: Any, **attrs: Any) -> None:
     plain = isinstance(a, np.ndarray) and a.dtype == np.float32 and isinstance(b, np.ndarray)
     if plain and out.dtype == b.dtype == np.float32:
         np.matmul(b, _tiled(a, b).swapaxes(-1, -2), out=out)
     else:
-        right(out, a, b, **rest)
+        right(out, a, b, **attrs)
 
 
 @mutant("mul_mat", "sums in f16")
-def _(right: Any, out: Any, a: Any, b: Any, **rest: Any) -> None:
-    right(out, a, b, **rest)
+def _(right: Any, out: Any, a: Any, b: Any, **attrs: Any) -> None:
+    right(out, a, b, **attrs)
     out[...] = _half(out)
 
 
 @mutant("mul_mat", "drops the tail of k past a block of 32")
-def _(right: Any, out: Any, a: Any, b: Any, **rest: Any) -> None:
+def _(right: Any, out: Any, a: Any, b: Any, **attrs: Any) -> None:
     if isinstance(b, np.ndarray):
         b = b.copy()
         b[..., b.shape[3] // 32 * 32 :] = 0
-    right(out, a, b, **rest)
+    right(out, a, b, **attrs)
 
 
 @mutant("mul_mat", "quantizes b to 8 bits")
-def _(right: Any, out: Any, a: Any, b: Any, **rest: Any) -> None:
+def _(right: Any, out: Any, a: Any, b: Any, **attrs: Any) -> None:
     if isinstance(b, np.ndarray) and b.dtype == np.float32:
         step = np.abs(b).max(axis=-1, keepdims=True) / np.float32(127) + np.float32(1e-30)
         b = np.rint(b / step) * step
-    right(out, a, b, **rest)
+    right(out, a, b, **attrs)
 
 
 @mutant("mul_mat", "leaves the last row of an odd number unwritten")
-def _(right: Any, out: Any, a: Any, b: Any, **rest: Any) -> None:
-    held = out[..., -1].copy()
-    right(out, a, b, **rest)
+def _(right: Any, out: Any, a: Any, b: Any, **attrs: Any) -> None:
+    old = out[..., -1].copy()
+    right(out, a, b, **attrs)
     if out.shape[3] % 2:
-        out[..., -1] = held
+        out[..., -1] = old
 
 
 mutant("mul_mat", "f16 operands where f32 is declared")(instead(1, _half))
@@ -98,25 +98,25 @@ mutant("mul_mat_id", "b rounded to f16")(instead(1, _half))
 
 
 @mutant("mul_mat_id", "b's row by e // r, not e % n_b")
-def _(right: Any, out: Any, experts: Any, b: Any, ids: Any, **rest: Any) -> None:
-    right(out, experts, stretched(b, (1, b.shape[1], ids.shape[3], b.shape[3])), ids, **rest)
+def _(right: Any, out: Any, experts: Any, b: Any, ids: Any, **attrs: Any) -> None:
+    right(out, experts, stretched(b, (1, b.shape[1], ids.shape[3], b.shape[3])), ids, **attrs)
 
 
 # -- experts ------------------------------------------------------------------------------------
 
 mutant("moe_up_gate", "up and gate swapped")(
-    lambda right, out, up, gate, *sources, **rest: right(out, gate, up, *sources, **rest)
+    lambda right, out, up, gate, *sources, **attrs: right(out, gate, up, *sources, **attrs)
 )
 mutant("moe_up_gate", "SiLU for every activation")(changed(act="silu"))
 mutant("moe_up_gate", "the first expert for a negative id")(instead(3, lambda i: np.maximum(i, 0)))
 mutant("moe_up_gate", "the result in f16")(then(lambda out: np.copyto(out, _half(out))))
 mutant("fused_up_gate", "up and gate swapped")(
-    lambda right, out, up, gate, b, **rest: right(out, gate, up, b, **rest)
+    lambda right, out, up, gate, b, **attrs: right(out, gate, up, b, **attrs)
 )
 mutant("fused_up_gate", "relu for GELU")(changed(act=lambda a: "relu" if a == "gelu" else a))
-mutant("grouped_topk", "a group's best expert for its score")(changed(n_top=1))
+mutant("grouped_topk", "a group's score is its best expert only")(changed(n_top=1))
 mutant("grouped_topk", "experts of all groups")(
-    lambda right, out, a, **rest: right(out, a, **{**rest, "n_group_used": rest["n_group"]})
+    lambda right, out, a, **attrs: right(out, a, **{**attrs, "n_group_used": attrs["n_group"]})
 )
 mutant("multi_add", "without the last expert")(
     instead(0, lambda a: a[:, :, :-1] if a.shape[2] > 1 else a)
@@ -137,7 +137,7 @@ mutant(FLASH, "slopes from the first head on in every part")(changed(head0=0))
 mutant(FLASH, "without sinks")(without(4))
 mutant(FLASH, "sees one key too many")(instead(5, lambda length: length + 1))
 mutant(FLASH, "sees all keys")(without(5))
-mutant(FLASH, "forgets which key is the first")(changed(kv0=0))
+mutant(FLASH, "without kv0")(changed(kv0=0))
 mutant(FLASH, "sums in f16")(then(lambda out: np.copyto(out, _half(out))))
 mutant(FLASH, "the first sequence's queries for all")(
     instead(0, lambda q: np.broadcast_to(q[:1], q.shape))
@@ -145,61 +145,61 @@ mutant(FLASH, "the first sequence's queries for all")(
 
 
 @mutant(FLASH, "k's head by h % r, not h // r")
-def _(right: Any, out: Any, q: Any, k: Any, v: Any, *sources: Any, **rest: Any) -> None:
+def _(right: Any, out: Any, q: Any, k: Any, v: Any, *sources: Any, **attrs: Any) -> None:
     if isinstance(k, np.ndarray):
         ratio = q.shape[1] // k.shape[1]
         order = np.argsort(np.arange(q.shape[1]) % k.shape[1], kind="stable")
-        turned = np.empty_like(out)
-        right(turned, q[:, order], k, v, *sources, **rest)
-        out[:, :, order if ratio > 1 else slice(None)] = turned
+        sorted_ = np.empty_like(out)
+        right(sorted_, q[:, order], k, v, *sources, **attrs)
+        out[:, :, order if ratio > 1 else slice(None)] = sorted_
     else:
-        right(out, q, k, v, *sources, **rest)
+        right(out, q, k, v, *sources, **attrs)
 
 
 mutant(FLASH, "the next head's mask")(instead(3, lambda mask: np.roll(mask, 1, axis=1)))
 
 
 @mutant(FLASH, "weighs hidden NaN by 0")
-def _(right: Any, out: Any, q: Any, k: Any, v: Any, *sources: Any, **rest: Any) -> None:
-    right(out, q, k, v, *sources, **rest)
+def _(right: Any, out: Any, q: Any, k: Any, v: Any, *sources: Any, **attrs: Any) -> None:
+    right(out, q, k, v, *sources, **attrs)
     if isinstance(v, np.ndarray):
-        spoilt = np.repeat(0 * v.sum(axis=2), q.shape[1] // v.shape[1], axis=1)
-        out[..., : v.shape[3]] += spoilt[:, None]
+        nan = np.repeat(0 * v.sum(axis=2), q.shape[1] // v.shape[1], axis=1)
+        out[..., : v.shape[3]] += nan[:, None]
 
 
 @mutant(FLASH, "drops NaN that a row sees")
-def _(right: Any, out: Any, q: Any, k: Any, v: Any, *sources: Any, **rest: Any) -> None:
+def _(right: Any, out: Any, q: Any, k: Any, v: Any, *sources: Any, **attrs: Any) -> None:
     if isinstance(k, np.ndarray) and isinstance(v, np.ndarray):
         k, v = (np.where(np.isfinite(x), x, x.dtype.type(0)) for x in (k, v))
-    right(out, q, k, v, *sources, **rest)
+    right(out, q, k, v, *sources, **attrs)
 
 
 @mutant(FLASH, "drops the tail of keys past a block of 8")
-def _(right: Any, out: Any, q: Any, k: Any, v: Any, mask: Any, *sources: Any, **rest: Any) -> None:
+def _(right: Any, out: Any, q: Any, k: Any, v: Any, mask: Any, *sources: Any, **attrs: Any) -> None:
     if isinstance(k, np.ndarray) and k.shape[2] > 8:
         n = k.shape[2] // 8 * 8
         k, v, mask = k[:, :, :n], v[:, :, :n], mask if mask is None else mask[..., :n]
-    right(out, q, k, v, mask, *sources, **rest)
+    right(out, q, k, v, mask, *sources, **attrs)
 
 
 @mutant(FLASH, "v from the start of k's rows")
-def _(right: Any, out: Any, q: Any, k: Any, v: Any, *sources: Any, **rest: Any) -> None:
+def _(right: Any, out: Any, q: Any, k: Any, v: Any, *sources: Any, **attrs: Any) -> None:
     if isinstance(k, np.ndarray) and isinstance(v, np.ndarray) and np.may_share_memory(k, v):
         v = k[..., : v.shape[3]]
-    right(out, q, k, v, *sources, **rest)
+    right(out, q, k, v, *sources, **attrs)
 
 
 @mutant(FLASH, "the log-sum-exp to base 2")
-def _(right: Any, out: Any, *sources: Any, **rest: Any) -> None:
-    right(out, *sources, **rest)
-    if rest["lse"]:
+def _(right: Any, out: Any, *sources: Any, **attrs: Any) -> None:
+    right(out, *sources, **attrs)
+    if attrs["lse"]:
         out[..., -1] *= 1.442695
 
 
 @mutant(FLASH, "0 for the log-sum-exp of a dead row")
-def _(right: Any, out: Any, *sources: Any, **rest: Any) -> None:
-    right(out, *sources, **rest)
-    if rest["lse"]:
+def _(right: Any, out: Any, *sources: Any, **attrs: Any) -> None:
+    right(out, *sources, **attrs)
+    if attrs["lse"]:
         np.copyto(out[..., -1], 0, where=np.isneginf(out[..., -1]))
 
 
@@ -208,14 +208,14 @@ mutant("causal_mask", "a window one key too wide")(
     changed(window=lambda old: None if old is None else old + 1)
 )
 mutant("causal_mask", "counts keys ahead with 32 bits")(
-    lambda right, out, pos, n_kv, window, **rest: (
+    lambda right, out, pos, n_kv, window, **attrs: (
         np.copyto(
             out[0, 0],
             np.where(np.arange(n_kv, dtype="i4") - pos[0, 0, 0, :, None] > 0, -np.inf, 0),
             casting="unsafe",
         )
         if window is None
-        else right(out, pos, n_kv=n_kv, window=window, **rest)
+        else right(out, pos, n_kv=n_kv, window=window, **attrs)
     )
 )
 mutant("causal_mask", "-65504 for -inf")(then(lambda out: np.maximum(out, -65504, out=out)))

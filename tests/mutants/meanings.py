@@ -1,7 +1,7 @@
 """Mutants of meanings and of weights.
 
-One of a meaning is `fn(right, *nodes, **attributes) -> node`; one of weights has the arguments of
-`Backend.weight` behind the right one.
+A mutant of a meaning is `fn(right, *nodes, **attributes) -> node`. A mutant of weights is called
+with the right function and the arguments of `Backend.weight`.
 """
 
 from __future__ import annotations
@@ -21,37 +21,38 @@ weight = maker(MUTANTS, "weight")
 # -- meanings -----------------------------------------------------------------------------------
 
 meaning("glu", "halves swapped")(
-    lambda right, *src, swapped, **rest: right(*src, swapped=not swapped, **rest)
+    lambda right, *src, swapped, **attrs: right(*src, swapped=not swapped, **attrs)
 )
 meaning("moe_up_gate", "up and gate swapped")(
-    lambda right, up, gate, *src, **rest: right(gate, up, *src, **rest)
+    lambda right, up, gate, *src, **attrs: right(gate, up, *src, **attrs)
 )
 meaning("moe_up_gate", "SiLU for every activation")(
-    lambda right, *src, act, **rest: right(*src, act="silu", **rest)
+    lambda right, *src, act, **attrs: right(*src, act="silu", **attrs)
 )
 meaning("fused_up_gate", "up and gate swapped")(
-    lambda right, up, gate, b, **rest: right(gate, up, b, **rest)
+    lambda right, up, gate, b, **attrs: right(gate, up, b, **attrs)
 )
 meaning("mul_multi_add", "the sum without the weights")(lambda right, a, b: ops.multi_add(a))
 
 
 @meaning("glu", "without the activation of two sources")
-def _(right: Any, a: Node, b: Node | None, **rest: Any) -> Node:
-    made: Node = right(a, b, **rest) if b is None else ops.mul(a, b)
-    return made
+def _(right: Any, a: Node, b: Node | None, **attrs: Any) -> Node:
+    result: Node = right(a, b, **attrs) if b is None else ops.mul(a, b)
+    return result
 
 
 @meaning("moe_up_gate", "the first row of b for every expert")
-def _(right: Any, up: Node, gate: Node, b: Node, ids: Node, **rest: Any) -> Node:
-    made: Node = right(up, gate, ops.view(b, ne=(b.ne[0], 1, b.ne[2])), ids, **rest)
-    return made
+def _(right: Any, up: Node, gate: Node, b: Node, ids: Node, **attrs: Any) -> Node:
+    first = ops.view(b, ne=(b.ne[0], 1, b.ne[2]))
+    result: Node = right(up, gate, first, ids, **attrs)
+    return result
 
 
 # -- weights ------------------------------------------------------------------------------------
 
 
-def _kept(order: Any) -> Wrong:
-    """Weights whose array, as it is stored, is put into another order."""
+def _stored(order: Any) -> Wrong:
+    """Weights whose stored array is in another order."""
 
     def run(right: Any, constant: Node, layout: Any, data: Any) -> Any:
         return right(constant, layout, np.ascontiguousarray(order(data)))
@@ -59,19 +60,19 @@ def _kept(order: Any) -> Wrong:
     return run
 
 
-weight("mul_mat", "rows from the last to the first")(_kept(lambda a: a[..., ::-1, :]))
-weight("mul_mat_id", "experts from the last to the first")(_kept(lambda a: a[:, ::-1]))
-weight("add", "the first row for all")(_kept(lambda a: np.broadcast_to(a[..., :1, :], a.shape)))
+weight("mul_mat", "rows from the last to the first")(_stored(lambda a: a[..., ::-1, :]))
+weight("mul_mat_id", "experts from the last to the first")(_stored(lambda a: a[:, ::-1]))
+weight("add", "the first row for all")(_stored(lambda a: np.broadcast_to(a[..., :1, :], a.shape)))
 
 
 @weight("mul_mat", "columns after columns where they are floats")
-@_kept
+@_stored
 def _(a: Any) -> Any:
     return a if a.dtype == np.uint8 else a.swapaxes(-1, -2).reshape(a.shape)
 
 
 @weight("get_rows", "the bytes of a row's blocks in two planes")
-@_kept
+@_stored
 def _(a: Any) -> Any:
     if a.dtype != np.uint8:
         return a

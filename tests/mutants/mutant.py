@@ -1,8 +1,8 @@
-"""Wrong kernels, and how one is said in a line: the right kernel with something done to it.
+"""Wrong kernels, made from the right one in a line.
 
-A mutant is `fn(right, out, *sources, **attributes)`: the right kernel is given other sources or
-attributes, or its result is spoilt. Those of meanings and of weights stand in
-`meanings`. `hunt` runs them.
+A mutant is `fn(right, out, *sources, **attributes)`: it calls the right kernel with other sources
+or attributes, or spoils its result. `meanings` has mutants of meanings and of weights; `hunt` runs
+all of them.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ Wrong = Callable[..., Any]
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """A mistake, in words and as a function that takes the right one's place.
+    """A mistake, in words and as a function that replaces the right one.
 
-    of  "kernel": in the kernel of `op`;  "meaning": in what `op` means in simpler ops;
-        "weight": in how the backend keeps a constant that `op` reads
+    of  "kernel": in the kernel of `op`;  "meaning": in the meaning of `op`;
+        "weight": in the layout in which the backend stores a constant that `op` reads
     """
 
     op: str
@@ -31,43 +31,43 @@ class Mutant:
     of: str = "kernel"
 
 
-#: What is said before a mistake that is not in a kernel.
+#: Prefix of a mistake's description, by its place.
 _WHERE = {"kernel": "", "meaning": "in its meaning, ", "weight": "in weights, "}
 
 
 def maker(
-    found: list[Mutant], of: str = "kernel"
+    mutants: list[Mutant], of: str = "kernel"
 ) -> Callable[[str, str], Callable[[Wrong], Wrong]]:
-    """A decorator `@mutant(op, what)` that collects into `found`."""
+    """A decorator `@mutant(op, what)` that adds to `mutants`."""
 
     def mutant(op: str, what: str) -> Callable[[Wrong], Wrong]:
-        def keep(run: Wrong) -> Wrong:
-            found.append(Mutant(op, _WHERE[of] + what, run, of))
+        def add(run: Wrong) -> Wrong:
+            mutants.append(Mutant(op, _WHERE[of] + what, run, of))
             return run
 
-        return keep
+        return add
 
     return mutant
 
 
 def changed(**attrs: Any) -> Wrong:
-    """The right kernel with other attributes; a function is given the old value."""
+    """The right kernel with other attributes; a function gets the old value."""
 
-    def run(right: Wrong, out: Any, *sources: Any, **given: Any) -> None:
-        new = {k: v(given[k]) if callable(v) else v for k, v in attrs.items()}
-        right(out, *sources, **{**given, **new})
+    def run(right: Wrong, out: Any, *sources: Any, **old: Any) -> None:
+        new = {k: v(old[k]) if callable(v) else v for k, v in attrs.items()}
+        right(out, *sources, **{**old, **new})
 
     return run
 
 
 def instead(index: int, fn: Callable[[Any], Any]) -> Wrong:
-    """The right kernel with fn(array) for source `index`, where that is an array."""
+    """The right kernel with fn(array) for source `index`, if that is an array."""
 
     def run(right: Wrong, out: Any, *sources: Any, **attrs: Any) -> None:
-        given = list(sources)
-        if isinstance(given[index], np.ndarray):
-            given[index] = fn(given[index])
-        right(out, *given, **attrs)
+        new = list(sources)
+        if isinstance(new[index], np.ndarray):
+            new[index] = fn(new[index])
+        right(out, *new, **attrs)
 
     return run
 
@@ -82,7 +82,7 @@ def without(index: int) -> Wrong:
 
 
 def then(spoil: Callable[[Any], None]) -> Wrong:
-    """The right kernel, and then something else done to its result, where that is an array."""
+    """The right kernel, then `spoil(out)`, if the result is an array."""
 
     def run(right: Wrong, out: Any, *sources: Any, **attrs: Any) -> None:
         if isinstance(out, np.ndarray):
@@ -95,24 +95,24 @@ def then(spoil: Callable[[Any], None]) -> Wrong:
 
 
 def stretched(a: Any, shape: tuple[int, ...]) -> Any:
-    """`a` repeated to a shape with each element beside itself: index i // r, not i modulo size."""
+    """`a` repeated to a shape, each element r times in a row: index i // r, not i modulo size."""
     for axis, size in enumerate(shape):
         a = np.repeat(a, size // a.shape[axis], axis=axis)
     return a
 
 
 def wrapped(a: Any) -> Any:
-    """`a` as it is read by who counts bytes with 31 bits."""
-    got = np.empty(a.shape, a.dtype)
+    """`a` as read by a kernel whose byte offsets have 31 bits."""
+    out = np.empty(a.shape, a.dtype)
     for at in np.ndindex(a.shape[:-1]):
         first = sum(i * s for i, s in zip(at, a.strides)) % (1 << 31) // a.itemsize
-        got[at] = as_strided(a, (first + a.shape[-1],), (a.itemsize,))[first:]
-    return got
+        out[at] = as_strided(a, (first + a.shape[-1],), (a.itemsize,))[first:]
+    return out
 
 
 def unstrided(a: Any) -> Any:
-    """The memory that `a` begins in, read as if `a` were contiguous (never past its end)."""
+    """The memory from `a` on, read as if `a` were contiguous (but never past its end)."""
     strides = np.empty(a.shape, np.int8).strides
     plain = tuple(s * a.itemsize for s in strides)
-    ends = [sum((n - 1) * s for n, s in zip(a.shape, some)) for some in (plain, a.strides)]
+    ends = [sum((n - 1) * s for n, s in zip(a.shape, nb)) for nb in (plain, a.strides)]
     return as_strided(a, strides=plain) if ends[0] <= ends[1] else a

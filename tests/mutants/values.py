@@ -1,4 +1,4 @@
-"""Mutants of what moves, converts, sums and sorts values."""
+"""Mutants of ops that move, convert, sum and sort values."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ mutant = maker(MUTANTS)
 mutant("cont", "takes its source for contiguous")(instead(0, unstrided))
 mutant("cast", "takes its source for contiguous")(instead(0, unstrided))
 mutant("get_rows", "ids modulo the table's rows, so that -1 is the last")(
-    lambda right, out, a, ids, **rest: right(
-        out, a, np.where(ids < 0, (a.ne[1] if hasattr(a, "ne") else a.shape[2]) - 1, ids), **rest
+    lambda right, out, a, ids, **attrs: right(
+        out, a, np.where(ids < 0, (a.ne[1] if hasattr(a, "ne") else a.shape[2]) - 1, ids), **attrs
     )
 )
 mutant("get_rows", "the first matrix for all")(
@@ -37,60 +37,60 @@ mutant("cpy", "through f16")(instead(0, lambda a: a.astype(np.float16).astype(a.
 
 
 @mutant("cast", "f16 by cutting bits off, not to the nearest")
-def _(right: Any, out: Any, a: Any, **rest: Any) -> None:
-    if isinstance(a, np.ndarray) and a.dtype == np.float32 and rest["dtype"] == "f16":
+def _(right: Any, out: Any, a: Any, **attrs: Any) -> None:
+    if isinstance(a, np.ndarray) and a.dtype == np.float32 and attrs["dtype"] == "f16":
         a = (np.ascontiguousarray(a).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
-    right(out, a, **rest)
+    right(out, a, **attrs)
 
 
 @mutant("concat", "along the next dimension")
-def _(right: Any, out: Any, a: Any, b: Any, **rest: Any) -> None:
-    if isinstance(a, np.ndarray) and a.shape == b.shape and rest["dim"] == 1:
+def _(right: Any, out: Any, a: Any, b: Any, **attrs: Any) -> None:
+    if isinstance(a, np.ndarray) and a.shape == b.shape and attrs["dim"] == 1:
         joined = np.stack([a, b], axis=2)
         out[...] = joined.swapaxes(2, 3).reshape(out.shape)
     else:
-        right(out, a, b, **rest)
+        right(out, a, b, **attrs)
 
 
-@mutant("repeat", "each element beside itself")
-def _(right: Any, out: Any, a: Any, **rest: Any) -> None:
+@mutant("repeat", "each element r times in a row")
+def _(right: Any, out: Any, a: Any, **attrs: Any) -> None:
     if isinstance(a, np.ndarray):
         out[...] = stretched(a, out.shape)
     else:
-        right(out, a, **rest)
+        right(out, a, **attrs)
 
 
-@mutant("set_rows", "ids' batch by i // r, not i % r")
-def _(right: Any, out: Any, a: Any, b: Any, ids: Any, **rest: Any) -> None:
+@mutant("set_rows", "the ids' batch by i // r, not i % r")
+def _(right: Any, out: Any, a: Any, b: Any, ids: Any, **attrs: Any) -> None:
     n3, n2 = b.shape[:2]
-    right(out, a, b, stretched(ids, (1, n3, n2, ids.shape[3])), **rest)
+    right(out, a, b, stretched(ids, (1, n3, n2, ids.shape[3])), **attrs)
 
 
 @mutant("set_rows", "drops the last row")
-def _(right: Any, out: Any, a: Any, b: Any, ids: Any, **rest: Any) -> None:
-    kept = ids.copy()
-    kept[..., -1] = -1
-    right(out, a, b, kept, **rest)
+def _(right: Any, out: Any, a: Any, b: Any, ids: Any, **attrs: Any) -> None:
+    fewer = ids.copy()
+    fewer[..., -1] = -1
+    right(out, a, b, fewer, **attrs)
 
 
 @mutant("set_rows", "clears the rows that it does not write")
-def _(right: Any, out: Any, a: Any, b: Any, ids: Any, **rest: Any) -> None:
+def _(right: Any, out: Any, a: Any, b: Any, ids: Any, **attrs: Any) -> None:
     if isinstance(out, np.ndarray):
         out.fill(0)
-    right(out, a, b, ids, **rest)
+    right(out, a, b, ids, **attrs)
 
 
 # -- elementwise --------------------------------------------------------------------------------
 
 
 @mutant("add", "b repeated by i // r, not i % r")
-def _(right: Any, out: Any, a: Any, b: Any, **rest: Any) -> None:
-    right(out, a, stretched(b, a.shape), **rest)
+def _(right: Any, out: Any, a: Any, b: Any, **attrs: Any) -> None:
+    right(out, a, stretched(b, a.shape), **attrs)
 
 
 @mutant("mul", "b's rows for all of a's matrices")
-def _(right: Any, out: Any, a: Any, b: Any, **rest: Any) -> None:
-    right(out, a, np.broadcast_to(b[:1, :1], b.shape), **rest)
+def _(right: Any, out: Any, a: Any, b: Any, **attrs: Any) -> None:
+    right(out, a, np.broadcast_to(b[:1, :1], b.shape), **attrs)
 
 
 mutant("sub", "takes a for contiguous")(instead(0, unstrided))
@@ -106,110 +106,110 @@ mutant("add_id", "the ids of the first token for all")(
 
 
 @mutant("gelu", "x sigmoid(1.702 x)")
-def _(right: Any, out: Any, a: Any, **rest: Any) -> None:
+def _(right: Any, out: Any, a: Any, **attrs: Any) -> None:
     out[...] = a / (1 + np.exp(-1.702 * a))
 
 
 @mutant("relu", "NaN becomes 0")
-def _(right: Any, out: Any, a: Any, **rest: Any) -> None:
+def _(right: Any, out: Any, a: Any, **attrs: Any) -> None:
     out[...] = np.fmax(a, 0)
 
 
-@mutant("silu", "drops what is past the last whole block of 8")
-def _(right: Any, out: Any, a: Any, **rest: Any) -> None:
+@mutant("silu", "drops the tail after the last whole block of 8")
+def _(right: Any, out: Any, a: Any, **attrs: Any) -> None:
     n = a.shape[3] // 8 * 8
     if n:
-        right(out[..., :n], a[..., :n], **rest)
+        right(out[..., :n], a[..., :n], **attrs)
 
 
 @mutant("tanh", "writes whole blocks of 8, past the end")
-def _(right: Any, out: Any, a: Any, **rest: Any) -> None:
-    right(out, a, **rest)
+def _(right: Any, out: Any, a: Any, **attrs: Any) -> None:
+    right(out, a, **attrs)
     row = out[-1, -1, -1]
     more = -len(row) % 8
     as_strided(row[-1:], (more + 1,))[1:] = 0
 
 
-@mutant("sqr", "leaves its work in the source")
-def _(right: Any, out: Any, a: Any, **rest: Any) -> None:
-    right(out, a, **rest)
+@mutant("sqr", "writes its result into the source too")
+def _(right: Any, out: Any, a: Any, **attrs: Any) -> None:
+    right(out, a, **attrs)
     a[...] = out
 
 
 @mutant("exp", "takes its result for contiguous")
-def _(right: Any, out: Any, a: Any, **rest: Any) -> None:
-    right(unstrided(out), a, **rest)
+def _(right: Any, out: Any, a: Any, **attrs: Any) -> None:
+    right(unstrided(out), a, **attrs)
 
 
-@mutant("mul", "clears its result first, also where that is its source")
-def _(right: Any, out: Any, a: Any, b: Any, **rest: Any) -> None:
+@mutant("mul", "clears its result first, even if that is its source")
+def _(right: Any, out: Any, a: Any, b: Any, **attrs: Any) -> None:
     out[...] = 0
-    right(out, a, b, **rest)
+    right(out, a, b, **attrs)
 
 
 @mutant("scale", "writes past its scratch")
-def _(right: Any, out: Any, a: Any, **rest: Any) -> None:
-    right(out, a, **rest)
-    scratch = rest["scratch"].array(0, np.uint8)
-    as_strided(scratch, (8,), (1,))[-1] = 1  # after what it asked for; in f32 that is nothing
+def _(right: Any, out: Any, a: Any, **attrs: Any) -> None:
+    right(out, a, **attrs)
+    scratch = attrs["scratch"].array(0, np.uint8)
+    as_strided(scratch, (8,), (1,))[-1] = 1  # f32 needs no scratch: one byte past none
 
 
-@mutant("sigmoid", "adds to what the result held")
-def _(right: Any, out: Any, a: Any, **rest: Any) -> None:
-    held = out.copy()
-    right(out, a, **rest)
-    out += 1e-30 * held
+@mutant("sigmoid", "adds to the result's old contents")
+def _(right: Any, out: Any, a: Any, **attrs: Any) -> None:
+    old = out.copy()
+    right(out, a, **attrs)
+    out += 1e-30 * old
 
 
 # -- reductions ---------------------------------------------------------------------------------
 
 
 @mutant("sum_rows", "sums in f16")
-def _(right: Any, out: Any, a: Any, **rest: Any) -> None:
+def _(right: Any, out: Any, a: Any, **attrs: Any) -> None:
     out[...] = np.sum(a, axis=3, keepdims=True, dtype=np.float16)
 
 
 mutant("sum_rows", "drops the tail past a block of 32")(
-    lambda right, out, a, **rest: right(out, a[..., : max(1, a.shape[3] // 32 * 32)], **rest)
+    lambda right, out, a, **attrs: right(out, a[..., : max(1, a.shape[3] // 32 * 32)], **attrs)
 )
 mutant("rms_norm", "counts bytes with 31 bits")(instead(0, wrapped))
 mutant("rms_norm", "without eps")(changed(eps=0.0))
-mutant("rms_norm", "eps beside the root")(changed(eps=lambda old: old * old))
+mutant("rms_norm", "eps outside the root")(changed(eps=lambda old: old * old))
 mutant("rms_norm", "the mean over one too few")(
-    lambda right, out, a, **rest: (
-        right(out, a, **rest),
+    lambda right, out, a, **attrs: (
+        right(out, a, **attrs),
         np.multiply(out, np.sqrt(max(1, a.shape[3] - 1) / a.shape[3]), out=out),
     )[0]
 )
-mutant("argsort", "the other way round")(
+mutant("argsort", "in the other order")(
     changed(order=lambda old: "asc" if old == "desc" else "desc")
 )
 mutant("argsort", "the last of equals first")(
-    lambda right, out, a, **rest: (
-        right(out, a[..., ::-1], **rest),
+    lambda right, out, a, **attrs: (
+        right(out, a[..., ::-1], **attrs),
         np.subtract(a.shape[3] - 1, out, out=out),
     )[0]
 )
 
 
-mutant("argsort", "NaN behind the least number in either order")(
-    lambda right, out, a, order, **rest: right(
-        out, np.where(np.isnan(a), np.inf if order == "asc" else -np.inf, a), order=order, **rest
+mutant("argsort", "NaN after the smallest number in either order")(
+    lambda right, out, a, order, **attrs: right(
+        out, np.where(np.isnan(a), np.inf if order == "asc" else -np.inf, a), order=order, **attrs
     )
 )
-mutant("top_k", "passes over NaN")(
+mutant("top_k", "ignores NaN")(
     instead(0, lambda a: np.where(np.isnan(a), a.dtype.type(-np.inf), a))
 )
 
 
 @mutant("top_k", "the first two swapped, as ggml's CPU does")
-def _(right: Any, out: Any, a: Any, **rest: Any) -> None:
-    right(out, a, **rest)
+def _(right: Any, out: Any, a: Any, **attrs: Any) -> None:
+    right(out, a, **attrs)
     out[..., :2] = out[..., :2][..., ::-1].copy()
 
 
 @mutant("argmax", "the last of equals")
-def _(right: Any, out: Any, a: Any, **rest: Any) -> None:
+def _(right: Any, out: Any, a: Any, **attrs: Any) -> None:
     out[0] = a.shape[3] - 1 - a[..., ::-1].argmax(axis=-1)
 
 
@@ -220,22 +220,22 @@ mutant("soft_max_ext", "NaN for a masked row")(
     then(lambda out: np.copyto(out, np.nan, where=~out.any(axis=3, keepdims=True)))
 )
 mutant("soft_max_ext", "sinks left out")(
-    lambda right, out, a, mask, sinks, **rest: right(
-        out, a, mask, None if sinks is None else np.full_like(sinks, -1e30), **rest
+    lambda right, out, a, mask, sinks, **attrs: right(
+        out, a, mask, None if sinks is None else np.full_like(sinks, -1e30), **attrs
     )
 )
 
 
 @mutant("soft_max_ext", "the mask's head by h // r, not h % r")
-def _(right: Any, out: Any, a: Any, mask: Any, sinks: Any, **rest: Any) -> None:
+def _(right: Any, out: Any, a: Any, mask: Any, sinks: Any, **attrs: Any) -> None:
     if mask is not None and mask.dtype == np.float32:  # f16 masks of another size need scratch
         mask = stretched(mask, (len(mask), a.shape[1], *mask.shape[2:]))
-    right(out, a, mask, sinks, **rest)
+    right(out, a, mask, sinks, **attrs)
 
 
-@mutant("soft_max_ext", "adds what its scratch held, where that is a number")
-def _(right: Any, out: Any, a: Any, mask: Any, sinks: Any, **rest: Any) -> None:
-    stale = rest["scratch"].array(0, np.uint8)
-    held = as_strided(stale, (4,), (1,)).copy().view(np.float32)
-    right(out, a, mask, sinks, **rest)
-    out += 1e-6 * np.nan_to_num(held)
+@mutant("soft_max_ext", "adds its scratch's old contents, unless NaN")
+def _(right: Any, out: Any, a: Any, mask: Any, sinks: Any, **attrs: Any) -> None:
+    stale = attrs["scratch"].array(0, np.uint8)
+    old = as_strided(stale, (4,), (1,)).copy().view(np.float32)
+    right(out, a, mask, sinks, **attrs)
+    out += 1e-6 * np.nan_to_num(old)

@@ -1,4 +1,4 @@
-"""The place and the graph of two_places.py, new for every test."""
+"""The host and the model of two_places.py, new for every test."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pyggml import backends
 
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> Host:
-    """What computes on the place B."""
-    made = Host()
-    monkeypatch.setattr(backends.get("null", int(B.partition(":")[2])), "host", made)
-    return made
+    """The backend that computes on the place B."""
+    replacement = Host()
+    monkeypatch.setattr(backends.get("null", int(B.partition(":")[2])), "host", replacement)
+    return replacement
 
 
 @pytest.fixture

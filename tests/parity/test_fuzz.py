@@ -1,4 +1,4 @@
-"""The fuzzer: the same again from a seed, what it reaches, and what becomes of what it finds."""
+"""The fuzzer: seeds, coverage, wrong kernels, shrinking, deaths, and the command."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pyggml.cli import main
 from pyggml.errors import GraphError
 from pyggml.parity import running
 from pyggml.parity.case import Case, build
-from pyggml.parity.fuzz import drawn, fuzz
+from pyggml.parity.fuzz import fuzz, sequence
 from pyggml.parity.fuzz_cases import OPS, random_case
 from pyggml.parity.fuzz_graphs import random_graph
 from pyggml.parity.graph_case import GraphCase, PlanText
@@ -32,13 +32,13 @@ MANY = 1500
 
 
 @pytest.fixture(scope="module")
-def some() -> list[Case]:
+def many() -> list[Case]:
     return [random_case(3, number) for number in range(MANY)]
 
 
 @pytest.fixture
 def kernel(tmp_path: Path) -> str:
-    """A relu that ends its process for rows of odd length."""
+    """A relu that kills its process for rows of odd length."""
     path = tmp_path / "fatal.py"
     path.write_text(
         "import os\nimport numpy as np\n\n\ndef relu(out, a):\n"
@@ -47,40 +47,40 @@ def kernel(tmp_path: Path) -> str:
     return f"{path}:relu"
 
 
-# -- what is made -------------------------------------------------------------------------------
+# -- what is drawn ------------------------------------------------------------------------------
 
 
-def test_a_seed_makes_the_same_cases_and_graphs() -> None:
+def test_a_seed_draws_the_same_cases_and_graphs() -> None:
     for number in range(30):
         assert str(random_case(5, number)) == str(random_case(5, number))
         assert str(random_graph(5, number, "null")) == str(random_graph(5, number, "null"))
     assert str(random_case(5, 0)) != str(random_case(6, 0))
-    assert drawn(Setup("numpy"), 5, True)(3) == str(random_graph(5, 3, "numpy"))
+    assert sequence(Setup("numpy"), 5, True)(3) == str(random_graph(5, 3, "numpy"))
 
 
-def test_every_text_reads_back(some: list[Case]) -> None:
-    for case in some:
+def test_every_text_parses_to_the_same_text(many: list[Case]) -> None:
+    for case in many:
         assert str(Case.parse(str(case))) == str(case)
     for number in range(60):
         text = str(random_graph(2, number, "null"))
         assert str(GraphCase.parse(text)) == text
 
 
-def test_cases_reach_every_op_and_what_grids_missed(some: list[Case]) -> None:
-    counts = Counter(case.op for case in some)
+def test_cases_reach_every_op_and_what_grids_missed(many: list[Case]) -> None:
+    counts = Counter(case.op for case in many)
     assert set(counts) == OPS
-    attentions = [case for case in some if case.op == "flash_attn_ext"]
+    attentions = [case for case in many if case.op == "flash_attn_ext"]
     sizes = [(c.sources[1].ne[1], c.sources[2].ne[0]) for c in attentions]  # type: ignore[union-attr]
     assert sum(keys > 256 and d_v % 4 != 0 for keys, d_v in sizes) >= 10
     hidden = [c for c in attentions if re.search(r"~(dead|past)\d+", str(c.sources[1]))]
     assert sum("~hide" in str(c) or "~upto" in str(c) for c in hidden) >= 20
     assert sum("i32[1]#" in str(c) for c in hidden) >= 10
-    factors = [build(c, values=False).sources[2] for c in some if _has_factors(c)]
+    factors = [build(c, values=False).sources[2] for c in many if _has_factors(c)]
     assert sum(f is not None and f.ne[0] > 1 and f.nb[0] != 4 for f in factors) >= 5
     for op, at in (("soft_max_ext", 1), ("soft_max_ext", 2), ("mul_mat_id", 2), ("set_rows", 2)):
-        given = [c.sources[at] for c in some if c.op == op and len(c.sources) > at]
-        assert any(s is not None and s.layout for s in given), (op, at)
-    assert {s.type for c in some for s in c.sources if s} >= {"q8_0", "iq2_xxs", "mxfp4", "bf16"}
+        sources = [c.sources[at] for c in many if c.op == op and len(c.sources) > at]
+        assert any(s is not None and s.layout for s in sources), (op, at)
+    assert {s.type for c in many for s in c.sources if s} >= {"q8_0", "iq2_xxs", "mxfp4", "bf16"}
 
 
 def _has_factors(case: Case) -> bool:
@@ -100,7 +100,7 @@ def test_graphs_reach_states_views_plans_and_attentions() -> None:
 
 
 def _twice(graph: GraphCase) -> bool:
-    """Whether an attention's result goes into a second softmax."""
+    """Whether the result of attention goes into a second softmax."""
     of = {s.name: s for s in graph.statements}
     softs = [s for s in graph.statements if s.op == "soft_max_ext" and s.args[0] in of]
     reads = [of[str(s.args[0])] for s in softs]
@@ -111,7 +111,7 @@ def _op(of: dict, name: str | None) -> str:
     return str(of[name].op) if name in of else ""
 
 
-def test_a_layout_is_spelled_in_one_way() -> None:
+def test_a_layout_has_one_spelling() -> None:
     for text in ("", "b1000a1000", "p0213", "s1211", "p1032b1000a0100s2111"):
         assert str(Layout.parse(text)) == text
     assert Layout.parse("wide") == Layout.parse("b1000a1000")
@@ -121,10 +121,10 @@ def test_a_layout_is_spelled_in_one_way() -> None:
         Case.parse("relu(f32[4]@p0012)")
 
 
-# -- what is found ------------------------------------------------------------------------------
+# -- wrong kernels, and how failures are reported -----------------------------------------------
 
 
-def test_what_fails_is_made_smaller_while_it_fails_alike() -> None:
+def test_a_case_shrinks_while_it_fails_in_the_same_way() -> None:
     def run(text: str) -> str | None:
         case = Case.parse(text)
         first = case.sources[0]
@@ -137,7 +137,7 @@ def test_what_fails_is_made_smaller_while_it_fails_alike() -> None:
     assert why == "NaN at 3 wrong places" and run(small)
 
 
-def test_a_graph_is_made_smaller() -> None:
+def test_a_graph_shrinks() -> None:
     text = (
         "x=f32[64,5]@wide; s=state(f32[64,6]); i=i32[5]!6; w=set_rows(s, x, i); a=relu(w); "
         "b=tanh(a); c=add(b, w); d=silu(c); plan(d, b, updates='w', repeat=2); plan(a)"
@@ -147,7 +147,7 @@ def test_a_graph_is_made_smaller() -> None:
 
 
 def test_a_wrong_kernel_is_found_in_few_cases(tmp_path: Path) -> None:
-    """One that drops the last of an odd number of columns; the case is made small."""
+    """It drops the last of an odd number of columns; the failing case is shrunk."""
     path = tmp_path / "wrong.py"
     path.write_text(
         "import numpy as np\n\n\ndef soft(out, a, b):\n    np.add(a, 0, out=out)\n"
@@ -160,12 +160,12 @@ def test_a_wrong_kernel_is_found_in_few_cases(tmp_path: Path) -> None:
     tally = fuzz(setup, 60, seed=1, most=200)
     assert tally.cases == 200 and tally.failed >= 3 and not tally.deaths
     (failure, *_) = [f for f in tally.failures if "NMSE" in f.why]
-    size = re.match(r"add\(f\d+\[(\d+)", failure.small)
-    assert size and int(size[1]) in (65, 67, 69, 71, 73), failure.small
+    size = re.fullmatch(r"add\(\w+\[(\d+)\]\S*, \w+\[\d+\]\S*\)", failure.small)
+    assert size and int(size[1]) % 2 and 64 < int(size[1]) < 130, failure.small
 
 
 def test_mutants_die_in_random_cases_too() -> None:
-    """A sample of every kind, in far fewer cases than the small grid has."""
+    """A fourth of all mutants, in far fewer cases than the small grid has."""
 
     def few(op: str) -> Iterator[Case]:
         return (random_case(1, number, frozenset({op})) for number in range(120))
@@ -175,8 +175,8 @@ def test_mutants_die_in_random_cases_too() -> None:
 
 
 @pytest.mark.parametrize("op", ["mul_mat", "flash_attn_ext", "multi_add", "soft_max_ext"])
-def test_the_leave_for_cancelling_sums_hides_no_imprecise_kernel(op: str) -> None:
-    """Twice the bound (NMSE) shows in a third of the cases, and not only in large results."""
+def test_the_allowance_for_cancellation_hides_no_imprecise_kernel(op: str) -> None:
+    """An NMSE of twice the bound shows in a third of the cases."""
 
     def imprecise(right: Any, out: Any, *sources: Any, **attrs: Any) -> None:
         right(out, *sources, **attrs)
@@ -189,12 +189,12 @@ def test_the_leave_for_cancelling_sums_hides_no_imprecise_kernel(op: str) -> Non
     assert sum("NOT within" in outcome.why for outcome in outcomes) >= 20
 
 
-def test_the_tail_of_an_activation_is_left_what_f32_holds_of_it() -> None:
-    """GELU of -5 times 8 is -1e-5; f32 is off by its epsilon times 40, and no more is allowed."""
+def test_the_tail_of_an_activation_may_be_as_wrong_as_f32_near_1() -> None:
+    """GELU(-5) is -1e-6. An f32 kernel is off by its epsilon times |x y|; more is an error."""
     text = (
         "moe_up_gate(bf16[29,1,1]@weight, bf16[29,1,1]@weight@p0213b0022a0200s1233, f16[29,1,1], "
         "i32[2,1]<1@p0132b2220a2101, act='gelu', prec='f32')"
-    )
+    )  # -2.99e-6 for -2.08e-6, from f32's 1 + tanh(x)
     assert running.tested(Case.parse(text), "numpy").status == "ok"
 
     def off(right: Any, out: Any, *sources: Any, **attrs: Any) -> None:
@@ -217,8 +217,8 @@ def test_the_tail_of_an_activation_is_left_what_f32_holds_of_it() -> None:
 def test_wrong_kernels_are_found_in_graphs(op: str, what: str) -> None:
     (mutant,) = [m for m in MUTANTS if (m.op, m.what) == (op, what)]
     graphs = (random_graph(9, number, "numpy") for number in range(60))
-    mine = [graph for graph in graphs if any(s.op == op for s in graph.statements)]
-    plain = [replace(g, plans=tuple(_plain(plan) for plan in g.plans)) for g in mine[:12]]
+    chosen = [graph for graph in graphs if any(s.op == op for s in graph.statements)]
+    plain = [replace(g, plans=tuple(_plain(plan) for plan in g.plans)) for g in chosen[:12]]
     assert not any(check_graph(graph, "numpy") for graph in plain)
     with installed(mutant):
         assert any("NOT within" in check_graph(graph, "numpy") for graph in plain)
@@ -229,7 +229,7 @@ def _plain(plan: PlanText) -> PlanText:
     return replace(plan, attrs={key: value for key, value in plan.attrs.items() if key != "amb"})
 
 
-def test_a_death_is_told_with_its_case_and_the_rest_runs(kernel: str) -> None:
+def test_a_death_is_reported_with_its_case_and_the_others_run(kernel: str) -> None:
     setup = Setup("numpy", kernel=kernel, ops=frozenset({"relu"}))
     texts = ["relu(f32[4])", "relu(f32[5])", "relu(f32[6])"]
     with Pool(setup) as pool:
@@ -239,7 +239,7 @@ def test_a_death_is_told_with_its_case_and_the_rest_runs(kernel: str) -> None:
         assert pool.deaths == 1
 
 
-def test_a_case_that_never_ends_is_given_up(tmp_path: Path) -> None:
+def test_a_case_that_never_ends_is_killed(tmp_path: Path) -> None:
     path = tmp_path / "slow.py"
     path.write_text("import time\n\n\ndef relu(out, a):\n    time.sleep(60)\n")
     setup = Setup("numpy", kernel=f"{path}:relu", ops=frozenset({"relu"}))
@@ -250,7 +250,7 @@ def test_a_case_that_never_ends_is_given_up(tmp_path: Path) -> None:
 # -- the command --------------------------------------------------------------------------------
 
 
-def test_the_command_prints_what_reruns_the_failure(
+def test_the_command_prints_how_to_rerun_the_failure(
     kernel: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--mode", "fuzz", "-b", "numpy", "--kernel", kernel, "-o", "relu", "--cases", "9"]
@@ -262,29 +262,13 @@ def test_the_command_prints_what_reruns_the_failure(
     assert main(["parity", "-b", "numpy", "--case", "x=f32[5]; y=relu(x); plan(y)"]) == 0
 
 
-def test_a_minute_of_the_fuzzer_in_small(capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        main(
-            [
-                "parity",
-                "--mode",
-                "fuzz",
-                "-b",
-                "numpy",
-                "--cases",
-                "40",
-                "--seed",
-                "2",
-                "-o",
-                "add,concat",
-            ]
-        )
-        == 0
-    )
+def test_a_short_run_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--mode fuzz -b numpy --cases 40 --seed 2 -o add,concat"
+    assert main(["parity", *words.split()]) == 0
     assert re.search(r"40 cases of 2 ops in .* 0 failed, 0 not supported", capsys.readouterr().out)
 
 
-def test_options_that_do_not_belong(capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_of_other_modes_are_errors(capsys: pytest.CaptureFixture[str]) -> None:
     for words in ("--graphs", "--mode test --seconds 3", "--mode fuzz --graphs -o relu"):
         assert main(["parity", "-b", "numpy", *words.split()]) != 0
     assert "needs --mode fuzz" in capsys.readouterr().err
@@ -321,7 +305,7 @@ def swish_of_rows(out, a, *, beta):
 def test_own_ops_against_their_meanings(
     fault: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Strided sources too: a kernel that is wrong for those alone is found."""
+    """A kernel that is wrong for strided sources only must fail."""
     path = tmp_path / "own.py"
     path.write_text(f"FAULT = {fault}\n{OWN}")
     assert main(["parity", "-b", "numpy", "--ops", str(path)]) == fault

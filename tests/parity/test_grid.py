@@ -1,4 +1,4 @@
-"""The cases: how many and which, what they are built of, and how far a result may stand."""
+"""The grids: number and kinds of cases, their graphs, and their bounds."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ def test_the_large_grid_is_large() -> None:
     assert set(map(str, cases())) <= set(map(str, grid))
     assert len({str(case) for case in grid}) == len(grid)
     public = {name for name in ops.ALL if name in ops.BUILDERS}  # others are made by loops only
-    meant = {name for name in public if ops.ALL[name].meaning is not None}  # its own statement
+    meant = {name for name in public if ops.ALL[name].meaning is not None}  # in simpler ops
     kernels = {op.name for op in KERNELS}
     assert {case.op for case in grid} == {case.op for case in cases()}
     assert {case.op for case in grid} >= public - (meant - kernels) - {"state_of"}
 
 
-def test_every_meaning_is_held_to_the_oracle_too() -> None:
+def test_every_meaning_is_compared_with_the_oracle_too() -> None:
     def fused(grid: tuple[Case, ...]) -> list[tuple[str, ...]]:
         return sorted((c.op, *map(str, c.sources)) for c in grid if has_meaning(c.op))
 
     for grid in (cases(), all_cases()):
         means = tuple(case for case in grid if case.means)
-        tried = {c.op for c in grid}
-        assert {c.op for c in means} == {op for op in tried if has_meaning(op)} >= {"glu"}
+        all_ops = {c.op for c in grid}
+        assert {c.op for c in means} == {op for op in all_ops if has_meaning(op)} >= {"glu"}
         assert fused(means) == fused(tuple(case for case in grid if not case.means))
     case = Case.parse("glu.means(f32[26,7]@wide, act='gelu')")
-    ran = Bed(get("numpy"), build(case).node, build(case).inputs).work.graph.nodes
-    assert case.op == "glu" and {node.op for node in ran} >= {ops.gelu, ops.mul}
-    assert ops.glu not in {node.op for node in ran}
+    nodes = Bed(get("numpy"), build(case).node, build(case).inputs).work.graph.nodes
+    assert case.op == "glu" and {node.op for node in nodes} >= {ops.gelu, ops.mul}
+    assert ops.glu not in {node.op for node in nodes}
 
 
 def test_weights_of_every_type_are_constants() -> None:
@@ -54,8 +54,8 @@ def test_weights_of_every_type_are_constants() -> None:
     for op in ("mul_mat", "mul_mat_id", "moe_up_gate", "fused_up_gate", "get_rows"):
         firsts = [case.sources[0] for case in all_cases() if case.op == op and case.sources[0]]
         for part in (False, True):
-            found = {s.type for s in firsts if s.weight and bool(s.layout) == part}
-            assert found == types, (op, part)
+            weights = {s.type for s in firsts if s.weight and bool(s.layout) == part}
+            assert weights == types, (op, part)
     case = Case.parse("mul_mat(q8_0[64,7]@weight@inner, f32[64,3])")
     (leaf,) = [n for n in Graph({"y": build(case).node}).nodes if n.op is constant_op]
     assert leaf.ne == (160, 10, 3, 2) and case.vars.startswith("type_a=q8_0,ne_a=[64,7]")
@@ -63,8 +63,8 @@ def test_weights_of_every_type_are_constants() -> None:
     assert list(build(case).inputs) == ["s1"]
 
 
-def test_a_backend_keeps_a_weight_as_it_says() -> None:
-    """Each weight is made once, in the layout for its uses, and read where that has put it."""
+def test_a_weight_is_stored_in_the_layout_that_the_backend_chose() -> None:
+    """Each weight is made once, in the layout for its uses, and read in that layout."""
     device, asked = get("null"), []
 
     class Asked:
@@ -83,7 +83,7 @@ def test_a_backend_keeps_a_weight_as_it_says() -> None:
         asked.clear()
 
 
-def test_rows_past_32_bits() -> None:
+def test_far_rows_have_offsets_beyond_32_bits() -> None:
     case = Case.parse("cont(f16[64,5,3]@far)")
     (leaf,) = [n for n in Graph({"y": build(case).node}).nodes if n.op.leaf]
     view = build(case).node.src[0]
@@ -93,8 +93,8 @@ def test_rows_past_32_bits() -> None:
 
 
 def test_encodable_types_are_all_written() -> None:
-    found = {case.sources[0].type for case in cases() if case.op == "set_rows" and case.sources[0]}
-    assert found | {str(c.attrs["dtype"]) for c in cases() if c.op == "cast"} >= ENCODABLE
+    types = {case.sources[0].type for case in cases() if case.op == "set_rows" and case.sources[0]}
+    assert types | {str(c.attrs["dtype"]) for c in cases() if c.op == "cast"} >= ENCODABLE
 
 
 def test_cases_of_the_large_grid_are_their_text_and_can_be_built() -> None:
@@ -107,13 +107,13 @@ def test_cases_of_the_large_grid_are_their_text_and_can_be_built() -> None:
 
 
 class Narrow:
-    """What a backend is that computes in a class of numbers."""
+    """A backend that declares one numeric class for every node."""
 
     def __init__(self, numeric: str) -> None:
-        self.says = numeric
+        self.declared = numeric
 
     def numeric(self, node: object) -> str:
-        return self.says
+        return self.declared
 
 
 def test_bounds_follow_what_the_backend_declares() -> None:
@@ -138,15 +138,17 @@ def test_bounds_follow_what_the_backend_declares() -> None:
         ("argsort(f32[32,2])", "f16", 0.0),
     ],
 )
-def test_no_declaration_goes_past_the_limit(text: str, numeric: str, bound: float) -> None:
+def test_no_declaration_raises_a_bound_above_the_limit(
+    text: str, numeric: str, bound: float
+) -> None:
     case = Case.parse(text)
     node = build(case).node
     assert case.bound(node, numeric_class(Narrow(numeric), node)) == bound  # type: ignore[arg-type]
     assert case.bound(node, numeric, "f32") == bound
 
 
-def test_a_write_is_rounded_as_its_state() -> None:
-    """To f16 and bf16 exactly; only what blocks lose is a bound."""
+def test_a_write_is_rounded_to_its_states_type() -> None:
+    """Exactly to f16 and bf16; only block types have a bound."""
     for text, bound in (
         ("cpy(f32[64,6], bf16[64,6])", 0.0),
         ("set_rows(f16[64,8], f32[64,3], i32[3]!8)", 0.0),
@@ -156,16 +158,16 @@ def test_a_write_is_rounded_as_its_state() -> None:
         assert result and result.bound == bound
 
 
-def test_backends_stand_side_by_side() -> None:
+def test_the_table_has_a_column_for_each_backend() -> None:
     def outcome(backend: str, case: Case) -> Outcome:
         if case.means:
-            return Outcome(str(case), "unsupported", "no mul")  # which is for mul's row to say
+            return Outcome(str(case), "unsupported", "no mul")  # left out: mul has a row
         refused = backend == "b" and "f16" in str(case)
         return Outcome(str(case), *(("unsupported", "no f16") if refused else ("ok",)))
 
     chosen = [case for case in cases() if case.op in ("glu", "add", "argmax")]
-    found = {name: [outcome(name, case) for case in chosen] for name in ("a", "b")}
-    rows = table(chosen, found).splitlines()
+    columns = {name: [outcome(name, case) for case in chosen] for name in ("a", "b")}
+    rows = table(chosen, columns).splitlines()
     assert "| op | a | b |" in rows and "| --- | --- | --- |" in rows
     assert "| `glu`* | a: f32 f16; b: f32 | a: f32; b: f32 |" in rows
     assert "| `argmax` | a: f32 | a: f32 |" in rows

@@ -1,4 +1,4 @@
-"""Memory that is mirrored on the host, which makes the grid fast on a GPU: here, of NumPy."""
+"""Memory that is mirrored on the host, as the grid uses it on a GPU; here with NumPy."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_kernel_that_writes_beside_its_own_on_the_device_is_found(mirror: Mirr
 
         def run(*args: Any, **named: Any) -> None:
             row.run(*args, **named)
-            mirror.there[mirror.top - 1] ^= 1  # the last guard in use
+            mirror.twin[mirror.top - 1] ^= 1  # the last guard in use
 
         table.KERNELS[gg.relu] = replace(row, run=run)
         outcome = running.tested(case, "numpy")

@@ -1,4 +1,4 @@
-"""The parity command, and whether what it runs can fail."""
+"""The parity command: its grids, mutants that must fail in them, and its options."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from tests.mutants.hunt import MUTANTS, Hunted, hunt
 
 ROOT = Path(__file__).parent.parent.parent
 Streams = pytest.CaptureFixture[str]
-Said = Callable[..., tuple[int, str]]
+Parity = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
-def parity(capsys: Streams) -> Said:
-    """`parity(*words)` -> (exit status, what it printed)."""
+def parity(capsys: Streams) -> Parity:
+    """`parity(*words)` -> (exit status, output)."""
 
     def run(*words: str) -> tuple[int, str]:
         status = main(["parity", *words])
@@ -50,7 +50,7 @@ def hunted() -> list[Hunted]:
 
 
 @pytest.mark.parametrize("backend", ["numpy", "null"])
-def test_the_small_grid_passes(parity: Said, backend: str) -> None:
+def test_the_small_grid_passes(parity: Parity, backend: str) -> None:
     status, out = parity("--quick", "-b", backend, "-j", "2")
     failed = [line for line in out.splitlines() if line.endswith(" FAIL")]
     tests = re.search(r"^  (\d+)/(\d+) tests passed$", out, re.MULTILINE)
@@ -61,10 +61,10 @@ def test_the_small_grid_passes(parity: Said, backend: str) -> None:
     assert out.endswith("1/1 backends passed\nOK\n")
 
 
-def test_a_sample_of_the_large_grid_passes(parity: Said) -> None:
-    mine = [case for case in all_cases()[len(cases()) :: 331]]
-    assert len(mine) > 50
-    for case in mine:
+def test_a_sample_of_the_large_grid_passes(parity: Parity) -> None:
+    sample = all_cases()[len(cases()) :: 331]
+    assert len(sample) > 50
+    for case in sample:
         status, out = parity("-b", "numpy", "-o", str(case))
         assert status == 0, out
 
@@ -73,30 +73,34 @@ def test_a_sample_of_the_large_grid_passes(parity: Said) -> None:
 
 
 def test_every_mutant_is_killed(hunted: list[Hunted]) -> None:
-    alive = [one for one in hunted if not one.killed]
+    alive = [mutant for mutant in hunted if not mutant.killed]
     assert not alive and len(hunted) == len(MUTANTS) >= 30
-    # By what they compute or touch: one that only raises would be no wrong kernel.
-    assert not [one for one in hunted if one.why.startswith("raised")]
+    # They must fail by their results or writes, not by an exception.
+    assert not [mutant for mutant in hunted if mutant.why.startswith("raised")]
 
 
 def test_mutants_are_of_every_family() -> None:
     def families(names: set[str]) -> set[str]:
         return {getattr(ops, name).__module__ for name in names}
 
-    views = {"pyggml.ops.views"}  # nothing is run for them
+    views = {"pyggml.ops.views"}  # these have no kernels
     assert families({mutant.op for mutant in MUTANTS}) == families({c.op for c in cases()}) - views
 
 
 @pytest.mark.parametrize(
     ("op", "what", "why"),
     [
-        ("sqr", "its work in the source", "it changed its source s0"),
-        ("tanh", "past the end", "it wrote beside its result"),
+        ("sqr", "into the source", "it changed its source s0"),
+        ("tanh", "past the end", "it wrote next to its result"),
         ("scale", "past its scratch", "it wrote past its scratch"),
-        ("soft_max_ext", "what its scratch held", "a second run over other memory gave other bits"),
-        ("silu", "drops what is past", "NaN"),
+        (
+            "soft_max_ext",
+            "its scratch's old contents",
+            "a second run over other memory gave other bits",
+        ),
+        ("silu", "drops the tail", "NaN"),
         ("mul", "clears its result first", "in place of s0"),
-        ("exp", "its result for contiguous", "it wrote beside its result"),
+        ("exp", "its result for contiguous", "it wrote next to its result"),
         ("set_rows", "rows that it does not write", "0.0 for"),
         ("causal_mask", "-65504 for -inf", "-inf at"),
         ("glu", "in its meaning, halves swapped", "NMSE"),
@@ -104,9 +108,9 @@ def test_mutants_are_of_every_family() -> None:
         ("rms_norm", "counts bytes with 31 bits", "NMSE"),
     ],
 )
-def test_what_is_found_is_said(hunted: list[Hunted], op: str, what: str, why: str) -> None:
-    (found,) = [one for one in hunted if one.op == op and what in one.what]
-    assert why in found.why
+def test_failures_say_what_is_wrong(hunted: list[Hunted], op: str, what: str, why: str) -> None:
+    (mutant,) = [mutant for mutant in hunted if mutant.op == op and what in mutant.what]
+    assert why in mutant.why
 
 
 # -- the command --------------------------------------------------------------------------------
@@ -132,7 +136,7 @@ def file(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_a_users_kernel(parity: Said, file: str) -> None:
+def test_a_users_kernel(parity: Parity, file: str) -> None:
     table = get("numpy")
     words = ("--quick", "-o", "relu", "--kernel")
     assert parity(*words, f"{file}:right")[0] == 0
@@ -142,17 +146,17 @@ def test_a_users_kernel(parity: Said, file: str) -> None:
     assert "NMSE" in out and "Failing tests:" in out
     (line, *_) = re.findall(r"^  pyggml (parity .*)$", out, re.MULTILINE)
     again = shlex.split(line)
-    status, out = parity(*again[1:])  # the line alone reruns it
+    status, out = parity(*again[1:])  # the line is enough to rerun it
     assert status == 1 and "0/1 tests passed" in out
     assert "raised ZeroDivisionError: oh" in parity(*words, f"{file}:broken")[1]
-    # A kernel is put back afterwards; one that declares its types has the others refused.
+    # The table is restored afterwards. A kernel that declares its types refuses the others.
     status, out = parity(*words, f"{file}:narrow")
     assert status == 0 and "not supported [numpy]: relu does not take f16\n" in out
     assert re.search(r"^  (\d+)/\1 tests passed, \d+ not supported$", out, re.MULTILINE)
     assert table.supports(build(Case.parse("relu(f16[3])")).node) is None
 
 
-def test_choosing_cases(parity: Said) -> None:
+def test_choosing_cases(parity: Parity) -> None:
     status, out = parity("--mode", "list", "-o", "mul_mat", "-p", r"type_a=iq4_nl.*ne_b=\[256,1\]")
     lines = out.splitlines()
     assert status == 0 and lines and all("mul_mat(iq4_nl" in line for line in lines)
@@ -162,11 +166,11 @@ def test_choosing_cases(parity: Said) -> None:
     assert status == 0 and "  relu(f32[3,2]@step): OK\n" in out
 
 
-def test_a_second_device(parity: Said) -> None:
+def test_a_second_device(parity: Parity) -> None:
     case, device = "relu(f32[3,2]@step)", cast(Any, get("null", 1))
     status, out = parity("-o", case, "-b", "null:1")
     assert status == 0 and f"Backend 1/1: null:1\n  {case}: OK\n" in out
-    device.limit = 1  # byte: so that it shows which one is asked
+    device.limit = 1  # byte: now an error shows that this device runs the case
     try:
         status, out = parity("-o", case, "-b", "null:1")
         assert status == 1 and "OutOfMemoryError" in out and f"-b null:1 -o '{case}'" in out
@@ -175,7 +179,7 @@ def test_a_second_device(parity: Said) -> None:
         device.limit = None
 
 
-def test_other_modes(parity: Said, file: str) -> None:
+def test_other_modes(parity: Parity, file: str) -> None:
     words = ("--quick", "-o", "relu", "-p", r"\[1\]", "-b", "numpy")
     status, out = parity(*words, "--mode", "support", "--kernel", f"{file}:narrow")
     assert status == 0 and "relu(f32[1]): SUPPORTED\n" in out
@@ -183,18 +187,18 @@ def test_other_modes(parity: Said, file: str) -> None:
     status, out = parity("-o", "relu(f32[64,5])", "-b", "numpy", "--mode", "perf")
     assert status == 0 and re.search(r"\): \d+ runs - [\d.]+ us/run - .* GFLOPS - .* GB/s\n", out)
     status, out = parity("-o", "relu(f32[64,5])", "--mode", "perf")
-    assert status == 0 and "numpy" in out and "null" not in out  # a stand-in: only when asked for
+    assert status == 0 and "numpy" in out and "null" not in out  # null runs only if named
     status, out = parity(*words, "--json")
-    told = json.loads(out)
-    assert status == 0 and told["mode"] == "test" and told["backends"][0]["backend"] == "numpy"
-    assert {row["status"] for row in told["backends"][0]["cases"]} == {"ok"}
+    data = json.loads(out)
+    assert status == 0 and data["mode"] == "test" and data["backends"][0]["backend"] == "numpy"
+    assert {row["status"] for row in data["backends"][0]["cases"]} == {"ok"}
 
 
 @pytest.mark.parametrize("case", ["relu(f32[64,5])", "mul_mat(f32[256,512], f32[256,64])"])
 def test_a_device_with_a_queue_is_measured_in_time(
-    parity: Said, monkeypatch: pytest.MonkeyPatch, case: str
+    parity: Parity, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
-    """A queue takes in work much faster than it is done."""
+    """Work is queued much faster than it runs."""
     monkeypatch.setattr(running, "MEASURED", 0.1)
     start = perf_counter()
     status, out = parity("-o", case, "-b", "null", "--mode", "perf")
@@ -204,14 +208,13 @@ def test_a_device_with_a_queue_is_measured_in_time(
     assert 0.02 < runs * us / 1e6 < 1
 
 
-def test_backends_come_in_the_order_of_use(parity: Said) -> None:
-    """Stand-ins are last."""
+def test_stand_ins_are_the_last_backends(parity: Parity) -> None:
     assert backends.available() == ("cuda", "numpy", "null")
     status, out = parity("-o", "relu(f32[3])", "--mode", "support")
     assert status == 0 and re.findall(r"Backend \d/3: (\w+)", out) == ["cuda", "numpy", "null"]
 
 
-def test_costs_of_rows_are_of_those_rows() -> None:
+def test_costs_of_rows_do_not_count_the_whole_table() -> None:
     table = gg.state("table", "q8_0", ne=(64, 1000))
     ids = gg.input("ids", "i32", ne=(3,))
     rows = gg.get_rows(table, ids)
@@ -227,8 +230,8 @@ def test_costs_of_rows_are_of_those_rows() -> None:
         (("-o", "nothing"), "no cases of nothing"),
         (("-o", "Op(f32[3])"), "there is no op 'Op'"),
         (("-o", "relu(f32[3]@odd)"), "is no source"),
-        (("-o", "relu(f32[3]@far)"), "rows of inputs and states lie @far"),
-        (("-o", "relu(f32[3,2]@weight@far)"), "rows of inputs and states lie @far"),
+        (("-o", "relu(f32[3]@far)"), "only inputs and states with several rows"),
+        (("-o", "relu(f32[3,2]@weight@far)"), "only inputs and states with several rows"),
         (("-o", "relu.means(f32[3])"), "relu has no meaning"),
         (("-o", "relu(f32[3]"), "is no case"),
         (("-o", "scale(f32[3], s=x)"), "'x' is no value"),
@@ -240,10 +243,10 @@ def test_costs_of_rows_are_of_those_rows() -> None:
         (("-b", "null:0:1GiB"), "null:0:1GiB is a description of a device"),
         (("--markdown",), "--mode support"),
         (("--kernel", "missing.py:f", "-o", "relu"), "there is no file missing.py"),
-        (("--kernel", "FILE", "-o", "relu"), "it takes file.py:function"),
-        (("--kernel", "FILE:", "-o", "relu"), "it takes file.py:function"),
+        (("--kernel", "FILE", "-o", "relu"), "expected file.py:function"),
+        (("--kernel", "FILE:", "-o", "relu"), "expected file.py:function"),
         (("--kernel", "FILE:f", "-o", "relu"), "has no function 'f'"),
-        (("--kernel", "FILE:right"), "which with -o"),
+        (("--kernel", "FILE:right"), "name one with -o"),
     ],
 )
 def test_errors_are_one_line(capsys: Streams, file: str, words: tuple[str, ...], why: str) -> None:
@@ -260,13 +263,13 @@ def test_wrong_usage() -> None:
 # -- documents ----------------------------------------------------------------------------------
 
 
-def test_the_table_of_ops_is_current(parity: Said) -> None:
-    """Else: pyggml parity --mode support --markdown > docs/ops.md"""
+def test_the_table_of_ops_is_current(parity: Parity) -> None:
+    """If it fails: pyggml parity --mode support --markdown > docs/ops.md"""
     words = ("--mode", "support", "--markdown", "-j", "2")
     assert parity(*words) == (0, (ROOT / "docs/ops.md").read_text())
 
 
-def test_the_documents_kernel_end_to_end(parity: Said, tmp_path: Path) -> None:
+def test_the_documents_kernel_end_to_end(parity: Parity, tmp_path: Path) -> None:
     text = (ROOT / "docs/parity.md").read_text()
     kernel, model = re.findall(r"^```py\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     command = re.search(r"^pyggml parity (--kernel my_kernel.*type_a=iq4_nl)$", text, re.MULTILINE)

@@ -23,7 +23,8 @@ from pyggml.parity.nodes import Walk
 
 
 @pytest.mark.parametrize(
-    ("op", "label"), [("mul_mat", "kq"), ("soft_max_ext", "p"), ("set_rows", "rows")]
+    ("op", "label"),
+    [("mul_mat", "h"), ("mul_mat", "kq"), ("soft_max_ext", "p"), ("set_rows", "rows")],
 )
 def test_the_script_shows_the_same_error(
     model: Model, host: Host, tmp_path: Path, op: str, label: str
@@ -31,8 +32,8 @@ def test_the_script_shows_the_same_error(
     host.wrong[op] = scaled(1.001)
     report = model.on()
     path = report.script(label, tmp_path / "one.py")
-    status, space = run_here(path)
-    assert status == 1 and space["found"] == report.row(label).found
+    status, names = run_here(path)
+    assert status == 1 and names["result"] == report.row(label).found
     host.wrong.clear()
     assert run_here(path)[0] == 0
 
@@ -83,7 +84,7 @@ def _(out, a):
 """
 
 
-def test_an_op_of_ones_own_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_script_imports_a_users_own_op(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_ops_of_mine.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
     own = import_module("own_ops_of_mine")
@@ -91,12 +92,12 @@ def test_an_op_of_ones_own_is_imported(tmp_path: Path, monkeypatch: pytest.Monke
     report = gg.compare({"y": y}, "numpy", B, {"x": values((3, 4))})
     path = report.script(report.nodes[0], tmp_path / "doubled.py")
     assert report and "from own_ops_of_mine import doubled\n" in path.read_text()
-    status, space = run_here(path)
-    assert status == 0 and space["a"].shape == (3, 2) and space["found"] == report.nodes[0].found
+    status, names = run_here(path)
+    assert status == 0 and names["a"].shape == (3, 2) and names["result"] == report.nodes[0].found
 
 
-def test_every_op_can_be_said_in_a_script(tmp_path: Path) -> None:
-    """The first case of each op, sources in layouts: its script builds the same node and passes."""
+def test_every_op_can_be_written_as_a_script(tmp_path: Path) -> None:
+    """The script of an op's first case, plain and strided, builds the same node and passes."""
     chosen: dict[tuple[str, bool], Case] = {}
     for case in cases():
         small = all(s is None or np.prod(s.ne) < 5000 for s in case.sources)
@@ -109,8 +110,8 @@ def test_every_op_can_be_said_in_a_script(tmp_path: Path) -> None:
         built = build(case)
         report = gg.compare({"y": built.node}, "numpy", B, built.inputs, states=built.states)
         assert report, f"{case}\n{report}"
-        status, space = run_here(report.script(report.nodes[-1], tmp_path / "case.py"))
-        assert status == 0 and repr(space["found"]) == repr(report.nodes[-1].found), case
+        status, names = run_here(report.script(report.nodes[-1], tmp_path / "case.py"))
+        assert status == 0 and repr(names["result"]) == repr(report.nodes[-1].found), case
 
 
 # -- the module and the command -----------------------------------------------------------------
@@ -142,9 +143,9 @@ def test_a_model(tiny: str, capsys: Any, options: str) -> None:
     out = capsys.readouterr().out
     assert out.startswith("numpy and null: ") and "fail" not in out
     assert main(["parity", "-m", tiny, "-c", "24", "-ub", "5", *options.split(), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["ok"] and told["first"] is None
-    labels = {row["label"] for row in told["nodes"]}
+    data = json.loads(capsys.readouterr().out)
+    assert data["ok"] and data["first"] is None
+    labels = {row["label"] for row in data["nodes"]}
     assert {"attn_out-0", "attn_out-1", "l_out-1"} < labels
     assert ("kq-1" in labels) == ("off" in options)
 
@@ -158,8 +159,8 @@ def test_a_model_with_a_wrong_kernel(tiny: str, host: Host, capsys: Any, tmp_pat
     assert "--script " in out
     script = tmp_path / "k_pe.py"
     assert main([*words, "--script", "k_pe-1", "--out", str(script), "--json"]) == 1
-    told = json.loads(capsys.readouterr().out)
-    assert {row["op"] for row in told["nodes"] if row["status"] == "fail"} == {"rope_ext"}
+    data = json.loads(capsys.readouterr().out)
+    assert {row["op"] for row in data["nodes"] if row["status"] == "fail"} == {"rope_ext"}
     assert script.exists() and script.with_suffix(".npz").exists()
 
 
@@ -173,7 +174,7 @@ def test_a_model_with_a_wrong_kernel(tiny: str, host: Host, capsys: Any, tmp_pat
         (["-m", "TINY", "-ctk", "q3"], "q3"),
         (["-m", "TINY", "--b", "abacus"], "no backend 'abacus'"),
         (["-m", "TINY", "-c", "8", "-ub", "1", "--script", "kq"], "no nodes are labelled 'kq'"),
-        (["-m", "TINY", "--script", "k_pe-1", "--out", "kq.txt"], "the script is a NAME.py"),
+        (["-m", "TINY", "--script", "k_pe-1", "--out", "kq.txt"], "the script must be a NAME.py"),
         (["-m", "TINY", "--script", "k_pe-1", "--out", "no/kq.py"], "there is no folder no"),
         (["-m", "missing.gguf"], "No such file"),
     ],
@@ -185,7 +186,7 @@ def test_errors_are_one_line(tiny: str, capsys: Any, words: list[str], why: str)
 
 
 @pytest.mark.parametrize("words", [["nolabel"], ["k_pe-1", "--out", "kq.txt"]])
-def test_what_is_wrong_with_a_script_is_said_before_anything_runs(
+def test_errors_of_a_script_come_before_anything_runs(
     tiny: str, capsys: Any, monkeypatch: pytest.MonkeyPatch, words: list[str]
 ) -> None:
     def report(_: object) -> None:

@@ -1,4 +1,4 @@
-"""gg.parity: wrong kernels in the middle of a graph are found, and nobody else is blamed."""
+"""gg.compare finds a wrong kernel in the middle of a graph, and only that one fails."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pyggml import backends
 from pyggml.backends.numpy.table import KERNELS
 from pyggml.parity.nodes import walk
 
-# -- what is found ------------------------------------------------------------------------------
+# -- differences --------------------------------------------------------------------------------
 
 
 def test_equal_places_are_equal(model: Model) -> None:
@@ -23,7 +23,7 @@ def test_equal_places_are_equal(model: Model) -> None:
     assert report and report.first is None
     labels = [row.label for row in report.nodes]
     assert set(labels) > {"h", "old", "rows", "kq", "p", "v", "y"} and len(labels) == 9
-    assert labels.index("old") < labels.index("rows")  # it reads what the write replaces
+    assert labels.index("old") < labels.index("rows")  # it reads the rows before the write
     assert [row.label for row in report.outputs] == ["output y", "output old", "state cache"]
     assert all(row.error == 0.0 for row in report.rows)
     assert "9/9 nodes within their bounds; whole graph: 3/3 results" in str(report)
@@ -35,9 +35,7 @@ def test_equal_places_are_equal(model: Model) -> None:
     ("op", "label"),
     [("silu", "silu%"), ("soft_max_ext", "p"), ("set_rows", "rows"), ("cont", "v"), ("add", "y")],
 )
-def test_a_wrong_kernel_is_the_only_one_blamed(
-    model: Model, host: Host, op: str, label: str
-) -> None:
+def test_only_the_wrong_kernel_fails(model: Model, host: Host, op: str, label: str) -> None:
     host.wrong[op] = scaled(2.0)
     report = model.on()
     failing = [row.label for row in report.nodes if row.status == "fail"]
@@ -45,7 +43,7 @@ def test_a_wrong_kernel_is_the_only_one_blamed(
     assert report.first is report.worst is report.row(failing[0])
     assert "two_places.py:" in report.first.line and report.first.line in str(report)
     assert report.first.error == pytest.approx(1.0)
-    assert "output y" in bad(report)  # the whole graph is wrong, and said to be
+    assert "output y" in bad(report)  # the whole graph is wrong too
 
 
 def test_first_and_worst(model: Model, host: Host) -> None:
@@ -62,11 +60,11 @@ def test_first_and_worst(model: Model, host: Host) -> None:
     assert "worst: p = soft_max_ext" in text and "report.script('silu" in text
 
 
-def test_what_only_the_whole_graph_shows(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_of_the_whole_graph_only(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     device = backends.get("null", 7)
     bind = device.bind
 
-    def wrong(steps: Any, *args: Any) -> Any:  # as a fusion would be: right for one node alone
+    def wrong(steps: Any, *args: Any) -> Any:  # like a wrong fusion: right for one node alone
         runner = bind(steps, *args)
         return runner if len(steps) == 1 else type(runner)(device, steps[:-1], *args)
 
@@ -86,17 +84,17 @@ def test_nan_and_infinity(model: Model, host: Host) -> None:
     assert report.first and report.first.op == "silu" and report.first is report.worst
     assert report.first.why == "NaN at 1 wrong places" and report.first.error == np.inf
     assert at(report.first) == (1, 3)
-    # The same on both sides is no difference.
+    # Equal NaN on both places are no difference.
     model.inputs["x"][2, 2] = np.inf
     host.wrong.clear()
     assert model.on()
 
 
 def test_writes(model: Model, host: Host) -> None:
-    def beside(out: Any) -> None:  # a row that the ids do not name
+    def other_row(out: Any) -> None:  # the ids do not name it
         out[0, 0, 2, 5] += 0.001
 
-    host.wrong["set_rows"] = beside
+    host.wrong["set_rows"] = other_row
     report = model.on()
     assert [row.label for row in report.nodes if row.status == "fail"] == ["rows"]
     assert report.first and at(report.first) == (2, 5)
@@ -139,7 +137,7 @@ def test_strides_are_those_of_the_graph(host: Host) -> None:
     assert len(set(seen)) == 1 and seen[0] == ((1, 2, 3, 4), (seen[0][1][0], 96, 4, 24))
 
 
-def test_bounds_follow_what_both_declare(model: Model, host: Host) -> None:
+def test_bounds_follow_the_classes_of_both_places(model: Model, host: Host) -> None:
     host.classes["mul_mat"] = "quantized"
     host.wrong["mul_mat"] = scaled(1.01)
     report = model.on()
@@ -150,7 +148,7 @@ def test_bounds_follow_what_both_declare(model: Model, host: Host) -> None:
     assert [row.op for row in model.on().nodes if row.status == "fail"] == ["mul_mat"] * 4
 
 
-def test_positions_far_out_need_no_bound_of_their_own() -> None:
+def test_large_positions_have_the_same_bound() -> None:
     x, pos = gg.input("x", ne=(8, 1, 2)), gg.input("pos", "i32", ne=(2,))
     y = gg.rope_ext(x, pos, n_dims=8)
     bounds = [
@@ -160,7 +158,7 @@ def test_positions_far_out_need_no_bound_of_their_own() -> None:
     assert bounds == [2e-10, 2e-10]
 
 
-def test_leaves_views_and_labels_that_meet(tmp_path: Path) -> None:
+def test_leaves_views_and_equal_labels(tmp_path: Path) -> None:
     x = gg.input("x", ne=(4, 3))
     report = gg.compare({"x": x, "t": gg.transpose(x)}, "numpy", B, {"x": values((3, 4))})
     assert report and not report.nodes and len(report.outputs) == 2 and report.worst is None
@@ -181,7 +179,7 @@ def test_unsupported(model: Model, tmp_path: Path) -> None:
         assert row.op == "silu" and row.status == "unsupported" and row.error is None
         assert "silu is on the deny list" in row.why and row.why in str(report)
         assert {row.status for row in report.outputs} == {"unsupported"}
-        # The other way round null's place is taken by NumPy's values.
+        # The other way round, NumPy's values are used.
         other = model.on("numpy", B)
         assert [r.status for r in other.nodes if r.op == "silu"] == ["unsupported"]
         assert other.row("kq").status == "ok"
@@ -193,14 +191,14 @@ def test_unsupported(model: Model, tmp_path: Path) -> None:
     assert neither.row("rows").status == neither.row("v").status == "ok"
 
 
-def test_a_node_that_a_place_lacks_runs_as_its_meaning(host: Host) -> None:
+def test_a_node_without_a_kernel_runs_as_its_meaning(host: Host) -> None:
     up, gate = (gg.constant(values((8, 32), seed), dtype="f16") for seed in (1, 2))
     y = gg.fused_up_gate(up, gate, gg.input("x", ne=(32, 3)))
     host.classes["mul_mat"] = "quantized"
     with backends.get("null", 7).denying("fused_up_gate"):
         report = gg.compare({"y": y}, "numpy", B, {"x": values((3, 32))})
     assert report and [row.op for row in report.nodes] == ["fused_up_gate"]
-    assert report.nodes[0].bound == pytest.approx(5e-4 + 1e-10)  # its products are what B declares
+    assert report.nodes[0].bound == pytest.approx(5e-4 + 1e-10)  # of its products on B
     assert gg.compare({"y": y}, "numpy", B, {"x": values((3, 32))}).nodes[0].bound == 2e-10
 
 
@@ -223,48 +221,48 @@ def test_a_state_whose_write_failed_is_unknown(model: Model, host: Host) -> None
     assert report.row("kq").status == report.row("v").status == "skipped"
 
 
-# -- what is refused ----------------------------------------------------------------------------
+# -- errors -------------------------------------------------------------------------------------
 
 
 def test_wrong_arguments(model: Model) -> None:
-    given = dict(model.inputs)
+    inputs = dict(model.inputs)
     for error, changed, why in (
-        (gg.GraphError, {"ids": None}, r"parity lacks inputs: ids \(i32 \[5\]\)"),
+        (gg.GraphError, {"ids": None}, r"parity needs inputs: ids \(i32 \[5\]\)"),
         (gg.UnknownNameError, {"z": [1]}, "no input 'z'; its inputs: "),
         (gg.ShapeError, {"x": values((64, 5))}, r"input 'x': expected f32 \[64, 5\], NumPy shape"),
         (gg.DTypeError, {"ids": values((5,))}, "input 'ids' takes i32"),
     ):
-        model.inputs = {k: v for k, v in {**given, **changed}.items() if v is not None}
+        model.inputs = {k: v for k, v in {**inputs, **changed}.items() if v is not None}
         with pytest.raises(error, match=why):
             model.on()
-    model.inputs = given
+    model.inputs = inputs
     for error, states, why in (
         (gg.UnknownNameError, {"kache": [1]}, "no state 'kache'; its states: cache"),
         (gg.ShapeError, {"cache": [1]}, "state 'cache' takes f16"),
-        (gg.DTypeError, 3, "states are a dict"),
+        (gg.DTypeError, 3, "states must be a dict"),
     ):
         model.states = states  # type: ignore[assignment]
         with pytest.raises(error, match=why):
             model.on()
     model.states = {}
-    assert model.on()  # states begin as zeros
+    assert model.on()  # states are zero by default
     with pytest.raises(gg.UnknownNameError, match="no backend 'abacus'"):
         model.on("abacus")
     with pytest.raises(gg.DeviceError, match="for planning only"):
         model.on("numpy:1GiB")
 
 
-def test_values_are_let_go_after_their_last_reader() -> None:
+def test_values_are_freed_after_their_last_reader() -> None:
     x = gg.input("x", ne=(4,))
     nodes = [x]
     for _ in range(20):
         nodes.append(gg.add(gg.sqr(nodes[-1]), x))
-    held = []
+    counts = []
     leaves = {x: values((4,))}
 
     def visit(single: Any, live: Any) -> Any:
-        held.append(len(live))
+        counts.append(len(live))
         return single.run("numpy", live)[0]
 
-    left = walk(gg.Graph({"y": nodes[-1]}).nodes, leaves, visit)
-    assert max(held) == 2 and len(held) == 40 and set(left) == {x}
+    remaining = walk(gg.Graph({"y": nodes[-1]}).nodes, leaves, visit)
+    assert max(counts) == 2 and len(counts) == 40 and set(remaining) == {x}

@@ -1,4 +1,4 @@
-"""A place whose kernels can be made wrong, and a graph to find that out with."""
+"""A place whose kernels a test can spoil, and a graph to compare there."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ B = "null:7"
 
 
 class Host(NumpyBackend):
-    """NumPy for a null device, with some kernels wrong and another class of numbers."""
+    """NumPy for a null device: some kernels are wrong, some ops declare another numeric class."""
 
     def __init__(self) -> None:
         self.wrong: dict[str, Callable[..., None]] = {}
@@ -56,7 +56,7 @@ def values(shape: tuple[int, ...], seed: int = 0) -> Any:
 
 
 class Model:
-    """A small graph: a product with blocks, a state written and read, scores, an output seen."""
+    """A small graph: a product with blocks, a state that is written and read, scores, a view."""
 
     def __init__(self) -> None:
         w = gg.constant(values((32, 64), 1) / 8, dtype="q8_0", name="w")
@@ -83,15 +83,15 @@ def bad(report: Report) -> list[str]:
 
 
 def at(row: Row) -> tuple[int, ...]:
-    """Where the worst element is."""
+    """Coordinates of the worst element."""
     assert row.found is not None and row.found.at is not None
     return row.found.at
 
 
 def run_here(path: Path) -> tuple[int, dict[str, Any]]:
-    """Status and names of a script run in this process, wrong kernels and all."""
+    """(exit status, globals) of a script that runs in this process, with its wrong kernels."""
     code = compile(path.read_text(), str(path), "exec")
-    space: dict[str, Any] = {"__file__": str(path), "__name__": "__main__"}
+    names: dict[str, Any] = {"__file__": str(path), "__name__": "__main__"}
     with pytest.raises(SystemExit) as stop:
-        exec(code, space)
-    return int(stop.value.code or 0), space
+        exec(code, names)
+    return int(stop.value.code or 0), names

@@ -1,15 +1,14 @@
-"""Parts of models for random graphs: attentions over states, experts, norms, gates.
+"""Parts of models for random graphs: attention over states, experts, norms, gates.
 
-They are what a budget cuts and what a GPU fuses, in all the variations that people might write.
+A budget cuts these and a GPU fuses them, so they vary in every way that users might write them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from pyggml.parity.fuzz_graphs import Grower
+from pyggml.parity.fuzz_grower import Grower
 
 
 def _heads_last(g: Grower, x: str) -> str:
@@ -17,7 +16,7 @@ def _heads_last(g: Grower, x: str) -> str:
 
 
 class Sizes:
-    """Of one attention: head size, keys, queries, heads, heads of keys."""
+    """Sizes of one attention: d of a head, n_kv, n_q, heads, heads_kv."""
 
     def __init__(self, g: Grower) -> None:
         d = g.draw
@@ -30,72 +29,71 @@ class Sizes:
 
 
 def _query(g: Grower, s: Sizes) -> str:
-    """An input, or something computed that has as many elements."""
+    """[d, n_q, heads]: an input, or a result with as many elements."""
     d = g.draw
     shape = (s.d, s.n_q, s.heads, 1)
     if g.results and d.chance(0.5):
-        last = g.results[-1]
-        node = g.node(last)
+        last, node = g.results[-1], g.node(g.results[-1])
         if node.dtype.name == "f32" and node.spec.elements == s.d * s.n_q * s.heads:
             return g.op("reshape", last if node.contiguous else g.op("cont", last), ne=shape)
-    if d.chance(0.3):  # as projections leave it
+    if d.chance(0.3):  # the order in which projections leave heads
         return _heads_last(g, g.leaf("f32", (s.d, s.heads, s.n_q)))
     return g.leaf("f32", shape)
 
 
 def _keys(g: Grower, s: Sizes) -> str:
-    """[d, n_kv, heads_kv], from an input, a state (read, written, cast, expanded)."""
+    """[d, n_kv, heads_kv]: an input, or a state that is read, written, cast or expanded."""
     d = g.draw
-    kind = d.pick(("f32", "f16", "q8_0" if s.d % 32 == 0 else "f16"))
-    way = d.pick(("input", "state", "rows", "cast", "expanded", "written"))
+    dtype = d.pick(("f32", "f16", "q8_0" if s.d % 32 == 0 else "f16"))
+    source = d.pick(("input", "state", "rows", "cast", "expanded", "written"))
     ne = (s.d, s.n_kv, s.heads_kv)
-    if way == "input":
+    if source == "input":
         return g.leaf("f32", ne)
-    if way == "expanded":
+    if source == "expanded":
         return _expanded(g, s, s.d)
-    if way in ("state", "cast") or kind == "q8_0":
-        keys = g.handle(g.state(kind, ne, share=0.5))
+    if source in ("state", "cast") or dtype == "q8_0":
+        keys = g.handle(g.state(dtype, ne, share=0.5))
     else:
-        state = g.state(kind, (s.d * s.heads_kv, s.n_kv), share=0.5)
-        rows = g.write_rows(state) if way == "written" else g.handle(state)
+        state = g.state(dtype, (s.d * s.heads_kv, s.n_kv), share=0.5)
+        rows = g.write_rows(state) if source == "written" else g.handle(state)
         s.rows = state
         keys = _heads_last(g, g.op("reshape", rows, ne=(s.d, s.heads_kv, s.n_kv)))
-    if way == "cast":
+    if source == "cast":
         return g.op("cast", keys, dtype=d.pick(("f32", "f16")))
     return g.op("cont", keys) if d.chance(0.15) else keys
 
 
 def _expanded(g: Grower, s: Sizes, d: int) -> str:
-    """Keys or values of all heads from a latent cache."""
+    """Keys or values of all heads, expanded from a latent cache."""
     rank = g.draw.pick((8, 16))
     latent = g.handle(g.state(g.draw.pick(("f32", "f16")), (rank, s.n_kv), share=0.7))
     if g.node(latent).dtype.name != "f32":
         latent = g.op("cast", latent, dtype="f32")
-    made = g.op("mul_mat", g.weight((rank, d * s.heads_kv)), latent)
-    return _heads_last(g, g.op("reshape", made, ne=(d, s.heads_kv, s.n_kv)))
+    heads = g.op("mul_mat", g.weight((rank, d * s.heads_kv)), latent)
+    return _heads_last(g, g.op("reshape", heads, ne=(d, s.heads_kv, s.n_kv)))
 
 
 def _values(g: Grower, s: Sizes) -> str:
-    """[n_kv, d, heads_kv]: values with keys along rows, as a product wants them."""
+    """[n_kv, d, heads_kv]: values with keys along rows, as a product needs them."""
     d = g.draw
-    way = d.pick(("input", "copied", "copied", "cast", "rows", "expanded", "old"))
-    if way == "input":
+    source = d.pick(("input", "copied", "copied", "cast", "rows", "expanded", "old"))
+    if source == "input":
         return g.leaf("f32", (s.n_kv, s.d, s.heads_kv))
-    if way == "expanded":
+    if source == "expanded":
         return g.op("cont", g.op("transpose", _expanded(g, s, s.d)))
-    kind = d.pick(("f32", "f16"))
-    if way == "rows":
-        state = g.state(kind, (s.d, s.heads_kv, s.n_kv), share=0.5)
+    dtype = d.pick(("f32", "f16"))
+    if source == "rows":
+        state = g.state(dtype, (s.d, s.heads_kv, s.n_kv), share=0.5)
         return g.op("permute", g.handle(state), axes=(1, 2, 0, 3))
     if s.rows and g.node(s.rows).dtype.block == 1 and d.chance(0.4):
-        # Of the cache of the keys, before or after their write.
+        # From the cache of the keys, before or after their write.
         state = g.op("reshape", d.pick((s.rows, g.handles[s.rows])), ne=(s.d, s.heads_kv, s.n_kv))
-        shown = g.op("permute", state, axes=(1, 2, 0, 3))
-        return g.op("cast", shown, dtype="f32") if way == "cast" else g.op("cont", shown)
-    state = g.state(kind, (s.d, s.n_kv, s.heads_kv), share=0.5)
-    # The state as it was, whatever is written meanwhile.
-    shown = g.op("transpose", state if way == "old" else g.handle(state))
-    return g.op("cast", shown, dtype="f32") if way == "cast" else g.op("cont", shown)
+        view = g.op("permute", state, axes=(1, 2, 0, 3))
+        return g.op("cast", view, dtype="f32") if source == "cast" else g.op("cont", view)
+    state = g.state(dtype, (s.d, s.n_kv, s.heads_kv), share=0.5)
+    # "old" reads the state as it was before all writes.
+    view = g.op("transpose", state if source == "old" else g.handle(state))
+    return g.op("cast", view, dtype="f32") if source == "cast" else g.op("cont", view)
 
 
 def _mask(g: Grower, s: Sizes) -> str | None:
@@ -109,7 +107,7 @@ def _mask(g: Grower, s: Sizes) -> str | None:
 
 
 def scores(g: Grower) -> str:
-    """An attention that writes its scores down, and perhaps a second softmax and product."""
+    """Attention with its scores in memory, perhaps followed by another softmax and product."""
     d, s = g.draw, Sizes(g)
     kq = g.op("mul_mat", _keys(g, s), _query(g, s))
     if d.chance(0.2):
@@ -122,35 +120,35 @@ def scores(g: Grower) -> str:
         p = g.op("cont", p)
     y = g.op("mul_mat", _values(g, s), p)
     for _ in range(d.pick((0, 0, 1, 1, 2))):
-        again = g.op("soft_max_ext", y, scale=1.0)
-        y = g.op("mul_mat", g.weight((g.node(again).ne[0], s.d)), again)
+        second = g.op("soft_max_ext", y, scale=1.0)
+        y = g.op("mul_mat", g.weight((g.node(second).ne[0], s.d)), second)
     return y
 
 
 def flash(g: Grower) -> str:
-    """Flash attention, whose keys and values may be expanded for it."""
+    """Flash attention; its keys and values may be expanded from a latent cache."""
     d, s = g.draw, Sizes(g)
     k = _keys(g, s)
-    kind = g.node(k).dtype.name
+    dtype = g.node(k).dtype.name
     if d.chance(0.5):
         v = _expanded(g, s, s.d)
-        if kind == "f16":
-            v = g.op("cast", v, dtype=kind)
+        if dtype == "f16":
+            v = g.op("cast", v, dtype=dtype)
     else:
-        v = k if d.chance(0.3) else g.handle(g.state(kind, (s.d, s.n_kv, s.heads_kv), share=0.5))
+        v = k if d.chance(0.3) else g.handle(g.state(dtype, (s.d, s.n_kv, s.heads_kv), share=0.5))
     attrs: dict[str, Any] = {"scale": 0.3}
     attrs |= d.pick(({}, {"logit_softcap": 10.0}, {"prec": "f32"}))
     return g.op("flash_attn_ext", _query(g, s), k, v, _mask(g, s), **attrs)
 
 
 def normed(g: Grower) -> str:
-    """A sum, its norm times a row, and products of that."""
+    """A sum, its norm times a row, and products with that."""
     d = g.draw
     k, tokens = d.pick((32, 64, 256)), d.pick((1, 3, 5, 9))
     h = g.op("add", g.leaf("f32", (k, tokens)), g.leaf("f32", (k, tokens)))
     x = g.op("mul", g.op("rms_norm", h, eps=1e-5), g.weight((k,)))
-    kind = d.pick(("f32", "f16", "q8_0", "iq4_nl"))
-    up, gate = (g.weight((k, 40), kind) for _ in range(2))
+    dtype = d.pick(("f32", "f16", "q8_0", "iq4_nl"))
+    up, gate = (g.weight((k, 40), dtype) for _ in range(2))
     if d.chance(0.5):
         y = g.op("fused_up_gate", up, gate, x)
     else:
@@ -160,7 +158,7 @@ def normed(g: Grower) -> str:
 
 
 def experts(g: Grower) -> str:
-    """Routing, products of the chosen, their weighted sum."""
+    """Routing, products with the chosen experts, and their weighted sum."""
     d = g.draw
     k, tokens, count, used = d.pick((32, 64)), d.pick((1, 5, 9)), 8, d.pick((1, 2, 3))
     x = g.leaf("f32", (k, tokens))
@@ -169,29 +167,30 @@ def experts(g: Grower) -> str:
     ids = g.op("top_k", probs, k=used)
     weights = g.op("get_rows", g.op("reshape", probs, ne=(1, count, tokens)), ids)
     b = g.op("reshape", x, ne=(k, 1, tokens))
-    kind = d.pick(("f32", "f16", "q8_0"))
+    dtype = d.pick(("f32", "f16", "q8_0"))
     if d.chance(0.5):
-        up, gate = (g.weight((k, 32, count), kind) for _ in range(2))
+        up, gate = (g.weight((k, 32, count), dtype) for _ in range(2))
         b = g.op("moe_up_gate", up, gate, b, ids)
-    made = g.op("mul_mat_id", g.weight((g.node(b).ne[0], k, count), kind), b, ids)
-    y = g.op("mul_multi_add", made, weights)
+    down = g.op("mul_mat_id", g.weight((g.node(b).ne[0], k, count), dtype), b, ids)
+    y = g.op("mul_multi_add", down, weights)
     return g.op("add", x, y) if d.chance(0.5) else y
 
 
 def cached(g: Grower) -> str:
-    """Keys turned by their positions into rows of a cache."""
+    """Keys, rotated by their positions and written into rows of a cache."""
     d = g.draw
     n, heads, tokens = d.pick((32, 64)), d.pick((1, 3)), d.pick((1, 5))
     pos = g.leaf("i32", (tokens,), "!32")
-    turned = g.op("rope_ext", g.leaf("f32", (n, heads, tokens)), pos, n_dims=n - d.pick((0, 8)))
+    keys = g.op("rope_ext", g.leaf("f32", (n, heads, tokens)), pos, n_dims=n - d.pick((0, 8)))
     state = g.state(d.pick(("f32", "f16", "q8_0")), (n * heads, 32), share=0.0)
-    row = g.op("reshape", turned, ne=(n * heads, tokens))
+    row = g.op("reshape", keys, ne=(n * heads, tokens))
     handle = g.op("set_rows", g.handle(state), row, pos)
     g.wrote(state, handle)
     return g.op("get_rows", handle, g.ids((4,), 32))
 
 
-BLOCKS: tuple[tuple[Callable[[Grower], str], int], ...] = (
+#: Parts and their weights.
+PARTS: tuple[tuple[Callable[[Grower], str], int], ...] = (
     (scores, 5),
     (flash, 3),
     (normed, 2),
