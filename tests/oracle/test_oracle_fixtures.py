@@ -1,4 +1,4 @@
-"""The float64 oracle against what real ggml computed (tests/fixtures/ggml_*.npz)."""
+"""The float64 oracle against stored results of ggml (tests/fixtures/ggml_*.npz)."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def test_gguf_encodes_the_same_bytes(case: Case) -> None:
     np.testing.assert_array_equal(raw.reshape(-1).view(np.uint8), want.reshape(-1).view(np.uint8))
 
 
-def test_every_op_has_a_fixture_or_is_worked_out_by_hand() -> None:
-    """Of unary ops the oracle is one line of NumPy: nothing to get wrong twice."""
+def test_every_op_has_a_fixture_or_a_test_by_hand() -> None:
+    """Unary ops need neither: in the oracle each is one line of NumPy."""
     unary = {op.name for op in ops.elementwise.UNARY}
     by_hand = set(
         re.findall(r'run\("(\w+)"', Path(__file__).with_name("test_oracle_hand.py").read_text())

@@ -1,4 +1,4 @@
-"""The float64 oracle against numbers worked out by hand: what real ggml lacks or leaves open."""
+"""The float64 oracle against results by hand, for what ggml lacks or leaves undefined."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def test_fill_and_soft_max() -> None:
 
 
 def test_gelu_is_the_tanh_form() -> None:
-    # ggml's own table is good to 1e-7 only; gelu(1) by erf would be 0.841344746...
+    # ggml's table has errors of 1e-7; gelu(1) by erf would be 0.841344746...
     want = [0.8411919906082768, -0.04540230591222494, 2.996362607918227]
     np.testing.assert_allclose(run("gelu", [four([1.0, -2.0, 3.0])]).ravel(), want, rtol=1e-12)
 
 
-def test_dead_soft_max_row_is_zero_and_huge_scores_do_not_overflow() -> None:
+def test_a_fully_masked_row_is_zero_and_huge_scores_do_not_overflow() -> None:
     mask = four([[0.0, -INF], [-INF, -INF]])
     out = run("soft_max_ext", [four([[1e5, 3.0], [1.0, 2.0]]), mask], scale=1.0)
     assert out[0, 0].tolist() == [[1, 0], [0, 0]]
@@ -89,7 +89,7 @@ def test_grouped_topk_by_maximum_and_by_the_two_best() -> None:
     assert one.ravel().tolist() == [2, 3]  # 11 beats 9
 
 
-def test_negative_ids_give_nothing_and_ids_past_the_end_raise() -> None:
+def test_negative_ids_give_zeros_and_ids_past_the_end_raise() -> None:
     a, ids = four([[1.0, 2.0], [3.0, 4.0]]), four([1, -1])
     assert run("get_rows", [a, ids])[0, 0].tolist() == [[3, 4], [0, 0]]
     assert run("set_rows", [a, four([[7.0, 8.0], [9.0, 9.0]]), ids])[0, 0].tolist() == [
@@ -186,8 +186,8 @@ def test_log_sum_exp_of_dead_rows_and_sinks() -> None:
 def test_merging_key_blocks_gives_the_whole() -> None:
     q, k, v = attention()
     mask = four(np.where(RNG.random((3, 8)) < 0.4, -INF, 0.0))
-    mask[..., 0, :3] = -INF  # the first row sees nothing of the first block
-    mask[..., 1, :] = -INF  # the second nothing at all
+    mask[..., 0, :3] = -INF  # the first row has no key in the first block
+    mask[..., 1, :] = -INF  # the second has none at all
     whole = run("flash_attn_ext", [q, k, v, mask], scale=0.5, lse=True)
     cut = [slice(0, 3), slice(3, 8)]
     parts = [

@@ -1,4 +1,4 @@
-"""Encoders against ggml itself, live (needs ggml-python: `make test-oracle`)."""
+"""Encoders against ggml itself (needs ggml-python: `make test-oracle`)."""
 
 from __future__ import annotations
 

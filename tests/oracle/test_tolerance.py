@@ -1,4 +1,4 @@
-"""The comparison that every parity test rests on must see what is wrong."""
+"""The comparison behind every parity test must find each kind of error."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ def test_the_worst_element_is_named() -> None:
 @pytest.mark.parametrize(
     ("got", "want"), [(np.nan, 1.0), (1.0, np.nan), (np.inf, 1.0), (np.inf, -np.inf), (0.0, np.inf)]
 )
-def test_a_nan_or_infinity_in_the_wrong_place_is_refused(got: float, want: float) -> None:
+def test_a_nan_or_infinity_in_the_wrong_place_fails(got: float, want: float) -> None:
     a, ref = REF.copy(), REF.copy()
     a[0, 1], ref[0, 1] = got, want
     result = within(a, ref, 1e9)
     assert not result and result.at == (0, 1) and result.error == np.inf
 
 
-def test_equal_nan_and_infinities_leave_the_rest_to_the_bound() -> None:
+def test_equal_nan_and_infinities_do_not_count() -> None:
     ref = np.array([np.nan, np.inf, -np.inf, 2.0])
     assert within(ref, ref, 0.0)
     assert not within(np.array([np.nan, np.inf, -np.inf, 2.1]), ref, 1e-3)
 
 
-def test_another_shape_is_refused_and_nothing_equals_nothing() -> None:
+def test_another_shape_fails_and_empty_arrays_are_equal() -> None:
     assert not within(REF.T[:1], REF, 1e9)
     assert within(np.zeros((2, 0)), np.zeros((2, 0)), 0.0)
 

@@ -1,4 +1,4 @@
-"""The float64 attention layer against transformers' results (tests/fixtures/deepseek_*.npz)."""
+"""The float64 attention layer against stored results of transformers (deepseek_*.npz)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.fixtures.case import HERE
 from tests.reference.deepseek import attention_f64
 
 FIXTURES = sorted(HERE.glob("deepseek_*.npz"), key=str)
-#: Both sides are float64: what is left is the order of sums (1e-15 measured).
+#: Both sides are float64; only the order of sums differs (1e-15 measured).
 BOUND = 1e-13
 
 
@@ -32,7 +32,7 @@ def test_prompt_and_decoded_tokens_agree(path: object) -> None:
 
 
 @pytest.mark.parametrize("path", FIXTURES[:1] + FIXTURES[-1:], ids=lambda path: path.stem)
-def test_both_layouts_of_kv_b_mean_the_same(path: object) -> None:
+def test_both_layouts_of_kv_b_give_the_same(path: object) -> None:
     weights, at, sizes = read(path)
     whole = attention_f64(weights, at["x"], at["positions"], **sizes)
     kv_b = weights.pop("attn_kv_b.weight").reshape(4, 22, 24)  # [H, nope | v, kv_lora]
@@ -42,5 +42,5 @@ def test_both_layouts_of_kv_b_mean_the_same(path: object) -> None:
 
 
 def test_both_versions_with_and_without_a_query_latent_are_stored() -> None:
-    kinds = {(path.stem[9:11], "attn_q_a.weight" in read(path)[0]) for path in FIXTURES}
-    assert kinds == {("v2", False), ("v2", True), ("v3", False), ("v3", True)}
+    variants = {(path.stem[9:11], "attn_q_a.weight" in read(path)[0]) for path in FIXTURES}
+    assert variants == {("v2", False), ("v2", True), ("v3", False), ("v3", True)}

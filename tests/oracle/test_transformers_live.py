@@ -1,4 +1,4 @@
-"""The float64 attention layer against transformers at run time, on other weights and lengths."""
+"""The float64 attention layer against transformers itself, with other weights and lengths."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ from tests.reference.deepseek import attention_f64  # noqa: E402
 @pytest.mark.parametrize("n_tokens", [PROMPT, PROMPT + 6])
 @pytest.mark.parametrize("name", MODELS)
 def test_attention(name: str, n_tokens: int) -> None:
-    made = run(name, 1000 + n_tokens, n_tokens)
-    out = attention_f64(made["weights"], made["x"], made["positions"], **made["sizes"])
-    assert relative_error(out, made["out"]) < 1e-13
+    theirs = run(name, 1000 + n_tokens, n_tokens)
+    out = attention_f64(theirs["weights"], theirs["x"], theirs["positions"], **theirs["sizes"])
+    assert relative_error(out, theirs["out"]) < 1e-13

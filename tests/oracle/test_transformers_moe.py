@@ -1,9 +1,9 @@
-"""Experts in float64 and as a graph against transformers' DeepSeek V2 and V3 at run time.
+"""Experts, in float64 and as a graph, against the DeepSeek V2 and V3 of transformers.
 
-How a Hugging Face module maps to the names of a GGUF file (all matrices as they are, out x in):
+Names in a Hugging Face module and in a GGUF file (matrices are the same, out x in):
 
     gate.weight             ffn_gate_inp       gate.e_score_correction_bias    exp_probs_b.bias
-    experts.gate_up_proj    ffn_gate_exps, then ffn_up_exps, one behind the other
+    experts.gate_up_proj    ffn_gate_exps followed by ffn_up_exps
     experts.down_proj       ffn_down_exps      shared_experts.gate_proj, ...   ffn_gate_shexp, ...
 """
 
@@ -44,8 +44,8 @@ MODELS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 @dataclass
-class Made:
-    """A module's weights under GGUF names, what went in and what came out."""
+class Run:
+    """A module's weights under GGUF names, its input and its outputs."""
 
     weights: dict[str, np.ndarray]
     x: np.ndarray
@@ -75,8 +75,8 @@ def module_of(version: int, at: dict[str, Any]) -> Any:
 
 
 @torch.no_grad()
-def run(name: str, seed: int) -> Made:
-    """The module on random weights. Where transformers asks for float32, it gets float64."""
+def run(name: str, seed: int) -> Run:
+    """Run the module with random weights, with float64 wherever transformers uses float32."""
     version, at = MODELS[name]
     module = module_of(version, at).double().eval()
     rng = np.random.default_rng(seed)
@@ -91,7 +91,7 @@ def run(name: str, seed: int) -> Made:
     routing = dict(at)
     if version == 3:
         routing = {"gating": "sigmoid", "weights_norm": True} | routing
-    return Made(
+    return Run(
         weights_of(module),
         x.numpy(),
         ids.gather(1, order).numpy(),
@@ -104,53 +104,53 @@ def run(name: str, seed: int) -> Made:
 def weights_of(module: Any) -> dict[str, np.ndarray]:
     state = {key: tensor.numpy().copy() for key, tensor in module.state_dict().items()}
     gate, up = np.split(state.pop("experts.gate_up_proj"), 2, axis=1)
-    made = {
+    weights = {
         "ffn_gate_inp.weight": state.pop("gate.weight"),
         "ffn_gate_exps.weight": gate,
         "ffn_up_exps.weight": up,
         "ffn_down_exps.weight": state.pop("experts.down_proj"),
     }
     for part in ("gate", "up", "down"):
-        made[f"ffn_{part}_shexp.weight"] = state.pop(f"shared_experts.{part}_proj.weight")
+        weights[f"ffn_{part}_shexp.weight"] = state.pop(f"shared_experts.{part}_proj.weight")
     if "gate.e_score_correction_bias" in state:
-        made["exp_probs_b.bias"] = state.pop("gate.e_score_correction_bias")
+        weights["exp_probs_b.bias"] = state.pop("gate.e_score_correction_bias")
     assert not state
-    return made
+    return weights
 
 
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("name", MODELS)
 def test_float64(name: str, seed: int) -> None:
-    made = run(name, seed)
-    assert made.out.dtype == made.shares.dtype == np.float64
-    routing = route_f64(made.weights, made.x, **made.routing)
+    theirs = run(name, seed)
+    assert theirs.out.dtype == theirs.shares.dtype == np.float64
+    routing = route_f64(theirs.weights, theirs.x, **theirs.routing)
     order = np.argsort(routing.ids, axis=1)
-    np.testing.assert_array_equal(np.take_along_axis(routing.ids, order, axis=1), made.ids)
+    np.testing.assert_array_equal(np.take_along_axis(routing.ids, order, axis=1), theirs.ids)
     shares = np.take_along_axis(routing.weights, order, axis=1)
-    assert relative_error(shares, made.shares) < 1e-13
-    assert relative_error(feed_forward_f64(made.weights, made.x, routing), made.out) < 1e-13
+    assert relative_error(shares, theirs.shares) < 1e-13
+    assert relative_error(feed_forward_f64(theirs.weights, theirs.x, routing), theirs.out) < 1e-13
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
 @pytest.mark.parametrize("name", MODELS)
 def test_graph(name: str, fused: bool) -> None:
-    made = run(name, 3)
+    theirs = run(name, 3)
     plan = gg.compile(
-        {"y": feed_forward(gg.input("x", ne=(N_EMBD, N_TOKENS)), layer_of(made), fused=fused)},
+        {"y": feed_forward(gg.input("x", ne=(N_EMBD, N_TOKENS)), layer_of(theirs), fused=fused)},
         observe=["ffn_moe_topk-0"],
     )
-    got = plan.run(x=made.x.astype(np.float32))
-    np.testing.assert_array_equal(np.sort(got["ffn_moe_topk-0"], axis=1), made.ids)
-    assert relative_error(got["y"], made.out) < 1e-6
+    got = plan.run(x=theirs.x.astype(np.float32))
+    np.testing.assert_array_equal(np.sort(got["ffn_moe_topk-0"], axis=1), theirs.ids)
+    assert relative_error(got["y"], theirs.out) < 1e-6
 
 
-def layer_of(made: Made) -> Layer:
-    known: dict[str, Any] = {"gating": "softmax", "weights_norm": False} | made.routing
-    config: DeepSeek2Config = replace(PRESETS["tiny"], n_embd=N_EMBD, n_expert=16, **known)
+def layer_of(theirs: Run) -> Layer:
+    routing: dict[str, Any] = {"gating": "softmax", "weights_norm": False} | theirs.routing
+    config: DeepSeek2Config = replace(PRESETS["tiny"], n_embd=N_EMBD, n_expert=16, **routing)
     return Layer(
         config,
         {
             key.removesuffix(".weight"): gg.constant(array.astype(np.float32), name=key)
-            for key, array in made.weights.items()
+            for key, array in theirs.weights.items()
         },
     )

@@ -1,4 +1,4 @@
-"""One DeepSeek attention layer in float64: what graphs and cache types are measured against."""
+"""One DeepSeek attention layer in float64, the reference for graphs and cache types."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pyggml.parity.oracle.rope import rope_ext
 
 
 def project(weights: Mapping[str, Array], name: str, x: Array) -> Array:
-    """x W^T, times the weight's factor where it has one."""
+    """x W^T, times the weight's factor if it has one."""
     return np.asarray(x @ np.asarray(weights[f"{name}.weight"], np.float64).T) * factor(
         weights, name
     )
@@ -63,22 +63,23 @@ def attention_f64(
     temperature_scale: float = 0.0,
     temperature_length: int = 0,
 ) -> Array:
-    """Causal multi-head latent attention over all tokens given, in its standard (expanded) form.
+    """Causal multi-head latent attention over all tokens, in its standard (expanded) form.
 
         q = W_q x                 or W_qb norm(W_qa x)             per head [nope | rope]
         [c | k_rope] = W_kva x;   c = norm(c)                      one for all heads
         [k_nope | v] = W_kvb c                                     per head
         q times 1 + temperature_scale ln(1 + floor(position / temperature_length))
         out = W_o concat_h softmax(kq_scale q_h . k_h + causal) v_h
-        each W is times its factor, if there is one under its name with ".scale"
+        each W is multiplied by its factor, the weight NAME.scale, if there is one
 
     weights    GGUF names within a layer, NumPy shape (rows are outputs): attn_q, or attn_q_a,
                attn_q_a_norm and attn_q_b; attn_kv_a_mqa, attn_kv_a_norm; attn_kv_b
                [H (qk_nope + v_dim), kv_lora], or attn_k_b [H, kv_lora, qk_nope] and attn_v_b
                [H, v_dim, kv_lora]; attn_output; each with ".weight"
-    x          [n_tokens, n_embd], already normalised (attn_norm is not applied); rising positions
-    kq_scale   1 / sqrt(qk_nope + qk_rope) unless given; YaRN models multiply it by mscale^2
-    freq_base  and the rest are rope_ext's, over neighbouring pairs (2i, 2i + 1)
+    x          [n_tokens, n_embd], already normalized (attn_norm is not applied)
+    positions  [n_tokens], ascending
+    kq_scale   by default 1 / sqrt(qk_nope + qk_rope); YaRN models multiply it by mscale^2
+    freq_base  and the following are rope_ext's, for neighbouring pairs (2i, 2i + 1)
 
     Returns [n_tokens, n_embd] in float64.
     """
@@ -86,7 +87,7 @@ def attention_f64(
     n_tokens = x.shape[0]
 
     def rotated(a: Array) -> Array:  # [n_tokens, heads, qk_rope]
-        turned: Array = rope_ext(
+        result: Array = rope_ext(
             a[None],
             np.asarray(positions),
             n_dims=qk_rope,
@@ -98,7 +99,7 @@ def attention_f64(
             beta_fast=beta_fast,
             beta_slow=beta_slow,
         )[0]
-        return turned
+        return result
 
     if "attn_q.weight" in weights:
         q = project(weights, "attn_q", x)

@@ -1,4 +1,4 @@
-"""A DeepSeek layer in float64, with experts or dense, and the weights of one in a file."""
+"""A DeepSeek layer in float64, with experts or dense, and its weights from a GGUF file."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ class Routing:
 
     ids      [n_tokens, n_expert_used]
     weights  [n_tokens, n_expert_used]
-    margin   [n_tokens]  how near another choice was: from the score of the last one chosen down to
-             that of the first one not chosen, as a share of the former; of experts or of groups,
-             whichever is nearer
+    margin   [n_tokens]  how close the choice was: the relative difference between the lowest score
+             that was chosen and the highest that was not, for experts or groups, whichever is less
     """
 
     ids: Array
@@ -43,15 +42,15 @@ def route_f64(
     n_group: int = 1,
     n_group_used: int = 1,
 ) -> Routing:
-    """Which experts, and how much of each.
+    """The experts of each token, and their weights.
 
         p = softmax(W x) (V2) or sigmoid(W x) (V3);   score = p + bias
-        a group's score is that of its best expert (V2) or the sum of its best two (V3)
-        the n_expert_used best scores of the n_group_used best groups; their weights are p,
-        divided by their sum where weights_norm, times weights_scale
+        a group's score is the best of its experts' (V2) or the sum of its best two (V3)
+        choose the n_expert_used best scores of the n_group_used best groups; their weights are p,
+        divided by their sum if weights_norm, times weights_scale
 
-    weights  ffn_gate_inp.weight [n_expert, n_embd]; exp_probs_b.bias [n_expert] where there is one
-    x        [n_tokens, n_embd], already normalised
+    weights  ffn_gate_inp.weight [n_expert, n_embd]; perhaps exp_probs_b.bias [n_expert]
+    x        [n_tokens, n_embd], already normalized
     """
     logits = project(weights, "ffn_gate_inp", np.asarray(x, np.float64))
     if gating == "softmax":
@@ -67,14 +66,14 @@ def route_f64(
         open_ = np.any(used[..., None] == np.arange(n_group), axis=1)
         score = np.where(open_[..., None], groups, -np.inf).reshape(p.shape)
     ids, nearest = _best(score, n_expert_used)
-    made = np.take_along_axis(p, ids, axis=1)
+    shares = np.take_along_axis(p, ids, axis=1)
     if weights_norm:
-        made /= made.sum(axis=1, keepdims=True)
-    return Routing(ids, weights_scale * made, np.minimum(margin, nearest))
+        shares /= shares.sum(axis=1, keepdims=True)
+    return Routing(ids, weights_scale * shares, np.minimum(margin, nearest))
 
 
 def _best(score: Array, k: int) -> tuple[Array, Array]:
-    """Of each row the places of the k highest scores, and the margin to the next one."""
+    """(indices of the k highest scores of each row, margin to the next one)"""
     order = np.argsort(-score, axis=1, kind="stable")
     if k == score.shape[1]:
         return order, np.full(len(score), np.inf)
@@ -83,14 +82,14 @@ def _best(score: Array, k: int) -> tuple[Array, Array]:
 
 
 def feed_forward_f64(weights: Mapping[str, Any], x: Array, routing: Routing | None = None) -> Array:
-    """down(silu(gate x) * (up x)); with a routing its experts' weighted sum, and shared experts.
+    """down(silu(gate x) * (up x)); with a routing the weighted sum of experts, plus shared experts.
 
-    weights  ffn_up, ffn_gate [n_ff, n_embd] and ffn_down [n_embd, n_ff]; or ffn_up_exps and so on,
-             of which [e] gives the matrix of expert e (only experts in use are asked for), and
-             ffn_up_shexp and so on where there are shared experts; each with ".weight", and perhaps
-             a factor with ".scale", one or one an expert; ffn_gate_up_exps [e] may hold the rows of
-             gate and then those of up
-    x        [n_tokens, n_embd], already normalised
+    weights  dense: ffn_up, ffn_gate [n_ff, n_embd] and ffn_down [n_embd, n_ff];
+             experts: ffn_up_exps and so on, whose [e] is the matrix of expert e (read only if it is
+             used), and perhaps ffn_up_shexp and so on; ffn_gate_up_exps [e] has the rows of gate
+             followed by those of up. Names end in ".weight"; a factor for the tensor or for each
+             expert ends in ".scale"
+    x        [n_tokens, n_embd], already normalized
     """
     x = np.asarray(x, np.float64)
     if routing is None:
@@ -98,8 +97,8 @@ def feed_forward_f64(weights: Mapping[str, Any], x: Array, routing: Routing | No
     out = np.zeros_like(x)
     for e in np.unique(routing.ids):
         token, slot = np.nonzero(routing.ids == e)
-        made = _swiglu(x[token], *(_expert(weights, part, e) for part in _PARTS))
-        out[token] += routing.weights[token, slot, None] * made
+        result = _swiglu(x[token], *(_expert(weights, part, e) for part in _PARTS))
+        out[token] += routing.weights[token, slot, None] * result
     if "ffn_up_shexp.weight" in weights:
         out += _swiglu(x, *(_matrix(weights, f"ffn_{part}_shexp") for part in _PARTS))
     return out
@@ -115,12 +114,12 @@ def _matrix(weights: Mapping[str, Any], name: str) -> Array:
 def _expert(weights: Mapping[str, Any], part: str, expert: int) -> Array:
     merged = "ffn_gate_up_exps" if part != "down" else ""
     name = merged if f"{merged}.weight" in weights else f"ffn_{part}_exps"
-    made = np.asarray(weights[f"{name}.weight"][expert], np.float64)
+    matrix = np.asarray(weights[f"{name}.weight"][expert], np.float64)
     if f"{name}.scale" in weights:
-        made = made * np.float64(weights[f"{name}.scale"][expert])
+        matrix = matrix * np.float64(weights[f"{name}.scale"][expert])
     if name == merged:
-        made = np.split(made, 2)[part == "up"]
-    return made
+        matrix = np.split(matrix, 2)[part == "up"]
+    return matrix
 
 
 def _swiglu(x: Array, up: Array, gate: Array, down: Array) -> Array:
@@ -131,10 +130,11 @@ def _swiglu(x: Array, up: Array, gate: Array, down: Array) -> Array:
 def layer_f64(
     weights: Mapping[str, Any], x: Array, positions: Array, config: DeepSeek2Config
 ) -> tuple[Array, Routing | None]:
-    """h = x + attention(norm(x)), y = h + feed_forward(norm(h)): y, and where the tokens went.
+    """(y, routing if there are experts): h = x + attention(norm(x)), y = h + feed_forward(norm(h)).
 
-    weights  those of `attention_f64`, `route_f64` and `feed_forward_f64`; attn_norm, ffn_norm
-    x        [n_tokens, n_embd]; rising positions
+    weights    those of `attention_f64`, `route_f64` and `feed_forward_f64`; attn_norm, ffn_norm
+    x          [n_tokens, n_embd]
+    positions  [n_tokens], ascending
     """
     c = config
     x = np.asarray(x, np.float64)
@@ -176,27 +176,28 @@ def layer_f64(
 
 
 class Experts:
-    """The matrices of a tensor of experts, each decoded when it is asked for: together they would
-    fill gigabytes."""
+    """The matrices of a tensor of experts, decoded one by one on access: all of them would need
+    gigabytes.
+    """
 
-    def __init__(self, rows: Array, kind: int) -> None:
-        self.rows, self.kind = rows, kind
+    def __init__(self, rows: Array, ggml_id: int) -> None:
+        self.rows, self.ggml_id = rows, ggml_id
 
     def __getitem__(self, expert: int) -> Array:
-        return _decoded(self.rows[expert], self.kind)
+        return _decoded(self.rows[expert], self.ggml_id)
 
 
 def weights_of(file: GGUFFile, il: int) -> dict[str, Any]:
-    """The weights of layer `il` as the functions above take them, decoded by the gguf package."""
-    made: dict[str, Any] = {}
+    """The weights of layer `il` for the functions above, decoded by the gguf package."""
+    weights: dict[str, Any] = {}
     prefix = f"blk.{il}."
     for name, info in file.tensors.items():
         if name.startswith(prefix):
             decode = Experts if "_exps." in name else _decoded
-            made[name.removeprefix(prefix)] = decode(file.array(name), info.dtype.ggml_id)
-    return made
+            weights[name.removeprefix(prefix)] = decode(file.array(name), info.dtype.ggml_id)
+    return weights
 
 
-def _decoded(rows: Array, kind: int) -> Array:
+def _decoded(rows: Array, ggml_id: int) -> Array:
     raw = np.ascontiguousarray(rows).view(np.uint8)
-    return np.asarray(dequantize(raw, GGMLQuantizationType(kind)))
+    return np.asarray(dequantize(raw, GGMLQuantizationType(ggml_id)))
