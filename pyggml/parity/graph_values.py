@@ -83,8 +83,9 @@ class Evaluation:
             array = self._noisy(statement.op, array)
         return Value(rounded(node, array))
 
-    def _noisy(self, op: str, array: Array) -> Array:
-        noise = self.noise.get(op, 0.0)
+    def _noisy(self, op: str, array: Array, times: int = 1) -> Array:
+        """The array with the noise of `times` such ops in a row."""
+        noise = times**0.5 * self.noise.get(op, 0.0)
         return array * (1 + noise * self.rng.uniform(-1, 1, array.shape)) if noise else array
 
     def _chained(self, statement: Statement, first: Value | None) -> Value:
@@ -96,7 +97,7 @@ class Evaluation:
         for _ in range(times):
             array = array + first.array if of == "add" else array + 0.001
             array = np.maximum(array, 0) if of == "relu" else array
-        return Value(self._noisy("add" if of == "add" else "scale", array))
+        return Value(self._noisy("add" if of == "add" else "scale", array, times))
 
     def _written(self, statement: Statement, sources: Sequence[Value | None], node: Node) -> Value:
         target = sources[node.op.writes or 0]

@@ -29,7 +29,7 @@ def test_it_gives_the_same_outcomes_and_keeps_nothing() -> None:
     with mirrored("numpy") as device:
         assert backends.get("numpy") is device
         outcomes = [running.tested(case, "numpy") for case in SOME]
-        assert device.there is not None, "nothing was mirrored"
+        assert device.twin is not None, "nothing was mirrored"
         assert device.live == device.top == 0
     assert backends.get("numpy") is device.backend
     assert outcomes == [running.tested(case, "numpy") for case in SOME]
