@@ -228,9 +228,9 @@ def test_wrong_arguments(model: Model) -> None:
     inputs = dict(model.inputs)
     for error, changed, why in (
         (gg.GraphError, {"ids": None}, r"parity needs inputs: ids \(i32 \[5\]\)"),
-        (gg.UnknownNameError, {"z": [1]}, "no input 'z'; its inputs: "),
+        (gg.UnknownNameError, {"z": [1]}, "no input 'z'; its inputs are: "),
         (gg.ShapeError, {"x": values((64, 5))}, r"input 'x': expected f32 \[64, 5\], NumPy shape"),
-        (gg.DTypeError, {"ids": values((5,))}, "input 'ids' takes i32"),
+        (gg.DTypeError, {"ids": values((5,))}, "input 'ids': expected i32"),
     ):
         model.inputs = {k: v for k, v in {**inputs, **changed}.items() if v is not None}
         with pytest.raises(error, match=why):
