@@ -228,7 +228,7 @@ def test_wrong_arguments(model: Model) -> None:
     inputs = dict(model.inputs)
     for error, changed, why in (
         (gg.GraphError, {"ids": None}, r"parity needs inputs: ids \(i32 \[5\]\)"),
-        (gg.UnknownNameError, {"z": [1]}, "no input 'z'; its inputs are: "),
+        (gg.UnknownNameError, {"z": [1]}, "no input 'z'; its inputs: "),
         (gg.ShapeError, {"x": values((64, 5))}, r"input 'x': expected f32 \[64, 5\], NumPy shape"),
         (gg.DTypeError, {"ids": values((5,))}, "input 'ids': expected i32"),
     ):
@@ -238,7 +238,7 @@ def test_wrong_arguments(model: Model) -> None:
     model.inputs = inputs
     for error, states, why in (
         (gg.UnknownNameError, {"kache": [1]}, "no state 'kache'; its states: cache"),
-        (gg.ShapeError, {"cache": [1]}, "state 'cache' takes f16"),
+        (gg.ShapeError, {"cache": [1]}, "state 'cache': expected f16"),
         (gg.DTypeError, 3, "states must be a dict"),
     ):
         model.states = states  # type: ignore[assignment]
