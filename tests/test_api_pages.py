@@ -44,5 +44,5 @@ def test_pages_are_written_without_a_warning(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     page = (tmp_path / "pyggml.html").read_text()
-    assert 'id="rope_ext"' in page and "Turn pairs of a row" in page
+    assert 'id="rope_ext"' in page and "Rotate pairs of each" in page
     shutil.rmtree(tmp_path)
