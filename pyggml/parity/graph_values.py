@@ -18,6 +18,8 @@ from pyggml.quants import encode_rows
 VIEWS = {"view", "permute", "transpose", "reshape"}
 #: Ops whose kernels compute nothing, so that no noise stands for their rounding.
 EXACT = {*MOVES, "set_rows", "cpy", "state_of", "relu"}
+#: Ops whose results are sums of products, or products of such sums.
+SUMS = {"mul_mat", "mul_mat_id", "fused_up_gate", "moe_up_gate", "flash_attn_ext"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +86,20 @@ class Evaluation:
         return Value(rounded(node, array))
 
     def _noisy(self, op: str, array: Array, times: int = 1) -> Array:
-        """The array with the noise of `times` such ops in a row."""
+        """The array with the noise of `times` such ops in a row.
+
+        A sum of products may be small because its terms cancel, but rounding them still leaves an
+        error of their size. So the noise of these ops is at least relative to the whole row.
+        """
         noise = times**0.5 * self.noise.get(op, 0.0)
-        return array * (1 + noise * self.rng.uniform(-1, 1, array.shape)) if noise else array
+        if not noise:
+            return array
+        size = np.abs(array)
+        if op in SUMS:
+            squares = np.where(np.isfinite(size), size, 0.0) ** 2
+            size = np.maximum(size, np.sqrt(squares.mean(axis=-1, keepdims=True)))
+        noisy: Array = array + noise * size * self.rng.uniform(-1, 1, array.shape)
+        return noisy
 
     def _chained(self, statement: Statement, first: Value | None) -> Value:
         assert first is not None

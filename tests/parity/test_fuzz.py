@@ -20,8 +20,9 @@ from pyggml.parity.case import Case, build
 from pyggml.parity.fuzz import fuzz, sequence
 from pyggml.parity.fuzz_cases import OPS, random_case
 from pyggml.parity.fuzz_graphs import random_graph
-from pyggml.parity.graph_case import GraphCase, PlanText
+from pyggml.parity.graph_case import GraphCase, PlanText, built
 from pyggml.parity.graph_check import check_graph
+from pyggml.parity.graph_values import Evaluation
 from pyggml.parity.layouts import Layout
 from pyggml.parity.shrink import shrunk
 from pyggml.parity.worker import Pool, Setup, Worker
@@ -203,6 +204,19 @@ def test_the_tail_of_an_activation_may_be_as_wrong_as_f32_near_1() -> None:
 
     with installed(Mutant("moe_up_gate", "a little more", off)):
         assert running.tested(Case.parse(text), "numpy").status == "fail"
+
+
+def test_a_product_that_cancels_has_the_noise_of_its_terms() -> None:
+    case = GraphCase.parse("a=f32[2,2]; x=f32[2]; n=mul_mat(a, x); plan(n)")
+    builder = built(case)
+    builder.values |= {
+        "a": np.array([[[[3.0, 3.0], [3.0, 0.0]]]]),
+        "x": np.array([[[[1.0, -1.0]]]]),
+    }
+    exact = Evaluation(builder, {}, {}, 0).values["n"].array
+    noisy = Evaluation(builder, {}, {"mul_mat": 1e-3}, 1).values["n"].array
+    assert exact.ravel().tolist() == [0.0, 3.0]
+    assert 0 < abs(noisy.ravel()[0]) < 0.01
 
 
 @pytest.mark.parametrize(
