@@ -19,6 +19,13 @@ def available() -> tuple[str, ...]:
     return tuple(sorted(names, key=STAND_INS.__contains__))
 
 
+def preferred() -> tuple[str, ...]:
+    """The backends to use on this machine if nobody chooses: a GPU's if it works, then numpy."""
+    names = [name for name in available() if name not in (*STAND_INS, "numpy")]
+    modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
+    return (*(n for n, module in zip(names, modules) if module.present()), "numpy")
+
+
 @cache
 def get(name: str, index: int = 0) -> Backend:
     """The backend `name` on its device `index`; imports it on first use.

@@ -12,7 +12,14 @@ from pyggml.backends.base import Finding
 from pyggml.backends.cuda.backend import CudaBackend, device
 from pyggml.backends.cuda.table import kernel
 
-__all__ = ["CudaBackend", "device", "findings", "kernel"]
+__all__ = ["CudaBackend", "device", "findings", "kernel", "present"]
+
+
+def present() -> bool:
+    """Whether this machine has a GPU and the packages that `bind` needs."""
+    from pyggml.backends.cuda import doctor
+
+    return doctor.present()
 
 
 def findings() -> Iterator[Finding]:

@@ -23,6 +23,12 @@ GPU_MARKS = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/usr/lib/wsl/lib/
 _ABSENT = ("not installed", "not found")
 
 
+def present() -> bool:
+    """Whether there is a GPU, and the packages that `bind` needs are installed."""
+    modules = ("pycuda", "cupy", "cuda.bindings")
+    return any(Path(mark).exists() for mark in GPU_MARKS) and all(map(find_spec, modules))
+
+
 def findings() -> Iterator[Finding]:
     """The status of everything the backend needs, in the order of need.
 

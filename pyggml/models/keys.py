@@ -1,14 +1,26 @@
-"""Look-ups of an architecture's keys that check type and range."""
+"""Hyperparameters as dataclass fields, each declared with its GGUF key.
+
+One declaration serves to read a file's keys, to check them, to know which keys the architecture
+has, and to write them:
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Llama(Architecture):
+        n_head: int = key("attention.head_count")
+        n_head_kv: int = key("attention.head_count_kv", default=same("attention.head_count"))
+        rope: Rope = group(Rope)
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn, get_args, get_type_hints
 
 from pyggml.errors import GGUFError
 
-_MAX_SIZE = 1 << 31
+MAX_SIZE = 1 << 31
+Default = Callable[["Keys"], Any]
 
 
 class Keys:
@@ -17,7 +29,7 @@ class Keys:
     A look-up takes the key without that prefix. It raises a GGUFError that names the key if it is
     missing, has the wrong type or is out of range.
 
-    lookups  every key looked up so far
+    lookups  every key looked up so far; `check_keys` (known.py) rejects a file's other keys
     """
 
     def __init__(self, architecture: str, fields: Mapping[str, Any]) -> None:
@@ -43,7 +55,7 @@ class Keys:
         return f"{self.architecture}.{key}" in self.fields
 
     def integer(
-        self, key: str, default: int | None = None, *, least: int = 1, most: int = _MAX_SIZE
+        self, key: str, default: int | None = None, *, least: int = 1, most: int = MAX_SIZE
     ) -> int:
         value: int = self.get(key, int, default)
         if not least <= value <= most:
@@ -58,7 +70,94 @@ class Keys:
             self.fail(key, f"{value}, must be finite and {limit}")
         return value
 
+    def word(self, key: str, choices: Sequence[str], default: str | None = None) -> str:
+        value: str = self.get(key, str, default)
+        if value not in choices:
+            self.fail(key, f"{value!r}, must be one of {', '.join(choices)}")
+        return value
+
     def equal(self, key: str, expected: int, reason: str) -> None:
         """Check a redundant key against the value that other keys imply."""
         if (value := self.get(key, int, expected)) != expected:
             self.fail(key, f"{value}, must be {expected} because of {reason}")
+
+
+# -- declarations -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Key:
+    """How a field is read and written.
+
+    name     the key without the architecture's prefix
+    default  the value if the key is missing, or a function of the file's keys; absent: the key is
+             required, unless the field's type allows None
+    least, most  limits of an integer;  zero  a float may be 0;  choices  the words allowed
+    """
+
+    name: str
+    default: Any = dataclasses.MISSING
+    least: int = 1
+    most: int = MAX_SIZE
+    zero: bool = False
+    choices: tuple[str, ...] = ()
+
+    def read(self, keys: Keys, type_: Any) -> Any:
+        optional = type(None) in get_args(type_)
+        if optional:
+            if not keys.has(self.name):
+                return None
+            (type_,) = (t for t in get_args(type_) if t is not type(None))
+        default = self.default
+        if default is dataclasses.MISSING:
+            default = None
+        elif callable(default):
+            keys.lookups.add(self.name)
+            default = None if keys.has(self.name) else default(keys)
+        if type_ is int:
+            return keys.integer(self.name, default, least=self.least, most=self.most)
+        if type_ is float:
+            return keys.number(self.name, default, zero=self.zero)
+        if self.choices:
+            return keys.word(self.name, self.choices, default)
+        return keys.get(self.name, type_, default)
+
+
+def key(name: str, default: Any = dataclasses.MISSING, **limits: Any) -> Any:
+    """A dataclass field with the GGUF key `name`; the arguments are those of `Key`."""
+    rule = Key(name, default, **limits)
+    plain = dataclasses.MISSING if callable(default) else default
+    return dataclasses.field(default=plain, metadata={"key": rule})
+
+
+def group(type_: type) -> Any:
+    """A dataclass field whose value is a dataclass of keys, `type_`."""
+    return dataclasses.field(metadata={"group": type_})
+
+
+def same(name: str) -> Default:
+    """The default of a key: the value of another key, an integer."""
+    return lambda keys: keys.integer(name)
+
+
+def read(type_: type, keys: Keys) -> dict[str, Any]:
+    """Field name -> value of the fields of a dataclass that have keys."""
+    hints, values = get_type_hints(type_), {}
+    for field in dataclasses.fields(type_):
+        if "group" in field.metadata:
+            values[field.name] = hints[field.name](**read(field.metadata["group"], keys))
+        elif "key" in field.metadata:
+            values[field.name] = field.metadata["key"].read(keys, hints[field.name])
+    return values
+
+
+def written(config: Any) -> Iterator[tuple[str, Any]]:
+    """(key, value) of the fields of a dataclass; optional ones only if they differ."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if "group" in field.metadata:
+            yield from written(value)
+        elif "key" in field.metadata and value is not None:
+            rule = field.metadata["key"]
+            if value != rule.default:
+                yield rule.name, value

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import RLock
 from typing import Any, TypeVar
 from weakref import WeakSet
@@ -40,26 +40,54 @@ class Arena:
     nbytes: int
 
 
-class Store:
-    """The memory that plans share: weights and states once, and an arena on each device.
+class Shared:
+    """What a store shares with stores like it.
 
-    Plans of one store run one at a time; stores are independent. The addresses of weights, states
-    and input slots never change while the store exists.
+    arenas   by device; replaced, never changed
+    weights  the leaves of weights; replaced, never changed
+    bound    the plans that use the arenas
     """
 
     def __init__(self) -> None:
         self.lock = RLock()
-        self.arenas: Mapping[str, Arena] = {}  # by device; replaced, never changed
-        self.bound: WeakSet[Any] = WeakSet()  # the plans that use the arenas
+        self.arenas: Mapping[str, Arena] = {}
+        self.weights: dict[tuple[object, ...], Leaf] = {}
+        self.bound: WeakSet[Any] = WeakSet()
+
+
+class Store:
+    """The memory that plans share: weights and states once, and an arena on each device.
+
+    like  a store whose weights and arenas this one shares; its states and inputs are its own. So
+          several sequences can use one copy of a model
+
+    Plans of one store, and of stores that share weights, run one at a time; other stores are
+    independent. The addresses of weights, states and input slots never change while the store
+    exists.
+    """
+
+    def __init__(self, like: Store | None = None) -> None:
+        self.shared: Shared = Shared() if like is None else like.shared
         self._leaves = Leaves()
 
     def __repr__(self) -> str:
-        leaves = self._leaves
         arenas = ", ".join(f"{arena.nbytes} bytes on {d}" for d, arena in self.arenas.items())
         return (
-            f"<store: {len(leaves.weights)} weights, {len(leaves.states)} states, "
+            f"<store: {len(self.shared.weights)} weights, {len(self._leaves.states)} states, "
             f"arenas: {arenas or 'none'}>"
         )
+
+    @property
+    def lock(self) -> RLock:
+        return self.shared.lock
+
+    @property
+    def arenas(self) -> Mapping[str, Arena]:
+        return self.shared.arenas
+
+    @property
+    def bound(self) -> WeakSet[Any]:
+        return self.shared.bound
 
     @property
     def arena_bytes(self) -> int:
@@ -84,7 +112,7 @@ class Store:
     def check(self, leaves: Iterable[Node]) -> None:
         """GraphError if the store has another state or weight with the name of a leaf."""
         states = {key[0]: leaf.spec for key, leaf in self._leaves.states.items()}
-        weights = {key[0]: leaf.node for key, leaf in self._leaves.weights.items()}
+        weights = {key[0]: leaf.node for key, leaf in self.shared.weights.items()}
         for leaf in map(origin, leaves):
             key = leaf.attrs["name"]
             spec = states.get(key, leaf.spec) if leaf.op is state_op else leaf.spec
@@ -115,9 +143,10 @@ class Store:
         """
         self.check(need.node for need in needs)
         own = [need for need in needs if need.node not in bound]
-        leaves = self._leaves.with_needs(own, progress)
+        before = replace(self._leaves, weights=self.shared.weights)
+        leaves = before.with_needs(own, progress)
         self._enlarge(arenas)
-        self._leaves = leaves
+        self.shared.weights, self._leaves = leaves.weights, leaves
         return {**bound, **{need.node: leaves.table(need)[need.key].at for need in own}}
 
     def _enlarge(self, sizes: Mapping[Backend, int]) -> None:
@@ -128,7 +157,7 @@ class Store:
         }
         if larger:
             self._release()  # bound plans would keep the old arenas alive
-            self.arenas = {**self.arenas, **larger}
+            self.shared.arenas = {**self.arenas, **larger}
 
     def _larger(self, backend: Backend, nbytes: int) -> Arena:
         """A new arena. If memory runs out, free the old one first: between runs it is unused."""
@@ -138,7 +167,7 @@ class Store:
             if backend.device not in self.arenas:
                 raise
         self._release()
-        self.arenas = {d: arena for d, arena in self.arenas.items() if d != backend.device}
+        self.shared.arenas = {d: arena for d, arena in self.arenas.items() if d != backend.device}
         return Arena(backend.alloc(nbytes), nbytes)
 
     def _release(self) -> None:

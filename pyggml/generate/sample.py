@@ -1,0 +1,46 @@
+"""Choosing the next token from logits."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyggml.errors import ShapeError
+
+
+def greedy(logits: NDArray[np.float32]) -> int:
+    """The token with the largest logit; of equal ones the lowest id."""
+    return int(np.argmax(logits))
+
+
+class Sampler:
+    """Draws tokens from softmax(logits / temperature), limited to the best.
+
+    temperature  0 chooses as `greedy` does
+    top_k        the k largest logits only; 0: all
+    top_p        then the fewest tokens whose probabilities add up to at least this
+    seed         of the random numbers; the same seed and logits give the same tokens
+    """
+
+    def __init__(
+        self, *, temperature: float = 0.8, top_k: int = 40, top_p: float = 0.95, seed: int = 0
+    ) -> None:
+        if not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1:
+            raise ShapeError(
+                f"temperature={temperature} and top_k={top_k} must be at least 0, and "
+                f"top_p={top_p} above 0 and at most 1"
+            )
+        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+        self._rng = np.random.default_rng(seed)
+
+    def __call__(self, logits: NDArray[np.float32]) -> int:
+        if self.temperature == 0:
+            return greedy(logits)
+        order = np.argsort(-logits, kind="stable")
+        order = order[: self.top_k] if self.top_k else order
+        scores = logits[order].astype(np.float64) / self.temperature
+        probs = np.exp(scores - scores[0])
+        probs /= probs.sum()
+        n = int(np.searchsorted(np.cumsum(probs), self.top_p)) + 1
+        probs = probs[:n] / probs[:n].sum()
+        return int(order[self._rng.choice(len(probs), p=probs)])

@@ -1,0 +1,155 @@
+"""A sequence of tokens with its caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyggml.errors import IdError, ShapeError
+from pyggml.generate.sample import greedy
+from pyggml.models.batch import Batch
+from pyggml.runtime.plan import Plan
+from pyggml.runtime.store import Store
+
+if TYPE_CHECKING:
+    from pyggml.models.model import Model
+
+Logits: TypeAlias = NDArray[np.float32]
+#: Attention reads a whole number of steps of cache rows, so that few plans serve all lengths.
+KV_STEP = 256
+
+
+class Session:
+    """A sequence of tokens and its caches. Sessions of one model share its weights.
+
+    tokens  the tokens in the caches
+    n_ctx   the most tokens that fit
+    n_batch the most tokens of one graph; a longer prompt runs in parts
+
+    A plan is compiled for each pair of (number of tokens, cache rows), both rounded up, and kept.
+    If a call fails or is interrupted, `tokens` lists what was finished, and the session goes on.
+    """
+
+    def __init__(self, model: Model, *, n_ctx: int, n_batch: int) -> None:
+        if n_ctx < 1 or n_batch < 1:
+            raise ShapeError(f"n_ctx={n_ctx} and n_batch={n_batch} must be at least 1")
+        self.model, self.n_ctx, self.n_batch = model, n_ctx, min(n_batch, n_ctx)
+        self.tokens: list[int] = []
+        self.store = Store(like=model.store)
+        self.caches = model.caches(n_ctx, self.n_batch)
+        self._plans: dict[tuple[int, int, int], Plan] = {}
+
+    def __repr__(self) -> str:
+        return f"<session: {len(self.tokens)} of {self.n_ctx} tokens, {self.model!r}>"
+
+    # -- forward ------------------------------------------------------------------------------
+
+    def forward(
+        self, tokens: Iterable[int], outputs: Literal["last", "all", "none"] = "last"
+    ) -> Logits:
+        """Append tokens and return logits, f32 (1, n_vocab) or (len(tokens), n_vocab).
+
+        outputs  logits of the last token or of all; "none" only fills the caches: (0, n_vocab)
+        Errors, before anything runs: ShapeError for more tokens than fit or none; IdError for an
+        id outside the vocabulary.
+        """
+        tokens = self._checked(tokens)
+        rows: list[Logits] = []
+        for start in range(0, len(tokens), self.n_batch):
+            part = tokens[start : start + self.n_batch]
+            last = start + len(part) == len(tokens)
+            n_outputs = len(part) if outputs == "all" else int(last and outputs == "last")
+            rows.append(self._run(part, n_outputs))
+        return np.concatenate(rows)
+
+    def _checked(self, tokens: Iterable[int]) -> list[int]:
+        checked = [int(token) for token in tokens]
+        if not checked:
+            raise ShapeError("forward() needs at least one token")
+        n_vocab = self.model.arch.n_vocab
+        for token in checked:
+            if not 0 <= token < n_vocab:
+                raise IdError(f"token {token} is outside the vocabulary of {n_vocab}")
+        n_free = self.n_ctx - len(self.tokens)
+        if len(checked) > n_free:
+            raise ShapeError(
+                f"{len(checked)} tokens do not fit: {n_free} of n_ctx={self.n_ctx} are free; use "
+                "truncate() or a session with a larger n_ctx"
+            )
+        return checked
+
+    def _run(self, part: Sequence[int], n_outputs: int) -> Logits:
+        past, n = len(self.tokens), len(part)
+        n_tokens = padded_tokens(n, self.n_batch)
+        n_all = n_tokens if n_outputs == n and n > 1 else n_outputs
+        plan = self.plan(n_tokens, padded_rows(past + n, self.n_ctx), n_all)
+        pos = np.arange(past, past + n_tokens, dtype=np.int32)
+        arrays: dict[str, Any] = {"tokens": _tail(part, n_tokens, 0), "pos": pos}
+        if n_tokens > 1:
+            arrays["rows"] = _tail(pos[:n], n_tokens, -1)
+            arrays["pos"] = _tail(pos[:n], n_tokens, pos[n - 1])
+        if "outputs" in plan.inputs:
+            arrays["outputs"] = np.array([n - 1], np.int32)
+        logits = plan.run(arrays).get("logits")
+        self.tokens += part
+        if logits is None:
+            return np.empty((0, self.model.arch.n_vocab), np.float32)
+        return np.asarray(logits, np.float32).reshape(n_all, -1)[:n_outputs]
+
+    def plan(self, n_tokens: int, n_kv: int, n_outputs: int) -> Plan:
+        """The plan for `n_tokens` tokens that attend to the first `n_kv` rows of full caches."""
+        key = n_tokens, n_kv, n_outputs
+        if key not in self._plans:
+            batch = Batch(n_tokens, n_kv, self.model.options, n_outputs)
+            self._plans[key] = self.model.plan(batch, self.caches, self.store)
+        return self._plans[key]
+
+    # -- generation ---------------------------------------------------------------------------
+
+    def generate(
+        self,
+        tokens: Iterable[int],
+        n: int,
+        sampler: Callable[[NDArray[np.float32]], int] = greedy,
+        stop: Collection[int] = (),
+    ) -> Iterator[int]:
+        """Append tokens, then yield up to `n` new ones, each chosen by sampler(logits).
+
+        stop  tokens that end the text; the token itself is yielded, too
+        The last token that was yielded is not in the caches yet.
+        """
+        logits = self.forward(tokens)[-1]
+        for left in reversed(range(n)):
+            token = sampler(logits)
+            yield token
+            if token in stop or not left:
+                return
+            logits = self.forward([token])[-1]
+
+    def truncate(self, n: int) -> None:
+        """Forget all but the first `n` tokens."""
+        if not 0 <= n <= len(self.tokens):
+            raise ShapeError(f"truncate({n}): the session has {len(self.tokens)} tokens")
+        del self.tokens[n:]
+
+
+def padded_tokens(n: int, most: int) -> int:
+    """n, or more: 1, 2, 3, 4, 6, 8, 12, 16, 24, ... and `most`. The rest is padding."""
+    step = 1 << max(n.bit_length() - 2, 0)
+    return min(-(-n // step) * step, max(most, n))
+
+
+def padded_rows(n: int, n_ctx: int) -> int:
+    """n in steps of 256 rows up to 2048, then of 1/8 of the power of two below; at most n_ctx."""
+    step = max(KV_STEP, 1 << max((n - 1).bit_length() - 4, 0))
+    return min(-(-n // step) * step, n_ctx)
+
+
+def _tail(values: Sequence[int] | NDArray[np.int32], n: int, fill: int) -> NDArray[np.int32]:
+    """The values, followed by `fill` up to a length of `n`."""
+    array = np.full(n, fill, np.int32)
+    array[: len(values)] = values
+    return array

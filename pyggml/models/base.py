@@ -1,0 +1,170 @@
+"""What an architecture is: hyperparameters from a file's keys, tensors, and layers as graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, ClassVar, Self, TypeVar
+
+from pyggml.errors import GGUFError
+from pyggml.gguf import GGUFFile
+from pyggml.models.batch import Batch, Options
+from pyggml.models.cache import Cache
+from pyggml.models.keys import Keys, key, read, written
+from pyggml.models.known import check_keys, check_tensors
+from pyggml.models.layers import norm
+from pyggml.models.weights import Layer
+from pyggml.node import Node
+from pyggml.ops import add, get_rows
+
+MAX_LAYERS = 10_000
+Sizes = dict[str, tuple[int, ...]]
+A = TypeVar("A", bound="type[Architecture]")
+
+#: general.architecture -> the module of this package, or the class itself.
+_REGISTRY: dict[str, str | type[Architecture]] = {
+    "deepseek2": "deepseek2",
+    "glm4moe": "glm4moe",
+    "gpt-oss": "gpt_oss",
+    "llama": "llama",
+    "qwen3": "qwen3",
+    "qwen3moe": "qwen3",
+}
+
+
+def register(cls: A) -> A:
+    """A class decorator: files whose general.architecture is `cls.name` use this class."""
+    _REGISTRY[cls.name] = cls
+    return cls
+
+
+def architectures() -> tuple[str, ...]:
+    """The names of all architectures."""
+    return tuple(_REGISTRY)
+
+
+def architecture(name: str) -> type[Architecture]:
+    """The class of an architecture; GGUFError for an unknown name."""
+    if name not in _REGISTRY:
+        raise GGUFError(
+            f"architecture {name!r} is unknown; pyggml has {', '.join(_REGISTRY)}. "
+            "docs/adding-a-model.md shows how to add one"
+        )
+    entry = _REGISTRY[name]
+    if isinstance(entry, str):
+        import_module(f"pyggml.models.{entry}")
+        entry = _REGISTRY[name]
+        assert not isinstance(entry, str)
+    return entry
+
+
+def _n_tokens(keys: Keys) -> int:
+    tokens = keys.fields.get("tokenizer.ggml.tokens")
+    if tokens is None:
+        keys.fail("vocab_size", "is missing, and the file has no tokenizer.ggml.tokens")
+    return len(tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """An architecture's hyperparameters, and its layers as graphs.
+
+    A subclass declares `name`, its keys as fields, and the methods that raise NotImplementedError.
+    A layer is   h = x + attention(norm(x)),   y = h + feed_forward(norm(h)).
+
+    name     general.architecture
+    neutral  keys of features that the graphs do not compute -> the values that switch them off,
+             in addition to those of `known`
+    """
+
+    name: ClassVar[str]
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    #: Names of the two norms of a layer.
+    norms: ClassVar[tuple[str, str]] = ("attn_norm", "ffn_norm")
+
+    n_block: int = key("block_count", most=MAX_LAYERS)
+    n_ctx_train: int = key("context_length")
+    n_embd: int = key("embedding_length")
+    rms_eps: float = key("attention.layer_norm_rms_epsilon")
+    n_vocab: int = key("vocab_size", _n_tokens)
+
+    @classmethod
+    def of(cls, file: GGUFFile) -> Self:
+        """The hyperparameters of a file, checked against each other and against its tensors.
+
+        GGUFError names a key that is missing, has the wrong type or contradicts another one, a
+        tensor that is missing or has the wrong size, and any key or tensor of the architecture that
+        pyggml does not know.
+        """
+        keys = Keys(cls.name, file.fields)
+        config = cls(**cls.values(keys, file))
+        config.check(keys)
+        check_keys(keys, cls.neutral)
+        check_tensors(config, file.tensors)
+        return config
+
+    @classmethod
+    def values(cls, keys: Keys, file: GGUFFile) -> dict[str, Any]:
+        """Field name -> value; a subclass adds the fields that do not come from one key."""
+        return read(cls, keys)
+
+    def check(self, keys: Keys) -> None:
+        """Raise a GGUFError for values that contradict each other."""
+
+    def fields(self) -> dict[str, Any]:
+        """The keys of a file of this model; `of` reads them back."""
+        own = {f"{self.name}.{name}": value for name, value in written(self)}
+        return {"general.architecture": self.name} | own
+
+    @property
+    def n_layer(self) -> int:
+        """The layers of the graph; blocks of multi-token prediction do not count."""
+        return self.n_block
+
+    # -- tensors ------------------------------------------------------------------------------
+
+    # Name, without `blk.N.` and `.weight`, -> ne. Every matrix may also have a factor, NAME.scale.
+
+    def layer_tensors(self, il: int) -> Sizes:
+        """The tensors that layer `il` must have."""
+        raise NotImplementedError
+
+    def optional_tensors(self, il: int) -> Sizes:
+        """Tensors that layer `il` may have besides."""
+        return {}
+
+    def model_tensors(self) -> Sizes:
+        """The tensors outside the layers that a file must have."""
+        return {"token_embd": (self.n_embd, self.n_vocab), "output_norm": (self.n_embd,)}
+
+    def optional_model_tensors(self) -> Sizes:
+        """Those that it may have. Without `output`, token_embd is the output matrix too."""
+        return {"output": (self.n_embd, self.n_vocab)}
+
+    def stored_sizes(self, name: str, ne: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """Other sizes that files of some programs have for a tensor; `weight` reshapes them."""
+        return ()
+
+    # -- graphs -------------------------------------------------------------------------------
+
+    def cache(self, il: int, n_ctx: int, n_batch: int, options: Options) -> Cache:
+        """The cache of layer `il` for `n_ctx` tokens that come in batches of up to `n_batch`."""
+        raise NotImplementedError
+
+    def attention(self, x: Node, layer: Layer, cache: Cache, batch: Batch) -> Node:
+        """f32 [n_embd, T]. Writes the tokens to the cache and attends to it; x is normalized."""
+        raise NotImplementedError
+
+    def feed_forward(self, x: Node, layer: Layer, batch: Batch) -> Node:
+        """f32 [n_embd, T]; x is normalized."""
+        raise NotImplementedError
+
+    def layer(self, x: Node, layer: Layer, cache: Cache, batch: Batch) -> Node:
+        """One layer. The last one computes its feed-forward only for the batch's outputs."""
+        y = self.attention(norm(layer, self.norms[0], x, self.rms_eps), layer, cache, batch)
+        if batch.outputs is not None and layer.il == self.n_layer - 1:
+            x, y = get_rows(x, batch.outputs), get_rows(y, batch.outputs)
+        h = layer.label(add(x, y), "ffn_inp")
+        y = self.feed_forward(norm(layer, self.norms[1], h, self.rms_eps), layer, batch)
+        return layer.label(add(h, y), "l_out")

@@ -1,0 +1,62 @@
+"""The options of a model's graphs, and the inputs and masks that the layers of one graph share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pyggml.dtypes import dtype
+from pyggml.errors import ShapeError
+from pyggml.node import Node
+from pyggml.ops import causal_mask, input
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How the graphs of a model are built. The names in brackets are the command line's.
+
+    flash    flash attention; False computes scores and a softmax instead         [-fa]
+    fused    up, gate and activation as one op                                    [-fmoe]
+    mla      attention of DeepSeek models: 0 standard, 1 latent, 3 latent cache,  [-mla]
+             which prompts expand to K and V. Other architectures ignore it
+    cache_k, cache_v   types of the caches; a latent cache has cache_k's          [-ctk -ctv]
+    """
+
+    flash: bool = True
+    fused: bool = True
+    mla: int = 3
+    cache_k: str = "f16"
+    cache_v: str = "f16"
+
+    def __post_init__(self) -> None:
+        if self.mla not in (0, 1, 3):
+            raise ShapeError(f"mla={self.mla!r} must be 0, 1 or 3")
+        dtype(self.cache_k), dtype(self.cache_v)
+
+
+class Batch:
+    """The tokens of one graph: its inputs, and the masks that layers share.
+
+    tokens   i32 [n_tokens]   ids
+    pos      i32 [n_tokens]   positions
+    rows     i32 [n_tokens]   cache rows to write; -1 for padding, whose row is not written
+    outputs  i32 [n_outputs]  the tokens whose logits are computed; None: all, or none
+    n_kv     rows of each full cache that attention reads
+    writes   handles of the caches that the layers write
+    """
+
+    def __init__(self, n_tokens: int, n_kv: int, options: Options, n_outputs: int = 1) -> None:
+        self.n_tokens, self.n_kv, self.options = n_tokens, n_kv, options
+        self.n_outputs = n_outputs
+        self.writes: list[Node] = []
+        self.tokens = input("tokens", "i32", ne=(n_tokens,))
+        self.pos = input("pos", "i32", ne=(n_tokens,))
+        self.rows = input("rows", "i32", ne=(n_tokens,)) if n_tokens > 1 else self.pos
+        some = 0 < n_outputs < n_tokens
+        self.outputs = input("outputs", "i32", ne=(n_outputs,)) if some else None
+        self._masks: dict[tuple[int, int | None], Node] = {}
+
+    def mask(self, n_kv: int, window: int | None = None) -> Node:
+        """causal_mask(pos); one node for all layers that ask for the same."""
+        if (n_kv, window) not in self._masks:
+            self._masks[n_kv, window] = causal_mask(self.pos, n_kv=n_kv, window=window)
+        return self._masks[n_kv, window]

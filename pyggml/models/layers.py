@@ -1,0 +1,229 @@
+"""The parts that layers are made of, as functions of nodes and numbers.
+
+T is the number of tokens of the batch. `w` is a Layer, or the model's Weights for its head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pyggml.models.batch import Batch
+from pyggml.models.cache import Cache
+from pyggml.models.keys import Keys, key
+from pyggml.models.weights import Layer, Weights
+from pyggml.node import Node
+from pyggml.ops import (
+    add,
+    cast,
+    cont,
+    flash_attn_ext,
+    fused_up_gate,
+    mul,
+    mul_mat,
+    permute,
+    reshape,
+    rms_norm,
+    rope_ext,
+    silu,
+    soft_max_ext,
+    transpose,
+)
+
+#: [d, H, n] <-> [d, n, H]
+SWAP = (0, 2, 1, 3)
+
+
+def norm(w: Layer | Weights, name: str, x: Node, eps: float) -> Node:
+    """rms_norm(x) * weight."""
+    return mul(rms_norm(x, eps=eps), w[name])
+
+
+def scaled(w: Layer | Weights, name: str, y: Node) -> Node:
+    """y, a product of the weight `name`, times the weight's factor, plus its bias, if any.
+
+    NVFP4 quantizers store such a factor, because 8-bit block scales alone do not cover the range of
+    a tensor.
+    """
+    factor, bias = w.get(f"{name}.scale"), w.get(f"{name}.bias")
+    y = y if factor is None else mul(y, factor)
+    return y if bias is None else add(y, bias)
+
+
+def linear(w: Layer | Weights, name: str, x: Node) -> Node:
+    """W x, with the weight's factor and bias, if any."""
+    return scaled(w, name, mul_mat(w[name], x))
+
+
+# -- rope ---------------------------------------------------------------------------------------
+
+
+def _factor(keys: Keys) -> float:
+    return keys.number("rope.scale_linear", 1.0, zero=True)  # the key's name until 2023
+
+
+def _n_ctx(keys: Keys) -> int:
+    return keys.integer("context_length")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rope:
+    """The rotary embedding that a file's keys describe.
+
+    A factor of 0 means 1. Scaling "none" ignores the factor.
+    """
+
+    freq_base: float = key("rope.freq_base", 10000.0)
+    scaling: str = key("rope.scaling.type", "linear", choices=("none", "linear", "yarn"))
+    factor: float = key("rope.scaling.factor", _factor, zero=True)
+    n_ctx_orig: int = key("rope.scaling.original_context_length", _n_ctx)
+    attn_factor: float = key("rope.scaling.attn_factor", 1.0)
+    beta_fast: float = key("rope.scaling.yarn_beta_fast", 32.0)
+    beta_slow: float = key("rope.scaling.yarn_beta_slow", 1.0)
+
+    @property
+    def freq_scale(self) -> float:
+        """rope_ext's freq_scale."""
+        return 1.0 if self.scaling == "none" or not self.factor else 1.0 / self.factor
+
+    @property
+    def ext_factor(self) -> float:
+        """rope_ext's ext_factor."""
+        return 1.0 if self.scaling == "yarn" else 0.0
+
+    def rotate(
+        self,
+        x: Node,
+        pos: Node,
+        *,
+        n_rot: int,
+        mode: Literal["normal", "neox"],
+        offset: int = 0,
+        attn_factor: float | None = None,
+        freq_factors: Node | None = None,
+    ) -> Node:
+        """x [d, n_head, T] with n_rot elements of each row, starting at `offset`, rotated."""
+        return rope_ext(
+            x,
+            pos,
+            freq_factors,
+            n_dims=n_rot,
+            mode=mode,
+            offset=offset,
+            n_ctx_orig=self.n_ctx_orig,
+            freq_base=self.freq_base,
+            freq_scale=self.freq_scale,
+            ext_factor=self.ext_factor,
+            attn_factor=self.attn_factor if attn_factor is None else attn_factor,
+            beta_fast=self.beta_fast,
+            beta_slow=self.beta_slow,
+        )
+
+
+# -- attention ----------------------------------------------------------------------------------
+
+
+def attend(
+    layer: Layer,
+    q: Node,
+    k: Node,
+    v: Node,
+    mask: Node,
+    *,
+    scale: float,
+    flash: bool,
+    sinks: Node | None = None,
+) -> Node:
+    """softmax(scale k.q + mask) v: [d_v, H, T] from q [d_k, T, H], k and v [.., n_kv, H_kv].
+
+    Without flash attention, V must be transposed, so a V in a block type is cast to f16 first. The
+    attention memory budget counts that copy and cuts it together with the scores.
+    """
+    if flash:
+        return layer.label(flash_attn_ext(q, k, v, mask, sinks, scale=scale), "kqv")
+    kq = layer.label(mul_mat(k, q), "kq")
+    kq = layer.label(soft_max_ext(kq, mask, sinks, scale=scale), "kq_soft_max")
+    kqv = layer.label(mul_mat(transpose(unpacked(v)), kq), "kqv")
+    return permute(kqv, axes=SWAP)
+
+
+def unpacked(a: Node) -> Node:
+    """`a`, cast to f16 if it has a block type, because rows of blocks cannot be transposed."""
+    return cast(a, dtype="f16") if a.dtype.block > 1 else a
+
+
+def joined(y: Node) -> Node:
+    """[d, H, T] -> [d H, T]."""
+    return reshape(y if y.contiguous else cont(y), ne=(y.ne[0] * y.ne[1], y.ne[2]))
+
+
+def gqa(
+    layer: Layer,
+    x: Node,
+    cache: Cache,
+    batch: Batch,
+    *,
+    n_head: int,
+    n_head_kv: int,
+    d_k: int,
+    d_v: int,
+    rope: Rope,
+    n_rot: int,
+    mode: Literal["normal", "neox"],
+    scale: float | None = None,
+    norm_eps: float | None = None,
+    freq_factors: Node | None = None,
+) -> Node:
+    """Attention with n_head query heads on n_head_kv heads of K and V; f32 [n_embd, T].
+
+    scale     of k.q; 1/sqrt(d_k) by default
+    norm_eps  normalize each head of q and k (attn_q_norm, attn_k_norm) with this epsilon
+    """
+    n_tokens = x.ne[1]
+
+    def heads(name: str, n: int, d: int) -> Node:
+        return reshape(linear(layer, name, x), ne=(d, n, n_tokens))
+
+    def rotated(y: Node, name: str) -> Node:
+        if norm_eps is not None:
+            y = norm(layer, f"{name}_norm", y, norm_eps)
+        return rope.rotate(y, batch.pos, n_rot=n_rot, mode=mode, freq_factors=freq_factors)
+
+    q = layer.label(rotated(heads("attn_q", n_head, d_k), "attn_q"), "Qcur")
+    k = layer.label(rotated(heads("attn_k", n_head_kv, d_k), "attn_k"), "Kcur")
+    v = layer.label(heads("attn_v", n_head_kv, d_v), "Vcur")
+    keys = cache.write(0, permute(k, axes=SWAP), batch)
+    values = cache.write(1, permute(v, axes=SWAP), batch)
+    y = attend(
+        layer,
+        permute(q, axes=SWAP),
+        keys,
+        values,
+        cache.mask(batch),
+        scale=d_k**-0.5 if scale is None else scale,
+        flash=batch.options.flash,
+        sinks=layer.get("attn_sinks"),
+    )
+    return layer.label(linear(layer, "attn_output", layer.label(joined(y), "kqv_out")), "attn_out")
+
+
+# -- feed-forward -------------------------------------------------------------------------------
+
+
+def swiglu_mlp(layer: Layer, x: Node, suffix: str = "", *, fused: bool) -> Node:
+    """down(silu(gate x) * (up x)): f32 [n_embd, T].
+
+    suffix  of the names ffn_up, ffn_gate and ffn_down, such as _shexp
+    fused   up, gate and activation as one op, unless they have factors or biases
+    """
+    up, gate = f"ffn_up{suffix}", f"ffn_gate{suffix}"
+    if fused and not extras(layer, up, gate):
+        hidden = fused_up_gate(layer[up], layer[gate], x)
+    else:
+        hidden = mul(silu(linear(layer, gate, x)), linear(layer, up, x))
+    return linear(layer, f"ffn_down{suffix}", hidden)
+
+
+def extras(layer: Layer, *names: str) -> bool:
+    """Whether any of these weights has a factor or a bias, which the fused ops do not support."""
+    return any(f"{name}.{suffix}" in layer for name in names for suffix in ("scale", "bias"))

@@ -1,0 +1,135 @@
+"""A model file opened for use: its graphs, and the store of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from pyggml import gguf
+from pyggml.backends import preferred
+from pyggml.errors import GGUFError
+from pyggml.gguf import GGUFFile
+from pyggml.graph import Graph
+from pyggml.models.base import architecture
+from pyggml.models.batch import Batch, Options
+from pyggml.models.cache import Cache
+from pyggml.models.known import all_sizes
+from pyggml.models.layers import linear, norm
+from pyggml.models.weights import Weights
+from pyggml.node import Node
+from pyggml.ops import get_rows, mul_mat
+from pyggml.runtime.compile import compile
+from pyggml.runtime.plan import Plan
+from pyggml.runtime.store import Store
+
+if TYPE_CHECKING:
+    from pyggml.generate.session import Session
+
+
+class Model:
+    """A model from an open file. Create it with `pyggml.load`.
+
+    arch      its architecture: the hyperparameters
+    weights   its tensors as constants
+    store     the memory of its weights, shared by all sessions
+    backends, amb, pins   as in `compile`
+    """
+
+    def __init__(
+        self,
+        file: GGUFFile,
+        *,
+        backends: Sequence[str] = ("numpy",),
+        amb: float | None = None,
+        pins: Mapping[str, str] | None = None,
+        options: Options | None = None,
+    ) -> None:
+        name = file.fields.get("general.architecture")
+        if not isinstance(name, str):
+            raise GGUFError(f"{file.paths[0]}: key 'general.architecture' is missing")
+        self.file = file
+        self.arch = architecture(name).of(file)
+        self.options = options or Options()
+        self.weights = Weights(file, all_sizes(self.arch))
+        self.backends, self.amb, self.pins = tuple(backends), amb, pins
+        self.store = Store()
+
+    def __repr__(self) -> str:
+        arch = self.arch
+        return (
+            f"<model {arch.name}: {arch.n_layer} layers, n_embd {arch.n_embd}, "
+            f"n_vocab {arch.n_vocab}, on {', '.join(self.backends)}>"
+        )
+
+    def session(self, n_ctx: int = 4096, n_batch: int = 512) -> Session:
+        """A new, empty sequence of up to `n_ctx` tokens; prompts run in batches of `n_batch`."""
+        from pyggml.generate.session import Session
+
+        return Session(self, n_ctx=n_ctx, n_batch=n_batch)
+
+    # -- graphs -------------------------------------------------------------------------------
+
+    def caches(self, n_ctx: int, n_batch: int) -> tuple[Cache, ...]:
+        """The caches of all layers."""
+        layers = range(self.arch.n_layer)
+        return tuple(self.arch.cache(il, n_ctx, n_batch, self.options) for il in layers)
+
+    def graph(self, batch: Batch, caches: tuple[Cache, ...]) -> Graph:
+        """Output `logits`, f32 [n_vocab, n_outputs]; without outputs, it only fills the caches."""
+        w, arch = self.weights, self.arch
+        x = w.label(get_rows(w["token_embd"], batch.tokens), "inp_embd")
+        for il, cache in enumerate(caches):
+            x = arch.layer(x, w.layer(il), cache, batch)
+        if not batch.n_outputs:
+            return Graph({}, batch.writes)
+        return Graph({"logits": self.head(x)}, batch.writes)
+
+    def head(self, x: Node) -> Node:
+        """Logits of the last layer's output."""
+        w = self.weights
+        x = w.label(norm(w, "output_norm", x, self.arch.rms_eps), "result_norm")
+        tied = "output" not in w
+        y = mul_mat(w["token_embd"], x) if tied else linear(w, "output", x)
+        return w.label(y, "result_output")
+
+    def plan(self, batch: Batch, caches: tuple[Cache, ...], store: Store) -> Plan:
+        """The compiled graph of a batch."""
+        graph = self.graph(batch, caches)
+        return compile(
+            graph.outputs,
+            updates=graph.updates,
+            backends=self.backends,
+            amb=self.amb,
+            pins=self.pins,
+            store=store,
+        )
+
+
+def load(
+    path: str | PathLike[str],
+    *,
+    backends: Sequence[str] | None = None,
+    amb: float | None = None,
+    pins: Mapping[str, str] | None = None,
+    **options: Any,
+) -> Model:
+    """Open a GGUF file as a model. Weights are uploaded when the first session runs.
+
+    model = gg.load("model.gguf")
+    session = model.session(n_ctx=4096)
+    logits = session.forward([1, 2, 3])      # [1, n_vocab]
+
+    backends  places in order of preference; by default a CUDA device if there is one, else NumPy
+    amb, pins as in `compile`: the attention memory budget in MiB, and label pattern -> place
+    options   flash=, fused=, mla=, cache_k=, cache_v= (see `Options`)
+    Errors: GGUFError for a file that is not complete and well-formed, or has an architecture, keys
+    or tensors that pyggml does not know.
+    """
+    file = gguf.open(path)
+    try:
+        where = preferred() if backends is None else backends
+        return Model(file, backends=where, amb=amb, pins=pins, options=Options(**options))
+    except BaseException:
+        file.close()
+        raise
