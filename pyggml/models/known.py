@@ -123,10 +123,12 @@ def tensor_sizes(config: Architecture) -> Sizes:
 
 
 def all_sizes(config: Architecture) -> Sizes:
-    """Name -> ne of every tensor that a file of the model may have; any matrix may have a factor."""
+    """Name -> ne of every tensor that a file of the model may have, and each matrix's factor."""
     parts = [("", config.model_tensors() | config.optional_model_tensors())]
-    for il in range(config.n_layer):
-        parts.append((f"blk.{il}.", config.layer_tensors(il) | config.optional_tensors(il)))
+    parts += [
+        (f"blk.{il}.", config.layer_tensors(il) | config.optional_tensors(il))
+        for il in range(config.n_layer)
+    ]
     names = (pair for prefix, sizes in parts for pair in _full(prefix, sizes))
     return dict(names) | dict(pair for part in parts for pair in _factors(*part))
 

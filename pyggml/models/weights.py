@@ -43,7 +43,9 @@ class Weights:
         return self._nodes[name]
 
     def get(self, name: str) -> Node | None:
-        return self[name] if name in self else None
+        if name not in self:
+            return None
+        return self[name]
 
     def label(self, node: Node, name: str) -> Node:
         """`node` with llama.cpp's label."""
@@ -66,7 +68,9 @@ class Layer:
         return self.weights[f"blk.{self.il}.{name}"]
 
     def get(self, name: str) -> Node | None:
-        return self[name] if name in self else None
+        if name not in self:
+            return None
+        return self[name]
 
     def label(self, node: Node, name: str) -> Node:
         """`node` with llama.cpp's label for this layer, such as kq-3."""
