@@ -1,4 +1,4 @@
-"""The graph of a model's layers from a GGUF file, and the command-line options that shape it."""
+"""The graph of a model from a GGUF file, and the command-line options that shape it."""
 
 from __future__ import annotations
 
@@ -11,17 +11,10 @@ import numpy as np
 from pyggml import gguf
 from pyggml.errors import GGUFError, ShapeError
 from pyggml.gguf import GGUFFile
-from pyggml.models.config import DeepSeek2Config
-from pyggml.models.deepseek2 import AttentionOptions, Cache, Layer
-from pyggml.models.feed_forward import layer_output
-from pyggml.models.tensors import check_tensors
+from pyggml.models.batch import Batch, Options
+from pyggml.models.model import Model
 from pyggml.node import Node
-from pyggml.ops import causal_mask, input
 from pyggml.parity.alone import Array
-
-#: -mla: the form of attention, by ik_llama.cpp's numbers. ik_llama.cpp treats 2 and 3 as 1 below
-#: 128 tokens; here a number always means the same form, so that small graphs can use it too.
-FORMS = ("standard", "latent", "expanded", "expanded")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +33,7 @@ def add_options(parser: argparse._ArgumentGroup) -> None:
     add("-ctk", metavar="TYPE", default="f16", help="type of the KV cache (default: f16)")
     add("-fa", choices=("on", "off"), nargs="?", const="on", default="on",
         help="flash attention (default: on)")  # fmt: skip
-    add("-mla", type=int, choices=range(len(FORMS)), default=1,
+    add("-mla", type=int, choices=range(4), default=1,
         help="attention: 0 standard, 1 latent, 2 or 3 expanded with -fa (default: 1)")  # fmt: skip
     add("-fmoe", choices=("on", "off"), nargs="?", const="on", default="on",
         help="run experts' up, gate and activation as one op (default: on)")  # fmt: skip
@@ -69,36 +62,28 @@ def count(text: str) -> int:
 
 
 def model_graph(file: GGUFFile, args: argparse.Namespace) -> ModelGraph:
-    """All layers of the model, for -ub tokens that fill up a cache of -c rows.
+    """The whole model, for -ub tokens that fill up a cache of -c rows; the last one's logits.
 
-    x and the earlier cache rows are random numbers from --seed.
+    Tokens and the earlier cache rows are random numbers from --seed.
     """
-    config = DeepSeek2Config.from_gguf(file.fields, file.tensors)
-    check_tensors(config, file.tensors)
-    options = _attention_options(args)
     past = args.c - args.ub
     if past < 0:
         raise ShapeError(f"a batch of -ub {args.ub} tokens does not fit in -c {args.c} rows")
-    x = y = input("x", "f32", ne=(config.n_embd, args.ub))
-    pos = input("pos", "i32", ne=(args.ub,))
-    mask = causal_mask(pos, n_kv=args.c)
+    options = Options(
+        flash=args.fa == "on", fused=args.fmoe == "on", mla=3 if args.mla == 2 else args.mla,
+        cache_k=args.ctk, cache_v=args.ctk, expand_from=1,
+    )  # fmt: skip
+    model = Model(file, options=options)
+    batch, caches = Batch(args.ub, args.c, options), model.caches(args.c, args.ub)
+    graph = model.graph(batch, caches)
     rng = np.random.default_rng(args.seed)
     inputs: dict[str, Array] = {"pos": np.arange(past, args.c, dtype=np.int32)}
-    inputs["x"] = rng.standard_normal(x.shape, dtype=np.float32)
+    inputs["tokens"] = rng.integers(0, model.arch.n_vocab, args.ub, dtype=np.int32)
+    if args.ub > 1:
+        inputs["rows"], inputs["outputs"] = inputs["pos"], np.array([args.ub - 1], np.int32)
     states: dict[str, Array] = {}
-    for il in range(config.n_layer):
-        layer, cache = Layer.of(file, config, il), Cache.of(config, options, args.c, il)
-        y = layer_output(y, pos, pos, mask, layer, cache, options, fused=args.fmoe == "on")
-        for node in (cache.k, cache.v):
-            if node is not None:
-                rows = rng.standard_normal(node.shape, dtype=np.float32)
-                rows[..., past:, :] = 0.0
-                states[node.attrs["name"]] = rows
-    return ModelGraph({"y": y}, inputs, states)
-
-
-def _attention_options(args: argparse.Namespace) -> AttentionOptions:
-    flash, form = args.fa == "on", FORMS[args.mla]
-    if form == "expanded" and not flash:
-        form = "latent"  # the expanded form needs flash attention
-    return AttentionOptions(form, flash, args.ctk)
+    for node in (node for cache in caches for node in cache.states):
+        rows = rng.standard_normal(node.shape, dtype=np.float32)
+        rows[..., past:, :] = 0.0
+        states[node.attrs["name"]] = rows
+    return ModelGraph(dict(graph.outputs), inputs, states)

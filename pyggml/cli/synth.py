@@ -20,7 +20,8 @@ import time
 
 from pyggml.errors import PyggmlError
 from pyggml.gguf.synth import DRAWN, drawn_type
-from pyggml.models.presets import PRESETS, preset, synth
+from pyggml.models.presets import PRESETS, preset
+from pyggml.models.synth import synth
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -74,6 +74,7 @@ class Architecture:
     A layer is   h = x + attention(norm(x)),   y = h + feed_forward(norm(h)).
 
     name     general.architecture
+    tied     whether token_embd is the output matrix, too
     neutral  keys of features that the graphs do not compute -> the values that switch them off,
              in addition to those of `known`
     """
@@ -88,6 +89,7 @@ class Architecture:
     n_embd: int = key("embedding_length")
     rms_eps: float = key("attention.layer_norm_rms_epsilon")
     n_vocab: int = key("vocab_size", _n_tokens)
+    tied: bool = False
 
     @classmethod
     def of(cls, file: GGUFFile) -> Self:
@@ -98,16 +100,21 @@ class Architecture:
         pyggml does not know.
         """
         keys = Keys(cls.name, file.fields)
-        config = cls(**cls.values(keys, file))
+        values = read(cls, keys)
+        values["tied"] = "output.weight" not in file.tensors
+        config = cls(**values | cls.derived(keys, file, values))
         config.check(keys)
         check_keys(keys, cls.neutral)
         check_tensors(config, file.tensors)
         return config
 
     @classmethod
-    def values(cls, keys: Keys, file: GGUFFile) -> dict[str, Any]:
-        """Field name -> value; a subclass adds the fields that do not come from one key."""
-        return read(cls, keys)
+    def derived(cls, keys: Keys, file: GGUFFile, values: dict[str, Any]) -> dict[str, Any]:
+        """Field name -> value of the fields that do not come from one key.
+
+        values  those that do
+        """
+        return {}
 
     def check(self, keys: Keys) -> None:
         """Raise a GGUFError for values that contradict each other."""
@@ -136,11 +143,13 @@ class Architecture:
 
     def model_tensors(self) -> Sizes:
         """The tensors outside the layers that a file must have."""
-        return {"token_embd": (self.n_embd, self.n_vocab), "output_norm": (self.n_embd,)}
+        matrix = self.n_embd, self.n_vocab
+        sizes: Sizes = {"token_embd": matrix, "output_norm": (self.n_embd,)}
+        return sizes if self.tied else sizes | {"output": matrix}
 
     def optional_model_tensors(self) -> Sizes:
-        """Those that it may have. Without `output`, token_embd is the output matrix too."""
-        return {"output": (self.n_embd, self.n_vocab)}
+        """Tensors outside the layers that it may have besides."""
+        return {}
 
     def stored_sizes(self, name: str, ne: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         """Other sizes that files of some programs have for a tensor; `weight` reshapes them."""

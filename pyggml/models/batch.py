@@ -18,12 +18,14 @@ class Options:
     fused    up, gate and activation as one op                                    [-fmoe]
     mla      attention of DeepSeek models: 0 standard, 1 latent, 3 latent cache,  [-mla]
              which prompts expand to K and V. Other architectures ignore it
+    expand_from  tokens of a batch from which mla=3 expands
     cache_k, cache_v   types of the caches; a latent cache has cache_k's          [-ctk -ctv]
     """
 
     flash: bool = True
     fused: bool = True
     mla: int = 3
+    expand_from: int = 128
     cache_k: str = "f16"
     cache_v: str = "f16"
 

@@ -36,6 +36,11 @@ class Cache:
         return view(handle, ne=(handle.ne[0], batch.n_kv, handle.ne[2]))
 
 
+def latent_cache(il: int, n_ctx: int, d: int, dtype: str) -> Cache:
+    """cache_kv_lIL [d, n_ctx]."""
+    return Cache((state(f"cache_kv_l{il}", dtype, ne=(d, n_ctx)),))
+
+
 def kv_cache(
     il: int, n_ctx: int, *, d_k: int, d_v: int, n_head_kv: int, types: tuple[str, str]
 ) -> Cache:

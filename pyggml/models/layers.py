@@ -210,6 +210,15 @@ def gqa(
 # -- feed-forward -------------------------------------------------------------------------------
 
 
+def mlp_tensors(n_embd: int, n_ff: int, suffix: str = "") -> dict[str, tuple[int, ...]]:
+    """The tensors of `swiglu_mlp`."""
+    return {
+        f"ffn_gate{suffix}": (n_embd, n_ff),
+        f"ffn_up{suffix}": (n_embd, n_ff),
+        f"ffn_down{suffix}": (n_ff, n_embd),
+    }
+
+
 def swiglu_mlp(layer: Layer, x: Node, suffix: str = "", *, fused: bool) -> Node:
     """down(silu(gate x) * (up x)): f32 [n_embd, T].
 

@@ -8,7 +8,7 @@ from pyggml.models.base import Architecture, Sizes, register
 from pyggml.models.batch import Batch, Options
 from pyggml.models.cache import Cache, kv_cache
 from pyggml.models.keys import Keys, group, key, same
-from pyggml.models.layers import Rope, gqa, swiglu_mlp
+from pyggml.models.layers import Rope, gqa, mlp_tensors, swiglu_mlp
 from pyggml.models.weights import Layer
 from pyggml.node import Node
 
@@ -46,17 +46,14 @@ class Llama(Architecture):
             "attn_v": (self.n_embd, self.n_head_kv * self.d_v),
             "attn_output": (self.n_head * self.d_v, self.n_embd),
             "ffn_norm": (self.n_embd,),
-            "ffn_gate": (self.n_embd, self.n_ff),
-            "ffn_up": (self.n_embd, self.n_ff),
-            "ffn_down": (self.n_ff, self.n_embd),
-        }
+        } | mlp_tensors(self.n_embd, self.n_ff)
 
     def optional_tensors(self, il: int) -> Sizes:
         tensors = self.layer_tensors(il)
         return {f"{name}.bias": ne[1:] for name, ne in tensors.items() if len(ne) == 2}
 
     def optional_model_tensors(self) -> Sizes:
-        return {"output": (self.n_embd, self.n_vocab), "rope_freqs": (self.n_rot // 2,)}
+        return {"rope_freqs": (self.n_rot // 2,)}
 
     def cache(self, il: int, n_ctx: int, n_batch: int, options: Options) -> Cache:
         return kv_cache(

@@ -89,8 +89,7 @@ class Model:
         """Logits of the last layer's output."""
         w = self.weights
         x = w.label(norm(w, "output_norm", x, self.arch.rms_eps), "result_norm")
-        tied = "output" not in w
-        y = mul_mat(w["token_embd"], x) if tied else linear(w, "output", x)
+        y = mul_mat(w["token_embd"], x) if self.arch.tied else linear(w, "output", x)
         return w.label(y, "result_output")
 
     def plan(self, batch: Batch, caches: tuple[Cache, ...], store: Store) -> Plan:

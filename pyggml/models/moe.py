@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pyggml.models.layers import extras, scaled, swiglu_mlp
+from pyggml.models.keys import Keys, key
+from pyggml.models.layers import extras, mlp_tensors, scaled, swiglu_mlp
 from pyggml.models.weights import Layer
 from pyggml.node import Node
 from pyggml.ops import (
@@ -36,33 +37,87 @@ from pyggml.ops import (
 )
 
 Gating = Literal["softmax", "sigmoid", "softmax_weight"]
+_GATING: dict[int, Gating] = {0: "softmax", 1: "softmax", 2: "sigmoid", 3: "softmax_weight"}
 #: Lower limit of the sum that normalizes expert weights: the smallest normal f16, as in llama.cpp.
 LEAST_SUM = 6.103515625e-5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Routing:
-    """How experts are chosen and weighted.
+class Experts:
+    """The experts of a model, from its keys.
 
-    gating         softmax or sigmoid of the logits; softmax_weight: the softmax is taken over the
-                   logits of the chosen experts only (gpt-oss)
+    gating_func    1 softmax of the logits, 2 sigmoid, 3 softmax over the chosen experts' logits
+                   only (gpt-oss); 0: the architecture's default
     weights_norm   divide the chosen experts' weights by their sum
     weights_scale  then multiply them; 0 and 1 scale nothing
-    n_group, n_group_used, n_group_top   choose the n_group_used groups of experts whose best
-                   n_group_top scores have the largest sum, and experts only of these groups
+    choice_bias    exp_probs_b.bias is added to the scores that choose
+    n_group, n_group_used   choose the best groups of experts, and experts only of these groups.
+                   A group's score is its best expert's (softmax) or the sum of its two best (V3's
+                   sigmoid)
     """
 
-    n_expert: int
-    n_expert_used: int
-    gating: Gating = "softmax"
-    weights_norm: bool = False
-    weights_scale: float = 0.0
-    n_group: int = 1
-    n_group_used: int = 1
-    n_group_top: int = 1
+    n_expert: int = key("expert_count", 0, least=0)
+    n_used: int = key("expert_used_count", 0, least=0)
+    n_ff: int = key("expert_feed_forward_length", 0, least=0)
+    n_shared: int = key("expert_shared_count", 0, least=0)
+    gating_func: int = key("expert_gating_func", 0, least=0, most=3)
+    weights_norm: bool = key("expert_weights_norm", False)
+    weights_scale: float = key("expert_weights_scale", 0.0, zero=True)
+    choice_bias: bool = False
+    n_group: int = key("expert_group_count", 1, least=0)
+    n_group_used: int = key("expert_group_used_count", 0, least=0)
+
+    @property
+    def n_ff_shared(self) -> int:
+        """Width of the shared experts, which are one feed-forward net."""
+        return self.n_ff * self.n_shared
+
+    @property
+    def gating(self) -> Gating:
+        return _GATING[self.gating_func]
+
+    def check(self, keys: Keys) -> None:
+        """For a model with layers of experts: raise a GGUFError for numbers that do not fit."""
+        for name, n in (("expert_count", self.n_expert), ("expert_used_count", self.n_used),
+                        ("expert_feed_forward_length", self.n_ff)):  # fmt: skip
+            if n < 1:
+                keys.integer(name)  # raises: it is missing or 0
+        if self.n_used > self.n_expert:
+            keys.fail("expert_used_count", f"{self.n_used}, must be 1 to {self.n_expert}")
+        if self.n_group > 1:
+            self._check_groups(keys)
+        reason = "expert_shared_count x expert_feed_forward_length"
+        keys.equal("expert_shared_feed_forward_length", self.n_ff_shared, reason)
+
+    def _check_groups(self, keys: Keys) -> None:
+        n, used = self.n_group, self.n_group_used or self.n_group
+        size, remainder = divmod(self.n_expert, n)
+        if remainder or size < 2:
+            problem = f"{n}, must divide {self.n_expert} experts into groups of at least 2"
+            keys.fail("expert_group_count", problem)
+        if used > n:
+            keys.fail("expert_group_used_count", f"{used}, must be 1 to {n}")
+        if size * used < self.n_used:
+            problem = f"{used} groups of {size} have fewer than the {self.n_used} experts used"
+            keys.fail("expert_group_used_count", problem)
+
+    def tensors(self, n_embd: int, *, merged: bool = False) -> dict[str, tuple[int, ...]]:
+        """The tensors of a layer; merged: up and gate as one, ffn_gate_up_exps."""
+        n, n_ff = self.n_expert, self.n_ff
+        sizes: dict[str, tuple[int, ...]] = {"ffn_gate_inp": (n_embd, n)}
+        if self.choice_bias:
+            sizes["exp_probs_b.bias"] = (n,)
+        if merged:
+            sizes["ffn_gate_up_exps"] = (n_embd, 2 * n_ff, n)
+        else:
+            sizes |= {"ffn_gate_exps": (n_embd, n_ff, n), "ffn_up_exps": (n_embd, n_ff, n)}
+        sizes["ffn_down_exps"] = (n_ff, n_embd, n)
+        if self.n_shared:
+            sizes |= mlp_tensors(n_embd, self.n_ff_shared, "_shexp")
+        return sizes
 
 
-def route(layer: Layer, x: Node, r: Routing) -> tuple[Node, Node]:
+def route(layer: Layer, x: Node, e: Experts) -> tuple[Node, Node]:
     """Choose experts: their ids, i32 [n_expert_used, T], and weights, f32 [1, n_expert_used, T].
 
     x  f32 [n_embd, T]
@@ -70,43 +125,42 @@ def route(layer: Layer, x: Node, r: Routing) -> tuple[Node, Node]:
     n_tokens = x.ne[1]
     logits = scaled(layer, "ffn_gate_inp", mul_mat(layer["ffn_gate_inp"], x, prec="f32"))
     probs = logits = layer.label(logits, "ffn_moe_logits")
-    if r.gating != "softmax_weight":
-        probs = soft_max(logits) if r.gating == "softmax" else sigmoid(logits)
+    if e.gating != "softmax_weight":
+        probs = soft_max(logits) if e.gating == "softmax" else sigmoid(logits)
         probs = layer.label(probs, "ffn_moe_probs")
-    bias = layer.get("exp_probs_b.bias")
-    scores = probs if bias is None else add(probs, bias)
-    if r.n_group > 1:
+    scores = add(probs, layer["exp_probs_b.bias"]) if e.choice_bias else probs
+    if e.n_group > 1:
         ids = grouped_topk(
-            scores, n_group=r.n_group, n_group_used=r.n_group_used, n_top=r.n_group_top,
-            k=r.n_expert_used,
+            scores, n_group=e.n_group, n_group_used=e.n_group_used or e.n_group,
+            n_top=2 if e.gating == "sigmoid" else 1, k=e.n_used,
         )  # fmt: skip
     else:
-        ids = top_k(scores, k=r.n_expert_used)
+        ids = top_k(scores, k=e.n_used)
     ids = layer.label(ids, "ffn_moe_topk")
-    weights = get_rows(reshape(probs, ne=(1, r.n_expert, n_tokens)), ids)
-    flat = reshape(weights, ne=(r.n_expert_used, n_tokens))
-    if r.gating == "softmax_weight":
+    weights = get_rows(reshape(probs, ne=(1, e.n_expert, n_tokens)), ids)
+    flat = reshape(weights, ne=(e.n_used, n_tokens))
+    if e.gating == "softmax_weight":
         weights = reshape(soft_max(flat), ne=weights.ne[:3])
-    if r.weights_norm:
+    if e.weights_norm:
         sums = clamp(sum_rows(flat), min=LEAST_SUM, max=float("inf"))
         weights = reshape(div(flat, sums), ne=weights.ne[:3])
-    if r.weights_scale not in (0.0, 1.0):
-        weights = scale(weights, s=r.weights_scale)
+    if e.weights_scale not in (0.0, 1.0):
+        weights = scale(weights, s=e.weights_scale)
     return ids, layer.label(weights, "ffn_moe_weights")
 
 
-def moe(layer: Layer, x: Node, routing: Routing, *, fused: bool) -> Node:
+def moe(layer: Layer, x: Node, experts: Experts, *, fused: bool) -> Node:
     """The weighted sum of each token's experts, plus the shared experts if there are any."""
-    routed = experts(layer, x, routing, fused=fused)
+    routed = routed_sum(layer, x, experts, fused=fused)
     if "ffn_gate_shexp" not in layer:
         return layer.label(routed, "ffn_out")
     shared = layer.label(swiglu_mlp(layer, x, "_shexp", fused=fused), "ffn_shexp")
     return layer.label(add(routed, shared), "ffn_out")
 
 
-def experts(layer: Layer, x: Node, routing: Routing, *, fused: bool) -> Node:
+def routed_sum(layer: Layer, x: Node, experts: Experts, *, fused: bool) -> Node:
     """The weighted sum of each token's n_expert_used experts, f32 [n_embd, T]."""
-    ids, weights = route(layer, x, routing)
+    ids, weights = route(layer, x, experts)
     b = reshape(x, ne=(x.ne[0], 1, x.ne[1]))
     up, gate = "ffn_up_exps", "ffn_gate_exps"
     if "ffn_gate_up_exps" in layer:

@@ -1,0 +1,97 @@
+"""Files with random weights, for any architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from os import PathLike
+from typing import Any
+
+import numpy as np
+
+from pyggml.dtypes import F32, TYPES, DType
+from pyggml.errors import ShapeError
+from pyggml.gguf.format import DEFAULT_ALIGNMENT
+from pyggml.gguf.synth import drawn_type, fitting_type, random_tensor
+from pyggml.gguf.writer import Progress, Tensor, write
+from pyggml.models.base import Architecture
+from pyggml.models.known import tensor_sizes
+
+#: llama.cpp's general.file_type of a file whose weights are mostly of a type.
+_FILE_TYPES = {
+    "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q2_K": 10,
+    "q3_K": 11, "q4_K": 14, "q5_K": 16, "q6_K": 18, "iq2_xxs": 19, "iq2_xs": 20, "iq3_xxs": 23,
+    "iq1_s": 24, "iq4_nl": 25, "iq3_s": 26, "iq2_s": 28, "iq4_xs": 30, "bf16": 32, "tq1_0": 36,
+    "tq2_0": 37,
+}  # fmt: skip
+
+
+def synth(
+    path: str | PathLike[str],
+    arch: Architecture,
+    *,
+    type: str = "iq4_nl",
+    seed: int = 0,
+    name: str = "random",
+    header_only: bool = False,
+    progress: Progress | None = None,
+) -> int:
+    """Write a GGUF file of the model with random weights, and return its size in bytes.
+
+    Matrices have a standard deviation of 1/sqrt(fan-in), and norms are about 1. Vectors and the
+    router are f32. Rows that are not whole blocks of `type` become q8_0, or f16. output.weight is
+    q6_K if `type` has fewer bits, as quantizers do it.
+    """
+    if seed < 0:
+        raise ShapeError(f"seed must not be negative, got {seed}")
+    preferred = drawn_type(type)
+    tensors = list(random_tensors(arch, preferred, seed))
+    general: dict[str, Any] = {
+        "general.architecture": arch.name,
+        "general.name": name,
+        "general.alignment": DEFAULT_ALIGNMENT,
+        "general.file_type": _FILE_TYPES[preferred.name],
+        "general.quantization_version": 2,
+    }
+    fields = general | arch.fields() | _vocabulary(arch.n_vocab)
+    return write(path, fields, tensors, header_only=header_only, progress=progress)
+
+
+def random_tensors(arch: Architecture, preferred: DType, seed: int) -> Iterator[Tensor]:
+    """The tensors of the model with random values, their types chosen as `synth` describes."""
+    for name, ne in tensor_sizes(arch).items():
+        leaf = name.split(".", 2)[-1] if name.startswith("blk.") else name
+        if leaf.endswith("norm.weight"):
+            yield random_tensor(name, F32, ne, std=0.05, mean=1.0, seed=seed)
+        elif len(ne) == 1:
+            yield random_tensor(name, F32, ne, std=0.05, seed=seed)
+        else:
+            # attn_k_b is stored transposed: the model sums over its ne[1].
+            fan_in = ne[1] if leaf == "attn_k_b.weight" else ne[0]
+            type_ = fitting_type(_type_of(leaf, preferred), ne[0])
+            yield random_tensor(name, type_, ne, std=fan_in**-0.5, seed=seed)
+
+
+def _type_of(leaf: str, preferred: DType) -> DType:
+    if leaf == "ffn_gate_inp.weight":
+        return F32
+    q6 = TYPES["q6_K"]
+    if leaf == "output.weight" and preferred.nbytes * q6.block < q6.nbytes * preferred.block:
+        return q6
+    return preferred
+
+
+def _vocabulary(n_vocab: int) -> dict[str, Any]:
+    """Placeholder tokens <0>, <1>, ... with BOS and EOS and one merge; not a usable tokenizer."""
+    tokens = [f"<{i}>" for i in range(n_vocab)]
+    tokens[2:5] = ["a", "b", "ab"]
+    types = np.ones(n_vocab, np.int32)
+    types[:2] = 3  # control
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "deepseek-llm",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": ["a b"],
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1,
+    }
