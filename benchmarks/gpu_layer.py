@@ -42,38 +42,39 @@ from benchmarks.gpu_bench import (
     write_row,
 )
 from pyggml import gguf
-from pyggml.models.config import DeepSeek2Config
-from pyggml.models.deepseek2 import AttentionOptions, Cache, Layer
-from pyggml.models.feed_forward import layer_output
-from pyggml.models.presets import preset, synth
+from pyggml.models.base import Architecture
+from pyggml.models.batch import Batch, Options
+from pyggml.models.model import Model
+from pyggml.models.presets import V2_LITE
+from pyggml.models.synth import synth
+from pyggml.models.weights import Layer
 
-#: name, tokens, depth, rows of the cache, form of attention, bytes that a run reads
+#: name, tokens, depth, rows of the cache, mla (1 latent, 3 expanded), bytes that a run reads
 ROWS = (
-    ("layer_decode_d4096", 1, 4096, 4096 + 256, "latent", 50_000_000),
-    ("layer_prompt_2048", 2048, 2048, 2048, "expanded", 330_000_000),
-    ("layer_prompt_2048_latent", 2048, 2048, 2048, "latent", 330_000_000),
+    ("layer_decode_d4096", 1, 4096, 4096 + 256, 1, 50_000_000),
+    ("layer_prompt_2048", 2048, 2048, 2048, 3, 330_000_000),
+    ("layer_prompt_2048_latent", 2048, 2048, 2048, 1, 330_000_000),
 )
 
 
 @contextmanager
-def lite() -> Iterator[Layer]:
+def lite() -> Iterator[tuple[Architecture, Layer]]:
     """A layer of V2-Lite with experts and random weights."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "lite.gguf"
-        model = replace(preset("deepseek-v2-lite", layers=1), n_layer_dense=0, n_vocab=256)
-        synth(path, model, type="iq4_nl")
+        arch = replace(V2_LITE, n_block=1, n_layer_dense=0, n_vocab=256)
+        synth(path, arch, type="iq4_nl")
         with gguf.open(path) as file:
-            yield Layer.of(file, DeepSeek2Config.from_gguf(file.fields, file.tensors), 0)
+            model = Model(file)
+            yield model.arch, model.weights.layer(0)
 
 
-def layer_plan(layer: Layer, n_tokens: int, n_kv: int, form: str) -> gg.Plan:
+def layer_plan(arch: Architecture, layer: Layer, n_tokens: int, n_kv: int, mla: int) -> gg.Plan:
     """A plan of the layer, with its own store."""
-    options = AttentionOptions(form, True, "f16")
-    x = gg.input("x", "f32", ne=(layer.config.n_embd, n_tokens))
-    pos = gg.input("pos", "i32", ne=(n_tokens,))
-    mask = gg.causal_mask(pos, n_kv=n_kv)
-    cache = Cache.of(layer.config, options, n_kv, layer.il)
-    y = layer_output(x, pos, pos, mask, layer, cache, options)
+    options = Options(mla=mla)
+    x = gg.input("x", "f32", ne=(arch.n_embd, n_tokens))
+    batch = Batch(n_tokens, n_kv, options, n_tokens, padded=False)
+    y = arch.layer(x, layer, arch.cache(layer.il, n_kv, n_tokens, options), batch)
     return gg.compile({"y": y}, backends=["cuda"])
 
 
@@ -103,9 +104,9 @@ def loaded() -> tuple[float, int]:
 
     context.load = timed
     rng = np.random.default_rng(0)
-    with lite() as layer:
-        for _, n_tokens, depth, n_kv, form, _ in ROWS:
-            plan = layer_plan(layer, n_tokens, n_kv, form)
+    with lite() as (arch, layer):
+        for _, n_tokens, depth, n_kv, mla, _ in ROWS:
+            plan = layer_plan(arch, layer, n_tokens, n_kv, mla)
             plan.run(tokens(plan, depth, rng))
     return sum(seconds), len(kernels)
 
@@ -137,9 +138,9 @@ def compile_rows() -> None:
 def layer_rows(steps: bool) -> None:
     """Rows of the layer; with `steps`, also print the time of each step."""
     rng = np.random.default_rng(0)
-    with lite() as layer:
-        for name, n_tokens, depth, n_kv, form, nbytes in ROWS:
-            plans = [layer_plan(layer, n_tokens, n_kv, form) for _ in range(copies(nbytes))]
+    with lite() as (arch, layer):
+        for name, n_tokens, depth, n_kv, mla, nbytes in ROWS:
+            plans = [layer_plan(arch, layer, n_tokens, n_kv, mla) for _ in range(copies(nbytes))]
             for plan in plans:
                 plan.run(tokens(plan, depth, rng))
             times = plan_microseconds(plans)

@@ -3,12 +3,12 @@ benchmarks/test_gguf.py --benchmark-enable"""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pyggml import gguf
-from pyggml.models.presets import preset, synth
+from pyggml.models.presets import preset
+from pyggml.models.synth import synth
 
 
 def test_open_102400_tokens(benchmark: Any, tmp_path: Path) -> None:
@@ -25,7 +25,7 @@ def test_open_102400_tokens(benchmark: Any, tmp_path: Path) -> None:
 
 
 def test_synth_small_200_MB(benchmark: Any, tmp_path: Path) -> None:
-    config = replace(preset("small"), n_layer=12)
+    config = preset("small", layers=12)
     path = tmp_path / "small.gguf"
     benchmark.pedantic(lambda: synth(path, config, type="iq4_nl"), rounds=2)
     assert path.stat().st_size > 200e6

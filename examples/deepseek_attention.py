@@ -35,11 +35,13 @@ from gguf.quants import dequantize
 import pyggml as gg
 from pyggml import gguf
 from pyggml.dtypes import dtype
-from pyggml.models.config import DeepSeek2Config
-from pyggml.models.deepseek2 import AttentionOptions, Cache, Layer, attention, norm
+from pyggml.models.batch import Batch, Options
+from pyggml.models.deepseek2 import DeepSeek2
+from pyggml.models.layers import norm
+from pyggml.models.model import Model
 from pyggml.models.precision import precise
-from pyggml.models.presets import preset, synth
-from pyggml.models.tensors import check_tensors
+from pyggml.models.presets import V2_LITE
+from pyggml.models.synth import synth
 from pyggml.parity.tolerance import relative_error
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # for the float64 reference
@@ -53,6 +55,23 @@ BOUNDS = {
     "f32": {"f32": 1e-3, "f16": 1e-3, "bf16": 1e-2, "q8_0": 2e-2},
 }
 FORMS = [(form, flash) for form in ("standard", "latent", "expanded") for flash in (True, False)]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How the layer attends."""
+
+    form: str
+    flash: bool
+    cache_type: str
+
+    @property
+    def options(self) -> Options:
+        mla = {"standard": 0, "latent": 1, "expanded": 3}[self.form]
+        return Options(
+            mla=mla, expand_from=2, flash=self.flash, cache_k=self.cache_type,
+            cache_v=self.cache_type,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -98,9 +117,10 @@ class Bench:
     """One layer, one sequence of tokens, and its output in float64."""
 
     def __init__(self, file: gguf.GGUFFile, args: argparse.Namespace) -> None:
-        self.config = DeepSeek2Config.from_gguf(file.fields, file.tensors)
-        check_tensors(self.config, file.tensors)
-        self.layer = Layer.of(file, self.config, args.layer)
+        model = Model(file)
+        if not isinstance(model.arch, DeepSeek2):
+            raise gg.GGUFError(f"{file.paths[0]}: the example is for architecture deepseek2")
+        self.config, self.layer = model.arch, model.weights.layer(args.layer)
         self.n_prompt, self.n_kv, self.backend = args.prompt, args.n_kv, args.backend
         self.prec = args.prec
         rng = np.random.default_rng(args.seed)
@@ -109,45 +129,38 @@ class Bench:
         self.pos = np.arange(n_tokens, dtype=np.int32)
         self.expected = reference(file, self.config, args.layer, self.x, self.pos)
 
-    def plan(
-        self, options: AttentionOptions, n_tokens: int, amb: float | None, store: gg.Store
-    ) -> gg.Plan:
-        x = gg.input("x", "f32", ne=(self.config.n_embd, n_tokens))
-        pos = gg.input("pos", "i32", ne=(n_tokens,))
-        mask = gg.causal_mask(pos, n_kv=self.n_kv)
-        states = Cache.of(self.config, options, self.n_kv, self.layer.il)
-        normed = norm(self.layer, x, "attn_norm")
-        y = attention(normed, pos, pos, mask, self.layer, states, options)
+    def plan(self, variant: Variant, n_tokens: int, amb: float | None, store: gg.Store) -> gg.Plan:
+        c = self.config
+        x = gg.input("x", "f32", ne=(c.n_embd, n_tokens))
+        batch = Batch(n_tokens, self.n_kv, variant.options, padded=False)
+        cache = c.cache(self.layer.il, self.n_kv, n_tokens, variant.options)
+        y = c.attention(norm(self.layer, "attn_norm", x, c.rms_eps), self.layer, cache, batch)
         outputs = {"y": y if self.prec == "default" else precise(y)}
         return gg.compile(outputs, backends=[self.backend], amb=amb, store=store)
 
-    def plans(self, options: AttentionOptions, amb: float | None) -> tuple[gg.Plan, gg.Plan]:
+    def plans(self, variant: Variant, amb: float | None) -> tuple[gg.Plan, gg.Plan]:
         """Plans for the prompt and for one token. After an expanded prompt, decoding is latent."""
         store = gg.Store()
-        single = replace(options, form="latent") if options.form == "expanded" else options
-        return (
-            self.plan(options, self.n_prompt, amb, store),
-            self.plan(single, 1, amb, store),
-        )
+        return self.plan(variant, self.n_prompt, amb, store), self.plan(variant, 1, amb, store)
 
-    def budgets(self, options: AttentionOptions) -> list[float | None]:
+    def budgets(self, variant: Variant) -> list[float | None]:
         """None, and three budgets in MiB.
 
         They are the score peak of the whole prompt, the least budget plus a third of the difference
         to that peak, and one that cuts even a single head into pieces. [None] without scores.
         """
-        whole = self.plans(options, None)[0].memory.score_peak
+        whole = self.plans(variant, None)[0].memory.score_peak
         if not whole:
             return [None]
         least, peak = 0.0, whole
         try:
-            self.plans(options, 1 / MIB)
+            self.plans(variant, 1 / MIB)
         except gg.BudgetError as error:
             least = error.least
         # A budget one byte below the peak forces finer pieces. Repeat until single heads are cut.
         while (peak - 1) / MIB >= least:
-            finer = self.plans(options, (peak - 1) / MIB)[0]
-            if not re.fullmatch("heads [0-9x]+", pieces(finer, options)):
+            finer = self.plans(variant, (peak - 1) / MIB)[0]
+            if not re.fullmatch("heads [0-9x]+", pieces(finer, variant)):
                 break
             peak = finer.memory.score_peak
         return [None, whole / MIB, least + (whole / MIB - least) / 3, (least + peak / MIB) / 2]
@@ -163,25 +176,25 @@ class Bench:
             seconds.append(time.perf_counter() - start)
         return np.concatenate(outputs), seconds[0], min(seconds[1:])
 
-    def measure(self, options: AttentionOptions, amb: float | None) -> Row:
-        prompt, single = (plan.bind() for plan in self.plans(options, amb))
+    def measure(self, variant: Variant, amb: float | None) -> Row:
+        prompt, single = (plan.bind() for plan in self.plans(variant, amb))
         # In the second run, the cache has the rows of the first, but the mask hides them.
         first, *_ = self.run(prompt, single)
         second, prompt_s, decode_s = self.run(prompt, single)
         parts = slice(self.n_prompt), slice(self.n_prompt, None)
         return Row(
-            options.form,
-            options.flash,
-            options.cache_type,
+            variant.form,
+            variant.flash,
+            variant.cache_type,
             amb,
-            pieces(prompt, options),
+            pieces(prompt, variant),
             max(relative_error(second[part], self.expected[part]) for part in parts),
             max(plan.memory.score_peak for plan in (prompt, single)) / MIB,
             max(plan.memory.compute for plan in (prompt, single)) / MIB,
             1e3 * prompt_s,
             1e3 * decode_s,
             prompt.memory.live,
-            BOUNDS[self.prec][options.cache_type],
+            BOUNDS[self.prec][variant.cache_type],
             np.array_equal(first, second),
         )
 
@@ -198,14 +211,14 @@ class Bench:
                     reason = f"a row of {misfits[0]} is not whole blocks"
                     yield Absent(form, flash, cache_type, reason)
                     continue
-                options = AttentionOptions(form, flash, cache_type)
-                for amb in self.budgets(options):
-                    yield self.measure(options, amb)
+                variant = Variant(form, flash, cache_type)
+                for amb in self.budgets(variant):
+                    yield self.measure(variant, amb)
 
 
-def pieces(plan: gg.Plan, options: AttentionOptions) -> str:
+def pieces(plan: gg.Plan, variant: Variant) -> str:
     """How the budget cut the attention: number x size of the pieces of heads, rows or keys."""
-    heads, rows = (1, 2) if options.flash else (2, 1)
+    heads, rows = (1, 2) if variant.flash else (2, 1)
     names = {heads: "heads", rows: "rows", "kv": "keys"}
     loops = [step.loop for step in plan.steps if step.loop is not None]
     cuts = [
@@ -220,7 +233,7 @@ def pieces(plan: gg.Plan, options: AttentionOptions) -> str:
 
 
 def reference(
-    file: gguf.GGUFFile, config: DeepSeek2Config, il: int, x: Any, pos: Any
+    file: gguf.GGUFFile, config: DeepSeek2, il: int, x: Any, pos: Any
 ) -> np.ndarray[Any, Any]:
     """The layer in float64, with weights decoded by the gguf package and no code of pyggml's."""
     prefix = f"blk.{il}."
@@ -242,11 +255,11 @@ def reference(
         kv_lora=config.kv_lora_rank,
         eps=config.rms_eps,
         kq_scale=config.kq_scale,
-        freq_base=config.rope_freq_base,
-        freq_scale=config.freq_scale,
-        ext_factor=config.ext_factor,
+        freq_base=config.rope.freq_base,
+        freq_scale=config.rope.freq_scale,
+        ext_factor=config.rope.ext_factor,
         attn_factor=config.rope_attn_factor,
-        n_ctx_orig=config.n_ctx_orig,
+        n_ctx_orig=config.rope.n_ctx_orig,
     )
 
 
@@ -385,15 +398,18 @@ def lite(folder: str, seed: int) -> str:
     net, so both are small.
     """
     path = str(Path(folder) / "deepseek-v2-lite.gguf")
-    config = replace(preset("deepseek-v2-lite", layers=1), n_vocab=256, n_ff=256)
+    config = replace(V2_LITE, n_block=1, n_vocab=256, n_ff=256)
     synth(path, config, type="q8_0", seed=seed)
     return path
 
 
 def run(args: argparse.Namespace, path: str) -> int:
     with gguf.open(path) as file:
-        bench = Bench(file, args)
-    head = header(bench, Path(path).name, args)
+        return report(Bench(file, args), args, Path(path).name)
+
+
+def report(bench: Bench, args: argparse.Namespace, name: str) -> int:
+    head = header(bench, name, args)
     print(head, line(COLUMNS), line(UNITS), sep="\n", flush=True)
     rows = []
     for row in bench.rows(args.types):
@@ -406,8 +422,8 @@ def run(args: argparse.Namespace, path: str) -> int:
         )
     print(verdict(rows))
     if args.json:
-        report = {"header": head, "rows": [{**asdict(row), "ok": row.ok} for row in rows]}
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+        table = {"header": head, "rows": [{**asdict(row), "ok": row.ok} for row in rows]}
+        Path(args.json).write_text(json.dumps(table, indent=1) + "\n")
     if args.plot:
         plot(rows, args.plot)
     return 0 if all(row.ok for row in rows) else 1

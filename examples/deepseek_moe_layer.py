@@ -31,12 +31,12 @@ import numpy as np
 
 import pyggml as gg
 from pyggml import gguf
-from pyggml.models.config import DeepSeek2Config
-from pyggml.models.deepseek2 import AttentionOptions, Cache, Layer
-from pyggml.models.feed_forward import layer_output
+from pyggml.models.batch import Batch, Options
+from pyggml.models.deepseek2 import DeepSeek2
+from pyggml.models.model import Model
 from pyggml.models.precision import precise
-from pyggml.models.presets import preset, synth
-from pyggml.models.tensors import check_tensors
+from pyggml.models.presets import V2_LITE
+from pyggml.models.synth import synth
 from pyggml.parity.tolerance import relative_error
 from pyggml.runtime import places
 
@@ -86,10 +86,13 @@ class Bench:
     """One layer, one sequence of tokens, and its output and routing in float64."""
 
     def __init__(self, file: gguf.GGUFFile, args: argparse.Namespace) -> None:
-        self.config = c = DeepSeek2Config.from_gguf(file.fields, file.tensors)
-        check_tensors(c, file.tensors)
-        self.layer = Layer.of(file, c, c.n_layer_dense if args.layer is None else args.layer)
-        if "ffn_gate_inp" not in self.layer.weights:
+        model = Model(file)
+        if not isinstance(model.arch, DeepSeek2):
+            raise gg.GGUFError(f"{file.paths[0]}: the example is for architecture deepseek2")
+        self.config = c = model.arch
+        il = c.n_layer_dense if args.layer is None else args.layer
+        self.layer = model.weights.layer(il)
+        if "ffn_gate_inp" not in self.layer:
             raise gg.ShapeError(
                 f"layer {self.layer.il} is dense; use --layer to choose one with experts"
             )
@@ -104,11 +107,10 @@ class Bench:
 
     def plan(self, where: dict[str, Any], cache: str, n_tokens: int, store: gg.Store) -> gg.Plan:
         x = gg.input("x", "f32", ne=(self.config.n_embd, n_tokens))
-        pos = gg.input("pos", "i32", ne=(n_tokens,))
-        mask = gg.causal_mask(pos, n_kv=self.n_kv)
-        options = AttentionOptions("latent", True, cache)
-        states = Cache.of(self.config, options, self.n_kv, self.layer.il)
-        y = layer_output(x, pos, pos, mask, self.layer, states, options)
+        options = Options(mla=1, cache_k=cache)
+        batch = Batch(n_tokens, self.n_kv, options, n_tokens, padded=False)
+        states = self.config.cache(self.layer.il, self.n_kv, n_tokens, options)
+        y = self.config.layer(x, self.layer, states, batch)
         outputs = {"y": y if self.prec == "default" else precise(y)}
         return gg.compile(outputs, store=store, observe=["ffn_moe_topk-*"], **where)
 
@@ -205,11 +207,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace, path: str) -> int:
     with gguf.open(path) as file:
-        bench = Bench(file, args)
-    c = bench.config
+        return report(Bench(file, args), args, Path(path).name)
+
+
+def report(bench: Bench, args: argparse.Namespace, name: str) -> int:
+    c, e = bench.config, bench.config.experts
     head = (
-        f"{Path(path).name} layer {bench.layer.il}: n_embd {c.n_embd}, {c.n_head} heads, "
-        f"{c.n_expert_used} of {c.n_expert} experts of {c.n_ff_exp}, {c.n_expert_shared} shared; "
+        f"{name} layer {bench.layer.il}: n_embd {c.n_embd}, {c.n_head} heads, "
+        f"{e.n_used} of {e.n_expert} experts of {e.n_ff}, {e.n_shared} shared; "
         f"prompt {args.prompt}, decode {args.decode}, seed {args.seed}, prec {args.prec}; "
         f"smallest margin of a choice {bench.routing.margin.min():.1e}"
     )
@@ -224,15 +229,15 @@ def run(args: argparse.Namespace, path: str) -> int:
     print(f"{bad} of {len(rows)} rows FAILED." if bad else f"All {len(rows)} rows passed.", end=" ")
     print(f"Required: errors within {bounds}, float64's experts or near ties, bit-equal runs.")
     if args.json:
-        report = {"header": head, "rows": [{**asdict(row), "ok": row.ok} for row in rows]}
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+        table = {"header": head, "rows": [{**asdict(row), "ok": row.ok} for row in rows]}
+        Path(args.json).write_text(json.dumps(table, indent=1) + "\n")
     return int(bad > 0)
 
 
 def lite(folder: str, seed: int) -> str:
     """A file with one layer of V2-Lite with experts. A layer uses no vocabulary, so it is small."""
     path = str(Path(folder) / "deepseek-v2-lite.gguf")
-    config = replace(preset("deepseek-v2-lite", layers=1), n_layer_dense=0, n_vocab=256)
+    config = replace(V2_LITE, n_block=1, n_layer_dense=0, n_vocab=256)
     synth(path, config, type="iq4_nl", seed=seed)
     return path
 

@@ -40,19 +40,29 @@ class Batch:
 
     tokens   i32 [n_tokens]   ids
     pos      i32 [n_tokens]   positions
-    rows     i32 [n_tokens]   cache rows to write; -1 for padding, whose row is not written
+    rows     i32 [n_tokens]   cache rows to write; -1 for padding, whose row is not written.
+                              If `padded` is False, row p is for position p: rows is pos
     outputs  i32 [n_outputs]  the tokens whose logits are computed; None: all, or none
     n_kv     rows of each full cache that attention reads
     writes   handles of the caches that the layers write
     """
 
-    def __init__(self, n_tokens: int, n_kv: int, options: Options, n_outputs: int = 1) -> None:
+    def __init__(
+        self,
+        n_tokens: int,
+        n_kv: int,
+        options: Options,
+        n_outputs: int = 1,
+        *,
+        padded: bool = True,
+    ) -> None:
         self.n_tokens, self.n_kv, self.options = n_tokens, n_kv, options
         self.n_outputs = n_outputs
         self.writes: list[Node] = []
         self.tokens = input("tokens", "i32", ne=(n_tokens,))
         self.pos = input("pos", "i32", ne=(n_tokens,))
-        self.rows = input("rows", "i32", ne=(n_tokens,)) if n_tokens > 1 else self.pos
+        padded = padded and n_tokens > 1
+        self.rows = input("rows", "i32", ne=(n_tokens,)) if padded else self.pos
         some = 0 < n_outputs < n_tokens
         self.outputs = input("outputs", "i32", ne=(n_outputs,)) if some else None
         self._masks: dict[tuple[int, int | None], Node] = {}

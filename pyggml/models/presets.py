@@ -12,14 +12,14 @@ from pyggml.models.layers import Rope
 from pyggml.models.moe import Experts
 
 _YARN = Rope(scaling="yarn", factor=40.0, n_ctx_orig=4096)
-_LITE = DeepSeek2(
+V2_LITE = DeepSeek2(
     n_block=27, n_layer_dense=1, n_ctx_train=163840, n_vocab=102400, n_embd=2048, rms_eps=1e-6,
     n_head=16, kv_lora_rank=512, d_nope=128, n_rot=64, d_v=128, n_ff=10944,
     experts=Experts(n_ff=1408, n_expert=64, n_used=6, n_shared=2, gating_func=1),
     rope=_YARN, yarn_log_mul=0.0707,
 )  # fmt: skip
-_V3 = replace(
-    _LITE, n_block=61, n_layer_dense=3, n_vocab=129280, n_embd=7168, n_head=128, q_lora_rank=1536,
+V3 = replace(
+    V2_LITE, n_block=61, n_layer_dense=3, n_vocab=129280, n_embd=7168, n_head=128, q_lora_rank=1536,
     n_ff=18432, yarn_log_mul=0.1,
     experts=Experts(
         n_ff=2048, n_expert=256, n_used=8, n_shared=1, gating_func=2, choice_bias=True,
@@ -27,20 +27,22 @@ _V3 = replace(
     ),
 )  # fmt: skip
 
+TINY = replace(
+    V3, n_block=3, n_layer_dense=1, n_vocab=512, n_embd=256, n_head=4, q_lora_rank=96,
+    kv_lora_rank=64, d_nope=32, n_rot=16, d_v=32, n_ff=512,
+    experts=replace(V3.experts, n_ff=128, n_expert=8, n_used=2, n_group=4, n_group_used=2),
+)  # fmt: skip
+
 #: The published models (sizes from their config.json), a small one for CPUs, and a tiny one for
 #: tests with every feature of V3.
 PRESETS: dict[str, Architecture] = {
-    "deepseek-v2-lite": _LITE,
-    "deepseek-v3": _V3,
+    "deepseek-v2-lite": V2_LITE,
+    "deepseek-v3": V3,
     "small": replace(
-        _LITE, n_vocab=32000, n_embd=1024, n_head=8, n_ff=2816,
-        experts=replace(_LITE.experts, n_ff=512, n_expert=16, n_used=4, n_shared=1),
+        V2_LITE, n_vocab=32000, n_embd=1024, n_head=8, n_ff=2816,
+        experts=replace(V2_LITE.experts, n_ff=512, n_expert=16, n_used=4, n_shared=1),
     ),
-    "tiny": replace(
-        _V3, n_block=3, n_layer_dense=1, n_vocab=512, n_embd=256, n_head=4, q_lora_rank=96,
-        kv_lora_rank=64, d_nope=32, n_rot=16, d_v=32, n_ff=512,
-        experts=replace(_V3.experts, n_ff=128, n_expert=8, n_used=2, n_group=4, n_group_used=2),
-    ),
+    "tiny": TINY,
 }  # fmt: skip
 
 

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pyggml.models.presets import PRESETS, synth
+from pyggml.models.presets import TINY
+from pyggml.models.synth import synth
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "deepseek_attention.py"
@@ -36,7 +37,7 @@ def example() -> ModuleType:
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A file with q_lora and joined kv_b, whose cache rows are whole blocks."""
     path = tmp_path_factory.mktemp("model") / "tiny.gguf"
-    config = replace(PRESETS["tiny"], n_head=6, n_rot=32, kv_b="joined", n_vocab=256)
+    config = replace(TINY, n_head=6, n_rot=32, kv_b="joined", n_vocab=256)
     synth(path, config, type="q4_0", seed=1)
     return str(path)
 
@@ -107,12 +108,11 @@ def test_prec_f32_reaches_every_op_that_has_a_precision(
     words = ["--model", model, "--prec", "f32"]
     with example.gguf.open(model) as file:
         bench = example.Bench(file, example.parse([*SHORT, *words]))
-    for form, flash in (("latent", True), ("standard", False)):
-        options = example.AttentionOptions(form, flash, "f16")
-        plan = bench.plan(options, 3, None, example.gg.Store())
-        nodes = [n for n in plan.graph.nodes if "prec" in n.attrs]
-        assert len(nodes) > 4 and {n.attrs["prec"] for n in nodes} == {"f32"}
-        assert ("flash_attn_ext" in {n.op.name for n in nodes}) == flash
+        for form, flash in (("latent", True), ("standard", False)):
+            plan = bench.plan(example.Variant(form, flash, "f16"), 3, None, example.gg.Store())
+            nodes = [n for n in plan.graph.nodes if "prec" in n.attrs]
+            assert len(nodes) > 4 and {n.attrs["prec"] for n in nodes} == {"f32"}
+            assert ("flash_attn_ext" in {n.op.name for n in nodes}) == flash
     status, rows = rows_of(example, tmp_path, *words, "--types", "f16")
     assert status == 0 and {r["bound"] for r in rows} == {1e-3}
 
@@ -203,7 +203,7 @@ def test_types_that_do_not_divide_the_rows(
 ) -> None:
     """A row of the tiny preset is not whole q8_0 blocks. One line says so; the others run."""
     model = tmp_path / "tiny.gguf"
-    synth(model, PRESETS["tiny"], type="f16", seed=0)
+    synth(model, TINY, type="f16", seed=0)
     status, rows = rows_of(example, tmp_path, "--model", str(model))
     assert status == 0 and {r["cache"] for r in rows} == {"f16"}
     assert "does not exist: a row of 48 is not whole blocks" in capsys.readouterr().out

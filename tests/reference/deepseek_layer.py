@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from pyggml.gguf import GGUFFile
-from pyggml.models.config import DeepSeek2Config
+from pyggml.models.deepseek2 import DeepSeek2
 from pyggml.parity.oracle.base import Array, activate
 from tests.reference.deepseek import attention_f64, factor, normed_by, project
 
@@ -128,7 +128,7 @@ def _swiglu(x: Array, up: Array, gate: Array, down: Array) -> Array:
 
 
 def layer_f64(
-    weights: Mapping[str, Any], x: Array, positions: Array, config: DeepSeek2Config
+    weights: Mapping[str, Any], x: Array, positions: Array, config: DeepSeek2
 ) -> tuple[Array, Routing | None]:
     """(y, routing if there are experts): h = x + attention(norm(x)), y = h + feed_forward(norm(h)).
 
@@ -136,7 +136,7 @@ def layer_f64(
     x          [n_tokens, n_embd]
     positions  [n_tokens], ascending
     """
-    c = config
+    c, e = config, config.experts
     x = np.asarray(x, np.float64)
     h = x + attention_f64(
         weights,
@@ -149,15 +149,15 @@ def layer_f64(
         kv_lora=c.kv_lora_rank,
         eps=c.rms_eps,
         kq_scale=c.kq_scale,
-        freq_base=c.rope_freq_base,
-        freq_scale=c.freq_scale,
-        ext_factor=c.ext_factor,
+        freq_base=c.rope.freq_base,
+        freq_scale=c.rope.freq_scale,
+        ext_factor=c.rope.ext_factor,
         attn_factor=c.rope_attn_factor,
-        n_ctx_orig=c.n_ctx_orig,
-        beta_fast=c.yarn_beta_fast,
-        beta_slow=c.yarn_beta_slow,
+        n_ctx_orig=c.rope.n_ctx_orig,
+        beta_fast=c.rope.beta_fast,
+        beta_slow=c.rope.beta_slow,
         temperature_scale=c.temperature_scale,
-        temperature_length=c.temperature_length,
+        temperature_length=c.temperature_length or c.rope.n_ctx_orig,
     )
     normed = normed_by(weights, "ffn_norm", h, c.rms_eps)
     if "ffn_gate_inp.weight" not in weights:
@@ -165,12 +165,12 @@ def layer_f64(
     routing = route_f64(
         weights,
         normed,
-        n_expert_used=c.n_expert_used,
-        gating=c.gating,
-        weights_norm=c.weights_norm,
-        weights_scale=c.weights_scale or 1.0,
-        n_group=c.n_group,
-        n_group_used=c.n_group_used,
+        n_expert_used=e.n_used,
+        gating=e.gating,
+        weights_norm=e.weights_norm,
+        weights_scale=e.weights_scale or 1.0,
+        n_group=e.n_group,
+        n_group_used=e.n_group_used or e.n_group,
     )
     return h + feed_forward_f64(weights, normed, routing), routing
 
