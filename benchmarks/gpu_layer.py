@@ -66,7 +66,7 @@ def lite() -> Iterator[tuple[Architecture, Layer]]:
         synth(path, arch, type="iq4_nl")
         with gguf.open(path) as file:
             model = Model(file)
-            yield model.arch, model.weights.layer(0)
+            yield model.arch, model.layer(0)
 
 
 def layer_plan(arch: Architecture, layer: Layer, n_tokens: int, n_kv: int, mla: int) -> gg.Plan:

@@ -120,7 +120,7 @@ class Bench:
         model = Model(file)
         if not isinstance(model.arch, DeepSeek2):
             raise gg.GGUFError(f"{file.paths[0]}: the example is for architecture deepseek2")
-        self.config, self.layer = model.arch, model.weights.layer(args.layer)
+        self.config, self.layer = model.arch, model.layer(args.layer)
         self.n_prompt, self.n_kv, self.backend = args.prompt, args.n_kv, args.backend
         self.prec = args.prec
         rng = np.random.default_rng(args.seed)

@@ -91,7 +91,7 @@ class Bench:
             raise gg.GGUFError(f"{file.paths[0]}: the example is for architecture deepseek2")
         self.config = c = model.arch
         il = c.n_layer_dense if args.layer is None else args.layer
-        self.layer = model.weights.layer(il)
+        self.layer = model.layer(il)
         if "ffn_gate_inp" not in self.layer:
             raise gg.ShapeError(
                 f"layer {self.layer.il} is dense; use --layer to choose one with experts"

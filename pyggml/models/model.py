@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyggml import gguf
 from pyggml.backends import preferred
-from pyggml.errors import GGUFError
+from pyggml.errors import GGUFError, UnknownNameError
 from pyggml.gguf import GGUFFile
 from pyggml.graph import Graph
 from pyggml.models.base import architecture
@@ -16,7 +16,7 @@ from pyggml.models.batch import Batch, Options
 from pyggml.models.cache import Cache
 from pyggml.models.known import all_sizes
 from pyggml.models.layers import linear, norm
-from pyggml.models.weights import Weights
+from pyggml.models.weights import Layer, Weights
 from pyggml.node import Node
 from pyggml.ops import get_rows, mul_mat
 from pyggml.runtime.compile import compile
@@ -67,6 +67,13 @@ class Model:
         from pyggml.generate.session import Session
 
         return Session(self, n_ctx=n_ctx, n_batch=n_batch)
+
+    def layer(self, il: int) -> Layer:
+        """The tensors of layer `il`; UnknownNameError if there is none."""
+        n = self.arch.n_layer
+        if not 0 <= il < n:
+            raise UnknownNameError(f"no layer {il}: the model has {n} layers, numbered from 0")
+        return self.weights.layer(il)
 
     # -- graphs -------------------------------------------------------------------------------
 

@@ -96,7 +96,7 @@ def test_precise_reaches_every_op_that_has_a_precision(example: ModuleType, mode
     args = example.parse(["--model", model, "--prec", "f32", *SHORT])
     with example.gguf.open(model) as file:
         bench = example.Bench(file, args)
-    plan = bench.plan({}, "f16", 3, example.gg.Store())
+        plan = bench.plan({}, "f16", 3, example.gg.Store())
     nodes = [n for n in plan.graph.nodes if "prec" in n.attrs]
     assert len(nodes) > 8 and {n.attrs["prec"] for n in nodes} == {"f32"}
     assert {n.op.name for n in nodes} >= {"mul_mat", "mul_mat_id", "moe_up_gate", "fused_up_gate"}
