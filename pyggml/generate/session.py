@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pyggml.errors import IdError, ShapeError
+from pyggml.generate import saved
 from pyggml.generate.sample import greedy
 from pyggml.models.batch import Batch
 from pyggml.runtime.plan import Plan
@@ -134,6 +136,37 @@ class Session:
         if not 0 <= n <= len(self.tokens):
             raise ShapeError(f"truncate({n}): the session has {len(self.tokens)} tokens")
         del self.tokens[n:]
+
+    def save(self, path: str | PathLike[str]) -> int:
+        """Write tokens and caches to a file, which appears when it is complete; its bytes.
+
+        Errors: OSError, for example if the disk is full; the session goes on.
+        """
+        self._bind()
+        return saved.save(self, path)
+
+    def load(self, path: str | PathLike[str]) -> None:
+        """Replace tokens and caches by those of a file.
+
+        GGUFError if it was saved by another model, has other cache types or more tokens than fit;
+        then the session is as before.
+        """
+        self._bind()
+        saved.restore(self, path)
+
+    def fork(self) -> Session:
+        """A new session that goes on from the same tokens; its caches are copies."""
+        other = Session(self.model, n_ctx=self.n_ctx, n_batch=self.n_batch)
+        self._bind()
+        other._bind()
+        for name in self.store.homes:
+            other.store.write(name, self.store.read(name, raw=True))
+        other.tokens = list(self.tokens)
+        return other
+
+    def _bind(self) -> None:
+        """Make the caches exist."""
+        self.plan(1, padded_rows(1, self.n_ctx), 1).bind()
 
 
 def padded_tokens(n: int, most: int) -> int:

@@ -25,6 +25,10 @@ class Cache:
     def n_rows(self) -> int:
         return self.states[0].ne[1]
 
+    def used(self, n: int) -> int:
+        """The number of rows that `n` tokens fill."""
+        return n
+
     def mask(self, batch: Batch) -> Node:
         """f16 [n_kv, n_tokens]."""
         return batch.mask(batch.n_kv)

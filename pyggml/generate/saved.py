@@ -1,0 +1,84 @@
+"""Sessions in files: a GGUF file with the tokens and the rows of the caches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from functools import partial
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pyggml import gguf
+from pyggml.errors import GGUFError
+from pyggml.gguf.writer import Tensor, write
+
+if TYPE_CHECKING:
+    from pyggml.generate.session import Session
+
+_TYPE = "pyggml session"
+
+
+def save(session: Session, path: str | PathLike[str]) -> int:
+    """Write the session to a file, which appears when it is complete; return its bytes."""
+    n = len(session.tokens)
+    tensors = []
+    for cache in session.caches:
+        for state in cache.states:
+            name, ne = state.attrs["name"], state.ne
+            rows = cache.used(n)
+            chunks = partial(_rows, session, name, rows)
+            tensors.append(Tensor(name, state.dtype, (ne[0], rows, ne[2]), chunks))
+    fields: dict[str, Any] = {
+        "general.type": _TYPE,
+        "session.model": _fingerprint(session),
+        "session.tokens": np.array(session.tokens, np.int32),
+    }
+    return write(path, fields, tensors if n else [])
+
+
+def _rows(session: Session, name: str, rows: int) -> Iterable[np.ndarray[Any, Any]]:
+    yield np.ascontiguousarray(session.store.read(name, raw=True)[..., :rows, :])
+
+
+def restore(session: Session, path: str | PathLike[str]) -> None:
+    """Replace the session's tokens and caches by those of a file.
+
+    GGUFError if the file is no saved session, or one of another model, of other cache types, or
+    with more tokens than fit; then the session is as before.
+    """
+    with gguf.open(path) as file:
+        if file.fields.get("general.type") != _TYPE:
+            raise GGUFError(f"{path}: not a saved session")
+        if file.fields["session.model"] != _fingerprint(session):
+            raise GGUFError(f"{path}: saved by a session of another model")
+        tokens = [int(token) for token in np.asarray(file.fields["session.tokens"])]
+        if len(tokens) > session.n_ctx:
+            raise GGUFError(
+                f"{path}: {len(tokens)} tokens do not fit in a session with n_ctx={session.n_ctx}"
+            )
+        arrays = {}
+        for cache in session.caches if tokens else ():
+            for state in cache.states:
+                name, ne = state.attrs["name"], (state.ne[0], cache.used(len(tokens)), state.ne[2])
+                info = file.tensors.get(name)
+                if info is None or (info.dtype, info.ne) != (state.dtype, ne[: len(info.ne)]):
+                    raise GGUFError(
+                        f"{path}: the cache {name!r} is {info}, but this session has "
+                        f"{state.dtype.name} {list(ne)}; use the same cache types"
+                    )
+                arrays[name] = file.array(name)
+        session.tokens.clear()
+        for name, array in arrays.items():
+            whole = session.store.read(name, raw=True)
+            whole[..., : array.shape[-2], :] = array
+            session.store.write(name, whole)
+        session.tokens += tokens
+
+
+def _fingerprint(session: Session) -> str:
+    """Text that is equal for models with the same hyperparameters and the same tensors."""
+    model = session.model
+    tensors = [(t.name, t.dtype.name, t.ne) for t in model.file.tensors.values()]
+    return json.dumps([model.arch.fields(), tensors], sort_keys=True)
