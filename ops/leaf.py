@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -20,8 +21,10 @@ __all__ = ["constant", "input", "state"]
 _GRAPH_TYPES = DECODABLE | {"i32", "i64"}
 _BY_NUMPY = {np.dtype(t.numpy): t for t in TYPES.values() if t.numpy and t.name in _GRAPH_TYPES}
 
-# Constant -> its array. Not an attribute: two constants with equal bytes are still two nodes.
-_data: WeakKeyDictionary[Node, NDArray[Any]] = WeakKeyDictionary()
+Load: TypeAlias = Callable[[], NDArray[Any]]
+# Constant -> its array, or the function that reads it. Not an attribute: two constants with equal
+# bytes are still two nodes.
+_data: WeakKeyDictionary[Node, NDArray[Any] | Load] = WeakKeyDictionary()
 
 
 def _leaf(*, name: str | None, spec: Spec) -> Spec:
@@ -150,6 +153,21 @@ def _stored(what: str, array: NDArray[Any], dtype: DType) -> tuple[NDArray[Any],
     return encode_rows(dtype, np.ascontiguousarray(array, dtype=np.float32)), array.shape
 
 
+def deferred(load: Load, *, dtype: DType, ne: tuple[int, ...], name: str) -> Node:
+    """A weight whose array is read when it is first needed, by `load`; a plan needs only its size.
+
+    load  returns the stored form: NumPy shape, or raw rows for bf16 and block types
+    """
+    node = _build(constant_op, name, _sizes(f"constant {name!r}", dtype, ne, None))
+    _data[node] = load
+    return node
+
+
 def data_of(node: Node) -> NDArray[Any]:
     """The array of a constant: NumPy shape, or raw bytes [..., bytes of a row]."""
-    return _data[node]
+    data = _data[node]
+    if callable(data):
+        data = data().view()
+        data.flags.writeable = False
+        _data[node] = data
+    return data

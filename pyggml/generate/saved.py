@@ -12,6 +12,7 @@ import numpy as np
 
 from pyggml import gguf
 from pyggml.errors import GGUFError
+from pyggml.gguf.format import TensorInfo
 from pyggml.gguf.writer import Tensor, write
 
 if TYPE_CHECKING:
@@ -65,8 +66,8 @@ def restore(session: Session, path: str | PathLike[str]) -> None:
                 info = file.tensors.get(name)
                 if info is None or (info.dtype, info.ne) != (state.dtype, ne[: len(info.ne)]):
                     raise GGUFError(
-                        f"{path}: the cache {name!r} is {info}, but this session has "
-                        f"{state.dtype.name} {list(ne)}; use the same cache types"
+                        f"{path}: the cache {name!r} is {_described(info)}, but this session has "
+                        f"{state.dtype.name} {list(ne)}; use the same options"
                     )
                 arrays[name] = file.array(name)
         session.tokens.clear()
@@ -75,6 +76,10 @@ def restore(session: Session, path: str | PathLike[str]) -> None:
             whole[..., : array.shape[-2], :] = array
             session.store.write(name, whole)
         session.tokens += tokens
+
+
+def _described(info: TensorInfo | None) -> str:
+    return "missing" if info is None else f"{info.dtype.name} {list(info.ne)}"
 
 
 def _fingerprint(session: Session) -> str:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from numpy.typing import NDArray
 
 from pyggml.gguf import GGUFFile
 from pyggml.node import Node
 from pyggml.node import label as add_label
-from pyggml.ops import constant
+from pyggml.ops.leaf import deferred
 
 
 class Weights:
@@ -36,11 +40,15 @@ class Weights:
         """UnknownNameError, with the nearest names, for a tensor the file does not have."""
         if name not in self._nodes:
             full = self.full_name(name) or f"{name}.weight"
-            array = self._file.array(full)
-            ne = self._sizes.get(full, array.shape[::-1])
-            array = array.reshape(*ne[:0:-1], array.shape[-1])
-            self._nodes[name] = constant(array, dtype=self._file.tensors[full].dtype, name=full)
+            info = self._file.tensors[full]
+            ne = self._sizes.get(full, info.ne)
+            load = partial(self._load, full, ne)
+            self._nodes[name] = deferred(load, dtype=info.dtype, ne=ne, name=full)
         return self._nodes[name]
+
+    def _load(self, full: str, ne: tuple[int, ...]) -> NDArray[Any]:
+        array = self._file.array(full)
+        return array.reshape(*ne[:0:-1], array.shape[-1])
 
     def get(self, name: str) -> Node | None:
         if name not in self:
