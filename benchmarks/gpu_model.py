@@ -1,0 +1,134 @@
+"""All of DeepSeek-V2-Lite on a GPU, by a session: loading, prompts, and decoding by depth.
+
+    python benchmarks/gpu_model.py [--file lite.gguf] [--depths 0,4096] [--compare N]
+
+Without --file, a file of the full size with random IQ4_NL weights is written first (8.3 GiB).
+A prompt runs in batches of 2048 tokens. Decoding feeds a token and reads its logits' argmax in
+every step, as a program that generates text does. --compare also runs N tokens on NumPy and prints
+the NMSE of the logits.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+
+import numpy as np
+
+from benchmarks.gpu_bench import plan_microseconds, write_row
+from pyggml.generate.session import Session, padded_rows
+from pyggml.models.model import load
+from pyggml.models.presets import V2_LITE
+from pyggml.models.synth import synth
+from pyggml.parity.tolerance import nmse
+from pyggml.runtime.plan import Plan
+
+N_BATCH = 2048
+PROMPTS = (512, 2048, 8192)
+STEPS = 64
+
+
+def seconds(call: Callable[[], object]) -> float:
+    start = perf_counter()
+    call()
+    return perf_counter() - start
+
+
+def prompt_rows(session: Session) -> None:
+    """Tokens a second of prompts; the first run of each compiles and is not counted."""
+    for n in PROMPTS:
+        tokens = np.arange(n) % V2_LITE.n_vocab
+        rates = []
+        for number in range(4):
+            session.truncate(0)
+            taken = seconds(lambda tokens=tokens: session.forward(tokens))  # type: ignore[misc]
+            if number:
+                rates.append(n / taken)
+        write_row(f"model_prompt_{n}", "t/s", rates)
+
+
+def decode_rows(session: Session, depths: list[int]) -> None:
+    """Tokens a second of decoding from each depth."""
+    for depth in depths:
+        session.truncate(0)
+        token = int(session.forward(np.arange(depth + 1) % V2_LITE.n_vocab)[0].argmax())
+        rates = []
+        for _ in range(4):
+            session.truncate(depth + 1)
+            start = perf_counter()
+            for _ in range(STEPS):
+                token = int(session.forward([token])[0].argmax())
+            rates.append(STEPS / (perf_counter() - start))
+        write_row(f"model_decode_d{depth}", "t/s", rates[1:])
+
+
+def compare(path: Path, n: int) -> None:
+    """Print the NMSE of the logits against NumPy's."""
+    tokens = np.arange(n)
+    logits = [
+        load(path, backends=[place]).session(256).forward(tokens, "all")
+        for place in ("cuda", "numpy")
+    ]
+    same = int((logits[0].argmax(1) == logits[1].argmax(1)).sum())
+    print(f"logits of {n} tokens: NMSE {nmse(*logits):.2e}, top-1 {same} of {n}", flush=True)
+
+
+def profile(session: Session) -> None:
+    """Print where the host's time of a decode step goes."""
+    import cProfile
+    import pstats
+
+    token = session.tokens[-1]
+    session.truncate(len(session.tokens) - STEPS)
+    with cProfile.Profile() as profiler:
+        for _ in range(STEPS):
+            session.forward([token])
+    pstats.Stats(profiler).sort_stats("tottime").print_stats(25)
+
+
+def measure(path: Path, args: argparse.Namespace) -> None:
+    run(path, args)
+    if args.compare:
+        compare(path, args.compare)
+
+
+def run(path: Path, args: argparse.Namespace) -> None:
+    session = load(path, backends=["cuda"]).session(n_ctx=max(PROMPTS) + 512, n_batch=N_BATCH)
+    write_row("model_load", "s", [seconds(lambda: session.forward([0]))])
+    prompt_rows(session)
+    decode_rows(session, args.depths)
+    write_row("model_decode_graph", "us", plan_microseconds([last_plan(session)]))
+    if args.profile:
+        profile(session)
+
+
+def last_plan(session: Session) -> Plan:
+    """The plan of the last decode step."""
+    return session.plan(1, padded_rows(len(session.tokens), session.n_ctx), 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--file", type=Path, help="a V2-Lite file (default: write one)")
+    add("--depths", type=lambda s: [int(n) for n in s.split(",")], default=[0, 4096])
+    add("--compare", type=int, default=0, metavar="N", help="compare N tokens with NumPy")
+    add("--profile", action="store_true", help="print where the host's time goes")
+    args = parser.parse_args()
+    if args.file:
+        measure(args.file, args)
+        return
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "lite.gguf"
+        taken = seconds(lambda: synth(path, V2_LITE, type="iq4_nl"))
+        print(f"wrote {path.stat().st_size:,} bytes in {taken:.1f} s", flush=True)
+        measure(path, args)
+
+
+if __name__ == "__main__":
+    main()
