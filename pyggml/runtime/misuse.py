@@ -6,7 +6,7 @@ State writes that never happen or that a reader misses, and ids and positions pa
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -135,8 +135,18 @@ class Limit:
         warnings.warn(text, StateWarning, stacklevel=6)
 
 
-def limits(graph: Graph) -> Iterator[Limit]:
-    """The limits of inputs that are positions of a causal mask or ids of rows to write."""
+def limits(graph: Graph) -> Iterable[Limit]:
+    """The limits of inputs that are positions of a causal mask or ids of rows to write.
+
+    All layers of a model write the same rows: equal limits are one.
+    """
+    first: dict[tuple[str, int, bool], Limit] = {}
+    for limit in _limits(graph):
+        first.setdefault((limit.input, limit.below, limit.is_error), limit)
+    return first.values()
+
+
+def _limits(graph: Graph) -> Iterator[Limit]:
     for node in graph.nodes:
         if node.op is causal_mask and (key := _input(node["pos"])) is not None:
             n_kv = node.attrs["n_kv"]
