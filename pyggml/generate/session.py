@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from pyggml.errors import IdError, ShapeError
 from pyggml.generate import saved
+from pyggml.generate.loop import HISTORY, POSITION, loop_plan
 from pyggml.generate.sample import greedy
 from pyggml.models.batch import Batch
 from pyggml.runtime.plan import Plan
@@ -43,6 +44,7 @@ class Session:
         self.store = Store(like=model.store)
         self.caches = model.caches(n_ctx, self.n_batch)
         self._plans: dict[tuple[int, int, int], Plan] = {}
+        self._loops: dict[tuple[int, tuple[int, ...]], Plan] = {}
 
     def __repr__(self) -> str:
         return f"<session: {len(self.tokens)} of {self.n_ctx} tokens, {self.model!r}>"
@@ -75,11 +77,10 @@ class Session:
         for token in checked:
             if not 0 <= token < n_vocab:
                 raise IdError(f"token {token} is outside the vocabulary of {n_vocab}")
-        n_free = self.n_ctx - len(self.tokens)
-        if len(checked) > n_free:
+        if len(checked) > self.n_free:
             raise ShapeError(
-                f"{len(checked)} tokens do not fit: {n_free} of n_ctx={self.n_ctx} are free; use "
-                "truncate() or a session with a larger n_ctx"
+                f"{len(checked)} tokens do not fit: {self.n_free} of n_ctx={self.n_ctx} are free; "
+                "use truncate() or a session with a larger n_ctx"
             )
         return checked
 
@@ -117,19 +118,53 @@ class Session:
         n: int,
         sampler: Callable[[NDArray[np.float32]], int] = greedy,
         stop: Collection[int] = (),
+        *,
+        ahead: int = 1,
     ) -> Iterator[int]:
         """Append tokens, then yield up to `n` new ones, each chosen by sampler(logits).
 
-        stop  tokens that end the text; the token itself is yielded, too
+        stop   tokens that end the text; the token itself is yielded, too
+        ahead  with `greedy`: the device chooses this many tokens before the host looks at them.
+               A larger number is faster, but the tokens come in groups
         The last token that was yielded is not in the caches yet.
         """
-        logits = self.forward(tokens)[-1]
-        for left in reversed(range(n)):
-            token = sampler(logits)
-            yield token
-            if token in stop or not left:
-                return
-            logits = self.forward([token])[-1]
+        token = sampler(self.forward(tokens)[-1])
+        yield token
+        left = n - 1
+        while left > 0 and token not in stop:
+            if ahead > 1 and sampler is greedy:
+                group = self._ahead(token, min(ahead, left, self.n_free), stop)
+            else:
+                group = [sampler(self.forward([token])[-1])]
+            yield from group
+            token = group[-1]
+            left -= len(group)
+
+    @property
+    def n_free(self) -> int:
+        """How many more tokens fit."""
+        return self.n_ctx - len(self.tokens)
+
+    def _ahead(self, token: int, n: int, stop: Collection[int]) -> list[int]:
+        """Append `token`, and all but the last of the up to `n` tokens that follow it."""
+        self._checked([token])
+        past = len(self.tokens)
+        key = padded_rows(past + n, self.n_ctx), tuple(sorted(stop))
+        if key not in self._loops:
+            self._loops[key] = loop_plan(
+                self.model, self.caches, self.store, n_kv=key[0], n_ctx=self.n_ctx, stop=key[1]
+            )
+        plan = self._loops[key].bind()
+        history = np.zeros(self.n_ctx + 1, np.int32)
+        history[past] = token
+        self.store.write(HISTORY, history[:, None])
+        self.store.write(POSITION, np.array([past], np.int32))
+        end = int(plan.repeat(n)[POSITION][0])
+        history = self.store.read(HISTORY)[:, 0]
+        end = min(end, past + n - 1) + 1  # a stop token stays at the position where it was chosen
+        tokens = [int(token) for token in history[past : end + 1]]
+        self.tokens += tokens[:-1]
+        return tokens[1:]
 
     def truncate(self, n: int) -> None:
         """Forget all but the first `n` tokens."""

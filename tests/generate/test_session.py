@@ -1,0 +1,218 @@
+"""Sessions: parts of a prompt, sharing, truncation, saving, and decoding on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pyggml.errors import GGUFError, IdError, ShapeError
+from pyggml.generate.sample import Sampler, greedy
+from pyggml.generate.session import Session, padded_rows, padded_tokens
+from pyggml.models.model import Model, load
+from pyggml.models.presets import TINY
+from pyggml.models.synth import synth
+
+TOKENS = [7, 3, 200, 41, 5, 5, 399, 12, 88, 17, 301]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "tiny.gguf"
+    synth(path, TINY, type="q8_0", seed=1)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(path: Path) -> Iterator[Model]:
+    yield load(path, backends=["numpy"], cache_k="f32", cache_v="f32", mla=1)
+
+
+def close(a: Any, b: Any) -> bool:
+    return bool(np.abs(a - b).max() <= 1e-4 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("n_batch", [1, 2, 3, 4, 11, 64])
+def test_parts_of_a_prompt_give_the_same_logits(model: Model, n_batch: int) -> None:
+    whole = model.session(32, 16).forward(TOKENS, "all")
+    assert whole.shape == (len(TOKENS), TINY.n_vocab) and whole.dtype == np.float32
+    session = model.session(32, n_batch)
+    assert close(session.forward(TOKENS, "all"), whole)
+    session.truncate(0)
+    assert close(session.forward(TOKENS), whole[-1:])
+    session.truncate(4)
+    assert session.forward(TOKENS[4:7], "none").shape == (0, TINY.n_vocab)
+    assert close(session.forward(TOKENS[7:], "all"), whole[7:])
+
+
+def test_sessions_share_weights_but_not_tokens(model: Model) -> None:
+    first, second = model.session(32), model.session(16)
+    logits = first.forward(TOKENS)
+    second.forward(TOKENS[::-1])
+    n_weights = len(model.store.shared.weights)
+    assert first.store.shared is second.store.shared is model.store.shared
+    assert close(first.forward(TOKENS[:2]), model.session(32).forward([*TOKENS, 7, 3]))
+    assert close(model.session(32).forward(TOKENS), logits)
+    assert len(model.store.shared.weights) == n_weights
+
+
+def test_the_session_goes_on_after_an_error(model: Model) -> None:
+    session = model.session(12, 4)
+    session.forward(TOKENS[:5])
+    for tokens, error, text in (
+        ([], ShapeError, "at least one token"),
+        ([0, TINY.n_vocab], IdError, f"token {TINY.n_vocab} is outside the vocabulary"),
+        ([-1], IdError, "outside the vocabulary"),
+        (range(8), ShapeError, "8 tokens do not fit: 7 of n_ctx=12 are free"),
+    ):
+        with pytest.raises(error, match=text):
+            session.forward(tokens)
+    with pytest.raises(ShapeError, match="the session has 5 tokens"):
+        session.truncate(6)
+    assert session.tokens == TOKENS[:5]
+    assert close(session.forward(TOKENS[5:]), model.session(12).forward(TOKENS))
+
+
+def test_an_interrupt_keeps_the_parts_that_were_finished(model: Model) -> None:
+    session = model.session(32, 4)
+    session.forward(TOKENS, "none")
+    session.truncate(0)
+    plans = list(session._plans.values())
+    run, calls = type(plans[0]).run, []
+
+    def interrupted(plan: Any, *arrays: Any) -> Any:
+        calls.append(plan)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return run(plan, *arrays)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(plans[0]), "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            session.forward(TOKENS)
+    assert session.tokens == TOKENS[:4]
+    assert close(session.forward(TOKENS[4:]), model.session(32).forward(TOKENS))
+
+
+# -- generation -------------------------------------------------------------------------------
+
+
+def test_generate_feeds_each_token(model: Model) -> None:
+    session, tokens = model.session(32), list(TOKENS)
+    for token in model.session(32).generate(TOKENS, 6):
+        assert token == int(session.forward(tokens)[0].argmax())
+        tokens = [token]
+
+
+@pytest.mark.parametrize("ahead", [2, 3, 7, 100])
+@pytest.mark.parametrize("stops", [False, True])
+def test_decoding_on_the_device_gives_the_same_tokens(
+    model: Model, ahead: int, stops: bool
+) -> None:
+    free = list(model.session(40).generate(TOKENS, 9))
+    stop = free[5:6] if stops else []
+    one = model.session(40)
+    expected = list(one.generate(TOKENS, 9, stop=stop))
+    assert expected == (free[: free.index(stop[0]) + 1] if stops else free)
+    session = model.session(40)
+    assert list(session.generate(TOKENS, 9, stop=stop, ahead=ahead)) == expected
+    assert session.tokens == one.tokens
+    assert close(session.forward([1]), one.forward([1]))
+
+
+def test_generation_ends_where_the_context_ends(model: Model) -> None:
+    for ahead in (1, 8):
+        session, tokens = model.session(14), []
+        with pytest.raises(ShapeError, match="do not fit"):
+            for token in session.generate(TOKENS, 20, ahead=ahead):
+                tokens.append(token)
+        assert len(tokens) == 4 and len(session.tokens) == 14
+
+
+def test_samplers() -> None:
+    logits = np.log(np.array([0.1, 0.4, 0.3, 0.2], np.float32))
+    assert greedy(logits) == 1 == Sampler(temperature=0)(logits)
+    sampler = Sampler(temperature=1, top_k=0, top_p=1)
+    counts = np.bincount([sampler(logits) for _ in range(4000)], minlength=4) / 4000
+    assert np.abs(counts - [0.1, 0.4, 0.3, 0.2]).max() < 0.03
+    assert {Sampler(temperature=5, top_k=2, seed=s)(logits) for s in range(40)} == {1, 2}
+    assert {Sampler(temperature=1, top_p=0.65, seed=s)(logits) for s in range(40)} == {1, 2}
+    again = [Sampler(seed=3)(logits) for _ in range(2)]
+    assert again[0] == again[1]
+    for wrong in ({"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"temperature": float("nan")}):
+        with pytest.raises(ShapeError, match="temperature="):
+            Sampler(**wrong)
+
+
+def test_buckets() -> None:
+    for n in range(1, 600):
+        tokens = padded_tokens(n, 512)
+        assert n <= tokens <= max(1.5 * n, n) and (tokens <= 512 or n > 512)
+    assert len({padded_tokens(n, 512) for n in range(1, 513)}) == 18
+    for n in (1, 256, 257, 2049, 5000, 163_840):
+        rows = padded_rows(n, 200_000)
+        assert n <= rows <= max(256, 1.15 * n + 256)
+    assert padded_rows(90, 100) == 100
+    assert len({padded_rows(n, 163_840) for n in range(1, 163_841)}) < 64
+
+
+# -- copies -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"mla": 0}, {"mla": 1, "cache_k": "bf16"}, {"mla": 3}])
+def test_a_copy_goes_on_alike(path: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    model = load(path, backends=["numpy"], **options)
+    session = model.session(32)
+    session.forward(TOKENS)
+    session.truncate(9)
+    nbytes = session.save(tmp_path / "saved")
+    assert (tmp_path / "saved").stat().st_size == nbytes
+    other: Session = load(path, backends=["numpy"], **options).session(64)
+    other.forward([9, 9, 9])
+    other.load(tmp_path / "saved")
+    fork = session.fork()
+    expected = list(session.generate([4], 5))
+    assert list(other.generate([4], 5)) == expected == list(fork.generate([4], 5))
+    empty = model.session(32)
+    empty.save(tmp_path / "empty")
+    other.load(tmp_path / "empty")
+    assert other.tokens == []
+
+
+def test_files_that_do_not_fit(path: Path, model: Model, tmp_path: Path) -> None:
+    session = model.session(32)
+    session.forward(TOKENS)
+    session.save(tmp_path / "saved")
+    (tmp_path / "cut").write_bytes((tmp_path / "saved").read_bytes()[:-40])
+    other = tmp_path / "other.gguf"
+    synth(other, TINY, type="f16")
+    half = load(path, backends=["numpy"], mla=1)
+    for target, file, text in (
+        (model.session(8), "saved", "11 tokens do not fit in a session with n_ctx=8"),
+        (half.session(32), "saved", r"cache_kv_l0' is f32 \[80, 11, 1\], but this session has f16"),
+        (load(other, mla=1).session(32), "saved", "saved by a session of another model"),
+        (model.session(32), "cut", "cut"),
+        (model.session(32), str(path), "not a saved session"),
+        (model.session(32), "absent", "No such file"),
+    ):
+        target.forward(TOKENS[:3])
+        with pytest.raises(GGUFError, match=text):
+            target.load(tmp_path / file)
+        assert target.tokens == TOKENS[:3]
+        target.forward([1])
+
+
+def test_a_full_disk_leaves_no_file(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = model.session(32)
+    session.forward(TOKENS)
+    usage = type("Usage", (), {"free": 100})()
+    monkeypatch.setattr("shutil.disk_usage", lambda *_: usage)
+    with pytest.raises(OSError, match="bytes needed, 100 free"):
+        session.save(tmp_path / "saved")
+    assert list(tmp_path.iterdir()) == []
+    assert session.forward([1]).shape == (1, TINY.n_vocab)
