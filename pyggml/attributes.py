@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -104,39 +102,6 @@ class Attribute:
         raise DTypeError(f"{what} takes {self.takes}, not {value!r} ({type(value).__name__})")
 
 
-def identity(value: Any) -> Any:
-    """A key that is equal only for values of equal type, value and sign of zero."""
-    if isinstance(value, float) and value == 0.0:
-        return (float, value, math.copysign(1.0, value))
-    return value if isinstance(value, str) else (type(value), value)
-
-
-def signature_of(rule: Callable[..., Any]) -> inspect.Signature:
-    """The rule's signature with its annotations evaluated.
-
-    DTypeError if they cannot be evaluated, or if a parameter is neither a tensor nor a keyword.
-    """
-    name = rule.__name__
-    try:
-        signature = inspect.signature(rule, eval_str=True)
-    except (NameError, AttributeError, SyntaxError, TypeError) as error:
-        raise DTypeError(
-            f"op {name}: cannot evaluate the annotations of its rule ({error}); they define its "
-            "attributes, so import their types at run time, not only under `if TYPE_CHECKING:`"
-        ) from None
-    for p in signature.parameters.values():
-        if p.kind is p.KEYWORD_ONLY:
-            continue
-        if p.kind is not p.POSITIONAL_OR_KEYWORD:
-            raise DTypeError(f"op {name}: {p} is not allowed; name every tensor and attribute")
-        if p.default not in (p.empty, None):
-            raise DTypeError(
-                f"op {name}: {p.name} has a default, so it is an attribute: put a * before it, "
-                f"{name}(a, *, {p.name}={p.default!r})"
-            )
-    return signature
-
-
 def _kinds(annotation: Any) -> tuple[frozenset[type], tuple[Any, ...]]:
     """Types (NoneType for None) and choices that an annotation allows; both empty: anything."""
     origin = get_origin(annotation)
@@ -163,17 +128,3 @@ def _kinds(annotation: Any) -> tuple[frozenset[type], tuple[Any, ...]]:
     if isinstance(kind, type) and kind not in (Any, object, inspect.Parameter.empty):
         return frozenset({kind}), ()
     return frozenset(), ()
-
-
-def near(wrong: str, known: list[str]) -> str:
-    """`; did you mean X?` for the most similar known name, or an empty string."""
-    close = difflib.get_close_matches(wrong, known, 1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def not_a_tensor(op_name: str, key: str, value: object) -> str:
-    """The message for an operand that is missing or not a node."""
-    if value is inspect.Parameter.empty:
-        return f"{op_name}: the tensor {key} is missing"
-    hint = "; wrap arrays with constant(...), or feed them through input(...)"
-    return f"{op_name}: {key} must be a node, not {type(value).__name__}{hint}"

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 
 from pyggml.errors import DTypeError, GraphError
-from pyggml.node import Node, inherit, label_of, labels, line_of
+from pyggml.interning import inherit
+from pyggml.node import Node, label_of, labels, line_of
 
 Rebuild = Callable[[Node, tuple[Node | None, ...]], Node]
 

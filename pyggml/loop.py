@@ -14,7 +14,10 @@ from itertools import product
 from math import prod
 
 from pyggml.graph import toposort
-from pyggml.node import Axis, Cost, Cut, Node, Op, Spec, cost_of
+from pyggml.node import Node
+from pyggml.operation import Op, cost_of
+from pyggml.spec import Spec
+from pyggml.traits import Axis, Cost, Cut
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,10 @@ by the store; everything else is copied, and only the rows that are read.
 
 from __future__ import annotations
 
-from pyggml.node import Cost, Node, Op, Spec
+from pyggml.node import Node
+from pyggml.operation import Op
+from pyggml.spec import Spec
+from pyggml.traits import Cost
 
 
 def _rule(a: Node, *, to: str, resident: bool) -> Spec:

@@ -10,7 +10,9 @@ import pytest
 import pyggml as gg
 from pyggml.dtypes import dtype
 from pyggml.errors import DTypeError, ShapeError
-from pyggml.node import Node, Op, Spec
+from pyggml.node import Node
+from pyggml.operation import Op
+from pyggml.spec import Spec
 
 # No `from __future__ import annotations` here: these annotations are classes, not text.
 
@@ -148,7 +150,7 @@ def test_rules_that_cannot_be_an_op() -> None:
     def unknown(a: Node, *, way: "Unknown") -> Spec:  # type: ignore[name-defined]  # noqa: F821
         return a.spec
 
-    assert "put a * before it, no_star(a, *, slope=0.01)" in refused(no_star)
+    assert "put a * before it: no_star(a, *, slope=0.01)" in refused(no_star)
     assert "op many: *a: " in refused(many)
     assert "name 'Unknown' is not defined" in refused(unknown)
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 import pyggml as gg
 from pyggml import define, ops
 from pyggml.errors import DTypeError, GraphError, ShapeError, UnknownNameError
-from pyggml.node import cost_of, line_of, slice_of
+from pyggml.node import line_of
+from pyggml.operation import cost_of, slice_of
 
 SIZES = st.tuples(*[st.integers(1, 5)] * 4)
 

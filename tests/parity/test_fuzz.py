@@ -292,7 +292,8 @@ OWN = '''
 import numpy as np
 
 from pyggml import ops
-from pyggml.node import Node, op
+from pyggml.node import Node
+from pyggml.operation import op
 from pyggml.backends.numpy.table import kernel
 
 

@@ -18,7 +18,7 @@ import pyggml as gg
 from pyggml import backends, ops
 from pyggml.backends import get
 from pyggml.cli import main
-from pyggml.node import cost_of
+from pyggml.operation import cost_of
 from pyggml.parity import running
 from pyggml.parity.case import Case, build
 from pyggml.parity.cases import cases
