@@ -19,7 +19,7 @@ from weakref import WeakValueDictionary
 
 from pyggml.node import Attrs, Node, Sources, copy_line, label, labels, line_of
 from pyggml.spec import Spec
-from pyggml.written import note_write
+from pyggml.writes import note_write
 
 if TYPE_CHECKING:
     from pyggml.operation import Op
@@ -32,10 +32,10 @@ class _Compilation:
 
     def __init__(self, nodes: Iterable[Node]) -> None:
         self.nodes = {key_of(n.op, n.src, n.attrs, n.spec): n for n in nodes if not n.op.leaf}
-        self.built: set[Node] = set()
+        self.new_nodes: set[Node] = set()
 
 
-_shared: WeakValueDictionary[Key, Node] = WeakValueDictionary()
+_shared_nodes: WeakValueDictionary[Key, Node] = WeakValueDictionary()
 _compilation: ContextVar[_Compilation | None] = ContextVar("compilation", default=None)
 
 
@@ -49,10 +49,10 @@ def rewriting(nodes: Iterable[Node]) -> Iterator[None]:
         _compilation.reset(token)
 
 
-def interned() -> MutableMapping[Key, Node]:
+def node_table() -> MutableMapping[Key, Node]:
     """The table of nodes in use: the compilation's own, or the one that users' graphs share."""
     compilation = _compilation.get()
-    return _shared if compilation is None else compilation.nodes
+    return _shared_nodes if compilation is None else compilation.nodes
 
 
 def key_of(op: Op[Any], src: Sources, attrs: Attrs, spec: Spec) -> Key:
@@ -71,7 +71,7 @@ def record_new(node: Node) -> None:
     """Record a new node: as built by a pass, or, if it writes a state, as the user's write."""
     compilation = _compilation.get()
     if compilation is not None:
-        compilation.built.add(node)
+        compilation.new_nodes.add(node)
     elif node.op.writes is not None:
         note_write(node, line_of(node))
 
@@ -82,7 +82,7 @@ def inherit(new: Node, old: Node) -> Node:
     In a compilation, a node that the user built is left as it is: other graphs may contain it.
     """
     compilation = _compilation.get()
-    if new is not old and (compilation is None or new in compilation.built):
+    if new is not old and (compilation is None or new in compilation.new_nodes):
         for text in labels(old):
             label(new, text)
         copy_line(new, old)

@@ -54,9 +54,9 @@ class Node(Arithmetic):
         put(self, "src", src)
         put(self, "attrs", attrs)
         put(self, "spec", spec)
-        viewed = src[0] if op.view is not None else None
-        target = src[op.writes] if op.writes is not None else viewed
-        put(self, "_base", viewed and viewed.base)
+        source = src[0] if op.view is not None else None
+        target = src[op.writes] if op.writes is not None else source
+        put(self, "_base", source and source.base)
         put(self, "_root", target and target.root)
         offset, nb = op.layout(self)
         put(self, "offset", offset)

@@ -9,7 +9,7 @@ from typing import Any, Generic, ParamSpec, TypeAlias, overload
 
 from pyggml.arguments import Parameters, signature_of
 from pyggml.errors import DTypeError, PyggmlError, ShapeError, UnknownNameError
-from pyggml.interning import interned, key_of, record_new
+from pyggml.interning import key_of, node_table, record_new
 from pyggml.node import Node, Sources, label_of, record_line
 from pyggml.spec import Ne, Spec
 from pyggml.traits import Axis, Cost, Ids, Slice
@@ -151,10 +151,10 @@ class Op(Generic[P]):
         """
         if self.leaf:
             return self._new(src, attrs, spec, line)
-        nodes, key = interned(), key_of(self, src, attrs, spec)
-        node = nodes.get(key)
+        table, key = node_table(), key_of(self, src, attrs, spec)
+        node = table.get(key)
         if node is None:
-            node = nodes[key] = self._new(src, attrs, spec, line)
+            node = table[key] = self._new(src, attrs, spec, line)
         return node
 
     def layout(self, node: Node) -> tuple[int, Ne]:
@@ -180,7 +180,7 @@ class Op(Generic[P]):
         return node
 
     def _not_a_spec(self, result: object) -> str:
-        """The message for a rule that returned something else than a Spec."""
+        """The message for a rule that returned something other than a Spec."""
         hint = ""
         if isinstance(result, Node):
             hint = f"; return node.spec, and put how to compute it into @{self.name}.means"
