@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from pyggml.errors import PyggmlError
 from pyggml.loop import Body, Chain, Loop
-from pyggml.node import Ne, Node, Spec, label_of, line_of
+from pyggml.node import Node, label_of, line_of
+from pyggml.spec import Ne, Spec
 from pyggml.transfer import origin
 
 Buffer = Any  # a backend's handle of a block of memory

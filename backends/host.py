@@ -13,7 +13,8 @@ from pyggml.backends.base import Address, Backend, Buffer, Event, Given, Step, W
 from pyggml.backends.host_memory import ALIGNMENT, Packed, allocated, array_at
 from pyggml.backends.host_runner import HostRunner
 from pyggml.backends.table import Kernel, KernelTable
-from pyggml.node import Node, Spec
+from pyggml.node import Node
+from pyggml.spec import Spec
 
 
 class HostBackend:

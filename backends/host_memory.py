@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pyggml.backends.base import Address
 from pyggml.dtypes import DType
 from pyggml.errors import OutOfMemoryError, PyggmlError
-from pyggml.node import Spec
+from pyggml.spec import Spec
 
 #: Bytes; every tensor and every block of scratch starts at a multiple of it.
 ALIGNMENT = 64

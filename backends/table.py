@@ -12,7 +12,8 @@ from types import EllipsisType
 from typing import Any, TypeVar
 
 from pyggml.backends.base import Step
-from pyggml.node import Node, Op
+from pyggml.node import Node
+from pyggml.operation import Op
 
 F = TypeVar("F", bound=Callable[..., Any])
 K = TypeVar("K", bound="Kernel")

@@ -31,7 +31,7 @@ from benchmarks.gpu_bench import (
     write_row,
 )
 from pyggml.dtypes import TYPES
-from pyggml.node import cost_of
+from pyggml.operation import cost_of
 
 K, M = 4096, 14336
 #: Sizes of up and gate in V2-Lite's experts.

@@ -10,7 +10,7 @@ import numpy as np
 
 import pyggml as gg
 from pyggml.backends.numpy import kernel
-from pyggml.node import Node, Spec
+from pyggml.define import Node, Spec
 
 
 @gg.op

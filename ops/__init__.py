@@ -9,7 +9,7 @@ import typing as _typing
 from inspect import ismodule as _ismodule
 
 import pyggml.ops.operators as _operators  # noqa: F401  fills the table of + - * / on nodes
-from pyggml.node import Op as _Op
+from pyggml.operation import Op as _Op
 from pyggml.ops.attention import *
 from pyggml.ops.copy import *
 from pyggml.ops.elementwise import *

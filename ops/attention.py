@@ -6,7 +6,8 @@ from typing import Any
 
 from pyggml.dtypes import F16, F32
 from pyggml.errors import ShapeError
-from pyggml.node import Axis, Cost, Cut, Node, Slice, Spec, op
+from pyggml.node import Node
+from pyggml.operation import op
 from pyggml.ops.reduce import alibi_heads, mask_cut, want_mask
 from pyggml.ops.rules import (
     Precision,
@@ -17,6 +18,8 @@ from pyggml.ops.rules import (
     want_rows,
     want_type,
 )
+from pyggml.spec import Spec
+from pyggml.traits import Axis, Cost, Cut, Slice
 
 __all__ = ["causal_mask", "flash_attn_ext"]
 

@@ -7,7 +7,8 @@ from typing import Any
 from pyggml.dtypes import DType, DTypeLike
 from pyggml.dtypes import dtype as dtype_of
 from pyggml.errors import DTypeError, ShapeError
-from pyggml.node import Axis, Cost, Cut, Ids, Ne, Node, Slice, Spec, op
+from pyggml.node import Node
+from pyggml.operation import op
 from pyggml.ops.leaf import state_op
 from pyggml.ops.rules import (
     AXES,
@@ -21,6 +22,8 @@ from pyggml.ops.rules import (
 )
 from pyggml.ops.views import resized
 from pyggml.quants import ENCODABLE
+from pyggml.spec import Ne, Spec
+from pyggml.traits import Axis, Cost, Cut, Ids, Slice
 
 __all__ = ["cast", "concat", "cont", "cpy", "get_rows", "repeat", "set_rows"]
 

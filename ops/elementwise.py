@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias, get_args
 
+from pyggml.arguments import located
 from pyggml.errors import DTypeError, ShapeError
-from pyggml.node import Axis, Cut, Ids, Node, Op, Slice, Spec, located, op
+from pyggml.node import Node
+from pyggml.operation import Op, op
 from pyggml.ops.rules import (
     FLOATS,
     choose,
@@ -16,6 +18,8 @@ from pyggml.ops.rules import (
     want_repeats,
     want_type,
 )
+from pyggml.spec import Spec
+from pyggml.traits import Axis, Cut, Ids, Slice
 
 __all__ = [
     "add",

@@ -9,12 +9,15 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from pyggml.arguments import located
 from pyggml.dtypes import TYPES, DType, DTypeLike
 from pyggml.dtypes import dtype as dtype_of
 from pyggml.errors import DTypeError, ShapeError
-from pyggml.node import Node, Op, Spec, integers, located
+from pyggml.node import Node
 from pyggml.node import label as add_label
+from pyggml.operation import Op
 from pyggml.quants import DECODABLE, encode_rows
+from pyggml.spec import Spec, integers
 
 __all__ = ["constant", "input", "state"]
 

@@ -7,7 +7,8 @@ from typing import Any
 from pyggml.dtypes import F32, DTypeLike
 from pyggml.dtypes import dtype as dtype_of
 from pyggml.errors import ShapeError
-from pyggml.node import Axis, Cost, Cut, Ids, Node, Slice, Spec, op
+from pyggml.node import Node
+from pyggml.operation import op
 from pyggml.ops.rules import (
     DECODABLE_FLOATS,
     FLOATS,
@@ -19,6 +20,8 @@ from pyggml.ops.rules import (
     want_rows,
     want_type,
 )
+from pyggml.spec import Spec
+from pyggml.traits import Axis, Cost, Cut, Ids, Slice
 
 __all__ = ["mul_mat", "mul_mat_id"]
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from pyggml.dtypes import F32
 from pyggml.errors import ShapeError
-from pyggml.node import Axis, Cut, Node, Slice, Spec, op
+from pyggml.node import Node
+from pyggml.operation import op
 from pyggml.ops.rules import want_ne, want_type
+from pyggml.spec import Spec
+from pyggml.traits import Axis, Cut, Slice
 
 __all__ = ["merge_lse"]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pyggml.dtypes import F32, I32
 from pyggml.errors import ShapeError
-from pyggml.node import Axis, Cost, Cut, Ids, Node, Slice, Spec, op
+from pyggml.node import Node
+from pyggml.operation import op
 from pyggml.ops.elementwise import Activation, activation, mul
 from pyggml.ops.linear import (
     expert_cost,
@@ -14,6 +15,8 @@ from pyggml.ops.linear import (
     want_experts,
 )
 from pyggml.ops.rules import Precision, outer_slices, want_ne, want_readable, want_rows, want_type
+from pyggml.spec import Spec
+from pyggml.traits import Axis, Cost, Cut, Ids, Slice
 
 __all__ = ["fused_up_gate", "grouped_topk", "moe_up_gate", "mul_multi_add", "multi_add"]
 

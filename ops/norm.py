@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pyggml.errors import ShapeError
-from pyggml.node import Cost, Node, Spec, op
+from pyggml.node import Node
+from pyggml.operation import op
 from pyggml.ops.rules import outer_slices, want_finite, want_type
+from pyggml.spec import Spec
+from pyggml.traits import Cost
 
 __all__ = ["rms_norm"]
 

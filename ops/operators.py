@@ -13,8 +13,10 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from pyggml.arguments import located
 from pyggml.errors import DTypeError, ShapeError
-from pyggml.node import Node, Op, located
+from pyggml.node import Node
+from pyggml.operation import Op
 from pyggml.ops.copy import repeat
 from pyggml.ops.elementwise import add, div, fill, mul, scale, sub
 from pyggml.ops.rules import repeats_into

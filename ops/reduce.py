@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from pyggml.arguments import located
 from pyggml.dtypes import I32
 from pyggml.errors import ShapeError
-from pyggml.node import Axis, Cost, Cut, Node, Slice, Spec, located, op
+from pyggml.node import Node
+from pyggml.operation import op
 from pyggml.ops.rules import (
     modulo_cut,
     outer_slices,
@@ -15,6 +17,8 @@ from pyggml.ops.rules import (
     want_rows,
     want_type,
 )
+from pyggml.spec import Spec
+from pyggml.traits import Axis, Cost, Cut, Slice
 
 __all__ = ["argmax", "argsort", "soft_max", "soft_max_ext", "sum_rows", "top_k"]
 

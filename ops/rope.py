@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
+from pyggml.arguments import located
 from pyggml.errors import ShapeError
-from pyggml.node import Axis, Cost, Cut, Node, Slice, Spec, located, op
+from pyggml.node import Node
+from pyggml.operation import op
 from pyggml.ops.rules import FLOATS, want_finite, want_index, want_ne, want_type
+from pyggml.spec import Spec
+from pyggml.traits import Axis, Cost, Cut, Slice
 
 __all__ = ["rope", "rope_ext"]
 

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from typing import Literal, TypeAlias
 
 from pyggml.errors import DTypeError, ShapeError
-from pyggml.node import Axis, Cut, Ne, Node, Slice
+from pyggml.node import Node
+from pyggml.spec import Ne
+from pyggml.traits import Axis, Cut, Slice
 
 #: The precision of a product or attention: "f32" allows nothing less than f32.
 Precision: TypeAlias = Literal["default", "f32"]

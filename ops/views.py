@@ -7,11 +7,15 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
+from pyggml.arguments import located
 from pyggml.dtypes import DType
 from pyggml.errors import DTypeError, ShapeError
-from pyggml.node import Axis, Cut, Ne, Node, Op, Slice, Spec, integers, located, op
+from pyggml.node import Node
+from pyggml.operation import Op, op
 from pyggml.ops.leaf import state_op
 from pyggml.ops.rules import AXES
+from pyggml.spec import Ne, Spec, integers
+from pyggml.traits import Axis, Cut, Slice
 
 __all__ = ["permute", "reshape", "state_of", "transpose", "view"]
 

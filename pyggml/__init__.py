@@ -38,7 +38,8 @@ from pyggml.errors import (
     UnsupportedOpError,
 )
 from pyggml.graph import Graph
-from pyggml.node import Node, label, labels, op
+from pyggml.node import Node, label, labels
+from pyggml.operation import op
 from pyggml.ops import *  # noqa: F403
 from pyggml.ops import BUILDERS as _ops
 from pyggml.renamed import NAMES as _RENAMED

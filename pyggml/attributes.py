@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -22,14 +20,14 @@ _PLAIN = frozenset({bool, int, float, str})
 class Attribute:
     """An attribute of an op.
 
-    kinds     types it accepts; empty if the annotation allows anything hashable
-    choices   values it accepts, if they are a fixed set
+    types     types that it accepts; empty if the annotation allows anything hashable
+    choices   values that it accepts, if they are a fixed set
     optional  whether it accepts None
     default   inspect.Parameter.empty if the attribute is required
     """
 
     name: str
-    kinds: frozenset[type]
+    types: frozenset[type]
     choices: tuple[Any, ...]
     optional: bool
     default: Any
@@ -37,29 +35,30 @@ class Attribute:
     @classmethod
     def of(cls, parameter: inspect.Parameter) -> Attribute:
         """The attribute declared by a keyword-only parameter of a shape rule."""
-        kinds, choices = _kinds(parameter.annotation)
-        optional = NoneType in kinds or parameter.default is None
-        kinds -= {NoneType}
-        return cls(parameter.name, kinds, choices, optional, parameter.default)
+        types, choices = _types_and_choices(parameter.annotation)
+        optional = NoneType in types or parameter.default is None
+        types -= {NoneType}
+        return cls(parameter.name, types, choices, optional, parameter.default)
 
     @property
     def required(self) -> bool:
+        """Whether a call must give the attribute."""
         return self.default is inspect.Parameter.empty
 
     @property
-    def takes(self) -> str:
-        """Its type in words: `float`, `int | None`, `one of 'asc', 'desc'`."""
+    def type_text(self) -> str:
+        """What it accepts, in words: `float`, `int | None`, `one of 'asc', 'desc'`."""
         if self.choices:
-            words = f"one of {', '.join(map(repr, self.choices))}"
+            text = f"one of {', '.join(map(repr, self.choices))}"
         else:
-            words = " | ".join(sorted(kind.__name__ for kind in self.kinds)) or "a hashable value"
-        return f"{words} | None" if self.optional else words
+            text = " | ".join(sorted(type_.__name__ for type_ in self.types)) or "a hashable value"
+        return f"{text} | None" if self.optional else text
 
     def value(self, op_name: str, value: Any) -> Any:
         """`value` as a plain hashable Python value; DTypeError or ShapeError if it is not valid."""
-        if type(value) in self.kinds and type(value) in _PLAIN and value == value:
-            return value  # the usual case; NaN, not equal to itself, falls through to its error
-        what = f"{op_name}: {self.name}="
+        if type(value) in self.types and type(value) in _PLAIN and value == value:
+            return value  # the usual case; NaN, not equal to itself, gets its error below
+        prefix = f"{op_name}: {self.name}="
         if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
             value = value.item()
         if isinstance(value, DType):
@@ -67,113 +66,74 @@ class Attribute:
         if value is None and self.optional:
             return None
         if self.choices:
-            return self._chosen(what, value)
-        if tuple in self.kinds:
-            return integers(what, value)
-        if self.kinds and not self._fits(value):
-            raise DTypeError(f"{what} takes {self.takes}, not {value!r} ({type(value).__name__})")
-        if float in self.kinds and isinstance(value, int):
+            return self._choice(prefix, value)
+        if tuple in self.types:
+            return integers(prefix, value)
+        if self.types and not self._has_type(value):
+            raise self._type_error(prefix, value)
+        if float in self.types and isinstance(value, int):
             try:
                 value = float(value)
             except OverflowError:
-                raise ShapeError(f"{what} is too large for a float") from None
+                raise ShapeError(f"{prefix} is too large for a float") from None
         if isinstance(value, float) and math.isnan(value):
-            raise ShapeError(f"{what} is NaN")
+            raise ShapeError(f"{prefix} is NaN")
         try:
             hash(value)
         except TypeError:
             raise DTypeError(
-                f"{what} must be hashable, because equal nodes are one node: {value!r} "
+                f"{prefix} must be hashable, because equal nodes are one node: {value!r} "
                 f"({type(value).__name__}) is not"
             ) from None
         return value
 
-    def _fits(self, value: Any) -> bool:
+    def _has_type(self, value: Any) -> bool:
+        """Whether `value` has an accepted type. An int counts as a float, a bool not as an int."""
         if isinstance(value, bool):
-            return bool in self.kinds
-        whole = isinstance(value, int) and float in self.kinds
-        return whole or isinstance(value, tuple(self.kinds))
+            return bool in self.types
+        is_float = isinstance(value, int) and float in self.types
+        return is_float or isinstance(value, tuple(self.types))
 
-    def _chosen(self, what: str, value: Any) -> Any:
+    def _choice(self, prefix: str, value: Any) -> Any:
         for choice in self.choices:
             if type(value) is type(choice) and value == choice:
                 return value
         if any(isinstance(value, type(choice)) for choice in self.choices):
             known = ", ".join(map(str, self.choices))
-            raise ShapeError(f"{what}{value!r} must be one of {known}")
-        raise DTypeError(f"{what} takes {self.takes}, not {value!r} ({type(value).__name__})")
+            raise ShapeError(f"{prefix}{value!r} must be one of {known}")
+        raise self._type_error(prefix, value)
+
+    def _type_error(self, prefix: str, value: Any) -> DTypeError:
+        got = f"{value!r} ({type(value).__name__})"
+        return DTypeError(f"{prefix} takes {self.type_text}, not {got}")
 
 
-def identity(value: Any) -> Any:
-    """A key that is equal only for values of equal type, value and sign of zero."""
-    if isinstance(value, float) and value == 0.0:
-        return (float, value, math.copysign(1.0, value))
-    return value if isinstance(value, str) else (type(value), value)
+def _types_and_choices(annotation: Any) -> tuple[frozenset[type], tuple[Any, ...]]:
+    """The types and choices that an annotation allows; both are empty if it allows anything.
 
-
-def signature_of(rule: Callable[..., Any]) -> inspect.Signature:
-    """The rule's signature with its annotations evaluated.
-
-    DTypeError if they cannot be evaluated, or if a parameter is neither a tensor nor a keyword.
+    None is represented by NoneType in the types.
     """
-    name = rule.__name__
-    try:
-        signature = inspect.signature(rule, eval_str=True)
-    except (NameError, AttributeError, SyntaxError, TypeError) as error:
-        raise DTypeError(
-            f"op {name}: cannot evaluate the annotations of its rule ({error}); they define its "
-            "attributes, so import their types at run time, not only under `if TYPE_CHECKING:`"
-        ) from None
-    for p in signature.parameters.values():
-        if p.kind is p.KEYWORD_ONLY:
-            continue
-        if p.kind is not p.POSITIONAL_OR_KEYWORD:
-            raise DTypeError(f"op {name}: {p} is not allowed; name every tensor and attribute")
-        if p.default not in (p.empty, None):
-            raise DTypeError(
-                f"op {name}: {p.name} has a default, so it is an attribute: put a * before it, "
-                f"{name}(a, *, {p.name}={p.default!r})"
-            )
-    return signature
-
-
-def _kinds(annotation: Any) -> tuple[frozenset[type], tuple[Any, ...]]:
-    """Types (NoneType for None) and choices that an annotation allows; both empty: anything."""
     origin = get_origin(annotation)
     if origin is Annotated:
-        return _kinds(get_args(annotation)[0])
+        return _types_and_choices(get_args(annotation)[0])
     if origin is Literal:
         values = get_args(annotation)
         none = frozenset({NoneType} if None in values else ())
         return none, tuple(value for value in values if value is not None)
     if origin in (Union, UnionType):
-        kinds: frozenset[type] = frozenset()
+        types: frozenset[type] = frozenset()
         choices: tuple[Any, ...] = ()
         for member in get_args(annotation):
-            member_kinds, member_choices = _kinds(member)
-            if not member_kinds and not member_choices:
+            member_types, member_choices = _types_and_choices(member)
+            if not member_types and not member_choices:
                 return frozenset(), ()
-            kinds, choices = kinds | member_kinds, choices + member_choices
-        return kinds, choices if not kinds - {NoneType} else ()
+            types, choices = types | member_types, choices + member_choices
+        return types, choices if not types - {NoneType} else ()
     if annotation is None:
         return frozenset({NoneType}), ()
     if annotation is DType:
         return frozenset({str}), ()  # stored by name
-    kind = origin or annotation
-    if isinstance(kind, type) and kind not in (Any, object, inspect.Parameter.empty):
-        return frozenset({kind}), ()
+    type_ = origin or annotation
+    if isinstance(type_, type) and type_ not in (Any, object, inspect.Parameter.empty):
+        return frozenset({type_}), ()
     return frozenset(), ()
-
-
-def near(wrong: str, known: list[str]) -> str:
-    """`; did you mean X?` for the most similar known name, or an empty string."""
-    close = difflib.get_close_matches(wrong, known, 1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def not_a_tensor(op_name: str, key: str, value: object) -> str:
-    """The message for an operand that is missing or not a node."""
-    if value is inspect.Parameter.empty:
-        return f"{op_name}: the tensor {key} is missing"
-    hint = "; wrap arrays with constant(...), or feed them through input(...)"
-    return f"{op_name}: {key} must be a node, not {type(value).__name__}{hint}"

@@ -1,4 +1,4 @@
-"""For authors of ops: the types and decorators to write shape, cost and slice rules with.
+"""For authors of ops: types and decorators for shape, cost and slice rules.
 
     import pyggml as gg
     from pyggml import define
@@ -9,6 +9,10 @@
 docs/adding-an-op.md has a complete op.
 """
 
-from pyggml.node import Axis, Cost, Cut, Ids, Node, Op, Slice, Spec, located, op
+from pyggml.arguments import located
+from pyggml.node import Node
+from pyggml.operation import Op, op
+from pyggml.spec import Spec
+from pyggml.traits import Axis, Cost, Cut, Ids, Slice
 
 __all__ = ["Axis", "Cost", "Cut", "Ids", "Node", "Op", "Slice", "Spec", "located", "op"]

@@ -1,4 +1,4 @@
-"""Graph: named outputs and everything they need, in an order where sources come first."""
+"""Graph: named outputs, and all nodes that they need, sorted so that sources come first."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 
 from pyggml.errors import DTypeError, GraphError
-from pyggml.node import Node, inherit, label_of, labels, line_of
+from pyggml.interning import inherit
+from pyggml.node import Node, Sources, label_of, labels, line_of
 
-Rebuild = Callable[[Node, tuple[Node | None, ...]], Node]
+Rebuild = Callable[[Node, Sources], Node]
 
 
 def toposort(
@@ -16,45 +17,40 @@ def toposort(
     before: Mapping[Node, tuple[Node, ...]] | None = None,
     stop: Callable[[Node], bool] | None = None,
 ) -> tuple[Node, ...]:
-    """Every node that `roots` need, sources first, depth first and left to right.
+    """All nodes that `roots` need, each after its sources: depth first, left to right.
 
-    before  further edges: nodes that must stand before the key. GraphError on a cycle
-    stop    where to end: such nodes are in the order, what only they need is not
+    before  node -> further nodes that must come before it. GraphError if this makes a cycle
+    stop    nodes for which this is true are included, but their sources are not visited
     """
     order: list[Node] = []
     done: dict[Node, bool] = {}  # False while a node waits for its sources
     stack: list[tuple[Node, bool]] = [(root, False) for root in reversed(list(roots))]
     while stack:
         node, ready = stack.pop()
-        if ready:
-            done[node] = True
-            order.append(node)
+        if not ready and node in done:
             continue
-        if node in done:
-            continue
-        if stop is not None and stop(node):
+        if ready or (stop is not None and stop(node)):
             done[node] = True
             order.append(node)
             continue
         done[node] = False
         stack.append((node, True))
-        wanted = [s for s in node.src if s is not None]
-        if before is not None and node in before:
-            wanted += before[node]
-        for source in reversed(wanted):
-            state = done.get(source)
-            if state is None:
+        sources = [s for s in node.src if s is not None]
+        if before is not None:
+            sources += before.get(node, ())
+        for source in reversed(sources):
+            if source not in done:
                 stack.append((source, False))
-            elif not state:
+            elif not done[source]:
                 raise GraphError(
                     f"{source!r} (at {line_of(source)}) must run before {node!r} "
-                    f"(at {line_of(node)}) and after it: read the handle that the write returned"
+                    f"(at {line_of(node)}) and after it; read the handle that the write returned"
                 )
     return tuple(order)
 
 
 def users_of(nodes: Iterable[Node]) -> dict[Node, list[Node]]:
-    """Who of `nodes` reads each of them, in order."""
+    """Node -> those of `nodes` that read it, in order; `nodes` must include all sources."""
     users: dict[Node, list[Node]] = {node: [] for node in nodes}
     for node in users:
         for source in node.src:
@@ -64,12 +60,16 @@ def users_of(nodes: Iterable[Node]) -> dict[Node, list[Node]]:
 
 
 class Graph:
-    """Outputs by name, updates (writes that no output reaches), and all nodes in order."""
+    """Named outputs, updates, and all nodes that they need.
+
+    updates  handles of writes to make even though no output depends on them
+    nodes    sorted: each node comes after its sources
+    """
 
     def __init__(self, outputs: Mapping[str, Node], updates: Iterable[Node] = ()) -> None:
         if not isinstance(outputs, Mapping) or isinstance(updates, Node):
             raise DTypeError(
-                "outputs are a dict of names to nodes, updates a list of handles: "
+                "outputs are a dict of names to nodes, updates a list of handles; "
                 f"got {outputs!r} and {updates!r}"
             )
         self.outputs = dict(outputs)
@@ -89,12 +89,12 @@ class Graph:
 
     @property
     def roots(self) -> tuple[Node, ...]:
-        """What is wanted: outputs, then updates."""
+        """The nodes to compute: outputs, then updates."""
         return (*self.outputs.values(), *self.updates)
 
     @cached_property
     def users(self) -> dict[Node, list[Node]]:
-        """Who reads each node, in order."""
+        """Node -> the nodes that read it, in order."""
         return users_of(self.nodes)
 
     def _check_names(self) -> None:
@@ -109,7 +109,10 @@ class Graph:
                 )
 
     def rewrite(self, rebuild: Rebuild) -> Graph:
-        """The graph with every node replaced by `rebuild(node, new sources)`, labels carried."""
+        """A new graph with `rebuild(node, new sources)` in place of each node.
+
+        The new nodes inherit the labels and lines of those that they replace.
+        """
         new: dict[Node, Node] = {}
         for node in self.nodes:
             src = tuple(None if s is None else new[s] for s in node.src)
@@ -118,7 +121,7 @@ class Graph:
         return Graph(outputs, [new[node] for node in self.updates])
 
     def __str__(self) -> str:
-        """Text form: a line a node, `%3 = mul_mat(%0, %2) f32 [64, 5]  "kq-0"`."""
+        """The graph as text, one line per node: `%3 = mul_mat(%0, %2) f32 [64, 5]  "kq-0"`."""
         index = {node: f"%{i}" for i, node in enumerate(self.nodes)}
         lines = [f"{index[n]} = {describe(n, index)}" for n in self.nodes]
         lines += [f"output {key!r} = {index[node]}" for key, node in self.outputs.items()]
@@ -126,19 +129,20 @@ class Graph:
         return "\n".join(lines)
 
 
-def rebuilt(node: Node, src: tuple[Node | None, ...]) -> Node:
-    """`node` over other sources of the same specs; the default step of `Graph.rewrite`."""
+def rebuilt(node: Node, src: Sources) -> Node:
+    """`node` with other sources of the same specs. Most functions for `Graph.rewrite` end here."""
     if src == node.src:
         return node
     return node.op.make(src, dict(node.attrs), node.spec, line=False)
 
 
 def describe(node: Node, index: Mapping[Node, str]) -> str:
-    """One node in words: op, sources, attributes that are not hidden, spec, labels."""
-    parts = [index.get(s, "?") if s is not None else "-" for s in node.src]
-    parts += [f"{k}={_short(v)}" for k, v in node.attrs.items() if k != "name" and v is not None]
-    names = "".join(f'  "{label}"' for label in labels(node))
-    return f"{node.op.name}({', '.join(parts)}) {node.spec}{names}"
+    """One node as text: op, sources, attributes, spec and labels."""
+    arguments = [index.get(s, "?") if s is not None else "-" for s in node.src]
+    attrs = {k: v for k, v in node.attrs.items() if k != "name" and v is not None}
+    arguments += [f"{key}={_short(value)}" for key, value in attrs.items()]
+    quoted = "".join(f'  "{label}"' for label in labels(node))
+    return f"{node.op.name}({', '.join(arguments)}) {node.spec}{quoted}"
 
 
 def _short(value: object) -> str:

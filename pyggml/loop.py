@@ -1,9 +1,9 @@
-"""The loop node: pieces of one computation, written once and run in turn.
+"""The loop node: a computation cut into pieces that run one after another.
 
-The pieces of a computation are one node: a body graph, how its sources are cut, and where results
-go. A first piece that differs (shorter, or the start of a sum) has a body of its own; there are
-never more than two. A body is lowered and placed once, and its arena is the scratch of the loop's
-step.
+All pieces are one node. It holds a body (a small graph that computes one piece), how the sources
+are cut, and where the results go. If the first piece differs, because it is shorter or starts a
+sum, it has its own body; there are never more than two. A body is lowered and placed once, and its
+arena is the scratch of the loop's step.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from itertools import product
 from math import prod
 
 from pyggml.graph import toposort
-from pyggml.node import Axis, Cost, Cut, Node, Op, Spec, cost_of
+from pyggml.node import Node
+from pyggml.operation import Op, cost_of
+from pyggml.spec import Spec
+from pyggml.traits import Axis, Cost, Cut
 
 
 @dataclass(frozen=True, slots=True)
 class Dim:
-    """A dimension that is cut: a first piece of `first` elements, then pieces of `step`."""
+    """A dimension of `total` elements, cut into a piece of `first`, then pieces of `step`."""
 
     total: int
     step: int
@@ -27,18 +30,20 @@ class Dim:
 
     @property
     def count(self) -> int:
+        """The number of pieces."""
         return 1 + (self.total - self.first) // self.step
 
     def start(self, index: int) -> int:
-        """Where piece `index` begins."""
+        """The first element of piece `index`."""
         return 0 if index == 0 else self.first + (index - 1) * self.step
 
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """How far along `axis` of an outer tensor a piece starts: cuts applied one after another.
+    """Where a piece starts along `axis` of a tensor.
 
-    dim   which of the loop's dimensions it follows
+    dim   the index of the loop's dimension that the start follows
+    maps  cuts to apply to the start along that dimension, one after another
     """
 
     dim: int
@@ -46,16 +51,20 @@ class Chain:
     maps: tuple[Cut, ...]
 
     def then(self, cut: Cut) -> Chain:
-        """One more cut. Cuts that change nothing are left out: deep graphs have long chains."""
-        step = replace(cut, axis=0)  # what it does to a start, whatever the axis
-        maps = (*self.maps, step)
-        if step == Cut(0):
+        """Where the piece starts in a source of this tensor, which is read as `cut` says.
+
+        Cuts that change nothing are left out, because deep graphs would have long chains.
+        """
+        mapping = replace(cut, axis=0)  # the axis does not change the arithmetic
+        maps = (*self.maps, mapping)
+        if mapping == Cut(0):
             maps = self.maps
-        elif maps[-2:] == (Cut(0, mul=step.div), step):  # (i * n) // n
+        elif maps[-2:] == (Cut(0, mul=mapping.div), mapping):  # (i * n) // n
             maps = self.maps[:-1]
         return Chain(self.dim, cut.axis, maps)
 
     def at(self, start: int) -> int:
+        """The start in the tensor, from the start along the loop's dimension."""
         for cut in self.maps:
             start = start * cut.mul // cut.div
             start = (start % cut.mod if cut.mod else start) + cut.add
@@ -64,7 +73,10 @@ class Chain:
 
 @dataclass(frozen=True, slots=True)
 class Take:
-    """A leaf of a body that stands for a part of the loop's source number `source`."""
+    """A leaf of a body, `piece`, whose data is a part of the loop's source number `source`.
+
+    chains  where the part starts, along each axis that is cut
+    """
 
     piece: Node
     source: int
@@ -73,7 +85,7 @@ class Take:
 
 @dataclass(frozen=True, slots=True)
 class Shift:
-    """An attribute of a body's node that grows by `per` for each element of the piece's start."""
+    """An attribute in a body that grows by `per` for each element that the piece starts later."""
 
     node: Node
     attr: str
@@ -83,11 +95,12 @@ class Shift:
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """One piece's computation.
+    """The computation of one piece.
 
-    out    its result; stands in the loop's result at the piece's place
-    takes  the leaves that are parts of the loop's sources
-    carry  a leaf that is the loop's result so far at that place, where pieces are merged
+    out     its result, a part of the loop's result
+    takes   the leaves whose data are parts of the loop's sources
+    shifts  the attributes that depend on where the piece starts
+    carry   if pieces are merged: the leaf that holds this part of the loop's result so far
     """
 
     out: Node
@@ -98,12 +111,12 @@ class Body:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Loop:
-    """What a loop node does: for every combination of pieces, run a body.
+    """The work of a loop node: run a body for each combination of pieces.
 
-    dims   the dimensions cut; the last turns fastest
-    fill   for each of dims the axis of the result it walks along, or the reduction it merges
-    first  the body of the first piece of the last dimension
-    rest   the body of all others, None where it is the same or there are none
+    dims   the dimensions that are cut; the last one varies fastest
+    fill   for each of `dims`, the axis of the result that it fills, or the reduction that it merges
+    first  the body of the first piece along the last dimension
+    rest   the body of all other pieces; None if it is the same or there are no others
     """
 
     dims: tuple[Dim, ...]
@@ -112,12 +125,13 @@ class Loop:
     rest: Body | None
 
     def pieces(self) -> Iterator[tuple[Body, tuple[int, ...]]]:
-        """Each piece: its body and its start along every dimension."""
+        """For each piece, its body and its start along every dimension."""
         for index in product(*(range(dim.count) for dim in self.dims)):
             body = self.first if self.rest is None or not any(index[-1:]) else self.rest
             yield body, tuple(dim.start(i) for dim, i in zip(self.dims, index))
 
     def bodies(self) -> tuple[Body, ...]:
+        """The different bodies: one or two."""
         return (self.first,) if self.rest is None else (self.first, self.rest)
 
     def __str__(self) -> str:
@@ -128,8 +142,8 @@ class Loop:
         return f"<{' '.join(cuts)}>"
 
 
-def _rule(*, loop: Loop, made: Spec) -> Spec:
-    return made
+def _rule(*, loop: Loop, spec: Spec) -> Spec:
+    return spec
 
 
 loop_op = Op(_rule, name="loop")
@@ -137,22 +151,22 @@ loop_op = Op(_rule, name="loop")
 
 @loop_op.cost
 def _(node: Node) -> Cost:
-    """What the pieces compute; sources and result are read and written once."""
+    """The work of all pieces; sources and result are read and written once."""
     loop: Loop = node.attrs["loop"]
-    runs = prod(dim.count for dim in loop.dims)
-    first = runs if loop.rest is None else runs // loop.dims[-1].count
-    counts = (first, runs - first)
+    pieces = prod(dim.count for dim in loop.dims)
+    firsts = pieces if loop.rest is None else pieces // loop.dims[-1].count
+    counts = (firsts, pieces - firsts)
     bodies = ((n, toposort([body.out])) for n, body in zip(counts, loop.bodies()))
     flops = sum(n * cost_of(inner).flops for n, nodes in bodies for inner in nodes)
-    moved = sum(s.spec.nbytes for s in node.src if s is not None) + node.spec.nbytes
-    return Cost(flops, float(moved))
+    nbytes = sum(s.spec.nbytes for s in node.src if s is not None) + node.spec.nbytes
+    return Cost(flops, float(nbytes))
 
 
-def make_loop(sources: tuple[Node, ...], loop: Loop, made: Spec) -> Node:
-    """The node that runs `loop` over `sources`."""
-    return loop_op.make(sources, {"loop": loop}, made, line=False)
+def make_loop(sources: tuple[Node, ...], loop: Loop, spec: Spec) -> Node:
+    """The node that runs `loop` over `sources`; its result has `spec`."""
+    return loop_op.make(sources, {"loop": loop}, spec, line=False)
 
 
 def loop_of(node: Node) -> Loop | None:
-    """The loop of a loop node, None for every other node."""
+    """The loop of a loop node; None for any other node."""
     return node.attrs["loop"] if node.op is loop_op else None

@@ -1,8 +1,8 @@
 """Spec: the type and size of a tensor.
 
-`ne` is in ggml's order, with the contiguous dimension first; `shape` is in NumPy's. There are
-always four dimensions inside; `rank` is what the caller gave, and what is shown. Sizes are at
-least 1.
+`ne` is in ggml's order, with the contiguous dimension first; `shape` is in NumPy's order. A Spec
+always has four dimensions, each at least 1. `rank` is how many of them the caller gave; `shape` and
+printing show only those.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Spec:
     """Type and size of a tensor.
 
     ne    ggml's order, ne[0] contiguous, always four numbers
-    rank  the number of dimensions that the caller gave and that printing shows
+    rank  the number of dimensions that the caller gave
     """
 
     dtype: DType
@@ -33,7 +33,10 @@ class Spec:
 
     @classmethod
     def of(cls, dtype: DTypeLike, ne: tuple[int, ...] | list[int], rank: int | None = None) -> Spec:
-        """A Spec whose sizes are checked: one to four, each at least 1, rows of whole blocks."""
+        """A checked Spec.
+
+        ShapeError unless there are one to four sizes, each at least 1, and ne[0] is whole blocks.
+        """
         element = dtype_of(dtype)
         sizes = integers("ne=", ne)
         if not 1 <= len(sizes) <= 4:

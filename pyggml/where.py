@@ -21,6 +21,6 @@ def user_line() -> tuple[str, int]:
 def at_line(error: PyggmlError, text: str) -> PyggmlError:
     """`error` with `text` and the user's line as its message."""
     file, number = user_line()
-    place = f"; at {file}:{number}"
-    error.args = (text if place in text else text + place, *error.args[1:])
+    line = f"; at {file}:{number}"
+    error.args = (text if line in text else text + line, *error.args[1:])
     return error

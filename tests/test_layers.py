@@ -11,9 +11,9 @@ import pytest
 
 TOP = Path(__file__).parent.parent
 LAYERS = (  # a module may import from its own layer and from earlier ones
-    "pyggml.errors pyggml.where pyggml.renamed pyggml.written",
+    "pyggml.errors pyggml.where pyggml.renamed pyggml.writes",
     "pyggml.dtypes pyggml.quants pyggml.spec pyggml.traits pyggml.attributes",
-    "pyggml.node pyggml.arithmetic",
+    "pyggml.arithmetic pyggml.node pyggml.interning pyggml.arguments pyggml.operation",
     "pyggml.graph pyggml.loop pyggml.transfer",
     "pyggml.ops",
     "pyggml.backends",
@@ -23,7 +23,11 @@ LAYERS = (  # a module may import from its own layer and from earlier ones
     "pyggml.viz pyggml.cli pyggml.__main__ pyggml pyggml.define",
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
-CONCRETE = {"node", "loop", "transfer", "ops", "dtypes", "quants", "errors", "traits"}
+#: Modules that backends may use, next to SHARED.
+CONCRETE = {
+    "node", "operation", "loop", "transfer", "ops",
+    "dtypes", "quants", "errors", "spec", "traits",
+}  # fmt: skip
 #: Modules of backends/ that every backend may use.
 SHARED = {"base", "table", "host", "host_memory", "host_runner"}
 FILES = [f for d in ("pyggml", "ops", "backends") for f in sorted((TOP / d).rglob("*.py"))]

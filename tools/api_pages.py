@@ -45,7 +45,7 @@ def write(folder: Path) -> None:
     """Write the pages with pdoc and the template in docs/api."""
     import pdoc
 
-    from pyggml.node import Op
+    from pyggml.operation import Op
 
     package = import_module("pyggml")
     for name in package.__all__:

@@ -21,8 +21,9 @@ from pyggml.backends.cuda.device.cublas import Cublas
 from pyggml.backends.cuda.runner import CudaRunner
 from pyggml.backends.cuda.weights import packing
 from pyggml.errors import DeviceError
-from pyggml.node import Node, Spec, label_of
+from pyggml.node import Node, label_of
 from pyggml.ops.leaf import data_of
+from pyggml.spec import Spec
 from pyggml.transfer import origin
 
 # Importing a module registers its kernels.

@@ -14,7 +14,8 @@ from typing import Any
 
 from pyggml.backends.base import Step
 from pyggml.backends.cuda.launch import Call
-from pyggml.node import Node, Op
+from pyggml.node import Node
+from pyggml.operation import Op
 from pyggml.ops.leaf import state_op
 
 

@@ -8,7 +8,7 @@ from math import prod
 import numpy as np
 
 from pyggml.backends.cuda.launch import Operand
-from pyggml.node import Ne
+from pyggml.spec import Ne
 
 #: Default number of threads per block.
 THREADS = 256

@@ -20,7 +20,8 @@ import numpy as np
 from pyggml.backends.cuda.table import ALIGNMENT
 from pyggml.dtypes import F32, DType
 from pyggml.errors import PyggmlError
-from pyggml.node import Ne, Node
+from pyggml.node import Node
+from pyggml.spec import Ne
 
 Dim3 = tuple[int, int, int]
 

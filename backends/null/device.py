@@ -19,7 +19,8 @@ from pyggml.backends.null.queue import Queue
 from pyggml.backends.null.runner import NullRunner, room_for_weights
 from pyggml.errors import DeviceError, OutOfMemoryError
 from pyggml.loop import loop_of
-from pyggml.node import Node, Spec
+from pyggml.node import Node
+from pyggml.spec import Spec
 
 
 class NullDevice:

@@ -11,7 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from pyggml.errors import DTypeError, GraphError, UnknownNameError
 from pyggml.graph import Graph, rebuilt
-from pyggml.node import Node, inherit, label_of
+from pyggml.interning import inherit
+from pyggml.node import Node, label_of
 from pyggml.ops import input, state_of
 from pyggml.ops.leaf import constant_op, data_of, input_op, state_op
 from pyggml.parity.case import Case, Source

@@ -16,9 +16,10 @@ from pyggml.backends.base import Address, Backend, Buffer, Runner, own_nodes
 from pyggml.dtypes import dtype
 from pyggml.errors import PyggmlError
 from pyggml.graph import Graph
-from pyggml.node import Ne, Node, Spec
+from pyggml.node import Node
 from pyggml.ops.leaf import constant_op, data_of
 from pyggml.passes.work import Work
+from pyggml.spec import Ne, Spec
 
 Array = NDArray[Any]
 

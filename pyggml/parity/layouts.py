@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from pyggml import ops
 from pyggml.dtypes import DType
-from pyggml.node import Node, Spec
+from pyggml.node import Node
+from pyggml.spec import Spec
 
 Array = NDArray[Any]
 Ne = tuple[int, ...]

@@ -18,7 +18,8 @@ import numpy as np
 from pyggml import backends
 from pyggml.backends.base import Address, Step
 from pyggml.dtypes import dtype
-from pyggml.node import Node, Spec
+from pyggml.node import Node
+from pyggml.spec import Spec
 
 
 @dataclass(slots=True)

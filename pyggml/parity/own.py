@@ -13,7 +13,7 @@ from typing import Any
 
 from pyggml import ops
 from pyggml.errors import GraphError, PyggmlError, UnknownNameError
-from pyggml.node import Op
+from pyggml.operation import Op
 from pyggml.parity import case
 from pyggml.parity.fuzz_draw import Draw
 

@@ -15,7 +15,7 @@ from typing import Any
 from pyggml.backends.base import Backend, Runner
 from pyggml.errors import DeviceError, GraphError, PyggmlError, UnknownNameError, UnsupportedOpError
 from pyggml.graph import Graph
-from pyggml.node import cost_of
+from pyggml.operation import cost_of
 from pyggml.parity.case import Case, build, op_of
 from pyggml.parity.check import check
 from pyggml.parity.graph_case import GraphCase, is_graph

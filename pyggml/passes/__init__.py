@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextvars import copy_context
 from functools import reduce
 
-from pyggml.node import rewriting
+from pyggml.interning import rewriting
 from pyggml.passes.assign import assign
 from pyggml.passes.budget import within_budget
 from pyggml.passes.cross import cross

@@ -13,8 +13,10 @@ from dataclasses import replace
 from pyggml.backends.base import Backend
 from pyggml.errors import GraphError, UnsupportedOpError
 from pyggml.graph import Graph, rebuilt, toposort
+from pyggml.interning import inherit
 from pyggml.loop import loop_op
-from pyggml.node import Node, cost_of, inherit, label_of, line_of, stand_at
+from pyggml.node import Node, copy_line, label_of, line_of
+from pyggml.operation import cost_of
 from pyggml.ops.leaf import constant_op, state_op
 from pyggml.ops.views import bases
 from pyggml.passes.work import Expanded, Work
@@ -228,7 +230,7 @@ def _in_parts(node: Node, settle: Callable[[Node, Node], Node]) -> Node:
     done = {s: s for s in node.src if s is not None}
     for part in toposort([meant], stop=frozenset(done).__contains__):
         if part not in done:
-            new = rebuilt(stand_at(part, node), tuple(s and done[s] for s in part.src))
+            new = rebuilt(copy_line(part, node), tuple(s and done[s] for s in part.src))
             simple = new.op.leaf or new.op.view is not None
             done[part] = inherit(new if simple else settle(new, part), part)
     return done[meant]

@@ -11,11 +11,12 @@ from pyggml.backends.base import Backend, Step
 from pyggml.errors import BudgetError
 from pyggml.graph import Graph, rebuilt, toposort
 from pyggml.loop import loop_of
-from pyggml.node import Axis, Node, label_of, line_of
+from pyggml.node import Node, label_of, line_of
 from pyggml.passes.cut import Region, cut, standalone, structure
 from pyggml.passes.order import state_edges
 from pyggml.passes.regions import regions, score_tensors
 from pyggml.passes.work import Work
+from pyggml.traits import Axis
 
 Finish = Callable[[Work], Work]
 Cuts = tuple[tuple[Axis, int], ...]

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from pyggml.backends.base import Backend
 from pyggml.graph import Graph, rebuilt
-from pyggml.node import Node, inherit
+from pyggml.interning import inherit
+from pyggml.node import Node
 from pyggml.ops.leaf import constant_op, input_op
 from pyggml.ops.views import state_of, view, view_op
 from pyggml.passes.order import check_order

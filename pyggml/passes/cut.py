@@ -10,11 +10,15 @@ from typing import Any, TypeAlias, TypeVar
 
 from pyggml.errors import ShapeError
 from pyggml.graph import rebuilt, toposort
+from pyggml.interning import inherit
 from pyggml.loop import Body, Chain, Dim, Loop, Shift, Take, loop_op, make_loop
-from pyggml.node import Axis, Node, Slice, Spec, inherit, slice_of
+from pyggml.node import Node
+from pyggml.operation import slice_of
 from pyggml.ops.attention import flash_attn_ext
 from pyggml.ops.leaf import piece_op
 from pyggml.ops.merge import lse_finish, lse_sum
+from pyggml.spec import Spec
+from pyggml.traits import Axis, Slice
 
 Cuts = Sequence[tuple[Axis, int]]
 T = TypeVar("T")

@@ -11,9 +11,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 from pyggml.backends.base import Spot, Step, own_nodes
-from pyggml.node import Ne, Node
+from pyggml.node import Node
 from pyggml.passes.arena import Interval, live_bytes, pack
 from pyggml.passes.work import Arena, Placement, Work
+from pyggml.spec import Ne
 
 
 def place(work: Work) -> Work:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from pyggml.graph import Graph, toposort
-from pyggml.node import Axis, Node, slice_of
+from pyggml.node import Node
+from pyggml.operation import slice_of
 from pyggml.ops.attention import flash_attn_ext
 from pyggml.ops.copy import cast, cont
 from pyggml.ops.elementwise import add, scale, tanh
@@ -18,6 +19,7 @@ from pyggml.ops.leaf import state_op
 from pyggml.ops.linear import mul_mat
 from pyggml.ops.reduce import soft_max_ext
 from pyggml.passes.cut import Region
+from pyggml.traits import Axis
 
 #: Flash attention over expanded keys: groups of heads, streams, blocks of keys, then all at once.
 _FLASH_WAYS: tuple[tuple[Axis, ...], ...] = ((1,), (1, 3), ("kv",), (1, 3, "kv"))

@@ -15,8 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 from pyggml.backends.base import Given
 from pyggml.dtypes import DType
 from pyggml.errors import DTypeError, ShapeError
-from pyggml.node import Spec
 from pyggml.quants import encode_rows
+from pyggml.spec import Spec
 
 
 def raw_type(dtype: DType) -> np.dtype[Any]:

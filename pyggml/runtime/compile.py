@@ -19,7 +19,7 @@ from pyggml.runtime.misuse import stale_reads
 from pyggml.runtime.plan import Plan
 from pyggml.runtime.planned import Request
 from pyggml.runtime.store import Store
-from pyggml.written import note_graph
+from pyggml.writes import note_graph
 
 
 def compile(

@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from pyggml.backends.base import Address, Backend, Buffer, Given
 from pyggml.dtypes import TYPES
 from pyggml.errors import DTypeError, GraphError, ShapeError, UnknownNameError
-from pyggml.node import Node, Spec
+from pyggml.node import Node
 from pyggml.ops.leaf import input_op
 from pyggml.runtime.arrays import check, stored
 from pyggml.runtime.leaves import Need
 from pyggml.runtime.misuse import Limit
 from pyggml.runtime.store import Store
+from pyggml.spec import Spec
 from pyggml.transfer import origin
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from pyggml.backends.base import Address, Backend, WeightLayout
-from pyggml.node import Node, Spec
+from pyggml.node import Node
 from pyggml.ops.leaf import constant_op, data_of, state_op
+from pyggml.spec import Spec
 from pyggml.transfer import origin
 
 #: Called after each weight that is uploaded: bytes uploaded so far, bytes in total.

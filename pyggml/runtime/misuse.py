@@ -20,7 +20,7 @@ from pyggml.ops.copy import set_rows
 from pyggml.ops.leaf import input_op
 from pyggml.ops.views import view_op
 from pyggml.passes.order import versions
-from pyggml.written import Write, writes_of
+from pyggml.writes import Write, writes_of
 
 # -- checks of the graph --------------------------------------------------------------------------
 

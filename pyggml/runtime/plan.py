@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from pyggml.backends.base import Address, Runner, Step
 from pyggml.errors import DeviceError, DTypeError, OutOfMemoryError
 from pyggml.graph import Graph
-from pyggml.node import Node, Spec
+from pyggml.node import Node
 from pyggml.ops.leaf import constant_op, data_of
 from pyggml.passes.work import Split, Work
 from pyggml.quants import decode_rows
@@ -23,6 +23,7 @@ from pyggml.runtime.memory import Memory
 from pyggml.runtime.planned import Planned, Request
 from pyggml.runtime.report import Profile, plan_text
 from pyggml.runtime.store import Store
+from pyggml.spec import Spec
 
 T = TypeVar("T")
 Arrays = Mapping[str, object] | None

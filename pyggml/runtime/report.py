@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pyggml.backends.base import Step
-from pyggml.node import Node, cost_of, labels
+from pyggml.node import Node, labels
+from pyggml.operation import cost_of
 from pyggml.passes.work import Split, Work
 from pyggml.runtime.memory import mib
 from pyggml.transfer import origin, transfer

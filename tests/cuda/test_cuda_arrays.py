@@ -16,7 +16,7 @@ from pyggml import backends
 from pyggml.backends.base import Address
 from pyggml.backends.cuda.device import dlpack, pinned
 from pyggml.dtypes import dtype
-from pyggml.node import Spec
+from pyggml.spec import Spec
 from tests.cuda.conftest import Machine
 from tests.cuda.foreign import Capsule, CuPy, Interface
 

@@ -16,10 +16,10 @@ from pyggml.backends.cuda.device import cublas
 from pyggml.backends.cuda.device.pinned import RING
 from pyggml.backends.cuda.launch import WORKSPACE, Gemm
 from pyggml.dtypes import dtype
-from pyggml.node import Spec
 from pyggml.parity.case import build
 from pyggml.parity.cases import cases
 from pyggml.runtime.plan import Plan
+from pyggml.spec import Spec
 from tests.cuda.allocations import ALLOCATIONS
 from tests.cuda.conftest import Machine
 from tests.cuda.test_recording import steps_of

@@ -1,4 +1,4 @@
-"""What ops take: attributes by the annotations of their rule, in words that help."""
+"""Arguments of ops: attributes follow the annotations of the shape rule; errors and help."""
 
 import inspect
 import pydoc
@@ -10,9 +10,11 @@ import pytest
 import pyggml as gg
 from pyggml.dtypes import dtype
 from pyggml.errors import DTypeError, ShapeError
-from pyggml.node import Node, Op, Spec
+from pyggml.node import Node
+from pyggml.operation import Op
+from pyggml.spec import Spec
 
-# No `from __future__ import annotations` here: these annotations are classes, not text.
+# Without `from __future__ import annotations`, these annotations are classes; with it, strings.
 
 
 @gg.op
@@ -95,12 +97,12 @@ def test_a_spec_by_the_name_of_its_type() -> None:
         Spec.of("f33", (4,))
 
 
-def test_a_call_of_another_form_is_shown() -> None:
+def test_an_error_shows_how_to_call_the_builder() -> None:
     with pytest.raises(DTypeError, match=r"call it as input\(name, .*\*, ne=None, shape=None\)"):
         gg.input("x", "f32", (4,))  # type: ignore[call-arg]
 
 
-def test_a_type_error_inside_a_builder_is_its_own() -> None:
+def test_a_type_error_inside_a_builder_is_not_changed() -> None:
     class Odd:
         def __array__(self, *_: Any, **__: Any) -> Any:
             raise TypeError("an odd array")
@@ -109,7 +111,7 @@ def test_a_type_error_inside_a_builder_is_its_own() -> None:
         gg.constant(Odd())
 
 
-def test_right_arguments_are_plain_values() -> None:
+def test_attributes_become_plain_values() -> None:
     node = every(x, maybe=np.float32(0.5), n=np.int64(3), sizes=[1, 2], kind=dtype("f16"), way="up")
     assert node.attrs == {"n": 3, "maybe": 0.5, "flag": False, "way": "up", "sizes": (1, 2),
                           "kind": "f16", "free": None, "bare": None}  # fmt: skip
@@ -118,7 +120,7 @@ def test_right_arguments_are_plain_values() -> None:
     assert type(leaky(x, slope=1).attrs["slope"]) is float
 
 
-def test_equal_attributes_are_one_node_and_others_are_not() -> None:
+def test_nodes_are_equal_if_and_only_if_their_attributes_are() -> None:
     assert leaky(x, slope=0) is leaky(x, slope=0.0) is leaky(x, slope=np.float64(0))
     assert leaky(x, slope=-0.0) is leaky(x, slope=-0.0) is not leaky(x, slope=0.0)
     assert str(leaky(x, slope=-0.0).attrs["slope"]) == "-0.0"
@@ -132,13 +134,14 @@ def test_the_sign_of_a_zero_reaches_the_kernel() -> None:
     assert np.signbit(y["minus"]).all() and not np.signbit(y["plus"]).any()
 
 
-def refused(rule: Any) -> str:
+def error_of(rule: Any) -> str:
+    """The message of the error that making `rule` an op raises."""
     with pytest.raises(DTypeError) as caught:
         gg.op(rule)
     return str(caught.value)
 
 
-def test_rules_that_cannot_be_an_op() -> None:
+def test_rules_that_cannot_become_ops() -> None:
     def no_star(a: Node, slope: float = 0.01) -> Spec:
         return a.spec
 
@@ -148,9 +151,9 @@ def test_rules_that_cannot_be_an_op() -> None:
     def unknown(a: Node, *, way: "Unknown") -> Spec:  # type: ignore[name-defined]  # noqa: F821
         return a.spec
 
-    assert "put a * before it, no_star(a, *, slope=0.01)" in refused(no_star)
-    assert "op many: *a: " in refused(many)
-    assert "name 'Unknown' is not defined" in refused(unknown)
+    assert "put a * before it: no_star(a, *, slope=0.01)" in error_of(no_star)
+    assert "op many: *a: " in error_of(many)
+    assert "name 'Unknown' is not defined" in error_of(unknown)
 
 
 @pytest.mark.parametrize(
@@ -158,11 +161,11 @@ def test_rules_that_cannot_be_an_op() -> None:
     [(x, "return node.spec"), (None, "not NoneType"), ((4,), "not tuple"), ((x, {}), "not tuple")],
 )
 def test_a_rule_that_returns_no_spec(result: Any, hint: str) -> None:
-    def crooked(a: Node) -> Spec:
+    def broken(a: Node) -> Spec:
         return result  # type: ignore[no-any-return]
 
-    with pytest.raises(DTypeError, match=r"crooked\(x\): its rule must return a Spec") as caught:
-        gg.op(crooked)(x)
+    with pytest.raises(DTypeError, match=r"broken\(x\): its rule must return a Spec") as caught:
+        gg.op(broken)(x)
     assert hint in str(caught.value) and __file__ in str(caught.value)
 
 
@@ -185,4 +188,4 @@ def test_every_op_has_a_signature_for_help() -> None:
     assert len(ops) > 40
     for op in ops:
         assert inspect.signature(op).return_annotation is Node
-        assert inspect.isroutine(op), "pydoc shows what is none as an object with a long repr"
+        assert inspect.isroutine(op), "otherwise pydoc shows a long repr"

@@ -36,7 +36,7 @@ def test_operators_compute_what_numpy_computes(apply: Callable[..., Any], number
         "minus": -X,
     }
     x, y = VALUES["x"], VALUES["y"]
-    want = {
+    expected = {
         "both": apply(x, x),
         "large_small": apply(x, y),
         "small_large": apply(y, x),
@@ -45,7 +45,7 @@ def test_operators_compute_what_numpy_computes(apply: Callable[..., Any], number
         "minus": -x,
     }
     results = gg.compile(nodes).run(VALUES)
-    for key, values in want.items():
+    for key, values in expected.items():
         assert results[key].shape == values.shape
         np.testing.assert_allclose(results[key], values, rtol=1e-6, err_msg=key)
 
@@ -68,10 +68,11 @@ def test_nodes_are_compared_by_identity() -> None:
 
 
 @pytest.mark.parametrize("call", [lambda: X @ Y, lambda: X @ np.ones(3), lambda: np.ones(3) @ X])
-def test_matmul_says_what_to_write(call: Callable[[], object]) -> None:
-    with pytest.raises(TypeError, match=r"use mul_mat.*inner dimension is ne\[0\].*; at ") as told:
+def test_matmul_error_suggests_mul_mat(call: Callable[[], object]) -> None:
+    hint = r"use mul_mat.*inner dimension is ne\[0\].*; at "
+    with pytest.raises(TypeError, match=hint) as caught:
         call()
-    assert __file__ in str(told.value)
+    assert __file__ in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -89,9 +90,9 @@ def test_matmul_says_what_to_write(call: Callable[[], object]) -> None:
     ],
 )
 def test_errors_of_operators(call: Callable[[], object], error: type[Exception], text: str) -> None:
-    with pytest.raises(error) as told:
+    with pytest.raises(error) as caught:
         call()
-    assert text in str(told.value) and f"; at {__file__}:" in str(told.value)
+    assert text in str(caught.value) and f"; at {__file__}:" in str(caught.value)
 
 
 @pytest.mark.parametrize("dtype", ["f16", "F16", np.float16, np.dtype("f2"), H.dtype, H.dtype.name])
@@ -105,9 +106,9 @@ def test_builders_take_types_of_ggml_and_of_numpy(dtype: Any) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "f17", np.complex64, bool, ">f4"])
 def test_unknown_types_are_errors(dtype: Any) -> None:
-    with pytest.raises(DTypeError, match="unknown type") as told:
+    with pytest.raises(DTypeError, match="unknown type") as caught:
         gg.cast(X, dtype=dtype)
-    assert ("did you mean 'f16'?" in str(told.value)) == (dtype == "float16")
+    assert ("did you mean 'f16'?" in str(caught.value)) == (dtype == "float16")
 
 
 def test_composed_builders() -> None:

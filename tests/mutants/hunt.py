@@ -1,6 +1,6 @@
-"""The mutation test: cases that all pass with a wrong kernel cannot be trusted.
+"""The mutation test: for every wrong kernel, at least one test case must fail.
 
-Each mutant replaces the right function in the NumPy backend or in an op. Then cases of its op run
+Each mutant replaces a correct function of the NumPy backend or of an op. Then cases of its op run
 until one fails.
 """
 
@@ -23,8 +23,8 @@ MUTANTS = (*values.MUTANTS, *layers.MUTANTS, *meanings.MUTANTS)
 
 
 @dataclass(frozen=True, slots=True)
-class Hunted:
-    """A mutant, the case that killed it (empty where it survived), and why that case failed."""
+class Fate:
+    """A mutant, the case that killed it (empty if none did), and why that case failed."""
 
     op: str
     what: str
@@ -33,25 +33,25 @@ class Hunted:
 
 
 def in_grid(op: str) -> Iterator[Case]:
-    """The small grid's cases of an op."""
+    """The cases of an op in the small grid."""
     return (case for case in cases() if case.op == op)
 
 
 def hunt(
     mutants: Iterable[Mutant] = MUTANTS, cases_of: Callable[[str], Iterable[Case]] = in_grid
-) -> Iterator[Hunted]:
-    """The fate of each mutant among the cases of its op."""
+) -> Iterator[Fate]:
+    """Run each mutant with the cases of its op until one fails."""
     for mutant in mutants:
         with installed(mutant):
             outcomes = (tested(case, "numpy") for case in cases_of(mutant.op))
             failure = next((outcome for outcome in outcomes if outcome.status == "fail"), None)
         case, why = (failure.case, failure.why) if failure else ("", "")
-        yield Hunted(mutant.op, mutant.what, case, why)
+        yield Fate(mutant.op, mutant.what, case, why)
 
 
 @contextmanager
 def installed(mutant: Mutant) -> Iterator[None]:
-    """Inside the context the mutant runs instead of the right function."""
+    """Inside the context, the mutant runs in place of the correct function."""
     op: Any = getattr(ops, mutant.op)
     device: Any = backends.get("numpy")
     with restored("numpy") as table:

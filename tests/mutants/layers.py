@@ -18,10 +18,10 @@ def _half(a: Any) -> Any:
 
 # -- rope ---------------------------------------------------------------------------------------
 
-mutant("rope_ext", "the other pairs")(
+mutant("rope_ext", "rotates the other mode's pairs")(
     changed(mode=lambda old: "neox" if old == "normal" else "normal")
 )
-mutant("rope_ext", "from the first element on, without the offset")(changed(offset=0))
+mutant("rope_ext", "ignores the offset")(changed(offset=0))
 mutant("rope_ext", "rotates in the other direction")(instead(1, np.negative))
 mutant("rope_ext", "positions in f16")(instead(1, lambda pos: pos.astype(np.float16).astype("i4")))
 mutant("rope_ext", "multiplies by the frequency factors")(instead(2, lambda f: 1 / f))
@@ -47,7 +47,7 @@ def _tiled(a: Any, b: Any) -> Any:
     return np.tile(a, (b.shape[0] // len(a), b.shape[1] // a.shape[1], 1, 1))
 
 
-@mutant("mul_mat", "a's head by i % r, not i // r")
+@mutant("mul_mat", "takes a's matrix i % r, not i // r")
 def _(right: Any, out: Any, a: Any, b: Any, **attrs: Any) -> None:
     plain = isinstance(a, np.ndarray) and a.dtype == np.float32 and isinstance(b, np.ndarray)
     if plain and out.dtype == b.dtype == np.float32:
@@ -78,7 +78,7 @@ def _(right: Any, out: Any, a: Any, b: Any, **attrs: Any) -> None:
     right(out, a, b, **attrs)
 
 
-@mutant("mul_mat", "leaves the last row of an odd number unwritten")
+@mutant("mul_mat", "does not write the last row of an odd number of rows")
 def _(right: Any, out: Any, a: Any, b: Any, **attrs: Any) -> None:
     old = out[..., -1].copy()
     right(out, a, b, **attrs)
@@ -97,7 +97,7 @@ mutant("mul_mat_id", "the next expert")(
 mutant("mul_mat_id", "b rounded to f16")(instead(1, _half))
 
 
-@mutant("mul_mat_id", "b's row by e // r, not e % n_b")
+@mutant("mul_mat_id", "takes row e // r of b, not e % n_b")
 def _(right: Any, out: Any, experts: Any, b: Any, ids: Any, **attrs: Any) -> None:
     right(out, experts, stretched(b, (1, b.shape[1], ids.shape[3], b.shape[3])), ids, **attrs)
 
@@ -133,18 +133,18 @@ mutant(FLASH, "the mask off by one key")(instead(3, lambda mask: np.roll(mask, 1
 mutant(FLASH, "the mask off by one query")(instead(3, lambda mask: np.roll(mask, 1, axis=2)))
 mutant(FLASH, "without the soft cap")(changed(logit_softcap=0.0))
 mutant(FLASH, "without ALiBi")(changed(max_bias=0.0))
-mutant(FLASH, "slopes from the first head on in every part")(changed(head0=0))
+mutant(FLASH, "ignores head0")(changed(head0=0))
 mutant(FLASH, "without sinks")(without(4))
-mutant(FLASH, "sees one key too many")(instead(5, lambda length: length + 1))
-mutant(FLASH, "sees all keys")(without(5))
-mutant(FLASH, "without kv0")(changed(kv0=0))
+mutant(FLASH, "kv_len is one too large")(instead(5, lambda length: length + 1))
+mutant(FLASH, "ignores kv_len")(without(5))
+mutant(FLASH, "ignores kv0")(changed(kv0=0))
 mutant(FLASH, "sums in f16")(then(lambda out: np.copyto(out, _half(out))))
 mutant(FLASH, "the first sequence's queries for all")(
     instead(0, lambda q: np.broadcast_to(q[:1], q.shape))
 )
 
 
-@mutant(FLASH, "k's head by h % r, not h // r")
+@mutant(FLASH, "takes k's head h % r, not h // r")
 def _(right: Any, out: Any, q: Any, k: Any, v: Any, *sources: Any, **attrs: Any) -> None:
     if isinstance(k, np.ndarray):
         ratio = q.shape[1] // k.shape[1]
@@ -159,7 +159,7 @@ def _(right: Any, out: Any, q: Any, k: Any, v: Any, *sources: Any, **attrs: Any)
 mutant(FLASH, "the next head's mask")(instead(3, lambda mask: np.roll(mask, 1, axis=1)))
 
 
-@mutant(FLASH, "weighs hidden NaN by 0")
+@mutant(FLASH, "multiplies hidden NaN by 0")
 def _(right: Any, out: Any, q: Any, k: Any, v: Any, *sources: Any, **attrs: Any) -> None:
     right(out, q, k, v, *sources, **attrs)
     if isinstance(v, np.ndarray):
@@ -167,7 +167,7 @@ def _(right: Any, out: Any, q: Any, k: Any, v: Any, *sources: Any, **attrs: Any)
         out[..., : v.shape[3]] += nan[:, None]
 
 
-@mutant(FLASH, "drops NaN that a row sees")
+@mutant(FLASH, "replaces NaN that a row sees by 0")
 def _(right: Any, out: Any, q: Any, k: Any, v: Any, *sources: Any, **attrs: Any) -> None:
     if isinstance(k, np.ndarray) and isinstance(v, np.ndarray):
         k, v = (np.where(np.isfinite(x), x, x.dtype.type(0)) for x in (k, v))
@@ -182,7 +182,7 @@ def _(right: Any, out: Any, q: Any, k: Any, v: Any, mask: Any, *sources: Any, **
     right(out, q, k, v, mask, *sources, **attrs)
 
 
-@mutant(FLASH, "v from the start of k's rows")
+@mutant(FLASH, "reads v at the start of k's rows")
 def _(right: Any, out: Any, q: Any, k: Any, v: Any, *sources: Any, **attrs: Any) -> None:
     if isinstance(k, np.ndarray) and isinstance(v, np.ndarray) and np.may_share_memory(k, v):
         v = k[..., : v.shape[3]]

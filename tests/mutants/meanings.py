@@ -52,7 +52,7 @@ def _(right: Any, up: Node, gate: Node, b: Node, ids: Node, **attrs: Any) -> Nod
 
 
 def _stored(order: Any) -> Wrong:
-    """Weights whose stored array is in another order."""
+    """A mutant that stores a weight's data in another order."""
 
     def run(right: Any, constant: Node, layout: Any, data: Any) -> Any:
         return right(constant, layout, np.ascontiguousarray(order(data)))
@@ -60,18 +60,18 @@ def _stored(order: Any) -> Wrong:
     return run
 
 
-weight("mul_mat", "rows from the last to the first")(_stored(lambda a: a[..., ::-1, :]))
-weight("mul_mat_id", "experts from the last to the first")(_stored(lambda a: a[:, ::-1]))
+weight("mul_mat", "rows in reverse order")(_stored(lambda a: a[..., ::-1, :]))
+weight("mul_mat_id", "experts in reverse order")(_stored(lambda a: a[:, ::-1]))
 weight("add", "the first row for all")(_stored(lambda a: np.broadcast_to(a[..., :1, :], a.shape)))
 
 
-@weight("mul_mat", "columns after columns where they are floats")
+@weight("mul_mat", "floats stored by columns")
 @_stored
 def _(a: Any) -> Any:
     return a if a.dtype == np.uint8 else a.swapaxes(-1, -2).reshape(a.shape)
 
 
-@weight("get_rows", "the bytes of a row's blocks in two planes")
+@weight("get_rows", "a row's even bytes before its odd ones")
 @_stored
 def _(a: Any) -> Any:
     if a.dtype != np.uint8:

@@ -1,8 +1,8 @@
-"""Wrong kernels, made from the right one in a line.
+"""Wrong kernels, each built from the correct kernel in a line or a few.
 
-A mutant is `fn(right, out, *sources, **attributes)`: it calls the right kernel with other sources
-or attributes, or spoils its result. `meanings` has mutants of meanings and of weights; `hunt` runs
-all of them.
+A mutant is `fn(right, out, *sources, **attributes)`. It calls the correct kernel, `right`, with
+other sources or attributes, or spoils the result. `meanings` has mutants of meanings and of
+weights; `hunt` runs all of them.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ Wrong = Callable[..., Any]
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """A mistake, in words and as a function that replaces the right one.
+    """A mistake: its description, and a function that replaces the correct one.
 
-    of  "kernel": in the kernel of `op`;  "meaning": in the meaning of `op`;
-        "weight": in the layout in which the backend stores a constant that `op` reads
+    of  where the mistake is: "kernel", in the kernel of `op`; "meaning", in the meaning of `op`;
+        "weight", in the layout in which the backend stores a constant that `op` reads
     """
 
     op: str
@@ -31,14 +31,14 @@ class Mutant:
     of: str = "kernel"
 
 
-#: Prefix of a mistake's description, by its place.
+#: Where the mistake is -> prefix of its description.
 _WHERE = {"kernel": "", "meaning": "in its meaning, ", "weight": "in weights, "}
 
 
 def maker(
     mutants: list[Mutant], of: str = "kernel"
 ) -> Callable[[str, str], Callable[[Wrong], Wrong]]:
-    """A decorator `@mutant(op, what)` that adds to `mutants`."""
+    """A decorator `@mutant(op, what)` that adds a Mutant to `mutants`."""
 
     def mutant(op: str, what: str) -> Callable[[Wrong], Wrong]:
         def add(run: Wrong) -> Wrong:
@@ -51,7 +51,7 @@ def maker(
 
 
 def changed(**attrs: Any) -> Wrong:
-    """The right kernel with other attributes; a function gets the old value."""
+    """The correct kernel with other attributes, each a value or a function of the old value."""
 
     def run(right: Wrong, out: Any, *sources: Any, **old: Any) -> None:
         new = {k: v(old[k]) if callable(v) else v for k, v in attrs.items()}
@@ -61,7 +61,7 @@ def changed(**attrs: Any) -> Wrong:
 
 
 def instead(index: int, fn: Callable[[Any], Any]) -> Wrong:
-    """The right kernel with fn(array) for source `index`, if that is an array."""
+    """The correct kernel with fn(array) in place of source `index`, if that is an array."""
 
     def run(right: Wrong, out: Any, *sources: Any, **attrs: Any) -> None:
         new = list(sources)
@@ -73,7 +73,7 @@ def instead(index: int, fn: Callable[[Any], Any]) -> Wrong:
 
 
 def without(index: int) -> Wrong:
-    """The right kernel without an optional source."""
+    """The correct kernel without the optional source `index`."""
 
     def run(right: Wrong, out: Any, *sources: Any, **attrs: Any) -> None:
         right(out, *[None if i == index else s for i, s in enumerate(sources)], **attrs)
@@ -82,7 +82,7 @@ def without(index: int) -> Wrong:
 
 
 def then(spoil: Callable[[Any], None]) -> Wrong:
-    """The right kernel, then `spoil(out)`, if the result is an array."""
+    """The correct kernel, then `spoil(out)` if the result is an array."""
 
     def run(right: Wrong, out: Any, *sources: Any, **attrs: Any) -> None:
         if isinstance(out, np.ndarray):
@@ -95,14 +95,14 @@ def then(spoil: Callable[[Any], None]) -> Wrong:
 
 
 def stretched(a: Any, shape: tuple[int, ...]) -> Any:
-    """`a` repeated to a shape, each element r times in a row: index i // r, not i modulo size."""
+    """`a` repeated to a shape, each element r times in a row: index i // r instead of i % size."""
     for axis, size in enumerate(shape):
         a = np.repeat(a, size // a.shape[axis], axis=axis)
     return a
 
 
 def wrapped(a: Any) -> Any:
-    """`a` as read by a kernel whose byte offsets have 31 bits."""
+    """`a` as a kernel with 31-bit byte offsets would read it."""
     out = np.empty(a.shape, a.dtype)
     for at in np.ndindex(a.shape[:-1]):
         first = sum(i * s for i, s in zip(at, a.strides)) % (1 << 31) // a.itemsize
@@ -111,7 +111,7 @@ def wrapped(a: Any) -> Any:
 
 
 def unstrided(a: Any) -> Any:
-    """The memory from `a` on, read as if `a` were contiguous (but never past its end)."""
+    """The memory of `a`, read as if `a` were contiguous, but never past its end."""
     strides = np.empty(a.shape, np.int8).strides
     plain = tuple(s * a.itemsize for s in strides)
     ends = [sum((n - 1) * s for n, s in zip(a.shape, nb)) for nb in (plain, a.strides)]

@@ -23,20 +23,20 @@ mutant = maker(MUTANTS)
 
 # -- shape --------------------------------------------------------------------------------------
 
-mutant("cont", "takes its source for contiguous")(instead(0, unstrided))
-mutant("cast", "takes its source for contiguous")(instead(0, unstrided))
-mutant("get_rows", "ids modulo the table's rows, so that -1 is the last")(
+mutant("cont", "reads its source as if contiguous")(instead(0, unstrided))
+mutant("cast", "reads its source as if contiguous")(instead(0, unstrided))
+mutant("get_rows", "an id of -1 is the last row")(
     lambda right, out, a, ids, **attrs: right(
         out, a, np.where(ids < 0, (a.ne[1] if hasattr(a, "ne") else a.shape[2]) - 1, ids), **attrs
     )
 )
-mutant("get_rows", "the first matrix for all")(
+mutant("get_rows", "reads the first matrix for all ids")(
     instead(0, lambda a: np.broadcast_to(a[:1, :1], a.shape))
 )
-mutant("cpy", "through f16")(instead(0, lambda a: a.astype(np.float16).astype(a.dtype)))
+mutant("cpy", "rounds to f16")(instead(0, lambda a: a.astype(np.float16).astype(a.dtype)))
 
 
-@mutant("cast", "f16 by cutting bits off, not to the nearest")
+@mutant("cast", "truncates to f16 instead of rounding")
 def _(right: Any, out: Any, a: Any, **attrs: Any) -> None:
     if isinstance(a, np.ndarray) and a.dtype == np.float32 and attrs["dtype"] == "f16":
         a = (np.ascontiguousarray(a).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
@@ -52,7 +52,7 @@ def _(right: Any, out: Any, a: Any, b: Any, **attrs: Any) -> None:
         right(out, a, b, **attrs)
 
 
-@mutant("repeat", "each element r times in a row")
+@mutant("repeat", "repeats elements, not rows")
 def _(right: Any, out: Any, a: Any, **attrs: Any) -> None:
     if isinstance(a, np.ndarray):
         out[...] = stretched(a, out.shape)
@@ -60,7 +60,7 @@ def _(right: Any, out: Any, a: Any, **attrs: Any) -> None:
         right(out, a, **attrs)
 
 
-@mutant("set_rows", "the ids' batch by i // r, not i % r")
+@mutant("set_rows", "takes the ids of batch i // r, not i % r")
 def _(right: Any, out: Any, a: Any, b: Any, ids: Any, **attrs: Any) -> None:
     n3, n2 = b.shape[:2]
     right(out, a, b, stretched(ids, (1, n3, n2, ids.shape[3])), **attrs)
@@ -88,12 +88,12 @@ def _(right: Any, out: Any, a: Any, b: Any, **attrs: Any) -> None:
     right(out, a, stretched(b, a.shape), **attrs)
 
 
-@mutant("mul", "b's rows for all of a's matrices")
+@mutant("mul", "the first matrix of b for all of a's")
 def _(right: Any, out: Any, a: Any, b: Any, **attrs: Any) -> None:
     right(out, a, np.broadcast_to(b[:1, :1], b.shape), **attrs)
 
 
-mutant("sub", "takes a for contiguous")(instead(0, unstrided))
+mutant("sub", "reads a as if contiguous")(instead(0, unstrided))
 mutant("div", "b rounded to f16")(instead(1, lambda b: b.astype(np.float16).astype(b.dtype)))
 mutant("scale", "without the added constant")(changed(b=0.0))
 mutant("clamp", "NaN becomes the lower limit")(instead(0, lambda a: np.nan_to_num(a, nan=-1e9)))
@@ -136,7 +136,7 @@ def _(right: Any, out: Any, a: Any, **attrs: Any) -> None:
     a[...] = out
 
 
-@mutant("exp", "takes its result for contiguous")
+@mutant("exp", "writes its result as if contiguous")
 def _(right: Any, out: Any, a: Any, **attrs: Any) -> None:
     right(unstrided(out), a, **attrs)
 
@@ -175,7 +175,7 @@ mutant("sum_rows", "drops the tail past a block of 32")(
 mutant("rms_norm", "counts bytes with 31 bits")(instead(0, wrapped))
 mutant("rms_norm", "without eps")(changed(eps=0.0))
 mutant("rms_norm", "eps outside the root")(changed(eps=lambda old: old * old))
-mutant("rms_norm", "the mean over one too few")(
+mutant("rms_norm", "divides by n - 1, not n")(
     lambda right, out, a, **attrs: (
         right(out, a, **attrs),
         np.multiply(out, np.sqrt(max(1, a.shape[3] - 1) / a.shape[3]), out=out),
@@ -184,7 +184,7 @@ mutant("rms_norm", "the mean over one too few")(
 mutant("argsort", "in the other order")(
     changed(order=lambda old: "asc" if old == "desc" else "desc")
 )
-mutant("argsort", "the last of equals first")(
+mutant("argsort", "equal values in reverse order")(
     lambda right, out, a, **attrs: (
         right(out, a[..., ::-1], **attrs),
         np.subtract(a.shape[3] - 1, out, out=out),
@@ -208,15 +208,15 @@ def _(right: Any, out: Any, a: Any, **attrs: Any) -> None:
     out[..., :2] = out[..., :2][..., ::-1].copy()
 
 
-@mutant("argmax", "the last of equals")
+@mutant("argmax", "the last of several maxima")
 def _(right: Any, out: Any, a: Any, **attrs: Any) -> None:
     out[0] = a.shape[3] - 1 - a[..., ::-1].argmax(axis=-1)
 
 
 mutant("soft_max_ext", "without scale")(changed(scale=1.0))
 mutant("soft_max_ext", "without ALiBi")(changed(max_bias=0.0))
-mutant("soft_max_ext", "slopes from the first head on in every part")(changed(head0=0))
-mutant("soft_max_ext", "NaN for a masked row")(
+mutant("soft_max_ext", "ignores head0")(changed(head0=0))
+mutant("soft_max_ext", "NaN for a row without keys")(
     then(lambda out: np.copyto(out, np.nan, where=~out.any(axis=3, keepdims=True)))
 )
 mutant("soft_max_ext", "sinks left out")(
@@ -226,7 +226,7 @@ mutant("soft_max_ext", "sinks left out")(
 )
 
 
-@mutant("soft_max_ext", "the mask's head by h // r, not h % r")
+@mutant("soft_max_ext", "takes the mask of head h // r, not h % r")
 def _(right: Any, out: Any, a: Any, mask: Any, sinks: Any, **attrs: Any) -> None:
     if mask is not None and mask.dtype == np.float32:  # f16 masks of another size need scratch
         mask = stretched(mask, (len(mask), a.shape[1], *mask.shape[2:]))

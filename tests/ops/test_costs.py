@@ -6,7 +6,7 @@ import pytest
 
 import pyggml as gg
 from pyggml.loop import loop_of
-from pyggml.node import cost_of
+from pyggml.operation import cost_of
 
 
 @pytest.mark.parametrize("dtype, row", [("f32", 256), ("q8_0", 68)])

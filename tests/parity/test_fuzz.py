@@ -171,7 +171,7 @@ def test_mutants_die_in_random_cases_too() -> None:
     def few(op: str) -> Iterator[Case]:
         return (random_case(1, number, frozenset({op})) for number in range(120))
 
-    alive = [mutant for mutant in hunt(MUTANTS[::4], few) if not mutant.killed]
+    alive = [fate for fate in hunt(MUTANTS[::4], few) if not fate.killed]
     assert not alive
 
 
@@ -224,7 +224,7 @@ def test_a_product_that_cancels_has_the_noise_of_its_terms() -> None:
     [
         ("mul_mat", "sums in f16"),
         ("flash_attn_ext", "sums in f16"),
-        ("rms_norm", "the mean over one too few"),
+        ("rms_norm", "divides by n - 1, not n"),
         ("set_rows", "drops the last row"),
     ],
 )
@@ -292,7 +292,7 @@ OWN = '''
 import numpy as np
 
 from pyggml import ops
-from pyggml.node import Node, op
+from pyggml.define import Node, op
 from pyggml.backends.numpy.table import kernel
 
 

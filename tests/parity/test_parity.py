@@ -18,12 +18,12 @@ import pyggml as gg
 from pyggml import backends, ops
 from pyggml.backends import get
 from pyggml.cli import main
-from pyggml.node import cost_of
+from pyggml.operation import cost_of
 from pyggml.parity import running
 from pyggml.parity.case import Case, build
 from pyggml.parity.cases import cases
 from pyggml.parity.grid import all_cases
-from tests.mutants.hunt import MUTANTS, Hunted, hunt
+from tests.mutants.hunt import MUTANTS, Fate, hunt
 
 ROOT = Path(__file__).parent.parent.parent
 Streams = pytest.CaptureFixture[str]
@@ -42,7 +42,7 @@ def parity(capsys: Streams) -> Parity:
 
 
 @pytest.fixture(scope="module")
-def hunted() -> list[Hunted]:
+def fates() -> list[Fate]:
     return list(hunt())
 
 
@@ -72,11 +72,11 @@ def test_a_sample_of_the_large_grid_passes(parity: Parity) -> None:
 # -- it can fail --------------------------------------------------------------------------------
 
 
-def test_every_mutant_is_killed(hunted: list[Hunted]) -> None:
-    alive = [mutant for mutant in hunted if not mutant.killed]
-    assert not alive and len(hunted) == len(MUTANTS) >= 30
+def test_every_mutant_is_killed(fates: list[Fate]) -> None:
+    alive = [fate for fate in fates if not fate.killed]
+    assert not alive and len(fates) == len(MUTANTS) >= 30
     # They must fail by their results or writes, not by an exception.
-    assert not [mutant for mutant in hunted if mutant.why.startswith("raised")]
+    assert not [fate for fate in fates if fate.why.startswith("raised")]
 
 
 def test_mutants_are_of_every_family() -> None:
@@ -100,17 +100,17 @@ def test_mutants_are_of_every_family() -> None:
         ),
         ("silu", "drops the tail", "NaN"),
         ("mul", "clears its result first", "in place of s0"),
-        ("exp", "its result for contiguous", "it wrote next to its result"),
+        ("exp", "its result as if contiguous", "it wrote next to its result"),
         ("set_rows", "rows that it does not write", "0.0 for"),
         ("causal_mask", "-65504 for -inf", "-inf at"),
         ("glu", "in its meaning, halves swapped", "NMSE"),
-        ("mul_mat", "in weights, rows from the last", "NMSE"),
+        ("mul_mat", "in weights, rows in reverse", "NMSE"),
         ("rms_norm", "counts bytes with 31 bits", "NMSE"),
     ],
 )
-def test_failures_say_what_is_wrong(hunted: list[Hunted], op: str, what: str, why: str) -> None:
-    (mutant,) = [mutant for mutant in hunted if mutant.op == op and what in mutant.what]
-    assert why in mutant.why
+def test_failures_say_what_is_wrong(fates: list[Fate], op: str, what: str, why: str) -> None:
+    (fate,) = [fate for fate in fates if fate.op == op and what in fate.what]
+    assert why in fate.why
 
 
 # -- the command --------------------------------------------------------------------------------

@@ -9,7 +9,9 @@ import pyggml as gg
 from examples.own_op import cumsum, main, swish_mean
 from pyggml.backends.numpy.table import kernel
 from pyggml.errors import DTypeError, PyggmlError, UnsupportedOpError
-from pyggml.node import Node, Spec, cost_of
+from pyggml.node import Node
+from pyggml.operation import cost_of
+from pyggml.spec import Spec
 
 
 def test_with_a_kernel() -> None:

@@ -14,7 +14,7 @@ from pyggml.backends.base import Address, Given
 from pyggml.backends.cuda.device import dlpack
 from pyggml.backends.cuda.device.driver import Context, guarded
 from pyggml.errors import DTypeError, GraphError
-from pyggml.node import Spec
+from pyggml.spec import Spec
 
 #: The alignment in bytes of an array that is used as an input's memory: the widest load.
 ALIGNMENT = 16

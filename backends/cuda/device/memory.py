@@ -9,7 +9,7 @@ from pyggml.backends.base import Address
 from pyggml.backends.cuda.device.driver import Context, guarded
 from pyggml.backends.cuda.launch import Operand
 from pyggml.errors import OutOfMemoryError
-from pyggml.node import Spec
+from pyggml.spec import Spec
 
 
 class Buffer:

@@ -18,7 +18,7 @@ from pyggml.backends.cuda.device.driver import Context, guarded
 from pyggml.backends.cuda.device.memory import operand_at
 from pyggml.backends.cuda.launch import Operand
 from pyggml.errors import OutOfMemoryError
-from pyggml.node import Ne, Spec
+from pyggml.spec import Ne, Spec
 
 Bytes = NDArray[np.uint8]
 

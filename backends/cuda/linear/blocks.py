@@ -24,7 +24,7 @@ from pyggml.backends.cuda.linear.common import (
 )
 from pyggml.backends.cuda.weights.packing import Packed, packed
 from pyggml.dtypes import F32, DType
-from pyggml.node import Ne
+from pyggml.spec import Ne
 
 TILE = "linear_tile.cu"
 #: Values of k that a tile takes per step.

@@ -11,8 +11,8 @@ import numpy as np
 from pyggml.backends.cuda.launch import Call, Operand, Struct, Tensor
 from pyggml.backends.cuda.table import ALIGNMENT
 from pyggml.dtypes import F16, DType
-from pyggml.node import Ne
 from pyggml.ops.elementwise import ACTIVATIONS
+from pyggml.spec import Ne
 
 VEC, PREPARE = "linear_vec.cu", "linear_prepare.cu"
 #: Columns of b up to which a product is bound by reading the weights. For matrices of more than

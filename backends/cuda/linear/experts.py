@@ -13,7 +13,7 @@ from pyggml.backends.cuda.geometry import C_TYPES
 from pyggml.backends.cuda.launch import Call, Operand
 from pyggml.backends.cuda.linear import blocks, plain
 from pyggml.backends.cuda.linear.common import VEC, Routing, act_of, aligned, in_blocks
-from pyggml.node import Ne
+from pyggml.spec import Ne
 
 #: Most pairs per launch of `vec_id`: the limit of a grid's second dimension.
 GRID = 65535

@@ -18,8 +18,10 @@ from pyggml.backends.cuda.linear.routes import Product
 from pyggml.backends.cuda.norm import can_prepare
 from pyggml.backends.cuda.table import kernel
 from pyggml.dtypes import TYPES
-from pyggml.node import Node, Op, Spec
+from pyggml.node import Node
+from pyggml.operation import Op
 from pyggml.ops.leaf import constant_op
+from pyggml.spec import Spec
 from pyggml.transfer import origin
 
 

@@ -19,7 +19,7 @@ from pyggml.backends.cuda.linear.common import (
     shape_of,
 )
 from pyggml.dtypes import F32, DType
-from pyggml.node import Ne
+from pyggml.spec import Ne
 
 #: Most bytes of b converted at a time for cuBLAS.
 PIECE = 64 << 20

@@ -21,7 +21,8 @@ from pyggml.backends.cuda.launch import Call, Operand
 from pyggml.backends.cuda.linear import blocks, experts, plain
 from pyggml.backends.cuda.linear.common import FEW, LARGE, aligned, in_blocks, shape_of
 from pyggml.dtypes import F32, DType
-from pyggml.node import Ne, Node
+from pyggml.node import Node
+from pyggml.spec import Ne
 
 #: Columns up to which f16 and bf16 weights do not go to cuBLAS.
 FEW_HALVES = 1

@@ -17,7 +17,8 @@ from pyggml.backends.cuda.table import ALIGNMENT
 from pyggml.backends.cuda.weights.bits import Bytes
 from pyggml.backends.cuda.weights.formats import FORMATS
 from pyggml.dtypes import DType
-from pyggml.node import Ne, Node
+from pyggml.node import Node
+from pyggml.spec import Ne
 
 TILE = 8  # rows
 GROUP = 32  # weights

@@ -1,4 +1,4 @@
-"""A record of the state writes that users built, even if their nodes no longer exist."""
+"""A record of the state writes that users have built, including those whose node is gone."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from weakref import WeakKeyDictionary, ref
 
 @dataclass(slots=True)
 class Write:
-    """A node that writes into a state. Its type is Any because pyggml.node imports this module.
+    """A write into a state.
 
-    node      a weak reference to the node
-    text      its op and line
-    in_graph  whether a compiled graph contains it
+    node      a weak reference to the node; its type is Any to avoid an import cycle
+    text      the node's op and line
+    in_graph  whether a compiled graph contains the node
     """
 
     node: ref[Any]
@@ -22,12 +22,12 @@ class Write:
     in_graph: bool = False
 
 
-# Handle, a state or the result of a write -> the writes into it.
+# Handle (a state, or the result of a write) -> the writes into it.
 _writes: WeakKeyDictionary[Any, list[Write]] = WeakKeyDictionary()
 
 
 def note_write(node: Any, line: str) -> None:
-    """Record that the user built `node`, a state write, at `line`."""
+    """Record that the user built `node`, which writes into a state, at `line`."""
     _writes.setdefault(_handle(node), []).append(Write(ref(node), f"{node.op.name} at {line}"))
 
 
@@ -40,7 +40,7 @@ def note_graph(nodes: Iterable[Any]) -> None:
 
 
 def writes_of(handle: Any) -> list[Write]:
-    """The writes that were built into `handle`."""
+    """The writes into `handle`."""
     return _writes.get(handle, [])
 
 
