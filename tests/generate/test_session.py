@@ -127,8 +127,7 @@ def test_generation_ends_where_the_context_ends(model: Model) -> None:
     for ahead in (1, 8):
         session, tokens = model.session(14), []
         with pytest.raises(ShapeError, match="do not fit"):
-            for token in session.generate(TOKENS, 20, ahead=ahead):
-                tokens.append(token)
+            tokens.extend(session.generate(TOKENS, 20, ahead=ahead))
         assert len(tokens) == 4 and len(session.tokens) == 14
 
 
