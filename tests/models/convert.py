@@ -10,7 +10,7 @@ values that the file stores, so that logits can be compared for every type.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
@@ -134,7 +134,7 @@ def random_model(config: Any, seed: int = 0) -> Any:
         elif value.ndim == 1:
             values *= 0.3
         elif "embed" not in name:
-            values *= 1.5 * value.shape[-1] ** -0.5
+            values *= value.shape[-1] ** -0.5
         value.copy_(torch.from_numpy(values))
     return model
 
@@ -144,11 +144,17 @@ def random_model(config: Any, seed: int = 0) -> Any:
 
 @torch.no_grad()
 def convert(
-    model: Any, path: str | PathLike[str], dtype: str = "f32", *, merged: bool = False
+    model: Any,
+    path: str | PathLike[str],
+    dtype: str = "f32",
+    *,
+    merged: bool = False,
+    keys: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a model, with matrices in `dtype`, and round the model's own values to the file's.
 
     merged  keep the experts' gate and up in one tensor
+    keys    more keys, without the architecture's prefix
     """
     recipe = RECIPES[model.config.model_type]
     tensors = [
@@ -159,7 +165,8 @@ def convert(
     rope = model.config.rope_parameters
     if rope["rope_type"] == "llama3":
         tensors.append(_tensor("rope_freqs.weight", "f32", _llama3_factors(model.config)))
-    write(path, _fields(model.config, recipe), tensors)
+    more = {f"{recipe.name}.{key}": value for key, value in (keys or {}).items()}
+    write(path, _fields(model.config, recipe) | more, tensors)
 
 
 def _fields(config: Any, recipe: Recipe) -> dict[str, Any]:
