@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -74,6 +75,7 @@ class Architecture:
     A layer is   h = x + attention(norm(x)),   y = h + feed_forward(norm(h)).
 
     name     general.architecture
+    n_nextn  of n_block, the last blocks that predict further tokens (MTP); the graph has none
     tied     whether token_embd is the output matrix, too
     neutral  keys of features that the graphs do not compute -> the values that switch them off,
              in addition to those of `known`
@@ -85,6 +87,7 @@ class Architecture:
     norms: ClassVar[tuple[str, str]] = ("attn_norm", "ffn_norm")
 
     n_block: int = key("block_count", most=MAX_LAYERS)
+    n_nextn: int = key("nextn_predict_layers", 0, least=0)
     n_ctx_train: int = key("context_length")
     n_embd: int = key("embedding_length")
     rms_eps: float = key("attention.layer_norm_rms_epsilon")
@@ -103,6 +106,7 @@ class Architecture:
         values = read(cls, keys)
         values["tied"] = "output.weight" not in file.tensors
         config = cls(**values | cls.derived(keys, file, values))
+        config._check_nextn(keys)
         config.check(keys)
         check_keys(keys, cls.neutral)
         check_tensors(config, file.tensors)
@@ -119,6 +123,16 @@ class Architecture:
     def check(self, keys: Keys) -> None:
         """Raise a GGUFError for values that contradict each other."""
 
+    def _check_nextn(self, keys: Keys) -> None:
+        if self.n_nextn >= self.n_block:
+            keys.fail("nextn_predict_layers", f"{self.n_nextn}, must be below {self.n_block}")
+        if self.n_nextn:
+            warnings.warn(
+                f"key '{keys.architecture}.nextn_predict_layers': the last {self.n_nextn} of "
+                f"{self.n_block} blocks predict further tokens (MTP) and are left out",
+                stacklevel=3,
+            )
+
     def fields(self) -> dict[str, Any]:
         """The keys of a file of this model; `of` reads them back."""
         own = {f"{self.name}.{name}": value for name, value in written(self)}
@@ -126,8 +140,8 @@ class Architecture:
 
     @property
     def n_layer(self) -> int:
-        """The layers of the graph; blocks of multi-token prediction do not count."""
-        return self.n_block
+        """The layers of the graph."""
+        return self.n_block - self.n_nextn
 
     # -- tensors ------------------------------------------------------------------------------
 

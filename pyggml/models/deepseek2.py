@@ -37,7 +37,6 @@ class DeepSeek2(Architecture):
 
     name = "deepseek2"
 
-    n_nextn: int = key("nextn_predict_layers", 0, least=0)  # blocks after the layers
     n_layer_dense: int = key("leading_dense_block_count", 0, least=0)
     n_head: int = key("attention.head_count")
     q_lora_rank: int | None = key("attention.q_lora_rank", None)
@@ -87,8 +86,6 @@ class DeepSeek2(Architecture):
         }
 
     def check(self, keys: Keys) -> None:
-        if self.n_nextn >= self.n_block:
-            keys.fail("nextn_predict_layers", f"{self.n_nextn}, must be below {self.n_block}")
         if self.n_layer_dense > self.n_layer:
             keys.fail("leading_dense_block_count", f"{self.n_layer_dense}, must be at most "
                       f"{self.n_layer}")  # fmt: skip
@@ -98,12 +95,6 @@ class DeepSeek2(Architecture):
             keys.fail("rope.dimension_count", f"{self.n_rot}, must be even")
         if self.n_layer_dense < self.n_layer:
             self.experts.check(keys)
-        if self.n_nextn:
-            warnings.warn(
-                f"key '{keys.architecture}.nextn_predict_layers': the last {self.n_nextn} of "
-                f"{self.n_block} blocks predict further tokens (MTP) and are left out",
-                stacklevel=3,
-            )
         if self.rope.scaling == "yarn" and self.rope.freq_scale != 1 and not self.yarn_log_mul:
             warnings.warn(
                 f"key '{keys.architecture}.rope.scaling.yarn_log_multiplier' is missing: using "
@@ -122,10 +113,6 @@ class DeepSeek2(Architecture):
             keys |= {"key_length_mla": self.d_k, "value_length_mla": self.d_v}
         own = {f"{self.name}.attention.{key}": value for key, value in keys.items()}
         return Architecture.fields(self) | own
-
-    @property
-    def n_layer(self) -> int:
-        return self.n_block - self.n_nextn
 
     @property
     def d_k(self) -> int:

@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pyggml.models.batch import Batch
-from pyggml.models.cache import Cache
 from pyggml.models.keys import Keys, key
 from pyggml.models.weights import Layer, Weights
 from pyggml.node import Node
@@ -157,56 +155,6 @@ def joined(y: Node) -> Node:
     return reshape(y if y.contiguous else cont(y), ne=(y.ne[0] * y.ne[1], y.ne[2]))
 
 
-def gqa(
-    layer: Layer,
-    x: Node,
-    cache: Cache,
-    batch: Batch,
-    *,
-    n_head: int,
-    n_head_kv: int,
-    d_k: int,
-    d_v: int,
-    rope: Rope,
-    n_rot: int,
-    mode: Literal["normal", "neox"],
-    scale: float | None = None,
-    norm_eps: float | None = None,
-    freq_factors: Node | None = None,
-) -> Node:
-    """Attention with n_head query heads on n_head_kv heads of K and V; f32 [n_embd, T].
-
-    scale     of k.q; 1/sqrt(d_k) by default
-    norm_eps  normalize each head of q and k (attn_q_norm, attn_k_norm) with this epsilon
-    """
-    n_tokens = x.ne[1]
-
-    def heads(name: str, n: int, d: int) -> Node:
-        return reshape(linear(layer, name, x), ne=(d, n, n_tokens))
-
-    def rotated(y: Node, name: str) -> Node:
-        if norm_eps is not None:
-            y = norm(layer, f"{name}_norm", y, norm_eps)
-        return rope.rotate(y, batch.pos, n_rot=n_rot, mode=mode, freq_factors=freq_factors)
-
-    q = layer.label(rotated(heads("attn_q", n_head, d_k), "attn_q"), "Qcur")
-    k = layer.label(rotated(heads("attn_k", n_head_kv, d_k), "attn_k"), "Kcur")
-    v = layer.label(heads("attn_v", n_head_kv, d_v), "Vcur")
-    keys = cache.write(0, permute(k, axes=SWAP), batch)
-    values = cache.write(1, permute(v, axes=SWAP), batch)
-    y = attend(
-        layer,
-        permute(q, axes=SWAP),
-        keys,
-        values,
-        cache.mask(batch),
-        scale=d_k**-0.5 if scale is None else scale,
-        flash=batch.options.flash,
-        sinks=layer.get("attn_sinks"),
-    )
-    return layer.label(linear(layer, "attn_output", layer.label(joined(y), "kqv_out")), "attn_out")
-
-
 # -- feed-forward -------------------------------------------------------------------------------
 
 
@@ -217,6 +165,11 @@ def mlp_tensors(n_embd: int, n_ff: int, suffix: str = "") -> dict[str, tuple[int
         f"ffn_up{suffix}": (n_embd, n_ff),
         f"ffn_down{suffix}": (n_ff, n_embd),
     }
+
+
+def bias_tensors(sizes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The bias of each of these matrices; `linear` adds it if a file has it."""
+    return {f"{name}.bias": ne[1:] for name, ne in sizes.items() if len(ne) == 2}
 
 
 def swiglu_mlp(layer: Layer, x: Node, suffix: str = "", *, fused: bool) -> Node:

@@ -1,0 +1,248 @@
+"""Convert models of transformers to GGUF files, with the names and keys of llama.cpp's converter.
+
+    model = random_model(LlamaConfig(...))
+    convert(model, path, "q8_0")
+
+`convert` stores matrices in the type it is given, and all else in f32. Afterwards the model has the
+values that the file stores, so that logits can be compared for every type.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM
+
+from pyggml.dtypes import dtype as as_dtype
+from pyggml.gguf.writer import Tensor, write
+from pyggml.quants import decode_rows, encode_rows
+
+Array = NDArray[Any]
+
+#: Attribute of a model's config -> keys, without the architecture's prefix.
+COMMON = {
+    "vocab_size": ["vocab_size"],
+    "num_hidden_layers": ["block_count"],
+    "max_position_embeddings": ["context_length"],
+    "hidden_size": ["embedding_length"],
+    "intermediate_size": ["feed_forward_length"],
+    "num_attention_heads": ["attention.head_count"],
+    "num_key_value_heads": ["attention.head_count_kv"],
+    "head_dim": ["attention.key_length", "attention.value_length"],
+    "rms_norm_eps": ["attention.layer_norm_rms_epsilon"],
+}
+EXPERTS = {
+    "num_experts_per_tok": ["expert_used_count"],
+    "moe_intermediate_size": ["expert_feed_forward_length"],
+}
+SHARED_EXPERTS = {
+    "n_routed_experts": ["expert_count"],
+    "n_shared_experts": ["expert_shared_count"],
+    "first_k_dense_replace": ["leading_dense_block_count"],
+    "routed_scaling_factor": ["expert_weights_scale"],
+    "norm_topk_prob": ["expert_weights_norm"],
+    "n_group": ["expert_group_count"],
+    "topk_group": ["expert_group_used_count"],
+}
+ROPE = {
+    "rope_theta": "freq_base",
+    "factor": "scaling.factor",
+    "original_max_position_embeddings": "scaling.original_context_length",
+    "beta_fast": "scaling.yarn_beta_fast",
+    "beta_slow": "scaling.yarn_beta_slow",
+}
+
+#: Name of a module or parameter -> name of the tensor; those of a layer without its prefix.
+MODEL = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
+LAYER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
+    "mlp.experts.gate_up_proj": "ffn_gate_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
+    "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_experts.up_proj": "ffn_up_shexp",
+    "mlp.shared_experts.down_proj": "ffn_down_shexp",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How models of a type are converted.
+
+    name      general.architecture
+    keys      attribute of the config -> keys, besides COMMON
+    fields    keys with one value for all models
+    tensors   names that differ from LAYER's
+    permuted  matrices whose heads have halves that rotate together in transformers, and neighbours
+              that do in llama.cpp
+    """
+
+    name: str
+    keys: dict[str, list[str]] = field(default_factory=dict)
+    fields: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, str] = field(default_factory=dict)
+    permuted: tuple[str, ...] = ()
+
+
+RECIPES = {
+    "llama": Recipe(
+        name="llama",
+        keys={"head_dim": [*COMMON["head_dim"], "rope.dimension_count"]},
+        permuted=("self_attn.q_proj", "self_attn.k_proj"),
+    ),
+    "qwen3": Recipe(name="qwen3"),
+    "qwen3_moe": Recipe(name="qwen3moe", keys=EXPERTS | {"num_experts": ["expert_count"]}),
+    "glm4_moe": Recipe(
+        name="glm4moe",
+        keys=EXPERTS | SHARED_EXPERTS,
+        fields={"expert_gating_func": 2},
+        tensors={"post_attention_layernorm": "post_attention_norm"},
+    ),
+}
+
+
+# -- models -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def random_model(config: Any, seed: int = 0) -> Any:
+    """A model in f32 whose layers all matter: products keep the size of their input."""
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    rng = np.random.default_rng(seed)
+    for name, value in model.state_dict().items():
+        values = rng.standard_normal(tuple(value.shape))
+        if name.endswith(("norm.weight", "layernorm.weight")):
+            values = 1 + 0.3 * values
+        elif value.ndim == 1:
+            values *= 0.3
+        elif "embed" not in name:
+            values *= value.shape[-1] ** -0.5
+        value.copy_(torch.from_numpy(values))
+    return model
+
+
+# -- files --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def convert(
+    model: Any,
+    path: str | PathLike[str],
+    dtype: str = "f32",
+    *,
+    merged: bool = False,
+    keys: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model, with matrices in `dtype`, and round the model's own values to the file's.
+
+    merged  keep the experts' gate and up in one tensor
+    keys    more keys, without the architecture's prefix
+    """
+    recipe = RECIPES[model.config.model_type]
+    tensors = [
+        _tensor(name, type_, rows)
+        for name, type_, rows in _stored(model, recipe, dtype)
+        for name, rows in (_split(name, rows) if not merged else [(name, rows)])
+    ]
+    rope = model.config.rope_parameters
+    if rope["rope_type"] == "llama3":
+        tensors.append(_tensor("rope_freqs.weight", "f32", _llama3_factors(model.config)))
+    more = {f"{recipe.name}.{key}": value for key, value in (keys or {}).items()}
+    write(path, _fields(model.config, recipe) | more, tensors)
+
+
+def _fields(config: Any, recipe: Recipe) -> dict[str, Any]:
+    own = dict(recipe.fields)
+    for attribute, names in (COMMON | recipe.keys).items():
+        own |= {name: getattr(config, attribute) for name in names}
+    rope = config.rope_parameters
+    scaled = rope["rope_type"] in ("linear", "yarn")
+    if scaled:
+        own["rope.scaling.type"] = rope["rope_type"]
+    for name, key in ROPE.items():
+        if name in rope and (scaled or name == "rope_theta"):
+            own[f"rope.{key}"] = rope[name] if "original" in name else float(rope[name])
+    if "partial_rotary_factor" in rope:
+        own["rope.dimension_count"] = int(config.head_dim * rope["partial_rotary_factor"])
+    fields = {"general.architecture": recipe.name, "tokenizer.ggml.model": "no_vocab"}
+    return fields | {f"{recipe.name}.{key}": value for key, value in own.items()}
+
+
+def _stored(model: Any, recipe: Recipe, dtype: str) -> Iterator[tuple[str, str, Array]]:
+    """(tensor's name, type, rows as the file stores them) of every parameter."""
+    config = model.config
+    for name, value in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        module, _, kind = name.removeprefix("model.").rpartition(".")
+        prefix = ""
+        if module.startswith("layers."):
+            _, il, module = module.split(".", 2)
+            prefix = f"blk.{il}."
+        names = LAYER | recipe.tensors if prefix else MODEL
+        # A parameter such as experts.down_proj has a name of its own; most are a module's weight.
+        full = f"{module}.{kind}"
+        tensor = names[full] if full in names else f"{names[module]}.{kind}"
+        if not tensor.endswith((".weight", ".bias")):
+            tensor += ".weight"
+        plain = value.ndim == 1 or "ffn_gate_inp" in tensor
+        type_ = "f32" if plain else dtype
+        rows = encode_rows(type_, value.numpy())
+        value.copy_(torch.from_numpy(decode_rows(type_, rows)))
+        if module in recipe.permuted:
+            key_heads = "k_proj" in module
+            n_head = config.num_key_value_heads if key_heads else config.num_attention_heads
+            rows = _neighbours(rows, n_head)
+        yield prefix + tensor, type_, rows
+
+
+def _neighbours(rows: Array, n_head: int) -> Array:
+    """Rows i and i + d/2 of each head of d rows become neighbours."""
+    halves = rows.reshape(n_head, 2, -1, *rows.shape[1:])
+    return halves.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _split(name: str, rows: Array) -> list[tuple[str, Array]]:
+    """The rows of gate and of up, if the tensor has both."""
+    if "gate_up" not in name:
+        return [(name, rows)]
+    half = rows.shape[-2] // 2
+    gate, up = rows[..., :half, :], rows[..., half:, :]
+    return [(name.replace("gate_up", "gate"), gate), (name.replace("gate_up", "up"), up)]
+
+
+def _tensor(name: str, dtype: str, rows: Array) -> Tensor:
+    type_ = as_dtype(dtype)
+    rows = np.ascontiguousarray(rows)
+    n = rows.nbytes // math.prod(rows.shape[:-1]) // type_.nbytes * type_.block
+    return Tensor(name, type_, (n, *rows.shape[-2::-1]), lambda: [rows])
+
+
+def _llama3_factors(config: Any) -> Array:
+    """What divides each frequency: 1 for short waves, `factor` for long ones, between them a
+    straight line from one frequency to the other (Llama 3.1).
+    """
+    rope, d = config.rope_parameters, config.head_dim
+    frequencies = rope["rope_theta"] ** -(np.arange(0, d, 2) / d)
+    turns = rope["original_max_position_embeddings"] * frequencies / (2 * np.pi)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    part = np.clip((turns - low) / (high - low), 0, 1)
+    return (1 / ((1 - part) / rope["factor"] + part)).astype(np.float32)

@@ -1,0 +1,95 @@
+"""Tiny models of transformers that between them have every feature of their architectures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import Glm4MoeConfig, LlamaConfig, Qwen3Config, Qwen3MoeConfig
+
+#: Longer than the original length of the models whose rope is scaled.
+TOKENS = [(31 * i * i + 7 * i) % 89 for i in range(45)]
+
+SIZES: dict[str, Any] = {"vocab_size": 89, "num_hidden_layers": 2, "max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+}  # fmt: skip
+LINEAR = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}
+YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+
+
+def llama(**changes: Any) -> LlamaConfig:
+    return LlamaConfig(**SIZES | {
+        "hidden_size": 48, "intermediate_size": 72, "num_attention_heads": 3,
+        "num_key_value_heads": 1, "head_dim": 20,
+    } | changes)  # fmt: skip
+
+
+def qwen3(**changes: Any) -> Qwen3Config:
+    return Qwen3Config(**SIZES | {
+        "hidden_size": 40, "intermediate_size": 72, "num_attention_heads": 10,
+        "num_key_value_heads": 5, "head_dim": 12,
+    } | changes)  # fmt: skip
+
+
+def qwen3moe(**changes: Any) -> Qwen3MoeConfig:
+    return Qwen3MoeConfig(**SIZES | {
+        "hidden_size": 32, "intermediate_size": 72, "moe_intermediate_size": 32, "num_experts": 7,
+        "num_experts_per_tok": 3, "norm_topk_prob": True, "num_attention_heads": 6,
+        "num_key_value_heads": 2, "head_dim": 16,
+    } | changes)  # fmt: skip
+
+
+def glm4moe(**changes: Any) -> Glm4MoeConfig:
+    return Glm4MoeConfig(**SIZES | {
+        "num_hidden_layers": 3, "hidden_size": 48, "intermediate_size": 72,
+        "moe_intermediate_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 3,
+        "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "head_dim": 16, "use_qk_norm": True, "attention_bias": True,
+        "num_nextn_predict_layers": 0,
+    } | changes)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A model, and how its file stores it.
+
+    dtype   type of matrices; blocks need rows of whole blocks
+    merged  whether the experts' gate and up are one tensor
+    """
+
+    config: Any
+    dtype: str = "f32"
+    merged: bool = False
+
+
+MODELS = {
+    "llama": Tiny(llama()),
+    "llama biases": Tiny(llama(attention_bias=True, mlp_bias=True)),
+    "llama tied llama3": Tiny(
+        llama(num_attention_heads=6, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True,
+              rope_parameters=LLAMA3)
+    ),
+    "llama linear": Tiny(llama(rope_parameters=LINEAR)),
+    "llama yarn": Tiny(llama(num_hidden_layers=3, rope_parameters=YARN)),
+    "llama q8_0": Tiny(llama(hidden_size=96, intermediate_size=64, head_dim=32), "q8_0"),
+    "llama q4_1": Tiny(
+        llama(hidden_size=96, intermediate_size=64, head_dim=32, tie_word_embeddings=True), "q4_1"
+    ),
+    "qwen3": Tiny(qwen3()),
+    "qwen3 tied yarn": Tiny(qwen3(tie_word_embeddings=True, rope_parameters=YARN)),
+    "qwen3 biases": Tiny(qwen3(attention_bias=True)),
+    "qwen3moe": Tiny(qwen3moe()),
+    "qwen3moe merged": Tiny(qwen3moe(num_experts_per_tok=1), merged=True),
+    "qwen3moe q8_0": Tiny(qwen3moe(), "q8_0"),
+    "glm4moe": Tiny(glm4moe()),
+    "glm4moe air": Tiny(
+        glm4moe(n_group=1, topk_group=1, n_shared_experts=2, use_qk_norm=False,
+                norm_topk_prob=False, attention_bias=False, first_k_dense_replace=2)
+    ),
+    "glm4moe merged": Tiny(glm4moe(head_dim=24, first_k_dense_replace=0), merged=True),
+}  # fmt: skip

@@ -1,0 +1,65 @@
+"""Logits of whole models against llama.cpp, which opens the files that the converter writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+pytestmark = pytest.mark.oracle
+pytest.importorskip("transformers", reason="needs torch and transformers (the extra 'oracle')")
+pytest.importorskip("llama_cpp", reason="needs llama-cpp-python (the extra 'oracle')")
+
+import torch  # noqa: E402
+from llama_cpp import Llama  # noqa: E402
+
+from pyggml.models.model import load  # noqa: E402
+from pyggml.parity.tolerance import nmse  # noqa: E402
+from tests.models.convert import convert, random_model  # noqa: E402
+from tests.models.tiny import MODELS, TOKENS, glm4moe  # noqa: E402
+
+GGML_TYPE_F32 = 0
+#: Models with a tensor that llama.cpp does not read: blk.N.attn_output.bias of qwen3.
+NOT_IN_LLAMA_CPP = ("qwen3 biases",)
+
+
+def llama_cpp_logits(path: Path, tokens: list[int]) -> NDArray[np.float32]:
+    """Logits of all tokens, on one thread with an f32 cache."""
+    model = Llama(
+        str(path), logits_all=True, verbose=False, n_ctx=64, n_batch=64, n_threads=1,
+        type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32,
+    )  # fmt: skip
+    try:
+        model.eval(tokens)
+        return np.array(model.scores[: len(tokens)])
+    finally:
+        model.close()
+
+
+def write_and_compare(path: Path, config: Any, dtype: str, **changes: Any) -> None:
+    torch.set_num_threads(1)
+    convert(random_model(config), path, dtype, **changes)
+    theirs = llama_cpp_logits(path, TOKENS)
+    model = load(path, backends=["numpy"], cache_k="f32", cache_v="f32")
+    ours = model.session(n_ctx=64).forward(TOKENS, outputs="all")
+    # With block weights, llama.cpp also rounds the activations, to 8 bits.
+    error, margin = (1e-10, 1e-4) if dtype == "f32" else (1e-3, 0.3)
+    assert nmse(ours, theirs) < error
+    best = np.sort(ours, axis=1)
+    sure = best[:, -1] - best[:, -2] > margin
+    assert sure.mean() > 0.5
+    assert np.array_equal(ours.argmax(1)[sure], theirs.argmax(1)[sure])
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in NOT_IN_LLAMA_CPP])
+def test_logits(name: str, tmp_path: Path) -> None:
+    """Experts are never merged here: llama.cpp reads no merged ones for these architectures."""
+    write_and_compare(tmp_path / "model.gguf", MODELS[name].config, MODELS[name].dtype)
+
+
+def test_sections_of_mrope_change_nothing_for_text(tmp_path: Path) -> None:
+    keys = {"rope.dimension_sections": np.array([2, 1, 1, 0], np.int32)}
+    write_and_compare(tmp_path / "model.gguf", glm4moe(), "f32", keys=keys)

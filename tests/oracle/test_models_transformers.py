@@ -1,0 +1,84 @@
+"""Logits of whole models against transformers, on tiny files with random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+pytestmark = pytest.mark.oracle
+pytest.importorskip("transformers", reason="needs torch and transformers (the extra 'oracle')")
+
+import torch  # noqa: E402
+
+from pyggml.generate.session import Session  # noqa: E402
+from pyggml.models.model import load  # noqa: E402
+from pyggml.parity.tolerance import relative_error  # noqa: E402
+from tests.models.convert import convert, random_model  # noqa: E402
+from tests.models.tiny import MODELS, TOKENS  # noqa: E402
+
+#: About ten times the largest error, which is that of f32 arithmetic in another order.
+TOLERANCE = 2e-5
+N_CTX = 48
+
+#: name -> options of the model
+OPTIONS: dict[str, dict[str, Any]] = {
+    "flash": {},
+    "scores": {"flash": False},
+    "unfused": {"fused": False},
+    "amb": {"flash": False, "amb": 0.04},  # cuts the scores of a whole prompt,
+}
+
+
+class Oracle(NamedTuple):
+    path: Path
+    logits: NDArray[np.float32]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def oracle(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    """A file, and the logits of transformers for some tokens."""
+    tiny = MODELS[request.param]
+    torch.set_num_threads(1)
+    model = random_model(tiny.config)
+    path = tmp_path_factory.mktemp("model") / "model.gguf"
+    convert(model, path, tiny.dtype, merged=tiny.merged)
+    with torch.no_grad():
+        logits = model(torch.tensor([TOKENS])).logits[0].numpy()
+    return Oracle(path, logits)
+
+
+def session(path: Path, n_batch: int, options: dict[str, Any]) -> Session:
+    model = load(path, backends=["numpy"], cache_k="f32", cache_v="f32", **options)
+    return model.session(n_ctx=N_CTX, n_batch=n_batch)
+
+
+def check(logits: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
+    error = max(map(relative_error, logits, expected))
+    assert error < TOLERANCE
+    assert np.array_equal(logits.argmax(1), expected.argmax(1))
+
+
+@pytest.mark.parametrize("n_batch", [N_CTX, 7])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_prompt(oracle: Oracle, options: str, n_batch: int) -> None:
+    """The whole prompt, and the prompt in chunks."""
+    s = session(oracle.path, n_batch, OPTIONS[options])
+    check(s.forward(TOKENS, outputs="all"), oracle.logits)
+
+
+@pytest.mark.parametrize("options", ["flash", "scores", "unfused"])
+def test_one_token_at_a_time(oracle: Oracle, options: str) -> None:
+    s = session(oracle.path, 1, OPTIONS[options])
+    logits = [s.forward([token])[0] for token in TOKENS]
+    check(np.stack(logits), oracle.logits)
+
+
+def test_last_token_after_a_prompt(oracle: Oracle) -> None:
+    s = session(oracle.path, 16, {})
+    n = len(TOKENS) - 5
+    check(s.forward(TOKENS[:n]), oracle.logits[n - 1 : n])
+    check(s.forward(TOKENS[n:]), oracle.logits[-1:])
