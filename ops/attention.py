@@ -127,19 +127,26 @@ def _(node: Node, axis: Axis, n: int) -> Slice | None:
 
 
 @op
-def causal_mask(pos: Node, *, n_kv: int, window: int | None = None) -> Spec:
+def causal_mask(
+    pos: Node, kv_end: Node | None = None, *, n_kv: int, window: int | None = None
+) -> Spec:
     """The mask of causal attention: y[j, i] = 0 where the token at pos[i] sees row j, else -inf.
 
-    pos  i32  [n_tokens]          cache row j holds position j
-    y    f16  [n_kv, n_tokens]    0 where j <= pos[i] and, with a window, pos[i] - j < window
+    pos     i32  [n_tokens]
+    kv_end  i32  [n_kv]              1 + the position of cache row j; 0 or less: the row is empty.
+                                     Without it, row j holds position j
+    y       f16  [n_kv, n_tokens]    0 where p_j <= pos[i] and, with a window, pos[i] - p_j < window
     """
     want_index("pos", pos)
     want_ne("pos", pos, (pos.ne[0], 1, 1, 1), "a vector of positions")
     if n_kv < 1 or (window is not None and window < 1):
         raise ShapeError(f"n_kv={n_kv} and window={window} must be at least 1")
+    if kv_end is not None:
+        want_index("kv_end", kv_end)
+        want_ne("kv_end", kv_end, (n_kv, 1, 1, 1), "one for each of the n_kv rows")
     return Spec.of(F16, (n_kv, pos.ne[0]), 2)
 
 
 @causal_mask.slices
 def _(node: Node, axis: Axis, n: int) -> Slice | None:
-    return Slice((Cut(0),)) if axis == 1 else None
+    return Slice((Cut(0), None)) if axis == 1 else None

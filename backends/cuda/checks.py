@@ -26,7 +26,7 @@ def check_ids(staging: Staging, step: Step, at: Mapping[Node, Address]) -> None:
     """
     for node in step.nodes:
         choice = node.op.ids
-        if node.op is ops.causal_mask:
+        if node.op is ops.causal_mask and node.get("kv_end") is None:
             _check(staging, step, node["pos"], at, node.attrs["n_kv"], "position", "the keys")
         elif choice is not None:
             count = node[choice.of].ne[choice.axis]

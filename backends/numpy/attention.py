@@ -288,9 +288,11 @@ def _mask_piece(n_kv: int, n_tokens: int) -> int:
 
 
 @kernel(ops.causal_mask, scratch=lambda node: floats(*(_mask_piece(*node.ne[:2]),) * 2))
-def causal_mask(out: Raw, pos: Raw, *, scratch: Scratch, n_kv: int, window: int | None) -> None:
+def causal_mask(
+    out: Raw, pos: Raw, kv_end: Raw | None, *, scratch: Scratch, n_kv: int, window: int | None
+) -> None:
     last = int(pos.max())
-    if last >= n_kv:
+    if kv_end is None and last >= n_kv:
         raise IdError(
             f"position {last} is past the keys: n_kv={n_kv}, counted from 0, so its own key would "
             "not be seen; a negative position sees none"
@@ -300,8 +302,12 @@ def causal_mask(out: Raw, pos: Raw, *, scratch: Scratch, n_kv: int, window: int 
     for t in split(out.shape[2], max(1, PIECE // n_kv)):
         rows = out[0, 0, t]
         ahead = shaped(memory, *rows.shape)  # j - pos[i]
-        for j in split(n_kv, 4096):
-            ahead[:, j] = np.arange(j.start, j.stop, dtype=np.int32)
+        if kv_end is not None:
+            np.maximum(kv_end[0, 0, 0], 0, out=ahead[0])
+            ahead[:] = ahead[0] - np.int32(1)
+        else:
+            for j in split(n_kv, 4096):
+                ahead[:, j] = np.arange(j.start, j.stop, dtype=np.int32)
         # Every position below 0 sees nothing; -1 stands for all of them, as j + 2^31 is no int32.
         ahead -= np.maximum(pos[0, 0, 0, t, None], -1)
         hidden = shaped(flags, *rows.shape)
@@ -311,3 +317,6 @@ def causal_mask(out: Raw, pos: Raw, *, scratch: Scratch, n_kv: int, window: int 
         if window is not None:
             np.less_equal(ahead, -window, out=hidden)
             np.copyto(rows, HIDDEN, where=hidden)
+        if kv_end is not None:
+            np.less_equal(kv_end[0, 0, 0], 0, out=hidden[0])
+            np.copyto(rows, HIDDEN, where=hidden[:1])

@@ -70,10 +70,11 @@ def restore(session: Session, path: str | PathLike[str]) -> None:
                         f"{state.dtype.name} {list(ne)}; use the same options"
                     )
                 arrays[name] = file.array(name)
-        session.tokens.clear()
+            arrays |= cache.contents(len(tokens))
+        session.truncate(0)
         for name, array in arrays.items():
             whole = session.store.read(name, raw=True)
-            whole[..., : array.shape[-2], :] = array
+            whole[..., : array.shape[-2], :] = array.reshape(*whole.shape[:-2], *array.shape[-2:])
             session.store.write(name, whole)
         session.tokens += tokens
 

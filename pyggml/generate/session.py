@@ -41,6 +41,7 @@ class Session:
             raise ShapeError(f"n_ctx={n_ctx} and n_batch={n_batch} must be at least 1")
         self.model, self.n_ctx, self.n_batch = model, n_ctx, min(n_batch, n_ctx)
         self.tokens: list[int] = []
+        self._most = 0  # tokens that the caches had since they were empty
         self.store = Store(like=model.store)
         self.caches = model.caches(n_ctx, self.n_batch)
         self._plans: dict[tuple[int, int, int], Plan] = {}
@@ -96,6 +97,7 @@ class Session:
             arrays["pos"] = _tail(pos[:n], n_tokens, pos[n - 1])
         if "outputs" in plan.inputs:
             arrays["outputs"] = np.array([n - 1], np.int32)
+        self._most = max(self._most, past + n)  # even if the run fails
         logits = plan.run(arrays).get("logits")
         self.tokens += part
         if logits is None:
@@ -159,6 +161,7 @@ class Session:
         history[past] = token
         self.store.write(HISTORY, history[:, None])
         self.store.write(POSITION, np.array([past], np.int32))
+        self._most = max(self._most, past + n)
         end = int(plan.repeat(n)[POSITION][0])
         history = self.store.read(HISTORY)[:, 0]
         end = min(end, past + n - 1) + 1  # a stop token stays at the position where it was chosen
@@ -167,10 +170,18 @@ class Session:
         return tokens[1:]
 
     def truncate(self, n: int) -> None:
-        """Forget all but the first `n` tokens."""
+        """Forget all but the first `n` tokens.
+
+        If a sliding-window cache has lost rows that the next token sees, the tokens run again.
+        """
         if not 0 <= n <= len(self.tokens):
             raise ShapeError(f"truncate({n}): the session has {len(self.tokens)} tokens")
+        kept = self.tokens[:n]
         del self.tokens[n:]
+        if not all(cache.reaches(n, self._most) for cache in self.caches):
+            self.tokens.clear()
+            self._most = 0
+            self.forward(kept, "none")
 
     def save(self, path: str | PathLike[str]) -> int:
         """Write tokens and caches to a file, which appears when it is complete; its bytes.

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from pyggml.dtypes import dtype
 from pyggml.errors import ShapeError
+from pyggml.models.cache import ring_state
 from pyggml.node import Node
-from pyggml.ops import causal_mask, input
+from pyggml.ops import cast, causal_mask, div, fill, input, reshape, scale, set_rows, sub
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,9 +67,44 @@ class Batch:
         some = 0 < n_outputs < n_tokens
         self.outputs = input("outputs", "i32", ne=(n_outputs,)) if some else None
         self._masks: dict[tuple[int, int | None], Node] = {}
+        self._rings: dict[int, Ring] = {}
+
+    def ring(self, n_rows: int) -> Ring:
+        """The rows of window caches with `n_rows` rows; one object for all layers."""
+        if n_rows not in self._rings:
+            self._rings[n_rows] = Ring(self, n_rows)
+        return self._rings[n_rows]
 
     def mask(self, n_kv: int, window: int | None = None) -> Node:
         """causal_mask(pos); one node for all layers that ask for the same."""
         if (n_kv, window) not in self._masks:
             self._masks[n_kv, window] = causal_mask(self.pos, n_kv=n_kv, window=window)
         return self._masks[n_kv, window]
+
+
+class Ring:
+    """Rows that position p shares with p + n_rows, p + 2 n_rows, ...: row p % n_rows.
+
+    rows    i32 [n_tokens]  rows that the batch writes; -1 for padding
+    kv_end  i32 [n_rows]    1 + the position in each row; 0 for an empty row
+    """
+
+    def __init__(self, batch: Batch, n_rows: int) -> None:
+        rows = cast(batch.rows, dtype="f32")  # exact below 2^23
+        laps = cast(cast(div(rows, fill(rows, value=float(n_rows))), dtype="i32"), dtype="f32")
+        self.rows = cast(sub(rows, scale(laps, s=float(n_rows))), dtype="i32")
+        ends = cast(scale(cast(batch.pos, dtype="f32"), s=1.0, b=1.0), dtype="i32")
+        ends = reshape(ends, ne=(1, batch.n_tokens))
+        written = set_rows(ring_state(n_rows), ends, self.rows)
+        batch.writes.append(written)
+        self.n_rows, self.pos = n_rows, batch.pos
+        self.kv_end = reshape(written, ne=(n_rows,))
+        self._masks: dict[int, Node] = {}
+
+    def mask(self, window: int) -> Node:
+        """f16 [n_rows, n_tokens]; one node for all layers with this window."""
+        if window not in self._masks:
+            self._masks[window] = causal_mask(
+                self.pos, self.kv_end, n_kv=self.n_rows, window=window
+            )
+        return self._masks[window]

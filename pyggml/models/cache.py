@@ -5,11 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
+from pyggml.gguf.format import padded
 from pyggml.node import Node
 from pyggml.ops import set_rows, state, view
 
 if TYPE_CHECKING:
     from pyggml.models.batch import Batch
+
+
+#: Rows of a window cache come in steps, so that kernels read whole tiles.
+RING_STEP = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +37,14 @@ class Cache:
         """The number of rows that `n` tokens fill."""
         return n
 
+    def reaches(self, n: int, past: int) -> bool:
+        """Whether a cache that had `past` tokens still has all rows that token number n sees."""
+        return True
+
+    def contents(self, n: int) -> dict[str, NDArray[np.int32]]:
+        """Other states after `n` tokens: name -> array."""
+        return {}
+
     def mask(self, batch: Batch) -> Node:
         """f16 [n_kv, n_tokens]."""
         return batch.mask(batch.n_kv)
@@ -40,18 +56,68 @@ class Cache:
         return view(handle, ne=(handle.ne[0], batch.n_kv, handle.ne[2]))
 
 
+@dataclass(frozen=True, slots=True)
+class WindowCache(Cache):
+    """K and V of the last tokens: position p is in row p % n_rows.
+
+    A batch must overwrite only rows that its first token no longer sees, so
+    n_rows >= window + n_batch - 1.
+
+    window  how many tokens a token sees, itself included
+    """
+
+    window: int
+
+    def used(self, n: int) -> int:
+        return min(n, self.n_rows)
+
+    def reaches(self, n: int, past: int) -> bool:
+        return past - self.n_rows <= max(0, n - self.window + 1)
+
+    def contents(self, n: int) -> dict[str, NDArray[np.int32]]:
+        first = np.arange(self.n_rows)
+        last = first + (n - 1 - first) // self.n_rows * self.n_rows  # below 0: an empty row
+        return {ring_state(self.n_rows).attrs["name"]: np.maximum(last + 1, 0)[:, None]}
+
+    def mask(self, batch: Batch) -> Node:
+        return batch.ring(self.n_rows).mask(self.window)
+
+    def write(self, number: int, rows: Node, batch: Batch) -> Node:
+        handle = set_rows(self.states[number], rows, batch.ring(self.n_rows).rows)
+        batch.writes.append(handle)
+        return handle
+
+
+def ring_state(n_rows: int) -> Node:
+    """cache_end_N, i32 [1, n_rows]: 1 + the position in each row of window caches; 0: empty."""
+    return state(f"cache_end_{n_rows}", "i32", ne=(1, n_rows))
+
+
 def latent_cache(il: int, n_ctx: int, d: int, dtype: str) -> Cache:
     """cache_kv_lIL [d, n_ctx]."""
     return Cache((state(f"cache_kv_l{il}", dtype, ne=(d, n_ctx)),))
 
 
 def kv_cache(
-    il: int, n_ctx: int, *, d_k: int, d_v: int, n_head_kv: int, types: tuple[str, str]
+    il: int,
+    n_ctx: int,
+    *,
+    d_k: int,
+    d_v: int,
+    n_head_kv: int,
+    types: tuple[str, str],
+    window: int | None = None,
+    n_batch: int = 0,
 ) -> Cache:
-    """cache_k_lIL [d_k, n_ctx, n_head_kv] and cache_v_lIL [d_v, n_ctx, n_head_kv]."""
-    return Cache(
-        (
-            state(f"cache_k_l{il}", types[0], ne=(d_k, n_ctx, n_head_kv)),
-            state(f"cache_v_l{il}", types[1], ne=(d_v, n_ctx, n_head_kv)),
-        )
+    """cache_k_lIL [d_k, n_rows, n_head_kv] and cache_v_lIL [d_v, n_rows, n_head_kv].
+
+    n_rows is n_ctx, or fewer if only a window is needed.
+    """
+    n_rows = n_ctx if window is None else padded(window + n_batch - 1, RING_STEP)
+    states = (
+        state(f"cache_k_l{il}", types[0], ne=(d_k, min(n_rows, n_ctx), n_head_kv)),
+        state(f"cache_v_l{il}", types[1], ne=(d_v, min(n_rows, n_ctx), n_head_kv)),
     )
+    if window is None:
+        return Cache(states)
+    return WindowCache(states, window)

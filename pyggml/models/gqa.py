@@ -60,11 +60,13 @@ class Heads:
         """The norms of `gqa` with norm_eps."""
         return {"attn_q_norm": (self.d_k,), "attn_k_norm": (self.d_k,)}
 
-    def cache(self, il: int, n_ctx: int, options: Options) -> Cache:
-        """A full cache of layer `il`."""
+    def cache(
+        self, il: int, n_ctx: int, options: Options, *, window: int | None = None, n_batch: int = 0
+    ) -> Cache:
+        """The cache of layer `il`; with a window, one for batches of up to `n_batch` tokens."""
         return kv_cache(
             il, n_ctx, d_k=self.d_k, d_v=self.d_v, n_head_kv=self.n_head_kv,
-            types=(options.cache_k, options.cache_v),
+            types=(options.cache_k, options.cache_v), window=window, n_batch=n_batch,
         )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ Sources: DeepSeek-V2 (arXiv 2405.04434, 2.2) and DeepSeek-V3 (arXiv 2412.19437, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,6 +37,7 @@ from pyggml.ops import (
     top_k,
 )
 
+Gated = Callable[[Node, Node], Node]
 Gating = Literal["softmax", "sigmoid", "softmax_weight"]
 _GATING: dict[int, Gating] = {0: "softmax", 1: "softmax", 2: "sigmoid", 3: "softmax_weight"}
 #: Lower limit of the sum that normalizes expert weights: the smallest normal f16, as in llama.cpp.
@@ -149,27 +151,37 @@ def route(layer: Layer, x: Node, e: Experts) -> tuple[Node, Node]:
     return ids, layer.label(weights, "ffn_moe_weights")
 
 
-def moe(layer: Layer, x: Node, experts: Experts, *, fused: bool) -> Node:
-    """The weighted sum of each token's experts, plus the shared experts if there are any."""
-    routed = routed_sum(layer, x, experts, fused=fused)
+def moe(
+    layer: Layer, x: Node, experts: Experts, *, fused: bool, gated: Gated | None = None
+) -> Node:
+    """The weighted sum of each token's experts, plus the shared experts if there are any.
+
+    gated  the activation of (gate, up) in place of silu(gate) * up
+    """
+    routed = routed_sum(layer, x, experts, fused=fused, gated=gated)
     if "ffn_gate_shexp" not in layer:
         return layer.label(routed, "ffn_out")
     shared = layer.label(swiglu_mlp(layer, x, "_shexp", fused=fused), "ffn_shexp")
     return layer.label(add(routed, shared), "ffn_out")
 
 
-def routed_sum(layer: Layer, x: Node, experts: Experts, *, fused: bool) -> Node:
+def routed_sum(
+    layer: Layer, x: Node, experts: Experts, *, fused: bool, gated: Gated | None = None
+) -> Node:
     """The weighted sum of each token's n_expert_used experts, f32 [n_embd, T]."""
     ids, weights = route(layer, x, experts)
     b = reshape(x, ne=(x.ne[0], 1, x.ne[1]))
     up, gate = "ffn_up_exps", "ffn_gate_exps"
-    if "ffn_gate_up_exps" in layer:
+    if gated is not None:
+        gate_x = expert_product(layer, gate, b, ids)
+        hidden = gated(gate_x, expert_product(layer, up, b, ids))
+    elif "ffn_gate_up_exps" in layer:
         hidden = glu(expert_product(layer, "ffn_gate_up_exps", b, ids))  # rows of gate, then of up
     elif fused and not extras(layer, up, gate):
         hidden = moe_up_gate(layer[up], layer[gate], b, ids)
     else:
-        gated = silu(expert_product(layer, gate, b, ids))
-        hidden = mul(gated, expert_product(layer, up, b, ids))
+        gate_x = expert_product(layer, gate, b, ids)
+        hidden = mul(silu(gate_x), expert_product(layer, up, b, ids))
     hidden = layer.label(hidden, "ffn_moe_hidden")
     down = layer.label(expert_product(layer, "ffn_down_exps", hidden, ids), "ffn_moe_down")
     return layer.label(mul_multi_add(down, weights), "ffn_moe_out")

@@ -8,6 +8,8 @@ from typing import Any
 from pyggml.errors import ShapeError, UnknownNameError
 from pyggml.models.base import MAX_LAYERS, Architecture
 from pyggml.models.deepseek2 import DeepSeek2, KvB
+from pyggml.models.gpt_oss import GptOss
+from pyggml.models.gqa import Heads
 from pyggml.models.layers import Rope
 from pyggml.models.moe import Experts
 
@@ -32,6 +34,12 @@ TINY = replace(
     kv_lora_rank=64, d_nope=32, n_rot=16, d_v=32, n_ff=512,
     experts=replace(V3.experts, n_ff=128, n_expert=8, n_used=2, n_group=4, n_group_used=2),
 )  # fmt: skip
+TINY_GPT_OSS = GptOss(
+    n_block=3, n_ctx_train=4096, n_vocab=512, n_embd=96, rms_eps=1e-5, window=8,
+    heads=Heads(n_head=4, n_head_kv=2, d_k=32, d_v=32, n_rot=32),
+    experts=Experts(n_ff=64, n_expert=6, n_used=2, gating_func=3),
+    rope=Rope(freq_base=150000.0, scaling="yarn", factor=32.0, n_ctx_orig=4096),
+)  # fmt: skip
 
 #: The published models (sizes from their config.json), a small one for CPUs, and a tiny one for
 #: tests with every feature of V3.
@@ -43,6 +51,7 @@ PRESETS: dict[str, Architecture] = {
         experts=replace(V2_LITE.experts, n_ff=512, n_expert=16, n_used=4, n_shared=1),
     ),
     "tiny": TINY,
+    "tiny-gpt-oss": TINY_GPT_OSS,
 }  # fmt: skip
 
 

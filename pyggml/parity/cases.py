@@ -172,6 +172,8 @@ flash_attn_ext(f32[32,3,4], f32[32,14,2], f32[48,14,2], {-|f16[14,3]~mask}, f32[
 flash_attn_ext(f32[64,3,4], f16[64,300,2], f16[64,300,2], -, f32[4]@apart, i32[1]#200@apart, scale=0.1)
 causal_mask(i32[{1|5|70}]<37{|@apart}, n_kv={37|256}, window={None|1|9})
 causal_mask(i32[{1|5}]<1{|@apart}, n_kv=1, window={None|1|9})
+causal_mask(i32[{1|5|70}]<37{|@apart}, i32[33]<40{|@apart}, n_kv=33, window={None|1|9})
+causal_mask(i32[7]#{-1|37}, i32[5]#{-2147483648|0|1|38}, n_kv=5, window={None|9})
 causal_mask(i32[7]#{-2147483648|-1|-2147483600}, n_kv={1|37|256}, window={None|1|9|2147483647})
 merge_lse(f32[{2|33},3,5,2]{|@inner}, f32[$1,3,5,2]{|@wide})
 """  # noqa: E501

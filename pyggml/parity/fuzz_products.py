@@ -155,6 +155,8 @@ def masks(d: Draw) -> Case:
         pos = d.ids((d.size(70),), n_kv)
         if d.chance(0.2):  # differences overflow 32 bits
             pos = replace(pos, fill=d.pick(("#-2147483648", "#-2147483600")))
-        return d.case("causal_mask", pos, n_kv=n_kv, window=d.pick((None, None, 1, 9, 32)))
+        ends = [d.ids((n_kv,), 70)] if d.chance(0.3) else []
+        window = d.pick((None, None, 1, 9, 32))
+        return d.case("causal_mask", pos, *ends, n_kv=n_kv, window=window)
     ne = (1 + d.size(130), d.size(5), d.size(9), d.size(3))
     return d.case("merge_lse", d.source("f32", ne), d.source("f32", ne))

@@ -149,6 +149,8 @@ def limits(graph: Graph) -> Iterable[Limit]:
 def _limits(graph: Graph) -> Iterator[Limit]:
     for node in graph.nodes:
         if node.op is causal_mask and (key := _input(node["pos"])) is not None:
+            if node.get("kv_end") is not None:
+                continue
             n_kv = node.attrs["n_kv"]
             text = (
                 f"a position of {_at(node)} with n_kv={n_kv} keys. Positions must be below n_kv, "

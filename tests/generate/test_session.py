@@ -13,7 +13,7 @@ from pyggml.errors import GGUFError, IdError, ShapeError
 from pyggml.generate.sample import Sampler, greedy
 from pyggml.generate.session import Session, padded_rows, padded_tokens
 from pyggml.models.model import Model, load
-from pyggml.models.presets import TINY
+from pyggml.models.presets import TINY, TINY_GPT_OSS
 from pyggml.models.synth import synth
 
 TOKENS = [7, 3, 200, 41, 5, 5, 399, 12, 88, 17, 301]
@@ -215,3 +215,51 @@ def test_a_full_disk_leaves_no_file(
         session.save(tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []
     assert session.forward([1]).shape == (1, TINY.n_vocab)
+
+
+# -- sliding windows --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    path = tmp_path_factory.mktemp("model") / "window.gguf"
+    synth(path, TINY_GPT_OSS, type="f32")
+    return load(path, backends=["numpy"], cache_k="f32", cache_v="f32")
+
+
+LONG = [(37 * i) % 512 for i in range(150)]
+
+
+@pytest.mark.parametrize("n_batch", [1, 7, 60])
+def test_a_window_needs_few_rows(windowed: Model, n_batch: int) -> None:
+    whole = windowed.session(150, 150)
+    expected = whole.forward(LONG, "all")
+    session = windowed.session(150, n_batch)
+    assert close(session.forward(LONG, "all"), expected)
+    assert [cache.n_rows for cache in whole.caches] == [150, 150, 150]
+    rows = 128 if n_batch == 60 else 64
+    assert [cache.n_rows for cache in session.caches] == [rows, 150, rows]
+
+
+def test_truncation_runs_tokens_again_if_their_rows_are_lost(windowed: Model) -> None:
+    expected = windowed.session(150, 150).forward(LONG, "all")
+    session = windowed.session(200, 20)  # rings of 64 rows and a window of 8
+    session.forward(LONG)
+    for n in (120, 94, 93, 140, 30, 0, 100, 5):
+        if n > len(session.tokens):
+            session.forward(LONG[len(session.tokens) :])
+        session.truncate(n)
+        assert session.tokens == LONG[:n]
+        assert close(session.forward(LONG[n : n + 10], "all"), expected[n : n + 10])
+
+
+def test_copies_of_windows(windowed: Model, tmp_path: Path) -> None:
+    for n in (3, 40, 64, 100):
+        session = windowed.session(200, 20)
+        session.forward(LONG[:n])
+        session.save(tmp_path / "saved")
+        other, fork = windowed.session(200, 20), session.fork()
+        other.forward(LONG[::-1])
+        other.load(tmp_path / "saved")
+        tokens = list(session.generate([4], 5))
+        assert list(other.generate([4], 5)) == tokens == list(fork.generate([4], 5, ahead=4))

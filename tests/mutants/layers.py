@@ -208,16 +208,20 @@ mutant("causal_mask", "a window one key too wide")(
     changed(window=lambda old: None if old is None else old + 1)
 )
 mutant("causal_mask", "counts keys ahead with 32 bits")(
-    lambda right, out, pos, n_kv, window, **attrs: (
+    lambda right, out, pos, kv_end, n_kv, window, **attrs: (
         np.copyto(
             out[0, 0],
             np.where(np.arange(n_kv, dtype="i4") - pos[0, 0, 0, :, None] > 0, -np.inf, 0),
             casting="unsafe",
         )
-        if window is None
-        else right(out, pos, n_kv=n_kv, window=window, **attrs)
+        if window is None and kv_end is None
+        else right(out, pos, kv_end, n_kv=n_kv, window=window, **attrs)
     )
 )
+mutant("causal_mask", "rows in order in spite of kv_end")(
+    instead(1, lambda kv_end: np.arange(1, kv_end.shape[-1] + 1, dtype="i4").reshape(kv_end.shape))
+)
+mutant("causal_mask", "empty rows are seen")(instead(1, lambda kv_end: np.maximum(kv_end, 1)))
 mutant("causal_mask", "-65504 for -inf")(then(lambda out: np.maximum(out, -65504, out=out)))
 mutant("merge_lse", "the mean of both parts")(instead(1, lambda b: _same_weight(b)))
 mutant("merge_lse", "the first part only")(instead(1, lambda b: np.full_like(b, -1e4)))

@@ -13,10 +13,11 @@ from pyggml.backends.cuda.table import kernel
 def causal_mask(call: Call) -> None:
     window = call.attrs["window"]
     reach = np.uint32(2**31 if window is None else min(window, 2**31))
+    pos, kv_end = call["pos"], call.get("kv_end")
     call.launch(
         "attention_mask.cu",
-        "causal_mask",
+        f"causal_mask<{'false' if kv_end is None else 'true'}>",
         grid=call.out.ne[1],
         block=256,
-        args=[call.out.tensor, call["pos"].tensor, reach],
+        args=[call.out.tensor, pos.tensor, (kv_end or pos).tensor, reach],
     )

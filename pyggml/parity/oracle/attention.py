@@ -67,10 +67,13 @@ def flash_attn_ext(
     return out if lse else out[..., :-1]
 
 
-def causal_mask(pos: Array, *, n_kv: int, window: int | None = None) -> Array:
-    """[n_kv, T]: 0 where j <= pos[i] and, with a window, pos[i] - j < window; else -inf."""
-    behind = pos.reshape(-1, 1) - np.arange(n_kv)  # [T, n_kv]
-    seen = (behind >= 0) & (True if window is None else behind < window)
+def causal_mask(
+    pos: Array, kv_end: Array | None = None, *, n_kv: int, window: int | None = None
+) -> Array:
+    """[n_kv, T]: 0 where p_j <= pos[i] and, with a window, pos[i] - p_j < window; else -inf."""
+    at = np.arange(n_kv) if kv_end is None else kv_end.reshape(-1) - 1
+    behind = pos.reshape(-1, 1) - at  # [T, n_kv]
+    seen = (at >= 0) & (behind >= 0) & (True if window is None else behind < window)
     return np.where(seen, 0.0, -np.inf)[None, None]
 
 
