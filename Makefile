@@ -23,7 +23,7 @@ demo: $(STAMP)  ## run DeepSeek attention in all forms and print memory and erro
 test: $(STAMP)  ## run the test suite; needs no network, GPU, torch or ggml
 	$(BIN)/python -m pytest -rs -m "not oracle and not kernels and not stub and not gpu"
 
-test-oracle: $(STAMP)  ## install torch, transformers and real ggml, and compare results with them
+test-oracle: $(STAMP)  ## install torch, transformers, ggml and llama.cpp, and compare results with them
 	$(BIN)/python tools/install_oracles.py
 	$(BIN)/python -m pytest -m oracle
 

@@ -1,11 +1,13 @@
 """Install those packages of the extra `oracle` that this machine supports.
 
-torch and transformers are wheels. ggml-python is built from source; without a C compiler, this
-script skips it with a message, and pytest skips its tests.
+torch and transformers are wheels. ggml-python and llama-cpp-python are built from source, which
+takes minutes; without a C compiler, this script skips them with a message, and pytest skips their
+tests.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -18,19 +20,20 @@ ROOT = Path(__file__).resolve().parent.parent
 def main() -> int:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     requirements = project["optional-dependencies"]["oracle"]
-    sources = [r for r in requirements if r.startswith("ggml-python")]
+    sources = [r for r in requirements if r.startswith(("ggml-python", "llama-cpp-python"))]
     for requirement in [r for r in requirements if r not in sources]:  # one by one, torch first
         install(requirement)
     if shutil.which("cc") and shutil.which("c++"):
         install(*sources)
     else:
-        print("NOT RUN: real ggml (no C compiler to build ggml-python)")
+        print("NOT RUN: real ggml and llama.cpp (no C compiler to build them)")
     return 0
 
 
 def install(*requirements: str) -> None:
     command = [sys.executable, "-m", "pip", "install", "-q", *requirements]
-    subprocess.run(command, check=True)
+    # The tests of llama-cpp-python need no image models.
+    subprocess.run(command, check=True, env={"CMAKE_ARGS": "-DLLAVA_BUILD=OFF"} | os.environ)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ YARN = {
     "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
     "original_max_position_embeddings": 16,
 }  # fmt: skip
+BETAS = {"rope_theta": 100.0, "beta_fast": 1.5, "beta_slow": 0.25}
 
 
 def llama(**changes: Any) -> LlamaConfig:
@@ -75,7 +76,7 @@ MODELS = {
               rope_parameters=LLAMA3)
     ),
     "llama linear": Tiny(llama(rope_parameters=LINEAR)),
-    "llama yarn": Tiny(llama(num_hidden_layers=3, rope_parameters=YARN)),
+    "llama yarn": Tiny(llama(num_hidden_layers=3, rope_parameters=YARN | BETAS)),
     "llama q8_0": Tiny(llama(hidden_size=96, intermediate_size=64, head_dim=32), "q8_0"),
     "llama q4_1": Tiny(
         llama(hidden_size=96, intermediate_size=64, head_dim=32, tie_word_embeddings=True), "q4_1"
