@@ -68,7 +68,8 @@ def _n_ctx(keys: Keys) -> int:
 class Rope:
     """The rotary embedding that a file's keys describe.
 
-    A factor of 0 means 1. Scaling "none" ignores the factor.
+    A factor of 0 means 1. Scaling "none" ignores the factor. The two betas are used as in
+    transformers; llama.cpp ignores them in most architectures, and computes with 32 and 1.
     """
 
     freq_base: float = key("rope.freq_base", 10000.0)

@@ -76,7 +76,8 @@ MODELS = {
               rope_parameters=LLAMA3)
     ),
     "llama linear": Tiny(llama(rope_parameters=LINEAR)),
-    "llama yarn": Tiny(llama(num_hidden_layers=3, rope_parameters=YARN | BETAS)),
+    "llama yarn": Tiny(llama(num_hidden_layers=3, rope_parameters=YARN)),
+    "llama yarn betas": Tiny(llama(rope_parameters=YARN | BETAS)),
     "llama q8_0": Tiny(llama(hidden_size=96, intermediate_size=64, head_dim=32), "q8_0"),
     "llama q4_1": Tiny(
         llama(hidden_size=96, intermediate_size=64, head_dim=32, tie_word_embeddings=True), "q4_1"

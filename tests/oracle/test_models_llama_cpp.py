@@ -22,8 +22,9 @@ from tests.models.convert import convert, random_model  # noqa: E402
 from tests.models.tiny import MODELS, TOKENS, glm4moe  # noqa: E402
 
 GGML_TYPE_F32 = 0
-#: Models with a tensor that llama.cpp does not read: blk.N.attn_output.bias of qwen3.
-NOT_IN_LLAMA_CPP = ("qwen3 biases",)
+#: llama.cpp ignores the keys yarn_beta_fast and yarn_beta_slow of llama, and rejects a file of
+#: qwen3 with blk.N.attn_output.bias.
+NOT_IN_LLAMA_CPP = ("llama yarn betas", "qwen3 biases")
 
 
 def llama_cpp_logits(path: Path, tokens: list[int]) -> NDArray[np.float32]:
