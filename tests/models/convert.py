@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 from pyggml.dtypes import dtype as as_dtype
+from pyggml.gguf import GGUFFile
 from pyggml.gguf.writer import Tensor, write
 from pyggml.quants import decode_rows, encode_rows
 
@@ -169,6 +170,20 @@ def convert(
     write(path, _fields(model.config, recipe) | more, tensors)
 
 
+@torch.no_grad()
+def restore(model: Any, file: GGUFFile) -> None:
+    """Give a model without experts the values of a file, decoded."""
+    recipe = RECIPES[model.config.model_type]
+    for name, value in model.state_dict().items():
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        tensor = _tensor_name(name, recipe)
+        rows = decode_rows(file.tensors[tensor].dtype, file.array(tensor))
+        if n_head := _permuted_heads(name, model.config, recipe):
+            rows = _halves(rows, n_head)
+        value.copy_(torch.from_numpy(rows))
+
+
 def _fields(config: Any, recipe: Recipe) -> dict[str, Any]:
     own = dict(recipe.fields)
     for attribute, names in (COMMON | recipe.keys).items():
@@ -192,32 +207,47 @@ def _stored(model: Any, recipe: Recipe, dtype: str) -> Iterator[tuple[str, str, 
     for name, value in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        module, _, kind = name.removeprefix("model.").rpartition(".")
-        prefix = ""
-        if module.startswith("layers."):
-            _, il, module = module.split(".", 2)
-            prefix = f"blk.{il}."
-        names = LAYER | recipe.tensors if prefix else MODEL
-        # A parameter such as experts.down_proj has a name of its own; most are a module's weight.
-        full = f"{module}.{kind}"
-        tensor = names[full] if full in names else f"{names[module]}.{kind}"
-        if not tensor.endswith((".weight", ".bias")):
-            tensor += ".weight"
+        tensor = _tensor_name(name, recipe)
         plain = value.ndim == 1 or "ffn_gate_inp" in tensor
         type_ = "f32" if plain else dtype
         rows = encode_rows(type_, value.numpy())
         value.copy_(torch.from_numpy(decode_rows(type_, rows)))
-        if module in recipe.permuted:
-            key_heads = "k_proj" in module
-            n_head = config.num_key_value_heads if key_heads else config.num_attention_heads
+        if n_head := _permuted_heads(name, config, recipe):
             rows = _neighbours(rows, n_head)
-        yield prefix + tensor, type_, rows
+        yield tensor, type_, rows
+
+
+def _tensor_name(name: str, recipe: Recipe) -> str:
+    """The tensor of a parameter."""
+    module, _, kind = name.removeprefix("model.").rpartition(".")
+    prefix = ""
+    if module.startswith("layers."):
+        _, il, module = module.split(".", 2)
+        prefix = f"blk.{il}."
+    names = LAYER | recipe.tensors if prefix else MODEL
+    # A parameter such as experts.down_proj has a name of its own; most are a module's weight.
+    full = f"{module}.{kind}"
+    tensor = names[full] if full in names else f"{names[module]}.{kind}"
+    return prefix + (tensor if tensor.endswith((".weight", ".bias")) else f"{tensor}.weight")
+
+
+def _permuted_heads(name: str, config: Any, recipe: Recipe) -> int:
+    """The number of heads whose rows the file has in another order; 0 if the order is the same."""
+    if not any(f"{module}." in name for module in recipe.permuted):
+        return 0
+    return config.num_key_value_heads if "k_proj" in name else config.num_attention_heads
 
 
 def _neighbours(rows: Array, n_head: int) -> Array:
     """Rows i and i + d/2 of each head of d rows become neighbours."""
     halves = rows.reshape(n_head, 2, -1, *rows.shape[1:])
     return halves.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _halves(rows: Array, n_head: int) -> Array:
+    """Undo `_neighbours`."""
+    pairs = rows.reshape(n_head, -1, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
 def _split(name: str, rows: Array) -> list[tuple[str, Array]]:
