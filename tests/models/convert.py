@@ -15,15 +15,17 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
+import gguf as reference
 import numpy as np
 import torch
+from gguf.quants import quantize
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 from pyggml.dtypes import dtype as as_dtype
 from pyggml.gguf import GGUFFile
 from pyggml.gguf.writer import Tensor, write
-from pyggml.quants import decode_rows, encode_rows
+from pyggml.quants import ENCODABLE, decode_rows, encode_rows
 
 Array = NDArray[Any]
 
@@ -52,6 +54,13 @@ SHARED_EXPERTS = {
     "n_group": ["expert_group_count"],
     "topk_group": ["expert_group_used_count"],
 }
+LATENT = {  # the layout of kv_b that llama.cpp no longer writes, but reads
+    "head_dim": ["rope.dimension_count"],
+    "qk_head_dim": ["attention.key_length"],
+    "v_head_dim": ["attention.value_length"],
+    "q_lora_rank": ["attention.q_lora_rank"],
+    "kv_lora_rank": ["attention.kv_lora_rank"],
+}
 ROPE = {
     "rope_theta": "freq_base",
     "factor": "scaling.factor",
@@ -78,6 +87,16 @@ LAYER = {
     "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
     "mlp.experts.gate_up_proj": "ffn_gate_up_exps",
     "mlp.experts.down_proj": "ffn_down_exps",
+    "self_attn.q_a_proj": "attn_q_a",
+    "self_attn.q_a_layernorm": "attn_q_a_norm",
+    "self_attn.q_b_proj": "attn_q_b",
+    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
+    "self_attn.kv_a_layernorm": "attn_kv_a_norm",
+    "self_attn.kv_b_proj": "attn_kv_b",
+    "self_attn.sinks": "attn_sinks",
+    "mlp.router": "ffn_gate_inp",
+    "mlp.experts.gate_up_proj_bias": "ffn_gate_up_exps.bias",
+    "mlp.experts.down_proj_bias": "ffn_down_exps.bias",
     "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
     "mlp.shared_experts.up_proj": "ffn_up_shexp",
     "mlp.shared_experts.down_proj": "ffn_down_shexp",
@@ -94,6 +113,7 @@ class Recipe:
     tensors   names that differ from LAYER's
     permuted  matrices whose heads have halves that rotate together in transformers, and neighbours
               that do in llama.cpp
+    transposed  experts' matrices are [in, out] in transformers, with gate and up in turns
     """
 
     name: str
@@ -101,6 +121,7 @@ class Recipe:
     fields: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, str] = field(default_factory=dict)
     permuted: tuple[str, ...] = ()
+    transposed: bool = False
 
 
 RECIPES = {
@@ -116,6 +137,23 @@ RECIPES = {
         keys=EXPERTS | SHARED_EXPERTS,
         fields={"expert_gating_func": 2},
         tensors={"post_attention_layernorm": "post_attention_norm"},
+    ),
+    "deepseek_v2": Recipe(
+        name="deepseek2", keys=EXPERTS | SHARED_EXPERTS | LATENT, fields={"expert_gating_func": 1}
+    ),
+    "deepseek_v3": Recipe(
+        name="deepseek2", keys=EXPERTS | SHARED_EXPERTS | LATENT, fields={"expert_gating_func": 2}
+    ),
+    "gpt_oss": Recipe(
+        name="gpt-oss",
+        keys={
+            "num_experts_per_tok": ["expert_used_count"],
+            "num_local_experts": ["expert_count"],
+            "intermediate_size": ["feed_forward_length", "expert_feed_forward_length"],
+            "sliding_window": ["attention.sliding_window"],
+        },
+        tensors={"post_attention_layernorm": "post_attention_norm"},
+        transposed=True,
     ),
 }
 
@@ -161,7 +199,7 @@ def convert(
     tensors = [
         _tensor(name, type_, rows)
         for name, type_, rows in _stored(model, recipe, dtype)
-        for name, rows in (_split(name, rows) if not merged else [(name, rows)])
+        for name, rows in ([(name, rows)] if merged else _split(name, rows, recipe))
     ]
     rope = model.config.rope_parameters
     if rope["rope_type"] == "llama3":
@@ -187,7 +225,8 @@ def restore(model: Any, file: GGUFFile) -> None:
 def _fields(config: Any, recipe: Recipe) -> dict[str, Any]:
     own = dict(recipe.fields)
     for attribute, names in (COMMON | recipe.keys).items():
-        own |= {name: getattr(config, attribute) for name in names}
+        value = getattr(config, attribute, None)
+        own |= {name: value for name in names if value is not None}
     rope = config.rope_parameters
     scaled = rope["rope_type"] in ("linear", "yarn")
     if scaled:
@@ -195,6 +234,8 @@ def _fields(config: Any, recipe: Recipe) -> dict[str, Any]:
     for name, key in ROPE.items():
         if name in rope and (scaled or name == "rope_theta"):
             own[f"rope.{key}"] = rope[name] if "original" in name else float(rope[name])
+    if "mscale_all_dim" in rope:
+        own["rope.scaling.yarn_log_multiplier"] = 0.1 * rope["mscale_all_dim"]
     if "partial_rotary_factor" in rope:
         own["rope.dimension_count"] = int(config.head_dim * rope["partial_rotary_factor"])
     fields = {"general.architecture": recipe.name, "tokenizer.ggml.model": "no_vocab"}
@@ -208,13 +249,24 @@ def _stored(model: Any, recipe: Recipe, dtype: str) -> Iterator[tuple[str, str, 
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         tensor = _tensor_name(name, recipe)
-        plain = value.ndim == 1 or "ffn_gate_inp" in tensor
+        plain = value.ndim == 1 or tensor.endswith(".bias") or "ffn_gate_inp" in tensor
         type_ = "f32" if plain else dtype
-        rows = encode_rows(type_, value.numpy())
-        value.copy_(torch.from_numpy(decode_rows(type_, rows)))
+        matrix = value
+        if recipe.transposed and value.ndim == 3:
+            matrix = value.transpose(1, 2)
+        rows = _encoded(type_, np.ascontiguousarray(matrix.numpy()))
+        matrix.copy_(torch.from_numpy(decode_rows(type_, rows)))
         if n_head := _permuted_heads(name, config, recipe):
             rows = _neighbours(rows, n_head)
         yield tensor, type_, rows
+
+
+def _encoded(dtype: str, rows: Array) -> Array:
+    """Rows as a file stores them; gguf's encoder for the types that pyggml only decodes."""
+    if dtype in ENCODABLE:
+        return encode_rows(dtype, rows)
+    type_ = reference.GGMLQuantizationType[dtype.upper()]
+    return quantize(rows, type_)
 
 
 def _tensor_name(name: str, recipe: Recipe) -> str:
@@ -250,12 +302,14 @@ def _halves(rows: Array, n_head: int) -> Array:
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
-def _split(name: str, rows: Array) -> list[tuple[str, Array]]:
-    """The rows of gate and of up, if the tensor has both."""
+def _split(name: str, rows: Array, recipe: Recipe) -> list[tuple[str, Array]]:
+    """The rows, or biases, of gate and of up, if the tensor has both."""
     if "gate_up" not in name:
         return [(name, rows)]
-    half = rows.shape[-2] // 2
-    gate, up = rows[..., :half, :], rows[..., half:, :]
+    half = rows.shape[1] // 2
+    gate, up = rows[:, :half], rows[:, half:]
+    if recipe.transposed:
+        gate, up = rows[:, ::2], rows[:, 1::2]
     return [(name.replace("gate_up", "gate"), gate), (name.replace("gate_up", "up"), up)]
 
 

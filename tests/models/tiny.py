@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import Glm4MoeConfig, LlamaConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV3Config,
+    Glm4MoeConfig,
+    GptOssConfig,
+    LlamaConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 #: Longer than the original length of the models whose rope is scaled.
 TOKENS = [(31 * i * i + 7 * i) % 89 for i in range(45)]
@@ -55,6 +63,26 @@ def glm4moe(**changes: Any) -> Glm4MoeConfig:
     } | changes)  # fmt: skip
 
 
+def deepseek(version: int, **changes: Any) -> Any:
+    """A config of V2 or V3."""
+    return {2: DeepseekV2Config, 3: DeepseekV3Config}[version](**SIZES | {
+        "num_hidden_layers": 3, "hidden_size": 48, "intermediate_size": 72,
+        "moe_intermediate_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 3,
+        "n_group": 4, "topk_group": 2, "n_shared_experts": 1, "routed_scaling_factor": 2.5,
+        "first_k_dense_replace": 1, "num_attention_heads": 3, "num_key_value_heads": 3,
+        "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8,
+        "v_head_dim": 10,
+    } | changes)  # fmt: skip
+
+
+def gpt_oss(**changes: Any) -> GptOssConfig:
+    return GptOssConfig(**SIZES | {
+        "num_hidden_layers": 3, "hidden_size": 40, "intermediate_size": 32,
+        "num_local_experts": 6, "num_experts_per_tok": 3, "num_attention_heads": 6,
+        "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 9, "rope_parameters": YARN,
+    } | changes)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Tiny:
     """A model, and how its file stores it.
@@ -94,4 +122,19 @@ MODELS = {
                 norm_topk_prob=False, attention_bias=False, first_k_dense_replace=2)
     ),
     "glm4moe merged": Tiny(glm4moe(head_dim=24, first_k_dense_replace=0), merged=True),
+    "deepseek2 lite": Tiny(
+        deepseek(2, q_lora_rank=None, topk_method="greedy", n_group=1, topk_group=1,
+                 norm_topk_prob=False, routed_scaling_factor=1.0)
+    ),
+    "deepseek2 v2": Tiny(
+        deepseek(2, topk_method="group_limited_greedy", norm_topk_prob=False,
+                 rope_parameters=YARN | {"mscale": 0.707, "mscale_all_dim": 0.707})
+    ),
+    "deepseek2 v3": Tiny(
+        deepseek(3, rope_parameters=YARN | {"mscale": 1.0, "mscale_all_dim": 1.0})
+    ),
+    "deepseek2 v3 merged": Tiny(deepseek(3, first_k_dense_replace=0), merged=True),
+    "gpt-oss": Tiny(gpt_oss()),
+    "gpt-oss mxfp4": Tiny(gpt_oss(hidden_size=64, num_hidden_layers=2), "mxfp4"),
+    "gpt-oss q8_0": Tiny(gpt_oss(hidden_size=32), "q8_0"),
 }  # fmt: skip

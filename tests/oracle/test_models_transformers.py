@@ -86,6 +86,17 @@ def test_last_token_after_a_prompt(oracle: Oracle) -> None:
     check(s.forward(TOKENS[n:]), oracle.logits[-1:])
 
 
+@pytest.mark.parametrize("flash", [True, False])
+@pytest.mark.parametrize("mla", [0, 1, 3])
+@pytest.mark.parametrize(
+    "oracle", [name for name in MODELS if name.startswith("deepseek2")], indirect=True
+)
+def test_forms_of_latent_attention(oracle: Oracle, mla: int, flash: bool) -> None:
+    for n_batch in (N_CTX, 7):
+        s = session(oracle.path, n_batch, {"mla": mla, "flash": flash, "expand_from": 2})
+        check(s.forward(TOKENS, outputs="all"), oracle.logits)
+
+
 def test_gguf_opens_the_file(oracle: Oracle) -> None:
     reader = reference.GGUFReader(oracle.path)
     with gguf.open(oracle.path) as file:
