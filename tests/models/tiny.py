@@ -136,5 +136,5 @@ MODELS = {
     "deepseek2 v3 merged": Tiny(deepseek(3, first_k_dense_replace=0), merged=True),
     "gpt-oss": Tiny(gpt_oss()),
     "gpt-oss mxfp4": Tiny(gpt_oss(hidden_size=64, num_hidden_layers=2), "mxfp4"),
-    "gpt-oss q8_0": Tiny(gpt_oss(hidden_size=32), "q8_0"),
+    "gpt-oss q8_0": Tiny(gpt_oss(hidden_size=64, num_hidden_layers=2), "q8_0"),
 }  # fmt: skip
