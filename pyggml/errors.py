@@ -59,3 +59,7 @@ class StateWarning(UserWarning):
 
 class UnknownNameError(PyggmlError, KeyError):
     """A name (of an input, output, state, backend, preset, ...) does not exist."""
+
+
+class MissingPackageError(PyggmlError, ImportError):
+    """An optional package is not installed; the message names the extra that installs it."""
