@@ -63,3 +63,7 @@ class UnknownNameError(PyggmlError, KeyError):
 
 class MissingPackageError(PyggmlError, ImportError):
     """An optional package is not installed; the message names the extra that installs it."""
+
+
+class TemplateError(PyggmlError, ValueError):
+    """A chat template refuses a conversation, or does what its sandbox forbids."""
