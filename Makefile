@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup demo test test-oracle lint fmt kernels cuda gpu stub docs bench clean
+.PHONY: help setup demo chat test test-oracle lint fmt kernels cuda gpu stub docs bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -19,6 +19,9 @@ setup: $(STAMP)  ## create .venv and install pyggml into it
 
 demo: $(STAMP)  ## run DeepSeek attention in all forms and print memory and errors
 	$(BIN)/python examples/deepseek_attention.py
+
+chat: $(STAMP)  ## fetch SmolLM2-135M-Instruct (92 MB) into a cache folder and talk to it
+	$(BIN)/pyggml chat -m "$$($(BIN)/python tools/fetch.py smollm2)"/*.gguf
 
 test: $(STAMP)  ## run the test suite; needs no network, GPU, torch or ggml
 	$(BIN)/python -m pytest -rs -m "not oracle and not kernels and not stub and not gpu"
