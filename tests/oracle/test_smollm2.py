@@ -1,4 +1,4 @@
-"""A real model: SmolLM2's answer against transformers' greedy tokens (tests/fixtures/smollm2.npz)."""
+"""SmolLM2 against the greedy tokens of transformers (tests/fixtures/smollm2.npz)."""
 
 from __future__ import annotations
 
