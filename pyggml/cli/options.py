@@ -15,7 +15,9 @@ from pyggml.errors import DTypeError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pyggml.generate.sample import Sampler
+    import numpy as np
+    from numpy.typing import NDArray
+
     from pyggml.generate.session import Session
     from pyggml.models.model import Model
 
@@ -106,7 +108,8 @@ def open_model(args: argparse.Namespace) -> Iterator[Model]:
     )  # fmt: skip
     try:
         tied = "output" not in model.weights
-        model.pins = pins_of(args.ot) | layer_pins(args.ngl, model.arch.n_layer, names, tied=tied)
+        pins = layer_pins(args.ngl, model.arch.n_layer, names, tied=tied)
+        model.pins = pins_of(args.ot) | pins
         yield model
     finally:
         model.file.close()
@@ -123,9 +126,11 @@ def new_session(args: argparse.Namespace, model: Model) -> Session:
     return session
 
 
-def sampler_of(args: argparse.Namespace) -> Sampler:
-    from pyggml.generate.sample import Sampler
+def sampler_of(args: argparse.Namespace) -> Callable[[NDArray[np.float32]], int]:
+    from pyggml.generate.sample import Sampler, greedy
 
+    if args.temp == 0:
+        return greedy
     seed = int.from_bytes(os.urandom(4)) if args.seed is None else args.seed
     return Sampler(temperature=args.temp, top_k=args.top_k, top_p=args.top_p, seed=seed)
 
