@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 
 from pyggml.cli import options
 from pyggml.errors import PyggmlError
@@ -37,9 +38,11 @@ def run(args: argparse.Namespace) -> int:
         talk = Conversation(session, tokenizer, template, args.system)
         show = options.progress("prompt", "tokens")
         for message in _messages():
+            answer = talk.answer(message, n=args.n, sampler=sampler, progress=show)
             try:
-                for piece in talk.answer(message, n=args.n, sampler=sampler, progress=show):
-                    print(piece, end="", flush=True)
+                with closing(answer):
+                    for piece in answer:
+                        print(piece, end="", flush=True)
             except KeyboardInterrupt:
                 pass
             except PyggmlError as error:  # for example, the context is full

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from itertools import takewhile
 from typing import Any, TypeAlias
 
@@ -76,7 +76,7 @@ class Conversation:
         self.session, self.tokenizer, self.template = session, tokenizer, template
         self.messages = [{"role": "system", "content": system}] if system else []
 
-    def answer(self, text: str, **options: Any) -> Iterator[str]:
+    def answer(self, text: str, **options: Any) -> Generator[str, None, None]:
         """Yield the answer to a message, in pieces. Options are those of `continuation`.
 
         If it is interrupted or not read to its end, the part so far counts as the answer. A message

@@ -113,6 +113,24 @@ def test_chat_answers_each_line(command: Command, monkeypatch: pytest.MonkeyPatc
     assert lines.startswith(command("chat", "-n", "5", "--temp", "0", "--system", "Be brief."))
 
 
+def test_an_interrupt_ends_an_answer_but_not_the_chat(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = Session.generate, []
+
+    def interrupt(self: Session, tokens: Any, *words: Any) -> Iterator[int]:
+        calls.append(len(self.tokens))
+        yield from real(self, tokens, 2, *words[1:])
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Session, "generate", interrupt)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\nhow are you?\n"))
+    out = command("chat", "-n", "5", "--temp", "0")
+    assert len(calls) == 2 and out.count("\n") >= 2
+    assert calls[1] > len("<s>user: hello</s>") - 6  # the first message did not run again
+
+
 def test_a_conversation_runs_only_what_is_new(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
