@@ -21,7 +21,7 @@ demo: $(STAMP)  ## run DeepSeek attention in all forms and print memory and erro
 	$(BIN)/python examples/deepseek_attention.py
 
 chat: $(STAMP)  ## fetch SmolLM2-135M-Instruct (92 MB) into a cache folder and talk to it
-	$(BIN)/pyggml chat -m "$$($(BIN)/python tools/fetch.py smollm2)"/*.gguf
+	folder=$$($(BIN)/python tools/fetch.py smollm2) && $(BIN)/pyggml chat -m "$$folder"/*.gguf
 
 test: $(STAMP)  ## run the test suite; needs no network, GPU, torch or ggml
 	$(BIN)/python -m pytest -rs -m "not oracle and not kernels and not stub and not gpu"
