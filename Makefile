@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup demo test test-oracle lint fmt kernels cuda gpu stub docs bench clean
+.PHONY: help setup demo chat test test-oracle lint fmt kernels cuda gpu stub docs bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -12,7 +12,7 @@ help:  ## list the targets
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q -e ".[test,plot,lint]"
+	$(BIN)/python -m pip install -q -e ".[test,text,plot,lint]"
 	@touch $@
 
 setup: $(STAMP)  ## create .venv and install pyggml into it
@@ -20,11 +20,14 @@ setup: $(STAMP)  ## create .venv and install pyggml into it
 demo: $(STAMP)  ## run DeepSeek attention in all forms and print memory and errors
 	$(BIN)/python examples/deepseek_attention.py
 
+chat: $(STAMP)  ## fetch SmolLM2-135M-Instruct (92 MB) into a cache folder and talk to it
+	folder=$$($(BIN)/python tools/fetch.py smollm2) && $(BIN)/pyggml chat -m "$$folder"/*.gguf
+
 test: $(STAMP)  ## run the test suite; needs no network, GPU, torch or ggml
 	$(BIN)/python -m pytest -rs -m "not oracle and not kernels and not stub and not gpu"
 
-test-oracle: $(STAMP)  ## install torch, transformers, ggml and llama.cpp, and compare results with them
-	$(BIN)/python tools/install_oracles.py
+test-oracle: $(STAMP)  ## install torch, transformers and ggml (LLAMA=--llama: llama.cpp too), and compare with them
+	$(BIN)/python tools/install_oracles.py $(LLAMA)
 	$(BIN)/python -m pytest -m oracle
 
 lint: $(STAMP)  ## run ruff and mypy --strict

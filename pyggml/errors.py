@@ -59,3 +59,11 @@ class StateWarning(UserWarning):
 
 class UnknownNameError(PyggmlError, KeyError):
     """A name (of an input, output, state, backend, preset, ...) does not exist."""
+
+
+class MissingPackageError(PyggmlError, ImportError):
+    """An optional package is not installed; the message names the extra that installs it."""
+
+
+class TemplateError(PyggmlError, ValueError):
+    """A chat template refuses a conversation, or does what its sandbox forbids."""

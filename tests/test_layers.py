@@ -19,7 +19,7 @@ LAYERS = (  # a module may import from its own layer and from earlier ones
     "pyggml.backends",
     "pyggml.passes",
     "pyggml.runtime",
-    "pyggml.gguf pyggml.models pyggml.parity",
+    "pyggml.gguf pyggml.generate pyggml.models pyggml.parity",
     "pyggml.viz pyggml.cli pyggml.__main__ pyggml pyggml.define",
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}

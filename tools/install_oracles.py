@@ -1,8 +1,10 @@
 """Install those packages of the extra `oracle` that this machine supports.
 
-torch and transformers are wheels. ggml-python and llama-cpp-python are built from source, which
-takes minutes; without a C compiler, this script skips them with a message, and pytest skips their
-tests.
+    python tools/install_oracles.py [--llama]
+
+torch and transformers are wheels. ggml-python is built from source, which takes minutes. Building
+llama-cpp-python takes about 20 minutes on two cores, so only --llama does it. What is not installed
+is named in a message, and pytest skips its tests.
 """
 
 from __future__ import annotations
@@ -23,10 +25,13 @@ def main() -> int:
     sources = [r for r in requirements if r.startswith(("ggml-python", "llama-cpp-python"))]
     for requirement in [r for r in requirements if r not in sources]:  # one by one, torch first
         install(requirement)
-    if shutil.which("cc") and shutil.which("c++"):
-        install(*sources)
-    else:
+    if not (shutil.which("cc") and shutil.which("c++")):
         print("NOT RUN: real ggml and llama.cpp (no C compiler to build them)")
+        return 0
+    if "--llama" not in sys.argv[1:]:
+        sources = [r for r in sources if r.startswith("ggml-python")]
+        print("NOT RUN: llama.cpp (install_oracles.py --llama builds it, in about 20 minutes)")
+    install(*sources)
     return 0
 
 

@@ -20,10 +20,14 @@ from pyggml import __version__
 from pyggml.errors import PyggmlError
 
 COMMANDS = {
+    "chat": "talk to a model",
     "doctor": "check what each backend needs on this machine",
     "graph": "show how a model's graph runs: splits, copies, steps and memory",
     "info": "print the keys and tensors of a GGUF file",
+    "logits": "write the logits of a text to a NumPy file",
     "parity": "test the ops of a backend against float64",
+    "perplexity": "measure how well a model predicts a text",
+    "run": "continue a text, or answer a message",
     "synth": "write a DeepSeek-2 GGUF file with random weights",
 }
 

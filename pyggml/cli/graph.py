@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 
 from pyggml.cli.model import add_options, model_graph, weighted
-from pyggml.errors import DTypeError
+from pyggml.cli.options import pins_of
 from pyggml.runtime.compile import compile
 from pyggml.viz import dot
 
@@ -47,22 +47,3 @@ def run(args: argparse.Namespace) -> int:
             Path(args.dot).write_text(dot(plan) + "\n", encoding="utf-8")
             print(f"wrote {args.dot}")
     return 0
-
-
-def pins_of(words: list[str]) -> dict[str, str]:
-    """Pattern -> place, from words of the form `REGEX=PLACE[,REGEX=PLACE..]`.
-
-    In order: the first pattern that matches a label counts. DTypeError for a word of another form.
-    """
-    pins: dict[str, str] = {}
-    for word in words:
-        pair = ""
-        for piece in word.split(","):
-            pair += piece  # a comma before the = belongs to the pattern
-            pattern, equal, place = pair.rpartition("=")
-            if equal and pattern:
-                pins.setdefault(pattern, place)
-            pair = "" if equal else pair + ","
-        if pair:
-            raise DTypeError(f"-ot {word!r}: expected REGEX=PLACE, such as exps=numpy")
-    return pins

@@ -9,6 +9,7 @@ from os import PathLike
 import numpy as np
 
 from pyggml import gguf
+from pyggml.cli.options import count, on_off
 from pyggml.errors import GGUFError, ShapeError
 from pyggml.gguf import GGUFFile
 from pyggml.models.batch import Batch, Options
@@ -31,12 +32,10 @@ def add_options(parser: argparse._ArgumentGroup) -> None:
     add("-c", type=count, metavar="N", default=128, help="rows of the KV cache (default: 128)")
     add("-ub", type=count, metavar="N", default=16, help="tokens in the batch (default: 16)")
     add("-ctk", metavar="TYPE", default="f16", help="type of the KV cache (default: f16)")
-    add("-fa", choices=("on", "off"), nargs="?", const="on", default="on",
-        help="flash attention (default: on)")  # fmt: skip
+    add("-fa", **on_off("flash attention"))
     add("-mla", type=int, choices=range(4), default=1,
         help="attention: 0 standard, 1 latent, 2 or 3 expanded with -fa (default: 1)")  # fmt: skip
-    add("-fmoe", choices=("on", "off"), nargs="?", const="on", default="on",
-        help="run experts' up, gate and activation as one op (default: on)")  # fmt: skip
+    add("-fmoe", **on_off("run experts' up, gate and activation as one op"))
     add("--seed", type=int, metavar="N", default=0, help="seed of the random inputs (default: 0)")
 
 
@@ -52,13 +51,6 @@ def weighted(path: str | PathLike[str]) -> GGUFFile:
             "reads such a file, but a graph needs the weights"
         )
     return file
-
-
-def count(text: str) -> int:
-    """`text` as an integer of at least 1; argparse's error if it is not one."""
-    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 def model_graph(file: GGUFFile, args: argparse.Namespace) -> ModelGraph:

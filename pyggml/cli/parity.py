@@ -28,6 +28,7 @@ from math import isfinite
 
 from pyggml import backends
 from pyggml.cli import fuzz, model
+from pyggml.cli.options import count
 from pyggml.errors import DeviceError, GraphError, UnknownNameError
 from pyggml.graph import Graph
 from pyggml.parity import grid, support
@@ -49,7 +50,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("-o", "--op", metavar="OP[,OP]", help="only these ops, or one case as a report prints it")
     add("-p", "--pattern", metavar="REGEX", help="only cases whose text or arguments match")
     add("-b", "--backend", metavar="PLACE", help="only on this place (default: every backend)")
-    add("-j", "--jobs", metavar="N", type=model.count, default=1,
+    add("-j", "--jobs", metavar="N", type=count, default=1,
         help="number of processes (default: 1)")  # fmt: skip
     add("--quick", action="store_true", help="the small grid: every op in under a minute")
     add("--kernel", metavar="FILE.py:FUNCTION", default="",
@@ -58,7 +59,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--ops", metavar="FILE.py", default="", help="test the ops that this file defines")
     add("--seconds", metavar="N", type=float, default=60.0,
         help="with --mode fuzz: how long to run (default: 60)")  # fmt: skip
-    add("--cases", metavar="N", type=model.count, help="with --mode fuzz: stop after N cases")
+    add("--cases", metavar="N", type=count, help="with --mode fuzz: stop after N cases")
     add("--graphs", action="store_true", help="with --mode fuzz: whole graphs and their plans")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print one JSON object")

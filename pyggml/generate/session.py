@@ -181,7 +181,8 @@ class Session:
         if not all(cache.reaches(n, self._most) for cache in self.caches):
             self.tokens.clear()
             self._most = 0
-            self.forward(kept, "none")
+            if kept:
+                self.forward(kept, "none")
 
     def save(self, path: str | PathLike[str]) -> int:
         """Write tokens and caches to a file, which appears when it is complete; its bytes.

@@ -10,6 +10,7 @@ import numpy as np
 
 from pyggml.dtypes import F32, TYPES, DType
 from pyggml.errors import ShapeError
+from pyggml.generate.tokenizer import byte_characters
 from pyggml.gguf.format import DEFAULT_ALIGNMENT
 from pyggml.gguf.synth import drawn_type, fitting_type, random_tensor
 from pyggml.gguf.writer import Progress, Tensor, write
@@ -80,18 +81,30 @@ def _type_of(leaf: str, preferred: DType) -> DType:
     return preferred
 
 
+#: A conversation as <s>role: text</s> for each message.
+_CHAT = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+
+
 def _vocabulary(n_vocab: int) -> dict[str, Any]:
-    """Placeholder tokens <0>, <1>, ... with BOS and EOS and one merge; not a usable tokenizer."""
-    tokens = [f"<{i}>" for i in range(n_vocab)]
-    tokens[2:5] = ["a", "b", "ab"]
+    """A tokenizer for any text: BOS, EOS, the bytes, one merge, and placeholders <258>, <259>, ...
+
+    A small n_vocab has only a part of them.
+    """
+    tokens = ["<s>", "</s>", "a", "b", "ab"]
+    tokens += [char for char in byte_characters() if char not in tokens]
+    tokens = [*tokens, *(f"<{i}>" for i in range(len(tokens), n_vocab))][:n_vocab]
     types = np.ones(n_vocab, np.int32)
     types[:2] = 3  # control
     return {
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "deepseek-llm",
+        "tokenizer.ggml.pre": "gpt-2",
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
         "tokenizer.ggml.merges": ["a b"],
         "tokenizer.ggml.bos_token_id": 0,
         "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.chat_template": _CHAT,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
 import warnings
@@ -57,10 +58,13 @@ def test_the_examples_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("pyggml.parity.running.MEASURED", 0.01)
+    Path("text.txt").write_text("a text with more than 128 bytes\n" * 8)
+    pytest.importorskip("tokenizers", reason="needs the extra 'text'")
     assert len(examples()) >= 15
     for line in examples():
         command, *words = shlex.split(line)
         assert command == "pyggml"
+        monkeypatch.setattr("sys.stdin", io.StringIO("hello\nhow are you?\n"))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             status = main(words)

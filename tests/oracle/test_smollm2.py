@@ -1,71 +1,58 @@
-"""A real model, SmolLM2-135M-Instruct in Q4_1, against transformers and llama.cpp."""
+"""SmolLM2 against the greedy tokens of transformers (tests/fixtures/smollm2.npz)."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.oracle
-pytest.importorskip("transformers", reason="needs torch and transformers (the extra 'oracle')")
-packages = pytest.importorskip("tests.oracle.packages", reason="needs the SmolLM2 file")
+from pyggml.generate.chat import ChatTemplate
+from pyggml.generate.text import Conversation
+from pyggml.generate.tokenizer import Tokenizer
+from pyggml.models.model import Model, load
+from tests.fixtures.case import HERE
+from tests.fixtures.make_smollm2 import QUESTION
+from tests.oracle.packages import package
 
-import torch  # noqa: E402
-from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: E402
+pytest.importorskip("tokenizers", reason="needs the extra 'text'")
+pytest.importorskip("jinja2", reason="needs the extra 'text'")
 
-from pyggml import gguf  # noqa: E402
-from pyggml.generate.session import Session  # noqa: E402
-from pyggml.models.model import load  # noqa: E402
-from pyggml.parity.tolerance import nmse  # noqa: E402
-from tests.models.convert import restore  # noqa: E402
-
-#: The capital of France is Paris. The capital of Italy is
-PROMPT = [504, 3575, 282, 4649, 314, 7042, 30, 378, 3575, 282, 7562, 314]
-N_GENERATED = 64
+FIXTURE = np.load(HERE / "smollm2.npz")
+MARGIN = 1e-3
 
 
 @pytest.fixture(scope="module")
-def path() -> Path:
-    (path,) = packages.package("smollm2").iterdir()
-    return Path(path)
-
-
-def session(path: Path) -> Session:
+def model() -> Iterator[Model]:
+    (path,) = package("smollm2").glob("*.gguf")
     model = load(path, backends=["numpy"], cache_k="f32", cache_v="f32")
-    return model.session(n_ctx=len(PROMPT) + N_GENERATED)
+    yield model
+    model.file.close()
 
 
-def test_greedy_tokens_are_those_of_transformers(path: Path) -> None:
-    """Logits of the decoded weights, and 64 tokens wherever the best is clear."""
-    torch.set_num_threads(1)
-    config = LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-        num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192,
-        rms_norm_eps=1e-5, tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
-    with gguf.open(path) as file:
-        restore(model, file)
-    tokens = PROMPT + list(session(path).generate(PROMPT, N_GENERATED))
-    with torch.no_grad():
-        theirs = model(torch.tensor([tokens[:-1]])).logits[0].numpy()
-    best = np.sort(theirs, axis=1)[len(PROMPT) - 1 :]
-    clear = best[:, -1] - best[:, -2] > 1e-3
-    assert clear.sum() >= 60
-    choices = theirs[len(PROMPT) - 1 :].argmax(1)
-    assert np.array_equal(choices[clear], np.array(tokens[len(PROMPT) :])[clear])
-    ours = session(path).forward(tokens[:-1], outputs="all")
-    assert nmse(ours, theirs) < 1e-9
+@pytest.mark.oracle
+def test_an_answer_in_text(model: Model) -> None:
+    tokenizer = Tokenizer(model.file.fields)
+    template = ChatTemplate(model.file.fields, tokenizer)
+    session = model.session(n_ctx=256)
+    talk = Conversation(session, tokenizer, template)
+    assert "".join(talk.answer(QUESTION)) == "The capital of France is Paris."
+    n = len(FIXTURE["prompt"])
+    assert session.tokens[:n] == FIXTURE["prompt"].tolist()
+    assert session.tokens[n:] == FIXTURE["tokens"].tolist()[: len(session.tokens) - n]
 
 
-def test_llama_cpp(path: Path) -> None:
-    """llama.cpp rounds activations to 8 bits, for which 2e-3 is its own error."""
-    pytest.importorskip("llama_cpp", reason="needs llama-cpp-python (the extra 'oracle')")
-    from tests.oracle.test_models_llama_cpp import llama_cpp_logits
-
-    theirs = llama_cpp_logits(path, PROMPT)
-    ours = session(path).forward(PROMPT, outputs="all")
-    assert nmse(ours, theirs) < 5e-3
-    assert np.array_equal(ours.argmax(1), theirs.argmax(1))
+@pytest.mark.oracle
+def test_64_tokens_are_those_of_transformers(model: Model) -> None:
+    tokens, margins = FIXTURE["tokens"].tolist(), FIXTURE["margins"]
+    n = int(np.argmax(margins <= MARGIN)) if (margins <= MARGIN).any() else len(tokens)
+    assert n == 64
+    session = model.session(n_ctx=256)
+    logits = session.forward(FIXTURE["prompt"])[-1].astype(np.float64)
+    expected = FIXTURE["first_logits"]
+    assert np.square(logits - expected).mean() <= 1e-8 * np.square(expected).mean()
+    answer = []
+    for _ in range(n):
+        answer.append(int(logits.argmax()))
+        logits = session.forward(answer[-1:])[-1].astype(np.float64)
+    assert answer == tokens[:n]

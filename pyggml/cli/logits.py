@@ -1,0 +1,86 @@
+"""Write the logits of every token of a text to a NumPy file.
+
+pyggml logits -m FILE -p TEXT -o out.npy
+pyggml logits -m FILE --tokens 1,2,3 -o out.npy     needs no tokenizer
+
+The file has one row a token: float32 (tokens, n_vocab). Row i belongs to the token after token i.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from pyggml.cli import options
+from pyggml.errors import ShapeError
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    text = parser.add_mutually_exclusive_group(required=True)
+    text.add_argument("-p", metavar="TEXT", help="the text to read")
+    text.add_argument("--tokens", metavar="N,N,..", type=_tokens, help="ids instead of a text")
+    parser.add_argument(
+        "-o", metavar="OUT", type=Path, required=True,
+        help="the file to write; it appears when it is complete",
+    )  # fmt: skip
+    options.add_model_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    with options.open_model(args) as model:
+        tokens = args.tokens
+        if tokens is None:
+            from pyggml.generate.tokenizer import Tokenizer
+
+            tokens = Tokenizer(model.file.fields).encode(args.p, parse_special=True)
+        if not tokens:
+            raise ShapeError("-p: the text has no tokens")
+        args.c = len(tokens)  # nothing is generated
+        session = options.new_session(args, model)
+        show = options.progress("prompt", "tokens")
+        shape = (len(tokens), model.arch.n_vocab)
+        with replaced(args.o) as file:
+            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for start in range(0, len(tokens), session.n_batch):
+                part = tokens[start : start + session.n_batch]
+                file.write(session.forward(part, outputs="all").astype("<f4").tobytes())
+                if show is not None:
+                    show(start + len(part), len(tokens))
+    print(f"{args.o}: float32 {shape}")
+    return 0
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[BinaryIO]:
+    """A file that replaces `path` when the block ends, and is removed if it fails."""
+    number, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(number, "wb") as file:
+            yield file
+        Path(name).chmod(0o666 & ~_umask())
+        Path(name).replace(path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _tokens(text: str) -> list[int]:
+    try:
+        return [options.whole(word.strip()) for word in text.split(",")]
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"must be numbers such as 1,2,3, got {text!r}") from None
