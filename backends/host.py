@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml.backends.base import Address, Backend, Buffer, Event, Given, Step, WeightLayout
+from pyggml.backends.base import Backend, Event, Given
 from pyggml.backends.host_memory import ALIGNMENT, Packed, allocated, array_at
 from pyggml.backends.host_runner import HostRunner
+from pyggml.backends.step import Address, Buffer, Step, WeightLayout
 from pyggml.backends.table import Kernel, KernelTable
 from pyggml.node import Node
 from pyggml.spec import Spec

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml.backends.base import Address
+from pyggml.backends.step import Address
 from pyggml.dtypes import DType
 from pyggml.errors import OutOfMemoryError, PyggmlError
 from pyggml.spec import Spec

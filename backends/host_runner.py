@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml.backends.base import Address, BodyPlan, Step, attributes, looked_at, named, pieces_of
 from pyggml.backends.host_memory import Array, Scratch, array_at
+from pyggml.backends.pieces import piece_attributes, pieces_of, view_address
+from pyggml.backends.step import Address, BodyPlan, Step, kernel_error
 from pyggml.backends.table import Kernel, KernelTable
 from pyggml.errors import PyggmlError
 from pyggml.node import Node
@@ -62,7 +63,7 @@ class HostRunner:
             for index in indices:
                 self._calls[index]()
         except Exception as error:
-            raise named(error, self.steps[index].node) from None
+            raise kernel_error(error, self.steps[index].node) from None
 
 
 def _operands(step: Step) -> tuple[Node | None, ...]:
@@ -131,11 +132,11 @@ class _BoundBody:
 
     def run(self, pieces: dict[Node, Address], starts: Sequence[int]) -> None:
         for node in self.moving:
-            pieces[node] = looked_at(node, pieces)
+            pieces[node] = view_address(node, pieces)
         arrays = dict(self.fixed)
         for node, at in pieces.items():
             arrays[node] = array_at(at, node.spec)
         for step, memory in zip(self.plan.steps, self.scratch):
-            attrs = attributes(self.plan.body, step.node, starts)
+            attrs = piece_attributes(self.plan.body, step.node, starts)
             operands = [None if n is None else arrays[n] for n in _operands(step)]
             _kernel_call(self.kernels, step, operands, memory, attrs)()

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml.backends.base import Address, Backend, Event, Given, Step, WeightLayout
+from pyggml.backends.base import Backend, Event, Given
 from pyggml.backends.cuda import lowering, table
 from pyggml.backends.cuda.device import arrays, driver, memory, pinned
 from pyggml.backends.cuda.device.cublas import Cublas
 from pyggml.backends.cuda.runner import CudaRunner
 from pyggml.backends.cuda.weights import packing
+from pyggml.backends.step import Address, Step, WeightLayout
 from pyggml.errors import DeviceError
 from pyggml.node import Node, label_of
 from pyggml.ops.leaf import data_of

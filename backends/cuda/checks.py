@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from pyggml import ops
-from pyggml.backends.base import Address, Step
 from pyggml.backends.cuda.device.pinned import Staging, take
+from pyggml.backends.step import Address, Step
 from pyggml.errors import IdError
 from pyggml.node import Node
 

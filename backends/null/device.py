@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml import backends
-from pyggml.backends.base import Address, Backend, Buffer, Event, Given, Step, WeightLayout
+from pyggml.backends.base import Backend, Event, Given
 from pyggml.backends.null.memory import HEADER, PRIVATE, NullBuffer, plain, private
 from pyggml.backends.null.queue import Queue
 from pyggml.backends.null.runner import NullRunner, room_for_weights
+from pyggml.backends.step import Address, Buffer, Step, WeightLayout
 from pyggml.errors import DeviceError, OutOfMemoryError
 from pyggml.loop import loop_of
 from pyggml.node import Node

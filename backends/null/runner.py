@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pyggml.backends.base import Address, Buffer, Step, WeightLayout
 from pyggml.backends.null.memory import PRIVATE
+from pyggml.backends.step import Address, Buffer, Step, WeightLayout
 from pyggml.node import Node
 from pyggml.ops.leaf import data_of
 from pyggml.transfer import origin

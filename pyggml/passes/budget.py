@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 
-from pyggml.backends.base import Backend, Step
+from pyggml.backends.base import Backend
+from pyggml.backends.step import Step
 from pyggml.errors import BudgetError
 from pyggml.graph import Graph, rebuilt, toposort
 from pyggml.loop import loop_of

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from pyggml.backends.base import Backend, BodyPlan, Step, WeightLayout, own_nodes
+from pyggml.backends.base import Backend
+from pyggml.backends.step import BodyPlan, Step, WeightLayout, own_nodes
 from pyggml.graph import toposort, users_of
 from pyggml.loop import Body, loop_of
 from pyggml.node import Node

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
-from pyggml.backends.base import Spot, Step, own_nodes
+from pyggml.backends.step import Spot, Step, own_nodes
 from pyggml.node import Node
 from pyggml.passes.arena import Interval, live_bytes, pack
 from pyggml.passes.work import Arena, Placement, Work

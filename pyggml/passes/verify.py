@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-from pyggml.backends.base import Spot, Step
+from pyggml.backends.step import Spot, Step
 from pyggml.errors import GraphError
 from pyggml.node import Node
 from pyggml.passes.work import Work

@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pyggml.backends.base import Backend, Spot, Step, WeightLayout
+from pyggml.backends.base import Backend
+from pyggml.backends.step import Spot, Step, WeightLayout
 from pyggml.graph import Graph
 from pyggml.node import Node, labels
 from pyggml.transfer import is_resident

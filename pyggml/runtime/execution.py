@@ -7,7 +7,8 @@ from contextlib import suppress
 from functools import partial
 from time import perf_counter
 
-from pyggml.backends.base import Address, Backend, Buffer, Event, Runner
+from pyggml.backends.base import Backend, Event, Runner
+from pyggml.backends.step import Address, Buffer
 from pyggml.node import Node
 from pyggml.passes.work import Split, Work
 from pyggml.runtime.inputs import Bound, same_memory

@@ -9,7 +9,8 @@ from statistics import median
 from time import perf_counter
 from typing import Any, TypeVar
 
-from pyggml.backends.base import Address, Runner, Step
+from pyggml.backends.base import Runner
+from pyggml.backends.step import Address, Step
 from pyggml.errors import DeviceError, DTypeError, OutOfMemoryError
 from pyggml.graph import Graph
 from pyggml.node import Node

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 import pyggml as gg
 from pyggml import backends
-from pyggml.backends.base import Address
+from pyggml.backends.step import Address
 from tests.devices.stacks import FEED, HALVES, paces, same, stack
 
 X = np.arange(8, dtype=np.float32)

@@ -13,8 +13,8 @@ from stacks import FEED, ops, row, same, stack, weight
 
 import pyggml as gg
 from pyggml import backends
-from pyggml.backends.base import Address
 from pyggml.backends.null.queue import Queue
+from pyggml.backends.step import Address
 
 MIB = 2**20
 

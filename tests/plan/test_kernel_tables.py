@@ -9,9 +9,9 @@ import pytest
 
 import pyggml as gg
 from pyggml import backends, ops
-from pyggml.backends.base import Step
 from pyggml.backends.host import HostBackend
 from pyggml.backends.numpy.backend import NumpyBackend
+from pyggml.backends.step import Step
 from pyggml.backends.table import Kernel, KernelTable
 from pyggml.errors import UnknownNameError
 

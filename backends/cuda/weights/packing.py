@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml.backends.base import WeightLayout
 from pyggml.backends.cuda.launch import Operand, Struct
 from pyggml.backends.cuda.table import ALIGNMENT
 from pyggml.backends.cuda.weights.bits import Bytes
 from pyggml.backends.cuda.weights.formats import FORMATS
+from pyggml.backends.step import WeightLayout
 from pyggml.dtypes import DType
 from pyggml.node import Node
 from pyggml.spec import Ne
