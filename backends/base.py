@@ -137,7 +137,7 @@ class Backend(Protocol):
 
     def fetch(self, source: Address, other: Backend, target: Address, spec: Spec) -> None:
         """Queue on this device: copy a tensor into its memory from the memory of `other` (this
-        device, another one, or the host)."""
+        device, another one, or the host; `host_values` suits all of them)."""
 
     def send(self, source: Address, target: Address, spec: Spec) -> Event:
         """Queue on this device: copy a tensor to host memory. It has arrived once the event has
@@ -164,3 +164,10 @@ class Backend(Protocol):
     def abandon(self) -> None:
         """Clean up after an error: wait for all queued work, and drop copies to the host that
         nobody has waited for, so that none arrives later."""
+
+
+def host_values(backend: Backend, at: Address, spec: Spec) -> NDArray[Any]:
+    """A tensor's values for the host to read: in place if they are in its memory, else a copy."""
+    on_host = backend.device == "host"
+    values: NDArray[Any] = backend.view(at, spec) if on_host else backend.download(at, spec)
+    return values

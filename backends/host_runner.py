@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pyggml.backends.host_memory import Array, Scratch, array_at
 from pyggml.backends.pieces import piece_attributes, pieces_of, view_address
-from pyggml.backends.step import Address, BodyPlan, Step, kernel_error
+from pyggml.backends.step import Address, Addresses, BodyPlan, Step, kernel_error
 from pyggml.backends.table import Kernel, KernelTable
 from pyggml.errors import PyggmlError
 from pyggml.node import Node
@@ -26,7 +26,7 @@ class HostRunner:
         self,
         kernels: KernelTable[Kernel],
         steps: Sequence[Step],
-        at: Mapping[Node, Address],
+        at: Addresses,
         scratch: NDArray[np.uint8],
         scratch_at: Sequence[int],
     ) -> None:
@@ -101,7 +101,7 @@ class _LoopCall:
         self,
         kernels: KernelTable[Kernel],
         step: Step,
-        at: Mapping[Node, Address],
+        at: Addresses,
         memory: NDArray[np.uint8],
     ) -> None:
         self.step, self.at = step, at

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from pyggml.backends.base import Backend
-from pyggml.backends.step import BodyPlan, Step, WeightLayout, own_nodes
+from pyggml.backends.step import BodyPlan, Layouts, Step, own_nodes
 from pyggml.graph import toposort, users_of
 from pyggml.loop import Body, loop_of
 from pyggml.node import Node
@@ -15,7 +15,6 @@ from pyggml.passes.place import place_steps
 from pyggml.passes.work import Split, Work, runs
 from pyggml.transfer import origin, transfer
 
-Layouts = Mapping[Node, WeightLayout]
 Users = Mapping[Node, Sequence[Node]]
 
 

@@ -94,13 +94,13 @@ def test_memory_of_another_device_is_refused(device: Any) -> None:
     theirs, mine = (Address(d.alloc(16), 0, spec.nb) for d in (other, device))
     host = Address(np.zeros(16, np.uint8), 0, spec.nb)
     for wrong in (theirs, host):
-        with pytest.raises(gg.DeviceError, match="null:9 was given memory that is not its own"):
+        with pytest.raises(gg.DeviceError, match="null:9 cannot use memory of another device"):
             device.upload(wrong, spec, np.zeros(4, np.float32))
-        with pytest.raises(gg.DeviceError, match="not its own"):
+        with pytest.raises(gg.DeviceError, match="memory of another device"):
             device.download(wrong, spec)
-        with pytest.raises(gg.DeviceError, match="not its own"):
+        with pytest.raises(gg.DeviceError, match="memory of another device"):
             device.send(wrong, host, spec)
-        with pytest.raises(gg.DeviceError, match="not its own"):
+        with pytest.raises(gg.DeviceError, match="memory of another device"):
             device.fetch(mine, other, wrong, spec)
     with pytest.raises(TypeError):  # and the host's kernels cannot read it
         backends.get("numpy").download(mine, spec)
@@ -110,7 +110,7 @@ def test_kernels_of_a_device_get_its_own_memory_only(device: Any) -> None:
     plan = gg.compile(products(), backends=["null:9"]).bind()
     at = {n: Address(np.zeros(4096, np.uint8), a.offset, a.nb) for n, a in plan.addresses.items()}
     steps = plan.splits[0].steps
-    with pytest.raises(gg.DeviceError, match="not its own"):
+    with pytest.raises(gg.DeviceError, match="memory of another device"):
         device.bind(steps, at, plan.store.arenas["null:9"].buffer, [0] * len(steps))
 
 
@@ -226,7 +226,7 @@ def test_a_limit_is_what_a_plan_may_take(device: Any) -> None:
     plan = gg.compile(products(), backends=["null:9"])
     before = device.allocated
     device.limit = before + plan.memory.total - 1
-    with pytest.raises(gg.OutOfMemoryError, match="null:9 has no"):
+    with pytest.raises(gg.OutOfMemoryError, match="null:9 cannot allocate"):
         plan.bind()
     device.limit = None
     plan.bind()
