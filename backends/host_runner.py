@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pyggml.backends.host_memory import Array, Scratch, array_at
 from pyggml.backends.pieces import piece_attributes, pieces_of, view_address
-from pyggml.backends.step import Address, Addresses, BodyPlan, Step, kernel_error
+from pyggml.backends.step import Address, Addresses, BodyPlan, Step, check_id, kernel_error
 from pyggml.backends.table import Kernel, KernelTable
 from pyggml.errors import PyggmlError
 from pyggml.node import Node
@@ -79,9 +79,25 @@ def _kernel_call(
 ) -> Call:
     row = kernels[step.node.op]
     out = arrays[0]
-    if row.scratch is None:
-        return lambda: _require_filled(out, row.run(*arrays, **attrs))
-    return lambda: _require_filled(out, row.run(*arrays, scratch=Scratch(memory), **attrs))
+
+    def call() -> None:
+        _check_ids(step.node, arrays)
+        if row.scratch is None:
+            returned = row.run(*arrays, **attrs)
+        else:
+            returned = row.run(*arrays, scratch=Scratch(memory), **attrs)
+        _require_filled(out, returned)
+
+    return call
+
+
+def _check_ids(node: Node, arrays: Sequence[Array | None]) -> None:
+    """IdError if an id is past the end, so that kernels need not check theirs."""
+    choice = node.op.ids
+    if choice is not None:
+        ids = arrays[1 + node.op.index(choice.operand)]
+        assert isinstance(ids, np.ndarray)
+        check_id(int(ids.max()), node[choice.of].ne[choice.axis])
 
 
 def _require_filled(out: Array | None, returned: Any) -> None:

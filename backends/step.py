@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from pyggml.errors import PyggmlError
+from pyggml.errors import IdError, PyggmlError
 from pyggml.loop import Body, Loop
 from pyggml.node import Node, label_of, line_of
 from pyggml.spec import Ne
@@ -124,3 +124,12 @@ def kernel_error(error: Exception, node: Node) -> Exception:
     else:
         error.add_note(f"in the kernel of {call}, {line}")
     return error
+
+
+def check_id(largest: int, count: int, name: str = "id", end: str = "the end") -> None:
+    """IdError if the largest of some ids is past the end; negative ids choose nothing."""
+    if largest >= count:
+        raise IdError(
+            f"{name} {largest} is past {end}: there are {count}, counted from 0; "
+            f"a negative {name} means none"
+        )

@@ -16,26 +16,13 @@ from typing import Any
 import numpy as np
 
 from pyggml import ops
-from pyggml.backends.host_memory import Array, Scratch
-from pyggml.backends.numpy.arrays import (
-    PIECE,
-    TILE,
-    Floats,
-    Raw,
-    Work,
-    codec_bytes,
-    decoded,
-    floats,
-    raw_of,
-    ready,
-    shape_of,
-    shaped,
-    split,
-    work_of,
-)
+from pyggml.backends.host_memory import Array, Floats, Raw, Scratch, raw_of, shape_of
+from pyggml.backends.numpy.arrays import Work, codec_bytes, decoded, work_of
+from pyggml.backends.numpy.blas import blas_view
 from pyggml.backends.numpy.masks import HIDDEN, Mask, alibi_slopes
 from pyggml.backends.numpy.reduce import FLOOR
 from pyggml.backends.numpy.table import kernel
+from pyggml.backends.numpy.tiling import PIECE, TILE, scratch_bytes, shaped, split
 from pyggml.errors import IdError
 from pyggml.node import Node
 
@@ -95,7 +82,7 @@ def _cut_of(n_q: int, heads: int, heads_kv: int, n_kv: int, d_k: int, d_v: int) 
 def _flash_scratch(node: Node) -> int:
     q, k, v = node["q"], node["k"], node["v"]
     cut = _cut_of(q.ne[1], q.ne[2], k.ne[2], k.ne[1], k.ne[0], v.ne[0])
-    return floats(*cut.sizes()) + codec_bytes(k, v, node.get("mask"))
+    return scratch_bytes(*cut.sizes()) + codec_bytes(k, v, node.get("mask"))
 
 
 def _inside(k: Array, v: Array) -> int | None:
@@ -118,7 +105,7 @@ class _Source:
     def __init__(self, x: Array, memory: Raw, work: Work) -> None:
         self.kind, self.raw = raw_of(x)
         self.memory, self.work = memory, work
-        direct = ready(x)
+        direct = blas_view(x)
         self.direct = direct is not None
         self.raw = self.raw if direct is None else direct
 
@@ -287,7 +274,7 @@ def _mask_piece(n_kv: int, n_tokens: int) -> int:
     return min(n_kv * n_tokens, max(PIECE, n_kv))
 
 
-@kernel(ops.causal_mask, scratch=lambda node: floats(*(_mask_piece(*node.ne[:2]),) * 2))
+@kernel(ops.causal_mask, scratch=lambda node: scratch_bytes(*(_mask_piece(*node.ne[:2]),) * 2))
 def causal_mask(out: Raw, pos: Raw, *, scratch: Scratch, n_kv: int, window: int | None) -> None:
     last = int(pos.max())
     if last >= n_kv:

@@ -9,30 +9,12 @@ from typing import Any
 import numpy as np
 
 from pyggml import ops
-from pyggml.backends.host_memory import Array, Scratch
-from pyggml.backends.numpy.arrays import (
-    GATHERED,
-    IDS,
-    PIECE,
-    Raw,
-    Work,
-    check_ids,
-    codec_bytes,
-    decoded,
-    floats,
-    gather,
-    ids_in,
-    load,
-    pieces,
-    raw_of,
-    shape_of,
-    shaped,
-    split,
-    store,
-    work_of,
-)
+from pyggml.backends.host_memory import Array, Raw, Scratch, raw_of, shape_of
+from pyggml.backends.numpy.arrays import Work, codec_bytes, decoded, load, store, work_of
 from pyggml.backends.numpy.elementwise import tiles
+from pyggml.backends.numpy.gather import GATHERED, IDS, gather, ids_in
 from pyggml.backends.numpy.table import kernel
+from pyggml.backends.numpy.tiling import PIECE, pieces, scratch_bytes, shaped, split
 from pyggml.dtypes import F16, F32, DType
 from pyggml.node import Node
 
@@ -44,7 +26,7 @@ def _spare(elements: int, *rows: int) -> int:
 
 def _conversion_scratch(node: Node) -> int:
     a = node["a"]
-    return floats(_spare(a.spec.elements, a.ne[0], node.ne[0])) + codec_bytes(a, node)
+    return scratch_bytes(_spare(a.spec.elements, a.ne[0], node.ne[0])) + codec_bytes(a, node)
 
 
 def _convert(kind: DType, source: Raw, to: DType, target: Raw, spare: Raw, work: Work) -> None:
@@ -146,12 +128,11 @@ def _lines(n3: int, n2: int, n1: int, along_rows: bool) -> Iterator[tuple[int, A
 @kernel(
     ops.get_rows,
     types=None,
-    scratch=lambda node: floats(PIECE) + codec_bytes(node["a"]),
+    scratch=lambda node: scratch_bytes(PIECE) + codec_bytes(node["a"]),
 )
 def get_rows(out: Raw, a: Array, ids: Raw, *, scratch: Scratch) -> None:
     """Only the rows asked for are decoded."""
     kind, raw = raw_of(a)
-    check_ids("row", ids, raw.shape[2])
     work, spare = work_of(scratch, a), scratch.array(4 * PIECE, np.uint8)
     n3, n2, rows, _ = out.shape
     for line in _lines(n3, n2, rows, along_rows=rows >= n2):
@@ -161,14 +142,13 @@ def get_rows(out: Raw, a: Array, ids: Raw, *, scratch: Scratch) -> None:
 
 def _set_rows_scratch(node: Node) -> int:
     size = max(GATHERED // 4, node.ne[0])
-    return floats(size, size) + codec_bytes(node, node["b"])
+    return scratch_bytes(size, size) + codec_bytes(node, node["b"])
 
 
 @kernel(ops.set_rows, types=None, scratch=_set_rows_scratch)
 def set_rows(out: Array, a: Array, b: Raw, ids: Raw, *, scratch: Scratch) -> None:
     """Encodes rows of b into out, which is a; its other rows stay as they are."""
     (kind, source), (to, target) = raw_of(b), raw_of(out)
-    check_ids("row", ids, target.shape[2])
     n3, n2, rows, n = source.shape
     c3, c2 = ids.shape[1:3]
     size = max(GATHERED // 4, n)

@@ -10,22 +10,11 @@ from typing import Any
 import numpy as np
 
 from pyggml import ops
-from pyggml.backends.host_memory import Scratch
-from pyggml.backends.numpy.arrays import (
-    PIECE,
-    Floats,
-    Raw,
-    check_ids,
-    codec_bytes,
-    decoded,
-    floats,
-    gather,
-    pieces,
-    raw_of,
-    shaped,
-    work_of,
-)
+from pyggml.backends.host_memory import Floats, Raw, Scratch, raw_of
+from pyggml.backends.numpy.arrays import codec_bytes, decoded, work_of
+from pyggml.backends.numpy.gather import gather
 from pyggml.backends.numpy.table import kernel
+from pyggml.backends.numpy.tiling import PIECE, pieces, scratch_bytes, shaped
 from pyggml.dtypes import F32
 from pyggml.node import Node
 
@@ -72,7 +61,7 @@ def piece_scratch(temporaries: int) -> Callable[[Node], int]:
     def scratch(node: Node) -> int:
         size = min(PIECE, node.spec.elements)
         narrow = 0 if node.dtype.name == "f32" else 1 + sum(s is not None for s in node.src) + 1
-        return floats(*(size,) * (temporaries + narrow)) + codec_bytes(*node.src)
+        return scratch_bytes(*(size,) * (temporaries + narrow)) + codec_bytes(*node.src)
 
     return scratch
 
@@ -186,7 +175,6 @@ def glu(out: Raw, a: Raw, b: Raw | None, *, scratch: Scratch, act: str, swapped:
 
 @kernel(ops.add_id)
 def add_id(out: Raw, a: Raw, b: Raw, ids: Raw) -> None:
-    check_ids("expert", ids, b.shape[2])
     for slot in range(ids.shape[3]):
         gather(F32, b[0, 0], (ids[0, 0, :, slot],), out[0, :, slot], None)
     out += a

@@ -9,26 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml import ops
-from pyggml.backends.host_memory import Array, Scratch
-from pyggml.backends.numpy.arrays import (
-    IDS,
-    TILE,
-    Raw,
-    Work,
-    check_ids,
-    codec_bytes,
-    decoded,
-    floats,
-    gather,
-    is_ready,
-    raw_of,
-    ready,
-    shape_of,
-    shaped,
-    split,
-    work_of,
-)
+from pyggml.backends.host_memory import Array, Raw, Scratch, raw_of, shape_of
+from pyggml.backends.numpy.arrays import Work, codec_bytes, decoded, work_of
+from pyggml.backends.numpy.blas import blas_view, has_blas_view
+from pyggml.backends.numpy.gather import IDS, gather
 from pyggml.backends.numpy.table import kernel
+from pyggml.backends.numpy.tiling import TILE, scratch_bytes, shaped, split
 from pyggml.dtypes import F32, DType
 from pyggml.node import Node
 
@@ -51,7 +37,7 @@ def weight_tile(kind: DType, part: Raw, memory: Raw, work: Work) -> Raw:
 def weights_at(matrix: Array, index: tuple[Any, ...], memory: Raw, work: Work) -> Raw:
     """Some rows of weights: in place where BLAS can read them, else decoded."""
     kind, raw = raw_of(matrix)
-    direct = ready(raw[index]) if kind is F32 else None
+    direct = blas_view(raw[index]) if kind is F32 else None
     return weight_tile(kind, raw[index], memory, work) if direct is None else direct
 
 
@@ -62,15 +48,15 @@ def _head_tile(m: int, k: int, heads: int) -> int:
 
 def _mul_mat_scratch(node: Node) -> int:
     a, b = node["a"], node["b"]
-    if is_ready(a) and is_ready(b) and node.dtype is F32:
+    if has_blas_view(a) and has_blas_view(b) and node.dtype is F32:
         return 0
     k, m, heads, _ = a.ne
     tile, rows = _head_tile(m, k, heads), tile_rows(m, k)
     shared = tile * (b.ne[2] // heads) * (b.ne[3] // a.ne[3])
-    convert = 0 if is_ready(b) else shared * k
+    convert = 0 if has_blas_view(b) else shared * k
     narrow = 0 if node.dtype is F32 else shared * rows
-    return floats(
-        0 if is_ready(a) else tile * rows * k,
+    return scratch_bytes(
+        0 if has_blas_view(a) else tile * rows * k,
         min(b.ne[1] * convert, max(BATCH, convert)),
         min(b.ne[1] * narrow, max(BATCH, narrow)),
     ) + codec_bytes(a, b)
@@ -97,7 +83,7 @@ def _together(x: Raw) -> Raw:
 def mul_mat(out: Raw, a: Array, b: Array, *, scratch: Scratch, prec: str, dtype: str) -> None:
     """One product where BLAS can read all operands; else tiles of `a`, each decoded once."""
     a3, heads, m, k = shape_of(a)
-    w, x = ready(a), ready(b)
+    w, x = blas_view(a), blas_view(b)
     (kind_a, raw_a), (kind_b, raw_b) = raw_of(a), raw_of(b)
     xs, y = _by_matrix(raw_b if x is None else x, a3, heads), _by_matrix(out, a3, heads)
     if _even(xs) and _even(y):
@@ -144,7 +130,7 @@ def expert_scratch(tiles: int) -> Callable[[Node], int]:
         k, m, *_ = matrices[0].ne
         count = node["ids"].spec.elements
         pairs, rows, order = _pairs(count, k), tile_rows(m, k), 2 * count
-        size = floats(order, pairs * k, rows * k, *(pairs * rows,) * tiles)
+        size = scratch_bytes(order, pairs * k, rows * k, *(pairs * rows,) * tiles)
         return size + codec_bytes(*matrices, node["b"])
 
     return scratch
@@ -178,7 +164,6 @@ def by_expert(
     """
     _, n_experts, m, k = shape_of(experts[0])
     n_used, n_b = ids.shape[3], b.shape[2]
-    check_ids("expert", ids, n_experts)
     keys = scratch.array(ids.size, np.int64)
     starts = _sorted_pairs(ids[0, 0], n_experts, keys)
     kind_b, rows_b = raw_of(b)

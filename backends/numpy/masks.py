@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from pyggml.backends.numpy.arrays import Floats, Raw, Work, decoded, raw_of
+from pyggml.backends.host_memory import Floats, Raw, raw_of
+from pyggml.backends.numpy.arrays import Work, decoded
 
 #: What hides a key.
 HIDDEN = np.float16(-np.inf)

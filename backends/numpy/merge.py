@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from pyggml import ops
-from pyggml.backends.host_memory import Scratch
-from pyggml.backends.numpy.arrays import IDS, PIECE, Raw, floats, pieces, shaped
+from pyggml.backends.host_memory import Raw, Scratch
+from pyggml.backends.numpy.gather import IDS
 from pyggml.backends.numpy.reduce import FLOOR
 from pyggml.backends.numpy.table import kernel
+from pyggml.backends.numpy.tiling import PIECE, pieces, scratch_bytes, shaped
 from pyggml.node import Node
 
 #: A part may outweigh the reference by e^GROWTH before the sum is scaled: far from overflow.
@@ -21,7 +22,7 @@ def _rows(n: int) -> int:
 
 def _merge_scratch(node: Node) -> int:
     rows = _rows(node.ne[0])
-    return floats(*(rows,) * 4, rows * node.ne[0])
+    return scratch_bytes(*(rows,) * 4, rows * node.ne[0])
 
 
 @kernel(ops.merge_lse, inplace=("a", "b"), scratch=_merge_scratch)
@@ -52,7 +53,7 @@ def merge_lse(out: Raw, a: Raw, b: Raw, *, scratch: Scratch) -> None:
 
 def _sum_scratch(node: Node) -> int:
     rows = _rows(node.ne[0])
-    return floats(rows, rows, rows, rows * node.ne[0])
+    return scratch_bytes(rows, rows, rows, rows * node.ne[0])
 
 
 @kernel(ops.lse_sum, scratch=_sum_scratch, inplace=("c",))
@@ -85,7 +86,7 @@ def lse_sum(out: Raw, a: Raw, c: Raw | None, *, scratch: Scratch) -> None:
         np.copyto(y[..., -1:], top)
 
 
-@kernel(ops.lse_finish, scratch=lambda node: floats(_rows(node.ne[0])))
+@kernel(ops.lse_finish, scratch=lambda node: scratch_bytes(_rows(node.ne[0])))
 def lse_finish(out: Raw, c: Raw, *, scratch: Scratch, lse: bool) -> None:
     d_v = c.shape[3] - 2
     stat = scratch.array(_rows(c.shape[3]))

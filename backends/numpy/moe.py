@@ -8,23 +8,9 @@ from itertools import product
 import numpy as np
 
 from pyggml import ops
-from pyggml.backends.host_memory import Array, Scratch
-from pyggml.backends.numpy.arrays import (
-    PIECE,
-    Floats,
-    Raw,
-    codec_bytes,
-    decoded,
-    floats,
-    is_ready,
-    pieces,
-    raw_of,
-    ready,
-    shape_of,
-    shaped,
-    split,
-    work_of,
-)
+from pyggml.backends.host_memory import Array, Floats, Raw, Scratch, raw_of, shape_of
+from pyggml.backends.numpy.arrays import codec_bytes, decoded, work_of
+from pyggml.backends.numpy.blas import blas_view, has_blas_view
 from pyggml.backends.numpy.elementwise import ACTIVATIONS
 from pyggml.backends.numpy.linear import (
     BATCH,
@@ -35,6 +21,7 @@ from pyggml.backends.numpy.linear import (
 )
 from pyggml.backends.numpy.reduce import first_ids, ids_of, sort_keys
 from pyggml.backends.numpy.table import kernel
+from pyggml.backends.numpy.tiling import PIECE, pieces, scratch_bytes, shaped, split
 from pyggml.node import Node
 from pyggml.ops.reduce import row_length
 
@@ -57,7 +44,7 @@ def multi_add(out: Raw, a: Raw) -> None:
     np.sum(a[0], axis=1, out=out[0, 0])
 
 
-@kernel(ops.mul_multi_add, scratch=lambda node: floats(max(PIECE, node.ne[0])))
+@kernel(ops.mul_multi_add, scratch=lambda node: scratch_bytes(max(PIECE, node.ne[0])))
 def mul_multi_add(out: Raw, a: Raw, b: Raw, *, scratch: Scratch) -> None:
     n = out.shape[3]
     memory = scratch.array(max(PIECE, n))
@@ -77,7 +64,7 @@ def _routed(n_experts: int) -> int:
 
 def _routing_scratch(node: Node) -> int:
     tokens, n, groups = _routed(row_length(node)), row_length(node), node.attrs["n_group"]
-    return floats(*(tokens * n,) * 3, *(tokens * groups,) * 4)
+    return scratch_bytes(*(tokens * n,) * 3, *(tokens * groups,) * 4)
 
 
 @kernel(ops.grouped_topk, scratch=_routing_scratch)
@@ -122,8 +109,8 @@ def _fused_scratch(node: Node) -> int:
     up, b = node["up"], node["b"]
     k, m = up.ne[:2]
     rows, columns = _fused_tile(m, k, b.ne[1])
-    converted = 0 if is_ready(b) else columns * k
-    size = floats(rows * k, converted, rows * columns, rows * columns)
+    converted = 0 if has_blas_view(b) else columns * k
+    size = scratch_bytes(rows * k, converted, rows * columns, rows * columns)
     return size + codec_bytes(*node.src)
 
 
@@ -135,7 +122,7 @@ def fused_up_gate(
     *_, m, k = shape_of(up)
     n3, n2, n, _ = b.shape
     rows, columns = _fused_tile(m, k, n)
-    kind, direct = raw_of(b)[0], ready(b)
+    kind, direct = raw_of(b)[0], blas_view(b)
     weights = scratch.array(rows * k)
     converted = scratch.array(columns * k if direct is None else 0)
     raised, spare = (scratch.array(rows * columns) for _ in range(2))

@@ -9,21 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml import ops
-from pyggml.backends.host_memory import Scratch
-from pyggml.backends.numpy.arrays import (
-    IDS,
-    PIECE,
-    Floats,
-    Raw,
-    codec_bytes,
-    floats,
-    pieces,
-    shaped,
-    split,
-    work_of,
-)
+from pyggml.backends.host_memory import Floats, Raw, Scratch
+from pyggml.backends.numpy.arrays import codec_bytes, work_of
+from pyggml.backends.numpy.gather import IDS
 from pyggml.backends.numpy.masks import Mask, alibi_slopes
 from pyggml.backends.numpy.table import kernel
+from pyggml.backends.numpy.tiling import PIECE, pieces, scratch_bytes, shaped, split
 from pyggml.node import Node
 from pyggml.ops.reduce import row_length
 
@@ -46,8 +37,8 @@ def _softmax_scratch(node: Node) -> int:
     n, rows, heads, _ = node.ne
     rows, heads = _softmax_tile(n, rows, heads)
     mask = node.get("mask")
-    bias = floats(rows * n) + codec_bytes(mask) if mask is not None else 0
-    return bias + floats(2 * rows * heads)
+    bias = scratch_bytes(rows * n) + codec_bytes(mask) if mask is not None else 0
+    return bias + scratch_bytes(2 * rows * heads)
 
 
 @kernel(ops.soft_max_ext, inplace=("a",), scratch=_softmax_scratch)
@@ -127,7 +118,7 @@ def _row_pieces(a: Raw) -> Iterator[Any]:
 
 
 def _sort_scratch(node: Node) -> int:
-    return floats(2 * max(PIECE, row_length(node)))
+    return scratch_bytes(2 * max(PIECE, row_length(node)))
 
 
 @kernel(ops.argsort, scratch=_sort_scratch)
@@ -163,7 +154,7 @@ def ids_of(keys: NDArray[np.int64]) -> NDArray[np.int32]:
     return keys.view(np.int32)[..., ::2]
 
 
-@kernel(ops.argmax, scratch=lambda node: floats(max(PIECE, row_length(node))))
+@kernel(ops.argmax, scratch=lambda node: scratch_bytes(max(PIECE, row_length(node))))
 def argmax(out: Raw, a: Raw, *, scratch: Scratch) -> None:
     memory = scratch.array(max(PIECE, a.shape[3]))
     for index in _row_pieces(a):

@@ -13,21 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml import ops
-from pyggml.backends.host_memory import Scratch
-from pyggml.backends.numpy.arrays import (
-    PIECE,
-    Floats,
-    Raw,
-    codec_bytes,
-    floats,
-    load,
-    raw_of,
-    shaped,
-    split,
-    store,
-    work_of,
-)
+from pyggml.backends.host_memory import Floats, Raw, Scratch, raw_of
+from pyggml.backends.numpy.arrays import codec_bytes, load, store, work_of
 from pyggml.backends.numpy.table import kernel
+from pyggml.backends.numpy.tiling import PIECE, scratch_bytes, shaped, split
 from pyggml.dtypes import F32
 from pyggml.node import Node
 
@@ -45,7 +34,7 @@ def _rope_scratch(node: Node) -> int:
     tokens, n_dims = _tokens(n, heads, n_tokens), node.attrs["n_dims"]
     narrow = node.dtype is not F32
     angles, halves = tokens * n_dims, tokens * heads * n_dims
-    size = floats(n_dims, 2 * angles, angles, halves, narrow * tokens * heads * n)
+    size = scratch_bytes(n_dims, 2 * angles, angles, halves, narrow * tokens * heads * n)
     return size + codec_bytes(node["a"])
 
 

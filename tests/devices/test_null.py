@@ -173,7 +173,7 @@ def test_an_error_in_a_kernel_leaves_every_device_idle(
     for queue in queues:
         queue.pace = None if pace is None else Random(pace)
     try:
-        with pytest.raises(gg.IdError, match=r"bad.*row id 7 is past the end"):
+        with pytest.raises(gg.IdError, match=r"bad.*id 7 is past the end"):
             plan.run({**FEED, "ids": [0, 1, -1, 7, -1]})
         assert all(not len(queue) for queue in queues)
         plan.store.clear()
