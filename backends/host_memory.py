@@ -1,7 +1,8 @@
 """Host memory: tensors as NumPy arrays, and the scratch of kernels.
 
-Results and scratch start at multiples of `ALIGNMENT`. Other operands may not: weights are read from
-the file's memory map, a caller's arrays where they are, and a view starts anywhere.
+Scratch starts at multiples of `ALIGNMENT`. Operands and results may not: weights are read from the
+file's memory map and a caller's arrays where they are, and a view or a part of a larger result
+starts anywhere.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from pyggml.dtypes import TYPES, DType
 from pyggml.errors import OutOfMemoryError, PyggmlError
 from pyggml.spec import Spec
 
-#: Bytes; blocks of memory, results in arenas and arrays of scratch start at multiples of it.
+#: Bytes; blocks of memory, tensors with their own place in an arena and arrays of scratch start at
+#: multiples of it.
 ALIGNMENT = 64
 
 Raw = NDArray[Any]
