@@ -57,7 +57,7 @@ struct Linear {
     static constexpr int SIZE = 32, HEAD = AFFINE ? 4 : 2, BYTES = HEAD + (BITS == 5 ? 4 : 0) + 16;
     static __device__ __forceinline__ int code(const unsigned char* p, int i) {
         int q = nibble<16>(p + BYTES - 16, i);
-        if constexpr (BITS == 5) q |= (p[HEAD + i / 8] >> i % 8 & 1) << 4;
+        if constexpr (BITS == 5) q |= bit(p + HEAD, i) << 4;
         return q;
     }
     static __device__ __forceinline__ RawScale scale(const unsigned char* p, int) {
@@ -187,6 +187,18 @@ struct nvfp4 {
         int s = p[i / 16], e = s >> 3 & 15, m = s & 7;
         float d = s == 0 || s == 0x7F ? 0 : e ? ldexpf(8 + m, e - 11) : ldexpf(m, -10);
         return times(d, FP4_LEVELS[code(p, i)]);
+    }
+};
+struct q1_0 {  // d where a bit is set, else -d
+    static constexpr int SIZE = 128, BYTES = 18;
+    static __device__ __forceinline__ int code(const unsigned char* p, int i) {
+        return bit(p + 2, i);
+    }
+    static __device__ __forceinline__ RawScale scale(const unsigned char* p, int) {
+        return {0, bytes_at(p, 2)};
+    }
+    static __device__ float value(const unsigned char* p, int i) {
+        return times(2 * code(p, i) - 1, half_at(p));
     }
 };
 struct tq2_0 {
