@@ -156,13 +156,7 @@ struct InGrid : Format<file::InGrid<B>, 16, 0, 2, 2, false, true, 0, true> {
         return {d * (s & 255), d * (s >> 8), 0, 0};
     }
 };
-using iq1_s = InGrid<iq::iq1_s>;
-using iq1_m = InGrid<iq::iq1_m>;
-using iq2_xxs = InGrid<iq::iq2_xxs>;
-using iq2_xs = InGrid<iq::iq2_xs>;
-using iq2_s = InGrid<iq::iq2_s>;
-using iq3_xxs = InGrid<iq::iq3_xxs>;
-using iq3_s = InGrid<iq::iq3_s>;
+GRID_TYPES
 
 // f16 and bf16, undecoded.
 template <class T>
