@@ -85,6 +85,7 @@ class Work:
     homes      where each node is; views are with what they look at, others on the first backend
     scores     tensors that the budget counts (those inside loops too)
     exempt     tensors that it would count if the attention around them could be cut
+    plain      where everything would be without the budget, None if there is none
     order      all nodes in the order in which they run
     layouts    how weights are kept, by constant (or its transfer)
     warnings   what the user should hear
@@ -100,6 +101,7 @@ class Work:
     expanded: tuple[Expanded, ...] = ()
     scores: frozenset[Node] = frozenset()
     exempt: frozenset[Node] = frozenset()
+    plain: Placement | None = None
     order: tuple[Node, ...] = ()
     layouts: Mapping[Node, WeightLayout] = field(default_factory=dict)
     splits: tuple[Split, ...] = ()

@@ -54,17 +54,15 @@ class Request:
     def plan(self, store: Store, stacklevel: int) -> Planned:
         """Plan the graph, with states where the store has them. Does not change the store."""
         begin = replace(self.work, settled=_settled(self.work, store))
-        plain = work = passes.run(begin)
-        if self.amb is not None:
-            work = passes.run(replace(begin, amb=self.amb))
-            for text in work.warnings:
-                warnings.warn(text, stacklevel=stacklevel + 1)
+        work = passes.run(replace(begin, amb=self.amb))
+        for text in work.warnings:
+            warnings.warn(text, stacklevel=stacklevel + 1)
         store.check(work.leaves)
         needs = tuple(Need(n, work.home(n), work.layouts.get(n)) for n in work.leaves)
         return Planned(
             work,
             needs,
-            Memory.of(work, plain, needs, self.sizes),
+            Memory.of(work, needs, self.sizes),
             Inputs(needs, limits(self.work.graph)),
         )
 

@@ -32,6 +32,11 @@ def counts(plan: gg.Plan) -> list[tuple[int, ...]]:
     return [tuple(dim.count for dim in loop.dims) for loop in loops(plan)]
 
 
+def pieces(plan: gg.Plan) -> int:
+    """The pieces of all loops together."""
+    return sum(int(np.prod(count)) for count in counts(plan))
+
+
 def least_of(outputs: dict[str, Node]) -> int:
     """The least budget in bytes, as the refusal of a tiny one names it."""
     with pytest.raises(gg.BudgetError) as refused:

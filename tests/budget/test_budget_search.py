@@ -8,15 +8,10 @@ import random
 import numpy as np
 import pytest
 from attentions import Leaves, run
-from checks import MIB, ORDER, compiled, counts, error, least_of, loops
+from checks import MIB, ORDER, compiled, counts, error, least_of, loops, pieces
 
 import pyggml as gg
 from pyggml.node import Node
-
-
-def pieces(plan: gg.Plan) -> int:
-    return sum(int(np.prod(count)) for count in counts(plan))
-
 
 KINDS = ("plain", "copy", "q8_0", "cast", "scaled", "expanded", "flash", "flash f16")
 
