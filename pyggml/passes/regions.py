@@ -144,9 +144,9 @@ def score_tensors(graph: Graph) -> set[Node]:
 
 
 def _origins(nodes: Iterable[Node]) -> tuple[set[Node], dict[Node, Node]]:
-    """Nodes computed from a state without an attention in between; and what shows a softmax.
+    """Nodes computed from a state without an attention in between; and softmaxes.
 
-    The second maps a softmax result, and every view or copy of it, to the softmax.
+    The second maps each softmax, and each view or copy of one, to the softmax.
     """
     derived: set[Node] = set()
     soft: dict[Node, Node] = {}
@@ -159,15 +159,15 @@ def _origins(nodes: Iterable[Node]) -> tuple[set[Node], dict[Node, Node]]:
         elif node.op is state_op or node.op.writes is not None:
             derived.add(node)
         elif node.op is flash_attn_ext or any(s in soft for s in node.src):
-            continue  # an attention's result: what follows is a new token, not the state
+            continue  # an attention's result belongs to the new tokens
         elif any(s in derived for s in node.src):
             derived.add(node)
     return derived, soft
 
 
 def _expanded(sources: Iterable[Node | None], derived: set[Node]) -> set[Node]:
-    """What is computed from a state on the way to `sources`; views of states are not."""
-    found: set[Node] = set()
+    """Tensors computed from a state on the way to `sources`. Views of a state are not."""
+    expanded: set[Node] = set()
     stack = [s for s in sources if s in derived]
     seen = set(stack)
     while stack:
@@ -175,48 +175,48 @@ def _expanded(sources: Iterable[Node | None], derived: set[Node]) -> set[Node]:
         if node is None or node.op is state_op or node.op.writes is not None:
             continue
         if node.op.view is None:
-            found.add(node)
+            expanded.add(node)
         fresh = [s for s in node.src if s in derived and s not in seen]
         seen.update(fresh)
         stack += fresh
-    return found
+    return expanded
 
 
 def _scores(top: Node) -> set[Node] | None:
-    """The softmax and the tensors before it, back to a product; None where there is no product."""
+    """The softmax and the tensors before it, back to products; None if there is no product."""
 
     def ends(node: Node) -> bool:
         return node.op.view is None and node.op not in (scale, add, tanh, cast, cont)
 
-    ways: set[Node] = set()  # on a way from a product to the softmax
+    path: set[Node] = set()  # nodes between a product and the softmax, and the product
     assert top.src[0] is not None
     for node in toposort([top.src[0]], stop=ends):
-        if node.op is mul_mat or (not ends(node) and any(s in ways for s in node.src)):
-            ways.add(node)
-    if top.src[0] not in ways:
+        if node.op is mul_mat or (not ends(node) and any(s in path for s in node.src)):
+            path.add(node)
+    if top.src[0] not in path:
         return None
-    return {node for node in ways if node.op.view is None} | {top}
+    return {node for node in path if node.op.view is None} | {top}
 
 
 def _copies(node: Node | None, top: Node) -> set[Node]:
     """Copies of the softmax `top` on the way to `node`."""
-    found = set()
+    copies = set()
     while node is not None and node is not top:
         if node.op.view is None:
-            found.add(node)
+            copies.add(node)
         node = node.src[0]
-    return found
+    return copies
 
 
 def _result_axis(out: Node, port: int, top: Node, axis: int) -> int | None:
-    """The axis of `out` that walks along `axis` of `top`, which its source `port` shows."""
+    """The axis of `out` along which pieces read pieces of `axis` of `top`, its source `port`."""
 
-    def lands(here: int) -> bool:
+    def leads_there(here: int) -> bool:
         node = out
         while node is not top:
             rule = slice_of(node, here, node.ne[here])
-            at = port if node is out else 0
-            source, step = node.src[at], None if rule is None else rule.cuts[at]
+            i = port if node is out else 0
+            source, step = node.src[i], None if rule is None else rule.cuts[i]
             if step is None or source is None:
                 return False
             node, here = source, step.axis
@@ -224,4 +224,4 @@ def _result_axis(out: Node, port: int, top: Node, axis: int) -> int | None:
 
     if top.ne[axis] == 1:
         return None
-    return next((a for a in range(4) if lands(a)), None)
+    return next((a for a in range(4) if leads_there(a)), None)

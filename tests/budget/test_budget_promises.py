@@ -132,9 +132,9 @@ def test_every_budget_from_the_least_on_compiles_and_none_below(
         most = pieces(plan)
     assert most == 0
     for amb in range(least - 1, 0, -max(1, least // 40)):
-        with pytest.raises(gg.BudgetError) as refused:
+        with pytest.raises(gg.BudgetError) as refusal:
             compiled(outputs, amb)
-        assert refused.value.least * MIB == least
+        assert refusal.value.least * MIB == least
 
 
 def test_one_attention_does_not_change_how_another_is_cut() -> None:
