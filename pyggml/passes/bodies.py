@@ -168,7 +168,7 @@ class Cutter:
 def _unwound(call: Steps[T]) -> T:
     """The result of a recursive generator, in which `yield f(x)` is a call.
 
-    Attentions can be thousands of nodes deep, Python's stack cannot.
+    An attention can be thousands of nodes deep, more than Python's stack allows.
     """
     calls: list[Steps[Any]] = [call]
     value: Any = None

@@ -166,7 +166,7 @@ def _origins(nodes: Iterable[Node]) -> tuple[set[Node], dict[Node, Node]]:
 
 
 def _expanded(sources: Iterable[Node | None], derived: set[Node]) -> set[Node]:
-    """Tensors computed from a state on the way to `sources`. Views of a state are not."""
+    """Tensors that are computed from a state on the way to `sources`; views do not count."""
     expanded: set[Node] = set()
     stack = [s for s in sources if s in derived]
     seen = set(stack)

@@ -6,7 +6,7 @@ limit may fit; or attentions that would stay whole become loops of one piece, wh
 attention meets. So the divisions of a graph are: uncut, and two for each limit, with and without
 such loops. They and their needs do not depend on the budget, and `fit` tries them from few pieces
 to many until one fits. So a larger budget never gives more pieces, and `least`, the smallest need
-of all divisions, is exact. Most graphs take one trial: limits above the budget cannot fit.
+of all divisions, is exact. Most graphs take two trials: uncut, and with the budget as the limit.
 
 The design that lost finds the limit by bisection. It takes few trials even if much is alive
 together. But a lower limit sometimes needs more memory, so the result depended on the limits that
@@ -33,11 +33,12 @@ Division = tuple[Choice, ...]
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A division of the graph, measured.
+    """A division of the graph and what it needs.
 
     choices    one for each attention that may be cut, in graph order
     placement  of the whole graph
-    need       the smallest budget that this division fits
+    need       the smallest budget that it fits: its peak or, if that is more, the lowest limit that
+               gives it
     """
 
     work: Work
@@ -75,7 +76,7 @@ class Search:
 
     @cached_property
     def plain(self) -> Trial:
-        """The graph uncut. It needs what it needs, whatever its attentions need alone."""
+        """The graph uncut. It fits if its peak does, whatever its attentions need alone."""
         trial = self._trial(tuple(choices.whole for choices in self.choices))
         return replace(trial, need=trial.placement.score_peak)
 
