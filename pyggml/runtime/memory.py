@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 
 from pyggml.node import label_of
+from pyggml.passes import plain_score_peaks
 from pyggml.passes.work import Work
 from pyggml.runtime.leaves import Need
 from pyggml.runtime.places import Place
@@ -27,7 +29,7 @@ class DeviceMemory:
     staging                   pinned host memory that copies to and from the device go through: one
                               block for all plans, not part of `total`
     score_peak                largest sum of attention scores and expanded K and V alive at once
-    score_peak_plain          the same without a budget
+    score_peak_plain          the same without a budget; planned when it is first read
     live                      live bytes in each step, the lower bound of any packing
     size, size_text           bytes of a place with a size, and its text ("24GiB"); else None and ""
     """
@@ -39,11 +41,15 @@ class DeviceMemory:
     compute: int
     workspace: int
     score_peak: int
-    score_peak_plain: int
     live: tuple[int, ...]
     size: int | None
     size_text: str
     staging: int
+    _plain: Callable[[], int] = field(repr=False, compare=False)
+
+    @property
+    def score_peak_plain(self) -> int:
+        return self._plain()
 
     @property
     def total(self) -> int:
@@ -77,25 +83,21 @@ class Memory:
     peak_live: int
 
     @staticmethod
-    def of(work: Work, plain: Work, needs: Sequence[Need], sizes: Mapping[str, Place]) -> Memory:
-        """The memory of `work`.
+    def of(work: Work, needs: Sequence[Need], sizes: Mapping[str, Place]) -> Memory:
+        """The memory of a planned work.
 
-        plain  the same graph planned without a budget
         needs  the plan's leaves
         sizes  places with a size, by device
         """
+        plain = cache(lambda: plain_score_peaks(work))
         rows = []
         top, where = 0, ""
         used = {need.backend.device for need in needs}
         for device, arena in work.placed.arenas.items():
             if not (arena.nbytes or device in used or device == work.backends[0].device):
                 continue
-            row = _row(work, device, [need for need in needs if need.backend.device == device])
-            peak = plain.placed.arenas[device].score_peak
-            row = replace(row, score_peak_plain=peak)
-            if (place := sizes.get(device)) is not None:
-                row = replace(row, size=place.size, size_text=place.size_text)
-            rows.append(row)
+            mine = [need for need in needs if need.backend.device == device]
+            rows.append(_row(work, device, mine, sizes.get(device), plain))
             if max(arena.live, default=0) > top or not where:
                 top = max(arena.live, default=0)
                 steps = [s for s, live in zip(work.steps, arena.live) if live == top]
@@ -172,8 +174,19 @@ class Memory:
         return "\n".join(lines)
 
 
-def _row(work: Work, device: str, needs: Sequence[Need]) -> DeviceMemory:
-    """The memory of a plan with these leaves on a device, without a size."""
+def _row(
+    work: Work,
+    device: str,
+    needs: Sequence[Need],
+    place: Place | None,
+    plain: Callable[[], Mapping[str, int]],
+) -> DeviceMemory:
+    """The memory of a plan on one device.
+
+    needs  the plan's leaves on the device
+    place  the place with a size that stands for the device, or None
+    plain  returns the score peaks without a budget, by device
+    """
     backend = next(b for b in work.backends if b.device == device)
     steps = [s for split in work.splits if split.backend.device == device for s in split.steps]
     nbytes = {"constant": 0, "state": 0, "input": 0}
@@ -188,9 +201,9 @@ def _row(work: Work, device: str, needs: Sequence[Need]) -> DeviceMemory:
         compute=arena.nbytes,
         workspace=max((step.workspace for step in steps), default=0),
         score_peak=arena.score_peak,
-        score_peak_plain=arena.score_peak,
         live=arena.live,
-        size=None,
-        size_text="",
+        size=None if place is None else place.size,
+        size_text="" if place is None else place.size_text,
         staging=backend.staging_bytes if steps or needs else 0,
+        _plain=lambda: plain()[device],
     )

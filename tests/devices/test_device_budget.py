@@ -6,9 +6,11 @@ import re
 import warnings
 
 import numpy as np
+import pytest
 from stacks import FEED, HALVES, ops, places, row, stack
 
 import pyggml as gg
+from pyggml.runtime import memory
 
 MIB = 2**20
 
@@ -32,6 +34,21 @@ def test_scores_are_counted_on_a_device_that_gets_its_input_from_another() -> No
     a, b = (row(plan, place) for place in ("null:0", "null:1"))
     assert a.score_peak == b.score_peak > 0
     assert a.score_peak_plain == b.score_peak_plain > 0
+
+
+def test_the_peak_without_a_budget_is_planned_once_when_it_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+    plan_again = memory.plain_score_peaks
+    monkeypatch.setattr(memory, "plain_score_peaks", lambda w: calls.append(w) or plan_again(w))
+    places = {"backends": ["null:0", "null:1"], "pins": HALVES}
+    plain = gg.compile({"y": stack(8)}, **places).memory.score_peak
+    cut = gg.compile({"y": stack(8)}, amb=0.85 * plain / MIB, **places).memory
+    assert not calls
+    assert cut.score_peak < cut.score_peak_plain == plain
+    assert len(calls) == 1
+    assert f"{plain / MIB:.4f}" in str(cut) and len(calls) == 1
 
 
 def test_a_budget_bounds_what_is_alive_together_behind_a_border() -> None:
