@@ -55,7 +55,7 @@ def place_steps(
     sharing = Sharing(nodes, steps, roots, outside)
     blocks = _lifetimes(sharing)
     scratch = {i: Interval(i, i, step.scratch) for i, step in enumerate(steps) if step.scratch}
-    counted = [node for node in sharing.made if node in scores and sharing.in_arena(node)]
+    counted = [node for node in sharing.computed if node in scores and sharing.in_arena(node)]
     devices = [device_of(step.node) for step in steps]
     offsets: dict[Node, int] = {}
     scratch_at = [0] * len(steps)
@@ -80,7 +80,7 @@ def _lifetimes(sharing: Sharing) -> dict[Node, Interval]:
     """Block -> its lifetime and size."""
     spans: dict[Node, list[int]] = {}
     end = len(sharing.steps) - 1
-    for node, i in sharing.made.items():
+    for node, i in sharing.computed.items():
         if sharing.in_arena(node):
             span = spans.setdefault(sharing.block(node), [i, i])
             span[0] = min(span[0], i)
@@ -89,7 +89,7 @@ def _lifetimes(sharing: Sharing) -> dict[Node, Interval]:
 
 
 def _nbytes(node: Node, sharing: Sharing) -> int:
-    step = sharing.steps[sharing.made[node]]
+    step = sharing.steps[sharing.computed[node]]
     return step.nbytes if step.node is node else node.spec.nbytes
 
 
@@ -115,7 +115,7 @@ def _spots(
             units = (start[0] // node.dtype.block, *start[1:])
             inside = sum(s * b for s, b in zip(units, concat.spec.nb))
             spots[node] = Spot(None, offsets[sharing.block(node)] + inside, concat.spec.nb)
-        elif node in sharing.made:
+        elif node in sharing.computed:
             spots[node] = Spot(None, offsets[sharing.block(node)], node.spec.nb)
     return spots
 
@@ -138,7 +138,7 @@ def _score_peak(
     """
     starts: dict[int, list[Node]] = {}
     for node in counted:
-        starts.setdefault(sharing.made[node], []).append(node)
+        starts.setdefault(sharing.computed[node], []).append(node)
     alive: dict[Node, int] = {}  # node -> the last step that reads it
     peak = 0
     for i, step in enumerate(sharing.steps):

@@ -13,7 +13,7 @@ class Sharing:
     """The blocks of memory that the nodes of some steps need, and when they need them.
 
     owner         node -> the node whose memory it shows or writes into
-    made          node -> the step that materializes it; nodes used only inside a fused step are
+    computed      node -> the step that materializes it; nodes used only inside a fused step are
                   absent
     last          owner -> the last step that reads it; for roots, the number of steps
     parent        part of a concat -> the concat that it is written into, and its start there
@@ -29,7 +29,7 @@ class Sharing:
     ) -> None:
         self.steps, self.outside = steps, outside
         self.owner = _owners(nodes, outside)
-        self.made = self._materialized(roots)
+        self.computed = self._materialized(roots)
         self.last = self._last_reads(roots)
         self.parent: dict[Node, tuple[Node, Ne]] = {}
         self.copied_parts = 0
@@ -39,7 +39,7 @@ class Sharing:
 
     def in_arena(self, node: Node) -> bool:
         """Whether a node has its own memory in an arena."""
-        return node in self.made and self.owner[node] is node and node not in self.outside
+        return node in self.computed and self.owner[node] is node and node not in self.outside
 
     def block(self, node: Node) -> Node:
         """The node that stands for the block of memory of an owner."""
@@ -57,7 +57,7 @@ class Sharing:
         }
 
     def _last_reads(self, roots: Collection[Node]) -> dict[Node, int]:
-        last = {node: i for node, i in self.made.items() if self.owner[node] is node}
+        last = {node: i for node, i in self.computed.items() if self.owner[node] is node}
         for i, step in enumerate(self.steps):
             for read in step.reads:
                 last[self.owner[read]] = i
@@ -93,7 +93,7 @@ class Sharing:
             self.in_arena(part)
             and part not in self.parent
             and concat not in self.parent
-            and self.steps[self.made[part]].strided
+            and self.steps[self.computed[part]].strided
             and concat.src.count(part) == 1
             and _viewable(part, concat.spec.nb, views)
         )
@@ -103,7 +103,7 @@ class Sharing:
     def _share_in_place(self) -> None:
         """Let results take over the memory of sources that no later step reads."""
         concats = {concat for concat, _ in self.parent.values()}
-        self._first = {node: node for node in self.made if self.in_arena(node)}
+        self._first = {node: node for node in self.computed if self.in_arena(node)}
         for i, step in enumerate(self.steps):
             node = step.node
             if not self.in_arena(node) or node in self.parent or node in concats:
@@ -119,7 +119,7 @@ class Sharing:
         return (
             self.in_arena(own)
             and own not in self.parent
-            and self.steps[self.made[own]].layout is None
+            and self.steps[self.computed[own]].layout is None
             and self.last[own] == i
             and source.spec.nbytes == own.spec.nbytes == node.spec.nbytes
             and source.nb == node.spec.nb

@@ -28,6 +28,14 @@ class Planned:
     memory: Memory
     inputs: Inputs
 
+    def arena_sizes(self) -> dict[Backend, int]:
+        """The bytes of the arena of each device that the plan uses."""
+        used = {need.backend.device for need in self.needs}
+        used |= {split.backend.device for split in self.work.splits}
+        arenas = self.work.placed.arenas
+        by_device = {backend.device: backend for backend in self.work.backends}
+        return {b: arenas[device].nbytes for device, b in by_device.items() if device in used}
+
     def fits(self, store: Store) -> bool:
         """Whether each state that the store already has is where the plan reads it."""
         homes = store.homes
