@@ -13,8 +13,9 @@ from dataclasses import replace
 from pyggml.backends.base import Backend
 from pyggml.errors import UnsupportedOpError
 from pyggml.graph import Graph, rebuilt
+from pyggml.interning import inherit
 from pyggml.loop import loop_op
-from pyggml.node import Node, inherit, label_of, line_of
+from pyggml.node import Node, label_of, line_of
 from pyggml.ops.leaf import constant_op, state_op
 from pyggml.ops.views import bases
 from pyggml.passes.copies import fewer_copies

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pyggml.backends.base import Backend
 from pyggml.errors import GraphError
 from pyggml.graph import rebuilt, toposort
-from pyggml.node import Node, inherit, label_of, line_of, stand_at
+from pyggml.interning import inherit
+from pyggml.node import Node, copy_line, label_of, line_of
 from pyggml.passes.work import Expanded
 
 
@@ -70,7 +71,7 @@ def in_parts(node: Node, settle: Callable[[Node, Node], Node]) -> Node:
     new = {s: s for s in node.src if s is not None}
     for part in toposort([meaning], stop=frozenset(new).__contains__):
         if part not in new:
-            copy = rebuilt(stand_at(part, node), tuple(s and new[s] for s in part.src))
+            copy = rebuilt(copy_line(part, node), tuple(s and new[s] for s in part.src))
             simple = copy.op.leaf or copy.op.view is not None
             new[part] = inherit(copy if simple else settle(copy, part), part)
     return new[meaning]

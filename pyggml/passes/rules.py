@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from pyggml.backends.base import Backend
 from pyggml.errors import GraphError
-from pyggml.node import Node, cost_of, label_of, line_of
+from pyggml.node import Node, label_of, line_of
+from pyggml.operation import cost_of
 from pyggml.ops.leaf import constant_op, state_op
 from pyggml.ops.views import bases
 from pyggml.passes.work import Work

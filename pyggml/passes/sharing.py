@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from pyggml.backends.base import Step
-from pyggml.node import Ne, Node
+from pyggml.node import Node
 from pyggml.passes.work import viewed, written
+from pyggml.spec import Ne
 
 
 class Sharing:

@@ -21,7 +21,7 @@ from pyggml.ops.leaf import input_op
 from pyggml.ops.views import view_op
 from pyggml.passes.order import versions
 from pyggml.passes.work import written
-from pyggml.written import Write, writes_of
+from pyggml.writes import Write, writes_of
 
 # -- checks of the graph --------------------------------------------------------------------------
 

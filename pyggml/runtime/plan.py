@@ -13,7 +13,7 @@ from pyggml.backends.base import Runner
 from pyggml.backends.step import Address, Step
 from pyggml.errors import DeviceError, DTypeError, OutOfMemoryError
 from pyggml.graph import Graph
-from pyggml.node import Node, Spec
+from pyggml.node import Node
 from pyggml.passes.work import Split, Work
 from pyggml.runtime.execution import Execution, addresses
 from pyggml.runtime.inputs import Bound, Ready, together
@@ -22,6 +22,7 @@ from pyggml.runtime.memory import Memory
 from pyggml.runtime.planned import Planned, Request
 from pyggml.runtime.report import Profile, plan_text
 from pyggml.runtime.store import Store
+from pyggml.spec import Spec
 
 T = TypeVar("T")
 Arrays = Mapping[str, object] | None
