@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from pyggml.backends.base import Step
+from pyggml.backends.step import Step
 from pyggml.node import Node
 from pyggml.passes.work import viewed, written
 from pyggml.spec import Ne
