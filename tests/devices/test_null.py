@@ -1,4 +1,4 @@
-"""The null device itself: its own memory, a queue that runs late, a private layout of weights."""
+"""The null device: private memory, a queue that runs late, a private layout of weights."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ MIB = 2**20
 @pytest.fixture
 def device() -> Iterator[Any]:
     """A device that no other test uses."""
-    found: Any = backends.get("null", 9)
-    yield found
-    found.limit = found.queue.pace = None
+    null: Any = backends.get("null", 9)
+    yield null
+    null.limit = null.queue.pace = None
 
 
 def products() -> dict[str, Any]:
@@ -118,13 +118,13 @@ def test_weights_are_kept_in_a_layout_that_is_not_plain_bytes() -> None:
     w = weight("w", 16, 16)
     x = gg.input("x", "f32", ne=(16, 5))
     plan = gg.compile({"y": gg.mul_mat(w, x)}, backends=["null:9"]).bind()
-    held = next(a for n, a in plan.addresses.items() if "w" in gg.labels(n))
+    at = next(a for n, a in plan.addresses.items() if "w" in gg.labels(n))
     raw = gg.ops.leaf.data_of(w).tobytes()
-    kept = held.buffer.data.tobytes()
-    assert held.layout != "plain" and len(kept) == row(plan, "null:9").weights > len(raw)
-    assert not any(kept[i : i + 64] in raw for i in range(0, len(kept) - 64, 16))
+    stored = at.buffer.data.tobytes()
+    assert at.layout != "plain" and len(stored) == row(plan, "null:9").weights > len(raw)
+    assert not any(stored[i : i + 64] in raw for i in range(0, len(stored) - 64, 16))
     (step,) = plan.splits[0].steps
-    assert step.scratch >= len(raw)  # where it stands plain while the product runs
+    assert step.scratch >= len(raw)  # for the plain weight while the product runs
 
 
 def test_a_weight_of_which_a_part_is_read_is_plain() -> None:
@@ -192,21 +192,21 @@ def y_in(y: Any) -> Any:
 
 
 def refuse(device: Any, monkeypatch: pytest.MonkeyPatch, nth: int) -> list[int]:
-    """Let the n-th allocation on the device fail; the sizes of those made before."""
-    made: list[int] = []
+    """Let the n-th allocation on the device fail; returns the sizes of those before."""
+    sizes: list[int] = []
     alloc = device.alloc
 
     def counted(nbytes: int) -> Any:
-        if len(made) == nth:
+        if len(sizes) == nth:
             raise gg.OutOfMemoryError(f"null:9 has no {nbytes} bytes")
-        made.append(nbytes)
+        sizes.append(nbytes)
         return alloc(nbytes)
 
     monkeypatch.setattr(device, "alloc", counted)
-    return made
+    return sizes
 
 
-def test_where_any_allocation_fails_nothing_is_kept(
+def test_if_any_allocation_fails_no_memory_is_kept(
     device: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     want = gg.compile(products()).run(x=FEED["x"])
@@ -239,9 +239,9 @@ def test_memory_that_is_let_go_is_free_again(device: Any) -> None:
     device.limit = before + plan.memory.total
     with pytest.raises(gg.OutOfMemoryError):
         gg.compile({"y": gg.relu(gg.input("z", "f32", ne=(16, 400)))}, backends=["null:9"]).bind()
-    plan.bind()  # what failed took nothing
+    plan.bind()  # the failed bind kept no memory
     del plan
-    gc.collect()  # whatever is still held in a circle
+    gc.collect()  # free reference cycles
     assert device.allocated == before
     again = gg.compile(products(), backends=["null:9"])
     again.bind()
