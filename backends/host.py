@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml.backends.base import Address, Backend, Buffer, Event, Given, Step, WeightLayout
+from pyggml.backends.base import Backend, Event, Given, host_values
 from pyggml.backends.host_memory import ALIGNMENT, Packed, allocated, array_at
 from pyggml.backends.host_runner import HostRunner
+from pyggml.backends.step import Address, Addresses, Buffer, Layouts, Step, WeightLayout
 from pyggml.backends.table import Kernel, KernelTable
 from pyggml.node import Node
 from pyggml.spec import Spec
@@ -45,12 +46,7 @@ class HostBackend:
         return WeightLayout(constant.spec.nbytes)
 
     def lower(
-        self,
-        nodes: Sequence[Node],
-        keep: Collection[Node],
-        layouts: Mapping[Node, WeightLayout],
-        *,
-        fuse: bool = True,
+        self, nodes: Sequence[Node], keep: Collection[Node], layouts: Layouts, *, fuse: bool = True
     ) -> list[Step]:
         return [self.kernels.step(node, Step) for node in nodes]
 
@@ -94,20 +90,14 @@ class HostBackend:
         )
 
     def fetch(self, source: Address, other: Backend, target: Address, spec: Spec) -> None:
-        on_host = other.device == "host"
-        array = other.view(source, spec) if on_host else other.download(source, spec)
-        self.upload(target, spec, array)
+        self.upload(target, spec, host_values(other, source, spec))
 
     def send(self, source: Address, target: Address, spec: Spec) -> Event:
         self.upload(target, spec, self.view(source, spec))
         return _DONE
 
     def bind(
-        self,
-        steps: Sequence[Step],
-        at: Mapping[Node, Address],
-        scratch: Buffer,
-        scratch_at: Sequence[int],
+        self, steps: Sequence[Step], at: Addresses, scratch: Buffer, scratch_at: Sequence[int]
     ) -> HostRunner:
         return HostRunner(self.kernels, steps, at, scratch, scratch_at)
 

@@ -1,4 +1,9 @@
-"""Host memory: tensors as NumPy arrays, and the scratch of kernels."""
+"""Host memory: tensors as NumPy arrays, and the scratch of kernels.
+
+Scratch starts at multiples of `ALIGNMENT`. Operands and results may not: weights are read from the
+file's memory map and a caller's arrays where they are, and a view or a part of a larger result
+starts anywhere.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +13,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml.backends.base import Address
-from pyggml.dtypes import DType
+from pyggml.backends.step import Address
+from pyggml.dtypes import TYPES, DType
 from pyggml.errors import OutOfMemoryError, PyggmlError
 from pyggml.spec import Spec
 
-#: Bytes; every tensor and every block of scratch starts at a multiple of it.
+#: Bytes; blocks of memory, tensors with their own place in an arena and arrays of scratch start at
+#: multiples of it.
 ALIGNMENT = 64
+
+Raw = NDArray[Any]
+Floats = NDArray[np.float32]
+
+_PLAIN = {np.dtype(t.numpy): t for t in TYPES.values() if t.numpy}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +37,21 @@ class Packed:
     """
 
     dtype: DType
-    raw: NDArray[Any]
+    raw: Raw
     ne: tuple[int, int, int, int]
 
 
-Array = NDArray[Any] | Packed
+Array = Raw | Packed
+
+
+def raw_of(x: Array) -> tuple[DType, Raw]:
+    """The type of an operand, and the array whose first three axes are ne3, ne2 and ne1."""
+    return (x.dtype, x.raw) if isinstance(x, Packed) else (_PLAIN[x.dtype], x)
+
+
+def shape_of(x: Array) -> tuple[int, ...]:
+    """The four sizes in NumPy's order: ne3, ne2, ne1, ne0."""
+    return x.ne[::-1] if isinstance(x, Packed) else x.shape
 
 
 def allocated(nbytes: int) -> NDArray[np.uint8]:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml.backends.base import Address, BodyPlan, Step, attributes, looked_at, named, pieces_of
 from pyggml.backends.host_memory import Array, Scratch, array_at
+from pyggml.backends.pieces import piece_attributes, pieces_of, view_address
+from pyggml.backends.step import Address, Addresses, BodyPlan, Step, check_id, kernel_error
 from pyggml.backends.table import Kernel, KernelTable
 from pyggml.errors import PyggmlError
 from pyggml.node import Node
@@ -25,7 +26,7 @@ class HostRunner:
         self,
         kernels: KernelTable[Kernel],
         steps: Sequence[Step],
-        at: Mapping[Node, Address],
+        at: Addresses,
         scratch: NDArray[np.uint8],
         scratch_at: Sequence[int],
     ) -> None:
@@ -62,7 +63,7 @@ class HostRunner:
             for index in indices:
                 self._calls[index]()
         except Exception as error:
-            raise named(error, self.steps[index].node) from None
+            raise kernel_error(error, self.steps[index].node) from None
 
 
 def _operands(step: Step) -> tuple[Node | None, ...]:
@@ -78,9 +79,25 @@ def _kernel_call(
 ) -> Call:
     row = kernels[step.node.op]
     out = arrays[0]
-    if row.scratch is None:
-        return lambda: _require_filled(out, row.run(*arrays, **attrs))
-    return lambda: _require_filled(out, row.run(*arrays, scratch=Scratch(memory), **attrs))
+
+    def call() -> None:
+        _check_ids(step.node, arrays)
+        if row.scratch is None:
+            returned = row.run(*arrays, **attrs)
+        else:
+            returned = row.run(*arrays, scratch=Scratch(memory), **attrs)
+        _require_filled(out, returned)
+
+    return call
+
+
+def _check_ids(node: Node, arrays: Sequence[Array | None]) -> None:
+    """IdError if an id is past the end, so that kernels need not check theirs."""
+    choice = node.op.ids
+    if choice is not None:
+        ids = arrays[1 + node.op.index(choice.operand)]
+        assert isinstance(ids, np.ndarray)
+        check_id(int(ids.max()), node[choice.of].ne[choice.axis])
 
 
 def _require_filled(out: Array | None, returned: Any) -> None:
@@ -100,7 +117,7 @@ class _LoopCall:
         self,
         kernels: KernelTable[Kernel],
         step: Step,
-        at: Mapping[Node, Address],
+        at: Addresses,
         memory: NDArray[np.uint8],
     ) -> None:
         self.step, self.at = step, at
@@ -131,11 +148,11 @@ class _BoundBody:
 
     def run(self, pieces: dict[Node, Address], starts: Sequence[int]) -> None:
         for node in self.moving:
-            pieces[node] = looked_at(node, pieces)
+            pieces[node] = view_address(node, pieces)
         arrays = dict(self.fixed)
         for node, at in pieces.items():
             arrays[node] = array_at(at, node.spec)
         for step, memory in zip(self.plan.steps, self.scratch):
-            attrs = attributes(self.plan.body, step.node, starts)
+            attrs = piece_attributes(self.plan.body, step.node, starts)
             operands = [None if n is None else arrays[n] for n in _operands(step)]
             _kernel_call(self.kernels, step, operands, memory, attrs)()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any, TypeVar
 
-from pyggml.backends.base import Step
+from pyggml.backends.step import Step
 from pyggml.node import Node
 from pyggml.operation import Op
 

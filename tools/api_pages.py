@@ -20,9 +20,9 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parent.parent
 #: pdoc writes a page for `pyggml.define` too, because it is a public name of `pyggml`.
 MODULES = (
-    "pyggml", "pyggml.backends.base", "pyggml.backends.numpy", "pyggml.gguf",
-    "pyggml.models.deepseek2", "pyggml.models.feed_forward", "pyggml.parity.tolerance",
-    "pyggml.quants", "pyggml.viz",
+    "pyggml", "pyggml.backends.base", "pyggml.backends.numpy", "pyggml.backends.step",
+    "pyggml.gguf", "pyggml.models.deepseek2", "pyggml.models.feed_forward",
+    "pyggml.parity.tolerance", "pyggml.quants", "pyggml.viz",
 )  # fmt: skip
 
 

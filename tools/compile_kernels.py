@@ -50,7 +50,7 @@ _ALIKE = {"iq1_s", "iq1_m", "iq2_xxs", "iq2_s", "iq3_xxs", "iq3_s", "tq1_0"}
 _WORDS = {
     "EVERY": "|".join(FORMATS),
     "BLOCKS": "|".join(k for k in FORMATS if k not in _ALIKE),
-    "SOME": "q8_0|q3_K|q6_K|iq4_nl",
+    "SOME": "q8_0|q3_K|q6_K|iq4_nl|q1_0",
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml.backends.base import Address, Backend, Event, Given, Step, WeightLayout
+from pyggml.backends.base import Backend, Event, Given, host_values
 from pyggml.backends.cuda import lowering, table
 from pyggml.backends.cuda.device import arrays, driver, memory, pinned
 from pyggml.backends.cuda.device.cublas import Cublas
 from pyggml.backends.cuda.runner import CudaRunner
 from pyggml.backends.cuda.weights import packing
+from pyggml.backends.step import Address, Addresses, Buffer, Layouts, Step, WeightLayout
 from pyggml.errors import DeviceError
 from pyggml.node import Node, label_of
 from pyggml.ops.leaf import data_of
@@ -62,12 +63,7 @@ class CudaBackend:
         return packing.layout_of(constant, uses)
 
     def lower(
-        self,
-        nodes: Sequence[Node],
-        keep: Collection[Node],
-        layouts: Mapping[Node, WeightLayout],
-        *,
-        fuse: bool = True,
+        self, nodes: Sequence[Node], keep: Collection[Node], layouts: Layouts, *, fuse: bool = True
     ) -> list[Step]:
         return lowering.lower(nodes, keep, fuse)
 
@@ -120,9 +116,7 @@ class CudaBackend:
     def fetch(self, source: Address, other: Backend, target: Address, spec: Spec) -> None:
         if isinstance(other, CudaBackend) and self._fetch_directly(source, other, target, spec):
             return
-        on_host = other.device == "host"
-        array = other.view(source, spec) if on_host else other.download(source, spec)
-        self.upload(target, spec, array)
+        self.upload(target, spec, host_values(other, source, spec))
 
     def _fetch_directly(
         self, source: Address, other: CudaBackend, target: Address, spec: Spec
@@ -155,11 +149,7 @@ class CudaBackend:
             return pinned.send(self.staging, source, target, spec)
 
     def bind(
-        self,
-        steps: Sequence[Step],
-        at: Mapping[Node, Address],
-        scratch: memory.Buffer,
-        scratch_at: Sequence[int],
+        self, steps: Sequence[Step], at: Addresses, scratch: Buffer, scratch_at: Sequence[int]
     ) -> CudaRunner:
         loads: dict[Node, Callable[[], None]] = {}
         for step in steps:

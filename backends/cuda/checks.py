@@ -8,9 +8,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from pyggml import ops
-from pyggml.backends.base import Address, Step
 from pyggml.backends.cuda.device.pinned import Staging, take
-from pyggml.errors import IdError
+from pyggml.backends.step import Address, Step, check_id
 from pyggml.node import Node
 
 
@@ -45,8 +44,4 @@ def _check(
     if ids.base in step.nodes:  # the step itself computes them
         return
     largest = int(np.max(take(staging, at[ids], ids.spec)))
-    if largest >= count:
-        raise IdError(
-            f"{what} {largest} is past {end}: there are {count}, counted from 0; "
-            f"a negative {what} means none"
-        )
+    check_id(largest, count, what, end)

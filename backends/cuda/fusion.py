@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from pyggml.backends.base import Step
 from pyggml.backends.cuda.launch import Call
+from pyggml.backends.step import Step
 from pyggml.node import Node
 from pyggml.operation import Op
 from pyggml.ops.leaf import state_op

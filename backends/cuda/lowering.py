@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from pyggml.backends.base import Step
 from pyggml.backends.cuda import table
 from pyggml.backends.cuda.fusion import CudaStep, Fused, covered
 from pyggml.backends.cuda.launch import WORKSPACE
 from pyggml.backends.cuda.linear.fixed_point import prepare_once
 from pyggml.backends.cuda.patterns import PATTERNS
+from pyggml.backends.step import Step
 from pyggml.node import Node
 
 

@@ -14,7 +14,6 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from pyggml.backends.base import Address, Step, attributes, looked_at, named, pieces_of
 from pyggml.backends.cuda.checks import check_ids, debugging
 from pyggml.backends.cuda.device.cublas import Cublas
 from pyggml.backends.cuda.device.driver import Context, guarded
@@ -22,6 +21,8 @@ from pyggml.backends.cuda.device.memory import Buffer, operand_at
 from pyggml.backends.cuda.device.pinned import Staging
 from pyggml.backends.cuda.fusion import CudaStep
 from pyggml.backends.cuda.launch import H200, Call, Device, Gemm, Launch, Record
+from pyggml.backends.pieces import piece_attributes, pieces_of, view_address
+from pyggml.backends.step import Address, Step, kernel_error
 from pyggml.errors import PyggmlError
 from pyggml.node import Node
 
@@ -59,7 +60,7 @@ def _recorded(
                 "the kernel calls cuBLAS but does not declare it; register it with `cublas=`"
             )
     except Exception as error:
-        raise named(error, node) from None
+        raise kernel_error(error, node) from None
     return call.records
 
 
@@ -75,9 +76,9 @@ def _loop_records(
             if spot.base is None:
                 places[node] = Address(memory, spot.offset, spot.nb)
             elif spot.base is not node:
-                places[node] = looked_at(node, places)
+                places[node] = view_address(node, places)
         for inner, offset in zip(plan.steps, plan.scratch_at):
-            attrs = attributes(body, inner.node, starts)
+            attrs = piece_attributes(body, inner.node, starts)
             memory_of_step = scratch[0] + offset, inner.scratch
             yield from _recorded(inner, places, attrs, device, memory_of_step)
 
@@ -158,7 +159,7 @@ class CudaRunner:
                 if debugging():
                     self.context.stream.synchronize()
         except Exception as error:
-            raise named(error, step.node) from None
+            raise kernel_error(error, step.node) from None
 
     def _captured(self) -> Iterator[Action]:
         """Capture each sequence of steps between loads as one graph."""

@@ -1,8 +1,8 @@
 """The null backend: devices that stand in for GPUs, in tests and in planning.
 
-Each has memory of its own that nothing else can read, keeps weights in a layout of its own, and
-runs what is put into its queue as late as it may. It computes through NumPy, so its results are
-NumPy's, bit for bit; it is slow on purpose and never worth choosing for speed.
+Each device has private memory, a private layout of weights, and a queue that runs its work as late
+as possible. It computes with NumPy's kernels, so its results equal NumPy's bit for bit. It is meant
+for tests; it is slower than NumPy.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pyggml.backends.null.device import NullDevice
 
 @cache
 def device(index: int) -> NullDevice:
-    """The device `null:index`; there are as many as are asked for."""
+    """The device `null:index`, for any index."""
     return NullDevice(index)
 
 

@@ -1,8 +1,8 @@
-"""A null device: the protocol over a queue that runs late and memory that only it can reach."""
+"""A null device: the backend protocol on private memory, with a queue that runs late."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from threading import RLock
@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml import backends
-from pyggml.backends.base import Address, Backend, Buffer, Event, Given, Step, WeightLayout
+from pyggml.backends.base import Backend, Event, Given, host_values
 from pyggml.backends.null.memory import HEADER, PRIVATE, NullBuffer, plain, private
 from pyggml.backends.null.queue import Queue
-from pyggml.backends.null.runner import NullRunner, room_for_weights
+from pyggml.backends.null.runner import NullRunner, weight_scratch
+from pyggml.backends.step import Address, Addresses, Buffer, Layouts, Step, WeightLayout
 from pyggml.errors import DeviceError, OutOfMemoryError
 from pyggml.loop import loop_of
 from pyggml.node import Node
@@ -26,8 +27,9 @@ from pyggml.spec import Spec
 class NullDevice:
     """A device of the null backend.
 
-    denied  names of ops that it refuses, on top of NumPy's refusals
-    limit   bytes that it has; None for as many as the host has
+    denied  names of ops that it refuses, in addition to those that NumPy refuses
+    limit   size of its memory in bytes; None: limited only by the host's
+    queue   its pending work
     """
 
     name = "null"
@@ -38,13 +40,14 @@ class NullDevice:
         self.alignment, self.staging_bytes = self.host.alignment, 0
         self.denied: frozenset[str] = frozenset()
         self.limit: int | None = None
-        self._blocks: WeakSet[NullBuffer] = WeakSet()  # a sum beside them could fall behind them
+        # Not a running total of bytes: an interrupt could leave that wrong.
+        self._blocks: WeakSet[NullBuffer] = WeakSet()
         self.queue = Queue()
         self.lock = RLock()
 
     @contextmanager
     def denying(self, *ops: str) -> Iterator[None]:
-        """Inside the context the device refuses these ops too."""
+        """Make the device refuse these ops too inside the context."""
         before, self.denied = self.denied, self.denied | frozenset(ops)
         try:
             yield
@@ -60,23 +63,18 @@ class NullDevice:
         return self.host.numeric(node)
 
     def weight_layout(self, constant: Node, uses: Collection[Node]) -> WeightLayout:
-        """The private layout, but for weights of which somebody reads a part."""
+        """The private layout if every use reads the whole weight, else plain."""
         whole = all(user.op.view is None and loop_of(user) is None for user in uses)
         if not uses or not whole:
             return WeightLayout(constant.spec.nbytes)
         return WeightLayout(HEADER + constant.spec.nbytes, PRIVATE)
 
     def lower(
-        self,
-        nodes: Sequence[Node],
-        keep: Collection[Node],
-        layouts: Mapping[Node, WeightLayout],
-        *,
-        fuse: bool = True,
+        self, nodes: Sequence[Node], keep: Collection[Node], layouts: Layouts, *, fuse: bool = True
     ) -> list[Step]:
-        """NumPy's steps, with scratch for the weights that a step must see plain."""
+        """NumPy's steps, with scratch for plain copies of private weights."""
         return [
-            replace(step, scratch=step.scratch + room_for_weights(step, layouts))
+            replace(step, scratch=step.scratch + weight_scratch(step, layouts))
             for step in self.host.lower(nodes, keep, layouts, fuse=fuse)
         ]
 
@@ -84,13 +82,14 @@ class NullDevice:
 
     @property
     def allocated(self) -> int:
-        """Bytes taken and not given back."""
+        """Bytes in use."""
         return sum(len(block.data) for block in self._blocks)
 
     def alloc(self, nbytes: int) -> Buffer:
         if self.limit is not None and self.allocated + nbytes > self.limit:
             raise OutOfMemoryError(
-                f"{self.place} has no {nbytes} bytes: {self.allocated} of {self.limit} are taken"
+                f"{self.place} cannot allocate {nbytes} bytes: {self.allocated} of {self.limit} "
+                "are in use"
             )
         block = NullBuffer(self.place, self.host.alloc(nbytes))
         self._blocks.add(block)
@@ -102,18 +101,18 @@ class NullDevice:
         return buffer
 
     def load(self, at: Address, nbytes: int, data: NDArray[Any]) -> None:
-        """Values of a weight, now, in the layout of the address."""
-        kept = self.bytes_of(at.buffer)[at.offset : at.offset + nbytes]
+        """Write a weight in the layout of its address, without using the queue."""
+        target = self.bytes_of(at.buffer)[at.offset : at.offset + nbytes]
         raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
-        kept[...] = private(raw) if at.layout == PRIVATE else raw
+        target[...] = private(raw) if at.layout == PRIVATE else raw
 
     def upload(self, at: Address, spec: Spec, array: NDArray[Any]) -> None:
-        held, here = array.copy(), self.seen(at)
-        self.queue.add(lambda: self.host.upload(here, spec, held))
+        values, here = array.copy(), self.on_host(at)
+        self.queue.add(lambda: self.host.upload(here, spec, values))
 
     def download(self, at: Address, spec: Spec) -> NDArray[Any]:
         self.queue.run_all()
-        return self.host.download(self.seen(at), spec)
+        return self.host.download(self.on_host(at), spec)
 
     def view(self, at: Address, spec: Spec) -> NullArray:
         return NullArray(self, at, spec)
@@ -121,39 +120,31 @@ class NullDevice:
     def given(self, array: object) -> Given | None:
         if not isinstance(array, NullArray) or array.device is not self:
             return None
-        found = self.host.given(self.host.view(self.seen(array.at), array.spec))
-        assert found is not None
-        return replace(found, buffer=array.at.buffer, offset=array.at.offset)
+        given = self.host.given(self.host.view(self.on_host(array.at), array.spec))
+        assert given is not None
+        return replace(given, buffer=array.at.buffer, offset=array.at.offset)
 
     def fetch(self, source: Address, other: Backend, target: Address, spec: Spec) -> None:
-        here = self.seen(target)
+        here = self.on_host(target)
 
         def task() -> None:
-            # What is there when the queue gets to it, whether or not somebody waited for it.
+            # Reads the current values even if the other device is not done: a missing wait shows.
             if isinstance(other, NullDevice):
-                values = self.host.view(other.seen(source), spec)
-            elif other.device == "host":
-                values = other.view(source, spec)
+                values = self.host.view(other.on_host(source), spec)
             else:
-                values = other.download(source, spec)
+                values = host_values(other, source, spec)
             self.host.upload(here, spec, values)
 
         self.queue.add(task)
 
     def send(self, source: Address, target: Address, spec: Spec) -> Event:
-        here = self.seen(source)
-        held: list[
-            NDArray[Any]
-        ] = []  # as on a GPU: on its way, and where it belongs once waited for
-        self.queue.add(lambda: held.append(self.host.download(here, spec)))
-        return _Arrival(self.queue.mark(), lambda: self.host.upload(target, spec, held[0]))
+        here = self.on_host(source)
+        copies: list[NDArray[Any]] = []  # as on a GPU, the copy reaches `target` only in a wait
+        self.queue.add(lambda: copies.append(self.host.download(here, spec)))
+        return _Arrival(self.queue.mark(), lambda: self.host.upload(target, spec, copies[0]))
 
     def bind(
-        self,
-        steps: Sequence[Step],
-        at: Mapping[Node, Address],
-        scratch: Buffer,
-        scratch_at: Sequence[int],
+        self, steps: Sequence[Step], at: Addresses, scratch: Buffer, scratch_at: Sequence[int]
     ) -> NullRunner:
         return NullRunner(self, steps, at, scratch, scratch_at)
 
@@ -169,26 +160,26 @@ class NullDevice:
     def abandon(self) -> None:
         self.synchronize()
 
-    # -- its memory ---------------------------------------------------------------------------
+    # -- memory -------------------------------------------------------------------------------
 
     def bytes_of(self, buffer: Buffer) -> NDArray[np.uint8]:
-        """The bytes of a buffer; DeviceError where it is another device's."""
+        """The bytes of a buffer; DeviceError if it belongs to another device."""
         if not isinstance(buffer, NullBuffer) or buffer.owner != self.place:
-            raise DeviceError(f"{self.place} was given memory that is not its own: {buffer!r}")
+            raise DeviceError(f"{self.place} cannot use memory of another device: {buffer!r}")
         return buffer.data
 
-    def seen(self, at: Address) -> Address:
-        """An address of this device as NumPy's kernels see it."""
+    def on_host(self, at: Address) -> Address:
+        """The same address for NumPy's kernels."""
         return Address(self.bytes_of(at.buffer), at.offset, at.nb, at.layout)
 
-    def unpacked(self, at: Address, into: NDArray[np.uint8]) -> None:
-        """A weight that is kept in the private layout, made plain."""
-        plain(self.bytes_of(at.buffer)[at.offset :], into)
+    def unpack(self, at: Address, out: NDArray[np.uint8]) -> None:
+        """Write the plain bytes of a private weight to `out`."""
+        plain(self.bytes_of(at.buffer)[at.offset :], out)
 
 
 @dataclass(frozen=True, slots=True)
 class NullArray:
-    """A tensor where it stands on a null device, which only that device can read in place."""
+    """A tensor in a null device's memory; `np.asarray` copies it."""
 
     device: NullDevice
     at: Address
@@ -196,19 +187,23 @@ class NullArray:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:
-            raise ValueError(f"memory of {self.device.place} cannot be seen without a copy")
-        with self.device.lock:  # it runs the queue, which may be in use for another store
+            raise ValueError(f"NumPy cannot read memory of {self.device.place} without a copy")
+        with self.device.lock:  # download runs the queue, which another store may be using
             rows = self.device.download(self.at, self.spec)
         return rows if dtype is None else rows.astype(dtype)
 
 
 @dataclass(frozen=True, slots=True)
 class _Arrival:
-    """A copy on its way to the host."""
+    """A copy to the host.
 
-    queued: Event
-    land: Callable[[], None]
+    copied  when the device has made the copy
+    write   writes it to the host's memory
+    """
+
+    copied: Event
+    write: Callable[[], None]
 
     def wait(self) -> None:
-        self.queued.wait()
-        self.land()
+        self.copied.wait()
+        self.write()

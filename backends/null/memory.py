@@ -1,4 +1,4 @@
-"""Memory of a null device: bytes that only it can reach, and its private layout of weights."""
+"""Memory of a null device, and its private layout of weights."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ Bytes = NDArray[np.uint8]
 
 #: Name of the private layout.
 PRIVATE = "reversed"
-#: Bytes in front of a private weight: nothing may take its first byte for the weight's.
+#: Bytes before a private weight: a reader that ignores the layout gets wrong values at once.
 HEADER = 64
 
 
 class NullBuffer:
-    """A block of a null device's memory. It is no array: kernels of others cannot read it."""
+    """A block of a null device's memory. It is not an array, so no other backend can read it."""
 
     __slots__ = ("__weakref__", "data", "owner")
 
@@ -29,11 +29,11 @@ class NullBuffer:
 
 
 def private(data: NDArray[Any]) -> Bytes:
-    """A weight as the device keeps it: a header, then its bytes back to front and inverted."""
+    """A weight in the private layout: a header, then its bytes inverted and in reverse order."""
     raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
     return np.concatenate([np.full(HEADER, 0xAA, np.uint8), ~raw[::-1]])
 
 
-def plain(kept: Bytes, into: Bytes) -> None:
-    """The bytes of a weight that is kept in the private layout."""
-    np.invert(kept[HEADER : HEADER + len(into)][::-1], out=into)
+def plain(weight: Bytes, out: Bytes) -> None:
+    """Write the plain bytes of a weight in the private layout to `out`."""
+    np.invert(weight[HEADER : HEADER + len(out)][::-1], out=out)

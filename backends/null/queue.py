@@ -1,4 +1,4 @@
-"""A queue that runs late: what is put into it waits until somebody waits for it."""
+"""A queue that runs late: a task runs when somebody waits for it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ Task = Callable[[], None]
 
 
 class Queue:
-    """Tasks in order. By default none runs before it must: a missing wait then shows as a result
-    of old values, as it would on a GPU.
+    """Tasks in order. By default a task runs only when somebody waits for it, so a missing wait
+    shows as a result of old values, as on a GPU.
 
-    pace  a generator that decides how many tasks run at once when one is added: other orders in
-          which a GPU might have run them. None: none
+    pace  a random generator that draws how many tasks run when one is added, to imitate a GPU that
+          is ahead; None: none run
 
-    Each task stands in the queue with its own number, so there is no count beside the queue that
-    an interrupt could let fall behind it.
+    Each task carries its number in the queue: an interrupt could leave a separate counter wrong.
     """
 
     def __init__(self) -> None:
@@ -30,15 +29,15 @@ class Queue:
         return len(self._tasks)
 
     def add(self, task: Task) -> None:
-        """Put a task at the end."""
+        """Add a task at the end."""
         self._tasks.append((next(self._numbers), task))
         if self.pace is not None:
-            at_once = self.pace.randint(0, len(self._tasks))
-            if at_once:
-                self.run_to(self._tasks[at_once - 1][0])
+            n_tasks = self.pace.randint(0, len(self._tasks))
+            if n_tasks:
+                self.run_to(self._tasks[n_tasks - 1][0])
 
     def run_to(self, number: int) -> None:
-        """Run tasks up to that number. After an error those that wait are dropped."""
+        """Run all tasks up to this number. An error drops the tasks after it."""
         try:
             while self._tasks and self._tasks[0][0] <= number:
                 self._tasks.popleft()[1]()
@@ -51,7 +50,7 @@ class Queue:
         self.mark().wait()
 
     def mark(self) -> Mark:
-        """The end of the queue as it is now."""
+        """The current end of the queue."""
         return Mark(self, self._tasks[-1][0] if self._tasks else -1)
 
 

@@ -1,32 +1,25 @@
-"""Steps on a null device: NumPy's kernels on its memory, put into its queue one by one."""
+"""Steps on a null device: NumPy's kernels on its memory, queued one by one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pyggml.backends.base import Address, Buffer, Step, WeightLayout
+from pyggml.backends.host_memory import aligned
 from pyggml.backends.null.memory import PRIVATE
-from pyggml.node import Node
+from pyggml.backends.step import Address, Addresses, Buffer, Layouts, Step
 from pyggml.ops.leaf import data_of
 from pyggml.transfer import origin
 
 if TYPE_CHECKING:
     from pyggml.backends.null.device import NullDevice
 
-#: Scratch of each unpacked weight begins at a multiple of this.
-STEP = 64
 
-
-def _room(nbytes: int) -> int:
-    return -(-nbytes // STEP) * STEP
-
-
-def room_for_weights(step: Step, layouts: Mapping[Node, WeightLayout]) -> int:
-    """Bytes in which a step's private weights stand plain while it runs."""
-    kept = {n for n in step.reads if n in layouts and layouts[n].name == PRIVATE}
-    return sum(_room(node.spec.nbytes) for node in kept)
+def weight_scratch(step: Step, layouts: Layouts) -> int:
+    """Bytes of scratch for plain copies of the private weights that a step reads."""
+    weights = {n for n in step.reads if n in layouts and layouts[n].name == PRIVATE}
+    return sum(aligned(node.spec.nbytes) for node in weights)
 
 
 class NullRunner:
@@ -36,51 +29,52 @@ class NullRunner:
         self,
         device: NullDevice,
         steps: Sequence[Step],
-        at: Mapping[Node, Address],
+        at: Addresses,
         scratch: Buffer,
         scratch_at: Sequence[int],
     ) -> None:
         self.device = device
         memory = device.bytes_of(scratch)
         self._tasks = [
-            self._loading(step, at[step.node])
+            self._load_task(step, at[step.node])
             if step.layout is not None
-            else self._task(step, at, Address(memory, offset, (1, 1, 1, 1)))
+            else self._kernel_task(step, at, Address(memory, offset, (1, 1, 1, 1)))
             for step, offset in zip(steps, scratch_at)
         ]
 
     def run(self) -> None:
-        """Put every step into the queue."""
+        """Queue every step."""
         for task in self._tasks:
             self.device.queue.add(task)
 
     def run_step(self, index: int) -> None:
-        """Put one step into the queue."""
+        """Queue one step."""
         self.device.queue.add(self._tasks[index])
 
-    def _loading(self, step: Step, at: Address) -> Callable[[], None]:
+    def _load_task(self, step: Step, at: Address) -> Callable[[], None]:
         assert step.layout is not None
         nbytes, weight = step.layout.nbytes, data_of(origin(step.node))
         return lambda: self.device.load(at, nbytes, weight)
 
-    def _task(self, step: Step, at: Mapping[Node, Address], scratch: Address) -> Callable[[], None]:
-        """The step on NumPy: weights unpacked into its scratch, its own scratch behind them."""
+    def _kernel_task(self, step: Step, at: Addresses, scratch: Address) -> Callable[[], None]:
+        """Unpack the step's private weights into its scratch, then run it on NumPy with the rest of
+        the scratch."""
         needed = [n for n in (step.node, *step.nodes, *step.reads, *step.node.src) if n is not None]
-        mine = {node: self.device.seen(at[node]) for node in needed}
+        places = {node: self.device.on_host(at[node]) for node in needed}
         unpack: list[tuple[Address, Address, int]] = []
         offset = scratch.offset
         for node in dict.fromkeys(step.reads):
             if at[node].layout == PRIVATE:
-                mine[node] = Address(scratch.buffer, offset, node.spec.nb)
-                unpack.append((at[node], mine[node], node.spec.nbytes))
-                offset += _room(node.spec.nbytes)
-        own = replace(step, scratch=step.scratch - (offset - scratch.offset))
-        runner = self.device.host.bind([own], mine, scratch.buffer, [offset])
+                places[node] = Address(scratch.buffer, offset, node.spec.nb)
+                unpack.append((at[node], places[node], node.spec.nbytes))
+                offset += aligned(node.spec.nbytes)
+        plain_step = replace(step, scratch=step.scratch - (offset - scratch.offset))
+        runner = self.device.host.bind([plain_step], places, scratch.buffer, [offset])
 
         def task() -> None:
-            for kept, plain, nbytes in unpack:
-                into = plain.buffer[plain.offset : plain.offset + nbytes]
-                self.device.unpacked(kept, into)
+            for weight, plain, nbytes in unpack:
+                out = plain.buffer[plain.offset : plain.offset + nbytes]
+                self.device.unpack(weight, out)
             runner.run()
 
         return task

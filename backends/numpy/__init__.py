@@ -1,4 +1,4 @@
-"""The NumPy backend: the default, and the plain meaning of every operation in arrays."""
+"""The NumPy backend: the default, and the reference for all others."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ _host = NumpyBackend()
 
 
 def device(index: int) -> NumpyBackend:
-    """The host: index 0."""
+    """The host, which has index 0.
+
+    Errors: DeviceError for any other index.
+    """
     if index:
-        raise DeviceError(f"numpy:{index}: there is one host; its place is 'numpy'")
+        raise DeviceError(f"numpy:{index}: there is only one host; use 'numpy'")
     return _host
 
 

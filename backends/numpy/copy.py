@@ -9,58 +9,43 @@ from typing import Any
 import numpy as np
 
 from pyggml import ops
-from pyggml.backends.host_memory import Array, Scratch
-from pyggml.backends.numpy.arrays import (
-    GATHERED,
-    IDS,
-    PIECE,
-    Raw,
-    Work,
-    check_ids,
-    codec_bytes,
-    decoded,
-    floats,
-    gather,
-    ids_in,
-    load,
-    pieces,
-    raw_of,
-    shape_of,
-    shaped,
-    split,
-    store,
-    work_of,
-)
+from pyggml.backends.host_memory import Array, Raw, Scratch, raw_of, shape_of
+from pyggml.backends.numpy.arrays import Work, codec_bytes, decoded, load, store, work_of
 from pyggml.backends.numpy.elementwise import tiles
+from pyggml.backends.numpy.gather import GATHERED, IDS, gather, ids_in
 from pyggml.backends.numpy.table import kernel
+from pyggml.backends.numpy.tiling import PIECE, pieces, scratch_bytes, shaped, split
 from pyggml.dtypes import F16, F32, DType
 from pyggml.node import Node
 
 
 def _spare(elements: int, *rows: int) -> int:
-    """f32 elements of a piece of whole rows, whichever of these lengths they have."""
+    """f32 elements of a piece that holds at least one row of each of these lengths."""
     return min(elements, max(PIECE, *rows))
 
 
 def _conversion_scratch(node: Node) -> int:
     a = node["a"]
-    return floats(_spare(a.spec.elements, a.ne[0], node.ne[0])) + codec_bytes(a, node)
+    return scratch_bytes(_spare(a.spec.elements, a.ne[0], node.ne[0])) + codec_bytes(a, node)
 
 
-def _convert(kind: DType, source: Raw, to: DType, target: Raw, spare: Raw, work: Work) -> None:
-    """Values of one raw array into another; their first three axes are alike."""
-    if kind == to or (kind.numpy and to.numpy and kind is not F16):
+def _convert(
+    source_type: DType, source: Raw, target_type: DType, target: Raw, spare: Raw, work: Work
+) -> None:
+    """Copy values from one raw array to another whose first three axes are the same."""
+    plain = source_type.numpy and target_type.numpy and source_type is not F16
+    if source_type == target_type or plain:
         np.copyto(target, source, casting="unsafe")
         return
-    row = source.shape[3] * kind.block
+    row = source.shape[3] * source_type.block
     for index in pieces(source.shape[:3], max(1, PIECE // row)):
-        if to is F32:
-            load(kind, source[index], target[index], work)
+        if target_type is F32:
+            load(source_type, source[index], target[index], work)
         else:
             values = source[index]
-            if kind is not F32:
-                values = decoded(kind, values, spare, work)
-            store(to, values, target[index], work)
+            if source_type is not F32:
+                values = decoded(source_type, values, spare, work)
+            store(target_type, values, target[index], work)
 
 
 @kernel(ops.cont, types=None)
@@ -75,17 +60,17 @@ def cast(out: Array, a: Array, *, scratch: Scratch, dtype: str) -> None:
 
 @kernel(ops.cpy, types=None, scratch=_conversion_scratch)
 def cpy(out: Array, a: Array, b: Array, *, scratch: Scratch) -> None:
-    """Writes a into out, which is b; sizes may differ where counts do not."""
+    """Write a into out, which is b. Their sizes may differ; their numbers of elements may not."""
     _copy(out, a, scratch)
 
 
 def _copy(out: Array, a: Array, scratch: Scratch) -> None:
-    (kind, source), (to, target) = raw_of(a), raw_of(out)
-    rows = shape_of(a)[3], shape_of(out)[3]
-    elements = source.size if kind.block == 1 else source.size // kind.nbytes * kind.block
-    spare, work = scratch.array(_spare(elements, *rows)), work_of(scratch, a, out)
+    (a_type, source), (out_type, target) = raw_of(a), raw_of(out)
+    row_lengths = shape_of(a)[3], shape_of(out)[3]
+    spare = scratch.array(_spare(prod(shape_of(a)), *row_lengths))
+    work = work_of(scratch, a, out)
     # Rows of blocks are copied whole, so only the axes before them can differ in size.
-    lead = 4 if kind.block == to.block == 1 else 3
+    lead = 4 if a_type.block == out_type.block == 1 else 3
     if source.shape[:lead] == target.shape[:lead]:
         pass
     elif source.flags.c_contiguous:
@@ -93,26 +78,27 @@ def _copy(out: Array, a: Array, scratch: Scratch) -> None:
     elif target.flags.c_contiguous:
         target = target.reshape(*source.shape[:lead], *target.shape[lead:])
     else:
-        _copy_scattered(kind, source, to, target, spare, work)
+        _copy_scattered(a_type, source, out_type, target, spare, work)
         return
-    _convert(kind, source, to, target, spare, work)
+    _convert(a_type, source, out_type, target, spare, work)
 
 
 def _copy_scattered(
-    kind: DType, source: Raw, to: DType, target: Raw, spare: Raw, work: Work
+    source_type: DType, source: Raw, target_type: DType, target: Raw, spare: Raw, work: Work
 ) -> None:
-    """Two strided arrays of different sizes: element by element (or block) in logical order."""
-    unit = max(kind.block, to.block)
-    source = source.reshape(*source.shape[:3], -1, unit // kind.block, *source.shape[4:])
-    target = target.reshape(*target.shape[:3], -1, unit // to.block, *target.shape[4:])
+    """Copy between strided arrays of different sizes, element by element (or block by block) in
+    logical order."""
+    unit = max(source_type.block, target_type.block)
+    source = source.reshape(*source.shape[:3], -1, unit // source_type.block, *source.shape[4:])
+    target = target.reshape(*target.shape[:3], -1, unit // target_type.block, *target.shape[4:])
     count = prod(source.shape[:4])
     for s in split(count, max(1, min(IDS, GATHERED // (4 * unit)))):
         numbers = np.arange(s.start, s.stop)
         part = source[np.unravel_index(numbers, source.shape[:4])]
-        if kind != to and not (kind.numpy and to.numpy):
-            values = decoded(kind, part, spare, work)
+        if source_type != target_type and not (source_type.numpy and target_type.numpy):
+            values = decoded(source_type, part, spare, work)
             part = np.empty((len(values), *target.shape[4:]), target.dtype)
-            store(to, values, part, work)
+            store(target_type, values, part, work)
         target[np.unravel_index(numbers, target.shape[:4])] = part
 
 
@@ -134,7 +120,7 @@ def repeat(out: Array, a: Array, *, ne: tuple[int, ...]) -> None:
 
 
 def _lines(n3: int, n2: int, n1: int, along_rows: bool) -> Iterator[tuple[int, Any, Any]]:
-    """Indices (i3, i2, i1) of lines of ids: along the rows, or one id of every matrix."""
+    """Indices (i3, i2, i1) of lines of ids: all rows of one matrix, or one row of all matrices."""
     every = slice(None)
     for i3 in range(n3):
         if along_rows:
@@ -146,47 +132,45 @@ def _lines(n3: int, n2: int, n1: int, along_rows: bool) -> Iterator[tuple[int, A
 @kernel(
     ops.get_rows,
     types=None,
-    scratch=lambda node: floats(PIECE) + codec_bytes(node["a"]),
+    scratch=lambda node: scratch_bytes(PIECE) + codec_bytes(node["a"]),
 )
 def get_rows(out: Raw, a: Array, ids: Raw, *, scratch: Scratch) -> None:
-    """Only the rows asked for are decoded."""
-    kind, raw = raw_of(a)
-    check_ids("row", ids, raw.shape[2])
+    """Decode only the chosen rows."""
+    dtype, raw = raw_of(a)
     work, spare = work_of(scratch, a), scratch.array(4 * PIECE, np.uint8)
     n3, n2, rows, _ = out.shape
     for line in _lines(n3, n2, rows, along_rows=rows >= n2):
         matrix = range(n2) if isinstance(line[1], slice) else line[1]
-        gather(kind, raw[line[0]], (matrix, ids[0][line]), out[line], work, spare)
+        gather(dtype, raw[line[0]], (matrix, ids[0][line]), out[line], work, spare)
 
 
 def _set_rows_scratch(node: Node) -> int:
     size = max(GATHERED // 4, node.ne[0])
-    return floats(size, size) + codec_bytes(node, node["b"])
+    return scratch_bytes(size, size) + codec_bytes(node, node["b"])
 
 
 @kernel(ops.set_rows, types=None, scratch=_set_rows_scratch)
 def set_rows(out: Array, a: Array, b: Raw, ids: Raw, *, scratch: Scratch) -> None:
-    """Encodes rows of b into out, which is a; its other rows stay as they are."""
-    (kind, source), (to, target) = raw_of(b), raw_of(out)
-    check_ids("row", ids, target.shape[2])
+    """Encode rows of b into out, which is a. The other rows of out keep their values."""
+    (b_type, source), (out_type, target) = raw_of(b), raw_of(out)
     n3, n2, rows, n = source.shape
     c3, c2 = ids.shape[1:3]
     size = max(GATHERED // 4, n)
     values, encoded, work = scratch.array(size), scratch.array(size), work_of(scratch, b, out)
     for i3, i2, i1 in _lines(n3, n2, rows, along_rows=rows >= n2 or c2 != n2):
         matrix = range(n2) if isinstance(i2, slice) else i2
-        chosen = ids[0, i3 % c3, i2 if c2 == n2 else i2 % c2, i1]
-        for s in split(len(chosen), max(1, min(IDS, GATHERED // (4 * n)))):
-            part = source[i3, i2, i1][s]
-            if kind != to:
-                if kind is not F32:
-                    part = decoded(kind, part, values, work)
-                made = shaped(encoded.view(target.dtype), len(part), *target.shape[3:])
-                store(to, part, made, work)
-                part = made
-            written = chosen[s] >= 0
-            at = (ids_in(matrix, s), chosen[s])
-            if not written.all():
-                part = part[written]
-                at = tuple(i[written] if isinstance(i, np.ndarray) else i for i in at)
-            target[i3][at] = part
+        line_ids = ids[0, i3 % c3, i2 if c2 == n2 else i2 % c2, i1]
+        for s in split(len(line_ids), max(1, min(IDS, GATHERED // (4 * n)))):
+            rows_b = source[i3, i2, i1][s]
+            if b_type != out_type:
+                if b_type is not F32:
+                    rows_b = decoded(b_type, rows_b, values, work)
+                blocks = shaped(encoded.view(target.dtype), len(rows_b), *target.shape[3:])
+                store(out_type, rows_b, blocks, work)
+                rows_b = blocks
+            index = (ids_in(matrix, s), line_ids[s])
+            valid = line_ids[s] >= 0
+            if not valid.all():
+                rows_b = rows_b[valid]
+                index = tuple(i[valid] if isinstance(i, np.ndarray) else i for i in index)
+            target[i3][index] = rows_b

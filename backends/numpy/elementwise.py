@@ -1,4 +1,4 @@
-"""Element by element: one NumPy call where there is one, else pieces that stay in the cache."""
+"""Element by element: one NumPy call if NumPy has the function, else pieces that fit the cache."""
 
 from __future__ import annotations
 
@@ -10,26 +10,15 @@ from typing import Any
 import numpy as np
 
 from pyggml import ops
-from pyggml.backends.host_memory import Scratch
-from pyggml.backends.numpy.arrays import (
-    PIECE,
-    Floats,
-    Raw,
-    check_ids,
-    codec_bytes,
-    decoded,
-    floats,
-    gather,
-    pieces,
-    raw_of,
-    shaped,
-    work_of,
-)
+from pyggml.backends.host_memory import Floats, Raw, Scratch, raw_of
+from pyggml.backends.numpy.arrays import codec_bytes, decoded, work_of
+from pyggml.backends.numpy.gather import gather
 from pyggml.backends.numpy.table import kernel
+from pyggml.backends.numpy.tiling import PIECE, pieces, scratch_bytes, shaped
 from pyggml.dtypes import F32
 from pyggml.node import Node
 
-#: fn(y, x, t): y from x with a temporary t; y may be x.
+#: fn(y, x, t) computes y from x with a temporary t; y may be x.
 Unary = Callable[[Floats, Floats, Floats], object]
 
 
@@ -67,12 +56,12 @@ ACTIVATIONS: dict[str, Unary] = {"silu": _silu, "gelu": _gelu, "relu": _relu}
 
 
 def piece_scratch(temporaries: int) -> Callable[[Node], int]:
-    """Scratch of `in_pieces`; f16 operands take one more array each, and so does the result."""
+    """Scratch of `in_pieces`. For f16, each operand and the result need one more array."""
 
     def scratch(node: Node) -> int:
         size = min(PIECE, node.spec.elements)
         narrow = 0 if node.dtype.name == "f32" else 1 + sum(s is not None for s in node.src) + 1
-        return floats(*(size,) * (temporaries + narrow)) + codec_bytes(*node.src)
+        return scratch_bytes(*(size,) * (temporaries + narrow)) + codec_bytes(*node.src)
 
     return scratch
 
@@ -80,7 +69,7 @@ def piece_scratch(temporaries: int) -> Callable[[Node], int]:
 def in_pieces(
     fn: Callable[..., object], out: Raw, *sources: Raw, scratch: Scratch, temporaries: int
 ) -> None:
-    """fn(y, *xs, *temporaries) in f32 on pieces of arrays of one shape."""
+    """Call fn(y, *xs, *temporaries) in f32 on pieces of `out` and `sources`, all of one shape."""
     size = min(PIECE, out.size)
     spare = [scratch.array(size) for _ in range(temporaries)]
     wide = out.dtype == np.float32
@@ -109,7 +98,7 @@ def _one_call(out: Raw, a: Raw, *, fn: Any) -> None:
 for _op, _composed in {ops.sigmoid: _sigmoid, ops.silu: _silu, ops.gelu: _gelu}.items():
     kernel(_op, inplace=("a",), scratch=piece_scratch(1))(partial(_unary, fn=_composed))
 
-# NumPy's own functions compute f16 in f32, element by element.
+# These NumPy functions compute f16 in f32.
 for _op, _fn in {
     ops.exp: np.exp,
     ops.log: np.log,
@@ -126,7 +115,8 @@ def relu(out: Raw, a: Raw) -> None:
 
 
 def tiles(a: Raw, b_shape: tuple[int, ...]) -> Raw:
-    """A view of `a` with each axis split so that an array of `b_shape`, split alike, broadcasts."""
+    """A view of `a` with each axis split in two. An array of `b_shape` broadcasts to it if its axes
+    are split in the same way."""
     sizes = [n for m, b in zip(a.shape, b_shape) for n in (m // b, b)]
     return a.reshape(sizes)
 
@@ -186,7 +176,6 @@ def glu(out: Raw, a: Raw, b: Raw | None, *, scratch: Scratch, act: str, swapped:
 
 @kernel(ops.add_id)
 def add_id(out: Raw, a: Raw, b: Raw, ids: Raw) -> None:
-    check_ids("expert", ids, b.shape[2])
     for slot in range(ids.shape[3]):
         gather(F32, b[0, 0], (ids[0, 0, :, slot],), out[0, :, slot], None)
     out += a

@@ -9,81 +9,67 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml import ops
-from pyggml.backends.host_memory import Array, Scratch
-from pyggml.backends.numpy.arrays import (
-    IDS,
-    TILE,
-    Raw,
-    Work,
-    check_ids,
-    codec_bytes,
-    decoded,
-    floats,
-    gather,
-    is_ready,
-    raw_of,
-    ready,
-    shape_of,
-    shaped,
-    split,
-    work_of,
-)
+from pyggml.backends.host_memory import Array, Raw, Scratch, raw_of, shape_of
+from pyggml.backends.numpy.arrays import Work, codec_bytes, decoded, work_of
+from pyggml.backends.numpy.blas import blas_view, has_blas_view
+from pyggml.backends.numpy.gather import IDS, gather
 from pyggml.backends.numpy.table import kernel
+from pyggml.backends.numpy.tiling import TILE, scratch_bytes, shaped, split
 from pyggml.dtypes import F32, DType
 from pyggml.node import Node
 
-#: f32 elements of converted activations that one pass over the weights serves.
+#: Most f32 elements of converted activations for one pass over the weights.
 BATCH = 1 << 22
 
 
 def tile_rows(m: int, k: int) -> int:
-    """Rows of a tile of decoded weights; never so few that the product suffers."""
+    """Rows of a tile of decoded weights; at least 32 (of m), as BLAS is slow on fewer."""
     return min(m, max(32, TILE // k))
 
 
-def weight_tile(kind: DType, part: Raw, memory: Raw, work: Work) -> Raw:
-    """Rows of weights [.., rows, k] as f32; where they are transposed, so is the result."""
-    if kind.block == 1 and part.strides[-1] > part.strides[-2]:
-        return decoded(kind, part.swapaxes(-1, -2), memory, work).swapaxes(-1, -2)
-    return decoded(kind, part, memory, work)
+def weight_tile(dtype: DType, part: Raw, memory: Raw, work: Work) -> Raw:
+    """Rows of weights [.., rows, k] as f32. The result is transposed in memory if `part` is."""
+    if dtype.block == 1 and part.strides[-1] > part.strides[-2]:
+        return decoded(dtype, part.swapaxes(-1, -2), memory, work).swapaxes(-1, -2)
+    return decoded(dtype, part, memory, work)
 
 
 def weights_at(matrix: Array, index: tuple[Any, ...], memory: Raw, work: Work) -> Raw:
-    """Some rows of weights: in place where BLAS can read them, else decoded."""
-    kind, raw = raw_of(matrix)
-    direct = ready(raw[index]) if kind is F32 else None
-    return weight_tile(kind, raw[index], memory, work) if direct is None else direct
+    """Rows of weights as f32: in place if BLAS can read them, else decoded into `memory`."""
+    dtype, raw = raw_of(matrix)
+    direct = blas_view(raw[index]) if dtype is F32 else None
+    return weight_tile(dtype, raw[index], memory, work) if direct is None else direct
 
 
 def _head_tile(m: int, k: int, heads: int) -> int:
-    """How many whole matrices a tile of weights holds."""
+    """Whole matrices in a tile of weights."""
     return min(heads, max(1, TILE // (m * k)))
 
 
 def _mul_mat_scratch(node: Node) -> int:
     a, b = node["a"], node["b"]
-    if is_ready(a) and is_ready(b) and node.dtype is F32:
+    if has_blas_view(a) and has_blas_view(b) and node.dtype is F32:
         return 0
     k, m, heads, _ = a.ne
     tile, rows = _head_tile(m, k, heads), tile_rows(m, k)
     shared = tile * (b.ne[2] // heads) * (b.ne[3] // a.ne[3])
-    convert = 0 if is_ready(b) else shared * k
+    convert = 0 if has_blas_view(b) else shared * k
     narrow = 0 if node.dtype is F32 else shared * rows
-    return floats(
-        0 if is_ready(a) else tile * rows * k,
+    return scratch_bytes(
+        0 if has_blas_view(a) else tile * rows * k,
         min(b.ne[1] * convert, max(BATCH, convert)),
         min(b.ne[1] * narrow, max(BATCH, narrow)),
     ) + codec_bytes(a, b)
 
 
 def _by_matrix(x: Raw, a3: int, heads: int) -> Raw:
-    """[B3, B2, n, k] as [A3, B3 / A3, A2, B2 / A2, n, k]: which rows meet which matrix of a."""
-    b3, b2, *rest = x.shape
-    return x.reshape(a3, b3 // a3, heads, b2 // heads, *rest)
+    """[B3, B2, n, k] as [A3, B3 / A3, A2, B2 / A2, n, k]: rows grouped by their matrix of a."""
+    b3, b2, n, k = x.shape
+    return x.reshape(a3, b3 // a3, heads, b2 // heads, n, k)
 
 
 def _even(x: Raw) -> bool:
-    """Whether the rows of the heads that share a matrix lie at even distances."""
+    """Whether all rows of the heads that share a matrix are the same number of bytes apart."""
     *_, sharing, n, _ = x.shape
     return sharing == 1 or n == 1 or bool(x.strides[3] == n * x.strides[4])
 
@@ -95,10 +81,10 @@ def _together(x: Raw) -> Raw:
 
 @kernel(ops.mul_mat, types=None, scratch=_mul_mat_scratch)
 def mul_mat(out: Raw, a: Array, b: Array, *, scratch: Scratch, prec: str, dtype: str) -> None:
-    """One product where BLAS can read all operands; else tiles of `a`, each decoded once."""
+    """One product if BLAS can read all operands in place; else tiles of `a`, each decoded once."""
     a3, heads, m, k = shape_of(a)
-    w, x = ready(a), ready(b)
-    (kind_a, raw_a), (kind_b, raw_b) = raw_of(a), raw_of(b)
+    w, x = blas_view(a), blas_view(b)
+    (a_type, raw_a), (b_type, raw_b) = raw_of(a), raw_of(b)
     xs, y = _by_matrix(raw_b if x is None else x, a3, heads), _by_matrix(out, a3, heads)
     if _even(xs) and _even(y):
         xs, y = _together(xs), _together(y)
@@ -115,46 +101,44 @@ def mul_mat(out: Raw, a: Array, b: Array, *, scratch: Scratch, prec: str, dtype:
     converted = scratch.array(columns * shared * k if x is None else 0)
     product = scratch.array(0 if wide else columns * shared * rows)
     for i3, h, c in np.ndindex(a3, -(-heads // tile), -(-n // columns)):
-        some = slice(h * tile, (h + 1) * tile)
-        part = xs[i3, :, some, :, c * columns : (c + 1) * columns]
+        matrices, column = slice(h * tile, (h + 1) * tile), slice(c * columns, (c + 1) * columns)
+        part = xs[i3, :, matrices, :, column]
         if x is None:
-            part = decoded(kind_b, part, converted, work)
+            part = decoded(b_type, part, converted, work)
         for r in split(m, rows):
             if w is None:
-                mine = weight_tile(kind_a, raw_a[i3, some, r], weights, work)
+                w_tile = weight_tile(a_type, raw_a[i3, matrices, r], weights, work)
             else:
-                mine = w[i3, some, r]
-            target = y[i3, :, some, :, c * columns : (c + 1) * columns, r]
-            filled = target if wide else shaped(product, *target.shape)
-            np.matmul(part, mine[:, None].swapaxes(-1, -2), out=filled)
+                w_tile = w[i3, matrices, r]
+            target = y[i3, :, matrices, :, column, r]
+            result = target if wide else shaped(product, *target.shape)
+            np.matmul(part, w_tile[:, None].swapaxes(-1, -2), out=result)
             if not wide:
-                np.copyto(target, filled, casting="unsafe")
+                np.copyto(target, result, casting="unsafe")
 
 
 def _pairs(n_pairs: int, k: int) -> int:
-    """How many (token, slot) pairs an expert's matrix meets at once."""
+    """Most (token, slot) pairs that an expert's matrix is multiplied with at once."""
     return min(n_pairs, IDS, max(256, BATCH // k))
 
 
 def expert_scratch(tiles: int) -> Callable[[Node], int]:
-    """Scratch of `by_expert` with so many tiles of products."""
+    """Scratch of `by_expert` with this number of tiles of products."""
 
     def scratch(node: Node) -> int:
         matrices = [node[name] for name in node.op.weights]
         k, m, *_ = matrices[0].ne
         count = node["ids"].spec.elements
         pairs, rows, order = _pairs(count, k), tile_rows(m, k), 2 * count
-        size = floats(order, pairs * k, rows * k, *(pairs * rows,) * tiles)
+        size = scratch_bytes(order, pairs * k, rows * k, *(pairs * rows,) * tiles)
         return size + codec_bytes(*matrices, node["b"])
 
     return scratch
 
 
 def _sorted_pairs(ids: Raw, n_experts: int, keys: NDArray[np.int64]) -> list[int]:
-    """Sort (token, slot) pairs by expert into keys = id * 2^32 + pair; where each expert's start.
-
-    Entry e of the result is the first pair of expert e; pairs before entry 0 have negative ids.
-    """
+    """Sort (token, slot) pairs by expert into keys = id * 2^32 + pair. Returns where the pairs of
+    each expert start; pairs before entry 0 have negative ids."""
     keys.reshape(ids.shape)[...] = ids
     keys <<= 32
     for s in split(len(keys), IDS):
@@ -172,44 +156,44 @@ def by_expert(
     tiles: int,
     finish: Callable[[list[Raw]], Raw],
 ) -> None:
-    """out[t, e] = finish(the products of row b[t, e % n_b] with the matrices of expert ids[t, e]).
+    """out[t, e] = finish(products of row b[t, e % n_b] with the matrices of expert ids[t, e]).
 
-    Rows are gathered by expert; the matrices of an expert without rows are not touched.
+    Rows are gathered by expert. The matrices of an expert without rows are not read.
     """
     _, n_experts, m, k = shape_of(experts[0])
     n_used, n_b = ids.shape[3], b.shape[2]
-    check_ids("expert", ids, n_experts)
     keys = scratch.array(ids.size, np.int64)
     starts = _sorted_pairs(ids[0, 0], n_experts, keys)
-    kind_b, rows_b = raw_of(b)
+    b_type, rows_b = raw_of(b)
     flat = b.reshape(-1, k) if b.flags.c_contiguous else None
     pairs, rows = _pairs(ids.size, k), tile_rows(m, k)
     gathered, weights = scratch.array(pairs * k), scratch.array(rows * k)
     products = [scratch.array(pairs * rows) for _ in range(tiles)]
     work = work_of(scratch, *experts, b)
 
-    def where(start: int, stop: int) -> tuple[Any, Any]:
+    def tokens_and_slots(start: int, stop: int) -> tuple[Any, Any]:
         return np.divmod(keys[start:stop] & 0xFFFFFFFF, n_used)
 
     for s in split(starts[0], IDS):
-        out[0][where(s.start, s.stop)] = 0
+        out[0][tokens_and_slots(s.start, s.stop)] = 0
     for expert in np.flatnonzero(np.diff(starts)):
         for s in split(starts[expert + 1] - starts[expert], pairs):
-            token, slot = where(starts[expert] + s.start, starts[expert] + s.stop)
+            start = starts[expert]
+            token, slot = tokens_and_slots(start + s.start, start + s.stop)
             x = shaped(gathered, len(token), k)
             slot_b = slot % n_b
             if flat is None:
-                gather(kind_b, rows_b[0], (token, slot_b), x, work)
+                gather(b_type, rows_b[0], (token, slot_b), x, work)
             else:
-                gather(kind_b, flat, (token * n_b + slot_b,), x, work)
+                gather(b_type, flat, (token * n_b + slot_b,), x, work)
             for r in split(m, rows):
-                made = [shaped(p, len(token), r.stop - r.start) for p in products]
-                for matrix, y in zip(experts, made):
+                ys = [shaped(p, len(token), r.stop - r.start) for p in products]
+                for matrix, y in zip(experts, ys):
                     w = weights_at(matrix, (0, expert, r), weights, work)
                     np.matmul(x, w.T, out=y)
-                out[0][token, slot, r] = finish(made)
+                out[0][token, slot, r] = finish(ys)
 
 
 @kernel(ops.mul_mat_id, types=None, scratch=expert_scratch(1))
 def mul_mat_id(out: Raw, experts: Array, b: Raw, ids: Raw, *, scratch: Scratch, prec: str) -> None:
-    by_expert(out, (experts,), b, ids, scratch, 1, lambda made: made[0])
+    by_expert(out, (experts,), b, ids, scratch, 1, lambda ys: ys[0])

@@ -1,32 +1,35 @@
-"""Parts of one attention over different keys put together, as a pair or by a running sum."""
+"""Merges results of one attention over different keys: two at a time, or in a running sum."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from pyggml import ops
-from pyggml.backends.host_memory import Scratch
-from pyggml.backends.numpy.arrays import IDS, PIECE, Raw, floats, pieces, shaped
+from pyggml.backends.host_memory import Raw, Scratch
+from pyggml.backends.numpy.gather import IDS
 from pyggml.backends.numpy.reduce import FLOOR
 from pyggml.backends.numpy.table import kernel
+from pyggml.backends.numpy.tiling import PIECE, pieces, scratch_bytes, shaped
 from pyggml.node import Node
 
-#: A part may outweigh the reference by e^GROWTH before the sum is scaled: far from overflow.
+#: The sum is rescaled when a part outweighs the reference by more than e^GROWTH, long before an
+#: overflow.
 GROWTH = 16.0
 
 
 def _rows(n: int) -> int:
+    """Rows of a piece."""
     return max(1, min(IDS, PIECE // n))
 
 
 def _merge_scratch(node: Node) -> int:
     rows = _rows(node.ne[0])
-    return floats(*(rows,) * 4, rows * node.ne[0])
+    return scratch_bytes(*(rows,) * 4, rows * node.ne[0])
 
 
 @kernel(ops.merge_lse, inplace=("a", "b"), scratch=_merge_scratch)
 def merge_lse(out: Raw, a: Raw, b: Raw, *, scratch: Scratch) -> None:
-    """Two partial results weighted by exp(lse - the larger lse)."""
+    """Weights each part by exp(its lse - the larger lse)."""
     n = out.shape[3]
     rows = _rows(n)
     stats, spare = scratch.array((4, rows)), scratch.array(rows * n)
@@ -52,7 +55,7 @@ def merge_lse(out: Raw, a: Raw, b: Raw, *, scratch: Scratch) -> None:
 
 def _sum_scratch(node: Node) -> int:
     rows = _rows(node.ne[0])
-    return floats(rows, rows, rows, rows * node.ne[0])
+    return scratch_bytes(rows, rows, rows, rows * node.ne[0])
 
 
 @kernel(ops.lse_sum, scratch=_sum_scratch, inplace=("c",))
@@ -66,7 +69,7 @@ def lse_sum(out: Raw, a: Raw, c: Raw | None, *, scratch: Scratch) -> None:
         if c is None:
             np.maximum(lse, np.finfo(np.float32).min, out=top)
         else:
-            # The reference moves to lse only where that outgrows it; np.exp(0) is exactly 1.
+            # The reference changes only in rows that outgrow it; in others the factor exp(0) is 1.
             np.subtract(lse, GROWTH, out=weight)
             np.copyto(top, c[index][..., -1:])
             np.copyto(top, lse, where=weight > top)
@@ -85,7 +88,7 @@ def lse_sum(out: Raw, a: Raw, c: Raw | None, *, scratch: Scratch) -> None:
         np.copyto(y[..., -1:], top)
 
 
-@kernel(ops.lse_finish, scratch=lambda node: floats(_rows(node.ne[0])))
+@kernel(ops.lse_finish, scratch=lambda node: scratch_bytes(_rows(node.ne[0])))
 def lse_finish(out: Raw, c: Raw, *, scratch: Scratch, lse: bool) -> None:
     d_v = c.shape[3] - 2
     stat = scratch.array(_rows(c.shape[3]))
@@ -97,5 +100,5 @@ def lse_finish(out: Raw, c: Raw, *, scratch: Scratch, lse: bool) -> None:
             if lse:
                 np.log(total, out=y[..., d_v:])
                 y[..., d_v:] += part[..., d_v + 1 :]
-        total += total == 0  # a row without keys: 0 / 1
+        total += total == 0  # a row without keys becomes 0 / 1
         np.divide(part[..., :d_v], total, out=y[..., :d_v])

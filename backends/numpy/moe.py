@@ -8,33 +8,14 @@ from itertools import product
 import numpy as np
 
 from pyggml import ops
-from pyggml.backends.host_memory import Array, Scratch
-from pyggml.backends.numpy.arrays import (
-    PIECE,
-    Floats,
-    Raw,
-    codec_bytes,
-    decoded,
-    floats,
-    is_ready,
-    pieces,
-    raw_of,
-    ready,
-    shape_of,
-    shaped,
-    split,
-    work_of,
-)
+from pyggml.backends.host_memory import Array, Floats, Raw, Scratch, raw_of, shape_of
+from pyggml.backends.numpy.arrays import codec_bytes, decoded, work_of
+from pyggml.backends.numpy.blas import blas_view, has_blas_view
 from pyggml.backends.numpy.elementwise import ACTIVATIONS
-from pyggml.backends.numpy.linear import (
-    BATCH,
-    by_expert,
-    expert_scratch,
-    tile_rows,
-    weights_at,
-)
+from pyggml.backends.numpy.linear import BATCH, by_expert, expert_scratch, tile_rows, weights_at
 from pyggml.backends.numpy.reduce import first_ids, ids_of, sort_keys
 from pyggml.backends.numpy.table import kernel
+from pyggml.backends.numpy.tiling import PIECE, pieces, scratch_bytes, shaped, split
 from pyggml.node import Node
 from pyggml.ops.reduce import row_length
 
@@ -43,11 +24,11 @@ from pyggml.ops.reduce import row_length
 def moe_up_gate(
     out: Raw, up: Array, gate: Array, b: Raw, ids: Raw, *, scratch: Scratch, act: str, prec: str
 ) -> None:
-    def finish(made: Sequence[Floats]) -> Floats:
-        raised, gated, spare = made
-        ACTIVATIONS[act](gated, gated, spare)
-        gated *= raised
-        return gated
+    def finish(products: Sequence[Floats]) -> Floats:
+        up_part, gate_part, spare = products
+        ACTIVATIONS[act](gate_part, gate_part, spare)
+        gate_part *= up_part
+        return gate_part
 
     by_expert(out, (up, gate), b, ids, scratch, 3, finish)
 
@@ -57,7 +38,7 @@ def multi_add(out: Raw, a: Raw) -> None:
     np.sum(a[0], axis=1, out=out[0, 0])
 
 
-@kernel(ops.mul_multi_add, scratch=lambda node: floats(max(PIECE, node.ne[0])))
+@kernel(ops.mul_multi_add, scratch=lambda node: scratch_bytes(max(PIECE, node.ne[0])))
 def mul_multi_add(out: Raw, a: Raw, b: Raw, *, scratch: Scratch) -> None:
     n = out.shape[3]
     memory = scratch.array(max(PIECE, n))
@@ -70,23 +51,24 @@ def mul_multi_add(out: Raw, a: Raw, b: Raw, *, scratch: Scratch) -> None:
             y += weighted
 
 
-def _routed(n_experts: int) -> int:
+def _routing_tokens(n_experts: int) -> int:
     """Tokens to route at once."""
     return max(1, min(256, PIECE // n_experts))
 
 
 def _routing_scratch(node: Node) -> int:
-    tokens, n, groups = _routed(row_length(node)), row_length(node), node.attrs["n_group"]
-    return floats(*(tokens * n,) * 3, *(tokens * groups,) * 4)
+    n, groups = row_length(node), node.attrs["n_group"]
+    tokens = _routing_tokens(n)
+    return scratch_bytes(*(tokens * n,) * 3, *(tokens * groups,) * 4)
 
 
 @kernel(ops.grouped_topk, scratch=_routing_scratch)
 def grouped_topk(
     out: Raw, a: Raw, *, scratch: Scratch, n_group: int, n_group_used: int, n_top: int, k: int
 ) -> None:
-    """Sorts the groups by score, then the experts, with those of the last groups behind all."""
+    """Sort the groups by score, then the experts, with those of dropped groups at the end."""
     n = a.shape[3]
-    tokens = _routed(n)
+    tokens = _routing_tokens(n)
     best, scores = scratch.array(tokens * n), scratch.array(tokens * n_group)
     expert_keys = scratch.array(tokens * n, np.int64)
     group_keys = scratch.array(tokens * n_group, np.int64)
@@ -113,7 +95,7 @@ def grouped_topk(
 
 
 def _fused_tile(m: int, k: int, n: int) -> tuple[int, int]:
-    """Rows of weights and columns of b of a tile."""
+    """Rows of weights and rows of b in a tile."""
     rows = tile_rows(m, k)
     return rows, min(n, max(1, BATCH // max(k, rows)))
 
@@ -122,8 +104,8 @@ def _fused_scratch(node: Node) -> int:
     up, b = node["up"], node["b"]
     k, m = up.ne[:2]
     rows, columns = _fused_tile(m, k, b.ne[1])
-    converted = 0 if is_ready(b) else columns * k
-    size = floats(rows * k, converted, rows * columns, rows * columns)
+    converted = 0 if has_blas_view(b) else columns * k
+    size = scratch_bytes(rows * k, converted, rows * columns, rows * columns)
     return size + codec_bytes(*node.src)
 
 
@@ -131,23 +113,23 @@ def _fused_scratch(node: Node) -> int:
 def fused_up_gate(
     out: Raw, up: Array, gate: Array, b: Raw, *, scratch: Scratch, act: str, prec: str
 ) -> None:
-    """Tile by tile: gate into out, up beside it, then the activation."""
+    """For each tile: the gate goes to out, up to scratch, then the activation joins them."""
     *_, m, k = shape_of(up)
     n3, n2, n, _ = b.shape
     rows, columns = _fused_tile(m, k, n)
-    kind, direct = raw_of(b)[0], ready(b)
+    b_type, direct = raw_of(b)[0], blas_view(b)
     weights = scratch.array(rows * k)
     converted = scratch.array(columns * k if direct is None else 0)
-    raised, spare = (scratch.array(rows * columns) for _ in range(2))
+    up_memory, spare = (scratch.array(rows * columns) for _ in range(2))
     work = work_of(scratch, up, gate, b)
     for i3, i2, c in product(range(n3), range(n2), split(n, columns)):
         x = b[i3, i2, c] if direct is None else direct[i3, i2, c]
         if direct is None:
-            x = decoded(kind, x, converted, work)
+            x = decoded(b_type, x, converted, work)
         for r in split(m, rows):
             y = out[i3, i2, c, r]
             np.matmul(x, weights_at(gate, (0, 0, r), weights, work).T, out=y)
-            other = shaped(raised, *y.shape)
-            np.matmul(x, weights_at(up, (0, 0, r), weights, work).T, out=other)
+            up_part = shaped(up_memory, *y.shape)
+            np.matmul(x, weights_at(up, (0, 0, r), weights, work).T, out=up_part)
             ACTIVATIONS[act](y, y, shaped(spare, *y.shape))
-            y *= other
+            y *= up_part

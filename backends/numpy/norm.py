@@ -1,13 +1,13 @@
-"""Normalisation of rows."""
+"""Normalization of rows."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from pyggml import ops
-from pyggml.backends.host_memory import Scratch
-from pyggml.backends.numpy.arrays import PIECE, Raw, floats, pieces, shaped
+from pyggml.backends.host_memory import Raw, Scratch
 from pyggml.backends.numpy.table import kernel
+from pyggml.backends.numpy.tiling import PIECE, pieces, scratch_bytes, shaped
 
 
 def _rows(n: int) -> int:
@@ -15,7 +15,7 @@ def _rows(n: int) -> int:
     return max(1, PIECE // n)
 
 
-@kernel(ops.rms_norm, inplace=("a",), scratch=lambda node: floats(_rows(node.ne[0])))
+@kernel(ops.rms_norm, inplace=("a",), scratch=lambda node: scratch_bytes(_rows(node.ne[0])))
 def rms_norm(out: Raw, a: Raw, *, scratch: Scratch, eps: float) -> None:
     n = a.shape[3]
     memory = scratch.array(_rows(n))

@@ -1,4 +1,4 @@
-"""Along rows: sums, softmax, sorting."""
+"""Sums, softmax and sorting of rows."""
 
 from __future__ import annotations
 
@@ -9,25 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml import ops
-from pyggml.backends.host_memory import Scratch
-from pyggml.backends.numpy.arrays import (
-    IDS,
-    PIECE,
-    Floats,
-    Raw,
-    codec_bytes,
-    floats,
-    pieces,
-    shaped,
-    split,
-    work_of,
-)
+from pyggml.backends.host_memory import Floats, Raw, Scratch
+from pyggml.backends.numpy.arrays import codec_bytes, work_of
+from pyggml.backends.numpy.gather import IDS
 from pyggml.backends.numpy.masks import Mask, alibi_slopes
 from pyggml.backends.numpy.table import kernel
+from pyggml.backends.numpy.tiling import PIECE, pieces, scratch_bytes, shaped, split
 from pyggml.node import Node
 from pyggml.ops.reduce import row_length
 
-#: Below every score, and not -inf: a row without keys stays free of NaN.
+#: The maximum of a row without keys. It is finite, so such a row has no NaN.
 FLOOR = np.finfo(np.float32).min
 
 
@@ -37,17 +28,17 @@ def sum_rows(out: Raw, a: Raw) -> None:
 
 
 def _softmax_tile(n: int, rows: int, heads: int) -> tuple[int, int]:
-    """Rows and heads of a piece of softmax; several heads only where they have few rows."""
-    most = max(1, PIECE // n)
-    return min(rows, most), min(heads, max(1, most // rows))
+    """Rows and heads of a piece; it has several heads only if they fit with all their rows."""
+    piece_rows = max(1, PIECE // n)
+    return min(rows, piece_rows), min(heads, max(1, piece_rows // rows))
 
 
 def _softmax_scratch(node: Node) -> int:
     n, rows, heads, _ = node.ne
     rows, heads = _softmax_tile(n, rows, heads)
     mask = node.get("mask")
-    bias = floats(rows * n) + codec_bytes(mask) if mask is not None else 0
-    return bias + floats(2 * rows * heads)
+    bias = scratch_bytes(rows * n) + codec_bytes(mask) if mask is not None else 0
+    return bias + scratch_bytes(2 * rows * heads)
 
 
 @kernel(ops.soft_max_ext, inplace=("a",), scratch=_softmax_scratch)
@@ -63,7 +54,7 @@ def soft_max_ext(
     head0: int,
     n_head: int,
 ) -> None:
-    """Piece by piece in `out`; a mask that heads share is decoded once for all of them."""
+    """Computes piece by piece in `out`. A mask that all heads share is decoded once for them."""
     n3, n_heads, n_rows, n = a.shape
     slopes = alibi_slopes(n_heads, head0, n_head, max_bias)
     rows, heads = _softmax_tile(n, n_rows, n_heads)
@@ -94,19 +85,20 @@ def _softmax(y: Floats, sink: Floats | None, stats: Floats) -> None:
         np.subtract(sink, top, out=top)
         np.exp(top, out=top)
         total += top
-    # A row without a live key is all zeros; it stays so.
+    # A row without keys is all zeros; dividing by 1 leaves it so.
     np.copyto(total, 1, where=total == 0)
     y /= total
 
 
 def sort_keys(a: Floats, keys: NDArray[np.int64], descending: bool) -> None:
-    """Keys whose order is that of the rows' values, equal ones by id; the low half is the id.
+    """Fill `keys` with integers that sort like the values of each row, and by id for equal values.
+    The low half of a key is the id.
 
-    The bits of a float grow with it if those of negative ones are inverted. Every NaN gets the same
-    bits, which are past those of infinity: its sign and payload depend on the CPU.
+    The bits of floats sort like the floats if those of negative floats are inverted. Every NaN gets
+    the same bits, above those of infinity, because its sign and payload depend on the CPU.
     """
     values = keys.view(np.float32)[..., ::2]
-    np.add(a, 0, out=values)  # -0 becomes 0, equal to the other
+    np.add(a, 0, out=values)  # -0 becomes +0, so the two are equal
     if np.isnan(np.max(values)):
         for s in split(a.shape[-1], IDS):
             np.copyto(values[..., s], np.float32(np.nan), where=np.isnan(values[..., s]))
@@ -127,7 +119,7 @@ def _row_pieces(a: Raw) -> Iterator[Any]:
 
 
 def _sort_scratch(node: Node) -> int:
-    return floats(2 * max(PIECE, row_length(node)))
+    return scratch_bytes(2 * max(PIECE, row_length(node)))
 
 
 @kernel(ops.argsort, scratch=_sort_scratch)
@@ -150,7 +142,7 @@ def _sorted_ids(out: Raw, a: Raw, descending: bool, scratch: Scratch) -> None:
 
 
 def first_ids(keys: NDArray[np.int64], k: int) -> NDArray[np.int32]:
-    """The ids of the k least keys of each row, in order; sorts the keys in place."""
+    """The ids of the k smallest keys of each row, in order. Reorders the keys."""
     if k < keys.shape[-1]:
         keys.partition(k - 1)
     first = keys[..., :k]
@@ -159,15 +151,15 @@ def first_ids(keys: NDArray[np.int64], k: int) -> NDArray[np.int32]:
 
 
 def ids_of(keys: NDArray[np.int64]) -> NDArray[np.int32]:
-    """The ids that `sort_keys` put into the low halves."""
+    """The ids in the low halves of the keys."""
     return keys.view(np.int32)[..., ::2]
 
 
-@kernel(ops.argmax, scratch=lambda node: floats(max(PIECE, row_length(node))))
+@kernel(ops.argmax, scratch=lambda node: scratch_bytes(max(PIECE, row_length(node))))
 def argmax(out: Raw, a: Raw, *, scratch: Scratch) -> None:
     memory = scratch.array(max(PIECE, a.shape[3]))
     for index in _row_pieces(a):
         part = a[index]
-        row = shaped(memory, *part.shape)  # NumPy would copy what is not contiguous
+        row = shaped(memory, *part.shape)  # NumPy would copy a strided part
         np.copyto(row, part)
         out[0][index] = row.argmax(axis=-1)

@@ -1,8 +1,8 @@
 """Rotary position embedding.
 
-Angles are computed in float64 and brought to half a turn before they become f32: an f32 angle at
-position 160,000 is off by 0.01, ggml's f32 chain of products by more (NMSE 2.7e-6 of the result;
-9e-5 at 1,000,000). There are few angles beside elements, so it costs next to nothing.
+Angles are computed in float64 and reduced to half a turn before they become f32. At position
+160,000 an f32 angle is off by 0.01, and ggml's chain of f32 products by more (NMSE of the result
+2.7e-6; 9e-5 at 1,000,000). There are far fewer angles than elements, so this costs very little.
 """
 
 from __future__ import annotations
@@ -13,21 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml import ops
-from pyggml.backends.host_memory import Scratch
-from pyggml.backends.numpy.arrays import (
-    PIECE,
-    Floats,
-    Raw,
-    codec_bytes,
-    floats,
-    load,
-    raw_of,
-    shaped,
-    split,
-    store,
-    work_of,
-)
+from pyggml.backends.host_memory import Floats, Raw, Scratch, raw_of
+from pyggml.backends.numpy.arrays import codec_bytes, load, store, work_of
 from pyggml.backends.numpy.table import kernel
+from pyggml.backends.numpy.tiling import PIECE, scratch_bytes, shaped, split
 from pyggml.dtypes import F32
 from pyggml.node import Node
 
@@ -45,7 +34,7 @@ def _rope_scratch(node: Node) -> int:
     tokens, n_dims = _tokens(n, heads, n_tokens), node.attrs["n_dims"]
     narrow = node.dtype is not F32
     angles, halves = tokens * n_dims, tokens * heads * n_dims
-    size = floats(n_dims, 2 * angles, angles, halves, narrow * tokens * heads * n)
+    size = scratch_bytes(n_dims, 2 * angles, angles, halves, narrow * tokens * heads * n)
     return size + codec_bytes(node["a"])
 
 
@@ -68,17 +57,17 @@ def rope_ext(
     beta_slow: float,
     offset: int,
 ) -> None:
-    """Copies a piece to f32 where it may stay (out or scratch) and turns its pairs in place."""
+    """Copy each piece as f32 to `out` (f16: to scratch) and rotate its pairs in place."""
     n3, n_tokens, heads, n = a.shape
-    kind, pairs = raw_of(a)[0], n_dims // 2
+    dtype, pairs = raw_of(a)[0], n_dims // 2
     tokens = _tokens(n, heads, n_tokens)
     frequencies = scratch.array(pairs, np.float64)
     angle, spare = scratch.array((2, tokens * pairs), np.float64)
     turns = scratch.array(tokens * pairs, np.complex64)
     halves = scratch.array(tokens * heads * n_dims)
     work = None
-    if kind is not F32:
-        whole, work = scratch.array(tokens * heads * n), work_of(scratch, a)
+    if dtype is not F32:
+        wide, work = scratch.array(tokens * heads * n), work_of(scratch, a)
     factors = None if freq_factors is None else freq_factors[0, 0, 0, :pairs]
     for s in split(pairs, 2048):
         frequencies[s] = freq_base ** (np.arange(s.start, s.stop) * (-2 / n_dims))
@@ -106,28 +95,28 @@ def rope_ext(
         np.cos(turn.real, out=turn.real)
         turn *= f32(attn_factor)
         for i3 in range(n3):
-            y = out[i3, t] if kind is F32 else shaped(whole, *out[i3, t].shape)
-            load(kind, a[i3, t], y, work)
+            y = out[i3, t] if dtype is F32 else shaped(wide, *out[i3, t].shape)
+            load(dtype, a[i3, t], y, work)
             x = y[..., offset : offset + n_dims]
             if mode == "normal":
                 x = x.view(np.complex64)
                 x *= turn[:, None]
             else:
                 _turn_halves(x, turn[:, None], shaped(halves, 2, *x.shape[:2], pairs))
-            if kind is not F32:
-                store(kind, y, out[i3, t], work)
+            if dtype is not F32:
+                store(dtype, y, out[i3, t], work)
 
 
 def _ramp(pairs: int, n_dims: int, base: float, n_ctx: int, fast: float, slow: float) -> Doubles:
-    """YaRN: how far each pair keeps its own angle; 1 for those that turn fast."""
+    """YaRN: the share of its unscaled angle that each pair keeps; 1 for pairs that turn fast."""
 
     def pair(beta: float) -> float:
         return n_dims * math.log(n_ctx / (2 * math.pi * beta)) / (2 * math.log(base))
 
     low, high = max(0, math.floor(pair(fast))), min(n_dims - 1, math.ceil(pair(slow)))
     y = (np.arange(pairs) - low) / max(0.001, high - low)
-    kept: Doubles = 1 - np.clip(y, 0, 1)
-    return kept
+    share: Doubles = 1 - np.clip(y, 0, 1)
+    return share
 
 
 def _within_half_a_turn(theta: Doubles, spare: Doubles) -> None:
@@ -139,7 +128,7 @@ def _within_half_a_turn(theta: Doubles, spare: Doubles) -> None:
 
 
 def _turn_halves(x: Floats, turn: Raw, spare: Floats) -> None:
-    """Pairs (i, i + n/2) in place: (u, v) -> (u c - v s, u s + v c)."""
+    """Rotate pairs (i, i + n/2) in place: (u, v) -> (u c - v s, u s + v c)."""
     u, v = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
     us, vs = spare
     np.multiply(u, turn.imag, out=us)

@@ -1,9 +1,10 @@
 """The kernel table of the NumPy backend.
 
-A kernel is called as `fn(out, *sources, scratch=Scratch, **attributes)` with strided
-four-dimensional arrays in NumPy shape: None for an absent source, `Packed` for bf16 and block
-types; `scratch` only where it is declared. It fills `out`, touches nothing else and returns nothing
-(or `out` itself): a result that is returned instead is an error.
+A kernel is called as `fn(out, *sources, scratch=Scratch, **attributes)`. Arrays are strided and
+four-dimensional, in NumPy shape; bf16 and block types are `Packed`, an absent source is None.
+`scratch` is passed only to kernels that declare it. Ids have been checked (see `host_runner.py`). A
+kernel fills `out` and writes nothing else except scratch. It returns None or `out`; the runner
+raises an error if it returns another array.
 """
 
 from __future__ import annotations

@@ -18,16 +18,16 @@ accepted  a tensor without dimensions (one element) or with a dimension of 0 (no
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Iterator
 from itertools import pairwise
 from struct import Struct
-from typing import NamedTuple, NoReturn, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 
 from pyggml.dtypes import BY_ID, DType
-from pyggml.errors import GGUFError, ShapeError
+from pyggml.errors import ShapeError
+from pyggml.gguf.cursor import Cursor, Source, u32
 from pyggml.gguf.format import (
     ARRAY,
     BOOL,
@@ -35,7 +35,6 @@ from pyggml.gguf.format import (
     MAGIC,
     MAX_ALIGNMENT,
     MAX_DIMS,
-    MAX_HEADER,
     MAX_KEY,
     MAX_KEYS,
     MAX_NAME,
@@ -52,8 +51,6 @@ from pyggml.gguf.format import (
     u64,
 )
 
-Source: TypeAlias = bytes | mmap.mmap
-
 _OTHER_FORMATS = {
     b"lmgg": "an old GGML file", b"tjgg": "an old GGJT file", b"fmgg": "an old GGMF file",
     b"FUGG": "a byte-swapped GGUF file", b"\x1f\x8b": "gzip data", b"PK": "a zip archive",
@@ -61,7 +58,6 @@ _OTHER_FORMATS = {
     b"version https://git-lfs": "a Git LFS pointer: run `git lfs pull`",
 }  # fmt: skip
 
-_u32 = Struct("<I").unpack_from
 #: Bytes of one value of each type; for a string, bytes of its length.
 _SIZES = {id_: dtype.itemsize for id_, dtype in SCALARS.items()} | {STRING: 8}
 _READERS = {id_: Struct(f"<{SCALAR_CODES[id_]}").unpack_from for id_ in SCALARS}
@@ -83,7 +79,7 @@ def parse(
 
     Errors call the file `path`. `allow_missing_data` accepts tensors past the end of the file.
     """
-    cursor = _Cursor(source, path)
+    cursor = Cursor(source, path)
     version = _version(cursor)
     n_tensors = cursor.count("tensor count", least=24, most=MAX_TENSORS)
     n_keys = cursor.count("key count", least=14, most=MAX_KEYS)
@@ -97,61 +93,6 @@ def parse(
     return Header(version, fields, tensors, start)
 
 
-class _Cursor:
-    """A position in the header; reading past the end is a GGUFError.
-
-    subject  the key or tensor being read; error messages begin with it
-    """
-
-    def __init__(self, source: Source, path: str) -> None:
-        self.source, self.path, self.pos = source, path, 0
-        self.end = min(len(source), MAX_HEADER)
-        self.subject = ""
-
-    def fail(self, field: str, problem: str, at: int | None = None) -> NoReturn:
-        byte = self.pos if at is None else at
-        raise GGUFError(f"{self.path}: byte {byte}, {self.subject}{field}: {problem}")
-
-    def take(self, nbytes: int, field: str) -> int:
-        """Skip `nbytes` and return where they start."""
-        start = self.pos
-        if nbytes > self.end - start:
-            end = "the header size limit" if self.end == MAX_HEADER else "the end of the file"
-            self.fail(field, f"{nbytes} bytes needed, {self.end - start} left before {end}")
-        self.pos = start + nbytes
-        return start
-
-    def u32(self, field: str) -> int:
-        number: int = _u32(self.source, self.take(4, field))[0]
-        return number
-
-    def u64(self, field: str) -> int:
-        number: int = u64(self.source, self.take(8, field))[0]
-        return number
-
-    def count(self, field: str, least: int, most: int | None = None) -> int:
-        """A u64 count, at most `most`, of items that take at least `least` bytes each."""
-        number = self.u64(field)
-        if number * least > self.end - self.pos:
-            left = self.end - self.pos
-            self.fail(field, f"{number} do not fit in the {left} bytes left", self.pos - 8)
-        if most is not None and number > most:
-            self.fail(field, f"{number}, must be at most {most}", self.pos - 8)
-        return number
-
-    def name(self, longest: int) -> str:
-        length = self.u64(" length")
-        if not 1 <= length <= longest:
-            self.fail(" length", f"{length}, must be 1 to {longest}", self.pos - 8)
-        return self.decode(self.take(length, ""), self.pos)
-
-    def decode(self, start: int, stop: int) -> str:
-        try:
-            return self.source[start:stop].decode()
-        except UnicodeDecodeError as error:
-            self.fail("", f"not UTF-8: {error.reason}", start + error.start)
-
-
 class _Span(NamedTuple):
     """Where a value is. `length` is None for a scalar; a string's span begins at its length."""
 
@@ -161,7 +102,7 @@ class _Span(NamedTuple):
     stop: int
 
 
-def _version(cursor: _Cursor) -> int:
+def _version(cursor: Cursor) -> int:
     head = cursor.source[:32]
     if not head.startswith(MAGIC):
         other = next((n for magic, n in _OTHER_FORMATS.items() if head.startswith(magic)), None)
@@ -176,7 +117,7 @@ def _version(cursor: _Cursor) -> int:
     return version
 
 
-def _keys(cursor: _Cursor, count: int) -> dict[str, _Span]:
+def _keys(cursor: Cursor, count: int) -> dict[str, _Span]:
     spans: dict[str, _Span] = {}
     for i in range(count):
         at = cursor.pos
@@ -190,7 +131,7 @@ def _keys(cursor: _Cursor, count: int) -> dict[str, _Span]:
     return spans
 
 
-def _span(cursor: _Cursor) -> _Span:
+def _span(cursor: Cursor) -> _Span:
     type_, length = cursor.u32(" type"), None
     is_array = type_ == ARRAY
     if is_array:
@@ -209,7 +150,7 @@ def _span(cursor: _Cursor) -> _Span:
     return _Span(type_, length, start, cursor.pos)
 
 
-def _skip_strings(cursor: _Cursor, count: int) -> None:
+def _skip_strings(cursor: Cursor, count: int) -> None:
     # The only long loop of a parse, so it avoids method calls.
     source, pos, last = cursor.source, cursor.pos, cursor.end - 8
     for i in range(count):
@@ -222,7 +163,7 @@ def _skip_strings(cursor: _Cursor, count: int) -> None:
     cursor.pos = pos
 
 
-def _value(cursor: _Cursor, key: str, span: _Span) -> Value:
+def _value(cursor: Cursor, key: str, span: _Span) -> Value:
     cursor.subject = f"key {key!r}"
     if span.length is None:
         if span.type == STRING:
@@ -239,13 +180,13 @@ def _value(cursor: _Cursor, key: str, span: _Span) -> Value:
     return np.frombuffer(raw, SCALARS[span.type])
 
 
-def _alignment(cursor: _Cursor, span: _Span | None) -> int:
+def _alignment(cursor: Cursor, span: _Span | None) -> int:
     if span is None:
         return DEFAULT_ALIGNMENT
     field = "key 'general.alignment'"
     if span.type != U32 or span.length is not None:
         cursor.fail(field, "must be a u32", span.start)
-    alignment: int = _u32(cursor.source, span.start)[0]
+    alignment: int = u32(cursor.source, span.start)[0]
     if not 8 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
         limits = f"must be a power of two from 8 to {MAX_ALIGNMENT}"
         cursor.fail(field, f"{alignment}, {limits}", span.start)
@@ -261,7 +202,7 @@ class _Row(NamedTuple):
     offset: int
 
 
-def _rows(cursor: _Cursor, count: int, alignment: int) -> Iterator[_Row]:
+def _rows(cursor: Cursor, count: int, alignment: int) -> Iterator[_Row]:
     names: set[str] = set()
     for i in range(count):
         at = cursor.pos
@@ -294,7 +235,7 @@ def _rows(cursor: _Cursor, count: int, alignment: int) -> Iterator[_Row]:
 
 
 def _tensors(
-    cursor: _Cursor, rows: list[_Row], start: int, size: int | None, part: int
+    cursor: Cursor, rows: list[_Row], start: int, size: int | None, part: int
 ) -> list[TensorInfo]:
     for row in rows:
         if size is not None and start + row.offset + row.nbytes > size:

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml import passes
-from pyggml.backends.base import Address, Backend, Buffer, Runner, own_nodes
+from pyggml.backends.base import Backend, Runner
+from pyggml.backends.step import Address, Buffer, own_nodes
 from pyggml.dtypes import dtype
 from pyggml.errors import PyggmlError
 from pyggml.graph import Graph

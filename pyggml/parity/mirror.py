@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from pyggml import backends
-from pyggml.backends.base import Address, Step
+from pyggml.backends.step import Address, Step
 from pyggml.dtypes import dtype
 from pyggml.node import Node
 from pyggml.spec import Spec

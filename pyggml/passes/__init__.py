@@ -1,8 +1,8 @@
-"""From a graph to steps with places: plain functions from Work to Work, in this order."""
+"""From a graph to steps with places in memory: functions from Work to Work, in this order."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import copy_context
 from functools import reduce
 
@@ -19,32 +19,32 @@ from pyggml.passes.work import Work
 
 Pass = Callable[[Work], Work]
 
-#: From a graph whose ops and loops are settled to places in memory.
+#: The passes after the budget.
 FINISH: tuple[Pass, ...] = (cross, order, lower, place)
 
 
 def finish(work: Work) -> Work:
-    """The passes after the budget, which measures with them what a way to cut needs."""
+    """The work after FINISH. The budget measures with it what a way to cut needs."""
     return reduce(lambda work, step: step(work), FINISH, work)
 
 
 def budget(work: Work) -> Work:
-    """Attentions that need more memory than the budget become loops."""
+    """The graph in which attentions that need more memory than the budget are loops."""
     return within_budget(work, finish)
 
 
 PIPELINE: tuple[Pass, ...] = (protect, assign, budget, *FINISH)
 
 
-def run(work: Work) -> Work:
-    """Every pass in turn; with PYGGML_VERIFY=1 the invariants are checked after each."""
-    # In a context of its own, so that an interrupt leaves nobody's nodes in the rewriting.
-    return copy_context().run(_run, work)
+def run(work: Work, passes: Sequence[Pass] = PIPELINE) -> Work:
+    """The work after all `passes`; with PYGGML_VERIFY=1 each one's result is checked."""
+    # In its own context: if an interrupt ends it, no other graph's nodes are built as this one's.
+    return copy_context().run(_run, work, passes)
 
 
-def _run(work: Work) -> Work:
+def _run(work: Work, passes: Sequence[Pass]) -> Work:
     with rewriting(work.graph.nodes):
-        for step in PIPELINE:
+        for step in passes:
             work = step(work)
             if verifying():
                 verify(work, after=step.__name__)

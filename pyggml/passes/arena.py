@@ -1,4 +1,4 @@
-"""Intervals and sizes in, arena offsets out. Pure: knows no tensors and no devices."""
+"""Packs intervals into an arena: offsets from lifetimes and sizes, without tensors or devices."""
 
 from __future__ import annotations
 
@@ -9,43 +9,44 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A block of memory that is needed from step `start` to step `end`, both included."""
+    """A block of memory that is needed from step `start` through step `end`."""
 
     start: int
     end: int
     nbytes: int
 
 
-def pack(intervals: Sequence[Interval], alignment: int) -> tuple[list[int], int]:
-    """Offsets such that no two intervals alive in the same step overlap, and the arena's size.
-
-    Best fit in order of time; where that wastes memory and the problem is not huge, largest first
-    is tried too. About linear in the number of intervals.
-    """
-    sizes = [-(-i.nbytes // alignment) * alignment for i in intervals]
-    found = _in_time_order(intervals, sizes)
-    n_steps = max((i.end for i in intervals), default=-1) + 1
-    rounded = [Interval(i.start, i.end, size) for i, size in zip(intervals, sizes)]
-    least = max(live_bytes(rounded, n_steps), default=0)
-    if found[1] > least and sum(i.end - i.start + 1 for i in intervals) <= LARGEST_FIRST:
-        found = min(found, _largest_first(intervals, sizes, n_steps), key=lambda made: made[1])
-    return found
-
-
-#: Steps of all lifetimes together, above which packing in order of time must do.
+#: Largest sum of all lifetimes, in steps, for which the slower order is tried.
 LARGEST_FIRST = 100_000
 
 
+def pack(intervals: Sequence[Interval], alignment: int) -> tuple[list[int], int]:
+    """The offset of each interval and the size of the arena. Intervals that are alive in the same
+    step do not overlap.
+
+    Takes the best fit in the order of time. If that wastes memory and the problem is not too large,
+    tries the largest intervals first too. The time is about linear in the number of intervals.
+    """
+    sizes = [-(-i.nbytes // alignment) * alignment for i in intervals]
+    packing = _in_time_order(intervals, sizes)
+    n_steps = max((i.end for i in intervals), default=-1) + 1
+    rounded = [Interval(i.start, i.end, size) for i, size in zip(intervals, sizes)]
+    least = max(live_bytes(rounded, n_steps), default=0)
+    if packing[1] > least and sum(i.end - i.start + 1 for i in intervals) <= LARGEST_FIRST:
+        packing = min(packing, _largest_first(intervals, sizes, n_steps), key=lambda p: p[1])
+    return packing
+
+
 def _in_time_order(intervals: Sequence[Interval], sizes: Sequence[int]) -> tuple[list[int], int]:
-    """In order of starts (larger first), each takes the smallest hole that fits, else the end."""
+    """By start, larger ones first, each in the smallest hole that fits, else at the end."""
     order = sorted(range(len(intervals)), key=lambda k: (intervals[k].start, -sizes[k]))
     offsets = [0] * len(intervals)
-    ends: list[tuple[int, int]] = []  # (last step, interval) of what is alive, soonest last
+    ends: list[tuple[int, int]] = []  # (-last step, interval) of live intervals, soonest last
     holes = _Holes()
     for k in order:
         while ends and -ends[-1][0] < intervals[k].start:
-            over = ends.pop()[1]
-            holes.give(offsets[over], sizes[over])
+            ended = ends.pop()[1]
+            holes.give(offsets[ended], sizes[ended])
         offsets[k] = holes.take(sizes[k])
         insort(ends, (-intervals[k].end, k))
     return offsets, holes.high
@@ -54,9 +55,9 @@ def _in_time_order(intervals: Sequence[Interval], sizes: Sequence[int]) -> tuple
 def _largest_first(
     intervals: Sequence[Interval], sizes: Sequence[int], n_steps: int
 ) -> tuple[list[int], int]:
-    """Each, largest first, at the lowest offset that is free through its whole life."""
+    """Largest first, each at the lowest offset that is free for its whole life."""
     offsets = [0] * len(intervals)
-    placed: list[list[int]] = [[] for _ in range(n_steps)]  # what stands in each step
+    placed: list[list[int]] = [[] for _ in range(n_steps)]  # step -> intervals alive in it
     for k in sorted(range(len(intervals)), key=lambda k: (-sizes[k], intervals[k].start)):
         life = range(intervals[k].start, intervals[k].end + 1)
         offset = 0
@@ -72,7 +73,7 @@ def _largest_first(
 
 
 class _Holes:
-    """Free blocks below the high-water mark, by offset; everything above it is free too."""
+    """The free blocks below `high`, by offset. Everything above it is free too."""
 
     def __init__(self) -> None:
         self.blocks: list[tuple[int, int]] = []  # (offset, size)
@@ -90,7 +91,7 @@ class _Holes:
             offset, free = self.blocks[best]
             self.blocks[best : best + 1] = [(offset + size, free - size)] if free > size else []
             return offset
-        # A hole that touches the end is grown instead of left behind.
+        # If the last hole touches the end, use it and grow the arena by the difference.
         offset = self.high
         if self.blocks and sum(self.blocks[-1]) == self.high:
             offset = self.blocks.pop()[0]
@@ -111,7 +112,7 @@ class _Holes:
 
 
 def live_bytes(intervals: Sequence[Interval], n_steps: int) -> list[int]:
-    """Bytes alive in each step: what no packing can go below."""
+    """The bytes alive in each step; no packing needs less than their maximum."""
     change = [0] * (n_steps + 1)
     for interval in intervals:
         change[interval.start] += interval.nbytes

@@ -1,4 +1,4 @@
-"""A transfer node for everything that one device makes and another reads."""
+"""Inserts a transfer node for every tensor that another device reads."""
 
 from __future__ import annotations
 
@@ -11,140 +11,144 @@ from pyggml.node import Node
 from pyggml.ops.leaf import constant_op, input_op
 from pyggml.ops.views import state_of, view, view_op
 from pyggml.passes.order import check_order
-from pyggml.passes.work import Work
+from pyggml.passes.work import Work, viewed
 from pyggml.transfer import transfer
 
-Homes = dict[Node, Backend]
+#: (node, device) -> the first row that the device reads, and the row after the last. Rows are
+#: parts along the node's outermost axis.
+RowsRead = dict[tuple[Node, str], tuple[int, int]]
 
 
 def cross(work: Work) -> Work:
-    """Every source that is on another device is read from a transfer of it; one each."""
+    """The graph in which each device reads only its own memory, with one transfer per tensor and
+    device."""
     if not work.several:
         return work
     check_order(work.graph)
-    maker = _Crossing(work)
-    graph = work.graph
-    for node in graph.nodes:
-        maker.cross(node)
-    outputs = {key: maker.own(node) for key, node in graph.outputs.items()}
-    made = Graph(outputs, [maker.own(node) for node in graph.updates])
-    scores = frozenset(maker.new.get(node, node) for node in work.scores)
-    return replace(work, graph=made, homes=maker.homes, scores=scores)
+    crossing = _Crossing(work)
+    for node in work.graph.nodes:
+        if not _is_free_view(node):
+            crossing.rebuild(node)
+    outputs = {key: crossing.at_home(node) for key, node in work.graph.outputs.items()}
+    graph = Graph(outputs, [crossing.at_home(node) for node in work.graph.updates])
+    scores = frozenset(crossing.new.get(node, node) for node in work.scores)
+    return replace(work, graph=graph, homes=crossing.homes, scores=scores)
 
 
 class _Crossing:
+    """The new graph, built sources first. Views are rebuilt where a device reads them.
+
+    homes  of new nodes
+    new    old node -> new node, except views
+    on     (old node, device) -> the new node that the device reads
+    """
+
     def __init__(self, work: Work) -> None:
         self.work = work
-        self.homes: Homes = {}
+        self.homes: dict[Node, Backend] = {}
         self.new: dict[Node, Node] = {}
-        self.brought: dict[tuple[Node, str], Node] = {}
+        self.on: dict[tuple[Node, str], Node] = {}
         self.rows = _rows_read(work)
 
-    def cross(self, node: Node) -> None:
-        """Make the new form of a node that is no view; views are made where they are read."""
-        if _looks(node):
-            return
+    def rebuild(self, node: Node) -> None:
+        """Build the new form of a node that is not a view."""
         home = self.work.home(node)
-        src = tuple(None if s is None else self.on(s, home) for s in node.src)
+        src = tuple(None if s is None else self.read(s, home) for s in node.src)
         self.new[node] = inherit(rebuilt(node, src), node)
         self.homes[self.new[node]] = home
 
-    def own(self, node: Node) -> Node:
-        """The node on its own device."""
-        return self.on(node, self.work.home(node))
+    def at_home(self, node: Node) -> Node:
+        """The new node for `node`, on the device of `node`."""
+        return self.read(node, self.work.home(node))
 
-    def on(self, node: Node, backend: Backend) -> Node:
-        """The node as `backend` reads it."""
+    def read(self, node: Node, backend: Backend) -> Node:
+        """The new node that `backend` reads for `node`."""
         views = []
-        while _looks(node) and (node, backend.device) not in self.brought:
+        while _is_free_view(node) and (node, backend.device) not in self.on:
             views.append(node)
-            node = _shown(node)
-        made = self.brought.get((node, backend.device))
-        if made is None:
+            node = viewed(node)
+        new = self.on.get((node, backend.device))
+        if new is None:
             here = self.work.home(node).device == backend.device
-            made = self.new[node] if here else self._transfer(node, backend)
-            self.brought[node, backend.device] = made
-        for node in reversed(views):
-            made = inherit(self._view(node, made), node)
-            self.homes[made] = backend
-            self.brought[node, backend.device] = made
-        return made
+            new = self.new[node] if here else self._transfer(node, backend)
+            self.on[node, backend.device] = new
+        for old in reversed(views):
+            new = inherit(self._view(old, new), old)
+            self.homes[new] = backend
+            self.on[old, backend.device] = new
+        return new
 
-    def _view(self, node: Node, source: Node) -> Node:
-        """The view `node` over `source`, which may be a transfer of the rows that are read."""
-        first, _ = self.rows.get((node.src[0], self.homes[source].device), (0, 0))
+    def _view(self, old: Node, source: Node) -> Node:
+        """The view `old` of `source`, which may be a transfer of only some rows."""
+        base = viewed(old)
+        first, _ = self.rows.get((base, self.homes[source].device), (0, 0))
         if source.op is not transfer or first == 0:
-            return rebuilt(node, (source,))
-        assert node.src[0] is not None
-        start = list(node.attrs["start"])
-        start[_outermost(node.src[0])] -= first
-        return view_op.make((source,), {**node.attrs, "start": tuple(start)}, node.spec, line=False)
+            return rebuilt(old, (source,))
+        start = list(old.attrs["start"])
+        start[_outermost(base)] -= first
+        return view_op.make((source,), {**old.attrs, "start": tuple(start)}, old.spec, line=False)
 
     def _transfer(self, node: Node, backend: Backend) -> Node:
+        """A transfer to `backend` of the rows of `node` that it reads."""
         source = self.new[node]
         axis = _outermost(node)
-        first, last = self.rows.get((node, backend.device), (0, node.ne[axis]))
-        if last - first < node.ne[axis]:
+        first, end = self.rows.get((node, backend.device), (0, node.ne[axis]))
+        if end - first < node.ne[axis]:
             ne, start = list(node.ne), [0, 0, 0, 0]
-            ne[axis], start[axis] = last - first, first
+            ne[axis], start[axis] = end - first, first
             source = view(source, ne=ne[: node.spec.rank], start=start)
             self.homes[source] = self.homes[self.new[node]]
-        given = self._is_given(node, backend)
-        attrs = {"to": backend.place, "resident": given}
-        made = transfer.make((source,), attrs, source.spec, line=False)
-        self.homes[made] = backend
-        return made
+        attrs = {"to": backend.place, "resident": self._is_resident(node, backend)}
+        new = transfer.make((source,), attrs, source.spec, line=False)
+        self.homes[new] = backend
+        return new
 
-    def _is_given(self, node: Node, backend: Backend) -> bool:
-        """Whether the store gives a leaf to this device as well. Pinned weights are brought while
-        they are needed, except to the host, where all weights are."""
+    def _is_resident(self, node: Node, backend: Backend) -> bool:
+        """Whether the store keeps a leaf on this device too. A pinned weight is instead copied
+        while a device needs it; but the host always has all weights."""
         if node.op is constant_op:
             return self.work.pinned(node) is None or backend.device == "host"
         return node.op is input_op
 
 
-def _looks(node: Node) -> bool:
-    """Whether the node is a view that each device can take for itself."""
+def _is_free_view(node: Node) -> bool:
+    """Whether the node is a view that any device can take of its copy of the source. `state_of` is
+    not: it shows more than its source."""
     return node.op.view is not None and node.op is not state_of
 
 
-def _shown(view: Node) -> Node:
-    """What a view looks at."""
-    assert view.src[0] is not None
-    return view.src[0]
-
-
 def _outermost(node: Node) -> int:
-    """The last axis with more than one element: parts along it lie together."""
+    """The last axis with more than one element; parts along it are contiguous."""
     return max((axis for axis in range(4) if node.ne[axis] > 1), default=0)
 
 
-def _rows_read(work: Work) -> dict[tuple[Node | None, str], tuple[int, int]]:
-    """(node, device) -> the rows along its outermost axis, from and to, that are read there."""
-    found: dict[tuple[Node | None, str], tuple[int, int]] = {}
-    first: dict[Node, Node] = {}  # view -> the view by which it looks at its base
+def _rows_read(work: Work) -> RowsRead:
+    """The rows that each device reads of computed nodes and states."""
+    rows: RowsRead = {}
+    direct: dict[Node, Node] = {}  # view -> the view directly on its base that it sees through
     for node in work.graph.nodes:
-        if _looks(node):
-            first[node] = first.get(_shown(node), node)
+        if _is_free_view(node):
+            direct[node] = direct.get(viewed(node), node)
             continue
         device = work.home(node).device
         for source in node.src:
             if source is None:
                 continue
-            view = first.get(source, source)
-            base = _shown(view) if _looks(view) else view
+            view = direct.get(source, source)
+            base = viewed(view) if _is_free_view(view) else view
             if base.op in (constant_op, input_op):
                 continue
-            low, high = _rows(view, base)
-            before = found.get((base, device), (low, high))
-            found[base, device] = min(low, before[0]), max(high, before[1])
-    return found
+            first, end = _rows(view, base)
+            known = rows.get((base, device), (first, end))
+            rows[base, device] = min(first, known[0]), max(end, known[1])
+    return rows
 
 
-def _rows(first: Node, base: Node) -> tuple[int, int]:
-    """Rows of `base` from the first to the last one that its view `first` (or it itself) shows."""
+def _rows(shown: Node, base: Node) -> tuple[int, int]:
+    """The first row of `base` that `shown`, the base itself or a view of it, shows, and the row
+    after the last."""
     axis = _outermost(base)
-    if first.op is not view_op or axis == 0:
+    if shown.op is not view_op or axis == 0:
         return 0, base.ne[axis]
-    start, step = first.attrs["start"][axis], first.attrs["step"][axis]
-    return start, start + (first.ne[axis] - 1) * step + 1
+    start, step = shown.attrs["start"][axis], shown.attrs["step"][axis]
+    return start, start + (shown.ne[axis] - 1) * step + 1

@@ -1,25 +1,28 @@
-"""Steps: splits of one device with their copies and waits, loops with their bodies."""
+"""Lowers the ordered nodes to steps: splits by device with copies and waits, loops with bodies."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from pyggml.backends.base import Backend, BodyPlan, Step, WeightLayout, own_nodes
+from pyggml.backends.base import Backend
+from pyggml.backends.step import BodyPlan, Layouts, Step, own_nodes
 from pyggml.graph import toposort, users_of
-from pyggml.loop import Body, loop_of
+from pyggml.loop import Body, Loop, loop_of
 from pyggml.node import Node
 from pyggml.ops.leaf import constant_op
 from pyggml.passes.place import place_steps
 from pyggml.passes.work import Split, Work, runs
 from pyggml.transfer import origin, transfer
 
-Layouts = Mapping[Node, WeightLayout]
 Users = Mapping[Node, Sequence[Node]]
 
 
 def lower(work: Work) -> Work:
-    """Splits: runs of one device lowered by its backend, with the copies that they wait for."""
+    """The work with `layouts` and `splits` filled in.
+
+    A split is a run of nodes of one device, lowered by its backend.
+    """
     users = work.graph.users
     layouts = {
         node: work.home(node).weight_layout(origin(node), users[node])
@@ -35,40 +38,43 @@ def lower(work: Work) -> Work:
                 groups.append((home, []))
             groups[-1][1].append(node)
     splits = [_split(work, backend, nodes, users) for backend, nodes in groups]
-    own = {node: s.backend for s in splits for node in own_nodes(work.order, s.steps)}
-    work = replace(work, homes={**work.homes, **own})
+    private = {node: s.backend for s in splits for node in own_nodes(work.order, s.steps)}
+    work = replace(work, homes={**work.homes, **private})
     return replace(work, splits=tuple(_with_waits(work, splits)))
 
 
-def _split(
-    work: Work, backend: Backend, nodes: list[Node], users: Mapping[Node, list[Node]]
-) -> Split:
+def _split(work: Work, backend: Backend, nodes: Sequence[Node], users: Users) -> Split:
+    """The split of consecutive nodes of a device, without what it waits for."""
     copies = {n: None for n in nodes if n.op is transfer and n not in work.layouts}
-    rest = [n for n in nodes if n not in copies]
-    roots, layouts = set(work.graph.roots), work.layouts
-    steps = steps_of(rest, backend, roots, users, work.scores, layouts, work.fuse)
+    others = [n for n in nodes if n not in copies]
+    roots = set(work.graph.roots)
+    steps = steps_of(others, backend, roots, users, work.scores, work.layouts, work.fuse)
     return Split(backend, tuple(Step(n, (n,), (origin(n),)) for n in copies), tuple(steps))
 
 
 def _with_waits(work: Work, splits: Sequence[Split]) -> Iterator[Split]:
-    """Splits with what must be over before each: values that it copies, and copies that others
-    make of memory which it may use again."""
-    made = {
+    """The splits with `waits` and `spares` filled in.
+
+    A split waits for those that compute what it copies. It may overwrite memory that other splits
+    copy from its device, so these copies must end first.
+    """
+    split_of = {
         node: i for i, split in enumerate(splits) for step in split.steps for node in step.nodes
     }
-    copying: dict[str, dict[str, int]] = {}  # device -> who copies from it since its last split
+    # Device -> the devices that have copied from it since its last split, and their last split.
+    copying: dict[str, dict[str, int]] = {}
     for i, split in enumerate(splits):
-        mine = split.backend.device
-        waits: dict[str, int] = {}
+        device = split.backend.device
+        waits: dict[str, int] = {}  # device -> the last of its splits that this one needs
         for step in split.copies:
             source = origin(step.node).base
-            device = work.home(source).device
-            if source in made:
-                waits[device] = max(made[source], waits.get(device, 0))
-            if mine != "host":  # for the host, the other device does it in its turn
-                copying.setdefault(device, {})[mine] = i
-        copies = copying.pop(mine, {}).items()
-        spares = [k for device, k in copies if waits.get(device, -1) < k]  # else that is waited for
+            other = work.home(source).device
+            if source in split_of:
+                waits[other] = max(split_of[source], waits.get(other, 0))
+            if device != "host":  # a copy to the host is in the queue of the other device
+                copying.setdefault(other, {})[device] = i
+        copies = copying.pop(device, {}).items()
+        spares = [k for other, k in copies if waits.get(other, -1) < k]  # others end before a wait
         yield replace(split, waits=tuple(sorted(waits.values())), spares=tuple(sorted(spares)))
 
 
@@ -84,16 +90,19 @@ def steps_of(
     layouts: Layouts,
     fuse: bool,
 ) -> list[Step]:
-    """Steps for `nodes`, sources first, all of one device. Loops and loading of weights stand
-    alone; between them the backend decides.
+    """The steps that compute `nodes` (sources first) on one device.
 
-    scores  the tensors that the attention budget counts, for the bodies' own peaks
+    A loop, and a transfer that loads a weight, is a step by itself. The backend lowers the nodes
+    between them.
+
+    roots   nodes that must be in memory at the end
+    scores  tensors that the attention budget counts, for the peaks of loops' bodies
     fuse    whether a step may cover several nodes
     """
     steps: list[Step] = []
     run: list[Node] = []
 
-    def finish_run() -> None:
+    def lower_run() -> None:
         steps.extend(backend.lower(run, _kept(run, roots, users), layouts, fuse=fuse))
         run.clear()
 
@@ -101,35 +110,38 @@ def steps_of(
         if node.op.leaf or node.op.view is not None:
             continue
         if node.op is transfer:
-            finish_run()
-            kept = layouts[node]
-            steps.append(Step(node, (node,), (origin(node),), strided=False, layout=kept))
-        elif loop_of(node) is not None:
-            finish_run()
-            steps.append(_lower_loop(node, backend, scores, fuse))
+            lower_run()
+            layout = layouts[node]
+            steps.append(Step(node, (node,), (origin(node),), strided=False, layout=layout))
+        elif (loop := loop_of(node)) is not None:
+            lower_run()
+            steps.append(_loop_step(node, loop, backend, scores, fuse))
         else:
             run.append(node)
-    finish_run()
+    lower_run()
     return steps
 
 
 def _kept(run: Sequence[Node], roots: Collection[Node], users: Users) -> set[Node]:
-    """Nodes of a run that something outside it reads, through views too."""
-    mine = set(run)
+    """The nodes of a run that nodes outside it read, directly or through views, and its roots."""
+    inside = set(run)
     kept = set()
     for node in run:
         shown = [node]  # the node and its views
         for view in shown:
-            if view in roots or any(u.op.view is None and u not in mine for u in users[view]):
+            if view in roots or any(u.op.view is None and u not in inside for u in users[view]):
                 kept.add(node)
                 break
             shown += [user for user in users[view] if user.op.view is not None]
     return kept
 
 
-def _lower_loop(node: Node, backend: Backend, scores: Collection[Node], fuse: bool) -> Step:
-    loop = loop_of(node)
-    assert loop is not None
+# -- loops ------------------------------------------------------------------------------------
+
+
+def _loop_step(
+    node: Node, loop: Loop, backend: Backend, scores: Collection[Node], fuse: bool
+) -> Step:
     bodies = tuple(_plan_body(body, backend, scores, fuse) for body in loop.bodies())
     reads = tuple(s for s in node.src if s is not None)
     scratch = max(body.nbytes for body in bodies)
@@ -140,12 +152,18 @@ def _lower_loop(node: Node, backend: Backend, scores: Collection[Node], fuse: bo
 
 
 def _plan_body(body: Body, backend: Backend, scores: Collection[Node], fuse: bool) -> BodyPlan:
-    """Lower and place one body; its result and its pieces are memory of the loop's operands."""
+    """One body lowered and placed. Its result and its pieces are in the memory of the loop's
+    operands."""
     nodes = toposort([body.out])
     steps = steps_of(nodes, backend, {body.out}, users_of(nodes), scores, {}, fuse)
     outside = {body.out, *(n for n in nodes if n.op.leaf)}
-    placed = place_steps(nodes, steps, {body.out}, outside, scores, {"": backend.alignment})
-    arena = placed.arenas[""]
+    placement = place_steps(nodes, steps, {body.out}, outside, scores, {"": backend.alignment})
+    arena = placement.arenas[""]
     return BodyPlan(
-        body, tuple(steps), placed.spots, placed.scratch_at, arena.nbytes, arena.score_peak
+        body,
+        tuple(steps),
+        placement.spots,
+        placement.scratch_at,
+        arena.nbytes,
+        arena.score_peak,
     )

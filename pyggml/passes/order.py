@@ -1,17 +1,17 @@
-"""The order of all nodes: sources first, readers of a state before its writers.
+"""Puts all nodes in one order: sources first, readers of a state before its writers.
 
-Order follows from data. A write to a state returns a new handle. Readers of the old handle run
-before the write; a reader of the old handle that depends on the write is an error, and so are two
-writes of one handle. (ggml runs nodes in the order in which they were built.) Writes that no
+The order follows from the data. A write to a state returns a new handle, and readers of the old
+handle run before the write. It is an error if such a reader depends on the write, or if two writes
+replace the same handle. (ggml runs nodes in the order in which they were built.) Writes that no
 output needs are listed in `updates=`.
 
-The same order holds on every device, so each lifetime is an interval of it and each arena is
-packed alone.
+The order is the same for all devices, so each lifetime is an interval of it, and each device's
+arena is packed on its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from heapq import heappop, heappush
 
@@ -20,80 +20,97 @@ from pyggml.graph import Graph, toposort
 from pyggml.node import Node, line_of
 from pyggml.ops.leaf import state_op
 from pyggml.ops.views import bases
-from pyggml.passes.work import Work, runs
+from pyggml.passes.work import Work, runs, viewed, written
 from pyggml.transfer import origin, transfer
 
 Edges = Mapping[Node, tuple[Node, ...]]
 
 
 def order(work: Work) -> Work:
-    """One order for all nodes: sources first, readers of a state before its writers.
+    """The work with `order` filled in.
 
-    With several devices each goes on as long as it has something to do.
+    With several devices, each one goes on as long as it has a step that can run.
     """
     edges = state_edges(work.graph.nodes)
     nodes = toposort(work.graph.roots, edges)
     if work.several:
-        nodes = _in_runs(work, nodes, edges)
+        nodes = _few_switches(work, nodes, edges)
     return replace(work, order=nodes)
 
 
-def _in_runs(work: Work, order: Sequence[Node], edges: Edges) -> tuple[Node, ...]:
-    """`order` with as few changes of device as going on where one is gives.
+def _few_switches(work: Work, nodes: Sequence[Node], edges: Edges) -> tuple[Node, ...]:
+    """`nodes` in an order that seldom changes the device.
 
-    Views and transfers come right before the first node that reads them: what a device borrows
-    stands in its memory only while it is needed.
+    Views and transfers come right before the first step that reads them, so that a device holds
+    what it borrows only while it needs it.
     """
-    steps = [node for node in order if runs(node) and node.op is not transfer]
-    number = {node: i for i, node in enumerate(steps)}
-    readers: dict[Node, list[Node]] = {}  # transfer -> the steps for which it is made
-    needs: dict[Node, set[Node]] = {}
-    for node in steps:
-        needs[node] = set()
-        for source in bases(node):
+    steps = [node for node in nodes if runs(node) and node.op is not transfer]
+    ordered: dict[Node, None] = {}
+    for step in _by_device(steps, _needs(steps, edges), lambda step: work.home(step).device):
+        missing = toposort([step], stop=ordered.__contains__)
+        ordered.update(dict.fromkeys(missing))
+    ordered.update(dict.fromkeys(nodes))  # what only an output reads
+    return tuple(ordered)
+
+
+def _needs(steps: Sequence[Node], edges: Edges) -> dict[Node, set[Node]]:
+    """Step -> the steps that must run before it. A transfer counts as part of its readers: it runs
+    when they do."""
+    needs: dict[Node, set[Node]] = {step: set() for step in steps}
+    readers: dict[Node, list[Node]] = {}  # of transfers
+    for step in steps:
+        for source in bases(step):
             if source.op is transfer:
-                readers.setdefault(source, []).append(node)
+                readers.setdefault(source, []).append(step)
                 source = origin(source).base
-            if source in number:
-                needs[node].add(source)
-    for write, before in edges.items():
-        for reader in before:
+            if source in needs:
+                needs[step].add(source)
+    for write, earlier in edges.items():
+        for reader in earlier:
             needs[write].update(readers.get(reader, [reader]))
         needs[write].discard(write)
-    waiting = {node: len(found) for node, found in needs.items()}
-    users: dict[Node, list[Node]] = {node: [] for node in steps}
-    for node, found in needs.items():
-        for source in found:
-            users[source].append(node)
-    ready: dict[str, list[int]] = {backend.device: [] for backend in work.backends}
-    for node in steps:
-        if not waiting[node]:
-            heappush(ready[work.home(node).device], number[node])
-    made: dict[Node, None] = {}
+    return needs
+
+
+def _by_device(
+    steps: Sequence[Node], needs: Mapping[Node, set[Node]], device_of: Callable[[Node], str]
+) -> Iterator[Node]:
+    """Each step after those that it needs, on one device for as long as it has a step to run.
+
+    Otherwise in the order of `steps`; the next device is that of the first step that can run.
+    """
+    number = {step: i for i, step in enumerate(steps)}
+    users: dict[Node, list[Node]] = {step: [] for step in steps}
+    for step, needed in needs.items():
+        for source in needed:
+            users[source].append(step)
+    missing = {step: len(needed) for step, needed in needs.items()}
+    ready: dict[str, list[int]] = {}  # device -> heap of the numbers of steps that can run
+
+    def add(step: Node) -> None:
+        heappush(ready.setdefault(device_of(step), []), number[step])
+
+    for step in steps:
+        if not missing[step]:
+            add(step)
     device = ""
-    while any(ready.values()):
-        if not ready.get(device):
-            device = min((d for d in ready if ready[d]), key=lambda d: ready[d][0])
-        node = steps[heappop(ready[device])]
-        _emit(node, made)
-        for user in users[node]:
-            waiting[user] -= 1
-            if not waiting[user]:
-                heappush(ready[work.home(user).device], number[user])
-    for node in order:  # views and leaves that only outputs look at
-        _emit(node, made)
-    return tuple(made)
-
-
-def _emit(node: Node, made: dict[Node, None]) -> None:
-    """`node` after the views, transfers and leaves that it reads."""
-    made.update(dict.fromkeys(toposort([node], stop=made.__contains__)))
+    while ready:
+        if device not in ready:
+            device = min(ready, key=lambda name: ready[name][0])
+        step = steps[heappop(ready[device])]
+        if not ready[device]:
+            del ready[device]
+        yield step
+        for user in users[step]:
+            missing[user] -= 1
+            if not missing[user]:
+                add(user)
 
 
 def check_order(graph: Graph) -> None:
-    """GraphError where reads and writes of states have no order.
+    """Check that reads and writes of states can be ordered; GraphError if not.
 
-    `order` finds that too; before transfers stand in the graph, the nodes it names are the user's.
+    `order` finds the same errors, but after `cross` they would name copies of the user's nodes.
     """
     toposort(graph.roots, state_edges(graph.nodes))
 
@@ -102,55 +119,57 @@ def check_order(graph: Graph) -> None:
 
 
 def versions(nodes: Iterable[Node]) -> dict[Node, Node]:
-    """For every node that looks at a state: the handle whose values it sees.
+    """Node -> the handle of a state whose values it shows, for states, writes and their views.
 
-    The state itself before any write, else the write (`set_rows`, `cpy`) that made the handle.
+    A handle is the state itself, before any write, or a write (`set_rows`, `cpy`).
     """
-    seen: dict[Node, Node] = {}
+    handles: dict[Node, Node] = {}
     for node in nodes:
         if node.op is state_op or node.op.writes is not None:
-            seen[node] = node
-        elif node.op.view is not None and node.src[0] in seen:
-            seen[node] = seen[node.src[0]]
-    return seen
+            handles[node] = node
+        elif node.op.view is not None and viewed(node) in handles:
+            handles[node] = handles[viewed(node)]
+    return handles
 
 
-def state_writes(nodes: Iterable[Node], seen: dict[Node, Node]) -> dict[Node, Node]:
-    """Handle -> the one write that replaces it."""
+def state_writes(nodes: Iterable[Node], handles: Mapping[Node, Node]) -> dict[Node, Node]:
+    """Handle -> the one write that replaces it.
+
+    handles  as `versions` returns them
+    """
     writes: dict[Node, Node] = {}
     for node in nodes:
         if node.op.writes is None:
             continue
-        target = node.src[node.op.writes]
-        assert target is not None
-        first = writes.setdefault(seen[target], node)
+        handle = handles[written(node)]
+        first = writes.setdefault(handle, node)
         if first is not node:
             raise GraphError(
                 f"{node!r} (at {line_of(node)}) and {first!r} (at {line_of(first)}) write the same "
-                f"handle of {seen[target]!r}: let the second write into what the first returned "
+                f"handle of {handle!r}: let the second write into what the first returned "
                 "(after cpy into a part, into a view of state_of(...) of it)"
             )
     return writes
 
 
 def state_edges(nodes: Iterable[Node]) -> dict[Node, tuple[Node, ...]]:
-    """For each write the readers of the handle it replaces: they run before it."""
+    """Write -> the readers of the handle that it replaces; they run before it."""
     nodes = tuple(nodes)
-    seen = versions(nodes)
-    writes = state_writes(nodes, seen)
-    before: dict[Node, list[Node]] = {}
+    handles = versions(nodes)
+    writes = state_writes(nodes, handles)
+    earlier: dict[Node, list[Node]] = {}
     for node in nodes:
         if node.op.view is not None:
             continue
         for i, source in enumerate(node.src):
-            if source is None or i == node.op.writes or source not in seen:
+            if source is None or i == node.op.writes or source not in handles:
                 continue
-            write = writes.get(seen[source])
+            write = writes.get(handles[source])
             if write is node:
                 raise GraphError(
                     f"{node!r} (at {line_of(node)}) reads the state that it writes; "
                     "copy what it reads with cont first"
                 )
             if write is not None:
-                before.setdefault(write, []).append(node)
-    return {write: tuple(readers) for write, readers in before.items()}
+                earlier.setdefault(write, []).append(node)
+    return {write: tuple(readers) for write, readers in earlier.items()}

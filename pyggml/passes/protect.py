@@ -1,4 +1,4 @@
-"""Outputs that look at states which the run overwrites become copies taken in time."""
+"""Copies outputs that show a state before the run overwrites the state."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pyggml.passes.work import Work
 
 
 def protect(work: Work) -> Work:
-    """The graph in which every output shows what it does where its node stands."""
+    """The graph in which each output keeps the values that it has at its node."""
     graph = work.graph
-    seen = versions(graph.nodes)
-    writes = state_writes(graph.nodes, seen)
-    stale = {key: cont(node) for key, node in graph.outputs.items() if seen.get(node) in writes}
+    handles = versions(graph.nodes)
+    writes = state_writes(graph.nodes, handles)
+    stale = {key: cont(node) for key, node in graph.outputs.items() if handles.get(node) in writes}
     if not stale:
         return work
     return replace(work, graph=Graph({**graph.outputs, **stale}, graph.updates))

@@ -1,4 +1,4 @@
-"""What travels through the passes."""
+"""Work: a graph on its way through the passes, and what they find out about it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pyggml.backends.base import Backend, Spot, Step, WeightLayout
+from pyggml.backends.base import Backend
+from pyggml.backends.step import Spot, Step, WeightLayout
 from pyggml.graph import Graph
 from pyggml.node import Node, labels
 from pyggml.transfer import is_resident
@@ -16,11 +17,13 @@ Pins = tuple[tuple[re.Pattern[str], Backend], ...]
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Steps of one device that run without a look at another.
+    """Consecutive steps on one device that depend on no other device once their copies have
+    arrived.
 
-    copies   what it needs from elsewhere; they run before its steps
-    waits    splits that must be done before this one begins
-    spares   splits that must have made their copies of this device's memory, which this one reuses
+    copies  transfers from other devices, which run before the steps
+    waits   splits that must end before this one begins
+    spares  splits that must have copied what they read from this device, because this split may
+            overwrite it
     """
 
     backend: Backend
@@ -35,8 +38,9 @@ class Arena:
     """The arena of one device.
 
     nbytes      its size
-    live        bytes needed in each step (no packing can do with less than their maximum)
-    score_peak  most bytes alive at once of what the attention budget counts, scratch included
+    live        live bytes in each step; no packing needs less than their maximum
+    score_peak  largest sum of tensors that the attention budget counts, and the scratch of the
+                steps that use them, alive at once
     """
 
     nbytes: int
@@ -46,9 +50,12 @@ class Arena:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where everything stands, and how much of each device's arena is used when.
+    """The address of every tensor, and the arena of each device.
 
-    copied_parts sources of a concat that could not be written into their place
+    spots         in an arena, or in the memory of a leaf
+    scratch_at    offset of each step's scratch in the arena of its device
+    arenas        by device
+    copied_parts  sources of a concat that could not be written in place
     """
 
     spots: Mapping[Node, Spot]
@@ -64,7 +71,7 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class Expanded:
-    """A node that was said in simpler ops: its label and op, on which place, and why."""
+    """A node that its meaning in simpler ops replaced: its label and op, the place, the reason."""
 
     label: str
     op: str
@@ -74,19 +81,23 @@ class Expanded:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A graph on its way to a plan. Every pass returns a new one with its part filled in.
+    """A graph on its way to a plan. Each pass returns a new one with its part filled in.
 
     backends   in order of preference
-    pins       patterns of labels, and where what they match goes; the first match counts
-    settled    where states of the store already are, by name
-    amb        the attention memory budget in bytes, None for no budget
+    pins       label pattern and the backend of what it matches; the first match counts
+    settled    where the store has states, by name
+    amb        the attention memory budget in bytes, or None
     fuse       whether backends may compute several nodes in one step
-    homes      where each node is; views are with what they look at, others on the first backend
-    scores     tensors that the budget counts (those inside loops too)
+    homes      where nodes run. Views are where their base is, other nodes on the first backend
+    expanded   nodes that simpler ops replaced
+    scores     tensors that the budget counts, including those inside loops
     exempt     tensors that it would count if the attention around them could be cut
+    plain      where everything would be without the budget, None if there is none
     order      all nodes in the order in which they run
-    layouts    how weights are kept, by constant (or its transfer)
-    warnings   what the user should hear
+    layouts    how weights are stored, by constant (or its transfer)
+    splits     all steps in order, divided by device
+    placement  where everything is in memory
+    warnings   for the user
     """
 
     graph: Graph
@@ -99,6 +110,7 @@ class Work:
     expanded: tuple[Expanded, ...] = ()
     scores: frozenset[Node] = frozenset()
     exempt: frozenset[Node] = frozenset()
+    plain: Placement | None = None
     order: tuple[Node, ...] = ()
     layouts: Mapping[Node, WeightLayout] = field(default_factory=dict)
     splits: tuple[Split, ...] = ()
@@ -107,35 +119,51 @@ class Work:
 
     @property
     def several(self) -> bool:
-        """Whether there are borders: more than one device."""
+        """Whether the backends use more than one device."""
         return len({backend.device for backend in self.backends}) > 1
 
     @property
     def placed(self) -> Placement:
+        """The placement, after `place` has run."""
         assert self.placement is not None
         return self.placement
 
     @property
     def leaves(self) -> tuple[Node, ...]:
-        """What the store holds: leaves, and leaves given to a further device."""
+        """The nodes whose memory is in the store: leaves, and their copies for further devices."""
         return tuple(node for node in self.order if is_resident(node))
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """All steps in order, copies included."""
+        """All steps in order, including copies."""
         return tuple(step for split in self.splits for step in (*split.copies, *split.steps))
 
     def home(self, node: Node) -> Backend:
-        """The backend on which `node` is made or kept."""
-        found = self.homes.get(node)
-        return found or self.homes.get(node.base) or self.backends[0]
+        """The backend that computes or stores `node`."""
+        home = self.homes.get(node)
+        return home or self.homes.get(node.base) or self.backends[0]
 
     def pinned(self, node: Node) -> Backend | None:
-        """Where the first pin that matches a label of `node` puts it."""
+        """The backend of the first pin that matches a label of `node`."""
         names = labels(node)
         return next((b for p, b in self.pins if any(map(p.search, names))), None)
 
 
 def runs(node: Node) -> bool:
-    """Whether some step computes the node."""
+    """Whether a step computes the node."""
     return not is_resident(node) and node.op.view is None
+
+
+def viewed(view: Node) -> Node:
+    """The source of a view: operand 0, whatever its name."""
+    source = view.src[0]
+    assert source is not None
+    return source
+
+
+def written(write: Node) -> Node:
+    """The operand of a write that it writes into."""
+    assert write.op.writes is not None
+    target = write.src[write.op.writes]
+    assert target is not None
+    return target

@@ -53,7 +53,7 @@ def compile(
     """
     if not isinstance(fuse, bool):
         raise DTypeError(f"fuse= must be True or False, not {fuse!r}")
-    devices, patterns = _places(backends, pins or {})
+    all_places, patterns = _places(backends, pins or {})
     budget = _budget_bytes(amb)
     store = store if store is not None else Store()
     if not isinstance(store, Store):
@@ -63,9 +63,10 @@ def compile(
     note_graph(graph.nodes)
     for text in stale_reads(graph):
         warnings.warn(text, StateWarning, stacklevel=2)
-    work = Work(graph, tuple(place.backend for place in devices), patterns, fuse=fuse)
-    sizes = {place.backend.device: place for place in devices if place.size is not None}
-    request = Request(work, budget, sizes)
+    devices = tuple(place.backend for place in all_places)
+    work = Work(graph, devices, patterns, amb=budget, fuse=fuse)
+    sizes = {place.backend.device: place for place in all_places if place.size is not None}
+    request = Request(work, sizes)
     return Plan(request, request.plan(store, stacklevel=2), store)
 
 

@@ -6,10 +6,14 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from time import perf_counter
+from typing import Any
 
-from pyggml.backends.base import Address, Backend, Buffer, Event, Runner
+from pyggml.backends.base import Backend, Event, Runner
+from pyggml.backends.step import Address, Buffer
 from pyggml.node import Node
+from pyggml.ops.leaf import constant_op, data_of
 from pyggml.passes.work import Split, Work
+from pyggml.quants import decode_rows
 from pyggml.runtime.inputs import Bound, same_memory
 from pyggml.runtime.store import Arena
 from pyggml.transfer import origin
@@ -66,6 +70,20 @@ class Execution:
                 for device, buffer in self.arenas.items()
             )
         )
+
+    def copy(self, node: Node) -> Any:
+        """A copy of an output for the caller; bf16 and block types as f32."""
+        if node.op is constant_op:  # on the device it may have another layout
+            rows = data_of(node).copy()
+        else:
+            rows = self.work.home(node).download(self.at[node], node.spec)
+        return decode_rows(node.dtype, rows) if node.dtype.numpy is None else rows
+
+    def view(self, node: Node) -> Any:
+        """A view of an output's memory, as it is stored."""
+        if node.op is constant_op:
+            return data_of(node).view()
+        return self.work.home(node).view(self.at[node], node.spec)
 
     def settle(self) -> None:
         """Wait until all queues are empty, including what bind put there."""

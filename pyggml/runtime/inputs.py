@@ -10,7 +10,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml.backends.base import Address, Backend, Buffer, Given
+from pyggml.backends.base import Backend, Given
+from pyggml.backends.step import Address, Buffer
 from pyggml.dtypes import TYPES
 from pyggml.errors import DTypeError, GraphError, ShapeError, UnknownNameError
 from pyggml.node import Node

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from pyggml.backends.base import Address, Backend, WeightLayout
+from pyggml.backends.base import Backend
+from pyggml.backends.step import Address, WeightLayout
 from pyggml.node import Node
 from pyggml.ops.leaf import constant_op, data_of, state_op
 from pyggml.spec import Spec

@@ -77,10 +77,9 @@ class Memory:
     peak_live: int
 
     @staticmethod
-    def of(work: Work, plain: Work, needs: Sequence[Need], sizes: Mapping[str, Place]) -> Memory:
+    def of(work: Work, needs: Sequence[Need], sizes: Mapping[str, Place]) -> Memory:
         """The memory of `work`.
 
-        plain  the same graph planned without a budget
         needs  the plan's leaves
         sizes  places with a size, by device
         """
@@ -91,8 +90,8 @@ class Memory:
             if not (arena.nbytes or device in used or device == work.backends[0].device):
                 continue
             row = _row(work, device, [need for need in needs if need.backend.device == device])
-            peak = plain.placed.arenas[device].score_peak
-            row = replace(row, score_peak_plain=peak)
+            if work.plain is not None:
+                row = replace(row, score_peak_plain=work.plain.arenas[device].score_peak)
             if (place := sizes.get(device)) is not None:
                 row = replace(row, size=place.size, size_text=place.size_text)
             rows.append(row)

@@ -20,6 +20,7 @@ from pyggml.ops.copy import set_rows
 from pyggml.ops.leaf import input_op
 from pyggml.ops.views import view_op
 from pyggml.passes.order import versions
+from pyggml.passes.work import written
 from pyggml.writes import Write, writes_of
 
 # -- checks of the graph --------------------------------------------------------------------------
@@ -28,7 +29,7 @@ from pyggml.writes import Write, writes_of
 def stale_reads(graph: Graph) -> Iterator[str]:
     """A warning for each state handle that is read where a write the user built is missed."""
     seen = versions(graph.nodes)
-    replaced = {seen[_target(node)]: node for node in graph.nodes if node.op.writes is not None}
+    replaced = {seen[written(node)]: node for node in graph.nodes if node.op.writes is not None}
     for handle, readers in _readers(graph, seen).items():
         state, write = label_of(handle.root), replaced.get(handle)
         if write is None:
@@ -96,12 +97,6 @@ def _users(graph: Graph, node: Node) -> Iterator[Node]:
                 yield user
             else:
                 nodes.append(user)
-
-
-def _target(write: Node) -> Node:
-    target = write.src[write.op.writes or 0]
-    assert target is not None
-    return target
 
 
 def _at(node: Node) -> str:

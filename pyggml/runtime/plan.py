@@ -9,13 +9,12 @@ from statistics import median
 from time import perf_counter
 from typing import Any, TypeVar
 
-from pyggml.backends.base import Address, Runner, Step
+from pyggml.backends.base import Runner
+from pyggml.backends.step import Address, Step
 from pyggml.errors import DeviceError, DTypeError, OutOfMemoryError
 from pyggml.graph import Graph
 from pyggml.node import Node
-from pyggml.ops.leaf import constant_op, data_of
 from pyggml.passes.work import Split, Work
-from pyggml.quants import decode_rows
 from pyggml.runtime.execution import Execution, addresses
 from pyggml.runtime.inputs import Bound, Ready, together
 from pyggml.runtime.leaves import Progress
@@ -155,20 +154,11 @@ class Plan:
 
     def _executable(self, planned: Planned, bound: Bound, progress: Progress | None) -> Execution:
         """An execution over the store's memory, all of it allocated and filled."""
-        work = planned.work
-        used = {need.backend.device for need in planned.needs} | {
-            split.backend.device for split in work.splits
-        }
-        by_device = {backend.device: backend for backend in work.backends}
-        sizes = {
-            backend: work.placed.arenas[device].nbytes
-            for device, backend in by_device.items()
-            if device in used
-        }
+        work, sizes = planned.work, planned.arena_sizes()
         bound_at = planned.inputs.addresses(bound)
         try:
             leaves = self.store.reserve(planned.needs, sizes, bound_at, progress)
-            arenas = {device: self.store.arenas[device].buffer for device in used}
+            arenas = {b.device: self.store.arenas[b.device].buffer for b in sizes}
             execution = Execution(work, addresses(work, leaves, arenas), arenas, bound)
             execution.settle()  # another device may read memory that is still being filled
         except OutOfMemoryError as error:
@@ -193,14 +183,14 @@ class Plan:
         device that is missing, has failed, or was given a size; OutOfMemoryError when the first run
         binds; IdError for ids past the end, on the host (on a GPU see `get_rows`).
         """
-        return self._run(inputs, named, 1, self._copy)
+        return self._run(inputs, named, 1, Execution.copy)
 
     def repeat(self, n: int, inputs: Arrays = None, /, **named: object) -> dict[str, Any]:
         """Run `n` times without returning to the host in between; copies of the last outputs.
 
         Inputs are uploaded once, so runs differ only by states. Errors as for `run`.
         """
-        return self._run(inputs, named, _count("repeat(n)", n), self._copy)
+        return self._run(inputs, named, _count("repeat(n)", n), Execution.copy)
 
     def views(self, inputs: Arrays = None, /, **named: object) -> dict[str, Any]:
         """Like `run`, but return views of the outputs' memory, without copies.
@@ -209,7 +199,7 @@ class Plan:
         arrays, on a GPU objects that CuPy and PyTorch read. They show stored values: raw rows for
         bf16 and block types.
         """
-        return self._run(inputs, named, 1, self._view)
+        return self._run(inputs, named, 1, Execution.view)
 
     def _run(
         self,
@@ -243,18 +233,6 @@ class Plan:
 
     def _give(self, ready: Ready, execution: Execution) -> None:
         self._planned.inputs.put(ready, self._bound, execution.at)
-
-    def _copy(self, execution: Execution, node: Node) -> Any:
-        if node.op is constant_op:  # on the device it may have another layout
-            rows = data_of(node).copy()
-        else:
-            rows = execution.work.home(node).download(execution.at[node], node.spec)
-        return decode_rows(node.dtype, rows) if node.dtype.numpy is None else rows
-
-    def _view(self, execution: Execution, node: Node) -> Any:
-        if node.op is constant_op:
-            return data_of(node).view()
-        return execution.work.home(node).view(execution.at[node], node.spec)
 
     # -- times --------------------------------------------------------------------------------
 

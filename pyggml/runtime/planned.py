@@ -28,6 +28,14 @@ class Planned:
     memory: Memory
     inputs: Inputs
 
+    def arena_sizes(self) -> dict[Backend, int]:
+        """The bytes of the arena of each device that the plan uses."""
+        used = {need.backend.device for need in self.needs}
+        used |= {split.backend.device for split in self.work.splits}
+        arenas = self.work.placed.arenas
+        by_device = {backend.device: backend for backend in self.work.backends}
+        return {b: arenas[device].nbytes for device, b in by_device.items() if device in used}
+
     def fits(self, store: Store) -> bool:
         """Whether each state that the store already has is where the plan reads it."""
         homes = store.homes
@@ -42,29 +50,25 @@ class Planned:
 class Request:
     """The arguments of compile, before a store decides where states are.
 
-    work   the graph, its places and pins
-    amb    the attention memory budget in bytes, or None
+    work   the graph, its places, pins and budget
     sizes  places with a size, which are for planning only, by device
     """
 
     work: Work
-    amb: int | None
     sizes: Mapping[str, Place]
 
     def plan(self, store: Store, stacklevel: int) -> Planned:
         """Plan the graph, with states where the store has them. Does not change the store."""
         begin = replace(self.work, settled=_settled(self.work, store))
-        plain = work = passes.run(begin)
-        if self.amb is not None:
-            work = passes.run(replace(begin, amb=self.amb))
-            for text in work.warnings:
-                warnings.warn(text, stacklevel=stacklevel + 1)
+        work = passes.run(begin)
+        for text in work.warnings:
+            warnings.warn(text, stacklevel=stacklevel + 1)
         store.check(work.leaves)
         needs = tuple(Need(n, work.home(n), work.layouts.get(n)) for n in work.leaves)
         return Planned(
             work,
             needs,
-            Memory.of(work, plain, needs, self.sizes),
+            Memory.of(work, needs, self.sizes),
             Inputs(needs, limits(self.work.graph)),
         )
 

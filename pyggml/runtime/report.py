@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from pyggml.backends.base import Step
+from pyggml.backends.step import Step
 from pyggml.node import Node, labels
 from pyggml.operation import cost_of
 from pyggml.passes.work import Split, Work

@@ -20,7 +20,8 @@ from weakref import WeakSet
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pyggml.backends.base import Address, Backend, Buffer
+from pyggml.backends.base import Backend
+from pyggml.backends.step import Address, Buffer
 from pyggml.errors import GraphError, OutOfMemoryError, UnknownNameError
 from pyggml.node import Node
 from pyggml.ops.leaf import constant_op, data_of, state_op

@@ -1,6 +1,6 @@
 """Small attentions of every kind, with values for their leaves.
 
-What the budget must count carries the label "counted": the tracer knows it by that alone.
+Tensors that the budget must count have the label "counted": the tracer knows nothing else of them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def counted(node: Node) -> Node:
 
 @dataclass
 class Leaves:
-    """Makes leaves and remembers values for them; `prefix` keeps layers apart."""
+    """Leaves and their values. `prefix` makes their names unique to a layer."""
 
     seed: int = 0
     prefix: str = ""
@@ -51,7 +51,7 @@ class Leaves:
         return gg.state(label, dtype, ne=ne)
 
     def mask(self, *ne: int, type: str = "f16") -> Node:
-        """Distances and holes; the first row has no key at all."""
+        """Distances, and hidden keys at random; the first row sees no key."""
         values = -self.rng.integers(0, 9, ne[::-1]).astype(np.float32)
         values[self.rng.random(values.shape) < 0.4] = -np.inf
         values[..., 0, :] = -np.inf
@@ -60,12 +60,12 @@ class Leaves:
 
 @dataclass(frozen=True)
 class Scores:
-    """An attention that writes its scores down.
+    """An attention that stores its scores.
 
-    ratio   heads of q for one of k;  streams  ne3;  stream_ratio  streams for one of k and v
+    ratio   heads of q per head of k;  streams  ne3;  stream_ratio  streams per stream of k and v
     mask    (m2, m3), or None;  mask_type  f16 or f32;  spare  rows of the mask past n_q
-    form    what lies between the product and the softmax, and after it
-    key, value  where K and V come from
+    form    the ops between the product and the softmax, and after it
+    key, value  the sources of K and V
     """
 
     heads: int = 4
@@ -101,11 +101,11 @@ class Scores:
     def _product(self, at: Leaves, k: Node, q: Node) -> tuple[Node, Any]:
         same = lambda soft: soft  # noqa: E731
         sizes = (self.n_kv, self.n_q, self.heads, self.streams)
-        if self.form == "decode":  # all heads are rows of one product; back and forth
+        if self.form == "decode":  # all heads are rows of one product
             turn = lambda x: gg.permute(x, axes=(0, 2, 1, 3))  # noqa: E731
             kq = counted(gg.mul_mat(k, turn(q)))
             return counted(gg.cont(turn(kq))), turn
-        if self.form == "window":  # q has heads before and after; the scores are a view
+        if self.form == "window":  # the product has more heads; the scores are a view of it
             more = at.input("more", *q.ne[:2], k.ne[2], self.streams)
             wide = gg.concat(gg.concat(more, q, dim=2), more, dim=2)
             kq = counted(gg.mul_mat(k, wide))
@@ -117,7 +117,7 @@ class Scores:
             bias = at.input("bias", self.n_kv, self.n_q, 1, 1)
             slow = at.input("slow", 1, 1, self.heads, 1)
             return counted(gg.add(counted(gg.add(kq, bias)), slow)), same
-        if self.form == "cap":  # to f16 would round: what fell on either side would show
+        if self.form == "cap":  # a cast to f16 would round, and show another order of sums
             capped = counted(gg.tanh(counted(gg.scale(kq, s=0.1))))
             return counted(gg.scale(capped, s=10.0)), lambda soft: counted(
                 gg.cast(soft, dtype="f32")
@@ -148,8 +148,8 @@ class Scores:
 class Latent:
     """Flash attention over keys and values expanded from a latent cache.
 
-    ratio     heads of q for one of k
-    exact     whole numbers small enough that no sum is rounded: a test of f16 can be sharp
+    ratio     heads of q per head of k
+    exact     small whole numbers: no sum is rounded, so f16 results must be equal
     type      of the expanded K and V
     """
 
@@ -197,10 +197,10 @@ class Latent:
             sinks = at.input("sinks", self.heads)
         if self.kv_len:
             length = at.input("len", 1, dtype="i32", values=np.array([self.kv_len], np.int32))
-        made = gg.flash_attn_ext(
+        out = gg.flash_attn_ext(
             q, k, v, mask, sinks, length, scale=0.05, max_bias=self.max_bias, lse=self.lse
         )
-        return gg.label(made, "out")
+        return gg.label(out, "out")
 
     def _cast(self, x: Node) -> Node:
         return x if x.dtype.name == self.type else counted(gg.cast(x, dtype=self.type))
@@ -227,8 +227,8 @@ class Latent:
             parts = []
             for label, d in (("w_k", nope), ("w_v", d_v)):
                 w = self._weight(at, label, d * h)
-                made = gg.mul_mat(gg.reshape(w, ne=(self.rank, d, h)), self._wide(latent))
-                parts.append(self._cast(counted(made)))
+                wide = gg.mul_mat(gg.reshape(w, ne=(self.rank, d, h)), self._wide(latent))
+                parts.append(self._cast(counted(wide)))
             return parts[0], parts[1]
         w = self._weight(at, "w", (nope + d_v) * h)
         kv = gg.reshape(counted(gg.mul_mat(w, self._wide(latent))), ne=(nope + d_v, h, self.n_kv))

@@ -1,4 +1,4 @@
-"""The comparison that every budget test makes."""
+"""What every budget test compares: values, peaks and refusals."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pyggml.node import Node
 MIB = 2**20
 
 
-def error(found: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> float:
-    """Relative error; equal infinities (log-sum-exp of rows without keys) are no error."""
-    same = found == wanted
-    a, b = (np.where(same & ~np.isfinite(wanted), 0, x).astype(np.float64) for x in (found, wanted))
+def error(result: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
+    """The relative error. Equal infinities (log-sum-exp of rows without keys) do not count."""
+    same = (result == expected) & ~np.isfinite(expected)
+    a, b = (np.where(same, 0, x).astype(np.float64) for x in (result, expected))
     return float(np.linalg.norm(a - b) / (np.linalg.norm(b) or 1.0))
 
 
@@ -28,32 +28,37 @@ def loops(plan: gg.Plan) -> list[Loop]:
 
 
 def counts(plan: gg.Plan) -> list[tuple[int, ...]]:
-    """For each loop the number of pieces along its dimensions."""
+    """The number of pieces along each dimension, for each loop."""
     return [tuple(dim.count for dim in loop.dims) for loop in loops(plan)]
 
 
+def pieces(plan: gg.Plan) -> int:
+    """The pieces of all loops together."""
+    return sum(int(np.prod(count)) for count in counts(plan))
+
+
 def least_of(outputs: dict[str, Node]) -> int:
-    """The least budget in bytes, as the refusal of a tiny one names it."""
-    with pytest.raises(gg.BudgetError) as refused:
+    """The least budget in bytes, from the error for a tiny one."""
+    with pytest.raises(gg.BudgetError) as refusal:
         gg.compile(outputs, amb=1e-9)
-    least = refused.value.least * MIB
+    least = refusal.value.least * MIB
     assert least == int(least)
-    assert repr(refused.value.least) in str(refused.value)
+    assert repr(refusal.value.least) in str(refusal.value)
     return int(least)
 
 
 def compiled(outputs: dict[str, Node], amb: int) -> gg.Plan:
-    """Compiled for a budget of so many bytes."""
+    """The plan for a budget in bytes."""
     return gg.compile(outputs, amb=amb / MIB)
 
 
-#: Relative error that another order of f32 sums makes: 5e-7 in most graphs, 1.4e-6 in one, where
-#: scores of 30 are sums of 48 products. A piece out of place makes 1e-2 and more.
+#: Relative error from another order of f32 sums: 5e-7 in most graphs, 1.4e-6 in one whose scores of
+#: 30 are sums of 48 products. A piece in the wrong place causes 1e-2 and more.
 ORDER = 3e-6
 
 
 class Case:
-    """An attention, its whole result, and plans of it under budgets."""
+    """An attention, its result without a budget, and its plans under budgets."""
 
     def __init__(self, what: Scores | Latent, seed: int = 0) -> None:
         self.at = Leaves(seed)
@@ -61,27 +66,67 @@ class Case:
         whole = gg.compile(self.outputs)
         self.need, out = measured_peak(whole, self.at)
         assert self.need == whole.memory.score_peak == whole.memory.score_peak_plain
-        self.wanted = out["y"]
-        assert np.isfinite(np.where(self.wanted == -np.inf, 0, self.wanted)).all()
+        self.expected = out["y"]
+        assert np.isfinite(np.where(self.expected == -np.inf, 0, self.expected)).all()
 
     def check(self, amb: int) -> gg.Plan:
-        """Right numbers, within the budget by address, reported as measured."""
+        """Check values, and by addresses that the plan fits and reports what it needs."""
         plan = compiled(self.outputs, amb)
         peak, out = measured_peak(plan, self.at)
         assert peak <= amb
         assert peak == plan.memory.score_peak
         assert plan.memory.score_peak_plain == self.need
-        assert error(out["y"], self.wanted) <= ORDER, (amb, [str(x) for x in loops(plan)])
+        assert error(out["y"], self.expected) <= ORDER, (amb, [str(x) for x in loops(plan)])
         return plan
 
     def check_all(self) -> None:
-        """Need, just below it, thirds, a bit above the least, the least; below it a refusal."""
+        """Check budgets from what the graph needs to the least, and a refusal below it."""
         least = least_of(self.outputs)
         assert least <= self.need
         assert not loops(self.check(self.need))
         for amb in {self.need - 1, least + (self.need - least) // 3, least + 600, least}:
             if least <= amb < self.need:
                 assert loops(self.check(amb))
-        with pytest.raises(gg.BudgetError) as refused:
+        with pytest.raises(gg.BudgetError) as refusal:
             compiled(self.outputs, least - 1)
-        assert refused.value.least * MIB == least
+        assert refusal.value.least * MIB == least
+
+
+# -- several attentions -----------------------------------------------------------------------
+
+
+def layers(*attentions: Scores | Latent) -> tuple[dict[str, Node], Leaves]:
+    """Attentions that run one after another; the output is the sum of their squared results."""
+    at = Leaves()
+    total = None
+    for i, attention in enumerate(attentions):
+        at.prefix = f"l{i}."
+        result = gg.sum_rows(gg.sqr(flat(attention.build(at))))
+        total = result if total is None else gg.add(total, result)
+    assert total is not None
+    return {"y": total}, at
+
+
+def flat(node: Node) -> Node:
+    return gg.reshape(node, ne=(node.spec.elements,))
+
+
+def check_together(outputs: dict[str, Node], at: Leaves, parts: int = 6) -> list[gg.Plan]:
+    """Check budgets from the least to what the graph needs, and a refusal below the least."""
+    whole = gg.compile(outputs)
+    need, expected = measured_peak(whole, at)
+    assert need == whole.memory.score_peak
+    least = least_of(outputs)
+    plans = []
+    for amb in [*range(least, need, max(1, (need - least) // parts)), need]:
+        plan = compiled(outputs, amb)
+        peak, out = measured_peak(plan, at)
+        assert peak == plan.memory.score_peak <= amb
+        for key, value in expected.items():
+            assert error(out[key], value) <= 1e-6
+        plans.append(plan)
+    with pytest.raises(gg.BudgetError) as refusal:
+        compiled(outputs, least - 1)
+    assert refusal.value.least * MIB == least
+    assert not loops(plans[-1])
+    return plans

@@ -1,8 +1,8 @@
-"""Keys and values expanded from a latent cache for flash attention, under every budget.
+"""Flash attention over keys and values that are expanded from a latent cache.
 
-A BLAS product of a block of another size may sum in another order. In f32 that is a few 1e-6;
-rounded to f16 a last bit may turn over, which is no error of the loop. So random values are tested
-with f32 expansions, and f16 with whole numbers, whose sums no order rounds.
+BLAS may sum a product of a smaller block in another order. In f32 the difference is a few 1e-6; a
+result rounded to f16 may differ in its last bit, which is not an error of the loop. So tests use
+random values with f32 expansions, and whole numbers, whose sums are exact in any order, with f16.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ FULL = dict(sinks=True, mask="random", max_bias=8.0)
 @pytest.mark.parametrize("cache", ["f16", "q8_0"])
 @pytest.mark.parametrize("type", ["f32", "f16"])
 def test_groups_of_heads_then_blocks_of_keys(cache: str, type: str, split: bool) -> None:
-    """A middling budget cuts heads; the least cuts keys. kv_len and sinks keep their meaning."""
+    """A larger budget cuts heads, the least cuts keys. kv_len and sinks keep their meaning."""
     what = Latent(
         7, 9, 499, cache, type, split, type == "f16", heads_mask=7, kv_len=300, **FULL
     )  # fmt: skip
@@ -72,7 +72,7 @@ def test_groups_of_heads_then_blocks_of_keys(cache: str, type: str, split: bool)
 
 
 def test_heads_and_keys_are_cut_at_once() -> None:
-    """Both shifts of one node (its first head, its first key) count, in every one of its blocks."""
+    """Every block applies both shifts of a node: that of its first head and of its first key."""
     case = Case(Latent(7, 9, 256, nope=32, rope=32, kv_len=100, heads_mask=7, **FULL))
     plan = case.check(least_of(case.outputs))
     (loop,) = loops(plan)
@@ -91,42 +91,42 @@ def test_blocks_are_no_smaller_than_32_keys(n_kv: int) -> None:
 
 @pytest.mark.parametrize("heads", [2, 7])
 def test_the_scratch_of_heads_that_share_one_expansion_counts(heads: int) -> None:
-    """K and V of one head are made before the loop; the attention that reads them is inside."""
+    """K and V of one head are computed before the loop, the attention that reads them inside."""
     case = Case(Latent(heads, 9, 31, ratio=heads))
     plan = case.check(least_of(case.outputs))
     assert loops(plan)[0].fill == (1,)
 
 
 def test_keys_in_blocks_of_a_block_type() -> None:
-    """Heads side by side in a row of q8_0 can only be cut where they are read."""
+    """Heads next to each other in a row of q8_0 can only be cut where they are read."""
     at, heads, n_kv = Leaves(), 6, 97
     cache = at.state("cache", 32, n_kv)
-    made = []
+    sides = []
     for label in ("w_k", "w_v"):
         wide = counted(gg.mul_mat(gg.constant(at.normal((32, 64 * heads)), name=label), cache))
         packed = counted(gg.cast(wide, dtype="q8_0"))
-        made.append(gg.permute(gg.reshape(packed, ne=(64, heads, n_kv)), axes=(0, 2, 1, 3)))
-    y = {"y": gg.flash_attn_ext(at.input("q", 64, 9, heads), *made, scale=0.01)}
-    wanted = run(gg.compile(y), at)["y"]
+        sides.append(gg.permute(gg.reshape(packed, ne=(64, heads, n_kv)), axes=(0, 2, 1, 3)))
+    y = {"y": gg.flash_attn_ext(at.input("q", 64, 9, heads), *sides, scale=0.01)}
+    expected = run(gg.compile(y), at)["y"]
     need, fills = gg.compile(y).memory.score_peak, set()
     for amb in range(least_of(y), need, need // 20):
         plan = compiled(y, amb)
         peak, out = measured_peak(plan, at)
         assert peak == plan.memory.score_peak <= amb
-        assert error(out["y"], wanted) <= 1e-6
+        assert error(out["y"], expected) <= 1e-6
         fills.add(loops(plan)[0].fill)
     assert (1,) in fills
 
 
 def test_a_dead_row_stays_dead() -> None:
-    """A row whose keys are hidden in every block: 0, and -inf as its log-sum-exp."""
+    """A row whose keys are hidden in every block gives 0, and -inf as its log-sum-exp."""
     case = Case(Latent(2, 3, 97, mask="random", lse=True))
-    assert (case.wanted[0, :, -1] == -np.inf).all()
+    assert (case.expected[0, :, -1] == -np.inf).all()
     case.check(least_of(case.outputs))
 
 
 def test_sinks_count_once() -> None:
-    """With sinks in every block the weights of keys would shrink: seen against 64 blocks."""
+    """Sinks in each of 64 blocks would make the weights of keys clearly smaller."""
     case = Case(Latent(2, 3, 2048, sinks=True))
     plan = case.check(least_of(case.outputs))
     assert counts(plan)[0][-1] == 64

@@ -1,4 +1,4 @@
-"""What budgets are legal, where whole ends and where refusal begins."""
+"""Which budgets are legal, which cut an attention, and which are refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KINDS = [Scores(6, 2, 9, 61, mask=(3, 1)), Latent(4, 9, 211, cache="f16")]
 
 
 @pytest.mark.parametrize("what", KINDS)
-def test_the_need_leaves_the_graph_whole_and_a_byte_less_does_not(what: Any) -> None:
+def test_what_the_graph_needs_leaves_it_whole_and_a_byte_less_does_not(what: Any) -> None:
     case = Case(what)
     whole = compiled(case.outputs, case.need)
     assert not loops(whole)
@@ -31,34 +31,34 @@ def test_the_need_leaves_the_graph_whole_and_a_byte_less_does_not(what: Any) -> 
 
 
 @pytest.mark.parametrize("what", KINDS)
-def test_refusal_names_the_least_budget_that_works(what: Any) -> None:
+def test_a_refusal_names_the_least_budget_that_works(what: Any) -> None:
     case = Case(what)
     least = least_of(case.outputs)
     case.check(least)
     for amb in (least - 1, least // 2, 1):
-        with pytest.raises(gg.BudgetError, match=f"{least} bytes") as refused:
+        with pytest.raises(gg.BudgetError, match=f"{least} bytes") as refusal:
             compiled(case.outputs, amb)
-        assert refused.value.least == least / MIB
-        assert isinstance(refused.value, MemoryError)
+        assert refusal.value.least == least / MIB
+        assert isinstance(refusal.value, MemoryError)
 
 
 @pytest.mark.parametrize("amb", [0, -1, 0.0, -0.5, float("nan"), float("inf"), -float("inf")])
-def test_budgets_that_are_no_amount_are_refused(amb: float) -> None:
+def test_budgets_that_are_not_above_zero_and_finite_are_refused(amb: float) -> None:
     with pytest.raises(gg.PyggmlError, match="amb="):
         gg.compile({"y": KINDS[0].build(Leaves())}, amb=amb)
 
 
 @pytest.mark.parametrize("amb", [True, False, "64", b"1", [64], np.True_, 1j])
-def test_budgets_that_are_no_number_are_refused(amb: Any) -> None:
+def test_budgets_that_are_not_numbers_are_refused(amb: Any) -> None:
     with pytest.raises(gg.PyggmlError, match="amb="):
         gg.compile({"y": KINDS[0].build(Leaves())}, amb=amb)
 
 
-@pytest.mark.parametrize("made", [np.float64, np.float32, Fraction, float])
-def test_fractions_of_a_mib_of_any_number_type(made: Any) -> None:
+@pytest.mark.parametrize("number", [np.float64, np.float32, Fraction, float])
+def test_fractions_of_a_mib_of_any_number_type(number: Any) -> None:
     case = Case(KINDS[0])
     amb = Fraction(case.need - 8, MIB)
-    plan = gg.compile(case.outputs, amb=made(amb))
+    plan = gg.compile(case.outputs, amb=number(amb))
     assert plan.memory.amb == amb * MIB
     assert loops(plan)
 
@@ -72,13 +72,13 @@ def test_none_is_no_budget() -> None:
 
 
 def _need(work: Work, steps: tuple[tuple[Any, int], ...]) -> int | None:
-    """What the one region of a graph needs when it is cut so."""
+    """What the only attention of a graph needs, cut like this."""
     (region,) = regions(work.graph)
-    made = cut(region, steps)
-    if made is None:
+    loop = cut(region, steps)
+    if loop is None:
         return None
-    graph = Graph({"y": made.node})
-    done = passes.finish(Work(graph, work.backends, scores=made.counted))
+    graph = Graph({"y": loop.node})
+    done = passes.finish(Work(graph, work.backends, scores=loop.counted))
     return done.placed.score_peak
 
 
@@ -93,7 +93,7 @@ def _need(work: Work, steps: tuple[tuple[Any, int], ...]) -> int | None:
     ],
 )
 def test_the_fewest_pieces_that_fit_and_no_smaller_least(what: Scores) -> None:
-    """Against every grid of pieces: groups of heads first, rows only for single heads."""
+    """Compared with every way to cut: groups of heads first, rows only for single heads."""
     case = Case(what)
     work = Work(gg.compile(case.outputs).graph, (backends.get("numpy"),))
     (region,) = regions(work.graph)
@@ -109,17 +109,17 @@ def test_the_fewest_pieces_that_fit_and_no_smaller_least(what: Scores) -> None:
     assert least == min(sizes.values())
     for amb in np.linspace(least, case.need - 1, 9).astype(int):
         (loop,) = loops(compiled(case.outputs, int(amb)))
-        found = tuple(dim.count for dim in loop.dims)
+        division = tuple(dim.count for dim in loop.dims)
         pieces = [
             tuple(-(-region.extent(axis) // n) for axis, n in steps)
             for steps, need in sizes.items()
             if need <= amb
         ]
-        assert found == min(pieces, key=lambda p: (len(p), p)), (amb, pieces)
+        assert division == min(pieces, key=lambda p: (len(p), p)), (amb, pieces)
 
 
 def test_pieces_are_even() -> None:
-    """13 heads in three pieces are 5 + 4 + 4 or the like, never 6 + 6 + 1."""
+    """13 heads in three pieces are 5 + 4 + 4, never 6 + 6 + 1."""
     case = Case(Scores(13, 1, 9, 97))
     least = least_of(case.outputs)
     for amb in range(least, case.need, (case.need - least) // 12):

@@ -1,4 +1,4 @@
-"""Attentions that write their scores down, under every budget."""
+"""Attentions that store their scores, under every budget."""
 
 from __future__ import annotations
 
@@ -78,11 +78,11 @@ def test_128_heads(ratio: int) -> None:
     ],
 )  # fmt: skip
 def test_every_dimension_is_cut(what: Scores, axes: int) -> None:
-    """Three pieces of the first dimension; and the least: as many dimensions as expected."""
+    """Three pieces of the first dimension, and as many dimensions as expected for the least."""
     case = Case(what)
     least = low = least_of(case.outputs)
     high = case.need
-    while high - low > 1:  # the largest budget that asks for three pieces
+    while high - low > 1:  # the largest budget that takes three pieces
         middle = (low + high) // 2
         many = counts(compiled(case.outputs, middle))[0][0] >= 3
         low, high = (middle, high) if many else (low, middle)
@@ -94,19 +94,19 @@ def test_every_dimension_is_cut(what: Scores, axes: int) -> None:
 
 @pytest.mark.parametrize(("heads", "ratio"), [(6, 2), (6, 3), (12, 4)])
 def test_a_view_of_heads_stays_with_its_keys(heads: int, ratio: int) -> None:
-    """Scores of some heads, from the first of a group of K and from one that is not."""
+    """Scores of some heads, which start at the first head of a group of K or inside a group."""
     at = Leaves()
     q, k = at.input("q", 8, 9, heads), at.input("k", 8, 37, heads // ratio)
-    v, made = at.input("v", 37, 8), []
+    v, results = at.input("v", 37, 8), []
     for start in (0, 1):
         kq = counted(gg.scale(counted(gg.mul_mat(k, q)), s=0.1 + start))
         seen = gg.view(kq, ne=(37, 9, heads - 2), start=(0, 0, start))
-        made.append(gg.mul_mat(v, counted(gg.soft_max_ext(seen))))
-    y = {"y": gg.add(made[0], made[1])}
-    wanted = run(gg.compile(y), at)["y"]
+        results.append(gg.mul_mat(v, counted(gg.soft_max_ext(seen))))
+    y = {"y": gg.add(*results)}
+    expected = run(gg.compile(y), at)["y"]
     need, least = gg.compile(y).memory.score_peak, least_of(y)
     for amb in range(least, need, (need - least) // 9):
         plan = compiled(y, amb)
         peak, out = measured_peak(plan, at)
         assert peak == plan.memory.score_peak <= amb
-        assert error(out["y"], wanted) <= 1e-6
+        assert error(out["y"], expected) <= 1e-6

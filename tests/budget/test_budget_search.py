@@ -1,5 +1,5 @@
-"""Graphs of several attentions: the fewest pieces that fit, never more with more memory, and the
-least budget that a refusal names is the least that compiles."""
+"""Graphs of several attentions: the fewest pieces that fit, never more pieces with more memory, and
+the least budget that a refusal names is the least that compiles."""
 
 from __future__ import annotations
 
@@ -8,21 +8,16 @@ import random
 import numpy as np
 import pytest
 from attentions import Leaves, run
-from checks import MIB, ORDER, compiled, counts, error, least_of, loops
+from checks import MIB, ORDER, compiled, counts, error, least_of, loops, pieces
 
 import pyggml as gg
 from pyggml.node import Node
-
-
-def pieces(plan: gg.Plan) -> int:
-    return sum(int(np.prod(count)) for count in counts(plan))
-
 
 KINDS = ("plain", "copy", "q8_0", "cast", "scaled", "expanded", "flash", "flash f16")
 
 
 def attention(at: Leaves, rng: random.Random, q: Node, kind: str) -> Node:
-    """One of many forms over caches of its own; the result has the size of q [d, rows, heads]."""
+    """An attention with its own caches; the result has the size of q [d, rows, heads]."""
     d, _, heads, _ = q.ne
     n_kv, n_head_kv = rng.choice([31, 64, 97, 200]), rng.choice([1, heads])
     if kind == "expanded":  # keys and values from a latent row
@@ -65,24 +60,24 @@ def check(outputs: dict[str, Node], at: Leaves, seed: int = 0, budgets: int = 8)
     need = whole.memory.score_peak
     if not need:
         return
-    want = run(whole, at)["y"]
+    expected = run(whole, at)["y"]
     least = least_of(outputs)
     for amb in {least - 1, *(int(least * share) for share in (0.98, 0.9, 0.6))}:
-        with pytest.raises(gg.BudgetError) as refused:
+        with pytest.raises(gg.BudgetError) as refusal:
             compiled(outputs, amb)
-        assert refused.value.least * MIB == least
+        assert refusal.value.least * MIB == least
     most = None
     for amb in sorted({least, need, *(rng.randint(least, need) for _ in range(budgets))}):
         plan = compiled(outputs, amb)
         assert plan.memory.score_peak <= amb
-        assert error(run(plan, at)["y"], want) <= ORDER
+        assert error(run(plan, at)["y"], expected) <= ORDER
         assert most is None or pieces(plan) <= most, (amb, counts(plan))
         most = pieces(plan)
     assert most == 0
 
 
-#: 13, 42 and 60: the peak is not least with the smallest pieces. The others: where attentions that
-#: fit alone do not fit together, the smallest pieces are far too many.
+#: In 13, 42 and 60 the smallest pieces do not have the least peak. In the others attentions fit
+#: alone but not together, and the smallest pieces would be far too many.
 @pytest.mark.parametrize("seed", [4, 13, 42, 56, 60, 82, 110, 113, *range(200, 208)])
 def test_the_fewest_pieces_and_the_least_budget(seed: int) -> None:
     outputs, at = graph(seed)
@@ -91,7 +86,7 @@ def test_the_fewest_pieces_and_the_least_budget(seed: int) -> None:
 
 @pytest.mark.parametrize("cast", [False, True])
 def test_an_attention_that_is_the_score_of_another(cast: bool) -> None:
-    """Its result goes into a second softmax and a product: the two regions share nodes."""
+    """Its result goes into a second softmax and a product."""
     at = Leaves()
     k, v = at.state("k", 8, 64, 2), at.state("v", 8, 64, 2, dtype="f16" if cast else "f32")
     v = gg.cont(gg.transpose(gg.cast(v, dtype="f32") if cast else v))
@@ -102,7 +97,7 @@ def test_an_attention_that_is_the_score_of_another(cast: bool) -> None:
 
 
 def old_and_new(at: Leaves, n: int) -> list[Node]:
-    """Attentions with keys from the handle that a write returned, and values copied before it."""
+    """Attentions with keys from the handle that a write returned and values copied before it."""
     q, ids = (
         at.input("q", 8, 9, 2),
         at.input("ids", 3, dtype="i32", values=np.arange(3, dtype="i4")),
@@ -116,7 +111,7 @@ def old_and_new(at: Leaves, n: int) -> list[Node]:
 
 
 def test_values_copied_before_the_write_that_keys_come_from() -> None:
-    """The copy cannot move into the loop, which runs after the write."""
+    """The loop runs after the write, so the copy must stay outside."""
     at = Leaves()
     outputs = {"y": old_and_new(at, 1)[0]}
     check(outputs, at)
@@ -124,7 +119,7 @@ def test_values_copied_before_the_write_that_keys_come_from() -> None:
 
 
 def test_loops_that_would_wait_for_each_other() -> None:
-    """Each reads what the other's write replaces: only one of the copies may move into its loop."""
+    """Each reads the state that the other overwrites: only one copy may move into its loop."""
     at = Leaves()
     outputs = {"y": gg.add(*old_and_new(at, 2))}
     check(outputs, at)
@@ -140,10 +135,10 @@ def latent(rows: int = 16384, heads: int = 64) -> dict[str, Node]:
 
 
 def test_a_budget_of_very_many_pieces_warns_and_names_a_better_one() -> None:
-    with pytest.warns(UserWarning, match=r"kqv-0 .* into 174,784 pieces") as heard:
+    with pytest.warns(UserWarning, match=r"kqv-0 .* into 174,784 pieces") as records:
         plan = gg.compile(latent(), backends=["null:0:1TiB"], amb=20)
     assert pieces(plan) == 174784
-    named = float(str(heard[0].message).split("amb=")[2].split()[0])
+    named = float(str(records[0].message).split("amb=")[2].split()[0])
     assert pieces(gg.compile(latent(), backends=["null:0:1TiB"], amb=named)) <= 4096
     with pytest.warns(UserWarning, match="pieces"):
         plan = gg.compile(latent(), backends=["null:0:1TiB"], amb=named - 1 / MIB)

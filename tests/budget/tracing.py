@@ -1,8 +1,8 @@
-"""What a bound plan really has in memory: addresses of every kernel call, in loops too.
+"""What a plan really has in memory, from the addresses of every kernel call, loops included.
 
 Nothing here asks the planner for a size or a lifetime. A tensor is alive from the kernel that
-writes it to the last kernel that reads it, for a loop's sources to the loop's last kernel; its
-bytes are those that the kernel was handed.
+writes it to the last kernel that reads it; a source of a loop, to the loop's last kernel. Its bytes
+are those that the kernel got.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Call:
 
 @dataclass
 class Life:
-    """A tensor written by call `start`, read last by call `end`."""
+    """A tensor that call `start` writes and call `end` reads last."""
 
     start: int
     end: int
@@ -49,16 +49,16 @@ def _span(x: Any) -> Span:
 
 @contextmanager
 def recorded() -> Iterator[list[Call]]:
-    """The kernel calls of plans that are bound and run inside the context."""
+    """Record the kernel calls of plans that are bound and run inside the context."""
     calls: list[Call] = []
     original = host_runner._kernel_call
 
     def recording(kernels: Any, step: Any, arrays: Any, memory: Any, attrs: Any) -> Any:
         call = original(kernels, step, arrays, memory, attrs)
-        made = Call(step.node, _span(arrays[0]), _span(memory) if memory.size else (0, 0))
+        record = Call(step.node, _span(arrays[0]), _span(memory) if memory.size else (0, 0))
 
         def both() -> None:
-            calls.append(made)
+            calls.append(record)
             call()
 
         return both
@@ -81,18 +81,18 @@ def _pieces(plan: gg.Plan) -> dict[Node, Node]:
 
 
 def _ends(plan: gg.Plan, calls: list[Call]) -> list[int]:
-    """For each call until when what it reads must stay: the last call of its loop, or itself."""
+    """The call until which each call needs its sources: the last one of its loop, or itself."""
     loop = {s.node: step for step in plan.steps for body in step.bodies for s in body.steps}
     last = {loop.get(call.node): i for i, call in enumerate(calls)}
     return [last[loop[c.node]] if c.node in loop else i for i, c in enumerate(calls)]
 
 
 def _lives(plan: gg.Plan, calls: list[Call]) -> tuple[list[Life], list[bool]]:
-    """The lives of counted tensors, and which calls touch one."""
+    """The lives of counted tensors, and whether each call reads or writes one."""
     pieces, ends = _pieces(plan), _ends(plan, calls)
 
     def root(node: Node) -> tuple[Node, bool]:
-        """The tensor looked at, and whether it comes from outside a loop."""
+        """The tensor behind views and pieces, and whether it comes from outside a loop."""
         outside = False
         while node in pieces or node.op.view is not None:
             outside |= node in pieces
@@ -111,7 +111,7 @@ def _lives(plan: gg.Plan, calls: list[Call]) -> tuple[list[Life], list[bool]]:
             life.end = max(life.end, ends[i] if outside else i)
         if "counted" in labels(call.node):
             start = i
-            if call.node.op is gg.concat:  # begins where the first part was written into it
+            if call.node.op is gg.concat:  # starts when its first part is written into it
                 start = min([i, *(r.start for r, _ in read if _inside(r.span, call.out))])
             now[call.node] = Life(start, i, call.out)
             lives.append(now[call.node])
@@ -132,7 +132,7 @@ def _union(spans: list[Span]) -> int:
 
 
 def measured_peak(plan: gg.Plan, at: Leaves) -> tuple[int, dict[str, np.ndarray[Any, Any]]]:
-    """Most bytes of counted tensors and their kernels' scratch at once, and the run's outputs."""
+    """The most bytes at once of counted tensors and their kernels' scratch, and the outputs."""
     with recorded() as calls:
         out = dict(run(plan, at))
     lives, touches = _lives(plan, calls)

@@ -12,6 +12,7 @@ using std::min;
 #define __constant__
 #define __shared__ static
 #define __forceinline__ inline
+#define __noinline__
 #define __launch_bounds__(...)
 
 #ifndef __BLOCK__

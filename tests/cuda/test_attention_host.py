@@ -21,6 +21,7 @@ from pyggml.backends.cuda.device.compiler import KERNELS
 from pyggml.backends.cuda.launch import Call, Launch, Operand
 from pyggml.backends.cuda.table import ALIGNMENT
 from pyggml.backends.cuda.table import KERNELS as TABLE
+from pyggml.backends.cuda.weights import grids
 from pyggml.node import Node
 from pyggml.parity import oracle, tolerance
 from pyggml.parity.case import Case, build
@@ -46,7 +47,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
         pytest.skip("there is no C++ compiler here")
     folder = tmp_path_factory.mktemp("attention")
     parts = [(HERE / name).read_text() for name in ("block.hpp", "host.hpp", "attention_words.hpp")]
-    files = ("attention.cuh", "attention_any.cu", "attention_combine.cu")
+    blocks = ("common.cuh", "fields.cuh", "iq.cuh", "blocks.cuh")
+    files = (*blocks, "attention.cuh", "attention_any.cu", "attention_combine.cu")
+    parts += [grids.header().replace("#pragma once", "")]
     parts += [kernel_source(name) for name in files]
     source = folder / "attention.cpp"
     source.write_text("\n".join([*parts, (HERE / "attention.cpp").read_text()]))

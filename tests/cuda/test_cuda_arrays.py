@@ -13,8 +13,8 @@ import pytest
 
 import pyggml as gg
 from pyggml import backends
-from pyggml.backends.base import Address
 from pyggml.backends.cuda.device import dlpack, pinned
+from pyggml.backends.step import Address
 from pyggml.dtypes import dtype
 from pyggml.spec import Spec
 from tests.cuda.conftest import Machine

@@ -105,14 +105,14 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 def blocks_of(kind: str, rows: int) -> NDArray[np.uint8]:
     """Any bytes [rows, blocks, bytes of a block], but scales between 2^-8 and 2^8."""
     t = TYPES[kind]
-    shape = (rows, 3 if t.block == 256 else 8, t.nbytes)
+    shape = (rows, 3 if t.block > 64 else 8, t.nbytes)
     raw = np.random.default_rng(3).integers(0, 256, shape, np.uint8)
     if kind == "mxfp4":
         raw[..., 0] = 120 + raw[..., 0] % 16
     elif kind == "nvfp4":
         raw[0, 0, :4] = 0x7F, 0xFF, 0x80, 0
     else:
-        scales = {"q2_K": (80, 82), "iq1_m": (54,)}.get(kind, (0, 2, t.nbytes - 2))
+        scales = {"q2_K": (80, 82), "iq1_m": (54,), "q1_0": (0,)}.get(kind, (0, 2, t.nbytes - 2))
         for at in scales:
             raw[..., at + 1] = raw[..., at + 1] & 0x9F | 0x20
     return raw

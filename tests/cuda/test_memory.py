@@ -11,10 +11,10 @@ import pytest
 
 import pyggml as gg
 from pyggml import backends
-from pyggml.backends.base import Address
 from pyggml.backends.cuda.device import cublas
 from pyggml.backends.cuda.device.pinned import RING
 from pyggml.backends.cuda.launch import WORKSPACE, Gemm
+from pyggml.backends.step import Address
 from pyggml.dtypes import dtype
 from pyggml.parity.case import build
 from pyggml.parity.cases import cases

@@ -16,7 +16,7 @@ from pyggml.backends.cuda.weights.grids import LEVELS
 from pyggml.dtypes import TYPES
 from pyggml.quants.common import FP4_LEVELS, IQ4_LEVELS
 
-BIAS = {"q4_0": 8, "q5_0": 16, "q6_K": 32, "q3_K": 4, "tq1_0": 1, "tq2_0": 1}
+BIAS = {"q1_0": 1, "q4_0": 8, "q5_0": 16, "q6_K": 32, "q3_K": 4, "tq1_0": 1, "tq2_0": 1}
 TABLES = {
     **dict.fromkeys(("iq4_nl", "iq4_xs"), IQ4_LEVELS),
     **dict.fromkeys(("mxfp4", "nvfp4"), FP4_LEVELS),
@@ -49,7 +49,8 @@ class Reader:
         groups = np.arange(self.tiles.groups)
         at = matrix * self.tiles.tiles + row // 8
         unit = (at * self.tiles.groups + groups) * 8 + row % 8
-        super_ = (at * self.tiles.super_groups + groups // 8) * 8 + row % 8
+        blocks = groups // (TYPES[self.kind].block // 32)
+        super_ = (at * self.tiles.blocks + blocks) * 8 + row % 8
         codes = np.stack([self.codes(at, row % 8, unit, i) for i in range(32)], axis=1)
         own = self.words(2, self.form.scale, unit) if self.form.scale else unit
         shared = self.words(3, self.form.super_, super_) if self.form.super_ else own
@@ -62,6 +63,8 @@ class Reader:
             groups = np.arange(self.tiles.groups)
             run = ((at * self.tiles.groups + groups) * 2 + i // 16) * 8 + row
             return signed(self.words(0, 1, run * 16 + i % 16))
+        if self.form.codes == 4:  # bits become 0 and 2
+            return (self.words(0, 4, unit) >> (8 * byte + i // 4) & 1) << 1
         if self.form.codes == 8:
             code = self.words(0, 4, unit * 2 + i // 16) >> (8 * byte + 2 * word) & 3
             if self.form.high:
@@ -116,7 +119,7 @@ def random_blocks(kind: str, ne: tuple[int, int, int, int]) -> NDArray[np.uint8]
     if kind == "mxfp4":
         raw[..., 0] &= 127  # not past 2^127
     elif kind != "nvfp4":
-        scales = {"q2_K": (80, 82), "iq1_m": (54,)}.get(kind, (0, 2, t.nbytes - 2))
+        scales = {"q2_K": (80, 82), "iq1_m": (54,), "q1_0": (0,)}.get(kind, (0, 2, t.nbytes - 2))
         for at in scales:
             raw[..., at + 1] &= 0xBF  # not the exponent of infinity
     return raw
@@ -125,7 +128,7 @@ def random_blocks(kind: str, ne: tuple[int, int, int, int]) -> NDArray[np.uint8]
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("m", (16, 19))
 def test_tiles_hold_what_the_blocks_held(kind: str, m: int) -> None:
-    ne = (512 if TYPES[kind].block == 256 else 192, m, 2, 1)
+    ne = (3 * max(TYPES[kind].block, 64), m, 2, 1)
     raw = random_blocks(kind, ne)
     data = packing.to_tiles(TYPES[kind], ne, raw)
     reader = Reader(kind, ne, data)

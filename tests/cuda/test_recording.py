@@ -10,11 +10,11 @@ import numpy as np
 
 import pyggml as gg
 from pyggml import backends, passes
-from pyggml.backends.base import Address, Step
 from pyggml.backends.cuda.device.compiler import KERNELS
 from pyggml.backends.cuda.launch import Launch, Record
 from pyggml.backends.cuda.runner import record_step
 from pyggml.backends.cuda.weights.formats import FORMATS
+from pyggml.backends.step import Address, Step
 from pyggml.graph import Graph
 from pyggml.node import Node
 from pyggml.parity.case import build

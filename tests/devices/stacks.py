@@ -36,13 +36,13 @@ def attention(layer: int, a: Node, pos: Node, at: Node, factors: Node | None) ->
     """Two heads of eight over a cache of K and one of V."""
 
     def heads(label: str) -> Node:
-        made = gg.mul_mat(weight(f"blk.{layer}.{label}", WIDTH, WIDTH), a)
-        return gg.rope_ext(gg.reshape(made, ne=(8, 2, a.ne[1])), pos, factors, n_dims=8)
+        rows = gg.mul_mat(weight(f"blk.{layer}.{label}", WIDTH, WIDTH), a)
+        return gg.rope_ext(gg.reshape(rows, ne=(8, 2, a.ne[1])), pos, factors, n_dims=8)
 
     def cached(label: str, rows: Node) -> Node:
         state = gg.state(f"cache_{label}.{layer}", "f32", ne=(WIDTH, ROWS))
-        held = gg.set_rows(state, gg.reshape(rows, ne=(WIDTH, a.ne[1])), at)
-        return gg.permute(gg.reshape(held, ne=(8, 2, ROWS)), axes=(0, 2, 1, 3))
+        handle = gg.set_rows(state, gg.reshape(rows, ne=(WIDTH, a.ne[1])), at)
+        return gg.permute(gg.reshape(handle, ne=(8, 2, ROWS)), axes=(0, 2, 1, 3))
 
     q = gg.permute(heads("q"), axes=(0, 2, 1, 3))
     k = cached("k", heads("k"))
@@ -51,8 +51,8 @@ def attention(layer: int, a: Node, pos: Node, at: Node, factors: Node | None) ->
     scores = gg.label(gg.mul_mat(k, q), f"kq-{layer}")
     soft = gg.soft_max_ext(scores, mask, scale=0.3)
     out = gg.permute(gg.mul_mat(gg.cont(gg.transpose(v)), soft), axes=(0, 2, 1, 3))
-    made = gg.reshape(gg.cont(out), ne=(WIDTH, a.ne[1]))
-    return gg.mul_mat(weight(f"blk.{layer}.o", WIDTH, WIDTH), made)
+    joined = gg.reshape(gg.cont(out), ne=(WIDTH, a.ne[1]))
+    return gg.mul_mat(weight(f"blk.{layer}.o", WIDTH, WIDTH), joined)
 
 
 def dense(layer: int, a: Node) -> Node:
@@ -85,7 +85,7 @@ def stack(layers: int, n_experts: int = 0, factors: Node | None = None) -> Node:
     return gg.mul_mat(weight("output", WIDTH, 40), last)
 
 
-# -- looking at plans ---------------------------------------------------------------------------
+# -- contents of plans--------------------------------------------------------------------------
 
 
 def places(plan: Plan) -> list[str]:
@@ -98,15 +98,15 @@ def ops(split: Split) -> list[str]:
 
 
 def copied(plan: Plan) -> list[tuple[str, int]]:
-    """Where copies go, and their bytes."""
+    """The destination and the bytes of each copy."""
     return [(s.backend.place, step.nbytes) for s in plan.splits for step in s.copies]
 
 
 def where(plan: Plan, label: str) -> str:
-    """The place of the node of a label."""
-    found = {plan.place_of(n) for n in plan.graph.nodes if label in gg.labels(n)}
-    assert len(found) == 1, (label, found)
-    return found.pop()
+    """The place of the node with this label."""
+    homes = {plan.place_of(n) for n in plan.graph.nodes if label in gg.labels(n)}
+    assert len(homes) == 1, (label, homes)
+    return homes.pop()
 
 
 def same(a: dict[str, Any], b: dict[str, Any]) -> None:
@@ -123,7 +123,7 @@ def row(plan: Plan, place: str) -> Any:
 
 @contextmanager
 def paces(seed: int | None) -> Iterator[None]:
-    """The queues of two devices run as late as they may (None), or as a seeded generator has it."""
+    """The queues of two devices run as late as possible (None), or at random moments (a seed)."""
     queues = [backends.get("null", i).queue for i in range(2)]
     for queue in queues:
         queue.pace = None if seed is None else Random(seed)

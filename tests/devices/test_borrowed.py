@@ -1,4 +1,4 @@
-"""Weights on several devices: resident, given to a second one, or borrowed from the host."""
+"""Weights on several devices: resident on one, resident on two, or borrowed from the host."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_borrowed_weights_stand_in_the_arena_one_after_another() -> None:
     loads = [step for step in six.steps if step.layout is not None]
     assert {step.nbytes for step in loads} == {nbytes + HEADER}
     assert row(six, "null:0").compute == row(two, "null:0").compute
-    # The weight as it is kept, plain, the tensors on both sides; no room for a second weight.
+    # The weight in its layout and plain, and its product's tensors; no room for a second weight.
     assert 2 * nbytes < row(six, "null:0").compute < 3 * nbytes + 2 * 128 * 64 * 4
     assert row(six, "null:0").weights == 0
     assert f"split 0 on null:0: 0 copies, {3 * 6} steps" in str(six)
@@ -185,8 +185,8 @@ def test_the_host_reads_weights_where_they_are() -> None:
         plan = gg.compile({"a": far, "b": near}, backends=["null:0"], pins=pins).bind()
         assert not copied(plan) or all(nbytes == x.spec.nbytes for _, nbytes in copied(plan))
         own = data_of(w).ctypes.data
-        held = [a for a in plan.addresses.values() if isinstance(a.buffer, np.ndarray)]
-        assert own in {a.buffer.ctypes.data + a.offset for a in held}
+        on_host = [a for a in plan.addresses.values() if isinstance(a.buffer, np.ndarray)]
+        assert own in {a.buffer.ctypes.data + a.offset for a in on_host}
         feed = values(x=(4, 16))
         same(plan.run(feed), gg.compile({"a": far, "b": near}).run(feed))
 

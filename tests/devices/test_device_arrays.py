@@ -1,4 +1,4 @@
-"""Arrays in a device's memory in and out of plans, and runs in a row of several devices."""
+"""Arrays in a device's memory as inputs and outputs, and repeated runs on several devices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 import pyggml as gg
 from pyggml import backends
-from pyggml.backends.base import Address
+from pyggml.backends.step import Address
 from tests.devices.stacks import FEED, HALVES, paces, same, stack
 
 X = np.arange(8, dtype=np.float32)
@@ -22,13 +22,13 @@ X = np.arange(8, dtype=np.float32)
 
 @pytest.fixture(params=[None, 0, 1], ids=["late", "pace0", "pace1"])
 def paced(request: Any) -> Iterator[None]:
-    """The queues of two devices as late as can be, or as it comes."""
+    """The queues of two devices run as late as possible, or at random moments."""
     with paces(request.param):
         yield
 
 
 def on(place: str, values: np.ndarray) -> Any:
-    """These values in the memory of a device, of a store of their own."""
+    """These values in the memory of a device, in a separate store."""
     x = gg.input("x", ne=values.shape[::-1])
     return gg.compile({"x": x}, backends=[place]).views(x=values)["x"]
 
@@ -43,7 +43,7 @@ def test_outputs_stay_on_their_device_and_go_into_the_next_plan() -> None:
     assert not isinstance(y, np.ndarray)
     np.testing.assert_array_equal(np.asarray(y), 2 * X)
     assert np.asarray(y, np.float64).dtype == np.float64
-    with pytest.raises(ValueError, match="cannot be seen without a copy"):
+    with pytest.raises(ValueError, match="without a copy"):
         np.array(y, copy=False)
     np.testing.assert_array_equal(second.run(x=y)["y"], 4 * X)  # a copy within the device
     second.bind(x=y)
@@ -53,7 +53,7 @@ def test_outputs_stay_on_their_device_and_go_into_the_next_plan() -> None:
 
 
 def test_a_view_is_read_under_the_lock_of_its_device() -> None:
-    """Reading it runs the device's queue, which another thread may be filling for its store."""
+    """Reading the array runs the device's queue, which another thread may be filling."""
     y, device = doubled().views(x=X)["y"], backends.get("null", 0)
     read: list[np.ndarray] = []
     reader = threading.Thread(target=lambda: read.append(np.asarray(y)))
@@ -66,7 +66,7 @@ def test_a_view_is_read_under_the_lock_of_its_device() -> None:
 
 
 def test_views_of_each_other_s_devices_do_not_block_two_threads() -> None:
-    """Plans of two stores take what stands on the other's device, each before its own locks."""
+    """Two plans read arrays on each other's device, before each takes its own locks."""
     plans = [doubled("null:0"), doubled("null:1")]
     views = [on("null:1", X), on("null:0", X)]
     done = []
@@ -110,46 +110,46 @@ def test_where_an_array_is_matters() -> None:
 @pytest.mark.parametrize("home", ["null:0", "null:1", "numpy"])
 def test_an_input_of_several_devices_comes_from_the_one_that_has_it(home: str, paced: None) -> None:
     x = gg.input("x", "f32", ne=(8,))
-    made = {
+    outputs = {
         "a": gg.label(gg.relu(x), "on 0"),
         "b": gg.label(gg.scale(x, s=-1.0), "on 1"),
         "c": gg.sqr(x),
     }
     pins = {"^on 0$": "null:0", "^on 1$": "null:1"}
-    plan = gg.compile(made, backends=["numpy"], pins=pins)
-    held = X.copy() if home == "numpy" else on(home, X)
+    plan = gg.compile(outputs, backends=["numpy"], pins=pins)
+    array = X.copy() if home == "numpy" else on(home, X)
     want = {"a": X, "b": -X, "c": X * X}
-    same(plan.run(x=held), want)
-    plan.bind(x=held)
+    same(plan.run(x=array), want)
+    plan.bind(x=array)
     slots = {device for *_, device in plan.store._leaves.inputs}
     for turn in range(3):
         values = X + turn
         if home == "numpy":
-            held[:] = values
+            array[:] = values
         else:  # as the library that owns the array would write it
-            backends.get("null", int(home[-1])).upload(held.at, held.spec, values)
+            backends.get("null", int(home[-1])).upload(array.at, array.spec, values)
         same(plan.run(), {"a": values, "b": -values, "c": values * values})
     assert {device for *_, device in plan.store._leaves.inputs} == slots
 
 
 def test_the_device_waits_for_whoever_still_writes_an_array() -> None:
-    """`ready` of a given array comes before it is read, at every run."""
+    """Every run calls the `ready` of an array before it reads the array."""
     device: Any = backends.get("null", 0)
-    plan, held, asked = doubled(), on("null:0", X), []
+    plan, x, calls = doubled(), on("null:0", X), []
     given = type(device).given
 
     def late(array: Any) -> Any:
         def ready() -> None:
-            asked.append(1)
-            device.upload(held.at, held.spec, X + len(asked))
+            calls.append(1)
+            device.upload(x.at, x.spec, X + len(calls))
 
-        found = given(device, array)
-        return None if found is None else replace(found, ready=ready)
+        shared = given(device, array)
+        return None if shared is None else replace(shared, ready=ready)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device, "given", late, raising=False)
-        np.testing.assert_array_equal(plan.run(x=held)["y"], 2 * (X + 1))
-        plan.bind(x=held)
+        np.testing.assert_array_equal(plan.run(x=x)["y"], 2 * (X + 1))
+        plan.bind(x=x)
     for turn in (2, 3):
         np.testing.assert_array_equal(plan.run()["y"], 2 * (X + turn))
 
@@ -166,7 +166,7 @@ def test_a_copy_to_the_host_lands_when_it_is_waited_for(paced: None) -> None:
     assert not target.any()
     arrival.wait()
     np.testing.assert_array_equal(target, X)
-    assert device.queue.pace is not None or not later  # what came later was not waited for
+    assert device.queue.pace is not None or not later  # later work was not waited for
     device.synchronize()
 
 
@@ -175,12 +175,12 @@ def test_a_copy_to_the_host_lands_when_it_is_waited_for(paced: None) -> None:
 
 @pytest.mark.parametrize("n_experts", [0, 4])
 def test_repeats_over_devices_are_the_runs_of_one(n_experts: int, paced: None) -> None:
-    """Each run reads states of the one before, memory of one device is read late by another."""
+    """Each run reads states of the one before, and devices read each other's memory late."""
     pins = {"exps": "numpy", **HALVES} if n_experts else HALVES
     h, counter = stack(8, n_experts), gg.state("counter", "f32", ne=(40, 5))
-    made = {"y": gg.cpy(gg.add(counter, gg.tanh(h)), counter)}
-    plain = gg.compile(made)
-    plan = gg.compile(made, backends=["null:0", "null:1", "numpy"], pins=pins)
+    outputs = {"y": gg.cpy(gg.add(counter, gg.tanh(h)), counter)}
+    plain = gg.compile(outputs)
+    plan = gg.compile(outputs, backends=["null:0", "null:1", "numpy"], pins=pins)
     for count in (1, 4, 3):
         for _ in range(count):
             want = plain.run(FEED)
@@ -188,7 +188,7 @@ def test_repeats_over_devices_are_the_runs_of_one(n_experts: int, paced: None) -
 
 
 def test_a_run_does_not_overtake_the_copies_of_the_one_before() -> None:
-    """The last step on another device reads what the first step of the next run writes over."""
+    """The last step on one device reads memory that the first step of the next run overwrites."""
     s = gg.state("s", "f32", ne=(4,))
     first = gg.label(gg.exp(s), "on 0")
     grown = gg.cpy(
@@ -205,7 +205,7 @@ def test_a_run_does_not_overtake_the_copies_of_the_one_before() -> None:
 
 @pytest.mark.parametrize("place", ("numpy", "null:0"))
 def test_an_input_is_not_bound_to_a_state_of_its_store(place: str) -> None:
-    """The planner knows of no such alias: a write of the state would change the input."""
+    """The planner does not know such an alias: a write of the state would change the input."""
     store, s = gg.Store(), gg.state("s", ne=(8,))
     seen = gg.compile({"s": s}, backends=[place], store=store).views()["s"]
     written = gg.cpy(gg.scale(s, s=10.0), s)
@@ -216,7 +216,7 @@ def test_an_input_is_not_bound_to_a_state_of_its_store(place: str) -> None:
 
 
 def test_threads_with_a_store_each_share_a_device() -> None:
-    def plan(seed: int) -> gg.Plan:
+    def compiled(seed: int) -> gg.Plan:
         rng = np.random.default_rng(seed)
         w = gg.constant(rng.standard_normal((64, 64)).astype("f4"), name="w")
         y = gg.input("x", ne=(64, 64))
@@ -224,13 +224,13 @@ def test_threads_with_a_store_each_share_a_device() -> None:
             y = gg.rms_norm(gg.mul_mat(w, y), eps=1e-6)
         return gg.compile({"y": y}, backends=["null:0"])
 
-    plans, x = [plan(i) for i in range(2)], np.ones((64, 64), np.float32)
-    wanted, wrong = [one.run(x=x)["y"] for one in plans], list[str]()
+    plans, x = [compiled(i) for i in range(2)], np.ones((64, 64), np.float32)
+    expected, wrong = [plan.run(x=x)["y"] for plan in plans], list[str]()
 
-    def work(one: gg.Plan, want: NDArray[Any]) -> None:
+    def work(plan: gg.Plan, want: NDArray[Any]) -> None:
         for _ in range(40):
             try:
-                same = np.array_equal(one.run(x=x)["y"], want)
+                same = np.array_equal(plan.run(x=x)["y"], want)
             except Exception as error:
                 wrong.append(repr(error))
             else:
@@ -238,7 +238,7 @@ def test_threads_with_a_store_each_share_a_device() -> None:
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
-    threads = [threading.Thread(target=work, args=pair) for pair in zip(plans, wanted)]
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(plans, expected)]
     try:
         for thread in threads:
             thread.start()

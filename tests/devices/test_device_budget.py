@@ -34,15 +34,23 @@ def test_scores_are_counted_on_a_device_that_gets_its_input_from_another() -> No
     assert a.score_peak_plain == b.score_peak_plain > 0
 
 
+def test_the_peak_without_a_budget_is_reported_beside_the_one_with_it() -> None:
+    places = {"backends": ["null:0", "null:1"], "pins": HALVES}
+    plain = gg.compile({"y": stack(8)}, **places).memory.score_peak
+    cut = gg.compile({"y": stack(8)}, amb=0.85 * plain / MIB, **places).memory
+    assert cut.score_peak < cut.score_peak_plain == plain
+    assert f"{plain / MIB:.4f}" in str(cut)
+
+
 def test_a_budget_bounds_what_is_alive_together_behind_a_border() -> None:
     """Two attentions, each within the budget, whose scores are alive at once."""
     q = gg.label(gg.relu(gg.input("q", "f32", ne=(8, 16, 2))), "far")
-    made = []
+    weights = []
     for i in range(2):
         k = gg.label(gg.state(f"k{i}", "f32", ne=(8, 32, 2)), "near")
-        made.append(gg.soft_max(gg.mul_mat(k, q)))
+        weights.append(gg.soft_max(gg.mul_mat(k, q)))
     v = gg.label(gg.state("v", "f32", ne=(32, 8, 2)), "near")
-    mixed = gg.add(gg.mul_mat(v, made[0]), gg.mul_mat(v, made[1]))
+    mixed = gg.add(gg.mul_mat(v, weights[0]), gg.mul_mat(v, weights[1]))
     pins = {"^far$": "null:1", "^near$": "null:0"}
     peaks = [
         gg.compile({"y": mixed}, backends=["null:0", "null:1"], pins=p, amb=amb).memory
@@ -58,8 +66,8 @@ def test_attention_that_is_spread_over_devices_stays_whole_with_a_warning() -> N
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         plan = gg.compile({"y": y}, backends=["null:0"], pins=pins, amb=40_000 / MIB)
-    told = [str(w.message) for w in caught]
-    assert len(told) == 1 and re.search(r"null:0, null:1.*outside the budget.*pin", told[0])
+    messages = [str(w.message) for w in caught]
+    assert len(messages) == 1 and re.search(r"null:0, null:1.*outside the budget.*pin", messages[0])
     assert sum(op == "loop" for s in plan.splits for op in ops(s)) == 1
     want = gg.compile({"y": y}).run(FEED)["y"]
     np.testing.assert_allclose(plan.run(FEED)["y"], want, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Plans over several devices: outputs, inputs, tables, profiles, and stores that they share."""
+"""Plans on several devices: outputs, inputs, tables, profiles and shared stores."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def outputs() -> dict[str, Node]:
     b = gg.label(gg.relu(a), "on 1")
     private = weight("private", WIDTH, WIDTH)
     return {
-        "private": private,  # kept in the device's own layout
+        "private": private,  # stored in the device's private layout
         "product": gg.label(gg.mul_mat(private, x), "on 1"),
         "x": x,
         "w": w,
@@ -62,32 +62,36 @@ def test_outputs_may_be_anything_anywhere(order: list[str]) -> None:
 
 
 def test_graphs_of_leaves_alone() -> None:
-    made = {"x": gg.input("x", "f32", ne=(4,)), "c": weight("c", 4), "s": gg.state("s", ne=(2,))}
-    plan = gg.compile(made, backends=["null:0", "null:1"], pins={"^s$": "null:1"})
+    outputs = {"x": gg.input("x", "f32", ne=(4,)), "c": weight("c", 4), "s": gg.state("s", ne=(2,))}
+    plan = gg.compile(outputs, backends=["null:0", "null:1"], pins={"^s$": "null:1"})
     got = plan.run(x=[1, 2, 3, 4])
     np.testing.assert_array_equal(got["x"], [1, 2, 3, 4])
     np.testing.assert_array_equal(got["s"], [0, 0])
-    same({"c": got["c"]}, gg.compile({"c": made["c"]}).run())
+    same({"c": got["c"]}, gg.compile({"c": outputs["c"]}).run())
     assert plan.splits == () and where(plan, "s") == "null:1"
     assert plan.profile(x=[1, 2, 3, 4]).rows == ()
 
 
 def test_an_input_that_two_devices_read_is_given_to_both() -> None:
     x = gg.input("x", "f32", ne=(8,))
-    made = {"a": gg.label(gg.relu(x), "on 0"), "b": gg.label(gg.tanh(x), "on 1"), "c": gg.silu(x)}
+    outputs = {
+        "a": gg.label(gg.relu(x), "on 0"),
+        "b": gg.label(gg.tanh(x), "on 1"),
+        "c": gg.silu(x),
+    }
     with pytest.warns(UserWarning, match=r"the pin '\^on host\$' to numpy matches no label"):
-        plan = gg.compile(made, backends=["numpy"], pins=PINS)
+        plan = gg.compile(outputs, backends=["numpy"], pins=PINS)
     assert copied(plan) == []
     assert [row(plan, place).inputs for place in ALL] == [32, 32, 32]
     for values in (np.arange(8.0), -np.arange(8.0)):
-        same(plan.run(x=values), gg.compile(made).run(x=values))
+        same(plan.run(x=values), gg.compile(outputs).run(x=values))
 
 
 def test_an_input_that_no_step_of_its_device_reads_leaves_nothing_in_the_queue() -> None:
     device: Any = backends.get("null", 1)
-    made = {"y": gg.label(gg.relu(gg.input("x", "f32", ne=(8,))), "on host")}
+    outputs = {"y": gg.label(gg.relu(gg.input("x", "f32", ne=(8,))), "on host")}
     pins = {"^x$": "null:1", "^on host$": "numpy"}
-    plan = gg.compile(made, backends=["numpy"], pins=pins)
+    plan = gg.compile(outputs, backends=["numpy"], pins=pins)
     for value in range(3):
         np.testing.assert_array_equal(plan.run(x=[value] * 8)["y"], [value] * 8)
     waiting = len(device.queue)
@@ -126,14 +130,14 @@ def test_a_device_takes_what_its_row_says() -> None:
 def test_a_described_device_says_whether_the_plan_fits() -> None:
     y = {"y": stack(1)}
     need = row(gg.compile(y, backends=["null:0"]), "null:0").total
-    for kib, told in (
+    for kib, verdict in (
         (1, "does NOT fit"),
         (need // 1024, "does NOT fit"),
         (need // 1024 + 1, "fits"),
     ):
         plan = gg.compile(y, backends=[f"null:0:{kib}KiB", "numpy"])
         (line,) = [text for text in str(plan.memory).splitlines() if "assumed" in text]
-        assert line.startswith(f"null:0 (assumed {kib}KiB): {told}")
+        assert line.startswith(f"null:0 (assumed {kib}KiB): {verdict}")
         for call in (plan.bind, lambda plan=plan: plan.run(FEED)):
             with pytest.raises(gg.DeviceError, match=rf"null:0:{kib}KiB.*for planning only"):
                 call()

@@ -1,4 +1,4 @@
-"""States read and written from several devices, and memory that others still copy from."""
+"""States that several devices read and write, and memory that a device still copies."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROWS = np.arange(400, dtype=np.float32).reshape(100, 4)
 
 @pytest.fixture(params=[None, 0, 1, 2, 3], autouse=True)
 def pace(request: Any) -> Iterator[None]:
-    """Queues that run as late as they may, or as a seeded generator has it."""
+    """The queues run as late as possible, or at random moments."""
     with paces(request.param):
         yield
 
@@ -32,8 +32,8 @@ def pace(request: Any) -> Iterator[None]:
 def test_memory_is_not_used_again_while_another_device_copies_from_it(
     a: str, b: str, c: str
 ) -> None:
-    """`a` makes a first tensor that `b` and `c` read, then, having heard from `c` alone, a second
-    one in the same memory."""
+    """`a` computes a tensor that `b` and `c` read. Then it waits for `c` alone and writes a second
+    tensor into the same memory."""
     x = gg.input("x", "f32", ne=(64,))
     first = gg.label(gg.relu(x), "a first")
     late = gg.label(gg.tanh(first), "b late")
@@ -48,7 +48,7 @@ def test_memory_is_not_used_again_while_another_device_copies_from_it(
     for _ in range(2):
         np.testing.assert_array_equal(plan.run(x=values)["y"], want)
     at = {gg.labels(n)[0]: at for n, at in plan.addresses.items() if gg.labels(n)}
-    assert at["a first"].offset == at["a second"].offset  # or the test shows nothing
+    assert at["a first"].offset == at["a second"].offset  # else the test shows nothing
 
 
 def test_an_old_handle_is_read_on_another_device_before_the_write() -> None:
@@ -88,7 +88,7 @@ def test_a_write_that_could_go_first_waits_for_a_late_reader_of_the_old_handle()
 
 
 def read_there(read: Node, want: np.ndarray, nbytes: int, kind: str = "f32") -> None:
-    """`read` of the state "s" on null:0 is right, and brings so many bytes."""
+    """Check that `read` of the state "s" on null:0 is right and copies `nbytes`."""
     out = gg.label(gg.cont(read), "there")
     pins = {"^there$": "null:0", "^s$": "numpy"}
     plan = gg.compile({"y": out}, backends=["null:0", "numpy"], pins=pins).bind()
@@ -131,9 +131,9 @@ def test_rows_of_block_types_and_of_three_dimensions() -> None:
 
 def test_only_the_last_rows_of_a_result_are_copied() -> None:
     x = gg.input("x", "f32", ne=(4, 100))
-    made = gg.label(gg.relu(x), "here")
-    last = gg.label(gg.scale(gg.view(made, ne=(4, 1), start=(0, 99)), s=2.0), "there 1")
-    part = gg.view(made, ne=(3, 2), start=(1, 97))
+    result = gg.label(gg.relu(x), "here")
+    last = gg.label(gg.scale(gg.view(result, ne=(4, 1), start=(0, 99)), s=2.0), "there 1")
+    part = gg.view(result, ne=(3, 2), start=(1, 97))
     wide = gg.label(gg.cont(gg.permute(part, axes=(1, 0, 2, 3))), "there 2")
     pins = {"^there": "null:0", "^here": "numpy"}
     plan = gg.compile({"last": last, "wide": wide}, backends=["null:0", "numpy"], pins=pins)

@@ -1,4 +1,4 @@
-"""Stores that plans share over several devices, and what they say of where a state is."""
+"""Stores that plans share on several devices, and the places of states."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def step(tokens: int, store: gg.Store, **options: Any) -> Any:
     at = gg.input("at", "i32", ne=(tokens,))
     cache = gg.state("cache", "f32", ne=(WIDTH, 32))
     rows = gg.mul_mat(weight("blk.0.w", WIDTH, WIDTH), x)
-    held = gg.set_rows(cache, rows, at)
-    y = gg.mul_mat(weight("blk.1.w", WIDTH, 4), held)
+    handle = gg.set_rows(cache, rows, at)
+    y = gg.mul_mat(weight("blk.1.w", WIDTH, 4), handle)
     return gg.compile({"y": gg.cont(y)}, store=store, **options)
 
 
@@ -27,11 +27,11 @@ def test_plans_share_a_store_over_two_devices() -> None:
     store, alone = gg.Store(), gg.Store()
     options = {"backends": ["null:0", "null:1"], "pins": {r"blk\.1": "null:1"}}
     plans = [step(n, store, **options) for n in (1, 7)]
-    wanted = [step(n, alone) for n in (1, 7)]
+    expected = [step(n, alone) for n in (1, 7)]
     rng = np.random.default_rng(0)
     for which, at in ((0, [0]), (1, range(1, 8)), (0, [8]), (1, range(9, 16)), (0, [3])):
         feed = {"x": rng.standard_normal((len(at), WIDTH)), "at": list(at)}
-        same(plans[which].run(feed), wanted[which].run(feed))
+        same(plans[which].run(feed), expected[which].run(feed))
         np.testing.assert_array_equal(store.read("cache"), alone.read("cache"))
     assert store.homes["cache"].place == "null:0"
     assert len(store._leaves.weights) == 2 and len(store._leaves.states) == 1
@@ -39,7 +39,7 @@ def test_plans_share_a_store_over_two_devices() -> None:
 
 
 def test_a_state_stays_where_the_first_plan_that_was_bound_has_it() -> None:
-    """Whatever the order of compiling: a plan made for another place is planned again."""
+    """In any order of compiling: a plan compiled for another place is planned again."""
     store, feed = gg.Store(), {"x": np.ones((7, WIDTH)), "at": range(7)}
     prefill = step(7, store, backends=["null:0", "null:1"])
     decode = step(1, store, backends=["null:1", "null:0"])
@@ -51,11 +51,11 @@ def test_a_state_stays_where_the_first_plan_that_was_bound_has_it() -> None:
     assert "null:0" in str(decode) and {r.device for r in decode.memory.devices} >= {"null:0"}
     assert store.read("cache")[:8].all() and not store.read("cache")[8:].any()
     later = step(1, store, backends=["null:1", "null:0"])
-    assert where(later, "cache") == "null:0"  # compiled around what the store has
+    assert where(later, "cache") == "null:0"  # the store has the state there
 
 
 def test_compile_changes_nothing() -> None:
-    """A plan that was compiled and thrown away has no say in where a state is."""
+    """A plan that was compiled but never bound does not decide where a state is."""
     store, alone = gg.Store(), gg.Store()
     step(1, store, backends=["null:1", "null:0"])
     plan, fresh = (step(7, s, backends=["null:0", "null:1"]) for s in (store, alone))
@@ -99,7 +99,9 @@ def test_conflicting_writes_and_reads_are_named_on_several_devices_too() -> None
     options: Any = {"backends": ["null:0", "null:1"], "pins": {"^far": "null:1", "^s$": "null:0"}}
     with pytest.raises(gg.GraphError, match="write the same handle"):
         gg.compile({"a": first, "b": second}, **options)
-    stale = gg.label(gg.add(first, s), "far sum")  # reads what the write, that it needs, replaces
+    stale = gg.label(
+        gg.add(first, s), "far sum"
+    )  # reads the handle that a write replaces, and needs that write
     with pytest.raises(gg.GraphError, match=r"far sum.*must run before.*read the handle"):
         gg.compile({"a": stale}, **options)
 

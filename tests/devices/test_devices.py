@@ -1,4 +1,4 @@
-"""Graphs on several devices against the same graph on one, bit for bit."""
+"""Random graphs on several devices give the bits of one device."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from graphs import Grower, inputs_of
 pytestmark = pytest.mark.filterwarnings("ignore::pyggml.errors.StateWarning")
 
 PLACES = ("null:0", "null:1", "numpy")
-#: What a null device may refuse; NumPy stands in for it, or the op's meaning.
+#: Ops that a null device may refuse; NumPy runs them, or the op's meaning replaces them.
 REFUSED = ("relu", "add", "mul_mat", "soft_max_ext", "cont", "concat", "fused_up_gate", "multi_add")
 
 
 class Fused(Grower):
-    """A grower that knows ops with a meaning too, and names what it makes."""
+    """A grower that also draws ops with a meaning, and labels its nodes."""
 
     def __init__(self, draw: Any, states: bool) -> None:
         super().__init__(draw, states)
@@ -41,20 +41,20 @@ class Fused(Grower):
 
     def step(self) -> None:
         before = len(self.nodes)
-        kind = self.draw(st.integers(0, 5))
-        if kind == 1 and self.handles:
+        choice = self.draw(st.integers(0, 5))
+        if choice == 1 and self.handles:
             first, rows = self.draw(st.integers(0, 2)), self.draw(st.integers(1, 3))
             part = gg.view(self.handles["s"], ne=(4, rows), start=(0, first))
             self.nodes.append(gg.scale(part, s=0.5))  # a few rows, perhaps on another device
-        elif kind == 0:
+        elif choice == 0:
             a = self.pick()
             weights = [
                 gg.constant(np.linspace(s, 1, 3 * a.ne[0]).reshape(3, -1), dtype="f32")
                 for s in (-1, -0.5)
             ]
-            made = gg.fused_up_gate(*weights, a)
-            sums = made.ne[3] == 1 and self.draw(st.booleans())
-            self.nodes.append(gg.multi_add(made) if sums else made)
+            hidden = gg.fused_up_gate(*weights, a)
+            sums = hidden.ne[3] == 1 and self.draw(st.booleans())
+            self.nodes.append(gg.multi_add(hidden) if sums else hidden)
         else:
             super().step()
         for node in self.nodes[before:]:
@@ -63,12 +63,13 @@ class Fused(Grower):
 
 @st.composite
 def cases(draw: Any) -> dict[str, Any]:
-    """A graph, places in some order, pins, what null devices refuse, and a pace of their queues."""
+    """A graph, places in any order, pins, ops that null devices refuse, and the pace of queues."""
     grower = Fused(draw, states=draw(st.booleans()))
     for _ in range(draw(st.integers(8, 25))):
         grower.step()
-    found = [node for node in grower.nodes + grower.old]
-    chosen = draw(st.lists(st.sampled_from(found), min_size=1, max_size=4)) + [grower.nodes[-1]]
+    candidates = grower.nodes + grower.old
+    chosen = draw(st.lists(st.sampled_from(candidates), min_size=1, max_size=4))
+    chosen.append(grower.nodes[-1])
     places = draw(st.permutations(PLACES))
     patterns = [rf"^n\d*{digit}$" for digit in range(10)] + ["^x0$", "^c$", "^s$"]
     where = [draw(st.sampled_from((*PLACES, None))) for _ in patterns]
@@ -84,7 +85,7 @@ def cases(draw: Any) -> dict[str, Any]:
 
 
 def devices(case: dict[str, Any], stack: ExitStack) -> None:
-    """The null devices as a case wants them, until the stack ends."""
+    """Set up the null devices for a case, until the stack closes."""
     for i, denied in enumerate(case["denied"]):
         device: Any = backends.get("null", i)
         stack.enter_context(device.denying(*denied))
@@ -93,19 +94,19 @@ def devices(case: dict[str, Any], stack: ExitStack) -> None:
 
 
 def check_splits(plan: gg.Plan) -> None:
-    """Each border is copied once; what a step reads was made before, on its own device."""
+    """Each tensor is copied to a device once, and steps read earlier results of their device."""
     copied: set[tuple[Node, str]] = set()
-    made = {node for node in plan.graph.nodes if node.op.leaf}
-    made |= {n for n in plan.graph.nodes if n.op is transfer and n.attrs["resident"]}
+    known = {node for node in plan.graph.nodes if node.op.leaf}
+    known |= {n for n in plan.graph.nodes if n.op is transfer and n.attrs["resident"]}
     for split in plan.splits:
         for step in (*split.copies, *split.steps):
             for read in step.reads:
-                assert read.base in made
+                assert read.base in known
             if step.node.op is transfer:
                 key = origin(step.node).base, split.backend.place
                 assert key not in copied
                 copied.add(key)
-            made.update(step.nodes)
+            known.update(step.nodes)
     for before, after in zip(plan.splits, plan.splits[1:]):
         assert before.backend is not after.backend
 
@@ -120,7 +121,7 @@ def test_several_devices_give_the_bits_of_one(case: dict[str, Any]) -> None:
         try:
             plan = gg.compile(outputs, updates=updates, backends=case["places"], pins=case["pins"])
         except (gg.GraphError, gg.UnsupportedOpError) as error:
-            assert "pinned" in str(error)  # a pin where it cannot be kept
+            assert "pinned" in str(error)  # no plan can obey the pin
             return
         check_splits(plan)
         work = Work(
@@ -133,15 +134,15 @@ def test_several_devices_give_the_bits_of_one(case: dict[str, Any]) -> None:
         runs = [plan.run(feed) for _ in range(2)]
         states = {n.attrs["name"] for n in plan.graph.nodes if n.op.name == "state"}
         kept = {name: plan.store.read(name) for name in states}
-        # Another plan of the store, for which only the states stay where they are.
+        # Another plan of the store, in which only the places of states are fixed.
         again = gg.compile(
             outputs, updates=updates, backends=case["places"][::-1], store=plan.store
         )
         check_splits(again)
         runs.append(again.run(feed))
     alone = gg.compile(expanded.outputs, updates=expanded.updates)
-    wanted = [alone.run(feed) for _ in range(2)]
-    for got, want in zip(runs, wanted):
+    expected = [alone.run(feed) for _ in range(2)]
+    for got, want in zip(runs, expected):
         for key in want:
             np.testing.assert_array_equal(got[key].view(np.uint8), want[key].view(np.uint8), key)
     for name, array in kept.items():

@@ -1,4 +1,4 @@
-"""The null device itself: its own memory, a queue that runs late, a private layout of weights."""
+"""The null device: private memory, a queue that runs late, a private layout of weights."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from stacks import FEED, ops, row, same, stack, weight
 
 import pyggml as gg
 from pyggml import backends
-from pyggml.backends.base import Address
 from pyggml.backends.null.queue import Queue
+from pyggml.backends.step import Address
 
 MIB = 2**20
 
@@ -22,9 +22,9 @@ MIB = 2**20
 @pytest.fixture
 def device() -> Iterator[Any]:
     """A device that no other test uses."""
-    found: Any = backends.get("null", 9)
-    yield found
-    found.limit = found.queue.pace = None
+    null: Any = backends.get("null", 9)
+    yield null
+    null.limit = null.queue.pace = None
 
 
 def products() -> dict[str, Any]:
@@ -94,13 +94,13 @@ def test_memory_of_another_device_is_refused(device: Any) -> None:
     theirs, mine = (Address(d.alloc(16), 0, spec.nb) for d in (other, device))
     host = Address(np.zeros(16, np.uint8), 0, spec.nb)
     for wrong in (theirs, host):
-        with pytest.raises(gg.DeviceError, match="null:9 was given memory that is not its own"):
+        with pytest.raises(gg.DeviceError, match="null:9 cannot use memory of another device"):
             device.upload(wrong, spec, np.zeros(4, np.float32))
-        with pytest.raises(gg.DeviceError, match="not its own"):
+        with pytest.raises(gg.DeviceError, match="memory of another device"):
             device.download(wrong, spec)
-        with pytest.raises(gg.DeviceError, match="not its own"):
+        with pytest.raises(gg.DeviceError, match="memory of another device"):
             device.send(wrong, host, spec)
-        with pytest.raises(gg.DeviceError, match="not its own"):
+        with pytest.raises(gg.DeviceError, match="memory of another device"):
             device.fetch(mine, other, wrong, spec)
     with pytest.raises(TypeError):  # and the host's kernels cannot read it
         backends.get("numpy").download(mine, spec)
@@ -110,7 +110,7 @@ def test_kernels_of_a_device_get_its_own_memory_only(device: Any) -> None:
     plan = gg.compile(products(), backends=["null:9"]).bind()
     at = {n: Address(np.zeros(4096, np.uint8), a.offset, a.nb) for n, a in plan.addresses.items()}
     steps = plan.splits[0].steps
-    with pytest.raises(gg.DeviceError, match="not its own"):
+    with pytest.raises(gg.DeviceError, match="memory of another device"):
         device.bind(steps, at, plan.store.arenas["null:9"].buffer, [0] * len(steps))
 
 
@@ -118,13 +118,13 @@ def test_weights_are_kept_in_a_layout_that_is_not_plain_bytes() -> None:
     w = weight("w", 16, 16)
     x = gg.input("x", "f32", ne=(16, 5))
     plan = gg.compile({"y": gg.mul_mat(w, x)}, backends=["null:9"]).bind()
-    held = next(a for n, a in plan.addresses.items() if "w" in gg.labels(n))
+    at = next(a for n, a in plan.addresses.items() if "w" in gg.labels(n))
     raw = gg.ops.leaf.data_of(w).tobytes()
-    kept = held.buffer.data.tobytes()
-    assert held.layout != "plain" and len(kept) == row(plan, "null:9").weights > len(raw)
-    assert not any(kept[i : i + 64] in raw for i in range(0, len(kept) - 64, 16))
+    stored = at.buffer.data.tobytes()
+    assert at.layout != "plain" and len(stored) == row(plan, "null:9").weights > len(raw)
+    assert not any(stored[i : i + 64] in raw for i in range(0, len(stored) - 64, 16))
     (step,) = plan.splits[0].steps
-    assert step.scratch >= len(raw)  # where it stands plain while the product runs
+    assert step.scratch >= len(raw)  # for the plain weight while the product runs
 
 
 def test_a_weight_of_which_a_part_is_read_is_plain() -> None:
@@ -173,7 +173,7 @@ def test_an_error_in_a_kernel_leaves_every_device_idle(
     for queue in queues:
         queue.pace = None if pace is None else Random(pace)
     try:
-        with pytest.raises(gg.IdError, match=r"bad.*row id 7 is past the end"):
+        with pytest.raises(gg.IdError, match=r"bad.*id 7 is past the end"):
             plan.run({**FEED, "ids": [0, 1, -1, 7, -1]})
         assert all(not len(queue) for queue in queues)
         plan.store.clear()
@@ -192,21 +192,21 @@ def y_in(y: Any) -> Any:
 
 
 def refuse(device: Any, monkeypatch: pytest.MonkeyPatch, nth: int) -> list[int]:
-    """Let the n-th allocation on the device fail; the sizes of those made before."""
-    made: list[int] = []
+    """Let the n-th allocation on the device fail; returns the sizes of those before."""
+    sizes: list[int] = []
     alloc = device.alloc
 
     def counted(nbytes: int) -> Any:
-        if len(made) == nth:
+        if len(sizes) == nth:
             raise gg.OutOfMemoryError(f"null:9 has no {nbytes} bytes")
-        made.append(nbytes)
+        sizes.append(nbytes)
         return alloc(nbytes)
 
     monkeypatch.setattr(device, "alloc", counted)
-    return made
+    return sizes
 
 
-def test_where_any_allocation_fails_nothing_is_kept(
+def test_if_any_allocation_fails_no_memory_is_kept(
     device: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     want = gg.compile(products()).run(x=FEED["x"])
@@ -226,7 +226,7 @@ def test_a_limit_is_what_a_plan_may_take(device: Any) -> None:
     plan = gg.compile(products(), backends=["null:9"])
     before = device.allocated
     device.limit = before + plan.memory.total - 1
-    with pytest.raises(gg.OutOfMemoryError, match="null:9 has no"):
+    with pytest.raises(gg.OutOfMemoryError, match="null:9 cannot allocate"):
         plan.bind()
     device.limit = None
     plan.bind()
@@ -239,9 +239,9 @@ def test_memory_that_is_let_go_is_free_again(device: Any) -> None:
     device.limit = before + plan.memory.total
     with pytest.raises(gg.OutOfMemoryError):
         gg.compile({"y": gg.relu(gg.input("z", "f32", ne=(16, 400)))}, backends=["null:9"]).bind()
-    plan.bind()  # what failed took nothing
+    plan.bind()  # the failed bind kept no memory
     del plan
-    gc.collect()  # whatever is still held in a circle
+    gc.collect()  # free reference cycles
     assert device.allocated == before
     again = gg.compile(products(), backends=["null:9"])
     again.bind()

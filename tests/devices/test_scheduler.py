@@ -1,4 +1,4 @@
-"""Where nodes, weights and inputs go: pins, expansion before exile, splits of layers, budgets."""
+"""The places of nodes, weights and inputs: pins, meanings before other places, splits."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_pin_to_no_string_says_that_the_place_is_wrong() -> None:
     assert "regular expression" not in str(e.value)
 
 
-# -- expansion before exile ---------------------------------------------------------------------
+# -- meanings before other places ----------------------------------------------------------------
 
 
 def gated() -> tuple[Node, dict[str, Any]]:
@@ -102,7 +102,7 @@ def gated() -> tuple[Node, dict[str, Any]]:
     return gg.label(gg.fused_up_gate(up, gate, x), "ffn"), {"x": FEED["x"]}
 
 
-def test_a_fused_op_is_expanded_where_it_is_before_it_is_sent_elsewhere() -> None:
+def test_a_fused_op_is_expanded_on_its_device_before_others_are_tried() -> None:
     y, feed = gated()
     with ExitStack() as stack:
         denying(stack, 0, "fused_up_gate")
@@ -141,12 +141,12 @@ def test_an_op_that_no_place_runs_is_an_error_that_lists_all_refusals() -> None:
         denying(stack, 1, "fused_up_gate", "silu", "mul_mat")
         with pytest.raises(gg.UnsupportedOpError) as e:
             gg.compile({"y": y}, backends=["null:0", "null:1"])
-    told = str(e.value)
+    message = str(e.value)
     for reason in ("ffn", "null:0: silu is on", "null:1: silu is on", "test_scheduler.py"):
-        assert reason in told, told
+        assert reason in message, message
 
 
-def test_what_was_tried_and_given_up_leaves_no_trace() -> None:
+def test_a_failed_expansion_leaves_no_trace() -> None:
     """moe_up_gate is expanded in part on null:0 before its activation is refused there."""
     up, gate = (weight(label, WIDTH, 8, 4) for label in ("up", "gate"))
     b = gg.input("b", "f32", ne=(WIDTH, 1, TOKENS))
@@ -196,7 +196,7 @@ def test_experts_on_the_host_keep_what_lies_between_their_products() -> None:
 
 
 def test_experts_on_the_host_cost_three_copies_a_layer() -> None:
-    """Activations and ids go down, the experts' sum comes back."""
+    """Activations and ids go to the host, and the experts' sum comes back."""
     plan = gg.compile(
         {"y": stack(3, n_experts=8)}, backends=["null:0", "numpy"], pins={"_exps": "numpy"}
     )

@@ -1,4 +1,4 @@
-"""Memory that another device still copies is not written again."""
+"""A device does not overwrite memory that another device still copies."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ X = np.random.default_rng(0).standard_normal((16, 64)).astype("f4")
 
 
 def outputs() -> dict[str, gg.Node]:
-    """null:2 copies `a` from null:0, which goes on when null:1 is done: where `a` was, it then
-    stores what it copies from null:1. Nothing that null:0 reads says that null:2 has its copy."""
+    """null:2 copies `a` from null:0. null:0 waits only for null:1, and then stores what it copies
+    from null:1 in the memory of `a`. Nothing that null:0 reads shows that null:2 has its copy."""
     x = gg.input("x", "f32", ne=(64, 16))
     a = gg.label(gg.sqr(x), "on0.a")
     c = gg.label(gg.scale(x, s=3.0), "on0.c")

@@ -1,4 +1,4 @@
-"""Costs count what an op must move and compute, not what stands around it."""
+"""A cost counts the bytes and operations that an op needs, not the whole tensors around them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pyggml.operation import cost_of
 
 
 @pytest.mark.parametrize("dtype, row", [("f32", 256), ("q8_0", 68)])
-def test_get_rows_reads_the_rows_it_takes(dtype: str, row: int) -> None:
+def test_get_rows_reads_only_the_chosen_rows(dtype: str, row: int) -> None:
     table, ids = gg.input("table", dtype, ne=(64, 1000)), gg.input("ids", "i32", ne=(3,))
     assert cost_of(gg.get_rows(table, ids)).nbytes == 3 * row + 3 * 4 + 3 * 256
     small = gg.input("small", dtype, ne=(64, 2))
@@ -19,40 +19,40 @@ def test_get_rows_reads_the_rows_it_takes(dtype: str, row: int) -> None:
 
 
 @pytest.mark.parametrize("dtype, row", [("f16", 128), ("q8_0", 68)])
-def test_set_rows_writes_the_rows_it_is_given(dtype: str, row: int) -> None:
+def test_set_rows_writes_only_the_chosen_rows(dtype: str, row: int) -> None:
     cache = gg.state("cache", dtype, ne=(64, 1000))
     b, ids = gg.input("b", "f32", ne=(64, 2)), gg.input("ids", "i64", ne=(2,))
     assert cost_of(gg.set_rows(cache, b, ids)).nbytes == 2 * row + 2 * 256 + 2 * 8
 
 
-def test_cpy_writes_the_part_and_does_not_read_it() -> None:
+def test_cpy_writes_its_target_and_does_not_read_it() -> None:
     cache = gg.state("cache", "f16", ne=(64, 1000))
     part = gg.view(cache, ne=(64, 2), start=(0, 7))
     assert cost_of(gg.cpy(gg.input("a", "f32", ne=(64, 2)), part)).nbytes == 2 * 256 + 2 * 128
 
 
-def test_experts_that_are_not_chosen_are_not_read() -> None:
+def test_only_the_chosen_experts_are_read() -> None:
     b, ids = gg.input("b", "f32", ne=(32, 1, 3)), gg.input("ids", "i32", ne=(2, 3))
     up, gate = (gg.input(n, "f32", ne=(32, 16, 64)) for n in ("up", "gate"))
-    one, result = 32 * 16 * 4, 16 * 2 * 3 * 4
-    rest = b.spec.nbytes + ids.spec.nbytes + result
-    assert cost_of(gg.mul_mat_id(up, b, ids)).nbytes == 6 * one + rest
-    assert cost_of(gg.moe_up_gate(up, gate, b, ids)).nbytes == 12 * one + rest
+    matrix, result = 32 * 16 * 4, 16 * 2 * 3 * 4
+    others = b.spec.nbytes + ids.spec.nbytes + result
+    assert cost_of(gg.mul_mat_id(up, b, ids)).nbytes == 6 * matrix + others
+    assert cost_of(gg.moe_up_gate(up, gate, b, ids)).nbytes == 12 * matrix + others
 
 
-def test_a_source_that_stands_twice_is_read_once() -> None:
+def test_a_source_used_twice_is_read_once() -> None:
     x = gg.input("x", "f32", ne=(64,))
     assert cost_of(gg.mul(x, x)).nbytes == 2 * 256
 
 
-def test_attention_reads_what_its_views_show() -> None:
+def test_attention_reads_only_its_views_of_a_cache() -> None:
     cache = gg.state("cache", "f16", ne=(64, 1000))
     k = gg.view(cache, ne=(64, 10))
     q = gg.input("q", "f32", ne=(64, 2))
     assert cost_of(gg.flash_attn_ext(q, k, k, scale=1.0)).nbytes <= 2 * 2 * 256 + 2 * 10 * 128
 
 
-def test_a_loop_computes_what_its_pieces_do() -> None:
+def test_a_loop_costs_as_much_as_the_nodes_it_replaces() -> None:
     k, v = gg.input("k", "f32", ne=(8, 61, 7)), gg.input("v", "f32", ne=(61, 8, 7))
     y = gg.mul_mat(v, gg.soft_max(gg.mul_mat(k, gg.input("q", "f32", ne=(8, 33, 7)))))
     whole = gg.compile({"y": y})
@@ -61,6 +61,6 @@ def test_a_loop_computes_what_its_pieces_do() -> None:
     (loop,) = (step.node for step in plan.steps if loop_of(step.node) is not None)
     assert len(loop_of(loop).bodies()) == 2  # type: ignore[union-attr]
     assert cost_of(loop).flops == flops
-    rest = sum(cost_of(step.node).nbytes for step in plan.steps) - cost_of(loop).nbytes
+    nbytes = sum(cost_of(step.node).nbytes for step in plan.steps)
     leaves = (k, v, *(n for n in plan.graph.nodes if n.attrs.get("name") == "q"))
-    assert cost_of(loop).nbytes + rest == sum(n.spec.nbytes for n in leaves) + y.spec.nbytes
+    assert nbytes == sum(n.spec.nbytes for n in leaves) + y.spec.nbytes

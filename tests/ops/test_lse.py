@@ -17,8 +17,8 @@ def test_parts_of_an_attention(blocks: int) -> None:
     rng = np.random.default_rng(blocks)
     parts = [rng.standard_normal((3, 2, 9)).astype(np.float32) for _ in range(blocks)]
     for i, part in enumerate(parts):
-        part[..., -1] *= 30.0  # weights that differ by many orders
-        part[0, 0, -1], part[0, 0, :-1] = -np.inf, 0.0  # a row dead in every part
+        part[..., -1] *= 30.0  # weights differ by many orders of magnitude
+        part[0, 0, -1], part[0, 0, :-1] = -np.inf, 0.0  # a row without keys in all parts
         if i % 2 == 0:
             part[1, 1, -1], part[1, 1, :-1] = -np.inf, 0.0
     nodes = [gg.input(f"p{i}", "f32", ne=(9, 2, 3)) for i in range(blocks)]

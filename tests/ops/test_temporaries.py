@@ -1,4 +1,4 @@
-"""D12: no step makes a temporary of 64 KiB or more outside its declared scratch."""
+"""No step allocates a temporary of 64 KiB or more outside its declared scratch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pyggml.node import Node
 from pyggml.parity.case import Case, build
 from pyggml.parity.cases import cases
 
-#: Peak of all that is alive at once: two of NumPy's own 32 KiB cast buffers may be and a few small
-#: objects, while one array of an operand's size is past 128 KiB in every case here.
+#: Most bytes allocated at once during a step: two of NumPy's 32 KiB cast buffers and a few small
+#: objects. An array of an operand's size has more than 128 KiB in every case here.
 LIMIT = 80 * 1024
-#: Large enough that a row, a matrix or a list of ids is far more than the limit.
+#: Cases in which a row, a matrix or a list of ids is far larger than the limit.
 LARGE = """
 add(f32[512,300], f32[512])
 add(f16[300,200,3]@inner, f16[300,200,3]@p1032)
@@ -110,8 +110,8 @@ def test_no_large_temporary(case: Case) -> None:
     plan = compile({"y": built.node}).bind()
     for name, array in built.states.items():
         plan.store.write(name, array)
-    plan.run(built.inputs)  # tables made at first use
-    runners = plan.runners  # one split, or none
+    plan.run(built.inputs)  # fills tables that are computed on first use
+    runners = plan.runners  # of one split, or of none
     peaks: dict[Node, int] = {}
     tracemalloc.start()
     try:

@@ -6,8 +6,8 @@ import pytest
 
 from pyggml import ops
 from pyggml.backends import get
-from pyggml.backends.base import WeightLayout
 from pyggml.backends.numpy.table import KERNELS
+from pyggml.backends.step import WeightLayout
 from pyggml.graph import Graph
 from pyggml.node import Node
 from pyggml.ops.leaf import constant_op

@@ -1,4 +1,4 @@
-"""Random graphs of small tensors, and their values one node at a time, without a planner."""
+"""Random graphs of small tensors, and a reference that computes one node at a time."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ BINARY = (gg.add, gg.sub, gg.mul)
 
 
 class Grower:
-    """Grows a graph: `nodes` are what later nodes may read, `handles` the newest of each state."""
+    """Grows a graph. Later nodes may read `nodes`; `handles` are the newest of each state."""
 
     def __init__(self, draw: Any, states: bool) -> None:
         self.draw = draw
         self.handles: dict[str, Node] = {}
         self.updates: list[Node] = []
-        self.old: list[Node] = []  # looks at handles that were written since: only outputs may be
+        self.old: list[Node] = []  # views of handles that were replaced: outputs only
         size = st.integers(1, 4)
         self.nodes: list[Node] = []
         for i in range(draw(st.integers(1, 3))):
@@ -42,9 +42,9 @@ class Grower:
     def step(self) -> None:
         kinds = ["unary", "binary", "view", "permute", "reshape", "concat", "repeat", "mul_mat"]
         kinds += ["scale", "rms_norm", "cast"] + (["set_rows", "cpy"] if self.handles else [])
-        made = getattr(self, self.draw(st.sampled_from(kinds)))(self.pick())
-        if made is not None and made.spec.elements <= 512:
-            self.nodes.append(made)
+        node = getattr(self, self.draw(st.sampled_from(kinds)))(self.pick())
+        if node is not None and node.spec.elements <= 512:
+            self.nodes.append(node)
 
     def unary(self, a: Node) -> Node:
         return self.draw(st.sampled_from(UNARY))(a)
@@ -82,9 +82,9 @@ class Grower:
 
     def concat(self, a: Node) -> Node | None:
         dim = self.draw(st.integers(0, 3))
-        rest = [b for b in self.nodes if all(a.ne[i] == b.ne[i] for i in range(4) if i != dim)]
-        rest = [b for b in rest if b.dtype == a.dtype]
-        return gg.concat(a, self.draw(st.sampled_from(rest)), dim=dim)
+        others = [b for b in self.nodes if all(a.ne[i] == b.ne[i] for i in range(4) if i != dim)]
+        others = [b for b in others if b.dtype == a.dtype]
+        return gg.concat(a, self.draw(st.sampled_from(others)), dim=dim)
 
     def repeat(self, a: Node) -> Node:
         by = [self.draw(st.integers(1, 2)) for _ in range(4)]
@@ -105,7 +105,7 @@ class Grower:
         return self._written(gg.set_rows(self.handles["s"], b, ids))
 
     def cpy(self, a: Node) -> Node:
-        """One value into a part of the newest handle; what is read later is the whole."""
+        """One value into a part of the newest handle. Later reads see the whole state."""
         rows = self.draw(st.integers(1, 3))
         part = gg.view(self.handles["s"], ne=(3, rows), start=(1, self.draw(st.integers(0, 3))))
         b = gg.repeat(gg.view(a, ne=(1,)), ne=(3, rows))
@@ -127,8 +127,8 @@ def graphs(draw: Any, states: bool = False, most: int = 25) -> tuple[dict[str, N
     grower = Grower(draw, states)
     for _ in range(draw(st.integers(1, most))):
         grower.step()
-    found = grower.nodes + grower.old
-    chosen = draw(st.lists(st.sampled_from(found), min_size=1, max_size=4))
+    candidates = grower.nodes + grower.old
+    chosen = draw(st.lists(st.sampled_from(candidates), min_size=1, max_size=4))
     chosen.append(grower.nodes[-1])
     return {f"y{i}": node for i, node in enumerate(chosen)}, grower.updates
 
@@ -143,7 +143,7 @@ def inputs_of(nodes: Any, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 class Reference:
-    """Values of nodes, each by a plan of that node alone; states by their contents over time."""
+    """The values of nodes, each from a plan of that node alone, and the contents of states."""
 
     def __init__(self, inputs: dict[str, np.ndarray]) -> None:
         self.inputs = inputs
@@ -163,12 +163,12 @@ class Reference:
             return data_of(node)
         if node.root.op is state_op:
             return self.content(node).reshape(-1)[self._places(node)]
-        made = node.op.make(
+        alone = node.op.make(
             tuple(None if s is None else self._alone(s) for s in node.src),
             dict(node.attrs),
             node.spec,
         )
-        return gg.compile({"y": made}).run({})["y"]
+        return gg.compile({"y": alone}).run({})["y"]
 
     def _alone(self, node: Node) -> Node:
         value = self.value(node)
@@ -198,7 +198,7 @@ class Reference:
         return self.contents[node]
 
     def _places(self, node: Node) -> np.ndarray:
-        """Which elements of its state `node` looks at."""
+        """The elements of its state that `node` shows."""
         if node.op is state_op:
             return np.arange(node.spec.elements).reshape(node.ne[::-1])
         if node.op.name == "state_of":
@@ -232,7 +232,7 @@ def _model() -> tuple[np.ndarray, np.ndarray]:
 
 
 def greedy() -> dict[str, gg.Node]:
-    """One step: the token's row, turned by its position, a product, the largest; all in states."""
+    """One step of decoding, with the token, its position and the ids in states."""
     embd, head = _model()
     token, pos = (gg.state(name, "i32", ne=(1,)) for name in ("token", "pos"))
     ids = gg.label(gg.state("ids", "i32", ne=(1, STEPS)), "state ids")
@@ -248,7 +248,7 @@ def greedy() -> dict[str, gg.Node]:
 def greedy_ids(token: int, steps: int) -> list[int]:
     """The tokens that follow, in float64."""
     embd, head = _model()
-    found = []
+    tokens = []
     for pos in range(steps):
         pairs = embd[token].astype(np.float64).reshape(-1, 2)
         angle = pos * 10000.0 ** (-np.arange(WIDTH // 2) * 2 / WIDTH)
@@ -257,5 +257,5 @@ def greedy_ids(token: int, steps: int) -> list[int]:
             [pairs[:, 0] * cos - pairs[:, 1] * sin, pairs[:, 0] * sin + pairs[:, 1] * cos], axis=1
         )
         token = int(np.argmax(head.astype(np.float64) @ turned.reshape(-1)))
-        found.append(token)
-    return found
+        tokens.append(token)
+    return tokens

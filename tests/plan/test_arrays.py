@@ -1,4 +1,4 @@
-"""Inputs bound to arrays of the caller's, runs without a host in between, progress of weights."""
+"""Inputs bound to the caller's arrays, repeated runs, and the progress of uploads."""
 
 from __future__ import annotations
 
@@ -23,22 +23,24 @@ def doubled(**options: Any) -> gg.Plan:
 
 
 def test_a_bound_input_is_read_where_it_is() -> None:
-    plan, held = doubled(), X.copy()
-    plan.bind(x=held)
+    plan, array = doubled(), X.copy()
+    plan.bind(x=array)
     np.testing.assert_array_equal(plan.run(z=np.ones(8))["y"], 2 * X + 1)
-    held[:] = 7  # no copy was made, so the next run sees it
+    array[:] = 7  # no copy was made, so the next run sees it
     got = plan.views(z=np.zeros(8))
     np.testing.assert_array_equal(got["y"], 14)
-    assert np.shares_memory(got["x"], held)
-    assert not any(key == "x" for key, *_ in plan.store._leaves.inputs)  # and no slot stands idle
-    np.testing.assert_array_equal(held, 7)
+    assert np.shares_memory(got["x"], array)
+    assert not any(
+        key == "x" for key, *_ in plan.store._leaves.inputs
+    )  # and there is no unused slot
+    np.testing.assert_array_equal(array, 7)
 
 
 def test_an_input_is_bound_to_another_array_and_given_back() -> None:
     plan = doubled().bind(x=X)
     plan.run(z=np.zeros(8))
     execution = plan._execution
-    assert plan.bind(x=X)._execution is execution  # the same address: nothing is made anew
+    assert plan.bind(x=X)._execution is execution  # the same address: nothing is rebuilt
     other = X + 1
     plan.bind(x=other)
     assert plan._execution is not execution
@@ -47,18 +49,18 @@ def test_an_input_is_bound_to_another_array_and_given_back() -> None:
     np.testing.assert_array_equal(plan.run(x=X - 1, z=np.zeros(8))["y"], 2 * X - 2)
 
 
-def test_what_is_bound_stays_when_the_store_s_arena_moves() -> None:
-    store, held = gg.Store(), X.copy()
-    plan = doubled(store=store).bind(x=held)
+def test_a_bound_array_stays_when_the_store_s_arena_moves() -> None:
+    store, array = gg.Store(), X.copy()
+    plan = doubled(store=store).bind(x=array)
     large = gg.input("w", ne=(100_000,))
     gg.compile({"y": gg.add(gg.exp(large), gg.log(large))}, store=store).bind()
     np.testing.assert_array_equal(plan.run(z=np.zeros(8))["y"], 2 * X)
-    held += 1
+    array += 1
     np.testing.assert_array_equal(plan.run(z=np.zeros(8))["y"], 2 * X + 2)
 
 
 def test_one_array_serves_two_plans_and_one_plan_s_output_another_s_input() -> None:
-    first, second = doubled(), doubled()  # each with a store of its own
+    first, second = doubled(), doubled()  # each with its own store
     y = first.views(x=X, z=X)["y"]
     second.bind(x=y)
     np.testing.assert_array_equal(second.run(z=np.zeros(8))["y"], 6 * X)
@@ -86,12 +88,12 @@ def test_arrays_that_cannot_be_bound(given: Any, error: type[Exception], text: s
 
 
 def test_raw_rows_can_be_bound() -> None:
-    for kind, raw in (("bf16", np.uint16), ("q8_0", np.uint8)):
-        x = gg.input("x", kind, ne=(64, 2))
+    for dtype, raw in (("bf16", np.uint16), ("q8_0", np.uint8)):
+        x = gg.input("x", dtype, ne=(64, 2))
         plan = gg.compile({"y": gg.cast(x, dtype="f32")})
-        held = gg.compile({"x": x}).views(x=np.ones((2, 64)))["x"].copy()
-        assert held.dtype == raw
-        np.testing.assert_allclose(plan.bind(x=held).run()["y"], 1, rtol=1e-2)
+        array = gg.compile({"x": x}).views(x=np.ones((2, 64)))["x"].copy()
+        assert array.dtype == raw
+        np.testing.assert_allclose(plan.bind(x=array).run()["y"], 1, rtol=1e-2)
 
 
 def test_a_part_of_the_arena_is_not_bound() -> None:
@@ -188,10 +190,12 @@ def test_progress_of_weights_that_go_to_a_device() -> None:
     seen.clear()
     more = gg.compile({"y": y, "z": gg.relu(w[2])}, backends=["null:0"], store=store)
     more.bind({}, lambda done, total: seen.append((done, total)))
-    assert seen == [(more.memory.weights - total,) * 2]  # what the store has goes up no more
+    assert seen == [
+        (more.memory.weights - total,) * 2
+    ]  # weights in the store are not uploaded again
     seen.clear()
     gg.compile({"y": y}).bind({}, lambda *both: seen.append(both))
-    assert not seen  # the host reads its own in place
+    assert not seen  # the host reads its weights in place
 
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt

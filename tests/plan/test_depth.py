@@ -1,4 +1,4 @@
-"""Graphs of thousands of nodes one behind the other: no pass recurses over them, none is slow."""
+"""Chains of thousands of nodes: no pass recurses over them, and none is slow."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def sums_before_a_softmax(n: int) -> dict[str, Node]:
 
 
 def sums_of_two_before_a_softmax(n: int) -> dict[str, Node]:
-    """Each sum adds the last one to itself: as many ways as 2 ** n lead to the product."""
+    """Each sum adds the last one to itself, so 2 ** n paths lead to the product."""
     kq = gg.mul_mat(gg.input("k", "f32", ne=(4, 8)), _x())
     for _ in range(n):
         kq = gg.add(kq, kq)
@@ -87,7 +87,7 @@ def views_as_an_output(n: int) -> dict[str, Node]:
 
 
 def views_of_a_part(n: int) -> dict[str, Node]:
-    """What is looked at would be written into its place in a concat."""
+    """A node with a chain of views that could be written into a concat."""
     part, x = gg.sqr(_x()), gg.input("more", "f32", ne=(4, 2))
     return {"y": gg.concat(part, x, dim=1), "z": gg.sqr(_turned(part, n))}
 
@@ -231,7 +231,7 @@ def test_parity_of_states_does_not_recurse() -> None:
 @pytest.mark.parametrize("build", SHAPES, ids=lambda build: build.__name__)
 def test_no_pass_is_quadratic(build: Build, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twice the nodes take about twice the calls; a quadratic pass takes four times as many."""
-    monkeypatch.setenv("PYGGML_VERIFY", "0")  # the verifier compares all blocks that are alive
+    monkeypatch.setenv("PYGGML_VERIFY", "0")  # the verifier compares all live blocks
 
     def calls(n: int) -> int:
         outputs, count = build(n), 0

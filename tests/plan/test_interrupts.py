@@ -1,5 +1,5 @@
-"""Ctrl-C at every point of bind and run: no lock stays taken, nothing is half done, and the next
-results are right."""
+"""Ctrl-C at every point of bind and run: all locks are free afterwards, nothing is half done, and
+the next results are right."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def accumulating(store: gg.Store, places: tuple[str, ...], rows: int = 2) -> gg.
 
 
 def check_free(store: gg.Store, places: tuple[str, ...]) -> None:
-    """Another thread gets the locks, and nothing waits in a queue."""
+    """Another thread can take the locks, and the queues are empty."""
     locks = [store.lock, *(backends.get(*split(p)).lock for p in places)]
     free: list[bool] = []
 
     def take() -> None:
         for lock in locks:
-            if hasattr(lock, "acquire"):  # the host has none
+            if hasattr(lock, "acquire"):  # the host has no real lock
                 free.append(lock.acquire(timeout=0.5))
                 if free[-1]:
                     lock.release()
@@ -60,7 +60,7 @@ def split(place: str) -> tuple[str, int]:
 
 
 def check_whole(plan: gg.Plan, where: str) -> None:
-    """The plan and its store go on as if nothing had happened to them."""
+    """The plan and its store work as if nothing had happened."""
     before = plan.bind().store.read("s")
     got = plan.run(x=X)["y"]
     want = before + X @ WEIGHT.T
@@ -88,7 +88,7 @@ def test_interrupts_while_a_plan_runs(places: tuple[str, ...]) -> None:
     for where in everywhere(begin, 3):
         points.append(where)
         check_free(plan.store, places)
-        s = plan.store.read("s")  # the write was made or it was not
+        s = plan.store.read("s")  # the write happened or it did not
         assert np.allclose(s, 0) or np.allclose(s, product, rtol=1e-5, atol=1e-5), where
         check_whole(plan, where)
     assert len(points) > 30
@@ -111,7 +111,7 @@ def test_interrupts_while_a_plan_is_bound(places: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("places", PLACES[:3], ids=str)
 def test_interrupts_while_an_arena_grows(places: tuple[str, ...]) -> None:
-    """Of two plans that share a store the larger one is bound second."""
+    """Two plans share a store, and the larger one is bound second."""
     plans: list[gg.Plan] = []
 
     def begin() -> Callable[[], object]:
@@ -129,7 +129,7 @@ def test_interrupts_while_an_arena_grows(places: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("place", ["numpy", "null:3"])
 def test_interrupts_while_an_input_is_bound(place: str) -> None:
-    """Either the array is the input's memory afterwards, or runs take one as before."""
+    """Afterwards either the array is the input's memory, or runs take an array as before."""
     plan = accumulating(gg.Store(), (place,))
     source = gg.compile({"x": gg.input("x", ne=(4, 2))}, backends=[place])
     array = X + 1 if place == "numpy" else source.views(x=X + 1)["x"]
@@ -169,7 +169,7 @@ def test_interrupts_while_a_state_is_read_or_written(place: str) -> None:
 
 @pytest.mark.parametrize("places", PLACES[:3], ids=str)
 def test_interrupts_from_outside_while_a_plan_runs(places: tuple[str, ...]) -> None:
-    """Real signals, at whatever time they come."""
+    """Real signals at arbitrary times."""
     plan = accumulating(gg.Store(), places).bind()
     rng = np.random.default_rng(0)
     interrupted = 0

@@ -9,9 +9,9 @@ import pytest
 
 import pyggml as gg
 from pyggml import backends, ops
-from pyggml.backends.base import Step
 from pyggml.backends.host import HostBackend
 from pyggml.backends.numpy.backend import NumpyBackend
+from pyggml.backends.step import Step
 from pyggml.backends.table import Kernel, KernelTable
 from pyggml.errors import UnknownNameError
 
@@ -62,13 +62,13 @@ def test_refusals_in_their_order() -> None:
 
 
 def test_a_second_host_backend_is_a_name_and_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its tensors are NumPy's too: nothing is copied, and what it lacks runs there."""
+    """It shares memory with NumPy: nothing is copied, and NumPy runs the other ops."""
     kernels = KernelTable(Kernel, {"f32"})
 
     @kernels.kernel(ops.sqr, inplace=("a",))
     def sqr(out: Any, a: Any) -> None:
         np.multiply(a, a, out=out)
-        out += 1000  # who computed it
+        out += 1000  # shows which kernel ran
 
     class Other(HostBackend):
         name = "other"

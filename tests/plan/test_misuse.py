@@ -1,4 +1,4 @@
-"""Legal graphs that are hardly meant: what they warn of or refuse, and what they let pass."""
+"""Legal graphs that are probably mistakes: which ones warn or raise, and which pass."""
 
 from __future__ import annotations
 
@@ -54,8 +54,10 @@ def test_a_write_whose_handle_is_dropped(keep: bool) -> None:
         gg.compile({"y": y} if not keep else {"y": gg.add_id(y, y, at)})
     (text,) = [str(w.message) for w in caught]
     here = r"test_misuse\.py:"
-    told = f"mul_mat at .*{here}{read} reads the state 'cache'.*set_rows at .*{here}{write}.*never"
-    assert re.search(told, text)
+    message = (
+        f"mul_mat at .*{here}{read} reads the state 'cache'.*set_rows at .*{here}{write}.*never"
+    )
+    assert re.search(message, text)
     assert caught[0].filename == __file__
 
 
@@ -87,11 +89,11 @@ def test_graphs_that_are_meant() -> None:
     old, counter = gg.relu(cache), gg.state("n", ne=(4,))
     one_more = gg.cpy(gg.scale(counter, s=1.0, b=1.0), counter)
     for outputs, updates in (
-        ({"y": gg.relu(new)}, []),  # what was written is read
+        ({"y": gg.relu(new)}, []),  # the new handle is read
         ({"x": gg.relu(rows)}, [new]),  # a write for the next run
-        ({"y": old, "x": gg.relu(twice)}, [later]),  # the rows are used beside the old ones
+        ({"y": old, "x": gg.relu(twice)}, [later]),  # the rows are used next to the old ones
         ({"y": old}, [gg.set_rows(cache, gg.view(old, ne=(4, 2)), at)]),  # read, then written
-        ({"n": gg.relu(counter)}, [one_more]),  # a count as it was
+        ({"n": gg.relu(counter)}, [one_more]),  # the count before the write
     ):
         silent(lambda o=outputs, u=updates: gg.compile(o, updates=u))
     # Plans that share a leaf: each has a part of the graph, and some are gone.

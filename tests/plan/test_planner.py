@@ -1,4 +1,4 @@
-"""The planner on random graphs: nobody's memory is taken, results are those of single nodes."""
+"""The planner on random graphs: no live memory is overwritten, and results equal the reference."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pyggml.errors.StateWarning")
 
 
 def _bytes(plan: Plan, node: Node) -> np.ndarray:
-    """Every byte of the arena that `node` occupies."""
+    """The bytes of the arena that `node` occupies."""
     at = plan.addresses[node]
     where = np.full((), at.offset)
     for n, b in zip((node.ne[0] // node.dtype.block, *node.ne[1:]), at.nb):
@@ -30,23 +30,24 @@ def _bytes(plan: Plan, node: Node) -> np.ndarray:
 
 
 def _meets(where: set[int], taken: range) -> bool:
-    found = np.fromiter(where, int)
-    return bool(((found >= taken.start) & (found < taken.stop)).any())
+    offsets = np.fromiter(where, int)
+    return bool(((offsets >= taken.start) & (offsets < taken.stop)).any())
 
 
 def check_memory(plan: Plan) -> None:
-    """Who wrote each byte of the arena last, step by step; every reader finds what it expects."""
+    """Follow the last writer of each byte of the arena, and check that each step reads what it
+    should."""
     plan.bind()
     writer = np.full(plan.memory.compute, -1)
     number: dict[Node, int] = {}
-    same: dict[int, set[int]] = {}  # a concat leaves the values of its parts as they are
+    same: dict[int, set[int]] = {}  # a concat keeps the values of its parts
 
     def expect(node: Node, reader: str) -> None:
         root = node.root
         if root.op.leaf:
             return
-        wanted = {number[root]} | same.get(number[root], set())
-        assert set(writer[_bytes(plan, node)]) <= wanted, f"{node!r} is lost before {reader}"
+        allowed = {number[root]} | same.get(number[root], set())
+        assert set(writer[_bytes(plan, node)]) <= allowed, f"{node!r} is lost before {reader}"
 
     for i, step in enumerate(plan.steps):
         node, offset = step.node, plan._work.placed.scratch_at[i]
@@ -87,7 +88,7 @@ def test_random_graphs(graph: tuple[dict[str, Node], list[Node]]) -> None:
     first = plan.run(inputs)
     for key, node in outputs.items():
         _close(first[key], reference.value(node))
-    again = plan.run(inputs)  # inputs survived, and the arena's rest does not matter
+    again = plan.run(inputs)  # inputs survive, and old values in the arena do not matter
     for key in outputs:
         np.testing.assert_array_equal(first[key], again[key])
 
@@ -132,7 +133,9 @@ def test_parts_of_a_concat_live_as_long_as_they_are_read() -> None:
     node = gg.input("x", "f32", ne=(8, 4))
     part = gg.scale(node, s=2.0)
     both = gg.concat(part, gg.scale(node, s=3.0), dim=1)
-    over = gg.scale(both, s=0.5)  # could take over the memory of both, were a part not read later
+    over = gg.scale(
+        both, s=0.5
+    )  # could take over the memory of `both` if no later step read a part
     total = gg.sum_rows(gg.transpose(over))
     late = gg.mul(gg.repeat(gg.cont(gg.transpose(total)), ne=(8, 16)), gg.repeat(part, ne=(8, 16)))
     got = run_checked({"y": gg.add(late, gg.repeat(part, ne=(8, 16)))}, x=x)["y"]
@@ -190,8 +193,8 @@ def test_pack_reuses_what_is_over() -> None:
 
 
 def test_live_bytes_by_hand() -> None:
-    found = live_bytes([Interval(0, 1, 10), Interval(1, 2, 5), Interval(3, 3, 7)], 5)
-    assert found == [10, 15, 5, 7, 0]
+    live = live_bytes([Interval(0, 1, 10), Interval(1, 2, 5), Interval(3, 3, 7)], 5)
+    assert live == [10, 15, 5, 7, 0]
 
 
 # -- compile allocates nothing, and says exactly what will be ------------------------------------

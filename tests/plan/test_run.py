@@ -1,4 +1,4 @@
-"""Arrays from Python into a plan; options of compile; observe; profile; what a plan says."""
+"""Arrays for runs, options of compile, observe, profile, and the text of a plan."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from pyggml.errors import (
 X = np.arange(32, dtype=np.float32).reshape(4, 8)
 
 
-def plan_of(kind: str = "f32", ne: tuple[int, ...] = (8, 4)) -> gg.Plan:
-    return gg.compile({"y": gg.cont(gg.input("x", kind, ne=ne))})
+def plan_of(dtype: str = "f32", ne: tuple[int, ...] = (8, 4)) -> gg.Plan:
+    return gg.compile({"y": gg.cont(gg.input("x", dtype, ne=ne))})
 
 
 def unaligned(array: np.ndarray) -> np.ndarray:
     raw = bytearray(array.nbytes + 1)
-    made = np.frombuffer(raw, array.dtype, offset=1, count=array.size).reshape(array.shape)
-    made[...] = array
-    return made
+    copy = np.frombuffer(raw, array.dtype, offset=1, count=array.size).reshape(array.shape)
+    copy[...] = array
+    return copy
 
 
 @pytest.mark.parametrize(
@@ -40,15 +40,15 @@ def unaligned(array: np.ndarray) -> np.ndarray:
         np.repeat(X, 2, axis=1)[:, ::2], unaligned(X), memoryview(X),
     ],
 )  # fmt: skip
-def test_arrays_that_are_taken(given: Any) -> None:
+def test_accepted_arrays(given: Any) -> None:
     for array in (given, np.broadcast_to(np.float32(3), (4, 8))):
         np.testing.assert_array_equal(plan_of().run(x=array)["y"], np.asarray(array, np.float32))
 
 
-def test_read_only_arrays_are_taken_and_left_alone() -> None:
-    held = X.copy()
-    held.flags.writeable = False
-    np.testing.assert_array_equal(plan_of().run(x=held)["y"], X)
+def test_read_only_arrays_are_accepted_and_not_changed() -> None:
+    array = X.copy()
+    array.flags.writeable = False
+    np.testing.assert_array_equal(plan_of().run(x=array)["y"], X)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_read_only_arrays_are_taken_and_left_alone() -> None:
         (X.astype("datetime64[s]"), DTypeError, "datetime64"),
     ],
 )  # fmt: skip
-def test_arrays_that_are_refused(given: Any, error: type[Exception], text: str) -> None:
+def test_rejected_arrays(given: Any, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=f"input 'x'.*{text}") as caught:
         plan_of().run(x=given)
     assert isinstance(caught.value, PyggmlError)

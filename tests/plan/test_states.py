@@ -1,4 +1,4 @@
-"""States (D4): which value a reader sees, what is refused, what outlives a run."""
+"""States: which values a reader sees, which graphs are errors, what survives a run."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_writes_in_a_chain() -> None:
     for row in range(3):
         want = np.zeros((3, 4), np.float32)
         want[: row + 1] = np.outer(np.arange(1, row + 2), ROW)
-        # Handles that were overwritten later are outputs all the same: copies taken in time.
+        # Handles that a later step replaces are still valid outputs: they are copied in time.
         np.testing.assert_array_equal(got[f"after{row}"], want)
 
 
@@ -104,20 +104,20 @@ def test_a_counter_needs_no_input() -> None:
 
 def test_store_reads_writes_and_clears() -> None:
     store = gg.Store()
-    for kind in ("f32", "f16", "bf16", "i32", "i64", "q8_0"):
-        cache = gg.state(f"s_{kind}", kind, ne=(32, 3))
+    for dtype in ("f32", "f16", "bf16", "i32", "i64", "q8_0"):
+        cache = gg.state(f"s_{dtype}", dtype, ne=(32, 3))
         gg.compile({"y": gg.cont(cache)}, store=store).bind()
-        assert not store.read(f"s_{kind}").any()
+        assert not store.read(f"s_{dtype}").any()
         values = np.arange(96).reshape(3, 32) % 17
-        store.write(f"s_{kind}", values if kind[0] == "i" else values.astype(np.float32))
-        np.testing.assert_allclose(store.read(f"s_{kind}"), values, atol=0.07)
-        raw = store.read(f"s_{kind}", raw=True)
-        store.clear(f"s_{kind}")
-        assert not store.read(f"s_{kind}").any()
-        store.write(f"s_{kind}", raw)
-        np.testing.assert_array_equal(store.read(f"s_{kind}", raw=True), raw)
+        store.write(f"s_{dtype}", values if dtype[0] == "i" else values.astype(np.float32))
+        np.testing.assert_allclose(store.read(f"s_{dtype}"), values, atol=0.07)
+        raw = store.read(f"s_{dtype}", raw=True)
+        store.clear(f"s_{dtype}")
+        assert not store.read(f"s_{dtype}").any()
+        store.write(f"s_{dtype}", raw)
+        np.testing.assert_array_equal(store.read(f"s_{dtype}", raw=True), raw)
     store.clear()
-    assert not any(store.read(f"s_{kind}").any() for kind in ("f32", "bf16", "q8_0"))
+    assert not any(store.read(f"s_{dtype}").any() for dtype in ("f32", "bf16", "q8_0"))
 
 
 def test_store_errors() -> None:
@@ -142,7 +142,7 @@ def test_the_copy_that_read_returns_is_ones_own() -> None:
 
 
 def test_a_thousand_chained_writes_compile_at_once() -> None:
-    """Each `whole` looks at the one before it; nothing may walk all of them each time."""
+    """Each `state_of` views the one before it; no pass may walk all of them each time."""
     handle = gg.state("s", "f32", ne=(4, 8))
     x = gg.input("x", "f32", ne=(4,))
     for i in range(1000):

@@ -110,7 +110,7 @@ def test_a_view_of_the_last_run_can_be_the_next_input() -> None:
     plan = gg.compile({"y": gg.scale(x, s=2.0)})
     y = plan.views(x=np.ones(4))["y"]
     for _ in range(3):
-        # tests poison the arena before a run: what is given must be its own copy here
+        # tests poison the arena before a run, so the array must be a separate copy here
         y = plan.views(x=y.copy())["y"]
     np.testing.assert_array_equal(y, 16.0)
 
@@ -131,12 +131,12 @@ def test_the_nth_allocation_fails(nth: int, monkeypatch: pytest.MonkeyPatch) -> 
         return alloc(nbytes)
 
     monkeypatch.setattr(backend, "alloc", failing, raising=False)
-    if nth < 2:  # two inputs; for the arena the present one is given up, and it is tried again
-        held = (store.arenas, store._leaves)
+    if nth < 2:  # two inputs; for the arena the store frees its arena and tries again
+        kept = (store.arenas, store._leaves)
         with pytest.raises(OutOfMemoryError, match=r"(?s)the plan needs:.*device \| weights") as e:
             plan.bind()
         assert isinstance(e.value, MemoryError)
-        assert (store.arenas, store._leaves) == held
+        assert (store.arenas, store._leaves) == kept
         np.testing.assert_array_equal(store.read("cache"), before)
     plan.bind()  # the failure left nothing behind
     got = plan.run(x=np.zeros((12, 4)), at=np.arange(4, 16))
@@ -146,7 +146,7 @@ def test_the_nth_allocation_fails(nth: int, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_memory_that_does_not_exist() -> None:
     x = gg.input("x", "f32", ne=(1 << 40, 1 << 18))
-    plan = gg.compile({"y": gg.relu(x)})  # compile asks for nothing
+    plan = gg.compile({"y": gg.relu(x)})  # compile allocates nothing
     assert plan.memory.inputs == 1 << 60
     with pytest.raises(OutOfMemoryError, match=f"{1 << 60} bytes"):
         plan.bind()
@@ -162,11 +162,11 @@ def test_places_and_stores() -> None:
 
 
 def test_weights_are_read_in_place() -> None:
-    held = np.arange(8, dtype=np.float32)
-    plan = gg.compile({"y": gg.scale(gg.constant(held, name="w"), s=1.0)}).bind()
-    assert np.shares_memory(next(iter(plan.store._leaves.weights.values())).at.buffer, held)
+    values = np.arange(8, dtype=np.float32)
+    plan = gg.compile({"y": gg.scale(gg.constant(values, name="w"), s=1.0)}).bind()
+    assert np.shares_memory(next(iter(plan.store._leaves.weights.values())).at.buffer, values)
     with pytest.raises(ValueError, match="read-only"):
-        gg.compile({"w": gg.constant(held)}).views()["w"][0] = 1
+        gg.compile({"w": gg.constant(values)}).views()["w"][0] = 1
 
 
 def test_an_outgrown_arena_is_let_go() -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml.backends.base import Address, Given
+from pyggml.backends.base import Given
 from pyggml.backends.cuda.device import dlpack
 from pyggml.backends.cuda.device.driver import Context, guarded
+from pyggml.backends.step import Address
 from pyggml.errors import DTypeError, GraphError
 from pyggml.spec import Spec
 

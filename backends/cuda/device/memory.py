@@ -5,9 +5,9 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
-from pyggml.backends.base import Address
 from pyggml.backends.cuda.device.driver import Context, guarded
 from pyggml.backends.cuda.launch import Operand
+from pyggml.backends.step import Address
 from pyggml.errors import OutOfMemoryError
 from pyggml.spec import Spec
 

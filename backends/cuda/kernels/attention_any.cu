@@ -5,32 +5,26 @@
 // @kernel any<{64|128|256}, 32>
 // @kernel any<576, 16>
 #include "attention.cuh"
+#include "blocks.cuh"
 
 enum Type { F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL };
 
 __device__ __forceinline__ float half_at(const char *p) { return __half2float(*(const __half *)p); }
 
-// Element i of a row. A block of 32 stores its scale, then its minimum (if any), the fifth bits (if
-// any) and the codes: the low nibbles of 16 bytes are elements 0..15, the high nibbles 16..31.
+// Element i of a row of adjacent blocks.
 __device__ float element(const char *row, int type, int i) {
-    if (type == F32) return ((const float *)row)[i];
-    if (type == F16) return half_at(row + 2 * i);
-    if (type == BF16) return __bfloat162float(((const __nv_bfloat16 *)row)[i]);
-    const int b = i / 32, n = i % 32;
-    if (type == Q8_0) return half_at(row + b * 34) * ((const signed char *)row)[b * 34 + 2 + n];
-    const bool five = type == Q5_0 || type == Q5_1, least = type == Q4_1 || type == Q5_1;
-    const int head = 2 + 2 * least, size = head + 4 * five + 16;
-    const u8 *at = (const u8 *)row + b * size;
-    const int code = at[head + 4 * five + n % 16] >> (n / 16 * 4) & 15;
-    const float d = half_at((const char *)at);
-    if (type == IQ4_NL) {
-        const signed char values[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
-                                        1,    13,   25,  38,  53,  69,  89,  113};
-        return d * values[code];
+    using namespace file;
+    switch (type) {
+        case F32: return element<Plain<float>>(row, sizeof(float), i);
+        case F16: return element<Plain<__half>>(row, sizeof(__half), i);
+        case BF16: return element<Plain<__nv_bfloat16>>(row, sizeof(__half), i);
+        case Q8_0: return element<q8_0>(row, q8_0::BYTES, i);
+        case Q4_0: return element<q4_0>(row, q4_0::BYTES, i);
+        case Q4_1: return element<q4_1>(row, q4_1::BYTES, i);
+        case Q5_0: return element<q5_0>(row, q5_0::BYTES, i);
+        case Q5_1: return element<q5_1>(row, q5_1::BYTES, i);
+        default: return element<iq4_nl>(row, iq4_nl::BYTES, i);
     }
-    const int high = five ? (at[head + n / 8] >> n % 8 & 1) << 4 : 0;
-    if (least) return d * (code + high) + half_at((const char *)at + 2);
-    return d * (code + high - (five ? 16 : 8));
 }
 
 // Keys and values of one head, as `repair` reads them.
@@ -42,6 +36,13 @@ struct Every {
     __device__ float key(int j, int i) const { return element(k + j * step_k, type_k, i); }
     __device__ float value(int j, int c) const { return element(v + j * step_v, type_v, c); }
 };
+
+// Corrects 32 columns of a row. Not inlined, so that the kernel does not need its registers.
+__device__ __noinline__ void repair_columns(const Attention &a, int i3, int head_kv, int r, int j0,
+                                            int j1, int split, int column, float m, float l,
+                                            const Every &source) {
+    repair<1>(a, i3, head_kv, r, j0, j1, split, column, min(column + 32, a.d_v), m, l, source);
+}
 
 template <int D, int BN>
 __global__ void __launch_bounds__(256) any(const __grid_constant__ Attention a) {
@@ -163,9 +164,8 @@ __global__ void __launch_bounds__(256) any(const __grid_constant__ Attention a) 
     for (int r = 0; r < 4; ++r) some |= __any_sync(~0u, odd[r]) << r;
     for (__syncwarp(); some; some &= some - 1) {
         const int r = rows + __ffs(some) - 1;
-#pragma unroll 1  // repairing few columns at a time keeps register use low
         for (int i = column - lane; i < a.d_v; i += 64)
-            repair<1>(a, i3, head_kv, r0 + r, begin * BN, end * BN, split, i, min(i + 32, a.d_v),
-                      top[r], total[r], source);
+            repair_columns(a, i3, head_kv, r0 + r, begin * BN, end * BN, split, i, top[r], total[r],
+                           source);
     }
 }

@@ -52,13 +52,7 @@ __global__ void __launch_bounds__(32 * WM * WN, 1) latent(const __grid_constant_
     char *queries = memory, *ring = memory + Shape::Q, *weights = ring + Shape::TILES;
 
     const Queries<T, DK, M, WARPS> loaded(a, i3, head_kv, r0, warp);
-    const Span seen = span(a, q0, q1 + 1, live);
-    const int t0 = seen.first / BN, tiles = max(0, (seen.last + BN - 1) / BN - t0);
-    const int end = t0 + share(tiles, part + 1, a.splits);
-    const auto alive = [&](int t) {
-        while (t < end && !(flags(a, i3, q0, q1, t * BN, t * BN + BN - 1) & LIVE)) ++t;
-        return t;
-    };
+    const Walk<BN> walk(a, i3, q0, q1, live, part);
     const char *k = a.k + head_kv * a.nb_k[1] + i3 * a.nb_k[2];
     const auto fetch = [&](int t, int stage) {
         const int j0 = t * BN;
@@ -75,11 +69,10 @@ __global__ void __launch_bounds__(32 * WM * WN, 1) latent(const __grid_constant_
             }
         }
     };
-    const int first = t0 + share(tiles, part, a.splits);
-    int now = alive(first), next = now;
+    int now = walk.alive(walk.first), next = now;
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
-        if (next < end) fetch(next, s), next = alive(next + 1);
+        if (next < walk.end) fetch(next, s), next = walk.alive(next + 1);
         copies_commit();
     }
     release_successor();
@@ -97,7 +90,7 @@ __global__ void __launch_bounds__(32 * WM * WN, 1) latent(const __grid_constant_
             factor[i][r] = factors[row0 + 16 * i + 8 * r];
         }
 
-    for (int stage = 0; now < end; stage ^= 1) {
+    for (int stage = 0; now < walk.end; stage ^= 1) {
         copies_wait<1>();
         __syncthreads();
         const char *tile = ring + (Q8 ? 0 : stage * Shape::STAGE);
@@ -129,10 +122,8 @@ __global__ void __launch_bounds__(32 * WM * WN, 1) latent(const __grid_constant_
                 }
             }
         }
-        const int j0 = now * BN, key = j0 + wn * NT * 8 + 2 * (lane & 3);
-        const bool bias = a.mask && (flags(a, i3, q0, q1, j0, j0 + BN - 1) & NONZERO);
-        const bool special =
-            bias || a.softcap > 0 || j0 < seen.full_first || j0 + BN > seen.full_last;
+        const int key = now * BN + wn * NT * 8 + 2 * (lane & 3);
+        const bool bias = walk.biased(now), special = bias || a.softcap > 0 || walk.edge(now);
         float left[MI][2];
 #pragma unroll
         for (int i = 0; i < MI; ++i) {
@@ -211,8 +202,8 @@ __global__ void __launch_bounds__(32 * WM * WN, 1) latent(const __grid_constant_
             }
         }
         __syncthreads();
-        now = alive(now + 1);
-        if (next < end) fetch(next, stage), next = alive(next + 1);
+        now = walk.alive(now + 1);
+        if (next < walk.end) fetch(next, stage), next = walk.alive(next + 1);
         copies_commit();
     }
 
@@ -242,7 +233,7 @@ __global__ void __launch_bounds__(32 * WM * WN, 1) latent(const __grid_constant_
                 odd[r] |= to.put((wn * NV + c) * 8 + (lane & 3) * 2, sums[i][c][2 * r],
                                  sums[i][c][2 * r + 1]);
         }
-        repair_rows<NV * 8>(a, i3, head_kv, r0 + (wm * MI + i) * 16, first * BN, end * BN, part,
+        repair_rows<NV * 8>(a, i3, head_kv, r0 + (wm * MI + i) * 16, walk.first * BN, walk.end * BN, part,
                             wn * NV * 8, odd, m[i], l[i],
                             latent_source_of<Stored<T, Q8>>(a, i3, head_kv));
     }

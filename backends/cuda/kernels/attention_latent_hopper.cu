@@ -38,13 +38,7 @@ __global__ void __launch_bounds__(256, 1)
         fence_barriers();
     }
     const Queries<T, DK, M, 8> loaded(a, i3, head_kv, r0, warp);
-    const Span seen = span(a, q0, q1 + 1, live);
-    const int t0 = seen.first / BN, tiles = max(0, (seen.last + BN - 1) / BN - t0);
-    const int end = t0 + share(tiles, part + 1, a.splits);
-    const auto alive = [&](int t) {
-        while (t < end && !(flags(a, i3, q0, q1, t * BN, t * BN + BN - 1) & LIVE)) ++t;
-        return t;
-    };
+    const Walk<BN> walk(a, i3, q0, q1, live, part);
     const auto fetch = [&](int t, int stage) {
         if (threadIdx.x) return;
         for (int c = 0; c < DK / 64; ++c) {
@@ -54,10 +48,9 @@ __global__ void __launch_bounds__(256, 1)
                         i3);
         }
     };
-    const int first = t0 + share(tiles, part, a.splits);
-    int now = alive(first), next = now;
+    int now = walk.alive(walk.first), next = now;
     for (int s = 0; s < 2; ++s)
-        if (next < end) fetch(next, s), next = alive(next + 1);
+        if (next < walk.end) fetch(next, s), next = walk.alive(next + 1);
     release_successor();
     loaded.store(a, factors, warp, [&](int r, int i) {
         return (u32 *)(queries + i / 64 * BOX + r * 128 + (i % 64 / 8 ^ (r & 7)) * 16 + i % 8 * 2);
@@ -74,7 +67,7 @@ __global__ void __launch_bounds__(256, 1)
 #pragma unroll
     for (int i = 0; i < 64; ++i) sums[0][i] = sums[1][i] = 0;
 
-    for (int i = 0; now < end; ++i) {
+    for (int i = 0; now < walk.end; ++i) {
         const int stage = i & 1, parity = i >> 1 & 1;
         const u32 tile = shared_address(ring) + stage * TILE;
         float flat[16];
@@ -94,10 +87,10 @@ __global__ void __launch_bounds__(256, 1)
         wgmma_wait<0>();
         wgmma_hold(flat);
 
-        const int j0 = now * BN, key = j0 + group * 32 + 2 * (lane & 3);
-        const bool bias = a.mask && (flags(a, i3, q0, q1, j0, j0 + BN - 1) & NONZERO);
+        const int key = now * BN + group * 32 + 2 * (lane & 3);
+        const bool bias = walk.biased(now);
         float left[2] = {factor[0], factor[1]}, lost[2];
-        if (bias || a.softcap > 0 || j0 < seen.full_first || j0 + BN > seen.full_last) {
+        if (bias || a.softcap > 0 || walk.edge(now)) {
             left[0] = masked(a, rows[0], s, 0, factor[0], key, bias);
             left[1] = masked(a, rows[1], s, 2, factor[1], key, bias);
         }
@@ -156,8 +149,8 @@ __global__ void __launch_bounds__(256, 1)
         wgmma_hold(sums[0]);
         wgmma_hold(sums[1]);
         __syncthreads();
-        now = alive(now + 1);
-        if (next < end) fetch(next, stage), next = alive(next + 1);
+        now = walk.alive(now + 1);
+        if (next < walk.end) fetch(next, stage), next = walk.alive(next + 1);
     }
 
 #pragma unroll
@@ -180,7 +173,7 @@ __global__ void __launch_bounds__(256, 1)
                 odd[r] |= to.put(column, sums[x][4 * n + 2 * r], sums[x][4 * n + 2 * r + 1]);
             }
     }
-    repair_rows<256>(a, i3, head_kv, r0 + row0 - lane / 4, first * BN, end * BN, part, group * 256,
+    repair_rows<256>(a, i3, head_kv, r0 + row0 - lane / 4, walk.first * BN, walk.end * BN, part, group * 256,
                      odd, m, l, latent_source_of<T>(a, i3, head_kv));
 #endif
 }

@@ -64,16 +64,9 @@ __global__ void __launch_bounds__(WARPS * 32, 1) split(const __grid_constant__ A
     const float factor[2] = {factors[lane / 4], factors[lane / 4 + 8]};
     const Row rows[2] = {Row(a, i3, head_kv, r0 + lane / 4, live),
                          Row(a, i3, head_kv, r0 + lane / 4 + 8, live)};
-    const Span seen = span(a, q0, q1 + 1, live);
+    const Walk<KEYS> walk(a, i3, q0, q1, live, part);
     __syncthreads();
 
-    // This warp's tiles of 16 keys; the tiles of a split are adjacent, and dead ones are skipped.
-    const int t0 = seen.first / KEYS, tiles = max(0, (seen.last + KEYS - 1) / KEYS - t0);
-    const int end = t0 + share(tiles, part + 1, a.splits);
-    const auto alive = [&](int t) {
-        while (t < end && !(flags(a, i3, q0, q1, t * KEYS, t * KEYS + KEYS - 1) & LIVE)) t += WARPS;
-        return t;
-    };
     const char *k = a.k + head_kv * a.nb_k[1] + i3 * a.nb_k[2];
     const char *v = a.v + head_kv * a.nb_v[1] + i3 * a.nb_v[2];
     char *ring = memory + warp * (STAGES * Shape::STAGE + (Q8 ? Shape::TILE : 0));
@@ -103,15 +96,14 @@ __global__ void __launch_bounds__(WARPS * 32, 1) split(const __grid_constant__ A
         }
     };
 
-    const int first = t0 + share(tiles, part, a.splits);
-    int now = alive(first + warp), next = now;
+    int now = walk.alive(walk.first + warp, WARPS), next = now;
 #pragma unroll
     for (int s = 0; s < STAGES; ++s) {
-        if (next < end) fetch(next, s), next = alive(next + WARPS);
+        if (next < walk.end) fetch(next, s), next = walk.alive(next + WARPS, WARPS);
         copies_commit();
     }
     float sums[DV / 8][4] = {}, m[2] = {-INF, -INF}, l[2] = {};
-    for (int stage = 0; now < end; stage = stage + 1 == STAGES ? 0 : stage + 1) {
+    for (int stage = 0; now < walk.end; stage = stage + 1 == STAGES ? 0 : stage + 1) {
         copies_wait<STAGES - 1>();
         __syncwarp();
         u32 at = shared_address(ring) + stage * Shape::STAGE;
@@ -133,11 +125,10 @@ __global__ void __launch_bounds__(WARPS * 32, 1) split(const __grid_constant__ A
             mma<T>(s[0], q[n], b[0], b[1]);
             mma<T>(s[1], q[n], b[2], b[3]);
         }
-        const int j0 = now * KEYS, key = j0 + 2 * (lane & 3);
-        const bool bias = a.mask && (flags(a, i3, q0, q1, j0, j0 + KEYS - 1) & NONZERO);
-        const bool edge = j0 < seen.full_first || j0 + KEYS > seen.full_last;
+        const int key = now * KEYS + 2 * (lane & 3);
+        const bool bias = walk.biased(now);
         float left[2] = {factor[0], factor[1]};
-        if (bias || edge || a.softcap > 0) {
+        if (bias || a.softcap > 0 || walk.edge(now)) {
             left[0] = masked(a, rows[0], s, 0, factor[0], key, bias);
             left[1] = masked(a, rows[1], s, 2, factor[1], key, bias);
         }
@@ -157,8 +148,8 @@ __global__ void __launch_bounds__(WARPS * 32, 1) split(const __grid_constant__ A
             }
         }
         __syncwarp();
-        now = alive(now + WARPS);
-        if (next < end) fetch(next, stage), next = alive(next + WARPS);
+        now = walk.alive(now + WARPS, WARPS);
+        if (next < walk.end) fetch(next, stage), next = walk.alive(next + WARPS, WARPS);
         copies_commit();
     }
 
@@ -199,7 +190,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) split(const __grid_constant__ A
             odd |= !finite_number(x);
         }
         if (__any_sync(~0u, odd))
-            repair<(DV + 31) / 32>(a, i3, head_kv, r0 + r, first * KEYS, end * KEYS, part, 0,
+            repair<(DV + 31) / 32>(a, i3, head_kv, r0 + r, walk.first * KEYS, walk.end * KEYS, part, 0,
                                        DV, top, total, source_of<Stored<T, Q8>>(a, i3, head_kv));
     }
 }

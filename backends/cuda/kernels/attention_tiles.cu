@@ -35,15 +35,9 @@ __global__ void __launch_bounds__(WARPS * 32, 1) tiles(const __grid_constant__ A
                            (lane >> 4) * 16 + n * 32);
     const int row0 = warp * 16 + lane / 4;
     const float factor[2] = {factors[row0], factors[row0 + 8]};
-    const Span seen = span(a, q0, q1 + 1, live);
+    const Walk<BN> walk(a, i3, q0, q1, live, part);
     __syncthreads();
 
-    const int t0 = seen.first / BN, count = max(0, (seen.last + BN - 1) / BN - t0);
-    const int end = t0 + share(count, part + 1, a.splits);
-    const auto alive = [&](int t) {
-        while (t < end && !(flags(a, i3, q0, q1, t * BN, t * BN + BN - 1) & LIVE)) ++t;
-        return t;
-    };
     const char *k = a.k + head_kv * a.nb_k[1] + i3 * a.nb_k[2];
     const char *v = a.v + head_kv * a.nb_v[1] + i3 * a.nb_v[2];
     const auto fetch = [&](int t, int stage) {
@@ -63,17 +57,16 @@ __global__ void __launch_bounds__(WARPS * 32, 1) tiles(const __grid_constant__ A
         }
     };
 
-    const int first = t0 + share(count, part, a.splits);
-    int now = alive(first), next = now;
-    if (next < end) fetch(next, 0), next = alive(next + 1);
+    int now = walk.alive(walk.first), next = now;
+    if (next < walk.end) fetch(next, 0), next = walk.alive(next + 1);
     copies_commit();
     float sums[DV / 8][4] = {}, m[2] = {-INF, -INF}, l[2] = {};
-    for (int stage = 0; now < end; stage ^= 1) {
+    for (int stage = 0; now < walk.end; stage ^= 1) {
         copies_wait<0>();
         __syncthreads();
-        const int j0 = now * BN;
+        const int tile = now;
         now = next;
-        if (next < end) fetch(next, stage ^ 1), next = alive(next + 1);
+        if (next < walk.end) fetch(next, stage ^ 1), next = walk.alive(next + 1);
         copies_commit();
 
         const u32 at = shared_address(memory) + stage * STAGE;
@@ -88,13 +81,13 @@ __global__ void __launch_bounds__(WARPS * 32, 1) tiles(const __grid_constant__ A
                 mma<T>(s[2 * c], q[n], b[0], b[1]);
                 mma<T>(s[2 * c + 1], q[n], b[2], b[3]);
             }
-        const bool bias = a.mask && (flags(a, i3, q0, q1, j0, j0 + BN - 1) & NONZERO);
+        const bool bias = walk.biased(tile);
         float left[2] = {factor[0], factor[1]};
-        if (bias || a.softcap > 0 || j0 < seen.full_first || j0 + BN > seen.full_last) {
+        if (bias || a.softcap > 0 || walk.edge(tile)) {
 #pragma unroll
             for (int r = 0; r < 2; ++r)
                 left[r] = masked(a, Row(a, i3, head_kv, r0 + row0 + 8 * r, live), s, 2 * r,
-                                 factor[r], j0 + 2 * (lane & 3), bias);
+                                 factor[r], tile * BN + 2 * (lane & 3), bias);
         }
         const float2 lost = softmax_step(s, left, m, l);
 #pragma unroll
@@ -129,6 +122,6 @@ __global__ void __launch_bounds__(WARPS * 32, 1) tiles(const __grid_constant__ A
         for (int n = 0; n < DV / 8; ++n)
             odd[r] |= to.put(n * 8 + (lane & 3) * 2, sums[n][2 * r], sums[n][2 * r + 1]);
     }
-    repair_rows<DV>(a, i3, head_kv, r0 + warp * 16, first * BN, end * BN, part, 0, odd, m, l,
+    repair_rows<DV>(a, i3, head_kv, r0 + warp * 16, walk.first * BN, walk.end * BN, part, 0, odd, m, l,
                     source_of<T>(a, i3, head_kv));
 }

@@ -11,9 +11,11 @@ using namespace file;
 template <class B, bool NEOX>
 __global__ void __launch_bounds__(256) latent_row(Tensor cache, Tensor c, Tensor w, Tensor k,
                                                   Tensor pos, Tensor ids, float eps, Rope r) {
+    double frequency = frequency_of(threadIdx.x, r);
     begin();
     extern __shared__ float row[];
     const int token = blockIdx.x, n_c = c.ne[0], n_k = k.ne[0];
+    const int position = *pos.at<int>(token, 0, 0, 0), id = *ids.at<int>(token, 0, 0, 0);
     float sum = 0;
     for (int i = threadIdx.x; i < n_c; i += 256) {
         const float x = *c.at<float>(i, token, 0, 0);
@@ -21,13 +23,14 @@ __global__ void __launch_bounds__(256) latent_row(Tensor cache, Tensor c, Tensor
     }
     const float scale = sqrtf(block_reduce<Sum>(sum, 0) / n_c + eps);
     for (int i = threadIdx.x; i < n_c; i += 256) row[i] = row[i] / scale * *w.at<float>(i, 0, 0, 0);
-    const int position = *pos.at<int>(token, 0, 0, 0);
-    for (int unit = threadIdx.x; unit < (n_k + 1) / 2; unit += 256)
+    for (int unit = threadIdx.x; unit < (n_k + 1) / 2; unit += 256) {
+        if (unit >= 256) frequency = frequency_of(unit, r);
         turn<NEOX>(
-            r, unit, n_k, position, Tensor{}, [&](int i) { return *k.at<float>(i, 0, token, 0); },
+            r, unit, frequency, n_k, position, Tensor{},
+            [&](int i) { return *k.at<float>(i, 0, token, 0); },
             [&](int i, float x) { row[n_c + i] = x; });
+    }
     __syncthreads();
-    const int id = *ids.at<int>(token, 0, 0, 0);
     if (id < 0 || id >= cache.ne[1]) return;
     unsigned char* to = cache.at<unsigned char>(0, id, 0, 0);
     if constexpr (Same<B, q8_0>::yes) {

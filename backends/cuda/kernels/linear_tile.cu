@@ -30,7 +30,7 @@ struct Columns {
 // -- weights to fragments -------------------------------------------------------------------------
 
 // The part of one row's group that a thread needs: word t of each code run (weights 4 t to 4 t + 3
-// and the same 16 further), or all two-bit codes.
+// and the same 16 further), or all short codes.
 template <class F>
 struct RawWords {
     unsigned first, second;
@@ -47,8 +47,8 @@ struct TileRow : Row<F> {
     __device__ __forceinline__ RawWords<F> load(int group) const {
         RawWords<F> raw = {};
         if constexpr (F::code_runs == 0) {
-            const uint2 pairs = this->code_pairs(group);
-            raw.first = pairs.x, raw.second = pairs.y;
+            const uint2 codes = this->short_codes(group);
+            raw.first = codes.x, raw.second = codes.y;
         } else {
             raw.first = this->code_word(group, 0, t);
         }
@@ -68,7 +68,7 @@ __device__ __forceinline__ void decode(const Table<F>& table, const RawWords<F>&
     unsigned words[2] = {raw.first, raw.second};
     if constexpr (F::code_runs == 1) unpack(table, raw.first, raw.high, t, words[0], words[1]);
     if constexpr (F::code_runs == 0)
-        unpack_pairs<F>(make_uint2(raw.first, raw.second), raw.high, t, words[0], words[1]);
+        unpack_short<F>(make_uint2(raw.first, raw.second), raw.high, t, words[0], words[1]);
     Scale s = F::scale(raw.scale.own, raw.scale.shared);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {

@@ -39,7 +39,7 @@ class Format:
     """The parts of a group of 32 weights, and how to extract them from blocks.
 
     codes, high, scale, super_  bytes per group of codes, of the bits above them and of its scale;
-                                bytes shared by 8 groups
+                                bytes that the groups of a block share
     parts  uint8 [n, bytes of a block] -> codes [n, groups, codes], high [n, groups, high],
            scale [n, groups, scale], super [n, super]
     """
@@ -55,7 +55,7 @@ def _none(b: Bytes, *shape: int) -> Bytes:
     return np.empty((len(b), *shape, 0), np.uint8)
 
 
-# -- blocks of 32 and 64 ------------------------------------------------------------------------
+# -- blocks of 32, 64 and 128 -------------------------------------------------------------------
 
 
 def _small(b: Bytes, *, scale: int, high: bool = False, table: bool = False) -> Parts:
@@ -77,6 +77,11 @@ def _nvfp4(b: Bytes) -> Parts:
     codes = np.concatenate([field & 15, field >> 4], axis=2).reshape(-1, 2, 32)
     scales = np.where(b[:, :4] == 0x7F, 0, b[:, :4]).astype(np.uint8)
     return interleave(halves(codes)), _none(b, 2), scales.reshape(-1, 2, 2), _none(b)
+
+
+def _q1_0(b: Bytes) -> Parts:
+    bits = np.unpackbits(b[:, 2:].reshape(-1, 4, 4), axis=-1, bitorder="little")
+    return high_bits(bits), _none(b, 4), _none(b, 4), b[:, :2]
 
 
 # -- blocks of 256 ------------------------------------------------------------------------------
@@ -150,6 +155,7 @@ def _tq1_0(b: Bytes) -> Parts:
 
 
 FORMATS: dict[str, Format] = {
+    "q1_0": Format(4, 0, 0, 2, _q1_0),
     "q4_0": Format(16, 0, 2, 0, partial(_small, scale=2)),
     "q4_1": Format(16, 0, 4, 0, partial(_small, scale=4)),
     "q5_0": Format(16, 4, 2, 0, partial(_small, scale=2, high=True)),

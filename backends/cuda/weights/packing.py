@@ -11,18 +11,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml.backends.base import WeightLayout
 from pyggml.backends.cuda.launch import Operand, Struct
 from pyggml.backends.cuda.table import ALIGNMENT
 from pyggml.backends.cuda.weights.bits import Bytes
 from pyggml.backends.cuda.weights.formats import FORMATS
+from pyggml.backends.step import WeightLayout
 from pyggml.dtypes import DType
 from pyggml.node import Node
 from pyggml.spec import Ne
 
 TILE = 8  # rows
 GROUP = 32  # weights
-SUPER = 8  # groups
 #: Weights packed at a time: some steps need several bytes of memory per weight.
 PIECE = 1 << 22
 
@@ -38,19 +37,19 @@ class Packed(Struct):
         ("rows", ctypes.c_int32),
         ("tiles", ctypes.c_int32),
         ("groups", ctypes.c_int32),
-        ("super_groups", ctypes.c_int32),
+        ("blocks", ctypes.c_int32),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """The sizes of a weight in tiles. `starts`: offsets of its planes codes, high, scales,
-    supers."""
+    """The sizes of a weight in tiles. `groups`, `blocks`: per row; `starts`: offsets of its planes
+    codes, high, scales, supers."""
 
     rows: int
     tiles: int
     groups: int
-    super_groups: int
+    blocks: int
     matrices: int
     starts: tuple[int, int, int, int]
     nbytes: int
@@ -66,7 +65,7 @@ class Tiles:
             rows=self.rows,
             tiles=self.tiles,
             groups=self.groups,
-            super_groups=self.super_groups,
+            blocks=self.blocks,
         )
 
 
@@ -74,20 +73,20 @@ def tiles_of(dtype: DType, ne: Ne) -> Tiles:
     """The tiles of a weight whose type is in `FORMATS`."""
     form = FORMATS[dtype.name]
     tiles, groups, matrices = -(-ne[1] // TILE), ne[0] // GROUP, ne[2] * ne[3]
-    supers = -(-groups // SUPER)
+    blocks = ne[0] // dtype.block
     per_group = matrices * tiles * groups * TILE
     sizes = (
         per_group * form.codes,
         per_group * form.high,
         per_group * form.scale,
-        matrices * tiles * supers * TILE * form.super_,
+        matrices * tiles * blocks * TILE * form.super_,
     )
     starts, end = [], 0
     for size in sizes:
         starts.append(end)
         end += -(-size // ALIGNMENT) * ALIGNMENT
     codes, high, scales, shared = starts
-    return Tiles(ne[1], tiles, groups, supers, matrices, (codes, high, scales, shared), end)
+    return Tiles(ne[1], tiles, groups, blocks, matrices, (codes, high, scales, shared), end)
 
 
 def layout_of(constant: Node, uses: Collection[Node]) -> WeightLayout:
@@ -117,7 +116,7 @@ def to_tiles(dtype: DType, ne: Ne, blocks: Bytes) -> Bytes:
     widths = (form.codes, form.high, form.scale, form.super_)
     planes = []
     for i, (start, width) in enumerate(zip(tiles.starts, widths)):
-        count = tiles.super_groups if i == 3 else tiles.groups
+        count = tiles.blocks if i == 3 else tiles.groups
         shape = (tiles.matrices, tiles.tiles, count, TILE, width)
         size = int(np.prod(shape))
         planes.append(out[start : start + size].reshape(shape))

@@ -57,7 +57,7 @@ struct Linear {
     static constexpr int SIZE = 32, HEAD = AFFINE ? 4 : 2, BYTES = HEAD + (BITS == 5 ? 4 : 0) + 16;
     static __device__ __forceinline__ int code(const unsigned char* p, int i) {
         int q = nibble<16>(p + BYTES - 16, i);
-        if constexpr (BITS == 5) q |= (p[HEAD + i / 8] >> i % 8 & 1) << 4;
+        if constexpr (BITS == 5) q |= bit(p + HEAD, i) << 4;
         return q;
     }
     static __device__ __forceinline__ RawScale scale(const unsigned char* p, int) {
@@ -189,30 +189,32 @@ struct nvfp4 {
         return times(d, FP4_LEVELS[code(p, i)]);
     }
 };
-struct tq2_0 {
-    static constexpr int SIZE = 256, BYTES = 66;
+struct q1_0 {  // d where a bit is set, else -d
+    static constexpr int SIZE = 128, BYTES = 18;
     static __device__ __forceinline__ int code(const unsigned char* p, int i) {
-        return pair_of_bits(p, i);
+        return bit(p + 2, i);
     }
     static __device__ __forceinline__ RawScale scale(const unsigned char* p, int) {
-        return {0, bytes_at(p + 64, 2)};
+        return {0, bytes_at(p, 2)};
     }
     static __device__ float value(const unsigned char* p, int i) {
-        return times(half_at(p + 64), code(p, i) - 1);
+        return times(2 * code(p, i) - 1, half_at(p));
     }
 };
-struct tq1_0 {
-    static constexpr int SIZE = 256, BYTES = 54;
-    static __device__ __forceinline__ int code(const unsigned char* p, int i) {
-        return digit_of_3(p, i);
-    }
+// d (q - 1). Fields: CODES bytes of q, d.
+template <int CODES, int (*CODE)(const unsigned char*, int)>
+struct Ternary {
+    static constexpr int SIZE = 256, BYTES = CODES + 2;
+    static __device__ __forceinline__ int code(const unsigned char* p, int i) { return CODE(p, i); }
     static __device__ __forceinline__ RawScale scale(const unsigned char* p, int) {
-        return {0, bytes_at(p + 52, 2)};
+        return {0, bytes_at(p + CODES, 2)};
     }
     static __device__ float value(const unsigned char* p, int i) {
-        return times(half_at(p + 52), code(p, i) - 1);
+        return times(half_at(p + CODES), code(p, i) - 1);
     }
 };
+using tq1_0 = Ternary<52, digit_of_3>;
+using tq2_0 = Ternary<64, pair_of_bits>;
 
 // Every product in `value` is exact, so their order does not matter.
 template <class B>
@@ -232,13 +234,7 @@ struct InGrid {
         return times(level, times(d, 0.125f * B::factor(p, i)));
     }
 };
-using iq1_s = InGrid<iq::iq1_s>;
-using iq1_m = InGrid<iq::iq1_m>;
-using iq2_xxs = InGrid<iq::iq2_xxs>;
-using iq2_xs = InGrid<iq::iq2_xs>;
-using iq2_s = InGrid<iq::iq2_s>;
-using iq3_xxs = InGrid<iq::iq3_xxs>;
-using iq3_s = InGrid<iq::iq3_s>;
+GRID_TYPES
 
 // Element i of a row whose blocks are nb0 bytes apart.
 template <class B>

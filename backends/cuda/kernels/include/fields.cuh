@@ -11,6 +11,10 @@ __device__ __forceinline__ int nibble(const unsigned char* field, int i) {
 __device__ __forceinline__ int pair_of_bits(const unsigned char* field, int i) {
     return field[i / 128 * 32 + i % 32] >> (i / 32 % 4 * 2) & 3;
 }
+// Bit i of a field.
+__device__ __forceinline__ int bit(const unsigned char* field, int i) {
+    return field[i / 8] >> i % 8 & 1;
+}
 // Base-3 digit i of tq1_0. A byte holds up to five digits, the first one highest: 32 bytes of 5, 16
 // of 5, 4 of 4.
 __device__ __forceinline__ int digit_of_3(const unsigned char* p, int i) {

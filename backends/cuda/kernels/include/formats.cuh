@@ -5,22 +5,23 @@
 // 512 contiguous bytes whether it takes 4 groups of 8 rows or one group:
 //
 //   codes   16 bytes for 32 four-bit codes; 8-bit codes: two such runs, weights 0-15 and 16-31;
-//           two-bit codes: 8 bytes
+//           two-bit codes: 8 bytes; one-bit codes: 4 bytes
 //   high    the bits above these. 4 bytes: byte i has a bit for byte i of each of the 8 code words.
 //           8 bytes: the first 4 have two bits each for words 0-3, the others for words 4-7
 //   scales  the group's own scale
-//   supers  the fields that 8 groups share, in the order [matrix][tile][8 groups][row]
+//   supers  the fields that the groups of a block share, in the order [matrix][tile][block][row]
 //
 // Code word j holds the codes of weights 4 j to 4 j + 3, one byte each. Word j of the 16 bytes
 // holds code words j and j + 4: in the low and high halves of its bytes or, for types with a table
-// of levels, in its low and high 16 bits. Two-bit codes are laid out like 8 bytes of high bits.
+// of levels, in its low and high 16 bits. Two-bit codes are laid out like 8 bytes of high bits, and
+// one-bit codes like 4.
 #pragma once
 #include "blocks.cuh"
 #include "linear_common.cuh"
 
 struct Packed {
     const unsigned char *codes, *high, *scales, *supers;
-    int rows, tiles, groups, super_groups;
+    int rows, tiles, groups, blocks;  // groups and blocks of a row
 };
 
 namespace tiles {
@@ -30,15 +31,15 @@ struct Scale {
     float s0, s1, m0, m1;
 };
 
-// The traits of a type. CODE_RUNS: runs of 16 code bytes, 0 for two-bit codes; AFFINE: has a
-// minimum; SPLIT: each half of a group has its own scale; BLOCKS: the type as files store it.
-template <class BLOCKS, int CODE_RUNS, int HIGH, int SCALE, int SUPER, bool AFFINE, bool SPLIT,
+// The traits of a type. BLOCKS: the type as files store it; CODES, HIGH, SCALE, SUPER: bytes of the
+// parts, as in formats.py; AFFINE: has a minimum; SPLIT: each half of a group has its own scale.
+template <class BLOCKS, int CODES, int HIGH, int SCALE, int SUPER, bool AFFINE, bool SPLIT,
           int BIAS, bool TABLE>
 struct Format {
     using Blocks = BLOCKS;
-    static constexpr int code_runs = CODE_RUNS, high = HIGH, scale_bytes = SCALE,
-                         super_bytes = SUPER;
-    static constexpr int code_bytes = CODE_RUNS ? 16 * CODE_RUNS : 8;
+    static constexpr int code_bytes = CODES, high = HIGH, scale_bytes = SCALE, super_bytes = SUPER;
+    static constexpr int code_runs = CODES / 16;  // 0: short codes, of one or two bits
+    static constexpr int block_groups = BLOCKS::SIZE / 32;
     static constexpr bool affine = AFFINE, split = SPLIT, table = TABLE;
     static constexpr int bias = BIAS;
     using Source = Packed;
@@ -64,76 +65,80 @@ struct Fp4Levels {
     }
 };
 
-struct q4_0 : Format<file::q4_0, 1, 0, 2, 0, false, false, 8, false> {
+struct q4_0 : Format<file::q4_0, 16, 0, 2, 0, false, false, 8, false> {
     static __device__ __forceinline__ Scale scale(unsigned s, unsigned) { return one(low_half(s)); }
 };
-struct q5_0 : Format<file::q5_0, 1, 4, 2, 0, false, false, 16, false> {
+struct q5_0 : Format<file::q5_0, 16, 4, 2, 0, false, false, 16, false> {
     static __device__ __forceinline__ Scale scale(unsigned s, unsigned) { return one(low_half(s)); }
 };
-struct q8_0 : Format<file::q8_0, 2, 0, 2, 0, false, false, 0, false> {
+struct q8_0 : Format<file::q8_0, 32, 0, 2, 0, false, false, 0, false> {
     static __device__ __forceinline__ Scale scale(unsigned s, unsigned) { return one(low_half(s)); }
 };
-struct iq4_nl : Format<file::iq4_nl, 1, 0, 2, 0, false, false, 0, true>, Iq4Levels {
+struct iq4_nl : Format<file::iq4_nl, 16, 0, 2, 0, false, false, 0, true>, Iq4Levels {
     static __device__ __forceinline__ Scale scale(unsigned s, unsigned) { return one(low_half(s)); }
 };
-struct q4_1 : Format<file::q4_1, 1, 0, 4, 0, true, false, 0, false> {
+struct q4_1 : Format<file::q4_1, 16, 0, 4, 0, true, false, 0, false> {
     static __device__ __forceinline__ Scale scale(unsigned s, unsigned) {
         return {low_half(s), low_half(s), -high_half(s), -high_half(s)};
     }
 };
-struct q5_1 : Format<file::q5_1, 1, 4, 4, 0, true, false, 0, false> {
+struct q5_1 : Format<file::q5_1, 16, 4, 4, 0, true, false, 0, false> {
     static __device__ __forceinline__ Scale scale(unsigned s, unsigned u) {
         return q4_1::scale(s, u);
     }
 };
-struct q4_K : Format<file::q4_K, 1, 0, 2, 4, true, false, 0, false> {
+struct q4_K : Format<file::q4_K, 16, 0, 2, 4, true, false, 0, false> {
     static __device__ __forceinline__ Scale scale(unsigned s, unsigned u) {
         float d = low_half(u) * (s & 255), m = high_half(u) * (s >> 8);
         return {d, d, m, m};
     }
 };
-struct q5_K : Format<file::q5_K, 1, 4, 2, 4, true, false, 0, false> {
+struct q5_K : Format<file::q5_K, 16, 4, 2, 4, true, false, 0, false> {
     static __device__ __forceinline__ Scale scale(unsigned s, unsigned u) {
         return q4_K::scale(s, u);
     }
 };
-struct q6_K : Format<file::q6_K, 1, 8, 2, 2, false, true, 32, false> {
+struct q6_K : Format<file::q6_K, 16, 8, 2, 2, false, true, 32, false> {
     static __device__ __forceinline__ Scale scale(unsigned s, unsigned u) {
         float s0 = low_half(u) * (signed char)s, s1 = low_half(u) * (signed char)(s >> 8);
         return {s0, s1, s0 * 32, s1 * 32};
     }
 };
-struct q3_K : Format<file::q3_K, 0, 4, 2, 2, false, true, 4, false> {
+struct q3_K : Format<file::q3_K, 8, 4, 2, 2, false, true, 4, false> {
     static __device__ __forceinline__ Scale scale(unsigned s, unsigned u) {
         float s0 = low_half(u) * (signed char)s, s1 = low_half(u) * (signed char)(s >> 8);
         return {s0, s1, s0 * 4, s1 * 4};
     }
 };
-struct q2_K : Format<file::q2_K, 0, 0, 2, 4, true, true, 0, false> {
+struct q2_K : Format<file::q2_K, 8, 0, 2, 4, true, true, 0, false> {
     static __device__ __forceinline__ Scale scale(unsigned s, unsigned u) {
         float d = low_half(u), m = high_half(u);
         return {d * (s & 15), d * (s >> 8 & 15), m * (s >> 4 & 15), m * (s >> 12)};
     }
 };
-struct tq2_0 : Format<file::tq2_0, 0, 0, 0, 2, false, false, 1, false> {
+struct tq2_0 : Format<file::tq2_0, 8, 0, 0, 2, false, false, 1, false> {
     static __device__ __forceinline__ Scale scale(unsigned, unsigned u) { return one(low_half(u)); }
 };
 struct tq1_0 : tq2_0 {
     using Blocks = file::tq1_0;
 };
-struct iq4_xs : Format<file::iq4_xs, 1, 0, 1, 2, false, false, 0, true>, Iq4Levels {
+// A bit unpacks to 0 or 2.
+struct q1_0 : Format<file::q1_0, 4, 0, 0, 2, false, false, 1, false> {
+    static __device__ __forceinline__ Scale scale(unsigned, unsigned u) { return one(low_half(u)); }
+};
+struct iq4_xs : Format<file::iq4_xs, 16, 0, 1, 2, false, false, 0, true>, Iq4Levels {
     static __device__ __forceinline__ Scale scale(unsigned s, unsigned u) {
         return one(low_half(u) * (signed char)s);
     }
 };
-struct mxfp4 : Format<file::mxfp4, 1, 0, 1, 0, false, false, 0, true>, Fp4Levels {
+struct mxfp4 : Format<file::mxfp4, 16, 0, 1, 0, false, false, 0, true>, Fp4Levels {
     using Half = __nv_bfloat16;
     static constexpr bool wide = true;
     static __device__ __forceinline__ Scale scale(unsigned e, unsigned) {  // 2^(e - 128)
         return one(__uint_as_float(e < 2 ? 0x200000u << e : (e - 1) << 23));
     }
 };
-struct nvfp4 : Format<file::nvfp4, 1, 0, 2, 0, false, true, 0, true>, Fp4Levels {
+struct nvfp4 : Format<file::nvfp4, 16, 0, 2, 0, false, true, 0, true>, Fp4Levels {
     // The 4 exponent and 3 mantissa bits, moved to the top of an f16, give a value 2^8 times
     // smaller; times 128, because the scale is halved.
     static __device__ __forceinline__ float e4m3(unsigned s) {
@@ -144,20 +149,14 @@ struct nvfp4 : Format<file::nvfp4, 1, 0, 2, 0, false, true, 0, true>, Fp4Levels 
     }
 };
 template <class B>
-struct InGrid : Format<file::InGrid<B>, 1, 0, 2, 2, false, true, 0, true> {
+struct InGrid : Format<file::InGrid<B>, 16, 0, 2, 2, false, true, 0, true> {
     static __device__ __forceinline__ uint4 levels() { return B::levels(); }
     static __device__ __forceinline__ Scale scale(unsigned s, unsigned u) {
         float d = low_half(u) * 0.125f;
         return {d * (s & 255), d * (s >> 8), 0, 0};
     }
 };
-using iq1_s = InGrid<iq::iq1_s>;
-using iq1_m = InGrid<iq::iq1_m>;
-using iq2_xxs = InGrid<iq::iq2_xxs>;
-using iq2_xs = InGrid<iq::iq2_xs>;
-using iq2_s = InGrid<iq::iq2_s>;
-using iq3_xxs = InGrid<iq::iq3_xxs>;
-using iq3_s = InGrid<iq::iq3_s>;
+GRID_TYPES
 
 // f16 and bf16, undecoded.
 template <class T>
@@ -197,12 +196,12 @@ struct Row {
     __device__ __forceinline__ Row(const Packed& p, int matrix, int tile, int row) {
         long long at = matrix * (long long)p.tiles + tile, unit = at * p.groups * 8 + row;
         if constexpr (F::code_runs == 0)
-            codes = (const uint4*)(p.codes + unit * 8);
+            codes = (const uint4*)(p.codes + unit * F::code_bytes);
         else
             codes = (const uint4*)p.codes + (at * p.groups * 8 * F::code_runs + row);
         high = p.high + unit * F::high;
         scales = p.scales + unit * F::scale_bytes;
-        supers = p.supers + (at * p.super_groups * 8 + row) * F::super_bytes;
+        supers = p.supers + (at * p.blocks * 8 + row) * F::super_bytes;
     }
     __device__ __forceinline__ uint4 code_run(int group, int run) const {
         return load_stream(codes + (group * F::code_runs + run) * 8);
@@ -211,8 +210,10 @@ struct Row {
     __device__ __forceinline__ unsigned code_word(int group, int run, int t) const {
         return load_stream((const unsigned*)(codes + (group * F::code_runs + run) * 8) + t);
     }
-    // The two-bit codes of a group.
-    __device__ __forceinline__ uint2 code_pairs(int group) const {
+    // The short codes of a group; one-bit codes are in x.
+    __device__ __forceinline__ uint2 short_codes(int group) const {
+        if constexpr (F::code_bytes == 4)
+            return make_uint2(load_stream((const unsigned*)codes + group * 8), 0);
         return load_stream((const uint2*)codes + group * 8);
     }
     __device__ __forceinline__ uint2 high_bits(int group) const {
@@ -223,14 +224,14 @@ struct Row {
     }
     __device__ __forceinline__ RawScale scale(int group) const {
         return {load_small<F::scale_bytes>(scales, group * 8),
-                load_small<F::super_bytes>(supers, group / 8 * 8)};
+                load_small<F::super_bytes>(supers, group / F::block_groups * 8)};
     }
 };
 
 // One group of one row, undecoded.
 template <class F>
 struct RawGroup {
-    uint4 codes[F::code_runs ? F::code_runs : 1];  // two-bit codes use x and y
+    uint4 codes[F::code_runs ? F::code_runs : 1];  // short codes use x and y
     uint2 high;
     RawScale scale;
 };
@@ -239,8 +240,8 @@ template <class F>
 __device__ __forceinline__ RawGroup<F> load_group(const Row<F>& row, int group) {
     RawGroup<F> raw;
     if constexpr (F::code_runs == 0) {
-        const uint2 pairs = row.code_pairs(group);
-        raw.codes[0] = make_uint4(pairs.x, pairs.y, 0, 0);
+        const uint2 codes = row.short_codes(group);
+        raw.codes[0] = make_uint4(codes.x, codes.y, 0, 0);
     }
     for (int run = 0; run < F::code_runs; ++run) raw.codes[run] = row.code_run(group, run);
     raw.high = row.high_bits(group);
@@ -297,10 +298,15 @@ __device__ __forceinline__ void unpack(const Table<F>& t, unsigned q, uint2 high
     }
 }
 
-// Unpacks code words j and j + 4 from two-bit codes.
+// Unpacks code words j and j + 4 from short codes.
 template <class F>
-__device__ __forceinline__ void unpack_pairs(uint2 q, uint2 high, int j, unsigned& first,
+__device__ __forceinline__ void unpack_short(uint2 q, uint2 high, int j, unsigned& first,
                                              unsigned& second) {
+    if constexpr (F::code_bytes == 4) {
+        first = __funnelshift_r(q.x, q.x, j - 1) & 0x02020202u;
+        second = (q.x >> (j + 3)) & 0x02020202u;
+        return;
+    }
     // Rotate: with plain shifts ptxas uses fewer registers and then spills.
     first = __funnelshift_r(q.x, q.x, 2 * j) & 0x03030303u;
     second = __funnelshift_r(q.y, q.y, 2 * j) & 0x03030303u;
@@ -322,7 +328,7 @@ __device__ __forceinline__ void code_words(const Table<F>& t, const RawGroup<F>&
     } else if constexpr (F::code_runs == 0) {
 #pragma unroll
         for (int j = 0; j < 4; ++j)
-            unpack_pairs<F>(make_uint2(c.x, c.y), raw.high, j, words[j], words[j + 4]);
+            unpack_short<F>(make_uint2(c.x, c.y), raw.high, j, words[j], words[j + 4]);
     } else {
         unpack(t, c.x, raw.high, 0, words[0], words[4]);
         unpack(t, c.y, raw.high, 1, words[1], words[5]);

@@ -154,3 +154,13 @@ struct iq1_m : Iq1Levels {
 };
 
 }  // namespace iq
+
+// Names the InGrid of a namespace for each of them.
+#define GRID_TYPES \
+    using iq1_s = InGrid<iq::iq1_s>; \
+    using iq1_m = InGrid<iq::iq1_m>; \
+    using iq2_xxs = InGrid<iq::iq2_xxs>; \
+    using iq2_xs = InGrid<iq::iq2_xs>; \
+    using iq2_s = InGrid<iq::iq2_s>; \
+    using iq3_xxs = InGrid<iq::iq3_xxs>; \
+    using iq3_s = InGrid<iq::iq3_s>;

@@ -12,7 +12,6 @@ struct Raw : F {
 
 template <class F>
 struct Row<Raw<F>> {
-    static constexpr int inside = F::Blocks::SIZE / 32;
     const unsigned char* blocks;
 
     Row() = default;
@@ -20,10 +19,10 @@ struct Row<Raw<F>> {
         : blocks(a.row<unsigned char>(min(tile * 8 + row, a.ne[1] - 1), matrix % a.ne[2],
                                       matrix / a.ne[2])) {}
     __device__ __forceinline__ const unsigned char* block(int group) const {
-        return blocks + (long long)(group / inside) * F::Blocks::BYTES;
+        return blocks + (long long)(group / F::block_groups) * F::Blocks::BYTES;
     }
     __device__ __forceinline__ int code(int group, int i) const {
-        unsigned j = group % (unsigned)inside;  // so 32 j + i has a constant part
+        unsigned j = group % (unsigned)F::block_groups;  // so 32 j + i has a constant part
         return F::Blocks::code(block(group), j * 32 | i);
     }
     __device__ __forceinline__ unsigned code_word(int group, int run, int t) const {
@@ -51,18 +50,27 @@ struct Row<Raw<F>> {
             words[i / 16] |= (unsigned)(code(group, i) >> shift & 3) << (i % 4 * 8 + i / 4 % 4 * 2);
         return make_uint2(words[0], words[1]);
     }
-    __device__ __forceinline__ uint2 code_pairs(int group) const { return pairs(group, 0); }
+    // The last bit of each code, bit `shift`.
+    __device__ __forceinline__ uint2 bits(int group, int shift) const {
+        constexpr int unrolled = F::code_bytes == 4 ? 8 : 32;  // with 32, one-bit codes spill on 8.0
+        unsigned word = 0;
+#pragma unroll unrolled
+        for (int i = 0; i < 32; ++i)
+            word |= (unsigned)(code(group, i) >> shift) << (i % 4 * 8 + i / 4);
+        return make_uint2(word, 0);
+    }
+    __device__ __forceinline__ uint2 short_codes(int group) const {
+        if constexpr (F::code_bytes == 4) return bits(group, 0);
+        return pairs(group, 0);
+    }
     __device__ __forceinline__ uint2 high_bits(int group) const {
         constexpr int low = F::code_runs ? 4 : 2;
         if constexpr (F::high == 8) return pairs(group, low);
-        unsigned bits = 0;
-        if constexpr (F::high == 4)
-            for (int i = 0; i < 32; ++i)
-                bits |= (unsigned)(code(group, i) >> low) << (i % 4 * 8 + i / 4);
-        return make_uint2(bits, 0);
+        if constexpr (F::high == 4) return bits(group, low);
+        return {};
     }
     __device__ __forceinline__ RawScale scale(int group) const {
-        return F::Blocks::scale(block(group), group % inside);
+        return F::Blocks::scale(block(group), group % F::block_groups);
     }
 };
 
