@@ -11,7 +11,9 @@ the NMSE of the logits.
 from __future__ import annotations
 
 import argparse
+from collections import deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -51,18 +53,35 @@ def prompt_rows(session: Session) -> None:
 
 
 def decode_rows(session: Session, depths: list[int]) -> None:
-    """Tokens a second of decoding from each depth."""
+    """Tokens a second of decoding from each depth.
+
+    logits   the host reads all logits of each token and chooses the next
+    (none)   the device chooses, and the host reads each token
+    loop     the host reads 64 tokens at a time
+    """
     for depth in depths:
         session.truncate(0)
-        token = int(session.forward(np.arange(depth + 1) % V2_LITE.n_vocab)[0].argmax())
-        rates = []
-        for _ in range(4):
-            session.truncate(depth + 1)
-            start = perf_counter()
-            for _ in range(STEPS):
-                token = int(session.forward([token])[0].argmax())
-            rates.append(STEPS / (perf_counter() - start))
-        write_row(f"model_decode_d{depth}", "t/s", rates[1:])
+        session.forward(np.arange(max(depth, 1)) % V2_LITE.n_vocab, "none")
+        for name, steps in (("_logits", logits_steps), ("", token_steps), ("_loop", loop_steps)):
+            rates = []
+            for _ in range(4):
+                session.truncate(depth)
+                rates.append(STEPS / seconds(partial(steps, session)))
+            write_row(f"model_decode{name}_d{depth}", "t/s", rates[1:])
+
+
+def logits_steps(session: Session) -> None:
+    token = 1
+    for _ in range(STEPS):
+        token = int(session.forward([token])[0].argmax())
+
+
+def token_steps(session: Session) -> None:
+    deque(session.generate([1], STEPS), maxlen=0)
+
+
+def loop_steps(session: Session) -> None:
+    deque(session.generate([1], STEPS, ahead=STEPS), maxlen=0)
 
 
 def compare(path: Path, n: int) -> None:
@@ -81,11 +100,9 @@ def profile(session: Session) -> None:
     import cProfile
     import pstats
 
-    token = session.tokens[-1]
     session.truncate(len(session.tokens) - STEPS)
     with cProfile.Profile() as profiler:
-        for _ in range(STEPS):
-            session.forward([token])
+        token_steps(session)
     pstats.Stats(profiler).sort_stats("tottime").print_stats(25)
 
 

@@ -48,7 +48,11 @@ def loop_plan(
     n_ctx: int,
     stop: Collection[int],
 ) -> Plan:
-    """A plan of one step, with the output `position` after it. Positions are exact below 2^24."""
+    """A plan of one step; its output `token` is the one that was chosen.
+
+    stop  tokens at which `position` stays
+    Positions are exact below 2^24.
+    """
     batch = LoopBatch(n_kv, model.options, n_ctx)
     logits = model.graph(batch, caches).outputs["logits"]
     token = argmax(logits)
@@ -61,8 +65,8 @@ def loop_plan(
     step = reshape(get_rows(constant(goes_on, name=name), token), ne=(1,))
     moved = cpy(cast(add(at, step), dtype="i32"), batch.pos)
     return compile(
-        {POSITION: moved},
-        updates=[*batch.writes, written],
+        {"token": token},
+        updates=[*batch.writes, written, moved],
         backends=model.backends,
         amb=model.amb,
         pins=model.pins,

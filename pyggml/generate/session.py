@@ -41,6 +41,7 @@ class Session:
             raise ShapeError(f"n_ctx={n_ctx} and n_batch={n_batch} must be at least 1")
         self.model, self.n_ctx, self.n_batch = model, n_ctx, min(n_batch, n_ctx)
         self.tokens: list[int] = []
+        self._next: tuple[int, int] | None = None  # position and token that the loop's states hold
         self._most = 0  # tokens that the caches had since they were empty
         self.store = Store(like=model.store)
         self.caches = model.caches(n_ctx, self.n_batch)
@@ -126,7 +127,7 @@ class Session:
         """Append tokens, then yield up to `n` new ones, each chosen by sampler(logits).
 
         stop   tokens that end the text; the token itself is yielded, too
-        ahead  with `greedy`: the device chooses this many tokens before the host looks at them.
+        ahead  with `greedy`, the device chooses tokens: this many before the host looks at them.
                A larger number is faster, but the tokens come in groups
         The last token that was yielded is not in the caches yet.
         """
@@ -134,7 +135,7 @@ class Session:
         yield token
         left = n - 1
         while left > 0 and token not in stop:
-            if ahead > 1 and sampler is greedy:
+            if sampler is greedy:
                 group = self._ahead(token, min(ahead, left, self.n_free), stop)
             else:
                 group = [sampler(self.forward([token])[-1])]
@@ -157,16 +158,23 @@ class Session:
                 self.model, self.caches, self.store, n_kv=key[0], n_ctx=self.n_ctx, stop=key[1]
             )
         plan = self._loops[key].bind()
-        history = np.zeros(self.n_ctx + 1, np.int32)
-        history[past] = token
-        self.store.write(HISTORY, history[:, None])
-        self.store.write(POSITION, np.array([past], np.int32))
+        if self._next != (past, token):
+            history = np.zeros(self.n_ctx + 1, np.int32)
+            history[past] = token
+            self.store.write(HISTORY, history[:, None])
+            self.store.write(POSITION, np.array([past], np.int32))
+        self._next = None
         self._most = max(self._most, past + n)
-        end = int(plan.repeat(n)[POSITION][0])
-        history = self.store.read(HISTORY)[:, 0]
-        end = min(end, past + n - 1) + 1  # a stop token stays at the position where it was chosen
-        tokens = [int(token) for token in history[past : end + 1]]
+        last = int(plan.repeat(n)["token"][0])
+        if n == 1:
+            tokens = [token, last]
+        else:
+            history, end = self.store.read(HISTORY)[:, 0], int(self.store.read(POSITION)[0])
+            # A stop token stays at the position where it was chosen.
+            tokens = [int(token) for token in history[past : min(end + 1, past + n) + 1]]
         self.tokens += tokens[:-1]
+        if last not in stop:
+            self._next = past + n, last
         return tokens[1:]
 
     def truncate(self, n: int) -> None:
