@@ -4,7 +4,9 @@ kernels/include/formats.cuh."""
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +24,8 @@ from pyggml.spec import Ne
 
 TILE = 8  # rows
 GROUP = 32  # weights
-#: Weights packed at a time: some steps need several bytes of memory per weight.
-PIECE = 1 << 22
+#: Weights that a thread packs at a time: some steps need several bytes of memory per weight.
+PIECE = 1 << 20
 
 
 class Packed(Struct):
@@ -110,7 +112,7 @@ def repack(constant: Node, layout: WeightLayout, data: NDArray[Any]) -> Bytes:
 
 
 def to_tiles(dtype: DType, ne: Ne, blocks: Bytes) -> Bytes:
-    """Pack uint8 [rows of all matrices, blocks, bytes of a block] into tiles."""
+    """Pack uint8 [rows of all matrices, blocks, bytes of a block] into tiles, on all cores."""
     form, tiles = FORMATS[dtype.name], tiles_of(dtype, ne)
     out = np.zeros(tiles.nbytes, np.uint8)
     widths = (form.codes, form.high, form.scale, form.super_)
@@ -120,12 +122,18 @@ def to_tiles(dtype: DType, ne: Ne, blocks: Bytes) -> Bytes:
         shape = (tiles.matrices, tiles.tiles, count, TILE, width)
         size = int(np.prod(shape))
         planes.append(out[start : start + size].reshape(shape))
-    for matrix, tile, rows in _pieces(tiles, ne):
+
+    def pack(piece: tuple[int, slice, slice]) -> None:
+        matrix, tile, rows = piece
         parts = form.parts(blocks[rows].reshape(-1, dtype.nbytes))
         n = rows.stop - rows.start
         for i, (plane, part) in enumerate(zip(planes, parts)):
             if plane.shape[-1]:
                 _place(plane[matrix, tile], part.reshape(n, plane.shape[2], -1), i == 0)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy works without the interpreter's lock
+        for _ in pool.map(pack, _pieces(tiles, ne)):
+            pass  # raises what `pack` raised
     return out
 
 
