@@ -92,11 +92,13 @@ class Key:
     name     the key without the architecture's prefix
     default  the value if the key is missing, or a function of the file's keys; absent: the key is
              required, unless the field's type allows None
+    older    its name in old files, used if `name` is missing
     least, most  limits of an integer;  zero  a float may be 0;  choices  the words allowed
     """
 
     name: str
     default: Any = dataclasses.MISSING
+    older: str = ""
     least: int = 1
     most: int = MAX_SIZE
     zero: bool = False
@@ -109,6 +111,8 @@ class Key:
                 return None
             (type_,) = (t for t in get_args(type_) if t is not type(None))
         default = self.default
+        if self.older:
+            default = dataclasses.replace(self, name=self.older, older="").read(keys, type_)
         if default is dataclasses.MISSING:
             default = None
         elif callable(default):

@@ -15,10 +15,10 @@ from pyggml.models.base import architecture
 from pyggml.models.batch import Batch, Options
 from pyggml.models.cache import Cache
 from pyggml.models.known import all_sizes
-from pyggml.models.layers import linear, norm
+from pyggml.models.layers import linear, norm, scaled
 from pyggml.models.weights import Layer, Weights
 from pyggml.node import Node
-from pyggml.ops import get_rows, mul_mat
+from pyggml.ops import get_rows
 from pyggml.runtime.compile import compile
 from pyggml.runtime.plan import Plan
 from pyggml.runtime.store import Store
@@ -85,7 +85,7 @@ class Model:
     def graph(self, batch: Batch, caches: tuple[Cache, ...]) -> Graph:
         """Output `logits`, f32 [n_vocab, n_outputs]; without outputs, it only fills the caches."""
         w, arch = self.weights, self.arch
-        x = w.label(get_rows(w["token_embd"], batch.tokens), "inp_embd")
+        x = w.label(scaled(w, "token_embd", get_rows(w["token_embd"], batch.tokens)), "inp_embd")
         for il, cache in enumerate(caches):
             x = arch.layer(x, w.layer(il), cache, batch)
         if not batch.n_outputs:
@@ -96,7 +96,7 @@ class Model:
         """Logits of the last layer's output."""
         w = self.weights
         x = w.label(norm(w, "output_norm", x, self.arch.rms_eps), "result_norm")
-        y = mul_mat(w["token_embd"], x) if self.arch.tied else linear(w, "output", x)
+        y = linear(w, "token_embd" if self.arch.tied else "output", x)
         return w.label(y, "result_output")
 
     def plan(self, batch: Batch, caches: tuple[Cache, ...], store: Store) -> Plan:
