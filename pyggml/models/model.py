@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Model:
-    """A model from an open file. Create it with `pyggml.load`.
+    """A model from an open file. Create it with `pyggml.load`, best in a `with`, which closes it.
 
     arch      its architecture: the hyperparameters
     weights   its tensors as constants
@@ -61,6 +61,16 @@ class Model:
             f"<model {arch.name}: {arch.n_layer} layers, n_embd {arch.n_embd}, "
             f"n_vocab {arch.n_vocab}, on {', '.join(self.backends)}>"
         )
+
+    def close(self) -> None:
+        """Close the file. Weights that no plan has uploaded yet can then no longer be read."""
+        self.file.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     def session(self, n_ctx: int = 4096, n_batch: int = 512) -> Session:
         """A new, empty sequence of up to `n_ctx` tokens; prompts run in batches of `n_batch`."""
@@ -122,9 +132,9 @@ def load(
 ) -> Model:
     """Open a GGUF file as a model. Weights are uploaded when the first session runs.
 
-    model = gg.load("model.gguf")
-    session = model.session(n_ctx=4096)
-    logits = session.forward([1, 2, 3])      # [1, n_vocab]
+    with gg.load("model.gguf") as model:
+        session = model.session(n_ctx=4096)
+        logits = session.forward([1, 2, 3])      # [1, n_vocab]
 
     backends  places in order of preference; by default a CUDA device if there is one, else NumPy
     amb, pins as in `compile`: the attention memory budget in MiB, and label pattern -> place
