@@ -87,7 +87,7 @@ class Architecture:
     norms: ClassVar[tuple[str, str]] = ("attn_norm", "ffn_norm")
 
     n_block: int = key("block_count", most=MAX_LAYERS)
-    n_nextn: int = key("nextn_predict_layers", 0, least=0)
+    n_nextn: int = key("nextn_predict_layers", 0, least=0, rare=True)
     n_ctx_train: int = key("context_length")
     n_embd: int = key("embedding_length")
     rms_eps: float = key("attention.layer_norm_rms_epsilon")

@@ -48,8 +48,8 @@ class DeepSeek2(Architecture):
     n_ff: int = key("feed_forward_length", 0, least=0)  # of dense layers
     experts: Experts = group(Experts)
     rope: Rope = group(Rope)
-    yarn_log_mul: float = key("rope.scaling.yarn_log_multiplier", 0.0, zero=True)
-    temperature_scale: float = key("attention.temperature_scale", 0.0, zero=True)
+    yarn_log_mul: float = key("rope.scaling.yarn_log_multiplier", 0.0, zero=True, rare=True)
+    temperature_scale: float = key("attention.temperature_scale", 0.0, zero=True, rare=True)
     temperature_length: int | None = key("attention.temperature_length", None)  # n_ctx_orig
     kv_b: KvB = "split"
     merged: bool = False

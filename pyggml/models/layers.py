@@ -72,9 +72,9 @@ class Rope:
     scaling: str = key("rope.scaling.type", "linear", choices=("none", "linear", "yarn"))
     factor: float = key("rope.scaling.factor", 1.0, older="rope.scale_linear", zero=True)
     n_ctx_orig: int = key("rope.scaling.original_context_length", _n_ctx)
-    attn_factor: float = key("rope.scaling.attn_factor", 1.0)
-    beta_fast: float = key("rope.scaling.yarn_beta_fast", 32.0)
-    beta_slow: float = key("rope.scaling.yarn_beta_slow", 1.0)
+    attn_factor: float = key("rope.scaling.attn_factor", 1.0, rare=True)
+    beta_fast: float = key("rope.scaling.yarn_beta_fast", 32.0, rare=True)
+    beta_slow: float = key("rope.scaling.yarn_beta_slow", 1.0, rare=True)
 
     @property
     def freq_scale(self) -> float:

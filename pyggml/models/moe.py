@@ -62,7 +62,7 @@ class Experts:
     n_used: int = key("expert_used_count", 0, least=0)
     n_ff: int = key("expert_feed_forward_length", 0, least=0)
     n_shared: int = key("expert_shared_count", 0, least=0)
-    gating_func: int = key("expert_gating_func", 0, least=0, most=3)
+    gating_func: int = key("expert_gating_func", 0, least=0, most=3, rare=True)
     weights_norm: bool = key("expert_weights_norm", False)
     weights_scale: float = key("expert_weights_scale", 0.0, zero=True)
     choice_bias: bool = False

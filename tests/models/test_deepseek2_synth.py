@@ -60,6 +60,18 @@ def test_a_tiny_file_end_to_end(tmp_path: Path, type_: str, kv_b: Any) -> None:
         assert len(file.fields["tokenizer.ggml.tokens"]) == arch.n_vocab  # type: ignore[arg-type]
 
 
+def test_keys_that_llama_cpp_requires_are_written() -> None:
+    """Even if their value is pyggml's default."""
+    arch = replace(TINY, n_layer_dense=0, experts=replace(TINY.experts, n_shared=0))
+    fields = arch.fields()
+    for key in ("leading_dense_block_count", "expert_shared_count", "feed_forward_length"):
+        assert f"deepseek2.{key}" in fields
+    assert fields["deepseek2.rope.freq_base"] == 10000
+    assert fields["deepseek2.leading_dense_block_count"] == 0
+    for key in ("nextn_predict_layers", "attention.temperature_scale"):
+        assert f"deepseek2.{key}" not in fields
+
+
 def os_size(file: gguf.GGUFFile) -> int:
     return Path(file.paths[0]).stat().st_size
 
