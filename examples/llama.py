@@ -1,7 +1,7 @@
 """SmolLM2 from leaves to text, with nothing from pyggml.models.
 
-docs/from-gguf-to-text.md explains each part. Other llama files work, too, if their vocabulary is a
-byte-level BPE and their rope has no scaling.
+docs/from-gguf-to-text.md explains each part. Other llama files work, too, if their rope has no
+scaling. The tokenizer needs the extra `text`.
 
     OPENBLAS_NUM_THREADS=1 python examples/llama.py -m SmolLM2-135M-Instruct.Q4_1.gguf -p "Why?"
 """
@@ -9,10 +9,8 @@ byte-level BPE and their rope has no scaling.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +18,7 @@ from numpy.typing import NDArray
 
 import pyggml as gg
 from pyggml import gguf
+from pyggml.generate.tokenizer import Tokenizer
 
 SWAP = (0, 2, 1, 3)  # [d, n_head, T] <-> [d, T, n_head]
 
@@ -106,59 +105,11 @@ class Llama:
         return logits
 
 
-class Vocabulary:
-    """Text to tokens and back: byte-level BPE, as in GPT-2, with single digits."""
-
-    # SmolLM2's, except for numbers that are not decimal digits, such as ½.
-
-    WORDS = re.compile(
-        r"'(?:[sdmt]|ll|ve|re)|\d| ?[^\W\d_]+| ?(?:[^\s\w]|_)+|\s+(?=\d)|\s+(?!\S)|\s+"
-    )
-
-    def __init__(self, file: gguf.GGUFFile) -> None:
-        fields: dict[str, Any] = file.fields
-        self.tokens = list(fields["tokenizer.ggml.tokens"])
-        self.ids = {token: i for i, token in enumerate(self.tokens)}
-        merges = map(str.split, fields["tokenizer.ggml.merges"])
-        self.ranks = {(left, right): i for i, (left, right) in enumerate(merges)}
-        plain = [*range(33, 127), *range(161, 173), *range(174, 256)]  # these bytes are themselves
-        others = [b for b in range(256) if b not in plain]
-        self.chars = {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(others)}
-        self.bytes = {char: b for b, char in self.chars.items()}
-        types = fields["tokenizer.ggml.token_type"]
-        self.control = {t for t, type_ in zip(self.tokens, types) if type_ == 3}
-        self.end = fields["tokenizer.ggml.eos_token_id"]
-
-    def encode(self, text: str) -> Iterator[int]:
-        for part in re.split("(" + "|".join(map(re.escape, self.control)) + ")", text):
-            if part in self.control:
-                yield self.ids[part]
-            else:
-                for word in self.WORDS.findall(part):
-                    yield from (self.ids[piece] for piece in self.merged(word))
-
-    def merged(self, word: str) -> list[str]:
-        pieces = [self.chars[byte] for byte in word.encode()]
-        while len(pieces) > 1:
-            pairs = list(pairwise(pieces))
-            best = min(pairs, key=lambda pair: self.ranks.get(pair, len(self.ranks)))
-            if best not in self.ranks:
-                break
-            i = pairs.index(best)
-            pieces[i : i + 2] = ["".join(best)]
-        return pieces
-
-    def decode(self, token: int) -> bytes:
-        """The bytes of a token, perhaps a part of a character."""
-        text = self.tokens[token]
-        return b"" if text in self.control else bytes(self.bytes[char] for char in text)
-
-
-def generate(model: Llama, tokens: Sequence[int], n: int, end: int) -> Iterator[int]:
+def generate(model: Llama, tokens: Sequence[int], n: int, end: Collection[int]) -> Iterator[int]:
     """Up to n tokens, each the most probable one."""
     for _ in range(n):
         token = int(model.forward(tokens).argmax())
-        if token == end:
+        if token in end:
             break
         yield token
         tokens = [token]
@@ -172,9 +123,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     prompt = f"<|im_start|>user\n{args.p}<|im_end|>\n<|im_start|>assistant\n"
     with gguf.open(args.m) as file:
-        model, vocabulary = Llama(file), Vocabulary(file)
-        for token in generate(model, [*vocabulary.encode(prompt)], args.n, vocabulary.end):
-            sys.stdout.buffer.write(vocabulary.decode(token))
+        model, tokenizer = Llama(file), Tokenizer(file.fields)
+        tokens = tokenizer.encode(prompt, parse_special=True)
+        for token in generate(model, tokens, args.n, tokenizer.end_tokens):
+            sys.stdout.buffer.write(tokenizer.piece(token))  # perhaps a part of a character
             sys.stdout.buffer.flush()
     print()
 
