@@ -7,6 +7,9 @@ x = gg.input("x", "f32", ne=(2048, 32))
 plan = gg.compile({"y": gg.mul_mat(w, x)})
 y = plan.run(x=values)["y"]
 print(plan.memory)
+
+with gg.load("model.gguf") as model:
+    logits = model.session(n_ctx=4096).forward([1, 2, 3])
 """
 
 from __future__ import annotations
@@ -50,19 +53,28 @@ from pyggml.runtime.plan import Plan
 from pyggml.runtime.store import Store
 
 if _TYPE_CHECKING:
+    from pyggml.generate.session import Session
+    from pyggml.models.model import Model, load
     from pyggml.parity.nodes import compare
 
 __version__ = "0.1.0"
 
-_MODULES = ("backends", "gguf", "models", "parity", "viz")
+_MODULES = ("backends", "generate", "gguf", "models", "parity", "viz")
+#: Name -> module, for names that are rarely used and slow to import.
+_LAZY = {
+    "Model": "models.model",
+    "Session": "generate.session",
+    "compare": "parity.nodes",
+    "load": "models.model",
+}
 
 
 def __getattr__(name: str) -> _Any:
     """Import modules at their first use. For an old name, raise an error with the new one."""
     if name in _MODULES:
         return _import_module(f"pyggml.{name}")
-    if name == "compare":
-        return _import_module("pyggml.parity.nodes").compare
+    if name in _LAZY:
+        return getattr(_import_module(f"pyggml.{_LAZY[name]}"), name)
     if name in _RENAMED:
         raise AttributeError(f"pyggml.{name} is now {_RENAMED[name]}")
     raise AttributeError(f"module 'pyggml' has no attribute {name!r}")
@@ -78,10 +90,12 @@ __all__ = [
     "GraphError",
     "IdError",
     "MissingPackageError",
+    "Model",
     "Node",
     "OutOfMemoryError",
     "Plan",
     "PyggmlError",
+    "Session",
     "ShapeError",
     "StateWarning",
     "Store",
@@ -93,6 +107,7 @@ __all__ = [
     "define",
     "label",
     "labels",
+    "load",
     "op",
     *_ops,
 ]

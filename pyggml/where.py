@@ -1,8 +1,9 @@
-"""The line of the user's code, which every error names."""
+"""The line of the user's code, which errors and warnings name."""
 
 from __future__ import annotations
 
 import sys
+import warnings
 
 from pyggml.errors import PyggmlError
 
@@ -24,3 +25,11 @@ def at_line(error: PyggmlError, text: str) -> PyggmlError:
     line = f"; at {file}:{number}"
     error.args = (text if line in text else text + line, *error.args[1:])
     return error
+
+
+def warn(text: str) -> None:
+    """A UserWarning at the innermost line outside the library."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("pyggml."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level)

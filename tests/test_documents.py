@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -20,11 +21,21 @@ def blocks(path: Path) -> list[str]:
 @pytest.mark.parametrize(
     "path", [path for path in DOCUMENTS if blocks(path)], ids=lambda path: path.name
 )
-def test_python_runs(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Blocks of a document run one after another in one namespace; `print(..)  # x` prints x."""
-    space: dict[str, object] = {}
+def test_python_runs(
+    path: Path,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Blocks of a document run one after another as one module, in an empty folder.
+
+    `print(..)  # x` prints x.
+    """
+    monkeypatch.chdir(tmp_path)
+    module = ModuleType("document")
+    monkeypatch.setitem(sys.modules, "document", module)
     for block in blocks(path):
-        exec(compile(block, str(path), "exec"), space)
+        exec(compile(block, str(path), "exec", dont_inherit=True), module.__dict__)
         printed = capsys.readouterr().out.splitlines()
         outputs = re.findall(r"^print\(.*?\)  # ([\[(].*)$", block, re.MULTILINE)
         for text in outputs:

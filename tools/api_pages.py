@@ -21,7 +21,14 @@ ROOT = Path(__file__).resolve().parent.parent
 #: pdoc writes a page for `pyggml.define` too, because it is a public name of `pyggml`.
 MODULES = (
     "pyggml", "pyggml.backends.base", "pyggml.backends.numpy", "pyggml.backends.step",
-    "pyggml.gguf", "pyggml.models.deepseek2", "pyggml.models.feed_forward",
+    "pyggml.generate.chat", "pyggml.generate.loop", "pyggml.generate.sample",
+    "pyggml.generate.session", "pyggml.generate.text", "pyggml.generate.tokenizer", "pyggml.gguf",
+    "pyggml.models.base", "pyggml.models.batch", "pyggml.models.cache",
+    "pyggml.models.deepseek2", "pyggml.models.glm4moe", "pyggml.models.gpt_oss",
+    "pyggml.models.gqa", "pyggml.models.keys", "pyggml.models.known", "pyggml.models.layers",
+    "pyggml.models.llama", "pyggml.models.mla", "pyggml.models.model", "pyggml.models.moe",
+    "pyggml.models.precision", "pyggml.models.presets", "pyggml.models.qwen3",
+    "pyggml.models.synth", "pyggml.models.weights",
     "pyggml.parity.tolerance", "pyggml.quants", "pyggml.viz",
 )  # fmt: skip
 

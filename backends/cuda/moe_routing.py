@@ -43,7 +43,7 @@ class _Routing:
 
 
 def route(node: Node, run: Run) -> Fused | None:
-    """The whole of `feed_forward.route`, in any of its forms."""
+    """The whole of `models.moe.route`, in any of its forms."""
     routing = _scaled(node, run)
     if routing is None or routing.scores.ne[0] > MOST or routing.scores.dtype is not F32:
         return None

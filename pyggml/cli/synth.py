@@ -1,9 +1,10 @@
-"""Write a DeepSeek-2 GGUF file with random weights of realistic scale.
+"""Write a GGUF file with random weights of realistic scale.
 
-Presets: deepseek-v2-lite and deepseek-v3 have the published sizes, small is for CPUs, tiny for
-tests. Norms, the router and its bias are f32. A row that is not whole blocks of TYPE (a row of 128
-in attn_k_b, for a type with blocks of 256) becomes q8_0, or f16 if it is not whole blocks of 32
-either. output.weight is q6_K if TYPE has fewer bits.
+Presets: deepseek-v2-lite, deepseek-v3 and smollm2-135m have the published sizes. small is a
+DeepSeek model for CPUs; tiny (DeepSeek) and tiny-llama are for tests. Norms, the router and its
+bias are f32. A row that is not whole blocks of TYPE (a row of 128 in attn_k_b, for a type with
+blocks of 256) becomes q8_0, or f16 if it is not whole blocks of 32 either. output.weight is q6_K
+if TYPE has fewer bits.
 
 --header-only writes the keys and the tensor table but no weights. `pyggml info` needs no more, but
 such a file cannot run.

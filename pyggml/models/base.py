@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, ClassVar, Self, TypeVar
@@ -13,11 +12,12 @@ from pyggml.gguf import GGUFFile
 from pyggml.models.batch import Batch, Options
 from pyggml.models.cache import Cache
 from pyggml.models.keys import Keys, key, read, written
-from pyggml.models.known import check_keys, check_tensors
+from pyggml.models.known import check_file
 from pyggml.models.layers import norm
 from pyggml.models.weights import Layer
 from pyggml.node import Node
 from pyggml.ops import add, get_rows
+from pyggml.where import warn
 
 MAX_LAYERS = 10_000
 Sizes = dict[str, tuple[int, ...]]
@@ -62,7 +62,7 @@ def architecture(name: str) -> type[Architecture]:
 
 def _n_tokens(keys: Keys) -> int:
     tokens = keys.fields.get("tokenizer.ggml.tokens")
-    if tokens is None:
+    if not isinstance(tokens, Sized):
         keys.fail("vocab_size", "is missing, and the file has no tokenizer.ggml.tokens")
     return len(tokens)
 
@@ -87,7 +87,7 @@ class Architecture:
     norms: ClassVar[tuple[str, str]] = ("attn_norm", "ffn_norm")
 
     n_block: int = key("block_count", most=MAX_LAYERS)
-    n_nextn: int = key("nextn_predict_layers", 0, least=0)
+    n_nextn: int = key("nextn_predict_layers", 0, least=0, rare=True)
     n_ctx_train: int = key("context_length")
     n_embd: int = key("embedding_length")
     rms_eps: float = key("attention.layer_norm_rms_epsilon")
@@ -106,10 +106,10 @@ class Architecture:
         values = read(cls, keys)
         values["tied"] = "output.weight" not in file.tensors
         config = cls(**values | cls.derived(keys, file, values))
+        config._check_vocabulary(keys)
         config._check_nextn(keys)
         config.check(keys)
-        check_keys(keys, cls.neutral)
-        check_tensors(config, file.tensors)
+        check_file(config, keys, file.tensors, cls.neutral)
         return config
 
     @classmethod
@@ -123,14 +123,19 @@ class Architecture:
     def check(self, keys: Keys) -> None:
         """Raise a GGUFError for values that contradict each other."""
 
+    def _check_vocabulary(self, keys: Keys) -> None:
+        tokens = keys.fields.get("tokenizer.ggml.tokens")
+        if isinstance(tokens, Sized) and len(tokens) != self.n_vocab:
+            problem = f"{self.n_vocab}, but tokenizer.ggml.tokens has {len(tokens)} tokens"
+            keys.fail("vocab_size", problem)
+
     def _check_nextn(self, keys: Keys) -> None:
         if self.n_nextn >= self.n_block:
             keys.fail("nextn_predict_layers", f"{self.n_nextn}, must be below {self.n_block}")
         if self.n_nextn:
-            warnings.warn(
+            warn(
                 f"key '{keys.architecture}.nextn_predict_layers': the last {self.n_nextn} of "
-                f"{self.n_block} blocks predict further tokens (MTP) and are left out",
-                stacklevel=3,
+                f"{self.n_block} blocks predict further tokens (MTP) and are left out"
             )
 
     def fields(self) -> dict[str, Any]:

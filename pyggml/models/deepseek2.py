@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import warnings
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -20,6 +20,7 @@ from pyggml.models.moe import Experts, moe
 from pyggml.models.weights import Layer
 from pyggml.node import Node
 from pyggml.ops import cast, div, fill, log, mul, reshape, scale
+from pyggml.where import warn
 
 KvB: TypeAlias = Literal["split", "joined"]
 
@@ -47,9 +48,9 @@ class DeepSeek2(Architecture):
     n_ff: int = key("feed_forward_length", 0, least=0)  # of dense layers
     experts: Experts = group(Experts)
     rope: Rope = group(Rope)
-    yarn_log_mul: float = key("rope.scaling.yarn_log_multiplier", 0.0, zero=True)
-    temperature_scale: float = key("attention.temperature_scale", 0.0, zero=True)
-    temperature_length: int = key("attention.temperature_length", 0, least=0)  # 0: n_ctx_orig
+    yarn_log_mul: float = key("rope.scaling.yarn_log_multiplier", 0.0, zero=True, rare=True)
+    temperature_scale: float = key("attention.temperature_scale", 0.0, zero=True, rare=True)
+    temperature_length: int | None = key("attention.temperature_length", None)  # n_ctx_orig
     kv_b: KvB = "split"
     merged: bool = False
 
@@ -58,6 +59,8 @@ class DeepSeek2(Architecture):
     @classmethod
     def derived(cls, keys: Keys, file: GGUFFile, values: dict[str, Any]) -> dict[str, Any]:
         n_head, kv_lora_rank, n_rot = (values[k] for k in ("n_head", "kv_lora_rank", "n_rot"))
+        if n_rot % 2:
+            keys.fail("rope.dimension_count", f"{n_rot}, must be even")
         # The plain keys of a file for absorbed attention describe one shared head of kv_lora +
         # rope; the true head sizes are in the _mla keys.
         suffix = "_mla" if keys.has("attention.key_length_mla") else ""
@@ -74,7 +77,7 @@ class DeepSeek2(Architecture):
             raise GGUFError("the file has neither blk.0.attn_kv_b nor blk.0.attn_k_b and attn_v_b")
         experts = replace(
             _experts(keys, values),
-            choice_bias=any(name.endswith(".exp_probs_b.bias") for name in tensors),
+            choice_bias=_all_biased(tensors, values),
         )
         return {
             "d_nope": key_length - n_rot,
@@ -91,15 +94,11 @@ class DeepSeek2(Architecture):
                       f"{self.n_layer}")  # fmt: skip
         if self.n_layer_dense and not self.n_ff:
             keys.integer("feed_forward_length")  # raises
-        if self.n_rot % 2:
-            keys.fail("rope.dimension_count", f"{self.n_rot}, must be even")
-        if self.n_layer_dense < self.n_layer:
-            self.experts.check(keys)
+        self.experts.check(keys, used=self.n_layer_dense < self.n_layer)
         if self.rope.scaling == "yarn" and self.rope.freq_scale != 1 and not self.yarn_log_mul:
-            warnings.warn(
+            warn(
                 f"key '{keys.architecture}.rope.scaling.yarn_log_multiplier' is missing: using "
-                "llama.cpp's attention scale for such files, which may be wrong for this model",
-                stacklevel=3,
+                "llama.cpp's attention scale for such files, which may be wrong for this model"
             )
 
     def fields(self) -> dict[str, Any]:
@@ -166,7 +165,9 @@ class DeepSeek2(Architecture):
         return sizes | self.experts.tensors(n_embd, merged=self.merged)
 
     def optional_tensors(self, il: int) -> Sizes:
-        return self._kv_b("joined") | self._kv_b("split")
+        sizes = self._kv_b("joined") | self._kv_b("split")
+        bias: Sizes = {"exp_probs_b.bias": (self.experts.n_expert,)}
+        return sizes if il < self.n_layer_dense else sizes | bias
 
     def _kv_b(self, kv_b: KvB) -> Sizes:
         if kv_b == "joined":
@@ -232,6 +233,12 @@ class DeepSeek2(Architecture):
         return moe(layer, x, self.experts, fused=batch.options.fused)
 
 
+def _all_biased(tensors: Collection[str], values: dict[str, Any]) -> bool:
+    """Whether every layer of experts has a bias for the choice."""
+    layers = range(values["n_layer_dense"], values["n_block"] - values["n_nextn"])
+    return bool(layers) and all(f"blk.{il}.exp_probs_b.bias" in tensors for il in layers)
+
+
 def _experts(keys: Keys, values: dict[str, Any]) -> Experts:
     """The experts with llama.cpp's gating function if the key is missing or 0.
 
@@ -246,11 +253,10 @@ def _experts(keys: Keys, values: dict[str, Any]) -> Experts:
     flash = values["n_block"] in (47, 48) and values["n_vocab"] == 154_880
     experts = replace(experts, gating_func=2 if flash else 1)
     if values["n_layer_dense"] < values["n_block"] - values["n_nextn"]:
-        warnings.warn(
+        warn(
             f"key '{keys.architecture}.expert_gating_func' is missing: choosing experts by "
             f"{experts.gating}, llama.cpp's default for such files, which may be wrong for this "
-            "model",
-            stacklevel=5,
+            "model"
         )
     return experts
 
@@ -259,9 +265,8 @@ def _yarn_log_mul(keys: Keys, value: float) -> float:
     """0.1 x mscale_all_dim. Some files have mscale_all_dim itself, which is at least 0.707."""
     if value <= 0.5:
         return value
-    warnings.warn(
+    warn(
         f"key '{keys.architecture}.rope.scaling.yarn_log_multiplier': {value} is taken for "
-        "mscale_all_dim, because 0.1 x mscale_all_dim is at most 0.5",
-        stacklevel=5,
+        "mscale_all_dim, because 0.1 x mscale_all_dim is at most 0.5"
     )
     return 0.1 * value

@@ -57,8 +57,7 @@ class Glm4Moe(Architecture):
         if self.n_layer_dense > self.n_layer:
             keys.fail("leading_dense_block_count", f"{self.n_layer_dense}, must be at most "
                       f"{self.n_layer}")  # fmt: skip
-        if self.n_layer_dense < self.n_layer:
-            self.experts.check(keys)
+        self.experts.check(keys, used=self.n_layer_dense < self.n_layer)
 
     # -- tensors ------------------------------------------------------------------------------
 

@@ -92,14 +92,18 @@ class Key:
     name     the key without the architecture's prefix
     default  the value if the key is missing, or a function of the file's keys; absent: the key is
              required, unless the field's type allows None
+    older    its name in old files, used if `name` is missing
     least, most  limits of an integer;  zero  a float may be 0;  choices  the words allowed
+    rare     `written` leaves out the default
     """
 
     name: str
     default: Any = dataclasses.MISSING
+    older: str = ""
     least: int = 1
     most: int = MAX_SIZE
     zero: bool = False
+    rare: bool = False
     choices: tuple[str, ...] = ()
 
     def read(self, keys: Keys, type_: Any) -> Any:
@@ -109,6 +113,8 @@ class Key:
                 return None
             (type_,) = (t for t in get_args(type_) if t is not type(None))
         default = self.default
+        if self.older:
+            default = dataclasses.replace(self, name=self.older, older="").read(keys, type_)
         if default is dataclasses.MISSING:
             default = None
         elif callable(default):
@@ -152,12 +158,15 @@ def read(type_: type, keys: Keys) -> dict[str, Any]:
 
 
 def written(config: Any) -> Iterator[tuple[str, Any]]:
-    """(key, value) of the fields of a dataclass; optional ones only if they differ."""
+    """(key, value) of the fields of a dataclass that have keys, except None and rare defaults.
+
+    Other defaults are written, because llama.cpp has no default for some of them.
+    """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if "group" in field.metadata:
             yield from written(value)
         elif "key" in field.metadata and value is not None:
             rule = field.metadata["key"]
-            if value != rule.default:
+            if not rule.rare or value != rule.default:
                 yield rule.name, value

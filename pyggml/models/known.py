@@ -9,13 +9,15 @@ architecture and are not checked.
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from pyggml.errors import GGUFError
 from pyggml.gguf.format import TensorInfo
 from pyggml.models.keys import Keys
+from pyggml.where import warn
 
 if TYPE_CHECKING:
     from pyggml.models.base import Architecture
@@ -52,12 +54,25 @@ HARMLESS = frozenset(
 )  # fmt: skip
 
 
-def check_keys(keys: Keys, neutral: Mapping[str, tuple[Any, ...]]) -> None:
+def check_file(
+    config: Architecture,
+    keys: Keys,
+    tensors: Mapping[str, TensorInfo],
+    neutral: Mapping[str, tuple[Any, ...]],
+) -> None:
+    """`check_keys` and `check_tensors`, and one warning that names all that is not used."""
+    unused = check_keys(keys, neutral) + check_tensors(config, tensors)
+    if unused:
+        warn(f"{config.name}: not used: {', '.join(sorted(unused))}")
+
+
+def check_keys(keys: Keys, neutral: Mapping[str, tuple[Any, ...]]) -> list[str]:
     """Raise a GGUFError for keys of the architecture that nothing has looked up.
+
+    Return the keys that never change the result.
 
     neutral  keys of features that the architecture's graphs do not compute -> the values that
              switch them off; NEUTRAL holds for all architectures
-    Keys that never change the result are named in one warning.
     """
     unknown: list[str] = []
     unused: list[str] = []
@@ -70,7 +85,7 @@ def check_keys(keys: Keys, neutral: Mapping[str, tuple[Any, ...]]) -> None:
             unused.append(key)
         elif name not in neutral:
             unknown.append(key)
-        elif value not in neutral[name]:
+        elif isinstance(value, np.ndarray) or value not in neutral[name]:
             expected = " or ".join(map(str, neutral[name]))
             raise GGUFError(f"key '{key}': pyggml does not compute {value}; it must be {expected}")
     if unknown:
@@ -78,13 +93,14 @@ def check_keys(keys: Keys, neutral: Mapping[str, tuple[Any, ...]]) -> None:
             f"key{'s' * (len(unknown) > 1)} {_listing(unknown)}: unknown for architecture "
             f"{keys.architecture!r}, and the result may depend on it; try a newer pyggml"
         )
-    _warn_unused(keys.architecture, unused)
+    return unused
 
 
-def check_tensors(config: Architecture, tensors: Mapping[str, TensorInfo]) -> None:
+def check_tensors(config: Architecture, tensors: Mapping[str, TensorInfo]) -> list[str]:
     """Raise a GGUFError for a tensor that is missing, has the wrong size, or is unknown.
 
-    Blocks after the model's layers (multi-token prediction) are not checked.
+    Return the tensors outside the language model. Blocks after the model's layers (multi-token
+    prediction) are not checked.
     """
     required, known = tensor_sizes(config), all_sizes(config)
     for name, ne in required.items():
@@ -111,7 +127,7 @@ def check_tensors(config: Architecture, tensors: Mapping[str, TensorInfo]) -> No
             f"{config.name!r} with {config.n_block} blocks, and the result may depend on it; try a "
             "newer pyggml"
         )
-    _warn_unused(config.name, unused)
+    return unused
 
 
 def tensor_sizes(config: Architecture) -> Sizes:
@@ -152,11 +168,6 @@ def _left_out(config: Architecture, name: str) -> bool:
 
 def _four(ne: tuple[int, ...]) -> tuple[int, ...]:
     return ne + (1,) * (4 - len(ne))
-
-
-def _warn_unused(architecture: str, names: list[str]) -> None:
-    if names:
-        warnings.warn(f"{architecture}: not used: {', '.join(sorted(names))}", stacklevel=5)
 
 
 def _listing(names: list[str]) -> str:

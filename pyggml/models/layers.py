@@ -38,7 +38,7 @@ def norm(w: Layer | Weights, name: str, x: Node, eps: float) -> Node:
 
 
 def scaled(w: Layer | Weights, name: str, y: Node) -> Node:
-    """y, a product of the weight `name`, times the weight's factor, plus its bias, if any.
+    """y, a product with the weight `name` or rows of it, times its factor, plus its bias, if any.
 
     NVFP4 quantizers store such a factor, because 8-bit block scales alone do not cover the range of
     a tensor.
@@ -56,10 +56,6 @@ def linear(w: Layer | Weights, name: str, x: Node) -> Node:
 # -- rope ---------------------------------------------------------------------------------------
 
 
-def _factor(keys: Keys) -> float:
-    return keys.number("rope.scale_linear", 1.0, zero=True)  # the key's name until 2023
-
-
 def _n_ctx(keys: Keys) -> int:
     return keys.integer("context_length")
 
@@ -74,11 +70,11 @@ class Rope:
 
     freq_base: float = key("rope.freq_base", 10000.0)
     scaling: str = key("rope.scaling.type", "linear", choices=("none", "linear", "yarn"))
-    factor: float = key("rope.scaling.factor", _factor, zero=True)
+    factor: float = key("rope.scaling.factor", 1.0, older="rope.scale_linear", zero=True)
     n_ctx_orig: int = key("rope.scaling.original_context_length", _n_ctx)
-    attn_factor: float = key("rope.scaling.attn_factor", 1.0)
-    beta_fast: float = key("rope.scaling.yarn_beta_fast", 32.0)
-    beta_slow: float = key("rope.scaling.yarn_beta_slow", 1.0)
+    attn_factor: float = key("rope.scaling.attn_factor", 1.0, rare=True)
+    beta_fast: float = key("rope.scaling.yarn_beta_fast", 32.0, rare=True)
+    beta_slow: float = key("rope.scaling.yarn_beta_slow", 1.0, rare=True)
 
     @property
     def freq_scale(self) -> float:

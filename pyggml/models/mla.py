@@ -27,6 +27,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from pyggml.errors import GraphError
 from pyggml.models.batch import Batch
 from pyggml.models.cache import Cache
 from pyggml.models.layers import SWAP, attend, joined, linear, norm, scaled, unpacked
@@ -76,6 +77,9 @@ def mla(
 
     temperature  applied to the queries [d_k, n_head, T] after their rotation
     """
+    if len(cache.states) != (2 if form == "standard" else 1):
+        names = " and ".join(str(state.attrs["name"]) for state in cache.states)
+        raise GraphError(f"{names}: not a cache for form '{form}'; build both from equal options")
     q = queries(layer, x, a, rotate)
     q = permute(temperature(q) if temperature else q, axes=SWAP)
     kv_c, k_rope = latents(layer, x, a, rotate)

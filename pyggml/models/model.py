@@ -15,10 +15,10 @@ from pyggml.models.base import architecture
 from pyggml.models.batch import Batch, Options
 from pyggml.models.cache import Cache
 from pyggml.models.known import all_sizes
-from pyggml.models.layers import linear, norm
+from pyggml.models.layers import linear, norm, scaled
 from pyggml.models.weights import Layer, Weights
 from pyggml.node import Node
-from pyggml.ops import get_rows, mul_mat
+from pyggml.ops import get_rows
 from pyggml.runtime.compile import compile
 from pyggml.runtime.plan import Plan
 from pyggml.runtime.store import Store
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Model:
-    """A model from an open file. Create it with `pyggml.load`.
+    """A model from an open file. Create it with `pyggml.load`, best in a `with`, which closes it.
 
     arch      its architecture: the hyperparameters
     weights   its tensors as constants
@@ -62,6 +62,16 @@ class Model:
             f"n_vocab {arch.n_vocab}, on {', '.join(self.backends)}>"
         )
 
+    def close(self) -> None:
+        """Close the file. Weights that no plan has uploaded yet can then no longer be read."""
+        self.file.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
     def session(self, n_ctx: int = 4096, n_batch: int = 512) -> Session:
         """A new, empty sequence of up to `n_ctx` tokens; prompts run in batches of `n_batch`."""
         from pyggml.generate.session import Session
@@ -85,7 +95,7 @@ class Model:
     def graph(self, batch: Batch, caches: tuple[Cache, ...]) -> Graph:
         """Output `logits`, f32 [n_vocab, n_outputs]; without outputs, it only fills the caches."""
         w, arch = self.weights, self.arch
-        x = w.label(get_rows(w["token_embd"], batch.tokens), "inp_embd")
+        x = w.label(scaled(w, "token_embd", get_rows(w["token_embd"], batch.tokens)), "inp_embd")
         for il, cache in enumerate(caches):
             x = arch.layer(x, w.layer(il), cache, batch)
         if not batch.n_outputs:
@@ -96,7 +106,7 @@ class Model:
         """Logits of the last layer's output."""
         w = self.weights
         x = w.label(norm(w, "output_norm", x, self.arch.rms_eps), "result_norm")
-        y = mul_mat(w["token_embd"], x) if self.arch.tied else linear(w, "output", x)
+        y = linear(w, "token_embd" if self.arch.tied else "output", x)
         return w.label(y, "result_output")
 
     def plan(self, batch: Batch, caches: tuple[Cache, ...], store: Store) -> Plan:
@@ -122,9 +132,9 @@ def load(
 ) -> Model:
     """Open a GGUF file as a model. Weights are uploaded when the first session runs.
 
-    model = gg.load("model.gguf")
-    session = model.session(n_ctx=4096)
-    logits = session.forward([1, 2, 3])      # [1, n_vocab]
+    with gg.load("model.gguf") as model:
+        session = model.session(n_ctx=4096)
+        logits = session.forward([1, 2, 3])      # [1, n_vocab]
 
     backends  places in order of preference; by default a CUDA device if there is one, else NumPy
     amb, pins as in `compile`: the attention memory budget in MiB, and label pattern -> place

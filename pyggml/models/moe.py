@@ -52,7 +52,7 @@ class Experts:
                    only (gpt-oss); 0: the architecture's default
     weights_norm   divide the chosen experts' weights by their sum
     weights_scale  then multiply them; 0 and 1 scale nothing
-    choice_bias    exp_probs_b.bias is added to the scores that choose
+    choice_bias    every layer has exp_probs_b.bias, which is added to the scores that choose
     n_group, n_group_used   choose the best groups of experts, and experts only of these groups.
                    A group's score is its best expert's (softmax) or the sum of its two best (V3's
                    sigmoid)
@@ -62,7 +62,7 @@ class Experts:
     n_used: int = key("expert_used_count", 0, least=0)
     n_ff: int = key("expert_feed_forward_length", 0, least=0)
     n_shared: int = key("expert_shared_count", 0, least=0)
-    gating_func: int = key("expert_gating_func", 0, least=0, most=3)
+    gating_func: int = key("expert_gating_func", 0, least=0, most=3, rare=True)
     weights_norm: bool = key("expert_weights_norm", False)
     weights_scale: float = key("expert_weights_scale", 0.0, zero=True)
     choice_bias: bool = False
@@ -78,8 +78,14 @@ class Experts:
     def gating(self) -> Gating:
         return _GATING[self.gating_func]
 
-    def check(self, keys: Keys) -> None:
-        """For a model with layers of experts: raise a GGUFError for numbers that do not fit."""
+    def check(self, keys: Keys, *, used: bool = True) -> None:
+        """Raise a GGUFError for numbers that do not fit; used: some layers have experts."""
+        if used:
+            self._check_counts(keys)
+        reason = "expert_shared_count x expert_feed_forward_length"
+        keys.equal("expert_shared_feed_forward_length", self.n_ff_shared, reason)
+
+    def _check_counts(self, keys: Keys) -> None:
         for name, n in (("expert_count", self.n_expert), ("expert_used_count", self.n_used),
                         ("expert_feed_forward_length", self.n_ff)):  # fmt: skip
             if n < 1:
@@ -88,8 +94,6 @@ class Experts:
             keys.fail("expert_used_count", f"{self.n_used}, must be 1 to {self.n_expert}")
         if self.n_group > 1:
             self._check_groups(keys)
-        reason = "expert_shared_count x expert_feed_forward_length"
-        keys.equal("expert_shared_feed_forward_length", self.n_ff_shared, reason)
 
     def _check_groups(self, keys: Keys) -> None:
         n, used = self.n_group, self.n_group_used or self.n_group
@@ -130,7 +134,8 @@ def route(layer: Layer, x: Node, e: Experts) -> tuple[Node, Node]:
     if e.gating != "softmax_weight":
         probs = soft_max(logits) if e.gating == "softmax" else sigmoid(logits)
         probs = layer.label(probs, "ffn_moe_probs")
-    scores = add(probs, layer["exp_probs_b.bias"]) if e.choice_bias else probs
+    bias = layer.get("exp_probs_b.bias")
+    scores = probs if bias is None else add(probs, bias)
     if e.n_group > 1:
         ids = grouped_topk(
             scores, n_group=e.n_group, n_group_used=e.n_group_used or e.n_group,

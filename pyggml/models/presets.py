@@ -11,6 +11,7 @@ from pyggml.models.deepseek2 import DeepSeek2, KvB
 from pyggml.models.gpt_oss import GptOss
 from pyggml.models.gqa import Heads
 from pyggml.models.layers import Rope
+from pyggml.models.llama import Llama
 from pyggml.models.moe import Experts
 
 _YARN = Rope(scaling="yarn", factor=40.0, n_ctx_orig=4096)
@@ -41,8 +42,19 @@ TINY_GPT_OSS = GptOss(
     rope=Rope(freq_base=150000.0, scaling="yarn", factor=32.0, n_ctx_orig=4096),
 )  # fmt: skip
 
-#: The published models (sizes from their config.json), a small one for CPUs, and a tiny one for
-#: tests with every feature of V3.
+SMOLLM2 = Llama(
+    n_block=30, n_ctx_train=8192, n_vocab=49152, n_embd=576, rms_eps=1e-5, n_ff=1536, tied=True,
+    heads=Heads(n_head=9, n_head_kv=3, d_k=64, d_v=64, n_rot=64),
+    rope=Rope(freq_base=100_000.0, n_ctx_orig=8192),
+)  # fmt: skip
+TINY_LLAMA = replace(
+    SMOLLM2, n_block=2, n_ctx_train=2048, n_vocab=512, n_embd=256, n_ff=512,
+    heads=Heads(n_head=8, n_head_kv=2, d_k=32, d_v=32, n_rot=32),
+    rope=Rope(freq_base=10_000.0, n_ctx_orig=2048),
+)  # fmt: skip
+
+#: The published models (sizes from their config.json), a small one for CPUs, and tiny ones for
+#: tests: `tiny` has every feature of V3.
 PRESETS: dict[str, Architecture] = {
     "deepseek-v2-lite": V2_LITE,
     "deepseek-v3": V3,
@@ -50,13 +62,17 @@ PRESETS: dict[str, Architecture] = {
         V2_LITE, n_vocab=32000, n_embd=1024, n_head=8, n_ff=2816,
         experts=replace(V2_LITE.experts, n_ff=512, n_expert=16, n_used=4, n_shared=1),
     ),
+    "smollm2-135m": SMOLLM2,
     "tiny": TINY,
     "tiny-gpt-oss": TINY_GPT_OSS,
+    "tiny-llama": TINY_LLAMA,
 }  # fmt: skip
 
 
 def preset(name: str, *, layers: int | None = None, kv_b: KvB = "split") -> Architecture:
-    """The preset called `name`, with `layers` layers if given, in either layout of kv_b.
+    """The preset called `name`, with `layers` layers if given.
+
+    kv_b  the layout of attn_kv_b in DeepSeek models
 
     UnknownNameError for an unknown name, ShapeError for an impossible number of layers.
     """

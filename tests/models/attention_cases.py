@@ -12,9 +12,11 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 import pyggml as gg
-from pyggml.models.config import DeepSeek2Config
-from pyggml.models.deepseek2 import AttentionOptions, Cache, Layer, attention
-from pyggml.models.presets import PRESETS
+from pyggml.models.batch import Batch, Options
+from pyggml.models.deepseek2 import DeepSeek2
+from pyggml.models.presets import TINY
+from pyggml.models.weights import Layer
+from tests.models.stand_ins import layer_of
 from tests.reference.deepseek import attention_f64
 
 #: All forms that exist; the second element is flash attention.
@@ -28,16 +30,37 @@ FORMS = [
 IDS = ["standard-fa", "standard", "latent-fa", "latent", "expanded-fa"]
 all_forms = pytest.mark.parametrize(("form", "flash"), FORMS, ids=IDS)
 both_layouts = pytest.mark.parametrize("kv_b", ["joined", "split"])
+MLA = {"standard": 0, "latent": 1, "expanded": 3}
 #: Bound of f32 sums against float64; measured errors are 5e-7 to 1e-6.
 EXACT = 1e-5
 
 Array = np.ndarray[Any, Any]
 
 
+def options(form: str, flash: bool = True, cache_type: str = "f16") -> Options:
+    """Options whose graphs have this form for any number of tokens."""
+    return Options(
+        mla=MLA[form], expand_from=1, flash=flash, cache_k=cache_type, cache_v=cache_type
+    )
+
+
+class CaseBatch(Batch):
+    """A batch whose tokens have positions for rope, and others for the mask; `ids` is a type."""
+
+    def __init__(self, n_tokens: int, n_kv: int, options: Options, ids: str) -> None:
+        super().__init__(n_tokens, n_kv, options, n_tokens)
+        self.rows = gg.input("ids", ids, ne=(n_tokens,))
+        self.mask_pos = gg.input("mask_pos", "i32", ne=(n_tokens,))
+
+    def mask(self, n_kv: int, window: int | None = None) -> gg.Node:
+        return gg.causal_mask(self.mask_pos, n_kv=n_kv, window=window)
+
+
 @dataclass
 class AttentionCase:
     """A layer, the hidden states of some tokens, and the layer's output for them in float64."""
 
+    arch: DeepSeek2
     layer: Layer
     x: Array
     expected: Array
@@ -45,7 +68,7 @@ class AttentionCase:
 
     def plan(
         self,
-        options: AttentionOptions,
+        options: Options,
         n_tokens: int,
         n_kv: int,
         store: gg.Store,
@@ -53,15 +76,11 @@ class AttentionCase:
         amb: float | None = None,
         ids: str = "i32",
     ) -> gg.Plan:
-        """A plan for n_tokens tokens that reads n_kv rows of the cache; `ids` is a type."""
-        config = self.layer.config
-        x = gg.input("x", ne=(config.n_embd, n_tokens))
-        pos = gg.input("pos", "i32", ne=(n_tokens,))
-        mask_pos = gg.input("mask_pos", "i32", ne=(n_tokens,))
-        rows = gg.input("ids", ids, ne=(n_tokens,))
-        cache = Cache.of(config, options, n_ctx or n_kv, self.layer.il)
-        mask = gg.causal_mask(mask_pos, n_kv=n_kv)
-        y = attention(x, pos, rows, mask, self.layer, cache, options)
+        """A plan for n_tokens tokens that reads n_kv rows of the cache."""
+        batch = CaseBatch(n_tokens, n_kv, options, ids)
+        cache = self.arch.cache(self.layer.il, n_ctx or n_kv, n_tokens, options)
+        x = gg.input("x", ne=(self.arch.n_embd, n_tokens))
+        y = self.arch.attention(x, self.layer, cache, batch)
         return gg.compile({"y": y}, store=store, amb=amb)
 
     def feed(self, plan: gg.Plan, start: int, stop: int) -> Array:
@@ -72,7 +91,7 @@ class AttentionCase:
 
     def run(
         self,
-        options: AttentionOptions,
+        options: Options,
         batches: Sequence[int],
         n_kv: int = 32,
         store: gg.Store | None = None,
@@ -95,25 +114,25 @@ def split_kv_b(weights: dict[str, Array], n_head: int, d_nope: int) -> dict[str,
     return weights
 
 
-def sizes_of(config: DeepSeek2Config) -> dict[str, Any]:
+def sizes_of(arch: DeepSeek2) -> dict[str, Any]:
     """The keywords of attention_f64."""
     return {
-        "n_head": config.n_head,
-        "qk_nope": config.d_nope,
-        "qk_rope": config.n_rot,
-        "v_dim": config.d_v,
-        "kv_lora": config.kv_lora_rank,
-        "eps": config.rms_eps,
-        "kq_scale": config.kq_scale,
-        "freq_base": config.rope_freq_base,
-        "freq_scale": config.freq_scale,
-        "ext_factor": config.ext_factor,
-        "attn_factor": config.rope_attn_factor,
-        "n_ctx_orig": config.n_ctx_orig,
-        "beta_fast": config.yarn_beta_fast,
-        "beta_slow": config.yarn_beta_slow,
-        "temperature_scale": config.temperature_scale,
-        "temperature_length": config.temperature_length,
+        "n_head": arch.n_head,
+        "qk_nope": arch.d_nope,
+        "qk_rope": arch.n_rot,
+        "v_dim": arch.d_v,
+        "kv_lora": arch.kv_lora_rank,
+        "eps": arch.rms_eps,
+        "kq_scale": arch.kq_scale,
+        "freq_base": arch.rope.freq_base,
+        "freq_scale": arch.rope.freq_scale,
+        "ext_factor": arch.rope.ext_factor,
+        "attn_factor": arch.rope_attn_factor,
+        "n_ctx_orig": arch.rope.n_ctx_orig,
+        "beta_fast": arch.rope.beta_fast,
+        "beta_slow": arch.rope.beta_slow,
+        "temperature_scale": arch.temperature_scale,
+        "temperature_length": arch.temperature_length or arch.rope.n_ctx_orig,
     }
 
 
@@ -130,12 +149,12 @@ def random_case(
 
     `factors` gives every product a factor and divides its weights by it.
     """
-    config = replace(
-        PRESETS["tiny"], n_embd=96, n_head=n_head, q_lora_rank=q_lora, kv_lora_rank=64, d_nope=32,
-        n_rot=32, d_v=64, kv_b=kv_b, **changes,
+    arch = replace(
+        TINY, n_embd=96, n_head=n_head, q_lora_rank=q_lora, kv_lora_rank=64, d_nope=32, n_rot=32,
+        d_v=64, kv_b=kv_b, **changes,
     )  # fmt: skip
     rng = np.random.default_rng(n_head)
-    matrices = random_matrices(config, rng)
+    matrices = random_matrices(arch, rng)
     scales: dict[str, Array] = {}
     if factors:
         scales = {f"{k}.scale": np.float32([2.0 ** -(9 + i)]) for i, k in enumerate(matrices)}
@@ -146,28 +165,29 @@ def random_case(
     for key, n in norms.items():
         weights[key] = 1 + 0.3 * rng.standard_normal(n).astype("f4")
     nodes |= {k: gg.constant(w, name=k) for k, w in weights.items() if k in norms}
-    nodes |= {k: gg.constant(w, name=k) for k, w in scales.items()}
+    in_layer = {f"{k}.weight": node for k, node in nodes.items()}
+    in_layer |= {k: gg.constant(w, name=k) for k, w in scales.items()}
     x = rng.standard_normal((n_tokens, 96)).astype("f4")
     in_file = {f"{k}.weight": w for k, w in weights.items()} | scales
-    expected = attention_f64(in_file, x, np.arange(n_tokens), **sizes_of(config))
-    return AttentionCase(Layer(config, nodes, il=3), x, expected)
+    expected = attention_f64(in_file, x, np.arange(n_tokens), **sizes_of(arch))
+    return AttentionCase(arch, layer_of(in_layer, 3), x, expected)
 
 
-def random_matrices(config: DeepSeek2Config, rng: np.random.Generator) -> dict[str, Array]:
+def random_matrices(arch: DeepSeek2, rng: np.random.Generator) -> dict[str, Array]:
     """Matrices in NumPy shape that keep the scale of their input."""
-    n_embd, n_head = config.n_embd, config.n_head
+    n_embd, n_head = arch.n_embd, arch.n_head
     shapes = {
-        "attn_kv_a_mqa": (config.kv_lora_rank + config.n_rot, n_embd),
-        "attn_kv_b": (n_head * (config.d_nope + config.d_v), config.kv_lora_rank),
-        "attn_output": (n_embd, n_head * config.d_v),
+        "attn_kv_a_mqa": (arch.kv_lora_rank + arch.n_rot, n_embd),
+        "attn_kv_b": (n_head * (arch.d_nope + arch.d_v), arch.kv_lora_rank),
+        "attn_output": (n_embd, n_head * arch.d_v),
     }
-    if config.q_lora_rank is None:
-        shapes["attn_q"] = (n_head * config.d_k, n_embd)
+    if arch.q_lora_rank is None:
+        shapes["attn_q"] = (n_head * arch.d_k, n_embd)
     else:
-        shapes["attn_q_a"] = (config.q_lora_rank, n_embd)
-        shapes["attn_q_b"] = (n_head * config.d_k, config.q_lora_rank)
+        shapes["attn_q_a"] = (arch.q_lora_rank, n_embd)
+        shapes["attn_q_b"] = (n_head * arch.d_k, arch.q_lora_rank)
     matrices = {k: rng.standard_normal(s) * s[-1] ** -0.5 for k, s in shapes.items()}
-    return split_kv_b(matrices, n_head, config.d_nope) if config.kv_b == "split" else matrices
+    return split_kv_b(matrices, n_head, arch.d_nope) if arch.kv_b == "split" else matrices
 
 
 def round_to(type: str, matrix: Array, node: gg.Node) -> Array:

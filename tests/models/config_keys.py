@@ -1,27 +1,33 @@
-"""Keys of DeepSeek-2 files for tests, and configurations read from them."""
+"""Keys of DeepSeek-2 files for tests, and hyperparameters read from them."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Any
 
-from pyggml.models.config import DeepSeek2Config
-from pyggml.models.presets import PRESETS, config_fields
-
-LITE, V3 = PRESETS["deepseek-v2-lite"], PRESETS["deepseek-v3"]
-
-
-def fields_of(base: DeepSeek2Config = V3, **keys: Any) -> dict[str, Any]:
-    """The keys of `base`, some of them replaced or (None) removed; __ stands for a dot."""
-    fields = config_fields(base)
-    for name, value in keys.items():
-        fields[f"deepseek2.{name.replace('__', '.')}"] = value
-    return {key: value for key, value in fields.items() if value is not None}
+from pyggml.models.deepseek2 import DeepSeek2
+from pyggml.models.presets import V3
+from tests.models.stand_ins import file_of
 
 
-def config_of(fields: dict[str, Any], tensors: Collection[str] = ()) -> DeepSeek2Config:
-    """The configuration; any warning is an error."""
+def read(
+    base: DeepSeek2 = V3,
+    tensors: Mapping[str, tuple[int, ...] | None] | None = None,
+    **keys: Any,
+) -> DeepSeek2:
+    """The hyperparameters in a file of `base`, some keys and tensors of it replaced or (None)
+    removed; __ stands for a dot.
+    """
+    return DeepSeek2.of(file_of(base, {k.replace("__", "."): v for k, v in keys.items()}, tensors))
+
+
+def quietly(
+    base: DeepSeek2 = V3,
+    tensors: Mapping[str, tuple[int, ...] | None] | None = None,
+    **keys: Any,
+) -> DeepSeek2:
+    """`read`; any warning is an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return DeepSeek2Config.from_gguf(fields, tensors)
+        return read(base, tensors, **keys)

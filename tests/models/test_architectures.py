@@ -138,6 +138,33 @@ def test_rope_factors_of_llama(tmp_path: Path) -> None:
     assert np.abs(logits(path) - plain).max() > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("name", "tied"),
+    [("token_embd", False), ("token_embd", True), ("output", False), ("blk.1.attn_q", False)],
+)
+def test_a_factor_scales_every_use_of_a_matrix(name: str, tied: bool, tmp_path: Path) -> None:
+    """The factor with the matrix divided by it gives the logits without."""
+    arch = replace(TINY["llama"], tied=tied)
+    with gguf.open(write_file(tmp_path, arch)) as file:
+        arrays = {key: np.array(file.array(key)) for key in file.tensors}
+    expected = logits(tmp_path / "model.gguf")
+    arrays[f"{name}.weight"] /= 8
+    bare = write_arrays(tmp_path / "bare.gguf", arch, arrays)
+    assert np.abs(logits(bare) - expected).max() > 1e-3
+    arrays[f"{name}.scale"] = np.full(1, 8, np.float32)
+    scaled = write_arrays(tmp_path / "scaled.gguf", arch, arrays)
+    np.testing.assert_allclose(logits(scaled), expected, atol=1e-5)
+
+
+def write_arrays(path: Path, arch: Architecture, arrays: Mapping[str, NDArray[Any]]) -> Path:
+    tensors = [
+        Tensor(key, F32, a.shape[::-1], lambda a=a: [a])  # type: ignore[misc]
+        for key, a in arrays.items()
+    ]
+    write(path, arch.fields(), tensors)
+    return path
+
+
 @pytest.mark.parametrize("name", ["qwen3moe", "glm4moe"])
 def test_merged_experts(name: str, tmp_path: Path) -> None:
     """One tensor with the rows of gate and then of up gives the logits of two."""
@@ -151,12 +178,7 @@ def test_merged_experts(name: str, tmp_path: Path) -> None:
         if pair[0] is not None:
             merged = np.concatenate(pair, axis=1)  # type: ignore[arg-type]
             arrays[f"blk.{il}.ffn_gate_up_exps.weight"] = merged
-    path = tmp_path / "merged.gguf"
-    tensors = [
-        Tensor(key, F32, a.shape[::-1], lambda a=a: [a])  # type: ignore[misc]
-        for key, a in arrays.items()
-    ]
-    write(path, arch.fields(), tensors)
+    path = write_arrays(tmp_path / "merged.gguf", arch, arrays)
     assert read(path) == replace(arch, merged=True)
     np.testing.assert_allclose(logits(path), expected, atol=1e-5)
 

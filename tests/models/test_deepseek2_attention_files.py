@@ -12,12 +12,19 @@ import pytest
 import pyggml as gg
 from pyggml import gguf, quants
 from pyggml.dtypes import TYPES
-from pyggml.models.config import DeepSeek2Config
-from pyggml.models.deepseek2 import AttentionOptions, Layer
-from pyggml.models.presets import PRESETS, config_fields, random_tensors, synth
-from pyggml.models.tensors import check_tensors
+from pyggml.models.deepseek2 import DeepSeek2
+from pyggml.models.model import Model
+from pyggml.models.presets import TINY
+from pyggml.models.synth import random_tensors, synth
 from pyggml.parity.tolerance import relative_error
-from tests.models.attention_cases import EXACT, AttentionCase, all_forms, both_layouts, sizes_of
+from tests.models.attention_cases import (
+    EXACT,
+    AttentionCase,
+    all_forms,
+    both_layouts,
+    options,
+    sizes_of,
+)
 from tests.reference.deepseek import attention_f64
 
 
@@ -28,27 +35,33 @@ def test_a_layer_of_a_file(
     tmp_path: Path, q_lora: int | None, kv_b: str, form: str, flash: bool
 ) -> None:
     path = tmp_path / "tiny.gguf"
-    synth(path, replace(PRESETS["tiny"], kv_b=kv_b, q_lora_rank=q_lora), type="f16")
+    synth(path, replace(TINY, kv_b=kv_b, q_lora_rank=q_lora), type="f16")
     with gguf.open(path) as file:
-        config = DeepSeek2Config.from_gguf(file.fields, file.tensors)
-        layer = Layer.of(file, config, 2)
+        model = Model(file)
+        arch = deepseek2(model)
         weights = {
-            f"{key}.weight": np.asarray(file.array(f"blk.2.{key}.weight"), np.float64)
-            for key in layer.weights
-            if key.startswith("attn_")
+            name.removeprefix("blk.2."): np.asarray(file.array(name), np.float64)
+            for name in file.tensors
+            if name.startswith("blk.2.attn_")
         }
-    x = np.random.default_rng(0).standard_normal((12, config.n_embd)).astype("f4")
-    expected = attention_f64(weights, x, np.arange(12), **sizes_of(config))
-    result = AttentionCase(layer, x, expected).run(AttentionOptions(form, flash, "f32"), [10, 1, 1])
+        x = np.random.default_rng(0).standard_normal((12, arch.n_embd)).astype("f4")
+        expected = attention_f64(weights, x, np.arange(12), **sizes_of(arch))
+        case = AttentionCase(arch, model.layer(2), x, expected)
+        result = case.run(options(form, flash, "f32"), [10, 1, 1])
     assert relative_error(result, expected) < EXACT
 
 
-def stacked_and_joined(type: str) -> tuple[DeepSeek2Config, dict[str, gguf.Tensor]]:
+def deepseek2(model: Model) -> DeepSeek2:
+    assert isinstance(model.arch, DeepSeek2)
+    return model.arch
+
+
+def stacked_and_joined(type: str) -> tuple[DeepSeek2, dict[str, gguf.Tensor]]:
     """One layer as ik_llama.cpp writes it: attn_k_b and attn_v_b in two dimensions, and attn_kv_b.
 
     Both layouts hold random weights of their own, so a result shows which one was used.
     """
-    joined = replace(PRESETS["tiny"], n_layer=1, kv_b="joined", n_layer_dense=1)
+    joined = replace(TINY, n_block=1, kv_b="joined", n_layer_dense=1)
     tensors = {t.name: t for t in random_tensors(joined, TYPES[type], 0)}
     for tensor in random_tensors(replace(joined, kv_b="split"), TYPES[type], 0):
         if tensor.name.endswith(("attn_k_b.weight", "attn_v_b.weight")):
@@ -65,26 +78,26 @@ def test_a_layer_with_both_layouts_and_stacked_heads(
 ) -> None:
     joined, tensors = stacked_and_joined(type)
     path = tmp_path / "layer.gguf"
-    gguf.write(path, config_fields(joined), [t for n, t in tensors.items() if omission not in n])
+    gguf.write(path, joined.fields(), [t for n, t in tensors.items() if omission not in n])
     with gguf.open(path) as file:
-        config = DeepSeek2Config.from_gguf(file.fields, file.tensors)
-        check_tensors(config, file.tensors)
-        layer = Layer.of(file, config)
+        model = Model(file)
+        arch, layer = deepseek2(model), model.layer(0)
         weights = {
             name.removeprefix("blk.0."): quants.decode_rows(info.dtype, file.array(name))
             for name, info in file.tensors.items()
             if "attn_" in name
         }
-    assert config.kv_b == "split"
-    assert layer.weights["attn_k_b"].ne == (32, 64, 4, 1)
-    assert layer.weights["attn_v_b"].ne == (64, 32, 4, 1)
-    if form == "latent" or omission == "attn_kv_b":  # the layer uses attn_k_b and attn_v_b
-        weights.pop("attn_kv_b.weight", None)
-        for key in ("attn_k_b.weight", "attn_v_b.weight"):
-            weights[key] = weights[key].reshape(4, -1, weights[key].shape[-1])
-    x = np.random.default_rng(0).standard_normal((12, joined.n_embd)).astype("f4")
-    expected = attention_f64(weights, x, np.arange(12), **sizes_of(config))
-    result = AttentionCase(layer, x, expected).run(AttentionOptions(form, flash, "f32"), [10, 1, 1])
+        assert arch.kv_b == "split"
+        assert layer["attn_k_b"].ne == (32, 64, 4, 1)
+        assert layer["attn_v_b"].ne == (64, 32, 4, 1)
+        if form == "latent" or omission == "attn_kv_b":  # the layer uses attn_k_b and attn_v_b
+            weights.pop("attn_kv_b.weight", None)
+            for key in ("attn_k_b.weight", "attn_v_b.weight"):
+                weights[key] = weights[key].reshape(4, -1, weights[key].shape[-1])
+        x = np.random.default_rng(0).standard_normal((12, joined.n_embd)).astype("f4")
+        expected = attention_f64(weights, x, np.arange(12), **sizes_of(arch))
+        case = AttentionCase(arch, layer, x, expected)
+        result = case.run(options(form, flash, "f32"), [10, 1, 1])
     assert relative_error(result, expected) < (EXACT if type == "f16" else 1e-3)
 
 
@@ -93,23 +106,22 @@ def test_stacked_heads_must_divide_the_rows(tmp_path: Path) -> None:
     wrong = replace(tensors["blk.0.attn_k_b.weight"], ne=(32, 255))
     path = tmp_path / "layer.gguf"
     in_file = [*(tensors | {wrong.name: wrong}).values()]
-    gguf.write(path, config_fields(joined), in_file, header_only=True)
+    gguf.write(path, joined.fields(), in_file, header_only=True)
     os.truncate(path, 64 << 20)  # the weights are zeros
     with gguf.open(path) as file:
-        config = DeepSeek2Config.from_gguf(file.fields, file.tensors)
+        with pytest.raises(gg.GGUFError, match=r"attn_k_b.*\[32, 255\].*\[32, 64, 4\]"):
+            DeepSeek2.of(file)
         with pytest.raises(gg.GGUFError, match=r"attn_k_b.*\[32, 255\]"):
-            check_tensors(config, file.tensors)
-        with pytest.raises(gg.GGUFError, match="255 rows do not divide into 4 heads"):
-            Layer.of(file, config)
+            Model(file)
 
 
 def test_layers_and_weights_that_do_not_exist(tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
-    synth(path, PRESETS["tiny"], type="f16")
+    synth(path, TINY, type="f16")
     with gguf.open(path) as file:
-        config = DeepSeek2Config.from_gguf(file.fields, file.tensors)
+        model = Model(file)
         for il in (-1, 3):
-            with pytest.raises(gg.UnknownNameError, match=f"no layer {il}: the file has 3"):
-                Layer.of(file, config, il)
+            with pytest.raises(gg.UnknownNameError, match=f"no layer {il}: the model has 3"):
+                model.layer(il)
         with pytest.raises(gg.UnknownNameError, match="attn_q"):
-            Layer.of(file, config).weights["attn_q"]
+            model.layer(0)["attn_q"]

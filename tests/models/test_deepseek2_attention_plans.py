@@ -9,12 +9,20 @@ import numpy as np
 import pytest
 
 import pyggml as gg
-from pyggml.models.deepseek2 import AttentionOptions, Cache, Layer, attention
-from pyggml.models.feed_forward import layer_output
-from pyggml.models.presets import PRESETS
-from pyggml.models.tensors import tensor_sizes
+from pyggml.models.batch import Batch, Options
+from pyggml.models.deepseek2 import DeepSeek2
+from pyggml.models.known import tensor_sizes
+from pyggml.models.presets import PRESETS, TINY, V2_LITE, V3
 from pyggml.parity.tolerance import relative_error
-from tests.models.attention_cases import EXACT, FORMS, all_forms, both_layouts, random_case
+from tests.models.attention_cases import (
+    EXACT,
+    FORMS,
+    all_forms,
+    both_layouts,
+    options,
+    random_case,
+)
+from tests.models.stand_ins import layer_of
 
 
 @all_forms
@@ -22,10 +30,10 @@ from tests.models.attention_cases import EXACT, FORMS, all_forms, both_layouts, 
 def test_two_ubatches_are_one_prompt(cache_type: str, bound: float, form: str, flash: bool) -> None:
     """Up to the order of sums, which occasionally rounds to the other f16."""
     case = random_case(3, "joined")
-    options = AttentionOptions(form, flash, cache_type)
+    how = options(form, flash, cache_type)
     whole, halves = gg.Store(), gg.Store()
-    prompt = case.run(options, [24], store=whole)
-    ubatches = case.run(options, [13, 11], store=halves)
+    prompt = case.run(how, [24], store=whole)
+    ubatches = case.run(how, [13, 11], store=halves)
     assert relative_error(ubatches, prompt) < bound
     names = ["cache_k_l3", "cache_v_l3"] if form == "standard" else ["cache_kv_l3"]
     for name in names:
@@ -36,22 +44,23 @@ def test_two_ubatches_are_one_prompt(cache_type: str, bound: float, form: str, f
 def test_an_expanded_prompt_continues_with_latent_decoding() -> None:
     case = random_case(4, "split")
     store = gg.Store()
-    prompt = case.plan(AttentionOptions("expanded", True, "f32"), 20, 32, store)
-    single = case.plan(AttentionOptions("latent", True, "f32"), 1, 32, store)
+    prompt = case.plan(options("expanded", True, "f32"), 20, 32, store)
+    single = case.plan(options("latent", True, "f32"), 1, 32, store)
     result = [case.feed(prompt, 0, 20)] + [case.feed(single, i, i + 1) for i in range(20, 24)]
     assert relative_error(np.concatenate(result), case.expected) < EXACT
     weights = {p: {n for n in p.graph.nodes if n.op.name == "constant"} for p in (prompt, single)}
-    assert weights[prompt] == weights[single] == set(case.layer.weights.values())
+    names = ("attn_q", "attn_kv_a_mqa", "attn_kv_a_norm", "attn_k_b", "attn_v_b", "attn_output")
+    assert weights[prompt] == weights[single] == {case.layer[name] for name in names}
 
 
 @all_forms
 def test_rows_past_the_tokens_change_nothing(form: str, flash: bool) -> None:
     """A larger n_kv, a larger cache and garbage in unwritten rows leave the result as it is."""
     case = random_case(2, "joined")
-    options = AttentionOptions(form, flash, "f16")
-    small = case.run(options, [24], n_kv=24)
+    how = options(form, flash, "f16")
+    small = case.run(how, [24], n_kv=24)
     store = gg.Store()
-    plan = case.plan(options, 24, 40, store, n_ctx=64, ids="i64").bind()
+    plan = case.plan(how, 24, 40, store, n_ctx=64, ids="i64").bind()
     for name in ["cache_k_l3", "cache_v_l3"] if form == "standard" else ["cache_kv_l3"]:
         store.write(name, np.full(store.read(name).shape, 1000.0, np.float32))
     assert relative_error(case.feed(plan, 0, 24), small) < EXACT
@@ -64,22 +73,22 @@ def test_within_a_budget_the_result_is_the_same(
     cache_type: str, kv_b: str, form: str, flash: bool
 ) -> None:
     case = random_case(5, kv_b, n_tokens=40)
-    options = AttentionOptions(form, flash, cache_type)
-    plain = case.plan(options, 40, 1024, gg.Store())
+    how = options(form, flash, cache_type)
+    plain = case.plan(how, 40, 1024, gg.Store())
     whole = case.feed(plain, 0, 40)
     peak = plain.memory.score_peak
     if flash and form != "expanded":
         assert peak == 0
         return
     with pytest.raises(gg.BudgetError) as error:
-        case.plan(options, 40, 1024, gg.Store(), amb=1 / 2**20)
+        case.plan(how, 40, 1024, gg.Store(), amb=1 / 2**20)
     least = int(error.value.least * 2**20)
     assert least < peak
     # BLAS may round pieces of a product differently in the last bit of f32. If K and V are expanded
     # as f16, they may then round to another f16: errors of 42 plans were up to 1.9e-5.
     bound = 4e-5 if form == "expanded" and cache_type == "f16" else EXACT
     for amb in (least, (least + peak) // 2, peak - 1):
-        plan = case.plan(options, 40, 1024, gg.Store(), amb=amb / 2**20)
+        plan = case.plan(how, 40, 1024, gg.Store(), amb=amb / 2**20)
         assert any(step.loop is not None for step in plan.steps)
         assert plan.memory.score_peak <= amb
         assert relative_error(case.feed(plan, 0, 40), whole) < bound
@@ -88,7 +97,7 @@ def test_within_a_budget_the_result_is_the_same(
 @all_forms
 def test_a_run_allocates_almost_nothing(form: str, flash: bool) -> None:
     case = random_case(4, "split", "q8_0", n_tokens=64)
-    plan = case.plan(AttentionOptions(form, flash, "q8_0"), 64, 256, gg.Store())
+    plan = case.plan(options(form, flash, "q8_0"), 64, 256, gg.Store())
     case.feed(plan, 0, 64)
     tracemalloc.start()
     case.feed(plan, 0, 64)
@@ -99,25 +108,25 @@ def test_a_run_allocates_almost_nothing(form: str, flash: bool) -> None:
 
 @all_forms
 @both_layouts
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [n for n, a in PRESETS.items() if isinstance(a, DeepSeek2)])
 def test_every_label_names_one_tensor(preset: str, kv_b: str, form: str, flash: bool) -> None:
     """Each preset, with small sizes: `*` observes all labels, and an ambiguous one is an error."""
-    config = replace(
-        PRESETS[preset], n_head=2, n_embd=64, n_vocab=32, kv_lora_rank=64, d_nope=32, n_rot=32,
-        d_v=32, n_ff=64, n_ff_exp=32, kv_b=kv_b,
+    arch = PRESETS[preset]
+    assert isinstance(arch, DeepSeek2)
+    arch = replace(
+        arch, n_head=2, n_embd=64, n_vocab=32, kv_lora_rank=64, d_nope=32, n_rot=32, d_v=32,
+        n_ff=64, experts=replace(arch.experts, n_ff=32), kv_b=kv_b,
     )  # fmt: skip
-    pos, x = gg.input("pos", "i32", ne=(4,)), gg.input("x", ne=(64, 4))
-    mask, options = gg.causal_mask(pos, n_kv=16), AttentionOptions(form, flash, "f16")
-    for il in (0, config.n_layer_dense):
+    how = options(form, flash)
+    for il in (0, arch.n_layer_dense):
         weights = {
-            name.removeprefix(f"blk.{il}.").removesuffix(".weight"): gg.constant(
-                np.ones(ne[::-1], np.float32), name=name
-            )
-            for name, ne in tensor_sizes(config).items()
+            name.removeprefix(f"blk.{il}."): np.ones(ne[::-1], np.float32)
+            for name, ne in tensor_sizes(arch).items()
             if name.startswith(f"blk.{il}.")
         }
-        cache = Cache.of(config, options, 16, il)
-        y = layer_output(x, pos, pos, mask, Layer(config, weights, il), cache, options)
+        batch = Batch(4, 16, how, 4, padded=False)
+        x = gg.input("x", ne=(64, 4))
+        y = arch.layer(x, layer_of(weights, il), arch.cache(il, 16, 4, how), batch)
         plan = gg.compile({"y": y}, observe=["*"])
         observed = plan.run(x=np.ones((4, 64), np.float32), pos=np.arange(4))
         assert {f"Kcur-{il}", f"Qcur-{il}", f"kqv_out-{il}"} <= set(observed)
@@ -126,7 +135,7 @@ def test_every_label_names_one_tensor(preset: str, kv_b: str, form: str, flash: 
 def test_intermediate_tensors_have_the_names_of_llama_cpp() -> None:
     case = random_case(2, "joined")
     for form, flash in FORMS:
-        plan = case.plan(AttentionOptions(form, flash), 4, 32, gg.Store())
+        plan = case.plan(options(form, flash), 4, 32, gg.Store())
         labels = {label for node in plan.graph.nodes for label in gg.labels(node)}
         expected = {"q-3", "kv_cmpr-3", "k_pe-3", "Qcur-3", "Kcur-3", "kqv-3", "kqv_out-3"}
         assert expected | ({"kq-3", "kq_soft_max-3"} if not flash else set()) <= labels
@@ -135,42 +144,47 @@ def test_intermediate_tensors_have_the_names_of_llama_cpp() -> None:
 
 
 def test_cache_rows_of_the_published_models() -> None:
-    for name, heads in (("deepseek-v2-lite", 16), ("deepseek-v3", 128)):
-        standard = Cache.of(PRESETS[name], AttentionOptions("standard"), 4096)
-        assert standard.v is not None
-        assert (standard.k.ne, standard.v.ne) == ((192, 4096, heads, 1), (128, 4096, heads, 1))
-        latent = Cache.of(PRESETS[name], AttentionOptions(cache_type="q8_0"), 4096)
-        assert (latent.k.ne, latent.v) == ((576, 4096, 1, 1), None)
+    for arch, heads in ((V2_LITE, 16), (V3, 128)):
+        k, v = arch.cache(0, 4096, 512, options("standard")).states
+        assert (k.ne, v.ne) == ((192, 4096, heads, 1), (128, 4096, heads, 1))
+        (latent,) = arch.cache(0, 4096, 512, Options(cache_k="q8_0")).states
+        assert (latent.ne, latent.dtype.name) == ((576, 4096, 1, 1), "q8_0")
+
+
+def test_forms_of_batches() -> None:
+    """Prompts expand the latent cache with mla=3, but only with flash attention."""
+    for options_, forms in (
+        (Options(), ("latent", "latent", "expanded")),
+        (Options(flash=False), ("latent",) * 3),
+        (Options(mla=1), ("latent",) * 3),
+        (Options(mla=0), ("standard",) * 3),
+        (Options(mla=0, flash=False), ("standard",) * 3),
+        (Options(expand_from=127), ("latent", "expanded", "expanded")),
+    ):
+        assert tuple(TINY.form(Batch(n, 512, options_)) for n in (1, 127, 128)) == forms
 
 
 def test_options_that_do_not_exist() -> None:
-    with pytest.raises(gg.UnknownNameError, match="no attention form 'mla'"):
-        AttentionOptions("mla")
-    with pytest.raises(gg.ShapeError, match="needs flash attention"):
-        AttentionOptions("expanded", flash=False)
-    with pytest.raises(gg.DTypeError, match="unknown type 'f7'"):
-        AttentionOptions(cache_type="f7")
+    for mla in (-1, 2, 4, "mla"):
+        with pytest.raises(gg.ShapeError, match=f"mla={mla!r} must be 0, 1 or 3"):
+            Options(mla=mla)  # type: ignore[arg-type]
+    for name in ("cache_k", "cache_v"):
+        with pytest.raises(gg.DTypeError, match="unknown type 'f7'"):
+            Options(**{name: "f7"})
 
 
 @pytest.mark.parametrize(("other", "form"), [("standard", "latent"), ("latent", "standard")])
 def test_a_cache_of_another_form(other: str, form: str) -> None:
     case = random_case(2, "joined")
-    pos = gg.input("pos", "i32", ne=(4,))
-    cache = Cache.of(case.layer.config, AttentionOptions(other), 32)
-    with pytest.raises(gg.GraphError, match=f"form '{form}'"):
-        attention(
-            gg.input("x", ne=(96, 4)),
-            pos,
-            pos,
-            gg.causal_mask(pos, n_kv=32),
-            case.layer,
-            cache,
-            AttentionOptions(form),
+    cache = case.arch.cache(3, 32, 4, options(other))
+    with pytest.raises(gg.GraphError, match=f"cache_k.*form '{form}'"):
+        case.arch.attention(
+            gg.input("x", ne=(96, 4)), case.layer, cache, Batch(4, 32, options(form))
         )
 
 
 def test_ids_past_the_cache() -> None:
     case = random_case(2, "joined")
-    plan = case.plan(AttentionOptions(), 2, 16, gg.Store())
+    plan = case.plan(Options(), 2, 16, gg.Store())
     with pytest.raises(gg.IdError, match="past the end"):
         plan.run(x=case.x[:2], pos=[0, 1], mask_pos=[0, 1], ids=[15, 16])

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 import pyggml as gg
-from pyggml.models.config import DeepSeek2Config
-from pyggml.models.deepseek2 import AttentionOptions, Cache, Layer
-from pyggml.models.feed_forward import LEAST_SUM, feed_forward, layer_output, route
-from pyggml.models.presets import PRESETS
-from pyggml.models.tensors import tensor_sizes
+from pyggml.models.batch import Batch, Options
+from pyggml.models.deepseek2 import DeepSeek2
+from pyggml.models.known import tensor_sizes
+from pyggml.models.moe import LEAST_SUM, route
+from pyggml.models.presets import TINY
 from pyggml.parity.tolerance import relative_error
+from tests.models.stand_ins import layer_of
 from tests.reference.deepseek_layer import feed_forward_f64, layer_f64, route_f64
 
 #: Bound of f32 sums against float64; measured errors are 1e-7 to 4e-7.
@@ -24,33 +25,43 @@ N_TOKENS = 33
 Array = np.ndarray[Any, Any]
 Weights = dict[str, Array]
 
+
+def with_experts(arch: DeepSeek2, **changes: Any) -> DeepSeek2:
+    return replace(arch, experts=replace(arch.experts, **changes))
+
+
 V2 = replace(
-    PRESETS["tiny"], gating="softmax", weights_norm=False, weights_scale=1.0, n_group=1,
-    n_group_used=1, n_expert=16, n_expert_used=3, q_lora_rank=None,
+    with_experts(
+        TINY, gating_func=1, weights_norm=False, weights_scale=1.0, n_group=1, n_group_used=1,
+        n_expert=16, n_used=3,
+    ),
+    q_lora_rank=None,
 )  # fmt: skip
-V3 = replace(PRESETS["tiny"], n_expert=16, n_expert_used=3)
-CONFIGS = {
+V3 = with_experts(TINY, n_expert=16, n_used=3)
+MODELS = {
     "v2": V2,
-    "v2-norm": replace(V2, weights_norm=True),
-    "v2-scale": replace(V2, weights_scale=16.0),
-    "v2-scale-0-is-none": replace(V2, weights_scale=0.0),
-    "v2-groups": replace(V2, n_group=8, n_group_used=3),
-    "v2-no-shared": replace(V2, n_expert_shared=0),
-    "v2-all": replace(V2, n_expert_used=16),
+    "v2-norm": with_experts(V2, weights_norm=True),
+    "v2-scale": with_experts(V2, weights_scale=16.0),
+    "v2-scale-0-is-none": with_experts(V2, weights_scale=0.0),
+    "v2-groups": with_experts(V2, n_group=8, n_group_used=3),
+    "v2-all-groups": with_experts(V2, n_group=8, n_group_used=0),
+    "v2-no-groups": with_experts(V2, n_group=0, n_group_used=0),
+    "v2-no-shared": with_experts(V2, n_shared=0),
+    "v2-all": with_experts(V2, n_used=16),
     "v3": V3,
-    "v3-no-norm": replace(V3, weights_norm=False),
-    "v3-no-groups": replace(V3, n_group=1, n_group_used=1),
-    "v3-no-shared": replace(V3, n_expert_shared=0),
-    "v3-two-shared": replace(V3, n_expert_shared=2),
+    "v3-no-norm": with_experts(V3, weights_norm=False),
+    "v3-no-groups": with_experts(V3, n_group=1, n_group_used=1),
+    "v3-no-shared": with_experts(V3, n_shared=0),
+    "v3-two-shared": with_experts(V3, n_shared=2),
 }
-all_configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+all_models = pytest.mark.parametrize("arch", MODELS.values(), ids=MODELS)
 
 
-def random_weights(config: DeepSeek2Config, il: int = 1, bias: bool = True) -> Weights:
+def random_weights(arch: DeepSeek2, il: int = 1, bias: bool = True) -> Weights:
     """The weights of a layer (0 is dense) by their names in a file, in NumPy shape, f32."""
     rng = np.random.default_rng(il)
     weights: Weights = {}
-    for name, ne in tensor_sizes(config).items():
+    for name, ne in tensor_sizes(arch).items():
         key = name.removeprefix(f"blk.{il}.")
         values = rng.standard_normal(ne[::-1], dtype=np.float32)
         if name.endswith("norm.weight"):
@@ -64,66 +75,71 @@ def random_weights(config: DeepSeek2Config, il: int = 1, bias: bool = True) -> W
     return weights
 
 
-def layer_of(config: DeepSeek2Config, weights: Weights, il: int = 1) -> Layer:
-    nodes = {
-        key.removesuffix(".weight"): gg.constant(array, name=f"blk.{il}.{key}")
-        for key, array in weights.items()
-    }
-    return Layer(config, nodes, il)
+def tokens(arch: DeepSeek2, n: int = N_TOKENS) -> Array:
+    return np.random.default_rng(7).standard_normal((n, arch.n_embd), dtype=np.float32)
 
 
-def tokens(config: DeepSeek2Config, n: int = N_TOKENS) -> Array:
-    return np.random.default_rng(7).standard_normal((n, config.n_embd), dtype=np.float32)
-
-
-def routing_of(config: DeepSeek2Config) -> dict[str, Any]:
+def routing_of(arch: DeepSeek2) -> dict[str, Any]:
     """The keywords of route_f64."""
+    e = arch.experts
     return {
-        "n_expert_used": config.n_expert_used,
-        "gating": config.gating,
-        "weights_norm": config.weights_norm,
-        "weights_scale": config.weights_scale or 1.0,
-        "n_group": config.n_group,
-        "n_group_used": config.n_group_used,
+        "n_expert_used": e.n_used,
+        "gating": e.gating,
+        "weights_norm": e.weights_norm,
+        "weights_scale": e.weights_scale or 1.0,
+        "n_group": e.n_group,
+        "n_group_used": e.n_group_used or e.n_group,
     }
 
 
-def run(config: DeepSeek2Config, weights: Weights, x: Array, *, fused: bool = True) -> Array:
-    node = gg.input("x", ne=(config.n_embd, len(x)))
-    y = feed_forward(node, layer_of(config, weights), fused=fused)
+def feed_forward(
+    arch: DeepSeek2, weights: Weights, n_tokens: int, *, il: int = 1, fused: bool = True
+) -> gg.Node:
+    batch = Batch(n_tokens, 32, Options(fused=fused))
+    x = gg.input("x", ne=(arch.n_embd, n_tokens))
+    return arch.feed_forward(x, layer_of(weights, il), batch)
+
+
+def run(arch: DeepSeek2, weights: Weights, x: Array, *, il: int = 1, fused: bool = True) -> Array:
+    y = feed_forward(arch, weights, len(x), il=il, fused=fused)
     return gg.compile({"y": y}).run(x=x)["y"]
 
 
-@all_configs
+def routed(arch: DeepSeek2, weights: Weights, n_tokens: int = N_TOKENS) -> tuple[gg.Node, gg.Node]:
+    x = gg.input("x", ne=(arch.n_embd, n_tokens))
+    return route(layer_of(weights, 1), x, arch.experts)
+
+
+@all_models
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-def test_experts_and_their_weights(config: DeepSeek2Config, bias: bool) -> None:
-    weights, x = random_weights(config, bias=bias), tokens(config)
-    if bias and config.gating == "softmax":
-        weights["exp_probs_b.bias"] = np.linspace(-0.1, 0.1, config.n_expert, dtype=np.float32)
-    ids, shares = route(gg.input("x", ne=(config.n_embd, N_TOKENS)), layer_of(config, weights))
+def test_experts_and_their_weights(arch: DeepSeek2, bias: bool) -> None:
+    weights, x = random_weights(arch, bias=bias), tokens(arch)
+    if bias and arch.experts.gating == "softmax":
+        weights["exp_probs_b.bias"] = np.linspace(-0.1, 0.1, arch.experts.n_expert, dtype="f4")
+    ids, shares = routed(arch, weights)
     got = gg.compile({"ids": ids, "weights": shares}).run(x=x)
-    want = route_f64(weights, x, **routing_of(config))
+    want = route_f64(weights, x, **routing_of(arch))
     assert want.margin.min() > 1e-5  # closer scores would be ties in f32
     np.testing.assert_array_equal(got["ids"], want.ids)
-    assert got["weights"].shape == (N_TOKENS, config.n_expert_used, 1)
+    assert got["weights"].shape == (N_TOKENS, arch.experts.n_used, 1)
     assert relative_error(got["weights"][..., 0], want.weights) < EXACT
 
 
-@all_configs
+@all_models
 @pytest.mark.parametrize("n_tokens", [1, N_TOKENS])
-def test_feed_forward_matches_float64(config: DeepSeek2Config, n_tokens: int) -> None:
-    weights, x = random_weights(config), tokens(config, n_tokens)
-    want = feed_forward_f64(weights, x, route_f64(weights, x, **routing_of(config)))
-    fused, plain = (run(config, weights, x, fused=fused) for fused in (True, False))
+def test_feed_forward_matches_float64(arch: DeepSeek2, n_tokens: int) -> None:
+    weights, x = random_weights(arch), tokens(arch, n_tokens)
+    want = feed_forward_f64(weights, x, route_f64(weights, x, **routing_of(arch)))
+    fused, plain = (run(arch, weights, x, fused=fused) for fused in (True, False))
     assert relative_error(fused, want) < EXACT
     assert relative_error(plain, fused) < 1e-6
 
 
 def test_a_dense_layer() -> None:
-    config = PRESETS["tiny"]
-    weights, x = random_weights(config, 0), tokens(config)
+    arch = TINY
+    weights, x = random_weights(arch, 0), tokens(arch)
     assert "ffn_gate_inp.weight" not in weights
-    fused, plain = (run(config, weights, x, fused=fused) for fused in (True, False))
+    fused, plain = (run(arch, weights, x, il=0, fused=fused) for fused in (True, False))
     assert relative_error(fused, feed_forward_f64(weights, x)) < EXACT
     assert relative_error(plain, fused) < 1e-6
 
@@ -139,7 +155,7 @@ def test_products_of_weights_with_factors(scaled: str, il: int, fused: bool) -> 
     rng = np.random.default_rng(5)
     for key in [k for k in weights if k.startswith("ffn_") and "norm" not in k]:
         if scaled in (*key.removesuffix(".weight").split("_"), "all"):
-            n = V3.n_expert if "_exps" in key else 1
+            n = V3.experts.n_expert if "_exps" in key else 1
             weights[key.replace(".weight", ".scale")] = rng.uniform(0.2, 3, n).astype("f4")
     assert_like_float64(weights, x, il, fused)
 
@@ -147,9 +163,7 @@ def test_products_of_weights_with_factors(scaled: str, il: int, fused: bool) -> 
 def assert_like_float64(weights: Weights, x: Array, il: int, fused: bool = True) -> None:
     routing = route_f64(weights, x, **routing_of(V3)) if il else None
     want = feed_forward_f64(weights, x, routing)
-    node = gg.input("x", ne=(V3.n_embd, len(x)))
-    y = feed_forward(node, layer_of(V3, weights, il), fused=fused)
-    got = gg.compile({"y": y}).run(x=x)["y"]
+    got = run(V3, weights, x, il=il, fused=fused)
     assert relative_error(got, want) < EXACT
     bare = {key: w for key, w in weights.items() if not key.endswith(".scale")}
     if len(bare) < len(weights):
@@ -166,7 +180,7 @@ def test_gate_and_up_of_experts_as_one_tensor(n_tokens: int, factors: bool, fuse
     parts = [weights.pop(f"ffn_{part}_exps.weight") for part in ("gate", "up")]
     weights["ffn_gate_up_exps.weight"] = np.concatenate(parts, axis=1)
     if factors:
-        weights["ffn_gate_up_exps.scale"] = np.linspace(0.5, 3, V3.n_expert, dtype="f4")
+        weights["ffn_gate_up_exps.scale"] = np.linspace(0.5, 3, V3.experts.n_expert, dtype="f4")
     else:
         want = feed_forward_f64(weights, x, route_f64(weights, x, **routing_of(V3)))
         np.testing.assert_allclose(want, separate, rtol=1e-12)
@@ -178,17 +192,17 @@ def test_shared_experts_are_added() -> None:
     weights, x = random_weights(V3), tokens(V3)
     shared = {key.replace("_shexp", ""): w for key, w in weights.items() if "_shexp" in key}
     others = {key: w for key, w in weights.items() if "_shexp" not in key}
-    sum_ = run(V3, others, x) + run(V3, shared, x)
+    sum_ = run(V3, others, x) + run(V3, shared, x, il=0)
     assert relative_error(run(V3, weights, x), sum_) < EXACT
 
 
 def test_a_bias_affects_the_choice_but_not_the_weights() -> None:
-    config = replace(V3, n_group=1, n_group_used=1, weights_norm=False, weights_scale=0.0)
-    weights, x = random_weights(config), tokens(config)
+    arch = with_experts(V3, n_group=1, n_group_used=1, weights_norm=False, weights_scale=0.0)
+    weights, x = random_weights(arch), tokens(arch)
     bias = np.zeros(16, np.float32)
     bias[[2, 5, 11]] = 3, 5, 4  # larger than any sigmoid
     weights["exp_probs_b.bias"] = bias
-    ids, shares = route(gg.input("x", ne=(config.n_embd, N_TOKENS)), layer_of(config, weights))
+    ids, shares = routed(arch, weights)
     got = gg.compile({"ids": ids, "weights": shares}).run(x=x)
     assert (got["ids"] == [5, 11, 2]).all()
     p = 1 / (1 + np.exp(-x.astype("f8") @ weights["ffn_gate_inp.weight"].T.astype("f8")))
@@ -196,39 +210,38 @@ def test_a_bias_affects_the_choice_but_not_the_weights() -> None:
 
 
 def test_weights_with_a_tiny_sum_are_divided_by_the_lower_limit() -> None:
-    config = replace(V3, n_group=1, n_group_used=1, weights_scale=0.0)
-    x = np.ones((2, config.n_embd), np.float32)
-    weights = random_weights(config, bias=False)
-    weights["ffn_gate_inp.weight"] = np.full((16, config.n_embd), -20 / config.n_embd, "f4")
-    _, shares = route(gg.input("x", ne=(config.n_embd, 2)), layer_of(config, weights))
+    arch = with_experts(V3, n_group=1, n_group_used=1, weights_scale=0.0)
+    x = np.ones((2, arch.n_embd), np.float32)
+    weights = random_weights(arch, bias=False)
+    weights["ffn_gate_inp.weight"] = np.full((16, arch.n_embd), -20 / arch.n_embd, "f4")
+    _, shares = routed(arch, weights, 2)
     got = gg.compile({"weights": shares}).run(x=x)["weights"]
     np.testing.assert_allclose(got, 1 / (1 + np.exp(20.0)) / LEAST_SUM, rtol=1e-4)
 
 
-@pytest.mark.parametrize("config", [V2, V3], ids=["v2", "v3"])
+@pytest.mark.parametrize("arch", [V2, V3], ids=["v2", "v3"])
 @pytest.mark.parametrize("il", [0, 1], ids=["dense", "experts"])
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
-def test_a_whole_layer(config: DeepSeek2Config, il: int, fused: bool) -> None:
+def test_a_whole_layer(arch: DeepSeek2, il: int, fused: bool) -> None:
     """A prompt, then two tokens from the cache; float64 chooses the same experts."""
-    weights, x = random_weights(config, il), tokens(config)
+    weights, x = random_weights(arch, il), tokens(arch)
     layer, options, store = (
-        layer_of(config, weights, il),
-        AttentionOptions("latent", True, "f32"),
+        layer_of(weights, il),
+        Options(mla=1, fused=fused, cache_k="f32"),
         gg.Store(),
     )
-    cache = Cache.of(config, options, 48, il)
+    cache = arch.cache(il, 48, N_TOKENS, options)
 
     def plan(n: int) -> gg.Plan:
-        node, pos = gg.input("x", ne=(config.n_embd, n)), gg.input("pos", "i32", ne=(n,))
-        mask = gg.causal_mask(pos, n_kv=48)
-        y = layer_output(node, pos, pos, mask, layer, cache, options, fused=fused)
+        batch = Batch(n, 48, options, n, padded=False)
+        y = arch.layer(gg.input("x", ne=(arch.n_embd, n)), layer, cache, batch)
         observe = [f"ffn_moe_topk-{il}"] if il else []
         return gg.compile({"y": y}, store=store, observe=observe)
 
     pos, past = np.arange(N_TOKENS), N_TOKENS - 2
     runs = [plan(past).run(x=x[:past], pos=pos[:past])]
     runs += [plan(1).run(x=x[i : i + 1], pos=pos[i : i + 1]) for i in (past, past + 1)]
-    want, routing = layer_f64(weights, x, pos, config)
+    want, routing = layer_f64(weights, x, pos, arch)
     assert relative_error(np.concatenate([outputs["y"] for outputs in runs]), want) < EXACT
     assert (routing is None) == (il == 0)
     if routing is not None:
@@ -238,7 +251,7 @@ def test_a_whole_layer(config: DeepSeek2Config, il: int, fused: bool) -> None:
 
 
 def test_intermediate_tensors_have_the_names_of_llama_cpp() -> None:
-    y = feed_forward(gg.input("x", ne=(V3.n_embd, 4)), layer_of(V3, random_weights(V3)))
+    y = feed_forward(V3, random_weights(V3), 4)
     labels = {label for node in gg.Graph({"y": y}).nodes for label in gg.labels(node)}
     parts = ("logits", "probs", "topk", "weights", "down", "out")
     assert {"ffn_out-1", "ffn_shexp-1", *(f"ffn_moe_{part}-1" for part in parts)} <= labels

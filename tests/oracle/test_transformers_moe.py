@@ -9,7 +9,7 @@ Names in a Hugging Face module and in a GGUF file (matrices are the same, out x 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -25,11 +25,9 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe  
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE  # noqa: E402
 
 import pyggml as gg  # noqa: E402
-from pyggml.models.config import DeepSeek2Config  # noqa: E402
-from pyggml.models.deepseek2 import Layer  # noqa: E402
-from pyggml.models.feed_forward import feed_forward  # noqa: E402
-from pyggml.models.presets import PRESETS  # noqa: E402
+from pyggml.models.moe import Experts, moe  # noqa: E402
 from pyggml.parity.tolerance import relative_error  # noqa: E402
+from tests.models.stand_ins import layer_of  # noqa: E402
 from tests.reference.deepseek_layer import feed_forward_f64, route_f64  # noqa: E402
 
 N_EMBD, N_FF, N_TOKENS = 40, 24, 17
@@ -135,22 +133,15 @@ def test_float64(name: str, seed: int) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_graph(name: str, fused: bool) -> None:
     theirs = run(name, 3)
-    plan = gg.compile(
-        {"y": feed_forward(gg.input("x", ne=(N_EMBD, N_TOKENS)), layer_of(theirs), fused=fused)},
-        observe=["ffn_moe_topk-0"],
-    )
+    layer = layer_of({key: w.astype(np.float32) for key, w in theirs.weights.items()})
+    y = moe(layer, gg.input("x", ne=(N_EMBD, N_TOKENS)), experts_of(theirs), fused=fused)
+    plan = gg.compile({"y": y}, observe=["ffn_moe_topk-0"])
     got = plan.run(x=theirs.x.astype(np.float32))
     np.testing.assert_array_equal(np.sort(got["ffn_moe_topk-0"], axis=1), theirs.ids)
     assert relative_error(got["y"], theirs.out) < 1e-6
 
 
-def layer_of(theirs: Run) -> Layer:
-    routing: dict[str, Any] = {"gating": "softmax", "weights_norm": False} | theirs.routing
-    config: DeepSeek2Config = replace(PRESETS["tiny"], n_embd=N_EMBD, n_expert=16, **routing)
-    return Layer(
-        config,
-        {
-            key.removesuffix(".weight"): gg.constant(array.astype(np.float32), name=key)
-            for key, array in theirs.weights.items()
-        },
-    )
+def experts_of(theirs: Run) -> Experts:
+    numbers = dict(theirs.routing)
+    gating = {"softmax": 1, "sigmoid": 2}[numbers.pop("gating", "softmax")]
+    return Experts(n_expert=16, n_used=numbers.pop("n_expert_used"), gating_func=gating, **numbers)
