@@ -15,12 +15,14 @@ from functools import partial
 from typing import Any
 
 from pyggml.backends.cuda.checks import check_ids, debugging
+from pyggml.backends.cuda.device.context import Context
 from pyggml.backends.cuda.device.cublas import Cublas
-from pyggml.backends.cuda.device.driver import Context, guarded
+from pyggml.backends.cuda.device.driver import guarded
 from pyggml.backends.cuda.device.memory import Buffer, operand_at
 from pyggml.backends.cuda.device.pinned import Staging
 from pyggml.backends.cuda.fusion import CudaStep
-from pyggml.backends.cuda.launch import H200, Call, Device, Gemm, Launch, Record
+from pyggml.backends.cuda.gpu import H200, Device
+from pyggml.backends.cuda.launch import Call, Gemm, Launch, Record
 from pyggml.backends.pieces import piece_attributes, pieces_of, view_address
 from pyggml.backends.step import Address, Step, kernel_error
 from pyggml.errors import PyggmlError

@@ -15,7 +15,7 @@ import pytest
 
 from pyggml.backends.cuda import backend, doctor
 from pyggml.backends.cuda.attention import flash
-from pyggml.backends.cuda.device import compiler, driver
+from pyggml.backends.cuda.device import compiler, context, driver
 from pyggml.backends.cuda.device.tensormap import TensorMap
 from tests.cuda.allocations import ALLOCATIONS
 
@@ -31,7 +31,7 @@ def tensor_maps(monkeypatch: pytest.MonkeyPatch) -> None:
 FAKE = Path(__file__).parent / "fake_pycuda"
 PACKAGES = ("pycuda", "cupy-cuda13x", "cuda-bindings")
 #: What is found once and kept.
-FOUND = (driver.imported, driver.driver, driver.context, compiler.nvrtc)
+FOUND = (driver.imported, driver.driver, context.context, compiler.nvrtc)
 VERSION = compiler.nvrtc_version.__wrapped__
 #: What a device opens once and keeps.
 OPENED = ("context", "staging", "cublas")

@@ -14,10 +14,10 @@ import pytest
 
 import pyggml as gg
 from pyggml.backends.cuda import reduce, rope
-from pyggml.backends.cuda.attention import flash, parts
+from pyggml.backends.cuda.argument import Struct, Tensor, pack
+from pyggml.backends.cuda.attention import arguments, parts
 from pyggml.backends.cuda.device import tensormap
 from pyggml.backends.cuda.device.compiler import KERNELS
-from pyggml.backends.cuda.launch import Struct, Tensor, pack
 from pyggml.backends.cuda.linear import blocks, common
 from pyggml.backends.cuda.weights import packing
 
@@ -35,9 +35,9 @@ STRUCTS: tuple[tuple[type[Struct], str, str], ...] = (
     (blocks.TileWeights, "include/formats.cuh", "Weights<InTiles>"),
     (blocks.RowWeights, "include/formats.cuh", "Weights<InRows>"),
     (tensormap.TensorMap, "include/mma.cuh", "TensorMap"),
-    (flash.Attention, "include/attention.cuh", "Attention"),
-    (flash.HopperArgument, "attention_hopper.cu", "HopperArgument"),
-    (flash.LatentArgument, "attention_latent_hopper.cu", "LatentArgument"),
+    (arguments.Attention, "include/attention.cuh", "Attention"),
+    (arguments.HopperArgument, "attention_hopper.cu", "HopperArgument"),
+    (arguments.LatentArgument, "attention_latent_hopper.cu", "LatentArgument"),
 )
 PRELUDE = """
 #include <cstddef>

@@ -11,7 +11,8 @@ import pytest
 
 import pyggml as gg
 from pyggml.backends.cuda.attention import routes
-from pyggml.backends.cuda.launch import H200, Call, Device, Launch, Operand
+from pyggml.backends.cuda.gpu import H200, Device
+from pyggml.backends.cuda.launch import Call, Launch, Operand
 from pyggml.backends.cuda.table import KERNELS
 from tools.compile_kernels import instances
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from pyggml.backends.cuda.device import compiler
+from pyggml.backends.cuda.device import compiler, kernel_cache
 from tests.cuda.conftest import compiled
 
 KERNEL = '#include "outer.cuh"\ntemplate <int n> __global__ void k(int* y) { *y = n + FIRST; }\n'
@@ -39,7 +39,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         folder = kernels / "include" if name.endswith(".cuh") else kernels
         (folder / name).write_text(text)
     monkeypatch.setattr(compiler, "KERNELS", kernels)
-    monkeypatch.setattr(compiler, "_warned", threading.Event())
+    monkeypatch.setattr(kernel_cache, "_warned", threading.Event())
     monkeypatch.setenv("PYGGML_CACHE", str(tmp_path))
     return tmp_path / "cuda"
 
@@ -59,8 +59,8 @@ def calls(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Compiled:
 
 
 def test_an_instance_is_compiled_once(cache: Path, calls: Compiled) -> None:
-    first = compiler.cubin(*ONE)
-    assert compiler.cubin(*ONE) == first == compiled(*ONE)
+    first = kernel_cache.cubin(*ONE)
+    assert kernel_cache.cubin(*ONE) == first == compiled(*ONE)
     assert calls == [ONE] and len(list(cache.iterdir())) == 1
 
 
@@ -78,13 +78,13 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize("how", DAMAGE)
 def test_a_corrupt_file_is_made_again(cache: Path, calls: Compiled, how: str) -> None:
-    compiler.cubin(*ONE)
+    kernel_cache.cubin(*ONE)
     (file,) = cache.iterdir()
     good = file.read_bytes()
     file.write_bytes(DAMAGE[how](good))
     assert file.read_bytes() != good
     for _ in range(2):
-        assert compiler.cubin(*ONE) == compiled(*ONE)
+        assert kernel_cache.cubin(*ONE) == compiled(*ONE)
     assert calls == [ONE, ONE] and file.read_bytes() == good and list(cache.iterdir()) == [file]
 
 
@@ -94,7 +94,7 @@ def test_a_folder_that_cannot_be_written_is_told_once(
     cache.touch()  # a file where the folder would be: no user may write into that
     warnings.simplefilter("always")
     for _ in range(3):
-        assert compiler.cubin(*ONE) == compiled(*ONE)
+        assert kernel_cache.cubin(*ONE) == compiled(*ONE)
     assert calls == [ONE] * 3
     (warning,) = recwarn
     text = str(warning.message)
@@ -107,16 +107,16 @@ def test_a_write_that_fails_leaves_nothing(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(compiler.os, "replace", full)
+    monkeypatch.setattr(kernel_cache.os, "replace", full)
     with pytest.warns(UserWarning, match="No space left"):
-        assert compiler.cubin(*ONE) == compiled(*ONE)
+        assert kernel_cache.cubin(*ONE) == compiled(*ONE)
     assert list(cache.iterdir()) == []
 
 
 TWO = """
 import sys, time
 from pathlib import Path
-from pyggml.backends.cuda.device import compiler
+from pyggml.backends.cuda.device import compiler, kernel_cache
 
 cache, me, other, kernels = Path(sys.argv[1]), *sys.argv[2:]
 compiler.KERNELS = Path(kernels)
@@ -132,8 +132,8 @@ def compile_instance(file, name, arch):
     raise SystemExit("the other one never came")
 
 compiler.compile_instance = compile_instance
-print(len(compiler.cubin("k.cu", "k<3>", "90a").code))
-print(compiler._read(*cache.glob("*.cubin")).registers)
+print(len(kernel_cache.cubin("k.cu", "k<3>", "90a").code))
+print(kernel_cache._read(*cache.glob("*.cubin")).registers)
 """
 
 
@@ -176,30 +176,30 @@ def _version(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_its_code_depends_on_changes_its_name(
     calls: Compiled, change: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiler.cubin(*ONE)
+    kernel_cache.cubin(*ONE)
     change(monkeypatch)
-    compiler.cubin(*ONE)
+    kernel_cache.cubin(*ONE)
     assert calls == [ONE, ONE]
 
 
 def test_each_instance_and_architecture_has_its_own(cache: Path, calls: Compiled) -> None:
     wanted = [ONE, ("k.cu", "k<4>", "90a"), ("k.cu", "k<3>", "80")]
     for one in wanted * 2:
-        assert compiler.cubin(*one) == compiled(*one)
+        assert kernel_cache.cubin(*one) == compiled(*one)
     assert calls == wanted and len(list(cache.iterdir())) == 3
 
 
 def test_what_it_does_not_include_does_not(calls: Compiled) -> None:
-    compiler.cubin(*ONE)
+    kernel_cache.cubin(*ONE)
     (compiler.KERNELS / "include" / "other.cuh").write_text("#error\n")
-    compiler.cubin(*ONE)
+    kernel_cache.cubin(*ONE)
     assert calls == [ONE]
 
 
 def test_a_header_that_is_not_there_is_named(calls: Compiled) -> None:
     (compiler.KERNELS / "include" / "inner.cuh").unlink()
     with pytest.raises(compiler.CompileError, match=r"kernels/inner\.cuh cannot be read"):
-        compiler.cubin(*ONE)
+        kernel_cache.cubin(*ONE)
 
 
 def test_without_nvrtc_the_error_says_what_to_install(
@@ -209,7 +209,7 @@ def test_without_nvrtc_the_error_says_what_to_install(
     with pytest.raises(
         compiler.DeviceError, match=r"NVRTC.*not installed; pip install .*\[kernels\]"
     ):
-        compiler.cubin(*ONE)
+        kernel_cache.cubin(*ONE)
 
 
 # -- with NVRTC ---------------------------------------------------------------------------------
@@ -217,11 +217,11 @@ def test_without_nvrtc_the_error_says_what_to_install(
 
 @pytest.mark.kernels
 def test_nvrtc_compiles_and_the_cache_gives_it_back(cache: Path) -> None:
-    made = compiler.cubin(*ONE)
+    made = kernel_cache.cubin(*ONE)
     assert made.arch == "90a" and "k" in made.symbol and made.registers > 0
     assert made.code.startswith(b"\x7fELF") and made.spilled == 0
     (file,) = cache.iterdir()
-    assert compiler._read(file) == made
+    assert kernel_cache._read(file) == made
 
 
 @pytest.mark.kernels
@@ -230,11 +230,11 @@ def test_a_kernel_that_does_not_compile_is_named(cache: Path) -> None:
         "template <int n>\n__global__ void bad(float* y) {\n    y[0] = missing;\n}\n"
     )
     with pytest.raises(compiler.CompileError) as caught:
-        compiler.cubin("bad.cu", "bad<4>", "90a")
+        kernel_cache.cubin("bad.cu", "bad<4>", "90a")
     text = str(caught.value)
     assert "kernels/bad.cu does not compile for sm_90a as bad<4> with NVRTC" in text
     assert "bad.cu(3): error:" in text and "missing" in text
     with pytest.raises(compiler.CompileError, match="as absent<1>"):
-        compiler.cubin("k.cu", "absent<1>", "90a")
+        kernel_cache.cubin("k.cu", "absent<1>", "90a")
     assert not cache.exists() or list(cache.iterdir()) == []
-    assert compiler.cubin(*ONE).code  # and the next one is not harmed
+    assert kernel_cache.cubin(*ONE).code  # and the next one is not harmed

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 import pyggml as gg
+from pyggml.backends.cuda.device import context as contexts
 from pyggml.backends.cuda.device import driver
-from pyggml.backends.cuda.device.driver import FREE_SHARED, Context
+from pyggml.backends.cuda.device.context import FREE_SHARED, Context
 from pyggml.backends.cuda.launch import Launch
 from tests.cuda.conftest import Machine
 
@@ -20,7 +21,7 @@ LAUNCH = Launch("norm.cu", "rms_norm", (3, 2, 1), (128, 1, 1), bytes(range(12)),
 @pytest.fixture
 def context(machine: Machine) -> Iterator[Context]:
     machine("gpu")
-    with driver.context(0) as context:
+    with contexts.context(0) as context:
         yield context
 
 

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from pyggml.backends.base import Given
 from pyggml.backends.cuda.device import dlpack
-from pyggml.backends.cuda.device.driver import Context, guarded
+from pyggml.backends.cuda.device.context import Context
+from pyggml.backends.cuda.device.driver import guarded
 from pyggml.backends.step import Address
 from pyggml.errors import DTypeError, GraphError
 from pyggml.spec import Spec
