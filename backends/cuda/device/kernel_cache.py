@@ -1,4 +1,4 @@
-"""Compiled kernels, kept in a folder and named by a hash of everything that their code depends on."""
+"""A folder of compiled kernels, named by a hash of everything that their code depends on."""
 
 from __future__ import annotations
 
