@@ -48,7 +48,7 @@ def kernel(tmp_path: Path) -> str:
     return f"{path}:relu"
 
 
-# -- what is drawn ------------------------------------------------------------------------------
+# -- random cases and graphs --------------------------------------------------------------------
 
 
 def test_a_seed_draws_the_same_cases_and_graphs() -> None:
@@ -116,8 +116,8 @@ def test_a_layout_has_one_spelling() -> None:
     for text in ("", "b1000a1000", "p0213", "s1211", "p1032b1000a0100s2111"):
         assert str(Layout.parse(text)) == text
     assert Layout.parse("wide") == Layout.parse("b1000a1000")
-    for wrong in ("p0012", "q", "s0111", "wider"):
-        assert Layout.parse(wrong) is None
+    for text in ("p0012", "q", "s0111", "wider"):
+        assert Layout.parse(text) is None
     with pytest.raises(GraphError, match="is no source"):
         Case.parse("relu(f32[4]@p0012)")
 
