@@ -134,9 +134,9 @@ class Run:
         """Wait, stop processes that are late, and return faults. `ended`: whether none was late."""
         faults, self.ended = [], True
         for words, process in zip(self.part.commands, self.processes):
-            left = self.part.seconds - (perf_counter() - self.begin)
+            remaining = self.part.seconds - (perf_counter() - self.begin)
             try:
-                status = process.wait(max(left, 0.1))
+                status = process.wait(max(remaining, 0.1))
             except subprocess.TimeoutExpired:
                 interrupt(process)
                 self.ended = False
@@ -247,8 +247,8 @@ def main() -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as name:
         folder = Path(name)
-        chosen = {name: part for name, part in parts(args, folder).items() if name in args.parts}
-        runs = (Run(name, part, folder, args.smoke) for name, part in chosen.items())
+        selection = {name: part for name, part in parts(args, folder).items() if name in args.parts}
+        runs = (Run(name, part, folder, args.smoke) for name, part in selection.items())
         for run in list(runs) if args.smoke else runs:  # a list starts all of them at once
             collect(run, folder, record, args.log)
             out.write_text(json.dumps(record, indent=1) + "\n")  # kept if a later part hangs

@@ -70,10 +70,10 @@ def smi(query: str) -> str:
     """The answer of nvidia-smi for the first GPU; empty if there is no nvidia-smi."""
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return done.stdout.partition("\n")[0].strip()
+    return result.stdout.partition("\n")[0].strip()
 
 
 def write_clocks(what: str, run: Action, us: float) -> None:

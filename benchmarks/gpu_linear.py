@@ -35,7 +35,7 @@ from pyggml.operation import cost_of
 
 K, M = 4096, 14336
 #: Sizes of up and gate in V2-Lite's experts.
-N_EMBD, N_FF, EXPERTS, USED = 2048, 1408, 64, 6
+N_EMBD, N_FF, EXPERTS, N_USED = 2048, 1408, 64, 6
 
 rng = np.random.default_rng(7)
 
@@ -89,11 +89,11 @@ def moe_up_gate(tokens: int, weights: list[tuple[gg.Node, gg.Node]]) -> None:
     inputs: dict[str, Any] = {}
     nodes = []
     for i in range(SHORT if tokens < 128 else 6):
-        experts_of = [rng.permutation(EXPERTS)[:USED] for _ in range(tokens)]
+        experts_of = [rng.permutation(EXPERTS)[:N_USED] for _ in range(tokens)]
         inputs[f"ids{i}"] = np.array(experts_of, np.int32)
         inputs[f"x{i}"] = rng.standard_normal((tokens, 1, N_EMBD), np.float32)
         x = gg.input(f"x{i}", ne=(N_EMBD, 1, tokens))
-        ids = gg.input(f"ids{i}", "i32", ne=(USED, tokens))
+        ids = gg.input(f"ids{i}", "i32", ne=(N_USED, tokens))
         nodes.append(gg.moe_up_gate(*weights[i % len(weights)], x, ids))
     times, name = node_microseconds(nodes, inputs), f"moe_up_gate_iq4_nl_t{tokens}"
     if tokens == 1:
@@ -103,7 +103,7 @@ def moe_up_gate(tokens: int, weights: list[tuple[gg.Node, gg.Node]]) -> None:
 
 
 def flops(tokens: int) -> int:
-    return 2 * 2 * tokens * USED * N_EMBD * N_FF
+    return 2 * 2 * tokens * N_USED * N_EMBD * N_FF
 
 
 def experts() -> list[tuple[gg.Node, gg.Node]]:
@@ -116,7 +116,7 @@ def grouped(tokens: int) -> None:
     """A row of PyTorch's grouped product."""
     import torch
 
-    pairs = tokens * USED
+    pairs = tokens * N_USED
     assert pairs % EXPERTS == 0, "every expert needs equally many pairs"
     x = torch.randn(pairs, N_EMBD, device="cuda", dtype=torch.bfloat16)
     w = torch.randn(2, EXPERTS, 2 * N_FF, N_EMBD, device="cuda", dtype=torch.bfloat16)

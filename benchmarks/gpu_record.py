@@ -63,7 +63,7 @@ def report_rows(path: Path, ended: bool = True) -> tuple[list[Row], list[str]]:
     tests in each file with tests that ran, and of passed tests. Otherwise they would be wrong: an
     interrupted test looks as if it had passed.
     """
-    failed: dict[str, int] = {}
+    failures: dict[str, int] = {}
     values: dict[str, float] = {}
     skipped: dict[str, list[str]] = {}
     passed = 0
@@ -76,13 +76,13 @@ def report_rows(path: Path, ended: bool = True) -> tuple[list[Row], list[str]]:
             skipped.setdefault(skip.get("message", ""), []).append(case.get("name", ""))
             continue
         has_failed = case.find("failure") is not None or case.find("error") is not None
-        failed[file] = failed.get(file, 0) + has_failed
+        failures[file] = failures.get(file, 0) + has_failed
         passed += not has_failed
     rows = [row(name, unit(name), value) for name, value in values.items()]
     texts = [f"{shortened(names)}: {reason}" for reason, names in skipped.items()]
     if not ended:
         return rows, texts
-    counts = {f"{file}_failed": number for file, number in failed.items()}
+    counts = {f"{file}_failed": number for file, number in failures.items()}
     rows += [row(name, "tests", n) for name, n in counts.items() if name not in values]
     rows.append(row(f"{path.stem}_passed", "tests", passed))
     return rows, texts
@@ -140,10 +140,10 @@ def commit() -> str:
     """The commit of the checkout, with a + if files were changed; "unknown" without git."""
     try:
         words = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+        result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     except OSError:
         return "unknown"
-    return done.stdout.strip() or "unknown"
+    return result.stdout.strip() or "unknown"
 
 
 # -- two records ----------------------------------------------------------------------------------

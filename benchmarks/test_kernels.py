@@ -34,13 +34,13 @@ def random(*shape: int) -> Floats:
 class Operand:
     """An array of any type and its input node. `raw` is 4-D; 5-D for block types."""
 
-    def __init__(self, values: NDArray[Any], kind: str = "f32") -> None:
+    def __init__(self, values: NDArray[Any], name: str = "f32") -> None:
         values = values.reshape((1,) * (4 - values.ndim) + values.shape)
-        self.kind, ne = dtype(kind), values.shape[::-1]
-        self.node = ops.input("x", kind, ne=ne)
-        plain = self.kind.numpy
-        self.raw = values.astype(plain) if plain else encode(kind, values)
-        self.array = self.raw if plain else Packed(self.kind, self.raw, self.node.ne)
+        self.dtype, ne = dtype(name), values.shape[::-1]
+        self.node = ops.input("x", name, ne=ne)
+        plain = self.dtype.numpy
+        self.raw = values.astype(plain) if plain else encode(name, values)
+        self.array = self.raw if plain else Packed(self.dtype, self.raw, self.node.ne)
 
 
 def kernel(op: Callable[..., Node], *sources: Operand, **attrs: Any) -> Call:
@@ -57,17 +57,17 @@ def kernel(op: Callable[..., Node], *sources: Operand, **attrs: Any) -> Call:
     return lambda: row.run(out, *arrays, scratch=Scratch(memory), **node.attrs)
 
 
-def product(m: int, n: int, k: int, kind: str) -> tuple[Call, Call]:
+def product(m: int, n: int, k: int, weight: str) -> tuple[Call, Call]:
     """Compared with numpy.matmul; other types with decoding everything first."""
-    a, b = Operand(random(m, k), kind), Operand(random(n, k))
+    a, b = Operand(random(m, k), weight), Operand(random(n, k))
     x, y = b.raw[0, 0], np.empty((n, m), np.float32)
     call = kernel(ops.mul_mat, a, b)
-    if kind == "f32":
+    if weight == "f32":
         return call, lambda: np.matmul(x, a.raw[0, 0].T, out=y)
     w, work = np.empty((m, k), np.float32), np.empty(WORK_BYTES, np.uint8)
 
     def plain() -> None:
-        decode(kind, a.raw[0, 0], w, work=work)
+        decode(weight, a.raw[0, 0], w, work=work)
         np.matmul(x, w.T, out=y)
 
     return call, plain
@@ -91,10 +91,10 @@ def flash(heads: int, n_q: int, n_kv: int, masked: bool) -> tuple[Call, Call]:
     return call, plain
 
 
-def experts(kind: str) -> tuple[Call, Call]:
+def experts(weight: str) -> tuple[Call, Call]:
     """DeepSeek-V2-Lite's sizes, 6 of 16 experts; compared with a plain loop over experts."""
     n_expert, n_used, n_tokens, k, m = 16, 6, 256, 2048, 1408
-    matrices = [Operand(random(n_expert, m, k), kind) for _ in range(2)]
+    matrices = [Operand(random(n_expert, m, k), weight) for _ in range(2)]
     ids = np.stack([rng.permutation(n_expert)[:n_used] for _ in range(n_tokens)])
     b = Operand(random(n_tokens, 1, k))
     w, work = np.empty((m, k), np.float32), np.empty(WORK_BYTES, np.uint8)
@@ -104,7 +104,7 @@ def experts(kind: str) -> tuple[Call, Call]:
         for expert in range(n_expert):
             token, slot = np.nonzero(ids == expert)
             x = b.raw[0, token, 0]
-            up, gate = (x @ decode(kind, s.raw[0, expert], w, work=work).T for s in matrices)
+            up, gate = (x @ decode(weight, s.raw[0, expert], w, work=work).T for s in matrices)
             with np.errstate(over="ignore"):
                 y[token, slot] = up * gate / (1 + np.exp(-gate))
 
@@ -149,11 +149,11 @@ def top_k() -> tuple[Call, Call]:
     return kernel(ops.top_k, a, k=8), lambda: np.argpartition(a.raw, -8, axis=-1)[..., -8:]
 
 
-def get_rows(kind: str) -> tuple[Call, Call]:
-    a, ids = Operand(random(4096, 2048), kind), rng.integers(0, 4096, 512)
+def get_rows(weight: str) -> tuple[Call, Call]:
+    a, ids = Operand(random(4096, 2048), weight), rng.integers(0, 4096, 512)
 
     def plain() -> Floats:
-        return decode(kind, a.raw[0, 0][ids])
+        return decode(weight, a.raw[0, 0][ids])
 
     return kernel(ops.get_rows, a, Operand(ids, "i32")), plain
 

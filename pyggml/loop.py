@@ -51,7 +51,7 @@ class Chain:
     maps: tuple[Cut, ...]
 
     def then(self, cut: Cut) -> Chain:
-        """Where the piece starts in a source of this tensor, which is read as `cut` says.
+        """Where the piece starts in a source of this tensor, whose part `cut` describes.
 
         Cuts that change nothing are left out, because deep graphs would have long chains.
         """

@@ -60,11 +60,11 @@ def test_agrees_with_ggml(case: Case) -> None:
     plan = gg.compile({"y": node}).bind()
     for state in set(values) - set(plan.inputs):
         plan.store.write(state, values.pop(state))
-    got = plan.run(values)["y"]
+    y = plan.run(values)["y"]
     want = case.out.values()
-    assert math.prod(got.shape) == want.size
+    assert math.prod(y.shape) == want.size
     # ggml's gelu and f16 sums are less accurate than ours.
-    result = within(got.reshape(want.shape), want, case.bound)
+    result = within(y.reshape(want.shape), want, case.bound)
     assert result, f"{result}; ggml may differ because: {case.why}"
 
 

@@ -77,17 +77,17 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_import_loads_numpy_only() -> None:
-    done = python(
+    result = python(
         "import numpy, time, sys; start = time.perf_counter(); import pyggml\n"
         "assert time.perf_counter() - start < 1\n"  # it takes less than 0.1 s
         "print({m.split('.')[0] for m in sys.modules} & "
         "{'gguf', 'torch', 'matplotlib', 'yaml', 'cupy', 'numba', 'transformers'})\n"
         "print([m for m in sys.modules if m.startswith('pyggml.backends.numpy')])"
     )
-    assert done.stdout.split("\n")[:2] == ["set()", "[]"], done.stdout + done.stderr
+    assert result.stdout.split("\n")[:2] == ["set()", "[]"], result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("folder", ["ops", "backends"])
 def test_the_top_level_folders_are_imported_through_pyggml(folder: str) -> None:
-    done = python(f"import {folder}")
-    assert done.returncode and f"import pyggml.{folder}, not the top-level" in done.stderr
+    result = python(f"import {folder}")
+    assert result.returncode and f"import pyggml.{folder}, not the top-level" in result.stderr

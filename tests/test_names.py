@@ -38,10 +38,10 @@ def files() -> frozenset[str]:
 def missing(text: str) -> list[str]:
     """Files, folders and modules in a text that do not exist. Words in capitals are patterns."""
     names = [name for name in FILE.findall(text) if not _is_pattern(name)]
-    wrong = [name for name in names if name not in files()]
+    absent = [name for name in names if name not in files()]
     folders = [name for name in FOLDER.findall(text) if not _is_pattern(name)]
-    wrong += [name for name in folders if not (ROOT / name).is_dir()]
-    return wrong + [name for name in MODULE.findall(text) if not _imports(name)]
+    absent += [name for name in folders if not (ROOT / name).is_dir()]
+    return absent + [name for name in MODULE.findall(text) if not _imports(name)]
 
 
 def _is_pattern(name: str) -> bool:
@@ -90,16 +90,16 @@ def test_pages_name_what_exists(path: Path) -> None:
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_docstrings_and_comments_name_what_exists(folder: str) -> None:
-    wrong = {}
-    for kind in ("py", "cu", "cuh", "cpp", "hpp"):
-        for path in sorted((ROOT / folder).rglob(f"*.{kind}")):
+    absent = {}
+    for suffix in ("py", "cu", "cuh", "cpp", "hpp"):
+        for path in sorted((ROOT / folder).rglob(f"*.{suffix}")):
             if names := missing("\n".join(prose(path))):
-                wrong[str(path.relative_to(ROOT))] = names
-    assert not wrong
+                absent[str(path.relative_to(ROOT))] = names
+    assert not absent
 
 
 @pytest.mark.parametrize(
-    ("text", "wrong"),
+    ("text", "names"),
     [
         ("see `pyggml/graph.py` and tests/gpu/", []),
         ("`include/overlap.cuh`, overlap.cuh, backends/NAME/table.py, a/b/*.cu", []),
@@ -111,5 +111,5 @@ def test_docstrings_and_comments_name_what_exists(folder: str) -> None:
         ("pyggml.dag.Graph", ["pyggml.dag.Graph"]),
     ],
 )
-def test_missing_names_are_found(text: str, wrong: list[str]) -> None:
-    assert missing(text) == wrong
+def test_missing_names_are_found(text: str, names: list[str]) -> None:
+    assert missing(text) == names

@@ -258,11 +258,11 @@ def test_empty(name: str) -> None:
     st.integers(1, 40),
 )
 def test_pieces_cover_once(shape: tuple[int, ...], limit: int) -> None:
-    seen = np.zeros(shape, int)
+    counts = np.zeros(shape, int)
     for index in pieces(shape, limit):
-        assert 0 < seen[index].size <= limit
-        seen[index] += 1
-    assert (seen == 1).all()
+        assert 0 < counts[index].size <= limit
+        counts[index] += 1
+    assert (counts == 1).all()
 
 
 def peak_of(function: Any, *args: Any, **keywords: Any) -> int:

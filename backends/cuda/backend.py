@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 
 from pyggml.backends.base import Backend, Event, Given, host_values
 from pyggml.backends.cuda import lowering, table
-from pyggml.backends.cuda.device import arrays, driver, memory, pinned
+from pyggml.backends.cuda.device import arrays, memory, pinned
+from pyggml.backends.cuda.device.context import Context, context
 from pyggml.backends.cuda.device.cublas import Cublas
+from pyggml.backends.cuda.device.driver import guarded
 from pyggml.backends.cuda.runner import CudaRunner
 from pyggml.backends.cuda.weights import packing
 from pyggml.backends.step import Address, Addresses, Buffer, Layouts, Step, WeightLayout
@@ -70,9 +72,9 @@ class CudaBackend:
     # -- the runtime half ---------------------------------------------------------------------
 
     @cached_property
-    def context(self) -> driver.Context:
+    def context(self) -> Context:
         """The GPU, opened on first use."""
-        return driver.context(self.index)
+        return context(self.index)
 
     @cached_property
     def staging(self) -> pinned.Staging:
@@ -127,7 +129,7 @@ class CudaBackend:
         if not (there.contiguous and here.contiguous):
             return False
         mine, theirs = self.context, other.context
-        with mine, driver.guarded(f"copying from {other.place} to {self.place}"):
+        with mine, guarded(f"copying from {other.place} to {self.place}"):
             pair = here.ptr, there.ptr, spec.nbytes
             if other is self:
                 mine.driver.memcpy_dtod_async(*pair, mine.stream)
@@ -172,20 +174,20 @@ class CudaBackend:
             )
 
     def record(self) -> Event:
-        with self.context, driver.guarded("recording an event"):
+        with self.context, guarded("recording an event"):
             flags = self.context.driver.event_flags
             event = self.context.driver.Event(flags.DISABLE_TIMING)
             return CudaEvent(self.context, event.record(self.context.stream))
 
     def wait_for(self, event: Event) -> None:
         if isinstance(event, CudaEvent):
-            with self.context, driver.guarded("waiting for another device"):
+            with self.context, guarded("waiting for another device"):
                 self.context.stream.wait_for_event(event.raw)
         else:
             event.wait()
 
     def synchronize(self) -> None:
-        with self.context, driver.guarded(f"running on {self.place}"):
+        with self.context, guarded(f"running on {self.place}"):
             self.context.stream.synchronize()
 
     def abandon(self) -> None:
@@ -196,11 +198,11 @@ class CudaBackend:
 class CudaEvent:
     """A point in a GPU's queue; `raw` is pycuda's event."""
 
-    def __init__(self, context: driver.Context, raw: Any) -> None:
+    def __init__(self, context: Context, raw: Any) -> None:
         self.context, self.raw = context, raw
 
     def wait(self) -> None:
-        with self.context, driver.guarded("waiting for a GPU"):
+        with self.context, guarded("waiting for a GPU"):
             self.raw.synchronize()
 
 

@@ -12,8 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from pyggml.backends.base import Finding
-from pyggml.backends.cuda.device import compiler, driver, install
-from pyggml.backends.cuda.launch import H200
+from pyggml.backends.cuda.device import compiler, driver, install, kernel_cache
+from pyggml.backends.cuda.device.context import context
+from pyggml.backends.cuda.gpu import H200
 from pyggml.errors import DeviceError
 
 _PACKAGES = ("pycuda", "cupy-cuda13x", "cuda-bindings")
@@ -86,7 +87,7 @@ def _library() -> Finding:
 
 
 def _cache() -> Finding:
-    folder = compiler.cache_folder()
+    folder = kernel_cache.cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -110,7 +111,7 @@ def _gpus(gpu: bool) -> Iterator[Finding]:
     yield Finding("driver", f"CUDA {driver.version_text(api.get_driver_version())}")
     for index in range(api.Device.count()):
         try:
-            about = driver.context(index).about
+            about = context(index).about
             size = f"{about.memory / 2**30:.0f} GiB, {about.sms} multiprocessors, sm_{about.arch}"
             yield Finding(f"cuda:{index}", f"{about.name}, {size}")
         except DeviceError as error:

@@ -10,13 +10,14 @@ line to that one:
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from pyggml.backends.cuda.argument import Argument, Tensor, pack
+from pyggml.backends.cuda.gpu import H200, Device
 from pyggml.backends.cuda.table import ALIGNMENT
 from pyggml.dtypes import F32, DType
 from pyggml.errors import PyggmlError
@@ -28,69 +29,6 @@ Dim3 = tuple[int, int, int]
 #: Bytes of workspace recommended for cuBLAS on this generation: one block per device, shared by all
 #: products, which run one after another. `CudaKernel.cublas` returns whether a step needs it.
 WORKSPACE = 32 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """The properties of a GPU that kernels may depend on.
-
-    arch    in NVRTC's spelling without "sm_": "90a"
-    sms     number of multiprocessors
-    shared  maximum bytes of shared memory per block
-    l2      bytes of L2 cache
-    """
-
-    name: str
-    arch: str
-    sms: int
-    shared: int
-    l2: int
-    memory: int
-
-    @property
-    def overlaps(self) -> bool:
-        """Whether a launch may start before its predecessor has ended; every kernel waits for it
-        (kernels/include/overlap.cuh)."""
-        return not self.arch.startswith("8")
-
-
-#: The device assumed where none is present: for planning and compiling ahead.
-H200 = Device("H200", "90a", 132, 232_448, 60 << 20, 141 << 30)
-
-
-class Struct(ctypes.Structure):
-    """A C++ struct as a kernel argument; `_fields_` match its declaration name by name.
-
-    Pass every field by keyword, arrays as tuples. A number that does not fit its field raises
-    PyggmlError; ctypes alone would truncate it.
-    """
-
-    def __init__(self, **values: Any) -> None:
-        struct = type(self).__name__
-        names = {field[0] for field in self._fields_}
-        if values.keys() != names:
-            raise PyggmlError(f"{struct} takes {', '.join(sorted(names))}; got {', '.join(values)}")
-        super().__init__(**values)
-        for name, value in values.items():
-            field = getattr(self, name)
-            numbers = tuple(field) if isinstance(field, ctypes.Array) else (field,)
-            if isinstance(numbers[0], int) and numbers != (
-                value if isinstance(value, tuple) else (value,)
-            ):
-                raise PyggmlError(f"{struct}.{name}: {value} does not fit")
-
-
-class Tensor(Struct):
-    """The struct `Tensor` of common.cuh: address, byte strides, sizes."""
-
-    _fields_ = (
-        ("data", ctypes.c_uint64),
-        ("nb", ctypes.c_int64 * 4),
-        ("ne", ctypes.c_int32 * 4),
-    )
-
-
-Argument = Struct | np.generic
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,23 +117,6 @@ class Memcpy:
 
 
 Record = Launch | Gemm | Memcpy
-
-
-def pack(args: Sequence[Argument]) -> bytes:
-    """Pack arguments the way the driver expects: each at a multiple of its own alignment."""
-    packed = bytearray()
-    for arg in args:
-        if isinstance(arg, np.generic):
-            data, align = arg.tobytes(), arg.dtype.itemsize
-        elif isinstance(arg, Struct):
-            data, align = bytes(arg), ctypes.alignment(arg)
-        else:
-            raise PyggmlError(
-                "a kernel argument must be a NumPy scalar (np.int32(3)) or a Struct, so that its "
-                f"size is known; got {arg!r}"
-            )
-        packed += bytes(-len(packed) % align) + data
-    return bytes(packed)
 
 
 class Call:

@@ -7,8 +7,9 @@ import ctypes
 import numpy as np
 
 from pyggml import ops
+from pyggml.backends.cuda.argument import Argument, Struct
 from pyggml.backends.cuda.geometry import blocks_for, row_grid, rows, threads_for
-from pyggml.backends.cuda.launch import ABSENT, Argument, Call, Operand, Struct
+from pyggml.backends.cuda.launch import ABSENT, Call, Operand
 from pyggml.backends.cuda.table import kernel
 from pyggml.node import Node
 from pyggml.ops.reduce import row_length

@@ -7,9 +7,10 @@ import math
 from functools import partial
 
 from pyggml import ops
+from pyggml.backends.cuda.argument import Struct
 from pyggml.backends.cuda.fusion import Fused, Run
 from pyggml.backends.cuda.geometry import C_TYPES, blocks_for
-from pyggml.backends.cuda.launch import ABSENT, Call, Struct
+from pyggml.backends.cuda.launch import ABSENT, Call
 from pyggml.backends.cuda.table import kernel
 from pyggml.dtypes import BF16, F16, F32, I32
 from pyggml.node import Attrs, Node

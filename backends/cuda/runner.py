@@ -15,12 +15,14 @@ from functools import partial
 from typing import Any
 
 from pyggml.backends.cuda.checks import check_ids, debugging
+from pyggml.backends.cuda.device.context import Context
 from pyggml.backends.cuda.device.cublas import Cublas
-from pyggml.backends.cuda.device.driver import Context, guarded
+from pyggml.backends.cuda.device.driver import guarded
 from pyggml.backends.cuda.device.memory import Buffer, operand_at
 from pyggml.backends.cuda.device.pinned import Staging
 from pyggml.backends.cuda.fusion import CudaStep
-from pyggml.backends.cuda.launch import H200, Call, Device, Gemm, Launch, Record
+from pyggml.backends.cuda.gpu import H200, Device
+from pyggml.backends.cuda.launch import Call, Gemm, Launch, Record
 from pyggml.backends.pieces import piece_attributes, pieces_of, view_address
 from pyggml.backends.step import Address, Step, kernel_error
 from pyggml.errors import PyggmlError
@@ -38,10 +40,10 @@ def record_step(
     """The launches of a step; `scratch`: address and size in bytes of the declared scratch."""
     if step.loop is not None:
         return list(_loop_records(step, at, scratch, device))
-    return _recorded(step, at, step.node.attrs, device, scratch)
+    return _record(step, at, step.node.attrs, device, scratch)
 
 
-def _recorded(
+def _record(
     step: Step,
     at: Mapping[Node, Address],
     attrs: Mapping[str, Any],
@@ -80,7 +82,7 @@ def _loop_records(
         for inner, offset in zip(plan.steps, plan.scratch_at):
             attrs = piece_attributes(body, inner.node, starts)
             memory_of_step = scratch[0] + offset, inner.scratch
-            yield from _recorded(inner, places, attrs, device, memory_of_step)
+            yield from _record(inner, places, attrs, device, memory_of_step)
 
 
 class _Memory:
@@ -110,12 +112,12 @@ class CudaRunner:
     ) -> None:
         self.steps, self.context, self._staging = tuple(steps), context, staging
         self._at, self._scratch = at, scratch  # keeps the recorded addresses alive
-        recorded: list[list[Record]] = []
+        by_step: list[list[Record]] = []
         for step, offset in zip(self.steps, scratch_at):
             memory = (scratch.ptr + offset, step.scratch)
             load = step.node in loads
-            recorded.append([] if load else record_step(step, at, memory, context.about))
-        records = [record for step_records in recorded for record in step_records]
+            by_step.append([] if load else record_step(step, at, memory, context.about))
+        records = [record for step_records in by_step for record in step_records]
         context.load([record for record in records if isinstance(record, Launch)])
         has_gemm = any(isinstance(record, Gemm) for record in records)
         product = cublas().ready() if has_gemm else None
@@ -123,7 +125,7 @@ class CudaRunner:
             [loads[step.node]]
             if step.node in loads
             else [as_action(context, record, product) for record in step_records]
-            for step, step_records in zip(self.steps, recorded)
+            for step, step_records in zip(self.steps, by_step)
         ]
         self._runs: list[Action] | None = None
         self._warm = False

@@ -22,7 +22,7 @@ MAX_KEY = 65_535
 #: Largest header (keys and tensor table) we read. A vocabulary of 250,000 tokens takes about 15 MB.
 MAX_HEADER = 128 << 20
 #: Most keys and tensors we read. Model files have about 50 keys, and 50,000 tensors if every expert
-#: of DeepSeek-V3 is a tensor of its own.
+#: of DeepSeek-V3 is a separate tensor.
 MAX_KEYS = 65_536
 MAX_TENSORS = 262_144
 

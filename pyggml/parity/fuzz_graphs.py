@@ -82,8 +82,8 @@ def _plan(g: Grower, draw: Draw, shared: dict[str, Any], attention: bool, host: 
         *draw.rng.sample(g.results, draw.rng.randrange(min(3, len(g.results)))),
     }
     attrs = dict(shared)
-    updates = [w for w in set(g.handles.values()) if g.node(w).op.writes is not None]
-    updates = sorted(w for w in updates if draw.chance(0.6))
+    updates = [w for w in sorted(set(g.handles.values())) if g.node(w).op.writes is not None]
+    updates = [w for w in updates if draw.chance(0.6)]
     if updates:
         attrs["updates"] = ",".join(updates)
     if attention and draw.chance(0.6):

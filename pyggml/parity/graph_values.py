@@ -16,7 +16,7 @@ from pyggml.parity.values import Array, decoded
 from pyggml.quants import encode_rows
 
 VIEWS = {"view", "permute", "transpose", "reshape"}
-#: Ops whose kernels compute nothing, so that no noise stands for their rounding.
+#: Ops whose kernels compute nothing, so that their results have no noise from rounding.
 EXACT = {*MOVES, "set_rows", "cpy", "state_of", "relu"}
 #: Ops whose results are sums of products, or products of such sums.
 SUMS = {"mul_mat", "mul_mat_id", "fused_up_gate", "moe_up_gate", "flash_attn_ext"}

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 #: These bounds are for results of many elements. The error of a rounded operand is relative to the
 #: sum of the products' magnitudes, not to the result: where products cancel, a single element may
 #: be off by any factor (with 16-bit activations by 38 %, if it is 1e-5 of the magnitudes). So a
-#: case should have more than a few results; `check` widens the bound of one that has not.
+#: case should have more than a few results; `check` widens the bound of a smaller one.
 CLASSES: dict[str, float] = {
     # f32 operands and sums: real ggml stays below 5e-13 in long sums, 1e-10 leaves the order free.
     "f32": 1e-10,

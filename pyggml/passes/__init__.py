@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextvars import copy_context
 from functools import reduce
 
@@ -36,15 +36,15 @@ def budget(work: Work) -> Work:
 PIPELINE: tuple[Pass, ...] = (protect, assign, budget, *FINISH)
 
 
-def run(work: Work, passes: Sequence[Pass] = PIPELINE) -> Work:
-    """The work after all `passes`; with PYGGML_VERIFY=1 each one's result is checked."""
+def run(work: Work) -> Work:
+    """The work after every pass; with PYGGML_VERIFY=1 each one's result is checked."""
     # In its own context: if an interrupt ends it, no other graph's nodes are built as this one's.
-    return copy_context().run(_run, work, passes)
+    return copy_context().run(_run, work)
 
 
-def _run(work: Work, passes: Sequence[Pass]) -> Work:
+def _run(work: Work) -> Work:
     with rewriting(work.graph.nodes):
-        for step in passes:
+        for step in PIPELINE:
             work = step(work)
             if verifying():
                 verify(work, after=step.__name__)

@@ -68,8 +68,10 @@ class _Assigner:
         return self._scattered(node, choice, refusals)
 
     def _candidates(self, choice: Choice) -> list[Backend]:
-        others = [b for b in self.work.backends if b != choice.device]
-        return [choice.device, *([] if choice.fixed else others)]
+        """The devices to try, in order."""
+        if choice.fixed:
+            return [choice.device]
+        return [choice.device, *(b for b in self.work.backends if b != choice.device)]
 
     def _scattered(self, node: Node, choice: Choice, refusals: Sequence[str]) -> Node:
         """The meaning with each part where it can run.

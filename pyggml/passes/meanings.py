@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from pyggml.backends.base import Backend
 from pyggml.errors import GraphError
@@ -17,8 +17,7 @@ class Refused(Exception):
     """A device runs neither a node nor its meaning; the message says why."""
 
 
-@dataclass(frozen=True, slots=True)
-class Supported:
+class Supported(NamedTuple):
     """A node that a device runs, with the nodes that simpler ops replaced on the way to it."""
 
     node: Node

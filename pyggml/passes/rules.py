@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from pyggml.backends.base import Backend
 from pyggml.errors import GraphError
@@ -18,8 +18,7 @@ from pyggml.passes.work import Work
 BORROWED = 32
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """The device that a rule chose for a node.
 
     fixed  no other device may run the node, even if this one refuses it
@@ -89,7 +88,7 @@ class Homes:
                 if choice.free:
                     self.free[part] = choice.device
             self._turn[part] = len(self._turn)
-            stack += [s for s in part.src if s is not None]
+            stack += [s for s in part.src if s is not None and s not in self._turn]
         self._turn[node] = len(self._turn)
 
     def state(self, state: Node, user: Node) -> Backend:

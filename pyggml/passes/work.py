@@ -92,7 +92,7 @@ class Work:
     expanded   nodes that simpler ops replaced
     scores     tensors that the budget counts, including those inside loops
     exempt     tensors that it would count if the attention around them could be cut
-    plain      where everything would be without the budget, None if there is none
+    plain      the placement without the budget; None if there is no budget
     order      all nodes in the order in which they run
     layouts    how weights are stored, by constant (or its transfer)
     splits     all steps in order, divided by device

@@ -59,8 +59,7 @@ class Request:
 
     def plan(self, store: Store, stacklevel: int) -> Planned:
         """Plan the graph, with states where the store has them. Does not change the store."""
-        begin = replace(self.work, settled=_settled(self.work, store))
-        work = passes.run(begin)
+        work = passes.run(replace(self.work, settled=_settled(self.work, store)))
         for text in work.warnings:
             warnings.warn(text, stacklevel=stacklevel + 1)
         store.check(work.leaves)

@@ -1,4 +1,4 @@
-"""What is allocated through pycuda, counted from outside, and allocations that fail."""
+"""Counts allocations through pycuda from outside, and makes them fail."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from weakref import finalize
 
 
 class Allocations:
-    """Blocks of GPUs and of pinned memory that are held now, over all devices; `made` ever."""
+    """Live blocks of GPU memory and pinned memory over all devices; `count` includes freed ones."""
 
     def __init__(self) -> None:
-        self.held: dict[int, int] = {}  # number of the allocation -> bytes
-        self.made = 0
+        self.live: dict[int, int] = {}  # number of the allocation -> bytes
+        self.count = 0
         self.failing = 0
 
     @property
     def blocks(self) -> int:
-        return len(self.held)
+        return len(self.live)
 
     @property
     def nbytes(self) -> int:
-        return sum(self.held.values())
+        return sum(self.live.values())
 
     def watch(self, driver: Any) -> None:
-        """Count what pycuda's driver module gives from now on; once for a module."""
+        """Count the allocations of pycuda's driver module from now on. Idempotent."""
         if getattr(driver, "allocations", None) is self:
             return
         driver.allocations = self
@@ -38,7 +38,7 @@ class Allocations:
         def counted_pagelocked(shape: int, dtype: Any) -> Any:
             self._begin(driver)
             array = pagelocked(shape, dtype)
-            finalize(array, self.held.pop, self._add(array.nbytes), None)
+            finalize(array, self.live.pop, self._add(array.nbytes), None)
             return array
 
         driver.mem_alloc, driver.pagelocked_empty = counted_alloc, counted_pagelocked
@@ -50,16 +50,16 @@ class Allocations:
                 raise driver.MemoryError("a test let this allocation fail: out of memory")
 
     def _add(self, nbytes: int) -> int:
-        self.made += 1
-        self.held[self.made] = nbytes
-        return self.made
+        self.count += 1
+        self.live[self.count] = nbytes
+        return self.count
 
 
 class Block:
-    """A block of pycuda's, whose end is counted."""
+    """A block of pycuda that leaves the count when it is freed."""
 
     def __init__(self, allocations: Allocations, block: Any, number: int) -> None:
-        self._block, self._end = block, finalize(self, allocations.held.pop, number, None)
+        self._block, self._end = block, finalize(self, allocations.live.pop, number, None)
 
     def __int__(self) -> int:
         return int(self._block)
@@ -74,7 +74,7 @@ ALLOCATIONS = Allocations()
 
 @contextmanager
 def fail_allocation(number: int) -> Iterator[None]:
-    """Let the allocation of that number, from 1 and from now on, fail as if memory were full."""
+    """Inside, the `number`-th allocation (from 1) fails as if memory were full."""
     ALLOCATIONS.failing = number
     try:
         yield

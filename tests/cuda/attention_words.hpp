@@ -1,4 +1,4 @@
-// The words of CUDA and of mma.cuh that the plain attention kernel needs beside host.hpp.
+// Names of CUDA and of mma.cuh that the plain attention kernel needs in addition to host.hpp.
 using u8 = unsigned char;
 using u16 = unsigned short;
 using u32 = unsigned int;

@@ -1,5 +1,5 @@
-// A block of CUDA threads on the host: each is a fiber, and barriers and shuffles are real. It stands
-// before host.hpp, whose words for a single thread these replace.
+// A block of CUDA threads on the host: each is a fiber, and barriers and shuffles are real. Include
+// it before host.hpp, whose definitions for a single thread it replaces.
 #pragma once
 #define __BLOCK__
 #include <ucontext.h>
@@ -40,7 +40,7 @@ inline Block* block;
 inline void __syncthreads() { block->wait(block->all, blockDim.x); }
 inline void __syncwarp() { block->wait(block->warps[threadIdx.x / 32], 32); }
 
-// What lane `from` of the warp says.
+// The value of x in lane `from` of the warp.
 template <class T>
 T exchanged(T x, int from) {
     unsigned long long* slots = &block->slots[threadIdx.x / 32 * 32];

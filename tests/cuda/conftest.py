@@ -1,4 +1,4 @@
-"""Machines that this one is not: without pycuda, without a driver, with an old one, with a GPU."""
+"""Fixtures that imitate other machines: without pycuda, without a driver, with GPUs."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import pytest
 
 from pyggml.backends.cuda import backend, doctor
 from pyggml.backends.cuda.attention import flash
-from pyggml.backends.cuda.device import compiler, driver
+from pyggml.backends.cuda.device import compiler, context, driver
 from pyggml.backends.cuda.device.tensormap import TensorMap
 from tests.cuda.allocations import ALLOCATIONS
 
 
 @pytest.fixture(autouse=True)
 def tensor_maps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the driver can write a tensor map: where there is none, recording gets zeros."""
+    """Without a driver, which alone can encode tensor maps, record maps of zeros."""
     bindings = find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
     if not bindings or not any(Path(mark).exists() for mark in doctor.GPU_MARKS):
         monkeypatch.setattr(flash, "tensor_map", lambda *_: TensorMap(opaque=(0,) * 16))
@@ -30,44 +30,45 @@ def tensor_maps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 FAKE = Path(__file__).parent / "fake_pycuda"
 PACKAGES = ("pycuda", "cupy-cuda13x", "cuda-bindings")
-#: What is found once and kept.
-FOUND = (driver.imported, driver.driver, driver.context, compiler.nvrtc)
+#: Functions that cache their results.
+CACHED = (driver.imported, driver.driver, context.context, compiler.nvrtc)
 VERSION = compiler.nvrtc_version.__wrapped__
-#: What a device opens once and keeps.
-OPENED = ("context", "staging", "cublas")
+#: Cached properties of a device.
+PROPERTIES = ("context", "staging", "cublas")
 
 Machine = Callable[..., None]
 
 
-def loaded() -> dict[str, ModuleType]:
-    """The modules of pycuda and cuda-bindings, whichever they are."""
+def driver_modules() -> dict[str, ModuleType]:
+    """The imported modules of pycuda and cuda-bindings, real or fake."""
     names = [name for name in sys.modules if name.partition(".")[0] in ("pycuda", "cuda")]
     return {name: sys.modules[name] for name in names}
 
 
 def forget() -> None:
-    gc.collect()  # plans of earlier tests, which exceptions keep: their memory is counted
-    for found in FOUND:
-        found.cache_clear()
-    for name in loaded():
+    """Drop what the process has cached about its machine."""
+    gc.collect()  # frees plans that exceptions of earlier tests kept: their memory is counted
+    for function in CACHED:
+        function.cache_clear()
+    for name in driver_modules():
         del sys.modules[name]
     for device in map(backend.device, range(2)):
         device._peers.clear()
-        for name in OPENED:
+        for name in PROPERTIES:
             vars(device).pop(name, None)
 
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Machine]:
-    """`machine(pycuda, nvrtc)` makes the process believe that it runs there.
+    """`machine(pycuda, nvrtc)` imitates a machine until the end of the test.
 
-    pycuda  None: neither it nor the other packages are installed; else the kind of machine that
-            fake_pycuda plays
-    nvrtc   whether NVRTC, its headers and cuBLAS are there; kernels compile to nothing
+    pycuda  None: no package of the extra `cuda` is installed; else the machine that fake_pycuda
+            imitates
+    nvrtc   whether NVRTC, its headers and cuBLAS are installed; kernels compile to nothing
     """
-    version, real = metadata.version, loaded()
+    version, real = metadata.version, driver_modules()
 
-    def become(pycuda: str | None = None, nvrtc: bool = True) -> None:
+    def imitate(pycuda: str | None = None, nvrtc: bool = True) -> None:
         forget()
         monkeypatch.setenv("PYGGML_CACHE", str(tmp_path / "cache"))
         if pycuda is None:
@@ -95,12 +96,12 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Machine
         if nvrtc:
             monkeypatch.setattr(compiler, "nvrtc_version", lambda: (13, 0))
             monkeypatch.setattr(compiler, "include_folders", lambda: (folder,))
-            monkeypatch.setattr(compiler, "compile_instance", compiled)
+            monkeypatch.setattr(compiler, "compile_instance", fake_cubin)
         else:
             monkeypatch.setattr(compiler, "nvrtc_version", VERSION)
             monkeypatch.setattr(compiler.ctypes, "CDLL", no_library)
 
-    yield become
+    yield imitate
     forget()
     sys.modules.update(real)
 
@@ -109,6 +110,6 @@ def no_library(name: str) -> Any:
     raise OSError(f"{name}: cannot open shared object file: No such file or directory")
 
 
-def compiled(file: str, name: str, arch: str) -> compiler.Cubin:
-    """What NVRTC might make of an instance."""
+def fake_cubin(file: str, name: str, arch: str) -> compiler.Cubin:
+    """A cubin in place of the one that NVRTC would produce."""
     return compiler.Cubin(name, "_Z6symbol", arch, 32, 0, 0, 0, f"{file} {name} {arch}".encode())

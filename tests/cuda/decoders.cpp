@@ -1,5 +1,5 @@
-// What the kernels' decoders make of weights, row after row in f32. test_decoders.py puts the
-// kernels' headers, and the part of linear_tile.cu before the product, in front.
+// Decodes weights with the kernels' decoders, row by row to f32. test_decoders.py puts the kernels'
+// headers and the part of linear_tile.cu before the product in front.
 
 // As `vec` reads them: codes and scales of a whole group.
 template <class F>
@@ -41,7 +41,7 @@ void fragments(const typename F::Source& a, int rows, int n, float* out) {
         }
 }
 
-// planes: of tiles, or the address of rows of a file.
+// From tiles (`packed`) or from rows of a file (`raw`).
 template <class F>
 int run(int tiles, int tile, const Packed& packed, const Tensor& raw, float* out) {
     const int rows = packed.rows, n = packed.groups;

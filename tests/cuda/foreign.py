@@ -1,4 +1,4 @@
-"""Arrays of other libraries on a GPU that is not there (see fake_pycuda)."""
+"""Arrays of other libraries on a fake GPU (see fake_pycuda)."""
 
 from __future__ import annotations
 
@@ -8,59 +8,62 @@ from typing import Any
 
 import numpy as np
 
-Look = Callable[[np.ndarray], np.ndarray]
+View = Callable[[np.ndarray], np.ndarray]
 
 
-def on_device(values: np.ndarray, look: Look, offset: int) -> np.ndarray:
-    """What `look` shows of these values in device memory, `offset` bytes into a block."""
+def on_device(values: np.ndarray, view: View, offset: int) -> np.ndarray:
+    """A view of these values in device memory, `offset` bytes into a block."""
     import pycuda.driver
 
     block = pycuda.driver.DeviceAllocation(values.nbytes + offset)
     raw = block.memory[block.ptr - block.memory.ctypes.data + offset :][: values.nbytes]
-    held = raw.view(values.dtype).reshape(values.shape)
-    held[...] = values
-    return look(held)
+    array = raw.view(values.dtype).reshape(values.shape)
+    array[...] = values
+    return view(array)
 
 
 class Interface:
-    """An array that speaks __cuda_array_interface__ alone, as pycuda's do."""
+    """An array that has only __cuda_array_interface__, like pycuda's."""
 
     def __init__(
-        self, values: np.ndarray, look: Look = np.asarray, offset: int = 0, **more: Any
+        self, values: np.ndarray, view: View = np.asarray, offset: int = 0, **more: Any
     ) -> None:
-        self.held, self.more = on_device(values, look, offset), more
+        self.values, self.more = on_device(values, view, offset), more
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        held = self.held
-        strides = None if held.flags.c_contiguous else held.strides
+        array = self.values
+        strides = None if array.flags.c_contiguous else array.strides
         return {
             "version": 3,
-            "shape": held.shape,
-            "typestr": held.dtype.str,
+            "shape": array.shape,
+            "typestr": array.dtype.str,
             "strides": strides,
-            "data": (held.ctypes.data, False),
+            "data": (array.ctypes.data, False),
             **self.more,
         }
 
 
 class Capsule:
-    """An array that speaks DLPack, as CuPy's and PyTorch's do; `asked` are the streams."""
+    """An array with DLPack, like CuPy's and PyTorch's. `streams` lists those of its exports."""
 
-    def __init__(self, values: np.ndarray, look: Look = np.asarray, index: int = 0) -> None:
-        self.held, self.index, self.asked = on_device(values, look, 0), index, list[Any]()
+    def __init__(self, values: np.ndarray, view: View = np.asarray, index: int = 0) -> None:
+        self.values, self.index, self.streams = on_device(values, view, 0), index, list[Any]()
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return 2, self.index
 
     def __dlpack__(self, *, stream: Any = None) -> Any:
-        self.asked.append(stream)
-        return self.held.__dlpack__()
+        self.streams.append(stream)
+        return self.values.__dlpack__()
 
 
 class CuPy:
-    """The functions of CuPy that say where memory is and let a stream wait; `waited` are the
-    streams that were waited for, `index` the GPU on which addresses are."""
+    """The functions of CuPy that find the GPU of an address and make a stream wait.
+
+    index   the GPU of every address
+    waited  the streams that were waited for
+    """
 
     def __init__(self) -> None:
         self.index, self.waited = 0, list[int]()

@@ -1,4 +1,4 @@
-"""Kernels that load several numbers at once: sizes, strides and addresses decide about them."""
+"""Kernels load several numbers at once if sizes, strides and addresses allow it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from pyggml.node import Node
 BASE = 1 << 40
 
 
-def recorded(node: Node, shift: int = 0) -> list[Launch]:
-    """The launches of a node whose operands all begin `shift` bytes behind a multiple of 256."""
+def launches_of(node: Node, shift: int = 0) -> list[Launch]:
+    """The launches of a node whose operands all start `shift` bytes past a multiple of 256."""
     row = KERNELS[node.op]
     need = row.scratch(node) if row.scratch is not None else 0
     operands = {
@@ -30,7 +30,7 @@ def recorded(node: Node, shift: int = 0) -> list[Launch]:
     out = Operand(BASE * 2 + shift, node.ne, node.nb, node.dtype)
     call = Call(node, out, operands, node.attrs, scratch=(BASE, need))
     row.run(call)
-    return [one for one in call.records if isinstance(one, Launch)]
+    return [record for record in call.records if isinstance(record, Launch)]
 
 
 def packs(launch: Launch) -> list[int]:
@@ -39,7 +39,7 @@ def packs(launch: Launch) -> list[int]:
 
 
 X = gg.input("x", ne=(64, 6))
-ONE = gg.input("one", ne=(64,))
+ROW = gg.input("row", ne=(64,))
 HALVES = gg.input("halves", "f16", ne=(64, 6))
 
 
@@ -48,29 +48,29 @@ HALVES = gg.input("halves", "f16", ne=(64, 6))
     [
         (lambda x: gg.silu(x), 4),
         (lambda x: gg.add(x, x), 4),
-        (lambda x: gg.add(x, ONE), 4),
+        (lambda x: gg.add(x, ROW), 4),
         (lambda x: gg.rms_norm(x, eps=1e-6), 4),
         (lambda x: gg.soft_max(x), 4),
         (lambda x: gg.cast(x, dtype="f16"), 4),
     ],
 )
-def test_packs_need_rows_that_begin_at_them(make: Any, wide: int) -> None:
-    (aligned,) = recorded(make(X))
+def test_packs_need_aligned_rows(make: Any, wide: int) -> None:
+    (aligned,) = launches_of(make(X))
     assert wide in packs(aligned), aligned.name
-    crooked = (
-        recorded(make(X), 4),
-        recorded(make(gg.view(gg.input("long", ne=(65, 6)), ne=(64, 6)))),
-        recorded(make(gg.view(gg.input("apart", ne=(128, 6)), ne=(64, 6), step=(2, 1)))),
+    unaligned = (
+        launches_of(make(X), 4),
+        launches_of(make(gg.view(gg.input("long", ne=(65, 6)), ne=(64, 6)))),
+        launches_of(make(gg.view(gg.input("apart", ne=(128, 6)), ne=(64, 6), step=(2, 1)))),
     )
-    for (launch,) in crooked:
+    for (launch,) in unaligned:
         assert wide not in packs(launch), launch.name
 
 
 @pytest.mark.parametrize("shift", (0, 2, 4, 8))
 @pytest.mark.parametrize("type", ("f32", "f16"))
-def test_products_need_them_too(type: str, shift: int) -> None:
+def test_products_need_aligned_rows(type: str, shift: int) -> None:
     a = gg.input("a", type, ne=(64, 6))
-    (launch,) = recorded(gg.mul_mat(a, gg.input("b", ne=(64, 1))), shift)
+    (launch,) = launches_of(gg.mul_mat(a, gg.input("b", ne=(64, 1))), shift)
     assert ("true" in launch.name) == (shift == 0), launch.name
 
 
@@ -78,12 +78,12 @@ def test_products_need_them_too(type: str, shift: int) -> None:
 @pytest.mark.parametrize("d_v", (1, 4, 5, 32, 33))
 @pytest.mark.parametrize("n_q", (1, 3))
 @pytest.mark.parametrize("heads", (1, 3))
-def test_what_splits_of_keys_leave_lies_aligned(type: str, d_v: int, n_q: int, heads: int) -> None:
-    """Sums at multiples of 16 where they are read in fours, their (max, sum) pairs of 8."""
+def test_results_of_split_keys_are_aligned(type: str, d_v: int, n_q: int, heads: int) -> None:
+    """Sums that are read in fours start at a multiple of 16, (max, sum) pairs at one of 8."""
     q = gg.input("q", ne=(32, n_q, heads))
     k, v = gg.input("k", type, ne=(32, 300, 1)), gg.input("v", type, ne=(d_v, 300, 1))
     node = gg.flash_attn_ext(q, k, v, scale=0.2)
-    *_, launch = recorded(node)
+    *_, launch = launches_of(node)
     assert launch.name == f"combine<{4 if d_v % 4 == 0 else 1}>"
     sums, stats = struct.unpack_from("<2Q", launch.args, 8 * 8)
     n_sums, n_stats = Shape.of(node).parts("any")
@@ -93,16 +93,16 @@ def test_what_splits_of_keys_leave_lies_aligned(type: str, d_v: int, n_q: int, h
 
 @pytest.mark.parametrize("shift", (0, 2, 8))
 @pytest.mark.parametrize("type", ("f16", "q8_0"))
-def test_tensor_cores_take_rows_at_multiples_of_16_alone(type: str, shift: int) -> None:
+def test_tensor_cores_need_rows_at_multiples_of_16(type: str, shift: int) -> None:
     q = gg.input("q", ne=(64, 40, 2))
     k, v = (gg.input(name, type, ne=(64, 100, 2)) for name in "kv")
-    names = [one.name for one in recorded(gg.flash_attn_ext(q, k, v, scale=0.2), shift)]
+    names = [launch.name for launch in launches_of(gg.flash_attn_ext(q, k, v, scale=0.2), shift)]
     fits = shift % (4 if type == "q8_0" else 16) == 0
     kernel = "tiles" if fits else "any"
     assert any(name.startswith(kernel) for name in names), names
 
 
 def test_a_map_of_one_row_has_strides_of_16() -> None:
-    """What the stride of a size of 1 is says nothing of the memory."""
+    """The stride of a dimension of size 1 can be anything, but a map needs multiples of 16."""
     assert steps_of((64, 1, 1, 1), (2, 132, 132, 132)) == [128, 128, 128]
     assert steps_of((64, 9, 1, 2), (2, 160, 7, 4096)) == [160, 160, 4096]

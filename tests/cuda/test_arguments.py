@@ -1,4 +1,4 @@
-"""Kernel arguments: the structs of the host functions lie in memory as those of the kernels do."""
+"""Kernel arguments: the structs in Python have the layout of the structs in the kernels."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import pytest
 
 import pyggml as gg
 from pyggml.backends.cuda import reduce, rope
-from pyggml.backends.cuda.attention import flash, parts
+from pyggml.backends.cuda.argument import Struct, Tensor, pack
+from pyggml.backends.cuda.attention import arguments, parts
 from pyggml.backends.cuda.device import tensormap
 from pyggml.backends.cuda.device.compiler import KERNELS
-from pyggml.backends.cuda.launch import Struct, Tensor, pack
 from pyggml.backends.cuda.linear import blocks, common
 from pyggml.backends.cuda.weights import packing
 
 HERE = Path(__file__).parent
-#: Struct, where the kernels declare it, and what they call it; those that it holds come first.
+#: Struct, the file that declares it, and its name there. Members come before their struct.
 STRUCTS: tuple[tuple[type[Struct], str, str], ...] = (
     (Tensor, "include/common.cuh", "Tensor"),
     (packing.Packed, "include/formats.cuh", "Packed"),
@@ -35,9 +35,9 @@ STRUCTS: tuple[tuple[type[Struct], str, str], ...] = (
     (blocks.TileWeights, "include/formats.cuh", "Weights<InTiles>"),
     (blocks.RowWeights, "include/formats.cuh", "Weights<InRows>"),
     (tensormap.TensorMap, "include/mma.cuh", "TensorMap"),
-    (flash.Attention, "include/attention.cuh", "Attention"),
-    (flash.HopperArgument, "attention_hopper.cu", "HopperArgument"),
-    (flash.LatentArgument, "attention_latent_hopper.cu", "LatentArgument"),
+    (arguments.Attention, "include/attention.cuh", "Attention"),
+    (arguments.HopperArgument, "attention_hopper.cu", "HopperArgument"),
+    (arguments.LatentArgument, "attention_latent_hopper.cu", "LatentArgument"),
 )
 PRELUDE = """
 #include <cstddef>
@@ -52,23 +52,23 @@ FORMATS = "struct InTiles { using Source = Packed; }; struct InRows { using Sour
 
 
 def declaration(file: str, name: str) -> str:
-    """The struct as the kernels' source has it."""
+    """The declaration of a struct in the kernels' source."""
     name = name.partition("<")[0]
     text = (KERNELS / file).read_text()
-    found = re.search(rf"^(template <[^>\n]*>\n)?struct {name} {{\n.*?^}};", text, re.M | re.S)
-    assert found is not None, f"{file} declares no struct {name}"
-    return found[0]
+    match = re.search(rf"^(template <[^>\n]*>\n)?struct {name} {{\n.*?^}};", text, re.M | re.S)
+    assert match is not None, f"{file} declares no struct {name}"
+    return match[0]
 
 
 def numbers(struct: type[Struct], name: str) -> list[str]:
-    """Its size, and where each field is and how large, as C++ expressions."""
+    """Size and alignment of a struct, offset and size of each field, as C++ expressions."""
     fields = [field for field, *_ in struct._fields_]
     each = [(f"offsetof({name}, {f})", f"sizeof((({name}*)0)->{f})") for f in fields]
     return [f"sizeof({name})", f"alignof({name})", *(x for pair in each for x in pair)]
 
 
 def layout(struct: type[Struct]) -> list[int]:
-    """The same by ctypes."""
+    """The same numbers from ctypes."""
     fields = [getattr(struct, field) for field, *_ in struct._fields_]
     size, align = ctypes.sizeof(struct), ctypes.alignment(struct)
     return [size, align, *(x for field in fields for x in (field.offset, field.size))]
@@ -90,34 +90,34 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
     source.write_text((HERE / "host.hpp").read_text() + PRELUDE + body)
     out = folder / "arguments.so"
     options = ["-std=c++17", "-w", "-shared", "-fPIC", source, "-o", out]
-    done = subprocess.run([compiler, *options], capture_output=True, text=True)
-    if "_Float16" in done.stderr:
-        pytest.skip(f"{compiler} knows no _Float16")
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run([compiler, *options], capture_output=True, text=True)
+    if "_Float16" in result.stderr:
+        pytest.skip(f"{compiler} does not support _Float16")
+    assert result.returncode == 0, result.stderr
     return ctypes.CDLL(str(out))
 
 
 @pytest.mark.parametrize("number", range(len(STRUCTS)), ids=[name for *_, name in STRUCTS])
-def test_a_struct_lies_as_the_kernels_declare_it(number: int, library: Any) -> None:
+def test_a_struct_has_the_layout_of_the_kernels(number: int, library: Any) -> None:
     struct = STRUCTS[number][0]
-    want = layout(struct)
-    assert list((ctypes.c_longlong * len(want)).in_dll(library, f"layout{number}")) == want
+    expected = layout(struct)
+    assert list((ctypes.c_longlong * len(expected)).in_dll(library, f"layout{number}")) == expected
 
 
 @pytest.mark.parametrize(("struct", "file", "name"), STRUCTS, ids=[name for *_, name in STRUCTS])
-def test_a_struct_has_all_fields_in_their_order(struct: type[Struct], file: str, name: str) -> None:
-    """By name: two fields of one size that changed places would lie alike."""
+def test_a_struct_has_the_same_fields_in_order(struct: type[Struct], file: str, name: str) -> None:
+    """Two swapped fields of equal size have the same layout, so names are compared."""
     members = declaration(file, name).partition("{")[2].removesuffix("};")
     members = re.sub(r"//.*", "", members)
     members = members.partition("__device__")[0].rpartition(";")[0]
     declared = [
-        re.findall(r"\w+", re.sub(r"\[\w+\]", "", one))[-1] for one in re.split(r"[;,]", members)
+        re.findall(r"\w+", re.sub(r"\[\w+\]", "", part))[-1] for part in re.split(r"[;,]", members)
     ]
     assert declared == [field for field, *_ in struct._fields_]
 
 
 def every_struct() -> set[type[Struct]]:
-    """All that the host functions have."""
+    """All structs of the backend."""
     return {s for s in Struct.__subclasses__() if s.__module__.startswith("pyggml.")}
 
 
@@ -126,7 +126,7 @@ def test_no_struct_is_left_out() -> None:
 
 
 def test_a_number_that_does_not_fit_is_an_error() -> None:
-    """ctypes alone would cut it off."""
+    """ctypes alone would truncate it."""
     for ne, nb in (((2**31, 1, 1, 1), (4, 4, 4, 4)), ((1, 1, 1, 1), (4, 4, 2**63, 4))):
         with pytest.raises(gg.PyggmlError, match=r"Tensor\.n[eb].* does not fit"):
             Tensor(data=1 << 40, nb=nb, ne=ne)
@@ -135,12 +135,12 @@ def test_a_number_that_does_not_fit_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("fields", ({"a2": 1, "r3": 1}, {"a2": 1, "r3": 1, "column": 1}))
-def test_every_field_is_given_by_name(fields: dict[str, int]) -> None:
+def test_every_field_is_required(fields: dict[str, int]) -> None:
     with pytest.raises(gg.PyggmlError, match="Heads takes a2, columns, r3; got"):
         common.Heads(**fields)
 
 
-def test_arguments_begin_at_multiples_of_their_alignment() -> None:
+def test_arguments_are_aligned() -> None:
     heads = common.Heads(a2=1, r3=2, columns=3)
     packed = pack([np.int32(7), np.uint64(8), heads, np.int32(4), np.uint64(9)])
     words = np.frombuffer(packed, np.int32).tolist()
@@ -148,6 +148,6 @@ def test_arguments_begin_at_multiples_of_their_alignment() -> None:
 
 
 def test_an_argument_of_unknown_size_is_an_error() -> None:
-    for wrong in (3, 2.0, b"12345678"):
+    for value in (3, 2.0, b"12345678"):
         with pytest.raises(gg.PyggmlError, match="a kernel argument must be a NumPy scalar"):
-            pack([wrong])  # type: ignore[list-item]
+            pack([value])  # type: ignore[list-item]

@@ -1,7 +1,7 @@
-"""The plain attention kernel on the host, thread by thread, against the oracle.
+"""The plain attention kernel, compiled for the host, against the oracle.
 
-Hidden keys that hold NaN, keys split with rows of any length, and positions at the ends of int32:
-what a kernel does about these is the same source on a GPU.
+It runs thread by thread, with NaN in hidden keys, split keys of any row length, and positions at
+the ends of int32.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _path(name: str) -> Path:
 
 
 def kernel_source(name: str) -> str:
-    """A kernel file without its includes, in C++ of the host."""
+    """A kernel file as C++ for the host, without its includes."""
     text = re.sub(r"#include.*", "", _path(name).read_text())
     text = re.sub(r"extern __shared__ __align__\(\d+\) (\w+) memory\[\];", r"", text)
     return text.replace("#pragma once", "")
@@ -58,16 +58,16 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
         "#include <ucontext.h>\n_Float16 f(_Float16 x) { return x + x; }"
     )
     if subprocess.run([compiler, *options, folder / "f16.cpp", "-o", folder / "f16"]).returncode:
-        pytest.skip(f"{compiler} knows no _Float16 or no ucontext")
-    done = subprocess.run(
+        pytest.skip(f"{compiler} lacks _Float16 or ucontext")
+    result = subprocess.run(
         [compiler, *options, source, "-o", folder / "attention"], capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
     return ctypes.CDLL(str(folder / "attention"))
 
 
 def on_host(library: Any, node: Node, arrays: list[Any], out: Any) -> None:
-    """What the backend records for the node, at the addresses of NumPy arrays."""
+    """Run the launches that the backend records for a node on NumPy arrays."""
 
     def operand(n: Node, array: Any) -> Operand:
         return Operand(array.ctypes.data, n.ne, n.nb, n.dtype)
@@ -84,8 +84,8 @@ def on_host(library: Any, node: Node, arrays: list[Any], out: Any) -> None:
     }
     call = Call(node, operand(node, out), operands, node.attrs, scratch=(ptr, need))
     row.run(call)
-    launches = [one for one in call.records if isinstance(one, Launch)]
-    grids = {one.name.partition("<")[0]: one.grid for one in launches}
+    launches = [record for record in call.records if isinstance(record, Launch)]
+    grids = {launch.name.partition("<")[0]: launch.grid for launch in launches}
     assert launches[-1].name in ("any<64, 32>", "combine<1>", "combine<4>")
     argument = ctypes.create_string_buffer(launches[0].args)
     assert library.attention_size() == len(launches[0].args)
@@ -99,9 +99,9 @@ def on_host(library: Any, node: Node, arrays: list[Any], out: Any) -> None:
     "text",
     [
         *(
-            f"flash_attn_ext(f32[{d},7,2], {kind}[{d},150,1]~{fill}, {kind}[{d},150,1]~{fill}, "
+            f"flash_attn_ext(f32[{d},7,2], {cache}[{d},150,1]~{fill}, {cache}[{d},150,1]~{fill}, "
             f"{mask}, -, {length}, scale=0.2, prec='f32'{more})"
-            for d, kind in ((40, "f32"), (24, "f16"), (32, "q8_0"), (64, "bf16"), (32, "q4_1"))
+            for d, cache in ((40, "f32"), (24, "f16"), (32, "q8_0"), (64, "bf16"), (32, "q4_1"))
             for fill, mask, length, more in (
                 ("holed", "f16[150,7]~holes", "-", ", lse=True"),
                 ("holed", "f16[150,7]~holes", "-", ", max_bias=8.0, logit_softcap=4.0"),
@@ -110,9 +110,9 @@ def on_host(library: Any, node: Node, arrays: list[Any], out: Any) -> None:
             )
         ),
         *(
-            f"flash_attn_ext(f32[32,{n},1], {kind}[32,{keys},1], {kind}[{d_v},{keys},1], -, "
+            f"flash_attn_ext(f32[32,{n},1], {cache}[32,{keys},1], {cache}[{d_v},{keys},1], -, "
             f"{sinks}, scale=0.2, prec='f32', lse={lse})"
-            for kind in ("f32", "f16")
+            for cache in ("f32", "f16")
             for d_v in (1, 5)
             for n, keys in ((1, 300), (3, 321))
             for sinks in ("-", "f32[1]")
@@ -124,18 +124,18 @@ def on_host(library: Any, node: Node, arrays: list[Any], out: Any) -> None:
 )
 def test_the_kernel_is_right(text: str, library: Any) -> None:
     case = Case.parse(text)
-    built = build(case)
-    held = {**built.inputs, **built.states}
-    arrays = [None if n is None else held[f"s{i}"] for i, n in enumerate(built.node.src)]
-    got = np.zeros(built.node.ne[::-1], np.float32)
-    on_host(library, built.node, arrays, got)
-    want = oracle.run(case.op, built.values, **case.attrs)
-    result = tolerance.within(got.astype(np.float64), want, 1e-10)
+    graph = build(case)
+    leaves = {**graph.inputs, **graph.states}
+    arrays = [None if n is None else leaves[f"s{i}"] for i, n in enumerate(graph.node.src)]
+    out = np.zeros(graph.node.ne[::-1], np.float32)
+    on_host(library, graph.node, arrays, out)
+    expected = oracle.run(case.op, graph.values, **case.attrs)
+    result = tolerance.within(out.astype(np.float64), expected, 1e-10)
     assert result, f"{case}: {result}"
 
 
 def test_positions_at_the_ends(library: Any) -> None:
-    """causal_mask in the place of a mask, as the fused step gives it."""
+    """Positions in place of a mask, as in the fused step."""
     from pyggml.backends.cuda.attention.flash import flash_attn_causal
 
     rng = np.random.default_rng(0)
@@ -148,8 +148,8 @@ def test_positions_at_the_ends(library: Any) -> None:
         at = gg.input("pos", "i32", ne=pos.shape)
         mask = gg.causal_mask(at, n_kv=n_kv, window=window)
         node = gg.flash_attn_ext(*nodes, mask, scale=0.2, prec="f32")
-        named = zip(("q", "k", "v", "pos"), (*nodes, at), (q, k, v, pos))
-        operands = {name: Operand(x.ctypes.data, n.ne, n.nb, n.dtype) for name, n, x in named}
+        sources = zip(("q", "k", "v", "pos"), (*nodes, at), (q, k, v, pos))
+        operands = {name: Operand(x.ctypes.data, n.ne, n.nb, n.dtype) for name, n, x in sources}
         out = np.zeros(node.ne[2::-1], np.float32)
         result = Operand(out.ctypes.data, node.ne, node.nb, node.dtype)
         scratch = np.full(1 << 20, 0xFF, np.uint8)
@@ -158,7 +158,7 @@ def test_positions_at_the_ends(library: Any) -> None:
             scratch=(scratch.ctypes.data + -scratch.ctypes.data % 16, (1 << 20) - 16),
         )  # fmt: skip
         flash_attn_causal(call, window)
-        launches = {one.name.partition("<")[0]: one for one in call.records}
+        launches = {launch.name.partition("<")[0]: launch for launch in call.records}
         grids = [
             (ctypes.c_int * 3)(*(launches[name].grid if name in launches else (0, 0, 0)))
             for name in ("any", "survey", "combine")
@@ -167,7 +167,7 @@ def test_positions_at_the_ends(library: Any) -> None:
         hidden = oracle.run(
             "causal_mask", [pos[None, None, None].astype("i8")], n_kv=n_kv, window=window
         )
-        want = oracle.run(
+        expected = oracle.run(
             "flash_attn_ext", [x[None].astype("f8") for x in (q, k, v)] + [hidden], scale=0.2
         )
-        assert tolerance.within(out.astype("f8"), want[0], 1e-10), window
+        assert tolerance.within(out.astype("f8"), expected[0], 1e-10), window

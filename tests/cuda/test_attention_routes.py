@@ -1,4 +1,4 @@
-"""Which kernel flash_attn_ext takes on which GPU, by its shared memory. No GPU."""
+"""The kernel of flash_attn_ext depends on the shared memory of the GPU. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 
 import pyggml as gg
 from pyggml.backends.cuda.attention import routes
-from pyggml.backends.cuda.launch import H200, Call, Device, Launch, Operand
+from pyggml.backends.cuda.gpu import H200, Device
+from pyggml.backends.cuda.launch import Call, Launch, Operand
 from pyggml.backends.cuda.table import KERNELS
 from tools.compile_kernels import instances
 
@@ -23,18 +24,18 @@ DEVICES = {
     "90a": H200,
     "120a": replace(H200, arch="120a", shared=101_376),
 }
-#: What is compiled ahead for an architecture.
+#: Names of the instances compiled ahead, by architecture.
 AHEAD = {
     arch: {
-        one.name
-        for one in instances([FOLDER / "attention_split.cu", FOLDER / "attention_latent.cu"])
-        if not one.archs or arch in one.archs
+        instance.name
+        for instance in instances([FOLDER / "attention_split.cu", FOLDER / "attention_latent.cu"])
+        if not instance.archs or arch in instance.archs
     }
     for arch in DEVICES
 }
 
 
-def launched(node: gg.Node, device: Device) -> list[Launch]:
+def launches_of(node: gg.Node, device: Device) -> list[Launch]:
     operands, base = {}, 1 << 40
     for name, i in node.op.operands.items():
         if (s := node.get(name)) is not None:
@@ -51,34 +52,38 @@ def launched(node: gg.Node, device: Device) -> list[Launch]:
 
 
 def attention(
-    pair: tuple[int, int], kind: str, n_q: int, heads: int, heads_kv: int, n_kv: int = 4096
+    pair: tuple[int, int], cache: str, n_q: int, heads: int, heads_kv: int, n_kv: int = 4096
 ) -> gg.Node:
     d_k, d_v = pair
     q = gg.input("q", "f32", ne=(d_k, n_q, heads))
-    k = gg.state("k", kind, ne=(d_k, n_kv, heads_kv))
+    k = gg.state("k", cache, ne=(d_k, n_kv, heads_kv))
     inside = pair == routes.LATENT
-    v = gg.view(k, ne=(d_v, n_kv, heads_kv)) if inside else gg.state("v", kind, ne=(d_v, *k.ne[1:]))
+    v = (
+        gg.view(k, ne=(d_v, n_kv, heads_kv))
+        if inside
+        else gg.state("v", cache, ne=(d_v, *k.ne[1:]))
+    )
     return gg.flash_attn_ext(q, k, v, scale=0.1)
 
 
 @pytest.mark.parametrize("arch", DEVICES)
 @pytest.mark.parametrize(
-    ("pair", "kind"),
+    ("pair", "cache"),
     [
-        (pair, kind)
+        (pair, cache)
         for pair in (*routes.PAIRS, routes.LATENT)
-        for kind in ("f16", "bf16", "q8_0")
-        if kind != "q8_0" or pair not in ((80, 80), (96, 96))  # no kernel on the tensor cores
+        for cache in ("f16", "bf16", "q8_0")
+        if cache != "q8_0" or pair not in ((80, 80), (96, 96))  # no kernel on the tensor cores
     ],
 )
 def test_few_queries_split_their_keys_on_every_gpu(
-    arch: str, kind: str, pair: tuple[int, int]
+    arch: str, cache: str, pair: tuple[int, int]
 ) -> None:
-    """By an instance that is compiled ahead, in the shared memory that the GPU has."""
+    """Their kernel is compiled ahead and fits into the shared memory of the GPU."""
     device, latent = DEVICES[arch], pair == routes.LATENT
     shapes = [(1, 16, 1), (1, 128, 1)] if latent else [(1, 16, 16), (2, 32, 4)]
     for n_q, heads, heads_kv in shapes[: 1 if latent and arch == "90a" else 2]:  # wgmma for 128
-        first, last = launched(attention(pair, kind, n_q, heads, heads_kv), device)
+        first, last = launches_of(attention(pair, cache, n_q, heads, heads_kv), device)
         assert last.name.startswith("combine<")
         assert first.name.startswith("latent<" if latent else "split<")
         assert first.name in AHEAD[arch]
@@ -99,21 +104,21 @@ def _latent(numbers: list[int]) -> tuple[int, int]:
     ("pair", "raw"),
     [*((pair, False) for pair in routes.SPLIT), *((pair, True) for pair in routes.HOPPER)],
 )
-def test_shared_memory_is_what_the_kernel_lays_out(pair: tuple[int, int], raw: bool) -> None:
-    """SplitShape of attention_split.cu, and the warps' sums at the end, in the same memory."""
+def test_shared_memory_has_the_layout_of_the_kernel(pair: tuple[int, int], raw: bool) -> None:
+    """As in SplitShape of attention_split.cu. At the end, the warps' sums reuse the memory."""
     d_k, d_v = pair
     node = attention(pair, "q8_0" if raw else "f16", 1, 4, 4)
     for warps, stages in routes.SPLIT[pair]:
         tile = 16 * (d_k * 2 + 16 + d_v * 2 + 16)
         stage = -(-16 * (d_k // 32 * 34 + d_v // 32 * 34) // 16) * 16 if raw else tile
         ring = stages * stage + raw * tile
-        made = routes.Shape.of(node)._split(warps, stages)
-        assert made.shared == warps * max(ring, 16 * (d_v + 4) * 4)
-        assert made.shared >= 16 * (d_k * 2 + 16), "the queries pass through it first"
+        instance = routes.Shape.of(node)._split(warps, stages)
+        assert instance.shared == warps * max(ring, 16 * (d_v + 4) * 4)
+        assert instance.shared >= 16 * (d_k * 2 + 16), "the queries are loaded through it"
 
 
 def test_keys_are_split_alike_on_every_gpu() -> None:
-    """Their parts are planned, as scratch, without a device."""
+    """The scratch for the parts is planned without a device."""
     for pair in (*routes.PAIRS, routes.LATENT):
         node = attention(pair, "f16", 1, 16, 1 if pair == routes.LATENT else 16)
-        assert len({launched(node, device)[0].grid[0] for device in DEVICES.values()}) == 1
+        assert len({launches_of(node, device)[0].grid[0] for device in DEVICES.values()}) == 1

@@ -45,6 +45,6 @@ def test_only_a_type_without_a_format_is_refused(name: str) -> None:
 
 
 def test_a_type_without_a_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the graph is compiled, not when a kernel is."""
+    """When the graph is planned, not when a kernel is compiled."""
     monkeypatch.delitem(FORMATS, "q1_0")
     test_only_a_type_without_a_format_is_refused("q1_0")

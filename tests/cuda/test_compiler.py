@@ -1,7 +1,7 @@
-"""The cache of compiled kernels: what it is found by, what may be wrong with it, who shares it.
+"""The cache of compiled kernels: its keys, damaged files, and processes that share it.
 
-Tests marked `kernels` compile with NVRTC, which `make kernels` installs; the others make do with
-something in its place.
+Tests marked `kernels` compile with NVRTC, which `make kernels` installs; the others use a
+substitute.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from pyggml.backends.cuda.device import compiler
-from tests.cuda.conftest import compiled
+from pyggml.backends.cuda.device import compiler, kernel_cache
+from tests.cuda.conftest import fake_cubin
 
 KERNEL = '#include "outer.cuh"\ntemplate <int n> __global__ void k(int* y) { *y = n + FIRST; }\n'
 FILES = {
@@ -25,77 +25,81 @@ FILES = {
     "inner.cuh": "#define FIRST 1\n",
     "other.cuh": "",
 }
-ONE = ("k.cu", "k<3>", "90a")
+INSTANCE = ("k.cu", "k<3>", "90a")
 
 Compiled = list[tuple[str, str, str]]
 
 
 @pytest.fixture
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A folder of kernels of our own, and an empty cache."""
+    """A folder of test kernels, and an empty cache."""
     kernels = tmp_path / "kernels"
     (kernels / "include").mkdir(parents=True)
     for name, text in FILES.items():
         folder = kernels / "include" if name.endswith(".cuh") else kernels
         (folder / name).write_text(text)
     monkeypatch.setattr(compiler, "KERNELS", kernels)
-    monkeypatch.setattr(compiler, "_warned", threading.Event())
+    monkeypatch.setattr(kernel_cache, "_warned", threading.Event())
     monkeypatch.setenv("PYGGML_CACHE", str(tmp_path))
     return tmp_path / "cuda"
 
 
 @pytest.fixture
 def calls(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Compiled:
-    """What was compiled, by something in NVRTC's place."""
-    made: Compiled = []
+    """The instances that a substitute for NVRTC has compiled."""
+    instances: Compiled = []
 
-    def compile_instance(*one: str) -> compiler.Cubin:
-        made.append(one)
-        return compiled(*one)
+    def compile_instance(*instance: str) -> compiler.Cubin:
+        instances.append(instance)
+        return fake_cubin(*instance)
 
     monkeypatch.setattr(compiler, "nvrtc_version", lambda: (13, 0))
     monkeypatch.setattr(compiler, "compile_instance", compile_instance)
-    return made
+    return instances
 
 
 def test_an_instance_is_compiled_once(cache: Path, calls: Compiled) -> None:
-    first = compiler.cubin(*ONE)
-    assert compiler.cubin(*ONE) == first == compiled(*ONE)
-    assert calls == [ONE] and len(list(cache.iterdir())) == 1
+    first = kernel_cache.cubin(*INSTANCE)
+    assert kernel_cache.cubin(*INSTANCE) == first == fake_cubin(*INSTANCE)
+    assert calls == [INSTANCE] and len(list(cache.iterdir())) == 1
 
 
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
-    "empty": lambda told: b"",
-    "cut in its head": lambda told: told[:20],
-    "cut in its code": lambda told: told[:-1],
-    "a bit turned over": lambda told: told[:-1] + bytes([told[-1] ^ 1]),
-    "no text": lambda told: bytes(range(256)) * 4,
-    "another program's": lambda told: b"[1, 2]\nand more",
-    "of another version": lambda told: told.replace(b'"spilled"', b'"spills"'),
-    "without its hash": lambda told: told.replace(b'"sha256"', b'"md5"'),
+    "empty": lambda data: b"",
+    "a truncated header": lambda data: data[:20],
+    "truncated code": lambda data: data[:-1],
+    "a flipped bit": lambda data: data[:-1] + bytes([data[-1] ^ 1]),
+    "binary": lambda data: bytes(range(256)) * 4,
+    "of another program": lambda data: b"[1, 2]\nand more",
+    "of another version": lambda data: data.replace(b'"spilled"', b'"spills"'),
+    "without a hash": lambda data: data.replace(b'"sha256"', b'"md5"'),
 }
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-def test_a_corrupt_file_is_made_again(cache: Path, calls: Compiled, how: str) -> None:
-    compiler.cubin(*ONE)
+def test_a_corrupt_file_is_compiled_again(cache: Path, calls: Compiled, how: str) -> None:
+    kernel_cache.cubin(*INSTANCE)
     (file,) = cache.iterdir()
     good = file.read_bytes()
     file.write_bytes(DAMAGE[how](good))
     assert file.read_bytes() != good
     for _ in range(2):
-        assert compiler.cubin(*ONE) == compiled(*ONE)
-    assert calls == [ONE, ONE] and file.read_bytes() == good and list(cache.iterdir()) == [file]
+        assert kernel_cache.cubin(*INSTANCE) == fake_cubin(*INSTANCE)
+    assert (
+        calls == [INSTANCE, INSTANCE]
+        and file.read_bytes() == good
+        and list(cache.iterdir()) == [file]
+    )
 
 
-def test_a_folder_that_cannot_be_written_is_told_once(
+def test_an_unwritable_folder_warns_once(
     cache: Path, calls: Compiled, recwarn: pytest.WarningsRecorder
 ) -> None:
-    cache.touch()  # a file where the folder would be: no user may write into that
+    cache.touch()  # a file in place of the folder: even root cannot write into it
     warnings.simplefilter("always")
     for _ in range(3):
-        assert compiler.cubin(*ONE) == compiled(*ONE)
-    assert calls == [ONE] * 3
+        assert kernel_cache.cubin(*INSTANCE) == fake_cubin(*INSTANCE)
+    assert calls == [INSTANCE] * 3
     (warning,) = recwarn
     text = str(warning.message)
     assert str(cache) in text and "Set PYGGML_CACHE to a writable folder" in text
@@ -107,38 +111,38 @@ def test_a_write_that_fails_leaves_nothing(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(compiler.os, "replace", full)
+    monkeypatch.setattr(kernel_cache.os, "replace", full)
     with pytest.warns(UserWarning, match="No space left"):
-        assert compiler.cubin(*ONE) == compiled(*ONE)
+        assert kernel_cache.cubin(*INSTANCE) == fake_cubin(*INSTANCE)
     assert list(cache.iterdir()) == []
 
 
 TWO = """
 import sys, time
 from pathlib import Path
-from pyggml.backends.cuda.device import compiler
+from pyggml.backends.cuda.device import compiler, kernel_cache
 
 cache, me, other, kernels = Path(sys.argv[1]), *sys.argv[2:]
 compiler.KERNELS = Path(kernels)
 compiler.nvrtc_version = lambda: (13, 0)
 
 def compile_instance(file, name, arch):
-    # Both are here before either writes.
+    # Wait for the other process, so that neither has written yet.
     (cache.parent / me).touch()
     for _ in range(3000):
         if (cache.parent / other).exists():
             return compiler.Cubin(name, "k", arch, 1, 2, 3, 4, b"code" * 1_000_000)
         time.sleep(0.01)
-    raise SystemExit("the other one never came")
+    raise SystemExit("the other process did not start")
 
 compiler.compile_instance = compile_instance
-print(len(compiler.cubin("k.cu", "k<3>", "90a").code))
-print(compiler._read(*cache.glob("*.cubin")).registers)
+print(len(kernel_cache.cubin("k.cu", "k<3>", "90a").code))
+print(kernel_cache._read(*cache.glob("*.cubin")).registers)
 """
 
 
 def test_two_processes_fill_it_at_once(cache: Path) -> None:
-    started = [
+    processes = [
         subprocess.Popen(
             [sys.executable, "-c", TWO, str(cache), *names, str(compiler.KERNELS)],
             stdout=subprocess.PIPE,
@@ -147,13 +151,13 @@ def test_two_processes_fill_it_at_once(cache: Path) -> None:
         )
         for names in (("a", "b"), ("b", "a"))
     ]
-    for process in started:
+    for process in processes:
         out, err = process.communicate(timeout=60)
         assert (process.returncode, out, err) == (0, "4000000\n1\n", ""), err
     assert [path.suffix for path in cache.iterdir()] == [".cubin"]
 
 
-# -- what an instance is found by ---------------------------------------------------------------
+# -- keys -------------------------------------------------------------------------------------
 
 
 def _header(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,33 +177,33 @@ def _version(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("change", [_header, _source, _options, _version])
-def test_what_its_code_depends_on_changes_its_name(
+def test_every_dependency_changes_the_key(
     calls: Compiled, change: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiler.cubin(*ONE)
+    kernel_cache.cubin(*INSTANCE)
     change(monkeypatch)
-    compiler.cubin(*ONE)
-    assert calls == [ONE, ONE]
+    kernel_cache.cubin(*INSTANCE)
+    assert calls == [INSTANCE, INSTANCE]
 
 
-def test_each_instance_and_architecture_has_its_own(cache: Path, calls: Compiled) -> None:
-    wanted = [ONE, ("k.cu", "k<4>", "90a"), ("k.cu", "k<3>", "80")]
-    for one in wanted * 2:
-        assert compiler.cubin(*one) == compiled(*one)
-    assert calls == wanted and len(list(cache.iterdir())) == 3
+def test_each_instance_and_architecture_has_its_own_file(cache: Path, calls: Compiled) -> None:
+    instances = [INSTANCE, ("k.cu", "k<4>", "90a"), ("k.cu", "k<3>", "80")]
+    for instance in instances * 2:
+        assert kernel_cache.cubin(*instance) == fake_cubin(*instance)
+    assert calls == instances and len(list(cache.iterdir())) == 3
 
 
-def test_what_it_does_not_include_does_not(calls: Compiled) -> None:
-    compiler.cubin(*ONE)
+def test_other_headers_do_not_change_the_key(calls: Compiled) -> None:
+    kernel_cache.cubin(*INSTANCE)
     (compiler.KERNELS / "include" / "other.cuh").write_text("#error\n")
-    compiler.cubin(*ONE)
-    assert calls == [ONE]
+    kernel_cache.cubin(*INSTANCE)
+    assert calls == [INSTANCE]
 
 
-def test_a_header_that_is_not_there_is_named(calls: Compiled) -> None:
+def test_a_missing_header_is_named(calls: Compiled) -> None:
     (compiler.KERNELS / "include" / "inner.cuh").unlink()
     with pytest.raises(compiler.CompileError, match=r"kernels/inner\.cuh cannot be read"):
-        compiler.cubin(*ONE)
+        kernel_cache.cubin(*INSTANCE)
 
 
 def test_without_nvrtc_the_error_says_what_to_install(
@@ -209,19 +213,19 @@ def test_without_nvrtc_the_error_says_what_to_install(
     with pytest.raises(
         compiler.DeviceError, match=r"NVRTC.*not installed; pip install .*\[kernels\]"
     ):
-        compiler.cubin(*ONE)
+        kernel_cache.cubin(*INSTANCE)
 
 
 # -- with NVRTC ---------------------------------------------------------------------------------
 
 
 @pytest.mark.kernels
-def test_nvrtc_compiles_and_the_cache_gives_it_back(cache: Path) -> None:
-    made = compiler.cubin(*ONE)
-    assert made.arch == "90a" and "k" in made.symbol and made.registers > 0
-    assert made.code.startswith(b"\x7fELF") and made.spilled == 0
+def test_the_cache_returns_what_nvrtc_compiled(cache: Path) -> None:
+    cubin = kernel_cache.cubin(*INSTANCE)
+    assert cubin.arch == "90a" and "k" in cubin.symbol and cubin.registers > 0
+    assert cubin.code.startswith(b"\x7fELF") and cubin.spilled == 0
     (file,) = cache.iterdir()
-    assert compiler._read(file) == made
+    assert kernel_cache._read(file) == cubin
 
 
 @pytest.mark.kernels
@@ -230,11 +234,11 @@ def test_a_kernel_that_does_not_compile_is_named(cache: Path) -> None:
         "template <int n>\n__global__ void bad(float* y) {\n    y[0] = missing;\n}\n"
     )
     with pytest.raises(compiler.CompileError) as caught:
-        compiler.cubin("bad.cu", "bad<4>", "90a")
+        kernel_cache.cubin("bad.cu", "bad<4>", "90a")
     text = str(caught.value)
     assert "kernels/bad.cu does not compile for sm_90a as bad<4> with NVRTC" in text
     assert "bad.cu(3): error:" in text and "missing" in text
     with pytest.raises(compiler.CompileError, match="as absent<1>"):
-        compiler.cubin("k.cu", "absent<1>", "90a")
+        kernel_cache.cubin("k.cu", "absent<1>", "90a")
     assert not cache.exists() or list(cache.iterdir()) == []
-    assert compiler.cubin(*ONE).code  # and the next one is not harmed
+    assert kernel_cache.cubin(*INSTANCE).code  # compiling still works

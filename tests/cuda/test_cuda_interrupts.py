@@ -1,5 +1,5 @@
-"""Ctrl-C at every point of copies through pinned memory: no part of the ring is given out while a
-copy reads it, and nothing arrives where it should not."""
+"""Ctrl-C at every point of copies through pinned memory: no part of the ring is reused while a copy
+reads it, and no copy writes to a wrong place."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ X = np.arange(24, dtype=np.float32).reshape(4, 6)
 
 @pytest.fixture
 def gpu(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A GPU whose ring holds four parts, so that they are soon used again."""
+    """A GPU whose ring has only four parts, so that they are soon reused."""
     machine("gpu")
     monkeypatch.setattr(pinned, "RING", 4096)
     monkeypatch.setattr(pinned, "PART", 1024)
@@ -30,37 +30,37 @@ def gpu(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Any:
     return backends.get("cuda")
 
 
-def test_parts_of_the_ring_that_are_in_use_stay_so(gpu: Any) -> None:
+def test_parts_of_the_ring_in_use_are_not_reused(gpu: Any) -> None:
     sizes = (900, 3000, 100)
     buffers = [gpu.alloc(size) for size in sizes]
     staging = gpu.staging
     turns = iter(range(1, 10**6))
-    sent: list[np.ndarray] = []
+    arrays: list[np.ndarray] = []
 
     def begin() -> Callable[[], object]:
         gpu.synchronize()
-        sent[:] = [np.full(size, next(turns) % 251, np.uint8) for size in sizes]
+        arrays[:] = [np.full(size, next(turns) % 251, np.uint8) for size in sizes]
 
         def copies() -> None:
             with gpu.context:
-                for buffer, values in zip(buffers, sent):
+                for buffer, values in zip(buffers, arrays):
                     staging.upload(buffer.ptr, values)
-                for buffer, values in zip(buffers, sent):
-                    got = np.zeros_like(values)
-                    staging.download(got, buffer.ptr)
-                    np.testing.assert_array_equal(got, values)
+                for buffer, values in zip(buffers, arrays):
+                    result = np.zeros_like(values)
+                    staging.download(result, buffer.ptr)
+                    np.testing.assert_array_equal(result, values)
 
         return copies
 
     for where in everywhere(begin, 3):
-        with gpu.context:  # what follows, with nothing waited for, goes round the ring
+        with gpu.context:  # later copies, without a wait, go once round the ring
             after = [np.full(size, next(turns) % 251, np.uint8) for size in sizes]
             for buffer, values in zip(buffers, after):
                 staging.upload(buffer.ptr, values)
             for buffer, values in zip(buffers, after):
-                got = np.zeros_like(values)
-                staging.download(got, buffer.ptr)
-                np.testing.assert_array_equal(got, values, err_msg=where)
+                result = np.zeros_like(values)
+                staging.download(result, buffer.ptr)
+                np.testing.assert_array_equal(result, values, err_msg=where)
 
 
 def test_a_state_on_a_gpu_is_the_old_one_or_the_new_one(gpu: Any) -> None:

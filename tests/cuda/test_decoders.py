@@ -1,7 +1,6 @@
-"""The kernels' own decoders, compiled for the host: exactly what the blocks say.
+"""The kernels' decoders, compiled for the host, give the values of the codecs.
 
-Skipped where no C++ compiler knows f16 (`_Float16`); test_packing.py says the same of tiles without
-one.
+Skipped if no C++ compiler supports `_Float16`; test_packing.py checks tiles without a compiler.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ TENSOR = "{(char*)raw, {0, row, row * rows, row * rows}, {32 * groups, rows, 1, 
 
 
 def on_host(text: str) -> str:
-    """A kernel source whose two kinds of PTX are put in C++."""
+    """A kernel source with C++ in place of its two kinds of PTX."""
     text = re.sub(
         r'asm( volatile)?\("ld\..*?\);', "std::memcpy(&v, at, sizeof v);", text, flags=re.S
     )
@@ -37,18 +36,18 @@ def on_host(text: str) -> str:
 
 
 def products() -> str:
-    """Both ways in which products read weights, by name of the type."""
+    """C++ that decodes weights as products do: from tiles, and from rows of a file."""
     tile = (KERNELS / "linear_tile.cu").read_text().split("// -- the product")[0]
     tile = re.sub(r"#include.*", "", on_host(tile))
     cases = "\n".join(
-        f'if (kind == std::string("{kind}")) return run<{kind}>(tiles, tile, packed, tensor, out);'
-        for kind in FORMATS
+        f'if (name == std::string("{name}")) return run<{name}>(tiles, tile, packed, tensor, out);'
+        for name in FORMATS
     )
     return f"""#include "raw.cuh"
 {tile}
 {(HERE / "decoders.cpp").read_text()}
 #include <string>
-extern "C" int decode_weights(const char* kind, int tiles, int tile, const Packed& packed,
+extern "C" int decode_weights(const char* name, int tiles, int tile, const Packed& packed,
                               const void* raw, long long row, float* out) {{
     const int rows = packed.rows, groups = packed.groups;
     const Tensor tensor = {TENSOR};
@@ -58,23 +57,23 @@ extern "C" int decode_weights(const char* kind, int tiles, int tile, const Packe
 
 
 def values() -> str:
-    """What copies and gathers read, one value at a time."""
+    """C++ that decodes blocks value by value, as copies and gathers do."""
     cases = "\n".join(
-        f'if (kind == std::string("{kind}"))'
-        f"for (; n > 0; --n, raw += file::{kind}::BYTES)"
-        f"for (int i = 0; i < file::{kind}::SIZE; ++i) *out++ = file::{kind}::value(raw, i);"
-        for kind in FORMATS
+        f'if (name == std::string("{name}"))'
+        f"for (; n > 0; --n, raw += file::{name}::BYTES)"
+        f"for (int i = 0; i < file::{name}::SIZE; ++i) *out++ = file::{name}::value(raw, i);"
+        for name in FORMATS
     )
     return f"""#include "blocks.cuh"
 #include <string>
-extern "C" void decode_values(const char* kind, const unsigned char* raw, int n, float* out) {{
+extern "C" void decode_values(const char* name, const unsigned char* raw, int n, float* out) {{
     {cases}
 }}"""
 
 
 @pytest.fixture(scope="module")
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """[what `products` says, what `values` says] as libraries."""
+    """The libraries of `products` and `values`."""
     compiler = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
     if compiler is None:
         pytest.skip("there is no C++ compiler here")
@@ -87,32 +86,32 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     options = ["-std=c++17", "-w", "-shared", "-fPIC", "-ffp-contract=off", "-I", str(folder)]
     (folder / "f16.cpp").write_text("_Float16 f(_Float16 x) { return x + x; }")
     if subprocess.run([compiler, *options, folder / "f16.cpp", "-o", folder / "f16"]).returncode:
-        pytest.skip(f"{compiler} knows no _Float16")
-    running = []
+        pytest.skip(f"{compiler} does not support _Float16")
+    processes = []
     for name, text in (("products", products()), ("values", values())):
         source = folder / f"{name}.cpp"
         source.write_text((HERE / "host.hpp").read_text() + text)
         command = [compiler, *options, source, "-o", folder / name]
-        running.append(
+        processes.append(
             (folder / name, subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
         )
-    for _, process in running:
+    for _, process in processes:
         _, log = process.communicate()
         assert process.returncode == 0, log
-    return [ctypes.CDLL(str(path)) for path, _ in running]
+    return [ctypes.CDLL(str(path)) for path, _ in processes]
 
 
-def blocks_of(kind: str, rows: int) -> NDArray[np.uint8]:
-    """Any bytes [rows, blocks, bytes of a block], but scales between 2^-8 and 2^8."""
-    t = TYPES[kind]
+def blocks_of(name: str, rows: int) -> NDArray[np.uint8]:
+    """Random bytes [rows, blocks, bytes of a block], with scales between 2^-8 and 2^8."""
+    t = TYPES[name]
     shape = (rows, 3 if t.block > 64 else 8, t.nbytes)
     raw = np.random.default_rng(3).integers(0, 256, shape, np.uint8)
-    if kind == "mxfp4":
+    if name == "mxfp4":
         raw[..., 0] = 120 + raw[..., 0] % 16
-    elif kind == "nvfp4":
+    elif name == "nvfp4":
         raw[0, 0, :4] = 0x7F, 0xFF, 0x80, 0
     else:
-        scales = {"q2_K": (80, 82), "iq1_m": (54,), "q1_0": (0,)}.get(kind, (0, 2, t.nbytes - 2))
+        scales = {"q2_K": (80, 82), "iq1_m": (54,), "q1_0": (0,)}.get(name, (0, 2, t.nbytes - 2))
         for at in scales:
             raw[..., at + 1] = raw[..., at + 1] & 0x9F | 0x20
     return raw
@@ -123,34 +122,34 @@ def pointer(array: NDArray[Any]) -> ctypes.c_void_p:
 
 
 @pytest.mark.parametrize("tiles", (True, False), ids=("tiles", "rows of a file"))
-@pytest.mark.parametrize("kind", FORMATS)
-def test_products_read_what_the_blocks_say(kind: str, tiles: bool, libraries: list[Any]) -> None:
-    """`vec` exactly; `tile` as f16, or bf16 for mxfp4."""
+@pytest.mark.parametrize("name", FORMATS)
+def test_products_decode_like_the_codecs(name: str, tiles: bool, libraries: list[Any]) -> None:
+    """`vec` exactly; `tile` with the rounding to f16, or to bf16 for mxfp4."""
     rows = 19
-    raw = blocks_of(kind, rows)
-    want = quants.decode(kind, raw)
-    t, ne = TYPES[kind], (want.shape[1], rows, 1, 1)
+    raw = blocks_of(name, rows)
+    expected = quants.decode(name, raw)
+    t, ne = TYPES[name], (expected.shape[1], rows, 1, 1)
     packed = packing.to_tiles(t, ne, raw)
     struct = ctypes.byref(packing.tiles_of(t, ne).at(packed.ctypes.data))
     for tile in (False, True):
-        got = np.full_like(want, np.nan)
+        result = np.full_like(expected, np.nan)
         status = libraries[0].decode_weights(
-            kind.encode(), tiles, tile, struct, pointer(raw),
-            ctypes.c_longlong(t.row_bytes(ne[0])), pointer(got),
+            name.encode(), tiles, tile, struct, pointer(raw),
+            ctypes.c_longlong(t.row_bytes(ne[0])), pointer(result),
         )  # fmt: skip
         assert status == 0
         if tile:
-            assert tolerance.nmse(got, want) < 2e-7
+            assert tolerance.nmse(result, expected) < 2e-7
         else:
-            np.testing.assert_array_equal(got, want)
+            np.testing.assert_array_equal(result, expected)
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_values_are_those_of_the_codecs_bit_for_bit(kind: str, libraries: list[Any]) -> None:
-    raw = blocks_of(kind, 5)
-    want = quants.decode(kind, raw)
-    got = np.full_like(want, np.nan)
+@pytest.mark.parametrize("name", FORMATS)
+def test_values_are_those_of_the_codecs(name: str, libraries: list[Any]) -> None:
+    raw = blocks_of(name, 5)
+    expected = quants.decode(name, raw)
+    result = np.full_like(expected, np.nan)
     libraries[1].decode_values(
-        kind.encode(), pointer(raw), want.size // TYPES[kind].block, pointer(got)
+        name.encode(), pointer(raw), expected.size // TYPES[name].block, pointer(result)
     )
-    np.testing.assert_array_equal(got.view(np.uint32), want.view(np.uint32))
+    np.testing.assert_array_equal(result.view(np.uint32), expected.view(np.uint32))

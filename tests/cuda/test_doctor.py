@@ -1,4 +1,4 @@
-"""`pyggml doctor` on machines that lack something: what it finds, what fixes it, its status."""
+"""`pyggml doctor` on machines that lack something: its findings, their fixes, and its status."""
 
 from __future__ import annotations
 
@@ -31,31 +31,32 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_pat
     return bool(request.param)
 
 
-def said(capsys: Streams) -> tuple[int, Rows]:
-    """Its status, and what it says of CUDA, by what it is about."""
+def diagnosis(capsys: Streams) -> tuple[int, Rows]:
+    """The exit status, and the findings about CUDA by name."""
     status = main(["doctor", "--json"])
     rows = [Finding(**row) for row in json.loads(capsys.readouterr().out)["cuda"]]
     return status, {row.what: row for row in rows}
 
 
-def wrong(rows: Rows) -> set[str]:
+def faults(rows: Rows) -> set[str]:
+    """The names of the findings that need a fix."""
     return {row.what for row in rows.values() if row.fix}
 
 
 def test_nothing_installed(machine: Machine, capsys: Streams, gpu: bool) -> None:
     machine(None, nvrtc=False)
-    status, rows = said(capsys)
-    assert status == gpu and wrong(rows) == {*PACKAGES, "NVRTC", "cuBLAS"}
-    assert {rows[what].state for what in wrong(rows)} == {"broken" if gpu else "absent"}
+    status, rows = diagnosis(capsys)
+    assert status == gpu and faults(rows) == {*PACKAGES, "NVRTC", "cuBLAS"}
+    assert {rows[name].state for name in faults(rows)} == {"broken" if gpu else "absent"}
     assert all(rows[name].text == "not installed" for name in PACKAGES)
     assert rows["NVRTC"].text == "not found"
     assert {row.fix for row in rows.values() if row.fix} == {install.everything()}
-    assert "driver" not in rows  # nothing is there to ask it with
+    assert "driver" not in rows  # only pycuda can query it
     assert ("GPU" in rows) != gpu
 
 
 @pytest.mark.parametrize(
-    ("what", "fix"),
+    ("missing", "fix"),
     [
         ("pycuda", "pip install pycuda, or if pip cannot build it, sh tools/build_pycuda.sh"),
         ("cupy-cuda13x", "pip install cupy-cuda13x"),
@@ -63,36 +64,36 @@ def test_nothing_installed(machine: Machine, capsys: Streams, gpu: bool) -> None
         ("cuBLAS", 'pip install -e ".[cuda]"'),
     ],
 )
-def test_what_is_missing_alone_is_named_alone(
+def test_one_missing_package_is_the_only_fault(
     machine: Machine,
     monkeypatch: pytest.MonkeyPatch,
     capsys: Streams,
     gpu: bool,
-    what: str,
+    missing: str,
     fix: str,
 ) -> None:
     machine("gpu")
-    asked = doctor.metadata.version
+    version = doctor.metadata.version
 
     def without(name: str) -> str:
-        if name == what:
+        if name == missing:
             raise metadata.PackageNotFoundError(name)
-        return asked(name)
+        return version(name)
 
     def fails() -> None:
-        raise DeviceError("it is not there")
+        raise DeviceError("it is missing")
 
     monkeypatch.setattr(doctor.metadata, "version", without)
-    if what == "NVRTC":
+    if missing == "NVRTC":
         monkeypatch.setattr(compiler, "nvrtc_version", fails)
-    if what == "cuBLAS":
+    if missing == "cuBLAS":
         monkeypatch.setattr(compiler, "folders", lambda part: iter([]))
-    status, rows = said(capsys)
-    assert status == gpu and wrong(rows) == {what}
-    assert rows[what].text in ("not installed", "not found") and rows[what].fix == fix
+    status, rows = diagnosis(capsys)
+    assert status == gpu and faults(rows) == {missing}
+    assert rows[missing].text in ("not installed", "not found") and rows[missing].fix == fix
 
 
-def test_it_prints_a_line_for_each_and_what_fixes_all_once(
+def test_it_prints_a_line_per_finding_and_a_common_fix_once(
     machine: Machine, capsys: Streams, gpu: bool
 ) -> None:
     machine(None, nvrtc=False)
@@ -108,39 +109,39 @@ def test_it_prints_a_line_for_each_and_what_fixes_all_once(
     assert "numpy" in out and "  + backend  ready" in out  # other backends need nothing
 
 
-def test_users_of_a_wheel_are_told_what_they_can_do(
+def test_fixes_for_users_of_a_wheel(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: Streams, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(install, "_TOP", tmp_path)
     machine(None, nvrtc=False)
-    _, rows = said(capsys)
+    _, rows = diagnosis(capsys)
     fixes = {row.fix for row in rows.values() if row.fix}
     assert len(fixes) == 1
     (fix,) = fixes
     assert fix.startswith('pip install "pyggml[cuda]"; ') and "make" not in fix and "-e" not in fix
-    assert f"sh {tmp_path}/tools/build_pycuda.sh" in fix  # the wheel brings it
+    assert f"sh {tmp_path}/tools/build_pycuda.sh" in fix  # the wheel contains it
     assert install.extra("kernels") == 'pip install "pyggml[kernels]"'
 
 
-def test_all_is_there(machine: Machine, capsys: Streams, gpu: bool) -> None:
+def test_everything_is_installed(machine: Machine, capsys: Streams, gpu: bool) -> None:
     machine("gpu")
-    status, rows = said(capsys)
-    assert (status, wrong(rows)) == (0, set())
+    status, rows = diagnosis(capsys)
+    assert (status, faults(rows)) == (0, set())
     assert rows["driver"].text == "CUDA 13.0"
-    assert rows["cuda:0"].text == "a GPU that is not there, 1 GiB, 108 multiprocessors, sm_80"
+    assert rows["cuda:0"].text == "fake GPU, 1 GiB, 108 multiprocessors, sm_80"
 
 
-def test_a_compiler_that_is_missing_is_no_fault_of_the_driver(
+def test_a_missing_compiler_is_not_a_fault_of_the_driver(
     machine: Machine, capsys: Streams, gpu: bool
 ) -> None:
     machine("gpu", nvrtc=False)
-    status, rows = said(capsys)
-    assert status == gpu and wrong(rows) == {"NVRTC", "cuBLAS"}
+    status, rows = diagnosis(capsys)
+    assert status == gpu and faults(rows) == {"NVRTC", "cuBLAS"}
     assert rows["driver"] == Finding("driver", "CUDA 13.0") and "cuda:0" in rows
 
 
 @pytest.mark.parametrize(
-    ("kind", "found", "fix", "absent"),
+    ("name", "text", "fix", "absent"),
     [
         ("no driver", "there is no NVIDIA driver here (libcuda.so.1: cannot", "580 or newer", True),
         ("no device", "no GPU can be used: cuInit failed: no CUDA-capable", "nvidia-smi", True),
@@ -150,36 +151,36 @@ def test_a_compiler_that_is_missing_is_no_fault_of_the_driver(
     ],
 )
 def test_the_driver(
-    machine: Machine, capsys: Streams, gpu: bool, kind: str, found: str, fix: str, absent: bool
+    machine: Machine, capsys: Streams, gpu: bool, name: str, text: str, fix: str, absent: bool
 ) -> None:
-    machine(kind)
-    status, rows = said(capsys)
-    broken = gpu or not absent  # what is only not there is in order on a machine without a GPU
-    assert status == broken and wrong(rows) == {"driver"}
+    machine(name)
+    status, rows = diagnosis(capsys)
+    broken = gpu or not absent  # without a GPU, a missing driver is no fault
+    assert status == broken and faults(rows) == {"driver"}
     assert rows["driver"].state == ("broken" if broken else "absent")
-    assert found in rows["driver"].text and fix in rows["driver"].fix
+    assert text in rows["driver"].text and fix in rows["driver"].fix
     assert "cuda:0" not in rows
 
 
-def test_the_kernel_that_it_tries_is_one_of_ours() -> None:
-    declared = {one.name for one in instances([compiler.KERNELS / "norm.cu"])}
+def test_the_kernel_that_it_compiles_is_declared() -> None:
+    declared = {instance.name for instance in instances([compiler.KERNELS / "norm.cu"])}
     assert doctor._SMALLEST in declared
 
 
-def test_a_cache_that_cannot_be_written(
+def test_an_unwritable_cache(
     machine: Machine, capsys: Streams, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     machine("gpu")
-    in_the_way = tmp_path / "file"
-    in_the_way.touch()
-    monkeypatch.setenv("PYGGML_CACHE", str(in_the_way))
-    status, rows = said(capsys)
-    assert status == 1 and wrong(rows) == {"kernel cache"}
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("PYGGML_CACHE", str(file))
+    status, rows = diagnosis(capsys)
+    assert status == 1 and faults(rows) == {"kernel cache"}
     row = rows["kernel cache"]
-    assert str(in_the_way) in row.text and "PYGGML_CACHE" in row.fix and row.state == "broken"
+    assert str(file) in row.text and "PYGGML_CACHE" in row.fix and row.state == "broken"
 
 
-def test_a_compiler_that_does_not_work(
+def test_a_broken_compiler(
     machine: Machine, capsys: Streams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine("gpu")
@@ -188,7 +189,7 @@ def test_a_compiler_that_does_not_work(
         raise DeviceError("norm.cu(3): error: no such header\nand more")
 
     monkeypatch.setattr(compiler, "compile_instance", fails)
-    status, rows = said(capsys)
-    assert status == 1 and wrong(rows) == {"a kernel"}
+    status, rows = diagnosis(capsys)
+    assert status == 1 and faults(rows) == {"a kernel"}
     assert rows["a kernel"].text == "norm.cu(3): error: no such header"
     assert "headers and NVRTC must agree" in rows["a kernel"].fix

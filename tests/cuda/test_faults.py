@@ -1,5 +1,5 @@
-"""What goes wrong without a GPU, or with too little memory on one: an error that says what to do,
-nothing left behind, and a process that goes on."""
+"""Failures without a GPU, or with too little memory on one. Each is an error that says what to do,
+leaves nothing behind, and leaves the process usable."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ ONES = np.ones((40, 256), np.float32)
 
 
 def everything() -> dict[str, gg.Node]:
-    """Weights that cuBLAS reads and that our kernels read, a state, an input, scratch."""
+    """A graph with weights for cuBLAS and for pyggml's kernels, a state, an input and scratch."""
     x, state = gg.input("x", ne=(256, 40)), gg.state("s", ne=(256, 40))
     norm = gg.constant(np.ones(256, np.float32), name="norm")
     w = [
-        gg.constant(np.eye(256, dtype=np.float32), dtype=kind, name=f"w_{kind}")
-        for kind in ("f16", "q8_0")
+        gg.constant(np.eye(256, dtype=np.float32), dtype=name, name=f"w_{name}")
+        for name in ("f16", "q8_0")
     ]
     y = gg.mul(gg.rms_norm(gg.sub(x, state), eps=1e-6), norm)
     return {"y": gg.mul_mat(w[1], gg.mul_mat(w[0], y))}
@@ -44,7 +44,7 @@ def numpy_works() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "words"),
+    ("name", "words"),
     [
         (None, ("needs pycuda", "not installed", "pip install pycuda", "build_pycuda.sh")),
         ("no driver", ("no NVIDIA driver here", "version 580 or newer", "backends=['numpy']")),
@@ -54,58 +54,58 @@ def numpy_works() -> None:
         ("foreign", ("pycuda cannot be loaded", "libcurand.so.10", "tools/build_pycuda.sh")),
     ],
 )
-def test_a_machine_without_a_gpu(machine: Machine, kind: str | None, words: list[str]) -> None:
-    machine(kind)
+def test_a_machine_without_a_gpu(machine: Machine, name: str | None, words: list[str]) -> None:
+    machine(name)
     plan = gg.compile(everything(), backends=["cuda"])
     before = ALLOCATIONS.blocks
-    for call in (plan.bind, plan.bind, lambda: plan.run(x=ONES)):  # it stays that error
+    for call in (plan.bind, plan.bind, lambda: plan.run(x=ONES)):  # the same error every time
         with pytest.raises(gg.DeviceError) as caught:
             call()
         assert all(word in str(caught.value) for word in words), str(caught.value)
         assert "`pyggml doctor` lists what else" in str(caught.value)
     assert ALLOCATIONS.blocks == before
     numpy_works()
-    mixed = gg.compile(everything(), backends=["numpy", "cuda"])  # which it does not need
+    mixed = gg.compile(everything(), backends=["numpy", "cuda"])  # NumPy runs everything
     assert mixed.run(x=ONES)["y"].shape == (40, 256)
 
 
 @pytest.mark.parametrize("module", ("cupy", "cupy_backends", "cuda"))
 def test_the_other_packages(machine: Machine, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
-    """Only what a plan needs is asked for; what is missing then is named."""
+    """A package is imported when a plan needs it; an error names a missing one."""
     machine("gpu")
     monkeypatch.setitem(sys.modules, module, None)
     name = "cuda-bindings" if module == "cuda" else "cupy-cuda13x"
-    said = f"needs {name}, and the module {module}.* is not installed.*pip install {name}"
+    message = f"needs {name}, and the module {module}.* is not installed.*pip install {name}"
     if module == "cuda":
-        with pytest.raises(gg.DeviceError, match=said):
+        with pytest.raises(gg.DeviceError, match=message):
             tensor_map(1 << 20, "f16", (64, 64), (2, 128), (64, 8))
         return
     plan = gg.compile(everything(), backends=["cuda"])
     for _ in range(2):
-        with pytest.raises(gg.DeviceError, match=said):
+        with pytest.raises(gg.DeviceError, match=message):
             cublas._handle() if module == "cupy" else plan.bind()
     gg.compile({"y": gg.relu(gg.input("x", ne=(4,)))}, backends=["cuda"]).bind()
     numpy_works()
 
 
 def test_no_cublas(machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """CuPy is there, its module of cuBLAS finds no library."""
+    """CuPy is installed, but its cuBLAS module does not find the library."""
     machine("gpu")
     folder = tmp_path / "cupy_backends" / "cuda" / "libs"
     folder.mkdir(parents=True)
     why = "libcublas.so.13: cannot open shared object file"
     (folder / "cublas.py").write_text(f"raise ImportError({why!r})")
     monkeypatch.syspath_prepend(tmp_path)
-    said = rf'cupy-cuda13x finds no cuBLAS .{why}.*pip install .*cuda\]"'
+    message = rf'cupy-cuda13x finds no cuBLAS .{why}.*pip install .*cuda\]"'
     plan = gg.compile(everything(), backends=["cuda"])
-    with pytest.raises(gg.DeviceError, match=said):
+    with pytest.raises(gg.DeviceError, match=message):
         plan.bind()
     for name in [name for name in sys.modules if name.startswith("cupy_backends")]:
         del sys.modules[name]
     numpy_works()
 
 
-def test_what_is_mended_is_found_without_a_new_process(
+def test_a_repaired_machine_needs_no_new_process(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine("no device")
@@ -113,7 +113,7 @@ def test_what_is_mended_is_found_without_a_new_process(
     with pytest.raises(gg.DeviceError):
         plan.bind()
     machine("gpu")
-    cublas_is_there(monkeypatch)
+    install_cublas(monkeypatch)
     plan.bind()
 
 
@@ -121,9 +121,9 @@ def test_what_is_mended_is_found_without_a_new_process(
 def test_a_wrong_index(machine: Machine, place: str) -> None:
     machine("gpu")
     plan = gg.compile(everything(), backends=[place])
-    said = rf"there is no {place}; GPUs here: cuda:0\. Choose one of these, or .*numpy"
+    message = rf"there is no {place}; GPUs here: cuda:0\. Choose one of these, or .*numpy"
     for call in (plan.bind, lambda: plan.run(x=ONES)):
-        with pytest.raises(gg.DeviceError, match=said):
+        with pytest.raises(gg.DeviceError, match=message):
             call()
     numpy_works()
 
@@ -146,26 +146,26 @@ def test_without_a_compiler(machine: Machine) -> None:
         plan.bind()
     del plan
     gc.collect()
-    assert ALLOCATIONS.blocks - start == 1  # the ring of copies, which the next plan takes over
+    assert ALLOCATIONS.blocks - start == 1  # the pinned ring, which the next plan uses
     numpy_works()
 
 
 # -- too little memory ----------------------------------------------------------------------------
 
 
-def cublas_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As far as binding asks CuPy for it."""
+def install_cublas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `bind` believe that CuPy finds cuBLAS."""
     monkeypatch.setattr(cublas, "_library", lambda: None)
 
 
 @pytest.fixture
 def gpu(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     machine("gpu")
-    cublas_is_there(monkeypatch)
+    install_cublas(monkeypatch)
 
 
 def test_every_allocation_may_fail(gpu: None) -> None:
-    """For every n: a named error, nothing left, and the same plan can be bound afterwards."""
+    """Each in turn. The error has the plan's table, nothing leaks, the plan can then be bound."""
     start, number = ALLOCATIONS.blocks, 0
     while True:
         number += 1
@@ -184,26 +184,26 @@ def test_every_allocation_may_fail(gpu: None) -> None:
         gc.collect()
         forget_memory()
         assert ALLOCATIONS.blocks == start, f"allocation {number}"
-    # three weights, a state, an input; the arena; the ring; what cuBLAS works in
+    # Three weights, a state, an input, the arena, the ring, and the workspace of cuBLAS.
     assert number == 1 + 3 + 2 + 1 + 1 + 1
     numpy_works()
 
 
 def forget_memory() -> None:
-    """Let go of what a device keeps for the next plan."""
+    """Free the memory that a device keeps for the next plan."""
     vars(backends.get("cuda")).pop("staging", None)
     vars(backends.get("cuda")).pop("cublas", None)
     gc.collect()
 
 
-def test_memory_that_is_full_is_told_with_the_plan(gpu: None) -> None:
+def test_the_error_for_full_memory_has_the_plans_table(gpu: None) -> None:
     start = ALLOCATIONS.blocks
     big = gg.input("x", ne=(1 << 20, 300))
     plan = gg.compile({"y": gg.relu(big)}, backends=["cuda"])
     with pytest.raises(gg.OutOfMemoryError) as caught:
         plan.bind()
     text = str(caught.value)
-    assert "cuda:0 (a GPU that is not there) cannot allocate 1,258,291,200 bytes" in text
+    assert "cuda:0 (fake GPU) cannot allocate 1,258,291,200 bytes" in text
     assert "Pin weights to the host" in text and "the plan needs:\ndevice" in text
     del plan, caught
     gc.collect()
@@ -212,21 +212,21 @@ def test_memory_that_is_full_is_told_with_the_plan(gpu: None) -> None:
 
 
 def test_a_kernel_that_does_not_compile(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of its plan stays, and the plan binds once it does compile."""
-    right: Callable[..., compiler.Cubin] = compiler.compile_instance
+    """The plan leaves nothing behind, and can be bound once the kernel compiles."""
+    working: Callable[..., compiler.Cubin] = compiler.compile_instance
 
-    def wrong(file: str, name: str, arch: str) -> compiler.Cubin:
+    def broken(file: str, name: str, arch: str) -> compiler.Cubin:
         if file == "norm.cu":
             raise compiler.CompileError(f"kernels/{file} does not compile for sm_{arch} as {name}")
-        return right(file, name, arch)
+        return working(file, name, arch)
 
-    monkeypatch.setattr(compiler, "compile_instance", wrong)
+    monkeypatch.setattr(compiler, "compile_instance", broken)
     start = ALLOCATIONS.blocks
     plan = gg.compile(everything(), backends=["cuda"])
     for _ in range(2):
         with pytest.raises(compiler.CompileError, match=r"norm\.cu does not compile for sm_80"):
             plan.bind()
-    monkeypatch.setattr(compiler, "compile_instance", right)
+    monkeypatch.setattr(compiler, "compile_instance", working)
     plan.bind()
     del plan
     gc.collect()
@@ -235,7 +235,7 @@ def test_a_kernel_that_does_not_compile(gpu: None, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_context_is_left_as_it_was(gpu: None) -> None:
-    """What is pushed for a call is popped, also where it fails."""
+    """A context that is pushed for a call is popped, also if the call fails."""
     plan = gg.compile(everything(), backends=["cuda"])
     with fail_allocation(3), pytest.raises(gg.OutOfMemoryError):
         plan.bind()

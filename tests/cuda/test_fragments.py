@@ -1,4 +1,4 @@
-"""Of the code that NVRTC makes: what the tensor cores read while the program goes on."""
+"""Registers that tensor cores read asynchronously, in the code that NVRTC generates."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from pyggml.backends.cuda.device import compiler
     ],
 )
 def test_fragments_are_written_in_one_place(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A product goes on reading its A from registers behind the program's back. One that is written
-    a second time (where a loop turns back, say) changes under its hands: NaN, now and then."""
+    """wgmma reads A from registers while the program goes on. A second write to such a register,
+    for instance at the end of a loop, changes A during the product: sometimes the result is NaN."""
     text, texts = compiler._text, []
 
-    def kept(library: Any, program: Any, what: str, raw: bool = False) -> Any:
-        if what == "CUBIN":
+    def with_ptx(library: Any, program: Any, part: str, raw: bool = False) -> Any:
+        if part == "CUBIN":
             texts.append(text(library, program, "PTX"))
-        return text(library, program, what, raw)
+        return text(library, program, part, raw)
 
-    monkeypatch.setattr(compiler, "_text", kept)
+    monkeypatch.setattr(compiler, "_text", with_ptx)
     compiler.compile_instance("linear_tile.cu", name, "90a")
     (ptx,) = texts
     products = re.findall(r"wgmma\.mma_async[^;]*?\}, \{([^}]*)\}, %rd", ptx)
-    read = {register.strip() for found in products for register in found.split(",")}
-    assert len(read) >= 16
-    for register in read:
-        written = re.findall(rf"^\s*(?!wgmma)\S+\s+\{{?[^;]*?(?:\s|\{{){register}\b", ptx, re.M)
-        targets = [line for line in written if "wgmma" not in line and "," not in line]
+    registers = {register.strip() for text in products for register in text.split(",")}
+    assert len(registers) >= 16
+    for register in registers:
+        writes = re.findall(rf"^\s*(?!wgmma)\S+\s+\{{?[^;]*?(?:\s|\{{){register}\b", ptx, re.M)
+        targets = [line for line in writes if "wgmma" not in line and "," not in line]
         assert len(targets) == 1, (register, targets)

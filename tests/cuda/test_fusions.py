@@ -1,4 +1,4 @@
-"""What the CUDA backend does in one step, and where it must not. No GPU."""
+"""Fusions of the CUDA backend: which nodes share a step, and which must not. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -39,36 +39,36 @@ FUSED = {
 }
 
 
-def planned(name: str) -> gg.Plan:
+def plan_of(name: str) -> gg.Plan:
     return gg.compile(pattern(name).outputs, backends=["cuda:0:24GiB"])
 
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_patterns_become_steps(name: str) -> None:
-    several = [step for step in planned(name).steps if len(step.nodes) > 1]
+    several = [step for step in plan_of(name).steps if len(step.nodes) > 1]
     assert [" ".join(n.op.name for n in step.nodes) for step in several] == FUSED[name]
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-def test_patterns_are_the_same_on_every_backend_here(name: str) -> None:
-    made = pattern(name)
-    want = gg.compile(made.outputs).run(made.inputs)
-    got = gg.compile(made.outputs, backends=["null:0"]).run(made.inputs)
-    for key, values in want.items():
-        np.testing.assert_array_equal(got[key], values)
+def test_patterns_give_the_same_results_on_numpy_and_null(name: str) -> None:
+    graph = pattern(name)
+    expected = gg.compile(graph.outputs).run(graph.inputs)
+    results = gg.compile(graph.outputs, backends=["null:0"]).run(graph.inputs)
+    for key, values in expected.items():
+        np.testing.assert_array_equal(results[key], values)
 
 
 def test_rows_that_a_causal_mask_hides_never_show() -> None:
-    made = pattern("hidden_rows")
-    for values in gg.compile(made.outputs).run(made.inputs).values():
+    graph = pattern("hidden_rows")
+    for values in gg.compile(graph.outputs).run(graph.inputs).values():
         assert np.isfinite(values).all()
 
 
 def test_activations_are_prepared_once() -> None:
     """One step for two products of the same rows; a view of other rows prepares its own."""
-    steps = planned("shared_activations").steps
-    (made,) = (step for step in steps if step.node.op.name == "fixed_point")
-    readers = [step for step in steps if made.node in step.reads]
+    steps = plan_of("shared_activations").steps
+    (preparation,) = (step for step in steps if step.node.op.name == "fixed_point")
+    readers = [step for step in steps if preparation.node in step.reads]
     assert [step.node.ne[1] for step in readers] == [5, 5]
 
 
@@ -79,7 +79,7 @@ def nodes_of(name: str) -> list[gg.Node]:
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_patterns_can_be_left_out(name: str) -> None:
-    """Then a step for each node, as the kernel table has it, and nothing of the backend's own."""
+    """Without fusion, every node is one step, with the operands of its kernel in the table."""
     nodes = nodes_of(name)
     steps = lower(nodes, set(), fuse=False)
     assert [step.nodes for step in steps] == [(node,) for node in nodes]
@@ -88,33 +88,35 @@ def test_patterns_can_be_left_out(name: str) -> None:
         assert step.operands == {n: node[n] for n in node.op.operands if node.get(n) is not None}
 
 
-def test_the_first_pattern_in_their_order_counts() -> None:
+def test_the_first_pattern_that_matches_wins() -> None:
     """One row of a norm times an activation is both a gated row and a weighted norm."""
     x, g = gg.input("x", ne=(256,)), gg.input("g", ne=(256,))
     y = gg.mul(gg.rms_norm(x, eps=1e-6), gg.relu(g))
     nodes = [n for n in gg.Graph({"y": y}).nodes if not n.op.leaf]
-    ways = (patterns.PATTERNS, patterns.PATTERNS[::-1])
-    steps = [next(s for s in covered(nodes, set(), way) if isinstance(s, Fused)) for way in ways]
+    orders = (patterns.PATTERNS, patterns.PATTERNS[::-1])
+    steps = [
+        next(s for s in covered(nodes, set(), order) if isinstance(s, Fused)) for order in orders
+    ]
     assert [[n.op.name for n in s.nodes] for s in steps] == [["relu", "mul"], ["rms_norm", "mul"]]
 
 
 def test_every_pattern_is_listed_once() -> None:
-    """A family that writes one and forgets patterns.py would never see it matched."""
-    written = {
+    """A pattern that patterns.py does not list would never match."""
+    defined = {
         f"{path.stem}.{name}"
         for path in Path(fusion.__file__).parent.rglob("*.py")
         for name in re.findall(r"^def ([a-z]\w+)\(node: Node, run: Run\)", path.read_text(), re.M)
     }
     listed = [f"{m.__module__.rpartition('.')[2]}.{m.__name__}" for m, _ in patterns.PATTERNS]
-    assert sorted(listed) == sorted(written)
+    assert sorted(listed) == sorted(defined)
 
 
-def test_a_step_stands_where_its_first_result_is_read() -> None:
-    ops = [step.node.op.name for step in planned("experts").steps]
+def test_a_step_comes_before_the_first_reader_of_its_results() -> None:
+    ops = [step.node.op.name for step in plan_of("experts").steps]
     assert ops.index("get_rows") < ops.index("mul_mat_id")
 
 
-def test_a_moved_step_may_not_read_what_is_not_there_yet() -> None:
+def test_a_moved_step_may_not_read_later_results() -> None:
     y = pattern("experts").outputs["y"]
     nodes = [n for n in gg.Graph({"y": y}).nodes if not n.op.leaf and n.op.view is None]
     run = Run(nodes, set())
@@ -124,35 +126,35 @@ def test_a_moved_step_may_not_read_what_is_not_there_yet() -> None:
     assert run.allows(route) and not Run(early, set()).allows(route)
 
 
-def host_between(kind: str, n_tokens: int, prec: str = "default") -> dict[str, gg.Node]:
-    """Products and activations around one of the host's, which cuts the GPU's run in two."""
-    made = (
-        gg.constant(np.ones((256, 256), np.float32), dtype=kind, name=name)
+def host_between(dtype: str, n_tokens: int, prec: str = "default") -> dict[str, gg.Node]:
+    """Products and activations around a product on the host, which splits the GPU's run in two."""
+    weights = (
+        gg.constant(np.ones((256, 256), np.float32), dtype=dtype, name=name)
         for name in ("a", "b", "host", "c", "d")
     )
-    a, b, host, c, d = (partial(gg.mul_mat, w, prec=prec) for w in made)
+    a, b, host, c, d = (partial(gg.mul_mat, w, prec=prec) for w in weights)
     x = gg.silu(gg.input("x", ne=(256, n_tokens)))
     first = gg.add(a(x), b(x))
-    opened = gg.silu(first)
-    y = gg.mul(opened, gg.add(host(first), gg.add(c(x), d(x))))
-    return {"y": y, "opened": opened}
+    gate = gg.silu(first)
+    y = gg.mul(gate, gg.add(host(first), gg.add(c(x), d(x))))
+    return {"y": y, "gate": gate}
 
 
-@pytest.mark.parametrize("n_tokens", (5, 64))  # of 64 the weight is borrowed: a load between runs
+@pytest.mark.parametrize("n_tokens", (5, 64))  # with 64, the weight is loaded between the runs
 @pytest.mark.parametrize("prec", ("default", "f32"))
-def test_what_an_earlier_run_made_is_neither_covered_nor_shared(n_tokens: int, prec: str) -> None:
+def test_results_of_an_earlier_run_are_neither_fused_nor_shared(n_tokens: int, prec: str) -> None:
     plan = gg.compile(
         host_between("q8_0", n_tokens, prec),
         backends=["cuda:0:24GiB", "numpy"],
         pins={"^host$": "numpy"},
     )
-    made = [node for step in plan.steps for node in step.nodes]
-    assert len(made) == len(set(made))  # the verifier looks at the rest
+    nodes = [node for step in plan.steps for node in step.nodes]
+    assert len(nodes) == len(set(nodes))  # the verifier checks the rest
 
 
 def test_every_kernel_waits_for_its_predecessor() -> None:
-    """Launches overlap: one that did not wait would not only read too early, but let all that
-    follow take its end for the end of everything before."""
+    """Launches overlap. A kernel that does not wait may read too early, and later kernels take its
+    end for the end of all kernels before it."""
     kernels = 0
     for path in KERNELS.glob("*.cu"):
         for part in re.split(r"\b__global__\b", path.read_text())[1:]:
@@ -164,18 +166,18 @@ def test_every_kernel_waits_for_its_predecessor() -> None:
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-def test_nothing_is_fused_where_the_user_says_so(name: str) -> None:
+def test_without_fuse_nothing_is_fused(name: str) -> None:
     plan = gg.compile(pattern(name).outputs, backends=["cuda:0:24GiB"], fuse=False)
     assert all(len(step.nodes) == 1 for step in plan.steps)
     assert not any(step.node.op.name == "fixed_point" for step in plan.steps)
     assert ", nothing fused" in str(plan).partition("\n")[0]
-    assert "nothing fused" not in str(planned(name))
+    assert "nothing fused" not in str(plan_of(name))
 
 
-def test_fuse_is_a_choice_of_two() -> None:
+def test_fuse_must_be_true_or_false() -> None:
     x = gg.input("x", ne=(4,))
     with pytest.raises(gg.DTypeError, match="fuse= must be True or False"):
         gg.compile({"y": gg.relu(x)}, fuse="no")  # type: ignore[arg-type]
     for place in ("numpy", "null:0"):
-        got = gg.compile({"y": gg.relu(x)}, backends=[place], fuse=False).run(x=[-1, 0, 1, 2])
-        np.testing.assert_array_equal(got["y"], [0, 0, 1, 2])
+        results = gg.compile({"y": gg.relu(x)}, backends=[place], fuse=False).run(x=[-1, 0, 1, 2])
+        np.testing.assert_array_equal(results["y"], [0, 0, 1, 2])

@@ -1,4 +1,4 @@
-"""The GPU's record, without a GPU: of other scripts and other tests."""
+"""The record of the GPU benchmarks, tried without a GPU on other scripts and tests."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def test_one(): pytest.skip("nothing here")
 
 @pytest.fixture
 def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """gpu.py with other parts: one measures, one fails after its row, one never ends, .."""
+    """benchmarks.gpu with other parts: among them, one fails after its row and one is late."""
     module = importlib.import_module("benchmarks.gpu")
     for name, text in SCRIPTS.items():
         (tmp_path / f"{name}.py").write_text(text)
-    one = '{"rows": [{"cache": "f16", "error": 0.5}, {"cache": "q8_0", "error": 0.1}]}'
-    two = '{"rows": [{"cache": "f16", "prompt_error": 0.25, "decode_error": 0.75}]}'
+    first = '{"rows": [{"cache": "f16", "error": 0.5}, {"cache": "q8_0", "error": 0.1}]}'
+    second = '{"rows": [{"cache": "f16", "prompt_error": 0.25, "decode_error": 0.75}]}'
 
     def script(name: str, *words: str) -> tuple[str, ...]:
         return (str(tmp_path / f"{name}.py"), *words)
@@ -60,7 +60,7 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     def parts(args: Any, folder: Path) -> Any:
         examples = tuple(
             script("example", str(folder / f"examples_{name}.json"), text)
-            for name, text in (("a_default", one), ("b_default", two), ("b_f32", one))
+            for name, text in (("a_default", first), ("b_default", second), ("b_f32", first))
         )
         tests = [str(tmp_path / f"{name}.py") for name in SCRIPTS if name.startswith("test_")]
         junit = ("-p", "no:cacheprovider", f"--junitxml={folder / 'checks.xml'}")
@@ -80,8 +80,8 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def written(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[int, Any]:
-    """The status, and the record."""
+def record_of(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[int, Any]:
+    """The exit status and the record of a run."""
     monkeypatch.setattr(sys, "argv", ["gpu.py", *words])
     status = gpu.main()
     (path,) = (gpu.HERE / "results" / "h100").glob("*.json")
@@ -89,71 +89,71 @@ def written(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, *words: str) -> tu
 
 
 def test_the_record_of_a_part(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    status, found = written(gpu, monkeypatch, "good", "--commit", "abc")
-    assert status == 0 and found["faults"] == []
-    assert found["rows"] == [{**ROW, "samples": [3, 1, 2]}]
-    assert found["commit"] == "abc" and found["kernels"] == gpu.fingerprint()
-    assert found["command"] == "python benchmarks/gpu.py good"
-    assert found["machine"]["numpy"] == np.__version__
-    (clocks,) = found["clocks"]
+    status, result = record_of(gpu, monkeypatch, "good", "--commit", "abc")
+    assert status == 0 and result["faults"] == []
+    assert result["rows"] == [{**ROW, "samples": [3, 1, 2]}]
+    assert result["commit"] == "abc" and result["kernels"] == gpu.fingerprint()
+    assert result["command"] == "python benchmarks/gpu.py good"
+    assert result["machine"]["numpy"] == np.__version__
+    (clocks,) = result["clocks"]
     assert clocks["clocks"] == "layer" and {"sm", "memory", "power"} < clocks.keys()
 
 
-def test_a_part_that_fails_or_is_late_is_loud_and_the_others_are_measured(
+def test_a_part_that_fails_or_is_late_is_reported_and_the_others_are_measured(
     gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status, found = written(gpu, monkeypatch)
+    status, result = record_of(gpu, monkeypatch)
     assert status == 1
     # Two scripts of a part run at the same time.
     names = [ROW["name"], ROW["name"], "other_d4096"]
-    assert sorted(row["name"] for row in found["rows"][:3]) == names
+    assert sorted(row["name"] for row in result["rows"][:3]) == names
     faults = ["bad: bad.py: 1", "late: late.py: no end within 0.5 s", "checks: pytest: 1"]
-    assert found["faults"][:3] == faults
-    assert "no row parity_failed" in found["faults"]
-    assert not {"no row layer_decode_d4096", "no row example_worst_error_f16"} & {*found["faults"]}
+    assert result["faults"][:3] == faults
+    assert "no row parity_failed" in result["faults"]
+    assert not {"no row layer_decode_d4096", "no row example_worst_error_f16"} & {*result["faults"]}
     out = capsys.readouterr().out
     assert "!! bad: bad.py: 1\n" in out and "why" in out and "no end within" in out
-    rows = {r["name"]: (r["value"], r["unit"], len(r["samples"])) for r in found["rows"][3:]}
+    rows = {r["name"]: (r["value"], r["unit"], len(r["samples"])) for r in result["rows"][3:]}
     assert rows == {
         "example_worst_error_f16": (0.75, "", 3),
         "example_worst_error_q8_0": (0.1, "", 1),
         "example_worst_error_f16_prec_f32": (0.5, "", 1),
         "example_worst_error_q8_0_prec_f32": (0.1, "", 1),
         "memcheck_cases": (7, "cases", 1),
-        "sample_failed": (1, "tests", 1),  # and none of `absent`: nothing of it ran
+        "sample_failed": (1, "tests", 1),  # and no row for `absent`: none of its tests ran
         "checks_passed": (1, "tests", 1),
     }
-    assert found["skipped"] == ["test_two: one GPU here", "test_one: nothing here"]
+    assert result["skipped"] == ["test_two: one GPU here", "test_one: nothing here"]
     assert "skipped: test_two: one GPU here\n" in out
 
 
 def test_an_interrupted_test_has_not_passed(tmp_path: Path) -> None:
     case = '<testcase classname="tests.gpu.test_gpu_sample" name="test_one">'
-    recorded = '<properties><property name="memcheck_cases" value="3"/></properties></testcase>'
+    properties = '<properties><property name="memcheck_cases" value="3"/></properties></testcase>'
     path = tmp_path / "checks.xml"
-    path.write_text(f"<testsuites><testsuite>{case}{recorded}</testsuite></testsuites>")
+    path.write_text(f"<testsuites><testsuite>{case}{properties}</testsuite></testsuites>")
     names = [[row["name"] for row in record.report_rows(path, end)[0]] for end in (True, False)]
     assert names == [["memcheck_cases", "sample_failed", "checks_passed"], ["memcheck_cases"]]
 
 
-def test_two_records_are_one(
+def test_two_records_are_joined(
     gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     paths = []
     for part in ("good", "examples"):
         paths.append(tmp_path / f"{part}.json")
-        assert written_to(paths[-1], gpu, monkeypatch, part) == 0
-    assert written_to(tmp_path / "both.json", gpu, monkeypatch, "--join", *map(str, paths)) == 0
-    one, two, both = (json.loads(p.read_text()) for p in (*paths, tmp_path / "both.json"))
-    assert both["rows"] == one["rows"] + two["rows"] and both["clocks"] == one["clocks"]
-    assert both["command"] == "python benchmarks/gpu.py good examples"
-    paths[1].write_text(json.dumps({**two, "kernels": "others"}))
+        assert status_of(paths[-1], gpu, monkeypatch, part) == 0
+    assert status_of(tmp_path / "both.json", gpu, monkeypatch, "--join", *map(str, paths)) == 0
+    first, second, joined = (json.loads(p.read_text()) for p in (*paths, tmp_path / "both.json"))
+    assert joined["rows"] == first["rows"] + second["rows"] and joined["clocks"] == first["clocks"]
+    assert joined["command"] == "python benchmarks/gpu.py good examples"
+    paths[1].write_text(json.dumps({**second, "kernels": "others"}))
     with pytest.raises(SystemExit, match="they differ in kernels"):
-        written_to(tmp_path / "no.json", gpu, monkeypatch, "--join", *map(str, paths))
+        status_of(tmp_path / "no.json", gpu, monkeypatch, "--join", *map(str, paths))
 
 
-def written_to(path: Path, gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    """The status of gpu.py that writes there."""
+def status_of(path: Path, gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """The exit status of gpu.py with this output file."""
     monkeypatch.setattr(sys, "argv", ["gpu.py", *words, "--out", str(path)])
     status: int = gpu.main()
     return status
@@ -173,12 +173,12 @@ def test_the_folder_of_a_card(name: str, folder: str) -> None:
     assert record.card(name) == folder
 
 
-def test_every_row_that_is_wanted_is_measured_by_some_script() -> None:
-    """By name, or by the beginning of one that a script completes."""
+def test_every_row_of_the_table_is_measured_by_some_script() -> None:
+    """Its name, or a prefix that a script completes, is in the script's source."""
     files = [*BENCHMARKS.glob("gpu*.py"), *(ROOT / "tests" / "gpu").glob("*.py")]
     text = "".join(path.read_text() for path in files)
-    begins = ("mul_mat_vec_", "mul_mat_", "moe_up_gate_iq4_nl_t", "amb_", "example_worst_error_")
+    prefixes = ("mul_mat_vec_", "mul_mat_", "moe_up_gate_iq4_nl_t", "amb_", "example_worst_error_")
     for name in importlib.import_module("tools.tables").BARS:
         assert f'"{name}"' in text or any(
-            name.startswith(b) and f'f"{b}{{' in text for b in begins
+            name.startswith(prefix) and f'f"{prefix}{{' in text for prefix in prefixes
         ), name

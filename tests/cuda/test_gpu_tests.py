@@ -1,4 +1,4 @@
-"""What the tests on a GPU are made of, tried without one: processes, cases, reports."""
+"""The parts of the tests on a GPU, tried without one: processes, cases, reports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pyggml.errors import DeviceError
 from pyggml.parity.case import build
 from pyggml.parity.cases import cases
 from tests.cuda.conftest import Machine
-from tests.cuda.test_recording import recorded
+from tests.cuda.test_recording import records_of
 from tests.gpu import test_gpu_arrays as arrays
 from tests.gpu import test_gpu_faults as faults
 from tests.gpu.attention_cases import attentions, forced
@@ -81,26 +81,26 @@ def test_the_next_call_starts_another_process(function: Any, args: Any, why: str
 def test_a_program_is_stopped_with_its_children() -> None:
     code = "import subprocess; subprocess.run(['sleep', '60'])"
     begin = time.monotonic()
-    done = python("-c", code).wait(1)
-    assert done.status is None and time.monotonic() - begin < 30
-    done = python("-c", "import sys; print(sys.stdin.read()); sys.exit(3)", text="given").wait(60)
-    assert (done.status, done.out) == (3, "given\n")
+    result = python("-c", code).wait(1)
+    assert result.status is None and time.monotonic() - begin < 30
+    result = python("-c", "import sys; print(sys.stdin.read()); sys.exit(3)", text="given").wait(60)
+    assert (result.status, result.out) == (3, "given\n")
 
 
 # -- the tests on a GPU -------------------------------------------------------------------------
 
 
-def test_every_attention_takes_the_kernel_that_it_is_meant_for() -> None:
+def test_every_attention_uses_its_kernel() -> None:
     for case in attentions():
         with forced(case.route):
-            records = recorded(case.node())
-        files = {one.file for one in records if isinstance(one, Launch)}
+            records = records_of(case.node())
+        files = {record.file for record in records if isinstance(record, Launch)}
         assert not case.route or f"attention_{case.route}.cu" in files, case
 
 
 def test_attentions_are_right_on_numpy() -> None:
     small = [case for case in attentions() if case.route]
-    assert {str(case): wrong for case in small[::17] if (wrong := judged(case, "numpy"))} == {}
+    assert {str(case): fault for case in small[::17] if (fault := judged(case, "numpy"))} == {}
 
 
 def test_a_wrong_attention_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +120,7 @@ def test_every_product_has_a_kernel(group: str) -> None:
     assert len(refusals) > 100 and not any(refusals.values())
 
 
-def test_faults_are_those_of_a_machine_that_is_played(machine: Machine) -> None:
+def test_the_tests_of_faults_pass_on_a_fake_gpu(machine: Machine) -> None:
     machine("gpu")
     faults.test_wrong_index()
     faults.test_memory_full()
@@ -132,31 +132,31 @@ def test_faults_are_those_of_a_machine_that_is_played(machine: Machine) -> None:
 
 @pytest.mark.parametrize(("words", "status"), [((), 0), (("-m", "gpu"), 1)])
 def test_without_a_gpu_none_passes(words: tuple[str, ...], status: int) -> None:
-    """They are skipped with the reason, and fail where they were asked for by name."""
+    """They are skipped with the reason, and fail if `-m gpu` selects them."""
     file = "tests/gpu/test_gpu_fusions.py"
-    done = python("-m", "pytest", "-rs", *words, file, CUDA_VISIBLE_DEVICES="").wait(120)
-    assert done.status == status and "passed" not in done.out, done
-    assert "needs pycuda" in done.out or "no GPU can be used" in done.out
+    result = python("-m", "pytest", "-rs", *words, file, CUDA_VISIBLE_DEVICES="").wait(120)
+    assert result.status == status and "passed" not in result.out, result
+    assert "needs pycuda" in result.out or "no GPU can be used" in result.out
 
 
 # -- the grid -----------------------------------------------------------------------------------
 
 
-def test_the_grid_is_counted_from_what_the_command_prints() -> None:
-    done = grid("-o", "relu,add", "--quick", seconds=300, backend="numpy")
+def test_cases_are_counted_in_the_output_of_the_command() -> None:
+    result = grid("-o", "relu,add", "--quick", seconds=300, backend="numpy")
     number = sum(case.op in ("relu", "add") for case in cases())
-    assert done.status == 0 and Counts.of(done.out) == (number, 0, 0)
+    assert result.status == 0 and Counts.of(result.out) == (number, 0, 0)
 
 
 def test_failures_and_refusals_are_counted(tmp_path: Path) -> None:
     kernel = tmp_path / "kernel.py"
     kernel.write_text("def wrong(a, *, out=None, **named):\n    out[...] = 7\n")
     words = ("--kernel", f"{kernel}:wrong", "-o", "relu", "--quick")
-    done = grid(*words, seconds=300, backend="numpy")
+    result = grid(*words, seconds=300, backend="numpy")
     number = sum(case.op == "relu" for case in cases())
-    assert done.status == 1 and Counts.of(done.out) == (0, number, 0), done
-    refused = "  mul_mat(q1_0[256,7], f32[256,5]): not supported [cuda]: no kernel\n"
-    assert Counts.of(refused) == (0, 0, 1)
+    assert result.status == 1 and Counts.of(result.out) == (0, number, 0), result
+    unsupported = "  mul_mat(q1_0[256,7], f32[256,5]): not supported [cuda]: no kernel\n"
+    assert Counts.of(unsupported) == (0, 0, 1)
 
 
 # -- compute-sanitizer --------------------------------------------------------------------------
@@ -173,21 +173,23 @@ report.write_text("========= Invalid __global__ read\\n" * {errors} + {end!r})
 
 
 @pytest.mark.parametrize(
-    ("errors", "end", "found"),
+    ("errors", "end", "expected"),
     [(0, "========= ERROR SUMMARY: 0 errors", 0), (2, "ERROR SUMMARY: 2 errors", 2), (1, "", None)],
     ids=["right", "two errors", "no end"],
 )
-def test_a_sanitizer_is_read(tmp_path: Path, errors: int, end: str, found: int | None) -> None:
+def test_the_report_of_a_sanitizer_is_read(
+    tmp_path: Path, errors: int, end: str, expected: int | None
+) -> None:
     tool = tmp_path / "sanitizer"
     tool.write_text(f"#!{sys.executable}\n" + SANITIZER.format(errors=errors, end=end))
     tool.chmod(0o755)
     lines = ["relu(f32[4])", "abs(f32[4])"]
     verdict: Verdict = run(str(tool), "memcheck", lines, 5, tmp_path / "report")
-    assert [row[0] for row in verdict.outcomes] == lines and verdict.errors == found
+    assert [row[0] for row in verdict.outcomes] == lines and verdict.errors == expected
     assert ("Invalid" in verdict.complaints) == bool(errors)
 
 
-def test_the_spread_takes_every_op_in_turns() -> None:
+def test_the_spread_alternates_between_ops() -> None:
     lines = [str(case) for case in cases()]
     order = list(spread(lines))
     assert len(order) == len(set(order)) and set(order) <= set(lines)

@@ -1,4 +1,4 @@
-"""The GPU's record is said to be stale as soon as a kernel changes."""
+"""A warning says that the record of the GPU is stale if a kernel differs."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from tools import kernel_record
 
 @pytest.fixture
 def places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Path, Path]:
-    """A folder of kernels, and one of records: the newest is of the kernels, an older is not."""
+    """Folders of kernels and of records; only the newest record was made from these kernels."""
     kernels, records = tmp_path / "kernels", tmp_path / "records"
     for folder, files in ((kernels, ("a.cu", "b.cuh")), (records, ())):
         folder.mkdir()
         for name in files:
             (folder / name).write_text(name)
     newest = kernel_record.fingerprint(kernels)
-    for name, told in (("h100/2026-01-02", newest), ("h200/2025-12-31", "0")):
+    for name, kernels_hash in (("h100/2026-01-02", newest), ("h200/2025-12-31", "0")):
         path = records / f"{name}.json"
         path.parent.mkdir()
-        path.write_text(json.dumps({"kernels": told}))
+        path.write_text(json.dumps({"kernels": kernels_hash}))
     monkeypatch.setattr(kernel_record.fingerprint, "__defaults__", (kernels,))
     monkeypatch.setattr(kernel_record.newest, "__defaults__", (records,))
     return kernels, records
 
 
-def said(capsys: pytest.CaptureFixture[str]) -> str:
-    assert kernel_record.main() == 0  # a warning, no failure
+def warning(capsys: pytest.CaptureFixture[str]) -> str:
+    assert kernel_record.main() == 0  # it does not fail
     return capsys.readouterr().out
 
 
@@ -37,7 +37,7 @@ def test_a_record_of_these_kernels(
     places: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     (places[0] / "notes.txt").write_text("no kernel")
-    assert said(capsys) == "the newest record of the GPU is of these kernels\n"
+    assert warning(capsys) == "the newest record of the GPU is of these kernels\n"
 
 
 @pytest.mark.parametrize("name", ["a.cu", "b.cuh", "c.cu"])
@@ -45,7 +45,7 @@ def test_a_record_of_other_kernels(
     places: tuple[Path, Path], capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     (places[0] / name).write_text("changed")
-    text = said(capsys)
+    text = warning(capsys)
     assert text.startswith("WARNING: 2026-01-02.json was made from kernels ")
     assert kernel_record.fingerprint(places[0]) in text and "benchmarks/gpu.py" in text
 
@@ -53,4 +53,4 @@ def test_a_record_of_other_kernels(
 def test_no_record(places: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     for record in places[1].glob("*/*.json"):
         record.unlink()
-    assert said(capsys).startswith("WARNING: there is no record")
+    assert warning(capsys).startswith("WARNING: there is no record")

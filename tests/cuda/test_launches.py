@@ -1,4 +1,4 @@
-"""How kernels are started: with cuda-bindings, each loaded once. No GPU."""
+"""Starting kernels through cuda-bindings; each is loaded once. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 import pyggml as gg
+from pyggml.backends.cuda.device import context as contexts
 from pyggml.backends.cuda.device import driver
-from pyggml.backends.cuda.device.driver import FREE_SHARED, Context
+from pyggml.backends.cuda.device.context import FREE_SHARED, Context
 from pyggml.backends.cuda.launch import Launch
 from tests.cuda.conftest import Machine
 
@@ -20,7 +21,7 @@ LAUNCH = Launch("norm.cu", "rms_norm", (3, 2, 1), (128, 1, 1), bytes(range(12)),
 @pytest.fixture
 def context(machine: Machine) -> Iterator[Context]:
     machine("gpu")
-    with driver.context(0) as context:
+    with contexts.context(0) as context:
         yield context
 
 
@@ -28,36 +29,36 @@ def cu() -> Any:
     return driver.imported("cuda.bindings.driver")
 
 
-def started(context: Context, *launches: Launch) -> list[Any]:
+def starts_of(context: Context, *launches: Launch) -> list[Any]:
     context.load(launches)
     for launch in launches:
         context.start(launch)
     return list(cu().STARTED)
 
 
-def test_a_launch_is_what_was_recorded(context: Context) -> None:
-    (one,) = started(context, LAUNCH)
-    config = one.config
+def test_a_launch_has_the_recorded_geometry_and_arguments(context: Context) -> None:
+    (start,) = starts_of(context, LAUNCH)
+    config = start.config
     assert (config.gridDimX, config.gridDimY, config.gridDimZ) == LAUNCH.grid
     assert (config.blockDimX, config.blockDimY, config.blockDimZ) == LAUNCH.block
     assert config.sharedMemBytes == 0 and config.hStream is context.stream
-    assert one.args == LAUNCH.args and one.function.allowed == []
+    assert start.args == LAUNCH.args and start.function.allowed == []
 
 
 @pytest.mark.parametrize("overlap", (True, False))
 def test_overlap_is_an_attribute_of_the_launch(context: Context, overlap: bool) -> None:
-    (one,) = started(context, replace(LAUNCH, overlap=overlap))
-    assert one.config.numAttrs == len(one.config.attrs) == overlap
-    for attribute in one.config.attrs:
+    (start,) = starts_of(context, replace(LAUNCH, overlap=overlap))
+    assert start.config.numAttrs == len(start.config.attrs) == overlap
+    for attribute in start.config.attrs:
         assert attribute.id.name.endswith("PROGRAMMATIC_STREAM_SERIALIZATION")
         assert attribute.value.programmaticStreamSerializationAllowed == 1
 
 
 def test_a_kernel_is_loaded_once_and_allowed_the_most_shared_memory(context: Context) -> None:
     sizes = (0, FREE_SHARED, FREE_SHARED + 1, 100_000, 90_000, 100_000)
-    ones = started(context, *(replace(LAUNCH, shared=size) for size in sizes))
-    assert len({id(one.function) for one in ones}) == 1
-    assert ones[0].function.allowed == [FREE_SHARED + 1, 100_000]
+    starts = starts_of(context, *(replace(LAUNCH, shared=size) for size in sizes))
+    assert len({id(start.function) for start in starts}) == 1
+    assert starts[0].function.allowed == [FREE_SHARED + 1, 100_000]
 
 
 def test_too_much_shared_memory_is_an_error_that_names_the_kernel(context: Context) -> None:
@@ -65,7 +66,7 @@ def test_too_much_shared_memory_is_an_error_that_names_the_kernel(context: Conte
         context.load([replace(LAUNCH, shared=999_999)])
 
 
-def test_full_memory_is_an_error_of_its_own(
+def test_full_memory_is_an_out_of_memory_error(
     context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = (cu().CUresult.CUDA_ERROR_OUT_OF_MEMORY, None)

@@ -1,4 +1,4 @@
-"""`plan.memory` tells the truth of a GPU: all that is allocated is in it, and nothing else is."""
+"""`plan.memory` of a GPU counts everything that is allocated, and nothing else."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from tests.cuda.test_recording import steps_of
 MIB = 2**20
 
 
-def product(kind: str = "f16", columns: int = 40) -> gg.Node:
-    w = gg.constant(np.ones((64, 256), np.float32), dtype=kind, name=f"w_{kind}")
+def product(name: str = "f16", columns: int = 40) -> gg.Node:
+    w = gg.constant(np.ones((64, 256), np.float32), dtype=name, name=f"w_{name}")
     return gg.mul_mat(w, gg.input("x", ne=(256, columns)))
 
 
@@ -37,15 +37,15 @@ def attention() -> gg.Node:
     return gg.mul_mat(v, gg.soft_max_ext(gg.mul_mat(k, q), scale=0.125))
 
 
-def planned(node: gg.Node, place: str = "cuda", **options: Any) -> Plan:
+def plan_of(node: gg.Node, place: str = "cuda", **options: Any) -> Plan:
     return gg.compile({"y": node}, backends=[place], **options)
 
 
-# -- what is said -------------------------------------------------------------------------------
+# -- the table ----------------------------------------------------------------------------------
 
 
-def test_every_case_that_calls_cublas_says_so_and_no_other() -> None:
-    """Otherwise the table would lack the block that cuBLAS works in, or show one for nothing."""
+def test_the_cases_that_call_cublas_declare_its_workspace_and_no_others_do() -> None:
+    """Otherwise the table would lack the workspace of cuBLAS, or show one that nothing uses."""
     device, calling = backends.get("cuda"), 0
     for case in cases():
         if case.op not in ("mul_mat", "fused_up_gate", "mul_mat_id", "moe_up_gate"):
@@ -54,18 +54,18 @@ def test_every_case_that_calls_cublas_says_so_and_no_other() -> None:
         if device.supports(node) is not None:
             continue
         for step, records in steps_of(node):
-            calls = any(isinstance(one, Gemm) for one in records)
+            calls = any(isinstance(record, Gemm) for record in records)
             assert step.workspace == (WORKSPACE if calls else 0), case
             calling += calls
     assert calling > 20
 
 
 @pytest.mark.parametrize(
-    ("kind", "columns", "workspace"),
+    ("name", "columns", "workspace"),
     [("f16", 40, WORKSPACE), ("f32", 40, WORKSPACE), ("f16", 1, 0), ("q8_0", 40, 0)],
 )
-def test_the_workspace_is_a_column_of_its_own(kind: str, columns: int, workspace: int) -> None:
-    memory = planned(product(kind, columns)).memory
+def test_the_workspace_has_its_own_column(name: str, columns: int, workspace: int) -> None:
+    memory = plan_of(product(name, columns)).memory
     (row,) = memory.devices
     assert row.workspace == memory.workspace == workspace
     parts = (row.weights, row.states, row.inputs, row.compute, row.workspace)
@@ -75,36 +75,36 @@ def test_the_workspace_is_a_column_of_its_own(kind: str, columns: int, workspace
     assert float(line[at]) == workspace / MIB
 
 
-def test_it_is_one_block_however_many_products_there_are() -> None:
+def test_all_products_share_one_workspace() -> None:
     x = gg.input("x", ne=(64, 40))
     for i in range(3):
         w = gg.constant(np.ones((64, 64), np.float32), dtype="f16", name=f"w{i}")
         x = gg.mul_mat(w, x)
-    assert planned(x).memory.workspace == WORKSPACE
+    assert plan_of(x).memory.workspace == WORKSPACE
 
 
-def test_a_described_device_must_have_room_for_it() -> None:
-    plan = planned(product(), "cuda:0:8MiB")
+def test_a_described_device_must_have_room_for_the_workspace() -> None:
+    plan = plan_of(product(), "cuda:0:8MiB")
     assert plan.memory.total - WORKSPACE < 8 * MIB < plan.memory.total
     assert "cuda:0 (assumed 8MiB): does NOT fit" in str(plan.memory)
-    assert "8MiB): fits" in str(planned(product(columns=1), "cuda:0:8MiB").memory)
+    assert "8MiB): fits" in str(plan_of(product(columns=1), "cuda:0:8MiB").memory)
 
 
-def test_the_attention_budget_does_not_count_it() -> None:
-    """It does not grow with the attention, and no cutting makes it smaller."""
-    whole = planned(attention())
+def test_the_attention_budget_does_not_count_the_workspace() -> None:
+    """It does not grow with the attention, and cutting does not make it smaller."""
+    whole = plan_of(attention())
     assert whole.memory.workspace == WORKSPACE and whole.memory.score_peak < MIB
-    tight = planned(attention(), amb=0.05)
+    tight = plan_of(attention(), amb=0.05)
     assert [step.loop is not None for step in tight.steps] == [True]
     assert tight.memory.workspace == WORKSPACE and tight.memory.score_peak <= 0.05 * MIB
 
 
-def test_pinned_memory_of_the_host_is_told_beside_the_table() -> None:
-    told = f"Copies to and from cuda:0 use another {RING / MIB:.2f} MiB of pinned host memory."
+def test_pinned_memory_of_the_host_is_a_line_below_the_table() -> None:
+    line = f"Copies to and from cuda:0 use another {RING / MIB:.2f} MiB of pinned host memory."
     plan = gg.compile({"y": product()}, backends=["cuda:0:24GiB", "numpy"])
-    assert told in str(plan.memory).splitlines()
+    assert line in str(plan.memory).splitlines()
     assert [row.staging for row in plan.memory.devices] == [RING]
-    assert "pinned" not in str(planned(product(), "numpy").memory)
+    assert "pinned" not in str(plan_of(product(), "numpy").memory)
     y = {"y": gg.label(product(), "elsewhere")}
     idle = gg.compile(y, backends=["cuda", "numpy"], pins={"elsewhere|^w|^x": "numpy"})
     assert [row.device for row in idle.memory.devices] == ["cuda:0", "numpy"]
@@ -112,45 +112,45 @@ def test_pinned_memory_of_the_host_is_told_beside_the_table() -> None:
 
 
 @pytest.mark.parametrize("place", ("numpy", "null:0"))
-def test_other_backends_have_none(place: str) -> None:
-    memory = planned(product(), place).memory
+def test_other_backends_have_no_workspace(place: str) -> None:
+    memory = plan_of(product(), place).memory
     assert memory.workspace == 0 and all(row.staging == 0 for row in memory.devices)
 
 
-# -- what is done, on a GPU of which only the memory is there ------------------------------------
+# -- allocations on a fake GPU ------------------------------------------------------------------
 
 
 @pytest.fixture
 def gpu(machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     machine("gpu")
-    monkeypatch.setattr(cublas, "_library", lambda: None)  # of CuPy, which is not there
+    monkeypatch.setattr(cublas, "_library", lambda: None)  # CuPy is not installed
 
 
-def held(start: tuple[int, int]) -> tuple[int, int]:
-    """Blocks and bytes that are allocated since."""
+def allocated(start: tuple[int, int]) -> tuple[int, int]:
+    """Blocks and bytes allocated since `start`."""
     gc.collect()
     return ALLOCATIONS.blocks - start[0], ALLOCATIONS.nbytes - start[1]
 
 
-def test_a_plan_takes_what_it_said(gpu: None) -> None:
-    start = held((0, 0))
-    plan = planned(product()).bind()
+def test_a_plan_allocates_what_its_table_says(gpu: None) -> None:
+    start = allocated((0, 0))
+    plan = plan_of(product()).bind()
     # a weight, an input, an arena, the workspace; and the ring
-    assert held(start) == (5, plan.memory.total + plan.memory.devices[0].staging)
-    again = planned(product(columns=17)).bind()  # in a store of its own
-    together = plan.memory.total + again.memory.total - WORKSPACE  # which they share
-    assert held(start)[1] == together + RING
+    assert allocated(start) == (5, plan.memory.total + plan.memory.devices[0].staging)
+    again = plan_of(product(columns=17)).bind()  # with its own store
+    together = plan.memory.total + again.memory.total - WORKSPACE  # they share it
+    assert allocated(start)[1] == together + RING
     del plan
-    assert held(start)[1] == again.memory.total + RING
+    assert allocated(start)[1] == again.memory.total + RING
     del again
-    assert held(start) == (1, RING)  # kept for the next plan
+    assert allocated(start) == (1, RING)  # kept for the next plan
 
 
 def test_binding_allocates_all_that_a_run_needs(gpu: None) -> None:
-    plan = planned(gg.relu(gg.input("x", ne=(256, 40)))).bind()
-    made = ALLOCATIONS.made
+    plan = plan_of(gg.relu(gg.input("x", ne=(256, 40)))).bind()
+    count = ALLOCATIONS.count
     plan.run(x=np.ones((40, 256)))
-    assert ALLOCATIONS.made == made
+    assert ALLOCATIONS.count == count
 
 
 # -- copies ---------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def test_binding_allocates_all_that_a_run_needs(gpu: None) -> None:
 def test_rows_far_apart_are_copied_one_by_one(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What lies between them is neither read nor written."""
+    """The memory between them is neither read nor written."""
     machine("gpu")
     device: Any = backends.get("cuda")
     spec, step = Spec.of(dtype("f16"), (40, 3, 2)), 20 << 20

@@ -35,9 +35,9 @@ def signed(words: NDArray[Any]) -> NDArray[np.float32]:
 class Reader:
     """The index arithmetic of `Row` and the bits of `unpack`, on the host."""
 
-    def __init__(self, kind: str, ne: tuple[int, int, int, int], data: NDArray[np.uint8]) -> None:
-        self.kind, self.form = kind, FORMATS[kind]
-        self.tiles, self.data = packing.tiles_of(TYPES[kind], ne), data
+    def __init__(self, name: str, ne: tuple[int, int, int, int], data: NDArray[np.uint8]) -> None:
+        self.name, self.form = name, FORMATS[name]
+        self.tiles, self.data = packing.tiles_of(TYPES[name], ne), data
 
     def words(self, plane: int, width: int, index: NDArray[Any]) -> NDArray[Any]:
         """Little-endian numbers of `width` bytes at places of a plane."""
@@ -49,7 +49,7 @@ class Reader:
         groups = np.arange(self.tiles.groups)
         at = matrix * self.tiles.tiles + row // 8
         unit = (at * self.tiles.groups + groups) * 8 + row % 8
-        blocks = groups // (TYPES[self.kind].block // 32)
+        blocks = groups // (TYPES[self.name].block // 32)
         super_ = (at * self.tiles.blocks + blocks) * 8 + row % 8
         codes = np.stack([self.codes(at, row % 8, unit, i) for i in range(32)], axis=1)
         own = self.words(2, self.form.scale, unit) if self.form.scale else unit
@@ -71,8 +71,8 @@ class Reader:
                 code |= (self.words(1, 4, unit) >> (8 * byte + i // 4) & 1) << 2
             return code
         q = self.words(0, 4, unit * 4 + word)
-        if self.kind in TABLES:
-            return np.array(TABLES[self.kind])[q >> (4 * byte + 16 * (i // 16)) & 15]
+        if self.name in TABLES:
+            return np.array(TABLES[self.name])[q >> (4 * byte + 16 * (i // 16)) & 15]
         code = q >> (8 * byte + 4 * (i // 16)) & 15
         if self.form.high == 4:
             code |= (self.words(1, 4, unit) >> (8 * byte + i // 4) & 1) << 4
@@ -81,87 +81,87 @@ class Reader:
         return code
 
     def scaled(self, c: NDArray[Any], own: NDArray[Any], shared: NDArray[Any]) -> NDArray[Any]:
-        kind, c = self.kind, c - BIAS.get(self.kind, 0)
-        if kind in ("q4_1", "q5_1"):
+        name, c = self.name, c - BIAS.get(self.name, 0)
+        if name in ("q4_1", "q5_1"):
             return half(own)[:, None] * c + half(own >> 16)[:, None]
-        if kind in ("q4_K", "q5_K"):
+        if name in ("q4_K", "q5_K"):
             d, m = half(shared) * (own & 255), half(shared >> 16) * (own >> 8)
             return d.astype(np.float32)[:, None] * c - m.astype(np.float32)[:, None]
-        if kind == "q2_K":
+        if name == "q2_K":
             d, m = half(shared), half(shared >> 16)
             return halves(d * (own & 15), d * (own >> 8 & 15)) * c - halves(
                 m * (own >> 4 & 15), m * (own >> 12)
             )
-        if kind in ("q3_K", "q6_K"):
+        if name in ("q3_K", "q6_K"):
             return halves(half(shared) * signed(own), half(shared) * signed(own >> 8)) * c
-        if kind in LEVELS:
+        if name in LEVELS:
             d = half(shared) / np.float32(8)
             return halves(d * (own & 255), d * (own >> 8)) * c
-        if kind == "nvfp4":
+        if name == "nvfp4":
             return halves(*(half((own >> s & 127) << 7) * np.float32(128) for s in (0, 8))) * c
-        if kind == "iq4_xs":
+        if name == "iq4_xs":
             return (half(shared) * signed(own))[:, None] * c
-        if kind == "mxfp4":
+        if name == "mxfp4":
             return np.ldexp(np.float32(1), own - 128)[:, None] * c
         return half(own if self.form.scale else shared)[:, None] * c
 
 
 def halves(first: NDArray[Any], last: NDArray[Any]) -> NDArray[np.float32]:
-    """Of each group a number for its first 16 weights and one for its last."""
+    """For each group, one number for its first 16 weights and one for its last 16."""
     return np.stack([first, last], axis=1).astype(np.float32).repeat(16, axis=1)
 
 
-def random_blocks(kind: str, ne: tuple[int, int, int, int]) -> NDArray[np.uint8]:
-    """Any bytes, but no scale that is not finite."""
-    t = TYPES[kind]
+def random_blocks(name: str, ne: tuple[int, int, int, int]) -> NDArray[np.uint8]:
+    """Random bytes with finite scales."""
+    t = TYPES[name]
     shape = (ne[1] * ne[2] * ne[3], ne[0] // t.block, t.nbytes)
     raw = np.random.default_rng(3).integers(0, 256, shape, np.uint8)
-    if kind == "mxfp4":
+    if name == "mxfp4":
         raw[..., 0] &= 127  # not past 2^127
-    elif kind != "nvfp4":
-        scales = {"q2_K": (80, 82), "iq1_m": (54,), "q1_0": (0,)}.get(kind, (0, 2, t.nbytes - 2))
+    elif name != "nvfp4":
+        scales = {"q2_K": (80, 82), "iq1_m": (54,), "q1_0": (0,)}.get(name, (0, 2, t.nbytes - 2))
         for at in scales:
             raw[..., at + 1] &= 0xBF  # not the exponent of infinity
     return raw
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("m", (16, 19))
-def test_tiles_hold_what_the_blocks_held(kind: str, m: int) -> None:
-    ne = (3 * max(TYPES[kind].block, 64), m, 2, 1)
-    raw = random_blocks(kind, ne)
-    data = packing.to_tiles(TYPES[kind], ne, raw)
-    reader = Reader(kind, ne, data)
-    want = quants.decode(kind, raw).reshape(2, m, -1, 32)
+def test_tiles_have_the_weights_of_the_blocks(name: str, m: int) -> None:
+    ne = (3 * max(TYPES[name].block, 64), m, 2, 1)
+    raw = random_blocks(name, ne)
+    data = packing.to_tiles(TYPES[name], ne, raw)
+    reader = Reader(name, ne, data)
+    expected = quants.decode(name, raw).reshape(2, m, -1, 32)
     for matrix in range(2):
         for row in range(m):
-            np.testing.assert_array_equal(reader.row(matrix, row), want[matrix, row])
+            np.testing.assert_array_equal(reader.row(matrix, row), expected[matrix, row])
     assert len(data) == reader.tiles.nbytes
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_pieces_do_not_show(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", FORMATS)
+def test_pieces_give_the_same_tiles(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ne = (256, 43, 2, 1)
-    raw = random_blocks(kind, ne)
-    whole = packing.to_tiles(TYPES[kind], ne, raw)
+    raw = random_blocks(name, ne)
+    whole = packing.to_tiles(TYPES[name], ne, raw)
     monkeypatch.setattr(packing, "PIECE", 256 * 16)
-    np.testing.assert_array_equal(packing.to_tiles(TYPES[kind], ne, raw), whole)
+    np.testing.assert_array_equal(packing.to_tiles(TYPES[name], ne, raw), whole)
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_tiles_take_hardly_more_than_the_file(kind: str) -> None:
-    """Codes that stand in grids take 4 bits each, and their scales half a bit."""
+@pytest.mark.parametrize("name", FORMATS)
+def test_tiles_take_hardly_more_than_the_file(name: str) -> None:
+    """Codes of types with grids take 4 bits each, and their scales half a bit."""
     ne = (4096, 14336, 1, 1)
-    rows = TYPES[kind].row_bytes(ne[0]) * ne[1]
-    codes = 4.57 / 8 * ne[0] * ne[1] if kind in LEVELS else 0
-    most = max(codes, rows * (1.04 if kind != "tq1_0" else 1.23))
-    assert rows <= packing.tiles_of(TYPES[kind], ne).nbytes <= most
+    rows = TYPES[name].row_bytes(ne[0]) * ne[1]
+    codes = 4.57 / 8 * ne[0] * ne[1] if name in LEVELS else 0
+    most = max(codes, rows * (1.04 if name != "tq1_0" else 1.23))
+    assert rows <= packing.tiles_of(TYPES[name], ne).nbytes <= most
 
 
-def weight(kind: str, *ne: int) -> gg.Node:
-    t = TYPES[kind]
+def weight(name: str, *ne: int) -> gg.Node:
+    t = TYPES[name]
     shape = (*ne[:0:-1], t.row_bytes(ne[0]))
-    return gg.constant(np.zeros(shape, np.uint8), dtype=kind, name=f"{kind}_{ne}")
+    return gg.constant(np.zeros(shape, np.uint8), dtype=name, name=f"{name}_{ne}")
 
 
 def test_layout_follows_the_uses() -> None:

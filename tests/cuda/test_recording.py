@@ -1,4 +1,4 @@
-"""What can be known of the CUDA backend without a GPU: plans, and what each step would launch."""
+"""The CUDA backend without a GPU: its plans, and the launches that each step records."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from tools.compile_kernels import instances
 
 
 class Memory:
-    """Where a buffer would be."""
+    """A buffer with an address and no memory."""
 
     def __init__(self, ptr: int) -> None:
         self.ptr = ptr
 
 
 def steps_of(node: Node) -> list[tuple[Step, list[Record]]]:
-    """The steps of a node and what they launch, at addresses that nobody owns."""
+    """The steps of a node and their records, at made-up addresses."""
     work = passes.run(Work(Graph({"y": node}), (backends.get("cuda"),)))
     arena, leaves = Memory(1 << 40), {}
     for i, leaf in enumerate(work.leaves):
@@ -45,26 +45,26 @@ def steps_of(node: Node) -> list[tuple[Step, list[Record]]]:
     ]
 
 
-def recorded(node: Node) -> list[Record]:
-    """What the steps of a node launch."""
-    return [one for _, records in steps_of(node) for one in records]
+def records_of(node: Node) -> list[Record]:
+    """The records of all steps of a node."""
+    return [record for _, records in steps_of(node) for record in records]
 
 
-#: Block types that are decoded on the host alone.
+#: Block types that only the host decodes.
 UNREAD = {name for name in BLOCKS.split("|") if name not in FORMATS}
 
 
 def test_every_case_is_recorded() -> None:
-    """Nothing refused but blocks without a format; scratch as declared, geometry within limits,
-    arguments of known sizes."""
-    device, launched = backends.get("cuda"), set()
+    """Only blocks without a format are refused. Scratch is as declared, the geometry is within
+    limits, and the sizes of arguments are known."""
+    device, files = backends.get("cuda"), set()
     for case in cases():
         node = build(case, values=False).node
         if any(s is not None and s.type in UNREAD for s in case.sources):
             continue  # test_block_types.py
         assert node.op.view is not None or device.supports(node) is None, case
-        launched |= {one.file for one in recorded(node) if isinstance(one, Launch)}
-    assert len(launched) >= 10
+        files |= {record.file for record in records_of(node) if isinstance(record, Launch)}
+    assert len(files) >= 10
 
 
 def test_planning_imports_neither_pycuda_nor_cupy() -> None:
@@ -76,12 +76,12 @@ def test_planning_imports_neither_pycuda_nor_cupy() -> None:
         "print(plan, plan.memory)\n"
         "assert not {'pycuda', 'cupy', 'cuda'} & {m.split('.')[0] for m in sys.modules}\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "cuda:0 (assumed 24GiB): fits" in done.stdout
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "cuda:0 (assumed 24GiB): fits" in result.stdout
 
 
-def test_experts_on_the_host_and_the_rest_on_a_gpu_are_planned() -> None:
+def test_experts_on_the_host_split_the_plan() -> None:
     w = [
         gg.constant(np.ones((8, 64, 256), np.float32), dtype="q8_0", name=f"ffn_{k}_exps")
         for k in ("up", "gate")
@@ -98,39 +98,25 @@ def test_a_sum_that_only_its_norm_reads_takes_no_memory() -> None:
     x, s = gg.input("x", ne=(256, 4)), gg.input("s", ne=(256, 4))
     normed = gg.rms_norm(gg.add(x, s), eps=1e-6)
     y = gg.mul(normed, gg.constant(np.ones(256, np.float32), name="w"))
-    names = [one.name.partition("<")[0] for one in recorded(y) if isinstance(one, Launch)]
+    names = [r.name.partition("<")[0] for r in records_of(y) if isinstance(r, Launch)]
     assert names == ["rms_norm"]
     assert gg.compile({"y": y}, backends=["cuda"]).memory.compute == y.spec.nbytes
 
 
-def test_what_a_fused_step_covers_takes_no_memory() -> None:
+def test_intermediates_of_a_fused_step_take_no_memory() -> None:
     x, w = gg.input("x", ne=(1024, 64)), gg.constant(np.ones(1024, np.float32), name="w")
     normed = gg.label(gg.rms_norm(x, eps=1e-6), "normed")
     y = gg.mul(normed, w)
     (step,) = gg.compile({"y": y}, backends=["cuda"]).steps
     assert [node.op.name for node in step.nodes] == ["rms_norm", "mul"]
     assert gg.compile({"y": y}, backends=["cuda"]).memory.compute == y.spec.nbytes
-    seen = gg.compile({"y": y}, backends=["cuda"], observe=["normed"])
-    assert len(seen.steps) == 2 and seen.memory.compute == 2 * y.spec.nbytes
+    observed = gg.compile({"y": y}, backends=["cuda"], observe=["normed"])
+    assert len(observed.steps) == 2 and observed.memory.compute == 2 * y.spec.nbytes
 
 
-#: Words that any template may be given: element types, and block types by their names.
-_PLAIN = set(
-    [
-        "unsigned",
-        "short",
-        "long",
-        "int",
-        "char",
-        "float",
-        "__half",
-        "__nv_bfloat16",
-        "true",
-        "false",
-        "void",
-    ]
-)
-_PLAIN |= set(FORMATS)
+#: Words that may be in the arguments of any template: element types and block types.
+_PLAIN = {"unsigned", "short", "long", "int", "char", "float", "void", "true", "false"}
+_PLAIN |= {"__half", "__nv_bfloat16", *FORMATS}
 
 
 def _words(text: str) -> set[str]:
@@ -138,17 +124,17 @@ def _words(text: str) -> set[str]:
 
 
 def test_every_instance_has_its_template() -> None:
-    """A name that no `// @kernel` line of its file knows would fail on a GPU alone."""
-    known: dict[tuple[str, str], set[str]] = {}
-    for one in instances(sorted(KERNELS.glob("*.cu"))):
-        template = one.name.partition("<")[0]
-        known.setdefault((one.file, template), set()).update(_words(one.name))
+    """A name that matches no `// @kernel` line of its file would fail only on a GPU."""
+    declared: dict[tuple[str, str], set[str]] = {}
+    for instance in instances(sorted(KERNELS.glob("*.cu"))):
+        template = instance.name.partition("<")[0]
+        declared.setdefault((instance.file, template), set()).update(_words(instance.name))
     for case in cases():
         if any(s is not None and s.type in UNREAD for s in case.sources):
             continue
-        for one in recorded(build(case, values=False).node):
-            if isinstance(one, Launch):
-                template = one.file, one.name.partition("<")[0]
-                assert template in known, f"{case}: {one.file} has no kernel {one.name}"
-                unknown = _words(one.name) - known[template] - _PLAIN
-                assert not unknown, f"{case}: {one.name}: {unknown} stand in no @kernel line"
+        for launch in records_of(build(case, values=False).node):
+            if isinstance(launch, Launch):
+                key = launch.file, launch.name.partition("<")[0]
+                assert key in declared, f"{case}: {launch.file} has no kernel {launch.name}"
+                unknown = _words(launch.name) - declared[key] - _PLAIN
+                assert not unknown, f"{case}: {launch.name}: no @kernel line has {unknown}"

@@ -1,7 +1,7 @@
-"""Machines without a GPU as the real pycuda meets them: no libcuda, or our stub in its place.
+"""The real pycuda on machines without a GPU: without libcuda, or with a stub in its place.
 
-`make stub` builds both (tools/build_pycuda.sh, tools/libcuda_stub.sh) and runs this; test_faults.py
-and test_doctor.py say more of the same of a pycuda that is played.
+`make stub` builds both (tools/build_pycuda.sh, tools/libcuda_stub.sh) and runs this. test_faults.py
+and test_doctor.py test more cases with a fake pycuda.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-BUILT = os.environ.get("PYGGML_STUB", "")
+FOLDER = os.environ.get("PYGGML_STUB", "")
 
 pytestmark = [
     pytest.mark.stub,
-    pytest.mark.skipif(not BUILT, reason="`make stub` builds what it needs and runs it"),
+    pytest.mark.skipif(not FOLDER, reason="`make stub` builds what it needs and runs it"),
 ]
 
 RUN = """
@@ -27,7 +27,7 @@ import pyggml as gg
 
 y = {"y": gg.relu(gg.input("x", ne=(4,)))}
 plan = gg.compile(y, backends=["cuda"])
-for _ in range(2):  # it stays that error
+for _ in range(2):  # the same error every time
     try:
         plan.run(x=[-1, 0, 1, 2])
     except gg.DeviceError as error:
@@ -37,21 +37,21 @@ print(gg.compile(y, backends=["numpy"]).run(x=[-1, 0, 1, 2])["y"].tolist())
 DOCTOR = "import sys; from pyggml.cli import main; sys.exit(main(['doctor']))"
 
 
-def said(program: str, libcuda: bool, version: str) -> tuple[int, list[str]]:
-    """Status and lines of a process that has pycuda, and the stub where `libcuda` says so."""
-    built = Path(BUILT).resolve()
-    env = {**os.environ, "PYTHONPATH": str(built / "site"), "LIBCUDA_STUB_VERSION": version}
+def run(program: str, libcuda: bool, version: str) -> tuple[int, list[str]]:
+    """Exit status and output lines of a process with pycuda; with the stub if `libcuda`."""
+    folder = Path(FOLDER).resolve()
+    env = {**os.environ, "PYTHONPATH": str(folder / "site"), "LIBCUDA_STUB_VERSION": version}
     if libcuda:
-        found = (str(built / "lib"), env.get("LD_LIBRARY_PATH"))
-        env["LD_LIBRARY_PATH"] = ":".join(filter(None, found))
+        paths = (str(folder / "lib"), env.get("LD_LIBRARY_PATH"))
+        env["LD_LIBRARY_PATH"] = ":".join(filter(None, paths))
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert not done.stderr, done.stderr
-    return done.returncode, done.stdout.splitlines()
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert not result.stderr, result.stderr
+    return result.returncode, result.stdout.splitlines()
 
 
 @pytest.mark.parametrize(
-    ("libcuda", "version", "what", "fix"),
+    ("libcuda", "version", "text", "fix"),
     [
         pytest.param(
             False, "13000",
@@ -68,14 +68,14 @@ def said(program: str, libcuda: bool, version: str) -> tuple[int, list[str]]:
     ],
     ids=("no libcuda", "no device", "old driver"),
 )  # fmt: skip
-def test_a_machine_without_a_gpu(libcuda: bool, version: str, what: str, fix: str) -> None:
-    status, (first, second, numpy) = said(RUN, libcuda, version)
+def test_a_machine_without_a_gpu(libcuda: bool, version: str, text: str, fix: str) -> None:
+    status, (first, second, numpy) = run(RUN, libcuda, version)
     assert (status, second, numpy) == (0, first, "[0.0, 0.0, 1.0, 2.0]")
-    assert first.startswith(what) and fix in first and "backends=['numpy']" in first
+    assert first.startswith(text) and fix in first and "backends=['numpy']" in first
 
-    status, lines = said(DOCTOR, libcuda, version)
+    status, lines = run(DOCTOR, libcuda, version)
     (at,) = (i for i, line in enumerate(lines) if re.match("  [-!] driver", line))
-    assert what in lines[at] and status == any(line.startswith("  ! ") for line in lines)
+    assert text in lines[at] and status == any(line.startswith("  ! ") for line in lines)
     assert lines[at].startswith("  ! ") or version == "13000"  # an old driver is always a fault
     assert lines[at + 1].strip().startswith("to fix it: ") and fix in lines[at + 1]
     assert any(line.startswith("  + pycuda") for line in lines)

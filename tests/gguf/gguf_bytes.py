@@ -1,4 +1,4 @@
-"""GGUF files built byte by byte, so that tests can make any number in them wrong."""
+"""GGUF files built byte by byte, so that a test can falsify any number in them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writing: what both readers read back, what is refused, which files remain after a failure."""
+"""Writing: both readers read it back; invalid input; files that remain after a failure."""
 
 from __future__ import annotations
 

@@ -121,14 +121,14 @@ class Attention:
 
 
 def stored(name: str, values: Array) -> Array:
-    kind = dtype(name)
-    return encode_rows(kind, values) if kind.numpy is None else values.astype(kind.numpy)
+    t = dtype(name)
+    return encode_rows(t, values) if t.numpy is None else values.astype(t.numpy)
 
 
 def values(name: str, rows: Array) -> Array:
     """Stored rows as float64."""
-    kind = dtype(name)
-    return np.asarray(decode_rows(kind, rows) if kind.numpy is None else rows, np.float64)
+    t = dtype(name)
+    return np.asarray(decode_rows(t, rows) if t.numpy is None else rows, np.float64)
 
 
 def reference(case: Attention, leaves: dict[str, Array]) -> Array:
@@ -172,14 +172,14 @@ def slope(head: int, case: Attention) -> float:
 @contextmanager
 def forced(route: str) -> Iterator[None]:
     """Inside, use this route if it supports the types and sizes. An empty route changes nothing."""
-    chosen = routes.Shape.routes
+    original = routes.Shape.routes
     if route:
-        both = (route, "any") if route != "any" else ("any",)
-        routes.Shape.routes = property(lambda shape: both)  # type: ignore[assignment]
+        names = (route, "any") if route != "any" else ("any",)
+        routes.Shape.routes = property(lambda shape: names)  # type: ignore[assignment]
     try:
         yield
     finally:
-        routes.Shape.routes = chosen
+        routes.Shape.routes = original
 
 
 # -- cases ------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def forced(route: str) -> Iterator[None]:
 def random_case(route: str, dice: random.Random) -> Attention:
     """A random case that `route` supports, small enough for a float64 reference."""
     pick = dice.choice
-    kind = pick(["f16", "f16", "bf16"])
+    cache = pick(["f16", "f16", "bf16"])
     ratio = pick([1, 1, 2, 3, 4, 8])
     heads_kv = pick([1, 2, 3])
     n_q, n_kv = pick([1, 2, 3, 5]), pick([1, 17, 100, 256, 700, 1999])
@@ -197,19 +197,19 @@ def random_case(route: str, dice: random.Random) -> Attention:
         d_k, d_v, inside = 576, 512, pick([0, 0, 64])
         heads_kv, ratio = pick([1, 1, 1, 2]), pick([1, 5, 16, 32, 128])
         n_q = pick([1, 1, 2, 4, 33])
-        kind = pick(["f16", "f16", "bf16", "q8_0"])
+        cache = pick(["f16", "f16", "bf16", "q8_0"])
     elif route == "any":
         d_k, d_v = pick([(40, 24), (64, 64), (32, 48), (192, 128), (576, 512), (256, 256), (33, 7)])
-        kind = pick(["f32", "f16", "bf16"] + ["q8_0"] * (d_k % 32 == 0 == d_v % 32))
+        cache = pick(["f32", "f16", "bf16"] + ["q8_0"] * (d_k % 32 == 0 == d_v % 32))
         if d_k == 576:
             inside = pick([-1, 0, 64])
     else:
         d_k, d_v = pick(list(routes.HOPPER if route == "hopper" else routes.PAIRS))
         if (d_k, d_v) in routes.HOPPER:
-            kind = pick(["f16", "f16", "bf16", "q8_0"])
+            cache = pick(["f16", "f16", "bf16", "q8_0"])
     if route in ("tiles", "hopper"):
         n_q = pick([1, 16, 33, 64, 65, 130, 257])
-    case = Attention(route, d_k, d_v, n_q, n_kv, heads_kv * ratio, heads_kv, pick([1, 1, 2]), kind)
+    case = Attention(route, d_k, d_v, n_q, n_kv, heads_kv * ratio, heads_kv, pick([1, 1, 2]), cache)
     case.inside = inside
     case.mask = pick(["", "pos", "pos", "window", "random", "dead", "alibi"])
     case.m2, case.m3 = pick([1, case.heads]), pick([1, case.n3])
@@ -232,8 +232,8 @@ COUNTS = {"any": 30, "split": 50, "latent": 40, "latent_hopper": 30, "tiles": 50
 #: Simple cases of each kernel. They run first, because they are the easiest to debug.
 PLAIN = [
     *(
-        Attention("any", 64, 64, 3, 31, 2, 2, dtype=kind, attrs={"prec": "f32"})
-        for kind in ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl")
+        Attention("any", 64, 64, 3, 31, 2, 2, dtype=cache, attrs={"prec": "f32"})
+        for cache in ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl")
     ),
     *(Attention("split", *pair, 1, 300, 4, 4) for pair in routes.PAIRS),
     *(Attention("tiles", *pair, 200, 300, 2, 2) for pair in routes.PAIRS),
@@ -256,8 +256,8 @@ LONG = [
 
 def attentions() -> list[Attention]:
     """All cases, the plain ones first."""
-    drawn = []
+    random_cases: list[Attention] = []
     for route, count in COUNTS.items():
         dice = random.Random(route)
-        drawn += [random_case(route, dice) for _ in range(count)]
-    return [*PLAIN, *drawn, *LONG]
+        random_cases += [random_case(route, dice) for _ in range(count)]
+    return [*PLAIN, *random_cases, *LONG]

@@ -18,9 +18,9 @@ def bound(shared: int = 0) -> Iterator[Counter[tuple[str, str]]]:
     shared  pretend that a block has only so many bytes of shared memory, and that the GPU lacks
             the features of 9.0a
     """
-    from pyggml.backends.cuda.device import driver
+    from pyggml.backends.cuda.device.context import context as context_of
 
-    context: Any = driver.context(0)
+    context: Any = context_of(0)
     about, load = context.about, context.load
     kernels = Counter[tuple[str, str]]()
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
-class Done:
+class Result:
     """What a program printed, its exit status (None if it was stopped), and its seconds."""
 
     out: str
@@ -55,7 +55,7 @@ class Program:
         )
         stdin.close()
 
-    def wait(self, seconds: float) -> Done:
+    def wait(self, seconds: float) -> Result:
         """Wait until it ends; stop it and its children after `seconds`."""
         status: int | None = None
         try:
@@ -71,7 +71,7 @@ class Program:
             file.seek(0)
             texts.append(file.read())
             file.close()
-        return Done(texts[0], texts[1], status, perf_counter() - self.begin)
+        return Result(texts[0], texts[1], status, perf_counter() - self.begin)
 
 
 def python(*words: str, text: str = "", **variables: str) -> Program:

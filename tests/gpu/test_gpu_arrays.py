@@ -153,8 +153,8 @@ def _decoded(repeats: list[int], **options: Any) -> list[int]:
     plan.store.write("token", [7])
     for count in repeats:
         plan.repeat(count)
-    done = int(plan.store.read("pos")[0])
-    return [int(i) for i in plan.store.read("ids")[:done, 0]]
+    count = int(plan.store.read("pos")[0])
+    return [int(i) for i in plan.store.read("ids")[:count, 0]]
 
 
 @pytest.mark.parametrize(

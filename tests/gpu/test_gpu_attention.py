@@ -32,7 +32,7 @@ lse_finish(f32[34,3,5,2]~above, lse=True)
 
 
 def judged(case: Attention, place: str) -> str:
-    """What is wrong with the case on a place; empty if nothing is."""
+    """The fault of the case on a place; empty if there is none."""
     with forced(case.route):
         node, leaves, device = case.node(), case.leaves(), backends.get(place)
         bound = tolerance.CLASSES[device.numeric(node)]
@@ -46,11 +46,11 @@ def judged(case: Attention, place: str) -> str:
 
 @pytest.mark.parametrize("case", attentions(), ids=str)
 def test_kernel(case: Attention) -> None:
-    with kernels.bound() as ran:
-        wrong = judged(case, "cuda")
-    assert not wrong, wrong
-    files = {file for file, _ in ran}
-    assert not case.route or f"attention_{case.route}.cu" in files, f"it used {dict(ran)}"
+    with kernels.bound() as counts:
+        fault = judged(case, "cuda")
+    assert not fault, fault
+    files = {file for file, _ in counts}
+    assert not case.route or f"attention_{case.route}.cu" in files, f"it used {dict(counts)}"
 
 
 @pytest.mark.parametrize("case", expand(RELATED), ids=str)

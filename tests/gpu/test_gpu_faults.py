@@ -54,10 +54,10 @@ def test_every_allocation() -> None:
     expected = gg.compile(outputs).run(x=x)["y"]
     device: Any = backends.get("cuda")
     ALLOCATIONS.watch(device.context.driver)
-    before, number, done = None, 0, False
-    while not done:
-        for kept in ("staging", "cublas"):  # the device keeps these for the next plan
-            vars(device).pop(kept, None)
+    before, number, complete = None, 0, False
+    while not complete:
+        for name in ("staging", "cublas"):  # the device keeps these for the next plan
+            vars(device).pop(name, None)
         gc.collect()
         if before is None:
             before = ALLOCATIONS.blocks, ALLOCATIONS.nbytes
@@ -67,7 +67,7 @@ def test_every_allocation() -> None:
         with fail_allocation(number):
             try:
                 plan.run(x=x)
-                done = True
+                complete = True
             except OutOfMemoryError as error:
                 assert "the plan needs:\ndevice" in str(error), f"{number}: no table in {error}"
         for _ in range(3):  # launched, captured, replayed
@@ -120,9 +120,9 @@ def start(program: str = PROGRAM, **variables: str) -> Program:
 
 def expect(program: Program, *words: str) -> None:
     """Assert that it succeeds and prints these words."""
-    done = program.wait(PATIENCE)
-    missing = [word for word in words if word not in done.out]
-    assert done.status == 0 and not missing, f"no {missing} in: {done}"
+    result = program.wait(PATIENCE)
+    missing = [word for word in words if word not in result.out]
+    assert result.status == 0 and not missing, f"no {missing} in: {result}"
 
 
 def test_hidden_gpu() -> None:
@@ -156,7 +156,7 @@ def test_unwritable_cache() -> None:
 
 
 #: Loses the GPU by an illegal address in a step of a plan.
-LOST = """
+LOSS = """
 import os, sys
 import numpy as np, pyggml as gg
 from pyggml import backends
@@ -184,4 +184,4 @@ def test_sticky_error(debug: str, words: list[str]) -> None:
     """The error says that the GPU is lost and how to find the cause. NumPy still works, and the
     process ends normally."""
     always = ("FIRST", "AGAIN", "ALLOC", "can no longer use the GPU", "NUMPY 64")
-    expect(start(LOST, PYGGML_CUDA_DEBUG=debug), *always, *words)
+    expect(start(LOSS, PYGGML_CUDA_DEBUG=debug), *always, *words)

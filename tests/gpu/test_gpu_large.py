@@ -31,21 +31,21 @@ PRIME, OTHER = 100_003, 99_991
 MOST = 1e-2
 
 
-def pattern(kind: str, shape: tuple[int, ...], period: int = PRIME) -> Array:
+def pattern(name: str, shape: tuple[int, ...], period: int = PRIME) -> Array:
     """Stored values of a type, in NumPy shape (block types: rows of bytes)."""
-    rng, block = np.random.default_rng(period), dtype(kind).block
+    rng, block = np.random.default_rng(period), dtype(name).block
     base = rng.standard_normal(period * block).astype(np.float32)
     if block == 1:
-        return np.resize(base.astype(np.dtype(dtype(kind).numpy)), shape)
-    rows = (*shape[:-1], dtype(kind).row_bytes(shape[-1]))
-    return np.resize(encode_rows(dtype(kind), base), rows)
+        return np.resize(base.astype(np.dtype(dtype(name).numpy)), shape)
+    rows = (*shape[:-1], dtype(name).row_bytes(shape[-1]))
+    return np.resize(encode_rows(dtype(name), base), rows)
 
 
-def values(kind: str, stored: Array) -> Array:
+def values(name: str, stored: Array) -> Array:
     """Stored values as f32."""
-    if dtype(kind).block == 1:
+    if dtype(name).block == 1:
         return stored.astype(np.float32)
-    return decode_rows(dtype(kind), np.ascontiguousarray(stored))
+    return decode_rows(dtype(name), np.ascontiguousarray(stored))
 
 
 def run(outputs: dict[str, gg.Node], inputs: dict[str, Array]) -> dict[str, Array]:
@@ -54,28 +54,28 @@ def run(outputs: dict[str, gg.Node], inputs: dict[str, Array]) -> dict[str, Arra
     return results
 
 
-@pytest.mark.parametrize(("kind", "weight"), [("f16", False), ("q8_0", False), ("q8_0", True)])
-def test_matrix(kind: str, weight: bool) -> None:
+@pytest.mark.parametrize(("name", "weight"), [("f16", False), ("q8_0", False), ("q8_0", True)])
+def test_matrix(name: str, weight: bool) -> None:
     """A matrix of 2.2e9 elements: rows, products with 1 and 16 columns, and adding a row."""
-    stored = pattern(kind, (ROWS, ROW))
+    stored = pattern(name, (ROWS, ROW))
     rng = np.random.default_rng(2)
     b = rng.standard_normal((16, ROW)).astype(np.float32)
     added = rng.standard_normal(ROW).astype(np.float16)
     if weight:
-        a = gg.constant(stored, dtype=kind, name="a")
+        a = gg.constant(stored, dtype=name, name="a")
     else:
-        a = gg.input("a", kind, ne=(ROW, ROWS))
+        a = gg.input("a", name, ne=(ROW, ROWS))
     x, ids = gg.input("x", ne=(ROW, 16)), gg.input("ids", "i32", ne=(len(CHECKED),))
     outputs = {"one": gg.mul_mat(a, gg.view(x, ne=(ROW, 1))), "many": gg.mul_mat(a, x)}
     inputs = {"x": b}
     if not weight:  # get_rows would keep the weight in the layout of the file
         outputs["rows"] = gg.get_rows(a, ids)
         inputs |= {"a": stored, "ids": np.array(CHECKED, np.int32)}
-    if kind == "f16":
+    if name == "f16":
         outputs["sum"] = gg.get_rows(gg.add(a, gg.input("row", "f16", ne=(ROW,))), ids)
         inputs["row"] = added
     results = run(outputs, inputs)
-    rows = values(kind, stored[list(CHECKED)])
+    rows = values(name, stored[list(CHECKED)])
     product = b.astype(np.float64) @ rows.astype(np.float64).T
     rows_apart("1 column", results["one"][..., CHECKED].reshape(1, -1), product[:1], MOST)
     rows_apart("16 columns", results["many"][:, CHECKED], product, MOST)
@@ -85,17 +85,17 @@ def test_matrix(kind: str, weight: bool) -> None:
         rows_apart("sum", results["sum"], rows + added.astype(np.float32), 1e-3)
 
 
-@pytest.mark.parametrize("kind", ["f16", "q8_0"])
-def test_result(kind: str) -> None:
+@pytest.mark.parametrize("name", ["f16", "q8_0"])
+def test_result(name: str) -> None:
     """A product of 2.2e9 elements, read by rows."""
     m, n, k = 65_536, 33_000, 64
-    stored = pattern(kind, (m, k))
+    stored = pattern(name, (m, k))
     b = pattern("f32", (n, k), OTHER)
-    chosen = [0, 16_384, 32_767, 32_768, n - 1]  # row 32,768 begins at element 2^31
-    a, ids = gg.constant(stored, dtype=kind, name="a"), gg.input("ids", "i32", ne=(len(chosen),))
+    checked = [0, 16_384, 32_767, 32_768, n - 1]  # row 32,768 begins at element 2^31
+    a, ids = gg.constant(stored, dtype=name, name="a"), gg.input("ids", "i32", ne=(len(checked),))
     y = gg.get_rows(gg.mul_mat(a, gg.input("b", ne=(k, n))), ids)
-    rows = run({"y": y}, {"b": b, "ids": np.array(chosen, np.int32)})["y"]
-    expected = b[chosen].astype(np.float64) @ values(kind, stored).astype(np.float64).T
+    rows = run({"y": y}, {"b": b, "ids": np.array(checked, np.int32)})["y"]
+    expected = b[checked].astype(np.float64) @ values(name, stored).astype(np.float64).T
     rows_apart("rows of the product", rows, expected, MOST)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pyggml.parity.cases import cases
 from pyggml.parity.grid import all_cases
-from tests.gpu.programs import Done, python
+from tests.gpu.programs import Result, python
 
 if TYPE_CHECKING:
     from tests.gpu.conftest import Options
@@ -34,20 +34,20 @@ class Counts(NamedTuple):
         return Counts(*(len(re.findall(end, out, re.MULTILINE)) for end in ends))
 
 
-def grid(*options: str, seconds: float, backend: str = "cuda") -> Done:
+def grid(*options: str, seconds: float, backend: str = "cuda") -> Result:
     """Run the command; stop it after `seconds`."""
     return python("-m", "pyggml", "parity", "-b", backend, *options).wait(seconds)
 
 
 def test_every_case_is_within_its_bound(options: Options, record_property: Record) -> None:
     quick = ["--quick"] * options.quick
-    done = grid("-j", str(options.jobs), *quick, seconds=options.seconds)
-    counts = Counts.of(done.out)
+    result = grid("-j", str(options.jobs), *quick, seconds=options.seconds)
+    counts = Counts.of(result.out)
     missing = len(cases() if options.quick else all_cases()) - counts.cases
     record_property("parity_cases", counts.cases)
     record_property("parity_failed", counts.failed + missing)
     record_property("parity_unsupported_share", counts.unsupported / max(1, counts.cases))
-    failed = re.findall(r"^  \w.*FAIL$", done.out, re.MULTILINE)
+    failed = re.findall(r"^  \w.*FAIL$", result.out, re.MULTILINE)
     assert not counts.failed, f"{counts}:\n" + "\n".join(line[:500] for line in failed[:20])
-    assert not missing and done.status == 0, f"{missing} cases missing, {counts}, {done}"
+    assert not missing and result.status == 0, f"{missing} cases missing, {counts}, {result}"
     assert counts.passed and counts.unsupported <= 0.05 * counts.cases, counts

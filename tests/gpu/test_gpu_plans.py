@@ -55,14 +55,14 @@ def test_norm_and_weight_are_one_step(n: int) -> None:
         same_as_numpy({"y": node}, inputs, 1e-6)
 
 
-@pytest.mark.parametrize("kind", ["q8_0", "iq4_nl", "f16"])
-def test_packed_weights(kind: str) -> None:
+@pytest.mark.parametrize("type", ["q8_0", "iq4_nl", "f16"])
+def test_packed_weights(type: str) -> None:
     """Products with few and many columns, which are rows of a quantized table."""
     rng = np.random.default_rng(5)
     ids = gg.input("ids", "i32", ne=(21,))
     table = gg.constant(rng.standard_normal((50, 256)), dtype="q4_0", name="table")
     x = gg.get_rows(table, ids)
-    weight = gg.constant(rng.standard_normal((96, 256)) / 16, dtype=kind, name=f"w_{kind}")
+    weight = gg.constant(rng.standard_normal((96, 256)) / 16, dtype=type, name=f"w_{type}")
     inputs = {"ids": rng.integers(0, 50, 21).astype("i4")}
     for node in (gg.mul_mat(weight, x), gg.mul_mat(weight, gg.view(x, ne=(256, 2)))):
         same_as_numpy({"y": node}, inputs, 1e-2)
@@ -88,33 +88,33 @@ def test_ids_past_the_end() -> None:
 
 
 @pytest.mark.parametrize("op", ["mul_mat_id", "moe_up_gate"])
-@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+@pytest.mark.parametrize("type", ["f16", "q8_0"])
 @pytest.mark.parametrize("tokens", [1, 5, 70])
-def test_experts_past_the_end_are_none(op: str, kind: str, tokens: int) -> None:
+def test_experts_past_the_end_are_none(op: str, type: str, tokens: int) -> None:
     """Their rows are zero, as those of negative ids."""
     rng = np.random.default_rng(9)
     names = ["experts"] if op == "mul_mat_id" else ["up", "gate"]
     weights = [
-        gg.constant(rng.standard_normal((9, 40, 256)) / 16, dtype=kind, name=name) for name in names
+        gg.constant(rng.standard_normal((9, 40, 256)) / 16, dtype=type, name=name) for name in names
     ]
     x, ids = gg.input("x", ne=(256, 1, tokens)), gg.input("ids", "i32", ne=(4, tokens))
     plan = gg.compile({"y": getattr(gg, op)(*weights, x, ids)}, backends=["cuda"])
     values = rng.standard_normal((tokens, 1, 256)).astype("f4")
-    chosen = rng.integers(0, 9, (tokens, 4)).astype("i4")
-    chosen[::2, 1] = -1
-    expected = plan.run(x=values, ids=chosen)["y"]
-    chosen[::2, 1] = 12
-    result = plan.run(x=values, ids=chosen)["y"]
+    experts = rng.integers(0, 9, (tokens, 4)).astype("i4")
+    experts[::2, 1] = -1
+    expected = plan.run(x=values, ids=experts)["y"]
+    experts[::2, 1] = 12
+    result = plan.run(x=values, ids=experts)["y"]
     assert not expected[::2, 1].any() and expected[1::2].all(axis=-1).all() and expected[:, 0].any()
     assert np.array_equal(result, expected)
 
 
-@pytest.mark.parametrize(("kind", "most"), [("f32", 1e-6), ("f16", 1e-3)])
-def test_cublas(kind: str, most: float) -> None:
+@pytest.mark.parametrize(("type", "most"), [("f32", 1e-6), ("f16", 1e-3)])
+def test_cublas(type: str, most: float) -> None:
     """cuBLAS, called directly and inside a CUDA graph."""
     rng = np.random.default_rng(2)
-    a, b = (rng.standard_normal((n, 256)).astype(np.dtype(dtype(kind).numpy)) for n in (64, 40))
-    weight = gg.constant(a, dtype=kind, name=f"w_{kind}")
+    a, b = (rng.standard_normal((n, 256)).astype(np.dtype(dtype(type).numpy)) for n in (64, 40))
+    weight = gg.constant(a, dtype=type, name=f"w_{type}")
     # Scaled, because a single step does not become a graph.
     y = gg.scale(gg.mul_mat(weight, gg.input("x", ne=(256, 40))), s=0.5)
     plan = gg.compile({"y": y}, backends=["cuda"])

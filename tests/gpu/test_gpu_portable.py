@@ -17,7 +17,7 @@ from tests.gpu import kernels
 #: Largest shared memory of a block in bytes, by compute capability.
 SHARED = {"8.0": 166_912, "8.9": 101_376}
 #: Kernels for few queries.
-MEANT = ("split<", "latent<", "combine<", "survey")
+KERNELS = ("split<", "latent<", "combine<", "survey")
 LINES = """
 flash_attn_ext(f32[{64|128|256},{1|2},8], {f16|bf16|q8_0}[$1,{1|17|3000},{2|8}], $3[$1,$4,$5], scale=0.1)
 flash_attn_ext(f32[192,{1|3},16], {f16|bf16|q8_0}[192,{130|1999},{4|16}], $2[128,$3,$4], {-|f16[$3,3]~causal|f16[$3,3]~blocks}, scale=0.07)
@@ -34,10 +34,10 @@ def test_kernels_of(capability: str, line: str) -> None:
     device = backends.get("cuda").context.about  # type: ignore[attr-defined]
     if device.shared < SHARED[capability]:
         pytest.skip(f"this GPU has only {device.shared} bytes of shared memory per block")
-    with kernels.bound(SHARED[capability]) as ran:
+    with kernels.bound(SHARED[capability]) as counts:
         outcomes = [running.tested(case, "cuda") for case in expand(line)]
-    wrong = [f"{o.case}: {o.status} {o.why}" for o in outcomes if o.status != "ok"]
-    assert outcomes and not wrong, "\n".join(wrong[:5])
-    names = {name for _, name in ran}
+    faults = [f"{o.case}: {o.status} {o.why}" for o in outcomes if o.status != "ok"]
+    assert outcomes and not faults, "\n".join(faults[:5])
+    names = {name for _, name in counts}
     assert any(name.startswith(("split<", "latent<")) for name in names), names
-    assert all(name.startswith(MEANT) for name in names), names
+    assert all(name.startswith(KERNELS) for name in names), names

@@ -74,8 +74,8 @@ def of(group: str) -> tuple[Case, ...]:
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_product_is_within_its_bound(group: str, options: Options) -> None:
-    chosen = of(group)
-    results = list(outcomes(chosen, "cuda", jobs=options.jobs))
+    selection = of(group)
+    results = list(outcomes(selection, "cuda", jobs=options.jobs))
     counts = Counter(outcome.status for outcome in results)
-    wrong = [f"{o.case}: {o.status} {o.why}" for o in results if o.status != "ok"]
-    assert len(results) == len(chosen) and not wrong, f"{counts}\n" + "\n".join(wrong[:20])
+    faults = [f"{o.case}: {o.status} {o.why}" for o in results if o.status != "ok"]
+    assert len(results) == len(selection) and not faults, f"{counts}\n" + "\n".join(faults[:20])

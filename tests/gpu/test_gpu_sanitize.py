@@ -35,7 +35,7 @@ MANY = ("flash_attn_ext", "mul_mat", "mul_mat_id", "moe_up_gate", "fused_up_gate
 GRACE = 90
 #: Output of the tools at the end, and if they cannot run.
 SUMMARY = re.compile(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+)")
-REFUSED = re.compile(r"=+ (?:Error: (?:Device not supported|No attachable).*|Internal Sanitizer.*)")
+REFUSAL = re.compile(r"=+ (?:Error: (?:Device not supported|No attachable).*|Internal Sanitizer.*)")
 
 
 def spread(lines: Sequence[str]) -> Iterator[str]:
@@ -46,13 +46,13 @@ def spread(lines: Sequence[str]) -> Iterator[str]:
             groups[line.partition("(")[0]].append(line)
     for group in groups.values():
         random.Random(0).shuffle(group)
-    left = {op: iter(group) for op, group in groups.items()}
-    while left:
-        for op, remaining in tuple(left.items()):
+    iterators = {op: iter(group) for op, group in groups.items()}
+    while iterators:
+        for op, remaining in tuple(iterators.items()):
             turn = list(islice(remaining, 3 if op in MANY else 1))
             yield from turn
             if not turn:
-                del left[op]
+                del iterators[op]
 
 
 class Verdict(NamedTuple):
@@ -88,9 +88,9 @@ def run(command: str, tool: str, lines: Sequence[str], seconds: float, report: P
     """Run cases in one process."""
     words = [command, "--tool", tool, "--report-api-errors", "no", "--log-file", str(report)]
     words += [sys.executable, "-W", "ignore", "-m", "tests.gpu.sanitized", str(seconds)]
-    done = Program(words, "\n".join(lines)).wait(seconds + GRACE)
-    outcomes = [json.loads(row) for row in done.out.splitlines() if row.startswith("[")]
-    return Verdict(outcomes, report.read_text() if report.exists() else "", str(done))
+    result = Program(words, "\n".join(lines)).wait(seconds + GRACE)
+    outcomes = [json.loads(row) for row in result.out.splitlines() if row.startswith("[")]
+    return Verdict(outcomes, report.read_text() if report.exists() else "", str(result))
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
@@ -109,15 +109,17 @@ def test_no_kernel_errs(
             for i in range(jobs)
         ]
         verdicts = [future.result() for future in running]
-    refusal = next(filter(None, (REFUSED.search(verdict.report) for verdict in verdicts)), None)
+    refusal = next(filter(None, (REFUSAL.search(verdict.report) for verdict in verdicts)), None)
     if refusal is not None:
         pytest.skip(f"compute-sanitizer cannot run here: {refusal[0].strip('= ')}")
-    ran = [row for verdict in verdicts for row in verdict.outcomes if row[1] != "unsupported"]
-    failed = [f"{case} {why}" for case, status, why in ran if status == "fail"]
+    rows = [row for verdict in verdicts for row in verdict.outcomes if row[1] != "unsupported"]
+    failures = [f"{case} {why}" for case, status, why in rows if status == "fail"]
     errors = sum(verdict.errors or 0 for verdict in verdicts)
-    record_property(f"{tool}_cases", len(ran))
+    record_property(f"{tool}_cases", len(rows))
     record_property(f"{tool}_errors", errors)
-    wrong = [verdict for verdict in verdicts if verdict.errors != 0]
-    text = "\n".join([*failed[:3], *(verdict.complaints[:1500] for verdict in wrong[:3])])
-    assert not failed and not wrong, f"{tool}: {errors} errors, {len(failed)} cases failed\n{text}"
-    assert ran, "no case ran"
+    faulty = [verdict for verdict in verdicts if verdict.errors != 0]
+    text = "\n".join([*failures[:3], *(verdict.complaints[:1500] for verdict in faulty[:3])])
+    assert not failures and not faulty, (
+        f"{tool}: {errors} errors, {len(failures)} cases failed\n{text}"
+    )
+    assert rows, "no case ran"

@@ -65,22 +65,22 @@ def test_weights_of_every_type_are_constants() -> None:
 
 def test_a_weight_is_stored_in_the_layout_that_the_backend_chose() -> None:
     """Each weight is made once, in the layout for its uses, and read in that layout."""
-    device, asked = get("null"), []
+    device, layouts = get("null"), []
 
-    class Asked:
+    class Recorder:
         def __getattr__(self, name: str) -> object:
             return getattr(device, name)
 
         def weight(self, constant: Node, layout: WeightLayout, data: object) -> object:
-            asked.append(layout.name)
+            layouts.append(layout.name)
             return device.weight(constant, layout, data)  # type: ignore[arg-type]
 
     for place, private in (("", True), ("@wide", False)):
         case = Case.parse(f"mul_mat(q8_0[64,7]@weight{place}, f32[64,3])")
-        built = build(case)
-        assert [got for _, got in results(Asked(), built.node, built.inputs)]  # type: ignore[arg-type]
-        assert [name != "plain" for name in asked] == [private]
-        asked.clear()
+        graph = build(case)
+        assert [values for _, values in results(Recorder(), graph.node, graph.inputs)]  # type: ignore[arg-type]
+        assert [name != "plain" for name in layouts] == [private]
+        layouts.clear()
 
 
 def test_far_rows_have_offsets_beyond_32_bits() -> None:
@@ -162,12 +162,12 @@ def test_the_table_has_a_column_for_each_backend() -> None:
     def outcome(backend: str, case: Case) -> Outcome:
         if case.means:
             return Outcome(str(case), "unsupported", "no mul")  # left out: mul has a row
-        refused = backend == "b" and "f16" in str(case)
-        return Outcome(str(case), *(("unsupported", "no f16") if refused else ("ok",)))
+        unsupported = backend == "b" and "f16" in str(case)
+        return Outcome(str(case), *(("unsupported", "no f16") if unsupported else ("ok",)))
 
-    chosen = [case for case in cases() if case.op in ("glu", "add", "argmax")]
-    columns = {name: [outcome(name, case) for case in chosen] for name in ("a", "b")}
-    rows = table(chosen, columns).splitlines()
+    selection = [case for case in cases() if case.op in ("glu", "add", "argmax")]
+    columns = {name: [outcome(name, case) for case in selection] for name in ("a", "b")}
+    rows = table(selection, columns).splitlines()
     assert "| op | a | b |" in rows and "| --- | --- | --- |" in rows
     assert "| `glu`* | a: f32 f16; b: f32 | a: f32; b: f32 |" in rows
     assert "| `argmax` | a: f32 | a: f32 |" in rows

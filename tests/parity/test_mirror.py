@@ -1,4 +1,4 @@
-"""Memory that is mirrored on the host, as the grid uses it on a GPU; here with NumPy."""
+"""Memory mirrored on the host, which the grid uses on a GPU; here with NumPy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pyggml.parity.cases import cases
 from pyggml.parity.mirror import Mirrored, Region, mirrored
 from pyggml.parity.worker import Pool, Setup
 
-SOME = [*cases()[::60], Case.parse("add(f32[100000,5], f32[100000,5])")]
+CASES = [*cases()[::60], Case.parse("add(f32[100000,5], f32[100000,5])")]
 
 
 @pytest.fixture
@@ -28,11 +28,11 @@ def mirror() -> Iterator[Mirrored]:
 def test_it_gives_the_same_outcomes_and_keeps_nothing() -> None:
     with mirrored("numpy") as device:
         assert backends.get("numpy") is device
-        outcomes = [running.tested(case, "numpy") for case in SOME]
+        outcomes = [running.tested(case, "numpy") for case in CASES]
         assert device.twin is not None, "nothing was mirrored"
         assert device.live == device.top == 0
     assert backends.get("numpy") is device.backend
-    assert outcomes == [running.tested(case, "numpy") for case in SOME]
+    assert outcomes == [running.tested(case, "numpy") for case in CASES]
 
 
 def test_what_does_not_fit_is_on_the_device() -> None:
@@ -40,10 +40,10 @@ def test_what_does_not_fit_is_on_the_device() -> None:
         small, large = device.alloc(64), device.alloc(1 << 13)
         assert isinstance(small, Region) and not isinstance(large, Region)
         del small
-        assert all(running.tested(case, "numpy").status == "ok" for case in SOME)
+        assert all(running.tested(case, "numpy").status == "ok" for case in CASES)
 
 
-def test_a_kernel_that_writes_beside_its_own_on_the_device_is_found(mirror: Mirrored) -> None:
+def test_a_kernel_that_writes_outside_its_memory_on_the_device_is_found(mirror: Mirrored) -> None:
     case = Case.parse("relu(f32[64,5])")
     with running.restored("numpy") as table:
         row = table.KERNELS[gg.relu]
@@ -57,9 +57,9 @@ def test_a_kernel_that_writes_beside_its_own_on_the_device_is_found(mirror: Mirr
     assert outcome.status == "fail" and "wrote past" in outcome.why
 
 
-def test_processes_mirror_where_they_are_told_to() -> None:
-    texts = [str(case) for case in SOME[:9]]
+def test_worker_processes_mirror_too() -> None:
+    texts = [str(case) for case in CASES[:9]]
     with Pool(Setup("numpy", mirror=True), 2, chunk=3) as pool:
         outcomes = list(pool.run(texts))
-    assert [one.case for one in outcomes] == texts
-    assert all(one.status == "ok" for one in outcomes) and not pool.deaths
+    assert [outcome.case for outcome in outcomes] == texts
+    assert all(outcome.status == "ok" for outcome in outcomes) and not pool.deaths

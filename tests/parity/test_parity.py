@@ -52,9 +52,9 @@ def fates() -> list[Fate]:
 @pytest.mark.parametrize("backend", ["numpy", "null"])
 def test_the_small_grid_passes(parity: Parity, backend: str) -> None:
     status, out = parity("--quick", "-b", backend, "-j", "2")
-    failed = [line for line in out.splitlines() if line.endswith(" FAIL")]
+    failures = [line for line in out.splitlines() if line.endswith(" FAIL")]
     tests = re.search(r"^  (\d+)/(\d+) tests passed$", out, re.MULTILINE)
-    assert status == 0 and not failed and tests and tests[1] == tests[2] == str(len(cases()))
+    assert status == 0 and not failures and tests and tests[1] == tests[2] == str(len(cases()))
     assert len(cases()) >= 1500
     for line in ("Testing 1 devices", f"Backend 1/1: {backend}", f"  Backend {backend}: OK"):
         assert f"{line}\n" in out
@@ -284,7 +284,7 @@ def test_the_documents_kernel_end_to_end(parity: Parity, tmp_path: Path) -> None
     path.write_text(kernel)
     (tmp_path / "model.py").write_text(model)
     env = {"PYTHONPATH": f"{ROOT}:{tmp_path}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, tmp_path / "model.py"], env=env, capture_output=True, text=True
     )
-    assert done.stdout == "(4, 256)\n", done.stderr
+    assert result.stdout == "(4, 256)\n", result.stderr

@@ -7,7 +7,8 @@ import ctypes
 import numpy as np
 
 from pyggml import ops
-from pyggml.backends.cuda.launch import ABSENT, Argument, Call, Operand, Struct
+from pyggml.backends.cuda.argument import Argument, Struct
+from pyggml.backends.cuda.launch import ABSENT, Call, Operand
 from pyggml.backends.cuda.table import kernel
 
 _FILE = "attention_combine.cu"

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from pyggml.backends.base import Given
 from pyggml.backends.cuda.device import dlpack
-from pyggml.backends.cuda.device.driver import Context, guarded
+from pyggml.backends.cuda.device.context import Context
+from pyggml.backends.cuda.device.driver import guarded
 from pyggml.backends.step import Address
 from pyggml.errors import DTypeError, GraphError
 from pyggml.spec import Spec
@@ -45,10 +46,10 @@ def given(context: Context, array: Any) -> Given | None:
             return None
         owner, tensor, ready = array, _described(array.__cuda_array_interface__), lambda: None
     elif hasattr(array, "__dlpack_device__"):
-        kind, index = _asked(array.__dlpack_device__)
-        if kind not in (dlpack.CUDA, dlpack.MANAGED) or index != context.index:
+        device_type, index = _call(array.__dlpack_device__)
+        if device_type not in (dlpack.CUDA, dlpack.MANAGED) or index != context.index:
             return None
-        owner = _shared(context, array)  # exporting a capsule makes the stream wait
+        owner = _export(context, array)  # exporting a capsule makes the stream wait
         tensor = dlpack.described(owner)
         ready = partial(_share_again, context, array, tensor.address)
     elif hasattr(array, "__cuda_array_interface__"):
@@ -71,21 +72,21 @@ def given(context: Context, array: Any) -> Given | None:
     )
 
 
-def _asked(call: Callable[..., Any], **options: Any) -> Any:
+def _call(call: Callable[..., Any], **options: Any) -> Any:
     try:
         return call(**options)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         raise DTypeError(f"its library refuses to share it: {error}") from None
 
 
-def _shared(context: Context, array: Any) -> Any:
+def _export(context: Context, array: Any) -> Any:
     with context:  # the library makes our stream wait for its current stream on this GPU
-        return _asked(array.__dlpack__, stream=context.stream.handle)
+        return _call(array.__dlpack__, stream=context.stream.handle)
 
 
 def _share_again(context: Context, array: Any, address: int) -> None:
     """Wait for the array's library again; GraphError if its memory has moved."""
-    _require_same(dlpack.described(_shared(context, array)).address, address)
+    _require_same(dlpack.described(_export(context, array)).address, address)
 
 
 def _require_same(address: int, bound: int) -> None:

@@ -16,7 +16,8 @@ from functools import cache, partial
 from typing import Any
 from weakref import ref
 
-from pyggml.backends.cuda.device.driver import Context, guarded, imported
+from pyggml.backends.cuda.device.context import Context
+from pyggml.backends.cuda.device.driver import guarded, imported
 from pyggml.backends.cuda.device.install import extra
 from pyggml.backends.cuda.device.memory import Buffer
 from pyggml.backends.cuda.launch import WORKSPACE, Gemm

@@ -1,28 +1,17 @@
-"""One GPU: its primary context, shared with CuPy and PyTorch, its stream, its loaded kernels.
-
-pycuda opens the context and manages streams, events and memory; cuda-bindings loads and launches
-kernels, because pycuda's launches take no attributes. Both are imported on first use. All failures
-are DeviceErrors whose message contains the fix.
-"""
+"""pycuda, CuPy and cuda-bindings: imported on first use, and their errors turned into DeviceErrors
+whose message contains the fix."""
 
 from __future__ import annotations
 
-import ctypes
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from typing import Any
 
 from pyggml.backends.cuda.device import compiler, install
-from pyggml.backends.cuda.launch import Device, Launch
 from pyggml.errors import DeviceError, OutOfMemoryError
-
-#: The oldest compute capability that the kernels support.
-OLDEST = (8, 0)
-#: Bytes of dynamic shared memory that a block may use by default.
-FREE_SHARED = 48 * 1024
 
 
 class UnusableError(DeviceError):
@@ -140,107 +129,7 @@ def _advice(text: str) -> str:
     return "No more is known about it"
 
 
-class Context:
-    """A GPU. `with context:` makes it current in this thread and may be nested."""
-
-    def __init__(self, index: int) -> None:
-        self.driver = driver()
-        self.index = index
-        count = self.driver.Device.count()
-        if index >= count:
-            names = ", ".join(f"cuda:{i}" for i in range(count)) or "none"
-            raise DeviceError(
-                f"there is no cuda:{index}; GPUs here: {names}. Choose one of these, or run on "
-                "backends=['numpy']"
-            )
-        with guarded(f"opening cuda:{index}"):
-            handle = self.driver.Device(index)
-            self.about = _described(handle, self.driver)
-            self.primary = handle.retain_primary_context()
-        self._functions: dict[tuple[str, str], Any] = {}  # CUfunction by file and name
-        self._shared: dict[tuple[str, str], int] = {}  # dynamic bytes allowed so far
-        with self:
-            self.stream = self.driver.Stream()
-
-    def __enter__(self) -> Context:
-        self.primary.push()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.driver.Context.pop()
-
-    @property
-    def external(self) -> Any:
-        """The stream as a CuPy object, which provides capture and graphs."""
-        cupy = imported("cupy")
-        return cupy.cuda.ExternalStream(self.stream.handle, self.index)
-
-    # -- by cuda-bindings ---------------------------------------------------------------------
-
-    def load(self, launches: Sequence[Launch]) -> None:
-        """Compile (or take from the cache) and load every kernel of these launches."""
-        keys = dict.fromkeys((launch.file, launch.name) for launch in launches)
-        new = [key for key in keys if key not in self._functions]
-        for key, cubin in compiler.cubins(new, self.about.arch).items():
-            self._functions[key] = _function(cubin)
-        for launch in launches:
-            self._allow_shared(launch)
-
-    def _allow_shared(self, launch: Launch) -> None:
-        """Allow a kernel more than the default dynamic shared memory."""
-        key = launch.file, launch.name
-        if launch.shared <= self._shared.get(key, FREE_SHARED):
-            return
-        cu = imported("cuda.bindings.driver")
-        limit = cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        what = f"{launch.name}: {launch.shared} bytes of shared memory"
-        _checked(cu, what, cu.cuFuncSetAttribute(self._functions[key], limit, launch.shared))
-        self._shared[key] = launch.shared
-
-    def start(self, launch: Launch) -> None:
-        """Queue a loaded kernel."""
-        cu = imported("cuda.bindings.driver")
-        config = cu.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = launch.grid
-        config.blockDimX, config.blockDimY, config.blockDimZ = launch.block
-        config.sharedMemBytes = launch.shared
-        config.hStream = cu.CUstream(self.stream.handle)
-        if launch.overlap:
-            attribute = cu.CUlaunchAttribute()
-            ids = cu.CUlaunchAttributeID
-            attribute.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            attribute.value.programmaticStreamSerializationAllowed = 1
-            config.attrs, config.numAttrs = [attribute], 1
-        # Pass the arguments as one buffer: CU_LAUNCH_PARAM_ BUFFER_POINTER 1, BUFFER_SIZE 2, END 0.
-        buffer, size = ctypes.create_string_buffer(launch.args), ctypes.c_size_t(len(launch.args))
-        extra = (ctypes.c_void_p * 5)(1, ctypes.addressof(buffer), 2, ctypes.addressof(size), 0)
-        function = self._functions[launch.file, launch.name]
-        status = cu.cuLaunchKernelEx(config, function, 0, ctypes.addressof(extra))
-        _checked(cu, launch.name, status)
-
-    def copy_from(self, other: Context, target: int, source: int, nbytes: int) -> None:
-        """Queue a copy from the memory of another GPU. pycuda's peer copy would use the current
-        context for both."""
-        cu = imported("cuda.bindings.driver")
-        what = f"copying from cuda:{other.index} to cuda:{self.index}"
-        with other:
-            theirs = _checked(cu, what, cu.cuCtxGetCurrent())
-        with self:
-            mine = _checked(cu, what, cu.cuCtxGetCurrent())
-            stream = cu.CUstream(self.stream.handle)
-            status = cu.cuMemcpyPeerAsync(target, mine, source, theirs, nbytes, stream)
-            _checked(cu, what, status)
-
-
-def _function(cubin: compiler.Cubin) -> Any:
-    """The kernel of a cubin; its module stays loaded as long as the context exists."""
-    cu = imported("cuda.bindings.driver")
-    what = f"loading {cubin.name}"
-    module = _checked(cu, what, cu.cuModuleLoadData(cubin.code))
-    return _checked(cu, what, cu.cuModuleGetFunction(module, cubin.symbol.encode()))
-
-
-def _checked(cu: Any, what: str, answer: tuple[Any, ...]) -> Any:
+def checked(cu: Any, what: str, answer: tuple[Any, ...]) -> Any:
     """The result of a cuda-bindings call; DeviceError if it failed."""
     status, *results = answer
     if status == cu.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
@@ -249,30 +138,3 @@ def _checked(cu: Any, what: str, answer: tuple[Any, ...]) -> Any:
         text = status.name.lower().replace("_", " ")
         raise DeviceError(f"{what}: {status.name}. {_advice(text)}")
     return results[0] if results else None
-
-
-def _described(handle: Any, api: Any) -> Device:
-    """The properties of a GPU that kernels may depend on; DeviceError if it is too old."""
-    capability = handle.compute_capability()
-    if capability < OLDEST:
-        raise DeviceError(
-            f"{handle.name()} has compute capability {'.'.join(map(str, capability))}; "
-            f"the kernels need {'.'.join(map(str, OLDEST))} (Ampere) or newer"
-        )
-    attribute, read = api.device_attribute, handle.get_attribute
-    # From 9.0 on, the "a" target enables instructions specific to an architecture.
-    arch = "{}{}".format(*capability) + ("a" if capability >= (9, 0) else "")
-    return Device(
-        name=handle.name(),
-        arch=arch,
-        sms=read(attribute.MULTIPROCESSOR_COUNT),
-        shared=read(attribute.MAX_SHARED_MEMORY_PER_BLOCK_OPTIN),
-        l2=read(attribute.L2_CACHE_SIZE),
-        memory=handle.total_memory(),
-    )
-
-
-@cache
-def context(index: int) -> Context:
-    """The context of GPU `index`, opened once."""
-    return Context(index)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
-from pyggml.backends.cuda.device.driver import Context, guarded
+from pyggml.backends.cuda.device.context import Context
+from pyggml.backends.cuda.device.driver import guarded
 from pyggml.backends.cuda.launch import Operand
 from pyggml.backends.step import Address
 from pyggml.errors import OutOfMemoryError

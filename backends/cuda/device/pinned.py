@@ -13,7 +13,8 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from pyggml.backends.cuda.device.driver import Context, guarded
+from pyggml.backends.cuda.device.context import Context
+from pyggml.backends.cuda.device.driver import guarded
 from pyggml.backends.cuda.device.memory import operand_at
 from pyggml.backends.cuda.launch import Operand
 from pyggml.backends.step import Address

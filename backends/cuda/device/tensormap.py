@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 
+from pyggml.backends.cuda.argument import Struct
 from pyggml.backends.cuda.device.driver import imported
-from pyggml.backends.cuda.launch import Struct
 from pyggml.errors import DeviceError
 
 _TYPES = {

@@ -7,8 +7,10 @@ from math import prod
 
 import numpy as np
 
+from pyggml.backends.cuda.argument import Struct, Tensor
 from pyggml.backends.cuda.geometry import C_TYPES, blocks_for
-from pyggml.backends.cuda.launch import H200, Call, Operand, Struct, Tensor
+from pyggml.backends.cuda.gpu import H200
+from pyggml.backends.cuda.launch import Call, Operand
 from pyggml.backends.cuda.linear.common import (
     FEW,
     PREPARE,

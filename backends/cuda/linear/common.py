@@ -8,7 +8,8 @@ from math import prod
 
 import numpy as np
 
-from pyggml.backends.cuda.launch import Call, Operand, Struct, Tensor
+from pyggml.backends.cuda.argument import Struct, Tensor
+from pyggml.backends.cuda.launch import Call, Operand
 from pyggml.backends.cuda.table import ALIGNMENT
 from pyggml.dtypes import F16, DType
 from pyggml.ops.elementwise import ACTIVATIONS

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml.backends.cuda.launch import Operand, Struct
+from pyggml.backends.cuda.argument import Struct
+from pyggml.backends.cuda.launch import Operand
 from pyggml.backends.cuda.table import ALIGNMENT
 from pyggml.backends.cuda.weights.bits import Bytes
 from pyggml.backends.cuda.weights.formats import FORMATS

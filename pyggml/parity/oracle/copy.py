@@ -54,7 +54,7 @@ def cast(a: Array, *, dtype: object) -> Array:
     values = a.astype(np.float64)
     with np.errstate(over="ignore"):
         if name == "f16":
-            # By way of f32, as every engine holds the value before it is stored.
+            # First to f32, because engines compute the value in f32 before they store it.
             return values.astype(np.float32).astype(np.float16).astype(np.float64)
         if name == "f32":
             return values.astype(np.float32).astype(np.float64)

@@ -21,8 +21,8 @@ def fused_up_gate(
 
 
 def grouped_topk(a: Array, *, n_group: int, n_group_used: int, n_top: int, k: int) -> Array:
-    """The k best experts of each token, of the n_group_used groups whose n_top best sum highest.
-    NaN is larger than every number."""
+    """The k best experts of each token, from the n_group_used groups with the largest sums of their
+    n_top best. NaN is larger than every number."""
 
     def falling(x: float) -> tuple[bool, float]:
         return not np.isnan(x), -x

@@ -26,7 +26,7 @@ constexpr int CELL = 64;
 // Flags of a cell: some element is not 0; some element is not -inf.
 enum { NONZERO = 1, LIVE = 2 };
 
-// The argument of every kernel here (Attention in attention/flash.py). Strides are in bytes.
+// The argument of every kernel here (Attention in attention/arguments.py). Strides are in bytes.
 struct Attention {
     const char *q, *k, *v;
     const char *mask;   // f16, or null

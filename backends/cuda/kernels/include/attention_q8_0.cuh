@@ -14,7 +14,7 @@ __device__ __forceinline__ void fetch_raw(u32 to, const char *from, long long st
     }
 }
 
-// Decodes such rows to f16 rows of D, stored where `at(row, chunk of 8)` says. Each thread takes
+// Decodes such rows to f16 rows of D, stored at `at(row, chunk of 8)`. Each thread takes
 // whole blocks. An int8 byte b is the f16 with bits 0x6400 + (b ^ 128) minus 1152: exact. The only
 // rounding is in the product with the scale.
 template <int ROWS, int D, class At>

@@ -5,7 +5,7 @@
 
 #include "overlap.cuh"
 
-// A tensor passed by value (Tensor in launch.py): address, byte strides, sizes; dimension 0 first.
+// A tensor passed by value (Tensor in argument.py): address, byte strides, sizes; dimension 0 first.
 struct Tensor {
     char* data;
     long long nb[4];

@@ -6,8 +6,8 @@
 template <int LEVELS>
 constexpr int group_bytes = 32 * LEVELS + 16;
 
-// Encodes a group of which lanes 8 i to 8 i + 7 of a warp hold four adjacent values each; the
-// warp's other lanes need not take part.
+// Encodes a group. Lanes 8 i to 8 i + 7 of a warp have four adjacent values each; the other lanes
+// need not take part.
 template <int LEVELS>
 __device__ __forceinline__ void put_fixed(const float (&x)[4], unsigned char* at) {
     const int lane = threadIdx.x & 7;

@@ -1,1 +1,1 @@
-"""Stands in for pycuda on machines that have none; see `driver`."""
+"""A fake pycuda for machines without a GPU; see `driver`."""

@@ -1,13 +1,13 @@
-"""What pyggml asks of `pycuda.driver`, on a machine that PYCUDA_FAKE names.
+"""The part of `pycuda.driver` that pyggml calls, on the machine that PYCUDA_FAKE names.
 
-no driver, foreign    importing fails: libcuda is not there, or the package is of another machine
-no device             the driver is there and finds no GPU
-old, older            the driver speaks CUDA 12.2; it even lacks what pycuda is linked with
-gpu, gpus             one GPU of compute capability 8.0, with the memory MEMORY; two of them
+no driver, foreign    the import fails: libcuda is missing, or pycuda was built on another machine
+no device             there is a driver, but no GPU
+old, older            the driver supports CUDA 12.2; `older` also lacks a symbol that pycuda needs
+gpu, gpus             one or two GPUs of compute capability 8.0 with MEMORY bytes each
 
-Of a GPU only memory is real: blocks are the host's. What is put into a stream runs when somebody
-waits for it, so a missing wait shows. A launch does nothing, so what kernels would compute is not
-computed. CALLS names the copies asked for. Texts of errors are the driver's own.
+Only the memory of a GPU is real: its blocks are host memory. Work in a stream runs when something
+waits for it, so a missing wait shows. Kernels do nothing. CALLS lists the copies. Error messages
+are the driver's own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 from pyggml.backends.null.queue import Queue
 
-KIND = os.environ["PYCUDA_FAKE"]
+MACHINE = os.environ["PYCUDA_FAKE"]
 MEMORY = 1 << 30
 CALLS: list[str] = []
 _FAILURES = {
@@ -28,8 +28,8 @@ _FAILURES = {
     "foreign": "libcurand.so.10: cannot open shared object file: No such file or directory",
     "older": "_driver.so: undefined symbol: cuCtxCreate_v4",
 }
-if KIND in _FAILURES:
-    raise ImportError(_FAILURES[KIND])
+if MACHINE in _FAILURES:
+    raise ImportError(_FAILURES[MACHINE])
 
 
 class Error(Exception):
@@ -49,11 +49,11 @@ class LogicError(Error):
 
 
 def get_driver_version() -> int:
-    return 12020 if KIND == "old" else 13000
+    return 12020 if MACHINE == "old" else 13000
 
 
 def init() -> None:
-    if KIND not in ("gpu", "gpus"):
+    if MACHINE not in ("gpu", "gpus"):
         raise RuntimeError("cuInit failed: no CUDA-capable device is detected")
 
 
@@ -70,14 +70,14 @@ class event_flags:
 class Device:
     @staticmethod
     def count() -> int:
-        return 2 if KIND == "gpus" else 1
+        return 2 if MACHINE == "gpus" else 1
 
     def __init__(self, index: int) -> None:
         assert index < self.count()
         self.index = index
 
     def name(self) -> str:
-        return "a GPU that is not there"
+        return "fake GPU"
 
     def compute_capability(self) -> tuple[int, int]:
         return 8, 0
@@ -141,12 +141,12 @@ class Event:
 
 
 class DeviceAllocation:
-    held: dict[int, int] = {}  # address -> bytes
+    live: dict[int, int] = {}  # address -> bytes
 
     def __init__(self, nbytes: int) -> None:
         self.memory = np.full(nbytes + 256, 0xAA, np.uint8)
         self.ptr = -(-self.memory.ctypes.data // 256) * 256
-        self.held[self.ptr] = nbytes
+        self.live[self.ptr] = nbytes
 
     def __int__(self) -> int:
         return self.ptr
@@ -154,11 +154,11 @@ class DeviceAllocation:
     def free(self) -> None:
         for stream in Stream.all:  # as cuMemFree does
             stream.synchronize()
-        del self.held[self.ptr]
+        del self.live[self.ptr]
 
 
 def mem_get_info() -> tuple[int, int]:
-    return MEMORY - sum(DeviceAllocation.held.values()), MEMORY
+    return MEMORY - sum(DeviceAllocation.live.values()), MEMORY
 
 
 def mem_alloc(nbytes: int) -> DeviceAllocation:
@@ -174,8 +174,8 @@ def pagelocked_empty(shape: int, dtype: Any) -> Any:
 
 
 def _inside(ptr: int, nbytes: int) -> None:
-    held = DeviceAllocation.held
-    if not any(start <= ptr and ptr + nbytes <= start + size for start, size in held.items()):
+    live = DeviceAllocation.live
+    if not any(start <= ptr and ptr + nbytes <= start + size for start, size in live.items()):
         raise LogicError("cuMemcpyAsync failed: invalid argument")
 
 

@@ -1,4 +1,4 @@
-"""What we call of cuda.bindings.driver, over the fake pycuda: launches are noted, not run."""
+"""The part of cuda.bindings.driver that pyggml calls, on the fake pycuda. Kernels do not run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class CUlaunchConfig:
 
 @dataclass
 class Function:
-    """`allowed`: dynamic shared memory that was asked for, each time."""
+    """A kernel. `allowed` lists the bytes of dynamic shared memory that were requested for it."""
 
     symbol: str
     allowed: list[int] = field(default_factory=list)

@@ -1,0 +1,92 @@
+"""A folder of compiled kernels, named by a hash of everything that their code depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+from pyggml.backends.cuda.device import compiler
+from pyggml.backends.cuda.device.compiler import Cubin
+
+
+def fingerprint(file: str, name: str, arch: str) -> str:
+    """The key of an instance in the cache: a hash of everything that its code depends on."""
+    digest = hashlib.sha256()
+    sources = sorted(compiler.with_headers(file, {}).items())
+    for part in (*sources, compiler.OPTIONS, name, arch, compiler.nvrtc_version()):
+        digest.update(repr(part).encode())
+    return digest.hexdigest()[:32]
+
+
+def cache_folder() -> Path:
+    """The folder of cached kernels: in PYGGML_CACHE, else in the user's cache folder."""
+    folder = os.environ.get("PYGGML_CACHE")
+    if folder:
+        return Path(folder) / "cuda"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyggml" / "cuda"
+
+
+def _read(path: Path) -> Cubin | None:
+    """The contents of a cache file; None if it is absent or damaged."""
+    try:
+        head, _, code = path.read_bytes().partition(b"\n")
+        fields = json.loads(head)
+        if fields.pop("sha256") != hashlib.sha256(code).hexdigest():
+            return None
+        return Cubin(**fields, code=code)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+_warned = threading.Event()
+
+
+def _write(path: Path, cubin: Cubin) -> None:
+    """Write a temporary file and rename it, so that readers see all of it or nothing."""
+    fields = {k: v for k, v in asdict(cubin).items() if k != "code"}
+    fields["sha256"] = hashlib.sha256(cubin.code).hexdigest()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(json.dumps(fields).encode() + b"\n" + cubin.code)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        if not _warned.is_set():
+            _warned.set()
+            warnings.warn(
+                f"cannot cache compiled kernels in {path.parent}: {error}; every process will "
+                "compile them again. Set PYGGML_CACHE to a writable folder",
+                stacklevel=2,
+            )
+
+
+def cubin(file: str, name: str, arch: str) -> Cubin:
+    """The instance from the cache; compiled and stored if it is absent."""
+    path = cache_folder() / f"{fingerprint(file, name, arch)}.cubin"
+    instance = _read(path)
+    if instance is None:
+        instance = compiler.compile_instance(file, name, arch)
+        _write(path, instance)
+    return instance
+
+
+def cubins(keys: Iterable[tuple[str, str]], arch: str) -> dict[tuple[str, str], Cubin]:
+    """The instances of several (file, name), compiled on all cores."""
+    unique = list(dict.fromkeys(keys))
+    if not unique:
+        return {}
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, len(unique))) as pool:
+        return dict(zip(unique, pool.map(lambda key: cubin(key[0], key[1], arch), unique)))
