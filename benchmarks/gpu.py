@@ -6,11 +6,13 @@
     python benchmarks/gpu.py --smoke --out F       all parts at once, few samples: do they run?
 
 layer      one V2-Lite MoE layer
+model      all of V2-Lite: loading, prompts, decoding
 linear     products and experts
 attention  flash attention
 amb        the cost of an attention memory budget
 compile    compiling and loading kernels
 examples   errors of the examples
+fuzz       random cases and random graphs (--fuzz-seconds)
 parity     the whole parity grid, or the small one with --grid small
 sanitize   cases of the grid under compute-sanitizer; 0 cases if it cannot run
 checks     all other tests in tests/gpu
@@ -86,13 +88,16 @@ def parts(args: argparse.Namespace, folder: Path) -> dict[str, Part]:
     others = (TESTS, f"--ignore={grid}", f"--ignore={sanitizers}")
     brief = ("-k", "not synccheck", "--gpu-sanitize", "5" if args.smoke else "10")
     seconds = ("--gpu-seconds", str(args.parity_seconds))
+    fuzz_time = () if args.smoke else ("--seconds", str(args.fuzz_seconds))
     return {
         "layer": Part((("benchmarks/gpu_layer.py",),), 120),
+        "model": Part((("benchmarks/gpu_model.py",),), 240),
         "linear": Part((("benchmarks/gpu_linear.py",),), 120),
         "attention": Part((("benchmarks/gpu_attention.py",),), 150),
         "amb": Part((("benchmarks/gpu_attention.py", "amb"),), 60),
         "compile": Part((("benchmarks/gpu_layer.py", "compile"),), 150),
         "examples": Part(examples, 180),
+        "fuzz": Part((("benchmarks/gpu_fuzz.py", *fuzz_time),), args.fuzz_seconds + 60),
         "parity": Part(tests("parity", grid, *quick, *seconds), args.parity_seconds + 60),
         "checks": Part(tests("checks", *others), 400),
         "sanitize": Part(tests("sanitize", sanitizers, *quick, *brief), 240),
@@ -173,6 +178,7 @@ def arguments() -> argparse.Namespace:
         metavar="S",
         help="time limit of parity (default: %(default)s)",
     )
+    add("--fuzz-seconds", type=int, default=300, metavar="S", help="of fuzz (default: 300)")
     add("--smoke", action="store_true", help="all parts at once, with few samples")
     args = parser.parse_args()
     if unknown := set(args.parts) - set(NAMES):

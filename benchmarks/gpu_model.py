@@ -11,8 +11,10 @@ the NMSE of the logits.
 from __future__ import annotations
 
 import argparse
+import os
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +22,7 @@ from time import perf_counter
 
 import numpy as np
 
-from benchmarks.gpu_bench import plan_microseconds, write_row
+from benchmarks.gpu_bench import SMOKE, plan_microseconds, write_row
 from pyggml.generate.session import Session, padded_rows
 from pyggml.models.model import load
 from pyggml.models.presets import V2_LITE
@@ -28,6 +30,8 @@ from pyggml.models.synth import synth
 from pyggml.parity.tolerance import nmse
 from pyggml.runtime.plan import Plan
 
+#: With PYGGML_BENCH_SMOKE, two of the layers.
+MODEL = replace(V2_LITE, n_block=2, n_vocab=1024) if os.environ.get(SMOKE) else V2_LITE
 N_BATCH = 2048
 PROMPTS = (512, 2048, 8192)
 STEPS = 64
@@ -42,7 +46,7 @@ def seconds(call: Callable[[], object]) -> float:
 def prompt_rows(session: Session) -> None:
     """Tokens a second of prompts; the first run of each compiles and is not counted."""
     for n in PROMPTS:
-        tokens = np.arange(n) % V2_LITE.n_vocab
+        tokens = np.arange(n) % MODEL.n_vocab
         rates = []
         for number in range(4):
             session.truncate(0)
@@ -61,7 +65,7 @@ def decode_rows(session: Session, depths: list[int]) -> None:
     """
     for depth in depths:
         session.truncate(0)
-        session.forward(np.arange(max(depth, 1)) % V2_LITE.n_vocab, "none")
+        session.forward(np.arange(max(depth, 1)) % MODEL.n_vocab, "none")
         for name, steps in (("_logits", logits_steps), ("", token_steps), ("_loop", loop_steps)):
             rates = []
             for _ in range(4):
@@ -142,7 +146,7 @@ def main() -> None:
         return
     with TemporaryDirectory() as folder:
         path = Path(folder) / "lite.gguf"
-        taken = seconds(lambda: synth(path, V2_LITE, type="iq4_nl"))
+        taken = seconds(lambda: synth(path, MODEL, type="iq4_nl"))
         print(f"wrote {path.stat().st_size:,} bytes in {taken:.1f} s", flush=True)
         measure(path, args)
 

@@ -22,11 +22,13 @@ Row = dict[str, Any]
 PACKAGES = ("numpy", "pycuda", "cupy-cuda13x", "cuda-bindings", "torch")
 NAMES = (
     "layer",
+    "model",
     "linear",
     "attention",
     "amb",
     "compile",
     "examples",
+    "fuzz",
     "parity",
     "checks",
     "sanitize",
