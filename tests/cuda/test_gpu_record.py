@@ -177,7 +177,10 @@ def test_every_row_of_the_table_is_measured_by_some_script() -> None:
     """Its name, or a prefix that a script completes, is in the script's source."""
     files = [*BENCHMARKS.glob("gpu*.py"), *(ROOT / "tests" / "gpu").glob("*.py")]
     text = "".join(path.read_text() for path in files)
-    prefixes = ("mul_mat_vec_", "mul_mat_", "moe_up_gate_iq4_nl_t", "amb_", "example_worst_error_")
+    prefixes = (
+        "mul_mat_vec_", "mul_mat_", "moe_up_gate_iq4_nl_t", "amb_", "example_worst_error_",
+        "model_prompt_", "model_decode", "fuzz_",
+    )  # fmt: skip
     for name in importlib.import_module("tools.tables").BARS:
         assert f'"{name}"' in text or any(
             name.startswith(prefix) and f'f"{prefix}{{' in text for prefix in prefixes
