@@ -28,8 +28,9 @@ class Llama:
 
     def __init__(self, file: gguf.GGUFFile, n_ctx: int = 1024, n_batch: int = 32) -> None:
         key: dict[str, Any] = {k.removeprefix("llama."): v for k, v in file.fields.items()}
-        if key["general.architecture"] != "llama":
-            raise gg.GGUFError(f"{file.paths[0]}: the example is for architecture llama")
+        scaled = key.get("rope.scaling.factor", 1.0) != 1 or "rope_freqs.weight" in file.tensors
+        if key["general.architecture"] != "llama" or scaled:
+            raise gg.GGUFError(f"{file.paths[0]}: the example is for llama without rope scaling")
         self.n_layer, self.n_head = key["block_count"], key["attention.head_count"]
         self.n_head_kv = key.get("attention.head_count_kv", self.n_head)
         self.d = key["embedding_length"] // self.n_head

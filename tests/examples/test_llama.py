@@ -47,10 +47,13 @@ def test_logits_are_the_librarys(tmp_path: Path, type_: str, tied: bool) -> None
         assert [*example.generate(model, TOKENS, 5, five[2:3])] == five[: five.index(five[2])]
 
 
-def test_another_architecture(tmp_path: Path) -> None:
-    synth(tmp_path / "m.gguf", TINY, type="f16")
-    with gguf.open(tmp_path / "m.gguf") as file, pytest.raises(gg.GGUFError, match="for arch"):
-        example.Llama(file)
+def test_files_that_the_graph_would_get_wrong(tmp_path: Path) -> None:
+    tiny = PRESETS["tiny-llama"]
+    assert isinstance(tiny, Llama)
+    for arch in (TINY, replace(tiny, rope=replace(tiny.rope, factor=2.0))):
+        synth(tmp_path / "m.gguf", arch, type="f16")
+        with gguf.open(tmp_path / "m.gguf") as file, pytest.raises(gg.GGUFError, match="scaling"):
+            example.Llama(file)
 
 
 def test_the_command(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:

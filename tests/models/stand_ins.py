@@ -15,7 +15,8 @@ from pyggml.models.base import Architecture
 from pyggml.models.known import tensor_sizes
 from pyggml.models.weights import Layer, Weights
 
-Sizes = Mapping[str, tuple[int, ...]]
+#: Tensor -> ne; None: the file does not have it.
+Changes = Mapping[str, tuple[int, ...] | None]
 
 
 def layer_of(weights: Mapping[str, ArrayLike | gg.Node], il: int = 0) -> Layer:
@@ -25,9 +26,8 @@ def layer_of(weights: Mapping[str, ArrayLike | gg.Node], il: int = 0) -> Layer:
         for name, w in weights.items()
     }
     infos = {
-        name: TensorInfo(name, node.dtype, node.shape[::-1], 0, 0)
-        for name, node in nodes.items()
-    }  # fmt: skip
+        name: TensorInfo(name, node.dtype, node.shape[::-1], 0, 0) for name, node in nodes.items()
+    }
     file: Any = SimpleNamespace(tensors=infos, array=lambda name: gg.ops.leaf.data_of(nodes[name]))
     return Weights(file, {}).layer(il)
 
@@ -35,7 +35,7 @@ def layer_of(weights: Mapping[str, ArrayLike | gg.Node], il: int = 0) -> Layer:
 def file_of(
     arch: Architecture,
     keys: Mapping[str, Any] | None = None,
-    tensors: Mapping[str, tuple[int, ...] | None] | None = None,
+    tensors: Changes | None = None,
 ) -> GGUFFile:
     """A file of the model without data; None in `keys` or `tensors` removes an entry.
 
