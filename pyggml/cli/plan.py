@@ -35,6 +35,7 @@ from pyggml.cli.options import (
 from pyggml.errors import DeviceError
 from pyggml.generate.division import HOST
 from pyggml.generate.fit import BUDGETS, Line, Planner, Setup, fit, lines
+from pyggml.models.batch import Options
 from pyggml.models.model import Model
 from pyggml.runtime.memory import Memory, mib
 from pyggml.runtime.places import Place, parse
@@ -56,8 +57,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     places = places_of(args)
     with gguf.open(args.m, allow_missing_data=True) as file:
-        from pyggml.models.batch import Options
-
         model = Model(file, options=Options(**graph_options(args)))
         planner = _planner(model, places, args)
         setup = _setup(planner, args)
@@ -184,9 +183,11 @@ def as_text(
     )
     if setup.host_experts:
         text.append(f"The experts of layers 0 to {setup.host_experts - 1} are on the host.")
-    for line in table:
-        if line.free is not None and line.free < 0:
-            text.append(f"{line.row.device} is too small: {_mib(-line.free)} MiB are missing.")
+    text += [
+        f"{line.row.device} is too small: {_mib(-line.free)} MiB are missing."
+        for line in table
+        if line.free is not None and line.free < 0
+    ]
     if any(line.free is not None for line in table) and fits:
         text.append("It fits.")
     text.append(f"Plans compiled: {planner.n_plans}.")

@@ -1,8 +1,9 @@
-"""The memory of a session on given devices, and the largest session that fits, by planning alone."""
+"""The memory of a session on given devices, and the largest session that fits, by planning."""
 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
@@ -92,7 +93,7 @@ class Planner:
         self.model, self.places, self.host_layers = model, places, host_layers
         self.pins = pins
         self.n_plans = 0
-        self._excess: dict[Setup, int] = {}
+        self._memory: dict[Setup, Memory] = {}
 
     def pins_of(self, setup: Setup) -> dict[str, str]:
         divided = layer_pins(
@@ -108,22 +109,18 @@ class Planner:
         return Session(model, n_ctx=setup.n_ctx, n_batch=setup.n_batch)
 
     def memory(self, setup: Setup) -> Memory:
-        """The memory of a session. Compiles two plans."""
-        self.n_plans += 2
-        return self.session(setup).memory()
+        """The memory of a session. Compiles two plans, once for each setup."""
+        if setup not in self._memory:
+            self.n_plans += 2
+            self._memory[setup] = self.session(setup).memory()
+        return self._memory[setup]
 
     def excess(self, setup: Setup) -> int:
-        """The bytes by which the plan for prompts exceeds a device; 0 or less if it fits all.
-
-        A plan for one token takes less. Compiles one plan.
-        """
-        if setup not in self._excess:
-            self.n_plans += 1
-            session = self.session(setup)
-            prompt = session.plan(session.n_batch, session.n_ctx, 1).memory
-            free = [line.free for line in lines(prompt, self.places) if line.free is not None]
-            self._excess[setup] = -min(free, default=0)
-        return self._excess[setup]
+        """The bytes by which a session exceeds a device; 0 or less if it fits all of them."""
+        with warnings.catch_warnings(action="ignore"):
+            memory = self.memory(setup)
+        free = [line.free for line in lines(memory, self.places) if line.free is not None]
+        return -min(free, default=0)
 
 
 def fit(
@@ -182,6 +179,8 @@ def _least_budget(
     try:
         planner.excess(setup)
     except BudgetError as error:
+        if len(budgets) == 1:
+            raise
         least = float(ceil(error.least))
         larger = [b for b in budgets if b is None or b > least]
         return replace(setup, amb=least), [least, *larger]

@@ -89,8 +89,8 @@ def _check(file: GGUFFile, info: TensorInfo, new: DType, requantize: bool) -> No
         raise GGUFError(f"{file.paths[0]}: tensor {info.name!r}: cannot decode {info.dtype}")
     if info.dtype.kind == "block" and not requantize:
         raise GGUFError(
-            f"{file.paths[0]}: tensor {info.name!r} is {info.dtype} already; converting it to {new} "
-            "loses quality twice. Use the original file, or allow it"
+            f"{file.paths[0]}: tensor {info.name!r} is {info.dtype} already; converting it to "
+            f"{new} loses quality twice. Use the original file, or requantize (--allow-requantize)"
         )
 
 

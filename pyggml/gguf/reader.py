@@ -68,7 +68,7 @@ class GGUFFile:
             _check_split(parts, headers, missing)
 
     def typed_fields(self) -> dict[str, Value | np.generic]:
-        """`fields` with numbers as NumPy scalars of the file's types, so that `write` keeps them."""
+        """`fields`, with numbers as NumPy scalars of the file's types, which `write` keeps."""
         scalars = self._scalars
         return {
             key: scalars[key].type(value) if key in scalars else value

@@ -31,8 +31,9 @@ def synth(
     """Write a GGUF file of the model with random weights, and return its size in bytes.
 
     Matrices have a standard deviation of 1/sqrt(fan-in), and norms are about 1. Vectors and the
-    router are f32. With mxfp4, only experts have it and the others are q8_0. Rows that are not whole blocks of `type` become q8_0, or f16. output.weight is
-    q6_K if `type` has fewer bits, as quantizers do it.
+    router are f32. Rows that are not whole blocks of `type` become q8_0, or f16. output.weight is
+    q6_K if `type` has fewer bits, as quantizers do it. With mxfp4, only experts have it and the
+    others are q8_0.
     """
     if seed < 0:
         raise ShapeError(f"seed must not be negative, got {seed}")
