@@ -81,6 +81,7 @@ class Backend(Protocol):
     lock    taken while the device is used: it has one queue, shared by the plans of all stores
     alignment      of every tensor in its memory, in bytes
     staging_bytes  bytes of host memory that it keeps for copies
+    driver_bytes   estimate of the device's memory that its driver and libraries use for themselves
     """
 
     name: str
@@ -89,6 +90,7 @@ class Backend(Protocol):
     alignment: int
     lock: AbstractContextManager[object]
     staging_bytes: int
+    driver_bytes: int
 
     def supports(self, node: Node) -> str | None:
         """None if a kernel here runs `node`, else the reason as a phrase."""

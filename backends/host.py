@@ -30,7 +30,7 @@ class HostBackend:
     device = "host"
     alignment = ALIGNMENT
     lock: AbstractContextManager[object] = nullcontext()  # host stores share nothing
-    staging_bytes = 0
+    staging_bytes = driver_bytes = 0
 
     @property
     def place(self) -> str:

@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/performance.md from the records in benchmarks/results/.
+"""Write the tables of README.md and docs/ from the records in benchmarks/results/.
 
 python tools/tables.py           write them
 python tools/tables.py --check   exit with status 1 if a document differs from its record
@@ -181,6 +181,28 @@ def gpu_conditions(result: dict[str, Any]) -> str:
     return " ".join(sentences)
 
 
+def memory(preset: str) -> str:
+    """What sessions of a model need beside the weights: rows by attention, columns by context."""
+    result = record("memory")
+    model = result["models"][preset]
+    rows: dict[tuple[str, str, str], dict[int, str]] = {}
+    for row in model["rows"]:
+        mla = "-" if preset.startswith("gpt") else str(row["mla"])
+        amb = "none" if row["amb"] is None else str(row["amb"])
+        sizes = (gib(row["caches"]), gib(row["compute"] + row["workspace"]))
+        rows.setdefault((mla, row["fa"], amb), {})[row["n_ctx"]] = " + ".join(sizes)
+    contexts = sorted({row["n_ctx"] for row in model["rows"]})
+    cells = [[*key, *(sizes.get(n, "as without") for n in contexts)] for key, sizes in rows.items()]
+    weights = sorted({row["weights"] for row in model["rows"]})
+    text = " to ".join(dict.fromkeys(map(gib, (weights[0], weights[-1]))))
+    intro = f"Weights ({model['type']}): {text} GiB. Batches of {result['batch']} tokens.\n\n"
+    return intro + table(["mla", "fa", "amb, MiB", *map(str, contexts)], cells)
+
+
+def gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "readme": readme,
     "whole_model": whole_model,
@@ -188,12 +210,16 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels": kernels,
     "gpu": gpu,
     "gpu_h100": lambda: gpu("h100"),
+    "memory_v2_lite": lambda: memory("deepseek-v2-lite"),
+    "memory_v3": lambda: memory("deepseek-v3"),
+    "memory_gpt_oss": lambda: memory("gpt-oss-120b"),
 }
 
 
 def main() -> int:
     stale = []
-    for path in (ROOT / "README.md", ROOT / "docs" / "performance.md"):
+    docs = ROOT / "docs"
+    for path in (ROOT / "README.md", docs / "performance.md", docs / "memory.md"):
         old = path.read_text()
         new = MARKS.sub(lambda m: m[1] + TABLES[m[2]]() + m[3], old)
         if new != old and "--check" in sys.argv:

@@ -41,6 +41,7 @@ class CudaBackend:
     name = "cuda"
     alignment = table.ALIGNMENT
     staging_bytes = pinned.RING
+    driver_bytes = table.DRIVER_BYTES
 
     def __init__(self, index: int) -> None:
         self.index = index

@@ -17,6 +17,10 @@ from pyggml.node import Node
 #: Bytes; every tensor and every block of scratch starts at a multiple of it.
 ALIGNMENT = 256
 
+#: An estimate, not a measurement: a CUDA context, cuBLAS, kernels and recorded graphs. It depends
+#: on the GPU and the driver.
+DRIVER_BYTES = 640 << 20
+
 #: The types that most kernels accept: floats and integers, no block types.
 PLAIN = frozenset({"f32", "f16", "bf16", "i32", "i64"})
 

@@ -37,7 +37,8 @@ class NullDevice:
     def __init__(self, index: int) -> None:
         self.place = self.device = f"null:{index}"
         self.host = backends.get("numpy")
-        self.alignment, self.staging_bytes = self.host.alignment, 0
+        self.alignment = self.host.alignment
+        self.staging_bytes = self.driver_bytes = 0
         self.denied: frozenset[str] = frozenset()
         self.limit: int | None = None
         # Not a running total of bytes: an interrupt could leave that wrong.

@@ -27,8 +27,10 @@ COMMANDS = {
     "logits": "write the logits of a text to a NumPy file",
     "parity": "test the ops of a backend against float64",
     "perplexity": "measure how well a model predicts a text",
+    "plan": "show the memory that a model needs, or what fits in given devices",
+    "quantize": "convert the weights of a GGUF file to another type",
     "run": "continue a text, or answer a message",
-    "synth": "write a DeepSeek-2 GGUF file with random weights",
+    "synth": "write a GGUF file with random weights",
 }
 
 

@@ -10,12 +10,15 @@ import argparse
 import json
 import math
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
 from pyggml import gguf
+from pyggml.errors import PyggmlError
+from pyggml.models.model import Model
 
 _JSON_ELEMENTS = 32
 _TEXT_ELEMENTS = 6
@@ -33,6 +36,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def support(file: gguf.GGUFFile) -> str:
+    """Whether pyggml runs the model: "supported", or what is wrong, in one line."""
+    if file.missing:
+        return "unknown, because parts are missing"
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        try:
+            Model(file)
+        except PyggmlError as error:
+            return f"not supported: {error}"
+    return "; ".join(["supported", *(f"note: {note.message}" for note in notes)])
+
+
 def _as_json(file: gguf.GGUFFile) -> dict[str, Any]:
     tensors = file.tensors.values()
     return {
@@ -40,6 +56,7 @@ def _as_json(file: gguf.GGUFFile) -> dict[str, Any]:
         "missing": file.missing,
         "version": file.version,
         "complete": file.complete,
+        "support": support(file),
         "parameters": sum(t.n_elements for t in tensors),
         "bytes": sum(t.nbytes for t in tensors),
         "keys": {key: _plain(value, _JSON_ELEMENTS) for key, value in file.fields.items()},
@@ -68,6 +85,7 @@ def _as_text(file: gguf.GGUFFile) -> Iterator[str]:
     if file.missing:
         missing = f", {len(file.missing)} of them missing"
     yield f"{_safe(file.paths[0])}: GGUF v{file.version}{parts}{missing}"
+    yield f"support: {_safe(support(file))}"
     yield f"\nkeys: {len(file.fields)}"
     rows = [(_safe(key), _short(value)) for key, value in file.fields.items()]
     yield from _table(rows)

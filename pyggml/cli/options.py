@@ -22,20 +22,28 @@ if TYPE_CHECKING:
     from pyggml.models.model import Model
 
 HOST = "numpy"
-N_CTX = 4096
+N_CTX, N_BATCH = 4096, 512
 
 
-def add_model_options(parser: argparse.ArgumentParser, n_ctx: int = N_CTX) -> None:
-    """The options of `open_model` and `new_session`."""
+def add_model_options(
+    parser: argparse.ArgumentParser, n_ctx: int = N_CTX, *, fit: bool = False
+) -> None:
+    """The options of `open_model` and `new_session`. With `fit`, -c and -ub are None by default."""
+
+    def sized(meaning: str, default: int) -> dict[str, Any]:
+        note = "; with --fit the most that fits" if fit else ""
+        return {
+            "type": count, "metavar": "N", "default": None if fit else default,
+            "help": f"{meaning} (default: {default}{note})",
+        }  # fmt: skip
+
     group = parser.add_argument_group("the model")
     add = group.add_argument
     add("-m", metavar="FILE", required=True, help="a GGUF file, or the first of its parts")
-    add("-c", type=count, metavar="N", default=n_ctx,
-        help="tokens of context (default: %(default)s)")  # fmt: skip
+    add("-c", **sized("tokens of context", n_ctx))
     add("-b", type=count, metavar="N", default=2048,
         help="accepted as in llama.cpp; limits -ub (default: %(default)s)")  # fmt: skip
-    add("-ub", type=count, metavar="N", default=512,
-        help="tokens of a prompt that run at once (default: %(default)s)")  # fmt: skip
+    add("-ub", **sized("tokens of a prompt that run at once", N_BATCH))
     add("-ctk", metavar="TYPE", default="f16", help="type of the K cache (default: f16)")
     add("-ctv", metavar="TYPE", default="f16", help="type of the V cache (default: f16)")
     add("-fa", **on_off("flash attention"))
@@ -102,10 +110,7 @@ def open_model(args: argparse.Namespace) -> Iterator[Model]:
     from pyggml.models.model import load
 
     names = backends.preferred() if args.backend == "auto" else tuple(args.backend.split(","))
-    model = load(
-        args.m, backends=names, amb=args.amb, flash=args.fa == "on", fused=args.fmoe == "on",
-        mla=3 if args.mla == 2 else args.mla, cache_k=args.ctk, cache_v=args.ctv,
-    )  # fmt: skip
+    model = load(args.m, backends=names, amb=args.amb, **graph_options(args))
     try:
         tied = "output" not in model.weights
         pins = layer_pins(args.ngl, model.arch.n_layer, names, tied=tied)
@@ -113,6 +118,14 @@ def open_model(args: argparse.Namespace) -> Iterator[Model]:
         yield model
     finally:
         model.file.close()
+
+
+def graph_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of the model's `Options`."""
+    return {
+        "flash": args.fa == "on", "fused": args.fmoe == "on",
+        "mla": 3 if args.mla == 2 else args.mla, "cache_k": args.ctk, "cache_v": args.ctv,
+    }  # fmt: skip
 
 
 def new_session(args: argparse.Namespace, model: Model) -> Session:

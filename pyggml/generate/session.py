@@ -14,6 +14,7 @@ from pyggml.generate import saved
 from pyggml.generate.loop import HISTORY, POSITION, loop_plan
 from pyggml.generate.sample import greedy
 from pyggml.models.batch import Batch
+from pyggml.runtime.memory import Memory
 from pyggml.runtime.plan import Plan
 from pyggml.runtime.store import Store
 
@@ -88,9 +89,13 @@ class Session:
 
     def _run(self, part: Sequence[int], n_outputs: int) -> Logits:
         past, n = len(self.tokens), len(part)
+        every = n_outputs == n and n > 1
         n_tokens = padded_tokens(n, self.n_batch)
-        n_all = n_tokens if n_outputs == n and n > 1 else n_outputs
-        plan = self.plan(n_tokens, padded_rows(past + n, self.n_ctx), n_all)
+        n_kv = padded_rows(past + n, self.n_ctx)
+        if not every:
+            n_tokens, n_kv = self._sizes(n_tokens, n_kv, n_outputs)
+        n_all = n_tokens if every else n_outputs
+        plan = self.plan(n_tokens, n_kv, n_all)
         pos = np.arange(past, past + n_tokens, dtype=np.int32)
         arrays: dict[str, Any] = {"tokens": _tail(part, n_tokens, 0), "pos": pos}
         if n_tokens > 1:
@@ -112,6 +117,47 @@ class Session:
             batch = Batch(n_tokens, n_kv, self.model.options, n_outputs)
             self._plans[key] = self.model.plan(batch, self.caches, self.store)
         return self._plans[key]
+
+    # -- memory -------------------------------------------------------------------------------
+
+    def memory(self) -> Memory:
+        """The bytes that the session uses, known before anything is allocated or read.
+
+        These are those of the plans for `n_batch` tokens and for one token over full caches, with
+        the logits of the last token. Not included: inputs of other lengths (12 bytes a token),
+        logits of all tokens, and what `ahead` adds, which is less than 5 bytes for each token of
+        the vocabulary and of n_ctx.
+        """
+        prompt, decode = self._largest()
+        return prompt.memory_with(decode)
+
+    def _largest(self) -> tuple[Plan, Plan]:
+        return self.plan(self.n_batch, self.n_ctx, 1), self.plan(1, self.n_ctx, 1)
+
+    def _sizes(self, n_tokens: int, n_kv: int, n_outputs: int) -> tuple[int, int]:
+        """The tokens and rows to plan for: these, or more if that takes less memory.
+
+        Under an attention budget, a smaller plan may need more memory than the largest ones,
+        because it is cut into fewer pieces.
+        """
+        if self.model.amb is None:
+            return n_tokens, n_kv
+        while self._exceeds(self.plan(n_tokens, n_kv, n_outputs)):
+            if n_kv < self.n_ctx:
+                n_kv = padded_rows(n_kv + 1, self.n_ctx)
+            elif 1 < n_tokens < self.n_batch:
+                n_tokens = padded_tokens(n_tokens + 1, self.n_batch)
+            else:
+                break
+        return n_tokens, n_kv
+
+    def _exceeds(self, plan: Plan) -> bool:
+        """Whether a plan's arena is larger than those of the largest plans."""
+        rows = [row for largest in self._largest() for row in largest.memory.devices]
+        return any(
+            row.compute > max((r.compute for r in rows if r.device == row.device), default=0)
+            for row in plan.memory.devices
+        )
 
     # -- generation ---------------------------------------------------------------------------
 

@@ -36,6 +36,14 @@ SCALARS: dict[int, np.dtype[Any]] = {
     id_: np.dtype(f"<{code}") for id_, code in SCALAR_CODES.items()
 }
 
+#: llama.cpp's general.file_type of a file whose weights are mostly of a type.
+FILE_TYPES = {
+    "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q2_K": 10,
+    "q3_K": 11, "q4_K": 14, "q5_K": 16, "q6_K": 18, "iq2_xxs": 19, "iq2_xs": 20, "iq3_xxs": 23,
+    "iq1_s": 24, "iq4_nl": 25, "iq3_s": 26, "iq2_s": 28, "iq4_xs": 30, "bf16": 32, "tq1_0": 36,
+    "tq2_0": 37, "mxfp4": 38,
+}  # fmt: skip
+
 u64 = struct.Struct("<Q").unpack_from
 
 _REMOVED_TYPES = frozenset({4, 5, 31, 32, 33, 36, 37, 38})

@@ -21,7 +21,7 @@ import math
 from collections.abc import Iterator
 from itertools import pairwise
 from struct import Struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -66,8 +66,11 @@ _ROWS = [Struct(f"<{n}QIQ") for n in range(MAX_DIMS + 1)]
 
 
 class Header(NamedTuple):
+    """scalars: the types of the keys with one number or bool."""
+
     version: int
     fields: dict[str, Value]
+    scalars: dict[str, np.dtype[Any]]
     tensors: list[TensorInfo]
     data_start: int
 
@@ -90,7 +93,12 @@ def parse(
     tensors = _tensors(cursor, rows, start, None if allow_missing_data else size, part)
     # Values are copied out last, so that a malformed file costs almost no memory.
     fields = {key: _value(cursor, key, span) for key, span in spans.items()}
-    return Header(version, fields, tensors, start)
+    scalars = {
+        key: SCALARS[span.type]
+        for key, span in spans.items()
+        if span.length is None and span.type in SCALARS
+    }
+    return Header(version, fields, scalars, tensors, start)
 
 
 class _Span(NamedTuple):

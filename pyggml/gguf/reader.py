@@ -56,6 +56,7 @@ class GGUFFile:
             p.holds(t) for p, h in zip(parts, headers, strict=True) for t in h.tensors
         )
         self.fields: Names[Value] = Names(headers[0].fields)
+        self._scalars = headers[0].scalars
         self.tensors: Names[TensorInfo] = Names()
         for part, header in zip(parts, headers, strict=True):
             for info in header.tensors:
@@ -65,6 +66,14 @@ class GGUFFile:
                 self.tensors[info.name] = info
         if len(parts) + len(missing) > 1:
             _check_split(parts, headers, missing)
+
+    def typed_fields(self) -> dict[str, Value | np.generic]:
+        """`fields`, with numbers as NumPy scalars of the file's types, which `write` keeps."""
+        scalars = self._scalars
+        return {
+            key: scalars[key].type(value) if key in scalars else value
+            for key, value in self.fields.items()
+        }
 
     def array(self, name: str) -> np.ndarray[Any, Any]:
         """The values of a tensor, read-only and memory-mapped, in NumPy shape (reversed ne).

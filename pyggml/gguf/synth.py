@@ -45,7 +45,7 @@ _BLOCKS: dict[str, tuple[tuple[tuple[int, float], ...], float]] = {
 }
 
 #: Types that `random_tensor` draws.
-DRAWN: tuple[str, ...] = ("f32", "f16", "bf16", *_BLOCKS)
+DRAWN: tuple[str, ...] = ("f32", "f16", "bf16", *_BLOCKS, "mxfp4")
 
 
 def drawn_type(name: str) -> DType:
@@ -73,7 +73,9 @@ def random_tensor(
 
     def chunks() -> Iterator[np.ndarray[Any, Any]]:
         rng = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))
-        draw = _blocks(type, std) if type.name in _BLOCKS else _normal(rng, type, std, mean)
+        draw = _mxfp4(std) if type.name == "mxfp4" else None
+        if draw is None:
+            draw = _blocks(type, std) if type.name in _BLOCKS else _normal(rng, type, std, mean)
         remaining = tensor.nbytes // type.nbytes
         while remaining:
             count = min(remaining, _CHUNK_BYTES // type.nbytes)
@@ -114,6 +116,24 @@ def _blocks(type: DType, std: float) -> Draw:
         pick = raw[:, places[0][0]].copy()
         for at, table in tables:
             raw[:, at : at + 2] = table[pick].view(np.uint8).reshape(count, 2)
+        return raw
+
+    return draw
+
+
+def _mxfp4(std: float) -> Draw:
+    """A draw of random bytes whose scales are the two powers of 2 around the one that gives `std`.
+
+    The root mean square of the 16 values of a code is sqrt(8.5625).
+    """
+    exact = np.log2(std) - np.log2(8.5625) / 2
+    low = int(np.floor(exact))
+    scales = np.full(256, low + 127, np.uint8)
+    scales[: round(256 * (4 ** (exact - low) - 1) / 3)] += 1
+
+    def draw(rng: np.random.Generator, count: int) -> Array:
+        raw = _random_bytes(rng, count * 17).reshape(count, 17)
+        raw[:, 0] = scales[raw[:, 0]]
         return raw
 
     return draw

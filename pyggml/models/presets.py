@@ -8,11 +8,13 @@ from typing import Any
 from pyggml.errors import ShapeError, UnknownNameError
 from pyggml.models.base import MAX_LAYERS, Architecture
 from pyggml.models.deepseek2 import DeepSeek2, KvB
+from pyggml.models.glm4moe import Glm4Moe
 from pyggml.models.gpt_oss import GptOss
 from pyggml.models.gqa import Heads
 from pyggml.models.layers import Rope
 from pyggml.models.llama import Llama
 from pyggml.models.moe import Experts
+from pyggml.models.qwen3 import Qwen3Moe
 
 _YARN = Rope(scaling="yarn", factor=40.0, n_ctx_orig=4096)
 V2_LITE = DeepSeek2(
@@ -34,6 +36,34 @@ TINY = replace(
     V3, n_block=3, n_layer_dense=1, n_vocab=512, n_embd=256, n_head=4, q_lora_rank=96,
     kv_lora_rank=64, d_nope=32, n_rot=16, d_v=32, n_ff=512,
     experts=replace(V3.experts, n_ff=128, n_expert=8, n_used=2, n_group=4, n_group_used=2),
+)  # fmt: skip
+GPT_OSS_20B = GptOss(
+    n_block=24, n_ctx_train=131072, n_vocab=201088, n_embd=2880, rms_eps=1e-5, window=128,
+    heads=Heads(n_head=64, n_head_kv=8, d_k=64, d_v=64, n_rot=64),
+    experts=Experts(n_ff=2880, n_expert=32, n_used=4, gating_func=3),
+    rope=Rope(freq_base=150000.0, scaling="yarn", factor=32.0, n_ctx_orig=4096),
+)  # fmt: skip
+GPT_OSS_120B = replace(GPT_OSS_20B, n_block=36, experts=replace(GPT_OSS_20B.experts, n_expert=128))
+LLAMA_31_8B = Llama(
+    n_block=32, n_ctx_train=131072, n_vocab=128256, n_embd=4096, rms_eps=1e-5, n_ff=14336,
+    heads=Heads(n_head=32, n_head_kv=8, d_k=128, d_v=128, n_rot=128),
+    rope=Rope(freq_base=500000.0, factor=1.0, n_ctx_orig=131072),
+)  # fmt: skip
+QWEN3_30B_A3B = Qwen3Moe(
+    n_block=48, n_ctx_train=40960, n_vocab=151936, n_embd=2048, rms_eps=1e-6, n_ff=6144,
+    heads=Heads(n_head=32, n_head_kv=4, d_k=128, d_v=128, n_rot=128),
+    experts=Experts(n_ff=768, n_expert=128, n_used=8, gating_func=1, weights_norm=True),
+    rope=Rope(freq_base=1000000.0, factor=1.0, n_ctx_orig=40960),
+)  # fmt: skip
+#: Without its last block, which predicts further tokens.
+GLM_45_AIR = Glm4Moe(
+    n_block=46, n_layer_dense=1, n_ctx_train=131072, n_vocab=151552, n_embd=4096, rms_eps=1e-5,
+    n_ff=10944, heads=Heads(n_head=96, n_head_kv=8, d_k=128, d_v=128, n_rot=64),
+    experts=Experts(
+        n_ff=1408, n_expert=128, n_used=8, n_shared=1, gating_func=2, choice_bias=True,
+        weights_norm=True, weights_scale=1.0,
+    ),
+    rope=Rope(freq_base=1000000.0, factor=1.0, n_ctx_orig=131072),
 )  # fmt: skip
 TINY_GPT_OSS = GptOss(
     n_block=3, n_ctx_train=4096, n_vocab=512, n_embd=96, rms_eps=1e-5, window=8,
@@ -58,6 +88,11 @@ TINY_LLAMA = replace(
 PRESETS: dict[str, Architecture] = {
     "deepseek-v2-lite": V2_LITE,
     "deepseek-v3": V3,
+    "glm-4.5-air": GLM_45_AIR,
+    "gpt-oss-20b": GPT_OSS_20B,
+    "gpt-oss-120b": GPT_OSS_120B,
+    "llama-3.1-8b": LLAMA_31_8B,
+    "qwen3-30b-a3b": QWEN3_30B_A3B,
     "small": replace(
         V2_LITE, n_vocab=32000, n_embd=1024, n_head=8, n_ff=2816,
         experts=replace(V2_LITE.experts, n_ff=512, n_expert=16, n_used=4, n_shared=1),

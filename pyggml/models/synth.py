@@ -11,19 +11,11 @@ import numpy as np
 from pyggml.dtypes import F32, TYPES, DType
 from pyggml.errors import ShapeError
 from pyggml.generate.tokenizer import byte_characters
-from pyggml.gguf.format import DEFAULT_ALIGNMENT
+from pyggml.gguf.format import DEFAULT_ALIGNMENT, FILE_TYPES
 from pyggml.gguf.synth import drawn_type, fitting_type, random_tensor
 from pyggml.gguf.writer import Progress, Tensor, write
 from pyggml.models.base import Architecture
 from pyggml.models.known import tensor_sizes
-
-#: llama.cpp's general.file_type of a file whose weights are mostly of a type.
-_FILE_TYPES = {
-    "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q2_K": 10,
-    "q3_K": 11, "q4_K": 14, "q5_K": 16, "q6_K": 18, "iq2_xxs": 19, "iq2_xs": 20, "iq3_xxs": 23,
-    "iq1_s": 24, "iq4_nl": 25, "iq3_s": 26, "iq2_s": 28, "iq4_xs": 30, "bf16": 32, "tq1_0": 36,
-    "tq2_0": 37,
-}  # fmt: skip
 
 
 def synth(
@@ -40,7 +32,8 @@ def synth(
 
     Matrices have a standard deviation of 1/sqrt(fan-in), and norms are about 1. Vectors and the
     router are f32. Rows that are not whole blocks of `type` become q8_0, or f16. output.weight is
-    q6_K if `type` has fewer bits, as quantizers do it.
+    q6_K if `type` has fewer bits, as quantizers do it. With mxfp4, only experts have it and the
+    others are q8_0.
     """
     if seed < 0:
         raise ShapeError(f"seed must not be negative, got {seed}")
@@ -50,7 +43,7 @@ def synth(
         "general.architecture": arch.name,
         "general.name": name,
         "general.alignment": DEFAULT_ALIGNMENT,
-        "general.file_type": _FILE_TYPES[preferred.name],
+        "general.file_type": FILE_TYPES[preferred.name],
         "general.quantization_version": 2,
     }
     fields = general | arch.fields() | _vocabulary(arch.n_vocab)
@@ -63,7 +56,7 @@ def random_tensors(arch: Architecture, preferred: DType, seed: int) -> Iterator[
         leaf = name.split(".", 2)[-1] if name.startswith("blk.") else name
         if leaf.endswith("norm.weight"):
             yield random_tensor(name, F32, ne, std=0.05, mean=1.0, seed=seed)
-        elif len(ne) == 1:
+        elif len(ne) == 1 or leaf.endswith(".bias"):
             yield random_tensor(name, F32, ne, std=0.05, seed=seed)
         else:
             # attn_k_b is stored transposed: the model sums over its ne[1].
@@ -75,6 +68,8 @@ def random_tensors(arch: Architecture, preferred: DType, seed: int) -> Iterator[
 def _type_of(leaf: str, preferred: DType) -> DType:
     if leaf == "ffn_gate_inp.weight":
         return F32
+    if preferred.name == "mxfp4" and "_exps." not in leaf:
+        return TYPES["q8_0"]  # as in the published files of gpt-oss
     q6 = TYPES["q6_K"]
     if leaf == "output.weight" and preferred.nbytes * q6.block < q6.nbytes * preferred.block:
         return q6

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from pyggml.node import label_of
 from pyggml.passes.work import Work
@@ -101,6 +102,31 @@ class Memory:
                 where = label_of(steps[0].node) if steps else ""
         return Memory(tuple(rows), work.amb, where, top)
 
+    @staticmethod
+    def joint(plans: Sequence[tuple[Memory, Sequence[Need]]]) -> Memory:
+        """The memory of several plans of one store, each given with its leaves.
+
+        Plans share leaves, and on each device the largest arena and workspace.
+        """
+        needs = {need.key: need for _, each in plans for need in each}.values()
+        by_place: dict[str, list[DeviceMemory]] = {}
+        for memory, _ in plans:
+            for row in memory.devices:
+                by_place.setdefault(row.device, []).append(row)
+        rows = []
+        for place, same in by_place.items():
+            largest = max(same, key=lambda row: row.compute)
+            sizes: dict[str, Any] = _leaf_bytes(
+                [need for need in needs if need.backend.place == place]
+            )
+            sizes |= {
+                name: max(getattr(row, name) for row in same)
+                for name in ("workspace", "staging", "score_peak", "score_peak_plain")
+            }
+            rows.append(replace(largest, **sizes))
+        top = max((memory for memory, _ in plans), key=lambda memory: memory.peak_live)
+        return replace(top, devices=tuple(rows))
+
     def _sum(self, what: str) -> int:
         return sum(getattr(row, what) for row in self.devices)
 
@@ -171,19 +197,22 @@ class Memory:
         return "\n".join(lines)
 
 
+def _leaf_bytes(needs: Iterable[Need]) -> dict[str, int]:
+    """The bytes of weights, states and inputs."""
+    nbytes = {"constant": 0, "state": 0, "input": 0}
+    for need in needs:
+        nbytes[origin(need.node).op.name] += need.nbytes
+    return {f"{'weight' if name == 'constant' else name}s": n for name, n in nbytes.items()}
+
+
 def _row(work: Work, device: str, needs: Sequence[Need]) -> DeviceMemory:
     """The memory of a plan with these leaves on a device, without a size."""
     backend = next(b for b in work.backends if b.device == device)
     steps = [s for split in work.splits if split.backend.device == device for s in split.steps]
-    nbytes = {"constant": 0, "state": 0, "input": 0}
-    for need in needs:
-        nbytes[origin(need.node).op.name] += need.nbytes
     arena = work.placed.arenas[device]
     return DeviceMemory(
         device=backend.place,
-        weights=nbytes["constant"],
-        states=nbytes["state"],
-        inputs=nbytes["input"],
+        **_leaf_bytes(needs),
         compute=arena.nbytes,
         workspace=max((step.workspace for step in steps), default=0),
         score_peak=arena.score_peak,

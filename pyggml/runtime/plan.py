@@ -65,6 +65,11 @@ class Plan:
         """The bytes that the plan uses, known before anything is allocated."""
         return self._planned.memory
 
+    def memory_with(self, *others: Plan) -> Memory:
+        """The bytes that this plan and other plans of its store use together."""
+        plans = (self, *others)
+        return Memory.joint([(p.memory, p._planned.needs) for p in plans])
+
     @property
     def inputs(self) -> Mapping[str, Spec]:
         """The types and sizes of the inputs, by name."""

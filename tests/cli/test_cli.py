@@ -95,7 +95,7 @@ def test_info_text(tiny: Path, capsys: Streams) -> None:
     assert not err and "GGUF v3" in out and "missing" not in out
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip()}
     assert rows["deepseek2.block_count"] == ["3"]
-    assert rows["deepseek2.rope.freq_base"] == ["10000"]
+    assert rows["deepseek2.rope.scaling.factor"] == ["40"]
     assert rows["tokenizer.ggml.tokens"][:2] == ["512", "x"]
     assert rows["blk.*.ffn_gate_exps.weight"] == ["q4_K", "[256,", "128,", "8]", "x", "2"]
 
@@ -159,3 +159,23 @@ def test_an_interrupted_synth_leaves_no_file(tmp_path: Path, signum: int, status
     process.send_signal(signum)
     _, err = process.communicate(timeout=20)
     assert process.returncode == status and err == b"" and not list(tmp_path.iterdir())
+
+
+def test_info_names_the_support(tmp_path: Path, capsys: Streams) -> None:
+    def support(path: Path) -> str:
+        assert main(["info", str(path)]) == 0
+        out = capsys.readouterr().out
+        assert main(["info", str(path), "--json"]) == 0
+        (line,) = (x for x in out.splitlines() if x.startswith("support: "))
+        assert json.loads(capsys.readouterr().out)["support"] == line.removeprefix("support: ")
+        return line.removeprefix("support: ")
+
+    path = tmp_path / "m.gguf"
+    for name in ("gpt-oss-20b", "llama-3.1-8b", "qwen3-30b-a3b", "glm-4.5-air", "deepseek-v3"):
+        assert main(["synth", str(path), "--preset", name, "--layers", "2", "--header-only"]) == 0
+        capsys.readouterr()
+        assert support(path) == "supported"
+    path.write_bytes(build([kv("general.architecture", 8, text("bert"))]))
+    assert support(path).startswith("not supported: architecture 'bert' is unknown")
+    path.write_bytes(build([kv("general.architecture", 8, text("llama"))]))
+    assert support(path).startswith("not supported: key 'llama.block_count': is missing")

@@ -1,0 +1,198 @@
+"""Show the memory that a session of a model needs on each device, without reading its weights.
+
+FILE may be whole, split, or only a header (pyggml synth --header-only). The devices need not exist.
+Layers are divided among several devices in order, in proportion to their sizes: a layer's weights
+and cache are on one device. -ngl leaves the first layers on the host.
+
+All figures are exact except the driver's own memory, which is an estimate. Exit status 1 if a
+device is too small.
+
+--fit chooses the largest context up to the file's (or -c), then the largest batch up to -b (or
+-ub), then the largest attention budget, and then puts the experts of as few layers as possible on
+the host. The last line is the command that runs it.
+
+  pyggml plan -m v3.gguf -c 16384 -ub 512 --device cuda:80GiB --device host:512GiB --fit
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from pyggml import backends, gguf
+from pyggml.cli.options import (
+    N_BATCH,
+    N_CTX,
+    add_model_options,
+    graph_options,
+    layer_pins,
+    pins_of,
+)
+from pyggml.errors import DeviceError
+from pyggml.generate.division import HOST
+from pyggml.generate.fit import BUDGETS, Line, Planner, Setup, fit, lines
+from pyggml.models.batch import Options
+from pyggml.models.model import Model
+from pyggml.runtime.memory import Memory, mib
+from pyggml.runtime.places import Place, parse
+
+#: Options of `pyggml run` with these defaults, by their names here.
+_SAME = {"ctk": "f16", "ctv": "f16", "fa": "on", "mla": 3, "fmoe": "on"}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    add_model_options(parser, fit=True)
+    add = parser.add_argument_group("the plan").add_argument
+    add("--device", metavar="PLACE:SIZE", action="append",
+        help="a device, such as cuda:24GiB or host:64GiB; the second cuda is cuda:1 "
+        "(default: those of --backend, of any size)")  # fmt: skip
+    add("--fit", action="store_true", help="choose -c, -ub, -amb and the experts on the host")
+    add("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    places = places_of(args)
+    with gguf.open(args.m, allow_missing_data=True) as file:
+        model = Model(file, options=Options(**graph_options(args)))
+        planner = _planner(model, places, args)
+        setup = _setup(planner, args)
+        memory = planner.memory(setup)
+    table = lines(memory, places)
+    fits = all(line.free is None or line.free >= 0 for line in table)
+    command = command_of(args, planner, setup)
+    if args.json:
+        print(json.dumps(as_json(planner, setup, memory, table, command, fits), indent=1))
+    else:
+        print("\n".join(as_text(planner, setup, memory, table, command, fits)))
+    return 0 if fits else 1
+
+
+def places_of(args: argparse.Namespace) -> list[Place]:
+    """The places of --device, or else of --backend."""
+    if not args.device:
+        auto = args.backend == "auto"
+        return [parse(t) for t in (backends.preferred() if auto else args.backend.split(","))]
+    count: Counter[str] = Counter()
+    places: list[Place] = []
+    for text in args.device:
+        name, _, rest = text.partition(":")
+        name = HOST if name == "host" else name
+        if rest and not rest.split(":")[0].isdecimal() and name != HOST:
+            rest = f"{count[name]}:{rest}"
+        place = parse(f"{name}:{rest}" if rest else name)
+        if any(place.backend is other.backend for other in places):
+            raise DeviceError(f"--device {text}: {place.backend.place} is there twice")
+        count[name] += 1
+        places.append(place)
+    return places
+
+
+def _planner(model: Model, places: Sequence[Place], args: argparse.Namespace) -> Planner:
+    n_layer, tied = model.arch.n_layer, model.arch.tied
+    pins = pins_of(args.ot) | layer_pins(args.ngl, n_layer, [places[0].name], tied=tied)
+    on_host = 0 if args.ngl is None else max(n_layer + 1 - args.ngl, 0) if args.ngl else n_layer
+    return Planner(model, places, pins, range(min(on_host, n_layer)))
+
+
+def _setup(planner: Planner, args: argparse.Namespace) -> Setup:
+    if not args.fit:
+        n_ctx = args.c or N_CTX
+        return Setup(n_ctx=n_ctx, n_batch=min(args.ub or N_BATCH, args.b, n_ctx), amb=args.amb)
+    return fit(
+        planner,
+        n_ctx=args.c or planner.model.arch.n_ctx_train,
+        n_batch=min(args.ub or args.b, args.b),
+        budgets=BUDGETS if args.amb is None else (args.amb,),
+    )
+
+
+def command_of(args: argparse.Namespace, planner: Planner, setup: Setup) -> str:
+    """The command that runs a session with this memory."""
+    words = ["pyggml", "run", "-m", args.m, "-c", str(setup.n_ctx), "-ub", str(setup.n_batch)]
+    if setup.amb is not None:
+        words += ["-amb", f"{setup.amb:g}"]
+    for name, default in _SAME.items():
+        if (value := getattr(args, name)) != default:
+            words += [f"-{name}", str(value)]
+    words += ["--backend", ",".join(place.backend.place for place in planner.places)]
+    for pattern, place in planner.pins_of(setup).items():
+        words += ["-ot", f"{pattern}={place}"]
+    return shlex.join(words)
+
+
+# -- output -----------------------------------------------------------------------------------
+
+
+def as_json(
+    planner: Planner,
+    setup: Setup,
+    memory: Memory,
+    table: Sequence[Line],
+    command: str,
+    fits: bool,
+) -> dict[str, Any]:
+    return {
+        "architecture": planner.model.arch.name,
+        "layers": planner.model.arch.n_layer,
+        "n_ctx": setup.n_ctx,
+        "n_batch": setup.n_batch,
+        "amb": setup.amb,
+        "host_experts": setup.host_experts,
+        "devices": [_device(line) for line in table],
+        "pinned": sum(line.row.staging for line in table),
+        "score_peak": memory.score_peak,
+        "fits": fits,
+        "plans": planner.n_plans,
+        "command": command,
+    }
+
+
+def _device(line: Line) -> dict[str, Any]:
+    row = line.row
+    return {
+        "device": row.device, "weights": row.weights, "caches": row.states, "inputs": row.inputs,
+        "compute": row.compute, "workspace": row.workspace, "driver_estimate": line.driver,
+        "pinned": line.pinned, "total": line.total, "size": row.size, "free": line.free,
+    }  # fmt: skip
+
+
+def as_text(
+    planner: Planner,
+    setup: Setup,
+    memory: Memory,
+    table: Sequence[Line],
+    command: str,
+    fits: bool,
+) -> list[str]:
+    rows = [{k: v if isinstance(v, str) else _mib(v) for k, v in _device(t).items()} for t in table]
+    heads = {key: key.replace("driver_estimate", "driver (estimate)") for key in rows[0]}
+    widths = {key: max(len(row[key]) for row in (heads, *rows)) for key in heads}
+    text = ["  ".join(row[k].rjust(widths[k]) for k in heads).rstrip() for row in (heads, *rows)]
+    amb = "none" if setup.amb is None else f"{setup.amb:g} MiB"
+    text.append(
+        f"MiB, for {setup.n_ctx} tokens of context in batches of {setup.n_batch}; attention "
+        f"budget: {amb}, scores: {_mib(memory.score_peak)} MiB."
+    )
+    text.append(
+        "Exact, except the driver's own memory (context, libraries, kernels). Pinned host memory "
+        f"for copies: {_mib(sum(line.row.staging for line in table))} MiB."
+    )
+    if setup.host_experts:
+        text.append(f"The experts of layers 0 to {setup.host_experts - 1} are on the host.")
+    text += [
+        f"{line.row.device} is too small: {_mib(-line.free)} MiB are missing."
+        for line in table
+        if line.free is not None and line.free < 0
+    ]
+    if any(line.free is not None for line in table) and fits:
+        text.append("It fits.")
+    text.append(f"Plans compiled: {planner.n_plans}.")
+    return [*text, command]
+
+
+def _mib(nbytes: int | None) -> str:
+    return "" if nbytes is None else f"{'-' * (nbytes < 0)}{mib(abs(nbytes))}"

@@ -1,0 +1,150 @@
+"""`pyggml plan`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyggml.cli import main, parser_of
+from pyggml.cli.options import open_model
+from pyggml.errors import DeviceError
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+Streams = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def header(tmp_path: Path, capsys: Streams) -> Path:
+    path = tmp_path / "v3.gguf"
+    words = ["synth", str(path), "--preset", "deepseek-v3", "--layers", "6", "--header-only"]
+    assert main(words) == 0
+    capsys.readouterr()
+    return path
+
+
+def plan(capsys: Streams, *words: str, status: int = 0) -> dict[str, Any]:
+    assert main(["plan", *words, "--json"]) == status
+    report: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return report
+
+
+def test_devices_are_numbered(header: Path, capsys: Streams) -> None:
+    devices = ["--device", "cuda:80GiB", "--device", "cuda:60GiB", "--device", "host:100GiB"]
+    report = plan(capsys, "-m", str(header), "-c", "1024", *devices)
+    assert [(d["device"], d["size"]) for d in report["devices"]] == [
+        ("cuda:0", 80 << 30), ("cuda:1", 60 << 30)
+    ]  # fmt: skip
+    for device in report["devices"]:
+        parts = ("weights", "caches", "inputs", "compute", "workspace", "driver_estimate")
+        assert device["total"] == sum(device[part] for part in parts)
+        assert device["free"] == device["size"] - device["total"] > 0
+    assert report["fits"] and report["pinned"] == 32 << 20
+    for wrong in (
+        ["cuda:1:1GiB", "cuda:1:2GiB"],
+        ["host:1GiB", "host:2GiB"],
+        ["cuda:big"],
+        ["x:1GiB"],
+    ):
+        assert main(["plan", "-m", str(header), *(w for d in wrong for w in ("--device", d))]) == 1
+        assert capsys.readouterr().err.startswith("pyggml: error: ")
+
+
+def test_text_and_status(header: Path, capsys: Streams) -> None:
+    words = ["plan", "-m", str(header), "-c", "1024", "-ub", "64", "--device"]
+    assert main([*words, "cuda:1GiB"]) == 1
+    out = capsys.readouterr().out
+    assert "cuda:0 is too small" in out and "driver (estimate)" in out and "It fits" not in out
+    assert main([*words, "cuda:100GiB"]) == 0
+    out = capsys.readouterr().out
+    assert "It fits" in out
+    assert out.splitlines()[-1].startswith(f"pyggml run -m {header} -c 1024 -ub 64")
+
+
+def test_the_command_of_a_fit_has_the_planned_memory(tmp_path: Path, capsys: Streams) -> None:
+    """The printed words, read by `pyggml run`'s own parser, give a session of the same size."""
+    path = str(tmp_path / "t.gguf")
+    assert main(["synth", path, "--preset", "tiny", "--layers", "5", "--type", "q8_0"]) == 0
+    capsys.readouterr()
+    whole = plan(capsys, "-m", path, "-c", "512", "-ub", "64", "--device", "null:1GiB")
+    size = f"null:{whole['devices'][0]['total'] * 3 // 4 / 1024}KiB"
+    devices = ["--device", size, "--device", "host:4GiB"]
+    report = plan(capsys, "-m", path, "-c", "512", "-ub", "64", *devices, "--fit", "-ctk", "f32")
+    assert report["fits"] and report["host_experts"] and report["plans"] < 40
+    words = shlex.split(report["command"])
+    assert words[:2] == ["pyggml", "run"]
+    args = parser_of("run").parse_args([*words[2:], "-p", "x"])
+    with open_model(args) as model:
+        rows = {r.device: r for r in model.session(args.c, args.ub).memory().devices}
+    for device in report["devices"]:
+        row = rows[device["device"]]
+        assert (row.weights, row.states, row.compute) == (
+            device["weights"], device["caches"], device["compute"]
+        )  # fmt: skip
+
+
+def test_what_fit_chooses_fits_with_the_plan_for_one_token(tmp_path: Path, capsys: Streams) -> None:
+    """On CUDA, that plan stores some weights of V3 in a second layout."""
+    path = str(tmp_path / "v3.gguf")
+    words = ["synth", path, "--preset", "deepseek-v3", "--layers", "6", "--header-only"]
+    assert main(words) == 0
+    capsys.readouterr()
+    devices = ["--device", "cuda:4GiB", "--device", "host:100GiB"]
+    report = plan(capsys, "-m", path, *devices, "--fit")
+    assert report["fits"] and report["host_experts"] and report["n_ctx"] > 65536
+
+
+def test_layers_on_the_host(header: Path, capsys: Streams) -> None:
+    devices = ["--device", "cuda:0:100GiB", "--device", "host:100GiB"]
+    whole = plan(capsys, "-m", str(header), "-c", "512", *devices)
+    part = plan(capsys, "-m", str(header), "-c", "512", *devices, "-ngl", "2")
+    assert len(whole["devices"]) == 1
+    gpu, host = part["devices"]
+    assert host["caches"] == 5 * whole["devices"][0]["caches"] // 6
+    assert host["weights"] > gpu["weights"] > 0
+    assert host["pinned"] == 16 << 20
+
+
+def test_the_whole_of_v3_is_planned_within_a_second(tmp_path: Path) -> None:
+    """Of processor time, for a prompt and a decode plan; a busy machine takes longer."""
+    path = tmp_path / "v3.gguf"
+    assert main(["synth", str(path), "--preset", "deepseek-v3", "--header-only"]) == 0
+    program = (
+        "import sys, time; from pyggml.cli import main; import pyggml.cli.plan; "
+        "import pyggml.backends as b; b.get('cuda'); t = time.process_time(); "
+        f"main(['plan', '-m', {str(path)!r}, '-c', '16384', '--device', 'cuda:80GiB']); "
+        "print(time.process_time() - t, file=sys.stderr)"
+    )
+    best = min(
+        float(
+            subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stderr
+        )
+        for _ in range(3)
+    )
+    assert best < 2.0
+
+
+@pytest.mark.parametrize("preset", ["deepseek-v2-lite", "gpt-oss-120b"])
+def test_the_tables_of_the_memory_page_are_up_to_date(
+    preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If this fails, run python tools/memory_record.py && python tools/tables.py"""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    record = import_module("memory_record")
+    row = json.loads(record.RECORD.read_text())["models"][preset]["rows"][0]
+    case = {key: row[key] for key in ("mla", "fa", "amb", "n_ctx")}
+    assert case | record.measure(record.header(preset, tmp_path), case) == row
+
+
+def test_no_such_device() -> None:
+    from pyggml.cli.plan import places_of
+
+    args = parser_of("plan").parse_args(["-m", "x", "--device", "cuda:0", "--device", "cuda:0"])
+    with pytest.raises(DeviceError, match="twice"):
+        places_of(args)

@@ -1,0 +1,195 @@
+"""The memory of a session: the figures before anything is allocated are those of a real session."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyggml import gguf
+from pyggml.errors import BudgetError, OutOfMemoryError
+from pyggml.generate.division import either, expert_pins, layer_pins
+from pyggml.generate.fit import Planner, Setup, fit, lines, memory
+from pyggml.generate.session import KV_STEP, padded_rows
+from pyggml.models.batch import Options
+from pyggml.models.model import Model
+from pyggml.models.presets import TINY, TINY_GPT_OSS
+from pyggml.models.synth import synth
+from pyggml.node import labels
+from pyggml.runtime.leaves import Leaf
+from pyggml.runtime.places import Place, parse
+
+SIX = replace(TINY, n_block=6)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for name, arch in (("tiny", TINY), ("deepseek2", SIX), ("gpt-oss", TINY_GPT_OSS)):
+        synth(folder / f"{name}.gguf", arch, type="q8_0")
+        synth(folder / f"{name}-header.gguf", arch, type="q8_0", header_only=True)
+    return folder
+
+
+def opened(folder: Path, name: str, **options: Any) -> Model:
+    chosen = {k: options.pop(k) for k in ("flash", "mla") if k in options}
+    file = gguf.open(folder / f"{name}.gguf", allow_missing_data=True)
+    return Model(file, options=Options(**chosen), **options)
+
+
+def allocated(leaf: Leaf) -> int:
+    """The bytes of its block on a device; the host reads weights where they are."""
+    return leaf.spec.nbytes if leaf.backend.device == "host" else len(leaf.at.buffer.data)
+
+
+@pytest.mark.parametrize("flash", [True, False])
+@pytest.mark.parametrize("name", ["deepseek2", "gpt-oss"])
+@pytest.mark.parametrize(
+    ("backends", "pins"),
+    [(("numpy",), None), (("null:0",), None), (("null:0", "numpy"), {"ffn_.*_exps": "numpy"}),
+     (("null:0", "null:1"), {r"(blk\.[12]\.|cache_\w+_l[12]$)": "null:1"})],
+)  # fmt: skip
+def test_a_session_uses_what_the_plan_says(
+    folder: Path, name: str, backends: Any, pins: Any, flash: bool
+) -> None:
+    """Memory of a header, against the blocks that a session of the whole file allocated."""
+    arguments = {"backends": backends, "pins": pins, "flash": flash}
+    planned = memory(opened(folder, f"{name}-header", **arguments), 24, 8)
+    model = opened(folder, name, **arguments)
+    session = model.session(24, 8)
+    for n in (8, 8):
+        session.forward(range(n))
+    while session.n_free:
+        session.forward([1])
+    leaves = session.store._leaves
+    for row in planned.devices:
+        device = "host" if row.device == "numpy" else row.device
+        tables = model.store.shared.weights, leaves.states, leaves.inputs
+        expected = [
+            sum(allocated(leaf) for leaf in table.values() if leaf.backend.device == device)
+            for table in tables
+        ]
+        assert [row.weights, row.states, row.inputs] == expected
+        assert row.compute == session.store.arenas[device].nbytes
+        assert row.total == sum(expected) + row.compute
+    assert set(session.store.arenas) == {
+        "host" if row.device == "numpy" else row.device for row in planned.devices
+    }
+    model.file.close()
+
+
+@pytest.mark.parametrize("pieces", [None, 2, 5])
+@pytest.mark.parametrize(("mla", "flash"), [(0, False), (1, False), (3, True)])
+@pytest.mark.parametrize("place", ["numpy", "cuda:0:1GiB"])
+def test_no_plan_of_a_session_needs_more(
+    folder: Path, place: str, mla: int, flash: bool, pieces: int | None
+) -> None:
+    """All steps of cache rows, for prompts of several lengths, with and without a budget."""
+    n_ctx, n_batch = 1536, 160
+    model = opened(folder, "tiny-header", backends=(place,), mla=mla, flash=flash)
+    session = model.session(n_ctx, n_batch)
+    if pieces is not None:
+        model.amb = session.memory().score_peak / 2**20 / pieces
+        try:
+            model.session(n_ctx, n_batch).memory()
+        except BudgetError as error:
+            model.amb = error.least * 1.05
+        session = model.session(n_ctx, n_batch)
+    plans = [
+        session.plan(*session._sizes(n_tokens, n_kv, n_outputs), n_outputs)
+        for n_tokens in (1, 6, 96, 128, 160)
+        for n_kv in {padded_rows(n, n_ctx) for n in range(n_tokens, n_ctx, KV_STEP)}
+        for n_outputs in (0, 1)
+    ]
+    most, real = session.memory(), plans[0].memory_with(*plans)
+    for what in ("weights", "states", "compute", "workspace"):
+        assert getattr(real, what) <= getattr(most, what), what
+
+
+# -- dividing the layers ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "numbers", [[0], [3, 4, 5], range(43), range(61), [7, 9, 19, 29, 100, 111]]
+)
+def test_either_matches_these_numbers_only(numbers: Any) -> None:
+    pattern = re.compile(f"^({either(numbers)})$")
+    assert [n for n in range(2000) if pattern.match(str(n))] == list(numbers)
+
+
+def test_layers_are_divided_by_the_sizes_of_devices(folder: Path) -> None:
+    model = opened(folder, "deepseek2-header")
+    places = [parse("cuda:0:10GiB"), parse("cuda:1:30GiB"), parse("numpy:1GiB")]
+    pins = layer_pins(model, places, n_ctx=64, n_batch=8)
+    planner = Planner(model, places, {})
+    plan = planner.session(Setup(n_ctx=64, n_batch=8)).plan(8, 64, 1)
+    home = {label: plan.place_of(n) for n in plan.graph.nodes if n.op.leaf for label in labels(n)}
+    layers = {il: home[f"blk.{il}.attn_norm.weight"] for il in range(6)}
+    assert list(layers.values()) == sorted(layers.values())
+    assert {"cuda:0", "cuda:1"} == set(layers.values())
+    for label, place in home.items():
+        match = re.match(r"blk\.(\d)\.|cache_kv_l(\d)$", label)
+        if match:
+            assert place == layers[int(match[1] or match[2])], label
+    assert home["token_embd.weight"] == "cuda:0" and home["output.weight"] == "cuda:1"
+    share = {row.device: row.weights + row.states for row in plan.memory.devices}
+    assert 0.1 < share["cuda:0"] / sum(share.values()) < 0.4
+    assert layer_pins(model, places[:1], n_ctx=64, n_batch=8) == {}
+    assert len(pins) == 3 and set(expert_pins(2).values()) == {"numpy"}
+
+
+# -- fit --------------------------------------------------------------------------------------
+
+
+def sized(*bytes_of: tuple[str, int]) -> list[Place]:
+    return [parse(f"{name}:{nbytes / 2**10}KiB") for name, nbytes in bytes_of]
+
+
+def planner(folder: Path, *sizes: tuple[str, int], **options: Any) -> Planner:
+    return Planner(opened(folder, "deepseek2-header", **options), sized(*sizes), {})
+
+
+def test_everything_that_fits_needs_two_plans(folder: Path) -> None:
+    big = planner(folder, ("null", 1 << 32))
+    assert fit(big, n_ctx=1024, n_batch=64) == Setup(n_ctx=1024, n_batch=64)
+    assert big.n_plans == 2
+
+
+def test_fit_is_the_largest_that_fits(folder: Path) -> None:
+    """Each step up of what was chosen no longer fits."""
+    whole = planner(folder, ("null", 1 << 40)).memory(Setup(n_ctx=16384, n_batch=512)).total
+    some = planner(folder, ("null", whole * 3 // 4), flash=False, mla=1)
+    setup = fit(some, n_ctx=65536, n_batch=256, budgets=(8, 16, 32, None))
+    assert some.n_plans < 40
+    assert some.excess(setup) <= 0 and setup.n_ctx % 256 == 0 and 256 < setup.n_ctx < 65536
+    assert some.excess(replace(setup, n_ctx=setup.n_ctx + 256, n_batch=32, amb=8)) > 0
+    assert setup.n_batch == 256 or some.excess(replace(setup, n_batch=2 * setup.n_batch, amb=8)) > 0
+    if setup.amb is not None:
+        larger = next(amb for amb in (16, 32, None) if amb is None or amb > setup.amb)
+        assert some.excess(replace(setup, amb=larger)) > 0
+    table = lines(some.memory(setup), some.places)
+    assert all(line.free is not None and line.free >= 0 for line in table)
+
+
+def test_fit_puts_few_experts_on_the_host(folder: Path) -> None:
+    setup = Setup(n_ctx=512, n_batch=64)
+    all_of_it = planner(folder, ("null", 1 << 40)).memory(setup).total
+    some = planner(folder, ("null", all_of_it * 3 // 4), ("numpy", 1 << 40))
+    chosen = fit(some, n_ctx=512, n_batch=64)
+    assert chosen.n_ctx == 512 and chosen.n_batch == 64 and 0 < chosen.host_experts < 6
+    assert some.excess(chosen) <= 0
+    assert some.excess(replace(chosen, host_experts=chosen.host_experts - 1)) > 0
+
+
+def test_fit_says_what_is_missing(folder: Path) -> None:
+    with pytest.raises(OutOfMemoryError, match="256 tokens in batches of 32 does not fit"):
+        fit(planner(folder, ("null", 1 << 20)), n_ctx=4096, n_batch=64)
+
+
+def test_a_given_budget_that_is_too_small_is_an_error(folder: Path) -> None:
+    some = planner(folder, ("null", 1 << 22), flash=False, mla=1)
+    with pytest.raises(BudgetError):
+        fit(some, n_ctx=4096, n_batch=64, budgets=(0.01,))

@@ -1,0 +1,92 @@
+"""Plan sessions of published models and write benchmarks/results/memory.json.
+
+python tools/memory_record.py && python tools/tables.py
+
+It needs no weights and no GPU, and takes some minutes. tools/tables.py makes the tables of
+docs/memory.md from the record.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from pyggml.cli import main as pyggml  # noqa: E402
+
+RECORD = ROOT / "benchmarks" / "results" / "memory.json"
+_MLA = ((0, "off"), (0, "on"), (1, "off"), (1, "on"), (3, "on"))
+#: Preset -> type of the weights, longest context, forms of attention (mla, fa).
+MODELS: dict[str, tuple[str, int, tuple[tuple[int, str], ...]]] = {
+    "deepseek-v2-lite": ("iq4_nl", 163840, _MLA),
+    "deepseek-v3": ("iq4_nl", 163840, _MLA),
+    "gpt-oss-120b": ("mxfp4", 131072, ((3, "off"), (3, "on"))),
+}
+CONTEXTS = (4096, 16384, 65536, 163840)
+BUDGETS = (None, 2048, 512)
+BATCH = 512
+
+
+def cases(preset: str) -> Iterator[dict[str, Any]]:
+    """The cases of a model: mla, fa, amb and n_ctx."""
+    _, longest, forms = MODELS[preset]
+    for mla, fa in forms:
+        for amb in BUDGETS:
+            for n_ctx in CONTEXTS:
+                yield {"mla": mla, "fa": fa, "amb": amb, "n_ctx": min(n_ctx, longest)}
+
+
+def measure(path: Path, case: dict[str, Any]) -> dict[str, Any]:
+    """The plan of a case: bytes of weights, caches and compute, and the score peak."""
+    words = ["plan", "-m", str(path), "--device", "cuda", "-ub", str(BATCH), "--json"]
+    words += ["-c", str(case["n_ctx"]), "-mla", str(case["mla"]), "-fa", case["fa"]]
+    if case["amb"] is not None:
+        words += ["-amb", str(case["amb"])]
+    with redirect_stdout(io.StringIO()) as out:
+        if pyggml(words):
+            raise SystemExit(f"failed: pyggml {' '.join(words)}")
+    report = json.loads(out.getvalue())
+    (device,) = report["devices"]
+    sizes = {key: device[key] for key in ("weights", "caches", "inputs", "compute", "workspace")}
+    return sizes | {"score_peak": report["score_peak"]}
+
+
+def header(preset: str, folder: Path) -> Path:
+    """A file of the model without weights."""
+    path = folder / f"{preset}.gguf"
+    type_ = MODELS[preset][0]
+    with redirect_stdout(io.StringIO()):
+        pyggml(["synth", str(path), "--preset", preset, "--type", type_, "--header-only"])
+    return path
+
+
+def main() -> None:
+    models: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        for preset in MODELS:
+            path, rows = header(preset, Path(name)), []
+            uncut: dict[tuple[Any, ...], dict[str, Any]] = {}
+            for case in cases(preset):
+                key = case["mla"], case["fa"], case["n_ctx"]
+                plain = uncut.get(key)
+                if plain is not None and plain["score_peak"] <= case["amb"] * 2**20:
+                    continue  # the budget changes nothing
+                result = measure(path, case)
+                uncut.setdefault(key, result)
+                rows.append(case | result)
+                print(preset, case, f"{result['compute'] / 2**20:.2f} MiB", file=sys.stderr)
+            models[preset] = {"type": MODELS[preset][0], "rows": rows}
+    record = {"command": "python tools/memory_record.py", "batch": BATCH, "models": models}
+    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
