@@ -37,7 +37,7 @@ from pyggml.parity.cases import cases
 from pyggml.parity.nodes import Walk
 from pyggml.parity.oracle import ORACLE
 from pyggml.parity.report import script_name, script_path
-from pyggml.parity.running import Outcome, outcomes
+from pyggml.parity.running import Outcome, checked, outcomes
 from pyggml.runtime import places
 
 MODES = ("test", "support", "list", "perf", "fuzz")
@@ -137,6 +137,8 @@ def _of_ops(args: argparse.Namespace) -> int:
     if args.mode == "fuzz":
         return fuzz.run(args, [name for name in names if place_name or _usable(name, args.mode)])
     if args.case or args.ops:
+        if args.case:
+            checked(args.case, args.ops)
         usable = [name for name in names if place_name or _usable(name, args.mode)]
         return fuzz.run_texts(args, usable)
     selection = select(args.op, args.pattern, args.quick, perf=args.mode == "perf")
