@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from pyggml import gguf
+from pyggml.words import counted
 
 _JSON_ELEMENTS = 32
 _TEXT_ELEMENTS = 6
@@ -99,7 +100,7 @@ def _grouped(
 
 def _total(tensors: list[gguf.TensorInfo]) -> str:
     elements, nbytes = sum(t.n_elements for t in tensors), sum(t.nbytes for t in tensors)
-    return f"{len(tensors)} tensors, {elements:,} parameters, {nbytes / 2**20:,.2f} MiB"
+    return f"{counted(len(tensors), 'tensor')}, {elements:,} parameters, {nbytes / 2**20:,.2f} MiB"
 
 
 def _table(rows: Iterable[tuple[str, ...]]) -> Iterator[str]:

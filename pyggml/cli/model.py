@@ -9,7 +9,8 @@ from os import PathLike
 import numpy as np
 
 from pyggml import gguf
-from pyggml.errors import GGUFError, ShapeError
+from pyggml.cli.options import UsageError, count, dtype, natural
+from pyggml.errors import GGUFError
 from pyggml.gguf import GGUFFile
 from pyggml.models.config import DeepSeek2Config
 from pyggml.models.deepseek2 import AttentionOptions, Cache, Layer
@@ -37,14 +38,16 @@ def add_options(parser: argparse._ArgumentGroup) -> None:
     add = parser.add_argument
     add("-c", type=count, metavar="N", default=128, help="rows of the KV cache (default: 128)")
     add("-ub", type=count, metavar="N", default=16, help="tokens in the batch (default: 16)")
-    add("-ctk", metavar="TYPE", default="f16", help="type of the KV cache (default: f16)")
+    add("-ctk", type=dtype, metavar="TYPE", default="f16",
+        help="type of the KV cache (default: f16)")  # fmt: skip
     add("-fa", choices=("on", "off"), nargs="?", const="on", default="on",
         help="flash attention (default: on)")  # fmt: skip
     add("-mla", type=int, choices=range(len(FORMS)), default=1,
         help="attention: 0 standard, 1 latent, 2 or 3 expanded with -fa (default: 1)")  # fmt: skip
     add("-fmoe", choices=("on", "off"), nargs="?", const="on", default="on",
         help="run experts' up, gate and activation as one op (default: on)")  # fmt: skip
-    add("--seed", type=int, metavar="N", default=0, help="seed of the random inputs (default: 0)")
+    add("--seed", type=natural, metavar="N", default=0,
+        help="seed of the random inputs (default: 0)")  # fmt: skip
 
 
 def weighted(path: str | PathLike[str]) -> GGUFFile:
@@ -61,13 +64,6 @@ def weighted(path: str | PathLike[str]) -> GGUFFile:
     return file
 
 
-def count(text: str) -> int:
-    """`text` as an integer of at least 1; argparse's error if it is not one."""
-    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
 def model_graph(file: GGUFFile, args: argparse.Namespace) -> ModelGraph:
     """All layers of the model, for -ub tokens that fill up a cache of -c rows.
 
@@ -78,7 +74,7 @@ def model_graph(file: GGUFFile, args: argparse.Namespace) -> ModelGraph:
     options = _attention_options(args)
     past = args.c - args.ub
     if past < 0:
-        raise ShapeError(f"a batch of -ub {args.ub} tokens does not fit in -c {args.c} rows")
+        raise UsageError(f"a batch of -ub {args.ub} tokens does not fit in -c {args.c} rows")
     x = y = input("x", "f32", ne=(config.n_embd, args.ub))
     pos = input("pos", "i32", ne=(args.ub,))
     mask = causal_mask(pos, n_kv=args.c)

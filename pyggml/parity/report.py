@@ -14,6 +14,7 @@ from pyggml.errors import DTypeError, GraphError, UnknownNameError
 from pyggml.node import Node, labels, line_of
 from pyggml.parity.tolerance import Comparison
 from pyggml.runtime import places
+from pyggml.words import counted
 
 #: The most rows that the table shows.
 SHOWN = 20
@@ -185,9 +186,13 @@ def labelled(label: str, names: Mapping[Node, str]) -> Node:
     nodes = nodes or [node for node in names if label in labels(node)]
     if len(nodes) == 1:
         return nodes[0]
-    known = [names[node] for node in nodes or names]
-    near = known if nodes else difflib.get_close_matches(label, known, 5) or known[:5]
-    raise UnknownNameError(f"{len(nodes) or 'no'} nodes are labelled {label!r}; {', '.join(near)}")
+    if nodes:
+        several = ", ".join(names[node] for node in nodes)
+        raise UnknownNameError(f"{len(nodes)} nodes are labelled {label!r}; use one of: {several}")
+    known = list(dict.fromkeys(t for node, name in names.items() for t in (name, *labels(node))))
+    near = difflib.get_close_matches(label, known, 5)
+    hint = f"the closest are: {', '.join(near)}" if near else "print(graph) shows the labels"
+    raise UnknownNameError(f"no node is labelled {label!r}; {hint}")
 
 
 def script_path(path: str | Path) -> Path:
@@ -211,7 +216,9 @@ def _counts(rows: Sequence[Row], what: str) -> str:
     """`39/41 nodes within their bounds, 1 fail, 1 unsupported`."""
     counts = Counter(row.status for row in rows)
     others = [f"{n} {status}" for status, n in counts.items() if status != "ok"]
-    return ", ".join([f"{counts['ok']}/{len(rows)} {what}s within their bounds", *others])
+    bounds = "its bound" if len(rows) == 1 else "their bounds"
+    good = f"{counts['ok']}/{counted(len(rows), what)} within {bounds}"
+    return ", ".join([good, *others])
 
 
 def _table(rows: Sequence[Row]) -> list[str]:

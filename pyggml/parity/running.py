@@ -158,6 +158,17 @@ def checked(text: str, own: str = "") -> None:
             build(Case.parse(text), values=False)
 
 
+def check_kernel(kernel: str, backend: str, names: frozenset[str]) -> None:
+    """Raise a PyggmlError if `file.py:function` cannot be the kernel of the one op in `names`."""
+    with prepared(Setup(backend, kernel=kernel, ops=names)):
+        pass
+
+
+def op_in(text: str) -> str:
+    """The name of a case's op."""
+    return text.partition("(")[0].removesuffix(".means")
+
+
 def graph_tested(text: str, backend: str) -> Outcome:
     """Compare the graph with its float64 values. An unexpected exception is a failure."""
     try:

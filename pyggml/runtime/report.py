@@ -13,6 +13,7 @@ from pyggml.operation import cost_of
 from pyggml.passes.work import Split, Work
 from pyggml.runtime.memory import mib
 from pyggml.transfer import origin, transfer
+from pyggml.words import counted
 
 #: The longest repeated part that `folds` finds, in rows: longer than a layer of any model.
 LONGEST = 512
@@ -65,11 +66,6 @@ def plan_text(work: Work) -> str:
 def rows_of(work: Work) -> list[Row]:
     """All lines of a plan, including repeated ones."""
     return [row for i, split in enumerate(work.splits) for row in _split_rows(work, i, split)]
-
-
-def counted(n: int, one: str, many: str = "") -> str:
-    """`1 step`, `2 steps`; give `many` if the plural is not `one` with an s."""
-    return f"{n} {one if n == 1 else many or one + 's'}"
 
 
 def _head(work: Work) -> Iterator[str]:
@@ -193,7 +189,7 @@ class Profile:
         return Profile(tuple(rows))
 
     def __repr__(self) -> str:
-        return f"<profile: {len(self.rows)} steps, {self.seconds * 1e3:.3f} ms>"
+        return f"<profile: {counted(len(self.rows), 'step')}, {self.seconds * 1e3:.3f} ms>"
 
     @property
     def seconds(self) -> float:
@@ -215,7 +211,7 @@ class Profile:
     def __str__(self) -> str:
         slowest = sorted(self.rows, key=lambda row: -row.seconds)[:12]
         head = f"{'':62} {'ms':>9} {'%':>6} {'GFLOP/s':>9} {'GB/s':>8}"
-        lines = [f"{len(self.rows)} steps, {self.seconds * 1e3:.3f} ms", head]
+        lines = [f"{counted(len(self.rows), 'step')}, {self.seconds * 1e3:.3f} ms", head]
         lines += [self._line(row) for row in slowest]
         return "\n".join([*lines, "by op", *(self._line(row) for row in self.by_op())])
 

@@ -29,6 +29,7 @@ from pyggml.quants import decode_rows
 from pyggml.runtime.arrays import raw_shape, raw_type, stored
 from pyggml.runtime.leaves import Leaf, Leaves, Need, Progress
 from pyggml.transfer import origin
+from pyggml.words import counted
 
 T = TypeVar("T")
 
@@ -58,8 +59,8 @@ class Store:
         leaves = self._leaves
         arenas = ", ".join(f"{arena.nbytes} bytes on {d}" for d, arena in self.arenas.items())
         return (
-            f"<store: {len(leaves.weights)} weights, {len(leaves.states)} states, "
-            f"arenas: {arenas or 'none'}>"
+            f"<store: {counted(len(leaves.weights), 'weight')}, "
+            f"{counted(len(leaves.states), 'state')}, arenas: {arenas or 'none'}>"
         )
 
     @property
