@@ -37,9 +37,9 @@ from pyggml import gguf
 from pyggml.dtypes import dtype
 from pyggml.models.config import DeepSeek2Config
 from pyggml.models.deepseek2 import AttentionOptions, Cache, Layer, attention, norm
-from pyggml.models.precision import precise
 from pyggml.models.presets import preset, synth
 from pyggml.models.tensors import check_tensors
+from pyggml.parity.precision import precise
 from pyggml.parity.tolerance import relative_error
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # for the float64 reference

@@ -34,9 +34,9 @@ from pyggml import gguf
 from pyggml.models.config import DeepSeek2Config
 from pyggml.models.deepseek2 import AttentionOptions, Cache, Layer
 from pyggml.models.feed_forward import layer_output
-from pyggml.models.precision import precise
 from pyggml.models.presets import preset, synth
 from pyggml.models.tensors import check_tensors
+from pyggml.parity.precision import precise
 from pyggml.parity.tolerance import relative_error
 from pyggml.runtime import places
 
@@ -187,7 +187,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", metavar="FILE", help="a deepseek2 GGUF file (default: write one)")
     add("--layer", type=int, metavar="I", help="its number (default: the first with experts)")
-    add("--prompt", type=int, default=64, metavar="N", help="tokens (default: %(default)s)")
+    add("--prompt", type=int, default=16, metavar="N", help="tokens (default: %(default)s)")
     add("--decode", type=int, default=4, metavar="N", help="tokens (default: %(default)s)")
     add("--types", default="f16,q8_0", help="cache types (default: %(default)s)")
     add("--prec", choices=tuple(BOUNDS), default="default", help="precision of ops that have one")

@@ -191,7 +191,7 @@ def labelled(label: str, names: Mapping[Node, str]) -> Node:
         raise UnknownNameError(f"{len(nodes)} nodes are labelled {label!r}; use one of: {several}")
     known = list(dict.fromkeys(t for node, name in names.items() for t in (name, *labels(node))))
     near = difflib.get_close_matches(label, known, 5)
-    hint = f"the closest are: {', '.join(near)}" if near else "print(graph) shows the labels"
+    hint = f"{'the closest labels' if near else 'some'} are {', '.join(near or known[:5])}"
     raise UnknownNameError(f"no node is labelled {label!r}; {hint}")
 
 

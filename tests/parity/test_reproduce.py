@@ -54,7 +54,7 @@ def test_wrong_scripts(model: Model, tmp_path: Path) -> None:
     report = model.on()
     with pytest.raises(gg.GraphError, match=r"NAME\.py"):
         report.script("kq", tmp_path / "kq.npz")
-    with pytest.raises(gg.UnknownNameError, match=r"no node is labelled 'kqq'; .* are: kq"):
+    with pytest.raises(gg.UnknownNameError, match=r"no node .* 'kqq'; the closest labels are kq"):
         report.script("kqq", tmp_path / "kq.py")
     with pytest.raises(gg.DTypeError, match="a node's label or its row"):
         report.script(report.outputs[0], tmp_path / "kq.py")
@@ -175,7 +175,7 @@ def test_a_model_with_a_wrong_kernel(tiny: str, host: Host, capsys: Any, tmp_pat
         (["-m", "TINY", "--b", "abacus"], "no backend 'abacus'"),
         (
             ["-m", "TINY", "-c", "8", "-ub", "1", "--script", "kq"],
-            "no node is labelled 'kq'; the",
+            "no node is labelled 'kq'; some are",
         ),
         (["-m", "TINY", "--script", "k_pe-1", "--out", "kq.txt"], "the script must be a NAME.py"),
         (["-m", "TINY", "--script", "k_pe-1", "--out", "no/kq.py"], "there is no folder no"),
