@@ -87,7 +87,7 @@ class Op(Generic[P]):
 
     def index(self, operand: str) -> int:
         """The index in `src` of the operand with this name; UnknownNameError if there is none."""
-        index = self.operands.get(operand)
+        index = self.operands.get(operand) if isinstance(operand, str) else None
         if index is None:
             if not isinstance(operand, str):
                 raise UnknownNameError(

@@ -72,7 +72,7 @@ class Memory:
     """
 
     devices: tuple[DeviceMemory, ...]
-    amb: int | None
+    amb: float | None
     peak_step: str
     peak_live: int
 

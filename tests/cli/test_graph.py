@@ -71,7 +71,7 @@ def test_a_comma_inside_a_pattern_is_part_of_it(
 @pytest.mark.parametrize(
     "words, why",
     [
-        (["-fa", "off", "-amb", "0.0001"], "too small"),
+        (["-fa", "off", "-amb", "0.0001"], "amb=0.0001 MiB is too small"),
         (["-ub", "500"], "does not fit"),
     ],
 )
