@@ -84,7 +84,7 @@ def _head(work: Work) -> Iterator[str]:
         if not arena.nbytes:
             continue
         place = next(b.place for b in work.backends if b.device == device)
-        yield f"arena of {place}: {mib(arena.nbytes)} MiB"
+        yield f"arena of {place}: {mib(arena.nbytes)} MiB; @N is byte N of it"
     expanded = Counter((e.op, e.place, e.reason) for e in work.expanded)
     for (op, place, reason), count in expanded.items():
         yield f"{count} x {op} in simpler ops on {place}: {reason}"
@@ -112,9 +112,11 @@ def _row(work: Work, step: Step) -> Row:
     elif len(step.nodes) > 1:
         note = f" of {', '.join(n.op.name for n in step.nodes)}"
     if step.scratch:
-        note = f" scratch {step.scratch}" + note
+        note = f" scratch {step.scratch} bytes" + note
     where = f"@{at.offset}" if at.base is None else f"in {name_of(at.base)}"
     text = text_of(step)
+    if len(text) > 40:  # the columns go on in a line of their own
+        text = f"{text}\n  {'':40}"
     line = f"  {text:40} {node.spec!s:20} {where}{note}"
     return Row(line, tuple(re.sub(r"\d+", "#", part) for part in (text, note)) + (node.spec,), step)
 

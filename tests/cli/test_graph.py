@@ -27,6 +27,10 @@ def test_experts_on_the_host(tiny: str, capsys: pytest.CaptureFixture[str]) -> N
     assert re.search(r"copy\(ffn_moe_topk-1\) .* from null:0", out)
     assert re.search(r"the last \d+ rows \d times more", out)
     assert re.search(r"^ +all \|", out, re.MULTILINE)
+    assert "; @N is byte N of it" in out and "plain: without a budget" in out
+    columns = {line.index(" f32 [") for line in out.splitlines() if re.search(r"\] +@\d", line)
+               and " f32 [" in line}  # fmt: skip
+    assert columns == {42}
 
 
 @pytest.mark.parametrize(
