@@ -39,9 +39,9 @@ from pyggml.models.batch import Batch, Options
 from pyggml.models.deepseek2 import DeepSeek2
 from pyggml.models.layers import norm
 from pyggml.models.model import Model
-from pyggml.models.precision import precise
 from pyggml.models.presets import V2_LITE
 from pyggml.models.synth import synth
+from pyggml.parity.precision import precise
 from pyggml.parity.tolerance import relative_error
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # for the float64 reference

@@ -34,9 +34,9 @@ from pyggml import gguf
 from pyggml.models.batch import Batch, Options
 from pyggml.models.deepseek2 import DeepSeek2
 from pyggml.models.model import Model
-from pyggml.models.precision import precise
 from pyggml.models.presets import V2_LITE
 from pyggml.models.synth import synth
+from pyggml.parity.precision import precise
 from pyggml.parity.tolerance import relative_error
 from pyggml.runtime import places
 
@@ -189,7 +189,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", metavar="FILE", help="a deepseek2 GGUF file (default: write one)")
     add("--layer", type=int, metavar="I", help="its number (default: the first with experts)")
-    add("--prompt", type=int, default=64, metavar="N", help="tokens (default: %(default)s)")
+    add("--prompt", type=int, default=16, metavar="N", help="tokens (default: %(default)s)")
     add("--decode", type=int, default=4, metavar="N", help="tokens (default: %(default)s)")
     add("--types", default="f16,q8_0", help="cache types (default: %(default)s)")
     add("--prec", choices=tuple(BOUNDS), default="default", help="precision of ops that have one")

@@ -8,6 +8,7 @@ x + 1.0, x - 1.0, 1.0 - x     scale(x, s=1.0, b=1.0), ..., scale(x, s=-1.0, b=1.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from numbers import Real
 from typing import Any, NoReturn
 
@@ -86,13 +87,34 @@ def _at(a: Any, b: Any) -> NoReturn:
     )
 
 
+def _power(a: Any, b: Any) -> NoReturn:
+    raise DTypeError(
+        f"{_text(a)} ** {_text(b)}: nodes have no powers; use sqr(x) for x ** 2, sqrt(x) for "
+        "x ** 0.5, or multiply"
+    )
+
+
+def _compared(symbol: str) -> Callable[[Any, Any], NoReturn]:
+    def refuse(a: Any, b: Any) -> NoReturn:
+        raise DTypeError(
+            f"{_text(a)} {symbol} {_text(b)}: nodes have no order and no op compares elements; "
+            "relu(a - b) is a - b where a > b, else 0"
+        )
+
+    return refuse
+
+
 def _text(operand: object) -> str:
     return repr(operand) if isinstance(operand, Node) else type(operand).__name__
 
 
-Node.operators.update(
-    {
-        symbol: located(build)
-        for symbol, build in {"+": _plus, "-": _minus, "*": _times, "/": _by, "@": _at}.items()
-    }
-)
+_BUILDERS: dict[str, Callable[[Any, Any], Node]] = {
+    "+": _plus,
+    "-": _minus,
+    "*": _times,
+    "/": _by,
+    "@": _at,
+    "**": _power,
+    **{symbol: _compared(symbol) for symbol in ("<", "<=", ">", ">=")},
+}
+Node.operators.update({symbol: located(build) for symbol, build in _BUILDERS.items()})

@@ -51,6 +51,24 @@ class Arithmetic:
     def __neg__(self) -> Node:
         return self.operators["*"](self, -1.0)
 
+    def __pow__(self, other: object) -> Node:
+        return self.operators["**"](self, other)
+
+    def __rpow__(self, other: object) -> Node:
+        return self.operators["**"](other, self)
+
+    def __lt__(self, other: object) -> Node:
+        return self.operators["<"](self, other)
+
+    def __le__(self, other: object) -> Node:
+        return self.operators["<="](self, other)
+
+    def __gt__(self, other: object) -> Node:
+        return self.operators[">"](self, other)
+
+    def __ge__(self, other: object) -> Node:
+        return self.operators[">="](self, other)
+
     def __matmul__(self, other: object) -> Node:
         return self.operators["@"](self, other)
 

@@ -87,8 +87,13 @@ class Op(Generic[P]):
 
     def index(self, operand: str) -> int:
         """The index in `src` of the operand with this name; UnknownNameError if there is none."""
-        index = self.operands.get(operand)
+        index = self.operands.get(operand) if isinstance(operand, str) else None
         if index is None:
+            if not isinstance(operand, str):
+                raise UnknownNameError(
+                    f"node[{operand!r}]: nodes have no slices; use view(node, ne=.., start=..) for "
+                    "a part, or get_rows(node, ids) for rows. node['a'] is the source called a"
+                )
             names = ", ".join(self.operands) or "none"
             raise UnknownNameError(
                 f"{self.name} has no operand {operand!r}; its operands are: {names}"

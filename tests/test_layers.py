@@ -11,7 +11,7 @@ import pytest
 
 TOP = Path(__file__).parent.parent
 LAYERS = (  # a module may import from its own layer and from earlier ones
-    "pyggml.errors pyggml.where pyggml.renamed pyggml.writes",
+    "pyggml.errors pyggml.where pyggml.renamed pyggml.words pyggml.writes",
     "pyggml.dtypes pyggml.quants pyggml.spec pyggml.traits pyggml.attributes",
     "pyggml.arithmetic pyggml.node pyggml.interning pyggml.arguments pyggml.operation",
     "pyggml.graph pyggml.loop pyggml.transfer",

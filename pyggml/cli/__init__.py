@@ -17,6 +17,7 @@ from io import TextIOWrapper
 from typing import Any, NoReturn
 
 from pyggml import __version__
+from pyggml.cli.options import UsageError
 from pyggml.errors import PyggmlError
 
 COMMANDS = {
@@ -53,8 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 130
         except BrokenPipeError:  # for example `pyggml info | head`
             return 1
+        except UsageError as error:
+            _print_error(error)
+            return 2
         except (PyggmlError, OSError) as error:
-            return _fail(error)
+            _print_error(error)
+            return 1
     return status
 
 
@@ -84,12 +89,11 @@ def _configure(command: argparse.ArgumentParser, name: str) -> None:
     module.configure(command)
 
 
-def _fail(error: Exception) -> int:
+def _print_error(error: Exception) -> None:
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     print("pyggml: error:", " ".join(text.split()), file=sys.stderr)
-    return 1
 
 
 def _terminate(*_: Any) -> NoReturn:

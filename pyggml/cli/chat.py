@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 
-from pyggml.cli import options
+from pyggml.cli import model_options, options
 from pyggml.errors import PyggmlError
 
 
@@ -21,8 +21,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("-n", type=options.count, metavar="N",
         help="the most tokens of an answer (default: until the context is full)")  # fmt: skip
     add("--system", metavar="TEXT", default="", help="the system message, before the first one")
-    options.add_sampling_options(parser)
-    options.add_model_options(parser)
+    model_options.add_sampling_options(parser)
+    model_options.add_model_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,13 +30,13 @@ def run(args: argparse.Namespace) -> int:
     from pyggml.generate.text import Conversation
     from pyggml.generate.tokenizer import Tokenizer
 
-    sampler = options.sampler_of(args)
-    with options.open_model(args) as model:
+    sampler = model_options.sampler_of(args)
+    with model_options.open_model(args) as model:
         tokenizer = Tokenizer(model.file.fields)
         template = ChatTemplate(model.file.fields, tokenizer)
-        session = options.new_session(args, model)
+        session = model_options.new_session(args, model)
         talk = Conversation(session, tokenizer, template, args.system)
-        show = options.progress("prompt", "tokens")
+        show = model_options.progress("prompt", "tokens")
         for message in _messages():
             answer = talk.answer(message, n=args.n, sampler=sampler, progress=show)
             try:

@@ -6,26 +6,26 @@ import argparse
 import json
 import shlex
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 
-from pyggml.errors import GraphError
 from pyggml.parity.fuzz import Failure, Tally, fuzz
+from pyggml.parity.graph_case import is_graph
 from pyggml.parity.own import own_cases
-from pyggml.parity.running import Outcome
+from pyggml.parity.running import Outcome, op_in
 from pyggml.parity.worker import Pool, Setup
+from pyggml.words import counted
 
 
 def run(args: argparse.Namespace, names: list[str]) -> int:
     """Run random cases or graphs on each backend; status 1 if any failed."""
-    if args.graphs and (args.op or args.kernel):
-        raise GraphError("--graphs draws from all ops; use it without -o and --kernel")
     tallies = {}
     for name in names:
         ops = frozenset(args.op.split(",")) if args.op else frozenset()
         setup = Setup(name, kernel=args.kernel, ops=ops)
-        what = "graphs" if args.graphs else "cases"
+        what = "graph" if args.graphs else "case"
         if not args.json:
-            print(f"{name}: random {what} from seed {args.seed}", flush=True)
+            print(f"{name}: random {what}s from seed {args.seed}", flush=True)
 
         def show(failure: Failure, name: str = name) -> None:
             if not args.json:
@@ -58,8 +58,9 @@ def _failure(failure: Failure, name: str, kernel: str) -> str:
 def summary(tally: Tally, what: str) -> str:
     """How many cases ran, and how often each failure occurred."""
     rate = f"{tally.cases / max(tally.seconds, 1e-9):.0f} a second"
+    cases, ops = counted(tally.cases, what), counted(len(tally.ops), "op")
     lines = [
-        f"  {tally.cases} {what} of {len(tally.ops)} ops in {tally.seconds:.1f} s ({rate}): "
+        f"  {cases} of {ops} in {tally.seconds:.1f} s ({rate}): "
         f"{tally.failed} failed, {tally.unsupported} not supported, "
         f"{tally.deaths} ended the process"
     ]
@@ -68,12 +69,18 @@ def summary(tally: Tally, what: str) -> str:
     return "\n".join(lines)
 
 
+def ops_of(args: argparse.Namespace, texts: Sequence[str]) -> frozenset[str]:
+    """The ops of these cases; of a graph, those of -o."""
+    named = frozenset(args.op.split(",")) if args.op else frozenset()
+    return frozenset(op_in(text) for text in texts if not is_graph(text)) or named
+
+
 def run_texts(args: argparse.Namespace, names: list[str]) -> int:
     """Run the case or graph of --case, or the ops of --ops, in a process that may die."""
     failed = False
     for name in names:
         texts = [args.case] if args.case else own_cases(args.ops, args.op)
-        ops = frozenset(text.partition("(")[0].removesuffix(".means") for text in texts)
+        ops = ops_of(args, texts)
         setup = Setup(name, kernel=args.kernel, ops=ops, file=args.ops)
         counts: Counter[str] = Counter()
         with Pool(setup, args.jobs) as pool:
@@ -87,8 +94,9 @@ def run_texts(args: argparse.Namespace, names: list[str]) -> int:
                     print(f"{name}: {outcome.case}: {_result(outcome)} (not repeated)")
         failed |= counts["fail"] > 0
         if args.ops and not args.json:
+            cases = counted(len(texts), "case")
             print(
-                f"{name}: {', '.join(sorted(ops))}: {len(texts)} cases, {counts['fail']} failed, "
+                f"{name}: {', '.join(sorted(ops))}: {cases}, {counts['fail']} failed, "
                 f"{counts['unsupported']} not supported"
             )
     return int(failed)

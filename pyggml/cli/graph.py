@@ -13,8 +13,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from pyggml.cli import options
 from pyggml.cli.model import add_options, model_graph, weighted
-from pyggml.cli.options import pins_of
+from pyggml.cli.model_options import pins_of
 from pyggml.runtime.compile import compile
 from pyggml.viz import dot
 
@@ -23,11 +24,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     add = parser.add_argument
     add("-m", metavar="FILE", type=Path, required=True, help="a DeepSeek-2 GGUF file")
-    add("--backend", metavar="PLACES", default="numpy",
+    add("--backend", metavar="PLACES", type=options.places, default="numpy",
         help="places in order of preference, separated by commas (default: numpy)")  # fmt: skip
-    add("-ot", metavar="REGEX=PLACE", action="append", default=[],
+    add("-ot", metavar="REGEX=PLACE", type=options.pins, action="extend", default=[],
         help="put tensors with a matching label on PLACE; separate pairs by commas")  # fmt: skip
-    add("-amb", metavar="MIB", type=float, help="attention memory budget in MiB (default: none)")
+    add("-amb", metavar="MIB", type=options.positive,
+        help="attention memory budget in MiB (default: none)")  # fmt: skip
     add("--dot", metavar="FILE", help="write a drawing for Graphviz instead of text; - is stdout")
     add_options(parser.add_argument_group("the graph"))
 
@@ -36,9 +38,8 @@ def run(args: argparse.Namespace) -> int:
     """Print or draw the plan, without allocating memory or reading weights."""
     with weighted(args.m) as file:
         graph = model_graph(file, args)
-        plan = compile(
-            graph.outputs, backends=args.backend.split(","), amb=args.amb, pins=pins_of(args.ot)
-        )
+        pins = pins_of(args.ot)
+        plan = compile(graph.outputs, backends=args.backend, amb=args.amb, pins=pins)
         if args.dot is None:
             print(f"{plan}\n\n{plan.memory}")
         elif args.dot == "-":

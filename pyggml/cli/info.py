@@ -19,6 +19,7 @@ import numpy as np
 from pyggml import gguf
 from pyggml.errors import PyggmlError
 from pyggml.models.model import Model
+from pyggml.words import counted
 
 _JSON_ELEMENTS = 32
 _TEXT_ELEMENTS = 6
@@ -117,7 +118,7 @@ def _grouped(
 
 def _total(tensors: list[gguf.TensorInfo]) -> str:
     elements, nbytes = sum(t.n_elements for t in tensors), sum(t.nbytes for t in tensors)
-    return f"{len(tensors)} tensors, {elements:,} parameters, {nbytes / 2**20:,.2f} MiB"
+    return f"{counted(len(tensors), 'tensor')}, {elements:,} parameters, {nbytes / 2**20:,.2f} MiB"
 
 
 def _table(rows: Iterable[tuple[str, ...]]) -> Iterator[str]:

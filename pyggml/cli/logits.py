@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from pyggml.cli import options
+from pyggml.cli import model_options, options
 from pyggml.errors import ShapeError
 
 
@@ -30,11 +30,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "-o", metavar="OUT", type=Path, required=True,
         help="the file to write; it appears when it is complete",
     )  # fmt: skip
-    options.add_model_options(parser)
+    model_options.add_model_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    with options.open_model(args) as model:
+    with model_options.open_model(args) as model:
         tokens = args.tokens
         if tokens is None:
             from pyggml.generate.tokenizer import Tokenizer
@@ -43,8 +43,8 @@ def run(args: argparse.Namespace) -> int:
         if not tokens:
             raise ShapeError("-p: the text has no tokens")
         args.c = len(tokens)  # nothing is generated
-        session = options.new_session(args, model)
-        show = options.progress("prompt", "tokens")
+        session = model_options.new_session(args, model)
+        show = model_options.progress("prompt", "tokens")
         shape = (len(tokens), model.arch.n_vocab)
         with replaced(args.o) as file:
             header = {"descr": "<f4", "fortran_order": False, "shape": shape}
@@ -81,6 +81,6 @@ def _umask() -> int:
 
 def _tokens(text: str) -> list[int]:
     try:
-        return [options.whole(word.strip()) for word in text.split(",")]
+        return [options.natural(word.strip()) for word in text.split(",")]
     except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"must be numbers such as 1,2,3, got {text!r}") from None

@@ -9,8 +9,9 @@ from os import PathLike
 import numpy as np
 
 from pyggml import gguf
-from pyggml.cli.options import count, on_off
-from pyggml.errors import GGUFError, ShapeError
+from pyggml.cli.model_options import on_off
+from pyggml.cli.options import UsageError, count, dtype, natural
+from pyggml.errors import GGUFError
 from pyggml.gguf import GGUFFile
 from pyggml.models.batch import Batch, Options
 from pyggml.models.model import Model
@@ -31,12 +32,14 @@ def add_options(parser: argparse._ArgumentGroup) -> None:
     add = parser.add_argument
     add("-c", type=count, metavar="N", default=128, help="rows of the KV cache (default: 128)")
     add("-ub", type=count, metavar="N", default=16, help="tokens in the batch (default: 16)")
-    add("-ctk", metavar="TYPE", default="f16", help="type of the KV cache (default: f16)")
+    add("-ctk", type=dtype, metavar="TYPE", default="f16",
+        help="type of the KV cache (default: f16)")  # fmt: skip
     add("-fa", **on_off("flash attention"))
     add("-mla", type=int, choices=range(4), default=1,
         help="attention: 0 standard, 1 latent, 2 or 3 expanded with -fa (default: 1)")  # fmt: skip
     add("-fmoe", **on_off("run experts' up, gate and activation as one op"))
-    add("--seed", type=int, metavar="N", default=0, help="seed of the random inputs (default: 0)")
+    add("--seed", type=natural, metavar="N", default=0,
+        help="seed of the random inputs (default: 0)")  # fmt: skip
 
 
 def weighted(path: str | PathLike[str]) -> GGUFFile:
@@ -60,7 +63,7 @@ def model_graph(file: GGUFFile, args: argparse.Namespace) -> ModelGraph:
     """
     past = args.c - args.ub
     if past < 0:
-        raise ShapeError(f"a batch of -ub {args.ub} tokens does not fit in -c {args.c} rows")
+        raise UsageError(f"a batch of -ub {args.ub} tokens does not fit in -c {args.c} rows")
     options = Options(
         flash=args.fa == "on", fused=args.fmoe == "on", mla=3 if args.mla == 2 else args.mla,
         cache_k=args.ctk, cache_v=args.ctk, expand_from=1,

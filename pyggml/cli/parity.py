@@ -27,9 +27,9 @@ from dataclasses import asdict
 from math import isfinite
 
 from pyggml import backends
-from pyggml.cli import fuzz, model
-from pyggml.cli.options import count
-from pyggml.errors import DeviceError, GraphError, UnknownNameError
+from pyggml.cli import fuzz, model, options
+from pyggml.cli.options import UsageError, wrong_usage
+from pyggml.errors import DeviceError, UnknownNameError
 from pyggml.graph import Graph
 from pyggml.parity import grid, support
 from pyggml.parity.alone import contents
@@ -38,8 +38,9 @@ from pyggml.parity.cases import cases
 from pyggml.parity.nodes import Walk
 from pyggml.parity.oracle import ORACLE
 from pyggml.parity.report import script_name, script_path
-from pyggml.parity.running import Outcome, outcomes
+from pyggml.parity.running import Outcome, check_kernel, checked, outcomes
 from pyggml.runtime import places
+from pyggml.words import counted
 
 MODES = ("test", "support", "list", "perf", "fuzz")
 
@@ -48,18 +49,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--mode", choices=MODES, default="test", help="what to do with the cases (default: test)")
     add("-o", "--op", metavar="OP[,OP]", help="only these ops, or one case as a report prints it")
-    add("-p", "--pattern", metavar="REGEX", help="only cases whose text or arguments match")
-    add("-b", "--backend", metavar="PLACE", help="only on this place (default: every backend)")
-    add("-j", "--jobs", metavar="N", type=count, default=1,
+    add("-p", "--pattern", metavar="REGEX", type=options.regex,
+        help="only cases whose text or arguments match")  # fmt: skip
+    add("-b", "--backend", metavar="PLACE", type=options.place,
+        help="only on this place (default: every backend)")  # fmt: skip
+    add("-j", "--jobs", metavar="N", type=options.count, default=1,
         help="number of processes (default: 1)")  # fmt: skip
     add("--quick", action="store_true", help="the small grid: every op in under a minute")
     add("--kernel", metavar="FILE.py:FUNCTION", default="",
         help="test this function as the kernel of the op in -o")  # fmt: skip
     add("--case", metavar="TEXT", help="run this case or graph, as a report prints it")
     add("--ops", metavar="FILE.py", default="", help="test the ops that this file defines")
-    add("--seconds", metavar="N", type=float, default=60.0,
+    add("--seconds", metavar="N", type=options.positive, default=60.0,
         help="with --mode fuzz: how long to run (default: 60)")  # fmt: skip
-    add("--cases", metavar="N", type=count, help="with --mode fuzz: stop after N cases")
+    add("--cases", metavar="N", type=options.count, help="with --mode fuzz: stop after N cases")
     add("--graphs", action="store_true", help="with --mode fuzz: whole graphs and their plans")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print one JSON object")
@@ -69,8 +72,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("a model's graph on two places, node by node")
     add = group.add_argument
     add("-m", "--model", metavar="FILE", help="a GGUF file, or the first of its parts")
-    add("--a", metavar="PLACE", default="numpy", help="the first place (default: numpy)")
-    add("--b", metavar="PLACE", default="null", help="the second place (default: null)")
+    add("--a", metavar="PLACE", type=options.place, default="numpy",
+        help="the first place (default: numpy)")  # fmt: skip
+    add("--b", metavar="PLACE", type=options.place, default="null",
+        help="the second place (default: null)")  # fmt: skip
     add("--script", metavar="LABEL", help="write a program that runs the node with this label")
     add("--out", metavar="FILE.py", help="file for --script (default: LABEL.py)")
     model.add_options(group)
@@ -93,11 +98,11 @@ def run(args: argparse.Namespace) -> int:
             continue
         if getattr(args, option.lstrip("-")) != args.defaults[option]:
             if args.model:
-                raise GraphError(f"{option} does not work with a model, -m FILE; leave one out")
+                raise UsageError(f"{option} does not work with a model, -m FILE; leave one out")
             if option in _FUZZ[:3]:
-                raise GraphError(f"{option} needs --mode fuzz")
+                raise UsageError(f"{option} needs --mode fuzz")
             other = " or --mode fuzz" if option == "--seed" else ""
-            raise GraphError(f"{option} needs a model, -m FILE{other}")
+            raise UsageError(f"{option} needs a model, -m FILE{other}")
     return _of_model(args) if args.model else _of_ops(args)
 
 
@@ -109,7 +114,8 @@ def _of_model(args: argparse.Namespace) -> int:
         walk = Walk(outputs, (args.a, args.b), contents(outputs, graph.inputs, graph.states))
         if args.script:  # raise errors of these arguments before the long run
             walk.node(args.script)
-            script_path(args.out or script_name(args.script))
+            with wrong_usage():
+                script_path(args.out or script_name(args.script))
         report = walk.report()
         if args.json:
             print(json.dumps(report.as_dict()))
@@ -126,21 +132,31 @@ def _of_model(args: argparse.Namespace) -> int:
 
 def _of_ops(args: argparse.Namespace) -> int:
     if args.markdown and args.mode != "support":
-        raise GraphError("--markdown needs --mode support")
+        raise UsageError("--markdown needs --mode support")
+    if args.graphs and (args.op or args.kernel):
+        raise UsageError("--graphs draws from all ops; use it without -o and --kernel")
     place_name = args.backend or ("numpy" if args.kernel else "")
     names = [place_name] if place_name else list(backends.available())
     for name in names:
-        place = places.parse(name)  # raises for an unknown place before anything runs
+        place = places.parse(name)
         if place.size is not None:
-            raise DeviceError(
+            raise UsageError(
                 f"{place} is a description of a device, for planning only; leave out the size"
             )
+    selection: list[Case] = []
+    with wrong_usage():
+        if args.case:
+            checked(args.case, args.ops)
+        elif args.mode != "fuzz" and not args.ops:
+            selection = select(args.op, args.pattern, args.quick, perf=args.mode == "perf")
+        if args.kernel and not args.ops:
+            texts = [args.case] if args.case else list(map(str, selection))
+            check_kernel(args.kernel, names[0], fuzz.ops_of(args, texts))
     if args.mode == "fuzz":
         return fuzz.run(args, [name for name in names if place_name or _usable(name, args.mode)])
     if args.case or args.ops:
         usable = [name for name in names if place_name or _usable(name, args.mode)]
         return fuzz.run_texts(args, usable)
-    selection = select(args.op, args.pattern, args.quick, perf=args.mode == "perf")
     if args.mode == "list":
         texts = list(map(str, selection))
         print(json.dumps(texts) if args.json else "\n".join(texts))
@@ -172,7 +188,7 @@ def _usable(name: str, mode: str) -> bool:
 
 
 def select(op: str | None, pattern: str | None, quick: bool, perf: bool = False) -> list[Case]:
-    """The cases that the options select; UnknownNameError or GraphError if there are none."""
+    """The cases that the options select; a PyggmlError if there are none."""
     if op and "(" in op:
         case = Case.parse(op)
         if case.op not in ORACLE:
@@ -185,10 +201,7 @@ def select(op: str | None, pattern: str | None, quick: bool, perf: bool = False)
     if unknown:
         known = ", ".join(sorted({case.op for case in table}))
         raise UnknownNameError(f"no cases of {', '.join(unknown)}; there are cases of: {known}")
-    try:
-        search = re.compile(pattern or "").search
-    except re.error as error:
-        raise GraphError(f"-p {pattern!r} is not a regular expression: {error}") from None
+    search = re.compile(pattern or "").search
     selection = [c for c in table if c.op in ops and (search(str(c)) or search(c.vars))]
     if not selection:
         raise UnknownNameError(f"-p {pattern!r} matches no case of {', '.join(ops)}")
@@ -210,7 +223,7 @@ def _as_json(mode: str, results: dict[str, Iterator[Outcome]]) -> int:
 
 def _as_text(args: argparse.Namespace, results: dict[str, Iterator[Outcome]]) -> int:
     """Print the results in the format of llama.cpp's test-backend-ops."""
-    print(f"Testing {len(results)} devices\n")
+    print(f"Testing {counted(len(results), 'device')}\n")
     good = 0
     for number, (name, result) in enumerate(results.items(), 1):
         print(f"Backend {number}/{len(results)}: {name}")

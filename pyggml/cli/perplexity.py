@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pyggml.cli import options
+from pyggml.cli import model_options, options
 from pyggml.errors import ShapeError
 
 if TYPE_CHECKING:
@@ -28,14 +28,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chunks", type=options.count, metavar="N", help="use only the first N chunks"
     )
-    options.add_model_options(parser, n_ctx=512)
+    model_options.add_model_options(parser, n_ctx=512)
 
 
 def run(args: argparse.Namespace) -> int:
     from pyggml.generate.tokenizer import Tokenizer
 
     text = args.f.read_text(encoding="utf-8", errors="replace")
-    with options.open_model(args) as model:
+    with model_options.open_model(args) as model:
         tokenizer = Tokenizer(model.file.fields)
         tokens = tokenizer.encode(text)
         if args.c < 4 or len(tokens) < 2 * args.c:
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
                 f"{args.f}: {len(tokens)} tokens, but with chunks of -c {args.c} at least "
                 f"{2 * max(args.c, 4)} are needed; use a longer text, or -c of at least 4"
             )
-        session = options.new_session(args, model)
+        session = model_options.new_session(args, model)
         losses: list[float] = []
         n_chunks = min(len(tokens) // args.c, args.chunks or len(tokens))
         for i in range(n_chunks):

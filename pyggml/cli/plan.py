@@ -23,8 +23,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from pyggml import backends, gguf
-from pyggml.cli.options import (
+from pyggml import gguf
+from pyggml.cli.model_options import (
     N_BATCH,
     N_CTX,
     add_model_options,
@@ -74,8 +74,7 @@ def run(args: argparse.Namespace) -> int:
 def places_of(args: argparse.Namespace) -> list[Place]:
     """The places of --device, or else of --backend."""
     if not args.device:
-        auto = args.backend == "auto"
-        return [parse(t) for t in (backends.preferred() if auto else args.backend.split(","))]
+        return [parse(text) for text in args.backend]
     count: Counter[str] = Counter()
     places: list[Place] = []
     for text in args.device:

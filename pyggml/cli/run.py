@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from pyggml.cli import options
+from pyggml.cli import model_options, options
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -21,8 +21,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="the most tokens to print (default: %(default)s)")  # fmt: skip
     add("--chat", action="store_true", help="use the model's chat template")
     add("--system", metavar="TEXT", default="", help="with --chat: the system message")
-    options.add_sampling_options(parser)
-    options.add_model_options(parser)
+    model_options.add_sampling_options(parser)
+    model_options.add_model_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,14 +30,14 @@ def run(args: argparse.Namespace) -> int:
     from pyggml.generate.text import Conversation, continuation
     from pyggml.generate.tokenizer import Tokenizer
 
-    sampler = options.sampler_of(args)
-    with options.open_model(args) as model:
+    sampler = model_options.sampler_of(args)
+    with model_options.open_model(args) as model:
         fields = model.file.fields
         tokenizer = Tokenizer(fields)
         template = ChatTemplate(fields, tokenizer) if args.chat else None
-        session = options.new_session(args, model)
+        session = model_options.new_session(args, model)
         settings = {"n": args.n, "sampler": sampler}
-        show = options.progress("prompt", "tokens")
+        show = model_options.progress("prompt", "tokens")
         if template is None:
             tokens = tokenizer.encode(args.p, parse_special=True)
             pieces = continuation(session, tokenizer, tokens, progress=show, **settings)

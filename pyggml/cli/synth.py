@@ -19,8 +19,9 @@ import argparse
 import sys
 import time
 
-from pyggml.errors import PyggmlError
+from pyggml.cli.options import natural, option, whole
 from pyggml.gguf.synth import DRAWN, drawn_type
+from pyggml.models.base import MAX_LAYERS
 from pyggml.models.presets import PRESETS, preset
 from pyggml.models.synth import synth
 
@@ -30,12 +31,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("out", metavar="OUT", help="the file to write; it appears when it is complete")
     add("--preset", choices=PRESETS, default="small",
         help="size of the model (default: %(default)s)")  # fmt: skip
-    add("--layers", type=_natural, metavar="N", help="number of layers instead of the preset's")
+    add("--layers", type=whole(1, MAX_LAYERS), metavar="N",
+        help="number of layers instead of the preset's")  # fmt: skip
     add("--type", type=_type, default="iq4_nl", metavar="TYPE",
         help=f"storage type (default: %(default)s): {' '.join(DRAWN)}")  # fmt: skip
     add("--kv-b", choices=("split", "joined"), default="split",
         help="store attn_k_b and attn_v_b, or attn_kv_b (default: %(default)s)")  # fmt: skip
-    add("--seed", type=_natural, default=0, metavar="N",
+    add("--seed", type=natural, default=0, metavar="N",
         help="seed of the weights (default: %(default)s)")  # fmt: skip
     add("--header-only", action="store_true", help="write no weights")
 
@@ -62,14 +64,6 @@ def _progress(done: int, total: int) -> None:
     print(f"\r{100 * done // total:3} %", end=end, file=sys.stderr, flush=True)
 
 
+@option
 def _type(text: str) -> str:
-    try:
-        return drawn_type(text).name
-    except PyggmlError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _natural(text: str) -> int:
-    if not (text.isascii() and text.isdecimal()):
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
-    return int(text)
+    return drawn_type(text).name

@@ -18,6 +18,7 @@ import numpy as np
 from pyggml.errors import GGUFError, UnknownNameError
 from pyggml.gguf.format import TensorInfo, Value, why_unknown
 from pyggml.gguf.header import Header, parse
+from pyggml.words import counted
 
 V = TypeVar("V")
 _SPLIT_NAME = re.compile(r"-(\d{5})-of-(\d{5})\.gguf\Z")
@@ -109,7 +110,8 @@ class GGUFFile:
         self.close()
 
     def __repr__(self) -> str:
-        return f"GGUFFile({self.paths[0]!r}, {len(self.fields)} keys, {len(self.tensors)} tensors)"
+        keys, tensors = counted(len(self.fields), "key"), counted(len(self.tensors), "tensor")
+        return f"GGUFFile({self.paths[0]!r}, {keys}, {tensors})"
 
 
 def open(path: str | bytes | PathLike[str], *, allow_missing_data: bool = False) -> GGUFFile:
@@ -147,6 +149,8 @@ class _Part:
                 if not self._size:  # nothing to map
                     raise GGUFError(f"{path}: the file is empty")
                 self._map = mmap.mmap(self._file.fileno(), self._size, access=mmap.ACCESS_READ)
+        except GGUFError:
+            raise
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             raise GGUFError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
         if not regular:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -50,9 +51,10 @@ DRAWN: tuple[str, ...] = ("f32", "f16", "bf16", *_BLOCKS, "mxfp4")
 
 def drawn_type(name: str) -> DType:
     """The type called `name`; DTypeError if `random_tensor` cannot draw it."""
-    if dtype(name).name not in DRAWN:
-        raise DTypeError(f"cannot draw random {name} weights; choose from {', '.join(DRAWN)}")
-    return dtype(name)
+    with suppress(DTypeError):
+        if dtype(name).name in DRAWN:
+            return dtype(name)
+    raise DTypeError(f"cannot draw random {name} weights; choose from {', '.join(DRAWN)}")
 
 
 def fitting_type(preferred: DType, ne0: int) -> DType:

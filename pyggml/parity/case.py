@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import inspect
 import re
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ _SOURCE = re.compile(
 )
 #: A user's own ops by name, while they are tested.
 OWN: dict[str, Any] = {}
+_LEAVES = {"constant", "input", "state"}
 #: Ops that only move values: nothing may change.
 MOVES = {"reshape", "view", "permute", "transpose", "cont", "concat", "repeat", "get_rows"}
 
@@ -173,10 +175,12 @@ def arguments(text: str) -> tuple[list[str], dict[str, Any]]:
 
 def op_of(name: str) -> Any:
     """The op with this name: one of the file under test, or the library's."""
-    op = OWN.get(name) or getattr(ops, name, None)
-    if op is None:
-        raise UnknownNameError(f"there is no op {name!r}")
-    return op
+    names = {*OWN, *ops.ALL, *ops.BUILDERS} - _LEAVES
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UnknownNameError(f"there is no op {name!r}{hint}")
+    return OWN.get(name) or getattr(ops, name)
 
 
 def _value(text: str) -> Any:

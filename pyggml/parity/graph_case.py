@@ -29,7 +29,7 @@ from pyggml.dtypes import dtype
 from pyggml.errors import GraphError
 from pyggml.graph import Graph
 from pyggml.node import Node, label
-from pyggml.parity.case import Source, arguments
+from pyggml.parity.case import Source, arguments, op_of
 from pyggml.parity.layouts import in_memory, seen
 from pyggml.parity.values import Array, decoded, numbers, stored
 
@@ -40,6 +40,10 @@ LINKS: dict[str, Callable[[Node, Node], Node]] = {
     "view": lambda node, first: ops.view(node, ne=node.ne, start=(0, 0, 0, 0)),
     "relu": lambda node, first: ops.relu(ops.scale(node, s=1.0, b=0.001)),
 }
+
+
+#: The attributes of a plan.
+PLAN = ("updates", "on", "pins", "amb", "repeat", "bind")
 
 
 def is_graph(text: str) -> bool:
@@ -109,6 +113,12 @@ class GraphCase:
         for part in filter(None, (part.strip() for part in text.split(";"))):
             if part.startswith("plan("):
                 args, attrs = _arguments(part)
+                unknown = [key for key in attrs if key not in PLAN]
+                if unknown:
+                    known = ", ".join(PLAN)
+                    raise GraphError(
+                        f"{part}: no attribute {unknown[0]!r}; expected one of {known}"
+                    )
                 plans.append(PlanText(tuple(filter(None, args)), attrs))
             else:
                 statements.append(_statement(part))
@@ -173,19 +183,21 @@ class Builder:
         return node
 
     def _computed(self, statement: Statement) -> Node:
+        missing = [arg for arg in statement.args if arg and arg not in self.nodes]
+        if missing:
+            raise GraphError(f"{statement}: no name {missing[0]}")
         if statement.op == "chain":
             return self._chain(statement)
-        op: Any = getattr(ops, statement.op, None)
-        missing = [arg for arg in statement.args if arg and arg not in self.nodes]
-        if op is None or missing:
-            raise GraphError(
-                f"{statement}: no {f'name {missing[0]}' if missing else f'op {statement.op}'}"
-            )
+        op = op_of(statement.op)
         src = [self.nodes[arg] if arg else None for arg in statement.args]
         return label(op(*src, **statement.attrs), statement.name)
 
     def _chain(self, statement: Statement) -> Node:
         assert statement.args[0] is not None
+        if statement.attrs.get("of") not in LINKS or "times" not in statement.attrs:
+            raise GraphError(
+                f"{statement}: expected times=N, of=one of {', '.join(map(repr, LINKS))}"
+            )
         node = first = self.nodes[statement.args[0]]
         for _ in range(statement.attrs["times"]):
             node = LINKS[statement.attrs["of"]](node, first)
@@ -219,6 +231,9 @@ def built(case: GraphCase) -> Builder:
 def graph_of(builder: Builder, plan: PlanText) -> Graph:
     """The graph that a plan compiles."""
     nodes = builder.nodes
+    for key in plan.roots:
+        if key not in nodes:
+            raise GraphError(f"{plan}: no name {key}")
     return Graph(
         {key: nodes[key] for key in plan.outputs}, [nodes[key] for key in plan.words("updates")]
     )

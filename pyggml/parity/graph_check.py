@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from pyggml.errors import GraphError, UnsupportedOpError
 from pyggml.graph import toposort
 from pyggml.node import Node
 from pyggml.parity import tolerance
@@ -32,18 +31,21 @@ GAIN = 4.0
 CHAOS = 1e-3
 
 
+def valid(case: GraphCase) -> Builder:
+    """The graph's nodes; a PyggmlError if its statements and plans form no valid graph."""
+    builder = built(case)
+    for plan in case.plans:
+        graph = graph_of(builder, plan)
+        toposort(graph.roots, state_edges(graph.nodes))
+    return builder
+
+
 def check_graph(case: GraphCase, backend: str) -> str:
     """The first fault of a graph's plans; empty if there is none.
 
-    Errors: UnsupportedOpError for statements that form no valid graph.
+    Errors: those of `valid`; UnsupportedOpError if a place has no kernel for a node.
     """
-    try:
-        builder = built(case)
-        for plan in case.plans:
-            graph = graph_of(builder, plan)
-            toposort(graph.roots, state_edges(graph.nodes))
-    except GraphError as error:
-        raise UnsupportedOpError(f"no valid graph: {error}") from None
+    builder = valid(case)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return next(_faults(case, builder, backend), "")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pyggml.errors import DeviceError, GraphError, OutOfMemoryError, UnsupportedOpError
+from pyggml.errors import DeviceError, DTypeError, GraphError, OutOfMemoryError, UnsupportedOpError
 from pyggml.graph import Graph, toposort
 from pyggml.node import Node, label_of, labels
 from pyggml.parity.alone import Alone, Array, Values, alone, contents, decoded, run_with
@@ -22,6 +22,7 @@ from pyggml.parity.tolerance import CLASSES, STORAGE, Comparison, within
 from pyggml.passes.order import state_edges
 from pyggml.runtime.compile import compile
 from pyggml.runtime.places import parse
+from pyggml.runtime.plan import Plan
 
 #: Outputs of the whole graph may differ by this multiple of the sum of their nodes' bounds.
 #: Independent errors add up in the NMSE. A softmax, or a norm over terms that cancel, may magnify
@@ -42,6 +43,7 @@ def compare(
     *,
     states: Mapping[str, ArrayLike] | None = None,
     updates: Iterable[Node] = (),
+    by: str = "node",
 ) -> Report:
     """Run the graph of `outputs` on the places a and b, and report the nodes where they differ.
 
@@ -54,6 +56,9 @@ def compare(
     outputs, updates  as for compile
     inputs            an array for every input
     states            initial contents of states; zeros by default
+    by                "step" also compares the result of each step of b's plan, in order: a runs the
+                      whole graph node by node, without fusions, and b with them. The first row that
+                      fails then shows a wrong fusion, also if a and b are the same place
 
     A node's bound is the sum of its op's bounds for the numeric classes that a and b declare
     (`pyggml/parity/tolerance.py`). A node without a kernel on a place runs there as its meaning. If
@@ -64,7 +69,10 @@ def compare(
     OutOfMemoryError.
     """
     graph = Graph(outputs, updates)
-    return Walk(graph, (a, b), contents(graph, inputs, {} if states is None else states)).report()
+    if by not in ("node", "step"):
+        raise DTypeError(f"by= must be 'node' or 'step', not {by!r}")
+    leaves = contents(graph, inputs, {} if states is None else states)
+    return Walk(graph, (a, b), leaves, by_step=by == "step").report()
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +96,17 @@ def _attempt(place: str, run: Callable[..., Any], *args: Any) -> Any:
 
 
 class Walk:
-    """Runs a graph on two places, with contents for all its leaves."""
+    """Runs a graph on two places, with contents for all its leaves.
 
-    def __init__(self, graph: Graph, places: tuple[str, str], leaves: Values) -> None:
+    by_step  compare the steps of the whole graph, on the first place without fusions
+    """
+
+    def __init__(
+        self, graph: Graph, places: tuple[str, str], leaves: Values, by_step: bool = False
+    ) -> None:
         for place in places:
             parse(place)  # an unknown place is an error before anything runs
-        self.graph, self.places, self.leaves = graph, places, leaves
+        self.graph, self.places, self.leaves, self.by_step = graph, places, leaves, by_step
         self.order = toposort(graph.roots, state_edges(graph.nodes))
 
     def report(self) -> Report:
@@ -160,7 +173,8 @@ class Walk:
 
     def _whole(self, bounds: Mapping[Node, float]) -> Iterator[Row]:
         """A row for each output of the whole graph, and for each state that it writes."""
-        sides = [_attempt(place, self._run, place) for place in self.places]
+        fuses = (not self.by_step, True)
+        sides = [_attempt(p, self._run, p, fuse) for p, fuse in zip(self.places, fuses)]
         failed = [side for side in sides if isinstance(side, Failed)]
         for key, (leaf, node) in self._ends().items():
             if failed:
@@ -172,15 +186,32 @@ class Walk:
 
     def _ends(self) -> dict[str, tuple[Node, Node]]:
         """Results of the graph: name -> (tensor, the last node that computes it)."""
-        ends = {f"output {key}": (node, node) for key, node in self.graph.outputs.items()}
+        ends = {key: (node, node) for key, node in {**self._steps, **self._outputs}.items()}
         for node in self.order:
             if node.op.writes is not None:
                 ends[f"state {node.root.attrs['name']}"] = node.root, node
         return ends
 
-    def _run(self, place: str) -> dict[str, Array]:
-        plan = compile(self.graph.outputs, backends=[place], updates=self.graph.updates)
-        results = {f"output {key}": array for key, array in run_with(plan, self.leaves).items()}
+    @property
+    def _outputs(self) -> dict[str, Node]:
+        return {f"output {key}": node for key, node in self.graph.outputs.items()}
+
+    @cached_property
+    def _steps(self) -> dict[str, Node]:
+        """The results of the second place's steps that are nodes of the graph; none by node."""
+        if not self.by_step:
+            return {}
+        plan = _attempt(self.places[1], self._plan, self._outputs, self.places[1], True)
+        nodes = {n for n in self.order if n.op.writes is None} - set(self.graph.outputs.values())
+        steps = () if isinstance(plan, Failed) else plan.steps
+        return {f"step {self.names[s.node]}": s.node for s in steps if s.node in nodes}
+
+    def _plan(self, outputs: Mapping[str, Node], place: str, fuse: bool) -> Plan:
+        return compile(outputs, backends=[place], updates=self.graph.updates, fuse=fuse)
+
+    def _run(self, place: str, fuse: bool) -> dict[str, Array]:
+        plan = self._plan({**self._steps, **self._outputs}, place, fuse)
+        results = run_with(plan, self.leaves)
         for key, (leaf, _) in self._ends().items():
             if key not in results:
                 results[key] = plan.store.read(leaf.attrs["name"], raw=True)

@@ -14,6 +14,7 @@ from pyggml.errors import DTypeError, GraphError, UnknownNameError
 from pyggml.node import Node, labels, line_of
 from pyggml.parity.tolerance import Comparison
 from pyggml.runtime import places
+from pyggml.words import counted
 
 #: The most rows that the table shows.
 SHOWN = 20
@@ -133,7 +134,8 @@ class Report:
         """Counts, the rows that are not ok, the first and the worst."""
         lines = [f"{self.a} and {self.b}: {_counts(self.nodes, 'node')}; "
                  f"whole graph: {_counts(self.outputs, 'result')}"]  # fmt: skip
-        if places.parse(self.a) == places.parse(self.b):
+        by_step = any(row.label.startswith("step ") for row in self.outputs)
+        if places.parse(self.a) == places.parse(self.b) and not by_step:
             lines.append("the same place twice: this only shows that it is deterministic")
         others = [row for row in self.rows if row.status != "ok"]
         lines += _table(others[:SHOWN])
@@ -185,9 +187,13 @@ def labelled(label: str, names: Mapping[Node, str]) -> Node:
     nodes = nodes or [node for node in names if label in labels(node)]
     if len(nodes) == 1:
         return nodes[0]
-    known = [names[node] for node in nodes or names]
-    near = known if nodes else difflib.get_close_matches(label, known, 5) or known[:5]
-    raise UnknownNameError(f"{len(nodes) or 'no'} nodes are labelled {label!r}; {', '.join(near)}")
+    if nodes:
+        several = ", ".join(names[node] for node in nodes)
+        raise UnknownNameError(f"{len(nodes)} nodes are labelled {label!r}; use one of: {several}")
+    known = list(dict.fromkeys(t for node, name in names.items() for t in (name, *labels(node))))
+    near = difflib.get_close_matches(label, known, 5)
+    hint = f"{'the closest labels' if near else 'some'} are {', '.join(near or known[:5])}"
+    raise UnknownNameError(f"no node is labelled {label!r}; {hint}")
 
 
 def script_path(path: str | Path) -> Path:
@@ -211,7 +217,9 @@ def _counts(rows: Sequence[Row], what: str) -> str:
     """`39/41 nodes within their bounds, 1 fail, 1 unsupported`."""
     counts = Counter(row.status for row in rows)
     others = [f"{n} {status}" for status, n in counts.items() if status != "ok"]
-    return ", ".join([f"{counts['ok']}/{len(rows)} {what}s within their bounds", *others])
+    bounds = "its bound" if len(rows) == 1 else "their bounds"
+    good = f"{counts['ok']}/{counted(len(rows), what)} within {bounds}"
+    return ", ".join([good, *others])
 
 
 def _table(rows: Sequence[Row]) -> list[str]:

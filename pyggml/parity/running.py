@@ -6,7 +6,7 @@ import importlib
 import math
 import runpy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -19,7 +19,7 @@ from pyggml.operation import cost_of
 from pyggml.parity.case import Case, build, op_of
 from pyggml.parity.check import check
 from pyggml.parity.graph_case import GraphCase, is_graph
-from pyggml.parity.graph_check import check_graph
+from pyggml.parity.graph_check import check_graph, valid
 from pyggml.parity.guarded import NUMBER, Bed
 from pyggml.parity.own import own_ops
 from pyggml.parity.worker import Pool, Setup
@@ -144,6 +144,29 @@ def run_text(text: str, setup: Setup) -> Outcome:
     if is_graph(text):
         return graph_tested(text, setup.backend)
     return MODES[setup.mode](Case.parse(text), setup.backend)
+
+
+def checked(text: str, own: str = "") -> None:
+    """Raise a PyggmlError if `text` is no valid case or graph. Runs nothing.
+
+    own  a file whose ops the text may use
+    """
+    with own_ops(own) if own else nullcontext():
+        if is_graph(text):
+            valid(GraphCase.parse(text))
+        else:
+            build(Case.parse(text), values=False)
+
+
+def check_kernel(kernel: str, backend: str, names: frozenset[str]) -> None:
+    """Raise a PyggmlError if `file.py:function` cannot be the kernel of the one op in `names`."""
+    with prepared(Setup(backend, kernel=kernel, ops=names)):
+        pass
+
+
+def op_in(text: str) -> str:
+    """The name of a case's op."""
+    return text.partition("(")[0].removesuffix(".means")
 
 
 def graph_tested(text: str, backend: str) -> Outcome:

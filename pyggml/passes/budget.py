@@ -105,7 +105,7 @@ def _in_time(
 # -- messages ---------------------------------------------------------------------------------
 
 
-def _many(search: Search, trial: Trial, amb: int) -> str:
+def _many(search: Search, trial: Trial, amb: float) -> str:
     region = next(r for r, c in zip(search.regions, trial.choices) if c.pieces == trial.most)
     return (
         f"amb={amb / _MIB:g} MiB cuts the attention of {label_of(region.out)} (at "
@@ -114,7 +114,7 @@ def _many(search: Search, trial: Trial, amb: int) -> str:
     )
 
 
-def _too_small(search: Search, amb: int) -> BudgetError:
+def _too_small(search: Search, amb: float) -> BudgetError:
     least = search.least()
     alone = next((r.out for r, need in zip(search.regions, search.least_alone) if need > amb), None)
     what = "what is alive together" if alone is None else f"{alone!r} (at {line_of(alone)})"

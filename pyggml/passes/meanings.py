@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Generator
+from typing import Any, NamedTuple, TypeAlias
 
 from pyggml.backends.base import Backend
 from pyggml.errors import GraphError
@@ -11,6 +11,8 @@ from pyggml.graph import rebuilt, toposort
 from pyggml.interning import inherit
 from pyggml.node import Node, copy_line, label_of, line_of
 from pyggml.passes.work import Expanded
+
+Parts: TypeAlias = Generator[tuple[Node, Node], Any, Node]
 
 
 class Refused(Exception):
@@ -29,24 +31,31 @@ def on_device(node: Node, backend: Backend) -> Supported:
 
     Errors: Refused.
     """
-    reason = backend.supports(node)
-    if reason is None:
-        return Supported(node)
-    if node.op.meaning is None:
-        raise Refused(reason)
+    # Meanings may be nested thousands deep, so the ops under way are on a stack of our own.
+    stack: list[tuple[Node, str, Parts]] = []
     expanded: list[Expanded] = []
-
-    def settle(part: Node, _: Node) -> Node:
-        supported = on_device(part, backend)
-        expanded.extend(supported.expanded)
-        return supported.node
-
-    try:
-        simpler = in_parts(node, settle)
-    except Refused as refused:
-        raise Refused(f"{reason}, and its meaning in simpler ops: {refused}") from None
-    expanded.append(Expanded(label_of(node), node.op.name, backend.place, reason))
-    return Supported(simpler, tuple(expanded))
+    result: Node | None = node
+    while True:
+        assert result is not None
+        reason = backend.supports(result)
+        if reason is not None:
+            if result.op.meaning is None:
+                reasons = dict.fromkeys([*(reason for _, reason, _ in stack), reason])
+                raise Refused(", and its meaning in simpler ops: ".join(reasons))
+            stack.append((result, reason, _parts(result)))
+            result = None
+        while stack:
+            whole, reason, parts = stack[-1]
+            try:
+                result, _ = parts.send(result)
+                break
+            except StopIteration as end:
+                result = end.value
+                stack.pop()
+                expanded.append(Expanded(label_of(whole), whole.op.name, backend.place, reason))
+        else:
+            assert result is not None
+            return Supported(result, tuple(expanded))
 
 
 def in_parts(node: Node, settle: Callable[[Node, Node], Node]) -> Node:
@@ -55,6 +64,17 @@ def in_parts(node: Node, settle: Callable[[Node, Node], Node]) -> Node:
 
     Errors: GraphError if the meaning does not fit the op's shape rule.
     """
+    parts, result = _parts(node), None
+    while True:
+        try:
+            result = settle(*parts.send(result))
+        except StopIteration as end:
+            meaning: Node = end.value
+            return meaning
+
+
+def _parts(node: Node) -> Parts:
+    """The ops of a meaning in order, as the arguments of `settle`; each is sent back settled."""
     assert node.op.meaning is not None
     meaning = node.op.meaning(*node.src, **node.attrs)
     if not isinstance(meaning, Node):
@@ -72,5 +92,5 @@ def in_parts(node: Node, settle: Callable[[Node, Node], Node]) -> Node:
         if part not in new:
             copy = rebuilt(copy_line(part, node), tuple(s and new[s] for s in part.src))
             simple = copy.op.leaf or copy.op.view is not None
-            new[part] = inherit(copy if simple else settle(copy, part), part)
+            new[part] = inherit(copy if simple else (yield copy, part), part)
     return new[meaning]

@@ -90,11 +90,11 @@ class Search:
         """The lowest limit: below it no pieces of some attention fit."""
         return max(self.least_alone, default=0)
 
-    def fit(self, amb: int) -> Trial | None:
+    def fit(self, amb: float) -> Trial | None:
         """The division of the fewest pieces that needs no more than `amb`, or None."""
         if self.plain.need <= amb:
             return self.plain
-        divisions = (self._divisions(amb, self.lowest, loops) for loops in (False, True))
+        divisions = (self._divisions(int(amb), self.lowest, loops) for loops in (False, True))
         trials = map(self._trial, merge(*divisions, key=_pieces))
         return next((trial for trial in trials if trial.need <= amb), None)
 

@@ -104,7 +104,7 @@ class Work:
     backends: tuple[Backend, ...]
     pins: Pins = ()
     settled: Mapping[str, Backend] = field(default_factory=dict)
-    amb: int | None = None
+    amb: float | None = None
     fuse: bool = True
     homes: Mapping[Node, Backend] = field(default_factory=dict)
     expanded: tuple[Expanded, ...] = ()

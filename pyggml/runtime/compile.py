@@ -70,12 +70,12 @@ def compile(
     return Plan(request, request.plan(store, stacklevel=2), store)
 
 
-def _budget_bytes(amb: float | None) -> int | None:
+def _budget_bytes(amb: float | None) -> float | None:
     if amb is None:
         return None
     if isinstance(amb, bool) or not isinstance(amb, Real) or not 0 < amb < float("inf"):
         raise ShapeError(f"amb={amb!r} must be a number of MiB above 0, or None for no budget")
-    return int(amb * 2**20)
+    return float(amb) * 2**20  # not rounded, so that messages show the user's number
 
 
 def _places(

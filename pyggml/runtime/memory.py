@@ -73,7 +73,7 @@ class Memory:
     """
 
     devices: tuple[DeviceMemory, ...]
-    amb: int | None
+    amb: float | None
     peak_step: str
     peak_live: int
 
@@ -182,6 +182,7 @@ class Memory:
             f"MiB. Peak at {self.peak_step or 'no step'} with {mib(self.peak_live)} live; "
             f"attention budget: {budget}."
         )
+        lines.append("Score peak: most attention scores alive at once; plain: without a budget.")
         for row in self.devices:
             if row.staging:
                 pinned = f"{mib(row.staging)} MiB of pinned host memory"

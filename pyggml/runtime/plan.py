@@ -23,6 +23,7 @@ from pyggml.runtime.planned import Planned, Request
 from pyggml.runtime.report import Profile, plan_text
 from pyggml.runtime.store import Store
 from pyggml.spec import Spec
+from pyggml.words import counted
 
 T = TypeVar("T")
 Arrays = Mapping[str, object] | None
@@ -45,7 +46,7 @@ class Plan:
     def __repr__(self) -> str:
         names = ", ".join(self._work.graph.outputs) or "no outputs"
         state = "bound" if self._execution is not None else "not bound"
-        return f"<plan of {names}: {len(self.steps)} steps on {self._places}, {state}>"
+        return f"<plan of {names}: {counted(len(self.steps), 'step')} on {self._places}, {state}>"
 
     def __str__(self) -> str:
         return plan_text(self._work)

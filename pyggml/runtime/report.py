@@ -13,6 +13,7 @@ from pyggml.operation import cost_of
 from pyggml.passes.work import Split, Work
 from pyggml.runtime.memory import mib
 from pyggml.transfer import origin, transfer
+from pyggml.words import counted
 
 #: The longest repeated part that `folds` finds, in rows: longer than a layer of any model.
 LONGEST = 512
@@ -67,11 +68,6 @@ def rows_of(work: Work) -> list[Row]:
     return [row for i, split in enumerate(work.splits) for row in _split_rows(work, i, split)]
 
 
-def counted(n: int, one: str, many: str = "") -> str:
-    """`1 step`, `2 steps`; give `many` if the plural is not `one` with an s."""
-    return f"{n} {one if n == 1 else many or one + 's'}"
-
-
 def _head(work: Work) -> Iterator[str]:
     copies = [step for step in work.steps if step.node.op is transfer]
     steps = len(work.steps) - len(copies)
@@ -88,7 +84,7 @@ def _head(work: Work) -> Iterator[str]:
         if not arena.nbytes:
             continue
         place = next(b.place for b in work.backends if b.device == device)
-        yield f"arena of {place}: {mib(arena.nbytes)} MiB"
+        yield f"arena of {place}: {mib(arena.nbytes)} MiB; @N is byte N of it"
     expanded = Counter((e.op, e.place, e.reason) for e in work.expanded)
     for (op, place, reason), count in expanded.items():
         yield f"{count} x {op} in simpler ops on {place}: {reason}"
@@ -116,9 +112,11 @@ def _row(work: Work, step: Step) -> Row:
     elif len(step.nodes) > 1:
         note = f" of {', '.join(n.op.name for n in step.nodes)}"
     if step.scratch:
-        note = f" scratch {step.scratch}" + note
+        note = f" scratch {step.scratch} bytes" + note
     where = f"@{at.offset}" if at.base is None else f"in {name_of(at.base)}"
     text = text_of(step)
+    if len(text) > 40:  # the columns go on in a line of their own
+        text = f"{text}\n  {'':40}"
     line = f"  {text:40} {node.spec!s:20} {where}{note}"
     return Row(line, tuple(re.sub(r"\d+", "#", part) for part in (text, note)) + (node.spec,), step)
 
@@ -193,7 +191,7 @@ class Profile:
         return Profile(tuple(rows))
 
     def __repr__(self) -> str:
-        return f"<profile: {len(self.rows)} steps, {self.seconds * 1e3:.3f} ms>"
+        return f"<profile: {counted(len(self.rows), 'step')}, {self.seconds * 1e3:.3f} ms>"
 
     @property
     def seconds(self) -> float:
@@ -215,7 +213,7 @@ class Profile:
     def __str__(self) -> str:
         slowest = sorted(self.rows, key=lambda row: -row.seconds)[:12]
         head = f"{'':62} {'ms':>9} {'%':>6} {'GFLOP/s':>9} {'GB/s':>8}"
-        lines = [f"{len(self.rows)} steps, {self.seconds * 1e3:.3f} ms", head]
+        lines = [f"{counted(len(self.rows), 'step')}, {self.seconds * 1e3:.3f} ms", head]
         lines += [self._line(row) for row in slowest]
         return "\n".join([*lines, "by op", *(self._line(row) for row in self.by_op())])
 

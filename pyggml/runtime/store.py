@@ -29,6 +29,7 @@ from pyggml.quants import decode_rows
 from pyggml.runtime.arrays import raw_shape, raw_type, stored
 from pyggml.runtime.leaves import Leaf, Leaves, Need, Progress
 from pyggml.transfer import origin
+from pyggml.words import counted
 
 T = TypeVar("T")
 
@@ -74,8 +75,8 @@ class Store:
     def __repr__(self) -> str:
         arenas = ", ".join(f"{arena.nbytes} bytes on {d}" for d, arena in self.arenas.items())
         return (
-            f"<store: {len(self.shared.weights)} weights, {len(self._leaves.states)} states, "
-            f"arenas: {arenas or 'none'}>"
+            f"<store: {counted(len(self.shared.weights), 'weight')}, "
+            f"{counted(len(self._leaves.states), 'state')}, arenas: {arenas or 'none'}>"
         )
 
     @property

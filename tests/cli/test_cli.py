@@ -56,7 +56,6 @@ def test_errors_are_one_line_on_stderr(
         ["info", str(tmp_path / "missing")],
         ["synth", str(tmp_path / "no" / "x")],
         ["synth", str(tmp_path)],
-        ["synth", str(tmp_path / "x"), "--layers", "0"],
     ):
         assert main(words) == 1
         out, err = capsys.readouterr()

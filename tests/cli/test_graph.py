@@ -27,6 +27,10 @@ def test_experts_on_the_host(tiny: str, capsys: pytest.CaptureFixture[str]) -> N
     assert re.search(r"copy\(ffn_moe_topk-1\) .* from null:0", out)
     assert re.search(r"the last \d+ rows \d times more", out)
     assert re.search(r"^ +all \|", out, re.MULTILINE)
+    assert "; @N is byte N of it" in out and "plain: without a budget" in out
+    columns = {line.index(" f32 [") for line in out.splitlines() if re.search(r"\] +@\d", line)
+               and " f32 [" in line}  # fmt: skip
+    assert columns == {42}
 
 
 @pytest.mark.parametrize(
@@ -71,18 +75,14 @@ def test_a_comma_inside_a_pattern_is_part_of_it(
 @pytest.mark.parametrize(
     "words, why",
     [
-        (["-ot", "exps"], "REGEX=PLACE"),
-        (["-ot", "exps=nowhere"], "no backend 'nowhere'"),
-        (["--backend", "numpy:3"], "one host"),
-        (["-amb", "0.0001"], "too small"),
+        (["-fa", "off", "-amb", "0.0001"], "amb=0.0001 MiB is too small"),
         (["-ub", "500"], "does not fit"),
     ],
 )
 def test_errors_are_one_line(
     tiny: str, words: list[str], why: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = ["-fa", "off"] if "-amb" in words else []
-    assert main(["graph", "-m", tiny, *words, *more]) == 1
+    assert main(["graph", "-m", tiny, *words]) == (2 if "-ub" in words else 1)
     err = capsys.readouterr().err
     assert why in err and err.count("\n") == 1
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pyggml.cli import main, parser_of
-from pyggml.cli.options import open_model
+from pyggml.cli.model_options import open_model
 from pyggml.errors import DeviceError
 
 ROOT = Path(__file__).resolve().parent.parent.parent

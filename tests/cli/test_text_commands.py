@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import pyggml.generate.text as text_module
-from pyggml.cli import main, options, perplexity
+from pyggml.cli import main, model_options, perplexity
 from pyggml.generate.session import Session
 from pyggml.generate.text import Conversation
 from pyggml.models.model import Model, load
@@ -209,7 +209,7 @@ def test_bos_begins_each_chunk(model: Model) -> None:
 
 def test_layers_on_the_gpu() -> None:
     def host(n: int | None, *names: str, tied: bool = False) -> list[str]:
-        pins = options.layer_pins(n, 3, names or ("cuda", "numpy"), tied=tied)
+        pins = model_options.layer_pins(n, 3, names or ("cuda", "numpy"), tied=tied)
         labels = [f"blk.{i}.attn_q.weight" for i in (0, 1, 2, 11)]
         labels += ["cache_k_l1", "cache_k_l11", "output.weight", "token_embd.weight"]
         return [label for label in labels if any(re.search(p, label) for p in pins)]
@@ -225,11 +225,11 @@ def test_layers_on_the_gpu() -> None:
 
 def test_options_reach_the_model(tiny: Path) -> None:
     parser = argparse.ArgumentParser()
-    options.add_model_options(parser)
+    model_options.add_model_options(parser)
     words = "-c 100 -b 30 -ub 40 -ctk bf16 -ctv f32 -fa off -mla 2 -fmoe off -amb 5 -ot a=numpy"
     args = parser.parse_args(["-m", str(tiny), "--backend", "numpy", *words.split()])
-    with options.open_model(args) as model:
-        session = options.new_session(args, model)
+    with model_options.open_model(args) as model:
+        session = model_options.new_session(args, model)
         assert (session.n_ctx, session.n_batch) == (100, 30)
         given = model.options
         assert (given.cache_k, given.cache_v, given.mla) == ("bf16", "f32", 3)

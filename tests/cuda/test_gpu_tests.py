@@ -58,19 +58,21 @@ def test_a_function_runs_in_the_other_process() -> None:
 
 
 @pytest.mark.parametrize(
-    ("function", "args", "why"),
+    ("function", "args", "patience", "why"),
     [
-        (os.abort, (), "the process died: SIGABRT"),
-        (os._exit, (3,), "the process died: exit status 3"),
-        (time.sleep, (60,), "no answer within 2 s"),
-        (loses, (), "can no longer use the GPU"),
+        (os.abort, (), 60, "the process died: SIGABRT"),
+        (os._exit, (3,), 60, "the process died: exit status 3"),
+        (time.sleep, (60,), 2, "no answer within 2 s"),
+        (loses, (), 60, "can no longer use the GPU"),
     ],
     ids=["dies", "ends", "hangs", "loses the GPU"],
 )
-def test_the_next_call_starts_another_process(function: Any, args: Any, why: str) -> None:
+def test_the_next_call_starts_another_process(
+    function: Any, args: Any, patience: float, why: str
+) -> None:
     process = Process()
     first = process.call(os.getpid).value
-    process.patience = 2
+    process.patience = patience
     status, text = process.call(function, *args)
     assert status == "fail" and why in text
     process.patience = 60

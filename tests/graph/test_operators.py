@@ -119,3 +119,19 @@ def test_composed_builders() -> None:
     assert gg.rope(q, POS, n_dims=4, mode="neox", freq_base=1e6) is gg.rope_ext(
         q, POS, n_dims=4, mode="neox", freq_base=1e6
     )
+
+
+@pytest.mark.parametrize(
+    ("build", "why"),
+    [
+        (lambda x: x**2, r"sqr\(x\)"),
+        (lambda x: 2**x, r"nodes have no powers"),
+        (lambda x: x < x, r" < .*no op compares"),
+        (lambda x: x >= 1, r" >= float|>= int"),
+        (lambda x: x[0], r"view\(node, .*get_rows"),
+        (lambda x: x[1:, :2], r"view\(node, .*get_rows"),
+    ],
+)
+def test_what_numpy_has_and_nodes_have_not(build: Any, why: str) -> None:
+    with pytest.raises((gg.DTypeError, gg.UnknownNameError), match=why):
+        build(gg.input("x", ne=(4, 2)))

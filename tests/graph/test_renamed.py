@@ -36,3 +36,8 @@ def test_old_names(old: str) -> None:
 def test_old_keywords(call: Callable[[], object]) -> None:
     with pytest.raises(DTypeError, match=r"(type= is now dtype=|kind= is now act=)"):
         call()
+
+
+def test_parity_is_no_function() -> None:
+    with pytest.raises(TypeError, match=r"now gg\.compare"):
+        gg.parity({"y": X}, "numpy", "null", {})

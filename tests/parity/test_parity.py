@@ -56,7 +56,7 @@ def test_the_small_grid_passes(parity: Parity, backend: str) -> None:
     tests = re.search(r"^  (\d+)/(\d+) tests passed$", out, re.MULTILINE)
     assert status == 0 and not failures and tests and tests[1] == tests[2] == str(len(cases()))
     assert len(cases()) >= 1500
-    for line in ("Testing 1 devices", f"Backend 1/1: {backend}", f"  Backend {backend}: OK"):
+    for line in ("Testing 1 device", f"Backend 1/1: {backend}", f"  Backend {backend}: OK"):
         assert f"{line}\n" in out
     assert out.endswith("1/1 backends passed\nOK\n")
 
@@ -237,9 +237,7 @@ def test_costs_of_rows_do_not_count_the_whole_table() -> None:
         (("-o", "scale(f32[3], s=x)"), "'x' is no value"),
         (("-o", "flash_attn_ext(f32[3,1], f32[3,2], f32[2,2]=4+1, scale=1.0)"), "is a view of"),
         (("-o", "mul_mat(f32[3], f32[4])"), "inner dimensions differ"),
-        (("-o", "relu", "-p", "("), "not a regular expression"),
         (("-o", "relu", "-p", "q8_0"), "matches no case"),
-        (("-b", "abacus"), "no backend 'abacus'"),
         (("-b", "null:0:1GiB"), "null:0:1GiB is a description of a device"),
         (("--markdown",), "--mode support"),
         (("--kernel", "missing.py:f", "-o", "relu"), "there is no file missing.py"),
@@ -250,9 +248,9 @@ def test_costs_of_rows_do_not_count_the_whole_table() -> None:
     ],
 )
 def test_errors_are_one_line(capsys: Streams, file: str, words: tuple[str, ...], why: str) -> None:
-    assert main(["parity", *(word.replace("FILE", file) for word in words)]) == 1
-    err = capsys.readouterr().err
-    assert why in err and err.startswith("pyggml: error: ") and err.count("\n") == 1
+    assert main(["parity", *(word.replace("FILE", file) for word in words)]) == 2
+    out, err = capsys.readouterr()
+    assert not out and why in err and err.startswith("pyggml: error: ") and err.count("\n") == 1
 
 
 def test_wrong_usage() -> None:

@@ -266,3 +266,36 @@ def test_values_are_freed_after_their_last_reader() -> None:
 
     remaining = walk(gg.Graph({"y": nodes[-1]}).nodes, leaves, visit)
     assert max(counts) == 2 and len(counts) == 40 and set(remaining) == {x}
+
+
+def test_the_first_wrong_step_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for a wrong fusion: with fusions, the device leaves out the step of one node."""
+    device = backends.get("null", 7)
+    lower, bind = device.lower, device.bind
+    fused = False
+
+    def lower_noting_fuse(*args: Any, fuse: bool) -> Any:
+        nonlocal fused
+        fused = fuse
+        return lower(*args, fuse=fuse)
+
+    def wrong_if_fused(steps: Any, *args: Any) -> Any:
+        right = [s for s in steps if len(steps) == 1 or not fused or s.node is not second]
+        return bind(right, *args)
+
+    monkeypatch.setattr(device, "lower", lower_noting_fuse)
+    monkeypatch.setattr(device, "bind", wrong_if_fused)
+    x = gg.input("x", ne=(64, 4))
+    first = gg.label(gg.silu(x), "first")
+    second = gg.label(gg.mul(first, x), "second")
+    y = gg.relu(gg.label(gg.scale(second, s=0.5), "third"))
+    array = np.random.default_rng(0).standard_normal((4, 64))
+    arguments: Any = ({"y": y}, "null:7", "null:7", {"x": array})
+    report = gg.compare(*arguments, by="step")
+    assert [row.label for row in report.outputs[:3]] == ["step first", "step second", "step third"]
+    assert all(row.status == "ok" for row in (*report.nodes, report.outputs[0]))
+    assert not report and report.first is not None and report.first.label == "step second"
+    assert "the same place twice" not in str(report)
+    assert not any(row.label.startswith("step") for row in gg.compare(*arguments).outputs)
+    with pytest.raises(gg.DTypeError, match="by= must be 'node' or 'step', not 'steps'"):
+        gg.compare(*arguments, by="steps")

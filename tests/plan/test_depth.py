@@ -146,6 +146,21 @@ def a_deep_meaning(n: int) -> dict[str, Node]:
     return {"y": deep(_x())}
 
 
+@gg.define.op
+def squared(a: Node, *, times: int) -> gg.define.Spec:
+    """a squared `times` times, defined by itself."""
+    return a.spec
+
+
+@squared.means
+def _(a: Node, *, times: int) -> Node:
+    return gg.sqr(squared(a, times=times - 1)) if times else gg.scale(a, s=0.5)
+
+
+def nested_meanings(n: int) -> dict[str, Node]:
+    return {"y": squared(_x(), times=n)}
+
+
 def activations(n: int) -> dict[str, Node]:
     w = gg.constant(np.eye(4, dtype=np.float32), name="w")
     x = _x()
@@ -171,6 +186,7 @@ SHAPES: list[Build] = [
     writes,
     writes_into_parts,
     a_deep_meaning,
+    nested_meanings,
     activations,
 ]
 WAYS: dict[str, dict[str, Any]] = {

@@ -181,7 +181,7 @@ def test_a_plan_in_words() -> None:
     assert [row.text for row in profile.rows][:2] == ["product = mul_mat(w, x)", "relu(product)"]
     assert repr(profile).startswith("<profile: 3 steps, ") and "mul_mat(w, x)" in str(profile)
     assert repr(plan).endswith("numpy, bound>")
-    assert repr(plan.store).startswith("<store: 1 weights, 1 states, arenas: ")
+    assert repr(plan.store).startswith("<store: 1 weight, 1 state, arenas: ")
     assert "GFLOP/s" in str(profile) and profile.seconds > 0
     with pytest.raises(DTypeError, match="whole number of at least 1"):
         plan.profile({}, 0, x=np.zeros((4, 8)))

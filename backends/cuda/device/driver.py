@@ -73,7 +73,7 @@ def _unloaded(package: str, error: ImportError) -> UnusableError:
     if isinstance(error, ModuleNotFoundError):
         return UnusableError(
             f"the CUDA backend needs {package}, and the module {error.name} is not installed",
-            install.package(package),
+            install.everything(),
         )
     if "undefined symbol: cu" in str(error):
         return UnusableError(f"the NVIDIA driver is too old for {package} ({error})", _INSTALL)

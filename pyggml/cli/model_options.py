@@ -1,0 +1,182 @@
+"""The options of the commands that run a model, and what they mean."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from pyggml import backends
+from pyggml.cli import options
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from pyggml.generate.session import Session
+    from pyggml.models.model import Model
+
+HOST = "numpy"
+N_CTX, N_BATCH = 4096, 512
+
+
+def add_model_options(
+    parser: argparse.ArgumentParser, n_ctx: int = N_CTX, *, fit: bool = False
+) -> None:
+    """The options of `open_model` and `new_session`. With `fit`, -c and -ub are None by default."""
+
+    def sized(meaning: str, default: int) -> dict[str, Any]:
+        note = "; with --fit the most that fits" if fit else ""
+        return {
+            "type": options.count, "metavar": "N", "default": None if fit else default,
+            "help": f"{meaning} (default: {default}{note})",
+        }  # fmt: skip
+
+    group = parser.add_argument_group("the model")
+    add = group.add_argument
+    add("-m", metavar="FILE", required=True, help="a GGUF file, or the first of its parts")
+    add("-c", **sized("tokens of context", n_ctx))
+    add("-b", type=options.count, metavar="N", default=2048,
+        help="accepted as in llama.cpp; limits -ub (default: %(default)s)")  # fmt: skip
+    add("-ub", **sized("tokens of a prompt that run at once", N_BATCH))
+    add(
+        "-ctk",
+        type=options.dtype,
+        metavar="TYPE",
+        default="f16",
+        help="type of the K cache (default: f16)",
+    )
+    add(
+        "-ctv",
+        type=options.dtype,
+        metavar="TYPE",
+        default="f16",
+        help="type of the V cache (default: f16)",
+    )
+    add("-fa", **on_off("flash attention"))
+    add("-mla", type=int, choices=range(4), default=3,
+        help="attention of DeepSeek models: 0 standard, 1 latent, 2 or 3 latent but expanded for "
+        "prompts (default: 3)")  # fmt: skip
+    add("-fmoe", **on_off("run experts' up, gate and activation as one op"))
+    add("-amb", metavar="MIB", type=options.positive,
+        help="attention memory budget in MiB (default: none)")  # fmt: skip
+    add("--backend", metavar="PLACES", type=_places, default="auto",
+        help="places in order of preference, separated by commas (default: auto, which is cuda if "
+        "there is a GPU, then numpy)")  # fmt: skip
+    add("-ngl", type=options.natural, metavar="N",
+        help="put only the last N layers on the first place, and the others on the host; the head "
+        "counts as the last layer (default: all)")  # fmt: skip
+    add("-ot", metavar="REGEX=PLACE", type=options.pins, action="extend", default=[],
+        help="put tensors with a matching label on PLACE; separate pairs by commas")  # fmt: skip
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `sampler_of`."""
+    add = parser.add_argument_group("sampling").add_argument
+    add("--temp", type=float, metavar="T", default=0.8,
+        help="temperature; 0 takes the most probable token (default: %(default)s)")  # fmt: skip
+    add("--top-k", type=options.natural, metavar="K", default=40,
+        help="draw from the K most probable tokens; 0 is all (default: %(default)s)")  # fmt: skip
+    add("--top-p", type=float, metavar="P", default=0.95,
+        help="then from the fewest that have probability P (default: %(default)s)")  # fmt: skip
+    add("--seed", type=options.natural, metavar="N",
+        help="seed of the random numbers (default: another one each time)")  # fmt: skip
+
+
+def _places(text: str) -> list[str]:
+    """Places, separated by commas, or auto."""
+    return list(backends.preferred()) if text == "auto" else options.places(text)
+
+
+def on_off(meaning: str) -> dict[str, Any]:
+    """An option with the values on and off; on its own it is on."""
+    return {
+        "choices": ("on", "off"), "nargs": "?", "const": "on", "default": "on",
+        "help": f"{meaning} (default: on)",
+    }  # fmt: skip
+
+
+# -- what they mean ---------------------------------------------------------------------------
+
+
+@contextmanager
+def open_model(args: argparse.Namespace) -> Iterator[Model]:
+    """The model of -m. Its file is open inside the block."""
+    from pyggml.models.model import load
+
+    model = load(args.m, backends=args.backend, amb=args.amb, **graph_options(args))
+    try:
+        tied = "output" not in model.weights
+        pins = layer_pins(args.ngl, model.arch.n_layer, args.backend, tied=tied)
+        model.pins = pins_of(args.ot) | pins
+        yield model
+    finally:
+        model.file.close()
+
+
+def graph_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of the model's `Options`."""
+    return {
+        "flash": args.fa == "on", "fused": args.fmoe == "on",
+        "mla": 3 if args.mla == 2 else args.mla, "cache_k": args.ctk, "cache_v": args.ctv,
+    }  # fmt: skip
+
+
+def new_session(args: argparse.Namespace, model: Model) -> Session:
+    """A session with -c tokens of context, whose weights are loaded."""
+    from pyggml.generate.session import padded_rows
+
+    session = model.session(n_ctx=args.c, n_batch=min(args.b, args.ub))
+    show = progress("loading", "bytes")
+    if show is not None:
+        session.plan(1, padded_rows(1, session.n_ctx), 1).bind({}, show)
+    return session
+
+
+def sampler_of(args: argparse.Namespace) -> Callable[[NDArray[np.float32]], int]:
+    from pyggml.generate.sample import Sampler, greedy
+
+    if args.temp == 0:
+        return greedy
+    seed = int.from_bytes(os.urandom(4)) if args.seed is None else args.seed
+    return Sampler(temperature=args.temp, top_k=args.top_k, top_p=args.top_p, seed=seed)
+
+
+def pins_of(pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Pattern -> place. Of two equal patterns, the first counts."""
+    pins: dict[str, str] = {}
+    for pattern, place in pairs:
+        pins.setdefault(pattern, place)
+    return pins
+
+
+def layer_pins(n: int | None, n_layer: int, names: Sequence[str], *, tied: bool) -> dict[str, str]:
+    """Pins that leave only the last `n` layers on the first place, with their caches.
+
+    As in llama.cpp, the head is the last of n_layer + 1 layers. `tied`: it uses token_embd.
+    """
+    if n is None or n > n_layer or names[0] == HOST:
+        return {}
+    layers = "|".join(map(str, range(n_layer + 1 - n if n else n_layer)))
+    parts = [rf"blk\.({layers})\.", rf"cache_\w+_l({layers})$"] if layers else []
+    if not n:
+        parts.append(r"(token_embd|output)\." if tied else r"output\.")
+    return {f"^({'|'.join(parts)})": HOST} if parts else {}
+
+
+def progress(what: str, unit: str) -> Callable[[int, int], None] | None:
+    """A function that shows (done, total) on stderr; None if stderr is not a terminal."""
+    if not sys.stderr.isatty():
+        return None
+
+    def show(done: int, total: int) -> None:
+        text = f"{what} {100 * done // max(total, 1):3} % of {total:,} {unit}"
+        end = "\r\x1b[K" if done >= total else ""  # clear the line when it is done
+        print(f"\r{text}{end}", end="", file=sys.stderr, flush=True)
+
+    return show
