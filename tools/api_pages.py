@@ -27,7 +27,7 @@ MODULES = (
     "pyggml.models.deepseek2", "pyggml.models.glm4moe", "pyggml.models.gpt_oss",
     "pyggml.models.gqa", "pyggml.models.keys", "pyggml.models.known", "pyggml.models.layers",
     "pyggml.models.llama", "pyggml.models.mla", "pyggml.models.model", "pyggml.models.moe",
-    "pyggml.models.precision", "pyggml.models.presets", "pyggml.models.qwen3",
+    "pyggml.models.presets", "pyggml.models.qwen3",
     "pyggml.models.synth", "pyggml.models.weights",
     "pyggml.parity.tolerance", "pyggml.quants", "pyggml.viz",
 )  # fmt: skip
