@@ -80,7 +80,7 @@ def test_errors(command: Command, tiny: Path, tmp_path: Path, capsys: Streams) -
     )
     assert "no tokens" in command("run", "-p", "", status=1, stream="err")
     assert "no backend 'cuad'" in command(
-        "run", "-p", "a", "--backend", "cuad", status=1, stream="err"
+        "run", "-p", "a", "--backend", "cuad", status=2, stream="err"
     )
     assert "token 512 is outside" in command(
         "logits", "--tokens", "1,512", "-o", str(tmp_path / "x.npy"), status=1, stream="err"
