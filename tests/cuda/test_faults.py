@@ -46,7 +46,7 @@ def numpy_works() -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        (None, ("needs pycuda", "not installed", "pip install pycuda", "build_pycuda.sh")),
+        (None, ("needs pycuda", "not installed", "make cuda", "build_pycuda.sh")),
         ("no driver", ("no NVIDIA driver here", "version 580 or newer", "backends=['numpy']")),
         ("no device", ("no CUDA-capable device", "nvidia-smi", "backends=['numpy']")),
         ("old", ("too old", "CUDA 12.2", "need 13.0", "version 580 or newer")),
@@ -75,7 +75,7 @@ def test_the_other_packages(machine: Machine, monkeypatch: pytest.MonkeyPatch, m
     machine("gpu")
     monkeypatch.setitem(sys.modules, module, None)
     name = "cuda-bindings" if module == "cuda" else "cupy-cuda13x"
-    message = f"needs {name}, and the module {module}.* is not installed.*pip install {name}"
+    message = f"needs {name}, and the module {module}.* is not installed.*make cuda.*doctor"
     if module == "cuda":
         with pytest.raises(gg.DeviceError, match=message):
             tensor_map(1 << 20, "f16", (64, 64), (2, 128), (64, 8))
