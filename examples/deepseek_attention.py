@@ -35,13 +35,13 @@ from gguf.quants import dequantize
 import pyggml as gg
 from pyggml import gguf
 from pyggml.dtypes import dtype
+from pyggml.graph import precise
 from pyggml.models.batch import Batch, Options
 from pyggml.models.deepseek2 import DeepSeek2
 from pyggml.models.layers import norm
 from pyggml.models.model import Model
 from pyggml.models.presets import V2_LITE
 from pyggml.models.synth import synth
-from pyggml.parity.precision import precise
 from pyggml.parity.tolerance import relative_error
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # for the float64 reference
@@ -135,7 +135,8 @@ class Bench:
         batch = Batch(n_tokens, self.n_kv, variant.options, padded=False)
         cache = c.cache(self.layer.il, self.n_kv, n_tokens, variant.options)
         y = c.attention(norm(self.layer, "attn_norm", x, c.rms_eps), self.layer, cache, batch)
-        outputs = {"y": y if self.prec == "default" else precise(y)}
+        graph = gg.Graph({"y": y})
+        outputs = (graph if self.prec == "default" else precise(graph)).outputs
         return gg.compile(outputs, backends=[self.backend], amb=amb, store=store)
 
     def plans(self, variant: Variant, amb: float | None) -> tuple[gg.Plan, gg.Plan]:

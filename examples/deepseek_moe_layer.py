@@ -31,12 +31,12 @@ import numpy as np
 
 import pyggml as gg
 from pyggml import gguf
+from pyggml.graph import precise
 from pyggml.models.batch import Batch, Options
 from pyggml.models.deepseek2 import DeepSeek2
 from pyggml.models.model import Model
 from pyggml.models.presets import V2_LITE
 from pyggml.models.synth import synth
-from pyggml.parity.precision import precise
 from pyggml.parity.tolerance import relative_error
 from pyggml.runtime import places
 
@@ -111,7 +111,8 @@ class Bench:
         batch = Batch(n_tokens, self.n_kv, options, n_tokens, padded=False)
         states = self.config.cache(self.layer.il, self.n_kv, n_tokens, options)
         y = self.config.layer(x, self.layer, states, batch)
-        outputs = {"y": y if self.prec == "default" else precise(y)}
+        graph = gg.Graph({"y": y})
+        outputs = (graph if self.prec == "default" else precise(graph)).outputs
         return gg.compile(outputs, store=store, observe=["ffn_moe_topk-*"], **where)
 
     def run(self, prompt: gg.Plan, single: gg.Plan) -> tuple[Any, Any, float, float]:

@@ -136,6 +136,17 @@ def rebuilt(node: Node, src: Sources) -> Node:
     return node.op.make(src, dict(node.attrs), node.spec, line=False)
 
 
+def precise(graph: Graph) -> Graph:
+    """The graph with prec="f32" in every op that has this attribute."""
+
+    def rebuild(node: Node, src: Sources) -> Node:
+        if "prec" not in node.attrs:
+            return rebuilt(node, src)
+        return node.op.make(src, {**node.attrs, "prec": "f32"}, node.spec, line=False)
+
+    return graph.rewrite(rebuild)
+
+
 def describe(node: Node, index: Mapping[Node, str]) -> str:
     """One node as text: op, sources, attributes, spec and labels."""
     arguments = [index.get(s, "?") if s is not None else "-" for s in node.src]

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pyggml.graph import Graph
 from pyggml.models.batch import Batch, Options
 from pyggml.models.cache import Cache
 from pyggml.ops import add, argmax, cast, constant, cpy, get_rows, reshape, scale, set_rows, state
-from pyggml.runtime.compile import compile
 from pyggml.runtime.plan import Plan
 from pyggml.runtime.store import Store
 
@@ -64,11 +64,4 @@ def loop_plan(
     name = f"goes_on {sorted(stop)}"  # a weight of the store: one for each set of stop tokens
     step = reshape(get_rows(constant(goes_on, name=name), token), ne=(1,))
     moved = cpy(cast(add(at, step), dtype="i32"), batch.pos)
-    return compile(
-        {"token": token},
-        updates=[*batch.writes, written, moved],
-        backends=model.backends,
-        amb=model.amb,
-        pins=model.pins,
-        store=store,
-    )
+    return model.compile(Graph({"token": token}, [*batch.writes, written, moved]), store)

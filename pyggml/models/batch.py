@@ -20,6 +20,7 @@ class Options:
     mla      attention of DeepSeek models: 0 standard, 1 latent, 3 latent cache,  [-mla]
              which prompts expand to K and V. Other architectures ignore it
     expand_from  tokens of a batch from which mla=3 expands
+    prec     "f32": products and attention compute in f32, not in the backend's fastest type
     cache_k, cache_v   types of the caches; a latent cache has cache_k's          [-ctk -ctv]
     """
 
@@ -27,12 +28,15 @@ class Options:
     fused: bool = True
     mla: int = 3
     expand_from: int = 128
+    prec: str = "default"
     cache_k: str = "f16"
     cache_v: str = "f16"
 
     def __post_init__(self) -> None:
         if self.mla not in (0, 1, 3):
             raise ShapeError(f"mla={self.mla!r} must be 0, 1 or 3")
+        if self.prec not in ("default", "f32"):
+            raise ShapeError(f"prec={self.prec!r} must be 'default' or 'f32'")
         dtype(self.cache_k), dtype(self.cache_v)
 
 

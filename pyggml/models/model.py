@@ -10,7 +10,7 @@ from pyggml import gguf
 from pyggml.backends import preferred
 from pyggml.errors import GGUFError, UnknownNameError
 from pyggml.gguf import GGUFFile
-from pyggml.graph import Graph
+from pyggml.graph import Graph, precise
 from pyggml.models.base import architecture
 from pyggml.models.batch import Batch, Options
 from pyggml.models.cache import Cache
@@ -111,7 +111,12 @@ class Model:
 
     def plan(self, batch: Batch, caches: tuple[Cache, ...], store: Store) -> Plan:
         """The compiled graph of a batch."""
-        graph = self.graph(batch, caches)
+        return self.compile(self.graph(batch, caches), store)
+
+    def compile(self, graph: Graph, store: Store) -> Plan:
+        """A plan of a graph on the model's backends, with its precision, budget and pins."""
+        if self.options.prec == "f32":
+            graph = precise(graph)
         return compile(
             graph.outputs,
             updates=graph.updates,
@@ -138,7 +143,7 @@ def load(
 
     backends  places in order of preference; by default a CUDA device if there is one, else NumPy
     amb, pins as in `compile`: the attention memory budget in MiB, and label pattern -> place
-    options   flash=, fused=, mla=, cache_k=, cache_v= (see `Options`)
+    options   flash=, fused=, mla=, prec=, cache_k=, cache_v= (see `Options`)
     Errors: GGUFError for a file that is not complete and well-formed, or has an architecture, keys
     or tensors that pyggml does not know.
     """

@@ -263,3 +263,15 @@ def test_copies_of_windows(windowed: Model, tmp_path: Path) -> None:
         other.load(tmp_path / "saved")
         tokens = list(session.generate([4], 5))
         assert list(other.generate([4], 5)) == tokens == list(fork.generate([4], 5, ahead=4))
+
+
+def test_prec_reaches_every_op(path: Path) -> None:
+    precisions = {}
+    for prec in ("default", "f32"):
+        session = load(path, backends=["numpy"], prec=prec).session(16)
+        nodes = [n for n in session.plan(4, 16, 1).graph.nodes if "prec" in n.attrs]
+        precisions[prec] = {n.attrs["prec"] for n in nodes}
+        assert len(nodes) > 20 and len(list(session.generate([1, 2], 4))) == 4
+    assert precisions == {"default": {"default", "f32"}, "f32": {"f32"}}  # routers are f32
+    with pytest.raises(ShapeError, match="prec='f16' must be 'default' or 'f32'"):
+        load(path, backends=["numpy"], prec="f16")
