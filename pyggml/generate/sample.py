@@ -20,6 +20,10 @@ class Sampler:
     top_k        the k largest logits only; 0: all
     top_p        then the fewest tokens whose probabilities add up to at least this
     seed         of the random numbers; the same seed and logits give the same tokens
+    count        how many tokens were drawn
+
+    The token of the largest logit / temperature + noise, with Gumbel noise, has these
+    probabilities. So the device can draw too: noise is all the randomness that it needs.
     """
 
     def __init__(
@@ -30,10 +34,15 @@ class Sampler:
                 f"temperature={temperature} and top_k={top_k} must be at least 0, and "
                 f"top_p={top_p} above 0 and at most 1"
             )
-        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
-        self._rng = np.random.default_rng(seed)
+        self.temperature, self.top_k, self.top_p, self.seed = temperature, top_k, top_p, seed
+        self.count = 0
+
+    def noise(self, number: int, n: int) -> NDArray[np.float64]:
+        """The noise of draw `number`, for the n best tokens."""
+        return np.random.default_rng([self.seed, number]).gumbel(size=n)
 
     def __call__(self, logits: NDArray[np.float32]) -> int:
+        self.count += 1
         if self.temperature == 0:
             return greedy(logits)
         order = np.argsort(-logits, kind="stable")
@@ -41,6 +50,6 @@ class Sampler:
         scores = logits[order].astype(np.float64) / self.temperature
         probs = np.exp(scores - scores[0])
         probs /= probs.sum()
-        n = int(np.searchsorted(np.cumsum(probs), self.top_p)) + 1
-        probs = probs[:n] / probs[:n].sum()
-        return int(order[self._rng.choice(len(probs), p=probs)])
+        n = int(np.sum(np.cumsum(probs) - probs < self.top_p))
+        noise = self.noise(self.count - 1, len(order))
+        return int(order[np.argmax(scores[:n] + noise[:n])])

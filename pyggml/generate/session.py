@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from pyggml.errors import IdError, ShapeError
 from pyggml.generate import saved
-from pyggml.generate.loop import HISTORY, POSITION, loop_plan
-from pyggml.generate.sample import greedy
+from pyggml.generate.loop import HISTORY, POSITION, Draw, loop_plan
+from pyggml.generate.sample import Sampler, greedy
 from pyggml.models.batch import Batch
 from pyggml.runtime.memory import Memory
 from pyggml.runtime.plan import Plan
@@ -47,7 +47,7 @@ class Session:
         self.store = Store(like=model.store)
         self.caches = model.caches(n_ctx, self.n_batch)
         self._plans: dict[tuple[int, int, int], Plan] = {}
-        self._loops: dict[tuple[int, tuple[int, ...]], Plan] = {}
+        self._loops: dict[tuple[int, tuple[int, ...], Draw | None], Plan] = {}
 
     def __repr__(self) -> str:
         return f"<session: {len(self.tokens)} of {self.n_ctx} tokens, {self.model!r}>"
@@ -173,16 +173,21 @@ class Session:
         """Append tokens, then yield up to `n` new ones, each chosen by sampler(logits).
 
         stop   tokens that end the text; the token itself is yielded, too
-        ahead  with `greedy`, the device chooses tokens: this many before the host looks at them.
-               A larger number is faster, but the tokens come in groups
+        ahead  how many tokens the device chooses before the host looks at them: by `greedy`, or
+               above 1 by a Sampler with a top_k. A larger number is faster, but the tokens come in
+               groups
         The last token that was yielded is not in the caches yet.
         """
         token = sampler(self.forward(tokens)[-1])
         yield token
         left = n - 1
         while left > 0 and token not in stop:
+            drawn = isinstance(sampler, Sampler) and sampler.temperature > 0 and sampler.top_k > 0
             if sampler is greedy:
                 group = self._ahead(token, min(ahead, left, self.n_free), stop)
+            elif ahead > 1 and drawn:
+                assert isinstance(sampler, Sampler)
+                group = self._ahead(token, min(ahead, left, self.n_free), stop, sampler)
             else:
                 group = [sampler(self.forward([token])[-1])]
             yield from group
@@ -194,15 +199,26 @@ class Session:
         """How many more tokens fit."""
         return self.n_ctx - len(self.tokens)
 
-    def _ahead(self, token: int, n: int, stop: Collection[int]) -> list[int]:
+    def _ahead(
+        self, token: int, n: int, stop: Collection[int], sampler: Sampler | None = None
+    ) -> list[int]:
         """Append `token`, and all but the last of the up to `n` tokens that follow it."""
         self._checked([token])
         past = len(self.tokens)
-        key = padded_rows(past + n, self.n_ctx), tuple(sorted(stop))
+        inputs: dict[str, Any] = {}
+        draw = None
+        if sampler is not None:
+            k = min(sampler.top_k, self.model.arch.n_vocab)
+            draw = Draw(sampler.temperature, k, sampler.top_p, 1 << (n - 1).bit_length())
+            noise = [sampler.noise(sampler.count + i, k) for i in range(n)]
+            inputs = {"noise": np.zeros((draw.n_steps, k)), "start": np.array([past])}
+            inputs["noise"][:n] = noise
+        key = padded_rows(past + n, self.n_ctx), tuple(sorted(stop)), draw
         if key not in self._loops:
             self._loops[key] = loop_plan(
-                self.model, self.caches, self.store, n_kv=key[0], n_ctx=self.n_ctx, stop=key[1]
-            )
+                self.model, self.caches, self.store, n_kv=key[0], n_ctx=self.n_ctx, stop=key[1],
+                draw=draw,
+            )  # fmt: skip
         plan = self._loops[key].bind()
         if self._next != (past, token):
             history = np.zeros(self.n_ctx + 1, np.int32)
@@ -211,7 +227,7 @@ class Session:
             self.store.write(POSITION, np.array([past], np.int32))
         self._next = None
         self._most = max(self._most, past + n)
-        last = int(plan.repeat(n)["token"][0])
+        last = int(plan.repeat(n, inputs)["token"][0])
         if n == 1:
             tokens = [token, last]
         else:
@@ -221,6 +237,8 @@ class Session:
         self.tokens += tokens[:-1]
         if last not in stop:
             self._next = past + n, last
+        if sampler is not None:
+            sampler.count += len(tokens) - 1
         return tokens[1:]
 
     def truncate(self, n: int) -> None:

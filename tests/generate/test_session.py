@@ -275,3 +275,26 @@ def test_prec_reaches_every_op(path: Path) -> None:
     assert precisions == {"default": {"default", "f32"}, "f32": {"f32"}}  # routers are f32
     with pytest.raises(ShapeError, match="prec='f16' must be 'default' or 'f32'"):
         load(path, backends=["numpy"], prec="f16")
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+@pytest.mark.parametrize("ahead", [2, 5, 30])
+def test_the_device_draws_the_tokens_that_the_host_draws(
+    model: Model, ahead: int, top_p: float
+) -> None:
+    def sampler() -> Sampler:
+        return Sampler(temperature=1.5, top_k=20, top_p=top_p, seed=7)
+
+    host, device = sampler(), sampler()
+    one, session = model.session(64), model.session(64)
+    expected = list(one.generate(TOKENS, 25, host))
+    assert list(session.generate(TOKENS, 25, device, ahead=ahead)) == expected
+    assert session.tokens == one.tokens and device.count == host.count == 25
+    stop = expected[9:10]
+    n = expected.index(stop[0]) + 1
+    session.truncate(0)
+    assert list(session.generate(TOKENS, 25, sampler(), stop, ahead=ahead)) == expected[:n]
+    assert len(set(expected)) > 8
+    other = Sampler(temperature=1.5, top_k=20, top_p=top_p, seed=8)
+    session.truncate(0)
+    assert list(session.generate(TOKENS, 25, other, ahead=ahead)) != expected
