@@ -13,6 +13,13 @@ def greedy(logits: NDArray[np.float32]) -> int:
     return int(np.argmax(logits))
 
 
+def best(logits: NDArray[np.float32], k: int) -> NDArray[np.intp]:
+    """The ids of the k largest logits, largest first; of equal ones the lowest id first."""
+    k = min(k, len(logits))
+    ids = np.flatnonzero(logits >= -np.partition(-logits, k - 1)[k - 1])
+    return np.asarray(ids[np.argsort(-logits[ids], kind="stable")][:k])
+
+
 class Sampler:
     """Draws tokens from softmax(logits / temperature), limited to the best.
 
@@ -45,8 +52,7 @@ class Sampler:
         self.count += 1
         if self.temperature == 0:
             return greedy(logits)
-        order = np.argsort(-logits, kind="stable")
-        order = order[: self.top_k] if self.top_k else order
+        order = best(logits, self.top_k or len(logits))
         scores = logits[order].astype(np.float64) / self.temperature
         probs = np.exp(scores - scores[0])
         probs /= probs.sum()

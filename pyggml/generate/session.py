@@ -173,8 +173,8 @@ class Session:
         """Append tokens, then yield up to `n` new ones, each chosen by sampler(logits).
 
         stop   tokens that end the text; the token itself is yielded, too
-        ahead  how many tokens the device chooses before the host looks at them: by `greedy`, or
-               above 1 by a Sampler with a top_k. A larger number is faster, but the tokens come in
+        ahead  `greedy` and a Sampler with a top_k run on the device; how many tokens it chooses
+               before the host looks at them. A larger number is faster, but the tokens come in
                groups
         The last token that was yielded is not in the caches yet.
         """
@@ -185,7 +185,7 @@ class Session:
             drawn = isinstance(sampler, Sampler) and sampler.temperature > 0 and sampler.top_k > 0
             if sampler is greedy:
                 group = self._ahead(token, min(ahead, left, self.n_free), stop)
-            elif ahead > 1 and drawn:
+            elif drawn:
                 assert isinstance(sampler, Sampler)
                 group = self._ahead(token, min(ahead, left, self.n_free), stop, sampler)
             else:
