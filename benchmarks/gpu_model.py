@@ -23,7 +23,8 @@ from time import perf_counter
 import numpy as np
 
 from benchmarks.gpu_bench import SMOKE, plan_microseconds, write_row
-from pyggml.generate.session import Session, padded_rows
+from pyggml.generate.plans import padded_rows
+from pyggml.generate.session import Session
 from pyggml.models.model import load
 from pyggml.models.presets import V2_LITE
 from pyggml.models.synth import synth

@@ -129,7 +129,7 @@ def graph_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def new_session(args: argparse.Namespace, model: Model) -> Session:
     """A session with -c tokens of context, whose weights are loaded."""
-    from pyggml.generate.session import padded_rows
+    from pyggml.generate.plans import padded_rows
 
     session = model.session(n_ctx=args.c, n_batch=min(args.b, args.ub))
     show = progress("loading", "bytes")

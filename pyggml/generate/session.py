@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from pyggml.errors import IdError, ShapeError
 from pyggml.generate import saved
-from pyggml.generate.loop import HISTORY, POSITION, Draw, loop_plan
+from pyggml.generate.loop import HISTORY, POSITION, Draw
+from pyggml.generate.plans import Plans, padded_rows, padded_tokens
 from pyggml.generate.sample import Sampler, greedy
-from pyggml.models.batch import Batch
 from pyggml.runtime.memory import Memory
 from pyggml.runtime.plan import Plan
 from pyggml.runtime.store import Store
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from pyggml.models.model import Model
 
 Logits: TypeAlias = NDArray[np.float32]
-#: Attention reads a whole number of steps of cache rows, so that few plans serve all lengths.
-KV_STEP = 256
 
 
 class Session:
@@ -33,7 +31,6 @@ class Session:
     n_ctx   the most tokens that fit
     n_batch the most tokens of one graph; a longer prompt runs in parts
 
-    A plan is compiled for each pair of (number of tokens, cache rows), both rounded up, and kept.
     If a call fails or is interrupted, `tokens` lists what was finished, and the session goes on.
     """
 
@@ -46,8 +43,7 @@ class Session:
         self._most = 0  # tokens that the caches had since they were empty
         self.store = Store(like=model.store)
         self.caches = model.caches(n_ctx, self.n_batch)
-        self._plans: dict[tuple[int, int, int], Plan] = {}
-        self._loops: dict[tuple[int, tuple[int, ...], Draw | None], Plan] = {}
+        self._plans = Plans(model, self.caches, self.store, n_ctx=n_ctx, n_batch=self.n_batch)
 
     def __repr__(self) -> str:
         return f"<session: {len(self.tokens)} of {self.n_ctx} tokens, {self.model!r}>"
@@ -93,7 +89,7 @@ class Session:
         n_tokens = padded_tokens(n, self.n_batch)
         n_kv = padded_rows(past + n, self.n_ctx)
         if not every:
-            n_tokens, n_kv = self._sizes(n_tokens, n_kv, n_outputs)
+            n_tokens, n_kv = self._plans.sizes(n_tokens, n_kv, n_outputs)
         n_all = n_tokens if every else n_outputs
         plan = self.plan(n_tokens, n_kv, n_all)
         pos = np.arange(past, past + n_tokens, dtype=np.int32)
@@ -112,11 +108,7 @@ class Session:
 
     def plan(self, n_tokens: int, n_kv: int, n_outputs: int) -> Plan:
         """The plan for `n_tokens` tokens that attend to the first `n_kv` rows of full caches."""
-        key = n_tokens, n_kv, n_outputs
-        if key not in self._plans:
-            batch = Batch(n_tokens, n_kv, self.model.options, n_outputs)
-            self._plans[key] = self.model.plan(batch, self.caches, self.store)
-        return self._plans[key]
+        return self._plans.batch(n_tokens, n_kv, n_outputs)
 
     # -- memory -------------------------------------------------------------------------------
 
@@ -128,36 +120,8 @@ class Session:
         logits of all tokens, and what `ahead` adds, which is less than 5 bytes for each token of
         the vocabulary and of n_ctx.
         """
-        prompt, decode = self._largest()
+        prompt, decode = self._plans.largest()
         return prompt.memory_with(decode)
-
-    def _largest(self) -> tuple[Plan, Plan]:
-        return self.plan(self.n_batch, self.n_ctx, 1), self.plan(1, self.n_ctx, 1)
-
-    def _sizes(self, n_tokens: int, n_kv: int, n_outputs: int) -> tuple[int, int]:
-        """The tokens and rows to plan for: these, or more if that takes less memory.
-
-        Under an attention budget, a smaller plan may need more memory than the largest ones,
-        because it is cut into fewer pieces.
-        """
-        if self.model.amb is None:
-            return n_tokens, n_kv
-        while self._exceeds(self.plan(n_tokens, n_kv, n_outputs)):
-            if n_kv < self.n_ctx:
-                n_kv = padded_rows(n_kv + 1, self.n_ctx)
-            elif 1 < n_tokens < self.n_batch:
-                n_tokens = padded_tokens(n_tokens + 1, self.n_batch)
-            else:
-                break
-        return n_tokens, n_kv
-
-    def _exceeds(self, plan: Plan) -> bool:
-        """Whether a plan's arena is larger than those of the largest plans."""
-        rows = [row for largest in self._largest() for row in largest.memory.devices]
-        return any(
-            row.compute > max((r.compute for r in rows if r.device == row.device), default=0)
-            for row in plan.memory.devices
-        )
 
     # -- generation ---------------------------------------------------------------------------
 
@@ -213,13 +177,7 @@ class Session:
             noise = [sampler.noise(sampler.count + i, k) for i in range(n)]
             inputs = {"noise": np.zeros((draw.n_steps, k)), "start": np.array([past])}
             inputs["noise"][:n] = noise
-        key = padded_rows(past + n, self.n_ctx), tuple(sorted(stop)), draw
-        if key not in self._loops:
-            self._loops[key] = loop_plan(
-                self.model, self.caches, self.store, n_kv=key[0], n_ctx=self.n_ctx, stop=key[1],
-                draw=draw,
-            )  # fmt: skip
-        plan = self._loops[key].bind()
+        plan = self._plans.loop(padded_rows(past + n, self.n_ctx), stop, draw).bind()
         if self._next != (past, token):
             history = np.zeros(self.n_ctx + 1, np.int32)
             history[past] = token
@@ -286,18 +244,6 @@ class Session:
     def _bind(self) -> None:
         """Make the caches exist."""
         self.plan(1, padded_rows(1, self.n_ctx), 1).bind()
-
-
-def padded_tokens(n: int, most: int) -> int:
-    """n, or more: 1, 2, 3, 4, 6, 8, 12, 16, 24, ... and `most`. The rest is padding."""
-    step = 1 << max(n.bit_length() - 2, 0)
-    return min(-(-n // step) * step, max(most, n))
-
-
-def padded_rows(n: int, n_ctx: int) -> int:
-    """n in steps of 256 rows up to 2048, then of 1/8 of the power of two below; at most n_ctx."""
-    step = max(KV_STEP, 1 << max((n - 1).bit_length() - 4, 0))
-    return min(-(-n // step) * step, n_ctx)
 
 
 def _tail(values: Sequence[int] | NDArray[np.int32], n: int, fill: int) -> NDArray[np.int32]:

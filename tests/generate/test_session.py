@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from pyggml.errors import GGUFError, IdError, ShapeError
+from pyggml.generate.plans import padded_rows, padded_tokens
 from pyggml.generate.sample import Sampler, greedy
-from pyggml.generate.session import Session, padded_rows, padded_tokens
+from pyggml.generate.session import Session
 from pyggml.models.model import Model, load
 from pyggml.models.presets import TINY, TINY_GPT_OSS
 from pyggml.models.synth import synth
@@ -80,7 +81,7 @@ def test_an_interrupt_keeps_the_parts_that_were_finished(model: Model) -> None:
     session = model.session(32, 4)
     session.forward(TOKENS, "none")
     session.truncate(0)
-    plans = list(session._plans.values())
+    plans = list(session._plans._batches.values())
     run, calls = type(plans[0]).run, []
 
     def interrupted(plan: Any, *arrays: Any) -> Any:
