@@ -29,15 +29,20 @@ class Parameters:
         self.op_name = op_name
         self.tensors = {p.name: p.default for p in parameters if p.kind is not p.KEYWORD_ONLY}
         self.attributes = {p.name: Attribute.of(p) for p in parameters if p.kind is p.KEYWORD_ONLY}
+        names = list(self.tensors)
+        #: Number of positional arguments -> the keywords that may follow.
+        self._keywords = [frozenset((*names[n:], *self.attributes)) for n in range(len(names) + 1)]
 
     def bind(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[Sources, dict[str, Any]]:
         """The sources and attributes that a call gives; DTypeError or ShapeError for wrong ones."""
-        self._check_names(args, kwargs)
+        if len(args) >= len(self._keywords) or not kwargs.keys() <= self._keywords[len(args)]:
+            self._refuse(args, kwargs)
         return self._sources(args, kwargs), self._attribute_values(kwargs)
 
-    def _check_names(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _refuse(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """DTypeError for arguments that the op does not have."""
         tensors = list(self.tensors)
         if len(args) > len(tensors):
             count = f"{len(tensors)} tensor{'s' * (len(tensors) != 1)}"
