@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from pyggml.generate.loop import Draw, loop_plan
 from pyggml.models.batch import Batch
 from pyggml.models.cache import Cache
+from pyggml.runtime.places import parse
 from pyggml.runtime.plan import Plan
 from pyggml.runtime.store import Store
 
@@ -31,6 +32,7 @@ class Plans:
         self.model, self.caches, self.store = model, caches, store
         self.n_ctx, self.n_batch = n_ctx, n_batch
         self._batches: dict[tuple[int, int, int], Plan] = {}
+        self._reserved = False
         self._loops: dict[tuple[int, tuple[int, ...], Draw | None], Plan] = {}
 
     def batch(self, n_tokens: int, n_kv: int, n_outputs: int) -> Plan:
@@ -50,6 +52,16 @@ class Plans:
                 draw=draw,
             )  # fmt: skip
         return self._loops[key]
+
+    def reserve(self) -> None:
+        """Before the first run on a device: make its arena as large as any plan needs, so that no
+        plan has to bind again. On the host that costs nothing, and planning would."""
+        if self._reserved:
+            return
+        backends = [parse(text).backend for text in self.model.backends]
+        if any(backend.device != "host" for backend in backends):
+            self.largest()[0].reserve()
+        self._reserved = True
 
     def largest(self) -> tuple[Plan, Plan]:
         """Those for `n_batch` tokens and for one, over full caches."""

@@ -84,6 +84,7 @@ class Session:
         return checked
 
     def _run(self, part: Sequence[int], n_outputs: int) -> Logits:
+        self._plans.reserve()
         past, n = len(self.tokens), len(part)
         every = n_outputs == n and n > 1
         n_tokens = padded_tokens(n, self.n_batch)

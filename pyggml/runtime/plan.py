@@ -171,6 +171,21 @@ class Plan:
             raise OutOfMemoryError(f"{error}; the plan needs:\n{planned.memory}") from None
         return execution
 
+    def reserve(self) -> None:
+        """Make the store's arenas large enough for this plan, and allocate nothing else.
+
+        A larger arena makes all bound plans bind again. So reserve for the largest plan first.
+        Errors: DeviceError for a place with a size; OutOfMemoryError with the memory table.
+        """
+
+        def action() -> None:
+            try:
+                self.store.reserve((), self._planned.arena_sizes(), {})
+            except OutOfMemoryError as error:
+                raise OutOfMemoryError(f"{error}; the plan needs:\n{self.memory}") from None
+
+        self._alone(action)
+
     def release(self) -> None:
         """Free the arenas; the next run binds again."""
         self._execution = None

@@ -301,3 +301,15 @@ def test_the_device_draws_the_tokens_that_the_host_draws(
     other = Sampler(temperature=1.5, top_k=20, top_p=top_p, seed=8)
     session.truncate(0)
     assert list(session.generate(TOKENS, 25, other, ahead=ahead)) != expected
+
+
+def test_no_plan_binds_again_on_a_device(path: Path) -> None:
+    """A longer prompt needs a larger arena, which a device reserves before the first run."""
+    session = load(path, backends=["null"], mla=0, flash=False).session(64, 32)
+    session.forward([1, 2])
+    short = session.plan(2, 64, 1)
+    execution = short._execution
+    session.forward(range(30))
+    assert execution is not None and short._execution is execution
+    arenas = session.store.arenas.values()
+    assert sum(arena.nbytes for arena in arenas) == session.memory().compute
