@@ -35,6 +35,7 @@ def save(session: Session, path: str | PathLike[str]) -> int:
         "general.type": _TYPE,
         "session.model": _fingerprint(session),
         "session.tokens": np.array(session.tokens, np.int32),
+        "session.most": session.most,
     }
     return write(path, fields, tensors if n else [])
 
@@ -77,6 +78,7 @@ def restore(session: Session, path: str | PathLike[str]) -> None:
             whole[..., : array.shape[-2], :] = array.reshape(*whole.shape[:-2], *array.shape[-2:])
             session.store.write(name, whole)
         session.tokens += tokens
+        session.most = int(file.fields["session.most"])
 
 
 def _described(info: TensorInfo | None) -> str:

@@ -30,6 +30,7 @@ class Session:
     tokens  the tokens in the caches
     n_ctx   the most tokens that fit
     n_batch the most tokens of one graph; a longer prompt runs in parts
+    most    the most tokens that the caches had since they were empty: `truncate` needs it
 
     If a call fails or is interrupted, `tokens` lists what was finished, and the session goes on.
     """
@@ -40,7 +41,7 @@ class Session:
         self.model, self.n_ctx, self.n_batch = model, n_ctx, min(n_batch, n_ctx)
         self.tokens: list[int] = []
         self._next: tuple[int, int] | None = None  # position and token that the loop's states hold
-        self._most = 0  # tokens that the caches had since they were empty
+        self.most = 0
         self.store = Store(like=model.store)
         self.caches = model.caches(n_ctx, self.n_batch)
         self._plans = Plans(model, self.caches, self.store, n_ctx=n_ctx, n_batch=self.n_batch)
@@ -100,7 +101,7 @@ class Session:
             arrays["pos"] = _tail(pos[:n], n_tokens, pos[n - 1])
         if "outputs" in plan.inputs:
             arrays["outputs"] = np.array([n - 1], np.int32)
-        self._most = max(self._most, past + n)  # even if the run fails
+        self.most = max(self.most, past + n)  # even if the run fails
         logits = plan.run(arrays).get("logits")
         self.tokens += part
         if logits is None:
@@ -185,7 +186,7 @@ class Session:
             self.store.write(HISTORY, history[:, None])
             self.store.write(POSITION, np.array([past], np.int32))
         self._next = None
-        self._most = max(self._most, past + n)
+        self.most = max(self.most, past + n)
         last = int(plan.repeat(n, inputs)["token"][0])
         if n == 1:
             tokens = [token, last]
@@ -209,9 +210,9 @@ class Session:
             raise ShapeError(f"truncate({n}): the session has {len(self.tokens)} tokens")
         kept = self.tokens[:n]
         del self.tokens[n:]
-        if not all(cache.reaches(n, self._most) for cache in self.caches):
+        if not all(cache.reaches(n, self.most) for cache in self.caches):
             self.tokens.clear()
-            self._most = 0
+            self.most = 0
             if kept:
                 self.forward(kept, "none")
 
@@ -239,7 +240,7 @@ class Session:
         other._bind()
         for name in self.store.homes:
             other.store.write(name, self.store.read(name, raw=True))
-        other.tokens = list(self.tokens)
+        other.tokens, other.most = list(self.tokens), self.most
         return other
 
     def _bind(self) -> None:

@@ -266,6 +266,19 @@ def test_copies_of_windows(windowed: Model, tmp_path: Path) -> None:
         assert list(other.generate([4], 5)) == tokens == list(fork.generate([4], 5, ahead=4))
 
 
+def test_copies_know_which_rows_of_windows_are_lost(windowed: Model, tmp_path: Path) -> None:
+    expected = windowed.session(150, 150).forward(LONG, "all")
+    session = windowed.session(200, 20)  # rings of 64 rows
+    session.forward(LONG[:100])
+    session.truncate(60)  # rows 0 to 35 are of tokens 64 to 99
+    session.save(tmp_path / "saved")
+    loaded = windowed.session(200, 20)
+    loaded.load(tmp_path / "saved")
+    for copy in (session.fork(), loaded):
+        copy.truncate(40)
+        assert close(copy.forward(LONG[40:50], "all"), expected[40:50])
+
+
 def test_prec_reaches_every_op(path: Path) -> None:
     precisions = {}
     for prec in ("default", "f32"):
