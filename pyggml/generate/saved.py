@@ -78,7 +78,7 @@ def restore(session: Session, path: str | PathLike[str]) -> None:
             whole[..., : array.shape[-2], :] = array.reshape(*whole.shape[:-2], *array.shape[-2:])
             session.store.write(name, whole)
         session.tokens += tokens
-        session.most = int(file.fields["session.most"])
+        session.most = int(np.asarray(file.fields["session.most"]))
 
 
 def _described(info: TensorInfo | None) -> str:
