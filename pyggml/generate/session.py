@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml.errors import IdError, ShapeError
+from pyggml.errors import IdError, ShapeError, UnknownNameError
 from pyggml.generate import saved
 from pyggml.generate.loop import HISTORY, POSITION, Draw
 from pyggml.generate.plans import Plans, padded_rows, padded_tokens
@@ -60,6 +60,8 @@ class Session:
         Errors, before anything runs: ShapeError for more tokens than fit or none; IdError for an
         id outside the vocabulary.
         """
+        if outputs not in ("last", "all", "none"):
+            raise UnknownNameError(f"outputs={outputs!r} must be 'last', 'all' or 'none'")
         tokens = self._checked(tokens)
         rows: list[Logits] = []
         for start in range(0, len(tokens), self.n_batch):

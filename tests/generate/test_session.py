@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pyggml.errors import GGUFError, IdError, ShapeError
+from pyggml.errors import GGUFError, IdError, ShapeError, UnknownNameError
 from pyggml.generate.plans import padded_rows, padded_tokens
 from pyggml.generate.sample import Sampler, greedy
 from pyggml.generate.session import Session
@@ -71,6 +71,8 @@ def test_the_session_goes_on_after_an_error(model: Model) -> None:
     ):
         with pytest.raises(error, match=text):
             session.forward(tokens)
+    with pytest.raises(UnknownNameError, match="outputs='first' must be 'last', 'all' or 'none'"):
+        session.forward([1], "first")  # type: ignore[arg-type]
     with pytest.raises(ShapeError, match="the session has 5 tokens"):
         session.truncate(6)
     assert session.tokens == TOKENS[:5]
