@@ -154,7 +154,7 @@ def line_of(node: Node) -> str:
 
 def record_line(node: Node) -> None:
     """Record that the user's current line built `node`."""
-    _lines[node] = user_line()
+    _lines[node] = user_line(4)  # of record_line, _new and make
 
 
 def copy_line(new: Node, old: Node) -> Node:

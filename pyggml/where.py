@@ -8,9 +8,12 @@ import warnings
 from pyggml.errors import PyggmlError
 
 
-def user_line() -> tuple[str, int]:
-    """File and line of the innermost frame outside the library. pyggml.models counts as outside."""
-    frame = sys._getframe(2)
+def user_line(depth: int = 2) -> tuple[str, int]:
+    """File and line of the innermost frame outside the library. pyggml.models counts as outside.
+
+    depth  the first frame to look at; those between it and this function are the library's
+    """
+    frame = sys._getframe(depth)
     while frame.f_back is not None:
         module = frame.f_globals.get("__name__", "")
         if not module.startswith("pyggml.") or module.startswith("pyggml.models."):
