@@ -24,23 +24,24 @@ def toposort(
     """
     order: list[Node] = []
     done: dict[Node, bool] = {}  # False while a node waits for its sources
-    stack: list[tuple[Node, bool]] = [(root, False) for root in reversed(list(roots))]
+    stack = list(roots)[::-1]
     while stack:
-        node, ready = stack.pop()
-        if not ready and node in done:
+        node = stack.pop()
+        state = done.get(node)
+        if state:
             continue
-        if ready or (stop is not None and stop(node)):
+        if state is False or (stop is not None and stop(node)):
             done[node] = True
             order.append(node)
             continue
         done[node] = False
-        stack.append((node, True))
-        sources = [s for s in node.src if s is not None]
-        if before is not None:
-            sources += before.get(node, ())
-        for source in reversed(sources):
+        stack.append(node)
+        sources = node.src if before is None else (*node.src, *before.get(node, ()))
+        for source in sources[::-1]:
+            if source is None:
+                continue
             if source not in done:
-                stack.append((source, False))
+                stack.append(source)
             elif not done[source]:
                 raise GraphError(
                     f"{source!r} (at {line_of(source)}) must run before {node!r} "

@@ -31,6 +31,8 @@ def on_device(node: Node, backend: Backend) -> Supported:
 
     Errors: Refused.
     """
+    if backend.supports(node) is None:
+        return Supported(node)
     # Meanings may be nested thousands deep, so the ops under way are on a stack of our own.
     stack: list[tuple[Node, str, Parts]] = []
     expanded: list[Expanded] = []

@@ -144,10 +144,11 @@ def _score_peak(
     for i, step in enumerate(sharing.steps):
         for node in starts.get(i, ()):
             alive[node] = sharing.last[node]
-        total = sum(block.spec.nbytes for block in {sharing.block(node) for node in alive})
-        if i in here:
-            total += _counted_scratch(step, sharing, scores)
-        peak = max(peak, total)
+        scratch = _counted_scratch(step, sharing, scores) if i in here else 0
+        if not alive and not scratch:
+            continue
+        blocks = {sharing.block(node) for node in alive}
+        peak = max(peak, scratch + sum(block.spec.nbytes for block in blocks))
         alive = {node: end for node, end in alive.items() if end > i}
     return peak
 

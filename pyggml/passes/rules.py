@@ -40,6 +40,7 @@ class Homes:
 
     def __init__(self, work: Work) -> None:
         self.work = work
+        self.several = work.several
         self.preferred = work.backends[0]
         self.of: dict[Node, Backend] = {}
         self.chosen: dict[Node, Backend] = {}
@@ -67,7 +68,7 @@ class Homes:
 
     def choose(self, node: Node) -> Choice:
         """The device for `node` by the first rule that applies."""
-        if not self.work.several:
+        if not self.several:
             fixed = node.op.writes is not None or self.work.pinned(node) is not None
             return Choice(self.preferred, fixed=fixed, free=False)
         for rule in RULES:
