@@ -110,7 +110,7 @@ class Graph:
                 )
 
     def rewrite(self, rebuild: Rebuild) -> Graph:
-        """A new graph with `rebuild(node, new sources)` in place of each node.
+        """The graph with `rebuild(node, new sources)` in place of each node.
 
         The new nodes inherit the labels and lines of those that they replace.
         """
@@ -118,6 +118,8 @@ class Graph:
         for node in self.nodes:
             src = tuple(None if s is None else new[s] for s in node.src)
             new[node] = inherit(rebuild(node, src), node)
+        if all(node is old for old, node in new.items()):
+            return self
         outputs = {key: new[node] for key, node in self.outputs.items()}
         return Graph(outputs, [new[node] for node in self.updates])
 

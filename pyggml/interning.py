@@ -11,9 +11,10 @@ they build, and these labels must not reach an equal node of another graph.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakValueDictionary
 
@@ -30,9 +31,14 @@ Key: TypeAlias = tuple[object, ...]
 class _Compilation:
     """The nodes of the graph that is being compiled, and the nodes that its passes have built."""
 
-    def __init__(self, nodes: Iterable[Node]) -> None:
-        self.nodes = {key_of(n.op, n.src, n.attrs, n.spec): n for n in nodes if not n.op.leaf}
+    def __init__(self, nodes: Sequence[Node]) -> None:
+        self._nodes = nodes
         self.new_nodes: set[Node] = set()
+
+    @cached_property
+    def table(self) -> dict[Key, Node]:
+        """The nodes by their keys; a compilation that builds no node does not need it."""
+        return {key_of(n.op, n.src, n.attrs, n.spec): n for n in self._nodes if not n.op.leaf}
 
 
 _shared_nodes: WeakValueDictionary[Key, Node] = WeakValueDictionary()
@@ -40,7 +46,7 @@ _compilation: ContextVar[_Compilation | None] = ContextVar("compilation", defaul
 
 
 @contextmanager
-def rewriting(nodes: Iterable[Node]) -> Iterator[None]:
+def rewriting(nodes: Sequence[Node]) -> Iterator[None]:
     """Inside the context, new nodes belong only to the graph with these nodes."""
     token = _compilation.set(_Compilation(nodes))
     try:
@@ -52,7 +58,7 @@ def rewriting(nodes: Iterable[Node]) -> Iterator[None]:
 def node_table() -> MutableMapping[Key, Node]:
     """The table of nodes in use: the compilation's own, or the one that users' graphs share."""
     compilation = _compilation.get()
-    return _shared_nodes if compilation is None else compilation.nodes
+    return _shared_nodes if compilation is None else compilation.table
 
 
 def key_of(op: Op[Any], src: Sources, attrs: Attrs, spec: Spec) -> Key:

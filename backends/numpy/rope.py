@@ -90,9 +90,10 @@ def rope_ext(
             theta *= freq_scale
         _within_half_a_turn(theta, work64)
         turn = shaped(turns, *theta.shape)
-        np.copyto(turn.real, theta, casting="same_kind")
-        np.sin(turn.real, out=turn.imag)
-        np.cos(turn.real, out=turn.real)
+        narrow = shaped(spare.view(f32), *theta.shape)  # sin and cos are slow on strided numbers
+        np.copyto(narrow, theta, casting="same_kind")
+        np.cos(narrow, out=turn.real)
+        np.sin(narrow, out=turn.imag)
         turn *= f32(attn_factor)
         for i3 in range(n3):
             y = out[i3, t] if dtype is F32 else shaped(wide, *out[i3, t].shape)

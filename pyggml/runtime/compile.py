@@ -124,6 +124,8 @@ def _observed(graph: Graph, patterns: Iterable[str]) -> Graph:
     patterns = tuple(patterns)
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise DTypeError(f"observe= must be a list of label patterns, not {list(patterns)!r}")
+    if not patterns:
+        return graph
     outputs = dict(graph.outputs)
     for pattern in patterns:
         matches = [
