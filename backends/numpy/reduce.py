@@ -99,7 +99,7 @@ def sort_keys(a: Floats, keys: NDArray[np.int64], descending: bool) -> None:
     """
     values = keys.view(np.float32)[..., ::2]
     np.add(a, 0, out=values)  # -0 becomes +0, so the two are equal
-    if np.isnan(np.max(values)):
+    if np.isnan(np.max(a)):
         for s in split(a.shape[-1], IDS):
             np.copyto(values[..., s], np.float32(np.nan), where=np.isnan(values[..., s]))
     np.left_shift(keys, 32, out=keys)
