@@ -29,7 +29,8 @@ Edges = Mapping[Node, tuple[Node, ...]]
 def order(work: Work) -> Work:
     """The work with `order` filled in.
 
-    With several devices, each one goes on as long as it has a step that can run.
+    With several devices, each one goes on as long as it has a step that can run; what the host
+    waits for comes first.
     """
     edges = state_edges(work.graph.nodes)
     nodes = toposort(work.graph.roots, edges)
@@ -42,15 +43,38 @@ def _few_switches(work: Work, nodes: Sequence[Node], edges: Edges) -> tuple[Node
     """`nodes` in an order that seldom changes the device.
 
     Views and transfers come right before the first step that reads them, so that a device holds
-    what it borrows only while it needs it.
+    what it borrows only while it needs it. Transfers of results to the host come right after the
+    results: the host waits for them, and the device can meanwhile go on.
     """
     steps = [node for node in nodes if runs(node) and node.op is not transfer]
+    needs = _needs(steps, edges)
+    sequence = list(_by_device(steps, needs, lambda step: work.home(step).device))
+    sends = _sends(sequence, lambda node: work.home(node).device)
     ordered: dict[Node, None] = {}
-    for step in _by_device(steps, _needs(steps, edges), lambda step: work.home(step).device):
-        missing = toposort([step], stop=ordered.__contains__)
+    for step in sequence:
+        missing = toposort([step, *sends.get(step, ())], stop=ordered.__contains__)
         ordered.update(dict.fromkeys(missing))
     ordered.update(dict.fromkeys(nodes))  # what only an output reads
     return tuple(ordered)
+
+
+def _sends(sequence: Sequence[Node], device_of: Callable[[Node], str]) -> dict[Node, list[Node]]:
+    """Step -> the transfers to the host that come right after it.
+
+    All results that a host step is the first to read leave together, after the last of them.
+    """
+    number = {step: i for i, step in enumerate(sequence)}
+    sends: dict[Node, list[Node]] = {}
+    seen: set[Node] = set()
+    for step in sequence:
+        if device_of(step) != "host":
+            continue
+        results = [s for s in bases(step) if s.op is transfer and s not in seen]
+        origins = [number[base] for s in results if (base := origin(s).base) in number]
+        if len(origins) == len(results) > 0:
+            sends.setdefault(sequence[max(origins)], []).extend(results)
+        seen.update(results)
+    return sends
 
 
 def _needs(steps: Sequence[Node], edges: Edges) -> dict[Node, set[Node]]:
@@ -77,6 +101,7 @@ def _by_device(
 ) -> Iterator[Node]:
     """Each step after those that it needs, on one device for as long as it has a step to run.
 
+    Of its steps, those come first that the host waits for, in the order of the host's steps.
     Otherwise in the order of `steps`; the next device is that of the first step that can run.
     """
     number = {step: i for i, step in enumerate(steps)}
@@ -84,11 +109,13 @@ def _by_device(
     for step, needed in needs.items():
         for source in needed:
             users[source].append(step)
+    awaited = _awaited(steps, needs, device_of)
     missing = {step: len(needed) for step, needed in needs.items()}
-    ready: dict[str, list[int]] = {}  # device -> heap of the numbers of steps that can run
+    ready: dict[str, list[tuple[int, int]]] = {}  # device -> heap of the steps that can run
 
     def add(step: Node) -> None:
-        heappush(ready.setdefault(device_of(step), []), number[step])
+        urgency = awaited.get(step, len(steps))
+        heappush(ready.setdefault(device_of(step), []), (urgency, number[step]))
 
     for step in steps:
         if not missing[step]:
@@ -96,8 +123,8 @@ def _by_device(
     device = ""
     while ready:
         if device not in ready:
-            device = min(ready, key=lambda name: ready[name][0])
-        step = steps[heappop(ready[device])]
+            device = min(ready, key=lambda name: ready[name][0][1])
+        step = steps[heappop(ready[device])[1]]
         if not ready[device]:
             del ready[device]
         yield step
@@ -105,6 +132,22 @@ def _by_device(
             missing[user] -= 1
             if not missing[user]:
                 add(user)
+
+
+def _awaited(
+    steps: Sequence[Node], needs: Mapping[Node, set[Node]], device_of: Callable[[Node], str]
+) -> dict[Node, int]:
+    """Step of another device -> the number of the first step of the host that waits for it, with no
+    step of the host in between."""
+    awaited: dict[Node, int] = {}
+    for number, step in enumerate(steps):
+        stack = [step] if device_of(step) == "host" else []
+        while stack:
+            for source in needs[stack.pop()]:
+                if source not in awaited and device_of(source) != "host":
+                    awaited[source] = number
+                    stack.append(source)
+    return awaited
 
 
 def check_order(graph: Graph) -> None:

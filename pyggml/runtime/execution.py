@@ -143,22 +143,25 @@ class Execution:
     def _issue(self, timed: Timed | None) -> None:
         done: dict[int, Event] = {}
         copied: dict[int, Event] = {}
+        sent: list[Event] = []  # copies to the host that it has not waited for
         for i, split in enumerate(self.splits):
             for event in (*(done[k] for k in self.waits[i]), *(copied[k] for k in split.spares)):
                 split.backend.wait_for(event)
-            self._copy(i, split, timed)
+            self._copy(i, split, timed, sent)
             if i in self.spared:
                 copied[i] = split.backend.record()
+            if split.steps and split.backend.device == "host":
+                _wait(sent)
             self._compute(i, split, timed)
             if i in self.waited:
                 done[i] = split.backend.record()
+        _wait(sent)
 
-    def _copy(self, i: int, split: Split, timed: Timed | None) -> None:
+    def _copy(self, i: int, split: Split, timed: Timed | None, sent: list[Event]) -> None:
         """Issue the split's copies from other devices.
 
-        A device fetches. To the host the devices send, all of it before the host waits for any.
+        A device fetches. To the host the devices send, and `sent` gets the events.
         """
-        sent: list[Event] = []
         for k, step in enumerate(split.copies):
             source, target = origin(step.node), split.backend
             sender = self.work.home(source)
@@ -171,8 +174,6 @@ class Execution:
                 timed(self.first[i] + k, partial(_waited, call), target)
             elif (event := call()) is not None:
                 sent.append(event)
-        for event in sent:
-            event.wait()
 
     def _compute(self, i: int, split: Split, timed: Timed | None) -> None:
         runner = self.runners[i]
@@ -182,6 +183,13 @@ class Execution:
         start = self.first[i] + len(split.copies)
         for k in range(len(split.steps)):
             timed(start + k, partial(runner.run_step, k), split.backend)
+
+
+def _wait(sent: list[Event]) -> None:
+    """Wait for copies to the host, and clear the list."""
+    for event in sent:
+        event.wait()
+    sent.clear()
 
 
 def _waited(call: Callable[[], Event | None]) -> None:

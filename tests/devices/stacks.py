@@ -89,8 +89,8 @@ def stack(layers: int, n_experts: int = 0, factors: Node | None = None) -> Node:
 
 
 def places(plan: Plan) -> list[str]:
-    """The place of each split."""
-    return [split.backend.place for split in plan.splits]
+    """The place of each split with steps."""
+    return [split.backend.place for split in plan.splits if split.steps]
 
 
 def ops(split: Split) -> list[str]:
