@@ -7,7 +7,8 @@ the meaning on its own. `copies` then moves nodes that no rule ties to a device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from pyggml.backends.base import Backend
@@ -19,7 +20,7 @@ from pyggml.node import Node, label_of, line_of
 from pyggml.ops.leaf import constant_op, state_op
 from pyggml.ops.views import bases
 from pyggml.passes.copies import fewer_copies
-from pyggml.passes.meanings import Refused, in_parts, on_device
+from pyggml.passes.meanings import Refused, meaning_of, on_device
 from pyggml.passes.rules import Choice, Homes
 from pyggml.passes.work import Expanded, Work
 
@@ -39,17 +40,37 @@ def assign(work: Work) -> Work:
 
 
 class _Assigner:
-    """Settles nodes one by one, sources first."""
+    """Settles nodes one by one, sources first.
+
+    refused  for each device, the nodes whose meanings it cannot run, and why
+    """
 
     def __init__(self, work: Work) -> None:
         self.work = work
         self.homes = Homes(work)
         self.expanded: list[Expanded] = []
+        self.refused: defaultdict[Backend, dict[Node, str]] = defaultdict(dict)
 
     def settled(self, node: Node, original: Node) -> Node:
         """`node` on a device that runs it, or its meaning.
 
         original  the node that `node` replaces
+        """
+        result = self._settle(node, original)
+        if result is not None:
+            return result
+        reason = self.expanded[-1].reason
+        try:
+            return meaning_of(node, self._settle)
+        except UnsupportedOpError as error:
+            text = f"{_no_place(node)}: {reason}; part by part: {error}"
+            raise UnsupportedOpError(text) from None
+
+    def _settle(self, node: Node, original: Node) -> Node | None:
+        """`node`, or its meaning, on one device; None if each part of the meaning must find its
+        own.
+
+        Errors: UnsupportedOpError if no device runs the node and it must not be split.
         """
         if node.op.leaf or node.op.view is not None or node.op is loop_op or node in self.homes.of:
             return node
@@ -58,42 +79,43 @@ class _Assigner:
         refusals = []
         for backend in self._candidates(choice):
             try:
-                supported = on_device(node, backend)
+                supported = on_device(node, backend, self.refused[backend])
             except Refused as refused:
                 refusals.append(f"{backend.place}: {refused}")
                 continue
             self.expanded += supported.expanded
             self.homes.put(supported.node, backend, choice)
             return supported.node
-        return self._scattered(node, choice, refusals)
+        reason = self._reason(node, choice, refusals)
+        self.expanded.append(Expanded(label_of(node), node.op.name, "several places", reason))
+        return None
 
-    def _candidates(self, choice: Choice) -> list[Backend]:
+    def _candidates(self, choice: Choice) -> Iterator[Backend]:
         """The devices to try, in order."""
-        if choice.fixed:
-            return [choice.device]
-        return [choice.device, *(b for b in self.work.backends if b != choice.device)]
+        yield choice.device
+        if not choice.fixed:
+            yield from (backend for backend in self.work.backends if backend != choice.device)
 
-    def _scattered(self, node: Node, choice: Choice, refusals: Sequence[str]) -> Node:
-        """The meaning with each part where it can run.
+    def _reason(self, node: Node, choice: Choice, refusals: Sequence[str]) -> str:
+        """Why the node must be split over several devices.
 
-        Errors: UnsupportedOpError if a part cannot run anywhere or the node must not be split.
+        Errors: UnsupportedOpError if it must not be.
         """
         if node.op.writes is not None and self.work.pinned(node.root) is None:
             reasons = ((b.place, b.supports(node)) for b in self.work.backends)
             refusals = [f"{place}: {reason}" for place, reason in reasons if reason is not None]
-        head, reason = f"no place runs {node!r} (at {line_of(node)})", "; ".join(refusals)
+        reason = "; ".join(refusals)
         if choice.fixed:
             why = "it writes a state" if node.op.writes is not None else "it is pinned there"
-            raise UnsupportedOpError(f"{head}: {reason}; {why}")
+            raise UnsupportedOpError(f"{_no_place(node)}: {reason}; {why}")
         if node.op.meaning is None:
             why = f"{node.op.name} has no meaning in simpler ops"
-            raise UnsupportedOpError(f"{head}: {reason}; {why}")
-        try:
-            simpler = in_parts(node, self.settled)
-        except UnsupportedOpError as error:
-            raise UnsupportedOpError(f"{head}: {reason}; part by part: {error}") from None
-        self.expanded.append(Expanded(label_of(node), node.op.name, "several places", reason))
-        return simpler
+            raise UnsupportedOpError(f"{_no_place(node)}: {reason}; {why}")
+        return reason
+
+
+def _no_place(node: Node) -> str:
+    return f"no place runs {node!r} (at {line_of(node)})"
 
 
 def leaf_homes(work: Work, graph: Graph, homes: Mapping[Node, Backend]) -> dict[Node, Backend]:

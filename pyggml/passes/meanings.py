@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from pyggml.backends.base import Backend
 from pyggml.errors import GraphError
@@ -12,11 +12,19 @@ from pyggml.interning import inherit
 from pyggml.node import Node, copy_line, label_of, line_of
 from pyggml.passes.work import Expanded
 
-Parts: TypeAlias = Generator[tuple[Node, Node], Any, Node]
+#: settle(op, original) returns the node that takes the place of `op`, or None if its meaning does.
+#: `original` is the op before its sources were replaced.
+Settle: TypeAlias = Callable[[Node, Node], Node | None]
+Parts: TypeAlias = Generator[tuple[Node, Node], Node | None, Node]
 
 
 class Refused(Exception):
-    """A device runs neither a node nor its meaning; the message says why."""
+    """A device runs neither a node nor its meaning; the message says why.
+
+    wholes  the nodes whose meanings contain the refused one, outermost first
+    """
+
+    wholes: tuple[Node, ...] = ()
 
 
 class Supported(NamedTuple):
@@ -26,53 +34,63 @@ class Supported(NamedTuple):
     expanded: tuple[Expanded, ...] = ()
 
 
-def on_device(node: Node, backend: Backend) -> Supported:
+def on_device(node: Node, backend: Backend, refused: dict[Node, str]) -> Supported:
     """`node` if the device runs it, else its meaning with every part on the device.
+
+    refused  nodes with meanings that the device cannot run, and the reason of the part at fault;
+             grows. It spares meanings nested in others from being tried once for each of them
 
     Errors: Refused.
     """
-    if backend.supports(node) is None:
+    reason = backend.supports(node)
+    if reason is None:
         return Supported(node)
-    # Meanings may be nested thousands deep, so the ops under way are on a stack of our own.
-    stack: list[tuple[Node, str, Parts]] = []
     expanded: list[Expanded] = []
-    result: Node | None = node
-    while True:
-        assert result is not None
-        reason = backend.supports(result)
-        if reason is not None:
-            if result.op.meaning is None:
-                reasons = dict.fromkeys([*(reason for _, reason, _ in stack), reason])
-                raise Refused(", and its meaning in simpler ops: ".join(reasons))
-            stack.append((result, reason, _parts(result)))
-            result = None
-        while stack:
-            whole, reason, parts = stack[-1]
-            try:
-                result, _ = parts.send(result)
-                break
-            except StopIteration as end:
-                result = end.value
-                stack.pop()
-                expanded.append(Expanded(label_of(whole), whole.op.name, backend.place, reason))
-        else:
-            assert result is not None
-            return Supported(result, tuple(expanded))
+
+    def settle(part: Node, original: Node) -> Node | None:
+        reason = backend.supports(part)
+        if reason is None:
+            return part
+        if part.op.meaning is None or part in refused:
+            raise Refused(refused.get(part, reason))
+        expanded.append(Expanded(label_of(part), part.op.name, backend.place, reason))
+        return None
+
+    try:
+        simpler = settle(node, node) or meaning_of(node, settle)
+    except Refused as error:
+        cause = str(error)
+        refused.update(dict.fromkeys(error.wholes, cause))
+        meaning = "" if cause == reason else f", and its meaning in simpler ops: {cause}"
+        raise Refused(f"{reason}{meaning}") from None
+    return Supported(simpler, tuple(expanded))
 
 
-def in_parts(node: Node, settle: Callable[[Node, Node], Node]) -> Node:
-    """The meaning of `node` with each op in it replaced by `settle(op, the op before its sources
-    were replaced)`.
+def meaning_of(node: Node, settle: Settle) -> Node:
+    """The meaning of `node` with each op in it settled, and so on in the meanings that replace
+    these.
 
-    Errors: GraphError if the meaning does not fit the op's shape rule.
+    Errors: those of `settle`; GraphError if a meaning does not fit its op's shape rule.
     """
-    parts, result = _parts(node), None
-    while True:
+    # Meanings may be nested thousands deep, so the ones under way are on a stack of our own.
+    stack = [(node, _parts(node))]
+    result: Node | None = None
+    while stack:
         try:
-            result = settle(*parts.send(result))
+            part, original = stack[-1][1].send(result)
         except StopIteration as end:
-            meaning: Node = end.value
-            return meaning
+            result = end.value
+            stack.pop()
+            continue
+        try:
+            result = settle(part, original)
+        except Refused as error:
+            error.wholes = tuple(whole for whole, _ in stack)
+            raise
+        if result is None:
+            stack.append((part, _parts(part)))
+    assert result is not None
+    return result
 
 
 def _parts(node: Node) -> Parts:
@@ -94,5 +112,7 @@ def _parts(node: Node) -> Parts:
         if part not in new:
             copy = rebuilt(copy_line(part, node), tuple(s and new[s] for s in part.src))
             simple = copy.op.leaf or copy.op.view is not None
-            new[part] = inherit(copy if simple else (yield copy, part), part)
+            settled = copy if simple else (yield copy, part)
+            assert settled is not None
+            new[part] = inherit(settled, part)
     return new[meaning]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -144,6 +146,51 @@ def test_an_op_that_no_place_runs_is_an_error_that_lists_all_refusals() -> None:
     message = str(e.value)
     for reason in ("ffn", "null:0: silu is on", "null:1: silu is on", "test_scheduler.py"):
         assert reason in message, message
+
+
+@gg.op
+def half_of_squares(a: Node, *, times: int) -> gg.define.Spec:
+    """a / 2, squared `times` + 1 times: the square of half_of_squares with `times` - 1."""
+    return a.spec
+
+
+@half_of_squares.means
+def _(a: Node, *, times: int) -> Node:
+    half = half_of_squares(a, times=times - 1) if times else gg.scale(a, s=0.5)
+    return gg.sqr(half)
+
+
+def test_meanings_nested_thousands_deep_are_scattered() -> None:
+    x = gg.input("x", "f32", ne=(4,))
+
+    def calls(n: int) -> int:
+        """The questions whether a device runs a node."""
+        y, count = half_of_squares(x, times=n), 0
+
+        def counted(frame: FrameType, event: str, argument: object) -> None:
+            nonlocal count
+            count += event == "call" and frame.f_code.co_name == "supports"
+
+        sys.setprofile(counted)
+        try:
+            plan = gg.compile({"y": y}, backends=["null:0", "null:1"])
+        finally:
+            sys.setprofile(None)
+        assert len(plan.steps) == n + 3  # the scale, a copy and the squares
+        return count
+
+    with ExitStack() as stack:
+        denying(stack, 0, "sqr")
+        denying(stack, 1, "scale")
+        assert calls(5000) < 11 * calls(500)
+        denying(stack, 1, "sqr", "scale")
+        y = gg.label(half_of_squares(x, times=5000), "deep")
+        with pytest.raises(gg.UnsupportedOpError) as e:
+            gg.compile({"y": y}, backends=["null:0", "null:1"])
+    message = str(e.value)
+    for reason in ("no place runs <deep", "simpler ops: sqr is on", "simpler ops: scale is on"):
+        assert reason in message, message
+    assert "part by part: no place runs <sqr" in message and len(message) < 1000, message
 
 
 def test_a_failed_expansion_leaves_no_trace() -> None:
