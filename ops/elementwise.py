@@ -83,6 +83,9 @@ def div(a: Node, b: Node) -> Spec:
     return _pair(a, b, FLOATS)
 
 
+BINARY: tuple[Op[[Node, Node]], ...] = (add, sub, mul, div)
+
+
 @op(slices=elementwise_slices)
 def scale(a: Node, *, s: float, b: float = 0.0) -> Spec:
     """y = s * a + b.   a, y  f32 or f16, any size."""

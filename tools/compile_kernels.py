@@ -13,6 +13,7 @@ Comments in the kernels' sources declare the instances:
     EVERY   all block types
     BLOCKS  the block types whose weights have a layout of their own in tiles
     SOME    one block type for each way to read codes
+    UNARY   the functors of elementwise.cu that the macro UNARY defines; likewise BINARY
     hot     spills are an error
     ARCH    only for this architecture
 
@@ -38,6 +39,7 @@ from pathlib import Path
 from time import thread_time
 
 from pyggml.backends.cuda.device import compiler
+from pyggml.backends.cuda.elementwise import BINARY_FUNCTORS, UNARY_FUNCTORS
 from pyggml.backends.cuda.weights.formats import FORMATS
 from pyggml.errors import DeviceError
 
@@ -46,11 +48,13 @@ _LINE = re.compile(r"^//\s*@kernel\s+(?P<flags>(?:(?:hot|\d+a?)\s+)*)(?P<name>.+
 BUDGETED = ("90a", "80")
 #: Block types whose layout in tiles is that of iq2_xs or tq2_0, with other levels.
 _ALIKE = {"iq1_s", "iq1_m", "iq2_xxs", "iq2_s", "iq3_xxs", "iq3_s", "tq1_0"}
-#: Names of lists of block types.
+#: Names of lists of block types and functors.
 _WORDS = {
     "EVERY": "|".join(FORMATS),
     "BLOCKS": "|".join(k for k in FORMATS if k not in _ALIKE),
     "SOME": "q8_0|q3_K|q6_K|iq4_nl|q1_0",
+    "UNARY": "|".join(UNARY_FUNCTORS.values()),
+    "BINARY": "|".join(BINARY_FUNCTORS.values()),
 }
 
 

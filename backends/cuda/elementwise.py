@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 
 from pyggml import ops
+from pyggml.backends.cuda.device.compiler import KERNELS
 from pyggml.backends.cuda.fusion import Fused, Run
 from pyggml.backends.cuda.geometry import C_TYPES, blocks_for, counted, pack_width, part
 from pyggml.backends.cuda.launch import Call, Operand
 from pyggml.backends.cuda.table import kernel
 from pyggml.node import Node
-from pyggml.ops.elementwise import ACTIVATIONS
+from pyggml.operation import Op
+from pyggml.ops.elementwise import ACTIVATIONS, BINARY, UNARY
 
 FILE = "elementwise.cu"
 
@@ -53,22 +57,19 @@ def _binary(name: str) -> Callable[[Call], None]:
     return lambda call: binary(call, name, call["a"], call["b"])
 
 
-#: The functors of elementwise.cu by op. Ops that are not listed have no kernel here.
-FUNCTORS = {
-    ops.exp: "Exp",
-    ops.log: "Log",
-    ops.sqr: "Sqr",
-    ops.sqrt: "Sqrt",
-    ops.tanh: "Tanh",
-    ops.relu: "Relu",
-    ops.sigmoid: "Sigmoid",
-    ops.silu: "Silu",
-    ops.gelu: "Gelu",
-}
+def functors(macro: str, family: Iterable[Op[Any]]) -> dict[Op[Any], str]:
+    """Op -> its functor, for the ops of a family that elementwise.cu defines by `macro`. The others
+    have no kernel here."""
+    names = re.findall(rf"^{macro}\((\w+),", (KERNELS / FILE).read_text(), re.MULTILINE)
+    by_op = {op: op.name.title().replace("_", "") for op in family}
+    return {op: name for op, name in by_op.items() if name in names}
+
+
+UNARY_FUNCTORS = functors("UNARY", UNARY)
+BINARY_FUNCTORS = functors("BINARY", BINARY)
 #: The functors of activations that may gate, by the name of the activation.
-GATES = {op.name: functor for op, functor in FUNCTORS.items() if op.name in ACTIVATIONS}
-BINARY_FUNCTORS = {ops.add: "Add", ops.sub: "Sub", ops.mul: "Mul", ops.div: "Div"}
-for _op, _functor in FUNCTORS.items():
+GATES = {op.name: functor for op, functor in UNARY_FUNCTORS.items() if op.name in ACTIVATIONS}
+for _op, _functor in UNARY_FUNCTORS.items():
     kernel(_op, inplace=("a",))(_unary(_functor))
 for _pair, _functor in BINARY_FUNCTORS.items():
     kernel(_pair, inplace=("a",))(_binary(_functor))

@@ -13,6 +13,7 @@ import pytest
 import pyggml as gg
 from pyggml import backends, ops, passes
 from pyggml.backends.cuda.device.compiler import KERNELS
+from pyggml.backends.cuda.elementwise import functors
 from pyggml.backends.cuda.launch import Launch, Record
 from pyggml.backends.cuda.runner import record_step
 from pyggml.backends.cuda.table import KERNELS as TABLE
@@ -20,6 +21,7 @@ from pyggml.backends.cuda.weights.formats import FORMATS
 from pyggml.backends.step import Address, Step
 from pyggml.graph import Graph
 from pyggml.node import Node
+from pyggml.operation import Op
 from pyggml.parity.case import Case, build
 from pyggml.parity.cases import BLOCKS, cases
 from pyggml.passes.work import Work
@@ -156,3 +158,16 @@ def test_every_instance_has_its_template() -> None:
                 assert key in declared, f"{case}: {launch.file} has no kernel {launch.name}"
                 unknown = _words(launch.name) - declared[key] - _PLAIN
                 assert not unknown, f"{case}: {launch.name}: no @kernel line has {unknown}"
+
+
+@pytest.mark.parametrize("macro", ["UNARY", "BINARY"])
+def test_every_functor_is_that_of_an_op_and_the_reverse(macro: str) -> None:
+    """elementwise.cu is the only list of these ops."""
+    family = getattr(ops.elementwise, macro)
+    claimed = functors(macro, family)
+    defined = re.findall(rf"\b{macro}\(\s*(\w+)\s*,", (KERNELS / "elementwise.cu").read_text())
+    assert sorted(claimed.values()) == sorted(set(defined) - {"Name"})
+    assert len(defined) == len(set(defined)) and claimed.keys() == TABLE.keys() & {*family}
+    words = re.split(r"\W+", " ".join(i.name for i in instances([KERNELS / "elementwise.cu"])))
+    assert {*claimed.values()} <= {*words}, "`make kernels` does not compile some"
+    assert not functors(macro, [Op(lambda a: a.spec, name="gelu_quick")])

@@ -1,37 +1,41 @@
 // Elementwise ops: V adjacent elements per thread where the rows allow it, else any strides.
-// @kernel binary<{Add|Sub|Mul|Div|Glu<Silu>}, float, {4|1}, unsigned>
+// @kernel binary<{BINARY|Glu<Silu>}, float, {4|1}, unsigned>
 // @kernel binary<{Add|Mul|Glu<Gelu>|Glu<Relu>}, __half, {8|1}, unsigned>
 // @kernel binary<Add, {int|long long}, 1, unsigned>
 // @kernel binary<Add, float, 4, long long>
-// @kernel unary<{Exp|Log|Sqr|Sqrt|Tanh|Relu|Sigmoid|Silu|Gelu|Scale|Clamp|Fill}, float, 4, unsigned>
+// @kernel unary<{UNARY|Scale|Clamp|Fill}, float, 4, unsigned>
 // @kernel unary<{Silu|Scale}, __half, {8|1}, unsigned>
 // @kernel add_id
 #include "common.cuh"
 
-struct Exp { static __device__ float f(float x, float, float) { return expf(x); } };
-struct Log { static __device__ float f(float x, float, float) { return logf(x); } };
-struct Sqr { static __device__ float f(float x, float, float) { return x * x; } };
-struct Sqrt { static __device__ float f(float x, float, float) { return sqrtf(x); } };
-struct Tanh { static __device__ float f(float x, float, float) { return tanhf(x); } };
+// The host reads these lines, and those of BINARY, to know which ops have a kernel: Silu is the
+// functor of the op silu, GeluQuick would be that of gelu_quick.
+#define UNARY(Name, value) \
+    struct Name { static __device__ float f(float x, float, float) { return value; } };
+UNARY(Exp, expf(x))
+UNARY(Log, logf(x))
+UNARY(Sqr, x * x)
+UNARY(Sqrt, sqrtf(x))
+UNARY(Tanh, tanhf(x))
 // NaN stays NaN here and in Clamp, so use comparisons, not fmaxf.
-struct Relu { static __device__ float f(float x, float, float) { return x < 0 ? 0 : x; } };
-struct Sigmoid { static __device__ float f(float x, float, float) { return __fdividef(1, 1 + expf(-x)); } };
-struct Silu { static __device__ float f(float x, float, float) { return __fdividef(x, 1 + expf(-x)); } };
-struct Gelu {
-    static __device__ float f(float x, float, float) {
-        return 0.5f * x * (1 + tanhf(0.79788456080286535588f * x * (1 + 0.044715f * x * x)));
-    }
-};
+UNARY(Relu, x < 0 ? 0 : x)
+UNARY(Sigmoid, __fdividef(1, 1 + expf(-x)))
+UNARY(Silu, __fdividef(x, 1 + expf(-x)))
+UNARY(Gelu, 0.5f * x * (1 + tanhf(0.79788456080286535588f * x * (1 + 0.044715f * x * x))))
+
 struct Scale { static __device__ float f(float x, float s, float b) { return b == 0 ? s * x : s * x + b; } };
 struct Clamp {
     static __device__ float f(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
 };
 struct Fill { static __device__ float f(float, float value, float) { return value; } };
 
-struct Add { template <class T> static __device__ T f(T a, T b) { return a + b; } };
-struct Sub { template <class T> static __device__ T f(T a, T b) { return a - b; } };
-struct Mul { template <class T> static __device__ T f(T a, T b) { return a * b; } };
-struct Div { template <class T> static __device__ T f(T a, T b) { return a / b; } };
+#define BINARY(Name, value) \
+    struct Name { template <class T> static __device__ T f(T a, T b) { return value; } };
+BINARY(Add, a + b)
+BINARY(Sub, a - b)
+BINARY(Mul, a * b)
+BINARY(Div, a / b)
+
 template <class Act>
 struct Glu { template <class T> static __device__ T f(T a, T b) { return Act::f(a, 0, 0) * b; } };
 

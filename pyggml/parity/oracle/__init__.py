@@ -4,6 +4,9 @@ Nothing here is shared with `ops`, `backends` or `quants`; an error there cannot
 are 4-D in NumPy shape (the reverse of `ne`), float64 or int64, block types already decoded; an
 absent optional source is None. Results are float64 or int64, and are not rounded to the type of
 the node, except by `cast`.
+
+The tables `CASES` and `LARGE` of each family have the cases of its ops; `pyggml.parity.cases`
+explains them.
 """
 
 from __future__ import annotations
@@ -25,12 +28,12 @@ from pyggml.parity.oracle import (
 )
 from pyggml.parity.oracle.base import Array
 
-_FAMILIES = (copy, elementwise, reduce, rope, linear, attention, moe)
+FAMILIES = (copy, elementwise, reduce, rope, linear, attention, moe)
 
 #: Op name -> function(*sources, **attributes): the public functions of the family files.
 ORACLE: dict[str, Callable[..., Array]] = {
     name: function
-    for family in _FAMILIES
+    for family in FAMILIES
     for name, function in getmembers(family, isfunction)
     if function.__module__ == family.__name__ and not name.startswith("_")
 }

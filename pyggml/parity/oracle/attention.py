@@ -6,6 +6,47 @@ import numpy as np
 
 from pyggml.parity.oracle.base import Array, alibi_slope
 
+CASES = """
+flash_attn_ext(f32[192,3,4]{|@p0213}, {PLAIN}[192,23,{1|2|4}]{|@inner}, $2[128,23,$3], f16[23,5]~mask, scale=0.07)
+flash_attn_ext(f32[576,{1|3},4]@p0213, {f32|f16|bf16|q8_0}[576,17], $2[512,17]=1+{0|64}, {-|f16[17,3]~mask}, scale=0.04)
+flash_attn_ext(f32[64,4,6], {f32|f16|q8_0}[64,17,2], $1[64,17,2], f16[17,4,{1|3|6}]~mask{|@wide}, max_bias={0.0|8.0}, scale=0.125, lse={True|False})
+flash_attn_ext(f32[64,5,3], {f32|f16|q4_0}[64,31,3], $1[32,31,3], logit_softcap=10.0, scale=0.5, prec='f32')
+flash_attn_ext(f32[32,3,12,4]{|@inner}, f32[32,12,4,4]{|@p0213}, f32[32,12,4,4], f16[12,3,3,2]~mask, max_bias=8.0, scale=0.2, head0={0|4}, n_head=16)
+flash_attn_ext(f32[32,3,4], f32[32,14,2], f32[48,14,2], {-|f16[14,3]~mask}, f32[4], {-|i32[1]#9|i32[1]#0}, scale=0.3, lse={True|False})
+flash_attn_ext(f32[32,3,4], f32[32,14,2], f32[48,14,2], {-|f16[14,3]~mask}, -, i32[1]#{20|9|0}, scale=0.3, lse={True|False}, kv0={0|8})
+flash_attn_ext(f32[40,2,5], f32[40,1,5], f32[24,1,5], scale=0.2)
+flash_attn_ext(f32[64,70,2], f16[64,700,1], f16[64,700,1], f16[700,70]~mask, scale=0.2, lse=True)
+flash_attn_ext(f32[64,7,{2|4}], {f32|f16|bf16|q8_0}[64,37,2]~holed, $2[64,37,2]~holed, f16[37,7,{1|2}]~holes, scale=0.125, max_bias={0.0|8.0}, lse={True|False})
+flash_attn_ext(f32[64,7,2], {f32|f16|q8_0|q4_0}[64,{37|300},1]~ended, $1[64,$2,1]~ended, {-|f16[$2,7]~mask}, -, i32[1]#18, scale=0.125, {logit_softcap=5.0|prec='f32'})
+flash_attn_ext(f32[576,{1|3|20|70},4]@p0213, {f32|f16|bf16|q8_0}[576,69]~holed, $2[512,69]=1+{0|64}, f16[69,$1]~holes, scale=0.04)
+flash_attn_ext(f32[576,{1|20},4], {f16|q8_0}[576,333]~ended, $2[512,333]=1+64, -, -, i32[1]#167, scale=0.04)
+flash_attn_ext(f32[{64|80|96|128|256},{70|6},2], {f16|bf16}[$1,330,2]~holed, $3[$1,330,2]~holed, f16[330,$2]~holes, scale=0.1)
+flash_attn_ext(f32[{64|192},130,34], {f16|bf16|q8_0}[$1,150,34]~ended, $2[{64|128},150,34]~ended, {-|f16[150,130]~holes}, -, i32[1]#75, scale=0.1)
+flash_attn_ext(f32[40,2,5], f32[40,29,5]~holed, f32[24,29,5]~holed, f16[29,2]~holes, f32[5], scale=0.2)
+flash_attn_ext(f32[32,{1|3},2], {f32|f16|bf16}[32,300,1], $2[{1|5},300,1], {-|f16[300,3]~mask}, {-|f32[2]}, scale=0.2, lse={True|False})
+flash_attn_ext(f32[32,3,4], f32[32,14,2], f32[48,14,2], {-|f16[14,3]~mask}, f32[4]@apart, i32[1]#9@apart, scale=0.3)
+flash_attn_ext(f32[64,3,4], f16[64,300,2], f16[64,300,2], -, f32[4]@apart, i32[1]#200@apart, scale=0.1)
+causal_mask(i32[{1|5|70}]<37{|@apart}, n_kv={37|256}, window={None|1|9})
+causal_mask(i32[{1|5}]<1{|@apart}, n_kv=1, window={None|1|9})
+causal_mask(i32[{1|5|70}]<37{|@apart}, i32[33]<40{|@apart}, n_kv=33, window={None|1|9})
+causal_mask(i32[7]#{-1|37}, i32[5]#{-2147483648|0|1|38}, n_kv=5, window={None|9})
+causal_mask(i32[7]#{-2147483648|-1|-2147483600}, n_kv={1|37|256}, window={None|1|9|2147483647})
+merge_lse(f32[{2|33},3,5,2]{|@inner}, f32[$1,3,5,2]{|@wide})
+flash_attn_ext(f32[32,3,4], f16[32,14,2]{|@weight|@weight@p0213}, f16[48,14,2]{|@weight}, f16[14,3]~mask, f32[4]@weight, scale=0.3)
+flash_attn_ext(f32[64,3,4]@far, {f32|f16|q8_0}[64,17{|,2}]@far, $1[64,17$2]@far, f16[17,3]~mask@far, scale=0.3)
+merge_lse(f32[33,3,5]@far, f32[33,3,5]@far)
+"""  # noqa: E501
+
+LARGE = """
+flash_attn_ext(f32[192,100,16]@p0213, f16[192,700,16], f16[128,700,16], f16[700,100]~mask, scale=0.1)
+flash_attn_ext(f32[576,70,16]@p0213, q8_0[576,700], q8_0[512,700]=1+0, f16[700,70]~mask, scale=0.1)
+flash_attn_ext(f32[64,1,8], f32[64,9000,2], f32[64,9000,2], -, f32[8], i32[1]#8000, scale=0.1, lse=True)
+flash_attn_ext(f32[64,300,6], bf16[64,300,2], f16[64,300,2], f16[300,300,3]~mask, scale=0.1, max_bias=8.0, logit_softcap=9.0)
+causal_mask(i32[700]<900, n_kv=900, window=100)
+causal_mask(i32[1]<40000, n_kv=90000)
+merge_lse(f32[513,16,100], f32[513,16,100]@inner)
+"""  # noqa: E501
+
 
 def _scores(q: Array, k: Array, scale: float, softcap: float) -> Array:
     """[n_q, n_kv]; keys that hold NaN give NaN here and are dropped later if they are masked."""

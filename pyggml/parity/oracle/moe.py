@@ -7,6 +7,38 @@ import numpy as np
 from pyggml.parity.oracle.base import Array, activate
 from pyggml.parity.oracle.linear import mul_mat, mul_mat_id
 
+CASES = """
+moe_up_gate({f32|f16|q8_0|q4_K}[256,10,5]{|@inner}, $1[256,10,5], {f32|f16}[256,{1|3},7], i32[3,7]<5-, act={'silu'|'gelu'|'relu'})
+fused_up_gate({f32|bf16|q8_0|q4_K}[256,11]{|@wide}, $1[256,11], {f32|f16}[256,5,2]{|@p0213}, act={'silu'|'gelu'|'relu'})
+moe_up_gate({f16|q8_0|q4_K}[256,10,5], {f16|q8_0}[256,10,5], f32[256,3,{7|30}], i32[3,$3]<5-, act='gelu', prec='f32')
+fused_up_gate({bf16|q8_0|q4_K}[256,11], $1[256,11], f32[256,{1|5|20}], act='gelu', prec='f32')
+grouped_topk(f32[{160,7|16,3|16}]{|@wide}, n_group={1|2|8}, n_group_used=1, n_top={1|2}, k=2)
+grouped_topk(f32[64,{5|1}], n_group=8, n_group_used=4, n_top={1|2|8}, k=8)
+grouped_topk(f32[40,30]~wild, n_group=8, n_group_used=3, n_top={1|2|5}, k=6)
+multi_add(f32[{13,6,5|1,1,1|700,3,2}]{|@inner|@p0213})
+mul_multi_add(f32[13,6,5]{|@inner|@p0213}, f32[1,6,5]{|@step|@apart})
+moe_up_gate({f32|f16|q8_0|q4_K}[256,10,5]@weight{|@inner}, $1[256,10,5]{|@weight|@weight@wide}, f32[256,3,7], i32[3,7]<5-)
+moe_up_gate(q8_0[256,10,5]@weight, q8_0[256,10,5]=0+0, f32[256,1,7], i32[3,7]<5-)
+fused_up_gate({f32|bf16|q8_0|q4_K}[256,11]@weight{|@wide}, {f32|q4_K}[256,11]@weight{|@step}, f32[256,5])
+moe_up_gate({bf16|q8_0|q4_K}[256,10,5]@weight, $1[256,10,5]@weight, f32[256,1,{7|30}], i32[3,$2]<5-, prec='f32')
+fused_up_gate({f32|q8_0|q4_K}[256,11]@weight, $1[256,11]@weight, f32[256,{1|5|20}], prec='f32')
+mul_multi_add(f32[13,6,5], f32[1,6,5]@weight)
+moe_up_gate({f32|q8_0}[256,10,5]@far, $1[256,10,5]@far, f32[256,1,7]@far, i32[3,7]<5-)
+fused_up_gate(q8_0[256,11]@far, q8_0[256,11]@far, f32[256,5]@far)
+multi_add(f32[13,6,5]@far)
+mul_multi_add(f32[13,6,5]@far, f32[1,6,5]@far)
+"""  # noqa: E501
+
+LARGE = """
+moe_up_gate(q4_K[512,300,8], q4_K[512,300,8], f32[512,1,300], i32[6,300]<8, act='gelu')
+moe_up_gate(f32[512,300,8], f32[512,300,8], f32[512,1,300], i32[6,300]<8-)
+fused_up_gate(q8_0[512,300], q8_0[512,300], f32[512,200])
+fused_up_gate(f32[512,300], f16[512,300], f16[512,200])
+grouped_topk(f32[256,3000], n_group=8, n_group_used=4, n_top=2, k=8)
+multi_add(f32[2000,8,50])
+mul_multi_add(f32[2000,8,50], f32[1,8,50])
+"""
+
 
 def moe_up_gate(
     up: Array, gate: Array, b: Array, ids: Array, *, act: str = "silu", prec: str = "default"

@@ -6,6 +6,49 @@ import numpy as np
 
 from pyggml.parity.oracle.base import Array, alibi_slope
 
+CASES = """
+{sum_rows|argmax|argsort}(f32[37,5]@apart)
+rms_norm(f32[64,5]@apart, eps=1e-06)
+sum_rows(f32[{37,5,2|1|1000,3|2,2,2,2}]{|@inner|@p1032})
+rms_norm(f32[{37,5,2|512,3|8|1,4}]{|@inner|@step|@p0213}, eps={1e-06|0.5})
+soft_max(f32[{37,5,3|1,2|512}])
+soft_max(f32[{5|4},40]~wild)
+soft_max_ext(f32[6,40]~wild, {-|f16[6,40]~mask}, f32[1], scale=0.7)
+soft_max_ext(f32[37,5,3]{|@inner|@p0213|@p1032}, scale={1.0|0.1})
+soft_max_ext(f32[19,3,{1|5|6|12},2], {f16|f32}[19,{3|4}]~mask, scale=0.7, max_bias={0.0|8.0})
+soft_max_ext(f32[11,4,4,6]@inner, {f16|f32}[11,6,{1|2|4},{1|3}]~mask{|@wide}, max_bias={0.0|4.0})
+soft_max_ext(f32[29,3,4], {-|f16[29,3]~mask|f32[29,3,4]~mask}, f32[4], scale=0.5)
+soft_max_ext(f32[29,3,4]{|@apart}, {-|f16[29,3]~mask}, f32[4]@apart, scale=0.5)
+soft_max_ext(f32[17,3,3], f16[17,3]~mask, f32[3], max_bias=8.0, head0=5, n_head=12)
+soft_max_ext(f32[300,70,3,2], f16[300,70]~mask)
+argsort(f32[{33,5,2|1|700,3}]{|~ties|@inner}, order={'asc'|'desc'})
+argsort(f32[{33,9|5000,2}]~wild{|@step}, order={'asc'|'desc'})
+top_k(f32[{64,7|9,2,2}]{|~ties|@wide|~wild}, k={1|6|9})
+argmax(f32[{33,5,3,2|33,4|7}]{|~ties|@inner|@p1032|~wild})
+argmax(f32[{3,50|20000,3}]~wild)
+rms_norm(f32[64,5]@weight, eps=1e-06)
+soft_max_ext(f32[29,3,4], f16[29,3]~mask{|@weight}, f32[4]@weight{|@step}, scale=0.5)
+sum_rows(f32[37,5]@far)
+rms_norm(f32[37,5]@far, eps=1e-06)
+soft_max_ext(f32[29,3,4]@far, f16[29,3,4]~mask@far, scale=0.5)
+argsort(f32[33,5]@far)
+"""
+
+LARGE = """
+sum_rows(f32[512,300]@p1032)
+rms_norm(f32[40000,5], eps=1e-05)
+rms_norm(f32[64,20000]@inner, eps=1e-05)
+soft_max(f32[40000,5])
+soft_max_ext(f32[300,70,8], f16[300,70,2]~mask, f32[8], scale=0.5, max_bias=8.0)
+soft_max_ext(f32[5000,70], f32[5000,70]~mask@wide)
+argsort(f32[40000,3], order='desc')
+argsort(f32[64,3000]@p1032, order='asc')
+top_k(f32[40000,3], k=30000)
+top_k(f32[256,3000], k=8)
+argmax(f32[40000,3]@wide)
+argmax(f32[64,20000]@p1032)
+"""
+
 
 def sum_rows(a: Array) -> Array:
     return np.asarray(np.sum(a, axis=3, keepdims=True))

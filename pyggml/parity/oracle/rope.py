@@ -8,6 +8,25 @@ import numpy as np
 
 from pyggml.parity.oracle.base import Array
 
+CASES = """
+rope_ext({f32|f16}[64,3,5,2]{|@inner|@p0213}, i32[5]<6000, n_dims={64|20}, mode={'normal'|'neox'})
+rope_ext(f32[192,3,5], i32[5]<6000, n_dims=64, mode={'normal'|'neox'}, offset={0|128|2})
+rope_ext(f32[64,2,5], i32[5]<6000, n_dims=64, freq_base=500000.0, freq_scale=0.25, attn_factor=1.3)
+rope_ext(f32[80,2,5], i32[5]<6000, {-|f32[32]~above|f32[40]~above@wide}, n_dims=40, mode={'normal'|'neox'}, n_ctx_orig={4096|100}, freq_scale=0.025, ext_factor={1.0|0.7465}, attn_factor=0.7305, beta_fast=24.0, beta_slow=2.0)
+rope_ext(f32[64,1,1], i32[1]<6000, n_dims=64)
+rope_ext(f32[64,2,9], i32[9]<{160000|2147483647}, n_dims=64, freq_scale={1.0|0.025}, mode={'normal'|'neox'})
+rope_ext(f32[64,2,5], i32[5]#-2147483648, {-|f32[32]~above@apart|f32[40]~above@wide}, n_dims=64)
+rope_ext({f32|f16}[64,2,5]@apart, i32[5]<6000{|@apart}, {-|f32[32]~above@apart}, n_dims=64, mode={'normal'|'neox'})
+rope_ext(f32[80,2,5], i32[5]<6000, f32[40]~above@weight{|@inner}, n_dims=40)
+rope_ext(f32[64,2,5]@far, i32[5]<6000, n_dims=64)
+"""  # noqa: E501
+
+LARGE = """
+rope_ext(f32[192,16,100]@p0213, i32[100]<6000, f32[32]~above, n_dims=64, mode='neox', offset=128)
+rope_ext(f16[64,1,5000], i32[5000]<6000, n_dims=64)
+rope_ext(f32[40000,2,3], i32[3]<6000, n_dims=40000)
+"""
+
 
 def _ramp(i: int, n_dims: int, base: float, n_ctx: int, fast: float, slow: float) -> float:
     """How far pair i keeps its own angle in YaRN: 1 (fast turning) down to 0 (interpolated)."""
