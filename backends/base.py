@@ -150,8 +150,8 @@ class Backend(Protocol):
     ) -> Runner:
         """Bind steps to the address of every tensor, and to each step's scratch in `scratch`.
 
-        A step with a `layout` is a `transfer` of a constant: it loads the host's values (`data_of`)
-        to its address, stored in that layout.
+        A `LoadStep` loads a constant's values on the host (`data_of`) to its address, stored in its
+        layout.
         """
 
     def record(self) -> Event:

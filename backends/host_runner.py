@@ -11,7 +11,15 @@ from numpy.typing import NDArray
 
 from pyggml.backends.host_memory import Array, Scratch, array_at
 from pyggml.backends.pieces import piece_attributes, pieces_of, view_address
-from pyggml.backends.step import Address, Addresses, BodyPlan, Step, check_id, kernel_error
+from pyggml.backends.step import (
+    Address,
+    Addresses,
+    BodyPlan,
+    LoopStep,
+    Step,
+    check_id,
+    kernel_error,
+)
 from pyggml.backends.table import Kernel, KernelTable
 from pyggml.errors import PyggmlError
 from pyggml.node import Node
@@ -35,7 +43,7 @@ class HostRunner:
         self._calls: list[Call] = []
         for step, offset in zip(self.steps, scratch_at):
             memory = scratch[offset : offset + step.scratch]
-            if step.loop is not None:
+            if isinstance(step, LoopStep):
                 self._calls.append(_LoopCall(kernels, step, at, memory))
             else:
                 arrays = [None if n is None else array_at(at[n], n.spec) for n in _operands(step)]
@@ -116,7 +124,7 @@ class _LoopCall:
     def __init__(
         self,
         kernels: KernelTable[Kernel],
-        step: Step,
+        step: LoopStep,
         at: Addresses,
         memory: NDArray[np.uint8],
     ) -> None:

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pyggml.backends.step import Address, Addresses, Step
+from pyggml.backends.step import Address, Addresses, LoopStep
 from pyggml.loop import Body, Chain
 from pyggml.node import Node
 
 
 def pieces_of(
-    step: Step, at: Addresses
+    step: LoopStep, at: Addresses
 ) -> Iterator[tuple[Body, tuple[int, ...], dict[Node, Address]]]:
     """The pieces of a loop step in order: the body, its start along each dimension, and the
     addresses of the body's result, carry and leaves."""
     loop, node = step.loop, step.node
-    assert loop is not None
     for body, starts in loop.pieces():
         filled = enumerate(loop.fill)
         chains = [Chain(dim, axis, ()) for dim, axis in filled if isinstance(axis, int)]

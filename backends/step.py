@@ -77,18 +77,17 @@ class BodyPlan:
 
 @dataclass(eq=False, slots=True)
 class Step:
-    """The unit that a runner executes: one kernel covering one or more nodes.
+    """The unit that a runner executes: a kernel that covers one or more nodes, or a copy.
 
     node       the node whose result it writes
     nodes      all nodes it covers; they may include the backend's private nodes, which only its
                own steps read
     reads      the nodes it reads, as the kernel sees them (views included)
-    scratch    bytes it needs while it runs; for a loop, the larger of its bodies' arenas
+    scratch    bytes it needs while it runs
     workspace  bytes of work memory for a library of the device; all steps of all plans on the
                device share one block
     inplace    sources whose memory the result may take over
     strided    whether the result may be a strided part of a larger tensor
-    layout     for a step that transfers a weight from the host: how to store it while needed
     """
 
     node: Node
@@ -97,15 +96,32 @@ class Step:
     scratch: int = 0
     inplace: tuple[Node, ...] = ()
     strided: bool = True
-    loop: Loop | None = None
-    bodies: tuple[BodyPlan, ...] = ()
-    layout: WeightLayout | None = None
     workspace: int = 0
 
     @property
     def nbytes(self) -> int:
         """Size of the result in bytes."""
-        return self.layout.nbytes if self.layout is not None else self.node.spec.nbytes
+        return self.node.spec.nbytes
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class LoopStep(Step):
+    """A step that runs bodies piece by piece. Its scratch is the larger of their arenas."""
+
+    loop: Loop
+    bodies: tuple[BodyPlan, ...]
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class LoadStep(Step):
+    """A step that transfers a weight from the host, stored in a layout while it is needed."""
+
+    layout: WeightLayout
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the weight in its layout, in bytes."""
+        return self.layout.nbytes
 
 
 def own_nodes(nodes: Collection[Node], steps: Iterable[Step]) -> Iterator[Node]:

@@ -34,6 +34,7 @@ from gguf.quants import dequantize
 
 import pyggml as gg
 from pyggml import gguf
+from pyggml.backends.step import LoopStep
 from pyggml.dtypes import dtype
 from pyggml.graph import precise
 from pyggml.models.batch import Batch, Options
@@ -221,7 +222,7 @@ def pieces(plan: gg.Plan, variant: Variant) -> str:
     """How the budget cut the attention: number x size of the pieces of heads, rows or keys."""
     heads, rows = (1, 2) if variant.flash else (2, 1)
     names = {heads: "heads", rows: "rows", "kv": "keys"}
-    loops = [step.loop for step in plan.steps if step.loop is not None]
+    loops = [step.loop for step in plan.steps if isinstance(step, LoopStep)]
     cuts = [
         f"{names[axis]} {dim.count}x{dim.step}"
         for loop in loops

@@ -22,7 +22,7 @@ from pyggml.backends.cuda.device.cublas import Cublas
 from pyggml.backends.cuda.device.driver import guarded
 from pyggml.backends.cuda.runner import CudaRunner
 from pyggml.backends.cuda.weights import packing
-from pyggml.backends.step import Address, Addresses, Buffer, Layouts, Step, WeightLayout
+from pyggml.backends.step import Address, Addresses, Buffer, Layouts, LoadStep, Step, WeightLayout
 from pyggml.errors import DeviceError
 from pyggml.node import Node, label_of
 from pyggml.ops.leaf import data_of
@@ -156,7 +156,7 @@ class CudaBackend:
     ) -> CudaRunner:
         loads: dict[Node, Callable[[], None]] = {}
         for step in steps:
-            if step.layout is not None:  # pack once here; runs only copy
+            if isinstance(step, LoadStep):  # pack once here; runs only copy
                 address, constant = at[step.node], origin(step.node)
                 data = _stored(constant, step.layout, data_of(constant))
                 ptr = address.buffer.ptr + address.offset

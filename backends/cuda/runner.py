@@ -24,7 +24,7 @@ from pyggml.backends.cuda.fusion import CudaStep
 from pyggml.backends.cuda.gpu import H200, Device
 from pyggml.backends.cuda.launch import Call, Gemm, Launch, Record
 from pyggml.backends.pieces import piece_attributes, pieces_of, view_address
-from pyggml.backends.step import Address, Step, kernel_error
+from pyggml.backends.step import Address, LoopStep, Step, kernel_error
 from pyggml.errors import PyggmlError
 from pyggml.node import Node
 
@@ -38,7 +38,7 @@ def record_step(
     device: Device = H200,
 ) -> list[Record]:
     """The launches of a step; `scratch`: address and size in bytes of the declared scratch."""
-    if step.loop is not None:
+    if isinstance(step, LoopStep):
         return list(_loop_records(step, at, scratch, device))
     return _record(step, at, step.node.attrs, device, scratch)
 
@@ -67,7 +67,7 @@ def _record(
 
 
 def _loop_records(
-    step: Step, at: Mapping[Node, Address], scratch: tuple[int, int], device: Device
+    step: LoopStep, at: Mapping[Node, Address], scratch: tuple[int, int], device: Device
 ) -> Iterator[Record]:
     """The launches of all pieces, one after another."""
     plans = {plan.body: plan for plan in step.bodies}

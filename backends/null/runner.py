@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pyggml.backends.host_memory import aligned
 from pyggml.backends.null.memory import PRIVATE
-from pyggml.backends.step import Address, Addresses, Buffer, Layouts, Step
+from pyggml.backends.step import Address, Addresses, Buffer, Layouts, LoadStep, Step
 from pyggml.ops.leaf import data_of
 from pyggml.transfer import origin
 
@@ -37,7 +37,7 @@ class NullRunner:
         memory = device.bytes_of(scratch)
         self._tasks = [
             self._load_task(step, at[step.node])
-            if step.layout is not None
+            if isinstance(step, LoadStep)
             else self._kernel_task(step, at, Address(memory, offset, (1, 1, 1, 1)))
             for step, offset in zip(steps, scratch_at)
         ]
@@ -51,8 +51,7 @@ class NullRunner:
         """Queue one step."""
         self.device.queue.add(self._tasks[index])
 
-    def _load_task(self, step: Step, at: Address) -> Callable[[], None]:
-        assert step.layout is not None
+    def _load_task(self, step: LoadStep, at: Address) -> Callable[[], None]:
         nbytes, weight = step.layout.nbytes, data_of(origin(step.node))
         return lambda: self.device.load(at, nbytes, weight)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import chain
 
-from pyggml.backends.step import Step
+from pyggml.backends.step import LoopStep, Step
 from pyggml.errors import BudgetError
 from pyggml.graph import toposort
 from pyggml.node import Node, label_of, line_of
@@ -135,6 +135,7 @@ def _too_small(search: Search, amb: float) -> BudgetError:
 
 def _counted_steps(work: Work) -> list[Step]:
     """The steps that read or make counted tensors, those of loop bodies included."""
-    bodies = (body.steps for step in work.steps for body in step.bodies)
-    steps = chain((step for step in work.steps if not step.bodies), *bodies)
+    loops = [step for step in work.steps if isinstance(step, LoopStep)]
+    bodies = (body.steps for step in loops for body in step.bodies)
+    steps = chain((s for s in work.steps if not isinstance(s, LoopStep)), *bodies)
     return [s for s in steps if any(n in work.scores for n in (*s.nodes, *s.reads))]

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from pyggml.backends.base import Backend
-from pyggml.backends.step import BodyPlan, Layouts, Step, own_nodes
+from pyggml.backends.step import BodyPlan, Layouts, LoadStep, LoopStep, Step, own_nodes
 from pyggml.graph import toposort, users_of
 from pyggml.loop import Body, Loop, loop_of
 from pyggml.node import Node
@@ -111,8 +111,8 @@ def steps_of(
             continue
         if node.op is transfer:
             lower_run()
-            layout = layouts[node]
-            steps.append(Step(node, (node,), (origin(node),), strided=False, layout=layout))
+            source, layout = origin(node), layouts[node]
+            steps.append(LoadStep(node, (node,), (source,), strided=False, layout=layout))
         elif (loop := loop_of(node)) is not None:
             lower_run()
             steps.append(_loop_step(node, loop, backend, scores, fuse))
@@ -141,12 +141,12 @@ def _kept(run: Sequence[Node], roots: Collection[Node], users: Users) -> set[Nod
 
 def _loop_step(
     node: Node, loop: Loop, backend: Backend, scores: Collection[Node], fuse: bool
-) -> Step:
+) -> LoopStep:
     bodies = tuple(_plan_body(body, backend, scores, fuse) for body in loop.bodies())
     reads = tuple(s for s in node.src if s is not None)
     scratch = max(body.nbytes for body in bodies)
     workspace = max(step.workspace for body in bodies for step in body.steps)
-    return Step(
+    return LoopStep(
         node, (node,), reads, scratch=scratch, loop=loop, bodies=bodies, workspace=workspace
     )
 

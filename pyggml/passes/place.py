@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
-from pyggml.backends.step import Spot, Step, own_nodes
+from pyggml.backends.step import LoopStep, Spot, Step, own_nodes
 from pyggml.node import Node
 from pyggml.passes.arena import Interval, live_bytes, pack
 from pyggml.passes.sharing import Sharing
@@ -155,7 +155,7 @@ def _score_peak(
 
 def _counted_scratch(step: Step, sharing: Sharing, scores: Collection[Node]) -> int:
     """The scratch of a step that the attention budget counts."""
-    if step.bodies:
+    if isinstance(step, LoopStep):
         return max(body.score_peak for body in step.bodies)
     uses_scores = any(n in scores for n in (step.node, *map(sharing.owner.get, step.reads)))
     return step.scratch if uses_scores else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from pyggml.backends.step import Step
+from pyggml.backends.step import LoadStep, LoopStep, Step
 from pyggml.node import Node
 from pyggml.passes.work import viewed, written
 from pyggml.spec import Ne
@@ -75,7 +75,8 @@ class Sharing:
             if node.op.view is not None:
                 views.setdefault(viewed(node), []).append(node)
         # Readers of roots and sources of loops expect the usual strides.
-        fixed = {self.owner[r] for step in self.steps if step.loop for r in step.reads}
+        loops = (step for step in self.steps if isinstance(step, LoopStep))
+        fixed = {self.owner[read] for loop in loops for read in loop.reads}
         fixed |= {node for node, end in self.last.items() if end == len(self.steps)}
         for step in self.steps:
             node = step.node
@@ -120,7 +121,7 @@ class Sharing:
         return (
             self.in_arena(own)
             and own not in self.parent
-            and self.steps[self.computed[own]].layout is None
+            and not isinstance(self.steps[self.computed[own]], LoadStep)
             and self.last[own] == i
             and source.spec.nbytes == own.spec.nbytes == node.spec.nbytes
             and source.nb == node.spec.nb

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 
-from pyggml.backends.step import Spot, Step
+from pyggml.backends.step import LoadStep, LoopStep, Spot, Step
 from pyggml.errors import GraphError
 from pyggml.node import Node
 from pyggml.passes.work import Work
@@ -53,7 +53,7 @@ def _check_steps(steps: Iterable[Step], known: set[Node]) -> None:
             if read not in known and read.base not in known:
                 raise GraphError(f"the step of {step.node!r} reads {read!r} before it is computed")
         known.update(step.nodes)
-        for body in step.bodies:
+        for body in step.bodies if isinstance(step, LoopStep) else ():
             inside = {spot.base for spot in body.spots.values() if spot.base is not None}
             _check_steps(body.steps, inside)
 
@@ -64,10 +64,10 @@ def _check_splits(work: Work) -> None:
     for split in work.splits:
         device = split.backend.device
         for step in split.steps:
-            for node in (*step.nodes, *(() if step.layout else step.reads)):
+            for node in (*step.nodes, *(() if isinstance(step, LoadStep) else step.reads)):
                 if work.home(node).device != device:
                     raise GraphError(f"{step.node!r} on {device} reads {node!r} of another device")
-        for step in (*split.copies, *(s for s in split.steps if s.layout)):
+        for step in (*split.copies, *(s for s in split.steps if isinstance(s, LoadStep))):
             source = step.reads[0]
             if (source, device) in copied:
                 raise GraphError(f"{source!r} is copied to {device} twice")

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from pyggml.backends.step import Step
+from pyggml.backends.step import LoopStep, Step
 from pyggml.node import Node, labels
 from pyggml.operation import cost_of
 from pyggml.passes.work import Split, Work
@@ -106,7 +106,7 @@ def _row(work: Work, step: Step) -> Row:
     node, at, note = step.node, work.placed.spots[step.node], ""
     if node.op is transfer:
         note = f" from {work.home(origin(node)).place}, {mib(step.nbytes)} MiB"
-    elif step.loop is not None:
+    elif isinstance(step, LoopStep):
         inner = ", ".join(s.node.op.name for s in step.bodies[-1].steps)
         note = f" loop {step.loop} of {inner}"
     elif len(step.nodes) > 1:

@@ -10,6 +10,7 @@ from attentions import Latent, Leaves, Scores
 from tracing import measured_peak
 
 import pyggml as gg
+from pyggml.backends.step import LoopStep
 from pyggml.loop import Loop
 from pyggml.node import Node
 
@@ -24,7 +25,7 @@ def error(result: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float
 
 
 def loops(plan: gg.Plan) -> list[Loop]:
-    return [step.loop for step in plan.steps if step.loop is not None]
+    return [step.loop for step in plan.steps if isinstance(step, LoopStep)]
 
 
 def counts(plan: gg.Plan) -> list[tuple[int, ...]]:

@@ -10,6 +10,7 @@ from attentions import Latent, Leaves, Scores, counted, run
 from checks import MIB, Case, check_together, compiled, error, flat, loops
 
 import pyggml as gg
+from pyggml.backends.step import LoopStep
 from pyggml.node import Node
 
 # -- outputs inside ---------------------------------------------------------------------------
@@ -146,7 +147,7 @@ def test_a_softmax_on_the_left_of_the_product_is_cut_too() -> None:
     for share, fills in ((2, 1), (9, 2)):
         amb = whole.memory.score_peak / share / MIB
         plan = gg.compile({"y": y}, amb=amb)
-        (loop,) = (step.loop for step in plan.steps if step.loop is not None)
+        (loop,) = (step.loop for step in plan.steps if isinstance(step, LoopStep))
         assert len(loop.fill) == fills and plan.memory.score_peak <= amb * MIB
         difference = plan.run(values)["y"] - expected
         assert np.linalg.norm(difference) <= 1e-6 * np.linalg.norm(expected)

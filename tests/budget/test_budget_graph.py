@@ -11,13 +11,14 @@ from attentions import Latent, Leaves, Scores, counted
 from checks import check_together, compiled, counts, layers, least_of
 
 import pyggml as gg
+from pyggml.backends.step import LoopStep
 from pyggml.graph import toposort
 from pyggml.node import Node
 
 
 def sizes(plan: gg.Plan) -> tuple[int, int]:
     """The number of nodes and steps, loop bodies included."""
-    bodies = [body for step in plan.steps for body in step.bodies]
+    bodies = [b for step in plan.steps if isinstance(step, LoopStep) for b in step.bodies]
     nodes = len(plan.graph.nodes) + sum(len(toposort([body.body.out])) for body in bodies)
     return nodes, len(plan.steps) + sum(len(body.steps) for body in bodies)
 

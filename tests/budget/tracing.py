@@ -19,6 +19,7 @@ from attentions import Leaves, run
 import pyggml as gg
 from pyggml.backends import host_runner
 from pyggml.backends.host_memory import Packed
+from pyggml.backends.step import LoopStep
 from pyggml.node import Node, labels
 
 Span = tuple[int, int]
@@ -73,7 +74,7 @@ def _pieces(plan: gg.Plan) -> dict[Node, Node]:
     return {
         take.piece: source
         for step in plan.steps
-        if step.loop is not None
+        if isinstance(step, LoopStep)
         for body in step.loop.bodies()
         for take in body.takes
         if (source := step.node.src[take.source]) is not None
@@ -82,7 +83,8 @@ def _pieces(plan: gg.Plan) -> dict[Node, Node]:
 
 def _ends(plan: gg.Plan, calls: list[Call]) -> list[int]:
     """The call until which each call needs its sources: the last one of its loop, or itself."""
-    loop = {s.node: step for step in plan.steps for body in step.bodies for s in body.steps}
+    loops = [step for step in plan.steps if isinstance(step, LoopStep)]
+    loop = {s.node: step for step in loops for body in step.bodies for s in body.steps}
     last = {loop.get(call.node): i for i, call in enumerate(calls)}
     return [last[loop[c.node]] if c.node in loop else i for i, c in enumerate(calls)]
 

@@ -10,6 +10,7 @@ from stacks import copied, ops, places, row, same, weight, where
 
 import pyggml as gg
 from pyggml import backends
+from pyggml.backends.step import LoadStep
 from pyggml.node import Node
 from pyggml.ops.leaf import data_of
 from pyggml.runtime.plan import Plan
@@ -104,7 +105,7 @@ def test_borrowed_weights_stand_in_the_arena_one_after_another() -> None:
     nbytes = 128 * 128 * 4
     assert places(six) == ["null:0"]
     assert ops(six.splits[0]) == ["transfer", "mul_mat", "scale"] * 6
-    loads = [step for step in six.steps if step.layout is not None]
+    loads = [step for step in six.steps if isinstance(step, LoadStep)]
     assert {step.nbytes for step in loads} == {nbytes + HEADER}
     assert row(six, "null:0").compute == row(two, "null:0").compute
     # The weight in its layout and plain, and its product's tensors; no room for a second weight.
@@ -120,7 +121,7 @@ def test_two_products_with_one_borrowed_weight_load_it_once() -> None:
     w, x = weight("a_w", 16, 16), gg.input("x", "f32", ne=(16, 64))
     y = {"y": gg.mul_mat(w, gg.relu(gg.mul_mat(w, x)))}
     plan = borrowing(y)
-    assert sum(step.layout is not None for step in plan.steps) == 1
+    assert sum(isinstance(step, LoadStep) for step in plan.steps) == 1
     feed = values(x=(64, 16))
     same(plan.run(feed), gg.compile(y).run(feed))
 
@@ -160,7 +161,7 @@ def test_an_unpinned_weight_is_resident_wherever_it_is_used() -> None:
     nbytes = 16 * 16 * 4 + HEADER
     assert [row(plan, p).weights for p in ("null:0", "null:1")] == [nbytes, nbytes]
     assert plan.memory.weights == 2 * nbytes
-    assert all(step.layout is None for step in plan.steps)
+    assert not any(isinstance(step, LoadStep) for step in plan.steps)
     got, x = plan.run(values(x=(4, 16))), values(x=(4, 16))["x"]
     w = data_of(weight("w", 16, 16))
     np.testing.assert_allclose(got["a"], np.maximum(x, 0) @ w.T, rtol=1e-4, atol=1e-5)
@@ -171,7 +172,7 @@ def test_a_pinned_weight_is_resident_only_there() -> None:
     plan = both({"^w$": "null:0"})
     nbytes = 16 * 16 * 4 + HEADER
     assert [row(plan, p).weights for p in ("null:0", "null:1")] == [nbytes, 0]
-    (load,) = [step for step in plan.steps if step.layout is not None]
+    (load,) = [step for step in plan.steps if isinstance(step, LoadStep)]
     assert plan.place_of(load.node) == "null:1" and load.nbytes == nbytes
     feed = values(x=(4, 16))
     same(plan.run(feed), both({}).run(feed))
