@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 
 from pyggml.errors import DTypeError, GraphError
@@ -10,6 +10,8 @@ from pyggml.interning import inherit
 from pyggml.node import Node, Sources, label_of, labels, line_of
 
 Rebuild = Callable[[Node, Sources], Node]
+#: Node -> the nodes that read it.
+Users = Mapping[Node, Sequence[Node]]
 
 
 def toposort(
@@ -27,10 +29,10 @@ def toposort(
     stack = list(roots)[::-1]
     while stack:
         node = stack.pop()
-        state = done.get(node)
-        if state:
+        finished = done.get(node)
+        if finished:
             continue
-        if state is False or (stop is not None and stop(node)):
+        if finished is False or (stop is not None and stop(node)):
             done[node] = True
             order.append(node)
             continue

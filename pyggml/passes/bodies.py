@@ -17,7 +17,8 @@ from pyggml.spec import Spec
 from pyggml.traits import Axis, Slice
 
 T = TypeVar("T")
-Steps: TypeAlias = Generator[Any, Any, T]
+#: A function that calls others by `yield`; `_unwound` runs it.
+Recursive: TypeAlias = Generator[Any, Any, T]
 
 
 class Uncuttable(Exception):
@@ -94,7 +95,7 @@ class Cutter:
         """The new body's nodes for the counted nodes of the old one."""
         return self.pieces.union(*(self.new_of.get(old, ()) for old in self.body.counted))
 
-    def _apply(self, node: Node, rule: Slice, chain: Chain, n: int) -> Steps[Node | None]:
+    def _apply(self, node: Node, rule: Slice, chain: Chain, n: int) -> Recursive[Node | None]:
         """`node` for a piece: its sources cut and its attributes changed by the rule."""
         src: list[Node | None] = []
         for source, step in zip(node.src, rule.cuts):
@@ -115,7 +116,7 @@ class Cutter:
         self.shifts += [Shift(new, key, per, chain) for key, per in rule.shift.items()]
         return new
 
-    def _part(self, node: Node, chain: Chain, extent: int) -> Steps[Node]:
+    def _part(self, node: Node, chain: Chain, extent: int) -> Recursive[Node]:
         """The part of `node` where `chain` leads: computed in the body, or taken from outside."""
         key = (node, chain, extent)
         if key in self.memo:
@@ -132,7 +133,7 @@ class Cutter:
         self.memo[key] = part
         return part
 
-    def _whole(self, node: Node, keep: bool) -> Steps[Node]:
+    def _whole(self, node: Node, keep: bool) -> Recursive[Node]:
         """All of `node`: computed in the body if `keep`, or taken from outside."""
         key = (node, None, 0)
         if key not in self.memo:
@@ -140,7 +141,7 @@ class Cutter:
             self.memo[key] = (yield self._copy(node, keep)) if inside else self._take(node, None, 0)
         return self.memo[key]
 
-    def _copy(self, node: Node, keep: bool) -> Steps[Node]:
+    def _copy(self, node: Node, keep: bool) -> Recursive[Node]:
         src: list[Node | None] = []
         for source in node.src:
             whole = None if source is None else (yield self._whole(source, keep))
@@ -165,12 +166,12 @@ class Cutter:
         return leaf
 
 
-def _unwound(call: Steps[T]) -> T:
-    """The result of a recursive generator, in which `yield f(x)` is a call.
+def _unwound(call: Recursive[T]) -> T:
+    """The result of a recursive call, in which `yield f(x)` is a call too.
 
     An attention can be thousands of nodes deep, more than Python's stack allows.
     """
-    calls: list[Steps[Any]] = [call]
+    calls: list[Recursive[Any]] = [call]
     value: Any = None
     while calls:
         try:

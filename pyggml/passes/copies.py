@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from pyggml.backends.base import Backend
-from pyggml.graph import Graph
+from pyggml.graph import Graph, Users
 from pyggml.node import Node
 from pyggml.ops.views import bases
 
 #: Walks over the graph in search of better devices; one is mostly enough.
 WALKS = 4
-
-Users = Mapping[Node, Sequence[Node]]
 
 
 def fewer_copies(

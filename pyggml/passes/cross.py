@@ -134,11 +134,11 @@ def _rows_read(work: Work) -> RowsRead:
         for source in node.src:
             if source is None:
                 continue
-            view = direct.get(source, source)
-            base = viewed(view) if _is_free_view(view) else view
+            shown = direct.get(source, source)
+            base = viewed(shown) if _is_free_view(shown) else shown
             if base.op in (constant_op, input_op):
                 continue
-            first, end = _rows(view, base)
+            first, end = _rows(shown, base)
             known = rows.get((base, device), (first, end))
             rows[base, device] = min(first, known[0]), max(end, known[1])
     return rows

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 from pyggml.backends.base import Backend
 from pyggml.backends.step import BodyPlan, Layouts, LoadStep, LoopStep, Step, own_nodes
-from pyggml.graph import toposort, users_of
+from pyggml.graph import Users, toposort, users_of
 from pyggml.loop import Body, Loop, loop_of
 from pyggml.node import Node
 from pyggml.ops.leaf import constant_op
 from pyggml.passes.place import place_steps
 from pyggml.passes.work import Split, Work, runs
 from pyggml.transfer import origin, transfer
-
-Users = Mapping[Node, Sequence[Node]]
 
 
 def lower(work: Work) -> Work:

@@ -70,8 +70,9 @@ def place_steps(
             scratch_at[i] = offset
         live = tuple(live_bytes(intervals, len(steps)))
         here = [i for i, name in enumerate(devices) if name == device]
-        mine = [node for node in counted if device_of(node) == device]
-        arenas[device] = Arena(nbytes, live, _score_peak(sharing, mine, scores, frozenset(here)))
+        tensors = [node for node in counted if device_of(node) == device]
+        peak = _score_peak(sharing, tensors, scores, frozenset(here))
+        arenas[device] = Arena(nbytes, live, peak)
     spots = _spots(nodes, sharing, offsets)
     return Placement(spots, tuple(scratch_at), arenas, sharing.copied_parts)
 
