@@ -66,17 +66,14 @@ __global__ void __launch_bounds__(256) any(const __grid_constant__ Attention a) 
             q[r * PITCH + i] = query < a.n_q && i < a.d_k ? row[i] : 0;
     }
     if (t < M) top[t] = -INF, total[t] = 0;
-    const Span seen = span(a, q0, q1 + 1, live);
-    const int t0 = seen.first / BN, tiles = max(0, (seen.last + BN - 1) / BN - t0);
-    const int begin = t0 + share(tiles, split, a.splits);
-    const int end = t0 + share(tiles, split + 1, a.splits);
+    const Walk<BN> walk(a, i3, q0, q1, live, split);
     const float scale = a.softcap > 0 ? a.scale / a.softcap : a.scale;
     const int column = t % 64, rows = t / 64 * 4;
     float sums[4][N] = {};
 
-    for (int n = begin; n < end; ++n) {
+    for (int n = walk.first; n < walk.end; ++n) {
+        if (walk.hidden(n)) continue;
         const int j0 = n * BN;
-        if (!(flags(a, i3, q0, q1, j0, j0 + BN - 1) & LIVE)) continue;
         const char *k = a.k + head_kv * a.nb_k[1] + i3 * a.nb_k[2];
         const char *v = a.v + head_kv * a.nb_v[1] + i3 * a.nb_v[2];
         __syncthreads();
@@ -165,7 +162,7 @@ __global__ void __launch_bounds__(256) any(const __grid_constant__ Attention a) 
     for (__syncwarp(); some; some &= some - 1) {
         const int r = rows + __ffs(some) - 1;
         for (int i = column - lane; i < a.d_v; i += 64)
-            repair_columns(a, i3, head_kv, r0 + r, begin * BN, end * BN, split, i, top[r], total[r],
-                           source);
+            repair_columns(a, i3, head_kv, r0 + r, walk.first * BN, walk.end * BN, split, i, top[r],
+                           total[r], source);
     }
 }

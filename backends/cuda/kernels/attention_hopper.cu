@@ -54,19 +54,14 @@ __global__ void __launch_bounds__(384, 1) hopper(const __grid_constant__ HopperA
         }
         fence_barriers();
     }
-    const Span seen = span(a, q0, q1 + 1, live);
-    const int end = (seen.last + BN - 1) / BN;
-    const auto alive = [&](int t) {
-        while (EXTRA && t < end && !(flags(a, i3, q0, q1, t * BN, t * BN + BN - 1) & LIVE)) ++t;
-        return t;
-    };
-    int now = alive(seen.first / BN);
+    const Walk<BN, EXTRA> walk(a, i3, q0, q1, live);
+    int now = walk.alive(walk.first);
     __syncthreads();
 
     if (warp < 4) {
         registers_give<24>();
         if (threadIdx.x == 0) {
-            for (int i = 0; now < end; ++i, now = alive(now + 1)) {
+            for (int i = 0; now < walk.end; ++i, now = walk.alive(now + 1)) {
                 const int s = i & 1, j0 = now * BN;
                 const u32 parity =
                     (i >> 1 & 1) ^ 1;  // previous phase: the first wait passes at once
@@ -140,11 +135,11 @@ __global__ void __launch_bounds__(384, 1) hopper(const __grid_constant__ HopperA
         const int j0 = tile * BN;
         const int key = j0 + 2 * (lane & 3);
         float left[2] = {factor[0], factor[1]};
-        const bool bias = EXTRA && a.mask && (flags(a, i3, q0, q1, j0, j0 + BN - 1) & NONZERO);
+        const bool bias = walk.biased(tile);
         if (EXTRA && (bias || a.softcap > 0)) {
             left[0] = masked(a, rows[0], score, 0, factor[0], key, bias);
             left[1] = masked(a, rows[1], score, 2, factor[1], key, bias);
-        } else if (j0 < seen.full_first || j0 + BN > seen.full_last) {
+        } else if (walk.edge(tile)) {
             hide(rows[0], score, 0, key);
             hide(rows[1], score, 2, key);
         }
@@ -160,7 +155,7 @@ __global__ void __launch_bounds__(384, 1) hopper(const __grid_constant__ HopperA
         }
     };
 
-    if (now < end) {
+    if (now < walk.end) {
         multiply_keys(0);
         wgmma_wait<0>();
         wgmma_hold(s);
@@ -168,7 +163,7 @@ __global__ void __launch_bounds__(384, 1) hopper(const __grid_constant__ HopperA
         soften(now);
         pack();
         int i = 1;
-        for (now = alive(now + 1); now < end; now = alive(now + 1), ++i) {
+        for (now = walk.alive(now + 1); now < walk.end; now = walk.alive(now + 1), ++i) {
             multiply_keys(i);
             multiply_values(i - 1);
             wgmma_wait<1>();
@@ -209,7 +204,7 @@ __global__ void __launch_bounds__(384, 1) hopper(const __grid_constant__ HopperA
                 odd[r] |= to.put(x * NV + n * 8 + (lane & 3) * 2, sums[x][4 * n + 2 * r],
                                  sums[x][4 * n + 2 * r + 1]);
     }
-    repair_rows<DV>(a, i3, head_kv, r0 + row0 - lane / 4, seen.first / BN * BN, end * BN, 0, 0, odd,
-                    m, l, source_of<T>(a, i3, head_kv));
+    repair_rows<DV>(a, i3, head_kv, r0 + row0 - lane / 4, walk.first * BN, walk.end * BN, 0, 0,
+                    odd, m, l, source_of<T>(a, i3, head_kv));
 #endif
 }

@@ -295,9 +295,9 @@ __device__ __forceinline__ int share(int count, int part, int parts) {
     return u32(count) * u32(part) / u32(parts);
 }
 
-// The tiles of N keys that a block walks: its split's share of those that some of its queries, q0 to
-// q1, see. Must be made by all threads of a block.
-template <int N>
+// The tiles of N keys that a block walks: those that some of its queries, q0 to q1, see, or its
+// split's share of them. Without MAP, no mask is explicit. Must be made by all threads of a block.
+template <int N, bool MAP = true>
 struct Walk {
     const Attention &a;
     const int i3, q0, q1;
@@ -310,14 +310,21 @@ struct Walk {
         first = start + share(count, split, a.splits);
         end = start + share(count, split + 1, a.splits);
     }
-    // The next tile from t on, in steps, that an explicit mask does not hide; or one past the last.
+    __device__ __forceinline__ Walk(const Attention &a, int i3, int q0, int q1, int live)
+        : a(a), i3(i3), q0(q0), q1(q1), seen(span(a, q0, q1 + 1, live)), first(seen.first / N),
+          end((seen.last + N - 1) / N) {}
+    // Whether an explicit mask hides the tile from all queries.
+    __device__ __forceinline__ bool hidden(int t) const {
+        return MAP && !(flags(a, i3, q0, q1, t * N, t * N + N - 1) & LIVE);
+    }
+    // The next tile from t on, in steps, that is not hidden; or one past the last.
     __device__ __forceinline__ int alive(int t, int step = 1) const {
-        while (t < end && !(flags(a, i3, q0, q1, t * N, t * N + N - 1) & LIVE)) t += step;
+        while (t < end && hidden(t)) t += step;
         return t;
     }
     // Whether the mask has elements that are not 0 in the tile.
     __device__ __forceinline__ bool biased(int t) const {
-        return a.mask && (flags(a, i3, q0, q1, t * N, t * N + N - 1) & NONZERO);
+        return MAP && a.mask && (flags(a, i3, q0, q1, t * N, t * N + N - 1) & NONZERO);
     }
     // Whether some row of the block does not see all keys of the tile.
     __device__ __forceinline__ bool edge(int t) const {
