@@ -21,7 +21,7 @@ from pyggml.backends.cuda.device.context import Context, context
 from pyggml.backends.cuda.device.cublas import Cublas
 from pyggml.backends.cuda.device.driver import guarded
 from pyggml.backends.cuda.runner import CudaRunner
-from pyggml.backends.cuda.weights import packing
+from pyggml.backends.cuda.weights import loading, packing
 from pyggml.backends.step import Address, Addresses, Buffer, Layouts, LoadStep, Step, WeightLayout
 from pyggml.errors import DeviceError
 from pyggml.node import Node, label_of
@@ -92,7 +92,11 @@ class CudaBackend:
     def weight(self, constant: Node, layout: WeightLayout, data: NDArray[Any]) -> memory.Buffer:
         with self.context:
             buffer = memory.Buffer(self.context, layout.nbytes)
-            self.staging.upload(buffer.ptr, _stored(constant, layout, data))
+            target = self.context, self.staging, buffer.ptr
+            if layout.name != "plain" and loading.can_pack(constant.dtype, constant.ne):
+                loading.upload_packed(*target, constant.dtype, constant.ne, _flat(data))
+            else:
+                loading.upload(*target, _stored(constant, layout, data))
         return buffer
 
     def upload(self, at: Address, spec: Spec, array: NDArray[Any]) -> None:
@@ -217,10 +221,14 @@ def _stored(constant: Node, layout: WeightLayout, data: NDArray[Any]) -> NDArray
     """The bytes of a weight in `layout`; for "plain", the host's bytes without a copy."""
     if layout.name != "plain":
         data = packing.repack(constant, layout, data)
-    flat = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+    flat = _flat(data)
     if len(flat) > layout.nbytes:
         raise DeviceError(
             f"the weight {label_of(constant)} takes {len(flat)} bytes as {layout.name}, "
             f"but {layout.nbytes} were planned"
         )
     return flat
+
+
+def _flat(data: NDArray[Any]) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(data).reshape(-1).view(np.uint8)

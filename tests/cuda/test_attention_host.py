@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from pyggml.backends.cuda.weights import grids
 from pyggml.node import Node
 from pyggml.parity import oracle, tolerance
 from pyggml.parity.case import Case, build
+from tests.cuda.host import libraries
 
 HERE = Path(__file__).parent
 
@@ -42,28 +41,14 @@ def kernel_source(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("there is no C++ compiler here")
-    folder = tmp_path_factory.mktemp("attention")
     parts = [(HERE / name).read_text() for name in ("block.hpp", "host.hpp", "attention_words.hpp")]
     blocks = ("common.cuh", "fields.cuh", "iq.cuh", "blocks.cuh")
     files = (*blocks, "attention.cuh", "attention_any.cu", "attention_combine.cu")
     parts += [grids.header().replace("#pragma once", "")]
     parts += [kernel_source(name) for name in files]
-    source = folder / "attention.cpp"
-    source.write_text("\n".join([*parts, (HERE / "attention.cpp").read_text()]))
-    options = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC"]
-    (folder / "f16.cpp").write_text(
-        "#include <ucontext.h>\n_Float16 f(_Float16 x) { return x + x; }"
-    )
-    if subprocess.run([compiler, *options, folder / "f16.cpp", "-o", folder / "f16"]).returncode:
-        pytest.skip(f"{compiler} lacks _Float16 or ucontext")
-    result = subprocess.run(
-        [compiler, *options, source, "-o", folder / "attention"], capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    return ctypes.CDLL(str(folder / "attention"))
+    text = "\n".join([*parts, (HERE / "attention.cpp").read_text()])
+    (library,) = libraries(tmp_path_factory.mktemp("attention"), {"attention": text}, "-O1")
+    return library
 
 
 def on_host(library: Any, node: Node, arrays: list[Any], out: Any) -> None:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +16,14 @@ from numpy.typing import NDArray
 
 from pyggml import quants
 from pyggml.backends.cuda.device.compiler import KERNELS
-from pyggml.backends.cuda.weights import grids, packing
+from pyggml.backends.cuda.weights import packing
 from pyggml.backends.cuda.weights.formats import FORMATS
 from pyggml.dtypes import TYPES
 from pyggml.parity import tolerance
+from tests.cuda.host import libraries, on_host
 
 HERE = Path(__file__).parent
 TENSOR = "{(char*)raw, {0, row, row * rows, row * rows}, {32 * groups, rows, 1, 1}}"
-
-
-def on_host(text: str) -> str:
-    """A kernel source with C++ in place of its two kinds of PTX."""
-    text = re.sub(
-        r'asm( volatile)?\("ld\..*?\);', "std::memcpy(&v, at, sizeof v);", text, flags=re.S
-    )
-    return re.sub(r'asm\("prmt.*?\);', "r = byte_permutation(a, b, selector);", text, flags=re.S)
 
 
 def products() -> str:
@@ -43,7 +34,8 @@ def products() -> str:
         f'if (name == std::string("{name}")) return run<{name}>(tiles, tile, packed, tensor, out);'
         for name in FORMATS
     )
-    return f"""#include "raw.cuh"
+    return f"""#include "host.hpp"
+#include "raw.cuh"
 {tile}
 {(HERE / "decoders.cpp").read_text()}
 #include <string>
@@ -64,41 +56,19 @@ def values() -> str:
         f"for (int i = 0; i < file::{name}::SIZE; ++i) *out++ = file::{name}::value(raw, i);"
         for name in FORMATS
     )
-    return f"""#include "blocks.cuh"
+    return f"""#include "host.hpp"
+#include "blocks.cuh"
 #include <string>
 extern "C" void decode_values(const char* name, const unsigned char* raw, int n, float* out) {{
     {cases}
 }}"""
 
 
-@pytest.fixture(scope="module")
-def libraries(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+@pytest.fixture(scope="module", name="libraries")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """The libraries of `products` and `values`."""
-    compiler = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
-    if compiler is None:
-        pytest.skip("there is no C++ compiler here")
-    folder = tmp_path_factory.mktemp("host")
-    for path in (KERNELS / "include").glob("*.cuh"):
-        (folder / path.name).write_text(on_host(path.read_text()))
-    (folder / grids.HEADER).write_text(grids.header())
-    for name in ("cuda_fp16.h", "cuda_bf16.h"):
-        (folder / name).touch()
-    options = ["-std=c++17", "-w", "-shared", "-fPIC", "-ffp-contract=off", "-I", str(folder)]
-    (folder / "f16.cpp").write_text("_Float16 f(_Float16 x) { return x + x; }")
-    if subprocess.run([compiler, *options, folder / "f16.cpp", "-o", folder / "f16"]).returncode:
-        pytest.skip(f"{compiler} does not support _Float16")
-    processes = []
-    for name, text in (("products", products()), ("values", values())):
-        source = folder / f"{name}.cpp"
-        source.write_text((HERE / "host.hpp").read_text() + text)
-        command = [compiler, *options, source, "-o", folder / name]
-        processes.append(
-            (folder / name, subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
-        )
-    for _, process in processes:
-        _, log = process.communicate()
-        assert process.returncode == 0, log
-    return [ctypes.CDLL(str(path)) for path, _ in processes]
+    texts = {"products": products(), "values": values()}
+    return libraries(tmp_path_factory.mktemp("host"), texts, "-ffp-contract=off")
 
 
 def blocks_of(name: str, rows: int) -> NDArray[np.uint8]:

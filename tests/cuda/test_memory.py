@@ -153,6 +153,13 @@ def test_binding_allocates_all_that_a_run_needs(gpu: None) -> None:
     assert ALLOCATIONS.count == count
 
 
+def test_loading_weights_allocates_nothing_else(gpu: None) -> None:
+    count = ALLOCATIONS.count
+    plan = plan_of(product("q8_0")).bind()
+    assert ALLOCATIONS.count - count == 4  # a weight, an input, an arena; and the ring
+    assert plan.memory.devices[0].weights > 0
+
+
 # -- copies ---------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,9 @@
 """Packing weights of block types for the products: layout "tiles8" of
-kernels/include/formats.cuh."""
+kernels/include/formats.cuh.
+
+This packer is the reference for kernels/pack.cu, which packs weights while they are loaded. It packs
+those that stay on the host and are uploaded in every run.
+"""
 
 from __future__ import annotations
 

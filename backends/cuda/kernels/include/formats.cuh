@@ -1,4 +1,4 @@
-// Block types as the product kernels read them (layout "tiles8", written by packing.py).
+// Block types as the product kernels read them (layout "tiles8", written by pack.cu).
 //
 // A matrix is stored in tiles of 8 rows, and a row in groups of 32 weights. The parts of a group
 // are stored in planes, in the order [matrix][tile][group][row of the tile], so a warp reads 128 to

@@ -1,0 +1,81 @@
+// Packs rows of blocks, as in a file, into tiles while a weight is loaded.
+// @kernel pack<{EVERY}>
+//
+// raw    whole tiles: their rows one after another, in pinned memory of the host, at a multiple of
+//        16 bytes
+// to     the planes of the weight, which are zero
+// first  the first tile of `raw`, counted over all matrices
+//
+// Grid: tiles, chunks of 32 groups. A block of 256 threads packs one chunk of a tile: it copies the
+// bytes of the 8 rows to shared memory with loads of 16 bytes, then each thread packs one group.
+// Neighbouring threads have neighbouring rows, as in the planes, so stores are contiguous.
+// Traffic: each byte of the file crosses the bus once; each byte of the planes is written once.
+//
+// The parts of a group are those that products take from rows of a file (raw.cuh), so packing needs
+// no code for a type. Rows past the end of a matrix stay zero.
+//
+// Lost: to copy the rows to the device first and pack from there. This takes memory on the device
+// that every plan would have to count, and saves nothing: the bus is slower than this kernel. Also
+// lost: tables of bit positions for a common permutation; types that look codes up or compute them
+// (grids, tq1_0, q3_K, nvfp4) would need a second way.
+#include "raw.cuh"
+
+namespace tiles {
+
+constexpr int PACKED_GROUPS = 32;  // per thread block; a multiple of the groups of any file's block
+
+template <int BYTES>
+__device__ __forceinline__ void store_small(const unsigned char* plane, int unit, unsigned value) {
+    if constexpr (BYTES == 1) ((unsigned char*)plane)[unit] = value;
+    if constexpr (BYTES == 2) ((unsigned short*)plane)[unit] = value;
+    if constexpr (BYTES == 4) ((unsigned*)plane)[unit] = value;
+}
+
+template <class F>
+__device__ __forceinline__ void store_group(const Row<F>& row, int group, const RawGroup<Raw<F>>& raw) {
+    if constexpr (F::code_bytes == 4) ((unsigned*)row.codes)[group * 8] = raw.codes[0].x;
+    if constexpr (F::code_bytes == 8)
+        ((uint2*)row.codes)[group * 8] = make_uint2(raw.codes[0].x, raw.codes[0].y);
+    for (int run = 0; run < F::code_runs; ++run)
+        ((uint4*)row.codes)[(group * F::code_runs + run) * 8] = raw.codes[run];
+    if constexpr (F::high == 4) ((unsigned*)row.high)[group * 8] = raw.high.x;
+    if constexpr (F::high == 8) ((uint2*)row.high)[group * 8] = raw.high;
+    store_small<F::scale_bytes>(row.scales, group * 8, raw.scale.own);
+    if (group % F::block_groups == 0)
+        store_small<F::super_bytes>(row.supers, group / F::block_groups * 8, raw.scale.shared);
+}
+
+template <class F>
+__global__ void __launch_bounds__(256) pack(const unsigned char* raw, Packed to, int first) {
+    constexpr int BLOCK = F::Blocks::BYTES, CHUNK = PACKED_GROUPS / F::block_groups * BLOCK;
+    constexpr int WORDS = (CHUNK + 15) / 16 + 1;  // a chunk may start anywhere in a word
+    __shared__ uint4 rows[8][WORDS];
+    begin();
+    const int number = first + blockIdx.x, matrix = number / to.tiles, tile = number % to.tiles;
+    const int n_rows = min(8, to.rows - tile * 8), row_bytes = to.blocks * BLOCK;
+    const int start = blockIdx.y * CHUNK, size = min(CHUNK, row_bytes - start);
+    // `raw` begins with the first row of tile `first`.
+    const long long skipped = (long long)(first / to.tiles) * to.rows + first % to.tiles * 8;
+    const long long row0 = (long long)matrix * to.rows + tile * 8 - skipped;
+    const unsigned char* chunk = raw + row0 * row_bytes + start;
+
+    for (int i = threadIdx.x; i < 8 * WORDS; i += 256) {
+        const int row = i / WORDS, word = i % WORDS;
+        const unsigned char* from = chunk + (long long)row * row_bytes;
+        const int offset = (unsigned long long)from % 16;
+        if (row < n_rows && word * 16 < offset + size)
+            rows[row][word] = *(const uint4*)(from - offset + word * 16);
+    }
+    __syncthreads();
+
+    const int row = threadIdx.x % 8, local = threadIdx.x / 8;
+    const int group = blockIdx.y * PACKED_GROUPS + local;
+    if (row >= n_rows || group >= to.groups) return;
+    Row<Raw<F>> from;
+    from.blocks = (const unsigned char*)rows[row] +
+                  (unsigned long long)(chunk + (long long)row * row_bytes) % 16;
+    store_group<F>(Row<F>(to, matrix, tile, row), group, load_group(from, local));
+}
+
+}  // namespace tiles
+using namespace tiles;

@@ -1,0 +1,53 @@
+"""Compiling kernels for the host: their sources as C++, and a library of them."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyggml.backends.cuda.device.compiler import KERNELS
+from pyggml.backends.cuda.weights import grids
+
+HERE = Path(__file__).parent
+_PROBE = "#include <ucontext.h>\n_Float16 f(_Float16 x) { return x + x; }"
+
+
+def on_host(text: str) -> str:
+    """A kernel source with C++ in place of its two kinds of PTX."""
+    text = re.sub(
+        r'asm( volatile)?\("ld\..*?\);', "std::memcpy(&v, at, sizeof v);", text, flags=re.S
+    )
+    return re.sub(r'asm\("prmt.*?\);', "r = byte_permutation(a, b, selector);", text, flags=re.S)
+
+
+def libraries(folder: Path, texts: Mapping[str, str], *options: str) -> list[Any]:
+    """One library for each C++ text, which can include the kernels' headers, host.hpp and
+    block.hpp. Skips the test if no C++ compiler here supports `_Float16` and fibers."""
+    compiler = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+    if compiler is None:
+        pytest.skip("there is no C++ compiler here")
+    for path in (KERNELS / "include").glob("*.cuh"):
+        (folder / path.name).write_text(on_host(path.read_text()))
+    (folder / grids.HEADER).write_text(grids.header())
+    for name in ("cuda_fp16.h", "cuda_bf16.h"):
+        (folder / name).touch()
+    flags = ["-std=c++17", "-w", "-shared", "-fPIC", "-I", str(folder), "-I", str(HERE), *options]
+    (folder / "probe.cpp").write_text(_PROBE)
+    if subprocess.run([compiler, *flags, folder / "probe.cpp", "-o", folder / "probe"]).returncode:
+        pytest.skip(f"{compiler} lacks _Float16 or ucontext")
+    processes = {}
+    for name, text in texts.items():
+        (folder / f"{name}.cpp").write_text(text)
+        command = [compiler, *flags, folder / f"{name}.cpp", "-o", folder / name]
+        processes[name] = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    for process in processes.values():
+        _, log = process.communicate()
+        assert process.returncode == 0, log
+    return [ctypes.CDLL(str(folder / name)) for name in processes]

@@ -1,0 +1,242 @@
+"""Weights on a GPU: the kernel that packs them, compiled for the host, gives the bytes of the NumPy
+packer.
+
+It runs on a fake GPU, whose memory is the host's and whose work runs late, so that a part of the
+ring that is reused too early shows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+import pyggml as gg
+from pyggml import backends
+from pyggml.backends.cuda.device import pinned
+from pyggml.backends.cuda.device.compiler import KERNELS
+from pyggml.backends.cuda.device.context import Context
+from pyggml.backends.cuda.launch import Launch
+from pyggml.backends.cuda.weights import loading, packing
+from pyggml.backends.cuda.weights.formats import FORMATS
+from pyggml.backends.step import WeightLayout
+from pyggml.dtypes import TYPES
+from pyggml.spec import Ne
+from tests.cuda.conftest import Machine
+from tests.cuda.host import HERE, libraries
+from tests.interrupts import everywhere
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+class Arguments(ctypes.Structure):
+    """The arguments of `pack`."""
+
+    _fields_ = (("raw", ctypes.c_uint64), ("to", packing.Packed), ("first", ctypes.c_int32))
+
+
+def arguments(launch: Launch) -> Arguments:
+    return Arguments.from_buffer_copy(launch.args.ljust(ctypes.sizeof(Arguments)))
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    kernel = (KERNELS / "pack.cu").read_text().replace('#include "raw.cuh"', "")
+    cases = "\n".join(
+        f'if (name == std::string("pack<{name}>")) return run_pack<{name}>(grid, raw, to, first);'
+        for name in FORMATS
+    )
+    text = f"""#include "block.hpp"
+#include "host.hpp"
+#include "raw.cuh"
+{kernel}
+{(HERE / "pack.cpp").read_text()}
+#include <string>
+extern "C" int pack_rows(const char* name, const int* grid, const unsigned char* raw,
+                         const Packed& to, int first) {{
+    {cases}
+    return 1;
+}}"""
+    (library,) = libraries(tmp_path_factory.mktemp("pack"), {"pack": text}, "-O1")
+    return library
+
+
+@pytest.fixture
+def gpu(machine: Machine, library: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A fake GPU that runs the launches of `pack`, and whose ring is soon used again."""
+
+    def start(self: Context, launch: Launch) -> None:
+        def task() -> None:
+            a = arguments(launch)
+            assert a.raw % 16 == 0
+            grid = (ctypes.c_int * 3)(*launch.grid)
+            raw, to = ctypes.c_void_p(a.raw), ctypes.byref(a.to)
+            assert library.pack_rows(launch.name.encode(), grid, raw, to, a.first) == 0
+
+        self.stream.queue.add(task)
+
+    machine("gpu")
+    monkeypatch.setattr(Context, "start", start)
+    monkeypatch.setattr(loading, "PIECE", 1 << 13)
+    monkeypatch.setattr(pinned, "RING", 1 << 17)
+    monkeypatch.setattr(pinned, "PART", 1 << 15)
+    monkeypatch.setattr(loading, "PART", 1 << 15)
+    monkeypatch.setattr(pinned, "GRAIN", 256)
+    return backends.get("cuda")
+
+
+@pytest.fixture
+def small_ring(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "PIECE", 1 << 9)
+    monkeypatch.setattr(pinned, "RING", 1 << 12)
+    monkeypatch.setattr(pinned, "PART", 1 << 10)
+
+
+def random_rows(name: str, ne: Ne, seed: int = 3) -> Bytes:
+    nbytes = TYPES[name].row_bytes(ne[0]) * ne[1] * ne[2] * ne[3]
+    return np.random.default_rng(seed).integers(0, 256, nbytes, np.uint8)
+
+
+def expected(name: str, ne: Ne, rows: Bytes) -> Bytes:
+    t = TYPES[name]
+    return packing.to_tiles(t, ne, rows.reshape(-1, ne[0] // t.block, t.nbytes))
+
+
+def loaded(gpu: Any, name: str, ne: Ne, rows: Bytes) -> Bytes:
+    """The bytes of the weight after the GPU has packed it; the rows change right after the call."""
+    rows, out = rows.copy(), np.full(packing.tiles_of(TYPES[name], ne).nbytes, 0xAA, np.uint8)
+    with gpu.context:
+        buffer = gpu.alloc(len(out))
+        loading.upload_packed(gpu.context, gpu.staging, buffer.ptr, TYPES[name], ne, rows)
+        rows[:] = 0x55
+        gpu.staging.download(out, buffer.ptr)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("blocks", "rows", "matrices"),
+    [
+        (1, 1, (1, 1)),  # one block
+        (1, 8, (3, 1)),  # experts
+        (3, 7, (2, 2)),  # matrices of part of a tile
+        (7, 19, (2, 1)),  # an odd number of blocks: rows start at odd bytes
+        (33, 9, (1, 1)),  # more than one chunk of groups, the last one of one block
+        (9, 133, (1, 1)),  # several pieces
+    ],
+)
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_kernel_packs_like_numpy(
+    name: str, blocks: int, rows: int, matrices: tuple[int, int], gpu: Any
+) -> None:
+    ne = (blocks * TYPES[name].block, rows, *matrices)
+    data = random_rows(name, ne)
+    np.testing.assert_array_equal(loaded(gpu, name, ne, data), expected(name, ne, data))
+
+
+@pytest.mark.parametrize("name", ("q4_0", "mxfp4", "q6_K"))
+def test_many_pieces_go_round_the_ring(name: str, gpu: Any) -> None:
+    ne = (TYPES[name].block * 4, 83, 100 if TYPES[name].block == 32 else 12, 1)
+    data = random_rows(name, ne)
+    assert len(data) > 4 * pinned.RING
+    np.testing.assert_array_equal(loaded(gpu, name, ne, data), expected(name, ne, data))
+
+
+def test_plain_weights_are_copied(gpu: Any) -> None:
+    for nbytes in (1, 5000, 8192, 8193, 600_001):
+        data = np.random.default_rng(nbytes).integers(0, 256, nbytes, np.uint8)
+        values, out = data.copy(), np.empty(nbytes, np.uint8)
+        with gpu.context:
+            buffer = gpu.alloc(nbytes)
+            loading.upload(gpu.context, gpu.staging, buffer.ptr, values)
+            values[:] = 0x55
+            gpu.staging.download(out, buffer.ptr)
+        np.testing.assert_array_equal(out, data)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_interrupts_lose_no_part_of_the_ring(small_ring: None, gpu: Any) -> None:
+    ne = (32, 64, 1, 1)
+    data, other = (random_rows("q4_0", ne, seed) for seed in (1, 2))
+    result = expected("q4_0", ne, other)
+
+    def begin() -> Callable[[], object]:
+        gpu.synchronize()
+        return lambda: loaded(gpu, "q4_0", ne, data)
+
+    for where in everywhere(begin, 5):
+        np.testing.assert_array_equal(loaded(gpu, "q4_0", ne, other), result, err_msg=where)
+
+
+def test_threads_that_outlive_an_interrupt_do_not_write(
+    small_ring: None, gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second Ctrl-C ends the wait for the threads; their parts of the ring get other data."""
+    late: list[Callable[[], None]] = []
+
+    class Pool:
+        def __init__(self, count: int) -> None: ...
+        def __enter__(self) -> Pool:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+        def submit(self, job: Callable[[], None]) -> None:
+            late.append(job)
+
+    def interrupt(self: Context, launch: Launch) -> None:
+        raise KeyboardInterrupt
+
+    ne = (32, 200, 1, 1)
+    data, other = (random_rows("q4_0", ne, seed) for seed in (1, 2))
+    with monkeypatch.context() as patch:
+        patch.setattr(pinned, "ThreadPoolExecutor", Pool)
+        patch.setattr(Context, "start", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            loaded(gpu, "q4_0", ne, data)
+    start = Context.start
+    places = {cast(Any, job).__self__.part.ctypes.data: job for job in late}
+    assert len(places) > 2
+
+    def start_late(self: Context, launch: Launch) -> None:
+        places.pop(arguments(launch).raw, int)()  # now the part has the other data
+        start(self, launch)
+
+    monkeypatch.setattr(Context, "start", start_late)
+    np.testing.assert_array_equal(loaded(gpu, "q4_0", ne, other), expected("q4_0", ne, other))
+    assert not places
+
+
+def test_an_error_of_a_piece_is_raised_and_the_ring_stays_usable(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ne = (64, 999, 1, 1)
+    data = random_rows("q8_0", ne)
+    start, count = Context.start, [0]
+
+    def fail(self: Context, launch: Launch) -> None:
+        count[0] += 1
+        if count[0] == 5:
+            raise ValueError("a test")
+        start(self, launch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Context, "start", fail)
+        with pytest.raises(ValueError, match="a test"):
+            loaded(gpu, "q8_0", ne, data)
+    np.testing.assert_array_equal(loaded(gpu, "q8_0", ne, data), expected("q8_0", ne, data))
+
+
+def test_a_weight_whose_tile_exceeds_a_part_is_packed_on_the_host(gpu: Any) -> None:
+    ne = (1 << 15, 9, 1, 1)
+    assert not loading.can_pack(TYPES["q4_0"], ne) and loading.can_pack(
+        TYPES["q4_0"], (2048, 9, 1, 1)
+    )
+    data = random_rows("q4_0", ne)
+    node = gg.constant(data.reshape(9, -1), dtype="q4_0", name="w")
+    layout = WeightLayout(packing.tiles_of(TYPES["q4_0"], ne).nbytes, "tiles8")
+    buffer, out = gpu.weight(node, layout, data.reshape(9, -1)), np.empty(layout.nbytes, np.uint8)
+    with gpu.context:
+        gpu.staging.download(out, buffer.ptr)
+    np.testing.assert_array_equal(out, expected("q4_0", ne, data))
