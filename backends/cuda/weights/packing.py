@@ -1,7 +1,7 @@
 """Packing weights of block types for the products: layout "tiles8" of
 kernels/include/formats.cuh.
 
-This packer is the reference for kernels/pack.cu, which packs weights while they are loaded. It packs
+This packer is the reference for kernels/pack.cu, which packs weights that stay on the GPU. It packs
 those that stay on the host and are uploaded in every run.
 """
 
