@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from pyggml import __version__
 from pyggml.cli.options import UsageError
+from pyggml.cli.progress import clear
 from pyggml.errors import PyggmlError
 
 COMMANDS = {
@@ -49,8 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             status: int = args.run(args)
             print(end="", flush=True)  # raises here if stdout cannot be written
         except SystemExit as stop:  # --help, wrong usage, SIGTERM
+            clear()
             return int(stop.code or 0)
         except KeyboardInterrupt:
+            clear()
+            print("pyggml: interrupted", file=sys.stderr)
             return 130
         except BrokenPipeError:  # for example `pyggml info | head`
             return 1
@@ -93,6 +97,7 @@ def _print_error(error: Exception) -> None:
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    clear()
     print("pyggml: error:", " ".join(text.split()), file=sys.stderr)
 
 
@@ -101,4 +106,5 @@ def _terminate(*_: Any) -> NoReturn:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    clear()
     print("pyggml: warning:", message, file=sys.stderr)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import closing
 
 from pyggml.cli import model_options, options
+from pyggml.cli.progress import clear, progress
 from pyggml.errors import PyggmlError
 
 
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         template = ChatTemplate(model.file.fields, tokenizer)
         session = model_options.new_session(args, model)
         talk = Conversation(session, tokenizer, template, args.system)
-        show = model_options.progress("prompt", "tokens")
+        show = progress("prompt", "tokens")
         for message in _messages():
             answer = talk.answer(message, n=args.n, sampler=sampler, progress=show)
             try:
@@ -44,8 +45,9 @@ def run(args: argparse.Namespace) -> int:
                     for piece in answer:
                         print(piece, end="", flush=True)
             except KeyboardInterrupt:
-                pass
+                clear()
             except PyggmlError as error:  # for example, the context is full
+                clear()
                 print(f"pyggml: error: {error}", file=sys.stderr)
                 if not sys.stdin.isatty():
                     return 1

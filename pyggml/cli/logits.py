@@ -19,6 +19,7 @@ from typing import BinaryIO
 import numpy as np
 
 from pyggml.cli import model_options, options
+from pyggml.cli.progress import progress
 from pyggml.errors import ShapeError
 
 
@@ -44,11 +45,13 @@ def run(args: argparse.Namespace) -> int:
             raise ShapeError("-p: the text has no tokens")
         args.c = len(tokens)  # nothing is generated
         session = model_options.new_session(args, model)
-        show = model_options.progress("prompt", "tokens")
+        show = progress("prompt", "tokens")
         shape = (len(tokens), model.arch.n_vocab)
         with replaced(args.o) as file:
             header = {"descr": "<f4", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
+            if show is not None:
+                show(0, len(tokens))
             for start in range(0, len(tokens), session.n_batch):
                 part = tokens[start : start + session.n_batch]
                 file.write(session.forward(part, outputs="all").astype("<f4").tobytes())

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pyggml import backends
 from pyggml.cli import options
+from pyggml.cli.progress import progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -167,16 +167,3 @@ def layer_pins(n: int | None, n_layer: int, names: Sequence[str], *, tied: bool)
     if not n:
         parts.append(r"(token_embd|output)\." if tied else r"output\.")
     return {f"^({'|'.join(parts)})": HOST} if parts else {}
-
-
-def progress(what: str, unit: str) -> Callable[[int, int], None] | None:
-    """A function that shows (done, total) on stderr; None if stderr is not a terminal."""
-    if not sys.stderr.isatty():
-        return None
-
-    def show(done: int, total: int) -> None:
-        text = f"{what} {100 * done // max(total, 1):3} % of {total:,} {unit}"
-        end = "\r\x1b[K" if done >= total else ""  # clear the line when it is done
-        print(f"\r{text}{end}", end="", file=sys.stderr, flush=True)
-
-    return show

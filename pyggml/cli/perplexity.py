@@ -11,12 +11,14 @@ negative log-probability. It prints the value after each chunk, and at the end a
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pyggml.cli import model_options, options
+from pyggml.cli.progress import progress
 from pyggml.errors import ShapeError
 
 if TYPE_CHECKING:
@@ -46,10 +48,16 @@ def run(args: argparse.Namespace) -> int:
         session = model_options.new_session(args, model)
         losses: list[float] = []
         n_chunks = min(len(tokens) // args.c, args.chunks or len(tokens))
+        # On a terminal, the values themselves show the progress.
+        show = None if sys.stdout.isatty() else progress("perplexity", "chunks")
         for i in range(n_chunks):
+            if show is not None:
+                show(i, n_chunks)
             chunk = tokens[i * args.c : (i + 1) * args.c]
             first = tokenizer.bos if tokenizer.add_bos else chunk[0]
             losses += chunk_losses(session, chunk, first=first)
+            if show is not None:
+                show(i + 1, n_chunks)
             print(f"[{i + 1}]{np.exp(np.mean(losses)):.4f}", end=",", flush=True)
     value, error = estimate(losses)
     print(f"\nFinal estimate: PPL = {value:.4f} +/- {error:.5f}")

@@ -13,7 +13,7 @@ import argparse
 import time
 
 from pyggml import gguf
-from pyggml.cli.model_options import progress
+from pyggml.cli.progress import progress
 from pyggml.gguf.quantize import QUANTIZABLE, quantize
 
 

@@ -12,6 +12,7 @@ import argparse
 import sys
 
 from pyggml.cli import model_options, options
+from pyggml.cli.progress import progress
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -37,18 +38,21 @@ def run(args: argparse.Namespace) -> int:
         template = ChatTemplate(fields, tokenizer) if args.chat else None
         session = model_options.new_session(args, model)
         settings = {"n": args.n, "sampler": sampler}
-        show = model_options.progress("prompt", "tokens")
+        show = progress("prompt", "tokens")
         if template is None:
             tokens = tokenizer.encode(args.p, parse_special=True)
             pieces = continuation(session, tokenizer, tokens, progress=show, **settings)
         else:
             talk = Conversation(session, tokenizer, template, args.system)
             pieces = talk.answer(args.p, progress=show, **settings)
+        started = False
         try:
             for piece in pieces:
+                started = True
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
-            print("", file=sys.stderr)
+            if started:
+                print(file=sys.stderr)  # after the text so far
             raise
         print()
     return 0

@@ -16,10 +16,10 @@ need no more, but such a file cannot run.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 
 from pyggml.cli.options import natural, option, whole
+from pyggml.cli.progress import progress
 from pyggml.gguf.synth import DRAWN, drawn_type
 from pyggml.models.base import MAX_LAYERS
 from pyggml.models.presets import PRESETS, preset
@@ -52,16 +52,11 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         name=f"{args.preset} random",
         header_only=args.header_only,
-        progress=_progress if sys.stderr.isatty() else None,
+        progress=progress("writing", "bytes"),
     )
     seconds = time.perf_counter() - start
     print(f"{args.out}: {size:,} bytes in {seconds:.1f} s, {size / seconds / 1e6:.0f} MB/s")
     return 0
-
-
-def _progress(done: int, total: int) -> None:
-    end = "\n" if done == total else ""
-    print(f"\r{100 * done // total:3} %", end=end, file=sys.stderr, flush=True)
 
 
 @option

@@ -16,7 +16,7 @@ from pyggml.generate.session import Session
 from pyggml.generate.tokenizer import Tokenizer
 
 Sampler: TypeAlias = Callable[[NDArray[np.float32]], int]
-#: Called as progress(tokens read, tokens of the prompt).
+#: Called as progress(tokens read, tokens of the prompt) before each batch and after the last one.
 Progress: TypeAlias = Callable[[int, int], object]
 
 
@@ -46,7 +46,9 @@ def continuation(
     ends = tokenizer.end_tokens
     stream = tokenizer.stream()
     rest = _read(session, tokens, progress)
-    for token in session.generate(rest, n, sampler, ends):
+    for i, token in enumerate(session.generate(rest, n, sampler, ends)):
+        if progress is not None and i == 0:
+            progress(len(tokens), len(tokens))
         if token in ends:
             break
         yield stream.add(token)
@@ -57,10 +59,11 @@ def _read(session: Session, tokens: Sequence[int], progress: Progress | None) ->
     """Run all batches of a prompt but the last, which is returned."""
     step = session.n_batch
     start = (len(tokens) - 1) // step * step
-    for done in range(0, start, step):
-        session.forward(tokens[done : done + step], outputs="none")
+    for done in range(0, start + 1, step):
         if progress is not None:
-            progress(done + step, len(tokens))
+            progress(done, len(tokens))
+        if done < start:
+            session.forward(tokens[done : done + step], outputs="none")
     return tokens[start:]
 
 

@@ -80,12 +80,13 @@ def test_warnings_are_one_line_on_stderr(capsys: Streams, monkeypatch: pytest.Mo
     assert capsys.readouterr().err == "pyggml: warning: look out\n"
 
 
-def test_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: Streams) -> None:
     def stop(_: object) -> int:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(info, "run", stop)
     assert main(["info", "x"]) == 130
+    assert capsys.readouterr().err == "pyggml: interrupted\n"
 
 
 def test_info_text(tiny: Path, capsys: Streams) -> None:
@@ -147,8 +148,13 @@ def test_output_that_cannot_be_written(tiny: Path, target: str, status: int) -> 
     assert done.stderr == ("pyggml: error: No space left on device\n" if status else "")
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_an_interrupted_synth_leaves_no_file(tmp_path: Path, signum: int, status: int) -> None:
+@pytest.mark.parametrize(
+    ("signum", "status", "line"),
+    [(signal.SIGTERM, 143, b""), (signal.SIGINT, 130, b"pyggml: interrupted\n")],
+)
+def test_an_interrupted_synth_leaves_no_file(
+    tmp_path: Path, signum: int, status: int, line: bytes
+) -> None:
     words = ["synth", str(tmp_path / "x"), "--preset", "deepseek-v2-lite", "--layers", "6"]
     process = subprocess.Popen([sys.executable, "-m", "pyggml", *words], stderr=subprocess.PIPE)
     deadline = time.monotonic() + 20
@@ -157,7 +163,7 @@ def test_an_interrupted_synth_leaves_no_file(tmp_path: Path, signum: int, status
         time.sleep(0.01)
     process.send_signal(signum)
     _, err = process.communicate(timeout=20)
-    assert process.returncode == status and err == b"" and not list(tmp_path.iterdir())
+    assert process.returncode == status and err == line and not list(tmp_path.iterdir())
 
 
 def test_info_names_the_support(tmp_path: Path, capsys: Streams) -> None:

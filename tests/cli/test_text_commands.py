@@ -103,7 +103,8 @@ def test_an_interrupted_run_has_status_130(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Session, "generate", interrupt)
-    command("run", "-p", "hello", status=130)
+    err = command("run", "-p", "hello", status=130, stream="err")
+    assert err == "\npyggml: interrupted\n"  # after the text so far
 
 
 def test_chat_answers_each_line(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,8 +29,8 @@ Bytes = NDArray[np.uint8]
 #: Bytes of pinned memory that copies pass through; the most bytes of one part of it; the alignment
 #: of a part, which limits the number of events.
 RING, PART, GRAIN = 16 << 20, 4 << 20, 64 << 10
-#: The most threads that fill the ring. From a file in memory, one copies 9 GB/s on the machine of an
-#: H100, eight 32 GB/s, and more no more.
+#: The most threads that fill the ring. On an H100's host, one thread copies 9 GB/s from a file in
+#: memory and eight copy 32 GB/s; more than eight are not faster.
 MOST_THREADS = 8
 
 
