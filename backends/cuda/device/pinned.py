@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
-from threading import Lock
 from typing import Any
 from weakref import ref
 
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from pyggml.backends.cuda.device.context import Context
 from pyggml.backends.cuda.device.driver import guarded
+from pyggml.backends.cuda.device.filling import MOST_THREADS, Filling
 from pyggml.backends.cuda.device.memory import operand_at
 from pyggml.backends.cuda.launch import Operand
 from pyggml.backends.step import Address
@@ -29,9 +29,6 @@ Bytes = NDArray[np.uint8]
 #: Bytes of pinned memory that copies pass through; the most bytes of one part of it; the alignment
 #: of a part, which limits the number of events.
 RING, PART, GRAIN = 16 << 20, 4 << 20, 64 << 10
-#: The most threads that fill the ring. On an H100's host, one thread copies 9 GB/s from a file in
-#: memory and eight copy 32 GB/s; more than eight are not faster.
-MOST_THREADS = 8
 
 
 class Staging:
@@ -80,20 +77,20 @@ class Staging:
         Threads fill the ring while the device reads earlier pieces, so that neither waits for pages
         that must come from a file. After it returns, the data may change.
         """
-        ahead: deque[tuple[_Flying, _Filling, Callable[[Bytes], None]]] = deque()
+        ahead: deque[tuple[_Flying, Filling, Callable[[Bytes], None]]] = deque()
         for data, queue in pieces:
             # Leave room for a gap at the end of the ring and for parts that the device reads.
             while ahead and self._end + 2 * len(data) - ahead[0][0].start > RING - PART:
                 self._queue(*ahead.popleft())
             flying, part = self._part(len(data))
-            flying.filling = filling = _Filling(part, data)
+            flying.filling = filling = Filling(part, data)
             if ahead:  # the first one is left to this thread, and often the only one
                 self._pool.submit(filling.run)
             ahead.append((flying, filling, queue))
         while ahead:
             self._queue(*ahead.popleft())
 
-    def _queue(self, flying: _Flying, filling: _Filling, queue: Callable[[Bytes], None]) -> None:
+    def _queue(self, flying: _Flying, filling: Filling, queue: Callable[[Bytes], None]) -> None:
         filling.run()
         with guarded("uploading"):
             queue(filling.part)
@@ -163,7 +160,7 @@ class _Flying:
     start: int
     event: Any
     landing: ref[_Landing] | None = None
-    filling: _Filling | None = None
+    filling: Filling | None = None
     recorded: bool = False
 
     def record(self) -> None:
@@ -185,28 +182,6 @@ class _Flying:
         if landing is not None:
             landing.wait()
         return self.event
-
-
-class _Filling:
-    """Data to be copied to a part of the ring by whoever is first: a thread, or the caller that
-    needs it."""
-
-    def __init__(self, part: Bytes, data: Bytes) -> None:
-        self.part = part
-        self._data: Bytes | None = data
-        self._lock = Lock()
-
-    def run(self) -> None:
-        """Copy, unless it is done; waits for a thread that is copying."""
-        with self._lock:
-            if self._data is not None:
-                self.part[:] = self._data
-                self._data = None
-
-    def drop(self) -> None:
-        """Forget the data if it is not copied yet, so that nothing writes to the part any more."""
-        with self._lock:
-            self._data = None
 
 
 class _Landing:

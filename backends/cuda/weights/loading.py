@@ -17,7 +17,7 @@ from pyggml.backends.cuda.device.context import Context
 from pyggml.backends.cuda.device.pinned import PART, Staging
 from pyggml.backends.cuda.launch import Launch
 from pyggml.backends.cuda.weights.bits import Bytes
-from pyggml.backends.cuda.weights.packing import TILE, tiles_of
+from pyggml.backends.cuda.weights.packing import TILE, Packed, tiles_of
 from pyggml.dtypes import DType
 from pyggml.spec import Ne
 
@@ -49,10 +49,12 @@ def upload_packed(
     """Queue the packing of a weight's rows, flat bytes as in a file, into tiles at `ptr`, whose
     memory is zero. After it returns, `rows` may change."""
 
-    def start(first: int, last: int, part: Bytes) -> None:
-        context.start(launch(dtype, ne, ptr, part.ctypes.data, first, last))
+    target = tiles_of(dtype, ne).at(ptr)
 
-    context.load([launch(dtype, ne, ptr, 0, 0, 1)])
+    def start(first: int, last: int, part: Bytes) -> None:
+        context.start(launch(dtype, target, part.ctypes.data, first, last))
+
+    context.load([launch(dtype, target, 0, 0, 1)])
     pieces = _pieces(dtype, ne)
     staging.stream((rows[at], partial(start, first, last)) for first, last, at in pieces)
 
@@ -73,10 +75,9 @@ def _pieces(dtype: DType, ne: Ne) -> Iterator[tuple[int, int, slice]]:
         yield first, last, slice(start(first), start(last))
 
 
-def launch(dtype: DType, ne: Ne, ptr: int, source: int, first: int, last: int) -> Launch:
+def launch(dtype: DType, target: Packed, source: int, first: int, last: int) -> Launch:
     """The launch that packs the rows at address `source` into the tiles from `first` to before
-    `last` of the weight at `ptr`."""
-    tiles = tiles_of(dtype, ne)
-    args = pack([np.uint64(source), tiles.at(ptr), np.int32(first)])
-    grid = (last - first, -(-tiles.groups // GROUPS), 1)
+    `last`."""
+    args = pack([np.uint64(source), target, np.int32(first)])
+    grid = (last - first, -(-target.groups // GROUPS), 1)
     return Launch(FILE, f"pack<{dtype.name}>", grid, (256, 1, 1), args)
