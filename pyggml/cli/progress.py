@@ -25,8 +25,8 @@ def progress(what: str, unit: str) -> Callable[[int, int], None] | None:
             return
         text = f"{what} [{'#' * (WIDTH * done // total):{WIDTH}}] {_part(done, total, unit)}"
         if text != _shown:
+            _shown = text  # before it shows: Ctrl-C may come in between
             print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
-            _shown = text
 
     return show
 
@@ -35,8 +35,8 @@ def clear() -> None:
     """Clear the line if there is a bar on it."""
     global _shown
     if _shown:
-        _shown = ""
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        _shown = ""
 
 
 def _part(done: int, total: int, unit: str) -> str:

@@ -19,6 +19,7 @@ from pyggml.generate.session import Session
 from pyggml.models.model import load
 from pyggml.models.presets import preset
 from pyggml.models.synth import synth
+from tests.interrupts import everywhere
 
 
 class Terminal(io.StringIO):
@@ -82,6 +83,20 @@ def test_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     length = len(terminal.getvalue())
     clear()
     assert len(terminal.getvalue()) == length  # there is none to clear
+
+
+def test_an_interrupt_while_the_bar_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = terminal_for(monkeypatch)
+
+    def begin() -> Callable[[], object]:
+        show = progress("loading", "bytes")
+        assert show is not None
+        return lambda: show(1, 3)
+
+    for where in everywhere(begin):
+        clear()
+        assert terminal.screen == "", where
+    assert terminal.bars
 
 
 def test_no_bar_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
