@@ -11,7 +11,7 @@ arena is packed on its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from heapq import heappop, heappush
 
@@ -48,8 +48,10 @@ def _few_switches(work: Work, nodes: Sequence[Node], edges: Edges) -> tuple[Node
     """
     steps = [node for node in nodes if runs(node) and node.op is not transfer]
     needs = _needs(steps, edges)
-    sequence = list(_by_device(steps, needs, lambda step: work.home(step).device))
-    sends = _sends(sequence, lambda node: work.home(node).device)
+    host = {step for step in steps if work.home(step).device == "host"}
+    stages = _stages(steps, needs, host)
+    sequence = list(_by_device(steps, needs, stages, lambda step: work.home(step).device))
+    sends = _sends(sequence, stages)
     ordered: dict[Node, None] = {}
     for step in sequence:
         missing = toposort([step, *sends.get(step, ())], stop=ordered.__contains__)
@@ -58,22 +60,23 @@ def _few_switches(work: Work, nodes: Sequence[Node], edges: Edges) -> tuple[Node
     return tuple(ordered)
 
 
-def _sends(sequence: Sequence[Node], device_of: Callable[[Node], str]) -> dict[Node, list[Node]]:
+def _sends(sequence: Sequence[Node], stages: Mapping[Node, int]) -> dict[Node, list[Node]]:
     """Step -> the transfers to the host that come right after it.
 
-    All results that a host step is the first to read leave together, after the last of them.
+    All results that a stage of the host reads leave together, after the last of them.
     """
     number = {step: i for i, step in enumerate(sequence)}
-    sends: dict[Node, list[Node]] = {}
+    results: dict[int, dict[Node, int]] = {}  # stage -> transfer -> number of the step it copies
     seen: set[Node] = set()
     for step in sequence:
-        if device_of(step) != "host":
-            continue
-        results = [s for s in bases(step) if s.op is transfer and s not in seen]
-        origins = [number[base] for s in results if (base := origin(s).base) in number]
-        if len(origins) == len(results) > 0:
-            sends.setdefault(sequence[max(origins)], []).extend(results)
-        seen.update(results)
+        for source in bases(step) if step in stages else ():
+            if source.op is transfer and source not in seen:
+                seen.add(source)
+                if (computed := number.get(origin(source).base)) is not None:
+                    results.setdefault(stages[step], {})[source] = computed
+    sends: dict[Node, list[Node]] = {}
+    for numbers in results.values():
+        sends.setdefault(sequence[max(numbers.values())], []).extend(numbers)
     return sends
 
 
@@ -97,19 +100,19 @@ def _needs(steps: Sequence[Node], edges: Edges) -> dict[Node, set[Node]]:
 
 
 def _by_device(
-    steps: Sequence[Node], needs: Mapping[Node, set[Node]], device_of: Callable[[Node], str]
+    steps: Sequence[Node],
+    needs: Mapping[Node, set[Node]],
+    stages: Mapping[Node, int],
+    device_of: Callable[[Node], str],
 ) -> Iterator[Node]:
     """Each step after those that it needs, on one device for as long as it has a step to run.
 
-    Of its steps, those come first that the host waits for, in the order of the host's steps.
+    Of its steps, those come first that the host waits for, in the order of the host's stages.
     Otherwise in the order of `steps`; the next device is that of the first step that can run.
     """
     number = {step: i for i, step in enumerate(steps)}
-    users: dict[Node, list[Node]] = {step: [] for step in steps}
-    for step, needed in needs.items():
-        for source in needed:
-            users[source].append(step)
-    awaited = _awaited(steps, needs, device_of)
+    users = _users(needs)
+    awaited = _awaited(needs, stages)
     missing = {step: len(needed) for step, needed in needs.items()}
     ready: dict[str, list[tuple[int, int]]] = {}  # device -> heap of the steps that can run
 
@@ -134,18 +137,44 @@ def _by_device(
                 add(user)
 
 
-def _awaited(
-    steps: Sequence[Node], needs: Mapping[Node, set[Node]], device_of: Callable[[Node], str]
+def _users(needs: Mapping[Node, set[Node]]) -> dict[Node, list[Node]]:
+    users: dict[Node, list[Node]] = {step: [] for step in needs}
+    for step, sources in needs.items():
+        for source in sources:
+            users[source].append(step)
+    return users
+
+
+def _stages(
+    steps: Sequence[Node], needs: Mapping[Node, set[Node]], host: Collection[Node]
 ) -> dict[Node, int]:
-    """Step of another device -> the number of the first step of the host that waits for it, with no
-    step of the host in between."""
+    """Step of the host -> its stage: how often data must change between the host and other devices
+    before it can run. The host runs a stage without waiting for another device."""
+    if not host:
+        return {}
+    users, missing = _users(needs), {step: len(needs[step]) for step in steps}
+    stages = dict.fromkeys(steps, 0)
+    ready = [step for step in steps if not missing[step]]
+    for step in ready:
+        for user in users[step]:
+            crosses = (step in host) != (user in host)
+            stages[user] = max(stages[user], stages[step] + crosses)
+            missing[user] -= 1
+            if not missing[user]:
+                ready.append(user)
+    return {step: stages[step] for step in steps if step in host}
+
+
+def _awaited(needs: Mapping[Node, set[Node]], stages: Mapping[Node, int]) -> dict[Node, int]:
+    """Step of another device -> the first stage of the host that waits for it, with no step of the
+    host in between."""
     awaited: dict[Node, int] = {}
-    for number, step in enumerate(steps):
-        stack = [step] if device_of(step) == "host" else []
+    for step in sorted(stages, key=stages.__getitem__):
+        stack = [step]
         while stack:
             for source in needs[stack.pop()]:
-                if source not in awaited and device_of(source) != "host":
-                    awaited[source] = number
+                if source not in awaited and source not in stages:
+                    awaited[source] = stages[step]
                     stack.append(source)
     return awaited
 

@@ -70,11 +70,13 @@ def test_values(seed: int | None) -> None:
         queue.pace = None
 
 
-def test_results_that_a_host_step_reads_leave_together() -> None:
+def test_results_that_a_stage_of_the_host_reads_leave_together() -> None:
     x = gg.input("x", "f32", ne=(WIDTH, 3))
     w = [weight(name, WIDTH, WIDTH) for name in ("first", "second", "other", "output")]
     first, second, other = (gg.mul_mat(each, x) for each in w[:3])
-    y = gg.mul_mat(w[3], gg.add(other, gg.label(gg.add(first, second), "host")))
+    early = gg.label(gg.silu(first), "host early")  # `late` needs a second result
+    late = gg.label(gg.mul(early, second), "host late")
+    y = gg.mul_mat(w[3], gg.add(other, late))
     plan = gg.compile({"y": y}, backends=["null:0", "numpy"], pins=PINS)
     assert [len(split.copies) for split in plan.splits if split.backend.place == "numpy"] == [2, 0]
     assert np.array_equal(plan.run(x=X)["y"], gg.compile({"y": y}).run(x=X)["y"])
