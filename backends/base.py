@@ -101,7 +101,9 @@ class Backend(Protocol):
         types."""
 
     def weight_layout(self, constant: Node, uses: Collection[Node]) -> WeightLayout:
-        """How to store the constant, given its type, size and all its uses."""
+        """How to store the constant, given its type, size and all its uses: the nodes that read it
+        directly or through views, each view before its readers. A view that is an output has none.
+        """
 
     def lower(
         self, nodes: Sequence[Node], keep: Collection[Node], layouts: Layouts, *, fuse: bool = True

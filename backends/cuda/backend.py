@@ -61,8 +61,6 @@ class CudaBackend:
         return table.KERNELS.numeric(node)
 
     def weight_layout(self, constant: Node, uses: Collection[Node]) -> WeightLayout:
-        if not any(use.op.weights for use in uses):
-            return WeightLayout(constant.spec.nbytes)  # no product reads it
         return packing.layout_of(constant, uses)
 
     def lower(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+
 from pyggml import ops
 from pyggml.backends.cuda.geometry import C_TYPES, blocks_for, counted, pack_width, part, rows
 from pyggml.backends.cuda.launch import Call, Operand
 from pyggml.backends.cuda.table import kernel
+from pyggml.backends.cuda.weights.packing import TILE, packed, tiles_of
 from pyggml.dtypes import DType
 
 FILE = "copy.cu"
@@ -94,6 +97,8 @@ def convert(call: Call, out: Operand, a: Operand) -> None:
         _in_order(call, _as_words(out, size), _as_words(a, size), _WORDS[size], _WORDS[size])
     elif out.dtype.block > 1:
         _encode(call, out, a, None)
+    elif a.layout == "tiles8":
+        _decode_tiles(call, out, a)
     elif a.dtype.block > 1:
         width = min(pack_width(out), 4)
         call.launch(
@@ -105,6 +110,20 @@ def convert(call: Call, out: Operand, a: Operand) -> None:
         )
     else:
         _in_order(call, out, a, C_TYPES[out.dtype.name], C_TYPES[a.dtype.name])
+
+
+def _decode_tiles(call: Call, out: Operand, a: Operand) -> None:
+    """Record the values of a weight in tiles; `out` has rows of the same length."""
+    tiles = tiles_of(a.dtype, a.ne)
+    total = tiles.matrices * tiles.tiles * tiles.groups * TILE
+    width = pack_width(out)
+    call.launch(
+        FILE,
+        f"decode_tiles<tiles::{a.dtype.name}, {C_TYPES[out.dtype.name]}, {width}>",
+        grid=blocks_for(total),
+        block=256,
+        args=[out.tensor, packed(a), np.uint32(total)],
+    )
 
 
 def _in_order(call: Call, out: Operand, a: Operand, to: str, source: str) -> None:

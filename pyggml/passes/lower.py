@@ -22,8 +22,9 @@ def lower(work: Work) -> Work:
     A split is a run of nodes of one device, lowered by its backend.
     """
     users = work.graph.users
+    roots = set(work.graph.roots)
     layouts = {
-        node: work.home(node).weight_layout(origin(node), users[node])
+        node: work.home(node).weight_layout(origin(node), _uses(node, users, roots))
         for node in work.order
         if origin(node).op is constant_op and node in users
     }
@@ -39,6 +40,15 @@ def lower(work: Work) -> Work:
     private = {node: s.backend for s in splits for node in own_nodes(work.order, s.steps)}
     work = replace(work, homes={**work.homes, **private})
     return replace(work, splits=tuple(_with_waits(work, splits)))
+
+
+def _uses(constant: Node, users: Users, roots: Collection[Node]) -> list[Node]:
+    """The nodes that read a constant, directly or through views, each view before its readers."""
+    uses = list(users[constant])
+    for use in uses:
+        if use.op.view is not None and use not in roots:
+            uses += users[use]
+    return uses
 
 
 def _split(work: Work, backend: Backend, nodes: Sequence[Node], users: Users) -> Split:

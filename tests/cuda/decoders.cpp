@@ -1,7 +1,7 @@
 // Decodes weights with the kernels' decoders, row by row to f32. test_decoders.py puts the kernels'
 // headers and the part of linear_tile.cu before the product in front.
 
-// As `vec` reads them: codes and scales of a whole group.
+// As `vec` and `decode_tiles` read them: codes and scales of a whole group.
 template <class F>
 void groups(const typename F::Source& a, int rows, int n, float* out) {
     const Table<F> table(0);
@@ -12,11 +12,7 @@ void groups(const typename F::Source& a, int rows, int n, float* out) {
             const Scale s = F::scale(raw.scale.own, raw.scale.shared);
             unsigned words[8];
             code_words<F>(table, raw, words);
-            for (int i = 0; i < 32; ++i) {
-                const int code = (signed char)(words[i / 4] >> i % 4 * 8);
-                const float low = i < 16 ? s.m0 : s.m1;
-                *out++ = (i < 16 ? s.s0 : s.s1) * code - (F::affine || F::bias ? low : 0);
-            }
+            for (int i = 0; i < 32; ++i) *out++ = weight<F>(s, words, i);
         }
     }
 }

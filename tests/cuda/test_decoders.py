@@ -45,6 +45,34 @@ extern "C" int decode_weights(const char* name, int tiles, int tile, const Packe
     const Tensor tensor = {TENSOR};
     {cases}
     return 1;
+}}
+{copies()}"""
+
+
+def copies() -> str:
+    """C++ that runs the kernel `decode_tiles` of copy.cu thread by thread, to f16."""
+    source = (KERNELS / "copy.cu").read_text()
+    parts = [
+        re.search(rf"^{start}.*?^}}\n", source, re.M | re.S)
+        for start in ("// Row number", "// Decodes a weight in tiles")
+    ]
+    cases = "\n".join(
+        f'if (name == std::string("{name}")) '
+        f"wide ? decode_tiles<tiles::{name}, __half, 8>(tensor, packed, total)"
+        f" : decode_tiles<tiles::{name}, __half, 1>(tensor, packed, total);"
+        for name in FORMATS
+    )
+    return f"""static Dim3 blockIdx, thread;
+#define threadIdx thread
+{"".join(part.group() for part in parts if part is not None)}
+extern "C" void decode_tiles_to_f16(const char* name, const Packed& packed, int matrices, int wide,
+                                    char* out) {{
+    const int n = 32 * packed.groups, row = 2 * n, rows = packed.rows;
+    const int matrix = row * rows;
+    const Tensor tensor = {{out, {{2, row, matrix, matrix * matrices}}, {{n, rows, matrices, 1}}}};
+    const unsigned total = matrices * packed.tiles * packed.groups * 8;
+    for (blockIdx.x = 0; blockIdx.x * 256 < total; ++blockIdx.x)
+        for (thread.x = 0; thread.x < 256; ++thread.x) {{ {cases} }}
 }}"""
 
 
@@ -112,6 +140,20 @@ def test_products_decode_like_the_codecs(name: str, tiles: bool, libraries: list
             assert tolerance.nmse(result, expected) < 2e-7
         else:
             np.testing.assert_array_equal(result, expected)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_casts_from_tiles_are_those_of_the_codecs(name: str, libraries: list[Any]) -> None:
+    """Two matrices of 19 rows, so that the last tile of each is not full."""
+    raw = blocks_of(name, 38)
+    expected = quants.decode(name, raw).astype(np.float16)
+    t, ne = TYPES[name], (expected.shape[1], 19, 2, 1)
+    packed = packing.to_tiles(t, ne, raw)
+    struct = ctypes.byref(packing.tiles_of(t, ne).at(packed.ctypes.data))
+    for wide in (False, True):
+        result = np.full_like(expected, np.nan)
+        libraries[0].decode_tiles_to_f16(name.encode(), struct, 2, wide, pointer(result))
+        np.testing.assert_array_equal(result, expected)
 
 
 @pytest.mark.parametrize("name", FORMATS)

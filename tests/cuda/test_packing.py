@@ -171,3 +171,47 @@ def test_layout_follows_the_uses() -> None:
     assert packing.layout_of(w, [product]).name == "tiles8"
     assert packing.layout_of(w, [product, rows]).name == "plain"
     assert packing.layout_of(w, [gg.reshape(w, ne=(256, 6, 4))]).name == "plain"
+
+
+def test_casts_and_reshapes_of_whole_tiles_read_tiles() -> None:
+    """A prompt casts attn_k_b and multiplies the rows of attn_v_b as one matrix."""
+    x = gg.input("x", ne=(256, 3))
+    w = weight("q8_0", 256, 16, 4)
+    assert packing.layout_of(w, [gg.cast(w, dtype="f16")]).name == "tiles8"
+    assert packing.layout_of(w, [gg.cast(w, dtype="q4_0")]).name == "plain"
+    flat = gg.reshape(w, ne=(256, 64))
+    assert packing.layout_of(w, [flat, gg.mul_mat(flat, x)]).name == "tiles8"
+    assert packing.layout_of(w, [flat]).name == "plain"  # an output, as in a file
+    for ne in ((256, 4, 16), (512, 32), (128, 128)):  # other rows in a tile
+        other = gg.reshape(w, ne=ne)
+        y = gg.mul_mat(other, gg.input("y", ne=(ne[0], 3, *ne[2:])))
+        assert packing.layout_of(w, [other, y]).name == "plain"
+    part = gg.view(w, ne=(256, 8, 4))
+    y = gg.mul_mat(part, gg.input("y", ne=(256, 3, 4)))
+    assert packing.layout_of(w, [part, y]).name == "plain"
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_reshapes_of_whole_tiles_are_the_same_bytes(name: str) -> None:
+    k = max(TYPES[name].block, 64)
+    raw = random_blocks(name, (k, 16, 3, 1))
+    three, one = (packing.to_tiles(TYPES[name], ne, raw) for ne in ((k, 16, 3, 1), (k, 48, 1, 1)))
+    np.testing.assert_array_equal(three, one)
+    assert packing.tiles_of(TYPES[name], (k, 16, 3, 1)).starts == (
+        packing.tiles_of(TYPES[name], (k, 48, 1, 1)).starts
+    )
+
+
+def test_an_output_keeps_its_weight_plain() -> None:
+    """Outputs are read as they are in a file, also if they show a weight through a view."""
+    x = gg.input("x", ne=(256, 3))
+    w = weight("q8_0", 256, 16, 4)
+    flat = gg.reshape(w, ne=(256, 64))
+    shared, shown = (
+        gg.compile(outputs, backends=["cuda"])._work.layouts[w].name
+        for outputs in (
+            {"y": gg.mul_mat(flat, x), "z": gg.relu(gg.cast(w, dtype="f32"))},
+            {"y": gg.mul_mat(flat, x), "z": flat},
+        )
+    )
+    assert (shared, shown) == ("tiles8", "plain")

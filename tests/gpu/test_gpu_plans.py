@@ -55,6 +55,43 @@ def test_norm_and_weight_are_one_step(n: int) -> None:
         same_as_numpy({"y": node}, inputs, 1e-6)
 
 
+@pytest.mark.parametrize("type", ["q8_0", "iq4_nl", "q5_1"])
+def test_casts_and_reshapes_read_tiles(type: str) -> None:
+    """One tensor for heads, for all heads as one matrix, and for a cast, into parts of a concat."""
+    rng = np.random.default_rng(6)
+    w = gg.constant(rng.standard_normal((4, 16, 256)) / 16, dtype=type, name="w")
+    x, z = gg.input("x", ne=(256, 37)), gg.input("z", ne=(256, 5, 4))
+    half = gg.cast(w, dtype="f16")
+    products = {"y": gg.mul_mat(gg.reshape(w, ne=(256, 64)), x), "z": gg.mul_mat(w, z)}
+    casts = {"c": gg.concat(half, half, dim=0), "d": gg.cast(w, dtype="f32")}
+    plan = gg.compile({**products, **casts}, backends=["cuda"])
+    assert plan._work.layouts[w].name == "tiles8"
+    inputs = {n: rng.standard_normal(plan.inputs[n].shape).astype("f4") for n in "xz"}
+    same_as_numpy(products, inputs, 1e-2)
+    same_as_numpy(casts, {}, 0)
+    for turn in range(2):
+        result, expected = plan.run(inputs), gg.compile(casts).run()
+        for key, values in expected.items():
+            assert np.array_equal(result[key], values), f"{key}, run {turn}"
+
+
+def test_a_derived_constant_is_uploaded_once() -> None:
+    """The cast of a weight, computed on the host; two plans of a store share it."""
+    rng = np.random.default_rng(7)
+    big = gg.constant(rng.standard_normal((1024, 1024)).astype("f4"), name="big")
+    w = gg.constant(rng.standard_normal((64, 64)), dtype="q8_0", name="w")
+    z, store = gg.input("z", ne=(1024, 1)), gg.Store()
+    for n in (1, 40):
+        x = gg.input("x", ne=(64, n))
+        y = gg.mul_mat(gg.transpose(gg.cast(w, dtype="f16")), x)
+        outputs = {"y": y, "b": gg.mul_mat(big, z)}
+        inputs = {"x": rng.standard_normal((n, 64)).astype("f4"), "z": np.ones((1, 1024), "f4")}
+        plan = gg.compile(outputs, backends=["cuda"], store=store)
+        assert not any(step.node.op is gg.cast for step in plan.steps)
+        same_as_numpy(outputs, inputs, 2e-3, store=store)
+        assert len(store.shared.weights) == 2
+
+
 @pytest.mark.parametrize("type", ["q8_0", "iq4_nl", "f16"])
 def test_packed_weights(type: str) -> None:
     """Products with few and many columns, which are rows of a quantized table."""

@@ -35,6 +35,7 @@ mul_mat({{{FEW}}}[256,19,2,2]{WEIGHT}, f16[256,7,6,4]@p0213, dtype='f16')
 mul_mat({{{FEW}}}[256,19,2,2]{WEIGHT}, bf16[256,40,2,2]@wide)
 fused_up_gate({{{FEW}}}[256,75]{WEIGHT}, $1[256,75]$2, f32[256,{{1|6|40}},2]@p0213, act={{'silu'|'gelu'|'relu'}})
 mul_mat(iq4_nl[512,100]@weight, f32[512,20]~large)
+cast({{{FORMAT}}}[512,19,2]@weight, dtype={{'f16'|'f32'|'bf16'}})
 mul_mat(iq4_nl[1056,100]@weight, f32[1056,{{1|30}}])
 """  # noqa: E501
 

@@ -8,12 +8,16 @@
 // @kernel convert<{unsigned short|unsigned char}, $1, 1, unsigned>
 // @kernel decode<{EVERY}, float, 4>
 // @kernel decode<{q8_0|q6_K}, {__half|__nv_bfloat16}, {4|1}>
+// @kernel decode_tiles<tiles::{EVERY}, __half, 8>
+// @kernel decode_tiles<tiles::{q8_0|iq4_nl}, {float|__nv_bfloat16|__half}, 1>
+// @kernel decode_tiles<tiles::{q8_0|iq4_nl}, float, 4>
 // @kernel get_rows<{Plain<float>|Plain<__half>|Plain<__nv_bfloat16>|q8_0|q4_K|q6_K|iq4_nl|iq2_xs}>
 // @kernel get_ids
 // @kernel set_rows<{float|__half}, {float|__half|__nv_bfloat16}, {int|long long}>
 // @kernel set_rows<{int|long long}, $1, {int|long long}>
 // @kernel encode_rows<Plain<{float|__half|__nv_bfloat16}>, {q8_0|q4_0|q4_1|q5_0|q5_1|iq4_nl}, {void|int|long long}>
 #include "encode.cuh"
+#include "formats.cuh"
 
 using namespace file;
 
@@ -63,6 +67,32 @@ __global__ void __launch_bounds__(256) decode(Tensor out, Tensor a) {
 #pragma unroll
     for (int k = 0; k < V; k++) y.v[k] = from_f32<D>(element<B>(row, a.nb[0], i + k));
     *(Pack<D, V>*)(row_number(out, blockIdx.x) + i * out.nb[0]) = y;
+}
+
+// Decodes a weight in tiles to plain elements. A thread decodes one group of a row and writes V
+// adjacent elements at a time; the 8 rows of a tile are in adjacent threads, so that a warp reads
+// whole lines. total: groups of all rows, padding included.
+template <class F, class D, int V>
+__global__ void __launch_bounds__(256) decode_tiles(Tensor out, Packed a, unsigned total) {
+    begin();
+    unsigned i = blockIdx.x * 256 + threadIdx.x;
+    if (i >= total) return;
+    int r = i % 8, group = i / 8 % a.groups, at = i / 8 / a.groups;
+    int tile = at % a.tiles, matrix = at / a.tiles;
+    if (tile * 8 + r >= a.rows) return;  // padding of the last tile
+    const tiles::RawGroup<F> raw = load_group(tiles::Row<F>(a, matrix, tile, r), group);
+    const tiles::Scale scale = F::scale(raw.scale.own, raw.scale.shared);
+    unsigned words[8];
+    tiles::code_words<F>(tiles::Table<F>(0), raw, words);
+    char* row = row_number(out, (long long)matrix * a.rows + tile * 8 + r);
+    char* to = row + group * 32LL * out.nb[0];
+#pragma unroll
+    for (int k = 0; k < 32; k += V) {
+        Pack<D, V> y;
+#pragma unroll
+        for (int j = 0; j < V; j++) y.v[j] = from_f32<D>(tiles::weight<F>(scale, words, k + j));
+        *(Pack<D, V>*)(to + k * out.nb[0]) = y;
+    }
 }
 
 // y[:, i, p, q] = a[:, ids[i, p, q], p, q]; zeros where an id is negative or past the end.

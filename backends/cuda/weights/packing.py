@@ -25,6 +25,7 @@ from pyggml.backends.cuda.weights.formats import FORMATS
 from pyggml.backends.step import WeightLayout
 from pyggml.dtypes import DType
 from pyggml.node import Node
+from pyggml.ops import cast, reshape
 from pyggml.spec import Ne
 
 TILE = 8  # rows
@@ -99,16 +100,36 @@ def tiles_of(dtype: DType, ne: Ne) -> Tiles:
 
 
 def layout_of(constant: Node, uses: Collection[Node]) -> WeightLayout:
-    """The layout of a constant: tiles if it has a block type and only products read it, else
-    plain."""
-    if constant.dtype.kind == "block" and all(_reads_tiles(use, constant) for use in uses):
+    """The layout of a constant: tiles if it has a block type and all that reads it can read tiles,
+    else plain.
+
+    Which of the readers are in a plan does not matter, so a prompt's plan, which may cast a weight
+    or multiply its rows as one matrix, shares the tensor of the plan that decodes.
+    """
+    if constant.dtype.kind == "block" and _all_read_tiles(constant, uses):
         return WeightLayout(tiles_of(constant.dtype, constant.ne).nbytes, "tiles8")
     return WeightLayout(constant.spec.nbytes)
 
 
-def _reads_tiles(use: Node, constant: Node) -> bool:
-    names = {name for name in use.op.operands if use.get(name) is constant}
-    return bool(use.op.weights) and names <= set(use.op.weights)
+def _all_read_tiles(constant: Node, uses: Collection[Node]) -> bool:
+    shown = {constant: False}  # the constant and reshapes of it -> whether something reads them
+    for use in uses:
+        names = [name for name in use.op.operands if use.get(name) in shown]
+        for name in names:
+            shown[use[name]] = True
+        if use.op is reshape and _same_tiles(constant.ne, use.ne):
+            shown[use] = False
+        elif use.op is cast:
+            if use.dtype.kind != "float":
+                return False
+        elif not use.op.weights or not set(names) <= set(use.op.weights):
+            return False
+    return all(shown.values())  # what nothing reads is an output
+
+
+def _same_tiles(a: Ne, b: Ne) -> bool:
+    """Whether the same rows are in the same tiles if a weight of size `a` has size `b`."""
+    return a[0] == b[0] and (a[1] == b[1] or a[1] % TILE == b[1] % TILE == 0)
 
 
 def repack(constant: Node, layout: WeightLayout, data: NDArray[Any]) -> Bytes:

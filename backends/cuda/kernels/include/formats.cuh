@@ -337,4 +337,13 @@ __device__ __forceinline__ void code_words(const Table<F>& t, const RawGroup<F>&
     }
 }
 
+// Weight i of a group. With one rounding, because s times the code may be longer than f32 when the
+// weight is not; so it is the value of the codecs.
+template <class F>
+__device__ __forceinline__ float weight(const Scale& scale, const unsigned (&words)[8], int i) {
+    const float code = (signed char)(words[i / 4] >> i % 4 * 8), s = i < 16 ? scale.s0 : scale.s1;
+    if constexpr (F::affine || F::bias) return fmaf(s, code, i < 16 ? -scale.m0 : -scale.m1);
+    return s * code;
+}
+
 }  // namespace tiles
