@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Any, TypeAlias
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -25,9 +26,40 @@ _GRAPH_TYPES = DECODABLE | {"i32", "i64"}
 _BY_NUMPY = {np.dtype(t.numpy): t for t in TYPES.values() if t.numpy and t.name in _GRAPH_TYPES}
 
 Load: TypeAlias = Callable[[], NDArray[Any]]
-# Constant -> its array, or the function that reads it. Not an attribute: two constants with equal
+
+
+@dataclass(frozen=True, slots=True)
+class Derived:
+    """How a derived constant is computed from other constants.
+
+    key      the expression, in which a weight with a name is its name
+    source   the expression, in which a weight is where its values come from
+    weights  the constants in it
+    compute  returns a new array in the stored form
+    """
+
+    key: Hashable
+    source: Hashable
+    weights: tuple[Node, ...]
+    compute: Load
+
+    def values(self) -> NDArray[Any]:
+        """The array, which is kept only while somebody uses it."""
+        values = _computed.get(self.source)
+        if values is None:
+            values = self.compute()
+            values.flags.writeable = False
+            _computed[self.source] = values
+        return values.view()
+
+
+# Constant -> its array, or what reads or computes it. Not an attribute: two constants with equal
 # bytes are still two nodes.
-_data: WeakKeyDictionary[Node, NDArray[Any] | Load] = WeakKeyDictionary()
+_data: WeakKeyDictionary[Node, NDArray[Any] | Load | Derived] = WeakKeyDictionary()
+# Constant -> where its values come from, if that is known.
+_sources: WeakKeyDictionary[Node, Hashable] = WeakKeyDictionary()
+# Source -> the array of a derived constant, as long as somebody uses it.
+_computed: WeakValueDictionary[Hashable, NDArray[Any]] = WeakValueDictionary()
 
 
 def _leaf(*, name: str | None, spec: Spec) -> Spec:
@@ -156,19 +188,56 @@ def _stored(what: str, array: NDArray[Any], dtype: DType) -> tuple[NDArray[Any],
     return encode_rows(dtype, np.ascontiguousarray(array, dtype=np.float32)), array.shape
 
 
-def deferred(load: Load, *, dtype: DType, ne: tuple[int, ...], name: str) -> Node:
+def deferred(
+    load: Load, *, dtype: DType, ne: tuple[int, ...], name: str, source: Hashable = None
+) -> Node:
     """A weight whose array is read when it is first needed, by `load`; a plan needs only its size.
 
-    load  returns the stored form: NumPy shape, or raw rows for bf16 and block types
+    load    returns the stored form: NumPy shape, or raw rows for bf16 and block types
+    source  where the bytes come from: equal sources hold equal bytes
     """
     node = _build(constant_op, name, _sizes(f"constant {name!r}", dtype, ne, None))
     _data[node] = load
+    if source is not None:
+        _sources[node] = source, node.spec
     return node
+
+
+def derived(spec: Spec, how: Derived) -> Node:
+    """A constant without a name, whose array is computed when it is needed."""
+    node = constant_op.make((), {"name": None}, spec, line=False)
+    _data[node] = how
+    _sources[node] = how.source
+    return node
+
+
+def derived_from(node: Node) -> tuple[Node, ...]:
+    """The constants that a derived constant is computed from; none for other constants."""
+    data = _data[node]
+    return data.weights if isinstance(data, Derived) else ()
+
+
+def shared_key(node: Node) -> Hashable:
+    """Equal for constants that are one weight of a store: its name, or the expression that it is
+    derived by. Any other constant without a name is its own key."""
+    name: str | None = node.attrs["name"]
+    if name is not None:
+        return name
+    data = _data[node]
+    return data.key if isinstance(data, Derived) else node
+
+
+def source_of(node: Node) -> Hashable:
+    """Where the values of a constant come from. Constants with equal sources have equal values;
+    one whose source is not known is its own source."""
+    return _sources.get(node, node)
 
 
 def data_of(node: Node) -> NDArray[Any]:
     """The array of a constant: NumPy shape, or raw bytes [..., bytes of a row]."""
     data = _data[node]
+    if isinstance(data, Derived):
+        return data.values()
     if callable(data):
         data = data().view()
         data.flags.writeable = False

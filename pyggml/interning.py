@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakValueDictionary
 
-from pyggml.node import Attrs, Node, Sources, copy_line, label, labels, line_of
+from pyggml.node import Attrs, Node, Sources, copy_line, copy_names, label, labels, line_of
 from pyggml.spec import Spec
 from pyggml.writes import note_write
 
@@ -32,13 +32,21 @@ class _Compilation:
     """The nodes of the graph that is being compiled, and the nodes that its passes have built."""
 
     def __init__(self, nodes: Sequence[Node]) -> None:
-        self._nodes = nodes
+        self._nodes = list(nodes)
         self.new_nodes: set[Node] = set()
 
     @cached_property
     def table(self) -> dict[Key, Node]:
         """The nodes by their keys; a compilation that builds no node does not need it."""
         return {key_of(n.op, n.src, n.attrs, n.spec): n for n in self._nodes if not n.op.leaf}
+
+    def add(self, node: Node) -> None:
+        """Add a node to the table, which is not made for it."""
+        self.new_nodes.add(node)
+        if "table" in self.__dict__:
+            self.table[key_of(node.op, node.src, node.attrs, node.spec)] = node
+        else:
+            self._nodes.append(node)
 
 
 _shared_nodes: WeakValueDictionary[Key, Node] = WeakValueDictionary()
@@ -80,6 +88,17 @@ def record_new(node: Node) -> None:
         compilation.new_nodes.add(node)
     elif node.op.writes is not None:
         note_write(node, line_of(node))
+
+
+def replanted(node: Node, src: Sources) -> Node:
+    """In a compilation, `node` over new nodes that have the specs and strides of its sources, with
+    its labels and line."""
+    compilation = _compilation.get()
+    assert compilation is not None
+    new = node.over(src)
+    compilation.add(new)
+    copy_names(new, node)
+    return new
 
 
 def inherit(new: Node, old: Node) -> Node:

@@ -62,6 +62,22 @@ class Node(Arithmetic):
         put(self, "offset", offset)
         put(self, "nb", nb)
 
+    def over(self, src: Sources) -> Node:
+        """This node over other sources that have the specs and strides of its own."""
+        node: Node = object.__new__(Node)
+        put = object.__setattr__
+        put(node, "op", self.op)
+        put(node, "src", src)
+        put(node, "attrs", self.attrs)
+        put(node, "spec", self.spec)
+        put(node, "offset", self.offset)
+        put(node, "nb", self.nb)
+        source = src[0] if self.op.view is not None else None
+        target = src[self.op.writes] if self.op.writes is not None else source
+        put(node, "_base", source and source.base)
+        put(node, "_root", target and target.root)
+        return node
+
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"nodes are frozen: cannot set {name!r}; build a new node")
 
@@ -155,6 +171,16 @@ def line_of(node: Node) -> str:
 def record_line(node: Node) -> None:
     """Record that the user's current line built `node`."""
     _lines[node] = user_line(4)  # of record_line, _new and make
+
+
+def copy_names(new: Node, old: Node) -> None:
+    """Give `new`, which has no labels and no line, those of `old`."""
+    texts = _labels.get(old)
+    if texts:
+        _labels[new] = texts
+    line = _lines.get(old)
+    if line:
+        _lines[new] = line
 
 
 def copy_line(new: Node, old: Node) -> Node:

@@ -7,7 +7,7 @@ import mmap
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from contextlib import ExitStack
 from io import FileIO
 from os import PathLike
@@ -58,6 +58,7 @@ class GGUFFile:
         )
         self.fields: Names[Value] = Names(headers[0].fields)
         self._scalars = headers[0].scalars
+        self._identities = [part.identity for part in parts]
         self.tensors: Names[TensorInfo] = Names()
         for part, header in zip(parts, headers, strict=True):
             for info in header.tensors:
@@ -96,6 +97,15 @@ class GGUFFile:
         if not self._parts:
             raise GGUFError(f"{self.paths[info.part]}: tensor {name!r}: the file is closed")
         return self._parts[info.part].array(info)
+
+    def source(self, name: str) -> Hashable:
+        """Where the bytes of a tensor are: the file, as it was when it was opened, and the offset.
+
+        Equal for the same tensor of the same file, however often it is opened.
+        UnknownNameError for a name the file does not have.
+        """
+        info = self.tensors[name]
+        return (*self._identities[info.part], info.offset)
 
     def close(self) -> None:
         """Close the files. Safe to call twice."""
@@ -145,7 +155,10 @@ class _Part:
             regular = stat.S_ISREG(os.stat(path).st_mode)
             if regular:
                 self._file = stack.enter_context(FileIO(path))
-                self._size = os.fstat(self._file.fileno()).st_size
+                status = os.fstat(self._file.fileno())
+                self._size = status.st_size
+                #: Changes if the file is replaced or written to.
+                self.identity = status.st_dev, status.st_ino, status.st_mtime_ns, self._size
                 if not self._size:  # nothing to map
                     raise GGUFError(f"{path}: the file is empty")
                 self._map = mmap.mmap(self._file.fileno(), self._size, access=mmap.ACCESS_READ)

@@ -17,9 +17,10 @@ would be in memory next to the scores.
 
 A file stores the expansion as attn_kv_b, or as attn_k_b (transposed) and attn_v_b, or both, and
 then each form uses the layout that suits it. Every form runs from either layout. If a form needs
-the transpose of a K part stored in a block type, the graph casts that part to f16, which writes and
-reads 2 R d_nope H bytes in each run [2 MiB a layer in V2-Lite, 16 MiB in V3]. This affects the
-latent form from attn_kv_b, and the standard and expanded forms from attn_k_b.
+the transpose of a K part stored in a block type, the graph casts that part to f16: 2 R d_nope H
+bytes [2 MiB a layer in V2-Lite, 16 MiB in V3]. A plan keeps them if they are a small part of its
+weights (`passes/fold.py`), and else computes them in each run. This affects the latent form from
+attn_kv_b, and the standard and expanded forms from attn_k_b.
 """
 
 from __future__ import annotations

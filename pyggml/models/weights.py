@@ -43,7 +43,9 @@ class Weights:
             info = self._file.tensors[full]
             ne = self._sizes.get(full, info.ne)
             load = partial(self._load, full, ne)
-            self._nodes[name] = deferred(load, dtype=info.dtype, ne=ne, name=full)
+            self._nodes[name] = deferred(
+                load, dtype=info.dtype, ne=ne, name=full, source=self._file.source(full)
+            )
         return self._nodes[name]
 
     def _load(self, full: str, ne: tuple[int, ...]) -> NDArray[Any]:

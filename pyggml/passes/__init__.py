@@ -10,6 +10,7 @@ from pyggml.interning import rewriting
 from pyggml.passes.assign import assign
 from pyggml.passes.budget import within_budget
 from pyggml.passes.cross import cross
+from pyggml.passes.fold import folded
 from pyggml.passes.lower import lower
 from pyggml.passes.order import order
 from pyggml.passes.place import place
@@ -28,12 +29,17 @@ def finish(work: Work) -> Work:
     return reduce(lambda work, step: step(work), FINISH, work)
 
 
+def fold(work: Work) -> Work:
+    """The graph in which constants replace what every run would compute from constants alone."""
+    return folded(work, run)
+
+
 def budget(work: Work) -> Work:
     """The graph in which attentions that need more memory than the budget are loops."""
     return within_budget(work, finish)
 
 
-PIPELINE: tuple[Pass, ...] = (protect, assign, budget, *FINISH)
+PIPELINE: tuple[Pass, ...] = (protect, assign, fold, budget, *FINISH)
 
 
 def run(work: Work) -> Work:

@@ -9,7 +9,7 @@ from typing import TypeAlias
 from pyggml.backends.base import Backend
 from pyggml.backends.step import Address, WeightLayout
 from pyggml.node import Node
-from pyggml.ops.leaf import constant_op, data_of, state_op
+from pyggml.ops.leaf import constant_op, data_of, shared_key, state_op
 from pyggml.spec import Spec
 from pyggml.transfer import origin
 
@@ -36,10 +36,10 @@ class Need:
     def key(self) -> tuple[object, ...]:
         """Equal for needs that share memory."""
         leaf = origin(self.node)
-        name = leaf.attrs["name"]
         if leaf.op is constant_op:
             assert self.layout is not None
-            return leaf if name is None else name, self.backend.device, self.layout.name
+            return shared_key(leaf), self.backend.device, self.layout.name
+        name = leaf.attrs["name"]
         return (name,) if leaf.op is state_op else (name, leaf.spec, self.backend.device)
 
 

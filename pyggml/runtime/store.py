@@ -23,8 +23,8 @@ from numpy.typing import ArrayLike, NDArray
 from pyggml.backends.base import Backend
 from pyggml.backends.step import Address, Buffer
 from pyggml.errors import GraphError, OutOfMemoryError, UnknownNameError
-from pyggml.node import Node
-from pyggml.ops.leaf import constant_op, data_of, state_op
+from pyggml.node import Node, label_of
+from pyggml.ops.leaf import constant_op, data_of, derived_from, shared_key, source_of, state_op
 from pyggml.quants import decode_rows
 from pyggml.runtime.arrays import raw_shape, raw_type, stored
 from pyggml.runtime.leaves import Leaf, Leaves, Need, Progress
@@ -123,11 +123,11 @@ class Store:
                     f"this store has the state {key!r} as {spec}, not {leaf.spec}; use another "
                     "name or another store"
                 )
-            other = weights.get(key, leaf) if leaf.op is constant_op else leaf
+            other = weights.get(shared_key(leaf), leaf) if leaf.op is constant_op else leaf
             if other is not leaf and not _same_data(other, leaf):
                 raise GraphError(
-                    f"this store has a weight {key!r} with other values; use another name or "
-                    "another store"
+                    f"this store has a weight {label_of(leaf)!r} with other values; use another "
+                    "name or another store"
                 )
 
     def reserve(
@@ -251,6 +251,10 @@ def _holding(locks: Sequence[AbstractContextManager[object]], action: Callable[[
 def _same_data(a: Node, b: Node) -> bool:
     if a.dtype != b.dtype or a.ne != b.ne:
         return False
+    if source_of(a) == source_of(b):  # for example, one file opened twice: nothing is read
+        return True
+    if derived_from(a):  # by the same expression: that is the key under which the store has them
+        return all(map(_same_data, derived_from(a), derived_from(b)))
     x, y = (data_of(n).reshape(-1).view(np.uint8) for n in (a, b))
     blocks = range(0, len(x), 2**20)  # in blocks: the comparison allocates as much as it compares
     return x.ctypes.data == y.ctypes.data or all(

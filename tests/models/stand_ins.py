@@ -28,7 +28,9 @@ def layer_of(weights: Mapping[str, ArrayLike | gg.Node], il: int = 0) -> Layer:
     infos = {
         name: TensorInfo(name, node.dtype, node.shape[::-1], 0, 0) for name, node in nodes.items()
     }
-    file: Any = SimpleNamespace(tensors=infos, array=lambda name: gg.ops.leaf.data_of(nodes[name]))
+    file: Any = SimpleNamespace(
+        tensors=infos, array=lambda name: gg.ops.leaf.data_of(nodes[name]), source=nodes.get
+    )
     return Weights(file, {}).layer(il)
 
 
@@ -53,5 +55,6 @@ def file_of(
             for name, ne in sizes.items()
             if ne is not None
         },
+        source=lambda name: None,
     )
     return file  # type: ignore[no-any-return]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from pyggml.backends.step import LoopStep
 from pyggml.models.batch import Batch, Options
 from pyggml.models.deepseek2 import DeepSeek2
 from pyggml.models.known import tensor_sizes
+from pyggml.models.model import Model
 from pyggml.models.presets import PRESETS, TINY, V2_LITE, V3
+from pyggml.models.synth import synth
 from pyggml.parity.tolerance import relative_error
 from tests.models.attention_cases import (
     EXACT,
@@ -189,3 +192,32 @@ def test_ids_past_the_cache() -> None:
     plan = case.plan(Options(), 2, 16, gg.Store())
     with pytest.raises(gg.IdError, match="past the end"):
         plan.run(x=case.x[:2], pos=[0, 1], mask_pos=[0, 1], ids=[15, 16])
+
+
+@pytest.mark.parametrize("kv_b", ["split", "joined"])
+@pytest.mark.parametrize("mla", [0, 1, 3])
+def test_plans_share_weights_and_cast_none_in_a_run(mla: int, kv_b: str, tmp_path: Path) -> None:
+    """All of V2-Lite on a GPU: only the joined expansion, which the latent form reads through views
+    of its parts, is there twice."""
+    synth(tmp_path / "m.gguf", replace(V2_LITE, kv_b=kv_b), type="iq4_nl", header_only=True)
+    with gg.gguf.open(tmp_path / "m.gguf", allow_missing_data=True) as file:
+        model = Model(file, backends=["cuda:0:80GiB"], options=Options(mla=mla))
+        session = model.session(4096, 512)
+        prompt, decode = session.plan(512, 4096, 1), session.plan(1, 4096, 1)
+    f16 = V2_LITE.n_block * V2_LITE.n_head * V2_LITE.kv_lora_rank * V2_LITE.d_nope * 2
+    layouts: dict[str, set[str]] = {}
+    derived = {}
+    for plan in (prompt, decode):
+        assert not [step for step in plan.steps if step.node.op is gg.cast]
+        for need in plan._planned.needs:
+            if need.layout is None:
+                continue
+            name = need.node.attrs["name"]
+            if name is None:
+                derived[need.key] = need.nbytes
+            else:
+                layouts.setdefault(name, set()).add(need.layout.name)
+    twice = {name.rpartition(".attn")[2] for name, each in layouts.items() if len(each) > 1}
+    assert twice == ({"_kv_b.weight"} if (mla, kv_b) == (3, "joined") else set())
+    used = (mla, kv_b) not in ((1, "split"), (0, "joined"))
+    assert sum(derived.values()) == (f16 if used else 0)

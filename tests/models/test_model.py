@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import pyggml as gg
 from pyggml.generate.session import Session
+from pyggml.gguf import GGUFFile
 from pyggml.models.model import Model, load
 from pyggml.models.presets import preset
 from pyggml.models.synth import synth
@@ -46,3 +50,48 @@ def test_a_file_that_is_not_a_model_is_closed(tmp_path: Path) -> None:
     gg.gguf.write(tmp_path / "m.gguf", {"general.architecture": "rwkv7"}, [])
     with pytest.raises(gg.GGUFError, match="rwkv7"):
         gg.load(tmp_path / "m.gguf")
+
+
+def test_a_file_that_is_opened_again_is_not_compared(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights are the same if file, name and offset are; only other files are compared by bytes."""
+    tokens = [1, 2, 3]
+
+    def run(model: Model, store: gg.Store) -> np.ndarray[Any, Any]:
+        session = model.session(8)
+        plan = session.plan(3, 8, 1)
+        again = model.compile(plan.graph, store)
+        inputs = {k: np.zeros(spec.shape, spec.dtype.numpy) for k, spec in again.inputs.items()}
+        return np.asarray(again.run({**inputs, "tokens": tokens})["logits"])
+
+    with gg.load(path, backends=["numpy"]) as model, gg.load(path, backends=["numpy"]) as other:
+        expected = run(model, model.store)
+        count = len(model.store.shared.weights)
+        with monkeypatch.context() as patch:
+            patch.setattr(GGUFFile, "array", None)  # any read fails
+            assert np.array_equal(run(other, model.store), expected)
+        assert len(model.store.shared.weights) == count
+    copy = path.with_name("copy.gguf")
+    shutil.copy(path, copy)
+    with gg.load(path, backends=["numpy"]) as model, gg.load(copy, backends=["numpy"]) as other:
+        expected = run(model, model.store)
+        assert np.array_equal(run(other, model.store), expected)
+    with copy.open("r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"\x12\x34\x56\x78")
+    with gg.load(path, backends=["numpy"]) as model, gg.load(copy, backends=["numpy"]) as other:
+        run(model, model.store)
+        with pytest.raises(gg.GraphError, match="with other values"):
+            run(other, model.store)
+
+
+def test_a_file_that_was_written_to_is_another_source(path: Path) -> None:
+    with gg.gguf.open(path) as first, gg.gguf.open(path) as second:
+        (name, other, *_) = first.tensors
+        assert first.source(name) == second.source(name) != first.source(other)
+        os.utime(path, ns=(1, 1))
+        with gg.gguf.open(path) as third:
+            assert third.source(name) != first.source(name)
+        with pytest.raises(gg.UnknownNameError):
+            first.source("no such tensor")
