@@ -13,6 +13,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -60,11 +61,27 @@ def write(folder: Path) -> None:
         setattr(package, name, value)  # some are imported lazily, and pdoc only looks in vars()
         if isinstance(value, Op):
             vars(value).pop("__wrapped__")  # or pdoc would show the shape rule's signature
+    for module in map(import_module, MODULES):
+        for cls in [value for value in vars(module).values() if inspect.isclass(value)]:
+            define_inherited_types(cls)
     pdoc.render.configure(
         template_directory=ROOT / "docs" / "api", show_source=False, footer_text="pyggml"
     )
     pdoc.render.env.filters["docs"] = as_html
     pdoc.pdoc(*MODULES, output_directory=folder)
+
+
+def define_inherited_types(cls: type) -> None:
+    """Define the types of a dataclass's inherited fields in its own module, where pdoc looks for
+    those of `__init__`.
+    """
+    own = vars(sys.modules[cls.__module__])
+    for base in cls.__mro__ if is_dataclass(cls) else ():
+        names = vars(sys.modules[base.__module__])
+        for text in map(str, vars(base).get("__annotations__", {}).values()):
+            for name in re.findall(r"\w+", text):
+                if name in names:
+                    own.setdefault(name, names[name])
 
 
 def as_html(text: str) -> str:

@@ -166,10 +166,6 @@ class Architecture:
         sizes: Sizes = {"token_embd": matrix, "output_norm": (self.n_embd,)}
         return sizes if self.tied else sizes | {"output": matrix}
 
-    def optional_model_tensors(self) -> Sizes:
-        """Tensors outside the layers that it may have besides."""
-        return {}
-
     def stored_sizes(self, name: str, ne: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         """Other sizes that files of some programs have for a tensor; `weight` reshapes them."""
         return ()

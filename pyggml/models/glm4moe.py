@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pyggml.gguf import GGUFFile
-from pyggml.models.base import Architecture, Sizes, register
-from pyggml.models.batch import Batch, Options
+from pyggml.models.base import Sizes, register
+from pyggml.models.batch import Batch
 from pyggml.models.cache import Cache
-from pyggml.models.gqa import Heads, gqa
+from pyggml.models.gqa import GroupedQueries, gqa
 from pyggml.models.keys import Keys, group, key
-from pyggml.models.layers import Rope, bias_tensors, mlp_tensors, swiglu_mlp
+from pyggml.models.layers import bias_tensors, mlp_tensors, swiglu_mlp
 from pyggml.models.moe import Experts, moe
 from pyggml.models.weights import Layer
 from pyggml.node import Node
@@ -19,24 +19,23 @@ from pyggml.node import Node
 
 @register
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Glm4Moe(Architecture):
+class Glm4Moe(GroupedQueries):
     """Grouped queries, part of each head rotated in halves; experts after the first dense layers.
 
     Experts are chosen by sigmoids plus a bias, and every token uses the shared experts, too.
 
-    qk_norm  whether heads of q and k are normalized: in GLM-4.5 and 4.6, not in Air
-    merged   whether experts' up and gate are one tensor, ffn_gate_up_exps
+    qk_norm   whether heads of q and k are normalized: in GLM-4.5 and 4.6, not in Air
+    qkv_bias  whether q, k and v have biases: in all published models
+    merged    whether experts' up and gate are one tensor, ffn_gate_up_exps
     """
 
     name = "glm4moe"
     norms = ("attn_norm", "post_attention_norm")
 
     n_layer_dense: int = key("leading_dense_block_count", 0, least=0)
-    n_ff: int = key("feed_forward_length")  # of dense layers
-    heads: Heads = group(Heads)
-    rope: Rope = group(Rope)
     experts: Experts = group(Experts)
     qk_norm: bool = False
+    qkv_bias: bool = False
     merged: bool = False
 
     @classmethod
@@ -49,11 +48,12 @@ class Glm4Moe(Architecture):
         return {
             "experts": experts,
             "qk_norm": "blk.0.attn_q_norm.weight" in file.tensors,
+            "qkv_bias": "blk.0.attn_q.bias" in file.tensors,
             "merged": any(name.endswith("ffn_gate_up_exps.weight") for name in file.tensors),
         }
 
     def check(self, keys: Keys) -> None:
-        self.heads.check(keys)
+        GroupedQueries.check(self, keys)
         if self.n_layer_dense > self.n_layer:
             keys.fail("leading_dense_block_count", f"{self.n_layer_dense}, must be at most "
                       f"{self.n_layer}")  # fmt: skip
@@ -63,7 +63,10 @@ class Glm4Moe(Architecture):
 
     def layer_tensors(self, il: int) -> Sizes:
         sizes: Sizes = {name: (self.n_embd,) for name in self.norms}
-        sizes |= self.heads.tensors(self.n_embd)
+        matrices = self.heads.tensors(self.n_embd)
+        sizes |= matrices
+        if self.qkv_bias:
+            sizes |= bias_tensors({name: matrices[name] for name in ("attn_q", "attn_k", "attn_v")})
         if self.qk_norm:
             sizes |= self.heads.norms()
         if il < self.n_layer_dense:
@@ -74,9 +77,6 @@ class Glm4Moe(Architecture):
         return bias_tensors(self.heads.tensors(self.n_embd))
 
     # -- graphs -------------------------------------------------------------------------------
-
-    def cache(self, il: int, n_ctx: int, n_batch: int, options: Options) -> Cache:
-        return self.heads.cache(il, n_ctx, options)
 
     def attention(self, x: Node, layer: Layer, cache: Cache, batch: Batch) -> Node:
         eps = self.rms_eps if self.qk_norm else None

@@ -6,12 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pyggml.gguf import GGUFFile
-from pyggml.models.base import Architecture, Sizes, register
+from pyggml.models.base import Sizes, register
 from pyggml.models.batch import Batch, Options
 from pyggml.models.cache import Cache
-from pyggml.models.gqa import Heads, gqa
+from pyggml.models.gqa import GroupedQueries, gqa
 from pyggml.models.keys import Keys, group, key
-from pyggml.models.layers import Rope
 from pyggml.models.moe import Experts, moe
 from pyggml.models.weights import Layer
 from pyggml.node import Node
@@ -30,24 +29,22 @@ def swiglu_oai(gate: Node, up: Node) -> Node:
 
 @register
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GptOss(Architecture):
+class GptOss(GroupedQueries):
     """Layers 0, 2, 4, ... see only the last `window` tokens."""
 
     name = "gpt-oss"
     norms = ("attn_norm", "post_attention_norm")
 
-    heads: Heads = group(Heads)
     window: int = key("attention.sliding_window")
     n_ff: int = key("feed_forward_length", 0, least=0)  # unused: all layers have experts
     experts: Experts = group(Experts)
-    rope: Rope = group(Rope)
 
     @classmethod
     def derived(cls, keys: Keys, file: GGUFFile, values: dict[str, Any]) -> dict[str, Any]:
         return {"experts": replace(values["experts"], gating_func=3)}
 
     def check(self, keys: Keys) -> None:
-        self.heads.check(keys)
+        GroupedQueries.check(self, keys)
         self.experts.check(keys)
 
     def layer_tensors(self, il: int) -> Sizes:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from pyggml.models.base import Architecture
 from pyggml.models.batch import Batch, Options
 from pyggml.models.cache import Cache, kv_cache
-from pyggml.models.keys import Keys, key, same
+from pyggml.models.keys import Keys, group, key, same
 from pyggml.models.layers import SWAP, Rope, attend, joined, linear, norm
 from pyggml.models.weights import Layer
 from pyggml.node import Node
@@ -114,3 +115,21 @@ def gqa(
         sinks=layer.get("attn_sinks"),
     )
     return layer.label(linear(layer, "attn_output", layer.label(joined(y), "kqv_out")), "attn_out")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupedQueries(Architecture):
+    """What architectures whose layers all call `gqa` have in common.
+
+    n_ff  width of the feed-forward net, of layers without experts
+    """
+
+    n_ff: int = key("feed_forward_length")
+    heads: Heads = group(Heads)
+    rope: Rope = group(Rope)
+
+    def check(self, keys: Keys) -> None:
+        self.heads.check(keys)
+
+    def cache(self, il: int, n_ctx: int, n_batch: int, options: Options) -> Cache:
+        return self.heads.cache(il, n_ctx, options)

@@ -140,7 +140,7 @@ def tensor_sizes(config: Architecture) -> Sizes:
 
 def all_sizes(config: Architecture) -> Sizes:
     """Name -> ne of every tensor that a file of the model may have, and each matrix's factor."""
-    parts = [("", config.model_tensors() | config.optional_model_tensors())]
+    parts = [("", config.model_tensors())]
     parts += [
         (f"blk.{il}.", config.layer_tensors(il) | config.optional_tensors(il))
         for il in range(config.n_layer)

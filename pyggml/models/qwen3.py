@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pyggml.gguf import GGUFFile
-from pyggml.models.base import Architecture, Sizes, register
-from pyggml.models.batch import Batch, Options
+from pyggml.models.base import Sizes, register
+from pyggml.models.batch import Batch
 from pyggml.models.cache import Cache
-from pyggml.models.gqa import Heads, gqa
+from pyggml.models.gqa import GroupedQueries, gqa
 from pyggml.models.keys import Keys, group, key
-from pyggml.models.layers import Rope, bias_tensors, mlp_tensors, swiglu_mlp
+from pyggml.models.layers import bias_tensors, mlp_tensors, swiglu_mlp
 from pyggml.models.moe import Experts, moe
 from pyggml.models.weights import Layer
 from pyggml.node import Node
@@ -19,17 +19,10 @@ from pyggml.node import Node
 
 @register
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Qwen3(Architecture):
+class Qwen3(GroupedQueries):
     """Grouped queries with normalized heads, rotated in halves, and a SwiGLU feed-forward."""
 
     name = "qwen3"
-
-    n_ff: int = key("feed_forward_length")
-    heads: Heads = group(Heads)
-    rope: Rope = group(Rope)
-
-    def check(self, keys: Keys) -> None:
-        self.heads.check(keys)
 
     # -- tensors ------------------------------------------------------------------------------
 
@@ -45,9 +38,6 @@ class Qwen3(Architecture):
         return bias_tensors(self.heads.tensors(self.n_embd))
 
     # -- graphs -------------------------------------------------------------------------------
-
-    def cache(self, il: int, n_ctx: int, n_batch: int, options: Options) -> Cache:
-        return self.heads.cache(il, n_ctx, options)
 
     def attention(self, x: Node, layer: Layer, cache: Cache, batch: Batch) -> Node:
         return gqa(
@@ -83,7 +73,7 @@ class Qwen3Moe(Qwen3):
         }
 
     def check(self, keys: Keys) -> None:
-        self.heads.check(keys)
+        Qwen3.check(self, keys)
         self.experts.check(keys)
 
     def feed_forward_tensors(self) -> Sizes:
