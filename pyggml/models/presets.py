@@ -16,6 +16,11 @@ from pyggml.models.llama import Llama
 from pyggml.models.moe import Experts
 from pyggml.models.qwen3 import Qwen3Moe
 
+# The sizes of published models are those of their config.json at huggingface.co: of deepseek-ai/
+# DeepSeek-V2-Lite and DeepSeek-V3, openai/gpt-oss-20b and gpt-oss-120b, meta-llama/Llama-3.1-8B,
+# Qwen/Qwen3-30B-A3B, zai-org/GLM-4.5-Air and HuggingFaceTB/SmolLM2-135M. tests/models/published.py
+# has the numbers of parameters, and tests/oracle/test_published.py compares every key.
+
 _YARN = Rope(scaling="yarn", factor=40.0, n_ctx_orig=4096)
 V2_LITE = DeepSeek2(
     n_block=27, n_layer_dense=1, n_ctx_train=163840, n_vocab=102400, n_embd=2048, rms_eps=1e-6,
@@ -38,8 +43,8 @@ TINY = replace(
     experts=replace(V3.experts, n_ff=128, n_expert=8, n_used=2, n_group=4, n_group_used=2),
 )  # fmt: skip
 GPT_OSS_20B = GptOss(
-    n_block=24, n_ctx_train=131072, n_vocab=201088, n_embd=2880, rms_eps=1e-5, window=128,
-    heads=Heads(n_head=64, n_head_kv=8, d_k=64, d_v=64, n_rot=64),
+    n_block=24, n_ctx_train=131072, n_vocab=201088, n_embd=2880, rms_eps=1e-5, n_ff=2880,
+    window=128, heads=Heads(n_head=64, n_head_kv=8, d_k=64, d_v=64, n_rot=64),
     experts=Experts(n_ff=2880, n_expert=32, n_used=4, gating_func=3),
     rope=Rope(freq_base=150000.0, scaling="yarn", factor=32.0, n_ctx_orig=4096),
 )  # fmt: skip
@@ -47,7 +52,7 @@ GPT_OSS_120B = replace(GPT_OSS_20B, n_block=36, experts=replace(GPT_OSS_20B.expe
 LLAMA_31_8B = Llama(
     n_block=32, n_ctx_train=131072, n_vocab=128256, n_embd=4096, rms_eps=1e-5, n_ff=14336,
     heads=Heads(n_head=32, n_head_kv=8, d_k=128, d_v=128, n_rot=128),
-    rope=Rope(freq_base=500000.0, factor=1.0, n_ctx_orig=131072),
+    rope=Rope(freq_base=500000.0, factor=1.0, n_ctx_orig=131072), rope_factors=True,
 )  # fmt: skip
 QWEN3_30B_A3B = Qwen3Moe(
     n_block=48, n_ctx_train=40960, n_vocab=151936, n_embd=2048, rms_eps=1e-6, n_ff=6144,
@@ -61,9 +66,9 @@ GLM_45_AIR = Glm4Moe(
     n_ff=10944, heads=Heads(n_head=96, n_head_kv=8, d_k=128, d_v=128, n_rot=64),
     experts=Experts(
         n_ff=1408, n_expert=128, n_used=8, n_shared=1, gating_func=2, choice_bias=True,
-        weights_norm=True, weights_scale=1.0,
+        weights_norm=True, weights_scale=1.0, n_group_used=1,
     ),
-    rope=Rope(freq_base=1000000.0, factor=1.0, n_ctx_orig=131072),
+    rope=Rope(freq_base=1000000.0, factor=1.0, n_ctx_orig=131072), qkv_bias=True,
 )  # fmt: skip
 TINY_GPT_OSS = GptOss(
     n_block=3, n_ctx_train=4096, n_vocab=512, n_embd=96, rms_eps=1e-5, window=8,
@@ -83,8 +88,8 @@ TINY_LLAMA = replace(
     rope=Rope(freq_base=10_000.0, n_ctx_orig=2048),
 )  # fmt: skip
 
-#: The published models (sizes from their config.json), a small one for CPUs, and tiny ones for
-#: tests: `tiny` has every feature of V3.
+#: The published models, a small one for CPUs, and tiny ones for tests: `tiny` has every feature of
+#: V3.
 PRESETS: dict[str, Architecture] = {
     "deepseek-v2-lite": V2_LITE,
     "deepseek-v3": V3,

@@ -30,10 +30,10 @@ def synth(
 ) -> int:
     """Write a GGUF file of the model with random weights, and return its size in bytes.
 
-    Matrices have a standard deviation of 1/sqrt(fan-in), and norms are about 1. Vectors and the
-    router are f32. Rows that are not whole blocks of `type` become q8_0, or f16. output.weight is
-    q6_K if `type` has fewer bits, as quantizers do it. With mxfp4, only experts have it and the
-    others are q8_0.
+    Matrices have a standard deviation of 1/sqrt(fan-in); norms and rope_freqs are about 1. Vectors
+    and the router are f32. Rows that are not whole blocks of `type` become q8_0, or f16.
+    output.weight is q6_K if `type` has fewer bits, as quantizers do it. With mxfp4, only experts
+    have it and the others are q8_0.
     """
     if seed < 0:
         raise ShapeError(f"seed must not be negative, got {seed}")
@@ -54,7 +54,7 @@ def random_tensors(arch: Architecture, preferred: DType, seed: int) -> Iterator[
     """The tensors of the model with random values, their types chosen as `synth` describes."""
     for name, ne in tensor_sizes(arch).items():
         leaf = name.split(".", 2)[-1] if name.startswith("blk.") else name
-        if leaf.endswith("norm.weight"):
+        if leaf.endswith("norm.weight") or leaf == "rope_freqs.weight":
             yield random_tensor(name, F32, ne, std=0.05, mean=1.0, seed=seed)
         elif len(ne) == 1 or leaf.endswith(".bias"):
             yield random_tensor(name, F32, ne, std=0.05, seed=seed)

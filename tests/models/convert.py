@@ -205,7 +205,7 @@ def convert(
     if rope["rope_type"] == "llama3":
         tensors.append(_tensor("rope_freqs.weight", "f32", _llama3_factors(model.config)))
     more = {f"{recipe.name}.{key}": value for key, value in (keys or {}).items()}
-    write(path, _fields(model.config, recipe) | more, tensors)
+    write(path, fields_of(model.config) | more, tensors)
 
 
 @torch.no_grad()
@@ -222,7 +222,9 @@ def restore(model: Any, file: GGUFFile) -> None:
         value.copy_(torch.from_numpy(rows))
 
 
-def _fields(config: Any, recipe: Recipe) -> dict[str, Any]:
+def fields_of(config: Any) -> dict[str, Any]:
+    """The keys of a file of a model with this config."""
+    recipe = RECIPES[config.model_type]
     own = dict(recipe.fields)
     for attribute, names in (COMMON | recipe.keys).items():
         value = getattr(config, attribute, None)
@@ -240,6 +242,15 @@ def _fields(config: Any, recipe: Recipe) -> dict[str, Any]:
         own["rope.dimension_count"] = int(config.head_dim * rope["partial_rotary_factor"])
     fields = {"general.architecture": recipe.name, "tokenizer.ggml.model": "no_vocab"}
     return fields | {f"{recipe.name}.{key}": value for key, value in own.items()}
+
+
+def tensor_names(model: Any) -> Iterator[str]:
+    """The tensors of a file of the model, with separate gate and up of the experts."""
+    for name in model.state_dict():
+        tensor = _tensor_name(name, RECIPES[model.config.model_type])
+        yield from {tensor.replace("gate_up", "gate"), tensor.replace("gate_up", "up")}
+    if model.config.rope_parameters["rope_type"] == "llama3":
+        yield "rope_freqs.weight"
 
 
 def _stored(model: Any, recipe: Recipe, dtype: str) -> Iterator[tuple[str, str, Array]]:
