@@ -3,8 +3,9 @@
     model = random_model(LlamaConfig(...))
     convert(model, path, "q8_0")
 
-`convert` stores matrices in the type it is given, and all else in f32. Afterwards the model has the
-values that the file stores, so that logits can be compared for every type.
+`convert` stores matrices in the type it is given, and all else in f32. With nvfp4, only matrices of
+layers have it, each with a factor (NAME.scale). Afterwards the model has the values that the file
+stores, so that logits can be compared for every type.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pyggml.dtypes import dtype as as_dtype
 from pyggml.gguf import GGUFFile
 from pyggml.gguf.writer import Tensor, write
 from pyggml.quants import ENCODABLE, decode_rows, encode_rows
+from tests.models import nvfp4
 
 Array = NDArray[Any]
 
@@ -261,12 +263,30 @@ def _stored(model: Any, recipe: Recipe, dtype: str) -> Iterator[tuple[str, str, 
             continue
         tensor = _tensor_name(name, recipe)
         plain = value.ndim == 1 or tensor.endswith(".bias") or "ffn_gate_inp" in tensor
+        plain = plain or (dtype == "nvfp4" and not tensor.startswith("blk."))
         type_ = "f32" if plain else dtype
         matrix = value
         if recipe.transposed and value.ndim == 3:
             matrix = value.transpose(1, 2)
-        rows = _encoded(type_, np.ascontiguousarray(matrix.numpy()))
-        matrix.copy_(torch.from_numpy(decode_rows(type_, rows)))
+        values = np.ascontiguousarray(matrix.numpy())
+        if type_ == "nvfp4":
+            values = values.copy()
+            parts = _split(tensor, values, recipe)
+            factors = [nvfp4.factors_of(part) for _, part in parts]
+            for (_, part), factor in zip(parts, factors, strict=True):
+                part /= factor
+            rows, values = nvfp4.quantize(values)
+            for (part_name, part), factor in zip(
+                _split(tensor, values, recipe), factors, strict=True
+            ):
+                part *= factor
+                for suffix, numbers in (("scale", factor), ("input_scale", np.full(1, 0.5, "f4"))):
+                    full = np.broadcast_to(numbers.reshape(-1), factor.size)
+                    yield part_name.replace(".weight", f".{suffix}"), "f32", full
+        else:
+            rows = _encoded(type_, values)
+            values = decode_rows(type_, rows)
+        matrix.copy_(torch.from_numpy(values))
         if n_head := _permuted_heads(name, config, recipe):
             rows = _neighbours(rows, n_head)
         yield tensor, type_, rows

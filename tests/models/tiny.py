@@ -110,12 +110,18 @@ MODELS = {
     "llama q4_1": Tiny(
         llama(hidden_size=96, intermediate_size=64, head_dim=32, tie_word_embeddings=True), "q4_1"
     ),
+    "llama nvfp4": Tiny(
+        llama(hidden_size=192, intermediate_size=128, head_dim=64, attention_bias=True), "nvfp4"
+    ),
     "qwen3": Tiny(qwen3()),
     "qwen3 tied yarn": Tiny(qwen3(tie_word_embeddings=True, rope_parameters=YARN)),
     "qwen3 biases": Tiny(qwen3(attention_bias=True)),
     "qwen3moe": Tiny(qwen3moe()),
     "qwen3moe merged": Tiny(qwen3moe(num_experts_per_tok=1), merged=True),
     "qwen3moe q8_0": Tiny(qwen3moe(), "q8_0"),
+    "qwen3moe nvfp4": Tiny(
+        qwen3moe(hidden_size=64, moe_intermediate_size=64, head_dim=32), "nvfp4"
+    ),
     "glm4moe": Tiny(glm4moe()),
     "glm4moe air": Tiny(
         glm4moe(n_group=1, topk_group=1, n_shared_experts=2, use_qk_norm=False,
@@ -136,5 +142,6 @@ MODELS = {
     "deepseek2 v3 merged": Tiny(deepseek(3, first_k_dense_replace=0), merged=True),
     "gpt-oss": Tiny(gpt_oss()),
     "gpt-oss mxfp4": Tiny(gpt_oss(hidden_size=64, num_hidden_layers=2), "mxfp4"),
+    "gpt-oss nvfp4": Tiny(gpt_oss(hidden_size=64, intermediate_size=64, head_dim=32), "nvfp4"),
     "gpt-oss q8_0": Tiny(gpt_oss(hidden_size=64, num_hidden_layers=2), "q8_0"),
 }  # fmt: skip

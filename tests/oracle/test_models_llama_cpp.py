@@ -27,6 +27,7 @@ NOT_IN_LLAMA_CPP = (
     "llama yarn betas",  # ignores the keys of the betas
     "qwen3 biases",  # rejects blk.N.attn_output.bias
     "deepseek2 lite",  # takes a model for V2-Lite only if it has 26 or 27 layers
+    "gpt-oss nvfp4",  # ignores the factors of experts
     "deepseek2 v2",  # scores groups of experts by their two best, as V3 does, not by the best
 )
 
