@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import closing
 
 from pyggml.cli import model_options, options
-from pyggml.cli.progress import clear, progress
+from pyggml.cli.progress import clear
 from pyggml.errors import PyggmlError
 
 
@@ -22,24 +22,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("-n", type=options.count, metavar="N",
         help="the most tokens of an answer (default: until the context is full)")  # fmt: skip
     add("--system", metavar="TEXT", default="", help="the system message, before the first one")
-    model_options.add_sampling_options(parser)
-    model_options.add_model_options(parser)
+    model_options.add_text_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    from pyggml.generate.chat import ChatTemplate
-    from pyggml.generate.text import Conversation
-    from pyggml.generate.tokenizer import Tokenizer
-
-    sampler = model_options.sampler_of(args)
-    with model_options.open_model(args) as model:
-        tokenizer = Tokenizer(model.file.fields)
-        template = ChatTemplate(model.file.fields, tokenizer)
-        session = model_options.new_session(args, model)
-        talk = Conversation(session, tokenizer, template, args.system)
-        show = progress("prompt", "tokens")
+    with model_options.open_text(args, chat=True) as text:
+        assert text.conversation is not None
         for message in _messages():
-            answer = talk.answer(message, n=args.n, sampler=sampler, progress=show)
+            answer = text.conversation.answer(message, **text.settings)
             try:
                 with closing(answer):
                     for piece in answer:

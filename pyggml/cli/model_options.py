@@ -6,6 +6,7 @@ import argparse
 import os
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pyggml import backends
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pyggml.generate.session import Session
+    from pyggml.generate.text import Conversation
+    from pyggml.generate.tokenizer import Tokenizer
     from pyggml.models.model import Model
 
 HOST = "numpy"
@@ -75,8 +78,8 @@ def add_model_options(
         help="put tensors with a matching label on PLACE; separate pairs by commas")  # fmt: skip
 
 
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `sampler_of`."""
+def add_text_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `open_text`, but not -n and --system: each command describes its own."""
     add = parser.add_argument_group("sampling").add_argument
     add("--temp", type=float, metavar="T", default=0.8,
         help="temperature; 0 takes the most probable token (default: %(default)s)")  # fmt: skip
@@ -86,6 +89,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         help="then from the fewest that have probability P (default: %(default)s)")  # fmt: skip
     add("--seed", type=options.natural, metavar="N",
         help="seed of the random numbers (default: another one each time)")  # fmt: skip
+    add_model_options(parser)
 
 
 def _places(text: str) -> list[str]:
@@ -117,6 +121,38 @@ def open_model(args: argparse.Namespace) -> Iterator[Model]:
         yield model
     finally:
         model.file.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A session that writes text.
+
+    conversation  one with the model's chat template; None without
+    settings      the arguments n=, sampler= and progress= of `continuation` and `answer`
+    """
+
+    session: Session
+    tokenizer: Tokenizer
+    conversation: Conversation | None
+    settings: dict[str, Any]
+
+
+@contextmanager
+def open_text(args: argparse.Namespace, *, chat: bool) -> Iterator[Text]:
+    """A session of the model of -m with its tokenizer, and for `chat` its chat template."""
+    from pyggml.generate.chat import ChatTemplate
+    from pyggml.generate.text import Conversation
+    from pyggml.generate.tokenizer import Tokenizer
+
+    sampler = sampler_of(args)
+    with open_model(args) as model:
+        fields = model.file.fields
+        tokenizer = Tokenizer(fields)
+        template = ChatTemplate(fields, tokenizer) if chat else None
+        session = new_session(args, model)
+        talk = None if template is None else Conversation(session, tokenizer, template, args.system)
+        settings = {"n": args.n, "sampler": sampler, "progress": progress("prompt", "tokens")}
+        yield Text(session, tokenizer, talk, settings)
 
 
 def graph_options(args: argparse.Namespace) -> dict[str, Any]:

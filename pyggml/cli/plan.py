@@ -21,6 +21,7 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pyggml import gguf
@@ -54,6 +55,30 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print one JSON object")
 
 
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What the command prints.
+
+    table    a line for each device
+    command  runs a session with this memory
+    """
+
+    planner: Planner
+    setup: Setup
+    memory: Memory
+    table: Sequence[Line]
+    command: str
+
+    @property
+    def fits(self) -> bool:
+        return all(line.free is None or line.free >= 0 for line in self.table)
+
+    @property
+    def pinned(self) -> int:
+        """Bytes of pinned host memory for copies."""
+        return sum(line.row.staging for line in self.table)
+
+
 def run(args: argparse.Namespace) -> int:
     places = places_of(args)
     with gguf.open(args.m, allow_missing_data=True) as file:
@@ -61,14 +86,10 @@ def run(args: argparse.Namespace) -> int:
         planner = _planner(model, places, args)
         setup = _setup(planner, args)
         memory = planner.memory(setup)
-    table = lines(memory, places)
-    fits = all(line.free is None or line.free >= 0 for line in table)
     command = command_of(args, planner, setup)
-    if args.json:
-        print(json.dumps(as_json(planner, setup, memory, table, command, fits), indent=1))
-    else:
-        print("\n".join(as_text(planner, setup, memory, table, command, fits)))
-    return 0 if fits else 1
+    result = Result(planner, setup, memory, lines(memory, places), command)
+    print(json.dumps(as_json(result), indent=1) if args.json else "\n".join(as_text(result)))
+    return 0 if result.fits else 1
 
 
 def places_of(args: argparse.Namespace) -> list[Place]:
@@ -126,27 +147,21 @@ def command_of(args: argparse.Namespace, planner: Planner, setup: Setup) -> str:
 # -- output -----------------------------------------------------------------------------------
 
 
-def as_json(
-    planner: Planner,
-    setup: Setup,
-    memory: Memory,
-    table: Sequence[Line],
-    command: str,
-    fits: bool,
-) -> dict[str, Any]:
+def as_json(result: Result) -> dict[str, Any]:
+    arch, setup = result.planner.model.arch, result.setup
     return {
-        "architecture": planner.model.arch.name,
-        "layers": planner.model.arch.n_layer,
+        "architecture": arch.name,
+        "layers": arch.n_layer,
         "n_ctx": setup.n_ctx,
         "n_batch": setup.n_batch,
         "amb": setup.amb,
         "host_experts": setup.host_experts,
-        "devices": [_device(line) for line in table],
-        "pinned": sum(line.row.staging for line in table),
-        "score_peak": memory.score_peak,
-        "fits": fits,
-        "plans": planner.n_plans,
-        "command": command,
+        "devices": [_device(line) for line in result.table],
+        "pinned": result.pinned,
+        "score_peak": result.memory.score_peak,
+        "fits": result.fits,
+        "plans": result.planner.n_plans,
+        "command": result.command,
     }
 
 
@@ -159,14 +174,8 @@ def _device(line: Line) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def as_text(
-    planner: Planner,
-    setup: Setup,
-    memory: Memory,
-    table: Sequence[Line],
-    command: str,
-    fits: bool,
-) -> list[str]:
+def as_text(result: Result) -> list[str]:
+    setup, table = result.setup, result.table
     rows = [{k: v if isinstance(v, str) else _mib(v) for k, v in _device(t).items()} for t in table]
     heads = {key: key.replace("driver_estimate", "driver (estimate)") for key in rows[0]}
     widths = {key: max(len(row[key]) for row in (heads, *rows)) for key in heads}
@@ -174,11 +183,11 @@ def as_text(
     amb = "none" if setup.amb is None else f"{setup.amb:g} MiB"
     text.append(
         f"MiB, for {setup.n_ctx} tokens of context in batches of {setup.n_batch}; attention "
-        f"budget: {amb}, scores: {_mib(memory.score_peak)} MiB."
+        f"budget: {amb}, scores: {_mib(result.memory.score_peak)} MiB."
     )
     text.append(
         "Exact, except the driver's own memory (context, libraries, kernels). Pinned host memory "
-        f"for copies: {_mib(sum(line.row.staging for line in table))} MiB."
+        f"for copies: {_mib(result.pinned)} MiB."
     )
     if setup.host_experts:
         text.append(f"The experts of layers 0 to {setup.host_experts - 1} are on the host.")
@@ -187,10 +196,10 @@ def as_text(
         for line in table
         if line.free is not None and line.free < 0
     ]
-    if any(line.free is not None for line in table) and fits:
+    if any(line.free is not None for line in table) and result.fits:
         text.append("It fits.")
-    text.append(f"Plans compiled: {planner.n_plans}.")
-    return [*text, command]
+    text.append(f"Plans compiled: {result.planner.n_plans}.")
+    return [*text, result.command]
 
 
 def _mib(nbytes: int | None) -> str:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 
 from pyggml.cli import model_options, options
-from pyggml.cli.progress import progress
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -22,29 +22,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="the most tokens to print (default: %(default)s)")  # fmt: skip
     add("--chat", action="store_true", help="use the model's chat template")
     add("--system", metavar="TEXT", default="", help="with --chat: the system message")
-    model_options.add_sampling_options(parser)
-    model_options.add_model_options(parser)
+    model_options.add_text_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    from pyggml.generate.chat import ChatTemplate
-    from pyggml.generate.text import Conversation, continuation
-    from pyggml.generate.tokenizer import Tokenizer
+    from pyggml.generate.text import continuation
 
-    sampler = model_options.sampler_of(args)
-    with model_options.open_model(args) as model:
-        fields = model.file.fields
-        tokenizer = Tokenizer(fields)
-        template = ChatTemplate(fields, tokenizer) if args.chat else None
-        session = model_options.new_session(args, model)
-        settings = {"n": args.n, "sampler": sampler}
-        show = progress("prompt", "tokens")
-        if template is None:
-            tokens = tokenizer.encode(args.p, parse_special=True)
-            pieces = continuation(session, tokenizer, tokens, progress=show, **settings)
+    with model_options.open_text(args, chat=args.chat) as text:
+        pieces: Iterator[str]
+        if text.conversation is not None:
+            pieces = text.conversation.answer(args.p, **text.settings)
         else:
-            talk = Conversation(session, tokenizer, template, args.system)
-            pieces = talk.answer(args.p, progress=show, **settings)
+            tokens = text.tokenizer.encode(args.p, parse_special=True)
+            pieces = continuation(text.session, text.tokenizer, tokens, **text.settings)
         started = False
         try:
             for piece in pieces:
