@@ -46,7 +46,7 @@ def support(file: gguf.GGUFFile) -> str:
         try:
             Model(file)
         except PyggmlError as error:
-            return f"not supported: {error}"
+            return "not supported: " + str(error).removeprefix(f"{file.paths[0]}: ")
     return "; ".join(["supported", *(f"note: {note.message}" for note in notes)])
 
 

@@ -250,7 +250,8 @@ def _tensors(
             cursor.fail(
                 f"tensor {row.name!r}",
                 f"its {row.nbytes} bytes at {start + row.offset} pass the end of the file at "
-                f"{size}; use allow_missing_data=True to open a header without its weights",
+                f"{size}: the file is incomplete; use allow_missing_data=True to open a header "
+                "without its weights",
                 row.at,
             )
     # A tensor without bytes overlaps nothing.

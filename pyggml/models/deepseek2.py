@@ -14,12 +14,11 @@ from pyggml.models.base import Architecture, Sizes, register
 from pyggml.models.batch import Batch, Options
 from pyggml.models.cache import Cache, kv_cache, latent_cache
 from pyggml.models.keys import Keys, group, key
-from pyggml.models.layers import Rope, mlp_tensors, swiglu_mlp
+from pyggml.models.layers import Rope, mlp_tensors, swiglu_mlp, tempered
 from pyggml.models.mla import Mla, mla
-from pyggml.models.moe import Experts, moe
+from pyggml.models.moe import Experts, has_merged, moe
 from pyggml.models.weights import Layer
 from pyggml.node import Node
-from pyggml.ops import cast, div, fill, log, mul, reshape, scale
 from pyggml.where import warn
 
 KvB: TypeAlias = Literal["split", "joined"]
@@ -75,26 +74,20 @@ class DeepSeek2(Architecture):
         split = {"blk.0.attn_k_b.weight", "blk.0.attn_v_b.weight"} <= tensors
         if not split and "blk.0.attn_kv_b.weight" not in tensors:
             raise GGUFError("the file has neither blk.0.attn_kv_b nor blk.0.attn_k_b and attn_v_b")
-        experts = replace(
-            _experts(keys, values),
-            choice_bias=_all_biased(tensors, values),
-        )
+        biased = _all_biased(tensors, values)
         return {
             "d_nope": key_length - n_rot,
             "d_v": keys.integer(f"attention.value_length{suffix}"),
-            "experts": experts,
+            "experts": replace(_experts(keys, values), choice_bias=biased),
             "yarn_log_mul": _yarn_log_mul(keys, values["yarn_log_mul"]),
             "kv_b": "split" if split else "joined",
-            "merged": any(name.endswith("ffn_gate_up_exps.weight") for name in tensors),
+            "merged": has_merged(file),
         }
 
     def check(self, keys: Keys) -> None:
-        if self.n_layer_dense > self.n_layer:
-            keys.fail("leading_dense_block_count", f"{self.n_layer_dense}, must be at most "
-                      f"{self.n_layer}")  # fmt: skip
+        self.experts.check(keys, self.n_layer, self.n_layer_dense)
         if self.n_layer_dense and not self.n_ff:
             keys.integer("feed_forward_length")  # raises
-        self.experts.check(keys, used=self.n_layer_dense < self.n_layer)
         if self.rope.scaling == "yarn" and self.rope.freq_scale != 1 and not self.yarn_log_mul:
             warn(
                 f"key '{keys.architecture}.rope.scaling.yarn_log_multiplier' is missing: using "
@@ -215,17 +208,9 @@ class DeepSeek2(Architecture):
         return mla(layer, x, cache, batch, numbers, rotate, form=form, temperature=scaling)
 
     def tempered(self, q: Node, pos: Node) -> Node:
-        """q (1 + temperature_scale ln(1 + floor(pos / temperature_length))).
-
-        Mistral Large 3 uses it to sharpen the attention of late queries, as does Llama 4. Exact for
-        positions up to 2^24, where f32 still represents every integer.
-        """
-        positions = cast(pos, dtype="f32")
-        length = float(self.temperature_length or self.rope.n_ctx_orig)
-        periods = div(positions, fill(positions, value=length))
-        periods = cast(cast(periods, dtype="i32"), dtype="f32")  # the cast to i32 truncates
-        factors = scale(log(scale(periods, s=1.0, b=1.0)), s=self.temperature_scale, b=1.0)
-        return mul(q, reshape(factors, ne=(1, 1, pos.ne[0])))
+        """q with Mistral Large 3's temperature."""
+        length = self.temperature_length or self.rope.n_ctx_orig
+        return tempered(q, pos, strength=self.temperature_scale, length=length)
 
     def feed_forward(self, x: Node, layer: Layer, batch: Batch) -> Node:
         if layer.il < self.n_layer_dense:

@@ -12,7 +12,7 @@ from pyggml.models.cache import Cache
 from pyggml.models.gqa import GroupedQueries, gqa
 from pyggml.models.keys import Keys, group, key
 from pyggml.models.layers import bias_tensors, mlp_tensors, swiglu_mlp
-from pyggml.models.moe import Experts, moe
+from pyggml.models.moe import Experts, has_merged, moe
 from pyggml.models.weights import Layer
 from pyggml.node import Node
 
@@ -49,15 +49,12 @@ class Glm4Moe(GroupedQueries):
             "experts": experts,
             "qk_norm": "blk.0.attn_q_norm.weight" in file.tensors,
             "qkv_bias": "blk.0.attn_q.bias" in file.tensors,
-            "merged": any(name.endswith("ffn_gate_up_exps.weight") for name in file.tensors),
+            "merged": has_merged(file),
         }
 
     def check(self, keys: Keys) -> None:
         GroupedQueries.check(self, keys)
-        if self.n_layer_dense > self.n_layer:
-            keys.fail("leading_dense_block_count", f"{self.n_layer_dense}, must be at most "
-                      f"{self.n_layer}")  # fmt: skip
-        self.experts.check(keys, used=self.n_layer_dense < self.n_layer)
+        self.experts.check(keys, self.n_layer, self.n_layer_dense)
 
     # -- tensors ------------------------------------------------------------------------------
 

@@ -45,7 +45,7 @@ class GptOss(GroupedQueries):
 
     def check(self, keys: Keys) -> None:
         GroupedQueries.check(self, keys)
-        self.experts.check(keys)
+        self.experts.check(keys, self.n_layer)
 
     def layer_tensors(self, il: int) -> Sizes:
         sizes: Sizes = {name: (self.n_embd,) for name in self.norms}

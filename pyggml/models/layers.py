@@ -15,14 +15,18 @@ from pyggml.ops import (
     add,
     cast,
     cont,
+    div,
+    fill,
     flash_attn_ext,
     fused_up_gate,
+    log,
     mul,
     mul_mat,
     permute,
     reshape,
     rms_norm,
     rope_ext,
+    scale,
     silu,
     soft_max_ext,
     transpose,
@@ -140,6 +144,19 @@ def attend(
     kq = layer.label(soft_max_ext(kq, mask, sinks, scale=scale), "kq_soft_max")
     kqv = layer.label(mul_mat(transpose(unpacked(v)), kq), "kqv")
     return permute(kqv, axes=SWAP)
+
+
+def tempered(q: Node, pos: Node, *, strength: float, length: int) -> Node:
+    """q [d, H, T] times 1 + strength ln(1 + floor(pos / length)), which sharpens late queries.
+
+    Mistral Large 3 and Llama 4 use it. Exact for positions up to 2^24, where f32 still represents
+    every integer.
+    """
+    positions = cast(pos, dtype="f32")
+    periods = div(positions, fill(positions, value=float(length)))
+    periods = cast(cast(periods, dtype="i32"), dtype="f32")  # the cast to i32 truncates
+    factors = scale(log(scale(periods, s=1.0, b=1.0)), s=strength, b=1.0)
+    return mul(q, reshape(factors, ne=(1, 1, pos.ne[0])))
 
 
 def unpacked(a: Node) -> Node:

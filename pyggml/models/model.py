@@ -46,10 +46,13 @@ class Model:
         options: Options | None = None,
     ) -> None:
         name = file.fields.get("general.architecture")
-        if not isinstance(name, str):
-            raise GGUFError(f"{file.paths[0]}: key 'general.architecture' is missing")
+        try:
+            if not isinstance(name, str):
+                raise GGUFError("key 'general.architecture' is missing")
+            self.arch = architecture(name).of(file)
+        except GGUFError as error:
+            raise GGUFError(f"{file.paths[0]}: {error}") from None
         self.file = file
-        self.arch = architecture(name).of(file)
         self.options = options or Options()
         self.weights = Weights(file, all_sizes(self.arch))
         self.backends, self.amb, self.pins = tuple(backends), amb, pins

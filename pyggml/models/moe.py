@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from pyggml.gguf import GGUFFile
 from pyggml.models.keys import Keys, key
 from pyggml.models.layers import extras, mlp_tensors, scaled, swiglu_mlp
 from pyggml.models.weights import Layer
@@ -78,9 +79,14 @@ class Experts:
     def gating(self) -> Gating:
         return _GATING[self.gating_func]
 
-    def check(self, keys: Keys, *, used: bool = True) -> None:
-        """Raise a GGUFError for numbers that do not fit; used: some layers have experts."""
-        if used:
+    def check(self, keys: Keys, n_layer: int, n_dense: int = 0) -> None:
+        """Raise a GGUFError for numbers that do not fit a model of `n_layer` layers.
+
+        n_dense  the first layers, which have no experts
+        """
+        if n_dense > n_layer:
+            keys.fail("leading_dense_block_count", f"{n_dense}, must be at most {n_layer}")
+        if n_dense < n_layer:
             self._check_counts(keys)
         reason = "expert_shared_count x expert_feed_forward_length"
         keys.equal("expert_shared_feed_forward_length", self.n_ff_shared, reason)
@@ -121,6 +127,11 @@ class Experts:
         if self.n_shared:
             sizes |= mlp_tensors(n_embd, self.n_ff_shared, "_shexp")
         return sizes
+
+
+def has_merged(file: GGUFFile) -> bool:
+    """Whether experts' up and gate are one tensor, ffn_gate_up_exps."""
+    return any(name.endswith("ffn_gate_up_exps.weight") for name in file.tensors)
 
 
 def route(layer: Layer, x: Node, e: Experts) -> tuple[Node, Node]:

@@ -12,7 +12,7 @@ from pyggml.models.cache import Cache
 from pyggml.models.gqa import GroupedQueries, gqa
 from pyggml.models.keys import Keys, group, key
 from pyggml.models.layers import bias_tensors, mlp_tensors, swiglu_mlp
-from pyggml.models.moe import Experts, moe
+from pyggml.models.moe import Experts, has_merged, moe
 from pyggml.models.weights import Layer
 from pyggml.node import Node
 
@@ -69,12 +69,12 @@ class Qwen3Moe(Qwen3):
     def derived(cls, keys: Keys, file: GGUFFile, values: dict[str, Any]) -> dict[str, Any]:
         return {
             "experts": replace(values["experts"], gating_func=1, weights_norm=True),
-            "merged": any(name.endswith("ffn_gate_up_exps.weight") for name in file.tensors),
+            "merged": has_merged(file),
         }
 
     def check(self, keys: Keys) -> None:
         Qwen3.check(self, keys)
-        self.experts.check(keys)
+        self.experts.check(keys, self.n_layer)
 
     def feed_forward_tensors(self) -> Sizes:
         return self.experts.tensors(self.n_embd, merged=self.merged)

@@ -48,7 +48,7 @@ def test_a_closed_model_runs_if_its_weights_are_uploaded(path: Path) -> None:
 def test_a_file_that_is_not_a_model_is_closed(tmp_path: Path) -> None:
     """Otherwise the warning about an unclosed file would fail this test."""
     gg.gguf.write(tmp_path / "m.gguf", {"general.architecture": "rwkv7"}, [])
-    with pytest.raises(gg.GGUFError, match="rwkv7"):
+    with pytest.raises(gg.GGUFError, match=r"m\.gguf: architecture 'rwkv7' is unknown"):
         gg.load(tmp_path / "m.gguf")
 
 
@@ -95,3 +95,17 @@ def test_a_file_that_was_written_to_is_another_source(path: Path) -> None:
             assert third.source(name) != first.source(name)
         with pytest.raises(gg.UnknownNameError):
             first.source("no such tensor")
+
+
+def test_errors_of_keys_and_tensors_name_the_file(path: Path) -> None:
+    with gg.gguf.open(path) as file:
+        fields = dict(file.fields)
+    for key, problem in (
+        ("general.architecture", "key 'general.architecture' is missing"),
+        ("llama.block_count", "key 'llama.block_count': is missing"),
+        ("", "tensor 'token_embd.weight' of ne="),
+    ):
+        gg.gguf.write(path, {k: v for k, v in fields.items() if k != key}, [])
+        with pytest.raises(gg.GGUFError) as error:
+            gg.load(path)
+        assert str(error.value).startswith(f"{path}: {problem}")
