@@ -14,7 +14,7 @@ from pyggml.models.gqa import Heads
 from pyggml.models.layers import Rope
 from pyggml.models.llama import Llama
 from pyggml.models.moe import Experts
-from pyggml.models.qwen3 import Qwen3Moe
+from pyggml.models.qwen3 import Qwen3, Qwen3Moe
 
 # The sizes of published models are those of their config.json at huggingface.co: of deepseek-ai/
 # DeepSeek-V2-Lite and DeepSeek-V3, openai/gpt-oss-20b and gpt-oss-120b, meta-llama/Llama-3.1-8B,
@@ -88,8 +88,24 @@ TINY_LLAMA = replace(
     rope=Rope(freq_base=10_000.0, n_ctx_orig=2048),
 )  # fmt: skip
 
+TINY_QWEN3 = Qwen3(
+    n_block=2, n_ctx_train=2048, n_vocab=512, n_embd=256, rms_eps=1e-6, n_ff=512, tied=True,
+    heads=Heads(n_head=8, n_head_kv=2, d_k=64, d_v=64, n_rot=64),
+    rope=Rope(freq_base=1_000_000.0, n_ctx_orig=2048),
+)  # fmt: skip
+TINY_QWEN3MOE = replace(
+    QWEN3_30B_A3B, n_block=2, n_ctx_train=2048, n_vocab=512, n_embd=256, n_ff=512,
+    heads=TINY_QWEN3.heads, rope=TINY_QWEN3.rope,
+    experts=replace(QWEN3_30B_A3B.experts, n_ff=128, n_expert=8, n_used=2),
+)  # fmt: skip
+TINY_GLM4MOE = replace(
+    GLM_45_AIR, n_block=3, n_ctx_train=2048, n_vocab=512, n_embd=256, n_ff=512, qk_norm=True,
+    heads=replace(TINY_QWEN3.heads, n_rot=32), rope=TINY_QWEN3.rope,
+    experts=replace(GLM_45_AIR.experts, n_ff=128, n_expert=8, n_used=2),
+)  # fmt: skip
+
 #: The published models, a small one for CPUs, and tiny ones for tests: `tiny` has every feature of
-#: V3.
+#: V3. There is a tiny one for each architecture.
 PRESETS: dict[str, Architecture] = {
     "deepseek-v2-lite": V2_LITE,
     "deepseek-v3": V3,
@@ -104,8 +120,11 @@ PRESETS: dict[str, Architecture] = {
     ),
     "smollm2-135m": SMOLLM2,
     "tiny": TINY,
+    "tiny-glm4moe": TINY_GLM4MOE,
     "tiny-gpt-oss": TINY_GPT_OSS,
     "tiny-llama": TINY_LLAMA,
+    "tiny-qwen3": TINY_QWEN3,
+    "tiny-qwen3moe": TINY_QWEN3MOE,
 }  # fmt: skip
 
 

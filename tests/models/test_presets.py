@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pyggml import gguf
+from pyggml.models.base import architectures
 from pyggml.models.known import tensor_sizes
 from pyggml.models.model import Model, load
 from pyggml.models.presets import PRESETS, TINY_GPT_OSS
@@ -36,6 +37,11 @@ def test_a_header_is_a_model(tmp_path: Path, name: str) -> None:
     synth(tmp_path / "m.gguf", PRESETS[name], header_only=True)
     with gguf.open(tmp_path / "m.gguf", allow_missing_data=True) as file:
         assert Model(file).arch.n_layer == PRESETS[name].n_layer
+
+
+def test_every_architecture_has_a_tiny_preset() -> None:
+    tiny = {arch.name for name, arch in PRESETS.items() if name.startswith("tiny")}
+    assert tiny == set(architectures())
 
 
 def test_mxfp4_is_for_experts(tmp_path: Path) -> None:
