@@ -9,18 +9,16 @@ The file has one row a token: float32 (tokens, n_vocab). Row i belongs to the to
 from __future__ import annotations
 
 import argparse
-import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import math
+from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from pyggml.cli import model_options, options
 from pyggml.cli.progress import progress
 from pyggml.errors import ShapeError
+from pyggml.gguf.replaced import put, replaced
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -47,39 +45,21 @@ def run(args: argparse.Namespace) -> int:
         session = model_options.new_session(args, model)
         show = progress("prompt", "tokens")
         shape = (len(tokens), model.arch.n_vocab)
-        with replaced(args.o) as file:
-            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
+        header = BytesIO()
+        np.lib.format.write_array_header_1_0(
+            header, {"descr": "<f4", "fortran_order": False, "shape": shape}
+        )
+        with replaced(args.o, len(header.getvalue()) + 4 * math.prod(shape)) as file:
+            put(file, header.getvalue())
             if show is not None:
                 show(0, len(tokens))
             for start in range(0, len(tokens), session.n_batch):
                 part = tokens[start : start + session.n_batch]
-                file.write(session.forward(part, outputs="all").astype("<f4").tobytes())
+                put(file, session.forward(part, outputs="all").astype("<f4"))
                 if show is not None:
                     show(start + len(part), len(tokens))
     print(f"{args.o}: float32 {shape}")
     return 0
-
-
-@contextmanager
-def replaced(path: Path) -> Iterator[BinaryIO]:
-    """A file that replaces `path` when the block ends, and is removed if it fails."""
-    number, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(number, "wb") as file:
-            yield file
-        Path(name).chmod(0o666 & ~_umask())
-        Path(name).replace(path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _tokens(text: str) -> list[int]:

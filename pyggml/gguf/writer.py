@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import glob
-import secrets
-import shutil
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -29,6 +23,7 @@ from pyggml.gguf.format import (
     padded,
 )
 from pyggml.gguf.header import parse
+from pyggml.gguf.replaced import put, replaced
 
 Progress: TypeAlias = Callable[[int, int], object]
 _IDS = {dtype: id_ for id_, dtype in SCALARS.items()}
@@ -64,77 +59,20 @@ def write(
                  allow_missing_data
     progress     called after every chunk with the bytes written and the total bytes
 
-    The data goes to a temporary file in the same directory, which gets its final name when it is
-    complete. A failed write removes its temporary file; the next `write` of the same name removes
-    the files of killed processes. GGUFError for names, sizes or keys that readers reject. OSError
-    if the disk has too little space (before anything is written) or the write fails.
+    The file appears, or replaces an older one, when it is complete (`replaced`). GGUFError for
+    names, sizes or keys that readers reject. OSError if the disk has too little space (before
+    anything is written) or the write fails.
     """
     target = Path(path)
     header = _header(fields, tensors)
     end = len(header) + _offsets(tensors)[-1]
     parse(header, end, str(target))  # never write a file that our own reader refuses
     total = len(header) if header_only else end
-    _remove_abandoned(target)
-    _check_room(target, total)
-    part, file = _open_part(target)
-    try:
-        with file:
-            _put(file, header)
-            if not header_only:
-                _put_tensors(file, tensors, len(header), total, progress)
-            part.replace(target)
-    except BaseException:
-        with suppress(OSError):
-            part.unlink()
-        raise
+    with replaced(target, total) as file:
+        put(file, header)
+        if not header_only:
+            _put_tensors(file, tensors, len(header), total, progress)
     return total
-
-
-# A temporary file is called .NAME.RANDOM.tmp, and its writer holds a lock on it. The kernel drops
-# the lock when the process dies. A process id in the name would not do: ids are reused.
-
-
-def _open_part(target: Path) -> tuple[Path, BinaryIO]:
-    """A new locked file in the directory of `target`."""
-    while True:
-        part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-        file = part.open("xb", buffering=0)
-        try:
-            _lock(file)
-        except BlockingIOError:  # another writer took it for abandoned and is removing it
-            file.close()
-            continue
-        except OSError:
-            return part, file  # no locks on this file system, so _remove_abandoned removes nothing
-        if part.exists():
-            return part, file
-        file.close()
-
-
-def _remove_abandoned(target: Path) -> None:
-    """Remove the temporary files of killed writers of `target`."""
-    pattern = f".{glob.escape(target.name)}.{'[0-9a-f]' * 8}.tmp"
-    for name in glob.glob(pattern, root_dir=target.parent):
-        part = target.with_name(name)
-        with suppress(OSError), part.open("rb") as file:
-            _lock(file)
-            part.unlink()
-
-
-def _lock(file: BinaryIO) -> None:
-    """Lock the file. BlockingIOError if another process has the lock, OSError if locks are
-    unavailable.
-    """
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _check_room(target: Path, total: int) -> None:
-    if target.exists() and not target.is_file():
-        raise FileExistsError(errno.EEXIST, "exists and is not a regular file", str(target))
-    free = shutil.disk_usage(target.parent).free
-    if total > free:
-        problem = f"{total:,} bytes needed, {free:,} free on the disk"
-        raise OSError(errno.ENOSPC, problem, str(target))
 
 
 def _header(fields: Mapping[str, Any], tensors: Sequence[Tensor]) -> bytes:
@@ -192,29 +130,17 @@ def _scalar(key: str, value: float) -> np.generic:
     raise DTypeError(f"key {key!r}: {value} does not fit in 64 bits")
 
 
-def _put(file: BinaryIO, data: Any) -> int:
-    """Write all of `data` and return its size. A raw file may write less at each call."""
-    view = memoryview(data)
-    if not view.nbytes:
-        return 0  # memoryview cannot cast a shape with a 0
-    view = view.cast("B")
-    done = 0
-    while done < len(view):
-        done += file.write(view[done:])
-    return done
-
-
 def _put_tensors(
     file: BinaryIO, tensors: Sequence[Tensor], done: int, total: int, progress: Progress | None
 ) -> None:
     for tensor in tensors:
         start = done
         for chunk in tensor.chunks():
-            done += _put(file, chunk)
+            done += put(file, chunk)
             if progress is not None:
                 progress(done, total)
         if done - start != tensor.nbytes:
             raise GGUFError(
                 f"tensor {tensor.name!r}: expected {tensor.nbytes} bytes, got {done - start}"
             )
-        done += _put(file, bytes(padded(done, DEFAULT_ALIGNMENT) - done))
+        done += put(file, bytes(padded(done, DEFAULT_ALIGNMENT) - done))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -84,6 +86,9 @@ def test_errors(command: Command, tiny: Path, tmp_path: Path, capsys: Streams) -
     )
     assert "token 512 is outside" in command(
         "logits", "--tokens", "1,512", "-o", str(tmp_path / "x.npy"), status=1, stream="err"
+    )
+    assert "exists and is not a regular file" in command(
+        "logits", "-p", "a", "-o", str(tmp_path), status=1, stream="err"
     )
     assert not list(tmp_path.iterdir())
     (tmp_path / "short.txt").write_text("short")
@@ -180,6 +185,22 @@ def test_logits(command: Command, model: Model, tmp_path: Path) -> None:
     assert logits.dtype == np.float32 and [p.name for p in tmp_path.iterdir()] == ["out.npy"]
     command("logits", "--tokens", ",".join(map(str, tokens)), "-o", str(path), "-ctk", "f32")
     np.testing.assert_allclose(np.load(path), logits, 1e-4, 1e-4)
+
+
+def test_logits_need_room_on_the_disk(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "out.npy"
+    path.write_bytes(b"old")
+    for free in (128 + 2 * 512 * 4 - 1, 128 + 2 * 512 * 4):
+        monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        status = int(free % 2)
+        command("logits", "--tokens", "1,2", "-o", str(path), status=status)
+        assert (path.read_bytes() == b"old") == bool(status)
+        assert [p.name for p in tmp_path.iterdir()] == ["out.npy"]
+    os.mkfifo(tmp_path / "fifo")
+    command("logits", "-p", "ab", "-o", str(tmp_path / "fifo"), status=1)
+    assert (tmp_path / "fifo").is_fifo()
 
 
 def test_perplexity(command: Command, model: Model, tmp_path: Path) -> None:
