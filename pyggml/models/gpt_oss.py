@@ -30,7 +30,13 @@ def swiglu_oai(gate: Node, up: Node) -> Node:
 @register
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GptOss(GroupedQueries):
-    """Layers 0, 2, 4, ... see only the last `window` tokens."""
+    """Layers 0, 2, 4, ... see only the last `window` tokens.
+
+    The published models do not round the range of pairs in which YaRN blends frequencies
+    (`truncate: false` in config.json): it is 8.09 to 17.40. No key says so, and llama.cpp's rope
+    rounds it for every file, to 8 and 18. So does pyggml: its logits are llama.cpp's, not exactly
+    OpenAI's.
+    """
 
     name = "gpt-oss"
     norms = ("attn_norm", "post_attention_norm")

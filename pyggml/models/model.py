@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -75,11 +77,19 @@ class Model:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def session(self, n_ctx: int = 4096, n_batch: int = 512) -> Session:
-        """A new, empty sequence of up to `n_ctx` tokens; prompts run in batches of `n_batch`."""
+    def session(self, n_ctx: int = 4096, n_batch: int = 512, **options: Any) -> Session:
+        """A new, empty sequence of up to `n_ctx` tokens; prompts run in batches of `n_batch`.
+
+        options  values that differ from the model's `Options`, such as cache_k=. The session's
+                 `model` is then a copy of this one that has them and shares all else
+        """
         from pyggml.generate.session import Session
 
-        return Session(self, n_ctx=n_ctx, n_batch=n_batch)
+        model = self
+        if options:
+            model = copy(self)
+            model.options = replace(self.options, **options)
+        return Session(model, n_ctx=n_ctx, n_batch=n_batch)
 
     def layer(self, il: int) -> Layer:
         """The tensors of layer `il`; UnknownNameError if there is none."""

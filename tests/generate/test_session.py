@@ -60,6 +60,21 @@ def test_sessions_share_weights_but_not_tokens(model: Model) -> None:
     assert len(model.store.shared.weights) == n_weights
 
 
+def test_sessions_of_one_model_have_caches_of_several_types(model: Model) -> None:
+    """They run in turns, and do not change the model."""
+    kinds = ({}, {"cache_k": "f16"}, {"cache_k": "bf16", "mla": 0, "cache_v": "f16"})
+    sessions = [model.session(32 + 8 * i, **kind) for i, kind in enumerate(kinds)]
+    logits = [session.forward(TOKENS[:6]) for session in sessions]
+    logits = [session.forward(TOKENS[6:]) for session in [*sessions, sessions[2].fork()]]
+    types = [{state.dtype.name for cache in s.caches for state in cache.states} for s in sessions]
+    assert types == [{"f32"}, {"f16"}, {"bf16", "f16"}]
+    for other in logits[1:]:
+        assert 1e-5 < np.abs(other - logits[0]).max() / np.abs(logits[0]).max() < 0.1
+    shared = model.store.shared
+    assert all(session.store.shared is shared for session in sessions)
+    assert model.options.cache_k == "f32" and close(model.session(32).forward(TOKENS), logits[0])
+
+
 def test_the_session_goes_on_after_an_error(model: Model) -> None:
     session = model.session(12, 4)
     session.forward(TOKENS[:5])
