@@ -257,3 +257,18 @@ def test_options_reach_the_model(tiny: Path) -> None:
         assert (given.cache_k, given.cache_v, given.mla) == ("bf16", "f32", 3)
         assert not given.flash and not given.fused
         assert model.amb == 5 and model.pins == {"a": "numpy"}
+
+
+@pytest.mark.parametrize("present", [True, False])
+def test_auto_is_cuda_if_there_is_a_gpu(
+    present: bool, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pyggml.backends.cuda.present", lambda: present)
+    parser = argparse.ArgumentParser()
+    model_options.add_model_options(parser)
+    for words in ([], ["--backend", "auto"]):
+        places = parser.parse_args(["-m", str(tiny), *words]).backend
+        assert places[-1] == "numpy" and (places[0] == "cuda") == present
+        assert ("cuda" in places) == present
+    with load(tiny) as model:
+        assert list(model.backends) == places
