@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -53,8 +52,6 @@ class DeepSeek2(Architecture):
     kv_b: KvB = "split"
     merged: bool = False
 
-    # -- hyperparameters ----------------------------------------------------------------------
-
     @classmethod
     def derived(cls, keys: Keys, file: GGUFFile, values: dict[str, Any]) -> dict[str, Any]:
         n_head, kv_lora_rank, n_rot = (values[k] for k in ("n_head", "kv_lora_rank", "n_rot"))
@@ -74,11 +71,12 @@ class DeepSeek2(Architecture):
         split = {"blk.0.attn_k_b.weight", "blk.0.attn_v_b.weight"} <= tensors
         if not split and "blk.0.attn_kv_b.weight" not in tensors:
             raise GGUFError("the file has neither blk.0.attn_kv_b nor blk.0.attn_k_b and attn_v_b")
-        biased = _all_biased(tensors, values)
+        moe_layers = range(values["n_layer_dense"], values["n_block"] - values["n_nextn"])
+        biases = [f"blk.{il}.exp_probs_b.bias" in tensors for il in moe_layers]
         return {
             "d_nope": key_length - n_rot,
             "d_v": keys.integer(f"attention.value_length{suffix}"),
-            "experts": replace(_experts(keys, values), choice_bias=biased),
+            "experts": replace(_experts(keys, values), choice_bias=any(biases) and all(biases)),
             "yarn_log_mul": _yarn_log_mul(keys, values["yarn_log_mul"]),
             "kv_b": "split" if split else "joined",
             "merged": has_merged(file),
@@ -216,12 +214,6 @@ class DeepSeek2(Architecture):
         if layer.il < self.n_layer_dense:
             return layer.label(swiglu_mlp(layer, x, fused=batch.options.fused), "ffn_out")
         return moe(layer, x, self.experts, fused=batch.options.fused)
-
-
-def _all_biased(tensors: Collection[str], values: dict[str, Any]) -> bool:
-    """Whether every layer of experts has a bias for the choice."""
-    layers = range(values["n_layer_dense"], values["n_block"] - values["n_nextn"])
-    return bool(layers) and all(f"blk.{il}.exp_probs_b.bias" in tensors for il in layers)
 
 
 def _experts(keys: Keys, values: dict[str, Any]) -> Experts:
