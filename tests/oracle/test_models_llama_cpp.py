@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ GGML_TYPE_F32 = 0
 NOT_IN_LLAMA_CPP = (
     "llama yarn betas",  # ignores the keys of the betas
     "qwen3 biases",  # rejects blk.N.attn_output.bias
-    "deepseek2 lite",  # takes a model for V2-Lite only if it has 26 or 27 layers
+    "deepseek2 lite",  # takes a model for V2-Lite only if it has 26 or 27 layers (see below)
     "gpt-oss nvfp4",  # ignores the factors of experts
     "deepseek2 v2",  # scores groups of experts by their two best, as V3 does, not by the best
 )
@@ -69,3 +70,9 @@ def test_logits(name: str, tmp_path: Path) -> None:
 def test_sections_of_mrope_change_nothing_for_text(tmp_path: Path) -> None:
     keys = {"rope.dimension_sections": np.array([2, 1, 1, 0], np.int32)}
     write_and_compare(tmp_path / "model.gguf", glm4moe(), "f32", keys=keys)
+
+
+def test_v2_lite_by_its_number_of_layers(tmp_path: Path) -> None:
+    config = copy.deepcopy(MODELS["deepseek2 lite"].config)
+    config.num_hidden_layers = 27
+    write_and_compare(tmp_path / "model.gguf", config, "f32")
