@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 from numpy.typing import NDArray
 
@@ -51,11 +51,19 @@ class Given:
     ready: Callable[[], None]
 
 
+#: Queues the upload of one array to each of the tensors that it was made for, in their order.
+Upload: TypeAlias = Callable[[Sequence[NDArray[Any]]], None]
+#: Waits for a copy of a tensor to the host and returns it.
+Arrival: TypeAlias = Callable[[], NDArray[Any]]
+#: Queues a copy of the tensor that it was made for to the host.
+Download: TypeAlias = Callable[[], Arrival]
+
+
 class Event(Protocol):
     """A point in a device's queue."""
 
     def wait(self) -> None:
-        """Block the host until the queue has reached it."""
+        """Block the host until the queue has reached it; raises the error of work before it."""
 
 
 class Runner(Protocol):
@@ -129,6 +137,16 @@ class Backend(Protocol):
     def download(self, at: Address, spec: Spec) -> NDArray[Any]:
         """A copy of the tensor at an address, in NumPy shape and as it is stored."""
 
+    def uploads(self, tensors: Sequence[tuple[Address, Spec]]) -> Upload:
+        """A function that does what `upload` does, for these tensors, in many runs.
+
+        Tensors side by side may be written by one copy, padding between them included.
+        """
+
+    def downloads(self, at: Address, spec: Spec) -> Download:
+        """A function that queues what `download` returns, in many runs. Its result waits for that
+        copy only, not for later work, and the copy is the caller's: `abandon` does not drop it."""
+
     def view(self, at: Address, spec: Spec) -> Any:
         """The tensor itself, read-only: on the host a NumPy array, elsewhere an object through
         which the device's libraries read it in place and `np.asarray` copies it."""
@@ -166,8 +184,8 @@ class Backend(Protocol):
         """Wait until all queued work is done; raises the errors of queued steps."""
 
     def abandon(self) -> None:
-        """Clean up after an error: wait for all queued work, and drop copies to the host that
-        nobody has waited for, so that none arrives later."""
+        """Clean up after an error: wait for all queued work, and drop copies by `send` that nobody
+        has waited for, so that none arrives later."""
 
 
 def host_values(backend: Backend, at: Address, spec: Spec) -> NDArray[Any]:

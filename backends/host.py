@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml.backends.base import Backend, Event, Given, host_values
+from pyggml.backends.base import Arrival, Backend, Download, Event, Given, Upload, host_values
 from pyggml.backends.host_memory import ALIGNMENT, Packed, allocated, array_at
 from pyggml.backends.host_runner import HostRunner
 from pyggml.backends.step import Address, Addresses, Buffer, Layouts, Step, WeightLayout
@@ -59,12 +59,29 @@ class HostBackend:
         return np.ascontiguousarray(data).reshape(-1).view(np.uint8)
 
     def upload(self, at: Address, spec: Spec, array: NDArray[Any]) -> None:
-        target = array_at(at, spec)
-        raw = target.raw if isinstance(target, Packed) else target
-        raw[...] = array.reshape(raw.shape)
+        self.uploads([(at, spec)])([array])
+
+    def uploads(self, tensors: Sequence[tuple[Address, Spec]]) -> Upload:
+        places = [array_at(at, spec) for at, spec in tensors]
+        targets = [place.raw if isinstance(place, Packed) else place for place in places]
+
+        def upload(arrays: Sequence[NDArray[Any]]) -> None:
+            for target, array in zip(targets, arrays):
+                target[...] = array.reshape(target.shape)
+
+        return upload
 
     def download(self, at: Address, spec: Spec) -> NDArray[Any]:
         return self.view(at, spec).copy()
+
+    def downloads(self, at: Address, spec: Spec) -> Download:
+        view = self.view(at, spec)
+
+        def download() -> Arrival:
+            copy = view.copy()
+            return lambda: copy
+
+        return download
 
     def view(self, at: Address, spec: Spec) -> NDArray[Any]:
         array = array_at(at, spec)

@@ -30,9 +30,9 @@ def at_line(error: PyggmlError, text: str) -> PyggmlError:
     return error
 
 
-def warn(text: str) -> None:
-    """A UserWarning at the innermost line outside the library."""
+def warn(text: str, category: type[Warning] = UserWarning) -> None:
+    """A warning at the innermost line outside the library."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("pyggml."):
         frame, level = frame.f_back, level + 1
-    warnings.warn(text, stacklevel=level)
+    warnings.warn(text, category, stacklevel=level)

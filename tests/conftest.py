@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
+from pyggml import backends
+from pyggml.backends.null.memory import NullBuffer
 from pyggml.errors import DeviceError
 from pyggml.runtime.execution import Execution
 
@@ -50,14 +52,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def poisoned_arena(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fill arenas with 0xFF bytes (NaN in float types), so that reads of unwritten results show."""
-    run = Execution.run
+    run = Execution._run
 
-    def poisoned(self: Execution, *args: Any, **named: Any) -> None:
+    def poisoned(self: Execution, *args: Any, **named: Any) -> Any:
         for buffer in self.arenas.values():
-            memory = buffer if isinstance(buffer, np.ndarray) else getattr(buffer, "data", None)
-            if memory is not None:  # memory on a GPU cannot be written from here
-                memory[:] = 0xFF
-        run(self, *args, **named)
+            if isinstance(buffer, NullBuffer):  # behind runs that are still queued
+                queue = backends.get("null", int(buffer.owner.partition(":")[2])).queue
+                queue.add(partial(buffer.data.fill, 0xFF)) if queue else buffer.data.fill(0xFF)
+            elif isinstance(buffer, np.ndarray):  # memory on a GPU cannot be written from here
+                buffer.fill(0xFF)
+        return run(self, *args, **named)
 
-    monkeypatch.setattr(Execution, "run", poisoned)
+    monkeypatch.setattr(Execution, "_run", poisoned)
     yield

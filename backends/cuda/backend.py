@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml.backends.base import Backend, Event, Given, host_values
+from pyggml.backends.base import Backend, Download, Event, Given, Upload, host_values
 from pyggml.backends.cuda import lowering, table
-from pyggml.backends.cuda.device import arrays, memory, pinned
+from pyggml.backends.cuda.device import arrays, memory, pinned, prepared
 from pyggml.backends.cuda.device.context import Context, context
 from pyggml.backends.cuda.device.cublas import Cublas
 from pyggml.backends.cuda.device.driver import guarded
@@ -105,6 +105,12 @@ class CudaBackend:
         with self.context:
             return pinned.take(self.staging, at, spec)
 
+    def uploads(self, tensors: Sequence[tuple[Address, Spec]]) -> Upload:
+        return prepared.Uploads(self.staging, tensors)
+
+    def downloads(self, at: Address, spec: Spec) -> Download:
+        return prepared.Downloads(self.staging, at, spec)
+
     def view(self, at: Address, spec: Spec) -> arrays.DeviceArray:
         return arrays.DeviceArray(self.context, at, spec, partial(self._read, at, spec))
 
@@ -191,7 +197,7 @@ class CudaBackend:
 
     def synchronize(self) -> None:
         with self.context, guarded(f"running on {self.place}"):
-            self.context.stream.synchronize()
+            self.staging.settle()
 
     def abandon(self) -> None:
         self.staging.forget()

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml import backends
-from pyggml.backends.base import Backend, Event, Given, host_values
+from pyggml.backends.base import Arrival, Backend, Download, Event, Given, Upload, host_values
 from pyggml.backends.null.memory import HEADER, PRIVATE, NullBuffer, plain, private
 from pyggml.backends.null.queue import Queue
 from pyggml.backends.null.runner import NullRunner, weight_scratch
@@ -114,6 +114,29 @@ class NullDevice:
     def download(self, at: Address, spec: Spec) -> NDArray[Any]:
         self.queue.run_all()
         return self.host.download(self.on_host(at), spec)
+
+    def uploads(self, tensors: Sequence[tuple[Address, Spec]]) -> Upload:
+        def upload(arrays: Sequence[NDArray[Any]]) -> None:
+            for (at, spec), array in zip(tensors, arrays):
+                self.upload(at, spec, array)
+
+        return upload
+
+    def downloads(self, at: Address, spec: Spec) -> Download:
+        here = self.on_host(at)
+
+        def download() -> Arrival:
+            copies: list[NDArray[Any]] = []
+            self.queue.add(lambda: copies.append(self.host.download(here, spec)))
+            made = self.queue.mark()
+
+            def arrival() -> NDArray[Any]:
+                made.wait()
+                return copies[0]
+
+            return arrival
+
+        return download
 
     def view(self, at: Address, spec: Spec) -> NullArray:
         return NullArray(self, at, spec)

@@ -67,7 +67,7 @@ def compile(
     work = Work(graph, devices, patterns, amb=budget, fuse=fuse)
     sizes = {place.backend.device: place for place in all_places if place.size is not None}
     request = Request(work, sizes)
-    return Plan(request, request.plan(store, stacklevel=2), store)
+    return Plan(request, request.plan(store), store)
 
 
 def _budget_bytes(amb: float | None) -> float | None:

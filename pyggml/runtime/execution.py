@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from functools import partial
 from time import perf_counter
-from typing import Any
 
 from pyggml.backends.base import Backend, Event, Runner
 from pyggml.backends.step import Address, Buffer
 from pyggml.node import Node
-from pyggml.ops.leaf import constant_op, data_of
 from pyggml.passes.work import Split, Work
-from pyggml.quants import decode_rows
-from pyggml.runtime.inputs import Bound, same_memory
+from pyggml.runtime.inputs import Bound, Inputs, same_memory
+from pyggml.runtime.outputs import Output, Outputs
+from pyggml.runtime.slots import Slots
 from pyggml.runtime.store import Arena
 from pyggml.transfer import origin
 
@@ -25,6 +24,8 @@ class Execution:
     """Splits with their runners.
 
     Devices work asynchronously. The host waits only for what it reads, and once at the end.
+
+    slots, outputs  copies of inputs and outputs, prepared for this memory
     """
 
     def __init__(
@@ -33,8 +34,10 @@ class Execution:
         at: Mapping[Node, Address],
         arenas: Mapping[str, Buffer],
         bound: Bound,
+        inputs: Inputs,
     ) -> None:
         self.splits = work.splits
+        self.slots, self.outputs = Slots(inputs, at), Outputs(work, at)
         self.work = work
         self.at = at
         self.arenas, self.bound = arenas, bound
@@ -71,31 +74,27 @@ class Execution:
             )
         )
 
-    def copy(self, node: Node) -> Any:
-        """A copy of an output for the caller; bf16 and block types as f32."""
-        if node.op is constant_op:  # on the device it may have another layout
-            rows = data_of(node).copy()
-        else:
-            rows = self.work.home(node).download(self.at[node], node.spec)
-        return decode_rows(node.dtype, rows) if node.dtype.numpy is None else rows
-
-    def view(self, node: Node) -> Any:
-        """A view of an output's memory, as it is stored."""
-        if node.op is constant_op:
-            return data_of(node).view()
-        return self.work.home(node).view(self.at[node], node.spec)
-
     def settle(self) -> None:
         """Wait until all queues are empty, including what bind put there."""
         for backend in self.backends:
             backend.synchronize()
 
-    def run(self, give: Callable[[], None] | None = None, repeat: int = 1) -> None:
+    def run(
+        self,
+        give: Callable[[], None] | None = None,
+        repeat: int = 1,
+        names: Collection[str] = (),
+    ) -> dict[str, Output]:
         """Upload the inputs with `give`, run all splits `repeat` times, and wait for the end.
 
-        After an error or an interrupt no device is still working.
+        The outputs' copies are queued before that wait, so it is the only one. After an error or
+        an interrupt no device is still working.
         """
-        self._run(give, None, repeat)
+        return self._run(give, repeat, names)
+
+    def submit(self, give: Callable[[], None], names: Collection[str]) -> dict[str, Output]:
+        """Like `run`, without waiting for the end."""
+        return self._run(give, names=names, waits=False)
 
     def timed(self, give: Callable[[], None] | None = None) -> list[float]:
         """The seconds that each step of one run takes when the steps run one by one."""
@@ -107,21 +106,31 @@ class Execution:
             backend.synchronize()
             seconds[number] = perf_counter() - start
 
-        self._run(give, time)
+        self._run(give, timed=time)
         return seconds
 
-    def _run(self, give: Callable[[], None] | None, timed: Timed | None, repeat: int = 1) -> None:
+    def _run(
+        self,
+        give: Callable[[], None] | None,
+        repeat: int = 1,
+        names: Collection[str] = (),
+        timed: Timed | None = None,
+        waits: bool = True,
+    ) -> dict[str, Output]:
         try:
             if give is not None:
                 give()
             for turn in range(repeat):
                 if turn and len(self.backends) > 1:
-                    self._meet()
+                    self.follow(self.backends)
                 self._issue(timed)
-            self.settle()
+            outputs = self.outputs.collect(names)
+            if waits:
+                self.settle()
         except BaseException:
             self.abandon()
             raise
+        return outputs
 
     def abandon(self) -> None:
         """Wait for all devices after an error; errors of their own are ignored then."""
@@ -129,12 +138,12 @@ class Execution:
             with suppress(Exception):
                 backend.abandon()
 
-    def _meet(self) -> None:
-        """Make each device wait for the end of the previous run on all others.
+    def follow(self, others: Collection[Backend]) -> None:
+        """Make each device wait for what is now in the queues of these devices.
 
         They may still read what it is about to overwrite.
         """
-        ends = {backend: backend.record() for backend in self.backends}
+        ends = {backend: backend.record() for backend in others}
         for backend in self.backends:
             for other, end in ends.items():
                 if other is not backend:

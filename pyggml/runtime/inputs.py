@@ -1,8 +1,8 @@
-"""A plan's inputs: copied into slots of the store, or read from the caller's own memory."""
+"""A plan's inputs: checked, converted, or bound to the caller's own memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -40,24 +40,31 @@ Ready: TypeAlias = Mapping[str, NDArray[np.generic] | Shared]
 
 
 class Inputs:
-    """The inputs of a plan. The plan keeps which of them are bound and passes it as `bound`."""
+    """The inputs of a plan. The plan keeps which of them are bound and passes it as `bound`.
+
+    specs  by name
+    needs  by name; several where several devices read the input
+    """
 
     def __init__(self, needs: Iterable[Need], limits: Iterable[Limit] = ()) -> None:
         self._limits = tuple(limits)
         self.specs: dict[str, Spec] = {}
-        self._needs: dict[str, list[Need]] = {}  # several where several devices read the input
+        self.needs: dict[str, list[Need]] = {}
+        self._exact: dict[str, tuple[object, tuple[int, ...]]] = {}  # NumPy's type and shape
         for need in needs:
             leaf = origin(need.node)
             if leaf.op is input_op:
-                self.specs[leaf.attrs["name"]] = leaf.spec
-                self._needs.setdefault(leaf.attrs["name"], []).append(need)
+                key = leaf.attrs["name"]
+                self.specs[key] = leaf.spec
+                self.needs.setdefault(key, []).append(need)
+                self._exact[key] = leaf.dtype.numpy, leaf.spec.shape
 
     def addresses(self, bound: Bound) -> dict[Node, Address]:
         """The addresses of bound inputs on the devices that read the caller's array directly."""
         return {
             need.node: shared.at(self.specs[key])
             for key, shared in bound.items()
-            for need in self._needs[key]
+            for need in self.needs[key]
             if need.backend.device == shared.backend.device
         }
 
@@ -78,15 +85,17 @@ class Inputs:
         Call it without the store's lock: a device array takes the lock of its device.
         """
         self._check_names(arrays)
-        ready = {key: self._taken(key, array) for key, array in arrays.items()}
+        ready = {key: self._taken(key, arrays[key]) for key in self.specs if key in arrays}
         for limit in self._limits:
             ids = ready.get(limit.input)
             if isinstance(ids, np.ndarray):
                 limit.check(ids)
         return ready
 
-    def check(self, arrays: Iterable[str], bound: Bound) -> None:
+    def check(self, arrays: Collection[str], bound: Bound) -> None:
         """GraphError unless each input either is bound or has an array in this run."""
+        if not bound and len(arrays) == len(self.specs):
+            return
         twice = [key for key in arrays if key in bound]
         if twice:
             raise GraphError(
@@ -98,15 +107,6 @@ class Inputs:
             sizes = ", ".join(f"{key} ({self.specs[key]})" for key in missing)
             raise GraphError(f"missing inputs: {sizes} (sizes in ne order)")
 
-    def put(self, ready: Ready, bound: Bound, at: Mapping[Node, Address]) -> None:
-        """Copy arrays into the slots of inputs; bound ones only to the devices that need a copy."""
-        for key, array in {**ready, **bound}.items():
-            if isinstance(array, Shared):
-                self._spread(key, array, key in bound, at)
-            else:
-                for need in self._needs[key]:
-                    need.backend.upload(at[need.node], self.specs[key], array)
-
     def _check_names(self, arrays: Iterable[str]) -> None:
         for key in arrays:
             if key not in self.specs:
@@ -117,14 +117,24 @@ class Inputs:
                 )
 
     def _taken(self, key: str, array: object) -> NDArray[np.generic] | Shared:
-        devices = [need for need in self._needs[key] if need.backend.device != "host"]
+        if type(array) is np.ndarray:  # in no device's memory
+            dtype, shape = self._exact[key]
+            if (
+                dtype is not None
+                and array.dtype == dtype
+                and array.shape == shape
+                and array.flags.c_contiguous
+            ):
+                return array
+            return stored(f"input {key!r}", self.specs[key], array)
+        devices = [need for need in self.needs[key] if need.backend.device != "host"]
         shared = self._shared(key, array, devices)
         return shared or stored(f"input {key!r}", self.specs[key], array)  # type: ignore[arg-type]
 
     def _shared(self, key: str, array: object, needs: Iterable[Need]) -> Shared | None:
         """The array as the first of these devices reads it; None if it is in the memory of none."""
         for need in needs:
-            with need.backend.lock, _naming(key):
+            with need.backend.lock, naming(key):
                 description = need.backend.given(array)
             if description is not None:
                 check(f"input {key!r}", self.specs[key], description)
@@ -132,7 +142,7 @@ class Inputs:
         return None
 
     def _bindable(self, key: str, array: object, store: Store) -> Shared:
-        needs = self._needs[key]
+        needs = self.needs[key]
         shared = self._shared(key, array, needs)
         if shared is None:
             places = ", ".join(need.backend.place for need in needs)
@@ -154,27 +164,11 @@ class Inputs:
                 )
         return shared
 
-    def _spread(self, key: str, array: Shared, is_bound: bool, at: Mapping[Node, Address]) -> None:
-        """Issue copies of a device's array into the slots of the input on each device."""
-        spec, sender = self.specs[key], array.backend
-        source = array.at(spec)
-        with _naming(key):
-            array.given.ready()
-        for need in self._needs[key]:
-            if need.backend.device == "host" != sender.device:
-                sender.send(source, at[need.node], spec).wait()
-            elif need.backend.device != sender.device:
-                need.backend.wait_for(sender.record())
-                need.backend.fetch(source, sender, at[need.node], spec)
-                if not is_bound:  # the array may be in an arena that the run overwrites
-                    sender.wait_for(need.backend.record())
-            elif not is_bound:
-                need.backend.fetch(source, sender, at[need.node], spec)
-
 
 #: Options of a plan's methods in earlier versions -> how to write them now.
 _RENAMED = {
     "copy": ". run(copy=False) is now views()",
+    "wait": ". To queue a run without a wait, call submit()",
     "repeat": ". run(repeat=n) is now repeat(n), profile(repeat=n) is profile(inputs, n)",
     "progress": ". bind(progress=f) is now bind(arrays, f): bind({}, f) without arrays",
 }
@@ -190,7 +184,7 @@ def same_memory(a: Bound, b: Bound) -> bool:
 
 
 @contextmanager
-def _naming(key: str) -> Iterator[None]:
+def naming(key: str) -> Iterator[None]:
     """Add the input's name to errors about an array."""
     try:
         yield

@@ -9,7 +9,7 @@ from typing import TypeAlias
 from pyggml.backends.base import Backend
 from pyggml.backends.step import Address, WeightLayout
 from pyggml.node import Node
-from pyggml.ops.leaf import constant_op, data_of, shared_key, state_op
+from pyggml.ops.leaf import constant_op, data_of, input_op, shared_key, state_op
 from pyggml.spec import Spec
 from pyggml.transfer import origin
 
@@ -30,7 +30,15 @@ class Need:
 
     @property
     def nbytes(self) -> int:
-        return self.node.spec.nbytes if self.layout is None else self.layout.nbytes
+        if self.layout is not None:
+            return self.layout.nbytes
+        nbytes, alignment = self.node.spec.nbytes, self.backend.alignment
+        return -(-nbytes // alignment) * alignment if self.is_packed else nbytes
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether it is side by side with other inputs, so that one copy fills them all."""
+        return origin(self.node).op is input_op and self.backend.device != "host"
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -80,12 +88,27 @@ class Leaves:
             if origin(need.node).op is constant_op and need.key not in self.weights
         }
         leaves._upload(missing, progress)
+        packed: dict[Backend, dict[tuple[object, ...], Need]] = {}
         for need in needs:
             leaf = origin(need.node)
-            if leaf.op is not constant_op and need.key not in leaves.table(need):
-                at = Address(need.backend.alloc(leaf.spec.nbytes), 0, leaf.spec.nb)
-                leaves.table(need)[need.key] = Leaf(leaf, at, need.backend)
+            if leaf.op is constant_op or need.key in leaves.table(need):
+                continue
+            if need.is_packed:
+                packed.setdefault(need.backend, {})[need.key] = need
+                continue
+            at = Address(need.backend.alloc(need.nbytes), 0, leaf.spec.nb)
+            leaves.table(need)[need.key] = Leaf(leaf, at, need.backend)
+        for backend, inputs in packed.items():
+            leaves._pack(backend, inputs)
         return leaves
+
+    def _pack(self, backend: Backend, inputs: Mapping[tuple[object, ...], Need]) -> None:
+        """Allocate inputs side by side, in one block."""
+        block, offset = backend.alloc(sum(need.nbytes for need in inputs.values())), 0
+        for key, need in inputs.items():
+            leaf = origin(need.node)
+            self.inputs[key] = Leaf(leaf, Address(block, offset, leaf.spec.nb), backend)
+            offset += need.nbytes
 
     def table(self, need: Need) -> _Table:
         """The table for a need's leaf: weights, states or inputs."""

@@ -5,7 +5,6 @@ State writes that never happen or that a reader misses, and ids and positions pa
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -21,6 +20,7 @@ from pyggml.ops.leaf import input_op
 from pyggml.ops.views import view_op
 from pyggml.passes.order import versions
 from pyggml.passes.work import written
+from pyggml.where import warn
 from pyggml.writes import Write, writes_of
 
 # -- checks of the graph --------------------------------------------------------------------------
@@ -121,13 +121,13 @@ class Limit:
 
     def check(self, numbers: NDArray[np.generic]) -> None:
         """IdError or StateWarning if a number is not below the limit."""
-        largest = int(numbers.max())
+        largest = int(numbers.item() if numbers.size == 1 else numbers.max())
         if largest < self.below:
             return
         text = f"input {self.input!r} contains {largest}: {self.text}"
         if self.is_error:
             raise IdError(text)
-        warnings.warn(text, StateWarning, stacklevel=6)
+        warn(text, StateWarning)
 
 
 def limits(graph: Graph) -> Iterable[Limit]:

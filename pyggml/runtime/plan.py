@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from numbers import Integral
 from statistics import median
@@ -19,14 +19,17 @@ from pyggml.runtime.execution import Execution, addresses
 from pyggml.runtime.inputs import Bound, Ready, together
 from pyggml.runtime.leaves import Progress
 from pyggml.runtime.memory import Memory
+from pyggml.runtime.outputs import names_of
 from pyggml.runtime.planned import Planned, Request
 from pyggml.runtime.report import Profile, plan_text
 from pyggml.runtime.store import Store
+from pyggml.runtime.submitted import Submitted
 from pyggml.spec import Spec
 from pyggml.words import counted
 
 T = TypeVar("T")
 Arrays = Mapping[str, object] | None
+Names = Iterable[str] | None
 
 
 class Plan:
@@ -149,7 +152,7 @@ class Plan:
         """The execution, rebuilt if the store, the arenas or the bound arrays have changed."""
         planned, bound, execution = self._planned, self._bound, self._execution
         if execution is None and not planned.fits(self.store):
-            planned = self._request.plan(self.store, stacklevel=6)
+            planned = self._request.plan(self.store)
         if changes:
             bound = planned.inputs.bind(changes, bound, self.store)
         if execution is None or not execution.serves(planned.work, bound, self.store.arenas):
@@ -165,7 +168,8 @@ class Plan:
         try:
             leaves = self.store.reserve(planned.needs, sizes, bound_at, progress)
             arenas = {b.device: self.store.arenas[b.device].buffer for b in sizes}
-            execution = Execution(work, addresses(work, leaves, arenas), arenas, bound)
+            at = addresses(work, leaves, arenas)
+            execution = Execution(work, at, arenas, bound, planned.inputs)
             execution.settle()  # another device may read memory that is still being filled
         except OutOfMemoryError as error:
             raise OutOfMemoryError(f"{error}; the plan needs:\n{planned.memory}") from None
@@ -192,47 +196,82 @@ class Plan:
 
     # -- runs ---------------------------------------------------------------------------------
 
-    def run(self, inputs: Arrays = None, /, **named: object) -> dict[str, Any]:
+    def run(
+        self, inputs: Arrays = None, outputs: Names = None, /, **named: object
+    ) -> dict[str, Any]:
         """Run the graph on `inputs` (NumPy shapes) and return copies of the outputs by name.
 
         inputs, named  a dict, keywords, or both: an array for every input that is not bound. An
                        array of CuPy, PyTorch or others in the memory of a GPU that reads it is
                        copied on the GPU, and must have the tensor's type
+        outputs        the names of the outputs to copy; default: all
         bf16 and block types are returned as f32. If a run fails, states keep what its steps wrote
         before the failure.
-        Errors: UnknownNameError, ShapeError, DTypeError or GraphError for inputs; DeviceError for a
-        device that is missing, has failed, or was given a size; OutOfMemoryError when the first run
-        binds; IdError for ids past the end, on the host (on a GPU see `get_rows`).
+        Errors: UnknownNameError, ShapeError, DTypeError or GraphError for inputs and outputs;
+        DeviceError for a device that is missing, has failed, or was given a size; OutOfMemoryError
+        when the first run binds; IdError for ids past the end, on the host (on a GPU see
+        `get_rows`). A submitted run that failed before, too.
         """
-        return self._run(inputs, named, 1, Execution.copy)
+        return self._run(inputs, outputs, named, 1)
 
-    def repeat(self, n: int, inputs: Arrays = None, /, **named: object) -> dict[str, Any]:
+    def repeat(
+        self, n: int, inputs: Arrays = None, outputs: Names = None, /, **named: object
+    ) -> dict[str, Any]:
         """Run `n` times without returning to the host in between; copies of the last outputs.
 
         Inputs are uploaded once, so runs differ only by states. Errors as for `run`.
         """
-        return self._run(inputs, named, _count("repeat(n)", n), Execution.copy)
+        return self._run(inputs, outputs, named, _count("repeat(n)", n))
 
-    def views(self, inputs: Arrays = None, /, **named: object) -> dict[str, Any]:
+    def views(
+        self, inputs: Arrays = None, outputs: Names = None, /, **named: object
+    ) -> dict[str, Any]:
         """Like `run`, but return views of the outputs' memory, without copies.
 
         Do not write to them. They are valid until the store's next run. On the host they are NumPy
         arrays, on a GPU objects that CuPy and PyTorch read. They show stored values: raw rows for
         bf16 and block types.
         """
-        return self._run(inputs, named, 1, Execution.view)
+        names = self._names(outputs)
+
+        def run(execution: Execution, give: Callable[[], None]) -> dict[str, Any]:
+            execution.run(give)
+            return {name: execution.outputs.view(name) for name in names}
+
+        return self._execute(inputs, named, run)
+
+    def submit(self, inputs: Arrays = None, outputs: Names = None, /, **named: object) -> Submitted:
+        """Queue a run and return without waiting for it; `result()` of what it returns waits.
+
+        Arrays of the host may change as soon as this returns; those in a GPU's memory must stay as
+        they are until the run is over. Later runs of the store come after it, and so does all that
+        reads or writes its states. A plan that also uses the host waits where the host reads what
+        a device computes.
+        Errors: those of `run`. An error of a device is raised by the first call that waits for it,
+        and by `result()`; runs that were queued behind it are lost and raise it, too.
+        """
+        names = self._names(outputs)
+        ready = self._taken(inputs, named)
+
+        def action() -> Submitted:
+            execution = self._checked(ready)
+            self.store.shared.queued |= frozenset(execution.backends)
+            copies = execution.submit(partial(self._give, ready, execution), names)
+            return Submitted(self.store, execution, copies, ready)
+
+        return self._alone(action)
+
+    def _names(self, outputs: Names) -> tuple[str, ...]:
+        return names_of(outputs, self._work.graph.outputs)
 
     def _run(
-        self,
-        inputs: Arrays,
-        named: Mapping[str, object],
-        count: int,
-        output: Callable[[Execution, Node], Any],
+        self, inputs: Arrays, outputs: Names, named: Mapping[str, object], count: int
     ) -> dict[str, Any]:
+        names = self._names(outputs)
+
         def run(execution: Execution, give: Callable[[], None]) -> dict[str, Any]:
-            execution.run(give, count)
-            outputs = execution.work.graph.outputs.items()
-            return {key: output(execution, node) for key, node in outputs}
+            copies = execution.run(give, count, names)
+            return {name: copy() for name, copy in copies.items()}
 
         return self._execute(inputs, named, run)
 
@@ -242,18 +281,32 @@ class Plan:
         named: Mapping[str, object],
         run: Callable[[Execution, Callable[[], None]], T],
     ) -> T:
-        """Bind if needed, then call `run` with a function that uploads the inputs."""
-        ready = self._planned.inputs.take(together(inputs, named))
+        """Bind if needed, then call `run` with a function that uploads the inputs. It waits for
+        the end of the run, and so for all that was submitted before."""
+        ready = self._taken(inputs, named)
 
         def action() -> T:
-            execution = self._ready()
-            self._planned.inputs.check(ready, self._bound)
-            return run(execution, partial(self._give, ready, execution))
+            execution = self._checked(ready)
+            result = run(execution, partial(self._give, ready, execution))
+            self.store.shared.queued = frozenset()
+            return result
 
         return self._alone(action)
 
+    def _taken(self, inputs: Arrays, named: Mapping[str, object]) -> Ready:
+        return self._planned.inputs.take(together(inputs, named))
+
+    def _checked(self, ready: Ready) -> Execution:
+        """The execution, if these arrays and the bound ones are all that it needs."""
+        execution = self._ready()
+        self._planned.inputs.check(ready, self._bound)
+        return execution
+
     def _give(self, ready: Ready, execution: Execution) -> None:
-        self._planned.inputs.put(ready, self._bound, execution.at)
+        queued = self.store.shared.queued
+        if len(queued | set(execution.backends)) > 1:
+            execution.follow(queued)
+        execution.slots.fill(ready, self._bound)
 
     # -- times --------------------------------------------------------------------------------
 
@@ -285,7 +338,7 @@ class Plan:
         return Profile.of(self.steps, [min(step) for step in zip(*times)])
 
 
-def _seconds(call: Callable[[], None]) -> float:
+def _seconds(call: Callable[[], object]) -> float:
     start = perf_counter()
     call()
     return perf_counter() - start

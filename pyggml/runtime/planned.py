@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -17,6 +16,7 @@ from pyggml.runtime.memory import Memory
 from pyggml.runtime.misuse import limits
 from pyggml.runtime.places import Place
 from pyggml.runtime.store import Store
+from pyggml.where import warn
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +57,11 @@ class Request:
     work: Work
     sizes: Mapping[str, Place]
 
-    def plan(self, store: Store, stacklevel: int) -> Planned:
+    def plan(self, store: Store) -> Planned:
         """Plan the graph, with states where the store has them. Does not change the store."""
         work = passes.run(replace(self.work, settled=_settled(self.work, store)))
         for text in work.warnings:
-            warnings.warn(text, stacklevel=stacklevel + 1)
+            warn(text)
         store.check(work.leaves)
         needs = tuple(Need(n, work.home(n), work.layouts.get(n)) for n in work.leaves)
         return Planned(

@@ -11,8 +11,9 @@ one at a time; stores are independent. Addresses of weights, states and inputs c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from threading import RLock
 from typing import Any, TypeVar
 from weakref import WeakSet
@@ -48,6 +49,7 @@ class Shared:
     arenas   by device; replaced, never changed
     weights  the leaves of weights; replaced, never changed
     bound    the plans that use the arenas
+    queued   devices that may still work on submitted runs; replaced, never changed
     """
 
     def __init__(self) -> None:
@@ -55,6 +57,7 @@ class Shared:
         self.arenas: Mapping[str, Arena] = {}
         self.weights: dict[tuple[object, ...], Leaf] = {}
         self.bound: WeakSet[Any] = WeakSet()
+        self.queued: frozenset[Backend] = frozenset()
 
 
 class Store:
@@ -102,12 +105,31 @@ class Store:
         return {str(key[0]): leaf.backend for key, leaf in self._leaves.states.items()}
 
     def alone(self, backends: Iterable[Backend], action: Callable[[], T]) -> T:
-        """Call `action` while no other thread uses the store or these devices.
+        """Call `action` while no other thread uses the store, these devices, or those that may
+        still work on submitted runs.
 
         Devices are locked too because a device has one queue, which stores share.
         """
-        devices = sorted(set(backends), key=lambda backend: backend.place)
-        return _holding([self.lock, *(backend.lock for backend in devices)], action)
+        with self.lock:
+            return _holding(_locks(frozenset(backends) | self.shared.queued), action)
+
+    def settle(self) -> None:
+        """Wait for the submitted runs. Call it inside `alone`.
+
+        Errors: those of these runs. Afterwards nothing is queued in any case.
+        """
+        if not self.shared.queued:
+            return
+        try:
+            for backend in self.shared.queued:
+                backend.synchronize()
+        except BaseException:
+            for backend in self.shared.queued:
+                with suppress(Exception):
+                    backend.abandon()
+            raise
+        finally:
+            self.shared.queued = frozenset()
 
     # -- for plans ----------------------------------------------------------------------------
 
@@ -143,6 +165,7 @@ class Store:
         bound   the addresses of inputs bound to the caller's arrays; they get no memory
         After an error or an interrupt the leaves are as before.
         """
+        self.settle()  # a larger arena frees the memory of the old one
         self.check(need.node for need in needs)
         own = [need for need in needs if need.node not in bound]
         before = replace(self._leaves, weights=self.shared.weights)
@@ -205,8 +228,12 @@ class Store:
         """
         with self.lock:
             state = self._state(name)
-            with state.backend.lock:
-                rows = state.backend.download(state.at, state.spec)
+
+            def download() -> NDArray[Any]:
+                self.settle()
+                return state.backend.download(state.at, state.spec)
+
+            rows = self.alone([state.backend], download)
         dtype = state.spec.dtype
         return rows if raw or dtype.numpy is not None else decode_rows(dtype, rows)
 
@@ -230,9 +257,20 @@ class Store:
     def _set(self, name: str, values: NDArray[Any]) -> None:
         with self.lock:
             state = self._state(name)
-            with state.backend.lock:
+
+            def upload() -> None:
+                self.settle()
                 state.backend.upload(state.at, state.spec, values)
                 state.backend.synchronize()
+
+            self.alone([state.backend], upload)
+
+
+@lru_cache(maxsize=64)
+def _locks(backends: frozenset[Backend]) -> tuple[AbstractContextManager[object], ...]:
+    """The locks of these devices, in the order in which every thread takes them."""
+    devices = sorted(backends, key=lambda backend: backend.place)
+    return tuple(backend.lock for backend in devices)
 
 
 def _holding(locks: Sequence[AbstractContextManager[object]], action: Callable[[], T]) -> T:

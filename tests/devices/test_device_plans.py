@@ -82,7 +82,7 @@ def test_an_input_that_two_devices_read_is_given_to_both() -> None:
     with pytest.warns(UserWarning, match=r"the pin '\^on host\$' to numpy matches no label"):
         plan = gg.compile(outputs, backends=["numpy"], pins=PINS)
     assert copied(plan) == []
-    assert [row(plan, place).inputs for place in ALL] == [32, 32, 32]
+    assert [row(plan, place).inputs for place in ALL] == [64, 64, 32]
     for values in (np.arange(8.0), -np.arange(8.0)):
         same(plan.run(x=values), gg.compile(outputs).run(x=values))
 

@@ -4,8 +4,6 @@ whose message contains the fix."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -102,18 +100,33 @@ def version_text(version: int) -> str:
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
-@contextmanager
-def guarded(what: str) -> Iterator[None]:
-    """Turn errors of pycuda and CuPy into DeviceError; `what` describes the operation."""
-    api = driver()
-    try:
-        yield
-    except api.MemoryError as error:
-        raise OutOfMemoryError(f"{what}: {error}") from None
-    except (api.Error, RuntimeError) as error:
-        if not isinstance(error, api.Error) and not type(error).__module__.startswith("cupy"):
-            raise
-        raise DeviceError(f"{what}: {error}. {_advice(str(error))}") from None
+class Guarded:
+    """Turns errors of pycuda and CuPy into DeviceError; `what` describes the operation.
+
+    A class, because a step of a model enters several of these: a generator takes three times as
+    long.
+    """
+
+    __slots__ = ("_what",)
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            return
+        api = driver()
+        if isinstance(error, api.MemoryError):
+            raise OutOfMemoryError(f"{self._what}: {error}") from None
+        from_cupy = isinstance(error, RuntimeError) and type(error).__module__.startswith("cupy")
+        if from_cupy or isinstance(error, api.Error):
+            raise DeviceError(f"{self._what}: {error}. {_advice(str(error))}") from None
+
+
+guarded = Guarded
 
 
 #: Words in the driver's errors after which the context is unusable.

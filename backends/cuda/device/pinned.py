@@ -42,6 +42,7 @@ class Staging:
         self.context = context
         self._ring: Bytes | None = None
         self._end = 0  # of all parts so far, as if the ring had no end
+        self._settled = 0  # copies of parts before this point are complete
         self._flying: deque[_Flying] = deque()
         self._events: list[Any] = []
         # Starts its threads when there is work. They stay, because there are many weights.
@@ -60,15 +61,36 @@ class Staging:
                 f"cuda:{self.context.index} need; check `ulimit -l` and other processes"
             ) from None
 
+    def settle(self) -> None:
+        """Wait for all queued work. Parts in use so far need no waits of their own."""
+        end = self._end
+        self.context.stream.synchronize()
+        self._settled = end
+
+    def is_settled(self, start: int) -> bool:
+        """Whether the copy of the part at `start` was queued before the last `settle`."""
+        return start < self._settled
+
+    def gather(self, ptr: int, nbytes: int, pieces: Iterable[tuple[int, Bytes]]) -> None:
+        """Queue one copy of several arrays to a device address, each at its offset; at most `PART`
+        bytes. Gaps are overwritten."""
+        flying, part = self._part(nbytes)
+        for start, piece in pieces:
+            part[start : start + len(piece)] = piece
+        self._send(ptr, part, flying)
+
+    def _send(self, ptr: int, part: Bytes, flying: _Flying) -> None:
+        with guarded("uploading"):
+            self.context.driver.memcpy_htod_async(ptr, part, self.context.stream)
+            flying.record()
+
     def upload(self, ptr: int, data: Bytes) -> None:
         """Queue a copy of flat bytes to a device address. After it returns, `data` may change."""
         for start in range(0, len(data), PART):
             chunk = data[start : start + PART]
             flying, part = self._part(len(chunk))
             part[:] = chunk
-            with guarded("uploading"):
-                self.context.driver.memcpy_htod_async(ptr + start, part, self.context.stream)
-                flying.record()
+            self._send(ptr + start, part, flying)
 
     def stream(self, pieces: Iterable[tuple[Bytes, Callable[[Bytes], None]]]) -> None:
         """Let the device read pieces of at most `PART` bytes in pinned memory, in order. For each,
@@ -96,14 +118,17 @@ class Staging:
             queue(filling.part)
             flying.record()
 
-    def receive(self, data: Bytes, ptr: int) -> Arrival:
+    def receive(self, data: Bytes, ptr: int, *, own: bool = False) -> Arrival:
         """Queue a copy from a device address. `data` may be written to at any time from now on, and
-        is complete once the arrival has been waited for."""
+        is complete once the arrival has been waited for.
+
+        own  `data` has no other use: `forget` keeps the copy
+        """
         landings = []
         for start in range(0, len(data), PART):
             chunk = data[start : start + PART]
             flying, part = self._part(len(chunk))
-            landings.append(_Landing(flying, part, chunk))
+            landings.append(_Landing(flying, part, chunk, own))
             flying.landing = ref(landings[-1])
             with guarded("downloading"):
                 self.context.driver.memcpy_dtoh_async(part, ptr + start, self.context.stream)
@@ -115,10 +140,11 @@ class Staging:
         self.receive(data, ptr).wait()
 
     def forget(self) -> None:
-        """Drop the copies to the host that nobody has waited for."""
+        """Drop the copies to the host that nobody has waited for, unless their memory has no other
+        use."""
         for flying in self._flying:
             landing = flying.landing() if flying.landing is not None else None
-            if landing is not None:
+            if landing is not None and not landing.own:
                 landing.forget()
 
     def _part(self, nbytes: int) -> tuple[_Flying, Bytes]:
@@ -141,7 +167,7 @@ class Staging:
         if not self._events:
             with guarded("making an event"):
                 self._events.append(driver.Event(driver.event_flags.DISABLE_TIMING))
-        flying = _Flying(self.context, start, self._events.pop())
+        flying = _Flying(self, start, self._events.pop())
         self._flying.append(flying)
         return flying, self._ring[start % RING :][:nbytes]
 
@@ -156,7 +182,7 @@ class _Flying:
     filling   the data that a thread writes to the part
     """
 
-    context: Context
+    staging: Staging
     start: int
     event: Any
     landing: ref[_Landing] | None = None
@@ -165,13 +191,16 @@ class _Flying:
 
     def record(self) -> None:
         """Record the event after the copy has been queued."""
-        self.event.record(self.context.stream)
+        self.event.record(self.staging.context.stream)
         self.recorded = True
 
     def wait(self) -> None:
         """Wait until the copy is complete."""
-        with self.context, guarded("waiting for a copy"):
-            (self.event if self.recorded else self.context.stream).synchronize()
+        if self.staging.is_settled(self.start):
+            return
+        context = self.staging.context
+        with context, guarded("waiting for a copy"):
+            (self.event if self.recorded else context.stream).synchronize()
 
     def landed(self) -> Any:
         """The event, for reuse; waits until the copy is complete and the part no longer needed."""
@@ -185,10 +214,13 @@ class _Flying:
 
 
 class _Landing:
-    """Bytes on their way into the ring, and their target on the host."""
+    """Bytes on their way into the ring, and their target on the host.
 
-    def __init__(self, flying: _Flying, part: Bytes, data: Bytes) -> None:
-        self._flying, self._part = flying, part
+    own  the target has no other use
+    """
+
+    def __init__(self, flying: _Flying, part: Bytes, data: Bytes, own: bool) -> None:
+        self._flying, self._part, self.own = flying, part, own
         self._data: Bytes | None = data
 
     def wait(self) -> None:
@@ -263,6 +295,11 @@ def take(staging: Staging, at: Address, spec: Spec) -> NDArray[Any]:
         memory = np.empty(span(at.nb, spec), np.uint8)
         staging.download(memory, source.ptr)
         flat = np.ascontiguousarray(in_span(memory, at.nb, spec)).reshape(-1)
+    return rows_of(flat, spec)
+
+
+def rows_of(flat: Bytes, spec: Spec) -> NDArray[Any]:
+    """A tensor's bytes as an array: uint16 for bf16, rows of bytes for block types."""
     dtype = spec.dtype
     stored = np.dtype(dtype.numpy or (np.uint16 if dtype.block == 1 else np.uint8))
     rows = flat.view(stored)

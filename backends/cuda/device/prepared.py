@@ -1,0 +1,112 @@
+"""Copies that are prepared once and queued in many runs: a plan's inputs and outputs.
+
+A decode step has two inputs of four bytes. The store places a plan's inputs side by side, so one
+copy fills them all. Two designs lost: a kernel that scatters a block of inputs to their tensors is
+one launch more in each run, and memory of the host that the kernels read themselves would make
+every kernel that reads a position wait for PCIe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyggml.backends.base import Arrival
+from pyggml.backends.cuda.device import pinned
+from pyggml.backends.cuda.device.memory import operand_at
+from pyggml.backends.cuda.device.pinned import Bytes, Staging
+from pyggml.backends.cuda.table import ALIGNMENT
+from pyggml.backends.step import Address
+from pyggml.spec import Spec
+
+Tensor = tuple[Address, Spec]
+
+
+@dataclass(slots=True)
+class _Group:
+    """Tensors side by side: their first address, the bytes from there to the end of the last, and
+    for each the number of its array and its offset."""
+
+    ptr: int
+    nbytes: int
+    pieces: list[tuple[int, int]]
+
+
+class Uploads:
+    """Uploads to these tensors, in one copy for each group of tensors that are side by side.
+
+    In between is only what the alignment of a tensor leaves free.
+    """
+
+    def __init__(self, staging: Staging, tensors: Sequence[Tensor]) -> None:
+        self._staging = staging
+        self._groups, self._others = _grouped(tensors)
+
+    def __call__(self, arrays: Sequence[NDArray[Any]]) -> None:
+        staging = self._staging
+        with staging.context:
+            for group in self._groups:
+                pieces = [(start, _flat(arrays[number])) for number, start in group.pieces]
+                staging.gather(group.ptr, group.nbytes, pieces)
+            for number, (at, spec) in self._others:
+                pinned.put(staging, at, spec, arrays[number])
+
+
+def _grouped(tensors: Sequence[Tensor]) -> tuple[list[_Group], list[tuple[int, Tensor]]]:
+    """The groups of tensors that are side by side, and the tensors that need their own copies."""
+    groups: list[_Group] = []
+    others: list[tuple[int, Tensor]] = []
+    buffer: Any = None
+    for number, (at, spec) in sorted(enumerate(tensors), key=lambda each: _pointer(each[1])):
+        target = operand_at(at, spec)
+        if not target.contiguous or spec.nbytes > pinned.PART:
+            others.append((number, (at, spec)))
+            continue
+        last = groups[-1] if groups and buffer is at.buffer else None
+        buffer = at.buffer
+        if last is not None:
+            start = target.ptr - last.ptr
+            nbytes = start + spec.nbytes
+            if 0 <= start - last.nbytes < ALIGNMENT and nbytes <= pinned.PART:
+                last.pieces.append((number, start))
+                last.nbytes = nbytes
+                continue
+        groups.append(_Group(target.ptr, spec.nbytes, [(number, 0)]))
+    return groups, others
+
+
+def _pointer(tensor: Tensor) -> int:
+    at, _ = tensor
+    return int(at.buffer.ptr) + at.offset
+
+
+def _flat(array: NDArray[Any]) -> Bytes:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+class Downloads:
+    """Downloads of a tensor."""
+
+    def __init__(self, staging: Staging, at: Address, spec: Spec) -> None:
+        self._staging, self._at, self._spec = staging, at, spec
+        source = operand_at(at, spec)
+        self._ptr = source.ptr if source.contiguous else None
+
+    def __call__(self) -> Arrival:
+        staging, spec = self._staging, self._spec
+        with staging.context:
+            if self._ptr is None:  # rare: it is put together on the host, so this waits
+                copy = pinned.take(staging, self._at, spec)
+                return lambda: copy
+            flat = np.empty(spec.nbytes, np.uint8)
+            landing = staging.receive(flat, self._ptr, own=True)
+
+        def arrival() -> NDArray[Any]:
+            landing.wait()
+            return pinned.rows_of(flat, spec)
+
+        return arrival

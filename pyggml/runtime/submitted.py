@@ -1,0 +1,47 @@
+"""A run in the devices' queues, whose outputs are fetched later."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pyggml.backends.base import Event
+from pyggml.runtime.execution import Execution
+from pyggml.runtime.inputs import Ready
+from pyggml.runtime.outputs import Output
+from pyggml.runtime.store import Store
+
+
+class Submitted:
+    """A run that `plan.submit` has queued.
+
+    Its outputs are copied behind its last step, so later runs do not change them.
+    """
+
+    def __init__(
+        self, store: Store, execution: Execution, outputs: Mapping[str, Output], inputs: Ready
+    ) -> None:
+        self._store, self._backends = store, execution.backends
+        self._ends: list[Event] = [backend.record() for backend in execution.backends]
+        self._outputs, self._inputs = outputs, inputs  # keeps arrays of devices alive
+        self._result: dict[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        state = "queued" if self._result is None else "finished"
+        return f"<{state} run of {', '.join(self._outputs) or 'no outputs'}>"
+
+    def result(self) -> dict[str, Any]:
+        """Wait for the run, not for later ones, and return copies of its outputs by name.
+
+        Errors: those of the run's steps, or of an earlier run in the same queues. Later calls
+        return the same arrays, or raise the error again.
+        """
+        if self._result is None:
+            self._result = self._store.alone(self._backends, self._wait)
+            self._inputs = {}
+        return self._result
+
+    def _wait(self) -> dict[str, Any]:
+        for end in self._ends:
+            end.wait()
+        return {key: output() for key, output in self._outputs.items()}
