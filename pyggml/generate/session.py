@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pyggml.errors import IdError, ShapeError, UnknownNameError
 from pyggml.generate import saved
-from pyggml.generate.loop import HISTORY, POSITION, Draw
+from pyggml.generate.decode import Choice, Decoder
 from pyggml.generate.plans import Plans, padded_rows, padded_tokens
 from pyggml.generate.sample import Sampler, greedy
 from pyggml.runtime.memory import Memory
 from pyggml.runtime.plan import Plan
 from pyggml.runtime.store import Store
+from pyggml.runtime.submitted import Submitted
 
 if TYPE_CHECKING:
     from pyggml.models.model import Model
@@ -40,11 +42,11 @@ class Session:
             raise ShapeError(f"n_ctx={n_ctx} and n_batch={n_batch} must be at least 1")
         self.model, self.n_ctx, self.n_batch = model, n_ctx, min(n_batch, n_ctx)
         self.tokens: list[int] = []
-        self._next: tuple[int, int] | None = None  # position and token that the loop's states hold
         self.most = 0
         self.store = Store(like=model.store)
         self.caches = model.caches(n_ctx, self.n_batch)
-        self._plans = Plans(model, self.caches, self.store, n_ctx=n_ctx, n_batch=self.n_batch)
+        self.plans = Plans(model, self.caches, self.store, n_ctx=n_ctx, n_batch=self.n_batch)
+        self._decoder = Decoder(self)
 
     def __repr__(self) -> str:
         return f"<session: {len(self.tokens)} of {self.n_ctx} tokens, {self.model!r}>"
@@ -63,13 +65,22 @@ class Session:
         if outputs not in ("last", "all", "none"):
             raise UnknownNameError(f"outputs={outputs!r} must be 'last', 'all' or 'none'")
         tokens = self._checked(tokens)
-        rows: list[Logits] = []
-        for start in range(0, len(tokens), self.n_batch):
-            part = tokens[start : start + self.n_batch]
-            last = start + len(part) == len(tokens)
-            n_outputs = len(part) if outputs == "all" else int(last and outputs == "last")
-            rows.append(self._run(part, n_outputs))
-        return np.concatenate(rows)
+        self._decoder.forget()
+        self.plans.reserve()
+        parts = [tokens[i : i + self.n_batch] for i in range(0, len(tokens), self.n_batch)]
+        if outputs == "all":
+            return np.concatenate([self._run(part, len(part)) for part in parts])
+        queue = _Queue(self.tokens)
+        try:
+            for part in parts[:-1]:
+                plan, arrays = self._prepared(queue.past, part, 0)
+                queue.add(part, plan.submit(arrays))
+            logits = self._run(parts[-1], int(outputs == "last"), queue)
+        except BaseException:
+            with suppress(Exception):  # the first error is what counts
+                queue.finish()
+            raise
+        return logits
 
     def _checked(self, tokens: Iterable[int]) -> list[int]:
         checked = [int(token) for token in tokens]
@@ -86,33 +97,46 @@ class Session:
             )
         return checked
 
-    def _run(self, part: Sequence[int], n_outputs: int) -> Logits:
-        self._plans.reserve()
-        past, n = len(self.tokens), len(part)
+    def _run(self, part: Sequence[int], n_outputs: int, queue: _Queue | None = None) -> Logits:
+        """Run a part, after those in the queue; the logits of its last `n_outputs` tokens."""
+        past = len(self.tokens) if queue is None else queue.past
+        plan, arrays = self._prepared(past, part, n_outputs)
+        logits = plan.run(arrays).get("logits")
+        if queue is not None:
+            queue.finish()
+        self.tokens[past:] = part
+        if logits is None:
+            return np.empty((0, self.model.arch.n_vocab), np.float32)
+        rows = np.asarray(logits, np.float32).reshape(-1, self.model.arch.n_vocab)
+        return rows[:n_outputs]
+
+    def _prepared(
+        self, past: int, part: Sequence[int], n_outputs: int
+    ) -> tuple[Plan, dict[str, NDArray[np.int32]]]:
+        """The plan for a part of the prompt after `past` tokens, and its inputs."""
+        n = len(part)
+        self.most = max(self.most, past + n)  # even if the run fails
         every = n_outputs == n and n > 1
         n_tokens = padded_tokens(n, self.n_batch)
         n_kv = padded_rows(past + n, self.n_ctx)
         if not every:
-            n_tokens, n_kv = self._plans.sizes(n_tokens, n_kv, n_outputs)
-        n_all = n_tokens if every else n_outputs
-        plan = self.plan(n_tokens, n_kv, n_all)
-        pos = np.arange(past, past + n_tokens, dtype=np.int32)
-        arrays: dict[str, Any] = {"tokens": _tail(part, n_tokens, 0), "pos": pos}
-        if n_tokens > 1:
-            arrays["rows"] = _tail(pos[:n], n_tokens, -1)
-            arrays["pos"] = _tail(pos[:n], n_tokens, pos[n - 1])
+            n_tokens, n_kv = self.plans.sizes(n_tokens, n_kv, n_outputs)
+        plan = self.plan(n_tokens, n_kv, n_tokens if every else n_outputs)
+        if n_tokens == 1:
+            return plan, {"tokens": np.array(part, np.int32), "pos": np.array([past], np.int32)}
+        pos = np.arange(past, past + n, dtype=np.int32)
+        arrays = {
+            "tokens": _tail(part, n_tokens, 0),
+            "pos": _tail(pos, n_tokens, past + n - 1),
+            "rows": _tail(pos, n_tokens, -1),
+        }
         if "outputs" in plan.inputs:
             arrays["outputs"] = np.array([n - 1], np.int32)
-        self.most = max(self.most, past + n)  # even if the run fails
-        logits = plan.run(arrays).get("logits")
-        self.tokens += part
-        if logits is None:
-            return np.empty((0, self.model.arch.n_vocab), np.float32)
-        return np.asarray(logits, np.float32).reshape(n_all, -1)[:n_outputs]
+        return plan, arrays
 
     def plan(self, n_tokens: int, n_kv: int, n_outputs: int) -> Plan:
         """The plan for `n_tokens` tokens that attend to the first `n_kv` rows of full caches."""
-        return self._plans.batch(n_tokens, n_kv, n_outputs)
+        return self.plans.batch(n_tokens, n_kv, n_outputs)
 
     # -- memory -------------------------------------------------------------------------------
 
@@ -124,7 +148,7 @@ class Session:
         logits of all tokens, and what `ahead` adds, which is less than 5 bytes for each token of
         the vocabulary and of n_ctx.
         """
-        prompt, decode = self._plans.largest()
+        prompt, decode = self.plans.largest()
         return prompt.memory_with(decode)
 
     # -- generation ---------------------------------------------------------------------------
@@ -142,66 +166,45 @@ class Session:
 
         stop   tokens that end the text; the token itself is yielded, too
         ahead  `greedy` and a Sampler with a top_k run on the device; how many tokens it chooses
-               before the host looks at them. A larger number is faster, but the tokens come in
-               groups
+               before the host looks at them. A larger number is a little faster, but the tokens
+               come in groups. With 1, a device works on the next token while the host has this
+               one
         The last token that was yielded is not in the caches yet.
         """
         token = sampler(self.forward(tokens)[-1])
         yield token
         left = n - 1
+        choice = self._choice(sampler, stop)
         while left > 0 and token not in stop:
-            drawn = isinstance(sampler, Sampler) and sampler.temperature > 0 and sampler.top_k > 0
-            if sampler is greedy:
-                group = self._ahead(token, min(ahead, left, self.n_free), stop)
-            elif drawn:
-                assert isinstance(sampler, Sampler)
-                group = self._ahead(token, min(ahead, left, self.n_free), stop, sampler)
-            else:
+            if choice is None:
                 group = [sampler(self.forward([token])[-1])]
+            else:
+                group = self._ahead(token, min(ahead, left, self.n_free), choice, left)
             yield from group
             token = group[-1]
             left -= len(group)
+
+    def _choice(
+        self, sampler: Callable[[NDArray[np.float32]], int], stop: Collection[int]
+    ) -> Choice | None:
+        """The sampler as the device runs it; None if it cannot."""
+        tokens = tuple(sorted(stop))
+        if sampler is greedy:
+            return Choice(None, tokens)
+        if isinstance(sampler, Sampler) and sampler.temperature > 0 and sampler.top_k > 0:
+            return Choice(sampler, tokens)
+        return None
+
+    def _ahead(self, token: int, n: int, choice: Choice, left: int) -> list[int]:
+        self._checked([token])
+        if n == 1:
+            return [self._decoder.one(token, choice, more=left > 1)]
+        return self._decoder.group(token, n, choice)
 
     @property
     def n_free(self) -> int:
         """How many more tokens fit."""
         return self.n_ctx - len(self.tokens)
-
-    def _ahead(
-        self, token: int, n: int, stop: Collection[int], sampler: Sampler | None = None
-    ) -> list[int]:
-        """Append `token`, and all but the last of the up to `n` tokens that follow it."""
-        self._checked([token])
-        past = len(self.tokens)
-        inputs: dict[str, Any] = {}
-        draw = None
-        if sampler is not None:
-            k = min(sampler.top_k, self.model.arch.n_vocab)
-            draw = Draw(sampler.temperature, k, sampler.top_p, 1 << (n - 1).bit_length())
-            noise = [sampler.noise(sampler.count + i, k) for i in range(n)]
-            inputs = {"noise": np.zeros((draw.n_steps, k)), "start": np.array([past])}
-            inputs["noise"][:n] = noise
-        plan = self._plans.loop(padded_rows(past + n, self.n_ctx), stop, draw).bind()
-        if self._next != (past, token):
-            history = np.zeros(self.n_ctx + 1, np.int32)
-            history[past] = token
-            self.store.write(HISTORY, history[:, None])
-            self.store.write(POSITION, np.array([past], np.int32))
-        self._next = None
-        self.most = max(self.most, past + n)
-        last = int(plan.repeat(n, inputs)["token"][0])
-        if n == 1:
-            tokens = [token, last]
-        else:
-            history, end = self.store.read(HISTORY)[:, 0], int(self.store.read(POSITION)[0])
-            # A stop token stays at the position where it was chosen.
-            tokens = [int(token) for token in history[past : min(end + 1, past + n) + 1]]
-        self.tokens += tokens[:-1]
-        if last not in stop:
-            self._next = past + n, last
-        if sampler is not None:
-            sampler.count += len(tokens) - 1
-        return tokens[1:]
 
     def truncate(self, n: int) -> None:
         """Forget all but the first `n` tokens.
@@ -210,6 +213,7 @@ class Session:
         """
         if not 0 <= n <= len(self.tokens):
             raise ShapeError(f"truncate({n}): the session has {len(self.tokens)} tokens")
+        self._decoder.forget()
         kept = self.tokens[:n]
         del self.tokens[n:]
         if not all(cache.reaches(n, self.most) for cache in self.caches):
@@ -240,7 +244,7 @@ class Session:
         other = Session(self.model, n_ctx=self.n_ctx, n_batch=self.n_batch)
         self._bind()
         other._bind()
-        for name in self.store.homes:
+        for name in other.store.homes:  # the caches; generate() makes further states
             other.store.write(name, self.store.read(name, raw=True))
         other.tokens, other.most = list(self.tokens), self.most
         return other
@@ -248,6 +252,25 @@ class Session:
     def _bind(self) -> None:
         """Make the caches exist."""
         self.plan(1, padded_rows(1, self.n_ctx), 1).bind()
+
+
+class _Queue:
+    """Parts of a prompt that were submitted: they count as soon as they are finished."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self._tokens = tokens
+        self._parts: list[tuple[int, Sequence[int], Submitted]] = []
+        self.past = len(tokens)
+
+    def add(self, part: Sequence[int], run: Submitted) -> None:
+        self._parts.append((self.past, part, run))
+        self.past += len(part)
+
+    def finish(self) -> None:
+        """Add the tokens of the parts that were finished, up to the first that failed."""
+        for past, part, run in self._parts:
+            run.result()
+            self._tokens[past:] = part
 
 
 def _tail(values: Sequence[int] | NDArray[np.int32], n: int, fill: int) -> NDArray[np.int32]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,14 +50,15 @@ class Inputs:
         self._limits = tuple(limits)
         self.specs: dict[str, Spec] = {}
         self.needs: dict[str, list[Need]] = {}
-        self._exact: dict[str, tuple[object, tuple[int, ...]]] = {}  # NumPy's type and shape
+        self._exact: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}  # type and shape
         for need in needs:
             leaf = origin(need.node)
             if leaf.op is input_op:
                 key = leaf.attrs["name"]
                 self.specs[key] = leaf.spec
                 self.needs.setdefault(key, []).append(need)
-                self._exact[key] = leaf.dtype.numpy, leaf.spec.shape
+                if leaf.dtype.numpy is not None:
+                    self._exact[key] = np.dtype(leaf.dtype.numpy), leaf.spec.shape
 
     def addresses(self, bound: Bound) -> dict[Node, Address]:
         """The addresses of bound inputs on the devices that read the caller's array directly."""
@@ -118,13 +119,7 @@ class Inputs:
 
     def _taken(self, key: str, array: object) -> NDArray[np.generic] | Shared:
         if type(array) is np.ndarray:  # in no device's memory
-            dtype, shape = self._exact[key]
-            if (
-                dtype is not None
-                and array.dtype == dtype
-                and array.shape == shape
-                and array.flags.c_contiguous
-            ):
+            if (array.dtype, array.shape) == self._exact.get(key) and array.flags.c_contiguous:
                 return array
             return stored(f"input {key!r}", self.specs[key], array)
         devices = [need for need in self.needs[key] if need.backend.device != "host"]

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pyggml.errors import GGUFError, IdError, ShapeError, UnknownNameError
+import pyggml as gg
+from pyggml.errors import DeviceError, GGUFError, IdError, ShapeError, UnknownNameError
 from pyggml.generate.plans import padded_rows, padded_tokens
 from pyggml.generate.sample import Sampler, greedy
 from pyggml.generate.session import Session
@@ -29,7 +30,11 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(path: Path) -> Iterator[Model]:
-    yield load(path, backends=["numpy"], cache_k="f32", cache_v="f32", mla=1)
+    yield on("numpy", path)
+
+
+def on(place: str, path: Path) -> Model:
+    return load(path, backends=[place], cache_k="f32", cache_v="f32", mla=1)
 
 
 def close(a: Any, b: Any) -> bool:
@@ -94,24 +99,29 @@ def test_the_session_goes_on_after_an_error(model: Model) -> None:
     assert close(session.forward(TOKENS[5:]), model.session(12).forward(TOKENS))
 
 
-def test_an_interrupt_keeps_the_parts_that_were_finished(model: Model) -> None:
+@pytest.mark.parametrize("error", [KeyboardInterrupt, DeviceError])
+@pytest.mark.parametrize("place", ["numpy", "null:0"])
+def test_an_error_keeps_the_parts_that_were_finished(
+    path: Path, place: str, error: type[BaseException]
+) -> None:
+    """It comes when the second part is submitted, while the first may still be queued."""
+    model = on(place, path)
     session = model.session(32, 4)
     session.forward(TOKENS, "none")
     session.truncate(0)
-    plans = list(session._plans._batches.values())
-    run, calls = type(plans[0]).run, []
+    submit, calls = gg.Plan.submit, []
 
-    def interrupted(plan: Any, *arrays: Any) -> Any:
+    def failing(plan: Any, *arrays: Any) -> Any:
         calls.append(plan)
         if len(calls) == 2:
-            raise KeyboardInterrupt
-        return run(plan, *arrays)
+            raise error
+        return submit(plan, *arrays)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(plans[0]), "run", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr(gg.Plan, "submit", failing)
+        with pytest.raises(error):
             session.forward(TOKENS)
-    assert session.tokens == TOKENS[:4]
+    assert len(TOKENS) > 8 and session.tokens == TOKENS[:4]
     assert close(session.forward(TOKENS[4:]), model.session(32).forward(TOKENS))
 
 
@@ -125,20 +135,54 @@ def test_generate_feeds_each_token(model: Model) -> None:
         tokens = [token]
 
 
-@pytest.mark.parametrize("ahead", [2, 3, 7, 100])
+@pytest.mark.parametrize(
+    ("place", "ahead"), [("numpy", n) for n in (2, 3, 7, 100)] + [("null:0", n) for n in (1, 3)]
+)
 @pytest.mark.parametrize("stops", [False, True])
 def test_decoding_on_the_device_gives_the_same_tokens(
-    model: Model, ahead: int, stops: bool
+    path: Path, model: Model, place: str, ahead: int, stops: bool
 ) -> None:
     free = list(model.session(40).generate(TOKENS, 9))
     stop = free[5:6] if stops else []
     one = model.session(40)
     expected = list(one.generate(TOKENS, 9, stop=stop))
     assert expected == (free[: free.index(stop[0]) + 1] if stops else free)
-    session = model.session(40)
+    session = on(place, path).session(40)
     assert list(session.generate(TOKENS, 9, stop=stop, ahead=ahead)) == expected
     assert session.tokens == one.tokens
     assert close(session.forward([1]), one.forward([1]))
+
+
+@pytest.mark.parametrize("between", ["forward", "truncate", "fork", "generate", "nothing", "save"])
+def test_a_step_that_was_submitted_early_changes_nothing(
+    path: Path, model: Model, tmp_path: Path, between: str
+) -> None:
+    """On a device, the step after a token runs before the caller has seen that token."""
+
+    def tokens(session: Session) -> list[int]:
+        steps = session.generate(TOKENS, 8)
+        result = [next(steps), next(steps), next(steps)]
+        if between == "forward":
+            session.forward([9])
+        elif between == "truncate":
+            session.truncate(5)
+        elif between == "fork":
+            other = session.fork()
+            result += other.generate([4], 3)
+        elif between == "generate":
+            result += session.generate([4], 3)
+        elif between == "save":
+            session.save(tmp_path / "saved.gguf")
+            session.load(tmp_path / "saved.gguf")
+        result += steps
+        return [*result, *session.tokens]
+
+    early = on("null:0", path).session(40)
+    submit, runs = gg.Plan.submit, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gg.Plan, "submit", lambda *a: runs.append(a) or submit(*a))
+        assert tokens(early) == tokens(model.session(40))
+    assert len(runs) >= 7
 
 
 def test_generation_ends_where_the_context_ends(model: Model) -> None:

@@ -106,7 +106,7 @@ def test_no_plan_of_a_session_needs_more(
             model.amb = error.least * 1.05
         session = model.session(n_ctx, n_batch)
     plans = [
-        session.plan(*session._plans.sizes(n_tokens, n_kv, n_outputs), n_outputs)
+        session.plan(*session.plans.sizes(n_tokens, n_kv, n_outputs), n_outputs)
         for n_tokens in (1, 6, 96, 128, 160)
         for n_kv in {padded_rows(n, n_ctx) for n in range(n_tokens, n_ctx, KV_STEP)}
         for n_outputs in (0, 1)
