@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, TypeAlias
 
-from pyggml.backends.base import Download
+from pyggml.backends.base import Backend, Download
 from pyggml.backends.step import Address
 from pyggml.errors import DTypeError, UnknownNameError
 from pyggml.node import Node
@@ -40,6 +40,11 @@ class Outputs:
             download = self._downloads[name] = backend.downloads(self._at[node], node.spec)
         arrival = download()
         return arrival if node.dtype.numpy is not None else partial(_decoded, node, arrival)
+
+    def homes(self, names: Iterable[str]) -> set[Backend]:
+        """The backends that queue the copies of these outputs."""
+        nodes = [self._nodes[name] for name in names]
+        return {self._work.home(node) for node in nodes if node.op is not constant_op}
 
     def view(self, name: str) -> Any:
         """A view of an output's memory, as it is stored."""

@@ -22,7 +22,10 @@ class Submitted:
         self, store: Store, execution: Execution, outputs: Mapping[str, Output], inputs: Ready
     ) -> None:
         self._store, self._backends = store, execution.backends
-        self._ends: list[Event] = [backend.record() for backend in execution.backends]
+        with_output = execution.outputs.homes(outputs)
+        self._ends: list[Event] = [
+            backend.record() for backend in execution.backends if backend not in with_output
+        ]
         self._outputs, self._inputs = outputs, inputs  # keeps arrays of devices alive
         self._result: dict[str, Any] | None = None
 
