@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from pyggml.backends.base import Event
@@ -45,6 +46,12 @@ class Submitted:
         return self._result
 
     def _wait(self) -> dict[str, Any]:
-        for end in self._ends:
-            end.wait()
-        return {key: output() for key, output in self._outputs.items()}
+        try:
+            for end in self._ends:
+                end.wait()
+            return {key: output() for key, output in self._outputs.items()}
+        except Exception:
+            for backend in self._backends:  # what waits for the failed work is lost, too
+                with suppress(Exception):
+                    backend.abandon()
+            raise

@@ -295,15 +295,15 @@ def take(staging: Staging, at: Address, spec: Spec) -> NDArray[Any]:
         memory = np.empty(span(at.nb, spec), np.uint8)
         staging.download(memory, source.ptr)
         flat = np.ascontiguousarray(in_span(memory, at.nb, spec)).reshape(-1)
-    return rows_of(flat, spec)
+    dtype, shape = form(spec)
+    return flat.view(dtype).reshape(shape)
 
 
-def rows_of(flat: Bytes, spec: Spec) -> NDArray[Any]:
-    """A tensor's bytes as an array: uint16 for bf16, rows of bytes for block types."""
+def form(spec: Spec) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    """NumPy's type and shape of a stored tensor: uint16 for bf16, rows of bytes for blocks."""
     dtype = spec.dtype
     stored = np.dtype(dtype.numpy or (np.uint16 if dtype.block == 1 else np.uint8))
-    rows = flat.view(stored)
-    return rows.reshape(*spec.shape[:-1], rows.size // prod(spec.ne[1:]))
+    return stored, (*spec.shape[:-1], dtype.row_bytes(spec.ne[0]) // stored.itemsize)
 
 
 def _apart(x: Operand, spec: Spec) -> bool:

@@ -95,18 +95,20 @@ class Downloads:
         self._staging, self._at, self._spec = staging, at, spec
         source = operand_at(at, spec)
         self._ptr = source.ptr if source.contiguous else None
+        self._nbytes = spec.nbytes
+        self._type, self._shape = pinned.form(spec)
 
     def __call__(self) -> Arrival:
-        staging, spec = self._staging, self._spec
+        staging = self._staging
         with staging.context:
             if self._ptr is None:  # rare: it is put together on the host, so this waits
-                copy = pinned.take(staging, self._at, spec)
+                copy = pinned.take(staging, self._at, self._spec)
                 return lambda: copy
-            flat = np.empty(spec.nbytes, np.uint8)
+            flat = np.empty(self._nbytes, np.uint8)
             landing = staging.receive(flat, self._ptr, own=True)
 
         def arrival() -> NDArray[Any]:
             landing.wait()
-            return pinned.rows_of(flat, spec)
+            return flat.view(self._type).reshape(self._shape)
 
         return arrival
