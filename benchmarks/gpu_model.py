@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter
 
@@ -57,13 +58,14 @@ def prompt_rows(session: Session) -> None:
         write_row(f"model_prompt_{n}", "t/s", rates)
 
 
-def decode_rows(session: Session, depths: list[int]) -> None:
-    """Tokens a second of decoding from each depth.
+def decode_rows(session: Session, depths: list[int]) -> dict[str, list[float]]:
+    """Tokens a second of decoding from each depth; returns those of the last depth.
 
     logits   the host reads all logits of each token and chooses the next
     (none)   the device chooses, and the host reads each token
     loop     the host reads 64 tokens at a time
     """
+    rows: dict[str, list[float]] = {}
     for depth in depths:
         session.truncate(0)
         session.forward(np.arange(max(depth, 1)) % MODEL.n_vocab, "none")
@@ -73,6 +75,18 @@ def decode_rows(session: Session, depths: list[int]) -> None:
                 session.truncate(depth)
                 rates.append(STEPS / seconds(partial(steps, session)))
             write_row(f"model_decode{name}_d{depth}", "t/s", rates[1:])
+            rows[name] = rates[1:]
+    return rows
+
+
+def share_rows(rates: dict[str, list[float]], graph: list[float]) -> None:
+    """The host's share of a step: the time of a token less that of the captured graph alone.
+
+    host_share_us         the device chooses, and the host reads each token
+    host_share_logits_us  the host reads all logits and chooses
+    """
+    for name, row in (("", "host_share_us"), ("_logits", "host_share_logits_us")):
+        write_row(row, "us", [1e6 / rate - median(graph) for rate in rates[name]])
 
 
 def logits_steps(session: Session) -> None:
@@ -121,8 +135,10 @@ def run(path: Path, args: argparse.Namespace) -> None:
     session = load(path, backends=["cuda"]).session(n_ctx=max(PROMPTS) + 512, n_batch=N_BATCH)
     write_row("model_load", "s", [seconds(lambda: session.forward([0]))])
     prompt_rows(session)
-    decode_rows(session, args.depths)
-    write_row("model_decode_graph", "us", plan_microseconds([last_plan(session)]))
+    rates = decode_rows(session, args.depths)
+    graph = plan_microseconds([last_plan(session)])
+    write_row("model_decode_graph", "us", graph)
+    share_rows(rates, graph)
     if args.profile:
         profile(session)
 

@@ -67,6 +67,8 @@ class Session:
         tokens = self._checked(tokens)
         self._decoder.forget()
         self.plans.reserve()
+        if len(tokens) <= self.n_batch:
+            return self._run(tokens, {"last": 1, "all": len(tokens), "none": 0}[outputs])
         parts = [tokens[i : i + self.n_batch] for i in range(0, len(tokens), self.n_batch)]
         if outputs == "all":
             return np.concatenate([self._run(part, len(part)) for part in parts])
@@ -144,9 +146,9 @@ class Session:
         """The bytes that the session uses, known before anything is allocated or read.
 
         These are those of the plans for `n_batch` tokens and for one token over full caches, with
-        the logits of the last token. Not included: inputs of other lengths (12 bytes a token),
-        logits of all tokens, and what `ahead` adds, which is less than 5 bytes for each token of
-        the vocabulary and of n_ctx.
+        the logits of the last token. Not included: inputs of other lengths (12 bytes a token,
+        rounded up), logits of all tokens, and what `generate` adds, which is less than 5 bytes for
+        each token of the vocabulary and of n_ctx.
         """
         prompt, decode = self.plans.largest()
         return prompt.memory_with(decode)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from pyggml.generate.session import Session
 from pyggml.models.model import Model, load
 from pyggml.models.presets import TINY, TINY_GPT_OSS
 from pyggml.models.synth import synth
+from tests.interrupts import everywhere
 
 TOKENS = [7, 3, 200, 41, 5, 5, 399, 12, 88, 17, 301]
 
@@ -185,6 +186,34 @@ def test_a_step_that_was_submitted_early_changes_nothing(
     assert len(runs) >= 7
 
 
+@pytest.mark.parametrize("action", ["prompt", "token"])
+def test_interrupts_on_a_device(windowed_path: Path, action: str) -> None:
+    """The session goes on from the tokens that it lists, although more may have run."""
+    model = load(windowed_path, backends=["null:0"], cache_k="f32", cache_v="f32")
+    session, one = model.session(64, 2), model.session(64, 2)
+    prompt = TOKENS[:6]
+
+    def begin() -> Callable[[], object]:
+        session.truncate(0)
+        if action == "prompt":
+            return lambda: session.forward(prompt)
+        steps = session.generate(prompt, 5)
+        for _ in range(2):
+            next(steps)
+        return lambda: next(steps)
+
+    begin()()  # compiles
+    n_points = 0
+    for _ in everywhere(begin, 4001 if action == "prompt" else 1201):
+        n_points += 1
+        tokens = list(session.tokens)
+        if action == "prompt":
+            assert tokens == prompt[: len(tokens)]
+        one.truncate(0)
+        assert close(session.forward([5]), one.forward([*tokens, 5]))
+    assert n_points > 5
+
+
 def test_generation_ends_where_the_context_ends(model: Model) -> None:
     for ahead in (1, 8):
         session, tokens = model.session(14), []
@@ -283,10 +312,15 @@ def test_a_full_disk_leaves_no_file(
 
 
 @pytest.fixture(scope="module")
-def windowed(tmp_path_factory: pytest.TempPathFactory) -> Model:
+def windowed_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "window.gguf"
     synth(path, TINY_GPT_OSS, type="f32")
-    return load(path, backends=["numpy"], cache_k="f32", cache_v="f32")
+    return path
+
+
+@pytest.fixture(scope="module")
+def windowed(windowed_path: Path) -> Model:
+    return load(windowed_path, backends=["numpy"], cache_k="f32", cache_v="f32")
 
 
 LONG = [(37 * i) % 512 for i in range(150)]

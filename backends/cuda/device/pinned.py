@@ -169,7 +169,8 @@ class Staging:
                 self._events.append(driver.Event(driver.event_flags.DISABLE_TIMING))
         flying = _Flying(self, start, self._events.pop())
         self._flying.append(flying)
-        return flying, self._ring[start % RING :][:nbytes]
+        start %= RING
+        return flying, self._ring[start : start + nbytes]
 
 
 @dataclass(slots=True)

@@ -85,7 +85,9 @@ def _pointer(tensor: Tensor) -> int:
 
 
 def _flat(array: NDArray[Any]) -> Bytes:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    if not array.flags.c_contiguous:
+        array = np.ascontiguousarray(array)
+    return array.reshape(-1).view(np.uint8)
 
 
 class Downloads:
