@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from pyggml import backends
+from pyggml.backends.base import Arrival, Download, Upload
 from pyggml.backends.step import Address, Step
 from pyggml.dtypes import dtype
 from pyggml.node import Node
@@ -75,6 +76,20 @@ class Mirrored:
 
     def download(self, at: Address, spec: Any) -> Any:
         return self._side(at).download(_plain(at), spec)
+
+    def uploads(self, tensors: Sequence[tuple[Address, Any]]) -> Upload:
+        def upload(arrays: Sequence[Any]) -> None:
+            for (at, spec), array in zip(tensors, arrays):
+                self.upload(at, spec, array)
+
+        return upload
+
+    def downloads(self, at: Address, spec: Any) -> Download:
+        def download() -> Arrival:
+            copy = self.download(at, spec)
+            return lambda: copy
+
+        return download
 
     def _side(self, at: Address) -> Any:
         return self.host if isinstance(at.buffer, Region) else self.backend

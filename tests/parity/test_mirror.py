@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 import pyggml as gg
@@ -33,6 +34,14 @@ def test_it_gives_the_same_outcomes_and_keeps_nothing() -> None:
         assert device.live == device.top == 0
     assert backends.get("numpy") is device.backend
     assert outcomes == [running.tested(case, "numpy") for case in CASES]
+
+
+def test_a_plan_runs_in_mirrored_memory(mirror: Mirrored) -> None:
+    x = gg.input("x", ne=(6, 2))
+    plan = gg.compile({"y": gg.sqr(x), "x": x}, backends=["numpy"])
+    array = np.arange(12, dtype=np.float32).reshape(2, 6)
+    got = plan.run(x=array)
+    assert mirror.live and (got["y"] == array**2).all() and (got["x"] == array).all()
 
 
 def test_what_does_not_fit_is_on_the_device() -> None:

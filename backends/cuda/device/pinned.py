@@ -31,6 +31,10 @@ Bytes = NDArray[np.uint8]
 RING, PART, GRAIN = 16 << 20, 4 << 20, 64 << 10
 
 
+#: Up to this many bytes, an array is copied as a bytes object.
+_FEW = 4096
+
+
 class Staging:
     """A ring of pinned memory between a GPU and the host: copies are queued, and a part is reused
     once its copy is complete.
@@ -71,12 +75,17 @@ class Staging:
         """Whether the copy of the part at `start` was queued before the last `settle`."""
         return start < self._settled
 
-    def gather(self, ptr: int, nbytes: int, pieces: Iterable[tuple[int, Bytes]]) -> None:
+    def gather(self, ptr: int, nbytes: int, arrays: Iterable[tuple[int, NDArray[Any]]]) -> None:
         """Queue one copy of several arrays to a device address, each at its offset; at most `PART`
         bytes. Gaps are overwritten."""
         flying, part = self._part(nbytes)
-        for start, piece in pieces:
-            part[start : start + len(piece)] = piece
+        view = part.data
+        for start, array in arrays:
+            end = start + array.nbytes
+            if array.nbytes <= _FEW:  # a fourth of the time that NumPy's assignment takes
+                view[start:end] = array.tobytes()
+            else:
+                part[start:end] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         self._send(ptr, part, flying)
 
     def _send(self, ptr: int, part: Bytes, flying: _Flying) -> None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pyggml.backends.base import Arrival
 from pyggml.backends.cuda.device import pinned
 from pyggml.backends.cuda.device.memory import operand_at
-from pyggml.backends.cuda.device.pinned import Bytes, Staging
+from pyggml.backends.cuda.device.pinned import Staging
 from pyggml.backends.cuda.table import ALIGNMENT
 from pyggml.backends.step import Address
 from pyggml.spec import Spec
@@ -50,7 +50,7 @@ class Uploads:
         staging = self._staging
         with staging.context:
             for group in self._groups:
-                pieces = [(start, _flat(arrays[number])) for number, start in group.pieces]
+                pieces = [(start, arrays[number]) for number, start in group.pieces]
                 staging.gather(group.ptr, group.nbytes, pieces)
             for number, (at, spec) in self._others:
                 pinned.put(staging, at, spec, arrays[number])
@@ -82,12 +82,6 @@ def _grouped(tensors: Sequence[Tensor]) -> tuple[list[_Group], list[tuple[int, T
 def _pointer(tensor: Tensor) -> int:
     at, _ = tensor
     return int(at.buffer.ptr) + at.offset
-
-
-def _flat(array: NDArray[Any]) -> Bytes:
-    if not array.flags.c_contiguous:
-        array = np.ascontiguousarray(array)
-    return array.reshape(-1).view(np.uint8)
 
 
 class Downloads:
