@@ -117,13 +117,13 @@ class Session:
     ) -> tuple[Plan, dict[str, NDArray[np.int32]]]:
         """The plan for a part of the prompt after `past` tokens, and its inputs."""
         n = len(part)
-        self.most = max(self.most, past + n)  # even if the run fails
         every = n_outputs == n and n > 1
         n_tokens = padded_tokens(n, self.n_batch)
         n_kv = padded_rows(past + n, self.n_ctx)
         if not every:
             n_tokens, n_kv = self.plans.sizes(n_tokens, n_kv, n_outputs)
         plan = self.plan(n_tokens, n_kv, n_tokens if every else n_outputs)
+        self.most = max(self.most, past + n)  # even if the run fails
         if n_tokens == 1:
             return plan, {"tokens": np.array(part, np.int32), "pos": np.array([past], np.int32)}
         pos = np.arange(past, past + n, dtype=np.int32)

@@ -210,7 +210,7 @@ class Plan:
         Errors: UnknownNameError, ShapeError, DTypeError or GraphError for inputs and outputs;
         DeviceError for a device that is missing, has failed, or was given a size; OutOfMemoryError
         when the first run binds; IdError for ids past the end, on the host (on a GPU see
-        `get_rows`). A submitted run that failed before, too.
+        `get_rows`). The error of a run that was submitted before, if nothing has waited for it.
         """
         return self._run(inputs, outputs, named, 1)
 
