@@ -154,7 +154,9 @@ def test_decoding_on_the_device_gives_the_same_tokens(
     assert close(session.forward([1]), one.forward([1]))
 
 
-@pytest.mark.parametrize("between", ["forward", "truncate", "fork", "generate", "nothing", "save"])
+@pytest.mark.parametrize(
+    "between", ["forward", "truncate", "replace", "fork", "generate", "save", ""]
+)
 def test_a_step_that_was_submitted_early_changes_nothing(
     path: Path, model: Model, tmp_path: Path, between: str
 ) -> None:
@@ -167,6 +169,10 @@ def test_a_step_that_was_submitted_early_changes_nothing(
             session.forward([9])
         elif between == "truncate":
             session.truncate(5)
+        elif between == "replace":  # the same length and the same next token as before
+            n = len(session.tokens)
+            session.truncate(0)
+            session.forward([9] * n)
         elif between == "fork":
             other = session.fork()
             result += other.generate([4], 3)
