@@ -48,14 +48,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip(f"{marker}: {lacks(marker)}")
 
 
+#: Looked up here: an import inside a run would be a long time to be interrupted in.
+NULL_DEVICES: list[Any] = [backends.get("null", i) for i in range(10)]
+
+
 @pytest.fixture(autouse=True)
 def poisoned_arena(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fill arenas with 0xFF bytes (NaN in float types), so that reads of unwritten results show."""
-    run = Execution._run
+    run, devices = Execution._run, NULL_DEVICES
 
     def poisoned(self: Execution, *args: Any, **named: Any) -> Any:
         # Not behind runs that are still queued: another device may read what they have computed.
-        if not any(len(backends.get("null", i).queue) for i in range(10)):
+        if not any(len(device.queue) for device in devices):
             for buffer in self.arenas.values():
                 memory = buffer if isinstance(buffer, np.ndarray) else getattr(buffer, "data", None)
                 if memory is not None:  # memory on a GPU cannot be written from here
