@@ -91,7 +91,7 @@ def parts(args: argparse.Namespace, folder: Path) -> dict[str, Part]:
     fuzz_time = () if args.smoke else ("--seconds", str(args.fuzz_seconds))
     return {
         "layer": Part((("benchmarks/gpu_layer.py",),), 120),
-        "model": Part((("benchmarks/gpu_model.py",),), 240),
+        "model": Part((("benchmarks/gpu_model.py", "--compare", "4"),), 360),
         "linear": Part((("benchmarks/gpu_linear.py",),), 120),
         "attention": Part((("benchmarks/gpu_attention.py",),), 150),
         "amb": Part((("benchmarks/gpu_attention.py", "amb"),), 60),

@@ -4,8 +4,8 @@
 
 Without --file, a file of the full size with random IQ4_NL weights is written first (8.3 GiB).
 A prompt runs in batches of 2048 tokens. Decoding feeds a token and reads its logits' argmax in
-every step, as a program that generates text does. --compare also runs N tokens on NumPy and prints
-the NMSE of the logits.
+every step, as a program that generates text does. --compare also runs N tokens on NumPy, for the
+NMSE of the logits.
 """
 
 from __future__ import annotations
@@ -104,14 +104,16 @@ def loop_steps(session: Session) -> None:
 
 
 def compare(path: Path, n: int) -> None:
-    """Print the NMSE of the logits against NumPy's."""
+    """Write the NMSE of the logits against NumPy's, for the default and for f32 everywhere."""
     tokens = np.arange(n)
-    logits = [
-        load(path, backends=[place]).session(256).forward(tokens, "all")
-        for place in ("cuda", "numpy")
-    ]
-    same = int((logits[0].argmax(1) == logits[1].argmax(1)).sum())
-    print(f"logits of {n} tokens: NMSE {nmse(*logits):.2e}, top-1 {same} of {n}", flush=True)
+    for name, prec, cache in (("", "default", "f16"), ("_f32", "f32", "f32")):
+        logits = []
+        for place in ("cuda", "numpy"):
+            with load(path, backends=[place], prec=prec, cache_k=cache, cache_v=cache) as model:
+                logits.append(model.session(256).forward(tokens, "all"))
+        same = int((logits[0].argmax(1) == logits[1].argmax(1)).sum())
+        print(f"logits of {n} tokens{name}: top-1 {same} of {n}", flush=True)
+        write_row(f"model_nmse{name}", "", [nmse(*logits)])
 
 
 def profile(session: Session) -> None:
