@@ -23,7 +23,14 @@ PLACE = "cuda"
 TOKENS = [(31 * i * i + 7 * i) % 512 for i in range(45)]
 EXACT: dict[str, Any] = {"prec": "f32", "cache_k": "f32", "cache_v": "f32"}
 
-tiny = pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("tiny")])
+NAMES = [name for name in PRESETS if name.startswith("tiny")]
+#: Only deepseek2, which is `tiny`, has several forms of attention.
+FORMS: list[tuple[str, dict[str, Any]]] = [
+    *((name, form) for name in NAMES for form in ({}, {"flash": False}, {"fused": False})),
+    ("tiny", {"mla": 1}),
+    ("tiny", {"mla": 0}),
+]
+tiny = pytest.mark.parametrize("name", NAMES)
 
 
 @contextmanager
@@ -38,15 +45,10 @@ def on_both(name: str, type: str, **options: Any) -> Iterator[tuple[Model, Model
             yield gpu, host
 
 
-@tiny
 @pytest.mark.parametrize("type", ["f32", "q8_0", "iq4_nl"])
-@pytest.mark.parametrize(
-    "form", [{}, {"flash": False}, {"fused": False}, {"mla": 1}, {"mla": 0}], ids=str
-)
+@pytest.mark.parametrize("name, form", FORMS, ids=str)
 def test_logits_are_exact(name: str, type: str, form: dict[str, Any]) -> None:
     """The whole prompt, the prompt in parts, and one token at a time."""
-    if "mla" in form and name != "tiny":
-        pytest.skip("only deepseek2 has several forms of attention")
     with on_both(name, type, **EXACT, **form) as (gpu, host):
         expected = host.session(64).forward(TOKENS, "all")
         for n_batch in (64, 7):
