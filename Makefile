@@ -12,7 +12,7 @@ help:  ## list the targets
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q -e ".[test,text,plot,lint]"
+	$(BIN)/python -m pip install -q -e ".[cpu,test,text,plot,lint]"
 	@touch $@
 
 setup: $(STAMP)  ## create .venv and install pyggml into it

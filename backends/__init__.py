@@ -19,11 +19,24 @@ def available() -> tuple[str, ...]:
     return tuple(sorted(names, key=STAND_INS.__contains__))
 
 
+#: Backends in the host's memory, the preferred one first; the last one always works.
+HOSTS = ("cpu", "numpy")
+
+
 def preferred() -> tuple[str, ...]:
-    """The backends to use on this machine if nobody chooses: a GPU's if it works, then numpy."""
-    names = [name for name in available() if name not in (*STAND_INS, "numpy")]
-    modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
-    return (*(n for n, module in zip(names, modules) if module.present()), "numpy")
+    """The backends to use if nobody chooses: a GPU's if it works here, then `on_host()`."""
+    names = [name for name in available() if name not in (*STAND_INS, *HOSTS)]
+    return (*filter(_present, names), on_host())
+
+
+def on_host() -> str:
+    """The backend to use in the host's memory: cpu if it works here, else numpy."""
+    return next(name for name in HOSTS if name == HOSTS[-1] or _present(name))
+
+
+def _present(name: str) -> bool:
+    present: bool = importlib.import_module(f"{__name__}.{name}").present()
+    return present
 
 
 @cache

@@ -64,6 +64,11 @@ def allocated(nbytes: int) -> NDArray[np.uint8]:
     return raw[skip : skip + nbytes]
 
 
+def address_of(array: NDArray[Any]) -> int:
+    """The address of an array's first byte."""
+    return int(array.__array_interface__["data"][0])
+
+
 def aligned(nbytes: int) -> int:
     """`nbytes` rounded up to `ALIGNMENT`."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT

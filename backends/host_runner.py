@@ -47,7 +47,7 @@ class HostRunner:
                 self._calls.append(_LoopCall(kernels, step, at, memory))
             else:
                 arrays = [None if n is None else array_at(at[n], n.spec) for n in _operands(step)]
-                self._calls.append(_kernel_call(kernels, step, arrays, memory, step.node.attrs))
+                self._calls.append(kernel_call(kernels, step, arrays, memory, step.node.attrs))
 
     def run(self) -> None:
         """Execute every step in order."""
@@ -58,14 +58,7 @@ class HostRunner:
         copy_context().run(self._run, (index,))
 
     def _run(self, indices: Iterable[int]) -> None:
-        """Execute steps with the NumPy settings that kernels expect: no floating-point warnings,
-        and small ufunc buffers (strided operands take three).
-
-        NumPy keeps these settings in the context, so they end with the copy of the context in
-        which this runs, even after an error.
-        """
-        np.seterr(all="ignore")
-        np.setbufsize(2048)
+        kernel_settings()
         index = 0
         try:
             for index in indices:
@@ -74,17 +67,29 @@ class HostRunner:
             raise kernel_error(error, self.steps[index].node) from None
 
 
+def kernel_settings() -> None:
+    """Make the NumPy settings that kernels expect: no floating-point warnings, and small ufunc
+    buffers (strided operands take three).
+
+    NumPy keeps these settings in the context. Call this in a copy of the context, so that they end
+    with it, even after an error.
+    """
+    np.seterr(all="ignore")
+    np.setbufsize(2048)
+
+
 def _operands(step: Step) -> tuple[Node | None, ...]:
     return (step.node, *step.node.src)
 
 
-def _kernel_call(
+def kernel_call(
     kernels: KernelTable[Kernel],
     step: Step,
     arrays: Sequence[Array | None],
     memory: NDArray[np.uint8],
     attrs: Mapping[str, Any],
 ) -> Call:
+    """A function that runs the kernel of a step on arrays: the result, then the sources."""
     row = kernels[step.node.op]
     out = arrays[0]
 
@@ -163,4 +168,4 @@ class _BoundBody:
         for step, memory in zip(self.plan.steps, self.scratch):
             attrs = piece_attributes(self.plan.body, step.node, starts)
             operands = [None if n is None else arrays[n] for n in _operands(step)]
-            _kernel_call(self.kernels, step, operands, memory, attrs)()
+            kernel_call(self.kernels, step, operands, memory, attrs)()

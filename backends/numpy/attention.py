@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 
 from pyggml import ops
-from pyggml.backends.host_memory import Array, Floats, Raw, Scratch, raw_of, shape_of
+from pyggml.backends.host_memory import (
+    Array,
+    Floats,
+    Raw,
+    Scratch,
+    address_of,
+    raw_of,
+    shape_of,
+)
 from pyggml.backends.numpy.arrays import Work, codec_bytes, decoded, work_of
 from pyggml.backends.numpy.blas import blas_view
 from pyggml.backends.numpy.masks import HIDDEN, Mask, alibi_slopes
@@ -61,13 +69,9 @@ def _columns_of_k(k: Array, v: Array) -> int | None:
     (k_type, k_raw), (v_type, v_raw) = raw_of(k), raw_of(v)
     if k_type != v_type or k_raw.strides != v_raw.strides or k_raw.shape[1:3] != v_raw.shape[1:3]:
         return None
-    start, remainder = divmod(_address(v_raw) - _address(k_raw), k_type.nbytes)
+    start, remainder = divmod(address_of(v_raw) - address_of(k_raw), k_type.nbytes)
     fits = remainder == 0 <= start and start + v_raw.shape[3] <= k_raw.shape[3]
     return start * k_type.block if fits else None
-
-
-def _address(a: Raw) -> int:
-    return int(a.__array_interface__["data"][0])
 
 
 def _live(n_kv: int, kv_len: Raw | None, kv0: int) -> int:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from pyggml.generate.tokenizer import Tokenizer
     from pyggml.models.model import Model
 
-HOST = "numpy"
 N_CTX, N_BATCH = 4096, 512
 
 
@@ -70,7 +69,7 @@ def add_model_options(
         help="attention memory budget in MiB (default: none)")  # fmt: skip
     add("--backend", metavar="PLACES", type=_places, default="auto",
         help="places in order of preference, separated by commas (default: auto, which is cuda if "
-        "there is a GPU, then numpy)")  # fmt: skip
+        "there is a GPU, then cpu if numba is installed, else numpy)")  # fmt: skip
     add("-ngl", type=options.natural, metavar="N",
         help="put only the last N layers on the first place, and the others on the host; the head "
         "counts as the last layer (default: all)")  # fmt: skip
@@ -196,10 +195,11 @@ def layer_pins(n: int | None, n_layer: int, names: Sequence[str], *, tied: bool)
 
     As in llama.cpp, the head is the last of n_layer + 1 layers. `tied`: it uses token_embd.
     """
-    if n is None or n > n_layer or names[0] == HOST:
+    if n is None or n > n_layer or names[0] in backends.HOSTS:
         return {}
     layers = "|".join(map(str, range(n_layer + 1 - n if n else n_layer)))
     parts = [rf"blk\.({layers})\.", rf"cache_\w+_l({layers})$"] if layers else []
     if not n:
         parts.append(r"(token_embd|output)\." if tied else r"output\.")
-    return {f"^({'|'.join(parts)})": HOST} if parts else {}
+    host = next((name for name in names if name in backends.HOSTS), None) or backends.on_host()
+    return {f"^({'|'.join(parts)})": host} if parts else {}

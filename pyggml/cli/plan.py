@@ -113,7 +113,8 @@ def places_of(args: argparse.Namespace) -> list[Place]:
 
 def _planner(model: Model, places: Sequence[Place], args: argparse.Namespace) -> Planner:
     n_layer, tied = model.arch.n_layer, model.arch.tied
-    pins = pins_of(args.ot) | layer_pins(args.ngl, n_layer, [places[0].name], tied=tied)
+    names = [place.name for place in places]
+    pins = pins_of(args.ot) | layer_pins(args.ngl, n_layer, names, tied=tied)
     on_host = 0 if args.ngl is None else max(n_layer + 1 - args.ngl, 0) if args.ngl else n_layer
     return Planner(model, places, pins, range(min(on_host, n_layer)))
 

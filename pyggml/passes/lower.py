@@ -6,7 +6,15 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 from pyggml.backends.base import Backend
-from pyggml.backends.step import BodyPlan, Layouts, LoadStep, LoopStep, Step, own_nodes
+from pyggml.backends.step import (
+    BodyPlan,
+    Layouts,
+    LoadStep,
+    LoopStep,
+    Step,
+    WeightLayout,
+    own_nodes,
+)
 from pyggml.graph import Users, toposort, users_of
 from pyggml.loop import Body, Loop, loop_of
 from pyggml.node import Node
@@ -24,7 +32,7 @@ def lower(work: Work) -> Work:
     users = work.graph.users
     roots = set(work.graph.roots)
     layouts = {
-        node: work.home(node).weight_layout(origin(node), _uses(node, users, roots))
+        node: _layout(work, node, _uses(node, users, roots))
         for node in work.order
         if origin(node).op is constant_op and node in users
     }
@@ -49,6 +57,14 @@ def _uses(constant: Node, users: Users, roots: Collection[Node]) -> list[Node]:
         if use.op.view is not None and use not in roots:
             uses += users[use]
     return uses
+
+
+def _layout(work: Work, constant: Node, uses: Sequence[Node]) -> WeightLayout:
+    """How the constant's home stores it: as in a file if other backends read the same memory."""
+    home = work.home(constant)
+    if any(use.op.view is None and work.home(use) is not home for use in uses):
+        return WeightLayout(constant.spec.nbytes)
+    return home.weight_layout(origin(constant), uses)
 
 
 def _split(work: Work, backend: Backend, nodes: Sequence[Node], users: Users) -> Split:

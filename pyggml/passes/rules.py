@@ -69,8 +69,9 @@ class Homes:
     def choose(self, node: Node) -> Choice:
         """The device for `node` by the first rule that applies."""
         if not self.several:
-            fixed = node.op.writes is not None or self.work.pinned(node) is not None
-            return Choice(self.preferred, fixed=fixed, free=False)
+            pin = self.work.pinned(node)  # another backend in the same memory
+            fixed = node.op.writes is not None or pin is not None
+            return Choice(pin or self.preferred, fixed=fixed, free=False)
         for rule in RULES:
             device = rule(self, node)
             if device is not None:

@@ -209,7 +209,7 @@ def test_a_device_with_a_queue_is_measured_in_time(
 
 
 def test_stand_ins_are_the_last_backends(parity: Parity) -> None:
-    assert backends.available() == ("cuda", "numpy", "null")
+    assert backends.available() == ("cpu", "cuda", "numpy", "null")
     status, out = parity("-o", "relu(f32[3])", "--mode", "support")
     assert status == 0 and re.findall(r"Backend \d/3: (\w+)", out) == ["cuda", "numpy", "null"]
 

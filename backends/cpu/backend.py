@@ -1,0 +1,74 @@
+"""The backend object: native kernels, and NumPy's for everything else, in host memory."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Collection, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyggml import backends
+from pyggml.backends.cpu.runner import CpuRunner, CpuStep
+from pyggml.backends.cpu.table import KERNELS
+from pyggml.backends.cpu.weights import tiles
+from pyggml.backends.host import HostBackend
+from pyggml.backends.step import Addresses, Buffer, Layouts, Step, WeightLayout
+from pyggml.node import Node
+
+# Importing a module registers its kernels.
+for _module in ("attention", "copy", "elementwise", "linear.kernels", "norm", "rope"):
+    importlib.import_module(f"pyggml.backends.cpu.{_module}")
+
+
+class CpuBackend(HostBackend):
+    """The host with native kernels. A node without one runs by NumPy's, in the same memory."""
+
+    name = "cpu"
+    kernels = KERNELS
+
+    @cached_property
+    def numpy(self) -> HostBackend:
+        """The backend that runs the other nodes."""
+        host = backends.get("numpy")
+        assert isinstance(host, HostBackend)
+        return host
+
+    def supports(self, node: Node) -> str | None:
+        return None if KERNELS.refusal(node) is None else self.numpy.supports(node)
+
+    def numeric(self, node: Node) -> str:
+        host = self if KERNELS.refusal(node) is None else self.numpy
+        return host.kernels.numeric(node)
+
+    def weight_layout(self, constant: Node, uses: Collection[Node]) -> WeightLayout:
+        if all(KERNELS.refusal(use) is None and tiles.reads(use, constant) for use in uses):
+            return tiles.layout_of(constant)
+        return super().weight_layout(constant, uses)
+
+    def lower(
+        self, nodes: Sequence[Node], keep: Collection[Node], layouts: Layouts, *, fuse: bool = True
+    ) -> list[Step]:
+        return [self._step(node, keep, layouts) for node in nodes]
+
+    def _step(self, node: Node, keep: Collection[Node], layouts: Layouts) -> Step:
+        if KERNELS.refusal(node) is None and tiles.ready(node, layouts):
+            return KERNELS.step(node, CpuStep)
+        [step] = self.numpy.lower([node], keep, layouts)
+        return step
+
+    def weight(self, constant: Node, layout: WeightLayout, data: NDArray[Any]) -> Buffer:
+        if layout.name == tiles.LAYOUT:
+            return tiles.repacked(constant, layout, data)
+        return super().weight(constant, layout, data)
+
+    def bind(  # type: ignore[override]
+        self,
+        steps: Sequence[Step],
+        at: Addresses,
+        scratch: NDArray[np.uint8],
+        scratch_at: Sequence[int],
+    ) -> CpuRunner:
+        return CpuRunner(self.numpy.kernels, steps, at, scratch, scratch_at)

@@ -1,0 +1,210 @@
+"""Rows by id: get_rows from tiles and plain tensors, set_rows into caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from pyggml import ops
+from pyggml.backends.cpu.native.compiler import Native
+from pyggml.backends.cpu.rows import adjacent
+from pyggml.backends.cpu.table import Call, Operand, kernel
+from pyggml.backends.cpu.weights.decode import decode_row
+from pyggml.backends.cpu.weights.forms import FORMS, tiles_of
+from pyggml.backends.cpu.weights.tiles import may_be_tiled, starts_of
+from pyggml.backends.host_memory import address_of
+from pyggml.dtypes import TYPES
+from pyggml.node import Node
+
+_PLAIN = ("f32", "f16")
+
+
+@cache
+def _check(ids_type: str) -> Native:
+    """Report the largest id if it is not below `count`. Ids [n2, n1, n0] with byte strides."""
+
+    def make() -> Callable[..., None]:
+        from pyggml.backends.cpu.native import memory
+
+        id_at, put_i64 = getattr(memory, f"{ids_type}_at"), memory.put_i64
+
+        def run(
+            ids: int, nb0: int, nb1: int, nb2: int, n0: int, n1: int, n2: int, count: int,
+            own: int, thread: int, threads: int,
+        ) -> None:  # fmt: skip
+            if thread == 0:
+                largest = -1
+                for i in range(n0 * n1 * n2):
+                    i0, i1, i2 = i % n0, i // n0 % n1, i // n0 // n1
+                    largest = max(largest, id_at(ids + i0 * nb0 + i1 * nb1 + i2 * nb2))
+                if largest >= count:
+                    put_i64(own, -1 - largest)
+
+        return run
+
+    return Native(f"check_ids_{ids_type.replace('i', 'int')}", "i" * 8, make)
+
+
+def check_ids(call: Call, ids: Operand, count: int) -> None:
+    """Stop the program with an IdError if an id is not below `count`, before the op's kernel."""
+    call.add(_check(ids.type), ids.ptr, *ids.nb[:3], *ids.ne[:3], count)
+
+
+@cache
+def _row(source: str, target: str) -> Any:
+    """copy(out, x, n): a row of n elements of one type to another."""
+    from pyggml.backends.cpu.native.emit import I64, Emitter, Row, emits
+
+    @emits(None, I64, I64, I64)
+    def copy(e: Emitter, out: Any, x: Any, n: Any) -> None:
+        def put(row: Row, offset: Any) -> None:
+            v = row.load(x, offset) if source == "f32" else row.load_half(x, offset)
+            (row.store if target == "f32" else row.store_half)(v, out, offset)
+
+        e.row(n, put)
+
+    return copy
+
+
+@cache
+def _zero() -> Any:
+    """zero(out, n): n f32."""
+    from pyggml.backends.cpu.native.emit import FLOATS, I64, Emitter, emits
+
+    @emits(None, I64, I64)
+    def zero(e: Emitter, out: Any, n: Any) -> None:
+        e.row(n, lambda row, offset: row.store(e.zero(FLOATS), out, offset))
+
+    return zero
+
+
+@cache
+def _get(type_: str) -> Native:
+    """out[:, i] = x[:, ids[i]] for every matrix; zeros for a negative id."""
+
+    def make() -> Callable[..., None]:
+        from pyggml.backends.cpu.native.memory import i32_at
+
+        copy, zero = _row(type_, "f32"), _zero()
+
+        def run(
+            out: int, o1: int, o2: int, o3: int, x: int, x1: int, x2: int, x3: int,
+            ids: int, i0: int, i1: int, i2: int, n: int, n1: int, n2: int, rows: int,
+            own: int, thread: int, threads: int,
+        ) -> None:  # fmt: skip
+            for row in range(rows * thread // threads, rows * (thread + 1) // threads):
+                a, b, c = row % n1, row // n1 % n2, row // n1 // n2
+                number = i32_at(ids + a * i0 + b * i1 + c * i2)
+                y = out + a * o1 + b * o2 + c * o3
+                if number < 0:
+                    zero(y, n)
+                else:
+                    copy(y, x + number * x1 + b * x2 + c * x3, n)
+
+        return run
+
+    return Native(f"get_rows_{type_}", "i" * 16, make)
+
+
+@cache
+def _get_tiled(type_: str) -> Native:
+    """As `_get`, from a weight in tiles: address, bytes of a tile, its planes, tiles, groups."""
+
+    def make() -> Callable[..., None]:
+        from pyggml.backends.cpu.native.memory import i32_at
+
+        decode, zero = decode_row(type_), _zero()
+
+        def run(
+            out: int, o1: int, o2: int, o3: int, x: int, tile: int, starts: int, tiles: int,
+            groups: int, ids: int, i0: int, i1: int, i2: int, n: int, n1: int, n2: int, rows: int,
+            own: int, thread: int, threads: int,
+        ) -> None:  # fmt: skip
+            for row in range(rows * thread // threads, rows * (thread + 1) // threads):
+                a, b, c = row % n1, row // n1 % n2, row // n1 // n2
+                number = i32_at(ids + a * i0 + b * i1 + c * i2)
+                y = out + a * o1 + b * o2 + c * o3
+                if number < 0:
+                    zero(y, n)
+                else:
+                    matrix = x + (b + c * n2) * tiles * tile
+                    decode(matrix + number // 16 * tile, starts, number % 16, groups, y)
+
+        return run
+
+    return Native(f"get_rows_tiled_{type_}", "i" * 17, make)
+
+
+def _get_refuses(node: Node) -> str | None:
+    a = node["a"]
+    if a.dtype.name in FORMS and may_be_tiled(node, "a"):
+        return None
+    if a.dtype.name not in _PLAIN:
+        return f"get_rows does not read {a.dtype} here"
+    return None if adjacent(a, node) else "get_rows needs rows whose elements are adjacent"
+
+
+@kernel(ops.get_rows, types=None, refuses=_get_refuses)
+def get_rows(call: Call) -> None:
+    a, ids, out = call["a"], call["ids"], call.out
+    check_ids(call, ids, a.ne[1])
+    n, n1, n2, n3 = out.ne
+    sizes = n, n1, n2, n1 * n2 * n3
+    if a.type in _PLAIN:
+        call.add(_get(a.type), out.ptr, *out.nb[1:], a.ptr, *a.nb[1:], ids.ptr, *ids.nb[:3], *sizes)
+        return
+    tiles = tiles_of(TYPES[a.type], a.ne)
+    starts = starts_of(tiles)
+    call.keep.append(starts)
+    call.add(
+        _get_tiled(a.type), out.ptr, *out.nb[1:], a.ptr, tiles.tile, address_of(starts),
+        tiles.tiles, tiles.groups, ids.ptr, *ids.nb[:3], *sizes,
+    )  # fmt: skip
+
+
+@cache
+def _set(type_: str, ids_type: str) -> Native:
+    """out[:, ids[i]] = x[:, i] for every matrix; ids repeat along both outer axes."""
+
+    def make() -> Callable[..., None]:
+        from pyggml.backends.cpu.native import memory
+
+        copy, id_at = _row("f32", type_), getattr(memory, f"{ids_type}_at")
+
+        def run(
+            out: int, o1: int, o2: int, o3: int, x: int, x1: int, x2: int, x3: int,
+            ids: int, i0: int, i1: int, i2: int, n: int, n1: int, n2: int, rows: int,
+            c1: int, c2: int, own: int, thread: int, threads: int,
+        ) -> None:  # fmt: skip
+            # A thread takes whole matrices, so that rows with equal ids are written in order.
+            matrices = rows // n1
+            for m in range(matrices * thread // threads, matrices * (thread + 1) // threads):
+                b, c = m % n2, m // n2
+                for a in range(n1):
+                    number = id_at(ids + a * i0 + b % c1 * i1 + c % c2 * i2)
+                    if number >= 0:
+                        copy(out + number * o1 + b * o2 + c * o3, x + a * x1 + b * x2 + c * x3, n)
+
+        return run
+
+    return Native(f"set_rows_{type_}_{ids_type}", "i" * 18, make)
+
+
+def _set_refuses(node: Node) -> str | None:
+    if node.dtype.name not in _PLAIN or node["b"].dtype.name != "f32":
+        return f"set_rows does not write {node['b'].dtype} to {node.dtype} here"
+    if not adjacent(node["a"], node["b"]):
+        return "set_rows needs rows whose elements are adjacent"
+    return None
+
+
+@kernel(ops.set_rows, types=None, refuses=_set_refuses)
+def set_rows(call: Call) -> None:
+    b, ids, out = call["b"], call["ids"], call.out
+    check_ids(call, ids, out.ne[1])
+    n, n1, n2, n3 = b.ne
+    call.add(
+        _set(out.type, ids.type), out.ptr, *out.nb[1:], b.ptr, *b.nb[1:], ids.ptr, *ids.nb[:3],
+        n, n1, n2, n1 * n2 * n3, *ids.ne[1:3],
+    )  # fmt: skip

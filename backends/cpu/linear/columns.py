@@ -1,0 +1,10 @@
+"""How activations are stored for integer products: groups of 32 of `X_BYTES`.
+
+    32 bytes  int8 q            x = d q
+    f32 d, i32 sum of the first 16 q, i32 sum of the last 16 q, f32 d (both sums)
+
+The sums serve weights that have a zero point or a minimum.
+"""
+
+X_BYTES = 48
+X_SCALE, X_SUM, X_SUM_HIGH, X_FLOAT_SUM = 32, 36, 40, 44

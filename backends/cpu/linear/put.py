@@ -1,0 +1,33 @@
+"""Results of a tile in a column of a tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyggml.backends.cpu.native import maths
+from pyggml.backends.cpu.native.emit import FLOATS, I64, Emitter, Value, emits
+
+
+@emits(None, I64, I64, I64)
+def put_sums(e: Emitter, sums: Any, out: Any, count: Any) -> None:
+    """Copy `count` floats, 1 to 16."""
+    put(e, e.load(FLOATS, sums), out, count)
+
+
+def put_gated(act: str) -> Any:
+    """put_gated(up, gate, out, count): act(gate) up."""
+
+    def build(e: Emitter, up: Any, gate: Any, out: Any, count: Any) -> None:
+        activated = maths.ACTIVATIONS[act](e, e.load(FLOATS, gate))
+        put(e, e.b.fmul(activated, e.load(FLOATS, up)), out, count)
+
+    return emits(None, I64, I64, I64, I64)(build)
+
+
+def put(e: Emitter, value: Value, out: Value, count: Value) -> None:
+    """Store the first lanes of a vector."""
+    with e.b.if_else(e.b.icmp_signed("==", count, e.integer(16))) as (then, otherwise):
+        with then:
+            e.store(value, out)
+        with otherwise:
+            e.store_first(value, out, count)

@@ -1,0 +1,169 @@
+"""The inner loop of all products with repacked weights: 16 rows times a few columns.
+
+For each group of 32 weights the codes are unpacked once, then multiplied with the group of every
+column by integer dot products. The sums of a group become floats and are scaled and added there, so
+no integer overflows and any type's scales fit in.
+
+Columns are activations as in `columns.py`.
+
+Work for 512 weights and one column with VNNI: 4 loads of codes, 8 masks and shifts, 8 dot
+products, 4 instructions to scale. That is 4 times what memory can deliver, so one column is
+limited by memory and prompts by the dot products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llvmlite import ir
+
+from pyggml.backends.cpu.linear.columns import X_BYTES, X_FLOAT_SUM, X_SCALE, X_SUM, X_SUM_HIGH
+from pyggml.backends.cpu.native.emit import (
+    BYTES,
+    FLOATS,
+    HALVES,
+    I64,
+    INTS,
+    Emitter,
+    Value,
+    emits,
+    f32,
+    i8,
+    i16,
+    i32,
+    i64,
+)
+from pyggml.backends.cpu.weights.forms import CODE_BYTES, Form
+
+
+def tile_product(form: Form, columns: int) -> Any:
+    """tile_product(tile, starts, groups, x, x_row, sums): f32 sums[column][row] of a tile.
+
+    starts  address of a table: the offset of each plane in the tile
+    x_row   bytes from one column to the next
+    """
+
+    def build(
+        e: Emitter, tile: Any, offsets: Any, groups: Any, x: Any, x_row: Any, sums: Any
+    ) -> None:
+        n_planes = len(form.bits) + 2
+        starts = [e.add(tile, e.load(i64, offsets, 8 * i)) for i in range(n_planes)]
+        totals = [e.variable(e.zero(FLOATS)) for _ in range(columns)]
+        rows = [x]
+        for _ in range(columns - 1):
+            rows.append(e.add(rows[-1], x_row))
+        with e.loop(groups) as group:
+            at = [
+                e.add(start, e.mul(group, CODE_BYTES[bits]))
+                for start, bits in zip(starts, form.bits)
+            ]
+            offset = e.mul(group, X_BYTES)
+            _group(e, form, group, at, starts[-2:], [e.add(row, offset) for row in rows], totals)
+        for c, total in enumerate(totals):
+            e.store(total.get(), sums, 64 * c)
+
+    return emits(None, I64, I64, I64, I64, I64, I64)(build)
+
+
+def _group(
+    e: Emitter,
+    form: Form,
+    group: Value,
+    codes: Sequence[Value],
+    scale_planes: Sequence[Value],
+    xs: Sequence[Value],
+    totals: Sequence[Any],
+) -> None:
+    """Add one group of weights times one group of every column."""
+    halves = form.scales.halves
+    factors, minima = _scales(e, form, group, *scale_planes)
+    parts = []  # by half: float sums of each column, not yet scaled by x
+    for half in range(2 if halves else 1):
+        ints = [_start(e, form, x, half if halves else None) for x in xs]
+        for j in range(4 * half, 4 * half + 4) if halves else range(8):
+            vector = _codes(e, form, codes, j)
+            for c, x in enumerate(xs):
+                four = e.b.bitcast(e.splat(e.load(i32, x, 4 * j)), BYTES)
+                ints[c] = e.dot(ints[c], vector, four, wide=form.wide)
+        parts.append([e.floats(n) for n in ints])
+    for c, (x, total) in enumerate(zip(xs, totals)):
+        d = e.splat(e.load(f32, x, X_SCALE))
+        value = total.get()
+        if halves:
+            scaled = e.fma(parts[1][c], factors[1], e.b.fmul(parts[0][c], factors[0]))
+            value = e.fma(scaled, d, value)
+        else:
+            value = e.fma(parts[0][c], e.b.fmul(factors[0], d), value)
+        if len(minima) == 1:
+            value = e.fma(minima[0], e.splat(e.load(f32, x, X_FLOAT_SUM)), value)
+        for half, minimum in enumerate(minima if len(minima) == 2 else ()):
+            count = e.b.sitofp(e.load(i32, x, (X_SUM, X_SUM_HIGH)[half]), f32)
+            value = e.fma(e.b.fmul(minimum, d), e.splat(count), value)
+        total.set(value)
+
+
+def _start(e: Emitter, form: Form, x: Value, half: int | None) -> Value:
+    """The integer sums before the first product: -zero times the sum of the activations."""
+    if not form.zero:
+        return e.zero(INTS)
+    if half is None:
+        count = e.b.add(e.load(i32, x, X_SUM), e.load(i32, x, X_SUM_HIGH))
+    else:
+        count = e.load(i32, x, (X_SUM, X_SUM_HIGH)[half])
+    return e.splat(e.b.mul(count, ir.Constant(i32, -form.zero)))
+
+
+def _codes(e: Emitter, form: Form, planes: Sequence[Value], j: int) -> Value:
+    """Vector j of a group's codes, or of their levels."""
+    result, shift = None, 0
+    for plane, bits in zip(planes, form.bits):
+        part = _plane(e, plane, bits, j, shift)
+        result = part if result is None else e.b.or_(result, part)
+        shift += bits
+    return result if form.levels is None else e.lookup(form.levels, result)
+
+
+def _plane(e: Emitter, plane: Value, bits: int, j: int, shift: int) -> Value:
+    """Vector j of a plane, with its codes shifted left."""
+    if bits == 8:
+        return e.load(BYTES, plane, 64 * j)
+    if bits == 1:
+        flags = e.b.bitcast(e.load(i64, plane, 8 * j), ir.VectorType(ir.IntType(1), 64))
+        return e.b.select(flags, e.constant(BYTES, 1 << shift), e.zero(BYTES))
+    number, place = (j % 4, j // 4) if bits == 4 else (j // 4, j % 4)
+    words = e.b.bitcast(e.load(BYTES, plane, 64 * number), ir.VectorType(i16, 32))
+    right = bits * place - shift
+    if right > 0:
+        words = e.b.lshr(words, e.constant(words.type, right))
+    elif right < 0:
+        words = e.b.shl(words, e.constant(words.type, -right))
+    mask = ((1 << bits) - 1) << shift
+    return e.b.and_(e.b.bitcast(words, BYTES), e.constant(BYTES, mask))
+
+
+def _scales(
+    e: Emitter, form: Form, group: Value, scales: Value, supers: Value
+) -> tuple[list[Value], list[Value]]:
+    """The scales and minima of a group, for each half if halves have their own."""
+    at = e.add(scales, e.mul(group, form.scales.nbytes))
+    if form.scale in ("half", "half_min"):
+        values = [e.floats(e.load(HALVES, at, 32 * i)) for i in range(form.scales.nbytes // 32)]
+        return values[:1], values[1:]
+    if form.scale == "bf16":
+        words = e.b.zext(e.load(ir.VectorType(i16, 16), at), INTS)
+        return [e.b.bitcast(e.b.shl(words, e.constant(INTS, 16)), FLOATS)], []
+    eighth = e.b.lshr(group, e.integer(3))
+    above = e.add(supers, e.mul(eighth, form.scales.super_))
+    d = e.floats(e.load(HALVES, above))
+    if form.scale in ("byte", "bytes"):
+        count = 2 if form.scales.halves else 1
+        entries = [e.load(ir.VectorType(i8, 16), at, 16 * i) for i in range(count)]
+        return [e.b.fmul(e.floats(e.b.sext(v, INTS)), d) for v in entries], []
+    m = e.b.fneg(e.floats(e.load(HALVES, above, 32)))
+    entries = [e.b.zext(e.load(ir.VectorType(i8, 16), at, 16 * i), INTS) for i in range(2)]
+    if form.scale == "byte_min":
+        return [e.b.fmul(e.floats(entries[0]), d)], [e.b.fmul(e.floats(entries[1]), m)]
+    low = [e.b.and_(v, e.constant(INTS, 15)) for v in entries]
+    high = [e.b.lshr(v, e.constant(INTS, 4)) for v in entries]
+    return [e.b.fmul(e.floats(v), d) for v in low], [e.b.fmul(e.floats(v), m) for v in high]

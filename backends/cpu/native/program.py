@@ -1,0 +1,177 @@
+"""Many kernels in one call: a table of calls that all threads walk together.
+
+A call is two words, the kernel's entry and its arguments. Every thread runs every kernel on its own
+share, and they meet after each. So a decode step of 500 kernels is one call from Python, and a
+meeting of threads costs 0.2 us.
+
+The design that lost: one Python call per kernel. ctypes takes 1 us and waking a thread 5 to 50 us,
+which is more than most kernels of a small model take.
+
+Threads share `CONTROL_BYTES` of words, each in its own cache line:
+
+    ARRIVED  how many threads have finished the current kernel
+    TURN     changes when all of them have
+    STOPPED  how many kernels ran before the one that reported an error; -1: none did. Only the last
+             thread of a kernel writes it, so all threads leave after the same kernel
+    ERROR    the id that it reported
+
+A kernel's arguments begin with a word that is 0 when it starts. Threads count in it who takes which
+share of the work. A kernel reports an id past the end by storing -1 - id there.
+    JOB      changes with every program
+    TABLE, COUNT, THREADS   the program, and how many threads run it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from pyggml.backends.cpu.native.compiler import Native
+from pyggml.backends.host_memory import address_of
+
+_LINE = 64
+ARRIVED, TURN, ERROR, STOPPED, JOB, TABLE, COUNT, THREADS = (i * _LINE for i in range(8))
+CONTROL_BYTES = 8 * _LINE
+
+#: Turns of a waiting loop before a thread lets others run: about 10 us.
+SPINS = 2000
+
+
+class Program:
+    """A list of calls. `add` them, then `pack`."""
+
+    def __init__(self) -> None:
+        self._entries: list[int] = []
+        self._arguments: list[list[int]] = []
+        self._table = self._words = np.empty(0, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def add(self, kernel: Native, *values: int | float) -> None:
+        """Append a call with these values of the kernel's parameters."""
+        assert len(values) == len(kernel.types), kernel.name
+        words = [0]  # the counter
+        for value, kind in zip(values, kernel.types):
+            words.append(int(value) if kind == "i" else _bits(value))
+        self._entries.append(kernel.ready())
+        self._arguments.append(words)
+
+    def pack(self) -> None:
+        """Lay out the tables; the program must not change afterwards."""
+        # A counter for each call in a cache line of its own: threads change it.
+        sizes = [-(-len(words) // 8) * 8 for words in self._arguments]
+        starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        memory = np.zeros(int(starts[-1]) + 8, np.int64)
+        skip = -address_of(memory) % _LINE // 8
+        self._words = memory[skip:]
+        for start, words in zip(starts, self._arguments):
+            self._words[start : start + len(words)] = words
+        self._table = np.empty((len(self), 2), np.int64)
+        self._table[:, 0] = self._entries
+        self._table[:, 1] = address_of(self._words) + 8 * starts[:-1]
+
+    @property
+    def address(self) -> int:
+        """Of the packed table."""
+        return address_of(self._table)
+
+
+def _bits(value: float) -> int:
+    return int(np.float64(value).view(np.int64))
+
+
+def packed(calls: Sequence[tuple[Native, tuple[int | float, ...]]]) -> Program:
+    """A program of these calls."""
+    program = Program()
+    for kernel, values in calls:
+        program.add(kernel, *values)
+    program.pack()
+    return program
+
+
+# -- the native side ------------------------------------------------------------------------------
+
+
+def _walk() -> Callable[..., None]:
+    from pyggml.backends.cpu.native.memory import (
+        call,
+        fetch_add,
+        i64_at,
+        load_acquire,
+        pause,
+        put_i64,
+        store_release,
+    )
+
+    def walk(control: int, give_way: int, own: int, thread: int, threads: int) -> None:
+        table, count = i64_at(control + TABLE), i64_at(control + COUNT)
+        for number in range(count):
+            kernel, arguments = i64_at(table + 16 * number), i64_at(table + 16 * number + 8)
+            call(kernel, arguments, thread, threads)
+            turn = load_acquire(control + TURN)
+            if fetch_add(control + ARRIVED, 1) == threads - 1:
+                put_i64(control + ARRIVED, 0)
+                own_word = i64_at(arguments)
+                put_i64(arguments, 0)  # for the next run
+                if own_word < 0:
+                    put_i64(control + ERROR, -1 - own_word)
+                    put_i64(control + STOPPED, number)
+                store_release(control + TURN, turn + 1)
+            else:
+                spins = 0
+                while load_acquire(control + TURN) == turn:
+                    pause()
+                    spins += 1
+                    if spins > SPINS:
+                        call(give_way, 0, 0, 0)
+            if i64_at(control + STOPPED) >= 0:
+                break
+
+    return walk
+
+
+def _work() -> Callable[..., None]:
+    from pyggml.backends.cpu.native.memory import call, i64_at, load_acquire
+
+    def work(
+        control: int, wait: int, events: int, walk: int, arguments: int,
+        own: int, thread: int, threads: int,
+    ) -> None:  # fmt: skip
+        """The life of a thread: wait for its event, walk the program, and again. A wait may end
+        without cause, for example by a signal."""
+        job = 0
+        while True:
+            call(wait, events + _LINE * thread, 0, 0)
+            if load_acquire(control + JOB) != job:
+                job = load_acquire(control + JOB)
+                call(walk, arguments, thread, i64_at(control + THREADS))
+
+    return work
+
+
+def _start() -> Callable[..., None]:
+    from pyggml.backends.cpu.native.memory import call, i64_at, put_i64, store_release
+
+    def start(
+        control: int, post: int, events: int, walk: int, arguments: int,
+        own: int, program: int, unused: int,
+    ) -> None:  # fmt: skip
+        """Run a program: three words, table, count and threads. Returns when all have finished."""
+        threads = i64_at(program + 16)
+        put_i64(control + TABLE, i64_at(program))
+        put_i64(control + COUNT, i64_at(program + 8))
+        put_i64(control + THREADS, threads)
+        put_i64(control + STOPPED, -1)
+        store_release(control + JOB, i64_at(control + JOB) + 1)
+        for thread in range(1, threads):
+            call(post, events + _LINE * thread, 0, 0)
+        call(walk, arguments, 0, threads)
+
+    return start
+
+
+WALK = Native("walk", "ii", _walk)
+WORK = Native("work", "iiiii", _work)
+START = Native("start", "iiiii", _start)

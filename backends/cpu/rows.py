@@ -1,0 +1,29 @@
+"""Loops over rows: how kernels of elementwise ops and norms find the rows of strided tensors."""
+
+from __future__ import annotations
+
+from pyggml.backends.cpu.table import Operand
+from pyggml.node import Node
+
+
+def adjacent(*nodes: Node | None) -> bool:
+    """Whether the elements of each row are next to each other in memory."""
+    return all(n is None or n.ne[0] == 1 or n.nb[0] == n.dtype.nbytes for n in nodes)
+
+
+def row_refusal(node: Node) -> str | None:
+    """Why a kernel that reads rows cannot run the node; None if it can."""
+    if adjacent(node, *node.src):
+        return None
+    return f"{node.op.name} needs rows whose elements are adjacent"
+
+
+def strides(x: Operand, out: Operand) -> tuple[int, int, int]:
+    """The strides of the outer axes of x, repeated to the sizes of out: 0 for an axis of size 1."""
+    s1, s2, s3 = (0 if n == 1 else nb for n, nb in zip(x.ne[1:], x.nb[1:]))
+    return s1, s2, s3
+
+
+def repeats(x: Node, out: Node) -> bool:
+    """Whether each axis of x is as long as that of out, or 1."""
+    return all(n in (1, m) for n, m in zip(x.ne, out.ne))

@@ -1,0 +1,72 @@
+"""The kernel table of the cpu backend.
+
+A function here does not compute. When a plan is bound, it is called once as `fn(call)` and adds
+native kernels with their arguments to the program:
+
+    @kernel(ops.rms_norm)
+    def rms_norm(call: Call) -> None:
+        call.add(ROWS, call.out.ptr, call["a"].ptr, ...)
+
+Operands may have any strides, and must be read as they are: the program runs many times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pyggml.backends.cpu.native.compiler import Native
+from pyggml.backends.cpu.native.program import Program
+from pyggml.backends.host_memory import address_of
+from pyggml.backends.step import Address
+from pyggml.backends.table import Kernel, KernelTable
+from pyggml.node import Node
+from pyggml.spec import Ne
+
+KERNELS = KernelTable(Kernel, {"f32"})
+kernel = KERNELS.kernel
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """A tensor in memory: the address of its first element, its type name, sizes and strides."""
+
+    ptr: int
+    type: str
+    ne: Ne
+    nb: Ne
+    layout: str
+
+    @classmethod
+    def at(cls, address: Address, node: Node) -> Operand:
+        ptr = address_of(address.buffer) + address.offset
+        return cls(ptr, node.dtype.name, node.ne, address.nb, address.layout)
+
+
+class Call:
+    """A step that is being bound: its operands, and the program that it adds to."""
+
+    def __init__(
+        self,
+        program: Program,
+        node: Node,
+        at: Mapping[Node, Address],
+        scratch: int,
+        attrs: Mapping[str, Any],
+    ) -> None:
+        self.node, self.attrs, self._program, self._at = node, attrs, program, at
+        self.scratch = scratch
+        self.keep: list[Any] = []
+        self.out = Operand.at(at[node], node)
+
+    def __getitem__(self, name: str) -> Operand:
+        return Operand.at(self._at[self.node[name]], self.node[name])
+
+    def get(self, name: str) -> Operand | None:
+        """An optional operand; None if it is absent."""
+        node = self.node.get(name)
+        return None if node is None else Operand.at(self._at[node], node)
+
+    def add(self, native: Native, *values: int | float) -> None:
+        self._program.add(native, *values)

@@ -1,0 +1,1 @@
+"""Weights of block types, repacked in tiles of 16 rows."""

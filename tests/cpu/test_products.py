@@ -1,0 +1,148 @@
+"""Products with weights in tiles, and rows of such weights, for every type that has a form."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import pyggml as gg
+from pyggml.backends.cpu.native.isa import LEVELS, best
+from pyggml.backends.cpu.weights.forms import FORMS, tiles_of
+from pyggml.backends.cpu.weights.tiles import LAYOUT
+from pyggml.dtypes import TYPES
+from pyggml.parity.tolerance import nmse
+from pyggml.parity.values import stored
+from pyggml.quants import decode_rows
+
+K = 512
+Array = NDArray[Any]
+
+
+def weight(name: str, *shape: int) -> Array:
+    """Random rows of K weights, as a file stores them."""
+    rng = np.random.default_rng(0)
+    return stored(TYPES[name], rng.standard_normal((*shape, K)), rng)
+
+
+def activations(*shape: int) -> Array:
+    return np.random.default_rng(1).standard_normal((*shape, K)).astype(np.float32)
+
+
+def plan_of(name: str, rows: Array, x: Array) -> gg.Plan:
+    w, b = gg.constant(rows, dtype=name), gg.input("b", "f32", ne=x.shape[::-1])
+    return gg.compile({"y": gg.mul_mat(w, b)}, backends=["cpu"])
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("m, n", [(16, 3), (37, 4), (33, 11)])
+def test_a_product_is_within_the_bound_of_quantized_activations(name: str, m: int, n: int) -> None:
+    rows, x = weight(name, m), activations(n)
+    want = x.astype(np.float64) @ decode_rows(name, rows).T.astype(np.float64)
+    plan = plan_of(name, rows, x)
+    assert plan.memory.devices[0].weights == tiles_of(TYPES[name], (K, m, 1, 1)).nbytes
+    got = plan.run(b=x)["y"]
+    assert plan.addresses[plan.steps[0].node["a"]].layout == LAYOUT
+    assert 0 < nmse(got, want) < 2e-4  # above 0: activations were quantized
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_rows_of_weights_in_tiles_are_those_of_the_file(name: str) -> None:
+    """A weight that a product and get_rows read is stored once, in tiles."""
+    rows, x = weight(name, 3, 21), activations(3, 2)
+    w, b = gg.constant(rows, dtype=name), gg.input("b", "f32", ne=x.shape[::-1])
+    ids = gg.input("ids", "i32", ne=(5, 3))
+    plan = gg.compile({"y": gg.mul_mat(w, b), "rows": gg.get_rows(w, ids)}, backends=["cpu"])
+    chosen = np.array([[0, 20, -1, 15, 16], [3, 3, 1, 2, 4], [20, 19, 18, -5, 0]], np.int32)
+    got = plan.run(b=x, ids=chosen)["rows"]
+    assert plan.addresses[plan.steps[0].node["a"].root].layout == LAYOUT
+    want = np.take_along_axis(decode_rows(name, rows), np.maximum(chosen, 0)[..., None], axis=1)
+    want[chosen < 0] = 0
+    assert np.array_equal(got, want)
+
+
+def test_a_weight_that_other_ops_read_stays_as_in_the_file() -> None:
+    rows, x = weight("q4_0", 20), activations(1)
+    w, b = gg.constant(rows, dtype="q4_0"), gg.input("b", "f32", ne=(K, 1))
+    plan = gg.compile({"y": gg.mul_mat(w, b), "w": gg.cast(w, dtype="f32")}, backends=["cpu"])
+    got = plan.run(b=x)
+    assert np.array_equal(got["w"], decode_rows("q4_0", rows))
+    assert nmse(got["y"], x @ decode_rows("q4_0", rows).T) < 1e-10  # NumPy computes it in f32
+
+
+def test_two_backends_of_the_host_share_a_weight_as_in_the_file() -> None:
+    rows, x = weight("q4_0", 20), activations(1)
+    w, b = gg.constant(rows, dtype="q4_0"), gg.input("b", "f32", ne=(K, 1))
+    outputs = {"p": gg.label(gg.mul_mat(w, b), "p"), "q": gg.label(gg.mul_mat(w, b + b), "q")}
+    plan = gg.compile(outputs, backends=["cpu", "numpy"], pins={"^q$": "numpy"})
+    got = plan.run(b=x)
+    assert {plan.place_of(step.node) for step in plan.steps} == {"cpu", "numpy"}
+    want = x @ decode_rows("q4_0", rows).T
+    assert nmse(got["p"], want) < 1e-10 and nmse(got["q"], 2 * want) < 1e-10
+
+
+@pytest.mark.parametrize("special", [np.nan, np.inf])
+def test_activations_that_are_not_finite_make_their_column_nan(special: float) -> None:
+    rows, x = weight("iq4_nl", 20), activations(3)
+    x[1, 100] = special
+    got = plan_of("iq4_nl", rows, x).run(b=x)["y"]
+    assert np.isnan(got[1]).all() and np.isfinite(got[[0, 2]]).all()
+
+
+def test_a_column_of_zeros() -> None:
+    rows, x = weight("q6_K", 20), np.zeros((2, K), np.float32)
+    assert not plan_of("q6_K", rows, x).run(b=x)["y"].any()
+
+
+PROGRAM = """
+import hashlib
+from pyggml.backends.cpu.native.isa import isa
+from pyggml.backends.cpu.weights.forms import FORMS
+from tests.cpu.test_products import *
+print(isa().name, pool_size())
+for name in FORMS:
+    rows, x = weight(name, 600), activations(7)
+    want = x.astype(np.float64) @ decode_rows(name, rows).T.astype(np.float64)
+    y = plan_of(name, rows, x).run(b=x)["y"]
+    print(name, nmse(y, want) < 2e-4, hashlib.sha256(y.tobytes()).hexdigest())
+"""
+
+
+def pool_size() -> int:
+    from pyggml.backends.cpu.native.pool import pool
+
+    return pool().threads
+
+
+def results(**environment: str) -> list[str]:
+    root = Path(__file__).parent.parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=root, env={**os.environ, **environment},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="one thread elsewhere")
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    one, three = results(PYGGML_THREADS="1"), results(PYGGML_THREADS="3")
+    assert one[0].endswith(" 1") and three[0].endswith(" 3")
+    assert one[1:] == three[1:]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_instruction_set_is_within_the_bound(level: str) -> None:
+    top = best()
+    assert top is not None
+    if list(LEVELS).index(level) > list(LEVELS).index(top):
+        pytest.skip(f"this processor has only {top}")
+    first, *lines = results(PYGGML_CPU_ISA=level)
+    assert first.startswith(level)
+    assert len(lines) == len(FORMS) and all(line.split()[1] == "True" for line in lines)

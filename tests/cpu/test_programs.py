@@ -1,0 +1,106 @@
+"""Programs and their threads: errors, interrupts, loops, several callers, forks."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import pyggml as gg
+from pyggml.backends.step import LoopStep
+from pyggml.errors import DeviceError, IdError
+
+rng = np.random.default_rng(0)
+Array = NDArray[Any]
+
+
+def normal(*shape: int) -> Array:
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+def test_an_id_past_the_end_stops_the_program() -> None:
+    """The rows before it stay as they were, and the next run works."""
+    cache = gg.state("cache", "f16", ne=(32, 4))
+    rows, ids = gg.input("rows", "f32", ne=(32, 2)), gg.input("ids", "i32", ne=(2,))
+    handle = gg.set_rows(cache, rows + rows, ids)
+    store = gg.Store()
+    plan = gg.compile({"y": gg.cast(handle, dtype="f32")}, backends=["cpu"], store=store)
+    x = normal(2, 32)
+    with pytest.raises(IdError, match=r"set_rows\(.*id 4 is past the end: there are 4"):
+        plan.run(rows=x, ids=np.array([1, 4], np.int32))
+    assert not store.read("cache").any()
+    plan.run(rows=x, ids=np.array([1, -1], np.int32))
+    want = np.zeros((4, 32), np.float16)
+    want[1] = x[0] + x[0]
+    assert np.array_equal(store.read("cache"), want)
+
+
+def test_plans_run_from_several_threads() -> None:
+    """The threads of the pool are shared; each caller gets its own results."""
+    weights = [normal(64, 256) for _ in range(4)]
+    x = normal(3, 256)
+    results: dict[int, list[Array]] = {i: [] for i in range(4)}
+
+    def work(i: int) -> None:
+        b = gg.input("b", "f32", ne=(256, 3))
+        y = gg.mul_mat(gg.constant(weights[i], dtype="q8_0"), b)
+        plan = gg.compile({"y": gg.silu(y)}, backends=["cpu"])
+        results[i] += [plan.run(b=x)["y"] for _ in range(50)]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, got in results.items():
+        y = x @ weights[i].T
+        assert len(got) == 50 and all(np.array_equal(got[0], other) for other in got)
+        np.testing.assert_allclose(got[0], y / (1 + np.exp(-y)), atol=1)
+
+
+def test_a_budget_gives_the_same_values() -> None:
+    """Loops run their bodies by the same kernels, piece by piece."""
+    q = gg.input("q", "f32", ne=(64, 400, 4))
+    k, v = (gg.input(name, "f16", ne=(64, 96, 4)) for name in "kv")
+    scores = gg.soft_max_ext(gg.mul_mat(k, q), scale=0.125)
+    y = gg.mul_mat(gg.cont(gg.transpose(v)), scores)
+    y = gg.silu(gg.rms_norm(y, eps=1e-5))
+    inputs = {"q": normal(4, 400, 64)}
+    inputs |= {name: normal(4, 96, 64).astype(np.float16) for name in "kv"}
+    whole = gg.compile({"y": y}, backends=["cpu"])
+    cut = gg.compile({"y": y}, backends=["cpu"], amb=0.3)
+    assert any(isinstance(step, LoopStep) for step in cut.steps)
+    np.testing.assert_allclose(cut.run(inputs)["y"], whole.run(inputs)["y"], atol=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    x = gg.input("x", "f32", ne=(64, 64))
+    plan = gg.compile({"y": gg.rms_norm(x, eps=0.0)}, backends=["cpu"])
+    array = normal(64, 64)
+    want = plan.run(x=array)["y"]
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if np.array_equal(plan.run(x=array)["y"], want) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_profiled_steps_are_those_of_the_plan() -> None:
+    x = gg.input("x", "f32", ne=(64, 64))
+    y = gg.soft_max(gg.silu(gg.rms_norm(x, eps=0.0)) + x)
+    plan = gg.compile({"y": y}, backends=["cpu"])
+    array = normal(64, 64)
+    want = plan.run(x=array)["y"]
+    rows = plan.profile(x=array).rows
+    assert len(rows) == len(plan.steps) == 4 and all(row.seconds > 0 for row in rows)
+    assert np.array_equal(plan.run(x=array)["y"], want)
+
+
+def test_an_unknown_index() -> None:
+    with pytest.raises(DeviceError, match="only one host"):
+        gg.compile({"y": gg.input("x", "f32", ne=(4,)) + 1}, backends=["cpu:1"])
