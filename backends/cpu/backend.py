@@ -19,7 +19,15 @@ from pyggml.backends.step import Addresses, Buffer, Layouts, Step, WeightLayout
 from pyggml.node import Node
 
 # Importing a module registers its kernels.
-for _module in ("attention", "copy", "elementwise", "linear.kernels", "norm", "rope"):
+for _module in (
+    "attention",
+    "copy",
+    "elementwise",
+    "linear.experts",
+    "linear.kernels",
+    "norm",
+    "rope",
+):
     importlib.import_module(f"pyggml.backends.cpu.{_module}")
 
 

@@ -15,7 +15,15 @@ from pyggml.backends.cpu.table import KERNELS, Call
 from pyggml.backends.host_memory import address_of, array_at
 from pyggml.backends.host_runner import kernel_call, kernel_settings
 from pyggml.backends.pieces import piece_attributes, pieces_of, view_address
-from pyggml.backends.step import Address, Addresses, BodyPlan, LoopStep, Step, check_id, kernel_error
+from pyggml.backends.step import (
+    Address,
+    Addresses,
+    BodyPlan,
+    LoopStep,
+    Step,
+    check_id,
+    kernel_error,
+)
 from pyggml.backends.table import Kernel, KernelTable
 from pyggml.node import Node
 

@@ -20,7 +20,8 @@ from pyggml.node import Node
 SHARE = 1 << 16
 
 
-def _refuses(node: Node) -> str | None:
+def refusal(node: Node) -> str | None:
+    """Why no product of weights in tiles can be the node; None if one can."""
     if not may_be_tiled(node, *node.op.weights):
         return f"{node.op.name} needs constants of block types"
     if node.attrs["prec"] == "f32":
@@ -51,13 +52,13 @@ def placed(call: Call, weight: Operand) -> tuple[Tiles, tuple[int, int, int]]:
     return tiles, (weight.ptr, tiles.tile, address_of(starts))
 
 
-def share_of(tiles: Tiles, columns: int) -> int:
+def share_of(tiles: Tiles) -> int:
     """Tiles that a thread takes at once."""
     most = max(1, SHARE // tiles.tile)
     return max(1, min(most, tiles.tiles // (4 * n_threads())))
 
 
-@kernel(ops.mul_mat, types=None, scratch=x_bytes, refuses=_refuses, numeric="quantized")
+@kernel(ops.mul_mat, types=None, scratch=x_bytes, refuses=refusal, numeric="quantized")
 def mul_mat(call: Call) -> None:
     a, b, out = call["a"], call["b"], call.out
     x_row = quantized(call, b)
@@ -69,11 +70,11 @@ def mul_mat(call: Call) -> None:
     call.add(
         product(a.type), *weight, a.ne[1], tiles.tiles, tiles.groups, call.scratch, x_row,
         n * x_row, n, out.ptr, nb1, nb2, out.nb[3], n2, n2 * n3,
-        max(1, n2 // a.ne[2]), n3 // a.ne[3], a.ne[2], share_of(tiles, n),
+        max(1, n2 // a.ne[2]), n3 // a.ne[3], a.ne[2], share_of(tiles),
     )  # fmt: skip
 
 
-@kernel(ops.fused_up_gate, types=None, scratch=x_bytes, refuses=_refuses, numeric="quantized")
+@kernel(ops.fused_up_gate, types=None, scratch=x_bytes, refuses=refusal, numeric="quantized")
 def fused_up_gate(call: Call) -> None:
     up, gate, b, out = call["up"], call["gate"], call["b"], call.out
     x_row = quantized(call, b)
@@ -83,5 +84,5 @@ def fused_up_gate(call: Call) -> None:
         call.add(
             gated(up.type, gate.type, call.attrs["act"]), *up_weight, *gate_weight, up.ne[1],
             tiles.groups, call.scratch + (i3 * b.ne[2] + i2) * b.ne[1] * x_row, x_row, b.ne[1],
-            out.ptr + i2 * out.nb[2] + i3 * out.nb[3], out.nb[1], share_of(tiles, b.ne[1]),
+            out.ptr + i2 * out.nb[2] + i3 * out.nb[3], out.nb[1], share_of(tiles),
         )  # fmt: skip

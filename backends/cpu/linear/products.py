@@ -32,11 +32,11 @@ def product(name: str) -> Native:
 def _product(name: str) -> Callable[..., None]:
     from pyggml.backends.cpu.linear.put import put_sums
     from pyggml.backends.cpu.linear.tile import tile_product
-    from pyggml.backends.cpu.native.memory import fetch_add, stack
+    from pyggml.backends.cpu.native.memory import fetch_add, put_i64, stack
 
     form = FORMS[name]
     one, several = tile_product(form, 1), tile_product(form, COLUMNS)
-    buffer = stack(64 * COLUMNS)
+    buffer = stack(64 * COLUMNS + 8 * COLUMNS)
 
     def run(
         weights: int, tile: int, starts: int, m: int, tiles: int, groups: int,
@@ -46,6 +46,7 @@ def _product(name: str) -> Callable[..., None]:
         counter: int, thread: int, threads: int,
     ) -> None:  # fmt: skip
         sums = buffer()
+        xs = sums + 64 * COLUMNS
         shares = (tiles + share - 1) // share
         while True:
             number = fetch_add(counter, 1)
@@ -60,12 +61,15 @@ def _product(name: str) -> Callable[..., None]:
                 count = min(ROWS, m - row)
                 j = 0
                 while j + COLUMNS <= n:
-                    several(at, starts, groups, columns + j * x_row, x_row, sums)
+                    for c in range(COLUMNS):
+                        put_i64(xs + 8 * c, columns + (j + c) * x_row)
+                    several(at, starts, groups, xs, sums)
                     for c in range(COLUMNS):
                         put_sums(sums + 64 * c, target + row * 4 + (j + c) * nb1, count)
                     j += COLUMNS
                 while j < n:
-                    one(at, starts, groups, columns + j * x_row, x_row, sums)
+                    put_i64(xs, columns + j * x_row)
+                    one(at, starts, groups, xs, sums)
                     put_sums(sums, target + row * 4 + j * nb1, count)
                     j += 1
 
@@ -85,12 +89,12 @@ def gated(up: str, gate: str, act: str) -> Native:
 def _gated(up_name: str, gate_name: str, act: str) -> Callable[..., None]:
     from pyggml.backends.cpu.linear.put import put_gated
     from pyggml.backends.cpu.linear.tile import tile_product
-    from pyggml.backends.cpu.native.memory import fetch_add, stack
+    from pyggml.backends.cpu.native.memory import fetch_add, put_i64, stack
 
     forms = FORMS[up_name], FORMS[gate_name]
     up_one, gate_one = (tile_product(form, 1) for form in forms)
     up_several, gate_several = (tile_product(form, COLUMNS) for form in forms)
-    put, buffer = put_gated(act), stack(2 * 64 * COLUMNS)
+    put, buffer = put_gated(act), stack(2 * 64 * COLUMNS + 8 * COLUMNS)
 
     def run(
         up: int, up_tile: int, up_starts: int, gate: int, gate_tile: int, gate_starts: int,
@@ -99,6 +103,7 @@ def _gated(up_name: str, gate_name: str, act: str) -> Callable[..., None]:
     ) -> None:  # fmt: skip
         ups = buffer()
         gates = ups + 64 * COLUMNS
+        xs = gates + 64 * COLUMNS
         tiles = (m + ROWS - 1) // ROWS
         while True:
             first = fetch_add(counter, 1) * share
@@ -108,15 +113,18 @@ def _gated(up_name: str, gate_name: str, act: str) -> Callable[..., None]:
                 row, j = t * ROWS, 0
                 u, g, count = up + t * up_tile, gate + t * gate_tile, min(ROWS, m - row)
                 while j + COLUMNS <= n:
-                    up_several(u, up_starts, groups, x + j * x_row, x_row, ups)
-                    gate_several(g, gate_starts, groups, x + j * x_row, x_row, gates)
+                    for c in range(COLUMNS):
+                        put_i64(xs + 8 * c, x + (j + c) * x_row)
+                    up_several(u, up_starts, groups, xs, ups)
+                    gate_several(g, gate_starts, groups, xs, gates)
                     for c in range(COLUMNS):
                         at = out + row * 4 + (j + c) * nb1
                         put(ups + 64 * c, gates + 64 * c, at, count)
                     j += COLUMNS
                 while j < n:
-                    up_one(u, up_starts, groups, x + j * x_row, x_row, ups)
-                    gate_one(g, gate_starts, groups, x + j * x_row, x_row, gates)
+                    put_i64(xs, x + j * x_row)
+                    up_one(u, up_starts, groups, xs, ups)
+                    gate_one(g, gate_starts, groups, xs, gates)
                     put(ups, gates, out + row * 4 + j * nb1, count)
                     j += 1
 

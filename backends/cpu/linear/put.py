@@ -24,6 +24,12 @@ def put_gated(act: str) -> Any:
     return emits(None, I64, I64, I64, I64)(build)
 
 
+@emits(None, I64, I64)
+def put_zeros(e: Emitter, out: Any, n: Any) -> None:
+    """n zeros."""
+    e.row(n, lambda row, offset: row.store(e.zero(FLOATS), out, offset))
+
+
 def put(e: Emitter, value: Value, out: Value, count: Value) -> None:
     """Store the first lanes of a vector."""
     with e.b.if_else(e.b.icmp_signed("==", count, e.integer(16))) as (then, otherwise):

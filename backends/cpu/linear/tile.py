@@ -38,21 +38,17 @@ from pyggml.backends.cpu.weights.forms import CODE_BYTES, Form
 
 
 def tile_product(form: Form, columns: int) -> Any:
-    """tile_product(tile, starts, groups, x, x_row, sums): f32 sums[column][row] of a tile.
+    """tile_product(tile, starts, groups, xs, sums): f32 sums[column][row] of a tile.
 
     starts  address of a table: the offset of each plane in the tile
-    x_row   bytes from one column to the next
+    xs      address of a table: the address of each column
     """
 
-    def build(
-        e: Emitter, tile: Any, offsets: Any, groups: Any, x: Any, x_row: Any, sums: Any
-    ) -> None:
+    def build(e: Emitter, tile: Any, offsets: Any, groups: Any, xs: Any, sums: Any) -> None:
         n_planes = len(form.bits) + 2
         starts = [e.add(tile, e.load(i64, offsets, 8 * i)) for i in range(n_planes)]
         totals = [e.variable(e.zero(FLOATS)) for _ in range(columns)]
-        rows = [x]
-        for _ in range(columns - 1):
-            rows.append(e.add(rows[-1], x_row))
+        rows = [e.load(i64, xs, 8 * c) for c in range(columns)]
         with e.loop(groups) as group:
             at = [
                 e.add(start, e.mul(group, CODE_BYTES[bits]))
@@ -63,7 +59,7 @@ def tile_product(form: Form, columns: int) -> Any:
         for c, total in enumerate(totals):
             e.store(total.get(), sums, 64 * c)
 
-    return emits(None, I64, I64, I64, I64, I64, I64)(build)
+    return emits(None, I64, I64, I64, I64, I64)(build)
 
 
 def _group(
