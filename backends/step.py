@@ -142,6 +142,15 @@ def kernel_error(error: Exception, node: Node) -> Exception:
     return error
 
 
+def check_position(last: int, n_kv: int) -> None:
+    """IdError if the last position of a causal mask is past its keys."""
+    if last >= n_kv:
+        raise IdError(
+            f"position {last} is past the keys: n_kv={n_kv}, counted from 0, so the token would "
+            "not see its own key; a negative position sees none"
+        )
+
+
 def check_id(largest: int, count: int, name: str = "id", end: str = "the end") -> None:
     """IdError if the largest of some ids is past the end; negative ids choose nothing."""
     if largest >= count:

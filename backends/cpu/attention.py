@@ -73,7 +73,12 @@ def _make(k_type: str, v_type: str) -> Callable[..., None]:
     )
 
     scores, values = blocks.scores(k_type), blocks.values(v_type)
-    soften, clear, rescale, seen = blocks.soften, blocks.clear, blocks.rescale, blocks.seen
+    soften, clear, rescale, seen = (
+        blocks.soften(hides=True),
+        blocks.clear,
+        blocks.rescale,
+        blocks.seen,
+    )
     weights_of, lists_of = stack(ROWS * BLOCK * 4), stack(3 * ROWS * 8)
 
     def run(
@@ -203,7 +208,7 @@ def flash_attn_ext(call: Call) -> None:
     mask, sinks, live = call.get("mask"), call.get("sinks"), call.get("kv_len")
     d_k, n_q, heads, n3 = q.ne
     pieces = _pieces(call.node)
-    slopes = _slopes(heads, attrs["head0"], attrs["n_head"], attrs["max_bias"])
+    slopes = alibi_slopes(heads, attrs["head0"], attrs["n_head"], attrs["max_bias"])
     if slopes is not None:
         call.keep.append(slopes)
     masked = (mask.ptr, *mask.nb[1:], *mask.ne[2:]) if mask else (0, 0, 0, 0, 1, 1)
@@ -220,7 +225,7 @@ def flash_attn_ext(call: Call) -> None:
     )  # fmt: skip
 
 
-def _slopes(heads: int, head0: int, n_head: int, max_bias: float) -> Any:
+def alibi_slopes(heads: int, head0: int, n_head: int, max_bias: float) -> Any:
     """The factor of the mask for each head, as in `ops.soft_max_ext`; None if all are 1."""
     if max_bias <= 0:
         return None

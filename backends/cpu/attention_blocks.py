@@ -33,12 +33,16 @@ def _load(e: Emitter, type_: str, address: Value, count: Value | None) -> Value:
     if type_ == "f32":
         return e.load(FLOATS, address) if count is None else e.load_first(FLOATS, address, count)
     if type_ == "f16":
-        half = e.load(HALVES, address) if count is None else e.load_first(HALVES, address, count)
-        return e.floats(half)
+        return e.floats(_halves(e, address, count))
     words = ir.VectorType(i16, 16)
     raw = e.load(words, address) if count is None else e.load_first(words, address, count)
     bits = e.b.shl(e.b.zext(raw, INTS), e.constant(INTS, 16))
     return e.b.bitcast(bits, FLOATS)
+
+
+def _halves(e: Emitter, address: Value, count: Value | None) -> Value:
+    """16 f16, or the first `count` of them."""
+    return e.load(HALVES, address) if count is None else e.load_first(HALVES, address, count)
 
 
 def scores(type_: str) -> Any:
@@ -94,7 +98,7 @@ def seen(e: Emitter, masks: Any, n_rows: Any, first: Any, count: Any) -> Any:
 
         def look(number: Value, left: Value | None) -> None:
             at = e.add(row, e.mul(number, 32))
-            values = e.load(HALVES, at) if left is None else e.load_first(HALVES, at, left)
+            values = _halves(e, at, left)
             visible = _not_hidden(e, values)
             if left is not None:
                 visible = e.b.and_(visible, e.first(left))
@@ -111,53 +115,69 @@ def _not_hidden(e: Emitter, mask: Value) -> Value:
     return e.b.icmp_signed("!=", e.b.bitcast(mask, words), e.constant(words, 0xFC00 - 0x10000))
 
 
-@emits(F32, I64, I64, I64, F64, F64, F64, I64)
-def soften(
-    e: Emitter, x: Any, count: Any, mask: Any, scale: Any, slope: Any, cap: Any, stats: Any
-) -> Any:
-    """Replace `count` scores by weights, update (largest score, sum of weights) at `stats`, and
-    return the factor for what was summed before. Weights up to a multiple of 16 are written."""
-    factor = e.splat(e.b.fptrunc(scale, f32))
-    tilt, limit = e.splat(e.b.fptrunc(slope, f32)), e.splat(e.b.fptrunc(cap, f32))
-    capped = e.b.fcmp_ordered(">", cap, ir.Constant(cap.type, 0.0))
-    hidden = e.constant(FLOATS, _MINUS_INFINITY)
-    old = e.load(f32, stats)
-    top = e.variable(e.splat(old))
+def soften(*, hides: bool) -> Any:
+    """soften(x, count, mask, scale, slope, cap, stats): replace `count` scores by weights, update
+    (largest score, sum of weights) at `stats`, and return the factor for what was summed before.
 
-    def score(number: Value, left: Value | None) -> None:
-        at = e.add(x, e.mul(number, 64))
-        value = e.variable(e.b.fmul(e.load(FLOATS, at), factor))
-        with e.when(capped):
-            value.set(e.b.fmul(_tanh(e, e.b.fdiv(value.get(), limit)), limit))
-        with e.when(e.b.icmp_signed("!=", mask, e.integer(0))):
-            at_mask = e.add(mask, e.mul(number, 32))
-            bias = e.load(HALVES, at_mask) if left is None else e.load_first(HALVES, at_mask, left)
-            biased = e.fma(e.floats(bias), tilt, value.get())
-            value.set(e.b.select(_not_hidden(e, bias), biased, hidden))
-        result = value.get()
-        if left is not None:
-            result = e.b.select(e.first(left), result, hidden)
-        e.store(result, at)
-        top.set(e.maximum(top.get(), result))
+    hides  whether a mask of -inf hides a score that is NaN too
+    """
 
-    _each(e, count, score)
-    largest = e.largest(top.get())
-    e.store(largest, stats)
-    total = e.variable(e.zero(FLOATS))
+    def build(
+        e: Emitter, x: Any, count: Any, mask: Any, scale: Any, slope: Any, cap: Any, stats: Any
+    ) -> Any:
+        factor = e.splat(e.b.fptrunc(scale, f32))
+        tilt, limit = e.splat(e.b.fptrunc(slope, f32)), e.splat(e.b.fptrunc(cap, f32))
+        capped = e.b.fcmp_ordered(">", cap, ir.Constant(cap.type, 0.0))
+        hidden = e.constant(FLOATS, _MINUS_INFINITY)
+        old = e.load(f32, stats)
+        top = e.variable(e.splat(old))
 
-    def weigh(number: Value, left: Value | None) -> None:
-        at = e.add(x, e.mul(number, 64))
-        weight = maths.exp(e, e.b.fsub(e.load(FLOATS, at), e.splat(largest)))
-        e.store(weight, at)
-        total.set(e.b.fadd(total.get(), weight))
+        def score(number: Value, left: Value | None) -> None:
+            at = e.add(x, e.mul(number, 64))
+            value = e.variable(e.b.fmul(_load(e, "f32", at, left), factor))
+            with e.when(capped):
+                value.set(e.b.fmul(_tanh(e, e.b.fdiv(value.get(), limit)), limit))
+            with e.when(e.b.icmp_signed("!=", mask, e.integer(0))):
+                at_mask = e.add(mask, e.mul(number, 32))
+                bias = (
+                    e.load(HALVES, at_mask) if left is None else e.load_first(HALVES, at_mask, left)
+                )
+                biased = e.fma(e.floats(bias), tilt, value.get())
+                if hides:
+                    biased = e.b.select(_not_hidden(e, bias), biased, hidden)
+                value.set(biased)
+            result = value.get()
+            if left is not None:
+                result = e.b.select(e.first(left), result, hidden)
+                e.store_first(result, at, left)
+            else:
+                e.store(result, at)
+            top.set(e.maximum(top.get(), result))
 
-    _each(e, count, weigh)
-    shrink = maths.exp(e, e.splat(e.b.fsub(old, largest)))
-    shrink = e.b.extract_element(shrink, ir.Constant(ir.IntType(32), 0))
-    shrink = e.b.select(e.b.fcmp_ordered("==", old, largest), e.number(1.0), shrink)
-    before = e.load(f32, stats, 4)
-    e.store(e.fma(before, shrink, e.total(total.get())), stats, 4)
-    return shrink
+        _each(e, count, score)
+        largest = e.largest(top.get())
+        e.store(largest, stats)
+        total = e.variable(e.zero(FLOATS))
+
+        def weigh(number: Value, left: Value | None) -> None:
+            at = e.add(x, e.mul(number, 64))
+            weight = maths.exp(e, e.b.fsub(_load(e, "f32", at, left), e.splat(largest)))
+            if left is None:
+                e.store(weight, at)
+            else:
+                weight = e.b.select(e.first(left), weight, e.zero(FLOATS))
+                e.store_first(weight, at, left)
+            total.set(e.b.fadd(total.get(), weight))
+
+        _each(e, count, weigh)
+        shrink = maths.exp(e, e.splat(e.b.fsub(old, largest)))
+        shrink = e.b.extract_element(shrink, ir.Constant(ir.IntType(32), 0))
+        shrink = e.b.select(e.b.fcmp_ordered("==", old, largest), e.number(1.0), shrink)
+        before = e.load(f32, stats, 4)
+        e.store(e.fma(before, shrink, e.total(total.get())), stats, 4)
+        return shrink
+
+    return emits(F32, I64, I64, I64, F64, F64, F64, I64)(build)
 
 
 def _tanh(e: Emitter, x: Value) -> Value:
@@ -226,6 +246,11 @@ def values(type_: str) -> Any:
 @emits(None, I64, I64)
 def clear(e: Emitter, x: Any, n: Any) -> None:
     e.row(n, lambda row, offset: row.store(e.zero(FLOATS), x, offset))
+
+
+@emits(None, I64, I64, I64)
+def copy(e: Emitter, out: Any, x: Any, n: Any) -> None:
+    e.row(n, lambda row, offset: row.store(row.load(x, offset), out, offset))
 
 
 @emits(None, I64, I64, F32)

@@ -26,6 +26,7 @@ for _module in (
     "linear.experts",
     "linear.kernels",
     "norm",
+    "reduce",
     "rope",
 ):
     importlib.import_module(f"pyggml.backends.cpu.{_module}")

@@ -22,10 +22,13 @@ from pyggml.backends.step import (
     LoopStep,
     Step,
     check_id,
+    check_position,
     kernel_error,
 )
 from pyggml.backends.table import Kernel, KernelTable
+from pyggml.errors import IdError
 from pyggml.node import Node
+from pyggml.ops import causal_mask
 
 
 class CpuStep(Step):
@@ -155,10 +158,13 @@ def _places_in(
 
 def _id_error(id_: int, node: Node) -> Exception:
     """The error of a node that got an id past the end."""
-    choice = node.op.ids
-    assert choice is not None
     try:
-        check_id(id_, node[choice.of].ne[choice.axis])
-    except Exception as error:
+        if node.op is causal_mask:
+            check_position(id_, node.attrs["n_kv"])
+        else:
+            choice = node.op.ids
+            assert choice is not None
+            check_id(id_, node[choice.of].ne[choice.axis])
+    except IdError as error:
         return kernel_error(error, node)
     raise AssertionError(id_)

@@ -9,7 +9,7 @@ from pyggml.backends.host_memory import Floats, Raw, Scratch, raw_of
 from pyggml.backends.numpy.arrays import Work, decoded
 from pyggml.backends.numpy.table import kernel
 from pyggml.backends.numpy.tiling import PIECE, scratch_bytes, shaped, split
-from pyggml.errors import IdError
+from pyggml.backends.step import check_position
 
 #: The mask of a hidden key.
 HIDDEN = np.float16(-np.inf)
@@ -77,12 +77,8 @@ def _mask_piece(n_kv: int, n_tokens: int) -> int:
 def causal_mask(
     out: Raw, pos: Raw, kv_end: Raw | None, *, scratch: Scratch, n_kv: int, window: int | None
 ) -> None:
-    last = int(pos.max())
-    if kv_end is None and last >= n_kv:
-        raise IdError(
-            f"position {last} is past the keys: n_kv={n_kv}, counted from 0, so the token would "
-            "not see its own key; a negative position sees none"
-        )
+    if kv_end is None:
+        check_position(int(pos.max()), n_kv)
     piece = _mask_piece(n_kv, out.shape[2])
     memory, flags = scratch.array(piece, np.int32), scratch.array(piece, np.bool_)
     for t in split(out.shape[2], max(1, PIECE // n_kv)):

@@ -6,6 +6,7 @@ import numpy as np
 
 from pyggml import ops
 from pyggml.backends.cpu.linear.columns import X_BYTES
+from pyggml.backends.cpu.linear.floats import add_product, float_refusal
 from pyggml.backends.cpu.linear.products import gated, product
 from pyggml.backends.cpu.linear.quantize import quantize
 from pyggml.backends.cpu.native.pool import n_threads
@@ -58,8 +59,21 @@ def share_of(tiles: Tiles) -> int:
     return max(1, min(most, tiles.tiles // (4 * n_threads())))
 
 
-@kernel(ops.mul_mat, types=None, scratch=x_bytes, refuses=refusal, numeric="quantized")
+def _floats(node: Node) -> bool:
+    return node["a"].dtype.block == 1
+
+
+@kernel(
+    ops.mul_mat,
+    types=None,
+    scratch=lambda node: 0 if _floats(node) else x_bytes(node),
+    refuses=lambda node: float_refusal(node) if _floats(node) else refusal(node),
+    numeric=lambda node: "f32" if _floats(node) else "quantized",
+)
 def mul_mat(call: Call) -> None:
+    if _floats(call.node):
+        add_product(call)
+        return
     a, b, out = call["a"], call["b"], call.out
     x_row = quantized(call, b)
     tiles, weight = placed(call, a)
