@@ -19,17 +19,12 @@ from pyggml.backends.step import Addresses, Buffer, Layouts, Step, WeightLayout
 from pyggml.node import Node
 
 # Importing a module registers its kernels.
-for _module in (
-    "attention",
-    "copy",
-    "elementwise",
-    "linear.experts",
-    "linear.kernels",
-    "norm",
-    "reduce",
-    "rope",
-):
-    importlib.import_module(f"pyggml.backends.cpu.{_module}")
+FAMILIES = (
+    "attention", "copy", "elementwise", "linear.experts", "linear.kernels", "masks", "moe", "norm",
+    "reduce", "rope",
+)  # fmt: skip
+for _family in FAMILIES:
+    importlib.import_module(f"pyggml.backends.cpu.{_family}")
 
 
 class CpuBackend(HostBackend):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 import pyggml as gg
+from pyggml.backends.cpu.backend import FAMILIES
 from pyggml.backends.step import LoopStep
 from pyggml.errors import DeviceError, IdError
 
@@ -104,3 +108,37 @@ def test_profiled_steps_are_those_of_the_plan() -> None:
 def test_an_unknown_index() -> None:
     with pytest.raises(DeviceError, match="only one host"):
         gg.compile({"y": gg.input("x", "f32", ne=(4,)) + 1}, backends=["cpu:1"])
+
+
+def test_every_file_with_kernels_is_imported() -> None:
+    folder = Path(gg.__file__).parent / "backends" / "cpu"
+    files = {
+        path for path in folder.rglob("*.py") if re.search(r"^@kernel\(", path.read_text(), re.M)
+    }
+    names = {".".join(path.relative_to(folder).with_suffix("").parts) for path in files}
+    assert names - {"table"} <= set(FAMILIES) and len(names) >= 8
+
+
+def test_a_cached_start_does_not_import_numba(tmp_path: Path) -> None:
+    """The second process finds all object code; a damaged file is compiled again."""
+    program = """
+import sys, numpy as np, pyggml as gg
+x = gg.input("x", "f32", ne=(64, 3))
+plan = gg.compile({"y": gg.rms_norm(x, eps=0.0)}, backends=["cpu"])
+assert np.allclose(plan.run(x=np.ones((3, 64), np.float32))["y"], 1)
+print("numba" in sys.modules)
+"""
+
+    def run() -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=Path(gg.__file__).parent.parent,
+            env={**os.environ, "PYGGML_CACHE": str(tmp_path)}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    assert [run(), run()] == ["True", "False"]
+    files = list((tmp_path / "cpu").iterdir())
+    assert files and all(file.suffix == ".o" for file in files)
+    files[0].write_bytes(files[0].read_bytes()[:-1])
+    assert [run(), run()] == ["True", "False"]
