@@ -14,6 +14,7 @@ limited by memory and prompts by the dot products.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 from llvmlite import ir
@@ -36,6 +37,15 @@ from pyggml.backends.cpu.native.emit import (
 )
 from pyggml.backends.cpu.weights.forms import CODE_BYTES, Form
 
+#: Integer sums to have at once. Each dot product waits 4 cycles for the one before it, and a
+#: processor looks ahead less than two groups; with one sum, a column takes 1.6 times as long.
+CHAINS = 4
+
+
+#: Bytes ahead of the codes in use to fetch. The processor's own prefetch stops at every 4 KiB, and
+#: without this one thread reads at 75 % of the bandwidth that it can reach.
+AHEAD = 4096
+
 
 def tile_product(form: Form, columns: int) -> Any:
     """tile_product(tile, starts, groups, xs, sums): f32 sums[column][row] of a tile.
@@ -54,6 +64,10 @@ def tile_product(form: Form, columns: int) -> Any:
                 e.add(start, e.mul(group, CODE_BYTES[bits]))
                 for start, bits in zip(starts, form.bits)
             ]
+            if columns == 1:
+                for place, bits in zip(at, form.bits):
+                    for line in range(0, CODE_BYTES[bits], 64):
+                        e.prefetch(place, AHEAD + line)
             offset = e.mul(group, X_BYTES)
             _group(e, form, group, at, starts[-2:], [e.add(row, offset) for row in rows], totals)
         for c, total in enumerate(totals):
@@ -75,14 +89,17 @@ def _group(
     halves = form.scales.halves
     factors, minima = _scales(e, form, group, *scale_planes)
     parts = []  # by half: float sums of each column, not yet scaled by x
+    chains = max(1, CHAINS // len(xs))
     for half in range(2 if halves else 1):
-        ints = [_start(e, form, x, half if halves else None) for x in xs]
+        ints = [[_start(e, form, x, half if halves else None)] for x in xs]
+        for sums in ints:
+            sums += [e.zero(INTS)] * (chains - 1)
         for j in range(4 * half, 4 * half + 4) if halves else range(8):
             vector = _codes(e, form, codes, j)
-            for c, x in enumerate(xs):
+            for sums, x in zip(ints, xs):
                 four = e.b.bitcast(e.splat(e.load(i32, x, 4 * j)), BYTES)
-                ints[c] = e.dot(ints[c], vector, four, wide=form.wide)
-        parts.append([e.floats(n) for n in ints])
+                sums[j % chains] = e.dot(sums[j % chains], vector, four, wide=form.wide)
+        parts.append([e.floats(reduce(e.b.add, sums)) for sums in ints])
     for c, (x, total) in enumerate(zip(xs, totals)):
         d = e.splat(e.load(f32, x, X_SCALE))
         value = total.get()

@@ -111,6 +111,13 @@ class Emitter:
         pointer = self.b.inttoptr(self.add(address, offset), value.type.as_pointer())
         self.b.store(value, pointer, align=1)
 
+    def prefetch(self, address: Value, offset: int) -> None:
+        """Ask for the cache line at an address, which may be outside any memory."""
+        pointer = self.b.inttoptr(self.add(address, offset), i8.as_pointer())
+        function = self.declared("llvm.prefetch.p0", ir.VoidType(), (pointer.type, i32, i32, i32))
+        read, near, data = (ir.Constant(i32, n) for n in (0, 3, 1))
+        self.b.call(function, [pointer, read, near, data])
+
     def store_first(self, value: Value, address: Value, count: Value) -> None:
         """Store the first `count` (1 to 16) numbers of a vector."""
         kind = value.type
