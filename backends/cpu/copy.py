@@ -12,8 +12,7 @@ from pyggml.backends.cpu.rows import adjacent, row_refusal
 from pyggml.backends.cpu.table import Call, Operand, kernel
 from pyggml.backends.cpu.weights.decode import decode_row
 from pyggml.backends.cpu.weights.forms import FORMS, tiles_of
-from pyggml.backends.cpu.weights.tiles import may_be_tiled, starts_of
-from pyggml.backends.host_memory import address_of
+from pyggml.backends.cpu.weights.tiles import may_be_tiled
 from pyggml.dtypes import TYPES
 from pyggml.node import Node
 
@@ -109,7 +108,7 @@ def _get(type_: str) -> Native:
 
 @cache
 def _get_tiled(type_: str) -> Native:
-    """As `_get`, from a weight in tiles: address, bytes of a tile, its planes, tiles, groups."""
+    """As `_get`, from a weight in tiles: address, bytes of a tile, tiles, groups."""
 
     def make() -> Callable[..., None]:
         from pyggml.backends.cpu.native.memory import i32_at
@@ -117,8 +116,8 @@ def _get_tiled(type_: str) -> Native:
         decode, zero = decode_row(type_), _zero()
 
         def run(
-            out: int, o1: int, o2: int, o3: int, x: int, tile: int, starts: int, tiles: int,
-            groups: int, ids: int, i0: int, i1: int, i2: int, n: int, n1: int, n2: int, rows: int,
+            out: int, o1: int, o2: int, o3: int, x: int, tile: int, tiles: int, groups: int,
+            ids: int, i0: int, i1: int, i2: int, n: int, n1: int, n2: int, rows: int,
             own: int, thread: int, threads: int,
         ) -> None:  # fmt: skip
             for row in range(rows * thread // threads, rows * (thread + 1) // threads):
@@ -129,11 +128,11 @@ def _get_tiled(type_: str) -> Native:
                     zero(y, n)
                 else:
                     matrix = x + (b + c * n2) * tiles * tile
-                    decode(matrix + number // 16 * tile, starts, number % 16, groups, y)
+                    decode(matrix + number // 16 * tile, number % 16, groups, y)
 
         return run
 
-    return Native(f"get_rows_tiled_{type_}", "i" * 17, make)
+    return Native(f"get_rows_tiled_{type_}", "i" * 16, make)
 
 
 def _get_refuses(node: Node) -> str | None:
@@ -155,11 +154,9 @@ def get_rows(call: Call) -> None:
         call.add(_get(a.type), out.ptr, *out.nb[1:], a.ptr, *a.nb[1:], ids.ptr, *ids.nb[:3], *sizes)
         return
     tiles = tiles_of(TYPES[a.type], a.ne)
-    starts = starts_of(tiles)
-    call.keep.append(starts)
     call.add(
-        _get_tiled(a.type), out.ptr, *out.nb[1:], a.ptr, tiles.tile, address_of(starts),
-        tiles.tiles, tiles.groups, ids.ptr, *ids.nb[:3], *sizes,
+        _get_tiled(a.type), out.ptr, *out.nb[1:], a.ptr, tiles.tile, tiles.tiles, tiles.groups,
+        ids.ptr, *ids.nb[:3], *sizes,
     )  # fmt: skip
 
 

@@ -112,11 +112,9 @@ def test_an_unknown_index() -> None:
 
 def test_every_file_with_kernels_is_imported() -> None:
     folder = Path(gg.__file__).parent / "backends" / "cpu"
-    files = {
-        path for path in folder.rglob("*.py") if re.search(r"^@kernel\(", path.read_text(), re.M)
-    }
+    files = [path for path in folder.rglob("*.py") if "\n@kernel(" in path.read_text()]
     names = {".".join(path.relative_to(folder).with_suffix("").parts) for path in files}
-    assert names - {"table"} <= set(FAMILIES) and len(names) >= 8
+    assert names <= set(FAMILIES) and len(names) >= 8
 
 
 def test_a_cached_start_does_not_import_numba(tmp_path: Path) -> None:

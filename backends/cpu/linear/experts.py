@@ -82,7 +82,7 @@ def _product(up: str, gate: str, act: str) -> Native:
     """out[token][slot] = the expert's rows times x[token][slot % n_b]; with a gate, both products
     and the activation.
 
-    up, gate          tiles, bytes of a tile, table of its planes' offsets (gate: 0 without one)
+    up, gate          tiles, bytes of a tile (gate: 0 without one)
     m, tiles, groups  rows and tiles of a matrix, groups of a row
     x, x_row, n_b     quantized activations
     out, nb1, nb2     byte strides of slots and tokens
@@ -90,7 +90,7 @@ def _product(up: str, gate: str, act: str) -> Native:
     share             tiles that a thread takes at once
     """
     name = f"experts_{up}_{gate}_{act}" if gate else f"experts_{up}"
-    return Native(name, "i" * 23, lambda: _make(up, gate, act))
+    return Native(name, "i" * 21, lambda: _make(up, gate, act))
 
 
 def _make(up_name: str, gate_name: str, act: str) -> Callable[..., None]:
@@ -106,8 +106,8 @@ def _make(up_name: str, gate_name: str, act: str) -> Callable[..., None]:
     gated, buffer = put_gated(act or "silu"), stack(2 * 64 * COLUMNS + 8 * COLUMNS)
 
     def run(
-        up: int, up_tile: int, up_starts: int, gate: int, gate_tile: int, gate_starts: int,
-        m: int, tiles: int, groups: int, x: int, x_row: int, n_b: int, out: int, nb1: int,
+        up: int, up_tile: int, gate: int, gate_tile: int, m: int, tiles: int, groups: int,
+        x: int, x_row: int, n_b: int, out: int, nb1: int,
         nb2: int, table: int, ids: int, i0: int, i1: int, n_used: int, n_tokens: int,
         n_experts: int, share: int, own: int, thread: int, threads: int,
     ) -> None:  # fmt: skip
@@ -138,13 +138,13 @@ def _make(up_name: str, gate_name: str, act: str) -> Callable[..., None]:
                         number_of_row = pair // n_used * n_b + pair % n_used % n_b
                         put_i64(xs + 8 * c, x + number_of_row * x_row)
                     if width > 1:
-                        up_several(u, up_starts, groups, xs, ups)
+                        up_several(u, groups, xs, ups)
                         if has_gate:
-                            gate_several(g, gate_starts, groups, xs, gates)
+                            gate_several(g, groups, xs, gates)
                     else:
-                        up_one(u, up_starts, groups, xs, ups)
+                        up_one(u, groups, xs, ups)
                         if has_gate:
-                            gate_one(g, gate_starts, groups, xs, gates)
+                            gate_one(g, groups, xs, gates)
                     for c in range(width):
                         pair = i64_at(pairs + 8 * (j + c))
                         target = out + pair % n_used * nb1 + pair // n_used * nb2 + 4 * row
@@ -164,8 +164,8 @@ def _by_expert(call: Call, up: Operand, gate: Operand | None, act: str) -> None:
     x_row = quantized(call, b)
     table = call.scratch + aligned(x_bytes(call.node))
     call.add(GROUP, table, ids.ptr, *ids.nb[:2], n_used, n_tokens, n_experts)
-    tiles, up_weight = placed(call, up)
-    gate_weight = placed(call, gate)[1] if gate is not None else (0, 0, 0)
+    tiles, up_weight = placed(up)
+    gate_weight = placed(gate)[1] if gate is not None else (0, 0)
     call.add(
         _product(up.type, gate.type if gate else "", act), *up_weight, *gate_weight, up.ne[1],
         tiles.tiles, tiles.groups, call.scratch, x_row, b.ne[1], out.ptr, *out.nb[1:3], table,

@@ -12,8 +12,7 @@ from pyggml.backends.cpu.linear.quantize import quantize
 from pyggml.backends.cpu.native.pool import n_threads
 from pyggml.backends.cpu.table import Call, Operand, kernel
 from pyggml.backends.cpu.weights.forms import GROUP, Tiles, tiles_of
-from pyggml.backends.cpu.weights.tiles import may_be_tiled, starts_of
-from pyggml.backends.host_memory import address_of
+from pyggml.backends.cpu.weights.tiles import may_be_tiled
 from pyggml.dtypes import TYPES
 from pyggml.node import Node
 
@@ -45,12 +44,10 @@ def quantized(call: Call, b: Operand) -> int:
     return groups * X_BYTES
 
 
-def placed(call: Call, weight: Operand) -> tuple[Tiles, tuple[int, int, int]]:
-    """The sizes of a weight in tiles, and as arguments: address, bytes of a tile, its planes."""
+def placed(weight: Operand) -> tuple[Tiles, tuple[int, int]]:
+    """The sizes of a weight in tiles, and as arguments: its address and the bytes of a tile."""
     tiles = tiles_of(TYPES[weight.type], weight.ne)
-    starts = starts_of(tiles)
-    call.keep.append(starts)
-    return tiles, (weight.ptr, tiles.tile, address_of(starts))
+    return tiles, (weight.ptr, tiles.tile)
 
 
 def share_of(tiles: Tiles) -> int:
@@ -76,7 +73,7 @@ def mul_mat(call: Call) -> None:
         return
     a, b, out = call["a"], call["b"], call.out
     x_row = quantized(call, b)
-    tiles, weight = placed(call, a)
+    tiles, weight = placed(a)
     n, n2, n3, nb1, nb2 = *b.ne[1:], out.nb[1], out.nb[2]
     if a.ne[2] == a.ne[3] == 1 and (n == 1 or nb2 == n * nb1):
         nb1 = nb2 if n == 1 else nb1  # all items share the matrix, so they are columns of one
@@ -92,8 +89,8 @@ def mul_mat(call: Call) -> None:
 def fused_up_gate(call: Call) -> None:
     up, gate, b, out = call["up"], call["gate"], call["b"], call.out
     x_row = quantized(call, b)
-    tiles, up_weight = placed(call, up)
-    _, gate_weight = placed(call, gate)
+    tiles, up_weight = placed(up)
+    _, gate_weight = placed(gate)
     for i3, i2 in np.ndindex(b.ne[3], b.ne[2]):
         call.add(
             gated(up.type, gate.type, call.attrs["act"]), *up_weight, *gate_weight, up.ne[1],

@@ -17,7 +17,7 @@ COLUMNS = 4
 def product(name: str) -> Native:
     """out[item][column] = the rows of a matrix times a column.
 
-    weights, tile, starts         tiles of all matrices, bytes of one, table of its planes' offsets
+    weights, tile                 tiles of all matrices, bytes of one
     m, tiles, groups              rows and tiles of a matrix, groups of a row
     x, x_row, x_item              activations: address, bytes of a column and of an item
     n                             columns of an item
@@ -26,7 +26,7 @@ def product(name: str) -> Native:
     r2, r3, a2                    item (i2, i3) takes matrix i2 // r2 + a2 (i3 // r3)
     share                         tiles that a thread takes at once
     """
-    return Native(f"product_{name}", "i" * 20, lambda: _product(name))
+    return Native(f"product_{name}", "i" * 19, lambda: _product(name))
 
 
 def _product(name: str) -> Callable[..., None]:
@@ -39,7 +39,7 @@ def _product(name: str) -> Callable[..., None]:
     buffer = stack(64 * COLUMNS + 8 * COLUMNS)
 
     def run(
-        weights: int, tile: int, starts: int, m: int, tiles: int, groups: int,
+        weights: int, tile: int, m: int, tiles: int, groups: int,
         x: int, x_row: int, x_item: int, n: int,
         out: int, nb1: int, nb2: int, nb3: int,
         n2: int, items: int, r2: int, r3: int, a2: int, share: int,
@@ -63,13 +63,13 @@ def _product(name: str) -> Callable[..., None]:
                 while j + COLUMNS <= n:
                     for c in range(COLUMNS):
                         put_i64(xs + 8 * c, columns + (j + c) * x_row)
-                    several(at, starts, groups, xs, sums)
+                    several(at, groups, xs, sums)
                     for c in range(COLUMNS):
                         put_sums(sums + 64 * c, target + row * 4 + (j + c) * nb1, count)
                     j += COLUMNS
                 while j < n:
                     put_i64(xs, columns + j * x_row)
-                    one(at, starts, groups, xs, sums)
+                    one(at, groups, xs, sums)
                     put_sums(sums, target + row * 4 + j * nb1, count)
                     j += 1
 
@@ -80,10 +80,10 @@ def _product(name: str) -> Callable[..., None]:
 def gated(up: str, gate: str, act: str) -> Native:
     """out[column] = act(gate x) (up x), for two matrices of one size.
 
-    up, gate     three words each: tiles, bytes of a tile, table of its planes' offsets
+    up, gate     two words each: tiles, bytes of a tile
     the others   as for `product`, of one item
     """
-    return Native(f"gated_{up}_{gate}_{act}", "i" * 14, lambda: _gated(up, gate, act))
+    return Native(f"gated_{up}_{gate}_{act}", "i" * 12, lambda: _gated(up, gate, act))
 
 
 def _gated(up_name: str, gate_name: str, act: str) -> Callable[..., None]:
@@ -97,8 +97,8 @@ def _gated(up_name: str, gate_name: str, act: str) -> Callable[..., None]:
     put, buffer = put_gated(act), stack(2 * 64 * COLUMNS + 8 * COLUMNS)
 
     def run(
-        up: int, up_tile: int, up_starts: int, gate: int, gate_tile: int, gate_starts: int,
-        m: int, groups: int, x: int, x_row: int, n: int, out: int, nb1: int, share: int,
+        up: int, up_tile: int, gate: int, gate_tile: int, m: int, groups: int,
+        x: int, x_row: int, n: int, out: int, nb1: int, share: int,
         counter: int, thread: int, threads: int,
     ) -> None:  # fmt: skip
         ups = buffer()
@@ -115,16 +115,16 @@ def _gated(up_name: str, gate_name: str, act: str) -> Callable[..., None]:
                 while j + COLUMNS <= n:
                     for c in range(COLUMNS):
                         put_i64(xs + 8 * c, x + (j + c) * x_row)
-                    up_several(u, up_starts, groups, xs, ups)
-                    gate_several(g, gate_starts, groups, xs, gates)
+                    up_several(u, groups, xs, ups)
+                    gate_several(g, groups, xs, gates)
                     for c in range(COLUMNS):
                         at = out + row * 4 + (j + c) * nb1
                         put(ups + 64 * c, gates + 64 * c, at, count)
                     j += COLUMNS
                 while j < n:
                     put_i64(xs, x + j * x_row)
-                    up_one(u, up_starts, groups, xs, ups)
-                    gate_one(g, gate_starts, groups, xs, gates)
+                    up_one(u, groups, xs, ups)
+                    gate_one(g, groups, xs, gates)
                     put(ups, gates, out + row * 4 + j * nb1, count)
                     j += 1
 

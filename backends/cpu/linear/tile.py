@@ -35,7 +35,7 @@ from pyggml.backends.cpu.native.emit import (
     i32,
     i64,
 )
-from pyggml.backends.cpu.weights.forms import CODE_BYTES, Form
+from pyggml.backends.cpu.weights.forms import Form
 
 #: Integer sums to have at once. Each dot product waits 4 cycles for the one before it, and a
 #: processor looks ahead less than two groups; with one sum, a column takes 1.6 times as long.
@@ -48,46 +48,49 @@ AHEAD = 4096
 
 
 def tile_product(form: Form, columns: int) -> Any:
-    """tile_product(tile, starts, groups, xs, sums): f32 sums[column][row] of a tile.
+    """tile_product(tile, groups, xs, sums): f32 sums[column][row] of a tile.
 
-    starts  address of a table: the offset of each plane in the tile
-    xs      address of a table: the address of each column
+    xs  address of a table: the address of each column
     """
 
-    def build(e: Emitter, tile: Any, offsets: Any, groups: Any, xs: Any, sums: Any) -> None:
-        n_planes = len(form.bits) + 2
-        starts = [e.add(tile, e.load(i64, offsets, 8 * i)) for i in range(n_planes)]
+    def build(e: Emitter, tile: Any, groups: Any, xs: Any, sums: Any) -> None:
         totals = [e.variable(e.zero(FLOATS)) for _ in range(columns)]
         rows = [e.load(i64, xs, 8 * c) for c in range(columns)]
-        with e.loop(groups) as group:
-            at = [
-                e.add(start, e.mul(group, CODE_BYTES[bits]))
-                for start, bits in zip(starts, form.bits)
-            ]
+        with e.loop(groups) as number:
+            at, factors = group_at(e, form, tile, number)
             if columns == 1:
-                for place, bits in zip(at, form.bits):
-                    for line in range(0, CODE_BYTES[bits], 64):
-                        e.prefetch(place, AHEAD + line)
-            offset = e.mul(group, X_BYTES)
-            _group(e, form, group, at, starts[-2:], [e.add(row, offset) for row in rows], totals)
+                for line in range(0, form.group, 64):
+                    e.prefetch(at, AHEAD + line)
+            offset = e.mul(number, X_BYTES)
+            _group(e, form, at, factors, [e.add(row, offset) for row in rows], totals)
         for c, total in enumerate(totals):
             e.store(total.get(), sums, 64 * c)
 
-    return emits(None, I64, I64, I64, I64, I64)(build)
+    return emits(None, I64, I64, I64, I64)(build)
+
+
+def group_at(e: Emitter, form: Form, tile: Value, number: Value) -> tuple[Value, Value]:
+    """The addresses of a group of a tile, and of the factors of its scales."""
+    at = e.add(tile, e.mul(number, form.group))
+    if not form.scales.super_:
+        return at, at
+    eighth = e.b.lshr(number, e.integer(3))
+    factors = e.add(tile, e.mul(eighth, 8 * form.group + form.scales.super_))
+    return e.add(at, e.mul(eighth, form.scales.super_), form.scales.super_), factors
 
 
 def _group(
     e: Emitter,
     form: Form,
-    group: Value,
-    codes: Sequence[Value],
-    scale_planes: Sequence[Value],
+    at: Value,
+    supers: Value,
     xs: Sequence[Value],
     totals: Sequence[Any],
 ) -> None:
     """Add one group of weights times one group of every column."""
     halves = form.scales.halves
-    factors, minima = _scales(e, form, group, *scale_planes)
+    factors, minima = _scales(e, form, at, supers)
+    codes = [e.add(at, start) for start in form.planes]
     parts = []  # by half: float sums of each column, not yet scaled by x
     chains = max(1, CHAINS // len(xs))
     for half in range(2 if halves else 1):
@@ -155,25 +158,20 @@ def _plane(e: Emitter, plane: Value, bits: int, j: int, shift: int) -> Value:
     return e.b.and_(e.b.bitcast(words, BYTES), e.constant(BYTES, mask))
 
 
-def _scales(
-    e: Emitter, form: Form, group: Value, scales: Value, supers: Value
-) -> tuple[list[Value], list[Value]]:
+def _scales(e: Emitter, form: Form, at: Value, supers: Value) -> tuple[list[Value], list[Value]]:
     """The scales and minima of a group, for each half if halves have their own."""
-    at = e.add(scales, e.mul(group, form.scales.nbytes))
     if form.scale in ("half", "half_min"):
         values = [e.floats(e.load(HALVES, at, 32 * i)) for i in range(form.scales.nbytes // 32)]
         return values[:1], values[1:]
     if form.scale == "bf16":
         words = e.b.zext(e.load(ir.VectorType(i16, 16), at), INTS)
         return [e.b.bitcast(e.b.shl(words, e.constant(INTS, 16)), FLOATS)], []
-    eighth = e.b.lshr(group, e.integer(3))
-    above = e.add(supers, e.mul(eighth, form.scales.super_))
-    d = e.floats(e.load(HALVES, above))
+    d = e.floats(e.load(HALVES, supers))
     if form.scale in ("byte", "bytes"):
         count = 2 if form.scales.halves else 1
         entries = [e.load(ir.VectorType(i8, 16), at, 16 * i) for i in range(count)]
         return [e.b.fmul(e.floats(e.b.sext(v, INTS)), d) for v in entries], []
-    m = e.b.fneg(e.floats(e.load(HALVES, above, 32)))
+    m = e.b.fneg(e.floats(e.load(HALVES, supers, 32)))
     entries = [e.b.zext(e.load(ir.VectorType(i8, 16), at, 16 * i), INTS) for i in range(2)]
     if form.scale == "byte_min":
         return [e.b.fmul(e.floats(entries[0]), d)], [e.b.fmul(e.floats(entries[1]), m)]

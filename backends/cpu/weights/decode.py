@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyggml.backends.cpu.weights.forms import CODE_BYTES, FORMS
+from pyggml.backends.cpu.weights.forms import FORMS
 
 
 def decode_row(name: str) -> Any:
-    """decode(tile, starts, row, groups, out): f32 [32 groups], row 0 to 15 of a tile.
+    """decode(tile, row, groups, out): f32 [32 groups], row 0 to 15 of a tile.
 
     The f32 operations are those of `pyggml.quants`, so results are bit-equal.
     """
@@ -18,16 +18,15 @@ def decode_row(name: str) -> Any:
         bf16_at,
         f16_at,
         i8_at,
-        i64_at,
         inner,
         put_f32,
         u8_at,
     )
 
     form = FORMS[name]
-    scales, n_planes, zero = form.scales, len(form.bits), form.zero
+    scales, zero = form.scales, form.zero
     first_bits, second_bits = (*form.bits, 0)[:2]
-    first_bytes, second_bytes = (CODE_BYTES.get(bits, 0) for bits in (first_bits, second_bits))
+    group_bytes, first_plane, second_plane = form.group, form.planes[0], form.planes[-1]
     levels = form.levels or tuple(range(16))
     scale_kind, scale_bytes, super_bytes = form.scale, scales.nbytes, scales.super_
     minimum, has_levels, per_half = scales.minimum, form.levels is not None, scales.halves
@@ -59,17 +58,16 @@ def decode_row(name: str) -> Any:
         return d * np.float32(pair & 15), -(m * np.float32(pair >> 4))
 
     @inner
-    def decode(tile: int, starts: int, row: int, groups: int, out: int) -> None:
+    def decode(tile: int, row: int, groups: int, out: int) -> None:
         for group in range(groups):
-            at = tile + i64_at(starts + 8 * n_planes) + group * scale_bytes
-            above = tile + i64_at(starts + 8 * n_planes + 8) + group // 8 * super_bytes
+            at = tile + group * group_bytes + (group // 8 + 1) * super_bytes
+            above = tile + group // 8 * (8 * group_bytes + super_bytes)
             for half in range(2):
                 scale, plus = scale_at(at, above, row, half if per_half else 0)
                 for k in range(16 * half, 16 * half + 16):
-                    code = code_at(first_bits, tile + group * first_bytes, row, k)
+                    code = code_at(first_bits, at + first_plane, row, k)
                     if second_bits:
-                        plane = tile + i64_at(starts + 8) + group * second_bytes
-                        code |= code_at(second_bits, plane, row, k) << first_bits
+                        code |= code_at(second_bits, at + second_plane, row, k) << first_bits
                     if has_levels:
                         code = levels[code]
                     value = scale * np.float32(code - zero)

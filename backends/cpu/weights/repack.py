@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import cache
 
 from pyggml.backends.cpu.native.compiler import Native
-from pyggml.backends.cpu.weights.forms import CODE_BYTES, FORMS, GROUP, ROWS
+from pyggml.backends.cpu.weights.forms import FORMS, GROUP, ROWS
 from pyggml.dtypes import TYPES
 
 
@@ -16,11 +16,10 @@ def repack(name: str) -> Native:
 
     source, row_bytes    rows of blocks, of all matrices in order
     target, tile_bytes   zeros; the lanes of rows past the end of a matrix stay zero
-    starts               address of a table: the offset of each plane in a tile
     m, tiles, matrices   rows and tiles of a matrix
     groups               in a row
     """
-    return Native(f"repack_{name}", "iiiiiiiii", lambda: _make(name))
+    return Native(f"repack_{name}", "iiiiiiii", lambda: _make(name))
 
 
 def _make(name: str) -> Callable[..., None]:
@@ -38,8 +37,8 @@ def _make(name: str) -> Callable[..., None]:
     form, dtype, extract = FORMS[name], TYPES[name], EXTRACT[name]
     per_block, block_bytes = dtype.block // GROUP, dtype.nbytes
     first_bits, second_bits = (*form.bits, 0)[:2]
-    first_bytes, second_bytes = (CODE_BYTES.get(bits, 0) for bits in (first_bits, second_bits))
-    n_planes, scale_bytes, super_bytes = len(form.bits), form.scales.nbytes, form.scales.super_
+    group_bytes, first_plane, second_plane = form.group, form.planes[0], form.planes[-1]
+    scale_bytes, super_bytes = form.scales.nbytes, form.scales.super_
     halfwords = form.scale in ("half", "half_min", "bf16")
     buffer = stack(32 + 32)
 
@@ -62,7 +61,7 @@ def _make(name: str) -> Callable[..., None]:
                 put_i8(at, u8_at(at) | code << (lane % 8))
 
     def run(
-        source: int, row_bytes: int, target: int, tile_bytes: int, starts: int, m: int, tiles: int,
+        source: int, row_bytes: int, target: int, tile_bytes: int, m: int, tiles: int,
         matrices: int, groups: int, counter: int, thread: int, threads: int,
     ) -> None:  # fmt: skip
         codes = buffer()
@@ -73,30 +72,27 @@ def _make(name: str) -> Callable[..., None]:
                 break
             matrix, first = number // tiles, number % tiles * ROWS
             tile = target + number * tile_bytes
-            scales = tile + i64_at(starts + 8 * n_planes)
-            supers = tile + i64_at(starts + 8 * n_planes + 8)
             for row in range(min(ROWS, m - first)):
                 blocks = source + (matrix * m + first + row) * row_bytes
                 for group in range(groups):
                     inside = group % per_block
                     extract(blocks + group // per_block * block_bytes, inside, codes, head)
-                    put(first_bits, 0, tile + group * first_bytes, row, codes)
+                    at = tile + group * group_bytes + (group // 8 + 1) * super_bytes
+                    put(first_bits, 0, at + first_plane, row, codes)
                     if second_bits:
-                        plane = tile + i64_at(starts + 8) + group * second_bytes
-                        put(second_bits, first_bits, plane, row, codes)
-                    entry = scales + group * scale_bytes
+                        put(second_bits, first_bits, at + second_plane, row, codes)
                     if halfwords:
-                        put_i16(entry + 2 * row, i64_at(head))
+                        put_i16(at + 2 * row, i64_at(head))
                         if scale_bytes == 64:
-                            put_i16(entry + 32 + 2 * row, i64_at(head + 8))
+                            put_i16(at + 32 + 2 * row, i64_at(head + 8))
                     else:
-                        put_i8(entry + row, i64_at(head))
+                        put_i8(at + row, i64_at(head))
                         if scale_bytes == 32:
-                            put_i8(entry + 16 + row, i64_at(head + 8))
+                            put_i8(at + 16 + row, i64_at(head + 8))
                         if inside == 0:
-                            entry = supers + group // 8 * super_bytes
-                            put_i16(entry + 2 * row, i64_at(head + 16))
+                            above = at - super_bytes
+                            put_i16(above + 2 * row, i64_at(head + 16))
                             if super_bytes == 64:
-                                put_i16(entry + 32 + 2 * row, i64_at(head + 24))
+                                put_i16(above + 32 + 2 * row, i64_at(head + 24))
 
     return run

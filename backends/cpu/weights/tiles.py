@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from pyggml.backends.cpu.native.pool import pool
 from pyggml.backends.cpu.native.program import packed
-from pyggml.backends.cpu.weights.forms import FORMS, Tiles, tiles_of
+from pyggml.backends.cpu.weights.forms import FORMS, tiles_of
 from pyggml.backends.cpu.weights.repack import repack
 from pyggml.backends.host_memory import address_of, allocated
 from pyggml.backends.step import Layouts, WeightLayout
@@ -50,21 +50,16 @@ def ready(node: Node, layouts: Layouts) -> bool:
     )
 
 
-def starts_of(tiles: Tiles) -> NDArray[np.int64]:
-    """The offsets of a tile's planes, as kernels read them."""
-    return np.array(tiles.starts, np.int64)
-
-
 def repacked(constant: Node, layout: WeightLayout, data: NDArray[Any]) -> NDArray[np.uint8]:
     """The weight in tiles, from rows as in a file."""
     dtype, ne = constant.dtype, constant.ne
     tiles = tiles_of(dtype, ne)
     rows = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
-    out, starts = allocated(layout.nbytes), starts_of(tiles)
+    out = allocated(layout.nbytes)
     program = packed(
         [(repack(dtype.name), (
             address_of(rows), dtype.row_bytes(ne[0]), address_of(out), tiles.tile,
-            address_of(starts), ne[1], tiles.tiles, tiles.matrices, tiles.groups,
+            ne[1], tiles.tiles, tiles.matrices, tiles.groups,
         ))]
     )  # fmt: skip
     pool().run(program)
