@@ -34,7 +34,7 @@ _LINE = 64
 ARRIVED, TURN, ERROR, STOPPED, JOB, TABLE, COUNT, THREADS = (i * _LINE for i in range(8))
 CONTROL_BYTES = 8 * _LINE
 
-#: Turns of a waiting loop before a thread lets others run: about 1 ms, less than a scheduler's slice.
+#: Turns of a waiting loop before a thread lets others run: about 1 ms, less than a slice of time.
 #: With 2000, a token took twice as long on a machine whose cores others use too.
 SPINS = 50_000
 
