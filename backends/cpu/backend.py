@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml import backends
+from pyggml.backends.cpu.doctor import require
 from pyggml.backends.cpu.runner import CpuRunner, CpuStep
 from pyggml.backends.cpu.table import KERNELS
 from pyggml.backends.cpu.weights import tiles
@@ -65,6 +66,7 @@ class CpuBackend(HostBackend):
 
     def weight(self, constant: Node, layout: WeightLayout, data: NDArray[Any]) -> Buffer:
         if layout.name == tiles.LAYOUT:
+            require()
             return tiles.repacked(constant, layout, data)
         return super().weight(constant, layout, data)
 
@@ -75,4 +77,5 @@ class CpuBackend(HostBackend):
         scratch: NDArray[np.uint8],
         scratch_at: Sequence[int],
     ) -> CpuRunner:
+        require()
         return CpuRunner(self.numpy.kernels, steps, at, scratch, scratch_at)

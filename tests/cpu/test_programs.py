@@ -140,3 +140,55 @@ print("numba" in sys.modules)
     assert files and all(file.suffix == ".o" for file in files)
     files[0].write_bytes(files[0].read_bytes()[:-1])
     assert [run(), run()] == ["True", "False"]
+
+
+def test_without_numba_plans_are_made_but_not_bound() -> None:
+    program = """
+import sys
+sys.modules["numba"] = sys.modules["llvmlite"] = None
+import numpy as np, pyggml as gg
+from importlib import util
+find = util.find_spec
+util.find_spec = lambda name: None if name in ("numba", "llvmlite") else find(name)
+from pyggml import backends
+assert backends.on_host() == "numpy" and "cpu" not in backends.preferred()
+x = gg.input("x", "f32", ne=(64, 3))
+plan = gg.compile({"y": gg.rms_norm(x, eps=0.0)}, backends=["cpu"])
+try:
+    plan.bind()
+except gg.DeviceError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(gg.__file__).parent.parent, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert "needs numba: not installed" in done.stdout, done.stderr
+    assert 'pip install "pyggml[cpu]"' in done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="one thread elsewhere")
+def test_a_thread_that_is_held_up_leaves_before_the_next_program() -> None:
+    """With more threads than processors some always are. A program that stops must not let them
+    run the kernels after the one that stopped it, not even while the next program runs."""
+    program = """
+import numpy as np, pyggml as gg
+cache = gg.state("cache", "f32", ne=(32, 4))
+rows, ids = gg.input("rows", "f32", ne=(32, 2)), gg.input("ids", "i32", ne=(2,))
+y = gg.silu(gg.set_rows(cache, rows + rows, ids))
+plan = gg.compile({"y": y}, backends=["cpu"])
+x = np.ones((2, 32), np.float32)
+want = plan.run(rows=x, ids=np.array([1, 2], np.int32))["y"]
+for _ in range(300):
+    try:
+        plan.run(rows=x, ids=np.array([1, 4], np.int32))
+    except gg.IdError:
+        pass
+    assert np.array_equal(plan.run(rows=x, ids=np.array([1, 2], np.int32))["y"], want)
+print("done")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(gg.__file__).parent.parent,
+        env={**os.environ, "PYGGML_THREADS": "4"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.stdout.strip() == "done", done.stderr

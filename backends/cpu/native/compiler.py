@@ -21,9 +21,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import llvmlite
-import llvmlite.binding as llvm
-
 from pyggml.backends.cpu.native import objects
 from pyggml.backends.cpu.native.isa import isa
 
@@ -62,6 +59,8 @@ _engines: list[Any] = []  # keep loaded code alive
 @cache
 def _sources() -> str:
     """A hash of everything that object code depends on besides the kernel's name."""
+    import llvmlite
+
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.parent.rglob("*.py")):
         digest.update(path.read_bytes())
@@ -82,12 +81,16 @@ def _load(kernel: Native) -> int:
 
 @cache
 def _machine() -> Any:
+    from llvmlite import binding as llvm
+
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     return llvm.Target.from_default_triple()
 
 
 def _link(name: str, code: bytes) -> int:
+    from llvmlite import binding as llvm
+
     target = _machine()
     module = llvm.parse_assembly("")
     module.triple = llvm.get_default_triple()

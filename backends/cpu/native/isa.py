@@ -6,8 +6,6 @@ import os
 from dataclasses import dataclass
 from functools import cache
 
-import llvmlite.binding as llvm
-
 from pyggml.errors import DeviceError, UnknownNameError
 
 #: The values of PYGGML_CPU_ISA, from the least. Each includes those before it; the LLVM features
@@ -36,6 +34,8 @@ class Isa:
 
 def best() -> str | None:
     """The best level of this machine; None if it has not even AVX2."""
+    from llvmlite import binding as llvm
+
     features = llvm.get_host_cpu_features()
     level = None
     for name, (needs, _) in LEVELS.items():
@@ -51,6 +51,8 @@ def isa() -> Isa:
 
     Errors: UnknownNameError for another value of PYGGML_CPU_ISA; DeviceError without AVX2.
     """
+    from llvmlite import binding as llvm
+
     names, top = list(LEVELS), best()
     if top is None:
         raise DeviceError("the cpu backend needs a processor with AVX2, FMA and F16C")

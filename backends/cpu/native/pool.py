@@ -95,7 +95,7 @@ class Pool:
         control, events = address_of(self._control), address_of(self._events)
         walk_words = _words(control, give_way)
         inner = WALK.ready(), address_of(walk_words)
-        self._start_words = _words(control, post, events, *inner)
+        self._start_words = _words(control, post, events, *inner, give_way)
         work_words = _words(control, wait, events, *inner)
         self._keep = walk_words, work_words
         self._start = _Entry(START.ready())

@@ -18,6 +18,8 @@ Threads share `CONTROL_BYTES` of words, each in its own cache line:
 A kernel's arguments begin with a word that is 0 when it starts. Threads count in it who takes which
 share of the work. A kernel reports an id past the end by storing -1 - id there.
     JOB      changes with every program
+    LEFT     how many of the other threads have left the program. Only when all have, the next one
+             may change these words: a thread that was held up may still have to read them
     TABLE, COUNT, THREADS   the program, and how many threads run it
 """
 
@@ -31,8 +33,8 @@ from pyggml.backends.cpu.native.compiler import Native
 from pyggml.backends.host_memory import address_of
 
 _LINE = 64
-ARRIVED, TURN, ERROR, STOPPED, JOB, TABLE, COUNT, THREADS = (i * _LINE for i in range(8))
-CONTROL_BYTES = 8 * _LINE
+ARRIVED, TURN, ERROR, STOPPED, JOB, LEFT, TABLE, COUNT, THREADS = (i * _LINE for i in range(9))
+CONTROL_BYTES = 9 * _LINE
 
 #: Turns of a waiting loop before a thread lets others run: about 1 ms, less than a slice of time.
 #: With 2000, a token took twice as long on a machine whose cores others use too.
@@ -134,7 +136,7 @@ def _walk() -> Callable[..., None]:
 
 
 def _work() -> Callable[..., None]:
-    from pyggml.backends.cpu.native.memory import call, i64_at, load_acquire
+    from pyggml.backends.cpu.native.memory import call, fetch_add, i64_at, load_acquire
 
     def work(
         control: int, wait: int, events: int, walk: int, arguments: int,
@@ -148,15 +150,23 @@ def _work() -> Callable[..., None]:
             if load_acquire(control + JOB) != job:
                 job = load_acquire(control + JOB)
                 call(walk, arguments, thread, i64_at(control + THREADS))
+                fetch_add(control + LEFT, 1)
 
     return work
 
 
 def _start() -> Callable[..., None]:
-    from pyggml.backends.cpu.native.memory import call, i64_at, put_i64, store_release
+    from pyggml.backends.cpu.native.memory import (
+        call,
+        i64_at,
+        load_acquire,
+        pause,
+        put_i64,
+        store_release,
+    )
 
     def start(
-        control: int, post: int, events: int, walk: int, arguments: int,
+        control: int, post: int, events: int, walk: int, arguments: int, give_way: int,
         own: int, program: int, unused: int,
     ) -> None:  # fmt: skip
         """Run a program: three words, table, count and threads. Returns when all have finished."""
@@ -165,14 +175,21 @@ def _start() -> Callable[..., None]:
         put_i64(control + COUNT, i64_at(program + 8))
         put_i64(control + THREADS, threads)
         put_i64(control + STOPPED, -1)
+        put_i64(control + LEFT, 0)
         store_release(control + JOB, i64_at(control + JOB) + 1)
         for thread in range(1, threads):
             call(post, events + _LINE * thread, 0, 0)
         call(walk, arguments, 0, threads)
+        spins = 0
+        while load_acquire(control + LEFT) < threads - 1:
+            pause()
+            spins += 1
+            if spins > SPINS:
+                call(give_way, 0, 0, 0)
 
     return start
 
 
 WALK = Native("walk", "ii", _walk)
 WORK = Native("work", "iiiii", _work)
-START = Native("start", "iiiii", _start)
+START = Native("start", "iiiiii", _start)

@@ -1,0 +1,37 @@
+"""What the cpu backend needs on this machine. Plans do not need it; `bind` does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from importlib import metadata, util
+
+from pyggml.backends.base import Finding
+from pyggml.errors import DeviceError
+
+FIX = 'pip install "pyggml[cpu]"'
+SLOW = "products run by NumPy, many times slower"
+
+
+def findings() -> Iterator[Finding]:
+    """The status of everything the backend needs, for `pyggml doctor`."""
+    if any(util.find_spec(name) is None for name in ("numba", "llvmlite")):
+        yield Finding("numba", f"not installed; {SLOW}", FIX, "absent")
+        return
+    yield Finding("numba", metadata.version("numba"))
+    from pyggml.backends.cpu.native.isa import best
+
+    level = best()
+    if level is None:
+        yield Finding("processor", f"no AVX2, FMA and F16C; {SLOW}", "", "absent")
+    else:
+        yield Finding("processor", f"kernels use {level}")
+
+
+@cache
+def require() -> None:
+    """DeviceError, with the command that fixes it, if this machine cannot run the kernels."""
+    for finding in findings():
+        if finding.state != "ok":
+            fix = f"; to fix it: {finding.fix}" if finding.fix else ""
+            raise DeviceError(f"the cpu backend needs {finding.what}: {finding.text}{fix}")
