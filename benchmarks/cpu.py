@@ -171,6 +171,7 @@ def product_rows(backend: str, threads: int, runs: int) -> Iterator[Row]:
     x = rng.standard_normal(k, np.float32)
     for name in PRODUCTS:
         raw = random_blocks(name, m, k, rng)
+        raw = raw.reshape(m, -1)
         y = gg.mul_mat(gg.constant(raw, name="w", dtype=name), gg.input("x", "f32", ne=(k,)))
         plan = gg.compile({"y": y}, backends=[backend])
         shares = []
