@@ -62,7 +62,8 @@ def _uses(constant: Node, users: Users, roots: Collection[Node]) -> list[Node]:
 def _layout(work: Work, constant: Node, uses: Sequence[Node]) -> WeightLayout:
     """How the constant's home stores it: as in a file if other backends read the same memory."""
     home = work.home(constant)
-    if any(use.op.view is None and work.home(use) is not home for use in uses):
+    readers = {work.home(use) for use in uses if use.op.view is None}
+    if any(other is not home and other.device == home.device for other in readers):
         return WeightLayout(constant.spec.nbytes)
     return home.weight_layout(origin(constant), uses)
 
