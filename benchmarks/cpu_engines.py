@@ -27,6 +27,8 @@ N_BATCH = 512
 class Engine(ABC):
     """A model with a sequence of tokens."""
 
+    depth: int | None = None  # how many tokens of `decode` it holds
+
     @abstractmethod
     def forward(self, tokens: Sequence[int]) -> int:
         """Append tokens; the best next token."""
@@ -37,6 +39,7 @@ class Engine(ABC):
 
     def prompt(self, n: int) -> float:
         """Seconds for a prompt of `n` tokens."""
+        self.depth = None
         self.truncate(0)
         start = perf_counter()
         self.forward(_tokens(0, n))
@@ -44,9 +47,12 @@ class Engine(ABC):
 
     def decode(self, depth: int, n: int) -> float:
         """Seconds for `n` tokens after `depth` others."""
-        self.truncate(0)
-        for begin in range(0, depth, N_BATCH):
-            self.forward(_tokens(begin, min(depth, begin + N_BATCH)))
+        if self.depth != depth:
+            self.truncate(0)
+            for begin in range(0, depth, N_BATCH):
+                self.forward(_tokens(begin, min(depth, begin + N_BATCH)))
+            self.depth = depth
+        self.truncate(depth)
         token = self.forward([1])  # what is done once for a depth
         start = perf_counter()
         for _ in range(n):
