@@ -106,7 +106,7 @@ def test_docstrings_and_comments_name_what_exists(folder: str) -> None:
         ("`pyggml.node.Node` and pyggml.ops", []),
         ("see pyggml/dag.py", ["pyggml/dag.py"]),
         ("values.cuh has them", ["values.cuh"]),
-        ("the scripts of tests/cpu/", ["tests/cpu/"]),
+        ("the scripts of tests/tpu/", ["tests/tpu/"]),
         ("`pyggml.node.Edge`", ["pyggml.node.Edge"]),
         ("pyggml.dag.Graph", ["pyggml.dag.Graph"]),
     ],

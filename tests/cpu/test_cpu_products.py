@@ -104,7 +104,7 @@ PROGRAM = """
 import hashlib
 from pyggml.backends.cpu.native.isa import isa
 from pyggml.backends.cpu.weights.forms import FORMS
-from tests.cpu.test_products import *
+from tests.cpu.test_cpu_products import *
 print(isa().name, pool_size())
 for name in FORMS:
     rows, x = weight(name, 600), activations(7)
