@@ -52,7 +52,7 @@ def _span(x: Any) -> Span:
 def recorded() -> Iterator[list[Call]]:
     """Record the kernel calls of plans that are bound and run inside the context."""
     calls: list[Call] = []
-    original = host_runner._kernel_call
+    original = host_runner.kernel_call
 
     def recording(kernels: Any, step: Any, arrays: Any, memory: Any, attrs: Any) -> Any:
         call = original(kernels, step, arrays, memory, attrs)
@@ -65,7 +65,7 @@ def recorded() -> Iterator[list[Call]]:
         return both
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(host_runner, "_kernel_call", recording)
+        patch.setattr(host_runner, "kernel_call", recording)
         yield calls
 
 
