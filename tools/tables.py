@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -204,7 +205,26 @@ def gib(nbytes: int) -> str:
     return f"{nbytes / 2**30:.2f}"
 
 
+def cpu() -> str:
+    """The newest record of benchmarks/cpu.py."""
+    path = max((RESULTS / "cpu").glob("*.json"), key=lambda path: path.name)
+    result: dict[str, Any] = json.loads(path.read_text())
+    rows = []
+    for row in result["rows"]:
+        ours = row["samples"].get("pyggml t/s") if isinstance(row["samples"], dict) else None
+        speeds = [f"{median(ours):.0f}", f"{row['peer']:.0f}"] if ours else ["", ""]
+        value = f"{row['value']:.2f} {row['unit']}"
+        rows.append([f"`{row['name']}`", *speeds, value, f"{row['bar']:g}", f"{row['goal']:g}"])
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    intro = (
+        f"{conditions(result)}{result['threads']} threads; {versions}. Medians; speeds are tokens a "
+        "second.\n\n"
+    )
+    return intro + table(["row", "pyggml", "llama.cpp", "measured", "bar", "goal"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "cpu": cpu,
     "readme": readme,
     "whole_model": whole_model,
     "example": example,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pyggml import gguf
-from pyggml.models.base import architectures
+from pyggml.models.base import architecture, architectures
 from pyggml.models.known import tensor_sizes
 from pyggml.models.model import Model, load
 from pyggml.models.presets import PRESETS, TINY_GPT_OSS
@@ -41,7 +41,8 @@ def test_a_header_is_a_model(tmp_path: Path, name: str) -> None:
 
 def test_every_architecture_has_a_tiny_preset() -> None:
     tiny = {arch.name for name, arch in PRESETS.items() if name.startswith("tiny")}
-    assert tiny == set(architectures())
+    own = {name for name in architectures() if architecture(name).__module__.startswith("pyggml.")}
+    assert tiny == own  # other tests may have added architectures
 
 
 def test_mxfp4_is_for_experts(tmp_path: Path) -> None:
