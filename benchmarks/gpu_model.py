@@ -106,14 +106,16 @@ def loop_steps(session: Session) -> None:
 def compare(path: Path, n: int) -> None:
     """Write the NMSE of the logits against NumPy's, for the default and for f32 everywhere."""
     tokens = np.arange(n)
-    for name, prec, cache in (("", "default", "f16"), ("_f32", "f32", "f32")):
+    for row, prec, cache in (
+        ("model_nmse", "default", "f16"), ("model_nmse_f32", "f32", "f32")
+    ):  # fmt: skip
         logits = []
         for place in ("cuda", "numpy"):
             with load(path, backends=[place], prec=prec, cache_k=cache, cache_v=cache) as model:
                 logits.append(model.session(256).forward(tokens, "all"))
         same = int((logits[0].argmax(1) == logits[1].argmax(1)).sum())
-        print(f"logits of {n} tokens{name}: top-1 {same} of {n}", flush=True)
-        write_row(f"model_nmse{name}", "", [nmse(*logits)])
+        print(f"logits of {n} tokens, prec={prec}: top-1 {same} of {n}", flush=True)
+        write_row(row, "", [nmse(*logits)])
 
 
 def profile(session: Session) -> None:

@@ -217,8 +217,8 @@ def cpu() -> str:
         rows.append([f"`{row['name']}`", *speeds, value, f"{row['bar']:g}", f"{row['goal']:g}"])
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     intro = (
-        f"{conditions(result)}{result['threads']} threads; {versions}. Medians; speeds are tokens a "
-        "second.\n\n"
+        f"{conditions(result)}{result['threads']} threads; {versions}.\n\n"
+        "Medians; speeds are tokens a second.\n\n"
     )
     return intro + table(["row", "pyggml", "llama.cpp", "measured", "bar", "goal"], rows)
 

@@ -259,16 +259,17 @@ def test_options_reach_the_model(tiny: Path) -> None:
         assert model.amb == 5 and model.pins == {"a": "numpy"}
 
 
-@pytest.mark.parametrize("present", [True, False])
-def test_auto_is_cuda_if_there_is_a_gpu(
-    present: bool, tiny: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("cuda", [True, False])
+@pytest.mark.parametrize("cpu", [True, False])
+def test_auto_is_cuda_if_there_is_a_gpu_and_cpu_or_numpy_on_the_host(
+    cuda: bool, cpu: bool, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pyggml.backends.cuda.present", lambda: present)
+    monkeypatch.setattr("pyggml.backends.cuda.present", lambda: cuda)
+    monkeypatch.setattr("pyggml.backends.cpu.present", lambda: cpu)
+    expected = [*(["cuda"] if cuda else []), "cpu" if cpu else "numpy"]
     parser = argparse.ArgumentParser()
     model_options.add_model_options(parser)
     for words in ([], ["--backend", "auto"]):
-        places = parser.parse_args(["-m", str(tiny), *words]).backend
-        assert places[-1] == "numpy" and (places[0] == "cuda") == present
-        assert ("cuda" in places) == present
+        assert parser.parse_args(["-m", str(tiny), *words]).backend == expected
     with load(tiny) as model:
-        assert list(model.backends) == places
+        assert list(model.backends) == expected
