@@ -4,8 +4,9 @@
 
 Needs llama-cpp-python (extra `oracle`). Each row is pyggml's speed divided by llama.cpp's, the
 median of the pairs of runs; the samples are tokens a second. Products are a share of this machine's
-read bandwidth, measured between them. The record is benchmarks/results/cpu/DATE.json. --quick only
-checks that everything runs: one tiny file, one run, no record.
+read bandwidth, measured between them. The record is benchmarks/results/cpu/DATE.json; rows of the
+same day that are not measured again stay in it. --quick only checks that everything runs: one tiny
+file, one run, no record.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
-from importlib import metadata
+from importlib import import_module
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -204,17 +205,21 @@ def main() -> None:
         rows += first_token_rows(args.backend, runs)
     if not args.quick and (only is None or "product" in only):
         rows += product_rows(args.backend, args.threads, runs)
-    if args.quick or only is not None:
+    if args.quick:
         return
     record = {
-        **conditions(["python", "benchmarks/cpu.py", *sys.argv[1:]]),
+        **conditions(["python", "benchmarks/cpu.py"]),
         "threads": args.threads,
         "backend": args.backend,
-        "versions": {name: metadata.version(name) for name in ("llama-cpp-python", "numba")},
+        "versions": {name: import_module(name).__version__ for name in ("llama_cpp", "numba")},
         "rows": rows,
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{date.today().isoformat()}.json"
+    if path.exists():
+        measured = {row["name"] for row in rows}
+        earlier = json.loads(path.read_text())["rows"]
+        record["rows"] = [row for row in earlier if row["name"] not in measured] + rows
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"wrote {path.relative_to(ROOT)}")
 
