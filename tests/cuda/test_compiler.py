@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from pyggml.backends import code_cache
 from pyggml.backends.cuda.device import compiler, kernel_cache
 from tests.cuda.conftest import fake_cubin
 
@@ -39,7 +40,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         folder = kernels / "include" if name.endswith(".cuh") else kernels
         (folder / name).write_text(text)
     monkeypatch.setattr(compiler, "KERNELS", kernels)
-    monkeypatch.setattr(kernel_cache, "_warned", threading.Event())
+    monkeypatch.setattr(code_cache, "_warned", threading.Event())
     monkeypatch.setenv("PYGGML_CACHE", str(tmp_path))
     return tmp_path / "cuda"
 
@@ -120,6 +121,7 @@ def test_a_write_that_fails_leaves_nothing(
 TWO = """
 import sys, time
 from pathlib import Path
+from pyggml.backends import code_cache
 from pyggml.backends.cuda.device import compiler, kernel_cache
 
 cache, me, other, kernels = Path(sys.argv[1]), *sys.argv[2:]

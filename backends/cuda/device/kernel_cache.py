@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
-import threading
-import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+from pyggml.backends import code_cache
 from pyggml.backends.cuda.device import compiler
 from pyggml.backends.cuda.device.compiler import Cubin
 
@@ -27,11 +25,8 @@ def fingerprint(file: str, name: str, arch: str) -> str:
 
 
 def cache_folder() -> Path:
-    """The folder of cached kernels: in PYGGML_CACHE, else in the user's cache folder."""
-    folder = os.environ.get("PYGGML_CACHE")
-    if folder:
-        return Path(folder) / "cuda"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyggml" / "cuda"
+    """The folder of cached kernels."""
+    return code_cache.folder("cuda")
 
 
 def _read(path: Path) -> Cubin | None:
@@ -46,31 +41,10 @@ def _read(path: Path) -> Cubin | None:
         return None
 
 
-_warned = threading.Event()
-
-
 def _write(path: Path, cubin: Cubin) -> None:
-    """Write a temporary file and rename it, so that readers see all of it or nothing."""
     fields = {k: v for k, v in asdict(cubin).items() if k != "code"}
     fields["sha256"] = hashlib.sha256(cubin.code).hexdigest()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(json.dumps(fields).encode() + b"\n" + cubin.code)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError as error:
-        if not _warned.is_set():
-            _warned.set()
-            warnings.warn(
-                f"cannot cache compiled kernels in {path.parent}: {error}; every process will "
-                "compile them again. Set PYGGML_CACHE to a writable folder",
-                stacklevel=2,
-            )
+    code_cache.write(path, json.dumps(fields).encode() + b"\n" + cubin.code)
 
 
 def cubin(file: str, name: str, arch: str) -> Cubin:
