@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from importlib import metadata, util
+from importlib import metadata
 
 from pyggml.backends.base import Finding
+from pyggml.backends.cpu.native import isa
 from pyggml.errors import DeviceError
 
 FIX = 'pip install "pyggml[cpu]"'
@@ -15,17 +16,19 @@ SLOW = "products run by NumPy, many times slower"
 
 def findings() -> Iterator[Finding]:
     """The status of everything the backend needs, for `pyggml doctor`."""
-    if any(util.find_spec(name) is None for name in ("numba", "llvmlite")):
+    try:
+        yield Finding("numba", metadata.version("numba"))
+        level = isa.best()
+    except ModuleNotFoundError:  # PackageNotFoundError is one
         yield Finding("numba", f"not installed; {SLOW}", FIX, "absent")
-        return
-    yield Finding("numba", metadata.version("numba"))
-    from pyggml.backends.cpu.native.isa import best
-
-    level = best()
-    if level is None:
-        yield Finding("processor", f"no AVX2, FMA and F16C; {SLOW}", "", "absent")
+    except (ImportError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        yield Finding("llvmlite", f"does not load: {reason}; {SLOW}", FIX, "broken")
     else:
-        yield Finding("processor", f"kernels use {level}")
+        if level is None:
+            yield Finding("processor", f"no AVX2, FMA and F16C; {SLOW}", "", "absent")
+        else:
+            yield Finding("processor", f"kernels use {level}")
 
 
 @cache

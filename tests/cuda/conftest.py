@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable, Iterator
+from ctypes import CDLL
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -99,14 +100,17 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Machine
             monkeypatch.setattr(compiler, "compile_instance", fake_cubin)
         else:
             monkeypatch.setattr(compiler, "nvrtc_version", VERSION)
-            monkeypatch.setattr(compiler.ctypes, "CDLL", no_library)
+            monkeypatch.setattr(compiler.ctypes, "CDLL", without_nvrtc)
 
     yield imitate
     forget()
     sys.modules.update(real)
 
 
-def no_library(name: str) -> Any:
+def without_nvrtc(name: str, *args: Any, **named: Any) -> Any:
+    """ctypes.CDLL where NVRTC is not installed."""
+    if "nvrtc" not in str(name):
+        return CDLL(name, *args, **named)
     raise OSError(f"{name}: cannot open shared object file: No such file or directory")
 
 
