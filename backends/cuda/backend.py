@@ -40,7 +40,7 @@ class CudaBackend:
 
     name = "cuda"
     alignment = table.ALIGNMENT
-    staging_bytes = pinned.RING
+    staging_bytes = pinned.PINNED
     driver_bytes = table.DRIVER_BYTES
 
     def __init__(self, index: int) -> None:

@@ -12,7 +12,7 @@ import pytest
 import pyggml as gg
 from pyggml import backends
 from pyggml.backends.cuda.device import cublas
-from pyggml.backends.cuda.device.pinned import RING
+from pyggml.backends.cuda.device.pinned import PINNED
 from pyggml.backends.cuda.launch import WORKSPACE, Gemm
 from pyggml.backends.step import Address, LoopStep
 from pyggml.dtypes import dtype
@@ -100,10 +100,10 @@ def test_the_attention_budget_does_not_count_the_workspace() -> None:
 
 
 def test_pinned_memory_of_the_host_is_a_line_below_the_table() -> None:
-    line = f"Copies to and from cuda:0 use another {RING / MIB:.2f} MiB of pinned host memory."
+    line = f"Copies to and from cuda:0 use another {PINNED / MIB:.2f} MiB of pinned host memory."
     plan = gg.compile({"y": product()}, backends=["cuda:0:24GiB", "numpy"])
     assert line in str(plan.memory).splitlines()
-    assert [row.staging for row in plan.memory.devices] == [RING]
+    assert [row.staging for row in plan.memory.devices] == [PINNED]
     assert "pinned" not in str(plan_of(product(), "numpy").memory)
     y = {"y": gg.label(product(), "elsewhere")}
     idle = gg.compile(y, backends=["cuda", "numpy"], pins={"elsewhere|^w|^x": "numpy"})
@@ -139,11 +139,11 @@ def test_a_plan_allocates_what_its_table_says(gpu: None) -> None:
     assert allocated(start) == (5, plan.memory.total + plan.memory.devices[0].staging)
     again = plan_of(product(columns=17)).bind()  # with its own store
     together = plan.memory.total + again.memory.total - WORKSPACE  # they share it
-    assert allocated(start)[1] == together + RING
+    assert allocated(start)[1] == together + PINNED
     del plan
-    assert allocated(start)[1] == again.memory.total + RING
+    assert allocated(start)[1] == again.memory.total + PINNED
     del again
-    assert allocated(start) == (1, RING)  # kept for the next plan
+    assert allocated(start) == (1, PINNED)  # kept for the next plan
 
 
 def test_binding_allocates_all_that_a_run_needs(gpu: None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gguf as reference
 import numpy as np
@@ -13,13 +13,11 @@ from numpy.typing import NDArray
 pytestmark = pytest.mark.oracle
 pytest.importorskip("transformers", reason="needs torch and transformers (the extra 'oracle')")
 
-import torch  # noqa: E402
-
 from pyggml import gguf  # noqa: E402
 from pyggml.generate.session import Session  # noqa: E402
 from pyggml.models.model import load  # noqa: E402
 from pyggml.parity.tolerance import relative_error  # noqa: E402
-from tests.models.convert import convert, random_model  # noqa: E402
+from tests.models.oracles import Oracle, write  # noqa: E402
 from tests.models.tiny import MODELS, TOKENS  # noqa: E402
 
 #: The largest error, of f32 arithmetic in another order, is 2e-6.
@@ -35,22 +33,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-class Oracle(NamedTuple):
-    path: Path
-    logits: NDArray[np.float32]
-
-
 @pytest.fixture(scope="module", params=MODELS)
 def oracle(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
     """A file, and the logits of transformers for some tokens."""
-    tiny = MODELS[request.param]
-    torch.set_num_threads(1)
-    model = random_model(tiny.config)
-    path = tmp_path_factory.mktemp("model") / "model.gguf"
-    convert(model, path, tiny.dtype, merged=tiny.merged)
-    with torch.no_grad():
-        logits = model(torch.tensor([TOKENS])).logits[0].numpy()
-    return Oracle(path, logits)
+    return write(request.param, tmp_path_factory.mktemp("model"))
 
 
 def session(path: Path, n_batch: int, options: dict[str, Any]) -> Session:

@@ -19,6 +19,7 @@ from pyggml.backends.cuda.device.context import Context
 from pyggml.backends.cuda.device.driver import guarded
 from pyggml.backends.cuda.device.filling import MOST_THREADS, Filling
 from pyggml.backends.cuda.device.memory import operand_at
+from pyggml.backends.cuda.device.results import ROOM, Results
 from pyggml.backends.cuda.launch import Operand
 from pyggml.backends.step import Address
 from pyggml.errors import OutOfMemoryError
@@ -29,7 +30,8 @@ Bytes = NDArray[np.uint8]
 #: Bytes of pinned memory that copies pass through; the most bytes of one part of it; the alignment
 #: of a part, which limits the number of events.
 RING, PART, GRAIN = 16 << 20, 4 << 20, 64 << 10
-
+#: Bytes of pinned memory per GPU.
+PINNED = RING + ROOM
 
 #: Up to this many bytes, an array is copied as a bytes object.
 _FEW = 4096
@@ -39,12 +41,14 @@ class Staging:
     """A ring of pinned memory between a GPU and the host: copies are queued, and a part is reused
     once its copy is complete.
 
-    It takes `RING` bytes of host memory per GPU, allocated by the first copy or plan and then kept.
+    It takes `RING` bytes of host memory per GPU, allocated by the first copy or plan and then kept,
+    and `results.ROOM` for results that stay in pinned memory.
     """
 
     def __init__(self, context: Context) -> None:
         self.context = context
         self._ring: Bytes | None = None
+        self.results: Results | None = None
         self._end = 0  # of all parts so far, as if the ring had no end
         self._settled = 0  # copies of parts before this point are complete
         self._flying: deque[_Flying] = deque()
@@ -58,12 +62,14 @@ class Staging:
             return
         try:
             with guarded("allocating"):
-                self._ring = self.context.driver.pagelocked_empty(RING, np.uint8)
+                memory = self.context.driver.pagelocked_empty(PINNED, np.uint8)
         except OutOfMemoryError:
             raise OutOfMemoryError(
-                f"the host cannot pin {RING:,} bytes of memory, which copies to and from "
+                f"the host cannot pin {PINNED:,} bytes of memory, which copies to and from "
                 f"cuda:{self.context.index} need; check `ulimit -l` and other processes"
             ) from None
+        self.results = Results(self, memory[RING:])
+        self._ring = memory[:RING]
 
     def settle(self) -> None:
         """Wait for all queued work. Parts in use so far need no waits of their own."""
@@ -143,6 +149,13 @@ class Staging:
                 self.context.driver.memcpy_dtoh_async(part, ptr + start, self.context.stream)
                 flying.record()
         return Arrival(landings)
+
+    def mark(self) -> _Flying:
+        """The current end of the queue, to wait for. It takes the least part of the ring."""
+        flying, _ = self._part(GRAIN)
+        with guarded("downloading"):
+            flying.record()
+        return flying
 
     def download(self, data: Bytes, ptr: int) -> None:
         """Copy flat bytes from a device address; waits for them, and for all work queued before."""

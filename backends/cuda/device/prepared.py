@@ -19,6 +19,7 @@ from pyggml.backends.base import Arrival
 from pyggml.backends.cuda.device import pinned
 from pyggml.backends.cuda.device.memory import operand_at
 from pyggml.backends.cuda.device.pinned import Staging
+from pyggml.backends.cuda.device.results import LEAST, MOST
 from pyggml.backends.cuda.table import ALIGNMENT
 from pyggml.backends.step import Address
 from pyggml.spec import Spec
@@ -100,6 +101,12 @@ class Downloads:
             if self._ptr is None:  # rare: it is put together on the host, so this waits
                 copy = pinned.take(staging, self._at, self._spec)
                 return lambda: copy
+            if LEAST <= self._nbytes <= MOST:
+                staging.prepare()
+                assert staging.results is not None
+                result = staging.results.receive(self._ptr, self._nbytes, self._type, self._shape)
+                if result is not None:
+                    return result
             flat = np.empty(self._nbytes, np.uint8)
             landing = staging.receive(flat, self._ptr, own=True)
 

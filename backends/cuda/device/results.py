@@ -1,0 +1,83 @@
+"""Results that stay in pinned memory, so that the host does not copy them once more.
+
+The copy of a decode step's logits, 400 kB into memory that the system has yet to provide, takes the
+host longer than all else that it does for the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyggml.backends.cuda.device.driver import guarded
+
+if TYPE_CHECKING:
+    from pyggml.backends.cuda.device.pinned import Staging
+
+#: Bytes of pinned memory for results; the unit in which they are handed out; the sizes of results
+#: that live there. Smaller ones are copied in no time, and a larger one would take all the room.
+ROOM, GRAIN = 4 << 20, 64 << 10
+LEAST, MOST = GRAIN // 2, ROOM // 4
+
+_FREE, _TAKEN = b"\1", b"\0"
+
+
+class Results:
+    """Pinned memory for results. A part is free again once no array refers to it any more.
+
+    `memory` has `ROOM` bytes. The device writes to a part in the order of its stream, so a part may
+    be handed out again while an earlier copy to it, which nobody waits for, is still queued.
+    """
+
+    def __init__(self, staging: Staging, memory: NDArray[np.uint8]) -> None:
+        self._staging, self._memory = staging, memory
+        self._free = bytearray(_FREE * (ROOM // GRAIN))
+
+    def receive(
+        self, ptr: int, nbytes: int, dtype: np.dtype[Any], shape: tuple[int, ...]
+    ) -> Callable[[], NDArray[Any]] | None:
+        """Queue a copy from a device address into a new array; call the result to wait for it.
+
+        None if there is no room, because the caller still has earlier results.
+        """
+        count = -(-nbytes // GRAIN)
+        first = self._free.find(_FREE * count)
+        if first < 0:
+            return None
+        part = _Part(self._free, first, count)
+        start = first * GRAIN
+        part.memory = self._memory[start : start + nbytes]
+        array = np.asarray(part).view(dtype).reshape(shape)
+        staging = self._staging
+        with guarded("downloading"):
+            staging.context.driver.memcpy_dtoh_async(part.memory, ptr, staging.context.stream)
+        mark = staging.mark()
+
+        def arrival() -> NDArray[Any]:
+            mark.wait()
+            return array
+
+        return arrival
+
+
+class _Part:
+    """A part of the memory, taken as long as an array refers to it."""
+
+    memory: NDArray[np.uint8]
+    _count = 0  # an interrupt can end __init__ at any line
+
+    def __init__(self, free: bytearray, first: int, count: int) -> None:
+        self._free, self._first = free, first
+        self._count = count
+        free[first : first + count] = _TAKEN * count
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        return self.memory.__array_interface__
+
+    def __del__(self) -> None:
+        if self._count:
+            self._free[self._first : self._first + self._count] = _FREE * self._count
