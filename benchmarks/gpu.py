@@ -7,6 +7,7 @@
 
 layer      one V2-Lite MoE layer
 model      all of V2-Lite: loading, prompts, decoding
+peers      V2-Lite beside llama.cpp, if PYGGML_LLAMA_BENCH names its llama-bench
 linear     products and experts
 attention  flash attention
 amb        the cost of an attention memory budget
@@ -92,6 +93,7 @@ def parts(args: argparse.Namespace, folder: Path) -> dict[str, Part]:
     return {
         "layer": Part((("benchmarks/gpu_layer.py",),), 120),
         "model": Part((("benchmarks/gpu_model.py", "--compare", "4"),), 360),
+        "peers": Part((("benchmarks/gpu_peers.py",),), 300),
         "linear": Part((("benchmarks/gpu_linear.py",),), 120),
         "attention": Part((("benchmarks/gpu_attention.py",),), 150),
         "amb": Part((("benchmarks/gpu_attention.py", "amb"),), 60),

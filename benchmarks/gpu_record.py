@@ -23,6 +23,7 @@ PACKAGES = ("numpy", "pycuda", "cupy-cuda13x", "cuda-bindings", "torch")
 NAMES = (
     "layer",
     "model",
+    "peers",
     "linear",
     "attention",
     "amb",

@@ -137,7 +137,7 @@ BARS = {
     "example_worst_error_q8_0_prec_f32": 2e-2, "parity_failed": 0, "parity_unsupported_share": 0.05,
 }  # fmt: skip
 #: Units for which more is better.
-RATES = ("TFLOP/s", "TB/s", "of copy", "t/s")
+RATES = ("TFLOP/s", "TB/s", "of copy", "of llama.cpp", "t/s")
 
 
 def gpu(card: str = "h200") -> str:
