@@ -261,3 +261,16 @@ def test_memory_is_freed() -> None:
     _decoded([1, 5], backends=["cuda"])
     gc.collect()
     assert ALLOCATIONS.blocks == before
+
+
+def test_results_stay_as_they_are() -> None:
+    """Large results are views of pinned memory, which later runs must not overwrite."""
+    x = gg.input("x", ne=(1 << 16,))
+    plan = gg.compile({"y": gg.scale(x, s=2.0)}, backends=["cuda"])
+    arrays = [
+        np.arange(1 << 16, dtype=np.float32) + i for i in range(40)
+    ]  # more than there is room
+    queued = [plan.submit(x=array) for array in arrays[:20]]
+    results = [plan.run(x=array)["y"] for array in arrays[20:]]
+    results = [run.result()["y"] for run in queued] + results
+    assert all(np.array_equal(y, 2 * array) for y, array in zip(results, arrays, strict=True))
