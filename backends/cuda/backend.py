@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from functools import cache, cached_property, partial
 from pathlib import Path
 from threading import RLock
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from pyggml.backends.base import Backend, Download, Event, Given, Upload, host_values
@@ -20,12 +19,12 @@ from pyggml.backends.cuda.device import arrays, memory, pinned, prepared
 from pyggml.backends.cuda.device.context import Context, context
 from pyggml.backends.cuda.device.cublas import Cublas
 from pyggml.backends.cuda.device.driver import guarded
+from pyggml.backends.cuda.device.registered import Registry
 from pyggml.backends.cuda.runner import CudaRunner
 from pyggml.backends.cuda.weights import loading, packing
+from pyggml.backends.cuda.weights.borrowing import Borrowing, borrow
 from pyggml.backends.step import Address, Addresses, Buffer, Layouts, LoadStep, Step, WeightLayout
-from pyggml.errors import DeviceError
-from pyggml.node import Node, label_of
-from pyggml.ops.leaf import data_of
+from pyggml.node import Node
 from pyggml.spec import Spec
 from pyggml.transfer import origin
 
@@ -80,6 +79,10 @@ class CudaBackend:
         return pinned.Staging(self.context)
 
     @cached_property
+    def registry(self) -> Registry:
+        return Registry(self.context)
+
+    @cached_property
     def cublas(self) -> Cublas:
         return Cublas(self.context)
 
@@ -90,11 +93,7 @@ class CudaBackend:
     def weight(self, constant: Node, layout: WeightLayout, data: NDArray[Any]) -> memory.Buffer:
         with self.context:
             buffer = memory.Buffer(self.context, layout.nbytes)
-            target = self.context, self.staging, buffer.ptr
-            if layout.name != "plain" and loading.can_pack(constant.dtype, constant.ne):
-                loading.upload_packed(*target, constant.dtype, constant.ne, _flat(data))
-            else:
-                loading.upload(*target, _stored(constant, layout, data))
+            loading.load(self.context, self.staging, buffer.ptr, constant, layout, data)
         return buffer
 
     def upload(self, at: Address, spec: Spec, array: NDArray[Any]) -> None:
@@ -162,15 +161,13 @@ class CudaBackend:
     def bind(
         self, steps: Sequence[Step], at: Addresses, scratch: Buffer, scratch_at: Sequence[int]
     ) -> CudaRunner:
-        loads: dict[Node, Callable[[], None]] = {}
-        for step in steps:
-            if isinstance(step, LoadStep):  # pack once here; runs only copy
-                address, constant = at[step.node], origin(step.node)
-                data = _stored(constant, step.layout, data_of(constant))
-                ptr = address.buffer.ptr + address.offset
-                loads[step.node] = partial(self.staging.upload, ptr, data)
         with self.context:
             self.staging.prepare()
+            loads = {
+                step.node: self._borrowing(step, at[step.node])
+                for step in steps
+                if isinstance(step, LoadStep)
+            }
             return CudaRunner(
                 self.context,
                 steps,
@@ -181,6 +178,10 @@ class CudaBackend:
                 lambda: self.cublas,
                 self.staging,
             )
+
+    def _borrowing(self, step: LoadStep, at: Address) -> Borrowing:
+        host = self.context, self.staging, self.registry
+        return borrow(*host, at.buffer.ptr + at.offset, origin(step.node), step.layout)
 
     def record(self) -> Event:
         with self.context, guarded("recording an event"):
@@ -219,20 +220,3 @@ class CudaEvent:
 def device(index: int) -> CudaBackend:
     """The backend on GPU `index`. The GPU is opened on first use; planning does not open it."""
     return CudaBackend(index)
-
-
-def _stored(constant: Node, layout: WeightLayout, data: NDArray[Any]) -> NDArray[np.uint8]:
-    """The bytes of a weight in `layout`; for "plain", the host's bytes without a copy."""
-    if layout.name != "plain":
-        data = packing.repack(constant, layout, data)
-    flat = _flat(data)
-    if len(flat) > layout.nbytes:
-        raise DeviceError(
-            f"the weight {label_of(constant)} takes {len(flat)} bytes as {layout.name}, "
-            f"but {layout.nbytes} were planned"
-        )
-    return flat
-
-
-def _flat(data: NDArray[Any]) -> NDArray[np.uint8]:
-    return np.ascontiguousarray(data).reshape(-1).view(np.uint8)

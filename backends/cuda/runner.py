@@ -23,6 +23,7 @@ from pyggml.backends.cuda.device.pinned import Staging
 from pyggml.backends.cuda.fusion import CudaStep
 from pyggml.backends.cuda.gpu import H200, Device
 from pyggml.backends.cuda.launch import Call, Gemm, Launch, Record
+from pyggml.backends.cuda.weights.borrowing import Borrowing
 from pyggml.backends.pieces import piece_attributes, pieces_of, view_address
 from pyggml.backends.step import Address, LoopStep, Step, kernel_error
 from pyggml.errors import PyggmlError
@@ -95,8 +96,7 @@ class _Memory:
 class CudaRunner:
     """A plan's steps on a GPU. The first run starts every launch; later runs replay CUDA graphs.
 
-    loads  for steps that transfer a constant from the host in every run: their uploads, which
-           cannot be part of a graph
+    loads  how steps that read a weight of the host in every run get it
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class CudaRunner:
         at: Mapping[Node, Address],
         scratch: Buffer,
         scratch_at: Sequence[int],
-        loads: Mapping[Node, Action],
+        loads: Mapping[Node, Borrowing],
         cublas: Callable[[], Cublas],
         staging: Staging,
     ) -> None:
@@ -115,21 +115,22 @@ class CudaRunner:
         by_step: list[list[Record]] = []
         for step, offset in zip(self.steps, scratch_at):
             memory = (scratch.ptr + offset, step.scratch)
-            load = step.node in loads
-            by_step.append([] if load else record_step(step, at, memory, context.about))
+            by_step.append(
+                [] if step.node in loads else record_step(step, at, memory, context.about)
+            )
         records = [record for step_records in by_step for record in step_records]
         context.load([record for record in records if isinstance(record, Launch)])
         has_gemm = any(isinstance(record, Gemm) for record in records)
         product = cublas().ready() if has_gemm else None
         self.actions = [
-            [loads[step.node]]
+            list(loads[step.node].actions)
             if step.node in loads
             else [as_action(context, record, product) for record in step_records]
             for step, step_records in zip(self.steps, by_step)
         ]
         self._runs: list[Action] | None = None
         self._warm = False
-        self._loads = frozenset(i for i, s in enumerate(self.steps) if s.node in loads)
+        self._loads = loads
 
     def run(self) -> None:
         """Queue every step: kernel by kernel the first time, then as graphs."""
@@ -164,10 +165,11 @@ class CudaRunner:
             raise kernel_error(error, step.node) from None
 
     def _captured(self) -> Iterator[Action]:
-        """Capture each sequence of steps between loads as one graph."""
+        """Capture each sequence of steps as one graph; some loads cannot be part of one."""
         pending: list[Action] = []
-        for index, actions in enumerate(self.actions):
-            if index in self._loads:
+        for step, actions in zip(self.steps, self.actions):
+            load = self._loads.get(step.node)
+            if load is not None and not load.in_graphs:
                 yield from self._graph(pending)
                 pending = []
                 yield from actions

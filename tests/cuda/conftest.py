@@ -35,7 +35,7 @@ PACKAGES = ("pycuda", "cupy-cuda13x", "cuda-bindings")
 CACHED = (driver.imported, driver.driver, context.context, compiler.nvrtc)
 VERSION = compiler.nvrtc_version.__wrapped__
 #: Cached properties of a device.
-PROPERTIES = ("context", "staging", "cublas")
+PROPERTIES = ("context", "staging", "registry", "cublas")
 
 Machine = Callable[..., None]
 

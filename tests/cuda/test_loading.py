@@ -8,7 +8,10 @@ ring that is reused too early shows.
 from __future__ import annotations
 
 import ctypes
+import mmap
 from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -19,11 +22,14 @@ from pyggml import backends
 from pyggml.backends.cuda.device import pinned
 from pyggml.backends.cuda.device.compiler import KERNELS
 from pyggml.backends.cuda.device.context import Context
+from pyggml.backends.cuda.device.registered import Registry
 from pyggml.backends.cuda.launch import Launch
 from pyggml.backends.cuda.weights import loading, packing
+from pyggml.backends.cuda.weights.borrowing import borrow
 from pyggml.backends.cuda.weights.formats import FORMATS
 from pyggml.backends.step import WeightLayout
 from pyggml.dtypes import TYPES
+from pyggml.ops.leaf import data_of
 from pyggml.spec import Ne
 from tests.cuda.conftest import Machine
 from tests.cuda.host import HERE, libraries
@@ -71,7 +77,6 @@ def gpu(machine: Machine, library: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     def start(self: Context, launch: Launch) -> None:
         def task() -> None:
             a = arguments(launch)
-            assert a.raw % 16 == 0
             grid = (ctypes.c_int * 3)(*launch.grid)
             raw, to = ctypes.c_void_p(a.raw), ctypes.byref(a.to)
             assert library.pack_rows(launch.name.encode(), grid, raw, to, a.first) == 0
@@ -235,3 +240,101 @@ def test_a_weight_whose_tile_exceeds_a_part_is_packed_on_the_host(gpu: Any) -> N
     with gpu.context:
         gpu.staging.download(out, buffer.ptr)
     np.testing.assert_array_equal(out, expected("q4_0", ne, data))
+
+
+# -- weights that are borrowed in every run ------------------------------------------------------
+
+
+@pytest.fixture
+def mapped(tmp_path: Path) -> Callable[[Bytes, int], Bytes]:
+    """Bytes in a mapped file, from an offset on."""
+
+    def write(data: Bytes, offset: int) -> Bytes:
+        path = tmp_path / f"{offset}.bin"
+        path.write_bytes(bytes(offset) + data.tobytes() + bytes(100))
+        with path.open("rb") as file:
+            whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.frombuffer(whole, np.uint8, len(data), offset)
+
+    return write
+
+
+def borrowed(gpu: Any, name: str, ne: Ne, data: Bytes) -> tuple[Bytes, bool]:
+    """The bytes of a weight after two runs, and whether its pages were registered."""
+    t = TYPES[name]
+    plain = t.kind != "block"
+    rows = data.reshape(*ne[:0:-1], t.row_bytes(ne[0]))
+    constant = gg.constant(rows.view(np.float32) if plain else rows, dtype=name)
+    assert np.may_share_memory(data_of(constant), data)
+    layout = WeightLayout(len(data)) if plain else WeightLayout(
+        packing.tiles_of(t, ne).nbytes, "tiles8"
+    )  # fmt: skip
+    out = np.empty(layout.nbytes, np.uint8)
+    with gpu.context:
+        buffer = gpu.alloc(len(out))
+        load = borrow(gpu.context, gpu.staging, gpu.registry, buffer.ptr, constant, layout)
+        for byte in (0xAA, 0x33):  # an arena's memory has other uses in between
+            gpu.context.driver.memset_d8_async(buffer.ptr, byte, len(out), gpu.context.stream)
+            for action in load.actions:
+                action()
+        gpu.staging.download(out, buffer.ptr)
+    assert load.in_graphs == bool(load.pages)
+    return out, bool(load.pages)
+
+
+@pytest.mark.parametrize("offset", [0, 32, 4000, 4096 + 18])
+@pytest.mark.parametrize("ne", [(64, 19, 3, 1), (256, 8, 40, 1)])
+@pytest.mark.parametrize("name", ["q4_0", "q8_0", "f32"])
+def test_a_gpu_reads_a_mapped_file(
+    name: str, ne: Ne, offset: int, gpu: Any, mapped: Callable[[Bytes, int], Bytes]
+) -> None:
+    """The same bytes from registered pages, and from an array that cannot be registered."""
+    data = random_rows(name, ne)
+    result = data if name == "f32" else expected(name, ne, data)
+    for rows, registers in ((mapped(data, offset), True), (data, False)):
+        out, registered = borrowed(gpu, name, ne, rows)
+        np.testing.assert_array_equal(out, result)
+        assert registered == registers
+
+
+def registered() -> dict[int, int]:
+    ranges: dict[int, int] = import_module("cuda.bindings.driver").REGISTERED
+    return ranges
+
+
+def test_weights_that_share_pages_register_each_page_once(
+    gpu: Any, mapped: Callable[[Bytes, int], Bytes]
+) -> None:
+    data = mapped(np.zeros(40_000, np.uint8), 100)
+    registry, start = gpu.registry, data.ctypes.data // 4096 * 4096
+    middle = registry.cover(data[10_000:20_000])
+    assert registered() == {start + 8192: 12_288}
+    every = registry.cover(data)
+    assert sorted(registered()) == [start, start + 8192, start + 20_480]
+    assert len(every) == 3 and registry.cover(data[11_000:12_000]) == list(middle)
+    del middle
+    assert len(registered()) == 3
+    del every
+    assert registered() == {}
+
+
+def test_pages_are_registered_within_a_limit(
+    gpu: Any, mapped: Callable[[Bytes, int], Bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = mapped(np.zeros(40_000, np.uint8), 0)
+    monkeypatch.setattr(Registry, "_limit", 16_384)
+    assert gpu.registry.cover(data) is None
+    first = gpu.registry.cover(data[:8000])
+    assert first and gpu.registry.cover(data[16_384:30_000]) is None
+    bindings: Any = import_module("cuda.bindings.driver")
+    monkeypatch.setattr(bindings, "REGISTERS", [False])
+    assert Registry(gpu.context).cover(data[:8000]) is None
+    monkeypatch.setattr(bindings, "REGISTERS", [True])
+    # Another library has registered the pages.
+    assert Registry(gpu.context).cover(data[:8000]) is None
+
+
+def test_arrays_that_may_change_are_not_registered(gpu: Any) -> None:
+    assert gpu.registry.cover(np.zeros(9999, np.uint8)) is None
+    writable = np.frombuffer(mmap.mmap(-1, 9999), np.uint8)
+    assert gpu.registry.cover(writable) is None

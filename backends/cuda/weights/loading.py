@@ -1,24 +1,28 @@
 """Loading weights: threads copy the file to pinned memory, and the GPU copies its bytes from there
 or, for the layout "tiles8", packs them (kernels/pack.cu).
 
-The packer in packing.py gives the same bytes. It packs weights that stay on the host and are
-uploaded in every run.
+The packer in packing.py gives the same bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pyggml.backends.cuda.argument import pack
 from pyggml.backends.cuda.device.context import Context
 from pyggml.backends.cuda.device.pinned import PART, Staging
 from pyggml.backends.cuda.launch import Launch
 from pyggml.backends.cuda.weights.bits import Bytes
-from pyggml.backends.cuda.weights.packing import TILE, Packed, tiles_of
+from pyggml.backends.cuda.weights.packing import TILE, Packed, repack, tiles_of
+from pyggml.backends.step import WeightLayout
 from pyggml.dtypes import DType
+from pyggml.errors import DeviceError
+from pyggml.node import Node, label_of
 from pyggml.spec import Ne
 
 FILE = "pack.cu"
@@ -27,6 +31,39 @@ FILE = "pack.cu"
 PIECE = 1 << 21
 #: Groups of a row that a block of threads packs, as in pack.cu.
 GROUPS = 32
+
+
+def load(
+    context: Context,
+    staging: Staging,
+    ptr: int,
+    constant: Node,
+    layout: WeightLayout,
+    data: NDArray[Any],
+) -> None:
+    """Queue a weight to memory that is zero. After it returns, `data` may change."""
+    if layout.name != "plain" and can_pack(constant.dtype, constant.ne):
+        upload_packed(context, staging, ptr, constant.dtype, constant.ne, flat(data))
+    else:
+        upload(context, staging, ptr, stored(constant, layout, data))
+
+
+def stored(constant: Node, layout: WeightLayout, data: NDArray[Any]) -> Bytes:
+    """The bytes of a weight in `layout`; for "plain", the host's bytes without a copy."""
+    if layout.name != "plain":
+        data = repack(constant, layout, data)
+    rows = flat(data)
+    if len(rows) > layout.nbytes:
+        raise DeviceError(
+            f"the weight {label_of(constant)} takes {len(rows)} bytes as {layout.name}, "
+            f"but {layout.nbytes} were planned"
+        )
+    return rows
+
+
+def flat(data: NDArray[Any]) -> Bytes:
+    """The bytes of an array, without a copy if they are in C order."""
+    return np.ascontiguousarray(data).reshape(-1).view(np.uint8)
 
 
 def upload(context: Context, staging: Staging, ptr: int, data: Bytes) -> None:

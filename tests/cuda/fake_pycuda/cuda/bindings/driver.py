@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import mmap
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,19 @@ class CUresult(enum.Enum):
 
 
 OK = CUresult.CUDA_SUCCESS
+
+
+class CUdevice_attribute(enum.Enum):
+    CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM = 91
+    CU_DEVICE_ATTRIBUTE_READ_ONLY_HOST_REGISTER_SUPPORTED = 113
+
+
+CU_MEMHOSTREGISTER_DEVICEMAP = 2
+CU_MEMHOSTREGISTER_READ_ONLY = 8
+#: Registered memory: address -> bytes.
+REGISTERED: dict[int, int] = {}
+#: Whether the GPU can read registered memory at the host's addresses.
+REGISTERS = [True]
 
 
 class CUfunction_attribute(enum.Enum):
@@ -75,6 +89,25 @@ def cuMemcpyPeerAsync(
 ) -> tuple[CUresult]:
     pycuda.memcpy_dtod_async(target, source, nbytes, stream)
     pycuda.CALLS[-1] = f"{there.index} to {here.index}"
+    return (OK,)
+
+
+def cuDeviceGetAttribute(attribute: CUdevice_attribute, device: int) -> tuple[CUresult, int]:
+    return OK, int(REGISTERS[0])
+
+
+def cuMemHostRegister(ptr: int, nbytes: int, flags: int) -> tuple[CUresult]:
+    assert flags == CU_MEMHOSTREGISTER_DEVICEMAP | CU_MEMHOSTREGISTER_READ_ONLY
+    assert pycuda.Context.stack, "no context is current"
+    taken = any(ptr < at + size and at < ptr + nbytes for at, size in REGISTERED.items())
+    if taken or ptr % mmap.PAGESIZE or nbytes % mmap.PAGESIZE:
+        return (CUresult.CUDA_ERROR_INVALID_VALUE,)
+    REGISTERED[ptr] = nbytes
+    return (OK,)
+
+
+def cuMemHostUnregister(ptr: int) -> tuple[CUresult]:
+    del REGISTERED[ptr]
     return (OK,)
 
 
