@@ -90,6 +90,8 @@ class Backend(Protocol):
     alignment      of every tensor in its memory, in bytes
     staging_bytes  bytes of host memory that it keeps for copies
     driver_bytes   estimate of the device's memory that its driver and libraries use for themselves
+    lends_from     multiply-adds with each element of a weight on the host from which another device
+                   computes the product sooner, although it must copy the weight first
     """
 
     name: str
@@ -99,6 +101,7 @@ class Backend(Protocol):
     lock: AbstractContextManager[object]
     staging_bytes: int
     driver_bytes: int
+    lends_from: int
 
     def supports(self, node: Node) -> str | None:
         """None if a kernel here runs `node`, else the reason as a phrase."""

@@ -31,6 +31,7 @@ class HostBackend:
     alignment = ALIGNMENT
     lock: AbstractContextManager[object] = nullcontext()  # host stores share nothing
     staging_bytes = driver_bytes = 0
+    lends_from = 32  # rows of a product, as in llama.cpp; for experts, 32 rows an expert
 
     @property
     def place(self) -> str:

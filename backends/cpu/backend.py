@@ -33,6 +33,9 @@ class CpuBackend(HostBackend):
 
     name = "cpu"
     kernels = KERNELS
+    #: With 16 cores and an H100, DeepSeek-V2-Lite's experts take the cores 133 ms for 6 rows each
+    #: and 243 ms for 12. The GPU takes 170 and 176 ms, nearly all of it to read the weights.
+    lends_from = 8
 
     @cached_property
     def numpy(self) -> HostBackend:

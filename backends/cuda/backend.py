@@ -41,6 +41,7 @@ class CudaBackend:
     alignment = table.ALIGNMENT
     staging_bytes = pinned.PINNED
     driver_bytes = table.DRIVER_BYTES
+    lends_from = 0  # only the host lends
 
     def __init__(self, index: int) -> None:
         self.index = index

@@ -13,10 +13,6 @@ from pyggml.ops.leaf import constant_op, state_op
 from pyggml.ops.views import bases
 from pyggml.passes.work import Work
 
-#: Multiply-adds with each element of a weight from which copying it to a faster device pays:
-#: llama.cpp offloads a product from 32 rows on (for experts: 32 rows an expert).
-BORROWED = 32
-
 
 class Choice(NamedTuple):
     """The device that a rule chose for a node.
@@ -187,5 +183,5 @@ def _borrows(homes: Homes, node: Node, leaf: Node, pin: Backend) -> bool:
     if leaf.op is not constant_op or pin.device != "host" or homes.preferred.device == "host":
         return False
     elements = sum(x.spec.elements for x in _leaves(node) if x.op is constant_op)
-    enough = cost_of(node).flops >= 2.0 * BORROWED * elements
+    enough = cost_of(node).flops >= 2.0 * pin.lends_from * elements
     return enough and homes.preferred.supports(node) is None
