@@ -1,7 +1,7 @@
 """Rows of any type as vectors of 16 floats, for kernels that read caches.
 
-A row is read in units: 16 elements of a plain type, or a block of 32. Values of blocks are those of
-`pyggml.quants`, bit for bit except for q4_1 and q5_1, whose product and sum round once.
+A row is read in units: 16 elements of a plain type, or a block of 32. Values are those of
+`pyggml.quants`, bit for bit.
 
 Each block is decoded in registers, for four rows of queries at once. That costs 8 % more than f16
 where keys come from a cache of the processor (d 64, 3 queries a head of K, q8_0), and takes 0.63 of
@@ -99,9 +99,8 @@ def _block(e: Emitter, form: Form, address: Value) -> list[Value]:
     else:
         numbers = _nibbles(e, form, address, at)
     values = [e.floats(v) for v in numbers]
-    if minimum is not None:
-        return [e.fma(v, d, minimum) for v in values]
-    return [e.b.fmul(v, d) for v in values]
+    values = [e.b.fmul(v, d) for v in values]
+    return values if minimum is None else [e.b.fadd(v, minimum) for v in values]
 
 
 def _half(e: Emitter, address: Value, offset: int) -> Value:

@@ -2,7 +2,8 @@
 
 The operations on f32 are those of quants/encoders.py in the same order, so a NaN, an infinity, a
 tie and a scale that underflows also give the same bytes. A number that is not finite where a code
-should be becomes 0, as NumPy's conversion to integers makes it on x86.
+should be becomes 0, as NumPy's conversion to integers makes it on x86. The one difference: a
+signalling NaN becomes a quiet f16, and stays signalling in NumPy.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def _merge() -> Callable[..., None]:
             y, u = out + i1 * o1 + i2 * o2 + i3 * o3, a + i1 * a1 + i2 * a2 + i3 * a3
             v = b + i1 * b1 + i2 * b2 + i3 * b3
             lse_u, lse_v = f32_at(u + 4 * d_v), f32_at(v + 4 * d_v)
-            top = lse_u if lse_u > lse_v or lse_u != lse_u else lse_v
+            top = lse_u if lse_u > lse_v else lse_v  # if one is NaN, so is `total`
             floor = FLOOR if top < FLOOR else top
             w_u, w_v = math.exp(lse_u - floor), math.exp(lse_v - floor)
             total = w_u + w_v
