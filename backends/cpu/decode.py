@@ -3,9 +3,9 @@
 A row is read in units: 16 elements of a plain type, or a block of 32. Values are those of
 `pyggml.quants`, bit for bit.
 
-Each block is decoded in registers, for four rows of queries at once. That costs 8 % more than f16
-where keys come from a cache of the processor (d 64, 3 queries a head of K, q8_0), and takes 0.63 of
-the time where they come from memory (d 128, 4 queries). So integer products, whose rounded query
+Each block is decoded in registers, for four rows of queries at once. For q8_0 that costs 8 % more
+than f16 where keys come from a cache of the processor (d 64, 3 queries a head of K), and less than
+f16 where they come from memory (d 128, 4 queries: 0.9). So integer products, whose rounded query
 would lower the numeric class, have a tenth to win at most.
 """
 
