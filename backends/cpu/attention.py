@@ -20,19 +20,15 @@ import numpy as np
 
 from pyggml import ops
 from pyggml.backends.cpu.native.compiler import Native
-from pyggml.backends.cpu.rows import adjacent
+from pyggml.backends.cpu.rows import READABLE, adjacent
 from pyggml.backends.cpu.table import Call, kernel
 from pyggml.backends.host_memory import address_of
 from pyggml.node import Node
 
 ROWS, BLOCK, KEYS = 4, 64, 512
-#: Most elements of a row of values.
-MOST_D_V = 1024
 #: Most rows for which the keys are cut.
 FEW = 64
 FLOOR = float(np.finfo(np.float32).min)
-
-_CACHES = ("f32", "f16", "bf16")
 
 
 def _pieces(node: Node) -> int:
@@ -71,14 +67,10 @@ def _make(k_type: str, v_type: str) -> Callable[..., None]:
         put_i64,
         stack,
     )
+    from pyggml.backends.cpu.row_loops import clear, rescale
 
     scores, values = blocks.scores(k_type), blocks.values(v_type)
-    soften, clear, rescale, seen = (
-        blocks.soften(hides=True),
-        blocks.clear,
-        blocks.rescale,
-        blocks.seen,
-    )
+    soften, seen = blocks.soften(hides=True), blocks.seen
     weights_of, lists_of = stack(ROWS * BLOCK * 4), stack(3 * ROWS * 8)
 
     def run(
@@ -156,10 +148,8 @@ def _merge() -> Native:
     def make() -> Callable[..., None]:
         import math
 
-        from pyggml.backends.cpu import attention_blocks as blocks
         from pyggml.backends.cpu.native.memory import f32_at, put_f32
-
-        clear, add = blocks.clear, blocks.add_scaled
+        from pyggml.backends.cpu.row_loops import add_scaled, clear
 
         def run(
             out: int, o1: int, o2: int, o3: int, partial: int, rows: int, pieces: int, d_v: int,
@@ -182,7 +172,7 @@ def _merge() -> Native:
                 for p in range(pieces):
                     at = partial + (p * rows + row) * size
                     if total != 0.0:
-                        add(y, at + 8, d_v, math.exp(f32_at(at) - top) / total)
+                        add_scaled(y, at + 8, d_v, math.exp(f32_at(at) - top) / total)
                 if lse != 0:
                     put_f32(y + 4 * d_v, math.log(total) + top if total != 0.0 else -math.inf)
 
@@ -193,10 +183,8 @@ def _merge() -> Native:
 
 def _refuses(node: Node) -> str | None:
     q, k, v, mask = node["q"], node["k"], node["v"], node.get("mask")
-    if k.dtype.name not in _CACHES or v.dtype.name not in _CACHES:
+    if k.dtype.name not in READABLE or v.dtype.name not in READABLE:
         return f"flash_attn_ext does not read caches of {k.dtype} and {v.dtype} here"
-    if v.ne[0] > MOST_D_V:
-        return f"flash_attn_ext takes rows of values of at most {MOST_D_V} elements here"
     if not adjacent(q, k, v, mask):
         return "flash_attn_ext needs rows whose elements are adjacent"
     return None

@@ -6,6 +6,7 @@ from typing import Any
 
 from llvmlite import ir
 
+from pyggml.backends.cpu.decode import each_unit, unit, unit_of
 from pyggml.backends.cpu.native import maths
 from pyggml.backends.cpu.native.emit import (
     F32,
@@ -13,31 +14,22 @@ from pyggml.backends.cpu.native.emit import (
     FLOATS,
     HALVES,
     I64,
-    INTS,
     Emitter,
-    Row,
     Value,
     emits,
     f32,
     i16,
     i64,
 )
+from pyggml.backends.cpu.row_loops import copy as copy  # linear/floats.py finds it here
 
-SIZES = {"f32": 4, "f16": 2, "bf16": 2}
 _ROWS, _BLOCK = 4, 64
 _MINUS_INFINITY = float("-inf")
 
 
-def _load(e: Emitter, type_: str, address: Value, count: Value | None) -> Value:
-    """16 elements as floats, or the first `count` of them."""
-    if type_ == "f32":
-        return e.load(FLOATS, address) if count is None else e.load_first(FLOATS, address, count)
-    if type_ == "f16":
-        return e.floats(_halves(e, address, count))
-    words = ir.VectorType(i16, 16)
-    raw = e.load(words, address) if count is None else e.load_first(words, address, count)
-    bits = e.b.shl(e.b.zext(raw, INTS), e.constant(INTS, 16))
-    return e.b.bitcast(bits, FLOATS)
+def _floats(e: Emitter, address: Value, count: Value | None) -> Value:
+    """16 f32, or the first `count` of them."""
+    return e.load(FLOATS, address) if count is None else e.load_first(FLOATS, address, count)
 
 
 def _halves(e: Emitter, address: Value, count: Value | None) -> Value:
@@ -59,31 +51,26 @@ def scores(type_: str) -> Any:
             inside = e.b.icmp_signed("<", e.integer(i), count)
             keys.append(e.b.select(inside, e.add(keys[-1], k_row), keys[-1]))
         sums = [e.variable(e.zero(FLOATS)) for _ in range(4 * _ROWS)]
+        size, nbytes = unit_of(type_)
 
         def add(number: Value, left: Value | None) -> None:
-            offset = e.mul(number, 16)
-            xs = [_load(e, "f32", e.add(row, e.mul(offset, 4)), left) for row in rows]
+            at, offset = e.mul(number, 4 * size), e.mul(number, nbytes)
+            xs = [
+                [_floats(e, e.add(row, at, 64 * j), left) for row in rows]
+                for j in range(size // 16)
+            ]
             for i, key in enumerate(keys):
-                y = _load(e, type_, e.add(key, e.mul(offset, SIZES[type_])), left)
-                for r, x in enumerate(xs):
-                    total = sums[4 * r + i]
-                    total.set(e.fma(x, y, total.get()))
+                for x_rows, y in zip(xs, unit(e, type_, e.add(key, offset), left)):
+                    for r, x in enumerate(x_rows):
+                        total = sums[4 * r + i]
+                        total.set(e.fma(x, y, total.get()))
 
-        _each(e, d, add)
+        each_unit(e, type_, d, add)
         totals = e.totals([s.get() for s in sums])
         for r in range(_ROWS):
             e.store(e.shuffle(totals, totals, range(4 * r, 4 * r + 4)), out, 4 * _BLOCK * r)
 
     return emits(None, I64, I64, I64, I64, I64, I64)(build)
-
-
-def _each(e: Emitter, n: Value, body: Any) -> None:
-    """body(number of a vector, None) for whole vectors of n elements, then (.., the rest)."""
-    whole, rest = e.b.lshr(n, e.integer(4)), e.b.and_(n, e.integer(15))
-    with e.loop(whole) as number:
-        body(number, None)
-    with e.when(e.b.icmp_signed(">", rest, e.integer(0))):
-        body(whole, rest)
 
 
 @emits(I64, I64, I64, I64, I64)
@@ -105,7 +92,7 @@ def seen(e: Emitter, masks: Any, n_rows: Any, first: Any, count: Any) -> Any:
             bits = e.b.zext(e.b.bitcast(visible, i16), i64)
             found.set(e.b.or_(found.get(), bits))
 
-        _each(e, count, look)
+        each_unit(e, "f32", count, look)
     return e.b.zext(e.b.icmp_signed("!=", found.get(), e.integer(0)), i64)
 
 
@@ -134,7 +121,7 @@ def soften(*, hides: bool) -> Any:
 
         def score(number: Value, left: Value | None) -> None:
             at = e.add(x, e.mul(number, 64))
-            value = e.variable(e.b.fmul(_load(e, "f32", at, left), factor))
+            value = e.variable(e.b.fmul(_floats(e, at, left), factor))
             with e.when(capped):
                 value.set(e.b.fmul(_tanh(e, e.b.fdiv(value.get(), limit)), limit))
             with e.when(e.b.icmp_signed("!=", mask, e.integer(0))):
@@ -154,14 +141,14 @@ def soften(*, hides: bool) -> Any:
                 e.store(result, at)
             top.set(e.maximum(top.get(), result))
 
-        _each(e, count, score)
+        each_unit(e, "f32", count, score)
         largest = e.largest(top.get())
         e.store(largest, stats)
         total = e.variable(e.zero(FLOATS))
 
         def weigh(number: Value, left: Value | None) -> None:
             at = e.add(x, e.mul(number, 64))
-            weight = maths.exp(e, e.b.fsub(_load(e, "f32", at, left), e.splat(largest)))
+            weight = maths.exp(e, e.b.fsub(_floats(e, at, left), e.splat(largest)))
             if left is None:
                 e.store(weight, at)
             else:
@@ -169,7 +156,7 @@ def soften(*, hides: bool) -> Any:
                 e.store_first(weight, at, left)
             total.set(e.b.fadd(total.get(), weight))
 
-        _each(e, count, weigh)
+        each_unit(e, "f32", count, weigh)
         shrink = maths.exp(e, e.splat(e.b.fsub(old, largest)))
         shrink = e.b.extract_element(shrink, ir.Constant(ir.IntType(32), 0))
         shrink = e.b.select(e.b.fcmp_ordered("==", old, largest), e.number(1.0), shrink)
@@ -199,6 +186,8 @@ def values(type_: str) -> Any:
         e: Emitter, weights: Any, v: Any, v_row: Any, count: Any, d: Any, sums: Any, n_rows: Any
     ) -> None:
         targets = [e.add(e.load(i64, sums, 8 * r), 8) for r in range(_ROWS)]
+        size, nbytes = unit_of(type_)
+        log = e.integer(size.bit_length() - 1)
 
         def columns(at: Value, width: int, left: Value | None) -> None:
             """Columns `at` to at + 16 width, or `left` of them."""
@@ -206,12 +195,13 @@ def values(type_: str) -> Any:
             for r in range(_ROWS):
                 for i in range(width):
                     place = e.add(targets[r], e.mul(at, 4), 64 * i)
-                    totals.append(e.variable(_load(e, "f32", place, left)))
+                    totals.append(e.variable(_floats(e, place, left)))
             with e.loop(count) as key:
-                row = e.add(v, e.b.mul(key, v_row), e.mul(at, SIZES[type_]))
+                row = e.add(v, e.b.mul(key, v_row), e.mul(e.b.lshr(at, log), nbytes))
                 ys = [
-                    _load(e, type_, e.add(row, 16 * SIZES[type_] * i), left) for i in range(width)
-                ]
+                    y for i in range(16 * width // size)
+                    for y in unit(e, type_, e.add(row, nbytes * i), left)
+                ]  # fmt: skip
                 for r in range(_ROWS):
                     place = e.add(weights, e.mul(key, 4), 4 * _BLOCK * r)
                     weight = e.splat(e.load(f32, place))
@@ -233,42 +223,12 @@ def values(type_: str) -> Any:
         wide = e.b.lshr(d, e.integer(6))
         with e.loop(wide) as number:
             columns(e.mul(number, 64), 4, None)
-        narrow = e.b.and_(e.b.lshr(d, e.integer(4)), e.integer(3))
+        narrow = e.b.lshr(e.b.and_(d, e.integer(63)), log)
         with e.loop(narrow) as number:
-            columns(e.add(e.mul(wide, 64), e.mul(number, 16)), 1, None)
-        rest = e.b.and_(d, e.integer(15))
-        with e.when(e.b.icmp_signed(">", rest, e.integer(0))):
-            columns(e.b.sub(d, rest), 1, rest)
+            columns(e.add(e.mul(wide, 64), e.mul(number, size)), size // 16, None)
+        if size == 16:  # rows of blocks are whole
+            rest = e.b.and_(d, e.integer(15))
+            with e.when(e.b.icmp_signed(">", rest, e.integer(0))):
+                columns(e.b.sub(d, rest), 1, rest)
 
     return emits(None, I64, I64, I64, I64, I64, I64, I64)(build)
-
-
-@emits(None, I64, I64)
-def clear(e: Emitter, x: Any, n: Any) -> None:
-    e.row(n, lambda row, offset: row.store(e.zero(FLOATS), x, offset))
-
-
-@emits(None, I64, I64, I64)
-def copy(e: Emitter, out: Any, x: Any, n: Any) -> None:
-    e.row(n, lambda row, offset: row.store(row.load(x, offset), out, offset))
-
-
-@emits(None, I64, I64, F32)
-def rescale(e: Emitter, x: Any, n: Any, factor: Any) -> None:
-    """x *= factor"""
-
-    def put(row: Row, offset: Value) -> None:
-        row.store(e.b.fmul(row.load(x, offset), e.splat(factor)), x, offset)
-
-    e.row(n, put)
-
-
-@emits(None, I64, I64, I64, F64)
-def add_scaled(e: Emitter, out: Any, x: Any, n: Any, factor: Any) -> None:
-    """out += factor x"""
-    scale = e.splat(e.b.fptrunc(factor, f32))
-
-    def put(row: Row, offset: Value) -> None:
-        row.store(e.fma(row.load(x, offset), scale, row.load(out, offset)), out, offset)
-
-    e.row(n, put)

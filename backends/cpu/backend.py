@@ -21,8 +21,8 @@ from pyggml.node import Node
 
 # Importing a module registers its kernels.
 FAMILIES = (
-    "attention", "copy", "elementwise", "linear.experts", "linear.kernels", "masks", "moe", "norm",
-    "reduce", "rope",
+    "attention", "convert", "copy", "elementwise", "linear.experts", "linear.kernels", "masks",
+    "merge", "moe", "norm", "reduce", "rope",
 )  # fmt: skip
 for _family in FAMILIES:
     importlib.import_module(f"pyggml.backends.cpu.{_family}")

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 from pyggml import ops
+from pyggml.backends.cpu.convert import convert, refuses_types
 from pyggml.backends.cpu.native.compiler import Native
-from pyggml.backends.cpu.rows import adjacent, row_refusal
+from pyggml.backends.cpu.rows import READABLE, adjacent, row_refusal
 from pyggml.backends.cpu.table import Call, Operand, kernel
 from pyggml.backends.cpu.weights.decode import decode_row
 from pyggml.backends.cpu.weights.forms import FORMS, tiles_of
-from pyggml.backends.cpu.weights.tiles import may_be_tiled
+from pyggml.backends.cpu.weights.tiles import LAYOUT, may_be_tiled
 from pyggml.dtypes import TYPES
 from pyggml.node import Node
-
-_PLAIN = ("f32", "f16")
 
 
 @cache
@@ -51,41 +49,33 @@ def check_ids(call: Call, ids: Operand, count: int) -> None:
 
 
 @cache
-def _row(source: str, target: str) -> Any:
-    """copy(out, x, n): a row of n elements of one type to another."""
-    from pyggml.backends.cpu.native.emit import I64, Emitter, Row, emits
+def _get(type_: str, *, tiled: bool) -> Native:
+    """out[:, i] = x[:, ids[i]] for every matrix; zeros for a negative id.
 
-    @emits(None, I64, I64, I64)
-    def copy(e: Emitter, out: Any, x: Any, n: Any) -> None:
-        def put(row: Row, offset: Any) -> None:
-            v = row.load(x, offset) if source == "f32" else row.load_half(x, offset)
-            (row.store if target == "f32" else row.store_half)(v, out, offset)
-
-        e.row(n, put)
-
-    return copy
-
-
-@cache
-def _zero() -> Any:
-    """zero(out, n): n f32."""
-    from pyggml.backends.cpu.native.emit import FLOATS, I64, Emitter, emits
-
-    @emits(None, I64, I64)
-    def zero(e: Emitter, out: Any, n: Any) -> None:
-        e.row(n, lambda row, offset: row.store(e.zero(FLOATS), out, offset))
-
-    return zero
-
-
-@cache
-def _get(type_: str) -> Native:
-    """out[:, i] = x[:, ids[i]] for every matrix; zeros for a negative id."""
+    x, x1, x2, x3   address and strides; of a weight in tiles: address, bytes of a tile, tiles,
+                    groups of a row
+    """
 
     def make() -> Callable[..., None]:
-        from pyggml.backends.cpu.native.memory import i32_at
+        from pyggml.backends.cpu.decode import decode as decode_plain
+        from pyggml.backends.cpu.native.memory import i32_at, inner
+        from pyggml.backends.cpu.row_loops import clear
 
-        copy, zero = _row(type_, "f32"), _zero()
+        decode = decode_row(type_) if tiled else decode_plain(type_)
+
+        @inner
+        def from_tiles(
+            y: int, x: int, x1: int, x2: int, x3: int, id_: int, b: int, c: int, n2: int, n: int
+        ) -> None:
+            decode(x + ((b + c * n2) * x2 + id_ // 16) * x1, id_ % 16, x3, y)
+
+        @inner
+        def from_rows(
+            y: int, x: int, x1: int, x2: int, x3: int, id_: int, b: int, c: int, n2: int, n: int
+        ) -> None:
+            decode(y, x + id_ * x1 + b * x2 + c * x3, n)
+
+        read = from_tiles if tiled else from_rows
 
         def run(
             out: int, o1: int, o2: int, o3: int, x: int, x1: int, x2: int, x3: int,
@@ -97,51 +87,22 @@ def _get(type_: str) -> Native:
                 number = i32_at(ids + a * i0 + b * i1 + c * i2)
                 y = out + a * o1 + b * o2 + c * o3
                 if number < 0:
-                    zero(y, n)
+                    clear(y, n)
                 else:
-                    copy(y, x + number * x1 + b * x2 + c * x3, n)
+                    read(y, x, x1, x2, x3, number, b, c, n2, n)
 
         return run
 
-    return Native(f"get_rows_{type_}", "i" * 16, make)
-
-
-@cache
-def _get_tiled(type_: str) -> Native:
-    """As `_get`, from a weight in tiles: address, bytes of a tile, tiles, groups."""
-
-    def make() -> Callable[..., None]:
-        from pyggml.backends.cpu.native.memory import i32_at
-
-        decode, zero = decode_row(type_), _zero()
-
-        def run(
-            out: int, o1: int, o2: int, o3: int, x: int, tile: int, tiles: int, groups: int,
-            ids: int, i0: int, i1: int, i2: int, n: int, n1: int, n2: int, rows: int,
-            own: int, thread: int, threads: int,
-        ) -> None:  # fmt: skip
-            for row in range(rows * thread // threads, rows * (thread + 1) // threads):
-                a, b, c = row % n1, row // n1 % n2, row // n1 // n2
-                number = i32_at(ids + a * i0 + b * i1 + c * i2)
-                y = out + a * o1 + b * o2 + c * o3
-                if number < 0:
-                    zero(y, n)
-                else:
-                    matrix = x + (b + c * n2) * tiles * tile
-                    decode(matrix + number // 16 * tile, number % 16, groups, y)
-
-        return run
-
-    return Native(f"get_rows_tiled_{type_}", "i" * 16, make)
+    return Native(f"get_rows_{'tiled_' * tiled}{type_}", "i" * 16, make)
 
 
 def _get_refuses(node: Node) -> str | None:
     a = node["a"]
+    if a.dtype.name in READABLE:
+        return None if adjacent(a, node) else "get_rows needs rows whose elements are adjacent"
     if a.dtype.name in FORMS and may_be_tiled(node, "a"):
         return None
-    if a.dtype.name not in _PLAIN:
-        return f"get_rows does not read {a.dtype} here"
-    return None if adjacent(a, node) else "get_rows needs rows whose elements are adjacent"
+    return f"get_rows does not read {a.dtype} here"
 
 
 @kernel(ops.get_rows, types=None, refuses=_get_refuses)
@@ -149,25 +110,24 @@ def get_rows(call: Call) -> None:
     a, ids, out = call["a"], call["ids"], call.out
     check_ids(call, ids, a.ne[1])
     n, n1, n2, n3 = out.ne
-    sizes = n, n1, n2, n1 * n2 * n3
-    if a.type in _PLAIN:
-        call.add(_get(a.type), out.ptr, *out.nb[1:], a.ptr, *a.nb[1:], ids.ptr, *ids.nb[:3], *sizes)
-        return
-    tiles = tiles_of(TYPES[a.type], a.ne)
+    tiled, place = a.layout == LAYOUT, a.nb[1:]
+    if tiled:
+        tiles = tiles_of(TYPES[a.type], a.ne)
+        place = tiles.tile, tiles.tiles, tiles.groups
     call.add(
-        _get_tiled(a.type), out.ptr, *out.nb[1:], a.ptr, tiles.tile, tiles.tiles, tiles.groups,
-        ids.ptr, *ids.nb[:3], *sizes,
+        _get(a.type, tiled=tiled), out.ptr, *out.nb[1:], a.ptr, *place, ids.ptr, *ids.nb[:3],
+        n, n1, n2, n1 * n2 * n3,
     )  # fmt: skip
 
 
 @cache
-def _set(type_: str, ids_type: str) -> Native:
+def _set(source: str, target: str, ids_type: str) -> Native:
     """out[:, ids[i]] = x[:, i] for every matrix; ids repeat along both outer axes."""
 
     def make() -> Callable[..., None]:
         from pyggml.backends.cpu.native import memory
 
-        copy, id_at = _row("f32", type_), getattr(memory, f"{ids_type}_at")
+        write, id_at = convert(source, target), getattr(memory, f"{ids_type}_at")
 
         def run(
             out: int, o1: int, o2: int, o3: int, x: int, x1: int, x2: int, x3: int,
@@ -181,16 +141,16 @@ def _set(type_: str, ids_type: str) -> Native:
                 for a in range(n1):
                     number = id_at(ids + a * i0 + b % c1 * i1 + c % c2 * i2)
                     if number >= 0:
-                        copy(out + number * o1 + b * o2 + c * o3, x + a * x1 + b * x2 + c * x3, n)
+                        write(out + number * o1 + b * o2 + c * o3, x + a * x1 + b * x2 + c * x3, n)
 
         return run
 
-    return Native(f"set_rows_{type_}_{ids_type}", "i" * 18, make)
+    return Native(f"set_rows_{source}_{target}_{ids_type}", "i" * 18, make)
 
 
 def _set_refuses(node: Node) -> str | None:
-    if node.dtype.name not in _PLAIN or node["b"].dtype.name != "f32":
-        return f"set_rows does not write {node['b'].dtype} to {node.dtype} here"
+    if reason := refuses_types(node, node["b"]):
+        return reason
     if not adjacent(node["a"], node["b"]):
         return "set_rows needs rows whose elements are adjacent"
     return None
@@ -202,8 +162,8 @@ def set_rows(call: Call) -> None:
     check_ids(call, ids, out.ne[1])
     n, n1, n2, n3 = b.ne
     call.add(
-        _set(out.type, ids.type), out.ptr, *out.nb[1:], b.ptr, *b.nb[1:], ids.ptr, *ids.nb[:3],
-        n, n1, n2, n1 * n2 * n3, *ids.ne[1:3],
+        _set(b.type, out.type, ids.type), out.ptr, *out.nb[1:], b.ptr, *b.nb[1:], ids.ptr,
+        *ids.nb[:3], n, n1, n2, n1 * n2 * n3, *ids.ne[1:3],
     )  # fmt: skip
 
 
@@ -211,7 +171,7 @@ def set_rows(call: Call) -> None:
 
 
 def _copies() -> Callable[..., None]:
-    copy = _row("f32", "f32")
+    from pyggml.backends.cpu.row_loops import copy
 
     def run(
         out: int, o1: int, o2: int, o3: int, x: int, x1: int, x2: int, x3: int, n: int, n1: int,

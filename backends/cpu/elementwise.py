@@ -26,19 +26,27 @@ _UNARY = {
 
 
 @cache
-def _binary(instruction: str, *, scalar: bool) -> Native:
-    """out = a (op) b, rows of n; `scalar`: a row of b is one number."""
+def _rows(name: str, operands: int, *, scalar: bool = False) -> Native:
+    """out = f(a) or f(a, b), rows of n; `scalar`: a row of b is one number.
+
+    For one operand b is 0 with strides of 0.
+    """
 
     def make() -> Callable[..., None]:
+        from pyggml.backends.cpu.native import maths
         from pyggml.backends.cpu.native.emit import I64, Emitter, Row, emits, f32
 
         @emits(None, I64, I64, I64, I64)
-        def combine(e: Emitter, out: Any, a: Any, b: Any, n: Any) -> None:
+        def apply(e: Emitter, out: Any, a: Any, b: Any, n: Any) -> None:
             one = e.splat(e.load(f32, b)) if scalar else None
 
             def put(row: Row, offset: Any) -> None:
-                right = row.load(b, offset) if one is None else one
-                value = getattr(e.b, instruction)(row.load(a, offset), right)
+                left = row.load(a, offset)
+                if operands == 1:
+                    value = getattr(maths, name)(e, left)
+                else:
+                    right = row.load(b, offset) if one is None else one
+                    value = getattr(e.b, name)(left, right)
                 row.store(value, out, offset)
 
             e.row(n, put)
@@ -55,7 +63,7 @@ def _binary(instruction: str, *, scalar: bool) -> Native:
             for piece in range(pieces * thread // threads, pieces * (thread + 1) // threads):
                 row, first = piece // per_row, piece % per_row * PIECE
                 i1, i2, i3 = row % n1, row // n1 % n2, row // n1 // n2
-                combine(
+                apply(
                     out + i1 * o1 + i2 * o2 + i3 * o3 + first * 4,
                     a + i1 * a1 + i2 * a2 + i3 * a3 + first * 4,
                     b + i1 * b1 + i2 * b2 + i3 * b3 + first * step,
@@ -64,42 +72,7 @@ def _binary(instruction: str, *, scalar: bool) -> Native:
 
         return run
 
-    return Native(f"{instruction}_{scalar}", "i" * 16, make)
-
-
-@cache
-def _unary(name: str) -> Native:
-    """out = f(a), rows of n."""
-
-    def make() -> Callable[..., None]:
-        from pyggml.backends.cpu.native import maths
-        from pyggml.backends.cpu.native.emit import I64, Emitter, Row, emits
-
-        @emits(None, I64, I64, I64)
-        def apply(e: Emitter, out: Any, a: Any, n: Any) -> None:
-            def put(row: Row, offset: Any) -> None:
-                row.store(getattr(maths, name)(e, row.load(a, offset)), out, offset)
-
-            e.row(n, put)
-
-        def run(
-            out: int, o1: int, o2: int, o3: int, a: int, a1: int, a2: int, a3: int,
-            n: int, n1: int, n2: int, rows: int, own: int, thread: int, threads: int,
-        ) -> None:  # fmt: skip
-            per_row = (n + PIECE - 1) // PIECE
-            pieces = rows * per_row
-            for piece in range(pieces * thread // threads, pieces * (thread + 1) // threads):
-                row, first = piece // per_row, piece % per_row * PIECE
-                i1, i2, i3 = row % n1, row // n1 % n2, row // n1 // n2
-                apply(
-                    out + i1 * o1 + i2 * o2 + i3 * o3 + first * 4,
-                    a + i1 * a1 + i2 * a2 + i3 * a3 + first * 4,
-                    min(PIECE, n - first),
-                )
-
-        return run
-
-    return Native(name, "i" * 12, make)
+    return Native(f"rows_{name}{'_scalar' * scalar}", "i" * 16, make)
 
 
 def _refuses(node: Node) -> str | None:
@@ -108,23 +81,21 @@ def _refuses(node: Node) -> str | None:
     return row_refusal(node)
 
 
-def _outer(x: Operand) -> tuple[int, int, int, int]:
-    """Arguments: elements of a row, sizes of two axes, rows."""
-    n, n1, n2, n3 = x.ne
-    return n, n1, n2, n1 * n2 * n3
+def _add(call: Call, native: Native, *operands: Operand) -> None:
+    out = call.out
+    places = [v for x in (out, *operands) for v in (x.ptr, *strides(x, out))]
+    places += [0] * (12 - len(places))
+    n, n1, n2, n3 = out.ne
+    call.add(native, *places, n, n1, n2, n1 * n2 * n3)
 
 
 def _combine(call: Call) -> None:
-    a, b, out = call["a"], call["b"], call.out
-    native = _binary(_BINARY[call.node.op], scalar=b.ne[0] == 1)
-    operands = (v for x in (out, a, b) for v in (x.ptr, *strides(x, out)))
-    call.add(native, *operands, *_outer(out))
+    a, b = call["a"], call["b"]
+    _add(call, _rows(_BINARY[call.node.op], 2, scalar=b.ne[0] == 1), a, b)
 
 
 def _apply(call: Call) -> None:
-    a, out = call["a"], call.out
-    operands = (v for x in (out, a) for v in (x.ptr, *strides(x, out)))
-    call.add(_unary(_UNARY[call.node.op]), *operands, *_outer(out))
+    _add(call, _rows(_UNARY[call.node.op], 1), call["a"])
 
 
 for _op in _BINARY:

@@ -16,9 +16,9 @@ from pyggml.node import Node
 def _softmax() -> Callable[..., None]:
     from pyggml.backends.cpu import attention_blocks as blocks
     from pyggml.backends.cpu.native.memory import f32_at, put_f32, stack
+    from pyggml.backends.cpu.row_loops import copy, rescale
 
-    copy, rescale, stats_of = blocks.copy, blocks.rescale, stack(8)
-    soften = blocks.soften(hides=False)
+    soften, stats_of = blocks.soften(hides=False), stack(8)
 
     def run(
         out: int, o1: int, o2: int, o3: int, x: int, x1: int, x2: int, x3: int, mask: int,

@@ -5,6 +5,10 @@ from __future__ import annotations
 from pyggml.backends.cpu.table import Operand
 from pyggml.node import Node
 
+#: Types of rows that native kernels read and write. (Weights in tiles are another matter.)
+READABLE = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl")
+WRITABLE = tuple(name for name in READABLE if name != "iq4_nl")  # whose encoder is a search
+
 
 def adjacent(*nodes: Node | None) -> bool:
     """Whether the elements of each row are next to each other in memory."""

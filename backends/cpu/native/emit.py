@@ -182,13 +182,13 @@ class Emitter:
 
     def total(self, value: Value) -> Value:
         """The sum of the lanes, in pairs of halves."""
-        return self._reduced(value, self.b.fadd)
+        return self.reduced(value, self.b.fadd)
 
     def total_int(self, value: Value) -> Value:
-        return self._reduced(value, self.b.add)
+        return self.reduced(value, self.b.add)
 
     def largest(self, value: Value) -> Value:
-        return self._reduced(value, self.maximum)
+        return self.reduced(value, self.maximum)
 
     def totals(self, values: Sequence[Value]) -> Value:
         """A vector whose lanes are the sums of the lanes of 16 vectors."""
@@ -200,7 +200,8 @@ class Emitter:
             ]
         return values[0]
 
-    def _reduced(self, value: Value, combine: Callable[[Value, Value], Value]) -> Value:
+    def reduced(self, value: Value, combine: Callable[[Value, Value], Value]) -> Value:
+        """All lanes combined, in pairs of halves."""
         lanes = value.type.count
         while lanes > 1:
             lanes //= 2

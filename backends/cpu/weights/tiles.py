@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from pyggml.backends.cpu.native.pool import pool
 from pyggml.backends.cpu.native.program import packed
+from pyggml.backends.cpu.rows import READABLE
 from pyggml.backends.cpu.weights.forms import FORMS, tiles_of
 from pyggml.backends.cpu.weights.repack import repack
 from pyggml.backends.host_memory import address_of, allocated
@@ -42,11 +43,15 @@ def may_be_tiled(node: Node, *names: str) -> bool:
 
 
 def ready(node: Node, layouts: Layouts) -> bool:
-    """Whether the operands of block types that the node's kernel needs in tiles are stored so."""
+    """Whether the weights that the node's kernel needs in tiles are stored so. Caches have rows of
+    blocks, and get_rows reads those too."""
+    if node.op is get_rows and node["a"].dtype.name in READABLE:
+        return True
+    names = {"a"} if node.op is get_rows else set(node.op.weights)
     return all(
         source in layouts and layouts[source].name == LAYOUT
-        for source in node.src
-        if source is not None and source.dtype.name in FORMS
+        for source in (node[name] for name in names)
+        if source.dtype.name in FORMS
     )
 
 
