@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from numpy.typing import NDArray
 
@@ -189,6 +189,14 @@ class Backend(Protocol):
     def abandon(self) -> None:
         """Clean up after an error: wait for all queued work, and drop copies by `send` that nobody
         has waited for, so that none arrives later."""
+
+
+@runtime_checkable
+class KeepsDecoded(Protocol):
+    """A backend that can keep weights decoded (`compile(decode_weights=True)`)."""
+
+    def decoded_layout(self, constant: Node, uses: Collection[Node]) -> WeightLayout:
+        """`weight_layout` for that; plain for a constant that it cannot or need not decode."""
 
 
 def host_values(backend: Backend, at: Address, spec: Spec) -> NDArray[Any]:

@@ -14,13 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml.backends.step import Address
-from pyggml.dtypes import TYPES, DType
+from pyggml.dtypes import F32, TYPES, DType
 from pyggml.errors import OutOfMemoryError, PyggmlError
 from pyggml.spec import Spec
 
 #: Bytes; blocks of memory, tensors with their own place in an arena and arrays of scratch start at
 #: multiples of it.
 ALIGNMENT = 64
+
+#: The layout of a weight of another type that is stored as f32.
+DECODED = "f32"
 
 Raw = NDArray[Any]
 Floats = NDArray[np.float32]
@@ -102,6 +105,8 @@ class Scratch:
 
 def array_at(at: Address, spec: Spec) -> Array:
     """The four-dimensional array (or `Packed`) at an address."""
+    if at.layout == DECODED:
+        at, spec = _as_f32(at, spec)
     dtype, ne, nb = spec.dtype, spec.ne, at.nb
     outer = (ne[3], ne[2], ne[1])
     steps = (nb[3], nb[2], nb[1])
@@ -111,6 +116,15 @@ def array_at(at: Address, spec: Spec) -> Array:
         return Packed(dtype, _strided((*outer, ne[0]), np.uint16, at, (*steps, nb[0])), ne)
     shape = (*outer, ne[0] // dtype.block, dtype.nbytes)
     return Packed(dtype, _strided(shape, np.uint8, at, (*steps, nb[0], 1)), ne)
+
+
+def _as_f32(at: Address, spec: Spec) -> tuple[Address, Spec]:
+    """The address and the type of a decoded weight, or of a view of one, whose offset and strides
+    are planned for the weight's own type."""
+    block, nbytes = spec.dtype.block, spec.dtype.nbytes
+    offset, *nb = (n // nbytes * block * F32.nbytes for n in (at.offset, *at.nb))
+    nb0 = F32.nbytes if block > 1 else nb[0]
+    return Address(at.buffer, offset, (nb0, nb[1], nb[2], nb[3])), Spec(F32, spec.ne, spec.rank)
 
 
 def _strided(

@@ -13,6 +13,7 @@ from pyggml.backends.host_memory import Array, Raw, Scratch, raw_of, shape_of
 from pyggml.backends.numpy.arrays import Work, codec_bytes, decoded, work_of
 from pyggml.backends.numpy.blas import blas_view, has_blas_view
 from pyggml.backends.numpy.gather import IDS, gather
+from pyggml.backends.numpy.products import row_products
 from pyggml.backends.numpy.table import kernel
 from pyggml.backends.numpy.tiling import TILE, scratch_bytes, shaped, split
 from pyggml.dtypes import F32, DType
@@ -90,7 +91,7 @@ def mul_mat(out: Raw, a: Array, b: Array, *, scratch: Scratch, prec: str, dtype:
         xs, y = _together(xs), _together(y)
     wide = out.dtype == np.float32
     if w is not None and x is not None and wide:
-        np.matmul(xs, w[:, None, :, None].swapaxes(-1, -2), out=y)
+        row_products(xs, w[:, None, :, None], y)
         return
 
     tile, rows, n = _head_tile(m, k, heads), tile_rows(m, k), xs.shape[4]
@@ -112,7 +113,7 @@ def mul_mat(out: Raw, a: Array, b: Array, *, scratch: Scratch, prec: str, dtype:
                 w_tile = w[i3, matrices, r]
             target = y[i3, :, matrices, :, column, r]
             result = target if wide else shaped(product, *target.shape)
-            np.matmul(part, w_tile[:, None].swapaxes(-1, -2), out=result)
+            row_products(part, w_tile[:, None], result)
             if not wide:
                 np.copyto(target, result, casting="unsafe")
 
@@ -190,7 +191,7 @@ def by_expert(
                 ys = [shaped(p, len(token), r.stop - r.start) for p in products]
                 for matrix, y in zip(experts, ys):
                     w = weights_at(matrix, (0, expert, r), weights, work)
-                    np.matmul(x, w.T, out=y)
+                    row_products(x, w, y)
                 out[0][token, slot, r] = finish(ys)
 
 

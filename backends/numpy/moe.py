@@ -13,6 +13,7 @@ from pyggml.backends.numpy.arrays import codec_bytes, decoded, work_of
 from pyggml.backends.numpy.blas import blas_view, has_blas_view
 from pyggml.backends.numpy.elementwise import ACTIVATIONS
 from pyggml.backends.numpy.linear import BATCH, by_expert, expert_scratch, tile_rows, weights_at
+from pyggml.backends.numpy.products import row_products
 from pyggml.backends.numpy.reduce import first_ids, ids_of, sort_keys
 from pyggml.backends.numpy.table import kernel
 from pyggml.backends.numpy.tiling import PIECE, pieces, scratch_bytes, shaped, split
@@ -128,8 +129,8 @@ def fused_up_gate(
             x = decoded(b_type, x, converted, work)
         for r in split(m, rows):
             y = out[i3, i2, c, r]
-            np.matmul(x, weights_at(gate, (0, 0, r), weights, work).T, out=y)
+            row_products(x, weights_at(gate, (0, 0, r), weights, work), y)
             up_part = shaped(up_memory, *y.shape)
-            np.matmul(x, weights_at(up, (0, 0, r), weights, work).T, out=up_part)
+            row_products(x, weights_at(up, (0, 0, r), weights, work), up_part)
             ACTIVATIONS[act](y, y, shaped(spare, *y.shape))
             y *= up_part

@@ -16,6 +16,7 @@ import numpy as np
 
 from pyggml.backends.host_memory import Floats, Raw
 from pyggml.backends.numpy.masks import Mask
+from pyggml.backends.numpy.products import row_products
 from pyggml.backends.numpy.reduce import FLOOR
 from pyggml.backends.numpy.tiling import PIECE, shaped, split
 
@@ -117,7 +118,7 @@ class OnlineSoftmax:
         """
         queries = self.shape[1]
         scores = shaped(self.memory.scores, len(k), self.rows, k.shape[1])
-        np.matmul(self.q[g], k.swapaxes(1, 2), out=scores)
+        row_products(self.q[g], k, scores)
         if cap:
             np.tanh(scores, out=scores)
             scores *= np.float32(cap)
@@ -143,7 +144,7 @@ class OnlineSoftmax:
         self.total[g] *= self.shrink[g]
         self.total[g] += self.block_total[g]
         products = shaped(self.memory.products, len(k), self.rows, v.shape[2])
-        np.matmul(scores, v, out=products)
+        row_products(scores, v.swapaxes(1, 2), products)
         if mask is not None and not np.isfinite(products.sum()):
             self._weight_visible(products, scores, v, mask, head)
         self.sums[g] *= self.shrink[g]
@@ -162,7 +163,7 @@ class OnlineSoftmax:
             odd = np.flatnonzero(~np.isfinite(values.sum(axis=1)))
             odd_values = values[odd]
             values[odd] = 0
-            np.matmul(w, values, out=x)
+            row_products(w, values.T, x)
             for j, row in zip(odd, odd_values):
                 rows = np.flatnonzero(mask.visible(heads, int(j)))
                 for s in split(len(rows), max(1, PIECE // len(row))):

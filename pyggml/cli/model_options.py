@@ -70,6 +70,8 @@ def add_model_options(
     add("--backend", metavar="PLACES", type=_places, default="auto",
         help="places in order of preference, separated by commas (default: auto, which is cuda if "
         "there is a GPU, then cpu if numba is installed, else numpy)")  # fmt: skip
+    add("--decode-weights", action="store_true",
+        help="keep weights on numpy as f32: faster, but 4 bytes a weight")  # fmt: skip
     add("-ngl", type=options.natural, metavar="N",
         help="put only the last N layers on the first place, and the others on the host; the head "
         "counts as the last layer (default: all)")  # fmt: skip
@@ -112,7 +114,13 @@ def open_model(args: argparse.Namespace) -> Iterator[Model]:
     """The model of -m. Its file is open inside the block."""
     from pyggml.models.model import load
 
-    model = load(args.m, backends=args.backend, amb=args.amb, **graph_options(args))
+    model = load(
+        args.m,
+        backends=args.backend,
+        amb=args.amb,
+        decode_weights=args.decode_weights,
+        **graph_options(args),
+    )
     try:
         tied = "output" not in model.weights
         pins = layer_pins(args.ngl, model.arch.n_layer, args.backend, tied=tied)

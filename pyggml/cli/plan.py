@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pyggml import gguf
+from pyggml import backends, gguf
 from pyggml.cli.model_options import (
     N_BATCH,
     N_CTX,
@@ -34,7 +34,6 @@ from pyggml.cli.model_options import (
     pins_of,
 )
 from pyggml.errors import DeviceError
-from pyggml.generate.division import HOST
 from pyggml.generate.fit import BUDGETS, Line, Planner, Setup, fit, lines
 from pyggml.models.batch import Options
 from pyggml.models.model import Model
@@ -82,7 +81,8 @@ class Result:
 def run(args: argparse.Namespace) -> int:
     places = places_of(args)
     with gguf.open(args.m, allow_missing_data=True) as file:
-        model = Model(file, options=Options(**graph_options(args)))
+        options = Options(**graph_options(args))
+        model = Model(file, decode_weights=args.decode_weights, options=options)
         planner = _planner(model, places, args)
         setup = _setup(planner, args)
         memory = planner.memory(setup)
@@ -100,12 +100,12 @@ def places_of(args: argparse.Namespace) -> list[Place]:
     places: list[Place] = []
     for text in args.device:
         name, _, rest = text.partition(":")
-        name = HOST if name == "host" else name
-        if rest and not rest.split(":")[0].isdecimal() and name != HOST:
+        name = backends.on_host() if name == "host" else name
+        if rest and not rest.split(":")[0].isdecimal() and name not in backends.HOSTS:
             rest = f"{count[name]}:{rest}"
         place = parse(f"{name}:{rest}" if rest else name)
-        if any(place.backend is other.backend for other in places):
-            raise DeviceError(f"--device {text}: {place.backend.place} is there twice")
+        if any(place.backend.device == other.backend.device for other in places):
+            raise DeviceError(f"--device {text}: {place.backend.device} is there twice")
         count[name] += 1
         places.append(place)
     return places
@@ -134,6 +134,8 @@ def _setup(planner: Planner, args: argparse.Namespace) -> Setup:
 def command_of(args: argparse.Namespace, planner: Planner, setup: Setup) -> str:
     """The command that runs a session with this memory."""
     words = ["pyggml", "run", "-m", args.m, "-c", str(setup.n_ctx), "-ub", str(setup.n_batch)]
+    if args.decode_weights:
+        words.append("--decode-weights")
     if setup.amb is not None:
         words += ["-amb", f"{setup.amb:g}"]
     for name, default in _SAME.items():

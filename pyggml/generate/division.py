@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import accumulate
 
+from pyggml.backends import HOSTS
 from pyggml.models.model import Model
 from pyggml.runtime.places import Place
 
-#: The backend that has the host's memory.
-HOST = "numpy"
 
-
-def expert_pins(n_layer: int) -> dict[str, str]:
-    """Pins that put the experts of the first `n_layer` layers on the host, as --n-cpu-moe does."""
+def expert_pins(n_layer: int, host: str) -> dict[str, str]:
+    """Pins that put the experts of the first `n_layer` layers on `host`, as --n-cpu-moe does."""
     if not n_layer:
         return {}
-    return {rf"^blk\.({either(range(n_layer))})\.ffn_\w+_exps\.": HOST}
+    return {rf"^blk\.({either(range(n_layer))})\.ffn_\w+_exps\.": host}
 
 
 def layer_pins(
@@ -37,7 +35,7 @@ def layer_pins(
     host_experts  the experts of the first layers do not count: they are on the host
     host_layers   layers that are on the host as a whole
     """
-    devices = [place for place in places if place.name != HOST]
+    devices = [place for place in places if place.name not in HOSTS]
     if len(devices) < 2:
         return {}
     layers = [il for il in range(model.arch.n_layer) if il not in host_layers]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
+from pyggml.backends import HOSTS, on_host
 from pyggml.errors import BudgetError, OutOfMemoryError
-from pyggml.generate.division import HOST, expert_bytes, expert_pins, joined, layer_pins
+from pyggml.generate.division import expert_bytes, expert_pins, joined, layer_pins
 from pyggml.generate.session import Session
 from pyggml.models.model import Model
 from pyggml.runtime.memory import DeviceMemory, Memory, mib
@@ -55,7 +56,7 @@ def lines(memory: Memory, places: Sequence[Place]) -> list[Line]:
     drivers = {place.backend.place: place.backend.driver_bytes for place in places}
     pinned = sum(row.staging for row in memory.devices)
     return [
-        Line(row, drivers.get(row.device, 0), pinned if row.device == HOST else 0)
+        Line(row, drivers.get(row.device, 0), pinned if row.device in HOSTS else 0)
         for row in memory.devices
     ]
 
@@ -80,6 +81,7 @@ class Planner:
     places       devices in order; at most one is the host
     pins         come before those that divide the layers
     host_layers  layers that are on the host as a whole
+    host         the place in the host's memory, if there is one
     n_plans      plans compiled so far
     """
 
@@ -92,15 +94,17 @@ class Planner:
     ) -> None:
         self.model, self.places, self.host_layers = model, places, host_layers
         self.pins = pins
+        self.host = next((place for place in places if place.name in HOSTS), None)
         self.n_plans = 0
         self._memory: dict[Setup, Memory] = {}
 
     def pins_of(self, setup: Setup) -> dict[str, str]:
+        host = self.host.name if self.host is not None else on_host()
         divided = layer_pins(
             self.model, self.places, n_ctx=setup.n_ctx, n_batch=setup.n_batch,
             host_experts=setup.host_experts, host_layers=self.host_layers,
         )  # fmt: skip
-        return joined(self.pins, expert_pins(setup.host_experts), divided)
+        return joined(self.pins, expert_pins(setup.host_experts, host), divided)
 
     def session(self, setup: Setup) -> Session:
         model = copy.copy(self.model)
@@ -141,7 +145,9 @@ def fit(
     if planner.excess(best) <= 0:
         return best
     batches = [b for b in BATCHES if b < best.n_batch] + [best.n_batch]
-    setup = replace(best, n_batch=batches[0], amb=budgets[0], host_experts=_most_experts(planner))
+    setup = replace(
+        best, n_batch=batches[0], amb=budgets[0], host_experts=_most_experts(planner, best)
+    )
     setup, budgets = _least_budget(planner, setup, budgets)
     setup = _largest_context(planner, setup)
 
@@ -159,17 +165,19 @@ def _fits(planner: Planner, setup: Setup) -> bool:
         return False
 
 
-def _most_experts(planner: Planner) -> int:
-    """How many layers' experts the host can take."""
-    host = next((place for place in planner.places if place.name == HOST), None)
-    if host is None or len(planner.places) == 1:
+def _most_experts(planner: Planner, setup: Setup) -> int:
+    """How many layers' experts the host can take, in the layout in which it holds them."""
+    host, n_layer = planner.host, planner.model.arch.n_layer
+    if host is None or len(planner.places) == 1 or not sum(expert_bytes(planner.model)):
         return 0
-    total = 0
-    for il, nbytes in enumerate(sizes := expert_bytes(planner.model)):
-        total += nbytes
-        if host.size is not None and total > host.size - HOST_ROOM:
-            return il
-    return len(sizes) if total else 0
+
+    def fits(n: int) -> bool:
+        with warnings.catch_warnings(action="ignore"):
+            memory = planner.memory(replace(setup, amb=None, host_experts=n))
+        weights = sum(row.weights for row in memory.devices if row.device in HOSTS)
+        return host.size is None or weights <= host.size - HOST_ROOM
+
+    return _largest(n_layer, fits)
 
 
 def _least_budget(
@@ -215,10 +223,15 @@ def _largest_context(planner: Planner, setup: Setup) -> Setup:
 
 def _last(planner: Planner, setups: Sequence[Setup]) -> Setup:
     """The last setup that fits, by bisection; the first one is known to."""
-    if _fits(planner, setups[-1]):
-        return setups[-1]
-    low, high = 0, len(setups) - 1
+    return setups[_largest(len(setups) - 1, lambda n: _fits(planner, setups[n]))]
+
+
+def _largest(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest number up to `most` that fits, by bisection; 0 does in any case."""
+    if fits(most):
+        return most
+    low, high = 0, most
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if _fits(planner, setups[middle]) else (low, middle)
-    return setups[low]
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

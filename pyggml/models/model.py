@@ -35,7 +35,7 @@ class Model:
     arch      its architecture: the hyperparameters
     weights   its tensors as constants
     store     the memory of its weights, shared by all sessions
-    backends, amb, pins   as in `compile`
+    backends, amb, pins, decode_weights   as in `compile`
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class Model:
         backends: Sequence[str] = ("numpy",),
         amb: float | None = None,
         pins: Mapping[str, str] | None = None,
+        decode_weights: bool = False,
         options: Options | None = None,
     ) -> None:
         name = file.fields.get("general.architecture")
@@ -58,6 +59,7 @@ class Model:
         self.options = options or Options()
         self.weights = Weights(file, all_sizes(self.arch))
         self.backends, self.amb, self.pins = tuple(backends), amb, pins
+        self.decode_weights = decode_weights
         self.store = Store()
 
     def __repr__(self) -> str:
@@ -137,6 +139,7 @@ class Model:
             amb=self.amb,
             pins=self.pins,
             store=store,
+            decode_weights=self.decode_weights,
         )
 
 
@@ -146,6 +149,7 @@ def load(
     backends: Sequence[str] | None = None,
     amb: float | None = None,
     pins: Mapping[str, str] | None = None,
+    decode_weights: bool = False,
     **options: Any,
 ) -> Model:
     """Open a GGUF file as a model. Weights are uploaded when the first session runs.
@@ -156,6 +160,8 @@ def load(
 
     backends  places in order of preference; by default a CUDA device if there is one, else NumPy
     amb, pins as in `compile`: the attention memory budget in MiB, and label pattern -> place
+    decode_weights
+              as in `compile`: True keeps weights on NumPy as f32
     options   flash=, fused=, mla=, prec=, cache_k=, cache_v= (see `Options`)
     Errors: GGUFError for a file that is not complete and well-formed, or has an architecture, keys
     or tensors that pyggml does not know.
@@ -163,7 +169,14 @@ def load(
     file = gguf.open(path)
     try:
         where = preferred() if backends is None else backends
-        return Model(file, backends=where, amb=amb, pins=pins, options=Options(**options))
+        return Model(
+            file,
+            backends=where,
+            amb=amb,
+            pins=pins,
+            decode_weights=decode_weights,
+            options=Options(**options),
+        )
     except BaseException:
         file.close()
         raise

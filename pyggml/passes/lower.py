@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
-from pyggml.backends.base import Backend
+from pyggml.backends.base import Backend, KeepsDecoded
 from pyggml.backends.step import (
     BodyPlan,
     Layouts,
@@ -65,6 +65,8 @@ def _layout(work: Work, constant: Node, uses: Sequence[Node]) -> WeightLayout:
     readers = {work.home(use) for use in uses if use.op.view is None}
     if any(other is not home and other.device == home.device for other in readers):
         return WeightLayout(constant.spec.nbytes)
+    if work.decode_weights and isinstance(home, KeepsDecoded):
+        return home.decoded_layout(origin(constant), uses)
     return home.weight_layout(origin(constant), uses)
 
 

@@ -87,6 +87,7 @@ class Work:
     pins       label pattern and the backend of what it matches; the first match counts
     settled    where the store has states, by name
     amb        the attention memory budget in bytes, or None
+    decode_weights  whether weights are kept decoded on backends that can
     fuse       whether backends may compute several nodes in one step
     homes      where nodes run. Views are where their base is, other nodes on the first backend
     expanded   nodes that simpler ops replaced
@@ -106,6 +107,7 @@ class Work:
     settled: Mapping[str, Backend] = field(default_factory=dict)
     amb: float | None = None
     fuse: bool = True
+    decode_weights: bool = False
     homes: Mapping[Node, Backend] = field(default_factory=dict)
     expanded: tuple[Expanded, ...] = ()
     scores: frozenset[Node] = frozenset()

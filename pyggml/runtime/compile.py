@@ -9,8 +9,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from numbers import Real
 
-from pyggml.backends.base import Backend
-from pyggml.errors import DTypeError, GraphError, ShapeError, StateWarning, UnknownNameError
+from pyggml.backends.base import Backend, KeepsDecoded
+from pyggml.errors import (
+    DeviceError,
+    DTypeError,
+    GraphError,
+    ShapeError,
+    StateWarning,
+    UnknownNameError,
+)
 from pyggml.graph import Graph
 from pyggml.node import Node, labels, line_of
 from pyggml.passes.work import Pins, Work
@@ -32,6 +39,7 @@ def compile(
     observe: Iterable[str] = (),
     updates: Iterable[Node] = (),
     fuse: bool = True,
+    decode_weights: bool = False,
 ) -> Plan:
     """Plan the graph that computes `outputs`. Allocates no device memory and changes no store.
 
@@ -46,13 +54,18 @@ def compile(
     updates   handles of state writes that no output depends on
     fuse      False runs each node as its own step: results that differ from those with fusions
               show that one of them is wrong. NumPy and null have no fusions
+    decode_weights
+              True keeps weights on NumPy as f32: products are faster, and a weight takes 4 bytes an
+              element, which the plan's memory counts. bind decodes them
     Errors: UnsupportedOpError if no place runs a node; BudgetError if `amb` is too small and
     ShapeError if it is not a number above 0; GraphError for states and names; DeviceError for a
-    malformed place; UnknownNameError for an unknown backend or an `observe` pattern without a
-    match; DTypeError for arguments of the wrong type.
+    malformed place, and for decode_weights=True if no place keeps weights decoded;
+    UnknownNameError for an unknown backend or an `observe` pattern without a match; DTypeError for
+    arguments of the wrong type.
     """
-    if not isinstance(fuse, bool):
-        raise DTypeError(f"fuse= must be True or False, not {fuse!r}")
+    for name, value in (("fuse", fuse), ("decode_weights", decode_weights)):
+        if not isinstance(value, bool):
+            raise DTypeError(f"{name}= must be True or False, not {value!r}")
     all_places, patterns = _places(backends, pins or {})
     budget = _budget_bytes(amb)
     store = store if store is not None else Store()
@@ -64,7 +77,12 @@ def compile(
     for text in stale_reads(graph):
         warnings.warn(text, StateWarning, stacklevel=2)
     devices = tuple(place.backend for place in all_places)
-    work = Work(graph, devices, patterns, amb=budget, fuse=fuse)
+    if decode_weights and not any(isinstance(device, KeepsDecoded) for device in devices):
+        raise DeviceError(
+            f"decode_weights=True: {', '.join(device.place for device in devices)} cannot keep "
+            "weights decoded; numpy can"
+        )
+    work = Work(graph, devices, patterns, amb=budget, fuse=fuse, decode_weights=decode_weights)
     sizes = {place.backend.device: place for place in all_places if place.size is not None}
     request = Request(work, sizes)
     return Plan(request, request.plan(store), store)

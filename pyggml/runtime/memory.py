@@ -9,7 +9,7 @@ from typing import Any
 from pyggml.node import label_of
 from pyggml.passes.work import Work
 from pyggml.runtime.leaves import Need
-from pyggml.runtime.places import Place
+from pyggml.runtime.places import Place, parse
 from pyggml.transfer import origin
 
 
@@ -109,15 +109,15 @@ class Memory:
         Plans share leaves, and on each device the largest arena and workspace.
         """
         needs = {need.key: need for _, each in plans for need in each}.values()
-        by_place: dict[str, list[DeviceMemory]] = {}
+        by_device: dict[str, list[DeviceMemory]] = {}
         for memory, _ in plans:
             for row in memory.devices:
-                by_place.setdefault(row.device, []).append(row)
+                by_device.setdefault(parse(row.device).backend.device, []).append(row)
         rows = []
-        for place, same in by_place.items():
+        for device, same in by_device.items():
             largest = max(same, key=lambda row: row.compute)
             sizes: dict[str, Any] = _leaf_bytes(
-                [need for need in needs if need.backend.place == place]
+                [need for need in needs if need.backend.device == device]
             )
             sizes |= {
                 name: max(getattr(row, name) for row in same)

@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 
+from pyggml import gguf
+from pyggml.backends import on_host
 from pyggml.cli import main, parser_of
-from pyggml.cli.model_options import open_model
+from pyggml.cli.model_options import layer_pins, open_model
 from pyggml.errors import DeviceError
+from pyggml.models.model import Model
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 Streams = pytest.CaptureFixture[str]
@@ -49,6 +52,7 @@ def test_devices_are_numbered(header: Path, capsys: Streams) -> None:
     for wrong in (
         ["cuda:1:1GiB", "cuda:1:2GiB"],
         ["host:1GiB", "host:2GiB"],
+        ["cpu:1GiB", "numpy:2GiB"],
         ["cuda:big"],
         ["x:1GiB"],
     ):
@@ -98,6 +102,38 @@ def test_what_fit_chooses_fits_with_the_plan_for_one_token(tmp_path: Path, capsy
     devices = ["--device", "cuda:4GiB", "--device", "host:100GiB"]
     report = plan(capsys, "-m", path, *devices, "--fit")
     assert report["fits"] and report["host_experts"] and report["n_ctx"] > 65536
+
+
+@pytest.mark.parametrize(
+    ("place", "decoded"), [("numpy", False), ("numpy", True), ("cpu", False), ("host", False)]
+)
+def test_weights_of_the_host_are_those_of_its_backend(
+    tmp_path: Path, capsys: Streams, place: str, decoded: bool
+) -> None:
+    """As in the file, as f32, or in tiles; "host" is the backend that `auto` would take."""
+    path = str(tmp_path / "t.gguf")
+    assert main(["synth", path, "--preset", "tiny", "--layers", "3", "--type", "q4_0"]) == 0
+    capsys.readouterr()
+    words = ["-m", path, "-c", "256", "-ub", "32", *["--decode-weights"] * decoded]
+    devices = ["--device", "null:1GiB", "--device", f"{place}:4GiB", "-ngl", "2"]
+    name = on_host() if place == "host" else place
+    row = next(r for r in plan(capsys, *words, *devices)["devices"] if r["device"] == name)
+    with gguf.open(path) as file:
+        pins = layer_pins(2, 3, ["null", name], tied=False)
+        model = Model(file, backends=["null", name], pins=pins, decode_weights=decoded)
+        expected = next(r for r in model.session(256, 32).memory().devices if r.device == name)
+        in_file = sum(
+            t.nbytes for n, t in file.tensors.items() if n.startswith(("blk.0.", "blk.1."))
+        )
+    assert row["weights"] == expected.weights
+    assert (row["weights"] > 5 * in_file) == decoded
+    assert (row["weights"] == in_file) == (name == "numpy" and not decoded)
+
+
+def test_decoded_weights_need_numpy(header: Path, capsys: Streams) -> None:
+    words = ["plan", "-m", str(header), "--device", "null:1GiB", "--decode-weights"]
+    assert main(words) == 1
+    assert "null:0 cannot keep weights decoded; numpy can" in capsys.readouterr().err
 
 
 def test_layers_on_the_host(header: Path, capsys: Streams) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from pyggml import gguf
+from pyggml.backends import on_host
 from pyggml.errors import BudgetError, OutOfMemoryError
-from pyggml.generate.division import either, expert_pins, layer_pins
-from pyggml.generate.fit import Planner, Setup, fit, lines, memory
+from pyggml.generate.division import either, expert_bytes, expert_pins, layer_pins
+from pyggml.generate.fit import HOST_ROOM, Planner, Setup, fit, lines, memory
 from pyggml.generate.plans import KV_STEP, padded_rows
 from pyggml.models.batch import Options
 from pyggml.models.model import Model
@@ -24,6 +25,7 @@ from pyggml.runtime.leaves import Leaf
 from pyggml.runtime.places import Place, parse
 
 SIX = replace(TINY, n_block=6)
+NEEDS_CPU = pytest.mark.skipif(on_host() != "cpu", reason="pyggml doctor says what is missing")
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +44,9 @@ def opened(folder: Path, name: str, **options: Any) -> Model:
 
 
 def allocated(leaves: Iterable[Leaf]) -> int:
-    """The bytes of their blocks on a device; the host reads weights where they are."""
+    """The bytes of their blocks. On the host, a block may be rows in the file's memory map."""
     blocks = {
-        id(leaf.at.buffer): leaf.spec.nbytes
+        id(leaf.at.buffer): leaf.at.buffer.nbytes
         if leaf.backend.device == "host"
         else len(leaf.at.buffer.data)
         for leaf in leaves
@@ -55,15 +57,21 @@ def allocated(leaves: Iterable[Leaf]) -> int:
 @pytest.mark.parametrize("flash", [True, False])
 @pytest.mark.parametrize("name", ["deepseek2", "gpt-oss"])
 @pytest.mark.parametrize(
-    ("backends", "pins"),
-    [(("numpy",), None), (("null:0",), None), (("null:0", "numpy"), {"ffn_.*_exps": "numpy"}),
-     (("null:0", "null:1"), {r"(blk\.[12]\.|cache_\w+_l[12]$)": "null:1"})],
+    ("backends", "pins", "decoded"),
+    [(("numpy",), None, False), (("numpy",), None, True),
+     pytest.param(("cpu",), None, False, marks=NEEDS_CPU),
+     pytest.param(("cpu", "numpy"), {"ffn_|cache_": "numpy"}, True, marks=NEEDS_CPU),
+     (("null:0",), None, False),
+     (("null:0", "numpy"), {"ffn_.*_exps": "numpy"}, False),
+     (("null:0", "numpy"), {"ffn_.*_exps": "numpy"}, True),
+     pytest.param(("null:0", "cpu"), {"ffn_.*_exps": "cpu"}, False, marks=NEEDS_CPU),
+     (("null:0", "null:1"), {r"(blk\.[12]\.|cache_\w+_l[12]$)": "null:1"}, False)],
 )  # fmt: skip
 def test_a_session_uses_what_the_plan_says(
-    folder: Path, name: str, backends: Any, pins: Any, flash: bool
+    folder: Path, name: str, backends: Any, pins: Any, decoded: bool, flash: bool
 ) -> None:
     """Memory of a header, against the blocks that a session of the whole file allocated."""
-    arguments = {"backends": backends, "pins": pins, "flash": flash}
+    arguments = {"backends": backends, "pins": pins, "flash": flash, "decode_weights": decoded}
     planned = memory(opened(folder, f"{name}-header", **arguments), 24, 8)
     model = opened(folder, name, **arguments)
     session = model.session(24, 8)
@@ -73,7 +81,7 @@ def test_a_session_uses_what_the_plan_says(
         session.forward([1])
     leaves = session.store._leaves
     for row in planned.devices:
-        device = "host" if row.device == "numpy" else row.device
+        device = parse(row.device).backend.device
         tables = model.store.shared.weights, leaves.states, leaves.inputs
         expected = [
             allocated(leaf for leaf in table.values() if leaf.backend.device == device)
@@ -83,7 +91,7 @@ def test_a_session_uses_what_the_plan_says(
         assert row.compute == session.store.arenas[device].nbytes
         assert row.total == sum(expected) + row.compute
     assert set(session.store.arenas) == {
-        "host" if row.device == "numpy" else row.device for row in planned.devices
+        parse(row.device).backend.device for row in planned.devices
     }
     model.file.close()
 
@@ -145,7 +153,7 @@ def test_layers_are_divided_by_the_sizes_of_devices(folder: Path) -> None:
     share = {row.device: row.weights + row.states for row in plan.memory.devices}
     assert 0.1 < share["cuda:0"] / sum(share.values()) < 0.4
     assert layer_pins(model, places[:1], n_ctx=64, n_batch=8) == {}
-    assert len(pins) == 3 and set(expert_pins(2).values()) == {"numpy"}
+    assert len(pins) == 3 and set(expert_pins(2, "cpu").values()) == {"cpu"}
 
 
 # -- fit --------------------------------------------------------------------------------------
@@ -189,6 +197,19 @@ def test_fit_puts_few_experts_on_the_host(folder: Path) -> None:
     assert chosen.n_ctx == 512 and chosen.n_batch == 64 and 0 < chosen.host_experts < 6
     assert some.excess(chosen) <= 0
     assert some.excess(replace(chosen, host_experts=chosen.host_experts - 1)) > 0
+
+
+@pytest.mark.parametrize("decoded", [False, True])
+def test_fit_counts_experts_as_the_host_holds_them(folder: Path, decoded: bool) -> None:
+    """q8_0 takes 34 bytes for 32 weights in the file, and 128 decoded."""
+    model = opened(folder, "deepseek2-header")
+    layers = [nbytes for nbytes in expert_bytes(model) if nbytes]
+    room = layers[0] * len(layers) * 2  # plus what is not experts; nothing is, without -ngl
+    sizes = ("null", 1 << 20), ("numpy", HOST_ROOM + room)
+    some = planner(folder, *sizes, decode_weights=decoded)
+    number = 1 + 2 * len(layers) * 34 // 128 if decoded else 6  # layer 0 has no experts
+    with pytest.raises(OutOfMemoryError, match=f"experts of {number} layers on the host"):
+        fit(some, n_ctx=512, n_batch=64)
 
 
 def test_fit_says_what_is_missing(folder: Path) -> None:

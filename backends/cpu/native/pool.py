@@ -29,6 +29,7 @@ from pyggml.backends.cpu.native.program import (
     Program,
 )
 from pyggml.backends.host_memory import ALIGNMENT, address_of, allocated
+from pyggml.backends.processors import n_processors
 from pyggml.errors import ShapeError
 
 _Entry = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
@@ -44,9 +45,7 @@ def n_threads() -> int:
         if not text.isdecimal() or int(text) < 1:
             raise ShapeError(f"PYGGML_THREADS={text!r} must be a whole number of at least 1")
         return int(text)
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return n_processors()
 
 
 class StoppedError(Exception):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -13,6 +12,7 @@ from pathlib import Path
 from pyggml.backends import code_cache
 from pyggml.backends.cuda.device import compiler
 from pyggml.backends.cuda.device.compiler import Cubin
+from pyggml.backends.processors import n_processors
 
 
 def fingerprint(file: str, name: str, arch: str) -> str:
@@ -62,5 +62,5 @@ def cubins(keys: Iterable[tuple[str, str]], arch: str) -> dict[tuple[str, str], 
     unique = list(dict.fromkeys(keys))
     if not unique:
         return {}
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, len(unique))) as pool:
+    with ThreadPoolExecutor(min(n_processors(), len(unique))) as pool:
         return dict(zip(unique, pool.map(lambda key: cubin(key[0], key[1], arch), unique)))

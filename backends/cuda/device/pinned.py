@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from pyggml.backends.cuda.device.filling import MOST_THREADS, Filling
 from pyggml.backends.cuda.device.memory import operand_at
 from pyggml.backends.cuda.device.results import ROOM, Results
 from pyggml.backends.cuda.launch import Operand
+from pyggml.backends.processors import n_processors
 from pyggml.backends.step import Address
 from pyggml.errors import OutOfMemoryError
 from pyggml.spec import Ne, Spec
@@ -54,7 +54,7 @@ class Staging:
         self._flying: deque[_Flying] = deque()
         self._events: list[Any] = []
         # Starts its threads when there is work. They stay, because there are many weights.
-        self._pool = ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_THREADS), "pyggml-load")
+        self._pool = ThreadPoolExecutor(min(n_processors(), MOST_THREADS), "pyggml-load")
 
     def prepare(self) -> None:
         """Allocate the ring. `bind` calls this, so that no run has to allocate."""

@@ -8,7 +8,6 @@ those that stay on the host and are uploaded in every run.
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from pyggml.backends.cuda.launch import Operand
 from pyggml.backends.cuda.table import ALIGNMENT
 from pyggml.backends.cuda.weights.bits import Bytes
 from pyggml.backends.cuda.weights.formats import FORMATS
+from pyggml.backends.processors import n_processors
 from pyggml.backends.step import WeightLayout
 from pyggml.dtypes import DType
 from pyggml.node import Node
@@ -159,7 +159,7 @@ def to_tiles(dtype: DType, ne: Ne, blocks: Bytes) -> Bytes:
             if plane.shape[-1]:
                 _place(plane[matrix, tile], part.reshape(n, plane.shape[2], -1), i == 0)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy works without the interpreter's lock
+    with ThreadPoolExecutor(n_processors()) as pool:  # NumPy works without the interpreter's lock
         for _ in pool.map(pack, _pieces(tiles, ne)):
             pass  # raises what `pack` raised
     return out

@@ -1,0 +1,106 @@
+"""Products of few rows on NumPy: right, the same every time, and in the calling thread alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from pyggml.backends.numpy.products import FEW, row_products
+
+SIZES = [
+    (n, m, k)
+    for n in (1, 2, 3, FEW, FEW + 1)
+    for m in (1, 2, 7, 64, 513, 1100)
+    for k in (1, 129, 1024, 8193, 20000)
+    if m * k < 1 << 23
+]
+
+
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("lead", [(), (3,), (2, 1)], ids=str)
+def test_values(lead: tuple[int, ...], columns: bool) -> None:
+    """Against float64. `columns`: the weights are the transpose of an array, as V in attention."""
+    rng = np.random.default_rng(0)
+    for n, m, k in SIZES:
+        if lead and m * k > 1 << 20:
+            continue
+        outer = (2, 5) if lead == (2, 1) else lead  # broadcast
+        x = rng.standard_normal((*outer, n, k), np.float32)
+        w = rng.standard_normal((*lead, k, m) if columns else (*lead, m, k), np.float32)
+        w = w.swapaxes(-1, -2) if columns else w
+        memory = np.full((*outer, n, m + 3), np.nan, np.float32)
+        out = memory[..., :m]
+        row_products(x, w, out)
+        expected = np.einsum("...nk,...mk->...nm", x, w, dtype=np.float64, optimize=True)
+        # A sum of k products of normal numbers has size sqrt(k).
+        assert np.abs(out - expected).max() < 2e-5 * np.sqrt(k), (n, m, k)
+        assert np.isnan(memory[..., m:]).all(), (n, m, k)
+        again = np.empty_like(out)
+        row_products(x, w, again)
+        assert np.array_equal(out, again), (n, m, k)
+
+
+PROGRAM = """
+import time
+import numpy as np
+import pyggml as gg
+
+def others(run):
+    "Processor time of other threads, as a share of this thread's."
+    run()
+    time.sleep(0.3)  # threads of BLAS spin for a while after their work
+    process, thread = time.process_time(), time.thread_time()
+    while time.thread_time() - thread < 0.3:
+        run()
+    own = time.thread_time() - thread
+    return (time.process_time() - process - own) / own
+
+def weight(name, *ne):
+    return gg.constant(np.ones(ne[::-1], np.float32), dtype="q8_0", name=name)
+
+a, b = np.ones((64, 2048), np.float32), np.ones((2048, 2048), np.float32)
+if others(lambda: a @ b) < 0.1:
+    raise SystemExit("this BLAS does not use threads")
+up, gate = weight("up", 1024, 1024), weight("gate", 1024, 1024)
+plain = gg.constant(np.ones((1024, 1024), np.float32), name="plain")
+experts, gates = weight("experts", 1024, 512, 4), weight("gates", 1024, 512, 4)
+for n in (1, 2, 8):
+    x = gg.input("x", ne=(1024, n))
+    ids = gg.input("ids", "i32", ne=(2, n))
+    slots = gg.reshape(x, ne=(1024, 1, n))
+    graphs = {
+        "mul_mat": gg.mul_mat(up, x), "f32": gg.mul_mat(plain, x),
+        "fused_up_gate": gg.fused_up_gate(up, gate, x, act="silu"),
+        "mul_mat_id": gg.mul_mat_id(experts, slots, ids),
+        "moe_up_gate": gg.moe_up_gate(experts, gates, slots, ids, act="silu"),
+        "attention": gg.flash_attn_ext(
+            gg.input("q", ne=(64, 1, 4 * n)), gg.input("k", "f16", ne=(64, 4096, 4)),
+            gg.input("v", "f16", ne=(64, 4096, 4)), scale=0.1),
+    }
+    for name, node in graphs.items():
+        plan = gg.compile({"y": node}, backends=["numpy"])
+        arrays = {
+            key: np.arange(spec.elements).reshape(spec.shape) % 4
+            for key, spec in plan.inputs.items()
+        }
+        print(n, name, others(lambda: plan.run(arrays)))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="times of threads: Linux only")
+def test_threads_of_blas_sleep() -> None:
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "2"}
+    environment.pop("OMP_NUM_THREADS", None)
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True
+    )
+    if "does not use threads" in result.stderr:
+        pytest.skip(result.stderr.strip())
+    assert result.returncode == 0, result.stderr
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert len(lines) == 18
+    assert not [line for line in lines if float(line[2]) > 0.1]
