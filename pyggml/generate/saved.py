@@ -53,9 +53,10 @@ def restore(session: Session, path: str | PathLike[str]) -> None:
     with gguf.open(path) as file:
         if file.fields.get("general.type") != _TYPE:
             raise GGUFError(f"{path}: not a saved session")
-        if file.fields["session.model"] != _fingerprint(session):
+        if file.fields.get("session.model") != _fingerprint(session):
             raise GGUFError(f"{path}: saved by a session of another model")
-        tokens = [int(token) for token in np.asarray(file.fields["session.tokens"])]
+        tokens = _whole_numbers(file, "session.tokens", session.model.arch.n_vocab).tolist()
+        most = int(_whole_numbers(file, "session.most", 2**31).item())
         if len(tokens) > session.n_ctx:
             raise GGUFError(
                 f"{path}: {len(tokens)} tokens do not fit in a session with n_ctx={session.n_ctx}"
@@ -78,7 +79,16 @@ def restore(session: Session, path: str | PathLike[str]) -> None:
             whole[..., : array.shape[-2], :] = array.reshape(*whole.shape[:-2], *array.shape[-2:])
             session.store.write(name, whole)
         session.tokens += tokens
-        session.most = int(np.asarray(file.fields["session.most"]))
+        session.most = most
+
+
+def _whole_numbers(file: gguf.GGUFFile, key: str, end: int) -> np.ndarray[Any, Any]:
+    """A field with numbers from 0 to before `end`; GGUFError if it is anything else."""
+    value = file.fields.get(key)
+    numbers = np.asarray(value if isinstance(value, (int, np.ndarray)) else "")
+    if numbers.dtype.kind not in "iu" or ((numbers < 0) | (numbers >= end)).any():
+        raise GGUFError(f"{file.paths[0]}: {key!r} must be numbers from 0 to {end - 1}")
+    return numbers
 
 
 def _described(info: TensorInfo | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import pyggml as gg
+from pyggml import gguf
 from pyggml.errors import DeviceError, GGUFError, IdError, ShapeError, UnknownNameError
 from pyggml.generate.plans import padded_rows, padded_tokens
 from pyggml.generate.sample import Sampler, greedy
@@ -299,6 +301,40 @@ def test_files_that_do_not_fit(path: Path, model: Model, tmp_path: Path) -> None
             target.load(tmp_path / file)
         assert target.tokens == TOKENS[:3]
         target.forward([1])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("session.model", None),
+        ("session.tokens", None),
+        ("session.tokens", "text"),
+        ("session.tokens", np.array([TINY.n_vocab], np.int32)),
+        ("session.tokens", np.array([-1], np.int32)),
+        ("session.tokens", np.array([0.5], np.float32)),
+        ("session.most", None),
+        ("session.most", ["a", "b"]),
+    ],
+)
+def test_damaged_fields_are_errors(model: Model, tmp_path: Path, key: str, value: Any) -> None:
+    session = model.session(32)
+    session.forward(TOKENS)
+    session.save(tmp_path / "saved")
+    with gguf.open(tmp_path / "saved") as file:
+        fields: dict[str, Any] = dict(file.fields)
+        tensors = [
+            gguf.Tensor(name, info.dtype, info.ne, partial(lambda array: [array], file.array(name)))
+            for name, info in file.tensors.items()
+        ]
+        fields[key] = value
+        if value is None:
+            del fields[key]
+        gguf.write(tmp_path / "damaged", fields, tensors)
+    with pytest.raises(
+        GGUFError, match=f"damaged: ({key!r} must be|saved by a session of another)"
+    ):
+        session.load(tmp_path / "damaged")
+    assert session.tokens == TOKENS
 
 
 def test_a_full_disk_leaves_no_file(
