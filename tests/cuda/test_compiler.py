@@ -112,7 +112,7 @@ def test_a_write_that_fails_leaves_nothing(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(kernel_cache.os, "replace", full)
+    monkeypatch.setattr(code_cache.os, "replace", full)
     with pytest.warns(UserWarning, match="No space left"):
         assert kernel_cache.cubin(*INSTANCE) == fake_cubin(*INSTANCE)
     assert list(cache.iterdir()) == []
