@@ -52,7 +52,8 @@ class CpuBackend(HostBackend):
         return host.kernels.numeric(node)
 
     def weight_layout(self, constant: Node, uses: Collection[Node]) -> WeightLayout:
-        if all(KERNELS.refusal(use) is None and tiles.reads(use, constant) for use in uses):
+        runs = (use.op.view is not None or KERNELS.refusal(use) is None for use in uses)
+        if all(runs) and tiles.read(constant, uses):
             return tiles.layout_of(constant)
         return super().weight_layout(constant, uses)
 

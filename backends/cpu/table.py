@@ -68,5 +68,10 @@ class Call:
         node = self.node.get(name)
         return None if node is None else Operand.at(self._at[node], node)
 
+    def root(self, name: str) -> Operand:
+        """The leaf that an operand is, or is a view of."""
+        root = self.node[name].root
+        return Operand.at(self._at[root], root)
+
     def add(self, native: Native, *values: int | float) -> None:
         self._program.add(native, *values)

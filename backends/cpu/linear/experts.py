@@ -16,11 +16,18 @@ from functools import cache
 
 from pyggml import ops
 from pyggml.backends.cpu.copy import check_ids
-from pyggml.backends.cpu.linear.kernels import placed, quantized, refusal, share_of, x_bytes
-from pyggml.backends.cpu.linear.products import COLUMNS
+from pyggml.backends.cpu.linear.inner import WIDE, Inner, times
+from pyggml.backends.cpu.linear.operands import (
+    SHARE,
+    activations,
+    matrices,
+    numeric,
+    refusal,
+    x_bytes,
+)
 from pyggml.backends.cpu.native.compiler import Native
-from pyggml.backends.cpu.table import Call, Operand, kernel
-from pyggml.backends.cpu.weights.forms import FORMS, ROWS
+from pyggml.backends.cpu.table import Call, kernel
+from pyggml.backends.cpu.weights.forms import ROWS
 from pyggml.backends.host_memory import aligned
 from pyggml.node import Node
 
@@ -78,49 +85,50 @@ GROUP = Native("group_by_expert", "iiiiiii", _group)
 
 
 @cache
-def _product(up: str, gate: str, act: str) -> Native:
+def _product(up: Inner, gate: Inner | None, act: str) -> Native:
     """out[token][slot] = the expert's rows times x[token][slot % n_b]; with a gate, both products
     and the activation.
 
-    up, gate          tiles, bytes of a tile (gate: 0 without one)
-    m, tiles, groups  rows and tiles of a matrix, groups of a row
-    x, x_row, n_b     quantized activations
-    out, nb1, nb2     byte strides of slots and tokens
-    table, ids        as for `group`
-    share             tiles that a thread takes at once
+    up, gate        five words each: address, bytes from 16 rows to the next and from matrix to
+                    matrix, k, stride (gate: 0 without one)
+    m               rows of a matrix
+    x, x1, x2, n_b  rows of a token and tokens: byte strides
+    out, y1, y2     byte strides of slots and tokens
+    table, ids      as for `group`
+    share           16 rows that a thread takes at once: how many
     """
-    name = f"experts_{up}_{gate}_{act}" if gate else f"experts_{up}"
-    return Native(name, "i" * 21, lambda: _make(up, gate, act))
+    name = f"experts_{up.name}_{gate.name}_{act}" if gate else f"experts_{up.name}"
+    return Native(name, "i" * 26, lambda: _make(up, gate, act))
 
 
-def _make(up_name: str, gate_name: str, act: str) -> Callable[..., None]:
+def _make(up_inner: Inner, gate_inner: Inner | None, act: str) -> Callable[..., None]:
     from pyggml.backends.cpu.linear.put import put_gated, put_sums, put_zeros
-    from pyggml.backends.cpu.linear.tile import tile_product
     from pyggml.backends.cpu.native.memory import fetch_add, i32_at, i64_at, put_i64, stack
 
-    up_form = FORMS[up_name]
-    up_one, up_several = tile_product(up_form, 1), tile_product(up_form, COLUMNS)
-    has_gate = bool(gate_name)
-    gate_form = FORMS[gate_name or up_name]
-    gate_one, gate_several = tile_product(gate_form, 1), tile_product(gate_form, COLUMNS)
-    gated, buffer = put_gated(act or "silu"), stack(2 * 64 * COLUMNS + 8 * COLUMNS)
+    has_gate = gate_inner is not None
+    multiply_up = times(up_inner)
+    multiply_gate = times(gate_inner) if gate_inner not in (None, up_inner) else multiply_up
+    put, gated = put_sums("f32"), put_gated(act or "silu")
+    buffer = stack(2 * 64 * WIDE + 8 * WIDE)
 
     def run(
-        up: int, up_tile: int, gate: int, gate_tile: int, m: int, tiles: int, groups: int,
-        x: int, x_row: int, n_b: int, out: int, nb1: int,
-        nb2: int, table: int, ids: int, i0: int, i1: int, n_used: int, n_tokens: int,
-        n_experts: int, share: int, own: int, thread: int, threads: int,
+        up: int, up_tile: int, up_matrix: int, up_k: int, up_stride: int,
+        gate: int, gate_tile: int, gate_matrix: int, gate_k: int, gate_stride: int,
+        m: int, x: int, x1: int, x2: int, n_b: int, out: int, y1: int, y2: int,
+        table: int, ids: int, i0: int, i1: int, n_used: int, n_tokens: int, n_experts: int,
+        share: int, own: int, thread: int, threads: int,
     ) -> None:  # fmt: skip
         ups = buffer()
-        gates = ups + 64 * COLUMNS
-        xs = gates + 64 * COLUMNS
+        gates = ups + 64 * WIDE
+        xs = gates + 64 * WIDE
         chosen = table + 8
         starts = chosen + 8 * n_experts
         pairs = starts + 8 * (n_experts + 1)
+        tiles = (m + ROWS - 1) // ROWS
         shares = (tiles + share - 1) // share
         for pair in range(thread, n_used * n_tokens, threads):
             if i32_at(ids + pair % n_used * i0 + pair // n_used * i1) < 0:
-                put_zeros(out + pair % n_used * nb1 + pair // n_used * nb2, m)
+                put_zeros(out + pair % n_used * y1 + pair // n_used * y2, m)
         while True:
             number = fetch_add(own, 1)
             if number >= shares * i64_at(table):
@@ -128,56 +136,53 @@ def _make(up_name: str, gate_name: str, act: str) -> Callable[..., None]:
             expert, first = i64_at(chosen + 8 * (number // shares)), number % shares * share
             begin, end = i64_at(starts + 8 * expert), i64_at(starts + 8 * (expert + 1))
             for t in range(first, min(first + share, tiles)):
-                u = up + (expert * tiles + t) * up_tile
-                g = gate + (expert * tiles + t) * gate_tile
-                row, count, j = t * ROWS, min(ROWS, m - t * ROWS), begin
-                while j < end:
-                    width = COLUMNS if j + COLUMNS <= end else 1
-                    for c in range(width):
+                u = up + expert * up_matrix + t * up_tile
+                g = gate + expert * gate_matrix + t * gate_tile
+                row, count = t * ROWS, min(ROWS, m - t * ROWS)
+                for j in range(begin, end, WIDE):
+                    several = min(WIDE, end - j)
+                    for c in range(WIDE):  # the last pair again where there are fewer
+                        pair = i64_at(pairs + 8 * (j + min(c, several - 1)))
+                        source = x + pair // n_used * x2 + pair % n_used % n_b * x1
+                        put_i64(xs + 8 * c, source)
+                    multiply_up(u, up_k, up_stride, count, xs, several, ups)
+                    if has_gate:
+                        multiply_gate(g, gate_k, gate_stride, count, xs, several, gates)
+                    for c in range(several):
                         pair = i64_at(pairs + 8 * (j + c))
-                        number_of_row = pair // n_used * n_b + pair % n_used % n_b
-                        put_i64(xs + 8 * c, x + number_of_row * x_row)
-                    if width > 1:
-                        up_several(u, groups, xs, ups)
-                        if has_gate:
-                            gate_several(g, groups, xs, gates)
-                    else:
-                        up_one(u, groups, xs, ups)
-                        if has_gate:
-                            gate_one(g, groups, xs, gates)
-                    for c in range(width):
-                        pair = i64_at(pairs + 8 * (j + c))
-                        target = out + pair % n_used * nb1 + pair // n_used * nb2 + 4 * row
+                        target = out + pair % n_used * y1 + pair // n_used * y2 + 4 * row
                         if has_gate:
                             gated(ups + 64 * c, gates + 64 * c, target, count)
                         else:
-                            put_sums(ups + 64 * c, target, count)
-                    j += width
+                            put(ups + 64 * c, target, count)
 
     return run
 
 
-def _by_expert(call: Call, up: Operand, gate: Operand | None, act: str) -> None:
-    b, ids, out = call["b"], call["ids"], call.out
-    n_used, n_tokens, n_experts = *ids.ne[:2], up.ne[2]
+def _by_expert(call: Call, up: str, gate: str | None, act: str) -> None:
+    ids, out = call["ids"], call.out
+    n_used, n_tokens, n_experts = *ids.ne[:2], call[up].ne[2]
     check_ids(call, ids, n_experts)
-    x_row = quantized(call, b)
+    x = activations(call)
     table = call.scratch + aligned(x_bytes(call.node))
     call.add(GROUP, table, ids.ptr, *ids.nb[:2], n_used, n_tokens, n_experts)
-    tiles, up_weight = placed(up)
-    gate_weight = placed(gate)[1] if gate is not None else (0, 0)
+    ups = matrices(call, up)
+    gates = matrices(call, gate) if gate else None
+    none = (0,) * 5
     call.add(
-        _product(up.type, gate.type if gate else "", act), *up_weight, *gate_weight, up.ne[1],
-        tiles.tiles, tiles.groups, call.scratch, x_row, b.ne[1], out.ptr, *out.nb[1:3], table,
-        ids.ptr, *ids.nb[:2], n_used, n_tokens, n_experts, share_of(tiles),
+        _product(ups.inner, gates.inner if gates else None, act),
+        ups.ptr, ups.tile, ups.nb2, ups.k, ups.stride,
+        *((gates.ptr, gates.tile, gates.nb2, gates.k, gates.stride) if gates else none),
+        call[up].ne[1], x.ptr, x.nb1, x.nb2, call["b"].ne[1], out.ptr, *out.nb[1:3], table,
+        ids.ptr, *ids.nb[:2], n_used, n_tokens, n_experts, ups.share(SHARE, 1),
     )  # fmt: skip
 
 
-@kernel(ops.mul_mat_id, types=None, scratch=_scratch, refuses=refusal, numeric="quantized")
+@kernel(ops.mul_mat_id, types=None, scratch=_scratch, refuses=refusal, numeric=numeric)
 def mul_mat_id(call: Call) -> None:
-    _by_expert(call, call["experts"], None, "")
+    _by_expert(call, "experts", None, "")
 
 
-@kernel(ops.moe_up_gate, types=None, scratch=_scratch, refuses=refusal, numeric="quantized")
+@kernel(ops.moe_up_gate, types=None, scratch=_scratch, refuses=refusal, numeric=numeric)
 def moe_up_gate(call: Call) -> None:
-    _by_expert(call, call["up"], call["gate"], call.attrs["act"])
+    _by_expert(call, "up", "gate", call.attrs["act"])

@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from pyggml.backends.cpu.native import maths
-from pyggml.backends.cpu.native.emit import FLOATS, I64, Emitter, Value, emits
+from pyggml.backends.cpu.native.emit import FLOATS, HALVES, I64, Emitter, Value, emits
 
 
-@emits(None, I64, I64, I64)
-def put_sums(e: Emitter, sums: Any, out: Any, count: Any) -> None:
-    """Copy `count` floats, 1 to 16."""
-    put(e, e.load(FLOATS, sums), out, count)
+def put_sums(type_: str) -> Any:
+    """put_sums(sums, out, count): `count` floats, 1 to 16, as f32 or f16."""
+
+    def build(e: Emitter, sums: Any, out: Any, count: Any) -> None:
+        value = e.load(FLOATS, sums)
+        put(e, value if type_ == "f32" else e.b.fptrunc(value, HALVES), out, count)
+
+    return emits(None, I64, I64, I64)(build)
 
 
 def put_gated(act: str) -> Any:

@@ -47,13 +47,12 @@ CHAINS = 4
 AHEAD = 4096
 
 
-def tile_product(form: Form, columns: int) -> Any:
-    """tile_product(tile, groups, xs, sums): f32 sums[column][row] of a tile.
+def product(form: Form, columns: int) -> Any:
+    """See `inner.py`. `groups` and columns as in `columns.py`."""
 
-    xs  address of a table: the address of each column
-    """
-
-    def build(e: Emitter, tile: Any, groups: Any, xs: Any, sums: Any) -> None:
+    def build(
+        e: Emitter, tile: Any, groups: Any, stride: Any, count: Any, xs: Any, sums: Any
+    ) -> None:
         totals = [e.variable(e.zero(FLOATS)) for _ in range(columns)]
         rows = [e.load(i64, xs, 8 * c) for c in range(columns)]
         with e.loop(groups) as number:
@@ -66,7 +65,7 @@ def tile_product(form: Form, columns: int) -> Any:
         for c, total in enumerate(totals):
             e.store(total.get(), sums, 64 * c)
 
-    return emits(None, I64, I64, I64, I64)(build)
+    return emits(None, I64, I64, I64, I64, I64, I64)(build)
 
 
 def group_at(e: Emitter, form: Form, tile: Value, number: Value) -> tuple[Value, Value]:
@@ -89,7 +88,7 @@ def _group(
 ) -> None:
     """Add one group of weights times one group of every column."""
     halves = form.scales.halves
-    factors, minima = _scales(e, form, at, supers)
+    factors, minima = scales_at(e, form, at, supers)
     codes = [e.add(at, start) for start in form.planes]
     parts = []  # by half: float sums of each column, not yet scaled by x
     chains = max(1, CHAINS // len(xs))
@@ -98,7 +97,7 @@ def _group(
         for sums in ints:
             sums += [e.zero(INTS)] * (chains - 1)
         for j in range(4 * half, 4 * half + 4) if halves else range(8):
-            vector = _codes(e, form, codes, j)
+            vector = codes_at(e, form, codes, j)
             for sums, x in zip(ints, xs):
                 four = e.b.bitcast(e.splat(e.load(i32, x, 4 * j)), BYTES)
                 sums[j % chains] = e.dot(sums[j % chains], vector, four, wide=form.wide)
@@ -130,8 +129,8 @@ def _start(e: Emitter, form: Form, x: Value, half: int | None) -> Value:
     return e.splat(e.b.mul(count, ir.Constant(i32, -form.zero)))
 
 
-def _codes(e: Emitter, form: Form, planes: Sequence[Value], j: int) -> Value:
-    """Vector j of a group's codes, or of their levels."""
+def codes_at(e: Emitter, form: Form, planes: Sequence[Value], j: int) -> Value:
+    """Vector j of a group's codes, or of their levels: 4 numbers of 16 rows in bytes."""
     result, shift = None, 0
     for plane, bits in zip(planes, form.bits):
         part = _plane(e, plane, bits, j, shift)
@@ -158,7 +157,7 @@ def _plane(e: Emitter, plane: Value, bits: int, j: int, shift: int) -> Value:
     return e.b.and_(e.b.bitcast(words, BYTES), e.constant(BYTES, mask))
 
 
-def _scales(e: Emitter, form: Form, at: Value, supers: Value) -> tuple[list[Value], list[Value]]:
+def scales_at(e: Emitter, form: Form, at: Value, supers: Value) -> tuple[list[Value], list[Value]]:
     """The scales and minima of a group, for each half if halves have their own."""
     if form.scale in ("half", "half_min"):
         values = [e.floats(e.load(HALVES, at, 32 * i)) for i in range(form.scales.nbytes // 32)]
