@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,103 @@ def test_a_product_is_within_the_bound_of_quantized_activations(name: str, m: in
     got = plan.run(b=x)["y"]
     assert plan.addresses[plan.steps[0].node["a"]].layout == LAYOUT
     assert 0 < nmse(got, want) < 2e-4  # above 0: activations were quantized
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("m, n", [(16, 1), (37, 3), (33, 13)])
+def test_a_product_in_f32_reads_exact_weights(name: str, m: int, n: int) -> None:
+    """Its error is that of f32 sums, for one column, up to 4 and up to 8."""
+    rows, x = weight(name, m), activations(n)
+    w, b = gg.constant(rows, dtype=name), gg.input("b", "f32", ne=x.shape[::-1])
+    plan = gg.compile({"y": gg.mul_mat(w, b, prec="f32")}, backends=["cpu"])
+    assert plan.memory.devices[0].weights == tiles_of(TYPES[name], (K, m, 1, 1)).nbytes
+    want = x.astype(np.float64) @ decode_rows(name, rows).T.astype(np.float64)
+    assert nmse(plan.run(b=x)["y"], want) < 1e-12
+
+
+def test_one_of_many_weights_shows_which_is_read() -> None:
+    """In f32, a column with a single 1 gives the weights themselves."""
+    for name in FORMS:
+        rows = weight(name, 19)
+        w, b = gg.constant(rows, dtype=name), gg.input("b", "f32", ne=(K, K))
+        plan = gg.compile({"y": gg.mul_mat(w, b, prec="f32")}, backends=["cpu"])
+        got = plan.run(b=np.eye(K, dtype=np.float32))["y"]
+        np.testing.assert_allclose(got, decode_rows(name, rows).T, rtol=1e-6, atol=1e-7)
+
+
+#: Sizes of a weight [K, m, heads], and a view of it that is in whole tiles.
+VIEWS: dict[str, tuple[tuple[int, int], Callable[[gg.Node], gg.Node]]] = {
+    "matrices as one": ((32, 3), lambda w: gg.reshape(w, ne=(K, 96))),
+    "one matrix as several": ((96, 1), lambda w: gg.reshape(w, ne=(K, 32, 3))),
+    "the first rows of heads": ((48, 3), lambda w: gg.view(w, ne=(K, 16, 3))),
+    "the last rows of heads": ((48, 3), lambda w: gg.view(w, ne=(K, 30, 3), start=(0, 16))),
+    "rows of the last head": ((20, 3), lambda w: gg.view(w, ne=(K, 4), start=(0, 16, 2))),
+    "every other head": ((20, 5), lambda w: gg.view(w, ne=(K, 20, 3), step=(1, 1, 2))),
+    "heads in two dimensions": ((20, 6), lambda w: gg.reshape(w, ne=(K, 20, 2, 3))),
+    "a view of a reshape": (
+        (96, 1),
+        lambda w: gg.view(gg.reshape(w, ne=(K, 32, 3)), ne=(K, 16, 3), start=(0, 16)),
+    ),
+}
+#: The same for views that need the file's layout.
+OTHER_VIEWS: dict[str, tuple[tuple[int, int], Callable[[gg.Node], gg.Node]]] = {
+    "tiles that end in another matrix": ((24, 2), lambda w: gg.reshape(w, ne=(K, 48))),
+    "rows from the middle of a tile": ((32, 2), lambda w: gg.view(w, ne=(K, 16, 2), start=(0, 8))),
+    "matrices that begin in a tile": ((48, 1), lambda w: gg.reshape(w, ne=(K, 24, 2))),
+    "half of each row": ((32, 2), lambda w: gg.view(w, ne=(K // 2, 32, 2))),
+    "every other row": ((32, 2), lambda w: gg.view(w, ne=(K, 16, 2), step=(1, 2))),
+}
+
+
+def layout(plan: gg.Plan) -> str:
+    """How the one weight of a plan is stored."""
+    [name] = {at.layout for node, at in plan.addresses.items() if node.dtype.block > 1}
+    return name
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q6_K"])
+@pytest.mark.parametrize("view", [*VIEWS, *OTHER_VIEWS])
+def test_a_product_of_a_view_of_a_weight(name: str, view: str) -> None:
+    (m, heads), show = (VIEWS | OTHER_VIEWS)[view]
+    rows = weight(name, heads, m)
+    w = gg.constant(rows, dtype=name)
+    part = show(w)
+    x = activations(*part.ne[:1:-1], 5)[..., : part.ne[0]]
+    b = gg.input("b", "f32", ne=x.shape[::-1])
+    plan = gg.compile({"y": gg.mul_mat(part, b)}, backends=["cpu"])
+    decoded = gg.constant(decode_rows(name, rows))
+    plain = gg.compile({"y": gg.mul_mat(show(decoded), b)}, backends=["numpy"])
+    want = plain.run(b=x)["y"]
+    assert nmse(plan.run(b=x)["y"], want) < 2e-4
+    assert (layout(plan) == LAYOUT) == (view in VIEWS)
+
+
+def test_a_view_of_a_weight_that_is_an_output_keeps_the_file_layout() -> None:
+    rows, x = weight("q4_0", 32), activations(2)
+    w, b = gg.constant(rows, dtype="q4_0"), gg.input("b", "f32", ne=x.shape[::-1])
+    half = gg.view(w, ne=(K, 16))
+    plan = gg.compile({"half": half, "y": gg.mul_mat(half, b)}, backends=["cpu"])
+    assert np.array_equal(plan.run(b=x)["half"], decode_rows("q4_0", rows)[:16])
+    assert layout(plan) == "plain"
+
+
+@pytest.mark.parametrize("type_", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("b_type", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("m, n, k", [(16, 1, 40), (37, 3, 33), (20, 13, 64)])
+def test_products_of_floats(type_: str, b_type: str, turned: bool, m: int, n: int, k: int) -> None:
+    """Of rows and of columns, with results in f32 and f16."""
+    rng = np.random.default_rng(0)
+    w = gg.constant(
+        stored(TYPES[type_], rng.standard_normal((k, m) if turned else (m, k)), rng), dtype=type_
+    )
+    x = stored(TYPES[b_type], rng.standard_normal((n, k)), rng)
+    a, b = gg.transpose(w) if turned else w, gg.input("b", b_type, ne=(k, n))
+    outputs = {"f32": gg.mul_mat(a, b), "f16": gg.mul_mat(a, b, dtype="f16")}
+    got = gg.compile(outputs, backends=["cpu"]).run(b=x)
+    want = gg.compile(outputs, backends=["numpy"]).run(b=x)
+    assert nmse(got["f32"], want["f32"]) < 1e-12
+    assert got["f16"].dtype == np.float16 and nmse(got["f16"], want["f16"]) < 1e-6
 
 
 @pytest.mark.parametrize("name", FORMS)

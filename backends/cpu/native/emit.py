@@ -112,11 +112,12 @@ class Emitter:
         self.b.store(value, pointer, align=1)
 
     def prefetch(self, address: Value, offset: int) -> None:
-        """Ask for the cache line at an address, which may be outside any memory."""
+        """Ask for the cache line at an address, which may be outside any memory, in the second
+        level: it has room for more lines on their way from memory than the first."""
         pointer = self.b.inttoptr(self.add(address, offset), i8.as_pointer())
         function = self.declared("llvm.prefetch.p0", ir.VoidType(), (pointer.type, i32, i32, i32))
-        read, near, data = (ir.Constant(i32, n) for n in (0, 3, 1))
-        self.b.call(function, [pointer, read, near, data])
+        read, level, data = (ir.Constant(i32, n) for n in (0, 2, 1))
+        self.b.call(function, [pointer, read, level, data])
 
     def store_first(self, value: Value, address: Value, count: Value) -> None:
         """Store the first `count` (1 to 16) numbers of a vector."""
