@@ -16,7 +16,17 @@ from typing import Any
 
 from pyggml.backends.cpu.linear.columns import FLOAT_BYTES
 from pyggml.backends.cpu.linear.tile import codes_at, group_at, scales_at
-from pyggml.backends.cpu.native.emit import BYTES, FLOATS, I64, INTS, Emitter, Value, emits, f32, i64
+from pyggml.backends.cpu.native.emit import (
+    BYTES,
+    FLOATS,
+    I64,
+    INTS,
+    Emitter,
+    Value,
+    emits,
+    f32,
+    i64,
+)
 from pyggml.backends.cpu.weights.forms import Form
 
 

@@ -29,9 +29,7 @@ def rows(type_: str, columns: int) -> Any:
                 there = e.b.icmp_signed("<", e.add(first, i), count)
                 before = addresses[-1]
                 addresses.append(e.b.select(there, e.add(before, stride), before))
-            totals = [
-                [e.variable(e.zero(FLOATS)) for _ in range(_ROWS)] for _ in range(columns)
-            ]
+            totals = [[e.variable(e.zero(FLOATS)) for _ in range(_ROWS)] for _ in range(columns)]
 
             def add(number: Value, left: Value | None) -> None:
                 ws = [

@@ -21,9 +21,7 @@ def product(inner: Inner, result: str) -> Native:
     n2, items, r2, r3           items = n2 n3; item (i2, i3) takes matrix (i2 // r2, i3 // r3)
     share, width                16 rows and columns that a thread takes at once: how many
     """
-    return Native(
-        f"product_{inner.name}_{result}", "i" * 22, lambda: _product(inner, result)
-    )
+    return Native(f"product_{inner.name}_{result}", "i" * 22, lambda: _product(inner, result))
 
 
 def _product(inner: Inner, result: str) -> Callable[..., None]:
