@@ -19,6 +19,7 @@ from pyggml.backends.cpu.native.isa import LEVELS, best
 from pyggml.backends.cpu.weights.forms import FORMS, tiles_of
 from pyggml.backends.cpu.weights.tiles import LAYOUT
 from pyggml.dtypes import TYPES
+from pyggml.ops.rules import Precision
 from pyggml.parity.tolerance import nmse
 from pyggml.parity.values import stored
 from pyggml.quants import decode_rows
@@ -37,13 +38,13 @@ def activations(*shape: int) -> Array:
     return np.random.default_rng(1).standard_normal((*shape, K)).astype(np.float32)
 
 
-def plan_of(name: str, rows: Array, x: Array) -> gg.Plan:
+def plan_of(name: str, rows: Array, x: Array, prec: Precision = "default") -> gg.Plan:
     w, b = gg.constant(rows, dtype=name), gg.input("b", "f32", ne=x.shape[::-1])
-    return gg.compile({"y": gg.mul_mat(w, b)}, backends=["cpu"])
+    return gg.compile({"y": gg.mul_mat(w, b, prec=prec)}, backends=["cpu"])
 
 
 @pytest.mark.parametrize("name", FORMS)
-@pytest.mark.parametrize("m, n", [(16, 3), (37, 4), (33, 11)])
+@pytest.mark.parametrize("m, n", [(16, 2), (37, 4), (33, 11)])
 def test_a_product_is_within_the_bound_of_quantized_activations(name: str, m: int, n: int) -> None:
     rows, x = weight(name, m), activations(n)
     want = x.astype(np.float64) @ decode_rows(name, rows).T.astype(np.float64)
@@ -52,7 +53,7 @@ def test_a_product_is_within_the_bound_of_quantized_activations(name: str, m: in
     got = plan.run(b=x)["y"]
     assert plan.addresses[plan.steps[0].node["a"]].layout == LAYOUT
     # Above 0: activations were quantized; rounding them toward zero gives 9e-5.
-    assert 0 < nmse(got, want) < 6e-5
+    assert 0 < nmse(got, want) < 7e-5
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -60,8 +61,7 @@ def test_a_product_is_within_the_bound_of_quantized_activations(name: str, m: in
 def test_a_product_in_f32_reads_exact_weights(name: str, m: int, n: int) -> None:
     """Its error is that of f32 sums, for one column, up to 4 and up to 8."""
     rows, x = weight(name, m), activations(n)
-    w, b = gg.constant(rows, dtype=name), gg.input("b", "f32", ne=x.shape[::-1])
-    plan = gg.compile({"y": gg.mul_mat(w, b, prec="f32")}, backends=["cpu"])
+    plan = plan_of(name, rows, x, "f32")
     assert plan.memory.devices[0].weights == tiles_of(TYPES[name], (K, m, 1, 1)).nbytes
     want = x.astype(np.float64) @ decode_rows(name, rows).T.astype(np.float64)
     assert nmse(plan.run(b=x)["y"], want) < 1e-12
@@ -69,33 +69,30 @@ def test_a_product_in_f32_reads_exact_weights(name: str, m: int, n: int) -> None
 
 @pytest.mark.parametrize("prec", ["default", "f32"])
 @pytest.mark.parametrize("type_", ["f32", "f16", "bf16"])
-@pytest.mark.parametrize("shape", ["heads", "heads in order", "one column each", "shared"])
-def test_every_item_has_its_matrix_and_its_columns(prec: str, type_: str, shape: str) -> None:
+@pytest.mark.parametrize(
+    "shape", ["heads", "heads in order", "one column each", "shared", "shared in one"]
+)
+def test_every_item_has_its_matrix_and_its_columns(prec: Precision, type_: str, shape: str) -> None:
     """Items of two dimensions share matrices, and activations are in another order in memory."""
-    heads = (1, 1) if shape == "shared" else (2, 3)
-    n = 1 if shape == "one column each" else 5
-    rows = weight("q5_1", *heads[::-1], 20)
-    w = gg.constant(rows, dtype="q5_1")
-    x = np.random.default_rng(1).standard_normal((6, n, 4, K))
+    heads = (1, 1) if shape.startswith("shared") else (2, 3)
+    n, sequences = (1 if shape == "one column each" else 5), (1 if shape == "shared in one" else 6)
+    w = gg.constant(weight("q5_1", *heads[::-1], 20), dtype="q5_1")
+    x = np.random.default_rng(1).standard_normal((sequences, n, 4, K))
     x = stored(TYPES[type_], x, np.random.default_rng(2))
-    b = gg.input("b", type_, ne=(K, 4, n, 6))
-    if shape != "heads in order":
-        b, parts = gg.permute(b, axes=(0, 2, 1)), (K, n, 4, 6)
-    else:
-        b, parts = gg.cont(gg.permute(b, axes=(0, 2, 1))), (K, n, 4, 6)
-    assert b.ne == parts
-    y = {"y": gg.mul_mat(w, b, prec=prec)}  # type: ignore[arg-type]
+    b = gg.permute(gg.input("b", type_, ne=(K, 4, n, sequences)), axes=(0, 2, 1))
+    b = gg.cont(b) if shape == "heads in order" else b
+    y = {"y": gg.mul_mat(w, b, prec=prec)}
     got, want = (gg.compile(y, backends=[name]).run(b=x)["y"] for name in ("cpu", "numpy"))
-    for one, other in zip(got.reshape(24, n, 20), want.reshape(24, n, 20)):
+    for one, other in zip(got.reshape(-1, n, 20), want.reshape(-1, n, 20)):
         assert nmse(one, other) < (2e-4 if prec == "default" else 1e-12)
 
 
 @pytest.mark.parametrize("prec", ["default", "f32"])
-def test_every_item_of_a_gated_product_has_its_columns(prec: str) -> None:
+def test_every_item_of_a_gated_product_has_its_columns(prec: Precision) -> None:
     up, gate = (gg.constant(weight(name, 37), dtype=name) for name in ("q8_0", "q6_K"))
     x = activations(3, 2, 13)
     b = gg.input("b", "f32", ne=x.shape[::-1])
-    y = {"y": gg.fused_up_gate(up, gate, b, prec=prec)}  # type: ignore[arg-type]
+    y = {"y": gg.fused_up_gate(up, gate, b, prec=prec)}
     got, want = (gg.compile(y, backends=[name]).run(b=x)["y"] for name in ("cpu", "numpy"))
     for one, other in zip(got.reshape(6, 13, 37), want.reshape(6, 13, 37)):
         assert nmse(one, other) < (2e-4 if prec == "default" else 1e-12)
@@ -104,7 +101,7 @@ def test_every_item_of_a_gated_product_has_its_columns(prec: str) -> None:
 @pytest.mark.parametrize("type_", ["f32", "f16", "bf16", "q4_0"])
 @pytest.mark.parametrize("prec", ["default", "f32"])
 @pytest.mark.parametrize("n_b", [1, 3])
-def test_every_pair_has_its_expert_and_its_row(type_: str, prec: str, n_b: int) -> None:
+def test_every_pair_has_its_expert_and_its_row(type_: str, prec: Precision, n_b: int) -> None:
     """20 tokens of 4 experts: rows by 8, by 4 and alone. Some slots have no expert."""
     rng = np.random.default_rng(3)
     n_tokens, n_used, x = 20, 3, activations(20, n_b)
@@ -115,8 +112,8 @@ def test_every_pair_has_its_expert_and_its_row(type_: str, prec: str, n_b: int) 
     b = gg.input("b", "f32", ne=x.shape[::-1])
     ids = gg.input("ids", "i32", ne=(n_used, n_tokens))
     y = {
-        "one": gg.mul_mat_id(w["up"], b, ids, prec=prec),  # type: ignore[arg-type]
-        "two": gg.moe_up_gate(w["up"], w["gate"], b, ids, prec=prec),  # type: ignore[arg-type]
+        "one": gg.mul_mat_id(w["up"], b, ids, prec=prec),
+        "two": gg.moe_up_gate(w["up"], w["gate"], b, ids, prec=prec),
     }
     chosen = np.argsort(rng.random((n_tokens, 4)))[:, :n_used].astype(np.int32)
     chosen[5, 1] = chosen[7, 0] = -1
@@ -279,7 +276,12 @@ for name in FORMS:
     rows, x = weight(name, 600), activations(7)
     want = x.astype(np.float64) @ decode_rows(name, rows).T.astype(np.float64)
     y = plan_of(name, rows, x).run(b=x)["y"]
-    print(name, nmse(y, want) < 2e-4, hashlib.sha256(y.tobytes()).hexdigest())
+    z = plan_of(name, rows, x, "f32").run(b=x)["y"]
+    right = nmse(y, want) < 2e-4 and nmse(z, want) < 1e-12
+    print(name, right, *(hashlib.sha256(r.tobytes()).hexdigest() for r in (y, z)))
+for name in ("f32", "f16", "bf16"):
+    for turned in (False, True):
+        test_products_of_floats(name, "f16", turned, 37, 3, 33)
 """
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pyggml
+from pyggml.ops.rules import Precision
 from pyggml.parity.case import Case
 from pyggml.parity.cases import cases
 from pyggml.parity.running import restored, tested
@@ -67,7 +68,11 @@ def _bound(name: str, m: int, n: int) -> Callable[[], None]:
     return partial(products.test_a_product_is_within_the_bound_of_quantized_activations, name, m, n)
 
 
-def _items(shape: str, prec: str = "default") -> Callable[[], None]:
+def _exact(name: str, m: int = 33, n: int = 13) -> Callable[[], None]:
+    return partial(products.test_a_product_in_f32_reads_exact_weights, name, m, n)
+
+
+def _items(shape: str, prec: Precision = "default") -> Callable[[], None]:
     return partial(products.test_every_item_has_its_matrix_and_its_columns, prec, "f32", shape)
 
 
@@ -113,7 +118,7 @@ MUTANTS = (
         (DENSE, "the last row of a tile is dropped", "for row in range(min(ROWS, m - first))",
          "for row in range(min(ROWS, m - first) - 1)", "q4_0"),
         (DENSE, "factors of the first 256 weights", "if inside == 0:", "if group == 0:", "q6_K",
-         _bound("q6_K", 16, 3)),
+         _bound("q6_K", 37, 4)),
         (DENSE, "no minimum", "put_i16(at + 32 + 2 * row, i64_at(head + 8))",
          "put_i16(at + 32 + 2 * row, 0)", "q4_1"),
     ),
@@ -180,23 +185,24 @@ MUTANTS = (
          "count = e.load(i32, x, (X_SUM, X_SUM_HIGH)[half])",
          "count = e.load(i32, x, (X_SUM, X_SUM)[half])", "q3_K"),
         (DENSE, "the first 256 weights' factors", "eighth = e.b.lshr(number, e.integer(3))",
-         "eighth = e.b.lshr(number, e.integer(4))", "q4_K"),
+         "eighth = e.b.lshr(number, e.integer(4))", "q4_K", _bound("q4_K", 37, 4)),
         (DENSE, "the minimum is added", "m = e.b.fneg(e.floats(e.load(HALVES, supers, 32)))",
          "m = e.floats(e.load(HALVES, supers, 32))", "q4_K"),
     ),
     *_of(
         "linear.exact",
-        (DENSE, "without zero", "e.constant(BYTES, form.zero))", "e.constant(BYTES, 0))", "q4_0"),
-        (DENSE, "codes without sign", "e.b.ashr(high,", "e.b.lshr(high,", "q4_0"),
+        (DENSE, "without zero", "e.constant(BYTES, form.zero))", "e.constant(BYTES, 0))", "q4_0",
+         _exact("q4_0")),
+        (DENSE, "codes without sign", "e.b.ashr(high,", "e.b.lshr(high,", "q4_0", _exact("q4_0")),
         (DENSE, "the first half's scale for all", "half = j // 4 if len(factors) > 1 else 0",
-         "half = 0", "q6_K"),
+         "half = 0", "q6_K", _exact("q6_K")),
         (DENSE, "three of four sums", "[part.get() for part in parts]",
          "[part.get() for part in parts[-3:]]", "q4_0",
-         partial(products.test_a_product_in_f32_reads_exact_weights, "q4_0", 16, 1)),
+         _exact("q4_0", 16, 1)),
         (DENSE, "the number before", "e.load(f32, x, 4 * k)", "e.load(f32, x, 4 * max(k - 1, 0))",
-         "q4_0"),
+         "q4_0", _exact("q4_0")),
         (DENSE, "no minimum", "yield e.fma(code, factors[half], minima[half])",
-         "yield e.b.fmul(code, factors[half])", "q4_1"),
+         "yield e.b.fmul(code, factors[half])", "q4_1", _exact("q4_1")),
     ),
     *_of(
         "linear.floats",
@@ -216,7 +222,8 @@ MUTANTS = (
     *_of(
         "linear.inner",
         (DENSE, "5 columns by the loop of 4", "if n > 4:", "if n > 5:", "q4_0"),
-        (DENSE, "2 columns by the loop of 1", "elif n > 1:", "elif n > 2:", "q4_0"),
+        (DENSE, "2 columns by the loop of 1", "elif n > 1:", "elif n > 2:", "q4_0",
+         _bound("q4_0", 16, 2)),
         (DENSE, "the first 4 columns again", "xs + 8 * c, sums + 64 * c", "xs, sums + 64 * c",
          "f32"),
     ),
@@ -239,20 +246,19 @@ MUTANTS = (
          _gated),
         (UP, "the first column of eight", "x + (j + min(c, several - 1)) * x1", "x + j * x1", "",
          _gated),
-        (UP, "the last share is dropped", ">= (tiles + share - 1) // share * blocks",
-         ">= tiles // share * blocks", "", _gated),
     ),
     *_of(
         "linear.operands",
         (DENSE, "f32 by integers", 'node.attrs["prec"] == "default"', 'node.attrs["prec"] != ""',
-         "q4_0"),
+         "q4_0",
+         _exact("q4_0")),
         (DENSE, "row after row where matrices repeat", "row * b.ne[1], row * b.ne[1] * b.ne[2]",
          "row * b.ne[1], row * b.ne[1]", "q4_0", _items("heads")),
     ),
     *_of(
         "linear.kernels",
         (DENSE, "any items as columns", "n == 1 or (x.nb2 == n * x1 and out.nb[2] == n * y1)",
-         "True", "q4_0", _items("heads")),
+         "True", "q4_0", _items("shared in one", "f32")),
         (DENSE, "heads share by b's number", "max(1, n2 // a.ne[2])", "max(1, n2)", "q4_0",
          _items("heads")),
         (UP, "the first item", "x.ptr + i2 * x.nb2 + i3 * x.nb3", "x.ptr + i3 * x.nb3", "",
