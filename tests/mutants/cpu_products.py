@@ -142,6 +142,9 @@ MUTANTS = (
          _view("half of each row")),
         (DENSE, "the output of a view in tiles", "return all(shown.values())", "return True",
          "q4_0", products.test_a_view_of_a_weight_that_is_an_output_keeps_the_file_layout),
+        (DENSE, "tiles for all readers", "elif not names or not names <= set(use.op.weights):",
+         "elif not names:", "q4_0",
+         products.test_a_weight_that_other_ops_read_stays_as_in_the_file),
     ),
     *_of(
         "linear.put",
