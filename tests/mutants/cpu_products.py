@@ -284,8 +284,6 @@ MUTANTS = (
          "(ids + pair % n_used * i0 + pair // n_used * i1) < 0:\n                put",
          "(ids + pair % n_used * i0 + pair // n_used * i1) < -1:\n                put", "",
          _pairs()),
-        (IDS, "ids as if adjacent", "call.add(GROUP, table, ids.ptr, *ids.nb[:2]",
-         "call.add(GROUP, table, ids.ptr, ids.nb[0], 4 * n_used", "", _pairs()),
         (MOE, "the gate is up", "multiply_gate(g, gate_k,", "multiply_gate(u, gate_k,", "",
          _pairs()),
     ),
