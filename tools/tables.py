@@ -126,7 +126,9 @@ def ratio(times: dict[str, float]) -> str:
 BARS = {
     "layer_decode_d4096": 90, "layer_prompt_2048": 4.0, "model_prompt_2048": 52_000,
     "model_decode_d4096": 430, "model_load": 4.5, "model_nmse": 1e-4, "model_nmse_f32": 1e-9,
-    "host_share_us": 60, "fuzz_cases_failed": 0, "fuzz_graphs_failed": 0,
+    "host_share_us": 60, "experts_decode_d4096_of_llama": 1, "experts_prompt_2048_of_llama": 1,
+    "whole_prompt_2048_of_llama": 3, "whole_decode_d4096_of_llama": 1.3,
+    "fuzz_cases_failed": 0, "fuzz_graphs_failed": 0,
     "mul_mat_vec_iq4_nl": 0.55, "mul_mat_vec_q8_0": 0.55, "mul_mat_iq4_nl_n512": 350,
     "moe_up_gate_iq4_nl_t1": 12,
     "moe_up_gate_iq4_nl_t512": 130, "moe_up_gate_iq4_nl_t2048": 250, "fa_192_128_h16_n2048": 180,

@@ -182,6 +182,9 @@ def test_every_row_of_the_table_is_measured_by_some_script() -> None:
         "model_prompt_", "model_decode", "fuzz_",
     )  # fmt: skip
     for name in importlib.import_module("tools.tables").BARS:
+        if name.endswith("_of_llama"):
+            assert f'"{name.partition("_")[0]}": (' in text  # SETTINGS of gpu_peers.py
+            continue
         assert f'"{name}"' in text or any(
             name.startswith(prefix) and f'f"{prefix}{{' in text for prefix in prefixes
         ), name
