@@ -59,7 +59,7 @@ if _TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = ("backends", "generate", "gguf", "models", "parity", "viz")
+_MODULES = ("backends", "bench", "generate", "gguf", "models", "parity", "viz")
 #: Name -> module, for names that are rarely used and slow to import.
 _LAZY = {
     "Model": "models.model",

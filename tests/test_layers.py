@@ -20,7 +20,7 @@ LAYERS = (  # a module may import from its own layer and from earlier ones
     "pyggml.passes",
     "pyggml.runtime",
     "pyggml.gguf pyggml.generate pyggml.models pyggml.parity",
-    "pyggml.viz pyggml.cli pyggml.__main__ pyggml pyggml.define",
+    "pyggml.bench pyggml.viz pyggml.cli pyggml.__main__ pyggml pyggml.define",
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
 #: Modules that backends may use, next to SHARED.

@@ -22,6 +22,7 @@ from pyggml.cli.progress import clear
 from pyggml.errors import PyggmlError
 
 COMMANDS = {
+    "bench": "measure how fast a model reads prompts and generates tokens",
     "chat": "talk to a model",
     "doctor": "check what each backend needs on this machine",
     "graph": "show how a model's graph runs: splits, copies, steps and memory",
@@ -32,6 +33,7 @@ COMMANDS = {
     "plan": "show the memory that a model needs, or what fits in given devices",
     "quantize": "convert the weights of a GGUF file to another type",
     "run": "continue a text, or answer a message",
+    "sweep": "measure speed and memory as the cache fills",
     "synth": "write a GGUF file with random weights",
 }
 

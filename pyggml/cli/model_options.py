@@ -6,7 +6,9 @@ import argparse
 import os
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from pyggml import backends
@@ -28,9 +30,17 @@ N_CTX, N_BATCH = 4096, 512
 
 
 def add_model_options(
-    parser: argparse.ArgumentParser, n_ctx: int = N_CTX, *, fit: bool = False
+    parser: argparse.ArgumentParser,
+    n_ctx: int = N_CTX,
+    *,
+    fit: bool = False,
+    lists: bool = False,
 ) -> None:
-    """The options of `open_model` and `new_session`. With `fit`, -c and -ub are None by default."""
+    """The options of `open_model` and `new_session`.
+
+    fit    -c and -ub are None by default
+    lists  without -c; the values of all others but --decode-weights are lists: see `combinations`
+    """
 
     def sized(meaning: str, default: int) -> dict[str, Any]:
         note = "; with --fit the most that fits" if fit else ""
@@ -40,9 +50,10 @@ def add_model_options(
         }  # fmt: skip
 
     group = parser.add_argument_group("the model")
-    add = group.add_argument
+    add = _lists_of(group.add_argument) if lists else group.add_argument
     add("-m", metavar="FILE", required=True, help="a GGUF file, or the first of its parts")
-    add("-c", **sized("tokens of context", n_ctx))
+    if not lists:
+        add("-c", **sized("tokens of context", n_ctx))
     add("-b", type=options.count, metavar="N", default=2048,
         help="accepted as in llama.cpp; limits -ub (default: %(default)s)")  # fmt: skip
     add("-ub", **sized("tokens of a prompt that run at once", N_BATCH))
@@ -77,6 +88,50 @@ def add_model_options(
         "counts as the last layer (default: all)")  # fmt: skip
     add("-ot", metavar="REGEX=PLACE", type=options.pins, action="extend", default=[],
         help="put tensors with a matching label on PLACE; separate pairs by commas")  # fmt: skip
+
+
+#: The type of an option -> that of the same option as a list.
+_AS_LIST: dict[Any, Callable[[str], list[Any]]] = {
+    None: lambda text: [text],  # a file; it may have commas in its name
+    options.count: options.numbers(1),
+    options.natural: options.numbers(0),
+    options.dtype: options.listed(options.dtype),
+    options.positive: options.listed(options.budget),
+    int: options.listed(options.whole(0, 3)),
+    options.pins: lambda text: [options.pin_set(text)],
+}
+#: The options that are lists, from those that need the most work to change.
+_LISTED = ("m", "backend", "ngl", "ot", "b", "ub", "ctk", "ctv", "fa", "mla", "fmoe", "amb")
+
+
+def _lists_of(add: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that adds an option as a list of values."""
+
+    def add_list(name: str, **settings: Any) -> None:
+        if settings.get("action") == "store_true":
+            add(name, **settings)
+            return
+        default, kind = settings.get("default"), settings.get("type")
+        settings["help"] %= {"default": default}
+        if settings.pop("choices", None) == ("on", "off"):
+            settings["type"], settings["metavar"] = options.listed(options.switch), "on,off"
+        elif kind is _places:
+            settings["type"] = lambda text: [_places(text)]
+            default = _places(default)
+        else:
+            settings["type"] = _AS_LIST[kind]
+            settings.setdefault("metavar", "N")
+            if kind in (options.count, options.natural, options.dtype, options.positive, int):
+                settings["metavar"] += ",.."
+        add(name, **settings | {"action": options.Values, "default": [default]})
+
+    return add_list
+
+
+def combinations(args: argparse.Namespace) -> Iterator[argparse.Namespace]:
+    """Each combination of the options' values, as if it had been given alone; -m varies slowest."""
+    for values in product(*(getattr(args, name) for name in _LISTED)):
+        yield argparse.Namespace(**vars(args) | dict(zip(_LISTED, values)))
 
 
 def add_text_options(parser: argparse.ArgumentParser) -> None:
@@ -130,6 +185,20 @@ def open_model(args: argparse.Namespace) -> Iterator[Model]:
         model.file.close()
 
 
+def same_model(args: argparse.Namespace) -> tuple[Any, ...]:
+    """What `open_model` reads of the options that `variant` cannot change."""
+    return args.m, args.backend, args.ngl, args.ot, args.decode_weights
+
+
+def variant(model: Model, args: argparse.Namespace) -> Model:
+    """The model with other options of its graphs and another budget; it shares the weights."""
+    from pyggml.models.batch import Options
+
+    other = copy(model)
+    other.options, other.amb = Options(**graph_options(args)), args.amb
+    return other
+
+
 @dataclass(frozen=True, slots=True)
 class Text:
     """A session that writes text.
@@ -172,13 +241,18 @@ def graph_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def new_session(args: argparse.Namespace, model: Model) -> Session:
     """A session with -c tokens of context, whose weights are loaded."""
+    session = model.session(n_ctx=args.c, n_batch=min(args.b, args.ub))
+    load_weights(session)
+    return session
+
+
+def load_weights(session: Session) -> None:
+    """On a terminal, load the weights of a session now, with a progress bar."""
     from pyggml.generate.plans import padded_rows
 
-    session = model.session(n_ctx=args.c, n_batch=min(args.b, args.ub))
     show = progress("loading", "bytes")
     if show is not None:
         session.plan(1, padded_rows(1, session.n_ctx), 1).bind({}, show)
-    return session
 
 
 def sampler_of(args: argparse.Namespace) -> Callable[[NDArray[np.float32]], int]:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import isfinite
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pyggml import dtypes
 from pyggml.errors import DTypeError, PyggmlError
@@ -56,6 +56,55 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
 
 count, natural = whole(1), whole(0)
 
+#: `first[-last[+step]]` or `first-last*factor`.
+_RANGE = re.compile(r"(\d+)(?:-(\d+)(?:([+*])(\d+))?)?", re.ASCII)
+_MOST_VALUES = 1000
+
+
+def numbers(least: int) -> Callable[[str], list[int]]:
+    """Whole numbers from `least` on, as llama-bench reads them: 1,2,8 or 1-4 or 0-4096+1024 or
+    128-2048*2."""
+
+    def read(text: str) -> list[int]:
+        values: list[int] = []
+        for word in text.split(","):
+            match = _RANGE.fullmatch(word)
+            if match is None:
+                raise DTypeError(f"must be numbers such as 1,2 or 0-8+2 or 1-8*2, got {text!r}")
+            first, last = int(match[1]), int(match[2] or match[1])
+            values += _range(first, last, match[3] or "+", int(match[4] or 1), word)
+        if values and min(values) < least:
+            raise DTypeError(f"must be whole numbers of at least {least}, got {text!r}")
+        return values
+
+    return option(read)
+
+
+def _range(first: int, last: int, sign: str, step: int, word: str) -> Iterator[int]:
+    if last < first or (sign == "+" and step < 1) or (sign == "*" and (step < 2 or first < 1)):
+        raise DTypeError(f"{word!r} is no range: it does not grow from {first} to {last}")
+    if sign == "+" and (last - first) // step >= _MOST_VALUES:
+        raise DTypeError(f"{word!r} is more than {_MOST_VALUES:,} numbers")
+    while first <= last:
+        yield first
+        first = first + step if sign == "+" else first * step
+
+
+def listed(read: Callable[[str], T]) -> Callable[[str], list[T]]:
+    """Values that `read` takes, separated by commas."""
+    return lambda text: [read(word) for word in text.split(",")]
+
+
+class Values(argparse.Action):
+    """Collects the values of an option that is a list, also from several uses. The default is a
+    list, too; the first use replaces it."""
+
+    def __call__(
+        self, parser: object, namespace: argparse.Namespace, values: Any, option: object = None
+    ) -> None:
+        old = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if old is self.default else [*old, *values])
+
 
 @option
 def positive(text: str) -> float:
@@ -67,6 +116,21 @@ def positive(text: str) -> float:
     if not (number > 0 and isfinite(number)):
         raise DTypeError(f"must be a number above 0, got {text!r}")
     return number
+
+
+@option
+def budget(text: str) -> float | None:
+    """A number above 0; none or 0 is None."""
+    return None if text in ("0", "none") else positive(text)
+
+
+@option
+def switch(text: str) -> str:
+    """on or off; 1 and 0 are the same."""
+    values = {"on": "on", "1": "on", "off": "off", "0": "off"}
+    if text not in values:
+        raise DTypeError(f"must be on or off, got {text!r}")
+    return values[text]
 
 
 @option
@@ -102,6 +166,14 @@ def pins(text: str) -> list[tuple[str, str]]:
     if pair:
         raise DTypeError(f"{text!r}: expected REGEX=PLACE, such as exps=numpy")
     return pairs
+
+
+@option
+def pin_set(text: str) -> list[tuple[str, str]]:
+    """Pairs as in `pins`, also separated by semicolons; none is no pair."""
+    if text == "none":
+        return []
+    return [pair for part in text.split(";") for pair in pins(part)]
 
 
 @option

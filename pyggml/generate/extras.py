@@ -1,4 +1,4 @@
-"""Packages of the extra `text`, imported when they are used."""
+"""Packages of extras, imported when they are used."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 from pyggml.errors import MissingPackageError
 
 
-def package(name: str, purpose: str) -> Any:
+def package(name: str, purpose: str, extra: str = "text") -> Any:
     """The module `name`. MissingPackageError names the extra if it is not installed."""
     try:
         return import_module(name)
     except ImportError as error:
         top = name.partition(".")[0]
         raise MissingPackageError(
-            f"{purpose} needs the package {top!r} ({error}); install the extra 'text': "
-            'pip install "pyggml[text]"'
+            f"{purpose} needs the package {top!r} ({error}); install the extra {extra!r}: "
+            f'pip install "pyggml[{extra}]"'
         ) from error

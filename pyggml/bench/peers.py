@@ -1,0 +1,77 @@
+"""Records of speeds to compare with: benchmarks/results/peers.json, or llama-bench's JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyggml.bench.measure import Test
+from pyggml.errors import DTypeError, PyggmlError
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Speeds of another engine, or of another run: what a plot shows as one line.
+
+    speeds  test -> tokens per second
+    """
+
+    label: str
+    speeds: dict[Test, float]
+
+
+def read(path: Path) -> list[Peer]:
+    """The peers of a file. DTypeError if it is neither a record of peers nor llama-bench's JSON.
+
+    A record is an object whose `peers` is a list of objects with `engine`, `path` and `rows`; the
+    rows have llama-bench's `n_prompt`, `n_gen`, `n_depth` and `avg_ts`. llama-bench's JSON, also in
+    lines, is a list of such rows; those with the same options are one peer.
+    """
+    text = path.read_text(encoding="utf-8")
+    try:
+        return _peers(_parsed(text), path)
+    except (ValueError, KeyError, TypeError, AttributeError, PyggmlError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise DTypeError(
+            f"{path} is neither a record of peers nor JSON of llama-bench or pyggml bench: {what}"
+        ) from error
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        lines = [line for line in text.splitlines() if line.strip()]
+        if len(lines) < 2:
+            raise
+        return [json.loads(line) for line in lines]
+
+
+def _peers(data: Any, path: Path) -> list[Peer]:
+    groups: dict[str, dict[Test, float]] = {}
+    if isinstance(data, list):
+        for row in data:
+            label = _label(row, path)
+            groups.setdefault(label, {})[_test(row)] = float(row["avg_ts"])
+    else:
+        for peer in data["peers"]:
+            label = ", ".join(filter(None, (peer["engine"], peer["path"])))
+            for row in peer["rows"]:
+                groups.setdefault(label, {})[_test(row)] = float(row["avg_ts"])
+    return [Peer(label, speeds) for label, speeds in groups.items()]
+
+
+def _test(row: Mapping[str, Any]) -> Test:
+    loop = bool(row.get("loop", False))
+    return Test(int(row["n_prompt"]), int(row["n_gen"]), int(row.get("n_depth", 0)), loop)
+
+
+def _label(row: Mapping[str, Any], path: Path) -> str:
+    """The file's name and the options of a row of llama-bench's JSON."""
+    names = {"flash_attn": "fa", "mla": "mla", "n_ubatch": "ub", "type_k": "ctk"}
+    options = [f"{short} {int(row[n]) if isinstance(row[n], bool) else row[n]}"
+               for n, short in names.items() if n in row]  # fmt: skip
+    return ", ".join([f"{path.stem} {row.get('backends', '')}".strip(), *options])

@@ -1,0 +1,210 @@
+"""What `pyggml bench` and `pyggml sweep` share: output, plots, and numbers of threads."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pyggml import errors
+from pyggml.cli import options
+from pyggml.cli.options import UsageError, wrong_usage
+from pyggml.cli.progress import clear, progress
+from pyggml.errors import DeviceError, DTypeError, PyggmlError
+
+if TYPE_CHECKING:
+    from pyggml.bench.panels import Panel
+    from pyggml.bench.peers import Peer
+    from pyggml.bench.tables import Record, Writer
+
+R = TypeVar("R", bound="Record")
+#: Seconds in which an interrupted process must send its last row.
+_PATIENCE = 10
+#: The variables that say how many threads the backends in the host's memory use.
+VARIABLES = ("PYGGML_THREADS", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("measuring").add_argument
+    add("-t", type=options.numbers(1), metavar="N,..", action=options.Values, default=[None],
+        help="threads on the host; each number runs in a process of its own (default: as the "
+        "environment says)")  # fmt: skip
+    add("--no-warmup", action="store_true",
+        help="no untimed run first; then times include loading and compiling")  # fmt: skip
+    add("-o", choices=("md", "csv", "json", "jsonl"), default="md",
+        help="form of the output (default: md)")  # fmt: skip
+    add("--plot", metavar="FILE", type=_plot,
+        help="draw the speeds to FILE.svg or FILE.png (needs the extra plot)")  # fmt: skip
+    add("--peers", metavar="FILE", type=Path,
+        help="with --plot: more lines, from a record of peers or from the JSON of llama-bench or "
+        "pyggml bench")  # fmt: skip
+
+
+@options.option
+def _plot(text: str) -> Path:
+    path = Path(text)
+    if path.suffix not in (".svg", ".png"):
+        raise DTypeError(f"must end in .svg or .png, got {text!r}")
+    if not path.absolute().parent.is_dir():
+        raise DTypeError(f"there is no folder {path.absolute().parent}")
+    return path
+
+
+def peers_of(args: argparse.Namespace) -> list[Peer]:
+    """The peers of --peers. Checks all of a plot that can be wrong, before anything is measured."""
+    from pyggml.bench import peers, plot
+
+    if args.plot is None:
+        if args.peers is not None:
+            raise UsageError("--peers needs --plot")
+        return []
+    plot.check()
+    if args.peers is None:
+        return []
+    with wrong_usage():
+        return peers.read(args.peers)
+
+
+def report(
+    args: argparse.Namespace,
+    table: Callable[[], Writer],
+    records: Iterable[R],
+    panels_of: Callable[[Sequence[R]], Sequence[Panel]],
+) -> None:
+    """Print the records as they come, and draw them. After Ctrl-C or an error, those so far.
+
+    table  the writer of -o md
+    """
+    from pyggml.bench import panels, plot, tables
+
+    writer: Writer = table() if args.o == "md" else tables.DATA[args.o]()
+    rows: list[R] = []
+    stop: BaseException | None = None
+    _print(writer.begin())
+    try:
+        for record in records:
+            rows.append(record)
+            _print(writer.record(record))
+    except (KeyboardInterrupt, PyggmlError, OSError) as error:
+        stop = error
+    _print(writer.end())
+    if args.plot is not None and rows and (drawn := panels_of(rows)):
+        plot.draw(drawn, args.plot, panels.title([row.setting for row in rows]))
+    if stop is not None:
+        raise stop
+
+
+def _print(lines: Iterable[str]) -> None:
+    for line in lines:
+        clear()
+        print(line, flush=True)
+
+
+def counter(what: str, total: int) -> Callable[[], None]:
+    """A function to call after each run; on a terminal, it shows how many are done."""
+    show = progress(what, "runs")
+    done = 0
+
+    def ran() -> None:
+        nonlocal done
+        done += 1
+        if show is not None:
+            show(done, total)
+
+    return ran
+
+
+def unknown_to_models(args: argparse.Namespace) -> dict[str, object]:
+    """llama-bench's fields of -ngl and -ot."""
+    return {
+        "n_gpu_layers": -1 if args.ngl is None else args.ngl,
+        "tensor_buft_overrides": pins_text(args.ot),
+    }
+
+
+def pins_text(pairs: Sequence[tuple[str, str]]) -> str:
+    return ";".join(f"{pattern}={place}" for pattern, place in pairs) or "none"
+
+
+# -- threads ----------------------------------------------------------------------------------
+
+
+def with_threads(
+    records: Callable[[argparse.Namespace], Iterator[R]], args: argparse.Namespace
+) -> Iterator[R]:
+    """The records for each number of -t. Without -t, they are measured in this process.
+
+    BLAS reads the number when NumPy is imported, and the cpu backend when it first runs, so each
+    number needs a new process.
+    """
+    for number in args.t:
+        if number is None:
+            yield from records(args)
+        else:
+            yield from _in_process(records, args, number)
+
+
+def _in_process(
+    records: Callable[[argparse.Namespace], Iterator[R]], args: argparse.Namespace, number: int
+) -> Iterator[R]:
+    context = get_context("spawn")
+    pipe, other_end = context.Pipe()
+    args = argparse.Namespace(**{k: v for k, v in vars(args).items() if k != "run"})
+    process = context.Process(target=_serve, args=(other_end, records, args), daemon=True)
+    before = {name: os.environ.get(name) for name in VARIABLES}
+    os.environ.update(dict.fromkeys(VARIABLES, str(number)))
+    try:
+        process.start()
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+    other_end.close()
+    try:
+        yield from _received(pipe, number)
+    except KeyboardInterrupt:
+        if process.is_alive() and pipe.poll(_PATIENCE):  # it was interrupted, too, and has a row
+            yield from _received(pipe, number)
+        raise
+    finally:
+        pipe.close()
+        process.join(_PATIENCE)
+        process.kill()
+
+
+def _received(pipe: Connection, number: int) -> Iterator[Any]:
+    """What the process sends, until it has ended or was interrupted."""
+    while True:
+        try:
+            kind, value = pipe.recv()
+        except (EOFError, ConnectionResetError):
+            raise DeviceError(f"the process with {number} threads died") from None
+        if kind == "record":
+            yield value
+        elif kind == "error":
+            raise getattr(errors, value[0], DeviceError)(value[1])
+        elif kind == "interrupted":
+            raise KeyboardInterrupt
+        else:
+            return
+
+
+def _serve(
+    pipe: Connection, records: Callable[[argparse.Namespace], Iterator[Any]],
+    args: argparse.Namespace,
+) -> None:  # fmt: skip
+    """Send the records."""
+    try:
+        for record in records(args):
+            clear()
+            pipe.send(("record", record))
+        pipe.send(("end", None))
+    except KeyboardInterrupt:
+        clear()
+        pipe.send(("interrupted", None))
+    except (PyggmlError, OSError) as error:
+        clear()
+        pipe.send(("error", (type(error).__name__, str(error))))
