@@ -10,7 +10,7 @@ with gg.load("model.gguf") as model:
 
 from __future__ import annotations
 
-from pyggml.bench.measure import Row, Test, measure
-from pyggml.bench.sweep import Point, sweep
+from pyggml.bench.depth import Point, sweep
+from pyggml.bench.runs import Row, Test, measure
 
 __all__ = ["Point", "Row", "Test", "measure", "sweep"]

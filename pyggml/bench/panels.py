@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from pyggml.bench.measure import Row, Test
+from pyggml.bench.depth import Point
 from pyggml.bench.peers import Peer
-from pyggml.bench.sweep import Point
+from pyggml.bench.runs import Row, Test
 
 #: The x of a test, or None if it does not belong in a panel.
 Place: TypeAlias = Callable[[Test], int | None]
@@ -97,7 +97,7 @@ def _by_depth(lengths: set[int], lines: Iterable[Line], peers: Sequence[Peer]) -
 
 def _of_generation(lines: Iterable[Line], peers: Sequence[Peer]) -> Panel:
     def place(test: Test) -> int | None:
-        return None if test.n_prompt or test.loop else test.n_depth
+        return None if test.n_prompt else test.n_depth
 
     return Panel("generation", BY_DEPTH, (*lines, *_peer_lines(peers, place)))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyggml.bench.measure import Test
+from pyggml.bench.runs import Test
 from pyggml.errors import DTypeError, PyggmlError
 
 
@@ -27,8 +27,9 @@ def read(path: Path) -> list[Peer]:
     """The peers of a file. DTypeError if it is neither a record of peers nor llama-bench's JSON.
 
     A record is an object whose `peers` is a list of objects with `engine`, `path` and `rows`; the
-    rows have llama-bench's `n_prompt`, `n_gen`, `n_depth` and `avg_ts`. llama-bench's JSON, also in
-    lines, is a list of such rows; those with the same options are one peer.
+    rows have llama-bench's `n_prompt`, `n_gen` (null: some number), `n_depth` and `avg_ts`; see
+    docs/measuring.md. llama-bench's JSON, also in lines, is a list of such rows; those with the
+    same options are one peer.
     """
     text = path.read_text(encoding="utf-8")
     try:
@@ -66,7 +67,8 @@ def _peers(data: Any, path: Path) -> list[Peer]:
 
 def _test(row: Mapping[str, Any]) -> Test:
     loop = bool(row.get("loop", False))
-    return Test(int(row["n_prompt"]), int(row["n_gen"]), int(row.get("n_depth", 0)), loop)
+    n_gen = 1 if row["n_gen"] is None else int(row["n_gen"])
+    return Test(int(row["n_prompt"]), n_gen, int(row.get("n_depth", 0)), loop)
 
 
 def _label(row: Mapping[str, Any], path: Path) -> str:
@@ -74,4 +76,5 @@ def _label(row: Mapping[str, Any], path: Path) -> str:
     names = {"flash_attn": "fa", "mla": "mla", "n_ubatch": "ub", "type_k": "ctk"}
     options = [f"{short} {int(row[n]) if isinstance(row[n], bool) else row[n]}"
                for n, short in names.items() if n in row]  # fmt: skip
+    options += ["loop"] * bool(row.get("loop"))
     return ", ".join([f"{path.stem} {row.get('backends', '')}".strip(), *options])

@@ -12,6 +12,7 @@ from pyggml.generate.extras import package
 
 _COLOURS = (
     "#0b6e99", "#c4501b", "#2e8b57", "#8a4fa3", "#b8860b", "#b03060", "#4a5f9e", "#6b6b00",
+    "#3aa6a6", "#d1698c", "#7a4a2a", "#555555",
 )  # fmt: skip
 #: From this ratio of the largest to the smallest x on, the axis is logarithmic.
 _LOG_RATIO = 8

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from pyggml.bench.measure import Row
-from pyggml.bench.sweep import Point
+from pyggml.bench.depth import Point
+from pyggml.bench.runs import Row
 from pyggml.runtime.memory import mib
 
 FORMATS = ("md", "csv", "json", "jsonl")

@@ -27,7 +27,7 @@ from pyggml.cli.options import UsageError
 from pyggml.errors import DTypeError
 
 if TYPE_CHECKING:
-    from pyggml.bench.measure import Row, Test
+    from pyggml.bench.runs import Row, Test
 
 #: Option -> its field in the output. It is a column if a value differs from the default.
 FIELDS = {
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 def tests_of(args: argparse.Namespace) -> list[Test]:
     """The tests, in llama-bench's order."""
-    from pyggml.bench.measure import Test
+    from pyggml.bench.runs import Test
 
     tests: list[Test] = []
     for depth in args.d:
@@ -121,11 +121,11 @@ def columns(args: argparse.Namespace) -> dict[str, str]:
 
 def rows(args: argparse.Namespace) -> Iterator[Row]:
     """The rows of every combination. Models that differ only in their graphs are opened once."""
-    from pyggml.bench.measure import measure
+    from pyggml.bench.runs import measure
 
     tests = tests_of(args)
     settings = list(model_options.combinations(args))
-    ran = measuring.counter("bench", (args.r + (not args.no_warmup)) * len(tests) * len(settings))
+    runs = measuring.Runs("bench", (args.r + (not args.no_warmup)) * len(tests) * len(settings))
     for _, group in groupby(settings, model_options.same_model):
         same = list(group)
         with model_options.open_model(same[0]) as model:
@@ -138,6 +138,6 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
                     repeats=args.r,
                     warmup=not args.no_warmup,
                     setting=measuring.unknown_to_models(setting),
-                    begin=model_options.load_weights,
-                    ran=ran,
+                    begin=runs.begin,
+                    ran=runs.ran,
                 )

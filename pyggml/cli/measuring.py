@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pyggml import errors
 from pyggml.cli import options
+from pyggml.cli.model_options import load_weights
 from pyggml.cli.options import UsageError, wrong_usage
 from pyggml.cli.progress import clear, progress
 from pyggml.errors import DeviceError, DTypeError, PyggmlError
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pyggml.bench.panels import Panel
     from pyggml.bench.peers import Peer
     from pyggml.bench.tables import Record, Writer
+    from pyggml.generate.session import Session
 
 R = TypeVar("R", bound="Record")
 #: Seconds in which an interrupted process must send its last row.
@@ -84,14 +86,16 @@ def report(
     writer: Writer = table() if args.o == "md" else tables.DATA[args.o]()
     rows: list[R] = []
     stop: BaseException | None = None
-    _print(writer.begin())
     try:
         for record in records:
+            if not rows:
+                _print(writer.begin())
             rows.append(record)
             _print(writer.record(record))
     except (KeyboardInterrupt, PyggmlError, OSError) as error:
         stop = error
-    _print(writer.end())
+    if rows:
+        _print(writer.end())
     if args.plot is not None and rows and (drawn := panels_of(rows)):
         plot.draw(drawn, args.plot, panels.title([row.setting for row in rows]))
     if stop is not None:
@@ -104,18 +108,23 @@ def _print(lines: Iterable[str]) -> None:
         print(line, flush=True)
 
 
-def counter(what: str, total: int) -> Callable[[], None]:
-    """A function to call after each run; on a terminal, it shows how many are done."""
-    show = progress(what, "runs")
-    done = 0
+class Runs:
+    """On a terminal, shows how many runs are done. `begin` and `ran` are arguments of `measure`."""
 
-    def ran() -> None:
-        nonlocal done
-        done += 1
-        if show is not None:
-            show(done, total)
+    def __init__(self, what: str, total: int) -> None:
+        self._show, self._total, self._done = progress(what, "runs"), total, 0
 
-    return ran
+    def begin(self, session: Session) -> None:
+        load_weights(session)
+        self._shown()
+
+    def ran(self) -> None:
+        self._done += 1
+        self._shown()
+
+    def _shown(self) -> None:
+        if self._show is not None:
+            self._show(self._done, self._total)
 
 
 def unknown_to_models(args: argparse.Namespace) -> dict[str, object]:

@@ -154,10 +154,10 @@ def _places(text: str) -> list[str]:
 
 
 def on_off(meaning: str) -> dict[str, Any]:
-    """An option with the values on and off; on its own it is on."""
+    """An option with the values on and off, or 1 and 0; on its own it is on."""
     return {
-        "choices": ("on", "off"), "nargs": "?", "const": "on", "default": "on",
-        "help": f"{meaning} (default: on)",
+        "type": options.switch, "choices": ("on", "off"), "nargs": "?", "const": "on",
+        "default": "on", "help": f"{meaning} (default: on)",
     }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from pyggml.cli import measuring, model_options, options
 from pyggml.cli.options import wrong_usage
 
 if TYPE_CHECKING:
-    from pyggml.bench.sweep import Point
+    from pyggml.bench.depth import Point
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from pyggml.bench import panels
-    from pyggml.bench.sweep import depths
+    from pyggml.bench.depth import depths
     from pyggml.bench.tables import SweepMarkdown
 
     with wrong_usage():
@@ -49,10 +49,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def points(args: argparse.Namespace) -> Iterator[Point]:
-    from pyggml.bench.sweep import depths, sweep
+    from pyggml.bench.depth import depths, sweep
 
     n_ubatch = _n_ubatch(args)
-    total = (2 - args.no_warmup) * len(depths(args.c, n_ubatch, args.n))
+    runs = measuring.Runs("sweep", (2 - args.no_warmup) * len(depths(args.c, n_ubatch, args.n)))
     with model_options.open_model(args) as model:
         yield from sweep(
             model,
@@ -61,8 +61,8 @@ def points(args: argparse.Namespace) -> Iterator[Point]:
             n_gen=args.n,
             warmup=not args.no_warmup,
             setting=measuring.unknown_to_models(args),
-            begin=model_options.load_weights,
-            ran=measuring.counter("sweep", total),
+            begin=runs.begin,
+            ran=runs.ran,
         )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
 
-from pyggml.bench.measure import Clock, Test, nanoseconds_of
+from pyggml.bench.runs import Clock, Test, nanoseconds_of
 from pyggml.bench.setting import described
 from pyggml.errors import ShapeError
 from pyggml.generate.plans import padded_rows
@@ -100,11 +100,11 @@ def sweep(
     tg = generated(n_ubatch, n_gen)
     fields = described(model, n_batch=n_ubatch, n_ubatch=n_ubatch) | {"n_kv_max": n_ctx}
     fields |= dict(setting or {})
-    session = model.session(n_ctx=n_ctx, n_batch=n_ubatch)
     tests = [
         (Test(n_gen=tg, n_depth=n_kv), Test(n_prompt=n_ubatch, n_depth=n_kv))
         for n_kv in depths(n_ctx, n_ubatch, n_gen)
     ]
+    session = model.session(n_ctx=n_ctx, n_batch=n_ubatch)
     if begin is not None:
         begin(session)
     for pair in tests:
