@@ -176,10 +176,10 @@ def measure(
 def nanoseconds_of(session: Session, test: Test, clock: Clock) -> int:
     """Nanoseconds of one run of a test."""
     fill(session, test.n_depth)
-    prompt, *fed = np.split(random_tokens(session, test.n_tokens, test.n_depth), [test.n_prompt])
-    tokens = fed[0].tolist()
+    tokens = random_tokens(session, test.n_tokens, test.n_depth)
+    prompt, tokens = tokens[: test.n_prompt], tokens[test.n_prompt :]
     start = clock()
-    if test.n_prompt:
+    if prompt:
         session.forward(prompt)
     if test.loop:
         deque(session.generate(tokens[:1], test.n_gen, ahead=test.n_gen), maxlen=0)
@@ -196,6 +196,9 @@ def fill(session: Session, n: int) -> None:
         session.forward(random_tokens(session, more, 0), "none")
 
 
-def random_tokens(session: Session, n: int, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+def random_tokens(session: Session, n: int, seed: int) -> list[int]:
     """`n` ids of the vocabulary."""
-    return np.random.default_rng(seed).integers(0, session.model.arch.n_vocab, n)
+    ids: list[int] = (
+        np.random.default_rng(seed).integers(session.model.arch.n_vocab, size=n).tolist()
+    )
+    return ids
