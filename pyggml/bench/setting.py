@@ -13,17 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyggml import __version__
+from pyggml.backends import HOSTS
 from pyggml.backends.processors import n_processors
 
 if TYPE_CHECKING:
     from pyggml.gguf import GGUFFile
     from pyggml.models.model import Model
 
-#: Backend -> the variables that set the number of its threads; the first that is set counts.
-THREADS = {
-    "cpu": ("PYGGML_THREADS",),
-    "numpy": ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"),
-}
 #: What llama-bench's scripts look for and pyggml has no choice of.
 FIXED = {
     "cpu_mask": "0x0", "cpu_strict": False, "poll": 0, "n_cpu_moe": 0, "split_mode": "layer",
@@ -110,10 +106,12 @@ def gpu_info(places: Sequence[str]) -> str:
 
 
 def n_threads(places: Sequence[str]) -> int:
-    """The threads of the backend in the host's memory, or those that the process may use."""
-    names = [place.partition(":")[0] for place in places]
-    host = next((name for name in names if name in THREADS), "numpy")
-    texts = (os.environ.get(variable, "") for variable in THREADS[host])
+    """The threads of the first backend in the host's memory, else as many as NumPy has."""
+    hosts = [place for place in places if place in HOSTS]
+    if hosts[:1] == ["cpu"]:
+        texts = [os.environ.get("PYGGML_THREADS", "")]
+    else:
+        texts = [os.environ.get(name, "") for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")]
     return next((int(text) for text in texts if text.isdecimal()), 0) or n_processors()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 R = TypeVar("R", bound="Record")
 #: Seconds in which an interrupted process must send its last row.
 _PATIENCE = 10
-#: The variables that say how many threads the backends in the host's memory use.
-VARIABLES = ("PYGGML_THREADS", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -164,13 +163,8 @@ def _in_process(
     pipe, other_end = context.Pipe()
     args = argparse.Namespace(**{k: v for k, v in vars(args).items() if k != "run"})
     process = context.Process(target=_serve, args=(other_end, records, args), daemon=True)
-    before = {name: os.environ.get(name) for name in VARIABLES}
-    os.environ.update(dict.fromkeys(VARIABLES, str(number)))
-    try:
+    with _environment(number):
         process.start()
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
     other_end.close()
     try:
         yield from _received(pipe, number)
@@ -182,6 +176,24 @@ def _in_process(
         pipe.close()
         process.join(_PATIENCE)
         process.kill()
+
+
+@contextmanager
+def _environment(number: int) -> Iterator[None]:
+    """The variables that say how many threads the backends in the host's memory use are set."""
+    before = {
+        name: os.environ.get(name)
+        for name in ("PYGGML_THREADS", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
+    }
+    os.environ |= dict.fromkeys(before, str(number))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _received(pipe: Connection, number: int) -> Iterator[Any]:
