@@ -22,7 +22,7 @@ from pyggml.node import Node
 # Importing a module registers its kernels.
 FAMILIES = (
     "attention", "convert", "copy", "elementwise", "linear.experts", "linear.kernels", "masks",
-    "merge", "moe", "norm", "reduce", "rope",
+    "merge", "moe", "norm", "reduce", "rope", "sort", "strided",
 )  # fmt: skip
 for _family in FAMILIES:
     importlib.import_module(f"pyggml.backends.cpu.{_family}")

@@ -6,14 +6,18 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import numpy as np
+
 from pyggml import ops
 from pyggml.backends.cpu.native.compiler import Native
 from pyggml.backends.cpu.rows import READABLE, WRITABLE, row_refusal
 from pyggml.backends.cpu.table import Call, kernel
+from pyggml.dtypes import TYPES
 from pyggml.node import Node
 
 #: Elements to convert at once between two types that are not f32.
 PIECE = 256
+_INTEGERS = ("i32", "i64")
 
 
 def convert(source: str, target: str) -> Any:
@@ -22,6 +26,10 @@ def convert(source: str, target: str) -> Any:
     from pyggml.backends.cpu.encode import encode
     from pyggml.backends.cpu.native.memory import inner, stack
 
+    if source == target:
+        return _same(source)
+    if source in _INTEGERS or target in _INTEGERS:
+        return _numbers(source, target)
     if source == "f32":
         return encode(target)
     if target == "f32":
@@ -38,6 +46,37 @@ def convert(source: str, target: str) -> Any:
             write(out + first // y_size * y_bytes, floats, count)
 
     return by_pieces
+
+
+def _same(type_: str) -> Any:
+    """The bytes of a row: a NaN keeps its bits, which decoding would change."""
+    from pyggml.backends.cpu.native.memory import inner
+    from pyggml.backends.cpu.row_loops import copy_bytes
+
+    block, nbytes = TYPES[type_].block, TYPES[type_].nbytes
+
+    @inner
+    def copy(out: int, x: int, n: int) -> None:
+        copy_bytes(out, x, n // block * nbytes)
+
+    return copy
+
+
+def _numbers(source: str, target: str) -> Any:
+    """Integers and f32, one by one; f32 is truncated."""
+    from pyggml.backends.cpu.native import memory
+
+    at, put = getattr(memory, f"{source}_at"), getattr(memory, f"put_{target}")
+    x_size, y_size = TYPES[source].nbytes, TYPES[target].nbytes
+    floats = target == "f32"
+
+    @memory.inner
+    def convert_numbers(out: int, x: int, n: int) -> None:
+        for i in range(n):
+            value = at(x + i * x_size)
+            put(out + i * y_size, np.float32(value) if floats else np.int64(value))
+
+    return convert_numbers
 
 
 @cache
@@ -63,9 +102,8 @@ def _rows(source: str, target: str) -> Native:
 def refuses_types(node: Node, source: Node) -> str | None:
     """Why `convert` does not take the source's rows to the node's type; None if it does."""
     types = source.dtype.name, node.dtype.name
-    # A copy in the same type must keep the bits of every NaN, which `convert` makes quiet.
-    known = types[0] in READABLE and types[1] in WRITABLE and types[0] != types[1]
-    if known or types == ("f32", "f32"):
+    numbers = {*types} <= {*_INTEGERS, "f32"}
+    if types[0] == types[1] or numbers or (types[0] in READABLE and types[1] in WRITABLE):
         return None
     return f"{node.op.name} does not write {types[0]} to {types[1]} here"
 

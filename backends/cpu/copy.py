@@ -1,4 +1,4 @@
-"""Copies, and rows by id: get_rows from tiles and plain tensors, set_rows into caches."""
+"""Rows by id: get_rows from tiles and plain tensors, set_rows into caches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import cache
 from pyggml import ops
 from pyggml.backends.cpu.convert import convert, refuses_types
 from pyggml.backends.cpu.native.compiler import Native
-from pyggml.backends.cpu.rows import READABLE, adjacent, row_refusal
+from pyggml.backends.cpu.rows import READABLE, adjacent
 from pyggml.backends.cpu.table import Call, Operand, kernel
 from pyggml.backends.cpu.weights.decode import decode_row
 from pyggml.backends.cpu.weights.forms import FORMS, tiles_of
@@ -57,11 +57,10 @@ def _get(type_: str, *, tiled: bool) -> Native:
     """
 
     def make() -> Callable[..., None]:
-        from pyggml.backends.cpu.decode import decode as decode_plain
         from pyggml.backends.cpu.native.memory import i32_at, inner
         from pyggml.backends.cpu.row_loops import clear
 
-        decode = decode_row(type_) if tiled else decode_plain(type_)
+        decode = decode_row(type_) if tiled else convert(type_, "i32" if type_ == "i32" else "f32")
 
         @inner
         def from_tiles(
@@ -98,7 +97,7 @@ def _get(type_: str, *, tiled: bool) -> Native:
 
 def _get_refuses(node: Node) -> str | None:
     a = node["a"]
-    if a.dtype.name in READABLE:
+    if a.dtype.name in (*READABLE, "i32"):
         return None if adjacent(a, node) else "get_rows needs rows whose elements are adjacent"
     if a.dtype.name in FORMS and may_be_tiled(node, "a"):
         return None
@@ -165,49 +164,3 @@ def set_rows(call: Call) -> None:
         _set(b.type, out.type, ids.type), out.ptr, *out.nb[1:], b.ptr, *b.nb[1:], ids.ptr,
         *ids.nb[:3], n, n1, n2, n1 * n2 * n3, *ids.ne[1:3],
     )  # fmt: skip
-
-
-# -- copies -------------------------------------------------------------------------------------
-
-
-def _copies() -> Callable[..., None]:
-    from pyggml.backends.cpu.row_loops import copy
-
-    def run(
-        out: int, o1: int, o2: int, o3: int, x: int, x1: int, x2: int, x3: int, n: int, n1: int,
-        n2: int, rows: int, own: int, thread: int, threads: int,
-    ) -> None:  # fmt: skip
-        for row in range(rows * thread // threads, rows * (thread + 1) // threads):
-            i1, i2, i3 = row % n1, row // n1 % n2, row // n1 // n2
-            copy(out + i1 * o1 + i2 * o2 + i3 * o3, x + i1 * x1 + i2 * x2 + i3 * x3, n)
-
-    return run
-
-
-#: out = x, rows of n elements of 4 bytes.
-COPIES = Native("copy_rows", "i" * 12, _copies)
-
-
-def _copy_refuses(node: Node) -> str | None:
-    if node.dtype.name not in ("f32", "i32"):
-        return f"{node.op.name} does not copy {node.dtype} here"
-    return row_refusal(node)
-
-
-def _copy(call: Call, x: Operand, out: int) -> None:
-    if (x.ptr, x.nb) == (out, call.out.nb):
-        return  # it was computed in its place
-    n, n1, n2, n3 = x.ne
-    call.add(COPIES, out, *call.out.nb[1:], x.ptr, *x.nb[1:], n, n1, n2, n1 * n2 * n3)
-
-
-@kernel(ops.concat, types=None, refuses=_copy_refuses)
-def concat(call: Call) -> None:
-    a, b, out, dim = call["a"], call["b"], call.out, call.attrs["dim"]
-    _copy(call, a, out.ptr)
-    _copy(call, b, out.ptr + a.ne[dim] * out.nb[dim])
-
-
-@kernel(ops.cont, types=None, refuses=_copy_refuses)
-def cont(call: Call) -> None:
-    _copy(call, call["a"], call.out.ptr)

@@ -7,7 +7,7 @@ from typing import Any
 
 from pyggml import ops
 from pyggml.backends.cpu.native.compiler import Native
-from pyggml.backends.cpu.rows import row_refusal, strides
+from pyggml.backends.cpu.rows import row_refusal
 from pyggml.backends.cpu.table import Call, kernel
 
 
@@ -50,6 +50,6 @@ def rms_norm(call: Call) -> None:
     a, out = call["a"], call.out
     n, n1, n2, n3 = a.ne
     call.add(
-        ROWS, out.ptr, *strides(out, out), a.ptr, *strides(a, out), n, n1, n2, n1 * n2 * n3,
+        ROWS, out.ptr, *out.nb[1:], a.ptr, *a.nb[1:], n, n1, n2, n1 * n2 * n3,
         call.attrs["eps"],
     )  # fmt: skip

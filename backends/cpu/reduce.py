@@ -1,4 +1,4 @@
-"""Softmax and the largest elements of rows."""
+"""Sums and softmax of rows."""
 
 from __future__ import annotations
 
@@ -78,55 +78,46 @@ def soft_max_ext(call: Call) -> None:
     )  # fmt: skip
 
 
-def _top() -> Callable[..., None]:
-    from pyggml.backends.cpu.native.memory import f32_at, i32_at, put_i32
+def _sums() -> Callable[..., None]:
+    from pyggml.backends.cpu.native.emit import (
+        DOUBLES,
+        F32,
+        I64,
+        Emitter,
+        Row,
+        Value,
+        emits,
+        f32,
+    )
+    from pyggml.backends.cpu.native.memory import put_f32
+
+    @emits(F32, I64, I64)
+    def total(e: Emitter, x: Value, n: Value) -> Value:
+        """In f64: a long row loses nothing."""
+        sums = e.variable(e.zero(DOUBLES))
+        e.row(n, lambda row, at: sums.set(e.b.fadd(sums.get(), wide(e, row, x, at))))
+        return e.b.fptrunc(e.total(sums.get()), f32)
+
+    def wide(e: Emitter, row: Row, x: Value, at: Value) -> Value:
+        return e.b.fpext(row.load(x, at), DOUBLES)
 
     def run(
-        out: int, o0: int, o1: int, o2: int, o3: int, x: int, x1: int, x2: int, x3: int, n: int,
-        n1: int, n2: int, rows: int, k: int, own: int, thread: int, threads: int,
+        out: int, o1: int, o2: int, o3: int, x: int, x1: int, x2: int, x3: int, n: int, n1: int,
+        n2: int, rows: int, own: int, thread: int, threads: int,
     ) -> None:  # fmt: skip
         for row in range(rows * thread // threads, rows * (thread + 1) // threads):
             i1, i2, i3 = row % n1, row // n1 % n2, row // n1 // n2
-            y, source = out + i1 * o1 + i2 * o2 + i3 * o3, x + i1 * x1 + i2 * x2 + i3 * x3
-            for place in range(k):
-                best, best_key = 0, -1
-                for i in range(n):
-                    value = f32_at(source + 4 * i)
-                    # The bits of floats sort like the floats if those of negative ones are
-                    # inverted. NaN comes first, and -0 equals 0.
-                    if value != value:
-                        key = 0xFFFFFFFF
-                    elif value == 0.0:
-                        key = 0x80000000
-                    else:
-                        bits = i32_at(source + 4 * i)
-                        key = bits + 0x80000000 if bits >= 0 else ~bits & 0x7FFFFFFF
-                    if key > best_key:
-                        taken = False
-                        for earlier in range(place):
-                            if i32_at(y + earlier * o0) == i:
-                                taken = True
-                        if not taken:
-                            best, best_key = i, key
-                put_i32(y + place * o0, best)
+            value = total(x + i1 * x1 + i2 * x2 + i3 * x3, n)
+            put_f32(out + i1 * o1 + i2 * o2 + i3 * o3, value)
 
     return run
 
 
-TOP = Native("top_k", "i" * 14, _top)
-
-#: The selection takes n k comparisons; NumPy's sort is faster for more.
-MOST_K = 16
+SUMS = Native("sum_rows", "i" * 12, _sums)
 
 
-def _top_refuses(node: Node) -> str | None:
-    if node.attrs["k"] > MOST_K:
-        return f"top_k with k above {MOST_K} sorts, by NumPy"
-    return row_refusal(node)
-
-
-@kernel(ops.top_k, types={"f32", "i32"}, refuses=_top_refuses)
-def top_k(call: Call) -> None:
+@kernel(ops.sum_rows, refuses=row_refusal)
+def sum_rows(call: Call) -> None:
     a, out = call["a"], call.out
     n, n1, n2, n3 = a.ne
-    call.add(TOP, out.ptr, *out.nb, a.ptr, *a.nb[1:], n, n1, n2, n1 * n2 * n3, call.attrs["k"])
+    call.add(SUMS, out.ptr, *out.nb[1:], a.ptr, *a.nb[1:], n, n1, n2, n1 * n2 * n3)

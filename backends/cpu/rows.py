@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pyggml.backends.cpu.table import Operand
 from pyggml.node import Node
 
 #: Types of rows that native kernels read and write. (Weights in tiles are another matter.)
@@ -20,14 +19,3 @@ def row_refusal(node: Node) -> str | None:
     if adjacent(node, *node.src):
         return None
     return f"{node.op.name} needs rows whose elements are adjacent"
-
-
-def strides(x: Operand, out: Operand) -> tuple[int, int, int]:
-    """The strides of the outer axes of x, repeated to the sizes of out: 0 for an axis of size 1."""
-    s1, s2, s3 = (0 if n == 1 else nb for n, nb in zip(x.ne[1:], x.nb[1:]))
-    return s1, s2, s3
-
-
-def repeats(x: Node, out: Node) -> bool:
-    """Whether each axis of x is as long as that of out, or 1."""
-    return all(n in (1, m) for n, m in zip(x.ne, out.ne))

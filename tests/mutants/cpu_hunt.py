@@ -24,7 +24,8 @@ from pyggml.parity.case import Case
 from pyggml.parity.cases import cases
 from pyggml.parity.running import restored, tested
 from tests.cpu import test_cpu_caches as caches
-from tests.mutants.cpu_mutants import MUTANTS, CpuMutant
+from tests.mutants.cpu_mutant import CpuMutant
+from tests.mutants.cpu_mutants import MUTANTS
 from tests.mutants.hunt import Fate
 
 PACKAGE = "pyggml.backends.cpu"
@@ -32,7 +33,7 @@ FOLDER = Path(pyggml.__file__).parent / "backends" / "cpu"
 #: In the order in which they import each other.
 MODULES = (
     "row_loops", "decode", "encode", "attention_blocks", "convert", "attention", "reduce", "copy",
-    "merge",
+    "strided", "sort", "moe", "elementwise", "merge",
 )  # fmt: skip
 
 

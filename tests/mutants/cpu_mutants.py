@@ -5,34 +5,13 @@ None of them can write outside the memory of its operands: they run in the proce
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True, slots=True)
-class CpuMutant:
-    """A mistake: `old`, which must be once in a module, becomes `new`.
-
-    ops    the ops whose cases must notice
-    type   only cases with a tensor of this type; empty: those of f32 and f16 come first
-    """
-
-    module: str
-    ops: tuple[str, ...]
-    what: str
-    old: str
-    new: str
-    type: str = ""
-
+from tests.mutants.cpu_mutant import of
+from tests.mutants.cpu_row_mutants import MUTANTS as ROWS
 
 FLASH, SOFT = ("flash_attn_ext",), ("soft_max_ext",)
 
 
-def _of(module: str, ops: tuple[str, ...], *rows: tuple[str, ...]) -> tuple[CpuMutant, ...]:
-    """Rows: what, old, new and perhaps a type."""
-    return tuple(CpuMutant(module, ops, *row) for row in rows)
-
-
-ATTENTION = _of(
+ATTENTION = of(
     "attention", FLASH,
     ("k's head h % r, not h // r", "head, query = head_kv * ratio + row // n_q, row % n_q",
      "head, query = head_kv + row // n_q * heads_kv, row % n_q"),
@@ -75,7 +54,7 @@ ATTENTION = _of(
 )  # fmt: skip
 
 BLOCKS = (
-    *_of(
+    *of(
         "attention_blocks", FLASH,
         ("the last of a few keys twice", 'icmp_signed("<", e.integer(i), count)',
          'icmp_signed("<", e.integer(i + 1), count)'),
@@ -100,7 +79,7 @@ BLOCKS = (
         ("the weights of the next key", "e.add(weights, e.mul(key, 4), 4 * _BLOCK * r)",
          "e.add(weights, e.mul(key, 4), 4 * _BLOCK * r + 4)"),
     ),
-    *_of(
+    *of(
         "attention_blocks", SOFT,
         ("a mask hides a NaN in soft_max_ext", "        if hides:\n", "        if True:\n"),
         ("the largest score is 0 at least", "e.maximum(top.get(), result)",
@@ -109,7 +88,7 @@ BLOCKS = (
 )  # fmt: skip
 
 _READ = ("get_rows", "cast", "flash_attn_ext")
-DECODE = _of(
+DECODE = of(
     "decode", _READ,
     ("the first half of a block twice", "address, at + 16 * i)", "address, at)", "q8_0"),
     ("a block's codes without their scale", "e.b.fmul(v, d) for v", "v for v", "q8_0"),
@@ -134,7 +113,7 @@ DECODE = _of(
 )  # fmt: skip
 
 _WRITE = ("set_rows",)
-ENCODE = _of(
+ENCODE = of(
     "encode", _WRITE,
     ("ties to even", "e.b.fadd(whole, _floor(e, fraction))", "e.nearest(size)", "q8_0"),
     ("without sign", "e.b.select(negative, e.b.neg(q), q)", "q", "q8_0"),
@@ -173,7 +152,7 @@ ENCODE = _of(
 )  # fmt: skip
 
 COPY = (
-    *_of(
+    *of(
         "copy", ("get_rows",),
         ("the first matrix for all ids", "id_ * x1 + b * x2 + c * x3", "id_ * x1"),
         ("the first tile for all rows", "* x2 + id_ // 16) * x1", "* x2) * x1", "q8_0"),
@@ -183,7 +162,7 @@ COPY = (
          "i32_at(ids + a * i0)"),
         ("a negative id leaves the row", "clear(y, n)", "clear(y, 0)"),
     ),
-    *_of(
+    *of(
         "copy", _WRITE,
         ("an id of 0 is absent", "if number >= 0:", "if number > 0:"),
         ("ids of the first matrix for all", "b % c1 * i1", "b % 1 * i1"),
@@ -193,19 +172,7 @@ COPY = (
          "out + number * o1"),
         ("drops the last row", "for a in range(n1):", "for a in range(n1 - 1):"),
     ),
-    *_of(
-        "copy", ("concat",),
-        ("the second over the first", "out.ptr + a.ne[dim] * out.nb[dim]", "out.ptr"),
-        ("one too early", "out.ptr + a.ne[dim] * out.nb[dim]",
-         "out.ptr + (a.ne[dim] - 1) * out.nb[dim]"),
-    ),
-    *_of(
-        "copy", ("cont",),
-        ("the first sequence for all", "x + i1 * x1 + i2 * x2 + i3 * x3", "x + i1 * x1 + i2 * x2"),
-        ("drops the last element", "i3 * x3, n)\n\n    return run",
-         "i3 * x3, n - 1)\n\n    return run"),
-    ),
-    *_of(
+    *of(
         "convert", ("cast",),
         ("the first matrix for all", "x + i1 * x1 + i2 * x2 + i3 * x3", "x + i1 * x1"),
         ("drops the last piece", "range(0, n, PIECE)", "range(0, n - 1, PIECE)"),
@@ -213,7 +180,7 @@ COPY = (
     ),
 )  # fmt: skip
 
-MERGE = _of(
+MERGE = of(
     "merge", ("merge_lse",),
     ("the weights exchanged", "combine(y, u, w_u / total, v, w_v / total, d_v)",
      "combine(y, u, w_v / total, v, w_u / total, d_v)"),
@@ -237,4 +204,4 @@ MERGE = _of(
     ("0 for the log of a dead sum", "total != 0.0 else -math.inf", "total != 0.0 else 0.0"),
 )  # fmt: skip
 
-MUTANTS = (*ATTENTION, *BLOCKS, *DECODE, *ENCODE, *COPY, *MERGE)
+MUTANTS = (*ATTENTION, *BLOCKS, *DECODE, *ENCODE, *COPY, *MERGE, *ROWS)

@@ -12,6 +12,9 @@ _EXP = (1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0)
 _SIN = (1 / 362880, -1 / 5040, 1 / 120, -1 / 6, 1.0)
 _COS = (-1 / 3628800, 1 / 40320, -1 / 720, 1 / 24, -0.5, 1.0)
 
+#: tanh(x) / x for |x| < 0.45, in powers of x^2, highest first.
+_TANH = (21844 / 6081075, -1382 / 155925, 62 / 2835, -17 / 315, 2 / 15, -1 / 3, 1.0)
+
 
 def _polynomial(e: Emitter, x: Value, coefficients: tuple[float, ...]) -> Value:
     value = e.constant(x.type, coefficients[0])
@@ -60,6 +63,28 @@ def gelu(e: Emitter, x: Value) -> Value:
 def relu(e: Emitter, x: Value) -> Value:
     zero = e.zero(FLOATS)
     return e.b.select(e.b.fcmp_ordered("<", x, zero), zero, x)
+
+
+def sqr(e: Emitter, x: Value) -> Value:
+    return e.b.fmul(x, x)
+
+
+def sqrt(e: Emitter, x: Value) -> Value:
+    return e.b.call(e.declared("llvm.sqrt.v16f32", FLOATS, (FLOATS,)), [x])
+
+
+def log(e: Emitter, x: Value) -> Value:
+    """LLVM calls the C library for each lane."""
+    return e.b.call(e.declared("llvm.log.v16f32", FLOATS, (FLOATS,)), [x])
+
+
+def tanh(e: Emitter, x: Value) -> Value:
+    """1 - 2 / (e^2x + 1); where that cancels, |x| < 0.45, x times a polynomial in x^2."""
+    one, limit = e.constant(FLOATS, 1.0), e.constant(FLOATS, 0.45)
+    twice = exp(e, e.b.fadd(x, x))
+    far = e.b.fsub(one, e.b.fdiv(e.constant(FLOATS, 2.0), e.b.fadd(twice, one)))
+    near = e.b.fmul(x, _polynomial(e, e.b.fmul(x, x), _TANH))
+    return e.b.select(e.b.fcmp_ordered("<", e.absolute(x), limit), near, far)
 
 
 ACTIVATIONS = {"silu": silu, "gelu": gelu, "relu": relu}
