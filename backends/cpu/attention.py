@@ -209,7 +209,7 @@ def flash_attn_ext(call: Call) -> None:
     )  # fmt: skip
     call.add(
         _merge(), out.ptr, *out.nb[1:], call.scratch, n_q * heads * n3, pieces, v.ne[0], n_q,
-        heads, int(attrs["lse"]),
+        heads, int(attrs["lse"]), work=out.elements * pieces,
     )  # fmt: skip
 
 

@@ -120,5 +120,14 @@ def cast(call: Call) -> None:
     a, out = call["a"], call.out
     n, n1, n2, n3 = a.ne
     call.add(
-        _rows(a.type, out.type), out.ptr, *out.nb[1:], a.ptr, *a.nb[1:], n, n1, n2, n1 * n2 * n3
+        _rows(a.type, out.type),
+        out.ptr,
+        *out.nb[1:],
+        a.ptr,
+        *a.nb[1:],
+        n,
+        n1,
+        n2,
+        n1 * n2 * n3,
+        work=a.elements,
     )

@@ -30,13 +30,12 @@ def _check(ids_type: str) -> Native:
             ids: int, nb0: int, nb1: int, nb2: int, n0: int, n1: int, n2: int, count: int,
             own: int, thread: int, threads: int,
         ) -> None:  # fmt: skip
-            if thread == 0:
-                largest = -1
-                for i in range(n0 * n1 * n2):
-                    i0, i1, i2 = i % n0, i // n0 % n1, i // n0 // n1
-                    largest = max(largest, id_at(ids + i0 * nb0 + i1 * nb1 + i2 * nb2))
-                if largest >= count:
-                    put_i64(own, -1 - largest)
+            largest = -1
+            for i in range(n0 * n1 * n2):
+                i0, i1, i2 = i % n0, i // n0 % n1, i // n0 // n1
+                largest = max(largest, id_at(ids + i0 * nb0 + i1 * nb1 + i2 * nb2))
+            if largest >= count:
+                put_i64(own, -1 - largest)
 
         return run
 
@@ -45,7 +44,7 @@ def _check(ids_type: str) -> Native:
 
 def check_ids(call: Call, ids: Operand, count: int) -> None:
     """Stop the program with an IdError if an id is not below `count`, before the op's kernel."""
-    call.add(_check(ids.type), ids.ptr, *ids.nb[:3], *ids.ne[:3], count)
+    call.add(_check(ids.type), ids.ptr, *ids.nb[:3], *ids.ne[:3], count, work=0)
 
 
 @cache
@@ -115,7 +114,7 @@ def get_rows(call: Call) -> None:
         place = tiles.tile, tiles.tiles, tiles.groups
     call.add(
         _get(a.type, tiled=tiled), out.ptr, *out.nb[1:], a.ptr, *place, ids.ptr, *ids.nb[:3],
-        n, n1, n2, n1 * n2 * n3,
+        n, n1, n2, n1 * n2 * n3, work=out.elements,
     )  # fmt: skip
 
 
@@ -162,5 +161,5 @@ def set_rows(call: Call) -> None:
     n, n1, n2, n3 = b.ne
     call.add(
         _set(b.type, out.type, ids.type), out.ptr, *out.nb[1:], b.ptr, *b.nb[1:], ids.ptr,
-        *ids.nb[:3], n, n1, n2, n1 * n2 * n3, *ids.ne[1:3],
+        *ids.nb[:3], n, n1, n2, n1 * n2 * n3, *ids.ne[1:3], work=b.elements,
     )  # fmt: skip

@@ -120,6 +120,7 @@ def _add(
     call.add(
         _rows(name, out.type, two=b is not None, scalar=scalar), out.ptr, *out.nb[1:], a.ptr,
         *a.nb[1:], *place, n, n1, n2, n1 * n2 * n3, length, step, p, q,
+        work=(1 if name in _BINARY.values() else 4) * out.elements,
     )  # fmt: skip
 
 

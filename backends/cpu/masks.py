@@ -18,12 +18,11 @@ def _check() -> Callable[..., None]:
 
     def run(pos: int, step: int, n: int, n_kv: int, own: int, thread: int, threads: int) -> None:
         """Report the last position if it is past the keys."""
-        if thread == 0:
-            last = -1
-            for i in range(n):
-                last = max(last, i32_at(pos + i * step))
-            if last >= n_kv:
-                put_i64(own, -1 - last)
+        last = -1
+        for i in range(n):
+            last = max(last, i32_at(pos + i * step))
+        if last >= n_kv:
+            put_i64(own, -1 - last)
 
     return run
 
@@ -62,9 +61,9 @@ def causal_mask(call: Call) -> None:
     pos, kv_end, out = call["pos"], call.get("kv_end"), call.out
     n_kv, n = out.ne[:2]
     if kv_end is None:
-        call.add(CHECK, pos.ptr, pos.nb[0], n, n_kv)
+        call.add(CHECK, pos.ptr, pos.nb[0], n, n_kv, work=0)
     window = call.attrs["window"]
     call.add(
         MASK, out.ptr, out.nb[1], pos.ptr, pos.nb[0], kv_end.ptr if kv_end else 0, n_kv, n,
-        1 << 62 if window is None else window,
+        1 << 62 if window is None else window, work=n_kv * n,
     )  # fmt: skip

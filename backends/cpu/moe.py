@@ -58,7 +58,9 @@ SUMS = Native("mul_multi_add", "i" * 11, _sums)
 @kernel(ops.mul_multi_add, refuses=row_refusal)
 def mul_multi_add(call: Call) -> None:
     a, b, out = call["a"], call["b"], call.out
-    call.add(SUMS, out.ptr, out.nb[1], a.ptr, *a.nb[1:3], b.ptr, *b.nb[1:3], *a.ne[:3])
+    call.add(
+        SUMS, out.ptr, out.nb[1], a.ptr, *a.nb[1:3], b.ptr, *b.nb[1:3], *a.ne[:3], work=a.elements
+    )
 
 
 def _plain_sums() -> Callable[..., None]:
@@ -83,7 +85,7 @@ PLAIN_SUMS = Native("multi_add", "i" * 8, _plain_sums)
 @kernel(ops.multi_add, refuses=row_refusal)
 def multi_add(call: Call) -> None:
     a, out = call["a"], call.out
-    call.add(PLAIN_SUMS, out.ptr, out.nb[1], a.ptr, *a.nb[1:3], *a.ne[:3])
+    call.add(PLAIN_SUMS, out.ptr, out.nb[1], a.ptr, *a.nb[1:3], *a.ne[:3], work=a.elements)
 
 
 def _biases() -> Callable[..., None]:
@@ -116,7 +118,7 @@ def add_id(call: Call) -> None:
     check_ids(call, ids, b.ne[1])
     call.add(
         BIASES, out.ptr, *out.nb[1:3], a.ptr, *a.nb[1:3], b.ptr, b.nb[1], ids.ptr, *ids.nb[:2],
-        *a.ne[:3],
+        *a.ne[:3], work=a.elements,
     )  # fmt: skip
 
 
@@ -174,5 +176,5 @@ def grouped_topk(call: Call) -> None:
     attrs = call.attrs
     call.add(
         GROUPED, *rows_of(call), attrs["n_group"], attrs["n_group_used"], attrs["n_top"],
-        attrs["k"], call.scratch, _group_bytes(call.node),
+        attrs["k"], call.scratch, _group_bytes(call.node), work=8 * call["a"].elements,
     )  # fmt: skip

@@ -51,5 +51,5 @@ def rms_norm(call: Call) -> None:
     n, n1, n2, n3 = a.ne
     call.add(
         ROWS, out.ptr, *out.nb[1:], a.ptr, *a.nb[1:], n, n1, n2, n1 * n2 * n3,
-        call.attrs["eps"],
+        call.attrs["eps"], work=out.elements,
     )  # fmt: skip

@@ -75,6 +75,7 @@ def soft_max_ext(call: Call) -> None:
         SOFTMAX, out.ptr, *out.nb[1:], a.ptr, *a.nb[1:], *masked,
         *((sinks.ptr, sinks.nb[0]) if sinks else (0, 0)),
         0 if slopes is None else address_of(slopes), n, n1, n2, n1 * n2 * n3, attrs["scale"],
+        work=4 * a.elements,
     )  # fmt: skip
 
 
@@ -120,4 +121,4 @@ SUMS = Native("sum_rows", "i" * 12, _sums)
 def sum_rows(call: Call) -> None:
     a, out = call["a"], call.out
     n, n1, n2, n3 = a.ne
-    call.add(SUMS, out.ptr, *out.nb[1:], a.ptr, *a.nb[1:], n, n1, n2, n1 * n2 * n3)
+    call.add(SUMS, out.ptr, *out.nb[1:], a.ptr, *a.nb[1:], n, n1, n2, n1 * n2 * n3, work=a.elements)

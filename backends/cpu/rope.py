@@ -200,8 +200,10 @@ def rope_ext(call: Call) -> None:
     call.add(
         _angles(mode), call.scratch, row, pos.ptr, pos.nb[0], tokens, address_of(frequencies),
         vectors, factors.ptr if factors else 0, n_dims // 2 if factors else 0, attn_factor,
+        work=4 * n_dims * tokens,
     )  # fmt: skip
     call.add(
         _rotate(mode), out.ptr, *out.nb[1:], a.ptr, *a.nb[1:], n, heads, tokens,
         heads * tokens * n3, attrs["offset"], n_dims, call.scratch, row, row // 2,
+        work=a.elements,
     )  # fmt: skip

@@ -180,7 +180,15 @@ def _sort_bytes(node: Node) -> int:
 
 
 def _sort(call: Call, k: int, sign: int) -> None:
-    call.add(SORTED, *rows_of(call), k, sign, call.scratch, _lists(call.node))
+    call.add(
+        SORTED,
+        *rows_of(call),
+        k,
+        sign,
+        call.scratch,
+        _lists(call.node),
+        work=16 * call["a"].elements,
+    )
 
 
 @kernel(ops.argsort, types={"f32", "i32"}, scratch=_sort_bytes, refuses=row_refusal)
@@ -192,7 +200,7 @@ def argsort(call: Call) -> None:
 def top_k(call: Call) -> None:
     k = call.attrs["k"]
     if k <= MOST_K:
-        call.add(TOP, *rows_of(call), k)
+        call.add(TOP, *rows_of(call), k, work=4 * call["a"].elements)
     else:
         _sort(call, k, -1)
 
@@ -200,4 +208,4 @@ def top_k(call: Call) -> None:
 @kernel(ops.argmax, types={"f32", "i32"}, refuses=row_refusal)
 def argmax(call: Call) -> None:
     rows = rows_of(call)
-    call.add(LARGEST, *rows[:4], *rows[5:])
+    call.add(LARGEST, *rows[:4], *rows[5:], work=2 * call["a"].elements)

@@ -68,10 +68,34 @@ def _copy(call: Call, x: Operand, out: int) -> None:
     if n == 1 or x.nb[0] == call.out.nb[0] == type_.nbytes:
         nbytes = n // type_.block * type_.nbytes
         call.add(
-            COPIES, out, *call.out.nb[1:], x.ptr, *x.nb[1:], n1, n2, n3, nbytes, 1, n1, n2, rows
+            COPIES,
+            out,
+            *call.out.nb[1:],
+            x.ptr,
+            *x.nb[1:],
+            n1,
+            n2,
+            n3,
+            nbytes,
+            1,
+            n1,
+            n2,
+            rows,
+            work=x.elements,
         )
     else:
-        call.add(_elements(type_.nbytes), out, *call.out.nb, x.ptr, *x.nb, n, n1, n2, rows)
+        call.add(
+            _elements(type_.nbytes),
+            out,
+            *call.out.nb,
+            x.ptr,
+            *x.nb,
+            n,
+            n1,
+            n2,
+            rows,
+            work=2 * x.elements,
+        )
 
 
 def _refuses(node: Node) -> str | None:
@@ -100,5 +124,5 @@ def repeat(call: Call) -> None:
     nbytes = a.ne[0] // TYPES[a.type].block * TYPES[a.type].nbytes
     call.add(
         COPIES, out.ptr, *out.nb[1:], a.ptr, *a.nb[1:], *a.ne[1:], nbytes,
-        out.ne[0] // a.ne[0], n1, n2, n1 * n2 * n3,
+        out.ne[0] // a.ne[0], n1, n2, n1 * n2 * n3, work=out.elements,
     )  # fmt: skip

@@ -5,7 +5,7 @@ native kernels with their arguments to the program:
 
     @kernel(ops.rms_norm)
     def rms_norm(call: Call) -> None:
-        call.add(ROWS, call.out.ptr, call["a"].ptr, ...)
+        call.add(ROWS, call.out.ptr, call["a"].ptr, ..., work=call.out.elements)
 
 Operands may have any strides, and must be read as they are: the program runs many times.
 """
@@ -28,6 +28,10 @@ KERNELS = KernelTable(Kernel, {"f32"})
 kernel = KERNELS.kernel
 
 
+#: The work that one thread does in the time of a few meetings.
+FEW = 8192
+
+
 @dataclass(frozen=True, slots=True)
 class Operand:
     """A tensor in memory: the address of its first element, its type name, sizes and strides."""
@@ -37,6 +41,11 @@ class Operand:
     ne: Ne
     nb: Ne
     layout: str
+
+    @property
+    def elements(self) -> int:
+        n0, n1, n2, n3 = self.ne
+        return n0 * n1 * n2 * n3
 
     @classmethod
     def at(cls, address: Address, node: Node) -> Operand:
@@ -73,5 +82,10 @@ class Call:
         root = self.node[name].root
         return Operand.at(self._at[root], root)
 
-    def add(self, native: Native, *values: int | float) -> None:
-        self._program.add(native, *values)
+    def add(self, native: Native, *values: int | float, work: int | None = None) -> None:
+        """Add a kernel with the values of its parameters.
+
+        work  about how many numbers it computes, those that take long counted several times. If
+              they are few, one thread runs it alone, as always if `work` is 0; None: all run it
+        """
+        self._program.add(native, *values, alone=work is not None and work <= FEW)

@@ -48,8 +48,6 @@ def _group() -> Callable[..., None]:
         table: int, ids: int, nb0: int, nb1: int, n_used: int, n_tokens: int, n_experts: int,
         own: int, thread: int, threads: int,
     ) -> None:  # fmt: skip
-        if thread != 0:
-            return
         chosen = table + 8
         starts = chosen + 8 * n_experts
         pairs = starts + 8 * (n_experts + 1)
@@ -165,7 +163,7 @@ def _by_expert(call: Call, up: str, gate: str | None, act: str) -> None:
     check_ids(call, ids, n_experts)
     x = activations(call)
     table = call.scratch + aligned(x_bytes(call.node))
-    call.add(GROUP, table, ids.ptr, *ids.nb[:2], n_used, n_tokens, n_experts)
+    call.add(GROUP, table, ids.ptr, *ids.nb[:2], n_used, n_tokens, n_experts, work=0)
     ups = matrices(call, up)
     gates = matrices(call, gate) if gate else None
     none = (0,) * 5

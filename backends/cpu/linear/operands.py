@@ -143,5 +143,7 @@ def activations(call: Call) -> Columns:
         kernel, length, row = quantize(b.type), k // GROUP, k // GROUP * X_BYTES
     else:
         kernel, length, row = widen(b.type), k, 4 * k
-    call.add(kernel, call.scratch, b.ptr, *b.nb, b.ne[1], b.ne[2], rows, length)
+    call.add(
+        kernel, call.scratch, b.ptr, *b.nb, b.ne[1], b.ne[2], rows, length, work=2 * b.elements
+    )
     return Columns(call.scratch, row, row * b.ne[1], row * b.ne[1] * b.ne[2])

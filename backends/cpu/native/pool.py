@@ -25,6 +25,7 @@ from pyggml.backends.cpu.native.program import (
     START,
     STOPPED,
     WALK,
+    WORDS,
     WORK,
     Program,
 )
@@ -77,7 +78,7 @@ class Pool:
             if not self._started:
                 self._start_threads()
                 self._started = True
-            self._job[:] = program.address + 16 * first, count, self.threads
+            self._job[:] = program.address + 8 * WORDS * first, count, self.threads
             self._start(address_of(self._start_words), address_of(self._job), 0)
             stopped, error = self._word(STOPPED), self._word(ERROR)
         if stopped >= 0:
