@@ -43,7 +43,7 @@ def product(form: Form, columns: int) -> Any:
             at, supers = group_at(e, form, tile, number)
             offset = e.mul(number, FLOAT_BYTES)
             starts = [e.add(row, offset) for row in rows]
-            for k, w in enumerate(_weights(e, form, at, supers)):
+            for k, w in enumerate(weights(e, form, at, supers)):
                 for x, parts in zip(starts, totals):
                     total = parts[k % chains]
                     total.set(e.fma(w, e.splat(e.load(f32, x, 4 * k)), total.get()))
@@ -53,7 +53,7 @@ def product(form: Form, columns: int) -> Any:
     return emits(None, I64, I64, I64, I64, I64, I64)(build)
 
 
-def _weights(e: Emitter, form: Form, at: Value, supers: Value) -> Iterator[Value]:
+def weights(e: Emitter, form: Form, at: Value, supers: Value) -> Iterator[Value]:
     """The 32 weights of a group, each of 16 rows, as `pyggml.quants` decodes them."""
     factors, minima = scales_at(e, form, at, supers)
     planes = [e.add(at, start) for start in form.planes]

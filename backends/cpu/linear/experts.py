@@ -16,6 +16,7 @@ from functools import cache
 
 from pyggml import ops
 from pyggml.backends.cpu.copy import check_ids
+from pyggml.backends.cpu.linear.amx.kernels import add_by_expert
 from pyggml.backends.cpu.linear.inner import WIDE, Inner, times
 from pyggml.backends.cpu.linear.operands import (
     SHARE,
@@ -23,6 +24,7 @@ from pyggml.backends.cpu.linear.operands import (
     matrices,
     numeric,
     refusal,
+    uses_amx,
     x_bytes,
 )
 from pyggml.backends.cpu.native.compiler import Native
@@ -161,9 +163,14 @@ def _by_expert(call: Call, up: str, gate: str | None, act: str) -> None:
     ids, out = call["ids"], call.out
     n_used, n_tokens, n_experts = *ids.ne[:2], call[up].ne[2]
     check_ids(call, ids, n_experts)
-    x = activations(call)
     table = call.scratch + aligned(x_bytes(call.node))
-    call.add(GROUP, table, ids.ptr, *ids.nb[:2], n_used, n_tokens, n_experts, work=0)
+    grouping = (table, ids.ptr, *ids.nb[:2], n_used, n_tokens, n_experts)
+    if uses_amx(call.node):
+        call.add(GROUP, *grouping, work=0)
+        add_by_expert(call, up, gate, act, table)
+        return
+    x = activations(call)
+    call.add(GROUP, *grouping, work=0)
     ups = matrices(call, up)
     gates = matrices(call, gate) if gate else None
     none = (0,) * 5

@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from pyggml import ops
+from pyggml.backends.cpu.linear.amx.kernels import add_dense
 from pyggml.backends.cpu.linear.operands import (
     SHARE,
     activations,
     matrices,
     numeric,
     refusal,
+    uses_amx,
     x_bytes,
 )
 from pyggml.backends.cpu.linear.products import gated, product
@@ -19,6 +21,9 @@ from pyggml.backends.cpu.table import Call, kernel
 
 @kernel(ops.mul_mat, types=None, scratch=x_bytes, refuses=refusal, numeric=numeric)
 def mul_mat(call: Call) -> None:
+    if uses_amx(call.node):
+        add_dense(call, "a", None, "")
+        return
     a, b, out = call["a"], call["b"], call.out
     weights, x = matrices(call, "a"), activations(call)
     n, n2, n3 = b.ne[1:]
@@ -39,6 +44,9 @@ def mul_mat(call: Call) -> None:
 
 @kernel(ops.fused_up_gate, types=None, scratch=x_bytes, refuses=refusal, numeric=numeric)
 def fused_up_gate(call: Call) -> None:
+    if uses_amx(call.node):
+        add_dense(call, "up", "gate", call.attrs["act"])
+        return
     b, out, x = call["b"], call.out, activations(call)
     up, gate = matrices(call, "up"), matrices(call, "gate")
     native = gated(up.inner, gate.inner, call.attrs["act"])

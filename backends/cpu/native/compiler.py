@@ -65,7 +65,7 @@ def _sources() -> str:
     for path in sorted(Path(__file__).parent.parent.rglob("*.py")):
         digest.update(path.read_bytes())
     target = isa()
-    versions = (llvmlite.__version__, sys.version_info[:2], target.cpu, target.features)
+    versions = (llvmlite.__version__, sys.version_info[:2], target)
     digest.update(repr(versions).encode())
     return digest.hexdigest()
 

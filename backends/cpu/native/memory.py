@@ -110,13 +110,19 @@ def call(e: Emitter, function: Any, a: Any, b: Any, c: Any) -> None:
     e.b.call(e.b.inttoptr(function, kind.as_pointer()), [a, b, c])
 
 
-def stack(nbytes: int) -> Any:
-    """An intrinsic without parameters: the address of this many bytes on the stack, aligned."""
+def stack(nbytes: int, *, zeros: bool = True) -> Any:
+    """An intrinsic without parameters: the address of this many bytes on the stack, aligned. They
+    are zero when the kernel starts, which LLVM cannot compile for many KiB."""
 
     def reserve(e: Emitter) -> Any:
         from numba.core import cgutils
 
-        place = cgutils.alloca_once(e.b, ir.ArrayType(i8, nbytes))
+        kind = ir.ArrayType(i8, nbytes)
+        if zeros:
+            place = cgutils.alloca_once(e.b, kind)
+        else:
+            with e.b.goto_entry_block():
+                place = e.b.alloca(kind)
         place.align = 64
         return e.b.ptrtoint(place, i64)
 

@@ -1,0 +1,1 @@
+"""Products of many columns with AMX."""
