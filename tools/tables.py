@@ -15,6 +15,10 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))
+
+from benchmarks import report  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
 MARKS = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -225,7 +229,30 @@ def cpu() -> str:
     return intro + table(["row", "pyggml", "llama.cpp", "measured", "bar", "goal"], rows)
 
 
+def speeds(which: str) -> str:
+    """A table of the newest record of benchmarks/gpu_speeds.py."""
+    result = report.newest()
+    tables = {
+        "length": lambda: report.by_size(report.prompt_lines(result), "tokens"),
+        "depth": lambda: report.by_size(report.decode_lines(result), "depth"),
+        "memory": lambda: report.memory(result),
+    }
+    head, rows = tables[which]()
+    return table(head, rows)
+
+
+def speeds_conditions() -> str:
+    """The command, date and machine of that record."""
+    result = report.newest()
+    values = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
+    return f"`{result['command']}` on {result['date']}, {values}, commit {result['commit']}.\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "speed_conditions": speeds_conditions,
+    "speed_length": lambda: speeds("length"),
+    "speed_depth": lambda: speeds("depth"),
+    "speed_memory": lambda: speeds("memory"),
     "cpu": cpu,
     "readme": readme,
     "whole_model": whole_model,
