@@ -23,7 +23,7 @@ FILE = re.compile(
     r"|(?<![\w./*{}-])\w+\.cuh?\b"
 )
 FOLDER = re.compile(rf"(?<![\w./-])(?:{'|'.join((*FOLDERS, 'docs'))})(?:/[\w-]+)*/(?![\w*{{])")
-MODULE = re.compile(r"\bpyggml(?:\.[A-Za-z_]\w*)+\b(?![\w./*-]*\()")
+MODULE = re.compile(r"(?<!/)\bpyggml(?:\.[A-Za-z_]\w*)+\b(?![\w./*-]*\()")
 
 
 @cache

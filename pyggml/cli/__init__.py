@@ -1,13 +1,15 @@
 """The `pyggml` command. Each subcommand is a module of this package and a row in COMMANDS.
 
 The module has two functions: `configure(parser)` adds the arguments, and `run(args) -> int` returns
-the exit status. Results go to stdout, progress and errors to stderr. Exit status: 0 done, 1 failed,
-2 wrong usage, 130 interrupted.
+the exit status. Its docstring is the command's help; lines that begin with `pyggml NAME` are its
+examples. Results go to stdout, progress and errors to stderr. Exit status: 0 done, 1 failed, 2
+wrong usage, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import warnings
@@ -18,12 +20,14 @@ from typing import Any, NoReturn
 
 from pyggml import __version__
 from pyggml.cli.options import UsageError
+from pyggml.cli.parser import Parser, documented, epilog
 from pyggml.cli.progress import clear
-from pyggml.errors import PyggmlError
+from pyggml.cli.terminal import print_error
 
 COMMANDS = {
     "bench": "measure how fast a model reads prompts and generates tokens",
     "chat": "talk to a model",
+    "completion": "print a script that completes command lines in your shell",
     "doctor": "check what each backend needs on this machine",
     "graph": "show how a model's graph runs: splits, copies, steps and memory",
     "info": "print the keys and tensors of a GGUF file",
@@ -45,10 +49,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, _terminate)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may not be valid text
+    debug = os.environ.get("PYGGML_DEBUG") == "1"
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
-            args = _parser(words).parse_args(words)
+            parser = command_line(words)
+            if not words:
+                parser.print_help(sys.stderr)
+                return 2
+            args = parser.parse_args(words)
+            debug |= args.debug
             status: int = args.run(args)
             print(end="", flush=True)  # raises here if stdout cannot be written
         except SystemExit as stop:  # --help, wrong usage, SIGTERM
@@ -61,46 +71,58 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BrokenPipeError:  # for example `pyggml info | head`
             return 1
         except UsageError as error:
-            _print_error(error)
+            print_error(error, debug=debug)
             return 2
-        except (PyggmlError, OSError) as error:
-            _print_error(error)
+        except Exception as error:
+            print_error(error, debug=debug)
             return 1
     return status
 
 
-def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("pyggml", description="ggml-style compute graphs in Python")
-    parser.add_argument("--version", action="version", version=f"pyggml {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+def command_line(words: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of this command line. Of the commands, only those in `words` have arguments."""
+    top = Parser("pyggml", description="ggml-style compute graphs in Python")
+    top.epilog = "`pyggml COMMAND --help` shows the options and examples of a command."
+    top.add_argument("--version", action="version", version=f"pyggml {__version__}")
+    _add_debug(top, False)
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary)
         if name in words:  # import only the module of the requested command
             _configure(command, name)
-    return parser
+            _add_debug(command, argparse.SUPPRESS)  # or it would undo --debug before the command
+            command.set_defaults(parser=command)
+    return top
+
+
+def _add_debug(parser: argparse.ArgumentParser, default: object) -> None:
+    parser.add_argument(
+        "--debug", action="store_true", default=default, help="show the traceback of an error"
+    )
 
 
 def parser_of(name: str) -> argparse.ArgumentParser:
-    """The parser of one command; tools/cli_tables.py writes docs/cli.md from it."""
-    command = argparse.ArgumentParser(f"pyggml {name}")
+    """The parser of one command; tools/cli_tables.py writes docs/cli.md from it.
+
+    It lacks --debug, which every command has.
+    """
+    command = Parser(f"pyggml {name}")
     _configure(command, name)
     return command
 
 
+def examples_of(name: str) -> list[str]:
+    """The examples in the help of one command."""
+    return documented(import_module(f"pyggml.cli.{name}"))[1]
+
+
 def _configure(command: argparse.ArgumentParser, name: str) -> None:
     module = import_module(f"pyggml.cli.{name}")
-    command.description = module.__doc__
+    command.description, examples = documented(module)
+    command.epilog = epilog(examples)
     command.formatter_class = argparse.RawDescriptionHelpFormatter
     command.set_defaults(run=module.run)
     module.configure(command)
-
-
-def _print_error(error: Exception) -> None:
-    text = str(error)
-    if isinstance(error, OSError) and error.strerror:
-        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    clear()
-    print("pyggml: error:", " ".join(text.split()), file=sys.stderr)
 
 
 def _terminate(*_: Any) -> NoReturn:

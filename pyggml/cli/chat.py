@@ -2,7 +2,7 @@
 
 pyggml chat -m FILE
 pyggml chat -m FILE --system 'Answer in one sentence.' --temp 0
-echo 'Hello' | pyggml chat -m FILE                  each line is a message
+echo Hello | pyggml chat -m FILE   each line is a message
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from contextlib import closing
 
 from pyggml.cli import model_options, options
 from pyggml.cli.progress import clear
+from pyggml.cli.terminal import print_error
 from pyggml.errors import PyggmlError
 
 
@@ -37,8 +38,7 @@ def run(args: argparse.Namespace) -> int:
             except KeyboardInterrupt:
                 clear()
             except PyggmlError as error:  # for example, the context is full
-                clear()
-                print(f"pyggml: error: {error}", file=sys.stderr)
+                print_error(error, debug=args.debug)
                 if not sys.stdin.isatty():
                     return 1
             print()

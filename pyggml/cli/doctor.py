@@ -19,8 +19,10 @@ from importlib import import_module, metadata
 
 from pyggml import __version__, backends
 from pyggml.backends.base import Finding
+from pyggml.cli.terminal import coloured
 
-MARKS = {"ok": "+", "absent": "-", "broken": "!"}
+#: A state's mark and its colour.
+MARKS = {"ok": ("+", "good"), "absent": ("-", "faint"), "broken": ("!", "bad")}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +59,7 @@ def _lines(name: str, rows: Sequence[Finding]) -> list[str]:
     lines = [name]
     last = {row.fix: row.what for row in rows}  # print a fix once, after the last row it helps
     for row in rows:
-        lines.append(f"  {MARKS[row.state]} {row.what:{width}}  {row.text}")
+        lines.append(f"  {coloured(*MARKS[row.state])} {row.what:{width}}  {row.text}")
         if row.fix and last[row.fix] == row.what:
             lines.append(f"    {'':{width}}  to fix it: {row.fix}")
     return lines

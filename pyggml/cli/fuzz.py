@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from typing import Any
 
+from pyggml.cli.terminal import print_json, verdict
 from pyggml.parity.fuzz import Failure, Tally, fuzz
 from pyggml.parity.graph_case import is_graph
 from pyggml.parity.own import own_cases
@@ -38,9 +39,15 @@ def run(args: argparse.Namespace, names: list[str]) -> int:
         if not args.json:
             print(summary(tally, what))
     if args.json:
-        rows = [{"backend": name, **asdict(tally)} for name, tally in tallies.items()]
-        print(json.dumps({"mode": "fuzz", "backends": rows}))
+        rows = [{"backend": name, **_as_dict(tally)} for name, tally in tallies.items()]
+        print_json({"mode": "fuzz", "backends": rows})
     return int(any(tally.failed for tally in tallies.values()))
+
+
+def _as_dict(tally: Tally) -> dict[str, Any]:
+    """The counts for JSON. Not by `asdict`: before Python 3.12 it counts a Counter's items."""
+    counts = {field.name: getattr(tally, field.name) for field in fields(tally)}
+    return counts | {"failures": [asdict(failure) for failure in tally.failures]}
 
 
 def _failure(failure: Failure, name: str, kernel: str) -> str:
@@ -48,7 +55,7 @@ def _failure(failure: Failure, name: str, kernel: str) -> str:
     is_shrunk = failure.small != failure.case and len(failure.case) < 2000
     origin = f", shrunk from {failure.case}" if is_shrunk else ""
     lines = [
-        f"  {failure.why} FAIL",
+        f"  {failure.why} {verdict(False)}",
         f"    pyggml parity -b {name}{option} --case {shlex.quote(failure.small)}",
         f"    number {failure.number}{origin}",
     ]
@@ -65,7 +72,7 @@ def summary(tally: Tally, what: str) -> str:
         f"{tally.deaths} ended the process"
     ]
     lines += [f"    {count} x {failure}" for failure, count in tally.kinds.most_common()]
-    lines.append("  FAIL" if tally.failed else "  OK")
+    lines.append(f"  {verdict(not tally.failed)}")
     return "\n".join(lines)
 
 
@@ -78,31 +85,36 @@ def ops_of(args: argparse.Namespace, texts: Sequence[str]) -> frozenset[str]:
 def run_texts(args: argparse.Namespace, names: list[str]) -> int:
     """Run the case or graph of --case, or the ops of --ops, in a process that may die."""
     failed = False
+    reports = []
     for name in names:
         texts = [args.case] if args.case else own_cases(args.ops, args.op)
         ops = ops_of(args, texts)
         setup = Setup(name, kernel=args.kernel, ops=ops, file=args.ops)
         counts: Counter[str] = Counter()
+        rows: list[Outcome] = []
         with Pool(setup, args.jobs) as pool:
             for outcome in pool.run(texts):
                 counts[outcome.status] += 1
                 if args.json:
-                    print(json.dumps({"backend": name, **asdict(outcome)}, default=str))
+                    rows.append(outcome)
                 elif args.case or outcome.status == "fail":
                     print(f"{name}: {outcome.case}: {_result(outcome)}")
                 elif outcome.status == "unsupported" and counts["unsupported"] == 1:
                     print(f"{name}: {outcome.case}: {_result(outcome)} (not repeated)")
         failed |= counts["fail"] > 0
+        reports.append({"backend": name, "cases": [asdict(row) for row in rows]})
         if args.ops and not args.json:
             cases = counted(len(texts), "case")
             print(
                 f"{name}: {', '.join(sorted(ops))}: {cases}, {counts['fail']} failed, "
                 f"{counts['unsupported']} not supported"
             )
+    if args.json:
+        print_json({"mode": "test", "backends": reports})
     return int(failed)
 
 
 def _result(outcome: Outcome) -> str:
     if outcome.status == "unsupported":
         return f"not supported: {outcome.why}"
-    return "OK" if outcome.status == "ok" else f"{outcome.why} FAIL"
+    return verdict(True) if outcome.status == "ok" else f"{outcome.why} {verdict(False)}"

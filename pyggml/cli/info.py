@@ -1,7 +1,7 @@
 """Print the keys of a GGUF file and a summary of its tensors, with layers combined (blk.*).
 
-pyggml info model.gguf
-pyggml info model-00001-of-00009.gguf --json     every tensor, and arrays of up to 32 elements
+pyggml info FILE
+pyggml info FILE --json   every tensor, and arrays of up to 32 elements
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Write the logits of every token of a text to a NumPy file.
 
 pyggml logits -m FILE -p TEXT -o out.npy
-pyggml logits -m FILE --tokens 1,2,3 -o out.npy     needs no tokenizer
+pyggml logits -m FILE --tokens 1,2,3 -o out.npy   needs no tokenizer
 
 The file has one row a token: float32 (tokens, n_vocab). Row i belongs to the token after token i.
 """
@@ -17,6 +17,7 @@ import numpy as np
 
 from pyggml.cli import model_options, options
 from pyggml.cli.progress import progress
+from pyggml.cli.terminal import print_json
 from pyggml.errors import ShapeError
 from pyggml.gguf.replaced import put, replaced
 
@@ -29,6 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "-o", metavar="OUT", type=Path, required=True,
         help="the file to write; it appears when it is complete",
     )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     model_options.add_model_options(parser)
 
 
@@ -58,7 +60,10 @@ def run(args: argparse.Namespace) -> int:
                 put(file, session.forward(part, outputs="all").astype("<f4"))
                 if show is not None:
                     show(start + len(part), len(tokens))
-    print(f"{args.o}: float32 {shape}")
+    if args.json:
+        print_json({"file": str(args.o), "type": "f32", "shape": shape})
+    else:
+        print(f"{args.o}: float32 {shape}")
     return 0
 
 

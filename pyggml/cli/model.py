@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from pyggml import gguf
 from pyggml.cli.model_options import on_off
-from pyggml.cli.options import UsageError, count, dtype, natural
+from pyggml.cli.options import UsageError, dtype, natural, rows
 from pyggml.errors import GGUFError
 from pyggml.gguf import GGUFFile
 from pyggml.models.batch import Batch, Options
@@ -21,17 +22,34 @@ from pyggml.parity.alone import Array
 
 @dataclass(frozen=True, slots=True)
 class ModelGraph:
-    """A model's outputs by name, and values for its inputs and states."""
+    """A model's outputs by name, for `n_tokens` tokens that fill up caches of `n_rows` rows."""
 
     outputs: dict[str, Node]
-    inputs: dict[str, Array]
-    states: dict[str, Array]
+    states: Sequence[Node]
+    n_vocab: int
+    n_tokens: int
+    n_rows: int
+
+    def values(self, seed: int) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Values of the inputs and of the states: random tokens and earlier rows."""
+        n, past = self.n_tokens, self.n_rows - self.n_tokens
+        rng = np.random.default_rng(seed)
+        inputs: dict[str, Array] = {"pos": np.arange(past, self.n_rows, dtype=np.int32)}
+        inputs["tokens"] = rng.integers(0, self.n_vocab, n, dtype=np.int32)
+        if n > 1:
+            inputs["rows"], inputs["outputs"] = inputs["pos"], np.array([n - 1], np.int32)
+        states: dict[str, Array] = {}
+        for node in self.states:
+            cache = rng.standard_normal(node.shape, dtype=np.float32)
+            cache[..., past:, :] = 0.0
+            states[node.attrs["name"]] = cache
+        return inputs, states
 
 
 def add_options(parser: argparse._ArgumentGroup) -> None:
     add = parser.add_argument
-    add("-c", type=count, metavar="N", default=128, help="rows of the KV cache (default: 128)")
-    add("-ub", type=count, metavar="N", default=16, help="tokens in the batch (default: 16)")
+    add("-c", type=rows, metavar="N", default=128, help="rows of the KV cache (default: 128)")
+    add("-ub", type=rows, metavar="N", default=16, help="tokens in the batch (default: 16)")
     add("-ctk", type=dtype, metavar="TYPE", default="f16",
         help="type of the KV cache (default: f16)")  # fmt: skip
     add("-fa", **on_off("flash attention"))
@@ -57,12 +75,8 @@ def weighted(path: str | PathLike[str]) -> GGUFFile:
 
 
 def model_graph(file: GGUFFile, args: argparse.Namespace) -> ModelGraph:
-    """The whole model, for -ub tokens that fill up a cache of -c rows; the last one's logits.
-
-    Tokens and the earlier cache rows are random numbers from --seed.
-    """
-    past = args.c - args.ub
-    if past < 0:
+    """The whole model, for -ub tokens that fill up a cache of -c rows; the last one's logits."""
+    if args.ub > args.c:
         raise UsageError(f"a batch of -ub {args.ub} tokens does not fit in -c {args.c} rows")
     options = Options(
         flash=args.fa == "on", fused=args.fmoe == "on", mla=3 if args.mla == 2 else args.mla,
@@ -71,14 +85,5 @@ def model_graph(file: GGUFFile, args: argparse.Namespace) -> ModelGraph:
     model = Model(file, options=options)
     batch, caches = Batch(args.ub, args.c, options), model.caches(args.c, args.ub)
     graph = model.graph(batch, caches)
-    rng = np.random.default_rng(args.seed)
-    inputs: dict[str, Array] = {"pos": np.arange(past, args.c, dtype=np.int32)}
-    inputs["tokens"] = rng.integers(0, model.arch.n_vocab, args.ub, dtype=np.int32)
-    if args.ub > 1:
-        inputs["rows"], inputs["outputs"] = inputs["pos"], np.array([args.ub - 1], np.int32)
-    states: dict[str, Array] = {}
-    for node in (node for cache in caches for node in cache.states):
-        rows = rng.standard_normal(node.shape, dtype=np.float32)
-        rows[..., past:, :] = 0.0
-        states[node.attrs["name"]] = rows
-    return ModelGraph(dict(graph.outputs), inputs, states)
+    states = [node for cache in caches for node in cache.states]
+    return ModelGraph(dict(graph.outputs), states, model.arch.n_vocab, args.ub, args.c)

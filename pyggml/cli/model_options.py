@@ -220,7 +220,8 @@ def open_text(args: argparse.Namespace, *, chat: bool) -> Iterator[Text]:
     from pyggml.generate.text import Conversation
     from pyggml.generate.tokenizer import Tokenizer
 
-    sampler = sampler_of(args)
+    with options.wrong_usage():
+        sampler = sampler_of(args)
     with open_model(args) as model:
         fields = model.file.fields
         tokenizer = Tokenizer(fields)

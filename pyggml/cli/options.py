@@ -55,6 +55,7 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
 
 
 count, natural = whole(1), whole(0)
+rows = whole(1, 2**31 - 1)  # positions are int32
 
 #: `first[-last[+step]]` or `first-last*factor`.
 _RANGE = re.compile(r"(\d+)(?:-(\d+)(?:([+*])(\d+))?)?", re.ASCII)

@@ -1,34 +1,27 @@
 """Test every op of a backend against float64, or compare two places on a model's graph.
 
-pyggml parity                                     every case on every backend
-pyggml parity -b numpy -j 2 --quick               at most a minute
-pyggml parity -o mul_mat -p 'type_a=q4_K.*ne_b=\\[256,1'
-pyggml parity -o 'relu(f32[64,5]@wide)'           this case, in the grid or not
-pyggml parity --mode support                      which cases a backend supports, and why not
-pyggml parity --mode perf -o mul_mat              time, GFLOPS and GB/s
-pyggml parity --mode fuzz -b numpy --seconds 60 --seed 1            random cases
-pyggml parity --mode fuzz -b numpy --seconds 60 --seed 1 --graphs   random graphs
-pyggml parity -b numpy --case 'x=f32[8]; y=relu(x); plan(y)'        this case or graph
-pyggml parity --ops my_ops.py                     your own ops, against their meanings
-pyggml parity --kernel my.py:mul_mat_iq4 -o mul_mat -p type_a=iq4_nl
-pyggml parity -m FILE --a numpy --b null          all layers of a model, node by node
-pyggml parity -m FILE --script kq-0 --out kq.py   ... and write one node as a program
+pyggml parity -b numpy --quick -o relu,mul_mat
+pyggml parity -b numpy --mode fuzz --seconds 60 --seed 1
+pyggml parity -b numpy --case 'x=f32[8]; y=relu(x); plan(y)'   a case or graph that a report prints
+pyggml parity -m FILE --a numpy --b null   all layers of a model, node by node
+
+Without -b, it tests every backend. docs/parity.md has more examples.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from math import isfinite
+from typing import Any
 
 from pyggml import backends
 from pyggml.cli import fuzz, model, options
 from pyggml.cli.options import UsageError, wrong_usage
+from pyggml.cli.terminal import print_json, verdict
 from pyggml.errors import DeviceError, UnknownNameError
 from pyggml.graph import Graph
 from pyggml.parity import grid, support
@@ -111,14 +104,14 @@ def _of_model(args: argparse.Namespace) -> int:
     with model.weighted(args.model) as file:
         graph = model.model_graph(file, args)
         outputs = Graph(graph.outputs)
-        walk = Walk(outputs, (args.a, args.b), contents(outputs, graph.inputs, graph.states))
+        walk = Walk(outputs, (args.a, args.b), contents(outputs, *graph.values(args.seed)))
         if args.script:  # raise errors of these arguments before the long run
             walk.node(args.script)
             with wrong_usage():
                 script_path(args.out or script_name(args.script))
         report = walk.report()
         if args.json:
-            print(json.dumps(report.as_dict()))
+            print_json(report.as_dict())
         else:
             print(report.table())
         if args.script:
@@ -159,7 +152,10 @@ def _of_ops(args: argparse.Namespace) -> int:
         return fuzz.run_texts(args, usable)
     if args.mode == "list":
         texts = list(map(str, selection))
-        print(json.dumps(texts) if args.json else "\n".join(texts))
+        if args.json:
+            print_json({"mode": "list", "cases": texts})
+        else:
+            print("\n".join(texts))
         return 0
     if not place_name and args.mode in ("test", "perf"):
         names = [name for name in names if _usable(name, args.mode)]
@@ -209,16 +205,11 @@ def select(op: str | None, pattern: str | None, quick: bool, perf: bool = False)
 
 
 def _as_json(mode: str, results: dict[str, Iterator[Outcome]]) -> int:
-    reports, failed = [], False
-    for name, result in results.items():
-        rows = [
-            {k: v if not isinstance(v, float) or isfinite(v) else str(v) for k, v in row.items()}
-            for row in map(asdict, result)
-        ]
-        failed |= any(row["status"] == "fail" for row in rows)
-        reports.append({"backend": name, "cases": rows})
-    print(json.dumps({"mode": mode, "backends": reports}))
-    return int(failed)
+    reports: list[dict[str, Any]] = [
+        {"backend": name, "cases": [asdict(row) for row in rows]} for name, rows in results.items()
+    ]
+    print_json({"mode": mode, "backends": reports})
+    return int(any(row["status"] == "fail" for report in reports for row in report["cases"]))
 
 
 def _as_text(args: argparse.Namespace, results: dict[str, Iterator[Outcome]]) -> int:
@@ -236,7 +227,7 @@ def _as_text(args: argparse.Namespace, results: dict[str, Iterator[Outcome]]) ->
     if args.mode != "test":
         return 0
     print(f"{good}/{len(results)} backends passed")
-    print("OK" if good == len(results) else "FAIL")
+    print(verdict(good == len(results)))
     return 0 if good == len(results) else 1
 
 
@@ -250,7 +241,7 @@ def _summary(rows: Sequence[Outcome], name: str, kernel: str) -> bool:
         print("\nFailing tests:")
         for row in failed:
             print(f"  pyggml parity -b {name}{option} -o {shlex.quote(row.case)}")
-    print(f"  Backend {name}: {'FAIL' if failed else 'OK'}\n")
+    print(f"  Backend {name}: {verdict(not failed)}\n")
     return not failed
 
 
@@ -258,7 +249,7 @@ def _test_line(row: Outcome, name: str) -> str:
     if row.status == "unsupported":
         return f"not supported [{name}]: {row.why}"
     op = row.case.partition("(")[0]
-    return "OK" if row.status == "ok" else f"[{op}] {row.why} FAIL"
+    return verdict(True) if row.status == "ok" else f"[{op}] {row.why} {verdict(False)}"
 
 
 def _support_line(row: Outcome, name: str) -> str:

@@ -1,7 +1,7 @@
 """Measure how well a model predicts a text. Lower is better.
 
 pyggml perplexity -m FILE -f wiki.test.raw
-pyggml perplexity -m FILE -f wiki.test.raw -c 2048 --chunks 10
+pyggml perplexity -m FILE -f wiki.test.raw -c 64 --chunks 2 --json
 
 The method is that of llama-perplexity: the text is cut into chunks of -c tokens, and the second
 half of each is predicted from all tokens before it in the chunk. The perplexity is exp of the mean
@@ -19,6 +19,7 @@ import numpy as np
 
 from pyggml.cli import model_options, options
 from pyggml.cli.progress import progress
+from pyggml.cli.terminal import print_json
 from pyggml.errors import ShapeError
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chunks", type=options.count, metavar="N", help="use only the first N chunks"
     )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     model_options.add_model_options(parser, n_ctx=512)
 
 
@@ -47,9 +49,11 @@ def run(args: argparse.Namespace) -> int:
             )
         session = model_options.new_session(args, model)
         losses: list[float] = []
+        values: list[float] = []
         n_chunks = min(len(tokens) // args.c, args.chunks or len(tokens))
         # On a terminal, the values themselves show the progress.
-        show = None if sys.stdout.isatty() else progress("perplexity", "chunks")
+        values_shown = sys.stdout.isatty() and not args.json
+        show = None if values_shown else progress("perplexity", "chunks")
         for i in range(n_chunks):
             if show is not None:
                 show(i, n_chunks)
@@ -58,8 +62,13 @@ def run(args: argparse.Namespace) -> int:
             losses += chunk_losses(session, chunk, first=first)
             if show is not None:
                 show(i + 1, n_chunks)
-            print(f"[{i + 1}]{np.exp(np.mean(losses)):.4f}", end=",", flush=True)
+            values.append(float(np.exp(np.mean(losses))))
+            if not args.json:
+                print(f"[{i + 1}]{values[-1]:.4f}", end=",", flush=True)
     value, error = estimate(losses)
+    if args.json:
+        print_json({"perplexity": value, "error": error, "n_ctx": args.c, "chunks": values})
+        return 0
     print(f"\nFinal estimate: PPL = {value:.4f} +/- {error:.5f}")
     return 0
 

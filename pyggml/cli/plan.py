@@ -11,7 +11,9 @@ device is too small.
 -ub), then the largest attention budget, and then puts the experts of as few layers as possible on
 the host. The last line is the command that runs it.
 
-  pyggml plan -m v3.gguf -c 16384 -ub 512 --device cuda:80GiB --device host:512GiB --fit
+pyggml plan -m FILE -c 16384 -ub 512
+pyggml plan -m FILE -c 4096 --device cuda:24GiB --device host:64GiB
+pyggml plan -m FILE --device cuda:80GiB --device cuda:80GiB --device host:512GiB --fit
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from pyggml.cli.model_options import (
     layer_pins,
     pins_of,
 )
+from pyggml.cli.options import wrong_usage
 from pyggml.errors import DeviceError
 from pyggml.generate.fit import BUDGETS, Line, Planner, Setup, fit, lines
 from pyggml.models.batch import Options
@@ -79,7 +82,8 @@ class Result:
 
 
 def run(args: argparse.Namespace) -> int:
-    places = places_of(args)
+    with wrong_usage():
+        places = places_of(args)
     with gguf.open(args.m, allow_missing_data=True) as file:
         options = Options(**graph_options(args))
         model = Model(file, decode_weights=args.decode_weights, options=options)

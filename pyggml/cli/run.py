@@ -2,8 +2,8 @@
 
 pyggml run -m FILE -p TEXT -n 64
 pyggml run -m FILE -p 'What is a tensor?' --chat
-pyggml run -m FILE -p TEXT --temp 0                 the most probable tokens
-pyggml run -m FILE -p TEXT -ngl 10 -ot exps=numpy   a part on the GPU
+pyggml run -m FILE -p TEXT --temp 0   the most probable tokens
+pyggml run -m FILE -p TEXT --backend auto -ngl 10 -ot exps=numpy   a part on the GPU
 """
 
 from __future__ import annotations

@@ -9,8 +9,9 @@ With mxfp4, only experts have it and the others are q8_0, as in the published fi
 --header-only writes the keys and the tensor table but no weights. `pyggml info` and `pyggml plan`
 need no more, but such a file cannot run.
 
-  pyggml synth lite.gguf --preset deepseek-v2-lite --type q4_K
-  pyggml synth v3.gguf --preset deepseek-v3 --header-only
+pyggml synth tiny.gguf --preset tiny
+pyggml synth lite.gguf --preset deepseek-v2-lite --type q4_K   9 GB
+pyggml synth v3.gguf --preset deepseek-v3 --header-only
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import time
 
 from pyggml.cli.options import natural, option, whole
 from pyggml.cli.progress import progress
+from pyggml.cli.terminal import print_json
 from pyggml.gguf.synth import DRAWN, drawn_type
 from pyggml.models.base import MAX_LAYERS
 from pyggml.models.presets import PRESETS, preset
@@ -40,6 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=natural, default=0, metavar="N",
         help="seed of the weights (default: %(default)s)")  # fmt: skip
     add("--header-only", action="store_true", help="write no weights")
+    add("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -55,6 +58,9 @@ def run(args: argparse.Namespace) -> int:
         progress=progress("writing", "bytes"),
     )
     seconds = time.perf_counter() - start
+    if args.json:
+        print_json({"file": args.out, "bytes": size, "seconds": seconds})
+        return 0
     print(f"{args.out}: {size:,} bytes in {seconds:.1f} s, {size / seconds / 1e6:.0f} MB/s")
     return 0
 

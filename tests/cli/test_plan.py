@@ -56,7 +56,7 @@ def test_devices_are_numbered(header: Path, capsys: Streams) -> None:
         ["cuda:big"],
         ["x:1GiB"],
     ):
-        assert main(["plan", "-m", str(header), *(w for d in wrong for w in ("--device", d))]) == 1
+        assert main(["plan", "-m", str(header), *(w for d in wrong for w in ("--device", d))]) == 2
         assert capsys.readouterr().err.startswith("pyggml: error: ")
 
 

@@ -46,7 +46,7 @@ def test_a_wrong_case_is_an_error_before_any_backend_runs(
         ("graph -m x -ot (=numpy", "not a regular expression"),
         ("graph -m x -amb -1", "must be a number above 0, got '-1'"),
         ("graph -m x -amb many", "must be a number above 0, got 'many'"),
-        ("graph -m x -c 0", "of at least 1, got '0'"),
+        ("graph -m x -c 0", "from 1 to 2,147,483,647, got '0'"),
         ("graph -m x --seed -1", "of at least 0, got '-1'"),
         ("parity -b cudaa", "no backend 'cudaa'"),
         ("parity -b null:0:1GiB", "description of a device"),
