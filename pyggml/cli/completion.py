@@ -17,6 +17,10 @@ from pathlib import Path
 from pyggml import backends, cli
 from pyggml.cli.shells import WRITERS, Argument, Command
 
+#: Options of other classes collect several values.
+_ONCE = (argparse._StoreAction, argparse._StoreConstAction, argparse._HelpAction,
+         argparse._VersionAction)  # fmt: skip
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shell", choices=tuple(WRITERS), help="the shell to write a script for")
@@ -51,7 +55,7 @@ def _arguments(actions: Sequence[argparse.Action]) -> Iterator[Argument]:
             words=_words(action, value),
             files=_is_file(action, value),
             optional=action.nargs == "?",
-            repeated=isinstance(action, (argparse._AppendAction, argparse._ExtendAction)),
+            repeated=not isinstance(action, _ONCE),
         )
 
 
@@ -59,13 +63,14 @@ def _words(action: argparse.Action, value: str) -> tuple[str, ...]:
     """What the value can be: the choices, or what its name says."""
     if action.choices is not None:
         return tuple(map(str, action.choices))
-    if value in ("PLACE", "PLACES"):
+    name = value.split(",")[0].rstrip("[")  # TYPE,.. and OP[,OP] are lists
+    if name in ("PLACE", "PLACES"):
         return backends.available()
-    if value == "TYPE":
+    if name == "TYPE":
         from pyggml.gguf.synth import DRAWN
 
         return tuple(DRAWN)
-    if value == "OP[,OP]":
+    if name == "OP":
         from pyggml.parity.oracle import ORACLE
 
         return tuple(sorted(ORACLE))

@@ -42,10 +42,10 @@ def add_model_options(
     lists  without -c; the values of all others but --decode-weights are lists: see `combinations`
     """
 
-    def sized(meaning: str, default: int) -> dict[str, Any]:
+    def sized(meaning: str, default: int, kind: Callable[[str], int]) -> dict[str, Any]:
         note = "; with --fit the most that fits" if fit else ""
         return {
-            "type": options.count, "metavar": "N", "default": None if fit else default,
+            "type": kind, "metavar": "N", "default": None if fit else default,
             "help": f"{meaning} (default: {default}{note})",
         }  # fmt: skip
 
@@ -53,10 +53,10 @@ def add_model_options(
     add = _lists_of(group.add_argument) if lists else group.add_argument
     add("-m", metavar="FILE", required=True, help="a GGUF file, or the first of its parts")
     if not lists:
-        add("-c", **sized("tokens of context", n_ctx))
+        add("-c", **sized("tokens of context", n_ctx, options.rows))
     add("-b", type=options.count, metavar="N", default=2048,
         help="accepted as in llama.cpp; limits -ub (default: %(default)s)")  # fmt: skip
-    add("-ub", **sized("tokens of a prompt that run at once", N_BATCH))
+    add("-ub", **sized("tokens of a prompt that run at once", N_BATCH, options.count))
     add(
         "-ctk",
         type=options.dtype,

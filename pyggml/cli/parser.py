@@ -17,17 +17,17 @@ _GAP = re.compile(r" {3,}")
 
 
 class Parser(argparse.ArgumentParser):
-    """Prints wrong usage as one line, and the arguments that are required as another."""
+    """After a wrong option, prints the arguments that are required, and the error as last line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{error_head(self.prog)} {message}{self._hint(message)}\n{self.brief()}")
+        self.exit(2, f"{self.brief()}{error_head(self.prog)} {message}{self._hint(message)}\n")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else list(args)
         values, extra = self.parse_known_args(words, namespace)
+        command = values.__dict__.pop("parser", self)
         if extra:  # argparse would leave out the name of the command
-            parser = getattr(values, "parser", self)  # of the command
-            parser.error(f"unrecognized arguments: {' '.join(extra)}")
+            command.error(f"unrecognized arguments: {' '.join(extra)}")
         return values
 
     def brief(self) -> str:
@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
         usage = formatter.format_help().rstrip()
         if self._subparsers is None:
             usage += " [OPTIONS]"
-        return f"{usage}\nsee {self.prog} --help\n"
+        return f"{usage} (see --help)\n"
 
     def _hint(self, message: str) -> str:
         """`; did you mean ..?`, for an option or choice that is almost right."""
