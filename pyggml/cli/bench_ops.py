@@ -1,0 +1,241 @@
+"""What each step of a model's plan costs, inside a run of it.
+
+  -p 512            the batch of a prompt; if it has more tokens than -ub, its last batch
+  -n 1 -d 4096      a token after 4096 others
+
+For each step or group: the time, launches, bytes and flops, their rates, and the share of the
+device's ceilings, which a large copy and a large product measure in the same run. Then the steps
+that do not take a fast kernel, with the reason. `*` stands for the number of a layer.
+
+Caches are not filled before: times do not depend on the values in them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyggml.cli import model_options, options
+from pyggml.cli.options import UsageError
+from pyggml.runtime.profile import Profile, Sum, Timing
+from pyggml.words import counted
+
+if TYPE_CHECKING:
+    from pyggml.models.model import Model
+
+GROUPS = ("step", "op", "label", "layer", "kernel", "place")
+#: The most rows of a table of text; the last one is the sum of the others.
+SHOWN = 40
+HEADS = ("us", "%", "launches", "MiB", "GB/s", "GFLOP/s", "ceiling %")
+
+
+def add_ops_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `ops` reads besides -m, -p, -n, -d, -r, -o and those of the model."""
+    add = parser.add_argument_group("the steps").add_argument
+    add("--by", metavar="GROUP,..", type=_groups, default=["op", "label"],
+        help=f"sums by {', '.join(GROUPS)} (default: op,label)")  # fmt: skip
+    add("--trace", metavar="OUT.json", type=Path,
+        help="also write a trace for Perfetto or chrome://tracing")  # fmt: skip
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """A parser of its own, for tests and for `python -m pyggml.cli.bench_ops`."""
+    add = parser.add_argument
+    add("-p", type=options.natural, metavar="N", default=0, help="tokens of a prompt (default: 0)")
+    add("-n", type=options.natural, metavar="N", default=0,
+        help="1 profiles one token (default: 0, but 1 without -p)")  # fmt: skip
+    add("-d", type=options.natural, metavar="N", default=0,
+        help="tokens in the cache before (default: 0)")  # fmt: skip
+    add("-r", type=options.count, metavar="N", default=5,
+        help="samples of each step (default: %(default)s)")  # fmt: skip
+    add("-o", choices=("md", "json", "csv"), default="md", help="the output (default: md)")
+    add_ops_options(parser)
+    model_options.add_model_options(parser)
+
+
+@options.option
+def _groups(text: str) -> list[str]:
+    words = text.split(",")
+    for word in words:
+        if word not in GROUPS:
+            raise UsageError(f"--by {word!r} must be one of {', '.join(GROUPS)}")
+    return words
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A plan of a model: `n_tokens` tokens after `depth` others."""
+
+    name: str
+    n_tokens: int
+    depth: int
+
+
+def ops(args: argparse.Namespace) -> int:
+    """Print the profile of each case. -p, -n and -d are numbers or lists of numbers."""
+    each = list(cases(args))
+    if len(each) > 1 and (args.o == "csv" or args.trace is not None):
+        raise UsageError("-o csv and --trace need one case: one of -p and -n, and one -d")
+    results = []
+    with model_options.open_model(args) as model:
+        for case in each:
+            profile = profile_of(model, case, n_batch=min(args.b, args.ub), runs=args.r)
+            if args.trace is not None:
+                profile.write_trace(args.trace)
+            if args.o == "md":
+                print("\n".join(markdown(case, profile, args.by)), end="\n\n")
+            results.append(as_json(case, profile))
+    if args.o == "json":
+        print(json.dumps(results, indent=1))
+    elif args.o == "csv":
+        _write_csv(profile, args.by[0])
+    if args.trace is not None:
+        print(f"wrote {args.trace}", file=sys.stderr)
+    return 0
+
+
+def cases(args: argparse.Namespace) -> Iterator[Case]:
+    """The cases of -p, -n and -d; a token if there is neither -p nor -n."""
+    prompts, tokens = _numbers(args.p), _numbers(args.n)
+    n_batch = min(args.b, args.ub)
+    for depth in _numbers(args.d):
+        at = f" @ d{depth}" if depth else ""
+        for n in prompts:
+            if n:
+                last = (n - 1) % n_batch + 1
+                yield Case(f"pp{n}{at}", last, depth + n - last)
+        if any(tokens) or not any(prompts):
+            yield Case(f"tg1{at}", 1, depth)
+
+
+def _numbers(value: int | Sequence[int]) -> list[int]:
+    return [value] if isinstance(value, int) else list(value)
+
+
+def profile_of(model: Model, case: Case, *, n_batch: int, runs: int) -> Profile:
+    """The profile of a case, with ceilings. Its tokens are random."""
+    import numpy as np
+
+    session = model.session(case.depth + case.n_tokens, n_batch)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, model.arch.n_vocab, case.n_tokens).tolist()
+    plan, arrays = session.prepared(case.depth, tokens, 1)
+    return plan.profile(arrays, runs).with_ceilings()
+
+
+# -- output -----------------------------------------------------------------------------------
+
+
+def markdown(case: Case, profile: Profile, by: Sequence[str]) -> Iterator[str]:
+    """A heading, the ceilings, a table for each group, and the slow paths."""
+    yield f"### {case.name}: {profile.head()}"
+    yield ""
+    for place, ceiling in profile.ceilings.items():
+        yield (
+            f"- {place}: copies {ceiling.copy / 1e9:.1f} GB/s, "
+            f"products {ceiling.product / 1e9:.0f} GFLOP/s"
+        )
+    phases = profile.phases
+    yield (
+        f"- host: inputs {phases.upload * 1e6:.0f} us, issue {phases.issue * 1e6:.0f} us, "
+        f"wait {phases.wait * 1e6:.0f} us"
+    )
+    for what in by:
+        yield ""
+        yield from _table(profile, what)
+    if profile.expanded or profile.slow_paths():
+        yield ""
+    yield from (f"- {text}" for text in profile.expanded)
+    for why, rows in profile.slow_paths():
+        names = ", ".join(dict.fromkeys(row.op for row in rows))
+        time = 1e6 * sum(row.seconds for row in rows)
+        steps = counted(len(rows), "step")
+        yield f"- not the fast kernel: {steps} of {names}, {time:.0f} us: {why}"
+
+
+def _table(profile: Profile, what: str) -> Iterator[str]:
+    rows: Sequence[Timing | Sum] = profile.rows if what == "step" else profile.by(what)
+    yield f"| {what} | " + " | ".join(HEADS) + " |"
+    yield "|---|" + "---:|" * len(HEADS)
+    shown = rows if what in ("step", "layer") else rows[:SHOWN]
+    for row in shown:
+        yield f"| {_name(row)} | " + " | ".join(_cells(profile, row)) + " |"
+    rest = rows[len(shown) :]
+    if rest:
+        time = sum(row.seconds for row in rest)
+        percent = 100 * time / max(profile.seconds, 1e-9)
+        empty = " |" * (len(HEADS) - 2)
+        yield f"| {len(rest)} more | {time * 1e6:.1f} | {percent:.1f} |{empty}"
+
+
+def _name(row: Timing | Sum) -> str:
+    text = row.text if isinstance(row, Timing) else f"{row.name or 'no layer'} x {row.steps}"
+    return text.replace("|", r"\|")
+
+
+def _cells(profile: Profile, row: Timing | Sum) -> tuple[str, ...]:
+    time, share = max(row.seconds, 1e-9), profile.share(row)
+    return (
+        f"{row.seconds * 1e6:.1f}",
+        f"{100 * row.seconds / max(profile.seconds, 1e-9):.1f}",
+        str(row.launches),
+        f"{row.nbytes / 2**20:.2f}",
+        f"{row.nbytes / time / 1e9:.1f}",
+        f"{row.flops / time / 1e9:.1f}",
+        "" if share is None else f"{100 * share:.0f}",
+    )
+
+
+def _write_csv(profile: Profile, what: str) -> None:
+    rows = profile.rows if what == "step" else profile.by(what)
+    table = [_record(profile, row) for row in rows]
+    writer = csv.DictWriter(sys.stdout, list(table[0]) if table else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+
+
+def _record(profile: Profile, row: Timing | Sum) -> dict[str, Any]:
+    """A row for JSON and CSV."""
+    record: dict[str, Any] = {
+        "name": row.text if isinstance(row, Timing) else row.name, "place": row.place,
+        "steps": row.steps if isinstance(row, Sum) else 1, "launches": row.launches,
+        "seconds": row.seconds, "bytes": row.nbytes, "flops": row.flops,
+        "ceiling": profile.share(row),
+    }  # fmt: skip
+    if isinstance(row, Timing):
+        record |= {
+            "op": row.op, "label": row.label, "layer": row.layer, "result": row.spec,
+            "line": row.line, "kernels": " + ".join(row.kernels.names), "why": row.kernels.why,
+        }  # fmt: skip
+    return record
+
+
+def as_json(case: Case, profile: Profile) -> dict[str, Any]:
+    """A case as an object of JSON: every step, and the sums."""
+    phases = profile.phases
+    return {
+        "test": case.name, "n_tokens": case.n_tokens, "depth": case.depth,
+        "seconds": profile.seconds, "whole": sum(profile.whole), "launches": profile.launches,
+        "run": {"upload": phases.upload, "issue": phases.issue, "wait": phases.wait},
+        "ceilings": {
+            place: {"copy": c.copy, "product": c.product} for place, c in profile.ceilings.items()
+        },
+        "steps": [_record(profile, row) for row in profile.rows],
+        "by": {
+            what: [_record(profile, row) for row in profile.by(what)] for what in GROUPS[1:]
+        },
+        "expanded": list(profile.expanded),
+        "slow": [
+            {"why": why, "steps": len(rows), "seconds": sum(row.seconds for row in rows)}
+            for why, rows in profile.slow_paths()
+        ],
+    }  # fmt: skip
+
+
+run = ops
