@@ -24,6 +24,7 @@ from pyggml.errors import PyggmlError
 COMMANDS = {
     "bench": "measure how fast a model reads prompts and generates tokens",
     "chat": "talk to a model",
+    "diff": "compare tensors with those of another engine",
     "doctor": "check what each backend needs on this machine",
     "graph": "show how a model's graph runs: splits, copies, steps and memory",
     "info": "print the keys and tensors of a GGUF file",

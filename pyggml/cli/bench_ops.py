@@ -45,7 +45,7 @@ def add_ops_options(parser: argparse.ArgumentParser) -> None:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """A parser of its own, for tests and for `python -m pyggml.cli.bench_ops`."""
+    """All options that `ops` reads, for one case."""
     add = parser.add_argument
     add("-p", type=options.natural, metavar="N", default=0, help="tokens of a prompt (default: 0)")
     add("-n", type=options.natural, metavar="N", default=0,
@@ -236,6 +236,3 @@ def as_json(case: Case, profile: Profile) -> dict[str, Any]:
             for why, rows in profile.slow_paths()
         ],
     }  # fmt: skip
-
-
-run = ops
