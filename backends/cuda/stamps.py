@@ -23,6 +23,7 @@ results, and states get values that no run gives them. It also takes a graph for
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -45,17 +46,20 @@ class Stamps:
         self._events: list[Any] = []
 
     def __del__(self) -> None:
-        for event in self._events:
-            self._cu.cuEventDestroy(event)
+        with suppress(Exception), self._context:
+            for event in self._events:
+                self._cu.cuEventDestroy(event)
+
+    def reserve(self, count: int) -> None:
+        """Create the events of `count` stamps; not during a capture."""
+        flags = self._cu.CUevent_flags.CU_EVENT_DEFAULT.value
+        while len(self._events) < count:
+            event = checked(self._cu, "creating an event", self._cu.cuEventCreate(flags))
+            self._events.append(event)
 
     def record(self, number: int) -> None:
         """Add stamp `number` to the graph that is being captured."""
         cu = self._cu
-        while number >= len(self._events):
-            event = checked(
-                cu, "creating an event", cu.cuEventCreate(cu.CUevent_flags.CU_EVENT_DEFAULT.value)
-            )
-            self._events.append(event)
         external = cu.CUevent_record_flags.CU_EVENT_RECORD_EXTERNAL.value
         stream = cu.CUstream(self._context.stream.handle)
         status = cu.cuEventRecordWithFlags(self._events[number], stream, external)
@@ -107,6 +111,7 @@ class GraphStopwatch:
         self._turn = turn
         with self._context, guarded("replaying a graph"):
             if turn not in self._graphs:
+                self._stamps.reserve(len(self._places[turn]))
                 self._graphs[turn] = self._capture(self._stamped(self._places[turn]))
             for action in self._graphs[turn]:
                 action()

@@ -169,6 +169,7 @@ EVENTS: list[Event] = []
 def cuEventCreate(flags: int) -> tuple[CUresult, Event]:
     assert flags == CUevent_flags.CU_EVENT_DEFAULT.value, "an event without timing has no times"
     assert pycuda.Context.stack, "no context is current"
+    assert not CAPTURES, "an event is created during a capture"
     EVENTS.append(Event())
     return OK, EVENTS[-1]
 
