@@ -28,6 +28,10 @@ class Kernels:
     names: tuple[str, ...]
     why: str = ""
 
+    def __str__(self) -> str:
+        """The names, each once: a loop launches the same kernels for every piece."""
+        return " + ".join(dict.fromkeys(self.names))
+
 
 class Stopwatch(Protocol):
     """Times the steps of one runner.

@@ -54,7 +54,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="tokens in the cache before (default: 0)")  # fmt: skip
     add("-r", type=options.count, metavar="N", default=5,
         help="samples of each step (default: %(default)s)")  # fmt: skip
-    add("-o", choices=("md", "json", "csv"), default="md", help="the output (default: md)")
+    add("-o", choices=("md", "json", "jsonl", "csv"), default="md", help="the output (default: md)")
     add_ops_options(parser)
     model_options.add_model_options(parser)
 
@@ -93,6 +93,8 @@ def ops(args: argparse.Namespace) -> int:
             results.append(as_json(case, profile))
     if args.o == "json":
         print(json.dumps(results, indent=1))
+    elif args.o == "jsonl":
+        print("\n".join(map(json.dumps, results)))
     elif args.o == "csv":
         _write_csv(profile, args.by[0])
     if args.trace is not None:
@@ -211,7 +213,7 @@ def _record(profile: Profile, row: Timing | Sum) -> dict[str, Any]:
     if isinstance(row, Timing):
         record |= {
             "op": row.op, "label": row.label, "layer": row.layer, "result": row.spec,
-            "line": row.line, "kernels": " + ".join(row.kernels.names), "why": row.kernels.why,
+            "line": row.line, "kernels": str(row.kernels), "why": row.kernels.why,
         }  # fmt: skip
     return record
 

@@ -142,7 +142,7 @@ class Profile:
             "op": lambda row: row.op,
             "label": lambda row: collapsed(row.label or row.op),
             "layer": lambda row: "" if row.layer is None else str(row.layer),
-            "kernel": lambda row: " + ".join(row.kernels.names) or row.op,
+            "kernel": lambda row: str(row.kernels) or row.op,
             "place": lambda row: row.place,
         }
         if what not in names:

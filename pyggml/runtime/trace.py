@@ -98,7 +98,7 @@ def _details(profile: Profile, row: Timing) -> dict[str, Any]:
     """What Perfetto shows for a selected step."""
     details: dict[str, Any] = {
         "label": row.label, "op": row.op, "result": row.spec, "line": row.line,
-        "kernels": " + ".join(row.kernels.names), "launches": row.launches,
+        "kernels": str(row.kernels), "launches": row.launches,
         "bytes": int(row.nbytes), "flops": int(row.flops),
     }  # fmt: skip
     if row.layer is not None:

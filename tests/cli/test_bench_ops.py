@@ -57,6 +57,12 @@ def test_json(path: Path, capsys: Streams) -> None:
         assert sum(r["seconds"] for r in sums) == pytest.approx(token["seconds"])
 
 
+def test_lines_of_json(path: Path, capsys: Streams) -> None:
+    assert bench_ops.ops(parsed(path, "-p", "5", "-n", "1", "-o", "jsonl")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [json.loads(line)["test"] for line in lines] == ["pp5", "tg1"]
+
+
 def test_csv(path: Path, capsys: Streams) -> None:
     assert bench_ops.ops(parsed(path, "-o", "csv", "--by", "label")) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))

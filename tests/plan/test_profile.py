@@ -150,6 +150,10 @@ def test_why_a_step_is_on_another_device() -> None:
     assert rows[2].kernels.why == "not on null:0: soft_max_ext is on the deny list"
 
 
+def test_kernels_of_loops_are_named_once() -> None:
+    assert str(Kernels(("a", "b", "a", "b"))) == "a + b" and str(Kernels(())) == ""
+
+
 def timing(**changes: Any) -> Timing:
     row = Timing(
         "y = relu(x)", "relu", "y", None, "f32 [8, 4]", "numpy", 0, "", Kernels(("relu",)),
