@@ -123,6 +123,26 @@ def test_rows_of_a_profile(clock: Clock) -> None:
     assert all(row.launches == 1 and row.kernels.why == "" for row in rows)
 
 
+def test_splits_on_the_host_are_timed_between_those_of_the_gpu(clock: Clock) -> None:
+    """Each split of the GPU has a graph of its own."""
+    y = gg.input("x", ne=(8, 2))
+    for i in range(6):
+        y = gg.label(gg.relu(y) if i % 2 else gg.sqr(y), f"step-{i}")
+    pins = {"step-3": "numpy", "step-[45]": "cuda:0"}
+    plan = gg.compile({"y": y}, backends=["cuda", "numpy"], pins=pins, fuse=False)
+    assert [split.backend.place for split in plan.splits] == ["cuda:0", "numpy", "cuda:0"]
+    clock.times = [1e-3, 2e-3, 3e-3, 4e-3, 5e-3]
+    rows = plan.profile({"x": X}, 2).rows
+    assert [(r.op, r.place, r.split) for r in rows] == [
+        ("sqr", "cuda:0", 0), ("relu", "cuda:0", 0), ("sqr", "cuda:0", 0),
+        ("transfer", "numpy", 1), ("relu", "numpy", 1),
+        ("transfer", "cuda:0", 2), ("sqr", "cuda:0", 2), ("relu", "cuda:0", 2),
+    ]  # fmt: skip
+    times = [r.seconds * 1e3 for r in rows if r.place == "cuda:0" and r.op != "transfer"]
+    assert times == pytest.approx([1e-3, 1.3e-3, 2.3e-3, 4e-3, 4.3e-3], abs=1e-9)
+    assert all(r.seconds > 0 for r in rows)
+
+
 def test_debugging_times_step_by_step(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYGGML_CUDA_DEBUG", "1")
     profile = chain(4).profile({"x": X}, 1)
