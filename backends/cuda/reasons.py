@@ -4,6 +4,7 @@ silence. The conditions are those of linear/routes.py and attention/routes.py.""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from pyggml import ops
 from pyggml.backends.cuda.attention.routes import C_TYPES, HOPPER, LATENT, PAIRS, Shape
@@ -32,17 +33,23 @@ def _reasons(node: Node, names: Sequence[str]) -> Iterator[str]:
         products = Product.all_of(node)
         for product in products:
             yield from _of_product(product, names)
-        if len(products) > 1 and "gate_rows" in names and not products[0].exact:
-            yield "up and gate differ in type or layout, so they are two products"
+        if "gate_rows" in names and not products[0].exact:
+            if all(in_blocks(product.dtype) for product in products):
+                yield "up and gate differ in type or layout, so they are two products"
+            else:
+                kind = products[0].dtype
+                yield f"up and gate of {kind} are two products; those of blocks are one"
 
 
 def _of_product(product: Product, names: Sequence[str]) -> Iterator[str]:
     what = f"{product.dtype} weights"
-    if product.exact:
+    if product.exact and replace(product, exact=False).route != product.route:
         yield 'prec="f32" keeps products off the tensor cores'
     elif product.ids is None:
         if product.route == "cublas" and product.dtype is F32:
             yield f"{what} are multiplied in f32, without tensor cores"
+        elif product.route == "cublas" and product.exact:
+            yield f'prec="f32" decodes {what} to f32, without tensor cores'
     elif product.ids[0] * product.ids[1] > FEW_PAIRS and product.route != "tile":
         if product.dtype is F32:
             yield f"experts with {what} have no tensor-core kernel"

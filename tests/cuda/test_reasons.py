@@ -39,6 +39,11 @@ def test_products_with_slow_kernels() -> None:
     assert reasons(product("q8_0", 200, prec="f32")) == (
         'prec="f32" keeps products off the tensor cores'
     )
+    assert reasons(product("f16", 200, prec="f32")) == (
+        'prec="f32" decodes f16 weights to f32, without tensor cores'
+    )
+    for dtype in ("f32", "q8_0"):  # a router's, which only reads its weights
+        assert reasons(product(dtype, 1, prec="f32")) == ""
 
 
 def experts(dtype: str, n: int, tokens: int) -> Node:
@@ -58,6 +63,8 @@ def test_up_and_gate_of_two_types() -> None:
     assert reasons(gg.fused_up_gate(up, gate, x)) == ""
     other = weight(64, 256, dtype="q4_0", name="gate")
     assert "up and gate differ" in reasons(gg.fused_up_gate(up, other, x))
+    up, gate = weight(64, 256, dtype="f16"), weight(64, 256, dtype="f16", name="gate")
+    assert "up and gate of f16 are two products" in reasons(gg.fused_up_gate(up, gate, x))
 
 
 def attention(d: int, kinds: tuple[str, str], n_q: int = 1, prec: str = "default") -> Node:
