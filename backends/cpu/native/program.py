@@ -10,7 +10,7 @@ pass on stays in that thread's cache. In a decode step that is half of all kerne
 The design that lost: one Python call per kernel. ctypes takes 1 us and waking a thread 5 to 50 us,
 which is more than most kernels of a small model take.
 
-For the times of kernels, thread 0 takes a second walk, which asks the clock after each meeting. The
+For the times of kernels, thread 0 takes a second walk, which asks the clock after each kernel. The
 other threads, and programs that nobody times, run the same code as ever. A reading takes 25 ns. The
 design that lost: the processor's cycle counter. It is 15 ns faster, but some processors forbid it
 to programs, and its rate must be measured.
