@@ -1,7 +1,7 @@
-"""What each step of a model's plan costs, inside a run of it.
+"""`pyggml bench --ops`: what each step of a model's plan costs, inside a run of it.
 
-  -p 512            the batch of a prompt; if it has more tokens than -ub, its last batch
-  -n 1 -d 4096      a token after 4096 others
+-p 512            the batch of a prompt; if it has more tokens than -ub, its last batch
+-n 1 -d 4096      a token after 4096 others
 
 For each step or group: the time, launches, bytes and flops, their rates, and the share of the
 device's ceilings, which a large copy and a large product measure in the same run. Then the steps
@@ -36,27 +36,14 @@ HEADS = ("us", "%", "launches", "MiB", "GB/s", "GFLOP/s", "ceiling %")
 
 
 def add_ops_options(parser: argparse.ArgumentParser) -> None:
-    """The options that `ops` reads besides -m, -p, -n, -d, -r, -o and those of the model."""
-    add = parser.add_argument_group("the steps").add_argument
+    """The options that `ops` reads besides those of `pyggml bench`."""
+    add = parser.add_argument_group("steps").add_argument
+    add("--ops", action="store_true",
+        help="print what each step costs, in place of t/s; -n is one token")  # fmt: skip
     add("--by", metavar="GROUP,..", type=_groups, default=["op", "label"],
-        help=f"sums by {', '.join(GROUPS)} (default: op,label)")  # fmt: skip
+        help=f"with --ops: sums by {', '.join(GROUPS)} (default: op,label)")  # fmt: skip
     add("--trace", metavar="OUT.json", type=Path,
-        help="also write a trace for Perfetto or chrome://tracing")  # fmt: skip
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    """All options that `ops` reads, for one case."""
-    add = parser.add_argument
-    add("-p", type=options.natural, metavar="N", default=0, help="tokens of a prompt (default: 0)")
-    add("-n", type=options.natural, metavar="N", default=0,
-        help="1 profiles one token (default: 0, but 1 without -p)")  # fmt: skip
-    add("-d", type=options.natural, metavar="N", default=0,
-        help="tokens in the cache before (default: 0)")  # fmt: skip
-    add("-r", type=options.count, metavar="N", default=5,
-        help="samples of each step (default: %(default)s)")  # fmt: skip
-    add("-o", choices=("md", "json", "jsonl", "csv"), default="md", help="the output (default: md)")
-    add_ops_options(parser)
-    model_options.add_model_options(parser)
+        help="with --ops: also write a trace for Perfetto or chrome://tracing")  # fmt: skip
 
 
 @options.option
@@ -78,46 +65,59 @@ class Case:
 
 
 def ops(args: argparse.Namespace) -> int:
-    """Print the profile of each case. -p, -n and -d are numbers or lists of numbers."""
-    each = list(cases(args))
-    if len(each) > 1 and (args.o == "csv" or args.trace is not None):
-        raise UsageError("-o csv and --trace need one case: one of -p and -n, and one -d")
+    """Print the profile of each case, for every combination of the model's options."""
+    others = {
+        "-pg": args.pg, "--loop": args.loop, "-t": args.t != [None], "--plot": args.plot,
+        "--peers": args.peers,
+    }  # fmt: skip
+    for name, value in others.items():
+        if value:
+            raise UsageError(f"{name} does not go with --ops")
+    settings = list(model_options.combinations(args))
+    n_cases = sum(len(list(cases(setting))) for setting in settings)
+    if n_cases != 1 and (args.o == "csv" or args.trace is not None):
+        raise UsageError(f"-o csv and --trace need one case, for example -p 0; there are {n_cases}")
     results = []
-    with model_options.open_model(args) as model:
-        for case in each:
-            profile = profile_of(model, case, n_batch=min(args.b, args.ub), runs=args.r)
-            if args.trace is not None:
-                profile.write_trace(args.trace)
-            if args.o == "md":
-                print("\n".join(markdown(case, profile, args.by)), end="\n\n")
-            results.append(as_json(case, profile))
+    for setting in settings:
+        with model_options.open_model(setting) as model:
+            for case in cases(setting):
+                n_batch = min(setting.b, setting.ub)
+                profile = profile_of(model, case, n_batch=n_batch, runs=args.r)
+                name = case.name + _differing(setting, settings)
+                if args.trace is not None:
+                    profile.write_trace(args.trace)
+                if args.o == "md":
+                    print("\n".join(markdown(name, profile, args.by)), end="\n\n")
+                elif args.o == "csv":
+                    _write_csv(profile, args.by[0])
+                results.append(as_json(name, case, profile))
     if args.o == "json":
         print(json.dumps(results, indent=1))
     elif args.o == "jsonl":
         print("\n".join(map(json.dumps, results)))
-    elif args.o == "csv":
-        _write_csv(profile, args.by[0])
     if args.trace is not None:
         print(f"wrote {args.trace}", file=sys.stderr)
     return 0
 
 
+def _differing(setting: argparse.Namespace, settings: Sequence[argparse.Namespace]) -> str:
+    """The options of a setting that differ between settings: `, -fa off`."""
+    values = vars(setting)
+    names = [n for n in values if any(vars(other)[n] != values[n] for other in settings)]
+    return "".join(f", -{name} {values[name]}" for name in names)
+
+
 def cases(args: argparse.Namespace) -> Iterator[Case]:
-    """The cases of -p, -n and -d; a token if there is neither -p nor -n."""
-    prompts, tokens = _numbers(args.p), _numbers(args.n)
+    """The cases of -p, -n and -d."""
     n_batch = min(args.b, args.ub)
-    for depth in _numbers(args.d):
+    for depth in args.d:
         at = f" @ d{depth}" if depth else ""
-        for n in prompts:
+        for n in args.p:
             if n:
                 last = (n - 1) % n_batch + 1
                 yield Case(f"pp{n}{at}", last, depth + n - last)
-        if any(tokens) or not any(prompts):
+        if any(args.n):
             yield Case(f"tg1{at}", 1, depth)
-
-
-def _numbers(value: int | Sequence[int]) -> list[int]:
-    return [value] if isinstance(value, int) else list(value)
 
 
 def profile_of(model: Model, case: Case, *, n_batch: int, runs: int) -> Profile:
@@ -134,9 +134,9 @@ def profile_of(model: Model, case: Case, *, n_batch: int, runs: int) -> Profile:
 # -- output -----------------------------------------------------------------------------------
 
 
-def markdown(case: Case, profile: Profile, by: Sequence[str]) -> Iterator[str]:
+def markdown(name: str, profile: Profile, by: Sequence[str]) -> Iterator[str]:
     """A heading, the ceilings, a table for each group, and the slow paths."""
-    yield f"### {case.name}: {profile.head()}"
+    yield f"### {name}: {profile.head()}"
     yield ""
     for place, ceiling in profile.ceilings.items():
         yield (
@@ -218,11 +218,11 @@ def _record(profile: Profile, row: Timing | Sum) -> dict[str, Any]:
     return record
 
 
-def as_json(case: Case, profile: Profile) -> dict[str, Any]:
+def as_json(name: str, case: Case, profile: Profile) -> dict[str, Any]:
     """A case as an object of JSON: every step, and the sums."""
     phases = profile.phases
     return {
-        "test": case.name, "n_tokens": case.n_tokens, "depth": case.depth,
+        "test": name, "n_tokens": case.n_tokens, "depth": case.depth,
         "seconds": profile.seconds, "whole": sum(profile.whole), "launches": profile.launches,
         "run": {"upload": phases.upload, "issue": phases.issue, "wait": phases.wait},
         "ceilings": {

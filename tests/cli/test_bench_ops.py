@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pyggml.cli import bench_ops
-from pyggml.cli.options import UsageError
+from pyggml.cli import bench_ops, main, parser_of
+from pyggml.cli.model_options import combinations
 from pyggml.models.presets import preset
 from pyggml.models.synth import synth
 
@@ -26,13 +26,12 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def parsed(path: Path, *words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    bench_ops.configure(parser)
-    return parser.parse_args(["-m", str(path), "--backend", "numpy", "-r", "1", *words])
+    defaults = ["-m", str(path), "--backend", "numpy", "-r", "1", "--ops"]
+    return parser_of("bench").parse_args([*defaults, *words])
 
 
 def test_tables(path: Path, capsys: Streams) -> None:
-    assert bench_ops.ops(parsed(path, "-n", "1", "-d", "100", "--by", "op,layer,step")) == 0
+    assert bench_ops.ops(parsed(path, "-p", "0", "-d", "100", "--by", "op,layer,step")) == 0
     out = capsys.readouterr().out
     assert out.startswith("### tg1 @ d100: 39 steps, 39 launches, ")
     assert "- numpy: copies " in out and "- host: inputs " in out
@@ -64,7 +63,7 @@ def test_lines_of_json(path: Path, capsys: Streams) -> None:
 
 
 def test_csv(path: Path, capsys: Streams) -> None:
-    assert bench_ops.ops(parsed(path, "-o", "csv", "--by", "label")) == 0
+    assert bench_ops.ops(parsed(path, "-p", "0", "-o", "csv", "--by", "label")) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert {"l_out-*", "result_output"} <= {row["name"] for row in rows}
     assert sum(int(row["steps"]) for row in rows) == 39
@@ -73,7 +72,7 @@ def test_csv(path: Path, capsys: Streams) -> None:
 
 def test_a_trace(path: Path, tmp_path: Path, capsys: Streams) -> None:
     out = tmp_path / "out.json"
-    assert bench_ops.ops(parsed(path, "--trace", str(out))) == 0
+    assert bench_ops.ops(parsed(path, "-p", "0", "--trace", str(out))) == 0
     assert f"wrote {out}" in capsys.readouterr().err
     events = json.loads(out.read_text())["traceEvents"]
     assert sum(event["ph"] == "X" for event in events) == 3 + 39
@@ -82,19 +81,29 @@ def test_a_trace(path: Path, tmp_path: Path, capsys: Streams) -> None:
 
 def test_cases(path: Path) -> None:
     """A prompt longer than a batch is profiled by its last batch. Lists are those of `bench`."""
-    args = parsed(path, "-ub", "4")
-    args.p, args.n, args.d = [0, 10, 8], [128], [0, 6]
+    [args] = combinations(parsed(path, "-ub", "4", "-p", "0,10,8", "-d", "0,6"))
     assert [(c.name, c.n_tokens, c.depth) for c in bench_ops.cases(args)] == [
         ("pp10", 2, 8), ("pp8", 4, 4), ("tg1", 1, 0),
         ("pp10 @ d6", 2, 14), ("pp8 @ d6", 4, 10), ("tg1 @ d6", 1, 6),
     ]  # fmt: skip
-    args.p, args.n, args.d = [], [0], [0]
-    assert [case.name for case in bench_ops.cases(args)] == ["tg1"]
+    args.p, args.n, args.d = [0], [0], [0]
+    assert not list(bench_ops.cases(args))
 
 
 def test_wrong_usage(path: Path, capsys: Streams) -> None:
-    with pytest.raises(UsageError, match="need one case"):
-        bench_ops.ops(parsed(path, "-p", "4", "-n", "1", "-o", "csv"))
-    with pytest.raises(SystemExit):
-        parsed(path, "--by", "op,size")
-    assert "'size' must be one of step, op" in capsys.readouterr().err
+    words = ["bench", "-m", str(path), "--backend", "numpy"]
+    for wrong, text in (
+        (["--ops", "-o", "csv"], "need one case, for example -p 0; there are 2"),
+        (["--ops", "-p", "0", "-fa", "0,1", "--trace", "x.json"], "there are 2"),
+        (["--ops", "--loop"], "--loop does not go with --ops"),
+        (["--trace", "x.json"], "--trace needs --ops"),
+        (["--ops", "--by", "op,size"], "'size' must be one of step, op"),
+    ):
+        assert main([*words, *wrong]) == 2
+        assert text in capsys.readouterr().err
+
+
+def test_combinations(path: Path, capsys: Streams) -> None:
+    assert bench_ops.ops(parsed(path, "-p", "0", "-fa", "0,1", "-o", "jsonl")) == 0
+    tests = [json.loads(line)["test"] for line in capsys.readouterr().out.splitlines()]
+    assert tests == ["tg1, -fa off", "tg1, -fa on"]
