@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import copy_context
+from time import perf_counter_ns
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from pyggml.backends.step import (
     kernel_error,
 )
 from pyggml.backends.table import Kernel, KernelTable
+from pyggml.backends.timing import Best, Kernels, Stopwatch, differences
 from pyggml.errors import PyggmlError
 from pyggml.node import Node
 
@@ -56,6 +58,27 @@ class HostRunner:
     def run_step(self, index: int) -> None:
         """Execute one step."""
         copy_context().run(self._run, (index,))
+
+    def kernels(self, index: int) -> Kernels:
+        """A step is one call of a Python function."""
+        return Kernels((self.steps[index].node.op.name,))
+
+    def stopwatch(self) -> Stopwatch:
+        """The clock is read between steps."""
+
+        def take() -> Callable[[], tuple[list[float], float]]:
+            marks: list[int] = []
+            copy_context().run(self._run, self._marked(marks))
+            return lambda: differences(marks)
+
+        return Best(take)
+
+    def _marked(self, marks: list[int]) -> Iterator[int]:
+        """The numbers of all steps; the time goes into `marks` before each, and at the end."""
+        for index in range(len(self.steps)):
+            marks.append(perf_counter_ns())
+            yield index
+        marks.append(perf_counter_ns())
 
     def _run(self, indices: Iterable[int]) -> None:
         kernel_settings()

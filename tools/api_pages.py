@@ -30,7 +30,8 @@ MODULES = (
     "pyggml.models.llama", "pyggml.models.mla", "pyggml.models.model", "pyggml.models.moe",
     "pyggml.models.presets", "pyggml.models.qwen3",
     "pyggml.models.synth", "pyggml.models.weights",
-    "pyggml.parity.tolerance", "pyggml.quants", "pyggml.viz",
+    "pyggml.backends.timing", "pyggml.parity.tolerance", "pyggml.quants", "pyggml.runtime.profile",
+    "pyggml.viz",
 )  # fmt: skip
 
 

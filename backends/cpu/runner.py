@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import copy_context
+from time import perf_counter_ns
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml.backends.cpu.native.pool import StoppedError, pool
+from pyggml.backends.cpu.native.pool import StoppedError, can_time, pool
 from pyggml.backends.cpu.native.program import Program
 from pyggml.backends.cpu.table import KERNELS, Call
 from pyggml.backends.host_memory import address_of, array_at
@@ -26,9 +27,13 @@ from pyggml.backends.step import (
     kernel_error,
 )
 from pyggml.backends.table import Kernel, KernelTable
+from pyggml.backends.timing import Best, Kernels, Stopwatch, step_by_step
 from pyggml.errors import IdError
 from pyggml.node import Node
 from pyggml.ops import causal_mask
+
+#: The name of every kernel of NumPy.
+_NUMPYS = "numpy"
 
 
 class CpuStep(Step):
@@ -127,20 +132,69 @@ class CpuRunner:
         """Execute one step."""
         copy_context().run(self._run, self._spans[index])
 
-    def _run(self, spans: Sequence[tuple[int, int, int]]) -> None:
+    def _run(
+        self,
+        spans: Sequence[tuple[int, int, int]],
+        times: Sequence[NDArray[np.int64]] | None = None,
+    ) -> None:
+        """Run calls of parts; `times` receives those of each span."""
         kernel_settings()
-        for number, first, end in spans:
+        for span, (number, first, end) in enumerate(spans):
             part, nodes = self._parts[number], self._nodes[number]
+            own = None if times is None else times[span]
             if isinstance(part, Program):
                 try:
-                    pool().run(part, first, end - first)
+                    pool().run(part, first, end - first, own)
                 except StoppedError as stop:
                     raise _id_error(stop.id, nodes[stop.call]) from None
             else:
+                start = perf_counter_ns()
                 try:
                     part()
                 except Exception as error:
                     raise kernel_error(error, nodes[0]) from None
+                if own is not None:
+                    own[:, 1] = start, perf_counter_ns()
+
+    # -- times --------------------------------------------------------------------------------
+
+    def stopwatch(self) -> Stopwatch:
+        """Thread 0 of a program takes the time between kernels, Python that between parts."""
+        if not can_time():
+            return step_by_step(self, len(self.steps), lambda: None)
+        spans = [(part, 0, len(nodes)) for part, nodes in enumerate(self._nodes)]
+        clocks = [np.zeros((count + 1, 2), np.int64) for _, _, count in spans]
+
+        def take() -> Callable[[], tuple[list[float], float]]:
+            start = perf_counter_ns()
+            copy_context().run(self._run, spans, clocks)
+            whole = (perf_counter_ns() - start) / 1e9
+            return lambda: (self._seconds(clocks), whole)
+
+        return Best(take)
+
+    def _seconds(self, clocks: Sequence[NDArray[np.int64]]) -> list[float]:
+        """The seconds of each step from the times around the calls of each part."""
+        marks = [clock[:, 0] * 10**9 + clock[:, 1] for clock in clocks]
+        return [
+            sum(int(marks[part][end] - marks[part][first]) for part, first, end in spans) / 1e9
+            for spans in self._spans
+        ]
+
+    def kernels(self, index: int) -> Kernels:
+        """The native kernels of a step, or NumPy's and the reason."""
+        step, names = self.steps[index], []
+        for number, first, end in self._spans[index]:
+            part = self._parts[number]
+            names += part.names[first:end] if isinstance(part, Program) else [_NUMPYS]
+        why = ""
+        if _NUMPYS in names and not isinstance(step, LoopStep):
+            why = (
+                KERNELS.refusal(step.node) or "the layout of its weights is that of NumPy's kernel"
+            )
+        elif _NUMPYS in names:
+            why = "some ops of the loop have no native kernel"
+        return Kernels(tuple(names), why)
 
 
 def _places_in(

@@ -23,9 +23,12 @@ from pyggml.backends.cuda.device.pinned import Staging
 from pyggml.backends.cuda.fusion import CudaStep
 from pyggml.backends.cuda.gpu import H200, Device
 from pyggml.backends.cuda.launch import Call, Gemm, Launch, Record
+from pyggml.backends.cuda.reasons import reason
+from pyggml.backends.cuda.stamps import GraphStopwatch
 from pyggml.backends.cuda.weights.borrowing import Borrowing
 from pyggml.backends.pieces import piece_attributes, pieces_of, view_address
 from pyggml.backends.step import Address, LoopStep, Step, kernel_error
+from pyggml.backends.timing import Kernels, Stopwatch, step_by_step
 from pyggml.errors import PyggmlError
 from pyggml.node import Node
 
@@ -128,6 +131,7 @@ class CudaRunner:
             else [as_action(context, record, product) for record in step_records]
             for step, step_records in zip(self.steps, by_step)
         ]
+        self._records = by_step
         self._runs: list[Action] | None = None
         self._warm = False
         self._loads = loads
@@ -164,21 +168,28 @@ class CudaRunner:
         except Exception as error:
             raise kernel_error(error, step.node) from None
 
-    def _captured(self) -> Iterator[Action]:
-        """Capture each sequence of steps as one graph; some loads cannot be part of one."""
+    def _captured(self, before: Mapping[int, Sequence[Action]] | None = None) -> Iterator[Action]:
+        """Capture each sequence of steps as one graph; some loads cannot be part of one.
+
+        before  further actions before these steps, which must be in a graph
+        """
+        further, least = before or {}, 1 if before else 2
         pending: list[Action] = []
-        for step, actions in zip(self.steps, self.actions):
+        for index, (step, actions) in enumerate(zip(self.steps, self.actions)):
+            pending += further.get(index, ())
             load = self._loads.get(step.node)
             if load is not None and not load.in_graphs:
-                yield from self._graph(pending)
+                yield from self._graph(pending, least)
                 pending = []
                 yield from actions
             else:
                 pending += actions
-        yield from self._graph(pending)
+        pending += further.get(len(self.steps), ())
+        yield from self._graph(pending, least)
 
-    def _graph(self, actions: Sequence[Action]) -> Sequence[Action]:
-        if len(actions) < 2:
+    def _graph(self, actions: Sequence[Action], least: int) -> Sequence[Action]:
+        """The actions as a graph if there are at least `least`."""
+        if len(actions) < least:
             return actions
         stream = self.context.external
         with guarded("capturing a graph"):
@@ -193,6 +204,39 @@ class CudaRunner:
                 raise
             graph.upload(stream)
         return [partial(graph.launch, stream)]
+
+    # -- times --------------------------------------------------------------------------------
+
+    def stopwatch(self) -> Stopwatch:
+        """Time stamps in the graphs; one by one with PYGGML_CUDA_DEBUG."""
+        if debugging():
+            return step_by_step(self, len(self.steps), self._wait)
+
+        def capture(before: Mapping[int, Sequence[Action]]) -> Sequence[Action]:
+            return [*self._captured(before)]
+
+        return GraphStopwatch(self.context, len(self.steps), capture)
+
+    def _wait(self) -> None:
+        with self.context:
+            self.context.stream.synchronize()
+
+    def kernels(self, index: int) -> Kernels:
+        """What is launched for a step, and why not the fast kernel for its node."""
+        step = self.steps[index]
+        if step.node in self._loads:
+            load = self._loads[step.node]
+            why = "" if load.in_graphs else "the weight's pages could not be registered"
+            return Kernels(("load",) * len(load.actions), why)
+        names = tuple(name_of(record) for record in self._records[index])
+        return Kernels(names, reason(step, names))
+
+
+def name_of(record: Record) -> str:
+    """The instance of a launched kernel, or what else a record does."""
+    if isinstance(record, Launch):
+        return record.name
+    return "cublas" if isinstance(record, Gemm) else "memcpy"
 
 
 def as_action(context: Context, record: Record, product: Callable[[Gemm], None] | None) -> Action:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
 from pyggml.backends.host_memory import aligned
 from pyggml.backends.null.memory import PRIVATE
 from pyggml.backends.step import Address, Addresses, Buffer, Layouts, LoadStep, Step
+from pyggml.backends.timing import Best, Kernels, Stopwatch, differences
 from pyggml.ops.leaf import data_of
 from pyggml.transfer import origin
 
@@ -34,6 +36,7 @@ class NullRunner:
         scratch_at: Sequence[int],
     ) -> None:
         self.device = device
+        self._names = [step.node.op.name for step in steps]
         memory = device.bytes_of(scratch)
         self._tasks = [
             self._load_task(step, at[step.node])
@@ -50,6 +53,23 @@ class NullRunner:
     def run_step(self, index: int) -> None:
         """Queue one step."""
         self.device.queue.add(self._tasks[index])
+
+    def kernels(self, index: int) -> Kernels:
+        """A step is one task, which calls NumPy's kernel."""
+        return Kernels((self._names[index],))
+
+    def stopwatch(self) -> Stopwatch:
+        """The clock is read in the queue, before the first task and after each."""
+
+        def take() -> Callable[[], tuple[list[float], float]]:
+            marks: list[int] = []
+            self.device.queue.add(lambda: marks.append(perf_counter_ns()))
+            for task in self._tasks:
+                self.device.queue.add(task)
+                self.device.queue.add(lambda: marks.append(perf_counter_ns()))
+            return lambda: differences(marks)
+
+        return Best(take)
 
     def _load_task(self, step: LoadStep, at: Address) -> Callable[[], None]:
         nbytes, weight = step.layout.nbytes, data_of(origin(step.node))

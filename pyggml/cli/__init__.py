@@ -28,6 +28,7 @@ COMMANDS = {
     "bench": "measure how fast a model reads prompts and generates tokens",
     "chat": "talk to a model",
     "completion": "print a script that completes command lines in your shell",
+    "diff": "compare tensors with those of another engine",
     "doctor": "check what each backend needs on this machine",
     "graph": "show how a model's graph runs: splits, copies, steps and memory",
     "info": "print the keys and tensors of a GGUF file",

@@ -5,6 +5,7 @@ pyggml bench -m FILE -p 512-4096*2 -n 0             prompts of 512, 1024, 2048 a
 pyggml bench -m FILE -p 0 -n 64 -d 0,4096 --loop    generation by depth, also without the host
 pyggml bench -m FILE -fa 0,1 -amb 0,256 -o json     every combination of the options
 pyggml bench -m FILE -d 0-8192+1024 --plot out.svg --peers peers.json
+pyggml bench -m FILE --ops -p 0 -n 1 -d 4096        what each step of a token costs
 
 Options are lists: 1,2 or 0-8+2 or 1-8*2, or the option several times. Every combination is
 measured. Each test runs once untimed and then -r times. t/s is the mean and the standard deviation.
@@ -22,7 +23,7 @@ from itertools import groupby, product
 from typing import TYPE_CHECKING
 
 from pyggml import backends
-from pyggml.cli import measuring, model_options, options
+from pyggml.cli import bench_ops, measuring, model_options, options
 from pyggml.cli.options import UsageError
 from pyggml.errors import DTypeError
 
@@ -51,6 +52,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="add the tests tgN loop, in which the device feeds the tokens itself")  # fmt: skip
     add("-r", type=options.count, metavar="N", default=5,
         help="runs of each test that count (default: %(default)s)")  # fmt: skip
+    bench_ops.add_ops_options(parser)
     measuring.add_output_options(parser)
     model_options.add_model_options(parser, lists=True)
 
@@ -64,9 +66,13 @@ def _pair(text: str) -> tuple[int, int]:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.ops:
+        return bench_ops.ops(args)
     from pyggml.bench import panels
     from pyggml.bench.tables import Markdown
 
+    if args.trace is not None:
+        raise UsageError("--trace needs --ops")
     if not tests_of(args):
         raise UsageError("there is no test: -p and -n are 0, and there is no -pg")
     peers = measuring.peers_of(args)

@@ -25,7 +25,7 @@ from pyggml.gguf.replaced import put, replaced
 def configure(parser: argparse.ArgumentParser) -> None:
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("-p", metavar="TEXT", help="the text to read")
-    text.add_argument("--tokens", metavar="N,N,..", type=_tokens, help="ids instead of a text")
+    text.add_argument("--tokens", metavar="N,N,..", type=tokens_of, help="ids instead of a text")
     parser.add_argument(
         "-o", metavar="OUT", type=Path, required=True,
         help="the file to write; it appears when it is complete",
@@ -67,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _tokens(text: str) -> list[int]:
+def tokens_of(text: str) -> list[int]:
+    """The ids of `1,2,3`."""
     try:
         return [options.natural(word.strip()) for word in text.split(",")]
     except argparse.ArgumentTypeError:

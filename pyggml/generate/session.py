@@ -75,7 +75,7 @@ class Session:
         queue = _Queue(self.tokens)
         try:
             for part in parts[:-1]:
-                plan, arrays = self._prepared(queue.past, part, 0)
+                plan, arrays = self.prepared(queue.past, part, 0)
                 queue.add(part, plan.submit(arrays))
             logits = self._run(parts[-1], int(outputs == "last"), queue)
         except BaseException:
@@ -102,7 +102,7 @@ class Session:
     def _run(self, part: Sequence[int], n_outputs: int, queue: _Queue | None = None) -> Logits:
         """Run a part, after those in the queue; the logits of its last `n_outputs` tokens."""
         past = len(self.tokens) if queue is None else queue.past
-        plan, arrays = self._prepared(past, part, n_outputs)
+        plan, arrays = self.prepared(past, part, n_outputs)
         logits = plan.run(arrays).get("logits")
         if queue is not None:
             queue.finish()
@@ -112,7 +112,7 @@ class Session:
         rows = np.asarray(logits, np.float32).reshape(-1, self.model.arch.n_vocab)
         return rows[:n_outputs]
 
-    def _prepared(
+    def prepared(
         self, past: int, part: Sequence[int], n_outputs: int
     ) -> tuple[Plan, dict[str, NDArray[np.int32]]]:
         """The plan for a part of the prompt after `past` tokens, and its inputs."""

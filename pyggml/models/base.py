@@ -186,9 +186,11 @@ class Architecture:
 
     def layer(self, x: Node, layer: Layer, cache: Cache, batch: Batch) -> Node:
         """One layer. The last one computes its feed-forward only for the batch's outputs."""
-        y = self.attention(norm(layer, self.norms[0], x, self.rms_eps), layer, cache, batch)
+        normed = layer.label(norm(layer, self.norms[0], x, self.rms_eps), "attn_norm")
+        y = self.attention(normed, layer, cache, batch)
         if batch.outputs is not None and layer.il == self.n_layer - 1:
             x, y = get_rows(x, batch.outputs), get_rows(y, batch.outputs)
         h = layer.label(add(x, y), "ffn_inp")
-        y = self.feed_forward(norm(layer, self.norms[1], h, self.rms_eps), layer, batch)
+        normed = layer.label(norm(layer, self.norms[1], h, self.rms_eps), "ffn_norm")
+        y = self.feed_forward(normed, layer, batch)
         return layer.label(add(h, y), "l_out")

@@ -181,7 +181,7 @@ class Walk:
                 yield _row(key, leaf, failed[0])
                 continue
             want, got = (side[key] for side in sides)
-            bound = 0.0 if leaf.dtype.kind == "int" else _together(node, bounds)
+            bound = 0.0 if leaf.dtype.kind == "int" else together(node, bounds)
             yield _row(key, leaf, difference(leaf, got, want, bound, self.leaves.get(leaf)))
 
     def _ends(self) -> dict[str, tuple[Node, Node]]:
@@ -224,12 +224,12 @@ def _row(label: str, node: Node, result: Comparison | Failed) -> Row:
     return Row(label, node, "ok" if result else "fail", result.why, result)
 
 
-def _together(node: Node, bounds: Mapping[Node, float]) -> float:
+def together(node: Node, bounds: Mapping[Node, float], gain: float = GAIN) -> float:
     """The bound of a node that runs after all its sources; 0 if all their bounds are 0."""
     nodes = [n for n in toposort([node]) if n in bounds]
     total = sum(bounds[n] for n in nodes)
     rounded = sum(ROUNDED.get(n.dtype.name, 0.0) for n in nodes)
-    return min(GAIN * (total + rounded), FARTHEST) if total else 0.0
+    return min(gain * (total + rounded), FARTHEST) if total else 0.0
 
 
 def walk(

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from functools import partial
+from itertools import pairwise
 from time import perf_counter
+from typing import Protocol
 
 from pyggml.backends.base import Backend, Event, Runner
 from pyggml.backends.step import Address, Buffer
@@ -17,7 +19,19 @@ from pyggml.runtime.slots import Slots
 from pyggml.runtime.store import Arena
 from pyggml.transfer import origin
 
-Timed = Callable[[int, Callable[[], None], Backend], None]
+Copy = Callable[[], Event | None]
+
+
+class Watch(Protocol):
+    """Times the parts of a run.
+
+    copy     makes a copy, given the step's number and both ends
+    compute  runs the steps of a split
+    """
+
+    def copy(self, number: int, call: Copy, ends: Collection[Backend]) -> None: ...
+
+    def compute(self, split: int) -> None: ...
 
 
 class Execution:
@@ -96,25 +110,35 @@ class Execution:
         """Like `run`, without waiting for the end."""
         return self._run(give, names=names, waits=False)
 
-    def timed(self, give: Callable[[], None] | None = None) -> list[float]:
-        """The seconds that each step of one run takes when the steps run one by one."""
-        seconds = [0.0] * len(self.work.steps)
+    def watched(self, watch: Watch) -> None:
+        """Run all splits once, under a watch, and wait for the end."""
+        self._run(None, watch=watch)
 
-        def time(number: int, call: Callable[[], None], backend: Backend) -> None:
-            start = perf_counter()
-            call()
-            backend.synchronize()
-            seconds[number] = perf_counter() - start
+    def phases(self, give: Callable[[], None]) -> tuple[float, float, float]:
+        """Run all splits once; the seconds to upload the inputs, to issue the splits, to wait."""
+        marks = [perf_counter()]
 
-        self._run(give, timed=time)
-        return seconds
+        def timed() -> None:
+            give()
+            marks.append(perf_counter())
+
+        self._run(timed, waits=False)
+        marks.append(perf_counter())
+        try:
+            self.settle()
+        except BaseException:
+            self.abandon()
+            raise
+        marks.append(perf_counter())
+        upload, issue, wait = (end - start for start, end in pairwise(marks))
+        return upload, issue, wait
 
     def _run(
         self,
         give: Callable[[], None] | None,
         repeat: int = 1,
         names: Collection[str] = (),
-        timed: Timed | None = None,
+        watch: Watch | None = None,
         waits: bool = True,
     ) -> dict[str, Output]:
         try:
@@ -123,7 +147,7 @@ class Execution:
             for turn in range(repeat):
                 if turn and len(self.backends) > 1:
                     self.follow(self.backends)
-                self._issue(timed)
+                self._issue(watch)
             outputs = self.outputs.collect(names)
             if waits:
                 self.settle()
@@ -149,24 +173,27 @@ class Execution:
                 if other is not backend:
                     backend.wait_for(end)
 
-    def _issue(self, timed: Timed | None) -> None:
+    def _issue(self, watch: Watch | None) -> None:
         done: dict[int, Event] = {}
         copied: dict[int, Event] = {}
         sent: list[Event] = []  # copies to the host that it has not waited for
         for i, split in enumerate(self.splits):
             for event in (*(done[k] for k in self.waits[i]), *(copied[k] for k in split.spares)):
                 split.backend.wait_for(event)
-            self._copy(i, split, timed, sent)
+            self._copy(i, split, watch, sent)
             if i in self.spared:
                 copied[i] = split.backend.record()
             if split.steps and split.backend.device == "host":
                 _wait(sent)
-            self._compute(i, split, timed)
+            if watch is None:
+                self.runners[i].run()
+            else:
+                watch.compute(i)
             if i in self.waited:
                 done[i] = split.backend.record()
         _wait(sent)
 
-    def _copy(self, i: int, split: Split, timed: Timed | None, sent: list[Event]) -> None:
+    def _copy(self, i: int, split: Split, watch: Watch | None, sent: list[Event]) -> None:
         """Issue the split's copies from other devices.
 
         A device fetches. To the host the devices send, and `sent` gets the events.
@@ -176,22 +203,13 @@ class Execution:
             sender = self.work.home(source)
             there, here, spec = self.at[source], self.at[step.node], source.spec
             if target.device != "host":
-                call: Callable[[], Event | None] = partial(target.fetch, there, sender, here, spec)
+                call: Copy = partial(target.fetch, there, sender, here, spec)
             else:
                 call = partial(sender.send, there, here, spec)
-            if timed is not None:
-                timed(self.first[i] + k, partial(_waited, call), target)
+            if watch is not None:
+                watch.copy(self.first[i] + k, call, (sender, target))
             elif (event := call()) is not None:
                 sent.append(event)
-
-    def _compute(self, i: int, split: Split, timed: Timed | None) -> None:
-        runner = self.runners[i]
-        if timed is None:
-            runner.run()
-            return
-        start = self.first[i] + len(split.copies)
-        for k in range(len(split.steps)):
-            timed(start + k, partial(runner.run_step, k), split.backend)
 
 
 def _wait(sent: list[Event]) -> None:
@@ -199,12 +217,6 @@ def _wait(sent: list[Event]) -> None:
     for event in sent:
         event.wait()
     sent.clear()
-
-
-def _waited(call: Callable[[], Event | None]) -> None:
-    event = call()
-    if event is not None:
-        event.wait()
 
 
 def addresses(

@@ -21,7 +21,8 @@ from pyggml.runtime.leaves import Progress
 from pyggml.runtime.memory import Memory
 from pyggml.runtime.outputs import names_of
 from pyggml.runtime.planned import Planned, Request
-from pyggml.runtime.report import Profile, plan_text
+from pyggml.runtime.profile import Profile, measure
+from pyggml.runtime.report import plan_text
 from pyggml.runtime.store import Store
 from pyggml.runtime.submitted import Submitted
 from pyggml.spec import Spec
@@ -324,18 +325,19 @@ class Plan:
 
         return self._execute(inputs, named, run)
 
-    def profile(self, inputs: Arrays = None, runs: int = 3, /, **named: object) -> Profile:
-        """The time of every step (the best of `runs` runs) with its flops and bytes.
+    def profile(self, inputs: Arrays = None, runs: int = 5, /, **named: object) -> Profile:
+        """The time of every step inside a run, with its bytes, flops and kernels.
 
-        Every run writes states. Inputs and errors are those of `run`.
+        runs  how many samples of each step; on a GPU each takes 19 runs, which see different steps
+              (`backends/cuda/stamps.py`)
+        All runs are complete runs, so each writes states. Inputs and errors are those of `run`.
         """
         _count("profile(inputs, runs)", runs)
 
-        def run(execution: Execution, give: Callable[[], None]) -> list[list[float]]:
-            return [execution.timed(give) for _ in range(runs)]
+        def run(execution: Execution, give: Callable[[], None]) -> Profile:
+            return measure(execution, give, runs)
 
-        times = self._execute(inputs, named, run)
-        return Profile.of(self.steps, [min(step) for step in zip(*times)])
+        return self._execute(inputs, named, run)
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -1,4 +1,4 @@
-"""A plan's steps as text, with repeated parts shown once, and the times of steps."""
+"""A plan's steps as text, with repeated parts shown once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from pyggml.backends.step import LoopStep, Step
 from pyggml.node import Node, labels
-from pyggml.operation import cost_of
 from pyggml.passes.work import Split, Work
 from pyggml.runtime.memory import mib
 from pyggml.transfer import origin, transfer
@@ -85,6 +84,11 @@ def _head(work: Work) -> Iterator[str]:
             continue
         place = next(b.place for b in work.backends if b.device == device)
         yield f"arena of {place}: {mib(arena.nbytes)} MiB; @N is byte N of it"
+    yield from expansions(work)
+
+
+def expansions(work: Work) -> Iterator[str]:
+    """Ops that simpler ones replace, and why."""
     expanded = Counter((e.op, e.place, e.reason) for e in work.expanded)
     for (op, place, reason), count in expanded.items():
         yield f"{count} x {op} in simpler ops on {place}: {reason}"
@@ -156,71 +160,3 @@ def _folded(rows: Sequence[Row]) -> Iterator[str]:
         what = "row" if fold.period == 1 else f"{fold.period} rows"
         again = "once" if fold.times == 2 else f"{fold.times - 1} times"
         yield f"  ... the last {what} {again} more"
-
-
-# -- times ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """The time of a step in seconds, with its floating-point operations and bytes.
-
-    text  label, op and sources: `Qcur-0 = mul_mat(blk.0.attn_q.weight, norm-0)`
-    """
-
-    text: str
-    op: str
-    seconds: float
-    flops: float
-    nbytes: float
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class Profile:
-    """The times of all steps. As text: the slowest steps, and sums by op."""
-
-    rows: tuple[Timing, ...]
-
-    @staticmethod
-    def of(steps: Sequence[Step], seconds: Sequence[float]) -> Profile:
-        rows = []
-        for step, time in zip(steps, seconds):
-            costs = [cost_of(node) for node in step.nodes]
-            flops, nbytes = sum(c.flops for c in costs), sum(c.nbytes for c in costs)
-            rows.append(Timing(text_of(step), step.node.op.name, time, flops, nbytes))
-        return Profile(tuple(rows))
-
-    def __repr__(self) -> str:
-        return f"<profile: {counted(len(self.rows), 'step')}, {self.seconds * 1e3:.3f} ms>"
-
-    @property
-    def seconds(self) -> float:
-        return sum(row.seconds for row in self.rows)
-
-    def by_op(self) -> list[Timing]:
-        """Sums by op, slowest first."""
-        sums: dict[str, list[float]] = {}
-        for row in self.rows:
-            total = sums.setdefault(row.op, [0.0, 0.0, 0.0, 0.0])
-            for i, value in enumerate((row.seconds, row.flops, row.nbytes, 1.0)):
-                total[i] += value
-        timings = [
-            Timing(f"{op}, {counted(int(n), 'step')}", op, s, f, b)
-            for op, (s, f, b, n) in sums.items()
-        ]
-        return sorted(timings, key=lambda row: -row.seconds)
-
-    def __str__(self) -> str:
-        slowest = sorted(self.rows, key=lambda row: -row.seconds)[:12]
-        head = f"{'':62} {'ms':>9} {'%':>6} {'GFLOP/s':>9} {'GB/s':>8}"
-        lines = [f"{counted(len(self.rows), 'step')}, {self.seconds * 1e3:.3f} ms", head]
-        lines += [self._line(row) for row in slowest]
-        return "\n".join([*lines, "by op", *(self._line(row) for row in self.by_op())])
-
-    def _line(self, row: Timing) -> str:
-        time = max(row.seconds, 1e-9)
-        share = 100 * row.seconds / max(self.seconds, 1e-9)
-        return (
-            f"{row.text[:62]:62} {row.seconds * 1e3:9.3f} {share:6.1f} "
-            f"{row.flops / time / 1e9:9.2f} {row.nbytes / time / 1e9:8.2f}"
-        )

@@ -13,6 +13,7 @@ import ctypes
 import os
 import sys
 import threading
+import time
 from functools import cache
 from typing import Any
 
@@ -24,6 +25,8 @@ from pyggml.backends.cpu.native.program import (
     ERROR,
     START,
     STOPPED,
+    TIME,
+    TIMED_WALK,
     WALK,
     WORDS,
     WORK,
@@ -68,9 +71,17 @@ class Pool:
         self._job = np.zeros(3, np.int64)
         self._started = False
 
-    def run(self, program: Program, first: int = 0, count: int | None = None) -> None:
+    def run(
+        self,
+        program: Program,
+        first: int = 0,
+        count: int | None = None,
+        times: NDArray[np.int64] | None = None,
+    ) -> None:
         """Run a packed program, or `count` of its calls from `first` on.
 
+        times  receives the time before the threads are woken and after each call, as seconds and
+               nanoseconds: (count + 1, 2); only if `can_time()`
         Errors: StoppedError if a kernel reports an id; the calls after it did not run.
         """
         count = len(program) - first if count is None else count
@@ -79,7 +90,10 @@ class Pool:
                 self._start_threads()
                 self._started = True
             self._job[:] = program.address + 8 * WORDS * first, count, self.threads
-            self._start(address_of(self._start_words), address_of(self._job), 0)
+            words = self._start_words if times is None else self._timed(times)
+            if times is not None:  # not in the walk: another thread may do all work before it
+                times[0] = divmod(time.perf_counter_ns(), 10**9)
+            self._start(address_of(words), address_of(self._job), 0)
             stopped, error = self._word(STOPPED), self._word(ERROR)
         if stopped >= 0:
             raise StoppedError(first + stopped, error)
@@ -93,8 +107,9 @@ class Pool:
             event = address_of(self._events) + ALIGNMENT * thread
             ctypes.CDLL(None).sem_init(ctypes.c_void_p(event), 0, 0)
         control, events = address_of(self._control), address_of(self._events)
-        walk_words = _words(control, give_way)
+        walk_words = _words(control, give_way, 0, 0, 0)
         inner = WALK.ready(), address_of(walk_words)
+        self._system = control, post, events, give_way
         self._start_words = _words(control, post, events, *inner, give_way)
         work_words = _words(control, wait, events, *inner)
         self._keep = walk_words, work_words
@@ -105,6 +120,26 @@ class Pool:
                 target=work, args=(address_of(work_words), thread, 0), daemon=True,
                 name=f"pyggml-cpu-{thread}",
             ).start()  # fmt: skip
+
+    def _timed(self, times: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The words of a start whose thread 0 takes the times."""
+        assert times.itemsize * times.shape[1] == TIME and times.flags.c_contiguous
+        control, post, events, give_way = self._system
+        clock, which = _clock()
+        self._timed_words = _words(control, give_way, clock, which, address_of(times))
+        inner = TIMED_WALK.ready(), address_of(self._timed_words)
+        return _words(control, post, events, *inner, give_way)
+
+
+def can_time() -> bool:
+    """Whether this system has the clock of C that `time.perf_counter` reads, too."""
+    return sys.platform == "linux"
+
+
+def _clock() -> tuple[int, int]:
+    """The address of clock_gettime, and the clock's number."""
+    function = ctypes.CDLL(None).clock_gettime
+    return ctypes.cast(function, ctypes.c_void_p).value or 0, time.CLOCK_MONOTONIC
 
 
 def _words(*values: int) -> NDArray[np.int64]:

@@ -10,6 +10,11 @@ pass on stays in that thread's cache. In a decode step that is half of all kerne
 The design that lost: one Python call per kernel. ctypes takes 1 us and waking a thread 5 to 50 us,
 which is more than most kernels of a small model take.
 
+For the times of kernels, thread 0 takes a second walk, which asks the clock after each kernel. The
+other threads, and programs that nobody times, run the same code as ever. A reading takes 25 ns. The
+design that lost: the processor's cycle counter. It is 15 ns faster, but some processors forbid it
+to programs, and its rate must be measured.
+
 Threads share `CONTROL_BYTES` of words, each in its own cache line:
 
     ARRIVED  how many threads have finished the current kernel
@@ -29,6 +34,7 @@ share of the work. A kernel reports an id past the end by storing -1 - id there.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -58,6 +64,7 @@ class Program:
     def __init__(self) -> None:
         self._entries: list[int] = []
         self._alone: list[bool] = []
+        self.names: list[str] = []  # of the kernels
         self._arguments: list[list[int]] = []
         self._table = self._words = np.empty(0, np.int64)
 
@@ -72,6 +79,7 @@ class Program:
             words.append(int(value) if kind == "i" else _bits(value))
         self._entries.append(kernel.ready())
         self._alone.append(alone)
+        self.names.append(kernel.name)
         self._arguments.append(words)
 
     def pack(self) -> None:
@@ -112,7 +120,13 @@ def packed(calls: Sequence[tuple[Native, tuple[int | float, ...]]]) -> Program:
 # -- the native side ------------------------------------------------------------------------------
 
 
-def _walk() -> Callable[..., None]:
+#: Bytes of a time: whole seconds and nanoseconds, as in C's timespec.
+TIME = 16
+
+
+def _walk(timed: bool) -> Callable[..., None]:
+    """The walk. `timed`: with the time after each kernel, from `times + TIME` on, as `clock` (C's
+    clock_gettime) gives it for its first parameter `which`."""
     from pyggml.backends.cpu.native.memory import (
         call,
         fetch_add,
@@ -123,7 +137,10 @@ def _walk() -> Callable[..., None]:
         store_release,
     )
 
-    def walk(control: int, give_way: int, own: int, thread: int, threads: int) -> None:
+    def walk(
+        control: int, give_way: int, clock: int, which: int, times: int,
+        own: int, thread: int, threads: int,
+    ) -> None:  # fmt: skip
         table, count = i64_at(control + TABLE), i64_at(control + COUNT)
         for number in range(count):
             words = table + 8 * WORDS * number
@@ -137,6 +154,8 @@ def _walk() -> Callable[..., None]:
                     put_i64(control + STOPPED, number)
                 put_i64(arguments, 0)
             if who == CHAINED:
+                if timed:
+                    call(clock, which, times + TIME * (number + 1), 0)
                 continue
             turn = load_acquire(control + TURN)
             if fetch_add(control + ARRIVED, 1) == threads - 1:
@@ -154,6 +173,8 @@ def _walk() -> Callable[..., None]:
                     spins += 1
                     if spins > SPINS:
                         call(give_way, 0, 0, 0)
+            if timed:
+                call(clock, which, times + TIME * (number + 1), 0)
             # Thread 0 may be ahead and have stopped at a later call. Then it waits for the others.
             if 0 <= i64_at(control + STOPPED) <= number:
                 break
@@ -216,6 +237,7 @@ def _start() -> Callable[..., None]:
     return start
 
 
-WALK = Native("walk", "ii", _walk)
+WALK = Native("walk", "iiiii", partial(_walk, False))
+TIMED_WALK = Native("timed_walk", "iiiii", partial(_walk, True))
 WORK = Native("work", "iiiii", _work)
 START = Native("start", "iiiiii", _start)

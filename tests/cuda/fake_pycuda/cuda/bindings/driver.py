@@ -137,4 +137,57 @@ def cuLaunchKernelEx(
     assert params == end == 0
     nbytes = ctypes.c_size_t.from_address(size).value
     STARTED.append(Started(function, config, ctypes.string_at(buffer, nbytes)))
+    if CAPTURES:
+        CAPTURES[-1].append(None)
     return (OK,)
+
+
+# -- events in graphs -------------------------------------------------------------------------
+
+#: Graphs being captured: None is a kernel, an event its record. Tests replay them.
+CAPTURES: list[list[Event | None]] = []
+
+
+class CUevent_flags(enum.Enum):
+    CU_EVENT_DEFAULT = 0
+
+
+class CUevent_record_flags(enum.Enum):
+    CU_EVENT_RECORD_EXTERNAL = 1
+
+
+@dataclass(eq=False)
+class Event:
+    """An event with timing; `time` is in milliseconds."""
+
+    time: float | None = None
+
+
+EVENTS: list[Event] = []
+
+
+def cuEventCreate(flags: int) -> tuple[CUresult, Event]:
+    assert flags == CUevent_flags.CU_EVENT_DEFAULT.value, "an event without timing has no times"
+    assert pycuda.Context.stack, "no context is current"
+    assert not CAPTURES, "an event is created during a capture"
+    EVENTS.append(Event())
+    return OK, EVENTS[-1]
+
+
+def cuEventDestroy(event: Event) -> tuple[CUresult]:
+    EVENTS.remove(event)
+    return (OK,)
+
+
+def cuEventRecordWithFlags(event: Event, stream: pycuda.Stream, flags: int) -> tuple[CUresult]:
+    assert flags == CUevent_record_flags.CU_EVENT_RECORD_EXTERNAL.value
+    if not CAPTURES:  # external records are only for captures
+        return (CUresult.CUDA_ERROR_INVALID_VALUE,)
+    CAPTURES[-1].append(event)
+    return (OK,)
+
+
+def cuEventElapsedTime(start: Event, end: Event) -> tuple[CUresult, float]:
+    if start.time is None or end.time is None:
+        return CUresult.CUDA_ERROR_INVALID_VALUE, 0.0
+    return OK, end.time - start.time

@@ -1,0 +1,119 @@
+"""What each step of a run costs: the interface between runners and `Plan.profile`.
+
+A step of a small model takes 1 to 3 us on a GPU and not much more on a CPU, so it cannot be waited
+for one by one: the wait takes longer than the step. A runner that can time its steps inside a run
+offers a `Stopwatch`. Its runs are complete runs, so that states, ids and copies between devices
+are those of any run. Runners without one are timed step by step, with a wait after each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from time import perf_counter
+from typing import Protocol, runtime_checkable
+
+from pyggml.backends.base import Runner
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """What a runner starts for a step.
+
+    names   of the kernels and copies, in order; one for each launch
+    why     why the step does not take the backend's fast kernel, as a phrase; empty if it does
+    """
+
+    names: tuple[str, ...]
+    why: str = ""
+
+    def __str__(self) -> str:
+        """The names, each once: a loop launches the same kernels for every piece."""
+        return " + ".join(dict.fromkeys(self.names))
+
+
+class Stopwatch(Protocol):
+    """Times the steps of one runner.
+
+    turns  how many runs it takes to see every step once; each sees other steps
+    """
+
+    turns: int
+
+    def run(self, turn: int) -> None:
+        """As `Runner.run`, and take the times of this turn."""
+
+    def read(self) -> None:
+        """Keep the times of the last run. The device has finished it."""
+
+    def seconds(self) -> list[float]:
+        """The seconds of each step, from all runs so far."""
+
+    def whole(self) -> float:
+        """The seconds of all steps together, from a run that is not divided into steps; 0 if
+        there is none."""
+
+
+@runtime_checkable
+class Timeable(Protocol):
+    """A runner that times its steps inside a run, and names their kernels."""
+
+    def stopwatch(self) -> Stopwatch:
+        """A new stopwatch for the steps. The runner has run before."""
+
+    def kernels(self, index: int) -> Kernels:
+        """The kernels of one step."""
+
+
+class Best:
+    """A stopwatch whose runs time every step. It keeps the shortest time of each.
+
+    take  runs all steps once, and returns a function that gives the seconds of each and of all
+          once the device has finished
+    """
+
+    turns = 1
+
+    def __init__(self, take: Callable[[], Callable[[], tuple[list[float], float]]]) -> None:
+        self._take = take
+        self._times: list[list[float]] = []
+        self._wholes: list[float] = []
+        self._pending: Callable[[], tuple[list[float], float]] | None = None
+
+    def run(self, turn: int) -> None:
+        self._pending = self._take()
+
+    def read(self) -> None:
+        assert self._pending is not None
+        times, whole = self._pending()
+        self._times.append(times)
+        self._wholes.append(whole)
+
+    def seconds(self) -> list[float]:
+        return [min(step) for step in zip(*self._times)]
+
+    def whole(self) -> float:
+        return min(self._wholes)
+
+
+def step_by_step(runner: Runner, count: int, wait: Callable[[], None]) -> Best:
+    """A stopwatch for any runner of `count` steps: it calls `wait` before and after each step."""
+
+    def take() -> Callable[[], tuple[list[float], float]]:
+        times = []
+        wait()
+        for index in range(count):
+            start = perf_counter()
+            runner.run_step(index)
+            wait()
+            times.append(perf_counter() - start)
+        return lambda: (times, 0.0)
+
+    return Best(take)
+
+
+def differences(marks: list[int]) -> tuple[list[float], float]:
+    """The seconds between marks in nanoseconds that follow one another, and those of all."""
+    times = [(end - start) / 1e9 for start, end in pairwise(marks)]
+    return times, sum(times)
