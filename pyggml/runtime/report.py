@@ -193,6 +193,12 @@ class Profile:
     def __repr__(self) -> str:
         return f"<profile: {counted(len(self.rows), 'step')}, {self.seconds * 1e3:.3f} ms>"
 
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        from pyggml.page.snippets import profile_html
+
+        return profile_html(self)
+
     @property
     def seconds(self) -> float:
         return sum(row.seconds for row in self.rows)
