@@ -14,11 +14,9 @@ function showDevices() {
     return fill("devices",
       make("p", {}, `All ${plural(plan.count, "step")} run on ${plan.places[used[0] ?? 0]} in one split. Nothing is copied between devices. `, notes.join(" ")), expanded);
   }
-  const starts = [];
-  plan.splits.reduce((at, split, k) => ((starts[k] = at), at + split[1] + split[2]), 0);
   const rows = used.flatMap((place) => {
-    const steps = plan.splits.map((split, k) => (split[0] === place && split[2] ? rectangle(starts[k] + split[1], 0, split[2], 1) : "")).join("");
-    const copies = plan.splits.map((split, k) => (split[0] === place && split[1] ? rectangle(starts[k], 0, split[1], 1) : "")).join("");
+    const steps = runs(plan, (s) => plan.home[s] === place && !plan.isCopy(s));
+    const copies = runs(plan, (s) => plan.home[s] === place && plan.isCopy(s));
     const chart = make("svg", { class: "gap", viewBox: `0 0 ${plan.count} 1`, preserveAspectRatio: "none", height: "30", on: { click: (event) => setStep(laneStep(event)) } },
       make("path", { class: "blue", d: steps }), make("path", { class: "green", d: copies }), make("path", { class: "cursor", d: "" }));
     lanes.charts.push(chart);
@@ -29,10 +27,10 @@ function showDevices() {
     make("p", {}, `${plural(plan.splits.length, "split")} on ${plural(used.length, "place")}. `, notes.join(" ")), expanded,
     make("div", { class: "chart", "aria-hidden": "true" }, rows),
     legend([["blue", "steps"], ["green", "copies that arrive"]]),
-    table("Steps by place.", ["place", ["splits", "num"], ["steps", "num"], ["copies in", "num"], ["bytes in", "num"]], used.map((place) => {
+    table("Steps by place.", ["place", ["splits", "num"], ["steps", "num"], ["of them copies", "num"], ["bytes copied", "num"]], used.map((place) => {
       const own = plan.splits.filter((split) => split[0] === place);
       const arrived = copies.filter((group) => group.to === place);
-      return { cells: [plan.places[place], `${own.length}`, number.format(sum(own.map((s) => s[2]))), number.format(sum(own.map((s) => s[1]))), size(sum(arrived.map((g) => g.bytes * g.steps.length)))] };
+      return { cells: [plan.places[place], `${own.length}`, number.format(sum(own.map((s) => s[1] + s[2]))), number.format(sum(arrived.map((g) => g.steps.length))), size(sum(arrived.map((g) => g.bytes * g.steps.length)))] };
     })),
     copies.length ? table(`${plural(sum(copies.map((g) => g.steps.length)), "copy", "copies")} between devices in each run.`,
       ["tensor", "from", "to", ["times", "num"], ["each", "num"], ["all", "num"]],
@@ -40,6 +38,17 @@ function showDevices() {
         make("button", { type: "button", class: "link mono", on: { click: () => openStep(group.steps[0]) } }, group.name),
         plan.places[group.from], plan.places[group.to], number.format(group.steps.length), size(group.bytes), size(group.bytes * group.steps.length)] })))
       : make("p", {}, "Nothing is copied between devices."));
+}
+
+/** Rectangles over the steps that `has` accepts. */
+function runs(plan, has) {
+  let path = "";
+  for (let s = 0; s < plan.count; s += 1) {
+    const first = s;
+    while (s < plan.count && has(s)) s += 1;
+    if (s > first) path += rectangle(first, 0, s - first, 1);
+  }
+  return path;
 }
 
 function laneStep(event) {
