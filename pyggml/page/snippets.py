@@ -4,17 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from pyggml.page.layers import Section
 from pyggml.page.names import Texts
 from pyggml.page.tables import Tables
 from pyggml.runtime.memory import Memory, mib
-from pyggml.runtime.report import Profile, Timing, text_of
+from pyggml.runtime.report import text_of
 from pyggml.words import counted
 
 if TYPE_CHECKING:
     from pyggml.runtime.plan import Plan
+
+
+class Row(Protocol):
+    """The time and cost of a step."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def op(self) -> str: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def flops(self) -> float: ...
+    @property
+    def nbytes(self) -> float: ...
+
 
 #: Steps of a layer that a notebook shows, and rows of a profile.
 STEPS, SLOWEST = 200, 12
@@ -46,22 +62,32 @@ def plan_html(plan: Plan) -> str:
     return "".join(parts)
 
 
-def profile_html(profile: Profile) -> str:
-    """Sums by op, and the slowest steps."""
-    slowest = sorted(profile.rows, key=lambda row: -row.seconds)[:SLOWEST]
-    heads = ("", "ms", "%", "GFLOP/s", "GB/s")
-
-    def cells(rows: Iterable[Timing]) -> Iterable[list[str]]:
-        for row in rows:
-            time = max(row.seconds, 1e-9)
-            share = 100 * row.seconds / max(profile.seconds, 1e-9)
-            numbers = (row.seconds * 1e3, share, row.flops / time / 1e9, row.nbytes / time / 1e9)
-            yield [row.text, *(f"{number:.2f}" for number in numbers)]
-
-    total = f"{counted(len(profile.rows), 'step')}, {profile.seconds * 1e3:.3f} ms"
-    ops, steps = _table(heads, cells(profile.by_op())), _table(heads, cells(slowest))
+def profile_html(rows: Sequence[Row]) -> str:
+    """The times of steps: sums by op, and the slowest steps."""
+    by_op: dict[str, list[Row]] = {}
+    for row in rows:
+        by_op.setdefault(row.op, []).append(row)
+    sums = [(f"{op}, {counted(len(same), 'step')}", same) for op, same in by_op.items()]
+    slowest = sorted(rows, key=lambda row: -row.seconds)[:SLOWEST]
+    whole = sum(row.seconds for row in rows)
+    ops = _times(sorted(sums, key=lambda part: -sum(r.seconds for r in part[1])), whole)
+    steps = _times([(row.text, [row]) for row in slowest], whole)
+    total = f"{counted(len(rows), 'step')}, {whole * 1e3:.3f} ms"
     slow = f"<details open><summary>The slowest steps</summary>{steps}</details>"
     return f"<div>{total}</div>{ops}{slow}"
+
+
+def _times(parts: Iterable[tuple[str, Sequence[Row]]], whole: float) -> str:
+    """A row for each part: its name and its steps."""
+    cells = []
+    for name, rows in parts:
+        seconds, flops, nbytes = (
+            sum(getattr(row, key) for row in rows) for key in ("seconds", "flops", "nbytes")
+        )
+        time, share = max(seconds, 1e-9), 100 * seconds / max(whole, 1e-9)
+        numbers = (seconds * 1e3, share, flops / time / 1e9, nbytes / time / 1e9)
+        cells.append([name, *(f"{number:.2f}" for number in numbers)])
+    return _table(("", "ms", "%", "GFLOP/s", "GB/s"), cells)
 
 
 def _table_lines(memory: Memory) -> list[str]:

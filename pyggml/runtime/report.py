@@ -197,7 +197,7 @@ class Profile:
         """For notebooks."""
         from pyggml.page.snippets import profile_html
 
-        return profile_html(self)
+        return profile_html(self.rows)
 
     @property
     def seconds(self) -> float:
