@@ -15,9 +15,8 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 
 
 def executable() -> str | None:
-    """The path of a Chromium; $PYGGML_CHROMIUM comes first."""
-    names = (os.environ.get("PYGGML_CHROMIUM", ""), *NAMES)
-    return next((path for name in names if name and (path := shutil.which(name))), None)
+    """The path of a Chromium; None if there is none."""
+    return next(filter(None, map(shutil.which, NAMES)), None)
 
 
 class Browser:

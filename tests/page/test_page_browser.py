@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import pyggml as gg
 from pyggml import gguf
 from pyggml.cli import main
 from pyggml.models.model import Model
@@ -18,7 +19,7 @@ from tests.page.browser import Browser, executable
 
 CHROMIUM = executable()
 pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="needs Chromium on the path or in $PYGGML_CHROMIUM"
+    CHROMIUM is None, reason="needs Chromium (chromium or google-chrome on the path)"
 )
 
 
@@ -206,3 +207,52 @@ def test_everything_that_can_be_clicked_has_a_name(
     ]
     assert {role for role, _ in named} >= {"button", "slider", "combobox", "radio", "searchbox"}
     assert all(name.strip() for _, name in named), named
+
+
+RAILS = """
+(() => {
+  const wrong = [];
+  for (const plan of plans) {
+    for (const section of plan.sections) {
+      const steps = section.steps.at(-1);
+      const { rows, lanes } = rails(plan, steps);
+      if (lanes >= RAIL.most) continue;  // then several values share the last lane
+      const row = new Map(steps.map((s, i) => [s, i]));
+      steps.forEach((s, i) => {
+        const used = [...rows[i].through, ...rows[i].ends];
+        if (new Set(used).size !== used.length) wrong.push(`two values in a lane at ${s}`);
+        for (const node of plan.steps.reads[s]) {
+          const made = row.get(plan.maker.get(plan.base(node)));
+          if (made === undefined || made >= i) continue;
+          const joins = rows[made].starts.some((lane) => rows[i].reads.includes(lane) &&
+            rows.slice(made + 1, i).every((r) => r.through.includes(lane)));
+          if (!joins) wrong.push(`no line from ${steps[made]} to ${s}`);
+        }
+      });
+    }
+  }
+  return wrong;
+})()
+"""
+
+
+@pytest.mark.parametrize("name", ["two", "timed", "v3"])
+def test_a_line_leads_from_each_step_to_its_readers(
+    name: str, browser: Browser, pages: dict[str, Path]
+) -> None:
+    browser.open(pages[name])
+    assert browser.run(RAILS) == []
+
+
+def test_a_graph_of_a_user_has_a_page(browser: Browser, tmp_path: Path) -> None:
+    k, v = (gg.state(name, "f16", ne=(64, 1024, 8)) for name in ("cache_k", "cache_v"))
+    kq = gg.label(gg.mul_mat(k, gg.input("q", ne=(64, 256, 8))), "kq")
+    out = gg.mul_mat(gg.transpose(v), gg.soft_max_ext(kq, scale=0.125))
+    plan = gg.compile({"out": out})
+    path = plan.page(tmp_path / "page.html", profile=plan.profile(q=np.ones((8, 256, 64))))
+    browser.open(path)
+    assert text(browser, "#title") == "out"
+    assert browser.run("document.querySelectorAll('#graph .step').length") == len(plan.steps) + 1
+    assert "-amb" in text(browser, "#variants")
+    browser.run("openStep(0)")
+    assert Path(__file__).name in text(browser, "#row-0 .more")
