@@ -35,13 +35,13 @@ def kernels_of(work: Work) -> list[list[str]]:
         for step in split.steps:
             scratch = arenas[backend.device].ptr + work.placed.scratch_at[len(names)]
             if isinstance(backend, NamesKernels):
-                names.append(folded(backend.kernel_names(step, at, scratch)))
+                names.append(lines_of(backend.kernel_names(step, at, scratch)))
             else:
                 names.append([])
     return names
 
 
-def folded(names: Sequence[str]) -> list[str]:
+def lines_of(names: Sequence[str]) -> list[str]:
     """`a, b (16 times)` for a, b, a, b, ..."""
     texts: list[str] = []
     for fold in folds(names):

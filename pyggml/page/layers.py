@@ -44,7 +44,7 @@ def layers_of(nodes: Sequence[Node]) -> dict[Node, int | None]:
     layers: dict[Node, int | None] = {}
     for node in nodes:
         if labels(node):
-            layers[node] = _labelled(node)
+            layers[node] = _layer_in_labels(node)
         else:
             known = (layers.get(source) for source in node.src if source is not None)
             layers[node] = max((n for n in known if n is not None), default=None)
@@ -58,7 +58,7 @@ def layers_of(nodes: Sequence[Node]) -> dict[Node, int | None]:
     return layers
 
 
-def _labelled(node: Node) -> int | None:
+def _layer_in_labels(node: Node) -> int | None:
     """The layer in the newest label that has one."""
     numbers = [number_in(text) for text in labels(node)]
     return next((n for n in reversed(numbers) if n is not None), None)
@@ -96,9 +96,9 @@ def sections(numbers: Sequence[int | None], keys: Sequence[Hashable]) -> list[Se
     alike: dict[tuple[Hashable, ...], list[int]] = {}
     for number in sorted(by_layer):
         alike.setdefault(tuple(keys[i] for i in by_layer[number]), []).append(number)
-    folded = [
+    groups = [
         Section("layers", tuple(same), tuple(tuple(by_layer[n]) for n in same))
         for same in alike.values()
     ]
     ends = Section("input", (), (before,)), Section("output", (), (after,))
-    return [section for section in (ends[0], *folded, ends[1]) if section.steps[0]]
+    return [section for section in (ends[0], *groups, ends[1]) if section.steps[0]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from functools import cache
 from typing import Any
 
@@ -44,8 +44,7 @@ class Tables:
         return {key: list(values) for key, values in zip(NODE_KEYS, zip(*rows))}
 
     def _node(self, node: Node) -> tuple[Any, ...]:
-        texts, layer, loop, base = self.texts, self.layers[node], loop_of(node), node.base
-        attributes = str(loop) if loop is not None else text_of_attributes(_given(node))
+        texts, layer, base = self.texts, self.layers[node], node.base
         return (
             texts.add_name(label_of(node) if labels(node) else "", layer),
             -1 if layer is None else layer,
@@ -55,7 +54,7 @@ class Tables:
             self._nbytes(node),
             self.places.index(self.work.home(node).place),
             self._line(line_of(node) or line_of(origin(node))),
-            texts.add(attributes),
+            self._attributes(node),
             [self.number[s] for s in node.src if s is not None and s in self.number],
             -1 if base is node else self.number.get(base, -1),
         )
@@ -109,25 +108,38 @@ class Tables:
     def sections(self) -> list[Section]:
         """The steps by layer, layers with the same steps together."""
         numbers = layers_of_steps([step.node for step in self.steps], self.layers)
-        return sections(numbers, list(map(self._key, self.steps, self.kernels)))
+        readers: dict[Node, set[int | None]] = {}
+        for step, layer in zip(self.steps, numbers):
+            for read in step.reads:
+                readers.setdefault(read.base, set()).add(layer)
+        shared = {n for n, layers in readers.items() if len(layers - {self.layers.get(n)}) > 1}
+        keys = [self._key(s, names, shared) for s, names in zip(self.steps, self.kernels)]
+        return sections(numbers, keys)
 
-    def _key(self, step: Step, kernels: Sequence[str]) -> Hashable:
-        """Equal for steps of different layers that do the same."""
-        home = self.work.home
+    def _key(self, step: Step, kernels: Sequence[str], shared: Collection[Node]) -> Hashable:
+        """Equal for steps of different layers that do the same.
+
+        shared  tensors that several layers read besides the one that computes them
+        """
+        home, own = self.work.home, self.layers[step.node]
         return (
             home(step.node).place,
             home(origin(step.node)).place,
-            tuple((node.op, node.spec, self._name(node)) for node in step.nodes),
-            tuple(self._read_key(read, self.layers[step.node]) for read in step.reads),
+            tuple((n.op, n.spec, self._name(n), self._attributes(n)) for n in step.nodes),
+            tuple(self._read_key(read, own, shared) for read in step.reads),
             step.scratch,
             tuple(kernels),
             self._body(step),
         )
 
-    def _read_key(self, read: Node, layer: int | None) -> Hashable:
-        """What comes from another layer may have any name: the first one reads the embeddings."""
-        own = self.layers.get(read) == layer or read.base.op.leaf
-        return read.spec, read.base.op.leaf, self._name(read) if own else -1
+    def _read_key(self, read: Node, layer: int | None, shared: Collection[Node]) -> Hashable:
+        """What another layer hands on may have any name: the first layer reads the embeddings. What
+        several layers read, such as a mask, must be the same."""
+        base = read.base
+        if base in shared and not base.op.leaf:
+            return read.spec, self.number[base]
+        own = self.layers.get(read) == layer or base.op.leaf
+        return read.spec, base.op.leaf, self._name(read) if own else -1
 
     def _body(self, step: Step) -> int:
         """The steps of one piece of a loop, one a line."""
@@ -136,10 +148,13 @@ class Tables:
         lines = (f"{text_of(inner)}: {inner.node.spec}" for inner in step.bodies[-1].steps)
         return self.texts.add_name("\n".join(lines), self.layers.get(step.node))
 
+    def _attributes(self, node: Node) -> int:
+        """Those that a user gave, and how a loop is cut."""
+        loop = loop_of(node)
+        if loop is not None:
+            return self.texts.add(str(loop))
+        hidden = node.op is transfer or node.op.leaf
+        return 0 if hidden else self.texts.add(text_of_attributes(node.attrs))
+
     def _name(self, node: Node) -> int:
         return self.texts.add_name(label_of(node), self.layers.get(node))
-
-
-def _given(node: Node) -> Mapping[str, Any]:
-    """The attributes that a user gave."""
-    return {} if node.op is transfer or node.op.leaf else node.attrs

@@ -11,7 +11,7 @@ from pyggml.backends.cuda.launch import Gemm, Launch
 from pyggml.backends.cuda.naming import name_of
 from pyggml.backends.step import LoopStep
 from pyggml.graph import Graph
-from pyggml.page.kernels import folded, kernels_of
+from pyggml.page.kernels import kernels_of, lines_of
 from pyggml.passes.work import Work
 from tests.cuda.test_recording import recordable, steps_of
 
@@ -22,7 +22,7 @@ def test_the_names_of_every_case_are_those_of_its_launches() -> None:
     for case, node in list(recordable())[::5]:
         work = passes.run(Work(Graph({"y": node}), (device,)))
         records = [step_records for _, step_records in steps_of(node)]
-        names = [folded([name_of(record) for record in each]) for each in records]
+        names = [lines_of([name_of(record) for record in each]) for each in records]
         assert kernels_of(work) == names, case
         kinds |= {type(record) for each in records for record in each}
     assert {Launch, Gemm} <= kinds

@@ -238,6 +238,31 @@ def test_layers_with_other_types_are_apart() -> None:
     assert [section["layers"] for section in sections] == [[], [0, 2], [1, 3]]
 
 
+def test_layers_with_other_masks_or_attributes_are_apart(folder: Path) -> None:
+    path = folder / "gpt-oss.gguf"
+    assert main(["synth", str(path), "--preset", "tiny-gpt-oss", "--layers", "6"]) == 0
+    plan = model_plan(str(path), "numpy", n_tokens=4)
+    layers = [s["layers"] for s in data_of(plan)["plans"][0]["sections"] if s["layers"]]
+    assert [0] in layers or [0, 2, 4] in layers  # windows, then full attention, in turn
+    assert not any({a % 2 for a in same} == {0, 1} for same in layers)
+    x = gg.label(gg.silu(gg.input("x", ne=(64, 4))), "inp_embd")
+    for il, eps in enumerate([1e-5, 1e-6, 1e-5, 1e-6]):
+        x = gg.label(gg.rms_norm(x, eps=eps), f"out-{il}")
+    sections = data_of(gg.compile({"y": x}))["plans"][0]["sections"]
+    assert [section["layers"] for section in sections] == [[], [0, 2], [1, 3]]
+
+
+def test_a_mask_that_some_layers_share_keeps_them_apart() -> None:
+    x = gg.label(gg.silu(gg.input("x", ne=(64, 4))), "inp_embd")
+    masks = [gg.label(gg.exp(gg.input(f"m{i}", ne=(64, 4))), f"mask{i}") for i in range(2)]
+    for il in range(8):
+        x = gg.label(gg.add(x, masks[il % 2]), f"out-{il}")
+    sections = data_of(gg.compile({"y": x}))["plans"][0]["sections"]
+    layers = [section["layers"] for section in sections if section["layers"]]
+    assert not any({il % 2 for il in same} == {0, 1} for same in layers)
+    assert max(map(len, layers)) >= 3
+
+
 def test_a_graph_without_layers_is_one_section() -> None:
     x = gg.input("x", ne=(64, 4))
     data = data_of(gg.compile({"y": gg.silu(gg.rms_norm(x, eps=1e-6))}))["plans"][0]
@@ -279,20 +304,20 @@ def test_variants_have_the_memory_that_a_plan_with_them_has(tiny: str) -> None:
 def test_budgets_are_below_the_peak_and_not_the_current_one(tiny: str) -> None:
     plan = model_plan(tiny, "numpy", flash=False)
     plain = plan.memory.score_peak_plain / 2**20
-    found = budgets(plan.memory)
-    assert found and None not in found and all(0 < amb < plain for amb in found if amb)
+    sizes = budgets(plan.memory)
+    assert sizes and None not in sizes and all(0 < amb < plain for amb in sizes if amb)
     assert budgets(model_plan(tiny, "numpy", mla=1).memory) == []
     now, *others = by_budget(plan)
     assert now.memory == plan.memory and [v.change for v in others] == [
-        f"-amb {a:g}" for a in found
+        f"-amb {a:g}" for a in sizes
     ]
-    for amb, variant in zip(found, others):
+    for amb, variant in zip(sizes, others):
         if variant.memory is not None:
             assert variant.memory == model_plan(tiny, "numpy", flash=False, amb=amb).memory
         else:
             assert "amb" in variant.reason
-    cut = model_plan(tiny, "numpy", flash=False, amb=found[0])
-    assert None in budgets(cut.memory) and found[0] not in budgets(cut.memory)
+    cut = model_plan(tiny, "numpy", flash=False, amb=sizes[0])
+    assert None in budgets(cut.memory) and sizes[0] not in budgets(cut.memory)
 
 
 # -- the file -------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ function showGraph() {
     make("summary", {}, summary(plan, section)), make("div", { class: "inside" })));
   fill("graph",
     make("p", {}, `${plural(plan.count, "step")} compute ${plural(plan.nodes.op.length, "node")}. `,
-      repeated.length ? "Layers whose steps have the same ops, types, sizes, places and kernels are listed once. " : "",
+      repeated.length ? "Layers whose steps have the same ops, attributes, types, sizes, places and kernels are listed once. " : "",
       "The lines at the left lead from each step to those that read its result."),
     make("div", { class: "tools" }, make("label", { for: "find" }, "Find"), input),
     make("ul", { class: "found", id: "found", "aria-live": "polite" }),
