@@ -199,6 +199,19 @@ class KeepsDecoded(Protocol):
         """`weight_layout` for that; plain for a constant that it cannot or need not decode."""
 
 
+@runtime_checkable
+class NamesKernels(Protocol):
+    """A backend that can name the kernels of a step before it is bound. Needs no device."""
+
+    def kernel_names(self, step: Step, at: Addresses, scratch: int) -> Sequence[str]:
+        """The kernels that compute a step, in the order of their launches. For a loop: those of
+        the first piece of each body. Empty for a copy.
+
+        at       the address of every tensor, in buffers that may be `PlannedBuffer`s
+        scratch  the address of the step's scratch
+        """
+
+
 def host_values(backend: Backend, at: Address, spec: Spec) -> NDArray[Any]:
     """A tensor's values for the host to read: in place if they are in its memory, else a copy."""
     on_host = backend.device == "host"

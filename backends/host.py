@@ -12,7 +12,15 @@ from numpy.typing import NDArray
 from pyggml.backends.base import Arrival, Backend, Download, Event, Given, Upload, host_values
 from pyggml.backends.host_memory import ALIGNMENT, Packed, allocated, array_at
 from pyggml.backends.host_runner import HostRunner
-from pyggml.backends.step import Address, Addresses, Buffer, Layouts, Step, WeightLayout
+from pyggml.backends.step import (
+    Address,
+    Addresses,
+    Buffer,
+    Layouts,
+    LoopStep,
+    Step,
+    WeightLayout,
+)
 from pyggml.backends.table import Kernel, KernelTable
 from pyggml.node import Node
 from pyggml.spec import Spec
@@ -50,6 +58,14 @@ class HostBackend:
         self, nodes: Sequence[Node], keep: Collection[Node], layouts: Layouts, *, fuse: bool = True
     ) -> list[Step]:
         return [self.kernels.step(node, Step) for node in nodes]
+
+    def kernel_names(self, step: Step, at: Addresses, scratch: int) -> Sequence[str]:
+        """The Python functions of the kernel table."""
+        if isinstance(step, LoopStep):
+            bodies = (inner for body in step.bodies for inner in body.steps)
+            return [name for inner in bodies for name in self.kernel_names(inner, at, scratch)]
+        row = self.kernels.get(step.node.op)
+        return [] if row is None else [f"{self.name}.{row.name}"]
 
     # -- the runtime half ---------------------------------------------------------------------
 

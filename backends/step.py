@@ -33,6 +33,20 @@ Addresses: TypeAlias = Mapping[Node, Address]
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedBuffer:
+    """A block of memory that does not exist, at address `ptr`.
+
+    Which kernel runs may depend on addresses; `NamesKernels` asks before anything is allocated.
+    """
+
+    ptr: int
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        return {"data": (self.ptr, True), "shape": (0,), "typestr": "|u1", "version": 3}
+
+
+@dataclass(frozen=True, slots=True)
 class Spot:
     """The planned place of a tensor: byte `offset` and strides `nb` in the memory of `base`.
 

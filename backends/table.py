@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from types import EllipsisType
 from typing import Any, TypeVar
 
@@ -42,6 +43,14 @@ class Kernel:
     scratch: Callable[[Node], int] | None
     refuses: Callable[[Node], str | None]
     numeric: Callable[[Node], str]
+
+    @property
+    def name(self) -> str:
+        """The name of the function, for people."""
+        function = self.run
+        while isinstance(function, partial):
+            function = function.func
+        return str(getattr(function, "__name__", type(function).__name__)).strip("_")
 
 
 class KernelTable(dict[Op[Any], K]):

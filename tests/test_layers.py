@@ -18,7 +18,7 @@ LAYERS = (  # a module may import from its own layer and from earlier ones
     "pyggml.ops",
     "pyggml.backends",
     "pyggml.passes",
-    "pyggml.runtime",
+    "pyggml.runtime pyggml.page",
     "pyggml.gguf pyggml.generate pyggml.models pyggml.parity",
     "pyggml.bench pyggml.viz pyggml.cli pyggml.__main__ pyggml pyggml.define",
 )

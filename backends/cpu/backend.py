@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pyggml import backends
 from pyggml.backends.cpu.doctor import require
+from pyggml.backends.cpu.naming import names_of
 from pyggml.backends.cpu.runner import CpuRunner, CpuStep
 from pyggml.backends.cpu.table import KERNELS
 from pyggml.backends.cpu.weights import tiles
@@ -67,6 +68,9 @@ class CpuBackend(HostBackend):
             return KERNELS.step(node, CpuStep)
         [step] = self.numpy.lower([node], keep, layouts)
         return step
+
+    def kernel_names(self, step: Step, at: Addresses, scratch: int) -> Sequence[str]:
+        return names_of(step, at, scratch, self.numpy.kernels)
 
     def weight(self, constant: Node, layout: WeightLayout, data: NDArray[Any]) -> Buffer:
         if layout.name == tiles.LAYOUT:

@@ -20,6 +20,7 @@ from pyggml.backends.step import (
     Address,
     Addresses,
     BodyPlan,
+    Buffer,
     LoopStep,
     Step,
     check_id,
@@ -104,7 +105,7 @@ class CpuRunner:
         bodies = {plan.body: plan for plan in step.bodies}
         for body, starts, places in pieces_of(step, self.at):
             plan = bodies[body]
-            at = _places_in(plan, places, memory)
+            at = places_in(plan, places, memory)
             for inner, offset in zip(plan.steps, plan.scratch_at):
                 attrs = piece_attributes(body, inner.node, starts)
                 self._bind(inner, at, memory[offset : offset + inner.scratch], attrs)
@@ -197,8 +198,8 @@ class CpuRunner:
         return Kernels(tuple(names), why)
 
 
-def _places_in(
-    plan: BodyPlan, pieces: dict[Node, Address], memory: NDArray[np.uint8]
+def places_in(
+    plan: BodyPlan, pieces: Mapping[Node, Address], memory: Buffer
 ) -> dict[Node, Address]:
     """The address of every node of a body for one piece."""
     at = dict(pieces)

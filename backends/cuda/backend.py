@@ -20,6 +20,8 @@ from pyggml.backends.cuda.device.context import Context, context
 from pyggml.backends.cuda.device.cublas import Cublas
 from pyggml.backends.cuda.device.driver import guarded
 from pyggml.backends.cuda.device.registered import Registry
+from pyggml.backends.cuda.gpu import H200
+from pyggml.backends.cuda.naming import names_of
 from pyggml.backends.cuda.runner import CudaRunner
 from pyggml.backends.cuda.weights import loading, packing
 from pyggml.backends.cuda.weights.borrowing import Borrowing, borrow
@@ -67,6 +69,11 @@ class CudaBackend:
         self, nodes: Sequence[Node], keep: Collection[Node], layouts: Layouts, *, fuse: bool = True
     ) -> list[Step]:
         return lowering.lower(nodes, keep, fuse)
+
+    def kernel_names(self, step: Step, at: Addresses, scratch: int) -> Sequence[str]:
+        """For the GPU if it has been opened, else for an H200."""
+        about = self.context.about if "context" in vars(self) else H200
+        return names_of(step, at, scratch, about)
 
     # -- the runtime half ---------------------------------------------------------------------
 

@@ -128,6 +128,7 @@ class Call:
     node, attrs  the node and its attributes; in a loop, those of the current piece
     out          the result
     device       the properties that kernels may depend on
+    names_only   arguments that only a driver can make may be left empty
     """
 
     def __init__(
@@ -141,6 +142,7 @@ class Call:
     ) -> None:
         self.node, self.out, self.attrs = node, out, attrs
         self.device = device
+        self.names_only = False
         self.records: list[Record] = []
         self._operands = operands
         self._scratch, self._limit = scratch

@@ -27,7 +27,7 @@ from pyggml.backends.cuda.reasons import reason
 from pyggml.backends.cuda.stamps import GraphStopwatch
 from pyggml.backends.cuda.weights.borrowing import Borrowing
 from pyggml.backends.pieces import piece_attributes, pieces_of, view_address
-from pyggml.backends.step import Address, LoopStep, Step, kernel_error
+from pyggml.backends.step import Address, LoopStep, PlannedBuffer, Step, kernel_error
 from pyggml.backends.timing import Kernels, Stopwatch, step_by_step
 from pyggml.errors import PyggmlError
 from pyggml.node import Node
@@ -40,11 +40,18 @@ def record_step(
     at: Mapping[Node, Address],
     scratch: tuple[int, int],
     device: Device = H200,
+    *,
+    names_only: bool = False,
 ) -> list[Record]:
-    """The launches of a step; `scratch`: address and size in bytes of the declared scratch."""
+    """The launches of a step.
+
+    scratch     address and size in bytes of the declared scratch
+    names_only  record what can be recorded without a driver: tensor maps are empty, and of a loop
+                there is only the first piece of each body
+    """
     if isinstance(step, LoopStep):
-        return list(_loop_records(step, at, scratch, device))
-    return _record(step, at, step.node.attrs, device, scratch)
+        return list(_loop_records(step, at, scratch, device, names_only))
+    return _record(step, at, step.node.attrs, device, scratch, names_only)
 
 
 def _record(
@@ -53,12 +60,14 @@ def _record(
     attrs: Mapping[str, Any],
     device: Device,
     scratch: tuple[int, int],
+    names_only: bool,
 ) -> list[Record]:
     assert isinstance(step, CudaStep)
     node = step.node
     tensors = {**step.operands, **step.results}
     operands = {name: operand_at(at[n], n.spec) for name, n in tensors.items()}
     call = Call(node, operand_at(at[node], node.spec), operands, attrs, device, scratch)
+    call.names_only = names_only
     try:
         step.record(call)
         if not step.workspace and any(isinstance(record, Gemm) for record in call.records):
@@ -71,13 +80,19 @@ def _record(
 
 
 def _loop_records(
-    step: LoopStep, at: Mapping[Node, Address], scratch: tuple[int, int], device: Device
+    step: LoopStep,
+    at: Mapping[Node, Address],
+    scratch: tuple[int, int],
+    device: Device,
+    names_only: bool,
 ) -> Iterator[Record]:
-    """The launches of all pieces, one after another."""
+    """The launches of the pieces, one after another."""
     plans = {plan.body: plan for plan in step.bodies}
-    memory = _Memory(scratch[0])
+    memory = PlannedBuffer(scratch[0])
     for body, starts, places in pieces_of(step, at):
-        plan = plans[body]
+        plan = plans.pop(body, None) if names_only else plans[body]
+        if plan is None:
+            continue
         for node, spot in plan.spots.items():
             if spot.base is None:
                 places[node] = Address(memory, spot.offset, spot.nb)
@@ -86,14 +101,7 @@ def _loop_records(
         for inner, offset in zip(plan.steps, plan.scratch_at):
             attrs = piece_attributes(body, inner.node, starts)
             memory_of_step = scratch[0] + offset, inner.scratch
-            yield from _record(inner, places, attrs, device, memory_of_step)
-
-
-class _Memory:
-    """A loop's scratch in the form of a buffer."""
-
-    def __init__(self, ptr: int) -> None:
-        self.ptr = ptr
+            yield from _record(inner, places, attrs, device, memory_of_step, names_only)
 
 
 class CudaRunner:

@@ -13,7 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml import backends
-from pyggml.backends.base import Arrival, Backend, Download, Event, Given, Upload, host_values
+from pyggml.backends.base import (
+    Arrival,
+    Backend,
+    Download,
+    Event,
+    Given,
+    NamesKernels,
+    Upload,
+    host_values,
+)
 from pyggml.backends.null.memory import HEADER, PRIVATE, NullBuffer, plain, private
 from pyggml.backends.null.queue import Queue
 from pyggml.backends.null.runner import NullRunner, weight_scratch
@@ -78,6 +87,12 @@ class NullDevice:
             replace(step, scratch=step.scratch + weight_scratch(step, layouts))
             for step in self.host.lower(nodes, keep, layouts, fuse=fuse)
         ]
+
+    def kernel_names(self, step: Step, at: Addresses, scratch: int) -> Sequence[str]:
+        """NumPy's."""
+        return (
+            self.host.kernel_names(step, at, scratch) if isinstance(self.host, NamesKernels) else []
+        )
 
     # -- the runtime half ---------------------------------------------------------------------
 

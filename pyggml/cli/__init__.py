@@ -33,6 +33,7 @@ COMMANDS = {
     "graph": "show how a model's graph runs: splits, copies, steps and memory",
     "info": "print the keys and tensors of a GGUF file",
     "logits": "write the logits of a text to a NumPy file",
+    "page": "write a page about how a model runs, for a browser",
     "parity": "test the ops of a backend against float64",
     "perplexity": "measure how well a model predicts a text",
     "plan": "show the memory that a model needs, or what fits in given devices",

@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     with gguf.open(args.m, allow_missing_data=True) as file:
         options = Options(**graph_options(args))
         model = Model(file, decode_weights=args.decode_weights, options=options)
-        planner = _planner(model, places, args)
+        planner = planner_of(model, places, args)
         setup = _setup(planner, args)
         memory = planner.memory(setup)
     command = command_of(args, planner, setup)
@@ -115,7 +115,7 @@ def places_of(args: argparse.Namespace) -> list[Place]:
     return places
 
 
-def _planner(model: Model, places: Sequence[Place], args: argparse.Namespace) -> Planner:
+def planner_of(model: Model, places: Sequence[Place], args: argparse.Namespace) -> Planner:
     n_layer, tied = model.arch.n_layer, model.arch.tied
     names = [place.name for place in places]
     pins = pins_of(args.ot) | layer_pins(args.ngl, n_layer, names, tied=tied)

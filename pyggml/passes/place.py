@@ -53,7 +53,7 @@ def place_steps(
     """
     nodes = (*nodes, *own_nodes(nodes, steps))
     sharing = Sharing(nodes, steps, roots, outside)
-    blocks = _lifetimes(sharing)
+    blocks = lifetimes(sharing)
     scratch = {i: Interval(i, i, step.scratch) for i, step in enumerate(steps) if step.scratch}
     counted = [node for node in sharing.computed if node in scores and sharing.in_arena(node)]
     devices = [device_of(step.node) for step in steps]
@@ -77,7 +77,7 @@ def place_steps(
     return Placement(spots, tuple(scratch_at), arenas, sharing.copied_parts)
 
 
-def _lifetimes(sharing: Sharing) -> dict[Node, Interval]:
+def lifetimes(sharing: Sharing) -> dict[Node, Interval]:
     """Block -> its lifetime and size."""
     spans: dict[Node, list[int]] = {}
     end = len(sharing.steps) - 1

@@ -171,6 +171,12 @@ class Memory:
         parts = ", ".join(f"{mib(row.total)} MiB on {row.device}" for row in self.devices)
         return f"<memory: {parts}>"
 
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        from pyggml.page.snippets import memory_html
+
+        return memory_html(self)
+
     def __str__(self) -> str:
         budget = "none" if self.amb is None else f"{mib(self.amb)} MiB"
         rows = [_HEADS, *(row.row() for row in self.devices)]

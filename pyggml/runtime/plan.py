@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from numbers import Integral
+from os import PathLike
+from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pyggml.backends.base import Runner
 from pyggml.backends.step import Address, Step
@@ -27,6 +29,9 @@ from pyggml.runtime.store import Store
 from pyggml.runtime.submitted import Submitted
 from pyggml.spec import Spec
 from pyggml.words import counted
+
+if TYPE_CHECKING:
+    from pyggml.page.document import Times
 
 T = TypeVar("T")
 Arrays = Mapping[str, object] | None
@@ -338,6 +343,45 @@ class Plan:
             return measure(execution, give, runs)
 
         return self._execute(inputs, named, run)
+
+    # -- pages --------------------------------------------------------------------------------
+
+    def page(
+        self,
+        path: str | PathLike[str],
+        *,
+        profile: Times | Mapping[Step, float] | None = None,
+        title: str = "",
+    ) -> Path:
+        """Write one HTML file about this plan, for a browser without a network; return its path.
+
+        It shows the graph by layer, with the kernel and the line of every step; what is in memory
+        in each step; copies between devices; and what other attention budgets would change.
+
+        profile  `plan.profile(..)`, or the seconds of each step: adds times
+        title    default: the outputs
+        Errors: PyggmlError for the profile of another plan; OSError.
+        """
+        from pyggml.page.document import Document, View
+        from pyggml.page.html import write
+        from pyggml.page.variants import by_budget
+
+        target = Path(path)
+        document = Document(
+            title=title or ", ".join(self.graph.outputs) or "a plan without outputs",
+            views=[View(self._places, self, profile)],
+            memory=self.memory,
+            about=[self._places],
+            variants=list(by_budget(self)),
+        )
+        write(target, document)
+        return target
+
+    def _repr_html_(self) -> str:
+        """For notebooks: memory and steps, repeated layers once."""
+        from pyggml.page.snippets import plan_html
+
+        return plan_html(self)
 
 
 def _seconds(call: Callable[[], object]) -> float:

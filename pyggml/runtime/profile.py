@@ -120,6 +120,12 @@ class Profile:
     def __repr__(self) -> str:
         return f"<profile: {counted(len(self.rows), 'step')}, {self.seconds * 1e3:.3f} ms>"
 
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        from pyggml.page.snippets import profile_html
+
+        return profile_html(self.rows)
+
     @property
     def seconds(self) -> float:
         """The sum of all steps."""

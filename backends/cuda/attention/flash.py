@@ -172,6 +172,8 @@ class _Attention:
         kind = "bf16" if self.shape.type_k == "bf16" else "f16"
 
         def boxes(x: Operand, keys: int) -> TensorMap:
+            if self.call.names_only:
+                return TensorMap(opaque=(0,) * 16)
             return tensor_map(x.ptr, kind, x.ne, x.nb, (64, keys, 1, 1))
 
         pad = (0,) * 6

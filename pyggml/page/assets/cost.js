@@ -1,0 +1,124 @@
+// What is slow or heavy: steps as strips, layer after layer, by time, bytes or flops.
+
+const FAMILIES = [["blue", "products with weights"], ["orange", "attention"], ["green", "copies"], ["grey", "other"]];
+const METRICS = {
+  seconds: ["time", time, "seconds"],
+  traffic: ["bytes read and written", bytes, "bytes"],
+  flops: ["floating-point operations", flops, "flops"],
+};
+const cost = { metric: "", strips: [], order: [] };
+
+function family(plan, step) {
+  const ops = plan.steps.nodes[step].map((n) => plan.op(n));
+  if (ops.some((op) => /attn|soft_max/.test(op)) || (ops.includes("loop") && /attn|soft_max/.test(plan.text(plan.steps.body[step])))) return 1;
+  if (ops.some((op) => /mul_mat|up_gate/.test(op))) return 0;
+  return ops.includes("transfer") ? 2 : 3;
+}
+
+function showCost() {
+  const { plan } = state;
+  const metrics = Object.keys(METRICS).filter((key) => plan.steps[key]);
+  if (!metrics.includes(cost.metric)) cost.metric = metrics[0];
+  const [what, text] = METRICS[cost.metric];
+  const values = plan.steps[cost.metric];
+  const all = sum(values);
+  const choice = make("fieldset", { class: "choice", style: { margin: "0.25rem 0" } }, make("legend", {}, "Width"),
+    metrics.map((key) => make("label", {}, make("input", { type: "radio", name: "metric", value: key, checked: key === cost.metric,
+      on: { change: () => { cost.metric = key; showCost(); markCost(); } } }), METRICS[key][0])));
+  const groups = byWhere(plan);
+  cost.order = groups.flatMap((group) => group.steps);
+  cost.starts = new Map();
+  cost.order.reduce((at, s) => (cost.starts.set(s, at), at + values[s]), 0);
+  const source = plan.timed ? "" : " Times appear here with plan.page(path, profile=plan.profile(..)) or pyggml page --profile.";
+  const byOp = opRows(plan, values);
+  fill("cost",
+    make("p", {}, `${text(all)} in one run: ${what} ${cost.metric === "seconds" ? "of each step, measured one by one" : "of each step, as its definition has them"}.${source}`),
+    choice,
+    make("div", { id: "cost-chart" }),
+    make("p", { id: "cost-readout", class: "readout" }, all ? "" : "Every step has 0."),
+    legend(FAMILIES),
+    table("By op.", ["op", ["steps", "num"], [what, "num"], ["share", "num"], ""], byOp.slice(0, 12).map(([op, [count, value]]) => ({ cells: [
+      make("span", { class: "mono" }, op), number.format(count), text(value), percent(value, all), shareBar(value, all)] }))),
+    make("details", { class: "plain" }, make("summary", {}, "By layer, as a table"), make("div", { class: "inside" },
+      table("Layers in order.", ["part", ["steps", "num"], [what, "num"], ["share", "num"], ""],
+        groups.map(({ where, steps }) => {
+          const value = sum(steps.map((s) => values[s]));
+          return { cells: [make("button", { type: "button", class: "link", on: { click: () => openStep(steps[0]) } }, where), number.format(steps.length), text(value), percent(value, all), shareBar(value, all)] };
+        })))));
+  if (all) drawCost(plan, values, all, groups);
+}
+
+const shareBar = (part, all) => make("span", { class: "share", "aria-hidden": "true", style: { width: `${(6 * part / all).toFixed(2)}rem` } });
+
+/** The steps of each layer together, in the order of the layers. */
+function byWhere(plan) {
+  const groups = [];
+  for (const section of plan.sections) {
+    section.steps.forEach((steps, i) => groups.push({
+      where: section.layers.length ? `layer ${section.layers[i]}` : section.name,
+      rank: section.name === "input" ? -1 : section.layers.length ? section.layers[i] : Infinity, steps }));
+  }
+  return groups.sort((a, b) => a.rank - b.rank);
+}
+
+function opRows(plan, values) {
+  const rows = new Map();
+  plan.steps.node.forEach((node, s) => {
+    const op = plan.isCopy(s) ? "copy" : plan.op(node);
+    const [count, value] = rows.get(op) || [0, 0];
+    rows.set(op, [count + 1, value + values[s]]);
+  });
+  return [...rows].sort((a, b) => b[1][1] - a[1][1]);
+}
+
+function drawCost(plan, values, all, groups) {
+  const strip = (steps, total, height) => {
+    const paths = FAMILIES.map(() => []);
+    let at = 0;
+    for (const s of steps) {
+      const width = 1000 * values[s] / total;
+      if (width) paths[family(plan, s)].push(rectangle(+at.toFixed(3), 0, +width.toFixed(3), 1));
+      at += width;
+    }
+    return make("svg", { class: "gap", viewBox: "0 0 1000 1", preserveAspectRatio: "none", height,
+      on: { click: (event) => setStep(at_(event, steps, total)), mousemove: (event) => costReadout(at_(event, steps, total)), mouseleave: () => costReadout(state.step) } },
+    paths.map((rects, k) => make("path", { class: `${FAMILIES[k][0]} ${steps.length <= 160 ? "parted" : ""}`, d: rects.join("") })));
+  };
+  const at_ = (event, steps, total) => {
+    const box = event.currentTarget.getBoundingClientRect();
+    let rest = total * (event.clientX - box.left) / box.width;
+    return steps.find((s) => (rest -= values[s]) < 0) ?? steps.at(-1);
+  };
+  const whole = strip(cost.order, all, "40");
+  let edge = 0;
+  const edges = groups.map(({ steps }) => `M${(edge += 1000 * sum(steps.map((s) => values[s])) / all).toFixed(3)} 0V1`).join("");
+  if (groups.length <= 130) whole.append(make("path", { class: "edge", d: edges }));
+  whole.append(make("path", { class: "cursor", d: "" }));
+  cost.draw = () => {
+    const where = plan.where(state.step);
+    const { steps } = groups.find((group) => group.where === where);
+    const total = sum(steps.map((s) => values[s]));
+    const layer = strip(steps, total || 1, "40");
+    const before = sum(steps.slice(0, steps.indexOf(state.step)).map((s) => values[s]));
+    const middle = 1000 * (before + values[state.step] / 2) / (total || 1);
+    layer.append(make("path", { class: "cursor", d: `M${middle} 0V1` }));
+    const x = 1000 * (cost.starts.get(state.step) + values[state.step] / 2) / all;
+    whole.lastElementChild.setAttribute("d", `M${x} 0V1`);
+    const parts = groups.length > 1 ? [make("div", { class: "lane" }, "all layers"), whole] : [];
+    byId("cost-chart").replaceChildren(make("div", { class: "chart", "aria-hidden": "true" }, parts, make("div", { class: "lane" }, where), layer));
+    costReadout(state.step);
+  };
+}
+
+function costReadout(step) {
+  const { plan } = state;
+  const values = plan.steps[cost.metric];
+  const [, text] = METRICS[cost.metric];
+  byId("cost-readout").replaceChildren(`Step ${step}, `, make("span", { class: "mono" }, plan.title(step)),
+    `, ${plan.where(step)}: ${text(values[step])}, ${percent(values[step], sum(values))} of the run. `,
+    make("button", { type: "button", class: "link", on: { click: () => openStep(step) } }, "Show it in the graph"));
+}
+
+function markCost() {
+  if (cost.draw && sum(state.plan.steps[cost.metric])) cost.draw();
+}
