@@ -2,7 +2,7 @@
 
 pyggml diff -m FILE --against dump.npz --tokens 1,2,3
 pyggml diff -m FILE --against dump.gguf -p hello --node l_out-3
-pyggml diff -m FILE --tokens 1,2,3 --dump ours.npz      write ours instead
+pyggml diff -m FILE --tokens 1,2,3 --dump ours.npz
 
 The dump has tensors by name: names of llama.cpp's graph (l_out-0) or of modules in transformers
 (model.layers.0). docs/comparing.md shows how to write one. Its tensor `tokens`, if it has one, is

@@ -7,9 +7,9 @@ devices; and with --profile the time of every step.
 FILE may be only a header (pyggml synth --header-only), and the devices need not exist, except for
 --profile.
 
-  pyggml page -m model.gguf -o page.html
-  pyggml page -m v3.gguf -o v3.html -c 16384 --device cuda:80GiB --device host:512GiB -ot exps=numpy
-  pyggml page -m model.gguf -o page.html -c 2048 --profile
+pyggml page -m model.gguf -o page.html
+pyggml page -m v3.gguf -o v3.html -c 16384 --device cuda:80GiB --device host:512GiB -ot exps=numpy
+pyggml page -m model.gguf -o page.html -c 2048 --profile
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ LINES = {
     ],
     "parity --mode list": ["parity --mode list -o relu --quick --json"],
     "parity -m": ["parity -m FILE -c 24 -ub 5 --json"],
+    "diff": ["diff -m FILE --against DUMP.npz --tokens 1,2,3 --json"],
     "doctor": ["doctor --json"],
 }
 KEYS = {"doctor": {"python", *backends.available()}}
@@ -51,6 +52,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("json")
     assert main(["synth", str(path / "FILE"), "--preset", "tiny"]) == 0
     (path / "text.txt").write_text("a text of some length\n" * 20)
+    dump = ["--dump", str(path / "DUMP.npz"), "--tokens", "1,2,3"]
+    assert main(["diff", "-m", str(path / "FILE"), *dump]) == 0
     return path
 
 
