@@ -12,6 +12,7 @@ import hashlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "backends" / "cuda" / "kernels"
@@ -27,8 +28,15 @@ def fingerprint(folder: Path = KERNELS) -> str:
 
 
 def newest(folder: Path = RECORDS) -> Path | None:
-    """The last record by date, which is its name; each card has a folder of them."""
-    return max(folder.glob("*/*.json"), key=lambda path: path.name, default=None)
+    """The last record of benchmarks/gpu.py by date, which is its name; each card has a folder of
+    them. Other records do not name the kernels."""
+    records = (path for path in folder.glob("*/*.json") if "kernels" in _content(path))
+    return max(records, key=lambda path: path.name, default=None)
+
+
+def _content(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
 
 
 def verdict(record: Path | None, kernels: str) -> str:
@@ -36,7 +44,7 @@ def verdict(record: Path | None, kernels: str) -> str:
     fix = "run `python benchmarks/gpu.py` on a machine with the GPU"
     if record is None:
         return f"there is no record of the GPU; {fix}"
-    recorded = json.loads(record.read_text()).get("kernels")
+    recorded = _content(record)["kernels"]
     if recorded == kernels:
         return ""
     return f"{record.name} was made from kernels {recorded}, not from the current {kernels}; {fix}"

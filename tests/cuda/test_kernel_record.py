@@ -23,6 +23,10 @@ def places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Path, Path]
         path = records / f"{name}.json"
         path.parent.mkdir()
         path.write_text(json.dumps({"kernels": kernels_hash}))
+    for name in ("cpu/2026-01-02", "speeds/h100-2026-01-03"):  # of other benchmarks
+        path = records / f"{name}.json"
+        path.parent.mkdir()
+        path.write_text(json.dumps({"rows": []}))
     monkeypatch.setattr(kernel_record.fingerprint, "__defaults__", (kernels,))
     monkeypatch.setattr(kernel_record.newest, "__defaults__", (records,))
     return kernels, records
