@@ -28,14 +28,15 @@ def replaced(target: Path, nbytes: int) -> Iterator[BinaryIO]:
     """
     _remove_abandoned(target)
     _check_room(target, nbytes)
-    part, file = _open_part(target)
+    parts: list[Path] = []
     try:
-        with file:
+        with _open_part(target, parts) as file:
             yield file
-            part.replace(target)
-    except BaseException:
-        with suppress(OSError):
-            part.unlink()
+            parts[-1].replace(target)
+    except BaseException:  # an interrupt can come at any line, also while the file is opened
+        for part in parts:
+            with suppress(OSError):
+                part.unlink()
         raise
 
 
@@ -51,20 +52,20 @@ def put(file: BinaryIO, data: Any) -> int:
     return done
 
 
-def _open_part(target: Path) -> tuple[Path, BinaryIO]:
-    """A new locked file in the directory of `target`."""
+def _open_part(target: Path, parts: list[Path]) -> BinaryIO:
+    """A new locked file in the directory of `target`. Its name is the last that `parts` gets."""
     while True:
-        part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-        file = part.open("xb", buffering=0)
+        parts.append(target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp"))
+        file = parts[-1].open("xb", buffering=0)
         try:
             _lock(file)
         except BlockingIOError:  # another writer took it for abandoned and is removing it
             file.close()
             continue
         except OSError:
-            return part, file  # no locks on this file system, so _remove_abandoned removes nothing
-        if part.exists():
-            return part, file
+            return file  # no locks on this file system, so _remove_abandoned removes nothing
+        if parts[-1].exists():
+            return file
         file.close()
 
 
