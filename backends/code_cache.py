@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 import threading
 import warnings
 from pathlib import Path
@@ -27,13 +27,12 @@ def write(path: Path, data: bytes) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
+        temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
+        try:  # the name is known before the file exists: an interrupt can come at any line
+            temporary.write_bytes(data)
             os.replace(temporary, path)
         except BaseException:
-            os.unlink(temporary)
+            temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
         if not _warned.is_set():
