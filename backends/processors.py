@@ -1,4 +1,6 @@
-"""How many processors this process may use: its affinity mask, and the limits of its containers.
+"""How many threads to use: PYGGML_THREADS, or the processors that this process may use.
+
+Those are the ones in its affinity mask, within the limits of its containers.
 
 A container with `--cpus=2` sees all processors of the machine, and Linux stops its threads for the
 rest of each period once they have used up its share. So more threads than that only wait for each
@@ -11,6 +13,21 @@ import os
 from collections.abc import Iterator
 from math import ceil
 from pathlib import Path, PurePosixPath
+
+from pyggml.errors import ShapeError
+
+
+def n_threads() -> int:
+    """PYGGML_THREADS, else the number of processors that this process may use.
+
+    Errors: ShapeError if PYGGML_THREADS is not a whole number of at least 1.
+    """
+    text = os.environ.get("PYGGML_THREADS")
+    if text:
+        if not text.isdecimal() or int(text) < 1:
+            raise ShapeError(f"PYGGML_THREADS={text!r} must be a whole number of at least 1")
+        return int(text)
+    return n_processors()
 
 
 def n_processors(root: Path = Path("/")) -> int:

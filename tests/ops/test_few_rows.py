@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
 
-from pyggml.backends.numpy.products import FEW, row_products
+from pyggml.backends.numpy import threads
+from pyggml.backends.numpy.products import FEW, RANGE, row_products
 
 SIZES = [
     (n, m, k)
@@ -42,6 +45,64 @@ def test_values(lead: tuple[int, ...], columns: bool) -> None:
         again = np.empty_like(out)
         row_products(x, w, again)
         assert np.array_equal(out, again), (n, m, k)
+
+
+@pytest.mark.parametrize("n", [1, 2, FEW])
+def test_the_same_bits_for_any_number_of_threads(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((n, 2053), np.float32)
+    w = rng.standard_normal((4 * RANGE // 2053, 2053), np.float32)
+    results = []
+    for number in "1", "2", "5":
+        threads._threads.cache_clear()
+        monkeypatch.setenv("PYGGML_THREADS", number)
+        row_products(x, w, out := np.empty((n, len(w)), np.float32))
+        results.append(out)
+    assert np.array_equal(results[0], results[1]) and np.array_equal(results[0], results[2])
+    threads._threads.cache_clear()
+
+
+def test_threads_share_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part once, at least one of them in another thread, with the caller's error state."""
+    monkeypatch.setenv("PYGGML_THREADS", "3")
+    threads._threads.cache_clear()
+    names: list[str] = []
+    meeting = threading.Barrier(2, timeout=60)
+
+    def function(part: int) -> None:
+        names.append(threading.current_thread().name)
+        assert np.geterr()["invalid"] == "raise"
+        if part < 2:
+            meeting.wait()  # until another thread has a part too
+
+    with np.errstate(invalid="raise"):
+        threads.for_each(function, range(40))
+    assert len(names) == 40 and len(set(names)) > 1
+    threads._threads.cache_clear()
+
+
+@pytest.mark.parametrize("where", ["the caller", "another thread"])
+def test_an_error_ends_the_work(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When for_each raises, no thread works any more."""
+    monkeypatch.setenv("PYGGML_THREADS", "2")
+    threads._threads.cache_clear()
+    caller, parts, meeting = threading.current_thread(), [], threading.Barrier(2, timeout=60)
+
+    def function(part: int) -> None:
+        if part < 2:
+            meeting.wait()
+            if (threading.current_thread() is caller) == (where == "the caller"):
+                raise ZeroDivisionError
+        time.sleep(0.01)
+        parts.append(part)
+
+    with pytest.raises(ZeroDivisionError):
+        threads.for_each(function, range(1000))
+    n_parts = len(parts)
+    time.sleep(0.05)
+    assert len(parts) == n_parts
+    assert n_parts < 10
+    threads._threads.cache_clear()
 
 
 PROGRAM = """

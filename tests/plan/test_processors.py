@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pyggml.backends.cpu.native.pool import n_threads
-from pyggml.backends.processors import n_processors
+from pyggml.backends.processors import n_processors, n_threads
 from pyggml.errors import ShapeError
 
 

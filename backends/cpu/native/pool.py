@@ -33,23 +33,9 @@ from pyggml.backends.cpu.native.program import (
     Program,
 )
 from pyggml.backends.host_memory import ALIGNMENT, address_of, allocated
-from pyggml.backends.processors import n_processors
-from pyggml.errors import ShapeError
+from pyggml.backends.processors import n_threads
 
 _Entry = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
-
-
-def n_threads() -> int:
-    """PYGGML_THREADS, else the number of processors that this process may use.
-
-    Errors: ShapeError if PYGGML_THREADS is not a whole number of at least 1.
-    """
-    text = os.environ.get("PYGGML_THREADS")
-    if text:
-        if not text.isdecimal() or int(text) < 1:
-            raise ShapeError(f"PYGGML_THREADS={text!r} must be a whole number of at least 1")
-        return int(text)
-    return n_processors()
 
 
 class StoppedError(Exception):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pyggml.backends.cpu.linear.amx import columns
 from pyggml.backends.cpu.linear.amx.products import SLOTS, by_expert, dense
 from pyggml.backends.cpu.linear.operands import Matrices, matrices
-from pyggml.backends.cpu.native.pool import n_threads
 from pyggml.backends.cpu.table import Call
 from pyggml.backends.cpu.weights.forms import ROWS
+from pyggml.backends.processors import n_threads
 
 
 def _share(weight: Matrices, others: int, gated: bool) -> int:
