@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from functools import cache
 from operator import length_hint
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from pyggml.backends.processors import n_threads
 
@@ -43,8 +43,9 @@ def for_each(function: Callable[[Part], None], parts: Iterable[Part]) -> None:
 
     futures: list[Future[None]] = []
     try:
-        n_others = min(n_threads(), length_hint(todo)) - 1
-        futures.extend(_threads().submit(copy_context().run, work) for _ in range(n_others))
+        others = _others()
+        n_others = min(others.number, length_hint(todo) - 1)
+        futures.extend(others.pool.submit(copy_context().run, work) for _ in range(n_others))
         work()
     finally:
         stop()
@@ -54,10 +55,18 @@ def for_each(function: Callable[[Part], None], parts: Iterable[Part]) -> None:
             raise error
 
 
+class _Others(NamedTuple):
+    """The threads beside the caller's."""
+
+    number: int
+    pool: ThreadPoolExecutor
+
+
 @cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(1, n_threads() - 1), thread_name_prefix="pyggml-numpy")
+def _others() -> _Others:
+    number = n_threads() - 1
+    return _Others(number, ThreadPoolExecutor(max(1, number), thread_name_prefix="pyggml-numpy"))
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_threads.cache_clear)  # a child has none of the threads
+    os.register_at_fork(after_in_child=_others.cache_clear)  # a child has none of the threads

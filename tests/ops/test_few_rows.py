@@ -54,18 +54,18 @@ def test_the_same_bits_for_any_number_of_threads(n: int, monkeypatch: pytest.Mon
     w = rng.standard_normal((4 * RANGE // 2053, 2053), np.float32)
     results = []
     for number in "1", "2", "5":
-        threads._threads.cache_clear()
+        threads._others.cache_clear()
         monkeypatch.setenv("PYGGML_THREADS", number)
         row_products(x, w, out := np.empty((n, len(w)), np.float32))
         results.append(out)
     assert np.array_equal(results[0], results[1]) and np.array_equal(results[0], results[2])
-    threads._threads.cache_clear()
+    threads._others.cache_clear()
 
 
 def test_threads_share_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each part once, at least one of them in another thread, with the caller's error state."""
     monkeypatch.setenv("PYGGML_THREADS", "3")
-    threads._threads.cache_clear()
+    threads._others.cache_clear()
     names: list[str] = []
     meeting = threading.Barrier(2, timeout=60)
 
@@ -78,14 +78,14 @@ def test_threads_share_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     with np.errstate(invalid="raise"):
         threads.for_each(function, range(40))
     assert len(names) == 40 and len(set(names)) > 1
-    threads._threads.cache_clear()
+    threads._others.cache_clear()
 
 
 @pytest.mark.parametrize("where", ["the caller", "another thread"])
 def test_an_error_ends_the_work(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """When for_each raises, no thread works any more."""
     monkeypatch.setenv("PYGGML_THREADS", "2")
-    threads._threads.cache_clear()
+    threads._others.cache_clear()
     caller, parts, meeting = threading.current_thread(), [], threading.Barrier(2, timeout=60)
 
     def function(part: int) -> None:
@@ -102,7 +102,7 @@ def test_an_error_ends_the_work(where: str, monkeypatch: pytest.MonkeyPatch) -> 
     time.sleep(0.05)
     assert len(parts) == n_parts
     assert n_parts < 10
-    threads._threads.cache_clear()
+    threads._others.cache_clear()
 
 
 PROGRAM = """
