@@ -36,6 +36,7 @@ __all__ = [
     "scale",
     "sigmoid",
     "silu",
+    "softplus",
     "sqr",
     "sqrt",
     "sub",
@@ -129,7 +130,11 @@ sigmoid = _unary("sigmoid", "1 / (1 + e^-a)")
 silu = _unary("silu", "a / (1 + e^-a)")
 gelu = _unary("gelu", "a/2 (1 + tanh(sqrt(2/pi) (a + 0.044715 a^3))), ggml's tanh form of GELU")
 
-UNARY: tuple[Op[[Node]], ...] = (exp, log, sqr, sqrt, tanh, relu, sigmoid, silu, gelu)
+softplus = _unary("softplus", "ln(1 + e^a), also where that is close to a or e^a")
+
+UNARY: tuple[Op[[Node]], ...] = (
+    exp, log, sqr, sqrt, tanh, relu, sigmoid, silu, gelu, softplus,
+)  # fmt: skip
 _BY_NAME = {unary.name: unary for unary in UNARY}
 
 

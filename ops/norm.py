@@ -9,7 +9,26 @@ from pyggml.ops.rules import outer_slices, want_finite, want_type
 from pyggml.spec import Spec
 from pyggml.traits import Cost
 
-__all__ = ["rms_norm"]
+__all__ = ["norm", "rms_norm"]
+
+
+def _normalized(a: Node, eps: float) -> Spec:
+    want_type("a", a, ("f32",))
+    want_finite(eps=eps)
+    if eps < 0:
+        raise ShapeError(f"eps={eps} must not be negative")
+    return a.spec
+
+
+@op(slices=outer_slices)
+def norm(a: Node, *, eps: float) -> Spec:
+    """y = (a - mean) / sqrt(var + eps): LayerNorm without its weights.   a, y  f32 [n, ne1, ..]
+
+    mean, var  of the row; var is the mean of (a - mean)^2 (divided by n, not n - 1)
+    A constant row gives 0, also with eps = 0, where ggml gives NaN. eps >= 0.
+    Apply the norm's weight with `mul` and its bias with `add`. Source: ggml's ggml_norm.
+    """
+    return _normalized(a, eps)
 
 
 @op(slices=outer_slices)
@@ -18,11 +37,12 @@ def rms_norm(a: Node, *, eps: float) -> Spec:
 
     eps >= 0. Apply the norm's weight with `mul`.
     """
-    want_type("a", a, ("f32",))
-    want_finite(eps=eps)
-    if eps < 0:
-        raise ShapeError(f"eps={eps} must not be negative")
-    return a.spec
+    return _normalized(a, eps)
+
+
+@norm.cost
+def _(node: Node) -> Cost:
+    return Cost(6.0 * node.spec.elements, 2.0 * node.spec.nbytes)
 
 
 @rms_norm.cost

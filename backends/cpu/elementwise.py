@@ -19,7 +19,10 @@ from pyggml.backends.cpu.table import Call, Operand, kernel
 PIECE = 4096
 
 _BINARY = {ops.add: "fadd", ops.sub: "fsub", ops.mul: "fmul", ops.div: "fdiv"}
-_UNARY = (ops.exp, ops.log, ops.sqr, ops.sqrt, ops.tanh, ops.relu, ops.sigmoid, ops.silu, ops.gelu)
+_UNARY = (
+    ops.exp, ops.log, ops.sqr, ops.sqrt, ops.tanh, ops.relu, ops.sigmoid, ops.silu, ops.gelu,
+    ops.softplus,
+)  # fmt: skip
 _TYPES = {"f32", "f16"}
 
 

@@ -1,4 +1,4 @@
-"""Normalization of rows, and its fusion with the weight that multiplies it."""
+"""Normalization of rows, and its fusion with its weight and bias."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from pyggml import ops
 from pyggml.backends.cuda.fusion import Fused, Run
 from pyggml.backends.cuda.geometry import pack_width, row_grid, threads_for
-from pyggml.backends.cuda.launch import ABSENT, Call
+from pyggml.backends.cuda.launch import ABSENT, Call, Operand
 from pyggml.backends.cuda.linear.blocks import launch_quantize
 from pyggml.backends.cuda.table import kernel
 from pyggml.dtypes import F32
@@ -21,13 +21,22 @@ def rms_norm(call: Call) -> None:
     _norm(call, call.attrs["eps"])
 
 
+@kernel(ops.norm, inplace=("a",))
+def norm(call: Call) -> None:
+    _layer_norm(call, call.attrs["eps"])
+
+
+def _is_row(node: Node, n: int) -> bool:
+    return node.dtype is F32 and node.ne == (n, 1, 1, 1)
+
+
 def _weighted(node: Node, run: Run) -> tuple[Node, Node, Node] | None:
     """x, rms_norm(x) and w if the node is rms_norm(x) * w with a single row w."""
     normed, weight = node["a"], node["b"]
     if normed.op is not ops.rms_norm or not run.only(normed, node):
         return None
     x = normed["a"]
-    if weight.dtype is not F32 or weight.ne != (x.ne[0], 1, 1, 1):
+    if not _is_row(weight, x.ne[0]):
         return None
     return x, normed, weight
 
@@ -60,6 +69,23 @@ def norm_times_row(node: Node, run: Run) -> Fused | None:
     return Fused((normed, node), reads={"a": x, "weight": weight}, record=record, inplace=(x,))
 
 
+def norm_with_row(node: Node, run: Run) -> Fused | None:
+    """norm(x) * w + b with single rows w and b, or norm(x) * w."""
+    bias, product = (node["b"], node["a"]) if node.op is ops.add else (None, node)
+    if product.op is not ops.mul or (bias is not None and not run.only(product, node)):
+        return None
+    normed, weight = product["a"], product["b"]
+    if normed.op is not ops.norm or not run.only(normed, product):
+        return None
+    x = normed["a"]
+    rows = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    if not all(_is_row(row, x.ne[0]) for row in rows.values()):
+        return None
+    nodes = (normed, product) if bias is None else (normed, product, node)
+    record = partial(_layer_norm, eps=normed.attrs["eps"])
+    return Fused(nodes, {"a": x, **rows}, record, inplace=(x,))
+
+
 def can_prepare(step: Fused) -> bool:
     """Whether the step's kernel can also write its result in fixed point, as call["fixed"]."""
     weighted = step.node.op is ops.mul and step.nodes[-2].op is ops.rms_norm
@@ -71,9 +97,7 @@ def _norm(call: Call, eps: float) -> None:
     fixed point to call["fixed"], if these are present."""
     out, a, fixed = call.out, call["a"], call.get("fixed")
     weight, plus, total = call.get("weight"), call.get("plus"), call.get("sum")
-    width = pack_width(out, a, *(x for x in (weight, plus, total) if x is not None))
-    threads = threads_for(out.ne[0] // width)
-    packs = next((n for n in (1, 2, 4) if n * threads * width >= out.ne[0]), 0)
+    width, threads, packs = _shares(out, a, weight, plus, total)
     in_kernel = fixed is not None and width == 4 and packs > 0
     flags = (str(flag).lower() for flag in (weight is not None, in_kernel))
     call.launch(
@@ -93,3 +117,28 @@ def _norm(call: Call, eps: float) -> None:
     )
     if fixed is not None and not in_kernel:
         launch_quantize(call, out, fixed.pointer, 2)
+
+
+def _layer_norm(call: Call, eps: float) -> None:
+    """Record out = norm(a), times weight, plus bias, if these are present."""
+    out, a, weight, bias = call.out, call["a"], call.get("weight"), call.get("bias")
+    width, threads, packs = _shares(out, a, weight, bias)
+    call.launch(
+        "norm.cu",
+        f"layer_norm<{width}, {packs}>",
+        grid=row_grid(out),
+        block=threads,
+        args=[
+            *(x.tensor for x in (out, a, weight or ABSENT, bias or ABSENT)),
+            np.float32(eps),
+        ],
+    )
+
+
+def _shares(out: Operand, *others: Operand | None) -> tuple[int, int, int]:
+    """Elements of a pack, threads of a row, and packs that a thread holds: 0 if the row is too
+    long."""
+    width = pack_width(out, *(x for x in others if x is not None))
+    threads = threads_for(out.ne[0] // width)
+    packs = next((n for n in (1, 2, 4) if n * threads * width >= out.ne[0]), 0)
+    return width, threads, packs

@@ -9,7 +9,7 @@ from pyggml.backends.cuda.elementwise import activated_times
 from pyggml.backends.cuda.fusion import Pattern
 from pyggml.backends.cuda.moe import sum_and_more
 from pyggml.backends.cuda.moe_routing import route
-from pyggml.backends.cuda.norm import norm_times_row, sum_norm_times_row
+from pyggml.backends.cuda.norm import norm_times_row, norm_with_row, sum_norm_times_row
 from pyggml.backends.cuda.rope import rope_into_rows
 
 #: Each pattern with the ops that may come last in it. A graph is searched from its end, so a
@@ -24,6 +24,7 @@ PATTERNS: tuple[Pattern, ...] = (
     (activated_times, (ops.mul,)),
     (sum_norm_times_row, (ops.mul,)),
     (norm_times_row, (ops.mul,)),
+    (norm_with_row, (ops.add, ops.mul)),
     (sum_and_more, (ops.add,)),
     (route, (ops.scale, ops.div, ops.get_rows)),
     (causal_attention, (ops.flash_attn_ext,)),

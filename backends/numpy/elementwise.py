@@ -48,6 +48,16 @@ def _gelu(y: Floats, x: Floats, t: Floats) -> None:
     np.multiply(x, t, out=y)
 
 
+def _softplus(y: Floats, x: Floats, t: Floats) -> None:
+    """max(x, 0) + ln(1 + e^-|x|)"""
+    np.abs(x, out=t)
+    np.negative(t, out=t)
+    np.exp(t, out=t)
+    np.log1p(t, out=t)
+    np.maximum(x, 0, out=y)
+    y += t
+
+
 def _relu(y: Floats, x: Floats, t: Floats) -> None:
     np.maximum(x, 0, out=y)
 
@@ -95,7 +105,12 @@ def _one_call(out: Raw, a: Raw, *, fn: Any) -> None:
     fn(a, out=out)
 
 
-for _op, _composed in {ops.sigmoid: _sigmoid, ops.silu: _silu, ops.gelu: _gelu}.items():
+for _op, _composed in {
+    ops.sigmoid: _sigmoid,
+    ops.silu: _silu,
+    ops.gelu: _gelu,
+    ops.softplus: _softplus,
+}.items():
     kernel(_op, inplace=("a",), scratch=piece_scratch(1))(partial(_unary, fn=_composed))
 
 # These NumPy functions compute f16 in f32.

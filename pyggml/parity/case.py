@@ -43,6 +43,7 @@ class Source:
             ~mask: a third is -inf, and all of row 1;
             ~causal: -inf after the diagonal that ends at the last key;
             ~blocks: 30 % of blocks of 16 x 8 are -inf;
+            ~level: rows around -3000 to 3000; rows 0, 3, 6, .. are constant;  ~deep: -80 to -10;
             ~above: above 0;  ~one: 0.9 to 1.1;  ~large: thousands;  ~ties: small integers;
             ~wild: inf, NaN and subnormals; for block types any bytes;
             ~holed: NaN and infinity in rows 3, 8, 13, ..;  ~ended: in the second half of the rows;

@@ -17,8 +17,9 @@ from pyggml.parity.meant import evaluated, meaning_of
 from pyggml.parity.values import Array, decoded
 from pyggml.runtime import places
 
-#: Ops without sums, whose terms cannot cancel: their bounds are never widened.
-_EXACT = {*MOVES, "cast", "cpy", "set_rows", "rope_ext"}
+#: Ops whose bounds are never widened: those without sums, whose terms cannot cancel, and `norm`,
+#: whose rows may be far from 0 (a constant row must give 0).
+_EXACT = {*MOVES, "cast", "cpy", "set_rows", "rope_ext", "norm"}
 #: Ops with a tail where f32 may cancel (1 + tanh(x) far below 0), and the error of an f32 near 1.
 _SATURATED = {"gelu", "silu", "sigmoid", "tanh", "glu", "moe_up_gate", "fused_up_gate"}
 _EPSILON = 2.0**-23

@@ -41,9 +41,10 @@ def _binary(d: Draw) -> Case:
 
 def _unary(d: Draw) -> Case:
     dtype, ne = d.pick(("f32", "f16")), d.ne()
-    op = d.pick(("exp", "sqr", "tanh", "relu", "sigmoid", "silu", "gelu", "log", "sqrt"))
+    names = ("exp", "sqr", "tanh", "relu", "sigmoid", "silu", "gelu", "log", "sqrt", "softplus")
+    op = d.pick(names)
     fill = "~above" if op in ("log", "sqrt") else d.special()
-    if dtype == "f32" and op in ("exp", "log", "sqr", "sqrt", "tanh", "relu", "sigmoid"):
+    if dtype == "f32" and op not in ("silu", "gelu"):
         fill = "~wild" if d.chance(0.2) else fill
     return d.case(op, d.source(dtype, ne, fill))
 
@@ -153,12 +154,14 @@ def _cpy(d: Draw) -> Case:
 
 
 def _rows(d: Draw) -> Case:
-    op = d.pick(("sum_rows", "rms_norm", "argsort", "top_k", "argmax"))
+    op = d.pick(("sum_rows", "norm", "rms_norm", "argsort", "top_k", "argmax"))
     ne = d.ne(d.size(2100), 9000)
     ordered = op in ("argsort", "top_k", "argmax")
     fill = d.pick(("", "~ties", "~nan", "~wild")) if ordered else d.special()
     a = d.source("f32", ne, fill)
-    if op == "rms_norm":
+    if op == "norm" and d.chance(0.3):
+        return d.case(op, replace(a, fill="~level"), eps=d.pick((0.0, 1e-6)))
+    if op in ("norm", "rms_norm"):
         return d.case(op, a, eps=d.pick((1e-6, 1e-5, 0.1, 10.0)))
     if op == "argsort":
         return d.case(op, a, order=d.pick(("asc", "desc")))

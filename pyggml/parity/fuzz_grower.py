@@ -107,14 +107,15 @@ class Grower:
         return a if self.node(a).dtype.name == "f32" else self.op("cast", a, dtype="f32")
 
     def _unary(self, a: str) -> str:
-        kinds = ("relu", "tanh", "silu", "sigmoid", "gelu", "cont", "sum_rows", "soft_max_ext")
+        kinds = ("relu", "tanh", "silu", "sigmoid", "gelu", "softplus", "cont", "sum_rows",
+                 "soft_max_ext")  # fmt: skip
         return self.op(self.draw.pick(kinds), self.as_f32(a))
 
     def _scale(self, a: str) -> str:
         return self.op("scale", self.as_f32(a), s=0.5, b=0.25)
 
     def _norm(self, a: str) -> str:
-        return self.op("rms_norm", self.as_f32(a), eps=0.1)
+        return self.op(self.draw.pick(("norm", "rms_norm")), self.as_f32(a), eps=0.1)
 
     def _cast(self, a: str) -> str:
         narrow = self.op("cast", a, dtype=self.draw.pick(("f16", "bf16")))

@@ -30,6 +30,7 @@ from pyggml.ops import (
     mul_mat,
     mul_mat_id,
     mul_multi_add,
+    norm,
     relu,
     reshape,
     rms_norm,
@@ -39,6 +40,7 @@ from pyggml.ops import (
     sigmoid,
     silu,
     soft_max,
+    sqr,
     sum_rows,
     top_k,
     view,
@@ -89,6 +91,22 @@ def norm_and_products(m: _Maker) -> Pattern:
     wide = fused_up_gate(up, gate, normed)
     plain = mul_mat(m.weight("router", K, 8), normed)
     return m.done(wide=wide, plain=plain, alone=alone, h=scale(h, s=2.0))
+
+
+def layer_norms(m: _Maker) -> Pattern:
+    """Norms with a weight and a bias, with a weight only, with a bias per token, and one whose
+    product is an output."""
+    x = m.floats("x", K, T)
+
+    def weighted(name: str, x: Node) -> Node:
+        return mul(norm(x, eps=1e-5), m.weight(name, K))
+
+    kept = weighted("kept", scale(x, s=3.0))
+    return m.done(
+        both=add(weighted("both", x), m.weight("bias", K)), one=weighted("one", relu(x)),
+        each=add(weighted("each", sqr(x)), m.floats("b", K, T)),
+        kept=kept, sum=add(kept, m.weight("other", K)),
+    )  # fmt: skip
 
 
 def shared_activations(m: _Maker) -> Pattern:
@@ -240,8 +258,8 @@ PATTERNS: dict[str, Callable[[_Maker], Pattern]] = {
     **{
         graph.__name__: graph
         for graph in (
-            norm_and_products, shared_activations, experts, grouped_experts, divided_weights,
-            probabilities_kept, shared_mask, mask_kept, moved_position, gated,
+            norm_and_products, layer_norms, shared_activations, experts, grouped_experts,
+            divided_weights, probabilities_kept, shared_mask, mask_kept, moved_position, gated,
             hidden_rows,
             squares, odd_routing, flat_weights,
         )

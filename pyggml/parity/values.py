@@ -62,6 +62,13 @@ def numbers(rng: np.random.Generator, shape: tuple[int, ...], fill: str) -> Arra
         return np.abs(values) + 0.01
     if fill == "~one":
         return rng.uniform(0.9, 1.1, shape)
+    if fill == "~deep":
+        return rng.uniform(-80, -10, shape)
+    if fill == "~level":
+        levels = 1e3 * rng.standard_normal((*shape[:-1], 1))
+        levels[..., ::3, :] = rng.choice([0.1, -3e5, 7e-20, 0.0], levels[..., ::3, :].shape)
+        values[..., ::3, :] = 0
+        return levels + values
     if fill == "~large":
         return 1e4 * values
     if fill == "~ties":

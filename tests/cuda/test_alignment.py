@@ -50,6 +50,7 @@ HALVES = gg.input("halves", "f16", ne=(64, 6))
         (lambda x: gg.add(x, x), 4),
         (lambda x: gg.add(x, ROW), 4),
         (lambda x: gg.rms_norm(x, eps=1e-6), 4),
+        (lambda x: gg.norm(x, eps=1e-6), 4),
         (lambda x: gg.soft_max(x), 4),
         (lambda x: gg.cast(x, dtype="f16"), 4),
     ],

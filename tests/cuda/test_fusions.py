@@ -20,6 +20,7 @@ ROW = "rms_norm mul rope_ext concat set_rows"
 #: The ops of each step that has several.
 FUSED = {
     "norm_and_products": ["add rms_norm fixed_point mul", "add rms_norm mul"],
+    "layer_norms": ["norm mul add", "norm mul", "norm mul", "norm mul"],
     "shared_activations": [],
     "experts": ["soft_max_ext top_k get_rows", "mul_multi_add add add"],
     "grouped_experts": ["sigmoid add grouped_topk get_rows sum_rows clamp div scale"],

@@ -89,6 +89,24 @@ COPIES = (
     ),
 )  # fmt: skip
 
+NORM = (
+    *of(
+        "norm", ("norm",),
+        ("without the correction of the mean", "row.load(x, offset), mean), correction)",
+         "row.load(x, offset), mean), e.zero(FLOATS))"),
+        ("counts numbers past the row's end", "row.only(e.b.fsub(row.load(x, offset), mean))",
+         "e.b.fsub(row.load(x, offset), mean)"),
+        ("divides by 0", "e.number(1.0), root)", "e.number(0.0), root)"),
+        ("without eps", "e.b.fadd(var, e.b.fptrunc(eps, f32))", "var"),
+        ("the first sequence for all", "x + i1 * x1 + i2 * x2 + i3 * x3, n, eps",
+         "x + i1 * x1 + i2 * x2, n, eps"),
+    ),
+    *of(
+        "norm", ("rms_norm",),
+        ("without eps", "e.b.fadd(mean, e.b.fptrunc(eps, f32))", "mean"),
+    ),
+)  # fmt: skip
+
 REDUCE = (
     *of(
         "reduce", ("sum_rows",),
@@ -169,4 +187,4 @@ MOE = (
     ),
 )  # fmt: skip
 
-MUTANTS = (*ELEMENTWISE, *COPIES, *REDUCE, *SORT, *MOE)
+MUTANTS = (*ELEMENTWISE, *COPIES, *NORM, *REDUCE, *SORT, *MOE)

@@ -97,6 +97,20 @@ mutant("sub", "reads a as if contiguous")(instead(0, unstrided))
 mutant("div", "b rounded to f16")(instead(1, lambda b: b.astype(np.float16).astype(b.dtype)))
 mutant("scale", "without the added constant")(changed(b=0.0))
 mutant("clamp", "NaN becomes the lower limit")(instead(0, lambda a: np.nan_to_num(a, nan=-1e9)))
+
+
+@mutant("softplus", "without log1p")
+def _(right: Any, out: Any, a: Any, **attrs: Any) -> None:
+    out[...] = np.log(1 + np.exp(a))
+
+
+@mutant("softplus", "0 below -17, a above 20")
+def _(right: Any, out: Any, a: Any, **attrs: Any) -> None:
+    right(out, a, **attrs)
+    np.copyto(out, 0, where=a < -17)
+
+
+mutant("softplus", "NaN becomes 0")(instead(0, lambda a: np.nan_to_num(a, nan=-1e9)))
 mutant("exp", "in f16")(instead(0, lambda a: a.astype(np.float16).astype(a.dtype)))
 mutant("glu", "halves swapped")(changed(swapped=lambda old: not old))
 mutant("glu", "GELU for SiLU")(changed(act=lambda old: {"silu": "gelu"}.get(old, old)))
@@ -181,6 +195,41 @@ mutant("rms_norm", "divides by n - 1, not n")(
         np.multiply(out, np.sqrt(max(1, a.shape[3] - 1) / a.shape[3]), out=out),
     )[0]
 )
+mutant("norm", "without eps")(changed(eps=0.0))
+mutant("norm", "without the mean")(
+    lambda right, out, a, eps, **attrs: np.divide(
+        a, np.sqrt(np.mean(a * a, axis=3, keepdims=True) + np.float32(eps)), out=out
+    )
+)
+mutant("norm", "divides by n - 1, not n")(
+    lambda right, out, a, **attrs: (
+        right(out, a, **attrs),
+        np.multiply(out, np.sqrt(max(1, a.shape[3] - 1) / a.shape[3]), out=out),
+    )[0]
+)
+
+
+@mutant("norm", "the variance as mean(a^2) - mean^2")
+def _(right: Any, out: Any, a: Any, eps: float, **attrs: Any) -> None:
+    mean = np.mean(a, axis=3, keepdims=True)
+    var = np.mean(a * a, axis=3, keepdims=True) - mean * mean
+    np.divide(a - mean, np.sqrt(np.maximum(var, 0) + np.float32(eps)), out=out)
+
+
+@mutant("norm", "NaN for a constant row without eps")
+def _(right: Any, out: Any, a: Any, eps: float, **attrs: Any) -> None:
+    right(out, a, eps=eps, **attrs)
+    if eps == 0:
+        np.copyto(out, np.nan, where=(a == a[..., :1]).all(axis=3, keepdims=True))
+
+
+@mutant("norm", "a mean rounded to f32")
+def _(right: Any, out: Any, a: Any, eps: float, **attrs: Any) -> None:
+    x = a - np.mean(a, axis=3, keepdims=True)
+    spread = np.sqrt(np.mean(x * x, axis=3, keepdims=True) + np.float32(eps))
+    np.divide(x, np.where(spread == 0, 1, spread), out=out)
+
+
 mutant("argsort", "in the other order")(
     changed(order=lambda old: "asc" if old == "desc" else "desc")
 )

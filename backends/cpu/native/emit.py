@@ -305,6 +305,12 @@ class Row:
             else self.e.load_first(FLOATS, at, self.count)
         )
 
+    def only(self, value: Value) -> Value:
+        """The vector with 0 past the end of the row."""
+        if self.count is None:
+            return value
+        return self.e.b.select(self.e.first(self.count), value, self.e.zero(FLOATS))
+
     def store(self, value: Value, address: Value, offset: Value) -> None:
         at = self.e.add(address, offset)
         if self.count is None:

@@ -15,6 +15,9 @@ _COS = (-1 / 3628800, 1 / 40320, -1 / 720, 1 / 24, -0.5, 1.0)
 #: tanh(x) / x for |x| < 0.45, in powers of x^2, highest first.
 _TANH = (21844 / 6081075, -1382 / 155925, 62 / 2835, -17 / 315, 2 / 15, -1 / 3, 1.0)
 
+#: atanh(s) / s for 0 <= s <= 1/3, in powers of s^2, highest first; the error is 1e-8.
+_ATANH = tuple(1 / n for n in range(15, 0, -2))
+
 
 def _polynomial(e: Emitter, x: Value, coefficients: tuple[float, ...]) -> Value:
     value = e.constant(x.type, coefficients[0])
@@ -85,6 +88,15 @@ def tanh(e: Emitter, x: Value) -> Value:
     far = e.b.fsub(one, e.b.fdiv(e.constant(FLOATS, 2.0), e.b.fadd(twice, one)))
     near = e.b.fmul(x, _polynomial(e, e.b.fmul(x, x), _TANH))
     return e.b.select(e.b.fcmp_ordered("<", e.absolute(x), limit), near, far)
+
+
+def softplus(e: Emitter, x: Value) -> Value:
+    """max(x, 0) + ln(1 + u),  u = e^-|x|;  ln(1 + u) = 2 atanh(u / (2 + u))"""
+    zero, two = e.zero(FLOATS), e.constant(FLOATS, 2.0)
+    u = exp(e, e.b.fneg(e.absolute(x)))
+    s = e.b.fdiv(u, e.b.fadd(u, two))
+    small = e.b.fmul(e.b.fmul(s, two), _polynomial(e, e.b.fmul(s, s), _ATANH))
+    return e.b.fadd(e.maximum(x, zero), small)
 
 
 ACTIVATIONS = {"silu": silu, "gelu": gelu, "relu": relu}

@@ -17,7 +17,8 @@ scale(f32[64,5]{LAYOUTS}, s={2.0|0.0})
 clamp({f32|f16}[37,5]{|~wild}, min={-0.5|-inf}, max=0.25)
 fill({f32|f16}[37,5]~wild, value=-3.5)
 {UNARY}({f32|f16}[{37,5|1|64,3,2,2}]{|@inner|@p1032})
-{exp|log|sqr|sqrt|tanh|relu|sigmoid}(f32[64,5]~wild)
+{exp|log|sqr|sqrt|tanh|relu|sigmoid|softplus}(f32[64,5]~wild)
+softplus(f32[{64,5|37}]~{deep|large})
 {log|sqrt}({f32|f16}[37,5,3]~above{|@wide|@p1032})
 glu({f32|f16}[26,7,2]{|@inner|@p0213}, act={'silu'|'gelu'|'relu'}, swapped={True|False})
 glu(f32[26,7]{|@wide}, f32[26,7]{|@step}, act={'silu'|'gelu'|'relu'})
@@ -100,6 +101,10 @@ def silu(a: Array) -> Array:
 
 def sigmoid(a: Array) -> Array:
     return base.sigmoid(a)
+
+
+def softplus(a: Array) -> Array:
+    return np.logaddexp(a, 0.0)
 
 
 def tanh(a: Array) -> Array:

@@ -8,9 +8,10 @@ from pyggml.parity.oracle.base import Array, alibi_slope
 
 CASES = """
 {sum_rows|argmax|argsort}(f32[37,5]@apart)
-rms_norm(f32[64,5]@apart, eps=1e-06)
+{norm|rms_norm}(f32[64,5]@apart, eps=1e-06)
 sum_rows(f32[{37,5,2|1|1000,3|2,2,2,2}]{|@inner|@p1032})
-rms_norm(f32[{37,5,2|512,3|8|1,4}]{|@inner|@step|@p0213}, eps={1e-06|0.5})
+{norm|rms_norm}(f32[{37,5,2|512,3|8|1,4|9,2,3,2}]{|@inner|@step|@p0213}, eps={1e-06|0.5})
+norm(f32[{37,9|64,6|1025,3}]{~level|~large}, eps={1e-06|0.0})
 soft_max(f32[{37,5,3|1,2|512}])
 soft_max(f32[{5|4},40]~wild)
 soft_max_ext(f32[{1|2},50]~large, scale=0.5)
@@ -27,18 +28,18 @@ argsort(f32[{33,9|5000,2}]~wild{|@step}, order={'asc'|'desc'})
 top_k(f32[{64,7|9,2,2}]{|~ties|@wide|~wild}, k={1|6|9})
 argmax(f32[{33,5,3,2|33,4|7}]{|~ties|@inner|@p1032|~wild})
 argmax(f32[{3,50|20000,3}]~wild)
-rms_norm(f32[64,5]@weight, eps=1e-06)
+{norm|rms_norm}(f32[64,5]{@weight|~nan5}, eps=1e-06)
 soft_max_ext(f32[29,3,4], f16[29,3]~mask{|@weight}, f32[4]@weight{|@step}, scale=0.5)
 sum_rows(f32[37,5]@far)
-rms_norm(f32[37,5]@far, eps=1e-06)
+{norm|rms_norm}(f32[37,5]@far, eps=1e-06)
 soft_max_ext(f32[29,3,4]@far, f16[29,3,4]~mask@far, scale=0.5)
 argsort(f32[33,5]@far)
 """
 
 LARGE = """
 sum_rows(f32[512,300]@p1032)
-rms_norm(f32[40000,5], eps=1e-05)
-rms_norm(f32[64,20000]@inner, eps=1e-05)
+{norm|rms_norm}(f32[40000,5], eps=1e-05)
+{norm|rms_norm}(f32[64,20000]@inner, eps=1e-05)
 soft_max(f32[40000,5])
 soft_max_ext(f32[300,70,8], f16[300,70,2]~mask, f32[8], scale=0.5, max_bias=8.0)
 soft_max_ext(f32[5000,70], f32[5000,70]~mask@wide)
@@ -53,6 +54,14 @@ argmax(f32[64,20000]@p1032)
 
 def sum_rows(a: Array) -> Array:
     return np.asarray(np.sum(a, axis=3, keepdims=True))
+
+
+def norm(a: Array, *, eps: float) -> Array:
+    """A constant row gives 0, even if eps is 0."""
+    from_mean = a - np.mean(a, axis=3, keepdims=True)
+    from_mean[(a == a[..., :1]).all(axis=3)] = 0.0  # the mean in float64 is rounded too
+    spread = np.sqrt(np.mean(from_mean * from_mean, axis=3, keepdims=True) + eps)
+    return np.asarray(from_mean / np.where(spread == 0.0, 1.0, spread))
 
 
 def rms_norm(a: Array, *, eps: float) -> Array:
