@@ -31,6 +31,22 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
+class Kernels:
+    """What is launched for a step.
+
+    names  of the kernels and copies, in order; one for each launch
+    why    why the step does not take the backend's fast kernel, as a phrase; empty if it does
+    """
+
+    names: tuple[str, ...] = ()
+    why: str = ""
+
+    def __str__(self) -> str:
+        """The names, each once: a loop launches the same kernels for every piece."""
+        return " + ".join(dict.fromkeys(self.names))
+
+
+@dataclass(frozen=True, slots=True)
 class Given:
     """A caller's array in a device's memory, as described by the library that owns it.
 
@@ -201,11 +217,13 @@ class KeepsDecoded(Protocol):
 
 @runtime_checkable
 class NamesKernels(Protocol):
-    """A backend that can name the kernels of a step before it is bound. Needs no device."""
+    """A backend that can name the kernels of a step before it is bound. Needs no device.
 
-    def kernel_names(self, step: Step, at: Addresses, scratch: int) -> Sequence[str]:
-        """The kernels that compute a step, in the order of their launches. For a loop: those of
-        the first piece of each body. Empty for a copy.
+    After that, the step's runner names them (`backends.timing.Timeable`), by the same function.
+    """
+
+    def kernels_of(self, step: Step, at: Addresses, scratch: int) -> Kernels:
+        """The kernels that compute a step. For a loop: those of the first piece of each body.
 
         at       the address of every tensor, in buffers that may be `PlannedBuffer`s
         scratch  the address of the step's scratch

@@ -9,15 +9,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml.backends.base import Arrival, Backend, Download, Event, Given, Upload, host_values
+from pyggml.backends.base import (
+    Arrival,
+    Backend,
+    Download,
+    Event,
+    Given,
+    Kernels,
+    Upload,
+    host_values,
+)
 from pyggml.backends.host_memory import ALIGNMENT, Packed, allocated, array_at
-from pyggml.backends.host_runner import HostRunner
+from pyggml.backends.host_runner import HostRunner, kernels_of
 from pyggml.backends.step import (
     Address,
     Addresses,
     Buffer,
     Layouts,
-    LoopStep,
     Step,
     WeightLayout,
 )
@@ -59,13 +67,8 @@ class HostBackend:
     ) -> list[Step]:
         return [self.kernels.step(node, Step) for node in nodes]
 
-    def kernel_names(self, step: Step, at: Addresses, scratch: int) -> Sequence[str]:
-        """The Python functions of the kernel table."""
-        if isinstance(step, LoopStep):
-            bodies = (inner for body in step.bodies for inner in body.steps)
-            return [name for inner in bodies for name in self.kernel_names(inner, at, scratch)]
-        row = self.kernels.get(step.node.op)
-        return [] if row is None else [f"{self.name}.{row.name}"]
+    def kernels_of(self, step: Step, at: Addresses, scratch: int) -> Kernels:
+        return kernels_of(self.name, self.kernels, step)
 
     # -- the runtime half ---------------------------------------------------------------------
 
@@ -133,7 +136,7 @@ class HostBackend:
     def bind(
         self, steps: Sequence[Step], at: Addresses, scratch: Buffer, scratch_at: Sequence[int]
     ) -> HostRunner:
-        return HostRunner(self.kernels, steps, at, scratch, scratch_at)
+        return HostRunner(self.name, self.kernels, steps, at, scratch, scratch_at)
 
     def record(self) -> Event:
         return _DONE

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pyggml.backends.base import Kernels
 from pyggml.backends.host_memory import Array, Scratch, array_at
 from pyggml.backends.pieces import piece_attributes, pieces_of, view_address
 from pyggml.backends.step import (
@@ -19,14 +20,20 @@ from pyggml.backends.step import (
     LoopStep,
     Step,
     check_id,
+    innermost,
     kernel_error,
 )
 from pyggml.backends.table import Kernel, KernelTable
-from pyggml.backends.timing import Best, Kernels, Stopwatch, differences
+from pyggml.backends.timing import Best, Stopwatch, differences
 from pyggml.errors import PyggmlError
 from pyggml.node import Node
 
 Call = Callable[[], None]
+
+
+def kernels_of(backend: str, kernels: KernelTable[Kernel], step: Step) -> Kernels:
+    """The Python functions that compute a step; of a loop, those of each body."""
+    return Kernels(tuple(f"{backend}.{kernels[s.node.op].name}" for s in innermost(step)))
 
 
 class HostRunner:
@@ -34,12 +41,14 @@ class HostRunner:
 
     def __init__(
         self,
+        backend: str,
         kernels: KernelTable[Kernel],
         steps: Sequence[Step],
         at: Addresses,
         scratch: NDArray[np.uint8],
         scratch_at: Sequence[int],
     ) -> None:
+        self._backend, self._kernels = backend, kernels
         self.steps = tuple(steps)
         self.at = at
         self._calls: list[Call] = []
@@ -60,8 +69,7 @@ class HostRunner:
         copy_context().run(self._run, (index,))
 
     def kernels(self, index: int) -> Kernels:
-        """A step is one call of a Python function."""
-        return Kernels((self.steps[index].node.op.name,))
+        return kernels_of(self._backend, self._kernels, self.steps[index])
 
     def stopwatch(self) -> Stopwatch:
         """The clock is read between steps."""

@@ -138,6 +138,13 @@ class LoadStep(Step):
         return self.layout.nbytes
 
 
+def innermost(step: Step) -> list[Step]:
+    """The step; for a loop, the steps of one piece of each body."""
+    if not isinstance(step, LoopStep):
+        return [step]
+    return [inner for plan in step.bodies for inner in plan.steps]
+
+
 def own_nodes(nodes: Collection[Node], steps: Iterable[Step]) -> Iterator[Node]:
     """The nodes that steps compute besides the graph's `nodes`: private nodes of the backend."""
     known = set(nodes)

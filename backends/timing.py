@@ -9,28 +9,11 @@ are those of any run. Runners without one are timed step by step, with a wait af
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 from time import perf_counter
 from typing import Protocol, runtime_checkable
 
-from pyggml.backends.base import Runner
-
-
-@dataclass(frozen=True, slots=True)
-class Kernels:
-    """What a runner starts for a step.
-
-    names   of the kernels and copies, in order; one for each launch
-    why     why the step does not take the backend's fast kernel, as a phrase; empty if it does
-    """
-
-    names: tuple[str, ...]
-    why: str = ""
-
-    def __str__(self) -> str:
-        """The names, each once: a loop launches the same kernels for every piece."""
-        return " + ".join(dict.fromkeys(self.names))
+from pyggml.backends.base import Kernels, Runner
 
 
 class Stopwatch(Protocol):
@@ -63,7 +46,7 @@ class Timeable(Protocol):
         """A new stopwatch for the steps. The runner has run before."""
 
     def kernels(self, index: int) -> Kernels:
-        """The kernels of one step."""
+        """The kernels of one step; for a loop, those of all pieces."""
 
 
 class Best:

@@ -11,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml import backends
+from pyggml.backends.base import Kernels
 from pyggml.backends.cpu.doctor import require
 from pyggml.backends.cpu.naming import names_of
-from pyggml.backends.cpu.runner import CpuRunner, CpuStep
-from pyggml.backends.cpu.table import KERNELS
+from pyggml.backends.cpu.reasons import reason
+from pyggml.backends.cpu.runner import CpuRunner
+from pyggml.backends.cpu.table import KERNELS, CpuStep
 from pyggml.backends.cpu.weights import tiles
 from pyggml.backends.host import HostBackend
 from pyggml.backends.step import Addresses, Buffer, Layouts, Step, WeightLayout
@@ -69,8 +71,8 @@ class CpuBackend(HostBackend):
         [step] = self.numpy.lower([node], keep, layouts)
         return step
 
-    def kernel_names(self, step: Step, at: Addresses, scratch: int) -> Sequence[str]:
-        return names_of(step, at, scratch, self.numpy.kernels)
+    def kernels_of(self, step: Step, at: Addresses, scratch: int) -> Kernels:
+        return Kernels(tuple(names_of(step, at, scratch, self.numpy.kernels)), reason(step))
 
     def weight(self, constant: Node, layout: WeightLayout, data: NDArray[Any]) -> Buffer:
         if layout.name == tiles.LAYOUT:

@@ -7,8 +7,9 @@ from typing import Any
 
 from pyggml.backends.cpu.native.compiler import Native
 from pyggml.backends.cpu.native.program import Program
-from pyggml.backends.cpu.runner import CpuStep, places_in
-from pyggml.backends.cpu.table import KERNELS, Call
+from pyggml.backends.cpu.reasons import numpys
+from pyggml.backends.cpu.runner import places_in
+from pyggml.backends.cpu.table import KERNELS, Call, CpuStep
 from pyggml.backends.pieces import piece_attributes, pieces_of
 from pyggml.backends.step import Addresses, LoopStep, PlannedBuffer, Step
 from pyggml.backends.table import Kernel, KernelTable
@@ -43,8 +44,7 @@ def _names(
     others: KernelTable[Kernel],
 ) -> list[str]:
     if not isinstance(step, CpuStep):
-        row = others.get(step.node.op)
-        return [] if row is None else [f"numpy.{row.name}"]
+        return [numpys(others, step.node)]
     program = _Names()
     KERNELS[step.node.op].run(Call(program, step.node, at, scratch, attrs))
     return program.names

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pyggml.backends.base import Kernels
 from pyggml.backends.cpu.native.pool import StoppedError, can_time, pool
 from pyggml.backends.cpu.native.program import Program
-from pyggml.backends.cpu.table import KERNELS, Call
+from pyggml.backends.cpu.reasons import numpys, reason
+from pyggml.backends.cpu.table import KERNELS, Call, CpuStep
 from pyggml.backends.host_memory import address_of, array_at
 from pyggml.backends.host_runner import kernel_call, kernel_settings
 from pyggml.backends.pieces import piece_attributes, pieces_of, view_address
@@ -28,19 +30,10 @@ from pyggml.backends.step import (
     kernel_error,
 )
 from pyggml.backends.table import Kernel, KernelTable
-from pyggml.backends.timing import Best, Kernels, Stopwatch, step_by_step
+from pyggml.backends.timing import Best, Stopwatch, step_by_step
 from pyggml.errors import IdError
 from pyggml.node import Node
 from pyggml.ops import causal_mask
-
-#: The name of every kernel of NumPy.
-_NUMPYS = "numpy"
-
-
-class CpuStep(Step):
-    """A step that a native kernel runs."""
-
-    __slots__ = ()
 
 
 class CpuRunner:
@@ -183,19 +176,14 @@ class CpuRunner:
         ]
 
     def kernels(self, index: int) -> Kernels:
-        """The native kernels of a step, or NumPy's and the reason."""
-        step, names = self.steps[index], []
+        names: list[str] = []
         for number, first, end in self._spans[index]:
             part = self._parts[number]
-            names += part.names[first:end] if isinstance(part, Program) else [_NUMPYS]
-        why = ""
-        if _NUMPYS in names and not isinstance(step, LoopStep):
-            why = (
-                KERNELS.refusal(step.node) or "the layout of its weights is that of NumPy's kernel"
-            )
-        elif _NUMPYS in names:
-            why = "some ops of the loop have no native kernel"
-        return Kernels(tuple(names), why)
+            if isinstance(part, Program):
+                names += part.names[first:end]
+            else:
+                names += [numpys(self._others, node) for node in self._nodes[number]]
+        return Kernels(tuple(names), reason(self.steps[index]))
 
 
 def places_in(

@@ -19,13 +19,19 @@ from typing import Any
 from pyggml.backends.cpu.native.compiler import Native
 from pyggml.backends.cpu.native.program import Program
 from pyggml.backends.host_memory import address_of
-from pyggml.backends.step import Address
+from pyggml.backends.step import Address, Step
 from pyggml.backends.table import Kernel, KernelTable
 from pyggml.node import Node
 from pyggml.spec import Ne
 
 KERNELS = KernelTable(Kernel, {"f32"})
 kernel = KERNELS.kernel
+
+
+class CpuStep(Step):
+    """A step that a native kernel runs."""
+
+    __slots__ = ()
 
 
 #: The work that one thread does in the time of a few meetings.

@@ -13,7 +13,15 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from pyggml.backends.base import Backend, Download, Event, Given, Upload, host_values
+from pyggml.backends.base import (
+    Backend,
+    Download,
+    Event,
+    Given,
+    Kernels,
+    Upload,
+    host_values,
+)
 from pyggml.backends.cuda import lowering, table
 from pyggml.backends.cuda.device import arrays, memory, pinned, prepared
 from pyggml.backends.cuda.device.context import Context, context
@@ -21,7 +29,8 @@ from pyggml.backends.cuda.device.cublas import Cublas
 from pyggml.backends.cuda.device.driver import guarded
 from pyggml.backends.cuda.device.registered import Registry
 from pyggml.backends.cuda.gpu import H200
-from pyggml.backends.cuda.naming import names_of
+from pyggml.backends.cuda.naming import kernels_of
+from pyggml.backends.cuda.recording import record_step
 from pyggml.backends.cuda.runner import CudaRunner
 from pyggml.backends.cuda.weights import loading, packing
 from pyggml.backends.cuda.weights.borrowing import Borrowing, borrow
@@ -70,10 +79,13 @@ class CudaBackend:
     ) -> list[Step]:
         return lowering.lower(nodes, keep, fuse)
 
-    def kernel_names(self, step: Step, at: Addresses, scratch: int) -> Sequence[str]:
+    def kernels_of(self, step: Step, at: Addresses, scratch: int) -> Kernels:
         """For the GPU if it has been opened, else for an H200."""
+        if isinstance(step, LoadStep):
+            return Kernels(("load",))
         about = self.context.about if "context" in vars(self) else H200
-        return names_of(step, at, scratch, about)
+        memory = (scratch, step.scratch)
+        return kernels_of(step, record_step(step, at, memory, about, names_only=True))
 
     # -- the runtime half ---------------------------------------------------------------------
 

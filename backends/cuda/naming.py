@@ -1,19 +1,19 @@
-"""The names of a step's kernels, from its launches. Needs no GPU."""
+"""The names of a step's kernels, from the launches that were recorded for it."""
 
 from __future__ import annotations
 
-from pyggml.backends.cuda.gpu import Device
+from collections.abc import Sequence
+
+from pyggml.backends.base import Kernels
 from pyggml.backends.cuda.launch import Gemm, Launch, Record
-from pyggml.backends.cuda.runner import record_step
-from pyggml.backends.step import Addresses, LoadStep, Step
+from pyggml.backends.cuda.reasons import reason
+from pyggml.backends.step import Step
 
 
-def names_of(step: Step, at: Addresses, scratch: int, device: Device) -> list[str]:
-    """The launches of a step by name; see `NamesKernels`."""
-    if isinstance(step, LoadStep):
-        return []
-    memory = (scratch, step.scratch)
-    return [name_of(r) for r in record_step(step, at, memory, device, names_only=True)]
+def kernels_of(step: Step, records: Sequence[Record]) -> Kernels:
+    """The kernels of a step, and why not the fast ones."""
+    names = tuple(map(name_of, records))
+    return Kernels(names, reason(step, names))
 
 
 def name_of(record: Record) -> str:

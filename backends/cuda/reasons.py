@@ -10,18 +10,18 @@ from pyggml import ops
 from pyggml.backends.cuda.attention.routes import C_TYPES, HOPPER, LATENT, PAIRS, Shape
 from pyggml.backends.cuda.linear.common import in_blocks
 from pyggml.backends.cuda.linear.routes import FEW_PAIRS, Product
-from pyggml.backends.step import LoopStep, Step
+from pyggml.backends.step import Step, innermost
 from pyggml.dtypes import F32
 from pyggml.node import Node
 
 
 def reason(step: Step, names: Sequence[str]) -> str:
     """Why the kernels `names` are slower ones, as a phrase; empty if they are not."""
-    steps = (
-        [s for plan in step.bodies for s in plan.steps] if isinstance(step, LoopStep) else [step]
-    )
     phrases = dict.fromkeys(
-        phrase for inner in steps for node in inner.nodes for phrase in _reasons(node, names)
+        phrase
+        for inner in innermost(step)
+        for node in inner.nodes
+        for phrase in _reasons(node, names)
     )
     return "; ".join(phrases)
 

@@ -1,10 +1,6 @@
-"""Steps bound to device addresses: recorded once, replayed, captured as CUDA graphs.
+"""Steps bound to device addresses: recorded once (recording.py), replayed, captured as CUDA graphs.
 
-Recording needs no GPU: `record_step` returns the launches of a step.
-
-A host function records launches when a step is bound, and the runner replays them. Addresses
-never change afterwards, so a run of steps is captured as one CUDA graph. Recording needs no GPU:
-the tests record every case of the parity grid.
+Addresses never change after binding, so a run of steps is captured as one graph.
 """
 
 from __future__ import annotations
@@ -12,96 +8,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
 
+from pyggml.backends.base import Kernels
 from pyggml.backends.cuda.checks import check_ids, debugging
 from pyggml.backends.cuda.device.context import Context
 from pyggml.backends.cuda.device.cublas import Cublas
 from pyggml.backends.cuda.device.driver import guarded
-from pyggml.backends.cuda.device.memory import Buffer, operand_at
+from pyggml.backends.cuda.device.memory import Buffer
 from pyggml.backends.cuda.device.pinned import Staging
-from pyggml.backends.cuda.fusion import CudaStep
-from pyggml.backends.cuda.gpu import H200, Device
-from pyggml.backends.cuda.launch import Call, Gemm, Launch, Record
-from pyggml.backends.cuda.reasons import reason
+from pyggml.backends.cuda.launch import Gemm, Launch, Record
+from pyggml.backends.cuda.naming import kernels_of
+from pyggml.backends.cuda.recording import record_step
 from pyggml.backends.cuda.stamps import GraphStopwatch
 from pyggml.backends.cuda.weights.borrowing import Borrowing
-from pyggml.backends.pieces import piece_attributes, pieces_of, view_address
-from pyggml.backends.step import Address, LoopStep, PlannedBuffer, Step, kernel_error
-from pyggml.backends.timing import Kernels, Stopwatch, step_by_step
-from pyggml.errors import PyggmlError
+from pyggml.backends.step import Address, Step, kernel_error
+from pyggml.backends.timing import Stopwatch, step_by_step
 from pyggml.node import Node
 
 Action = Callable[[], None]
-
-
-def record_step(
-    step: Step,
-    at: Mapping[Node, Address],
-    scratch: tuple[int, int],
-    device: Device = H200,
-    *,
-    names_only: bool = False,
-) -> list[Record]:
-    """The launches of a step.
-
-    scratch     address and size in bytes of the declared scratch
-    names_only  record what can be recorded without a driver: tensor maps are empty, and of a loop
-                there is only the first piece of each body
-    """
-    if isinstance(step, LoopStep):
-        return list(_loop_records(step, at, scratch, device, names_only))
-    return _record(step, at, step.node.attrs, device, scratch, names_only)
-
-
-def _record(
-    step: Step,
-    at: Mapping[Node, Address],
-    attrs: Mapping[str, Any],
-    device: Device,
-    scratch: tuple[int, int],
-    names_only: bool,
-) -> list[Record]:
-    assert isinstance(step, CudaStep)
-    node = step.node
-    tensors = {**step.operands, **step.results}
-    operands = {name: operand_at(at[n], n.spec) for name, n in tensors.items()}
-    call = Call(node, operand_at(at[node], node.spec), operands, attrs, device, scratch)
-    call.names_only = names_only
-    try:
-        step.record(call)
-        if not step.workspace and any(isinstance(record, Gemm) for record in call.records):
-            raise PyggmlError(
-                "the kernel calls cuBLAS but does not declare it; register it with `cublas=`"
-            )
-    except Exception as error:
-        raise kernel_error(error, node) from None
-    return call.records
-
-
-def _loop_records(
-    step: LoopStep,
-    at: Mapping[Node, Address],
-    scratch: tuple[int, int],
-    device: Device,
-    names_only: bool,
-) -> Iterator[Record]:
-    """The launches of the pieces, one after another."""
-    plans = {plan.body: plan for plan in step.bodies}
-    memory = PlannedBuffer(scratch[0])
-    for body, starts, places in pieces_of(step, at):
-        plan = plans.pop(body, None) if names_only else plans[body]
-        if plan is None:
-            continue
-        for node, spot in plan.spots.items():
-            if spot.base is None:
-                places[node] = Address(memory, spot.offset, spot.nb)
-            elif spot.base is not node:
-                places[node] = view_address(node, places)
-        for inner, offset in zip(plan.steps, plan.scratch_at):
-            attrs = piece_attributes(body, inner.node, starts)
-            memory_of_step = scratch[0] + offset, inner.scratch
-            yield from _record(inner, places, attrs, device, memory_of_step, names_only)
 
 
 class CudaRunner:
@@ -236,15 +160,7 @@ class CudaRunner:
             load = self._loads[step.node]
             why = "" if load.in_graphs else "the weight's pages could not be registered"
             return Kernels(("load",) * len(load.actions), why)
-        names = tuple(name_of(record) for record in self._records[index])
-        return Kernels(names, reason(step, names))
-
-
-def name_of(record: Record) -> str:
-    """The instance of a launched kernel, or what else a record does."""
-    if isinstance(record, Launch):
-        return record.name
-    return "cublas" if isinstance(record, Gemm) else "memcpy"
+        return kernels_of(step, self._records[index])
 
 
 def as_action(context: Context, record: Record, product: Callable[[Gemm], None] | None) -> Action:

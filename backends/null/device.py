@@ -19,6 +19,7 @@ from pyggml.backends.base import (
     Download,
     Event,
     Given,
+    Kernels,
     NamesKernels,
     Upload,
     host_values,
@@ -26,7 +27,7 @@ from pyggml.backends.base import (
 from pyggml.backends.null.memory import HEADER, PRIVATE, NullBuffer, plain, private
 from pyggml.backends.null.queue import Queue
 from pyggml.backends.null.runner import NullRunner, weight_scratch
-from pyggml.backends.step import Address, Addresses, Buffer, Layouts, Step, WeightLayout
+from pyggml.backends.step import Address, Addresses, Buffer, Layouts, LoadStep, Step, WeightLayout
 from pyggml.errors import DeviceError, OutOfMemoryError
 from pyggml.loop import loop_of
 from pyggml.node import Node
@@ -88,11 +89,12 @@ class NullDevice:
             for step in self.host.lower(nodes, keep, layouts, fuse=fuse)
         ]
 
-    def kernel_names(self, step: Step, at: Addresses, scratch: int) -> Sequence[str]:
+    def kernels_of(self, step: Step, at: Addresses, scratch: int) -> Kernels:
         """NumPy's."""
-        return (
-            self.host.kernel_names(step, at, scratch) if isinstance(self.host, NamesKernels) else []
-        )
+        if isinstance(step, LoadStep):
+            return Kernels(("load",))
+        assert isinstance(self.host, NamesKernels)
+        return self.host.kernels_of(step, at, scratch)
 
     # -- the runtime half ---------------------------------------------------------------------
 

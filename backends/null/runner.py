@@ -7,10 +7,11 @@ from dataclasses import replace
 from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
+from pyggml.backends.base import Kernels
 from pyggml.backends.host_memory import aligned
 from pyggml.backends.null.memory import PRIVATE
 from pyggml.backends.step import Address, Addresses, Buffer, Layouts, LoadStep, Step
-from pyggml.backends.timing import Best, Kernels, Stopwatch, differences
+from pyggml.backends.timing import Best, Stopwatch, differences
 from pyggml.ops.leaf import data_of
 from pyggml.transfer import origin
 
@@ -36,7 +37,7 @@ class NullRunner:
         scratch_at: Sequence[int],
     ) -> None:
         self.device = device
-        self._names = [step.node.op.name for step in steps]
+        self._steps, self._at = tuple(steps), at
         memory = device.bytes_of(scratch)
         self._tasks = [
             self._load_task(step, at[step.node])
@@ -55,8 +56,7 @@ class NullRunner:
         self.device.queue.add(self._tasks[index])
 
     def kernels(self, index: int) -> Kernels:
-        """A step is one task, which calls NumPy's kernel."""
-        return Kernels((self._names[index],))
+        return self.device.kernels_of(self._steps[index], self._at, 0)
 
     def stopwatch(self) -> Stopwatch:
         """The clock is read in the queue, before the first task and after each."""

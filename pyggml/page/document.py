@@ -119,7 +119,7 @@ def seconds_of(view: View) -> list[float] | None:
 
 def _plan(view: View, texts: Texts) -> dict[str, Any]:
     work = view.plan._work
-    tables = Tables(work, texts)
+    tables = Tables(view.plan, texts)
     expanded = Counter((e.op, e.place, e.reason) for e in work.expanded)
     return {
         "caption": view.name,

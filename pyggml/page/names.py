@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from pyggml.runtime.report import folds
 
 #: Stands for the layer's number in a text: a character that no label should have.
 LAYER = "\ue000"
 #: The longest attributes that a page shows.
 LONGEST = 200
+#: The longest repeated part of a list that is written in one line.
+SHORT = 3
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -53,3 +57,17 @@ def text_of_attributes(attrs: Mapping[str, Any]) -> str:
     """`eps=1e-06, n_dims=64`, without those that are None."""
     text = ", ".join(f"{key}={value}" for key, value in attrs.items() if value is not None)
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+
+
+def lines_of(names: Sequence[str]) -> list[str]:
+    """`a, b (16 times)` for a, b, a, b, ..."""
+    texts: list[str] = []
+    for fold in folds(names):
+        part = names[fold.start : fold.start + fold.period]
+        if fold.times == 1:
+            texts += part
+        elif fold.period <= SHORT:
+            texts.append(f"{', '.join(part)} ({fold.times} times)")
+        else:
+            texts += [f"{fold.times} times:", *part]
+    return texts

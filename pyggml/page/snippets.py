@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from pyggml.page.layers import Section
-from pyggml.page.names import Texts
+from pyggml.page.names import Texts, lines_of
 from pyggml.page.tables import Tables
 from pyggml.runtime.memory import Memory, mib
 from pyggml.runtime.report import text_of
@@ -15,21 +15,7 @@ from pyggml.words import counted
 
 if TYPE_CHECKING:
     from pyggml.runtime.plan import Plan
-
-
-class Row(Protocol):
-    """The time and cost of a step."""
-
-    @property
-    def text(self) -> str: ...
-    @property
-    def op(self) -> str: ...
-    @property
-    def seconds(self) -> float: ...
-    @property
-    def flops(self) -> float: ...
-    @property
-    def nbytes(self) -> float: ...
+    from pyggml.runtime.profile import Profile, Sum, Timing
 
 
 #: Steps of a layer that a notebook shows, and rows of a profile.
@@ -45,7 +31,7 @@ def memory_html(memory: Memory) -> str:
 
 def plan_html(plan: Plan) -> str:
     """The memory, and the steps by layer; layers that are alike once."""
-    tables = Tables(plan._work, Texts())
+    tables = Tables(plan, Texts())
     parts = [f"<div>{escape(repr(plan))}</div>", memory_html(plan.memory)]
     for section in tables.sections():
         parts.append(f"<details><summary>{escape(_title(section))}</summary>")
@@ -62,30 +48,24 @@ def plan_html(plan: Plan) -> str:
     return "".join(parts)
 
 
-def profile_html(rows: Sequence[Row]) -> str:
-    """The times of steps: sums by op, and the slowest steps."""
-    by_op: dict[str, list[Row]] = {}
-    for row in rows:
-        by_op.setdefault(row.op, []).append(row)
-    sums = [(f"{op}, {counted(len(same), 'step')}", same) for op, same in by_op.items()]
-    slowest = sorted(rows, key=lambda row: -row.seconds)[:SLOWEST]
-    whole = sum(row.seconds for row in rows)
-    ops = _times(sorted(sums, key=lambda part: -sum(r.seconds for r in part[1])), whole)
-    steps = _times([(row.text, [row]) for row in slowest], whole)
-    total = f"{counted(len(rows), 'step')}, {whole * 1e3:.3f} ms"
-    slow = f"<details open><summary>The slowest steps</summary>{steps}</details>"
-    return f"<div>{total}</div>{ops}{slow}"
+def profile_html(profile: Profile) -> str:
+    """The times of steps: sums by op, the slowest steps, and the slow paths."""
+    slowest = sorted(profile.rows, key=lambda row: -row.seconds)[:SLOWEST]
+    ops = [(f"{row.name}, {counted(row.steps, 'step')}", row) for row in profile.by_op()]
+    paths = (f"<div>{escape(line)}</div>" for line in profile.slow_path_lines())
+    return (
+        f"<div>{escape(profile.head())}</div>{_times(ops, profile.seconds)}{''.join(paths)}"
+        "<details open><summary>The slowest steps</summary>"
+        f"{_times([(row.text, row) for row in slowest], profile.seconds)}</details>"
+    )
 
 
-def _times(parts: Iterable[tuple[str, Sequence[Row]]], whole: float) -> str:
-    """A row for each part: its name and its steps."""
+def _times(rows: Iterable[tuple[str, Timing | Sum]], whole: float) -> str:
+    """A table of named times."""
     cells = []
-    for name, rows in parts:
-        seconds, flops, nbytes = (
-            sum(getattr(row, key) for row in rows) for key in ("seconds", "flops", "nbytes")
-        )
-        time, share = max(seconds, 1e-9), 100 * seconds / max(whole, 1e-9)
-        numbers = (seconds * 1e3, share, flops / time / 1e9, nbytes / time / 1e9)
+    for name, row in rows:
+        time, share = max(row.seconds, 1e-9), 100 * row.seconds / max(whole, 1e-9)
+        numbers = (row.seconds * 1e3, share, row.flops / time / 1e9, row.nbytes / time / 1e9)
         cells.append([name, *(f"{number:.2f}" for number in numbers)])
     return _table(("", "ms", "%", "GFLOP/s", "GB/s"), cells)
 
@@ -104,7 +84,9 @@ def _title(section: Section) -> str:
 def _step_cells(tables: Tables, i: int) -> list[str]:
     step = tables.steps[i]
     place = tables.work.home(step.node).place
-    kernels = "; ".join(tables.kernels[i])
+    kernels = "; ".join(lines_of(tables.kernels[i].names))
+    if tables.kernels[i].why:
+        kernels += f" (not the fast kernel: {tables.kernels[i].why})"
     return [str(i), text_of(step), str(step.node.spec), place, kernels, mib(step.nbytes)]
 
 

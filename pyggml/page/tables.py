@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from pyggml.backends.base import Kernels
 from pyggml.backends.step import LoopStep, Step, own_nodes
 from pyggml.loop import loop_of
 from pyggml.node import Node, label_of, labels, line_of
 from pyggml.operation import cost_of
 from pyggml.page.arena import blocks_of
-from pyggml.page.kernels import kernels_of
 from pyggml.page.layers import Section, layers_of, layers_of_steps, sections
-from pyggml.page.names import Texts, place_of_line, text_of_attributes
-from pyggml.passes.work import Work
+from pyggml.page.names import Texts, lines_of, place_of_line, text_of_attributes
 from pyggml.runtime.report import text_of
 from pyggml.transfer import origin, transfer
+
+if TYPE_CHECKING:
+    from pyggml.runtime.plan import Plan
 
 NODE_KEYS = ("name", "layer", "op", "type", "ne", "bytes", "place", "line", "attrs", "src", "base")
 
@@ -24,18 +26,18 @@ NODE_KEYS = ("name", "layer", "op", "type", "ne", "bytes", "place", "line", "att
 class Tables:
     """The columns of one plan.
 
-    work   the planned graph
     texts  the texts of the page, shared by its plans
     """
 
-    def __init__(self, work: Work, texts: Texts) -> None:
-        self.work, self.texts = work, texts
+    def __init__(self, plan: Plan, texts: Texts) -> None:
+        self.work, self.texts = plan._work, texts
+        work = self.work
         self.steps = work.steps
         self.places = [backend.place for backend in dict.fromkeys(work.backends)]
         self.nodes = (*work.order, *own_nodes(work.order, self.steps))
         self.number = {node: i for i, node in enumerate(self.nodes)}
         self.layers = layers_of(self.nodes)
-        self.kernels = kernels_of(work)
+        self.kernels = plan.kernels()
         self._line = cache(lambda line: texts.add(place_of_line(line)))
 
     def node_columns(self) -> dict[str, list[Any]]:
@@ -74,7 +76,8 @@ class Tables:
             "nodes": [[number[n] for n in step.nodes] for step in self.steps],
             "reads": [[number[n] for n in dict.fromkeys(step.reads)] for step in self.steps],
             "split": [i for i, s in enumerate(self.work.splits) for _ in (*s.copies, *s.steps)],
-            "kernels": [self.texts.add("\n".join(names)) for names in self.kernels],
+            "kernels": [self.texts.add("\n".join(lines_of(k.names))) for k in self.kernels],
+            "why": [self.texts.add(k.why) for k in self.kernels],
             "at": [-1 if spot.base is not None else spot.offset for spot in spots],
             "scratch": [step.scratch for step in self.steps],
             "flops": [round(sum(c.flops for c in cost)) for cost in costs],
@@ -113,10 +116,10 @@ class Tables:
             for read in step.reads:
                 readers.setdefault(read.base, set()).add(layer)
         shared = {n for n, layers in readers.items() if len(layers - {self.layers.get(n)}) > 1}
-        keys = [self._key(s, names, shared) for s, names in zip(self.steps, self.kernels)]
+        keys = [self._key(s, k, shared) for s, k in zip(self.steps, self.kernels)]
         return sections(numbers, keys)
 
-    def _key(self, step: Step, kernels: Sequence[str], shared: Collection[Node]) -> Hashable:
+    def _key(self, step: Step, kernels: Kernels, shared: Collection[Node]) -> Hashable:
         """Equal for steps of different layers that do the same.
 
         shared  tensors that several layers read besides the one that computes them
@@ -128,7 +131,7 @@ class Tables:
             tuple((n.op, n.spec, self._name(n), self._attributes(n)) for n in step.nodes),
             tuple(self._read_key(read, own, shared) for read in step.reads),
             step.scratch,
-            tuple(kernels),
+            kernels,
             self._body(step),
         )
 

@@ -11,7 +11,7 @@ from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pyggml.backends.base import Runner
+from pyggml.backends.base import Kernels, Runner
 from pyggml.backends.step import Address, Step
 from pyggml.errors import DeviceError, DTypeError, OutOfMemoryError
 from pyggml.graph import Graph
@@ -19,6 +19,7 @@ from pyggml.node import Node
 from pyggml.passes.work import Split, Work
 from pyggml.runtime.execution import Execution, addresses
 from pyggml.runtime.inputs import Bound, Ready, together
+from pyggml.runtime.kernels import kernels_of
 from pyggml.runtime.leaves import Progress
 from pyggml.runtime.memory import Memory
 from pyggml.runtime.outputs import names_of
@@ -113,6 +114,14 @@ class Plan:
         values of the last run.
         """
         return tuple(self._execution.runners) if self._execution is not None else ()
+
+    def kernels(self) -> list[Kernels]:
+        """The kernels of each of `steps`, and why a step does not take a fast one.
+
+        Once the plan is bound, they are those that its runs start. Before that no device is needed,
+        and a loop has the kernels of the first piece of each body.
+        """
+        return kernels_of(self._work, self.runners)
 
     def place_of(self, node: Node) -> str:
         """The place where a node of `graph` is computed or stored."""

@@ -14,14 +14,15 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from pyggml.backends.base import Backend
+from pyggml.backends.base import Backend, Kernels
 from pyggml.backends.step import Step
-from pyggml.backends.timing import Kernels, Stopwatch, Timeable, step_by_step
+from pyggml.backends.timing import Stopwatch, Timeable, step_by_step
 from pyggml.errors import UnknownNameError
 from pyggml.node import Node, labels, line_of
 from pyggml.operation import cost_of
 from pyggml.passes.work import Work
 from pyggml.runtime.execution import Copy, Execution
+from pyggml.runtime.kernels import kernels_of
 from pyggml.runtime.report import expansions, name_of, text_of
 from pyggml.transfer import origin, transfer
 from pyggml.words import counted
@@ -124,7 +125,7 @@ class Profile:
         """For notebooks."""
         from pyggml.page.snippets import profile_html
 
-        return profile_html(self.rows)
+        return profile_html(self)
 
     @property
     def seconds(self) -> float:
@@ -208,10 +209,13 @@ class Profile:
             self._line(f"{row.name}, {counted(row.steps, 'step')}", row) for row in self.by_op()
         ]
         lines += self.expanded
+        return "\n".join([*lines, *self.slow_path_lines()])
+
+    def slow_path_lines(self) -> Iterator[str]:
+        """`slow_paths` as text."""
         for why, rows in self.slow_paths():
             ops = ", ".join(dict.fromkeys(row.op for row in rows))
-            lines.append(f"not the fast kernel: {counted(len(rows), 'step')} of {ops}: {why}")
-        return "\n".join(lines)
+            yield f"not the fast kernel: {counted(len(rows), 'step')} of {ops}: {why}"
 
     def head(self) -> str:
         """Steps, launches and times in one line."""
@@ -322,26 +326,17 @@ def measure(execution: Execution, give: Callable[[], None], runs: int) -> Profil
 def _rows(
     work: Work, execution: Execution, watches: Sequence[Stopwatch], copies: Mapping[int, float]
 ) -> Iterator[Timing]:
+    kernels = iter(kernels_of(work, execution.runners))
     number, layer = 0, None
     for i, split in enumerate(work.splits):
-        runner, place = execution.runners[i], split.backend.place
+        place = split.backend.place
         for step in split.copies:
-            yield _timing(step, i, place, None, Kernels(("copy",)), copies[number])
+            yield _timing(step, i, place, None, next(kernels), copies[number])
             number += 1
-        for k, (step, seconds) in enumerate(zip(split.steps, watches[i].seconds())):
-            kernels = runner.kernels(k) if isinstance(runner, Timeable) else Kernels(())
-            if not kernels.why:
-                kernels = Kernels(kernels.names, _elsewhere(work, step, split.backend))
+        for step, seconds in zip(split.steps, watches[i].seconds()):
             layer = _layer(step, layer)
-            yield _timing(step, i, place, layer, kernels, seconds)
+            yield _timing(step, i, place, layer, next(kernels), seconds)
             number += 1
-
-
-def _elsewhere(work: Work, step: Step, backend: Backend) -> str:
-    """Why the first backend does not run a step that runs on a later one; empty if it could."""
-    first = work.backends[0]
-    why = None if backend is first else first.supports(step.node)
-    return f"not on {first.place}: {why}" if why else ""
 
 
 def _timing(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 import pyggml as gg
 from pyggml.backends.cpu.rows import READABLE, WRITABLE
-from pyggml.backends.cpu.runner import CpuStep
+from pyggml.backends.cpu.table import CpuStep
 from pyggml.backends.step import LoopStep, Step
 from pyggml.models.presets import preset
 from pyggml.models.synth import synth

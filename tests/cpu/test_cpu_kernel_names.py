@@ -11,7 +11,6 @@ import pyggml as gg
 from pyggml.backends.cpu.native.compiler import Native
 from pyggml.backends.cpu.native.program import Program
 from pyggml.backends.step import LoopStep
-from pyggml.page.kernels import kernels_of
 from pyggml.runtime.plan import Plan
 
 
@@ -35,12 +34,14 @@ def test_names_are_those_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None
         add(self, kernel, *values, alone=alone)
 
     plan = plan_of()
-    own = [name for step in kernels_of(plan._work) for name in step]
+    before = plan.kernels()
+    own = [name for kernels in before for name in kernels.names]
     with monkeypatch.context() as patch:
         patch.setattr(Program, "add", noted)
         plan.bind()
     native = [name for name in own if not name.startswith("numpy.")]
     assert native == names[names.index("rms_norm") :]  # repacking of the weight comes before
+    assert plan.kernels() == before
 
 
 def test_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,4 +51,4 @@ def test_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Native, "ready", refuse)
     cut = plan_of(amb=0.6 * plan_of().memory.score_peak / 2**20)
     assert any(isinstance(step, LoopStep) for step in cut.steps)
-    assert all(kernels_of(cut._work))
+    assert all(kernels.names for kernels in cut.kernels())

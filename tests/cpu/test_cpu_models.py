@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import pyggml as gg
-from pyggml.backends.cpu.runner import CpuStep
+from pyggml.backends.cpu.table import CpuStep
 from pyggml.backends.step import LoopStep, Step
 from pyggml.generate.loop import Draw
 from pyggml.models.presets import PRESETS, preset

@@ -11,8 +11,8 @@ import pytest
 from numpy.typing import NDArray
 
 import pyggml as gg
-from pyggml.backends.cpu.runner import CpuStep
 from pyggml.backends.cpu.sort import MOST_K, SORTED_ROWS
+from pyggml.backends.cpu.table import CpuStep
 from pyggml.node import Node
 
 Array = NDArray[Any]

@@ -11,8 +11,8 @@ from pyggml.backends.cuda.launch import Gemm, Launch
 from pyggml.backends.cuda.naming import name_of
 from pyggml.backends.step import LoopStep
 from pyggml.graph import Graph
-from pyggml.page.kernels import kernels_of, lines_of
 from pyggml.passes.work import Work
+from pyggml.runtime.kernels import kernels_of
 from tests.cuda.test_recording import recordable, steps_of
 
 
@@ -22,8 +22,8 @@ def test_the_names_of_every_case_are_those_of_its_launches() -> None:
     for case, node in list(recordable())[::5]:
         work = passes.run(Work(Graph({"y": node}), (device,)))
         records = [step_records for _, step_records in steps_of(node)]
-        names = [lines_of([name_of(record) for record in each]) for each in records]
-        assert kernels_of(work) == names, case
+        names = [tuple(map(name_of, each)) for each in records]
+        assert [kernels.names for kernels in kernels_of(work)] == names, case
         kinds |= {type(record) for each in records for record in each}
     assert {Launch, Gemm} <= kinds
 
@@ -35,7 +35,7 @@ def test_a_loop_has_the_kernels_of_each_body_once() -> None:
     out = gg.mul_mat(gg.transpose(gg.state("cache_v", "f16", ne=(64, 1024, 8))), p)
     plan = gg.compile({"out": out}, amb=4, backends=["cuda:0:24GiB"])
     [loop] = [i for i, step in enumerate(plan.steps) if isinstance(step, LoopStep)]
-    names = " ".join(kernels_of(plan._work)[loop])
+    names = " ".join(plan.kernels()[loop].names)
     assert "softmax" in names
     bodies = len(plan.steps[loop].bodies)  # type: ignore[attr-defined]
     assert names.count("softmax") <= bodies
@@ -45,12 +45,11 @@ def test_attention_on_hopper_is_named_without_a_driver() -> None:
     """Its tensor maps come from the driver, which the process below must not import."""
     code = (
         "import sys, pyggml as gg\n"
-        "from pyggml.page.kernels import kernels_of\n"
         "q = gg.input('q', ne=(192, 512, 128)); pos = gg.input('pos', 'i32', ne=(512,))\n"
         "k, v = (gg.state(n, 'f16', ne=(d, 2048, 128)) for n, d in [('k', 192), ('v', 128)])\n"
         "y = gg.flash_attn_ext(q, k, v, gg.causal_mask(pos, n_kv=2048), scale=0.1)\n"
         "plan = gg.compile({'y': y}, backends=['cuda:0:80GiB'])\n"
-        "print(kernels_of(plan._work))\n"
+        "print(plan.kernels())\n"
         "assert not {'pycuda', 'cupy', 'cuda'} & {m.split('.')[0] for m in sys.modules}\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import pyggml as gg
+from pyggml.backends.cuda.naming import name_of
 from pyggml.backends.cuda.reasons import reason
-from pyggml.backends.cuda.runner import name_of
 from pyggml.node import Node
 from tests.cuda.test_recording import steps_of
 

@@ -15,7 +15,7 @@ from pyggml import backends, ops, passes
 from pyggml.backends.cuda.device.compiler import KERNELS
 from pyggml.backends.cuda.elementwise import functors
 from pyggml.backends.cuda.launch import Launch, Record
-from pyggml.backends.cuda.runner import record_step
+from pyggml.backends.cuda.recording import record_step
 from pyggml.backends.cuda.table import KERNELS as TABLE
 from pyggml.backends.cuda.weights.formats import FORMATS
 from pyggml.backends.step import Address, Step

@@ -115,7 +115,10 @@ def test_events_are_destroyed_with_the_profile(clock: Clock) -> None:
 
 def test_rows_of_a_profile(clock: Clock) -> None:
     clock.times = [1e-3] * 4
-    rows = chain(4).profile({"x": X}, 1).rows
+    plan = chain(4)
+    before = plan.kernels()
+    rows = plan.profile({"x": X}, 1).rows
+    assert before == [row.kernels for row in rows] == plan.kernels()
     assert [row.kernels.names for row in rows] == [
         (f"unary<{f}, float, 4, unsigned>",) for f in ("Sqr", "Relu")
     ] * 2

@@ -142,6 +142,32 @@ def test_keys_move_through_the_steps_and_open_them(
     assert browser.run(f"document.querySelector('#row-{peak + 1} .more') === null")
 
 
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A product of f32 weights on a GPU, which has no kernel on tensor cores."""
+    w = gg.constant(np.ones((64, 256), np.float32), name="w")
+    y = gg.relu(gg.mul_mat(w, gg.input("x", ne=(256, 200))))
+    plan = gg.compile({"y": y}, backends=["cuda:0:24GiB"])
+    return plan.page(tmp_path_factory.mktemp("slow") / "page.html")
+
+
+def test_the_reason_of_a_slow_path_is_shown(
+    slow: Path, browser: Browser, pages: dict[str, Path]
+) -> None:
+    why = "f32 weights are multiplied in f32, without tensor cores"
+    browser.open(slow)
+    [step] = browser.run("plans[0].steps.why.flatMap((w, s) => (w ? [s] : []))")
+    assert why in text(browser, "#cost") and "mul_mat" in text(browser, "#cost")
+    assert "slow path" in text(browser, f"#row-{step} .kernel")
+    assert browser.run("document.querySelectorAll('.kernel .slow').length") == 1
+    browser.click(f"#step-{step}")
+    assert f"Why not a faster one{why}" in text(browser, f"#row-{step} .more")
+    browser.run("find('tensor cores')")
+    assert browser.run("document.querySelectorAll('#found button').length") == 1
+    browser.open(pages["timed"])
+    assert "Every step takes the fastest kernel" in text(browser, "#cost")
+
+
 def test_find_lists_steps_and_goes_to_one(browser: Browser, pages: dict[str, Path]) -> None:
     browser.open(pages["two"])
     browser.run("byId('find').focus()")

@@ -162,6 +162,8 @@ def test_every_node_and_step_is_there_with_its_own_values(plan: Plan) -> None:
         assert plan.splits[steps["split"][i]] is splits[i]
         number = len(plan.splits[steps["split"][i]].copies)
         assert one["splits"][steps["split"][i]][1] == number
+    for kernels, text, why in zip(plan.kernels(), steps["kernels"], steps["why"]):
+        assert all(name in texts[text] for name in kernels.names) and texts[why] == kernels.why
     lines = {texts[line] for line in nodes["line"]}
     assert any(re.fullmatch(r"pyggml/models/\w+\.py:\d+", line) for line in lines)
 

@@ -39,6 +39,7 @@ function showCost() {
     legend(FAMILIES),
     table("By op.", ["op", ["steps", "num"], [what, "num"], ["share", "num"], ""], byOp.slice(0, 12).map(([op, [count, value]]) => ({ cells: [
       make("span", { class: "mono" }, op), number.format(count), text(value), percent(value, all), shareBar(value, all)] }))),
+    slowPaths(plan, values, what, text, all),
     make("details", { class: "plain" }, make("summary", {}, "By layer, as a table"), make("div", { class: "inside" },
       table("Layers in order.", ["part", ["steps", "num"], [what, "num"], ["share", "num"], ""],
         groups.map(({ where, steps }) => {
@@ -69,6 +70,22 @@ function opRows(plan, values) {
     rows.set(op, [count + 1, value + values[s]]);
   });
   return [...rows].sort((a, b) => b[1][1] - a[1][1]);
+}
+
+/** Why steps do not take the fast kernel, the reason with the most cost first. */
+function slowPaths(plan, values, what, text, all) {
+  const groups = new Map();
+  for (let s = 0; s < plan.count; s += 1) {
+    const why = plan.why(s);
+    if (why) groups.set(why, [...(groups.get(why) || []), s]);
+  }
+  if (!groups.size) return plan.named ? make("p", {}, "Every step takes the fastest kernel that its backend has for it.") : null;
+  const cost = (steps) => sum(steps.map((s) => values[s]));
+  const rows = [...groups].sort((a, b) => cost(b[1]) - cost(a[1])).map(([why, steps]) => ({ cells: [
+    make("span", {}, why), make("span", { class: "mono" }, [...new Set(steps.map((s) => plan.op(plan.steps.node[s])))].join(", ")),
+    number.format(steps.length), text(cost(steps)), percent(cost(steps), all),
+    make("button", { type: "button", class: "link", on: { click: () => openStep(steps[0]) } }, `step ${steps[0]}`)] }));
+  return table("Slow paths: why steps do not take the fast kernel.", ["why", "ops", ["steps", "num"], [what, "num"], ["share", "num"], "the first"], rows);
 }
 
 function drawCost(plan, values, all, groups) {

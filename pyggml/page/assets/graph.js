@@ -67,7 +67,8 @@ function stepRow(plan, s, rail) {
     make("div", { class: "spec mono", role: "cell" }, plan.spec(node)),
     make("div", { class: "where", role: "cell" }, plan.places[plan.home[s]]),
     make("div", { class: "kernel mono", role: "cell" }, kernels.slice(0, 3).map((name) => make("div", { title: name }, name)),
-      kernels.length > 3 ? make("div", { class: "soft" }, `and ${kernels.length - 3} more`) : null),
+      kernels.length > 3 ? make("div", { class: "soft" }, `and ${kernels.length - 3} more`) : null,
+      plan.why(s) ? make("div", { class: "slow", title: plan.why(s) }, "slow path") : null),
     make("div", { class: "size num", role: "cell" }, plan.steps.at[s] < 0 ? make("span", { class: "soft" }, "in place") : size(plan.nodes.bytes[node])),
     plan.timed ? make("div", { class: "time num", role: "cell" }, time(plan.steps.seconds[s])) : null);
 }
@@ -105,6 +106,7 @@ function details(plan, s) {
     [inner.length > 1 ? "Nodes, in one step" : "Node", list(inner)],
     body ? ["Each piece", list(body.split("\n").map((text) => make("li", { class: "mono" }, text)))] : null,
     ["Kernels", list(plan.kernels(s).map((name) => make("li", { class: "mono" }, name)))],
+    plan.why(s) ? ["Why not a faster one", plan.why(s)] : null,
     ["Reads", list(plan.steps.reads[s].map(tensor))],
     ["Read by", list(users.slice(0, 12).map((user) => make("li", {}, link(user, plan.title(user)), make("span", { class: "soft" }, ` step ${user}, ${plan.where(user)}`)))
       .concat(users.length > 12 ? make("li", {}, `and ${users.length - 12} more`) : []))],
@@ -154,7 +156,7 @@ function find(text) {
   if (words.length) {
     for (let s = 0; s < plan.count; s += 1) {
       const node = plan.steps.node[s];
-      const all = [plan.title(s), plan.call(s), plan.text(plan.steps.kernels[s]), plan.spec(node), plan.places[plan.home[s]], plan.where(s),
+      const all = [plan.title(s), plan.call(s), plan.text(plan.steps.kernels[s]), plan.why(s), plan.spec(node), plan.places[plan.home[s]], plan.where(s),
         ...plan.steps.nodes[s].flatMap((n) => [plan.op(n), plan.label(n), plan.line(n)])].join(" ").toLowerCase();
       if (words.every((word) => all.includes(word))) hits.push(s);
     }

@@ -17,6 +17,7 @@ class Plan {
         this.users.get(base).push(s);
       }
     });
+    this.named = this.steps.kernels.some((kernels, s) => kernels && !this.isCopy(s)); // a backend may not name its kernels
     this.home = this.steps.split.map((k) => this.splits[k][0]); // step -> place
   }
 
@@ -74,6 +75,11 @@ class Plan {
   kernels(step) {
     const text = this.text(this.steps.kernels[step]);
     return text ? text.split("\n") : [];
+  }
+
+  /** Why a step does not take the fast kernel; "" if it does. */
+  why(step) {
+    return this.text(this.steps.why[step]);
   }
 
   line(node) {
