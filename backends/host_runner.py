@@ -74,7 +74,7 @@ class HostRunner:
     def stopwatch(self) -> Stopwatch:
         """The clock is read between steps."""
 
-        def take() -> Callable[[], tuple[list[float], float]]:
+        def take() -> Callable[[], list[float]]:
             marks: list[int] = []
             copy_context().run(self._run, self._marked(marks))
             return lambda: differences(marks)

@@ -35,7 +35,7 @@ class Stopwatch(Protocol):
 
     def whole(self) -> float:
         """The seconds of all steps together, from a run that is not divided into steps; 0 if
-        there is none."""
+        there was none."""
 
 
 @runtime_checkable
@@ -52,38 +52,35 @@ class Timeable(Protocol):
 class Best:
     """A stopwatch whose runs time every step. It keeps the shortest time of each.
 
-    take  runs all steps once, and returns a function that gives the seconds of each and of all
-          once the device has finished
+    take  runs all steps once, and returns a function that gives the seconds of each once the device
+          has finished
     """
 
     turns = 1
 
-    def __init__(self, take: Callable[[], Callable[[], tuple[list[float], float]]]) -> None:
+    def __init__(self, take: Callable[[], Callable[[], list[float]]]) -> None:
         self._take = take
         self._times: list[list[float]] = []
-        self._wholes: list[float] = []
-        self._pending: Callable[[], tuple[list[float], float]] | None = None
+        self._pending: Callable[[], list[float]] | None = None
 
     def run(self, turn: int) -> None:
         self._pending = self._take()
 
     def read(self) -> None:
         assert self._pending is not None
-        times, whole = self._pending()
-        self._times.append(times)
-        self._wholes.append(whole)
+        self._times.append(self._pending())
 
     def seconds(self) -> list[float]:
         return [min(step) for step in zip(*self._times)]
 
     def whole(self) -> float:
-        return min(self._wholes)
+        return 0.0
 
 
 def step_by_step(runner: Runner, count: int, wait: Callable[[], None]) -> Best:
     """A stopwatch for any runner of `count` steps: it calls `wait` before and after each step."""
 
-    def take() -> Callable[[], tuple[list[float], float]]:
+    def take() -> Callable[[], list[float]]:
         times = []
         wait()
         for index in range(count):
@@ -91,12 +88,11 @@ def step_by_step(runner: Runner, count: int, wait: Callable[[], None]) -> Best:
             runner.run_step(index)
             wait()
             times.append(perf_counter() - start)
-        return lambda: (times, 0.0)
+        return lambda: times
 
     return Best(take)
 
 
-def differences(marks: list[int]) -> tuple[list[float], float]:
-    """The seconds between marks in nanoseconds that follow one another, and those of all."""
-    times = [(end - start) / 1e9 for start, end in pairwise(marks)]
-    return times, sum(times)
+def differences(marks: list[int]) -> list[float]:
+    """The seconds between marks in nanoseconds that follow one another."""
+    return [(end - start) / 1e9 for start, end in pairwise(marks)]

@@ -61,7 +61,7 @@ class NullRunner:
     def stopwatch(self) -> Stopwatch:
         """The clock is read in the queue, before the first task and after each."""
 
-        def take() -> Callable[[], tuple[list[float], float]]:
+        def take() -> Callable[[], list[float]]:
             marks: list[int] = []
             self.device.queue.add(lambda: marks.append(perf_counter_ns()))
             for task in self._tasks:

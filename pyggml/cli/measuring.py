@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -16,6 +17,7 @@ from pyggml.cli import options
 from pyggml.cli.model_options import load_weights
 from pyggml.cli.options import UsageError, wrong_usage
 from pyggml.cli.progress import clear, progress
+from pyggml.cli.terminal import text_of
 from pyggml.errors import DeviceError, DTypeError, PyggmlError
 
 if TYPE_CHECKING:
@@ -196,6 +198,10 @@ def _environment(number: int) -> Iterator[None]:
                 os.environ[name] = value
 
 
+class ChildError(Exception):
+    """The traceback of an error in another process, as the cause of the error here."""
+
+
 def _received(pipe: Connection, number: int) -> Iterator[Any]:
     """What the process sends, until it has ended or was interrupted."""
     while True:
@@ -206,7 +212,8 @@ def _received(pipe: Connection, number: int) -> Iterator[Any]:
         if kind == "record":
             yield value
         elif kind == "error":
-            raise getattr(errors, value[0], DeviceError)(value[1])
+            name, text, trace = value
+            raise getattr(errors, name, DeviceError)(text) from ChildError(trace)
         elif kind == "interrupted":
             raise KeyboardInterrupt
         else:
@@ -226,6 +233,7 @@ def _serve(
     except KeyboardInterrupt:
         clear()
         pipe.send(("interrupted", None))
-    except (PyggmlError, OSError) as error:
+    except Exception as error:
         clear()
-        pipe.send(("error", (type(error).__name__, str(error))))
+        trace = "".join(traceback.format_exception(error))
+        pipe.send(("error", (type(error).__name__, text_of(error), trace)))

@@ -50,7 +50,7 @@ def print_error(error: BaseException, *, debug: bool = False) -> None:
     clear()
     if debug:
         traceback.print_exception(error)
-    print(error_head("pyggml"), " ".join(_text(error).split()), file=sys.stderr)
+    print(error_head("pyggml"), " ".join(text_of(error).split()), file=sys.stderr)
 
 
 def error_head(prog: str) -> str:
@@ -58,7 +58,8 @@ def error_head(prog: str) -> str:
     return f"{prog}: {coloured('error:', 'bad', sys.stderr)}"
 
 
-def _text(error: BaseException) -> str:
+def text_of(error: BaseException) -> str:
+    """What is printed about an error."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, (PyggmlError, OSError)):

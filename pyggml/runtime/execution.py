@@ -25,11 +25,11 @@ Copy = Callable[[], Event | None]
 class Watch(Protocol):
     """Times the parts of a run.
 
-    copy     makes a copy, given the step's number and both ends
+    copy     makes a copy, given the step's number and both ends; returns what has to be waited for
     compute  runs the steps of a split
     """
 
-    def copy(self, number: int, call: Copy, ends: Collection[Backend]) -> None: ...
+    def copy(self, number: int, call: Copy, ends: Collection[Backend]) -> Event | None: ...
 
     def compute(self, split: int) -> None: ...
 
@@ -114,7 +114,7 @@ class Execution:
         """Run all splits once, under a watch, and wait for the end."""
         self._run(None, watch=watch)
 
-    def phases(self, give: Callable[[], None]) -> tuple[float, float, float]:
+    def phases(self, give: Callable[[], None], watch: Watch) -> tuple[float, float, float]:
         """Run all splits once; the seconds to upload the inputs, to issue the splits, to wait."""
         marks = [perf_counter()]
 
@@ -122,7 +122,7 @@ class Execution:
             give()
             marks.append(perf_counter())
 
-        self._run(timed, waits=False)
+        self._run(timed, watch=watch, waits=False)
         marks.append(perf_counter())
         try:
             self.settle()
@@ -206,9 +206,11 @@ class Execution:
                 call: Copy = partial(target.fetch, there, sender, here, spec)
             else:
                 call = partial(sender.send, there, here, spec)
-            if watch is not None:
-                watch.copy(self.first[i] + k, call, (sender, target))
-            elif (event := call()) is not None:
+            if watch is None:
+                event = call()
+            else:
+                event = watch.copy(self.first[i] + k, call, (sender, target))
+            if event is not None:
                 sent.append(event)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from pyggml.backends.base import Backend, Kernels
+from pyggml.backends.base import Backend, Event, Kernels
 from pyggml.backends.step import Step
 from pyggml.backends.timing import Stopwatch, Timeable, step_by_step
 from pyggml.errors import UnknownNameError
@@ -46,7 +46,8 @@ class Timing:
     split    the number of its split
     line     `file:line` of the code that built the node
     kernels  what is launched, and why not the fast kernel
-    seconds  inside a run, launches and waits of its own included
+    seconds  inside a run, launches and waits of its own included; on cpu also a reading of the
+             clock for each kernel, 25 ns
     flops, nbytes  the least work of its nodes (`pyggml.operation.cost_of`)
     """
 
@@ -104,8 +105,8 @@ class Profile:
     """The times of all steps. As text: the slowest steps, sums by op, and the slow paths.
 
     phases    the fastest run that was not divided into steps
-    whole     the seconds of each split's steps in a run that is not divided into steps; 0 if it
-              is not known
+    whole     the seconds of each split's steps in the fastest run that is not divided into steps;
+              0 if that is not known
     waits     of each split: the splits that it waits for
     expanded  ops that simpler ones replace, and why
     ceilings  by place: what its device can do (`with_ceilings`)
@@ -273,6 +274,26 @@ def _sum(name: str, rows: Sequence[Timing]) -> Sum:
 # -- measuring ------------------------------------------------------------------------------------
 
 
+class _Undivided:
+    """A run as any other. It keeps the shortest time of each split on the host, where issuing a
+    split runs it."""
+
+    def __init__(self, execution: Execution) -> None:
+        self.runners = execution.runners
+        self.on_host = [split.backend.device == "host" for split in execution.splits]
+        self.whole: dict[int, float] = {}
+
+    def copy(self, number: int, call: Copy, ends: Collection[Backend]) -> Event | None:
+        return call()
+
+    def compute(self, split: int) -> None:
+        start = perf_counter()
+        self.runners[split].run()
+        time = perf_counter() - start
+        if self.on_host[split]:
+            self.whole[split] = min(time, self.whole.get(split, time))
+
+
 class _Run:
     """A run under stopwatches; it sees the steps of one turn."""
 
@@ -300,7 +321,8 @@ def measure(execution: Execution, give: Callable[[], None], runs: int) -> Profil
     """Profile an execution: each of its steps in `runs` runs."""
     work = execution.work
     execution.run(give)
-    phases = [Phases(*execution.phases(give)) for _ in range(runs + 1)]
+    undivided = _Undivided(execution)
+    phases = [Phases(*execution.phases(give, undivided)) for _ in range(runs + 1)]
     watches = [
         runner.stopwatch()
         if isinstance(runner, Timeable)
@@ -317,7 +339,7 @@ def measure(execution: Execution, give: Callable[[], None], runs: int) -> Profil
     return Profile(
         rows,
         min(phases, key=lambda each: each.seconds),
-        tuple(watch.whole() for watch in watches),
+        tuple(undivided.whole.get(i, watch.whole()) for i, watch in enumerate(watches)),
         tuple(split.waits for split in work.splits),
         tuple(expansions(work)),
     )

@@ -239,9 +239,15 @@ def test_each_number_of_threads_is_measured_in_its_own_process(
 
 
 def test_an_error_of_a_process_is_an_error_here(capsys: Streams) -> None:
-    assert main(["bench", "-m", "nofile.gguf", "-t", "1", "--backend", "numpy"]) == 1
+    words = ["bench", "-m", "nofile.gguf", "--backend", "numpy"]
+    assert main([*words, "-t", "1"]) == 1
     out, err = capsys.readouterr()
     assert not out and "nofile.gguf" in err and err.count("\n") == 1
+    assert main(words) == 1
+    assert capsys.readouterr().err == err  # as without a process
+    assert main([*words, "-t", "1", "--debug"]) == 1
+    trace = capsys.readouterr().err
+    assert "ChildError: Traceback" in trace and "in open_model" in trace and trace.endswith(err)
 
 
 def test_an_interrupt_prints_what_was_measured(

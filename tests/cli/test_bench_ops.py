@@ -51,7 +51,7 @@ def test_json(path: Path, capsys: Streams) -> None:
     row = next(r for r in token["steps"] if r["label"] == "Qcur-1")
     assert row["layer"] == 1 and row["op"] == "rope_ext" and row["place"] == "numpy"
     assert row["seconds"] > 0 and row["ceiling"] > 0 and "models" in row["line"]
-    assert row["kernels"] == "rope_ext" and row["why"] == ""
+    assert row["kernels"] == "numpy.rope_ext" and row["why"] == ""
     for sums in token["by"].values():
         assert sum(r["seconds"] for r in sums) == pytest.approx(token["seconds"])
 
