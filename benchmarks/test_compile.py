@@ -1,4 +1,4 @@
-"""Time of compile() for thousands of nodes: pytest benchmarks/test_compile.py --benchmark-enable"""
+"""Time of compile() for thousands of nodes: pytest benchmarks/test_compile.py"""
 
 from __future__ import annotations
 

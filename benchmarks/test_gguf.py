@@ -1,5 +1,5 @@
-"""Time to open a GGUF file with 102,400 tokens, and to write a random one: pytest
-benchmarks/test_gguf.py --benchmark-enable"""
+"""Time to open a GGUF file with 102,400 tokens, and to write a random one:
+pytest benchmarks/test_gguf.py"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NumPy kernels compared with plain NumPy: pytest benchmarks/test_kernels.py --benchmark-enable
+"""NumPy kernels compared with plain NumPy: pytest benchmarks/test_kernels.py
 
 Each group has the kernel ("pyggml") and the plain NumPy code ("plain"). Bars, with equal threads: a
 dense f32 product within 5 % of numpy.matmul, flash attention within twice its two products alone,

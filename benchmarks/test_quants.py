@@ -1,4 +1,4 @@
-"""Time to decode 4096 x 4096 weights: pytest benchmarks/test_quants.py --benchmark-enable"""
+"""Time to decode 4096 x 4096 weights: pytest benchmarks/test_quants.py"""
 
 from __future__ import annotations
 

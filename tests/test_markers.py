@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -42,3 +46,12 @@ def test_nothing_is_missing(monkeypatch: pytest.MonkeyPatch, marker: str) -> Non
 def test_every_marker_is_declared(pytestconfig: pytest.Config) -> None:
     declared = {line.partition(":")[0] for line in pytestconfig.getini("markers")}
     assert {"oracle", "kernels", "stub", "gpu"} <= declared
+
+
+def test_pytest_needs_no_plugin() -> None:
+    """The options in pyproject.toml are pytest's own; pytest-benchmark is for benchmarks/ only."""
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-p", "no:cacheprovider", __file__]
+    root = Path(__file__).parent.parent
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
