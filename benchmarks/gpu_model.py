@@ -52,9 +52,9 @@ def prompt_rows(session: Session) -> None:
         rates = []
         for number in range(4):
             session.truncate(0)
-            taken = seconds(lambda tokens=tokens: session.forward(tokens))  # type: ignore[misc]
+            duration = seconds(lambda tokens=tokens: session.forward(tokens))  # type: ignore[misc]
             if number:
-                rates.append(n / taken)
+                rates.append(n / duration)
         write_row(f"model_prompt_{n}", "t/s", rates)
 
 
@@ -167,8 +167,8 @@ def main() -> None:
         return
     with TemporaryDirectory() as folder:
         path = Path(folder) / "lite.gguf"
-        taken = seconds(lambda: synth(path, MODEL, type="iq4_nl"))
-        print(f"wrote {path.stat().st_size:,} bytes in {taken:.1f} s", flush=True)
+        duration = seconds(lambda: synth(path, MODEL, type="iq4_nl"))
+        print(f"wrote {path.stat().st_size:,} bytes in {duration:.1f} s", flush=True)
         measure(path, args)
 
 

@@ -50,11 +50,11 @@ def rows(command: Sequence[str]) -> list[dict[str, Any]]:
     """The rows that a command prints as JSON. CalledProcessError if it fails."""
     result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     print(" ".join(command), flush=True)
-    found: list[dict[str, Any]] = json.loads(result.stdout)
-    for row in found:
+    results: list[dict[str, Any]] = json.loads(result.stdout)
+    for row in results:
         name = row.get("test") or f"{row['n_prompt']} {row['n_gen']}"
         print(f"  fa {row['flash_attn']} {name} d{row['n_depth']}: {row['avg_ts']:.1f} t/s")
-    return found
+    return results
 
 
 def measured(path: Path, args: argparse.Namespace) -> Iterator[dict[str, Any]]:

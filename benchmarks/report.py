@@ -30,8 +30,8 @@ def newest() -> dict[str, Any]:
 
 def rows_of(record: dict[str, Any], test: str, engine: str = "pyggml") -> list[Row]:
     """The rows of an engine; none if it was not measured."""
-    found: list[Row] = next(t for t in record["tests"] if t["name"] == test).get(engine, [])
-    return found
+    rows: list[Row] = next(t for t in record["tests"] if t["name"] == test).get(engine, [])
+    return rows
 
 
 def speeds(rows: Iterable[Row], size: str, **fields: object) -> dict[int, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -62,3 +63,29 @@ def test_the_page_on_quant_types_quotes_the_code() -> None:
         assert quote.strip() in text
     for path in re.findall(r"`([\w/]+\.(?:py|cuh|cu))`", page):
         assert (ROOT / path).exists() or list((ROOT / "tests").rglob(path)), path
+
+
+def test_the_map_of_models_names_files() -> None:
+    page = (ROOT / "docs/architecture.md").read_text()
+    section = page.partition("## Models")[2].partition("\n    file ")[0]
+    folder, paths = "", []
+    for line in filter(None, map(str.strip, section.splitlines())):
+        first, *columns = re.split(r" {2,}", line)
+        if first.endswith("/"):
+            folder, (first, *_) = first, columns
+        paths += [ROOT / "pyggml" / folder / f"{name}.py" for name in first.split()]
+    assert len(paths) > 25
+    assert [str(path) for path in paths if not path.exists()] == []
+
+
+def test_every_dependency_has_a_reason() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    needs = [*project["dependencies"], *(need for extra in extras for need in extra)]
+    names = {re.split(r"[^\w-]", need)[0] for need in needs} - {"pyggml"}
+    table = (ROOT / "docs/architecture.md").read_text().partition("## Dependencies")[2]
+    table = table.replace(
+        "nvidia-cuda-nvrtc, -runtime, -crt, -cccl",
+        "nvidia-cuda-nvrtc, nvidia-cuda-runtime, nvidia-cuda-crt, nvidia-cuda-cccl",
+    )
+    assert [name for name in sorted(names) if name not in table] == []

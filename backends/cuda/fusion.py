@@ -141,16 +141,16 @@ def covered(
         for op in last:
             by_last.setdefault(op, []).append(match)
     steps: list[Fused] = []
-    taken: set[Node] = set()
+    members: set[Node] = set()
     for node in reversed(nodes):
-        for match in by_last.get(node.op, ()) if node not in taken else ():
+        for match in by_last.get(node.op, ()) if node not in members else ():
             step = match(node, run)
             if step is None:
                 continue
             own = set(step.nodes) - set(step.recompute)
-            if not taken & own and run.allows(step):
+            if not members & own and run.allows(step):
                 steps.append(step)
-                taken.update(own)
+                members.update(own)
                 break
     return _in_order(nodes, run, steps)
 

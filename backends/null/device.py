@@ -145,10 +145,10 @@ class NullDevice:
         def download() -> Arrival:
             copies: list[NDArray[Any]] = []
             self.queue.add(lambda: copies.append(self.host.download(here, spec)))
-            made = self.queue.mark()
+            mark = self.queue.mark()
 
             def arrival() -> NDArray[Any]:
-                made.wait()
+                mark.wait()
                 return copies[0]
 
             return arrival
@@ -161,9 +161,9 @@ class NullDevice:
     def given(self, array: object) -> Given | None:
         if not isinstance(array, NullArray) or array.device is not self:
             return None
-        given = self.host.given(self.host.view(self.on_host(array.at), array.spec))
-        assert given is not None
-        return replace(given, buffer=array.at.buffer, offset=array.at.offset)
+        description = self.host.given(self.host.view(self.on_host(array.at), array.spec))
+        assert description is not None
+        return replace(description, buffer=array.at.buffer, offset=array.at.offset)
 
     def fetch(self, source: Address, other: Backend, target: Address, spec: Spec) -> None:
         here = self.on_host(target)

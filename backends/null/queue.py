@@ -62,13 +62,13 @@ class Queue:
                 task.action()
                 self._tasks.popleft()
         except BaseException as error:
-            lost = (
+            failure = (
                 error
                 if isinstance(error, Exception)
                 else DeviceError(f"work in the queue was interrupted: {type(error).__name__}")
             )
             for each in self._tasks:
-                each.error = lost
+                each.error = failure
             self._tasks.clear()
             raise
 

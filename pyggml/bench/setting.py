@@ -55,8 +55,8 @@ def described(model: Model, *, n_batch: int, n_ubatch: int) -> dict[str, Any]:
 def model_type(file: GGUFFile) -> str:
     """Architecture, size and the type of most weights, such as `llama 135M Q4_1`."""
     n = sum(t.n_elements for t in file.tensors.values())
-    unit, one = next((u, n_) for u, n_ in (("B", 1e9), ("M", 1e6), ("K", 0)) if n >= n_)
-    size = f"{n / (one or 1e3):.3g}{unit}"
+    unit, scale = next((u, n_) for u, n_ in (("B", 1e9), ("M", 1e6), ("K", 0)) if n >= n_)
+    size = f"{n / (scale or 1e3):.3g}{unit}"
     types = Counter[str]()
     for tensor in file.tensors.values():
         types[tensor.dtype.name] += tensor.nbytes

@@ -41,9 +41,9 @@ FIELDS = {
 def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("tests").add_argument
     add("-p", type=options.numbers(0), metavar="N,..", action=options.Values, default=[512],
-        help="tokens of a prompt; 0 is no such test (default: 512)")  # fmt: skip
+        help="tokens of a prompt; 0 for none (default: 512)")  # fmt: skip
     add("-n", type=options.numbers(0), metavar="N,..", action=options.Values, default=[128],
-        help="tokens to generate; 0 is no such test (default: 128)")  # fmt: skip
+        help="tokens to generate; 0 for none (default: 128)")  # fmt: skip
     add("-pg", type=_pair, metavar="P,N", action="append", default=[],
         help="a prompt of P tokens, then N generated ones, timed together")  # fmt: skip
     add("-d", type=options.numbers(0), metavar="N,..", action=options.Values, default=[0],
@@ -108,21 +108,21 @@ def columns(args: argparse.Namespace) -> dict[str, str]:
     model_options.add_model_options(parser, lists=True)
     default = next(model_options.combinations(parser.parse_args(["-m", ""])))
     settings = list(model_options.combinations(args))
-    shown = dict.fromkeys(
+    fields = dict.fromkeys(
         "n_threads" if setting.backend[0] in backends.HOSTS else "n_gpu_layers"
         for setting in settings
     )
     if args.t != [None]:
-        shown["n_threads"] = None
+        fields["n_threads"] = None
     for name, field in FIELDS.items():
         if any(getattr(setting, name) != getattr(default, name) for setting in settings):
-            shown[field] = None
+            fields[field] = None
     texts = {
         "backends": [",".join(setting.backend) for setting in settings],
         "tensor_buft_overrides": [measuring.pins_text(setting.ot) for setting in settings],
     }
     longest = {name: max(words, key=len) for name, words in texts.items()}
-    return {name: longest.get(name, "") for name in (*shown, "backends")}
+    return {name: longest.get(name, "") for name in (*fields, "backends")}
 
 
 def rows(args: argparse.Namespace) -> Iterator[Row]:

@@ -165,15 +165,15 @@ def _table(profile: Profile, what: str) -> Iterator[str]:
     rows: Sequence[Timing | Sum] = profile.rows if what == "step" else profile.by(what)
     yield f"| {what} | " + " | ".join(HEADS) + " |"
     yield "|---|" + "---:|" * len(HEADS)
-    shown = rows if what in ("step", "layer") else rows[:SHOWN]
-    for row in shown:
+    top = rows if what in ("step", "layer") else rows[:SHOWN]
+    for row in top:
         yield f"| {_name(row)} | " + " | ".join(_cells(profile, row)) + " |"
-    rest = rows[len(shown) :]
-    if rest:
-        time = sum(row.seconds for row in rest)
+    others = rows[len(top) :]
+    if others:
+        time = sum(row.seconds for row in others)
         percent = 100 * time / max(profile.seconds, 1e-9)
         empty = " |" * (len(HEADS) - 2)
-        yield f"| {len(rest)} more | {time * 1e6:.1f} | {percent:.1f} |{empty}"
+        yield f"| {len(others)} more | {time * 1e6:.1f} | {percent:.1f} |{empty}"
 
 
 def _name(row: Timing | Sum) -> str:

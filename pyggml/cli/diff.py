@@ -106,8 +106,8 @@ def as_text(result: Difference) -> Iterator[str]:
         shape = "x".join(map(str, pair.ours.shape))
         numbers = (
             f"does not fit {pair.theirs.shape}"
-            if pair.found is None
-            else f"{pair.found.error:9.2g} {pair.found.bound:9.2g} {pair.largest:9.2g}"
+            if pair.comparison is None
+            else f"{pair.comparison.error:9.2g} {pair.comparison.bound:9.2g} {pair.largest:9.2g}"
         )
         note = f"  {pair.note}" if pair.note else ""
         mark = " " if pair.ok else "!"

@@ -97,8 +97,8 @@ def report(
         stop = error
     if rows:
         _print(writer.end())
-    if args.plot is not None and rows and (drawn := panels_of(rows)):
-        plot.draw(drawn, args.plot, panels.title([row.setting for row in rows]))
+    if args.plot is not None and rows and (drawings := panels_of(rows)):
+        plot.draw(drawings, args.plot, panels.title([row.setting for row in rows]))
     if stop is not None:
         raise stop
 

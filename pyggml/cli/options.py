@@ -83,7 +83,7 @@ def numbers(least: int) -> Callable[[str], list[int]]:
 
 def _range(first: int, last: int, sign: str, step: int, word: str) -> Iterator[int]:
     if last < first or (sign == "+" and step < 1) or (sign == "*" and (step < 2 or first < 1)):
-        raise DTypeError(f"{word!r} is no range: it does not grow from {first} to {last}")
+        raise DTypeError(f"{word!r} is not a range: it does not grow from {first} to {last}")
     if sign == "+" and (last - first) // step >= _MOST_VALUES:
         raise DTypeError(f"{word!r} is more than {_MOST_VALUES:,} numbers")
     while first <= last:

@@ -85,8 +85,8 @@ def _views(session: Session, args: argparse.Namespace) -> Iterator[View]:
     """The plans of a batch and of one token, each over full caches."""
     from pyggml.page.document import View
 
-    batch, one = session.plans.largest()
-    plans = {f"a batch of {session.n_batch} tokens": batch, "one token": one}
+    batch, token = session.plans.largest()
+    plans = {f"a batch of {session.n_batch} tokens": batch, "one token": token}
     if session.n_batch == 1:
         del plans[next(iter(plans))]
     for name, plan in plans.items():

@@ -200,8 +200,8 @@ def fish(commands: Sequence[Command], general: Sequence[Argument]) -> str:
         about = f"-a {command.name} -d {_fish_quote(command.help)}"
         lines.append(f"complete -c pyggml -n __fish_use_subcommand {about}")
         seen = f"complete -c pyggml -n '__fish_seen_subcommand_from {command.name}'"
-        shown = [a for a in command.arguments if a.names or a.files or a.words]
-        lines += [f"{seen} {_fish_argument(argument)}" for argument in shown]
+        arguments = [a for a in command.arguments if a.names or a.files or a.words]
+        lines += [f"{seen} {_fish_argument(argument)}" for argument in arguments]
     return "\n".join(lines) + "\n"
 
 

@@ -84,8 +84,8 @@ def drawn(logits: Node, at: Node, draw: Draw) -> Node:
         before = constant(np.tri(k, k=-1, dtype=np.float32), name=f"tri {k}")
         sums = reshape(mul_mat(before, soft_max(scores), prec="f32"), ne=(k,))
         # 1 where the more probable tokens have less than top_p, else 0
-        kept = clamp(scale(sums, s=-_LARGE, b=draw.top_p * _LARGE), min=0.0, max=1.0)
-        scores = add(scores, log(kept))
+        mask = clamp(scale(sums, s=-_LARGE, b=draw.top_p * _LARGE), min=0.0, max=1.0)
+        scores = add(scores, log(mask))
     noise = input("noise", "f32", ne=(k, draw.n_steps))
     row = cast(sub(at, input("start", "f32", ne=(1,))), dtype="i32")
     choice = argmax(add(scores, reshape(get_rows(noise, row), ne=(k,))))

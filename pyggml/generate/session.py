@@ -216,13 +216,13 @@ class Session:
         if not 0 <= n <= len(self.tokens):
             raise ShapeError(f"truncate({n}): the session has {len(self.tokens)} tokens")
         self._decoder.forget()
-        kept = self.tokens[:n]
+        tokens = self.tokens[:n]
         del self.tokens[n:]
         if not all(cache.reaches(n, self.most) for cache in self.caches):
             self.tokens.clear()
             self.most = 0
-            if kept:
-                self.forward(kept, "none")
+            if tokens:
+                self.forward(tokens, "none")
 
     def save(self, path: str | PathLike[str]) -> int:
         """Write tokens and caches to a file, which appears when it is complete; its bytes.

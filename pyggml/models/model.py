@@ -158,7 +158,7 @@ def load(
         session = model.session(n_ctx=4096)
         logits = session.forward([1, 2, 3])      # [1, n_vocab]
 
-    backends  places in order of preference; by default a CUDA device if there is one, else NumPy
+    backends  places in order of preference; by default CUDA if there is a GPU, then the CPU
     amb, pins as in `compile`: the attention memory budget in MiB, and label pattern -> place
     decode_weights
               as in `compile`: True keeps weights on NumPy as f32

@@ -42,12 +42,12 @@ WORST = 8
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One of our tensors beside the other engine's.
+    """One of our tensors next to the other engine's.
 
-    name     of the other engine's
-    note     which part was compared, if not all
-    found    None if their shapes do not fit
-    largest  the largest difference of two elements
+    name        the name of the other engine's
+    note        which part was compared, if not all
+    comparison  None if their shapes do not fit
+    largest     the largest difference of two elements
     """
 
     label: str
@@ -56,38 +56,34 @@ class Pair:
     ours: Array = field(repr=False)
     theirs: Array = field(repr=False)
     note: str
-    found: Comparison | None
+    comparison: Comparison | None
     largest: float
 
     @property
     def ok(self) -> bool:
-        return self.found is not None and self.found.ok
+        return self.comparison is not None and self.comparison.ok
 
     @property
     def ratio(self) -> float:
         """Error over bound."""
-        if self.found is None:
-            return inf
-        if self.found.error == 0.0:
-            return 0.0
-        return self.found.error / self.found.bound if self.found.bound else inf
+        return inf if self.comparison is None else self.comparison.ratio
 
     def __str__(self) -> str:
         line = line_of(self.node)
         built = f", built at {line}" if line else ""
-        if self.found is None:
+        if self.comparison is None:
             shapes = f"shape {self.ours.shape} does not fit {self.theirs.shape}"
             return f"{self.label} = {self.node.op.name}{built}: {shapes}"
-        return f"{self.label} = {self.node.op.name} {self.node.spec}{built}: {self.found}"
+        return f"{self.label} = {self.node.op.name} {self.node.spec}{built}: {self.comparison}"
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; infinite errors become text."""
-        error = inf if self.found is None else self.found.error
+        error = inf if self.comparison is None else self.comparison.error
         return {
             "label": self.label, "name": self.name, "op": self.node.op.name,
             "shape": list(self.ours.shape), "ok": self.ok, "note": self.note,
             "error": error if np.isfinite(error) else str(error),
-            "bound": None if self.found is None else self.found.bound,
+            "bound": None if self.comparison is None else self.comparison.bound,
             "largest": self.largest if np.isfinite(self.largest) else str(self.largest),
             "line": line_of(self.node),
         }  # fmt: skip
@@ -122,8 +118,8 @@ class Difference:
 
     def pair(self, label: str) -> Pair:
         """The pair with this label; UnknownNameError if there is none."""
-        found = labelled(label, {pair.node: pair.label for pair in self.pairs})
-        return next(pair for pair in self.pairs if pair.node is found)
+        node = labelled(label, {pair.node: pair.label for pair in self.pairs})
+        return next(pair for pair in self.pairs if pair.node is node)
 
 
 class Trace:
@@ -215,7 +211,7 @@ def _theirs(node: Node) -> str:
 
 
 def paired(label: str, name: str, node: Node, ours: Array, theirs: Array, bound: float) -> Pair:
-    """Our result of a node beside the other engine's tensor."""
+    """Our result of a node next to the other engine's tensor."""
     ways = fitted(ours, theirs)
     if not ways:
         return Pair(label, name, node, ours, theirs, "", None, inf)
@@ -223,17 +219,17 @@ def paired(label: str, name: str, node: Node, ours: Array, theirs: Array, bound:
     a, b, note = min(ways, key=lambda way: nmse(way.ours, way.theirs))
     if node.dtype.kind == "int":  # chosen experts: engines list them in different orders
         a, b, bound = np.sort(a, -1), np.sort(b, -1), 0.0
-    found = within(a, b, bound)
+    comparison = within(a, b, bound)
     with np.errstate(invalid="ignore"):
         distance = np.abs(np.asarray(a, np.float64) - b)
     largest = float(np.nanmax(distance)) if a.size and not np.isnan(distance).all() else inf
-    return Pair(label, name, node, a, b, note, found, largest)
+    return Pair(label, name, node, a, b, note, comparison, largest)
 
 
 def details(pair: Pair) -> Iterator[str]:
     """A pair, and its worst elements."""
     yield str(pair)
-    if pair.found is None:
+    if pair.comparison is None:
         return
     a, b = np.asarray(pair.ours, np.float64), np.asarray(pair.theirs, np.float64)
     distance = np.abs(a - b)

@@ -72,15 +72,15 @@ def _largest(array: Array) -> int:
 def alone(node: Node) -> Alone:
     """`node` over leaves, with the strides that its sources have in its graph."""
     roots = {s.root: None for s in node.src if s is not None}
-    taken = {root.attrs["name"] for root in roots if root.op.leaf}
+    names = {root.attrs["name"] for root in roots if root.op.leaf}
     leaves: dict[Node, Node] = {}
     for root in roots:
         leaves[root] = root
         if not root.op.leaf:
             label = label_of(root)
-            while label in taken:
+            while label in names:
                 label += "'"
-            taken.add(label)
+            names.add(label)
             leaves[root] = input(label, root.dtype, ne=root.ne[: root.spec.rank])
     src = tuple(None if s is None else _seen(s, leaves) for s in node.src)
     result = inherit(rebuilt(node, src), node)

@@ -90,11 +90,11 @@ class Source:
         match = _SOURCE.fullmatch(text)
         layout = match["layout"] or "" if match else ""
         if match is None or (layout != "far" and Layout.parse(layout) is None):
-            raise GraphError(f"{text!r} is no source; expected a form such as f16[64,5]@wide")
+            raise GraphError(f"{text!r} is not a source; expected a form such as f16[64,5]@wide")
         ne = tuple(int(n) for n in match["ne"].split(","))
         if layout == "far" and (match["weight"] or not any(n > 1 for n in ne[1:])):
             raise GraphError(
-                f"{text!r} is no source: only inputs and states with several rows can be @far"
+                f"{text!r} is not a source: only inputs and states of several rows can be @far"
             )
         of = None if match["of"] is None else int(match["of"])
         start = int(match["start"] or 0)
@@ -141,7 +141,7 @@ class Case:
         """The case with this text."""
         match = re.fullmatch(r"(\w+)(\.means)?\((.*)\)", text)
         if match is None:
-            raise GraphError(f"{text!r} is no case; expected a form such as relu(f32[64,5])")
+            raise GraphError(f"{text!r} is not a case; expected a form such as relu(f32[64,5])")
         sources, attrs = arguments(match[3])
         return Case(match[1], tuple(map(Source.parse, sources)), attrs, match[2] is not None)
 
@@ -189,7 +189,7 @@ def _value(text: str) -> Any:
         return float(text) if text.lstrip("-") in ("inf", "nan") else ast.literal_eval(text)
     except (ValueError, SyntaxError):
         raise GraphError(
-            f"{text!r} is no value for an attribute; expected a Python literal, inf or nan"
+            f"{text!r} is not a value for an attribute; expected a Python literal, inf or nan"
         ) from None
 
 

@@ -129,14 +129,14 @@ class GraphCase:
     def pruned(self) -> GraphCase:
         """The graph without statements that no plan reaches."""
         known = {s.name: s for s in self.statements}
-        needed: set[str] = set()
+        names: set[str] = set()
         stack = [root for plan in self.plans for root in plan.roots]
         while stack:
             key = stack.pop()
-            if key not in needed and key in known:
-                needed.add(key)
+            if key not in names and key in known:
+                names.add(key)
                 stack += [arg for arg in known[key].args if arg]
-        statements = tuple(s for s in self.statements if s.name in needed)
+        statements = tuple(s for s in self.statements if s.name in names)
         return GraphCase(statements, self.plans)
 
 
@@ -149,7 +149,7 @@ def _arguments(call: str) -> tuple[tuple[str | None, ...], dict[str, Any]]:
 def _statement(text: str) -> Statement:
     name, equal, value = text.partition("=")
     if not equal or not name.isidentifier():
-        raise GraphError(f"{text!r} is no statement; expected a form such as y=relu(x)")
+        raise GraphError(f"{text!r} is not a statement; expected a form such as y=relu(x)")
     state = re.fullmatch(r"state\((.*)\)", value)
     if state or "(" not in value:
         source = Source.parse(state[1] if state else value)

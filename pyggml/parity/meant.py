@@ -26,14 +26,14 @@ def meaning_of(node: Node) -> Node:
 def evaluated(node: Node, known: Mapping[Node, Array]) -> Array:
     """The value of a node from known ones, without rounding between its parts."""
     values = dict(known)
-    needed: set[Node] = set()
+    nodes: set[Node] = set()
     stack = [node]
     while stack:
         part = stack.pop()
-        if part not in known and part not in needed:
-            needed.add(part)
+        if part not in known and part not in nodes:
+            nodes.add(part)
             stack += [s for s in part.src if s is not None]
-    for part in (n for n in toposort([node]) if n in needed):
+    for part in (n for n in toposort([node]) if n in nodes):
         if part.op.name not in oracle.ORACLE:
             values[part] = evaluated(meaning_of(part), values)
             continue

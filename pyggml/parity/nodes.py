@@ -124,13 +124,13 @@ class Walk:
 
     def script(self, node: Node, bound: float, path: Path) -> None:
         """Write the script of a node; the values that it reads are computed again."""
-        single, needed = alone(node), set(toposort([node])) - {node}
+        single, sources = alone(node), set(toposort([node])) - {node}
 
         def visit(earlier: Alone, values: Values) -> Array | None:
             sides = (_attempt(place, earlier.run, place, values) for place in self.places)
             return next((side[0] for side in sides if not isinstance(side, Failed)), None)
 
-        order = [earlier for earlier in self.order if earlier in needed]
+        order = [earlier for earlier in self.order if earlier in sources]
         values = walk(order, self.leaves, visit, keep=single.leaves)
         unknown = self._unknown(single, values)
         if unknown:

@@ -24,18 +24,18 @@ SHOWN = 20
 class Row:
     """A node, or an output of the whole graph, on two places.
 
-    label   the node's label; with its number in `print(Graph(...))` if another node has the same
-    status  "ok"; "fail": out of bound, or a kernel raised; "unsupported": a place cannot run it;
-            "skipped": a source could not be computed
-    why     the reason of a status that is not ok
-    found   NMSE, bound and worst element, if both places gave a value
+    label       the node's label; with its number in `print(Graph(...))` if others have the same
+    status      "ok"; "fail": out of bound, or a kernel raised; "unsupported": a place cannot run
+                it; "skipped": a source could not be computed
+    why         the reason of a status that is not ok
+    comparison  NMSE, bound and worst element, if both places gave a value
     """
 
     label: str
     node: Node = field(repr=False)
     status: str
     why: str = ""
-    found: Comparison | None = None
+    comparison: Comparison | None = None
 
     @property
     def op(self) -> str:
@@ -52,32 +52,33 @@ class Row:
 
     @property
     def error(self) -> float | None:
-        return None if self.found is None else self.found.error
+        return None if self.comparison is None else self.comparison.error
 
     @property
     def bound(self) -> float | None:
-        return None if self.found is None else self.found.bound
+        return None if self.comparison is None else self.comparison.bound
 
     @property
     def ratio(self) -> float:
         """Error over bound; a kernel that raised is as wrong as can be."""
-        if self.found is None:
+        if self.comparison is None:
             return inf if self.status == "fail" else 0.0
-        if self.found.error == 0.0:
-            return 0.0
-        return self.found.error / self.found.bound if self.found.bound else inf
+        return self.comparison.ratio
 
     def __str__(self) -> str:
         built = f", built at {self.line}" if self.line else ""
-        result = str(self.found) if self.found is not None else f"{self.status}: {self.why}"
+        result = (
+            str(self.comparison) if self.comparison is not None else f"{self.status}: {self.why}"
+        )
         return f"{self.label} = {self.op} {self.spec}{built}: {result}"
 
     def as_dict(self) -> dict[str, Any]:
         """The row for JSON; inf and NaN become text."""
         texts = {name: getattr(self, name) for name in ("label", "op", "spec", "line", "status")}
         numbers: dict[str, Any] = {"why": self.why, "error": self.error, "bound": self.bound}
-        if self.found is not None and self.found.at is not None:
-            numbers |= {"at": self.found.at, "a": self.found.want, "b": self.found.got}
+        result = self.comparison
+        if result is not None and result.at is not None:
+            numbers |= {"at": result.at, "a": result.want, "b": result.got}
         finite = {k: v if not isinstance(v, float) or abs(v) < inf else str(v)
                   for k, v in numbers.items()}  # fmt: skip
         return texts | finite
@@ -226,13 +227,15 @@ def _table(rows: Sequence[Row]) -> list[str]:
     cells = [("", "op", "size", "NMSE", "bound", "worst element")] if rows else []
     reasons: set[str] = set()
     for row in rows:
-        found, numbers = row.found, ("-", "-")
-        if found is None:
+        result, numbers = row.comparison, ("-", "-")
+        if result is None:
             worst = f"{row.status}: {'as above' if row.why in reasons else row.why}"
             reasons.add(row.why)
         else:
-            numbers = f"{found.error:.2g}", f"{found.bound:.2g}"
-            worst = f"{found.at}: {found.got:.9g} for {found.want:.9g}{row.why and f' ({row.why})'}"
+            numbers = f"{result.error:.2g}", f"{result.bound:.2g}"
+            worst = (
+                f"{result.at}: {result.got:.9g} for {result.want:.9g}{row.why and f' ({row.why})'}"
+            )
         cells.append((row.label, row.op, row.spec, *numbers, worst))
     widths = [max(map(len, column)) for column in zip(*cells)]
     return ["  " + "  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in cells]

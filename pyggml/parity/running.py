@@ -147,7 +147,7 @@ def run_text(text: str, setup: Setup) -> Outcome:
 
 
 def checked(text: str, own: str = "") -> None:
-    """Raise a PyggmlError if `text` is no valid case or graph. Runs nothing.
+    """Raise a PyggmlError if `text` is not a valid case or graph. Runs nothing.
 
     own  a file whose ops the text may use
     """

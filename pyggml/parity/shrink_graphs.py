@@ -58,12 +58,12 @@ def _with_statement(case: GraphCase, at: int, statement: Statement) -> GraphCase
 
 def _without(case: GraphCase, at: int, source: str) -> GraphCase:
     """The graph without a statement; its readers read `source` instead."""
-    gone = case.statements[at].name
+    dropped = case.statements[at].name
 
     def instead(name: str | None) -> str | None:
-        return source if name == gone else name
+        return source if name == dropped else name
 
-    others = [s for s in case.statements if s.name != gone]
+    others = [s for s in case.statements if s.name != dropped]
     statements = tuple(replace(s, args=tuple(map(instead, s.args))) for s in others)
     plans = tuple(
         replace(p, outputs=tuple(dict.fromkeys(str(instead(o)) for o in p.outputs)))

@@ -106,6 +106,13 @@ class Comparison:
     want: float = 0.0
     why: str = ""
 
+    @property
+    def ratio(self) -> float:
+        """Error over bound."""
+        if self.error == 0.0:
+            return 0.0
+        return self.error / self.bound if self.bound else float("inf")
+
     def __bool__(self) -> bool:
         return self.ok
 

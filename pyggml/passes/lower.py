@@ -152,15 +152,15 @@ def steps_of(
 def _kept(run: Sequence[Node], roots: Collection[Node], users: Users) -> set[Node]:
     """The nodes of a run that nodes outside it read, directly or through views, and its roots."""
     inside = set(run)
-    kept = set()
+    stored = set()
     for node in run:
-        shown = [node]  # the node and its views
-        for view in shown:
+        views = [node]  # the node and its views
+        for view in views:
             if view in roots or any(u.op.view is None and u not in inside for u in users[view]):
-                kept.add(node)
+                stored.add(node)
                 break
-            shown += [user for user in users[view] if user.op.view is not None]
-    return kept
+            views += [user for user in users[view] if user.op.view is not None]
+    return stored
 
 
 # -- loops ------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def _by_device(
     number = {step: i for i, step in enumerate(steps)}
     users = _users(needs)
     awaited = _awaited(needs, stages)
-    missing = {step: len(needed) for step, needed in needs.items()}
+    missing = {step: len(sources) for step, sources in needs.items()}
     ready: dict[str, list[tuple[int, int]]] = {}  # device -> heap of the steps that can run
 
     def add(step: Node) -> None:

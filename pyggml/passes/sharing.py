@@ -48,13 +48,13 @@ class Sharing:
         return self._first[parent[0] if parent else node]
 
     def _materialized(self, roots: Collection[Node]) -> dict[Node, int]:
-        needed = {self.owner[n] for step in self.steps for n in step.reads}
-        needed |= {self.owner[root] for root in roots}
+        owners = {self.owner[n] for step in self.steps for n in step.reads}
+        owners |= {self.owner[root] for root in roots}
         return {
             node: i
             for i, step in enumerate(self.steps)
             for node in step.nodes
-            if node is step.node or node in needed
+            if node is step.node or node in owners
         }
 
     def _last_reads(self, roots: Collection[Node]) -> dict[Node, int]:

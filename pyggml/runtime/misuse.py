@@ -178,11 +178,11 @@ def _rows_read(graph: Graph, write: Node) -> tuple[Node | None, int]:
     users = graph.users[write]
     if not users or write in graph.outputs.values():
         return None, 0
-    shown: list[tuple[int, Node]] = []
+    views: list[tuple[int, Node]] = []
     for user in users:
         if user.op is not view_op or user.ne[0] != write.ne[0]:
             return None, 0
         start, step = user.attrs["start"][1], user.attrs["step"][1]
-        shown.append((start + (user.ne[1] - 1) * step + 1, user))
-    rows, view = max(shown, key=lambda pair: pair[0])
+        views.append((start + (user.ne[1] - 1) * step + 1, user))
+    rows, view = max(views, key=lambda pair: pair[0])
     return view, rows

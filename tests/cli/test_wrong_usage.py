@@ -19,10 +19,10 @@ from pyggml.cli import fuzz, main
         ("x=f32[8]; y=relu(x)", "no plan"),
         ("x=f32[8]; y=chain(x); plan(y)", "expected times=N"),
         ("x=f32[8]; z=f32[3]; y=add(x, z); plan(y)", "does not repeat"),
-        ("garbage", "'garbage' is no case"),
+        ("garbage", "'garbage' is not a case"),
         ("reluu(f32[8])", "no op 'reluu'; did you mean 'relu'?"),
         ("state(f32[8])", "no op 'state'"),
-        ("relu(f32[8]?)", "is no source"),
+        ("relu(f32[8]?)", "is not a source"),
         ("add(f32[8], f32[3])", "does not repeat"),
     ],
 )

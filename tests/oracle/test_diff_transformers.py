@@ -52,7 +52,9 @@ def test_models_agree(name: str, tmp_path: Path) -> None:
     assert {"inp_embd", "result_norm", "result_output"} <= labels
     for kind in ("attn_norm", "attn_out", "ffn_norm", "ffn_out", "l_out"):
         assert {f"{kind}-{il}" for il in range(n_layer)} <= labels
-    assert all(pair.found is not None and pair.found.bound <= 1e-2 for pair in result.pairs)
+    assert all(
+        pair.comparison is not None and pair.comparison.bound <= 1e-2 for pair in result.pairs
+    )
 
 
 def faults(layer: Any) -> dict[str, torch.nn.Parameter]:
@@ -75,7 +77,11 @@ def test_a_planted_fault_is_found_at_its_node(
         faults(model.model.layers[1])[label][3] *= 1.1
     result = compared(model, path)
     assert result.first is not None and result.first.label == label
-    assert not result.ok and result.first.found is not None and result.first.found.at is not None
+    assert (
+        not result.ok
+        and result.first.comparison is not None
+        and result.first.comparison.at is not None
+    )
     before = [pair for pair in result.pairs if pair.label.endswith("-0")]
     assert before and all(pair.ok for pair in before)
     words = ["diff", "-m", str(path), "--against", str(path.with_suffix(".npz"))]
@@ -84,6 +90,6 @@ def test_a_planted_fault_is_found_at_its_node(
     assert f"\nfirst: {label} = " in out and f"\n! {label} " in out and "pyggml/models" in out
     assert main([*words, "--backend", "numpy", "--node", label]) == 1
     out = capsys.readouterr().out
-    column = int(result.first.found.at[-1])
+    column = int(result.first.comparison.at[-1])
     assert out.startswith(f"{label} = ") and out.count("\n") == 11 and f", {column})" in out
     assert column == 3

@@ -140,7 +140,7 @@ def test_a_layout_has_one_spelling() -> None:
     assert Layout.parse("wide") == Layout.parse("b1000a1000")
     for text in ("p0012", "q", "s0111", "wider"):
         assert Layout.parse(text) is None
-    with pytest.raises(GraphError, match="is no source"):
+    with pytest.raises(GraphError, match="is not a source"):
         Case.parse("relu(f32[4]@p0012)")
 
 

@@ -34,7 +34,7 @@ def test_the_script_shows_the_same_error(
     report = model.on()
     path = report.script(label, tmp_path / "one.py")
     status, names = run_here(path)
-    assert status == 1 and names["result"] == report.row(label).found
+    assert status == 1 and names["result"] == report.row(label).comparison
     host.wrong.clear()
     assert run_here(path)[0] == 0
 
@@ -94,7 +94,9 @@ def test_the_script_imports_a_users_own_op(tmp_path: Path, monkeypatch: pytest.M
     path = report.script(report.nodes[0], tmp_path / "doubled.py")
     assert report and "from own_ops_of_mine import doubled\n" in path.read_text()
     status, names = run_here(path)
-    assert status == 0 and names["a"].shape == (3, 2) and names["result"] == report.nodes[0].found
+    assert (
+        status == 0 and names["a"].shape == (3, 2) and names["result"] == report.nodes[0].comparison
+    )
 
 
 def test_every_op_can_be_written_as_a_script(tmp_path: Path) -> None:
@@ -112,7 +114,7 @@ def test_every_op_can_be_written_as_a_script(tmp_path: Path) -> None:
         report = gg.compare({"y": built.node}, "numpy", B, built.inputs, states=built.states)
         assert report, f"{case}\n{report}"
         status, names = run_here(report.script(report.nodes[-1], tmp_path / "case.py"))
-        assert status == 0 and repr(names["result"]) == repr(report.nodes[-1].found), case
+        assert status == 0 and repr(names["result"]) == repr(report.nodes[-1].comparison), case
 
 
 # -- the module and the command -----------------------------------------------------------------

@@ -84,8 +84,8 @@ def bad(report: Report) -> list[str]:
 
 def at(row: Row) -> tuple[int, ...]:
     """Coordinates of the worst element."""
-    assert row.found is not None and row.found.at is not None
-    return row.found.at
+    assert row.comparison is not None and row.comparison.at is not None
+    return row.comparison.at
 
 
 def run_here(path: Path) -> tuple[int, dict[str, Any]]:
