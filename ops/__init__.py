@@ -11,6 +11,7 @@ from inspect import ismodule as _ismodule
 import pyggml.ops.operators as _operators  # noqa: F401  fills the table of + - * / on nodes
 from pyggml.operation import Op as _Op
 from pyggml.ops.attention import *
+from pyggml.ops.collective import *
 from pyggml.ops.copy import *
 from pyggml.ops.elementwise import *
 from pyggml.ops.leaf import *

@@ -21,13 +21,16 @@ class Parameters:
     """The tensors and attributes that an op takes.
 
     tensors     name -> default: None if the tensor is optional, else inspect.Parameter.empty
+    more        the name of the tensors that may follow in any number (`*others`), or ""
     attributes  name -> Attribute
     """
 
     def __init__(self, op_name: str, signature: inspect.Signature) -> None:
         parameters = signature.parameters.values()
         self.op_name = op_name
-        self.tensors = {p.name: p.default for p in parameters if p.kind is not p.KEYWORD_ONLY}
+        plain = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        self.tensors = {p.name: p.default for p in plain}
+        self.more = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "")
         self.attributes = {p.name: Attribute.of(p) for p in parameters if p.kind is p.KEYWORD_ONLY}
         names = list(self.tensors)
         #: Number of positional arguments -> the keywords that may follow.
@@ -37,14 +40,16 @@ class Parameters:
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[Sources, dict[str, Any]]:
         """The sources and attributes that a call gives; DTypeError or ShapeError for wrong ones."""
-        if len(args) >= len(self._keywords) or not kwargs.keys() <= self._keywords[len(args)]:
+        many = len(args) >= len(self._keywords)
+        known = self._keywords[-1 if many else len(args)]
+        if (many and not self.more) or not kwargs.keys() <= known:
             self._refuse(args, kwargs)
         return self._sources(args, kwargs), self._attribute_values(kwargs)
 
     def _refuse(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """DTypeError for arguments that the op does not have."""
         tensors = list(self.tensors)
-        if len(args) > len(tensors):
+        if len(args) > len(tensors) and not self.more:
             count = f"{len(tensors)} tensor{'s' * (len(tensors) != 1)}"
             raise DTypeError(
                 f"{self.op_name} takes {count} ({', '.join(tensors)}), got {len(args)} positional "
@@ -69,13 +74,20 @@ class Parameters:
             value = args[index] if index < len(args) else kwargs.get(key, default)
             if value is inspect.Parameter.empty:
                 raise DTypeError(f"{self.op_name}: the tensor {key} is missing")
-            if not isinstance(value, Node) and not (value is None and default is None):
-                raise DTypeError(
-                    f"{self.op_name}: {key} must be a node, not {type(value).__name__}; "
-                    "wrap arrays with constant(...), or feed them through input(...)"
-                )
+            if value is not None or default is not None:
+                self._want_node(key, value)
+            src.append(value)
+        for index, value in enumerate(args[len(self.tensors) :]):
+            self._want_node(f"{self.more}[{index}]", value)
             src.append(value)
         return tuple(src)
+
+    def _want_node(self, key: str, value: object) -> None:
+        if not isinstance(value, Node):
+            raise DTypeError(
+                f"{self.op_name}: {key} must be a node, not {type(value).__name__}; "
+                "wrap arrays with constant(...), or feed them through input(...)"
+            )
 
     def _attribute_values(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         values: dict[str, Any] = {}
@@ -90,7 +102,7 @@ def signature_of(rule: Callable[..., Any]) -> inspect.Signature:
     """The signature of a shape rule, with its annotations evaluated.
 
     DTypeError if they cannot be evaluated, or if a parameter is neither a tensor (positional, with
-    no default but None) nor an attribute (keyword-only).
+    no default but None, or `*others`) nor an attribute (keyword-only).
     """
     name = rule.__name__
     try:
@@ -100,8 +112,8 @@ def signature_of(rule: Callable[..., Any]) -> inspect.Signature:
             f"op {name}: cannot evaluate the annotations of its rule ({error}); they define its "
             "attributes, so import their types at run time, not only under `if TYPE_CHECKING:`"
         ) from None
-    for p in signature.parameters.values():
-        if p.kind is p.KEYWORD_ONLY:
+    for i, p in enumerate(signature.parameters.values()):
+        if p.kind is p.KEYWORD_ONLY or (i and p.kind is p.VAR_POSITIONAL):
             continue
         if p.kind is not p.POSITIONAL_OR_KEYWORD:
             raise DTypeError(f"op {name}: {p} is not allowed; name every tensor and attribute")

@@ -27,7 +27,8 @@ class Op(Generic[P]):
     """An operation. Calling it checks the arguments by its shape rule and returns a node.
 
     The rule's positional parameters are the tensors, and its keyword-only parameters are the
-    attributes. `operands` maps the tensors' names to their indices in `src`.
+    attributes. `operands` maps the tensors' names to their indices in `src`; those of `*others`
+    follow without names.
 
     name     the op's name; by default the rule's
     view     for an op whose result is a view of operand 0: `view(node, nb) -> (offset, nb)` returns
@@ -194,7 +195,8 @@ class Op(Generic[P]):
 
     def _in_context(self, error: PyggmlError, src: Sources) -> PyggmlError:
         """A rule's error with the op, its tensors, their sizes and the user's line added."""
-        tensors = {key: s for key, s in zip(self.operands, src) if s is not None}
+        more = (f"{self._parameters.more}[{i}]" for i in range(len(src) - len(self.operands)))
+        tensors = {key: s for key, s in zip((*self.operands, *more), src) if s is not None}
         text = f"{self.name}({', '.join(map(label_of, tensors.values()))}): {error}"
         if tensors:
             sizes = ", ".join(f"{key}={s.spec}" for key, s in tensors.items())

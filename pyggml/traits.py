@@ -12,10 +12,16 @@ Axis: TypeAlias = int | str
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """The least work of a node: floating-point operations, and bytes read and written once."""
+    """The least work of a node.
+
+    flops   floating-point operations
+    nbytes  bytes read and written once
+    sent    bytes that the device sends to others
+    """
 
     flops: float
     nbytes: float
+    sent: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

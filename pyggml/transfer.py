@@ -26,7 +26,7 @@ def _rule(a: Node, *, to: str, resident: bool) -> Spec:
 
 
 def _cost(node: Node) -> Cost:
-    return Cost(0.0, 2.0 * node.spec.nbytes)
+    return Cost(0.0, 2.0 * node.spec.nbytes, sent=float(node.spec.nbytes))
 
 
 transfer = Op(_rule, name="transfer", cost=_cost)

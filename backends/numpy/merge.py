@@ -17,13 +17,13 @@ from pyggml.node import Node
 GROWTH = 16.0
 
 
-def _rows(n: int) -> int:
-    """Rows of a piece."""
+def rows_of(n: int) -> int:
+    """Rows of a piece, if a row has n elements."""
     return max(1, min(IDS, PIECE // n))
 
 
 def _merge_scratch(node: Node) -> int:
-    rows = _rows(node.ne[0])
+    rows = rows_of(node.ne[0])
     return scratch_bytes(*(rows,) * 4, rows * node.ne[0])
 
 
@@ -31,7 +31,7 @@ def _merge_scratch(node: Node) -> int:
 def merge_lse(out: Raw, a: Raw, b: Raw, *, scratch: Scratch) -> None:
     """Weights each part by exp(its lse - the larger lse)."""
     n = out.shape[3]
-    rows = _rows(n)
+    rows = rows_of(n)
     stats, spare = scratch.array((4, rows)), scratch.array(rows * n)
     for index in pieces(out.shape[:3], rows):
         y, u, v = out[index], a[index], b[index]
@@ -54,15 +54,15 @@ def merge_lse(out: Raw, a: Raw, b: Raw, *, scratch: Scratch) -> None:
 
 
 def _sum_scratch(node: Node) -> int:
-    rows = _rows(node.ne[0])
+    rows = rows_of(node.ne[0])
     return scratch_bytes(rows, rows, rows, rows * node.ne[0])
 
 
 @kernel(ops.lse_sum, scratch=_sum_scratch, inplace=("c",))
 def lse_sum(out: Raw, a: Raw, c: Raw | None, *, scratch: Scratch) -> None:
     n = out.shape[3]
-    stats, spare = scratch.array((3, _rows(n))), scratch.array(_rows(n) * n)
-    for index in pieces(out.shape[:3], _rows(n)):
+    stats, spare = scratch.array((3, rows_of(n))), scratch.array(rows_of(n) * n)
+    for index in pieces(out.shape[:3], rows_of(n)):
         y, part = out[index], a[index]
         top, fix, weight = (shaped(s, *y.shape[:-1], 1) for s in stats)
         lse = part[..., -1:]
@@ -88,11 +88,11 @@ def lse_sum(out: Raw, a: Raw, c: Raw | None, *, scratch: Scratch) -> None:
         np.copyto(y[..., -1:], top)
 
 
-@kernel(ops.lse_finish, scratch=lambda node: scratch_bytes(_rows(node.ne[0])))
+@kernel(ops.lse_finish, scratch=lambda node: scratch_bytes(rows_of(node.ne[0])))
 def lse_finish(out: Raw, c: Raw, *, scratch: Scratch, lse: bool) -> None:
     d_v = c.shape[3] - 2
-    stat = scratch.array(_rows(c.shape[3]))
-    for index in pieces(c.shape[:3], _rows(c.shape[3])):
+    stat = scratch.array(rows_of(c.shape[3]))
+    for index in pieces(c.shape[:3], rows_of(c.shape[3])):
         y, part = out[index], c[index]
         total = shaped(stat, *part.shape[:-1], 1)
         np.copyto(total, part[..., d_v : d_v + 1])

@@ -30,7 +30,10 @@ _SOURCE = re.compile(
 OWN: dict[str, Any] = {}
 _LEAVES = {"constant", "input", "state"}
 #: Ops that only move values: nothing may change.
-MOVES = {"reshape", "view", "permute", "transpose", "cont", "concat", "repeat", "get_rows"}
+MOVES = {
+    *("reshape", "view", "permute", "transpose", "cont", "concat", "repeat", "get_rows"),
+    *("all_gather", "broadcast"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +125,9 @@ class Case:
     @property
     def vars(self) -> str:
         """`type_a=q4_K,ne_a=[256,16],type_b=..`: the text that a pattern (-p) is matched with."""
-        names = inspect.signature(op_of(self.op)).parameters
+        parameters = inspect.signature(op_of(self.op)).parameters.values()
+        names = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
+        names += [f"{names[-1]}{i}" for i in range(1, len(self.sources) - len(names) + 1)]
         sources = [
             f"type_{name}={s.type},ne_{name}=[{','.join(map(str, s.ne))}],layout_{name}={s.place}"
             for name, s in zip(names, self.sources)

@@ -200,12 +200,39 @@ def _rope(d: Draw) -> Case:
     return d.case("rope_ext", a, d.ids((tokens,), far), d.maybe(factors, 0.6), **attrs)
 
 
+def _collective(d: Draw) -> Case:
+    op = d.pick(("all_reduce", "all_reduce", "all_gather", "reduce_scatter", "broadcast"))
+    count, rank = d.rng.randint(1, 8), d.rng.randrange(4)
+    dim = d.rng.randrange(4)
+    if op == "broadcast":
+        dtype = d.pick(ANY)
+        return d.case(op, d.source(dtype, d.ne(d.row(dtype))), rank=rank)
+    if op == "all_gather":
+        dtype = d.pick(ANY)
+        ne = [*d.ne(d.row(dtype), 2000), 1, 1, 1][:4]
+        sizes = [d.row(dtype, 64) if dim == 0 else d.size(9) for _ in range(count)]
+        parts = [d.source(dtype, [*ne[:dim], n, *ne[dim + 1 :]]) for n in sizes]
+        return d.case(op, *parts, dim=dim, rank=rank)
+    dtype = d.pick(("f32", "f32", "f16"))
+    if op == "all_reduce" and d.chance(0.3):
+        rows = (1 + d.size(80), d.size(9), d.size(9))
+        return d.case(op, *(d.source("f32", rows) for _ in range(count)), op="lse", rank=rank)
+    ne = [*d.ne(most=3000), 1, 1, 1][:4]
+    if op == "all_reduce":
+        return d.case(op, *(d.source(dtype, ne) for _ in range(count)), rank=rank)
+    pieces = tuple(d.size(9) for _ in range(count))
+    ne[dim] = sum(pieces)
+    parts = [d.source(dtype, ne) for _ in range(count)]
+    return d.case(op, *parts, dim=dim, sizes=pieces, rank=rank % count)
+
+
 #: Generators and their weights.
 MAKERS: Sequence[tuple[Callable[[Draw], Case], int]] = (
     (_binary, 6), (_unary, 5), (_simple, 3), (_glu, 3), (_add_id, 2), (_copied, 8), (_get_rows, 4),
     (_set_rows, 5), (_cpy, 5), (_rows, 6), (_soft_max, 5), (_rope, 9), (products.mul_mat, 8),
     (products.mul_mat_id, 5), (products.moe_up_gate, 4), (products.fused_up_gate, 3),
     (products.routing, 2), (products.sums, 2), (products.attention, 14), (products.masks, 3),
+    (_collective, 5),
 )  # fmt: skip
 #: Every op that a generator draws.
 OPS = frozenset(ORACLE) - {"view", "permute", "transpose", "soft_max"}

@@ -111,7 +111,7 @@ class Draw:
         """The fill `~nan` with probability `share`, else none."""
         return "~nan" if self.chance(share) else ""
 
-    def case(self, op: str, *sources: Source | None, **attrs: object) -> Case:
+    def case(self, op: str, /, *sources: Source | None, **attrs: object) -> Case:
         """The case, without absent sources at its end."""
         present = list(sources)
         while present and present[-1] is None:

@@ -46,10 +46,13 @@ def _row(cells: Iterable[str]) -> str:
 def _types(op: str, cases: Sequence[Case]) -> str:
     """`a: f32 f16; b: f32`: the types of each argument in these cases."""
     arguments = []
-    for at, name in enumerate(inspect.signature(getattr(ops, op)).parameters):
-        seen = {s.type for c in cases for s in c.sources[at : at + 1] if s is not None}
+    for at, parameter in enumerate(inspect.signature(getattr(ops, op)).parameters.values()):
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            break
+        end = None if parameter.kind is parameter.VAR_POSITIONAL else at + 1
+        seen = {s.type for c in cases for s in c.sources[at:end] if s is not None}
         if seen:
-            arguments.append(f"{name}: {_listed(seen)}")
+            arguments.append(f"{parameter.name}: {_listed(seen)}")
     if op in ("cast", "mul_mat"):
         arguments.append(f"dtype: {_listed({str(c.attrs.get('dtype', 'f32')) for c in cases})}")
     return "; ".join(arguments) if arguments else "no"

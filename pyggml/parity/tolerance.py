@@ -36,7 +36,7 @@ OPS: dict[tuple[str, str], float] = {
     **{
         (op, "f32"): 0.0
         for op in ("reshape", "view", "permute", "transpose", "cont", "cast", "cpy", "concat")
-        + ("repeat", "get_rows", "set_rows", "causal_mask", "relu")
+        + ("repeat", "get_rows", "set_rows", "causal_mask", "relu", "all_gather", "broadcast")
     },
 }
 

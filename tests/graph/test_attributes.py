@@ -141,6 +141,24 @@ def error_of(rule: Any) -> str:
     return str(caught.value)
 
 
+def test_a_rule_may_take_any_number_of_further_tensors() -> None:
+    @gg.op
+    def sums(a: Node, *others: Node, scale: float = 1.0) -> Spec:
+        if any(other.ne != a.ne for other in others):
+            raise gg.ShapeError("sizes differ")
+        return a.spec
+
+    y = gg.input("y", ne=(4,))
+    assert sums(x).src == (x,) and sums(x, y, x, scale=2.0).src == (x, y, x)
+    assert sums(x, y)["a"] is x and sums(x, y) is sums(x, y) is not sums(y, x)
+    with pytest.raises(DTypeError, match=r"others\[1\] must be a node, not int"):
+        sums(x, y, 3)  # type: ignore[arg-type]
+    with pytest.raises(gg.ShapeError, match=r"others\[1\]=f32 \[5\]"):
+        sums(x, y, gg.input("z", ne=(5,)))
+    with pytest.raises(DTypeError, match="the tensor a is missing"):
+        sums(scale=2.0)
+
+
 def test_rules_that_cannot_become_ops() -> None:
     def no_star(a: Node, slope: float = 0.01) -> Spec:
         return a.spec

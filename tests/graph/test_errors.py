@@ -242,7 +242,7 @@ def test_wrong_calls_of_every_builder(name: str) -> None:
         lambda: build(**{first: X.a84}, no_such_argument=1),
     ]
     if isinstance(build, Op):
-        calls += [lambda: build(np.zeros(3)), lambda: build(*[X.a84] * 12)]
+        calls += [lambda: build(np.zeros(3)), lambda: build(*[X.a84] * 12, np.zeros(3))]
     for call in calls:
         with pytest.raises(TypeError) as caught:
             call()

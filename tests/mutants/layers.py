@@ -6,7 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from tests.mutants.mutant import Mutant, changed, instead, maker, stretched, then, without
+from tests.mutants.mutant import (
+    Mutant,
+    changed,
+    instead,
+    maker,
+    stretched,
+    then,
+    unstrided,
+    without,
+)
 
 MUTANTS: list[Mutant] = []
 mutant = maker(MUTANTS)
@@ -231,3 +240,37 @@ def _same_weight(b: Any) -> Any:
     b = b.copy()
     b[..., -1] = 0
     return b
+
+
+# -- collectives ---------------------------------------------------------------------------------
+
+
+@mutant("all_reduce", "leaves out the last part")
+def _(right: Any, out: Any, *parts: Any, **attrs: Any) -> None:
+    right(out, *(parts[:-1] or parts), **attrs)
+
+
+@mutant("all_reduce", "adds attentions over different keys")
+def _(right: Any, out: Any, *parts: Any, **attrs: Any) -> None:
+    if attrs["op"] == "lse":
+        out[...] = sum(part[..., :-1] for part in parts)
+    else:
+        right(out, *parts, **attrs)
+
+
+@mutant("all_gather", "in the opposite order")
+def _(right: Any, out: Any, *parts: Any, **attrs: Any) -> None:
+    right(out, *parts[::-1], **attrs)
+
+
+@mutant("reduce_scatter", "gives every device the first piece")
+def _(right: Any, out: Any, *parts: Any, **attrs: Any) -> None:
+    sizes, size = attrs["sizes"], out.shape[3 - attrs["dim"]]
+    if sizes[0] >= size:
+        attrs = {**attrs, "sizes": (size, *sizes[1:]), "rank": 0}
+    right(out, *parts, **attrs)
+
+
+@mutant("broadcast", "reads its source as if contiguous")
+def _(right: Any, out: Any, a: Any, **attrs: Any) -> None:
+    right(out, unstrided(a), **attrs)

@@ -19,6 +19,7 @@ import numpy as np
 
 from pyggml.parity.oracle import (
     attention,
+    collective,
     copy,
     elementwise,
     linear,
@@ -28,7 +29,7 @@ from pyggml.parity.oracle import (
 )
 from pyggml.parity.oracle.base import Array
 
-FAMILIES = (copy, elementwise, reduce, rope, linear, attention, moe)
+FAMILIES = (copy, elementwise, reduce, rope, linear, attention, moe, collective)
 
 #: Op name -> function(*sources, **attributes): the public functions of the family files.
 ORACLE: dict[str, Callable[..., Array]] = {
@@ -39,7 +40,7 @@ ORACLE: dict[str, Callable[..., Array]] = {
 }
 
 
-def run(op: str, sources: Sequence[Array | None], **attrs: Any) -> Array:
+def run(op: str, sources: Sequence[Array | None], /, **attrs: Any) -> Array:
     """The result of `op` in float64 (int64 for integer results), 4-D in NumPy shape."""
     with np.errstate(all="ignore"):  # NaN and infinity among the values are meant
         return ORACLE[op](*sources, **attrs)
