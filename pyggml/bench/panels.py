@@ -16,8 +16,8 @@ BY_LENGTH, BY_DEPTH = "tokens of the prompt", "tokens in the cache"
 #: Fields of a setting that can differ between lines -> their short names.
 _NAMES = {
     "model_type": "", "backends": "", "n_threads": "t", "n_gpu_layers": "ngl", "n_batch": "b",
-    "n_ubatch": "ub", "type_k": "ctk", "type_v": "ctv", "flash_attn": "fa", "mla": "mla",
-    "amb": "amb", "fmoe": "fmoe", "tensor_buft_overrides": "ot",
+    "n_ubatch": "ub", "type_k": "ctk", "type_v": "ctv", "type_i": "cti",
+    "flash_attn": "fa", "mla": "mla", "amb": "amb", "fmoe": "fmoe", "tensor_buft_overrides": "ot",
 }  # fmt: skip
 
 

@@ -118,6 +118,7 @@ OPTIONS = {
     "n_gpu_layers": Column("ngl", 3), "n_threads": Column("threads", 7),
     "n_batch": Column("n_batch", 7), "n_ubatch": Column("n_ubatch", 8),
     "type_k": Column("type_k", 6), "type_v": Column("type_v", 6),
+    "type_i": Column("type_i", 6),
     "flash_attn": Column("fa", 3), "mla": Column("mla", 3), "amb": Column("amb", 6),
     "fmoe": Column("fmoe", 4), "decode_weights": Column("decoded", 7),
     "tensor_buft_overrides": Column("ot", 4, left=True),

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 #: Option -> its field in the output. It is a column if a value differs from the default.
 FIELDS = {
-    "b": "n_batch", "ub": "n_ubatch", "ctk": "type_k", "ctv": "type_v", "fa": "flash_attn",
-    "mla": "mla", "amb": "amb", "fmoe": "fmoe", "decode_weights": "decode_weights",
-    "ot": "tensor_buft_overrides",
+    "b": "n_batch", "ub": "n_ubatch", "ctk": "type_k", "ctv": "type_v", "cti": "type_i",
+    "fa": "flash_attn", "mla": "mla", "amb": "amb", "fmoe": "fmoe",
+    "decode_weights": "decode_weights", "ot": "tensor_buft_overrides",
 }  # fmt: skip
 
 

@@ -80,7 +80,7 @@ def model_graph(file: GGUFFile, args: argparse.Namespace) -> ModelGraph:
         raise UsageError(f"a batch of -ub {args.ub} tokens does not fit in -c {args.c} rows")
     options = Options(
         flash=args.fa == "on", fused=args.fmoe == "on", mla=3 if args.mla == 2 else args.mla,
-        cache_k=args.ctk, cache_v=args.ctk, expand_from=1,
+        cache_k=args.ctk, cache_v=args.ctk, cache_i=args.ctk, expand_from=1,
     )  # fmt: skip
     model = Model(file, options=options)
     batch, caches = Batch(args.ub, args.c, options), model.caches(args.c, args.ub)

@@ -71,6 +71,8 @@ def add_model_options(
         default="f16",
         help="type of the V cache (default: f16)",
     )
+    add("-cti", type=options.dtype, metavar="TYPE", default="f16",
+        help="type of the index keys of DeepSeek V3.2 and GLM-5 (default: f16)")  # fmt: skip
     add("-fa", **on_off("flash attention"))
     add("-mla", type=int, choices=range(4), default=3,
         help="attention of DeepSeek models: 0 standard, 1 latent, 2 or 3 latent but expanded for "
@@ -101,7 +103,8 @@ _AS_LIST: dict[Any, Callable[[str], list[Any]]] = {
     options.pins: lambda text: [options.pin_set(text)],
 }
 #: The options that are lists, from those that need the most work to change.
-_LISTED = ("m", "backend", "ngl", "ot", "b", "ub", "ctk", "ctv", "fa", "mla", "fmoe", "amb")
+_LISTED = ("m", "backend", "ngl", "ot", "b", "ub", "ctk", "ctv", "cti", "fa", "mla", "fmoe",
+           "amb")  # fmt: skip
 
 
 def _lists_of(add: Callable[..., Any]) -> Callable[..., Any]:
@@ -237,6 +240,7 @@ def graph_options(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "flash": args.fa == "on", "fused": args.fmoe == "on",
         "mla": 3 if args.mla == 2 else args.mla, "cache_k": args.ctk, "cache_v": args.ctv,
+        "cache_i": args.cti,
     }  # fmt: skip
 
 

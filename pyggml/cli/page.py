@@ -85,7 +85,7 @@ def _views(session: Session, args: argparse.Namespace) -> Iterator[View]:
     """The plans of a batch and of one token, each over full caches."""
     from pyggml.page.document import View
 
-    batch, token = session.plans.largest()
+    batch, token, *_ = session.plans.largest()
     plans = {f"a batch of {session.n_batch} tokens": batch, "one token": token}
     if session.n_batch == 1:
         del plans[next(iter(plans))]

@@ -44,7 +44,7 @@ from pyggml.runtime.memory import Memory, mib
 from pyggml.runtime.places import Place, parse
 
 #: Options of `pyggml run` with these defaults, by their names here.
-_SAME = {"ctk": "f16", "ctv": "f16", "fa": "on", "mla": 3, "fmoe": "on"}
+_SAME = {"ctk": "f16", "ctv": "f16", "cti": "f16", "fa": "on", "mla": 3, "fmoe": "on"}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -113,10 +113,11 @@ class Planner:
         return Session(model, n_ctx=setup.n_ctx, n_batch=setup.n_batch)
 
     def memory(self, setup: Setup) -> Memory:
-        """The memory of a session. Compiles two plans, once for each setup."""
+        """The memory of a session. Compiles its largest plans, once for each setup."""
         if setup not in self._memory:
-            self.n_plans += 2
-            self._memory[setup] = self.session(setup).memory()
+            session = self.session(setup)
+            self._memory[setup] = session.memory()
+            self.n_plans += len(session.plans.largest())
         return self._memory[setup]
 
     def excess(self, setup: Setup) -> int:

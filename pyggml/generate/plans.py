@@ -60,12 +60,17 @@ class Plans:
             return
         backends = [parse(text).backend for text in self.model.backends]
         if any(backend.device != "host" for backend in backends):
-            self.largest()[0].reserve()
+            for plan in self.largest()[::2]:
+                plan.reserve()
         self._reserved = True
 
-    def largest(self) -> tuple[Plan, Plan]:
-        """Those for `n_batch` tokens and for one, over full caches."""
-        return self.batch(self.n_batch, self.n_ctx, 1), self.batch(1, self.n_ctx, 1)
+    def largest(self) -> tuple[Plan, ...]:
+        """Those for `n_batch` tokens and for one, over full caches; and, if graphs with fewer rows
+        have another form, the two over the most of these."""
+        rows, dense = [self.n_ctx], floored_rows(self.model.arch.dense_rows())
+        if 0 < dense < self.n_ctx:
+            rows.append(dense)
+        return tuple(self.batch(n, n_kv, 1) for n_kv in rows for n in (self.n_batch, 1))
 
     def sizes(self, n_tokens: int, n_kv: int, n_outputs: int) -> tuple[int, int]:
         """The tokens and rows to plan for: these, or more if that takes less memory.
@@ -101,5 +106,14 @@ def padded_tokens(n: int, most: int) -> int:
 
 def padded_rows(n: int, n_ctx: int) -> int:
     """n in steps of 256 rows up to 2048, then of 1/8 of the power of two below; at most n_ctx."""
-    step = max(KV_STEP, 1 << max((n - 1).bit_length() - 4, 0))
+    step = _row_step(n)
     return min(-(-n // step) * step, n_ctx)
+
+
+def floored_rows(n: int) -> int:
+    """The most rows up to `n` that `padded_rows` gives in a large context; 0: none."""
+    return n // _row_step(n) * _row_step(n)
+
+
+def _row_step(n: int) -> int:
+    return max(KV_STEP, 1 << max((n - 1).bit_length() - 4, 0))

@@ -99,4 +99,4 @@ def _fingerprint(session: Session) -> str:
     """Text that is equal for models with the same hyperparameters and the same tensors."""
     model = session.model
     tensors = [(t.name, t.dtype.name, t.ne) for t in model.file.tensors.values()]
-    return json.dumps([model.arch.fields(), tensors], sort_keys=True)
+    return json.dumps([model.arch.fields(), tensors], sort_keys=True, default=np.ndarray.tolist)

@@ -146,12 +146,13 @@ class Session:
         """The bytes that the session uses, known before anything is allocated or read.
 
         These are those of the plans for `n_batch` tokens and for one token over full caches, with
-        the logits of the last token. Not included: inputs of other lengths (12 bytes a token,
+        the logits of the last token; and, if attention is sparse over many rows, of those over the
+        most rows for which it is dense. Not included: inputs of other lengths (12 bytes a token,
         rounded up), logits of all tokens, and what `generate` adds, which is less than 5 bytes for
         each token of the vocabulary and of n_ctx.
         """
-        prompt, decode = self.plans.largest()
-        return prompt.memory_with(decode)
+        first, *others = self.plans.largest()
+        return first.memory_with(*others)
 
     # -- generation ---------------------------------------------------------------------------
 

@@ -33,8 +33,8 @@ class Change:
 
 def changes(planner: Planner, setup: Setup) -> Iterator[Change]:
     """The options as they are, then each that changes the memory: -amb, -ub, -mla and -fa."""
-    options, latent = planner.model.options, _is_latent(planner)
-    mla = f" -mla {options.mla}" if latent else ""
+    options, forms = planner.model.options, planner.model.arch.mla_forms
+    mla = f" -mla {options.mla}" if forms else ""
     amb, flash = text_of_budget(setup.amb), _on_off(options.flash)
     yield Change(f"{amb} -ub {setup.n_batch}{mla} -fa {flash}", planner, setup)
     for budget in budgets(planner.memory(setup)):
@@ -43,7 +43,7 @@ def changes(planner: Planner, setup: Setup) -> Iterator[Change]:
         n = int(setup.n_batch * factor)
         if 1 <= n <= setup.n_ctx:
             yield Change(f"-ub {n}", planner, replace(setup, n_batch=n))
-    for form in (0, 1, 3) if latent else ():
+    for form in forms:
         if form != options.mla:
             yield Change(f"-mla {form}", _with(planner, mla=form), setup)
     other = not options.flash
@@ -62,11 +62,6 @@ def variants(
         yield change.plan()
         if progress is not None:
             progress(done, len(todo))
-
-
-def _is_latent(planner: Planner) -> bool:
-    """Whether the model's attention has latent forms, so that -mla means something."""
-    return hasattr(planner.model.arch, "kv_lora_rank")
 
 
 def _with(planner: Planner, **options: Any) -> Planner:

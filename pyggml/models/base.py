@@ -26,6 +26,8 @@ A = TypeVar("A", bound="type[Architecture]")
 #: general.architecture -> the module of this package, or the class itself.
 _REGISTRY: dict[str, str | type[Architecture]] = {
     "deepseek2": "deepseek2",
+    "deepseek32": "deepseek32",
+    "glm-dsa": "glm_dsa",
     "glm4moe": "glm4moe",
     "gpt-oss": "gpt_oss",
     "llama": "llama",
@@ -83,6 +85,8 @@ class Architecture:
 
     name: ClassVar[str]
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    #: The values of Options.mla that the graphs support; (): they ignore it.
+    mla_forms: ClassVar[tuple[int, ...]] = ()
     #: Names of the two norms of a layer.
     norms: ClassVar[tuple[str, str]] = ("attn_norm", "ffn_norm")
 
@@ -171,6 +175,13 @@ class Architecture:
         return ()
 
     # -- graphs -------------------------------------------------------------------------------
+
+    def dense_rows(self) -> int:
+        """Graphs that read more rows of full caches attend to some of them only; 0: no such limit.
+
+        So the largest of the graphs with fewer rows may need the most memory.
+        """
+        return 0
 
     def cache(self, il: int, n_ctx: int, n_batch: int, options: Options) -> Cache:
         """The cache of layer `il` for `n_ctx` tokens that come in batches of up to `n_batch`."""

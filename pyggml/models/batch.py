@@ -22,6 +22,7 @@ class Options:
     expand_from  tokens of a batch from which mla=3 expands
     prec     "f32": products and attention compute in f32, not in the backend's fastest type
     cache_k, cache_v   types of the caches; a latent cache has cache_k's          [-ctk -ctv]
+    cache_i  type of the index keys of sparse attention                           [-cti]
     """
 
     flash: bool = True
@@ -31,13 +32,14 @@ class Options:
     prec: str = "default"
     cache_k: str = "f16"
     cache_v: str = "f16"
+    cache_i: str = "f16"
 
     def __post_init__(self) -> None:
         if self.mla not in (0, 1, 3):
             raise ShapeError(f"mla={self.mla!r} must be 0, 1 or 3")
         if self.prec not in ("default", "f32"):
             raise ShapeError(f"prec={self.prec!r} must be 'default' or 'f32'")
-        dtype(self.cache_k), dtype(self.cache_v)
+        dtype(self.cache_k), dtype(self.cache_v), dtype(self.cache_i)
 
 
 class Batch:
@@ -50,6 +52,8 @@ class Batch:
     outputs  i32 [n_outputs]  the tokens whose logits are computed; None: all, or none
     n_kv     rows of each full cache that attention reads
     writes   handles of the caches that the layers write
+    chosen   i32 [k, n_tokens]: the cache rows that an earlier layer chose for each token, for
+             layers that use the same; None: none yet
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class Batch:
         self.n_tokens, self.n_kv, self.options = n_tokens, n_kv, options
         self.n_outputs = n_outputs
         self.writes: list[Node] = []
+        self.chosen: Node | None = None
         self.tokens = input("tokens", "i32", ne=(n_tokens,))
         self.pos = input("pos", "i32", ne=(n_tokens,))
         padded = padded and n_tokens > 1

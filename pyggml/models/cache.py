@@ -93,9 +93,14 @@ def ring_state(n_rows: int) -> Node:
     return state(f"cache_end_{n_rows}", "i32", ne=(1, n_rows))
 
 
-def latent_cache(il: int, n_ctx: int, d: int, dtype: str) -> Cache:
-    """cache_kv_lIL [d, n_ctx]."""
-    return Cache((state(f"cache_kv_l{il}", dtype, ne=(d, n_ctx)),))
+def latent_cache(
+    il: int, n_ctx: int, d: int, dtype: str, *, index: tuple[int, str] | None = None
+) -> Cache:
+    """cache_kv_lIL [d, n_ctx], and with `index` cache_index_lIL of this row size and type."""
+    latent = state(f"cache_kv_l{il}", dtype, ne=(d, n_ctx))
+    if index is None:
+        return Cache((latent,))
+    return Cache((latent, state(f"cache_index_l{il}", index[1], ne=(index[0], n_ctx))))
 
 
 def kv_cache(

@@ -33,6 +33,7 @@ class DeepSeek2(Latent):
     """
 
     name = "deepseek2"
+    mla_forms = (0, 1, 3)
 
     temperature_scale: float = key("attention.temperature_scale", 0.0, zero=True, rare=True)
     temperature_length: int | None = key("attention.temperature_length", None)  # n_ctx_orig

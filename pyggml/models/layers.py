@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from pyggml.models.composed import layer_norm_op
 from pyggml.models.keys import Keys, key
 from pyggml.models.weights import Layer, Weights
 from pyggml.node import Node
@@ -19,6 +20,7 @@ from pyggml.ops import (
     fill,
     flash_attn_ext,
     fused_up_gate,
+    get_rows,
     log,
     mul,
     mul_mat,
@@ -30,6 +32,7 @@ from pyggml.ops import (
     silu,
     soft_max_ext,
     transpose,
+    view,
 )
 
 #: [d, H, n] <-> [d, n, H]
@@ -39,6 +42,11 @@ SWAP = (0, 2, 1, 3)
 def norm(w: Layer | Weights, name: str, x: Node, eps: float) -> Node:
     """rms_norm(x) * weight."""
     return mul(rms_norm(x, eps=eps), w[name])
+
+
+def layer_norm(w: Layer | Weights, name: str, x: Node, eps: float) -> Node:
+    """LayerNorm: (x - mean) / sqrt(var + eps) * weight + bias, over rows."""
+    return add(mul(layer_norm_op(x, eps=eps), w[name]), w[f"{name}.bias"])
 
 
 def scaled(w: Layer | Weights, name: str, y: Node) -> Node:
@@ -132,18 +140,42 @@ def attend(
     scale: float,
     flash: bool,
     sinks: Node | None = None,
+    ids: Node | None = None,
 ) -> Node:
     """softmax(scale k.q + mask) v: [d_v, H, T] from q [d_k, T, H], k and v [.., n_kv, H_kv].
 
+    ids  i32 [n, T], the rows of k and v that a token attends to; None: all. One head of k and v,
+         and v is a view of k's first elements
     Without flash attention, V must be transposed, so a V in a block type is cast to f16 first. The
     attention memory budget counts that copy and cuts it together with the scores.
     """
+    if ids is not None:
+        q, k, v, mask = _of_rows(q, k, v, mask, ids)
     if flash:
-        return layer.label(flash_attn_ext(q, k, v, mask, sinks, scale=scale), "kqv")
+        y = flash_attn_ext(q, k, v, mask, sinks, scale=scale)
+        return layer.label(y if ids is None else reshape(y, ne=(*y.ne[:2], y.ne[3])), "kqv")
     kq = layer.label(mul_mat(k, q), "kq")
     kq = layer.label(soft_max_ext(kq, mask, sinks, scale=scale), "kq_soft_max")
     kqv = layer.label(mul_mat(transpose(unpacked(v)), kq), "kqv")
+    if ids is not None:
+        return reshape(kqv, ne=(kqv.ne[0], *kqv.ne[2:]))
     return permute(kqv, axes=SWAP)
+
+
+def _of_rows(q: Node, k: Node, v: Node, mask: Node, ids: Node) -> tuple[Node, Node, Node, Node]:
+    """The operands of an attention in which each token has keys of its own: rows ids[:, t] of k.
+
+    q [d, 1, H, T], k [d, n, 1, T], v [d_v, n, 1, T], mask [n, 1, 1, T]
+    """
+    n, n_tokens = ids.ne[:2]
+    rows = get_rows(view(k, ne=k.ne[:2]), reshape(ids, ne=(n * n_tokens,)))
+    rows = reshape(rows, ne=(k.ne[0], n, 1, n_tokens))
+    if k.dtype.name != "f32":
+        rows = cast(rows, dtype="f16")
+    values = view(rows, ne=(v.ne[0], n, 1, n_tokens))
+    seen = get_rows(reshape(mask, ne=(1, *mask.ne[:2])), ids)
+    seen = cast(reshape(seen, ne=(n, 1, 1, n_tokens)), dtype="f16")
+    return permute(q, axes=(0, 3, 2, 1)), rows, values, seen
 
 
 def tempered(q: Node, pos: Node, *, strength: float, length: int) -> Node:

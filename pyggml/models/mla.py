@@ -73,15 +73,20 @@ def mla(
     *,
     form: str,
     temperature: Callable[[Node], Node] | None = None,
+    choose: Callable[[Node], Node | None] | None = None,
 ) -> Node:
     """The attention of one layer: f32 [n_embd, T]; x is normalized.
 
     temperature  applied to the queries [d_k, n_head, T] after their rotation
+    choose       the rows that each token attends to, i32 [k, T], from the input of attn_q_b; None:
+                 all. A choice needs the latent form
     """
     if len(cache.states) != (2 if form == "standard" else 1):
         names = " and ".join(str(state.attrs["name"]) for state in cache.states)
         raise GraphError(f"{names}: not a cache for form '{form}'; build both from equal options")
-    q = queries(layer, x, a, rotate)
+    q_a = query_latents(layer, x, a)
+    ids = choose(q_a) if choose else None
+    q = queries(layer, q_a, a, rotate)
     q = permute(temperature(q) if temperature else q, axes=SWAP)
     kv_c, k_rope = latents(layer, x, a, rotate)
     if form == "standard":
@@ -99,7 +104,7 @@ def mla(
         else:
             q, k, v = absorb(layer, q, a), rows, kv_c
     mask, flash = cache.mask(batch), batch.options.flash
-    y = attend(layer, layer.label(q, "Qcur"), k, v, mask, scale=a.kq_scale, flash=flash)
+    y = attend(layer, layer.label(q, "Qcur"), k, v, mask, ids=ids, scale=a.kq_scale, flash=flash)
     if form == "latent":
         y = permute(v_product(layer, permute(y, axes=SWAP), a), axes=SWAP)
     return layer.label(linear(layer, "attn_output", layer.label(joined(y), "kqv_out")), "attn_out")
@@ -108,14 +113,17 @@ def mla(
 # -- queries, keys and values of the new tokens -------------------------------------------------
 
 
-def queries(layer: Layer, x: Node, a: Mla, rotate: Rotate) -> Node:
-    """The heads' queries [nope | rope], [d_k, H, T], rotated."""
+def query_latents(layer: Layer, x: Node, a: Mla) -> Node:
+    """The input of attn_q_b [q_lora_rank, T], normalized; x if there is only attn_q."""
     if a.q_lora_rank is None:
-        q = linear(layer, "attn_q", x)
-    else:
-        q_a = norm(layer, "attn_q_a_norm", linear(layer, "attn_q_a", x), a.eps)
-        q = linear(layer, "attn_q_b", q_a)
-    q = reshape(layer.label(q, "q"), ne=(a.d_k, a.n_head, x.ne[1]))
+        return x
+    return norm(layer, "attn_q_a_norm", linear(layer, "attn_q_a", x), a.eps)
+
+
+def queries(layer: Layer, q_a: Node, a: Mla, rotate: Rotate) -> Node:
+    """The heads' queries [nope | rope], [d_k, H, T], rotated."""
+    q = linear(layer, "attn_q" if a.q_lora_rank is None else "attn_q_b", q_a)
+    q = reshape(layer.label(q, "q"), ne=(a.d_k, a.n_head, q_a.ne[1]))
     return rotate(q, a.d_nope)
 
 

@@ -162,7 +162,7 @@ def load(
     amb, pins as in `compile`: the attention memory budget in MiB, and label pattern -> place
     decode_weights
               as in `compile`: True keeps weights on NumPy as f32
-    options   flash=, fused=, mla=, prec=, cache_k=, cache_v= (see `Options`)
+    options   flash=, fused=, mla=, prec=, cache_k=, cache_v=, cache_i= (see `Options`)
     Errors: GGUFError for a file that is not complete and well-formed, or has an architecture, keys
     or tensors that pyggml does not know.
     """

@@ -8,18 +8,23 @@ from typing import Any
 from pyggml.errors import ShapeError, UnknownNameError
 from pyggml.models.base import MAX_LAYERS, Architecture
 from pyggml.models.deepseek2 import DeepSeek2, KvB
+from pyggml.models.deepseek32 import DeepSeek32
 from pyggml.models.glm4moe import Glm4Moe
+from pyggml.models.glm_dsa import GLM_52_CTX, GlmDsa, default_types
 from pyggml.models.gpt_oss import GptOss
 from pyggml.models.gqa import Heads
+from pyggml.models.indexer import Indexer
+from pyggml.models.latent import Latent
 from pyggml.models.layers import Rope
 from pyggml.models.llama import Llama
 from pyggml.models.moe import Experts
 from pyggml.models.qwen3 import Qwen3, Qwen3Moe
 
 # The sizes of published models are those of their config.json at huggingface.co: of deepseek-ai/
-# DeepSeek-V2-Lite and DeepSeek-V3, openai/gpt-oss-20b and gpt-oss-120b, meta-llama/Llama-3.1-8B,
-# Qwen/Qwen3-30B-A3B, zai-org/GLM-4.5-Air and HuggingFaceTB/SmolLM2-135M. tests/models/published.py
-# has the numbers of parameters, and tests/oracle/test_published.py compares every key.
+# DeepSeek-V2-Lite, DeepSeek-V3 and DeepSeek-V3.2-Exp, openai/gpt-oss-20b and gpt-oss-120b,
+# meta-llama/Llama-3.1-8B, Qwen/Qwen3-30B-A3B, zai-org/GLM-4.5-Air and GLM-5, and
+# HuggingFaceTB/SmolLM2-135M. tests/models/published.py has the numbers of parameters, and
+# tests/oracle/test_published.py compares every key.
 
 _YARN = Rope(scaling="yarn", factor=40.0, n_ctx_orig=4096)
 V2_LITE = DeepSeek2(
@@ -41,6 +46,36 @@ TINY = replace(
     V3, n_block=3, n_layer_dense=1, n_vocab=512, n_embd=256, n_head=4, q_lora_rank=96,
     kv_lora_rank=64, d_nope=32, n_rot=16, d_v=32, n_ff=512,
     experts=replace(V3.experts, n_ff=128, n_expert=8, n_used=2, n_group=4, n_group_used=2),
+)  # fmt: skip
+#: Without their last block, which predicts further tokens.
+V32 = DeepSeek32(
+    n_block=61, n_layer_dense=3, n_ctx_train=163840, n_vocab=129280, n_embd=7168, rms_eps=1e-6,
+    n_head=128, q_lora_rank=1536, kv_lora_rank=512, d_nope=128, n_rot=64, d_v=128, n_ff=18432,
+    experts=V3.experts, rope=_YARN, yarn_log_mul=0.1,
+    indexer=Indexer(n_head=64, d=128, top_k=2048),
+)  # fmt: skip
+GLM_5 = GlmDsa(
+    n_block=78, n_layer_dense=3, n_ctx_train=202752, n_vocab=154880, n_embd=6144, rms_eps=1e-5,
+    n_head=64, q_lora_rank=2048, kv_lora_rank=512, d_nope=192, n_rot=64, d_v=256, n_ff=12288,
+    experts=replace(V3.experts, n_group=1, n_group_used=1),
+    rope=Rope(freq_base=1000000.0, factor=1.0, n_ctx_orig=202752),
+    indexer=Indexer(n_head=32, d=128, top_k=2048), types=default_types(78, 202752),
+)  # fmt: skip
+#: Its rope.freq_base is GLM-5's, not checked against the published file.
+GLM_52 = replace(
+    GLM_5, n_ctx_train=GLM_52_CTX, rope=replace(GLM_5.rope, n_ctx_orig=GLM_52_CTX),
+    types=default_types(78, GLM_52_CTX),
+)  # fmt: skip
+TINY_DEEPSEEK32 = replace(
+    V32, n_block=3, n_layer_dense=1, n_vocab=512, n_embd=256, n_head=4, q_lora_rank=96,
+    kv_lora_rank=64, d_nope=32, n_rot=16, d_v=32, n_ff=512, experts=TINY.experts,
+    indexer=Indexer(n_head=8, d=64, top_k=32),
+)  # fmt: skip
+TINY_GLM_DSA = replace(
+    GLM_52, n_block=4, n_layer_dense=1, n_vocab=512, n_embd=256, n_head=4, q_lora_rank=96,
+    kv_lora_rank=64, d_nope=32, n_rot=16, d_v=32, n_ff=512, types=default_types(4, GLM_52_CTX),
+    experts=replace(TINY.experts, n_group=1, n_group_used=1),
+    indexer=Indexer(n_head=8, d=64, top_k=32),
 )  # fmt: skip
 GPT_OSS_20B = GptOss(
     n_block=24, n_ctx_train=131072, n_vocab=201088, n_embd=2880, rms_eps=1e-5, n_ff=2880,
@@ -109,7 +144,10 @@ TINY_GLM4MOE = replace(
 PRESETS: dict[str, Architecture] = {
     "deepseek-v2-lite": V2_LITE,
     "deepseek-v3": V3,
+    "deepseek-v3.2": V32,
     "glm-4.5-air": GLM_45_AIR,
+    "glm-5": GLM_5,
+    "glm-5.2": GLM_52,
     "gpt-oss-20b": GPT_OSS_20B,
     "gpt-oss-120b": GPT_OSS_120B,
     "llama-3.1-8b": LLAMA_31_8B,
@@ -120,6 +158,8 @@ PRESETS: dict[str, Architecture] = {
     ),
     "smollm2-135m": SMOLLM2,
     "tiny": TINY,
+    "tiny-deepseek32": TINY_DEEPSEEK32,
+    "tiny-glm-dsa": TINY_GLM_DSA,
     "tiny-glm4moe": TINY_GLM4MOE,
     "tiny-gpt-oss": TINY_GPT_OSS,
     "tiny-llama": TINY_LLAMA,
@@ -142,6 +182,10 @@ def preset(name: str, *, layers: int | None = None, kv_b: KvB = "split") -> Arch
     if not 1 <= n_layer <= MAX_LAYERS:
         raise ShapeError(f"layers must be 1 to {MAX_LAYERS}, got {n_layer}")
     changes: dict[str, Any] = {"n_block": n_layer}
+    if isinstance(arch, Latent):
+        changes["n_layer_dense"] = min(arch.n_layer_dense, n_layer)
     if isinstance(arch, DeepSeek2):
-        changes |= {"n_layer_dense": min(arch.n_layer_dense, n_layer), "kv_b": kv_b}
+        changes["kv_b"] = kv_b
+    if isinstance(arch, GlmDsa):
+        changes["types"] = default_types(n_layer, arch.n_ctx_train)
     return replace(arch, **changes)

@@ -30,10 +30,10 @@ def synth(
 ) -> int:
     """Write a GGUF file of the model with random weights, and return its size in bytes.
 
-    Matrices have a standard deviation of 1/sqrt(fan-in); norms and rope_freqs are about 1. Vectors
-    and the router are f32. Rows that are not whole blocks of `type` become q8_0, or f16.
-    output.weight is q6_K if `type` has fewer bits, as quantizers do it. With mxfp4, only experts
-    have it and the others are q8_0.
+    Matrices have a standard deviation of 1/sqrt(fan-in); norms and rope_freqs are about 1. Vectors,
+    the router and indexer.proj are f32. Rows that are not whole blocks of `type` become q8_0, or
+    f16. output.weight is q6_K if `type` has fewer bits, as quantizers do it. With mxfp4, only
+    experts have it and the others are q8_0.
     """
     if seed < 0:
         raise ShapeError(f"seed must not be negative, got {seed}")
@@ -66,7 +66,7 @@ def random_tensors(arch: Architecture, preferred: DType, seed: int) -> Iterator[
 
 
 def _type_of(leaf: str, preferred: DType) -> DType:
-    if leaf == "ffn_gate_inp.weight":
+    if leaf in ("ffn_gate_inp.weight", "indexer.proj.weight"):
         return F32
     if preferred.name == "mxfp4" and "_exps." not in leaf:
         return TYPES["q8_0"]  # as in the published files of gpt-oss

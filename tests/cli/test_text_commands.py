@@ -248,13 +248,16 @@ def test_layers_on_the_gpu() -> None:
 def test_options_reach_the_model(tiny: Path) -> None:
     parser = argparse.ArgumentParser()
     model_options.add_model_options(parser)
-    words = "-c 100 -b 30 -ub 40 -ctk bf16 -ctv f32 -fa off -mla 2 -fmoe off -amb 5 -ot a=numpy"
-    args = parser.parse_args(["-m", str(tiny), "--backend", "numpy", *words.split()])
+    words = "-c 100 -b 30 -ub 40 -ctk bf16 -ctv f32 -cti f32 -fa off -mla 2 -fmoe off -amb 5"
+    args = parser.parse_args(
+        ["-m", str(tiny), "--backend", "numpy", *words.split(), "-ot", "a=numpy"]
+    )
     with model_options.open_model(args) as model:
         session = model_options.new_session(args, model)
         assert (session.n_ctx, session.n_batch) == (100, 30)
         given = model.options
         assert (given.cache_k, given.cache_v, given.mla) == ("bf16", "f32", 3)
+        assert given.cache_i == "f32"
         assert not given.flash and not given.fused
         assert model.amb == 5 and model.pins == {"a": "numpy"}
 

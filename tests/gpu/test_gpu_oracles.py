@@ -17,7 +17,7 @@ from pyggml.parity.tolerance import nmse, relative_error
 from tests.models.oracles import FOLDER, Oracle, read
 
 ORACLES = {oracle.path.stem: oracle for oracle in read()}
-EXACT: dict[str, Any] = {"prec": "f32", "cache_k": "f32", "cache_v": "f32"}
+EXACT: dict[str, Any] = {"prec": "f32", "cache_k": "f32", "cache_v": "f32", "cache_i": "f32"}
 LATENT = [name for name in ORACLES if name.startswith("deepseek2")]
 
 pytestmark = pytest.mark.skipif(

@@ -63,6 +63,18 @@ LATENT = {  # the layout of kv_b that llama.cpp no longer writes, but reads
     "q_lora_rank": ["attention.q_lora_rank"],
     "kv_lora_rank": ["attention.kv_lora_rank"],
 }
+ABSORBED = {  # today's layout: the plain keys describe one shared head, of the cache's rows
+    "qk_rope_head_dim": ["rope.dimension_count"],
+    "qk_head_dim": ["attention.key_length_mla"],
+    "v_head_dim": ["attention.value_length_mla"],
+    "q_lora_rank": ["attention.q_lora_rank"],
+    "kv_lora_rank": ["attention.kv_lora_rank", "attention.value_length"],
+    "head_dim": [],
+    "num_key_value_heads": [],
+    "index_n_heads": ["attention.indexer.head_count"],
+    "index_head_dim": ["attention.indexer.key_length"],
+    "index_topk": ["attention.indexer.top_k"],
+}
 ROPE = {
     "rope_theta": "freq_base",
     "factor": "scaling.factor",
@@ -95,6 +107,10 @@ LAYER = {
     "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
     "self_attn.kv_a_layernorm": "attn_kv_a_norm",
     "self_attn.kv_b_proj": "attn_kv_b",
+    "self_attn.indexer.wq_b": "indexer.attn_q_b",
+    "self_attn.indexer.wk": "indexer.attn_k",
+    "self_attn.indexer.k_norm": "indexer.k_norm",
+    "self_attn.indexer.weights_proj": "indexer.proj",
     "self_attn.sinks": "attn_sinks",
     "mlp.router": "ffn_gate_inp",
     "mlp.experts.gate_up_proj_bias": "ffn_gate_up_exps.bias",
@@ -116,6 +132,7 @@ class Recipe:
     permuted  matrices whose heads have halves that rotate together in transformers, and neighbours
               that do in llama.cpp
     transposed  experts' matrices are [in, out] in transformers, with gate and up in turns
+    absorbed    kv_b is stored as attn_k_b, transposed, and attn_v_b
     """
 
     name: str
@@ -124,6 +141,7 @@ class Recipe:
     tensors: dict[str, str] = field(default_factory=dict)
     permuted: tuple[str, ...] = ()
     transposed: bool = False
+    absorbed: bool = False
 
 
 RECIPES = {
@@ -145,6 +163,18 @@ RECIPES = {
     ),
     "deepseek_v3": Recipe(
         name="deepseek2", keys=EXPERTS | SHARED_EXPERTS | LATENT, fields={"expert_gating_func": 2}
+    ),
+    "deepseek_v32": Recipe(
+        name="deepseek32",
+        keys=EXPERTS | SHARED_EXPERTS | ABSORBED,
+        fields={"expert_gating_func": 2, "attention.head_count_kv": 1},
+        absorbed=True,
+    ),
+    "glm_moe_dsa": Recipe(
+        name="glm-dsa",
+        keys=EXPERTS | SHARED_EXPERTS | ABSORBED,
+        fields={"expert_gating_func": 2, "attention.head_count_kv": 1},
+        absorbed=True,
     ),
     "gpt_oss": Recipe(
         name="gpt-oss",
@@ -201,7 +231,7 @@ def convert(
     tensors = [
         _tensor(name, type_, rows)
         for name, type_, rows in _stored(model, recipe, dtype)
-        for name, rows in ([(name, rows)] if merged else _split(name, rows, recipe))
+        for name, rows in _parts(name, rows, model.config, recipe, merged=merged)
     ]
     rope = model.config.rope_parameters
     if rope["rope_type"] == "llama3":
@@ -240,6 +270,10 @@ def fields_of(config: Any) -> dict[str, Any]:
             own[f"rope.{key}"] = rope[name] if "original" in name else float(rope[name])
     if "mscale_all_dim" in rope:
         own["rope.scaling.yarn_log_multiplier"] = 0.1 * rope["mscale_all_dim"]
+    if recipe.absorbed:
+        own["attention.key_length"] = config.kv_lora_rank + config.qk_rope_head_dim
+    if getattr(config, "indexer_types", None) is not None:
+        own["attention.indexer.types"] = np.array([t == "full" for t in config.indexer_types])
     if "partial_rotary_factor" in rope:
         own["rope.dimension_count"] = int(config.head_dim * rope["partial_rotary_factor"])
     fields = {"general.architecture": recipe.name, "tokenizer.ggml.model": "no_vocab"}
@@ -249,8 +283,12 @@ def fields_of(config: Any) -> dict[str, Any]:
 def tensor_names(model: Any) -> Iterator[str]:
     """The tensors of a file of the model, with separate gate and up of the experts."""
     for name in model.state_dict():
-        tensor = _tensor_name(name, RECIPES[model.config.model_type])
-        yield from {tensor.replace("gate_up", "gate"), tensor.replace("gate_up", "up")}
+        recipe = RECIPES[model.config.model_type]
+        tensor = _tensor_name(name, recipe)
+        if recipe.absorbed and "attn_kv_b" in tensor:
+            yield from {tensor.replace("kv_b", "k_b"), tensor.replace("kv_b", "v_b")}
+        else:
+            yield from {tensor.replace("gate_up", "gate"), tensor.replace("gate_up", "up")}
     if model.config.rope_parameters["rope_type"] == "llama3":
         yield "rope_freqs.weight"
 
@@ -262,9 +300,12 @@ def _stored(model: Any, recipe: Recipe, dtype: str) -> Iterator[tuple[str, str, 
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         tensor = _tensor_name(name, recipe)
-        plain = value.ndim == 1 or tensor.endswith(".bias") or "ffn_gate_inp" in tensor
+        plain = value.ndim == 1 or tensor.endswith(".bias")
+        plain = plain or "ffn_gate_inp" in tensor or "indexer.proj" in tensor
         plain = plain or (dtype == "nvfp4" and not tensor.startswith("blk."))
         type_ = "f32" if plain else dtype
+        if recipe.absorbed and "attn_kv_b" in tensor and as_dtype(type_).block > 1:
+            type_ = "f16"  # its halves have other rows
         matrix = value
         if recipe.transposed and value.ndim == 3:
             matrix = value.transpose(1, 2)
@@ -342,6 +383,17 @@ def _split(name: str, rows: Array, recipe: Recipe) -> list[tuple[str, Array]]:
     if recipe.transposed:
         gate, up = rows[:, ::2], rows[:, 1::2]
     return [(name.replace("gate_up", "gate"), gate), (name.replace("gate_up", "up"), up)]
+
+
+def _parts(
+    name: str, rows: Array, config: Any, recipe: Recipe, *, merged: bool
+) -> list[tuple[str, Array]]:
+    """The tensors that a file has of one parameter."""
+    if not (recipe.absorbed and "attn_kv_b" in name):
+        return [(name, rows)] if merged else _split(name, rows, recipe)
+    heads = rows.reshape(config.num_attention_heads, -1, rows.shape[-1])
+    k, v = np.split(heads, [config.qk_nope_head_dim], axis=1)
+    return [(name.replace("kv_b", "k_b"), k.swapaxes(1, 2)), (name.replace("kv_b", "v_b"), v)]
 
 
 def _tensor(name: str, dtype: str, rows: Array) -> Tensor:

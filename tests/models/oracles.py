@@ -35,7 +35,7 @@ def write(name: str, folder: Path) -> Oracle:
 
     tiny = MODELS[name]
     torch.set_num_threads(1)
-    model = random_model(tiny.config)
+    model = random_model(tiny.config, tiny.seed)
     path = folder / f"{name}.gguf"
     convert(model, path, tiny.dtype, merged=tiny.merged)
     with torch.no_grad():

@@ -8,7 +8,9 @@ from typing import Any
 from transformers import (
     DeepseekV2Config,
     DeepseekV3Config,
+    DeepseekV32Config,
     Glm4MoeConfig,
+    GlmMoeDsaConfig,
     GptOssConfig,
     LlamaConfig,
     Qwen3Config,
@@ -75,6 +77,32 @@ def deepseek(version: int, **changes: Any) -> Any:
     } | changes)  # fmt: skip
 
 
+def sparse(config: Any, **changes: Any) -> Any:
+    """A config of V3.2 or GLM-5, which chooses 7 rows. Its norms have the eps that transformers
+    gives to those of q_a and kv_a in any case."""
+    return config(**SIZES | {
+        "num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 96,
+        "moe_intermediate_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 3,
+        "n_group": 4, "topk_group": 2, "n_shared_experts": 1, "routed_scaling_factor": 2.5,
+        "first_k_dense_replace": 1, "num_attention_heads": 3, "num_key_value_heads": 3,
+        "q_lora_rank": 32, "kv_lora_rank": 48, "qk_nope_head_dim": 24, "qk_rope_head_dim": 16,
+        "v_head_dim": 20, "index_n_heads": 11, "index_head_dim": 64, "index_topk": 7,
+        "rms_norm_eps": 1e-6,
+    } | changes)  # fmt: skip
+
+
+def deepseek32(**changes: Any) -> DeepseekV32Config:
+    rope = YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}
+    return sparse(DeepseekV32Config, **{"rope_parameters": rope} | changes)
+
+
+def glm_dsa(**changes: Any) -> GlmMoeDsaConfig:
+    types = ["full", "full", "shared", "shared", "full", "shared"]
+    return sparse(GlmMoeDsaConfig, **{
+        "num_hidden_layers": 6, "n_group": 1, "topk_group": 1, "indexer_types": types,
+    } | changes)  # fmt: skip
+
+
 def gpt_oss(**changes: Any) -> GptOssConfig:
     return GptOssConfig(**SIZES | {
         "num_hidden_layers": 3, "hidden_size": 40, "intermediate_size": 32,
@@ -89,11 +117,15 @@ class Tiny:
 
     dtype   type of matrices; blocks need rows of whole blocks
     merged  whether the experts' gate and up are one tensor
+    seed    of the weights. Those of sparse attention have wide gaps between the scores of the rows
+            that are chosen and of the others (tests/reference/sparse.py): rounding may swap close
+            ones, which changes the logits
     """
 
     config: Any
     dtype: str = "f32"
     merged: bool = False
+    seed: int = 0
 
 
 MODELS = {
@@ -140,6 +172,19 @@ MODELS = {
         deepseek(3, rope_parameters=YARN | {"mscale": 1.0, "mscale_all_dim": 1.0})
     ),
     "deepseek2 v3 merged": Tiny(deepseek(3, first_k_dense_replace=0), merged=True),
+    "deepseek32": Tiny(deepseek32(), seed=42),
+    "glm-dsa": Tiny(glm_dsa(), seed=47),
+    "deepseek32 magnitude": Tiny(
+        deepseek32(num_hidden_layers=2,
+                   rope_parameters=YARN | {"mscale": 1.0, "mscale_all_dim": 0.707}), seed=96
+    ),
+    "deepseek32 q8_0": Tiny(
+        deepseek32(kv_lora_rank=64, qk_rope_head_dim=32, v_head_dim=32), "q8_0", seed=53
+    ),
+    "glm-dsa merged": Tiny(
+        glm_dsa(num_hidden_layers=2, indexer_types=["full"] * 2, first_k_dense_replace=0),
+        merged=True, seed=19
+    ),
     "gpt-oss": Tiny(gpt_oss()),
     "gpt-oss mxfp4": Tiny(gpt_oss(hidden_size=64, num_hidden_layers=2), "mxfp4"),
     "gpt-oss nvfp4": Tiny(gpt_oss(hidden_size=64, intermediate_size=64, head_dim=32), "nvfp4"),

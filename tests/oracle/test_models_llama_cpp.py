@@ -46,11 +46,11 @@ def llama_cpp_logits(path: Path, tokens: list[int]) -> NDArray[np.float32]:
         model.close()
 
 
-def write_and_compare(path: Path, config: Any, dtype: str, **changes: Any) -> None:
+def write_and_compare(path: Path, config: Any, dtype: str, seed: int = 0, **changes: Any) -> None:
     torch.set_num_threads(1)
-    convert(random_model(config), path, dtype, **changes)
+    convert(random_model(config, seed), path, dtype, **changes)
     theirs = llama_cpp_logits(path, TOKENS)
-    model = load(path, backends=["numpy"], cache_k="f32", cache_v="f32")
+    model = load(path, backends=["numpy"], cache_k="f32", cache_v="f32", cache_i="f32")
     ours = model.session(n_ctx=64).forward(TOKENS, outputs="all")
     # With block weights, llama.cpp also rounds the activations, to 8 bits.
     error, margin = (1e-10, 1e-4) if dtype == "f32" else (1e-3, 0.3)
@@ -64,7 +64,8 @@ def write_and_compare(path: Path, config: Any, dtype: str, **changes: Any) -> No
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in NOT_IN_LLAMA_CPP])
 def test_logits(name: str, tmp_path: Path) -> None:
     """Experts are never merged here: llama.cpp reads no merged ones for these architectures."""
-    write_and_compare(tmp_path / "model.gguf", MODELS[name].config, MODELS[name].dtype)
+    tiny = MODELS[name]
+    write_and_compare(tmp_path / "model.gguf", tiny.config, tiny.dtype, tiny.seed)
 
 
 def test_sections_of_mrope_change_nothing_for_text(tmp_path: Path) -> None:

@@ -40,7 +40,8 @@ def oracle(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
 
 
 def session(path: Path, n_batch: int, options: dict[str, Any]) -> Session:
-    model = load(path, backends=["numpy"], cache_k="f32", cache_v="f32", **options)
+    types = dict.fromkeys(("cache_k", "cache_v", "cache_i"), "f32")
+    model = load(path, backends=["numpy"], **types, **options)
     return model.session(n_ctx=N_CTX, n_batch=n_batch)
 
 

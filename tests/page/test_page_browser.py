@@ -199,7 +199,7 @@ def test_the_page_says_what_the_plan_says(browser: Browser, pages: dict[str, Pat
     with gguf.open(pages["two"].parent / "tiny.gguf") as file:
         model = Model(file, backends=("null:0", "numpy"), pins={"exps": "numpy"})
         session = model.session(n_ctx=512, n_batch=64)
-        memory, (plan, _) = session.memory(), session.plans.largest()
+        memory, (plan, *_) = session.memory(), session.plans.largest()
         for i, row in enumerate(memory.devices):
             cells = browser.run(
                 f"[...document.querySelectorAll('#memory tbody tr')[{i}].children]"

@@ -184,7 +184,7 @@ class Experts:
         self.rows, self.ggml_id = rows, ggml_id
 
     def __getitem__(self, expert: int) -> Array:
-        return _decoded(self.rows[expert], self.ggml_id)
+        return decoded(self.rows[expert], self.ggml_id)
 
 
 def weights_of(file: GGUFFile, il: int) -> dict[str, Any]:
@@ -193,11 +193,12 @@ def weights_of(file: GGUFFile, il: int) -> dict[str, Any]:
     prefix = f"blk.{il}."
     for name, info in file.tensors.items():
         if name.startswith(prefix):
-            decode = Experts if "_exps." in name else _decoded
+            decode = Experts if "_exps." in name else decoded
             weights[name.removeprefix(prefix)] = decode(file.array(name), info.dtype.ggml_id)
     return weights
 
 
-def _decoded(rows: Array, ggml_id: int) -> Array:
+def decoded(rows: Array, ggml_id: int) -> Array:
+    """A tensor's values."""
     raw = np.ascontiguousarray(rows).view(np.uint8)
     return np.asarray(dequantize(raw, GGMLQuantizationType(ggml_id)))
