@@ -39,18 +39,19 @@ FIELDS = {
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("tests").add_argument
-    add("-p", type=options.numbers(0), metavar="N,..", action=options.Values, default=[512],
-        help="tokens of a prompt; 0 for none (default: 512)")  # fmt: skip
-    add("-n", type=options.numbers(0), metavar="N,..", action=options.Values, default=[128],
-        help="tokens to generate; 0 for none (default: 128)")  # fmt: skip
+    group = parser.add_argument_group("tests")
+    add = options.by_first_name(group.add_argument)
+    add("-p", "--n-prompt", type=options.numbers(0), metavar="N,..", action=options.Values,
+        default=[512], help="tokens of a prompt; 0 for none (default: 512)")  # fmt: skip
+    add("-n", "--n-gen", type=options.numbers(0), metavar="N,..", action=options.Values,
+        default=[128], help="tokens to generate; 0 for none (default: 128)")  # fmt: skip
     add("-pg", type=_pair, metavar="P,N", action="append", default=[],
         help="a prompt of P tokens, then N generated ones, timed together")  # fmt: skip
-    add("-d", type=options.numbers(0), metavar="N,..", action=options.Values, default=[0],
-        help="tokens in the cache before each test (default: 0)")  # fmt: skip
+    add("-d", "--n-depth", type=options.numbers(0), metavar="N,..", action=options.Values,
+        default=[0], help="tokens in the cache before each test (default: 0)")  # fmt: skip
     add("--loop", action="store_true",
         help="add the tests tgN loop, in which the device feeds the tokens itself")  # fmt: skip
-    add("-r", type=options.count, metavar="N", default=5,
+    add("-r", "--repetitions", type=options.count, metavar="N", default=5,
         help="runs of each test that count (default: %(default)s)")  # fmt: skip
     bench_ops.add_ops_options(parser)
     measuring.add_output_options(parser)

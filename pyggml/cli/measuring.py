@@ -32,13 +32,14 @@ _PATIENCE = 10
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("measuring").add_argument
-    add("-t", type=options.numbers(1), metavar="N,..", action=options.Values, default=[None],
-        help="threads on the host; each number runs in a process of its own (default: as the "
-        "environment says)")  # fmt: skip
+    group = parser.add_argument_group("measuring")
+    add = options.by_first_name(group.add_argument)
+    add("-t", "--threads", type=options.numbers(1), metavar="N,..", action=options.Values,
+        default=[None], help="threads on the host; each number runs in its own process (default: "
+        "as the environment says)")  # fmt: skip
     add("--no-warmup", action="store_true",
         help="no untimed run first; then times include loading and compiling")  # fmt: skip
-    add("-o", choices=("md", "csv", "json", "jsonl"), default="md",
+    add("-o", "--output", choices=("md", "csv", "json", "jsonl"), default="md",
         help="form of the output (default: md)")  # fmt: skip
     add("--plot", metavar="FILE", type=_plot,
         help="draw the speeds to FILE.svg or FILE.png (needs the extra plot)")  # fmt: skip

@@ -36,7 +36,8 @@ def add_model_options(
     fit: bool = False,
     lists: bool = False,
 ) -> None:
-    """The options of `open_model` and `new_session`.
+    """The options of `open_model` and `new_session`. Their long names are those of llama-bench and,
+    for -mla, -amb and -fmoe, of ik_llama.cpp; -c has that of llama.cpp's other programs.
 
     fit    -c and -ub are None by default
     lists  without -c; the values of all others but --decode-weights are lists: see `combinations`
@@ -50,45 +51,39 @@ def add_model_options(
         }  # fmt: skip
 
     group = parser.add_argument_group("the model")
-    add = _lists_of(group.add_argument) if lists else group.add_argument
-    add("-m", metavar="FILE", required=True, help="a GGUF file, or the first of its parts")
+    named = options.by_first_name(group.add_argument)
+    add = _lists_of(named) if lists else named
+    add("-m", "--model", metavar="FILE", required=True,
+        help="a GGUF file, or the first of its parts")  # fmt: skip
     if not lists:
-        add("-c", **sized("tokens of context", n_ctx, options.rows))
-    add("-b", type=options.count, metavar="N", default=2048,
+        add("-c", "--ctx-size", **sized("tokens of context", n_ctx, options.rows))
+    add("-b", "--batch-size", type=options.count, metavar="N", default=2048,
         help="accepted as in llama.cpp; limits -ub (default: %(default)s)")  # fmt: skip
-    add("-ub", **sized("tokens of a prompt that run at once", N_BATCH, options.count))
-    add(
-        "-ctk",
-        type=options.dtype,
-        metavar="TYPE",
-        default="f16",
-        help="type of the K cache (default: f16)",
-    )
-    add(
-        "-ctv",
-        type=options.dtype,
-        metavar="TYPE",
-        default="f16",
-        help="type of the V cache (default: f16)",
-    )
-    add("-cti", type=options.dtype, metavar="TYPE", default="f16",
+    add("-ub", "--ubatch-size",
+        **sized("tokens of a prompt that run at once", N_BATCH, options.count))  # fmt: skip
+    add("-ctk", "--cache-type-k", type=options.dtype, metavar="TYPE", default="f16",
+        help="type of the K cache (default: f16)")  # fmt: skip
+    add("-ctv", "--cache-type-v", type=options.dtype, metavar="TYPE", default="f16",
+        help="type of the V cache (default: f16)")  # fmt: skip
+    add("-cti", "--cache-type-i", type=options.dtype, metavar="TYPE", default="f16",
         help="type of the index keys of DeepSeek V3.2 and GLM-5 (default: f16)")  # fmt: skip
-    add("-fa", **on_off("flash attention"))
-    add("-mla", type=int, choices=range(4), default=3,
+    add("-fa", "--flash-attn", **on_off("flash attention"))
+    add("-mla", "--mla-attn", type=int, choices=range(4), default=3,
         help="attention of DeepSeek models: 0 standard, 1 latent, 2 or 3 latent but expanded for "
         "prompts (default: 3)")  # fmt: skip
-    add("-fmoe", **on_off("run experts' up, gate and activation as one op"))
-    add("-amb", metavar="MIB", type=options.positive,
+    add("-fmoe", "--fused-moe", **on_off("run experts' up, gate and activation as one op"))
+    add("-amb", "--attn-max-batch", metavar="MIB", type=options.positive,
         help="attention memory budget in MiB (default: none)")  # fmt: skip
     add("--backend", metavar="PLACES", type=_places, default="auto",
         help="places in order of preference, separated by commas (default: auto, which is cuda if "
         "there is a GPU, then cpu if numba is installed, else numpy)")  # fmt: skip
     add("--decode-weights", action="store_true",
         help="keep weights on numpy as f32: faster, but 4 bytes a weight")  # fmt: skip
-    add("-ngl", type=options.natural, metavar="N",
+    add("-ngl", "--n-gpu-layers", type=options.natural, metavar="N",
         help="put only the last N layers on the first place, and the others on the host; the head "
         "counts as the last layer (default: all)")  # fmt: skip
-    add("-ot", metavar="REGEX=PLACE", type=options.pins, action="extend", default=[],
+    add("-ot", "--override-tensor", metavar="REGEX=PLACE", type=options.pins, action="extend",
+        default=[],
         help="put tensors with a matching label on PLACE; separate pairs by commas")  # fmt: skip
 
 
@@ -110,9 +105,9 @@ _LISTED = ("m", "backend", "ngl", "ot", "b", "ub", "ctk", "ctv", "cti", "fa", "m
 def _lists_of(add: Callable[..., Any]) -> Callable[..., Any]:
     """A function that adds an option as a list of values."""
 
-    def add_list(name: str, **settings: Any) -> None:
+    def add_list(*names: str, **settings: Any) -> None:
         if settings.get("action") == "store_true":
-            add(name, **settings)
+            add(*names, **settings)
             return
         default, kind = settings.get("default"), settings.get("type")
         settings["help"] %= {"default": default}
@@ -126,7 +121,7 @@ def _lists_of(add: Callable[..., Any]) -> Callable[..., Any]:
             settings.setdefault("metavar", "N")
             if kind in (options.count, options.natural, options.dtype, options.positive, int):
                 settings["metavar"] += ",.."
-        add(name, **settings | {"action": options.Values, "default": [default]})
+        add(*names, **settings | {"action": options.Values, "default": [default]})
 
     return add_list
 

@@ -41,6 +41,16 @@ def option(read: Callable[[str], T]) -> Callable[[str], T]:
     return checked
 
 
+def by_first_name(add: Callable[..., Any]) -> Callable[..., Any]:
+    """`add_argument`, which stores a value under the first name of its option: `args.ub` for
+    `-ub` and `--ubatch-size`. argparse would take the long name."""
+
+    def add_named(*names: str, **settings: Any) -> Any:
+        return add(*names, dest=names[0].lstrip("-").replace("-", "_"), **settings)
+
+    return add_named
+
+
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:
     """A whole number from `least` to `most`."""
     limits = f"of at least {least}" if most is None else f"from {least} to {most:,}"

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("the sweep").add_argument
-    add("-n", type=options.count, metavar="N",
+    group = parser.add_argument_group("the sweep")
+    add = options.by_first_name(group.add_argument)
+    add("-n", "--n-gen", type=options.count, metavar="N",
         help="tokens to generate at each depth (default: a quarter of -ub)")  # fmt: skip
     measuring.add_output_options(parser)
     model_options.add_model_options(parser)

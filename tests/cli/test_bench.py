@@ -149,6 +149,31 @@ def test_models_that_differ_in_their_graphs_are_opened_once(
     assert "threads" not in shown[0]
 
 
+#: From the help of llama-bench; those of -mla, -amb and -fmoe from that of ik_llama.cpp.
+LONG = {
+    "-m": "--model", "-p": "--n-prompt", "-n": "--n-gen", "-d": "--n-depth", "-b": "--batch-size",
+    "-ub": "--ubatch-size", "-ctk": "--cache-type-k", "-ctv": "--cache-type-v", "-t": "--threads",
+    "-ngl": "--n-gpu-layers", "-fa": "--flash-attn", "-ot": "--override-tensor",
+    "-r": "--repetitions", "-o": "--output", "-mla": "--mla-attn", "-amb": "--attn-max-batch",
+    "-fmoe": "--fused-moe",
+}  # fmt: skip
+
+
+def test_long_names_are_those_of_llama_bench() -> None:
+    values = {
+        "-m": "x", "-p": "1,2", "-n": "3", "-d": "4", "-b": "5", "-ub": "6,7", "-ctk": "q8_0",
+        "-ctv": "f32", "-t": "8", "-ngl": "9", "-fa": "0,1", "-ot": "exps=numpy", "-r": "10",
+        "-o": "jsonl", "-mla": "1", "-amb": "11", "-fmoe": "0",
+    }  # fmt: skip
+    for name, keys in (("bench", LONG), ("sweep", LONG.keys() - {"-p", "-d", "-r"})):
+        parser = parser_of(name)
+        given = {key: values[key].replace("0,1", "1").replace("6,7", "6") for key in keys}
+        short = [word for key, value in given.items() for word in (key, value)]
+        long = [f"{LONG[key]}={value}" for key, value in given.items()]
+        assert parser.parse_args(short) == parser.parse_args(long)
+    assert parser_of("sweep").parse_args(["-m", "x", "--ctx-size", "70"]).c == 70
+
+
 def test_ranges_are_those_of_llama_bench() -> None:
     def numbers(text: str) -> list[int]:
         args = parser_of("bench").parse_args(["-m", "x", "-p", text])

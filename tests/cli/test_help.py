@@ -112,7 +112,7 @@ pyggml flies, it sings.
 @pytest.mark.parametrize(
     ("words", "error", "usage"),
     [
-        ("run -m", "run: error: argument -m: expected one argument",
+        ("run -m", "run: error: argument -m/--model: expected one argument",
          "run -p TEXT -m FILE [OPTIONS]"),
         ("logits -m x -o y",
          "logits: error: one of the arguments -p --tokens is required",
