@@ -43,7 +43,7 @@ def add_ops_options(parser: argparse.ArgumentParser) -> None:
     add("--by", metavar="GROUP,..", type=_groups, default=["op", "label"],
         help=f"with --ops: sums by {', '.join(GROUPS)} (default: op,label)")  # fmt: skip
     add("--trace", metavar="OUT.json", type=Path,
-        help="with --ops: also write a trace for Perfetto or chrome://tracing")  # fmt: skip
+        help="with --ops: also write a trace for Perfetto or Chromium's DevTools")  # fmt: skip
 
 
 @options.option

@@ -247,7 +247,7 @@ class Profile:
         return trace(self)
 
     def write_trace(self, path: str | Path) -> None:
-        """Write the trace to a file that Perfetto (ui.perfetto.dev) and chrome://tracing open."""
+        """Write the trace to a file for Perfetto (ui.perfetto.dev) or Chromium's DevTools."""
         from pyggml.runtime.trace import write
 
         write(self, Path(path))

@@ -1,9 +1,12 @@
-"""A profile as a Chrome trace, which Perfetto and chrome://tracing open.
+"""A profile as a Chrome trace, for Perfetto and the Performance panel of Chromium's DevTools.
 
-The format is "JSON Object Format" of the Trace Event Format: complete events ("X") with start and
-duration in microseconds, and names of processes and threads as metadata ("M"). Each device is a
-process with a track for its steps and one for copies to it; the host's process also has a track for
-what it does in a run: upload, issue, wait.
+The format is the "JSON Object Format" of the Trace Event Format: complete events ("X") with start
+and duration in microseconds, and names of processes and threads as metadata ("M"). Each device is a
+process with a track for its steps and one for copies to it; the host's process has a track for what
+it does in a run: upload, issue, wait.
+
+There is no `displayTimeUnit`. It is meant for the display, but some versions of Perfetto (and other
+readers) take it for the unit of the times.
 
 The durations are measured. The starts are drawn from them: a step starts when the step before it
 on its device has ended, and a split when its copies have arrived and the splits that it waits for
@@ -27,6 +30,8 @@ Event = dict[str, Any]
 HOST, FIRST = 1, 2
 #: Tracks of a device.
 STEPS, COPIES = 0, 1
+#: Nanoseconds before the first event: DevTools ignores the time 0.
+START = 1000
 
 
 def write(profile: Profile, path: Path) -> None:
@@ -38,7 +43,6 @@ def trace(profile: Profile) -> dict[str, Any]:
     places = list(dict.fromkeys(row.place for row in profile.rows))
     return {
         "traceEvents": [*_names(places), *_host(profile), *_steps(profile, places)],
-        "displayTimeUnit": "ns",
         "otherData": {"summary": profile.head()},
     }
 
@@ -63,7 +67,7 @@ def _name(kind: str, pid: int, track: int, name: str) -> Event:
 
 
 def _host(profile: Profile) -> Iterator[Event]:
-    start, phases = 0, profile.phases
+    start, phases = START, profile.phases
     for name in ("upload", "issue", "wait"):
         end = start + _ns(getattr(phases, name))
         yield _complete(name, "host", HOST, 0, start, end, {})
@@ -72,7 +76,7 @@ def _host(profile: Profile) -> Iterator[Event]:
 
 def _steps(profile: Profile, places: list[str]) -> Iterator[Event]:
     """Events of all rows, split by split."""
-    begin = _ns(profile.phases.upload)
+    begin = START + _ns(profile.phases.upload)
     free = {place: begin for place in places}  # when a device has nothing to do
     ends: dict[int, int] = {}  # split -> its end
     by_split: dict[int, list[Timing]] = {}

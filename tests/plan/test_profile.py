@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -190,68 +186,3 @@ def test_ceilings_are_measured() -> None:
         assert ceiling("null:0") is None
     finally:
         null.limit = None  # type: ignore[attr-defined]
-
-
-# -- traces ---------------------------------------------------------------------------------------
-
-
-def events(trace: dict[str, Any], phase: str) -> Iterator[dict[str, Any]]:
-    return (event for event in trace["traceEvents"] if event["ph"] == phase)
-
-
-def check_schema(trace: dict[str, Any]) -> None:
-    """The JSON object format of the Trace Event Format, as far as a trace uses it."""
-    assert set(trace) == {"traceEvents", "displayTimeUnit", "otherData"}
-    assert trace["displayTimeUnit"] in ("ms", "ns")
-    for event in trace["traceEvents"]:
-        assert isinstance(event["name"], str) and isinstance(event["args"], dict)
-        assert isinstance(event["pid"], int) and isinstance(event["tid"], int)
-        assert event["pid"] > 0 and event["tid"] > 0
-        if event["ph"] == "M":
-            assert event["name"] in ("process_name", "thread_name")
-            assert set(event["args"]) == {"name"}
-        else:
-            assert event["ph"] == "X" and isinstance(event["cat"], str)
-            assert event["ts"] >= 0 and event["dur"] >= 0
-    named = {(e["pid"], e["tid"]) for e in events(trace, "M") if e["name"] == "thread_name"}
-    assert len({tid for _, tid in named}) == len(named)
-    assert {(e["pid"], e["tid"]) for e in events(trace, "X")} <= named
-    tracks: dict[int, list[tuple[int, int]]] = {}
-    for event in events(trace, "X"):
-        start, length = round(1000 * event["ts"]), round(1000 * event["dur"])
-        tracks.setdefault(event["tid"], []).append((start, start + length))
-    for spans in tracks.values():
-        assert all(end <= start for (_, end), (start, _) in pairwise(spans)), "events overlap"
-
-
-def test_a_trace_has_devices_copies_and_the_host(tmp_path: Path) -> None:
-    plan = gg.compile({"y": layers()}, backends=["null:0", "numpy"], pins={"blk.1": "numpy"})
-    profile = plan.profile({"x": X}, 2)
-    profile.write_trace(tmp_path / "out.json")
-    trace = json.loads((tmp_path / "out.json").read_text())
-    check_schema(trace)
-    assert trace == json.loads(json.dumps(profile.trace()))
-    names = [e["args"]["name"] for e in events(trace, "M")]
-    assert names[:2] == ["host", "run"] and {"null:0", "numpy", "copies to it"} <= {*names}
-    found = list(events(trace, "X"))
-    assert [e["name"] for e in found[:3]] == ["upload", "issue", "wait"]
-    assert [e["name"] for e in found[3:]] == [row.text for row in profile.rows]
-    for event, row in zip(found[3:], profile.rows):
-        assert event["dur"] == pytest.approx(row.seconds * 1e6, abs=1e-3)
-        assert event["args"]["line"] == row.line and __file__ in row.line
-    copies = [e for e in found if e["cat"] == "transfer"]
-    steps = [e for e in found if e["cat"] not in ("transfer", "host")]
-    assert copies and not {e["tid"] for e in copies} & {e["tid"] for e in steps}
-
-
-def test_a_split_starts_after_those_it_waits_for() -> None:
-    rows = (
-        timing(seconds=5e-6),
-        timing(place="null:0", split=1, seconds=1e-6),
-        timing(place="null:0", split=2, seconds=1e-6),
-        timing(split=3, seconds=1e-6),
-    )
-    profile = Profile(rows, Phases(2e-6, 9e-6, 0), waits=((), (), (0,), (1,)))
-    check_schema(profile.trace())
-    starts = [e["ts"] for e in events(profile.trace(), "X")][3:]
-    assert starts == [2.0, 2.0, 7.0, 7.0]
