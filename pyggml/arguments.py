@@ -46,6 +46,17 @@ class Parameters:
             self._refuse(args, kwargs)
         return self._sources(args, kwargs), self._attribute_values(kwargs)
 
+    def check_meaning(self, meaning: Callable[..., Any]) -> None:
+        """DTypeError if a function cannot be called with these tensors and attributes."""
+        try:
+            inspect.signature(meaning).bind(*self.tensors, **dict.fromkeys(self.attributes))
+        except TypeError:
+            star = ["*"] if self.attributes else []
+            raise DTypeError(
+                f"op {self.op_name}: its meaning must take the arguments of its rule, "
+                f"({', '.join([*self.tensors, *star, *self.attributes])}), not {_form(meaning)}"
+            ) from None
+
     def _refuse(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """DTypeError for arguments that the op does not have."""
         tensors = list(self.tensors)
@@ -131,8 +142,7 @@ def located(build: Callable[P, Node]) -> Callable[P, Node]:
     A call that does not match the signature raises a DTypeError that shows how to call it.
     """
     signature = inspect.signature(build)
-    plain = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
-    form = f"{build.__name__}{inspect.Signature(plain)}"
+    form = f"{build.__name__}{_form(build)}"
 
     @functools.wraps(build)
     def call(*args: P.args, **kwargs: P.kwargs) -> Node:
@@ -153,6 +163,12 @@ def located(build: Callable[P, Node]) -> Callable[P, Node]:
             raise  # the call is fine: an error inside the builder
 
     return call
+
+
+def _form(function: Callable[..., Any]) -> str:
+    """The parameters of a function without their types, in parentheses."""
+    parameters = inspect.signature(function).parameters.values()
+    return str(inspect.Signature([p.replace(annotation=p.empty) for p in parameters]))
 
 
 def _suggestion(name: str, known: Iterable[str]) -> str:

@@ -106,8 +106,10 @@ class Op(Generic[P]):
     def means(self, meaning: Callable[P, Node]) -> Callable[P, Node]:
         """Decorator: the same computation in simpler ops.
 
-        The function gets the node's sources and attributes and returns a node.
+        The function gets the node's sources and attributes and returns a node. DTypeError if it
+        does not take the arguments of the rule.
         """
+        self._parameters.check_meaning(meaning)
         self.meaning = meaning
         return meaning
 

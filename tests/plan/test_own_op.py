@@ -112,3 +112,16 @@ def test_an_op_named_like_one_of_the_library(place: str) -> None:
     why = rf"no kernel for silu of {__name__}; .* another op, silu of pyggml\.ops\.elementwise"
     with pytest.raises(UnsupportedOpError, match=why):
         gg.compile({"y": silu(gg.input("x", "f32", ne=(5,)))}, backends=[place])
+
+
+def test_a_meaning_with_other_arguments_is_refused() -> None:
+    @gg.op
+    def halved(a: gg.Node, *, times: int) -> gg.define.Spec:
+        return a.spec
+
+    message = r"op halved: its meaning must take .* \(a, \*, times\), not \(node\)"
+    with pytest.raises(gg.DTypeError, match=message):
+
+        @halved.means
+        def _(node: gg.Node) -> gg.Node:
+            return node
