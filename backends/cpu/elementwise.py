@@ -27,7 +27,7 @@ _TYPES = {"f32", "f16"}
 
 
 def _function(name: str) -> Callable[..., Any]:
-    """f(e, x, y, p, q): vectors of floats, of which a function ignores those that it has not."""
+    """f(e, x, y, p, q): vectors of floats; a function ignores those that its op lacks."""
     from pyggml.backends.cpu.native import maths
 
     def limited(e: Any, x: Any, y: Any, low: Any, high: Any) -> Any:

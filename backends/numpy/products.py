@@ -18,8 +18,8 @@ OpenBLAS does not pack small matrices. Microseconds of x [n, 1024] times the tra
 
 In a loop, while other processes kept both cores busy, the median with all threads was 12,000 to
 36,000; that of the others hardly changed.
-The fastest token of the `small` model takes 720 ms instead of 1,200, and beside one busy loop and
-other work 1,670 instead of 7,750.
+The fastest token of the `small` model takes 720 ms instead of 1,200. While one busy loop
+and other work were running, it took 1,670 instead of 7,750.
 """
 
 from __future__ import annotations

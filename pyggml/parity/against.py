@@ -32,9 +32,9 @@ from pyggml.runtime.store import Store
 if TYPE_CHECKING:
     from pyggml.models.model import Model
 
-#: Tensors of ours and of transformers differ by up to 1/11 of the sum of the nodes' bounds (tiny
-#: models, f16 cache), those of ours and of llama.cpp also by up to 1/11 (q8_0 weights). So, unlike
-#: `nodes.GAIN`, this needs no room.
+#: Our tensors differ from those of transformers (tiny models, f16 cache) and of llama.cpp (q8_0
+#: weights) by up to 1/11 of the sum of the nodes' bounds. So, unlike `nodes.GAIN`, this needs no
+#: margin on top.
 MARGIN = 1.0
 #: The worst elements that the details of a node list.
 WORST = 8

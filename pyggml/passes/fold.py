@@ -15,8 +15,8 @@ The pass runs after `assign`, so a derived constant is where its node would have
   takes 3.6 times the memory of the weight, for the life of the model, and saves one kernel in a
   run. For a small part of the weights that is a good trade; for all of them it is not.
 
-Two designs lost. Running the device's own kernels once, at bind, needs a second plan with an arena
-of its own while weights fill the memory. Folding in the layer functions of `models/` has to be
+Two designs lost. Running the device's own kernels once, at bind, needs a second plan with its own
+arena while weights fill the memory. Folding in the layer functions of `models/` has to be
 written for each model, and knows neither devices nor what a plan weighs.
 """
 

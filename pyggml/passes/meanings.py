@@ -72,7 +72,7 @@ def meaning_of(node: Node, settle: Settle) -> Node:
 
     Errors: those of `settle`; GraphError if a meaning does not fit its op's shape rule.
     """
-    # Meanings may be nested thousands deep, so the ones under way are on a stack of our own.
+    # Meanings may be nested thousands deep, so an explicit stack replaces recursion.
     stack = [(node, _parts(node))]
     result: Node | None = None
     while stack:

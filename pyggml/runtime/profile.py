@@ -1,8 +1,7 @@
 """The profile of a plan: what each step costs, as rows and as sums by op, label or layer.
 
 The times are those of complete runs (`backends/timing.py`); `measure` drives the stopwatches of all
-splits at once, each in its turn, so a plan on several devices takes as many runs as the one with
-the most turns.
+splits in the same runs. The split whose stopwatch needs most runs decides how many there are.
 """
 
 from __future__ import annotations
@@ -46,8 +45,8 @@ class Timing:
     split    the number of its split
     line     `file:line` of the code that built the node
     kernels  what is launched, and why not the fast kernel
-    seconds  inside a run, launches and waits of its own included; on cpu also a reading of the
-             clock for each kernel, 25 ns
+    seconds  inside a run, with its own launches and waits; on cpu also a reading of the clock
+             for each kernel, 25 ns
     flops, nbytes  the least work of its nodes (`pyggml.operation.cost_of`)
     """
 

@@ -66,7 +66,7 @@ def test_an_error_drops_what_waits_and_the_queue_goes_on() -> None:
     for task in (lambda: seen.append(0), lambda: 1 / 0, lambda: seen.append(2)):
         queue.add(task)
     mark = queue.mark()
-    for _ in range(2):  # it is lost: whoever waits for it hears of it
+    for _ in range(2):  # it never runs: everyone who waits for it gets the error
         with pytest.raises(ZeroDivisionError):
             mark.wait()
     queue.mark().wait()

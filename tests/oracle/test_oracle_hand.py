@@ -1,4 +1,4 @@
-"""The float64 oracle against results by hand, for what ggml lacks or leaves undefined."""
+"""The float64 oracle against values computed by hand, for what ggml lacks or leaves undefined."""
 
 from __future__ import annotations
 

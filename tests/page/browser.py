@@ -65,7 +65,7 @@ class Browser:
     # -- the protocol -------------------------------------------------------------------------
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """The result of a command; events that come before it are looked at."""
+        """The result of a command; events that arrive before it are recorded."""
         self._count += 1
         message: dict[str, Any] = {"id": self._count, "method": method, "params": params}
         if self._session:
