@@ -82,7 +82,7 @@ def file_of(name: str) -> Path:
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
-        synth(part, preset(PRESETS[name]), type="iq4_nl")
+        synth(part, preset(PRESETS[name]), dtype="iq4_nl")
         part.rename(path)
     return path
 

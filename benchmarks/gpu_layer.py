@@ -63,7 +63,7 @@ def lite() -> Iterator[tuple[Architecture, Layer]]:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "lite.gguf"
         arch = replace(V2_LITE, n_block=1, n_layer_dense=0, n_vocab=256)
-        synth(path, arch, type="iq4_nl")
+        synth(path, arch, dtype="iq4_nl")
         with gguf.open(path) as file:
             model = Model(file)
             yield model.arch, model.layer(0)

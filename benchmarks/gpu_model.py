@@ -167,7 +167,7 @@ def main() -> None:
         return
     with TemporaryDirectory() as folder:
         path = Path(folder) / "lite.gguf"
-        duration = seconds(lambda: synth(path, MODEL, type="iq4_nl"))
+        duration = seconds(lambda: synth(path, MODEL, dtype="iq4_nl"))
         print(f"wrote {path.stat().st_size:,} bytes in {duration:.1f} s", flush=True)
         measure(path, args)
 

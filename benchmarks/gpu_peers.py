@@ -111,7 +111,7 @@ def main() -> None:
         return
     with TemporaryDirectory() as folder:
         path = Path(folder) / "lite.gguf"
-        synth(path, MODEL, type="iq4_nl")
+        synth(path, MODEL, dtype="iq4_nl")
         run(path)
 
 

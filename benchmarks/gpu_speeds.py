@@ -91,7 +91,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         path = args.file or Path(folder) / "lite.gguf"
         if not args.file:
-            synth(path, SMOKE if args.smoke else V2_LITE, type="iq4_nl")
+            synth(path, SMOKE if args.smoke else V2_LITE, dtype="iq4_nl")
         for test in measured(path, args):
             record["tests"].append(test)
             args.out.write_text(json.dumps(record, indent=1) + "\n")

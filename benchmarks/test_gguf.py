@@ -27,5 +27,5 @@ def test_open_102400_tokens(benchmark: Any, tmp_path: Path) -> None:
 def test_synth_small_200_MB(benchmark: Any, tmp_path: Path) -> None:
     config = preset("small", layers=12)
     path = tmp_path / "small.gguf"
-    benchmark.pedantic(lambda: synth(path, config, type="iq4_nl"), rounds=2)
+    benchmark.pedantic(lambda: synth(path, config, dtype="iq4_nl"), rounds=2)
     assert path.stat().st_size > 200e6

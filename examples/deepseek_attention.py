@@ -401,7 +401,7 @@ def lite(folder: str, seed: int) -> str:
     """
     path = str(Path(folder) / "deepseek-v2-lite.gguf")
     config = replace(V2_LITE, n_block=1, n_vocab=256, n_ff=256)
-    synth(path, config, type="q8_0", seed=seed)
+    synth(path, config, dtype="q8_0", seed=seed)
     return path
 
 

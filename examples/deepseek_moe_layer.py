@@ -239,7 +239,7 @@ def lite(folder: str, seed: int) -> str:
     """A file with one layer of V2-Lite with experts. A layer uses no vocabulary, so it is small."""
     path = str(Path(folder) / "deepseek-v2-lite.gguf")
     config = replace(V2_LITE, n_block=1, n_layer_dense=0, n_vocab=256)
-    synth(path, config, type="iq4_nl", seed=seed)
+    synth(path, config, dtype="iq4_nl", seed=seed)
     return path
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Never
+
 
 class PyggmlError(Exception):
     """Base class of all pyggml errors. The message names the problem, the place and the fix."""
@@ -67,3 +69,10 @@ class MissingPackageError(PyggmlError, ImportError):
 
 class TemplateError(PyggmlError, ValueError):
     """A chat template refuses a conversation, or does what its sandbox forbids."""
+
+
+def __getattr__(name: str) -> Never:
+    """For a name before 0.2, raise an error with the new one. Version 0.3 removes this function."""
+    if name in ("UnknownName", "UnsupportedOp"):
+        raise AttributeError(f"pyggml.errors.{name} is now {name}Error")
+    raise AttributeError(f"module 'pyggml.errors' has no attribute {name!r}")

@@ -5,6 +5,15 @@ Version 0.3 removes this file.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+from pyggml.errors import DTypeError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
 #: Old name in `pyggml` -> what to write now.
 NAMES = {
     "Cost": "gg.define.Cost",
@@ -21,5 +30,17 @@ NAMES = {
     "whole": "gg.state_of",
 }
 
-#: Old keyword of an op or builder -> new keyword.
+#: Old keyword of an op or another function -> new keyword.
 KEYWORDS = {"type": "dtype", "kind": "act"}
+
+
+def refuses_old_keywords(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorator: DTypeError for a keyword in `KEYWORDS`, which gives the new one."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        for old in KEYWORDS.keys() & kwargs.keys():
+            raise DTypeError(f"{function.__name__}: {old}= is now {KEYWORDS[old]}=")
+        return function(*args, **kwargs)
+
+    return call

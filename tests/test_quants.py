@@ -359,7 +359,7 @@ from pyggml.models.presets import TINY
 from pyggml.models.synth import synth
 import pyggml.backends.cuda.table
 path = {str(tmp_path)!r} + "/t.gguf"
-synth(path, TINY, type="q4_K")
+synth(path, TINY, dtype="q4_K")
 with gguf.open(path) as file:
     Model(file, backends=["numpy"]).session(8).forward([1, 2])
 for name in quants.DECODABLE - set(quants.decoders.BY_GGUF):

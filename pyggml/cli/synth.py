@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     size = synth(
         args.out,
         config,
-        type=args.type,
+        dtype=args.type,
         seed=args.seed,
         name=f"{args.preset} random",
         header_only=args.header_only,

@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from pyggml.dtypes import TYPES, DType, DTypeLike, dtype
+from pyggml import dtypes
+from pyggml.dtypes import TYPES, DType, DTypeLike
 from pyggml.errors import DTypeError, GGUFError
 from pyggml.gguf.format import DEFAULT_ALIGNMENT, FILE_TYPES, TensorInfo
 from pyggml.gguf.reader import GGUFFile
 from pyggml.gguf.synth import fitting_type
 from pyggml.gguf.writer import Progress, Tensor, write
 from pyggml.quants import DECODABLE, ENCODABLE, decode_rows, encode_rows
+from pyggml.renamed import refuses_old_keywords
 
 #: Types of `quantize`, the largest first.
 QUANTIZABLE: tuple[str, ...] = tuple(
@@ -24,10 +26,11 @@ QUANTIZABLE: tuple[str, ...] = tuple(
 _CHUNK_ELEMENTS = 1 << 20
 
 
+@refuses_old_keywords
 def quantize(
     file: GGUFFile,
     path: str | PathLike[str],
-    type: DTypeLike,
+    dtype: DTypeLike,
     *,
     requantize: bool = False,
     progress: Progress | None = None,
@@ -43,7 +46,7 @@ def quantize(
     Errors: DTypeError for a type that pyggml cannot encode; GGUFError for a tensor that it cannot
     decode, or that already has a block type; OSError. Then `path` is as before.
     """
-    target = dtype(type)
+    target = dtypes.dtype(dtype)
     if target.name not in ENCODABLE:
         raise DTypeError(f"cannot encode {target}; choose from {', '.join(QUANTIZABLE)}")
     head = "output.weight" if "output.weight" in file.tensors else "token_embd.weight"

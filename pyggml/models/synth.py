@@ -16,13 +16,15 @@ from pyggml.gguf.synth import drawn_type, fitting_type, random_tensor
 from pyggml.gguf.writer import Progress, Tensor, write
 from pyggml.models.base import Architecture
 from pyggml.models.known import tensor_sizes
+from pyggml.renamed import refuses_old_keywords
 
 
+@refuses_old_keywords
 def synth(
     path: str | PathLike[str],
     arch: Architecture,
     *,
-    type: str = "iq4_nl",
+    dtype: str = "iq4_nl",
     seed: int = 0,
     name: str = "random",
     header_only: bool = False,
@@ -31,13 +33,13 @@ def synth(
     """Write a GGUF file of the model with random weights, and return its size in bytes.
 
     Matrices have a standard deviation of 1/sqrt(fan-in); norms and rope_freqs are about 1. Vectors,
-    the router and indexer.proj are f32. Rows that are not whole blocks of `type` become q8_0, or
-    f16. output.weight is q6_K if `type` has fewer bits, as quantizers do it. With mxfp4, only
+    the router and indexer.proj are f32. Rows that are not whole blocks of `dtype` become q8_0, or
+    f16. output.weight is q6_K if `dtype` has fewer bits, as quantizers do it. With mxfp4, only
     experts have it and the others are q8_0.
     """
     if seed < 0:
         raise ShapeError(f"seed must not be negative, got {seed}")
-    preferred = drawn_type(type)
+    preferred = drawn_type(dtype)
     tensors = list(random_tensors(arch, preferred, seed))
     general: dict[str, Any] = {
         "general.architecture": arch.name,

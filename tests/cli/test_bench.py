@@ -41,7 +41,7 @@ KEYS = {
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "tiny.gguf"
-    synth(path, preset("tiny", layers=1), type="q8_0", seed=3)
+    synth(path, preset("tiny", layers=1), dtype="q8_0", seed=3)
     return path
 
 

@@ -21,7 +21,7 @@ Streams = pytest.CaptureFixture[str]
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("model") / "tiny.gguf"
-    synth(file, preset("tiny-llama"), type="q8_0", seed=1)
+    synth(file, preset("tiny-llama"), dtype="q8_0", seed=1)
     return file
 
 

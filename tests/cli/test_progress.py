@@ -64,7 +64,7 @@ def terminal_for(monkeypatch: pytest.MonkeyPatch, terminal: bool = True) -> Term
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "tiny.gguf"
-    synth(path, preset("tiny", layers=2), type="q8_0", seed=3)
+    synth(path, preset("tiny", layers=2), dtype="q8_0", seed=3)
     return path
 
 

@@ -105,7 +105,7 @@ print(pool().threads, len(results), *results)
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-gpt-oss"])
 def test_runs_with_two_threads_give_the_same_bytes(tmp_path: Path, name: str) -> None:
-    synth(tmp_path / "m.gguf", preset(name), type="q4_0")
+    synth(tmp_path / "m.gguf", preset(name), dtype="q4_0")
     done = subprocess.run(
         [sys.executable, "-c", RUNS, str(tmp_path / "m.gguf")],
         cwd=Path(gg.__file__).parent.parent, env={**os.environ, "PYGGML_THREADS": "2"},

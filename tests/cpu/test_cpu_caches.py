@@ -219,7 +219,7 @@ def tiny(name: str, weights: str, folder: Path) -> Path:
     arch = preset("tiny-llama") if name == "llama" else replace(preset("tiny"), n_rot=32)
     path = folder / f"{weights}.gguf"
     if not path.exists():
-        synth(path, arch, type=weights)
+        synth(path, arch, dtype=weights)
     return path
 
 

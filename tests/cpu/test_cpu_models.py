@@ -47,7 +47,7 @@ def check(path: Path, *, but: str = "-", **options: object) -> None:
 @pytest.mark.parametrize("type_", ["f16", "q4_0"])
 @pytest.mark.parametrize("name", TINY)
 def test_no_step_of_a_model_is_left_to_numpy(tmp_path: Path, name: str, type_: str) -> None:
-    synth(tmp_path / "m.gguf", PRESETS[name], type=type_)
+    synth(tmp_path / "m.gguf", PRESETS[name], dtype=type_)
     check(tmp_path / "m.gguf")
 
 
@@ -56,5 +56,5 @@ def test_no_step_of_a_model_is_left_to_numpy(tmp_path: Path, name: str, type_: s
 def test_no_step_of_latent_attention_is_left_to_numpy(tmp_path: Path, kv_b: str, form: int) -> None:
     """attn_v_b is a matrix of each head in one form and one matrix in the other. Of attn_kv_b the
     latent form casts one half of each head, which NumPy reads as it is in the file."""
-    synth(tmp_path / "m.gguf", preset("tiny", kv_b=kv_b), type="q8_0")
+    synth(tmp_path / "m.gguf", preset("tiny", kv_b=kv_b), dtype="q8_0")
     check(tmp_path / "m.gguf", mla=form, but="attn_kv_b" if form else "-")

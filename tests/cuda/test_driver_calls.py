@@ -84,7 +84,7 @@ def calls(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Calls:
 @pytest.fixture
 def session(calls: Calls, tmp_path: Path) -> Session:
     path = tmp_path / "tiny.gguf"
-    synth(path, TINY, type="q8_0", seed=1)
+    synth(path, TINY, dtype="q8_0", seed=1)
     return load(path, backends=["cuda"]).session(2048, 4)
 
 

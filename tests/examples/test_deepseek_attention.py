@@ -38,7 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A file with q_lora and joined kv_b, whose cache rows are whole blocks."""
     path = tmp_path_factory.mktemp("model") / "tiny.gguf"
     config = replace(TINY, n_head=6, n_rot=32, kv_b="joined", n_vocab=256)
-    synth(path, config, type="q4_0", seed=1)
+    synth(path, config, dtype="q4_0", seed=1)
     return str(path)
 
 
@@ -203,7 +203,7 @@ def test_types_that_do_not_divide_the_rows(
 ) -> None:
     """A row of the tiny preset is not whole q8_0 blocks. One line says so; the others run."""
     model = tmp_path / "tiny.gguf"
-    synth(model, TINY, type="f16", seed=0)
+    synth(model, TINY, dtype="f16", seed=0)
     status, rows = rows_of(example, tmp_path, "--model", str(model))
     assert status == 0 and {r["cache"] for r in rows} == {"f16"}
     assert "does not exist: a row of 48 is not whole blocks" in capsys.readouterr().out

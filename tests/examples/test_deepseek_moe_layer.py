@@ -37,7 +37,7 @@ def example() -> ModuleType:
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Tiny, with every feature of V3. Layer 0 is dense, and cache rows are whole blocks."""
     path = tmp_path_factory.mktemp("model") / "tiny.gguf"
-    synth(path, replace(TINY, n_rot=32, n_vocab=256), type="iq4_nl", seed=1)
+    synth(path, replace(TINY, n_rot=32, n_vocab=256), dtype="iq4_nl", seed=1)
     return str(path)
 
 

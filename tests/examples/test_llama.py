@@ -27,7 +27,7 @@ def test_logits_are_the_librarys(tmp_path: Path, type_: str, tied: bool) -> None
     arch = PRESETS["tiny-llama"]
     assert isinstance(arch, Llama)
     arch = replace(arch, tied=tied, rope=replace(arch.rope, freq_base=5000.0))
-    synth(tmp_path / "m.gguf", arch, type=type_)
+    synth(tmp_path / "m.gguf", arch, dtype=type_)
     with load(tmp_path / "m.gguf", backends=["numpy"]) as library:
         session = library.session(64)
         expected = session.forward(TOKENS, "all")
@@ -51,14 +51,14 @@ def test_files_that_the_graph_would_get_wrong(tmp_path: Path) -> None:
     tiny = PRESETS["tiny-llama"]
     assert isinstance(tiny, Llama)
     for arch in (TINY, replace(tiny, rope=replace(tiny.rope, factor=2.0))):
-        synth(tmp_path / "m.gguf", arch, type="f16")
+        synth(tmp_path / "m.gguf", arch, dtype="f16")
         with gguf.open(tmp_path / "m.gguf") as file, pytest.raises(gg.GGUFError, match="scaling"):
             example.Llama(file)
 
 
 def test_the_command(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     pytest.importorskip("tokenizers", reason="needs the extra 'text'")
-    synth(tmp_path / "m.gguf", PRESETS["tiny-llama"], type="f16")
+    synth(tmp_path / "m.gguf", PRESETS["tiny-llama"], dtype="f16")
     example.main(["-m", str(tmp_path / "m.gguf"), "-p", "the", "-n", "3"])
     output = capfdbinary.readouterr().out
     with gguf.open(tmp_path / "m.gguf") as file:

@@ -45,7 +45,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     path: Path = tmp_path_factory.mktemp("model") / "tiny.gguf"
-    synth(path, preset("tiny", layers=1), type="q8_0")
+    synth(path, preset("tiny", layers=1), dtype="q8_0")
     with gg.load(path, backends=["numpy"], flash=False) as model:
         yield model
 

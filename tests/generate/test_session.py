@@ -27,7 +27,7 @@ TOKENS = [7, 3, 200, 41, 5, 5, 399, 12, 88, 17, 301]
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "tiny.gguf"
-    synth(path, TINY, type="q8_0", seed=1)
+    synth(path, TINY, dtype="q8_0", seed=1)
     return path
 
 
@@ -286,7 +286,7 @@ def test_files_that_do_not_fit(path: Path, model: Model, tmp_path: Path) -> None
     session.save(tmp_path / "saved")
     (tmp_path / "cut").write_bytes((tmp_path / "saved").read_bytes()[:-40])
     other = tmp_path / "other.gguf"
-    synth(other, TINY, type="f16")
+    synth(other, TINY, dtype="f16")
     half = load(path, backends=["numpy"], mla=1)
     for target, file, text in (
         (model.session(8), "saved", "11 tokens do not fit in a session with n_ctx=8"),
@@ -356,7 +356,7 @@ def test_a_full_disk_leaves_no_file(
 @pytest.fixture(scope="module")
 def windowed_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "window.gguf"
-    synth(path, TINY_GPT_OSS, type="f32")
+    synth(path, TINY_GPT_OSS, dtype="f32")
     return path
 
 

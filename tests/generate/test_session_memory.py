@@ -32,8 +32,8 @@ NEEDS_CPU = pytest.mark.skipif(on_host() != "cpu", reason="pyggml doctor says wh
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     for name, arch in (("tiny", TINY), ("deepseek2", SIX), ("gpt-oss", TINY_GPT_OSS)):
-        synth(folder / f"{name}.gguf", arch, type="q8_0")
-        synth(folder / f"{name}-header.gguf", arch, type="q8_0", header_only=True)
+        synth(folder / f"{name}.gguf", arch, dtype="q8_0")
+        synth(folder / f"{name}-header.gguf", arch, dtype="q8_0", header_only=True)
     return folder
 
 

@@ -22,7 +22,7 @@ from pyggml.quants import decode_rows, encode_rows
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("source") / "f32.gguf"
-    synth(path, TINY, type="f32")
+    synth(path, TINY, dtype="f32")
     return path
 
 
@@ -74,7 +74,7 @@ def test_rows_that_do_not_fit_and_tied_heads(tmp_path: Path) -> None:
     arch = replace(
         TINY_GPT_OSS, n_embd=80, tied=True, experts=replace(TINY_GPT_OSS.experts, n_ff=64)
     )
-    synth(tmp_path / "a.gguf", arch, type="f16")
+    synth(tmp_path / "a.gguf", arch, dtype="f16")
     with gguf.open(tmp_path / "a.gguf") as old:
         quantize(old, tmp_path / "b.gguf", "iq4_nl")
     with gguf.open(tmp_path / "b.gguf") as new:

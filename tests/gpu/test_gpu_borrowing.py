@@ -33,7 +33,7 @@ def test_prompts_with_experts_on_the_host(type: str, registers: bool) -> None:
         nullcontext() if registers else mock.patch.object(Registry, "cover", return_value=None)
     )
     with tempfile.TemporaryDirectory() as folder, refuses:
-        synth(path := Path(folder) / "m.gguf", TINY, type=type)
+        synth(path := Path(folder) / "m.gguf", TINY, dtype=type)
         with (
             load(path, backends=["cuda"], **EXACT) as whole,
             load(path, backends=["cuda", "numpy"], pins={"exps": "numpy"}, **EXACT) as model,

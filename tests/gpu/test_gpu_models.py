@@ -37,7 +37,7 @@ tiny = pytest.mark.parametrize("name", NAMES)
 def on_both(name: str, type: str, **options: Any) -> Iterator[tuple[Model, Model]]:
     """A model on the GPU, and on NumPy, from one file with random weights."""
     with tempfile.TemporaryDirectory() as folder:
-        synth(path := Path(folder) / "m.gguf", PRESETS[name], type=type)
+        synth(path := Path(folder) / "m.gguf", PRESETS[name], dtype=type)
         with (
             load(path, backends=[PLACE, "numpy"], **options) as gpu,
             load(path, backends=["numpy"], **options) as host,

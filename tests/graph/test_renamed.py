@@ -8,8 +8,11 @@ from collections.abc import Callable
 import pytest
 
 import pyggml as gg
-from pyggml import renamed
+from pyggml import errors, renamed
 from pyggml.errors import DTypeError
+from pyggml.gguf.quantize import quantize
+from pyggml.models.presets import preset
+from pyggml.models.synth import synth
 
 X = gg.input("x", "f32", ne=(8, 4))
 
@@ -31,6 +34,8 @@ def test_old_names(old: str) -> None:
         lambda: gg.state("x", type="f16", ne=(4,)),
         lambda: gg.constant([1.0], type="f16"),
         lambda: gg.glu(X, kind="swiglu"),
+        lambda: synth("m.gguf", preset("tiny"), type="f16"),
+        lambda: quantize(None, "m.gguf", type="f16"),
     ],
 )
 def test_old_keywords(call: Callable[[], object]) -> None:
@@ -41,3 +46,9 @@ def test_old_keywords(call: Callable[[], object]) -> None:
 def test_parity_is_no_function() -> None:
     with pytest.raises(TypeError, match=r"now gg\.compare"):
         gg.parity({"y": X}, "numpy", "null", {})
+
+
+@pytest.mark.parametrize("old", ["UnknownName", "UnsupportedOp"])
+def test_old_errors(old: str) -> None:
+    with pytest.raises(AttributeError, match=rf"pyggml\.errors\.{old} is now {old}Error"):
+        getattr(errors, old)

@@ -35,7 +35,7 @@ def test_a_layer_of_a_file(
     tmp_path: Path, q_lora: int | None, kv_b: str, form: str, flash: bool
 ) -> None:
     path = tmp_path / "tiny.gguf"
-    synth(path, replace(TINY, kv_b=kv_b, q_lora_rank=q_lora), type="f16")
+    synth(path, replace(TINY, kv_b=kv_b, q_lora_rank=q_lora), dtype="f16")
     with gguf.open(path) as file:
         model = Model(file)
         arch = deepseek2(model)
@@ -117,7 +117,7 @@ def test_stacked_heads_must_divide_the_rows(tmp_path: Path) -> None:
 
 def test_layers_and_weights_that_do_not_exist(tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
-    synth(path, TINY, type="f16")
+    synth(path, TINY, dtype="f16")
     with gguf.open(path) as file:
         model = Model(file)
         for il in (-1, 3):

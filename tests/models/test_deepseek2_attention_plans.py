@@ -199,7 +199,7 @@ def test_ids_past_the_cache() -> None:
 def test_plans_share_weights_and_cast_none_in_a_run(mla: int, kv_b: str, tmp_path: Path) -> None:
     """All of V2-Lite on a GPU: only the joined expansion, which the latent form reads through views
     of its parts, is there twice."""
-    synth(tmp_path / "m.gguf", replace(V2_LITE, kv_b=kv_b), type="iq4_nl", header_only=True)
+    synth(tmp_path / "m.gguf", replace(V2_LITE, kv_b=kv_b), dtype="iq4_nl", header_only=True)
     with gg.gguf.open(tmp_path / "m.gguf", allow_missing_data=True) as file:
         model = Model(file, backends=["cuda:0:80GiB"], options=Options(mla=mla))
         session = model.session(4096, 512)

@@ -32,7 +32,7 @@ def test_presets_refuse_nonsense(tmp_path: Path) -> None:
         with pytest.raises(ShapeError, match="layers"):
             preset("tiny", layers=layers)
     with pytest.raises(DTypeError, match="choose from"):
-        synth(tmp_path / "x", preset("tiny"), type="q8_K")
+        synth(tmp_path / "x", preset("tiny"), dtype="q8_K")
     with pytest.raises(ShapeError, match="seed"):
         synth(tmp_path / "x", preset("tiny"), seed=-1)
     assert deepseek2("deepseek-v3", layers=2).n_layer_dense == 2
@@ -42,7 +42,7 @@ def test_presets_refuse_nonsense(tmp_path: Path) -> None:
 @pytest.mark.parametrize("type_", ["f32", "bf16", "q4_K", "iq4_nl"])
 def test_a_tiny_file_end_to_end(tmp_path: Path, type_: str, kv_b: Any) -> None:
     arch = deepseek2(kv_b=kv_b)
-    size = synth(tmp_path / "t.gguf", arch, type=type_, seed=1)
+    size = synth(tmp_path / "t.gguf", arch, dtype=type_, seed=1)
     with gguf.open(tmp_path / "t.gguf") as file:
         assert os_size(file) == size
         read = DeepSeek2.of(file)
@@ -79,7 +79,7 @@ def os_size(file: gguf.GGUFFile) -> int:
 @pytest.mark.parametrize("kv_b", ["split", "joined"])
 def test_matrices_preserve_the_scale_of_activations(tmp_path: Path, kv_b: Any) -> None:
     arch = deepseek2(kv_b=kv_b)
-    synth(tmp_path / "t", arch, type="f32")
+    synth(tmp_path / "t", arch, dtype="f32")
     # attn_k_b is stored transposed: its ne[1] is the latent, over which attn_kv_b sums.
     fan_in = {"attn_k_b": arch.kv_lora_rank, "attn_v_b": arch.kv_lora_rank,
               "attn_kv_b": arch.kv_lora_rank, "attn_q_a": arch.n_embd,
@@ -93,7 +93,7 @@ def test_matrices_preserve_the_scale_of_activations(tmp_path: Path, kv_b: Any) -
 
 
 def test_v3_header_with_its_real_sizes(tmp_path: Path) -> None:
-    synth(tmp_path / "v3.gguf", preset("deepseek-v3"), type="q4_K", header_only=True)
+    synth(tmp_path / "v3.gguf", preset("deepseek-v3"), dtype="q4_K", header_only=True)
     with gguf.open(tmp_path / "v3.gguf", allow_missing_data=True) as file:
         assert not file.complete and os_size(file) < 8 << 20
         assert sum(t.n_elements for t in file.tensors.values()) == 671_026_419_200
@@ -104,7 +104,7 @@ def test_v3_header_with_its_real_sizes(tmp_path: Path) -> None:
 
 def test_a_layer_keeps_its_weights_if_others_are_removed(tmp_path: Path) -> None:
     for layers in (2, 3):
-        synth(tmp_path / f"{layers}", preset("tiny", layers=layers), type="q8_0")
+        synth(tmp_path / f"{layers}", preset("tiny", layers=layers), dtype="q8_0")
     with gguf.open(tmp_path / "2") as two, gguf.open(tmp_path / "3") as three:
         for name in two.tensors:
             np.testing.assert_array_equal(two.array(name), three.array(name))

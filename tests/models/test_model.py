@@ -20,7 +20,7 @@ from pyggml.models.synth import synth
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    synth(tmp_path / "m.gguf", preset("tiny-llama"), type="f16")
+    synth(tmp_path / "m.gguf", preset("tiny-llama"), dtype="f16")
     return tmp_path / "m.gguf"
 
 

@@ -46,7 +46,7 @@ def test_every_architecture_has_a_tiny_preset() -> None:
 
 
 def test_mxfp4_is_for_experts(tmp_path: Path) -> None:
-    synth(tmp_path / "m.gguf", TINY_GPT_OSS, type="mxfp4")
+    synth(tmp_path / "m.gguf", TINY_GPT_OSS, dtype="mxfp4")
     model = load(tmp_path / "m.gguf", backends=["numpy"])
     types = {name: info.dtype.name for name, info in model.file.tensors.items()}
     assert types["blk.0.ffn_gate_exps.weight"] == "mxfp4"

@@ -30,7 +30,7 @@ NAMES = ["tiny-deepseek32", "tiny-glm-dsa"]
 @pytest.fixture(scope="module", params=NAMES)
 def path(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / f"{request.param}.gguf"
-    synth(path, PRESETS[request.param], type="f32", seed=SEEDS[request.param])
+    synth(path, PRESETS[request.param], dtype="f32", seed=SEEDS[request.param])
     return path
 
 
@@ -114,7 +114,7 @@ def test_mla_0_is_an_error(path: Path) -> None:
 
 def test_shared_layers_use_the_rows_of_the_layer_before(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
-    synth(path, PRESETS["tiny-glm-dsa"], type="f32")
+    synth(path, PRESETS["tiny-glm-dsa"], dtype="f32")
     with gg.load(path, backends=["numpy"]) as model:
         batch = Batch(4, 64, model.options)
         graph = model.graph(batch, model.caches(64, 4))

@@ -19,7 +19,7 @@ from pyggml.parity.dump import TOKENS, read_dump  # noqa: E402
 
 def compared(folder: Path, name: str, dtype: str, mla: int = 3) -> Difference:
     path = folder / "m.gguf"
-    synth(path, preset(name), type=dtype, seed=1)
+    synth(path, preset(name), dtype=dtype, seed=1)
     dump(path, [1, 5, 9, 3, 7, 2], folder / "dump.npz")
     arrays = read_dump(folder / "dump.npz")
     tokens = arrays.pop(TOKENS).tolist()

@@ -27,7 +27,7 @@ def name(request: pytest.FixtureRequest) -> str:
 def paths(name: str, tmp_path: Path) -> list[Path]:
     """A file of `synth`, and one of `quantize`."""
     paths = [tmp_path / "f32.gguf", tmp_path / "q8_0.gguf"]
-    synth(paths[0], PRESETS[name], type="f32")
+    synth(paths[0], PRESETS[name], dtype="f32")
     with gguf.open(paths[0]) as file:
         quantize(file, paths[1], "q8_0")
     return paths

@@ -32,7 +32,7 @@ Arrays = dict[str, Any]
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("model") / "tiny.gguf"
-    synth(file, preset("tiny-llama"), type="f32", seed=1)
+    synth(file, preset("tiny-llama"), dtype="f32", seed=1)
     return file
 
 
