@@ -69,8 +69,8 @@ def add_model_options(
         help="type of the index keys of DeepSeek V3.2 and GLM-5 (default: f16)")  # fmt: skip
     add("-fa", "--flash-attn", **on_off("flash attention"))
     add("-mla", "--mla-attn", type=int, choices=range(4), default=3,
-        help="attention of DeepSeek models: 0 standard, 1 latent, 2 or 3 latent but expanded for "
-        "prompts (default: 3)")  # fmt: skip
+        help="attention of DeepSeek models: 0 standard (not V3.2 and GLM-5), 1 latent, 2 or 3 "
+        "latent but expanded for prompts (default: 3)")  # fmt: skip
     add("-fmoe", "--fused-moe", **on_off("run experts' up, gate and activation as one op"))
     add("-amb", "--attn-max-batch", metavar="MIB", type=options.positive,
         help="attention memory budget in MiB (default: none)")  # fmt: skip

@@ -1,9 +1,10 @@
 """Write a GGUF file with random weights of realistic scale.
 
 Presets named after models have their published sizes, small is a DeepSeek model for CPUs, and tiny
-(DeepSeek), tiny-llama and tiny-gpt-oss are for tests. Norms, the router and its bias are f32. A row
-that is not whole blocks of TYPE (a row of 128 in attn_k_b, for a type with blocks of 256) becomes
-q8_0, or f16 if it is not whole blocks of 32 either. output.weight is q6_K if TYPE has fewer bits.
+(DeepSeek), tiny-llama and others that begin so are for tests. Norms, the router, its bias and
+indexer.proj are f32. A row that is not whole blocks of TYPE (a row of 128 in attn_k_b, for a type
+with blocks of 256) becomes q8_0, or f16 if it is not whole blocks of 32 either. output.weight is
+q6_K if TYPE has fewer bits.
 With mxfp4, only experts have it and the others are q8_0, as in the published files of gpt-oss.
 
 --header-only writes the keys and the tensor table but no weights. `pyggml info` and `pyggml plan`

@@ -17,21 +17,29 @@ from pyggml.generate.division import either, expert_bytes, expert_pins, layer_pi
 from pyggml.generate.fit import HOST_ROOM, Planner, Setup, fit, lines, memory
 from pyggml.generate.plans import KV_STEP, padded_rows
 from pyggml.models.batch import Options
+from pyggml.models.indexer import Indexer
 from pyggml.models.model import Model
-from pyggml.models.presets import TINY, TINY_GPT_OSS
+from pyggml.models.presets import TINY, TINY_DEEPSEEK32, TINY_GLM_DSA, TINY_GPT_OSS
 from pyggml.models.synth import synth
 from pyggml.node import labels
 from pyggml.runtime.leaves import Leaf
 from pyggml.runtime.places import Place, parse
 
 SIX = replace(TINY, n_block=6)
+MODELS = {
+    "tiny": TINY,
+    "deepseek2": SIX,
+    "gpt-oss": TINY_GPT_OSS,
+    "glm-dsa": replace(TINY_GLM_DSA, indexer=Indexer(n_head=8, d=64, top_k=16)),
+    "dense to 512": replace(TINY_DEEPSEEK32, indexer=Indexer(n_head=8, d=64, top_k=700)),
+}
 NEEDS_CPU = pytest.mark.skipif(on_host() != "cpu", reason="pyggml doctor says what is missing")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    for name, arch in (("tiny", TINY), ("deepseek2", SIX), ("gpt-oss", TINY_GPT_OSS)):
+    for name, arch in MODELS.items():
         synth(folder / f"{name}.gguf", arch, dtype="q8_0")
         synth(folder / f"{name}-header.gguf", arch, dtype="q8_0", header_only=True)
     return folder
@@ -55,7 +63,7 @@ def allocated(leaves: Iterable[Leaf]) -> int:
 
 
 @pytest.mark.parametrize("flash", [True, False])
-@pytest.mark.parametrize("name", ["deepseek2", "gpt-oss"])
+@pytest.mark.parametrize("name", ["deepseek2", "gpt-oss", "glm-dsa"])
 @pytest.mark.parametrize(
     ("backends", "pins", "decoded"),
     [(("numpy",), None, False), (("numpy",), None, True),
@@ -97,14 +105,18 @@ def test_a_session_uses_what_the_plan_says(
 
 
 @pytest.mark.parametrize("pieces", [None, 2, 5])
-@pytest.mark.parametrize(("mla", "flash"), [(0, False), (1, False), (3, True)])
+@pytest.mark.parametrize(
+    ("name", "mla", "flash"),
+    [("tiny", 0, False), ("tiny", 1, False), ("tiny", 3, True),
+     ("dense to 512", 1, False), ("dense to 512", 3, True)],
+)  # fmt: skip
 @pytest.mark.parametrize("place", ["numpy", "cuda:0:1GiB"])
 def test_no_plan_of_a_session_needs_more(
-    folder: Path, place: str, mla: int, flash: bool, pieces: int | None
+    folder: Path, place: str, name: str, mla: int, flash: bool, pieces: int | None
 ) -> None:
     """All steps of cache rows, for prompts of several lengths, with and without a budget."""
     n_ctx, n_batch = 1536, 160
-    model = opened(folder, "tiny-header", backends=(place,), mla=mla, flash=flash)
+    model = opened(folder, f"{name}-header", backends=(place,), mla=mla, flash=flash)
     session = model.session(n_ctx, n_batch)
     if pieces is not None:
         model.amb = session.memory().score_peak / 2**20 / pieces

@@ -20,7 +20,7 @@ from llama_cpp import Llama  # noqa: E402
 from pyggml.models.model import load  # noqa: E402
 from pyggml.parity.tolerance import nmse  # noqa: E402
 from tests.models.convert import convert, random_model  # noqa: E402
-from tests.models.tiny import MODELS, TOKENS, glm4moe  # noqa: E402
+from tests.models.tiny import MODELS, TOKENS, glm4moe, glm_dsa  # noqa: E402
 
 GGML_TYPE_F32 = 0
 #: Models that llama.cpp cannot run, or for which it does not follow the model.
@@ -29,6 +29,8 @@ NOT_IN_LLAMA_CPP = (
     "qwen3 biases",  # rejects blk.N.attn_output.bias
     "deepseek2 lite",  # takes a model for V2-Lite only if it has 26 or 27 layers (see below)
     "gpt-oss nvfp4",  # ignores the factors of experts
+    "deepseek32 magnitude",  # has 0.1 for the multiplier in the scale of q.k
+    "deepseek32 q8_0",  # rounds activations to 8 bits, so it chooses other rows
     "deepseek2 v2",  # scores groups of experts by their two best, as V3 does, not by the best
 )
 
@@ -66,6 +68,12 @@ def test_logits(name: str, tmp_path: Path) -> None:
     """Experts are never merged here: llama.cpp reads no merged ones for these architectures."""
     tiny = MODELS[name]
     write_and_compare(tmp_path / "model.gguf", tiny.config, tiny.dtype, tiny.seed)
+
+
+def test_glm_5_with_its_own_epsilon(tmp_path: Path) -> None:
+    """llama.cpp gives the norms of q_a and kv_a the file's epsilon, as we do; transformers 1e-6."""
+    config = glm_dsa(rms_norm_eps=1e-5)
+    write_and_compare(tmp_path / "model.gguf", config, "f32", MODELS["glm-dsa"].seed)
 
 
 def test_sections_of_mrope_change_nothing_for_text(tmp_path: Path) -> None:

@@ -55,7 +55,10 @@ def check(logits: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
 @pytest.mark.parametrize("options", OPTIONS)
 def test_prompt(oracle: Oracle, options: str, n_batch: int) -> None:
     """The whole prompt, and the prompt in chunks."""
-    s = session(oracle.path, n_batch, OPTIONS[options])
+    given = OPTIONS[options]
+    if "amb" in given and oracle.path.stem.startswith(("deepseek32", "glm-dsa")):
+        given = given | {"amb": 0.53}  # 0.5 MiB is scratch of top_k
+    s = session(oracle.path, n_batch, given)
     check(s.forward(TOKENS, outputs="all"), oracle.logits)
 
 
