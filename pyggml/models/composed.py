@@ -11,16 +11,7 @@ from pyggml.ops import (
     permute,
     relu,
     reshape,
-    rms_norm,
-    scale,
-    sub,
-    sum_rows,
 )
-
-
-def layer_norm_op(a: Node, *, eps: float) -> Node:
-    """(a - mean) / sqrt(var + eps) over rows."""
-    return rms_norm(sub(a, scale(sum_rows(a), s=1 / a.ne[0])), eps=eps)
 
 
 def lightning_indexer(q: Node, k: Node, weights: Node, mask: Node) -> Node:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pyggml.models.composed import layer_norm_op
+from pyggml import ops
 from pyggml.models.keys import Keys, key
 from pyggml.models.weights import Layer, Weights
 from pyggml.node import Node
@@ -46,7 +46,7 @@ def norm(w: Layer | Weights, name: str, x: Node, eps: float) -> Node:
 
 def layer_norm(w: Layer | Weights, name: str, x: Node, eps: float) -> Node:
     """LayerNorm: (x - mean) / sqrt(var + eps) * weight + bias, over rows."""
-    return add(mul(layer_norm_op(x, eps=eps), w[name]), w[f"{name}.bias"])
+    return add(mul(ops.norm(x, eps=eps), w[name]), w[f"{name}.bias"])
 
 
 def scaled(w: Layer | Weights, name: str, y: Node) -> Node:
