@@ -64,7 +64,7 @@ class Indexer:
         """The keys of new tokens, [D, T]; x is the layer's normalized input."""
         k = layer_norm(layer, "indexer.k_norm", linear(layer, "indexer.attn_k", x), EPS)
         k = rotate(reshape(k, ne=(self.d, 1, x.ne[1])))
-        return layer.label(reshape(k, ne=(self.d, x.ne[1])), "indexer_k")
+        return layer.label(reshape(k, ne=(self.d, x.ne[1])), "index_k")
 
     def choose(
         self, layer: Layer, x: Node, q_a: Node, rows: Node, mask: Node, rotate: Rotate
@@ -78,9 +78,9 @@ class Indexer:
         mask  f16 [n_kv, T]
         """
         q = linear(layer, "indexer.attn_q_b", q_a)
-        q = layer.label(rotate(reshape(q, ne=(self.d, self.n_head, x.ne[1]))), "indexer_q")
+        q = layer.label(rotate(reshape(q, ne=(self.d, self.n_head, x.ne[1]))), "index_q")
         w = mul_mat(layer["indexer.proj"], x, prec="f32")
         w = layer.label(scale(w, s=1 / math.sqrt(self.n_head * self.d)), "indexer_weights")
         scores = layer.label(lightning_indexer(q, rows, w, mask), "indexer_score")
         ids = top_k(scores, k=min(self.top_k, rows.ne[1]))
-        return layer.label(ids, "indexer_topk")
+        return layer.label(ids, "top_k")

@@ -68,12 +68,12 @@ GLM_52 = replace(
 )  # fmt: skip
 TINY_DEEPSEEK32 = replace(
     V32, n_block=3, n_layer_dense=1, n_vocab=512, n_embd=256, n_head=4, q_lora_rank=96,
-    kv_lora_rank=64, d_nope=32, n_rot=16, d_v=32, n_ff=512, experts=TINY.experts,
+    kv_lora_rank=64, d_nope=32, n_rot=32, d_v=32, n_ff=512, experts=TINY.experts,
     indexer=Indexer(n_head=8, d=64, top_k=32),
 )  # fmt: skip
 TINY_GLM_DSA = replace(
     GLM_52, n_block=4, n_layer_dense=1, n_vocab=512, n_embd=256, n_head=4, q_lora_rank=96,
-    kv_lora_rank=64, d_nope=32, n_rot=16, d_v=32, n_ff=512, types=default_types(4, GLM_52_CTX),
+    kv_lora_rank=64, d_nope=32, n_rot=32, d_v=32, n_ff=512, types=default_types(4, GLM_52_CTX),
     experts=replace(TINY.experts, n_group=1, n_group_used=1),
     indexer=Indexer(n_head=8, d=64, top_k=32),
 )  # fmt: skip

@@ -35,7 +35,7 @@ def path(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 #: Of 40, those with the widest gaps between scores of rows that are chosen and others.
-SEEDS = {"tiny-deepseek32": 18, "tiny-glm-dsa": 2}
+SEEDS = {"tiny-deepseek32": 19, "tiny-glm-dsa": 3}
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_shared_layers_use_the_rows_of_the_layer_before(tmp_path: Path) -> None:
         graph = model.graph(batch, model.caches(64, 4))
         steps = model.compile(graph, gg.Store()).steps
         labels = [label_of(step.node) for step in steps]
-    assert [f"indexer_topk-{il}" in labels for il in range(4)] == [True, True, True, False]
+    assert [f"top_k-{il}" in labels for il in range(4)] == [True, True, True, False]
 
 
 # -- sessions -----------------------------------------------------------------------------------
@@ -170,13 +170,29 @@ def test_rows_below_a_limit() -> None:
         assert floored_rows(n) == max((b for b in buckets if b <= n), default=0), n
 
 
-def test_f16_rows_of_narrow_choices_are_left_out(path: Path, exact: Sparse) -> None:
-    """With f16 caches a close choice may be swapped, which changes its row and later ones."""
-    with gg.load(path, backends=["numpy"]) as model:
+@pytest.mark.parametrize(
+    ("cache", "index", "least", "most"),
+    [("f16", "f16", 1e-3, 1e-5), ("f16", "q8_0", 4e-3, 1e-5), ("q8_0", "f16", 4e-3, 2e-3)],
+)
+@pytest.mark.parametrize(("name", "seed"), [("tiny-deepseek32", 11), ("tiny-glm-dsa", 14)])
+def test_rounded_weights_and_caches(
+    tmp_path: Path, name: str, seed: int, cache: str, index: str, least: float, most: float
+) -> None:
+    """Rounding may swap rows, or experts, whose scores are close. This changes the token's logits
+    a lot, and those of later tokens a little; so tokens count up to the first close choice.
+
+    least  relative gap of a choice of rows that is not close; 1e-3 for one of experts
+    most   NMSE of the tokens that count, and of the median of all
+    """
+    path = tmp_path / "m.gguf"
+    synth(path, PRESETS[name], dtype="q8_0", seed=seed)
+    with gguf.open(path) as file:
+        exact = sparse_f64(file, TOKENS)
+    with gg.load(path, backends=["numpy"], cache_k=cache, cache_i=index) as model:
         logits = model.session(96).forward(TOKENS, "all")
-    narrow = np.minimum(exact.gap, exact.expert_gap) < 1e-3
-    first = int(np.argmax(narrow)) if narrow.any() else len(narrow)
     errors = np.array([nmse(*rows) for rows in zip(logits, exact.logits)])
-    print(f"{narrow.sum()} of {len(narrow)} tokens have a narrow choice, the first is {first}")
-    assert first > 32 and errors[:first].max() < 1e-5
-    assert np.median(errors) < 1e-4
+    close = (exact.gap < least) | (exact.expert_gap < 1e-3)
+    n = int(np.argmax(close))
+    print(f"{n} tokens count; {close.sum()} of the {len(close) - n} left out have a close choice")
+    assert n >= 32, "the tokens that see no more than top_k rows have no close choice of experts"
+    assert errors[:n].max() < most and np.median(errors) < most

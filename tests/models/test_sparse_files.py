@@ -135,11 +135,11 @@ def test_the_gate_is_a_sigmoid_without_a_key_in_glm_only() -> None:
     ("key", "value", "message"),
     [
         ("attention.head_count_kv", 4, "must be 1 because of key_length_mla"),
-        ("attention.key_length", 96, "must be 80 because of kv_lora_rank"),
-        ("attention.value_length", 80, "must be 64 because of kv_lora_rank"),
-        ("attention.indexer.key_length", 8, "8, must be at least 16"),
+        ("attention.key_length", 97, "must be 96 because of kv_lora_rank"),
+        ("attention.value_length", 96, "must be 64 because of kv_lora_rank"),
+        ("attention.indexer.key_length", 8, "8, must be at least 32"),
         ("attention.indexer.top_k", 0, "0, must be 1 to"),
-        ("rope.dimension_count", 15, "15, must be even"),
+        ("rope.dimension_count", 31, "31, must be even"),
     ],
 )
 def test_wrong_values(arch: DeepSeek32, key: str, value: Any, message: str) -> None:
