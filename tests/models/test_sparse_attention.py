@@ -196,3 +196,11 @@ def test_rounded_weights_and_caches(
     print(f"{n} tokens count; {close.sum()} of the {len(close) - n} left out have a close choice")
     assert n >= 32, "the tokens that see no more than top_k rows have no close choice of experts"
     assert errors[:n].max() < most and np.median(errors) < most
+
+
+def test_layers_on_two_devices(path: Path, exact: Sparse) -> None:
+    """Layers that share rows may be on another device than the layer that chose them."""
+    pins = {r"(blk\.[23]\.|cache_\w+_l[23]$)": "null:1"}
+    with gg.load(path, backends=["null:0", "null:1"], pins=pins, **F32) as model:
+        logits = model.session(96, 40).forward(TOKENS, "all")
+    assert max(relative_error(*rows) for rows in zip(logits, exact.logits)) < 1e-4
