@@ -12,14 +12,12 @@ benchmarks/results/cpu/DATE.json; rows of the same day that are not measured aga
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import date
 from importlib import import_module
 from pathlib import Path
 from statistics import median
@@ -32,13 +30,10 @@ import numpy as np
 import pyggml as gg
 from benchmarks.cpu_engines import Process
 from benchmarks.gpu_bench import random_blocks
-from benchmarks.run import ROOT, conditions
+from benchmarks.record import RESULTS, ROOT, Row, new, read, row, write
 from pyggml.models.presets import preset
 from pyggml.models.synth import synth
 from tools.fetch import fetch
-
-RESULTS = ROOT / "benchmarks" / "results" / "cpu"
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -111,11 +106,10 @@ def speed_rows(speeds: list[Speed], backend: str, threads: int, runs: int) -> It
             f"{ratio:5.2f} (bar {speed.bar}, goal {speed.goal})",
             flush=True,
         )
-        yield {
-            "name": speed.name, "value": ratio, "unit": "of llama.cpp", "better": "more",
-            "bar": speed.bar, "goal": speed.goal, "peer": median(theirs),
-            "samples": {"pyggml t/s": ours, "llama.cpp t/s": theirs},
-        }  # fmt: skip
+        yield row(
+            speed.name, "of llama.cpp", ratio, {"pyggml t/s": ours, "llama.cpp t/s": theirs},
+            bar=speed.bar, goal=speed.goal, peer=median(theirs),
+        )  # fmt: skip
 
 
 def first_token_rows(backend: str, runs: int) -> Iterator[Row]:
@@ -130,10 +124,7 @@ def first_token_rows(backend: str, runs: int) -> Iterator[Row]:
             samples = [_first_token(path, backend, cache) for _ in range(runs if cached else 1)]
         value = median(samples)
         print(f"{name:24} {value:9.2f} s (bar {bar}, goal {goal})", flush=True)
-        yield {
-            "name": name, "value": value, "unit": "s", "better": "less", "bar": bar, "goal": goal,
-            "peer": None, "samples": samples,
-        }  # fmt: skip
+        yield row(name, "s", value, samples, bar=bar, goal=goal)
 
 
 def _first_token(path: Path, backend: str, cache: str) -> float:
@@ -187,11 +178,10 @@ def product_rows(backend: str, threads: int, runs: int) -> Iterator[Row]:
     for name, products in rates.items():
         value = max(products) / max(reads)
         print(f"product_{name:16} {value:9.2f} of read bandwidth (bar 0.8, goal 0.95)", flush=True)
-        yield {
-            "name": f"product_{name}", "value": value, "unit": "of read bandwidth",
-            "better": "more", "bar": 0.8, "goal": 0.95, "peer": max(reads),
-            "samples": {"product B/s": products, "read B/s": reads},
-        }  # fmt: skip
+        yield row(
+            f"product_{name}", "of read bandwidth", value,
+            {"product B/s": products, "read B/s": reads}, bar=0.8, goal=0.95, peer=max(reads),
+        )  # fmt: skip
 
 
 # -- the record -------------------------------------------------------------------------------
@@ -214,20 +204,16 @@ def main() -> None:
         rows += product_rows(args.backend, args.threads, runs)
     if args.quick:
         return
-    record = {
-        **conditions(["python", "benchmarks/cpu.py"]),
-        "threads": args.threads,
-        "backend": args.backend,
-        "versions": {name: import_module(name).__version__ for name in ("llama_cpp", "numba")},
-        "rows": rows,
-    }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{date.today().isoformat()}.json"
+    about = {"threads": args.threads, "backend": args.backend}
+    record = new("python benchmarks/cpu.py", about=about)
+    others = ("llama_cpp", "numba")
+    record["versions"] |= {name: import_module(name).__version__ for name in others}
+    record["rows"] = rows
+    path = RESULTS / "cpu" / f"{record['date']}.json"
     if path.exists():
         measured = {row["name"] for row in rows}
-        earlier = json.loads(path.read_text())["rows"]
-        record["rows"] = [row for row in earlier if row["name"] not in measured] + rows
-    path.write_text(json.dumps(record, indent=1) + "\n")
+        record["rows"] = [row for row in read(path)["rows"] if row["name"] not in measured] + rows
+    write(path, record)
     print(f"wrote {path.relative_to(ROOT)}")
 
 

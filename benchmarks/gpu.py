@@ -26,14 +26,12 @@ row of docs/performance.md is missing.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -47,14 +45,14 @@ from benchmarks.gpu_bench import ROWS, SMOKE  # noqa: E402
 from benchmarks.gpu_record import (  # noqa: E402
     NAMES,
     card,
-    commit,
     example_rows,
     join,
     lines_of,
     machine,
     report_rows,
+    versions,
 )
-from tools.kernel_record import fingerprint  # noqa: E402
+from benchmarks.record import Record, Row, new, read, write  # noqa: E402
 from tools.tables import BARS  # noqa: E402
 
 #: The folder of tests that need a GPU.
@@ -191,7 +189,7 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def collect(run: Run, folder: Path, record: dict[str, Any], log: Path | None) -> None:
+def collect(run: Run, folder: Path, record: Record, log: Path | None) -> None:
     """Wait for a part, and add what it measured to the record."""
     faults, lines = run.finish(), lines_of(run.rows)
     rows = [row for row in lines if "name" in row]
@@ -201,7 +199,7 @@ def collect(run: Run, folder: Path, record: dict[str, Any], log: Path | None) ->
     if report.exists():
         counts, skipped = report_rows(report, run.ended)
         rows += counts
-        record["skipped"] += skipped
+        record["about"]["skipped"] += skipped
     print(f"-- {run.name}: {run.seconds:.0f} s", flush=True)
     for row in rows:
         print(f"{row['name']:32} {row['value']:10.4g} {row['unit']}")
@@ -211,43 +209,42 @@ def collect(run: Run, folder: Path, record: dict[str, Any], log: Path | None) ->
     if log is not None:
         with log.open("a") as file:
             file.write(f"== {run.name}\n{text}\n")
-    record["rows"] += rows
+    record["rows"] = merged(record["rows"], rows)
     record["clocks"] += [line for line in lines if "clocks" in line]
-    record["seconds"][run.name] = round(run.seconds, 1)
-    record["faults"] += faults
+    record["about"]["seconds"][run.name] = round(run.seconds, 1)
+    record["about"]["faults"] += faults
 
 
-def finish(record: dict[str, Any], out: Path) -> int:
+def merged(rows: list[Row], more: list[Row]) -> list[Row]:
+    """Both; of two rows with one name, the later one."""
+    return list({row["name"]: row for row in (*rows, *more)}.values())
+
+
+def finish(record: Record, out: Path) -> int:
     """Write the record, print its faults, and return the exit status."""
-    if len(record["seconds"]) == len(NAMES):
+    about = record["about"]
+    if card(record["machine"]["gpu"]) == "h200":  # the bars are for it
+        for row in record["rows"]:
+            row["bar"] = BARS.get(row["name"])
+    if len(about["seconds"]) == len(NAMES):
         missing = BARS.keys() - {row["name"] for row in record["rows"]}
-        record["faults"] += [f"no row {name}" for name in sorted(missing)]
-    out.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"{sum(record['seconds'].values()):.0f} s in all; {out}")
-    for skip in record["skipped"]:
+        about["faults"] += [f"no row {name}" for name in sorted(missing)]
+    write(out, record)
+    print(f"{sum(about['seconds'].values()):.0f} s in all; {out}")
+    for skip in about["skipped"]:
         print(f"skipped: {skip}")
-    for fault in record["faults"]:
+    for fault in about["faults"]:
         print(f"!! {fault}")
-    return 1 if record["faults"] else 0
+    return 1 if about["faults"] else 0
 
 
 def main() -> int:
     args = arguments()
     if args.join:
-        return finish(join(*(json.loads(path.read_text()) for path in args.join)), args.out)
-    record: dict[str, Any] = {
-        "date": date.today().isoformat(),
-        "command": command(args),
-        "commit": args.commit or commit(),
-        "kernels": fingerprint(),
-        "machine": machine(),
-        "grid": args.grid,
-        "clocks": [],
-        "seconds": {},
-        "skipped": [],
-        "faults": [],
-        "rows": [],
-    }
+        return finish(join(*map(read, args.join)), args.out)
+    about: dict[str, Any] = {"grid": args.grid, "seconds": {}, "skipped": [], "faults": []}
+    record = new(command(args), machine=machine(), versions=versions(), about=about)
+    record["commit"] = args.commit or record["commit"]
     name = card(record["machine"]["gpu"])
     if not (args.out or name):
         raise SystemExit("nvidia-smi finds no GPU; give --out")
@@ -259,7 +256,7 @@ def main() -> int:
         runs = (Run(name, part, folder, args.smoke) for name, part in selection.items())
         for run in list(runs) if args.smoke else runs:  # a list starts all of them at once
             collect(run, folder, record, args.log)
-            out.write_text(json.dumps(record, indent=1) + "\n")  # kept if a later part hangs
+            write(out, record)  # kept if a later part hangs
     return finish(record, out)
 
 

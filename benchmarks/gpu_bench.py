@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 import pyggml as gg
+from benchmarks.record import row
 from pyggml import backends
 from pyggml.dtypes import TYPES
 
@@ -57,7 +58,7 @@ def write_row(name: str, unit: str, samples: Sequence[float]) -> None:
     """Write a row of the record. Its value is the median of the samples."""
     value = median(samples)
     print(f"ROW {name:32} {value:10.4g} {unit}", flush=True)
-    _write({"name": name, "value": value, "unit": unit, "samples": list(samples)})
+    _write(row(name, unit, value, list(samples)))
 
 
 def _write(line: dict[str, Any]) -> None:

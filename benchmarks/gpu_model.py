@@ -19,11 +19,12 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from time import perf_counter
+from time import perf_counter, perf_counter_ns
 
 import numpy as np
 
 from benchmarks.gpu_bench import SMOKE, plan_microseconds, write_row
+from pyggml.bench.runs import Test, fill, nanoseconds_of
 from pyggml.generate.plans import padded_rows
 from pyggml.generate.session import Session
 from pyggml.models.model import load
@@ -45,17 +46,15 @@ def seconds(call: Callable[[], object]) -> float:
     return perf_counter() - start
 
 
+def rates_of(session: Session, test: Test, repeats: int = 3) -> list[float]:
+    """Tokens a second of a test of `pyggml bench`; the first run compiles and is not counted."""
+    times = [nanoseconds_of(session, test, perf_counter_ns) for _ in range(1 + repeats)]
+    return [test.n_tokens * 1e9 / time for time in times[1:]]
+
+
 def prompt_rows(session: Session) -> None:
-    """Tokens a second of prompts; the first run of each compiles and is not counted."""
     for n in PROMPTS:
-        tokens = np.arange(n) % MODEL.n_vocab
-        rates = []
-        for number in range(4):
-            session.truncate(0)
-            duration = seconds(lambda tokens=tokens: session.forward(tokens))  # type: ignore[misc]
-            if number:
-                rates.append(n / duration)
-        write_row(f"model_prompt_{n}", "t/s", rates)
+        write_row(f"model_prompt_{n}", "t/s", rates_of(session, Test(n_prompt=n)))
 
 
 def decode_rows(session: Session, depths: list[int]) -> dict[str, list[float]]:
@@ -67,15 +66,16 @@ def decode_rows(session: Session, depths: list[int]) -> dict[str, list[float]]:
     """
     rows: dict[str, list[float]] = {}
     for depth in depths:
-        session.truncate(0)
-        session.forward(np.arange(max(depth, 1)) % MODEL.n_vocab, "none")
-        for name, steps in (("_logits", logits_steps), ("", token_steps), ("_loop", loop_steps)):
+        fill(session, depth)
+        for name, steps in (("_logits", logits_steps), ("", token_steps)):
             rates = []
             for _ in range(4):
                 session.truncate(depth)
                 rates.append(STEPS / seconds(partial(steps, session)))
-            write_row(f"model_decode{name}_d{depth}", "t/s", rates[1:])
             rows[name] = rates[1:]
+        rows["_loop"] = rates_of(session, Test(n_gen=STEPS, n_depth=depth, loop=True))
+        for name, rates in rows.items():
+            write_row(f"model_decode{name}_d{depth}", "t/s", rates)
     return rows
 
 
@@ -97,10 +97,6 @@ def logits_steps(session: Session) -> None:
 
 def token_steps(session: Session) -> None:
     deque(session.generate([1], STEPS), maxlen=0)
-
-
-def loop_steps(session: Session) -> None:
-    deque(session.generate([1], STEPS, ahead=STEPS), maxlen=0)
 
 
 def compare(path: Path, n: int) -> None:

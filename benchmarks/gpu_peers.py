@@ -20,19 +20,19 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from time import perf_counter_ns
 from typing import Any
-
-import numpy as np
 
 from benchmarks.gpu_bench import SMOKE, write_row
 from benchmarks.gpu_model import MODEL, N_BATCH, seconds
-from benchmarks.peers import Test, llama_bench
+from benchmarks.peers import llama_bench
+from pyggml.bench.runs import Test, fill, nanoseconds_of
 from pyggml.generate.session import Session
 from pyggml.models.model import load
 from pyggml.models.synth import synth
 
 STEPS = 64
-TESTS = [Test(512, 0, 0), Test(2048, 0, 0), Test(0, STEPS, 0), Test(0, STEPS, 4096)]
+TESTS = [Test(512), Test(2048), Test(0, STEPS), Test(0, STEPS, 4096)]
 ROUNDS = 1 if os.environ.get(SMOKE) else 3
 THREADS = str(os.cpu_count())
 #: For each of TESTS, and for all layers of a model on the GPU.
@@ -48,11 +48,9 @@ SETTINGS: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 def rate(session: Session, test: Test) -> float:
     """Tokens a second of one run of a test."""
-    session.truncate(0)
     if test.n_prompt:
-        tokens = np.arange(test.n_prompt) % MODEL.n_vocab
-        return test.n_prompt / seconds(partial(session.forward, tokens))
-    session.forward(np.arange(max(test.depth, 1)) % MODEL.n_vocab, "none")
+        return test.n_prompt * 1e9 / nanoseconds_of(session, test, perf_counter_ns)
+    fill(session, test.n_depth)
     session.forward([1])
     return test.n_gen / seconds(partial(_decode, session, test.n_gen))
 
@@ -85,7 +83,7 @@ def measure(path: Path, binary: Path | None, names: Iterable[str]) -> None:
         for engine, test, value in turns(path, name, binary):
             samples[engine, test].append(value)
         for test in TESTS:
-            what = f"prompt_{test.n_prompt}" if test.n_prompt else f"decode_d{test.depth}"
+            what = f"prompt_{test.n_prompt}" if test.n_prompt else f"decode_d{test.n_depth}"
             ours = samples["pyggml", test]
             write_row(f"{name}_{what}", "t/s", ours)
             if theirs := samples.get(("llama", test)):

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import re
-import subprocess
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -14,11 +13,10 @@ from typing import Any
 from xml.etree import ElementTree
 
 from benchmarks.gpu_bench import smi
+from benchmarks.record import Row, row
 from pyggml.backends.cuda.device.compiler import nvrtc_version
 from pyggml.errors import DeviceError
 
-ROOT = Path(__file__).resolve().parent.parent
-Row = dict[str, Any]
 PACKAGES = ("numpy", "pycuda", "cupy-cuda13x", "cuda-bindings", "torch")
 NAMES = (
     "layer",
@@ -43,20 +41,16 @@ def lines_of(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def row(name: str, unit: str, value: float) -> Row:
-    return {"name": name, "value": value, "unit": unit, "samples": [value]}
-
-
 def example_rows(folder: Path) -> Iterator[Row]:
     """The largest error for each cache type and precision; the samples are all errors."""
     errors: dict[str, list[float]] = {}
     for path in sorted(folder.glob("examples_*.json")):
         tail = "_prec_f32" if path.stem.endswith("_f32") else ""
-        for row in json.loads(path.read_text())["rows"]:
-            values = [value for key, value in row.items() if key.endswith("error")]
-            errors.setdefault(f"example_worst_error_{row['cache']}{tail}", []).extend(values)
+        for case in json.loads(path.read_text())["rows"]:
+            values = [value for key, value in case.items() if key.endswith("error")]
+            errors.setdefault(f"example_worst_error_{case['cache']}{tail}", []).extend(values)
     for name, values in errors.items():
-        yield {"name": name, "value": max(values), "unit": "", "samples": values}
+        yield row(name, "", max(values), values)
 
 
 def report_rows(path: Path, ended: bool = True) -> tuple[list[Row], list[str]]:
@@ -133,20 +127,12 @@ def machine() -> dict[str, str]:
         "driver": smi("driver_version"),
         "highest clocks": smi("clocks.max.sm,clocks.max.mem"),
         "cores": str(os.cpu_count()),
-        "python": platform.python_version(),
-        "nvrtc": nvrtc(),
-        **{name: version(name) for name in PACKAGES},
     }
 
 
-def commit() -> str:
-    """The commit of the checkout, with a + if files were changed; "unknown" without git."""
-    try:
-        words = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-        result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    except OSError:
-        return "unknown"
-    return result.stdout.strip() or "unknown"
+def versions() -> dict[str, str]:
+    packages = {name: version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), "nvrtc": nvrtc(), **packages}
 
 
 # -- two records ----------------------------------------------------------------------------------
@@ -154,17 +140,23 @@ def commit() -> str:
 
 def join(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     """Both records as one. Rows in both come from the second. SystemExit if they do not match."""
-    for key in ("kernels", "commit", "grid"):
+    for key in ("kernels", "commit"):
         if first[key] != second[key]:
             raise SystemExit(f"they differ in {key}: {first[key]} and {second[key]}")
+    about, other = second["about"], first["about"]
+    if about["grid"] != other["grid"]:
+        raise SystemExit(f"they differ in grid: {other['grid']} and {about['grid']}")
     cards = [record["machine"]["gpu"] for record in (first, second)]
     if cards[0] != cards[1]:
         raise SystemExit(f"two cards: {cards[0]} and {cards[1]}")
     replaced = {row["name"] for row in second["rows"]}
-    seconds = {**first["seconds"], **second["seconds"]}
-    lists = {key: first[key] + second[key] for key in ("clocks", "skipped", "faults")}
+    seconds = {**other["seconds"], **about["seconds"]}
+    lists = {key: other[key] + about[key] for key in ("skipped", "faults")}
     rows = [row for row in first["rows"] if row["name"] not in replaced] + second["rows"]
     command = " ".join(
         ["python benchmarks/gpu.py", *([] if len(seconds) == len(NAMES) else seconds)]
     )
-    return {**second, **lists, "command": command, "seconds": seconds, "rows": rows}
+    return {
+        **second, "clocks": first["clocks"] + second["clocks"], "command": command,
+        "about": {**about, **lists, "seconds": seconds}, "rows": rows,
+    }  # fmt: skip

@@ -16,10 +16,14 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))
+
+from pyggml.bench.runs import Test  # noqa: E402
 
 #: What llama-bench does not need.
 OFF = ("BUILD_TESTS", "BUILD_EXAMPLES", "BUILD_SERVER", "BUILD_APP", "OPENSSL", "USE_PREBUILT_UI")
@@ -46,15 +50,6 @@ def build(source: Path, folder: Path, *, cuda: bool) -> Path:
             if subprocess.run(command, stdout=file, stderr=file).returncode:
                 raise SystemExit(f"{' '.join(command)} failed:\n{log.read_text()[-2000:]}")
     return folder / "bin" / "llama-bench"
-
-
-@dataclass(frozen=True)
-class Test:
-    """A test of llama-bench: a prompt of `n_prompt` tokens, or `n_gen` tokens, after `depth`."""
-
-    n_prompt: int
-    n_gen: int
-    depth: int
 
 
 def llama_bench(

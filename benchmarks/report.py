@@ -8,30 +8,33 @@ tools/tables.py writes the tables into docs/performance.md.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-RECORDS = ROOT / "benchmarks" / "results" / "speeds"
+sys.path.append(str(ROOT))
+
+from benchmarks.record import Record, Row  # noqa: E402
+from benchmarks.record import newest as newest_of  # noqa: E402
+
 PICTURE = ROOT / "docs" / "speed.svg"
 MIB = 1 << 20
 
-Row = dict[str, Any]
 
-
-def newest() -> dict[str, Any]:
+def newest() -> Record:
     """The newest record."""
-    result: dict[str, Any] = json.loads(max(RECORDS.glob("*.json")).read_text())
-    return result
+    return newest_of("speeds")
 
 
-def rows_of(record: dict[str, Any], test: str, engine: str = "pyggml") -> list[Row]:
-    """The rows of an engine; none if it was not measured."""
-    rows: list[Row] = next(t for t in record["tests"] if t["name"] == test).get(engine, [])
-    return rows
+def rows_of(record: Record, test: str, engine: str = "pyggml") -> list[Row]:
+    """The fields of an engine's rows in one object each; none if it was not measured."""
+    return [
+        {**row["setting"], **row["test"], "avg_ts": row["value"]}
+        for row in record["rows"]
+        if (row["path"], row["engine"]) == (test, engine)
+    ]
 
 
 def speeds(rows: Iterable[Row], size: str, **fields: object) -> dict[int, float]:
@@ -98,7 +101,6 @@ def memory(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def main() -> int:
-    sys.path.append(str(ROOT))
     from pyggml.bench.panels import BY_DEPTH, BY_LENGTH, Line, Panel
     from pyggml.bench.plot import draw
 

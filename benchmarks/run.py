@@ -11,46 +11,23 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Sequence
-from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+sys.path.append(str(ROOT))
+
+from benchmarks.record import RESULTS, Record, Row, new, row, write  # noqa: E402
 
 
-def conditions(command: Sequence[str]) -> dict[str, Any]:
-    """What the numbers depend on: machine, versions, commit and command."""
-    return {
-        "date": date.today().isoformat(),
-        "command": " ".join(command),
-        "commit": _output("git", "rev-parse", "--short", "HEAD"),
-        "changed": bool(_output("git", "status", "--porcelain", "--", "*.py")),
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "blas": np.show_config(mode="dicts")["Build Dependencies"]["blas"]["name"],
-        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
-    }
-
-
-def _output(*command: str) -> str:
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-
-def _cpu() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+def begin(command: Sequence[str]) -> Record:
+    """A record of this command, with the number of BLAS's threads."""
+    threads = os.environ.get("OMP_NUM_THREADS", "all")
+    return new(" ".join(command), about={"threads": threads})
 
 
 def kernels() -> None:
@@ -61,18 +38,16 @@ def kernels() -> None:
         full = [sys.executable, *command[1:], f"--benchmark-json={path}", "-q"]
         subprocess.run(full, cwd=ROOT, check=True)
         raw = json.loads(path.read_text())["benchmarks"]
-    rows = [
-        {
-            "group": benchmark["group"],
-            "name": benchmark["name"],
-            "side": (benchmark["params"] or {}).get("side", ""),
-            "median": benchmark["stats"]["median"],
-            "unit": "s",
-            "samples": benchmark["stats"]["data"],
-        }
+    result = begin(command)
+    result["about"]["value"] = "median of the samples"
+    result["rows"] = [
+        row(
+            benchmark["name"], "s", benchmark["stats"]["median"], benchmark["stats"]["data"],
+            group=benchmark["group"], side=(benchmark["params"] or {}).get("side", ""),
+        )
         for benchmark in raw
-    ]
-    _write("kernels", {**conditions(command), "rows": rows})
+    ]  # fmt: skip
+    _write("kernels", result)
 
 
 def example() -> None:
@@ -83,13 +58,23 @@ def example() -> None:
         full = [sys.executable, *command[1:], "--json", str(path)]
         subprocess.run(full, cwd=ROOT, check=True)
         result = json.loads(path.read_text())
-    _write("deepseek_attention", {**conditions(command), "result": result})
+    record = begin(command)
+    record["about"]["header"] = result["header"]
+    record["rows"] = [example_row(case) for case in result["rows"]]
+    _write("deepseek_attention", record)
 
 
-def _write(name: str, record: dict[str, Any]) -> None:
-    RESULTS.mkdir(parents=True, exist_ok=True)
+def example_row(case: dict[str, Any]) -> Row:
+    """A row of the example's table: its value is the error, which has a bound."""
+    attention = "flash" if case["flash"] else "softmax"
+    amb = "none" if case["amb"] is None else f"{case['amb']:g}"
+    name = f"{case['form']}, {attention}, {case['cache']}, amb {amb}"
+    return row(name, "", case["error"], bar=case["bound"], case=case)
+
+
+def _write(name: str, record: Record) -> None:
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    write(path, record)
     print(f"wrote {path.relative_to(ROOT)}")
 
 

@@ -5,28 +5,30 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks import report
+from benchmarks.gpu_speeds import record_row
 
 
-def row(speed: float, **fields: Any) -> dict[str, Any]:
+def row(test: str, engine: str, speed: float, **fields: Any) -> dict[str, Any]:
+    """A row of the record from a row of llama-bench's JSON."""
     sizes = {"score_peak_bytes": 1 << 21, "compute_bytes": 3 << 20, "cache_bytes": 4 << 20}
-    return {"avg_ts": speed, "flash_attn": 1, "mla": 3, "amb": 0, **sizes, **fields}
+    timed = {"n_prompt": 0, "n_gen": 0, "n_depth": 0}
+    setting = {"flash_attn": 1, "mla": 3, "amb": 0, "type_k": "f16", **sizes}
+    return record_row(
+        test, engine, {"avg_ts": speed, "samples_ts": [speed], **timed, **setting, **fields}
+    )
 
 
 RECORD: dict[str, Any] = {
-    "tests": [
-        {
-            "name": "prompts",
-            "pyggml": [row(900.0, n_prompt=64), row(1200.4, n_prompt=64, flash_attn=0)],
-            "llama.cpp": [row(400.0, n_prompt=64)],
-        },
-        {
-            "name": "decoding",
-            "pyggml": [row(50.0, n_depth=8, loop=False), row(60.0, n_depth=8, loop=True)],
-        },
-        {"name": "q8_0 decoding", "pyggml": [row(40.0, n_depth=16)]},
-        {"name": "standard decoding", "pyggml": []},
-        {"name": "forms", "pyggml": [row(7.0), row(8.0, flash_attn=0, mla=0)]},
-        {"name": "budgets", "pyggml": [row(6.0, flash_attn=0, amb=64.0)]},
+    "rows": [
+        row("prompts", "pyggml", 900.0, n_prompt=64),
+        row("prompts", "pyggml", 1200.4, n_prompt=64, flash_attn=0),
+        row("prompts", "llama.cpp", 400.0, n_prompt=64),
+        row("decoding", "pyggml", 50.0, n_depth=8, loop=False),
+        row("decoding", "pyggml", 60.0, n_depth=8, loop=True),
+        row("q8_0 decoding", "pyggml", 40.0, n_depth=16),
+        row("forms", "pyggml", 7.0),
+        row("forms", "pyggml", 8.0, flash_attn=0, mla=0),
+        row("budgets", "pyggml", 6.0, flash_attn=0, amb=64.0),
     ]
 }
 

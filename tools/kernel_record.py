@@ -29,8 +29,9 @@ def fingerprint(folder: Path = KERNELS) -> str:
 
 def newest(folder: Path = RECORDS) -> Path | None:
     """The last record of benchmarks/gpu.py by date, which is its name; each card has a folder of
-    them. Other records do not name the kernels."""
-    records = (path for path in folder.glob("*/*.json") if "kernels" in _content(path))
+    them."""
+    command = "python benchmarks/gpu.py"
+    records = (path for path in folder.glob("*/*.json") if command in _content(path)["command"])
     return max(records, key=lambda path: path.name, default=None)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.record import Row, new, row, write  # noqa: E402
 from pyggml.cli import main as pyggml  # noqa: E402
 
 RECORD = ROOT / "benchmarks" / "results" / "memory.json"
@@ -59,6 +60,13 @@ def measure(path: Path, case: dict[str, Any]) -> dict[str, Any]:
     return sizes | {"score_peak": report["score_peak"]}
 
 
+def record_row(model: str, type_: str, case: dict[str, Any]) -> Row:
+    """A row of the record; its value is the bytes of compute memory, all others are in `case`."""
+    words = (f"{key} {case[key]}" for key in ("mla", "fa", "amb", "n_ctx"))
+    name = f"{model}, {', '.join(words)}"
+    return row(name, "B", case["compute"], model=model, type=type_, case=case)
+
+
 def header(preset: str, folder: Path) -> Path:
     """A file of the model without weights."""
     path = folder / f"{preset}.gguf"
@@ -69,10 +77,11 @@ def header(preset: str, folder: Path) -> Path:
 
 
 def main() -> None:
-    models: dict[str, Any] = {}
+    record = new("python tools/memory_record.py", about={"batch": BATCH})
+    record["machine"] = {"devices": "none: sessions are planned for a GPU that need not exist"}
     with tempfile.TemporaryDirectory() as name:
         for preset in MODELS:
-            path, rows = header(preset, Path(name)), []
+            path = header(preset, Path(name))
             uncut: dict[tuple[Any, ...], dict[str, Any]] = {}
             for case in cases(preset):
                 key = case["mla"], case["fa"], case["n_ctx"]
@@ -81,11 +90,9 @@ def main() -> None:
                     continue  # the budget changes nothing
                 result = measure(path, case)
                 uncut.setdefault(key, result)
-                rows.append(case | result)
+                record["rows"].append(record_row(preset, MODELS[preset][0], case | result))
                 print(preset, case, f"{result['compute'] / 2**20:.2f} MiB", file=sys.stderr)
-            models[preset] = {"type": MODELS[preset][0], "rows": rows}
-    record = {"command": "python tools/memory_record.py", "batch": BATCH, "models": models}
-    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    write(RECORD, record)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ python tools/tables.py --check   exit with status 1 if a document differs from i
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -18,14 +17,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
 from benchmarks import report  # noqa: E402
+from benchmarks.record import RESULTS, newest, read  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "results"
 MARKS = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def record(name: str) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
-    return result
+    return read(RESULTS / f"{name}.json")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -36,9 +34,10 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def conditions(result: dict[str, Any]) -> str:
     """A line with the command, date, machine and versions of a record."""
+    machine, versions = result["machine"], result["versions"]
     return (
-        f"`{result['command']}` on {result['date']}, {result['cpu']}, {result['cores']} cores, "
-        f"Python {result['python']}, NumPy {result['numpy']} ({result['blas']}).\n"
+        f"`{result['command']}` on {result['date']}, {machine['cpu']}, {machine['cores']} cores, "
+        f"Python {versions['python']}, NumPy {versions['numpy']} ({versions['blas']}).\n"
     )
 
 
@@ -46,7 +45,7 @@ def readme() -> str:
     """The README's table: attention forms with an f16 cache, without a budget and with two."""
     names = {"standard": "standard 192/128", "latent": "latent 576/512", "expanded": "expanded"}
     rows = []
-    for row in record("deepseek_attention")["result"]["rows"]:
+    for row in (row["case"] for row in record("deepseek_attention")["rows"]):
         if row["cache"] != "f16" or row["amb"] == row["peak"]:
             continue  # a budget equal to the peak cuts nothing
         form = f"{names[row['form']]}, {'flash' if row['flash'] else 'softmax'}"
@@ -91,7 +90,7 @@ def example() -> str:
     """All rows of the attention example, with times."""
     result = record("deepseek_attention")
     rows = []
-    for row in result["result"]["rows"]:
+    for row in (row["case"] for row in result["rows"]):
         flash = "flash" if row["flash"] else "softmax"
         sizes = ["none" if row["amb"] is None else f"{row['amb']:.2f}"]
         sizes += [f"{row[key]:.2f}" for key in ("peak", "arena")]
@@ -110,9 +109,9 @@ def kernels() -> str:
     single = []
     for row in result["rows"]:
         if row["side"]:
-            pairs.setdefault(row["group"], {})[row["side"]] = row["median"]
+            pairs.setdefault(row["group"], {})[row["side"]] = row["value"]
         else:
-            single.append([f"`{row['name']}`", f"{row['median'] * 1e3:.1f}"])
+            single.append([f"`{row['name']}`", f"{row['value'] * 1e3:.1f}"])
     comparison = [
         [name, f"{t['pyggml'] * 1e3:.2f}", f"{t['plain'] * 1e3:.2f}", ratio(t)]
         for name, t in pairs.items()
@@ -142,14 +141,11 @@ BARS = {
     "example_worst_error_q8_0": 3e-2, "example_worst_error_f16_prec_f32": 1e-3,
     "example_worst_error_q8_0_prec_f32": 2e-2, "parity_failed": 0, "parity_unsupported_share": 0.05,
 }  # fmt: skip
-#: Units for which more is better.
-RATES = ("TFLOP/s", "TB/s", "of copy", "of llama.cpp", "t/s")
 
 
 def gpu(card: str = "h200") -> str:
     """The newest record of a GPU, with the bars that its rows must meet on an H200."""
-    path = max((RESULTS / card).glob("*.json"), key=lambda path: path.name)
-    result: dict[str, Any] = json.loads(path.read_text())
+    result = newest(card)
     rows = [gpu_row(row) for row in result["rows"]]
     measured = {row["name"] for row in result["rows"]}
     rows += [[f"`{name}`", "not measured", "", ""] for name in BARS if name not in measured]
@@ -160,10 +156,10 @@ def gpu(card: str = "h200") -> str:
 
 
 def gpu_row(row: dict[str, Any]) -> list[str]:
-    value, unit, bar = row["value"], row["unit"], BARS.get(row["name"])
+    value, unit, bar = row["value"], row["unit"], row["bar"]
     text = ""
     if bar is not None:
-        is_rate = unit in RATES
+        is_rate = row["better"] == "more"
         text = f"{'at least' if is_rate else 'at most'} {bar:g}"
         if value < bar if is_rate else value > bar:
             text += ", missed"
@@ -173,37 +169,40 @@ def gpu_row(row: dict[str, Any]) -> list[str]:
 
 def gpu_conditions(result: dict[str, Any]) -> str:
     """The command, date, hardware, versions and sources of a record, and clocks during it."""
-    values = [f"{key} {value}" for key, value in result["machine"].items()]
-    values += [f"commit {result['commit']}", f"kernels {result['kernels']}"]
+    about = result["about"]
+    values = [*parts_of(result), f"commit {result['commit']}", f"kernels {result['kernels']}"]
     sentences = [f"`{result['command']}` on {result['date']}, {', '.join(values)}."]
-    clocks = [
-        f"{c['clocks']} {c['sm']}, {c['memory']}, {c['power']}" for c in result.get("clocks", ())
-    ]
+    clocks = [f"{c['clocks']} {c['sm']}, {c['memory']}, {c['power']}" for c in result["clocks"]]
     if clocks:
         sentences.append(f"SM clock, memory clock and power: {'; '.join(clocks)}.")
-    if "grid" in result:
-        sentences.append(f"Parity: {result['grid']} cases of the grid.")
-    sentences += [result["note"]] if result.get("note") else []
-    sentences += [f"Fault: {fault}." for fault in result.get("faults", ())]
-    sentences += [f"Skipped: {skip}." for skip in result.get("skipped", ())]
+    sentences.append(f"Parity: {about['grid']} cases of the grid.")
+    sentences += [f"Fault: {fault}." for fault in about["faults"]]
+    sentences += [f"Skipped: {skip}." for skip in about.get("skipped", ())]
     return " ".join(sentences)
+
+
+def parts_of(result: dict[str, Any]) -> list[str]:
+    """The hardware and the versions of a record."""
+    return [f"{key} {value}" for key, value in (result["machine"] | result["versions"]).items()]
 
 
 def memory(preset: str) -> str:
     """What sessions of a model need beside the weights: rows by attention, columns by context."""
     result = record("memory")
-    model = result["models"][preset]
+    cases = [row["case"] for row in result["rows"] if row["model"] == preset]
+    type_ = next(row["type"] for row in result["rows"] if row["model"] == preset)
     rows: dict[tuple[str, str, str], dict[int, str]] = {}
-    for row in model["rows"]:
+    for row in cases:
         mla = "-" if preset.startswith("gpt") else str(row["mla"])
         amb = "none" if row["amb"] is None else str(row["amb"])
         sizes = (gib(row["caches"]), gib(row["compute"] + row["workspace"]))
         rows.setdefault((mla, row["fa"], amb), {})[row["n_ctx"]] = " + ".join(sizes)
-    contexts = sorted({row["n_ctx"] for row in model["rows"]})
+    contexts = sorted({row["n_ctx"] for row in cases})
     cells = [[*key, *(sizes.get(n, "as without") for n in contexts)] for key, sizes in rows.items()]
-    weights = sorted({row["weights"] for row in model["rows"]})
+    weights = sorted({row["weights"] for row in cases})
     text = " to ".join(dict.fromkeys(map(gib, (weights[0], weights[-1]))))
-    intro = f"Weights ({model['type']}): {text} GiB. Batches of {result['batch']} tokens.\n\n"
+    batch = result["about"]["batch"]
+    intro = f"Weights ({type_}): {text} GiB. Batches of {batch} tokens.\n\n"
     return intro + table(["mla", "fa", "amb, MiB", *map(str, contexts)], cells)
 
 
@@ -213,17 +212,16 @@ def gib(nbytes: int) -> str:
 
 def cpu() -> str:
     """The newest record of benchmarks/cpu.py."""
-    path = max((RESULTS / "cpu").glob("*.json"), key=lambda path: path.name)
-    result: dict[str, Any] = json.loads(path.read_text())
+    result = newest("cpu")
     rows = []
     for row in result["rows"]:
         ours = row["samples"].get("pyggml t/s") if isinstance(row["samples"], dict) else None
         speeds = [f"{median(ours):.0f}", f"{row['peer']:.0f}"] if ours else ["", ""]
         value = f"{row['value']:.2f} {row['unit']}"
         rows.append([f"`{row['name']}`", *speeds, value, f"{row['bar']:g}", f"{row['goal']:g}"])
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("llama_cpp", "numba"))
     intro = (
-        f"{conditions(result)}{result['threads']} threads; {versions}.\n\n"
+        f"{conditions(result)}{result['about']['threads']} threads; {versions}.\n\n"
         "Medians; speeds are tokens a second.\n\n"
     )
     return intro + table(["row", "pyggml", "llama.cpp", "measured", "bar", "goal"], rows)
@@ -244,7 +242,7 @@ def speeds(which: str) -> str:
 def speeds_conditions() -> str:
     """The command, date and machine of that record."""
     result = report.newest()
-    values = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
+    values = ", ".join(parts_of(result))
     return f"`{result['command']}` on {result['date']}, {values}, commit {result['commit']}.\n"
 
 

@@ -1,4 +1,4 @@
-"""Records of speeds to compare with: benchmarks/results/peers.json, or llama-bench's JSON."""
+"""Speeds to compare with: records such as benchmarks/results/peers.json, or llama-bench's JSON."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Peer:
 def read(path: Path) -> list[Peer]:
     """The peers of a file. DTypeError if it is neither a record of peers nor llama-bench's JSON.
 
-    A record is an object whose `peers` is a list of objects with `engine`, `path` and `rows`; the
-    rows have llama-bench's `n_prompt`, `n_gen` (null: some number), `n_depth` and `avg_ts`; see
-    docs/measuring.md. llama-bench's JSON, also in lines, is a list of such rows; those with the
-    same options are one peer.
+    A record is an object with `rows`. Each has an `engine`, a `path`, a `value` in tokens a second
+    and a `test` with llama-bench's `n_prompt`, `n_gen` (null: some number) and `n_depth`; see
+    docs/measuring.md. llama-bench's JSON, also in lines, is a list of objects. Rows with the same
+    options are one peer.
     """
     text = path.read_text(encoding="utf-8")
     try:
@@ -55,13 +55,17 @@ def _peers(data: Any, path: Path) -> list[Peer]:
     groups: dict[str, dict[Test, float]] = {}
     if isinstance(data, list):
         for row in data:
-            label = _label(row, path)
-            groups.setdefault(label, {})[_test(row)] = float(row["avg_ts"])
+            names = [f"{path.stem} {row.get('backends', '')}".strip(), *_options(row)]
+            groups.setdefault(", ".join(names), {})[_test(row)] = float(row["avg_ts"])
     else:
-        for peer in data["peers"]:
-            label = ", ".join(filter(None, (peer["engine"], peer["path"])))
-            for row in peer["rows"]:
-                groups.setdefault(label, {})[_test(row)] = float(row["avg_ts"])
+        for row in data["rows"]:
+            names = [
+                row["engine"],
+                row["path"],
+                *_options({**row.get("setting", {}), **row["test"]}),
+            ]
+            label = ", ".join(filter(None, names))
+            groups.setdefault(label, {})[_test(row["test"])] = float(row["value"])
     return [Peer(label, speeds) for label, speeds in groups.items()]
 
 
@@ -71,10 +75,10 @@ def _test(row: Mapping[str, Any]) -> Test:
     return Test(int(row["n_prompt"]), n_gen, int(row.get("n_depth", 0)), loop)
 
 
-def _label(row: Mapping[str, Any], path: Path) -> str:
-    """The file's name and the options of a row of llama-bench's JSON."""
+def _options(row: Mapping[str, Any]) -> list[str]:
+    """The options in a row of llama-bench's JSON that a label shows."""
     names = {"flash_attn": "fa", "mla": "mla", "n_ubatch": "ub", "type_k": "ctk"}
     options = [f"{short} {int(row[n]) if isinstance(row[n], bool) else row[n]}"
                for n, short in names.items() if n in row]  # fmt: skip
-    options += ["loop"] * bool(row.get("loop"))
-    return ", ".join([f"{path.stem} {row.get('backends', '')}".strip(), *options])
+    options += [f"amb {row['amb']:g}"] if row.get("amb") else []
+    return options + ["loop"] * bool(row.get("loop"))

@@ -229,7 +229,7 @@ def test_a_file_of_peers_that_is_wrong_is_found_before_the_model_is_opened(
 ) -> None:
     pytest.importorskip("matplotlib", reason="needs the extra 'plot'")
     path = tmp_path / "peers.json"
-    for text in ("{}", "[1]", "no json", '[{"n_prompt": 1}]', '{"peers": [{"engine": "x"}]}'):
+    for text in ("{}", "[1]", "no json", '[{"n_prompt": 1}]', '{"rows": [{"engine": "x"}]}'):
         path.write_text(text)
         words = ["--plot", str(tmp_path / "x.svg"), "--peers", str(path)]
         assert main(["bench", "-m", "nofile.gguf", *words]) == 2, text

@@ -12,11 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tools.kernel_record import fingerprint
+
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 record: Any = importlib.import_module("benchmarks.gpu_record")
 
-ROW = {"name": "layer_decode_d4096", "value": 2.0, "unit": "us", "samples": [1, 2, 3]}
+ROW = {
+    "name": "layer_decode_d4096", "value": 2.0, "unit": "us", "better": "less", "bar": None,
+    "goal": None, "peer": None, "samples": [1, 2, 3],
+}  # fmt: skip
 SCRIPTS = {
     "good": """
 from benchmarks import gpu_bench
@@ -90,11 +95,11 @@ def record_of(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, *words: str) -> 
 
 def test_the_record_of_a_part(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     status, result = record_of(gpu, monkeypatch, "good", "--commit", "abc")
-    assert status == 0 and result["faults"] == []
+    assert status == 0 and result["about"]["faults"] == []
     assert result["rows"] == [{**ROW, "samples": [3, 1, 2]}]
-    assert result["commit"] == "abc" and result["kernels"] == gpu.fingerprint()
+    assert result["commit"] == "abc" and result["kernels"] == fingerprint()
     assert result["command"] == "python benchmarks/gpu.py good"
-    assert result["machine"]["numpy"] == np.__version__
+    assert result["versions"]["numpy"] == np.__version__
     (clocks,) = result["clocks"]
     assert clocks["clocks"] == "layer" and {"sm", "memory", "power"} < clocks.keys()
 
@@ -104,16 +109,16 @@ def test_a_part_that_fails_or_is_late_is_reported_and_the_others_are_measured(
 ) -> None:
     status, result = record_of(gpu, monkeypatch)
     assert status == 1
-    # Two scripts of a part run at the same time.
-    names = [ROW["name"], ROW["name"], "other_d4096"]
-    assert sorted(row["name"] for row in result["rows"][:3]) == names
+    # Two parts measure one row: the record has it once.
+    assert sorted(row["name"] for row in result["rows"][:2]) == [ROW["name"], "other_d4096"]
     faults = ["bad: bad.py: 1", "late: late.py: no end within 0.5 s", "checks: pytest: 1"]
-    assert result["faults"][:3] == faults
-    assert "no row parity_failed" in result["faults"]
-    assert not {"no row layer_decode_d4096", "no row example_worst_error_f16"} & {*result["faults"]}
+    assert result["about"]["faults"][:3] == faults
+    missing = {*result["about"]["faults"]}
+    assert "no row parity_failed" in missing
+    assert not {"no row layer_decode_d4096", "no row example_worst_error_f16"} & missing
     out = capsys.readouterr().out
     assert "!! bad: bad.py: 1\n" in out and "why" in out and "no end within" in out
-    rows = {r["name"]: (r["value"], r["unit"], len(r["samples"])) for r in result["rows"][3:]}
+    rows = {r["name"]: (r["value"], r["unit"], len(r["samples"])) for r in result["rows"][2:]}
     assert rows == {
         "example_worst_error_f16": (0.75, "", 3),
         "example_worst_error_q8_0": (0.1, "", 1),
@@ -123,7 +128,7 @@ def test_a_part_that_fails_or_is_late_is_reported_and_the_others_are_measured(
         "sample_failed": (1, "tests", 1),  # and no row for `absent`: none of its tests ran
         "checks_passed": (1, "tests", 1),
     }
-    assert result["skipped"] == ["test_two: one GPU here", "test_one: nothing here"]
+    assert result["about"]["skipped"] == ["test_two: one GPU here", "test_one: nothing here"]
     assert "skipped: test_two: one GPU here\n" in out
 
 
@@ -147,6 +152,7 @@ def test_two_records_are_joined(
     first, second, joined = (json.loads(p.read_text()) for p in (*paths, tmp_path / "both.json"))
     assert joined["rows"] == first["rows"] + second["rows"] and joined["clocks"] == first["clocks"]
     assert joined["command"] == "python benchmarks/gpu.py good examples"
+    assert joined["about"]["seconds"].keys() == {"good", "examples"}
     paths[1].write_text(json.dumps({**second, "kernels": "others"}))
     with pytest.raises(SystemExit, match="they differ in kernels"):
         status_of(tmp_path / "no.json", gpu, monkeypatch, "--join", *map(str, paths))

@@ -22,11 +22,12 @@ def places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Path, Path]
     for name, kernels_hash in (("h100/2026-01-02", newest), ("h200/2025-12-31", "0")):
         path = records / f"{name}.json"
         path.parent.mkdir()
-        path.write_text(json.dumps({"kernels": kernels_hash}))
+        command = "python benchmarks/gpu.py"
+        path.write_text(json.dumps({"kernels": kernels_hash, "command": command}))
     for name in ("cpu/2026-01-02", "speeds/h100-2026-01-03"):  # of other benchmarks
         path = records / f"{name}.json"
         path.parent.mkdir()
-        path.write_text(json.dumps({"rows": []}))
+        path.write_text(json.dumps({"kernels": "2", "command": "python benchmarks/cpu.py"}))
     monkeypatch.setattr(kernel_record.fingerprint, "__defaults__", (kernels,))
     monkeypatch.setattr(kernel_record.newest, "__defaults__", (records,))
     return kernels, records
