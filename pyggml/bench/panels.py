@@ -9,16 +9,11 @@ from typing import TypeAlias
 from pyggml.bench.depth import Point
 from pyggml.bench.peers import Peer
 from pyggml.bench.runs import Row, Test
+from pyggml.bench.setting import SHORT
 
 #: The x of a test, or None if it does not belong in a panel.
 Place: TypeAlias = Callable[[Test], int | None]
 BY_LENGTH, BY_DEPTH = "tokens of the prompt", "tokens in the cache"
-#: Fields of a setting that can differ between lines -> their short names.
-_NAMES = {
-    "model_type": "", "backends": "", "n_threads": "t", "n_gpu_layers": "ngl", "n_batch": "b",
-    "n_ubatch": "ub", "type_k": "ctk", "type_v": "ctv", "type_i": "cti",
-    "flash_attn": "fa", "mla": "mla", "amb": "amb", "fmoe": "fmoe", "tensor_buft_overrides": "ot",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +124,10 @@ def _row_lines(rows: Sequence[Row], *, by_length: bool = False) -> Iterator[Line
 
 def _labels(settings: Sequence[Mapping[str, object]]) -> Callable[[Mapping[str, object]], str]:
     """A function of a setting: what is different about it."""
-    names = [name for name in _NAMES if len({str(setting[name]) for setting in settings}) > 1]
+    names = [name for name in SHORT if len({str(setting[name]) for setting in settings}) > 1]
 
     def label(setting: Mapping[str, object]) -> str:
-        return ", ".join(["pyggml", *(f"{_NAMES[name]} {setting[name]}".strip() for name in names)])
+        return ", ".join(["pyggml", *(f"{SHORT[name]} {setting[name]}".strip() for name in names)])
 
     return label
 

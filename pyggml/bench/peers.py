@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pyggml.bench.runs import Test
+from pyggml.bench.setting import SHORT
 from pyggml.errors import DTypeError, PyggmlError
 
 
@@ -77,8 +78,12 @@ def _test(row: Mapping[str, Any]) -> Test:
 
 def _options(row: Mapping[str, Any]) -> list[str]:
     """The options in a row of llama-bench's JSON that a label shows."""
-    names = {"flash_attn": "fa", "mla": "mla", "n_ubatch": "ub", "type_k": "ctk"}
-    options = [f"{short} {int(row[n]) if isinstance(row[n], bool) else row[n]}"
-               for n, short in names.items() if n in row]  # fmt: skip
+    shown = [name for name in ("flash_attn", "mla", "n_ubatch", "type_k") if name in row]
+    options = [f"{SHORT[name]} {_text(row[name])}" for name in shown]
     options += [f"amb {row['amb']:g}"] if row.get("amb") else []
     return options + ["loop"] * bool(row.get("loop"))
+
+
+def _text(value: object) -> str:
+    """llama-bench writes some switches as 0 and 1, others as false and true."""
+    return str(int(value) if isinstance(value, bool) else value)

@@ -28,6 +28,14 @@ FIXED = {
 }  # fmt: skip
 
 
+#: Fields that can differ between lines of a plot -> their short names, those of the options.
+SHORT = {
+    "model_type": "", "backends": "", "n_threads": "t", "n_gpu_layers": "ngl", "n_batch": "b",
+    "n_ubatch": "ub", "type_k": "ctk", "type_v": "ctv", "type_i": "cti",
+    "flash_attn": "fa", "mla": "mla", "amb": "amb", "fmoe": "fmoe", "tensor_buft_overrides": "ot",
+}  # fmt: skip
+
+
 def described(model: Model, *, n_batch: int, n_ubatch: int) -> dict[str, Any]:
     """The fields, with llama-bench's names and types, and mla, amb and fmoe as ik_llama.cpp's.
 

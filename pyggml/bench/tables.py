@@ -13,8 +13,6 @@ from pyggml.bench.depth import Point
 from pyggml.bench.runs import Row
 from pyggml.runtime.memory import mib
 
-FORMATS = ("md", "csv", "json", "jsonl")
-
 
 class Record(Protocol):
     """A `Row` or a `Point`."""

@@ -78,19 +78,14 @@ def ops(args: argparse.Namespace) -> int:
     if n_cases != 1 and (args.o == "csv" or args.trace is not None):
         raise UsageError(f"-o csv and --trace need one case, for example -p 0; there are {n_cases}")
     results = []
-    for setting in settings:
-        with model_options.open_model(setting) as model:
-            for case in cases(setting):
-                n_batch = min(setting.b, setting.ub)
-                profile = profile_of(model, case, n_batch=n_batch, runs=args.r)
-                name = case.name + _differing(setting, settings)
-                if args.trace is not None:
-                    profile.write_trace(args.trace)
-                if args.o == "md":
-                    print("\n".join(markdown(name, profile, args.by)), end="\n\n")
-                elif args.o == "csv":
-                    _write_csv(profile, args.by[0])
-                results.append(as_json(name, case, profile))
+    for name, case, profile in profiles(args, settings):
+        if args.trace is not None:
+            profile.write_trace(args.trace)
+        if args.o == "md":
+            print("\n".join(markdown(name, profile, args.by)), end="\n\n")
+        elif args.o == "csv":
+            _write_csv(profile, args.by[0])
+        results.append(as_json(name, case, profile))
     if args.o == "json":
         print(json.dumps(results, indent=1))
     elif args.o == "jsonl":
@@ -98,6 +93,18 @@ def ops(args: argparse.Namespace) -> int:
     if args.trace is not None:
         print(f"wrote {args.trace}", file=sys.stderr)
     return 0
+
+
+def profiles(
+    args: argparse.Namespace, settings: Sequence[argparse.Namespace]
+) -> Iterator[tuple[str, Case, Profile]]:
+    """The name and the profile of each case with each setting."""
+    for setting in settings:
+        with model_options.open_model(setting) as model:
+            for case in cases(setting):
+                n_batch = min(setting.b, setting.ub)
+                profile = profile_of(model, case, n_batch=n_batch, runs=args.r)
+                yield case.name + _differing(setting, settings), case, profile
 
 
 def _differing(setting: argparse.Namespace, settings: Sequence[argparse.Namespace]) -> str:

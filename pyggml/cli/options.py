@@ -14,6 +14,8 @@ from pyggml.errors import DTypeError, PyggmlError
 from pyggml.runtime import places as all_places
 
 T = TypeVar("T")
+#: Of `pyggml bench -o` and `pyggml sweep -o`.
+FORMATS = ("md", "csv", "json", "jsonl")
 
 
 class UsageError(PyggmlError):

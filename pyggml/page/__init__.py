@@ -1,6 +1,6 @@
 """A plan as one HTML file: graph, memory, devices and times, for a browser.
 
-The data is computed here (`document`, `tables`, `arena`, `layers`, `kernels`); the files in
+The data is computed here (`document`, `tables`, `arena`); the files in
 `assets` draw it. The page needs no network.
 
 The design that lost: a drawing of the graph by a layout library. A layer of DeepSeek-V3 is a chain

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from pyggml.errors import PyggmlError
 from pyggml.page.names import Texts
@@ -16,20 +16,7 @@ from pyggml.runtime.memory import Memory
 if TYPE_CHECKING:
     from pyggml.backends.step import Step
     from pyggml.runtime.plan import Plan
-
-
-class Timed(Protocol):
-    """The time of one step."""
-
-    @property
-    def seconds(self) -> float: ...
-
-
-class Times(Protocol):
-    """A profile: the times of all steps of a plan, in their order."""
-
-    @property
-    def rows(self) -> Sequence[Timed]: ...
+    from pyggml.runtime.profile import Profile
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +29,7 @@ class View:
 
     name: str
     plan: Plan
-    times: Times | Mapping[Step, float] | None = None
+    times: Profile | Mapping[Step, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)

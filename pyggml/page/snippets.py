@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from pyggml.page.layers import Section
 from pyggml.page.names import Texts, lines_of
 from pyggml.page.tables import Tables
+from pyggml.runtime.layers import Section
 from pyggml.runtime.memory import Memory, mib
 from pyggml.runtime.report import text_of
 from pyggml.words import counted

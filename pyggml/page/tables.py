@@ -12,8 +12,8 @@ from pyggml.loop import loop_of
 from pyggml.node import Node, label_of, labels, line_of
 from pyggml.operation import cost_of
 from pyggml.page.arena import blocks_of
-from pyggml.page.layers import Section, layers_of, layers_of_steps, sections
 from pyggml.page.names import Texts, lines_of, place_of_line, text_of_attributes
+from pyggml.runtime.layers import Section, layers_of, layers_of_steps, sections
 from pyggml.runtime.report import text_of
 from pyggml.transfer import origin, transfer
 

@@ -11,12 +11,23 @@ from pyggml.node import Node
 from pyggml.ops import constant, input, mul_mat, scale
 from pyggml.runtime.places import parse
 
-#: Bytes that the copy reads, on the host and on devices: more than their caches have.
-COPY = {True: 64 << 20, False: 128 << 20}
-#: Rows and columns of the product's weights, and columns of its activations.
-PRODUCT = {True: (1024, 1024, 256), False: (4096, 4096, 4096)}
-#: Types of the weights; the fastest counts.
-TYPES = {True: ("f32", "q8_0"), False: ("f16",)}
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What is measured on a kind of device.
+
+    copied   bytes that the copy reads: more than caches have
+    product  rows and columns of the product's weights, and columns of its activations
+    types    of the weights; the fastest counts
+    """
+
+    copied: int
+    product: tuple[int, int, int]
+    types: tuple[str, ...]
+
+
+HOST = Sizes(64 << 20, (1024, 1024, 256), ("f32", "q8_0"))
+DEVICE = Sizes(128 << 20, (4096, 4096, 4096), ("f16",))
 RUNS = 5
 
 
@@ -30,18 +41,18 @@ class Ceiling:
 
 def ceiling(place: str) -> Ceiling | None:
     """The ceiling of the device at a place; None if its memory is full."""
-    host = parse(place).backend.device == "host"
-    n, m, columns = PRODUCT[host]
+    sizes = HOST if parse(place).backend.device == "host" else DEVICE
+    n, m, columns = sizes.product
     rng = np.random.default_rng(0)
     weights = rng.standard_normal((m, n), dtype=np.float32)
     x = input("x", ne=(n, columns))
     array = rng.standard_normal((columns, n), dtype=np.float32)
-    large = np.zeros((COPY[host] // 4096, 1024), np.float32)
+    large = np.zeros((sizes.copied // 4096, 1024), np.float32)
     copied = input("x", ne=large.shape[::-1])
     try:
         copy = 2 * large.nbytes / _seconds(place, scale(copied, s=2.0), large)
         product = 0.0
-        for kind in TYPES[host]:
+        for kind in sizes.types:
             node = mul_mat(constant(weights, dtype=kind, name="w"), x)
             product = max(product, 2.0 * n * m * columns / _seconds(place, node, array))
     except OutOfMemoryError:

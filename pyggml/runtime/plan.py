@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from pyggml.backends.base import Kernels, Runner
 from pyggml.backends.step import Address, Step
@@ -24,15 +24,13 @@ from pyggml.runtime.leaves import Progress
 from pyggml.runtime.memory import Memory
 from pyggml.runtime.outputs import names_of
 from pyggml.runtime.planned import Planned, Request
-from pyggml.runtime.profile import Profile, measure
+from pyggml.runtime.profile import Profile
+from pyggml.runtime.profiling import measure
 from pyggml.runtime.report import plan_text
 from pyggml.runtime.store import Store
 from pyggml.runtime.submitted import Submitted
 from pyggml.spec import Spec
 from pyggml.words import counted
-
-if TYPE_CHECKING:
-    from pyggml.page.document import Times
 
 T = TypeVar("T")
 Arrays = Mapping[str, object] | None
@@ -359,7 +357,7 @@ class Plan:
         self,
         path: str | PathLike[str],
         *,
-        profile: Times | Mapping[Step, float] | None = None,
+        profile: Profile | Mapping[Step, float] | None = None,
         title: str = "",
     ) -> Path:
         """Write one HTML file about this plan, for a browser without a network; return its path.

@@ -1,36 +1,19 @@
-"""The profile of a plan: what each step costs, as rows and as sums by op, label or layer.
-
-The times are those of complete runs (`backends/timing.py`); `measure` drives the stopwatches of all
-splits in the same runs. The split whose stopwatch needs most runs decides how many there are.
-"""
+"""The profile of a plan: what each step costs, as rows and as sums by op, label or layer."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from pyggml.backends.base import Backend, Event, Kernels
-from pyggml.backends.step import Step
-from pyggml.backends.timing import Stopwatch, Timeable, step_by_step
+from pyggml.backends.base import Kernels
 from pyggml.errors import UnknownNameError
-from pyggml.node import Node, labels, line_of
-from pyggml.operation import cost_of
-from pyggml.passes.work import Work
-from pyggml.runtime.execution import Copy, Execution
-from pyggml.runtime.kernels import kernels_of
-from pyggml.runtime.report import expansions, name_of, text_of
-from pyggml.transfer import origin, transfer
+from pyggml.runtime.layers import collapsed
 from pyggml.words import counted
 
 if TYPE_CHECKING:
     from pyggml.runtime.ceilings import Ceiling
-
-#: Parts of names that are numbers of layers: `blk.3.`, `kq-3`, `cache_k_l3`.
-_LAYER = re.compile(r"(?<=blk\.)(\d+)(?=\.)|(?<=-)(\d+)(?=$|\))|(?<=_l)(\d+)(?=$|\))")
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,11 +235,6 @@ class Profile:
         write(self, Path(path))
 
 
-def collapsed(label: str) -> str:
-    """A label with `*` in place of the number of its layer."""
-    return _LAYER.sub("*", label)
-
-
 def _sum(name: str, rows: Sequence[Timing]) -> Sum:
     places = {row.place for row in rows}
     return Sum(
@@ -268,136 +246,3 @@ def _sum(name: str, rows: Sequence[Timing]) -> Sum:
         sum(row.flops for row in rows),
         sum(row.nbytes for row in rows),
     )
-
-
-# -- measuring ------------------------------------------------------------------------------------
-
-
-class _Undivided:
-    """A run as any other. It keeps the shortest time of each split on the host, where issuing a
-    split runs it."""
-
-    def __init__(self, execution: Execution) -> None:
-        self.runners = execution.runners
-        self.on_host = [split.backend.device == "host" for split in execution.splits]
-        self.whole: dict[int, float] = {}
-
-    def copy(self, number: int, call: Copy, ends: Collection[Backend]) -> Event | None:
-        return call()
-
-    def compute(self, split: int) -> None:
-        start = perf_counter()
-        self.runners[split].run()
-        time = perf_counter() - start
-        if self.on_host[split]:
-            self.whole[split] = min(time, self.whole.get(split, time))
-
-
-class _Run:
-    """A run under stopwatches; it sees the steps of one turn."""
-
-    def __init__(self, watches: Sequence[Stopwatch], turn: int, copies: dict[int, float]) -> None:
-        self.watches, self.turn, self.copies = watches, turn, copies
-
-    def copy(self, number: int, call: Copy, ends: Collection[Backend]) -> None:
-        """Make a copy alone, with nothing else in the queues."""
-        for end in ends:
-            end.synchronize()
-        start = perf_counter()
-        event = call()
-        if event is not None:
-            event.wait()
-        for end in ends:
-            end.synchronize()
-        time = perf_counter() - start
-        self.copies[number] = min(time, self.copies.get(number, time))
-
-    def compute(self, split: int) -> None:
-        self.watches[split].run(self.turn % self.watches[split].turns)
-
-
-def measure(execution: Execution, give: Callable[[], None], runs: int) -> Profile:
-    """Profile an execution: each of its steps in `runs` runs."""
-    work = execution.work
-    execution.run(give)
-    undivided = _Undivided(execution)
-    phases = [Phases(*execution.phases(give, undivided)) for _ in range(runs + 1)]
-    watches = [
-        runner.stopwatch()
-        if isinstance(runner, Timeable)
-        else step_by_step(runner, len(split.steps), split.backend.synchronize)
-        for runner, split in zip(execution.runners, work.splits)
-    ]
-    copies: dict[int, float] = {}
-    for _ in range(runs):
-        for turn in range(max((watch.turns for watch in watches), default=0)):
-            execution.watched(_Run(watches, turn, copies))
-            for watch in watches:
-                watch.read()
-    rows = tuple(_rows(work, execution, watches, copies))
-    return Profile(
-        rows,
-        min(phases, key=lambda each: each.seconds),
-        tuple(undivided.whole.get(i, watch.whole()) for i, watch in enumerate(watches)),
-        tuple(split.waits for split in work.splits),
-        tuple(expansions(work)),
-    )
-
-
-def _rows(
-    work: Work, execution: Execution, watches: Sequence[Stopwatch], copies: Mapping[int, float]
-) -> Iterator[Timing]:
-    kernels = iter(kernels_of(work, execution.runners))
-    number, layer = 0, None
-    for i, split in enumerate(work.splits):
-        place = split.backend.place
-        for step in split.copies:
-            yield _timing(step, i, place, None, next(kernels), copies[number])
-            number += 1
-        for step, seconds in zip(split.steps, watches[i].seconds()):
-            layer = _layer(step, layer)
-            yield _timing(step, i, place, layer, next(kernels), seconds)
-            number += 1
-
-
-def _timing(
-    step: Step, split: int, place: str, layer: int | None, kernels: Kernels, seconds: float
-) -> Timing:
-    node = step.node
-    costs = [cost_of(inner) for inner in step.nodes]
-    flops, nbytes = sum(c.flops for c in costs), sum(c.nbytes for c in costs)
-    if node.op is transfer:
-        flops, nbytes = 0.0, float(step.nbytes)
-    return Timing(
-        text=text_of(step), op=node.op.name, label=_label(step), layer=layer, spec=str(node.spec),
-        place=place, split=split, line=line_of(origin(node)), kernels=kernels, seconds=seconds,
-        flops=flops, nbytes=nbytes,
-    )  # fmt: skip
-
-
-def _label(step: Step) -> str:
-    """The newest label of a step's result, else its op and the name of what it reads."""
-    node = step.node
-    if node.op is transfer:
-        return f"copy({name_of(origin(node))})"
-    names = labels(node)
-    if names:
-        return names[-1]
-    weights = [name_of(source) for source in _named(step.reads)]
-    return f"{node.op.name}({weights[0]})" if weights else node.op.name
-
-
-def _named(nodes: Iterable[Node]) -> Iterator[Node]:
-    """The weights and states among nodes."""
-    return (origin(node.root) for node in nodes if origin(node.root).op.leaf)
-
-
-def _layer(step: Step, before: int | None) -> int | None:
-    """The layer in the names of a step; that of the step before if it has no names."""
-    own = [text for node in step.nodes for text in labels(node)]
-    names = own + [text for node in _named(step.reads) for text in labels(node)]
-    for text in names:
-        match = _LAYER.search(text)
-        if match is not None:
-            return int(match[match.lastindex or 0])
-    return None if names else before

@@ -17,7 +17,8 @@ from pyggml.backends.timing import Kernels
 from pyggml.errors import IdError, UnknownNameError
 from pyggml.node import Node
 from pyggml.runtime.ceilings import Ceiling, ceiling
-from pyggml.runtime.profile import Phases, Profile, Timing, collapsed
+from pyggml.runtime.layers import collapsed
+from pyggml.runtime.profile import Phases, Profile, Timing
 
 X = np.ones((4, 8), np.float32)
 PLACES = ["numpy", "null:0", "cpu"]

@@ -32,7 +32,7 @@ function showCost() {
   const source = plan.timed ? "" : " Times appear here with plan.page(path, profile=plan.profile(..)) or pyggml page --profile.";
   const byOp = opRows(plan, values);
   fill("cost",
-    make("p", {}, `${text(all)} in one run: ${what} ${cost.metric === "seconds" ? "of each step, measured one by one" : "of each step, as its definition has them"}.${source}`),
+    make("p", {}, `${text(all)} in one run: ${what} of each step, ${cost.metric === "seconds" ? "measured inside complete runs" : "the least that its definition needs"}.${source}`),
     choice,
     make("div", { id: "cost-chart" }),
     make("p", { id: "cost-readout", class: "readout" }, all ? "" : "Every step has 0."),
@@ -88,39 +88,41 @@ function slowPaths(plan, values, what, text, all) {
   return table("Slow paths: why steps do not take the fast kernel.", ["why", "ops", ["steps", "num"], [what, "num"], ["share", "num"], "the first"], rows);
 }
 
-function drawCost(plan, values, all, groups) {
-  const strip = (steps, total, height) => {
-    const paths = FAMILIES.map(() => []);
-    let at = 0;
-    for (const s of steps) {
-      const width = 1000 * values[s] / total;
-      if (width) paths[family(plan, s)].push(rectangle(+at.toFixed(3), 0, +width.toFixed(3), 1));
-      at += width;
-    }
-    return make("svg", { class: "gap", viewBox: "0 0 1000 1", preserveAspectRatio: "none", height,
-      on: { click: (event) => setStep(at_(event, steps, total)), mousemove: (event) => costReadout(at_(event, steps, total)), mouseleave: () => costReadout(state.step) } },
-    paths.map((rects, k) => make("path", { class: `${FAMILIES[k][0]} ${steps.length <= 160 ? "parted" : ""}`, d: rects.join("") })));
-  };
-  const at_ = (event, steps, total) => {
+/** Steps side by side, each as wide as its value; `total` is the width of the strip. */
+function strip(plan, steps, values, total) {
+  const paths = FAMILIES.map(() => []);
+  let left = 0;
+  for (const s of steps) {
+    const width = 1000 * values[s] / total;
+    if (width) paths[family(plan, s)].push(rectangle(+left.toFixed(3), 0, +width.toFixed(3), 1));
+    left += width;
+  }
+  const under = (event) => {
     const box = event.currentTarget.getBoundingClientRect();
     let rest = total * (event.clientX - box.left) / box.width;
     return steps.find((s) => (rest -= values[s]) < 0) ?? steps.at(-1);
   };
-  const whole = strip(cost.order, all, "40");
+  const on = { click: (event) => setStep(under(event)), mousemove: (event) => costReadout(under(event)), mouseleave: () => costReadout(state.step) };
+  return make("svg", { class: "gap", viewBox: "0 0 1000 1", preserveAspectRatio: "none", height: "40", on },
+    paths.map((rects, k) => make("path", { class: `${FAMILIES[k][0]} ${steps.length <= 160 ? "parted" : ""}`, d: rects.join("") })));
+}
+
+/** The strip of all layers, and below it that of the current step's layer. */
+function drawCost(plan, values, all, groups) {
+  const sumOf = (steps) => sum(steps.map((s) => values[s]));
+  const whole = strip(plan, cost.order, values, all);
   let edge = 0;
-  const edges = groups.map(({ steps }) => `M${(edge += 1000 * sum(steps.map((s) => values[s])) / all).toFixed(3)} 0V1`).join("");
+  const edges = groups.map(({ steps }) => `M${(edge += 1000 * sumOf(steps) / all).toFixed(3)} 0V1`).join("");
   if (groups.length <= 130) whole.append(make("path", { class: "edge", d: edges }));
   whole.append(make("path", { class: "cursor", d: "" }));
   cost.draw = () => {
     const where = plan.where(state.step);
     const { steps } = groups.find((group) => group.where === where);
-    const total = sum(steps.map((s) => values[s]));
-    const layer = strip(steps, total || 1, "40");
-    const before = sum(steps.slice(0, steps.indexOf(state.step)).map((s) => values[s]));
-    const middle = 1000 * (before + values[state.step] / 2) / (total || 1);
-    layer.append(make("path", { class: "cursor", d: `M${middle} 0V1` }));
-    const x = 1000 * (cost.starts.get(state.step) + values[state.step] / 2) / all;
-    whole.lastElementChild.setAttribute("d", `M${x} 0V1`);
+    const total = sumOf(steps) || 1;
+    const layer = strip(plan, steps, values, total);
+    const before = sumOf(steps.slice(0, steps.indexOf(state.step)));
+    layer.append(make("path", { class: "cursor", d: `M${1000 * (before + values[state.step] / 2) / total} 0V1` }));
+    whole.lastElementChild.setAttribute("d", `M${1000 * (cost.starts.get(state.step) + values[state.step] / 2) / all} 0V1`);
     const parts = groups.length > 1 ? [make("div", { class: "lane" }, "all layers"), whole] : [];
     byId("cost-chart").replaceChildren(make("div", { class: "chart", "aria-hidden": "true" }, parts, make("div", { class: "lane" }, where), layer));
     costReadout(state.step);

@@ -84,32 +84,45 @@ function toggle(s, open) {
   if (show) setStep(s);
 }
 
+const stepLink = (step, text) => make("button", { type: "button", class: "link", on: { click: () => openStep(step) } }, text);
+
+/** A tensor that a step reads: its name leads to the step that computes it. */
+function tensorItem(plan, n) {
+  const maker = plan.maker.get(plan.base(n));
+  const view = plan.nodes.base[n] >= 0 ? ` (${plan.op(n)})` : "";
+  const name = maker === undefined ? make("span", { class: "mono" }, plan.name(n)) : stepLink(maker, plan.name(n));
+  const kind = maker === undefined ? `, ${plan.op(plan.base(n))}` : "";
+  return make("li", {}, name, make("span", { class: "soft" }, `${view} ${plan.spec(n)}, ${bytes(plan.nodes.bytes[n])} on ${plan.places[plan.nodes.place[n]]}${kind}`));
+}
+
+/** A node that a step computes. */
+function nodeItem(plan, n) {
+  return make("li", {}, make("span", { class: "mono" }, plan.label(n) ? `${plan.label(n)} = ${plan.op(n)}` : plan.op(n)),
+    make("span", { class: "soft" }, ` ${plan.spec(n)}${attributes(plan, n)}, built at ${plan.line(n) || "an unknown line"}`));
+}
+
+/** The steps that read a step's result, at most 12 of them. */
+function userItems(plan, s) {
+  const users = [...new Set(plan.steps.nodes[s].flatMap((n) => plan.users.get(n) || []))].filter((user) => user !== s).sort((a, b) => a - b);
+  const items = users.slice(0, 12).map((user) => make("li", {}, stepLink(user, plan.title(user)), make("span", { class: "soft" }, ` step ${user}, ${plan.where(user)}`)));
+  return users.length > 12 ? [...items, make("li", {}, `and ${users.length - 12} more`)] : items;
+}
+
 function details(plan, s) {
   const node = plan.steps.node[s];
-  const link = (step, text) => make("button", { type: "button", class: "link", on: { click: () => openStep(step) } }, text);
-  const tensor = (n) => {
-    const maker = plan.maker.get(plan.base(n));
-    const view = plan.nodes.base[n] >= 0 ? ` (${plan.op(n)})` : "";
-    const name = maker === undefined ? make("span", { class: "mono" }, plan.name(n)) : link(maker, plan.name(n));
-    const kind = maker === undefined ? `, ${plan.op(plan.base(n))}` : "";
-    return make("li", {}, name, make("span", { class: "soft" }, `${view} ${plan.spec(n)}, ${bytes(plan.nodes.bytes[n])} on ${plan.places[plan.nodes.place[n]]}${kind}`));
-  };
   const list = (items) => (items.length ? make("ul", {}, items) : "none");
-  const users = [...new Set(plan.steps.nodes[s].flatMap((n) => plan.users.get(n) || []))].filter((user) => user !== s).sort((a, b) => a - b);
+  const mono = (text) => make("li", { class: "mono" }, text);
   const outputs = Object.entries(plan.outputs).filter(([, n]) => plan.steps.nodes[s].includes(plan.base(n))).map(([name]) => name);
-  const inner = plan.steps.nodes[s].map((n) => make("li", {}, make("span", { class: "mono" }, plan.label(n) ? `${plan.label(n)} = ${plan.op(n)}` : plan.op(n)),
-    make("span", { class: "soft" }, ` ${plan.spec(n)}${attributes(plan, n)}, built at ${plan.line(n) || "an unknown line"}`)));
   const body = plan.text(plan.steps.body[s], plan.nodes.layer[node]);
   const place = plan.steps.at[s] >= 0 ? `byte ${number.format(plan.steps.at[s])} of the arena of ${plan.places[plan.home[s]]}` : `in the memory of ${plan.name(root(plan, node))}`;
   const entries = [
     ["Built at", make("code", {}, plan.line(node) || "an unknown line")],
-    [inner.length > 1 ? "Nodes, in one step" : "Node", list(inner)],
-    body ? ["Each piece", list(body.split("\n").map((text) => make("li", { class: "mono" }, text)))] : null,
-    ["Kernels", list(plan.kernels(s).map((name) => make("li", { class: "mono" }, name)))],
+    [plan.steps.nodes[s].length > 1 ? "Nodes, in one step" : "Node", list(plan.steps.nodes[s].map((n) => nodeItem(plan, n)))],
+    body ? ["Each piece", list(body.split("\n").map(mono))] : null,
+    ["Kernels", list(plan.kernels(s).map(mono))],
     plan.why(s) ? ["Why not a faster one", plan.why(s)] : null,
-    ["Reads", list(plan.steps.reads[s].map(tensor))],
-    ["Read by", list(users.slice(0, 12).map((user) => make("li", {}, link(user, plan.title(user)), make("span", { class: "soft" }, ` step ${user}, ${plan.where(user)}`)))
-      .concat(users.length > 12 ? make("li", {}, `and ${users.length - 12} more`) : []))],
+    ["Reads", list(plan.steps.reads[s].map((n) => tensorItem(plan, n)))],
+    ["Read by", list(userItems(plan, s))],
     outputs.length ? ["Output", outputs.join(", ")] : null,
     ["Memory", `${bytes(plan.nodes.bytes[node])}, ${place}${plan.steps.scratch[s] ? `; ${bytes(plan.steps.scratch[s])} of scratch` : ""}`],
     ["Cost", `${bytes(plan.steps.traffic[s])} read and written, ${flops(plan.steps.flops[s])}${plan.timed ? `, ${rates(plan, s)}` : ""}`],

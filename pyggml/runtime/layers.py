@@ -16,7 +16,8 @@ from pyggml.node import Node, labels
 
 #: Stands for the layer of what comes after all layers.
 _AFTER = 1 << 30
-_NUMBER = re.compile(r"^blk\.(\d+)\.|-(\d+)$|_l(\d+)$")
+#: Also in the name of a step, such as `mul_mat(blk.3.attn_q.weight)`.
+_NUMBER = re.compile(r"(?<=blk\.)\d+(?=\.)|(?<=-)\d+(?=$|\))|(?<=_l)\d+(?=$|\))")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,12 @@ class Section:
 def number_in(label: str) -> int | None:
     """The layer's number in a label; None if there is none."""
     match = _NUMBER.search(label)
-    return None if match is None else int(next(filter(None, match.groups())))
+    return None if match is None else int(match[0])
+
+
+def collapsed(label: str) -> str:
+    """A label with `*` in place of the number of its layer."""
+    return _NUMBER.sub("*", label)
 
 
 def layers_of(nodes: Sequence[Node]) -> dict[Node, int | None]:

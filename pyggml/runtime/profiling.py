@@ -1,0 +1,143 @@
+"""Measuring a profile.
+
+The times are those of complete runs (`backends/timing.py`). `measure` runs the stopwatches of all
+splits in the same runs. The split whose stopwatch needs most runs decides how many there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from time import perf_counter
+
+from pyggml.backends.base import Backend, Event, Kernels
+from pyggml.backends.step import Step, own_nodes
+from pyggml.backends.timing import Stopwatch, Timeable, step_by_step
+from pyggml.node import Node, labels, line_of
+from pyggml.operation import cost_of
+from pyggml.passes.work import Work
+from pyggml.runtime.execution import Copy, Execution
+from pyggml.runtime.kernels import kernels_of
+from pyggml.runtime.layers import layers_of, layers_of_steps
+from pyggml.runtime.profile import Phases, Profile, Timing
+from pyggml.runtime.report import expansions, name_of, text_of
+from pyggml.transfer import origin, transfer
+
+
+class _Undivided:
+    """A run as any other. It keeps the shortest time of each split on the host, where issuing a
+    split runs it."""
+
+    def __init__(self, execution: Execution) -> None:
+        self.runners = execution.runners
+        self.on_host = [split.backend.device == "host" for split in execution.splits]
+        self.whole: dict[int, float] = {}
+
+    def copy(self, number: int, call: Copy, ends: Collection[Backend]) -> Event | None:
+        return call()
+
+    def compute(self, split: int) -> None:
+        start = perf_counter()
+        self.runners[split].run()
+        time = perf_counter() - start
+        if self.on_host[split]:
+            self.whole[split] = min(time, self.whole.get(split, time))
+
+
+class _Run:
+    """A run under stopwatches; it sees the steps of one turn."""
+
+    def __init__(self, watches: Sequence[Stopwatch], turn: int, copies: dict[int, float]) -> None:
+        self.watches, self.turn, self.copies = watches, turn, copies
+
+    def copy(self, number: int, call: Copy, ends: Collection[Backend]) -> None:
+        """Make a copy alone, with nothing else in the queues."""
+        for end in ends:
+            end.synchronize()
+        start = perf_counter()
+        event = call()
+        if event is not None:
+            event.wait()
+        for end in ends:
+            end.synchronize()
+        time = perf_counter() - start
+        self.copies[number] = min(time, self.copies.get(number, time))
+
+    def compute(self, split: int) -> None:
+        self.watches[split].run(self.turn % self.watches[split].turns)
+
+
+def measure(execution: Execution, give: Callable[[], None], runs: int) -> Profile:
+    """Profile an execution: each of its steps in `runs` runs."""
+    work = execution.work
+    execution.run(give)
+    undivided = _Undivided(execution)
+    phases = [Phases(*execution.phases(give, undivided)) for _ in range(runs + 1)]
+    watches = [
+        runner.stopwatch()
+        if isinstance(runner, Timeable)
+        else step_by_step(runner, len(split.steps), split.backend.synchronize)
+        for runner, split in zip(execution.runners, work.splits)
+    ]
+    copies: dict[int, float] = {}
+    for _ in range(runs):
+        for turn in range(max((watch.turns for watch in watches), default=0)):
+            execution.watched(_Run(watches, turn, copies))
+            for watch in watches:
+                watch.read()
+    rows = tuple(_rows(work, execution, watches, copies))
+    return Profile(
+        rows,
+        min(phases, key=lambda each: each.seconds),
+        tuple(undivided.whole.get(i, watch.whole()) for i, watch in enumerate(watches)),
+        tuple(split.waits for split in work.splits),
+        tuple(expansions(work)),
+    )
+
+
+def _rows(
+    work: Work, execution: Execution, watches: Sequence[Stopwatch], copies: Mapping[int, float]
+) -> Iterator[Timing]:
+    nodes = (*work.order, *own_nodes(work.order, work.steps))
+    layers = layers_of_steps([step.node for step in work.steps], layers_of(nodes))
+    about = zip(layers, kernels_of(work, execution.runners))
+    number = 0
+    for i, split in enumerate(work.splits):
+        place = split.backend.place
+        for step in split.copies:
+            yield _timing(step, i, place, *next(about), copies[number])
+            number += 1
+        for step, seconds in zip(split.steps, watches[i].seconds()):
+            yield _timing(step, i, place, *next(about), seconds)
+            number += 1
+
+
+def _timing(
+    step: Step, split: int, place: str, layer: int | None, kernels: Kernels, seconds: float
+) -> Timing:
+    node = step.node
+    costs = [cost_of(inner) for inner in step.nodes]
+    flops, nbytes = sum(c.flops for c in costs), sum(c.nbytes for c in costs)
+    if node.op is transfer:
+        flops, nbytes = 0.0, float(step.nbytes)
+    return Timing(
+        text=text_of(step), op=node.op.name, label=_label(step), layer=layer, spec=str(node.spec),
+        place=place, split=split, line=line_of(origin(node)), kernels=kernels, seconds=seconds,
+        flops=flops, nbytes=nbytes,
+    )  # fmt: skip
+
+
+def _label(step: Step) -> str:
+    """The newest label of a step's result, else its op and the name of what it reads."""
+    node = step.node
+    if node.op is transfer:
+        return f"copy({name_of(origin(node))})"
+    names = labels(node)
+    if names:
+        return names[-1]
+    weights = [name_of(source) for source in _named(step.reads)]
+    return f"{node.op.name}({weights[0]})" if weights else node.op.name
+
+
+def _named(nodes: Iterable[Node]) -> Iterator[Node]:
+    """The weights and states among nodes."""
+    return (origin(node.root) for node in nodes if origin(node.root).op.leaf)
