@@ -11,7 +11,7 @@ import pytest
 
 TOP = Path(__file__).parent.parent
 LAYERS = (  # a module may import from its own layer and from earlier ones
-    "pyggml.errors pyggml.where pyggml.renamed pyggml.words pyggml.writes",
+    "pyggml.errors pyggml.extras pyggml.where pyggml.renamed pyggml.words pyggml.writes",
     "pyggml.dtypes pyggml.quants pyggml.spec pyggml.traits pyggml.attributes",
     "pyggml.arithmetic pyggml.node pyggml.interning pyggml.arguments pyggml.operation",
     "pyggml.graph pyggml.loop pyggml.transfer",
@@ -26,7 +26,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split(
 #: Modules that backends may use, next to SHARED.
 CONCRETE = {
     "node", "operation", "loop", "transfer", "ops",
-    "dtypes", "quants", "errors", "spec", "traits",
+    "dtypes", "quants", "errors", "extras", "spec", "traits",
 }  # fmt: skip
 #: Modules of backends/ that every backend may use.
 SHARED = {

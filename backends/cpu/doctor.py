@@ -9,8 +9,8 @@ from importlib import metadata
 from pyggml.backends.base import Finding
 from pyggml.backends.cpu.native import isa
 from pyggml.errors import DeviceError
+from pyggml.extras import install_command
 
-FIX = 'pip install "pyggml[cpu]"'
 SLOW = "products run by NumPy, many times slower"
 
 
@@ -20,10 +20,12 @@ def findings() -> Iterator[Finding]:
         yield Finding("numba", metadata.version("numba"))
         level = isa.best()
     except ModuleNotFoundError:  # PackageNotFoundError is one
-        yield Finding("numba", f"not installed; {SLOW}", FIX, "absent")
+        yield Finding("numba", f"not installed; {SLOW}", install_command("cpu"), "absent")
     except (ImportError, OSError) as error:
         reason = str(error).partition("\n")[0]
-        yield Finding("llvmlite", f"does not load: {reason}; {SLOW}", FIX, "broken")
+        yield Finding(
+            "llvmlite", f"does not load: {reason}; {SLOW}", install_command("cpu"), "broken"
+        )
     else:
         if level is None:
             yield Finding("processor", f"no AVX2, FMA and F16C; {SLOW}", "", "absent")

@@ -16,6 +16,7 @@ from pyggml.backends.cuda.device import compiler, driver, install, kernel_cache
 from pyggml.backends.cuda.device.context import context
 from pyggml.backends.cuda.gpu import H200
 from pyggml.errors import DeviceError
+from pyggml.extras import install_command
 
 _PACKAGES = ("pycuda", "cupy-cuda13x", "cuda-bindings")
 _SMALLEST = "rms_norm<1, 1, false, false>"
@@ -58,7 +59,7 @@ def _package(name: str) -> Finding:
 
 
 def _compiler() -> Iterator[Finding]:
-    fix = install.extra("kernels")
+    fix = install_command("kernels")
     try:
         version = ".".join(map(str, compiler.nvrtc_version()))
     except DeviceError:
@@ -83,7 +84,7 @@ def _library() -> Finding:
     for folder in compiler.folders("lib"):
         for path in sorted(folder.glob("libcublas.so.*")):
             return Finding("cuBLAS", str(path))
-    return Finding("cuBLAS", _ABSENT[1], install.extra("cuda"))
+    return Finding("cuBLAS", _ABSENT[1], install_command("cuda"))
 
 
 def _cache() -> Finding:

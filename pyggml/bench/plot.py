@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pyggml.bench.panels import Panel
-from pyggml.generate.extras import package
+from pyggml.extras import package
 
 _COLOURS = (
     "#0b6e99", "#c4501b", "#2e8b57", "#8a4fa3", "#b8860b", "#b03060", "#4a5f9e", "#6b6b00",

@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 from pyggml.errors import GGUFError, MissingPackageError, TemplateError
-from pyggml.generate.extras import package
+from pyggml.extras import package
 from pyggml.generate.tokenizer import Tokenizer
 
 KEY = "tokenizer.chat_template"

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from pyggml.errors import GGUFError, IdError
-from pyggml.generate.extras import package
+from pyggml.extras import package
 from pyggml.generate.splits import Split, split_of
 from pyggml.generate.vocabulary import (
     BYTE,

@@ -414,7 +414,7 @@ def test_a_plot_needs_matplotlib_before_anything_runs(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setattr(measuring, "with_threads", None)
     assert main(["bench", "-m", "x", "--plot", str(tmp_path / "x.svg")]) == 1
-    assert 'pip install "pyggml[plot]"' in capsys.readouterr().err
+    assert 'pip install -e ".[plot]"' in capsys.readouterr().err
 
 
 def test_sessions_are_dropped_after_their_test(

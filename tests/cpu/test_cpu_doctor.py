@@ -11,6 +11,7 @@ import pytest
 from pyggml.backends.base import Finding
 from pyggml.backends.cpu import doctor, findings
 from pyggml.errors import DeviceError
+from pyggml.extras import install_command
 
 
 class Broken(ModuleType):
@@ -38,7 +39,7 @@ def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(metadata, "version", absent)
     [row] = findings()
-    assert (row.what, row.state, row.fix) == ("numba", "absent", doctor.FIX)
+    assert (row.what, row.state, row.fix) == ("numba", "absent", install_command("cpu"))
     doctor.require.cache_clear()
     with pytest.raises(DeviceError, match="the cpu backend needs numba: not installed"):
         doctor.require()
@@ -46,12 +47,12 @@ def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_llvmlite(monkeypatch: pytest.MonkeyPatch) -> None:
     row = last(monkeypatch, None)
-    assert (row.what, row.state, row.fix) == ("numba", "absent", doctor.FIX)
+    assert (row.what, row.state, row.fix) == ("numba", "absent", install_command("cpu"))
 
 
 def test_a_library_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
     row = last(monkeypatch, Broken("llvmlite"))
-    assert (row.what, row.state, row.fix) == ("llvmlite", "broken", doctor.FIX)
+    assert (row.what, row.state, row.fix) == ("llvmlite", "broken", install_command("cpu"))
     assert row.text.startswith("does not load: libllvmlite.so: invalid ELF header; ")
 
 

@@ -164,7 +164,7 @@ except gg.DeviceError as error:
         text=True,
     )  # fmt: skip
     assert "needs numba: not installed" in done.stdout, done.stderr
-    assert 'pip install "pyggml[cpu]"' in done.stdout
+    assert 'pip install -e ".[cpu]"' in done.stdout
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="one thread elsewhere")

@@ -12,9 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pyggml.backends.cuda.device.install import extra
 from pyggml.backends.cuda.weights import grids
 from pyggml.errors import DeviceError
+from pyggml.extras import install_command
 
 KERNELS = Path(__file__).parent.parent / "kernels"
 #: The options for every kernel. Arithmetic is IEEE: no flush to zero, exact division and square
@@ -77,7 +77,7 @@ def nvrtc() -> Any:
             continue
         library.nvrtcGetErrorString.restype = ctypes.c_char_p
         return library
-    raise DeviceError(f"NVRTC, the kernel compiler, is not installed; {extra('kernels')}")
+    raise DeviceError(f"NVRTC, the kernel compiler, is not installed; {install_command('kernels')}")
 
 
 @cache
@@ -93,7 +93,9 @@ def include_folders() -> tuple[Path, ...]:
     for folder in folders("include"):
         if (folder / "cuda_fp16.h").is_file():
             return (folder, folder / "cccl") if (folder / "cccl").is_dir() else (folder,)
-    raise DeviceError(f"the CUDA headers (cuda_fp16.h) are not installed; {extra('kernels')}")
+    raise DeviceError(
+        f"the CUDA headers (cuda_fp16.h) are not installed; {install_command('kernels')}"
+    )
 
 
 def compile_instance(file: str, name: str, arch: str) -> Cubin:

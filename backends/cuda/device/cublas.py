@@ -18,10 +18,10 @@ from weakref import ref
 
 from pyggml.backends.cuda.device.context import Context
 from pyggml.backends.cuda.device.driver import guarded, imported
-from pyggml.backends.cuda.device.install import extra
 from pyggml.backends.cuda.device.memory import Buffer
 from pyggml.backends.cuda.launch import WORKSPACE, Gemm
 from pyggml.errors import DeviceError
+from pyggml.extras import install_command
 
 #: cudaDataType_t.
 _TYPES = {"f32": 0, "f16": 2, "bf16": 14}
@@ -42,7 +42,8 @@ def _library() -> Any:
             return ctypes.CDLL(name)
         except OSError:
             continue
-    raise DeviceError(f"cannot find the cuBLAS that CuPy loaded; install it: {extra('cuda')}")
+    fix = install_command("cuda")
+    raise DeviceError(f"cannot find the cuBLAS that CuPy loaded; install it: {fix}")
 
 
 def _handle() -> int:

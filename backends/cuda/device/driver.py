@@ -10,6 +10,7 @@ from typing import Any
 
 from pyggml.backends.cuda.device import compiler, install
 from pyggml.errors import DeviceError, OutOfMemoryError
+from pyggml.extras import install_command
 
 
 class UnusableError(DeviceError):
@@ -78,7 +79,7 @@ def _unloaded(package: str, error: ImportError) -> UnusableError:
     if "libcuda.so" in str(error):
         return UnusableError(f"there is no NVIDIA driver here ({error})", _INSTALL, absent=True)
     if "libcublas" in str(error):
-        return UnusableError(f"{package} finds no cuBLAS ({error})", install.extra("cuda"))
+        return UnusableError(f"{package} finds no cuBLAS ({error})", install_command("cuda"))
     return UnusableError(
         f"{package} cannot be loaded ({error})",
         f"build it on this machine: {install.build_pycuda()}"

@@ -6,18 +6,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from pyggml.extras import from_clone, install_command
+
 #: The folder that contains tools/: the top of a clone, or the installed package.
 _TOP = Path(__file__).resolve().parents[3]
-
-
-def from_clone() -> bool:
-    """Whether this is a clone (or an unpacked sdist), not a package installed by pip."""
-    return (_TOP / "pyproject.toml").is_file()
-
-
-def extra(name: str) -> str:
-    """The command that installs an extra of pyggml."""
-    return f'pip install -e ".[{name}]"' if from_clone() else f'pip install "pyggml[{name}]"'
 
 
 def package(name: str) -> str:
@@ -36,4 +28,4 @@ def build_pycuda() -> str:
 def everything() -> str:
     """The command that installs everything that may be missing."""
     make = "make cuda, or " if from_clone() else ""
-    return f"{make}{extra('cuda')}; if pip cannot build pycuda, {build_pycuda()}"
+    return f"{make}{install_command('cuda')}; if pip cannot build pycuda, {build_pycuda()}"
