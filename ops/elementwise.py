@@ -143,16 +143,39 @@ def activation(act: str, a: Node) -> Node:
     return _BY_NAME[choose("act", act, ACTIVATIONS)](a)
 
 
+def want_limit(limit: float | None) -> None:
+    """ShapeError unless `limit`, of a gated unit, is None or above 0."""
+    if limit is not None and not 0 < limit < float("inf"):
+        raise ShapeError(f"limit={limit} must be above 0 and finite; None means no limit")
+
+
+def gated(act: str, x: Node, g: Node, limit: float | None) -> Node:
+    """act(x) * g, or act(min(x, limit)) * clamp(g, -limit, limit)."""
+    if limit is not None:
+        x, g = clamp(x, min=float("-inf"), max=limit), clamp(g, min=-limit, max=limit)
+    return mul(activation(act, x), g)
+
+
 @op(slices=outer_slices)
-def glu(a: Node, b: Node | None = None, *, act: Activation = "silu", swapped: bool = False) -> Spec:
-    """Gated linear unit: y = act(x) * g.
+def glu(
+    a: Node,
+    b: Node | None = None,
+    *,
+    act: Activation = "silu",
+    swapped: bool = False,
+    limit: float | None = None,
+) -> Spec:
+    """Gated linear unit: y = act(x) * g, or act(min(x, limit)) * clamp(g, -limit, limit).
 
     with b     x = a, g = b                    a, b, y  f32 [n, ne1, ne2, ne3]
     without    x, g = the halves of a's rows   a        f32 [2n, ne1, ne2, ne3]
     act        silu (SwiGLU), gelu (GEGLU) or relu (ReGLU)
     swapped    x is the second half, g the first
+    limit      above 0; None: no limit. x is limited from above only, and before the activation
+    Sources: ggml's ggml_glu; the limit is that of DeepSeek V4 (ggml's swiglu_clamp).
     """
     want_type("a", a, FLOATS)
+    want_limit(limit)
     if b is not None:
         want_type("b", b, (a.dtype.name,))
         want_ne("b", b, a.ne, "a's size")
@@ -165,14 +188,21 @@ def glu(a: Node, b: Node | None = None, *, act: Activation = "silu", swapped: bo
 
 
 @glu.means
-def _(a: Node, b: Node | None = None, *, act: Activation = "silu", swapped: bool = False) -> Node:
+def _(
+    a: Node,
+    b: Node | None = None,
+    *,
+    act: Activation = "silu",
+    swapped: bool = False,
+    limit: float | None = None,
+) -> Node:
     from pyggml.ops.views import view
 
     if b is None:
         n = a.ne[0] // 2
         halves = [view(a, ne=(n, *a.ne[1 : a.spec.rank]), start=(i * n,)) for i in (0, 1)]
         a, b = reversed(halves) if swapped else halves
-    return mul(activation(act, a), b)
+    return gated(act, a, b, limit)
 
 
 @located

@@ -6,7 +6,7 @@ from pyggml.dtypes import F32, I32
 from pyggml.errors import ShapeError
 from pyggml.node import Node
 from pyggml.operation import op
-from pyggml.ops.elementwise import Activation, activation, mul
+from pyggml.ops.elementwise import Activation, gated, mul, want_limit
 from pyggml.ops.linear import (
     expert_cost,
     expert_slices,
@@ -35,6 +35,7 @@ def moe_up_gate(
     *,
     act: Activation = "silu",
     prec: Precision = "default",
+    limit: float | None = None,
 ) -> Spec:
     """Two products by expert id and a gated activation in one op:
 
@@ -46,7 +47,9 @@ def moe_up_gate(
     y         f32                      [n_ff, n_used, n_tokens]
     act       silu, gelu or relu
     prec      "default" or "f32", as in mul_mat
+    limit     y = act(min(gate.., limit)) * clamp(up.., -limit, limit), as in glu; None: no limit
     """
+    want_limit(limit)
     want_experts(up, b, ids, "up")
     want_experts(gate, b, ids, "gate")
     want_ne("gate", gate, up.ne, "up's size")
@@ -62,14 +65,21 @@ def _(
     *,
     act: Activation = "silu",
     prec: Precision = "default",
+    limit: float | None = None,
 ) -> Node:
-    activated = activation(act, mul_mat_id(gate, b, ids, prec=prec))
-    return mul(activated, mul_mat_id(up, b, ids, prec=prec))
+    x, g = (mul_mat_id(w, b, ids, prec=prec) for w in (gate, up))
+    return gated(act, x, g, limit)
 
 
 @op(weights=("up", "gate"))
 def fused_up_gate(
-    up: Node, gate: Node, b: Node, *, act: Activation = "silu", prec: Precision = "default"
+    up: Node,
+    gate: Node,
+    b: Node,
+    *,
+    act: Activation = "silu",
+    prec: Precision = "default",
+    limit: float | None = None,
 ) -> Spec:
     """The dense form of moe_up_gate:  y = act(gate b) * (up b).
 
@@ -77,7 +87,9 @@ def fused_up_gate(
     b         f32 or f16               [k, n_tokens, ne2, ne3]
     y         f32                      [n_ff, n_tokens, ne2, ne3]
     prec      "default" or "f32", as in mul_mat
+    limit     as in moe_up_gate
     """
+    want_limit(limit)
     for what, node in (("up", up), ("gate", gate)):
         want_readable(what, node)
         want_rows(what, node)
@@ -88,9 +100,15 @@ def fused_up_gate(
 
 @fused_up_gate.means
 def _(
-    up: Node, gate: Node, b: Node, *, act: Activation = "silu", prec: Precision = "default"
+    up: Node,
+    gate: Node,
+    b: Node,
+    *,
+    act: Activation = "silu",
+    prec: Precision = "default",
+    limit: float | None = None,
 ) -> Node:
-    return mul(activation(act, mul_mat(gate, b, prec=prec)), mul_mat(up, b, prec=prec))
+    return gated(act, mul_mat(gate, b, prec=prec), mul_mat(up, b, prec=prec), limit)
 
 
 @fused_up_gate.cost

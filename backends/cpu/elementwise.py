@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 from pyggml import ops
+from pyggml.backends.cpu.gate import joined, limited
 from pyggml.backends.cpu.native.compiler import Native
 from pyggml.backends.cpu.rows import row_refusal
 from pyggml.backends.cpu.table import Call, Operand, kernel
@@ -30,19 +31,17 @@ def _function(name: str) -> Callable[..., Any]:
     """f(e, x, y, p, q): vectors of floats; a function ignores those that its op lacks."""
     from pyggml.backends.cpu.native import maths
 
-    def limited(e: Any, x: Any, y: Any, low: Any, high: Any) -> Any:
-        """NaN stays NaN."""
-        x = e.b.select(e.b.fcmp_ordered("<", x, low), low, x)
-        return e.b.select(e.b.fcmp_ordered(">", x, high), high, x)
-
+    if name.startswith("glu_limited_"):
+        act = name.removeprefix("glu_limited_")
+        return lambda e, x, y, limit, q: joined(e, act, x, y, limit)
     if name.startswith("glu_"):
-        activate = maths.ACTIVATIONS[name.removeprefix("glu_")]
-        return lambda e, x, y, p, q: e.b.fmul(activate(e, x), y)
+        act = name.removeprefix("glu_")
+        return lambda e, x, y, p, q: joined(e, act, x, y)
     if name in _BINARY.values():
         return lambda e, x, y, p, q: getattr(e.b, name)(x, y)
     own: dict[str, Callable[..., Any]] = {
         "scale": lambda e, x, y, s, b: e.b.fadd(e.b.fmul(x, s), b),
-        "clamp": limited,
+        "clamp": lambda e, x, y, low, high: limited(e, x, low, high),
         "fill": lambda e, x, y, value, q: value,
     }
     return own.get(name) or (lambda e, x, y, p, q: getattr(maths, name)(e, x))
@@ -166,4 +165,6 @@ def glu(call: Call) -> None:
         b = replace(a, ptr=a.ptr + half)
         if call.attrs["swapped"]:
             a, b = b, a
-    _add(call, f"glu_{call.attrs['act']}", a, b)
+    limit = call.attrs["limit"]
+    limited = "" if limit is None else "limited_"
+    _add(call, f"glu_{limited}{call.attrs['act']}", a, b, p=limit or 0.0)

@@ -35,17 +35,17 @@ def unary(call: Call, name: str, p: float = 0.0, q: float = 0.0) -> None:
     )
 
 
-def binary(call: Call, name: str, a: Operand, b: Operand) -> None:
-    """Record out = name(a, b), with b repeated to the sizes of a."""
+def binary(call: Call, name: str, a: Operand, b: Operand, limit: float | None = None) -> None:
+    """Record out = name(a, b), with b repeated to the sizes of a; `limit` is that of a Glu."""
     out = call.out
     width = pack_width(out, a, b)
     index, total = counted(call.node.spec.elements // width)
     call.launch(
         FILE,
-        f"binary<{name}, {C_TYPES[out.dtype.name]}, {width}, {index}>",
+        f"binary<{name}, {C_TYPES[out.dtype.name]}, {width}, {index}{', float' * bool(limit)}>",
         grid=blocks_for(int(total)),
         block=256,
-        args=[out.tensor, a.tensor, b.tensor, total],
+        args=[out.tensor, a.tensor, b.tensor, total, *([np.float32(limit)] if limit else [])],
     )
 
 
@@ -97,7 +97,7 @@ def glu(call: Call) -> None:
         x, g = part(x, 0, 0, n), part(x, 0, n, n)
     if call.attrs["swapped"]:
         x, g = g, x
-    binary(call, f"Glu<{GATES[call.attrs['act']]}>", x, g)
+    binary(call, f"Glu<{GATES[call.attrs['act']]}>", x, g, call.attrs["limit"])
 
 
 def activated_times(node: Node, run: Run) -> Fused | None:

@@ -65,6 +65,13 @@ def _relu(y: Floats, x: Floats, t: Floats) -> None:
 ACTIVATIONS: dict[str, Unary] = {"silu": _silu, "gelu": _gelu, "relu": _relu}
 
 
+def limit_gate(x: Floats, g: Floats, limit: float | None) -> None:
+    """Limit the operands of a gated unit in place, before the activation of x."""
+    if limit is not None:
+        np.minimum(x, np.float32(limit), out=x)
+        np.clip(g, np.float32(-limit), np.float32(limit), out=g)
+
+
 def piece_scratch(temporaries: int) -> Callable[[Node], int]:
     """Scratch of `in_pieces`. For f16, each operand and the result need one more array."""
 
@@ -175,7 +182,16 @@ def fill(out: Raw, a: Raw, *, value: float) -> None:
 
 
 @kernel(ops.glu, inplace=(), scratch=piece_scratch(1))
-def glu(out: Raw, a: Raw, b: Raw | None, *, scratch: Scratch, act: str, swapped: bool) -> None:
+def glu(
+    out: Raw,
+    a: Raw,
+    b: Raw | None,
+    *,
+    scratch: Scratch,
+    act: str,
+    swapped: bool,
+    limit: float | None,
+) -> None:
     half = out.shape[3]
     x, g = (a, b) if b is not None else (a[..., :half], a[..., half:])
     if swapped:
@@ -183,8 +199,14 @@ def glu(out: Raw, a: Raw, b: Raw | None, *, scratch: Scratch, act: str, swapped:
     activate = ACTIVATIONS[act]
 
     def fn(y: Floats, x: Floats, g: Floats, t: Floats) -> None:
-        activate(t, x, t)
-        np.multiply(t, g, out=y)
+        if limit is None:
+            activate(t, x, t)
+            np.multiply(t, g, out=y)
+            return
+        np.minimum(x, np.float32(limit), out=y)
+        activate(t, y, t)
+        np.clip(g, np.float32(-limit), np.float32(limit), out=y)
+        y *= t
 
     in_pieces(fn, out, x, g, scratch=scratch, temporaries=1)
 

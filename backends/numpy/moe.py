@@ -11,7 +11,7 @@ from pyggml import ops
 from pyggml.backends.host_memory import Array, Floats, Raw, Scratch, raw_of, shape_of
 from pyggml.backends.numpy.arrays import codec_bytes, decoded, work_of
 from pyggml.backends.numpy.blas import blas_view, has_blas_view
-from pyggml.backends.numpy.elementwise import ACTIVATIONS
+from pyggml.backends.numpy.elementwise import ACTIVATIONS, limit_gate
 from pyggml.backends.numpy.linear import BATCH, by_expert, expert_scratch, tile_rows, weights_at
 from pyggml.backends.numpy.products import row_products
 from pyggml.backends.numpy.reduce import first_ids, ids_of, sort_keys
@@ -23,10 +23,20 @@ from pyggml.ops.reduce import row_length
 
 @kernel(ops.moe_up_gate, types=None, scratch=expert_scratch(3))
 def moe_up_gate(
-    out: Raw, up: Array, gate: Array, b: Raw, ids: Raw, *, scratch: Scratch, act: str, prec: str
+    out: Raw,
+    up: Array,
+    gate: Array,
+    b: Raw,
+    ids: Raw,
+    *,
+    scratch: Scratch,
+    act: str,
+    prec: str,
+    limit: float | None,
 ) -> None:
     def finish(products: Sequence[Floats]) -> Floats:
         up_part, gate_part, spare = products
+        limit_gate(gate_part, up_part, limit)
         ACTIVATIONS[act](gate_part, gate_part, spare)
         gate_part *= up_part
         return gate_part
@@ -112,7 +122,15 @@ def _fused_scratch(node: Node) -> int:
 
 @kernel(ops.fused_up_gate, types=None, scratch=_fused_scratch)
 def fused_up_gate(
-    out: Raw, up: Array, gate: Array, b: Raw, *, scratch: Scratch, act: str, prec: str
+    out: Raw,
+    up: Array,
+    gate: Array,
+    b: Raw,
+    *,
+    scratch: Scratch,
+    act: str,
+    prec: str,
+    limit: float | None,
 ) -> None:
     """For each tile: the gate goes to out, up to scratch, then the activation joins them."""
     *_, m, k = shape_of(up)
@@ -132,5 +150,6 @@ def fused_up_gate(
             row_products(x, weights_at(gate, (0, 0, r), weights, work), y)
             up_part = shaped(up_memory, *y.shape)
             row_products(x, weights_at(up, (0, 0, r), weights, work), up_part)
+            limit_gate(y, up_part, limit)
             ACTIVATIONS[act](y, y, shaped(spare, *y.shape))
             y *= up_part

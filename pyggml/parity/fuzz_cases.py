@@ -63,11 +63,11 @@ def _simple(d: Draw) -> Case:
 
 def _glu(d: Draw) -> Case:
     dtype, ne = d.pick(("f32", "f16")), d.ne()
-    act = d.pick(("silu", "gelu", "relu"))
+    act: dict[str, object] = {"act": d.pick(("silu", "gelu", "relu")), **products.limit(d)}
     if d.chance(0.5):
-        return d.case("glu", d.source(dtype, ne, d.special()), d.source(dtype, ne), act=act)
+        return d.case("glu", d.source(dtype, ne, d.special()), d.source(dtype, ne), **act)
     a = d.source(dtype, (2 * ne[0], *ne[1:]))
-    return d.case("glu", a, act=act, swapped=d.chance(0.5))
+    return d.case("glu", a, **act, swapped=d.chance(0.5))
 
 
 def _add_id(d: Draw) -> Case:

@@ -40,11 +40,16 @@ def mul_mat_id(d: Draw) -> Case:
     return d.case("mul_mat_id", a, b, d.ids((used, tokens), experts), **attrs)
 
 
+def limit(d: Draw) -> dict[str, object]:
+    """The limit of a gated unit, in a quarter of the cases."""
+    return {"limit": d.pick((0.3, 5.0, 10.0))} if d.chance(0.25) else {}
+
+
 def moe_up_gate(d: Draw) -> Case:
     dtype, k, m, experts, used, rows, tokens = _experts(d)
     up, gate = (d.source(dtype, (k, m, experts), rows=True, weight=0.4) for _ in range(2))
     b = d.source(d.pick(("f32", "f16")), (k, rows, tokens))
-    attrs = {"act": d.pick(ACTS), **d.pick(({}, {"prec": "f32"}))}
+    attrs = {"act": d.pick(ACTS), **limit(d), **d.pick(({}, {"prec": "f32"}))}
     return d.case("moe_up_gate", up, gate, b, d.ids((used, tokens), experts), **attrs)
 
 
@@ -55,7 +60,7 @@ def fused_up_gate(d: Draw) -> Case:
     k = k if second != "q8_0" else max(32, k - k % 32)
     up, gate = (d.source(t, (k, m), rows=True, weight=0.4) for t in (dtype, second))
     b = d.source(d.pick(("f32", "f16")), (k, d.size(33), d.size(3), d.size(2)))
-    attrs = {"act": d.pick(ACTS), **d.pick(({}, {"prec": "f32"}))}
+    attrs = {"act": d.pick(ACTS), **limit(d), **d.pick(({}, {"prec": "f32"}))}
     return d.case("fused_up_gate", up, gate, b, **attrs)
 
 

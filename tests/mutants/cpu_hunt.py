@@ -33,7 +33,7 @@ FOLDER = Path(pyggml.__file__).parent / "backends" / "cpu"
 #: In the order in which they import each other.
 MODULES = (
     "row_loops", "decode", "encode", "attention_blocks", "convert", "attention", "reduce", "copy",
-    "strided", "sort", "moe", "elementwise", "norm", "merge",
+    "strided", "sort", "moe", "gate", "elementwise", "norm", "merge",
 )  # fmt: skip
 
 

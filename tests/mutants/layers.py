@@ -116,12 +116,14 @@ def _(right: Any, out: Any, experts: Any, b: Any, ids: Any, **attrs: Any) -> Non
 mutant("moe_up_gate", "up and gate swapped")(
     lambda right, out, up, gate, *sources, **attrs: right(out, gate, up, *sources, **attrs)
 )
+mutant("moe_up_gate", "without the limit")(changed(limit=None))
 mutant("moe_up_gate", "SiLU for every activation")(changed(act="silu"))
 mutant("moe_up_gate", "the first expert for a negative id")(instead(3, lambda i: np.maximum(i, 0)))
 mutant("moe_up_gate", "the result in f16")(then(lambda out: np.copyto(out, _half(out))))
 mutant("fused_up_gate", "up and gate swapped")(
     lambda right, out, up, gate, b, **attrs: right(out, gate, up, b, **attrs)
 )
+mutant("fused_up_gate", "without the limit")(changed(limit=None))
 mutant("fused_up_gate", "relu for GELU")(changed(act=lambda a: "relu" if a == "gelu" else a))
 mutant("grouped_topk", "a group's score is its best expert only")(changed(n_top=1))
 mutant("grouped_topk", "experts of all groups")(

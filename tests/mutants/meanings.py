@@ -32,6 +32,10 @@ meaning("moe_up_gate", "SiLU for every activation")(
 meaning("fused_up_gate", "up and gate swapped")(
     lambda right, up, gate, b, **attrs: right(gate, up, b, **attrs)
 )
+for _op in ("glu", "moe_up_gate", "fused_up_gate"):
+    meaning(_op, "without the limit")(
+        lambda right, *src, limit, **attrs: right(*src, limit=None, **attrs)
+    )
 meaning("mul_multi_add", "the sum without the weights")(lambda right, a, b: ops.multi_add(a))
 
 

@@ -114,6 +114,23 @@ mutant("softplus", "NaN becomes 0")(instead(0, lambda a: np.nan_to_num(a, nan=-1
 mutant("exp", "in f16")(instead(0, lambda a: a.astype(np.float16).astype(a.dtype)))
 mutant("glu", "halves swapped")(changed(swapped=lambda old: not old))
 mutant("glu", "GELU for SiLU")(changed(act=lambda old: {"silu": "gelu"}.get(old, old)))
+mutant("glu", "without the limit")(changed(limit=None))
+mutant("glu", "the limit of x from below too")(
+    lambda right, out, a, b, **attrs: right(
+        out, a if b is None or not attrs["limit"] else np.maximum(a, -attrs["limit"]), b, **attrs
+    )
+)
+
+
+@mutant("glu", "limits after the activation")
+def _(right: Any, out: Any, a: Any, b: Any, **attrs: Any) -> None:
+    limit = attrs["limit"]
+    if limit is None or b is None or attrs["act"] != "silu":
+        return right(out, a, b, **attrs)
+    x = np.float32(a)
+    out[...] = np.minimum(x / (1 + np.exp(-x)), limit) * np.clip(b, -limit, limit)
+
+
 mutant("add_id", "the ids of the first token for all")(
     instead(2, lambda ids: np.broadcast_to(ids[:, :, :1], ids.shape))
 )

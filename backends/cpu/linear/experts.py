@@ -16,6 +16,7 @@ from functools import cache
 
 from pyggml import ops
 from pyggml.backends.cpu.copy import check_ids
+from pyggml.backends.cpu.gate import Gate
 from pyggml.backends.cpu.linear.amx.kernels import add_by_expert
 from pyggml.backends.cpu.linear.inner import WIDE, Inner, times
 from pyggml.backends.cpu.linear.operands import (
@@ -85,7 +86,7 @@ GROUP = Native("group_by_expert", "iiiiiii", _group)
 
 
 @cache
-def _product(up: Inner, gate: Inner | None, act: str) -> Native:
+def _product(up: Inner, gate: Inner | None, act: Gate) -> Native:
     """out[token][slot] = the expert's rows times x[token][slot % n_b]; with a gate, both products
     and the activation.
 
@@ -101,14 +102,14 @@ def _product(up: Inner, gate: Inner | None, act: str) -> Native:
     return Native(name, "i" * 26, lambda: _make(up, gate, act))
 
 
-def _make(up_inner: Inner, gate_inner: Inner | None, act: str) -> Callable[..., None]:
+def _make(up_inner: Inner, gate_inner: Inner | None, act: Gate) -> Callable[..., None]:
     from pyggml.backends.cpu.linear.put import put_gated, put_sums, put_zeros
     from pyggml.backends.cpu.native.memory import fetch_add, i32_at, i64_at, put_i64, stack
 
     has_gate = gate_inner is not None
     multiply_up = times(up_inner)
     multiply_gate = times(gate_inner) if gate_inner not in (None, up_inner) else multiply_up
-    put, gated = put_sums("f32"), put_gated(act or "silu")
+    put, gated = put_sums("f32"), put_gated(act)
     buffer = stack(2 * 64 * WIDE + 8 * WIDE)
 
     def run(
@@ -159,7 +160,7 @@ def _make(up_inner: Inner, gate_inner: Inner | None, act: str) -> Callable[..., 
     return run
 
 
-def _by_expert(call: Call, up: str, gate: str | None, act: str) -> None:
+def _by_expert(call: Call, up: str, gate: str | None, act: Gate) -> None:
     ids, out = call["ids"], call.out
     n_used, n_tokens, n_experts = *ids.ne[:2], call[up].ne[2]
     check_ids(call, ids, n_experts)
@@ -185,9 +186,9 @@ def _by_expert(call: Call, up: str, gate: str | None, act: str) -> None:
 
 @kernel(ops.mul_mat_id, types=None, scratch=_scratch, refuses=refusal, numeric=numeric)
 def mul_mat_id(call: Call) -> None:
-    _by_expert(call, "experts", None, "")
+    _by_expert(call, "experts", None, Gate())
 
 
 @kernel(ops.moe_up_gate, types=None, scratch=_scratch, refuses=refusal, numeric=numeric)
 def moe_up_gate(call: Call) -> None:
-    _by_expert(call, "up", "gate", call.attrs["act"])
+    _by_expert(call, "up", "gate", Gate.of(call.attrs))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pyggml import ops
+from pyggml.backends.cpu.gate import Gate
 from pyggml.backends.cpu.linear.amx.kernels import add_dense
 from pyggml.backends.cpu.linear.operands import (
     SHARE,
@@ -22,7 +23,7 @@ from pyggml.backends.cpu.table import Call, kernel
 @kernel(ops.mul_mat, types=None, scratch=x_bytes, refuses=refusal, numeric=numeric)
 def mul_mat(call: Call) -> None:
     if uses_amx(call.node):
-        add_dense(call, "a", None, "")
+        add_dense(call, "a", None, Gate())
         return
     a, b, out = call["a"], call["b"], call.out
     weights, x = matrices(call, "a"), activations(call)
@@ -45,11 +46,11 @@ def mul_mat(call: Call) -> None:
 @kernel(ops.fused_up_gate, types=None, scratch=x_bytes, refuses=refusal, numeric=numeric)
 def fused_up_gate(call: Call) -> None:
     if uses_amx(call.node):
-        add_dense(call, "up", "gate", call.attrs["act"])
+        add_dense(call, "up", "gate", Gate.of(call.attrs))
         return
     b, out, x = call["b"], call.out, activations(call)
     up, gate = matrices(call, "up"), matrices(call, "gate")
-    native = gated(up.inner, gate.inner, call.attrs["act"])
+    native = gated(up.inner, gate.inner, Gate.of(call.attrs))
     share = up.share(SHARE, -(-b.ne[1] // x.width))
     for i3, i2 in np.ndindex(b.ne[3], b.ne[2]):
         call.add(

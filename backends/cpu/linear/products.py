@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 
+from pyggml.backends.cpu.gate import Gate
 from pyggml.backends.cpu.linear.inner import WIDE, Inner, times
 from pyggml.backends.cpu.native.compiler import Native
 from pyggml.backends.cpu.weights.forms import ROWS
@@ -66,7 +67,7 @@ def _product(inner: Inner, result: str) -> Callable[..., None]:
 
 
 @cache
-def gated(up: Inner, gate: Inner, act: str) -> Native:
+def gated(up: Inner, gate: Inner, act: Gate) -> Native:
     """out[column] = act(gate x) (up x), for two matrices of one size.
 
     up, gate     four words each: address, bytes from 16 rows to the next, k, stride
@@ -76,7 +77,7 @@ def gated(up: Inner, gate: Inner, act: str) -> Native:
     return Native(name, "i" * 16, lambda: _gated(up, gate, act))
 
 
-def _gated(up_inner: Inner, gate_inner: Inner, act: str) -> Callable[..., None]:
+def _gated(up_inner: Inner, gate_inner: Inner, act: Gate) -> Callable[..., None]:
     from pyggml.backends.cpu.linear.put import put_gated
     from pyggml.backends.cpu.native.memory import fetch_add, put_i64, stack
 

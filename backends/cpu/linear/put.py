@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyggml.backends.cpu.native import maths
+from pyggml.backends.cpu.gate import Gate
 from pyggml.backends.cpu.native.emit import FLOATS, HALVES, I64, Emitter, Value, emits
 
 
@@ -18,12 +18,11 @@ def put_sums(type_: str) -> Any:
     return emits(None, I64, I64, I64)(build)
 
 
-def put_gated(act: str) -> Any:
-    """put_gated(up, gate, out, count): act(gate) up."""
+def put_gated(joint: Gate) -> Any:
+    """put_gated(up, gate, out, count): the gated values."""
 
     def build(e: Emitter, up: Any, gate: Any, out: Any, count: Any) -> None:
-        activated = maths.ACTIVATIONS[act](e, e.load(FLOATS, gate))
-        put(e, e.b.fmul(activated, e.load(FLOATS, up)), out, count)
+        put(e, joint.joined(e, e.load(FLOATS, gate), e.load(FLOATS, up)), out, count)
 
     return emits(None, I64, I64, I64, I64)(build)
 

@@ -1,6 +1,7 @@
 // Elementwise ops: V adjacent elements per thread where the rows allow it, else any strides.
 // @kernel binary<{BINARY|Glu<Silu>}, float, {4|1}, unsigned>
 // @kernel binary<{Add|Mul|Glu<Gelu>|Glu<Relu>}, __half, {8|1}, unsigned>
+// @kernel binary<Glu<Silu>, {float|__half}, {4|1}, unsigned, float>
 // @kernel binary<Add, {int|long long}, 1, unsigned>
 // @kernel binary<Add, float, 4, long long>
 // @kernel unary<{UNARY|Scale|Clamp|Fill}, float, 4, unsigned>
@@ -38,7 +39,12 @@ BINARY(Mul, a * b)
 BINARY(Div, a / b)
 
 template <class Act>
-struct Glu { template <class T> static __device__ T f(T a, T b) { return Act::f(a, 0, 0) * b; } };
+struct Glu {
+    template <class T> static __device__ T f(T a, T b) { return Act::f(a, 0, 0) * b; }
+    static __device__ float f(float a, float b, float limit) {
+        return f(a > limit ? limit : a, Clamp::f(b, -limit, limit));
+    }
+};
 
 // Types narrower than f32 are computed in f32.
 template <class T> struct Wide { using type = float; };
@@ -58,9 +64,10 @@ __global__ void __launch_bounds__(256) unary(Tensor out, Tensor a, I total, floa
     *out.at<Pack<T, V>>(at.i0 * V, at.i1, at.i2, at.i3) = x;
 }
 
-// b repeats into a. With V > 1, rows of b are as long as rows of a, or one element long.
-template <class Op, class T, int V, class I>
-__global__ void __launch_bounds__(256) binary(Tensor out, Tensor a, Tensor b, I total) {
+// b repeats into a. With V > 1, rows of b are as long as rows of a, or one element long. Limit: float
+// if a Glu has a limit, else nothing.
+template <class Op, class T, int V, class I, class... Limit>
+__global__ void __launch_bounds__(256) binary(Tensor out, Tensor a, Tensor b, I total, Limit... limit) {
     begin();
     using W = typename Wide<T>::type;
     I i = (I)blockIdx.x * 256 + threadIdx.x;
@@ -76,7 +83,7 @@ __global__ void __launch_bounds__(256) binary(Tensor out, Tensor a, Tensor b, I 
         for (int k = 0; k < V; k++) y.v[k] = one;
     }
 #pragma unroll
-    for (int k = 0; k < V; k++) x.v[k] = convert_to<T>(Op::f(convert_to<W>(x.v[k]), convert_to<W>(y.v[k])));
+    for (int k = 0; k < V; k++) x.v[k] = convert_to<T>(Op::f(convert_to<W>(x.v[k]), convert_to<W>(y.v[k]), limit...));
     *out.at<Pack<T, V>>(at.i0 * V, at.i1, at.i2, at.i3) = x;
 }
 

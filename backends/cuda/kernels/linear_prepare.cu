@@ -2,6 +2,7 @@
 // @kernel to_halves<{float|__half|__nv_bfloat16}, {__half|__nv_bfloat16}>
 // @kernel copy_rows<{float|__half|__nv_bfloat16}, {float|__half|__nv_bfloat16}>
 // @kernel gate_rows
+// @kernel gate_rows_limited
 // @kernel put_rows
 // @kernel add_splits
 #include "linear_common.cuh"
@@ -69,14 +70,23 @@ __global__ void __launch_bounds__(256)
 }
 
 // y = act(gate) * y, where the rows of gate are contiguous.
-__global__ void __launch_bounds__(256)
-    gate_rows(Tensor y, const float* gate, int act, unsigned columns) {
+template <class... Limit>
+__device__ __forceinline__ void gate_all(const Tensor& y, const float* gate, int act,
+                                         unsigned columns, Limit... limit) {
     begin();
     long long n = (long long)y.ne[0] * columns;
     for (long long i = blockIdx.x * 256ll + threadIdx.x; i < n; i += gridDim.x * 256ll) {
         float* at = (float*)(row_at(y, i / y.ne[0]) + i % y.ne[0] * y.nb[0]);
-        *at = gated(act, gate[i], *at);
+        *at = gated(act, gate[i], *at, limit...);
     }
+}
+__global__ void __launch_bounds__(256)
+    gate_rows(Tensor y, const float* gate, int act, unsigned columns) {
+    gate_all(y, gate, act, columns);
+}
+__global__ void __launch_bounds__(256)
+    gate_rows_limited(Tensor y, const float* gate, int act, unsigned columns, float limit) {
+    gate_all(y, gate, act, columns, limit);
 }
 
 // Adds the sums of all splits of k, [rows, columns, splits], in order.

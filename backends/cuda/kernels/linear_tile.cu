@@ -8,6 +8,7 @@
 // @kernel tile<{BLOCKS}, {1|2}, {32|64|128}, true>
 // @kernel tile<{SOME}, {1|2}, {32|64|128}, false>
 // @kernel hot 90a tile<{q8_0|iq4_nl}, {1|2}, {32|64|128}, {true|false}>
+// @kernel tile<{q8_0|q6_K|iq4_nl|mxfp4}, 2, {32|64|128}, {true|false}, float>
 // @kernel tile<Dense<{__half|__nv_bfloat16}>, 1, {32|64|128}, true>
 // @kernel tile<Raw<{SOME}>, 1, 64, {true|false}>
 #include "linear_mma.cuh"
@@ -155,11 +156,11 @@ constexpr int ahead_of = N > 64        ? 1
 
 // grid: tiles of rows times `splits` of k, tiles of columns, batches. x: [columns][k_padded] of
 // F::Half; scale: one per column. With splits, y holds the sums of the first split for all columns,
-// then those of the second, and so on.
-template <class F, int MATS, int N, bool ROUTED>
+// then those of the second, and so on. Limit: float if the gated unit has a limit, else nothing.
+template <class F, int MATS, int N, bool ROUTED, class... Limit>
 __global__ void __launch_bounds__(THREADS, N << has_high<F> <= TWO_BLOCKS ? 2 : 1)
     tile(Weights<F> weights, const char* x, const float* scales, int k_padded, Tensor y,
-         Columns columns, int narrow, int act, int splits) {
+         Columns columns, int narrow, int act, int splits, Limit... limit) {
     constexpr int AHEAD = ahead_of<F, N>;
     extern __shared__ __align__(1024) char memory[];
     __shared__ char* targets[N];
@@ -278,7 +279,7 @@ __global__ void __launch_bounds__(THREADS, N << has_high<F> <= TWO_BLOCKS ? 2 : 
         float scale = column_scales[column];
         float upper = sums[i / 2 * 4 + i % 2] * scale, lower = sums[i / 2 * 4 + i % 2 + 2] * scale;
         char* to = targets[column];
-        if (MATS == 2) upper = gated(act, lower, upper);
+        if (MATS == 2) upper = gated(act, lower, upper, limit...);
         if (first < n_rows) put(y, to, first, upper, narrow);
         if (MATS == 1 && first + 8 < n_rows) put(y, to, first + 8, lower, narrow);
     }

@@ -11,6 +11,8 @@
 // @kernel hot vec<{BLOCKS}, {1|8}, 2, 2, 1>
 // @kernel hot vec_id<{BLOCKS}, 2, {1|2}>
 // @kernel vec_id<{BLOCKS}, 3, 1>
+// @kernel vec<{SOME}, {1|8}, 2, 2, 1, float>
+// @kernel hot vec_id<{SOME|mxfp4|q2_K|iq3_xxs}, 2, 2, float>
 // @kernel vec<Raw<{EVERY}>, 1, 2, 1, 1>
 // @kernel vec<Raw<{SOME}>, 8, 2, 1, 1>
 // @kernel vec_id<Raw<{SOME}>, {2|3}, 1>
@@ -149,20 +151,22 @@ __device__ __forceinline__ float tile_product(const Weights<F>& weights, int mat
 
 // Joins the two values of a gated pair in the first one's thread; the second is COLS * 8 threads
 // further.
-template <int COLS, int MATS>
-__device__ __forceinline__ float combine(float mine, int act) {
+template <int COLS, int MATS, class... Limit>
+__device__ __forceinline__ float combine(float mine, int act, Limit... limit) {
     if constexpr (MATS == 1) return mine;
     __shared__ float gates[COLS * 8];
     int i = threadIdx.y * 32 + threadIdx.x;
     if (i >= COLS * 8 && i < 2 * COLS * 8) gates[i - COLS * 8] = mine;
     __syncthreads();
-    return i < COLS * 8 ? gated(act, gates[i], mine) : 0.0f;
+    return i < COLS * 8 ? gated(act, gates[i], mine, limit...) : 0.0f;
 }
 
 // grid: TILES tiles of rows, chunks of COLS columns, batches. MATS == 2: w[0] is up, w[1] is gate.
-template <class F, int COLS, int LEVELS, int MATS, int TILES>
+// Limit: float if the gated unit has a limit, else nothing.
+template <class F, int COLS, int LEVELS, int MATS, int TILES, class... Limit>
 __global__ void __launch_bounds__(32 * MOST_WARPS)
-    vec(Weights<F> weights, const unsigned char* x, Tensor y, Heads heads, int narrow, int act) {
+    vec(Weights<F> weights, const unsigned char* x, Tensor y, Heads heads, int narrow, int act,
+        Limit... limit) {
     unsigned first = blockIdx.z * heads.columns;
     int start = blockIdx.y * COLS, valid = min(COLS, heads.columns - start);
     const unsigned char* columns[COLS];
@@ -171,7 +175,7 @@ __global__ void __launch_bounds__(32 * MOST_WARPS)
                              group_bytes<LEVELS>;
     float value = combine<COLS, MATS>(tile_product<F, COLS, LEVELS, MATS, TILES>(
                                           weights, heads.matrix(blockIdx.z), blockIdx.x, columns),
-                                      act);
+                                      act, limit...);
     int i = threadIdx.y * 32 + threadIdx.x, column = i / 8 % COLS, tile = i / 8 / COLS;
     int row = (blockIdx.x * TILES + tile) * 8 + i % 8;
     if (tile < TILES && column < valid && row < rows_of(weights.w[0]))
@@ -179,10 +183,10 @@ __global__ void __launch_bounds__(32 * MOST_WARPS)
 }
 
 // grid: tiles of rows, pairs of token and slot.
-template <class F, int LEVELS, int MATS>
+template <class F, int LEVELS, int MATS, class... Limit>
 __global__ void __launch_bounds__(32 * MOST_WARPS)
-    vec_id(Weights<F> weights, const unsigned char* x, Tensor y, Routing routing, int act,
-           int late) {
+    vec_id(Weights<F> weights, const unsigned char* x, Tensor y, Routing routing, int act, int late,
+           Limit... limit) {
     if (late) wait_for_predecessor();  // the predecessor may have chosen the experts
     Pair pair = pair_of(routing, y, blockIdx.y);
     float value = 0;
@@ -190,7 +194,8 @@ __global__ void __launch_bounds__(32 * MOST_WARPS)
         const unsigned char* columns[1] = {x + (long long)pair.column * groups_of(weights.w[0]) *
                                                    group_bytes<LEVELS>};
         value = combine<1, MATS>(
-            tile_product<F, 1, LEVELS, MATS, 1>(weights, pair.expert, blockIdx.x, columns), act);
+            tile_product<F, 1, LEVELS, MATS, 1>(weights, pair.expert, blockIdx.x, columns), act,
+            limit...);
     } else {
         begin();
     }

@@ -21,6 +21,7 @@ from pyggml.backends.cuda.linear.common import (
     aligned,
     dense,
     is_narrow,
+    limit_of,
     rows_in,
     shape_of,
 )
@@ -149,12 +150,13 @@ def vec(call: Call, a: tuple[Operand, ...], b: Operand, y: Operand, levels: int)
     chunk = next((n for n in ((1, 2, 4, 8) if single else (1, 8)) if n >= shape.columns), FEW)
     pair = 2 if single and tiles >= 1024 else 1  # tiles of rows that share the loads of b
     grid = -(-tiles // pair), -(-shape.columns // chunk), shape.batches
+    limited, limit = limit_of(call, len(a))
     call.launch(
         VEC,
-        f"vec<{cpp_format(a[0])}, {chunk}, {levels}, {len(a)}, {pair}>",
+        f"vec<{cpp_format(a[0])}, {chunk}, {levels}, {len(a)}, {pair}{limited}>",
         grid=grid,
         block=(32, max(warps_for(a[0].ne[0] // 32, prod(grid)), 8 * chunk * len(a) * pair // 32)),
-        args=[weights_of(*a), x, y.tensor, shape.heads, is_narrow(y), act_of(call)],
+        args=[weights_of(*a), x, y.tensor, shape.heads, is_narrow(y), act_of(call), *limit],
     )
 
 
@@ -217,9 +219,10 @@ def launch_tile(
     splits: int = 1,
 ) -> None:
     x, scales = to_halves(call, b, half_of(a[0].dtype))
+    limited, limit = limit_of(call, len(a))
     call.launch(
         TILE,
-        f"tile<{form}, {len(a)}, {width}, {str(routed).lower()}>",
+        f"tile<{form}, {len(a)}, {width}, {str(routed).lower()}{limited}>",
         grid=(-(-a[0].ne[1] * len(a) // 128) * splits, *grid),
         block=256,
         args=[
@@ -232,6 +235,7 @@ def launch_tile(
             is_narrow(y),
             act_of(call),
             np.int32(splits),
+            *limit,
         ],
         shared=tile_shared(width),
     )

@@ -12,7 +12,7 @@ import numpy as np
 from pyggml.backends.cuda.geometry import C_TYPES
 from pyggml.backends.cuda.launch import Call, Operand
 from pyggml.backends.cuda.linear import blocks, plain
-from pyggml.backends.cuda.linear.common import VEC, Routing, act_of, aligned, in_blocks
+from pyggml.backends.cuda.linear.common import VEC, Routing, act_of, aligned, in_blocks, limit_of
 from pyggml.spec import Ne
 
 #: Most pairs per launch of `vec_id`: the limit of a grid's second dimension.
@@ -56,11 +56,12 @@ def vec(
     fixed = blocks.quantize(call, b, levels)
     token = b.ne[1] * b.ne[0] // 32 * blocks.group_bytes(levels)
     tiles = -(-a[0].ne[1] // 8)
+    limited, limit = limit_of(call, len(a))
     for start, chunk, out in _launches(ids, y):
         pairs = pairs_of(chunk.ne)
         call.launch(
             VEC,
-            f"vec_id<{blocks.cpp_format(a[0])}, {levels}, {len(a)}>",
+            f"vec_id<{blocks.cpp_format(a[0])}, {levels}, {len(a)}{limited}>",
             grid=(tiles, pairs),
             block=(32, blocks.warps_for(a[0].ne[0] // 32, tiles * pairs)),
             args=[
@@ -70,6 +71,7 @@ def vec(
                 routing(chunk, a[0].ne[2], b),
                 act_of(call),
                 np.int32(call.get("fixed") is not None),
+                *limit,
             ],
         )
 

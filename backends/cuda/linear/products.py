@@ -7,7 +7,7 @@ import numpy as np
 from pyggml import ops
 from pyggml.backends.cuda.geometry import blocks_for
 from pyggml.backends.cuda.launch import Call, Operand
-from pyggml.backends.cuda.linear.common import PREPARE, act_of, aligned, dense, rows_in
+from pyggml.backends.cuda.linear.common import PREPARE, act_of, aligned, dense, limit_of, rows_in
 from pyggml.backends.cuda.linear.routes import Product, together, widest
 from pyggml.backends.cuda.table import kernel
 from pyggml.dtypes import F32
@@ -54,11 +54,11 @@ def up_gate(call: Call) -> None:
 def _gate_rows(call: Call, gate: Operand) -> None:
     """out = act(gate) * out."""
     y = call.out
-    columns = rows_in(y.ne)
+    columns, limit = rows_in(y.ne), limit_of(call)[1]
     call.launch(
         PREPARE,
-        "gate_rows",
+        "gate_rows_limited" if limit else "gate_rows",
         grid=min(blocks_for(y.ne[0] * columns), 1 << 16),
         block=256,
-        args=[y.tensor, gate.pointer, act_of(call), np.uint32(columns)],
+        args=[y.tensor, gate.pointer, act_of(call), np.uint32(columns), *limit],
     )

@@ -54,6 +54,13 @@ def activate(name: str, x: Array) -> Array:
     raise KeyError(name)
 
 
+def gate(name: str, x: Array, g: Array, limit: float | None) -> Array:
+    """act(x) * g; with a limit, x at most that and g within +- that."""
+    if limit is not None:
+        x, g = np.minimum(x, limit), np.minimum(np.maximum(g, -limit), limit)
+    return np.asarray(activate(name, x) * g)
+
+
 def rows_at(a: Array, ids: Array) -> Array:
     """Rows a[i, :] for each id; a negative id is a row of zeros, one past the end an IndexError."""
     out = np.zeros((*ids.shape, *a.shape[1:]), a.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pyggml.parity.oracle import base
-from pyggml.parity.oracle.base import Array, activate, rows_at, tiled
+from pyggml.parity.oracle.base import Array, activate, gate, rows_at, tiled
 
 CASES = """
 {BINARY}({f32|f16}[37,5,3,2], $2[{37,5,3,2|37|1,5|1,1,3,2|1|37,5,1,2}])
@@ -22,6 +22,9 @@ softplus(f32[{64,5|37}]~{deep|large})
 {log|sqrt}({f32|f16}[37,5,3]~above{|@wide|@p1032})
 glu({f32|f16}[26,7,2]{|@inner|@p0213}, act={'silu'|'gelu'|'relu'}, swapped={True|False})
 glu(f32[26,7]{|@wide}, f32[26,7]{|@step}, act={'silu'|'gelu'|'relu'})
+glu({f32|f16}[26,7,2]{|@inner}, act={'silu'|'gelu'|'relu'}, swapped={True|False}, limit=0.5)
+glu({f32|f16}[26,7], $1[26,7]{|~nan}, limit={0.3|10.0})
+glu(f32[26,7]~wild, limit=1.5)
 add_id(f32[10,3,4]@apart, f32[10,5]@apart, i32[3,4]<5-@apart)
 {add|mul}({f32|f16}[64,5]{|@apart}, $2[{64|64,5}]@apart)
 {silu|exp}({f32|f16}[64,5]@apart)
@@ -47,6 +50,7 @@ fill(f32[200000], value=1.0)
 {log|sqrt}({f32|f16}[200000]~above)
 glu(f32[512,300])
 glu(f16[40000,4], act='gelu', swapped=True)
+glu(f32[512,300], f32[512,300], limit=0.5)
 add_id(f32[512,6,70], f32[512,8], i32[6,70]<8-)
 """
 
@@ -128,11 +132,18 @@ def fill(a: Array, *, value: float) -> Array:
     return np.full(a.shape, value)
 
 
-def glu(a: Array, b: Array | None = None, *, act: str = "silu", swapped: bool = False) -> Array:
+def glu(
+    a: Array,
+    b: Array | None = None,
+    *,
+    act: str = "silu",
+    swapped: bool = False,
+    limit: float | None = None,
+) -> Array:
     """act(first) * second: a and b, or the halves of a's rows; `swapped` exchanges the two."""
     if b is None:
         half = a.shape[3] // 2
         a, b = a[..., :half], a[..., half:]
     if swapped:
         a, b = b, a
-    return activate(act, a) * b
+    return gate(act, a, b, limit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pyggml.backends.cpu.gate import Gate
 from pyggml.backends.cpu.linear.amx import columns
 from pyggml.backends.cpu.linear.amx.products import SLOTS, by_expert, dense
 from pyggml.backends.cpu.linear.operands import Matrices, matrices
@@ -17,7 +18,7 @@ def _share(weight: Matrices, others: int, gated: bool) -> int:
     return max(1 if gated else 2, min(most, each))
 
 
-def add_dense(call: Call, up: str, gate: str | None, act: str) -> None:
+def add_dense(call: Call, up: str, gate: str | None, act: Gate) -> None:
     """out = up b, or act(gate b) (up b)."""
     b, out = call["b"], call.out
     k, n, n2, n3 = b.ne
@@ -33,7 +34,7 @@ def add_dense(call: Call, up: str, gate: str | None, act: str) -> None:
     )  # fmt: skip
 
 
-def add_by_expert(call: Call, up: str, gate: str | None, act: str, table: int) -> None:
+def add_by_expert(call: Call, up: str, gate: str | None, act: Gate, table: int) -> None:
     """The same, each token with its experts. `table` is that of `experts.py`."""
     b, out, ids = call["b"], call.out, call["ids"]
     n_used, n_tokens, n_experts, k = *ids.ne[:2], call[up].ne[2], b.ne[0]

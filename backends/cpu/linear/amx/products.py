@@ -28,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 
+from pyggml.backends.cpu.gate import Gate
 from pyggml.backends.cpu.linear.columns import DEPTH, TILE
 from pyggml.backends.cpu.linear.inner import Inner
 from pyggml.backends.cpu.native.compiler import Native
@@ -90,7 +91,7 @@ def _block(up: Inner, gate: Inner | None) -> Callable[..., None]:
 
 
 @cache
-def dense(up: Inner, gate: Inner | None, act: str, result: str) -> Native:
+def dense(up: Inner, gate: Inner | None, act: Gate, result: str) -> Native:
     """Dense products: out[item][column] = the rows of a matrix times a column, or
     act(gate x) (up x).
 
@@ -105,12 +106,12 @@ def dense(up: Inner, gate: Inner | None, act: str, result: str) -> Native:
     return Native(f"{name}_{result}", "i" * 21, lambda: _dense(up, gate, act, result))
 
 
-def _dense(up: Inner, gate: Inner | None, act: str, result: str) -> Callable[..., None]:
+def _dense(up: Inner, gate: Inner | None, act: Gate, result: str) -> Callable[..., None]:
     from pyggml.backends.cpu.linear.amx.tiles import begin_tiles, end_tiles
     from pyggml.backends.cpu.linear.put import put_gated, put_sums
     from pyggml.backends.cpu.native.memory import fetch_add, stack
 
-    block, put, gated = _block(up, gate), put_sums(result), put_gated(act or "silu")
+    block, put, gated = _block(up, gate), put_sums(result), put_gated(act)
     has_gate, size, wide = gate is not None, 4 if result == "f32" else 2, WIDTH // ROWS
     per_row = 2 if has_gate else 1
     weights_buffer = stack(SLOTS * DEPTH * ROWS * 2, zeros=False)
@@ -158,7 +159,7 @@ def _dense(up: Inner, gate: Inner | None, act: str, result: str) -> Callable[...
 
 
 @cache
-def by_expert(up: Inner, gate: Inner | None, act: str) -> Native:
+def by_expert(up: Inner, gate: Inner | None, act: Gate) -> Native:
     """Products by expert, of activations as `columns.by_expert` stores them.
 
     up, gate        four words each: address, bytes from 16 rows to the next and from matrix to
@@ -171,12 +172,12 @@ def by_expert(up: Inner, gate: Inner | None, act: str) -> Native:
     return Native(name, "i" * 22, lambda: _by_expert(up, gate, act))
 
 
-def _by_expert(up: Inner, gate: Inner | None, act: str) -> Callable[..., None]:
+def _by_expert(up: Inner, gate: Inner | None, act: Gate) -> Callable[..., None]:
     from pyggml.backends.cpu.linear.amx.tiles import begin_tiles, end_tiles
     from pyggml.backends.cpu.linear.put import put_gated, put_sums, put_zeros
     from pyggml.backends.cpu.native.memory import fetch_add, i32_at, i64_at, stack
 
-    block, put, gated = _block(up, gate), put_sums("f32"), put_gated(act or "silu")
+    block, put, gated = _block(up, gate), put_sums("f32"), put_gated(act)
     has_gate, per_row, wide = gate is not None, 2 if gate else 1, WIDTH // ROWS
     weights_buffer = stack(SLOTS * DEPTH * ROWS * 2, zeros=False)
     sums_buffer = stack(SLOTS * WIDTH * 64, zeros=False)

@@ -51,6 +51,11 @@ __device__ __forceinline__ float gated(int act, float gate, float up) {
     if (act == 1) z *= 1.59576912160573071f * (1.0f + 0.044715f * gate * gate);
     return __fdividef(gate, 1.0f + expf(-z)) * up;
 }
+// act(min(gate, limit)) * clamp(up, -limit, limit). NaN stays NaN.
+__device__ __forceinline__ float gated(int act, float gate, float up, float limit) {
+    return gated(act, gate > limit ? limit : gate,
+                 up < -limit ? -limit : up > limit ? limit : up);
+}
 
 // Writes element `row` of the row at `to`.
 __device__ __forceinline__ void put(const Tensor& y, char* to, int row, float value, int narrow) {
