@@ -113,7 +113,7 @@ def _(node: Node, axis: Axis, n: int) -> Slice | None:
         return Slice((None, Cut(1), Cut(1), masked, None, None), shift={"kv0": 1}, merge="lse")
     if axis == 1:
         ratio = heads // heads_kv
-        if n % ratio and ratio % n:
+        if heads_kv > 1 and n % ratio and ratio % n:
             return None
         part = None if heads_kv == 1 else Cut(2, div=ratio)
         sink = Cut(0) if node.get("sinks") is not None else None

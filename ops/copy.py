@@ -28,7 +28,7 @@ from pyggml.traits import Axis, Cost, Cut, Ids, Slice
 __all__ = ["cast", "concat", "cont", "cpy", "get_rows", "repeat", "set_rows"]
 
 
-@op(slices=elementwise_slices)
+@op(slices=elementwise_slices, linear=("a",))
 def cont(a: Node) -> Spec:
     """A contiguous copy of a: same type, same sizes."""
     return a.spec
@@ -92,6 +92,15 @@ def cpy(a: Node, b: Node) -> Spec:
             "must be equal"
         )
     return b.spec
+
+
+@cpy.slices
+def _(node: Node, axis: Axis, n: int) -> Slice | None:
+    if not isinstance(axis, int) or node["a"].ne != node.ne:
+        return None
+    if axis == 0 and max(node.dtype.block, node["a"].dtype.block) > 1:
+        return None
+    return Slice((Cut(axis), Cut(axis)))
 
 
 @cpy.cost
@@ -218,3 +227,16 @@ def _(node: Node) -> Cost:
     a, b, ids = node["a"], node["b"], node["ids"]
     rows = b.spec.elements // b.ne[0] * a.dtype.row_bytes(a.ne[0])
     return Cost(0.0, float(b.spec.nbytes + ids.spec.nbytes + rows))
+
+
+@set_rows.slices
+def _(node: Node, axis: Axis, n: int) -> Slice | None:
+    """Elements and matrices are written independently."""
+    if axis == 0:
+        return Slice((Cut(0), Cut(0), None)) if node.dtype.block == 1 else None
+    if axis not in (2, 3):
+        return None
+    assert isinstance(axis, int)
+    ids = node["ids"]
+    cut = modulo_cut(ids.ne[axis - 1], axis - 1, node.ne[axis])
+    return Slice((Cut(axis), Cut(axis), cut))

@@ -56,7 +56,7 @@ def _pair(a: Node, b: Node, types: tuple[str, ...]) -> Spec:
     return a.spec
 
 
-@op(slices=elementwise_slices)
+@op(slices=elementwise_slices, linear=("a", "b"))
 def add(a: Node, b: Node) -> Spec:
     """y = a + b, b repeated into a.
 
@@ -66,19 +66,19 @@ def add(a: Node, b: Node) -> Spec:
     return _pair(a, b, (*FLOATS, "i32", "i64"))
 
 
-@op(slices=elementwise_slices)
+@op(slices=elementwise_slices, linear=("a", "b"))
 def sub(a: Node, b: Node) -> Spec:
     """y = a - b, b repeated into a. Types and sizes as `add`, floats only."""
     return _pair(a, b, FLOATS)
 
 
-@op(slices=elementwise_slices)
+@op(slices=elementwise_slices, linear=("a",))
 def mul(a: Node, b: Node) -> Spec:
     """y = a * b, b repeated into a. Types and sizes as `add`, floats only."""
     return _pair(a, b, FLOATS)
 
 
-@op(slices=elementwise_slices)
+@op(slices=elementwise_slices, linear=("a",))
 def div(a: Node, b: Node) -> Spec:
     """y = a / b, b repeated into a. Types and sizes as `add`, floats only."""
     return _pair(a, b, FLOATS)

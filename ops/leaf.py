@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -18,7 +19,7 @@ from pyggml.node import Node
 from pyggml.node import label as add_label
 from pyggml.operation import Op
 from pyggml.quants import DECODABLE, encode_rows
-from pyggml.spec import Spec, integers
+from pyggml.spec import Ne, Spec, integers
 
 __all__ = ["constant", "input", "state"]
 
@@ -201,6 +202,71 @@ def deferred(
     if source is not None:
         _sources[node] = source, node.spec
     return node
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A part of a tensor: its first element, its sizes and its steps, in ne order.
+
+    name, spec  of the whole tensor
+    """
+
+    name: str | None
+    spec: Spec
+    start: Ne
+    ne: Ne
+    step: Ne
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        """The part as slices of the whole's array, in NumPy order; blocks of axis 0 are whole."""
+        dtype = self.spec.dtype
+        units = [1, 1, 1, 1]
+        if dtype.numpy is None and dtype.block > 1:  # raw rows: bytes
+            units[0] = dtype.block
+        scale = dtype.nbytes if units[0] > 1 else 1
+        sizes = [
+            slice(s // u * f, s // u * f + ((n - 1) * by // u + 1) * f, by if f == 1 else 1)
+            for s, n, by, u, f in zip(self.start, self.ne, self.step, units, (scale, 1, 1, 1))
+        ]
+        return tuple(sizes[self.spec.rank - 1 :: -1])
+
+    def __str__(self) -> str:
+        cut = [
+            f"ne{axis} {s}::{by}" if by > 1 else f"ne{axis} {s}:{s + n}"
+            for axis, (s, n, by) in enumerate(zip(self.start, self.ne, self.step))
+            if n != self.spec.ne[axis]
+        ]
+        return f"[{', '.join(cut)}]"
+
+
+def part_of(leaf: Node, rank: int, cut: tuple[Ne, Ne, Ne] | None = None) -> Node:
+    """The leaf that device `rank` has in place of `leaf`: a part of it, or all.
+
+    cut  start, sizes and steps of the part. That of a constant is a slice of its array, which is
+         read when it is needed; states of different devices have different names
+    """
+    start, ne, step = cut or ((0, 0, 0, 0), leaf.ne, (1, 1, 1, 1))
+    name = leaf.attrs["name"]
+    region = Region(name, leaf.spec, start, ne, step)
+    spec = Spec.of(leaf.dtype, ne, leaf.spec.rank)
+    if leaf.op is state_op:
+        name = f"{name}@{rank}"
+    elif cut is not None and name is not None:
+        name = f"{name}{region}"
+    attrs = {"name": name, "rank": rank, "part": None if cut is None else region}
+    if leaf.op is state_op:
+        attrs["part"] = region
+    new = leaf.op.make((), attrs, spec, line=False)
+    if leaf.op is constant_op:
+        _data[new] = partial(_sliced, leaf, region)
+        _sources[new] = source_of(leaf) if cut is None else (source_of(leaf), region)
+    return new
+
+
+def _sliced(leaf: Node, region: Region) -> NDArray[Any]:
+    """A part of a constant's array: a view, unless that has gaps."""
+    return np.ascontiguousarray(data_of(leaf)[region.index])
 
 
 def derived(spec: Spec, how: Derived) -> Node:

@@ -71,7 +71,7 @@ def _(node: Node, axis: Axis, n: int) -> Slice | None:
     if axis == 1:
         return Slice((None, Cut(1)))
     if axis == "k":
-        return Slice((Cut(0), Cut(0)), merge="sum") if a.dtype.block == 1 else None
+        return Slice((Cut(0), Cut(0)), merge="sum") if n % a.dtype.block == 0 else None
     assert isinstance(axis, int)
     if a.ne[axis] == 1:
         return Slice((None, Cut(axis)))
@@ -107,6 +107,9 @@ def expert_slices(node: Node, axis: Axis, n: int) -> Slice | None:
     matrices = len(node.op.weights)
     if axis == 0:
         return Slice((*(Cut(1),) * matrices, None, None))
+    if axis == "k":
+        whole = matrices == 1 and n % node[node.op.weights[0]].dtype.block == 0
+        return Slice((Cut(0), Cut(0), None), merge="sum") if whole else None
     if axis == 1:
         n_b = node["b"].ne[1]
         if n_b not in (1, node.ne[1]):

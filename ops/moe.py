@@ -156,7 +156,7 @@ def _token_slices(node: Node, axis: Axis, n: int) -> Slice | None:
     return Slice((Cut(2),) * sources) if axis == 1 else None
 
 
-@op(slices=_token_slices)
+@op(slices=_token_slices, linear=("a",))
 def multi_add(a: Node) -> Spec:
     """Sum over the experts of each token:  y[:, t] = sum_e a[:, e, t].
 
@@ -169,7 +169,7 @@ def multi_add(a: Node) -> Spec:
     return Spec.of(F32, (a.ne[0], a.ne[2]), 2)
 
 
-@op(slices=_token_slices)
+@op(slices=_token_slices, linear=("a",))
 def mul_multi_add(a: Node, b: Node) -> Spec:
     """Weighted sum over the experts of each token:  y[:, t] = sum_e a[:, e, t] b[0, e, t].
 

@@ -101,13 +101,16 @@ class Graph:
         return users_of(self.nodes)
 
     def _check_names(self) -> None:
-        seen: dict[str, Node] = {}
+        seen: dict[tuple[str, int], Node] = {}  # of a device: a sharded graph has a leaf for each
         for node in self.nodes:
-            key = node.attrs.get("name") if node.op.leaf else None
-            if key is not None and seen.setdefault(key, node) is not node:
+            name = node.attrs.get("name") if node.op.leaf else None
+            if name is None:
+                continue
+            first = seen.setdefault((name, node.attrs.get("rank", 0)), node)
+            if first is not node:
                 raise GraphError(
-                    f"two leaves are named {key!r}: {seen[key].spec} built at "
-                    f"{line_of(seen[key])} and {node.spec} built at {line_of(node)}; "
+                    f"two leaves are named {name!r}: {first.spec} built at "
+                    f"{line_of(first)} and {node.spec} built at {line_of(node)}; "
                     "build a leaf once and use it in both places"
                 )
 

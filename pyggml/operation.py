@@ -37,6 +37,8 @@ class Op(Generic[P]):
     writes   the operand that the op writes into; the result is that operand's new handle
     ids      the operand that holds ids, and what they choose from
     weights  operands that a matrix product reads as its weights
+    linear   operands in which the op is linear together, while the others are fixed: applied to
+             the parts of a sum, it gives the parts of a sum
     leaf     an op without operands; every call makes a new node
     parts    for an op that only gathers its operands: `parts(node)` returns where in the result
              each operand starts
@@ -53,6 +55,7 @@ class Op(Generic[P]):
         writes: str | None = None,
         ids: Ids | None = None,
         weights: tuple[str, ...] = (),
+        linear: tuple[str, ...] = (),
         leaf: bool = False,
         parts: PartsRule | None = None,
         cost: CostRule | None = None,
@@ -71,12 +74,13 @@ class Op(Generic[P]):
         self.writes = None if writes is None else self.index(writes)
         self.ids = ids
         self.weights = weights
+        self.linear = linear
         self.leaf = leaf
         self.parts = parts
         self.meaning: Callable[..., Node] | None = None
         self.cost_rule = cost
         self.slice_rule = slices
-        for operand in (*weights, *((ids.operand, ids.of) if ids is not None else ())):
+        for operand in (*weights, *linear, *((ids.operand, ids.of) if ids is not None else ())):
             self.index(operand)
 
     def __repr__(self) -> str:
@@ -219,6 +223,7 @@ def op(
     writes: str | None = None,
     ids: Ids | None = None,
     weights: tuple[str, ...] = (),
+    linear: tuple[str, ...] = (),
     parts: PartsRule | None = None,
     cost: CostRule | None = None,
     slices: SliceRule | None = None,

@@ -23,6 +23,7 @@ from pyggml.node import Node
 from pyggml.ops import get_rows
 from pyggml.runtime.compile import compile
 from pyggml.runtime.plan import Plan
+from pyggml.runtime.shards import Cuts
 from pyggml.runtime.store import Store
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Model:
     arch      its architecture: the hyperparameters
     weights   its tensors as constants
     store     the memory of its weights, shared by all sessions
-    backends, amb, pins, decode_weights   as in `compile`
+    backends, amb, pins, decode_weights, shard   as in `compile`
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Model:
         amb: float | None = None,
         pins: Mapping[str, str] | None = None,
         decode_weights: bool = False,
+        shard: Cuts | None = None,
         options: Options | None = None,
     ) -> None:
         name = file.fields.get("general.architecture")
@@ -59,7 +61,7 @@ class Model:
         self.options = options or Options()
         self.weights = Weights(file, all_sizes(self.arch))
         self.backends, self.amb, self.pins = tuple(backends), amb, pins
-        self.decode_weights = decode_weights
+        self.decode_weights, self.shard = decode_weights, shard
         self.store = Store()
 
     def __repr__(self) -> str:
@@ -140,6 +142,7 @@ class Model:
             pins=self.pins,
             store=store,
             decode_weights=self.decode_weights,
+            shard=self.shard,
         )
 
 
@@ -150,6 +153,7 @@ def load(
     amb: float | None = None,
     pins: Mapping[str, str] | None = None,
     decode_weights: bool = False,
+    shard: Cuts | None = None,
     **options: Any,
 ) -> Model:
     """Open a GGUF file as a model. Weights are uploaded when the first session runs.
@@ -162,6 +166,7 @@ def load(
     amb, pins as in `compile`: the attention memory budget in MiB, and label pattern -> place
     decode_weights
               as in `compile`: True keeps weights on NumPy as f32
+    shard     as in `compile`: how the model is spread over the first of `backends`
     options   flash=, fused=, mla=, prec=, cache_k=, cache_v=, cache_i= (see `Options`)
     Errors: GGUFError for a file that is not complete and well-formed, or has an architecture, keys
     or tensors that pyggml does not know.
@@ -175,6 +180,7 @@ def load(
             amb=amb,
             pins=pins,
             decode_weights=decode_weights,
+            shard=shard,
             options=Options(**options),
         )
     except BaseException:

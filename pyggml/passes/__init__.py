@@ -15,6 +15,7 @@ from pyggml.passes.lower import lower
 from pyggml.passes.order import order
 from pyggml.passes.place import place
 from pyggml.passes.protect import protect
+from pyggml.passes.shard import shard
 from pyggml.passes.verify import verify, verifying
 from pyggml.passes.work import Work
 
@@ -39,7 +40,7 @@ def budget(work: Work) -> Work:
     return within_budget(work, finish)
 
 
-PIPELINE: tuple[Pass, ...] = (protect, assign, fold, budget, *FINISH)
+PIPELINE: tuple[Pass, ...] = (protect, assign, shard, fold, budget, *FINISH)
 
 
 def run(work: Work) -> Work:

@@ -17,7 +17,7 @@ from pyggml.spec import Spec
 from pyggml.traits import Axis, Slice
 
 T = TypeVar("T")
-#: A function that calls others by `yield`; `_unwound` runs it.
+#: A function that calls others by `yield`; `unwound` runs it.
 Recursive: TypeAlias = Generator[Any, Any, T]
 
 
@@ -78,7 +78,7 @@ class Cutter:
         if rule is None:
             return None
         start = Chain(self.dim, axis if isinstance(axis, int) else -1, ())
-        out = _unwound(self._apply(old, rule, start, n))
+        out = unwound(self._apply(old, rule, start, n))
         if out is None:
             return None
         for shift in self.body.shifts:
@@ -88,7 +88,7 @@ class Cutter:
     def uncut(self) -> Piece:
         """The body of a loop of one piece: every node as it is."""
         node = self.body.out
-        out = _unwound(self._copy(node, keep=True))
+        out = unwound(self._copy(node, keep=True))
         return Piece(out, self.takes, (), self._counted())
 
     def _counted(self) -> set[Node]:
@@ -166,7 +166,7 @@ class Cutter:
         return leaf
 
 
-def _unwound(call: Recursive[T]) -> T:
+def unwound(call: Recursive[T]) -> T:
     """The result of a recursive call, in which `yield f(x)` is a call too.
 
     An attention can be thousands of nodes deep, more than Python's stack allows.

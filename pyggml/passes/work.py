@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from pyggml.backends.base import Backend
 from pyggml.backends.step import Spot, Step, WeightLayout
 from pyggml.graph import Graph
 from pyggml.node import Node, labels
 from pyggml.transfer import is_resident
+
+if TYPE_CHECKING:
+    from pyggml.passes.stages import Shard
 
 Pins = tuple[tuple[re.Pattern[str], Backend], ...]
 
@@ -87,6 +91,7 @@ class Work:
     pins       label pattern and the backend of what it matches; the first match counts
     settled    where the store has states, by name
     amb        the attention memory budget in bytes, or None
+    shard      how the graph is spread over devices; None: each node runs once
     decode_weights  whether weights are kept decoded on backends that can
     fuse       whether backends may compute several nodes in one step
     homes      where nodes run. Views are where their base is, other nodes on the first backend
@@ -108,6 +113,7 @@ class Work:
     amb: float | None = None
     fuse: bool = True
     decode_weights: bool = False
+    shard: Shard | None = None
     homes: Mapping[Node, Backend] = field(default_factory=dict)
     expanded: tuple[Expanded, ...] = ()
     scores: frozenset[Node] = frozenset()

@@ -25,6 +25,7 @@ from pyggml.runtime import places
 from pyggml.runtime.misuse import stale_reads
 from pyggml.runtime.plan import Plan
 from pyggml.runtime.planned import Request
+from pyggml.runtime.shards import Cuts, shard_of
 from pyggml.runtime.store import Store
 from pyggml.writes import note_graph
 
@@ -40,6 +41,7 @@ def compile(
     updates: Iterable[Node] = (),
     fuse: bool = True,
     decode_weights: bool = False,
+    shard: Cuts | None = None,
 ) -> Plan:
     """Plan the graph that computes `outputs`. Allocates no device memory and changes no store.
 
@@ -57,6 +59,8 @@ def compile(
     decode_weights
               True keeps weights on NumPy as f32: products are faster, and a weight takes 4 bytes an
               element, which the plan's memory counts. bind decodes them
+    shard     how the graph is spread over the first of `backends`: {"heads": 2, "experts": 2},
+              {"layers": 2}, or "auto"; (3, 1) instead of 2 for unequal parts. docs/scaling.md
     Errors: UnsupportedOpError if no place runs a node; BudgetError if `amb` is too small and
     ShapeError if it is not a number above 0; GraphError for states and names; DeviceError for a
     malformed place, and for decode_weights=True if no place keeps weights decoded;
@@ -82,10 +86,19 @@ def compile(
             f"decode_weights=True: {', '.join(device.place for device in devices)} cannot keep "
             "weights decoded; numpy can"
         )
-    work = Work(graph, devices, patterns, amb=budget, fuse=fuse, decode_weights=decode_weights)
+    named = [place for place in all_places if place.backend in _named(backends)]
+    work = Work(
+        graph, devices, patterns, amb=budget, fuse=fuse, decode_weights=decode_weights,
+        shard=shard_of(shard, named),
+    )  # fmt: skip
     sizes = {place.backend.device: place for place in all_places if place.size is not None}
     request = Request(work, sizes)
     return Plan(request, request.plan(store), store)
+
+
+def _named(backends: Sequence[str]) -> list[Backend]:
+    """The backends of the places that `backends=` lists; pins may name others."""
+    return [places.parse(text).backend for text in backends]
 
 
 def _budget_bytes(amb: float | None) -> float | None:

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from threading import RLock
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 from weakref import WeakSet
 
 import numpy as np
@@ -29,10 +29,13 @@ from pyggml.ops.leaf import constant_op, data_of, derived_from, shared_key, sour
 from pyggml.quants import decode_rows
 from pyggml.runtime.arrays import raw_shape, raw_type, stored
 from pyggml.runtime.leaves import Leaf, Leaves, Need, Progress
+from pyggml.spec import Spec
 from pyggml.transfer import origin
 from pyggml.words import counted
 
 T = TypeVar("T")
+#: An index of a NumPy array.
+Index: TypeAlias = tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +139,7 @@ class Store:
     def check(self, leaves: Iterable[Node]) -> None:
         """GraphError if the store has another state or weight with the name of a leaf."""
         states = {key[0]: leaf.spec for key, leaf in self._leaves.states.items()}
+        cuts = {_whole_name(leaf.node): leaf.node for leaf in self._leaves.states.values()}
         weights = {key[0]: leaf.node for key, leaf in self.shared.weights.items()}
         for leaf in map(origin, leaves):
             key = leaf.attrs["name"]
@@ -144,6 +148,12 @@ class Store:
                 raise GraphError(
                     f"this store has the state {key!r} as {spec}, not {leaf.spec}; use another "
                     "name or another store"
+                )
+            part = cuts.get(_whole_name(leaf)) if leaf.op is state_op else None
+            if part is not None and not _cut_alike(part, leaf, self._leaves.states):
+                raise GraphError(
+                    f"this store has the state {_whole_name(leaf)!r} on other devices or cut "
+                    "otherwise; use the same shard= for all plans of a store"
                 )
             other = weights.get(shared_key(leaf), leaf) if leaf.op is constant_op else leaf
             if other is not leaf and not _same_data(other, leaf):
@@ -211,31 +221,38 @@ class Store:
 
     # -- for users ----------------------------------------------------------------------------
 
-    def _state(self, name: str) -> Leaf:
+    def _state(self, name: str) -> tuple[Spec, list[tuple[Leaf, Index]]]:
+        """The size of a state; the leaves that have it, and which part of it each one has."""
         states = self._leaves.states
-        if (name,) not in states:
-            known = ", ".join(str(key[0]) for key in states)
+        if (name,) in states:
+            return states[name,].spec, [(states[name,], (...,))]
+        parts = [(leaf, leaf.node.attrs.get("part")) for leaf in states.values()]
+        mine = [(leaf, part) for leaf, part in parts if part is not None and part.name == name]
+        if not mine:
+            known = ", ".join(dict.fromkeys(_whole_name(leaf.node) for leaf in states.values()))
             raise UnknownNameError(
                 f"the store has no state {name!r}; its states are: "
                 f"{known or 'none yet. A state exists once a plan with it is bound'}"
             )
-        return states[name,]
+        return mine[0][1].spec, [(leaf, part.index) for leaf, part in mine]
 
     def read(self, name: str, *, raw: bool = False) -> NDArray[Any]:
-        """A copy of a state in NumPy shape; bf16 and block types as f32, or as raw rows.
+        """A copy of a state in NumPy shape; bf16 and block types as f32, or as raw rows. Of a
+        state that is cut over devices, all parts together.
 
         Errors: UnknownNameError for a name without a state.
         """
         with self.lock:
-            state = self._state(name)
+            spec, leaves = self._state(name)
+            rows = np.empty(raw_shape(spec), spec.dtype.numpy or raw_type(spec.dtype))
 
-            def download() -> NDArray[Any]:
+            def download() -> None:
                 self.settle()
-                return state.backend.download(state.at, state.spec)
+                for leaf, index in leaves:
+                    rows[index] = leaf.backend.download(leaf.at, leaf.spec)
 
-            rows = self.alone([state.backend], download)
-        dtype = state.spec.dtype
-        return rows if raw or dtype.numpy is not None else decode_rows(dtype, rows)
+            self.alone([leaf.backend for leaf, _ in leaves], download)
+        return rows if raw or spec.dtype.numpy is not None else decode_rows(spec.dtype, rows)
 
     def write(self, name: str, array: ArrayLike) -> None:
         """Set a state from an array of its NumPy shape, or from raw rows.
@@ -243,27 +260,46 @@ class Store:
         Errors: UnknownNameError, ShapeError, DTypeError.
         """
         # Before taking the locks, because converting a device array takes its device's lock.
-        values = stored(f"state {name!r}", self._state(name).spec, array)
+        values = stored(f"state {name!r}", self._state(name)[0], array)
         self._set(name, values)
 
     def clear(self, *names: str) -> None:
         """Set states to zero, all of them by default. Errors: UnknownNameError."""
         with self.lock:
             for name in names or [str(key[0]) for key in self._leaves.states]:
-                spec = self._state(name).spec
+                spec, _ = self._state(name)
                 zero = np.zeros((), spec.dtype.numpy or raw_type(spec.dtype))
                 self._set(name, np.broadcast_to(zero, raw_shape(spec)))
 
     def _set(self, name: str, values: NDArray[Any]) -> None:
         with self.lock:
-            state = self._state(name)
+            _, leaves = self._state(name)
 
             def upload() -> None:
                 self.settle()
-                state.backend.upload(state.at, state.spec, values)
-                state.backend.synchronize()
+                for leaf, index in leaves:
+                    leaf.backend.upload(leaf.at, leaf.spec, np.ascontiguousarray(values[index]))
+                for leaf, _ in leaves:
+                    leaf.backend.synchronize()
 
-            self.alone([state.backend], upload)
+            self.alone([leaf.backend for leaf, _ in leaves], upload)
+
+
+def _whole_name(state: Node) -> str:
+    """The name of a state, or of the one that it is a part of."""
+    part = state.attrs.get("part")
+    return str(state.attrs["name"] if part is None else part.name)
+
+
+def _cut_alike(known: Node, leaf: Node, states: Mapping[tuple[object, ...], Leaf]) -> bool:
+    """Whether a state is whole or cut as a store has it.
+
+    known  a part of it that the store has, or all of it
+    """
+    if (known.attrs.get("part") is None) != (leaf.attrs.get("part") is None):
+        return False
+    same = states.get((leaf.attrs["name"],))
+    return same is not None and same.node.attrs.get("part") == leaf.attrs.get("part")
 
 
 @lru_cache(maxsize=64)

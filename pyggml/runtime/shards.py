@@ -1,0 +1,88 @@
+"""The argument `shard=` of compile: which cuts, over which devices, in which proportion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from typing import TypeAlias
+
+from pyggml.backends.base import Backend
+from pyggml.errors import DeviceError, DTypeError, UnknownNameError
+from pyggml.passes.shard import CUTS
+from pyggml.passes.stages import Shard
+from pyggml.runtime.places import Place
+
+#: "auto", or cut -> the number of devices (of stages for "layers"), or their shares.
+Cuts: TypeAlias = str | Mapping[str, int | Sequence[float]]
+
+#: What "auto" cuts: all that can be cut without a copy of a cache on each device.
+AUTO = ("heads", "experts", "rows")
+
+
+def shard_of(cuts: Cuts | None, places: Sequence[Place]) -> Shard | None:
+    """The shard that `cuts` describe over the first of `places`; None if nothing is divided.
+
+    Without shares, the parts are in the proportion of the sizes of the places, if they have any.
+    Errors: DTypeError, UnknownNameError, DeviceError if there are too few devices.
+    """
+    if cuts is None:
+        return None
+    alike = [place for place in places if place.name == places[0].name]
+    if cuts == "auto":
+        cuts = dict.fromkeys(AUTO, len(alike))
+        strict = False
+    else:
+        strict = True
+    if not isinstance(cuts, Mapping):
+        raise DTypeError(
+            f"shard= must be 'auto' or a dict such as {{'heads': 2}}, not {cuts!r}; "
+            f"the cuts are: {', '.join(CUTS)}"
+        )
+    numbers = {name: _shares(name, value) for name, value in cuts.items()}
+    counts = {name: len(shares) for name, shares in numbers.items()}
+    group = {name: n for name, n in counts.items() if name != "layers" and n > 1}
+    if len(set(group.values())) > 1:
+        raise DTypeError(
+            f"shard={dict(cuts)!r}: all cuts but 'layers' are over the same devices, so their "
+            "numbers must be equal"
+        )
+    n_group, n_stages = max(group.values(), default=1), counts.get("layers", 1)
+    count = n_group * n_stages
+    if count == 1:
+        return None
+    if len(alike) < count:
+        names = ", ".join(str(place) for place in alike)
+        raise DeviceError(
+            f"shard={dict(cuts)!r} needs {count} devices of one kind, and backends= names "
+            f"{len(alike)}: {names}"
+        )
+    used = alike[:count]
+    given = [numbers[name] for name in group if len(set(numbers[name])) > 1]
+    if any(shares != given[0] for shares in given[1:]):
+        raise DTypeError(f"shard={dict(cuts)!r}: the shares of all cuts but 'layers' must be equal")
+    sizes = [float(place.size or 0) for place in used]
+    known = all(sizes)
+    in_group = [sum(sizes[i::n_group]) for i in range(n_group)]
+    in_stage = [sum(sizes[i * n_group : (i + 1) * n_group]) for i in range(n_stages)]
+    shares = given[0] if given else tuple(in_group) if known else (1.0,) * n_group
+    stages = numbers.get("layers", (1.0,))
+    if known and len(set(stages)) == 1:
+        stages = tuple(in_stage)
+    devices: tuple[Backend, ...] = tuple(place.backend for place in used)
+    return Shard({n: k for n, k in counts.items() if k > 1}, shares, stages, devices, strict)
+
+
+def _shares(name: str, value: object) -> tuple[float, ...]:
+    """The shares of a cut, equal ones for a number of devices."""
+    if name not in CUTS:
+        raise UnknownNameError(f"shard=: there is no cut {name!r}; there are: {', '.join(CUTS)}")
+    if isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1:
+        return (1.0,) * int(value)
+    shares = value if isinstance(value, Sequence) and not isinstance(value, str) else ()
+    numbers = [float(x) for x in shares if isinstance(x, Real) and not isinstance(x, bool)]
+    if shares and len(numbers) == len(shares) and all(0 < x < float("inf") for x in numbers):
+        return tuple(numbers)
+    raise DTypeError(
+        f"shard={{{name!r}: {value!r}}}: expected a number of devices such as 2, or their shares "
+        "such as (3, 1)"
+    )
