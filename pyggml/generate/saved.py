@@ -26,9 +26,8 @@ def save(session: Session, path: str | PathLike[str]) -> int:
     n = len(session.tokens)
     tensors = []
     for cache in session.caches:
-        for state in cache.states:
+        for state, rows in zip(cache.states, cache.used(n)):
             name, ne = state.attrs["name"], state.ne
-            rows = cache.used(n)
             chunks = partial(_rows, session, name, rows)
             tensors.append(Tensor(name, state.dtype, (ne[0], rows, ne[2]), chunks))
     fields: dict[str, Any] = {
@@ -63,8 +62,8 @@ def restore(session: Session, path: str | PathLike[str]) -> None:
             )
         arrays = {}
         for cache in session.caches if tokens else ():
-            for state in cache.states:
-                name, ne = state.attrs["name"], (state.ne[0], cache.used(len(tokens)), state.ne[2])
+            for state, rows in zip(cache.states, cache.used(len(tokens))):
+                name, ne = state.attrs["name"], (state.ne[0], rows, state.ne[2])
                 info = file.tensors.get(name)
                 if info is None or (info.dtype, info.ne) != (state.dtype, ne[: len(info.ne)]):
                     raise GGUFError(

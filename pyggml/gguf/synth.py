@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -86,6 +87,19 @@ def random_tensor(
 
     tensor = Tensor(name, type, ne, chunks)
     return tensor
+
+
+def random_ids(name: str, ne: tuple[int, ...], *, end: int, seed: int = 0) -> Tensor:
+    """Rows of different whole numbers from 0 to `end` - 1, in i32: each row counts up from a random
+    one. Values as `random_tensor`'s depend only on `seed` and `name`.
+    """
+
+    def chunks() -> Iterator[np.ndarray[Any, Any]]:
+        rng = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))
+        first = rng.integers(0, end, math.prod(ne[1:]), dtype=np.int32)
+        yield (first[:, None] + np.arange(ne[0], dtype=np.int32)) % np.int32(end)
+
+    return Tensor(name, TYPES["i32"], ne, chunks)
 
 
 def _random_bytes(rng: np.random.Generator, count: int) -> Array:

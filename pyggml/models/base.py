@@ -14,7 +14,7 @@ from pyggml.models.cache import Cache
 from pyggml.models.keys import Keys, key, read, written
 from pyggml.models.known import check_file
 from pyggml.models.layers import norm
-from pyggml.models.weights import Layer
+from pyggml.models.weights import Layer, Weights
 from pyggml.node import Node
 from pyggml.ops import add, get_rows
 from pyggml.where import warn
@@ -27,6 +27,7 @@ A = TypeVar("A", bound="type[Architecture]")
 _REGISTRY: dict[str, str | type[Architecture]] = {
     "deepseek2": "deepseek2",
     "deepseek32": "deepseek32",
+    "deepseek4": "deepseek4",
     "glm-dsa": "glm_dsa",
     "glm4moe": "glm4moe",
     "gpt-oss": "gpt_oss",
@@ -194,6 +195,14 @@ class Architecture:
     def feed_forward(self, x: Node, layer: Layer, batch: Batch) -> Node:
         """f32 [n_embd, T]; x is normalized."""
         raise NotImplementedError
+
+    def begin(self, x: Node) -> Node:
+        """What the first layer gets, from the tokens' embeddings, f32 [n_embd, T]."""
+        return x
+
+    def end(self, x: Node, w: Weights) -> Node:
+        """What `output_norm` gets, f32 [n_embd, n_outputs], from the last layer's output."""
+        return x
 
     def layer(self, x: Node, layer: Layer, cache: Cache, batch: Batch) -> Node:
         """One layer. The last one computes its feed-forward only for the batch's outputs."""

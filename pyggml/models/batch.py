@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Any
 
 from pyggml.dtypes import dtype
 from pyggml.errors import ShapeError
@@ -54,6 +56,7 @@ class Batch:
     writes   handles of the caches that the layers write
     chosen   i32 [k, n_tokens]: the cache rows that an earlier layer chose for each token, for
              layers that use the same; None: none yet
+    shared   what layers of one kind compute once for all of them, by a key of their choice
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Batch:
         self.n_outputs = n_outputs
         self.writes: list[Node] = []
         self.chosen: Node | None = None
+        self.shared: dict[Hashable, Any] = {}
         self.tokens = input("tokens", "i32", ne=(n_tokens,))
         self.pos = input("pos", "i32", ne=(n_tokens,))
         padded = padded and n_tokens > 1
@@ -77,12 +81,21 @@ class Batch:
         self.outputs = input("outputs", "i32", ne=(n_outputs,)) if some else None
         self._masks: dict[tuple[int, int | None], Node] = {}
         self._rings: dict[int, Ring] = {}
+        self._modulo: dict[int, Node] = {}
 
     def ring(self, n_rows: int) -> Ring:
         """The rows of window caches with `n_rows` rows; one object for all layers."""
         if n_rows not in self._rings:
             self._rings[n_rows] = Ring(self, n_rows)
         return self._rings[n_rows]
+
+    def modulo(self, n: int) -> Node:
+        """rows mod n, i32 [n_tokens]; -1 for padding. Exact for rows below 2^23."""
+        if n not in self._modulo:
+            rows = cast(self.rows, dtype="f32")
+            laps = cast(cast(div(rows, fill(rows, value=float(n))), dtype="i32"), dtype="f32")
+            self._modulo[n] = cast(sub(rows, scale(laps, s=float(n))), dtype="i32")
+        return self._modulo[n]
 
     def mask(self, n_kv: int, window: int | None = None) -> Node:
         """causal_mask(pos); one node for all layers that ask for the same."""
@@ -99,9 +112,7 @@ class Ring:
     """
 
     def __init__(self, batch: Batch, n_rows: int) -> None:
-        rows = cast(batch.rows, dtype="f32")  # exact below 2^23
-        laps = cast(cast(div(rows, fill(rows, value=float(n_rows))), dtype="i32"), dtype="f32")
-        self.rows = cast(sub(rows, scale(laps, s=float(n_rows))), dtype="i32")
+        self.rows = batch.modulo(n_rows)
         ends = cast(scale(cast(batch.pos, dtype="f32"), s=1.0, b=1.0), dtype="i32")
         ends = reshape(ends, ne=(1, batch.n_tokens))
         written = set_rows(ring_state(n_rows), ends, self.rows)

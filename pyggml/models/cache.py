@@ -33,9 +33,9 @@ class Cache:
     def n_rows(self) -> int:
         return self.states[0].ne[1]
 
-    def used(self, n: int) -> int:
-        """The number of rows that `n` tokens fill."""
-        return n
+    def used(self, n: int) -> tuple[int, ...]:
+        """The number of rows of each state that `n` tokens fill."""
+        return (n,) * len(self.states)
 
     def reaches(self, n: int, past: int) -> bool:
         """Whether a cache that had `past` tokens still has all rows that token number n sees."""
@@ -68,8 +68,8 @@ class WindowCache(Cache):
 
     window: int
 
-    def used(self, n: int) -> int:
-        return min(n, self.n_rows)
+    def used(self, n: int) -> tuple[int, ...]:
+        return (min(n, self.n_rows),) * len(self.states)
 
     def reaches(self, n: int, past: int) -> bool:
         return past - self.n_rows <= max(0, n - self.window + 1)
@@ -91,6 +91,11 @@ class WindowCache(Cache):
 def ring_state(n_rows: int) -> Node:
     """cache_end_N, i32 [1, n_rows]: 1 + the position in each row of window caches; 0: empty."""
     return state(f"cache_end_{n_rows}", "i32", ne=(1, n_rows))
+
+
+def ring_rows(window: int, n_ctx: int, n_batch: int) -> int:
+    """The rows of a ring from which a batch of up to `n_batch` tokens needs the last `window`."""
+    return min(padded(window + n_batch - 1, RING_STEP), n_ctx)
 
 
 def latent_cache(
@@ -118,10 +123,10 @@ def kv_cache(
 
     n_rows is n_ctx, or fewer if only a window is needed.
     """
-    n_rows = n_ctx if window is None else padded(window + n_batch - 1, RING_STEP)
+    n_rows = n_ctx if window is None else ring_rows(window, n_ctx, n_batch)
     states = (
-        state(f"cache_k_l{il}", types[0], ne=(d_k, min(n_rows, n_ctx), n_head_kv)),
-        state(f"cache_v_l{il}", types[1], ne=(d_v, min(n_rows, n_ctx), n_head_kv)),
+        state(f"cache_k_l{il}", types[0], ne=(d_k, n_rows, n_head_kv)),
+        state(f"cache_v_l{il}", types[1], ne=(d_v, n_rows, n_head_kv)),
     )
     if window is None:
         return Cache(states)

@@ -17,6 +17,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, get_args, get_type_hints
 
+import numpy as np
+
 from pyggml.errors import GGUFError
 
 MAX_SIZE = 1 << 31
@@ -75,6 +77,21 @@ class Keys:
         if value not in choices:
             self.fail(key, f"{value!r}, must be one of {', '.join(choices)}")
         return value
+
+    def each(self, key: str, n: int, type_: type) -> tuple[Any, ...]:
+        """The value for each of `n` layers: one for all of them, or an array of at least `n`."""
+        self.lookups.add(key)
+        value = self.fields.get(f"{self.architecture}.{key}")
+        if value is None:
+            self.fail(key, "is missing")
+        if type(value) is type_:
+            return (value,) * n
+        kinds = "f" if type_ is float else "iu"
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in kinds:
+            self.fail(key, f"must be {type_.__name__} or an array, got {type(value).__name__}")
+        if value.size < n:
+            self.fail(key, f"has {value.size} values, must have one for each of {n} layers")
+        return tuple(type_(number) for number in value[:n])
 
     def equal(self, key: str, expected: int, reason: str) -> None:
         """Check a redundant key against the value that other keys imply."""

@@ -15,6 +15,7 @@ from pyggml.node import Node
 from pyggml.ops import (
     add,
     cast,
+    clamp,
     cont,
     div,
     fill,
@@ -218,17 +219,28 @@ def bias_tensors(sizes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]
     return {f"{name}.bias": ne[1:] for name, ne in sizes.items() if len(ne) == 2}
 
 
-def swiglu_mlp(layer: Layer, x: Node, suffix: str = "", *, fused: bool) -> Node:
-    """down(silu(gate x) * (up x)): f32 [n_embd, T].
+def silu_gated(gate: Node, up: Node, limit: float | None = None) -> Node:
+    """silu(gate) * up; with a limit c, silu(min(gate, c)) * clip(up, -c, c)."""
+    if limit is not None:
+        gate = clamp(gate, min=float("-inf"), max=limit)
+        up = clamp(up, min=-limit, max=limit)
+    return mul(silu(gate), up)
+
+
+def swiglu_mlp(
+    layer: Layer, x: Node, suffix: str = "", *, fused: bool, limit: float | None = None
+) -> Node:
+    """down(silu_gated(gate x, up x)): f32 [n_embd, T].
 
     suffix  of the names ffn_up, ffn_gate and ffn_down, such as _shexp
     fused   up, gate and activation as one op, unless they have factors or biases
+    limit   of `silu_gated`
     """
     up, gate = f"ffn_up{suffix}", f"ffn_gate{suffix}"
-    if fused and not extras(layer, up, gate):
+    if fused and limit is None and not extras(layer, up, gate):
         hidden = fused_up_gate(layer[up], layer[gate], x)
     else:
-        hidden = mul(silu(linear(layer, gate, x)), linear(layer, up, x))
+        hidden = silu_gated(linear(layer, gate, x), linear(layer, up, x), limit)
     return linear(layer, f"ffn_down{suffix}", hidden)
 
 

@@ -113,6 +113,7 @@ class Model:
         """Output `logits`, f32 [n_vocab, n_outputs]; without outputs, it only fills the caches."""
         w, arch = self.weights, self.arch
         x = w.label(scaled(w, "token_embd", get_rows(w["token_embd"], batch.tokens)), "inp_embd")
+        x = arch.begin(x)
         for il, cache in enumerate(caches):
             x = arch.layer(x, w.layer(il), cache, batch)
         if not batch.n_outputs:
@@ -122,6 +123,7 @@ class Model:
     def head(self, x: Node) -> Node:
         """Logits of the last layer's output."""
         w = self.weights
+        x = self.arch.end(x, w)
         x = w.label(norm(w, "output_norm", x, self.arch.rms_eps), "result_norm")
         y = linear(w, "token_embd" if self.arch.tied else "output", x)
         return w.label(y, "result_output")

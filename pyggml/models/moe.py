@@ -13,7 +13,7 @@ from typing import Literal
 
 from pyggml.gguf import GGUFFile
 from pyggml.models.keys import Keys, key
-from pyggml.models.layers import extras, mlp_tensors, scaled, swiglu_mlp
+from pyggml.models.layers import extras, mlp_tensors, scaled, silu_gated, swiglu_mlp
 from pyggml.models.weights import Layer
 from pyggml.node import Node
 from pyggml.ops import (
@@ -32,15 +32,18 @@ from pyggml.ops import (
     reshape,
     scale,
     sigmoid,
-    silu,
     soft_max,
+    softplus,
+    sqrt,
     sum_rows,
     top_k,
 )
 
 Gated = Callable[[Node, Node], Node]
-Gating = Literal["softmax", "sigmoid", "softmax_weight"]
-_GATING: dict[int, Gating] = {0: "softmax", 1: "softmax", 2: "sigmoid", 3: "softmax_weight"}
+Gating = Literal["softmax", "sigmoid", "softmax_weight", "sqrt_softplus"]
+_GATING: dict[int, Gating] = {
+    0: "softmax", 1: "softmax", 2: "sigmoid", 3: "softmax_weight", 4: "sqrt_softplus",
+}  # fmt: skip
 #: Lower limit of the sum that normalizes expert weights: the smallest normal f16, as in llama.cpp.
 LEAST_SUM = 6.103515625e-5
 
@@ -50,7 +53,8 @@ class Experts:
     """The experts of a model, from its keys.
 
     gating_func    1 softmax of the logits, 2 sigmoid, 3 softmax over the chosen experts' logits
-                   only (gpt-oss); 0: the architecture's default
+                   only (gpt-oss), 4 the root of softplus (DeepSeek V4); 0: the architecture's
+                   default
     weights_norm   divide the chosen experts' weights by their sum
     weights_scale  then multiply them; 0 and 1 scale nothing
     choice_bias    every layer has exp_probs_b.bias, which is added to the scores that choose
@@ -63,7 +67,7 @@ class Experts:
     n_used: int = key("expert_used_count", 0, least=0)
     n_ff: int = key("expert_feed_forward_length", 0, least=0)
     n_shared: int = key("expert_shared_count", 0, least=0)
-    gating_func: int = key("expert_gating_func", 0, least=0, most=3, rare=True)
+    gating_func: int = key("expert_gating_func", 0, least=0, most=4, rare=True)
     weights_norm: bool = key("expert_weights_norm", False)
     weights_scale: float = key("expert_weights_scale", 0.0, zero=True)
     choice_bias: bool = False
@@ -134,26 +138,19 @@ def has_merged(file: GGUFFile) -> bool:
     return any(name.endswith("ffn_gate_up_exps.weight") for name in file.tensors)
 
 
-def route(layer: Layer, x: Node, e: Experts) -> tuple[Node, Node]:
+def route(layer: Layer, x: Node, e: Experts, ids: Node | None = None) -> tuple[Node, Node]:
     """Choose experts: their ids, i32 [n_expert_used, T], and weights, f32 [1, n_expert_used, T].
 
-    x  f32 [n_embd, T]
+    x    f32 [n_embd, T]
+    ids  the experts, if something else has chosen them already
     """
     n_tokens = x.ne[1]
     logits = scaled(layer, "ffn_gate_inp", mul_mat(layer["ffn_gate_inp"], x, prec="f32"))
     probs = logits = layer.label(logits, "ffn_moe_logits")
     if e.gating != "softmax_weight":
-        probs = soft_max(logits) if e.gating == "softmax" else sigmoid(logits)
-        probs = layer.label(probs, "ffn_moe_probs")
-    bias = layer.get("exp_probs_b.bias")
-    scores = probs if bias is None else add(probs, bias)
-    if e.n_group > 1:
-        ids = grouped_topk(
-            scores, n_group=e.n_group, n_group_used=e.n_group_used or e.n_group,
-            n_top=2 if e.gating == "sigmoid" else 1, k=e.n_used,
-        )  # fmt: skip
-    else:
-        ids = top_k(scores, k=e.n_used)
+        probs = layer.label(_GATES[e.gating](logits), "ffn_moe_probs")
+    if ids is None:
+        ids = _best(layer, probs, e)
     ids = layer.label(ids, "ffn_moe_topk")
     weights = get_rows(reshape(probs, ne=(1, e.n_expert, n_tokens)), ids)
     flat = reshape(weights, ne=(e.n_used, n_tokens))
@@ -167,25 +164,61 @@ def route(layer: Layer, x: Node, e: Experts) -> tuple[Node, Node]:
     return ids, layer.label(weights, "ffn_moe_weights")
 
 
+_GATES: dict[Gating, Callable[[Node], Node]] = {
+    "softmax": soft_max,
+    "sigmoid": sigmoid,
+    "sqrt_softplus": lambda logits: sqrt(softplus(logits)),
+}
+
+
+def _best(layer: Layer, probs: Node, e: Experts) -> Node:
+    """The ids of the best experts by their gate's values and the layer's bias."""
+    bias = layer.get("exp_probs_b.bias")
+    scores = probs if bias is None else add(probs, bias)
+    if e.n_group <= 1:
+        return top_k(scores, k=e.n_used)
+    return grouped_topk(
+        scores, n_group=e.n_group, n_group_used=e.n_group_used or e.n_group,
+        n_top=2 if e.gating == "sigmoid" else 1, k=e.n_used,
+    )  # fmt: skip
+
+
 def moe(
-    layer: Layer, x: Node, experts: Experts, *, fused: bool, gated: Gated | None = None
+    layer: Layer,
+    x: Node,
+    experts: Experts,
+    *,
+    fused: bool,
+    gated: Gated | None = None,
+    ids: Node | None = None,
+    limit: float | None = None,
+    limit_shared: float | None = None,
 ) -> Node:
     """The weighted sum of each token's experts, plus the shared experts if there are any.
 
-    gated  the activation of (gate, up) in place of silu(gate) * up
+    gated         the activation of (gate, up) in place of `silu_gated`
+    ids           the experts, if they do not depend on x (see `route`)
+    limit, limit_shared   of `silu_gated` in the experts and in the shared experts
     """
-    routed = routed_sum(layer, x, experts, fused=fused, gated=gated)
+    routed = routed_sum(layer, x, experts, fused=fused, gated=gated, ids=ids, limit=limit)
     if "ffn_gate_shexp" not in layer:
         return layer.label(routed, "ffn_out")
-    shared = layer.label(swiglu_mlp(layer, x, "_shexp", fused=fused), "ffn_shexp")
-    return layer.label(add(routed, shared), "ffn_out")
+    shared = swiglu_mlp(layer, x, "_shexp", fused=fused, limit=limit_shared)
+    return layer.label(add(routed, layer.label(shared, "ffn_shexp")), "ffn_out")
 
 
 def routed_sum(
-    layer: Layer, x: Node, experts: Experts, *, fused: bool, gated: Gated | None = None
+    layer: Layer,
+    x: Node,
+    experts: Experts,
+    *,
+    fused: bool,
+    gated: Gated | None = None,
+    ids: Node | None = None,
+    limit: float | None = None,
 ) -> Node:
     """The weighted sum of each token's n_expert_used experts, f32 [n_embd, T]."""
-    ids, weights = route(layer, x, experts)
+    ids, weights = route(layer, x, experts, ids)
     b = reshape(x, ne=(x.ne[0], 1, x.ne[1]))
     up, gate = "ffn_up_exps", "ffn_gate_exps"
     if gated is not None:
@@ -193,11 +226,11 @@ def routed_sum(
         hidden = gated(gate_x, expert_product(layer, up, b, ids))
     elif "ffn_gate_up_exps" in layer:
         hidden = glu(expert_product(layer, "ffn_gate_up_exps", b, ids))  # rows of gate, then of up
-    elif fused and not extras(layer, up, gate):
+    elif fused and limit is None and not extras(layer, up, gate):
         hidden = moe_up_gate(layer[up], layer[gate], b, ids)
     else:
         gate_x = expert_product(layer, gate, b, ids)
-        hidden = mul(silu(gate_x), expert_product(layer, up, b, ids))
+        hidden = silu_gated(gate_x, expert_product(layer, up, b, ids), limit)
     hidden = layer.label(hidden, "ffn_moe_hidden")
     down = layer.label(expert_product(layer, "ffn_down_exps", hidden, ids), "ffn_moe_down")
     return layer.label(mul_multi_add(down, weights), "ffn_moe_out")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import cycle, islice
 from typing import Any
 
 from pyggml.errors import ShapeError, UnknownNameError
 from pyggml.models.base import MAX_LAYERS, Architecture
+from pyggml.models.compressed import HEAVY, PLAIN, SPARSE, Compressed
 from pyggml.models.deepseek2 import DeepSeek2, KvB
+from pyggml.models.deepseek4 import DeepSeek4
 from pyggml.models.deepseek32 import DeepSeek32
 from pyggml.models.glm4moe import Glm4Moe
 from pyggml.models.glm_dsa import GLM_52_CTX, GlmDsa, default_types
@@ -24,7 +27,8 @@ from pyggml.models.qwen3 import Qwen3, Qwen3Moe
 # DeepSeek-V2-Lite, DeepSeek-V3 and DeepSeek-V3.2-Exp, openai/gpt-oss-20b and gpt-oss-120b,
 # meta-llama/Llama-3.1-8B, Qwen/Qwen3-30B-A3B, zai-org/GLM-4.5-Air and GLM-5, and
 # HuggingFaceTB/SmolLM2-135M. tests/models/published.py has the numbers of parameters, and
-# tests/oracle/test_published.py compares every key.
+# tests/oracle/test_published.py compares every key. Those of DeepSeek-V4-Pro are from reports about
+# it.
 
 _YARN = Rope(scaling="yarn", factor=40.0, n_ctx_orig=4096)
 V2_LITE = DeepSeek2(
@@ -76,6 +80,36 @@ TINY_GLM_DSA = replace(
     kv_lora_rank=64, d_nope=32, n_rot=32, d_v=32, n_ff=512, types=default_types(4, GLM_52_CTX),
     experts=replace(TINY.experts, n_group=1, n_group_used=1),
     indexer=Indexer(n_head=8, d=64, top_k=32),
+)  # fmt: skip
+V4_FLASH = DeepSeek4(
+    n_block=43, n_ctx_train=1048576, n_vocab=129280, n_embd=4096, rms_eps=1e-6,
+    attn=Compressed(
+        n_head=64, d=512, n_rot=64, q_rank=1024, window=128, n_group=8, out_rank=1024, n_index=64,
+        d_index=128, top_k=512, freq_base=160000.0,
+    ),
+    rope=Rope(scaling="yarn", factor=16.0, n_ctx_orig=65536),
+    ratios=(PLAIN, PLAIN, SPARSE, *(20 * (HEAVY, SPARSE))),
+    experts=Experts(
+        n_ff=2048, n_expert=256, n_used=6, n_shared=1, gating_func=4, choice_bias=True,
+        weights_norm=True, weights_scale=1.5,
+    ),
+    n_hash=3, clamp=43 * (10.0,), clamp_shared=43 * (10.0,), n_stream=4, n_sinkhorn=20, hc_eps=1e-6,
+)  # fmt: skip
+V4_PRO = replace(
+    V4_FLASH, n_block=61, n_embd=7168, ratios=(HEAVY, HEAVY, SPARSE, *(29 * (HEAVY, SPARSE))),
+    attn=replace(V4_FLASH.attn, n_head=128, q_rank=1536, n_group=16, top_k=1024),
+    experts=replace(V4_FLASH.experts, n_ff=3072, n_expert=384, weights_scale=2.5),
+    clamp=61 * (10.0,), clamp_shared=61 * (10.0,),
+)  # fmt: skip
+TINY_V4 = replace(
+    V4_FLASH, n_block=4, n_ctx_train=4096, n_vocab=512, n_embd=128, rms_eps=1e-5,
+    attn=Compressed(
+        n_head=4, d=64, n_rot=32, q_rank=96, window=16, n_group=2, out_rank=64, n_index=4,
+        d_index=64, top_k=8, freq_base=160000.0,
+    ),
+    rope=Rope(scaling="yarn", factor=16.0, n_ctx_orig=256),
+    ratios=(PLAIN, SPARSE, HEAVY, SPARSE), n_hash=1, clamp=4 * (1.5,), clamp_shared=4 * (1.5,),
+    experts=replace(V4_FLASH.experts, n_ff=64, n_expert=8, n_used=2), n_sinkhorn=3,
 )  # fmt: skip
 GPT_OSS_20B = GptOss(
     n_block=24, n_ctx_train=131072, n_vocab=201088, n_embd=2880, rms_eps=1e-5, n_ff=2880,
@@ -145,6 +179,8 @@ PRESETS: dict[str, Architecture] = {
     "deepseek-v2-lite": V2_LITE,
     "deepseek-v3": V3,
     "deepseek-v3.2": V32,
+    "deepseek-v4-flash": V4_FLASH,
+    "deepseek-v4-pro": V4_PRO,
     "glm-4.5-air": GLM_45_AIR,
     "glm-5": GLM_5,
     "glm-5.2": GLM_52,
@@ -159,6 +195,7 @@ PRESETS: dict[str, Architecture] = {
     "smollm2-135m": SMOLLM2,
     "tiny": TINY,
     "tiny-deepseek32": TINY_DEEPSEEK32,
+    "tiny-deepseek4": TINY_V4,
     "tiny-glm-dsa": TINY_GLM_DSA,
     "tiny-glm4moe": TINY_GLM4MOE,
     "tiny-gpt-oss": TINY_GPT_OSS,
@@ -188,4 +225,9 @@ def preset(name: str, *, layers: int | None = None, kv_b: KvB = "split") -> Arch
         changes["kv_b"] = kv_b
     if isinstance(arch, GlmDsa):
         changes["types"] = default_types(n_layer, arch.n_ctx_train)
+    if isinstance(arch, DeepSeek4):
+        changes |= {
+            name: tuple(islice(cycle(getattr(arch, name)), n_layer))
+            for name in ("ratios", "clamp", "clamp_shared")
+        }
     return replace(arch, **changes)

@@ -12,7 +12,7 @@ from pyggml.dtypes import F32, TYPES, DType
 from pyggml.errors import ShapeError
 from pyggml.generate.tokenizer import byte_characters
 from pyggml.gguf.format import DEFAULT_ALIGNMENT, FILE_TYPES
-from pyggml.gguf.synth import drawn_type, fitting_type, random_tensor
+from pyggml.gguf.synth import drawn_type, fitting_type, random_ids, random_tensor
 from pyggml.gguf.writer import Progress, Tensor, write
 from pyggml.models.base import Architecture
 from pyggml.models.known import tensor_sizes
@@ -32,10 +32,11 @@ def synth(
 ) -> int:
     """Write a GGUF file of the model with random weights, and return its size in bytes.
 
-    Matrices have a standard deviation of 1/sqrt(fan-in); norms and rope_freqs are about 1. Vectors,
-    the router and indexer.proj are f32. Rows that are not whole blocks of `dtype` become q8_0, or
-    f16. output.weight is q6_K if `dtype` has fewer bits, as quantizers do it. With mxfp4, only
-    experts have it and the others are q8_0.
+    Matrices have a standard deviation of 1/sqrt(fan-in); norms and rope_freqs are about 1. Vectors
+    are f32, and so are the router, indexer.proj, and what hyper-connections and compressors
+    (DeepSeek V4) have in f32. Rows that are not whole blocks of `dtype` become q8_0, or f16.
+    output.weight is q6_K if `dtype` has fewer bits, as quantizers do it. With mxfp4, only experts
+    have it and the others are q8_0.
     """
     if seed < 0:
         raise ShapeError(f"seed must not be negative, got {seed}")
@@ -54,9 +55,13 @@ def synth(
 
 def random_tensors(arch: Architecture, preferred: DType, seed: int) -> Iterator[Tensor]:
     """The tensors of the model with random values, their types chosen as `synth` describes."""
-    for name, ne in tensor_sizes(arch).items():
+    sizes = tensor_sizes(arch)
+    for name, ne in sizes.items():
         leaf = name.split(".", 2)[-1] if name.startswith("blk.") else name
-        if leaf.endswith("norm.weight") or leaf == "rope_freqs.weight":
+        if leaf == "ffn_gate_tid2eid.weight":
+            n_expert = sizes[name.replace("_tid2eid", "_inp")][1]
+            yield random_ids(name, ne, end=n_expert, seed=seed)
+        elif leaf.endswith("norm.weight") or leaf == "rope_freqs.weight":
             yield random_tensor(name, F32, ne, std=0.05, mean=1.0, seed=seed)
         elif len(ne) == 1 or leaf.endswith(".bias"):
             yield random_tensor(name, F32, ne, std=0.05, seed=seed)
@@ -68,7 +73,8 @@ def random_tensors(arch: Architecture, preferred: DType, seed: int) -> Iterator[
 
 
 def _type_of(leaf: str, preferred: DType) -> DType:
-    if leaf in ("ffn_gate_inp.weight", "indexer.proj.weight"):
+    in_f32 = leaf in ("ffn_gate_inp.weight", "indexer.proj.weight") or "hc_" in leaf
+    if in_f32 or leaf.endswith("_ape.weight"):
         return F32
     if preferred.name == "mxfp4" and "_exps." not in leaf:
         return TYPES["q8_0"]  # as in the published files of gpt-oss

@@ -11,7 +11,7 @@ stores, so that logits can be compared for every type.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
@@ -84,7 +84,10 @@ ROPE = {
 }
 
 #: Name of a module or parameter -> name of the tensor; those of a layer without its prefix.
-MODEL = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
+MODEL = {
+    "embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output",
+    **{f"hc_head.hc_{x}": f"output_hc_{x}" for x in ("fn", "base", "scale")},
+}  # fmt: skip
 LAYER = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -133,6 +136,7 @@ class Recipe:
               that do in llama.cpp
     transposed  experts' matrices are [in, out] in transformers, with gate and up in turns
     absorbed    kv_b is stored as attn_k_b, transposed, and attn_v_b
+    more      (config) -> fields that are not the value of one attribute
     """
 
     name: str
@@ -142,6 +146,50 @@ class Recipe:
     permuted: tuple[str, ...] = ()
     transposed: bool = False
     absorbed: bool = False
+    more: Callable[[Any], dict[str, Any]] = lambda config: {}
+
+
+RATIOS = {
+    "sliding_attention": 0, "compressed_sparse_attention": 4, "heavily_compressed_attention": 128,
+}  # fmt: skip
+
+
+def _deepseek4(config: Any) -> dict[str, Any]:
+    n, limit = config.num_hidden_layers, np.float32(config.swiglu_limit)
+    return {
+        "attention.compress_ratios": np.array([RATIOS[t] for t in config.layer_types], np.int32),
+        "attention.compress_rope_freq_base": float(config.compress_rope_theta),
+        "swiglu_clamp_exp": np.full(n, limit),
+        "swiglu_clamp_shexp": np.full(n, limit),
+        "hash_layer_count": config.mlp_layer_types.count("hash_moe"),
+        "embedding_length_out": config.hc_mult * config.hidden_size,
+    }
+
+
+def _compressor(module: str, tensor: str) -> dict[str, str]:
+    """The tensors of a compressor of DeepSeek V4."""
+    return {
+        f"{module}.kv_proj": f"{tensor}_kv",
+        f"{module}.gate_proj": f"{tensor}_gate",
+        f"{module}.kv_norm": f"{tensor}_norm",
+        f"{module}.position_bias": f"{tensor}_ape",
+    }
+
+
+DEEPSEEK4 = {
+    "self_attn.q_a_norm": "attn_q_a_norm",
+    "self_attn.kv_proj": "attn_kv",
+    "self_attn.kv_norm": "attn_kv_a_norm",
+    "self_attn.o_a_proj": "attn_output_a",
+    "self_attn.o_b_proj": "attn_output_b",
+    "self_attn.compressor.indexer.q_b_proj": "indexer.attn_q_b",
+    "self_attn.compressor.indexer.scorer.weights_proj": "indexer.proj",
+    "mlp.gate.tid2eid": "ffn_gate_tid2eid",
+    **_compressor("self_attn.compressor", "attn_compressor"),
+    **_compressor("self_attn.compressor.indexer", "indexer_compressor"),
+    **{f"{part}_hc.{x}": f"hc_{part}_{x}" for part in ("attn", "ffn")
+       for x in ("fn", "base", "scale")},
+}  # fmt: skip
 
 
 RECIPES = {
@@ -176,6 +224,35 @@ RECIPES = {
         fields={"expert_gating_func": 2, "attention.head_count_kv": 1},
         absorbed=True,
     ),
+    "deepseek_v4": Recipe(
+        name="deepseek4",
+        keys=EXPERTS
+        | {
+            key: SHARED_EXPERTS[key]
+            for key in (
+                "n_routed_experts",
+                "n_shared_experts",
+                "routed_scaling_factor",
+                "norm_topk_prob",
+            )
+        }
+        | {
+            "q_lora_rank": ["attention.q_lora_rank"],
+            "qk_rope_head_dim": ["rope.dimension_count"],
+            "sliding_window": ["attention.sliding_window"],
+            "o_groups": ["attention.output_group_count"],
+            "o_lora_rank": ["attention.output_lora_rank"],
+            "index_n_heads": ["attention.indexer.head_count"],
+            "index_head_dim": ["attention.indexer.key_length"],
+            "index_topk": ["attention.indexer.top_k"],
+            "hc_mult": ["hyper_connection.count"],
+            "hc_sinkhorn_iters": ["hyper_connection.sinkhorn_iterations"],
+            "hc_eps": ["hyper_connection.epsilon"],
+        },
+        fields={"expert_gating_func": 4},
+        tensors=DEEPSEEK4,
+        more=_deepseek4,
+    ),
     "gpt_oss": Recipe(
         name="gpt-oss",
         keys={
@@ -199,6 +276,11 @@ def random_model(config: Any, seed: int = 0) -> Any:
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     rng = np.random.default_rng(seed)
     for name, value in model.state_dict().items():
+        if name.endswith("tid2eid"):  # different experts for each token
+            experts = np.arange(config.n_routed_experts)
+            table = rng.permuted(np.tile(experts, (len(value), 1)), axis=1)
+            value.copy_(torch.from_numpy(table[:, : value.shape[1]]))
+            continue
         values = rng.standard_normal(tuple(value.shape))
         if name.endswith(("norm.weight", "layernorm.weight")):
             values = 1 + 0.3 * values
@@ -233,8 +315,7 @@ def convert(
         for name, type_, rows in _stored(model, recipe, dtype)
         for name, rows in _parts(name, rows, model.config, recipe, merged=merged)
     ]
-    rope = model.config.rope_parameters
-    if rope["rope_type"] == "llama3":
+    if model.config.rope_parameters.get("rope_type") == "llama3":
         tensors.append(_tensor("rope_freqs.weight", "f32", _llama3_factors(model.config)))
     more = {f"{recipe.name}.{key}": value for key, value in (keys or {}).items()}
     write(path, fields_of(model.config) | more, tensors)
@@ -261,7 +342,11 @@ def fields_of(config: Any) -> dict[str, Any]:
     for attribute, names in (COMMON | recipe.keys).items():
         value = getattr(config, attribute, None)
         own |= {name: value for name in names if value is not None}
+    own |= recipe.more(config)
     rope = config.rope_parameters
+    if "compress" in rope:  # the scaling is that of layers with compressors, but not the base
+        rope = rope["compress"] | {"rope_theta": rope["main"]["rope_theta"]}
+        del rope["partial_rotary_factor"]
     scaled = rope["rope_type"] in ("linear", "yarn")
     if scaled:
         own["rope.scaling.type"] = rope["rope_type"]
@@ -289,7 +374,7 @@ def tensor_names(model: Any) -> Iterator[str]:
             yield from {tensor.replace("kv_b", "k_b"), tensor.replace("kv_b", "v_b")}
         else:
             yield from {tensor.replace("gate_up", "gate"), tensor.replace("gate_up", "up")}
-    if model.config.rope_parameters["rope_type"] == "llama3":
+    if model.config.rope_parameters.get("rope_type") == "llama3":
         yield "rope_freqs.weight"
 
 
@@ -300,8 +385,12 @@ def _stored(model: Any, recipe: Recipe, dtype: str) -> Iterator[tuple[str, str, 
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         tensor = _tensor_name(name, recipe)
+        if not value.is_floating_point():
+            yield tensor, "i32", value.numpy().astype(np.int32)
+            continue
         plain = value.ndim == 1 or tensor.endswith(".bias")
         plain = plain or "ffn_gate_inp" in tensor or "indexer.proj" in tensor
+        plain = plain or "_ape." in tensor or "hc_" in tensor
         plain = plain or (dtype == "nvfp4" and not tensor.startswith("blk."))
         type_ = "f32" if plain else dtype
         if recipe.absorbed and "attn_kv_b" in tensor and as_dtype(type_).block > 1:

@@ -31,7 +31,7 @@ def write(name: str, folder: Path) -> Oracle:
     import torch
 
     from tests.models.convert import convert, random_model
-    from tests.models.tiny import MODELS, TOKENS
+    from tests.models.tiny import MODELS
 
     tiny = MODELS[name]
     torch.set_num_threads(1)
@@ -39,9 +39,9 @@ def write(name: str, folder: Path) -> Oracle:
     path = folder / f"{name}.gguf"
     convert(model, path, tiny.dtype, merged=tiny.merged)
     with torch.no_grad():
-        logits = model(torch.tensor([TOKENS])).logits[0].numpy()
-    np.savez(path.with_suffix(".npz"), tokens=TOKENS, logits=logits)
-    return Oracle(path, TOKENS, logits)
+        logits = model(torch.tensor([tiny.tokens])).logits[0].numpy()
+    np.savez(path.with_suffix(".npz"), tokens=tiny.tokens, logits=logits)
+    return Oracle(path, tiny.tokens, logits)
 
 
 def read(folder: Path = FOLDER) -> Iterator[Oracle]:

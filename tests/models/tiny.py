@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import (
     DeepseekV2Config,
     DeepseekV3Config,
+    DeepseekV4Config,
     DeepseekV32Config,
     Glm4MoeConfig,
     GlmMoeDsaConfig,
@@ -19,6 +20,9 @@ from transformers import (
 
 #: Longer than the original length of the models whose rope is scaled.
 TOKENS = [(31 * i * i + 7 * i) % 89 for i in range(45)]
+
+#: For DeepSeek V4: two of its longest windows, and more rows than it chooses.
+LONG = [(31 * i * i + 7 * i + i // 89) % 89 for i in range(301)]
 
 SIZES: dict[str, Any] = {"vocab_size": 89, "num_hidden_layers": 2, "max_position_embeddings": 64}
 LLAMA3 = {
@@ -103,6 +107,28 @@ def glm_dsa(**changes: Any) -> GlmMoeDsaConfig:
     } | changes)  # fmt: skip
 
 
+LAYERS4 = [
+    "compressed_sparse_attention", "sliding_attention", "heavily_compressed_attention",
+    "compressed_sparse_attention", "heavily_compressed_attention",
+]  # fmt: skip
+YARN4 = {
+    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}  # fmt: skip
+
+
+def deepseek4(**changes: Any) -> DeepseekV4Config:
+    return DeepseekV4Config(**SIZES | {
+        "num_hidden_layers": 5, "layer_types": LAYERS4, "max_position_embeddings": 512,
+        "mlp_layer_types": ["hash_moe"] * 2 + ["moe"] * 3, "hidden_size": 48,
+        "moe_intermediate_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 3,
+        "num_attention_heads": 6, "head_dim": 40, "qk_rope_head_dim": 16, "q_lora_rank": 24,
+        "sliding_window": 21, "o_groups": 3, "o_lora_rank": 20, "index_n_heads": 11,
+        "index_head_dim": 64, "index_topk": 7, "swiglu_limit": 1.5, "rope_parameters": YARN4,
+        "routed_scaling_factor": 1.5,
+    } | changes)  # fmt: skip
+
+
 def gpt_oss(**changes: Any) -> GptOssConfig:
     return GptOssConfig(**SIZES | {
         "num_hidden_layers": 3, "hidden_size": 40, "intermediate_size": 32,
@@ -120,12 +146,14 @@ class Tiny:
     seed    of the weights. Those of sparse attention have wide gaps between the scores of the rows
             that are chosen and of the others (tests/reference/sparse.py): rounding may swap close
             ones, which changes the logits
+    tokens  that its logits are compared for
     """
 
     config: Any
     dtype: str = "f32"
     merged: bool = False
     seed: int = 0
+    tokens: list[int] = field(default_factory=lambda: TOKENS)
 
 
 MODELS = {
@@ -184,6 +212,18 @@ MODELS = {
     "glm-dsa merged": Tiny(
         glm_dsa(num_hidden_layers=2, indexer_types=["full"] * 2, first_k_dense_replace=0),
         merged=True, seed=19
+    ),
+    "deepseek4": Tiny(deepseek4(), tokens=LONG),
+    "deepseek4 plain rope": Tiny(
+        deepseek4(num_hidden_layers=2, layer_types=LAYERS4[2:4], rope_parameters=None,
+                  mlp_layer_types=["moe", "hash_moe"][::-1], index_topk=100, sliding_window=5,
+                  swiglu_limit=10.0, hc_sinkhorn_iters=3),
+        tokens=LONG[:140],
+    ),
+    "deepseek4 q8_0": Tiny(
+        deepseek4(num_hidden_layers=3, layer_types=LAYERS4[:3], mlp_layer_types=["hash_moe"] * 3,
+                  hidden_size=64, head_dim=64, q_lora_rank=32, o_lora_rank=32, o_groups=2),
+        "q8_0", tokens=LONG[:140],
     ),
     "gpt-oss": Tiny(gpt_oss()),
     "gpt-oss mxfp4": Tiny(gpt_oss(hidden_size=64, num_hidden_layers=2), "mxfp4"),

@@ -1,0 +1,272 @@
+"""Attention over a window of tokens and over compressed rows of all before (DeepSeek V4).
+
+A layer has one key head, whose rows are the values, too. Its ratio says what it attends to:
+
+0     the window: the last tokens
+4     the window, and the top_k best rows of an overlapping compressor (compressor.py). An indexer
+      with heads and compressed rows of its own scores them
+128   the window, and all rows of a plain compressor
+
+One softmax is over both parts and a sink. Values were rotated as keys were, so the result is
+rotated back by the query's position. The heads' results are multiplied in groups (attn_output_a),
+and the groups' products are joined by attn_output_b.
+T is the number of tokens, H of heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from pyggml.models.batch import Batch, Options
+from pyggml.models.cache import ring_rows
+from pyggml.models.composed import lightning_indexer
+from pyggml.models.compressor import (
+    CompressedCache,
+    Compressor,
+    compress,
+    compressed_cache,
+    compressor_states,
+)
+from pyggml.models.keys import Keys, key
+from pyggml.models.layers import SWAP, Rope, linear, norm
+from pyggml.models.weights import Layer
+from pyggml.node import Node
+from pyggml.ops import (
+    cast,
+    causal_mask,
+    constant,
+    cont,
+    flash_attn_ext,
+    get_rows,
+    merge_lse,
+    permute,
+    reshape,
+    rms_norm,
+    scale,
+    state,
+    top_k,
+    view,
+)
+
+#: The ratios that files may have.
+PLAIN, SPARSE, HEAVY = 0, 4, 128
+Sizes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compressed:
+    """The numbers of the attention, from a file's keys.
+
+    d         elements of a head of queries, keys and values
+    n_group   groups of heads, whose products with attn_output_a have out_rank elements each
+    n_index, d_index, top_k   the indexer's heads, their elements, and how many rows it chooses
+    freq_base of the rope in layers with a compressor; the others have rope.freq_base, and no
+              scaling
+    """
+
+    n_head: int = key("attention.head_count")
+    d: int = key("attention.key_length")
+    n_rot: int = key("rope.dimension_count")
+    q_rank: int = key("attention.q_lora_rank")
+    window: int = key("attention.sliding_window")
+    n_group: int = key("attention.output_group_count")
+    out_rank: int = key("attention.output_lora_rank")
+    n_index: int = key("attention.indexer.head_count")
+    d_index: int = key("attention.indexer.key_length")
+    top_k: int = key("attention.indexer.top_k")
+    freq_base: float = key("attention.compress_rope_freq_base")
+
+    def check(self, keys: Keys) -> None:
+        """Raise a GGUFError for numbers that do not fit."""
+        keys.equal("attention.head_count_kv", 1, "the one head of keys that this model has")
+        keys.equal("attention.value_length", self.d, "attention.key_length: keys are values")
+        most = min(self.d, self.d_index)
+        if self.n_rot % 2 or self.n_rot > most:
+            keys.fail("rope.dimension_count", f"{self.n_rot}, must be even and at most {most}")
+        if self.n_head % self.n_group:
+            problem = f"{self.n_group}, must divide {self.n_head} heads"
+            keys.fail("attention.output_group_count", problem)
+
+    def fields(self) -> dict[str, int]:
+        """Keys that follow from others."""
+        return {"attention.head_count_kv": 1, "attention.value_length": self.d}
+
+    def tensors(self, n_embd: int, ratio: int) -> Sizes:
+        """The tensors of a layer."""
+        heads = self.n_head * self.d
+        sizes: Sizes = {
+            "attn_q_a": (n_embd, self.q_rank),
+            "attn_q_a_norm": (self.q_rank,),
+            "attn_q_b": (self.q_rank, heads),
+            "attn_kv": (n_embd, self.d),
+            "attn_kv_a_norm": (self.d,),
+            "attn_sinks": (self.n_head,),
+            "attn_output_a": (heads // self.n_group, self.out_rank, self.n_group),
+            "attn_output_b": (self.n_group * self.out_rank, n_embd),
+        }
+        if ratio:
+            sizes |= _compressor_tensors("attn_compressor", n_embd, self.d, ratio)
+        if ratio == SPARSE:
+            sizes["indexer.attn_q_b"] = (self.q_rank, self.n_index * self.d_index)
+            sizes["indexer.proj"] = (n_embd, self.n_index)
+            sizes |= _compressor_tensors("indexer_compressor", n_embd, self.d_index, ratio)
+        return sizes
+
+    def cache(
+        self, il: int, ratio: int, n_ctx: int, n_batch: int, options: Options
+    ) -> CompressedCache:
+        """cache_kv_lIL, and the states of the layer's compressors: cache_comp and cache_index."""
+
+        def compressor(name: str, d: int, type_: str) -> Compressor:
+            return compressor_states(
+                il, name, n_ctx, n_batch, d=d, ratio=ratio, overlapping=ratio == SPARSE,
+                type=type_,
+            )  # fmt: skip
+
+        n_rows = ring_rows(self.window, n_ctx, n_batch)
+        window = state(f"cache_kv_l{il}", options.cache_k, ne=(self.d, n_rows))
+        compressors = [compressor("comp", self.d, options.cache_k)] if ratio else []
+        if ratio == SPARSE:
+            compressors.append(compressor("index", self.d_index, options.cache_i))
+        return compressed_cache(window, self.window, *compressors)
+
+    def rope(self, rope: Rope, ratio: int) -> Rope:
+        """The rope of a layer. Its cosines and sines have no factor, whatever YaRN says."""
+        if not ratio:
+            return Rope(freq_base=rope.freq_base, n_ctx_orig=rope.n_ctx_orig, scaling="none")
+        factor = 1.0
+        if rope.scaling == "yarn":
+            factor = 1 / (1 - 0.1 * float(np.log(rope.freq_scale)))
+        return replace(rope, freq_base=self.freq_base, attn_factor=factor)
+
+
+def _compressor_tensors(name: str, n_embd: int, d: int, ratio: int) -> Sizes:
+    w = d * (1 + (ratio == SPARSE))
+    return {
+        f"{name}_kv": (n_embd, w),
+        f"{name}_gate": (n_embd, w),
+        f"{name}_ape": (w, ratio),
+        f"{name}_norm": (d,),
+    }
+
+
+# -- graphs -------------------------------------------------------------------------------------
+
+
+def attention(
+    layer: Layer,
+    x: Node,
+    cache: CompressedCache,
+    batch: Batch,
+    a: Compressed,
+    rope: Rope,
+    eps: float,
+) -> Node:
+    """f32 [n_embd, T]; x is normalized, and `rope` that of the layer."""
+
+    def rotate(y: Node, pos: Node) -> Node:
+        """The last elements of each row."""
+        return rope.rotate(y, pos, n_rot=a.n_rot, mode="normal", offset=y.ne[0] - a.n_rot)
+
+    n_tokens = x.ne[1]
+    qr = norm(layer, "attn_q_a_norm", linear(layer, "attn_q_a", x), eps)
+    q = reshape(linear(layer, "attn_q_b", qr), ne=(a.d, a.n_head, n_tokens))
+    q = layer.label(rotate(rms_norm(q, eps=eps), batch.pos), "Qcur")
+    kv = norm(layer, "attn_kv_a_norm", linear(layer, "attn_kv", x), eps)
+    kv = rotate(reshape(kv, ne=(a.d, 1, n_tokens)), batch.pos)
+    kv = layer.label(reshape(kv, ne=(a.d, n_tokens)), "Kcur")
+    rows = cache.write(0, kv, batch)
+    compressors = cache.compressors
+    y = flash_attn_ext(
+        permute(q, axes=SWAP), rows, rows, cache.mask(batch), layer["attn_sinks"],
+        scale=a.d**-0.5, lse=bool(compressors),
+    )  # fmt: skip
+    if compressors:
+        old = compress(layer, x, "attn_compressor", compressors[0], batch, rotate, eps)
+        ids = None
+        if len(compressors) > 1:
+            keys = compress(layer, x, "indexer_compressor", compressors[1], batch, rotate, eps)
+            ids = _chosen(layer, x, qr, keys, batch, a, rotate)
+        y = merge_lse(y, _over_old_rows(q, old, ids, _mask(batch, cache), a.d**-0.5))
+        y = cont(view(y, ne=(a.d, *y.ne[1:3])))
+    y = layer.label(y, "kqv")
+    y = rotate(y, _negative(batch))
+    return layer.label(_output(layer, layer.label(y, "kqv_out"), a), "attn_out")
+
+
+def _mask(batch: Batch, cache: CompressedCache) -> Node:
+    """f16 [n, T]: 0 for the compressed rows that a token sees, else -inf."""
+    old = cache.compressors[0]
+    return stride_mask(batch, old.visible(batch.n_kv), old.ratio)
+
+
+def stride_mask(batch: Batch, n: int, ratio: int) -> Node:
+    """Row b is visible from position r b + r - 1 on; one node for all layers."""
+    key = "stride_mask", n, ratio
+    if key not in batch.shared:
+        ends = constant((np.arange(n, dtype=np.int32) + 1) * ratio, name=f"ends {ratio} {n}")
+        batch.shared[key] = causal_mask(batch.pos, ends, n_kv=n)
+    mask = batch.shared[key]
+    assert isinstance(mask, Node)
+    return mask
+
+
+def _negative(batch: Batch) -> Node:
+    key = "negative positions"
+    if key not in batch.shared:
+        negative = scale(cast(batch.pos, dtype="f32"), s=-1.0)
+        batch.shared[key] = cast(negative, dtype="i32")
+    pos = batch.shared[key]
+    assert isinstance(pos, Node)
+    return pos
+
+
+def _chosen(
+    layer: Layer,
+    x: Node,
+    qr: Node,
+    keys: Node,
+    batch: Batch,
+    a: Compressed,
+    rotate: Callable[[Node, Node], Node],
+) -> Node | None:
+    """The rows that the indexer chooses, i32 [top_k, T]; None if there are no more than that."""
+    if keys.ne[1] <= a.top_k:
+        return None
+    n_tokens = x.ne[1]
+    q = reshape(linear(layer, "indexer.attn_q_b", qr), ne=(a.d_index, a.n_index, n_tokens))
+    weights = scale(linear(layer, "indexer.proj", x), s=(a.n_index * a.d_index) ** -0.5)
+    mask = stride_mask(batch, keys.ne[1], SPARSE)
+    scores = lightning_indexer(rotate(q, batch.pos), keys, weights, mask)
+    return layer.label(top_k(layer.label(scores, "index_scores"), k=a.top_k), "index_topk")
+
+
+def _over_old_rows(q: Node, rows: Node, ids: Node | None, mask: Node, scale: float) -> Node:
+    """The attention to compressed rows, with its log-sum-exp: f32 [d + 1, H, T].
+
+    q     f32 [d, H, T]
+    rows  [d, n]
+    ids   the rows that each token may see, i32 [k, T]; None: all
+    """
+    if ids is None:
+        return flash_attn_ext(permute(q, axes=SWAP), rows, rows, mask, scale=scale, lse=True)
+    (d, n_head, n_tokens), k = q.ne[:3], ids.ne[0]
+    chosen = get_rows(rows, reshape(ids, ne=(k * n_tokens,)))
+    chosen = chosen if rows.dtype.name == "f32" else cast(chosen, dtype="f16")
+    chosen = reshape(chosen, ne=(d, k, 1, n_tokens))
+    visible = get_rows(reshape(mask, ne=(1, mask.ne[0], n_tokens)), ids)
+    visible = reshape(cast(visible, dtype="f16"), ne=(k, 1, 1, n_tokens))
+    q = reshape(q, ne=(d, 1, n_head, n_tokens))
+    y = flash_attn_ext(q, chosen, chosen, visible, scale=scale, lse=True)
+    return reshape(y, ne=(d + 1, n_head, n_tokens))
+
+
+def _output(layer: Layer, y: Node, a: Compressed) -> Node:
+    """attn_output_b of the groups' products: f32 [n_embd, T] from y [d, H, T]."""
+    n_tokens = y.ne[2]
+    y = reshape(y, ne=(a.d * a.n_head // a.n_group, a.n_group, n_tokens))
+    y = permute(linear(layer, "attn_output_a", permute(y, axes=SWAP)), axes=SWAP)
+    return linear(layer, "attn_output_b", reshape(cont(y), ne=(a.out_rank * a.n_group, n_tokens)))
