@@ -116,9 +116,8 @@ def _cpu() -> str:
 
 
 def write(path: Path, record: Record) -> None:
-    """Write a record; ValueError if it has not this form. An interrupt leaves no half of it."""
-    if found := list(problems(record)):
-        raise ValueError(f"{path.name}: {'; '.join(found)}")
+    """Write a record. ValueError if it does not have this form. An interrupt leaves no half."""
+    _check(path, record)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
@@ -133,14 +132,18 @@ def write(path: Path, record: Record) -> None:
 
 def read(path: Path) -> Record:
     record: Record = json.loads(path.read_text())
-    if found := list(problems(record)):
-        raise ValueError(f"{path.name}: {'; '.join(found)}")
+    _check(path, record)
     return record
 
 
 def newest(folder: str) -> Record:
     """The newest record of a folder of benchmarks/results/; their names end with the date."""
     return read(max((RESULTS / folder).glob("*.json"), key=lambda path: path.name))
+
+
+def _check(path: Path, record: Record) -> None:
+    if faults := list(problems(record)):
+        raise ValueError(f"{path.name}: {'; '.join(faults)}")
 
 
 def problems(record: Any) -> Iterator[str]:
@@ -163,24 +166,25 @@ def problems(record: Any) -> Iterator[str]:
         if each.get("better") not in ("more", "less"):
             yield f"{where}: better is {each.get('better')!r}"
         if each.get("name") in names:
-            yield f"{where}: the name is not the first"
+            yield f"{where}: another row has this name"
         names.add(str(each.get("name")))
         if not _are_samples(each.get("samples")):
             yield f"{where}: samples are not numbers"
 
 
 def _wrong_fields(
-    where: str, given: Row, known: dict[str, type | tuple[type, ...]], *, exact: bool = False
+    where: str, values: Row, fields: dict[str, type | tuple[type, ...]], *, exact: bool = False
 ) -> Iterator[str]:
-    for name, kind in known.items():
-        if name not in given:
+    for name, kind in fields.items():
+        value = values.get(name)
+        if name not in values:
             yield f"{where} has no {name}"
-        elif given[name] == NOT_RECORDED and name not in ("schema", "rows", "name", "value"):
+        elif value == NOT_RECORDED and name not in ("schema", "rows", "name", "value"):
             continue
-        elif not isinstance(given[name], kind) or isinstance(given[name], bool):
-            yield f"{where}: {name} is {given[name]!r}"
-    if exact and (unknown := given.keys() - known.keys()):
-        yield f"{where} has {', '.join(sorted(unknown))}, which belong into about"
+        elif not isinstance(value, kind) or isinstance(value, bool):
+            yield f"{where}: {name} is {value!r}"
+    if exact and (more := values.keys() - fields.keys()):
+        yield f"{where} has {', '.join(sorted(more))}, which belong into about"
 
 
 def _are_samples(samples: Any) -> bool:

@@ -52,7 +52,7 @@ def test_a_new_record_fits(tmp_path: Path) -> None:
         ({"rows": [row("a", "s", 1) | {"value": True}]}, "value is True"),
         ({"rows": [row("a", "s", 1, better="fast")]}, "better is 'fast'"),
         ({"rows": [row("a", "s", 1, bar="2")]}, "bar is '2'"),
-        ({"rows": [row("a", "s", 1), row("a", "s", 2)]}, "the name is not the first"),
+        ({"rows": [row("a", "s", 1), row("a", "s", 2)]}, "another row has this name"),
         ({"rows": [row("a", "s", 1, [])]}, "samples are not numbers"),
         ({"rows": [row("a", "s", 1, ["1"])]}, "samples are not numbers"),
         ({"rows": [row("a", "s", 1, {"x": 1})]}, "samples are not numbers"),
