@@ -194,7 +194,8 @@ class _Divider:
             if first is None:
                 continue
             chain = self._chain(b, first.families[1])
-            torn = chain.torn or torn
+            if chain.torn is not None and chain.torn.op in (flash_attn_ext, soft_max_ext):
+                torn = chain.torn
             if chain.cut is not None and chain.cut in self.cuts:
                 if unit not in known:
                     known.append(unit)

@@ -18,8 +18,8 @@ device, and the memory of each device would need a plan of its own. Nearly every
 ask which device is meant.
 
 Another design starts from the weights and lets the cuts spread forward until something needs a
-whole tensor. Then somebody has to say how each weight is cut, and that is the model. Going back from a
-product through the slice rules finds the heads, the states and the weights.
+whole tensor. Then somebody has to say how each weight is cut, and that is the model. Going back
+from a product through the slice rules finds the heads, the states and the weights.
 """
 
 from __future__ import annotations

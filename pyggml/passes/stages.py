@@ -152,7 +152,11 @@ def _ends(graph: Graph, order: Sequence[Node], shares: Sequence[float]) -> list[
         leaves = {s.root for s in node.src if s is not None and s.root.op.leaf} - seen
         seen |= leaves
         weights.append(sum(x.spec.nbytes for x in leaves if x.op is not input_op))
-    sums, crossing = list(accumulate(weights)), _crossing(graph, order)
+    crossing = _crossing(graph, order)
+    gaps = _between_states(graph, order, crossing)
+    if len(gaps) >= len(shares) - 1:
+        return _at_gaps(gaps, weights, shares)
+    sums = list(accumulate(weights))
     total = sums[-1] if sums else 0
     ends: list[int] = []
     for share in list(accumulate(shares))[:-1]:
@@ -163,6 +167,43 @@ def _ends(graph: Graph, order: Sequence[Node], shares: Sequence[float]) -> list[
         after = [i for i in near if not ends or i + 1 > ends[-1]]
         best = min(after or near, key=lambda i: (crossing[i], abs(sums[i] - ideal)), default=0)
         ends.append(best + 1)
+    return ends
+
+
+def _between_states(graph: Graph, order: Sequence[Node], crossing: Sequence[int]) -> list[int]:
+    """The numbers in `order` between the uses of one state, or of states that are used together,
+    and those of the next: where the fewest bytes cross."""
+    number = {node: i for i, node in enumerate(order)}
+    written = {node.root for node in graph.nodes if node.op.writes is not None}
+    uses: dict[Node, list[int]] = {}
+    for node in order:
+        for source in node.src:
+            if source is not None and source.root in written and source.root.op is state_op:
+                uses.setdefault(source.root, []).append(number[node])
+    gaps: list[int] = []
+    end = -1
+    for first, last in sorted((min(at), max(at)) for at in uses.values()):
+        if 0 <= end < first:
+            gaps.append(1 + min(range(end, first), key=lambda i: (crossing[i], -i)))
+        end = max(end, last)
+    return gaps
+
+
+def _at_gaps(gaps: Sequence[int], weights: Sequence[int], shares: Sequence[float]) -> list[int]:
+    """The gaps that divide the weights best.
+
+    A graph may lack what follows the last states (batches without outputs do). All plans of a store
+    must divide its states alike, so what follows the last gap counts as much as what precedes it.
+    """
+    starts = [0, *gaps[:-1]]
+    bytes_before = [sum(weights[a:b]) for a, b in zip(starts, gaps)]
+    sums = list(accumulate([*bytes_before, bytes_before[-1]]))
+    ends: list[int] = []
+    for number, share in enumerate(list(accumulate(shares))[:-1]):
+        ideal = sums[-1] * share / sum(shares)
+        able = range(number, len(gaps) - (len(shares) - 2 - number))
+        left = [i for i in able if not ends or gaps[i] > ends[-1]]
+        ends.append(gaps[min(left, key=lambda i: abs(sums[i] - ideal))])
     return ends
 
 

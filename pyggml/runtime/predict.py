@@ -1,4 +1,4 @@
-"""The time of a plan by the cost rules of its ops, without a device: a prediction, not a measurement.
+"""The time of a plan by the cost rules of its ops: a prediction, not a measurement.
 
 A step takes the longer of its operations and its bytes at a device's rates, and at least the time
 of a launch. A copy or a collective takes a latency and its bytes at the rate of the link. Splits
