@@ -140,6 +140,8 @@ def _check_ids(node: Node, arrays: Sequence[Array | None]) -> None:
     choice = node.op.ids
     if choice is not None:
         ids = arrays[1 + node.op.index(choice.operand)]
+        if ids is None:  # an optional operand
+            return
         assert isinstance(ids, np.ndarray)
         check_id(int(ids.max()), node[choice.of].ne[choice.axis])
 

@@ -8,12 +8,14 @@ lists.
 import typing as _typing
 from inspect import ismodule as _ismodule
 
+import pyggml.ops.listed as _listed  # noqa: F401  the meaning of attention to a list of keys
 import pyggml.ops.operators as _operators  # noqa: F401  fills the table of + - * / on nodes
 from pyggml.operation import Op as _Op
 from pyggml.ops.attention import *
 from pyggml.ops.collective import *
 from pyggml.ops.copy import *
 from pyggml.ops.elementwise import *
+from pyggml.ops.indexer import *
 from pyggml.ops.leaf import *
 from pyggml.ops.linear import *
 from pyggml.ops.merge import *

@@ -19,12 +19,12 @@ from pyggml.ops.rules import (
     want_type,
 )
 from pyggml.spec import Spec
-from pyggml.traits import Axis, Cost, Cut, Slice
+from pyggml.traits import Axis, Cost, Cut, Ids, Slice
 
 __all__ = ["causal_mask", "flash_attn_ext"]
 
 
-@op
+@op(ids=Ids("ids", of="k", axis=1))
 def flash_attn_ext(
     q: Node,
     k: Node,
@@ -32,6 +32,7 @@ def flash_attn_ext(
     mask: Node | None = None,
     sinks: Node | None = None,
     kv_len: Node | None = None,
+    ids: Node | None = None,
     *,
     scale: float,
     max_bias: float = 0.0,
@@ -50,6 +51,7 @@ def flash_attn_ext(
     mask    f16                      [n_kv, >= n_q, m2, m3]       m2 | n_head, m3 | n3, by modulo
     sinks   f32                      [n_head]                     a logit in the sum, no value
     kv_len  i32                      [1]                          hides keys kv0 + j >= kv_len
+    ids     i32                      [n_ids, n_q, 1, n3]          the keys of each query; < 0: none
     y       f32                      [d_v, n_head, n_q, n3]       note the order: heads first
 
     s_j = scale q.k_j, with logit_softcap c: c tanh(scale / c q.k_j), plus slope(h) mask_j.
@@ -58,6 +60,9 @@ def flash_attn_ext(
     rows of k and v never reach the result, as in ggml.
     lse=True: y is [d_v + 1, ..]; the last element is ln sum_j exp s_j (with the sink), -inf for a
     row without keys. merge_lse merges results over blocks of keys (kv0: the block's first key).
+    With ids, query i sees only keys j = ids[:, i], each with its mask_j; n_ids may exceed n_kv. An
+    id must not be in a query's list twice: it would count twice. Only the listed rows are read.
+    Errors: IdError on the host for an id >= n_kv. A GPU treats such an id as negative.
     Contract: ggml's ggml_flash_attn_ext, with the n3 and mask rules of its 2026 form.
     """
     want_type("q", q, ("f32",))
@@ -86,6 +91,9 @@ def flash_attn_ext(
     if kv_len is not None:
         want_index("kv_len", kv_len)
         want_ne("kv_len", kv_len, (1, 1, 1, 1), "one number")
+    if ids is not None:
+        want_index("ids", ids)
+        want_ne("ids", ids, (ids.ne[0], n_q, 1, n3), "a list of keys for each query")
     want_finite(scale=scale, max_bias=max_bias, logit_softcap=logit_softcap)
     if max_bias > 0 and mask is None:
         raise ShapeError(f"max_bias={max_bias} needs a mask")
@@ -97,33 +105,44 @@ def flash_attn_ext(
 
 @flash_attn_ext.cost
 def _(node: Node) -> Cost:
-    q, k, v = node["q"], node["k"], node["v"]
-    pairs = float(q.ne[1] * k.ne[1] * q.ne[2] * q.ne[3])
+    """With ids, the bytes of the listed rows; each row of k and v at most once."""
+    q, k, v, ids = node["q"], node["k"], node["v"], node.get("ids")
+    n_kv = k.ne[1] if ids is None else ids.ne[0]
+    pairs = float(q.ne[1] * n_kv * q.ne[2] * q.ne[3])
     read = sum(s.spec.nbytes for s in node.src if s is not None)
+    if ids is not None:
+        listed = min(n_kv * q.ne[1], k.ne[1])
+        read -= sum(s.spec.nbytes - s.spec.nbytes // k.ne[1] * listed for s in (k, v))
     return Cost(2.0 * pairs * (k.ne[0] + v.ne[0]), float(read + node.spec.nbytes))
 
 
 @flash_attn_ext.slices
 def _(node: Node, axis: Axis, n: int) -> Slice | None:
-    mask, heads, heads_kv = node.get("mask"), node["q"].ne[2], node["k"].ne[2]
+    mask, ids, heads, heads_kv = node.get("mask"), node.get("ids"), node["q"].ne[2], node["k"].ne[2]
     if axis == "kv":
         if not node.attrs["lse"]:
             return None
+        if ids is not None:  # blocks of the lists
+            return Slice((None, None, None, None, None, None, Cut(0)), merge="lse")
         masked = Cut(0) if mask is not None else None
-        return Slice((None, Cut(1), Cut(1), masked, None, None), shift={"kv0": 1}, merge="lse")
+        return Slice(
+            (None, Cut(1), Cut(1), masked, None, None, None), shift={"kv0": 1}, merge="lse"
+        )
     if axis == 1:
         ratio = heads // heads_kv
         if heads_kv > 1 and n % ratio and ratio % n:
             return None
         part = None if heads_kv == 1 else Cut(2, div=ratio)
         sink = Cut(0) if node.get("sinks") is not None else None
-        cuts = (Cut(2), part, part, mask_cut(mask, 2, heads), sink, None)
+        cuts = (Cut(2), part, part, mask_cut(mask, 2, heads), sink, None, None)
         return Slice(cuts, shift={"head0": 1})
+    if axis not in (2, 3):
+        return None
+    of_ids = None if ids is None else Cut(1 if axis == 2 else 3)
     if axis == 2:
-        return Slice((Cut(1), None, None, mask_cut(mask, 1, n), None, None))
-    if axis == 3:
-        return Slice((Cut(3), Cut(3), Cut(3), mask_cut(mask, 3, node.ne[3]), None, None))
-    return None
+        return Slice((Cut(1), None, None, mask_cut(mask, 1, n), None, None, of_ids))
+    masked = mask_cut(mask, 3, node.ne[3])
+    return Slice((Cut(3), Cut(3), Cut(3), masked, None, None, of_ids))
 
 
 @op

@@ -20,7 +20,7 @@ from pyggml.ops.rules import (
     want_readable,
     want_type,
 )
-from pyggml.ops.views import resized
+from pyggml.ops.views import reshape, resized
 from pyggml.quants import ENCODABLE
 from pyggml.spec import Ne, Spec
 from pyggml.traits import Axis, Cost, Cut, Ids, Slice
@@ -32,6 +32,11 @@ __all__ = ["cast", "concat", "cont", "cpy", "get_rows", "repeat", "set_rows"]
 def cont(a: Node) -> Spec:
     """A contiguous copy of a: same type, same sizes."""
     return a.spec
+
+
+def flat(a: Node, *ne: int) -> Node:
+    """The elements of `a` with other sizes; a copy if its strides need one."""
+    return reshape(a if a.contiguous else cont(a), ne=ne)
 
 
 def _want_conversion(a: Node, to: DType) -> None:

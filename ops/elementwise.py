@@ -24,6 +24,7 @@ from pyggml.traits import Axis, Cut, Ids, Slice
 __all__ = [
     "add",
     "add_id",
+    "add_mask",
     "clamp",
     "div",
     "exp",
@@ -84,7 +85,17 @@ def div(a: Node, b: Node) -> Spec:
     return _pair(a, b, FLOATS)
 
 
-BINARY: tuple[Op[[Node, Node]], ...] = (add, sub, mul, div)
+@op(slices=elementwise_slices)
+def add_mask(a: Node, b: Node) -> Spec:
+    """y = a + b, but -inf where b is -inf, whatever a holds there. b repeats into a.
+
+    A plain sum would keep a NaN of a row that was never written: NaN + -inf is NaN.
+    Types and sizes as `add`, floats only.
+    """
+    return _pair(a, b, FLOATS)
+
+
+BINARY: tuple[Op[[Node, Node]], ...] = (add, sub, mul, div, add_mask)
 
 
 @op(slices=elementwise_slices)

@@ -146,7 +146,10 @@ def argsort(a: Node, *, order: Literal["asc", "desc"] = "asc") -> Spec:
 def top_k(a: Node, *, k: int) -> Spec:
     """Ids of the k largest of each row, largest first.   a  f32 [n, ..],   y  i32 [k, ..]
 
-    NaN comes first: it is larger than every number (see argsort).
+    Exact for rows of any length: the first k of argsort(a, order="desc"). Of equal elements the
+    lower id comes first, and is chosen first if not all of them are among the k. NaN comes before
+    every number, -inf after (see argsort); where a row has fewer than k numbers above -inf, ids of
+    elements that are -inf follow.
     """
     if not 1 <= k <= a.ne[0]:
         raise ShapeError(f"k={k} must be 1 to {a.ne[0]}, the elements of a row")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, Generic, ParamSpec, TypeAlias, overload
+from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar, overload
 
 from pyggml.arguments import Parameters, signature_of
 from pyggml.errors import DTypeError, PyggmlError, ShapeError, UnknownNameError
@@ -16,6 +16,7 @@ from pyggml.traits import Axis, Cost, Ids, Slice
 from pyggml.where import at_line
 
 P = ParamSpec("P")
+M = TypeVar("M", bound="Callable[..., Node]")
 ShapeRule: TypeAlias = Callable[P, "Spec | tuple[Spec, dict[str, Any]]"]
 SliceRule: TypeAlias = Callable[[Node, Axis, int], "Slice | None"]
 ViewRule: TypeAlias = Callable[[Node, Ne], "tuple[int, Ne] | None"]
@@ -78,6 +79,7 @@ class Op(Generic[P]):
         self.leaf = leaf
         self.parts = parts
         self.meaning: Callable[..., Node] | None = None
+        self.means_where: Callable[[Node], bool] | None = None
         self.cost_rule = cost
         self.slice_rule = slices
         for operand in (*weights, *linear, *((ids.operand, ids.of) if ids is not None else ())):
@@ -107,15 +109,30 @@ class Op(Generic[P]):
 
     # -- definition -------------------------------------------------------------------------
 
-    def means(self, meaning: Callable[P, Node]) -> Callable[P, Node]:
+    @overload
+    def means(self, meaning: M, /) -> M: ...
+
+    @overload
+    def means(self, *, where: Callable[[Node], bool]) -> Callable[[M], M]: ...
+
+    def means(self, meaning: Any = None, *, where: Callable[[Node], bool] | None = None) -> Any:
         """Decorator: the same computation in simpler ops.
 
         The function gets the node's sources and attributes and returns a node. DTypeError if it
         does not take the arguments of the rule.
+
+        where  returns whether a node has this meaning; without it, all nodes of the op have
         """
+        if meaning is None:
+            self.means_where = where
+            return self.means
         self._parameters.check_meaning(meaning)
         self.meaning = meaning
         return meaning
+
+    def composes(self, node: Node) -> bool:
+        """Whether `node`, which has this op, has a meaning in simpler ops."""
+        return self.meaning is not None and (self.means_where is None or self.means_where(node))
 
     def cost(self, rule: CostRule) -> CostRule:
         """Decorator: `rule(node)` returns the node's Cost.

@@ -37,19 +37,22 @@ def _halves(e: Emitter, address: Value, count: Value | None) -> Value:
     return e.load(HALVES, address) if count is None else e.load_first(HALVES, address, count)
 
 
-def scores(type_: str) -> Any:
+def scores(type_: str, *, listed: bool = False) -> Any:
     """scores(queries, k, k_row, count, d, out): out[row][key] for 4 rows and up to 4 keys.
 
     queries  address of a table with the addresses of 4 rows of f32
+    listed   whether k is the address of a table with the addresses of the keys
     out      the rows are 64 floats apart. All 4 keys are written; those past `count` repeat one
     """
 
     def build(e: Emitter, queries: Any, k: Any, k_row: Any, count: Any, d: Any, out: Any) -> None:
         rows = [e.load(i64, queries, 8 * r) for r in range(_ROWS)]
-        keys = [k]
+        keys = [e.load(i64, k) if listed else k]
         for i in range(1, 4):
             inside = e.b.icmp_signed("<", e.integer(i), count)
-            keys.append(e.b.select(inside, e.add(keys[-1], k_row), keys[-1]))
+            step = e.b.select(inside, e.integer(8 * i), e.integer(0))
+            after = e.load(i64, e.add(k, step)) if listed else e.add(keys[-1], k_row)
+            keys.append(e.b.select(inside, after, keys[-1]))
         sums = [e.variable(e.zero(FLOATS)) for _ in range(4 * _ROWS)]
         size, nbytes = unit_of(type_)
 
@@ -173,8 +176,10 @@ def _tanh(e: Emitter, x: Value) -> Value:
     return e.b.fsub(one, e.b.fdiv(e.constant(FLOATS, 2.0), e.b.fadd(twice, one)))
 
 
-def values(type_: str) -> Any:
+def values(type_: str, *, listed: bool = False) -> Any:
     """values(weights, v, v_row, count, d, sums, n_rows): add weighted rows of V.
+
+    listed   whether v is the address of a table with the addresses of the rows
 
     weights  [row][64]
     sums     address of a table: for each row the address of two numbers and d sums. Where there are
@@ -197,7 +202,11 @@ def values(type_: str) -> Any:
                     place = e.add(targets[r], e.mul(at, 4), 64 * i)
                     totals.append(e.variable(_floats(e, place, left)))
             with e.loop(count) as key:
-                row = e.add(v, e.b.mul(key, v_row), e.mul(e.b.lshr(at, log), nbytes))
+                if listed:
+                    first = e.load(i64, e.add(v, e.mul(key, 8)))
+                else:
+                    first = e.add(v, e.b.mul(key, v_row))
+                row = e.add(first, e.mul(e.b.lshr(at, log), nbytes))
                 ys = [
                     y for i in range(16 * width // size)
                     for y in unit(e, type_, e.add(row, nbytes * i), left)

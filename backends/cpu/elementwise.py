@@ -20,6 +20,7 @@ from pyggml.backends.cpu.table import Call, Operand, kernel
 PIECE = 4096
 
 _BINARY = {ops.add: "fadd", ops.sub: "fsub", ops.mul: "fmul", ops.div: "fdiv"}
+_PAIRS = {**_BINARY, ops.add_mask: "add_mask"}
 _UNARY = (
     ops.exp, ops.log, ops.sqr, ops.sqrt, ops.tanh, ops.relu, ops.sigmoid, ops.silu, ops.gelu,
     ops.softplus,
@@ -31,6 +32,11 @@ def _function(name: str) -> Callable[..., Any]:
     """f(e, x, y, p, q): vectors of floats; a function ignores those that its op lacks."""
     from pyggml.backends.cpu.native import maths
 
+    def masked(e: Any, x: Any, y: Any, p: Any, q: Any) -> Any:
+        """-inf hides a NaN."""
+        seen = e.b.fcmp_unordered("!=", y, e.constant(y.type, float("-inf")))
+        return e.b.select(seen, e.b.fadd(x, y), y)
+
     if name.startswith("glu_limited_"):
         act = name.removeprefix("glu_limited_")
         return lambda e, x, y, limit, q: joined(e, act, x, y, limit)
@@ -40,6 +46,7 @@ def _function(name: str) -> Callable[..., Any]:
     if name in _BINARY.values():
         return lambda e, x, y, p, q: getattr(e.b, name)(x, y)
     own: dict[str, Callable[..., Any]] = {
+        "add_mask": masked,
         "scale": lambda e, x, y, s, b: e.b.fadd(e.b.fmul(x, s), b),
         "clamp": lambda e, x, y, low, high: limited(e, x, low, high),
         "fill": lambda e, x, y, value, q: value,
@@ -122,19 +129,19 @@ def _add(
     call.add(
         _rows(name, out.type, two=b is not None, scalar=scalar), out.ptr, *out.nb[1:], a.ptr,
         *a.nb[1:], *place, n, n1, n2, n1 * n2 * n3, length, step, p, q,
-        work=(1 if name in _BINARY.values() else 4) * out.elements,
+        work=(1 if name in _PAIRS.values() else 4) * out.elements,
     )  # fmt: skip
 
 
 def _combine(call: Call) -> None:
-    _add(call, _BINARY[call.node.op], call["a"], call["b"])
+    _add(call, _PAIRS[call.node.op], call["a"], call["b"])
 
 
 def _apply(call: Call) -> None:
     _add(call, call.node.op.name, call["a"])
 
 
-for _op in _BINARY:
+for _op in _PAIRS:
     kernel(_op, types=_TYPES, inplace=("a",), refuses=row_refusal)(_combine)
 for _unary_op in _UNARY:
     kernel(_unary_op, types=_TYPES, inplace=("a",), refuses=row_refusal)(_apply)

@@ -1,4 +1,4 @@
-"""The order of a row's elements: argmax, argsort, top_k.
+"""The order of a row's elements: argmax, argsort, and top_k of a few.
 
 NaN is larger than every number and all NaN are equal, -0 equals 0, and equals keep their order.
 """
@@ -111,7 +111,7 @@ def _sorted() -> Callable[..., None]:
 
     def run(
         out: int, o0: int, o1: int, o2: int, o3: int, x: int, x1: int, x2: int, x3: int, n: int,
-        n1: int, n2: int, rows: int, k: int, sign: int, memory: int, lists: int,
+        n1: int, n2: int, rows: int, sign: int, memory: int, lists: int,
         own: int, thread: int, threads: int,
     ) -> None:  # fmt: skip
         for number in range(lists * thread // threads, lists * (thread + 1) // threads):
@@ -128,7 +128,7 @@ def _sorted() -> Callable[..., None]:
                         merge(other, ids, source, start, middle, end, sign)
                     ids, other = other, ids
                     width *= 2
-                for i in range(k):
+                for i in range(n):
                     put_i32(y + i * o0, i32_at(ids + 4 * i))
 
     return run
@@ -157,7 +157,7 @@ def _largest() -> Callable[..., None]:
 
 
 TOP = Native("top_k", "i" * 14, _top)
-SORTED = Native("sorted", "i" * 17, _sorted)
+SORTED = Native("sorted", "i" * 16, _sorted)
 LARGEST = Native("argmax", "i" * 12, _largest)
 
 
@@ -174,35 +174,16 @@ def _lists(node: Node) -> int:
 
 
 def _sort_bytes(node: Node) -> int:
-    if node.attrs.get("k", MOST_K + 1) <= MOST_K:
-        return 0
     return _lists(node) * 8 * node["a"].ne[0]
-
-
-def _sort(call: Call, k: int, sign: int) -> None:
-    call.add(
-        SORTED,
-        *rows_of(call),
-        k,
-        sign,
-        call.scratch,
-        _lists(call.node),
-        work=16 * call["a"].elements,
-    )
 
 
 @kernel(ops.argsort, types={"f32", "i32"}, scratch=_sort_bytes, refuses=row_refusal)
 def argsort(call: Call) -> None:
-    _sort(call, call.out.ne[0], -1 if call.attrs["order"] == "desc" else 1)
-
-
-@kernel(ops.top_k, types={"f32", "i32"}, scratch=_sort_bytes, refuses=row_refusal)
-def top_k(call: Call) -> None:
-    k = call.attrs["k"]
-    if k <= MOST_K:
-        call.add(TOP, *rows_of(call), k, work=4 * call["a"].elements)
-    else:
-        _sort(call, k, -1)
+    sign = -1 if call.attrs["order"] == "desc" else 1
+    call.add(
+        SORTED, *rows_of(call), sign, call.scratch, _lists(call.node),
+        work=16 * call["a"].elements,
+    )  # fmt: skip
 
 
 @kernel(ops.argmax, types={"f32", "i32"}, refuses=row_refusal)

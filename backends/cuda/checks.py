@@ -27,7 +27,7 @@ def check_ids(staging: Staging, step: Step, at: Mapping[Node, Address]) -> None:
         choice = node.op.ids
         if node.op is ops.causal_mask and node.get("kv_end") is None:
             _check(staging, step, node["pos"], at, node.attrs["n_kv"], "position", "the keys")
-        elif choice is not None:
+        elif choice is not None and node.get(choice.operand) is not None:
             count = node[choice.of].ne[choice.axis]
             _check(staging, step, node[choice.operand], at, count, "id", "the end")
 

@@ -19,6 +19,7 @@ from pyggml.backends.host_memory import (
 )
 from pyggml.backends.numpy.arrays import Work, codec_bytes, decoded, work_of
 from pyggml.backends.numpy.blas import blas_view
+from pyggml.backends.numpy.listed import Lists, listed_scratch
 from pyggml.backends.numpy.masks import HIDDEN, Mask, alibi_slopes
 from pyggml.backends.numpy.online_softmax import Blocks, OnlineSoftmax, Parts
 from pyggml.backends.numpy.table import kernel
@@ -44,6 +45,8 @@ def _blocks(n_q: int, heads: int, heads_kv: int, n_kv: int, d_k: int, d_v: int) 
 
 def _flash_scratch(node: Node) -> int:
     q, k, v = node["q"], node["k"], node["v"]
+    if node.get("ids") is not None:
+        return listed_scratch(node)
     blocks = _blocks(q.ne[1], q.ne[2], k.ne[2], k.ne[1], k.ne[0], v.ne[0])
     return scratch_bytes(*blocks.sizes()) + codec_bytes(k, v, node.get("mask"))
 
@@ -94,6 +97,7 @@ def flash_attn_ext(
     mask: Raw | None,
     sinks: Raw | None,
     kv_len: Raw | None,
+    ids: Raw | None,
     *,
     scratch: Scratch,
     scale: float,
@@ -107,20 +111,26 @@ def flash_attn_ext(
 ) -> None:
     n3, heads, n_q, d_k = q.shape
     _, heads_kv, n_kv, d_v = shape_of(v)
+    slopes = alibi_slopes(heads, head0, n_head, max_bias)
+    if logit_softcap:
+        scale /= logit_softcap
+    live = _live(n_kv, kv_len, kv0)
+    if ids is not None:
+        start = _columns_of_k(k, v)
+        lists = Lists(k, v, start, mask, slopes, ids, live, scratch, heads)
+        lists.attend(out, q, sinks, scale, logit_softcap, lse)
+        return
     blocks = _blocks(n_q, heads, heads_kv, n_kv, d_k, d_v)
     memory = Parts(*(scratch.array(n) for n in blocks.sizes()))
     work = work_of(scratch, k, v, mask)
     keys, values = _Reader(k, memory.keys, work), _Reader(v, memory.values, work)
     v_start = _columns_of_k(k, v) if keys.in_place is None else None
-    slopes = alibi_slopes(heads, head0, n_head, max_bias)
-    if logit_softcap:
-        scale /= logit_softcap
     for i3, h, i in product(range(n3), split(heads_kv, blocks.heads), split(n_q, blocks.queries)):
         q_heads = slice(h.start * blocks.ratio, h.stop * blocks.ratio)
         shape = (q_heads.stop - q_heads.start, i.stop - i.start)
         softmax = OnlineSoftmax(blocks, memory, shape)
         softmax.begin(q[i3, q_heads, i], scale, None if sinks is None else sinks[0, 0, 0, q_heads])
-        for j in split(_live(n_kv, kv_len, kv0), blocks.keys):
+        for j in split(live, blocks.keys):
             tile = None
             if mask is not None:
                 part = mask[i3 % len(mask), :, i, j]

@@ -18,6 +18,8 @@ from pyggml.backends.numpy.tiling import PIECE, pieces, scratch_bytes, shaped
 from pyggml.dtypes import F32
 from pyggml.node import Node
 
+#: Elements of a piece whose flags NumPy allocates.
+FLAGS = 1 << 15
 #: fn(y, x, t) computes y from x with a temporary t; y may be x.
 Unary = Callable[[Floats, Floats, Floats], object]
 
@@ -156,6 +158,16 @@ for _pair, _ufunc in {
     ops.div: np.divide,
 }.items():
     kernel(_pair, inplace=("a",))(partial(_binary, fn=_ufunc))
+
+
+@kernel(ops.add_mask, inplace=("a",))
+def add_mask(out: Raw, a: Raw, b: Raw) -> None:
+    a, out, b = tiles(a, b.shape), tiles(out, b.shape), tiles(b, b.shape)
+    whole = np.broadcast_to(b, out.shape)
+    for index in pieces(out.shape, FLAGS):
+        y, bias = out[index], whole[index]
+        np.add(a[index], bias, out=y)
+        np.copyto(y, bias, where=bias == -np.inf)
 
 
 @kernel(ops.scale, inplace=("a",), scratch=piece_scratch(0))

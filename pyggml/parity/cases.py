@@ -17,7 +17,7 @@ from functools import cache
 from pyggml import ops
 from pyggml.dtypes import TYPES
 from pyggml.ops.elementwise import BINARY, UNARY
-from pyggml.parity.case import Case
+from pyggml.parity.case import Case, build
 from pyggml.parity.oracle import FAMILIES
 from pyggml.quants import DECODABLE
 
@@ -55,12 +55,20 @@ def expand(text: str) -> tuple[Case, ...]:
         text = text.replace(name, choice)
     texts = dict.fromkeys(case for line in text.split("\n") if line for case in _expand(line))
     plain = tuple(map(Case.parse, texts))
-    return plain + tuple(replace(case, means=True) for case in plain if has_meaning(case.op))
+    return plain + tuple(replace(case, means=True) for case in plain if composes(case))
 
 
 def has_meaning(op: str) -> bool:
     """Whether the op has a meaning in simpler ops (a few names are functions, not ops)."""
     return getattr(getattr(ops, op), "meaning", None) is not None
+
+
+def composes(case: Case) -> bool:
+    """Whether the case's node has a meaning: that of an op may be for some operands only."""
+    if not has_meaning(case.op):
+        return False
+    op = getattr(ops, case.op)
+    return op.means_where is None or op.composes(build(case, values=False).node)
 
 
 @cache

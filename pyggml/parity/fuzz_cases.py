@@ -15,7 +15,7 @@ from random import Random
 from pyggml.errors import PyggmlError
 from pyggml.parity import fuzz_products as products
 from pyggml.parity.case import Case, build
-from pyggml.parity.cases import LEGACY, has_meaning
+from pyggml.parity.cases import LEGACY, composes
 from pyggml.parity.fuzz_draw import BLOCKS, PLAIN, Draw
 from pyggml.parity.oracle import ORACLE
 
@@ -28,14 +28,14 @@ ENCODED = tuple(LEGACY.split("|"))
 
 
 def _binary(d: Draw) -> Case:
-    op = d.pick(("add", "sub", "mul", "div"))
+    op = d.pick(("add", "sub", "mul", "div", "add_mask"))
     dtype = d.pick(("f32", "f32", "f16"))
     fill = d.special()
     if op == "add" and d.chance(0.2):
         dtype, fill = d.pick(("i32", "i64")), "<1000-"
     ne = d.ne()
     second = [n if d.chance(0.5) else d.divisor(n) for n in ne]
-    other = "~above" if op == "div" else fill
+    other = {"div": "~above", "add_mask": d.pick(("~mask", "~wild"))}.get(op, fill)
     return d.case(op, d.source(dtype, ne, fill), d.source(dtype, second, other))
 
 
@@ -156,6 +156,8 @@ def _cpy(d: Draw) -> Case:
 def _rows(d: Draw) -> Case:
     op = d.pick(("sum_rows", "norm", "rms_norm", "argsort", "top_k", "argmax"))
     ne = d.ne(d.size(2100), 9000)
+    if op == "top_k" and d.chance(0.15):  # rows that threads share
+        ne = (d.rng.randint(15000, 60000), d.pick((1, 1, 3, 5)))
     ordered = op in ("argsort", "top_k", "argmax")
     fill = d.pick(("", "~ties", "~nan", "~wild")) if ordered else d.special()
     a = d.source("f32", ne, fill)
@@ -166,7 +168,7 @@ def _rows(d: Draw) -> Case:
     if op == "argsort":
         return d.case(op, a, order=d.pick(("asc", "desc")))
     if op == "top_k":
-        return d.case(op, a, k=d.rng.randint(1, min(ne[0], 40)))
+        return d.case(op, a, k=d.rng.randint(1, min(ne[0], d.pick((40, 40, 9000)))))
     return d.case(op, a)
 
 
@@ -231,8 +233,8 @@ MAKERS: Sequence[tuple[Callable[[Draw], Case], int]] = (
     (_binary, 6), (_unary, 5), (_simple, 3), (_glu, 3), (_add_id, 2), (_copied, 8), (_get_rows, 4),
     (_set_rows, 5), (_cpy, 5), (_rows, 6), (_soft_max, 5), (_rope, 9), (products.mul_mat, 8),
     (products.mul_mat_id, 5), (products.moe_up_gate, 4), (products.fused_up_gate, 3),
-    (products.routing, 2), (products.sums, 2), (products.attention, 14), (products.masks, 3),
-    (_collective, 5),
+    (products.routing, 2), (products.sums, 2), (products.attention, 14), (products.indexer, 5),
+    (products.masks, 3), (_collective, 5),
 )  # fmt: skip
 #: Every op that a generator draws.
 OPS = frozenset(ORACLE) - {"view", "permute", "transpose", "soft_max"}
@@ -246,9 +248,9 @@ def random_case(seed: int, number: int, ops: frozenset[str] = OPS) -> Case:
         case: Case = draw.rng.choices(makers, weights)[0](draw)
         if case.op not in ops:
             continue
-        if has_meaning(case.op) and draw.chance(0.2):
-            case = replace(case, means=True)
         try:
+            if draw.chance(0.2) and composes(case):
+                case = replace(case, means=True)
             build(case, values=False)
         except PyggmlError:
             continue  # the op's rule refuses the layout

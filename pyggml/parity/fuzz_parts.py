@@ -141,6 +141,26 @@ def flash(g: Grower) -> str:
     return g.op("flash_attn_ext", _query(g, s), k, v, _mask(g, s), **attrs)
 
 
+def sparse(g: Grower) -> str:
+    """Attention to the keys that an indexer chooses, perhaps merged with a window's."""
+    d, s = g.draw, Sizes(g)
+    s.heads_kv = 1
+    keys = g.handle(g.state(d.pick(("f32", "f16")), (16, s.n_kv), share=0.5))
+    heads = d.pick((1, 3, 8))
+    q, w = g.leaf("f32", (16, heads, s.n_q)), g.leaf("f32", (heads, s.n_q))
+    mask = _mask(g, s)
+    ids = g.op("top_k", g.op("lightning_indexer", q, keys, w, mask), k=d.rng.randint(1, s.n_kv))
+    k = g.handle(g.state(d.pick(("f32", "f16")), (s.d, s.n_kv), share=0.5))
+    both = d.chance(0.3)
+    attrs: dict[str, Any] = {"scale": 0.3, "lse": both}
+    query = _query(g, s)
+    y = g.op("flash_attn_ext", query, k, k, mask, None, None, ids, **attrs)
+    if both:
+        rows = g.handle(g.state("f16", (s.d, 9), share=0.0))
+        y = g.op("merge_lse", y, g.op("flash_attn_ext", query, rows, rows, **attrs))
+    return y
+
+
 def normed(g: Grower) -> str:
     """A sum, its norm times a row, and products with that."""
     d = g.draw
@@ -193,6 +213,7 @@ def cached(g: Grower) -> str:
 PARTS: tuple[tuple[Callable[[Grower], str], int], ...] = (
     (scores, 5),
     (flash, 3),
+    (sparse, 2),
     (normed, 2),
     (experts, 2),
     (cached, 2),

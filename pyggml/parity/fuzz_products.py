@@ -115,7 +115,30 @@ def attention(d: Draw) -> Case:
     attrs |= d.pick(({}, {}, {"logit_softcap": 10.0})) | d.pick(({}, {}, {"prec": "f32"}))
     attrs |= d.pick(({}, {}, {"lse": True}))
     sinks = d.maybe(d.source("f32", (heads,)), 0.25)
-    return d.case("flash_attn_ext", q, k, v, mask, sinks, length, **attrs)
+    lists = None
+    if d.chance(0.3):
+        n_ids = d.rng.randint(1, n_kv)
+        lists = d.source("i32", (n_ids, n_q, 1, n3), f"!{n_kv}" + "-" * d.chance(0.5))
+    return d.case("flash_attn_ext", q, k, v, mask, sinks, length, lists, **attrs)
+
+
+def indexer(d: Draw) -> Case:
+    """Scores of an indexer; hidden rows may hold NaN and infinity."""
+    dtype = d.pick((*PLAIN, *PLAIN, "q8_0", "q4_0", "iq4_nl"))
+    n, n_kv, n3 = d.row(dtype, 200), d.size(900), d.pick((1, 1, 1, 2, 4))
+    heads, tokens = d.size(70), d.size(40)
+    tokens = max(1, min(tokens, 3_000_000 // (heads * n_kv * n * n3)))
+    fill, hide = _hidden(d, n_kv)
+    q = d.source("f32", (n, heads, tokens, n3), rows=True)
+    k = d.source(dtype, (n, n_kv, 1, n3), fill, rows=True)
+    weights = d.source("f32", (heads, tokens, 1, n3))
+    ne = (n_kv, tokens + d.pick((0, 0, 5)), 1, d.divisor(n3))
+    word = hide if hide.startswith("~") else d.pick(("~mask", "~causal", "~blocks"))
+    mask = d.source("f16", ne, word, rows=True) if hide[:1] == "~" or d.chance(0.5) else None
+    length = None
+    if hide.startswith("#") or (not hide and d.chance(0.15)):
+        length = d.source("i32", (1,), hide or f"#{d.rng.randrange(n_kv + 2)}")
+    return d.case("lightning_indexer", q, k, weights, mask, length)
 
 
 def slopes(d: Draw, heads: int) -> dict[str, object]:

@@ -19,7 +19,9 @@ VIEWS = {"view", "permute", "transpose", "reshape"}
 #: Ops whose kernels compute nothing, so that their results have no noise from rounding.
 EXACT = {*MOVES, "set_rows", "cpy", "state_of", "relu"}
 #: Ops whose results are sums of products, or products of such sums.
-SUMS = {"mul_mat", "mul_mat_id", "fused_up_gate", "moe_up_gate", "flash_attn_ext"}
+SUMS = {
+    "mul_mat", "mul_mat_id", "fused_up_gate", "moe_up_gate", "flash_attn_ext", "lightning_indexer",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

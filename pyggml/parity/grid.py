@@ -168,7 +168,9 @@ def _attention(count: int = 3000) -> Iterator[str]:
         attrs += pick(([], ["lse=True"])) + pick(([], [], ["kv0=1"] if length != "-" else []))
         q = f"f32[{d_k},{n_q},{heads},{n3}]{pick(('', '@p0213', '@inner'))}"
         k = f"{dtype}[{d_k},{n_kv},{h_kv},{n3}]{layout}"
-        yield f"flash_attn_ext({', '.join([q, k, v, mask, sinks, length, *attrs])})"
+        chosen = f"i32[{rng.randint(1, n_kv)},{n_q},1,{n3}]!{n_kv}-"
+        lists = [chosen] if rng.random() < 0.2 else []
+        yield f"flash_attn_ext({', '.join([q, k, v, mask, sinks, length, *lists, *attrs])})"
 
 
 @cache
@@ -184,6 +186,9 @@ mul_mat({f32|f16|bf16|q8_0|q4_0|q4_K|q6_K|iq4_nl}[4096,4096]@weight, f32[4096,{1
 mul_mat_id({f16|q8_0|q4_K}[2048,768,32]@weight, f32[2048,1,{1|8|128}], i32[8,$2]<32)
 flash_attn_ext(f32[128,{1|32},32], {f16|q8_0}[128,{512|4096},8], $2[128,$3,8], f16[$3,$1]~causal, scale=0.088)
 flash_attn_ext(f32[576,{1|32},16]@p0213, {f16|q8_0}[576,4096], $2[512,4096]=1+64, scale=0.07)
+flash_attn_ext(f32[576,1,128]@p0213, {f16|q8_0}[576,65536], $1[512,65536]=1+0, -, -, -, i32[2048,1]!65536, scale=0.04)
+lightning_indexer(f32[128,64,1], {f16|q8_0}[128,65536], f32[64,1])
+top_k(f32[163840], k=2048)
 soft_max_ext(f32[4096,32,32], f16[4096,32]~causal, scale=0.1)
 rope_ext(f32[128,32,512], i32[512]<4096, n_dims=128, mode='neox')
 rms_norm(f32[4096,512], eps=1e-06)

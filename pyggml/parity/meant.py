@@ -13,7 +13,7 @@ from pyggml.parity.values import Array
 
 def meaning_of(node: Node) -> Node:
     """The meaning of a node: the same result in simpler ops."""
-    if node.op.meaning is None:
+    if node.op.meaning is None or not node.op.composes(node):
         raise GraphError(f"{node.op.name} has no meaning in simpler ops")
     meaning: Node = node.op.meaning(*node.src, **node.attrs)
     if meaning.spec != node.spec:

@@ -254,13 +254,23 @@ def hidden_rows(m: _Maker) -> Pattern:
     return m.done(**outputs)
 
 
+def chosen_rows(m: _Maker) -> Pattern:
+    """Attention to chosen rows under a causal mask, which another attention reads too."""
+    mask = causal_mask(m.positions(), n_kv=32)
+    ids = top_k(m.floats("scores", 32, T), k=9)
+    q, k = m.floats("q", 576, T, 4), m.floats("k", 576, 32, 1, type="f16")
+    v = view(k, ne=(512, 32, 1))
+    chosen = flash_attn_ext(q, k, v, mask, None, None, ids, scale=0.1)
+    return m.done(chosen=chosen, all=flash_attn_ext(q, k, v, mask, scale=0.1))
+
+
 PATTERNS: dict[str, Callable[[_Maker], Pattern]] = {
     **{
         graph.__name__: graph
         for graph in (
             norm_and_products, layer_norms, shared_activations, experts, grouped_experts,
             divided_weights, probabilities_kept, shared_mask, mask_kept, moved_position, gated,
-            hidden_rows,
+            hidden_rows, chosen_rows,
             squares, odd_routing, flat_weights,
         )
     },

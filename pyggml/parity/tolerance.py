@@ -47,6 +47,8 @@ LIMITS: dict[str, float] = {
     # ggml grants fused products 5e-3. Each of the two is a product; together they get no more.
     **dict.fromkeys(("moe_up_gate", "fused_up_gate"), 5e-4),
     **dict.fromkeys(("soft_max", "soft_max_ext"), 1e-6),
+    # Rounding q to the type of k is granted, quantizing it is not: it would change what is chosen.
+    "lightning_indexer": 5e-5,
 }
 #: ... and for every other op.
 LIMIT = 1e-7

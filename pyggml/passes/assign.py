@@ -108,7 +108,7 @@ class _Assigner:
         if choice.fixed:
             why = "it writes a state" if node.op.writes is not None else "it is pinned there"
             raise UnsupportedOpError(f"{_no_place(node)}: {reason}; {why}")
-        if node.op.meaning is None:
+        if not node.op.composes(node):
             why = f"{node.op.name} has no meaning in simpler ops"
             raise UnsupportedOpError(f"{_no_place(node)}: {reason}; {why}")
         return reason

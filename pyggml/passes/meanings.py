@@ -51,7 +51,7 @@ def on_device(node: Node, backend: Backend, refused: dict[Node, str]) -> Support
         reason = backend.supports(part)
         if reason is None:
             return part
-        if part.op.meaning is None or part in refused:
+        if not part.op.composes(part) or part in refused:
             raise Refused(refused.get(part, reason))
         expanded.append(Expanded(label_of(part), part.op.name, backend.place, reason))
         return None

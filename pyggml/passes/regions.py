@@ -1,13 +1,17 @@
 """The attentions whose memory the budget bounds: what it counts, and how each may be cut.
 
-Two kinds of tensors count: scores (a product that reaches a softmax whose result goes into a
-product), and keys and values that are computed from a state before an attention reads them. No
-model is known here; how to cut comes from the slice rules of the ops.
+Three kinds of tensors count: scores (a product that reaches a softmax whose result goes into a
+product), the scores of an indexer (they reach a top_k), and keys and values that are computed from
+a state before an attention reads them. No model is known here; how to cut comes from the slice
+rules of the ops.
+
+An indexer in simpler ops is a product whose keys come from a state. That tells it from a router,
+whose product with weights reaches a top_k too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -18,14 +22,23 @@ from pyggml.node import Node
 from pyggml.operation import slice_of
 from pyggml.ops.attention import flash_attn_ext
 from pyggml.ops.copy import cast, cont
-from pyggml.ops.elementwise import add, scale, tanh
+from pyggml.ops.elementwise import add, add_mask, mul, relu, scale, tanh
+from pyggml.ops.indexer import lightning_indexer
 from pyggml.ops.leaf import state_op
 from pyggml.ops.linear import mul_mat
-from pyggml.ops.reduce import soft_max_ext
+from pyggml.ops.moe import mul_multi_add, multi_add
+from pyggml.ops.reduce import soft_max_ext, sum_rows, top_k
 from pyggml.traits import Axis
 
-#: Flash attention over expanded keys: groups of heads, streams, blocks of keys, then all at once.
-_FLASH_WAYS: tuple[tuple[Axis, ...], ...] = ((1,), (1, 3), ("kv",), (1, 3, "kv"))
+#: Flash attention over expanded keys: groups of heads, streams, both, blocks of keys, then all at
+#: once. (Queries with lists of keys are streams in simpler ops.)
+_FLASH_WAYS: tuple[tuple[Axis, ...], ...] = ((1,), (3,), (1, 3), ("kv",), (1, 3, "kv"))
+
+#: An indexer's scores: streams, then tokens.
+_CHOICE_WAYS: tuple[tuple[Axis, ...], ...] = ((3,), (3, 2), (3, 2, 1))
+#: Ops between a product and the softmax of its scores, and between one and the top_k of them.
+_TO_SOFTMAX = frozenset((scale, add, tanh, cast, cont))
+_TO_CHOICE = frozenset((*_TO_SOFTMAX, add_mask, relu, mul, mul_multi_add, multi_add, sum_rows))
 
 
 @dataclass(frozen=True)
@@ -107,6 +120,8 @@ def regions(graph: Graph) -> list[Region]:
             region = _flash(node, derived)
         elif node.op is mul_mat and any(s in soft for s in node.src):
             region = _softmax(node, derived, soft)
+        elif node.op is top_k:
+            region = _choice(node, derived)
         else:
             continue
         if region is not None:
@@ -119,6 +134,21 @@ def _flash(node: Node, derived: set[Node]) -> Region | None:
     """Flash attention, if its keys or values are computed from a state."""
     expanded = _expanded(node.src[1:3], derived)
     return Region(node, frozenset(expanded), _FLASH_WAYS) if expanded else None
+
+
+def _choice(node: Node, derived: set[Node]) -> Region | None:
+    """A top_k, if it is that of an indexer's scores."""
+
+    def product(source: Node) -> bool:
+        keys = source.src[0] if source.op is mul_mat else None
+        return source.op is lightning_indexer or (keys is not None and keys in derived)
+
+    scores = _path(node, product, _TO_CHOICE)
+    if not scores:
+        return None
+    biases = [n.src[1] for n in scores if n.op is add_mask]
+    masks = {bias for bias in biases if bias is not None and bias.op is cast}
+    return Region(node, frozenset(scores | masks), _CHOICE_WAYS)
 
 
 def _softmax(node: Node, derived: set[Node], soft: Mapping[Node, Node]) -> Region | None:
@@ -158,8 +188,8 @@ def _origins(nodes: Iterable[Node]) -> tuple[set[Node], dict[Node, Node]]:
             soft[node] = soft[first]
         elif node.op is state_op or node.op.writes is not None:
             derived.add(node)
-        elif node.op is flash_attn_ext or any(s in soft for s in node.src):
-            continue  # an attention's result belongs to the new tokens
+        elif node.op in (flash_attn_ext, top_k) or any(s in soft for s in node.src):
+            continue  # an attention's result belongs to the new tokens, ids are no data of a state
         elif any(s in derived for s in node.src):
             derived.add(node)
     return derived, soft
@@ -184,18 +214,23 @@ def _expanded(sources: Iterable[Node | None], derived: set[Node]) -> set[Node]:
 
 def _scores(top: Node) -> set[Node] | None:
     """The softmax and the tensors before it, back to products; None if there is no product."""
+    path = _path(top, lambda node: node.op is mul_mat, _TO_SOFTMAX)
+    return path | {top} if path else None
+
+
+def _path(top: Node, product: Callable[[Node], bool], through: Collection[object]) -> set[Node]:
+    """The tensors from products to `top`, which reads them through ops of `through` and views; the
+    products too, views and `top` not. Empty if it reads no product that way."""
 
     def ends(node: Node) -> bool:
-        return node.op.view is None and node.op not in (scale, add, tanh, cast, cont)
+        return node.op.view is None and node.op not in through
 
-    path: set[Node] = set()  # nodes between a product and the softmax, and the product
+    path: set[Node] = set()
     assert top.src[0] is not None
     for node in toposort([top.src[0]], stop=ends):
-        if node.op is mul_mat or (not ends(node) and any(s in path for s in node.src)):
+        if product(node) or (not ends(node) and any(s in path for s in node.src)):
             path.add(node)
-    if top.src[0] not in path:
-        return None
-    return {node for node in path if node.op.view is None} | {top}
+    return {node for node in path if node.op.view is None} if top.src[0] in path else set()
 
 
 def _copies(node: Node | None, top: Node) -> set[Node]:

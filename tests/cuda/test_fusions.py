@@ -28,6 +28,7 @@ FUSED = {
     "probabilities_kept": [],
     "shared_mask": ["causal_mask flash_attn_ext"] * 2,
     "hidden_rows": ["causal_mask flash_attn_ext"] * 6,
+    "chosen_rows": [],
     "mask_kept": [],
     "moved_position": [],
     "squares": [],

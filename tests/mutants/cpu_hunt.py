@@ -33,7 +33,8 @@ FOLDER = Path(pyggml.__file__).parent / "backends" / "cpu"
 #: In the order in which they import each other.
 MODULES = (
     "row_loops", "decode", "encode", "attention_blocks", "convert", "attention", "reduce", "copy",
-    "strided", "sort", "moe", "gate", "elementwise", "norm", "merge",
+    "strided", "sort", "top_k", "moe", "gate", "elementwise", "norm", "merge", "indexer_blocks",
+    "indexer",
 )  # fmt: skip
 
 

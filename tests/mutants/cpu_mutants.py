@@ -13,8 +13,8 @@ FLASH, SOFT = ("flash_attn_ext",), ("soft_max_ext",)
 
 ATTENTION = of(
     "attention", FLASH,
-    ("k's head h % r, not h // r", "head, query = head_kv * ratio + row // n_q, row % n_q",
-     "head, query = head_kv + row // n_q * heads_kv, row % n_q"),
+    ("k's head h % r, not h // r", "head, query = head_kv * ratio + row // together,",
+     "head, query = head_kv + row // together * heads_kv,"),
     ("the next head's mask", "head % n_m2 * m2", "(head + 1) % n_m2 * m2"),
     ("the first sequence's mask", "i3 % n_m3 * m3", "0 * m3"),
     ("the mask off by one query", "mask + query * m1", "mask + max(query - 1, 0) * m1"),
@@ -24,15 +24,17 @@ ATTENTION = of(
     ("ignores kv0", "i32_at(live) - kv0", "i32_at(live)"),
     ("kv_len one too large", "i32_at(live) - kv0", "i32_at(live) - kv0 + 1"),
     ("ignores kv_len", "if live != 0:", "if live == 1:"),
-    ("drops a key of each piece", "(piece + 1) * keys), BLOCK)", "(piece + 1) * keys - 1), BLOCK)"),
-    ("drops the last key", "min(BLOCK, n_kv - first)", "min(BLOCK, n_kv - first - 1)"),
-    ("skips a block of which only the last key is seen", "n_rows, first, count):",
-     "n_rows, first, count - 1):"),
-    ("skips what the first row does not see", "not seen(masks, n_rows,", "not seen(masks, 1,"),
-    ("the first keys of a block for all", "at_k + key * k1, k1", "at_k, k1"),
-    ("the ALiBi slope of the group's first head", "(head_kv * ratio + row // n_q))",
+    ("drops a key of each piece", "min(n_kv, (piece + 1) * keys)",
+     "min(n_kv, (piece + 1) * keys - 1)"),
+    ("drops the last key", "min(n_kv, (piece + 1) * keys)", "min(n_kv - 1, (piece + 1) * keys)"),
+    ("skips a block of which only the last key is seen", "n_rows, start // 2, count)",
+     "n_rows, start // 2, count - 1)"),
+    ("skips what the first row does not see", "not seen(seen_masks, n_rows,",
+     "not seen(seen_masks, 1,"),
+    ("the first keys of a block for all", "at_k + key * next_k, k1", "at_k, k1"),
+    ("the ALiBi slope of the group's first head", "(head_kv * ratio + row // together))",
      "(head_kv * ratio))"),
-    ("the mask of the first block for all", "at += 2 * first", "at += 0 * first"),
+    ("the mask of the first block for all", "(seen_masks + 8 * r) + start", "(seen_masks + 8 * r)"),
     ("sums keep their old scale", "if factor != 1.0:", "if factor < 0.0:"),
     ("the last column keeps its scale", "rescale(target + 8, d_v, factor)",
      "rescale(target + 8, d_v - 1, factor)"),
@@ -50,6 +52,16 @@ ATTENTION = of(
     ("without ALiBi", "if max_bias <= 0:", "if max_bias >= 0:"),
     ("ignores head0", "range(head0, head0 + heads)", "range(heads)"),
     ("heads past a power of two on whole steps", "g - power + 0.5", "g - power + 1"),
+    ("a negative id as 0", "number = i32_at(ids + first * step)",
+     "number = max(i32_at(ids + first * step), 0)"),
+    ("ignores kv_len in lists", "if number < 0 or number >= live:", "if number < 0:"),
+    ("the masks of the first keys for the listed", "i64_at(masks + 8 * r) + 2 * number",
+     "i64_at(masks + 8 * r) + 2 * count"),
+    ("the first query's list", "ids + group * ids1 + i3 * ids3", "ids + i3 * ids3"),
+    ("the first sequence's list", "ids + group * ids1 + i3 * ids3", "ids + group * ids1"),
+    ("the first row's values for the listed", "v + number * v1", "v"),
+    ("drops the last of a list", "end = min(n_keys, (", "end = min(n_keys - 1, ("),
+    ("the first row's mask for all", "bias + 2 * BLOCK * r)", "bias)"),
     ("the power above the number of heads", "(n_head.bit_length() - 1)", "n_head.bit_length()"),
 )  # fmt: skip
 
@@ -84,6 +96,48 @@ BLOCKS = (
         ("a mask hides a NaN in soft_max_ext", "        if hides:\n", "        if True:\n"),
         ("the largest score is 0 at least", "e.maximum(top.get(), result)",
          "e.maximum(e.zero(FLOATS), result)"),
+    ),
+)  # fmt: skip
+
+_INDEXER = ("lightning_indexer",)
+INDEXER = (
+    *of(
+        "indexer", _INDEXER,
+        ("the first head's weight", "f32_at(w + h * w0 + t * w1 + i3 * w3)",
+         "f32_at(w + t * w1 + i3 * w3)"),
+        ("the first token's weights", "f32_at(w + h * w0 + t * w1 + i3 * w3)",
+         "f32_at(w + h * w0 + i3 * w3)"),
+        ("the first sequence's weights", "f32_at(w + h * w0 + t * w1 + i3 * w3)",
+         "f32_at(w + h * w0 + t * w1)"),
+        ("the first token's queries", "q + h * q1 + t * q2 + i3 * q3", "q + h * q1 + i3 * q3"),
+        ("the first sequence's queries", "q + h * q1 + t * q2 + i3 * q3", "q + h * q1 + t * q2"),
+        ("the first sequence's rows", "k + first * k1 + i3 * k3", "k + first * k1"),
+        ("the first block's rows", "k + first * k1 + i3 * k3", "k + i3 * k3"),
+        ("the first token's mask", "mask + t * m1 + i3 % n_m3 * m3", "mask + i3 % n_m3 * m3"),
+        ("the first sequence's mask", "mask + t * m1 + i3 % n_m3 * m3", "mask + t * m1"),
+        ("the mask of the first block", "at_mask += 2 * first", "at_mask += 0 * first"),
+        ("ignores kv_len", "if live != 0:", "if live == 1:"),
+        ("kv_len one too large", "min(n_kv, i32_at(live))", "min(n_kv, i32_at(live) + 1)"),
+        ("skips a block of which only the last row is seen", "seen(masks, 1, first, count)",
+         "seen(masks, 1, first, count - 1)"),
+        ("hidden blocks keep old scores", "hide(y + 4 * (first + count), whole - count)",
+         "hide(y + 4 * (first + count), 0)"),
+        ("sums of the last block stay", "clear(sums, BLOCK)", "clear(sums, 0)"),
+        ("drops the last heads", "for head in range(0, heads, HEADS):",
+         "for head in range(0, heads - heads % HEADS, HEADS):"),
+    ),
+    *of(
+        "indexer_blocks", _INDEXER,
+        ("without relu", 'e.b.fcmp_ordered("<", x, e.zero(FLOATS)), e.zero(FLOATS), x)',
+         'e.b.fcmp_ordered("<", x, e.zero(FLOATS)), x, x)'),
+        ("0 for NaN", 'e.b.fcmp_ordered("<", x, e.zero(FLOATS))',
+         'e.b.fcmp_unordered("<", x, e.zero(FLOATS))'),
+        ("absent heads count", 'e.b.icmp_signed("<", e.integer(r), n_heads)',
+         'e.b.icmp_signed(">=", e.integer(r), e.integer(0))'),
+        ("a hidden NaN stays", "e.b.select(visible, e.b.fadd(value.get(), bias), hidden)",
+         "e.b.fadd(value.get(), bias)"),
+        ("the sums of the first vector", "e.load(FLOATS, e.add(sums, at))", "e.load(FLOATS, sums)"),
+        ("the mask of the first vector", "e.add(mask, e.mul(number, 32))", "e.add(mask, 0)"),
     ),
 )  # fmt: skip
 
@@ -204,4 +258,4 @@ MERGE = of(
     ("0 for the log of a dead sum", "total != 0.0 else -math.inf", "total != 0.0 else 0.0"),
 )  # fmt: skip
 
-MUTANTS = (*ATTENTION, *BLOCKS, *DECODE, *ENCODE, *COPY, *MERGE, *ROWS)
+MUTANTS = (*ATTENTION, *BLOCKS, *INDEXER, *DECODE, *ENCODE, *COPY, *MERGE, *ROWS)

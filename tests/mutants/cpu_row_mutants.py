@@ -46,6 +46,11 @@ ELEMENTWISE = (
         ("the gate activated", "e.b.fmul(ACTIVATIONS[act](e, gate), up)",
          "e.b.fmul(ACTIVATIONS[act](e, up), gate)"),
     ),
+    *of(
+        "elementwise", ("add_mask",),
+        ("a plain sum", "e.b.select(seen, e.b.fadd(x, y), y)", "e.b.fadd(x, y)"),
+        ("the mask alone", "e.b.select(seen, e.b.fadd(x, y), y)", "y"),
+    ),
     *of("elementwise", ("fill",), ("leaves a", "x, y, value, q: value", "x, y, value, q: x")),
     *of(
         "elementwise", ("glu",),
@@ -165,6 +170,27 @@ SORT = (
     ),
 )  # fmt: skip
 
+TOP_K = of(
+    "top_k", ("top_k",),
+    ("a bin too high", "bin_of(table, 1, k) << 21", "bin_of(table, 1, k) + 1 << 21"),
+    ("a bin too high in pieces", "bin_of(tables, pieces, k) << 21",
+     "bin_of(tables, pieces, k) + 1 << 21"),
+    ("counts the first piece only", "tables + piece * TABLE + 4 * bin)", "tables + 4 * bin)"),
+    ("the last of equals", "(upper == last and equals > 0)", "(upper == last and equals == 0)"),
+    ("one of the equals", "                if upper == last:\n                    equals -= 1",
+     "                if upper == last:\n                    equals = 0"),
+    ("the upper 22 bits only", "for shift in (21, 10, 0):", "for shift in (21, 10):"),
+    ("unsorted", "entries = sort(entries, spare, k, table)", "sort(entries, spare, 1, table)"),
+    ("sorted by 22 bits", "for shift in (32, 43, 54):", "for shift in (43, 54):"),
+    ("the list of the first piece", "for piece in range(1, pieces):",
+     "for piece in range(pieces, pieces):"),
+    ("drops the last element of a piece", "(piece + 1) * length)\n", "(piece + 1) * length - 1)\n"),
+    ("the first row for all", "i3 * x3\n                count(", "i3 * x3 - i1 * x1\n"
+     "                count("),
+    ("the first of a few rows for all", "i3 * x3\n            tables", "i3 * x3 - i1 * x1\n"
+     "            tables"),
+)  # fmt: skip
+
 MOE = (
     *of(
         "moe", ("grouped_topk",),
@@ -196,4 +222,4 @@ MOE = (
     ),
 )  # fmt: skip
 
-MUTANTS = (*ELEMENTWISE, *COPIES, *NORM, *REDUCE, *SORT, *MOE)
+MUTANTS = (*ELEMENTWISE, *COPIES, *NORM, *REDUCE, *SORT, *TOP_K, *MOE)

@@ -16,10 +16,10 @@ from pyggml import backends, ops
 from pyggml.parity.case import Case
 from pyggml.parity.cases import cases
 from pyggml.parity.running import restored, tested
-from tests.mutants import layers, meanings, values
+from tests.mutants import layers, meanings, sparse, values
 from tests.mutants.mutant import Mutant
 
-MUTANTS = (*values.MUTANTS, *layers.MUTANTS, *meanings.MUTANTS)
+MUTANTS = (*values.MUTANTS, *layers.MUTANTS, *meanings.MUTANTS, *sparse.MUTANTS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -211,3 +211,20 @@ def test_a_part_of_the_heads_keeps_its_slopes(op: str) -> None:
         scores = four(RNG.standard_normal((6, 3, 8)))
         whole, got = run(op, [scores, mask], **at)[:, 2:4], run(op, [scores[:, 2:4], mask], **part)
     np.testing.assert_array_equal(got, whole)
+
+
+def test_an_indexer_sums_relus_of_heads() -> None:
+    q = four([[[1.0, 0.0], [-1.0, 0.0]]])  # one token, two heads
+    k = four([[3.0, 9.0], [-2.0, 9.0], [np.nan, 9.0]])
+    weights, mask = four([[10.0, -100.0]]), four([[0.5, -INF, -INF]])
+    out = run("lightning_indexer", [q, k, weights])[0, 0, 0]
+    np.testing.assert_array_equal(out, [30.0, -200.0, np.nan])
+    hidden = run("lightning_indexer", [q, k, weights, mask])[0, 0, 0]
+    np.testing.assert_array_equal(hidden, [30.5, -INF, -INF])
+    short = run("lightning_indexer", [q, k, weights, None, four(2)])[0, 0, 0]
+    np.testing.assert_array_equal(short, [30.0, -200.0, -INF])
+
+
+def test_a_mask_hides_nan() -> None:
+    out = run("add_mask", [four([1.0, np.nan, np.nan]), four([2.0, -INF, 0.0])])[0, 0, 0]
+    np.testing.assert_array_equal(out, [3.0, -INF, np.nan])

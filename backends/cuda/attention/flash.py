@@ -20,6 +20,8 @@ from pyggml.node import Node
 
 def _refuses(node: Node) -> str | None:
     k, v = node["k"], node["v"]
+    if node.get("ids") is not None:
+        return "flash_attn_ext reads no lists of keys here"
     for what, source in (("keys", k), ("values", v)):
         if source.dtype.name not in TYPES:
             return f"flash_attn_ext cannot read {what} of {source.dtype}"

@@ -37,6 +37,7 @@ BINARY(Add, a + b)
 BINARY(Sub, a - b)
 BINARY(Mul, a * b)
 BINARY(Div, a / b)
+BINARY(AddMask, b == -INFINITY ? b : a + b)  // a may be NaN there
 
 template <class Act>
 struct Glu {

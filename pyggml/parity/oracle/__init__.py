@@ -22,6 +22,7 @@ from pyggml.parity.oracle import (
     collective,
     copy,
     elementwise,
+    indexer,
     linear,
     moe,
     reduce,
@@ -29,7 +30,7 @@ from pyggml.parity.oracle import (
 )
 from pyggml.parity.oracle.base import Array
 
-FAMILIES = (copy, elementwise, reduce, rope, linear, attention, moe, collective)
+FAMILIES = (copy, elementwise, reduce, rope, linear, attention, indexer, moe, collective)
 
 #: Op name -> function(*sources, **attributes): the public functions of the family files.
 ORACLE: dict[str, Callable[..., Array]] = {

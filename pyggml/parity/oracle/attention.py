@@ -38,6 +38,16 @@ merge_lse(f32[{2|33},3,5,2]{|@inner}, f32[$1,3,5,2]{|@wide})
 flash_attn_ext(f32[32,3,4], f16[32,14,2]{|@weight|@weight@p0213}, f16[48,14,2]{|@weight}, f16[14,3]~mask, f32[4]@weight, scale=0.3)
 flash_attn_ext(f32[64,3,4]@far, {f32|f16|q8_0}[64,17{|,2}]@far, $1[64,17$2]@far, f16[17,3]~mask@far, scale=0.3)
 merge_lse(f32[33,3,5]@far, f32[33,3,5]@far)
+flash_attn_ext(f32[64,5,{1|6}]@p0213, {PLAIN}[64,23,1], $2[48,23,1], {-|f16[23,5]~mask}, -, -, i32[7,5]!23{|-}, scale=0.2, lse={True|False})
+flash_attn_ext(f32[32,3,6,4]@inner, {f32|f16|q8_0}[32,40,2,4]@p0213, $1[32,40,2,4]@p0213, f16[40,5,{1|3},{1|2}]~mask@wide, f32[6], {-|i32[1]#30}, i32[9,3,1,4]!40-@inner, scale=0.2, max_bias={0.0|8.0}, kv0=3)
+flash_attn_ext(f32[576,{1|3},5]@p0213, {f32|f16|bf16|q8_0}[576,69], $2[512,69]=1+{0|64}, {-|f16[69,3]~causal}, -, -, i32[40,$1]!69-@wide, scale=0.04)
+flash_attn_ext(f32[64,7,4], {f32|f16|q8_0}[64,37,2]~holed, $1[64,37,2]~holed, f16[37,7,{1|4}]~holes, -, -, i32[20,7]!37-, scale=0.125, max_bias={0.0|8.0})
+flash_attn_ext(f32[64,4,2], {f32|f16|q8_0}[64,300,1]~ended, $1[64,300,1]~ended, -, {-|f32[2]}, i32[1]#150, i32[200,4]!300-, scale=0.125, {logit_softcap=5.0|prec='f32'}, lse={True|False})
+flash_attn_ext(f32[32,3,4], f32[32,14,2], f32[48,14,2], {-|f16[14,3]~mask}, {-|f32[4]}, i32[1]#0, i32[{1|5},3]!14@apart, scale=0.3, lse=True)
+flash_attn_ext(f32[32,2,4], f32[32,14,2], f32[48,14,2], {-|f16[14,2]~mask}, {-|f32[4]@apart}, -, i32[5,2]{#-1|!14-}, scale=0.3, lse=True)
+flash_attn_ext(f32[64,1,{130|3}], {f32|f16|bf16|q5_0}[64,1500,1], $2[96,1500,1], {-|f16[1500,1]~mask}, f32[$1], -, i32[1100,1]!1500-, scale=0.1)
+flash_attn_ext(f32[64,3,4]@far, {f32|f16|q8_0}[64,17]@far, $1[64,17]@far, f16[17,3]~mask@far, -, -, i32[6,3]!17-@far, scale=0.3)
+flash_attn_ext(f32[64,3,4], {f16|q8_0}[64,17]@weight, $1[64,17]@weight, f16[17,3]~mask, -, -, i32[6,3]!17@weight, scale=0.3)
 """  # noqa: E501
 
 LARGE = """
@@ -45,6 +55,8 @@ flash_attn_ext(f32[192,100,16]@p0213, f16[192,700,16], f16[128,700,16], f16[700,
 flash_attn_ext(f32[576,70,16]@p0213, q8_0[576,700], q8_0[512,700]=1+0, f16[700,70]~mask, scale=0.1)
 flash_attn_ext(f32[64,1,8], f32[64,9000,2], f32[64,9000,2], -, f32[8], i32[1]#8000, scale=0.1, lse=True)
 flash_attn_ext(f32[64,300,6], bf16[64,300,2], f16[64,300,2], f16[300,300,3]~mask, scale=0.1, max_bias=8.0, logit_softcap=9.0)
+flash_attn_ext(f32[576,3,16]@p0213, {f16|q8_0}[576,3000], $1[512,3000]=1+0, f16[3000,3]~mask, -, -, i32[2000,3]!3000-, scale=0.1)
+flash_attn_ext(f32[64,100,8], f32[64,700,2]@p0213, f32[64,700,2]@p0213, f16[700,100,8]~mask, f32[8], -, i32[300,100]!700, scale=0.1)
 causal_mask(i32[700]<900, n_kv=900, window=100)
 causal_mask(i32[1]<40000, n_kv=90000)
 merge_lse(f32[513,16,100], f32[513,16,100]@inner)
@@ -76,6 +88,7 @@ def flash_attn_ext(
     mask: Array | None = None,
     sinks: Array | None = None,
     kv_len: Array | None = None,
+    ids: Array | None = None,
     *,
     scale: float,
     max_bias: float = 0.0,
@@ -88,8 +101,9 @@ def flash_attn_ext(
 ) -> Array:
     """q[Dk, n_q, H, n3], k[Dk, n_kv, H_kv, n3], v[Dv, n_kv, H_kv, n3] -> [Dv (+1), H, n_q, n3].
 
-    A key is live for a row where the mask is not -inf and kv0 + j < kv_len. Without live keys the
-    output is 0 and the log-sum-exp that of the sink alone: -inf where there is none.
+    A key is live for a row where the mask is not -inf and kv0 + j < kv_len and, with ids
+    [n_ids, n_q, 1, n3], where it is in the row's list. Without live keys the output is 0 and the
+    log-sum-exp that of the sink alone: -inf where there is none.
     """
     n3, n_heads, n_q, _ = q.shape
     n_kv = k.shape[2]
@@ -100,6 +114,9 @@ def flash_attn_ext(
         h_kv = h // (n_heads // k.shape[1])
         s = _scores(q[i3, h], k[i3, h_kv], scale, logit_softcap)
         live = np.tile(counted, (n_q, 1))
+        if ids is not None:
+            for i, chosen in enumerate(ids[i3, 0]):
+                live[i] &= np.isin(np.arange(n_kv), chosen)
         if mask is not None:
             bias = mask[i3 % mask.shape[0], h % mask.shape[1], :n_q]
             live &= bias != -np.inf

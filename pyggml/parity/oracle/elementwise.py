@@ -12,6 +12,8 @@ CASES = """
 {BINARY}(f32[12,6,4,2]{LAYOUTS}, f32[4,3,1,2]{@wide||@p0213})
 add({i32|i64}[33,5]<1000, $1[{33|33,5|11}]<1000-)
 div(f32[16,3], f32[16,3]~wild)
+add_mask({f32|f16}[37,5,2]{|~wild}{|@inner}, $1[{37,5,2|37,5|37,1,2}]~mask{|@wide})
+add_mask({f32|f16}[12,6]~wild, $1[{12|1|4},{6|2}]~wild)
 scale({f32|f16}[{37,5|64|1|33,2,3,2}], s=-1.7, b=0.3)
 scale(f32[64,5]{LAYOUTS}, s={2.0|0.0})
 clamp({f32|f16}[37,5]{|~wild}, min={-0.5|-inf}, max=0.25)
@@ -70,6 +72,12 @@ def mul(a: Array, b: Array) -> Array:
 def div(a: Array, b: Array) -> Array:
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.divide(a, tiled(b, a.shape))
+
+
+def add_mask(a: Array, b: Array) -> Array:
+    """a + b, but -inf where b is -inf."""
+    b = tiled(b, a.shape)
+    return np.where(b == -np.inf, b, a + b)
 
 
 def add_id(a: Array, b: Array, ids: Array) -> Array:
