@@ -24,7 +24,7 @@ from pyggml.backends.step import (
     kernel_error,
 )
 from pyggml.backends.table import Kernel, KernelTable
-from pyggml.backends.timing import Best, Stopwatch, differences
+from pyggml.backends.timing import Fastest, Stopwatch, differences
 from pyggml.errors import PyggmlError
 from pyggml.node import Node
 
@@ -79,7 +79,7 @@ class HostRunner:
             copy_context().run(self._run, self._marked(marks))
             return lambda: differences(marks)
 
-        return Best(take)
+        return Fastest(take)
 
     def _marked(self, marks: list[int]) -> Iterator[int]:
         """The numbers of all steps; the time goes into `marks` before each, and at the end."""

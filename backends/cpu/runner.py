@@ -30,7 +30,7 @@ from pyggml.backends.step import (
     kernel_error,
 )
 from pyggml.backends.table import Kernel, KernelTable
-from pyggml.backends.timing import Best, Stopwatch, step_by_step
+from pyggml.backends.timing import Fastest, Stopwatch, step_by_step
 from pyggml.errors import IdError
 from pyggml.node import Node
 from pyggml.ops import causal_mask
@@ -163,7 +163,7 @@ class CpuRunner:
             copy_context().run(self._run, spans, clocks)
             return lambda: self._seconds(clocks)
 
-        return Best(take)
+        return Fastest(take)
 
     def _seconds(self, clocks: Sequence[NDArray[np.int64]]) -> list[float]:
         """The seconds of each step from the times around the calls of each part."""

@@ -11,7 +11,7 @@ from pyggml.backends.base import Kernels
 from pyggml.backends.host_memory import aligned
 from pyggml.backends.null.memory import PRIVATE
 from pyggml.backends.step import Address, Addresses, Buffer, Layouts, LoadStep, Step
-from pyggml.backends.timing import Best, Stopwatch, differences
+from pyggml.backends.timing import Fastest, Stopwatch, differences
 from pyggml.ops.leaf import data_of
 from pyggml.transfer import origin
 
@@ -69,7 +69,7 @@ class NullRunner:
                 self.device.queue.add(lambda: marks.append(perf_counter_ns()))
             return lambda: differences(marks)
 
-        return Best(take)
+        return Fastest(take)
 
     def _load_task(self, step: LoadStep, at: Address) -> Callable[[], None]:
         nbytes, weight = step.layout.nbytes, data_of(origin(step.node))

@@ -12,8 +12,9 @@ import pytest
 import pyggml as gg
 from examples.own_op import cumsum
 from pyggml import backends
+from pyggml.backends.base import Kernels
 from pyggml.backends.numpy.table import KERNELS
-from pyggml.backends.timing import Kernels
+from pyggml.backends.timing import Fastest
 from pyggml.errors import IdError, UnknownNameError
 from pyggml.node import Node
 from pyggml.runtime.ceilings import Ceiling, ceiling
@@ -69,6 +70,27 @@ def test_the_steps_alone_take_no_longer_than_a_run(place: str) -> None:
     for _ in range(5):
         profile = plan.profile({"x": X}, 1)
         assert sum(profile.whole) <= profile.phases.issue
+
+
+@pytest.mark.parametrize(
+    ("runs", "expected"),
+    [
+        ([[3.0, 3.0], [7.0, 0.1], [0.1, 8.0]], [3.0, 3.0]),
+        ([[3.0, 3.0], [7.0, 0.1], [0.1, 8.0], [2.0, 3.0], [5.0, 4.0]], [2.0, 3.0]),
+        ([[9.0, 0.0], [2.0, 3.0], [0.0, 9.0], [3.0, 3.0]] * 2, [2.0, 3.0]),
+        ([[9.0, 0.0], [2.0, 3.0], [3.0, 3.0], [9.0, 9.0]] + [[9.0, 9.0]] * 4, [2.5, 3.0]),
+    ],
+)
+def test_times_are_those_of_the_fastest_runs(
+    runs: list[list[float]], expected: list[float]
+) -> None:
+    """Not the shortest of each step: a late reading makes one step long and the next one short."""
+    times = iter(runs)
+    watch = Fastest(lambda: lambda: next(times))
+    for _ in runs:
+        watch.run(0)
+        watch.read()
+    assert watch.seconds() == expected and watch.whole() == 0.0
 
 
 def test_native_kernels_are_timed_between_each_other() -> None:
