@@ -15,6 +15,7 @@ from pyggml.ops.attention import *
 from pyggml.ops.collective import *
 from pyggml.ops.copy import *
 from pyggml.ops.elementwise import *
+from pyggml.ops.hyper_connections import *
 from pyggml.ops.indexer import *
 from pyggml.ops.leaf import *
 from pyggml.ops.linear import *

@@ -24,9 +24,9 @@ from pyggml.node import Node
 
 # Importing a module registers its kernels.
 FAMILIES = (
-    "attention", "convert", "copy", "elementwise", "indexer", "linear.experts", "linear.kernels",
-    "masks", "merge", "moe", "norm", "reduce", "rope", "sort", "strided",
-    "top_k",
+    "attention", "convert", "copy", "elementwise", "hyper_connections", "indexer",
+    "linear.experts", "linear.kernels", "masks", "merge", "moe", "norm", "reduce", "rope", "sort",
+    "strided", "top_k",
 )  # fmt: skip
 for _family in FAMILIES:
     importlib.import_module(f"pyggml.backends.cpu.{_family}")

@@ -234,7 +234,7 @@ MAKERS: Sequence[tuple[Callable[[Draw], Case], int]] = (
     (_set_rows, 5), (_cpy, 5), (_rows, 6), (_soft_max, 5), (_rope, 9), (products.mul_mat, 8),
     (products.mul_mat_id, 5), (products.moe_up_gate, 4), (products.fused_up_gate, 3),
     (products.routing, 2), (products.sums, 2), (products.attention, 14), (products.indexer, 5),
-    (products.masks, 3), (_collective, 5),
+    (products.masks, 3), (products.hyper_connections, 3), (_collective, 5),
 )  # fmt: skip
 #: Every op that a generator draws.
 OPS = frozenset(ORACLE) - {"view", "permute", "transpose", "soft_max"}

@@ -177,6 +177,23 @@ def _hidden(d: Draw, n_kv: int) -> tuple[str, str]:
     return d.pick((none, none, *hidden, (f"~nan{every}", "")))
 
 
+def hyper_connections(d: Draw) -> Case:
+    hc, tokens, n = d.pick((1, 2, 3, 4, 4, 4, 5, 8, 9, 33)), d.size(40), d.size(300)
+    which = d.rng.randrange(3)
+    if which == 0:
+        row = (2 + hc) * hc
+        mixes = d.source("f32", (row, tokens), d.pick(("", "", "~nan5", "~mask", "~large")))
+        scale = d.source("f32", (d.pick((3, 3, 7)),), "~above")
+        eps = d.pick((0.0, 1e-6, 0.1))
+        base = d.source("f32", (row,))
+        return d.case("dsv4_hc_comb", mixes, scale, base, eps=eps, n_iter=d.pick((1, 2, 5, 20)))
+    streams, numbers = d.source("f32", (n, hc, tokens), d.special()), d.source("f32", (hc, tokens))
+    if which == 1:
+        return d.case("dsv4_hc_pre", streams, numbers)
+    comb = d.maybe(d.source("f32", (hc, hc, tokens), d.special(0.05)), 0.7)
+    return d.case("dsv4_hc_post", d.source("f32", (n, tokens)), streams, numbers, comb)
+
+
 def masks(d: Draw) -> Case:
     if d.chance(0.5):
         n_kv = d.size(300)

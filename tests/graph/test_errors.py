@@ -26,7 +26,7 @@ f = {
         ("k83", "f32", (8, 7, 3)), ("v9", "f32", (8, 9, 2)), ("m", "f16", (7, 5)),
         ("m3", "f16", (7, 3)), ("m4", "f16", (7, 5, 4)), ("mf", "f32", (7, 5)),
         ("e", "f32", (8, 3, 5)), ("b81", "f32", (8, 1, 4)), ("ids", "i32", (2, 4)),
-        ("r", "f32", (8, 2, 4)), ("a17", "f32", (17,)),
+        ("r", "f32", (8, 2, 4)), ("a17", "f32", (17,)), ("a8", "f32", (8,)),
     )
 }  # fmt: skip
 X = type("X", (), f)
@@ -115,6 +115,16 @@ CALLS: list[tuple[Callable[[], Any], type[PyggmlError], str]] = [
     (lambda: gg.sum_rows(X.h84), T, "a has type f16"),
     (lambda: gg.rms_norm(X.a84, eps=-1e-6), S, "must not be negative"),
     (lambda: gg.rms_norm(X.a84, eps=float("inf")), S, "eps=inf must be finite"),
+    (lambda: gg.norm(X.a84, eps=-1e-6), S, "must not be negative"),
+    (lambda: gg.norm(X.h84, eps=1e-6), T, "a has type f16"),
+    (lambda: gg.dsv4_hc_comb(X.a84, X.a8, X.a8, eps=0, n_iter=0), S, "n_iter=0 must be at least 1"),
+    (lambda: gg.dsv4_hc_comb(X.a48, X.a8, X.a4, eps=0, n_iter=1), S, "must be (2 + hc) hc"),
+    (lambda: gg.dsv4_hc_comb(X.a84, X.a84, X.a8, eps=0, n_iter=1), S, "needs one row of at least"),
+    (lambda: gg.dsv4_hc_comb(X.a84, X.a8, X.a4, eps=0, n_iter=1), S, "as long as a row of mixes"),
+    (lambda: gg.dsv4_hc_post(X.a84, X.a84, X.a84), S, "x must be [8, 1, 1, 1]"),
+    (lambda: gg.dsv4_hc_post(X.a8, X.a84, X.a8), S, "post must be [4, 1, 1, 1]"),
+    (lambda: gg.dsv4_hc_post(X.a8, X.a84, X.a4, X.a84), S, "comb must be [4, 4, 1, 1]"),
+    (lambda: gg.dsv4_hc_pre(X.a84, X.a8), S, "a weight for each row of a"),
     (lambda: gg.soft_max_ext(X.k82, X.m), S, "must have ne0=8 (keys) and ne1 >= 7"),
     (lambda: gg.soft_max_ext(gg.cont(gg.transpose(X.mf)), X.mf), S, "must have ne0=5"),
     (lambda: gg.soft_max_ext(X.a84, max_bias=8.0), S, "max_bias=8.0 needs a mask"),

@@ -34,7 +34,7 @@ FOLDER = Path(pyggml.__file__).parent / "backends" / "cpu"
 MODULES = (
     "row_loops", "decode", "encode", "attention_blocks", "convert", "attention", "reduce", "copy",
     "strided", "sort", "top_k", "moe", "gate", "elementwise", "norm", "merge", "indexer_blocks",
-    "indexer",
+    "indexer", "hyper_connections",
 )  # fmt: skip
 
 

@@ -222,4 +222,34 @@ MOE = (
     ),
 )  # fmt: skip
 
-MUTANTS = (*ELEMENTWISE, *COPIES, *NORM, *REDUCE, *SORT, *TOP_K, *MOE)
+HYPER_CONNECTIONS = (
+    *of(
+        "hyper_connections", ("dsv4_hc_comb",),
+        ("one iteration fewer", "range(int(n_iter) - 1)", "range(int(n_iter) - 2)"),
+        ("sums over targets only", "divide(c, 4, o1, hc, eps)\n            for _",
+         "divide(c, o1, 4, hc, eps)\n            for _"),
+        ("without eps in the sums", "total += eps", "total += 0.0"),
+        ("without eps after the softmax", "f32_at(row + 4 * d) / total + eps)",
+         "f32_at(row + 4 * d) / total)"),
+        ("the scale of pre", "scale.ptr + 2 * scale.nb[0]", "scale.ptr"),
+        ("the numbers of pre and post", "i = 2 * hc + d + hc * s", "i = d + hc * s"),
+        ("targets and sources swapped", "i = 2 * hc + d + hc * s", "i = 2 * hc + s + hc * d"),
+        ("the first token for all", "f32_at(x + t * x1 + i * x0)", "f32_at(x + i * x0)"),
+        ("NaN for a row of -inf", "                    top = 0.0\n", "                    pass\n"),
+    ),
+    *of(
+        "hyper_connections", ("dsv4_hc_post",),
+        ("the matrix transposed", "weights = comb + d * c0 + t * c2",
+         "weights = comb + d * c1 + t * c2"),
+        ("the first stream only", "for s in range(1, hc):", "for s in range(1, 1):"),
+        ("the first stream again", "streams + s * r1, n", "streams, n"),
+        ("the first token's streams", "old + t * r2", "old"),
+        ("the first token's result", "t * o2, x + t * x1", "t * o2, x"),
+        ("the first token's shares", "post + d * p0 + t * p1", "post + d * p0"),
+        ("the first token's matrix", "comb + d * c0 + t * c2", "comb + d * c0"),
+        ("the first stream without a matrix", "share, streams + d * r1, 1.0",
+         "share, streams, 1.0"),
+    ),
+)  # fmt: skip
+
+MUTANTS = (*ELEMENTWISE, *COPIES, *NORM, *REDUCE, *SORT, *TOP_K, *MOE, *HYPER_CONNECTIONS)

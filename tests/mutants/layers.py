@@ -136,6 +136,42 @@ mutant("mul_multi_add", "the first expert's weight for all")(
     instead(1, lambda b: np.broadcast_to(b[:, :, :1], b.shape))
 )
 
+COMB, POST = "dsv4_hc_comb", "dsv4_hc_post"
+mutant(COMB, "one iteration fewer")(changed(n_iter=lambda n: max(1, n - 1)))
+mutant(COMB, "without eps")(changed(eps=0.0))
+mutant(COMB, "the scale of pre")(instead(1, lambda scale: np.roll(scale, 2, axis=3)))
+mutant(COMB, "targets and sources swapped")(
+    then(lambda out: np.copyto(out, out.swapaxes(2, 3).copy()))
+)
+mutant(COMB, "without the base")(instead(2, np.zeros_like))
+mutant(COMB, "the last step over targets")(
+    then(lambda out: np.divide(out, out.sum(axis=3, keepdims=True), out=out))
+)
+mutant(COMB, "NaN for a row of -inf")(
+    lambda right, out, mixes, scale, base, **attrs: (
+        right(out, mixes, scale, base, **attrs),
+        np.copyto(out, np.nan, where=np.isneginf(mixes).all(axis=3)[..., None, None][0]),
+    )[0]
+)
+mutant(POST, "the matrix transposed")(
+    lambda right, out, x, old, post, comb, **attrs: right(
+        out, x, old, post, comb if comb is None else comb.swapaxes(2, 3), **attrs
+    )
+)
+mutant(POST, "the matrix of the first token for all")(
+    instead(3, lambda comb: np.broadcast_to(comb[:, :1], comb.shape))
+)
+mutant(POST, "without the sublayer's result")(instead(0, np.zeros_like))
+mutant(POST, "the first stream's share for all")(
+    instead(2, lambda post: np.broadcast_to(post[..., :1], post.shape))
+)
+mutant(POST, "without the old streams if there is no matrix")(
+    lambda right, out, x, old, post, comb, **attrs: right(
+        out, x, np.zeros_like(old) if comb is None else old, post, comb, **attrs
+    )
+)
+mutant(POST, "ignores NaN in the matrix")(instead(3, np.nan_to_num))
+
 # -- attention ----------------------------------------------------------------------------------
 
 FLASH = "flash_attn_ext"

@@ -36,6 +36,13 @@ for _op in ("glu", "moe_up_gate", "fused_up_gate"):
     meaning(_op, "without the limit")(
         lambda right, *src, limit, **attrs: right(*src, limit=None, **attrs)
     )
+meaning("dsv4_hc_comb", "one iteration more")(
+    lambda right, *src, n_iter, **attrs: right(*src, n_iter=n_iter + 1, **attrs)
+)
+meaning("dsv4_hc_post", "the matrix transposed")(
+    lambda right, *src: right(*src[:3], *(c and ops.transpose(c) for c in src[3:]))
+)
+meaning("dsv4_hc_post", "without the matrix")(lambda right, *src: right(*src[:3]))
 meaning("mul_multi_add", "the sum without the weights")(lambda right, a, b: ops.multi_add(a))
 
 

@@ -22,6 +22,7 @@ from pyggml.parity.oracle import (
     collective,
     copy,
     elementwise,
+    hyper_connections,
     indexer,
     linear,
     moe,
@@ -30,7 +31,9 @@ from pyggml.parity.oracle import (
 )
 from pyggml.parity.oracle.base import Array
 
-FAMILIES = (copy, elementwise, reduce, rope, linear, attention, indexer, moe, collective)
+FAMILIES = (
+    copy, elementwise, reduce, rope, linear, attention, indexer, moe, hyper_connections, collective,
+)  # fmt: skip
 
 #: Op name -> function(*sources, **attributes): the public functions of the family files.
 ORACLE: dict[str, Callable[..., Array]] = {

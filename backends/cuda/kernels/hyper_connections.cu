@@ -1,0 +1,104 @@
+// Hyper-connections: several residual streams, mixed before and after a sublayer.
+// @kernel hot dsv4_hc_comb<{1|2|3|4|5|8|32}>
+// @kernel hot dsv4_hc_post<{0|1|2|3|4|8}, {1|4}>
+#include "common.cuh"
+
+// -- comb -------------------------------------------------------------------------------------------
+
+// The matrix of a token is in the registers of `lanes_of` lanes: one lane for each source stream,
+// with a number for each target. So one launch does all iterations: a sum over targets stays in a
+// thread, and one over sources takes a few shuffles. One thread for each number of the matrix needs
+// shuffles for both.
+template <int HC>
+constexpr int lanes_of = HC <= 1 ? 1 : HC <= 2 ? 2 : HC <= 4 ? 4 : HC <= 8 ? 8 : HC <= 16 ? 16 : 32;
+
+// mixes [(2 + HC) HC, tokens], scale [>= 3], base [(2 + HC) HC] -> out [target, source, tokens].
+// grid: tokens in blocks of 256 / lanes_of.
+template <int HC>
+__global__ void __launch_bounds__(256)
+dsv4_hc_comb(Tensor out, Tensor mixes, Tensor scale, Tensor base, float eps, int n_iter) {
+    begin();
+    constexpr int LANES = lanes_of<HC>;
+    const int t = blockIdx.x * (256 / LANES) + threadIdx.x / LANES, s = threadIdx.x % LANES;
+    const bool there = s < HC && t < out.ne[2];
+    float c[HC] = {};  // absent sources stay 0, so they add nothing
+    // Divides by the sum over targets.
+    auto by_source = [&](float extra) {
+        float sum = 0;
+#pragma unroll
+        for (int d = 0; d < HC; d++) sum += c[d];
+        sum += extra;
+#pragma unroll
+        for (int d = 0; d < HC; d++)
+            if (there) c[d] /= sum;
+    };
+    auto by_target = [&] {
+#pragma unroll
+        for (int d = 0; d < HC; d++) {
+            float sum = c[d];
+#pragma unroll
+            for (int lane = LANES / 2; lane; lane /= 2) sum += __shfl_xor_sync(~0u, sum, lane);
+            if (there) c[d] /= sum + eps;
+        }
+    };
+    if (there) {
+        const float factor = *scale.at<float>(2, 0, 0, 0);
+        float top = __int_as_float(0xFF800000);  // -inf
+#pragma unroll
+        for (int d = 0; d < HC; d++) {
+            int i = 2 * HC + d + HC * s;
+            c[d] = factor * *mixes.at<float>(i, t, 0, 0) + *base.at<float>(i, 0, 0, 0);
+            top = fmaxf(top, c[d]);
+        }
+        const bool none = top == __int_as_float(0xFF800000);
+#pragma unroll
+        for (int d = 0; d < HC; d++) c[d] = expf(c[d] - (none ? 0 : top));
+        if (!none) by_source(0);
+#pragma unroll
+        for (int d = 0; d < HC; d++) c[d] += eps;
+    }
+    by_target();
+    for (int i = 1; i < n_iter; i++) {
+        by_source(eps);
+        by_target();
+    }
+    if (there)
+#pragma unroll
+        for (int d = 0; d < HC; d++) *out.at<float>(d, s, t, 0) = c[d];
+}
+
+// -- post -------------------------------------------------------------------------------------------
+
+// out[:, d, t] = post[d, t] x[:, t] + sum_s comb[d, s, t] old[:, s, t], or + old[:, d, t] without
+// comb. A thread takes V adjacent elements of all streams, so each is read and written once. HC 0:
+// any number of streams, which are read again for each target.
+// grid: tokens, blocks of 256 V elements.
+template <int HC, int V>
+__global__ void __launch_bounds__(256)
+dsv4_hc_post(Tensor out, Tensor x, Tensor old, Tensor post, Tensor comb) {
+    begin();
+    const int t = blockIdx.x, i = (blockIdx.y * 256 + threadIdx.x) * V, hc = HC ? HC : out.ne[1];
+    if (i >= out.ne[0]) return;
+    using Numbers = Pack<float, V>;
+    const Numbers added = *x.at<Numbers>(i, t, 0, 0);
+    Numbers held[HC ? HC : 1];
+    auto stream = [&](int s) { return *old.at<Numbers>(i, s, t, 0); };
+#pragma unroll
+    for (int s = 0; s < HC; s++) held[s] = stream(s);
+#pragma unroll
+    for (int d = 0; d < hc; d++) {
+        const float share = *post.at<float>(d, t, 0, 0);
+        Numbers y;
+#pragma unroll
+        for (int k = 0; k < V; k++) y.v[k] = share * added.v[k];
+#pragma unroll
+        for (int s = 0; s < hc; s++) {
+            if (!comb.data && s != d) continue;
+            const float weight = comb.data ? *comb.at<float>(d, s, t, 0) : 1;
+            const Numbers part = HC ? held[HC ? s : 0] : stream(s);
+#pragma unroll
+            for (int k = 0; k < V; k++) y.v[k] += weight * part.v[k];
+        }
+        *out.at<Numbers>(i, d, t, 0) = y;
+    }
+}
