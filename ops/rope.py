@@ -33,6 +33,7 @@ def rope_ext(
     beta_fast: float = 32.0,
     beta_slow: float = 1.0,
     offset: int = 0,
+    back: bool = False,
 ) -> Spec:
     """Rotate pairs of each row by angles that grow with the position; copy the other elements.
 
@@ -48,7 +49,8 @@ def rope_ext(
       r = ext_factor (1 - clip((i - low) / max(0.001, high - low), 0, 1))
       low, high = floor, ceil of  n_dims ln(n_ctx_orig / (2 pi beta)) / (2 ln freq_base)  for
       beta_fast and beta_slow, limited to 0 .. n_dims - 1
-    Source: ggml's ggml_rope_ext. Angles are f64; ggml's come from a chain of f32 products, and are
+    back: rotates by -angle, so it undoes the rotation if attn_factor and YaRN's factor are 1.
+    Sources: ggml's ggml_rope_ext and ggml_rope_ext_back. Angles are f64; ggml's come from a chain of f32 products, and are
     off by 0.002 at position 100,000 (base 10,000) and by more beyond.
     """
     want_type("a", a, FLOATS)

@@ -194,6 +194,8 @@ def rope_ext(call: Call) -> None:
     frequencies = np.zeros(_pairs(node))
     powers = np.arange(n_dims // 2) * (-2 / n_dims)
     frequencies[: n_dims // 2] = attrs["freq_base"] ** powers * share
+    if attrs["back"]:
+        np.negative(frequencies, out=frequencies)
     call.keep.append(frequencies)
     n, heads, tokens, n3 = a.ne
     row, vectors = _table_bytes(node), _pairs(node) // 16

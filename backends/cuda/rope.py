@@ -82,9 +82,14 @@ class Rope(Struct):
 
 
 def constants(attrs: Attrs) -> Rope:
-    """The constants in the formula of `rope_ext`, which depend only on its attributes."""
+    """The constants in the formula of `rope_ext`, which depend only on its attributes.
+
+    The kernels multiply an angle by f + (1 - f) e k, with f = freq_scale, e = ext_factor and the
+    ramp k. For `back` that must be -f - (1 - f) e k, which -f and e (f - 1) / (f + 1) give.
+    """
     n_dims, base = attrs["n_dims"], attrs["freq_base"]
     magnitude, low, width = attrs["attn_factor"], 0.0, 1.0
+    scale, ext_factor = attrs["freq_scale"], attrs["ext_factor"]
     if attrs["ext_factor"]:
         magnitude *= 1 + 0.1 * math.log(1 / attrs["freq_scale"])
 
@@ -95,10 +100,12 @@ def constants(attrs: Attrs) -> Rope:
         low = max(0, math.floor(pair(attrs["beta_fast"])))
         high = min(n_dims - 1, math.ceil(pair(attrs["beta_slow"])))
         width = max(0.001, high - low)
+    if attrs["back"]:
+        scale, ext_factor = -scale, ext_factor * (scale - 1) / (scale + 1)
     return Rope(
         step=base ** (-2 / n_dims),
-        freq_scale=attrs["freq_scale"],
-        ext_factor=attrs["ext_factor"],
+        freq_scale=scale,
+        ext_factor=ext_factor,
         low=low,
         width=width,
         magnitude=magnitude,

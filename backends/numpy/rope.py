@@ -56,6 +56,7 @@ def rope_ext(
     beta_fast: float,
     beta_slow: float,
     offset: int,
+    back: bool,
 ) -> None:
     """Copy each piece as f32 to `out` (f16: to scratch) and rotate its pairs in place."""
     n3, n_tokens, heads, n = a.shape
@@ -90,6 +91,8 @@ def rope_ext(
             theta *= freq_scale
         _within_half_a_turn(theta, work64)
         turn = shaped(turns, *theta.shape)
+        if back:
+            np.negative(theta, out=theta)
         narrow = shaped(spare.view(f32), *theta.shape)  # sin and cos are slow on strided numbers
         np.copyto(narrow, theta, casting="same_kind")
         np.cos(narrow, out=turn.real)

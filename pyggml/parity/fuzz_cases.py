@@ -199,6 +199,9 @@ def _rope(d: Draw) -> Case:
         attrs |= {"freq_scale": d.pick((0.25, 1.4)), "attn_factor": d.pick((0.7, 1.3))}
     if d.chance(0.25):
         attrs |= {"ext_factor": d.pick((1.0, 0.75)), "n_ctx_orig": d.pick((100, 4096))}
+        attrs |= {"freq_scale": d.pick((0.025, 0.25, 1.4)), "beta_fast": d.pick((32.0, 8.0))}
+    if d.chance(0.3):
+        attrs |= {"back": True}
     return d.case("rope_ext", a, d.ids((tokens,), far), d.maybe(factors, 0.6), **attrs)
 
 

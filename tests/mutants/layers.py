@@ -31,6 +31,12 @@ mutant("rope_ext", "rotates the other mode's pairs")(
     changed(mode=lambda old: "neox" if old == "normal" else "normal")
 )
 mutant("rope_ext", "ignores the offset")(changed(offset=0))
+mutant("rope_ext", "ignores back")(changed(back=False))
+mutant("rope_ext", "divides by the amplitude when it rotates back")(
+    lambda right, out, *src, **attrs: right(
+        out, *src, **{**attrs, "attn_factor": attrs["attn_factor"] ** (1 - 2 * attrs["back"])}
+    )
+)
 mutant("rope_ext", "rotates in the other direction")(instead(1, np.negative))
 mutant("rope_ext", "positions in f16")(instead(1, lambda pos: pos.astype(np.float16).astype("i4")))
 mutant("rope_ext", "multiplies by the frequency factors")(instead(2, lambda f: 1 / f))

@@ -228,3 +228,40 @@ def test_an_indexer_sums_relus_of_heads() -> None:
 def test_a_mask_hides_nan() -> None:
     out = run("add_mask", [four([1.0, np.nan, np.nan]), four([2.0, -INF, 0.0])])[0, 0, 0]
     np.testing.assert_array_equal(out, [3.0, -INF, np.nan])
+
+
+def test_a_constant_row_of_norm_is_0() -> None:
+    out = run("norm", [four([[0.1, 0.1, 0.1], [1.0, 2.0, 3.0]])], eps=0.0)
+    want = [[0, 0, 0], [-math.sqrt(1.5), 0, math.sqrt(1.5)]]
+    np.testing.assert_allclose(out[0, 0], want, rtol=1e-15)
+
+
+def test_softplus_at_both_ends() -> None:
+    out = run("softplus", [four([-100.0, 0.0, 100.0, -INF, INF])]).ravel()
+    want = [math.exp(-100.0), math.log(2.0), 100.0, 0.0, INF]
+    np.testing.assert_allclose(out, want, rtol=1e-15)
+
+
+def test_a_limit_is_one_sided_for_the_gate() -> None:
+    gate, up = four([5.0, -5.0, 1.0]), four([1.0, 9.0, -9.0])
+    out = run("glu", [gate, up], act="relu", limit=2.0).ravel()
+    assert out.tolist() == [2, 0, -2]
+    silu = run("glu", [gate, up], act="silu", limit=2.0).ravel()
+    np.testing.assert_allclose(silu[1], 2 * -5.0 / (1 + math.exp(5.0)), rtol=1e-15)
+
+
+def test_hyper_connections_of_two_streams() -> None:
+    """hc = 2: mixes have 2 numbers of pre, 2 of post, then C[0, 0], C[1, 0], C[0, 1], C[1, 1]."""
+    three = math.log(3.0)
+    mixes = four([9.0, 9.0, 9.0, 9.0, three, 0.0, 0.0, 0.0])
+    scale, base = four([7.0, 7.0, 1.0]), four(np.zeros(8))
+    # The softmax over targets gives columns (3/4, 1/4) and (1/2, 1/2); then rows are divided.
+    first = run("dsv4_hc_comb", [mixes, scale, base], eps=0.0, n_iter=1)[0, 0]  # [source, target]
+    np.testing.assert_allclose(first, [[3 / 5, 1 / 3], [2 / 5, 2 / 3]], rtol=1e-14)
+    many = run("dsv4_hc_comb", [mixes, scale, base], eps=0.0, n_iter=50)[0, 0]
+    np.testing.assert_allclose([many.sum(axis=0), many.sum(axis=1)], np.ones((2, 2)), rtol=1e-12)
+    comb = four([[[1.0, 2.0], [3.0, 4.0]]])  # source 0 goes to (0, 1) by (1, 2), source 1 by (3, 4)
+    x, streams, post = four([[10.0]]), four([[[1.0], [100.0]]]), four([[0.5, 2.0]])
+    assert run("dsv4_hc_pre", [streams, post]).ravel().tolist() == [200.5]
+    assert run("dsv4_hc_post", [x, streams, post, comb]).ravel().tolist() == [306, 422]
+    assert run("dsv4_hc_post", [x, streams, post]).ravel().tolist() == [6, 120]

@@ -169,7 +169,7 @@ def test_the_table_has_a_column_for_each_backend() -> None:
     columns = {name: [outcome(name, case) for case in selection] for name in ("a", "b")}
     rows = table(selection, columns).splitlines()
     assert "| op | a | b |" in rows and "| --- | --- | --- |" in rows
-    assert "| `glu`* | a: f32 f16; b: f32 | a: f32; b: f32 |" in rows
+    assert "| `glu`* | a: f32 f16; b: f32 f16 | a: f32; b: f32 |" in rows
     assert "| `argmax` | a: f32 | a: f32 |" in rows
     assert "## Refused by b" in rows and "- no f16" in rows
     assert "## Refused by a" not in rows and "- no mul" not in rows

@@ -73,7 +73,6 @@ __global__ void __launch_bounds__(256)
 template <class... Limit>
 __device__ __forceinline__ void gate_all(const Tensor& y, const float* gate, int act,
                                          unsigned columns, Limit... limit) {
-    begin();
     long long n = (long long)y.ne[0] * columns;
     for (long long i = blockIdx.x * 256ll + threadIdx.x; i < n; i += gridDim.x * 256ll) {
         float* at = (float*)(row_at(y, i / y.ne[0]) + i % y.ne[0] * y.nb[0]);
@@ -82,10 +81,12 @@ __device__ __forceinline__ void gate_all(const Tensor& y, const float* gate, int
 }
 __global__ void __launch_bounds__(256)
     gate_rows(Tensor y, const float* gate, int act, unsigned columns) {
+    begin();
     gate_all(y, gate, act, columns);
 }
 __global__ void __launch_bounds__(256)
     gate_rows_limited(Tensor y, const float* gate, int act, unsigned columns, float limit) {
+    begin();
     gate_all(y, gate, act, columns, limit);
 }
 

@@ -14,6 +14,9 @@ rope_ext(f32[192,3,5], i32[5]<6000, n_dims=64, mode={'normal'|'neox'}, offset={0
 rope_ext(f32[64,2,5], i32[5]<6000, n_dims=64, freq_base=500000.0, freq_scale=0.25, attn_factor=1.3)
 rope_ext(f32[80,2,5], i32[5]<6000, {-|f32[32]~above|f32[40]~above@wide}, n_dims=40, mode={'normal'|'neox'}, n_ctx_orig={4096|100}, freq_scale=0.025, ext_factor={1.0|0.7465}, attn_factor=0.7305, beta_fast=24.0, beta_slow=2.0)
 rope_ext(f32[64,1,1], i32[1]<6000, n_dims=64)
+rope_ext({f32|f16}[96,3,5]{|@inner}, i32[5]<6000, n_dims=64, mode={'normal'|'neox'}, offset={0|32}, back=True)
+rope_ext(f32[80,2,5], i32[5]<6000, {-|f32[32]~above}, n_dims=40, mode={'normal'|'neox'}, n_ctx_orig=4096, freq_scale={1.0|0.025}, ext_factor={1.0|0.7465}, attn_factor=0.7305, offset=40, back=True)
+rope_ext(f32[64,2,5], i32[5]#-2147483648, n_dims=64, back=True)
 rope_ext(f32[64,2,9], i32[9]<{160000|2147483647}, n_dims=64, freq_scale={1.0|0.025}, mode={'normal'|'neox'})
 rope_ext(f32[64,2,5], i32[5]#-2147483648, {-|f32[32]~above@apart|f32[40]~above@wide}, n_dims=64)
 rope_ext({f32|f16}[64,2,5]@apart, i32[5]<6000{|@apart}, {-|f32[32]~above@apart}, n_dims=64, mode={'normal'|'neox'})
@@ -55,6 +58,7 @@ def rope_ext(
     beta_fast: float = 32.0,
     beta_slow: float = 1.0,
     offset: int = 0,
+    back: bool = False,
 ) -> Array:
     """a[d, H, T, B], pos[T]: n_dims/2 pairs from element `offset` on turn, the rest is copied."""
     out = a.astype(np.float64)
@@ -68,6 +72,7 @@ def rope_ext(
         if ext_factor != 0.0:
             keep = _ramp(i, n_dims, freq_base, n_ctx_orig, beta_fast, beta_slow) * ext_factor
             angle = angle * (1.0 - keep) + extrapolated * keep
+        angle = -angle if back else angle
         cos = magnitude * np.cos(angle)[:, None]  # [T, 1] against [T, H]
         sin = magnitude * np.sin(angle)[:, None]
         pair = {"normal": (2 * i, 2 * i + 1), "neox": (i, i + n_dims // 2)}[mode]
