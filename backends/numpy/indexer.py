@@ -1,7 +1,9 @@
 """The indexer's scores in tiles: some tokens with all heads, against some rows of the cache.
 
 A tile holds the products of every head, [tokens, heads, rows]; then its heads are weighted and
-summed. Hidden rows become -inf at the end, so what they hold has no effect.
+summed. The products of a single token are those of a few heads at a time, which do not wake the
+threads of BLAS (see products.py). Hidden rows become -inf at the end, so what they hold has no
+effect.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from pyggml.backends.host_memory import Array, Floats, Raw, Scratch, raw_of, sha
 from pyggml.backends.numpy.arrays import Work, codec_bytes, decoded, work_of
 from pyggml.backends.numpy.blas import blas_view
 from pyggml.backends.numpy.masks import HIDDEN
-from pyggml.backends.numpy.products import row_products
+from pyggml.backends.numpy.products import FEW, row_products
 from pyggml.backends.numpy.table import kernel
 from pyggml.backends.numpy.tiling import TILE, scratch_bytes, shaped, split
 from pyggml.dtypes import F16
@@ -78,7 +80,8 @@ def lightning_indexer(
             else:
                 tile = in_place[i3, 0, j]
             products = shaped(scores, count * heads, j.stop - j.start)
-            row_products(block.reshape(-1, d), tile, products)
+            for h in split(count * heads, FEW if count == 1 else count * heads):
+                row_products(block.reshape(-1, d)[h], tile, products[h])
             np.maximum(products, 0, out=products)
             products = products.reshape(count, heads, -1)
             products *= w

@@ -115,7 +115,7 @@ class _Divider:
         if len(shares) < 2 or node.op.leaf or node.op.view is not None:
             return
         sums = self.result.sums
-        if node.op is flash_attn_ext and "sequence" in self.cuts:
+        if node.op is flash_attn_ext and node.get("ids") is None and "sequence" in self.cuts:
             family = self._by_rows_of_cache(node, len(shares))
             if family is not None:
                 sums[node] = Sum("kv", family)
