@@ -22,7 +22,6 @@ import numpy as np
 
 from pyggml.models.batch import Batch, Options
 from pyggml.models.cache import ring_rows
-from pyggml.models.composed import lightning_indexer
 from pyggml.models.compressor import (
     CompressedCache,
     Compressor,
@@ -41,6 +40,7 @@ from pyggml.ops import (
     cont,
     flash_attn_ext,
     get_rows,
+    lightning_indexer,
     merge_lse,
     permute,
     reshape,

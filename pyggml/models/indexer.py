@@ -20,12 +20,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pyggml.models.composed import lightning_indexer
 from pyggml.models.keys import Keys, key
 from pyggml.models.layers import layer_norm, linear
 from pyggml.models.weights import Layer
 from pyggml.node import Node
-from pyggml.ops import mul_mat, reshape, scale, top_k
+from pyggml.ops import lightning_indexer, mul_mat, reshape, scale, top_k
 
 #: x [D, heads, T] -> x with its first elements rotated.
 Rotate = Callable[[Node], Node]

@@ -150,11 +150,11 @@ def attend(
     Without flash attention, V must be transposed, so a V in a block type is cast to f16 first. The
     attention memory budget counts that copy and cuts it together with the scores.
     """
-    if ids is not None:
-        q, k, v, mask = _of_rows(q, k, v, mask, ids)
     if flash:
-        y = flash_attn_ext(q, k, v, mask, sinks, scale=scale)
-        return layer.label(y if ids is None else reshape(y, ne=(*y.ne[:2], y.ne[3])), "kqv")
+        y = flash_attn_ext(q, k, v, mask, sinks, ids=ids, scale=scale)
+        return layer.label(y, "kqv")
+    if ids is not None:
+        q, k, v, mask = _listed(q, k, v, mask, ids)
     kq = layer.label(mul_mat(k, q), "kq")
     kq = layer.label(soft_max_ext(kq, mask, sinks, scale=scale), "kq_soft_max")
     kqv = layer.label(mul_mat(transpose(unpacked(v)), kq), "kqv")
@@ -163,8 +163,8 @@ def attend(
     return permute(kqv, axes=SWAP)
 
 
-def _of_rows(q: Node, k: Node, v: Node, mask: Node, ids: Node) -> tuple[Node, Node, Node, Node]:
-    """The operands of an attention in which each token has keys of its own: rows ids[:, t] of k.
+def _listed(q: Node, k: Node, v: Node, mask: Node, ids: Node) -> tuple[Node, Node, Node, Node]:
+    """Operands in which each token has keys of its own, f16 (or f32) copies of rows ids[:, t].
 
     q [d, 1, H, T], k [d, n, 1, T], v [d_v, n, 1, T], mask [n, 1, 1, T]
     """

@@ -59,7 +59,7 @@ def test_the_case_is_sparse_and_its_choices_are_clear(exact: Sparse) -> None:
 @pytest.mark.parametrize(
     "options",
     [{}, {"flash": False}, {"mla": 1}, {"expand_from": 2}, {"fused": False},
-     {"flash": False, "amb": 1.2}],
+     {"flash": False, "amb": 1.5}],
     ids=str,
 )  # fmt: skip
 def test_logits_are_those_in_float64(
@@ -161,6 +161,17 @@ def test_the_device_chooses_the_tokens(model: Any, sampler: Any, ahead: int) -> 
 
 
 # -- memory -------------------------------------------------------------------------------------
+
+
+def test_a_budget_cuts_the_copies_of_chosen_rows(path: Path, exact: Sparse) -> None:
+    """Without flash attention, each token has copies of its rows: a loop over tokens."""
+    with gg.load(path, backends=["null:0"], flash=False, **F32) as model:
+        plain = model.session(96, 90).memory().score_peak
+        model.amb = plain / 2**20 / 2
+        session = model.session(96, 90)
+        assert session.memory().score_peak <= plain / 2
+        logits = session.forward(TOKENS, "all")
+    assert max(relative_error(*rows) for rows in zip(logits, exact.logits)) < 1e-4
 
 
 def test_rows_below_a_limit() -> None:
