@@ -39,7 +39,6 @@ from pyggml.ops import (
     constant,
     cont,
     flash_attn_ext,
-    get_rows,
     lightning_indexer,
     merge_lse,
     permute,
@@ -174,15 +173,15 @@ def attention(
     n_tokens = x.ne[1]
     qr = norm(layer, "attn_q_a_norm", linear(layer, "attn_q_a", x), eps)
     q = reshape(linear(layer, "attn_q_b", qr), ne=(a.d, a.n_head, n_tokens))
-    q = layer.label(rotate(rms_norm(q, eps=eps), batch.pos), "Qcur")
+    q = permute(layer.label(rotate(rms_norm(q, eps=eps), batch.pos), "Qcur"), axes=SWAP)
     kv = norm(layer, "attn_kv_a_norm", linear(layer, "attn_kv", x), eps)
     kv = rotate(reshape(kv, ne=(a.d, 1, n_tokens)), batch.pos)
     kv = layer.label(reshape(kv, ne=(a.d, n_tokens)), "Kcur")
     rows = cache.write(0, kv, batch)
     compressors = cache.compressors
     y = flash_attn_ext(
-        permute(q, axes=SWAP), rows, rows, cache.mask(batch), layer["attn_sinks"],
-        scale=a.d**-0.5, lse=bool(compressors),
+        q, rows, rows, cache.mask(batch), layer["attn_sinks"], scale=a.d**-0.5,
+        lse=bool(compressors),
     )  # fmt: skip
     if compressors:
         old = compress(layer, x, "attn_compressor", compressors[0], batch, rotate, eps)
@@ -190,17 +189,13 @@ def attention(
         if len(compressors) > 1:
             keys = compress(layer, x, "indexer_compressor", compressors[1], batch, rotate, eps)
             ids = _chosen(layer, x, qr, keys, batch, a, rotate)
-        y = merge_lse(y, _over_old_rows(q, old, ids, _mask(batch, cache), a.d**-0.5))
+        mask = stride_mask(batch, old.ne[1], compressors[0].ratio)
+        past = flash_attn_ext(q, old, old, mask, ids=ids, scale=a.d**-0.5, lse=True)
+        y = merge_lse(y, past)
         y = cont(view(y, ne=(a.d, *y.ne[1:3])))
     y = layer.label(y, "kqv")
     y = rotate(y, _negative(batch))
     return layer.label(_output(layer, layer.label(y, "kqv_out"), a), "attn_out")
-
-
-def _mask(batch: Batch, cache: CompressedCache) -> Node:
-    """f16 [n, T]: 0 for the compressed rows that a token sees, else -inf."""
-    old = cache.compressors[0]
-    return stride_mask(batch, old.visible(batch.n_kv), old.ratio)
 
 
 def stride_mask(batch: Batch, n: int, ratio: int) -> Node:
@@ -242,26 +237,6 @@ def _chosen(
     mask = stride_mask(batch, keys.ne[1], SPARSE)
     scores = lightning_indexer(rotate(q, batch.pos), keys, weights, mask)
     return layer.label(top_k(layer.label(scores, "index_scores"), k=a.top_k), "index_topk")
-
-
-def _over_old_rows(q: Node, rows: Node, ids: Node | None, mask: Node, scale: float) -> Node:
-    """The attention to compressed rows, with its log-sum-exp: f32 [d + 1, H, T].
-
-    q     f32 [d, H, T]
-    rows  [d, n]
-    ids   the rows that each token may see, i32 [k, T]; None: all
-    """
-    if ids is None:
-        return flash_attn_ext(permute(q, axes=SWAP), rows, rows, mask, scale=scale, lse=True)
-    (d, n_head, n_tokens), k = q.ne[:3], ids.ne[0]
-    chosen = get_rows(rows, reshape(ids, ne=(k * n_tokens,)))
-    chosen = chosen if rows.dtype.name == "f32" else cast(chosen, dtype="f16")
-    chosen = reshape(chosen, ne=(d, k, 1, n_tokens))
-    visible = get_rows(reshape(mask, ne=(1, mask.ne[0], n_tokens)), ids)
-    visible = reshape(cast(visible, dtype="f16"), ne=(k, 1, 1, n_tokens))
-    q = reshape(q, ne=(d, 1, n_head, n_tokens))
-    y = flash_attn_ext(q, chosen, chosen, visible, scale=scale, lse=True)
-    return reshape(y, ne=(d + 1, n_head, n_tokens))
 
 
 def _output(layer: Layer, y: Node, a: Compressed) -> Node:

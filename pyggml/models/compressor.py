@@ -11,8 +11,8 @@ are v and z, of w numbers:
 plain        w = d; j are the r tokens of the window. r = 128 in V4
 overlapping  w = 2 d: v and z are a pair (A, B). j are 2 r candidates: A of the r tokens before the
              window, if there are any, and B of those in it. r = 4 in V4
-T is the number of tokens. Source: DeepSeek-V4's inference/model.py, as llama.cpp and transformers
-have it.
+T is the number of tokens. Source: DeepSeek-V4's inference code, with which llama.cpp and
+transformers agree.
 """
 
 from __future__ import annotations

@@ -15,13 +15,13 @@ from pyggml.node import Node
 from pyggml.ops import (
     add,
     cast,
-    clamp,
     cont,
     div,
     fill,
     flash_attn_ext,
     fused_up_gate,
     get_rows,
+    glu,
     log,
     mul,
     mul_mat,
@@ -220,11 +220,10 @@ def bias_tensors(sizes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]
 
 
 def silu_gated(gate: Node, up: Node, limit: float | None = None) -> Node:
-    """silu(gate) * up; with a limit c, silu(min(gate, c)) * clip(up, -c, c)."""
-    if limit is not None:
-        gate = clamp(gate, min=float("-inf"), max=limit)
-        up = clamp(up, min=-limit, max=limit)
-    return mul(silu(gate), up)
+    """silu(gate) * up; with a limit c, silu(min(gate, c)) * clamp(up, -c, c)."""
+    if limit is None:
+        return mul(silu(gate), up)
+    return glu(gate, up, limit=limit)
 
 
 def swiglu_mlp(
@@ -237,8 +236,8 @@ def swiglu_mlp(
     limit   of `silu_gated`
     """
     up, gate = f"ffn_up{suffix}", f"ffn_gate{suffix}"
-    if fused and limit is None and not extras(layer, up, gate):
-        hidden = fused_up_gate(layer[up], layer[gate], x)
+    if fused and not extras(layer, up, gate):
+        hidden = fused_up_gate(layer[up], layer[gate], x, limit=limit)
     else:
         hidden = silu_gated(linear(layer, gate, x), linear(layer, up, x), limit)
     return linear(layer, f"ffn_down{suffix}", hidden)

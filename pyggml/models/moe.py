@@ -225,9 +225,10 @@ def routed_sum(
         gate_x = expert_product(layer, gate, b, ids)
         hidden = gated(gate_x, expert_product(layer, up, b, ids))
     elif "ffn_gate_up_exps" in layer:
-        hidden = glu(expert_product(layer, "ffn_gate_up_exps", b, ids))  # rows of gate, then of up
-    elif fused and limit is None and not extras(layer, up, gate):
-        hidden = moe_up_gate(layer[up], layer[gate], b, ids)
+        both = expert_product(layer, "ffn_gate_up_exps", b, ids)  # rows of gate, then of up
+        hidden = glu(both, limit=limit)
+    elif fused and not extras(layer, up, gate):
+        hidden = moe_up_gate(layer[up], layer[gate], b, ids, limit=limit)
     else:
         gate_x = expert_product(layer, gate, b, ids)
         hidden = silu_gated(gate_x, expert_product(layer, up, b, ids), limit)
