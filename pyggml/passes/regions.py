@@ -165,7 +165,7 @@ def _softmax(node: Node, derived: set[Node], soft: Mapping[Node, Node]) -> Regio
     heads, streams, rows = (_result_axis(node, port, top, axis) for axis in (2, 3, 1))
     axes = tuple(axis for axis in (heads, streams, rows) if axis is not None)
     ways = tuple(axes[: i + 1] for i in range(len(axes)))
-    if streams is not None:  # keys of each stream that all heads share stay whole in a loop of heads
+    if streams is not None:  # keys that all heads of a stream share stay whole in a loop of heads
         ways += ((streams,), (streams, *(axis for axis in axes if axis != streams)))
     return Region(node, frozenset(counted), ways)
 
