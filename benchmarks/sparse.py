@@ -51,7 +51,8 @@ def _test(
     name: str, place: str, y: Node, work: float, rng: np.random.Generator, most: int = 0
 ) -> Test:
     """most: ids are distinct numbers below it."""
-    plan, inputs = gg.compile({"y": y}, backends=[place]), {}
+    plan = gg.compile({"y": y}, backends=[place])
+    inputs: dict[str, np.ndarray] = {}
     plan.bind()
     for leaf in gg.Graph({"y": y}).nodes:
         if not leaf.op.leaf:

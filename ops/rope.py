@@ -50,8 +50,8 @@ def rope_ext(
       low, high = floor, ceil of  n_dims ln(n_ctx_orig / (2 pi beta)) / (2 ln freq_base)  for
       beta_fast and beta_slow, limited to 0 .. n_dims - 1
     back: rotates by -angle, so it undoes the rotation if attn_factor and YaRN's factor are 1.
-    Sources: ggml's ggml_rope_ext and ggml_rope_ext_back. Angles are f64; ggml's come from a chain of
-    f32 products, and are off by 0.002 at position 100,000 (base 10,000) and by more beyond.
+    Sources: ggml's ggml_rope_ext and ggml_rope_ext_back. Angles are f64; ggml's come from a chain
+    of f32 products, and are off by 0.002 at position 100,000 (base 10,000) and by more beyond.
     """
     want_type("a", a, FLOATS)
     want_index("pos", pos)
