@@ -163,12 +163,13 @@ def kernel_error(error: Exception, node: Node) -> Exception:
     return error
 
 
-def check_position(last: int, n_kv: int) -> None:
+def check_position(last: int, n_kv: int, stride: int = 1) -> None:
     """IdError if the last position of a causal mask is past its keys."""
-    if last >= n_kv:
+    if last >= stride * (n_kv + 1) - 1:
+        rows = f", each for {stride} positions" if stride > 1 else ""
         raise IdError(
-            f"position {last} is past the keys: n_kv={n_kv}, counted from 0, so the token would "
-            "not see its own key; a negative position sees none"
+            f"position {last} is past the keys: n_kv={n_kv}{rows}, counted from 0, so the token "
+            "would not see its own key; a negative position sees none"
         )
 
 

@@ -147,7 +147,7 @@ def _(node: Node, axis: Axis, n: int) -> Slice | None:
 
 @op
 def causal_mask(
-    pos: Node, kv_end: Node | None = None, *, n_kv: int, window: int | None = None
+    pos: Node, kv_end: Node | None = None, *, n_kv: int, window: int | None = None, stride: int = 1
 ) -> Spec:
     """The mask of causal attention: y[j, i] = 0 where the token at pos[i] sees row j, else -inf.
 
@@ -155,15 +155,26 @@ def causal_mask(
     kv_end  i32  [n_kv]              1 + the position of cache row j; 0 or less: the row is empty.
                                      Without it, row j holds position j
     y       f16  [n_kv, n_tokens]    0 where p_j <= pos[i] and, with a window, pos[i] - p_j < window
+    stride  r: row j is a summary of positions r j to r j + r - 1, and is seen from the last of them
+            on, so 0 where j < floor((pos[i] + 1) / r). 1 with kv_end or a window
     """
     want_index("pos", pos)
     want_ne("pos", pos, (pos.ne[0], 1, 1, 1), "a vector of positions")
     if n_kv < 1 or (window is not None and window < 1):
         raise ShapeError(f"n_kv={n_kv} and window={window} must be at least 1")
+    if stride < 1 or stride * (n_kv + 1) > 1 << 31:
+        raise ShapeError(f"stride={stride} must be at least 1, and positions fit 32 bits")
+    if stride > 1 and (kv_end is not None or window is not None):
+        raise ShapeError(f"stride={stride} must be 1 with kv_end or a window")
     if kv_end is not None:
         want_index("kv_end", kv_end)
         want_ne("kv_end", kv_end, (n_kv, 1, 1, 1), "one for each of the n_kv rows")
     return Spec.of(F16, (n_kv, pos.ne[0]), 2)
+
+
+def first_past(mask: Node) -> int:
+    """The first position that would see more rows than a causal mask without kv_end has."""
+    return int(mask.attrs["stride"] * (mask.attrs["n_kv"] + 1) - 1)
 
 
 @causal_mask.slices

@@ -201,7 +201,7 @@ def _id_error(id_: int, node: Node) -> Exception:
     """The error of a node that got an id past the end."""
     try:
         if node.op is causal_mask:
-            check_position(id_, node.attrs["n_kv"])
+            check_position(id_, node.attrs["n_kv"], node.attrs["stride"])
         else:
             choice = node.op.ids
             assert choice is not None

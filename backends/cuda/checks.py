@@ -11,6 +11,7 @@ from pyggml import ops
 from pyggml.backends.cuda.device.pinned import Staging, take
 from pyggml.backends.step import Address, Step, check_id
 from pyggml.node import Node
+from pyggml.ops.attention import first_past
 
 
 def debugging() -> bool:
@@ -26,7 +27,7 @@ def check_ids(staging: Staging, step: Step, at: Mapping[Node, Address]) -> None:
     for node in step.nodes:
         choice = node.op.ids
         if node.op is ops.causal_mask and node.get("kv_end") is None:
-            _check(staging, step, node["pos"], at, node.attrs["n_kv"], "position", "the keys")
+            _check(staging, step, node["pos"], at, first_past(node), "position", "the keys")
         elif choice is not None and node.get(choice.operand) is not None:
             count = node[choice.of].ne[choice.axis]
             _check(staging, step, node[choice.operand], at, count, "id", "the end")

@@ -75,21 +75,30 @@ def _mask_piece(n_kv: int, n_tokens: int) -> int:
 
 @kernel(ops.causal_mask, scratch=lambda node: scratch_bytes(*(_mask_piece(*node.ne[:2]),) * 2))
 def causal_mask(
-    out: Raw, pos: Raw, kv_end: Raw | None, *, scratch: Scratch, n_kv: int, window: int | None
+    out: Raw,
+    pos: Raw,
+    kv_end: Raw | None,
+    *,
+    scratch: Scratch,
+    n_kv: int,
+    window: int | None,
+    stride: int,
 ) -> None:
     if kv_end is None:
-        check_position(int(pos.max()), n_kv)
+        check_position(int(pos.max()), n_kv, stride)
     piece = _mask_piece(n_kv, out.shape[2])
     memory, flags = scratch.array(piece, np.int32), scratch.array(piece, np.bool_)
     for t in split(out.shape[2], max(1, PIECE // n_kv)):
         rows = out[0, 0, t]
-        ahead = shaped(memory, *rows.shape)  # j - pos[i]
+        ahead = shaped(memory, *rows.shape)  # the last position of row j, - pos[i]
         if kv_end is not None:
             np.maximum(kv_end[0, 0, 0], 0, out=ahead[0])
             ahead[:] = ahead[0] - np.int32(1)
         else:
             for j in split(n_kv, 4096):
-                ahead[:, j] = np.arange(j.start, j.stop, dtype=np.int32)
+                ends = np.arange(j.start + 1, j.stop + 1, dtype=np.int32)
+                ends *= stride
+                np.subtract(ends, 1, out=ahead[:, j])
         # A position below 0 sees nothing. All become -1, because j + 2^31 does not fit an int32.
         ahead -= np.maximum(pos[0, 0, 0, t, None], -1)
         hidden = shaped(flags, *rows.shape)

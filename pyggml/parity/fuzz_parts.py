@@ -101,7 +101,9 @@ def _mask(g: Grower, s: Sizes) -> str | None:
     if d.chance(0.5):
         return None
     if d.chance(0.3) and s.n_q <= s.n_kv:
-        return g.op("causal_mask", g.ids((s.n_q,), s.n_kv), n_kv=s.n_kv)
+        return g.op(
+            "causal_mask", g.ids((s.n_q,), s.n_kv), n_kv=s.n_kv, stride=d.pick((1, 1, 1, 4))
+        )
     fill = d.pick(("~causal", "~mask", f"~upto{max(1, s.n_kv // 2)}"))
     return g.leaf("f16", (s.n_kv, s.n_q), fill)
 

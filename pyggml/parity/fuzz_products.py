@@ -197,6 +197,10 @@ def hyper_connections(d: Draw) -> Case:
 def masks(d: Draw) -> Case:
     if d.chance(0.5):
         n_kv = d.size(300)
+        if d.chance(0.25):
+            stride = d.pick((2, 3, 4, 128))
+            pos = d.ids((d.size(70),), stride * (n_kv + 1) - 1)
+            return d.case("causal_mask", pos, n_kv=n_kv, stride=stride)
         pos = d.ids((d.size(70),), n_kv)
         if d.chance(0.2):  # differences overflow 32 bits
             pos = replace(pos, fill=d.pick(("#-2147483648", "#-2147483600")))

@@ -227,6 +227,12 @@ def mask_kept(m: _Maker) -> Pattern:
     return m.done(y=_attention(m, "one", mask), mask=mask)
 
 
+def strided_mask(m: _Maker) -> Pattern:
+    """An attention under the causal mask of rows that stand for four positions each."""
+    mask = causal_mask(m.positions(start=60), n_kv=32, stride=4)
+    return m.done(y=_attention(m, "one", mask))
+
+
 def moved_position(m: _Maker) -> Pattern:
     """Positions in a state that is written between the mask and the attention."""
     pos = state("pos", "i32", ne=(T,))
@@ -269,8 +275,8 @@ PATTERNS: dict[str, Callable[[_Maker], Pattern]] = {
         graph.__name__: graph
         for graph in (
             norm_and_products, layer_norms, shared_activations, experts, grouped_experts,
-            divided_weights, probabilities_kept, shared_mask, mask_kept, moved_position, gated,
-            hidden_rows, chosen_rows,
+            divided_weights, probabilities_kept, shared_mask, mask_kept, strided_mask,
+            moved_position, gated, hidden_rows, chosen_rows,
             squares, odd_routing, flat_weights,
         )
     },

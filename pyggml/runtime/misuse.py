@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pyggml.errors import IdError, StateWarning
 from pyggml.graph import Graph, toposort
 from pyggml.node import Node, label_of, line_of
-from pyggml.ops.attention import causal_mask
+from pyggml.ops.attention import causal_mask, first_past
 from pyggml.ops.copy import set_rows
 from pyggml.ops.leaf import input_op
 from pyggml.ops.views import view_op
@@ -146,12 +146,14 @@ def _limits(graph: Graph) -> Iterator[Limit]:
         if node.op is causal_mask and (key := _input(node["pos"])) is not None:
             if node.get("kv_end") is not None:
                 continue
-            n_kv = node.attrs["n_kv"]
+            past = first_past(node)
+            below = "n_kv" if node.attrs["stride"] == 1 else str(past)
             text = (
-                f"a position of {_at(node)} with n_kv={n_kv} keys. Positions must be below n_kv, "
-                "or the token does not see its own key; a negative position sees no key"
+                f"a position of {_at(node)} with n_kv={node.attrs['n_kv']} keys. Positions must be "
+                f"below {below}, or the token does not see its own key; a negative position sees "
+                "no key"
             )
-            yield Limit(key, n_kv, text, is_error=True)
+            yield Limit(key, past, text, is_error=True)
         elif node.op is set_rows and (key := _input(node["ids"])) is not None:
             view, rows = _rows_read(graph, node)
             if view is not None and rows < node.ne[1]:

@@ -30,6 +30,7 @@ FUSED = {
     "hidden_rows": ["causal_mask flash_attn_ext"] * 6,
     "chosen_rows": [],
     "mask_kept": [],
+    "strided_mask": [],
     "moved_position": [],
     "squares": [],
     "odd_routing": ["soft_max_ext top_k get_rows"],

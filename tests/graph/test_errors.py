@@ -189,6 +189,9 @@ CALLS: list[tuple[Callable[[], Any], type[PyggmlError], str]] = [
     (lambda: gg.causal_mask(X.i84, n_kv=4), S, "a vector of positions"),
     (lambda: gg.causal_mask(X.i4, n_kv=0), S, "n_kv=0"),
     (lambda: gg.causal_mask(X.i4, n_kv=4, window=0), S, "window=0"),
+    (lambda: gg.causal_mask(X.i4, n_kv=4, stride=0), S, "stride=0 must be at least 1"),
+    (lambda: gg.causal_mask(X.i4, n_kv=1 << 24, stride=128), S, "positions fit 32 bits"),
+    (lambda: gg.causal_mask(X.i4, n_kv=4, window=3, stride=4), S, "must be 1 with kv_end"),
     (lambda: gg.causal_mask(X.i4, n_kv=4, window=1.5), T, "window= takes int | None"),
     (lambda: gg.merge_lse(X.a84, X.a83), S, "a's size"),
     # leaves

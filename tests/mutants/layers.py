@@ -260,15 +260,21 @@ mutant("causal_mask", "hides a token's own key")(instead(0, lambda pos: pos - 1)
 mutant("causal_mask", "a window one key too wide")(
     changed(window=lambda old: None if old is None else old + 1)
 )
+mutant("causal_mask", "without the stride")(changed(stride=1))
+mutant("causal_mask", "rows seen from their first position on")(
+    lambda right, out, pos, kv_end, **attrs: right(
+        out, np.where(pos < 0, pos, pos + attrs["stride"] - 1), kv_end, **attrs
+    )
+)
 mutant("causal_mask", "counts keys ahead with 32 bits")(
-    lambda right, out, pos, kv_end, n_kv, window, **attrs: (
+    lambda right, out, pos, kv_end, n_kv, window, stride, **attrs: (
         np.copyto(
             out[0, 0],
             np.where(np.arange(n_kv, dtype="i4") - pos[0, 0, 0, :, None] > 0, -np.inf, 0),
             casting="unsafe",
         )
-        if window is None and kv_end is None
-        else right(out, pos, kv_end, n_kv=n_kv, window=window, **attrs)
+        if window is None and kv_end is None and stride == 1
+        else right(out, pos, kv_end, n_kv=n_kv, window=window, stride=stride, **attrs)
     )
 )
 mutant("causal_mask", "rows in order in spite of kv_end")(

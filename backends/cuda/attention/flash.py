@@ -62,8 +62,8 @@ def causal_attention(node: Node, run: Run) -> Fused | None:
     mask = node.get("mask")
     if mask is None or mask.op is not ops.causal_mask or mask not in run.number:
         return None
-    if mask.get("kv_end") is not None:
-        return None
+    if mask.get("kv_end") is not None or mask.attrs["stride"] != 1:
+        return None  # the kernels take key j for position j
     attentions = (r for r in run.readers[mask] if r.op is ops.flash_attn_ext)
     if not run.only(mask, *(r for r in attentions if r.get("mask") is mask)):
         return None

@@ -30,6 +30,9 @@ flash_attn_ext(f32[64,{1|9},6], {q8_0|q4_0}[64,70,2], {f16|q4_1|q5_0|q5_1|iq4_nl
 flash_attn_ext(f32[64,{1|9},6], {q4_1|q5_0|q5_1|iq4_nl}[64,70,2]{|@inner}, {q8_0|q4_0}[96,70,2]{|@p0213}, scale=0.125)
 flash_attn_ext(f32[32,2,4], {f32|f16|q8_0}[32,1100,2], $1[32,1100,2], {-|f16[1100,2]~mask}, f32[4], scale=0.2, lse=True)
 causal_mask(i32[{1|5|70}]<37{|@apart}, n_kv={37|256}, window={None|1|9})
+causal_mask(i32[{1|5|70}]<37{|@apart}, n_kv={9|37}, stride={4|5})
+causal_mask(i32[7]#{-2147483648|-1|0|1|2|3|4|254}, n_kv={1|127|256}, stride=128)
+causal_mask(i32[7]#2147483646, n_kv=65535, stride=32768)
 causal_mask(i32[{1|5}]<1{|@apart}, n_kv=1, window={None|1|9})
 causal_mask(i32[{1|5|70}]<37{|@apart}, i32[33]<40{|@apart}, n_kv=33, window={None|1|9})
 causal_mask(i32[7]#{-1|37}, i32[5]#{-2147483648|0|1|38}, n_kv=5, window={None|9})
@@ -59,6 +62,7 @@ flash_attn_ext(f32[576,3,16]@p0213, {f16|q8_0}[576,3000], $1[512,3000]=1+0, f16[
 flash_attn_ext(f32[64,100,8], f32[64,700,2]@p0213, f32[64,700,2]@p0213, f16[700,100,8]~mask, f32[8], -, i32[300,100]!700, scale=0.1)
 causal_mask(i32[700]<900, n_kv=900, window=100)
 causal_mask(i32[1]<40000, n_kv=90000)
+causal_mask(i32[70]<90000, n_kv=30000, stride=4)
 merge_lse(f32[513,16,100], f32[513,16,100]@inner)
 """  # noqa: E501
 
@@ -129,10 +133,16 @@ def flash_attn_ext(
 
 
 def causal_mask(
-    pos: Array, kv_end: Array | None = None, *, n_kv: int, window: int | None = None
+    pos: Array,
+    kv_end: Array | None = None,
+    *,
+    n_kv: int,
+    window: int | None = None,
+    stride: int = 1,
 ) -> Array:
-    """[n_kv, T]: 0 where p_j <= pos[i] and, with a window, pos[i] - p_j < window; else -inf."""
-    at = np.arange(n_kv) if kv_end is None else kv_end.reshape(-1) - 1
+    """[n_kv, T]: 0 where p_j <= pos[i] and, with a window, pos[i] - p_j < window; else -inf. p_j is
+    the last of the `stride` positions of row j."""
+    at = np.arange(1, n_kv + 1) * stride - 1 if kv_end is None else kv_end.reshape(-1) - 1
     behind = pos.reshape(-1, 1) - at  # [T, n_kv]
     seen = (at >= 0) & (behind >= 0) & (True if window is None else behind < window)
     return np.where(seen, 0.0, -np.inf)[None, None]
