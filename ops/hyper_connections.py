@@ -14,8 +14,8 @@ from pyggml.dtypes import F32
 from pyggml.errors import ShapeError
 from pyggml.node import Node
 from pyggml.operation import op
-from pyggml.ops.copy import cont, repeat
-from pyggml.ops.elementwise import add, div, mul
+from pyggml.ops.copy import concat, cont, repeat
+from pyggml.ops.elementwise import add, div, mul, sigmoid
 from pyggml.ops.elementwise import scale as scale_op
 from pyggml.ops.linear import mul_mat
 from pyggml.ops.moe import mul_multi_add
@@ -25,7 +25,7 @@ from pyggml.ops.views import permute, reshape, transpose, view
 from pyggml.spec import Spec
 from pyggml.traits import Axis, Cost, Cut, Slice
 
-__all__ = ["dsv4_hc_comb", "dsv4_hc_post", "dsv4_hc_pre"]
+__all__ = ["dsv4_hc_comb", "dsv4_hc_maps", "dsv4_hc_post", "dsv4_hc_pre"]
 
 
 @op
@@ -42,6 +42,12 @@ def dsv4_hc_comb(mixes: Node, scale: Node, base: Node, *, eps: float, n_iter: in
     n_iter - 1 times:  C[:, s] /= sum over d of C[d, s], + eps;  then the line above's division
     Sums are f32. ggml's op has hc = 4 only.
     """
+    hc = _streams(mixes, scale, base, eps, n_iter)
+    return Spec.of(F32, (hc, hc, mixes.ne[1]), 3)
+
+
+def _streams(mixes: Node, scale: Node, base: Node, eps: float, n_iter: int) -> int:
+    """The number of streams, after checks."""
     for what, node in (("mixes", mixes), ("scale", scale), ("base", base)):
         want_type(what, node, ("f32",))
     hc = isqrt(mixes.ne[0] + 1) - 1
@@ -54,7 +60,7 @@ def dsv4_hc_comb(mixes: Node, scale: Node, base: Node, *, eps: float, n_iter: in
     want_finite(eps=eps)
     if eps < 0 or n_iter < 1:
         raise ShapeError(f"eps={eps} must not be negative, and n_iter={n_iter} must be at least 1")
-    return Spec.of(F32, (hc, hc, mixes.ne[1]), 3)
+    return hc
 
 
 @dsv4_hc_comb.means
@@ -71,6 +77,51 @@ def _(mixes: Node, scale: Node, base: Node, *, eps: float, n_iter: int) -> Node:
         sums = reshape(sum_rows(cont(transpose(y))), ne=(hc, 1, tokens))
         y = div(y, scale_op(sums, s=1.0, b=eps))
     return y
+
+
+@op
+def dsv4_hc_maps(mixes: Node, scale: Node, base: Node, *, eps: float, n_iter: int) -> Spec:
+    """`dsv4_hc_comb` and the weights before and after the sublayer, in one op:
+
+    y[:, 0, t]   pre    sigmoid(scale[0] mixes[h] + base[h]) + eps,           h = 0 .. hc - 1
+    y[:, 1, t]   post   2 sigmoid(scale[1] mixes[hc + h] + base[hc + h])
+    y[:, 2.., t] comb   dsv4_hc_comb
+
+    mixes, scale, base  as in dsv4_hc_comb
+    y                   f32  [hc, 2 + hc, n_tokens]
+
+    The parts are views:  comb = view(y, ne=(hc, hc, n_tokens), start=(0, 2)),
+    pre = permute(view(y, ne=(hc, 1, n_tokens)), axes=(0, 2, 1, 3)), and post with start=(0, 1).
+    """
+    hc = _streams(mixes, scale, base, eps, n_iter)
+    return Spec.of(F32, (hc, 2 + hc, mixes.ne[1]), 3)
+
+
+@dsv4_hc_maps.means
+def _(mixes: Node, scale: Node, base: Node, *, eps: float, n_iter: int) -> Node:
+    hc, tokens = isqrt(mixes.ne[0] + 1) - 1, mixes.ne[1]
+
+    def weights(number: int, factor: float, more: float) -> Node:
+        part = cont(view(mixes, ne=(hc, tokens), start=(number * hc,)))
+        part = mul(part, view(scale, ne=(1,), start=(number,)))
+        part = sigmoid(add(part, view(base, ne=(hc,), start=(number * hc,))))
+        return reshape(scale_op(part, s=factor, b=more), ne=(hc, 1, tokens))
+
+    comb = dsv4_hc_comb(mixes, scale, base, eps=eps, n_iter=n_iter)
+    return concat(concat(weights(0, 1.0, eps), weights(1, 2.0, 0.0), dim=1), comb, dim=1)
+
+
+@dsv4_hc_maps.cost
+def _(node: Node) -> Cost:
+    read = node["mixes"].spec.nbytes
+    return Cost(
+        4.0 * (node.attrs["n_iter"] + 1) * node.spec.elements, float(read + node.spec.nbytes)
+    )
+
+
+@dsv4_hc_maps.slices
+def _(node: Node, axis: Axis, n: int) -> Slice | None:
+    return Slice((Cut(1), None, None)) if axis == 2 else None
 
 
 @dsv4_hc_comb.cost

@@ -26,12 +26,20 @@ def _comb() -> Callable[..., None]:
                 put_f32(at + j * second, f32_at(at + j * second) / total)
 
     def run(
-        out: int, o1: int, o2: int, x: int, x0: int, x1: int, scale: int, base: int, b0: int,
-        hc: int, n_tokens: int, eps: float, n_iter: float, own: int, thread: int, threads: int,
+        out: int, o1: int, o2: int, x: int, x0: int, x1: int, scale: int, s0: int, base: int,
+        b0: int, hc: int, n_tokens: int, maps: int, eps: float, n_iter: float,
+        own: int, thread: int, threads: int,
     ) -> None:  # fmt: skip
-        factor = f32_at(scale)
+        factor = f32_at(scale + 2 * s0)
         for t in range(n_tokens * thread // threads, n_tokens * (thread + 1) // threads):
             c = out + t * o2
+            if maps != 0:  # rows of pre and post come before the matrix
+                for i in range(2 * hc):
+                    part = i // hc
+                    mixed = f32_at(scale + part * s0) * f32_at(x + t * x1 + i * x0)
+                    value = (1 + part) / (1 + math.exp(-(mixed + f32_at(base + i * b0))))
+                    put_f32(c + part * o1 + 4 * (i % hc), value + (1 - part) * eps)
+                c += 2 * o1
             for s in range(hc):
                 row, top, total = c + s * o1, -math.inf, 0.0
                 for d in range(hc):
@@ -57,16 +65,18 @@ def _comb() -> Callable[..., None]:
     return run
 
 
-COMB = Native("dsv4_hc_comb", "i" * 11 + "ff", _comb)
+COMB = Native("dsv4_hc_comb", "i" * 13 + "ff", _comb)
 
 
 @kernel(ops.dsv4_hc_comb)
+@kernel(ops.dsv4_hc_maps)
 def dsv4_hc_comb(call: Call) -> None:
     mixes, scale, base, out = call["mixes"], call["scale"], call["base"], call.out
     hc, _, n_tokens, _ = out.ne
     call.add(
-        COMB, out.ptr, *out.nb[1:3], mixes.ptr, *mixes.nb[:2], scale.ptr + 2 * scale.nb[0],
-        base.ptr, base.nb[0], hc, n_tokens, call.attrs["eps"], call.attrs["n_iter"],
+        COMB, out.ptr, *out.nb[1:3], mixes.ptr, *mixes.nb[:2], scale.ptr, scale.nb[0],
+        base.ptr, base.nb[0], hc, n_tokens, int(call.node.op is ops.dsv4_hc_maps),
+        call.attrs["eps"], call.attrs["n_iter"],
         work=4 * call.attrs["n_iter"] * out.elements,
     )  # fmt: skip
 

@@ -22,13 +22,14 @@ def _too_many(node: Node) -> str | None:
 
 
 @kernel(ops.dsv4_hc_comb, refuses=_too_many)
+@kernel(ops.dsv4_hc_maps, refuses=_too_many)
 def dsv4_hc_comb(call: Call) -> None:
     out = call.out
     hc, tokens = out.ne[0], out.ne[2]
     lanes = 1 << (hc - 1).bit_length()
     call.launch(
         FILE,
-        f"dsv4_hc_comb<{hc}>",
+        f"dsv4_hc_comb<{hc}, {str(call.node.op is ops.dsv4_hc_maps).lower()}>",
         grid=blocks_for(tokens, 256 // lanes),
         block=256,
         args=[

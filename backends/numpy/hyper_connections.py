@@ -21,6 +21,23 @@ def _comb_scratch(node: Node) -> int:
     return scratch_bytes(_comb_tokens(hc, tokens) * hc)
 
 
+@kernel(ops.dsv4_hc_maps, scratch=_comb_scratch)
+def dsv4_hc_maps(
+    out: Raw, mixes: Raw, scale: Raw, base: Raw, *, scratch: Scratch, eps: float, n_iter: int
+) -> None:
+    hc = out.shape[3]
+    for i, (factor, more) in enumerate(((1, eps), (2, 0))):
+        y, part = out[0, :, i], slice(i * hc, (i + 1) * hc)
+        np.multiply(mixes[0, 0, :, part], -scale[0, 0, 0, i], out=y)
+        y -= base[0, 0, 0, part]
+        np.exp(y, out=y)
+        y += 1
+        np.divide(np.float32(factor), y, out=y)
+        y += np.float32(more)
+    comb = out[:, :, 2:]
+    dsv4_hc_comb(comb, mixes, scale, base, scratch=scratch, eps=eps, n_iter=n_iter)
+
+
 @kernel(ops.dsv4_hc_comb, scratch=_comb_scratch)
 def dsv4_hc_comb(
     out: Raw, mixes: Raw, scale: Raw, base: Raw, *, scratch: Scratch, eps: float, n_iter: int

@@ -186,7 +186,8 @@ def hyper_connections(d: Draw) -> Case:
         scale = d.source("f32", (d.pick((3, 3, 7)),), "~above")
         eps = d.pick((0.0, 1e-6, 0.1))
         base = d.source("f32", (row,))
-        return d.case("dsv4_hc_comb", mixes, scale, base, eps=eps, n_iter=d.pick((1, 2, 5, 20)))
+        op = d.pick(("dsv4_hc_comb", "dsv4_hc_maps"))
+        return d.case(op, mixes, scale, base, eps=eps, n_iter=d.pick((1, 2, 5, 20)))
     streams, numbers = d.source("f32", (n, hc, tokens), d.special()), d.source("f32", (hc, tokens))
     if which == 1:
         return d.case("dsv4_hc_pre", streams, numbers)

@@ -159,6 +159,14 @@ mutant(COMB, "NaN for a row of -inf")(
         np.copyto(out, np.nan, where=np.isneginf(mixes).all(axis=3)[..., None, None][0]),
     )[0]
 )
+mutant("dsv4_hc_maps", "pre and post exchanged")(
+    then(lambda out: np.copyto(out[:, :, :2], out[:, :, 1::-1].copy()))
+)
+mutant("dsv4_hc_maps", "one iteration fewer")(changed(n_iter=lambda n: max(1, n - 1)))
+mutant("dsv4_hc_maps", "the scale of comb for all")(
+    instead(1, lambda scale: np.full_like(scale, scale[0, 0, 0, 2]))
+)
+mutant("dsv4_hc_maps", "without eps")(changed(eps=0.0))
 mutant(POST, "the matrix transposed")(
     lambda right, out, x, old, post, comb, **attrs: right(
         out, x, old, post, comb if comb is None else comb.swapaxes(2, 3), **attrs

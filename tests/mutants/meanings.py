@@ -39,6 +39,9 @@ for _op in ("glu", "moe_up_gate", "fused_up_gate"):
 meaning("dsv4_hc_comb", "one iteration more")(
     lambda right, *src, n_iter, **attrs: right(*src, n_iter=n_iter + 1, **attrs)
 )
+meaning("dsv4_hc_maps", "one iteration more")(
+    lambda right, *src, n_iter, **attrs: right(*src, n_iter=n_iter + 1, **attrs)
+)
 meaning("dsv4_hc_post", "the matrix transposed")(
     lambda right, *src: right(*src[:3], *(c and ops.transpose(c) for c in src[3:]))
 )

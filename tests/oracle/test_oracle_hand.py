@@ -260,6 +260,9 @@ def test_hyper_connections_of_two_streams() -> None:
     np.testing.assert_allclose(first, [[3 / 5, 1 / 3], [2 / 5, 2 / 3]], rtol=1e-14)
     many = run("dsv4_hc_comb", [mixes, scale, base], eps=0.0, n_iter=50)[0, 0]
     np.testing.assert_allclose([many.sum(axis=0), many.sum(axis=1)], np.ones((2, 2)), rtol=1e-12)
+    maps = run("dsv4_hc_maps", [four([0.0, three, three, 0.0, *[0.0] * 4]), four([1.0, -1.0, 1.0]),
+               base], eps=0.25, n_iter=1)  # fmt: skip
+    np.testing.assert_allclose(maps[0, 0, :2], [[0.75, 1.0], [0.5, 1.0]], rtol=1e-14)
     comb = four([[[1.0, 2.0], [3.0, 4.0]]])  # source 0 goes to (0, 1) by (1, 2), source 1 by (3, 4)
     x, streams, post = four([[10.0]]), four([[[1.0], [100.0]]]), four([[0.5, 2.0]])
     assert run("dsv4_hc_pre", [streams, post]).ravel().tolist() == [200.5]

@@ -1,5 +1,5 @@
 // Hyper-connections: several residual streams, mixed before and after a sublayer.
-// @kernel hot dsv4_hc_comb<{1|2|3|4|5|8|32}>
+// @kernel hot dsv4_hc_comb<{1|2|3|4|5|8|32}, {true|false}>
 // @kernel hot dsv4_hc_post<{0|1|2|3|4|8}, {1|4}>
 #include "common.cuh"
 
@@ -13,8 +13,10 @@ template <int HC>
 constexpr int lanes_of = HC <= 1 ? 1 : HC <= 2 ? 2 : HC <= 4 ? 4 : HC <= 8 ? 8 : HC <= 16 ? 16 : 32;
 
 // mixes [(2 + HC) HC, tokens], scale [>= 3], base [(2 + HC) HC] -> out [target, source, tokens].
+// MAPS: rows of pre and post come before those of the sources; a lane computes a number of each. As
+// ops of their own they took eight launches.
 // grid: tokens in blocks of 256 / lanes_of.
-template <int HC>
+template <int HC, bool MAPS>
 __global__ void __launch_bounds__(256)
 dsv4_hc_comb(Tensor out, Tensor mixes, Tensor scale, Tensor base, float eps, int n_iter) {
     begin();
@@ -41,13 +43,21 @@ dsv4_hc_comb(Tensor out, Tensor mixes, Tensor scale, Tensor base, float eps, int
             if (there) c[d] /= sum + eps;
         }
     };
+    auto mixed = [&](int i, float factor) {
+        return factor * *mixes.at<float>(i, t, 0, 0) + *base.at<float>(i, 0, 0, 0);
+    };
+    if (MAPS && there) {
+        float pre = mixed(s, *scale.at<float>(0, 0, 0, 0));
+        float post = mixed(HC + s, *scale.at<float>(1, 0, 0, 0));
+        *out.at<float>(s, 0, t, 0) = 1 / (1 + expf(-pre)) + eps;
+        *out.at<float>(s, 1, t, 0) = 2 / (1 + expf(-post));
+    }
     if (there) {
         const float factor = *scale.at<float>(2, 0, 0, 0);
         float top = __int_as_float(0xFF800000);  // -inf
 #pragma unroll
         for (int d = 0; d < HC; d++) {
-            int i = 2 * HC + d + HC * s;
-            c[d] = factor * *mixes.at<float>(i, t, 0, 0) + *base.at<float>(i, 0, 0, 0);
+            c[d] = mixed(2 * HC + d + HC * s, factor);
             top = fmaxf(top, c[d]);
         }
         const bool none = top == __int_as_float(0xFF800000);
@@ -64,7 +74,7 @@ dsv4_hc_comb(Tensor out, Tensor mixes, Tensor scale, Tensor base, float eps, int
     }
     if (there)
 #pragma unroll
-        for (int d = 0; d < HC; d++) *out.at<float>(d, s, t, 0) = c[d];
+        for (int d = 0; d < HC; d++) *out.at<float>(d, s + 2 * MAPS, t, 0) = c[d];
 }
 
 // -- post -------------------------------------------------------------------------------------------
