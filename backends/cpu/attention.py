@@ -270,8 +270,8 @@ def flash_attn_ext(call: Call) -> None:
         *((sinks.ptr, sinks.nb[0]) if sinks else (0, 0)),
         0 if slopes is None else address_of(slopes), live.ptr if live else 0, attrs["kv0"], d_k,
         v.ne[0], n_q, heads, k.ne[2], n3, k.ne[1], pieces, KEYS if pieces > 1 else n_keys,
-        *((ids.ptr, *ids.nb[:2], ids.nb[3]) if ids else (0, 0, 0, 0)), n_keys, attrs["scale"],
-        attrs["logit_softcap"],
+        *((ids.ptr, *ids.nb[:2], ids.nb[3]) if ids else (0, 0, 0, 0)), n_keys,
+        attrs["scale"], attrs["logit_softcap"],
     )  # fmt: skip
     call.add(
         _merge(), out.ptr, *out.nb[1:], call.scratch, n_q * heads * n3, pieces, v.ne[0], n_q,
