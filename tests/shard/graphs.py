@@ -83,6 +83,15 @@ class Layers:
         self.updates.append(handle)
         return handle
 
+    def lists(self) -> Node | None:
+        """The keys of each token, or None: all."""
+        if self.draw(st.booleans()):
+            return None
+        n, t = self.draw(st.integers(1, N_CTX)), self.n_tokens
+        chosen = np.array([self.rng.permutation(N_CTX)[:n] for _ in range(t)])
+        chosen[:, 1::5] = -1
+        return self.input(f"lists{len(self.inputs)}", (n, t), chosen, "i32")
+
     def attention(self) -> None:
         groups, d = self.draw(st.integers(1, 4)), self.draw(st.sampled_from((8, 32)))
         heads = groups * self.draw(st.integers(1, 4))
@@ -99,7 +108,8 @@ class Layers:
         q = split("wq", heads)
         if self.draw(st.booleans()):
             sinks = self.weight("sinks", heads) if self.draw(st.booleans()) else None
-            y = gg.flash_attn_ext(q, k, v, self.mask, sinks, scale=d**-0.5)
+            ids = self.lists()
+            y = gg.flash_attn_ext(q, k, v, self.mask, sinks, ids=ids, scale=d**-0.5)
         else:
             kq = gg.soft_max_ext(gg.mul_mat(k, q), self.mask, scale=d**-0.5)
             y = gg.mul_mat(gg.transpose(gg.cast(v, dtype="f16")), kq)
@@ -115,7 +125,7 @@ class Layers:
         rows = self.written(self.state("kv", r, N_CTX), row)
         q = gg.reshape(gg.mul_mat(self.weight("wq", self.n_embd, heads * d), h), ne=(d, heads, t))
         q = gg.mul_mat(self.weight("wk_b", d, r, heads), gg.permute(q, axes=(0, 2, 1, 3)))
-        y = gg.flash_attn_ext(q, rows, rows, self.mask, scale=0.2)
+        y = gg.flash_attn_ext(q, rows, rows, self.mask, ids=self.lists(), scale=0.2)
         y = gg.mul_mat(self.weight("wv_b", r, d, heads), gg.permute(y, axes=(0, 2, 1, 3)))
         y = gg.reshape(gg.cont(gg.permute(y, axes=(0, 2, 1, 3))), ne=(heads * d, t))
         self.add(gg.mul_mat(self.weight("wo", heads * d, self.n_embd), y))
