@@ -85,6 +85,11 @@ def add_model_options(
     add("-ot", "--override-tensor", metavar="REGEX=PLACE", type=options.pins, action="extend",
         default=[],
         help="put tensors with a matching label on PLACE; separate pairs by commas")  # fmt: skip
+    if not lists:
+        add("--shard", metavar="CUTS", type=options.shard,
+            help="spread the model over the first places: auto, or heads, rows, experts, layers or "
+            "sequence with a number of devices or their shares, such as heads=2,experts=2 or "
+            "layers=3:1 (default: layers are divided, if at all, by -ot)")  # fmt: skip
 
 
 #: The type of an option -> that of the same option as a list.
@@ -172,6 +177,7 @@ def open_model(args: argparse.Namespace) -> Iterator[Model]:
         backends=args.backend,
         amb=args.amb,
         decode_weights=args.decode_weights,
+        shard=getattr(args, "shard", None),
         **graph_options(args),
     )
     try:

@@ -166,6 +166,22 @@ def places(text: str) -> list[str]:
 
 
 @option
+def shard(text: str) -> str | dict[str, int | tuple[float, ...]]:
+    """auto, or CUT=N[,CUT=N..]; N is a number of devices, or their shares such as 3:1."""
+    if text == "auto":
+        return text
+    cuts: dict[str, int | tuple[float, ...]] = {}
+    for pair in text.split(","):
+        name, _, value = pair.partition("=")
+        try:
+            shares = tuple(float(share) for share in value.split(":"))
+        except ValueError:
+            raise DTypeError(f"{text!r}: expected auto or CUT=N, such as heads=2,rows=2") from None
+        cuts[name] = int(value) if value.isdecimal() else shares
+    return cuts
+
+
+@option
 def pins(text: str) -> list[tuple[str, str]]:
     """(pattern, place) pairs of `REGEX=PLACE[,REGEX=PLACE..]`; a comma may be in a pattern."""
     pairs = []

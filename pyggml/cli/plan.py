@@ -11,7 +11,11 @@ device is too small.
 -ub), then the largest attention budget, and then puts the experts of as few layers as possible on
 the host. The last line is the command that runs it.
 
+With --shard the layers are not divided but cut: docs/scaling.md. The times that it then prints are
+predictions from the ops' costs, at the rates of an H100.
+
 pyggml plan -m FILE -c 16384 -ub 512
+pyggml plan -m FILE --device cuda:80GiB --device cuda:80GiB --shard auto
 pyggml plan -m FILE -c 4096 --device cuda:24GiB --device host:64GiB
 pyggml plan -m FILE --device cuda:80GiB --device cuda:80GiB --device host:512GiB --fit
 """
@@ -42,6 +46,8 @@ from pyggml.models.batch import Options
 from pyggml.models.model import Model
 from pyggml.runtime.memory import Memory, mib
 from pyggml.runtime.places import Place, parse
+from pyggml.runtime.predict import Prediction
+from pyggml.runtime.shards import Cuts
 
 #: Options of `pyggml run` with these defaults, by their names here.
 _SAME = {"ctk": "f16", "ctv": "f16", "cti": "f16", "fa": "on", "mla": 3, "fmoe": "on"}
@@ -63,6 +69,7 @@ class Result:
 
     table    a line for each device
     command  runs a session with this memory
+    times    predictions for a prompt batch and for one token, with --shard
     """
 
     planner: Planner
@@ -70,6 +77,7 @@ class Result:
     memory: Memory
     table: Sequence[Line]
     command: str
+    times: Sequence[Prediction] = ()
 
     @property
     def fits(self) -> bool:
@@ -86,12 +94,13 @@ def run(args: argparse.Namespace) -> int:
         places = places_of(args)
     with gguf.open(args.m, allow_missing_data=True) as file:
         options = Options(**graph_options(args))
-        model = Model(file, decode_weights=args.decode_weights, options=options)
+        model = Model(file, decode_weights=args.decode_weights, shard=args.shard, options=options)
         planner = planner_of(model, places, args)
         setup = _setup(planner, args)
         memory = planner.memory(setup)
+        times = planner.times(setup) if args.shard is not None else ()
     command = command_of(args, planner, setup)
-    result = Result(planner, setup, memory, lines(memory, places), command)
+    result = Result(planner, setup, memory, lines(memory, places), command, times)
     print(json.dumps(as_json(result), indent=1) if args.json else "\n".join(as_text(result)))
     return 0 if result.fits else 1
 
@@ -146,9 +155,21 @@ def command_of(args: argparse.Namespace, planner: Planner, setup: Setup) -> str:
         if (value := getattr(args, name)) != default:
             words += [f"-{name}", str(value)]
     words += ["--backend", ",".join(place.backend.place for place in planner.places)]
+    if args.shard is not None:
+        words += ["--shard", _shard_text(args.shard)]
     for pattern, place in planner.pins_of(setup).items():
         words += ["-ot", f"{pattern}={place}"]
     return shlex.join(words)
+
+
+def _shard_text(cuts: Cuts) -> str:
+    """The value of --shard."""
+    if isinstance(cuts, str):
+        return cuts
+    shares = {
+        k: v if isinstance(v, int) else ":".join(f"{x:g}" for x in v) for k, v in cuts.items()
+    }
+    return ",".join(f"{name}={value}" for name, value in shares.items())
 
 
 # -- output -----------------------------------------------------------------------------------
@@ -169,6 +190,9 @@ def as_json(result: Result) -> dict[str, Any]:
         "fits": result.fits,
         "plans": result.planner.n_plans,
         "command": result.command,
+        "predicted": [
+            {"seconds": time.total, "between_devices": time.between} for time in result.times
+        ],
     }
 
 
@@ -205,6 +229,11 @@ def as_text(result: Result) -> list[str]:
     ]
     if any(line.free is not None for line in table) and result.fits:
         text.append("It fits.")
+    for what, time in zip((f"{setup.n_batch} tokens", "1 token"), result.times):
+        text.append(
+            f"Predicted, not measured: {time.total * 1e3:.3g} ms for {what}, "
+            f"{time.between * 1e3:.3g} ms of it between devices."
+        )
     text.append(f"Plans compiled: {result.planner.n_plans}.")
     return [*text, result.command]
 

@@ -15,6 +15,7 @@ from pyggml.generate.session import Session
 from pyggml.models.model import Model
 from pyggml.runtime.memory import DeviceMemory, Memory, mib
 from pyggml.runtime.places import Place
+from pyggml.runtime.predict import Prediction
 
 #: Steps of the context, and what `fit` tries for the others.
 CTX_STEP = 256
@@ -97,9 +98,12 @@ class Planner:
         self.host = next((place for place in places if place.name in HOSTS), None)
         self.n_plans = 0
         self._memory: dict[Setup, Memory] = {}
+        self._last: tuple[Setup, Session] | None = None
 
     def pins_of(self, setup: Setup) -> dict[str, str]:
         host = self.host.name if self.host is not None else on_host()
+        if self.model.shard is not None:
+            return joined(self.pins, expert_pins(setup.host_experts, host))
         divided = layer_pins(
             self.model, self.places, n_ctx=setup.n_ctx, n_batch=setup.n_batch,
             host_experts=setup.host_experts, host_layers=self.host_layers,
@@ -118,7 +122,15 @@ class Planner:
             session = self.session(setup)
             self._memory[setup] = session.memory()
             self.n_plans += len(session.plans.largest())
+            self._last = setup, session
         return self._memory[setup]
+
+    def times(self, setup: Setup) -> tuple[Prediction, Prediction]:
+        """The predicted times of a prompt batch and of one token, over full caches."""
+        if self._last is None or self._last[0] != setup:
+            self._last = setup, self.session(setup)
+        prompt, decode = self._last[1].plans.largest()[:2]
+        return prompt.predict(), decode.predict()
 
     def excess(self, setup: Setup) -> int:
         """The bytes by which a session exceeds a device; 0 or less if it fits all of them."""

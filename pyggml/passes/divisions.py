@@ -152,8 +152,10 @@ class _Divider:
     def _by_rows_of_cache(self, node: Node, count: int) -> Family | None:
         """The parts of the keys, if they come from a state; rows take turns over the devices."""
         reasons = self.result.reasons
-        if node.attrs["lse"] or node.get("kv_len") is not None:
-            return None
+        plain = ("q", "k", "v", "mask", "sinks")
+        others = [name for name in node.op.operands if name not in plain]
+        if node.attrs["lse"] or any(node.get(name) is not None for name in others):
+            return None  # keys are counted or chosen by their numbers
         k, v = node["k"], node["v"]
         if not all(self._from_state(x) for x in (k, v)):
             return None
@@ -202,10 +204,14 @@ class _Divider:
                 self.result.used.add(chain.cut)
                 self.in_chains |= chain.products
                 return family
-        if torn is not None and (torn.op in (flash_attn_ext, soft_max_ext)):
+        if torn is not None:
+            n_head = torn.ne[1 if torn.op is flash_attn_ext else 2]
+            block = weights.dtype.block
+            blocks = f" and whole blocks of {block} of {label_of(weights)}" if block > 1 else ""
             self.result.reasons.setdefault(
                 "heads",
-                f"the heads of {label_of(torn)} cannot be divided over {len(shares)} devices",
+                f"the {n_head} heads of {label_of(torn)} cannot be divided over {len(shares)} "
+                f"devices in whole groups that share K and V{blocks}",
             )
         return None
 

@@ -50,7 +50,10 @@ def _few_switches(work: Work, nodes: Sequence[Node], edges: Edges) -> tuple[Node
     needs = _needs(steps, edges)
     host = {step for step in steps if work.home(step).device == "host"}
     stages = _stages(steps, needs, host)
-    sequence = list(_by_device(steps, needs, stages, lambda step: work.home(step).device))
+    if work.shard is not None:
+        sequence = _by_level(steps, needs, lambda step: work.home(step).device)
+    else:
+        sequence = list(_by_device(steps, needs, stages, lambda step: work.home(step).device))
     sends = _sends(sequence, stages)
     ordered: dict[Node, None] = {}
     for step in sequence:
@@ -135,6 +138,23 @@ def _by_device(
             missing[user] -= 1
             if not missing[user]:
                 add(user)
+
+
+def _by_level(
+    steps: Sequence[Node], needs: Mapping[Node, set[Node]], device_of: Callable[[Node], str]
+) -> list[Node]:
+    """The steps of all devices up to their first collective, then up to the next, and so on.
+
+    A step is behind as many collectives as it has to wait for other devices. If each device went on
+    for as long as it can, the others would wait for all that it computes after a collective.
+    """
+    level: dict[Node, int] = {}
+    places: dict[str, int] = {}
+    for step in steps:
+        device = device_of(step)
+        places.setdefault(device, len(places))
+        level[step] = max((level[s] + (device_of(s) != device) for s in needs[step]), default=0)
+    return sorted(steps, key=lambda step: (level[step], places[device_of(step)]))
 
 
 def _users(needs: Mapping[Node, set[Node]]) -> dict[Node, list[Node]]:

@@ -35,7 +35,9 @@ from pyggml.passes.parts import (
     sliced,
 )
 from pyggml.passes.work import Work
+from pyggml.transfer import transfer
 
+COLLECTIVES = (all_reduce, all_gather, reduce_scatter)
 #: Numbers of devices.
 Group = tuple[int, ...]
 
@@ -147,7 +149,13 @@ class Builder:
     # -- a part of a tensor --------------------------------------------------------------------
 
     def _part(self, node: Node, family: Family, i: int, d: int) -> Recursive[Node]:
-        """Part number `i` of the family of `node`, for device `d`."""
+        """Part number `i` of the family of `node`, for device `d`.
+
+        Another stage computes its own parts, one for each device of this one.
+        """
+        group = self.groups[node]
+        if d not in group and len(group) == len(family) and node.op is not constant_op:
+            d = group[i]
         key = (node, family, d)
         new = self.memo.get(key)
         if new is None:
@@ -293,6 +301,7 @@ class Builder:
     # -- a part of a sum -------------------------------------------------------------------------
 
     def _summand(self, node: Node, i: int, d: int) -> Recursive[Node]:
+        d = d if d in self.groups[node] else self.groups[node][i]
         key = ("sum", node, d)
         new = self.memo.get(key)
         if new is None:
@@ -359,6 +368,7 @@ class Builder:
             return (yield from self._whole(node, d))
         if node in self.divisions.sums:
             return (yield from self._summand(node, i, d))
+        d = d if d in self.groups[node] else self.groups[node][i]
         key = ("rows", node, d)
         new = self.memo.get(key)
         if new is None:
@@ -415,6 +425,9 @@ class Builder:
         if new.op.view is not None or new.op.leaf or new in self.homes:
             return new
         backend = self.devices[d]
+        if new.op in COLLECTIVES and backend.supports(new) is not None:
+            # A meaning has no rank, so the copies make the sums of the devices different nodes.
+            new = rebuilt(new, tuple(None if s is None else self._brought(s, d) for s in new.src))
         supported = on_device(new, backend, self.refused.setdefault(d, {}))
         self.expanded += supported.expanded
         stack = [supported.node]
@@ -426,3 +439,13 @@ class Builder:
                 self.homes[part] = backend
             stack += [s for s in part.src if s is not None and s not in self.homes]
         return inherit(supported.node, old)
+
+    def _brought(self, part: Node, d: int) -> Node:
+        """A part on this device: a copy if it is on another one."""
+        backend = self.devices[d]
+        if self.homes[part.base].device == backend.device:
+            return part
+        attrs = {"to": backend.place, "resident": False}
+        copy = transfer.make((part,), attrs, part.spec, line=False)
+        self.homes[copy] = backend
+        return inherit(copy, part)

@@ -172,17 +172,25 @@ def _ends(graph: Graph, order: Sequence[Node], shares: Sequence[float]) -> list[
 
 def _between_states(graph: Graph, order: Sequence[Node], crossing: Sequence[int]) -> list[int]:
     """The numbers in `order` between the uses of one state, or of states that are used together,
-    and those of the next: where the fewest bytes cross."""
-    number = {node: i for i, node in enumerate(order)}
+    and those of the next: where the fewest bytes cross.
+
+    States that are only written are used together: the last layer of a graph without outputs.
+    """
     written = {node.root for node in graph.nodes if node.op.writes is not None}
-    uses: dict[Node, list[int]] = {}
-    for node in order:
+    read: set[Node] = set()
+    at: dict[Node, list[int]] = {}
+    for i, node in enumerate(order):
         for source in node.src:
             if source is not None and source.root in written and source.root.op is state_op:
-                uses.setdefault(source.root, []).append(number[node])
+                at.setdefault(source.root, []).append(i)
+                if node.op.writes is None:
+                    read.add(source.root)
+    uses: dict[Node | None, list[int]] = {}
+    for state, numbers in at.items():
+        uses.setdefault(state if state in read else None, []).extend(numbers)
     gaps: list[int] = []
     end = -1
-    for first, last in sorted((min(at), max(at)) for at in uses.values()):
+    for first, last in sorted((min(each), max(each)) for each in uses.values()):
         if 0 <= end < first:
             gaps.append(1 + min(range(end, first), key=lambda i: (crossing[i], -i)))
         end = max(end, last)

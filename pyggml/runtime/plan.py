@@ -24,6 +24,7 @@ from pyggml.runtime.leaves import Progress
 from pyggml.runtime.memory import Memory
 from pyggml.runtime.outputs import names_of
 from pyggml.runtime.planned import Planned, Request
+from pyggml.runtime.predict import Prediction, Rates, predict
 from pyggml.runtime.profile import Profile
 from pyggml.runtime.profiling import measure
 from pyggml.runtime.report import plan_text
@@ -73,6 +74,10 @@ class Plan:
     def memory(self) -> Memory:
         """The bytes that the plan uses, known before anything is allocated."""
         return self._planned.memory
+
+    def predict(self, rates: Rates | None = None) -> Prediction:
+        """The seconds of a run by the cost rules of its ops: a prediction. Needs no device."""
+        return predict(self._work, rates)
 
     def memory_with(self, *others: Plan) -> Memory:
         """The bytes that this plan and other plans of its store use together."""

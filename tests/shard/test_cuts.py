@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import pyggml as gg
+from pyggml import backends
 from pyggml.errors import DeviceError, DTypeError, GraphError, UnknownNameError
 from pyggml.models.model import load
 from pyggml.models.presets import TINY as DEEPSEEK
@@ -102,6 +103,21 @@ def test_a_feed_forward_net_is_cut_by_rows_and_columns() -> None:
     }  # fmt: skip
     assert collectives(plan) == ["all_reduce"]
     assert "all_reduce" in str(plan) and "all_reduce" in str(plan.graph)
+
+
+def test_without_kernels_each_device_sums_the_parts() -> None:
+    """In simpler ops: two copies, and a sum on either device."""
+    x = gg.rms_norm(feed_forward(), eps=1e-6)
+    y = gg.mul_mat(weight("w", 64, 32), gg.silu(gg.mul_mat(weight("v", 64, 64), x)))
+    devices = [backends.get("null", i) for i in range(2)]
+    with devices[0].denying("all_reduce"), devices[1].denying("all_reduce"):
+        plan = gg.compile({"y": y}, backends=places(2), shard={"rows": 2})
+    sums = [plan.place_of(step.node) for step in plan.steps if step.node.op.name == "add"]
+    assert sums == ["null:0", "null:1", "null:0"] and not collectives(plan)
+    assert sum(len(split.copies) for split in plan.splits) == 3
+    values = {"x": RNG.standard_normal((3, 64))}
+    whole = gg.compile({"y": y}).run(values)["y"]
+    np.testing.assert_allclose(plan.run(values)["y"], whole, rtol=1e-5, atol=1e-6)
 
 
 def test_blocks_are_not_cut() -> None:
@@ -247,7 +263,7 @@ def test_models(name: str, cache: str, tmp_path: Path) -> None:
     for kind in kinds:
         one = logits(path, ["numpy"], **types, **kind)
         shards: list[Any] = ["auto", {"layers": 2}]
-        if kind.get("flash", True):
+        if kind.get("flash", True):  # without it, keys are not divided
             shards.append({"sequence": 2})
         for shard in shards:
             other = logits(path, places(2), shard=shard, **types, **kind)
