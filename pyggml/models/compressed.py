@@ -185,11 +185,10 @@ def attention(
     )  # fmt: skip
     if compressors:
         old = compress(layer, x, "attn_compressor", compressors[0], batch, rotate, eps)
-        ids = None
+        mask, ids = _mask(batch, compressors[0]), None
         if len(compressors) > 1:
             keys = compress(layer, x, "indexer_compressor", compressors[1], batch, rotate, eps)
-            ids = _chosen(layer, x, qr, keys, batch, a, rotate)
-        mask = stride_mask(batch, old.ne[1], compressors[0].ratio)
+            ids = _chosen(layer, x, qr, keys, mask, batch, a, rotate)
         past = flash_attn_ext(q, old, old, mask, ids=ids, scale=a.d**-0.5, lse=True)
         y = merge_lse(y, past)
         y = cont(view(y, ne=(a.d, *y.ne[1:3])))
@@ -198,12 +197,14 @@ def attention(
     return layer.label(_output(layer, layer.label(y, "kqv_out"), a), "attn_out")
 
 
-def stride_mask(batch: Batch, n: int, ratio: int) -> Node:
-    """Row b is visible from position r b + r - 1 on; one node for all layers."""
-    key = "stride_mask", n, ratio
+def _mask(batch: Batch, compressor: Compressor) -> Node:
+    """f16 [n, T]: row b is visible from position r b + r - 1 on; one node for all layers."""
+    n, most, ratio = compressor.visible(batch.n_kv), compressor.rows.ne[1], compressor.ratio
+    key = "mask of compressed rows", n, most, ratio
     if key not in batch.shared:
-        ends = constant((np.arange(n, dtype=np.int32) + 1) * ratio, name=f"ends {ratio} {n}")
-        batch.shared[key] = causal_mask(batch.pos, ends, n_kv=n)
+        ends = (np.arange(most, dtype=np.int32) + 1) * ratio
+        node = view(constant(ends, name=f"ends of {most} windows of {ratio}"), ne=(n,))
+        batch.shared[key] = causal_mask(batch.pos, node, n_kv=n)
     mask = batch.shared[key]
     assert isinstance(mask, Node)
     return mask
@@ -224,6 +225,7 @@ def _chosen(
     x: Node,
     qr: Node,
     keys: Node,
+    mask: Node,
     batch: Batch,
     a: Compressed,
     rotate: Callable[[Node, Node], Node],
@@ -234,7 +236,6 @@ def _chosen(
     n_tokens = x.ne[1]
     q = reshape(linear(layer, "indexer.attn_q_b", qr), ne=(a.d_index, a.n_index, n_tokens))
     weights = scale(linear(layer, "indexer.proj", x), s=(a.n_index * a.d_index) ** -0.5)
-    mask = stride_mask(batch, keys.ne[1], SPARSE)
     scores = lightning_indexer(rotate(q, batch.pos), keys, weights, mask)
     return layer.label(top_k(layer.label(scores, "index_scores"), k=a.top_k), "index_topk")
 

@@ -19,7 +19,7 @@ from pyggml.generate.plans import KV_STEP, padded_rows
 from pyggml.models.batch import Options
 from pyggml.models.indexer import Indexer
 from pyggml.models.model import Model
-from pyggml.models.presets import TINY, TINY_DEEPSEEK32, TINY_GLM_DSA, TINY_GPT_OSS
+from pyggml.models.presets import TINY, TINY_DEEPSEEK32, TINY_GLM_DSA, TINY_GPT_OSS, TINY_V4
 from pyggml.models.synth import synth
 from pyggml.node import labels
 from pyggml.runtime.leaves import Leaf
@@ -30,6 +30,7 @@ MODELS = {
     "tiny": TINY,
     "deepseek2": SIX,
     "gpt-oss": TINY_GPT_OSS,
+    "deepseek4": replace(TINY_V4, attn=replace(TINY_V4.attn, top_k=3)),
     "glm-dsa": replace(TINY_GLM_DSA, indexer=Indexer(n_head=8, d=64, top_k=16)),
     "dense to 512": replace(TINY_DEEPSEEK32, indexer=Indexer(n_head=8, d=64, top_k=700)),
 }
@@ -63,7 +64,7 @@ def allocated(leaves: Iterable[Leaf]) -> int:
 
 
 @pytest.mark.parametrize("flash", [True, False])
-@pytest.mark.parametrize("name", ["deepseek2", "gpt-oss", "glm-dsa"])
+@pytest.mark.parametrize("name", ["deepseek2", "gpt-oss", "deepseek4", "glm-dsa"])
 @pytest.mark.parametrize(
     ("backends", "pins", "decoded"),
     [(("numpy",), None, False), (("numpy",), None, True),
@@ -79,6 +80,8 @@ def test_a_session_uses_what_the_plan_says(
     folder: Path, name: str, backends: Any, pins: Any, decoded: bool, flash: bool
 ) -> None:
     """Memory of a header, against the blocks that a session of the whole file allocated."""
+    if name == "deepseek4" and not flash:
+        pytest.skip("it has only flash attention")
     arguments = {"backends": backends, "pins": pins, "flash": flash, "decode_weights": decoded}
     planned = memory(opened(folder, f"{name}-header", **arguments), 24, 8)
     model = opened(folder, name, **arguments)
@@ -108,7 +111,7 @@ def test_a_session_uses_what_the_plan_says(
 @pytest.mark.parametrize(
     ("name", "mla", "flash"),
     [("tiny", 0, False), ("tiny", 1, False), ("tiny", 3, True),
-     ("dense to 512", 1, False), ("dense to 512", 3, True)],
+     ("dense to 512", 1, False), ("dense to 512", 3, True), ("deepseek4", 3, True)],
 )  # fmt: skip
 @pytest.mark.parametrize("place", ["numpy", "cuda:0:1GiB"])
 def test_no_plan_of_a_session_needs_more(
