@@ -34,7 +34,6 @@ from pyggml.models.layers import SWAP, Rope, linear, norm
 from pyggml.models.weights import Layer
 from pyggml.node import Node
 from pyggml.ops import (
-    cast,
     causal_mask,
     constant,
     cont,
@@ -166,9 +165,10 @@ def attention(
 ) -> Node:
     """f32 [n_embd, T]; x is normalized, and `rope` that of the layer."""
 
-    def rotate(y: Node, pos: Node) -> Node:
+    def rotate(y: Node, pos: Node, *, back: bool = False) -> Node:
         """The last elements of each row."""
-        return rope.rotate(y, pos, n_rot=a.n_rot, mode="normal", offset=y.ne[0] - a.n_rot)
+        offset = y.ne[0] - a.n_rot
+        return rope.rotate(y, pos, n_rot=a.n_rot, mode="normal", offset=offset, back=back)
 
     n_tokens = x.ne[1]
     qr = norm(layer, "attn_q_a_norm", linear(layer, "attn_q_a", x), eps)
@@ -192,8 +192,7 @@ def attention(
         past = flash_attn_ext(q, old, old, mask, ids=ids, scale=a.d**-0.5, lse=True)
         y = merge_lse(y, past)
         y = cont(view(y, ne=(a.d, *y.ne[1:3])))
-    y = layer.label(y, "kqv")
-    y = rotate(y, _negative(batch))
+    y = rotate(layer.label(y, "kqv"), batch.pos, back=True)
     return layer.label(_output(layer, layer.label(y, "kqv_out"), a), "attn_out")
 
 
@@ -208,16 +207,6 @@ def _mask(batch: Batch, compressor: Compressor) -> Node:
     mask = batch.shared[key]
     assert isinstance(mask, Node)
     return mask
-
-
-def _negative(batch: Batch) -> Node:
-    key = "negative positions"
-    if key not in batch.shared:
-        negative = scale(cast(batch.pos, dtype="f32"), s=-1.0)
-        batch.shared[key] = cast(negative, dtype="i32")
-    pos = batch.shared[key]
-    assert isinstance(pos, Node)
-    return pos
 
 
 def _chosen(

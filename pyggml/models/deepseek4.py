@@ -15,13 +15,13 @@ from pyggml.models.batch import Batch, Options
 from pyggml.models.cache import Cache
 from pyggml.models.compressed import HEAVY, PLAIN, SPARSE, Compressed, attention
 from pyggml.models.compressor import CompressedCache
-from pyggml.models.hyper import collapse, connect, dsv4_hc_post, hyper_tensors
+from pyggml.models.hyper import collapse, connect, hyper_tensors
 from pyggml.models.keys import Keys, group, key
 from pyggml.models.layers import Rope, norm
 from pyggml.models.moe import Experts, moe
 from pyggml.models.weights import Layer, Weights
 from pyggml.node import Node
-from pyggml.ops import get_rows, repeat, reshape
+from pyggml.ops import dsv4_hc_post, get_rows, repeat, reshape
 
 _RATIOS = "attention.compress_ratios"
 _CLAMP, _CLAMP_SHARED = "swiglu_clamp_exp", "swiglu_clamp_shexp"

@@ -18,19 +18,14 @@ from pyggml.models.weights import Layer, Weights
 from pyggml.node import Node
 from pyggml.ops import (
     add,
-    cont,
-    div,
+    dsv4_hc_comb,
+    dsv4_hc_pre,
     mul,
     mul_mat,
-    mul_multi_add,
-    repeat,
     reshape,
     rms_norm,
     scale,
     sigmoid,
-    soft_max,
-    sum_rows,
-    transpose,
     view,
 )
 
@@ -95,48 +90,3 @@ def _weights(mixes: Node, factor: Node, base: Node, number: int, n: int) -> Node
     m = view(mixes, ne=(n, mixes.ne[1]), start=(number * n,))
     m = mul(m, view(factor, ne=(1,), start=(number,)))
     return sigmoid(add(m, view(base, ne=(n,), start=(number * n,))))
-
-
-# -- composed forms -----------------------------------------------------------------------------
-
-
-def dsv4_hc_comb(mixes: Node, scale: Node, base: Node, *, eps: float, n_iter: int) -> Node:
-    """f32 [H, H, T], [to, from]: Sinkhorn of scale_2 m + base, where m are mixes[2 H ..].
-
-    C = softmax over d of each s, plus eps;   C[d, :] /= sum_s C[d, s] + eps;
-    n_iter - 1 times more: C[:, s] /= sum_d C[d, s] + eps, and then the first division again.
-    """
-    size, n_tokens = mixes.ne[:2]
-    n = round((1 + size) ** 0.5) - 1  # size = n^2 + 2 n
-    m = view(mixes, ne=(n * n, n_tokens), start=(2 * n,))
-    m = mul(m, view(scale, ne=(1,), start=(2,)))
-    m = add(m, view(base, ne=(n * n,), start=(2 * n,)))
-    comb = _plus(soft_max(reshape(m, ne=(n, n, n_tokens))), eps)
-    for i in range(n_iter):
-        if i:
-            comb = _normal(comb, eps)
-        comb = cont(transpose(_normal(cont(transpose(comb)), eps)))
-    return comb
-
-
-def _normal(a: Node, eps: float) -> Node:
-    """Rows divided by their sum."""
-    return div(a, _plus(sum_rows(a), eps))
-
-
-def _plus(a: Node, b: float) -> Node:
-    return scale(a, s=1.0, b=b)
-
-
-def dsv4_hc_pre(x: Node, weights: Node) -> Node:
-    """sum_h weights[h, t] x[:, h, t], f32 [n, T]."""
-    n, n_tokens = weights.ne[:2]
-    return mul_multi_add(x, reshape(weights, ne=(1, n, n_tokens)))
-
-
-def dsv4_hc_post(x: Node, residual: Node, post: Node, comb: Node) -> Node:
-    """post[d, t] x[:, t] + sum_s comb[d, s, t] residual[:, s, t], f32 [n, H, T]."""
-    n, n_stream, n_tokens = residual.ne[:3]
-    mixed = mul_mat(cont(transpose(residual)), cont(transpose(comb)), prec="f32")
-    wide = repeat(reshape(x, ne=(n, 1, n_tokens)), ne=(n, n_stream, n_tokens))
-    return add(mul(wide, reshape(post, ne=(1, n_stream, n_tokens))), mixed)

@@ -109,8 +109,12 @@ class Rope:
         offset: int = 0,
         attn_factor: float | None = None,
         freq_factors: Node | None = None,
+        back: bool = False,
     ) -> Node:
-        """x [d, n_head, T] with n_rot elements of each row, starting at `offset`, rotated."""
+        """x [d, n_head, T] with n_rot elements of each row, starting at `offset`, rotated.
+
+        back  by the negative angles
+        """
         return rope_ext(
             x,
             pos,
@@ -125,6 +129,7 @@ class Rope:
             attn_factor=self.attn_factor if attn_factor is None else attn_factor,
             beta_fast=self.beta_fast,
             beta_slow=self.beta_slow,
+            back=back,
         )
 
 
