@@ -40,6 +40,7 @@ from pyggml.ops import (
     flash_attn_ext,
     lightning_indexer,
     merge_lse,
+    mul_mat,
     permute,
     reshape,
     rms_norm,
@@ -224,9 +225,11 @@ def _chosen(
         return None
     n_tokens = x.ne[1]
     q = reshape(linear(layer, "indexer.attn_q_b", qr), ne=(a.d_index, a.n_index, n_tokens))
-    weights = scale(linear(layer, "indexer.proj", x), s=(a.n_index * a.d_index) ** -0.5)
-    scores = lightning_indexer(rotate(q, batch.pos), keys, weights, mask)
-    return layer.label(top_k(layer.label(scores, "index_scores"), k=a.top_k), "index_topk")
+    q = layer.label(rotate(q, batch.pos), "index_q")
+    w = mul_mat(layer["indexer.proj"], x, prec="f32")
+    w = layer.label(scale(w, s=(a.n_index * a.d_index) ** -0.5), "indexer_weights")
+    scores = layer.label(lightning_indexer(q, keys, w, mask), "indexer_score")
+    return layer.label(top_k(scores, k=a.top_k), "top_k")
 
 
 def _output(layer: Layer, y: Node, a: Compressed) -> Node:

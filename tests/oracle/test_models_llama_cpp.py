@@ -31,6 +31,7 @@ NOT_IN_LLAMA_CPP = (
     "gpt-oss nvfp4",  # ignores the factors of experts
     "deepseek32 magnitude",  # has 0.1 for the multiplier in the scale of q.k
     "deepseek32 q8_0",  # rounds activations to 8 bits, so it chooses other rows
+    "deepseek4 q8_0",  # the same
     "deepseek2 v2",  # scores groups of experts by their two best, as V3 does, not by the best
 )
 
