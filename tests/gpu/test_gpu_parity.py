@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from pyggml.parity.cases import cases
+from pyggml.parity.cases import cases, has_meaning
 from pyggml.parity.grid import all_cases
 from tests.gpu.programs import Result, python
 
@@ -46,8 +46,11 @@ def test_every_case_is_within_its_bound(options: Options, record_property: Recor
     missing = len(cases() if options.quick else all_cases()) - counts.cases
     record_property("parity_cases", counts.cases)
     record_property("parity_failed", counts.failed + missing)
-    record_property("parity_unsupported_share", counts.unsupported / max(1, counts.cases))
+    # Where the GPU refuses an op with a meaning, the cases of its meaning run instead.
+    refused = re.findall(r"^  (\w+)\(.*\): not supported \[", result.out, re.MULTILINE)
+    refused = [op for op in refused if not has_meaning(op)]
+    record_property("parity_unsupported_share", len(refused) / max(1, counts.cases))
     failed = re.findall(r"^  \w.*FAIL$", result.out, re.MULTILINE)
     assert not counts.failed, f"{counts}:\n" + "\n".join(line[:500] for line in failed[:20])
     assert not missing and result.status == 0, f"{missing} cases missing, {counts}, {result}"
-    assert counts.passed and counts.unsupported <= 0.05 * counts.cases, counts
+    assert counts.passed and len(refused) <= 0.05 * counts.cases, counts
