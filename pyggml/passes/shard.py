@@ -61,11 +61,10 @@ def shard(work: Work) -> Work:
     divisions = divide(work.graph, plan.cuts, shares_of)
     _check(plan, divisions)
     mirrored: frozenset[Node] = frozenset()
-    while True:
+    graph = None
+    while graph is None:
         builder = Builder(work, stages.devices, groups, divisions, mirrored)
         graph = builder.graph()
-        if not builder.conflicts:
-            break
         mirrored |= builder.conflicts
     used = tuple(dict.fromkeys((*work.backends, *stages.devices)))
     expanded = tuple(dict.fromkeys(builder.expanded))

@@ -72,14 +72,15 @@ class Builder:
         self.steps: dict[tuple[Node, Family], Sliced | None] = {}
         self.refused: dict[int, dict[Node, str]] = {}
 
-    def graph(self) -> Graph:
+    def graph(self) -> Graph | None:
+        """The graph of all devices; None if there are conflicts."""
         old = self.work.graph
         outputs = {
             key: unwound(self._whole(node, self.groups[node][0]))
             for key, node in old.outputs.items()
         }
         updates = [new for node in old.updates for new in self._update(node)]
-        return Graph(outputs, updates)
+        return None if self.conflicts else Graph(outputs, updates)
 
     # -- all of a tensor -----------------------------------------------------------------------
 

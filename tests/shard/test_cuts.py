@@ -199,6 +199,17 @@ def test_heads_that_cannot_be_cut() -> None:
         gg.compile({"y": y}, updates=updates, backends=places(4), shard={"heads": 4})
 
 
+def test_a_state_that_is_also_read_whole_is_on_every_device() -> None:
+    y, updates = attention()
+    outputs = {"y": y, "k": gg.cast(updates[0], dtype="f32")}
+    for shard in ({"heads": 2}, {"sequence": 2}):
+        plan = gg.compile(outputs, updates=updates, backends=places(2), shard=shard)
+        values = {"x": RNG.standard_normal((3, 64)), "rows": [0, 5, 2]}
+        whole = gg.compile(outputs, updates=updates).run(values)
+        for name, array in plan.run(values).items():
+            np.testing.assert_allclose(array, whole[name], rtol=1e-3, atol=1e-3)
+
+
 # -- stores -------------------------------------------------------------------------------------
 
 
