@@ -35,6 +35,7 @@ from pyggml.passes.parts import (
     sliced,
 )
 from pyggml.passes.work import Work
+from pyggml.spec import Spec
 from pyggml.transfer import transfer
 
 COLLECTIVES = (all_reduce, all_gather, reduce_scatter)
@@ -204,6 +205,9 @@ class Builder:
             new = node.op(*src, **attrs)
         except PyggmlError:  # such as a reshape of a part that has gaps
             return (yield from self._shown(node, family, i, d))
+        if new.spec.rank != node.spec.rank:  # a slice rule gives all four sizes
+            spec = Spec.of(new.dtype, new.ne, node.spec.rank)
+            new = new.op.make(new.src, dict(new.attrs), spec, line=False)
         return self._write(node, new, d) if node.op.writes is not None else self._put(new, d, node)
 
     def _cut(self, leaf: Node, part: Part, d: int) -> Node:

@@ -29,6 +29,7 @@ def close(one: Any, other: Any) -> None:
     """Equal up to the order of sums, and the rounding of rows in a cache that follows from it."""
     for name in one:
         a, b = (np.asarray(x[name], np.float64) for x in (one, other))
+        assert a.shape == b.shape, name
         assert np.linalg.norm(a - b) <= 2e-3 * np.linalg.norm(b) + 1e-6, name
 
 
