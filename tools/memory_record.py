@@ -1,6 +1,7 @@
 """Plan sessions of published models and write benchmarks/results/memory.json.
 
 python tools/memory_record.py && python tools/tables.py
+python tools/memory_record.py glm-5    plan this model only; the record keeps the others
 
 It needs no weights and no GPU, and takes some minutes. tools/tables.py makes the tables of
 docs/memory.md from the record.
@@ -20,29 +21,33 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.record import Row, new, row, write  # noqa: E402
+from benchmarks.record import Row, new, read, row, write  # noqa: E402
 from pyggml.cli import main as pyggml  # noqa: E402
 
 RECORD = ROOT / "benchmarks" / "results" / "memory.json"
 _MLA = ((0, "off"), (0, "on"), (1, "off"), (1, "on"), (3, "on"))
-#: Preset -> type of the weights, longest context, forms of attention (mla, fa).
-MODELS: dict[str, tuple[str, int, tuple[tuple[int, str], ...]]] = {
-    "deepseek-v2-lite": ("iq4_nl", 163840, _MLA),
-    "deepseek-v3": ("iq4_nl", 163840, _MLA),
-    "gpt-oss-120b": ("mxfp4", 131072, ((3, "off"), (3, "on"))),
-}
+_SPARSE = ((3, "on"),)
 CONTEXTS = (4096, 16384, 65536, 163840)
+#: Preset -> type of the weights, contexts, forms of attention (mla, fa).
+MODELS: dict[str, tuple[str, tuple[int, ...], tuple[tuple[int, str], ...]]] = {
+    "deepseek-v2-lite": ("iq4_nl", CONTEXTS, _MLA),
+    "deepseek-v3": ("iq4_nl", CONTEXTS, _MLA),
+    "deepseek-v3.2": ("iq4_nl", CONTEXTS, _SPARSE),
+    "glm-5": ("iq4_nl", CONTEXTS, _SPARSE),
+    "glm-5.2": ("iq4_nl", (*CONTEXTS, 1 << 20), _SPARSE),
+    "gpt-oss-120b": ("mxfp4", (*CONTEXTS[:-1], 131072), ((3, "off"), (3, "on"))),
+}
 BUDGETS = (None, 2048, 512)
 BATCH = 512
 
 
 def cases(preset: str) -> Iterator[dict[str, Any]]:
     """The cases of a model: mla, fa, amb and n_ctx."""
-    _, longest, forms = MODELS[preset]
+    _, contexts, forms = MODELS[preset]
     for mla, fa in forms:
         for amb in BUDGETS:
-            for n_ctx in CONTEXTS:
-                yield {"mla": mla, "fa": fa, "amb": amb, "n_ctx": min(n_ctx, longest)}
+            for n_ctx in contexts:
+                yield {"mla": mla, "fa": fa, "amb": amb, "n_ctx": n_ctx}
 
 
 def measure(path: Path, case: dict[str, Any]) -> dict[str, Any]:
@@ -77,10 +82,12 @@ def header(preset: str, folder: Path) -> Path:
 
 
 def main() -> None:
+    chosen = sys.argv[1:] or list(MODELS)
+    rows = [row for row in read(RECORD)["rows"] if row["model"] not in chosen]
     record = new("python tools/memory_record.py", about={"batch": BATCH})
     record["machine"] = {"devices": "none: sessions are planned for a GPU that need not exist"}
     with tempfile.TemporaryDirectory() as name:
-        for preset in MODELS:
+        for preset in chosen:
             path = header(preset, Path(name))
             uncut: dict[tuple[Any, ...], dict[str, Any]] = {}
             for case in cases(preset):
@@ -90,8 +97,9 @@ def main() -> None:
                     continue  # the budget changes nothing
                 result = measure(path, case)
                 uncut.setdefault(key, result)
-                record["rows"].append(record_row(preset, MODELS[preset][0], case | result))
+                rows.append(record_row(preset, MODELS[preset][0], case | result))
                 print(preset, case, f"{result['compute'] / 2**20:.2f} MiB", file=sys.stderr)
+    record["rows"] = sorted(rows, key=lambda row: list(MODELS).index(row["model"]))
     write(RECORD, record)
 
 

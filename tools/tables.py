@@ -260,6 +260,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu_h100": lambda: gpu("h100"),
     "memory_v2_lite": lambda: memory("deepseek-v2-lite"),
     "memory_v3": lambda: memory("deepseek-v3"),
+    "memory_v32": lambda: memory("deepseek-v3.2"),
+    "memory_glm_5": lambda: memory("glm-5"),
+    "memory_glm_52": lambda: memory("glm-5.2"),
     "memory_gpt_oss": lambda: memory("gpt-oss-120b"),
 }
 

@@ -166,7 +166,7 @@ def test_the_whole_of_v3_is_planned_within_a_second(tmp_path: Path) -> None:
     assert best < 2.0
 
 
-@pytest.mark.parametrize("preset", ["deepseek-v2-lite", "gpt-oss-120b"])
+@pytest.mark.parametrize("preset", ["deepseek-v2-lite", "deepseek-v3.2", "gpt-oss-120b"])
 def test_the_tables_of_the_memory_page_are_up_to_date(
     preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
