@@ -28,6 +28,7 @@ RECORD = ROOT / "benchmarks" / "results" / "memory.json"
 _MLA = ((0, "off"), (0, "on"), (1, "off"), (1, "on"), (3, "on"))
 _SPARSE = ((3, "on"),)
 CONTEXTS = (4096, 16384, 65536, 163840)
+_V4 = (4096, 16384, 65536, 1 << 18, 1 << 20)
 #: Preset -> type of the weights, contexts, forms of attention (mla, fa).
 MODELS: dict[str, tuple[str, tuple[int, ...], tuple[tuple[int, str], ...]]] = {
     "deepseek-v2-lite": ("iq4_nl", CONTEXTS, _MLA),
@@ -35,6 +36,8 @@ MODELS: dict[str, tuple[str, tuple[int, ...], tuple[tuple[int, str], ...]]] = {
     "deepseek-v3.2": ("iq4_nl", CONTEXTS, _SPARSE),
     "glm-5": ("iq4_nl", CONTEXTS, _SPARSE),
     "glm-5.2": ("iq4_nl", (*CONTEXTS, 1 << 20), _SPARSE),
+    "deepseek-v4-flash": ("q2_K", _V4, _SPARSE),
+    "deepseek-v4-pro": ("q2_K", _V4, _SPARSE),
     "gpt-oss-120b": ("mxfp4", (*CONTEXTS[:-1], 131072), ((3, "off"), (3, "on"))),
 }
 BUDGETS = (None, 2048, 512)

@@ -193,7 +193,7 @@ def memory(preset: str) -> str:
     type_ = next(row["type"] for row in result["rows"] if row["model"] == preset)
     rows: dict[tuple[str, str, str], dict[int, str]] = {}
     for row in cases:
-        mla = "-" if preset.startswith("gpt") else str(row["mla"])
+        mla = "-" if preset.startswith(("gpt", "deepseek-v4")) else str(row["mla"])
         amb = "none" if row["amb"] is None else str(row["amb"])
         sizes = (gib(row["caches"]), gib(row["compute"] + row["workspace"]))
         rows.setdefault((mla, row["fa"], amb), {})[row["n_ctx"]] = " + ".join(sizes)
@@ -263,6 +263,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory_v32": lambda: memory("deepseek-v3.2"),
     "memory_glm_5": lambda: memory("glm-5"),
     "memory_glm_52": lambda: memory("glm-5.2"),
+    "memory_v4_flash": lambda: memory("deepseek-v4-flash"),
+    "memory_v4_pro": lambda: memory("deepseek-v4-pro"),
     "memory_gpt_oss": lambda: memory("gpt-oss-120b"),
 }
 
