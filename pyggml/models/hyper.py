@@ -18,10 +18,11 @@ from pyggml.models.weights import Layer, Weights
 from pyggml.node import Node
 from pyggml.ops import (
     add,
-    dsv4_hc_comb,
+    dsv4_hc_maps,
     dsv4_hc_pre,
     mul,
     mul_mat,
+    permute,
     reshape,
     rms_norm,
     scale,
@@ -60,22 +61,22 @@ def connect(
 
     m = fn rms_norm(X), where X are all streams of a token as one vector;
     pre_h = sigmoid(scale_0 m_h + base_h) + eps,   post_h = 2 sigmoid(scale_1 m_(H+h) + base_(H+h)),
-    and comb from the other H^2 (`dsv4_hc_comb`).
+    and comb from the other H^2 (`dsv4_hc_maps`).
     """
     n = streams.ne[1]
     base, factor = layer[f"hc_{part}_base"], layer[f"hc_{part}_scale"]
     mixes = _mixes(layer[f"hc_{part}_fn"], streams, rms_eps)
-    pre = _weights(mixes, factor, base, 0, n)
-    x = dsv4_hc_pre(streams, scale(pre, s=1.0, b=eps))
-    post = scale(_weights(mixes, factor, base, 1, n), s=2.0)
-    comb = dsv4_hc_comb(mixes, factor, base, eps=eps, n_iter=n_iter)
-    return Maps(x, post, comb)
+    maps = dsv4_hc_maps(mixes, factor, base, eps=eps, n_iter=n_iter)
+    rows = (view(maps, ne=(n, 1, streams.ne[2]), start=(0, i)) for i in range(2))
+    pre, post = (permute(row, axes=(0, 2, 1, 3)) for row in rows)
+    comb = view(maps, ne=(n, n, streams.ne[2]), start=(0, 2))
+    return Maps(dsv4_hc_pre(streams, pre), post, comb)
 
 
 def collapse(w: Weights, streams: Node, *, rms_eps: float, eps: float) -> Node:
     """The streams as one, f32 [n_embd, T], for the head of the model: sum_h pre_h X_h."""
     mixes = _mixes(w["output_hc_fn"], streams, rms_eps)
-    pre = _weights(mixes, w["output_hc_scale"], w["output_hc_base"], 0, streams.ne[1])
+    pre = sigmoid(add(mul(mixes, w["output_hc_scale"]), w["output_hc_base"]))
     return dsv4_hc_pre(streams, scale(pre, s=1.0, b=eps))
 
 
@@ -83,10 +84,3 @@ def _mixes(fn: Node, streams: Node, rms_eps: float) -> Node:
     n_embd, n, n_tokens = streams.ne[:3]
     flat = reshape(streams, ne=(n_embd * n, n_tokens))
     return mul_mat(fn, rms_norm(flat, eps=rms_eps), prec="f32")
-
-
-def _weights(mixes: Node, factor: Node, base: Node, number: int, n: int) -> Node:
-    """sigmoid(factor m + base) of the `number`-th n of the mixes, f32 [n, T]."""
-    m = view(mixes, ne=(n, mixes.ne[1]), start=(number * n,))
-    m = mul(m, view(factor, ne=(1,), start=(number,)))
-    return sigmoid(add(m, view(base, ne=(n,), start=(number * n,))))
