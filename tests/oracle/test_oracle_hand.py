@@ -268,3 +268,19 @@ def test_hyper_connections_of_two_streams() -> None:
     assert run("dsv4_hc_pre", [streams, post]).ravel().tolist() == [200.5]
     assert run("dsv4_hc_post", [x, streams, post, comb]).ravel().tolist() == [306, 422]
     assert run("dsv4_hc_post", [x, streams, post]).ravel().tolist() == [6, 120]
+
+
+def test_collectives_sum_join_cut_and_copy() -> None:
+    a, b = four([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), four([[10.0, 20.0, 30.0], [40.0, 50.0, 60.0]])
+    assert run("all_reduce", [a, b], rank=1)[0, 0].tolist() == [[11, 22, 33], [44, 55, 66]]
+    pieces = [run("reduce_scatter", [a, b], dim=0, sizes=(2, 1), rank=r)[0, 0] for r in (0, 1)]
+    assert [piece.tolist() for piece in pieces] == [[[11, 22], [44, 55]], [[33], [66]]]
+    gathered = run("all_gather", [a, b[..., :1, :]], dim=1)[0, 0]
+    assert gathered.tolist() == [[1, 2, 3], [4, 5, 6], [10, 20, 30]]
+    assert run("broadcast", [a], rank=1)[0, 0].tolist() == a[0, 0].tolist()
+
+
+def test_all_reduce_merges_attentions_by_their_log_sum_exp() -> None:
+    """Weights e^0 and e^ln 3 of the values 1 and 5; a part without keys adds nothing."""
+    parts = [four([[1.0, 0.0]]), four([[5.0, math.log(3.0)]]), four([[0.0, -INF]])]
+    np.testing.assert_allclose(run("all_reduce", parts, op="lse").ravel(), [4.0], rtol=1e-15)
