@@ -35,7 +35,6 @@ from pyggml.models.weights import Layer
 from pyggml.node import Node
 from pyggml.ops import (
     causal_mask,
-    constant,
     cont,
     flash_attn_ext,
     lightning_indexer,
@@ -186,7 +185,8 @@ def attention(
     )  # fmt: skip
     if compressors:
         old = compress(layer, x, "attn_compressor", compressors[0], batch, rotate, eps)
-        mask, ids = _mask(batch, compressors[0]), None
+        ratio, n_rows = compressors[0].ratio, compressors[0].visible(batch.n_kv)
+        mask, ids = causal_mask(batch.pos, n_kv=n_rows, stride=ratio), None
         if len(compressors) > 1:
             keys = compress(layer, x, "indexer_compressor", compressors[1], batch, rotate, eps)
             ids = _chosen(layer, x, qr, keys, mask, batch, a, rotate)
@@ -195,19 +195,6 @@ def attention(
         y = cont(view(y, ne=(a.d, *y.ne[1:3])))
     y = rotate(layer.label(y, "kqv"), batch.pos, back=True)
     return layer.label(_output(layer, layer.label(y, "kqv_out"), a), "attn_out")
-
-
-def _mask(batch: Batch, compressor: Compressor) -> Node:
-    """f16 [n, T]: row b is visible from position r b + r - 1 on; one node for all layers."""
-    n, most, ratio = compressor.visible(batch.n_kv), compressor.rows.ne[1], compressor.ratio
-    key = "mask of compressed rows", n, most, ratio
-    if key not in batch.shared:
-        ends = (np.arange(most, dtype=np.int32) + 1) * ratio
-        node = view(constant(ends, name=f"ends of {most} windows of {ratio}"), ne=(n,))
-        batch.shared[key] = causal_mask(batch.pos, node, n_kv=n)
-    mask = batch.shared[key]
-    assert isinstance(mask, Node)
-    return mask
 
 
 def _chosen(
