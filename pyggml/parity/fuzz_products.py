@@ -107,9 +107,9 @@ def attention(d: Draw) -> Case:
     mask = d.source("f16", ne, word, rows=True) if hide[:1] == "~" or d.chance(0.5) else None
     attrs: dict[str, object] = {"scale": round(d_k**-0.5, 4)}
     length = None
-    if hide.startswith("#") or (not hide and d.chance(0.15)):
+    if hide.startswith("#") or (not hide and d.chance(0.3)):
         length = d.source("i32", (1,), hide or f"#{d.rng.randrange(n_kv + 2)}")
-        attrs |= {"kv0": 1} if not hide and d.chance(0.3) else {}
+        attrs |= {"kv0": d.rng.randint(1, 4)} if not hide and d.chance(0.5) else {}
     if mask is not None:
         attrs |= slopes(d, heads)
     attrs |= d.pick(({}, {}, {"logit_softcap": 10.0})) | d.pick(({}, {}, {"prec": "f32"}))

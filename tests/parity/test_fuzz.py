@@ -191,7 +191,7 @@ def test_mutants_die_in_random_cases_too() -> None:
     """A fourth of all mutants, in far fewer cases than the small grid has."""
 
     def few(op: str) -> Iterator[Case]:
-        return (random_case(1, number, frozenset({op})) for number in range(120))
+        return (random_case(1, number, frozenset({op})) for number in range(600))
 
     alive = [fate for fate in hunt(MUTANTS[::4], few) if not fate.killed]
     assert not alive
