@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import shutil
@@ -32,10 +33,9 @@ class Browser:
         self._read, from_child = os.pipe()
 
         def descriptors() -> None:  # Chromium reads from 3 and writes to 4
-            os.dup2(to_child, 30)
-            os.dup2(from_child, 40)
-            os.dup2(30, 3)
-            os.dup2(40, 4)
+            ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 5) for end in (to_child, from_child)]
+            os.dup2(ends[0], 3)
+            os.dup2(ends[1], 4)
 
         self._process = subprocess.Popen(
             [
