@@ -37,7 +37,7 @@ BINARY(Add, a + b)
 BINARY(Sub, a - b)
 BINARY(Mul, a * b)
 BINARY(Div, a / b)
-BINARY(AddMask, b == -INFINITY ? b : a + b)  // a may be NaN there
+BINARY(AddMask, b < -3.4028234663852886e38f ? b : a + b)  // where b is -inf, a may be NaN
 
 template <class Act>
 struct Glu {
