@@ -185,6 +185,8 @@ def hyper_connections(d: Draw) -> Case:
         mixes = d.source("f32", (row, tokens), d.pick(("", "", "~nan5", "~mask", "~large")))
         scale = d.source("f32", (d.pick((3, 3, 7)),), "~above")
         eps = d.pick((0.0, 1e-6, 0.1))
+        if mixes.fill == "~large":  # in f32, all of a column may be 0: 0 / 0 without an eps
+            eps = max(eps, 1e-6)
         base = d.source("f32", (row,))
         op = d.pick(("dsv4_hc_comb", "dsv4_hc_maps"))
         return d.case(op, mixes, scale, base, eps=eps, n_iter=d.pick((1, 2, 5, 20)))
