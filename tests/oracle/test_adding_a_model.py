@@ -17,7 +17,8 @@ from transformers import Qwen2Config  # noqa: E402
 from pyggml.models import base  # noqa: E402
 from pyggml.models.model import load  # noqa: E402
 from pyggml.parity.tolerance import relative_error  # noqa: E402
-from tests.models.convert import RECIPES, Recipe, convert, random_model  # noqa: E402
+from tests.models.convert import convert, random_model  # noqa: E402
+from tests.models.recipes import RECIPES, Recipe  # noqa: E402
 from tests.models.tiny import SIZES, TOKENS  # noqa: E402
 from tests.test_documents import ROOT, blocks  # noqa: E402
 
