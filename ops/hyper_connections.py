@@ -40,7 +40,8 @@ def dsv4_hc_comb(mixes: Node, scale: Node, base: Node, *, eps: float, n_iter: in
     C[d, s] = scale[2] mixes[i] + base[i],   i = 2 hc + d + hc s
     C = softmax of C over d, + eps;          C[d, :] /= sum over s of C[d, s], + eps
     n_iter - 1 times:  C[:, s] /= sum over d of C[d, s], + eps;  then the line above's division
-    Sums are f32. ggml's op has hc = 4 only.
+    Sums are f32. With eps = 0, a row or column of C that is 0 in f32 gives NaN.
+    ggml's op has hc = 4 only.
     """
     hc = _streams(mixes, scale, base, eps, n_iter)
     return Spec.of(F32, (hc, hc, mixes.ne[1]), 3)
