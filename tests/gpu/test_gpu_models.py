@@ -26,7 +26,9 @@ EXACT: dict[str, Any] = {"prec": "f32", "cache_k": "f32", "cache_v": "f32"}
 NAMES = [name for name in PRESETS if name.startswith("tiny")]
 #: Only deepseek2, which is `tiny`, has several forms of attention.
 FORMS: list[tuple[str, dict[str, Any]]] = [
-    *((name, form) for name in NAMES for form in ({}, {"flash": False}, {"fused": False})),
+    *((name, form) for name in NAMES for form in ({}, {"fused": False})),
+    # deepseek4 has no such form
+    *((name, {"flash": False}) for name in NAMES if name != "tiny-deepseek4"),
     ("tiny", {"mla": 1}),
     ("tiny", {"mla": 0}),
 ]
