@@ -88,10 +88,17 @@ class Call:
         root = self.node[name].root
         return Operand.at(self._at[root], root)
 
-    def add(self, native: Native, *values: int | float, work: int | None = None) -> None:
+    def add(
+        self,
+        native: Native,
+        *values: int | float,
+        work: int | None = None,
+        reads: tuple[int, int] = (0, 0),
+    ) -> None:
         """Add a kernel with the values of its parameters.
 
-        work  about how many numbers it computes, those that take long counted several times. If
-              they are few, one thread runs it alone, as always if `work` is 0; None: all run it
+        work   about how many numbers it computes, those that take long counted several times. If
+               they are few, one thread runs it alone, as always if `work` is 0; None: all run it
+        reads  the address and bytes of weights, which threads that wait for earlier calls fetch
         """
-        self._program.add(native, *values, alone=work is not None and work <= FEW)
+        self._program.add(native, *values, alone=work is not None and work <= FEW, reads=reads)

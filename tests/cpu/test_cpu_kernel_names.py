@@ -29,9 +29,9 @@ def test_names_are_those_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None
     names: list[str] = []
     add = Program.add
 
-    def noted(self: Program, kernel: Native, *values: Any, alone: bool = False) -> None:
+    def noted(self: Program, kernel: Native, *values: Any, **named: Any) -> None:
         names.append(kernel.name)
-        add(self, kernel, *values, alone=alone)
+        add(self, kernel, *values, **named)
 
     plan = plan_of()
     before = plan.kernels()

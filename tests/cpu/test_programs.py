@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from numpy.typing import NDArray
 
 import pyggml as gg
 from pyggml.backends.cpu.backend import FAMILIES
+from pyggml.backends.cpu.moe import PLAIN_SUMS
+from pyggml.backends.cpu.native.program import WORDS, Program
 from pyggml.backends.step import LoopStep
 from pyggml.errors import DeviceError, IdError
 
@@ -64,6 +67,18 @@ def test_plans_run_from_several_threads() -> None:
         y = x @ weights[i].T
         assert len(got) == 50 and all(np.array_equal(got[0], other) for other in got)
         np.testing.assert_allclose(got[0], y / (1 + np.exp(-y)), atol=1)
+
+
+def test_calls_say_where_the_next_products_weights_are() -> None:
+    """Waiting threads fetch them; after the last product there are none."""
+    program, zeros = Program(), (0,) * len(PLAIN_SUMS.types)
+    for reads in (None, None, (4096, 100), None, (8192, 64), None):
+        program.add(PLAIN_SUMS, *zeros, **({"reads": reads} if reads else {}))
+    program.pack()
+    words = (ctypes.c_int64 * (WORDS * len(program))).from_address(program.address)
+    table = np.array(words).reshape(-1, WORDS)
+    next_, last, none = [4096, 4196], [8192, 8256], [0, 0]
+    assert table[:, 3:].tolist() == [next_, next_, last, last, none, none]
 
 
 def test_a_budget_gives_the_same_values() -> None:

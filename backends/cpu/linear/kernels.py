@@ -12,6 +12,7 @@ from pyggml.backends.cpu.linear.operands import (
     activations,
     matrices,
     numeric,
+    reads,
     refusal,
     uses_amx,
     x_bytes,
@@ -39,7 +40,7 @@ def mul_mat(call: Call) -> None:
         product(weights.inner, out.type), weights.ptr, weights.tile, weights.nb2, weights.nb3,
         weights.m, weights.k, weights.stride, x.ptr, x1, x.nb2, x.nb3, n, out.ptr, y1,
         *out.nb[2:], n2, n2 * n3, max(1, n2 // a.ne[2]), n3 // a.ne[3],
-        weights.share(SHARE, blocks), x.width,
+        weights.share(SHARE, blocks), x.width, reads=reads(call, "a"),
     )  # fmt: skip
 
 
@@ -57,4 +58,5 @@ def fused_up_gate(call: Call) -> None:
             native, up.ptr, up.tile, up.k, up.stride, gate.ptr, gate.tile, gate.k, gate.stride,
             up.m, x.ptr + i2 * x.nb2 + i3 * x.nb3, x.nb1, b.ne[1],
             out.ptr + i2 * out.nb[2] + i3 * out.nb[3], out.nb[1], share, x.width,
+            reads=reads(call, "up"),
         )  # fmt: skip

@@ -96,6 +96,11 @@ def store_release(e: Emitter, address: Any, value: Any) -> None:
     e.b.store_atomic(value, e.b.inttoptr(address, i64.as_pointer()), "release", 8)
 
 
+@emits(None, I64)
+def prefetch(e: Emitter, address: Any) -> None:
+    e.prefetch(address, 0)
+
+
 @emits(None)
 def pause(e: Emitter) -> None:
     """Tell the processor that a loop waits."""
