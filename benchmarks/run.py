@@ -1,10 +1,11 @@
-"""Run the CPU benchmarks and the example, and write their records to benchmarks/results/.
+"""Run the CPU benchmarks and the examples, and write their records to benchmarks/results/.
 
-    python benchmarks/run.py            both records, then the tables in the documents
-    python benchmarks/run.py kernels    only the kernels
+    python benchmarks/run.py            all records, then the tables in the documents
+    python benchmarks/run.py kernels    only the kernels; others: example, sparse
 
 kernels.json             every benchmark: median seconds and samples
 deepseek_attention.json  the rows of the example's table
+sparse_attention.json    the same; draws docs/sparse.svg, too (needs the extra `plot`)
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -52,16 +53,12 @@ def kernels() -> None:
 
 def example() -> None:
     """Record the rows of examples/deepseek_attention.py with its defaults."""
-    command = ["python", "examples/deepseek_attention.py"]
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "rows.json"
-        full = [sys.executable, *command[1:], "--json", str(path)]
-        subprocess.run(full, cwd=ROOT, check=True)
-        result = json.loads(path.read_text())
-    record = begin(command)
-    record["about"]["header"] = result["header"]
-    record["rows"] = [example_row(case) for case in result["rows"]]
-    _write("deepseek_attention", record)
+    _example("deepseek_attention", example_row)
+
+
+def sparse() -> None:
+    """Record the rows of examples/sparse_attention.py with its defaults, and draw them."""
+    _example("sparse_attention", sparse_row, "--plot", "docs/sparse.svg")
 
 
 def example_row(case: dict[str, Any]) -> Row:
@@ -72,6 +69,25 @@ def example_row(case: dict[str, Any]) -> Row:
     return row(name, "", case["error"], bar=case["bound"], case=case)
 
 
+def sparse_row(case: dict[str, Any]) -> Row:
+    """The same of the example of sparse attention."""
+    name = f"{case['model']} {case['form']}, {case['cache']}, depth {case['depth']}"
+    return row(name, "", case["error"], bar=case["bounds"][0], case=case)
+
+
+def _example(name: str, row_of: Callable[[dict[str, Any]], Row], *more: str) -> None:
+    command = ["python", f"examples/{name}.py"]
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.json"
+        full = [sys.executable, *command[1:], "--json", str(path), *more]
+        subprocess.run(full, cwd=ROOT, check=True)
+        result = json.loads(path.read_text())
+    record = begin(command)
+    record["about"]["header"] = result["header"]
+    record["rows"] = [row_of(case) for case in result["rows"]]
+    _write(name, record)
+
+
 def _write(name: str, record: Record) -> None:
     path = RESULTS / f"{name}.json"
     write(path, record)
@@ -79,6 +95,7 @@ def _write(name: str, record: Record) -> None:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or ["kernels", "example"]:
-        {"kernels": kernels, "example": example}[name]()
+    records = {"kernels": kernels, "example": example, "sparse": sparse}
+    for name in sys.argv[1:] or records:
+        records[name]()
     subprocess.run([sys.executable, "tools/tables.py"], cwd=ROOT, check=True)

@@ -102,6 +102,25 @@ def example() -> str:
     return conditions(result) + "\n" + table(head, rows)
 
 
+def sparse() -> str:
+    """Rows of the example of sparse attention, with an f16 cache."""
+    result = record("sparse_attention")
+    rows = []
+    for row in (row["case"] for row in result["rows"] if row["case"]["cache"] == "f16"):
+        form = f"ratio {row['form']}" if row["form"].isdigit() else row["form"]
+        swaps = "-" if row["swaps"] is None else f"{row['swaps']:.1f}"
+        sizes = [f"{row[key]:.2f}" for key in ("states", "arena", "peak")]
+        times = [
+            f"{row[key]:.0f} ({gain:.1f}x)"
+            for key, gain in zip(("prompt", "token"), row["gains"])
+        ]
+        error = f"{row['error']:.1e}"
+        rows.append([row["model"], form, f"{row['depth']:,}", error, swaps, *sizes, *times])
+    head = ["model", "form", "depth", "error", "swaps", "cache", "arena", "score peak",
+            "prompt, ms", "token, ms"]  # fmt: skip
+    return f"{conditions(result)}{result['about']['header']}.\n\n" + table(head, rows)
+
+
 def kernels() -> str:
     """Kernels compared with plain NumPy, and decoding."""
     result = record("kernels")
@@ -255,6 +274,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "readme": readme,
     "whole_model": whole_model,
     "example": example,
+    "sparse": sparse,
     "kernels": kernels,
     "gpu": gpu,
     "gpu_h100": lambda: gpu("h100"),

@@ -200,5 +200,7 @@ def weights_of(file: GGUFFile, il: int) -> dict[str, Any]:
 
 def decoded(rows: Array, ggml_id: int) -> Array:
     """A tensor's values."""
+    if ggml_id == GGMLQuantizationType.I32:
+        return rows
     raw = np.ascontiguousarray(rows).view(np.uint8)
     return np.asarray(dequantize(raw, GGMLQuantizationType(ggml_id)))
