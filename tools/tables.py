@@ -109,16 +109,17 @@ def sparse() -> str:
     for row in (row["case"] for row in result["rows"] if row["case"]["cache"] == "f16"):
         form = f"ratio {row['form']}" if row["form"].isdigit() else row["form"]
         swaps = "-" if row["swaps"] is None else f"{row['swaps']:.1f}"
-        sizes = [f"{row[key]:.2f}" for key in ("states", "arena", "peak")]
+        sizes = [f"{row[key]:.2f}" if row[key] else "-" for key in ("states", "arena", "peak")]
         times = [
-            f"{row[key]:.0f} ({gain:.1f}x)"
-            for key, gain in zip(("prompt", "token"), row["gains"])
+            f"{row[key]:.0f} ({gain:.1f}x)" for key, gain in zip(("prompt", "token"), row["gains"])
         ]
         error = f"{row['error']:.1e}"
         rows.append([row["model"], form, f"{row['depth']:,}", error, swaps, *sizes, *times])
     head = ["model", "form", "depth", "error", "swaps", "cache", "arena", "score peak",
             "prompt, ms", "token, ms"]  # fmt: skip
-    return f"{conditions(result)}{result['about']['header']}.\n\n" + table(head, rows)
+    about = result["about"]
+    intro = f"{conditions(result)}{about['header']}. BLAS threads: {about['threads']}.\n\n"
+    return intro + table(head, rows)
 
 
 def kernels() -> str:

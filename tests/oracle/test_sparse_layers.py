@@ -50,7 +50,7 @@ def test_attention_of_every_layer(name: str, tmp_path: Path) -> None:
         for il, (x, theirs) in enumerate(calls):
             layer = (CompressedLayer if compressed else SparseLayer).of(file, il)
             rows, last = layer.rows(x), x[-LAST:]
-            if rows.index is not None:
+            if rows.index_keys is not None:
                 top_k = layer.k["attention.indexer.top_k"]
                 seen = best_f64(layer.scores(last, rows), top_k).chosen
                 assert seen.sum(axis=1).max() <= top_k

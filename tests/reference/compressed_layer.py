@@ -25,21 +25,21 @@ from tests.reference.sparse_layer import keys_of
 class Rows(NamedTuple):
     """What the attention reads.
 
-    ratio  r; 0 in a layer without a compressor
-    kv     [n, d]              of each token: key and value
-    old    [floor(n / r), d]   compressed rows; None in a layer without a compressor
-    index  [floor(n / r), d_index]  their index keys; None in a layer without an indexer
+    ratio       r; 0 in a layer without a compressor
+    kv          [n, d]  of each token: key and value
+    old         [floor(n / r), d]  compressed rows; None in a layer without a compressor
+    index_keys  [floor(n / r), d_index]  of compressed rows; None in a layer without an indexer
     """
 
     ratio: int
     kv: Array
     old: Array | None
-    index: Array | None
+    index_keys: Array | None
 
     def first(self, n: int) -> Rows:
         """The rows of the first `n` tokens."""
         end = n // (self.ratio or 1)
-        old, index = (None if rows is None else rows[:end] for rows in (self.old, self.index))
+        old, index = (None if rows is None else rows[:end] for rows in (self.old, self.index_keys))
         return Rows(self.ratio, self.kv[:n], old, index)
 
 
@@ -88,12 +88,12 @@ class CompressedLayer:
     def scores(self, x: Array, rows: Rows) -> Array:
         """The indexer's scores of the last T tokens [T, n / 4]; -inf for rows that do not exist
         yet."""
-        assert rows.index is not None, "the layer has no indexer"
+        assert rows.index_keys is not None, "the layer has no indexer"
         n_head, d = self.k["attention.indexer.head_count"], self.k["attention.indexer.key_length"]
         q = project(self.w, "indexer.attn_q_b", self._query_latents(x)).reshape(len(x), n_head, d)
         q = self._rotated(q, self._positions(x, rows))
         head = project(self.w, "indexer.proj", x) / math.sqrt(n_head * d)
-        scores = [weight @ np.maximum(one @ rows.index.T, 0) for one, weight in zip(q, head)]
+        scores = [weight @ np.maximum(one @ rows.index_keys.T, 0) for one, weight in zip(q, head)]
         return np.where(self.visible(x, rows), np.stack(scores), -np.inf)
 
     def visible(self, x: Array, rows: Rows) -> Array:
@@ -152,7 +152,8 @@ class CompressedLayer:
                     "beta_slow": k.get("rope.scaling.yarn_beta_slow", 1.0),
                 }  # fmt: skip
         offset = x.shape[-1] - n_rot
-        return rope_ext(x[None], pos, n_dims=n_rot, offset=offset, back=back, **rope)[0]
+        turned = rope_ext(x[None], pos, n_dims=n_rot, offset=offset, back=back, **rope)
+        return np.asarray(turned[0])
 
 
 def _overlapping(a: Array, fill: float) -> Array:

@@ -35,18 +35,18 @@ def keys_of(file: GGUFFile) -> dict[str, Any]:
 class Rows(NamedTuple):
     """What the attention reads of each token.
 
-    latent  [n, kv_lora_rank]
-    rope    [n, n_rot]
-    index   [n, d]  the indexer's keys; None in a layer without an indexer
+    latent      [n, kv_lora_rank]
+    rope        [n, n_rot]
+    index_keys  [n, d]  the indexer's keys; None in a layer without an indexer
     """
 
     latent: Array
     rope: Array
-    index: Array | None
+    index_keys: Array | None
 
     def first(self, n: int) -> Rows:
         """The rows of the first `n` tokens."""
-        index = None if self.index is None else self.index[:n]
+        index = None if self.index_keys is None else self.index_keys[:n]
         return Rows(self.latent[:n], self.rope[:n], index)
 
 
@@ -129,13 +129,13 @@ class SparseLayer:
 
     def scores(self, x: Array, rows: Rows) -> Array:
         """sum_n w_n max(0, q_n . k_j) of the last T tokens [T, n]; -inf for rows after a token."""
-        assert rows.index is not None, "the layer has no indexer"
+        assert rows.index_keys is not None, "the layer has no indexer"
         n_head, d = self.k["attention.indexer.head_count"], self.k["attention.indexer.key_length"]
         pos = self._positions(x, rows)
         q = project(self.w, "indexer.attn_q_b", self._query_latents(x)).reshape(len(x), n_head, d)
         q = self._rotated(q, pos, neox=self.neox)
         head = project(self.w, "indexer.proj", x) / math.sqrt(n_head * d)
-        scores = [weight @ np.maximum(one @ rows.index.T, 0) for one, weight in zip(q, head)]
+        scores = [weight @ np.maximum(one @ rows.index_keys.T, 0) for one, weight in zip(q, head)]
         return np.where(self.visible(x, rows), np.stack(scores), -np.inf)
 
     def visible(self, x: Array, rows: Rows) -> Array:
@@ -171,13 +171,14 @@ class SparseLayer:
         """x [T, heads, d] with its first n_rot elements rotated."""
         k, length = self.k, _log_factor(self.k)
         mul = k.get("rope.scaling.yarn_log_multiplier", 0.0)
-        return rope_ext(
+        turned = rope_ext(
             x[None], pos, n_dims=self.n_rot, mode="neox" if neox else "normal",
             n_ctx_orig=k.get("rope.scaling.original_context_length", k["context_length"]),
             freq_base=k["rope.freq_base"], freq_scale=math.exp(-length),
             ext_factor=float(k.get("rope.scaling.type") == "yarn"),
             attn_factor=1 / (1 + mul * length),
-        )[0]  # fmt: skip
+        )  # fmt: skip
+        return np.asarray(turned[0])
 
 
 def _by_head(x: Array, matrices: Any) -> Array:
