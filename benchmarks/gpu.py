@@ -11,6 +11,7 @@ peers      V2-Lite beside llama.cpp, if PYGGML_LLAMA_BENCH names its llama-bench
 linear     products and experts
 attention  flash attention
 amb        the cost of an attention memory budget
+sparse     sparse attention: its parts, and layers of DeepSeek V4
 compile    compiling and loading kernels
 examples   errors of the examples
 fuzz       random cases and random graphs (--fuzz-seconds)
@@ -95,6 +96,7 @@ def parts(args: argparse.Namespace, folder: Path) -> dict[str, Part]:
         "linear": Part((("benchmarks/gpu_linear.py",),), 120),
         "attention": Part((("benchmarks/gpu_attention.py",),), 150),
         "amb": Part((("benchmarks/gpu_attention.py", "amb"),), 60),
+        "sparse": Part((("benchmarks/gpu_sparse.py",),), 180),
         "compile": Part((("benchmarks/gpu_layer.py", "compile"),), 150),
         "examples": Part(examples, 180),
         "fuzz": Part((("benchmarks/gpu_fuzz.py", *fuzz_time),), args.fuzz_seconds + 60),

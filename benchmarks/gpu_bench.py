@@ -154,6 +154,19 @@ def peer_microseconds(calls: Sequence[Action]) -> list[float]:
         return sampled(graph.replay, external, len(calls))
 
 
+def copy_rates() -> list[float]:
+    """TB/s of a copy of 1 GiB, read and written, by the copy engine or by a kernel."""
+    import torch
+
+    source = torch.randn(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    ways = (partial(target.copy_, source), partial(torch.neg, source, out=target))
+    rates = [[8 * source.numel() / t / 1e6 for t in peer_microseconds([way] * 3)] for way in ways]
+    del source, target
+    torch.cuda.empty_cache()
+    return max(rates, key=median)
+
+
 def _all(actions: Sequence[Action]) -> None:
     for action in actions:
         action()

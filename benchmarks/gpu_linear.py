@@ -25,6 +25,7 @@ import pyggml as gg
 from benchmarks.gpu_bench import (
     SHORT,
     copies,
+    copy_rates,
     node_microseconds,
     peer_microseconds,
     random_blocks,
@@ -38,21 +39,6 @@ K, M = 4096, 14336
 N_EMBD, N_FF, EXPERTS, N_USED = 2048, 1408, 64, 6
 
 rng = np.random.default_rng(7)
-
-
-def bandwidth() -> float:
-    """TB/s of a copy of 1 GiB; writes the row."""
-    import torch
-
-    source = torch.randn(1 << 28, device="cuda")
-    target = torch.empty_like(source)
-    ways = (partial(target.copy_, source), partial(torch.neg, source, out=target))
-    rates = [[8 * source.numel() / t / 1e6 for t in peer_microseconds([way] * 3)] for way in ways]
-    best = max(rates, key=median)
-    write_row("copy", "TB/s", best)
-    del source, target
-    torch.cuda.empty_cache()
-    return float(median(best))
 
 
 def weight(dtype: str, *ne: int) -> gg.Node:
@@ -171,7 +157,9 @@ def moves() -> None:
 
 
 def main() -> None:
-    copy = bandwidth()
+    rates = copy_rates()
+    write_row("copy", "TB/s", rates)
+    copy = median(rates)
     for dtype, n in (("iq4_nl", 1), ("q8_0", 1), ("iq4_nl", 512)):
         dense(dtype, n, copy)
     weights = experts()

@@ -25,6 +25,7 @@ NAMES = (
     "linear",
     "attention",
     "amb",
+    "sparse",
     "compile",
     "examples",
     "fuzz",
