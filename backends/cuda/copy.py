@@ -46,7 +46,12 @@ def _word(operands: tuple[Operand, ...]) -> int:
 
 
 def copy(call: Call, out: Operand, a: Operand) -> None:
-    """Record a copy of `a`, repeated to the sizes of `out`; both have the same type."""
+    """Record a copy of `a`, repeated to the sizes of `out`; both have the same type.
+
+    Nothing if `a` is `out`: a step may have written its result where a concat wants it.
+    """
+    if out.ptr == a.ptr and out.ne == a.ne and out.steps == a.steps:
+        return
     if out.contiguous and a.contiguous and out.ne == a.ne:
         nbytes = out.dtype.row_bytes(out.ne[0]) * rows(out)
         if nbytes >= 1 << 16:

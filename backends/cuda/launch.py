@@ -65,10 +65,14 @@ class Operand:
             size *= n
         return True
 
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The byte strides of the dimensions that have more than one element, else 0."""
+        return tuple(step if n > 1 else 0 for n, step in zip(self.ne, self.nb))
+
     def aligned(self, nbytes: int) -> bool:
         """Whether every row starts at a multiple of `nbytes`."""
-        steps = [step for n, step in zip(self.ne[1:], self.nb[1:]) if n > 1]
-        return all(x % nbytes == 0 for x in (self.ptr, *steps))
+        return all(x % nbytes == 0 for x in (self.ptr, *self.steps[1:]))
 
 
 #: The operand that stands in for an absent tensor.

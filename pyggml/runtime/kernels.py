@@ -46,7 +46,7 @@ def _bound(split: Split, runner: Runner) -> Iterator[Kernels]:
 
 def _planned(work: Work) -> Iterator[list[Kernels]]:
     """Of the steps of each split."""
-    at, arenas = _planned_memory(work)
+    at, arenas = planned_memory(work)
     number = 0
     for split in work.splits:
         number += len(split.copies)
@@ -62,7 +62,7 @@ def _planned(work: Work) -> Iterator[list[Kernels]]:
         yield own
 
 
-def _planned_memory(work: Work) -> tuple[Addresses, dict[str, PlannedBuffer]]:
+def planned_memory(work: Work) -> tuple[Addresses, dict[str, PlannedBuffer]]:
     """The addresses of all tensors, and the arenas, in memory that nobody has allocated."""
     blocks = (PlannedBuffer(_APART * i) for i in count(1))
     leaves: dict[Node, Address] = {}

@@ -1,0 +1,71 @@
+"""The launches of a V2-Lite layer, recorded without a GPU: a change that adds one shows here."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import pyggml as gg
+from pyggml import gguf
+from pyggml.backends.cuda.launch import Gemm, Launch, Record
+from pyggml.backends.cuda.recording import record_step
+from pyggml.models.batch import Batch, Options
+from pyggml.models.model import Model
+from pyggml.models.presets import V2_LITE
+from pyggml.models.synth import synth
+from pyggml.runtime.kernels import planned_memory
+
+#: Rows of the cache.
+N_KV = 4096
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    """A layer with experts; its file has no weights."""
+    path = Path(tmp_path_factory.mktemp("lite")) / "lite.gguf"
+    arch = replace(V2_LITE, n_block=1, n_layer_dense=0, n_vocab=256)
+    synth(path, arch, dtype="iq4_nl", header_only=True)
+    with gguf.open(path, allow_missing_data=True) as file:
+        yield Model(file)
+
+
+def records_of(model: Model, n_tokens: int, mla: int, flash: bool = True) -> list[Record]:
+    """The records of a layer for the last `n_tokens` of N_KV."""
+    options = Options(mla=mla, flash=flash)
+    x = gg.input("x", ne=(model.arch.n_embd, n_tokens))
+    batch = Batch(n_tokens, N_KV, options, n_tokens, padded=False)
+    y = model.arch.layer(x, model.layer(0), model.arch.cache(0, N_KV, n_tokens, options), batch)
+    work = gg.compile({"y": y}, backends=["cuda:0:24GiB"])._work
+    at, arenas = planned_memory(work)
+    return [
+        record
+        for step, offset in zip(work.steps, work.placed.scratch_at)
+        for record in record_step(
+            step, at, (arenas["cuda:0"].ptr + offset, step.scratch), names_only=True
+        )
+    ]
+
+
+def counts(records: list[Record]) -> dict[str, int]:
+    """How often each kernel is launched."""
+    return dict(
+        Counter(
+            record.name.split("<")[0] if isinstance(record, Launch) else "gemm"
+            for record in records
+            if isinstance(record, (Launch, Gemm))
+        )
+    )
+
+
+@pytest.mark.parametrize("mla", (0, 1, 3))
+@pytest.mark.parametrize("n_tokens", (1, 2048))
+def test_no_tensor_is_copied_onto_itself(model: Model, n_tokens: int, mla: int) -> None:
+    """A part of a concat is often written in place by the step that computes it."""
+    for record in records_of(model, n_tokens, mla):
+        if isinstance(record, Launch) and record.name.startswith("copy<"):
+            # Two tensors of 56 bytes: address, 4 strides, 4 sizes.
+            assert record.args[:40] != record.args[56:96]
