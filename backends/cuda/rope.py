@@ -6,6 +6,8 @@ import ctypes
 import math
 from functools import partial
 
+import numpy as np
+
 from pyggml import ops
 from pyggml.backends.cuda.argument import Struct
 from pyggml.backends.cuda.fusion import Fused, Run
@@ -20,10 +22,12 @@ from pyggml.node import Attrs, Node
 def rope_ext(call: Call) -> None:
     out, a, pos, factors = call.out, call["a"], call["pos"], call.get("freq_factors")
     neox = "true" if call.attrs["mode"] == "neox" else "false"
+    in_place = out.ptr == a.ptr and out.nb == a.nb
+    units = call.attrs["n_dims"] // 2 if in_place else -(-out.ne[0] // 2)
     call.launch(
         "rope.cu",
         f"rope<{C_TYPES[out.dtype.name]}, {neox}>",
-        grid=(out.ne[2], blocks_for(-(-out.ne[0] // 2) * out.ne[1]), out.ne[3]),
+        grid=(out.ne[2], blocks_for(units * out.ne[1]), out.ne[3]),
         block=256,
         args=[
             out.tensor,
@@ -31,6 +35,7 @@ def rope_ext(call: Call) -> None:
             pos.tensor,
             (factors or ABSENT).tensor,
             constants(call.attrs),
+            np.int32(units),
         ],
     )
 

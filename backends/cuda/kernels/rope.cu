@@ -3,11 +3,11 @@
 // @kernel rope_rows<{__half|__nv_bfloat16}, {true|false}>
 #include "rope.cuh"
 
-// The result may overwrite `a`.
+// units: of a row. If the result overwrites `a`, those that are rotated are enough.
 template <class T, bool NEOX>
 __global__ void __launch_bounds__(256)
-    rope(Tensor out, Tensor a, Tensor pos, Tensor factors, Rope r) {
-    int units = (out.ne[0] + 1) / 2, i = blockIdx.y * 256 + threadIdx.x;
+    rope(Tensor out, Tensor a, Tensor pos, Tensor factors, Rope r, int units) {
+    int i = blockIdx.y * 256 + threadIdx.x;
     int head = i / units, unit = i - head * units, token = blockIdx.x, i3 = blockIdx.z;
     const double frequency = frequency_of(unit, r);
     begin();

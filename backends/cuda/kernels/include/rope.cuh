@@ -40,7 +40,7 @@ __device__ __forceinline__ float angle_of(int pair, double frequency, int positi
 }
 
 // Computes unit `unit` of the (n + 1) / 2 units of a row: rotates a pair, or copies two elements
-// outside the rotated part. NEOX: the pair is (i, i + n_dims / 2), else (2 i, 2 i + 1). frequency:
+// outside the rotated part, which are the last units. NEOX: the pair is (i, i + n_dims / 2), else (2 i, 2 i + 1). frequency:
 // `frequency_of` the unit; get(i) reads an element, put(i, x) writes one.
 template <bool NEOX, class Get, class Put>
 __device__ __forceinline__ void turn(const Rope& r, int unit, double frequency, int n, int position,
