@@ -9,14 +9,13 @@ import numpy as np
 
 from pyggml import ops
 from pyggml.backends.cuda.fusion import Fused, Run
-from pyggml.backends.cuda.geometry import threads_for
 from pyggml.backends.cuda.launch import ABSENT, Call
-from pyggml.backends.cuda.reduce import power_of_two
 from pyggml.dtypes import F32
 from pyggml.node import Node
 
-#: The most experts whose keys a block can sort in the default shared memory.
-MOST = 2048
+#: The most experts whose keys fit in the default shared memory, and the most of them for a token:
+#: a lane of a warp has one.
+MOST, MOST_USED = 2048, 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +48,8 @@ def route(node: Node, run: Run) -> Fused | None:
         return None
     ids = routing.ids
     if node.ne not in (ids.ne, (1, *ids.ne[:3])) or run.only(ids, *routing.nodes):
+        return None
+    if ids.ne[0] > MOST_USED:
         return None
     return Fused(
         routing.nodes,
@@ -129,20 +130,18 @@ def _record(call: Call, routing: _Routing) -> None:
     bias = call.get("bias") or ABSENT
     softmax = routing.probs.op is ops.soft_max_ext
     low, high = routing.limits or (0.0, 0.0)
-    padded = power_of_two(scores.ne[0])
     call.launch(
         "moe.cu",
         "route",
         grid=scores.ne[1],
-        block=threads_for(padded // 2),
+        block=32,
         args=[
             *(x.tensor for x in (out, ids, scores, bias)),
-            np.int32(padded),
             *map(np.int32, routing.groups),
             np.int32(softmax),
             np.float32(routing.probs.attrs["scale"] if softmax else 1.0),
             np.int32(routing.limits is not None),
             *map(np.float32, (low, high, routing.s, routing.b)),
         ],
-        shared=8 * (padded + routing.groups[0]) + 8 * padded,
+        shared=16 * scores.ne[0] + 8 * routing.groups[0],
     )

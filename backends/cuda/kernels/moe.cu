@@ -66,46 +66,61 @@ __global__ void grouped_topk(Tensor out, Tensor a, int padded, int n_group, int 
         *out.at<int>(i, i1, i2, i3) = (int)(unsigned)keys[i];
 }
 
-// The whole routing, one block per token: p = soft_max(scale scores) or sigmoid(scores); ids of the
-// best p (+ bias); weights = s p[ids] (/ their sum, clamped) + b.
-// Shared memory: `padded` keys, n_group keys, `padded` p and `padded` p + bias.
-__global__ void route(Tensor weights, Tensor ids, Tensor scores, Tensor bias, int padded, int n_group,
-                      int n_used, int n_top, int softmax, float scale, int divided, float low,
-                      float high, float s, float b) {
+// The least key of a warp.
+__device__ __forceinline__ Key least_key(Key key) {
+    const unsigned high = key >> 32, most = __reduce_min_sync(~0u, high);
+    return (Key)most << 32 | __reduce_min_sync(~0u, high == most ? (unsigned)key : ~0u);
+}
+
+// The whole routing, one warp per token: p = soft_max(scale scores) or sigmoid(scores); ids of the
+// best p (+ bias); weights = s p[ids] (/ their sum, clamped) + b. At most 32 ids.
+// Each round takes the least key above the last one. Sorting all keys lost: 64 of them need 21
+// stages with a barrier each, and k is about 6.
+// Shared memory: n keys, n_group keys, n p and n p + bias.
+__global__ void __launch_bounds__(32)
+    route(Tensor weights, Tensor ids, Tensor scores, Tensor bias, int n_group, int n_used, int n_top,
+          int softmax, float scale, int divided, float low, float high, float s, float b) {
     begin();
     extern __shared__ Key keys[];
-    Key* groups = keys + padded;
-    float *p = (float*)(groups + n_group), *chosen = p + padded;
-    const int token = blockIdx.x, n = scores.ne[0], k = ids.ne[0];
+    const int token = blockIdx.x, lane = threadIdx.x, n = scores.ne[0], k = ids.ne[0];
+    Key* groups = keys + n;
+    float *p = (float*)(groups + n_group), *chosen = p + n;
     const float infinity = __int_as_float(0x7f800000);
     float most = -infinity, sum = 0, base = 0, factor = 1;
-    for (int i = threadIdx.x; i < n; i += blockDim.x) {
+    for (int i = lane; i < n; i += 32) {
         p[i] = *scores.at<float>(i, token, 0, 0) * scale;
         most = fmaxf(most, p[i]);
     }
     if (softmax) {
-        most = block_reduce<Max>(most, -infinity);
+        most = warp_reduce<Max>(most);
         base = most == -infinity ? 0 : most;
-        for (int i = threadIdx.x; i < n; i += blockDim.x) sum += expf(p[i] - base);
-        sum = block_reduce<Sum>(sum, 0);
+        for (int i = lane; i < n; i += 32) sum += p[i] = expf(p[i] - base);
+        sum = warp_reduce<Sum>(sum);
         factor = sum == 0 ? 0 : 1 / sum;  // NaN stays NaN
     }
-    for (int i = threadIdx.x; i < n; i += blockDim.x) {
-        p[i] = softmax ? expf(p[i] - base) * factor : 1 / (1 + expf(-p[i]));
+    for (int i = lane; i < n; i += 32) {
+        p[i] = softmax ? p[i] * factor : 1 / (1 + expf(-p[i]));
         chosen[i] = bias.data ? p[i] + *bias.at<float>(i, 0, 0, 0) : p[i];
     }
-    __syncthreads();
-    make_keys(keys, padded, groups, chosen, n, n_group, n_used, n_top);
-    sort_shared(keys, padded, 0);
+    __syncwarp();
+    make_keys(keys, n, groups, chosen, n, n_group, n_used, n_top);
+    Key last = 0;  // below every key
+    int id = 0;
+    for (int slot = 0; slot < k; slot++) {
+        Key best = LAST_KEY;
+        for (int i = lane; i < n; i += 32)
+            if (keys[i] > last && keys[i] < best) best = keys[i];
+        last = least_key(best);
+        if (slot == lane) id = (int)(unsigned)last;
+    }
+    const float mine = lane < k ? p[id] : 0.0f;
     float by = s;
     if (divided) {
-        sum = 0;  // computed by every thread: k is small
-        for (int i = 0; i < k; i++) sum += p[(unsigned)keys[i]];
+        sum = warp_reduce<Sum>(mine);
         by = s / (sum < low ? low : sum > high ? high : sum);  // like Clamp: NaN stays NaN
     }
-    for (int i = threadIdx.x; i < k; i += blockDim.x) {
-        const int id = (int)(unsigned)keys[i];
-        *ids.at<int>(i, token, 0, 0) = id;
-        *weights.at<float>(i, token, 0, 0) = p[id] * by + b;
+    if (lane < k) {
+        *ids.at<int>(lane, token, 0, 0) = id;
+        *weights.at<float>(lane, token, 0, 0) = mine * by + b;
     }
 }
