@@ -23,12 +23,12 @@ struct Block {
     };
     std::vector<Fiber> fibers;
     std::vector<unsigned long long> slots;
-    std::vector<Barrier> warps;
+    std::vector<Barrier> warps;  // of each thread that is the first of those that wait
     Barrier all;
     ucontext_t scheduler;
     int now = 0;
 
-    explicit Block(int threads) : fibers(threads), slots(threads), warps(threads / 32) {}
+    explicit Block(int threads) : fibers(threads), slots(threads), warps(threads) {}
     void wait(Barrier& b, int threads) {
         const int round = b.round;
         if (++b.count == threads) b.count = 0, ++b.round;
@@ -37,42 +37,54 @@ struct Block {
 };
 inline Block* block;
 
-inline void __syncthreads() { block->wait(block->all, blockDim.x); }
-inline void __syncwarp() { block->wait(block->warps[threadIdx.x / 32], 32); }
+inline void __syncthreads() { block->wait(block->all, blockDim.x * blockDim.y); }
+inline int first_of_warp() { return block->now / 32 * 32; }
+inline int lane() { return block->now % 32; }
+inline void __syncwarp(unsigned mask = ~0u) {
+    block->wait(block->warps[first_of_warp() + __builtin_ctz(mask)], __builtin_popcount(mask));
+}
 
 // The value of x in lane `from` of the warp.
 template <class T>
-T exchanged(T x, int from) {
-    unsigned long long* slots = &block->slots[threadIdx.x / 32 * 32];
-    __builtin_memcpy(&slots[threadIdx.x % 32], &x, sizeof x);
-    __syncwarp();
+T exchanged(T x, int from, unsigned mask = ~0u) {
+    unsigned long long* slots = &block->slots[first_of_warp()];
+    __builtin_memcpy(&slots[lane()], &x, sizeof x);
+    __syncwarp(mask);
     T y;
     __builtin_memcpy(&y, &slots[from], sizeof y);
-    __syncwarp();
+    __syncwarp(mask);
     return y;
 }
 template <class T>
-T __shfl_xor_sync(unsigned, T x, int by) {
-    return exchanged(x, threadIdx.x % 32 ^ by);
+T __shfl_xor_sync(unsigned mask, T x, int by) {
+    return exchanged(x, lane() ^ by, mask);
 }
 template <class T>
-T __shfl_sync(unsigned, T x, int from) {
-    return exchanged(x, from);
+T __shfl_sync(unsigned mask, T x, int from) {
+    return exchanged(x, from, mask);
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T x, int by) {
+    return exchanged(x, lane() < by ? lane() : lane() - by, mask);
 }
 inline unsigned __ballot_sync(unsigned, bool x) {
-    unsigned long long* slots = &block->slots[threadIdx.x / 32 * 32];
-    slots[threadIdx.x % 32] = x;
-    __syncwarp();
     unsigned bits = 0;
-    for (int lane = 0; lane < 32; ++lane) bits |= (unsigned)slots[lane] << lane;
-    __syncwarp();
+    for (int i = 0; i < 32; ++i) bits |= (unsigned)exchanged(x, i) << i;
     return bits;
 }
 inline bool __any_sync(unsigned mask, bool x) { return __ballot_sync(mask, x) != 0; }
 inline unsigned __reduce_or_sync(unsigned, unsigned x) {
     unsigned all = 0;
-    for (int lane = 0; lane < 32; ++lane) all |= exchanged(x, lane);
+    for (int i = 0; i < 32; ++i) all |= exchanged(x, i);
     return all;
+}
+inline unsigned __reduce_min_sync(unsigned, unsigned x) {
+    unsigned least = x;
+    for (int i = 0; i < 32; ++i) {
+        const unsigned other = exchanged(x, i);
+        if (other < least) least = other;
+    }
+    return least;
 }
 
 template <class Kernel>
@@ -86,10 +98,11 @@ void run() {
 
 // A kernel over a grid, block after block; a block's threads take turns.
 template <class Kernel>
-void launch(Dim3 grid, int threads, Kernel kernel) {
+void launch(Dim3 grid, Dim3 shape, Kernel kernel) {
     constexpr int STACK = 1 << 17;
+    const int threads = shape.x * shape.y;
     kernel_of_block<Kernel> = &kernel;
-    blockDim = {threads, 1, 1}, gridDim = grid;
+    blockDim = shape, gridDim = grid;
     for (int i = 0; i < grid.x * grid.y * grid.z; ++i) {
         Block mine(threads);
         block = &mine;
@@ -106,9 +119,13 @@ void launch(Dim3 grid, int threads, Kernel kernel) {
             for (mine.now = 0; mine.now < threads; ++mine.now) {
                 if (mine.fibers[mine.now].over) continue;
                 going = true;
-                threadIdx = {mine.now, 0, 0};
+                threadIdx = {mine.now % shape.x, mine.now / shape.x, 0};
                 swapcontext(&mine.scheduler, &mine.fibers[mine.now].context);
             }
         }
     }
+}
+template <class Kernel>
+void launch(Dim3 grid, int threads, Kernel kernel) {
+    launch(grid, Dim3{threads, 1, 1}, kernel);
 }

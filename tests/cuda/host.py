@@ -20,7 +20,8 @@ _PROBE = "#include <ucontext.h>\n_Float16 f(_Float16 x) { return x + x; }"
 
 
 def on_host(text: str) -> str:
-    """A kernel source with C++ in place of its two kinds of PTX."""
+    """A kernel source with C++ in place of its kinds of PTX. Empty PTX and prefetches are gone."""
+    text = re.sub(r'asm volatile\("(prefetch[^"]*)?"[^;]*\);', "", text)
     text = re.sub(
         r'asm( volatile)?\("ld\..*?\);', "std::memcpy(&v, at, sizeof v);", text, flags=re.S
     )

@@ -69,3 +69,19 @@ def test_no_tensor_is_copied_onto_itself(model: Model, n_tokens: int, mla: int) 
         if isinstance(record, Launch) and record.name.startswith("copy<"):
             # Two tensors of 56 bytes: address, 4 strides, 4 sizes.
             assert record.args[:40] != record.args[56:96]
+
+
+def test_a_decode_step_makes_its_activations_fixed_point_in_the_products(model: Model) -> None:
+    """The norms prepare what several products read; no launch only quantizes."""
+    records = records_of(model, 1, 1)
+    assert counts(records) == {
+        "rms_norm": 2, "vec": 7, "rope": 1, "copy": 1, "latent_row": 1, "latent": 1,
+        "combine": 1, "vec_plain": 1, "route": 1, "vec_id": 2, "multi_add": 1,
+    }  # fmt: skip
+
+
+def test_only_experts_right_behind_the_routing_wait_for_their_ids(model: Model) -> None:
+    """`late`, the last argument: up and gate wait; down reads what was computed from its ids."""
+    records = [r for r in records_of(model, 1, 1) if isinstance(r, Launch)]
+    late = [r.args[-4:] for r in records if r.name.startswith("vec_id<")]
+    assert late == [b"\1\0\0\0", b"\0\0\0\0"]

@@ -5,17 +5,22 @@
 // with the codes are exact. A block of 4 warps takes a tile of 8 rows. The lanes of a warp are 8
 // rows by 4 groups, so a warp reads 512 contiguous bytes of codes and only 4 groups of activations.
 // @kernel hot quantize<{float|__half|__nv_bfloat16}, {2|3}>
-// @kernel hot vec<{BLOCKS}, 1, 2, 1, {1|2}>
-// @kernel vec<{BLOCKS}, {2|4|8}, 2, 1, {1|2}>
-// @kernel vec<{BLOCKS}, {1|8}, 3, 1, 1>
-// @kernel hot vec<{BLOCKS}, {1|8}, 2, 2, 1>
-// @kernel hot vec_id<{BLOCKS}, 2, {1|2}>
-// @kernel vec_id<{BLOCKS}, 3, 1>
-// @kernel vec<{SOME}, {1|8}, 2, 2, 1, float>
-// @kernel hot vec_id<{SOME|mxfp4|q2_K|iq3_xxs}, 2, 2, float>
-// @kernel vec<Raw<{EVERY}>, 1, 2, 1, 1>
-// @kernel vec<Raw<{SOME}>, 8, 2, 1, 1>
-// @kernel vec_id<Raw<{SOME}>, {2|3}, 1>
+// @kernel hot vec<{BLOCKS}, 1, 2, 1, {1|2}, Groups>
+// @kernel hot vec<{BLOCKS}, 1, 2, 1, 1, Tensor>
+// @kernel vec<{BLOCKS}, {2|4|8}, 2, 1, {1|2}, Groups>
+// @kernel vec<{BLOCKS}, {1|8}, 3, 1, 1, Groups>
+// @kernel hot vec<{BLOCKS}, {1|8}, 2, 2, 1, Groups>
+// @kernel hot vec<{SOME}, 1, 2, 2, 1, Tensor>
+// @kernel hot vec_id<{BLOCKS}, 2, 2, 1, Groups>
+// @kernel hot vec_id<{BLOCKS}, 2, 1, {1|2}, Tensor>
+// @kernel hot vec_id<{SOME}, 2, 1, {1|2}, Groups>
+// @kernel vec_id<{SOME}, 2, 2, 1, Tensor>
+// @kernel vec_id<{BLOCKS}, 3, 1, 1, Groups>
+// @kernel vec<{SOME}, {1|8}, 2, 2, 1, Groups, float>
+// @kernel hot vec_id<{SOME|mxfp4|q2_K|iq3_xxs}, 2, 2, 1, Groups, float>
+// @kernel vec<Raw<{EVERY}>, 1, 2, 1, 1, Groups>
+// @kernel vec<Raw<{SOME}>, 8, 2, 1, 1, Groups>
+// @kernel vec_id<Raw<{SOME}>, {2|3}, 1, 1, Groups>
 // @kernel vec_plain<{float|__half|__nv_bfloat16}, float, 1, {true|false}>
 // @kernel vec_plain<float, float, {4|8}, {true|false}>
 // @kernel vec_plain_id<{float|__half|__nv_bfloat16}, float, {true|false}>
@@ -38,16 +43,17 @@ __global__ void __launch_bounds__(256)
     put_fixed<LEVELS>(x, out + group * group_bytes<LEVELS>);
 }
 
-// A group of a column as written by `quantize`.
+// A group of a column. load(i) reads its i-th 16 bytes.
 template <int LEVELS>
 struct Fixed {
     uint4 levels[2 * LEVELS];
     float step, first_sum, last_sum, sum;
 
-    __device__ __forceinline__ explicit Fixed(const unsigned char* at) {
+    template <class Load>
+    __device__ __forceinline__ explicit Fixed(Load load) {
 #pragma unroll
-        for (int i = 0; i < 2 * LEVELS; ++i) levels[i] = load_global(at + 16 * i);
-        uint4 bits = load_global(at + 32 * LEVELS);
+        for (int i = 0; i < 2 * LEVELS; ++i) levels[i] = load(i);
+        uint4 bits = load(2 * LEVELS);
         step = __uint_as_float(bits.x), first_sum = __uint_as_float(bits.y);
         last_sum = __uint_as_float(bits.z), sum = __uint_as_float(bits.w);
     }
@@ -84,13 +90,70 @@ __device__ __forceinline__ float dot_group(const unsigned (&words)[8], Scale s,
 
 constexpr int MOST_WARPS = 8;
 
+// Columns in fixed point that an earlier kernel has written.
+using Groups = const unsigned char*;
+
+// The columns of a block, by where they come from. start(g): waits for the predecessor and goes to
+// group g; next(c, n): the group of column c, then goes n groups further.
+template <class X, int COLS, int LEVELS>
+struct Source;
+
+template <int COLS, int LEVELS>
+struct Source<Groups, COLS, LEVELS> {
+    Groups at[COLS];
+
+    __device__ __forceinline__ void set(int c, Groups x, unsigned column, int groups) {
+        at[c] = x + (long long)column * groups * group_bytes<LEVELS>;
+    }
+    __device__ __forceinline__ void start(int group, int) {
+        for (int c = 0; c < COLS; ++c) {
+            at[c] += group * group_bytes<LEVELS>;
+            asm volatile("" : "+l"(at[c]));  // one growing address instead of two added ones
+        }
+        begin();
+    }
+    __device__ __forceinline__ Fixed<LEVELS> next(int c, int step) {
+        Fixed<LEVELS> group([&](int i) { return load_global(at[c] + 16 * i); });
+        at[c] += step * group_bytes<LEVELS>;
+        return group;
+    }
+};
+
+// One column of f32. Each block makes it fixed point for itself, in shared memory; where blocks are
+// few and short, that costs less than a launch. Its elements are adjacent and 16-byte aligned.
+extern __shared__ uint4 column_groups[];
+template <int LEVELS>
+struct Source<Tensor, 1, LEVELS> {
+    static constexpr int WORDS = group_bytes<LEVELS> / 16;
+    const float* x;
+    int at;
+
+    __device__ __forceinline__ void set(int, const Tensor& b, unsigned column, int) {
+        x = (const float*)row_at(b, column);
+    }
+    __device__ __forceinline__ void start(int group, int groups) {
+        begin();
+        for (int i = threadIdx.y * 32 + threadIdx.x; i < groups * 8; i += blockDim.y * 32) {
+            const Pack<float, 4> four = *(const Pack<float, 4>*)(x + 4 * i);
+            put_fixed<LEVELS>(four.v, (unsigned char*)(column_groups + i / 8 * WORDS));
+        }
+        __syncthreads();
+        at = group * WORDS;
+    }
+    __device__ __forceinline__ Fixed<LEVELS> next(int, int step) {
+        Fixed<LEVELS> group([&](int i) { return column_groups[at + i]; });
+        at += step * WORDS;
+        return group;
+    }
+};
+
 // Multiplies `MATS * TILES` tiles of rows (of up and gate, or adjacent ones, so that they share the
 // cost of loading a column) by columns of activations. Thread i < MATS * TILES * COLS * 8 returns
 // the value of row i % 8 of (mat, tile, column) i / 8. Groups are loaded a round or two before use,
 // the first ones before the activations are complete.
-template <class F, int COLS, int LEVELS, int MATS, int TILES>
+template <class F, int COLS, int LEVELS, int MATS, int TILES, class X>
 __device__ __forceinline__ float tile_product(const Weights<F>& weights, int matrix, int tile,
-                                              const unsigned char* (&x)[COLS]) {
+                                              Source<X, COLS, LEVELS>& x) {
     constexpr int ROWS = MATS * TILES, AHEAD = ROWS * COLS > 1 ? 1 : 2;
     const int groups = groups_of(weights.w[0]), lane = threadIdx.x, step = 4 * blockDim.y;
     const int last_tile = (rows_of(weights.w[0]) - 1) / 8;
@@ -100,10 +163,6 @@ __device__ __forceinline__ float tile_product(const Weights<F>& weights, int mat
         rows[r] = Row<F>(weights.w[r / TILES], matrix, min(tile * TILES + r % TILES, last_tile),
                          lane % 8);
     const int first = 4 * threadIdx.y + lane / 8;
-    for (int c = 0; c < COLS; ++c) {
-        x[c] += first * group_bytes<LEVELS>;
-        asm volatile("" : "+l"(x[c]));  // one growing address instead of two added ones
-    }
     float sums[ROWS * COLS] = {};
     RawGroup<F> raw[AHEAD][ROWS];
     auto load = [&](RawGroup<F>(&to)[ROWS], int group) {
@@ -112,7 +171,7 @@ __device__ __forceinline__ float tile_product(const Weights<F>& weights, int mat
     };
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i) load(raw[i], first + i * step);
-    begin();
+    x.start(first, groups);
     for (int group = first; group < groups; group += AHEAD * step)
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {
@@ -127,8 +186,7 @@ __device__ __forceinline__ float tile_product(const Weights<F>& weights, int mat
             if (group + (i + AHEAD) * step < groups) load(raw[i], group + (i + AHEAD) * step);
 #pragma unroll
             for (int c = 0; c < COLS; ++c) {
-                const Fixed<LEVELS> column(x[c]);
-                x[c] += step * group_bytes<LEVELS>;
+                const Fixed<LEVELS> column = x.next(c, step);
 #pragma unroll
                 for (int r = 0; r < ROWS; ++r)
                     sums[r * COLS + c] += dot_group<F, LEVELS>(words[r], scales[r], column);
@@ -163,16 +221,14 @@ __device__ __forceinline__ float combine(float mine, int act, Limit... limit) {
 
 // grid: TILES tiles of rows, chunks of COLS columns, batches. MATS == 2: w[0] is up, w[1] is gate.
 // Limit: float if the gated unit has a limit, else nothing.
-template <class F, int COLS, int LEVELS, int MATS, int TILES, class... Limit>
+template <class F, int COLS, int LEVELS, int MATS, int TILES, class X, class... Limit>
 __global__ void __launch_bounds__(32 * MOST_WARPS)
-    vec(Weights<F> weights, const unsigned char* x, Tensor y, Heads heads, int narrow, int act,
-        Limit... limit) {
+    vec(Weights<F> weights, X x, Tensor y, Heads heads, int narrow, int act, Limit... limit) {
     unsigned first = blockIdx.z * heads.columns;
     int start = blockIdx.y * COLS, valid = min(COLS, heads.columns - start);
-    const unsigned char* columns[COLS];
+    Source<X, COLS, LEVELS> columns;
     for (int c = 0; c < COLS; ++c)
-        columns[c] = x + (long long)(first + start + min(c, valid - 1)) * groups_of(weights.w[0]) *
-                             group_bytes<LEVELS>;
+        columns.set(c, x, first + start + min(c, valid - 1), groups_of(weights.w[0]));
     float value = combine<COLS, MATS>(tile_product<F, COLS, LEVELS, MATS, TILES>(
                                           weights, heads.matrix(blockIdx.z), blockIdx.x, columns),
                                       act, limit...);
@@ -182,25 +238,30 @@ __global__ void __launch_bounds__(32 * MOST_WARPS)
         put(y, row_at(y, first + start + column), row, value, narrow);
 }
 
-// grid: tiles of rows, pairs of token and slot.
-template <class F, int LEVELS, int MATS, class... Limit>
-__global__ void __launch_bounds__(32 * MOST_WARPS)
-    vec_id(Weights<F> weights, const unsigned char* x, Tensor y, Routing routing, int act, int late,
-           Limit... limit) {
-    if (late) wait_for_predecessor();  // the predecessor may have chosen the experts
+// With up and gate of a type without shared scales or high bits, 64 registers are enough. Then a
+// multiprocessor holds 8 blocks of 4 warps, and the experts of a token are one wave.
+template <class F, int MATS>
+constexpr int id_blocks = MATS == 2 && F::high == 0 && F::super_bytes == 0 ? 4 : 0;
+
+// grid: TILES tiles of rows, pairs of token and slot. late: the predecessor may have chosen the
+// experts.
+template <class F, int LEVELS, int MATS, int TILES, class X, class... Limit>
+__global__ void __launch_bounds__(32 * MOST_WARPS, id_blocks<F, MATS>)
+    vec_id(Weights<F> weights, X x, Tensor y, Routing routing, int act, int late, Limit... limit) {
+    if (late) wait_for_predecessor();
     Pair pair = pair_of(routing, y, blockIdx.y);
     float value = 0;
     if (pair.expert >= 0) {
-        const unsigned char* columns[1] = {x + (long long)pair.column * groups_of(weights.w[0]) *
-                                                   group_bytes<LEVELS>};
-        value = combine<1, MATS>(
-            tile_product<F, 1, LEVELS, MATS, 1>(weights, pair.expert, blockIdx.x, columns), act,
-            limit...);
+        Source<X, 1, LEVELS> column;
+        column.set(0, x, pair.column, groups_of(weights.w[0]));
+        value = combine<1, MATS>(tile_product<F, 1, LEVELS, MATS, TILES>(weights, pair.expert,
+                                                                         blockIdx.x, column),
+                                 act, limit...);
     } else {
         begin();
     }
-    int i = threadIdx.y * 32 + threadIdx.x, row = blockIdx.x * 8 + i;
-    if (i < 8 && row < rows_of(weights.w[0])) put(y, pair.to, row, value, 0);
+    int i = threadIdx.y * 32 + threadIdx.x, row = blockIdx.x * TILES * 8 + i;
+    if (i < TILES * 8 && row < rows_of(weights.w[0])) put(y, pair.to, row, value, 0);
 }
 
 constexpr int PLAIN_ROWS = 4;

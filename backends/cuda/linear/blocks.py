@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 
-from pyggml.backends.cuda.argument import Struct, Tensor
+from pyggml.backends.cuda.argument import Argument, Struct, Tensor
 from pyggml.backends.cuda.geometry import C_TYPES, blocks_for
 from pyggml.backends.cuda.gpu import H200
 from pyggml.backends.cuda.launch import Call, Operand
@@ -27,6 +28,7 @@ from pyggml.backends.cuda.linear.common import (
 )
 from pyggml.backends.cuda.weights.packing import Packed, packed
 from pyggml.dtypes import F32, DType
+from pyggml.ops.leaf import constant_op
 from pyggml.spec import Ne
 
 TILE = "linear_tile.cu"
@@ -91,14 +93,40 @@ def fixed_bytes(b: Ne, levels: int) -> int:
     return rows_in(b) * (b[0] // 32) * group_bytes(levels)
 
 
-def quantize(call: Call, b: Operand, levels: int) -> np.uint64:
-    """The address of b in fixed point, for `vec`: call["fixed"] if an earlier step prepared it."""
+#: The longest column that blocks make fixed point for themselves, and the most values that all
+#: blocks of a launch may: about 1 us on a GPU with 132 multiprocessors, less than the launch that
+#: it saves.
+OWN_COLUMN, OWN = 1 << 14, 5 << 18
+
+
+class Source(NamedTuple):
+    """How `vec` gets its columns of b: `x` is the kernel argument, of the C++ type `form`.
+
+    shared  bytes of dynamic shared memory, for columns that each block makes
+    """
+
+    form: str
+    x: Argument
+    shared: int = 0
+
+
+def columns_of(call: Call, b: Operand, levels: int, n_blocks: int, each: int) -> Source:
+    """The columns of b for `n_blocks` blocks that take `each` columns: as an earlier step prepared
+    them, or made by each block, or by a launch before.
+
+    Weights that are written in the run are read early too, so a launch must precede the product.
+    """
     fixed = call.get("fixed")
     if fixed is not None:
-        return fixed.pointer
+        return Source("Groups", fixed.pointer)
+    adjacent = b.dtype is F32 and b.nb[0] == 4 and b.aligned(16)
+    resident = all(call.node[name].root.op is constant_op for name in call.node.op.weights)
+    short = b.ne[0] <= OWN_COLUMN and n_blocks * b.ne[0] <= OWN
+    if levels == 2 and each == 1 and adjacent and resident and short:
+        return Source("Tensor", b.tensor, b.ne[0] // 32 * group_bytes(levels))
     out = np.uint64(call.scratch(fixed_bytes(b.ne, levels)))
     launch_quantize(call, b, out, levels)
-    return out
+    return Source("Groups", out)
 
 
 def launch_quantize(call: Call, b: Operand, out: np.uint64, levels: int) -> None:
@@ -144,19 +172,21 @@ def warps_for(groups: int, blocks: int) -> int:
 
 def vec(call: Call, a: tuple[Operand, ...], b: Operand, y: Operand, levels: int) -> None:
     """Record `vec` for one matrix, or for up and gate."""
-    x = quantize(call, b, levels)
     shape, tiles = shape_of(a[0].ne, b.ne), -(-a[0].ne[1] // 8)
     single = levels == 2 and len(a) == 1
     chunk = next((n for n in ((1, 2, 4, 8) if single else (1, 8)) if n >= shape.columns), FEW)
     pair = 2 if single and tiles >= 1024 else 1  # tiles of rows that share the loads of b
     grid = -(-tiles // pair), -(-shape.columns // chunk), shape.batches
+    columns = columns_of(call, b, levels, prod(grid), chunk)
     limited, limit = limit_of(call, len(a))
+    names = f"{chunk}, {levels}, {len(a)}, {pair}, {columns.form}{limited}"
     call.launch(
         VEC,
-        f"vec<{cpp_format(a[0])}, {chunk}, {levels}, {len(a)}, {pair}{limited}>",
+        f"vec<{cpp_format(a[0])}, {names}>",
         grid=grid,
         block=(32, max(warps_for(a[0].ne[0] // 32, prod(grid)), 8 * chunk * len(a) * pair // 32)),
-        args=[weights_of(*a), x, y.tensor, shape.heads, is_narrow(y), act_of(call), *limit],
+        args=[weights_of(*a), columns.x, y.tensor, shape.heads, is_narrow(y), act_of(call), *limit],
+        shared=columns.shared,
     )
 
 

@@ -53,26 +53,35 @@ def vec(
     call: Call, a: tuple[Operand, ...], b: Operand, ids: Operand, y: Operand, levels: int
 ) -> None:
     """Record `vec_id` for one matrix, or for up and gate."""
-    fixed = blocks.quantize(call, b, levels)
-    token = b.ne[1] * b.ne[0] // 32 * blocks.group_bytes(levels)
     tiles = -(-a[0].ne[1] // 8)
+    pair = 2 if levels == 2 and len(a) == 1 and tiles * pairs_of(ids.ne) >= 1024 else 1
+    tiles = -(-tiles // pair)
+    columns = blocks.columns_of(call, b, levels, tiles * pairs_of(ids.ne), 1)
+    # The kernel reads ids before the activations are complete. Ids that b was computed from are
+    # older than b, and those of a product with a launch of its own are older than that launch.
+    late = call.get("fixed") is not None or (
+        columns.shared > 0 and call.node["ids"] not in call.node["b"].base.src
+    )
+    token = blocks.fixed_bytes((b.ne[0], b.ne[1], 1, 1), levels)
     limited, limit = limit_of(call, len(a))
+    names = f"{levels}, {len(a)}, {pair}, {columns.form}{limited}"
     for start, chunk, out in _launches(ids, y):
-        pairs = pairs_of(chunk.ne)
+        pairs, x = pairs_of(chunk.ne), _tokens(b, 2, start, chunk.ne[1])
         call.launch(
             VEC,
-            f"vec_id<{blocks.cpp_format(a[0])}, {levels}, {len(a)}{limited}>",
+            f"vec_id<{blocks.cpp_format(a[0])}, {names}>",
             grid=(tiles, pairs),
             block=(32, blocks.warps_for(a[0].ne[0] // 32, tiles * pairs)),
             args=[
                 blocks.weights_of(*a),
-                np.uint64(int(fixed) + start * token),
+                x.tensor if columns.shared else np.uint64(int(columns.x) + start * token),
                 out.tensor,
                 routing(chunk, a[0].ne[2], b),
                 act_of(call),
-                np.int32(call.get("fixed") is not None),
+                np.int32(late),
                 *limit,
             ],
+            shared=columns.shared,
         )
 
 

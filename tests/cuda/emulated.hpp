@@ -1,0 +1,43 @@
+// Calls a kernel with packed arguments, and names of CUDA that are not in host.hpp.
+#pragma once
+#include <tuple>
+
+using std::isinf;
+using std::isnan;
+struct float4 {
+    float x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+inline float __int_as_float(int x) { return bits_as<float>(x); }
+inline int __float_as_int(float x) { return bits_as<int>(x); }
+inline int __float2int_rn(float x) { return (int)std::nearbyint(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int atomicAdd(int* at, int x) { return (*at += x) - x; }
+inline int __dp4a(int a, int b, int c) {
+    for (int i = 0; i < 4; ++i) c += (signed char)(a >> 8 * i) * (signed char)(b >> 8 * i);
+    return c;
+}
+inline void sincospif(float x, float* s, float* c) {
+    *s = std::sin(x * M_PI), *c = std::cos(x * M_PI);
+}
+
+// The argument at offset `at` of the packed ones; each is at a multiple of its own alignment.
+template <class T>
+T argument(const char* args, int& at) {
+    at = (at + (int)alignof(T) - 1) / (int)alignof(T) * (int)alignof(T);
+    T value;
+    std::memcpy((void*)&value, args + at, sizeof value);
+    at += sizeof value;
+    return value;
+}
+
+// Runs a kernel; returns the bytes of its arguments.
+template <class... A>
+int start(void (*kernel)(A...), const char* args, const int* grid, const int* block) {
+    int end = 0;
+    std::tuple<A...> values{argument<A>(args, end)...};
+    launch(Dim3{grid[0], grid[1], grid[2]}, Dim3{block[0], block[1], block[2]},
+           [&] { std::apply(kernel, values); });
+    return end;
+}

@@ -1,0 +1,115 @@
+"""Runs the launches of a plan on the host: kernels as C++, thread by thread.
+
+For kernels without tensor cores and asynchronous copies. A launch is called with the packed
+arguments that the driver would get, so these are tested too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import pyggml as gg
+from pyggml.backends.cuda.device.compiler import KERNELS
+from pyggml.backends.cuda.launch import Launch, Memcpy
+from pyggml.backends.cuda.recording import record_step
+from pyggml.backends.cuda.weights.packing import repack
+from pyggml.backends.host_memory import Packed
+from pyggml.backends.step import Address
+from pyggml.ops.leaf import constant_op, data_of
+from pyggml.runtime.execution import addresses
+from tests.cuda.host import libraries, on_host
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+class Memory:
+    """A block of the host's memory, at a multiple of 256 and filled with NaN."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.block = np.full(nbytes + 256, 0xFF, np.uint8)
+        start = -self.block.ctypes.data % 256
+        self.data = self.block[start : start + nbytes]
+        self.ptr = self.data.ctypes.data
+
+
+def run(outputs: Mapping[str, gg.Node], inputs: Arrays, folder: Path) -> dict[str, NDArray[Any]]:
+    """The outputs of a graph, computed by the kernels of the CUDA backend."""
+    work = gg.compile(outputs, backends=["cuda:0:24GiB"])._work
+    leaves = {}
+    for leaf in work.leaves:
+        layout = work.layouts.get(leaf)
+        memory = Memory(layout.nbytes if layout else leaf.spec.nbytes)
+        if leaf.op is constant_op:
+            assert layout is not None
+            data = data_of(leaf)
+            data = repack(leaf, layout, data) if layout.name == "tiles8" else data
+        else:
+            data = np.ascontiguousarray(inputs[leaf.attrs["name"]])
+        memory.data[: data.nbytes] = data.reshape(-1).view(np.uint8)
+        leaves[leaf] = Address(memory, 0, leaf.spec.nb, layout.name if layout else "plain")
+    arena = Memory(work.placed.arenas["cuda:0"].nbytes)
+    at = addresses(work, leaves, {"cuda:0": arena})
+    records = [
+        record
+        for step, offset in zip(work.steps, work.placed.scratch_at)
+        for record in record_step(step, at, (arena.ptr + offset, step.scratch))
+    ]
+    start = _starter(folder, [record for record in records if isinstance(record, Launch)])
+    for record in records:
+        if isinstance(record, Memcpy):
+            ctypes.memmove(record.target, record.source, record.nbytes)
+        else:
+            assert isinstance(record, Launch)
+            start(record)
+    return {name: _values(at[node], node) for name, node in work.graph.outputs.items()}
+
+
+def _values(at: Address, node: gg.Node) -> NDArray[Any]:
+    assert node.contiguous and not isinstance(node, Packed)
+    kind = node.dtype.numpy
+    assert kind is not None
+    offset = at.buffer.ptr + at.offset - at.buffer.data.ctypes.data
+    raw = at.buffer.data[offset : offset + node.spec.nbytes]
+    return raw.view(kind).reshape(node.shape).copy()
+
+
+def _starter(folder: Path, launches: list[Launch]) -> Any:
+    """A function that runs a launch."""
+    names: dict[str, list[str]] = {}
+    for launch in launches:
+        if launch.name not in names.setdefault(launch.file, []):
+            names[launch.file].append(launch.name)
+    texts = {Path(file).stem: _text(file, own) for file, own in names.items()}
+    loaded = dict(zip(names, libraries(folder, texts, "-O1", "-fno-strict-aliasing")))
+
+    def start(launch: Launch) -> None:
+        grid, block = ((ctypes.c_int * 3)(*size) for size in (launch.grid, launch.block))
+        args = ctypes.create_string_buffer(launch.args, len(launch.args))
+        function = getattr(loaded[launch.file], f"run_{names[launch.file].index(launch.name)}")
+        assert function(args, grid, block) == len(launch.args)
+
+    return start
+
+
+def _text(file: str, names: list[str]) -> str:
+    """A library with a function for each instance of a kernel."""
+    source = on_host((KERNELS / file).read_text())
+    shared = r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];"
+    source = re.sub(shared, r"alignas(16) static \1 \2[(1 << 16) / sizeof(\1)];", source)
+    runs = "\n".join(
+        f'extern "C" int run_{i}(const char* args, const int* grid, const int* block) '
+        f"{{ return start({name}, args, grid, block); }}"
+        for i, name in enumerate(names)
+    )
+    return f"""#include "block.hpp"
+#include "host.hpp"
+#include "emulated.hpp"
+{source}
+{runs}"""
