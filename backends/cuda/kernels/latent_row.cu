@@ -12,6 +12,7 @@ template <class B, bool NEOX>
 __global__ void __launch_bounds__(256) latent_row(Tensor cache, Tensor c, Tensor w, Tensor k,
                                                   Tensor pos, Tensor ids, float eps, Rope r) {
     double frequency = frequency_of(threadIdx.x, r);
+    if (threadIdx.x < w.ne[0] / 32) fetch_early(w.at<float>(threadIdx.x * 32, 0, 0, 0));
     begin();
     extern __shared__ float row[];
     const int token = blockIdx.x, n_c = c.ne[0], n_k = k.ne[0];

@@ -320,15 +320,20 @@ __device__ __forceinline__ float rows_product(const Tensor& a, const char* first
 template <class A, class B, int COLS, bool VECTOR>
 __global__ void __launch_bounds__(32 * MOST_WARPS)
     vec_plain(Tensor a, Tensor b, Tensor y, Heads heads, int narrow) {
-    begin();
-    unsigned first = blockIdx.z * heads.columns;
-    int start = blockIdx.y * COLS, valid = min(COLS, heads.columns - start),
-        at = blockIdx.x * PLAIN_ROWS;
-    int matrix = heads.matrix(blockIdx.z);
-    const char* columns[COLS];
-    for (int c = 0; c < COLS; ++c) columns[c] = row_at(b, first + start + min(c, valid - 1));
+    const int at = blockIdx.x * PLAIN_ROWS, matrix = heads.matrix(blockIdx.z);
     const char* rows =
         a.data + at * a.nb[1] + matrix % a.ne[2] * a.nb[2] + matrix / a.ne[2] * a.nb[3];
+    if (VECTOR) {  // a router's rows of 8 KB are one line for each thread
+        const int thread = threadIdx.y * 32 + threadIdx.x, r = thread % PLAIN_ROWS,
+                  from = thread / PLAIN_ROWS * 128;
+        if (at + r < a.ne[1] && from < a.ne[0] * (int)sizeof(A))
+            fetch_early(rows + r * a.nb[1] + from);
+    }
+    begin();
+    unsigned first = blockIdx.z * heads.columns;
+    int start = blockIdx.y * COLS, valid = min(COLS, heads.columns - start);
+    const char* columns[COLS];
+    for (int c = 0; c < COLS; ++c) columns[c] = row_at(b, first + start + min(c, valid - 1));
     float value = rows_product<A, B, COLS, VECTOR>(a, rows, a.ne[1] - at, columns, b.nb[0]);
     int i = threadIdx.y * 32 + threadIdx.x, row = at + i % PLAIN_ROWS;
     if (i / PLAIN_ROWS < valid && row < a.ne[1])

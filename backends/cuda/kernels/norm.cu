@@ -12,8 +12,10 @@
 template <int V, int HELD, bool WEIGHTED, bool FIXED>
 __global__ void __launch_bounds__(1024) rms_norm(Tensor out, Tensor a, Tensor w, float eps,
                                                  Tensor plus, Tensor total, unsigned char* fixed) {
+    const int n = out.ne[0];
+    if (WEIGHTED && threadIdx.x * V < n) fetch_early(w.data + threadIdx.x * V * w.nb[0]);
     begin();
-    int i1 = blockIdx.x % out.ne[1], i2 = blockIdx.x / out.ne[1], i3 = blockIdx.y, n = out.ne[0];
+    int i1 = blockIdx.x % out.ne[1], i2 = blockIdx.x / out.ne[1], i3 = blockIdx.y;
     const char *x = a.row<char>(i1, i2, i3), *more = plus.row<char>(i1, i2, i3);
     char *y = out.row<char>(i1, i2, i3), *sums = total.row<char>(i1, i2, i3);
     auto load = [&](int i) {
@@ -25,12 +27,14 @@ __global__ void __launch_bounds__(1024) rms_norm(Tensor out, Tensor a, Tensor w,
         }
         return pack;
     };
-    Pack<float, V> held[HELD ? HELD : 1];
+    auto weight = [&](int i) { return *(const Pack<float, V>*)(w.data + i * w.nb[0]); };
+    Pack<float, V> held[HELD ? HELD : 1], factors[HELD ? HELD : 1];
     float sum = 0;
 #pragma unroll
     for (int p = 0; p < (HELD ? HELD : 1); p++)
         for (int i = (threadIdx.x + p * blockDim.x) * V; i < n; i += blockDim.x * V) {
             held[p] = load(i);
+            if (WEIGHTED && HELD) factors[p] = weight(i);  // not behind the reduction
             if (total.data) *(Pack<float, V>*)(sums + i * total.nb[0]) = held[p];
 #pragma unroll
             for (int k = 0; k < V; k++) sum += held[p].v[k] * held[p].v[k];
@@ -41,12 +45,11 @@ __global__ void __launch_bounds__(1024) rms_norm(Tensor out, Tensor a, Tensor w,
     for (int p = 0; p < (HELD ? HELD : 1); p++)
         for (int i = (threadIdx.x + p * blockDim.x) * V; i < n; i += blockDim.x * V) {
             if (!HELD) held[p] = load(i);
+            if (WEIGHTED && !HELD) factors[p] = weight(i);
 #pragma unroll
-            for (int k = 0; k < V; k++) held[p].v[k] /= scale;
-            if (WEIGHTED) {
-                Pack<float, V> part = *(const Pack<float, V>*)(w.data + i * w.nb[0]);
-#pragma unroll
-                for (int k = 0; k < V; k++) held[p].v[k] *= part.v[k];
+            for (int k = 0; k < V; k++) {
+                held[p].v[k] /= scale;
+                if (WEIGHTED) held[p].v[k] *= factors[p].v[k];
             }
             *(Pack<float, V>*)(y + i * out.nb[0]) = held[p];
             if constexpr (FIXED) {  // whole groups: 8 neighboring lanes are all here, or none is
