@@ -44,16 +44,19 @@ struct TileRow : Row<F> {
     TileRow() = default;
     __device__ __forceinline__ TileRow(const typename F::Source& a, int matrix, int tile, int row,
                                        int t)
-        : Row<F>(a, matrix, min(tile, (rows_of(a) - 1) / 8), row), t(t) {}
+        : Row<F>(a, matrix, min(tile, (rows_of(a) - 1) / 8), row), t(t) {
+        this->hold(t);
+    }
     __device__ __forceinline__ RawWords<F> load(int group) const {
         RawWords<F> raw = {};
+        const int word = Row<F>::holds ? 0 : t;
         if constexpr (F::code_runs == 0) {
             const uint2 codes = this->short_codes(group);
             raw.first = codes.x, raw.second = codes.y;
         } else {
-            raw.first = this->code_word(group, 0, t);
+            raw.first = this->code_word(group, 0, word);
         }
-        if constexpr (F::code_runs == 2) raw.second = this->code_word(group, 1, t);
+        if constexpr (F::code_runs == 2) raw.second = this->code_word(group, 1, word);
         raw.high = this->high_bits(group);
         raw.scale = this->scale(group);
         return raw;
@@ -84,7 +87,8 @@ __device__ __forceinline__ void decode(const Table<F>& table, const RawWords<F>&
             constexpr int zero = F::table || F::code_runs == 2 ? 128 : F::bias;
             if constexpr (F::code_runs == 2) words[i] ^= 0x80808080u;
             const __half2 bias = __half2half2(__ushort_as_half((unsigned short)(0x6400 + zero)));
-            const __half2 by = __float2half2_rn(scale);
+            const __half2 by = F::half_scale ? __half2half2(__ushort_as_half(raw.scale.own))
+                                             : __float2half2_rn(scale);
             for (int j = 0; j < 2; ++j) {
                 unsigned raised = permute(words[i], table.magic, j ? 0x4342 : 0x4140);
                 __half2 code = __hsub2(*(__half2*)&raised, bias);
@@ -116,7 +120,7 @@ struct TileRow<Dense<T>> {
 };
 template <class T>
 struct tiles::Table<Dense<T>> {
-    __device__ __forceinline__ explicit Table(unsigned) {}
+    __device__ __forceinline__ Table(unsigned, bool) {}
 };
 template <class T>
 __device__ __forceinline__ void decode(const Table<Dense<T>>&, const uint4& raw, int,
@@ -199,7 +203,7 @@ __global__ void __launch_bounds__(THREADS, N << has_high<F> <= TWO_BLOCKS ? 2 : 
               ends = CAN_SPLIT ? steps * (part + 1) / splits : steps;
     // Weights first: they do not depend on the activations.
     const int groups = groups_of(weights.w[0]);
-    const Table<F> table(offset_of<F>);
+    const Table<F> table(offset_of<F>, true);
     TileRow<F> rows[2];
     for (int i = 0; i < 2; ++i)
         rows[i] =
@@ -223,6 +227,7 @@ __global__ void __launch_bounds__(THREADS, N << has_high<F> <= TWO_BLOCKS ? 2 : 
         from[i] = x + (row < valid ? sources[row] : 0) * (long long)k_padded * 2 + chunk * 16;
     }
     const unsigned base = (shared_address(memory) + 1023) & ~1023u;
+    const Place first_stage = place_of(base);
     auto copy_stage = [&](int step) {
         if (step < ends) {
             unsigned to = base + step % STAGES * (N * 128);
@@ -264,23 +269,24 @@ __global__ void __launch_bounds__(THREADS, N << has_high<F> <= TWO_BLOCKS ? 2 : 
                     a[i][0][r] = pairs[0], a[i][0][r + 2] = pairs[1];
                     a[i][1][r] = pairs[2], a[i][1][r + 2] = pairs[3];
                 }
-                begin_product<typename F::Half, N>(sums, a[i], base + step % STAGES * (N * 128), i);
+                begin_product<typename F::Half, N>(
+                    sums, a[i], further(first_stage, step % STAGES * (N * 128)), i);
             }
         }
     wait_products<0>();
 
     // A thread has 2 columns of 2 rows in every 8 columns.
     const int first = (row_tile * 8 + warp) * (MATS == 2 ? 8 : 16) + g;
-    const int n_rows = rows_of(weights.w[0]);
+    const bool has_upper = first < rows_of(weights.w[0]), has_lower = first + 8 < rows_of(weights.w[0]);
+    const long long upper_at = first * y.nb[0], lower_at = upper_at + 8 * y.nb[0];
 #pragma unroll
     for (int i = 0; i < N / 4; ++i) {
-        int column = i / 2 * 8 + t * 2 + i % 2;
-        if (column >= valid) continue;
-        float scale = column_scales[column];
+        const int column = i / 2 * 8 + t * 2 + i % 2;
+        const float scale = column_scales[column];
         float upper = sums[i / 2 * 4 + i % 2] * scale, lower = sums[i / 2 * 4 + i % 2 + 2] * scale;
         char* to = targets[column];
         if (MATS == 2) upper = gated(act, lower, upper, limit...);
-        if (first < n_rows) put(y, to, first, upper, narrow);
-        if (MATS == 1 && first + 8 < n_rows) put(y, to, first + 8, lower, narrow);
+        if (column < valid && has_upper) put(to + upper_at, upper, narrow);
+        if (MATS == 1 && column < valid && has_lower) put(to + lower_at, lower, narrow);
     }
 }

@@ -41,6 +41,8 @@ struct Format {
     static constexpr int code_runs = CODES / 16;  // 0: short codes, of one or two bits
     static constexpr int block_groups = BLOCKS::SIZE / 32;
     static constexpr bool affine = AFFINE, split = SPLIT, table = TABLE;
+    // Whether the whole scale is the f16 in the group.
+    static constexpr bool half_scale = SCALE == 2 && SUPER == 0 && !AFFINE && !SPLIT;
     static constexpr int bias = BIAS;
     using Source = Packed;
     using Half = __half;                 // holds a decoded weight
@@ -181,7 +183,7 @@ __device__ __forceinline__ int rows_of(const Tensor& a) { return a.ne[1]; }
 template <int BYTES>
 __device__ __forceinline__ unsigned load_small(const unsigned char* plane, int unit) {
     if constexpr (BYTES == 1) return plane[unit];
-    if constexpr (BYTES == 2) return ((const unsigned short*)plane)[unit];
+    if constexpr (BYTES == 2) return load_global((const unsigned short*)plane + unit);
     if constexpr (BYTES == 4) return ((const unsigned*)plane)[unit];
     return 0;
 }
@@ -202,6 +204,13 @@ struct Row {
         high = p.high + unit * F::high;
         scales = p.scales + unit * F::scale_bytes;
         supers = p.supers + (at * p.blocks * 8 + row) * F::super_bytes;
+    }
+    // Makes word 0 of each run word t, and keeps whole addresses in registers: else the compiler
+    // adds their parts up for every load.
+    static constexpr bool holds = true;
+    __device__ __forceinline__ void hold(int t) {
+        if constexpr (F::code_runs > 0) codes = (const uint4*)((const unsigned*)codes + t);
+        asm volatile("" : "+l"(codes), "+l"(scales));
     }
     __device__ __forceinline__ uint4 code_run(int group, int run) const {
         return load_stream(codes + (group * F::code_runs + run) * 8);
@@ -256,14 +265,15 @@ struct Table {
     unsigned x, y, z, w, pick, magic;
 
     // Hides the constants from the compiler: a byte permutation takes only one immediate, and the
-    // compiler would move the others into registers again each time.
-    __device__ __forceinline__ explicit Table(unsigned offset) {
+    // compiler would move the others into registers again each time. held: also `pick`, which it
+    // would else take apart to have a register more and an instruction more for each word.
+    __device__ __forceinline__ explicit Table(unsigned offset, bool held = false) {
         magic = 0x64646464u ^ threadIdx.z;
         if constexpr (F::table) {
             offset ^= threadIdx.z;  // 0
             uint4 t = F::levels();
             x = t.x ^ offset, y = t.y ^ offset, z = t.z ^ offset, w = t.w ^ offset;
-            pick = 0x32103210u ^ threadIdx.z;
+            pick = held ? 0x32103210u + threadIdx.z : 0x32103210u ^ threadIdx.z;
         }
     }
 };

@@ -42,6 +42,11 @@ __device__ __forceinline__ uint4 load_global(const void* at) {
         : "l"(at));
     return v;
 }
+__device__ __forceinline__ unsigned load_global(const unsigned short* at) {
+    unsigned short v;
+    asm("ld.global.u16 %0, [%1];" : "=h"(v) : "l"(at));
+    return v;
+}
 
 // act(gate) * up. act: 0 silu, 1 gelu (the tanh form, as x / (1 + exp(-2 z)) with tanh's argument
 // z), 2 relu.
@@ -57,13 +62,16 @@ __device__ __forceinline__ float gated(int act, float gate, float up, float limi
                  up < -limit ? -limit : up > limit ? limit : up);
 }
 
-// Writes element `row` of the row at `to`.
-__device__ __forceinline__ void put(const Tensor& y, char* to, int row, float value, int narrow) {
-    char* at = to + row * y.nb[0];
+// Writes an element, as f16 if `narrow`.
+__device__ __forceinline__ void put(char* at, float value, int narrow) {
     if (narrow)
         *(__half*)at = __float2half_rn(value);
     else
         *(float*)at = value;
+}
+// Writes element `row` of the row at `to`.
+__device__ __forceinline__ void put(const Tensor& y, char* to, int row, float value, int narrow) {
+    put(to + row * y.nb[0], value, narrow);
 }
 
 // Maps batch z = i3 * a2 + i2 of b to its matrix of `a`: (i3 / r3, i2).

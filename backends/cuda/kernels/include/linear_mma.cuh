@@ -52,16 +52,25 @@ __device__ __forceinline__ void wait_products() {
 #endif
 }
 
+// A place in shared memory, as a product reads it.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+using Place = u64;
+__device__ __forceinline__ Place place_of(u32 at) { return tile_descriptor(at, 16); }
+#else
+using Place = u32;
+__device__ __forceinline__ Place place_of(u32 at) { return at; }
+__device__ __forceinline__ Place further(Place place, u32 bytes) { return place + bytes; }
+#endif
+
 // Starts sums += A B for 32 values of k. a: fragments of two m16n8k16; b: the first of N rows of
 // 128 bytes; `half`: which 64 bytes of each row.
 template <class T, int N>
-__device__ __forceinline__ void begin_product(float (&sums)[N / 2], const u32 (&a)[2][4], u32 b,
+__device__ __forceinline__ void begin_product(float (&sums)[N / 2], const u32 (&a)[2][4], Place b,
                                               int half) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < 2; ++k)
-        wgmma_by_rows<T, N>(sums, a[k], tile_descriptor(b + half * 64 + k * 32, 16));
+    for (int k = 0; k < 2; ++k) wgmma_by_rows<T, N>(sums, a[k], further(b, half * 64 + k * 32));
     wgmma_commit();
 #else
     const int lane = threadIdx.x % 32, row = lane / 16 * 8 + lane % 8,

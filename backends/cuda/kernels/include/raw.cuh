@@ -18,6 +18,8 @@ struct Row<Raw<F>> {
     __device__ __forceinline__ Row(const Tensor& a, int matrix, int tile, int row)
         : blocks(a.row<unsigned char>(min(tile * 8 + row, a.ne[1] - 1), matrix % a.ne[2],
                                       matrix / a.ne[2])) {}
+    static constexpr bool holds = false;
+    __device__ __forceinline__ void hold(int) {}
     __device__ __forceinline__ const unsigned char* block(int group) const {
         return blocks + (long long)(group / F::block_groups) * F::Blocks::BYTES;
     }
