@@ -17,7 +17,7 @@ would be in memory next to the scores.
 
 A file stores the expansion as attn_kv_b, or as attn_k_b (transposed) and attn_v_b, or both, and
 then each form uses the layout that suits it. Every form runs from either layout. If a form needs
-the transpose of a K part stored in a block type, the graph casts that part to f16: 2 R d_nope H
+the transpose of a K part, the graph makes it, in f16 if the part has a block type: 2 R d_nope H
 bytes [2 MiB a layer in V2-Lite, 16 MiB in V3]. A plan keeps them if they are a small part of its
 weights (`passes/fold.py`), and else computes them in each run. This affects the latent form from
 attn_kv_b, and the standard and expanded forms from attn_k_b.
@@ -34,7 +34,7 @@ from pyggml.models.cache import Cache
 from pyggml.models.layers import SWAP, attend, joined, linear, norm, scaled, unpacked
 from pyggml.models.weights import Layer
 from pyggml.node import Node
-from pyggml.ops import cast, concat, mul_mat, permute, repeat, reshape, transpose, view
+from pyggml.ops import cast, concat, cont, mul_mat, permute, repeat, reshape, transpose, view
 
 #: (x [.., n_head, T], offset) -> x with n_rot elements of each row, from `offset`, rotated.
 Rotate = Callable[[Node, int], Node]
@@ -161,7 +161,8 @@ def expand(layer: Layer, kv_c: Node, k_rope: Node, a: Mla) -> tuple[Node, Node]:
         k_nope = view(kv, ne=(a.d_nope, n, a.n_head))
         v = view(kv, ne=(a.d_v, n, a.n_head), start=(a.d_nope,))
     else:
-        k_nope = transpose(product("attn_k_b", kv_c, transpose(unpacked(layer["attn_k_b"]))))
+        k_b = reshape(_turned(layer["attn_k_b"]), ne=(a.kv_lora_rank, a.d_nope * a.n_head))
+        k_nope = heads(product("attn_k_b", k_b, kv_c), a.d_nope)
         v_b = reshape(layer["attn_v_b"], ne=(a.kv_lora_rank, a.d_v * a.n_head))
         v = heads(product("attn_v_b", v_b, kv_c), a.d_v)
     k = concat(k_nope, repeat(k_rope, ne=(a.n_rot, n, a.n_head)), dim=0)
@@ -179,7 +180,7 @@ def absorb(layer: Layer, q: Node, a: Mla) -> Node:
     if "attn_k_b" in layer:
         q_nope = linear(layer, "attn_k_b", q_nope)
     else:
-        k_part = transpose(unpacked(_kv_b(layer, 0, a.d_nope, a)))
+        k_part = _turned(_kv_b(layer, 0, a.d_nope, a))
         q_nope = scaled(layer, "attn_kv_b", mul_mat(k_part, q_nope))
     return concat(layer.label(q_nope, "q_nope_absorbed"), q_rope, dim=0)
 
@@ -195,6 +196,11 @@ def _kv_b(layer: Layer, start: int, n: int, a: Mla) -> Node:
     """Rows start .. start + n of each head of attn_kv_b, [R, n, H]."""
     heads = reshape(layer["attn_kv_b"], ne=(a.kv_lora_rank, a.d_nope + a.d_v, a.n_head))
     return view(heads, ne=(a.kv_lora_rank, n, a.n_head), start=(0, start))
+
+
+def _turned(w: Node) -> Node:
+    """The transpose of a weight in a tensor of its own, so that products read whole rows."""
+    return cont(transpose(unpacked(w)))
 
 
 def plain(a: Node) -> Node:

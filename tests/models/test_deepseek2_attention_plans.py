@@ -54,7 +54,10 @@ def test_an_expanded_prompt_continues_with_latent_decoding() -> None:
     assert relative_error(np.concatenate(result), case.expected) < EXACT
     weights = {p: {n for n in p.graph.nodes if n.op.name == "constant"} for p in (prompt, single)}
     names = ("attn_q", "attn_kv_a_mqa", "attn_kv_a_norm", "attn_k_b", "attn_v_b", "attn_output")
-    assert weights[prompt] == weights[single] == {case.layer[name] for name in names}
+    assert weights[single] == {case.layer[name] for name in names}
+    (turned,) = weights[prompt] - weights[single]  # the prompt multiplies by attn_k_b's transpose
+    assert turned.ne == (64, 32, 4, 1)
+    assert weights[single] - weights[prompt] == {case.layer["attn_k_b"]}
 
 
 @all_forms

@@ -18,7 +18,7 @@ from pyggml.backends.cuda.linear.common import (
     rows_in,
     shape_of,
 )
-from pyggml.dtypes import F32, DType
+from pyggml.dtypes import F16, F32, DType
 from pyggml.spec import Ne
 
 #: Most bytes of b converted at a time for cuBLAS.
@@ -97,7 +97,8 @@ def cublas(call: Call, a: Operand, b: Operand, y: Operand, exact: bool) -> None:
     whole = rows_in(b.ne) * b.ne[0] * dtype.nbytes
     row = leading(a, a.ne[1])
     even = a.nb[2] % a.dtype.nbytes == 0 and is_even(y, ratio)
-    if a.dtype is not dtype or row is None or y.dtype is not F32 or not even or whole > PIECE:
+    writable = y.dtype is F32 or y.dtype is dtype is F16
+    if a.dtype is not dtype or row is None or not writable or not even or whole > PIECE:
         by_matrix(call, a, b, y, dtype)
         return
     if b.dtype is not dtype or not is_even(b, ratio):
@@ -112,14 +113,14 @@ def cublas(call: Call, a: Operand, b: Operand, y: Operand, exact: bool) -> None:
             a.ptr + i3 * a.ne[3] // b.ne[3] * a.nb[3],
             b.ptr + i3 * b.nb[3],
             y.ptr + i3 * y.nb[3],
-            types=(dtype.name, dtype.name, "f32"),
+            types=(dtype.name, dtype.name, y.dtype.name),
             leading=(row[0], step_b if n > 1 else b.ne[0], step_y if n > 1 else a.ne[1]),
             transposed=(row[1], False),
             batch=a.ne[2],
             strides=(
                 a.nb[2] // dtype.nbytes,
                 b.nb[2] * ratio // dtype.nbytes,
-                y.nb[2] * ratio // 4,
+                y.nb[2] * ratio // y.dtype.nbytes,
             ),
         )
 
