@@ -43,7 +43,10 @@ __global__ void __launch_bounds__(384, 1) hopper(const __grid_constant__ HopperA
     char *ring_k = memory + Shape::Q, *ring_v = ring_k + 2 * Shape::K;
     __shared__ float factors[M];
     __shared__ u64 full_k[2], full_v[2], empty_k[2], empty_v[2];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    // The compiler can tell that the second form is the same in all lanes, so descriptors are in
+    // uniform registers. With masks it then needs more registers than there are.
+    const int lane = threadIdx.x % 32,
+              warp = EXTRA ? threadIdx.x / 32 : __shfl_sync(~0u, threadIdx.x / 32, 0);
     const int r0 = (gridDim.y - 1 - blockIdx.y) * M;
     const int head_kv = blockIdx.x % a.heads_kv, i3 = blockIdx.x / a.heads_kv;
     const int ratio = a.ratio(), live = a.live(), q0 = r0 / ratio, q1 = (r0 + M - 1) / ratio;
@@ -92,7 +95,8 @@ __global__ void __launch_bounds__(384, 1) hopper(const __grid_constant__ HopperA
     const Row rows[2] = {Row(a, i3, head_kv, r0 + row0, live),
                          Row(a, i3, head_kv, r0 + row0 + 8, live)};
     const u32 at_q = shared_address(memory) + group * 64 * 128;
-    const u32 at_k = shared_address(ring_k), at_v = shared_address(ring_v);
+    const u64 q_at = tile_descriptor(at_q, 16), k_at = tile_descriptor(shared_address(ring_k), 16),
+              v_at = tile_descriptor(shared_address(ring_v), BN * 128);
 
     float sums[VS][NV / 2], s[BN / 2], m[2] = {-INF, -INF}, l[2] = {};
     float (&score)[BN / 8][4] = reinterpret_cast<float (&)[BN / 8][4]>(s);
@@ -106,11 +110,11 @@ __global__ void __launch_bounds__(384, 1) hopper(const __grid_constant__ HopperA
         barrier_wait(full_k + (i & 1), i >> 1 & 1);
         wgmma_hold(s);
         wgmma_fence();
-        const u32 from = at_k + (i & 1) * Shape::K;
+        const u64 k_from = further(k_at, (i & 1) * Shape::K);
 #pragma unroll
         for (int n = 0; n < DK / 16; ++n)
-            wgmma_ss<T, BN>(s, tile_descriptor(at_q + n / 4 * M * 128 + n % 4 * 32, 16),
-                            tile_descriptor(from + n / 4 * BN * 128 + n % 4 * 32, 16), n > 0);
+            wgmma_ss<T, BN>(s, further(q_at, n / 4 * M * 128 + n % 4 * 32),
+                            further(k_from, n / 4 * BN * 128 + n % 4 * 32), n > 0);
         wgmma_commit();
     };
     const auto multiply_values = [&](int i) {
@@ -118,14 +122,14 @@ __global__ void __launch_bounds__(384, 1) hopper(const __grid_constant__ HopperA
 #pragma unroll
         for (int x = 0; x < VS; ++x) wgmma_hold(sums[x]);
         wgmma_fence();
-        const u32 from = at_v + (i & 1) * Shape::V;
+        const u64 v_from = further(v_at, (i & 1) * Shape::V);
 #pragma unroll
         for (int n = 0; n < BN / 16; ++n)
 #pragma unroll
             for (int x = 0; x < VS; ++x)
                 wgmma_rs<T, NV>(
                     sums[x], p[n],
-                    tile_descriptor(from + x * (NV / 64) * BN * 128 + n * 16 * 128, BN * 128), 1);
+                    further(v_from, x * (NV / 64) * BN * 128 + n * 16 * 128), 1);
         wgmma_commit();
     };
     const auto release = [&](u64 *b) {
@@ -145,6 +149,16 @@ __global__ void __launch_bounds__(384, 1) hopper(const __grid_constant__ HopperA
         }
         return softmax_step(score, left, m, l);
     };
+    // The sums for a new maximum. This runs while the next keys are multiplied.
+    const auto rescale = [&](float2 lost) {
+#pragma unroll
+        for (int x = 0; x < VS; ++x)
+#pragma unroll
+            for (int n = 0; n < NV / 2; n += 4) {
+                sums[x][n] *= lost.x, sums[x][n + 1] *= lost.x;
+                sums[x][n + 2] *= lost.y, sums[x][n + 3] *= lost.y;
+            }
+    };
     const auto pack = [&] {
 #pragma unroll
         for (int n = 0; n < BN / 16; ++n) {
@@ -160,16 +174,17 @@ __global__ void __launch_bounds__(384, 1) hopper(const __grid_constant__ HopperA
         wgmma_wait<0>();
         wgmma_hold(s);
         release(empty_k);
-        soften(now);
+        float2 lost = soften(now);
         pack();
         int i = 1;
         for (now = walk.alive(now + 1); now < walk.end; now = walk.alive(now + 1), ++i) {
             multiply_keys(i);
+            rescale(lost);
             multiply_values(i - 1);
             wgmma_wait<1>();
             wgmma_hold(s);
             release(empty_k + (i & 1));
-            const float2 lost = soften(now);
+            lost = soften(now);
             // Never true, but it makes the compiler compute the weights before it waits for
             // the sums.
             if (l[0] + l[1] < 0) release(empty_v);
@@ -177,15 +192,9 @@ __global__ void __launch_bounds__(384, 1) hopper(const __grid_constant__ HopperA
 #pragma unroll
             for (int x = 0; x < VS; ++x) wgmma_hold(sums[x]);
             release(empty_v + (i - 1 & 1));
-#pragma unroll
-            for (int x = 0; x < VS; ++x)
-#pragma unroll
-                for (int n = 0; n < NV / 2; n += 4) {
-                    sums[x][n] *= lost.x, sums[x][n + 1] *= lost.x;
-                    sums[x][n + 2] *= lost.y, sums[x][n + 3] *= lost.y;
-                }
             pack();
         }
+        rescale(lost);
         multiply_values(i - 1);
         wgmma_wait<0>();
 #pragma unroll
