@@ -40,6 +40,12 @@ def row_grid(operand: Operand) -> tuple[int, int]:
     return operand.ne[1] * operand.ne[2], operand.ne[3]
 
 
+def over_rows(n: int, count: int) -> tuple[tuple[int, int], int]:
+    """A grid and a block for `count` rows of `n` items, an item a thread."""
+    threads = threads_for(n, THREADS)
+    return (count, blocks_for(n, threads)), threads
+
+
 def counted(total: int) -> tuple[str, np.uint32 | np.int64]:
     """The C++ type that can count to `total`, and `total` as an argument of that type."""
     if total < 2**32 - THREADS:

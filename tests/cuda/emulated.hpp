@@ -18,6 +18,13 @@ inline int __dp4a(int a, int b, int c) {
     for (int i = 0; i < 4; ++i) c += (signed char)(a >> 8 * i) * (signed char)(b >> 8 * i);
     return c;
 }
+struct __nv_bfloat162 {
+    __nv_bfloat16 x, y;
+};
+inline __half2 __floats2half2_rn(float x, float y) { return {(__half)x, (__half)y}; }
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+    return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
+}
 inline void sincospif(float x, float* s, float* c) {
     *s = std::sin(x * M_PI), *c = std::cos(x * M_PI);
 }

@@ -61,7 +61,7 @@ def run(outputs: Mapping[str, gg.Node], inputs: Arrays, folder: Path) -> dict[st
         for step, offset in zip(work.steps, work.placed.scratch_at)
         for record in record_step(step, at, (arena.ptr + offset, step.scratch))
     ]
-    start = _starter(folder, [record for record in records if isinstance(record, Launch)])
+    start = starter(folder, [record for record in records if isinstance(record, Launch)])
     for record in records:
         if isinstance(record, Memcpy):
             ctypes.memmove(record.target, record.source, record.nbytes)
@@ -80,7 +80,7 @@ def _values(at: Address, node: gg.Node) -> NDArray[Any]:
     return raw.view(kind).reshape(node.shape).copy()
 
 
-def _starter(folder: Path, launches: list[Launch]) -> Any:
+def starter(folder: Path, launches: list[Launch]) -> Any:
     """A function that runs a launch."""
     names: dict[str, list[str]] = {}
     for launch in launches:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import pyggml as gg
+from pyggml.backends.cuda.launch import Call, Launch, Operand
+from pyggml.backends.cuda.linear import blocks, plain
+from pyggml.dtypes import TYPES
 from pyggml.parity.patterns import pattern
 from pyggml.parity.tolerance import nmse
-from tests.cuda.emulated import run
+from tests.cuda.emulated import Memory, run, starter
 
 rng = np.random.default_rng(5)
 
@@ -60,3 +64,63 @@ def test_experts_make_their_columns_fixed_point(dtype: str, n_tokens: int, tmp_p
 def test_a_product_makes_its_column_fixed_point(k: int, heads: int, tmp_path: Path) -> None:
     w, x = constant("w", "iq4_nl", heads, 20, k), gg.input("x", ne=(k, 1, heads))
     compare({"y": gg.mul_mat(w, x)}, {"x": random(heads, 1, k)}, tmp_path, 1e-8)
+
+
+ORDER = [0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15]
+
+
+@pytest.mark.parametrize("k", (96, 2080))
+@pytest.mark.parametrize("dtype", (np.float32, np.float16))
+@pytest.mark.parametrize("apart", (False, True))
+def test_rows_for_the_tensor_cores(k: int, dtype: Any, apart: bool, tmp_path: Path) -> None:
+    """Scaled by a power of two, in the order of a thread's weights, padded with zeros."""
+    x = (random(3, k) * np.float32([[1e-3], [1], [3e4 / 5]])).astype(dtype)
+    x[0] *= dtype(1e-4)
+    x[1, 7] = np.inf
+    wide = np.zeros((3, 2 * k if apart else k), dtype)
+    b = wide[:, ::2] if apart else wide
+    b[:] = x
+    size, columns = np.dtype(dtype).itemsize, 3
+    step = 2 * size if apart else size
+    memory = Memory(1 << 16)
+    operand = Operand(
+        wide.ctypes.data, (k, columns, 1, 1), (step, wide.strides[0], 0, 0),
+        TYPES["f32" if dtype is np.float32 else "f16"],
+    )  # fmt: skip
+    node = gg.input("b", ne=(k, columns))
+    call = Call(node, operand, {}, {}, scratch=(memory.ptr, memory.data.size))
+    out, scales = blocks.to_halves(call, operand, "__half")
+    for record in call.records:
+        assert isinstance(record, Launch)
+        starter(tmp_path, [record])(record)
+    padded = blocks.padded(k)
+    rows = np.frombuffer(memory.data, np.float16, columns * padded, int(out) - memory.ptr)
+    rows = rows.reshape(columns, padded // 16, 16)
+    back = np.empty_like(rows, np.float32)
+    back[..., ORDER] = rows
+    scale = np.frombuffer(memory.data, np.float32, columns, int(scales) - memory.ptr)
+    top = np.abs(np.where(np.isfinite(rows), rows, 0)).max((1, 2))
+    assert ((top >= 2**14) & (top <= 2**15)).all()
+    result = back.reshape(columns, padded) * scale[:, None]
+    np.testing.assert_allclose(result[:, :k], x.astype(np.float32), rtol=1e-3, atol=2e-8)
+    assert not result[:, k:].any()
+
+
+@pytest.mark.parametrize(("k", "m"), [(64, 24), (7, 5)])
+def test_copies_of_rows(k: int, m: int, tmp_path: Path) -> None:
+    """From any rows to contiguous ones of another type, and from these to any rows."""
+    source, out, target = random(4, 2 * k), Memory(1 << 12), np.zeros((4, 3 * m), np.float16)
+    types = TYPES
+    rows = Operand(source.ctypes.data, (k, 4, 1, 1), (4, 8 * k, 0, 0), types["f32"])
+    y = Operand(target.ctypes.data, (m, 4, 1, 1), (2, 6 * m, 0, 0), types["f16"])
+    product = random(2, m)
+    call = Call(gg.input("b", ne=(k, 4)), rows, {}, {})
+    plain.copy_rows(call, rows, types["f16"], out.ptr, 1, 3)
+    plain.put_rows(call, product.ctypes.data, y, 2, 2)
+    start = starter(tmp_path, [r for r in call.records if isinstance(r, Launch)])
+    for record in call.records:
+        start(record)
+    copies = np.frombuffer(out.data, np.float16, 3 * k).reshape(3, k)
+    np.testing.assert_array_equal(copies, source[1:, :k].astype(np.float16))
+    np.testing.assert_array_equal(target[2:, :m], product.astype(np.float16))
+    assert not target[:2].any() and not target[:, m:].any()

@@ -1,111 +1,129 @@
-// Steps before and after the products: prepare operands, finish results.
-// @kernel to_halves<{float|__half|__nv_bfloat16}, {__half|__nv_bfloat16}>
-// @kernel copy_rows<{float|__half|__nv_bfloat16}, {float|__half|__nv_bfloat16}>
+// Steps before and after the products: prepare operands, finish results. blockIdx.x: row, counting
+// through dimensions 1 to 3; blockIdx.y: part of it.
+// @kernel to_halves<{float|__half|__nv_bfloat16}, {__half|__nv_bfloat16}, {true|false}>
+// @kernel copy_rows<float, {__half|__nv_bfloat16}, {4|1}>
+// @kernel copy_rows<{__half|__nv_bfloat16}, {$1|float}, {8|1}>
+// @kernel put_rows<{float|__half}, {4|1}>
 // @kernel gate_rows
 // @kernel gate_rows_limited
-// @kernel put_rows
 // @kernel add_splits
 #include "linear_common.cuh"
+
+__device__ __forceinline__ int item() { return blockIdx.y * blockDim.x + threadIdx.x; }
+
+template <class H>
+__device__ __forceinline__ unsigned two_halves(float x, float y) {
+    if constexpr (Same<H, __half>::yes) {
+        const __half2 both = __floats2half2_rn(x, y);
+        return *(const unsigned*)&both;
+    } else {
+        const __nv_bfloat162 both = __floats2bfloat162_rn(x, y);
+        return *(const unsigned*)&both;
+    }
+}
 
 // Prepares a row of b for linear_tile.cu: writes it as H, zero-padded to k_padded, and the factor
 // for its results. The row is scaled by a power of two that brings its largest entry to [2^14,
 // 2^15), so nothing overflows f16 and little precision is lost. Each run of 16 is in the order of a
-// thread's weights: 0 1 4 5 8 9 12 13, 2 3 6 7 10 11 14 15. One block per row; a row of at most
-// THREADS * 8 * RUNS values is kept in registers and read only once.
-constexpr int THREADS = 128, RUNS = 4;
-
-template <class S, class H>
-__global__ void __launch_bounds__(THREADS)
+// thread's weights: 0 1 4 5 8 9 12 13, 2 3 6 7 10 11 14 15. One block per row, a run per thread;
+// rows of more runs than threads are read twice. VECTOR: elements are adjacent, 16-byte aligned.
+template <class S, class H, bool VECTOR>
+__global__ void __launch_bounds__(1024)
     to_halves(Tensor b, H* out, float* scales, int k_padded) {
     begin();
     const char* row = row_at(b, blockIdx.x);
-    const int k = b.ne[0];
-    float x[RUNS][8];
+    const int k = b.ne[0], step = blockDim.x * 16;
+    float x[16];
     auto load = [&](int base) {
+        constexpr int N = VECTOR ? 16 / sizeof(S) : 1;
 #pragma unroll
-        for (int r = 0; r < RUNS; ++r) {
-            int i = base + (r * THREADS + threadIdx.x) * 8, first = i / 16 * 16 + i % 16 / 4;
+        for (int i = 0; i < 16; i += N) {
+            Pack<S, N> part = {};
+            if (base + i < k) part = *(const Pack<S, N>*)(row + (base + i) * b.nb[0]);
 #pragma unroll
-            for (int j = 0; j < 8; ++j) {
-                int at = first + j / 2 * 4 + j % 2;
-                x[r][j] = at < k ? to_f32(*(const S*)(row + at * b.nb[0])) : 0.0f;
-            }
+            for (int j = 0; j < N; ++j) x[i + j] = to_f32(part.v[j]);
         }
     };
     float most = 0;
-    for (int base = 0; base < k_padded; base += RUNS * THREADS * 8) {
+    for (int base = threadIdx.x * 16; base < k_padded; base += step) {
         load(base);
-        for (int r = 0; r < RUNS; ++r)
-            for (int j = 0; j < 8; ++j)
-                if (fabsf(x[r][j]) <= 3.4028235e38f) most = fmaxf(most, fabsf(x[r][j]));  // finite
+#pragma unroll
+        for (int i = 0; i < 16; ++i)
+            if (fabsf(x[i]) <= 3.4028235e38f) most = fmaxf(most, fabsf(x[i]));  // finite
     }
     most = block_reduce<Max>(most, 0.0f);
-    int exponent = most > 0.0f ? min(max(14 - ilogbf(most), -126), 126) : 0;
-    if (threadIdx.x == 0) scales[blockIdx.x] = ldexpf(1.0f, -exponent);
-    const float by = ldexpf(1.0f, exponent);
+    // Exponents of floats: that of `most` is 127 + its logarithm, or 0 below 2^-126.
+    const int log = (__float_as_int(most) >> 23) - 127;
+    const int exponent = most > 0.0f ? min(max(14 - log, -126), 126) : 0;
+    const float by = __int_as_float((127 + exponent) << 23);
+    if (threadIdx.x == 0) scales[blockIdx.x] = __int_as_float((127 - exponent) << 23);
     H* to = out + (long long)blockIdx.x * k_padded;
-    for (int base = 0; base < k_padded; base += RUNS * THREADS * 8) {
-        if (k_padded > RUNS * THREADS * 8) load(base);
+    for (int base = threadIdx.x * 16; base < k_padded; base += step) {
+        if (k_padded > step) load(base);
+        unsigned words[8];  // of two runs of 8
 #pragma unroll
-        for (int r = 0; r < RUNS; ++r) {
-            int i = base + (r * THREADS + threadIdx.x) * 8;
-            if (i >= k_padded) break;
-            Pack<H, 8> run;
-            for (int j = 0; j < 8; ++j) run.v[j] = from_f32<H>(x[r][j] * by);
-            *(Pack<H, 8>*)(to + i) = run;
-        }
+        for (int i = 0; i < 8; ++i)
+            words[i % 2 * 4 + i / 2] = two_halves<H>(x[2 * i] * by, x[2 * i + 1] * by);
+        ((uint4*)(to + base))[0] = make_uint4(words[0], words[1], words[2], words[3]);
+        ((uint4*)(to + base))[1] = make_uint4(words[4], words[5], words[6], words[7]);
     }
 }
 
-// Copies any tensor to contiguous rows. grid: pieces of a row, rows.
-template <class S, class D>
-__global__ void __launch_bounds__(256)
-    copy_rows(Tensor in, D* out, unsigned first, unsigned columns) {
+// Copies rows of any tensor to contiguous rows, V adjacent elements at a time.
+template <class S, class D, int V>
+__global__ void __launch_bounds__(256) copy_rows(Tensor in, D* out, unsigned first) {
     begin();
-    long long n = (long long)in.ne[0] * columns;
-    for (long long i = blockIdx.x * 256ll + threadIdx.x; i < n; i += gridDim.x * 256ll) {
-        unsigned column = i / in.ne[0], i0 = i % in.ne[0];
-        out[i] = from_f32<D>(to_f32(*(const S*)(row_at(in, first + column) + i0 * in.nb[0])));
-    }
+    const int i = item() * V;
+    if (i >= in.ne[0]) return;
+    const Pack<S, V> x = *(const Pack<S, V>*)(row_at(in, first + blockIdx.x) + i * in.nb[0]);
+    Pack<D, V> y;
+#pragma unroll
+    for (int j = 0; j < V; ++j) y.v[j] = convert_to<D>(x.v[j]);
+    *(Pack<D, V>*)(out + (long long)blockIdx.x * in.ne[0] + i) = y;
+}
+
+// Writes contiguous rows to the rows of y, V adjacent elements at a time.
+template <class D, int V>
+__global__ void __launch_bounds__(256) put_rows(const float* product, Tensor y, unsigned first) {
+    begin();
+    const int i = item() * V;
+    if (i >= y.ne[0]) return;
+    const Pack<float, V> x =
+        *(const Pack<float, V>*)(product + (long long)blockIdx.x * y.ne[0] + i);
+    Pack<D, V> z;
+#pragma unroll
+    for (int j = 0; j < V; ++j) z.v[j] = convert_to<D>(x.v[j]);
+    *(Pack<D, V>*)(row_at(y, first + blockIdx.x) + i * y.nb[0]) = z;
 }
 
 // y = act(gate) * y, where the rows of gate are contiguous.
 template <class... Limit>
 __device__ __forceinline__ void gate_all(const Tensor& y, const float* gate, int act,
-                                         unsigned columns, Limit... limit) {
-    long long n = (long long)y.ne[0] * columns;
-    for (long long i = blockIdx.x * 256ll + threadIdx.x; i < n; i += gridDim.x * 256ll) {
-        float* at = (float*)(row_at(y, i / y.ne[0]) + i % y.ne[0] * y.nb[0]);
-        *at = gated(act, gate[i], *at, limit...);
-    }
+                                         Limit... limit) {
+    const int i = item();
+    if (i >= y.ne[0]) return;
+    float* at = (float*)(row_at(y, blockIdx.x) + i * y.nb[0]);
+    *at = gated(act, gate[(long long)blockIdx.x * y.ne[0] + i], *at, limit...);
+}
+__global__ void __launch_bounds__(256) gate_rows(Tensor y, const float* gate, int act) {
+    begin();
+    gate_all(y, gate, act);
 }
 __global__ void __launch_bounds__(256)
-    gate_rows(Tensor y, const float* gate, int act, unsigned columns) {
+    gate_rows_limited(Tensor y, const float* gate, int act, float limit) {
     begin();
-    gate_all(y, gate, act, columns);
-}
-__global__ void __launch_bounds__(256)
-    gate_rows_limited(Tensor y, const float* gate, int act, unsigned columns, float limit) {
-    begin();
-    gate_all(y, gate, act, columns, limit);
+    gate_all(y, gate, act, limit);
 }
 
 // Adds the sums of all splits of k, [rows, columns, splits], in order.
 __global__ void __launch_bounds__(256)
-    add_splits(const float* sums, Tensor y, int splits, unsigned columns, int narrow) {
+    add_splits(const float* sums, Tensor y, int splits, int narrow) {
     begin();
-    const long long n = (long long)y.ne[0] * columns, i = blockIdx.x * 256ll + threadIdx.x;
-    if (i >= n) return;
+    const int i = item();
+    if (i >= y.ne[0]) return;
+    const long long n = (long long)y.ne[0] * gridDim.x;
+    const float* from = sums + (long long)blockIdx.x * y.ne[0] + i;
     float total = 0;
-    for (int s = 0; s < splits; ++s) total += sums[s * n + i];
-    put(y, row_at(y, i / y.ne[0]), i % y.ne[0], total, narrow);
-}
-
-// Writes contiguous rows to the rows of y.
-__global__ void __launch_bounds__(256)
-    put_rows(const float* product, Tensor y, unsigned first, unsigned columns, int narrow) {
-    begin();
-    long long n = (long long)y.ne[0] * columns;
-    for (long long i = blockIdx.x * 256ll + threadIdx.x; i < n; i += gridDim.x * 256ll)
-        put(y, row_at(y, first + i / y.ne[0]), i % y.ne[0], product[i], narrow);
+    for (int s = 0; s < splits; ++s) total += from[s * n];
+    put(y, row_at(y, blockIdx.x), i, total, narrow);
 }

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pyggml.backends.cuda.argument import Argument, Struct, Tensor
-from pyggml.backends.cuda.geometry import C_TYPES, blocks_for
+from pyggml.backends.cuda.geometry import C_TYPES, blocks_for, over_rows, threads_for
 from pyggml.backends.cuda.gpu import H200
 from pyggml.backends.cuda.launch import Call, Operand
 from pyggml.backends.cuda.linear.common import (
@@ -147,14 +147,14 @@ def padded(k: int) -> int:
 def to_halves(call: Call, b: Operand, half: str) -> tuple[np.uint64, np.uint64]:
     """Record the conversion of b for `tile`; returns the addresses of its scaled rows and
     scales."""
-    columns = rows_in(b.ne)
+    columns, adjacent = rows_in(b.ne), b.nb[0] == b.dtype.nbytes and b.aligned(16)
     out = np.uint64(call.scratch(columns * padded(b.ne[0]) * 2))
     scales = np.uint64(call.scratch(columns * 4))
     call.launch(
         PREPARE,
-        f"to_halves<{C_TYPES[b.dtype.name]}, {half}>",
+        f"to_halves<{C_TYPES[b.dtype.name]}, {half}, {str(adjacent).lower()}>",
         grid=columns,
-        block=128,
+        block=threads_for(padded(b.ne[0]) // 16),
         args=[b.tensor, out, scales, np.int32(padded(b.ne[0]))],
     )
     return out, scales
@@ -227,12 +227,13 @@ def tile(call: Call, a: tuple[Operand, ...], b: Operand, y: Operand) -> None:
     grid = -(-shape.columns // width), shape.batches
     launch_tile(call, cpp_format(a[0]), a, b, sums, width, columns, grid, splits=splits)
     if splits > 1:
+        rows, block = over_rows(y.ne[0], count)
         call.launch(
             PREPARE,
             "add_splits",
-            grid=blocks_for(y.ne[0] * count),
-            block=256,
-            args=[sums.pointer, y.tensor, np.int32(splits), np.uint32(count), is_narrow(y)],
+            grid=rows,
+            block=block,
+            args=[sums.pointer, y.tensor, np.int32(splits), is_narrow(y)],
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pyggml.backends.cuda.geometry import C_TYPES, blocks_for
+from pyggml.backends.cuda.geometry import C_TYPES, over_rows, pack_width
 from pyggml.backends.cuda.launch import Call, Operand
 from pyggml.backends.cuda.linear.common import (
     PREPARE,
@@ -57,12 +57,14 @@ def vec_plain(call: Call, a: Operand, b: Operand, y: Operand) -> None:
 
 def copy_rows(call: Call, source: Operand, dtype: DType, to: int, first: int, columns: int) -> None:
     """Record rows from `first` on, converted to contiguous rows of another type."""
+    width = pack_width(source)
+    grid, block = over_rows(source.ne[0] // width, columns)
     call.launch(
         PREPARE,
-        f"copy_rows<{C_TYPES[source.dtype.name]}, {C_TYPES[dtype.name]}>",
-        grid=min(blocks_for(source.ne[0] * columns), 1 << 16),
-        block=256,
-        args=[source.tensor, np.uint64(to), np.uint32(first), np.uint32(columns)],
+        f"copy_rows<{C_TYPES[source.dtype.name]}, {C_TYPES[dtype.name]}, {width}>",
+        grid=grid,
+        block=block,
+        args=[source.tensor, np.uint64(to), np.uint32(first)],
     )
 
 
@@ -187,10 +189,12 @@ def _pieces(shape: Shape, piece: int) -> Iterator[tuple[int, int]]:
 
 def put_rows(call: Call, product: int, y: Operand, first: int, columns: int) -> None:
     """Record contiguous f32 rows written to the rows of y from `first` on."""
+    width = min(pack_width(y), 4)
+    grid, block = over_rows(y.ne[0] // width, columns)
     call.launch(
         PREPARE,
-        "put_rows",
-        grid=min(blocks_for(y.ne[0] * columns), 1 << 16),
-        block=256,
-        args=[np.uint64(product), y.tensor, np.uint32(first), np.uint32(columns), is_narrow(y)],
+        f"put_rows<{C_TYPES[y.dtype.name]}, {width}>",
+        grid=grid,
+        block=block,
+        args=[np.uint64(product), y.tensor, np.uint32(first)],
     )

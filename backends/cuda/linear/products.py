@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from pyggml import ops
-from pyggml.backends.cuda.geometry import blocks_for
+from pyggml.backends.cuda.geometry import over_rows
 from pyggml.backends.cuda.launch import Call, Operand
 from pyggml.backends.cuda.linear.common import PREPARE, act_of, aligned, dense, limit_of, rows_in
 from pyggml.backends.cuda.linear.routes import Product, together, widest
@@ -53,12 +51,12 @@ def up_gate(call: Call) -> None:
 
 def _gate_rows(call: Call, gate: Operand) -> None:
     """out = act(gate) * out."""
-    y = call.out
-    columns, limit = rows_in(y.ne), limit_of(call)[1]
+    y, limit = call.out, limit_of(call)[1]
+    grid, block = over_rows(y.ne[0], rows_in(y.ne))
     call.launch(
         PREPARE,
         "gate_rows_limited" if limit else "gate_rows",
-        grid=min(blocks_for(y.ne[0] * columns), 1 << 16),
-        block=256,
-        args=[y.tensor, gate.pointer, act_of(call), np.uint32(columns), *limit],
+        grid=grid,
+        block=block,
+        args=[y.tensor, gate.pointer, act_of(call), *limit],
     )
