@@ -238,10 +238,10 @@ __global__ void __launch_bounds__(32 * MOST_WARPS)
         put(y, row_at(y, first + start + column), row, value, narrow);
 }
 
-// With up and gate of a type without shared scales or high bits, 64 registers are enough. Then a
-// multiprocessor holds 8 blocks of 4 warps, and the experts of a token are one wave.
+// With up and gate of a type without high bits and with a lone f16 scale, 64 registers are
+// enough. Then a multiprocessor holds 8 blocks of 4 warps, and the experts of a token are one wave.
 template <class F, int MATS>
-constexpr int id_blocks = MATS == 2 && F::high == 0 && F::super_bytes == 0 ? 4 : 0;
+constexpr int id_blocks = MATS == 2 && F::half_scale && F::high == 0 ? 4 : 0;
 
 // grid: TILES tiles of rows, pairs of token and slot. late: the predecessor may have chosen the
 // experts.

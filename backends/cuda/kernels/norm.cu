@@ -28,13 +28,13 @@ __global__ void __launch_bounds__(1024) rms_norm(Tensor out, Tensor a, Tensor w,
         return pack;
     };
     auto weight = [&](int i) { return *(const Pack<float, V>*)(w.data + i * w.nb[0]); };
-    Pack<float, V> held[HELD ? HELD : 1], factors[HELD ? HELD : 1];
+    Pack<float, V> held[HELD ? HELD : 1], factors;
     float sum = 0;
 #pragma unroll
     for (int p = 0; p < (HELD ? HELD : 1); p++)
         for (int i = (threadIdx.x + p * blockDim.x) * V; i < n; i += blockDim.x * V) {
             held[p] = load(i);
-            if (WEIGHTED && HELD) factors[p] = weight(i);  // not behind the reduction
+            if (WEIGHTED && HELD == 1) factors = weight(i);  // not behind the reduction
             if (total.data) *(Pack<float, V>*)(sums + i * total.nb[0]) = held[p];
 #pragma unroll
             for (int k = 0; k < V; k++) sum += held[p].v[k] * held[p].v[k];
@@ -45,11 +45,11 @@ __global__ void __launch_bounds__(1024) rms_norm(Tensor out, Tensor a, Tensor w,
     for (int p = 0; p < (HELD ? HELD : 1); p++)
         for (int i = (threadIdx.x + p * blockDim.x) * V; i < n; i += blockDim.x * V) {
             if (!HELD) held[p] = load(i);
-            if (WEIGHTED && !HELD) factors[p] = weight(i);
+            if (WEIGHTED && HELD != 1) factors = weight(i);
 #pragma unroll
             for (int k = 0; k < V; k++) {
                 held[p].v[k] /= scale;
-                if (WEIGHTED) held[p].v[k] *= factors[p].v[k];
+                if (WEIGHTED) held[p].v[k] *= factors.v[k];
             }
             *(Pack<float, V>*)(y + i * out.nb[0]) = held[p];
             if constexpr (FIXED) {  // whole groups: 8 neighboring lanes are all here, or none is
