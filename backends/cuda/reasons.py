@@ -80,7 +80,7 @@ def _general(shape: Shape) -> str:
         return f"K and V of {shape.type_k} have no tensor-core kernel"
     pair = shape.d_k, shape.d_v
     sizes = HOPPER if shape.type_k == "q8_0" else PAIRS
-    known = ", ".join(f"{d_k}/{d_v}" for d_k, d_v in (*sizes, LATENT))
+    known = ", ".join(f"{d_k}/{d_v}" for d_k, d_v in (*sizes, *LATENT))
     return f"heads of {pair[0]}/{pair[1]} have no tensor-core kernel; {shape.type_k} has {known}"
 
 

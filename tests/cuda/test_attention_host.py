@@ -71,7 +71,8 @@ def on_host(library: Any, node: Node, arrays: list[Any], out: Any) -> None:
     row.run(call)
     launches = [record for record in call.records if isinstance(record, Launch)]
     grids = {launch.name.partition("<")[0]: launch.grid for launch in launches}
-    assert launches[-1].name in ("any<64, 32>", "combine<1>", "combine<4>")
+    names = ("any<64, 32, false>", "any<64, 32, true>", "combine<1>", "combine<4>")
+    assert launches[-1].name in names
     argument = ctypes.create_string_buffer(launches[0].args)
     assert library.attention_size() == len(launches[0].args)
     triples = [
@@ -105,6 +106,17 @@ def on_host(library: Any, node: Node, arrays: list[Any], out: Any) -> None:
         ),
         "flash_attn_ext(f32[32,3,1], f32[32,9,1], f32[32,9,1], -, -, i32[1]#-2147483648, "
         "scale=0.2, prec='f32', kv0=8)",
+        *(  # lists: heads that fill no block, negative ids, NaN in hidden rows
+            f"flash_attn_ext(f32[40,3,{heads},2], {cache}[40,150,{heads_kv},2]~{fill}, "
+            f"{cache}[24,150,{heads_kv},2]~{fill}, {mask}, {sinks}, {length}, "
+            f"i32[{n_ids},3,1,2]!150-, scale=0.2, prec='f32', lse=True{more})"
+            for heads, heads_kv, n_ids in ((1, 1, 33), (16, 1, 1), (34, 2, 150))
+            for cache, fill, mask, sinks, length, more in (
+                ("f16", "holed", "f16[150,5]~holes", "-", "-", ", max_bias=8.0"),
+                ("f32", "ended", "-", f"f32[{heads}]", "i32[1]#75", ", logit_softcap=4.0"),
+                ("bf16", "ended", "f16[150,3,1,2]~mask", "-", "i32[1]#79", ", kv0=4"),
+            )
+        ),
     ],
 )
 def test_the_kernel_is_right(text: str, library: Any) -> None:

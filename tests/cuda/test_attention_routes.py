@@ -57,7 +57,7 @@ def attention(
     d_k, d_v = pair
     q = gg.input("q", "f32", ne=(d_k, n_q, heads))
     k = gg.state("k", cache, ne=(d_k, n_kv, heads_kv))
-    inside = pair == routes.LATENT
+    inside = pair in routes.LATENT
     v = (
         gg.view(k, ne=(d_v, n_kv, heads_kv))
         if inside
@@ -71,7 +71,7 @@ def attention(
     ("pair", "cache"),
     [
         (pair, cache)
-        for pair in (*routes.PAIRS, routes.LATENT)
+        for pair in (*routes.PAIRS, *routes.LATENT)
         for cache in ("f16", "bf16", "q8_0")
         if cache != "q8_0" or pair not in ((80, 80), (96, 96))  # no kernel on the tensor cores
     ],
@@ -80,7 +80,7 @@ def test_few_queries_split_their_keys_on_every_gpu(
     arch: str, cache: str, pair: tuple[int, int]
 ) -> None:
     """Their kernel is compiled ahead and fits into the shared memory of the GPU."""
-    device, latent = DEVICES[arch], pair == routes.LATENT
+    device, latent = DEVICES[arch], pair in routes.LATENT
     shapes = [(1, 16, 1), (1, 128, 1)] if latent else [(1, 16, 16), (2, 32, 4)]
     for n_q, heads, heads_kv in shapes[: 1 if latent and arch == "90a" else 2]:  # wgmma for 128
         first, last = launches_of(attention(pair, cache, n_q, heads, heads_kv), device)
@@ -96,7 +96,7 @@ def test_few_queries_split_their_keys_on_every_gpu(
 
 def _latent(numbers: list[int]) -> tuple[int, int]:
     """Rows and threads of a block of `latent`."""
-    mi, wm, wn, _ = numbers
+    _, mi, wm, wn, _ = numbers
     return 16 * mi * wm, 32 * wm * wn
 
 
@@ -119,6 +119,6 @@ def test_shared_memory_has_the_layout_of_the_kernel(pair: tuple[int, int], raw: 
 
 def test_keys_are_split_alike_on_every_gpu() -> None:
     """The scratch for the parts is planned without a device."""
-    for pair in (*routes.PAIRS, routes.LATENT):
-        node = attention(pair, "f16", 1, 16, 1 if pair == routes.LATENT else 16)
+    for pair in (*routes.PAIRS, *routes.LATENT):
+        node = attention(pair, "f16", 1, 16, 1 if pair in routes.LATENT else 16)
         assert len({launches_of(node, device)[0].grid[0] for device in DEVICES.values()}) == 1

@@ -62,7 +62,7 @@ UNREAD = {name for name in BLOCKS.split("|") if name not in FORMATS}
 def recordable() -> Iterator[tuple[Case, Node]]:
     """The cases of the grid without those of blocks that the host decodes (test_block_types.py),
     and without ops that have no CUDA kernel: an op may run on the host alone until it gets one.
-    Attention to lists of keys has none either; the cases of its meaning are recorded.
+    Nodes that a kernel refuses are left out too; the cases of their meaning are recorded.
 
     docs/ops.md lists those ops, and its own test fails if one joins or leaves them.
     """
@@ -70,8 +70,9 @@ def recordable() -> Iterator[tuple[Case, Node]]:
     for case in cases():
         node = build(case, values=False).node
         unread = any(s is not None and s.type in UNREAD for s in case.sources)
-        listed = node.op is ops.flash_attn_ext and node.get("ids") is not None
-        if not unread and not listed and (node.op in TABLE or node.op.view is not None):
+        if unread:
+            continue
+        if node.op.view is not None or (node.op in TABLE and TABLE[node.op].refuses(node) is None):
             yield case, node
 
 

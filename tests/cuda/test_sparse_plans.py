@@ -1,11 +1,16 @@
-"""Sparse attention in plans for a GPU: in simpler ops for now, all of them on the GPU."""
+"""Sparse attention in plans for a GPU: all of it runs there, where there is no kernel in simpler
+ops."""
 
 from __future__ import annotations
 
 import pytest
 
 import pyggml as gg
+from pyggml.backends.cuda.attention import routes
+from pyggml.backends.cuda.launch import Launch
+from pyggml.backends.cuda.table import KERNELS as TABLE
 from pyggml.backends.step import LoopStep
+from tests.cuda.test_recording import records_of
 
 GPU, HOST = "cuda:0:24GiB", "numpy"
 
@@ -25,31 +30,77 @@ def test_an_indexer_needs_no_host(dtype: str, length: bool) -> None:
     assert "lightning_indexer" not in names and "add_mask" in names and names[-1] == "top_k"
 
 
+def listed(pair: tuple[int, int], dtype: str, heads_kv: int, n_q: int, m2: int = 1) -> gg.Node:
+    """Attention of 128 heads to 2,048 of 65,536 rows; V is a part of K."""
+    d_k, d_v = pair
+    q, ids = gg.input("q", ne=(d_k, n_q, 128)), gg.input("ids", "i32", ne=(2048, n_q))
+    k = gg.state("rows", dtype, ne=(d_k, 65536, heads_kv))
+    v = gg.view(k, ne=(d_v, 65536, heads_kv))
+    mask = gg.input("mask", "f16", ne=(65536, n_q, m2))
+    return gg.flash_attn_ext(q, k, v, mask, None, None, ids, scale=0.1, lse=True)
+
+
 @pytest.mark.parametrize("dtype", ["f32", "f16", "q8_0"])
 @pytest.mark.parametrize("heads_kv", [1, 2])
 @pytest.mark.parametrize("n_q", [1, 70])
 def test_listed_rows_need_no_host(dtype: str, heads_kv: int, n_q: int) -> None:
     """The rows are gathered once where values are part of keys, and a list stays with a mask."""
-    q, ids = gg.input("q", ne=(576, n_q, 128)), gg.input("ids", "i32", ne=(2048, n_q))
-    k = gg.state("rows", dtype, ne=(576, 65536, heads_kv))
-    v = gg.view(k, ne=(512, 65536, heads_kv))
-    mask = gg.causal_mask(gg.input("pos", "i32", ne=(n_q,)), n_kv=65536)
-    y = gg.flash_attn_ext(q, k, v, mask, None, None, ids, scale=0.1, lse=True)
+    y = listed((192, 128), dtype, heads_kv, n_q)
     plan = gg.compile({"y": y}, backends=[GPU, HOST])
     assert {split.backend.place for split in plan.splits} == {"cuda:0"}
     nodes = [node for step in plan.steps for node in step.nodes]
     (attention,) = (node for node in nodes if node.op is gg.flash_attn_ext)
-    assert attention.get("ids") is None and attention["k"].ne == (576, 2048, heads_kv, n_q)
-    assert sum(n.op is gg.get_rows and n.ne[0] == 576 for n in nodes) == 1
+    assert attention.get("ids") is None and attention["k"].ne == (192, 2048, heads_kv, n_q)
+    assert sum(n.op is gg.get_rows and n.ne[0] == 192 for n in nodes) == 1
     assert sum(n.op is gg.get_rows for n in nodes) == 2  # rows, and the mask
 
 
+@pytest.mark.parametrize("pair", routes.LATENT)
+@pytest.mark.parametrize(
+    ("dtype", "n_q", "kernel"),
+    [
+        ("f16", 1, "latent_hopper<__half"),
+        ("bf16", 70, "latent_hopper<__nv_bfloat16"),
+        ("q8_0", 1, "latent<__half"),
+        ("q8_0", 70, "latent_hopper<__half"),
+        ("f32", 1, "any<576"),
+    ],
+)
+def test_lists_of_latent_rows_have_a_kernel(
+    pair: tuple[int, int], dtype: str, n_q: int, kernel: str
+) -> None:
+    """It gathers no rows. One mask for each head is the only thing that it cannot read."""
+    plan = gg.compile({"y": listed(pair, dtype, 1, n_q)}, backends=[GPU, HOST])
+    (names,) = (kernels.names for kernels in plan.kernels())
+    names = [name for name in names if name not in ("combine<4>", "decode_q8_0")]
+    assert len(names) == 1 and names[0].startswith(kernel) and names[0].endswith("true>")
+    y = listed(pair, dtype, 1, n_q, m2=128)
+    reason = TABLE.refusal(y)
+    assert reason is not None and "one mask for all heads" in reason
+    nodes = [n for step in gg.compile({"y": y}, backends=[GPU]).steps for n in step.nodes]
+    assert any(n.op is gg.get_rows for n in nodes)
+
+
+def test_a_block_has_one_list() -> None:
+    """Its rows are the heads of one query, and splits share the list."""
+    for heads, n_q, n_ids in ((1, 5, 100), (16, 3, 2048), (100, 2, 65), (128, 1, 2048)):
+        q, ids = gg.input("q", ne=(576, n_q, heads)), gg.input("ids", "i32", ne=(n_ids, n_q))
+        k = gg.state("k", "f16", ne=(576, 4096))
+        y = gg.flash_attn_ext(q, k, gg.view(k, ne=(512, 4096)), ids=ids, scale=0.1)
+        launch = records_of(y)[0]
+        assert isinstance(launch, Launch)
+        rows = 16 if heads <= 16 else 64
+        blocks = n_q * -(-heads // rows)
+        assert launch.grid[1:] == (blocks, 1)
+        assert 1 <= launch.grid[0] <= max(1, min(132 // blocks, -(-n_ids // 64)))
+
+
 def test_the_budget_cuts_gathered_rows() -> None:
-    q, ids = gg.input("q", ne=(576, 64, 16)), gg.input("ids", "i32", ne=(512, 64))
-    k = gg.state("rows", "f16", ne=(576, 4096))
-    y = gg.flash_attn_ext(q, k, gg.view(k, ne=(512, 4096)), None, None, None, ids, scale=0.1)
+    q, ids = gg.input("q", ne=(192, 64, 16)), gg.input("ids", "i32", ne=(1536, 64))
+    k = gg.state("rows", "f16", ne=(192, 4096))
+    y = gg.flash_attn_ext(q, k, gg.view(k, ne=(128, 4096)), None, None, None, ids, scale=0.1)
     whole = gg.compile({"y": y}, backends=[GPU]).memory.score_peak
-    assert whole >= 64 * 512 * 576 * (4 + 2)
+    assert whole >= 64 * 1536 * 192 * (4 + 2)
     cut = gg.compile({"y": y}, backends=[GPU], amb=20)
     assert cut.memory.score_peak <= 20 << 20
     (dims,) = (step.loop.dims for step in cut.steps if isinstance(step, LoopStep))

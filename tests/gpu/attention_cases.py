@@ -32,6 +32,8 @@ class Attention:
             tiles, and one row completely
     inside  V is a view of K from this element on; negative: V is its own tensor
     kv_len  negative: none
+    n_ids   length of each query's list of keys; 0: no lists. Keys of a list are distinct; a fifth
+            are negative or past the last key, and so are those from n_kv on
     """
 
     route: str
@@ -49,12 +51,14 @@ class Attention:
     inside: int = -1
     sinks: bool = False
     kv_len: int = -1
+    n_ids: int = 0
     attrs: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         shape = f"{self.d_k}/{self.d_v} q{self.n_q} kv{self.n_kv} h{self.heads}/{self.heads_kv}"
         types = f"x{self.n3} {self.dtype} {self.mask}{self.m2}{self.m3} in{self.inside}"
-        return f"{self.route} {shape} {types} len{self.kv_len} sinks{self.sinks:d} {self.attrs}"
+        more = f"len{self.kv_len} ids{self.n_ids} sinks{self.sinks:d}"
+        return f"{self.route} {shape} {types} {more} {self.attrs}"
 
     @property
     def pos(self) -> Array | None:
@@ -87,7 +91,9 @@ class Attention:
             mask = gg.input("mask", "f16", ne=(self.n_kv, self.n_q, self.m2, self.m3))
         sinks = gg.input("sinks", "f32", ne=(self.heads,)) if self.sinks else None
         kv_len = gg.input("kv_len", "i32", ne=(1,)) if self.kv_len >= 0 else None
-        return gg.flash_attn_ext(q, k, v, mask, sinks, kv_len, **self.all_attrs)
+        lists = (self.n_ids, self.n_q, 1, self.n3)
+        ids = gg.input("ids", "i32", ne=lists) if self.n_ids else None
+        return gg.flash_attn_ext(q, k, v, mask, sinks, kv_len, ids, **self.all_attrs)
 
     def leaves(self) -> dict[str, Array]:
         """The stored values of the inputs; the same in every call."""
@@ -117,6 +123,14 @@ class Attention:
             leaves["sinks"] = normal(1, 1, 1, self.heads)
         if self.kv_len >= 0:
             leaves["kv_len"] = np.full((1, 1, 1, 1), self.kv_len, np.int32)
+        if self.n_ids:
+            leaves["ids"] = np.empty((self.n3, 1, self.n_q, self.n_ids), np.int32)
+            count = max(self.n_ids, self.n_kv)
+            for row in leaves["ids"].reshape(-1, self.n_ids):
+                ids = rng.permutation(count)
+                ids[(rng.random(count) < 0.1) | (ids >= self.n_kv)] = -1
+                ids[rng.random(count) < 0.1] = self.n_kv
+                row[:] = ids[: self.n_ids]
         return leaves
 
 
@@ -149,12 +163,19 @@ def reference(case: Attention, leaves: dict[str, Array]) -> Array:
         elif case.mask:
             s += slope(h, case) * leaves["mask"][i3 % case.m3, h % case.m2].astype(np.float64)
         s[:, max(0, live) :] = -np.inf
+        listed = v[i3, h // ratio]
+        if case.n_ids:
+            ids = leaves["ids"][i3, 0]
+            real = (ids >= 0) & (ids < case.n_kv)
+            s = np.where(real, np.take_along_axis(s, ids * real, axis=1), -np.inf)
+            listed = listed[ids * real]
         sink = leaves["sinks"][0, 0, 0, h] if case.sinks else -np.inf
         top = np.maximum(s.max(axis=1, keepdims=True), sink)
         with np.errstate(invalid="ignore", divide="ignore"):
             p = np.nan_to_num(np.exp(s - top))  # rows without a live key
             total = p.sum(axis=1, keepdims=True) + np.nan_to_num(np.exp(sink - top))
-            out[i3, :, h, :-1] = np.nan_to_num(p / total) @ v[i3, h // ratio]
+            p = np.nan_to_num(p / total)[:, None]
+            out[i3, :, h, :-1] = (p @ listed)[:, 0]
             out[i3, :, h, -1:] = top + np.log(total)
     out[np.isnan(out)] = -np.inf  # of -inf and the log of 0
     return out if attrs.get("lse") else out[..., :-1]
@@ -193,8 +214,11 @@ def random_case(route: str, dice: random.Random) -> Attention:
     heads_kv = pick([1, 2, 3])
     n_q, n_kv = pick([1, 2, 3, 5]), pick([1, 17, 100, 256, 700, 1999])
     inside = -1
+    n_ids = 0
     if route.startswith("latent"):
-        d_k, d_v, inside = 576, 512, pick([0, 0, 64])
+        d_k, d_v = pick(routes.LATENT)
+        inside = pick([0, 0, d_k - d_v])
+        n_ids = pick([0, 0, 1, 63, 64, 65, 300, 1000])
         heads_kv, ratio = pick([1, 1, 1, 2]), pick([1, 5, 16, 32, 128])
         n_q = pick([1, 1, 2, 4, 33])
         cache = pick(["f16", "f16", "bf16", "q8_0"])
@@ -203,6 +227,7 @@ def random_case(route: str, dice: random.Random) -> Attention:
         cache = pick(["f32", "f16", "bf16"] + ["q8_0"] * (d_k % 32 == 0 == d_v % 32))
         if d_k == 576:
             inside = pick([-1, 0, 64])
+            n_ids = pick([0, 9, 100])
     else:
         d_k, d_v = pick(list(routes.HOPPER if route == "hopper" else routes.PAIRS))
         if (d_k, d_v) in routes.HOPPER:
@@ -212,7 +237,8 @@ def random_case(route: str, dice: random.Random) -> Attention:
     case = Attention(route, d_k, d_v, n_q, n_kv, heads_kv * ratio, heads_kv, pick([1, 1, 2]), cache)
     case.inside = inside
     case.mask = pick(["", "pos", "pos", "window", "random", "dead", "alibi"])
-    case.m2, case.m3 = pick([1, case.heads]), pick([1, case.n3])
+    case.m2, case.m3 = 1 if n_ids else pick([1, case.heads]), pick([1, case.n3])
+    case.n_ids = n_ids
     case.sinks = dice.random() < 0.25
     case.kv_len = -1 if dice.random() < 0.6 else pick([0, n_kv // 2, n_kv, n_kv + 9])
     case.attrs = {"lse": dice.random() < 0.4}
@@ -228,7 +254,7 @@ def random_case(route: str, dice: random.Random) -> Attention:
 
 
 #: Random cases of each route.
-COUNTS = {"any": 30, "split": 50, "latent": 40, "latent_hopper": 30, "tiles": 50, "hopper": 60}
+COUNTS = {"any": 30, "split": 50, "latent": 80, "latent_hopper": 70, "tiles": 50, "hopper": 60}
 #: Simple cases of each kernel. They run first, because they are the easiest to debug.
 PLAIN = [
     *(
@@ -242,6 +268,16 @@ PLAIN = [
     Attention("latent", 576, 512, 1, 4096, 128, 1, inside=0),
     Attention("latent_hopper", 576, 512, 1, 4096, 128, 1, inside=0),
     Attention("latent_hopper", 576, 512, 1, 4096, 16, 1, inside=64),
+    Attention("latent", 512, 512, 1, 4096, 16, 1, inside=0),
+    Attention("latent_hopper", 512, 512, 1, 4096, 64, 1, inside=0),
+    *(
+        Attention(route, *pair, 2, 700, heads, 1, dtype=cache, inside=0, n_ids=n_ids)
+        for pair in routes.LATENT
+        for route in ("latent", "latent_hopper")
+        for cache in ("f16", "q8_0")
+        for heads in (1, 16, 64, 128)
+        for n_ids in (1, 64, 555)
+    ),
 ]
 LONG = [
     Attention("", 192, 128, 2048, 2048, 16, 16, mask="pos"),
@@ -251,6 +287,10 @@ LONG = [
     Attention("", 576, 512, 300, 4096, 16, 1, mask="pos", inside=0),
     Attention("", 128, 128, 100, 8000, 32, 8, mask="random"),
     Attention("", 192, 128, 200, 3000, 4, 4, dtype="q8_0", mask="pos"),
+    Attention("", 576, 512, 1, 16384, 128, 1, inside=0, n_ids=2048),
+    Attention("", 576, 512, 70, 8192, 128, 1, mask="pos", inside=0, n_ids=512),
+    Attention("", 512, 512, 130, 4096, 64, 1, mask="random", inside=0, n_ids=512, sinks=True),
+    Attention("", 576, 512, 40, 4096, 128, 1, dtype="q8_0", mask="pos", inside=0, n_ids=512),
 ]
 
 

@@ -10,7 +10,15 @@ import numpy as np
 from pyggml import ops
 from pyggml.backends.cuda.argument import Struct
 from pyggml.backends.cuda.attention.arguments import Attention, HopperArgument, LatentArgument
-from pyggml.backends.cuda.attention.routes import CELL, HOPPER, STATIC, TYPES, Instance, Shape
+from pyggml.backends.cuda.attention.routes import (
+    CELL,
+    HOPPER,
+    LATENT,
+    STATIC,
+    TYPES,
+    Instance,
+    Shape,
+)
 from pyggml.backends.cuda.device.tensormap import TensorMap, tensor_map
 from pyggml.backends.cuda.fusion import Fused, Run
 from pyggml.backends.cuda.launch import ABSENT, Call, Operand
@@ -19,9 +27,13 @@ from pyggml.node import Node
 
 
 def _refuses(node: Node) -> str | None:
-    k, v = node["k"], node["v"]
+    k, v, mask = node["k"], node["v"], node.get("mask")
     if node.get("ids") is not None:
-        return "flash_attn_ext reads no lists of keys here"
+        if (k.ne[0], v.ne[0]) not in LATENT:
+            known = " and ".join(f"{d_k}/{d_v}" for d_k, d_v in LATENT)
+            return f"flash_attn_ext reads lists of keys of {known}, not {k.ne[0]}/{v.ne[0]}"
+        if mask is not None and mask.ne[2] > 1:
+            return "flash_attn_ext with lists of keys takes one mask for all heads"
     for what, source in (("keys", k), ("values", v)):
         if source.dtype.name not in TYPES:
             return f"flash_attn_ext cannot read {what} of {source.dtype}"
@@ -100,7 +112,7 @@ class _Attention:
         grain = 4 if self.shape.type_k == "q8_0" else 16
         if not (self.k.aligned(grain) and self.v.aligned(grain)):
             return False
-        if self.mask is not None and self.mask.nb[0] != 2:
+        if self.shape.mask_batch and self.mask is not None and self.mask.nb[0] != 2:
             return False
         if route.startswith("latent"):
             start = self._inside()
@@ -110,7 +122,7 @@ class _Attention:
         if "hopper" in route and self.call.device.arch != "90a":
             return False
         instance = self._instance(route)
-        few = self.shape.rows <= 65535 * instance.rows
+        few = self.shape.blocks(instance.rows) <= 65535
         return few and instance.shared + STATIC <= self.call.device.shared
 
     def _inside(self) -> int | None:
@@ -129,15 +141,15 @@ class _Attention:
         self.k, self.v = (self._decoded(x, n) if n else x for x, n in sizes)
         if shape.splits(route) > 1:
             self.parts, self.stats = (call.scratch(n) for n in shape.parts(route))
-        if self.mask is not None:
+        if shape.mask_batch:
             self.map = call.scratch(shape.map)
         argument = self._argument()
-        if self.mask is not None:
+        if shape.mask_batch:
             cells = -(-shape.n_kv // CELL), -(-shape.n_q // CELL)
             self._launch(
                 "combine", "survey", (-(-cells[0] // 8), cells[1], shape.mask_batch), argument
             )
-        blocks, outer = -(-shape.rows // instance.rows), shape.heads_kv * shape.n3
+        blocks, outer = shape.blocks(instance.rows), shape.heads_kv * shape.n3
         splits = shape.splits(route)
         grid = {
             "any": (blocks, splits, outer),
@@ -205,7 +217,7 @@ class _Attention:
         call, shape, attrs = self.call, self.shape, self.call.attrs
         # A window that reaches back past every position hides no key.
         window = self.window if self.window is not None and self.window < 2**31 else 0
-        mask, pos = self.mask or ABSENT, self.pos or ABSENT
+        mask, pos, ids = self.mask or ABSENT, self.pos or ABSENT, call.get("ids") or ABSENT
         sinks, kv_len = call.get("sinks") or ABSENT, call.get("kv_len") or ABSENT
         return Attention(
             q=self.q.ptr,
@@ -219,11 +231,13 @@ class _Attention:
             parts=self.parts,
             stats=self.stats,
             map=self.map,
+            ids=ids.ptr,
             nb_q=self.q.nb[1:],
             nb_k=self.k.nb[1:],
             nb_v=self.v.nb[1:],
             nb_mask=mask.nb,
             nb_out=call.out.nb[1:],
+            nb_ids=(ids.nb[0], ids.nb[1], ids.nb[3]),
             nb_sinks=sinks.nb[0],
             nb_pos=pos.nb[0],
             n_q=shape.n_q,
@@ -244,6 +258,8 @@ class _Attention:
             type_k=TYPES[shape.type_k],
             type_v=TYPES[shape.type_v],
             v_start=self.v_start,
+            n_ids=shape.n_ids,
+            pitch=shape.pitch(self.instance.rows),
             scale=attrs["scale"],
             softcap=attrs["logit_softcap"],
             max_bias=0.0 if self.mask is None else attrs["max_bias"],

@@ -9,11 +9,12 @@ from functools import cached_property
 from pyggml.backends.cuda.table import ALIGNMENT
 from pyggml.node import Node
 
-#: Head sizes (d_k, d_v) with tensor-core kernels; 576/512 has its own.
+#: Head sizes (d_k, d_v) with tensor-core kernels.
 PAIRS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256))
-LATENT = (576, 512)
+#: Those with kernels for a V that is part of K. Only these read lists of keys.
+LATENT = ((576, 512), (512, 512))
 #: An upper bound of the kernels' static shared memory: latent_hopper, with the least room left,
-#: uses 1344 bytes.
+#: uses 1856 bytes.
 STATIC = 2048
 #: Warps and stages of attention_split.cu: the first pair that fits is used. The last one fits every
 #: GPU from 8.0 on: 99 KB on 8.6, 8.9 and 12.0, 163 KB on 8.0.
@@ -74,22 +75,48 @@ class Shape:
     n3: int
     type_k: str
     type_v: str
-    mask_batch: int  # 0: no mask
+    mask_batch: int  # 0: no map of a mask
     exact: bool
+    n_ids: int = 0  # 0: no lists
 
     @staticmethod
     def of(node: Node, fused: bool = False) -> Shape:
-        q, k, v, mask = node["q"], node["k"], node["v"], node.get("mask")
-        batch = 0 if mask is None or fused else mask.ne[3]
+        q, k, v, mask, ids = node["q"], node["k"], node["v"], node.get("mask"), node.get("ids")
+        batch = 0 if mask is None or fused or ids is not None else mask.ne[3]
+        n_ids = 0 if ids is None else ids.ne[0]
         names = k.dtype.name, v.dtype.name
         exact = node.attrs["prec"] == "f32"
         d_k, n_q, heads, n3 = q.ne
-        return Shape(d_k, v.ne[0], n_q, k.ne[1], heads, k.ne[2], n3, *names, batch, exact)
+        return Shape(d_k, v.ne[0], n_q, k.ne[1], heads, k.ne[2], n3, *names, batch, exact, n_ids)
+
+    @property
+    def ratio(self) -> int:
+        """Heads per key head."""
+        return self.heads // self.heads_kv
 
     @property
     def rows(self) -> int:
         """Rows of scores per key head."""
-        return self.n_q * (self.heads // self.heads_kv)
+        return self.n_q * self.ratio
+
+    @property
+    def together(self) -> int:
+        """Rows of scores per key head that see the same keys, up to masks: of one query if each has
+        a list."""
+        return self.ratio if self.n_ids else self.rows
+
+    @property
+    def keys(self) -> int:
+        """Keys of a query."""
+        return self.n_ids or self.n_kv
+
+    def pitch(self, rows: int) -> int:
+        """Rows from one query to the next, with `rows` per block: no block has two lists."""
+        return _ceil(self.ratio, rows) * rows if self.n_ids else self.ratio
+
+    def blocks(self, rows: int) -> int:
+        """Blocks of `rows` rows per key head."""
+        return _ceil(self.n_q * self.pitch(rows), rows)
 
     @cached_property
     def routes(self) -> tuple[str, ...]:
@@ -97,22 +124,29 @@ class Shape:
         pair, kind = (self.d_k, self.d_v), self.type_k
         if self.exact or kind != self.type_v or kind not in C_TYPES:
             return ("any",)
-        if pair == LATENT:
-            many = self.rows > (16 if kind != "q8_0" else 256)
+        if pair in LATENT:
+            many = self.together > 16 if kind != "q8_0" else self._decodes
             return ("latent_hopper",) * many + ("latent", "any")
-        if pair not in PAIRS or (kind == "q8_0" and pair not in HOPPER):
+        if self.n_ids or pair not in PAIRS or (kind == "q8_0" and pair not in HOPPER):
             return ("any",)
         if self.rows <= 32:
             return "split", "any"
         full = 2 * _ceil(self.rows, 128) * self.heads_kv * self.n3 >= FULL
         return ("hopper",) * (full and pair in HOPPER) + ("tiles", "any")
 
+    @property
+    def _decodes(self) -> bool:
+        """Whether so many keys of q8_0 are read that decoding all of them first costs little."""
+        if self.n_ids:
+            return self.together > 16 and self.n_q * self.n_ids >= self.n_kv
+        return self.rows > 256
+
     def block_rows(self, route: str) -> int:
         """Rows of scores per block; for `latent` the maximum, if shared memory allows."""
         if route == "latent_hopper":
             return 64
         if route == "latent":
-            return 16 if self.rows <= 16 else 64
+            return 16 if self.together <= 16 else 64
         if route == "tiles":
             return 64 if self.rows <= 64 else 128
         return 128 if route == "hopper" else 16
@@ -121,8 +155,8 @@ class Shape:
         """The number of splits of the keys, chosen so that even few rows fill the GPU."""
         if route == "hopper":
             return 1
-        blocks = _ceil(self.rows, self.block_rows(route)) * self.heads_kv * self.n3
-        units = _ceil(self.n_kv, LEAST[route])
+        blocks = self.blocks(self.block_rows(route)) * self.heads_kv * self.n3
+        units = _ceil(self.keys, LEAST[route])
         most = max(1, min(FULL * (2 if route == "any" else 1) // blocks, units))
         return _ceil(units, _ceil(units, most))
 
@@ -158,9 +192,10 @@ class Shape:
             size = next(n for n in (64, 128, 256, 576) if n >= max(d_k, d_v))
             keys = 16 if size == 576 else 32
             shared = 4 * ((16 + keys) * (size + 4) + 16 * (keys + 1))
-            return Instance(f"any<{size}, {keys}>", 256, rows, shared)
+            return Instance(f"any<{size}, {keys}, {self._listed}>", 256, rows, shared)
         if route == "latent_hopper":
-            return Instance(f"latent_hopper<{kind}>", 256, rows, 64 * (3 * 1152 + 128) + 1024)
+            name = f"latent_hopper<{kind}, {d_k}, {self._listed}>"
+            return Instance(name, 256, rows, 64 * (6 * d_k + 128) + 1024)
         if route == "latent":
             return _first_fit((self._latent(*cut) for cut in LATENT_SPLIT[rows]), room)
         if route == "split":
@@ -183,10 +218,15 @@ class Shape:
         return Instance(f"split<{words}>", 32 * warps, 16, warps * max(ring, 64 * (d_v + 4)))
 
     def _latent(self, mi: int, wm: int, wn: int, keys: int) -> Instance:
-        raw, rows = self.type_k == "q8_0", 16 * mi * wm
-        tiles = keys * (1152 + 2 * 612) if raw else 2 * keys * 1152
-        words = f"{C_TYPES[self.type_k]}, {mi}, {wm}, {wn}, {keys}, {str(raw).lower()}"
-        return Instance(f"latent<{words}>", 32 * wm * wn, rows, rows * (1152 + 2 * keys) + tiles)
+        raw, rows, row = self.type_k == "q8_0", 16 * mi * wm, 2 * self.d_k
+        tiles = keys * (row + 2 * (self.d_k // 32 * 34)) if raw else 2 * keys * row
+        cut = f"{mi}, {wm}, {wn}, {keys}"
+        words = f"{C_TYPES[self.type_k]}, {self.d_k}, {cut}, {str(raw).lower()}, {self._listed}"
+        return Instance(f"latent<{words}>", 32 * wm * wn, rows, rows * (row + 2 * keys) + tiles)
+
+    @property
+    def _listed(self) -> str:
+        return str(self.n_ids > 0).lower()
 
     def scratch(self) -> int:
         """Bytes of scratch, enough for any kernel that may be chosen."""

@@ -2,8 +2,9 @@
 // every node with prec="f32". A block of 256 threads computes 16 rows of scores and walks its split
 // of the keys in tiles of BN. Each tile is decoded to f32 in shared memory: first the keys for the
 // scores, then the values in the same place.
-// @kernel any<{64|128|256}, 32>
-// @kernel any<576, 16>
+// With LIST, keys come from a query's list.
+// @kernel any<{64|128|256}, 32, false>
+// @kernel any<576, 16, {false|true}>
 #include "attention.cuh"
 #include "blocks.cuh"
 
@@ -44,29 +45,36 @@ __device__ __noinline__ void repair_columns(const Attention &a, int i3, int head
     repair<1>(a, i3, head_kv, r, j0, j1, split, column, min(column + 32, a.d_v), m, l, source);
 }
 
-template <int D, int BN>
+template <int D, int BN, bool LIST>
 __global__ void __launch_bounds__(256) any(const __grid_constant__ Attention a) {
     wait_for_predecessor();
     constexpr int M = 16, PITCH = D + 4, N = D / 64;
     extern __shared__ __align__(16) float memory[];
     float *q = memory, *tile = q + M * PITCH, *p = tile + BN * PITCH;
-    __shared__ float lost[M], top[M], total[M];
+    __shared__ float lost[M], top[M], total[M], biases[BN];
+    __shared__ int rows_of[BN];
     const int t = threadIdx.x, lane = t % 32, warp = t / 32;
     const int split = blockIdx.y, r0 = blockIdx.x * M;
     const int head_kv = blockIdx.z % a.heads_kv, i3 = blockIdx.z / a.heads_kv;
     const int ratio = a.ratio(), live = a.live();
-    const int q0 = r0 / ratio, q1 = (r0 + M - 1) / ratio;
+    const int q0 = r0 / a.pitch, q1 = (r0 + M - 1) / a.pitch;
 
     release_successor();
     for (int r = warp; r < M; r += 8) {
-        const int query = (r0 + r) / ratio, head = head_kv * ratio + (r0 + r) % ratio;
+        const int query = (r0 + r) / a.pitch, h = (r0 + r) % a.pitch, head = head_kv * ratio + h;
         const float *row =
             (const float *)(a.q + query * a.nb_q[0] + head * a.nb_q[1] + i3 * a.nb_q[2]);
         for (int i = lane; i < PITCH; i += 32)
-            q[r * PITCH + i] = query < a.n_q && i < a.d_k ? row[i] : 0;
+            q[r * PITCH + i] = query < a.n_q && h < ratio && i < a.d_k ? row[i] : 0;
     }
     if (t < M) top[t] = -INF, total[t] = 0;
-    const Walk<BN> walk(a, i3, q0, q1, live, split);
+    const Walk<BN> walk = walk_of<LIST, BN>(a, i3, q0, q1, live, split);
+    auto list = list_of<LIST, BN, 8 * BN>(a, i3, head_kv, r0, live, split);
+    if (LIST && t < 8 * BN) list.turn(walk.first);
+    // The row of the cache at place j of a tile, or a negative number.
+    const auto row_at = [&](int j0, int j) {
+        return LIST ? rows_of[j] : j0 + j < live ? j0 + j : -1;
+    };
     const float scale = a.softcap > 0 ? a.scale / a.softcap : a.scale;
     const int column = t % 64, rows = t / 64 * 4;
     float sums[4][N] = {};
@@ -77,11 +85,19 @@ __global__ void __launch_bounds__(256) any(const __grid_constant__ Attention a) 
         const char *k = a.k + head_kv * a.nb_k[1] + i3 * a.nb_k[2];
         const char *v = a.v + head_kv * a.nb_v[1] + i3 * a.nb_v[2];
         __syncthreads();
+        if constexpr (LIST) {
+            if (t < 8 * BN) list.fetch(n, biases, [&](int i, int id) {
+                if (t % 8 == 0) rows_of[list.place(i)] = id;
+            });
+            __syncthreads();
+        }
         const int width = (a.d_k + 3) / 4 * 4;
-        for (int j = warp; j < BN; j += 8)
+        for (int j = warp; j < BN; j += 8) {
+            const int from = row_at(j0, j);
             for (int i = lane; i < width; i += 32)
                 tile[j * PITCH + i] =
-                    j0 + j < live && i < a.d_k ? element(k + (j0 + j) * a.nb_k[0], a.type_k, i) : 0;
+                    from >= 0 && i < a.d_k ? element(k + from * a.nb_k[0], a.type_k, i) : 0;
+        }
         __syncthreads();
         for (int i = t; i < M * BN; i += 256) {
             const int r = i / BN, j = i % BN;
@@ -95,17 +111,21 @@ __global__ void __launch_bounds__(256) any(const __grid_constant__ Attention a) 
             s *= scale;
             s = (a.softcap > 0 ? a.softcap * tanhf(s) : s) * LOG2E;
             bool visible = j0 + j >= row.first && j0 + j < row.last;
-            if (visible && row.mask) {
+            if constexpr (LIST) {
+                visible = biases[j] != -INF;
+                s += row.slope * biases[j];
+            } else if (visible && row.mask) {
                 const float bias = half_at(row.mask + (j0 + j) * a.nb_mask[0]);
                 s += row.slope * bias, visible = bias != -INF;
             }
             p[r * (BN + 1) + j] = visible ? s : -INF;
         }
         __syncthreads();
-        for (int j = warp; j < BN; j += 8)
+        for (int j = warp; j < BN; j += 8) {
+            const int from = row_at(j0, j);
             for (int i = lane; i < a.d_v; i += 32)
-                tile[j * PITCH + i] =
-                    j0 + j < live ? element(v + (j0 + j) * a.nb_v[0], a.type_v, i) : 0;
+                tile[j * PITCH + i] = from >= 0 ? element(v + from * a.nb_v[0], a.type_v, i) : 0;
+        }
         for (int r = warp; r < M; r += 8) {
             const float s = lane < BN ? p[r * (BN + 1) + lane] : -INF;
             float m = s;
@@ -153,6 +173,7 @@ __global__ void __launch_bounds__(256) any(const __grid_constant__ Attention a) 
                 odd[r] |= !finite_number(sums[r][i]);
             }
     }
+    if (LIST) return;  // hidden keys were not read
     const Every source = {a.k + head_kv * a.nb_k[1] + i3 * a.nb_k[2],
                           a.v + head_kv * a.nb_v[1] + i3 * a.nb_v[2],
                           a.nb_k[0], a.nb_v[0], a.type_k, a.type_v};

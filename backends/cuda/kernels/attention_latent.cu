@@ -1,5 +1,5 @@
-// flash_attn_ext of the latent cache (576/512, V is a view of K): a block reads each byte of the
-// cache once and uses it both as key and as value.
+// flash_attn_ext of the latent cache (576/512 or 512/512, V is a view of K): a block reads each byte
+// of the cache once and uses it both as key and as value. With LIST, keys come from a query's list.
 //
 // Two designs. (a) wgmma: 64 rows; two warpgroups own half of the 512 columns each and exchange
 // weights. Good from 64 rows on, but at 16 heads three quarters of the work is wasted. (b) mma
@@ -13,51 +13,72 @@
 // flight or in use. Rows of 1152 bytes are swizzled: chunk c (16 bytes) of row r is at c ^ (r & 7).
 // With tiles of 64 keys, 16 or 64 rows need the shared memory of 9.0. With 32 keys they fit on 8.0;
 // 16 rows, 4 warps and 32 keys fit on every GPU from 8.0 on.
-// @kernel hot latent<{__half|__nv_bfloat16}, {1, 1, 8, 64|1, 2, 4, 32}, false>
-// @kernel latent<{__half|__nv_bfloat16}, 2, 2, 4, 64, false>
-// @kernel 80 latent<{__half|__nv_bfloat16}, 2, 2, 4, 32, false>
-// @kernel hot latent<__half, {1, 1, 8, 64|1, 2, 4, 32|2, 2, 4, 32}, true>
-// @kernel hot 80 86 89 120a latent<{__half|__nv_bfloat16}, 1, 1, 4, 32, false>
-// @kernel hot 80 86 89 120a latent<__half, 1, 1, 4, 32, true>
+//
+// Lists: a block has the rows of one query, so 128 heads share each row of the cache that is
+// gathered, and prompts of few heads waste rows. Gathering a tile costs the threads its addresses,
+// one for 9 or 8 copies of 16 bytes.
+// @kernel hot latent<{__half|__nv_bfloat16}, {576|512}, {1, 1, 8, 64|1, 2, 4, 32}, false, {false|true}>
+// @kernel latent<{__half|__nv_bfloat16}, {576|512}, 2, 2, 4, 64, false, {false|true}>
+// @kernel 80 latent<{__half|__nv_bfloat16}, {576|512}, 2, 2, 4, 32, false, {false|true}>
+// @kernel hot latent<__half, {576|512}, {1, 1, 8, 64|1, 2, 4, 32|2, 2, 4, 32}, true, {false|true}>
+// @kernel latent<__half, {576|512}, {2, 1, 8, 64|2, 1, 4, 32|1, 2, 4, 64}, {false|true}, true>
+// @kernel hot 80 86 89 120a latent<{__half|__nv_bfloat16}, {576|512}, 1, 1, 4, 32, false, {false|true}>
+// @kernel hot 80 86 89 120a latent<__half, {576|512}, 1, 1, 4, 32, true, {false|true}>
 #include "attention.cuh"
 #include "attention_q8_0.cuh"
 
-constexpr int DK = 576, DV = 512, PITCH = DK * 2, RAW = DK / 32 * 34;
-
-__device__ __forceinline__ int swizzled(int row, int chunk) {
-    return row * PITCH + (chunk ^ (row & 7)) * 16;
-}
+constexpr int DV = 512;
 
 // Shared memory: queries, tiles, weights. With q8_0 there are two raw tiles and one decoded tile.
-template <int M, int BN, bool Q8>
+template <int DK, int M, int BN, bool Q8>
 struct LatentShape {
+    static constexpr int PITCH = DK * 2, RAW = DK / 32 * 34;
     static constexpr int Q = M * PITCH, TILE = BN * PITCH, P = M * BN * 2,
                          STAGE = Q8 ? BN * RAW : TILE;
     static constexpr int TILES = Q8 ? TILE + 2 * STAGE : 2 * STAGE, BYTES = Q + TILES + P;
 };
 
-template <class T, int MI, int WM, int WN, int BN, bool Q8>
+template <class T, int DK, int MI, int WM, int WN, int BN, bool Q8, bool LIST>
 __global__ void __launch_bounds__(32 * WM * WN, 1) latent(const __grid_constant__ Attention a) {
     wait_for_predecessor();
     constexpr int WARPS = WM * WN, THREADS = 32 * WARPS;
     constexpr int M = 16 * MI * WM, NT = BN / 8 / WN, NV = DV / 8 / WN;
     constexpr int PITCH_P = BN * 2;
-    using Shape = LatentShape<M, BN, Q8>;
+    using Shape = LatentShape<DK, M, BN, Q8>;
+    constexpr int PITCH = Shape::PITCH, RAW = Shape::RAW;
     extern __shared__ __align__(128) char memory[];
     __shared__ float factors[M], tops[WN][M], totals[WN][M];
+    __shared__ __align__(8) float biases[2][LIST ? BN : 1];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, wm = warp / WN, wn = warp % WN;
     const int part = blockIdx.x, r0 = blockIdx.y * M;
     const int head_kv = blockIdx.z % a.heads_kv, i3 = blockIdx.z / a.heads_kv;
-    const int ratio = a.ratio(), live = a.live(), q0 = r0 / ratio, q1 = (r0 + M - 1) / ratio;
+    const int live = a.live(), q0 = r0 / a.pitch, q1 = (r0 + M - 1) / a.pitch;
     char *queries = memory, *ring = memory + Shape::Q, *weights = ring + Shape::TILES;
+    const auto swizzled = [](int row, int chunk) {
+        return row * PITCH + (chunk ^ (row & 7)) * 16;
+    };
 
+    auto list = list_of<LIST, BN, THREADS>(a, i3, head_kv, r0, live, part);
     const Queries<T, DK, M, WARPS> loaded(a, i3, head_kv, r0, warp);
-    const Walk<BN> walk(a, i3, q0, q1, live, part);
+    const Walk<BN> walk = walk_of<LIST, BN>(a, i3, q0, q1, live, part);
+    list.turn(walk.first);
     const char *k = a.k + head_kv * a.nb_k[1] + i3 * a.nb_k[2];
     const auto fetch = [&](int t, int stage) {
         const int j0 = t * BN;
         char *to = ring + (Q8 ? Shape::TILE : 0) + stage * Shape::STAGE;
-        if constexpr (Q8) {
+        if constexpr (LIST) {
+            constexpr int PIECE = Q8 ? 4 : 16, COUNT = (Q8 ? RAW : PITCH) / PIECE;
+            list.fetch(t, biases[stage], [&](int i, int id) {
+                const int j = list.place(i);
+                const char *from = k + (id < 0 ? 0 : id * a.nb_k[0]);
+#pragma unroll 3
+                for (int c = threadIdx.x % 8; c < COUNT; c += 8)
+                    if constexpr (Q8)
+                        copy4(shared_address(to) + j * RAW + c * 4, from + c * 4, id >= 0);
+                    else
+                        copy16(shared_address(to) + swizzled(j, c), from + c * 16, id >= 0);
+            });
+        } else if constexpr (Q8) {
             fetch_raw<BN, RAW>(shared_address(to), k + j0 * a.nb_k[0], a.nb_k[0], live - j0,
                                threadIdx.x, THREADS);
         } else {
@@ -81,13 +102,14 @@ __global__ void __launch_bounds__(32 * WM * WN, 1) latent(const __grid_constant_
     __syncthreads();
 
     const int row0 = wm * MI * 16 + lane / 4;  // this thread's first row in the block
-    float sums[MI][NV][4] = {}, m[MI][2], l[MI][2], factor[MI][2];
+    float sums[MI][NV][4] = {}, m[MI][2], l[MI][2], factor[MI][2], slope[MI][2];
 #pragma unroll
     for (int i = 0; i < MI; ++i)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             m[i][r] = -INF, l[i][r] = 0;
             factor[i][r] = factors[row0 + 16 * i + 8 * r];
+            if (LIST) slope[i][r] = Row(a, i3, head_kv, r0 + row0 + 16 * i + 8 * r, live).slope;
         }
 
     for (int stage = 0; now < walk.end; stage ^= 1) {
@@ -122,7 +144,7 @@ __global__ void __launch_bounds__(32 * WM * WN, 1) latent(const __grid_constant_
                 }
             }
         }
-        const int key = now * BN + wn * NT * 8 + 2 * (lane & 3);
+        const int place = wn * NT * 8 + 2 * (lane & 3), key = now * BN + place;
         const bool bias = walk.biased(now), special = bias || a.softcap > 0 || walk.edge(now);
         float left[MI][2];
 #pragma unroll
@@ -133,8 +155,10 @@ __global__ void __launch_bounds__(32 * WM * WN, 1) latent(const __grid_constant_
                 for (int e = 0; e < 4; ++e) s[i][c][e] += odd[i][c][e];
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                left[i][r] = factor[i][r];
-                if (special)
+                left[i][r] = LIST ? 1 : factor[i][r];
+                if constexpr (LIST)
+                    listed(a, s[i], 2 * r, factor[i][r], slope[i][r], biases[stage] + place);
+                else if (special)
                     left[i][r] = masked(a, Row(a, i3, head_kv, r0 + row0 + 16 * i + 8 * r, live),
                                         s[i], 2 * r, factor[i][r], key, bias);
                 float top = -INF;
@@ -233,8 +257,9 @@ __global__ void __launch_bounds__(32 * WM * WN, 1) latent(const __grid_constant_
                 odd[r] |= to.put((wn * NV + c) * 8 + (lane & 3) * 2, sums[i][c][2 * r],
                                  sums[i][c][2 * r + 1]);
         }
-        repair_rows<NV * 8>(a, i3, head_kv, r0 + (wm * MI + i) * 16, walk.first * BN, walk.end * BN, part,
-                            wn * NV * 8, odd, m[i], l[i],
-                            latent_source_of<Stored<T, Q8>>(a, i3, head_kv));
+        if constexpr (!LIST)
+            repair_rows<NV * 8>(a, i3, head_kv, r0 + (wm * MI + i) * 16, walk.first * BN,
+                                walk.end * BN, part, wn * NV * 8, odd, m[i], l[i],
+                                latent_source_of<Stored<T, Q8>>(a, i3, head_kv));
     }
 }

@@ -2,7 +2,9 @@
 // how a row ends.
 //
 // A row of scores is one query of one head. The `ratio` heads that share a key head are rows of one
-// block: row R is query R / ratio of head  head_kv ratio + R % ratio.
+// block: row R is query R / pitch of head  head_kv ratio + R % pitch. The pitch is the ratio, but with
+// lists of keys a block has one query only: there the pitch is rounded up to whole blocks, and rows
+// past the ratio are empty.
 // Scores are in units of log2: e^x = 2^(x log2 e), and 2^x is one instruction.
 //
 // A key hidden from a row must not affect it, even if its K or V row holds NaN or infinity. Its
@@ -37,13 +39,13 @@ struct Attention {
     float *parts;   // partial results of the splits for `combine`: sums ..
     float2 *stats;  // .. and (max, sum of weights)
     u8 *map;       // flags of the cells of `mask` [mask_batch][queries / 64][keys / 64], or null
-    long long nb_q[3], nb_k[3], nb_v[3], nb_mask[4], nb_out[3], nb_sinks, nb_pos;
+    const char *ids;  // i32: the keys of each query; null: all keys
+    long long nb_q[3], nb_k[3], nb_v[3], nb_mask[4], nb_out[3], nb_ids[3], nb_sinks, nb_pos;
     int n_q, n_kv, heads, heads_kv, n3, d_k, d_v, mask_heads, mask_batch;
-    int window, kv0, splits, head0, n_head, lse, type_k, type_v, v_start;
+    int window, kv0, splits, head0, n_head, lse, type_k, type_v, v_start, n_ids, pitch;
     float scale, softcap, max_bias;
 
     __device__ int ratio() const { return heads / heads_kv; }
-    __device__ int rows() const { return n_q * ratio(); }
     // The number of valid keys. kv_len, like positions, may be any int32.
     __device__ int live() const {
         if (!kv_len) return n_kv;
@@ -62,11 +64,11 @@ struct Row {
     float slope;
 
     __device__ Row(const Attention &a, int i3, int head_kv, int r, int live) {
-        const int ratio = a.ratio();
-        query = r / ratio;
-        head = head_kv * ratio + r % ratio;
+        const int ratio = a.ratio(), h = r % a.pitch;
+        query = r / a.pitch;
+        head = head_kv * ratio + h;
         first = 0, last = live, mask = nullptr, slope = LOG2E;
-        if (query >= a.n_q) {
+        if (query >= a.n_q || h >= ratio) {
             query = -1, last = 0;
             return;
         }
@@ -133,8 +135,8 @@ struct Queries {
 #pragma unroll
         for (int i = 0; i < MINE; ++i) {
             const int r = r0 + warp + i * WARPS;
-            const int query = r / ratio, head = head_kv * ratio + r % ratio;
-            const bool real = query < a.n_q;
+            const int query = r / a.pitch, h = r % a.pitch, head = head_kv * ratio + h;
+            const bool real = query < a.n_q && h < ratio;
             const float *from =
                 (const float *)(a.q + query * a.nb_q[0] + head * a.nb_q[1] + i3 * a.nb_q[2]);
 #pragma unroll
@@ -214,6 +216,81 @@ __device__ __forceinline__ float masked(const Attention &a, const Row &row, floa
             s[n][e + i] = seen ? x : -INF;
         }
     return 1;
+}
+
+// ---- lists of keys ------------------------------------------------------------------------------
+
+// The list of a block's query, as a thread copies its keys to tiles of BN places. Eight threads
+// share a place and copy its row together; a thread has the same PLACES of every tile. It reads ids
+// two tiles ahead and the mask one tile ahead, so that copies wait for neither.
+// A hidden key is not read: its place becomes zeros and its bias -inf. So nothing needs `repair`.
+template <int BN, int THREADS>
+struct Listed {
+    static constexpr int PLACES = BN * 8 / THREADS;
+    const char *ids;
+    const long long step, step_mask;
+    const Row row;  // its span and its mask are those of all rows of the query
+    const int n_ids;
+    int id[PLACES], later[PLACES];  // of the next tile; of the one after it, as in the list
+    float bias[PLACES];             // of the next tile
+
+    // Starts to read the first tile's ids. `turn` to that tile must follow.
+    __device__ __forceinline__ Listed(const Attention &a, int i3, const Row &row, int tile)
+        : ids(a.ids + row.query * a.nb_ids[1] + i3 * a.nb_ids[2]), step(a.nb_ids[0]),
+          step_mask(a.nb_mask[0]), row(row), n_ids(a.n_ids) {
+        look(tile);
+    }
+    __device__ __forceinline__ static int place(int i) {
+        return threadIdx.x / 8 + i * (THREADS / 8);
+    }
+    __device__ __forceinline__ void look(int tile) {
+#pragma unroll
+        for (int i = 0; i < PLACES; ++i) {
+            const int j = tile * BN + place(i);
+            later[i] = j < n_ids ? *(const int *)(ids + j * step) : -1;
+        }
+    }
+    // Makes `tile` the next one.
+    __device__ __forceinline__ void turn(int tile) {
+#pragma unroll
+        for (int i = 0; i < PLACES; ++i) {
+            const bool seen = later[i] >= row.first && later[i] < row.last;
+            id[i] = seen ? later[i] : -1;
+            bias[i] = !seen ? -INF
+                      : row.mask ? __half2float(*(const __half *)(row.mask + id[i] * step_mask))
+                                 : 0;
+        }
+        look(tile + 1);
+    }
+    // Calls `copy(i, id)` for the thread's places of `tile`, the next one, and stores their biases.
+    // The id of a hidden key is negative.
+    template <class Copy>
+    __device__ __forceinline__ void fetch(int tile, float *biases, Copy copy) {
+#pragma unroll
+        for (int i = 0; i < PLACES; ++i) {
+            copy(i, bias[i] == -INF ? -1 : id[i]);
+            if (threadIdx.x % 8 == 0) biases[place(i)] = bias[i];
+        }
+        turn(tile + 1);
+    }
+};
+
+// Turns products with listed keys into scores, for one of the two rows of a fragment (e = 0 or 2).
+// `biases` are those of the thread's keys.
+template <int N>
+__device__ __forceinline__ void listed(const Attention &a, float (&s)[N][4], int e, float factor,
+                                       float slope, const float *biases) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+        const float2 both = *(const float2 *)(biases + 8 * n);
+        const float bias[2] = {both.x, both.y};
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            float x = s[n][e + i] * factor;
+            if (a.softcap > 0) x = a.softcap * LOG2E * tanhf(x);
+            s[n][e + i] = bias[i] == -INF ? -INF : fmaf(slope, bias[i], x);
+        }
+    }
 }
 
 __device__ __forceinline__ float quad_max(float x) {
@@ -305,7 +382,13 @@ struct Walk {
     int first, end;
 
     __device__ __forceinline__ Walk(const Attention &a, int i3, int q0, int q1, int live, int split)
-        : a(a), i3(i3), q0(q0), q1(q1), seen(span(a, q0, q1 + 1, live)) {
+        : Walk(a, i3, q0, q1, split, span(a, q0, q1 + 1, live)) {}
+    // All places of a list.
+    __device__ __forceinline__ Walk(const Attention &a, int i3, int split)
+        : Walk(a, i3, 0, 0, split, Span{0, a.n_ids, 0, a.n_ids}) {}
+    __device__ __forceinline__ Walk(const Attention &a, int i3, int q0, int q1, int split,
+                                    const Span &seen)
+        : a(a), i3(i3), q0(q0), q1(q1), seen(seen) {
         const int start = seen.first / N, count = max(0, (seen.last + N - 1) / N - start);
         first = start + share(count, split, a.splits);
         end = start + share(count, split + 1, a.splits);
@@ -331,6 +414,29 @@ struct Walk {
         return t * N < seen.full_first || t * N + N > seen.full_last;
     }
 };
+
+// The list of a block that walks one, from its first tile on.
+struct NoList {
+    __device__ void turn(int) {}
+};
+template <bool LIST, int BN, int THREADS>
+__device__ __forceinline__ auto list_of(const Attention &a, int i3, int head_kv, int r0, int live,
+                                        int split) {
+    if constexpr (LIST)
+        return Listed<BN, THREADS>(a, i3, Row(a, i3, head_kv, r0, live),
+                                   Walk<BN>(a, i3, split).first);
+    else
+        return NoList();
+}
+// The walk of a block over all keys, or over the places of a list.
+template <bool LIST, int N>
+__device__ __forceinline__ Walk<N> walk_of(const Attention &a, int i3, int q0, int q1, int live,
+                                           int split) {
+    if constexpr (LIST)
+        return Walk<N>(a, i3, split);
+    else
+        return Walk<N>(a, i3, q0, q1, live, split);
+}
 
 __device__ __forceinline__ bool finite_number(float x) { return fabsf(x) < INF; }
 

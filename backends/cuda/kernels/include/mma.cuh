@@ -88,6 +88,13 @@ template <int N> __device__ __forceinline__ void copies_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// The barrier gets this thread's arrival when all its copies so far are done. A warpgroup's products
+// may read them after `fence_engines` by each thread that waited.
+__device__ __forceinline__ void copies_arrive(u64* b) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(b))
+                 : "memory");
+}
+
 // ---- mbarrier and the tensor copy engine (9.0) --------------------------------------------------
 
 __device__ __forceinline__ void barrier_init(u64* b, int count) {
