@@ -111,9 +111,9 @@ class Run:
         outside = (r for node in results for r in self.readers.get(node, ()) if r not in inside)
         if any(self.number[reader] <= place for reader in outside):
             return False
-        return not any(self._changed(node, place, inside) for node in step.nodes)
+        return not any(self.changed(node, place, inside) for node in step.nodes)
 
-    def _changed(self, node: Node, place: int, inside: Collection[Node]) -> bool:
+    def changed(self, node: Node, place: int, inside: Collection[Node] = ()) -> bool:
         """Whether a state that `node` reads is written between `node` and `place`."""
         states = {s.root for s in node.src if s is not None and s.root.op is state_op}
         first, last = sorted((self.number.get(node, place), place))

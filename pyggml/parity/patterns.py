@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pyggml.node import Node
 from pyggml.ops import (
     add,
+    cast,
     causal_mask,
     clamp,
     concat,
@@ -270,13 +271,33 @@ def chosen_rows(m: _Maker) -> Pattern:
     return m.done(chosen=chosen, all=flash_attn_ext(q, k, v, mask, scale=0.1))
 
 
+def indexed_rows(m: _Maker) -> Pattern:
+    """Attention to rows that were chosen under the same causal mask; rows stand for four positions
+    each."""
+    mask = causal_mask(m.positions(start=60), n_kv=32, stride=4)
+    ids = top_k(add(m.floats("scores", 32, T), cast(mask, dtype="f32")), k=9)
+    q, k = m.floats("q", 512, T, 20), m.floats("k", 512, 32, 1, type="f16")
+    return m.done(y=flash_attn_ext(q, k, k, mask, None, None, ids, scale=0.1, lse=True))
+
+
+def moved_list(m: _Maker) -> Pattern:
+    """The same, with positions in a state that is written between the mask and the attention."""
+    pos = state("pos", "i32", ne=(T,))
+    mask = causal_mask(pos, n_kv=32)
+    moved = cpy(m.positions("next", 20), pos)
+    ids = top_k(add(m.floats("scores", 32, T), cast(mask, dtype="f32")), k=9)
+    zero = scale(get_rows(m.floats("table", 1, 64), moved), s=0.0)
+    q, k = add(m.floats("q", 512, T, 4), zero), m.floats("k", 512, 32, 1, type="f16")
+    return m.done(y=flash_attn_ext(q, k, k, mask, None, None, ids, scale=0.1))
+
+
 PATTERNS: dict[str, Callable[[_Maker], Pattern]] = {
     **{
         graph.__name__: graph
         for graph in (
             norm_and_products, layer_norms, shared_activations, experts, grouped_experts,
             divided_weights, probabilities_kept, shared_mask, mask_kept, strided_mask,
-            moved_position, gated, hidden_rows, chosen_rows,
+            moved_position, gated, hidden_rows, chosen_rows, indexed_rows, moved_list,
             squares, odd_routing, flat_weights,
         )
     },

@@ -140,10 +140,11 @@ def test_positions_at_the_ends(library: Any) -> None:
     q = rng.standard_normal((2, len(pos), 32)).astype("f4")
     k, v = rng.standard_normal((2, 1, n_kv, 32)).astype("f4")
     k[:, 60], v[:, 60:63] = np.inf, np.nan
-    for window in (None, 1, 30, 2**31 - 1, 2**31, 2**40):
+    windows = ((window, 1) for window in (None, 1, 30, 2**31 - 1, 2**31, 2**40))
+    for window, stride in (*windows, (None, 2), (None, 7), (None, 2**24)):
         nodes = [gg.input(name, ne=x.shape[::-1]) for name, x in (("q", q), ("k", k), ("v", v))]
         at = gg.input("pos", "i32", ne=pos.shape)
-        mask = gg.causal_mask(at, n_kv=n_kv, window=window)
+        mask = gg.causal_mask(at, n_kv=n_kv, window=window, stride=stride)
         node = gg.flash_attn_ext(*nodes, mask, scale=0.2, prec="f32")
         sources = zip(("q", "k", "v", "pos"), (*nodes, at), (q, k, v, pos))
         operands = {name: Operand(x.ctypes.data, n.ne, n.nb, n.dtype) for name, n, x in sources}
@@ -154,7 +155,7 @@ def test_positions_at_the_ends(library: Any) -> None:
             node, result, operands, node.attrs,
             scratch=(scratch.ctypes.data + -scratch.ctypes.data % 16, (1 << 20) - 16),
         )  # fmt: skip
-        flash_attn_causal(call, window)
+        flash_attn_causal(call, window, stride)
         launches = {launch.name.partition("<")[0]: launch for launch in call.records}
         grids = [
             (ctypes.c_int * 3)(*(launches[name].grid if name in launches else (0, 0, 0)))
@@ -162,9 +163,13 @@ def test_positions_at_the_ends(library: Any) -> None:
         ]
         library.attention(ctypes.create_string_buffer(launches["any"].args), *grids)
         hidden = oracle.run(
-            "causal_mask", [pos[None, None, None].astype("i8")], n_kv=n_kv, window=window
+            "causal_mask",
+            [pos[None, None, None].astype("i8")],
+            n_kv=n_kv,
+            window=window,
+            stride=stride,
         )
         expected = oracle.run(
             "flash_attn_ext", [x[None].astype("f8") for x in (q, k, v)] + [hidden], scale=0.2
         )
-        assert tolerance.within(out.astype("f8"), expected[0], 1e-10), window
+        assert tolerance.within(out.astype("f8"), expected[0], 1e-10), (window, stride)

@@ -28,9 +28,11 @@ FUSED = {
     "probabilities_kept": [],
     "shared_mask": ["causal_mask flash_attn_ext"] * 2,
     "hidden_rows": ["causal_mask flash_attn_ext"] * 6,
-    "chosen_rows": [],
+    "chosen_rows": ["causal_mask flash_attn_ext"] * 2,
+    "indexed_rows": [],
+    "moved_list": [],
     "mask_kept": [],
-    "strided_mask": [],
+    "strided_mask": ["causal_mask flash_attn_ext"],
     "moved_position": [],
     "squares": [],
     "odd_routing": ["soft_max_ext top_k get_rows"],
@@ -73,6 +75,13 @@ def test_activations_are_prepared_once() -> None:
     (preparation,) = (step for step in steps if step.node.op.name == "fixed_point")
     readers = [step for step in steps if preparation.node in step.reads]
     assert [step.node.ne[1] for step in readers] == [5, 5]
+
+
+def test_lists_take_positions_instead_of_a_mask_that_others_need() -> None:
+    for name, reads in (("indexed_rows", "pos"), ("moved_list", "mask")):
+        steps = [step for step in plan_of(name).steps if step.node.op is gg.flash_attn_ext]
+        (step,) = (step for step in steps if isinstance(step, fusion.CudaStep))
+        assert {"pos", "mask"} & set(step.operands) == {reads}
 
 
 def nodes_of(name: str) -> list[gg.Node]:

@@ -52,6 +52,7 @@ class Attention(Struct):
         ("v_start", ctypes.c_int32),
         ("n_ids", ctypes.c_int32),
         ("pitch", ctypes.c_int32),
+        ("stride", ctypes.c_int32),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
         ("max_bias", ctypes.c_float),

@@ -60,40 +60,44 @@ def flash_attn_ext(call: Call) -> None:
     _Attention(call).record()
 
 
-def flash_attn_causal(call: Call, window: int | None) -> None:
-    """flash_attn_ext for a node whose mask is causal_mask(pos, window), without building the mask.
+def flash_attn_causal(call: Call, window: int | None, stride: int = 1) -> None:
+    """flash_attn_ext for a node whose mask is causal_mask(pos, window, stride), without reading the
+    mask.
 
-    It reads call["pos"] instead of a mask, and needs less scratch than flash_attn_ext.
+    It reads call["pos"] instead, and needs less scratch than flash_attn_ext.
     """
-    _Attention(call, window).record()
+    _Attention(call, window, stride).record()
 
 
 def causal_attention(node: Node, run: Run) -> Fused | None:
     """flash_attn_ext with a causal mask. Attentions that share a mask each compute it from
-    positions."""
+    positions. One over lists does so even if others need the mask, for instance the indexer that
+    made the lists: a mask that it gathers costs a read per key."""
     mask = node.get("mask")
     if mask is None or mask.op is not ops.causal_mask or mask not in run.number:
         return None
-    if mask.get("kv_end") is not None or mask.attrs["stride"] != 1:
-        return None  # the kernels take key j for position j
+    if mask.get("kv_end") is not None:
+        return None  # the kernels know the positions of key j from j
     attentions = (r for r in run.readers[mask] if r.op is ops.flash_attn_ext)
-    if not run.only(mask, *(r for r in attentions if r.get("mask") is mask)):
+    alone = run.only(mask, *(r for r in attentions if r.get("mask") is mask))
+    if not alone and (node.get("ids") is None or run.changed(mask, run.number[node])):
         return None
     others = {name: s for name in node.op.operands if (s := node.get(name)) and name != "mask"}
     return Fused(
-        (mask, node),
+        (mask, node) if alone else (node,),
         {"pos": mask["pos"], **others},
-        partial(flash_attn_causal, window=mask.attrs["window"]),
+        partial(flash_attn_causal, window=mask.attrs["window"], stride=mask.attrs["stride"]),
         scratch=Shape.of(node, fused=True).scratch(),
-        recompute=(mask,),
+        recompute=(mask,) if alone else (),
     )
 
 
 class _Attention:
-    """One node being recorded. Instead of a mask it may read call["pos"], with a window or None."""
+    """One node being recorded. Instead of a mask it may read call["pos"], with a window or None,
+    and a stride."""
 
-    def __init__(self, call: Call, window: int | None = None) -> None:
-        self.call, self.window = call, window
+    def __init__(self, call: Call, window: int | None = None, stride: int = 1) -> None:
+        self.call, self.window, self.stride = call, window, stride
         self.q, self.k, self.v = call["q"], call["k"], call["v"]
         self.mask, self.pos = call.get("mask"), call.get("pos")
         self.shape = Shape.of(call.node, fused=self.mask is None)
@@ -114,7 +118,7 @@ class _Attention:
             return False
         if self.shape.mask_batch and self.mask is not None and self.mask.nb[0] != 2:
             return False
-        if route.startswith("latent"):
+        if "latent" in route or "list" in route:
             start = self._inside()
             if start is None or start % (8 if route == "latent" else 64):
                 return False
@@ -156,7 +160,8 @@ class _Attention:
             "hopper": (outer, blocks, 1),
             "tiles": (outer, blocks, splits),
         }.get(route, (splits, blocks, outer))
-        whole = self._with_maps(argument) if "hopper" in route else argument
+        mapped = route in ("hopper", "latent_hopper")
+        whole = self._with_maps(argument) if mapped else argument
         self._launch(route, instance.name, grid, whole, instance.threads, instance.shared)
         if splits > 1:
             lanes = 4 if shape.d_v % 4 == 0 else 1
@@ -260,6 +265,7 @@ class _Attention:
             v_start=self.v_start,
             n_ids=shape.n_ids,
             pitch=shape.pitch(self.instance.rows),
+            stride=self.stride,
             scale=attrs["scale"],
             softcap=attrs["logit_softcap"],
             max_bias=0.0 if self.mask is None else attrs["max_bias"],

@@ -48,7 +48,14 @@ FULL = 132
 #: Keys and queries per cell of a mask's map.
 CELL = 64
 #: Minimum number of keys per split.
-LEAST = {"any": 64, "split": 128, "latent": 64, "latent_hopper": 64, "tiles": 256}
+LEAST = {
+    "any": 64,
+    "split": 128,
+    "latent": 64,
+    "latent_hopper": 64,
+    "list_hopper": 128,
+    "tiles": 256,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +133,9 @@ class Shape:
             return ("any",)
         if pair in LATENT:
             many = self.together > 16 if kind != "q8_0" else self._decodes
-            return ("latent_hopper",) * many + ("latent", "any")
+            long = self.n_ids >= 256 * self.splits("list_hopper")
+            best = ("list_hopper",) * long + ("latent_hopper",)
+            return best * many + ("latent", "any")
         if self.n_ids or pair not in PAIRS or (kind == "q8_0" and pair not in HOPPER):
             return ("any",)
         if self.rows <= 32:
@@ -143,7 +152,7 @@ class Shape:
 
     def block_rows(self, route: str) -> int:
         """Rows of scores per block; for `latent` the maximum, if shared memory allows."""
-        if route == "latent_hopper":
+        if route in ("latent_hopper", "list_hopper"):
             return 64
         if route == "latent":
             return 16 if self.together <= 16 else 64
@@ -175,10 +184,10 @@ class Shape:
 
     def decoded(self, route: str) -> tuple[int, int]:
         """Bytes for keys and values decoded to f16, if the kernel does not read q8_0 itself."""
-        if self.type_k != "q8_0" or route not in ("hopper", "tiles", "latent_hopper"):
+        if self.type_k != "q8_0" or route in ("any", "split", "latent"):
             return 0, 0
         rows = 2 * self.n_kv * self.heads_kv * self.n3
-        return rows * self.d_k, 0 if route == "latent_hopper" else rows * self.d_v
+        return rows * self.d_k, 0 if (self.d_k, self.d_v) in LATENT else rows * self.d_v
 
     def instance(self, route: str, room: int, extra: bool) -> Instance:
         """The instance that a route launches; the smallest one if none fits.
@@ -196,6 +205,11 @@ class Shape:
         if route == "latent_hopper":
             name = f"latent_hopper<{kind}, {d_k}, {self._listed}>"
             return Instance(name, 256, rows, 64 * (6 * d_k + 128) + 1024)
+        if route == "list_hopper":
+            weights = 0 if d_k > d_v else 256
+            return Instance(
+                f"list_hopper<{kind}, {d_k}>", 384, rows, 64 * (6 * d_k + weights) + 1024
+            )
         if route == "latent":
             return _first_fit((self._latent(*cut) for cut in LATENT_SPLIT[rows]), room)
         if route == "split":

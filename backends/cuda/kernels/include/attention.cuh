@@ -34,7 +34,7 @@ struct Attention {
     const char *mask;   // f16, or null
     const char *sinks;  // f32, or null
     const int *kv_len;  // null: all keys count
-    const char *pos;    // i32: row i sees keys up to pos[i] (at most `window` of them); or null
+    const char *pos;    // i32: row i sees keys up to position(i), at most `window`; or null
     char *out;
     float *parts;   // partial results of the splits for `combine`: sums ..
     float2 *stats;  // .. and (max, sum of weights)
@@ -42,7 +42,7 @@ struct Attention {
     const char *ids;  // i32: the keys of each query; null: all keys
     long long nb_q[3], nb_k[3], nb_v[3], nb_mask[4], nb_out[3], nb_ids[3], nb_sinks, nb_pos;
     int n_q, n_kv, heads, heads_kv, n3, d_k, d_v, mask_heads, mask_batch;
-    int window, kv0, splits, head0, n_head, lse, type_k, type_v, v_start, n_ids, pitch;
+    int window, kv0, splits, head0, n_head, lse, type_k, type_v, v_start, n_ids, pitch, stride;
     float scale, softcap, max_bias;
 
     __device__ int ratio() const { return heads / heads_kv; }
@@ -51,8 +51,12 @@ struct Attention {
         if (!kv_len) return n_kv;
         return *kv_len <= kv0 ? 0 : (int)min((long long)n_kv, (long long)*kv_len - kv0);
     }
-    // A negative position sees no keys. Clamping to -1 keeps sums with it from overflowing.
-    __device__ int position(int i) const { return max(-1, *(const int *)(pos + i * nb_pos)); }
+    // The last key that query i sees; -1: none. A key is for `stride` positions, and seen from the
+    // last of them on. A negative position sees no keys.
+    __device__ int position(int i) const {
+        const int p = max(-1, *(const int *)(pos + i * nb_pos));
+        return stride == 1 ? p : int((unsigned(p) + 1) / unsigned(stride)) - 1;
+    }
 };
 
 // ---- rows ---------------------------------------------------------------------------------------
@@ -220,7 +224,7 @@ __device__ __forceinline__ float masked(const Attention &a, const Row &row, floa
 
 // ---- lists of keys ------------------------------------------------------------------------------
 
-// The list of a block's query, as a thread copies its keys to tiles of BN places. Eight threads
+// The list of a block's query, as one of THREADS copies its keys to tiles of BN places. Eight threads
 // share a place and copy its row together; a thread has the same PLACES of every tile. It reads ids
 // two tiles ahead and the mask one tile ahead, so that copies wait for neither.
 // A hidden key is not read: its place becomes zeros and its bias -inf. So nothing needs `repair`.
@@ -230,24 +234,24 @@ struct Listed {
     const char *ids;
     const long long step, step_mask;
     const Row row;  // its span and its mask are those of all rows of the query
-    const int n_ids;
+    const int end, thread;
     int id[PLACES], later[PLACES];  // of the next tile; of the one after it, as in the list
     float bias[PLACES];             // of the next tile
 
-    // Starts to read the first tile's ids. `turn` to that tile must follow.
-    __device__ __forceinline__ Listed(const Attention &a, int i3, const Row &row, int tile)
+    // Starts to read the ids of tile `first`. `turn` to that tile must follow. No keys from tile
+    // `last` on.
+    __device__ __forceinline__ Listed(const Attention &a, int i3, const Row &row, int first,
+                                      int last, int thread)
         : ids(a.ids + row.query * a.nb_ids[1] + i3 * a.nb_ids[2]), step(a.nb_ids[0]),
-          step_mask(a.nb_mask[0]), row(row), n_ids(a.n_ids) {
-        look(tile);
+          step_mask(a.nb_mask[0]), row(row), end(min(a.n_ids, last * BN)), thread(thread) {
+        look(first);
     }
-    __device__ __forceinline__ static int place(int i) {
-        return threadIdx.x / 8 + i * (THREADS / 8);
-    }
+    __device__ __forceinline__ int place(int i) const { return thread / 8 + i * (THREADS / 8); }
     __device__ __forceinline__ void look(int tile) {
 #pragma unroll
         for (int i = 0; i < PLACES; ++i) {
             const int j = tile * BN + place(i);
-            later[i] = j < n_ids ? *(const int *)(ids + j * step) : -1;
+            later[i] = j < end ? *(const int *)(ids + j * step) : -1;
         }
     }
     // Makes `tile` the next one.
@@ -269,7 +273,7 @@ struct Listed {
 #pragma unroll
         for (int i = 0; i < PLACES; ++i) {
             copy(i, bias[i] == -INF ? -1 : id[i]);
-            if (threadIdx.x % 8 == 0) biases[place(i)] = bias[i];
+            if (thread % 8 == 0) biases[place(i)] = bias[i];
         }
         turn(tile + 1);
     }
@@ -422,11 +426,13 @@ struct NoList {
 template <bool LIST, int BN, int THREADS>
 __device__ __forceinline__ auto list_of(const Attention &a, int i3, int head_kv, int r0, int live,
                                         int split) {
-    if constexpr (LIST)
-        return Listed<BN, THREADS>(a, i3, Row(a, i3, head_kv, r0, live),
-                                   Walk<BN>(a, i3, split).first);
-    else
+    if constexpr (LIST) {
+        const Walk<BN> walk(a, i3, split);
+        return Listed<BN, THREADS>(a, i3, Row(a, i3, head_kv, r0, live), walk.first, walk.end,
+                                   threadIdx.x);
+    } else {
         return NoList();
+    }
 }
 // The walk of a block over all keys, or over the places of a list.
 template <bool LIST, int N>
