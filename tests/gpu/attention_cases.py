@@ -218,7 +218,8 @@ def random_case(route: str, dice: random.Random) -> Attention:
     if "latent" in route or "list" in route:
         d_k, d_v = pick(routes.LATENT)
         inside = pick([0, 0, d_k - d_v])
-        n_ids = pick([1, 63, 64, 65, 200, 300, 1000] + [0] * 4 * ("latent" in route))
+        lists = [1, 63, 64, 65, 200, 300, 1000]
+        n_ids = pick({"latent": [0] * 4 + lists, "latent_hopper": [0], "list_hopper": lists}[route])
         heads_kv, ratio = pick([1, 1, 1, 2]), pick([1, 5, 16, 32, 128])
         n_q = pick([1, 1, 2, 4, 33])
         cache = pick(["f16", "f16", "bf16", "q8_0"])
@@ -258,7 +259,7 @@ COUNTS = {
     "any": 30,
     "split": 50,
     "latent": 80,
-    "latent_hopper": 70,
+    "latent_hopper": 40,
     "list_hopper": 50,
     "tiles": 50,
     "hopper": 60,
@@ -281,7 +282,7 @@ PLAIN = [
     *(
         Attention(route, *pair, 2, 700, heads, 1, dtype=cache, inside=0, n_ids=n_ids)
         for pair in routes.LATENT
-        for route in ("latent", "latent_hopper", "list_hopper")
+        for route in ("latent", "list_hopper")
         for cache in ("f16", "q8_0")
         for heads in (1, 16, 64, 128)
         for n_ids in (1, 64, 555)

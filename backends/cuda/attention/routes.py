@@ -14,7 +14,7 @@ PAIRS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256))
 #: Those with kernels for a V that is part of K. Only these read lists of keys.
 LATENT = ((576, 512), (512, 512))
 #: An upper bound of the kernels' static shared memory: latent_hopper, with the least room left,
-#: uses 1856 bytes.
+#: uses 1344 bytes.
 STATIC = 2048
 #: Warps and stages of attention_split.cu: the first pair that fits is used. The last one fits every
 #: GPU from 8.0 on: 99 KB on 8.6, 8.9 and 12.0, 163 KB on 8.0.
@@ -107,12 +107,6 @@ class Shape:
         return self.n_q * self.ratio
 
     @property
-    def together(self) -> int:
-        """Rows of scores per key head that see the same keys, up to masks: of one query if each has
-        a list."""
-        return self.ratio if self.n_ids else self.rows
-
-    @property
     def keys(self) -> int:
         """Keys of a query."""
         return self.n_ids or self.n_kv
@@ -132,10 +126,8 @@ class Shape:
         if self.exact or kind != self.type_v or kind not in C_TYPES:
             return ("any",)
         if pair in LATENT:
-            many = self.together > 16 if kind != "q8_0" else self._decodes
-            long = self.n_ids >= 256 * self.splits("list_hopper")
-            best = ("list_hopper",) * long + ("latent_hopper",)
-            return best * many + ("latent", "any")
+            hopper = "list_hopper" if self.n_ids else "latent_hopper"
+            return (hopper,) * self._many + ("latent", "any")
         if self.n_ids or pair not in PAIRS or (kind == "q8_0" and pair not in HOPPER):
             return ("any",)
         if self.rows <= 32:
@@ -144,18 +136,22 @@ class Shape:
         return ("hopper",) * (full and pair in HOPPER) + ("tiles", "any")
 
     @property
-    def _decodes(self) -> bool:
-        """Whether so many keys of q8_0 are read that decoding all of them first costs little."""
+    def _many(self) -> bool:
+        """Whether latent attention has rows enough for the kernels of 9.0. They decode all keys of
+        q8_0 first, which must not cost more than what it saves."""
         if self.n_ids:
-            return self.together > 16 and self.n_q * self.n_ids >= self.n_kv
-        return self.rows > 256
+            full = self.ratio > 16 and self.blocks(64) * self.heads_kv * self.n3 >= 8
+            return full and (self.type_k != "q8_0" or self.n_q * self.n_ids >= self.n_kv)
+        return self.rows > (256 if self.type_k == "q8_0" else 16)
 
     def block_rows(self, route: str) -> int:
         """Rows of scores per block; for `latent` the maximum, if shared memory allows."""
         if route in ("latent_hopper", "list_hopper"):
             return 64
         if route == "latent":
-            return 16 if self.together <= 16 else 64
+            if self.n_ids and self.ratio > 16:
+                return 16 if self.blocks(16) * self.heads_kv * self.n3 <= FULL else 64
+            return 16 if self.n_ids or self.rows <= 16 else 64
         if route == "tiles":
             return 64 if self.rows <= 64 else 128
         return 128 if route == "hopper" else 16
@@ -203,7 +199,7 @@ class Shape:
             shared = 4 * ((16 + keys) * (size + 4) + 16 * (keys + 1))
             return Instance(f"any<{size}, {keys}, {self._listed}>", 256, rows, shared)
         if route == "latent_hopper":
-            name = f"latent_hopper<{kind}, {d_k}, {self._listed}>"
+            name = f"latent_hopper<{kind}, {d_k}>"
             return Instance(name, 256, rows, 64 * (6 * d_k + 128) + 1024)
         if route == "list_hopper":
             weights = 0 if d_k > d_v else 256

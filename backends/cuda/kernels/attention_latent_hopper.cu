@@ -1,14 +1,11 @@
 // flash_attn_ext of the latent cache on 9.0: design (a) of attention_latent.cu.
 //
 // A block takes 64 rows and one split of the keys, in tiles of 64; two tiles are in flight or in
-// use. Each tile arrives as 9 or 8 boxes of 64 columns: all serve as keys, 8 of them also as values.
+// use. Each tile arrives as 9 or 8 boxes of 64 columns: all are keys, 8 of them also values.
 // For the scores, each of the two warpgroups takes half of a tile's keys. They exchange maxima and
 // weights through shared memory, and each then sums half of the 512 columns. The products of a tile
 // start as soon as its first box arrives.
-//
-// With LIST a block has one query, and all threads gather the rows of a tile while the products of
-// the tile before it run.
-// @kernel 90a hot latent_hopper<{__half|__nv_bfloat16}, {576|512}, {false|true}>
+// @kernel 90a hot latent_hopper<{__half|__nv_bfloat16}, {576|512}>
 #include "attention.cuh"
 
 constexpr int M = 64, BN = 64, BOX = BN * 128;
@@ -20,7 +17,7 @@ struct LatentArgument {
     Attention a;
 };
 
-template <class T, int DK, bool LIST>
+template <class T, int DK>
 __global__ void __launch_bounds__(256, 1)
     latent_hopper(const __grid_constant__ LatentArgument argument) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -33,50 +30,23 @@ __global__ void __launch_bounds__(256, 1)
     char *ring = queries + TILE, *weights = ring + 2 * TILE;
     __shared__ float factors[M], tops[2][M], totals[2][M];
     __shared__ u64 full[2][PARTS];
-    __shared__ __align__(8) float biases[2][LIST ? BN : 1];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = warp / 4;
     const int part = blockIdx.x, r0 = blockIdx.y * M;
     const int head_kv = blockIdx.z % a.heads_kv, i3 = blockIdx.z / a.heads_kv;
-    const int live = a.live(), q0 = r0 / a.pitch, q1 = (r0 + M - 1) / a.pitch;
+    const int ratio = a.ratio(), live = a.live(), q0 = r0 / ratio, q1 = (r0 + M - 1) / ratio;
     if (threadIdx.x == 0) {
-        for (int s = 0; s < 2 * PARTS; ++s) barrier_init(&full[0][0] + s, LIST ? 256 : 1);
+        for (int s = 0; s < 2 * PARTS; ++s) barrier_init(&full[0][0] + s, 1);
         fence_barriers();
     }
-    auto list = list_of<LIST, BN, 256>(a, i3, head_kv, r0, live, part);
     const Queries<T, DK, M, 8> loaded(a, i3, head_kv, r0, warp);
-    const Walk<BN> walk = walk_of<LIST, BN>(a, i3, q0, q1, live, part);
-    list.turn(walk.first);
-    if (LIST) __syncthreads();  // the barriers exist before anyone arrives
+    const Walk<BN> walk(a, i3, q0, q1, live, part);
     const auto fetch = [&](int t, int stage) {
-        if constexpr (LIST) {
-            const int chunk = threadIdx.x % 8;
-            const char *from[2];
-            bool real[2];
-            list.fetch(t, biases[stage], [&](int i, int id) {
-                real[i] = id >= 0;
-                from[i] = a.k + head_kv * a.nb_k[1] + i3 * a.nb_k[2] + chunk * 16 +
-                               (id < 0 ? 0 : id * a.nb_k[0]);
-            });
-            const int row = threadIdx.x / 8;
-            const u32 to =
-                shared_address(ring) + stage * TILE + row * 128 + (chunk ^ (row & 7)) * 16;
-#pragma unroll
-            for (int p = 0; p < PARTS; ++p) {
-#pragma unroll
-                for (int c = p * PART; c < p * PART + PART; ++c)
-#pragma unroll
-                    for (int i = 0; i < 2; ++i)
-                        copy16(to + c * BOX + i * 32 * 128, from[i] + c * 128, real[i]);
-                copies_arrive(full[stage] + p);
-            }
-        } else {
-            if (threadIdx.x) return;
-            for (int c = 0; c < DK / 64; ++c) {
-                u64 *b = full[stage] + c / PART;
-                if (c % PART == 0) barrier_expect(b, PART * BOX);
-                tensor_copy(ring + stage * TILE + c * BOX, &argument.map, b, c * 64, t * BN,
-                            head_kv, i3);
-            }
+        if (threadIdx.x) return;
+        for (int c = 0; c < DK / 64; ++c) {
+            u64 *b = full[stage] + c / PART;
+            if (c % PART == 0) barrier_expect(b, PART * BOX);
+            tensor_copy(ring + stage * TILE + c * BOX, &argument.map, b, c * 64, t * BN, head_kv,
+                        i3);
         }
     };
     int now = walk.alive(walk.first), next = now;
@@ -107,7 +77,6 @@ __global__ void __launch_bounds__(256, 1)
 #pragma unroll
         for (int p = 0; p < PARTS; ++p) {
             barrier_wait(full[stage] + p, parity);
-            if (LIST) fence_engines();
             wgmma_fence();
 #pragma unroll
             for (int n = p * PART * 4; n < (p + 1) * PART * 4; ++n)
@@ -116,18 +85,13 @@ __global__ void __launch_bounds__(256, 1)
                     tile_descriptor(tile + n / 4 * BOX + group * 32 * 128 + n % 4 * 32, 16), n > 0);
         }
         wgmma_commit();
-        if (LIST && i > 0 && next < walk.end) fetch(next++, stage ^ 1);  // while products run
         wgmma_wait<0>();
         wgmma_hold(flat);
 
-        const int place = group * 32 + 2 * (lane & 3), key = now * BN + place;
+        const int key = now * BN + group * 32 + 2 * (lane & 3);
         const bool bias = walk.biased(now);
         float left[2] = {factor[0], factor[1]}, lost[2];
-        if constexpr (LIST) {
-            listed(a, s, 0, factor[0], rows[0].slope, biases[stage] + place);
-            listed(a, s, 2, factor[1], rows[1].slope, biases[stage] + place);
-            left[0] = left[1] = 1;
-        } else if (bias || a.softcap > 0 || walk.edge(now)) {
+        if (bias || a.softcap > 0 || walk.edge(now)) {
             left[0] = masked(a, rows[0], s, 0, factor[0], key, bias);
             left[1] = masked(a, rows[1], s, 2, factor[1], key, bias);
         }
@@ -187,7 +151,7 @@ __global__ void __launch_bounds__(256, 1)
         wgmma_hold(sums[1]);
         __syncthreads();
         now = walk.alive(now + 1);
-        if (!LIST && next < walk.end) fetch(next, stage), next = walk.alive(next + 1);
+        if (next < walk.end) fetch(next, stage), next = walk.alive(next + 1);
     }
 
 #pragma unroll
@@ -210,8 +174,7 @@ __global__ void __launch_bounds__(256, 1)
                 odd[r] |= to.put(column, sums[x][4 * n + 2 * r], sums[x][4 * n + 2 * r + 1]);
             }
     }
-    if constexpr (!LIST)
-        repair_rows<256>(a, i3, head_kv, r0 + row0 - lane / 4, walk.first * BN, walk.end * BN, part,
-                         group * 256, odd, m, l, latent_source_of<T>(a, i3, head_kv));
+    repair_rows<256>(a, i3, head_kv, r0 + row0 - lane / 4, walk.first * BN, walk.end * BN, part, group * 256,
+                     odd, m, l, latent_source_of<T>(a, i3, head_kv));
 #endif
 }

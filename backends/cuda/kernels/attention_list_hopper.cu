@@ -10,8 +10,10 @@
 // next, so weights of both have the same base in the end; threads exchange weights as fragments,
 // through the columns of a tile that are no values, or (512/512) memory of their own.
 //
-// attention_latent_hopper.cu, which gathers with all threads between products, is better for lists
-// that are split into few tiles, as of one token.
+// Two designs lost. All threads gather between products, with two tiles of 64 keys in turn, as in
+// attention_latent_hopper.cu: 341 TFLOP/s (2048 queries, 128 heads, 2048 of 32768 rows, H100). This
+// kernel, but warpgroup 1 adds tile 0 after its own, so both tiles were free for the producer only
+// at the end of a pair: 390. For one token, attention_latent.cu is faster.
 // @kernel 90a hot list_hopper<{__half|__nv_bfloat16}, {576|512}>
 #include "attention.cuh"
 
@@ -24,17 +26,6 @@ __device__ __forceinline__ void threads_sync(int id, int threads) {
 }
 __device__ __forceinline__ void threads_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-// Multiplies a pair of weights.
-template <class T> __device__ __forceinline__ u32 scaled(u32 pair, float by);
-template <> __device__ __forceinline__ u32 scaled<__half>(u32 pair, float by) {
-    const float2 x = __half22float2(*(const __half2 *)&pair);
-    return pack2<__half>(x.x * by, x.y * by);
-}
-template <> __device__ __forceinline__ u32 scaled<__nv_bfloat16>(u32 pair, float by) {
-    const float2 x = __bfloat1622float2(*(const __nv_bfloat162 *)&pair);
-    return pack2<__nv_bfloat16>(x.x * by, x.y * by);
 }
 
 template <class T, int DK>
@@ -136,6 +127,8 @@ __global__ void __launch_bounds__(384, 1) list_hopper(const __grid_constant__ At
     };
     // Starts to add this warpgroup's columns of tile g's values, weighted by p.
     const auto add = [&](const u32 (&p)[4][4], int g) {
+        wgmma_hold(sums[0]);
+        wgmma_hold(sums[1]);
         const u32 from = at_ring + g * TILE + (a.v_start / 64 + group * 4) * BOX;
         wgmma_fence();
 #pragma unroll
@@ -175,7 +168,7 @@ __global__ void __launch_bounds__(384, 1) list_hopper(const __grid_constant__ At
         wgmma_wait<0>();
         wgmma_hold(flat);
 
-        float top[2], first[2] = {m[0], m[1]}, lost[2];
+        float top[2], lost[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             listed(a, s, 2 * r, factor[r], rows[r].slope, biases[group] + 2 * (lane & 3));
@@ -184,74 +177,69 @@ __global__ void __launch_bounds__(384, 1) list_hopper(const __grid_constant__ At
             for (int c = 0; c < 8; ++c) top[r] = fmaxf(top[r], fmaxf(s[c][2 * r], s[c][2 * r + 1]));
             top[r] = quad_max(top[r]);
         }
-        // Tile 0's maxima go to tile 1. All warps of the group have used the tile as keys.
-        if (group) {
-            threads_sync(WEIGHTS, 256);
-            first[0] = maxima[0][row0], first[1] = maxima[0][row0 + 8];
-        }
-        threads_sync(OWN + group, 128);
         u32 weights[4][4], others[4][4];
+        // Takes the maxima and the weights of tile g and rescales the sums to them.
+        const auto take = [&](int g) {
+            threads_sync(WEIGHTS + g, 256);
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            top[r] = fmaxf(top[r], first[r]);
-            const float base = finite(top[r]);
-            lost[r] = exp2_fast(m[r] - base);
-            float sum = 0;
-#pragma unroll
-            for (int c = 0; c < 8; ++c) {
-                const float x = exp2_fast(s[c][2 * r] - base), y = exp2_fast(s[c][2 * r + 1] - base);
-                sum += x + y;
-                weights[c / 2][c % 2 * 2 + r] = pack2<T>(x, y);
+            for (int r = 0; r < 2; ++r) {
+                const float now = maxima[g][row0 + 8 * r];
+                lost[r] = exp2_fast(m[r] - finite(now));
+                l[r] *= lost[r];
+                m[r] = now;
             }
-            l[r] = l[r] * lost[r] + sum;
-            if (lane % 4 == 0) maxima[group][row0 + 8 * r] = top[r];
-        }
-        uint4 *to = slots(group);
-        const uint4 *from = slots(group ^ 1);
-#pragma unroll
-        for (int n = 0; n < 4; ++n)
-            to[n * 128] = make_uint4(weights[n][0], weights[n][1], weights[n][2], weights[n][3]);
-        threads_arrive(WEIGHTS + group, 256);
-        const auto take = [&] {
+            const uint4 *from = slots(g);
 #pragma unroll
             for (int n = 0; n < 4; ++n) {
                 const uint4 x = from[n * 128];
                 others[n][0] = x.x, others[n][1] = x.y, others[n][2] = x.z, others[n][3] = x.w;
             }
+            scale_sums(lost);
         };
-        scale_sums(lost);
-        wgmma_hold(sums[0]);
-        wgmma_hold(sums[1]);
-        add(weights, group);
-        if (group) {
-            // Tile 0's weights, for tile 1's maxima.
-            take();
-            const float by[2] = {exp2_fast(first[0] - finite(top[0])),
-                                 exp2_fast(first[1] - finite(top[1]))};
-            if (__any_sync(~0u, by[0] != 1 || by[1] != 1))
-#pragma unroll
-                for (int n = 0; n < 4; ++n)
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) others[n][e] = scaled<T>(others[n][e], by[e & 1]);
-            add(others, 0);
-            done();
-            leave(0);
-            leave(1);
-            m[0] = top[0], m[1] = top[1];
-        } else {
-            done();
-            leave(0);
-            threads_sync(WEIGHTS + 1, 256);
-            take();
+        // Turns this group's scores to weights and passes them on; `lost` is for the sums.
+        const auto weigh = [&] {
+            threads_sync(OWN + group, 128);  // all its warps have used the tile as keys
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                m[r] = maxima[1][row0 + 8 * r];
-                lost[r] = exp2_fast(top[r] - finite(m[r]));
-                l[r] *= lost[r];
+                top[r] = fmaxf(top[r], m[r]);
+                const float base = finite(top[r]);
+                lost[r] = exp2_fast(m[r] - base);
+                m[r] = top[r];
+                float sum = 0;
+#pragma unroll
+                for (int c = 0; c < 8; ++c) {
+                    const float x = exp2_fast(s[c][2 * r] - base);
+                    const float y = exp2_fast(s[c][2 * r + 1] - base);
+                    sum += x + y;
+                    weights[c / 2][c % 2 * 2 + r] = pack2<T>(x, y);
+                }
+                l[r] = l[r] * lost[r] + sum;
+                if (lane % 4 == 0) maxima[group][row0 + 8 * r] = top[r];
             }
+            uint4 *to = slots(group);
+#pragma unroll
+            for (int n = 0; n < 4; ++n)
+                to[n * 128] =
+                    make_uint4(weights[n][0], weights[n][1], weights[n][2], weights[n][3]);
+            threads_arrive(WEIGHTS + group, 256);
+        };
+        if (group) {
+            take(0);
+            add(others, 0);
+            weigh();  // while the products run
+            done();
+            leave(0);
             scale_sums(lost);
-            wgmma_hold(sums[0]);
-            wgmma_hold(sums[1]);
+            add(weights, 1);
+            done();
+            leave(1);
+        } else {
+            weigh();
+            scale_sums(lost);
+            add(weights, 0);
+            done();
+            leave(0);
+            take(1);
             add(others, 1);
             done();
             leave(1);
