@@ -185,7 +185,8 @@ def test_every_row_of_the_table_is_measured_by_some_script() -> None:
     text = "".join(path.read_text() for path in files)
     prefixes = (
         "mul_mat_vec_", "mul_mat_", "moe_up_gate_iq4_nl_t", "amb_", "example_worst_error_",
-        "model_prompt_", "model_decode", "fuzz_",
+        "model_prompt_", "model_decode", "fuzz_", "sparse_indexer_n", "sparse_top_k_n",
+        "sparse_gain_n", "sparse_prompt_", "v4_flash_",
     )  # fmt: skip
     for name in importlib.import_module("tools.tables").BARS:
         if name.endswith("_of_llama"):
