@@ -33,7 +33,7 @@ class Attention:
     inside  V is a view of K from this element on; negative: V is its own tensor
     kv_len  negative: none
     n_ids   length of each query's list of keys; 0: no lists. Keys of a list are distinct; a fifth
-            are negative or past the last key, and so are those from n_kv on
+            are negative, and all from the n_kv-th on
     """
 
     route: str
@@ -128,8 +128,7 @@ class Attention:
             count = max(self.n_ids, self.n_kv)
             for row in leaves["ids"].reshape(-1, self.n_ids):
                 ids = rng.permutation(count)
-                ids[(rng.random(count) < 0.1) | (ids >= self.n_kv)] = -1
-                ids[rng.random(count) < 0.1] = self.n_kv
+                ids[(rng.random(count) < 0.2) | (ids >= self.n_kv)] = -1
                 row[:] = ids[: self.n_ids]
         return leaves
 

@@ -6,10 +6,12 @@ bits (parity.guarded).
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 import pyggml as gg
 from pyggml import backends
+from pyggml.backends.cuda.attention import routes
 from pyggml.parity import guarded, running, tolerance
 from pyggml.parity.case import Case, build
 from pyggml.parity.cases import expand
@@ -51,6 +53,28 @@ def test_kernel(case: Attention) -> None:
     assert not fault, fault
     files = {file for file, _ in counts}
     assert not case.route or f"attention_{case.route}.cu" in files, f"it used {dict(counts)}"
+
+
+@pytest.mark.parametrize("route", ["any", "latent", "list_hopper"])
+@pytest.mark.parametrize("pair", routes.LATENT)
+def test_ids_that_are_no_keys(route: str, pair: tuple[int, int]) -> None:
+    """Ids past the keys are like negative ones. A key that is twice in a list counts twice. Rows
+    that no list names, or that kv_len hides, may hold NaN."""
+    case = Attention(route, *pair, 3, 500, 100, 1, inside=0, n_ids=200, kv_len=300)
+    case.attrs = {"lse": True, "prec": "f32" if route == "any" else "default"}
+    leaves, rng = case.leaves(), np.random.default_rng(0)
+    leaves["ids"] = rng.integers(-1, 450, leaves["ids"].shape, np.int32)
+    expected = reference(case, leaves)
+    leaves["k"][..., 300:, :] = np.nan
+    past = leaves["ids"] < 0
+    leaves["ids"][past] = rng.choice([500, 501, 1 << 20, 2**31 - 1, -(2**31)], past.sum())
+    device = backends.get("cuda")
+    with forced(route):
+        for how, values in guarded.results(device, case.node(), leaves):
+            result = tolerance.within(
+                values.reshape(expected.shape), expected, tolerance.CLASSES["f16"]
+            )
+            assert result, f"{how}: {result}"
 
 
 @pytest.mark.parametrize("case", expand(RELATED), ids=str)

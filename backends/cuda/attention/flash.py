@@ -1,4 +1,4 @@
-"""flash_attn_ext: its six kernels, and the launches before and after them."""
+"""flash_attn_ext: its seven kernels, and the launches before and after them."""
 
 from __future__ import annotations
 
