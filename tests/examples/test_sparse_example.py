@@ -65,7 +65,10 @@ def test_the_table(example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFi
     for depth in (256, 2304):  # the windows of all tokens of a batch of 128
         assert states["V4", "window", depth, "f16"] == 256 * 512 * 2
     lines = capsys.readouterr().out.splitlines()
-    assert "n_embd 128, 1/8 of the heads" in lines[0] and "seed 0, numpy" in lines[1]
+    assert lines[0].startswith(
+        "n_embd 128, random f32 weights, 1/8 of the heads: 16 (V3.2), 8 (GLM"
+    )
+    assert lines[1].endswith("seed 0, numpy")
     assert len(lines) == 4 + len(rows) + 1 and "FAILED" not in "".join(lines)
     assert lines[-1].startswith(f"All {len(rows)} rows have errors within 0.01 (f16), 0.03 (q8_0)")
 
