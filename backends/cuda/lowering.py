@@ -8,7 +8,7 @@ from typing import Any
 from pyggml.backends.cuda import table
 from pyggml.backends.cuda.fusion import CudaStep, Fused, covered
 from pyggml.backends.cuda.launch import WORKSPACE
-from pyggml.backends.cuda.linear.fixed_point import prepare_once
+from pyggml.backends.cuda.linear.preparation import prepare_once
 from pyggml.backends.cuda.patterns import PATTERNS
 from pyggml.backends.step import Step
 from pyggml.node import Node
@@ -16,7 +16,7 @@ from pyggml.node import Node
 
 def lower(nodes: Sequence[Node], keep: Collection[Node], fuse: bool = True) -> list[Step]:
     """The steps that compute `nodes`: one step per pattern match and per remaining node, and one
-    that prepares activations shared by several products. fuse=False: one step per node."""
+    for everything prepared for several products. fuse=False: one step per node."""
     if not fuse:
         return [step_of(node) for node in nodes]
     parts = covered(nodes, keep, PATTERNS)

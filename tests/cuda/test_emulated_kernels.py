@@ -10,7 +10,7 @@ import pytest
 
 import pyggml as gg
 from pyggml.backends.cuda.launch import Call, Launch, Operand
-from pyggml.backends.cuda.linear import blocks, plain
+from pyggml.backends.cuda.linear import blocks, experts, plain
 from pyggml.dtypes import TYPES
 from pyggml.parity.patterns import pattern
 from pyggml.parity.tolerance import nmse
@@ -124,3 +124,28 @@ def test_copies_of_rows(k: int, m: int, tmp_path: Path) -> None:
     np.testing.assert_array_equal(copies, source[1:, :k].astype(np.float16))
     np.testing.assert_array_equal(target[2:, :m], product.astype(np.float16))
     assert not target[:2].any() and not target[:, m:].any()
+
+
+def test_pairs_are_sorted_by_expert(tmp_path: Path) -> None:
+    """Pairs without an expert come last, as the pairs of one expert more."""
+    n_expert, ids = 5, rng.integers(-1, 7, (30, 3)).astype(np.int32)
+    memory, columns = Memory(1 << 12), experts.columns_for(ids.size, n_expert)
+    operand = Operand(ids.ctypes.data, (3, 30, 1, 1), (4, 12, 0, 0), TYPES["i32"])
+    call = Call(gg.input("ids", "i32", ne=(3, 30)), operand, {}, {})
+    experts.launch_groups(call, operand, n_expert, memory.ptr)
+    (record,) = call.records
+    assert isinstance(record, Launch)
+    starter(tmp_path, [record])(record)
+    chosen = np.where((ids < 0) | (ids >= n_expert), n_expert, ids).reshape(-1)
+    words = memory.data.view(np.int32)
+    np.testing.assert_array_equal(words[: ids.size], np.argsort(chosen, kind="stable"))
+    counts = np.bincount(chosen, minlength=n_expert + 1)
+    expected = [
+        (expert, counts[:expert].sum() + at, min(columns, n - at), 0)
+        for expert, n in enumerate(counts)
+        for at in range(0, n, columns)
+    ]
+    most = experts.most_tiles(ids.size, n_expert, columns)
+    table, count = 512 // 4, 512 // 4 + -(-16 * most // 256) * 64
+    assert words[count] == len(expected) <= most
+    np.testing.assert_array_equal(words[table:][: 4 * len(expected)].reshape(-1, 4), expected)

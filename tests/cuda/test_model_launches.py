@@ -85,3 +85,18 @@ def test_only_experts_right_behind_the_routing_wait_for_their_ids(model: Model) 
     records = [r for r in records_of(model, 1, 1) if isinstance(r, Launch)]
     late = [r.args[-4:] for r in records if r.name.startswith("vec_id<")]
     assert late == [b"\1\0\0\0", b"\0\0\0\0"]
+
+
+def test_a_prompt_prepares_once_what_several_products_read(model: Model) -> None:
+    """q and kv_a share rows, and so do experts and shared experts; these share sorted pairs."""
+    assert counts(records_of(model, 2048, 3)) == {
+        "rms_norm": 2, "to_halves": 6, "tile": 8, "rope": 1, "latent_row": 1, "gemm": 2,
+        "copy": 2, "hopper": 1, "route": 1, "group_pairs": 1, "multi_add": 1,
+    }  # fmt: skip
+
+
+def test_experts_wait_for_lists_that_the_launch_before_may_have_made(model: Model) -> None:
+    """`late`, the last argument of `tile`: only launches of its own come before down's product."""
+    records = [r for r in records_of(model, 2048, 3) if isinstance(r, Launch)]
+    late = [r.args[-4:] for r in records if r.name.startswith("tile<") and "true" in r.name]
+    assert late == [b"\1\0\0\0", b"\0\0\0\0"]

@@ -160,11 +160,11 @@ constexpr int ahead_of = N > 64        ? 1
 
 // grid: tiles of rows times `splits` of k, tiles of columns, batches. x: [columns][k_padded] of
 // F::Half; scale: one per column. With splits, y holds the sums of the first split for all columns,
-// then those of the second, and so on. Limit: float if the gated unit has a limit, else nothing.
+// then those of the second, and so on. late: the predecessor may have made the lists. Limit: float if the gated unit has a limit, else nothing.
 template <class F, int MATS, int N, bool ROUTED, class... Limit>
 __global__ void __launch_bounds__(THREADS, N << has_high<F> <= TWO_BLOCKS ? 2 : 1)
     tile(Weights<F> weights, const char* x, const float* scales, int k_padded, Tensor y,
-         Columns columns, int narrow, int act, int splits, Limit... limit) {
+         Columns columns, int narrow, int act, int splits, int late, Limit... limit) {
     constexpr int AHEAD = ahead_of<F, N>;
     extern __shared__ __align__(1024) char memory[];
     __shared__ char* targets[N];
@@ -178,6 +178,7 @@ __global__ void __launch_bounds__(THREADS, N << has_high<F> <= TWO_BLOCKS ? 2 : 
               row_tile = CAN_SPLIT ? blockIdx.x / splits : blockIdx.x;
     int matrix, valid;
     if constexpr (ROUTED) {
+        if (late) wait_for_predecessor();
         if (blockIdx.y >= *columns.n_tiles) {
             begin();
             return;
@@ -187,6 +188,16 @@ __global__ void __launch_bounds__(THREADS, N << has_high<F> <= TWO_BLOCKS ? 2 : 
         if (thread < N && thread < valid) {
             Pair pair = pair_of(columns.routing, y, columns.order[mine.y + thread]);
             targets[thread] = pair.to, sources[thread] = pair.column;
+        }
+        if (matrix == columns.routing.experts) {  // pairs without an expert get zeros
+            constexpr int ROWS = 128 / MATS;
+            begin();
+            __syncthreads();
+            for (int i = thread; i < valid * ROWS; i += THREADS) {
+                const int row = row_tile * ROWS + i % ROWS;
+                if (row < rows_of(weights.w[0])) put(y, targets[i / ROWS], row, 0, narrow);
+            }
+            return;
         }
     } else {
         matrix = columns.heads.matrix(blockIdx.z);

@@ -1,6 +1,6 @@
 // Sorts routed tokens by expert, on the device and in a fixed order. One block per expert counts
-// all of them, so no block waits for another. One more block clears the rows of tokens without an
-// expert.
+// all of them, so no block waits for another. Pairs without an expert come last, as if there were
+// one expert more.
 // @kernel hot group_pairs
 #include "linear_common.cuh"
 
@@ -9,29 +9,17 @@ constexpr int THREADS = 1024;
 // order: pairs sorted by expert. tiles: {expert, first entry of order, entries}, one for every
 // `columns` pairs.
 __global__ void __launch_bounds__(THREADS)
-    group_pairs(Routing routing, Tensor y, int* order, int4* tiles, int* n_tiles, int columns) {
+    group_pairs(Routing routing, int* order, int4* tiles, int* n_tiles, int columns) {
     begin();
     extern __shared__ int counts[];  // one per expert
     __shared__ int starts[THREADS / 32], before, tiles_before, all_tiles;
     const int thread = threadIdx.x, mine = blockIdx.x, n_used = routing.ids.ne[0];
-    const int pairs = n_used * routing.ids.ne[1];
+    const int pairs = n_used * routing.ids.ne[1], experts = routing.experts + 1;
     auto id_of = [&](int pair) {
         int id = *(const int*)routing.ids.at<char>(pair % n_used, pair / n_used, 0, 0);
-        return id >= 0 && id < routing.experts ? id : -1;
+        return id >= 0 && id < routing.experts ? id : routing.experts;
     };
-    if (mine == routing.experts) {
-        for (int base = thread & ~31; base < pairs; base += THREADS) {
-            int pair = base + thread % 32;
-            for (unsigned none = __ballot_sync(~0u, pair < pairs && id_of(pair) < 0); none;
-                 none &= none - 1) {
-                int one = base + __ffs(none) - 1;
-                for (int row = thread % 32; row < y.ne[0]; row += 32)
-                    *y.at<float>(row, one % n_used, one / n_used, 0) = 0.0f;
-            }
-        }
-        return;
-    }
-    for (int e = thread; e < routing.experts; e += THREADS) counts[e] = 0;
+    for (int e = thread; e < experts; e += THREADS) counts[e] = 0;
     if (thread == 0) before = tiles_before = all_tiles = 0;
     __syncthreads();
     // Each thread takes a contiguous run of pairs, so ranks follow from a prefix sum over threads.
@@ -41,10 +29,10 @@ __global__ void __launch_bounds__(THREADS)
     for (int pair = first; pair < last; ++pair) {
         int id = id_of(pair);
         own += id == mine;
-        if (id >= 0) atomicAdd(&counts[id], 1);
+        atomicAdd(&counts[id], 1);
     }
     __syncthreads();
-    for (int e = thread; e < routing.experts; e += THREADS) {
+    for (int e = thread; e < experts; e += THREADS) {
         int some = (counts[e] + columns - 1) / columns;
         atomicAdd(&all_tiles, some);
         if (e < mine) {

@@ -145,23 +145,40 @@ def padded(k: int) -> int:
 
 
 def to_halves(call: Call, b: Operand, half: str) -> tuple[np.uint64, np.uint64]:
-    """Record the conversion of b for `tile`; returns the addresses of its scaled rows and
-    scales."""
-    columns, adjacent = rows_in(b.ne), b.nb[0] == b.dtype.nbytes and b.aligned(16)
-    out = np.uint64(call.scratch(columns * padded(b.ne[0]) * 2))
-    scales = np.uint64(call.scratch(columns * 4))
+    """The addresses of b's scaled rows and of their scales, for `tile`: call["halves"] if an
+    earlier step prepared them."""
+    halves = call.get("halves")
+    if halves is None:
+        ptr = call.scratch(tile_scratch(b.ne))
+        launch_halves(call, b, ptr, half)
+    else:
+        ptr = halves.ptr
+    return np.uint64(ptr), np.uint64(ptr + _scales_at(b.ne))
+
+
+def launch_halves(call: Call, b: Operand, ptr: int, half: str) -> None:
+    """Record the conversion of b for `tile`: its rows, then their scales."""
+    adjacent = b.nb[0] == b.dtype.nbytes and b.aligned(16)
     call.launch(
         PREPARE,
         f"to_halves<{C_TYPES[b.dtype.name]}, {half}, {str(adjacent).lower()}>",
-        grid=columns,
+        grid=rows_in(b.ne),
         block=threads_for(padded(b.ne[0]) // 16),
-        args=[b.tensor, out, scales, np.int32(padded(b.ne[0]))],
+        args=[
+            b.tensor,
+            np.uint64(ptr),
+            np.uint64(ptr + _scales_at(b.ne)),
+            np.int32(padded(b.ne[0])),
+        ],
     )
-    return out, scales
+
+
+def _scales_at(b: Ne) -> int:
+    return aligned(rows_in(b) * padded(b[0]) * 2)
 
 
 def tile_scratch(b: Ne) -> int:
-    return aligned(rows_in(b) * padded(b[0]) * 2, rows_in(b) * 4)
+    return _scales_at(b) + aligned(rows_in(b) * 4)
 
 
 def warps_for(groups: int, blocks: int) -> int:
@@ -266,6 +283,7 @@ def launch_tile(
             is_narrow(y),
             act_of(call),
             np.int32(splits),
+            np.int32(call.get("halves") is not None),
             *limit,
         ],
         shared=tile_shared(width),

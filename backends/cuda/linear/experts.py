@@ -34,8 +34,8 @@ def columns_for(pairs: int, experts: int) -> int:
 
 
 def most_tiles(pairs: int, experts: int, columns: int) -> int:
-    """The most tiles that any choice of experts can need."""
-    return pairs // columns + min(experts, pairs)
+    """The most tiles that any choice of experts can need; no expert counts as one."""
+    return pairs // columns + min(experts + 1, pairs)
 
 
 def group_scratch(ids: Ne, experts: int) -> int:
@@ -115,28 +115,50 @@ def _tokens(x: Operand, axis: int, start: int, most: int) -> Operand:
 
 
 def tile(call: Call, a: tuple[Operand, ...], b: Operand, ids: Operand, y: Operand) -> None:
-    """Record the sorting of pairs by expert, then `tile`."""
+    """Record the sorting of pairs by expert, unless call["groups"] has it, then `tile`."""
     pairs, experts = pairs_of(ids.ne), a[0].ne[2]
     width = columns_for(pairs, experts)
     tiles = most_tiles(pairs, experts, width)
-    order, table, count = (np.uint64(call.scratch(n)) for n in (4 * pairs, 16 * tiles, 4))
-    routed = routing(ids, experts, b)
+    groups = call.get("groups")
+    if groups is None:
+        ptr = call.scratch(group_scratch(ids.ne, experts))
+        launch_groups(call, ids, experts, ptr)
+    else:
+        ptr = groups.ptr
+    order, table, count = _lists(ptr, pairs, tiles)
+    form = blocks.cpp_format(a[0])
+    if not in_blocks(a[0].dtype):
+        form = f"Dense<{C_TYPES[a[0].dtype.name]}>"
+    columns = blocks.Columns(
+        tiles=table,
+        n_tiles=count,
+        order=order,
+        heads=blocks.NO_HEADS,
+        routing=routing(ids, experts, b),
+    )
+    blocks.launch_tile(call, form, a, b, y, width, columns, (tiles, 1), routed=True)
+
+
+def launch_groups(call: Call, ids: Operand, experts: int, ptr: int) -> None:
+    """Record the sorting of pairs by expert, for all products with these ids."""
+    pairs = pairs_of(ids.ne)
+    width = columns_for(pairs, experts)
+    lists = _lists(ptr, pairs, most_tiles(pairs, experts, width))
     call.launch(
         "moe_group.cu",
         "group_pairs",
         grid=experts + 1,
         block=1024,
-        args=[routed, y.tensor, order, table, count, np.int32(width)],
-        shared=4 * experts,
+        args=[
+            Routing(ids=ids.tensor, experts=experts, n_b=1),
+            *map(np.uint64, lists),
+            np.int32(width),
+        ],
+        shared=4 * (experts + 1),
     )
-    form = blocks.cpp_format(a[0])
-    if not in_blocks(a[0].dtype):
-        form = f"Dense<{C_TYPES[a[0].dtype.name]}>"
-    columns = blocks.Columns(
-        tiles=int(table),
-        n_tiles=int(count),
-        order=int(order),
-        heads=blocks.NO_HEADS,
-        routing=routed,
-    )
-    blocks.launch_tile(call, form, a, b, y, width, columns, (tiles, 1), routed=True)
+
+
+def _lists(ptr: int, pairs: int, tiles: int) -> tuple[int, int, int]:
+    """The addresses of the sorted pairs, of the tiles, and of their number."""
+    table = ptr + aligned(4 * pairs)
+    return ptr, table, table + aligned(16 * tiles)

@@ -1,0 +1,152 @@
+"""What products read in a form of their own, prepared once for all that read it.
+
+    fixed_point    activations for `vec`
+    halves         activations for `tile`
+    expert_groups  (token, slot) pairs sorted by expert, for `tile`
+
+These are nodes private to the backend, so the planner sees their memory. A cache inside the runner
+would hide it. What only one product reads, its own launches prepare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import count
+
+from pyggml import ops
+from pyggml.backends.cuda.fusion import CudaStep, Fused
+from pyggml.backends.cuda.launch import Call
+from pyggml.backends.cuda.linear import blocks
+from pyggml.backends.cuda.linear.common import aligned, in_blocks
+from pyggml.backends.cuda.linear.experts import group_scratch, launch_groups
+from pyggml.backends.cuda.linear.routes import Product
+from pyggml.backends.cuda.norm import can_prepare
+from pyggml.backends.cuda.table import kernel
+from pyggml.dtypes import TYPES
+from pyggml.node import Node
+from pyggml.operation import Op
+from pyggml.ops.leaf import constant_op
+from pyggml.spec import Spec
+from pyggml.transfer import origin
+
+# Backend-private ops: user graphs never contain them. `run` is the number of the call of `lower`:
+# nodes lowered separately do not share what is prepared.
+
+
+def _fixed_point(b: Node, *, levels: int, run: int) -> Spec:
+    return _bytes(blocks.fixed_bytes(b.ne, levels))
+
+
+def _halves(b: Node, *, half: str, run: int) -> Spec:
+    return _bytes(blocks.tile_scratch(b.ne))
+
+
+def _expert_groups(ids: Node, *, experts: int, run: int) -> Spec:
+    return _bytes(group_scratch(ids.ne, experts))
+
+
+def _bytes(n: int) -> Spec:
+    return Spec.of(TYPES["i8"], (n,))
+
+
+fixed_point = Op(_fixed_point, name="fixed_point")
+halves = Op(_halves, name="halves")
+expert_groups = Op(_expert_groups, name="expert_groups")
+_runs = count()
+
+
+@kernel(fixed_point, types=None)
+def _prepare_fixed_point(call: Call) -> None:
+    blocks.launch_quantize(call, call["b"], call.out.pointer, call.attrs["levels"])
+
+
+@kernel(halves, types=None)
+def _prepare_halves(call: Call) -> None:
+    blocks.launch_halves(call, call["b"], call.out.ptr, call.attrs["half"])
+
+
+@kernel(expert_groups, types=None)
+def _prepare_groups(call: Call) -> None:
+    launch_groups(call, call["ids"], call.attrs["experts"], call.out.ptr)
+
+
+#: The operand of a product that is what a node of this op prepared.
+_NAMES = {fixed_point: "fixed", halves: "halves", expert_groups: "groups"}
+_RECORDS = {
+    fixed_point: _prepare_fixed_point,
+    halves: _prepare_halves,
+    expert_groups: _prepare_groups,
+}
+
+
+def needs_of(node: Node, run: int) -> Iterator[Node]:
+    """What the product reads that others may read too.
+
+    Activations only for weights that are constants: the kernels read these before earlier steps
+    have ended. Those of `tile` must not even come from the host in the run.
+    """
+    weights = [node[name] for name in node.op.weights]
+    if not weights:
+        return
+    products = Product.all_of(node)
+    b = _rows_of(node["b"])
+    constant = all(in_blocks(w.dtype) and origin(w).op is constant_op for w in weights)
+    if constant and products[0].levels:
+        yield fixed_point(b, levels=products[0].levels, run=run)
+    if any(product.route != "tile" for product in products):
+        return
+    if products[0].ids is not None:
+        yield expert_groups(node["ids"], experts=weights[0].ne[2], run=run)
+    kinds = {blocks.half_of(w.dtype) for w in weights}
+    if len(kinds) == 1 and all(w.root.op is constant_op for w in weights):
+        yield halves(b, half=kinds.pop(), run=run)
+
+
+def _rows_of(b: Node) -> Node:
+    """The node whose rows b views unchanged."""
+    while b.op is ops.reshape and b["a"].ne[0] == b.ne[0]:
+        b = b["a"]
+    return b
+
+
+def prepare_once(steps: Sequence[CudaStep]) -> Iterator[CudaStep]:
+    """The steps, with those inserted that prepare what several products read.
+
+    If the step that computes b can also write it in fixed point, it does, even for one product.
+    """
+    run = next(_runs)
+    needs = {step: list(needs_of(step.node, run)) for step in steps if len(step.nodes) == 1}
+    readers: dict[Node, list[CudaStep]] = {}
+    for step, nodes in needs.items():
+        for node in nodes:
+            readers.setdefault(node, []).append(step)
+    prepared: set[Node] = set()
+    for step in steps:
+        if isinstance(step, Fused) and can_prepare(step):
+            fixed = fixed_point(step.node, levels=2, run=run)
+            if fixed in readers:
+                prepared.add(fixed)
+                step = _leaving(step, fixed)
+        for node in needs.get(step, ()):
+            if node not in prepared and len(readers[node]) > 1:
+                prepared.add(node)
+                operands = {name: node[name] for name in node.op.operands}
+                yield CudaStep((node,), operands, _RECORDS[node.op])
+        yield _reading(step, [node for node in needs.get(step, ()) if node in prepared])
+
+
+def _leaving(step: CudaStep, fixed: Node) -> CudaStep:
+    """The step, with its result in fixed point as an additional result."""
+    nodes = (*step.nodes[:-1], fixed, step.node)
+    results = {**step.results, "fixed": fixed}
+    return CudaStep(nodes, step.operands, step.record, results=results, inplace=step.inplace)
+
+
+def _reading(product: CudaStep, prepared: Sequence[Node]) -> CudaStep:
+    """The product, with what is prepared as additional operands and not in its scratch."""
+    if not prepared:
+        return product
+    operands = {**product.operands, **{_NAMES[node.op]: node for node in prepared}}
+    spared = sum(aligned(node.spec.nbytes) for node in prepared) * len(product.node.op.weights)
+    scratch = product.scratch - spared
+    return CudaStep(product.nodes, operands, product.record, scratch=scratch)
