@@ -31,9 +31,9 @@ def _refuses(node: Node) -> str | None:
     if node.get("ids") is not None:
         if (k.ne[0], v.ne[0]) not in LATENT:
             known = " and ".join(f"{d_k}/{d_v}" for d_k, d_v in LATENT)
-            return f"flash_attn_ext reads lists of keys of {known}, not {k.ne[0]}/{v.ne[0]}"
+            return f"flash_attn_ext takes ids only with head sizes {known}"
         if mask is not None and mask.ne[2] > 1:
-            return "flash_attn_ext with lists of keys takes one mask for all heads"
+            return "flash_attn_ext takes ids only with one mask for all heads"
     for what, source in (("keys", k), ("values", v)):
         if source.dtype.name not in TYPES:
             return f"flash_attn_ext cannot read {what} of {source.dtype}"
