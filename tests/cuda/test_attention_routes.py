@@ -28,7 +28,9 @@ DEVICES = {
 AHEAD = {
     arch: {
         instance.name
-        for instance in instances([FOLDER / "attention_split.cu", FOLDER / "attention_latent.cu"])
+        for instance in instances(
+            [FOLDER / f"attention_{name}.cu" for name in ("split", "latent", "list_hopper")]
+        )
         if not instance.archs or arch in instance.archs
     }
     for arch in DEVICES
@@ -52,7 +54,13 @@ def launches_of(node: gg.Node, device: Device) -> list[Launch]:
 
 
 def attention(
-    pair: tuple[int, int], cache: str, n_q: int, heads: int, heads_kv: int, n_kv: int = 4096
+    pair: tuple[int, int],
+    cache: str,
+    n_q: int,
+    heads: int,
+    heads_kv: int,
+    n_kv: int = 4096,
+    n_ids: int = 0,
 ) -> gg.Node:
     d_k, d_v = pair
     q = gg.input("q", "f32", ne=(d_k, n_q, heads))
@@ -63,7 +71,8 @@ def attention(
         if inside
         else gg.state("v", cache, ne=(d_v, *k.ne[1:]))
     )
-    return gg.flash_attn_ext(q, k, v, scale=0.1)
+    ids = gg.input("ids", "i32", ne=(n_ids, n_q)) if n_ids else None
+    return gg.flash_attn_ext(q, k, v, ids=ids, scale=0.1)
 
 
 @pytest.mark.parametrize("arch", DEVICES)
@@ -92,6 +101,20 @@ def test_few_queries_split_their_keys_on_every_gpu(
         rows, threads = _latent(numbers) if latent else (16, 32 * numbers[2])
         assert prod(first.block) == threads
         assert first.grid[1] == -(-n_q * heads // heads_kv // rows) and first.grid[0] > 1
+
+
+@pytest.mark.parametrize("arch", DEVICES)
+@pytest.mark.parametrize("cache", ["f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("pair", routes.LATENT)
+def test_lists_fit_every_gpu(arch: str, cache: str, pair: tuple[int, int]) -> None:
+    """Their kernels are compiled ahead and fit into the shared memory of the GPU."""
+    device = DEVICES[arch]
+    for n_q, heads in ((1, 16), (1, 128), (300, 16), (300, 128)):
+        launches = launches_of(attention(pair, cache, n_q, heads, 1, n_ids=2048), device)
+        (launch,) = (r for r in launches if r.name.startswith(("latent<", "list_hopper<")))
+        assert launch.name in AHEAD[arch]
+        assert launch.shared + routes.STATIC <= device.shared
+        assert launch.name.startswith("list") == (arch == "90a" and (n_q, heads) == (300, 128))
 
 
 def _latent(numbers: list[int]) -> tuple[int, int]:
