@@ -55,23 +55,19 @@ def argmax(call: Call) -> None:
         call.launch(FILE, "argmax_of", grid=row_grid(a), block=32, args=last)
 
 
-def _sort_scratch(node: Node) -> int:
+def sort_scratch(node: Node) -> int:
     """Bytes for the keys of all rows, if a row is too long for shared memory."""
     n = row_length(node)
     return 0 if n <= PART else node.spec.elements // node.ne[0] * power_of_two(n) * _KEY
 
 
-@kernel(ops.argsort, scratch=_sort_scratch)
+@kernel(ops.argsort, scratch=sort_scratch)
 def argsort(call: Call) -> None:
-    _sort(call, descending=call.attrs["order"] == "desc")
+    sort(call, descending=call.attrs["order"] == "desc")
 
 
-@kernel(ops.top_k, scratch=_sort_scratch)
-def top_k(call: Call) -> None:
-    _sort(call, descending=True)
-
-
-def _sort(call: Call, descending: bool) -> None:
+def sort(call: Call, descending: bool) -> None:
+    """Record a sort of rows; the result has as many ids of each as it has room for."""
     a, padded = call["a"], power_of_two(row_length(call.node))
     order = np.int32(descending)
     if padded <= PART:

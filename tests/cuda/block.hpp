@@ -1,5 +1,6 @@
-// A block of CUDA threads on the host: each is a fiber, and barriers and shuffles are real. Include
-// it before host.hpp, whose definitions for a single thread it replaces.
+// Blocks of CUDA threads on the host: each thread is a fiber, and barriers and shuffles are real.
+// The blocks of a cluster run at the same time; others run one after another. Include it before
+// host.hpp, whose definitions for a single thread it replaces.
 #pragma once
 #define __BLOCK__
 #include <ucontext.h>
@@ -19,29 +20,53 @@ struct Block {
     struct Fiber {
         ucontext_t context;
         std::unique_ptr<char[]> stack;
+        const Barrier* waits = nullptr;
+        int round = 0;
         bool over = false;
     };
     std::vector<Fiber> fibers;
     std::vector<unsigned long long> slots;
     std::vector<Barrier> warps;  // of each thread that is the first of those that wait
     Barrier all;
-    ucontext_t scheduler;
+    std::vector<char> memory;  // dynamic shared memory
+    Dim3 index;
     int now = 0;
 
-    explicit Block(int threads) : fibers(threads), slots(threads), warps(threads) {}
-    void wait(Barrier& b, int threads) {
-        const int round = b.round;
-        if (++b.count == threads) b.count = 0, ++b.round;
-        while (b.round == round) swapcontext(&fibers[now].context, &scheduler);
-    }
+    Block(int threads, int shared, Dim3 index)
+        : fibers(threads), slots(threads), warps(threads), memory(shared), index(index) {}
 };
+inline std::vector<Block>* cluster;
 inline Block* block;
+inline Barrier of_cluster;
+inline ucontext_t scheduler;
 
-inline void __syncthreads() { block->wait(block->all, blockDim.x * blockDim.y); }
+inline void yield_thread() { swapcontext(&block->fibers[block->now].context, &scheduler); }
+inline void wait(Barrier& b, int threads) {
+    Block::Fiber& mine = block->fibers[block->now];
+    mine.waits = &b, mine.round = b.round;
+    if (++b.count == threads) b.count = 0, ++b.round;
+    else yield_thread();
+    mine.waits = nullptr;
+}
+
+inline void __syncthreads() { wait(block->all, blockDim.x * blockDim.y); }
 inline int first_of_warp() { return block->now / 32 * 32; }
 inline int lane() { return block->now % 32; }
 inline void __syncwarp(unsigned mask = ~0u) {
-    block->wait(block->warps[first_of_warp() + __builtin_ctz(mask)], __builtin_popcount(mask));
+    wait(block->warps[first_of_warp() + __builtin_ctz(mask)], __builtin_popcount(mask));
+}
+
+inline void cluster_sync() { wait(of_cluster, blockDim.x * (int)cluster->size()); }
+// Where p, in this block's dynamic shared memory, is in that of another block of the cluster.
+template <class T>
+T* in_block(T* p, int rank) {
+    return (T*)((*cluster)[rank].memory.data() + ((char*)p - block->memory.data()));
+}
+template <class T, class U>
+T atomicAdd(T* at, U by) {
+    const T before = *at;
+    *at += by;
+    return before;
 }
 
 // The value of x in lane `from` of the warp.
@@ -73,18 +98,23 @@ inline unsigned __ballot_sync(unsigned, bool x) {
     return bits;
 }
 inline bool __any_sync(unsigned mask, bool x) { return __ballot_sync(mask, x) != 0; }
+// x of all lanes, combined.
+template <class Op>
+unsigned reduced(unsigned x, Op op) {
+    for (int by = 16; by; by /= 2) x = op(x, __shfl_xor_sync(~0u, x, by));
+    return x;
+}
 inline unsigned __reduce_or_sync(unsigned, unsigned x) {
-    unsigned all = 0;
-    for (int i = 0; i < 32; ++i) all |= exchanged(x, i);
-    return all;
+    return reduced(x, [](unsigned a, unsigned b) { return a | b; });
+}
+inline unsigned __reduce_add_sync(unsigned, unsigned x) {
+    return reduced(x, [](unsigned a, unsigned b) { return a + b; });
 }
 inline unsigned __reduce_min_sync(unsigned, unsigned x) {
-    unsigned least = x;
-    for (int i = 0; i < 32; ++i) {
-        const unsigned other = exchanged(x, i);
-        if (other < least) least = other;
-    }
-    return least;
+    return reduced(x, [](unsigned a, unsigned b) { return a < b ? a : b; });
+}
+inline unsigned __reduce_max_sync(unsigned, unsigned x) {
+    return reduced(x, [](unsigned a, unsigned b) { return a > b ? a : b; });
 }
 
 template <class Kernel>
@@ -93,39 +123,47 @@ template <class Kernel>
 void run() {
     (*kernel_of_block<Kernel>)();
     block->fibers[block->now].over = true;
-    swapcontext(&block->fibers[block->now].context, &block->scheduler);
+    yield_thread();
 }
 
-// A kernel over a grid, block after block; a block's threads take turns.
+// A kernel over a grid; the threads of a block take turns. Clusters of blocks are along x.
 template <class Kernel>
-void launch(Dim3 grid, Dim3 shape, Kernel kernel) {
+void launch(Dim3 grid, Dim3 shape, Kernel kernel, int shared = 0, int blocks = 1) {
     constexpr int STACK = 1 << 17;
     const int threads = shape.x * shape.y;
     kernel_of_block<Kernel> = &kernel;
     blockDim = shape, gridDim = grid;
-    for (int i = 0; i < grid.x * grid.y * grid.z; ++i) {
-        Block mine(threads);
-        block = &mine;
-        blockIdx = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
-        for (Block::Fiber& fiber : mine.fibers) {
-            fiber.stack.reset(new char[STACK]);
-            getcontext(&fiber.context);
-            fiber.context.uc_stack.ss_sp = fiber.stack.get();
-            fiber.context.uc_stack.ss_size = STACK;
-            makecontext(&fiber.context, run<Kernel>, 0);
-        }
+    for (int i = 0; i < grid.x * grid.y * grid.z; i += blocks) {
+        std::vector<Block> mine;
+        for (int b = i; b < i + blocks; ++b)
+            mine.emplace_back(threads, shared,
+                              Dim3{b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y});
+        cluster = &mine, of_cluster = {};
+        for (Block& each : mine)
+            for (Block::Fiber& fiber : each.fibers) {
+                fiber.stack.reset(new char[STACK]);
+                getcontext(&fiber.context);
+                fiber.context.uc_stack.ss_sp = fiber.stack.get();
+                fiber.context.uc_stack.ss_size = STACK;
+                makecontext(&fiber.context, run<Kernel>, 0);
+            }
         for (bool going = true; going;) {
             going = false;
-            for (mine.now = 0; mine.now < threads; ++mine.now) {
-                if (mine.fibers[mine.now].over) continue;
-                going = true;
-                threadIdx = {mine.now % shape.x, mine.now / shape.x, 0};
-                swapcontext(&mine.scheduler, &mine.fibers[mine.now].context);
+            for (Block& each : mine) {
+                block = &each, blockIdx = each.index;
+                for (each.now = 0; each.now < threads; ++each.now) {
+                    Block::Fiber& fiber = each.fibers[each.now];
+                    if (fiber.over) continue;
+                    going = true;
+                    if (fiber.waits && fiber.waits->round == fiber.round) continue;
+                    threadIdx = {each.now % shape.x, each.now / shape.x, 0};
+                    swapcontext(&scheduler, &fiber.context);
+                }
             }
         }
     }
 }
 template <class Kernel>
-void launch(Dim3 grid, int threads, Kernel kernel) {
-    launch(grid, Dim3{threads, 1, 1}, kernel);
+void launch(Dim3 grid, int threads, Kernel kernel, int shared = 0, int blocks = 1) {
+    launch(grid, Dim3{threads, 1, 1}, kernel, shared, blocks);
 }

@@ -10,10 +10,8 @@ struct float4 {
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline float __int_as_float(int x) { return bits_as<float>(x); }
-inline int __float_as_int(float x) { return bits_as<int>(x); }
 inline int __float2int_rn(float x) { return (int)std::nearbyint(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
-inline int atomicAdd(int* at, int x) { return (*at += x) - x; }
 inline int __dp4a(int a, int b, int c) {
     for (int i = 0; i < 4; ++i) c += (signed char)(a >> 8 * i) * (signed char)(b >> 8 * i);
     return c;

@@ -43,6 +43,7 @@ inline unsigned __funnelshift_r(unsigned low, unsigned high, int by) {
     return unsigned(((uint64_t)high << 32 | low) >> (by & 31));
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 inline unsigned byte_permutation(unsigned a, unsigned b, unsigned selector) {
     const uint64_t both = (uint64_t)b << 32 | a;
     unsigned r = 0;
@@ -58,6 +59,7 @@ To bits_as(From from) {
     return to;
 }
 inline float __uint_as_float(unsigned x) { return bits_as<float>(x); }
+inline int __float_as_int(float x) { return bits_as<int>(x); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }

@@ -5,12 +5,16 @@
 typedef unsigned long long Key;
 #define LAST_KEY 0xFFFFFFFFFFFFFFFFull
 
-// Keys sort by value, equal values by id. -0 equals 0. NaN of either sign sorts above every number,
+// A number whose order is that of the values. -0 equals 0. NaN of either sign is above every number,
 // so it shows up in the result.
-__device__ __forceinline__ Key sort_key(float value, int id, bool descending) {
+__device__ __forceinline__ unsigned order_of(float value) {
     int bits = value == value ? __float_as_int(value + 0.0f) : 0x7FC00000;
     bits ^= (bits >> 31) & 0x7FFFFFFF;
-    unsigned order = (unsigned)bits ^ 0x80000000u;
+    return (unsigned)bits ^ 0x80000000u;
+}
+// Keys sort by value, equal values by id.
+__device__ __forceinline__ Key sort_key(float value, int id, bool descending) {
+    const unsigned order = order_of(value);
     return (Key)(descending ? ~order : order) << 32 | (unsigned)id;
 }
 

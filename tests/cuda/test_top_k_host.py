@@ -1,0 +1,118 @@
+"""The kernels of top_k for long rows, compiled for the host, against a stable sort.
+
+All eight blocks of a cluster run at the same time, thread by thread.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import pyggml as gg
+from pyggml.backends.cuda import top_k
+from pyggml.backends.cuda.device.compiler import KERNELS
+from pyggml.backends.cuda.gpu import H200
+from pyggml.backends.cuda.launch import Call, Operand
+from tests.cuda.host import libraries
+
+HERE = Path(__file__).parent
+RUN = """
+extern "C" int top_k_on_host(const char* name, int grid, int threads, int shared, Tensor out,
+                             Tensor a) {
+    const std::string kernel(name);
+    if (kernel == "top_k<1>") launch({grid, 1, 1}, threads, [&] { top_k<1>(out, a); }, shared);
+    else if (kernel == "top_k<4>") launch({grid, 1, 1}, threads, [&] { top_k<4>(out, a); }, shared);
+    else if (kernel == "top_k_cluster<1>")
+        launch({grid, 1, 1}, threads, [&] { top_k_cluster<1>(out, a); }, shared, CLUSTER);
+    else if (kernel == "top_k_cluster<4>")
+        launch({grid, 1, 1}, threads, [&] { top_k_cluster<4>(out, a); }, shared, CLUSTER);
+    return sizeof(Shared);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    parts = [(HERE / name).read_text() for name in ("block.hpp", "host.hpp")]
+    parts += ["#include <string>\n#define __cluster_dims__(...)\n#define __CUDA_ARCH__ 800\n"]
+    parts += [(KERNELS / "include" / name).read_text() for name in ("common.cuh", "sort.cuh")]
+    parts += [(KERNELS / "top_k.cu").read_text().replace("#if __CUDA_ARCH__ >= 900", "#if 1"), RUN]
+    text = re.sub(r'#include ".*|#include <cuda.*|#pragma once', "", "\n".join(parts))
+    memory = "char* memory = block->memory.data();"
+    text = re.sub(r"extern __shared__ __align__\(16\) char memory\[\];", memory, text)
+    overlap = "inline void begin() {}\n#include <string>"
+    text = text.replace("#include <string>", overlap, 1)
+    (library,) = libraries(tmp_path_factory.mktemp("top_k"), {"top_k": text}, "-O1")
+    return library
+
+
+def chosen(library: Any, rows: NDArray[np.float32], k: int, few: bool) -> NDArray[np.int32]:
+    """The ids that the kernel which the backend records finds for rows [n_rows, n]."""
+    node = gg.top_k(gg.input("a", ne=rows.shape[::-1]), k=k)
+    ids = np.full((len(rows), k), -1, np.int32)
+    a, out = (
+        Operand(x.ctypes.data, n.ne, (*x.strides[::-1], x.strides[0], x.strides[0]), n.dtype)
+        for n, x in ((node["a"], rows), (node, ids))
+    )
+    call = Call(node, out, {"a": a}, node.attrs, H200)
+    top_k.select(call, few)
+    (launch,) = call.records
+    size = library.top_k_on_host(
+        launch.name.encode(), launch.grid[0], launch.block[0], launch.shared, out.tensor, a.tensor
+    )
+    assert size == top_k.SHARED == launch.shared
+    return ids
+
+
+def expected(rows: NDArray[np.float32], k: int) -> NDArray[np.intp]:
+    return np.stack([np.lexsort((-row, ~np.isnan(row)))[:k] for row in rows])
+
+
+def data(kind: str, n: int, rng: np.random.Generator) -> NDArray[np.float32]:
+    x = rng.standard_normal(n).astype(np.float32)
+    if kind == "equal":
+        x[:] = 0.5
+    elif kind == "whole":
+        x = np.rint(3 * x)
+    elif kind == "special":
+        numbers = [np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45]
+        x[rng.permutation(n)[: n // 2]] = rng.choice(numbers, n // 2)
+    elif kind == "hidden":
+        x[n // 3 :] = -np.inf
+    elif kind == "few":
+        x[rng.permutation(n)[7:]] = -np.inf
+    elif kind == "outlier":
+        x[n // 2] = np.inf
+    elif kind == "sorted":
+        x.sort()
+    elif kind == "crowded":  # all large elements are in few groups of any kernel
+        x[np.arange(n) // 4 % 4096 < 256] += 100
+    return x
+
+
+KINDS = (
+    "random", "equal", "whole", "special", "hidden", "few", "outlier", "sorted", "crowded",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("few", [False, True], ids=["block", "cluster"])
+def test_the_choice_is_that_of_a_stable_sort(kind: str, few: bool, library: Any) -> None:
+    rng = np.random.default_rng(0)
+    for n, k in ((20000, 2048), (16387, 513), (100000, 2048)):
+        rows = np.stack([data(kind, n, rng)])
+        np.testing.assert_array_equal(chosen(library, rows, k, few), expected(rows, k))
+
+
+def test_short_rows(library: Any) -> None:
+    """Rows of a block may be shorter than its groups are many; k may be the whole row."""
+    rng = np.random.default_rng(1)
+    for n, k in ((1, 1), (5, 5), (130, 1), (2048, 2048), (4099, 2047)):
+        for kind in ("random", "special"):
+            rows = np.stack([data(kind, n, rng) for _ in range(3)])
+            np.testing.assert_array_equal(chosen(library, rows, k, False), expected(rows, k))
