@@ -35,7 +35,8 @@ def lightning_indexer(
 
     A hidden row (mask -inf, or past kv_len) scores -inf, whatever it holds: NaN in rows that were
     never written does not reach y. Where the row is visible, NaN stays NaN.
-    Sums are f32. No backend quantizes q; it may round q to f16 or bf16 if k has that type.
+    Sums are f32. No backend quantizes q; it may round q to bf16 if k has that type, and to f16,
+    scaled by a power of two for each head, if k has f16 or blocks.
     Source: DeepSeek-V3.2-Exp, the lightning indexer of DeepSeek sparse attention.
     """
     d, n_head, n_tokens, n3 = q.ne

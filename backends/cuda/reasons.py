@@ -1,5 +1,5 @@
 """Why a step does not take the fast kernel for its op: for profiles, so that no path is slow in
-silence. The conditions are those of linear/routes.py and attention/routes.py."""
+silence. The conditions are those of linear/routes.py, attention/routes.py and indexer.py."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from pyggml import ops
 from pyggml.backends.cuda.attention.routes import C_TYPES, HOPPER, LATENT, PAIRS, Shape
+from pyggml.backends.cuda.indexer import why_plain
 from pyggml.backends.cuda.linear.common import in_blocks
 from pyggml.backends.cuda.linear.routes import FEW_PAIRS, Product
 from pyggml.backends.step import Step, innermost
@@ -29,6 +30,9 @@ def reason(step: Step, names: Sequence[str]) -> str:
 def _reasons(node: Node, names: Sequence[str]) -> Iterator[str]:
     if node.op is ops.flash_attn_ext:
         yield from _of_attention(Shape.of(node), names)
+    elif node.op is ops.lightning_indexer:
+        if " scores_any<" in _joined(names):
+            yield why_plain(node) or "an indexer's queries or rows are not aligned to 16 bytes"
     elif node.op.weights:
         products = Product.all_of(node)
         for product in products:

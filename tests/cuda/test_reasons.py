@@ -79,3 +79,19 @@ def test_attention() -> None:
     assert "K of f16 and V of q8_0" in reasons(attention(128, ("f16", "q8_0")))
     assert "K and V of q4_0" in reasons(attention(128, ("q4_0", "q4_0")))
     assert 'prec="f32"' in reasons(attention(128, ("f16", "f16"), prec="f32"))
+
+
+def indexer(d: int = 128, heads: int = 64, dtype: str = "f16", tokens: int = 1) -> Node:
+    q, k = gg.input("q", ne=(d, heads, tokens)), gg.input("k", dtype, ne=(d, 300))
+    return gg.lightning_indexer(q, k, gg.input("w", ne=(heads, tokens)))
+
+
+def test_an_indexer() -> None:
+    for dtype in ("f16", "bf16", "q8_0"):
+        assert reasons(indexer(dtype=dtype)) == reasons(indexer(dtype=dtype, tokens=9)) == ""
+    assert "rows of f32" in reasons(indexer(dtype="f32"))
+    assert "rows of 64 elements" in reasons(indexer(64))
+    assert "48 heads" in reasons(indexer(heads=48))
+    odd = gg.view(gg.input("k", "f16", ne=(129, 300)), ne=(128, 300))
+    q, w = gg.input("q", ne=(128, 64, 1)), gg.input("w", ne=(64, 1))
+    assert "not aligned" in reasons(gg.lightning_indexer(q, odd, w))

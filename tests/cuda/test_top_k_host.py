@@ -92,11 +92,14 @@ def data(kind: str, n: int, rng: np.random.Generator) -> NDArray[np.float32]:
         x.sort()
     elif kind == "crowded":  # all large elements are in few groups of any kernel
         x[np.arange(n) // 4 % 4096 < 256] += 100
+    elif kind == "crowded equals":
+        x[np.arange(n) // 4 % 4096 < 256] = 100
     return x
 
 
 KINDS = (
     "random", "equal", "whole", "special", "hidden", "few", "outlier", "sorted", "crowded",
+    "crowded equals",
 )  # fmt: skip
 
 

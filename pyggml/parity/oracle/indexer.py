@@ -16,6 +16,8 @@ lightning_indexer(f32[64,8,3], {f32|f16|q8_0}[64,{37|300}]~past18, f32[8,3], {-|
 lightning_indexer(f32[32,3,2], f32[32,9], f32[3,2]@apart, -, i32[1]#{0|1|9|20})
 lightning_indexer(f32[32,3,3], {f32|f16}[32,{30|31}]~nan5, f32[3,3], f16[$2,3]~mask)
 lightning_indexer(f32[128,64,1], {f32|f16|q8_0}[128,{700|1025}], f32[64], {-|f16[$2,1]~mask}, {-|i32[1]#650})
+lightning_indexer(f32[128,{32|128},{1|3},2]{|@p0213}, {f16|bf16|q8_0}[128,{70|513},1,2]@wide, f32[$1,$2,1,2], f16[$5,$2]~causal)
+lightning_indexer(f32[128,64,5], {f16|bf16|q8_0}[128,{1|400}], f32[64,5]@inner)
 lightning_indexer(f32[1,2,2], f32[1,1], f32[2,2], f16[1,2]~mask)
 lightning_indexer(f32[64,{6|1},70], f16[64,300], f32[$1,70], f16[300,70]~causal)
 lightning_indexer(f32[64,5,3], {f32|f16|q8_0}[64,23]@weight, f32[5,3]@weight, f16[23,3]~mask)

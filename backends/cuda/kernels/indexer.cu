@@ -1,0 +1,337 @@
+// lightning_indexer: y[j, t] = sum_n w[n, t] max(0, q[:, n, t] . k[:, j]) + mask[j, t], on tensor
+// cores, for rows of 128 elements of f16, bf16 or q8_0.
+// @kernel hot scores<{__half|__nv_bfloat16|q8_0}, {32|64}, {1|2}, false>
+// @kernel scores<{__half|__nv_bfloat16|q8_0}, {32|64}, 2, true>
+// @kernel hot 90a scores<{__half|__nv_bfloat16|q8_0}, {32|64}, 2, true>
+// @kernel pack_queries<{__half|__nv_bfloat16}, {32|64}>
+//
+// Rows of the cache are the A of a product, and a token's heads are its B. A warpgroup loads its 64
+// or 128 rows straight into registers as fragments, once, and multiplies them with one token after
+// another. So a row is read once for a chunk of tokens, and products of heads never leave registers:
+// relu, weights and the sum over heads follow in place. Elements of a row are in the order in which
+// 16-byte loads put them into fragments; queries have the same order in shared memory.
+//
+// One token: the cache is read at its bandwidth, and each block rounds the queries itself. More
+// tokens: `pack_queries` writes images of B to scratch, which are copied as they are. The next
+// product runs while a warpgroup weights and sums the last one. If a token sees none of a
+// warpgroup's rows, they are not multiplied, but written: -inf.
+//
+// q is scaled by a power of two for each head to magnitudes below 1, so that f16 cannot overflow;
+// the weight has the inverse.
+//
+// Traffic: one token: rows, and the queries from L2 for each block. Chunks of tokens: a row and a
+// token's image are read from L2 for each pair of a block of rows and a chunk.
+//
+// Designs that lost, by count: rows by way of shared memory take as much of its bandwidth as B does;
+// heads as A and rows as B need a reduction over 8 lanes in place of 4 for each row.
+#include "indexer.cuh"
+#include "attention_q8_0.cuh"
+#include "linear_mma.cuh"
+
+struct q8_0;
+constexpr int D = 128, STEPS = D / 32;
+
+template <class K> struct OperandOf { using Type = K; };
+template <> struct OperandOf<q8_0> { using Type = __half; };
+template <class A, class B> constexpr bool same_type = false;
+template <class A> constexpr bool same_type<A, A> = true;
+
+// An image of a token's N heads: B in two halves of 64 columns, in 128-byte rows that are swizzled
+// as wgmma wants them, then the weights. In shared memory it takes a multiple of 1024 bytes.
+template <int N> constexpr int B_BYTES = N * D * 2;
+template <int N> constexpr int IMAGE = B_BYTES<N> + N * 4;
+template <int N> constexpr int STAGE = B_BYTES<N> + 1024;
+constexpr int STAGES = 4;
+constexpr int RAW = 34 * STEPS;  // bytes of a row of q8_0
+
+// Rounds heads n, n + step, .. of N to an image, a warp for each head.
+template <class T, int N>
+__device__ __forceinline__ void pack(const Indexer &a, char *image, int t, int i3, int group, int n,
+                                     int step) {
+    const int lane = threadIdx.x % 32;
+    for (; n < N; n += step) {
+        const int head = group * N + n;
+        const char *row = a.q + head * a.nb_q[0] + t * a.nb_q[1] + i3 * a.nb_q[2];
+        const float4 x = *(const float4 *)(row + lane * 16);
+        float top = fmaxf(fmaxf(fabsf(x.x), fabsf(x.y)), fmaxf(fabsf(x.z), fabsf(x.w)));
+#pragma unroll
+        for (int by = 16; by; by /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, by));
+        const int e = max(-100, min(100, int(__float_as_uint(top) >> 23) - 126));
+        const float down = __uint_as_float((127 - e) << 23);
+        // Elements 8t + 4h + 2u + {0, 1} of 32 go to 16h + 8u + 2t + {0, 1}.
+        const int s = lane / 8, quad = lane % 8 / 2, h = lane % 2;
+        char *to = image + s / 2 * (N * 128) + n * 128 + quad * 4;
+        const int chunk = s % 2 * 4 + h * 2;
+        *(u32 *)(to + ((chunk ^ (n & 7)) << 4)) = pack2<T>(x.x * down, x.y * down);
+        *(u32 *)(to + ((chunk + 1 ^ (n & 7)) << 4)) = pack2<T>(x.z * down, x.w * down);
+        if (lane == 0) {
+            const float w = *(const float *)(a.w + head * a.nb_w[0] + t * a.nb_w[1] + i3 * a.nb_w[2]);
+            ((float *)(image + B_BYTES<N>))[n] = w * __uint_as_float((127 + e) << 23);
+        }
+    }
+}
+
+// grid: tokens, groups of N heads, n3.
+template <class T, int N>
+__global__ void __launch_bounds__(256) pack_queries(const __grid_constant__ Indexer a) {
+    begin();
+    const int t = blockIdx.x, group = blockIdx.y, i3 = blockIdx.z;
+    const long long number = ((long long)i3 * a.n_tokens + t) * gridDim.y + group;
+    pack<T, N>(a, a.images + number * IMAGE<N>, t, i3, group, threadIdx.x / 32, 8);
+}
+
+// sums = A B (FIRST) or sums += A B for 32 elements; `b` and `half` as in begin_product.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+template <class T, int N>
+__device__ __forceinline__ void wgmma_first(float (&d)[N / 2], const u32 (&a)[4], u64 b);
+#define FIRST(T, NAME, N, NAMES, OUTS, A, B, C, D, E)                                            \
+    template <>                                                                                  \
+    __device__ __forceinline__ void wgmma_first<T, N>(float (&d)[N / 2], const u32(&a)[4],       \
+                                                      u64 b) {                                   \
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"                                  \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" NAMES  \
+                     "}, {%" #A ",%" #B ",%" #C ",%" #D "}, %" #E ", p, 1, 1, 0;\n}"             \
+                     : OUTS                                                                      \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                      \
+    }
+FIRST(__half, "f16", 32, NAMES32, ARGS(D16(0)), 16, 17, 18, 19, 20)
+FIRST(__nv_bfloat16, "bf16", 32, NAMES32, ARGS(D16(0)), 16, 17, 18, 19, 20)
+FIRST(__half, "f16", 64, NAMES64, ARGS(D16(0), D16(16)), 32, 33, 34, 35, 36)
+FIRST(__nv_bfloat16, "bf16", 64, NAMES64, ARGS(D16(0), D16(16)), 32, 33, 34, 35, 36)
+#undef FIRST
+#endif
+
+// Starts the products of 16 rows of each warp with N heads.
+template <class T, int N>
+__device__ __forceinline__ void start(float (&sums)[N / 2], const u32 (&a)[STEPS][2][4], u32 b) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    wgmma_fence();
+#pragma unroll
+    for (int s = 0; s < STEPS; ++s)
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            const u64 at = tile_descriptor(b + s / 2 * (N * 128) + s % 2 * 64 + k * 32, 16);
+            if (s == 0 && k == 0) wgmma_first<T, N>(sums, a[s][k], at);
+            else wgmma_by_rows<T, N>(sums, a[s][k], at);
+        }
+    wgmma_commit();
+#else
+#pragma unroll
+    for (float &x : sums) x = 0;
+#pragma unroll
+    for (int s = 0; s < STEPS; ++s) begin_product<T, N>(sums, a[s], b + s / 2 * (N * 128), s % 2);
+#endif
+}
+
+// A block's part. Each of its warpgroups has TILES tiles of 64 rows, each warp 16 of a tile: in
+// fragments rows g and g + 8, and for what follows a lane's own row of these two.
+template <class K, int N, int TILES>
+struct Part {
+    using T = typename OperandOf<K>::Type;
+    const Indexer &a;
+    int i3, live, lane, warp, group0;
+    u32 rows[TILES][STEPS][2][4];
+
+    __device__ Part(const Indexer &a)
+        : a(a), i3(blockIdx.z), live(a.live()), lane(threadIdx.x % 32), warp(threadIdx.x / 32 % 4),
+          group0((blockIdx.x * (blockDim.x / 128) + threadIdx.x / 128) * TILES) {}
+
+    __device__ int first(int tile) const { return (group0 + tile) * 64; }
+    __device__ int own(int tile) const {
+        return first(tile) + warp * 16 + lane / 4 + lane % 2 * 8;
+    }
+
+    // Loads fragments of f16 or bf16 rows. Past the last row it is loaded again.
+    __device__ void load() {
+        const char *k = a.k + i3 * a.nb_k[1] + lane % 4 * 16;
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) {
+            const int g = first(tile) + warp * 16 + lane / 4;
+            const char *low = k + min(g, a.n_kv - 1) * a.nb_k[0];
+            const char *high = k + min(g + 8, a.n_kv - 1) * a.nb_k[0];
+#pragma unroll
+            for (int s = 0; s < STEPS; ++s) {
+                const uint4 x = *(const uint4 *)(low + s * 64), y = *(const uint4 *)(high + s * 64);
+                put(rows[tile][s], x, y);
+            }
+        }
+    }
+    static __device__ void put(u32 (&to)[2][4], const uint4 &x, const uint4 &y) {
+        to[0][0] = x.x, to[0][1] = y.x, to[0][2] = x.y, to[0][3] = y.y;
+        to[1][0] = x.z, to[1][1] = y.z, to[1][2] = x.w, to[1][3] = y.w;
+    }
+
+    // The same for q8_0: starts copies of this warpgroup's rows as they are ..
+    __device__ void fetch(char *raw) {
+        const int start = first(0), real = max(0, min(TILES * 64, a.n_kv - start));
+        const char *from = a.k + i3 * a.nb_k[1] + (real ? start : 0) * a.nb_k[0];
+        fetch_raw<TILES * 64, RAW>(shared_address(raw), from, a.nb_k[0], real, threadIdx.x % 128, 128);
+        copies_commit();
+    }
+    // .. and decodes them to fragments.
+    __device__ void decode(const char *raw) {
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) {
+            const char *low = raw + (tile * 64 + warp * 16 + lane / 4) * RAW;
+#pragma unroll
+            for (int s = 0; s < STEPS; ++s)
+                put(rows[tile][s], eight(low, s), eight(low + 8 * RAW, s));
+        }
+    }
+    // The eight elements of a lane in block s of a row.
+    __device__ uint4 eight(const char *row, int s) const {
+        const char *block = row + s * 34;
+        const __half2 d = __half2half2(*(const __half *)block);
+        const u32 *at = (const u32 *)(block + 2 + lane % 4 * 8 - (s % 2 ? 0 : 2));
+        u32 low, high;
+        if (s % 2) low = at[0], high = at[1];  // odd blocks have their codes at multiples of 4
+        else low = __funnelshift_r(at[0], at[1], 16), high = __funnelshift_r(at[1], at[2], 16);
+        return make_uint4(two(low, 0x4140, d), two(low, 0x4342, d), two(high, 0x4140, d),
+                          two(high, 0x4342, d));
+    }
+    // As in attention_q8_0.cuh: exact but for the product with the scale.
+    static __device__ u32 two(u32 codes, u32 selector, __half2 d) {
+        const u32 bits = __byte_perm(codes ^ 0x80808080u, 0x64646464u, selector);
+        const __half2 y =
+            __hmul2(__hsub2(*(const __half2 *)&bits, __floats2half2_rn(1152.f, 1152.f)), d);
+        return *(const u32 *)&y;
+    }
+
+    // Adds the weighted products of N heads to the scores of rows g and g + 8.
+    static __device__ void add(float (&y)[2], const float (&sums)[N / 2], const float *weights) {
+        const int t = threadIdx.x % 4;
+#pragma unroll
+        for (int n = 0; n < N / 8; ++n) {
+            const float2 w = *(const float2 *)(weights + 8 * n + 2 * t);
+            y[0] = fmaf(w.y, relu(sums[4 * n + 1]), fmaf(w.x, relu(sums[4 * n]), y[0]));
+            y[1] = fmaf(w.y, relu(sums[4 * n + 3]), fmaf(w.x, relu(sums[4 * n + 2]), y[1]));
+        }
+    }
+    // Writes the score of the lane's own row; lanes 2 and 3 of a quad have the rows of 0 and 1.
+    __device__ void write(int tile, int t, const float (&y)[2], float bias) const {
+        float x[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            x[r] = y[r] + __shfl_xor_sync(~0u, y[r], 1);
+            x[r] += __shfl_xor_sync(~0u, x[r], 2);
+        }
+        const int j = own(tile);
+        if (lane % 4 < 2 && j < a.n_kv)
+            *a.score(j, t, i3) = hides(bias) ? bias : (lane % 2 ? x[1] : x[0]) + bias;
+    }
+};
+
+// One token. grid: blocks of rows, 1, n3.
+template <class K, int N, int TILES>
+__device__ __forceinline__ void one_token(const Indexer &a, char *memory) {
+    using Rows = Part<K, N, TILES>;
+    constexpr bool BLOCKS = same_type<K, q8_0>;
+    Rows part(a);
+    const int groups = a.heads / N;
+    char *raw = memory + groups * STAGE<N> + threadIdx.x / 128 * (TILES * 64 * RAW);
+    if constexpr (BLOCKS) part.fetch(raw);
+    else part.load();
+    for (int group = 0; group < groups; ++group)
+        pack<typename Rows::T, N>(a, memory + group * STAGE<N>, 0, part.i3, group, threadIdx.x / 32,
+                                  blockDim.x / 32);
+    if constexpr (BLOCKS) copies_wait<0>();
+    fence_engines_for_wgmma();
+    __syncthreads();
+    if constexpr (BLOCKS) part.decode(raw);
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+        float y[2] = {}, sums[N / 2];
+        for (int group = 0; group < groups; ++group) {
+            const char *image = memory + group * STAGE<N>;
+            start<typename Rows::T, N>(sums, part.rows[tile], shared_address(image));
+            wait_products<0>();
+            wgmma_hold(sums);
+            Rows::add(y, sums, (const float *)(image + B_BYTES<N>));
+        }
+        part.write(tile, 0, y, a.bias(part.own(tile), 0, part.i3, part.live));
+    }
+}
+
+// Chunks of tokens. grid: blocks of rows, chunks, n3.
+template <class K, int N>
+__device__ __forceinline__ void more_tokens(const Indexer &a, char *memory) {
+    using Rows = Part<K, N, 2>;
+    using T = typename Rows::T;
+    __shared__ u8 seen[2][16];  // by parity of the token: whether a warp sees some of its rows
+    Rows part(a);
+    const int groups = a.heads / N, number = threadIdx.x / 32;
+    const int t0 = blockIdx.y * a.chunk, t1 = min(a.n_tokens, t0 + a.chunk);
+    const int steps = (t1 - t0) * groups;
+    if constexpr (same_type<K, q8_0>) {
+        char *raw = memory + threadIdx.x / 128 * (128 * RAW);
+        part.fetch(raw);
+        copies_wait<0>();
+        __syncthreads();
+        part.decode(raw);
+        __syncthreads();
+    } else {
+        part.load();
+    }
+    const char *images = a.images + ((long long)part.i3 * a.n_tokens + t0) * groups * IMAGE<N>;
+    const auto copy = [&](int step) {
+        if (step < steps) {
+            const u32 to = shared_address(memory) + step % STAGES * STAGE<N>;
+            const char *from = images + (long long)step * IMAGE<N>;
+            for (int i = threadIdx.x * 16; i < IMAGE<N>; i += blockDim.x * 16)
+                copy16(to + i, from + i, true);
+        }
+        copies_commit();
+    };
+#pragma unroll
+    for (int step = 0; step < STAGES - 1; ++step) copy(step);
+
+    float y[2][2] = {}, bias[2], next[2];
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) next[tile] = a.bias(part.own(tile), t0, part.i3, part.live);
+    for (int step = 0; step < steps; ++step) {
+        const int t = t0 + step / groups, group = step % groups;
+        if (group == 0) {
+            const bool any = __any_sync(~0u, !hides(next[0]) || !hides(next[1]));
+            if (part.lane == 0) seen[t % 2][number] = any;
+        }
+        copies_wait<STAGES - 2>();
+        fence_engines_for_wgmma();
+        __syncthreads();
+        copy(step + STAGES - 1);
+        if (group == 0)
+#pragma unroll
+            for (int tile = 0; tile < 2; ++tile) {
+                bias[tile] = next[tile];
+                if (t + 1 < t1) next[tile] = a.bias(part.own(tile), t + 1, part.i3, part.live);
+            }
+        if (*(const u32 *)&seen[t % 2][number / 4 * 4]) {
+            const char *image = memory + step % STAGES * STAGE<N>;
+            const float *weights = (const float *)(image + B_BYTES<N>);
+            float first[N / 2], second[N / 2];
+            start<T, N>(first, part.rows[0], shared_address(image));
+            start<T, N>(second, part.rows[1], shared_address(image));
+            wait_products<1>();
+            wgmma_hold(first);
+            Rows::add(y[0], first, weights);
+            wait_products<0>();
+            wgmma_hold(second);
+            Rows::add(y[1], second, weights);
+        }
+        if (group == groups - 1)
+#pragma unroll
+            for (int tile = 0; tile < 2; ++tile) {
+                part.write(tile, t, y[tile], bias[tile]);
+                y[tile][0] = y[tile][1] = 0;
+            }
+    }
+}
+
+// MANY: tokens in chunks, from images; else one token. TILES of 64 rows for each of the block's
+// warpgroups.
+template <class K, int N, int TILES, bool MANY>
+__global__ void __launch_bounds__(MANY ? 384 : 512, 1) scores(const __grid_constant__ Indexer a) {
+    begin();
+    extern __shared__ __align__(1024) char memory[];
+    if constexpr (MANY) more_tokens<K, N>(a, memory);
+    else one_token<K, N, TILES>(a, memory);
+}
