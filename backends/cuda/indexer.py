@@ -19,11 +19,8 @@ TYPES = ("f16", "bf16", "q8_0")
 MOST = 512
 #: Rows of a tile.
 TILE = 64
-#: For one token: tiles of a warpgroup, and warpgroups of a block. The first whose blocks fill the
-#: GPU once is used.
-SHAPES = ((1, 1), (1, 2), (1, 4), (2, 4))
-#: Warpgroups of a block for more tokens.
-MORE = 3
+#: Warpgroups of a block for one token, each with two tiles at a time; and for more tokens.
+ONE, MORE = 4, 3
 #: Images in flight, and bytes of a row of q8_0; STAGES and RAW in indexer.cu.
 STAGES, RAW = 4, 136
 #: Number of blocks that fills the GPU once. A constant, so that results do not depend on the GPU.
@@ -110,24 +107,23 @@ def lightning_indexer(call: Call) -> None:
         return plain(call)
     if q.ne[2] > 1:
         return many_tokens(call)
-    tiles = k.ne[1] * q.ne[3] / TILE / FULL
-    one_token(call, *next((shape for shape in SHAPES if tiles <= shape[0] * shape[1]), SHAPES[-1]))
+    one_token(call)
 
 
-def one_token(call: Call, tiles: int, warpgroups: int) -> None:
-    """Each block scores `tiles` tiles of rows for each of its warpgroups."""
+def one_token(call: Call) -> None:
+    """One launch, in which every block packs the queries itself."""
     q, k = call["q"], call["k"]
-    heads = _heads(q.ne[1])
+    heads, tiles = _heads(q.ne[1]), blocks_for(k.ne[1], TILE)
     shared = q.ne[1] // heads * _stage(heads)
     if k.dtype.block > 1:
-        shared += warpgroups * tiles * TILE * RAW
+        shared += ONE * 2 * TILE * RAW
     if shared > call.device.shared:
         return plain(call)
     call.launch(
         "indexer.cu",
-        f"scores<{_type(k)}, {heads}, {tiles}, false>",
-        grid=(blocks_for(k.ne[1], TILE * tiles * warpgroups), 1, q.ne[3]),
-        block=128 * warpgroups,
+        f"scores<{_type(k)}, {heads}, false>",
+        grid=(min(tiles, call.device.sms), 1, q.ne[3]),
+        block=128 * ONE,
         args=[_argument(call)],
         shared=shared,
     )
@@ -157,7 +153,7 @@ def many_tokens(call: Call) -> None:
     )
     call.launch(
         "indexer.cu",
-        f"scores<{_type(k)}, {heads}, 2, true>",
+        f"scores<{_type(k)}, {heads}, true>",
         grid=(blocks, blocks_for(n_tokens, chunk), n3),
         block=128 * MORE,
         args=[argument],

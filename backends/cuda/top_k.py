@@ -15,11 +15,11 @@ FILE = "top_k.cu"
 #: Elements that the list of a row holds; CAPACITY in top_k.cu.
 CAPACITY = 4096
 #: Bytes of a block's shared memory; Shared in top_k.cu.
-SHARED = 82_376
+SHARED = 82_400
 #: The longest rows that are sorted as a whole, and the largest k of longer ones that are not.
-SORTED, MOST_K = 1024, 2048
+SORTED, MOST_K = 256, 2048
 #: Blocks of a cluster (CLUSTER in top_k.cu), the shortest rows for one, and the most rows.
-CLUSTER, LONG, FEW_ROWS = 8, 16384, 16
+CLUSTER, LONG, FEW_ROWS = 8, 12288, 14
 
 
 def _sorts(node: Node) -> bool:

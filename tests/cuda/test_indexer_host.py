@@ -65,7 +65,7 @@ def source(names: tuple[str, ...], instances: list[str]) -> str:
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """File -> its kernels."""
-    types, many = ("__half", "__nv_bfloat16", "q8_0"), ("1, false", "2, false", "2, true")
+    types, many = ("__half", "__nv_bfloat16", "q8_0"), ("false", "true")
     products = [f"scores<{k}, {n}, {more}>" for k in types for n in (32, 64) for more in many]
     products += [f"pack_queries<{k}, {n}>" for k in types[:2] for n in (32, 64)]
     types = (*(f"Plain<{t}>" for t in ("float", "__half", "__nv_bfloat16")), "q8_0", "q4_1")

@@ -1,8 +1,7 @@
 // lightning_indexer: y[j, t] = sum_n w[n, t] max(0, q[:, n, t] . k[:, j]) + mask[j, t], on tensor
 // cores, for rows of 128 elements of f16, bf16 or q8_0.
-// @kernel hot scores<{__half|__nv_bfloat16|q8_0}, {32|64}, {1|2}, false>
-// @kernel scores<{__half|__nv_bfloat16|q8_0}, {32|64}, 2, true>
-// @kernel hot 90a scores<{__half|__nv_bfloat16|q8_0}, {32|64}, 2, true>
+// @kernel scores<{__half|__nv_bfloat16|q8_0}, {32|64}, {false|true}>
+// @kernel hot 90a scores<{__half|__nv_bfloat16|q8_0}, {32|64}, {false|true}>
 // @kernel pack_queries<{__half|__nv_bfloat16}, {32|64}>
 //
 // Rows of the cache are the A of a product, and a token's heads are its B. A warpgroup loads its 64
@@ -44,32 +43,45 @@ template <int N> constexpr int STAGE = B_BYTES<N> + 1024;
 constexpr int STAGES = 4;
 constexpr int RAW = 34 * STEPS;  // bytes of a row of q8_0
 
-// Rounds heads n, n + step, .. of N to an image, a warp for each head.
-template <class T, int N>
-__device__ __forceinline__ void pack(const Indexer &a, char *image, int t, int i3, int group, int n,
-                                     int step) {
-    const int lane = threadIdx.x % 32;
-    for (; n < N; n += step) {
-        const int head = group * N + n;
-        const char *row = a.q + head * a.nb_q[0] + t * a.nb_q[1] + i3 * a.nb_q[2];
-        const float4 x = *(const float4 *)(row + lane * 16);
-        float top = fmaxf(fmaxf(fabsf(x.x), fabsf(x.y)), fmaxf(fabsf(x.z), fabsf(x.w)));
+// The heads of a token that a warp rounds to an image: warp, warp + WARPS, .. of N. All loads start
+// before the first is waited for.
+template <class T, int N, int WARPS>
+struct Heads {
+    static constexpr int MINE = N / WARPS;
+    float4 x[MINE];
+    float w[MINE];
+
+    __device__ __forceinline__ void load(const Indexer &a, int t, int i3, int group) {
+        const int lane = threadIdx.x % 32, first = group * N + threadIdx.x / 32;
+        const char *q = a.q + t * a.nb_q[1] + i3 * a.nb_q[2] + lane * 16;
+        const char *from = a.w + t * a.nb_w[1] + i3 * a.nb_w[2];
 #pragma unroll
-        for (int by = 16; by; by /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, by));
-        const int e = max(-100, min(100, int(__float_as_uint(top) >> 23) - 126));
-        const float down = __uint_as_float((127 - e) << 23);
-        // Elements 8t + 4h + 2u + {0, 1} of 32 go to 16h + 8u + 2t + {0, 1}.
-        const int s = lane / 8, quad = lane % 8 / 2, h = lane % 2;
-        char *to = image + s / 2 * (N * 128) + n * 128 + quad * 4;
-        const int chunk = s % 2 * 4 + h * 2;
-        *(u32 *)(to + ((chunk ^ (n & 7)) << 4)) = pack2<T>(x.x * down, x.y * down);
-        *(u32 *)(to + ((chunk + 1 ^ (n & 7)) << 4)) = pack2<T>(x.z * down, x.w * down);
-        if (lane == 0) {
-            const float w = *(const float *)(a.w + head * a.nb_w[0] + t * a.nb_w[1] + i3 * a.nb_w[2]);
-            ((float *)(image + B_BYTES<N>))[n] = w * __uint_as_float((127 + e) << 23);
+        for (int i = 0; i < MINE; ++i) {
+            x[i] = *(const float4 *)(q + (first + i * WARPS) * a.nb_q[0]);
+            w[i] = *(const float *)(from + (first + i * WARPS) * a.nb_w[0]);
         }
     }
-}
+    __device__ __forceinline__ void store(char *image) const {
+        const int lane = threadIdx.x % 32;
+        // Elements 8t + 4h + 2u + {0, 1} of 32 go to 16h + 8u + 2t + {0, 1}.
+        const int s = lane / 8, quad = lane % 8 / 2, chunk = s % 2 * 4 + lane % 2 * 2;
+#pragma unroll
+        for (int i = 0; i < MINE; ++i) {
+            const int n = threadIdx.x / 32 + i * WARPS;
+            const float4 v = x[i];
+            float top = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
+#pragma unroll
+            for (int by = 16; by; by /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, by));
+            const int e = max(-100, min(100, int(__float_as_uint(top) >> 23) - 126));
+            const float down = __uint_as_float((127 - e) << 23);
+            char *to = image + s / 2 * (N * 128) + n * 128 + quad * 4;
+            *(u32 *)(to + ((chunk ^ (n & 7)) << 4)) = pack2<T>(v.x * down, v.y * down);
+            *(u32 *)(to + ((chunk + 1 ^ (n & 7)) << 4)) = pack2<T>(v.z * down, v.w * down);
+            if (lane == 0)
+                ((float *)(image + B_BYTES<N>))[n] = w[i] * __uint_as_float((127 + e) << 23);
+        }
+    }
+};
 
 // grid: tokens, groups of N heads, n3.
 template <class T, int N>
@@ -77,7 +89,9 @@ __global__ void __launch_bounds__(256) pack_queries(const __grid_constant__ Inde
     begin();
     const int t = blockIdx.x, group = blockIdx.y, i3 = blockIdx.z;
     const long long number = ((long long)i3 * a.n_tokens + t) * gridDim.y + group;
-    pack<T, N>(a, a.images + number * IMAGE<N>, t, i3, group, threadIdx.x / 32, 8);
+    Heads<T, N, 8> heads;
+    heads.load(a, t, i3, group);
+    heads.store(a.images + number * IMAGE<N>);
 }
 
 // sums = A B (FIRST) or sums += A B for 32 elements; `b` and `half` as in begin_product.
@@ -123,60 +137,57 @@ __device__ __forceinline__ void start(float (&sums)[N / 2], const u32 (&a)[STEPS
 #endif
 }
 
-// A block's part. Each of its warpgroups has TILES tiles of 64 rows, each warp 16 of a tile: in
-// fragments rows g and g + 8, and for what follows a lane's own row of these two.
-template <class K, int N, int TILES>
-struct Part {
+// Fragments of a warp's 16 rows of a tile of 64: rows g and g + 8 for lanes 4g to 4g + 3.
+using Fragments = u32[STEPS][2][4];
+
+__device__ __forceinline__ void put(u32 (&to)[2][4], const uint4 &x, const uint4 &y) {
+    to[0][0] = x.x, to[0][1] = y.x, to[0][2] = x.y, to[0][3] = y.y;
+    to[1][0] = x.z, to[1][1] = y.z, to[1][2] = x.w, to[1][3] = y.w;
+}
+
+// What a warpgroup does with tiles.
+template <class K, int N>
+struct Tiles {
     using T = typename OperandOf<K>::Type;
     const Indexer &a;
-    int i3, live, lane, warp, group0;
-    u32 rows[TILES][STEPS][2][4];
+    const char *k, *out, *mask;
+    int live, lane, warp;
 
-    __device__ Part(const Indexer &a)
-        : a(a), i3(blockIdx.z), live(a.live()), lane(threadIdx.x % 32), warp(threadIdx.x / 32 % 4),
-          group0((blockIdx.x * (blockDim.x / 128) + threadIdx.x / 128) * TILES) {}
+    __device__ Tiles(const Indexer &a)
+        : a(a), k(a.k + blockIdx.z * a.nb_k[1]), out(a.out + blockIdx.z * a.nb_out[1]),
+          mask(a.mask ? a.mask + blockIdx.z % a.mask_batch * a.nb_mask[1] : nullptr), live(a.live()),
+          lane(threadIdx.x % 32), warp(threadIdx.x / 32 % 4) {}
 
-    __device__ int first(int tile) const { return (group0 + tile) * 64; }
-    __device__ int own(int tile) const {
-        return first(tile) + warp * 16 + lane / 4 + lane % 2 * 8;
+    // A lane's own row: lanes 0 and 1 of a quad have rows g and g + 8, so have 2 and 3.
+    __device__ int own(int tile) const { return tile * 64 + warp * 16 + lane / 4 + lane % 2 * 8; }
+
+    // What is added to the score of the own row: -inf if the token does not see it.
+    __device__ float bias(int tile, int t) const {
+        const int j = own(tile);
+        if (j >= live) return __int_as_float(0xFF800000);
+        return mask ? __half2float(((const __half *)(mask + t * a.nb_mask[0]))[j]) : 0;
     }
 
     // Loads fragments of f16 or bf16 rows. Past the last row it is loaded again.
-    __device__ void load() {
-        const char *k = a.k + i3 * a.nb_k[1] + lane % 4 * 16;
+    __device__ void load(Fragments &rows, int tile) const {
+        const int g = tile * 64 + warp * 16 + lane / 4;
+        const char *low = k + min(g, a.n_kv - 1) * a.nb_k[0] + lane % 4 * 16;
+        const char *high = k + min(g + 8, a.n_kv - 1) * a.nb_k[0] + lane % 4 * 16;
 #pragma unroll
-        for (int tile = 0; tile < TILES; ++tile) {
-            const int g = first(tile) + warp * 16 + lane / 4;
-            const char *low = k + min(g, a.n_kv - 1) * a.nb_k[0];
-            const char *high = k + min(g + 8, a.n_kv - 1) * a.nb_k[0];
-#pragma unroll
-            for (int s = 0; s < STEPS; ++s) {
-                const uint4 x = *(const uint4 *)(low + s * 64), y = *(const uint4 *)(high + s * 64);
-                put(rows[tile][s], x, y);
-            }
-        }
+        for (int s = 0; s < STEPS; ++s)
+            put(rows[s], *(const uint4 *)(low + s * 64), *(const uint4 *)(high + s * 64));
     }
-    static __device__ void put(u32 (&to)[2][4], const uint4 &x, const uint4 &y) {
-        to[0][0] = x.x, to[0][1] = y.x, to[0][2] = x.y, to[0][3] = y.y;
-        to[1][0] = x.z, to[1][1] = y.z, to[1][2] = x.w, to[1][3] = y.w;
-    }
-
-    // The same for q8_0: starts copies of this warpgroup's rows as they are ..
-    __device__ void fetch(char *raw) {
-        const int start = first(0), real = max(0, min(TILES * 64, a.n_kv - start));
-        const char *from = a.k + i3 * a.nb_k[1] + (real ? start : 0) * a.nb_k[0];
-        fetch_raw<TILES * 64, RAW>(shared_address(raw), from, a.nb_k[0], real, threadIdx.x % 128, 128);
-        copies_commit();
+    // The same for q8_0: starts copies of the tile's rows as they are ..
+    __device__ void fetch(char *raw, int tile) const {
+        const int real = max(0, min(64, a.n_kv - tile * 64));
+        const char *from = k + (real ? tile * 64 : 0) * a.nb_k[0];
+        fetch_raw<64, RAW>(shared_address(raw), from, a.nb_k[0], real, threadIdx.x % 128, 128);
     }
     // .. and decodes them to fragments.
-    __device__ void decode(const char *raw) {
+    __device__ void decode(Fragments &rows, const char *raw) const {
+        const char *low = raw + (warp * 16 + lane / 4) * RAW;
 #pragma unroll
-        for (int tile = 0; tile < TILES; ++tile) {
-            const char *low = raw + (tile * 64 + warp * 16 + lane / 4) * RAW;
-#pragma unroll
-            for (int s = 0; s < STEPS; ++s)
-                put(rows[tile][s], eight(low, s), eight(low + 8 * RAW, s));
-        }
+        for (int s = 0; s < STEPS; ++s) put(rows[s], eight(low, s), eight(low + 8 * RAW, s));
     }
     // The eight elements of a lane in block s of a row.
     __device__ uint4 eight(const char *row, int s) const {
@@ -200,14 +211,18 @@ struct Part {
     // Adds the weighted products of N heads to the scores of rows g and g + 8.
     static __device__ void add(float (&y)[2], const float (&sums)[N / 2], const float *weights) {
         const int t = threadIdx.x % 4;
+        float more[2] = {};  // two chains of sums are half as long
 #pragma unroll
         for (int n = 0; n < N / 8; ++n) {
             const float2 w = *(const float2 *)(weights + 8 * n + 2 * t);
-            y[0] = fmaf(w.y, relu(sums[4 * n + 1]), fmaf(w.x, relu(sums[4 * n]), y[0]));
-            y[1] = fmaf(w.y, relu(sums[4 * n + 3]), fmaf(w.x, relu(sums[4 * n + 2]), y[1]));
+            y[0] = fmaf(w.x, relu(sums[4 * n]), y[0]);
+            y[1] = fmaf(w.x, relu(sums[4 * n + 2]), y[1]);
+            more[0] = fmaf(w.y, relu(sums[4 * n + 1]), more[0]);
+            more[1] = fmaf(w.y, relu(sums[4 * n + 3]), more[1]);
         }
+        y[0] += more[0], y[1] += more[1];
     }
-    // Writes the score of the lane's own row; lanes 2 and 3 of a quad have the rows of 0 and 1.
+    // Writes the score of the own row.
     __device__ void write(int tile, int t, const float (&y)[2], float bias) const {
         float x[2];
 #pragma unroll
@@ -217,62 +232,97 @@ struct Part {
         }
         const int j = own(tile);
         if (lane % 4 < 2 && j < a.n_kv)
-            *a.score(j, t, i3) = hides(bias) ? bias : (lane % 2 ? x[1] : x[0]) + bias;
+            ((float *)(out + t * a.nb_out[0]))[j] = hides(bias) ? bias : (lane % 2 ? x[1] : x[0]) + bias;
     }
 };
 
-// One token. grid: blocks of rows, 1, n3.
-template <class K, int N, int TILES>
+// One token. A warpgroup has every `step`-th tile; while it multiplies one, the next is on its way.
+// Queries are loaded before rows: behind them, they would arrive last.
+// grid: blocks, 1, n3.
+template <class K, int N>
 __device__ __forceinline__ void one_token(const Indexer &a, char *memory) {
-    using Rows = Part<K, N, TILES>;
-    constexpr bool BLOCKS = same_type<K, q8_0>;
-    Rows part(a);
-    const int groups = a.heads / N;
-    char *raw = memory + groups * STAGE<N> + threadIdx.x / 128 * (TILES * 64 * RAW);
-    if constexpr (BLOCKS) part.fetch(raw);
-    else part.load();
-    for (int group = 0; group < groups; ++group)
-        pack<typename Rows::T, N>(a, memory + group * STAGE<N>, 0, part.i3, group, threadIdx.x / 32,
-                                  blockDim.x / 32);
-    if constexpr (BLOCKS) copies_wait<0>();
+    using Mine = Tiles<K, N>;
+    using T = typename Mine::T;
+    constexpr bool RAW_ROWS = same_type<K, q8_0>;
+    const int groups = a.heads / N, warpgroup = threadIdx.x / 128;
+    const int tiles = (a.n_kv + 63) / 64, step = 4 * gridDim.x;
+    Heads<T, N, 16> heads;
+    heads.load(a, 0, blockIdx.z, 0);
+    const Mine mine(a);
+    Fragments rows[2];
+    float bias[2];
+    // Two buffers for each warpgroup, of which one has arrived where the other is awaited.
+    char *raw = memory + groups * STAGE<N> + warpgroup * (2 * 64 * RAW);
+    const auto load = [&](int which, int tile) {
+        if (tile < tiles) {
+            bias[which] = mine.bias(tile, 0);
+            if constexpr (RAW_ROWS) mine.fetch(raw + which * (64 * RAW), tile);
+            else mine.load(rows[which], tile);
+        }
+        if constexpr (RAW_ROWS) copies_commit();
+    };
+    const int first = warpgroup * gridDim.x + blockIdx.x;
+    load(0, first);
+    load(1, first + step);
+    heads.store(memory);
+    for (int group = 1; group < groups; ++group) {
+        heads.load(a, 0, blockIdx.z, group);
+        heads.store(memory + group * STAGE<N>);
+    }
     fence_engines_for_wgmma();
     __syncthreads();
-    if constexpr (BLOCKS) part.decode(raw);
+    for (int start_tile = first; start_tile < tiles; start_tile += 2 * step)
 #pragma unroll
-    for (int tile = 0; tile < TILES; ++tile) {
-        float y[2] = {}, sums[N / 2];
-        for (int group = 0; group < groups; ++group) {
-            const char *image = memory + group * STAGE<N>;
-            start<typename Rows::T, N>(sums, part.rows[tile], shared_address(image));
-            wait_products<0>();
-            wgmma_hold(sums);
-            Rows::add(y, sums, (const float *)(image + B_BYTES<N>));
+        for (int which = 0; which < 2; ++which) {
+            const int tile = start_tile + which * step;
+            if (tile >= tiles) break;
+            if constexpr (RAW_ROWS) {
+                copies_wait<1>();
+                warpgroup_sync(1 + warpgroup);
+                mine.decode(rows[which], raw + which * (64 * RAW));
+                warpgroup_sync(1 + warpgroup);
+            }
+            const float own = bias[which];
+            float y[2] = {}, sums[N / 2];
+            for (int group = 0; group < groups; ++group) {
+                const char *image = memory + group * STAGE<N>;
+                start<T, N>(sums, rows[which], shared_address(image));
+                wait_products<0>();
+                wgmma_hold(sums);
+                if (group == groups - 1) load(which, tile + 2 * step);
+                Mine::add(y, sums, (const float *)(image + B_BYTES<N>));
+            }
+            mine.write(tile, 0, y, own);
         }
-        part.write(tile, 0, y, a.bias(part.own(tile), 0, part.i3, part.live));
-    }
 }
 
-// Chunks of tokens. grid: blocks of rows, chunks, n3.
+// Chunks of tokens: a warpgroup has two tiles. grid: blocks of rows, chunks, n3.
 template <class K, int N>
 __device__ __forceinline__ void more_tokens(const Indexer &a, char *memory) {
-    using Rows = Part<K, N, 2>;
-    using T = typename Rows::T;
+    using Mine = Tiles<K, N>;
+    using T = typename Mine::T;
     __shared__ u8 seen[2][16];  // by parity of the token: whether a warp sees some of its rows
-    Rows part(a);
     const int groups = a.heads / N, number = threadIdx.x / 32;
     const int t0 = blockIdx.y * a.chunk, t1 = min(a.n_tokens, t0 + a.chunk);
     const int steps = (t1 - t0) * groups;
+    const int tile0 = (blockIdx.x * (blockDim.x / 128) + threadIdx.x / 128) * 2;
+    const Mine mine(a);
+    Fragments rows[2];
     if constexpr (same_type<K, q8_0>) {
         char *raw = memory + threadIdx.x / 128 * (128 * RAW);
-        part.fetch(raw);
+#pragma unroll
+        for (int tile = 0; tile < 2; ++tile) mine.fetch(raw + tile * (64 * RAW), tile0 + tile);
+        copies_commit();
         copies_wait<0>();
         __syncthreads();
-        part.decode(raw);
+#pragma unroll
+        for (int tile = 0; tile < 2; ++tile) mine.decode(rows[tile], raw + tile * (64 * RAW));
         __syncthreads();
     } else {
-        part.load();
+#pragma unroll
+        for (int tile = 0; tile < 2; ++tile) mine.load(rows[tile], tile0 + tile);
     }
-    const char *images = a.images + ((long long)part.i3 * a.n_tokens + t0) * groups * IMAGE<N>;
+    const char *images = a.images + ((long long)blockIdx.z * a.n_tokens + t0) * groups * IMAGE<N>;
     const auto copy = [&](int step) {
         if (step < steps) {
             const u32 to = shared_address(memory) + step % STAGES * STAGE<N>;
@@ -287,12 +337,12 @@ __device__ __forceinline__ void more_tokens(const Indexer &a, char *memory) {
 
     float y[2][2] = {}, bias[2], next[2];
 #pragma unroll
-    for (int tile = 0; tile < 2; ++tile) next[tile] = a.bias(part.own(tile), t0, part.i3, part.live);
+    for (int tile = 0; tile < 2; ++tile) next[tile] = mine.bias(tile0 + tile, t0);
+    int t = t0, group = 0;
     for (int step = 0; step < steps; ++step) {
-        const int t = t0 + step / groups, group = step % groups;
         if (group == 0) {
             const bool any = __any_sync(~0u, !hides(next[0]) || !hides(next[1]));
-            if (part.lane == 0) seen[t % 2][number] = any;
+            if (mine.lane == 0) seen[t % 2][number] = any;
         }
         copies_wait<STAGES - 2>();
         fence_engines_for_wgmma();
@@ -302,36 +352,36 @@ __device__ __forceinline__ void more_tokens(const Indexer &a, char *memory) {
 #pragma unroll
             for (int tile = 0; tile < 2; ++tile) {
                 bias[tile] = next[tile];
-                if (t + 1 < t1) next[tile] = a.bias(part.own(tile), t + 1, part.i3, part.live);
+                if (t + 1 < t1) next[tile] = mine.bias(tile0 + tile, t + 1);
             }
         if (*(const u32 *)&seen[t % 2][number / 4 * 4]) {
             const char *image = memory + step % STAGES * STAGE<N>;
             const float *weights = (const float *)(image + B_BYTES<N>);
             float first[N / 2], second[N / 2];
-            start<T, N>(first, part.rows[0], shared_address(image));
-            start<T, N>(second, part.rows[1], shared_address(image));
+            start<T, N>(first, rows[0], shared_address(image));
+            start<T, N>(second, rows[1], shared_address(image));
             wait_products<1>();
             wgmma_hold(first);
-            Rows::add(y[0], first, weights);
+            Mine::add(y[0], first, weights);
             wait_products<0>();
             wgmma_hold(second);
-            Rows::add(y[1], second, weights);
+            Mine::add(y[1], second, weights);
         }
-        if (group == groups - 1)
+        if (++group < groups) continue;
 #pragma unroll
-            for (int tile = 0; tile < 2; ++tile) {
-                part.write(tile, t, y[tile], bias[tile]);
-                y[tile][0] = y[tile][1] = 0;
-            }
+        for (int tile = 0; tile < 2; ++tile) {
+            mine.write(tile0 + tile, t, y[tile], bias[tile]);
+            y[tile][0] = y[tile][1] = 0;
+        }
+        ++t, group = 0;
     }
 }
 
-// MANY: tokens in chunks, from images; else one token. TILES of 64 rows for each of the block's
-// warpgroups.
-template <class K, int N, int TILES, bool MANY>
+// MANY: tokens in chunks, from images; else one token.
+template <class K, int N, bool MANY>
 __global__ void __launch_bounds__(MANY ? 384 : 512, 1) scores(const __grid_constant__ Indexer a) {
     begin();
     extern __shared__ __align__(1024) char memory[];
     if constexpr (MANY) more_tokens<K, N>(a, memory);
-    else one_token<K, N, TILES>(a, memory);
+    else one_token<K, N>(a, memory);
 }

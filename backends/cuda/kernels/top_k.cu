@@ -1,10 +1,10 @@
 // Ids of the k largest of long rows, largest first, equals by id: a bound, then a sort of what is
 // above it.
-// @kernel top_k<1>
-// @kernel hot top_k<4>
-// @kernel hot 90a 100a 120a top_k_cluster<{1|4}>
+// @kernel top_k<{1|4}>
+// @kernel 90a 100a 120a top_k_cluster<1>
+// @kernel hot 90a 100a 120a top_k_cluster<4>
 //
-// A row is the work of one block, or where rows are few, of a cluster of 8. It is read twice.
+// A row is the work of one block, or where rows are few, of a cluster of 8.
 //
 // First, each thread takes the maxima of several groups of elements. The k-th largest maximum is a
 // bound: k elements are at least that large, so the k-th largest element is too. With four times as
@@ -21,7 +21,8 @@
 // groups, so their order has to follow that of threads), a binary search finds the k-th largest
 // itself, and the row is listed again.
 //
-// Traffic: the row twice, the second time mostly from L2, and k ids.
+// Traffic: the row once if it fits in registers, else twice, the second time mostly from L2; k ids.
+// The time of a single row is that of about 20 barriers.
 //
 // Designs that lost, by count: a histogram of the whole row has 20 times as many atomics, most of
 // them in the same few bins (scores share exponents); a bitonic sort of 4096 keys moves 5 MB
@@ -29,8 +30,8 @@
 #include "cluster.cuh"
 #include "sort.cuh"
 
-// Elements that a list holds; bins of a histogram. CAPACITY in top_k.py
-constexpr int CAPACITY = 4096, BINS = 4096;
+// Elements that a list holds, and bits of a bin's number when it is sorted.
+constexpr int CAPACITY = 4096, SORT_BITS = 12;
 // Blocks of a cluster.
 constexpr int CLUSTER = 8;
 // The order of -inf, the least of all.
@@ -40,15 +41,17 @@ constexpr unsigned FEW = 64;
 
 template <int BLOCKS> constexpr int THREADS = BLOCKS == 1 ? 512 : 1024;
 template <int BLOCKS> constexpr int GROUPS = BLOCKS == 1 ? 16 : 4;
+template <int BLOCKS> constexpr int BOUND_BITS = BLOCKS == 1 ? 11 : 10;
+// Packs of V elements that a thread loads at once. If that is the whole row, it keeps them.
+template <int BLOCKS, int V> constexpr int ROUND = V == 1 ? 8 : BLOCKS == 1 ? 4 : 6;
 
 // The shared memory of a block (SHARED in top_k.py is its size).
 struct Shared {
     Key lists[2][CAPACITY];
-    unsigned bins[BINS];
+    alignas(16) unsigned bins[1 << SORT_BITS];
     unsigned words[2][32], ties[32];
-    unsigned bounds[CLUSTER], votes[2];
-    unsigned size, total, start, all_ties;
-    unsigned bin, before, count;
+    unsigned bounds[CLUSTER], highs[CLUSTER], votes[2];
+    unsigned size, all_ties, crowded, bin, before, count;
 };
 
 // V adjacent elements of a row at a time: "packs".
@@ -63,27 +66,52 @@ struct Row {
     }
 };
 
-// A block's part of the work on a row.
+// A block's part of the work on a row. In names and comments, elements are their orders.
 template <int BLOCKS, int V>
 struct Choice {
-    static constexpr int WARPS = THREADS<BLOCKS> / 32, T = THREADS<BLOCKS>;
+    static constexpr int T = THREADS<BLOCKS>, WARPS = T / 32, N = ROUND<BLOCKS, V>;
+    static constexpr int STRIDE = BLOCKS * T;  // from one pack of a thread to the next
     Shared& s;
     Row<V> row;
     unsigned k;
-    int rank, lane, warp;
-    // Packs of this warp, for all but the maxima.
-    int first, end;
+    int rank, lane, warp, own;
+    unsigned x[N][V], high;
 
     __device__ Choice(Shared& s, const Row<V>& row, unsigned k, int rank)
-        : s(s), row(row), k(k), rank(rank), lane(threadIdx.x % 32), warp(threadIdx.x / 32) {
-        const int each = (row.packs + 32 * BLOCKS * WARPS - 1) / (32 * BLOCKS * WARPS) * 32;
-        first = min(row.packs, (rank * WARPS + warp) * each);
-        end = min(row.packs, first + each);
-    }
+        : s(s), row(row), k(k), rank(rank), lane(threadIdx.x % 32), warp(threadIdx.x / 32),
+          // Adjacent packs go to the lanes of a warp, then to the next block.
+          own((warp * BLOCKS + rank) * 32 + lane) {}
 
     __device__ __forceinline__ void sync_all() {
         if constexpr (BLOCKS > 1) cluster_sync();
         else __syncthreads();
+    }
+
+    // Loads packs from `start` on to `x`. Where there is none, elements are below all others: 0.
+    __device__ __forceinline__ void load(int start) {
+#pragma unroll
+        for (int j = 0; j < N; ++j)
+            if (start - lane + j * STRIDE < row.packs) {
+                const Pack<float, V> raw = row[start + j * STRIDE];
+#pragma unroll
+                for (int v = 0; v < V; ++v) x[j][v] = __float_as_uint(raw.v[v]);
+            }
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+            const bool there = start + j * STRIDE < row.packs;
+#pragma unroll
+            for (int v = 0; v < V; ++v) x[j][v] = there ? order_of(__uint_as_float(x[j][v])) : 0;
+        }
+    }
+    // Calls see(first pack) for each round, with its elements in `x`. Those of a single round stay
+    // there. All threads of a block have as many rounds.
+    template <class See>
+    __device__ __forceinline__ void rounds(See see) {
+        if (row.packs <= N * STRIDE) return see(own);
+        for (int start = own; start - lane - warp * BLOCKS * 32 < row.packs; start += N * STRIDE) {
+            load(start);
+            see(start);
+        }
     }
 
     // The least of `low` and the largest of `high` over the block.
@@ -93,22 +121,26 @@ struct Choice {
         __syncthreads();
         low = __reduce_min_sync(~0u, lane < WARPS ? s.words[0][lane] : ~0u);
         high = __reduce_max_sync(~0u, lane < WARPS ? s.words[1][lane] : 0);
-        __syncthreads();
     }
 
-    __device__ void clear_bins() {
-        for (int i = threadIdx.x; i < BINS; i += T) s.bins[i] = 0;
-        __syncthreads();
+    template <int BITS>
+    __device__ __forceinline__ void clear_bins() {
+        for (int i = threadIdx.x; i < 1 << BITS; i += T) s.bins[i] = 0;
     }
 
-    // Counts become starts. Each thread has BINS / T bins in a row: calls see(bin, start, count).
-    template <class See>
-    __device__ void start_bins(See see) {
-        constexpr int MINE = BINS / T;
+    // Counts become starts. Each thread has MINE bins in a row: calls see(bin, start, count).
+    template <int BITS, class See>
+    __device__ __forceinline__ void start_bins(See see) {
+        constexpr int MINE = (1 << BITS) / T, WIDTH = MINE % 4 ? MINE : 4;
+        using Words = Pack<unsigned, WIDTH>;
         __syncthreads();
         unsigned counts[MINE], sum = 0;
 #pragma unroll
-        for (int i = 0; i < MINE; ++i) sum += counts[i] = s.bins[threadIdx.x * MINE + i];
+        for (int i = 0; i < MINE; i += WIDTH) {
+            const Words x = *(const Words*)&s.bins[threadIdx.x * MINE + i];
+#pragma unroll
+            for (int j = 0; j < WIDTH; ++j) sum += counts[i + j] = x.v[j];
+        }
         unsigned upto = sum;
 #pragma unroll
         for (int by = 1; by < 32; by *= 2) {
@@ -119,159 +151,187 @@ struct Choice {
         __syncthreads();
         unsigned start = upto - sum + __reduce_add_sync(~0u, lane < warp ? s.words[0][lane] : 0);
 #pragma unroll
-        for (int i = 0; i < MINE; ++i) {
-            const int bin = threadIdx.x * MINE + i;
-            see(bin, start, counts[i]);
-            s.bins[bin] = start;
-            start += counts[i];
+        for (int i = 0; i < MINE; i += WIDTH) {
+            Words x;
+#pragma unroll
+            for (int j = 0; j < WIDTH; ++j) {
+                see(threadIdx.x * MINE + i + j, start, counts[i + j]);
+                x.v[j] = start;
+                start += counts[i + j];
+            }
+            *(Words*)&s.bins[threadIdx.x * MINE + i] = x;
         }
         __syncthreads();
     }
 
-    // How far to shift numbers up to `most` for bins.
-    static __device__ int shift_for(unsigned most) {
-        return max(0, 32 - __clz(most) - 12);
-    }
+    // How far to shift numbers up to `most` to have `bits`.
+    static __device__ int shift_for(unsigned most, int bits) { return max(0, 32 - __clz(most) - bits); }
 
     // At most the k-th largest of this block's maxima, and hardly less; LOWEST if fewer than k are
-    // larger than that.
+    // larger than that. `high` becomes the largest of all.
     __device__ unsigned bound_of(const unsigned (&maxima)[GROUPS<BLOCKS>], unsigned k) {
-        unsigned low = ~0u, high = 0;
+        constexpr int BITS = BOUND_BITS<BLOCKS>;
+        // Sets of maxima, at least k: the least of their largest has k maxima above it.
+        unsigned low = ~0u;
 #pragma unroll
-        for (unsigned x : maxima)
-            if (x > LOWEST) low = min(low, x), high = max(high, x);
+        for (int i = 0; i < GROUPS<BLOCKS>; i += 4) {
+            unsigned largest = max(max(maxima[i], maxima[i + 1]), max(maxima[i + 2], maxima[i + 3]));
+            high = max(high, largest);
+            if constexpr (BLOCKS > 1) {
+                largest = max(largest, __shfl_xor_sync(~0u, largest, 1));
+                largest = max(largest, __shfl_xor_sync(~0u, largest, 2));
+            }
+            low = min(low, largest);
+        }
+        clear_bins<BITS>();
+        if (threadIdx.x == 0) s.count = 0;
         range(low, high);
-        if (high == 0) return LOWEST;
-        unsigned most = high - low;
-        for (int shift = shift_for(most);; shift = max(0, shift - 12)) {
-            if (threadIdx.x == 0) s.count = 0;
-            clear_bins();
+        if (high <= LOWEST) return LOWEST;
+        if (low <= LOWEST) {
+            low = ~0u;
 #pragma unroll
-            for (unsigned x : maxima)
-                if (x > LOWEST && x <= high && high - x <= most)
-                    atomicAdd(&s.bins[(high - x) >> shift], 1u);
-            start_bins([&](int bin, unsigned start, unsigned count) {
+            for (unsigned y : maxima)
+                if (y > LOWEST) low = min(low, y);
+            __syncthreads();
+            range(low, high);
+        }
+        unsigned top = high, most = high - low;
+        for (int shift = shift_for(most, BITS);; shift = max(0, shift - BITS)) {
+#pragma unroll
+            for (unsigned y : maxima)
+                if (y <= top && top - y <= most) atomicAdd(&s.bins[(top - y) >> shift], 1u);
+            start_bins<BITS>([&](int bin, unsigned start, unsigned count) {
                 if (start < k && k <= start + count) s.bin = bin, s.before = start, s.count = count;
             });
             const unsigned count = s.count;
             if (count == 0) return LOWEST;
-            high -= s.bin << shift, k -= s.before;
-            most = min((1u << shift) - 1, high - LOWEST);
-            if (shift == 0 || count <= FEW) return high - most;
+            top -= s.bin << shift, k -= s.before;
+            most = min((1u << shift) - 1, top - LOWEST);
+            if (shift == 0 || count <= FEW) return top - most;
+            clear_bins<BITS>();
             __syncthreads();
         }
     }
 
     // A bound from the maxima of groups: at least k elements of the row are no less.
     __device__ unsigned bound() {
-        constexpr int ROUND = V == 4 ? 4 : 16;
         unsigned maxima[GROUPS<BLOCKS>];
 #pragma unroll
-        for (unsigned& x : maxima) x = LOWEST;
-        // Adjacent packs go to the lanes of a warp, then to the next block.
-        const int own = (warp * BLOCKS + rank) * 32 + lane;
-        for (int start = own; start < row.packs; start += ROUND * BLOCKS * T) {
-            Pack<float, V> x[ROUND];
+        for (unsigned& y : maxima) y = LOWEST;
+        load(own);
+        rounds([&](int) {
 #pragma unroll
-            for (int j = 0; j < ROUND; ++j) x[j] = row[start + j * BLOCKS * T];
-#pragma unroll
-            for (int j = 0; j < ROUND; ++j)
+            for (int j = 0; j < N; ++j)
 #pragma unroll
                 for (int v = 0; v < V; ++v) {
                     unsigned& best = maxima[(j * V + v) % GROUPS<BLOCKS>];
-                    if (start + j * BLOCKS * T < row.packs) best = max(best, order_of(x[j].v[v]));
+                    best = max(best, x[j][v]);
                 }
-        }
+        });
+        high = 0;
         unsigned least = bound_of(maxima, (k + BLOCKS - 1) / BLOCKS);
+        clear_bins<SORT_BITS>();
         if constexpr (BLOCKS > 1) {
-            if (threadIdx.x < BLOCKS) *in_block(&s.bounds[rank], threadIdx.x) = least;
+            if (threadIdx.x < BLOCKS) {
+                *in_block(&s.bounds[rank], threadIdx.x) = least;
+                *in_block(&s.highs[rank], threadIdx.x) = high;
+            }
             cluster_sync();
 #pragma unroll
-            for (int r = 0; r < BLOCKS; ++r) least = min(least, s.bounds[r]);
+            for (int r = 0; r < BLOCKS; ++r) least = min(least, s.bounds[r]), high = max(high, s.highs[r]);
         }
         return least;
     }
 
-    // The k-th largest, by binary search: the row is read 32 times.
+    // The sum over the row's blocks.
+    __device__ unsigned total(unsigned sum, int vote) {
+        sum = __reduce_add_sync(~0u, sum);
+        if (lane == 0) s.words[0][warp] = sum;
+        __syncthreads();
+        sum = __reduce_add_sync(~0u, lane < WARPS ? s.words[0][lane] : 0);
+        if constexpr (BLOCKS > 1) {
+            if (threadIdx.x == 0) s.votes[vote] = sum;
+            cluster_sync();
+            sum = 0;
+            for (int r = 0; r < BLOCKS; ++r) sum += *in_block(&s.votes[vote], r);
+        }
+        __syncthreads();
+        return sum;
+    }
+
+    // The k-th largest, by binary search: a pass over the row for each of 32 bits.
     __device__ unsigned kth_largest() {
         unsigned largest = 0;
         for (int bit = 31; bit >= 0; --bit) {
             const unsigned probe = largest | 1u << bit;
             unsigned many = 0;
-            for (int i = first + lane; i < end; i += 32) {
-                const Pack<float, V> x = row[i];
+            rounds([&](int) {
 #pragma unroll
-                for (int v = 0; v < V; ++v) many += order_of(x.v[v]) >= probe;
-            }
-            many = __reduce_add_sync(~0u, many);
-            if (lane == 0) s.words[0][warp] = many;
-            __syncthreads();
-            many = __reduce_add_sync(~0u, lane < WARPS ? s.words[0][lane] : 0);
-            if constexpr (BLOCKS > 1) {
-                if (threadIdx.x == 0) s.votes[bit % 2] = many;
-                cluster_sync();
-                many = 0;
-                for (int r = 0; r < BLOCKS; ++r) many += *in_block(&s.votes[bit % 2], r);
-            }
-            if (many >= k) largest = probe;
-            __syncthreads();
+                for (int j = 0; j < N; ++j)
+#pragma unroll
+                    for (int v = 0; v < V; ++v) many += x[j][v] >= probe;
+            });
+            if (total(many, bit % 2) >= k) largest = probe;
         }
         return largest;
     }
 
-    // Lists the elements above `least`, those of all blocks in the first one; returns how many there
-    // are. Counts the elements equal to it.
+    // Lists the elements above `least` in the first block; returns how many there are.
     __device__ unsigned collect(unsigned least) {
-        constexpr int ROUND = V == 4 ? 4 : 8;
-        unsigned equals = 0;
-        for (int start = first; start < end; start += 32 * ROUND) {
-            Pack<float, V> x[ROUND];
+        unsigned* const size = in_block(&s.size, 0);
+        Key* const list = in_block(s.lists[0], 0);
+        rounds([&](int start) {
+            unsigned many = 0;
 #pragma unroll
-            for (int j = 0; j < ROUND; ++j) x[j] = row[start + 32 * j + lane];
+            for (int j = 0; j < N; ++j)
 #pragma unroll
-            for (int j = 0; j < ROUND; ++j) {
-                const int i = start + 32 * j + lane;
-                unsigned hits[V], all = 0, before[V];
+                for (int v = 0; v < V; ++v) many += x[j][v] > least;
+            unsigned upto = many;
 #pragma unroll
-                for (int v = 0; v < V; ++v) {
-                    const unsigned order = order_of(x[j].v[v]);
-                    hits[v] = __ballot_sync(~0u, i < end && order > least);
-                    before[v] = all + __popc(hits[v] & ((1u << lane) - 1));
-                    all += __popc(hits[v]);
-                    equals += i < end && order == least;
-                }
-                if (all == 0) continue;
-                unsigned base = lane == 0 ? atomicAdd(&s.size, all) : 0;
-                base = __shfl_sync(~0u, base, 0);
+            for (int by = 1; by < 32; by *= 2) {
+                const unsigned below = __shfl_up_sync(~0u, upto, by);
+                if (lane >= by) upto += below;
+            }
+            unsigned base = 0;
+            if (lane == 31 && upto) base = atomicAdd(size, upto);
+            unsigned place = __shfl_sync(~0u, base, 31) + upto - many;
+            if (many == 0) return;
+#pragma unroll
+            for (int j = 0; j < N; ++j)
 #pragma unroll
                 for (int v = 0; v < V; ++v)
-                    if (hits[v] >> lane & 1 && base + before[v] < CAPACITY)
-                        s.lists[0][base + before[v]] = sort_key(x[j].v[v], i * V + v, true);
-            }
+                    if (x[j][v] > least) {
+                        const unsigned id = (start + j * STRIDE) * V + v;
+                        if (place < CAPACITY) list[place] = (Key)~x[j][v] << 32 | id;
+                        ++place;
+                    }
+        });
+        sync_all();
+        return *size;
+    }
+
+    // put(place, id) for the first `many` elements equal to `least`, which are in `packs` of a warp
+    // that follow one another.
+    template <class Put>
+    __device__ void put_ties(unsigned least, unsigned many, Put put) {
+        const int each = (row.packs + 32 * BLOCKS * WARPS - 1) / (32 * BLOCKS * WARPS) * 32;
+        const int first = min(row.packs, (rank * WARPS + warp) * each);
+        const int end = min(row.packs, first + each);
+        unsigned equals = 0;
+        for (int i = first + lane; i < end; i += 32) {
+            const Pack<float, V> x = row[i];
+#pragma unroll
+            for (int v = 0; v < V; ++v) equals += order_of(x.v[v]) == least;
         }
         equals = __reduce_add_sync(~0u, equals);
         if (lane == 0) s.ties[warp] = equals;
         __syncthreads();
-        if constexpr (BLOCKS == 1) return s.size;
-        if (warp == 0) {
-            equals = __reduce_add_sync(~0u, lane < WARPS ? s.ties[lane] : 0);
-            if (lane == 0) s.all_ties = equals, s.start = atomicAdd(in_block(&s.total, 0), s.size);
-        }
-        __syncthreads();
-        const unsigned size = min(s.size, (unsigned)CAPACITY), start = s.start;
-        Key* list = in_block(s.lists[1], 0);
-        for (unsigned i = threadIdx.x; i < size && start + i < CAPACITY; i += T)
-            list[start + i] = s.lists[0][i];
-        cluster_sync();
-        return *in_block(&s.total, 0);
-    }
-
-    // put(place, id) for the first `many` elements equal to `least`.
-    template <class Put>
-    __device__ void put_ties(unsigned least, unsigned many, Put put) {
         unsigned before = __reduce_add_sync(~0u, lane < warp ? s.ties[lane] : 0);
-        if constexpr (BLOCKS > 1)
+        if constexpr (BLOCKS > 1) {
+            if (threadIdx.x == T - 1) s.all_ties = before + equals;
+            cluster_sync();
             before += __reduce_add_sync(~0u, lane < rank ? *in_block(&s.all_ties, lane % BLOCKS) : 0);
+        }
         for (int start = first; start < end && before < many; start += 32) {
             const int i = start + lane;
             const Pack<float, V> x = row[i];
@@ -293,61 +353,54 @@ struct Choice {
         }
     }
 
-    // put(place, id) for the k first of a list in order.
+    // put(place, id) for the k first of this block's list in order. All are above `least`.
     template <class Put>
-    __device__ void put_sorted(Key* from, Key* to, int size, Put put) {
-        unsigned low = ~0u, high = 0;
-        for (int i = threadIdx.x; i < size; i += T) {
-            const unsigned x = from[i] >> 32;
-            low = min(low, x), high = max(high, x);
-        }
-        range(low, high);
-        const int shift = shift_for(high - low);
-        const auto bin_of = [&](Key key) { return (unsigned)(key >> 32) - low >> shift; };
-        clear_bins();
-        for (int i = threadIdx.x; i < size; i += T) atomicAdd(&s.bins[bin_of(from[i])], 1u);
-        unsigned most = 0, least = ~0u;
-        start_bins([&](int, unsigned, unsigned count) { most = max(most, count); });
-        range(least, most);
-        if (most > FEW) {
+    __device__ void put_sorted(unsigned size, unsigned least, Put put) {
+        Key *const from = s.lists[0], *const to = s.lists[1];
+        const int shift = shift_for(high - least, SORT_BITS);
+        const auto bin_of = [&](Key key) { return (high - ~(unsigned)(key >> 32)) >> shift; };
+        for (unsigned i = threadIdx.x; i < size; i += T) atomicAdd(&s.bins[bin_of(from[i])], 1u);
+        start_bins<SORT_BITS>([&](int, unsigned, unsigned count) {
+            if (count > FEW) s.crowded = 1;
+        });
+        if (s.crowded) {
             int padded = 2;
             while (padded < size) padded *= 2;
             for (int i = size + threadIdx.x; i < padded; i += T) from[i] = LAST_KEY;
             sort_shared(from, padded, 0);
-            for (int i = threadIdx.x; i < min(size, (int)k); i += T) put(i, (int)(unsigned)from[i]);
+            for (unsigned i = threadIdx.x; i < min(size, k); i += T) put(i, (int)(unsigned)from[i]);
             return;
         }
-        for (int i = threadIdx.x; i < size; i += T) {
+        for (unsigned i = threadIdx.x; i < size; i += T) {
             const Key key = from[i];
             to[atomicAdd(&s.bins[bin_of(key)], 1u)] = key;
         }
         __syncthreads();
-        for (int i = threadIdx.x; i < size; i += T) {
+        for (unsigned i = threadIdx.x; i < size; i += T) {
             const Key key = to[i];
             const unsigned bin = bin_of(key), end = s.bins[bin];  // a start became its bin's end
-            unsigned place = bin ? s.bins[bin - 1] : 0;
-            for (unsigned j = place; j < end; ++j) place += to[j] < key;
+            const unsigned start = bin ? s.bins[bin - 1] : 0;
+            unsigned place = start;
+#pragma unroll 4
+            for (unsigned j = start; j < end; ++j) place += to[j] < key;
             if (place < k) put(place, (int)(unsigned)key);
         }
     }
 
     template <class Put>
     __device__ void choose(Put put) {
-        if (threadIdx.x == 0) s.size = 0, s.total = 0;
-        unsigned least = bound();  // with barriers between
+        if (threadIdx.x == 0) s.size = 0, s.crowded = 0;
+        unsigned least = bound();  // with barriers
         unsigned size = collect(least);
         if (size > CAPACITY) {
             least = kth_largest();
-            if (threadIdx.x == 0) s.size = 0, s.total = 0;
+            if (threadIdx.x == 0) s.size = 0;
             sync_all();
             size = collect(least);
         }
         if (size < k)
             put_ties(least, k - size, [&](unsigned place, int id) { put(size + place, id); });
-        if (rank == 0) {
-            constexpr int from = BLOCKS > 1;
-            put_sorted(s.lists[from], s.lists[1 - from], size, put);
-        }
+        if (rank == 0 && size) put_sorted(size, least, put);
         if constexpr (BLOCKS > 1) cluster_sync();
     }
 };
