@@ -296,13 +296,105 @@ __device__ __forceinline__ void one_token(const Indexer &a, char *memory) {
         }
 }
 
+// The images of a chunk's tokens on their way through STAGES places in shared memory. Warpgroups may
+// be at different steps: on 9.0 one thread starts the copies, and warps report what they have read.
+template <int N>
+struct Images {
+    char *memory;
+    const char *from;
+    int steps;
+
+#if __CUDA_ARCH__ >= 900
+    u64 *full, *empty;
+
+    __device__ Images(char *memory, const char *from, int steps) : memory(memory), from(from), steps(steps) {
+        __shared__ u64 barriers[2 * STAGES];
+        full = barriers, empty = barriers + STAGES;
+        if (threadIdx.x == 0) {
+            for (int i = 0; i < STAGES; ++i)
+                barrier_init(full + i, 1), barrier_init(empty + i, blockDim.x / 32);
+            fence_barriers();
+        }
+        __syncthreads();
+    }
+    __device__ __forceinline__ void copy(int step) const {
+        if (threadIdx.x || step >= steps) return;
+        const int at = step % STAGES;
+        if (step >= STAGES) barrier_wait(empty + at, step / STAGES + 1 & 1);
+        barrier_expect(full + at, IMAGE<N>);
+        asm volatile(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                shared_address(memory + at * STAGE<N>)),
+            "l"(from + (long long)step * IMAGE<N>), "r"(IMAGE<N>), "r"(shared_address(full + at))
+            : "memory");
+    }
+    __device__ __forceinline__ void wait(int step) const {
+        barrier_wait(full + step % STAGES, step / STAGES & 1);
+    }
+    __device__ __forceinline__ void release(int step) const {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) barrier_arrive(empty + step % STAGES);
+    }
+#else
+    __device__ Images(char *memory, const char *from, int steps) : memory(memory), from(from), steps(steps) {}
+    __device__ __forceinline__ void copy(int step) const {
+        if (step < steps) {
+            const u32 to = shared_address(memory) + step % STAGES * STAGE<N>;
+            const char *image = from + (long long)step * IMAGE<N>;
+            for (int i = threadIdx.x * 16; i < IMAGE<N>; i += blockDim.x * 16)
+                copy16(to + i, image + i, true);
+        }
+        copies_commit();
+    }
+    __device__ __forceinline__ void wait(int) const {
+        copies_wait<2>();
+        __syncthreads();
+    }
+    __device__ __forceinline__ void release(int) const {}
+#endif
+};
+
+// The mask of a token over the 128 rows of a warpgroup: a lane has four, each warp has all. So each
+// warp knows by itself whether the warpgroup sees some of them.
+struct Seen {
+    u32 words[2];
+
+    template <class Mine>
+    __device__ Seen(const Mine &mine, int tile0, int t) {
+        const int j = tile0 * 64 + mine.lane * 4;
+        const u16 *at = (const u16 *)(mine.mask + t * mine.a.nb_mask[0]) + j;
+        words[0] = words[1] = 0;
+        if (j + 4 <= mine.live && (!mine.mask || ((u64)at & 7) == 0)) {
+            if (mine.mask) {
+                const uint2 four = *(const uint2 *)at;
+                words[0] = four.x, words[1] = four.y;
+            }
+            return;
+        }
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const u32 half = j + e >= mine.live ? 0xFC00 : mine.mask ? at[e] : 0;  // -inf
+            words[e / 2] |= half << e % 2 * 16;
+        }
+    }
+    __device__ bool any() const {
+        return __any_sync(~0u, words[0] != 0xFC00FC00 || words[1] != 0xFC00FC00);
+    }
+    // The bias of a lane's own row of a tile.
+    template <class Mine>
+    __device__ float bias(const Mine &mine, int tile) const {
+        const int r = mine.own(tile), from = r / 4;
+        const u32 low = __shfl_sync(~0u, words[0], from), high = __shfl_sync(~0u, words[1], from);
+        return __half2float(__ushort_as_half((r & 2 ? high : low) >> r % 2 * 16 & 0xFFFF));
+    }
+};
+
 // Chunks of tokens: a warpgroup has two tiles. grid: blocks of rows, chunks, n3.
 template <class K, int N>
 __device__ __forceinline__ void more_tokens(const Indexer &a, char *memory) {
     using Mine = Tiles<K, N>;
     using T = typename Mine::T;
-    __shared__ u8 seen[2][16];  // by parity of the token: whether a warp sees some of its rows
-    const int groups = a.heads / N, number = threadIdx.x / 32;
+    const int groups = a.heads / N;
     const int t0 = blockIdx.y * a.chunk, t1 = min(a.n_tokens, t0 + a.chunk);
     const int steps = (t1 - t0) * groups;
     const int tile0 = (blockIdx.x * (blockDim.x / 128) + threadIdx.x / 128) * 2;
@@ -317,47 +409,32 @@ __device__ __forceinline__ void more_tokens(const Indexer &a, char *memory) {
         __syncthreads();
 #pragma unroll
         for (int tile = 0; tile < 2; ++tile) mine.decode(rows[tile], raw + tile * (64 * RAW));
+        fence_engines_for_wgmma();  // copies of images follow what was read here
         __syncthreads();
     } else {
 #pragma unroll
         for (int tile = 0; tile < 2; ++tile) mine.load(rows[tile], tile0 + tile);
     }
-    const char *images = a.images + ((long long)blockIdx.z * a.n_tokens + t0) * groups * IMAGE<N>;
-    const auto copy = [&](int step) {
-        if (step < steps) {
-            const u32 to = shared_address(memory) + step % STAGES * STAGE<N>;
-            const char *from = images + (long long)step * IMAGE<N>;
-            for (int i = threadIdx.x * 16; i < IMAGE<N>; i += blockDim.x * 16)
-                copy16(to + i, from + i, true);
-        }
-        copies_commit();
-    };
-#pragma unroll
-    for (int step = 0; step < STAGES - 1; ++step) copy(step);
-
-    float y[2][2] = {}, bias[2], next[2];
-#pragma unroll
-    for (int tile = 0; tile < 2; ++tile) next[tile] = mine.bias(tile0 + tile, t0);
+    const Images<N> images(
+        memory, a.images + ((long long)blockIdx.z * a.n_tokens + t0) * groups * IMAGE<N>, steps);
+    images.copy(0);
+    images.copy(1);
+    Seen next(mine, tile0, t0), now = next;
+    float y[2][2] = {};
+    bool visible = false;
     int t = t0, group = 0;
     for (int step = 0; step < steps; ++step) {
+        images.copy(step + 2);
         if (group == 0) {
-            const bool any = __any_sync(~0u, !hides(next[0]) || !hides(next[1]));
-            if (mine.lane == 0) seen[t % 2][number] = any;
+            now = next, visible = now.any();
+            if (t + 1 < t1) next = Seen(mine, tile0, t + 1);
         }
-        copies_wait<STAGES - 2>();
-        fence_engines_for_wgmma();
-        __syncthreads();
-        copy(step + STAGES - 1);
-        if (group == 0)
-#pragma unroll
-            for (int tile = 0; tile < 2; ++tile) {
-                bias[tile] = next[tile];
-                if (t + 1 < t1) next[tile] = mine.bias(tile0 + tile, t + 1);
-            }
-        if (*(const u32 *)&seen[t % 2][number / 4 * 4]) {
+        images.wait(step);
+        if (visible) {
             const char *image = memory + step % STAGES * STAGE<N>;
             const float *weights = (const float *)(image + B_BYTES<N>);
             float first[N / 2], second[N / 2];
+            fence_engines_for_wgmma();
             start<T, N>(first, rows[0], shared_address(image));
             start<T, N>(second, rows[1], shared_address(image));
             wait_products<1>();
@@ -367,10 +444,11 @@ __device__ __forceinline__ void more_tokens(const Indexer &a, char *memory) {
             wgmma_hold(second);
             Mine::add(y[1], second, weights);
         }
+        images.release(step);
         if (++group < groups) continue;
 #pragma unroll
         for (int tile = 0; tile < 2; ++tile) {
-            mine.write(tile0 + tile, t, y[tile], bias[tile]);
+            mine.write(tile0 + tile, t, y[tile], now.bias(mine, tile));
             y[tile][0] = y[tile][1] = 0;
         }
         ++t, group = 0;
