@@ -59,6 +59,7 @@ To bits_as(From from) {
     return to;
 }
 inline float __uint_as_float(unsigned x) { return bits_as<float>(x); }
+inline float __int_as_float(int x) { return bits_as<float>(x); }
 inline int __float_as_int(float x) { return bits_as<int>(x); }
 inline unsigned __float_as_uint(float x) { return bits_as<unsigned>(x); }
 inline float __fmul_rn(float a, float b) { return a * b; }

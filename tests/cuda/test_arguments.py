@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import pyggml as gg
-from pyggml.backends.cuda import reduce, rope
+from pyggml.backends.cuda import indexer, reduce, rope
 from pyggml.backends.cuda.argument import Struct, Tensor, pack
 from pyggml.backends.cuda.attention import arguments, parts
 from pyggml.backends.cuda.device import tensormap
@@ -36,6 +36,7 @@ STRUCTS: tuple[tuple[type[Struct], str, str], ...] = (
     (blocks.RowWeights, "include/formats.cuh", "Weights<InRows>"),
     (tensormap.TensorMap, "include/mma.cuh", "TensorMap"),
     (arguments.Attention, "include/attention.cuh", "Attention"),
+    (indexer.Indexer, "include/indexer.cuh", "Indexer"),
     (arguments.HopperArgument, "attention_hopper.cu", "HopperArgument"),
     (arguments.LatentArgument, "attention_latent_hopper.cu", "LatentArgument"),
 )
