@@ -25,9 +25,10 @@ class CudaStep(Step):
     operands  the nodes that the kernels read, by the names that `record` uses: call["b"]
     results   the nodes they write besides the last one, also by name
     record    records the launches when a plan is bound
+    late      whether the step right before may compute the ids of a product by expert
     """
 
-    __slots__ = ("operands", "record", "results")
+    __slots__ = ("late", "operands", "record", "results")
 
     def __init__(
         self,
@@ -49,6 +50,7 @@ class CudaStep(Step):
             workspace=workspace,
         )
         self.operands, self.results, self.record = operands, results or {}, record
+        self.late = True
 
 
 class Fused(CudaStep):

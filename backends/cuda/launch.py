@@ -133,6 +133,7 @@ class Call:
     out          the result
     device       the properties that kernels may depend on
     names_only   arguments that only a driver can make may be left empty
+    late         as in CudaStep
     """
 
     def __init__(
@@ -146,7 +147,7 @@ class Call:
     ) -> None:
         self.node, self.out, self.attrs = node, out, attrs
         self.device = device
-        self.names_only = False
+        self.names_only, self.late = False, True
         self.records: list[Record] = []
         self._operands = operands
         self._scratch, self._limit = scratch

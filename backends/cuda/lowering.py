@@ -9,9 +9,14 @@ from pyggml.backends.cuda import table
 from pyggml.backends.cuda.fusion import CudaStep, Fused, covered
 from pyggml.backends.cuda.launch import WORKSPACE
 from pyggml.backends.cuda.linear.preparation import prepare_once
+from pyggml.backends.cuda.linear.routes import FEW_PAIRS
 from pyggml.backends.cuda.patterns import PATTERNS
 from pyggml.backends.step import Step
 from pyggml.node import Node
+from pyggml.ops.leaf import state_op
+
+#: How many steps behind a product by expert may move ahead of it.
+AHEAD = 4
 
 
 def lower(nodes: Sequence[Node], keep: Collection[Node], fuse: bool = True) -> list[Step]:
@@ -20,7 +25,48 @@ def lower(nodes: Sequence[Node], keep: Collection[Node], fuse: bool = True) -> l
     if not fuse:
         return [step_of(node) for node in nodes]
     parts = covered(nodes, keep, PATTERNS)
-    return list(prepare_once([p if isinstance(p, Fused) else step_of(p) for p in parts]))
+    steps = prepare_once([p if isinstance(p, Fused) else step_of(p) for p in parts])
+    return timely(spaced(list(steps)))
+
+
+def spaced(steps: list[CudaStep]) -> list[CudaStep]:
+    """The steps, with products that need no ids moved between a routing and a few products by
+    expert: shared experts, in a model. Their weights are on their way while the routing runs, and
+    those of the experts then need not wait for ids."""
+    for i in range(1, len(steps)):
+        ids = _ids(steps[i])
+        if ids is None or ids not in steps[i - 1].nodes or ids.spec.elements > FEW_PAIRS:
+            continue
+        waits, moved, others = set(steps[i].nodes), list[CudaStep](), [steps[i]]
+        for step in steps[i + 1 : i + 1 + AHEAD]:
+            free = not any(read.base in waits or read.root.op is state_op for read in step.reads)
+            if free and len(step.nodes) == 1 and step.node.op.weights:
+                moved.append(step)
+            else:
+                waits.update(step.nodes)
+                others.append(step)
+        steps[i : i + 1 + AHEAD] = moved + others
+    return steps
+
+
+def timely(steps: list[CudaStep]) -> list[CudaStep]:
+    """The steps, each knowing whether its ids may come from the launch right before."""
+    before: set[Node] | None = None  # what that launch computes; unknown for the first
+    for step in steps:
+        step.late = before is None or _ids(step) in before
+        if step.node.op.parts is None:  # a concat may launch nothing
+            before = set(step.nodes)
+        elif before is not None:
+            before.update(step.nodes)
+    return steps
+
+
+def _ids(step: CudaStep) -> Node | None:
+    """The ids of a product by expert."""
+    op = step.node.op
+    if op.ids is None or not op.weights or len(step.nodes) > 1:
+        return None
+    return step.node[op.ids.operand].base
 
 
 def step_of(node: Node) -> CudaStep:

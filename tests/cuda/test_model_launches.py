@@ -80,11 +80,12 @@ def test_a_decode_step_makes_its_activations_fixed_point_in_the_products(model: 
     }  # fmt: skip
 
 
-def test_only_experts_right_behind_the_routing_wait_for_their_ids(model: Model) -> None:
-    """`late`, the last argument: up and gate wait; down reads what was computed from its ids."""
+def test_shared_experts_run_between_the_routing_and_the_experts(model: Model) -> None:
+    """So these need not wait for their ids: `late`, the last argument, is 0."""
     records = [r for r in records_of(model, 1, 1) if isinstance(r, Launch)]
-    late = [r.args[-4:] for r in records if r.name.startswith("vec_id<")]
-    assert late == [b"\1\0\0\0", b"\0\0\0\0"]
+    names = [r.name.split("<")[0] for r in records]
+    assert names[-6:] == ["route", "vec", "vec", "vec_id", "vec_id", "multi_add"]
+    assert [r.args[-4:] for r in records if r.name.startswith("vec_id<")] == [bytes(4)] * 2
 
 
 def test_a_prompt_prepares_once_what_several_products_read(model: Model) -> None:

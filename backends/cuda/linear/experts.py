@@ -57,11 +57,8 @@ def vec(
     pair = 2 if levels == 2 and len(a) == 1 and tiles * pairs_of(ids.ne) >= 1024 else 1
     tiles = -(-tiles // pair)
     columns = blocks.columns_of(call, b, levels, tiles * pairs_of(ids.ne), 1)
-    # The kernel reads ids before the activations are complete. Ids that b was computed from are
-    # older than b, and those of a product with a launch of its own are older than that launch.
-    late = call.get("fixed") is not None or (
-        columns.shared > 0 and call.node["ids"] not in call.node["b"].base.src
-    )
+    # The kernel reads ids before the activations are complete. A launch of its own has waited.
+    late = call.late and (call.get("fixed") is not None or columns.shared > 0)
     token = blocks.fixed_bytes((b.ne[0], b.ne[1], 1, 1), levels)
     limited, limit = limit_of(call, len(a))
     names = f"{levels}, {len(a)}, {pair}, {columns.form}{limited}"
