@@ -13,12 +13,12 @@ sparse_token_n65536        us of indexer, top_k and attention to the list, one a
 sparse_gain_n65536         sparse_dense / sparse_token
 sparse_prompt_2048_n32768  TFLOP/s of the attention of 2,048 tokens to 2,048 rows each
 
-V4-Flash with Q2_K weights at a depth of 8,192, layer by layer, because the whole does not fit on
-every card. The first two layers see a window, 21 have ratio 4, 20 have ratio 128. Experts of the
-window's layers come from a table. A decode step reads other weights, caches and tokens in turn.
+V4-Flash with Q2_K weights at a depth of 8,192, by its kinds of layers, because the whole does not
+fit on every card. The first two see a window, and their experts come from a table; 21 have ratio 4,
+20 have ratio 128. A decode step reads other weights, caches and tokens in turn.
 
-v4_decode_KIND, v4_prompt_KIND   us of a token, ms of 2,048 tokens: a layer's, and `head`'s, which
-                                 is the embedding and the logits
+v4_decode_KIND, v4_prompt_KIND   us of a token, ms of 2,048 tokens: two layers less one layer.
+                                 `head`: embedding, logits, and what a kind's layers compute once
 v4_flash_decode, v4_flash_prompt t/s of head + 2 window + 21 ratio_4 + 20 ratio_128
 """
 
@@ -66,15 +66,18 @@ TURNS = 20
 
 #: name -> ratio and number of layers.
 KINDS = {"window": (PLAIN, 2), "ratio_4": (SPARSE, 21), "ratio_128": (HEAVY, 20)}
-#: One layer of each kind.
+#: Two layers of each kind.
 MODEL = replace(
     TINY_V4 if SMALL else V4_FLASH,
-    n_block=3, ratios=tuple(ratio for ratio, _ in KINDS.values()), n_hash=1,
-    clamp=3 * (10.0,), clamp_shared=3 * (10.0,),
+    n_block=6, ratios=tuple(ratio for ratio, _ in KINDS.values() for _ in range(2)), n_hash=2,
+    clamp=6 * (10.0,), clamp_shared=6 * (10.0,),
 )  # fmt: skip
 DEPTH, PROMPT = (512, 64) if SMALL else (8192, 2048)
 #: Bytes of weights that a token reads in a layer.
 READ = 80_000_000
+
+#: Samples of a layer, and of what its kind computes once.
+Times = tuple[list[float], list[float]]
 
 rng = np.random.default_rng(0)
 
@@ -201,12 +204,14 @@ def filled(y: gg.Node, batch: Batch, n_tokens: int) -> gg.Plan:
     return plan
 
 
-def layer(model: Model, il: int, n_tokens: int) -> gg.Plan:
+def layers(model: Model, numbers: Sequence[int], n_tokens: int) -> gg.Plan:
     options = Options()
     batch = Batch(n_tokens, DEPTH, options, n_tokens, padded=False)
     x = gg.input("x", ne=(MODEL.n_embd, MODEL.n_stream, n_tokens))
-    cache = model.arch.cache(il, DEPTH, n_tokens, options)
-    return filled(model.arch.layer(x, model.layer(il), cache, batch), batch, n_tokens)
+    for il in numbers:
+        cache = model.arch.cache(il, DEPTH, n_tokens, options)
+        x = model.arch.layer(x, model.layer(il), cache, batch)
+    return filled(x, batch, n_tokens)
 
 
 def head(model: Model, n_tokens: int) -> gg.Plan:
@@ -217,31 +222,44 @@ def head(model: Model, n_tokens: int) -> gg.Plan:
     return filled(model.head(last), batch, n_tokens)
 
 
+def kind_times(model: Model, number: int, n_tokens: int, clocks: str = "") -> Times:
+    """Microseconds of a layer of kind `number`, and of what its kind computes once."""
+    n_copies = copies(READ) if n_tokens == 1 else 1
+    samples = []
+    for count in (1, 2):
+        numbers = range(2 * number, 2 * number + count)
+        plans = [layers(model, numbers, n_tokens) for _ in range(n_copies)]
+        samples.append(plan_microseconds(plans))
+        if clocks and count == 2:
+            write_clocks(clocks, replays(plans), median(samples[-1]))
+        del plans
+    one, two = samples
+    each = [t - median(one) for t in two]
+    return each, [t - median(each) for t in one]
+
+
 def v4() -> None:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "v4.gguf"
         synth(path, MODEL, dtype="q2_K")
         with gg.gguf.open(path) as file:
             model = Model(file, backends=["cuda"])
-            for name, n_tokens, unit, scale in (
-                ("decode", 1, "us", 1.0), ("prompt", PROMPT, "ms", 1e-3)
-            ):  # fmt: skip
-                n_copies = copies(READ) if n_tokens == 1 else 1
-                times = {"head": plan_microseconds([head(model, n_tokens)])}
-                for il, kind in enumerate(KINDS):
-                    plans = [layer(model, il, n_tokens) for _ in range(n_copies)]
-                    times[kind] = plan_microseconds(plans)
-                    if kind == "ratio_4":
-                        write_clocks(f"v4_{name}", replays(plans), median(times[kind]))
-                    del plans
-                for kind, samples in times.items():
-                    write_row(f"v4_{name}_{kind}", unit, [scale * t for t in samples])
-                counts = {"head": 1} | {kind: n for kind, (_, n) in KINDS.items()}
-                totals = [
-                    sum(n * times[kind][i] for kind, n in counts.items())
-                    for i in range(len(times["head"]))
-                ]
-                write_row(f"v4_flash_{name}", "t/s", [1e6 * n_tokens / us for us in totals])
+            v4_rows(model, "decode", 1, "us", 1.0)
+            v4_rows(model, "prompt", PROMPT, "ms", 1e-3)
+
+
+def v4_rows(model: Model, name: str, n_tokens: int, unit: str, scale: float) -> None:
+    rest = plan_microseconds([head(model, n_tokens)])
+    total = np.zeros(len(rest))
+    for number, (kind, (_, n_layers)) in enumerate(KINDS.items()):
+        clocks = f"v4_{name}" if kind == "ratio_4" else ""
+        each, once = kind_times(model, number, n_tokens, clocks)
+        write_row(f"v4_{name}_{kind}", unit, [scale * t for t in each])
+        rest = [a + b for a, b in zip(rest, once)]
+        total += n_layers * np.asarray(each)
+    write_row(f"v4_{name}_head", unit, [scale * t for t in rest])
+    rates = 1e6 * n_tokens / (total + np.asarray(rest))
+    write_row(f"v4_flash_{name}", "t/s", rates.tolist())
 
 
 def main() -> None:

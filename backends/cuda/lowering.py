@@ -26,7 +26,7 @@ def lower(nodes: Sequence[Node], keep: Collection[Node], fuse: bool = True) -> l
         return [step_of(node) for node in nodes]
     parts = covered(nodes, keep, PATTERNS)
     steps = prepare_once([p if isinstance(p, Fused) else step_of(p) for p in parts])
-    return timely(spaced(list(steps)))
+    return [*timely(spaced(list(steps)))]
 
 
 def spaced(steps: list[CudaStep]) -> list[CudaStep]:
