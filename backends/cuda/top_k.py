@@ -19,7 +19,7 @@ SHARED = 82_400
 #: The longest rows that are sorted as a whole, and the largest k of longer ones that are not.
 SORTED, MOST_K = 256, 2048
 #: Blocks of a cluster (CLUSTER in top_k.cu), the shortest rows for one, and the most rows.
-CLUSTER, LONG, FEW_ROWS = 8, 12288, 14
+CLUSTER, LONG, FEW_ROWS = 8, 12288, 16
 
 
 def _sorts(node: Node) -> bool:
