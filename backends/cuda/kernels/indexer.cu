@@ -21,8 +21,10 @@
 // Traffic: one token: rows, and the queries from L2 for each block. Chunks of tokens: a row and a
 // token's image are read from L2 for each pair of a block of rows and a chunk.
 //
-// Designs that lost, by count: rows by way of shared memory take as much of its bandwidth as B does;
-// heads as A and rows as B need a reduction over 8 lanes in place of 4 for each row.
+// Designs that lost. By count: rows by way of shared memory take as much of its bandwidth as B does;
+// heads as A and rows as B need a reduction over 8 lanes in place of 4 for each row. Measured on an
+// H100: queries loaded behind the rows, one after another, 5.6 to 11.7 us for 8,192 rows of f16, 3.4
+// now; chunks whose warpgroups all wait at each token, 290 TFLOP/s.
 #include "indexer.cuh"
 #include "attention_q8_0.cuh"
 #include "linear_mma.cuh"
