@@ -51,13 +51,14 @@ def spaced(steps: list[CudaStep]) -> list[CudaStep]:
 
 def timely(steps: list[CudaStep]) -> list[CudaStep]:
     """The steps, each knowing whether its ids may come from the launch right before."""
-    before: set[Node] | None = None  # what that launch computes; unknown for the first
+    before: tuple[Node, ...] | None = None  # what that launch computes; unknown for the first
     for step in steps:
-        step.late = before is None or _ids(step) in before
+        ids = _ids(step)
+        step.late = ids is not None and (before is None or ids in before)
         if step.node.op.parts is None:  # a concat may launch nothing
-            before = set(step.nodes)
+            before = step.nodes
         elif before is not None:
-            before.update(step.nodes)
+            before = (*before, *step.nodes)
     return steps
 
 

@@ -10,8 +10,10 @@ would hide it. What only one product reads, its own launches prepare.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import count
+from typing import Any, NamedTuple
 
 from pyggml import ops
 from pyggml.backends.cuda.fusion import CudaStep, Fused
@@ -79,27 +81,37 @@ _RECORDS = {
 }
 
 
-def needs_of(node: Node, run: int) -> Iterator[Node]:
+class Need(NamedTuple):
+    """What a product reads in a form of its own: `op` of `source` with one attribute."""
+
+    op: Op[Any]
+    source: Node
+    attribute: tuple[str, Any]
+
+    def node(self, run: int) -> Node:
+        return self.op(self.source, **dict([self.attribute]), run=run)
+
+
+def needs_of(node: Node) -> Iterator[Need]:
     """What the product reads that others may read too.
 
     Activations only for weights that are constants: the kernels read these before earlier steps
     have ended. Those of `tile` must not even come from the host in the run.
     """
+    if not node.op.weights:
+        return
     weights = [node[name] for name in node.op.weights]
-    if not weights:
-        return
     products = Product.all_of(node)
-    b = _rows_of(node["b"])
-    constant = all(in_blocks(w.dtype) and origin(w).op is constant_op for w in weights)
-    if constant and products[0].levels:
-        yield fixed_point(b, levels=products[0].levels, run=run)
-    if any(product.route != "tile" for product in products):
-        return
-    if products[0].ids is not None:
-        yield expert_groups(node["ids"], experts=weights[0].ne[2], run=run)
-    kinds = {blocks.half_of(w.dtype) for w in weights}
-    if len(kinds) == 1 and all(w.root.op is constant_op for w in weights):
-        yield halves(b, half=kinds.pop(), run=run)
+    routes = {product.route for product in products}
+    if routes == {"vec"}:
+        if all(in_blocks(w.dtype) and origin(w).op is constant_op for w in weights):
+            yield Need(fixed_point, _rows_of(node["b"]), ("levels", products[0].levels))
+    elif routes == {"tile"}:
+        if products[0].ids is not None:
+            yield Need(expert_groups, node["ids"], ("experts", weights[0].ne[2]))
+        kinds = {blocks.half_of(w.dtype) for w in weights}
+        if len(kinds) == 1 and all(w.root.op is constant_op for w in weights):
+            yield Need(halves, _rows_of(node["b"]), ("half", kinds.pop()))
 
 
 def _rows_of(b: Node) -> Node:
@@ -115,24 +127,22 @@ def prepare_once(steps: Sequence[CudaStep]) -> Iterator[CudaStep]:
     If the step that computes b can also write it in fixed point, it does, even for one product.
     """
     run = next(_runs)
-    needs = {step: list(needs_of(step.node, run)) for step in steps if len(step.nodes) == 1}
-    readers: dict[Node, list[CudaStep]] = {}
-    for step, nodes in needs.items():
-        for node in nodes:
-            readers.setdefault(node, []).append(step)
-    prepared: set[Node] = set()
+    needs = {step: list(needs_of(step.node)) for step in steps if len(step.nodes) == 1}
+    readers = Counter(need for own in needs.values() for need in own)
+    prepared: dict[Need, Node] = {}
     for step in steps:
         if isinstance(step, Fused) and can_prepare(step):
-            fixed = fixed_point(step.node, levels=2, run=run)
-            if fixed in readers:
-                prepared.add(fixed)
-                step = _leaving(step, fixed)
-        for node in needs.get(step, ()):
-            if node not in prepared and len(readers[node]) > 1:
-                prepared.add(node)
-                operands = {name: node[name] for name in node.op.operands}
-                yield CudaStep((node,), operands, _RECORDS[node.op])
-        yield _reading(step, [node for node in needs.get(step, ()) if node in prepared])
+            need = Need(fixed_point, step.node, ("levels", 2))
+            if need in readers:
+                prepared[need] = need.node(run)
+                step = _leaving(step, prepared[need])
+        own = needs.get(step, [])
+        for need in own:
+            if need not in prepared and readers[need] > 1:
+                node = prepared[need] = need.node(run)
+                operands = dict(zip(node.op.operands, node.src))
+                yield CudaStep((node,), operands, _RECORDS[need.op])
+        yield _reading(step, [prepared[need] for need in own if need in prepared])
 
 
 def _leaving(step: CudaStep, fixed: Node) -> CudaStep:
