@@ -22,8 +22,8 @@ MOST, MOST_USED = 2048, 32
 class _Routing:
     """The parts of a match.
 
-        p = soft_max(s_in scores) or sigmoid(scores)
-        ids = top k of p (+ bias), within the best groups if there are groups         [k, T]
+        p = soft_max(s_in scores) or sigmoid(scores) or sqrt(softplus(scores))
+        ids = top k of p (+ bias), within the best groups if there are groups, or given [k, T]
         weights = s (p[ids] / clamp(sum of p[ids])) + b                               [k, T]
 
     limits  of the clamp; None: weights are not divided
@@ -40,24 +40,29 @@ class _Routing:
     b: float = 0.0
     groups: tuple[int, int, int] = field(default=(0, 0, 0))
 
+    @property
+    def given(self) -> bool:
+        """Whether another step computes the ids."""
+        return self.ids not in self.nodes
+
 
 def route(node: Node, run: Run) -> Fused | None:
     """The whole of `models.moe.route`, in any of its forms."""
     routing = _scaled(node, run)
     if routing is None or routing.scores.ne[0] > MOST or routing.scores.dtype is not F32:
         return None
-    ids = routing.ids
-    if node.ne not in (ids.ne, (1, *ids.ne[:3])) or run.only(ids, *routing.nodes):
+    ids, reads, results = routing.ids, {"scores": routing.scores}, {"ids": routing.ids}
+    if node.ne not in (ids.ne, (1, *ids.ne[:3])) or ids.ne[0] > MOST_USED:
         return None
-    if ids.ne[0] > MOST_USED:
+    if routing.bias is not None:
+        reads["bias"] = routing.bias
+    if routing.given:
+        reads, results = reads | results, {}
+    elif run.only(ids, *routing.nodes):
         return None
-    return Fused(
-        routing.nodes,
-        reads={"scores": routing.scores, **({"bias": routing.bias} if routing.bias else {})},
-        record=partial(_record, routing=routing),
-        results={"ids": ids},
-        at=ids,
-    )
+    record = partial(_record, routing=routing)
+    at = None if routing.given else ids
+    return Fused(routing.nodes, reads, record, results=results, at=at)
 
 
 def _scaled(node: Node, run: Run) -> _Routing | None:
@@ -88,34 +93,49 @@ def _divided(node: Node, run: Run) -> _Routing | None:
 
 
 def _chosen(node: Node, run: Run) -> _Routing | None:
-    """get_rows(reshape(p), ids) with the ids of the top k."""
+    """get_rows(reshape(p), ids), with the ids of the top k or others."""
     if node.op is not ops.get_rows:
         return None
     table, ids = node["a"], node["ids"]
-    if table.op is not ops.reshape or ids.op not in (ops.top_k, ops.grouped_topk):
+    if table.op is not ops.reshape:
         return None
-    probs, ranked = table["a"], ids["a"]
+    probs = table["a"]
     if probs.ne[2:] != (1, 1) or table.ne != (1, probs.ne[0], probs.ne[1], 1):
         return None
-    bias: Node | None = None
-    nodes: tuple[Node, ...] = (probs, ids, node)
-    if ranked is not probs:
-        if ranked.op is not ops.add or ranked["a"] is not probs or not run.only(ranked, ids):
-            return None
-        bias = ranked["b"]
-        if bias.ne != (probs.ne[0], 1, 1, 1):
-            return None
-        nodes = (probs, ranked, ids, node)
-    if not run.only(probs, *nodes[1:]):
+    gates = _gates(probs)
+    chosen = _choice(probs, ids)
+    if not gates or chosen is None or ids.ne[2:] != (1, 1):
         return None
-    softmax = probs.op is ops.soft_max_ext
-    if probs.op is not ops.sigmoid and not softmax:
-        return None
-    if softmax and (probs.get("mask") or probs.get("sinks")):
+    choice, bias = chosen
+    nodes = (*gates, *choice, node)
+    inner, last = [*gates, *choice[:-1]], nodes[1:]
+    if not all(run.only(n, *last) for n in inner):
         return None
     names = ("n_group", "n_group_used", "n_top")
     groups = tuple(ids.attrs[n] for n in names) if ids.op is ops.grouped_topk else (0, 0, 0)
-    return _Routing(probs["a"], probs, ids, nodes, bias, groups=groups)
+    return _Routing(gates[0]["a"], probs, ids, nodes, bias, groups=groups)
+
+
+def _gates(probs: Node) -> tuple[Node, ...]:
+    """The nodes that compute p from scores; none if `route` cannot."""
+    if probs.op is ops.sqrt and probs["a"].op is ops.softplus:
+        return probs["a"], probs
+    if probs.op is ops.soft_max_ext:
+        return () if probs.get("mask") or probs.get("sinks") else (probs,)
+    return (probs,) if probs.op is ops.sigmoid else ()
+
+
+def _choice(probs: Node, ids: Node) -> tuple[tuple[Node, ...], Node | None] | None:
+    """The nodes that choose ids by p, and the bias; no nodes if the ids are given."""
+    if ids.op not in (ops.top_k, ops.grouped_topk):
+        return (), None
+    ranked = ids["a"]
+    if ranked is probs:
+        return (ids,), None
+    if ranked.op is not ops.add or ranked["a"] is not probs:
+        return None
+    bias = ranked["b"]
+    return ((ranked, ids), bias) if bias.ne == (probs.ne[0], 1, 1, 1) else None
 
 
 def _behind_reshape(node: Node) -> Node:
@@ -128,7 +148,7 @@ def _record(call: Call, routing: _Routing) -> None:
     if out.ne != ids.ne:  # view [1, k, T] as [k, T]
         out = replace(out, ne=ids.ne, nb=(*out.nb[1:3], 0, 0))
     bias = call.get("bias") or ABSENT
-    softmax = routing.probs.op is ops.soft_max_ext
+    gate = (ops.sigmoid, ops.soft_max_ext, ops.sqrt).index(routing.probs.op)
     low, high = routing.limits or (0.0, 0.0)
     call.launch(
         "moe.cu",
@@ -138,8 +158,9 @@ def _record(call: Call, routing: _Routing) -> None:
         args=[
             *(x.tensor for x in (out, ids, scores, bias)),
             *map(np.int32, routing.groups),
-            np.int32(softmax),
-            np.float32(routing.probs.attrs["scale"] if softmax else 1.0),
+            np.int32(routing.given),
+            np.int32(gate),
+            np.float32(routing.probs.attrs.get("scale", 1.0)),
             np.int32(routing.limits is not None),
             *map(np.float32, (low, high, routing.s, routing.b)),
         ],

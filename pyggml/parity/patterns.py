@@ -41,7 +41,9 @@ from pyggml.ops import (
     sigmoid,
     silu,
     soft_max,
+    softplus,
     sqr,
+    sqrt,
     sum_rows,
     top_k,
     view,
@@ -138,6 +140,29 @@ def grouped_experts(m: _Maker) -> Pattern:
     flat = reshape(get_rows(reshape(probs, ne=(1, 32, T)), ids), ne=(5, T))
     flat = div(flat, clamp(sum_rows(flat), min=6e-5, max=float("inf")))
     return m.done(ids=ids, w=scale(reshape(flat, ne=(1, 5, T)), s=2.5))
+
+
+def root_routing(m: _Maker) -> Pattern:
+    """Routing as in V4: the root of softplus, a bias for the choice, normalized weights."""
+    probs = sqrt(softplus(m.floats("scores", 32, T)))
+    ids = top_k(add(probs, m.weight("bias", 32)), k=6)
+    return m.done(ids=ids, w=_normalized(probs, ids))
+
+
+def given_routing(m: _Maker) -> Pattern:
+    """The same, with experts that the token alone determines."""
+    probs = sqrt(softplus(m.floats("scores", 32, T)))
+    table = np.arange(6 * 40, dtype=np.int32).reshape(40, 6) * 7 % 32
+    m.inputs["table"], m.inputs["tokens"] = table, np.arange(T, dtype=np.int32) * 3
+    ids = get_rows(input_("table", "i32", ne=(6, 40)), input_("tokens", "i32", ne=(T,)))
+    return m.done(w=_normalized(probs, ids))
+
+
+def _normalized(probs: Node, ids: Node) -> Node:
+    """The probabilities of ids [6, T], divided by their sum and scaled, [1, 6, T]."""
+    flat = reshape(get_rows(reshape(probs, ne=(1, probs.ne[0], T)), ids), ne=(6, T))
+    flat = div(flat, clamp(sum_rows(flat), min=6e-5, max=float("inf")))
+    return scale(reshape(flat, ne=(1, 6, T)), s=1.5)
 
 
 def divided_weights(m: _Maker) -> Pattern:
@@ -296,6 +321,7 @@ PATTERNS: dict[str, Callable[[_Maker], Pattern]] = {
         graph.__name__: graph
         for graph in (
             norm_and_products, layer_norms, shared_activations, experts, grouped_experts,
+            root_routing, given_routing,
             divided_weights, probabilities_kept, shared_mask, mask_kept, strided_mask,
             moved_position, gated, hidden_rows, chosen_rows, indexed_rows, moved_list,
             squares, odd_routing, flat_weights,

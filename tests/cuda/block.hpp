@@ -89,6 +89,10 @@ T __shfl_sync(unsigned mask, T x, int from) {
     return exchanged(x, from, mask);
 }
 template <class T>
+T __shfl_down_sync(unsigned mask, T x, int by) {
+    return exchanged(x, lane() + by < 32 ? lane() + by : lane(), mask);
+}
+template <class T>
 T __shfl_up_sync(unsigned mask, T x, int by) {
     return exchanged(x, lane() < by ? lane() : lane() - by, mask);
 }

@@ -9,6 +9,7 @@ struct float4 {
 };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
 inline int __float2int_rn(float x) { return (int)std::nearbyint(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __dp4a(int a, int b, int c) {

@@ -39,7 +39,15 @@ def compare(outputs: dict[str, gg.Node], inputs: dict, folder: Path, limit: floa
 
 @pytest.mark.parametrize(
     "name",
-    ("experts", "grouped_experts", "divided_weights", "flat_weights", "norm_and_products"),
+    (
+        "experts",
+        "grouped_experts",
+        "root_routing",
+        "given_routing",
+        "divided_weights",
+        "flat_weights",
+        "norm_and_products",
+    ),
 )
 def test_patterns(name: str, tmp_path: Path) -> None:
     graph = pattern(name)

@@ -24,6 +24,8 @@ FUSED = {
     "shared_activations": [],
     "experts": ["soft_max_ext top_k get_rows", "mul_multi_add add add"],
     "grouped_experts": ["sigmoid add grouped_topk get_rows sum_rows clamp div scale"],
+    "root_routing": ["softplus sqrt add top_k get_rows sum_rows clamp div scale"],
+    "given_routing": ["softplus sqrt get_rows sum_rows clamp div scale"],
     "divided_weights": ["soft_max_ext add top_k get_rows sum_rows clamp div"],
     "probabilities_kept": [],
     "shared_mask": ["causal_mask flash_attn_ext"] * 2,

@@ -22,7 +22,7 @@ UNARY(Tanh, tanhf(x))
 UNARY(Relu, x < 0 ? 0 : x)
 UNARY(Sigmoid, __fdividef(1, 1 + expf(-x)))
 UNARY(Silu, __fdividef(x, 1 + expf(-x)))
-UNARY(Softplus, (x > 0 ? x : 0) + log1pf(expf(-fabsf(x))))
+UNARY(Softplus, softplus(x))
 UNARY(Gelu, 0.5f * x * (1 + tanhf(0.79788456080286535588f * x * (1 + 0.044715f * x * x))))
 
 struct Scale { static __device__ float f(float x, float s, float b) { return b == 0 ? s * x : s * x + b; } };

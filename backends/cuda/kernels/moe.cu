@@ -72,14 +72,15 @@ __device__ __forceinline__ Key least_key(Key key) {
     return (Key)most << 32 | __reduce_min_sync(~0u, high == most ? (unsigned)key : ~0u);
 }
 
-// The whole routing, one warp per token: p = soft_max(scale scores) or sigmoid(scores); ids of the
-// best p (+ bias); weights = s p[ids] (/ their sum, clamped) + b. At most 32 ids.
+// The whole routing, one warp per token: p = sigmoid(scores) (gate 0), soft_max(scale scores) (1) or
+// sqrt(softplus(scores)) (2); ids of the best p (+ bias) unless given; weights = s p[ids] (/ their
+// sum, clamped) + b. At most 32 ids. The p of a given id that is no expert is 0.
 // Each round takes the least key above the last one. Sorting all keys lost: 64 of them need 21
 // stages with a barrier each, and k is about 6.
 // Shared memory: n keys, n_group keys, n p and n p + bias.
 __global__ void __launch_bounds__(32)
     route(Tensor weights, Tensor ids, Tensor scores, Tensor bias, int n_group, int n_used, int n_top,
-          int softmax, float scale, int divided, float low, float high, float s, float b) {
+          int given, int gate, float scale, int divided, float low, float high, float s, float b) {
     begin();
     extern __shared__ Key keys[];
     const int token = blockIdx.x, lane = threadIdx.x, n = scores.ne[0], k = ids.ne[0];
@@ -91,7 +92,7 @@ __global__ void __launch_bounds__(32)
         p[i] = *scores.at<float>(i, token, 0, 0) * scale;
         most = fmaxf(most, p[i]);
     }
-    if (softmax) {
+    if (gate == 1) {
         most = warp_reduce<Max>(most);
         base = most == -infinity ? 0 : most;
         for (int i = lane; i < n; i += 32) sum += p[i] = expf(p[i] - base);
@@ -99,28 +100,32 @@ __global__ void __launch_bounds__(32)
         factor = sum == 0 ? 0 : 1 / sum;  // NaN stays NaN
     }
     for (int i = lane; i < n; i += 32) {
-        p[i] = softmax ? p[i] * factor : 1 / (1 + expf(-p[i]));
+        p[i] = gate == 0 ? 1 / (1 + expf(-p[i])) : gate == 1 ? p[i] * factor : sqrtf(softplus(p[i]));
         chosen[i] = bias.data ? p[i] + *bias.at<float>(i, 0, 0, 0) : p[i];
     }
     __syncwarp();
-    make_keys(keys, n, groups, chosen, n, n_group, n_used, n_top);
-    Key last = 0;  // below every key
-    int id = 0;
-    for (int slot = 0; slot < k; slot++) {
-        Key best = LAST_KEY;
-        for (int i = lane; i < n; i += 32)
-            if (keys[i] > last && keys[i] < best) best = keys[i];
-        last = least_key(best);
-        if (slot == lane) id = (int)(unsigned)last;
+    int id = -1;
+    if (given) {
+        if (lane < k) id = *ids.at<int>(lane, token, 0, 0);
+    } else {
+        make_keys(keys, n, groups, chosen, n, n_group, n_used, n_top);
+        Key last = 0;  // below every key
+        for (int slot = 0; slot < k; slot++) {
+            Key best = LAST_KEY;
+            for (int i = lane; i < n; i += 32)
+                if (keys[i] > last && keys[i] < best) best = keys[i];
+            last = least_key(best);
+            if (slot == lane) id = (int)(unsigned)last;
+        }
     }
-    const float mine = lane < k ? p[id] : 0.0f;
+    const float mine = id >= 0 && id < n ? p[id] : 0.0f;
     float by = s;
     if (divided) {
         sum = warp_reduce<Sum>(mine);
         by = s / (sum < low ? low : sum > high ? high : sum);  // like Clamp: NaN stays NaN
     }
     if (lane < k) {
-        *ids.at<int>(lane, token, 0, 0) = id;
+        if (!given) *ids.at<int>(lane, token, 0, 0) = id;
         *weights.at<float>(lane, token, 0, 0) = mine * by + b;
     }
 }

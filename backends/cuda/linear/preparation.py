@@ -140,7 +140,7 @@ def prepare_once(steps: Sequence[CudaStep]) -> Iterator[CudaStep]:
         for need in own:
             if need not in prepared and readers[need] > 1:
                 node = prepared[need] = need.node(run)
-                operands = dict(zip(node.op.operands, node.src))
+                operands = {name: need.source for name in node.op.operands}
                 yield CudaStep((node,), operands, _RECORDS[need.op])
         yield _reading(step, [prepared[need] for need in own if need in prepared])
 

@@ -68,6 +68,9 @@ __device__ __forceinline__ D convert_to(S x) {
     else return from_f32<D>(to_f32(x));
 }
 
+// ln(1 + e^x), accurate at both ends.
+__device__ __forceinline__ float softplus(float x) { return (x > 0 ? x : 0) + log1pf(expf(-fabsf(x))); }
+
 // V adjacent elements, read and written at once.
 template <class T, int V>
 struct alignas(sizeof(T) * V) Pack {
