@@ -12,7 +12,8 @@
 // @kernel hot vec<{BLOCKS}, {1|8}, 2, 2, 1, Groups>
 // @kernel hot vec<{SOME}, 1, 2, 2, 1, Tensor>
 // @kernel hot vec_id<{BLOCKS}, 2, 2, 1, Groups>
-// @kernel hot vec_id<{BLOCKS}, 2, 1, {1|2}, Tensor>
+// @kernel hot vec_id<{BLOCKS}, 2, 1, 2, Tensor>
+// @kernel hot vec_id<{SOME}, 2, 1, 1, Tensor>
 // @kernel hot vec_id<{SOME}, 2, 1, {1|2}, Groups>
 // @kernel vec_id<{SOME}, 2, 2, 1, Tensor>
 // @kernel vec_id<{BLOCKS}, 3, 1, 1, Groups>
