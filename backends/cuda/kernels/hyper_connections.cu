@@ -25,6 +25,7 @@ dsv4_hc_comb(Tensor out, Tensor mixes, Tensor scale, Tensor base, float eps, int
     const bool there = s < HC && t < out.ne[2];
     float c[HC] = {};  // absent sources stay 0, so they add nothing
     // Divides by the sum over targets.
+    // Exact division is a subroutine; 160 of them in a row would be most of the kernel's time.
     auto by_source = [&](float extra) {
         float sum = 0;
 #pragma unroll
@@ -32,7 +33,7 @@ dsv4_hc_comb(Tensor out, Tensor mixes, Tensor scale, Tensor base, float eps, int
         sum += extra;
 #pragma unroll
         for (int d = 0; d < HC; d++)
-            if (there) c[d] /= sum;
+            if (there) c[d] = __fdividef(c[d], sum);
     };
     auto by_target = [&] {
 #pragma unroll
@@ -40,7 +41,7 @@ dsv4_hc_comb(Tensor out, Tensor mixes, Tensor scale, Tensor base, float eps, int
             float sum = c[d];
 #pragma unroll
             for (int lane = LANES / 2; lane; lane /= 2) sum += __shfl_xor_sync(~0u, sum, lane);
-            if (there) c[d] /= sum + eps;
+            if (there) c[d] = __fdividef(c[d], sum + eps);
         }
     };
     auto mixed = [&](int i, float factor) {

@@ -22,8 +22,8 @@
 // @kernel vec<Raw<{EVERY}>, 1, 2, 1, 1, Groups>
 // @kernel vec<Raw<{SOME}>, 8, 2, 1, 1, Groups>
 // @kernel vec_id<Raw<{SOME}>, {2|3}, 1, 1, Groups>
-// @kernel vec_plain<{float|__half|__nv_bfloat16}, float, 1, {true|false}>
-// @kernel vec_plain<float, float, {4|8}, {true|false}>
+// @kernel vec_plain<{float|__half|__nv_bfloat16}, float, 1, {1|4}, {true|false}>
+// @kernel vec_plain<float, float, {4|8}, 4, {true|false}>
 // @kernel vec_plain_id<{float|__half|__nv_bfloat16}, float, {true|false}>
 #include "fixed_point.cuh"
 #include "raw.cuh"
@@ -269,22 +269,22 @@ constexpr int PLAIN_ROWS = 4;
 
 // -- plain types ----------------------------------------------------------------------------------
 
-// Multiplies rows of a by columns of b. A block takes PLAIN_ROWS rows; its warps split k. VECTOR:
-// both have contiguous, 16-byte aligned elements, and k is a multiple of a vector. Thread
-// i < COLS * PLAIN_ROWS returns row i % PLAIN_ROWS of column i / PLAIN_ROWS.
-template <class A, class B, int COLS, bool VECTOR>
+// Multiplies rows of a by columns of b. A block takes ROWS rows; its warps split k. VECTOR: both have
+// contiguous, 16-byte aligned elements, and k is a multiple of a vector. Thread i < COLS * ROWS
+// returns row i % ROWS of column i / ROWS. A row's sum does not depend on ROWS.
+template <class A, class B, int COLS, int ROWS, bool VECTOR>
 __device__ __forceinline__ float rows_product(const Tensor& a, const char* first_row, int rows,
                                               const char* const (&x)[COLS], long long nb_b) {
     constexpr int N = VECTOR ? 16 / sizeof(A) : 1;
     const int k = a.ne[0], lane = threadIdx.y * 32 + threadIdx.x, step = 32 * blockDim.y * N;
-    float sums[COLS][PLAIN_ROWS] = {};
-    const char* row[PLAIN_ROWS];
-    for (int r = 0; r < PLAIN_ROWS; ++r) row[r] = first_row + min(r, rows - 1) * a.nb[1];
-#pragma unroll 2
+    float sums[COLS][ROWS] = {};
+    const char* row[ROWS];
+    for (int r = 0; r < ROWS; ++r) row[r] = first_row + min(r, rows - 1) * a.nb[1];
+#pragma unroll (8 / ROWS)
     for (int i = lane * N; i < k; i += step) {
-        Pack<A, N> w[PLAIN_ROWS];
+        Pack<A, N> w[ROWS];
 #pragma unroll
-        for (int r = 0; r < PLAIN_ROWS; ++r)
+        for (int r = 0; r < ROWS; ++r)
             if constexpr (VECTOR)
                 w[r] = *(const Pack<A, N>*)(row[r] + i * sizeof(A));
             else
@@ -297,36 +297,36 @@ __device__ __forceinline__ float rows_product(const Tensor& a, const char* first
             else
                 v.v[0] = *(const B*)(x[c] + i * nb_b);
 #pragma unroll
-            for (int r = 0; r < PLAIN_ROWS; ++r)
+            for (int r = 0; r < ROWS; ++r)
 #pragma unroll
                 for (int j = 0; j < N; ++j)
                     sums[c][r] = fmaf(to_f32(w[r].v[j]), to_f32(v.v[j]), sums[c][r]);
         }
     }
-    __shared__ float parts[MOST_WARPS][COLS * PLAIN_ROWS];
+    __shared__ float parts[MOST_WARPS][COLS * ROWS];
 #pragma unroll
-    for (int i = 0; i < COLS * PLAIN_ROWS; ++i) {
-        float s = sums[i / PLAIN_ROWS][i % PLAIN_ROWS];
+    for (int i = 0; i < COLS * ROWS; ++i) {
+        float s = sums[i / ROWS][i % ROWS];
         for (int d = 16; d; d /= 2) s += __shfl_xor_sync(~0u, s, d);
         if (threadIdx.x == 0) parts[threadIdx.y][i] = s;
     }
     __syncthreads();
     float total = 0;
-    if (lane < COLS * PLAIN_ROWS)
+    if (lane < COLS * ROWS)
         for (int warp = 0; warp < blockDim.y; ++warp) total += parts[warp][lane];
     return total;
 }
 
-// grid: groups of PLAIN_ROWS rows, chunks of COLS columns, batches.
-template <class A, class B, int COLS, bool VECTOR>
+// grid: groups of ROWS rows, chunks of COLS columns, batches.
+template <class A, class B, int COLS, int ROWS, bool VECTOR>
 __global__ void __launch_bounds__(32 * MOST_WARPS)
     vec_plain(Tensor a, Tensor b, Tensor y, Heads heads, int narrow) {
-    const int at = blockIdx.x * PLAIN_ROWS, matrix = heads.matrix(blockIdx.z);
+    const int at = blockIdx.x * ROWS, matrix = heads.matrix(blockIdx.z);
     const char* rows =
         a.data + at * a.nb[1] + matrix % a.ne[2] * a.nb[2] + matrix / a.ne[2] * a.nb[3];
     if (VECTOR) {  // a router's rows of 8 KB are one line for each thread
-        const int thread = threadIdx.y * 32 + threadIdx.x, r = thread % PLAIN_ROWS,
-                  from = thread / PLAIN_ROWS * 128;
+        const int thread = threadIdx.y * 32 + threadIdx.x, r = thread % ROWS,
+                  from = thread / ROWS * 128;
         if (at + r < a.ne[1] && from < a.ne[0] * (int)sizeof(A))
             fetch_early(rows + r * a.nb[1] + from);
     }
@@ -335,10 +335,10 @@ __global__ void __launch_bounds__(32 * MOST_WARPS)
     int start = blockIdx.y * COLS, valid = min(COLS, heads.columns - start);
     const char* columns[COLS];
     for (int c = 0; c < COLS; ++c) columns[c] = row_at(b, first + start + min(c, valid - 1));
-    float value = rows_product<A, B, COLS, VECTOR>(a, rows, a.ne[1] - at, columns, b.nb[0]);
-    int i = threadIdx.y * 32 + threadIdx.x, row = at + i % PLAIN_ROWS;
-    if (i / PLAIN_ROWS < valid && row < a.ne[1])
-        put(y, row_at(y, first + start + i / PLAIN_ROWS), row, value, narrow);
+    float value = rows_product<A, B, COLS, ROWS, VECTOR>(a, rows, a.ne[1] - at, columns, b.nb[0]);
+    int i = threadIdx.y * 32 + threadIdx.x, row = at + i % ROWS;
+    if (i / ROWS < valid && row < a.ne[1])
+        put(y, row_at(y, first + start + i / ROWS), row, value, narrow);
 }
 
 // grid: groups of PLAIN_ROWS rows, pairs of token and slot.
@@ -352,7 +352,7 @@ __global__ void __launch_bounds__(32 * MOST_WARPS)
     if (pair.expert >= 0) {
         const char* const columns[1] = {row_at(b, pair.column)};
         const char* rows = a.data + at * a.nb[1] + pair.expert * a.nb[2];
-        value = rows_product<A, B, 1, VECTOR>(a, rows, a.ne[1] - at, columns, b.nb[0]);
+        value = rows_product<A, B, 1, PLAIN_ROWS, VECTOR>(a, rows, a.ne[1] - at, columns, b.nb[0]);
     }
     int i = threadIdx.y * 32 + threadIdx.x, row = at + i;
     if (i < PLAIN_ROWS && row < a.ne[1]) put(y, pair.to, row, value, 0);

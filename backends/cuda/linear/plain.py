@@ -45,11 +45,14 @@ def plain_warps(a: Operand, vector: bool) -> int:
 def vec_plain(call: Call, a: Operand, b: Operand, y: Operand) -> None:
     shape, vector = shape_of(a.ne, b.ne), can_vector(a, b)
     chunk = 1 if shape.columns == 1 else 4 if shape.columns <= 4 else 8
-    names = f"{C_TYPES[a.dtype.name]}, {C_TYPES[b.dtype.name]}, {chunk}, {str(vector).lower()}"
+    # Blocks of four rows read the columns less often, but a router or a mixer has too few of them.
+    few = chunk == 1 and -(-a.ne[1] // 4) * shape.batches <= call.device.sms
+    rows = 1 if few else 4
+    types = f"{C_TYPES[a.dtype.name]}, {C_TYPES[b.dtype.name]}"
     call.launch(
         VEC,
-        f"vec_plain<{names}>",
-        grid=(-(-a.ne[1] // 4), -(-shape.columns // chunk), shape.batches),
+        f"vec_plain<{types}, {chunk}, {rows}, {str(vector).lower()}>",
+        grid=(-(-a.ne[1] // rows), -(-shape.columns // chunk), shape.batches),
         block=(32, plain_warps(a, vector)),
         args=[a.tensor, b.tensor, y.tensor, shape.heads, is_narrow(y)],
     )
