@@ -57,11 +57,11 @@ __global__ void __launch_bounds__(256) any(const __grid_constant__ Attention a) 
     const int split = blockIdx.y, r0 = blockIdx.x * M;
     const int head_kv = blockIdx.z % a.heads_kv, i3 = blockIdx.z / a.heads_kv;
     const int ratio = a.ratio(), live = a.live();
-    const int q0 = r0 / a.pitch, q1 = (r0 + M - 1) / a.pitch;
+    const int pitch = a.pitch_of<LIST>(), q0 = r0 / pitch, q1 = (r0 + M - 1) / pitch;
 
     release_successor();
     for (int r = warp; r < M; r += 8) {
-        const int query = (r0 + r) / a.pitch, h = (r0 + r) % a.pitch, head = head_kv * ratio + h;
+        const int query = (r0 + r) / pitch, h = (r0 + r) % pitch, head = head_kv * ratio + h;
         const float *row =
             (const float *)(a.q + query * a.nb_q[0] + head * a.nb_q[1] + i3 * a.nb_q[2]);
         for (int i = lane; i < PITCH; i += 32)
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(256) any(const __grid_constant__ Attention a) 
         __syncthreads();
         for (int i = t; i < M * BN; i += 256) {
             const int r = i / BN, j = i % BN;
-            const Row row(a, i3, head_kv, r0 + r, live);
+            const Row row(a, i3, head_kv, r0 + r, live, pitch);
             float s = 0;
             for (int c = 0; c < width; c += 4) {
                 const float4 x = *(const float4 *)(q + r * PITCH + c);
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(256) any(const __grid_constant__ Attention a) 
     bool odd[4] = {};
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-        const Row row(a, i3, head_kv, r0 + rows + r, live);
+        const Row row(a, i3, head_kv, r0 + rows + r, live, pitch);
         if (row.query < 0) continue;
         const End to(a, i3, row, split, top[rows + r], total[rows + r], column == 0);
 #pragma unroll

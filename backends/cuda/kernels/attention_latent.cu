@@ -21,7 +21,9 @@
 // @kernel hot latent<{__half|__nv_bfloat16}, {576|512}, {1, 1, 8, 64|1, 2, 4, 32}, false, {false|true}>
 // @kernel latent<{__half|__nv_bfloat16}, {576|512}, 2, 2, 4, 64, false, {false|true}>
 // @kernel 80 latent<{__half|__nv_bfloat16}, {576|512}, 2, 2, 4, 32, false, {false|true}>
-// @kernel hot latent<__half, {576|512}, {1, 1, 8, 64|1, 2, 4, 32|2, 2, 4, 32}, true, {false|true}>
+// @kernel hot latent<__half, {576|512}, {1, 1, 8, 64|1, 2, 4, 32}, true, {false|true}>
+// @kernel hot latent<__half, {576|512}, 2, 2, 4, 32, true, false>
+// @kernel latent<__half, {576|512}, 2, 2, 4, 32, true, true>
 // @kernel hot 80 86 89 120a latent<{__half|__nv_bfloat16}, {576|512}, 1, 1, 4, 32, false, {false|true}>
 // @kernel hot 80 86 89 120a latent<__half, {576|512}, 1, 1, 4, 32, true, {false|true}>
 #include "attention.cuh"
@@ -52,14 +54,15 @@ __global__ void __launch_bounds__(32 * WM * WN, 1) latent(const __grid_constant_
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, wm = warp / WN, wn = warp % WN;
     const int part = blockIdx.x, r0 = blockIdx.y * M;
     const int head_kv = blockIdx.z % a.heads_kv, i3 = blockIdx.z / a.heads_kv;
-    const int live = a.live(), q0 = r0 / a.pitch, q1 = (r0 + M - 1) / a.pitch;
+    const int pitch = a.pitch_of<LIST>(), live = a.live();
+    const int q0 = r0 / pitch, q1 = (r0 + M - 1) / pitch;
     char *queries = memory, *ring = memory + Shape::Q, *weights = ring + Shape::TILES;
     const auto swizzled = [](int row, int chunk) {
         return row * PITCH + (chunk ^ (row & 7)) * 16;
     };
 
     auto list = list_of<LIST, BN, THREADS>(a, i3, head_kv, r0, live, part);
-    const Queries<T, DK, M, WARPS> loaded(a, i3, head_kv, r0, warp);
+    const Queries<T, DK, M, WARPS> loaded(a, i3, head_kv, r0, warp, pitch);
     const Walk<BN> walk = walk_of<LIST, BN>(a, i3, q0, q1, live, part);
     list.turn(walk.first);
     const char *k = a.k + head_kv * a.nb_k[1] + i3 * a.nb_k[2];
@@ -109,7 +112,8 @@ __global__ void __launch_bounds__(32 * WM * WN, 1) latent(const __grid_constant_
         for (int r = 0; r < 2; ++r) {
             m[i][r] = -INF, l[i][r] = 0;
             factor[i][r] = factors[row0 + 16 * i + 8 * r];
-            if (LIST) slope[i][r] = Row(a, i3, head_kv, r0 + row0 + 16 * i + 8 * r, live).slope;
+            const int row = r0 + row0 + 16 * i + 8 * r;
+            if (LIST) slope[i][r] = Row(a, i3, head_kv, row, live, pitch).slope;
         }
 
     for (int stage = 0; now < walk.end; stage ^= 1) {
@@ -159,8 +163,9 @@ __global__ void __launch_bounds__(32 * WM * WN, 1) latent(const __grid_constant_
                 if constexpr (LIST)
                     listed(a, s[i], 2 * r, factor[i][r], slope[i][r], biases[stage] + place);
                 else if (special)
-                    left[i][r] = masked(a, Row(a, i3, head_kv, r0 + row0 + 16 * i + 8 * r, live),
-                                        s[i], 2 * r, factor[i][r], key, bias);
+                    left[i][r] =
+                        masked(a, Row(a, i3, head_kv, r0 + row0 + 16 * i + 8 * r, live, pitch),
+                               s[i], 2 * r, factor[i][r], key, bias);
                 float top = -INF;
 #pragma unroll
                 for (int c = 0; c < NT; ++c)
@@ -245,7 +250,7 @@ __global__ void __launch_bounds__(32 * WM * WN, 1) latent(const __grid_constant_
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int index = row0 + 16 * i + 8 * r;
-            const Row row(a, i3, head_kv, r0 + index, live);
+            const Row row(a, i3, head_kv, r0 + index, live, pitch);
             float total = 0;
 #pragma unroll
             for (int w = 0; w < WN; ++w) total += totals[w][index];

@@ -58,7 +58,8 @@ __global__ void __launch_bounds__(384, 1) list_hopper(const __grid_constant__ At
     if (group == 2) {
         registers_give<72>();
         const int thread = threadIdx.x - 256, chunk = thread % 8, row = thread / 8;
-        Listed<BN, 128> list(a, i3, Row(a, i3, head_kv, r0, live), walk.first, walk.end, thread);
+        Listed<BN, 128> list(a, i3, Row(a, i3, head_kv, r0, live, a.pitch), walk.first,
+                             walk.end, thread);
         list.turn(walk.first);
         release_successor();
         const char *k = a.k + head_kv * a.nb_k[1] + i3 * a.nb_k[2] + chunk * 16;
@@ -92,7 +93,7 @@ __global__ void __launch_bounds__(384, 1) list_hopper(const __grid_constant__ At
     registers_take<216>();
     release_successor();
     {
-        const Queries<T, DK, M, 8> loaded(a, i3, head_kv, r0, warp);
+        const Queries<T, DK, M, 8> loaded(a, i3, head_kv, r0, warp, a.pitch);
         loaded.store(a, factors, warp, [&](int r, int i) {
             return (u32 *)(queries + i / 64 * BOX + r * 128 + (i % 64 / 8 ^ (r & 7)) * 16 +
                            i % 8 * 2);
@@ -102,8 +103,8 @@ __global__ void __launch_bounds__(384, 1) list_hopper(const __grid_constant__ At
     threads_sync(CONSUMERS, 256);
 
     const int row0 = warp % 4 * 16 + lane / 4;
-    const Row rows[2] = {Row(a, i3, head_kv, r0 + row0, live),
-                         Row(a, i3, head_kv, r0 + row0 + 8, live)};
+    const Row rows[2] = {Row(a, i3, head_kv, r0 + row0, live, a.pitch),
+                         Row(a, i3, head_kv, r0 + row0 + 8, live, a.pitch)};
     const float factor[2] = {factors[row0], factors[row0 + 8]};
     const u32 at_q = shared_address(queries), at_ring = shared_address(ring);
     // The weights of tile g as fragments, one slot a thread.

@@ -46,6 +46,8 @@ struct Attention {
     float scale, softcap, max_bias;
 
     __device__ int ratio() const { return heads / heads_kv; }
+    // Known to the compiler where there are no lists.
+    template <bool LIST> __device__ int pitch_of() const { return LIST ? pitch : ratio(); }
     // The number of valid keys. kv_len, like positions, may be any int32.
     __device__ int live() const {
         if (!kv_len) return n_kv;
@@ -67,12 +69,14 @@ struct Row {
     const char *mask;
     float slope;
 
-    __device__ Row(const Attention &a, int i3, int head_kv, int r, int live) {
-        const int ratio = a.ratio(), h = r % a.pitch;
-        query = r / a.pitch;
+    __device__ Row(const Attention &a, int i3, int head_kv, int r, int live)
+        : Row(a, i3, head_kv, r, live, a.ratio()) {}
+    __device__ Row(const Attention &a, int i3, int head_kv, int r, int live, int pitch) {
+        const int ratio = a.ratio(), h = r % pitch;
+        query = r / pitch;
         head = head_kv * ratio + h;
         first = 0, last = live, mask = nullptr, slope = LOG2E;
-        if (query >= a.n_q || h >= ratio) {
+        if (query >= a.n_q || (pitch != ratio && h >= ratio)) {
             query = -1, last = 0;
             return;
         }
@@ -134,13 +138,16 @@ struct Queries {
     static constexpr int N = (D / 2 + 31) / 32, MINE = ROWS / WARPS;
     float x[MINE][N][2];
 
-    __device__ __forceinline__ Queries(const Attention &a, int i3, int head_kv, int r0, int warp) {
+    __device__ __forceinline__ Queries(const Attention &a, int i3, int head_kv, int r0, int warp)
+        : Queries(a, i3, head_kv, r0, warp, a.ratio()) {}
+    __device__ __forceinline__ Queries(const Attention &a, int i3, int head_kv, int r0, int warp,
+                                       int pitch) {
         const int lane = threadIdx.x % 32, ratio = a.ratio();
 #pragma unroll
         for (int i = 0; i < MINE; ++i) {
             const int r = r0 + warp + i * WARPS;
-            const int query = r / a.pitch, h = r % a.pitch, head = head_kv * ratio + h;
-            const bool real = query < a.n_q && h < ratio;
+            const int query = r / pitch, h = r % pitch, head = head_kv * ratio + h;
+            const bool real = query < a.n_q && (pitch == ratio || h < ratio);
             const float *from =
                 (const float *)(a.q + query * a.nb_q[0] + head * a.nb_q[1] + i3 * a.nb_q[2]);
 #pragma unroll
@@ -428,8 +435,8 @@ __device__ __forceinline__ auto list_of(const Attention &a, int i3, int head_kv,
                                         int split) {
     if constexpr (LIST) {
         const Walk<BN> walk(a, i3, split);
-        return Listed<BN, THREADS>(a, i3, Row(a, i3, head_kv, r0, live), walk.first, walk.end,
-                                   threadIdx.x);
+        return Listed<BN, THREADS>(a, i3, Row(a, i3, head_kv, r0, live, a.pitch), walk.first,
+                                   walk.end, threadIdx.x);
     } else {
         return NoList();
     }
