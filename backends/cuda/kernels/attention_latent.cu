@@ -18,10 +18,12 @@
 // take 16 rows per block, however many heads there are: 128 heads, 2048 of 65536 rows, f16, H100:
 // 15.2 us; with 32 rows 15.7, with wgmma and 64 rows 17.8 (of these, 5 for the twice as many parts).
 // Prompts of many heads: attention_list_hopper.cu.
-// @kernel hot latent<{__half|__nv_bfloat16}, {576|512}, {1, 1, 8, 64|1, 2, 4, 32}, false, {false|true}>
-// @kernel latent<{__half|__nv_bfloat16}, {576|512}, 2, 2, 4, 64, false, {false|true}>
+// @kernel hot latent<{__half|__nv_bfloat16}, {576|512}, 1, 1, 8, 64, false, {false|true}>
+// @kernel hot latent<__half, {576|512}, 1, 1, 8, 64, true, {false|true}>
+// @kernel hot 80 latent<{__half|__nv_bfloat16}, 576, 1, 2, 4, 32, false, {false|true}>
+// @kernel hot 80 latent<__half, 576, 1, 2, 4, 32, true, {false|true}>
+// @kernel 90a latent<{__half|__nv_bfloat16}, {576|512}, 2, 2, 4, 64, false, {false|true}>
 // @kernel 80 latent<{__half|__nv_bfloat16}, {576|512}, 2, 2, 4, 32, false, {false|true}>
-// @kernel hot latent<__half, {576|512}, {1, 1, 8, 64|1, 2, 4, 32}, true, {false|true}>
 // @kernel hot latent<__half, {576|512}, 2, 2, 4, 32, true, false>
 // @kernel latent<__half, {576|512}, 2, 2, 4, 32, true, true>
 // @kernel hot 80 86 89 120a latent<{__half|__nv_bfloat16}, {576|512}, 1, 1, 4, 32, false, {false|true}>
