@@ -32,7 +32,9 @@ def _reasons(node: Node, names: Sequence[str]) -> Iterator[str]:
         yield from _of_attention(Shape.of(node), names)
     elif node.op is ops.lightning_indexer:
         if " scores_any<" in _joined(names):
-            yield why_plain(node) or "an indexer's queries or rows are not aligned to 16 bytes"
+            yield why_plain(node) or (
+                "an indexer's queries or rows are not aligned, or do not fit this device"
+            )
     elif node.op.weights:
         products = Product.all_of(node)
         for product in products:

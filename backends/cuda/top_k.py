@@ -12,8 +12,6 @@ from pyggml.node import Node
 from pyggml.ops.reduce import row_length
 
 FILE = "top_k.cu"
-#: Elements that the list of a row holds; CAPACITY in top_k.cu.
-CAPACITY = 4096
 #: Bytes of a block's shared memory; Shared in top_k.cu.
 SHARED = 82_400
 #: The longest rows that are sorted as a whole, and the largest k of longer ones that are not.
