@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from pyggml import ops
 from pyggml.backends.cuda import table
 from pyggml.backends.cuda.fusion import CudaStep, Fused, covered
 from pyggml.backends.cuda.launch import WORKSPACE
@@ -55,7 +56,7 @@ def timely(steps: list[CudaStep]) -> list[CudaStep]:
     for step in steps:
         ids = _ids(step)
         step.late = ids is not None and (before is None or ids in before)
-        if step.node.op.parts is None:  # a concat may launch nothing
+        if step.node.op not in (ops.concat, ops.cpy):  # these may launch nothing
             before = step.nodes
         elif before is not None:
             before = (*before, *step.nodes)
