@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import pyggml as gg
@@ -101,3 +102,17 @@ def test_experts_wait_for_lists_that_the_launch_before_may_have_made(model: Mode
     records = [r for r in records_of(model, 2048, 3) if isinstance(r, Launch)]
     late = [r.args[-4:] for r in records if r.name.startswith("tile<") and "true" in r.name]
     assert late == [b"\1\0\0\0", b"\0\0\0\0"]
+
+
+def test_experts_right_behind_their_routing_wait_for_ids() -> None:
+    """No other product can go between; and what comes before the first step is not known."""
+    up, gate = (gg.constant(np.ones((8, 32, 64)), dtype="q8_0", name=n) for n in ("up", "gate"))
+    x, scores = gg.input("x", ne=(64, 1, 2)), gg.input("scores", ne=(8, 2))
+    ids = gg.top_k(gg.soft_max(scores), k=3)
+    late = {}
+    for name, chosen in (("chosen", ids), ("given", gg.input("ids", "i32", ne=(3, 2)))):
+        work = gg.compile(
+            {"y": gg.moe_up_gate(up, gate, x, chosen)}, backends=["cuda:0:24GiB"]
+        )._work
+        late[name] = [step.late for step in work.steps if step.node.op.weights]  # type: ignore[attr-defined]
+    assert late == {"chosen": [True], "given": [True]}
