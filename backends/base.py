@@ -100,8 +100,9 @@ class Backend(Protocol):
 
     name    its folder: "cuda"
     place   its name in `backends=` and `pins=`: "numpy", "cuda:1"
-    device  the device whose memory it uses: "host", "cuda:1". Tensors are copied only between
-            different devices
+    device  the device whose memory it uses: "host", "cuda:1", and "host:1" for a part of the host
+            that is a device of its own (`shard=`). Tensors are copied only between different
+            devices
     lock    taken while the device is used: it has one queue, shared by the plans of all stores
     alignment      of every tensor in its memory, in bytes
     staging_bytes  bytes of host memory that it keeps for copies
@@ -230,8 +231,13 @@ class NamesKernels(Protocol):
         """
 
 
+def in_host_memory(backend: Backend) -> bool:
+    """Whether its memory is the host's: also that of `numpy:1`, which is a device of its own."""
+    return backend.device.partition(":")[0] == "host"
+
+
 def host_values(backend: Backend, at: Address, spec: Spec) -> NDArray[Any]:
     """A tensor's values for the host to read: in place if they are in its memory, else a copy."""
-    on_host = backend.device == "host"
+    on_host = in_host_memory(backend)
     values: NDArray[Any] = backend.view(at, spec) if on_host else backend.download(at, spec)
     return values

@@ -38,20 +38,22 @@ class HostBackend:
     """A backend in host memory: one step per node, NumPy arrays as operands.
 
     A subclass sets `name` and `kernels`. Tensors pass between such backends without a copy.
+
+    index  0, or the number of a part of the host that counts as a device of its own: with `shard=`,
+           `numpy:1` is what a second process computes, or stands for it in one process
     """
 
     name: str
     kernels: KernelTable[Kernel]
 
-    device = "host"
     alignment = ALIGNMENT
     lock: AbstractContextManager[object] = nullcontext()  # host stores share nothing
     staging_bytes = driver_bytes = 0
     lends_from = 32  # rows of a product, as in llama.cpp; for experts, 32 rows an expert
 
-    @property
-    def place(self) -> str:
-        return self.name
+    def __init__(self, index: int = 0) -> None:
+        number = f":{index}" if index else ""
+        self.place, self.device = f"{self.name}{number}", f"host{number}"
 
     def supports(self, node: Node) -> str | None:
         return self.kernels.refusal(node)

@@ -56,6 +56,7 @@ if _TYPE_CHECKING:
     from pyggml.generate.session import Session
     from pyggml.models.model import Model, load
     from pyggml.parity.nodes import compare
+    from pyggml.runtime.mpi import join
 
 __version__ = "0.1.0"
 
@@ -65,6 +66,7 @@ _LAZY = {
     "Model": "models.model",
     "Session": "generate.session",
     "compare": "parity.nodes",
+    "join": "runtime.mpi",
     "load": "models.model",
 }
 
@@ -105,6 +107,7 @@ __all__ = [
     "compare",
     "compile",
     "define",
+    "join",
     "label",
     "labels",
     "load",

@@ -91,7 +91,7 @@ def machine(tmp_path: Path) -> Path:
     (tmp_path / "bin").mkdir()
     (tmp_path / ".ci").mkdir()
     shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci" / "run")
-    for name in ("make", "python3", ".venv/bin/python"):
+    for name in ("make", "python3", ".venv/bin/python", ".venv/bin/mpiexec"):
         path = tmp_path / ("bin/" + name if "/" not in name else name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(
@@ -124,6 +124,10 @@ STEPS = (
 def test_ci_runs_every_check(machine: Path) -> None:
     status, calls = ci(machine)
     assert status == 0 and [call for call in calls if call in STEPS] == list(STEPS)
+    together = [
+        call for call in calls if call.startswith(".venv/bin/mpiexec -n 2 .venv/bin/python")
+    ]
+    assert [call.split(" --backend ")[1] for call in together] == ["null", "numpy"]
 
 
 @pytest.mark.parametrize("step", STEPS)

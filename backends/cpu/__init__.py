@@ -12,18 +12,12 @@ from functools import cache
 from pyggml.backends.cpu.backend import CpuBackend
 from pyggml.backends.cpu.doctor import findings
 from pyggml.backends.cpu.table import kernel
-from pyggml.errors import DeviceError
 
 
 @cache
 def device(index: int) -> CpuBackend:
-    """The host, which has index 0.
-
-    Errors: DeviceError for any other index.
-    """
-    if index:
-        raise DeviceError(f"cpu:{index}: there is only one host; use 'cpu'")
-    return CpuBackend()
+    """The host (0), or one of several parts of it for `shard=`."""
+    return CpuBackend(index)
 
 
 def present() -> bool:

@@ -46,7 +46,12 @@ for _module in pkgutil.walk_packages([str(Path(__file__).parent)], "pyggml.backe
 
 
 class CudaBackend:
-    """One GPU: pyggml's kernels, compiled for it on first use, and cuBLAS."""
+    """One GPU: pyggml's kernels, compiled for it on first use, and cuBLAS.
+
+    index    of its place
+    ordinal  of the GPU on this machine: the same, unless several machines share the places
+             (`Ranks.adopt`)
+    """
 
     name = "cuda"
     alignment = table.ALIGNMENT
@@ -55,7 +60,7 @@ class CudaBackend:
     lends_from = 0  # only the host lends
 
     def __init__(self, index: int) -> None:
-        self.index = index
+        self.index = self.ordinal = index
         self.place = self.device = f"cuda:{index}"
         self.lock = RLock()
         self._peers: set[int] = set()  # GPUs whose memory this one may access
@@ -92,7 +97,7 @@ class CudaBackend:
     @cached_property
     def context(self) -> Context:
         """The GPU, opened on first use."""
-        return context(self.index)
+        return context(self.ordinal)
 
     @cached_property
     def staging(self) -> pinned.Staging:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from pyggml.backends.numpy.backend import NumpyBackend
 from pyggml.backends.numpy.table import kernel
-from pyggml.errors import DeviceError
-
-_host = NumpyBackend()
 
 
+@cache
 def device(index: int) -> NumpyBackend:
-    """The host, which has index 0.
-
-    Errors: DeviceError for any other index.
-    """
-    if index:
-        raise DeviceError(f"numpy:{index}: there is only one host; use 'numpy'")
-    return _host
+    """The host (0), or one of several parts of it for `shard=`."""
+    return NumpyBackend(index)
 
 
 __all__ = ["device", "kernel"]

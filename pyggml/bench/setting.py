@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pyggml import __version__
 from pyggml.backends import HOSTS
 from pyggml.backends.processors import n_processors
+from pyggml.runtime.shards import shard_text
 
 if TYPE_CHECKING:
     from pyggml.gguf import GGUFFile
@@ -33,6 +34,7 @@ SHORT = {
     "model_type": "", "backends": "", "n_threads": "t", "n_gpu_layers": "ngl", "n_batch": "b",
     "n_ubatch": "ub", "type_k": "ctk", "type_v": "ctv", "type_i": "cti",
     "flash_attn": "fa", "mla": "mla", "amb": "amb", "fmoe": "fmoe", "tensor_buft_overrides": "ot",
+    "shard": "shard",
 }  # fmt: skip
 
 
@@ -41,6 +43,7 @@ def described(model: Model, *, n_batch: int, n_ubatch: int) -> dict[str, Any]:
 
     backends   the model's places
     amb        MiB, or 0 without a budget
+    shard      the value of --shard, or "none"
     n_gpu_layers and tensor_buft_overrides are -1 and "none", since a model has only pins
     """
     options, file = model.options, model.file
@@ -57,7 +60,8 @@ def described(model: Model, *, n_batch: int, n_ubatch: int) -> dict[str, Any]:
         "n_gpu_layers": -1,
         "flash_attn": int(options.flash), "mla": options.mla, "amb": model.amb or 0,
         "fmoe": int(options.fused), "decode_weights": model.decode_weights,
-        "tensor_buft_overrides": "none", **FIXED,
+        "tensor_buft_overrides": "none",
+        "shard": "none" if model.shard is None else shard_text(model.shard), **FIXED,
     }  # fmt: skip
 
 
@@ -116,7 +120,7 @@ def gpu_info(places: Sequence[str]) -> str:
 
 def n_threads(places: Sequence[str]) -> int:
     """The threads of the first backend in the host's memory, else as many as NumPy has."""
-    hosts = [place for place in places if place in HOSTS]
+    hosts = [kind for kind in (place.partition(":")[0] for place in places) if kind in HOSTS]
     if hosts[:1] == ["cpu"]:
         texts = [os.environ.get("PYGGML_THREADS", "")]
     else:

@@ -19,10 +19,10 @@ from io import TextIOWrapper
 from typing import Any, NoReturn
 
 from pyggml import __version__
+from pyggml.cli import processes
 from pyggml.cli.options import UsageError
 from pyggml.cli.parser import Parser, documented, epilog
 from pyggml.cli.progress import clear
-from pyggml.cli.terminal import print_error
 
 COMMANDS = {
     "bench": "measure how fast a model reads prompts and generates tokens",
@@ -55,29 +55,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
+            processes.begin()
             parser = command_line(words)
             if not words:
                 parser.print_help(sys.stderr)
                 return 2
             args = parser.parse_args(words)
             debug |= args.debug
-            status: int = args.run(args)
+            status = processes.start(args, words)
             print(end="", flush=True)  # raises here if stdout cannot be written
         except SystemExit as stop:  # --help, wrong usage, SIGTERM
-            clear()
-            return int(stop.code or 0)
-        except KeyboardInterrupt:
-            clear()
-            print("pyggml: interrupted", file=sys.stderr)
-            return 130
-        except BrokenPipeError:  # for example `pyggml info | head`
-            return 1
+            status = int(stop.code or 0)
+            return processes.failed(stop, status, debug=debug) if status else 0
+        except KeyboardInterrupt as stop:
+            return processes.failed(stop, 130, debug=debug)
+        except BrokenPipeError as error:  # for example `pyggml info | head`
+            return processes.failed(error, 1, debug=debug)
         except UsageError as error:
-            print_error(error, debug=debug)
-            return 2
+            return processes.failed(error, 2, debug=debug)
         except Exception as error:
-            print_error(error, debug=debug)
-            return 1
+            return processes.failed(error, 1, debug=debug)
     return status
 
 

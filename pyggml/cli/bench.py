@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 from pyggml import backends
 from pyggml.cli import bench_ops, measuring, model_options, options
 from pyggml.cli.options import UsageError
+from pyggml.cli.processes import add_nproc
 from pyggml.errors import DTypeError
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 FIELDS = {
     "b": "n_batch", "ub": "n_ubatch", "ctk": "type_k", "ctv": "type_v", "cti": "type_i",
     "fa": "flash_attn", "mla": "mla", "amb": "amb", "fmoe": "fmoe",
-    "decode_weights": "decode_weights", "ot": "tensor_buft_overrides",
+    "decode_weights": "decode_weights", "ot": "tensor_buft_overrides", "shard": "shard",
 }  # fmt: skip
 
 
@@ -56,6 +57,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     bench_ops.add_ops_options(parser)
     measuring.add_output_options(parser)
     model_options.add_model_options(parser, lists=True)
+    add_nproc(parser)
 
 
 @options.option
@@ -67,6 +69,8 @@ def _pair(text: str) -> tuple[int, int]:
 
 
 def run(args: argparse.Namespace) -> int:
+    if getattr(args, "ranks", None) is not None:
+        _check_together(args)
     if args.ops:
         return bench_ops.ops(args)
     from pyggml.bench import panels
@@ -84,6 +88,13 @@ def run(args: argparse.Namespace) -> int:
         partial(panels.row_panels, peers=peers),
     )
     return 0
+
+
+def _check_together(args: argparse.Namespace) -> None:
+    """What one process would write for all, or start itself."""
+    for name, wrong in (("--ops", args.ops), ("--plot", args.plot), ("-t", args.t != [None])):
+        if wrong and args.ranks.size > 1:
+            raise UsageError(f"{name} is for one process, not for {args.ranks.size}")
 
 
 def tests_of(args: argparse.Namespace) -> list[Test]:

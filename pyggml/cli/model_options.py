@@ -40,7 +40,8 @@ def add_model_options(
     for -mla, -amb and -fmoe, of ik_llama.cpp; -c has that of llama.cpp's other programs.
 
     fit    -c and -ub are None by default
-    lists  without -c; the values of all others but --decode-weights are lists: see `combinations`
+    lists  without -c; the values of all others but --decode-weights and --shard are lists: see
+           `combinations`
     """
 
     def sized(meaning: str, default: int, kind: Callable[[str], int]) -> dict[str, Any]:
@@ -85,11 +86,11 @@ def add_model_options(
     add("-ot", "--override-tensor", metavar="REGEX=PLACE", type=options.pins, action="extend",
         default=[],
         help="put tensors with a matching label on PLACE; separate pairs by commas")  # fmt: skip
-    if not lists:
-        add("--shard", metavar="CUTS", type=options.shard,
-            help="spread the model over the first places: auto, or heads, rows, experts, layers or "
-            "sequence with a number of devices or their shares, such as heads=2,experts=2 or "
-            "layers=3:1 (default: layers are divided, if at all, by -ot)")  # fmt: skip
+    named("--shard", metavar="CUTS", type=options.shard,
+        help="spread the model over the first places: auto, or heads, rows, experts, layers or "
+        "sequence with a number of devices or their shares, such as heads=2,experts=2 or "
+        "layers=3:1 (default: layers are divided, if at all, by -ot; with several processes "
+        "auto)")  # fmt: skip
 
 
 #: The type of an option -> that of the same option as a list.
@@ -178,6 +179,7 @@ def open_model(args: argparse.Namespace) -> Iterator[Model]:
         amb=args.amb,
         decode_weights=args.decode_weights,
         shard=getattr(args, "shard", None),
+        ranks=getattr(args, "ranks", None),
         **graph_options(args),
     )
     try:

@@ -10,7 +10,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from pyggml.cli.processes import speaks
 from pyggml.cli.terminal import error_head
+from pyggml.runtime.mpi import launched
 
 #: Between an example and the words about it.
 _GAP = re.compile(r" {3,}")
@@ -20,7 +22,9 @@ class Parser(argparse.ArgumentParser):
     """After a wrong option, prints the arguments that are required, and the error as last line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.brief()}{error_head(self.prog)} {message}{self._hint(message)}\n")
+        said = launched() is not None and not speaks()  # by another process of this command
+        text = f"{self.brief()}{error_head(self.prog)} {message}{self._hint(message)}\n"
+        self.exit(2, None if said else text)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else list(args)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pyggml.cli import model_options, options
+from pyggml.cli.processes import add_nproc
 from pyggml.cli.progress import progress
 from pyggml.cli.terminal import print_json
 from pyggml.errors import ShapeError
@@ -33,6 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     model_options.add_model_options(parser, n_ctx=512)
+    add_nproc(parser)
 
 
 def run(args: argparse.Namespace) -> int:

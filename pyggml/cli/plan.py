@@ -47,7 +47,7 @@ from pyggml.models.model import Model
 from pyggml.runtime.memory import Memory, mib
 from pyggml.runtime.places import Place, parse
 from pyggml.runtime.predict import Prediction
-from pyggml.runtime.shards import Cuts
+from pyggml.runtime.shards import shard_text
 
 #: Options of `pyggml run` with these defaults, by their names here.
 _SAME = {"ctk": "f16", "ctv": "f16", "cti": "f16", "fa": "on", "mla": 3, "fmoe": "on"}
@@ -156,20 +156,10 @@ def command_of(args: argparse.Namespace, planner: Planner, setup: Setup) -> str:
             words += [f"-{name}", str(value)]
     words += ["--backend", ",".join(place.backend.place for place in planner.places)]
     if args.shard is not None:
-        words += ["--shard", _shard_text(args.shard)]
+        words += ["--shard", shard_text(args.shard)]
     for pattern, place in planner.pins_of(setup).items():
         words += ["-ot", f"{pattern}={place}"]
     return shlex.join(words)
-
-
-def _shard_text(cuts: Cuts) -> str:
-    """The value of --shard."""
-    if isinstance(cuts, str):
-        return cuts
-    shares = {
-        k: v if isinstance(v, int) else ":".join(f"{x:g}" for x in v) for k, v in cuts.items()
-    }
-    return ",".join(f"{name}={value}" for name, value in shares.items())
 
 
 # -- output -----------------------------------------------------------------------------------

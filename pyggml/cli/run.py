@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 
 from pyggml.cli import model_options, options
+from pyggml.cli.processes import add_nproc
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--chat", action="store_true", help="use the model's chat template")
     add("--system", metavar="TEXT", default="", help="with --chat: the system message")
     model_options.add_text_options(parser)
+    add_nproc(parser)
 
 
 def run(args: argparse.Namespace) -> int:

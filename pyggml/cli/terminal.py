@@ -45,12 +45,15 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not isfinite(value) else value
 
 
-def print_error(error: BaseException, *, debug: bool = False) -> None:
-    """Print an error as one line on stderr; with `debug` its traceback first."""
+def print_error(error: BaseException, *, debug: bool = False, whose: str = "") -> None:
+    """Print an error as one line on stderr; with `debug` its traceback first.
+
+    whose  the rank, as the beginning of the line
+    """
     clear()
     if debug:
         traceback.print_exception(error)
-    print(error_head("pyggml"), " ".join(text_of(error).split()), file=sys.stderr)
+    print(error_head("pyggml"), whose + " ".join(text_of(error).split()), file=sys.stderr)
 
 
 def error_head(prog: str) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from pyggml.backends.base import in_host_memory
 from pyggml.generate.loop import HISTORY, POSITION, Draw
 from pyggml.generate.plans import padded_rows
 from pyggml.generate.sample import Sampler
@@ -135,7 +136,7 @@ class Decoder:
     def _is_asynchronous(self, n_rows: int, choice: Choice) -> bool:
         """Whether a step is queued without a wait: the host takes no part in it."""
         splits = self._plan(n_rows, 1, choice).splits
-        return all(split.backend.device != "host" for split in splits)
+        return not any(in_host_memory(split.backend) for split in splits)
 
     def _plan(self, n_rows: int, n: int, choice: Choice) -> Plan:
         """The plan for `n` steps that see `n_rows` rows."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
+from pyggml.backends.base import in_host_memory
 from pyggml.generate.loop import Draw, loop_plan
 from pyggml.models.batch import Batch
 from pyggml.models.cache import Cache
@@ -59,7 +60,7 @@ class Plans:
         if self._reserved:
             return
         backends = [parse(text).backend for text in self.model.backends]
-        if any(backend.device != "host" for backend in backends):
+        if not all(map(in_host_memory, backends)):
             for plan in self.largest()[::2]:
                 plan.reserve()
         self._reserved = True

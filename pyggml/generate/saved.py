@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,15 @@ def save(session: Session, path: str | PathLike[str]) -> int:
         "session.tokens": np.array(session.tokens, np.int32),
         "session.most": session.most,
     }
-    return write(path, fields, tensors if n else [])
+    ranks = session.store.ranks
+    tensors = tensors if n else []
+    if ranks is None:
+        return write(path, fields, tensors)
+    # All ranks read all rows, so that rank 0 can fail to write without leaving the others behind.
+    read = {tensor.name: list(tensor.chunks()) for tensor in tensors}
+    whole = [replace(tensor, chunks=partial(read.__getitem__, tensor.name)) for tensor in tensors]
+    written = ranks.together(lambda: 0 if ranks.rank else write(path, fields, whole))
+    return int(ranks.gather(str(written))[0])
 
 
 def _rows(session: Session, name: str, rows: int) -> Iterable[np.ndarray[Any, Any]]:

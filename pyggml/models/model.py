@@ -18,11 +18,13 @@ from pyggml.models.batch import Batch, Options
 from pyggml.models.cache import Cache
 from pyggml.models.known import all_sizes
 from pyggml.models.layers import linear, norm, scaled
+from pyggml.models.ranked import together
 from pyggml.models.weights import Layer, Weights
 from pyggml.node import Node
 from pyggml.ops import get_rows
 from pyggml.runtime.compile import compile
 from pyggml.runtime.plan import Plan
+from pyggml.runtime.ranks import Ranks
 from pyggml.runtime.shards import Cuts
 from pyggml.runtime.store import Store
 
@@ -37,6 +39,7 @@ class Model:
     weights   its tensors as constants
     store     the memory of its weights, shared by all sessions
     backends, amb, pins, decode_weights, shard   as in `compile`
+    ranks     the processes that run it together, in `store.ranks`
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Model:
         pins: Mapping[str, str] | None = None,
         decode_weights: bool = False,
         shard: Cuts | None = None,
+        ranks: Ranks | None = None,
         options: Options | None = None,
     ) -> None:
         name = file.fields.get("general.architecture")
@@ -62,7 +66,9 @@ class Model:
         self.weights = Weights(file, all_sizes(self.arch))
         self.backends, self.amb, self.pins = tuple(backends), amb, pins
         self.decode_weights, self.shard = decode_weights, shard
-        self.store = Store()
+        self.store = Store(ranks=ranks)
+        if ranks is not None:
+            self.backends, self.shard = together(ranks, self)
 
     def __repr__(self) -> str:
         arch = self.arch
@@ -156,6 +162,7 @@ def load(
     pins: Mapping[str, str] | None = None,
     decode_weights: bool = False,
     shard: Cuts | None = None,
+    ranks: Ranks | None = None,
     **options: Any,
 ) -> Model:
     """Open a GGUF file as a model. Weights are uploaded when the first session runs.
@@ -169,12 +176,17 @@ def load(
     decode_weights
               as in `compile`: True keeps weights on NumPy as f32
     shard     as in `compile`: how the model is spread over the first of `backends`
+    ranks     `pyggml.join()`: the processes that run the model together, each with a device of its
+              own. Without shard= that is "auto", and one name in `backends` stands for a device of
+              each: ["cuda"] for cuda:0, cuda:1, ...
     options   flash=, fused=, mla=, prec=, cache_k=, cache_v=, cache_i= (see `Options`)
     Errors: GGUFError for a file that is not complete and well-formed, or has an architecture, keys
-    or tensors that pyggml does not know.
+    or tensors that pyggml does not know; PeerError if another rank has another file, version or
+    options.
     """
-    file = gguf.open(path)
+    file = None
     try:
+        file = gguf.open(path)
         where = preferred() if backends is None else backends
         return Model(
             file,
@@ -183,8 +195,12 @@ def load(
             pins=pins,
             decode_weights=decode_weights,
             shard=shard,
+            ranks=ranks,
             options=Options(**options),
         )
-    except BaseException:
-        file.close()
+    except BaseException as error:
+        if file is not None:
+            file.close()
+        if ranks is not None:
+            ranks.failed(error)
         raise

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from numbers import Real
 
-from pyggml.backends.base import Backend, KeepsDecoded
+from pyggml.backends.base import Backend, KeepsDecoded, in_host_memory
 from pyggml.errors import (
     DeviceError,
     DTypeError,
@@ -81,6 +81,8 @@ def compile(
     for text in stale_reads(graph):
         warnings.warn(text, StateWarning, stacklevel=2)
     devices = tuple(place.backend for place in all_places)
+    if shard is None:
+        _check_hosts(devices)
     if decode_weights and not any(isinstance(device, KeepsDecoded) for device in devices):
         raise DeviceError(
             f"decode_weights=True: {', '.join(device.place for device in devices)} cannot keep "
@@ -91,6 +93,8 @@ def compile(
         graph, devices, patterns, amb=budget, fuse=fuse, decode_weights=decode_weights,
         shard=shard_of(shard, named),
     )  # fmt: skip
+    if store.ranks is not None:
+        store.ranks.check(work.shard)
     sizes = {place.backend.device: place for place in all_places if place.size is not None}
     request = Request(work, sizes)
     return Plan(request, request.plan(store), store)
@@ -99,6 +103,16 @@ def compile(
 def _named(backends: Sequence[str]) -> list[Backend]:
     """The backends of the places that `backends=` lists; pins may name others."""
     return [places.parse(text).backend for text in backends]
+
+
+def _check_hosts(devices: Iterable[Backend]) -> None:
+    """Without `shard=`, parts of the host would only add copies: a mistake in a place."""
+    for device in devices:
+        if in_host_memory(device) and device.device != "host":
+            raise DeviceError(
+                f"{device.place}: there is only one host; use {device.name!r} ({device.place} is "
+                "the host of a second process, or stands for it, with shard=)"
+            )
 
 
 def _budget_bytes(amb: float | None) -> float | None:

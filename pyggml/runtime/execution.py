@@ -13,6 +13,7 @@ from pyggml.backends.base import Backend, Event, Runner
 from pyggml.backends.step import Address, Buffer
 from pyggml.node import Node
 from pyggml.passes.work import Split, Work
+from pyggml.runtime.exchange import Exchange
 from pyggml.runtime.inputs import Bound, Inputs, same_memory
 from pyggml.runtime.outputs import Output, Outputs
 from pyggml.runtime.slots import Slots
@@ -40,6 +41,8 @@ class Execution:
     Devices work asynchronously. The host waits only for what it reads, and once at the end.
 
     slots, outputs  copies of inputs and outputs, prepared for this memory
+    exchange        messages to and from other ranks; None if this process has all devices
+    runners         of all splits; those of other ranks do nothing
     """
 
     def __init__(
@@ -49,9 +52,10 @@ class Execution:
         arenas: Mapping[str, Buffer],
         bound: Bound,
         inputs: Inputs,
+        exchange: Exchange | None = None,
     ) -> None:
-        self.splits = work.splits
-        self.slots, self.outputs = Slots(inputs, at), Outputs(work, at)
+        self.splits, self.exchange = work.splits, exchange
+        self.slots, self.outputs = Slots(inputs, at), Outputs(work, at, exchange)
         self.work = work
         self.at = at
         self.arenas, self.bound = arenas, bound
@@ -64,18 +68,28 @@ class Execution:
             count += len(split.copies)
             starts = scratch_at[count : count + len(split.steps)]
             count += len(split.steps)
+            if not self._owns(split.backend):
+                self.runners.append(_Elsewhere())
+                continue
             arena = arenas[split.backend.device]
             self.runners.append(split.backend.bind(split.steps, at, arena, starts))
         # A backend without splits may still have uploads in its queue. One without leaves either
         # is left out: its device need not exist.
         used = [split.backend for split in self.splits] + [work.home(n) for n in work.leaves]
-        self.backends = tuple(dict.fromkeys(used))
+        self.backends = tuple(filter(self._owns, dict.fromkeys(used)))
         # A copy to the host is issued in the queue of the device that computed the tensor, so it
         # needs no other event.
-        waits = [() if s.backend.device == "host" else s.waits for s in self.splits]
+        waits = [() if s.backend.device == "host" else self._here(s.waits) for s in self.splits]
         self.waits: list[tuple[int, ...]] = waits
         self.waited = {i for each in waits for i in each}
         self.spared = {i for split in self.splits for i in split.spares}
+
+    def _owns(self, backend: Backend) -> bool:
+        return self.exchange is None or self.exchange.owns(backend)
+
+    def _here(self, splits: tuple[int, ...]) -> tuple[int, ...]:
+        """Those of these splits that this process runs. Messages order it with the others."""
+        return tuple(i for i in splits if self._owns(self.splits[i].backend))
 
     def serves(self, work: Work, bound: Bound, arenas: Mapping[str, Arena]) -> bool:
         """Whether it was built for this work, with these bound arrays and these arenas."""
@@ -141,6 +155,8 @@ class Execution:
         watch: Watch | None = None,
         waits: bool = True,
     ) -> dict[str, Output]:
+        if self.exchange is not None:
+            self.exchange.ranks.check_usable()
         try:
             if give is not None:
                 give()
@@ -151,7 +167,9 @@ class Execution:
             outputs = self.outputs.collect(names)
             if waits:
                 self.settle()
-        except BaseException:
+        except BaseException as error:
+            if self.exchange is not None:
+                self.exchange.ranks.failed(error)
             self.abandon()
             raise
         return outputs
@@ -178,7 +196,13 @@ class Execution:
         copied: dict[int, Event] = {}
         sent: list[Event] = []  # copies to the host that it has not waited for
         for i, split in enumerate(self.splits):
-            for event in (*(done[k] for k in self.waits[i]), *(copied[k] for k in split.spares)):
+            if self.exchange is not None:
+                self.exchange.before(i)
+                if not self.exchange.owns(split.backend):
+                    self.exchange.after(i)
+                    continue
+            spares = (copied[k] for k in split.spares if k in copied)
+            for event in (*(done[k] for k in self.waits[i]), *spares):
                 split.backend.wait_for(event)
             self._copy(i, split, watch, sent)
             if i in self.spared:
@@ -191,7 +215,11 @@ class Execution:
                 watch.compute(i)
             if i in self.waited:
                 done[i] = split.backend.record()
+            if self.exchange is not None:
+                self.exchange.after(i)
         _wait(sent)
+        if self.exchange is not None:
+            self.exchange.finish()
 
     def _copy(self, i: int, split: Split, watch: Watch | None, sent: list[Event]) -> None:
         """Issue the split's copies from other devices.
@@ -199,6 +227,9 @@ class Execution:
         A device fetches. To the host the devices send, and `sent` gets the events.
         """
         for k, step in enumerate(split.copies):
+            if self.exchange is not None and self.exchange.receives(step.node):
+                self.exchange.receive(step.node)
+                continue
             source, target = origin(step.node), split.backend
             sender = self.work.home(source)
             there, here, spec = self.at[source], self.at[step.node], source.spec
@@ -214,6 +245,16 @@ class Execution:
                 sent.append(event)
 
 
+class _Elsewhere:
+    """The runner of a split that another rank runs."""
+
+    def run(self) -> None:
+        return None
+
+    def run_step(self, index: int) -> None:
+        return None
+
+
 def _wait(sent: list[Event]) -> None:
     """Wait for copies to the host, and clear the list."""
     for event in sent:
@@ -225,10 +266,16 @@ def addresses(
     work: Work,
     leaves: Mapping[Node, Address],
     arenas: Mapping[str, Buffer],
+    owns: Callable[[Backend], bool] | None = None,
 ) -> dict[Node, Address]:
-    """The address of every tensor of a placed graph, from those of leaves and arenas."""
+    """The address of every tensor of a placed graph, from those of leaves and arenas.
+
+    owns  whether a device is this process's; tensors on others have no address
+    """
     at: dict[Node, Address] = {}
     for node, spot in work.placed.spots.items():
+        if owns is not None and not owns(work.home(node)):
+            continue
         if spot.base is None:
             layout = work.layouts.get(node)
             name = layout.name if layout is not None else "plain"

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml.backends.base import Backend, Given
+from pyggml.backends.base import Backend, Given, in_host_memory
 from pyggml.backends.step import Address, Buffer
 from pyggml.dtypes import TYPES
 from pyggml.errors import DTypeError, GraphError, ShapeError, UnknownNameError
@@ -43,7 +43,7 @@ class Inputs:
     """The inputs of a plan. The plan keeps which of them are bound and passes it as `bound`.
 
     specs  by name
-    needs  by name; several where several devices read the input
+    needs  by name; several where several devices of this process read the input
     """
 
     def __init__(self, needs: Iterable[Need], limits: Iterable[Limit] = ()) -> None:
@@ -56,7 +56,9 @@ class Inputs:
             if leaf.op is input_op:
                 key = leaf.attrs["name"]
                 self.specs[key] = leaf.spec
-                self.needs.setdefault(key, []).append(need)
+                here = self.needs.setdefault(key, [])
+                if need.owner is None:
+                    here.append(need)
                 if leaf.dtype.numpy is not None:
                     self._exact[key] = np.dtype(leaf.dtype.numpy), leaf.spec.shape
 
@@ -122,7 +124,7 @@ class Inputs:
             if (array.dtype, array.shape) == self._exact.get(key) and array.flags.c_contiguous:
                 return array
             return stored(f"input {key!r}", self.specs[key], array)
-        devices = [need for need in self.needs[key] if need.backend.device != "host"]
+        devices = [need for need in self.needs[key] if not in_host_memory(need.backend)]
         shared = self._shared(key, array, devices)
         return shared or stored(f"input {key!r}", self.specs[key], array)  # type: ignore[arg-type]
 

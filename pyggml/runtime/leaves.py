@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from pyggml.backends.base import Backend
+from pyggml.backends.base import Backend, in_host_memory
 from pyggml.backends.step import Address, WeightLayout
 from pyggml.node import Node
 from pyggml.ops.leaf import constant_op, data_of, input_op, shared_key, state_op
@@ -21,12 +21,14 @@ Progress: TypeAlias = Callable[[int, int], object]
 class Need:
     """A leaf that a plan reads on a device; one for each device that reads the leaf.
 
-    node  the leaf, or a resident transfer of it to a second device
+    node   the leaf, or a resident transfer of it to a second device
+    owner  the rank that has the device; None if it is this process
     """
 
     node: Node
     backend: Backend
     layout: WeightLayout | None = None
+    owner: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -38,7 +40,7 @@ class Need:
     @property
     def is_packed(self) -> bool:
         """Whether it is side by side with other inputs, so that one copy fills them all."""
-        return origin(self.node).op is input_op and self.backend.device != "host"
+        return origin(self.node).op is input_op and not in_host_memory(self.backend)
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -53,11 +55,15 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """A leaf with memory in the store: the node it was allocated for, its address and backend."""
+    """A leaf with memory in the store: the node it was allocated for, its address and backend.
+
+    owner  the rank that has the memory; None if it is this process. The address is then of no use
+    """
 
     node: Node
     at: Address
     backend: Backend
+    owner: int | None = None
 
     @property
     def spec(self) -> Spec:
@@ -80,18 +86,28 @@ class Leaves:
     inputs: _Table = field(default_factory=dict)
 
     def with_needs(self, needs: Sequence[Need], progress: Progress | None) -> Leaves:
-        """These leaves and those of `needs`, with memory allocated and filled for the new ones."""
+        """These leaves and those of `needs`, with memory allocated and filled for the new ones.
+
+        States of other ranks are listed, without memory; their weights and inputs are not.
+        """
         leaves = Leaves(dict(self.weights), dict(self.states), dict(self.inputs))
         missing = {
             need.key: need
             for need in needs
-            if origin(need.node).op is constant_op and need.key not in self.weights
+            if origin(need.node).op is constant_op
+            and need.key not in self.weights
+            and need.owner is None
         }
         leaves._upload(missing, progress)
         packed: dict[Backend, dict[tuple[object, ...], Need]] = {}
         for need in needs:
             leaf = origin(need.node)
             if leaf.op is constant_op or need.key in leaves.table(need):
+                continue
+            if need.owner is not None:
+                if leaf.op is state_op:
+                    at = Address(None, 0, leaf.spec.nb)
+                    leaves.states[need.key] = Leaf(leaf, at, need.backend, need.owner)
                 continue
             if need.is_packed:
                 packed.setdefault(need.backend, {})[need.key] = need
@@ -121,7 +137,7 @@ class Leaves:
         self, missing: Mapping[tuple[object, ...], Need], progress: Progress | None
     ) -> None:
         # The host reads weights in place, so nothing is uploaded there.
-        total = sum(need.nbytes for need in missing.values() if need.backend.device != "host")
+        total = sum(need.nbytes for need in missing.values() if not in_host_memory(need.backend))
         done = 0
         for key, need in missing.items():
             leaf, layout = origin(need.node), need.layout
@@ -129,6 +145,6 @@ class Leaves:
             buffer = need.backend.weight(leaf, layout, data_of(leaf))
             at = Address(buffer, 0, leaf.spec.nb, layout.name)
             self.weights[key] = Leaf(leaf, at, need.backend)
-            if progress is not None and need.backend.device != "host":
+            if progress is not None and not in_host_memory(need.backend):
                 done += need.nbytes
                 progress(done, total)

@@ -8,21 +8,27 @@ from typing import Any, TypeAlias
 
 from pyggml.backends.base import Backend, Download
 from pyggml.backends.step import Address
-from pyggml.errors import DTypeError, UnknownNameError
+from pyggml.errors import DeviceError, DTypeError, UnknownNameError
 from pyggml.node import Node
 from pyggml.ops.leaf import constant_op, data_of
 from pyggml.passes.work import Work
 from pyggml.quants import decode_rows
+from pyggml.runtime.exchange import Exchange
 
 #: Waits for an output and returns the caller's copy.
 Output: TypeAlias = Callable[[], Any]
 
 
 class Outputs:
-    """The outputs of a plan at their addresses. Each download is prepared once."""
+    """The outputs of a plan at their addresses. Each download is prepared once.
 
-    def __init__(self, work: Work, at: Mapping[Node, Address]) -> None:
-        self._work, self._at = work, at
+    exchange  sends those of this rank to the others, and receives theirs; None without ranks
+    """
+
+    def __init__(
+        self, work: Work, at: Mapping[Node, Address], exchange: Exchange | None = None
+    ) -> None:
+        self._work, self._at, self._exchange = work, at, exchange
         self._nodes = work.graph.outputs
         self._downloads: dict[str, Download] = {}
 
@@ -34,12 +40,25 @@ class Outputs:
         node = self._nodes[name]
         if node.op is constant_op:  # on the device it may have another layout
             return partial(_decoded, node, data_of(node).copy)
+        arrival = self._download(name, node)
+        if self._exchange is not None:
+            number = list(self._nodes).index(name)
+            arrival = self._exchange.output(number, node, arrival)
+        assert arrival is not None
+        return arrival if node.dtype.numpy is not None else partial(_decoded, node, arrival)
+
+    def _download(self, name: str, node: Node) -> Output | None:
+        """Queue the copy of an output to the host; None if it is another rank's."""
+        backend = self._work.home(node)
+        if not self._is_here(backend):
+            return None
         download = self._downloads.get(name)
         if download is None:
-            backend = self._work.home(node)
             download = self._downloads[name] = backend.downloads(self._at[node], node.spec)
-        arrival = download()
-        return arrival if node.dtype.numpy is not None else partial(_decoded, node, arrival)
+        return download()
+
+    def _is_here(self, backend: Backend) -> bool:
+        return self._exchange is None or self._exchange.owns(backend)
 
     def homes(self, names: Iterable[str]) -> set[Backend]:
         """The backends that queue the copies of these outputs."""
@@ -51,6 +70,11 @@ class Outputs:
         node = self._nodes[name]
         if node.op is constant_op:
             return data_of(node).view()
+        if not self._is_here(self._work.home(node)):
+            raise DeviceError(
+                f"views(): {name!r} is on {self._work.home(node).place}, in another process; run() "
+                "returns copies in all of them"
+            )
         return self._work.home(node).view(self._at[node], node.spec)
 
 

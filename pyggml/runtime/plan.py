@@ -17,6 +17,7 @@ from pyggml.errors import DeviceError, DTypeError, OutOfMemoryError
 from pyggml.graph import Graph
 from pyggml.node import Node
 from pyggml.passes.work import Split, Work
+from pyggml.runtime.exchange import Exchange
 from pyggml.runtime.execution import Execution, addresses
 from pyggml.runtime.inputs import Bound, Ready, together
 from pyggml.runtime.kernels import kernels_of
@@ -51,6 +52,7 @@ class Plan:
         self._planned = planned
         self._bound: Bound = {}
         self._execution: Execution | None = None
+        self._agreed: Work | None = None  # what all ranks have
 
     def __repr__(self) -> str:
         names = ", ".join(self._work.graph.outputs) or "no outputs"
@@ -124,7 +126,7 @@ class Plan:
         Once the plan is bound, they are those that its runs start. Before that no device is needed,
         and a loop has the kernels of the first piece of each body.
         """
-        return kernels_of(self._work, self.runners)
+        return kernels_of(self._work, () if self.store.ranks else self.runners)
 
     def place_of(self, node: Node) -> str:
         """The place where a node of `graph` is computed or stored."""
@@ -162,7 +164,7 @@ class Plan:
                 f"{names}: a place with a size is for planning only; compile for the place without "
                 "the size to bind or run"
             )
-        return self.store.alone(self._work.backends, action)
+        return self.store.alone(self._planned.backends, action)
 
     def _ready(
         self, changes: Mapping[str, object] | None = None, progress: Progress | None = None
@@ -180,14 +182,29 @@ class Plan:
         return execution
 
     def _executable(self, planned: Planned, bound: Bound, progress: Progress | None) -> Execution:
-        """An execution over the store's memory, all of it allocated and filled."""
-        work, sizes = planned.work, planned.arena_sizes()
+        """An execution over the store's memory, all of it allocated and filled.
+
+        The first time, ranks compare the plan, and if one of them fails here, all do.
+        """
+        ranks, work = self.store.ranks, planned.work
+        build = partial(self._built, planned, bound, progress)
+        if ranks is None or self._agreed is work:
+            return build()
+        ranks.agree("plan", plan_text(work))
+        ranks.adopt(work.shard)
+        execution = ranks.together(build)
+        self._agreed = work
+        return execution
+
+    def _built(self, planned: Planned, bound: Bound, progress: Progress | None) -> Execution:
+        work, sizes, ranks = planned.work, planned.arena_sizes(), self.store.ranks
         bound_at = planned.inputs.addresses(bound)
         try:
             leaves = self.store.reserve(planned.needs, sizes, bound_at, progress)
             arenas = {b.device: self.store.arenas[b.device].buffer for b in sizes}
-            at = addresses(work, leaves, arenas)
-            execution = Execution(work, at, arenas, bound, planned.inputs)
+            at = addresses(work, leaves, arenas, planned.owns)
+            exchange = None if ranks is None else Exchange(work, at, ranks)
+            execution = Execution(work, at, arenas, bound, planned.inputs, exchange)
             execution.settle()  # another device may read memory that is still being filled
         except OutOfMemoryError as error:
             raise OutOfMemoryError(f"{error}; the plan needs:\n{planned.memory}") from None
@@ -206,7 +223,8 @@ class Plan:
             except OutOfMemoryError as error:
                 raise OutOfMemoryError(f"{error}; the plan needs:\n{self.memory}") from None
 
-        self._alone(action)
+        ranks = self.store.ranks
+        self._alone(action if ranks is None else partial(ranks.together, action))
 
     def release(self) -> None:
         """Free the arenas; the next run binds again."""
@@ -350,6 +368,8 @@ class Plan:
         All runs are complete runs, so each writes states. Inputs and errors are those of `run`.
         """
         _count("profile(inputs, runs)", runs)
+        if self.store.ranks is not None and self.store.ranks.size > 1:
+            raise DeviceError("profile() measures a plan of one process; this one has several")
 
         def run(execution: Execution, give: Callable[[], None]) -> Profile:
             return measure(execution, give, runs)

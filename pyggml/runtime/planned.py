@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from pyggml import passes
 from pyggml.backends.base import Backend
 from pyggml.errors import GraphError
+from pyggml.node import Node
 from pyggml.ops.leaf import state_op
 from pyggml.passes.work import Work
 from pyggml.runtime.inputs import Inputs
@@ -15,25 +16,36 @@ from pyggml.runtime.leaves import Need
 from pyggml.runtime.memory import Memory
 from pyggml.runtime.misuse import limits
 from pyggml.runtime.places import Place
+from pyggml.runtime.ranks import Ranks
 from pyggml.runtime.store import Store
 from pyggml.where import warn
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A planned graph: its steps and places, the leaves it needs, its memory, its inputs."""
+    """A planned graph: its steps and places, the leaves it needs, its memory, its inputs.
+
+    owns  whether a device is this process's; None: all are
+    """
 
     work: Work
     needs: tuple[Need, ...]
     memory: Memory
     inputs: Inputs
+    owns: Callable[[Backend], bool] | None = None
+
+    @property
+    def backends(self) -> tuple[Backend, ...]:
+        """Those of this process."""
+        every = self.work.backends
+        return every if self.owns is None else tuple(filter(self.owns, every))
 
     def arena_sizes(self) -> dict[Backend, int]:
-        """The bytes of the arena of each device that the plan uses."""
+        """The bytes of the arena of each device of this process that the plan uses."""
         used = {need.backend.device for need in self.needs}
         used |= {split.backend.device for split in self.work.splits}
         arenas = self.work.placed.arenas
-        by_device = {backend.device: backend for backend in self.work.backends}
+        by_device = {backend.device: backend for backend in self.backends}
         return {b: arenas[device].nbytes for device, b in by_device.items() if device in used}
 
     def fits(self, store: Store) -> bool:
@@ -63,13 +75,24 @@ class Request:
         for text in work.warnings:
             warn(text)
         store.check(work.leaves)
-        needs = tuple(Need(n, work.home(n), work.layouts.get(n)) for n in work.leaves)
+        ranks = store.ranks
+        owns = None if ranks is None else ranks.owns(work)
+        needs = tuple(_need(work, node, ranks) for node in work.leaves)
         return Planned(
             work,
             needs,
             Memory.of(work, needs, self.sizes),
             Inputs(needs, limits(self.work.graph)),
+            owns,
         )
+
+
+def _need(work: Work, node: Node, ranks: Ranks | None) -> Need:
+    home = work.home(node)
+    owner = None if ranks is None else ranks.owner(work.shard, home)
+    if ranks is not None and owner == ranks.rank:
+        owner = None
+    return Need(node, home, work.layouts.get(node), owner)
 
 
 def _settled(work: Work, store: Store) -> dict[str, Backend]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from time import perf_counter
 
-from pyggml.backends.base import Backend, Event, Kernels
+from pyggml.backends.base import Backend, Event, Kernels, in_host_memory
 from pyggml.backends.step import Step, own_nodes
 from pyggml.backends.timing import Stopwatch, Timeable, step_by_step
 from pyggml.node import Node, labels, line_of
@@ -29,7 +29,7 @@ class _Undivided:
 
     def __init__(self, execution: Execution) -> None:
         self.runners = execution.runners
-        self.on_host = [split.backend.device == "host" for split in execution.splits]
+        self.on_host = [in_host_memory(split.backend) for split in execution.splits]
         self.whole: dict[int, float] = {}
 
     def copy(self, number: int, call: Copy, ends: Collection[Backend]) -> Event | None:

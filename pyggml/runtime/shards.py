@@ -72,6 +72,16 @@ def shard_of(cuts: Cuts | None, places: Sequence[Place]) -> Shard | None:
     return Shard({n: k for n, k in counts.items() if k > 1}, shares, stages, devices, strict)
 
 
+def shard_text(cuts: Cuts) -> str:
+    """The cuts as the value of --shard."""
+    if isinstance(cuts, str):
+        return cuts
+    shares = {
+        k: v if isinstance(v, int) else ":".join(f"{x:g}" for x in v) for k, v in cuts.items()
+    }
+    return ",".join(f"{name}={value}" for name, value in shares.items())
+
+
 def _shares(name: str, value: object) -> tuple[float, ...]:
     """The shares of a cut, equal ones for a number of devices."""
     if name not in CUTS:

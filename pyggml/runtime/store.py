@@ -29,6 +29,7 @@ from pyggml.ops.leaf import constant_op, data_of, derived_from, shared_key, sour
 from pyggml.quants import decode_rows
 from pyggml.runtime.arrays import raw_shape, raw_type, stored
 from pyggml.runtime.leaves import Leaf, Leaves, Need, Progress
+from pyggml.runtime.ranks import STATE, Ranks
 from pyggml.spec import Spec
 from pyggml.transfer import origin
 from pyggml.words import counted
@@ -53,9 +54,11 @@ class Shared:
     weights  the leaves of weights; replaced, never changed
     bound    the plans that use the arenas
     queued   devices that may still work on submitted runs; replaced, never changed
+    ranks    the processes that run the plans together; None: this one alone
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks | None = None) -> None:
+        self.ranks = ranks
         self.lock = RLock()
         self.arenas: Mapping[str, Arena] = {}
         self.weights: dict[tuple[object, ...], Leaf] = {}
@@ -68,14 +71,17 @@ class Store:
 
     like  a store whose weights and arenas this one shares; its states and inputs are its own. So
           several sequences can use one copy of a model
+    ranks the processes that run all plans of the store together (`pyggml.join()`); None: this one
+          alone. The store has the memory of this process's device. All of them call the same
+          methods of plans and stores, in the same order, with equal values
 
     Plans of one store, and of stores that share weights, run one at a time; other stores are
     independent. The addresses of weights, states and input slots never change while the store
     exists.
     """
 
-    def __init__(self, like: Store | None = None) -> None:
-        self.shared: Shared = Shared() if like is None else like.shared
+    def __init__(self, like: Store | None = None, *, ranks: Ranks | None = None) -> None:
+        self.shared: Shared = Shared(ranks) if like is None else like.shared
         self._leaves = Leaves()
 
     def __repr__(self) -> str:
@@ -88,6 +94,11 @@ class Store:
     @property
     def lock(self) -> RLock:
         return self.shared.lock
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """The processes that run the plans of this store together."""
+        return self.shared.ranks
 
     @property
     def arenas(self) -> Mapping[str, Arena]:
@@ -177,11 +188,12 @@ class Store:
         """
         self.settle()  # a larger arena frees the memory of the old one
         self.check(need.node for need in needs)
-        own = [need for need in needs if need.node not in bound]
+        needs = [need for need in needs if need.node not in bound]
         before = replace(self._leaves, weights=self.shared.weights)
-        leaves = before.with_needs(own, progress)
+        leaves = before.with_needs(needs, progress)
         self._enlarge(arenas)
         self.shared.weights, self._leaves = leaves.weights, leaves
+        own = [need for need in needs if need.owner is None]
         return {**bound, **{need.node: leaves.table(need)[need.key].at for need in own}}
 
     def _enlarge(self, sizes: Mapping[Backend, int]) -> None:
@@ -249,10 +261,22 @@ class Store:
             def download() -> None:
                 self.settle()
                 for leaf, index in leaves:
-                    rows[index] = leaf.backend.download(leaf.at, leaf.spec)
+                    rows[index] = self._downloaded(leaf)
 
-            self.alone([leaf.backend for leaf, _ in leaves], download)
+            self.alone([leaf.backend for leaf, _ in leaves if leaf.owner is None], download)
         return rows if raw or spec.dtype.numpy is not None else decode_rows(spec.dtype, rows)
+
+    def _downloaded(self, leaf: Leaf) -> NDArray[Any]:
+        """The rows of a leaf as they are stored; all ranks get those of its owner."""
+        here = leaf.owner is None
+        kind = leaf.spec.dtype.numpy or raw_type(leaf.spec.dtype)
+        rows = np.empty(raw_shape(leaf.spec), kind)
+        if here:
+            rows[...] = leaf.backend.download(leaf.at, leaf.spec)
+        if self.ranks is not None:
+            owner = self.ranks.rank if leaf.owner is None else leaf.owner
+            self.ranks.spread(rows.reshape(-1).view(np.uint8), owner, STATE)
+        return rows
 
     def write(self, name: str, array: ArrayLike) -> None:
         """Set a state from an array of its NumPy shape, or from raw rows.
@@ -273,7 +297,7 @@ class Store:
 
     def _set(self, name: str, values: NDArray[Any]) -> None:
         with self.lock:
-            _, leaves = self._state(name)
+            leaves = [(leaf, index) for leaf, index in self._state(name)[1] if leaf.owner is None]
 
             def upload() -> None:
                 self.settle()

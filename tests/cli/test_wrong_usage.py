@@ -40,7 +40,6 @@ def test_a_wrong_case_is_an_error_before_any_backend_runs(
     [
         ("graph -m x -ctk q9", "unknown type 'q9'"),
         ("graph -m x --backend cudaa", "no backend 'cudaa'"),
-        ("graph -m x --backend numpy:3", "one host"),
         ("graph -m x -ot foo", "expected REGEX=PLACE"),
         ("graph -m x -ot foo=nowhere", "no backend 'nowhere'"),
         ("graph -m x -ot (=numpy", "not a regular expression"),

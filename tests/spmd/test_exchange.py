@@ -1,0 +1,185 @@
+"""Several ranks compute, bit for bit, what one process with all devices does."""
+
+from __future__ import annotations
+
+import gc
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+import pyggml as gg
+from pyggml import backends
+from pyggml.errors import DeviceError, GraphError
+from tests.shard.graphs import Layers, cuts, layers
+from tests.spmd.threads import every, ranks_of, results
+
+EXAMPLES = settings(
+    max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
+
+
+@EXAMPLES
+@given(
+    layers(),
+    cuts(),
+    st.sampled_from(["null", "numpy"]),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 2**32),
+)
+def test_random_layers(
+    graph: Layers,
+    cut: tuple[dict[str, Any], int],
+    place: str,
+    pinned: bool,
+    budget: bool,
+    seed: int,
+) -> None:
+    """Caches, experts, unequal shares, stages, budgets; pins to devices that only rank 0 has, and
+    queues that run late or ahead."""
+    chosen, n = cut
+    places = [f"{place}:{i}" for i in range(n)]
+    pins = {r"down|wo": "null:7"} if pinned else None
+
+    def plan(store: gg.Store, amb: float | None = None) -> gg.Plan:
+        return gg.compile(
+            graph.outputs, updates=graph.updates, backends=places, shard=chosen, pins=pins,
+            store=store, amb=amb,
+        )  # fmt: skip
+
+    try:
+        one = plan(gg.Store())
+        peak = one.memory.score_peak / 2**20
+        amb = peak * 0.9 + 1e-3 if budget and peak else None
+        one = plan(gg.Store(), amb)
+    except GraphError as error:
+        assume("shard=" not in str(error))
+        raise
+    except gg.BudgetError:
+        assume(False)
+    parts = [plan(gg.Store(ranks=ranks), amb) for ranks in ranks_of(n)]
+    assert {str(part) for part in parts} == {str(one)}
+    for i in (*range(n), 7):
+        backends.get("null", i).queue.pace = random.Random(seed + i) if seed % 2 else None
+    try:
+        wanted = contents(one, graph.used)
+        for found in every([lambda part=part: contents(part, graph.used) for part in parts]):
+            same(found, wanted)
+    finally:
+        for i in (*range(n), 7):
+            backends.get("null", i).queue.pace = None
+
+
+def contents(plan: gg.Plan, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The outputs of three runs, of which one is submitted, and all states after them."""
+    runs = [plan.run(inputs), plan.submit(inputs).result(), plan.repeat(2, inputs)]
+    names = dict.fromkeys(str(key).split("@")[0] for key in plan.store.homes)
+    states = {name: plan.store.read(name, raw=True) for name in names}
+    return {f"{k} of {i}": v for i, run in enumerate(runs) for k, v in run.items()} | states
+
+
+def same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        np.testing.assert_array_equal(found[name], wanted[name], err_msg=name)
+
+
+def feed_forward() -> tuple[dict[str, gg.Node], dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    x = gg.input("x", ne=(64, 3))
+    up, gate = (
+        gg.constant(rng.standard_normal((96, 64), np.float32), name=name) for name in ("up", "gate")
+    )
+    down = gg.constant(rng.standard_normal((64, 96), np.float32), name="down")
+    y = gg.mul_mat(down, gg.fused_up_gate(up, gate, x))
+    return {"y": y}, {"x": rng.standard_normal((3, 64), np.float32)}
+
+
+def parts_of(n: int, place: str = "null") -> tuple[list[gg.Plan], dict[str, np.ndarray]]:
+    outputs, inputs = feed_forward()
+    places = [f"{place}:{i}" for i in range(n)]
+    plans = [
+        gg.compile(outputs, backends=places, shard={"rows": n}, store=gg.Store(ranks=ranks))
+        for ranks in ranks_of(n)
+    ]
+    return plans, inputs
+
+
+def test_a_rank_has_only_its_own_memory() -> None:
+    plans, _ = parts_of(2)
+    gc.collect()  # memory of earlier tests
+    devices = [backends.get("null", i) for i in range(2)]
+    before = [device.allocated for device in devices]
+    every([lambda plan=plan: plan.bind() for plan in plans])
+    rows = [row.total for row in plans[0].memory.devices]
+    assert [device.allocated - b for device, b in zip(devices, before)] == rows
+    assert [list(plan.store.arenas) for plan in plans] == [["null:0"], ["null:1"]]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_another_number_of_devices(n: int) -> None:
+    outputs, _ = feed_forward()
+    places = ["null:0", "null:1"]
+    ranks = ranks_of(n)[0]
+    with pytest.raises(DeviceError, match=f"^{n} process(es)? .*2 devices.*mpiexec -n 2"):
+        gg.compile(outputs, backends=places, shard={"rows": 2}, store=gg.Store(ranks=ranks))
+
+
+def test_a_graph_that_is_not_sharded() -> None:
+    outputs, inputs = feed_forward()
+    with pytest.raises(DeviceError, match="2 processes run, but the graph is not sharded"):
+        gg.compile(outputs, backends=["null:0"], store=gg.Store(ranks=ranks_of(2)[0]))
+    alone = gg.compile(outputs, store=gg.Store(ranks=ranks_of(1)[0]))
+    same(alone.run(inputs), gg.compile(outputs).run(inputs))
+
+
+def test_outputs_in_place_are_of_one_rank() -> None:
+    plans, inputs = parts_of(2)
+    first, second = results([lambda plan=plan: plan.views(inputs) for plan in plans])
+    assert list(first) == ["y"]
+    assert isinstance(second, DeviceError) and "'y' is on null:0, in another process" in str(second)
+    assert "one process" in str(results([lambda: plans[0].profile(inputs)])[0])
+
+
+def test_an_error_in_a_run_reaches_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans, inputs = parts_of(3)
+    every([lambda plan=plan: plan.bind() for plan in plans])
+
+    def fail() -> None:
+        raise ValueError("broken")
+
+    monkeypatch.setattr(plans[1]._execution.runners[1], "run", fail)
+    found = results([lambda plan=plan: plan.run(inputs) for plan in plans])
+    assert [type(error).__name__ for error in found] == ["PeerError", "ValueError", "PeerError"]
+    assert str(found[0]) == str(found[2]) == "rank 1: ValueError: broken"
+    again = results([lambda plan=plan: plan.run(inputs) for plan in plans])
+    assert all(str(error) == "rank 1: ValueError: broken" for error in again)
+
+
+def test_memory_that_runs_out_on_a_rank() -> None:
+    """All get the error, and then it works: nothing was sent."""
+    plans, inputs = parts_of(2)
+    device = backends.get("null", 1)
+    device.limit = device.allocated + 1000
+    try:
+        found = results([lambda plan=plan: plan.run(inputs) for plan in plans])
+    finally:
+        device.limit = None
+    assert isinstance(found[1], gg.OutOfMemoryError)
+    assert str(found[0]).startswith("rank 1: null:1 cannot allocate")
+    every([lambda plan=plan: plan.run(inputs) for plan in plans])
+
+
+def test_another_plan_on_a_rank() -> None:
+    plans, inputs = parts_of(2)
+    outputs, _ = feed_forward()
+    more = outputs | {"z": gg.relu(outputs["y"])}
+    plans[1] = gg.compile(
+        more, backends=["null:0", "null:1"], shard={"rows": 2}, store=plans[1].store
+    )
+    for error in results([lambda plan=plan: plan.run(inputs) for plan in plans]):
+        assert "rank 1 has another plan than rank 0: " in str(error)
