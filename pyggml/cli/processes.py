@@ -115,8 +115,8 @@ def failed(error: BaseException, status: int, *, debug: bool) -> int:
         report(error, debug=debug)
         return status
     if not speaks():
-        time.sleep(PATIENCE)  # the one that does ends this process
-    elif not isinstance(error, KeyboardInterrupt) or launcher() is None:
+        time.sleep(PATIENCE)  # by now the one that spoke has ended this process
+    if not isinstance(error, KeyboardInterrupt) or launcher() is None:
         report(error, debug=debug, whose="" if isinstance(error, PeerError) else f"rank {rank}: ")
         time.sleep(HOLD)
     leave_at_once(status)

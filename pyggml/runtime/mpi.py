@@ -41,12 +41,14 @@ def join() -> Ranks:
     plan = gg.compile(outputs, backends=["cuda:0", "cuda:1"], shard="auto",
                       store=gg.Store(ranks=gg.join()))
 
-    Started without mpiexec, it is rank 0 of 1. The GPU of a rank is the one whose number the rank
-    has on its machine, whatever the number of its place. From now on an uncaught error ends the
-    process at once.
+    Started without mpiexec, or as the only process, it is rank 0 of 1 and needs no MPI. The GPU of
+    a rank is the one whose number the rank has on its machine, whatever the number of its place.
+    From now on an uncaught error ends the process at once.
     Errors: MissingPackageError without mpi4py, DeviceError if MPI cannot start. If another process
     has not started MPI after half a minute, this one is ended by SIGALRM.
     """
+    if (launched() or (0, 1))[1] == 1:
+        return Ranks(_Alone())
     if hasattr(signal, "alarm"):
         signal.alarm(STARTUP)  # MPI waits without an end, and does not let Python run
     try:
@@ -57,10 +59,24 @@ def join() -> Ranks:
         if hasattr(signal, "alarm"):
             signal.alarm(0)
     ranks = Ranks(_Mpi(mpi))
-    if ranks.size > 1:
-        sys.excepthook = _uncaught(ranks)
-        atexit.register(ranks.leave)  # before MPI's own end
+    sys.excepthook = _uncaught(ranks)
+    atexit.register(ranks.leave)  # before MPI's own end
     return ranks
+
+
+class _Alone:
+    """The transport of one process: no message is ever sent."""
+
+    rank, size, local = 0, 1, 0
+
+    def send(self, data: Bytes, to: int, tag: int) -> Request:
+        raise AssertionError(f"a message to {to}")
+
+    def receive(self, data: Bytes, source: int, tag: int) -> Request:
+        raise AssertionError(f"a message from {source}")
+
+    def sender(self, tag: int) -> None:
+        return None
 
 
 class _Mpi:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 from threading import Thread
 
 import pytest
 
+import pyggml as gg
 from pyggml import backends
 from pyggml.cli import launch, main
 from pyggml.passes.stages import Shard
+from pyggml.runtime import mpi
 from pyggml.runtime.ranks import Ranks
 from tests.spmd.threads import ThreadTransport, Wires
 
@@ -62,6 +65,24 @@ def test_the_extra_is_missing(
     assert main(["run", "-m", "none.gguf", "-p", "x", "--nproc", "2"]) == 1
     err = capsys.readouterr().err
     assert "--nproc needs mpiexec and mpi4py; install the extra 'mpi': pip install" in err
+
+
+def test_one_process_needs_no_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    for size in (None, "1"):
+        if size is not None:
+            monkeypatch.setenv("PMI_RANK", "0")
+            monkeypatch.setenv("PMI_SIZE", size)
+        mpi.join.cache_clear()
+        ranks = gg.join()
+        assert (ranks.rank, ranks.size, ranks.gather("x")) == (0, 1, ["x"])
+        ranks.agree("plan", "x")
+        assert ranks.together(lambda: 3) == 3
+        ranks.leave()
+    mpi.join.cache_clear()
+    monkeypatch.setenv("PMI_SIZE", "2")
+    with pytest.raises(gg.MissingPackageError, match=r"several processes.*extra 'mpi'"):
+        gg.join()
 
 
 def test_the_gpu_of_a_rank() -> None:
