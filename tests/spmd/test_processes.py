@@ -220,6 +220,10 @@ def test_an_uncaught_error_of_a_script() -> None:
     assert status == 1 and err.count("ValueError: not today") >= 1
 
 
+#: The tests look for processes there.
+PROC = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+
+
 @pytest.fixture
 def running(
     folder: Path, request: pytest.FixtureRequest
@@ -252,6 +256,7 @@ def alive(pid: int) -> bool:
         return False
 
 
+@PROC
 @pytest.mark.parametrize("running", ["nproc"], indirect=True)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank(running: tuple[subprocess.Popen[str], list[int]], rank: int) -> None:
@@ -265,6 +270,7 @@ def test_a_killed_rank(running: tuple[subprocess.Popen[str], list[int]], rank: i
     check_nothing_left(process, pids, begin)
 
 
+@PROC
 @pytest.mark.parametrize("running", ["mpiexec"], indirect=True)
 def test_a_killed_rank_under_mpiexec(running: tuple[subprocess.Popen[str], list[int]]) -> None:
     """mpiexec reports it, with the number of the process."""
@@ -277,6 +283,7 @@ def test_a_killed_rank_under_mpiexec(running: tuple[subprocess.Popen[str], list[
     check_nothing_left(process, pids, begin)
 
 
+@PROC
 @pytest.mark.parametrize("running", ["nproc", "mpiexec"], indirect=True)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt(
@@ -291,6 +298,7 @@ def test_an_interrupt(
     check_nothing_left(process, pids, begin)
 
 
+@PROC
 @pytest.mark.parametrize("running", ["nproc"], indirect=True)
 def test_a_killed_launcher(running: tuple[subprocess.Popen[str], list[int]]) -> None:
     process, pids = running
