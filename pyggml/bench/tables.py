@@ -119,7 +119,7 @@ OPTIONS = {
     "type_i": Column("type_i", 6),
     "flash_attn": Column("fa", 3), "mla": Column("mla", 3), "amb": Column("amb", 6),
     "fmoe": Column("fmoe", 4), "decode_weights": Column("decoded", 7),
-    "tensor_buft_overrides": Column("ot", 4, left=True),
+    "tensor_buft_overrides": Column("ot", 4, left=True), "shard": Column("shard", 5, left=True),
 }  # fmt: skip
 _MEMORY = (Column("compute MiB", 11), Column("cache MiB", 9), Column("scores MiB", 10))
 

@@ -27,6 +27,7 @@ from pyggml.cli import bench_ops, measuring, model_options, options
 from pyggml.cli.options import UsageError
 from pyggml.cli.processes import add_nproc
 from pyggml.errors import DTypeError
+from pyggml.runtime.shards import shard_text
 
 if TYPE_CHECKING:
     from pyggml.bench.runs import Row, Test
@@ -121,8 +122,7 @@ def columns(args: argparse.Namespace) -> dict[str, str]:
     default = next(model_options.combinations(parser.parse_args(["-m", ""])))
     settings = list(model_options.combinations(args))
     fields = dict.fromkeys(
-        "n_threads" if setting.backend[0] in backends.HOSTS else "n_gpu_layers"
-        for setting in settings
+        "n_threads" if _on_host(setting) else "n_gpu_layers" for setting in settings
     )
     if args.t != [None]:
         fields["n_threads"] = None
@@ -132,9 +132,15 @@ def columns(args: argparse.Namespace) -> dict[str, str]:
     texts = {
         "backends": [",".join(setting.backend) for setting in settings],
         "tensor_buft_overrides": [measuring.pins_text(setting.ot) for setting in settings],
+        "shard": [shard_text(setting.shard or "none") for setting in settings],
     }
     longest = {name: max(words, key=len) for name, words in texts.items()}
     return {name: longest.get(name, "") for name in (*fields, "backends")}
+
+
+def _on_host(setting: argparse.Namespace) -> bool:
+    """Whether the first place is in the host's memory: numpy, or numpy:0 of several."""
+    return setting.backend[0].partition(":")[0] in backends.HOSTS
 
 
 def rows(args: argparse.Namespace) -> Iterator[Row]:

@@ -285,7 +285,7 @@ def layer_pins(n: int | None, n_layer: int, names: Sequence[str], *, tied: bool)
 
     As in llama.cpp, the head is the last of n_layer + 1 layers. `tied`: it uses token_embd.
     """
-    if n is None or n > n_layer or names[0] in backends.HOSTS:
+    if n is None or n > n_layer or names[0].partition(":")[0] in backends.HOSTS:
         return {}
     layers = "|".join(map(str, range(n_layer + 1 - n if n else n_layer)))
     parts = [rf"blk\.({layers})\.", rf"cache_\w+_l({layers})$"] if layers else []

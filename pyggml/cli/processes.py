@@ -16,6 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from pyggml.cli import options
 from pyggml.cli.launch import PATIENCE, launch, launcher
@@ -79,12 +80,22 @@ def _run_together(args: argparse.Namespace, size: int) -> int:
     if ranks.rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
         warnings.simplefilter("ignore")
+    if size > 1:
+        args.backend = _places(args.backend, ranks)
+        args.shard = args.shard or "auto"
     if getattr(args, "seed", 0) is None:
         args.seed = _seed(ranks)
     values = sorted((k, v) for k, v in vars(args).items() if k not in _OWN)
     ranks.agree("command line", "\n".join(f"{name}={value}" for name, value in values))
     args.ranks = ranks
     return run(args)
+
+
+def _places(places: list[Any], ranks: Ranks) -> list[Any]:
+    """A device for each rank; bench has a list of such lists."""
+    if isinstance(places[0], list):
+        return [ranks.places(each) for each in places]
+    return ranks.places(places)
 
 
 def _seed(ranks: Ranks) -> int:

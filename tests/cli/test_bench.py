@@ -434,3 +434,12 @@ def test_sessions_are_dropped_after_their_test(
     monkeypatch.setattr(measuring.Runs, "begin", begin)
     command("bench", "-p", "4,5,6", "-n", "1", "-r", "1")
     assert counts == [1, 1, 1, 1]
+
+
+def test_a_sharded_model(command: Command) -> None:
+    words = ("-p", "4", "-n", "0", "-r", "1", "--no-warmup", "--backend", "numpy:0,numpy:1")
+    (row,) = table(command("bench", *words, "--shard", "heads=2,rows=2"))
+    assert row["shard"] == "heads=2,rows=2" and row["backend"] == "numpy:0,numpy:1"
+    assert "threads" in row and "ngl" not in row
+    (whole,) = objects(command("bench", *words[:-1], "numpy", "-o", "json"))
+    assert whole["shard"] == "none"
