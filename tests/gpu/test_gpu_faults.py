@@ -160,11 +160,11 @@ LOSS = """
 import os, sys
 import numpy as np, pyggml as gg
 from pyggml import backends
-from pyggml.backends.cuda import runner
+from pyggml.backends.cuda import recording
 from pyggml.backends.cuda.launch import Operand
 x = gg.input("x", ne=(64,))
 plan = gg.compile({"y": gg.relu(x)}, backends=["cuda"])
-runner.operand_at = lambda at, spec: Operand(1 << 50, spec.ne, spec.nb, spec.dtype)
+recording.operand_at = lambda at, spec: Operand(1 << 50, spec.ne, spec.nb, spec.dtype)
 for word in ("FIRST", "AGAIN"):
     try: plan.run(x=np.ones(64))
     except gg.DeviceError as error: print(word, error)
