@@ -101,7 +101,7 @@ def parts(args: argparse.Namespace, folder: Path) -> dict[str, Part]:
         "examples": Part(examples, 180),
         "fuzz": Part((("benchmarks/gpu_fuzz.py", *fuzz_time),), args.fuzz_seconds + 60),
         "parity": Part(tests("parity", grid, *quick, *seconds), args.parity_seconds + 60),
-        "checks": Part(tests("checks", *others), 400),
+        "checks": Part(tests("checks", *others), 900),
         "sanitize": Part(tests("sanitize", sanitizers, *quick, *brief), 240),
     }
 
