@@ -34,7 +34,8 @@ class Tables:
         work = self.work
         self.steps = work.steps
         self.places = [backend.place for backend in dict.fromkeys(work.backends)]
-        self.nodes = (*work.order, *own_nodes(work.order, self.steps))
+        own = tuple(own_nodes(work.order, self.steps))
+        self.nodes, self.own = (*work.order, *own), frozenset(own)
         self.number = {node: i for i, node in enumerate(self.nodes)}
         self.layers = layers_of(self.nodes)
         self.kernels = plan.kernels()
@@ -156,7 +157,7 @@ class Tables:
         loop = loop_of(node)
         if loop is not None:
             return self.texts.add(str(loop))
-        hidden = node.op is transfer or node.op.leaf
+        hidden = node.op is transfer or node.op.leaf or node in self.own
         return 0 if hidden else self.texts.add(text_of_attributes(node.attrs))
 
     def _name(self, node: Node) -> int:
