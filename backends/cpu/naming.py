@@ -22,13 +22,7 @@ class _Names(Program):
         super().__init__()
         self.names: list[str] = []
 
-    def add(
-        self,
-        kernel: Native,
-        *values: int | float,
-        alone: bool = False,
-        reads: tuple[int, int] = (0, 0),
-    ) -> None:
+    def add(self, kernel: Native, *values: int | float, **named: Any) -> None:
         self.names.append(kernel.name)
 
 

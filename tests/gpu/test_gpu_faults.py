@@ -164,6 +164,7 @@ from pyggml.backends.cuda import recording
 from pyggml.backends.cuda.launch import Operand
 x = gg.input("x", ne=(64,))
 plan = gg.compile({"y": gg.relu(x)}, backends=["cuda"])
+assert callable(recording.operand_at)  # else the next line would change nothing
 recording.operand_at = lambda at, spec: Operand(1 << 50, spec.ne, spec.nb, spec.dtype)
 for word in ("FIRST", "AGAIN"):
     try: plan.run(x=np.ones(64))
