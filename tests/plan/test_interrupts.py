@@ -169,28 +169,35 @@ def test_interrupts_while_a_state_is_read_or_written(place: str) -> None:
 
 @pytest.mark.parametrize("places", PLACES[:3], ids=str)
 def test_interrupts_from_outside_while_a_plan_runs(places: tuple[str, ...]) -> None:
-    """Real signals at arbitrary times."""
+    """Real signals at arbitrary times.
+
+    Python drops an exception that is raised in a callback of its garbage collector (hypothesis has
+    one), so a signal does not always interrupt.
+    """
     plan = accumulating(gg.Store(), places).bind()
     rng = np.random.default_rng(0)
-    interrupted = 0
+    signals = interrupts = 0
 
     def stop(*_: Any) -> None:
+        nonlocal signals
+        signals += 1
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, stop)
     try:
-        for _ in range(150):
+        for number in range(150):
             try:
                 signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 2e-3))
-                while True:
+                while signals == number:
                     plan.run(x=X)
             except KeyboardInterrupt:
-                interrupted += 1
+                interrupts += 1
             check_free(plan.store, places)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    assert interrupted == 150
+    assert signals == 150
+    assert interrupts >= 100
     plan.store.clear()
     check_whole(plan, "signals")
 
