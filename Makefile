@@ -23,12 +23,15 @@ demo: $(STAMP)  ## run DeepSeek attention in all forms and print memory and erro
 chat: $(STAMP)  ## fetch SmolLM2-135M-Instruct (92 MB) into a cache folder and talk to it
 	folder=$$($(BIN)/python tools/fetch.py smollm2) && $(BIN)/pyggml chat -m "$$folder"/*.gguf
 
+# Tests run in a process for each core, at most 8.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8
+
 test: $(STAMP)  ## run the test suite; needs no network, GPU, torch or ggml
-	$(BIN)/python -m pytest -rs -m "not oracle and not kernels and not stub and not gpu"
+	$(PYTEST) -rs -m "not oracle and not kernels and not stub and not gpu"
 
 test-oracle: $(STAMP)  ## install torch, transformers and ggml (LLAMA=--llama: llama.cpp too), and compare with them
 	$(BIN)/python tools/install_oracles.py $(LLAMA)
-	$(BIN)/python -m pytest -m oracle
+	$(PYTEST) -rs -m oracle
 
 lint: $(STAMP)  ## run ruff and mypy --strict
 	$(BIN)/ruff check .
@@ -42,7 +45,7 @@ fmt: $(STAMP)  ## format the code and fix what ruff can fix
 ARCHS ?= 90a,89,80,100a,120a
 kernels: $(STAMP)  ## compile every CUDA kernel without a GPU and test them; fails if a hot one spills
 	$(BIN)/python -m pip install -q -e ".[kernels]"
-	$(BIN)/python -m pytest -m kernels
+	$(PYTEST) -m kernels
 	$(BIN)/python tools/compile_kernels.py -a $(ARCHS) --quiet
 
 PYCUDA := build/pycuda
