@@ -17,6 +17,7 @@ from pyggml.backends.step import Step
 from pyggml.node import Node
 from pyggml.operation import Op
 from pyggml.ops.leaf import state_op
+from pyggml.ops.views import reshape
 
 
 class CudaStep(Step):
@@ -123,6 +124,13 @@ class Run:
             other.op.writes is not None and other not in inside and other.root in states
             for other in self.nodes[first : last + 1]
         )
+
+
+def behind_reshapes(node: Node) -> Node:
+    """What a node is a reshape of, however often."""
+    while node.op is reshape:
+        node = node["a"]
+    return node
 
 
 Match = Callable[[Node, Run], Fused | None]

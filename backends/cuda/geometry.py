@@ -23,6 +23,8 @@ C_TYPES = {
     "i32": "int",
     "i64": "long long",
 }
+#: The types in blocks.cuh that read and write the rows of each cache type.
+ROWS = {"f16": "Plain<__half>", "bf16": "Plain<__nv_bfloat16>", "q8_0": "q8_0"}
 
 
 def blocks_for(count: int, each: int = THREADS) -> int:

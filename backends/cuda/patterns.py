@@ -5,11 +5,13 @@ from __future__ import annotations
 from pyggml import ops
 from pyggml.backends.cuda.attention.flash import causal_attention
 from pyggml.backends.cuda.attention.latent_row import latent_row
+from pyggml.backends.cuda.compressor import compressed_row
 from pyggml.backends.cuda.elementwise import activated_times
 from pyggml.backends.cuda.fusion import Pattern
 from pyggml.backends.cuda.moe import sum_and_more
 from pyggml.backends.cuda.moe_routing import route
 from pyggml.backends.cuda.norm import norm_times_row, norm_with_row, sum_norm_times_row
+from pyggml.backends.cuda.norm_rope import norm_rope, norm_rope_into_rows
 from pyggml.backends.cuda.rope import rope_into_rows
 
 #: Each pattern with the ops that may come last in it. A graph is searched from its end, so a
@@ -20,7 +22,10 @@ from pyggml.backends.cuda.rope import rope_into_rows
 #: `latent_row` and `rope_into_rows` never match the same node.
 PATTERNS: tuple[Pattern, ...] = (
     (latent_row, (ops.set_rows,)),
+    (compressed_row, (ops.set_rows,)),
+    (norm_rope_into_rows, (ops.set_rows,)),
     (rope_into_rows, (ops.set_rows,)),
+    (norm_rope, (ops.rope_ext,)),
     (activated_times, (ops.mul,)),
     (sum_norm_times_row, (ops.mul,)),
     (norm_times_row, (ops.mul,)),

@@ -5,13 +5,11 @@ Each graph has its own inputs, weights and states. `PATTERNS` holds them by name
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pyggml.node import Node
 from pyggml.ops import (
@@ -48,44 +46,15 @@ from pyggml.ops import (
     top_k,
     view,
 )
-from pyggml.ops.leaf import constant, state
 from pyggml.ops.leaf import input as input_
+from pyggml.ops.leaf import state
+from pyggml.parity import decode_patterns
+from pyggml.parity.pattern_maker import Maker, Pattern, T
 
-T, K = 5, 256
-
-
-@dataclass(frozen=True, slots=True)
-class Pattern:
-    """Outputs by name, and arrays for the inputs in NumPy shape."""
-
-    outputs: dict[str, Node]
-    inputs: Mapping[str, NDArray[np.generic]]
+K = 256
 
 
-class _Maker:
-    """Makes leaves, with values from a seed."""
-
-    def __init__(self, seed: int) -> None:
-        self.rng = np.random.default_rng(seed)
-        self.inputs: dict[str, NDArray[np.generic]] = {}
-
-    def floats(self, name: str, *ne: int, type: str = "f32") -> Node:
-        self.inputs[name] = self.rng.standard_normal(ne[::-1]).astype("f4")
-        return input_(name, type, ne=ne)
-
-    def weight(self, name: str, *ne: int, type: str = "f32") -> Node:
-        values = self.rng.standard_normal(ne[::-1]).astype("f4") / 16
-        return constant(values, dtype=type, name=name)
-
-    def positions(self, name: str = "pos", start: int = 3) -> Node:
-        self.inputs[name] = np.arange(start, start + T, dtype="i4")
-        return input_(name, "i32", ne=(T,))
-
-    def done(self, **outputs: Node) -> Pattern:
-        return Pattern(outputs, self.inputs)
-
-
-def norm_and_products(m: _Maker) -> Pattern:
+def norm_and_products(m: Maker) -> Pattern:
     """A sum with other readers, its norm times a row, products with that; a sum without readers."""
     h = add(m.floats("a", K, T), m.floats("b", K, T))
     normed = mul(rms_norm(h, eps=1e-6), m.weight("row", K))
@@ -96,7 +65,7 @@ def norm_and_products(m: _Maker) -> Pattern:
     return m.done(wide=wide, plain=plain, alone=alone, h=scale(h, s=2.0))
 
 
-def layer_norms(m: _Maker) -> Pattern:
+def layer_norms(m: Maker) -> Pattern:
     """Norms with a weight and a bias, with a weight only, with a bias per token, and one whose
     product is an output."""
     x = m.floats("x", K, T)
@@ -112,7 +81,7 @@ def layer_norms(m: _Maker) -> Pattern:
     )  # fmt: skip
 
 
-def shared_activations(m: _Maker) -> Pattern:
+def shared_activations(m: Maker) -> Pattern:
     """Products with one b that is not a norm, and one with a view of b's rows."""
     x = silu(m.floats("x", K, T))
     one, two = (m.weight(name, K, 40, type="q8_0") for name in ("one", "two"))
@@ -120,7 +89,7 @@ def shared_activations(m: _Maker) -> Pattern:
     return m.done(one=mul_mat(one, x), two=mul_mat(two, x), part=mul_mat(two, part))
 
 
-def experts(m: _Maker) -> Pattern:
+def experts(m: Maker) -> Pattern:
     """Routing by softmax, products with the chosen experts, their weighted sum and a residual."""
     x, h = m.floats("x", K, T), m.floats("h", K, T)
     probs = soft_max(mul_mat(m.weight("router", K, 16), x, prec="f32"))
@@ -132,7 +101,7 @@ def experts(m: _Maker) -> Pattern:
     return m.done(y=y, ids=ids)
 
 
-def grouped_experts(m: _Maker) -> Pattern:
+def grouped_experts(m: Maker) -> Pattern:
     """Routing as in V3: sigmoid, a bias for the choice, the best groups, normalized weights."""
     probs = sigmoid(m.floats("scores", 32, T))
     biased = add(probs, m.weight("bias", 32))
@@ -142,14 +111,14 @@ def grouped_experts(m: _Maker) -> Pattern:
     return m.done(ids=ids, w=scale(reshape(flat, ne=(1, 5, T)), s=2.5))
 
 
-def root_routing(m: _Maker) -> Pattern:
+def root_routing(m: Maker) -> Pattern:
     """Routing as in V4: the root of softplus, a bias for the choice, normalized weights."""
     probs = sqrt(softplus(m.floats("scores", 32, T)))
     ids = top_k(add(probs, m.weight("bias", 32)), k=6)
     return m.done(ids=ids, w=_normalized(probs, ids))
 
 
-def given_routing(m: _Maker) -> Pattern:
+def given_routing(m: Maker) -> Pattern:
     """The same, with experts that the token alone determines."""
     probs = sqrt(softplus(m.floats("scores", 32, T)))
     table = np.arange(6 * 40, dtype=np.int32).reshape(40, 6) * 7 % 32
@@ -165,7 +134,7 @@ def _normalized(probs: Node, ids: Node) -> Node:
     return scale(reshape(flat, ne=(1, 6, T)), s=1.5)
 
 
-def divided_weights(m: _Maker) -> Pattern:
+def divided_weights(m: Maker) -> Pattern:
     """Normalized weights without a scale; the choice is biased."""
     probs = soft_max(m.floats("scores", 32, T))
     ids = top_k(add(probs, m.weight("bias", 32)), k=5)
@@ -173,14 +142,14 @@ def divided_weights(m: _Maker) -> Pattern:
     return m.done(ids=ids, w=div(flat, clamp(sum_rows(flat), min=6e-5, max=0.1)))
 
 
-def probabilities_kept(m: _Maker) -> Pattern:
+def probabilities_kept(m: Maker) -> Pattern:
     """Routing whose probabilities are an output."""
     probs = soft_max(m.floats("scores", 16, T))
     ids = top_k(probs, k=3)
     return m.done(p=probs, w=get_rows(reshape(probs, ne=(1, 16, T)), ids))
 
 
-def squares(m: _Maker) -> Pattern:
+def squares(m: Maker) -> Pattern:
     """Products and sums of a node with itself."""
     x, row = m.floats("x", K, T), m.floats("one", K)
     opened, normed = relu(x), rms_norm(row, eps=1e-6)
@@ -188,7 +157,7 @@ def squares(m: _Maker) -> Pattern:
     return m.done(act=mul(opened, opened), norm=mul(normed, normed), sum=add(total, total))
 
 
-def odd_routing(m: _Maker) -> Pattern:
+def odd_routing(m: Maker) -> Pattern:
     """Routing whose ids have no other reader, and weights divided by one sum over all tokens."""
     probs = soft_max(m.floats("scores", 32, T))
     ids = top_k(probs, k=4)
@@ -199,7 +168,7 @@ def odd_routing(m: _Maker) -> Pattern:
     return m.done(ids=ids, unread=unread, share=div(reshape(weights, ne=(4, T)), every))
 
 
-def flat_weights(m: _Maker) -> Pattern:
+def flat_weights(m: Maker) -> Pattern:
     """Weights in another shape than routing uses."""
     probs = soft_max(m.floats("scores", 32, T))
     ids = top_k(probs, k=4)
@@ -207,7 +176,7 @@ def flat_weights(m: _Maker) -> Pattern:
     return m.done(ids=ids, flat=scale(reshape(weights, ne=(4 * T,)), s=2.0))
 
 
-def _latent(m: _Maker, type: str, mode: Literal["normal", "neox"]) -> Pattern:
+def _latent(m: Maker, type: str, mode: Literal["normal", "neox"]) -> Pattern:
     both, pos = m.floats("kv", 576, T), m.positions()
     c = mul(rms_norm(view(both, ne=(512, T)), eps=1e-6), m.weight("row", 512))
     k = view(both, ne=(64, T), start=(512,))
@@ -217,7 +186,7 @@ def _latent(m: _Maker, type: str, mode: Literal["normal", "neox"]) -> Pattern:
     return m.done(cache=scale(view(get_rows(cache, m.positions("rows")), ne=(576, T)), s=1.0))
 
 
-def _turned(m: _Maker, type: str) -> Pattern:
+def _turned(m: Maker, type: str) -> Pattern:
     """Keys of several heads, rotated and cached, one row per token."""
     pos = m.positions()
     turned = rope_ext(m.floats("k", 64, 3, T), pos, n_dims=48, offset=16)
@@ -225,7 +194,7 @@ def _turned(m: _Maker, type: str) -> Pattern:
     return m.done(cache=get_rows(cache, m.positions("rows")))
 
 
-def gated(m: _Maker) -> Pattern:
+def gated(m: Maker) -> Pattern:
     """Activations that gate a product on either side; one that has another reader."""
     x, g, h = m.floats("x", K, T), m.floats("g", K, T), m.floats("h", K, T)
     opened = gelu(h)
@@ -235,31 +204,31 @@ def gated(m: _Maker) -> Pattern:
     )  # fmt: skip
 
 
-def _attention(m: _Maker, name: str, mask: Node, q: Node | None = None) -> Node:
+def _attention(m: Maker, name: str, mask: Node, q: Node | None = None) -> Node:
     q = m.floats(f"{name}.q", 64, T, 4) if q is None else q
     k, v = (m.floats(f"{name}.{x}", 64, 32, 2, type="f16") for x in "kv")
     return flash_attn_ext(q, k, v, mask, scale=0.125)
 
 
-def shared_mask(m: _Maker) -> Pattern:
+def shared_mask(m: Maker) -> Pattern:
     """Two attentions under one causal mask."""
     mask = causal_mask(m.positions(), n_kv=32)
     return m.done(one=_attention(m, "one", mask), two=_attention(m, "two", mask))
 
 
-def mask_kept(m: _Maker) -> Pattern:
+def mask_kept(m: Maker) -> Pattern:
     """A causal mask that is also an output."""
     mask = causal_mask(m.positions(), n_kv=32)
     return m.done(y=_attention(m, "one", mask), mask=mask)
 
 
-def strided_mask(m: _Maker) -> Pattern:
+def strided_mask(m: Maker) -> Pattern:
     """An attention under the causal mask of rows that stand for four positions each."""
     mask = causal_mask(m.positions(start=60), n_kv=32, stride=4)
     return m.done(y=_attention(m, "one", mask))
 
 
-def moved_position(m: _Maker) -> Pattern:
+def moved_position(m: Maker) -> Pattern:
     """Positions in a state that is written between the mask and the attention."""
     pos = state("pos", "i32", ne=(T,))
     mask = causal_mask(pos, n_kv=32)
@@ -269,7 +238,7 @@ def moved_position(m: _Maker) -> Pattern:
     return m.done(y=_attention(m, "one", mask, q))
 
 
-def hidden_rows(m: _Maker) -> Pattern:
+def hidden_rows(m: Maker) -> Pattern:
     """A cache whose rows after the last position are NaN or infinite, as if never written."""
     pos = m.positions()
     outputs = {}
@@ -286,7 +255,7 @@ def hidden_rows(m: _Maker) -> Pattern:
     return m.done(**outputs)
 
 
-def chosen_rows(m: _Maker) -> Pattern:
+def chosen_rows(m: Maker) -> Pattern:
     """Attention to chosen rows under a causal mask, which another attention reads too."""
     mask = causal_mask(m.positions(), n_kv=32)
     ids = top_k(m.floats("scores", 32, T), k=9)
@@ -296,7 +265,7 @@ def chosen_rows(m: _Maker) -> Pattern:
     return m.done(chosen=chosen, all=flash_attn_ext(q, k, v, mask, scale=0.1))
 
 
-def indexed_rows(m: _Maker) -> Pattern:
+def indexed_rows(m: Maker) -> Pattern:
     """Attention to rows that were chosen under the same causal mask; rows stand for four positions
     each."""
     mask = causal_mask(m.positions(start=60), n_kv=32, stride=4)
@@ -305,7 +274,7 @@ def indexed_rows(m: _Maker) -> Pattern:
     return m.done(y=flash_attn_ext(q, k, k, mask, None, None, ids, scale=0.1, lse=True))
 
 
-def moved_list(m: _Maker) -> Pattern:
+def moved_list(m: Maker) -> Pattern:
     """The same, with positions in a state that is written between the mask and the attention."""
     pos = state("pos", "i32", ne=(T,))
     mask = causal_mask(pos, n_kv=32)
@@ -316,7 +285,8 @@ def moved_list(m: _Maker) -> Pattern:
     return m.done(y=flash_attn_ext(q, k, k, mask, None, None, ids, scale=0.1))
 
 
-PATTERNS: dict[str, Callable[[_Maker], Pattern]] = {
+PATTERNS: dict[str, Callable[[Maker], Pattern]] = {
+    **decode_patterns.PATTERNS,
     **{
         graph.__name__: graph
         for graph in (
@@ -338,4 +308,4 @@ PATTERNS: dict[str, Callable[[_Maker], Pattern]] = {
 
 def pattern(name: str, seed: int = 0) -> Pattern:
     """The graph with this name, with values from a seed."""
-    return PATTERNS[name](_Maker(seed))
+    return PATTERNS[name](Maker(seed))

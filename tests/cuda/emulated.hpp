@@ -2,6 +2,7 @@
 #pragma once
 #include <tuple>
 
+#define __grid_constant__
 using std::isinf;
 using std::isnan;
 struct float4 {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from pyggml.backends.cuda.recording import record_step
 from pyggml.backends.cuda.weights.packing import repack
 from pyggml.backends.host_memory import Packed
 from pyggml.backends.step import Address
-from pyggml.ops.leaf import constant_op, data_of
+from pyggml.ops.leaf import constant_op, data_of, state_op
 from pyggml.runtime.execution import addresses
 from tests.cuda.host import libraries, on_host
 
@@ -41,34 +41,56 @@ class Memory:
 
 def run(outputs: Mapping[str, gg.Node], inputs: Arrays, folder: Path) -> dict[str, NDArray[Any]]:
     """The outputs of a graph, computed by the kernels of the CUDA backend."""
-    work = gg.compile(outputs, backends=["cuda:0:24GiB"])._work
-    leaves = {}
-    for leaf in work.leaves:
-        layout = work.layouts.get(leaf)
-        memory = Memory(layout.nbytes if layout else leaf.spec.nbytes)
-        if leaf.op is constant_op:
-            assert layout is not None
-            data = data_of(leaf)
-            data = repack(leaf, layout, data) if layout.name == "tiles8" else data
-        else:
-            data = np.ascontiguousarray(inputs[leaf.attrs["name"]])
-        memory.data[: data.nbytes] = data.reshape(-1).view(np.uint8)
-        leaves[leaf] = Address(memory, 0, leaf.spec.nb, layout.name if layout else "plain")
-    arena = Memory(work.placed.arenas["cuda:0"].nbytes)
-    at = addresses(work, leaves, {"cuda:0": arena})
-    records = [
-        record
-        for step, offset in zip(work.steps, work.placed.scratch_at)
-        for record in record_step(step, at, (arena.ptr + offset, step.scratch))
-    ]
-    start = starter(folder, [record for record in records if isinstance(record, Launch)])
-    for record in records:
-        if isinstance(record, Memcpy):
-            ctypes.memmove(record.target, record.source, record.nbytes)
-        else:
-            assert isinstance(record, Launch)
-            start(record)
-    return {name: _values(at[node], node) for name, node in work.graph.outputs.items()}
+    (results,) = run_all([(outputs, inputs)], folder)
+    return results
+
+
+def run_all(
+    graphs: Sequence[tuple[Mapping[str, gg.Node], Arrays]], folder: Path
+) -> list[dict[str, NDArray[Any]]]:
+    """The outputs of several graphs, whose kernels are compiled together."""
+    planned = [_Planned(outputs, inputs) for outputs, inputs in graphs]
+    launches = [r for each in planned for r in each.records if isinstance(r, Launch)]
+    start = starter(folder, launches)
+    return [each.run(start) for each in planned]
+
+
+class _Planned:
+    """A graph with its memory and its launches."""
+
+    def __init__(self, outputs: Mapping[str, gg.Node], inputs: Arrays) -> None:
+        work = gg.compile(outputs, backends=["cuda:0:24GiB"])._work
+        leaves = {}
+        for leaf in work.leaves:
+            layout = work.layouts.get(leaf)
+            memory = Memory(layout.nbytes if layout else leaf.spec.nbytes)
+            if leaf.op is constant_op:
+                assert layout is not None
+                data = data_of(leaf)
+                data = repack(leaf, layout, data) if layout.name == "tiles8" else data
+            elif leaf.op is state_op:
+                data = np.zeros(leaf.spec.nbytes, np.uint8)
+            else:
+                data = np.ascontiguousarray(inputs[leaf.attrs["name"]])
+            memory.data[: data.nbytes] = data.reshape(-1).view(np.uint8)
+            leaves[leaf] = Address(memory, 0, leaf.spec.nb, layout.name if layout else "plain")
+        self.arena = Memory(work.placed.arenas["cuda:0"].nbytes)
+        self.at = addresses(work, leaves, {"cuda:0": self.arena})
+        self.outputs = work.graph.outputs
+        self.records = [
+            record
+            for step, offset in zip(work.steps, work.placed.scratch_at)
+            for record in record_step(step, self.at, (self.arena.ptr + offset, step.scratch))
+        ]
+
+    def run(self, start: Callable[[Launch], None]) -> dict[str, NDArray[Any]]:
+        for record in self.records:
+            if isinstance(record, Memcpy):
+                ctypes.memmove(record.target, record.source, record.nbytes)
+            else:
+                assert isinstance(record, Launch)
+                start(record)
+        return {name: _values(self.at[node], node) for name, node in self.outputs.items()}
 
 
 def _values(at: Address, node: gg.Node) -> NDArray[Any]:
@@ -80,7 +102,7 @@ def _values(at: Address, node: gg.Node) -> NDArray[Any]:
     return raw.view(kind).reshape(node.shape).copy()
 
 
-def starter(folder: Path, launches: list[Launch]) -> Any:
+def starter(folder: Path, launches: list[Launch]) -> Callable[[Launch], None]:
     """A function that runs a launch."""
     names: dict[str, list[str]] = {}
     for launch in launches:

@@ -12,9 +12,10 @@ import pyggml as gg
 from pyggml.backends.cuda.launch import Call, Launch, Operand
 from pyggml.backends.cuda.linear import blocks, experts, plain
 from pyggml.dtypes import TYPES
+from pyggml.parity import decode_patterns
 from pyggml.parity.patterns import pattern
 from pyggml.parity.tolerance import nmse
-from tests.cuda.emulated import Memory, run, starter
+from tests.cuda.emulated import Memory, run_all, starter
 
 rng = np.random.default_rng(5)
 
@@ -27,31 +28,37 @@ def constant(name: str, dtype: str, *shape: int) -> gg.Node:
     return gg.constant(random(*shape), dtype=dtype, name=name)
 
 
+Graph = tuple[dict[str, gg.Node], dict]
+
+
 def compare(outputs: dict[str, gg.Node], inputs: dict, folder: Path, limit: float) -> None:
-    expected = gg.compile(outputs, backends=["numpy"]).run(inputs)
-    results = run(outputs, inputs, folder)
-    for name, values in expected.items():
-        if values.dtype.kind == "i":
-            np.testing.assert_array_equal(results[name], values)
-        else:
-            assert nmse(results[name], values) <= limit
+    compare_all({"": (outputs, inputs)}, folder, limit)
 
 
-@pytest.mark.parametrize(
-    "name",
-    (
-        "experts",
-        "grouped_experts",
-        "root_routing",
-        "given_routing",
-        "divided_weights",
-        "flat_weights",
-        "norm_and_products",
-    ),
-)
-def test_patterns(name: str, tmp_path: Path) -> None:
-    graph = pattern(name)
-    compare(graph.outputs, graph.inputs, tmp_path, 1e-6)
+def compare_all(graphs: dict[str, Graph], folder: Path, limit: float) -> None:
+    for graph, results in zip(graphs, run_all([*graphs.values()], folder)):
+        outputs, inputs = graphs[graph]
+        expected = gg.compile(outputs, backends=["numpy"]).run(inputs)
+        for name, values in expected.items():
+            if values.dtype.kind == "i":
+                np.testing.assert_array_equal(results[name], values)
+            else:
+                assert np.isfinite(values).all(), f"{graph} {name}"
+                assert nmse(results[name], values) <= limit, f"{graph} {name}"
+
+
+#: Patterns whose kernels the host can run.
+ROUTING = (
+    "experts", "grouped_experts", "root_routing", "given_routing", "divided_weights",
+    "flat_weights", "norm_and_products",
+)  # fmt: skip
+DECODE = (*decode_patterns.PATTERNS, "latent_row_f16_normal", "latent_row_q8_0_neox")
+
+
+@pytest.mark.parametrize("names", (ROUTING, DECODE), ids=("routing", "decode"))
+def test_patterns(names: tuple[str, ...], tmp_path: Path) -> None:
+    graphs = {name: pattern(name) for name in names}
+    compare_all({name: (g.outputs, dict(g.inputs)) for name, g in graphs.items()}, tmp_path, 1e-6)
 
 
 @pytest.mark.parametrize(("dtype", "n_tokens"), [("iq4_nl", 1), ("q5_0", 1), ("iq4_nl", 3)])

@@ -17,6 +17,10 @@ from pyggml.backends.cuda.lowering import lower
 from pyggml.parity.patterns import PATTERNS, pattern
 
 ROW = "rms_norm mul rope_ext concat set_rows"
+COMPRESSOR = (
+    "get_rows add set_rows set_rows get_rows get_rows add cont cont soft_max_ext mul sum_rows "
+    "rms_norm mul rope_ext set_rows"
+)
 #: The ops of each step that has several.
 FUSED = {
     "norm_and_products": ["add rms_norm fixed_point mul", "add rms_norm mul"],
@@ -39,6 +43,15 @@ FUSED = {
     "squares": [],
     "odd_routing": ["soft_max_ext top_k get_rows"],
     "flat_weights": ["soft_max_ext top_k get_rows"],
+    "norm_and_rope": ["rms_norm rope_ext", "rms_norm mul rope_ext", "rms_norm mul rope_ext"],
+    **{
+        f"norm_rope_row_{kind}": ["rms_norm mul rope_ext set_rows"] * 2
+        for kind in ("f16", "bf16", "q8_0")
+    },
+    **{
+        f"compressor{kind}": [COMPRESSOR]
+        for kind in ("", "_of_pairs_q8_0", "_of_tokens_bf16", "_waiting")
+    },
     "gated": ["silu mul", "relu mul"],
     "turned_f16": ["rope_ext set_rows"],
     "turned_bf16": ["rope_ext set_rows"],

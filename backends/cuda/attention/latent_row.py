@@ -7,20 +7,12 @@ from functools import partial
 import numpy as np
 
 from pyggml import ops
-from pyggml.backends.cuda.fusion import Fused, Run
+from pyggml.backends.cuda.fusion import Fused, Run, behind_reshapes
+from pyggml.backends.cuda.geometry import ROWS
 from pyggml.backends.cuda.launch import Call
 from pyggml.backends.cuda.rope import constants
 from pyggml.dtypes import F32, I32
 from pyggml.node import Attrs, Node
-
-#: The types in blocks.cuh that read and write each cache type.
-ROWS = {"f16": "Plain<__half>", "bf16": "Plain<__nv_bfloat16>", "q8_0": "q8_0"}
-
-
-def _behind_reshapes(node: Node) -> Node:
-    while node.op is ops.reshape:
-        node = node["a"]
-    return node
 
 
 def latent_row(node: Node, run: Run) -> Fused | None:
@@ -28,7 +20,7 @@ def latent_row(node: Node, run: Run) -> Fused | None:
     cache, row, ids = node["a"], node["b"], node["ids"]
     if row.op is not ops.concat or row.attrs["dim"] != 0 or not run.only(row, node):
         return None
-    scaled, rotated = row["a"], _behind_reshapes(row["b"])
+    scaled, rotated = row["a"], behind_reshapes(row["b"])
     if scaled.op is not ops.mul or rotated.op is not ops.rope_ext:
         return None
     normed, weight = scaled["a"], scaled["b"]

@@ -1,0 +1,95 @@
+// A row of a compressor (models/compressor.py) for a few tokens in one launch: its ring of states,
+// gates, sum, norm, rotation and the cache. As ops of their own these take 14 launches of a few
+// kilobytes each.
+// @kernel hot compressed_row<{Plain<__half>|Plain<__nv_bfloat16>|q8_0}, {true|false}>
+#include "row.cuh"
+
+using namespace file;
+
+// For all tokens t:  ring_v[:, tokens[t]] = v[:, t],  ring_z[:, tokens[t]] = z[:, t] + ape[:, places[t]]
+// Then, with candidates j in rows ids[j] of the rings, seen as rows of d elements:
+//   x = sum_j g_j v_j,  g = softmax over j of z_j + bias[j], for each element by itself
+//   cache[:, row] = rope(rms_norm(x) w, start)
+// A negative id is a candidate of zeros; no id is read that is not a row. Nothing is read and
+// written but the rings if `row` is not a row of the cache: most tokens do not end a window.
+//
+// cache [d, rows]; ring_v, ring_z [w, n_ring], contiguous; v, z [w, T]; ape [w, places];
+// places, tokens [T]; ids [n]; bias [1, n]; weight [d]; start, row [1]
+// One block of d lanes for each share of the candidates, which take turns: 128 candidates of 512
+// elements are half a megabyte, and read by one multiprocessor in 5 us. More blocks would save 3 us
+// of a window's last token, and need a second launch, 2 us, for every token.
+// Dynamic shared memory: 3 floats a thread.
+struct Compressor {
+    Tensor cache, ring_v, ring_z, v, z, ape, places, tokens, ids, bias, weight, start, row;
+    Rope rope;
+    float eps;
+};
+
+// Candidates that are read at once.
+constexpr int BATCH = 8;
+
+template <class B, bool NEOX>
+__global__ void __launch_bounds__(1024) compressed_row(const __grid_constant__ Compressor p) {
+    const double frequency = threadIdx.x < p.rope.n_dims / 2 ? frequency_of(threadIdx.x, p.rope) : 0;
+    begin();
+    extern __shared__ float shared[];
+    const int d = p.cache.ne[0], w = p.v.ne[0], n_ring = p.ring_v.ne[1], n = p.ids.ne[0];
+    for (int t = 0; t < p.v.ne[1]; t++) {
+        const int to = *p.tokens.at<int>(t, 0, 0, 0), place = *p.places.at<int>(t, 0, 0, 0);
+        if (to < 0 || to >= n_ring) continue;
+        for (int i = threadIdx.x; i < w; i += blockDim.x) {
+            float z = *p.z.at<float>(i, t, 0, 0);
+            if (place >= 0 && place < p.ape.ne[1]) z += *p.ape.at<float>(i, place, 0, 0);
+            *p.ring_v.at<float>(i, to, 0, 0) = *p.v.at<float>(i, t, 0, 0);
+            *p.ring_z.at<float>(i, to, 0, 0) = z;
+        }
+    }
+    const int row = *p.row.at<int>(0, 0, 0, 0);
+    if (row < 0 || row >= p.cache.ne[1]) return;
+    __syncthreads();  // the block sees what it wrote
+
+    const int shares = blockDim.x / d, share = threadIdx.x / d, i = threadIdx.x % d;
+    const int n_rows = n_ring * (w / d);
+    const float infinity = __int_as_float(0x7F800000);
+    float top = -infinity, total = 0, sum = 0;
+    auto join = [&](float top1, float total1, float sum1) {
+        const float most = fmaxf(top, top1), base = most == -infinity ? 0 : most;
+        const float a = expf(top - base), b = expf(top1 - base);
+        top = most, total = total * a + total1 * b, sum = sum * a + sum1 * b;
+    };
+    for (int first = share; first < n; first += BATCH * shares) {
+        float z[BATCH], v[BATCH], most = -infinity;
+#pragma unroll
+        for (int k = 0; k < BATCH; k++) {
+            const int j = first + k * shares;
+            const int id = j < n ? *p.ids.at<int>(j, 0, 0, 0) : -1;
+            const bool there = id >= 0 && id < n_rows;
+            z[k] = there ? ((const float*)p.ring_z.data)[(long long)id * d + i] : 0;
+            v[k] = there ? ((const float*)p.ring_v.data)[(long long)id * d + i] : 0;
+            z[k] = j < n ? z[k] + *p.bias.at<float>(0, j, 0, 0) : -infinity;
+            most = fmaxf(most, z[k]);
+        }
+        const float base = most == -infinity ? 0 : most;
+        float part = 0, weighted = 0;
+#pragma unroll
+        for (int k = 0; k < BATCH; k++) {
+            const float g = expf(z[k] - base);
+            part += g, weighted += g * v[k];
+        }
+        join(most, part, weighted);
+    }
+    float *tops = shared, *totals = tops + blockDim.x, *sums = totals + blockDim.x;
+    tops[threadIdx.x] = top, totals[threadIdx.x] = total, sums[threadIdx.x] = sum;
+    __syncthreads();
+    float squares = 0;
+    if (share == 0) {
+        for (int s = 1; s < shares; s++) join(tops[s * d + i], totals[s * d + i], sums[s * d + i]);
+        const float x = total == 0 ? 0 : sum / total;
+        sums[i] = x, squares = x * x;
+    }
+    norm_row(sums, d, squares, p.eps, p.weight);  // its barriers are behind the reads above
+    __syncthreads();
+    turn_row<NEOX>(sums, d, p.rope, frequency, *p.start.at<int>(0, 0, 0, 0));
+    __syncthreads();
+    store_row<B>(sums, d, p.cache.at<unsigned char>(0, row, 0, 0), p.cache.nb[0]);
+}

@@ -1,0 +1,120 @@
+"""Graphs that test the fusions of a decode step: rows of caches, compressors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import numpy as np
+
+from pyggml.node import Node
+from pyggml.ops import (
+    add,
+    cont,
+    get_rows,
+    mul,
+    permute,
+    reshape,
+    rms_norm,
+    rope_ext,
+    scale,
+    set_rows,
+    soft_max,
+    sum_rows,
+)
+from pyggml.ops.leaf import input as input_
+from pyggml.ops.leaf import state
+from pyggml.parity.pattern_maker import Maker, Pattern, T
+
+
+def _ids(m: Maker, name: str, *ids: int) -> Node:
+    m.inputs[name] = np.array(ids, np.int32)
+    return input_(name, "i32", ne=(len(ids),))
+
+
+def norm_and_rope(m: Maker) -> Pattern:
+    """Heads that are normalized and rotated, with a row and without one; one head a token; norms
+    that other nodes read; frequency factors."""
+    pos, row = m.positions(), m.weight("row", 64)
+    turn = partial(rope_ext, pos=pos, n_dims=32)
+    heads = rms_norm(m.floats("q", 64, 3, T), eps=1e-6)
+    weighted = mul(rms_norm(m.floats("k", 64, 3, T), eps=1e-5), row)
+    single = reshape(mul(rms_norm(m.floats("c", 64, T), eps=1e-5), row), ne=(64, 1, T))
+    kept = rms_norm(m.floats("kept", 64, 3, T), eps=1e-6)
+    factors = rms_norm(m.floats("slow", 64, 3, T), eps=1e-6)
+    return m.done(
+        heads=turn(heads, offset=32), weighted=turn(weighted, mode="neox"), single=turn(single),
+        kept=kept, turned=turn(kept), slow=turn(factors, freq_factors=m.floats("factors", 16)),
+    )  # fmt: skip
+
+
+def _norm_rope_row(m: Maker, type: str, mode: Literal["normal", "neox"]) -> Pattern:
+    """Rows of one head and of three, into caches. One token is not stored."""
+    pos, ids = m.positions(), _ids(m, "ids", 4, -1, 9, 31, 0)
+    outputs = {}
+    for heads in (1, 3):
+        x = rms_norm(m.floats(f"x{heads}", 64, heads, T), eps=1e-6)
+        x = rope_ext(mul(x, m.weight(f"row{heads}", 64)), pos, n_dims=32, offset=16, mode=mode)
+        cache = state(f"cache{heads}", type, ne=(64 * heads, 32))
+        cache = set_rows(cache, reshape(x, ne=(64 * heads, T)), ids)
+        rows = get_rows(cache, _ids(m, f"rows{heads}", 0, 4, 9, 31, 5))
+        outputs[f"rows{heads}"] = scale(rows, s=1.0)
+    return m.done(**outputs)
+
+
+def _compressor(
+    m: Maker, type: str = "f16", pairs: bool = False, n: int = 24, tokens: int = 1, row: int = 5
+) -> Pattern:
+    """A row of a compressor, of `n` candidates. Rows of the rings that are not among them are NaN.
+
+    pairs   whether a row of the rings holds two of the candidates
+    row     of the cache; -1: the window does not end here
+    """
+    d, n_ring = 64, 40
+    w = d * (1 + pairs)
+    places = range(2, 2 + tokens)
+    tokens_at = _ids(m, "tokens", *places)
+    candidates = [*(i + 2 for i in range(n - 3)), -1, -1, n + 3]
+    ids = _ids(m, "ids", *(2 * i + i % 2 if pairs else i for i in candidates))
+    bias = np.where(np.array(candidates) < 0, -1e30, 0).astype(np.float32)
+    m.inputs["bias"] = bias.reshape(-1, 1)
+    handles = []
+    for name in "vz":
+        past = np.full((n_ring, w), np.nan, np.float32)
+        past[candidates[:-3] + candidates[-1:]] = m.rng.standard_normal((n - 2, w))
+        m.inputs[f"past_{name}"] = past
+        every = _ids(m, f"every_{name}", *range(n_ring))
+        old = set_rows(state(f"ring_{name}", "f32", ne=(w, n_ring)),
+                       input_(f"past_{name}", ne=(w, n_ring)), every)  # fmt: skip
+        new = m.floats(name, w, tokens)
+        if name == "z":
+            ape = m.floats("ape", w, 8)
+            new = add(new, get_rows(ape, _ids(m, "places", *(p % 4 - (p == 3) for p in places))))
+        handles.append(set_rows(old, new, tokens_at))
+    v, z = (get_rows(reshape(h, ne=(d, n_ring * w // d)), ids) for h in handles)
+    z = add(z, input_("bias", ne=(1, n)))
+
+    def columns(x: Node) -> Node:
+        return cont(permute(reshape(x, ne=(d, n, 1)), axes=(1, 0, 2)))
+
+    total = reshape(sum_rows(mul(columns(v), soft_max(columns(z)))), ne=(d, 1))
+    x = reshape(mul(rms_norm(total, eps=1e-6), m.weight("norm", d)), ne=(d, 1, 1))
+    x = rope_ext(x, _ids(m, "start", 12), n_dims=32, offset=32)
+    cache = set_rows(state("cache", type, ne=(d, 16)), reshape(x, ne=(d, 1)), _ids(m, "row", row))
+    every = scale(get_rows(cache, _ids(m, "rows", *range(16))), s=1.0)
+    written = _ids(m, "written", *places)
+    rings = {f"ring{i}": get_rows(h, written) for i, h in enumerate(handles)}
+    return m.done(cache=every, **rings)
+
+
+PATTERNS: dict[str, Callable[[Maker], Pattern]] = {
+    "norm_and_rope": norm_and_rope,
+    "norm_rope_row_f16": partial(_norm_rope_row, type="f16", mode="normal"),
+    "norm_rope_row_bf16": partial(_norm_rope_row, type="bf16", mode="neox"),
+    "norm_rope_row_q8_0": partial(_norm_rope_row, type="q8_0", mode="normal"),
+    "compressor": _compressor,
+    "compressor_of_pairs_q8_0": partial(_compressor, type="q8_0", pairs=True, n=8),
+    "compressor_of_tokens_bf16": partial(_compressor, type="bf16", n=13, tokens=3),
+    "compressor_waiting": partial(_compressor, row=-1),
+}
