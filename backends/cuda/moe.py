@@ -46,7 +46,7 @@ def sum_and_more(node: Node, run: Run) -> Fused | None:
 
     The sums keep this order, whichever side of an addition the sum over experts is on.
     """
-    match = _sums(node, run, 2)
+    match = sums(node, run, 2)
     if match is None:
         return None
     nodes, more = match
@@ -54,7 +54,7 @@ def sum_and_more(node: Node, run: Run) -> Fused | None:
     return Fused(nodes, reads, mul_multi_add, inplace=more)
 
 
-def _sums(node: Node, run: Run, most: int) -> tuple[tuple[Node, ...], tuple[Node, ...]] | None:
+def sums(node: Node, run: Run, most: int) -> tuple[tuple[Node, ...], tuple[Node, ...]] | None:
     """A mul_multi_add and up to `most` additions that end in `node`, and the nodes they add."""
     if node.op is ops.mul_multi_add:
         return (node,), ()
@@ -63,7 +63,7 @@ def _sums(node: Node, run: Run, most: int) -> tuple[tuple[Node, ...], tuple[Node
     left, right = node["a"], node["b"]
     for inner, other in ((left, right), (right, left)):
         if inner in run.number and run.only(inner, node) and inner.ne == other.ne == node.ne:
-            match = _sums(inner, run, most - 1)
+            match = sums(inner, run, most - 1)
             if match is not None:
                 return (*match[0], node), (*match[1], other)
     return None

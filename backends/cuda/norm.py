@@ -30,10 +30,10 @@ def _is_row(node: Node, n: int) -> bool:
     return node.dtype is F32 and node.ne == (n, 1, 1, 1)
 
 
-def _weighted(node: Node, run: Run) -> tuple[Node, Node, Node] | None:
-    """x, rms_norm(x) and w if the node is rms_norm(x) * w with a single row w."""
-    normed, weight = node["a"], node["b"]
-    if normed.op is not ops.rms_norm or not run.only(normed, node):
+def weighted(product: Node, run: Run) -> tuple[Node, Node, Node] | None:
+    """x, rms_norm(x) and w if the product is rms_norm(x) * w with a single row w."""
+    normed, weight = product["a"], product["b"]
+    if normed.op is not ops.rms_norm or not run.only(normed, product):
         return None
     x = normed["a"]
     if not _is_row(weight, x.ne[0]):
@@ -43,7 +43,7 @@ def _weighted(node: Node, run: Run) -> tuple[Node, Node, Node] | None:
 
 def sum_norm_times_row(node: Node, run: Run) -> Fused | None:
     """rms_norm(x) * w with x = a + b; x stays in memory if others read it."""
-    match = _weighted(node, run)
+    match = weighted(node, run)
     if match is None or match[0].op is not ops.add or match[0] not in run.number:
         return None
     x, normed, weight = match
@@ -61,7 +61,7 @@ def sum_norm_times_row(node: Node, run: Run) -> Fused | None:
 
 def norm_times_row(node: Node, run: Run) -> Fused | None:
     """rms_norm(x) * w."""
-    match = _weighted(node, run)
+    match = weighted(node, run)
     if match is None:
         return None
     x, normed, weight = match

@@ -8,6 +8,7 @@ from pyggml.backends.cuda.attention.latent_row import latent_row
 from pyggml.backends.cuda.compressor import compressed_row
 from pyggml.backends.cuda.elementwise import activated_times
 from pyggml.backends.cuda.fusion import Pattern
+from pyggml.backends.cuda.hyper_norm import norm_after_post, norm_of_streams
 from pyggml.backends.cuda.moe import sum_and_more
 from pyggml.backends.cuda.moe_routing import route
 from pyggml.backends.cuda.norm import norm_times_row, norm_with_row, sum_norm_times_row
@@ -26,6 +27,8 @@ PATTERNS: tuple[Pattern, ...] = (
     (norm_rope_into_rows, (ops.set_rows,)),
     (rope_into_rows, (ops.set_rows,)),
     (norm_rope, (ops.rope_ext,)),
+    (norm_after_post, (ops.mul,)),
+    (norm_of_streams, (ops.mul,)),
     (activated_times, (ops.mul,)),
     (sum_norm_times_row, (ops.mul,)),
     (norm_times_row, (ops.mul,)),

@@ -35,7 +35,6 @@ from pyggml.models.weights import Layer
 from pyggml.node import Node
 from pyggml.ops import (
     causal_mask,
-    cont,
     flash_attn_ext,
     lightning_indexer,
     merge_lse,
@@ -48,6 +47,7 @@ from pyggml.ops import (
     top_k,
     view,
 )
+from pyggml.ops.copy import flat
 
 #: The ratios that files may have.
 PLAIN, SPARSE, HEAVY = 0, 4, 128
@@ -192,7 +192,7 @@ def attention(
             ids = _chosen(layer, x, qr, keys, mask, batch, a, rotate)
         past = flash_attn_ext(q, old, old, mask, ids=ids, scale=a.d**-0.5, lse=True)
         y = merge_lse(y, past)
-        y = cont(view(y, ne=(a.d, *y.ne[1:3])))
+        y = view(y, ne=(a.d, *y.ne[1:3]))
     y = rotate(layer.label(y, "kqv"), batch.pos, back=True)
     return layer.label(_output(layer, layer.label(y, "kqv_out"), a), "attn_out")
 
@@ -224,4 +224,4 @@ def _output(layer: Layer, y: Node, a: Compressed) -> Node:
     n_tokens = y.ne[2]
     y = reshape(y, ne=(a.d * a.n_head // a.n_group, a.n_group, n_tokens))
     y = permute(linear(layer, "attn_output_a", permute(y, axes=SWAP)), axes=SWAP)
-    return linear(layer, "attn_output_b", reshape(cont(y), ne=(a.out_rank * a.n_group, n_tokens)))
+    return linear(layer, "attn_output_b", flat(y, a.out_rank * a.n_group, n_tokens))

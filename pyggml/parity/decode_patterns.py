@@ -1,4 +1,4 @@
-"""Graphs that test the fusions of a decode step: rows of caches, compressors."""
+"""Graphs that test the fusions of a decode step: rows of caches, compressors, hyper-connections."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ from pyggml.node import Node
 from pyggml.ops import (
     add,
     cont,
+    dsv4_hc_maps,
+    dsv4_hc_post,
+    dsv4_hc_pre,
     get_rows,
     mul,
+    mul_mat,
+    mul_multi_add,
     permute,
     reshape,
     rms_norm,
@@ -22,6 +27,7 @@ from pyggml.ops import (
     set_rows,
     soft_max,
     sum_rows,
+    view,
 )
 from pyggml.ops.leaf import input as input_
 from pyggml.ops.leaf import state
@@ -108,6 +114,35 @@ def _compressor(
     return m.done(cache=every, **rings)
 
 
+def _connected(m: Maker, streams: Node, name: str) -> tuple[Node, Node, Node]:
+    """The norm of a sublayer's input, and post and comb for its result."""
+    n, hc, n_tokens, _ = streams.ne
+    flat = rms_norm(reshape(streams, ne=(n * hc, n_tokens)), eps=1e-5)
+    mixes = mul_mat(m.weight(f"{name}.fn", n * hc, (2 + hc) * hc), flat, prec="f32")
+    base, factor = m.floats(f"{name}.base", (2 + hc) * hc), m.floats(f"{name}.scale", 3)
+    maps = dsv4_hc_maps(mixes, factor, base, eps=1e-3, n_iter=4)
+    rows = (view(maps, ne=(hc, 1, n_tokens), start=(0, i)) for i in range(2))
+    pre, post = (permute(row, axes=(0, 2, 1, 3)) for row in rows)
+    x = mul(rms_norm(dsv4_hc_pre(streams, pre), eps=1e-6), m.weight(f"{name}.norm", n))
+    return x, post, view(maps, ne=(hc, hc, n_tokens), start=(0, 2))
+
+
+def hyper_connections(m: Maker, n: int = 160, hc: int = 4, n_tokens: int = 1) -> Pattern:
+    """Three sublayers: one that a product follows, one after a sum over experts, and the last.
+    Maps of other mixes."""
+    streams = m.floats("streams", n, hc, n_tokens)
+    x, post, comb = _connected(m, streams, "one")
+    y = mul_mat(m.weight("w", n, n, type="iq4_nl"), x)
+    streams = dsv4_hc_post(y, streams, post, comb)
+    x, post, comb = _connected(m, streams, "two")
+    a, w = m.floats("a", n, 3, n_tokens), m.floats("shares", 1, 3, n_tokens)
+    streams = dsv4_hc_post(add(mul_multi_add(a, w), x), streams, post, comb)
+    x, post, comb = _connected(m, streams, "three")
+    base, factor = m.floats("base", (2 + hc) * hc), m.floats("scale", 3)
+    alone = dsv4_hc_maps(m.floats("m", (2 + hc) * hc, n_tokens), factor, base, eps=0.1, n_iter=3)
+    return m.done(x=x, streams=dsv4_hc_post(x, streams, post, comb), alone=alone)
+
+
 PATTERNS: dict[str, Callable[[Maker], Pattern]] = {
     "norm_and_rope": norm_and_rope,
     "norm_rope_row_f16": partial(_norm_rope_row, type="f16", mode="normal"),
@@ -116,5 +151,8 @@ PATTERNS: dict[str, Callable[[Maker], Pattern]] = {
     "compressor": _compressor,
     "compressor_of_pairs_q8_0": partial(_compressor, type="q8_0", pairs=True, n=8),
     "compressor_of_tokens_bf16": partial(_compressor, type="bf16", n=13, tokens=3),
+    "hyper_connections": hyper_connections,
+    "hyper_connections_of_tokens": partial(hyper_connections, n=64, hc=2, n_tokens=T),
+    "hyper_connections_of_three": partial(hyper_connections, n=4160, hc=3),
     "compressor_waiting": partial(_compressor, row=-1),
 }

@@ -21,6 +21,10 @@ COMPRESSOR = (
     "get_rows add set_rows set_rows get_rows get_rows add cont cont soft_max_ext mul sum_rows "
     "rms_norm mul rope_ext set_rows"
 )
+HYPER = "rms_norm mul_mat dsv4_hc_maps mul_multi_add rms_norm mul"
+FIXED = HYPER.replace("rms_norm mul", "rms_norm fixed_point mul").replace(
+    "fixed_point mul_mat", "mul_mat"
+)
 #: The ops of each step that has several.
 FUSED = {
     "norm_and_products": ["add rms_norm fixed_point mul", "add rms_norm mul"],
@@ -51,6 +55,14 @@ FUSED = {
     **{
         f"compressor{kind}": [COMPRESSOR]
         for kind in ("", "_of_pairs_q8_0", "_of_tokens_bf16", "_waiting")
+    },
+    **{
+        f"hyper_connections{kind}": [
+            FIXED,
+            f"dsv4_hc_post {HYPER}",
+            f"mul_multi_add add dsv4_hc_post {HYPER}",
+        ]
+        for kind in ("", "_of_tokens", "_of_three")
     },
     "gated": ["silu mul", "relu mul"],
     "turned_f16": ["rope_ext set_rows"],

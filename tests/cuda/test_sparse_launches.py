@@ -10,7 +10,7 @@ from pyggml.backends.cuda.launch import Launch
 from tools.launches import KINDS, layer_launches
 
 #: Launches of a token at 8192 rows.
-LAUNCHES = {"window": 36, "ratio_4": 51, "ratio_128": 41, "v32": 33, "glm_5": 33}
+LAUNCHES = {"window": 26, "ratio_4": 40, "ratio_128": 30, "v32": 33, "glm_5": 33}
 
 
 def names(kind: str) -> list[str]:
@@ -28,3 +28,10 @@ def test_a_compressor_is_one_launch_besides_its_products() -> None:
     more = rest["ratio_128"] - rest["window"]
     assert (more["compressed_row"], more["vec"]) == (1, 2)
     assert not {"softmax", "sum_rows", "binary", "unary"} & more.keys()
+
+
+def test_hyper_connections_are_two_launches_a_sublayer() -> None:
+    counts = Counter(names("window"))
+    own = "hyper_mix", "hyper_norm", "multi_add", "dsv4_hc_post"
+    assert [counts[name] for name in own] == [1, 1, 1, 1]  # the last two join the next layer's
+    assert not {"dsv4_hc_comb", "copy"} & counts.keys()

@@ -1,16 +1,9 @@
 // Hyper-connections: several residual streams, mixed before and after a sublayer.
 // @kernel hot dsv4_hc_comb<{1|2|3|4|5|8|32}, {true|false}>
 // @kernel hot dsv4_hc_post<{0|1|2|3|4|8}, {1|4}>
-#include "common.cuh"
+#include "sinkhorn.cuh"
 
 // -- comb -------------------------------------------------------------------------------------------
-
-// The matrix of a token is in the registers of `lanes_of` lanes: one lane for each source stream,
-// with a number for each target. So one launch does all iterations: a sum over targets stays in a
-// thread, and one over sources takes a few shuffles. One thread for each number of the matrix needs
-// shuffles for both.
-template <int HC>
-constexpr int lanes_of = HC <= 1 ? 1 : HC <= 2 ? 2 : HC <= 4 ? 4 : HC <= 8 ? 8 : HC <= 16 ? 16 : 32;
 
 // mixes [(2 + HC) HC, tokens], scale [>= 3], base [(2 + HC) HC] -> out [target, source, tokens].
 // MAPS: rows of pre and post come before those of the sources; a lane computes a number of each. As
@@ -24,26 +17,6 @@ dsv4_hc_comb(Tensor out, Tensor mixes, Tensor scale, Tensor base, float eps, int
     const int t = blockIdx.x * (256 / LANES) + threadIdx.x / LANES, s = threadIdx.x % LANES;
     const bool there = s < HC && t < out.ne[2];
     float c[HC] = {};  // absent sources stay 0, so they add nothing
-    // Divides by the sum over targets.
-    // Exact division is a subroutine; 160 of them in a row would be most of the kernel's time.
-    auto by_source = [&](float extra) {
-        float sum = 0;
-#pragma unroll
-        for (int d = 0; d < HC; d++) sum += c[d];
-        sum += extra;
-#pragma unroll
-        for (int d = 0; d < HC; d++)
-            if (there) c[d] = __fdividef(c[d], sum);
-    };
-    auto by_target = [&] {
-#pragma unroll
-        for (int d = 0; d < HC; d++) {
-            float sum = c[d];
-#pragma unroll
-            for (int lane = LANES / 2; lane; lane /= 2) sum += __shfl_xor_sync(~0u, sum, lane);
-            if (there) c[d] = __fdividef(c[d], sum + eps);
-        }
-    };
     auto mixed = [&](int i, float factor) {
         return factor * *mixes.at<float>(i, t, 0, 0) + *base.at<float>(i, 0, 0, 0);
     };
@@ -55,24 +28,10 @@ dsv4_hc_comb(Tensor out, Tensor mixes, Tensor scale, Tensor base, float eps, int
     }
     if (there) {
         const float factor = *scale.at<float>(2, 0, 0, 0);
-        float top = __int_as_float(0xFF800000);  // -inf
 #pragma unroll
-        for (int d = 0; d < HC; d++) {
-            c[d] = mixed(2 * HC + d + HC * s, factor);
-            top = fmaxf(top, c[d]);
-        }
-        const bool none = top == __int_as_float(0xFF800000);
-#pragma unroll
-        for (int d = 0; d < HC; d++) c[d] = expf(c[d] - (none ? 0 : top));
-        if (!none) by_source(0);
-#pragma unroll
-        for (int d = 0; d < HC; d++) c[d] += eps;
+        for (int d = 0; d < HC; d++) c[d] = mixed(2 * HC + d + HC * s, factor);
     }
-    by_target();
-    for (int i = 1; i < n_iter; i++) {
-        by_source(eps);
-        by_target();
-    }
+    sinkhorn<HC>(c, there, eps, n_iter);
     if (there)
 #pragma unroll
         for (int d = 0; d < HC; d++) *out.at<float>(d, s + 2 * MAPS, t, 0) = c[d];

@@ -149,7 +149,10 @@ def _leaving(step: CudaStep, fixed: Node) -> CudaStep:
     """The step, with its result in fixed point as an additional result."""
     nodes = (*step.nodes[:-1], fixed, step.node)
     results = {**step.results, "fixed": fixed}
-    return CudaStep(nodes, step.operands, step.record, results=results, inplace=step.inplace)
+    return CudaStep(
+        nodes, step.operands, step.record,
+        results=results, inplace=step.inplace, scratch=step.scratch,
+    )  # fmt: skip
 
 
 def _reading(product: CudaStep, prepared: Sequence[Node]) -> CudaStep:
