@@ -4,7 +4,8 @@ No model is known here. A product W x whose x can be computed in parts along k, 
 that are cut by rows, becomes a sum over devices. If there is an attention on the way, it is cut by
 heads; else the products on the way are cut by rows. A product by expert ids becomes a sum over
 devices that have some of the experts, and an attention over a cache a sum over devices that have
-some of its rows.
+some of its rows. If the attention is to chosen rows, the choice (`top_k` of scores of a cache's
+rows) is made on each device among its own rows, and then among these.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from typing import Literal
 from pyggml.graph import Graph
 from pyggml.node import Node, label_of
 from pyggml.operation import slice_of
-from pyggml.ops.attention import flash_attn_ext
+from pyggml.ops.attention import causal_mask, flash_attn_ext
 from pyggml.ops.copy import get_rows
 from pyggml.ops.leaf import constant_op, state_op
 from pyggml.ops.linear import mul_mat, mul_mat_id
-from pyggml.ops.reduce import soft_max_ext
+from pyggml.ops.merge import merge_lse
+from pyggml.ops.reduce import soft_max_ext, top_k
 from pyggml.ops.views import state_of
 from pyggml.passes.parts import Family, divided, interleaved, sliced
 from pyggml.traits import Ids
@@ -28,6 +30,11 @@ from pyggml.traits import Ids
 #: The rows of a table or a matrix are divided if there are so many times more than elements of one:
 #: those of a vocabulary.
 TALL = 4
+
+#: All plans of a store must cut its states alike, and they read caches in steps of 256 positions
+#: (`KV_STEP` of generate/plans.py). A row that stands for more positions than 256 / N is therefore
+#: on each of N devices; there are few of them.
+STEP = 256
 
 #: The shares of the devices that compute a node.
 Shares = Sequence[float]
@@ -52,6 +59,7 @@ class Divisions:
 
     sums     node -> the sum that it is
     passed   nodes that are computed from the parts of a sum, before it is summed
+    choices  top_k -> the parts of the rows from which it chooses, along axis 0 of its source
     gathers  node -> the parts along axis 0 of its result
     masked   node -> ids: rows whose id another device has are not needed there
     reasons  for each cut that was asked for, why a node could not be cut
@@ -59,6 +67,7 @@ class Divisions:
 
     sums: dict[Node, Sum] = field(default_factory=dict)
     passed: set[Node] = field(default_factory=set)
+    choices: dict[Node, Family] = field(default_factory=dict)
     gathers: dict[Node, Family] = field(default_factory=dict)
     masked: dict[Node, Node] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
@@ -67,6 +76,13 @@ class Divisions:
     def is_partial(self, node: Node) -> bool:
         """Whether each device has a part of a sum for the node."""
         return node in self.sums or node in self.passed
+
+    def kind(self, node: Node) -> str:
+        """The kind of the sum that a node is, or from whose parts it is computed; else ""."""
+        while node in self.passed:
+            node = next(s for s in node.src if s is not None and self.is_partial(s))
+        total = self.sums.get(node)
+        return "" if total is None else total.kind
 
 
 def divide(graph: Graph, cuts: Mapping[str, int], shares_of: Callable[[Node], Shares]) -> Divisions:
@@ -115,10 +131,15 @@ class _Divider:
         if len(shares) < 2 or node.op.leaf or node.op.view is not None:
             return
         sums = self.result.sums
-        if node.op is flash_attn_ext and node.get("ids") is None and "sequence" in self.cuts:
+        if node.op is flash_attn_ext and "sequence" in self.cuts:
             family = self._by_rows_of_cache(node, len(shares))
             if family is not None:
                 sums[node] = Sum("kv", family)
+                self.result.used.add("sequence")
+        elif node.op is top_k and "sequence" in self.cuts:
+            family = interleaved(0, node["a"].ne[0], len(shares))
+            if family is not None and self._scores_cache(node["a"], family):
+                self.result.choices[node] = family
                 self.result.used.add("sequence")
         elif node.op.ids is not None and node.op.writes is None:
             family = self._by_ids(node, node.op.ids, shares)
@@ -152,12 +173,14 @@ class _Divider:
     def _by_rows_of_cache(self, node: Node, count: int) -> Family | None:
         """The parts of the keys, if they come from a state; rows take turns over the devices."""
         reasons = self.result.reasons
-        plain = ("q", "k", "v", "mask", "sinks")
-        others = [name for name in node.op.operands if name not in plain]
-        if node.attrs["lse"] or any(node.get(name) is not None for name in others):
-            return None  # keys are counted or chosen by their numbers
-        k, v = node["k"], node["v"]
-        if not all(self._from_state(x) for x in (k, v)):
+        k, v, mask = node["k"], node["v"], node.get("mask")
+        if node.get("kv_len") is not None or not all(self._from_state(x) for x in (k, v)):
+            return None  # keys are counted, or computed from the tokens
+        if mask is not None and _stride(mask) * count > STEP:
+            why = (
+                f"a row of {label_of(node)} stands for {_stride(mask)} tokens, more than {STEP} / N"
+            )
+            reasons.setdefault("sequence", f"{why} for N = {count} devices")
             return None
         family = interleaved(1, k.ne[1], count)
         if family is None:
@@ -165,6 +188,40 @@ class _Divider:
                 f"{label_of(node)} reads {k.ne[1]} rows, not the same number for {count} devices"
             )
         return family
+
+    def _scores_cache(self, node: Node, family: Family) -> bool:
+        """Whether parts along axis 0 of scores are computed from parts of a state's rows, and all
+        else that they read is not from a state."""
+        stack, cut = [(node, family)], False
+        while stack:
+            each, parts = stack.pop()
+            if each.op is state_op:
+                cut = True
+                continue
+            if each in self.constant or each.op.leaf:
+                continue
+            if each.op.writes is not None:  # new rows are written to the parts of the state
+                stack.append((each.root, parts))
+                continue
+            step = sliced(each, parts)
+            if step is None:
+                if self._reads_state(each):
+                    return False
+                continue
+            stack += [(s, p) for s, p in zip(each.src, step.families) if s is not None and p]
+        return cut
+
+    def _reads_state(self, node: Node) -> bool:
+        """Whether a tensor is computed from a state, besides others."""
+        stack, seen = [node], {node}
+        while stack:
+            each = stack.pop()
+            if each.op is state_op:
+                return True
+            new = [s for s in each.src if s is not None and s not in seen]
+            seen.update(new)
+            stack += new
+        return False
 
     def _from_state(self, node: Node) -> bool:
         """Whether a tensor is computed from a state alone."""
@@ -267,6 +324,7 @@ class _Divider:
                 result.masked[node] = node["ids"]
             return
         self._pass_on(node)
+        self._merge_on(node)
         ids = {result.masked[s] for s in node.src if s in result.masked}
         if len(ids) == 1 and all(self._by_row(node, s) for s in node.src if s in result.masked):
             result.masked[node] = ids.pop()
@@ -286,14 +344,20 @@ class _Divider:
             return
         alone = all(users[s] == [node] and s not in self.roots for s in sources)
         alike = all(list(self.shares_of(s)) == list(self.shares_of(node)) for s in sources)
-        kinds = {self._kind(s) for s in sources}
+        kinds = {result.kind(s) for s in sources}
         smaller = node.spec.elements <= sum(s.spec.elements for s in sources)
         if alone and alike and smaller and "kv" not in kinds:
             result.passed.add(node)
 
-    def _kind(self, node: Node) -> str:
-        total = self.result.sums.get(node)
-        return total.kind if total is not None else ""
+    def _merge_on(self, node: Node) -> None:
+        """Attentions that are merged with each other are summed after that, together."""
+        result, users = self.result, self.graph.users
+        if node.op is not merge_lse or len(self.shares_of(node)) < 2:
+            return
+        parts = [node["a"], node["b"]]
+        alone = all(users[s] == [node] and s not in self.roots for s in parts)
+        if alone and all(result.kind(s) == "kv" for s in parts):
+            result.passed.add(node)
 
     def _by_row(self, node: Node, source: Node) -> bool:
         """Whether each row of `node` is computed from the same row of `source`."""
@@ -317,6 +381,11 @@ def _constants(graph: Graph) -> set[Node]:
         if derived or node.op is constant_op:
             constant.add(node)
     return constant
+
+
+def _stride(mask: Node) -> int:
+    """For how many positions a row stands that a mask hides or not."""
+    return int(mask.attrs["stride"]) if mask.op is causal_mask else 1
 
 
 def _divisors(n: int) -> list[int]:

@@ -20,8 +20,10 @@ from pyggml.ops.collective import all_gather, all_reduce, broadcast, reduce_scat
 from pyggml.ops.copy import cast, cont, get_rows
 from pyggml.ops.elementwise import add
 from pyggml.ops.leaf import constant, constant_op, part_of, state_op
+from pyggml.ops.merge import lse_finish, lse_sum
 from pyggml.ops.views import reshape, view
 from pyggml.passes.bodies import Recursive, unwound
+from pyggml.passes.chosen import choice
 from pyggml.passes.divisions import Divisions
 from pyggml.passes.meanings import on_device
 from pyggml.passes.parts import (
@@ -77,7 +79,7 @@ class Builder:
         """The graph of all devices; None if there are conflicts."""
         old = self.work.graph
         outputs = {
-            key: unwound(self._whole(node, self.groups[node][0]))
+            key: unwound(self.whole(node, self.groups[node][0]))
             for key, node in old.outputs.items()
         }
         updates = [new for node in old.updates for new in self._update(node)]
@@ -85,7 +87,7 @@ class Builder:
 
     # -- all of a tensor -----------------------------------------------------------------------
 
-    def _whole(self, node: Node, d: int) -> Recursive[Node]:
+    def whole(self, node: Node, d: int) -> Recursive[Node]:
         """All of `node`, for a device to read."""
         key = (node, d)
         new = self.memo.get(key)
@@ -102,23 +104,25 @@ class Builder:
                 return self._leaf(node, d)
         if d not in group:
             near = group[d % len(group)]
-            new = yield self._whole(node, near)
-            return new if self._alone(d) else self._put(broadcast(new, rank=d), d, node)
+            new = yield self.whole(node, near)
+            return new if self._alone(d) else self.put(broadcast(new, rank=d), d, node)
         if self.divisions.is_partial(node):
             return (yield from self._summed(node, d))
+        if node in self.divisions.choices:
+            return (yield from choice(self, node, d))
         gathered = self.divisions.gathers.get(node)
         if gathered is not None:
             parts = []
             for i, other in enumerate(group):
-                parts.append((yield self._part(node, gathered, i, other)))
-            return self._put(all_gather(*parts, dim=0, rank=d), d, node)
+                parts.append((yield self.part(node, gathered, i, other)))
+            return self.put(all_gather(*parts, dim=0, rank=d), d, node)
         if node.op.writes is not None:
             self._read_whole(node.root)
         src: list[Node | None] = []
         for source in node.src:
-            whole = None if source is None else (yield self._whole(source, d))
+            whole = None if source is None else (yield self.whole(source, d))
             src.append(whole)
-        return self._put(rebuilt(node, tuple(src)), d, node)
+        return self.put(rebuilt(node, tuple(src)), d, node)
 
     def _alone(self, d: int) -> bool:
         """Whether no other device computes the same as this one from what it reads."""
@@ -129,9 +133,15 @@ class Builder:
         parts = []
         for i, other in enumerate(self.groups[node]):
             parts.append((yield self._summand(node, i, other)))
-        total = self.divisions.sums.get(node)
-        merge = "lse" if total is not None and total.kind == "kv" else "sum"
-        return self._put(all_reduce(*parts, op=merge, rank=d), d, node)  # type: ignore[arg-type]
+        if self.divisions.kind(node) != "kv":
+            return self.put(all_reduce(*parts, rank=d), d, node)
+        if parts[0].ne != node.ne:
+            return self.put(all_reduce(*parts, op="lse", rank=d), d, node)
+        total: Node | None = None  # with its log-sum-exp, which no collective gives
+        for part in parts:
+            total = self.put(lse_sum(self.brought(part, d), total), d, node)
+        assert total is not None
+        return self.put(lse_finish(total, lse=True), d, node)
 
     def _leaf(self, node: Node, d: int) -> Node:
         """The leaf of device `d`."""
@@ -150,7 +160,7 @@ class Builder:
 
     # -- a part of a tensor --------------------------------------------------------------------
 
-    def _part(self, node: Node, family: Family, i: int, d: int) -> Recursive[Node]:
+    def part(self, node: Node, family: Family, i: int, d: int) -> Recursive[Node]:
         """Part number `i` of the family of `node`, for device `d`.
 
         Another stage computes its own parts, one for each device of this one.
@@ -183,9 +193,9 @@ class Builder:
             if not self._splits(node.root, self._of_state(node, family)):
                 return (yield from self._shown(node, family, i, d))
             if ids is not None and part.axis == ids.axis:
-                a = yield self._part(node["a"], family, i, d)
-                b = yield self._whole(node["b"], d)
-                local = yield self._local(node["ids"], node.ne[ids.axis], family, i, d)
+                a = yield self.part(node["a"], family, i, d)
+                b = yield self.whole(node["b"], d)
+                local = yield self.local(node["ids"], node.ne[ids.axis], family, i, d)
                 return self._write(node, node.op(a, b, local), d)
         step = self._sliced(node, family)
         if step is None:
@@ -195,9 +205,9 @@ class Builder:
             if source is None:
                 src.append(None)
             elif parts is None:
-                src.append((yield self._whole(source, d)))
+                src.append((yield self.whole(source, d)))
             else:
-                src.append((yield self._part(source, parts, i, d)))
+                src.append((yield self.part(source, parts, i, d)))
         attrs = {**node.attrs, **step.rules[i].attrs}
         for name, per in step.rules[i].shift.items():
             attrs[name] += per * part.start
@@ -208,7 +218,7 @@ class Builder:
         if new.spec.rank != node.spec.rank:  # a slice rule gives all four sizes
             spec = Spec.of(new.dtype, new.ne, node.spec.rank)
             new = new.op.make(new.src, dict(new.attrs), spec, line=False)
-        return self._write(node, new, d) if node.op.writes is not None else self._put(new, d, node)
+        return self._write(node, new, d) if node.op.writes is not None else self.put(new, d, node)
 
     def _cut(self, leaf: Node, part: Part, d: int) -> Node:
         """The leaf of device `d` for a part of a weight or of a state."""
@@ -233,17 +243,17 @@ class Builder:
         part, dim = family[i], family[i].axis
         group = self.groups[node]
         scattered = self.divisions.is_partial(node) and len(group) == len(family)
-        if scattered and covers(family, node.ne) and self._kind(node) != "kv":
+        if scattered and covers(family, node.ne) and self.divisions.kind(node) != "kv":
             parts = []
             for k, other in enumerate(group):
                 parts.append((yield self._summand(node, k, other)))
             sizes = tuple(each.n for each in family)
             new = reduce_scatter(*parts, dim=dim, sizes=sizes, rank=i)
-            return self._put(new, d, node)
-        whole = yield self._whole(node, d)
+            return self.put(new, d, node)
+        whole = yield self.whole(node, d)
         sizes = part.within(node.ne)[: node.spec.rank]
         new = view(whole, ne=sizes, start=part.first(), step=part.steps())
-        return self._put(cont(new) if part.step > 1 else new, d, node)
+        return self.put(cont(new) if part.step > 1 else new, d, node)
 
     # -- states ----------------------------------------------------------------------------------
 
@@ -265,7 +275,7 @@ class Builder:
         return None
 
     def _write(self, node: Node, new: Node, d: int) -> Node:
-        new = self._put(new, d, node)
+        new = self.put(new, d, node)
         self.written.setdefault(node, {})[d] = new
         return new
 
@@ -279,9 +289,9 @@ class Builder:
         news = []
         for i, d in enumerate(group):
             if family is not None and self._splits(state, family):
-                news.append(unwound(self._part(node, family, i, d)))
+                news.append(unwound(self.part(node, family, i, d)))
             else:
-                news.append(unwound(self._whole(node, d)))
+                news.append(unwound(self.whole(node, d)))
         return news
 
     def _like(self, node: Node, state: Node) -> Family | None:
@@ -291,6 +301,8 @@ class Builder:
             return None
         if state in self.split:
             return self.split[state]
+        if any(other.spec == state.spec for other in self.whole_states):
+            return None
         for other, family in self.split.items():
             if other.spec == state.spec:
                 return family
@@ -319,6 +331,8 @@ class Builder:
             return (yield from self._passed_on(node, i, d))
         if total.kind == "ids":
             return (yield from self._chosen(node, total.family, i, d))
+        if total.kind == "kv" and node.get("ids") is not None:
+            return (yield from self._listed(node, total.family, i, d))
         target = node
         if total.kind == "kv":
             target = inherit(flash_attn_ext.again(node, lse=True), node)
@@ -330,10 +344,29 @@ class Builder:
             if source is None or (sinks and i > 0):  # sinks are one more key, of the first device
                 src.append(None)
             elif parts is None:
-                src.append((yield self._whole(source, d)))
+                src.append((yield self.whole(source, d)))
             else:
-                src.append((yield self._part(source, parts, i, d)))
-        return self._put(node.op(*src, **target.attrs), d, node)
+                src.append((yield self.part(source, parts, i, d)))
+        return self.put(node.op(*src, **target.attrs), d, node)
+
+    def _listed(self, node: Node, family: Family, i: int, d: int) -> Recursive[Node]:
+        """The attention to those of the listed rows that this device has."""
+        k, mask = node["k"], node.get("mask")
+        n = k.ne[1]
+        if k.root.op is state_op and k.root.ne[1] % len(family) == 0:
+            n = max(n, k.root.ne[1])  # one table for all lengths
+        turns = interleaved(1, n, len(family))
+        assert turns is not None
+        src: dict[str, Node | None] = {name: None for name in node.op.operands}
+        src["q"] = yield self.whole(node["q"], d)
+        for name in ("k", "v"):
+            src[name] = yield self.part(node[name], family, i, d)
+        if mask is not None:
+            src["mask"] = yield self.part(mask, along(0, family), i, d)
+        if i == 0 and node.get("sinks") is not None:  # one more key, of the first device
+            src["sinks"] = yield self.whole(node["sinks"], d)
+        src["ids"] = yield self.local(node["ids"], n, turns, i, d)
+        return self.put(node.op(*src.values(), **{**node.attrs, "lse": True}), d, node)
 
     def _passed_on(self, node: Node, i: int, d: int) -> Recursive[Node]:
         """The node over the parts of sums that it is linear in."""
@@ -344,8 +377,8 @@ class Builder:
             elif self.divisions.is_partial(source):
                 src.append((yield self._summand(source, i, d)))
             else:
-                src.append((yield self._whole(source, d)))
-        return self._put(rebuilt(node, tuple(src)), d, node)
+                src.append((yield self.whole(source, d)))
+        return self.put(rebuilt(node, tuple(src)), d, node)
 
     def _chosen(self, node: Node, family: Family, i: int, d: int) -> Recursive[Node]:
         """The node with the weights of this device, and zeros where another one has them."""
@@ -360,17 +393,17 @@ class Builder:
             if source is None:
                 src.append(None)
             elif name in weights:
-                src.append((yield self._part(source, parts, i, d)))
+                src.append((yield self.part(source, parts, i, d)))
             elif name == ids.operand:
-                src.append((yield self._local(source, n, family, i, d)))
+                src.append((yield self.local(source, n, family, i, d)))
             else:
                 src.append((yield self._rows(source, node[ids.operand], i, d)))
-        return self._put(node.op(*src, **node.attrs), d, node)
+        return self.put(node.op(*src, **node.attrs), d, node)
 
     def _rows(self, node: Node, ids: Node, i: int, d: int) -> Recursive[Node]:
         """`node`, of which only the rows are needed whose ids this device has."""
         if self.divisions.masked.get(node) is not ids or len(self.groups[node]) == 1:
-            return (yield from self._whole(node, d))
+            return (yield from self.whole(node, d))
         if node in self.divisions.sums:
             return (yield from self._summand(node, i, d))
         d = d if d in self.groups[node] else self.groups[node][i]
@@ -381,10 +414,10 @@ class Builder:
             for source in node.src:
                 rows = None if source is None else (yield self._rows(source, ids, i, d))
                 src.append(rows)
-            new = self.memo[key] = self._put(rebuilt(node, tuple(src)), d, node)
+            new = self.memo[key] = self.put(rebuilt(node, tuple(src)), d, node)
         return new
 
-    def _local(self, ids: Node, n: int, family: Family, i: int, d: int) -> Recursive[Node]:
+    def local(self, ids: Node, n: int, family: Family, i: int, d: int) -> Recursive[Node]:
         """Ids that count from the first element of this device; -1 for what others have.
 
         ids  choose from n elements, of which this device has a part
@@ -392,7 +425,7 @@ class Builder:
         key = ("local", ids, n, family, d)
         if key in self.memo:
             return self.memo[key]
-        whole = yield self._whole(ids, d)
+        whole = yield self.whole(ids, d)
         part = family[i]
         table = np.zeros((n, 1), np.int32)
         table[part.start :: part.step][: part.n, 0] = np.arange(1, part.n + 1)
@@ -400,14 +433,14 @@ class Builder:
         ranks = self._named(constant(table, name=f"shard.local.{n}.{span}"), d)
         minus = self._named(constant(np.full(1, -1, np.int32), name="shard.minus"), d)
         if whole.dtype.name == "i64":
-            whole = self._put(cast(whole, dtype="f32"), d, ids)
-            whole = self._put(cast(whole, dtype="i32"), d, ids)
+            whole = self.put(cast(whole, dtype="f32"), d, ids)
+            whole = self.put(cast(whole, dtype="i32"), d, ids)
         if not whole.contiguous:
-            whole = self._put(cont(whole), d, ids)
-        flat = self._put(reshape(whole, ne=(whole.spec.elements,)), d, ids)
-        found = self._put(get_rows(ranks, flat), d, ids)  # 1 more than the rank; 0 for none
-        local = self._put(add(found, minus), d, ids)
-        new = self._put(reshape(local, ne=ids.ne[: ids.spec.rank]), d, ids)
+            whole = self.put(cont(whole), d, ids)
+        flat = self.put(reshape(whole, ne=(whole.spec.elements,)), d, ids)
+        found = self.put(get_rows(ranks, flat), d, ids)  # 1 more than the rank; 0 for none
+        local = self.put(add(found, minus), d, ids)
+        new = self.put(reshape(local, ne=ids.ne[: ids.spec.rank]), d, ids)
         self.memo[key] = new
         return new
 
@@ -420,11 +453,7 @@ class Builder:
 
     # -- devices -------------------------------------------------------------------------------
 
-    def _kind(self, node: Node) -> str:
-        total = self.divisions.sums.get(node)
-        return total.kind if total is not None else ""
-
-    def _put(self, new: Node, d: int, old: Node) -> Node:
+    def put(self, new: Node, d: int, old: Node) -> Node:
         """Settle a new node on a device, or its meaning in simpler ops."""
         inherit(new, old)
         if new.op.view is not None or new.op.leaf or new in self.homes:
@@ -432,7 +461,7 @@ class Builder:
         backend = self.devices[d]
         if new.op in COLLECTIVES and backend.supports(new) is not None:
             # A meaning has no rank, so the copies make the sums of the devices different nodes.
-            new = rebuilt(new, tuple(None if s is None else self._brought(s, d) for s in new.src))
+            new = rebuilt(new, tuple(None if s is None else self.brought(s, d) for s in new.src))
         supported = on_device(new, backend, self.refused.setdefault(d, {}))
         self.expanded += supported.expanded
         stack = [supported.node]
@@ -445,7 +474,7 @@ class Builder:
             stack += [s for s in part.src if s is not None and s not in self.homes]
         return inherit(supported.node, old)
 
-    def _brought(self, part: Node, d: int) -> Node:
+    def brought(self, part: Node, d: int) -> Node:
         """A part on this device: a copy if it is on another one."""
         backend = self.devices[d]
         if self.homes[part.base].device == backend.device:

@@ -130,6 +130,47 @@ class Layers:
         y = gg.reshape(gg.cont(gg.permute(y, axes=(0, 2, 1, 3))), ne=(heads * d, t))
         self.add(gg.mul_mat(self.weight("wo", heads * d, self.n_embd), y))
 
+    def sparse(self) -> None:
+        """Attention over the rows that an indexer chooses; many of its scores are equal."""
+        r, heads, d, n_index, t = 32, 2, 32, 2, self.n_tokens
+
+        def small(what: str, *ne: int) -> Node:
+            values = self.rng.integers(-1, 2, ne[::-1])
+            return self.input(f"{what}{len(self.inputs)}", ne, values)
+
+        index = gg.state(f"index.{len(self.inputs)}", "f16", ne=(d, N_CTX))
+        keys = self.written(index, small("index_k", d, t))
+        q = small("index_q", d, n_index, t)
+        scores = gg.lightning_indexer(q, keys, small("index_w", n_index, t), self.mask)
+        ids = gg.top_k(scores, k=self.draw(st.integers(1, N_CTX)))
+        self.outputs[f"ids{self.count}"] = ids
+        rows = self.written(
+            self.state("kv", r, N_CTX),
+            gg.mul_mat(self.weight("wkv", self.n_embd, r), self.normed()),
+        )
+        q = gg.mul_mat(self.weight("wq", self.n_embd, heads * r), self.normed())
+        q = gg.permute(gg.reshape(q, ne=(r, heads, t)), axes=(0, 2, 1, 3))
+        y = gg.flash_attn_ext(q, rows, rows, self.mask, ids=ids, scale=0.2)
+        y = gg.reshape(y, ne=(heads * r, t))
+        self.add(gg.mul_mat(self.weight("wo", heads * r, self.n_embd), y))
+
+    def merged(self) -> None:
+        """Two attentions that are merged, as a window and what came before it."""
+        d, heads, t = 16, 2, self.n_tokens
+        q = gg.mul_mat(self.weight("wq", self.n_embd, heads * d), self.normed())
+        q = gg.permute(gg.reshape(q, ne=(d, heads, t)), axes=(0, 2, 1, 3))
+        parts = []
+        for name in ("window", "past"):
+            row = gg.mul_mat(self.weight(name, self.n_embd, d), self.normed())
+            rows = self.written(self.state(name, d, N_CTX), row)
+            sinks = self.weight("sinks", heads) if self.draw(st.booleans()) else None
+            parts.append(gg.flash_attn_ext(q, rows, rows, self.mask, sinks, scale=0.2, lse=True))
+        if self.draw(st.booleans()):
+            self.outputs["partial"] = parts[0]
+        y = gg.merge_lse(*parts)
+        y = gg.reshape(gg.cont(gg.view(y, ne=(d, heads, t))), ne=(heads * d, t))
+        self.add(gg.mul_mat(self.weight("wo", heads * d, self.n_embd), y))
+
     def feed_forward(self) -> None:
         n_ff, h = 32 * self.draw(st.integers(1, 8)), self.normed()
         up, gate = (self.weight(what, self.n_embd, n_ff) for what in ("up", "gate"))
@@ -175,7 +216,7 @@ class Layers:
 
 
 INTS = ("i32", "i64")
-PARTS = ("attention", "latent", "feed_forward", "experts", "embedding")
+PARTS = ("attention", "latent", "sparse", "merged", "feed_forward", "experts", "embedding")
 
 
 @st.composite
