@@ -95,8 +95,8 @@ class Runner(Protocol):
 class Backend(Protocol):
     """A set of kernels on a device.
 
-    The pure half is `supports`, `numeric`, `weight_layout` and `lower`: it needs no device and
-    allocates nothing.
+    The pure half is `supports`, `numeric`, `weight_layout`, `borrows` and `lower`: it needs no
+    device and allocates nothing.
 
     name    its folder: "cuda"
     place   its name in `backends=` and `pins=`: "numpy", "cuda:1"
@@ -129,9 +129,15 @@ class Backend(Protocol):
         types."""
 
     def weight_layout(self, constant: Node, uses: Collection[Node]) -> WeightLayout:
-        """How to store the constant, given its type, size and all its uses: the nodes that read it
-        directly or through views, each view before its readers. A view that is an output has none.
+        """How to store a constant, or its transfer if the device reads that instead, given its
+        type, size and all its uses: the nodes that read it directly or through views, each view
+        before its readers. A view that is an output has none. If another device copies it in every
+        run, that transfer and its readers are uses.
         """
+
+    def borrows(self, constant: Node, lent: WeightLayout, own: WeightLayout) -> bool:
+        """Whether a `LoadStep` here can read a constant that the host keeps in the layout `lent`,
+        and store it in `own`."""
 
     def lower(
         self, nodes: Sequence[Node], keep: Collection[Node], layouts: Layouts, *, fuse: bool = True
@@ -190,8 +196,8 @@ class Backend(Protocol):
     ) -> Runner:
         """Bind steps to the address of every tensor, and to each step's scratch in `scratch`.
 
-        A `LoadStep` loads a constant's values on the host (`data_of`) to its address, stored in its
-        layout.
+        A `LoadStep` loads a constant from the host to its address, stored in its layout: from where
+        the plan has it there if it `borrows` that layout, else its values (`data_of`).
         """
 
     def record(self) -> Event:

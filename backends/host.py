@@ -64,6 +64,9 @@ class HostBackend:
     def weight_layout(self, constant: Node, uses: Collection[Node]) -> WeightLayout:
         return WeightLayout(constant.spec.nbytes)
 
+    def borrows(self, constant: Node, lent: WeightLayout, own: WeightLayout) -> bool:
+        return lent.name == "plain"
+
     def lower(
         self, nodes: Sequence[Node], keep: Collection[Node], layouts: Layouts, *, fuse: bool = True
     ) -> list[Step]:

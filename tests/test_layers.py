@@ -30,8 +30,8 @@ CONCRETE = {
 }  # fmt: skip
 #: Modules of backends/ that every backend may use.
 SHARED = {
-    "base", "step", "pieces", "table", "host", "host_memory", "host_runner", "code_cache",
-    "processors", "timing",
+    "base", "step", "pieces", "table", "host", "host_memory", "host_runner", "host_tiles",
+    "code_cache", "processors", "timing",
 }  # fmt: skip
 FILES = [f for d in ("pyggml", "ops", "backends") for f in sorted((TOP / d).rglob("*.py"))]
 MODULES = {f.relative_to(TOP): f for f in FILES if not f.match("pyggml/ops/**")}

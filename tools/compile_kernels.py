@@ -12,6 +12,7 @@ Comments in the kernels' sources declare the instances:
     $n      the word chosen in the n-th braces
     EVERY   all block types
     BLOCKS  the block types whose weights have a layout of their own in tiles
+    LENT    the block types that the cpu backend keeps in tiles
     SOME    one block type for each way to read codes
     UNARY   the functors of elementwise.cu that the macro UNARY defines; likewise BINARY
     hot     spills are an error
@@ -41,6 +42,7 @@ from time import thread_time
 from pyggml.backends.cuda.device import compiler
 from pyggml.backends.cuda.elementwise import BINARY_FUNCTORS, UNARY_FUNCTORS
 from pyggml.backends.cuda.weights.formats import FORMATS
+from pyggml.backends.host_tiles import FORMS
 from pyggml.errors import DeviceError
 
 _LINE = re.compile(r"^//\s*@kernel\s+(?P<flags>(?:(?:hot|\d+a?)\s+)*)(?P<name>.+)$", re.M)
@@ -52,6 +54,7 @@ _ALIKE = {"iq1_s", "iq1_m", "iq2_xxs", "iq2_s", "iq3_xxs", "iq3_s", "tq1_0"}
 _WORDS = {
     "EVERY": "|".join(FORMATS),
     "BLOCKS": "|".join(k for k in FORMATS if k not in _ALIKE),
+    "LENT": "|".join(FORMS),
     "SOME": "q8_0|q3_K|q6_K|iq4_nl|q1_0",
     "UNARY": "|".join(UNARY_FUNCTORS.values()),
     "BINARY": "|".join(BINARY_FUNCTORS.values()),

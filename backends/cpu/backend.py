@@ -19,8 +19,10 @@ from pyggml.backends.cpu.runner import CpuRunner
 from pyggml.backends.cpu.table import KERNELS, CpuStep
 from pyggml.backends.cpu.weights import tiles
 from pyggml.backends.host import HostBackend
+from pyggml.backends.host_tiles import LAYOUT
 from pyggml.backends.step import Addresses, Buffer, Layouts, Step, WeightLayout
 from pyggml.node import Node
+from pyggml.transfer import transfer
 
 # Importing a module registers its kernels.
 FAMILIES = (
@@ -56,7 +58,8 @@ class CpuBackend(HostBackend):
         return host.kernels.numeric(node)
 
     def weight_layout(self, constant: Node, uses: Collection[Node]) -> WeightLayout:
-        runs = (use.op.view is not None or KERNELS.refusal(use) is None for use in uses)
+        free = (use for use in uses if use.op.view is None and use.op is not transfer)
+        runs = (KERNELS.refusal(use) is None for use in free)
         if all(runs) and tiles.read(constant, uses):
             return tiles.layout_of(constant)
         return super().weight_layout(constant, uses)
@@ -76,7 +79,7 @@ class CpuBackend(HostBackend):
         return Kernels(tuple(names_of(step, at, scratch, self.numpy.kernels)), reason(step))
 
     def weight(self, constant: Node, layout: WeightLayout, data: NDArray[Any]) -> Buffer:
-        if layout.name == tiles.LAYOUT:
+        if layout.name == LAYOUT:
             require()
             return tiles.repacked(constant, layout, data)
         return super().weight(constant, layout, data)

@@ -11,8 +11,8 @@ from pyggml.backends.cpu.native.compiler import Native
 from pyggml.backends.cpu.rows import READABLE, adjacent
 from pyggml.backends.cpu.table import Call, Operand, kernel
 from pyggml.backends.cpu.weights.decode import decode_row
-from pyggml.backends.cpu.weights.forms import FORMS, tiles_of
-from pyggml.backends.cpu.weights.tiles import LAYOUT, may_be_tiled
+from pyggml.backends.cpu.weights.tiles import may_be_tiled
+from pyggml.backends.host_tiles import FORMS, LAYOUT, tiles_of
 from pyggml.dtypes import TYPES
 from pyggml.node import Node
 

@@ -29,7 +29,7 @@ from pyggml.backends.cpu.native.emit import (
     i8,
     i16,
 )
-from pyggml.backends.cpu.weights.forms import FORMS, Form
+from pyggml.backends.host_tiles import FORMS, Form
 from pyggml.dtypes import TYPES
 
 WORDS, CODES = ir.VectorType(i16, 16), ir.VectorType(i8, 16)

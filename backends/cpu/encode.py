@@ -28,7 +28,7 @@ from pyggml.backends.cpu.native.emit import (
     i32,
     i64,
 )
-from pyggml.backends.cpu.weights.forms import FORMS, Form
+from pyggml.backends.host_tiles import FORMS, Form
 from pyggml.dtypes import TYPES
 
 

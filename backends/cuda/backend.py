@@ -34,6 +34,7 @@ from pyggml.backends.cuda.recording import record_step
 from pyggml.backends.cuda.runner import CudaRunner
 from pyggml.backends.cuda.weights import loading, packing
 from pyggml.backends.cuda.weights.borrowing import Borrowing, borrow
+from pyggml.backends.host_tiles import LAYOUT
 from pyggml.backends.step import Address, Addresses, Buffer, Layouts, LoadStep, Step, WeightLayout
 from pyggml.node import Node
 from pyggml.spec import Spec
@@ -78,6 +79,11 @@ class CudaBackend:
 
     def weight_layout(self, constant: Node, uses: Collection[Node]) -> WeightLayout:
         return packing.layout_of(constant, uses)
+
+    def borrows(self, constant: Node, lent: WeightLayout, own: WeightLayout) -> bool:
+        if lent.name != LAYOUT:
+            return lent.name == "plain"
+        return own.name == "tiles8" and loading.can_pack(constant.dtype, constant.ne, lent.name)
 
     def lower(
         self, nodes: Sequence[Node], keep: Collection[Node], layouts: Layouts, *, fuse: bool = True
@@ -189,9 +195,7 @@ class CudaBackend:
         with self.context:
             self.staging.prepare()
             loads = {
-                step.node: self._borrowing(step, at[step.node])
-                for step in steps
-                if isinstance(step, LoadStep)
+                step.node: self._borrowing(step, at) for step in steps if isinstance(step, LoadStep)
             }
             return CudaRunner(
                 self.context,
@@ -204,9 +208,10 @@ class CudaBackend:
                 self.staging,
             )
 
-    def _borrowing(self, step: LoadStep, at: Address) -> Borrowing:
-        host = self.context, self.staging, self.registry
-        return borrow(*host, at.buffer.ptr + at.offset, origin(step.node), step.layout)
+    def _borrowing(self, step: LoadStep, at: Addresses) -> Borrowing:
+        host, constant = (self.context, self.staging, self.registry), origin(step.node)
+        here, lent = at[step.node], at.get(constant)
+        return borrow(*host, here.buffer.ptr + here.offset, constant, step.layout, lent)
 
     def record(self) -> Event:
         with self.context, guarded("recording an event"):

@@ -80,6 +80,9 @@ class NullDevice:
             return WeightLayout(constant.spec.nbytes)
         return WeightLayout(HEADER + constant.spec.nbytes, PRIVATE)
 
+    def borrows(self, constant: Node, lent: WeightLayout, own: WeightLayout) -> bool:
+        return True  # loads read the constant's values, however the host keeps it
+
     def lower(
         self, nodes: Sequence[Node], keep: Collection[Node], layouts: Layouts, *, fuse: bool = True
     ) -> list[Step]:

@@ -42,7 +42,7 @@ def _names(use: Node, constant: Node) -> Iterator[str]:
     """The operands that are the constant or a view of it."""
     for name in use.op.operands:
         operand = use.get(name)
-        if operand is not None and origin(operand.base) is constant:
+        if operand is not None and origin(operand.base) is origin(constant):
             yield name
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
-from pyggml.backends.base import Backend, KeepsDecoded
+from pyggml.backends.base import Backend, KeepsDecoded, in_host_memory
 from pyggml.backends.step import (
     BodyPlan,
     Layouts,
@@ -21,7 +21,7 @@ from pyggml.node import Node
 from pyggml.ops.leaf import constant_op
 from pyggml.passes.place import place_steps
 from pyggml.passes.work import Split, Work, runs
-from pyggml.transfer import origin, transfer
+from pyggml.transfer import is_resident, origin, transfer
 
 
 def lower(work: Work) -> Work:
@@ -30,9 +30,8 @@ def lower(work: Work) -> Work:
     A split is a run of nodes of one device, lowered by its backend.
     """
     users = work.graph.users
-    roots = set(work.graph.roots)
     layouts = {
-        node: _layout(work, node, _uses(node, users, roots))
+        node: _layout(work, node)
         for node in work.order
         if origin(node).op is constant_op and node in users
     }
@@ -50,24 +49,37 @@ def lower(work: Work) -> Work:
     return replace(work, splits=tuple(_with_waits(work, splits)))
 
 
-def _uses(constant: Node, users: Users, roots: Collection[Node]) -> list[Node]:
-    """The nodes that read a constant, directly or through views, each view before its readers."""
-    uses = list(users[constant])
+def _uses(work: Work, constant: Node) -> list[Node]:
+    """The nodes that read a constant, directly or through views, each view before its readers; and
+    if the host lends it, likewise those that read the copies."""
+    users, roots, lends = work.graph.users, work.graph.roots, in_host_memory(work.home(constant))
+    # Copies that a store keeps, and those of another device's weights, come from the file.
+    uses = [u for u in users[constant] if u.op is not transfer or (lends and not is_resident(u))]
     for use in uses:
-        if use.op.view is not None and use not in roots:
+        if (use.op.view is not None or use.op is transfer) and use not in roots:
             uses += users[use]
     return uses
 
 
-def _layout(work: Work, constant: Node, uses: Sequence[Node]) -> WeightLayout:
-    """How the constant's home stores it: as in a file if other backends read the same memory."""
+def _layout(work: Work, constant: Node) -> WeightLayout:
+    """How the constant's home stores it: as in a file if other backends read the same memory, or
+    if a device that borrows it can read nothing else."""
+    uses = _uses(work, constant)
+    layout = _own_layout(work, constant, uses)
+    copies = (use for use in uses if use.op is transfer)
+    if all(work.home(u).borrows(origin(constant), layout, _layout(work, u)) for u in copies):
+        return layout
+    return WeightLayout(constant.spec.nbytes)
+
+
+def _own_layout(work: Work, constant: Node, uses: Sequence[Node]) -> WeightLayout:
     home = work.home(constant)
     readers = {work.home(use) for use in uses if use.op.view is None}
     if any(other is not home and other.device == home.device for other in readers):
         return WeightLayout(constant.spec.nbytes)
     if work.decode_weights and isinstance(home, KeepsDecoded):
-        return home.decoded_layout(origin(constant), uses)
-    return home.weight_layout(origin(constant), uses)
+        return home.decoded_layout(constant, uses)
+    return home.weight_layout(constant, uses)
 
 
 def _split(work: Work, backend: Backend, nodes: Sequence[Node], users: Users) -> Split:

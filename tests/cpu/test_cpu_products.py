@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 import pyggml as gg
 from pyggml.backends.cpu.linear.operands import BLOCK
 from pyggml.backends.cpu.native.isa import LEVELS, best
-from pyggml.backends.cpu.weights.forms import FORMS, tiles_of
-from pyggml.backends.cpu.weights.tiles import LAYOUT
+from pyggml.backends.host_tiles import FORMS, LAYOUT, tiles_of
 from pyggml.dtypes import TYPES
 from pyggml.ops.rules import Precision
 from pyggml.parity.tolerance import nmse
@@ -269,7 +268,7 @@ PROGRAM = """
 import hashlib
 from pyggml.backends.cpu.linear.operands import BLOCK
 from pyggml.backends.cpu.native.isa import isa
-from pyggml.backends.cpu.weights.forms import FORMS
+from pyggml.backends.host_tiles import FORMS
 from tests.cpu.test_cpu_products import *
 print(isa().name, pool_size())
 for name in FORMS:

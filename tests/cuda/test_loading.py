@@ -27,7 +27,9 @@ from pyggml.backends.cuda.launch import Launch
 from pyggml.backends.cuda.weights import loading, packing
 from pyggml.backends.cuda.weights.borrowing import borrow
 from pyggml.backends.cuda.weights.formats import FORMATS
-from pyggml.backends.step import WeightLayout
+from pyggml.backends.host_tiles import FORMS, LAYOUT
+from pyggml.backends.host_tiles import tiles_of as host_tiles_of
+from pyggml.backends.step import Address, WeightLayout
 from pyggml.dtypes import TYPES
 from pyggml.ops.leaf import data_of
 from pyggml.spec import Ne
@@ -50,14 +52,16 @@ def arguments(launch: Launch) -> Arguments:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    kernel = (KERNELS / "pack.cu").read_text().replace('#include "raw.cuh"', "")
+    kernel = (KERNELS / "pack.cu").read_text().replace('#include "tiles16.cuh"', "")
+    instances = [("pack", name) for name in FORMATS] + [("pack16", name) for name in FORMS]
     cases = "\n".join(
-        f'if (name == std::string("pack<{name}>")) return run_pack<{name}>(grid, raw, to, first);'
-        for name in FORMATS
+        f'if (name == std::string("{kernel}<{name}>")) '
+        f"return run_{kernel}<{name}>(grid, raw, to, first);"
+        for kernel, name in instances
     )
     text = f"""#include "block.hpp"
 #include "host.hpp"
-#include "raw.cuh"
+#include "tiles16.cuh"
 {kernel}
 {(HERE / "pack.cpp").read_text()}
 #include <string>
@@ -110,12 +114,12 @@ def expected(name: str, ne: Ne, rows: Bytes) -> Bytes:
     return packing.to_tiles(t, ne, rows.reshape(-1, ne[0] // t.block, t.nbytes))
 
 
-def loaded(gpu: Any, name: str, ne: Ne, rows: Bytes) -> Bytes:
+def loaded(gpu: Any, name: str, ne: Ne, rows: Bytes, layout: str = "plain") -> Bytes:
     """The bytes of the weight after the GPU has packed it; the rows change right after the call."""
     rows, out = rows.copy(), np.full(packing.tiles_of(TYPES[name], ne).nbytes, 0xAA, np.uint8)
     with gpu.context:
         buffer = gpu.alloc(len(out))
-        loading.upload_packed(gpu.context, gpu.staging, buffer.ptr, TYPES[name], ne, rows)
+        loading.upload_packed(gpu.context, gpu.staging, buffer.ptr, TYPES[name], ne, rows, layout)
         rows[:] = 0x55
         gpu.staging.download(out, buffer.ptr)
     return out
@@ -139,6 +143,42 @@ def test_the_kernel_packs_like_numpy(
     ne = (blocks * TYPES[name].block, rows, *matrices)
     data = random_rows(name, ne)
     np.testing.assert_array_equal(loaded(gpu, name, ne, data), expected(name, ne, data))
+
+
+def in_host_tiles(name: str, ne: Ne, rows: Bytes) -> Bytes:
+    """The weight as the cpu backend keeps it, in read-only memory."""
+    if backends.on_host() != "cpu":
+        pytest.skip("needs the extra 'cpu' and AVX2")
+    constant = gg.constant(rows.reshape(*ne[:0:-1], -1), dtype=name)
+    layout = WeightLayout(host_tiles_of(TYPES[name], ne).nbytes, LAYOUT)
+    cpu: Any = backends.get("cpu")
+    tiles = cpu.weight(constant, layout, data_of(constant))
+    tiles.flags.writeable = False
+    return cast(Bytes, tiles)
+
+
+@pytest.mark.parametrize(
+    ("groups", "rows", "matrices"),
+    [
+        (8, 1, (1, 1)),
+        (8, 16, (3, 1)),  # experts
+        (8, 8, (2, 1)),  # half a tile of the host
+        (24, 27, (2, 2)),  # matrices of a tile and of parts of two
+        (40, 33, (1, 1)),  # more than one chunk of groups; several pieces
+        (33, 49, (1, 1)),  # the last chunk is one group
+    ],
+)
+@pytest.mark.parametrize("name", FORMS)
+def test_the_kernel_packs_the_tiles_of_the_host(
+    name: str, groups: int, rows: int, matrices: tuple[int, int], gpu: Any
+) -> None:
+    """The same bytes as from the file."""
+    if TYPES[name].block == 256:
+        groups = -(-groups // 8) * 8
+    ne = (groups * 32, rows, *matrices)
+    data = random_rows(name, ne)
+    tiles = in_host_tiles(name, ne, data)
+    np.testing.assert_array_equal(loaded(gpu, name, ne, tiles, LAYOUT), expected(name, ne, data))
 
 
 @pytest.mark.parametrize("name", ("q4_0", "mxfp4", "q6_K"))
@@ -259,7 +299,9 @@ def mapped(tmp_path: Path) -> Callable[[Bytes, int], Bytes]:
     return write
 
 
-def borrowed(gpu: Any, name: str, ne: Ne, data: Bytes) -> tuple[Bytes, bool]:
+def borrowed(
+    gpu: Any, name: str, ne: Ne, data: Bytes, lent: Address | None = None
+) -> tuple[Bytes, bool]:
     """The bytes of a weight after two runs, and whether its pages were registered."""
     t = TYPES[name]
     plain = t.kind != "block"
@@ -272,7 +314,8 @@ def borrowed(gpu: Any, name: str, ne: Ne, data: Bytes) -> tuple[Bytes, bool]:
     out = np.empty(layout.nbytes, np.uint8)
     with gpu.context:
         buffer = gpu.alloc(len(out))
-        load = borrow(gpu.context, gpu.staging, gpu.registry, buffer.ptr, constant, layout)
+        host = gpu.context, gpu.staging, gpu.registry
+        load = borrow(*host, buffer.ptr, constant, layout, lent)
         for byte in (0xAA, 0x33):  # an arena's memory has other uses in between
             gpu.context.driver.memset_d8_async(buffer.ptr, byte, len(out), gpu.context.stream)
             for action in load.actions:
@@ -295,6 +338,27 @@ def test_a_gpu_reads_a_mapped_file(
         out, registered = borrowed(gpu, name, ne, rows)
         np.testing.assert_array_equal(out, result)
         assert registered == registers
+
+
+@pytest.mark.parametrize("ne", [(64, 19, 3, 1), (256, 16, 40, 1)])
+def test_a_gpu_reads_the_tiles_of_the_host(
+    ne: Ne, gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From registered pages and through the ring. The file is not read: the tiles have other
+    weights. They are in memory anyway, so no limit applies."""
+    monkeypatch.setattr(Registry, "_limit", 0)
+    file, other = random_rows("q4_0", ne, 1), random_rows("q4_0", ne, 2)
+    tiles = in_host_tiles("q4_0", ne, other)
+    memory = np.concatenate([np.zeros(64, np.uint8), tiles])
+    lent = Address(memory, 64, (18, 0, 0, 0), LAYOUT)
+    bindings: Any = import_module("cuda.bindings.driver")
+    for registers in (True, False):
+        monkeypatch.setattr(bindings, "REGISTERS", [registers])
+        vars(gpu).pop("registry", None)
+        out, read_in_place = borrowed(gpu, "q4_0", ne, file, lent)
+        np.testing.assert_array_equal(out, expected("q4_0", ne, other))
+        assert read_in_place == registers
+    monkeypatch.setattr(bindings, "REGISTERS", [True])
 
 
 def registered() -> dict[int, int]:

@@ -215,3 +215,16 @@ def test_an_output_keeps_its_weight_plain() -> None:
         )
     )
     assert (shared, shown) == ("tiles8", "plain")
+
+
+def test_copies_of_a_weight_are_in_tiles_too() -> None:
+    """One that a GPU borrows from the host, and one that two GPUs keep."""
+    w, x = weight("q8_0", 256, 24), gg.input("x", ne=(256, 64))
+    lent = gg.compile({"y": gg.mul_mat(w, x)}, backends=["cuda", "numpy"], pins={"q8_0": "numpy"})
+    assert [layout.name for layout in lent._work.layouts.values()] == ["plain", "tiles8"]
+    both = {
+        d: gg.label(gg.mul_mat(w, gg.scale(x, s=i + 1.0)), f"on_{d}") for i, d in enumerate("ab")
+    }
+    pins = {"on_a": "cuda:0", "on_b": "cuda:1"}
+    kept = gg.compile(both, backends=["cuda:0"], pins=pins)
+    assert [layout.name for layout in kept._work.layouts.values()] == ["tiles8", "tiles8"]

@@ -28,13 +28,14 @@ from pyggml.parity.running import restored, tested
 from tests.cpu import test_cpu_products as products
 from tests.mutants.hunt import Fate
 
-PACKAGE = "pyggml.backends.cpu"
-FOLDER = Path(pyggml.__file__).parent / "backends" / "cpu"
+PACKAGE = "pyggml.backends"
+FOLDER = Path(pyggml.__file__).parent / "backends"
 #: In the order in which they import each other.
 MODULES = (
-    "weights.forms", "weights.extract", "weights.repack", "weights.tiles", "linear.put",
-    "linear.quantize", "linear.widen", "linear.tile", "linear.exact", "linear.floats",
-    "linear.inner", "linear.products", "linear.operands", "linear.kernels", "linear.experts",
+    "host_tiles", "cpu.weights.extract", "cpu.weights.repack", "cpu.weights.tiles",
+    "cpu.linear.put", "cpu.linear.quantize", "cpu.linear.widen", "cpu.linear.tile",
+    "cpu.linear.exact", "cpu.linear.floats", "cpu.linear.inner", "cpu.linear.products",
+    "cpu.linear.operands", "cpu.linear.kernels", "cpu.linear.experts",
 )  # fmt: skip
 
 
@@ -92,7 +93,7 @@ DENSE, UP, IDS, MOE = "mul_mat", "fused_up_gate", "mul_mat_id", "moe_up_gate"
 
 MUTANTS = (
     *_of(
-        "weights.forms",
+        "host_tiles",
         (DENSE, "q4_0's zero is 7", 'Form("q4_0", (4,), "half", 8)',
          'Form("q4_0", (4,), "half", 7)', "q4_0"),
         (DENSE, "q6_K's zero is 31", '"bytes", 32)', '"bytes", 31)', "q6_K"),
@@ -102,7 +103,7 @@ MUTANTS = (
          "max(1, ne[1] // ROWS), prod", "q4_0", _bound("q4_0", 37, 4)),
     ),
     *_of(
-        "weights.extract",
+        "cpu.weights.extract",
         (DENSE, "the first two scales' high bits in q3_K", "(number // 4 * 2) & 3", "0 & 3",
          "q3_K"),
         (DENSE, "q5_K's bit of the next group", "block + 16 + i) >> group & 1",
@@ -112,7 +113,7 @@ MUTANTS = (
         (DENSE, "iq4_xs's high bits of group 0", ">> (2 * group) & 3", "& 3", "iq4_xs"),
     ),
     *_of(
-        "weights.repack",
+        "cpu.weights.repack",
         (DENSE, "the first matrix's rows", "(matrix * m + first + row)", "(first + row)", "q4_0",
          _view("heads in two dimensions")),
         (DENSE, "the last row of a tile is dropped", "for row in range(min(ROWS, m - first))",
@@ -123,7 +124,7 @@ MUTANTS = (
          "put_i16(at + 32 + 2 * row, 0)", "q4_1"),
     ),
     *_of(
-        "weights.tiles",
+        "cpu.weights.tiles",
         (DENSE, "views begin at the first tile",
          "offset = first // m * per_matrix + first % m // ROWS * tiles.tile", "offset = 0",
          "q4_0", _view("the last rows of heads")),
@@ -147,7 +148,7 @@ MUTANTS = (
          products.test_a_weight_that_other_ops_read_stays_as_in_the_file),
     ),
     *_of(
-        "linear.put",
+        "cpu.linear.put",
         (DENSE, "15 of 16 rows", "e.store_first(value, out, count)",
          "e.store_first(value, out, e.add(count, -1))"),
         (UP, "the activation of up", "e.load(FLOATS, gate), e.load(FLOATS, up)",
@@ -156,7 +157,7 @@ MUTANTS = (
          "row.store(e.constant(FLOATS, 1.0), out, offset)"),
     ),
     *_of(
-        "linear.quantize",
+        "cpu.linear.quantize",
         (DENSE, "no infinities", "d = e.b.fadd(e.b.fmul(largest, e.number(1 / 127)), unusual)",
          "d = e.b.fmul(largest, e.number(1 / 127))", "q4_0",
          _not_finite),
@@ -170,7 +171,7 @@ MUTANTS = (
          _items("heads")),
     ),
     *_of(
-        "linear.widen",
+        "cpu.linear.widen",
         (DENSE, "without what is past whole vectors", 'e.b.icmp_signed(">", rest, e.integer(0))',
          'e.b.icmp_signed(">", rest, e.integer(16))', "f16",
          partial(products.test_products_of_floats, "f32", "f16", False, 37, 3, 33)),
@@ -179,7 +180,7 @@ MUTANTS = (
          "        source = x\n            for i", "f16"),
     ),
     *_of(
-        "linear.tile",
+        "cpu.linear.tile",
         (DENSE, "one scale for both halves", "e.fma(parts[1][c], factors[1],",
          "e.fma(parts[1][c], factors[0],", "q6_K"),
         (DENSE, "one minimum for both halves", "(X_SUM, X_SUM_HIGH)[half]), f32)",
@@ -193,7 +194,7 @@ MUTANTS = (
          "m = e.floats(e.load(HALVES, supers, 32))", "q4_K"),
     ),
     *_of(
-        "linear.exact",
+        "cpu.linear.exact",
         (DENSE, "without zero", "e.constant(BYTES, form.zero))", "e.constant(BYTES, 0))", "q4_0",
          _exact("q4_0")),
         (DENSE, "codes without sign", "e.b.ashr(high,", "e.b.lshr(high,", "q4_0", _exact("q4_0")),
@@ -208,7 +209,7 @@ MUTANTS = (
          "yield e.b.fmul(code, factors[half])", "q4_1", _exact("q4_1")),
     ),
     *_of(
-        "linear.floats",
+        "cpu.linear.floats",
         (DENSE, "without what is past whole vectors", 'e.b.icmp_signed(">", rest, e.integer(0))',
          'e.b.icmp_signed(">", rest, e.integer(16))', "",
          partial(products.test_products_of_floats, "f32", "f32", False, 37, 3, 33)),
@@ -223,7 +224,7 @@ MUTANTS = (
          partial(products.test_products_of_floats, "f16", "f32", True, 16, 1, 40)),
     ),
     *_of(
-        "linear.inner",
+        "cpu.linear.inner",
         (DENSE, "5 columns by the loop of 4", "if n > 4:", "if n > 5:", "q4_0"),
         (DENSE, "2 columns by the loop of 1", "elif n > 1:", "elif n > 2:", "q4_0",
          _bound("q4_0", 16, 2)),
@@ -231,7 +232,7 @@ MUTANTS = (
          "f32"),
     ),
     *_of(
-        "linear.products",
+        "cpu.linear.products",
         (DENSE, "the first matrix for all", "matrix = weights + i2 // r2 * w2 +",
          "matrix = weights +", "q4_0", _items("heads")),
         (DENSE, "the first sequence's matrix", "+ i3 // r3 * w3", "", "q4_0", _items("heads")),
@@ -251,7 +252,7 @@ MUTANTS = (
          _gated),
     ),
     *_of(
-        "linear.operands",
+        "cpu.linear.operands",
         (DENSE, "f32 by integers", 'node.attrs["prec"] == "default"', 'node.attrs["prec"] != ""',
          "q4_0",
          _exact("q4_0")),
@@ -259,7 +260,7 @@ MUTANTS = (
          "row * b.ne[1], row * b.ne[1]", "q4_0", _items("heads")),
     ),
     *_of(
-        "linear.kernels",
+        "cpu.linear.kernels",
         (DENSE, "any items as columns", "n == 1 or (x.nb2 == n * x1 and out.nb[2] == n * y1)",
          "True", "q4_0", _items("shared in one", "f32")),
         (DENSE, "heads share by b's number", "max(1, n2 // a.ne[2])", "max(1, n2)", "q4_0",
@@ -270,7 +271,7 @@ MUTANTS = (
          _gated),
     ),
     *_of(
-        "linear.experts",
+        "cpu.linear.experts",
         (IDS, "the first row of each token", "pair // n_used * x2 + pair % n_used % n_b * x1",
          "pair // n_used * x2", "", _pairs()),
         (IDS, "slot s reads row s / n_b", "pair % n_used % n_b * x1",
@@ -305,17 +306,17 @@ def installed(mutant: ProductMutant) -> Iterator[None]:
     package, wrong = importlib.import_module(PACKAGE), changed(mutant)
     names = [f"{PACKAGE}.{name}" for name in MODULES]
     before = {name: importlib.import_module(name) for name in names}
-    backend = importlib.import_module(f"{PACKAGE}.backend")
+    backend = importlib.import_module(f"{PACKAGE}.cpu.backend")
     with (
         restored("cpu"),
-        patch(f"{PACKAGE}.native.objects.read", lambda key: None),
-        patch(f"{PACKAGE}.native.objects.write", lambda key, code: None),
+        patch(f"{PACKAGE}.cpu.native.objects.read", lambda key: None),
+        patch(f"{PACKAGE}.cpu.native.objects.write", lambda key, code: None),
     ):
         try:
             for name in MODULES:
                 source = (FOLDER / f"{name.replace('.', '/')}.py").read_text()
                 _put(name, _executed(name, wrong if name == mutant.module else source))
-            with patch.object(backend, "tiles", sys.modules[f"{PACKAGE}.weights.tiles"]):
+            with patch.object(backend, "tiles", sys.modules[f"{PACKAGE}.cpu.weights.tiles"]):
                 yield
         finally:
             for name, module in before.items():

@@ -27,7 +27,7 @@ from pyggml.backends.cpu.native.emit import (
     f32,
     i64,
 )
-from pyggml.backends.cpu.weights.forms import Form
+from pyggml.backends.host_tiles import Form
 
 
 def product(form: Form, columns: int) -> Any:

@@ -30,8 +30,8 @@ from pyggml.backends.cpu.linear.operands import (
 )
 from pyggml.backends.cpu.native.compiler import Native
 from pyggml.backends.cpu.table import Call, kernel
-from pyggml.backends.cpu.weights.forms import ROWS
 from pyggml.backends.host_memory import aligned
+from pyggml.backends.host_tiles import ROWS
 from pyggml.node import Node
 
 

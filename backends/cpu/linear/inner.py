@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pyggml.backends.cpu.weights.forms import FORMS
+from pyggml.backends.host_tiles import FORMS
 
 How = Literal["quantized", "exact", "rows", "lanes"]
 

@@ -11,8 +11,8 @@ from pyggml.backends.cpu.linear.widen import widen
 from pyggml.backends.cpu.native.isa import multiplies_tiles
 from pyggml.backends.cpu.rows import adjacent
 from pyggml.backends.cpu.table import Call
-from pyggml.backends.cpu.weights.forms import FORMS, GROUP, ROWS
 from pyggml.backends.cpu.weights.tiles import may_be_tiled, part_of
+from pyggml.backends.host_tiles import FORMS, GROUP, ROWS
 from pyggml.backends.processors import n_threads
 from pyggml.dtypes import TYPES
 from pyggml.node import Node

@@ -8,7 +8,7 @@ from functools import cache
 from pyggml.backends.cpu.gate import Gate
 from pyggml.backends.cpu.linear.inner import WIDE, Inner, times
 from pyggml.backends.cpu.native.compiler import Native
-from pyggml.backends.cpu.weights.forms import ROWS
+from pyggml.backends.host_tiles import ROWS
 
 
 @cache

@@ -35,7 +35,7 @@ from pyggml.backends.cpu.native.emit import (
     i32,
     i64,
 )
-from pyggml.backends.cpu.weights.forms import Form
+from pyggml.backends.host_tiles import Form
 
 #: Integer sums to have at once. Each dot product waits 4 cycles for the one before it, and a
 #: processor looks ahead less than two groups; with one sum, a column takes 1.6 times as long.

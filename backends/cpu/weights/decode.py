@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyggml.backends.cpu.weights.forms import FORMS
+from pyggml.backends.host_tiles import FORMS
 
 
 def decode_row(name: str) -> Any:

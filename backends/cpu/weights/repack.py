@@ -1,4 +1,4 @@
-"""From rows of GGUF blocks to tiles (see `forms.py`), 16 rows by 16 rows, on all threads."""
+"""From rows of GGUF blocks to tiles (see `host_tiles.py`), 16 rows by 16 rows, on all threads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import cache
 
 from pyggml.backends.cpu.native.compiler import Native
-from pyggml.backends.cpu.weights.forms import FORMS, GROUP, ROWS
+from pyggml.backends.host_tiles import FORMS, GROUP, ROWS
 from pyggml.dtypes import TYPES
 
 

@@ -12,17 +12,14 @@ from numpy.typing import NDArray
 from pyggml.backends.cpu.native.pool import pool
 from pyggml.backends.cpu.native.program import packed
 from pyggml.backends.cpu.rows import READABLE
-from pyggml.backends.cpu.weights.forms import FORMS, ROWS, tiles_of
 from pyggml.backends.cpu.weights.repack import repack
 from pyggml.backends.host_memory import address_of, allocated
+from pyggml.backends.host_tiles import FORMS, LAYOUT, ROWS, tiles_of
 from pyggml.backends.step import Layouts, WeightLayout
 from pyggml.node import Node
 from pyggml.ops import get_rows
 from pyggml.ops.leaf import constant_op
-from pyggml.transfer import origin
-
-#: The layout of `forms.py`.
-LAYOUT = "tiles16"
+from pyggml.transfer import origin, transfer
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +56,8 @@ def part_of(node: Node) -> Part | None:
 
 def read(constant: Node, uses: Collection[Node]) -> bool:
     """Whether the nodes that read the constant, or views of it that begin and end with tiles, read
-    it only as a weight of a type that has tiles."""
+    it only as a weight of a type that has tiles. A transfer stands for the constant: the GPU that
+    reads it packs its copy from tiles too."""
     if constant.dtype.name not in FORMS:
         return False
     shown = {constant: False}  # the constant and views of it -> whether something reads them
@@ -67,7 +65,9 @@ def read(constant: Node, uses: Collection[Node]) -> bool:
         names = {name for name in use.op.operands if use.get(name) in shown}
         for name in names:
             shown[use[name]] = True
-        if use.op.view is not None:
+        if use.op is transfer:
+            shown[use] = False
+        elif use.op.view is not None:
             if part_of(use) is None:
                 return False
             shown[use] = False

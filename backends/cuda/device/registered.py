@@ -1,9 +1,11 @@
-"""Pages of mapped files that the GPU reads itself.
+"""Pages of the host that the GPU reads itself: of mapped files, and of weights that the host keeps
+in tiles.
 
 A weight that a GPU borrows crosses the bus in every run. An H100 reads registered pages of its file
 at 55 GB/s, while the host does nothing; registering 1 GiB that is in memory takes 0.03 s. The lost
 design kept a packed copy on the host for each plan, and copied it through pinned memory at 7 GB/s.
-Registered pages cannot leave memory, so only up to half of what is available is used this way.
+Registered pages cannot leave memory, so only up to half of what is available is used this way for
+files. Weights in tiles are in memory anyway.
 """
 
 from __future__ import annotations
@@ -26,10 +28,13 @@ Bytes = NDArray[np.uint8]
 
 
 class Pages:
-    """Registered pages, from address `start` to before `end`, until nothing refers to them."""
+    """Registered pages, from address `start` to before `end`, until nothing refers to them.
+
+    counted  whether they count towards the limit
+    """
 
     def __init__(self, context: Context, start: int, end: int, data: Bytes) -> None:
-        self.start, self.end = start, end
+        self.start, self.end, self.counted = start, end, True
         self._context, self._data = context, data  # keeps the file mapped
 
     @classmethod
@@ -54,13 +59,16 @@ class Registry:
         self._context = context
         self._pages: WeakSet[Pages] = WeakSet()
 
-    def cover(self, data: Bytes) -> Sequence[Pages] | None:
+    def cover(self, data: Bytes, *, fixed: bool = False) -> Sequence[Pages] | None:
         """Registered pages that contain `data`, to be kept as long as the GPU reads it. Tensors of
         a file may share a page, which can be registered only once.
 
-        None if the data is not in a mapped file, or the pages cannot be registered.
+        fixed  the data is in memory that nobody changes
+
+        None if the data is neither fixed nor in a mapped file, or if its pages cannot be
+        registered.
         """
-        if not self._usable or not _is_mapped(data):
+        if not self._usable or not (fixed or _is_mapped(data)):
             return None
         start = data.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
         end = -(-(data.ctypes.data + data.nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -68,11 +76,13 @@ class Registry:
             (p for p in self._pages if p.start < end and start < p.end), key=lambda p: p.start
         )
         for first, last in list(_gaps(start, end, pages)):
-            if sum(p.end - p.start for p in self._pages) + last - first > self._limit:
+            counted = sum(p.end - p.start for p in self._pages if p.counted)
+            if not fixed and counted + last - first > self._limit:
                 return None
             new = Pages.register(self._context, first, last, data)
             if new is None:
                 return None
+            new.counted = not fixed
             self._pages.add(new)
             pages.append(new)
         return pages
@@ -88,7 +98,8 @@ class Registry:
 
     @cached_property
     def _limit(self) -> int:
-        """The most bytes to register: half of the available memory; 0 where that is not known."""
+        """The most bytes of files to register: half of the available memory; 0 where that is not
+        known."""
         with suppress(OSError):
             for line in Path("/proc/meminfo").read_text().splitlines():
                 if line.startswith("MemAvailable:"):

@@ -1,10 +1,12 @@
-// Packs rows of blocks, as in a file, into tiles while a weight is loaded.
+// Packs rows of blocks, as in a file, into tiles while a weight is loaded; pack16: from the tiles of
+// 16 rows of the cpu backend, for a weight that it computes with too.
 // @kernel pack<{EVERY}>
+// @kernel pack16<{LENT}>
 //
 // raw    whole tiles: their rows one after another, in pinned memory of the host, at a multiple of
-//        16 bytes
+//        16 bytes; pack16: whole tiles of 16 rows
 // to     the planes of the weight, which are zero
-// first  the first tile of `raw`, counted over all matrices
+// first  the first tile of `raw`, counted over all matrices; pack16: of 16 rows
 //
 // Grid: tiles, chunks of 32 groups. A block of 256 threads packs one chunk of a tile: it copies the
 // bytes of the 8 rows to shared memory with loads of 16 bytes, then each thread packs one group.
@@ -14,11 +16,16 @@
 // The parts of a group are those that products take from rows of a file (raw.cuh), so packing needs
 // no code for a type. Rows past the end of a matrix stay zero.
 //
+// In pack16 a chunk of a tile of 16 rows is contiguous, and each thread packs one group of two rows.
+// Traffic: the host's tiles are 0 to 6 % larger than the file's blocks.
+//
 // Lost: to copy the rows to the device first and pack from there. This takes memory on the device
 // that every plan would have to count, and saves nothing: the bus is slower than this kernel. Also
 // lost: tables of bit positions for a common permutation; types that look codes up or compute them
-// (grids, tq1_0, q3_K, nvfp4) would need a second way.
-#include "raw.cuh"
+// (grids, tq1_0, q3_K, nvfp4) would need a second way. Instead of pack16, the host could restore the
+// file's rows while it copies them to pinned memory: then its cores and memory would work for every
+// byte, where now they do nothing.
+#include "tiles16.cuh"
 
 namespace tiles {
 
@@ -31,8 +38,8 @@ __device__ __forceinline__ void store_small(const unsigned char* plane, int unit
     if constexpr (BYTES == 4) ((unsigned*)plane)[unit] = value;
 }
 
-template <class F>
-__device__ __forceinline__ void store_group(const Row<F>& row, int group, const RawGroup<Raw<F>>& raw) {
+template <class F, class Source>
+__device__ __forceinline__ void store_group(const Row<F>& row, int group, const RawGroup<Source>& raw) {
     if constexpr (F::code_bytes == 4) ((unsigned*)row.codes)[group * 8] = raw.codes[0].x;
     if constexpr (F::code_bytes == 8)
         ((uint2*)row.codes)[group * 8] = make_uint2(raw.codes[0].x, raw.codes[0].y);
@@ -75,6 +82,32 @@ __global__ void __launch_bounds__(256) pack(const unsigned char* raw, Packed to,
     from.blocks = (const unsigned char*)rows[row] +
                   (unsigned long long)(chunk + (long long)row * row_bytes) % 16;
     store_group<F>(Row<F>(to, matrix, tile, row), group, load_group(from, local));
+}
+
+template <class F>
+__global__ void __launch_bounds__(256) pack16(const unsigned char* raw, Packed to, int first) {
+    using T = Tiles16<F>;
+    __shared__ uint4 chunk[T::bytes(PACKED_GROUPS) / 16];
+    begin();
+    const int number = first + blockIdx.x, per_matrix = (to.rows + 15) / 16;
+    const int matrix = number / per_matrix, tile = number % per_matrix;
+    const int start = blockIdx.y * PACKED_GROUPS, groups = min(PACKED_GROUPS, to.groups - start);
+    const long long skipped = (long long)blockIdx.x * T::bytes(to.groups) + T::bytes(start);
+    const uint4* from = (const uint4*)(raw + skipped);
+
+    for (int i = threadIdx.x; i < T::bytes(groups) / 16; i += 256) chunk[i] = from[i];
+    __syncthreads();
+
+    const int local = threadIdx.x / 8;
+    if (local >= groups) return;
+    for (int half = 0; half < 2; ++half) {
+        const int row = half * 8 + threadIdx.x % 8;
+        if (tile * 16 + row >= to.rows) return;
+        Row<Tiles16<F>> source;
+        source.first = (const unsigned char*)chunk, source.row = row;
+        store_group<F>(Row<F>(to, matrix, tile * 2 + half, row % 8), start + local,
+                       load_group(source, local));
+    }
 }
 
 }  // namespace tiles

@@ -1,8 +1,13 @@
 """Weights that stay on the host and are read by a GPU in every run.
 
-If their file's pages can be registered, a kernel packs them from there (kernels/pack.cu), and this
-is part of the run's graph. Otherwise threads copy the file to pinned memory in every run, as when a
-weight is loaded. The lost design kept packed copies on the host.
+If their pages can be registered, a kernel packs them from there (kernels/pack.cu), and this is part
+of the run's graph. Otherwise threads copy them to pinned memory in every run, as when a weight is
+loaded. The pages are those of the file, or of the tiles in which the cpu backend keeps a weight
+that it computes with in other plans, so the host has one copy of it.
+
+Three designs lost: packed copies on the host take as much memory again; a host that restores the
+file's rows from its tiles, at 0.2 to 1 GB/s a core, is slower than the bus; a cpu backend that
+computes with the file's rows needs a second kernel for each product and block type.
 """
 
 from __future__ import annotations
@@ -17,7 +22,9 @@ from pyggml.backends.cuda.device.registered import Pages, Registry
 from pyggml.backends.cuda.weights import loading
 from pyggml.backends.cuda.weights.bits import Bytes
 from pyggml.backends.cuda.weights.packing import TILE, tiles_of
-from pyggml.backends.step import WeightLayout
+from pyggml.backends.host_tiles import LAYOUT
+from pyggml.backends.host_tiles import tiles_of as host_tiles_of
+from pyggml.backends.step import Address, WeightLayout
 from pyggml.node import Node
 from pyggml.ops.leaf import data_of
 
@@ -44,10 +51,20 @@ def borrow(
     ptr: int,
     constant: Node,
     layout: WeightLayout,
+    lent: Address | None = None,
 ) -> Borrowing:
-    """How a weight gets to `ptr`, whose memory has other uses between runs."""
-    data, dtype, ne = loading.flat(data_of(constant)), constant.dtype, constant.ne
-    pages = registry.cover(data)
+    """How a weight gets to `ptr`, whose memory has other uses between runs.
+
+    lent  where the plan has it on the host
+    """
+    dtype, ne, form = constant.dtype, constant.ne, "plain"
+    if lent is not None and lent.layout == LAYOUT:
+        form, nbytes = lent.layout, host_tiles_of(dtype, ne).nbytes
+        data = lent.buffer[lent.offset : lent.offset + nbytes]
+        pages = registry.cover(data, fixed=True)
+    else:
+        data = loading.flat(data_of(constant))
+        pages = registry.cover(data)
     if layout.name == "plain":
         if pages is None:
             return Borrowing([partial(staging.upload, ptr, data)], False)
@@ -58,13 +75,14 @@ def borrow(
         driver = context.driver
         clear = [partial(driver.memset_d8_async, ptr, 0, tiles.nbytes, context.stream)]
     if pages is not None:
+        source = loading.source_of(dtype, ne, form)
         launch = loading.launch(
-            dtype, tiles.at(ptr), data.ctypes.data, 0, tiles.matrices * tiles.tiles
+            dtype, tiles.at(ptr), source.kernel, data.ctypes.data, 0, source.tiles
         )
         context.load([launch])
         return Borrowing([*clear, partial(context.start, launch)], True, pages)
-    if loading.can_pack(dtype, ne):
-        packing = partial(loading.upload_packed, context, staging, ptr, dtype, ne, data)
+    if loading.can_pack(dtype, ne, form):
+        packing = partial(loading.upload_packed, context, staging, ptr, dtype, ne, data, form)
         return Borrowing([*clear, packing], False)
     packed = loading.stored(constant, layout, data)
     return Borrowing([partial(staging.upload, ptr, packed)], False)

@@ -1,12 +1,14 @@
 """Loading weights: threads copy the file to pinned memory, and the GPU copies its bytes from there
-or, for the layout "tiles8", packs them (kernels/pack.cu).
+or, for the layout "tiles8", packs them (kernels/pack.cu). A weight that the host keeps in tiles is
+packed from those.
 
 The packer in packing.py gives the same bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,6 +21,8 @@ from pyggml.backends.cuda.device.pinned import PART, Staging
 from pyggml.backends.cuda.launch import Launch
 from pyggml.backends.cuda.weights.bits import Bytes
 from pyggml.backends.cuda.weights.packing import TILE, Packed, repack, tiles_of
+from pyggml.backends.host_tiles import LAYOUT
+from pyggml.backends.host_tiles import tiles_of as host_tiles_of
 from pyggml.backends.step import WeightLayout
 from pyggml.dtypes import DType
 from pyggml.errors import DeviceError
@@ -76,46 +80,75 @@ def upload(context: Context, staging: Staging, ptr: int, data: Bytes) -> None:
     staging.stream((data[i : i + PIECE], partial(copy, i)) for i in starts)
 
 
-def can_pack(dtype: DType, ne: Ne) -> bool:
-    """Whether a tile's rows fit in a part of the pinned memory."""
-    return TILE * dtype.row_bytes(ne[0]) <= PART
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a kernel packs: the rows of tiles as a file has them, or the host's own tiles.
+
+    kernel  its name
+    tiles   how many, in all matrices
+    nbytes  of a tile with all rows
+    start   the byte at which a tile begins; for the number of tiles, the end
+    """
+
+    kernel: str
+    tiles: int
+    nbytes: int
+    start: Callable[[int], int]
 
 
-def upload_packed(
-    context: Context, staging: Staging, ptr: int, dtype: DType, ne: Ne, rows: Bytes
-) -> None:
-    """Queue the packing of a weight's rows, flat bytes as in a file, into tiles at `ptr`, whose
-    memory is zero. After it returns, `rows` may change."""
-
-    target = tiles_of(dtype, ne).at(ptr)
-
-    def start(first: int, last: int, part: Bytes) -> None:
-        context.start(launch(dtype, target, part.ctypes.data, first, last))
-
-    context.load([launch(dtype, target, 0, 0, 1)])
-    pieces = _pieces(dtype, ne)
-    staging.stream((rows[at], partial(start, first, last)) for first, last, at in pieces)
-
-
-def _pieces(dtype: DType, ne: Ne) -> Iterator[tuple[int, int, slice]]:
-    """Pieces of about `PIECE` bytes: the first tile and the one after the last, counted over all
-    matrices, and the bytes of their rows."""
+def source_of(dtype: DType, ne: Ne, layout: str = "plain") -> Source:
+    """A weight in a layout of the host: plain, or that of host_tiles.py."""
+    if layout == LAYOUT:
+        host = host_tiles_of(dtype, ne)
+        return Source("pack16", host.matrices * host.tiles, host.tile, lambda n: n * host.tile)
     tiles, row = tiles_of(dtype, ne), dtype.row_bytes(ne[0])
-    step = max(1, PIECE // (TILE * row))
 
     def start(tile: int) -> int:
         matrix, tile = divmod(tile, tiles.tiles)
         return (matrix * tiles.rows + tile * TILE) * row
 
-    end = tiles.matrices * tiles.tiles
-    for first in range(0, end, step):
-        last = min(first + step, end)
-        yield first, last, slice(start(first), start(last))
+    return Source("pack", tiles.matrices * tiles.tiles, TILE * row, start)
 
 
-def launch(dtype: DType, target: Packed, source: int, first: int, last: int) -> Launch:
-    """The launch that packs the rows at address `source` into the tiles from `first` to before
-    `last`."""
-    args = pack([np.uint64(source), target, np.int32(first)])
+def can_pack(dtype: DType, ne: Ne, layout: str = "plain") -> bool:
+    """Whether a tile of a weight fits in a part of the pinned memory."""
+    return source_of(dtype, ne, layout).nbytes <= PART
+
+
+def upload_packed(
+    context: Context,
+    staging: Staging,
+    ptr: int,
+    dtype: DType,
+    ne: Ne,
+    data: Bytes,
+    layout: str = "plain",
+) -> None:
+    """Queue the packing of a weight, flat bytes in a layout of the host, into tiles at `ptr`, whose
+    memory is zero. After it returns, `data` may change."""
+
+    target, source = tiles_of(dtype, ne).at(ptr), source_of(dtype, ne, layout)
+
+    def start(first: int, last: int, part: Bytes) -> None:
+        context.start(launch(dtype, target, source.kernel, part.ctypes.data, first, last))
+
+    context.load([launch(dtype, target, source.kernel, 0, 0, 1)])
+    pieces = _pieces(source)
+    staging.stream((data[at], partial(start, first, last)) for first, last, at in pieces)
+
+
+def _pieces(source: Source) -> Iterator[tuple[int, int, slice]]:
+    """Pieces of about `PIECE` bytes: the first tile and the one after the last, counted over all
+    matrices, and their bytes."""
+    step = max(1, PIECE // source.nbytes)
+    for first in range(0, source.tiles, step):
+        last = min(first + step, source.tiles)
+        yield first, last, slice(source.start(first), source.start(last))
+
+
+def launch(dtype: DType, target: Packed, kernel: str, ptr: int, first: int, last: int) -> Launch:
+    """The launch of a `Source`'s kernel that packs its tiles from `first`, which is at address
+    `ptr`, to before `last`."""
+    args = pack([np.uint64(ptr), target, np.int32(first)])
     grid = (last - first, -(-target.groups // GROUPS), 1)
-    return Launch(FILE, f"pack<{dtype.name}>", grid, (256, 1, 1), args)
+    return Launch(FILE, f"{kernel}<{dtype.name}>", grid, (256, 1, 1), args)

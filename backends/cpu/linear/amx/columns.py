@@ -7,7 +7,7 @@ from functools import cache
 
 from pyggml.backends.cpu.linear.columns import DEPTH, TILE
 from pyggml.backends.cpu.native.compiler import Native
-from pyggml.backends.cpu.weights.forms import GROUP, ROWS
+from pyggml.backends.host_tiles import GROUP, ROWS
 from pyggml.dtypes import TYPES
 
 

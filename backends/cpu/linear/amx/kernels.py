@@ -7,7 +7,7 @@ from pyggml.backends.cpu.linear.amx import columns
 from pyggml.backends.cpu.linear.amx.products import SLOTS, by_expert, dense
 from pyggml.backends.cpu.linear.operands import Matrices, matrices
 from pyggml.backends.cpu.table import Call
-from pyggml.backends.cpu.weights.forms import ROWS
+from pyggml.backends.host_tiles import ROWS
 from pyggml.backends.processors import n_threads
 
 

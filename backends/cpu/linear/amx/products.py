@@ -3,7 +3,7 @@
 TDPBF16PS adds the product of 16 columns by 32 numbers and 32 numbers by 16 rows: 512 MAC a cycle,
 where dot products of bytes in vectors reach about 100. It wants 32 numbers of 16 rows as 16 lines
 of pairs: line i holds numbers 2 i and 2 i + 1 of every row. So weights whose lanes are rows, as in
-`weights/forms.py`, need no transposition, and sums come out as `put.py` takes them: for each column
+`host_tiles.py`, need no transposition, and sums come out as `put.py` takes them: for each column
 16 rows.
 
 A thread takes up to `SLOTS` times 16 rows and up to `WIDTH` columns. For a part of `DEPTH` numbers
@@ -32,7 +32,7 @@ from pyggml.backends.cpu.gate import Gate
 from pyggml.backends.cpu.linear.columns import DEPTH, TILE
 from pyggml.backends.cpu.linear.inner import Inner
 from pyggml.backends.cpu.native.compiler import Native
-from pyggml.backends.cpu.weights.forms import GROUP, ROWS
+from pyggml.backends.host_tiles import GROUP, ROWS
 
 #: 16 rows, and columns, that a thread takes at once: 128 KiB of weights and 256 KiB of sums.
 SLOTS = 8

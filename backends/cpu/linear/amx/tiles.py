@@ -29,7 +29,7 @@ from pyggml.backends.cpu.native.emit import (
     i64,
 )
 from pyggml.backends.cpu.native.vectors import load_floats
-from pyggml.backends.cpu.weights.forms import FORMS, GROUP, ROWS
+from pyggml.backends.host_tiles import FORMS, GROUP, ROWS
 
 WORDS = ir.VectorType(i16, 32)
 

@@ -10,16 +10,15 @@ struct Raw : F {
     using Source = Tensor;
 };
 
+// The rows of a file.
 template <class F>
-struct Row<Raw<F>> {
+struct FileRow {
     const unsigned char* blocks;
 
-    Row() = default;
-    __device__ __forceinline__ Row(const Tensor& a, int matrix, int tile, int row)
+    FileRow() = default;
+    __device__ __forceinline__ FileRow(const Tensor& a, int matrix, int tile, int row)
         : blocks(a.row<unsigned char>(min(tile * 8 + row, a.ne[1] - 1), matrix % a.ne[2],
                                       matrix / a.ne[2])) {}
-    static constexpr bool holds = false;
-    __device__ __forceinline__ void hold(int) {}
     __device__ __forceinline__ const unsigned char* block(int group) const {
         return blocks + (long long)(group / F::block_groups) * F::Blocks::BYTES;
     }
@@ -27,14 +26,26 @@ struct Row<Raw<F>> {
         unsigned j = group % (unsigned)F::block_groups;  // so 32 j + i has a constant part
         return F::Blocks::code(block(group), j * 32 | i);
     }
+    __device__ __forceinline__ RawScale scale(int group) const {
+        return F::Blocks::scale(block(group), group % F::block_groups);
+    }
+};
+
+// A row of a file or of other memory, as products read rows of tiles. `Codes` has code(group, i)
+// and scale(group).
+template <class F, class Codes>
+struct Assembled : Codes {
+    using Codes::Codes;
+    static constexpr bool holds = false;
+    __device__ __forceinline__ void hold(int) {}
     __device__ __forceinline__ unsigned code_word(int group, int run, int t) const {
         unsigned word = 0;
         for (int i = 0; i < 4; ++i) {
-            int first = code(group, 16 * run + 4 * t + i);
+            int first = this->code(group, 16 * run + 4 * t + i);
             if constexpr (F::code_runs == 2) {
                 word |= (unsigned)first << 8 * i;
             } else {
-                int second = code(group, 16 + 4 * t + i);
+                int second = this->code(group, 16 + 4 * t + i);
                 word |= (unsigned)(first & 15) << (F::table ? 4 : 8) * i;
                 word |= (unsigned)(second & 15) << (F::table ? 4 * i + 16 : 8 * i + 4);
             }
@@ -49,7 +60,8 @@ struct Row<Raw<F>> {
     __device__ __forceinline__ uint2 pairs(int group, int shift) const {
         unsigned words[2] = {};
         for (int i = 0; i < 32; ++i)
-            words[i / 16] |= (unsigned)(code(group, i) >> shift & 3) << (i % 4 * 8 + i / 4 % 4 * 2);
+            words[i / 16] |= (unsigned)(this->code(group, i) >> shift & 3)
+                             << (i % 4 * 8 + i / 4 % 4 * 2);
         return make_uint2(words[0], words[1]);
     }
     // The last bit of each code, bit `shift`.
@@ -58,7 +70,7 @@ struct Row<Raw<F>> {
         unsigned word = 0;
 #pragma unroll unrolled
         for (int i = 0; i < 32; ++i)
-            word |= (unsigned)(code(group, i) >> shift) << (i % 4 * 8 + i / 4);
+            word |= (unsigned)(this->code(group, i) >> shift) << (i % 4 * 8 + i / 4);
         return make_uint2(word, 0);
     }
     __device__ __forceinline__ uint2 short_codes(int group) const {
@@ -71,9 +83,11 @@ struct Row<Raw<F>> {
         if constexpr (F::high == 4) return bits(group, low);
         return {};
     }
-    __device__ __forceinline__ RawScale scale(int group) const {
-        return F::Blocks::scale(block(group), group % F::block_groups);
-    }
+};
+
+template <class F>
+struct Row<Raw<F>> : Assembled<F, FileRow<F>> {
+    using Assembled<F, FileRow<F>>::Assembled;
 };
 
 }  // namespace tiles

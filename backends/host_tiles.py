@@ -1,4 +1,7 @@
-"""How each block type is stored in tiles: planes of codes, scales and zero points.
+"""How the cpu backend stores each block type in tiles: planes of codes, scales and zero points.
+
+A GPU that borrows such a weight reads the tiles (cuda/kernels/pack.cu), so the host needs no other
+copy.
 
 A tile is 16 rows of a matrix. Along a row, weights form groups of 32, and the value of a weight is
 
@@ -32,6 +35,8 @@ from pyggml.dtypes import DType
 from pyggml.quants.common import FP4_LEVELS, IQ4_LEVELS
 from pyggml.spec import Ne
 
+#: The name of this layout.
+LAYOUT = "tiles16"
 ROWS = 16
 GROUP = 32
 
