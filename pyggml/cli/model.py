@@ -51,7 +51,11 @@ def add_options(parser: argparse._ArgumentGroup) -> None:
     add("-c", type=rows, metavar="N", default=128, help="rows of the KV cache (default: 128)")
     add("-ub", type=rows, metavar="N", default=16, help="tokens in the batch (default: 16)")
     add("-ctk", type=dtype, metavar="TYPE", default="f16",
-        help="type of the KV cache (default: f16)")  # fmt: skip
+        help="type of the K cache (default: f16)")  # fmt: skip
+    add("-ctv", type=dtype, metavar="TYPE", default="f16",
+        help="type of the V cache (default: f16)")  # fmt: skip
+    add("-cti", type=dtype, metavar="TYPE", default="f16",
+        help="type of the index keys of DeepSeek V3.2 and GLM-5 (default: f16)")  # fmt: skip
     add("-fa", **on_off("flash attention"))
     add("-mla", type=int, choices=range(4), default=1,
         help="attention: 0 standard, 1 latent, 2 or 3 expanded with -fa (default: 1)")  # fmt: skip
@@ -80,7 +84,7 @@ def model_graph(file: GGUFFile, args: argparse.Namespace) -> ModelGraph:
         raise UsageError(f"a batch of -ub {args.ub} tokens does not fit in -c {args.c} rows")
     options = Options(
         flash=args.fa == "on", fused=args.fmoe == "on", mla=3 if args.mla == 2 else args.mla,
-        cache_k=args.ctk, cache_v=args.ctk, cache_i=args.ctk, expand_from=1,
+        cache_k=args.ctk, cache_v=args.ctv, cache_i=args.cti, expand_from=1,
     )  # fmt: skip
     model = Model(file, options=options)
     batch, caches = Batch(args.ub, args.c, options), model.caches(args.c, args.ub)

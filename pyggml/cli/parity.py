@@ -81,8 +81,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 _GRID = ("--mode", "--op", "--pattern", "--backend", "--jobs", "--quick", "--kernel", "--markdown",
          "--case", "--ops", "--seconds", "--cases", "--graphs")  # fmt: skip
 _FUZZ = ("--seconds", "--cases", "--graphs", "--seed")
-_MODEL = ("--a", "--b", "--script", "--out", "-c", "-ub", "-ctk", "-fa", "-mla",
-          "-fmoe", "--seed")  # fmt: skip
+_MODEL = ("--a", "--b", "--script", "--out", "-c", "-ub", "-ctk", "-ctv", "-cti",
+          "-fa", "-mla", "-fmoe", "--seed")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:

@@ -34,6 +34,19 @@ class Parser(argparse.ArgumentParser):
             command.error(f"unrecognized arguments: {' '.join(extra)}")
         return values
 
+    def _get_option_tuples(self, option_string: str) -> list[Any]:
+        """The options that a word which is none itself may mean.
+
+        Only long options can be shortened, and only what is no word can follow a short option
+        without a space (`-c128`). argparse would take `-ctv q8_0` for `-c tv`, and `-n 5` for
+        `-ngl 5`.
+        """
+        choices: list[Any] = super()._get_option_tuples(option_string)
+        if option_string.startswith("--"):
+            return choices
+        short, rest = option_string[:2], option_string[2:]
+        return [choice for choice in choices if choice[1] == short and not rest[:1].isalpha()]
+
     def brief(self) -> str:
         """The usage without the options that may be left out."""
         groups = [group for group in self._mutually_exclusive_groups if group.required]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pyggml.cli import fuzz, main
+from pyggml.cli import COMMANDS, fuzz, main, parser_of
 
 
 @pytest.mark.parametrize(
@@ -75,6 +75,41 @@ def test_wrong_usage_is_status_2_and_prints_nothing_else(
     assert main(words.split()) == 2
     out, err = capsys.readouterr()
     assert not out and why in " ".join(err.split())
+
+
+SHORT = {
+    option
+    for name in COMMANDS
+    for option in parser_of(name)._option_string_actions
+    if not option.startswith("--")
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_short_option_of_another_command_is_no_other_option(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`-ctv x` is never `-c tv`, and `-n 5` never `-ngl 5`: every command knows a short option or
+    says that it does not."""
+    parser = parser_of(name)
+    own = parser._option_string_actions
+    for part in (*parser._actions, *parser._mutually_exclusive_groups):
+        part.required = False
+    for option in sorted({*SHORT, "-ctx", "-mm", "-x"} - set(own)):
+        for word in (option, f"{option}=x"):
+            values, extra = parser.parse_known_args([word])
+            assert extra == [word], (word, values)
+    capsys.readouterr()
+
+
+def test_a_number_may_follow_a_short_option_without_a_space() -> None:
+    args = parser_of("graph").parse_args(["-m", "x", "-c64", "-ub=8", "-ctv=q8_0", "--backen=cpu"])
+    assert (args.c, args.ub, args.ctv, args.backend) == (64, 8, "q8_0", ["cpu"])
+
+
+def test_an_unknown_short_option_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["graph", "-m", "x", "-ctx", "5"]) == 2
+    assert "unrecognized arguments: -ctx 5; did you mean -ct" in capsys.readouterr().err
 
 
 def test_the_name_of_a_file_is_in_its_error_once(
