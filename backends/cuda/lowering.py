@@ -9,6 +9,7 @@ from pyggml import ops
 from pyggml.backends.cuda import table
 from pyggml.backends.cuda.fusion import CudaStep, Fused, covered
 from pyggml.backends.cuda.launch import WORKSPACE
+from pyggml.backends.cuda.linear.joined import join
 from pyggml.backends.cuda.linear.preparation import prepare_once
 from pyggml.backends.cuda.linear.routes import FEW_PAIRS
 from pyggml.backends.cuda.patterns import PATTERNS
@@ -21,13 +22,14 @@ AHEAD = 4
 
 
 def lower(nodes: Sequence[Node], keep: Collection[Node], fuse: bool = True) -> list[Step]:
-    """The steps that compute `nodes`: one step per pattern match and per remaining node, and one
-    for everything prepared for several products. fuse=False: one step per node."""
+    """The steps that compute `nodes`: one step per pattern match and per remaining node, one for
+    everything prepared for several products, and one for products that share a launch.
+    fuse=False: one step per node."""
     if not fuse:
         return [step_of(node) for node in nodes]
     parts = covered(nodes, keep, PATTERNS)
-    steps = prepare_once([p if isinstance(p, Fused) else step_of(p) for p in parts])
-    return [*timely(spaced(list(steps)))]
+    steps = [*prepare_once([p if isinstance(p, Fused) else step_of(p) for p in parts])]
+    return [*timely(spaced([*join(steps)]))]
 
 
 def spaced(steps: list[CudaStep]) -> list[CudaStep]:

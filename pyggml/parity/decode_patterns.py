@@ -1,4 +1,5 @@
-"""Graphs that test the fusions of a decode step: rows of caches, compressors, hyper-connections."""
+"""Graphs that test the fusions of a decode step: rows of caches, compressors, hyper-connections,
+products."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from pyggml.ops import (
     mul_mat,
     mul_multi_add,
     permute,
+    relu,
     reshape,
     rms_norm,
     rope_ext,
@@ -143,6 +145,27 @@ def hyper_connections(m: Maker, n: int = 160, hc: int = 4, n_tokens: int = 1) ->
     return m.done(x=x, streams=dsv4_hc_post(x, streams, post, comb), alone=alone)
 
 
+def joined_products(m: Maker) -> Pattern:
+    """Products of one token: several of a type, of another type and column, and an exact one; some
+    with rows enough that a block takes two tiles of them."""
+    x = mul(rms_norm(m.floats("x", 256, 1), eps=1e-6), m.weight("row", 256))
+    y = m.floats("y", 32, 1)
+
+    def product(
+        name: str,
+        b: Node,
+        n: int,
+        type: str = "iq4_nl",
+        prec: Literal["default", "f32"] = "default",
+    ) -> Node:
+        return mul_mat(m.weight(name, b.ne[0], n, type=type), b, prec=prec)
+
+    a, b, c = (product(name, x, n) for name, n in (("a", 20), ("b", 96), ("c", 8)))
+    outputs = {f"long{n}": product(f"long{n}", y, n) for n in (4100, 4101)}
+    outputs |= {"d": product("d", x, 16, "q8_0"), "e": product("e", x, 16, prec="f32")}
+    return m.done(a=scale(a, s=2.0), b=b, c=relu(c), **outputs)
+
+
 PATTERNS: dict[str, Callable[[Maker], Pattern]] = {
     "norm_and_rope": norm_and_rope,
     "norm_rope_row_f16": partial(_norm_rope_row, type="f16", mode="normal"),
@@ -151,6 +174,7 @@ PATTERNS: dict[str, Callable[[Maker], Pattern]] = {
     "compressor": _compressor,
     "compressor_of_pairs_q8_0": partial(_compressor, type="q8_0", pairs=True, n=8),
     "compressor_of_tokens_bf16": partial(_compressor, type="bf16", n=13, tokens=3),
+    "joined_products": joined_products,
     "hyper_connections": hyper_connections,
     "hyper_connections_of_tokens": partial(hyper_connections, n=64, hc=2, n_tokens=T),
     "hyper_connections_of_three": partial(hyper_connections, n=4160, hc=3),

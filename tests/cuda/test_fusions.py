@@ -47,6 +47,7 @@ FUSED = {
     "squares": [],
     "odd_routing": ["soft_max_ext top_k get_rows"],
     "flat_weights": ["soft_max_ext top_k get_rows"],
+    "joined_products": ["rms_norm fixed_point mul", "mul_mat mul_mat mul_mat", "mul_mat mul_mat"],
     "norm_and_rope": ["rms_norm rope_ext", "rms_norm mul rope_ext", "rms_norm mul rope_ext"],
     **{
         f"norm_rope_row_{kind}": ["rms_norm mul rope_ext set_rows"] * 2

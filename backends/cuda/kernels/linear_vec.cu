@@ -11,6 +11,7 @@
 // @kernel vec<{BLOCKS}, {1|8}, 3, 1, 1, Groups>
 // @kernel hot vec<{BLOCKS}, {1|8}, 2, 2, 1, Groups>
 // @kernel hot vec<{SOME}, 1, 2, 2, 1, Tensor>
+// @kernel hot vec_joined<{BLOCKS}, {1|2}>
 // @kernel hot vec_id<{BLOCKS}, 2, 2, 1, Groups>
 // @kernel hot vec_id<{BLOCKS}, 2, 1, 2, Tensor>
 // @kernel hot vec_id<{SOME}, 2, 1, 1, Tensor>
@@ -237,6 +238,30 @@ __global__ void __launch_bounds__(32 * MOST_WARPS)
     int row = (blockIdx.x * TILES + tile) * 8 + i % 8;
     if (tile < TILES && column < valid && row < rows_of(weights.w[0]))
         put(y, row_at(y, first + start + column), row, value, narrow);
+}
+
+// Several products of one column, whose weights have one type. Product i takes the blocks from
+// first[i] on, each TILES tiles of rows.
+constexpr int MOST_JOINED = 8;
+template <class F>
+struct Joined {
+    typename F::Source w[MOST_JOINED];
+    float* y[MOST_JOINED];
+    int first[MOST_JOINED], n;
+};
+
+template <class F, int TILES>
+__global__ void __launch_bounds__(32 * MOST_WARPS)
+    vec_joined(const __grid_constant__ Joined<F> p, Groups x) {
+    int own = 0;
+    for (int i = 1; i < p.n; ++i) own += blockIdx.x >= p.first[i];
+    const Weights<F> weights = {{p.w[own], p.w[own]}};
+    Source<Groups, 1, 2> column;
+    column.set(0, x, 0, groups_of(weights.w[0]));
+    const int block = blockIdx.x - p.first[own];
+    const float value = tile_product<F, 1, 2, 1, TILES>(weights, 0, block, column);
+    const int i = threadIdx.y * 32 + threadIdx.x, row = block * TILES * 8 + i;
+    if (i < TILES * 8 && row < rows_of(weights.w[0])) p.y[own][row] = value;
 }
 
 // With up and gate of a type without high bits and with a lone f16 scale, 64 registers are
