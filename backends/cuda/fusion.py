@@ -63,11 +63,12 @@ class Fused(CudaStep):
     results    nodes besides the last one that stay in memory because others read them
     inplace    operands whose memory the result may take over
     at         the node whose place in the order the step takes, if not the last one
+    fixed      whether `record` can also write the result in fixed point, to call["fixed"]
     recompute  nodes that each fused reader computes for itself. If any reader cannot, they are
                computed once and stored, for all readers
     """
 
-    __slots__ = ("at", "recompute")
+    __slots__ = ("at", "fixed", "recompute")
 
     def __init__(
         self,
@@ -79,10 +80,11 @@ class Fused(CudaStep):
         inplace: tuple[Node, ...] = (),
         scratch: int = 0,
         at: Node | None = None,
+        fixed: bool = False,
         recompute: tuple[Node, ...] = (),
     ) -> None:
         super().__init__(nodes, reads, record, results=results, inplace=inplace, scratch=scratch)
-        self.at, self.recompute = at or nodes[-1], recompute
+        self.at, self.fixed, self.recompute = at or nodes[-1], fixed, recompute
 
 
 class Run:
@@ -168,7 +170,7 @@ def covered(
 def _in_order(nodes: Sequence[Node], run: Run, steps: Sequence[Fused]) -> Iterator[Node | Fused]:
     """The nodes and steps in order. Drops steps that would recompute a node which another reader
     needs in memory."""
-    recomputed = {(node, step.node) for step in steps for node in step.recompute}
+    recomputed = {(n, reader) for step in steps for n in step.recompute for reader in step.nodes}
     stored = {n for n, _ in recomputed if any((n, r) not in recomputed for r in run.readers[n])}
     steps = [step for step in steps if not stored & set(step.recompute)]
     places = {step.at: step for step in steps}

@@ -19,7 +19,7 @@ from pyggml.backends.cuda.fusion import Fused, Run, behind_reshapes
 from pyggml.backends.cuda.geometry import blocks_for, threads_for
 from pyggml.backends.cuda.launch import ABSENT, Call
 from pyggml.backends.cuda.moe import sums
-from pyggml.backends.cuda.norm import weighted
+from pyggml.backends.cuda.norm import can_fix, weighted
 from pyggml.dtypes import F32
 from pyggml.node import Node
 
@@ -154,6 +154,7 @@ def _fused(
         partial(_record, match=match),
         results={**results, "maps": match.nodes[2]},
         scratch=n_tokens * blocks_for(n, MIX_THREADS) * SUMS,
+        fixed=can_fix(nodes[-1]),
     )
 
 

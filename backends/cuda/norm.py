@@ -41,6 +41,11 @@ def weighted(product: Node, run: Run) -> tuple[Node, Node, Node] | None:
     return x, normed, weight
 
 
+def can_fix(node: Node) -> bool:
+    """Whether rows can be written in groups of fixed point."""
+    return node.ne[0] % 32 == 0
+
+
 def sum_norm_times_row(node: Node, run: Run) -> Fused | None:
     """rms_norm(x) * w with x = a + b; x stays in memory if others read it."""
     match = weighted(node, run)
@@ -56,6 +61,7 @@ def sum_norm_times_row(node: Node, run: Run) -> Fused | None:
         record=partial(_norm, eps=normed.attrs["eps"]),
         results={} if run.only(x, normed) else {"sum": x},
         inplace=(a, b),
+        fixed=can_fix(node),
     )
 
 
@@ -66,7 +72,8 @@ def norm_times_row(node: Node, run: Run) -> Fused | None:
         return None
     x, normed, weight = match
     record = partial(_norm, eps=normed.attrs["eps"])
-    return Fused((normed, node), reads={"a": x, "weight": weight}, record=record, inplace=(x,))
+    reads = {"a": x, "weight": weight}
+    return Fused((normed, node), reads, record, inplace=(x,), fixed=can_fix(node))
 
 
 def norm_with_row(node: Node, run: Run) -> Fused | None:
@@ -84,12 +91,6 @@ def norm_with_row(node: Node, run: Run) -> Fused | None:
     nodes = (normed, product) if bias is None else (normed, product, node)
     record = partial(_layer_norm, eps=normed.attrs["eps"])
     return Fused(nodes, {"a": x, **rows}, record, inplace=(x,))
-
-
-def can_prepare(step: Fused) -> bool:
-    """Whether the step's kernel can also write its result in fixed point, as call["fixed"]."""
-    weighted = step.node.op is ops.mul and step.nodes[-2].op is ops.rms_norm
-    return weighted and step.node.ne[0] % 32 == 0
 
 
 def _norm(call: Call, eps: float) -> None:

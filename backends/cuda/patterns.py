@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pyggml import ops
 from pyggml.backends.cuda.attention.flash import causal_attention
+from pyggml.backends.cuda.attention.joint import joint_attention
 from pyggml.backends.cuda.attention.latent_row import latent_row
 from pyggml.backends.cuda.compressor import compressed_row
 from pyggml.backends.cuda.elementwise import activated_times
@@ -26,6 +27,7 @@ PATTERNS: tuple[Pattern, ...] = (
     (compressed_row, (ops.set_rows,)),
     (norm_rope_into_rows, (ops.set_rows,)),
     (rope_into_rows, (ops.set_rows,)),
+    (joint_attention, (ops.rope_ext,)),
     (norm_rope, (ops.rope_ext,)),
     (norm_after_post, (ops.mul,)),
     (norm_of_streams, (ops.mul,)),

@@ -12,11 +12,14 @@ import numpy as np
 from pyggml.node import Node
 from pyggml.ops import (
     add,
+    causal_mask,
     cont,
     dsv4_hc_maps,
     dsv4_hc_post,
     dsv4_hc_pre,
+    flash_attn_ext,
     get_rows,
+    merge_lse,
     mul,
     mul_mat,
     mul_multi_add,
@@ -134,15 +137,15 @@ def hyper_connections(m: Maker, n: int = 160, hc: int = 4, n_tokens: int = 1) ->
     Maps of other mixes."""
     streams = m.floats("streams", n, hc, n_tokens)
     x, post, comb = _connected(m, streams, "one")
-    y = mul_mat(m.weight("w", n, n, type="iq4_nl"), x)
-    streams = dsv4_hc_post(y, streams, post, comb)
+    y = mul_mat(m.weight("w", n, 12, type="iq4_nl"), x)
+    streams = dsv4_hc_post(scale(x, s=2.0), streams, post, comb)
     x, post, comb = _connected(m, streams, "two")
     a, w = m.floats("a", n, 3, n_tokens), m.floats("shares", 1, 3, n_tokens)
     streams = dsv4_hc_post(add(mul_multi_add(a, w), x), streams, post, comb)
     x, post, comb = _connected(m, streams, "three")
     base, factor = m.floats("base", (2 + hc) * hc), m.floats("scale", 3)
     alone = dsv4_hc_maps(m.floats("m", (2 + hc) * hc, n_tokens), factor, base, eps=0.1, n_iter=3)
-    return m.done(x=x, streams=dsv4_hc_post(x, streams, post, comb), alone=alone)
+    return m.done(x=x, y=y, streams=dsv4_hc_post(x, streams, post, comb), alone=alone)
 
 
 def joined_products(m: Maker) -> Pattern:
@@ -166,6 +169,52 @@ def joined_products(m: Maker) -> Pattern:
     return m.done(a=scale(a, s=2.0), b=b, c=relu(c), **outputs)
 
 
+def _cached(m: Maker, name: str, n: int, hidden: range, type: str) -> Node:
+    """Rows of 512 in a state; hidden ones are NaN and infinite, as if never written."""
+    rows = m.rng.standard_normal((n, 512)).astype(np.float32)
+    rows[hidden], rows[hidden[::2]] = np.nan, np.inf
+    m.inputs[f"{name}.rows"] = rows
+    every = _ids(m, f"{name}.every", *range(n))
+    return set_rows(
+        state(name, type, ne=(512, n)), input_(f"{name}.rows", ne=(512, n)), every
+    )  # fmt: skip
+
+
+def _window(m: Maker, q: Node, pos: Node, type: str, n: int, lse: bool) -> Node:
+    """Attention to a ring of n rows, the last 10 of which have not been written, under a window."""
+    k = _cached(m, "window", n, range(n - 10, n), type)
+    ends = np.zeros(n, np.int32)
+    ends[: n - 10] = 1 + np.arange(n - 10) * 7 % (n - 10)
+    m.inputs["ends"] = ends
+    mask = causal_mask(pos, input_("ends", "i32", ne=(n,)), n_kv=n, window=n * 2 // 3)
+    return flash_attn_ext(q, k, k, mask, m.floats("sinks", q.ne[2]), scale=0.04, lse=lse)
+
+
+def attention_to_a_window(m: Maker, heads: int = 20, n_tokens: int = 1) -> Pattern:
+    """Attention to a window that is rotated back, and whose groups of heads a product reads."""
+    q, pos = m.floats("q", 512, n_tokens, heads), _ids(m, "pos", *range(85, 85 + n_tokens))
+    y = rope_ext(_window(m, q, pos, "f16", 100, False), pos, n_dims=64, offset=448, back=True)
+    groups = permute(reshape(y, ne=(2048, heads // 4, n_tokens)), axes=(0, 2, 1, 3))
+    return m.done(y=scale(y, s=1.0), groups=mul_mat(m.weight("w", 2048, 12, type="iq4_nl"), groups))
+
+
+def attention_to_both(
+    m: Maker, type: str = "f16", listed: bool = False, heads: int = 16, n_tokens: int = 1
+) -> Pattern:
+    """Attention to a window merged with one to compressed rows, or to a list of them."""
+    q, pos = m.floats("q", 512, n_tokens, heads), _ids(m, "pos", *range(45, 45 + n_tokens))
+    old = _cached(m, "old", 40, range((45 + n_tokens) // 2, 40), type)
+    mask, ids = causal_mask(pos, n_kv=40, stride=2), None
+    if listed:  # every third row, some hidden, and places without one
+        ids = input_("ids", "i32", ne=(24, n_tokens))
+        lists = [np.where(np.arange(24) % 7 == 3, -1, np.arange(24) * 3 % 40)] * n_tokens
+        m.inputs["ids"] = np.stack(lists).astype(np.int32)
+    y = _window(m, q, pos, type, 60, True)
+    y = merge_lse(y, flash_attn_ext(q, old, old, mask, ids=ids, scale=0.04, lse=True))
+    y = view(y, ne=(512, heads, n_tokens))
+    return m.done(y=scale(rope_ext(y, pos, n_dims=64, offset=448, back=True), s=1.0))
+
+
 PATTERNS: dict[str, Callable[[Maker], Pattern]] = {
     "norm_and_rope": norm_and_rope,
     "norm_rope_row_f16": partial(_norm_rope_row, type="f16", mode="normal"),
@@ -175,6 +224,11 @@ PATTERNS: dict[str, Callable[[Maker], Pattern]] = {
     "compressor_of_pairs_q8_0": partial(_compressor, type="q8_0", pairs=True, n=8),
     "compressor_of_tokens_bf16": partial(_compressor, type="bf16", n=13, tokens=3),
     "joined_products": joined_products,
+    "attention_to_a_window": attention_to_a_window,
+    "attention_to_both": attention_to_both,
+    "attention_to_both_bf16": partial(attention_to_both, type="bf16"),
+    "attention_to_lists": partial(attention_to_both, listed=True, n_tokens=2),
+    "attention_to_lists_q8_0": partial(attention_to_both, listed=True, type="q8_0", heads=20),
     "hyper_connections": hyper_connections,
     "hyper_connections_of_tokens": partial(hyper_connections, n=64, hc=2, n_tokens=T),
     "hyper_connections_of_three": partial(hyper_connections, n=4160, hc=3),

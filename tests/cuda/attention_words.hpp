@@ -14,6 +14,7 @@ struct float4 {
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline __half2 __floats2half2_rn(float a, float b) { return {(__half)a, (__half)b}; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __ffsll(long long x) { return __builtin_ffsll(x); }
 inline void atomicMin(int* at, int x) { *at = min(*at, x); }

@@ -5,6 +5,10 @@
 #define __grid_constant__
 using std::isinf;
 using std::isnan;
+struct float2 {
+    float x, y;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
 struct float4 {
     float x, y, z, w;
 };
@@ -40,10 +44,10 @@ T argument(const char* args, int& at) {
 
 // Runs a kernel; returns the bytes of its arguments.
 template <class... A>
-int start(void (*kernel)(A...), const char* args, const int* grid, const int* block) {
+int start(void (*kernel)(A...), const char* args, const int* grid, const int* block, int shared) {
     int end = 0;
     std::tuple<A...> values{argument<A>(args, end)...};
     launch(Dim3{grid[0], grid[1], grid[2]}, Dim3{block[0], block[1], block[2]},
-           [&] { std::apply(kernel, values); });
+           [&] { std::apply(kernel, values); }, shared);
     return end;
 }

@@ -1,7 +1,7 @@
 """Runs the launches of a plan on the host: kernels as C++, thread by thread.
 
-For kernels without tensor cores and asynchronous copies. A launch is called with the packed
-arguments that the driver would get, so these are tested too.
+For kernels of 8.0, with their tensor cores and asynchronous copies. A launch is called with the
+packed arguments that the driver would get, so these are tested too.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def starter(folder: Path, launches: list[Launch]) -> Callable[[Launch], None]:
         grid, block = ((ctypes.c_int * 3)(*size) for size in (launch.grid, launch.block))
         args = ctypes.create_string_buffer(launch.args, len(launch.args))
         function = getattr(loaded[launch.file], f"run_{names[launch.file].index(launch.name)}")
-        assert function(args, grid, block) == len(launch.args)
+        assert function(args, grid, block, launch.shared) == len(launch.args)
 
     return start
 
@@ -123,11 +123,13 @@ def starter(folder: Path, launches: list[Launch]) -> Callable[[Launch], None]:
 def _text(file: str, names: list[str]) -> str:
     """A library with a function for each instance of a kernel."""
     source = on_host((KERNELS / file).read_text())
-    shared = r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];"
-    source = re.sub(shared, r"alignas(16) static \1 \2[(1 << 16) / sizeof(\1)];", source)
+    shared = r"^extern __shared__ (\w+) (\w+)\[\];"
+    source = re.sub(
+        shared, r"alignas(16) static \1 \2[(1 << 16) / sizeof(\1)];", source, flags=re.M
+    )
     runs = "\n".join(
-        f'extern "C" int run_{i}(const char* args, const int* grid, const int* block) '
-        f"{{ return start({name}, args, grid, block); }}"
+        f'extern "C" int run_{i}(const char* args, const int* grid, const int* block, int shared) '
+        f"{{ return start({name}, args, grid, block, shared); }}"
         for i, name in enumerate(names)
     )
     return f"""#include "block.hpp"

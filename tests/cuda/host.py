@@ -20,7 +20,10 @@ _PROBE = "#include <ucontext.h>\n_Float16 f(_Float16 x) { return x + x; }"
 
 
 def on_host(text: str) -> str:
-    """A kernel source with C++ in place of its kinds of PTX. Empty PTX and prefetches are gone."""
+    """A kernel source with C++ in place of its kinds of PTX. Empty PTX and prefetches are gone, and
+    a function's dynamic shared memory is the block's."""
+    inside = r"( +)extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];"  # a function
+    text = re.sub(inside, r"\1\2* const \3 = (\2*)block->memory.data();", text)
     text = re.sub(r'asm volatile\("(prefetch[^"]*)?"[^;]*\);', "", text)
     text = re.sub(
         r'asm( volatile)?\("ld\..*?\);', "std::memcpy(&v, at, sizeof v);", text, flags=re.S
@@ -37,6 +40,7 @@ def libraries(folder: Path, texts: Mapping[str, str], *options: str) -> list[Any
     for path in (KERNELS / "include").glob("*.cuh"):
         (folder / path.name).write_text(on_host(path.read_text()))
     (folder / grids.HEADER).write_text(grids.header())
+    (folder / "mma.cuh").write_text((HERE / "mma_header.hpp").read_text())
     for name in ("cuda_fp16.h", "cuda_bf16.h"):
         (folder / name).touch()
     flags = ["-std=c++17", "-w", "-shared", "-fPIC", "-I", str(folder), "-I", str(HERE), *options]

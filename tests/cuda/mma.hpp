@@ -15,7 +15,6 @@ inline unsigned pack2<__half>(float a, float b) {
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
     return byte_permutation(a, b, selector);
 }
-inline __half2 __floats2half2_rn(float a, float b) { return {(__half)a, (__half)b}; }
 
 inline void copy16(unsigned to, const void* from, bool real) {
     if (real) std::memcpy(at_shared(to), from, 16);
@@ -51,6 +50,16 @@ inline void ldmatrix(unsigned (&r)[4], unsigned at) {
     const int lane = threadIdx.x % 32;
     for (int i = 0; i < 4; ++i)
         std::memcpy(&r[i], at_shared(rows[8 * i + lane / 4]) + lane % 4 * 4, 4);
+}
+
+// Each matrix transposed: a lane gets column lane / 4 of rows 2 (lane % 4) and one more.
+inline void ldmatrix_trans(unsigned (&r)[4], unsigned at) {
+    const auto rows = of_warp(at);
+    const int lane = threadIdx.x % 32;
+    for (int i = 0; i < 4; ++i)
+        for (int half = 0; half < 2; ++half)
+            std::memcpy((char*)&r[i] + 2 * half,
+                        at_shared(rows[8 * i + lane % 4 * 2 + half]) + lane / 4 * 2, 2);
 }
 
 template <class T>

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 import pyggml as gg
-from pyggml.backends.cuda import indexer, reduce, rope
+from pyggml.backends.cuda import compressor, hyper_norm, indexer, reduce, rope
 from pyggml.backends.cuda.argument import Struct, Tensor, pack
-from pyggml.backends.cuda.attention import arguments, parts
+from pyggml.backends.cuda.attention import arguments, joint, parts
 from pyggml.backends.cuda.device import tensormap
 from pyggml.backends.cuda.device.compiler import KERNELS
-from pyggml.backends.cuda.linear import blocks, common
+from pyggml.backends.cuda.linear import blocks, common, joined
 from pyggml.backends.cuda.weights import packing
 
 HERE = Path(__file__).parent
@@ -39,6 +39,12 @@ STRUCTS: tuple[tuple[type[Struct], str, str], ...] = (
     (indexer.Indexer, "include/indexer.cuh", "Indexer"),
     (arguments.HopperArgument, "attention_hopper.cu", "HopperArgument"),
     (arguments.LatentArgument, "attention_latent_hopper.cu", "LatentArgument"),
+    (joint.Joint, "attention_joint.cu", "Joint"),
+    (joint.Parts, "attention_joint.cu", "Parts"),
+    (compressor.Compressor, "compressor.cu", "Compressor"),
+    (hyper_norm.Streams, "hyper_norm.cu", "Streams"),
+    (hyper_norm.HyperNorm, "hyper_norm.cu", "HyperNorm"),
+    (joined.Joined, "linear_vec.cu", "Joined<InTiles>"),
 )
 PRELUDE = """
 #include <cstddef>
@@ -47,6 +53,7 @@ using u64 = unsigned long long;
 struct float2 {
     float x, y;
 };
+constexpr int MOST_JOINED = 8;
 static const Dim3 blockIdx = {0, 0, 0};
 """
 FORMATS = "struct InTiles { using Source = Packed; }; struct InRows { using Source = Tensor; };"

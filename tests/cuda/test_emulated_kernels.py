@@ -44,7 +44,8 @@ def compare_all(graphs: dict[str, Graph], folder: Path, limit: float) -> None:
                 np.testing.assert_array_equal(results[name], values)
             else:
                 assert np.isfinite(values).all(), f"{graph} {name}"
-                assert nmse(results[name], values) <= limit, f"{graph} {name}"
+                most = 10 * limit if "bf16" in graph else limit
+                assert nmse(results[name], values) <= most, f"{graph} {name}"
 
 
 #: Patterns whose kernels the host can run.

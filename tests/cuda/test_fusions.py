@@ -25,6 +25,7 @@ HYPER = "rms_norm mul_mat dsv4_hc_maps mul_multi_add rms_norm mul"
 FIXED = HYPER.replace("rms_norm mul", "rms_norm fixed_point mul").replace(
     "fixed_point mul_mat", "mul_mat"
 )
+BOTH = "flash_attn_ext flash_attn_ext merge_lse rope_ext"
 #: The ops of each step that has several.
 FUSED = {
     "norm_and_products": ["add rms_norm fixed_point mul", "add rms_norm mul"],
@@ -48,6 +49,9 @@ FUSED = {
     "odd_routing": ["soft_max_ext top_k get_rows"],
     "flat_weights": ["soft_max_ext top_k get_rows"],
     "joined_products": ["rms_norm fixed_point mul", "mul_mat mul_mat mul_mat", "mul_mat mul_mat"],
+    "attention_to_a_window": ["flash_attn_ext fixed_point rope_ext"],
+    **{f"attention_to_both{kind}": [f"causal_mask {BOTH}"] for kind in ("", "_bf16")},
+    **{f"attention_to_lists{kind}": [f"causal_mask {BOTH}"] for kind in ("", "_q8_0")},
     "norm_and_rope": ["rms_norm rope_ext", "rms_norm mul rope_ext", "rms_norm mul rope_ext"],
     **{
         f"norm_rope_row_{kind}": ["rms_norm mul rope_ext set_rows"] * 2

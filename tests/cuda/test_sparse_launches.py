@@ -10,7 +10,7 @@ from pyggml.backends.cuda.launch import Launch
 from tools.launches import KINDS, layer_launches
 
 #: Launches of a token at 8192 rows.
-LAUNCHES = {"window": 25, "ratio_4": 34, "ratio_128": 27, "v32": 30, "glm_5": 30}
+LAUNCHES = {"window": 22, "ratio_4": 28, "ratio_128": 22, "v32": 30, "glm_5": 30}
 
 
 def names(kind: str) -> list[str]:

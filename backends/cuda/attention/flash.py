@@ -57,7 +57,7 @@ def _numeric(node: Node) -> str:
     numeric=_numeric,
 )
 def flash_attn_ext(call: Call) -> None:
-    _Attention(call).record()
+    Recording(call).record()
 
 
 def flash_attn_causal(call: Call, window: int | None, stride: int = 1) -> None:
@@ -66,7 +66,7 @@ def flash_attn_causal(call: Call, window: int | None, stride: int = 1) -> None:
 
     It reads call["pos"] instead, and needs less scratch than flash_attn_ext.
     """
-    _Attention(call, window, stride).record()
+    Recording(call, window, stride).record()
 
 
 def causal_attention(node: Node, run: Run) -> Fused | None:
@@ -92,7 +92,7 @@ def causal_attention(node: Node, run: Run) -> Fused | None:
     )
 
 
-class _Attention:
+class Recording:
     """One node being recorded. Instead of a mask it may read call["pos"], with a window or None,
     and a stride."""
 
@@ -147,7 +147,7 @@ class _Attention:
             self.parts, self.stats = (call.scratch(n) for n in shape.parts(route))
         if shape.mask_batch:
             self.map = call.scratch(shape.map)
-        argument = self._argument()
+        argument = self.argument()
         if shape.mask_batch:
             cells = -(-shape.n_kv // CELL), -(-shape.n_q // CELL)
             self._launch(
@@ -218,7 +218,7 @@ class _Attention:
         )
         return replace(x, ptr=to, nb=(2, 2 * d, 2 * d * rows, 2 * d * rows * heads))
 
-    def _argument(self) -> Attention:
+    def argument(self) -> Attention:
         call, shape, attrs = self.call, self.shape, self.call.attrs
         # A window that reaches back past every position hides no key.
         window = self.window if self.window is not None and self.window < 2**31 else 0

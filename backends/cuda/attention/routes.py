@@ -207,7 +207,7 @@ class Shape:
                 f"list_hopper<{kind}, {d_k}>", 384, rows, 64 * (6 * d_k + weights) + 1024
             )
         if route == "latent":
-            return _first_fit((self._latent(*cut) for cut in LATENT_SPLIT[rows]), room)
+            return self.latent(rows, room)
         if route == "split":
             return _first_fit((self._split(*cut) for cut in SPLIT[d_k, d_v]), room)
         tile = 2 * (d_k + d_v) + 32  # bytes of a key and its value, padded
@@ -218,6 +218,10 @@ class Shape:
         keys = HOPPER[d_k, d_v]
         name = f"hopper<{kind}, {d_k}, {d_v}, {keys}, {str(extra).lower()}>"
         return Instance(name, 384, rows, 256 * d_k + 4 * keys * (d_k + d_v) + 1024)
+
+    def latent(self, rows: int, room: int) -> Instance:
+        """The instance of `latent` for `rows` rows a block."""
+        return _first_fit((self._latent(*cut) for cut in LATENT_SPLIT[rows]), room)
 
     def _split(self, warps: int, stages: int) -> Instance:
         d_k, d_v, raw = self.d_k, self.d_v, self.type_k == "q8_0"

@@ -22,7 +22,6 @@ from pyggml.backends.cuda.linear import blocks
 from pyggml.backends.cuda.linear.common import aligned, in_blocks
 from pyggml.backends.cuda.linear.experts import group_scratch, launch_groups
 from pyggml.backends.cuda.linear.routes import Product
-from pyggml.backends.cuda.norm import can_prepare
 from pyggml.backends.cuda.table import kernel
 from pyggml.dtypes import TYPES
 from pyggml.node import Node
@@ -105,7 +104,7 @@ def needs_of(node: Node) -> Iterator[Need]:
     routes = {product.route for product in products}
     if routes == {"vec"}:
         if all(in_blocks(w.dtype) and origin(w).op is constant_op for w in weights):
-            yield Need(fixed_point, _rows_of(node["b"]), ("levels", products[0].levels))
+            yield Need(fixed_point, _groups_of(node["b"]), ("levels", products[0].levels))
     elif routes == {"tile"}:
         if products[0].ids is not None:
             yield Need(expert_groups, node["ids"], ("experts", weights[0].ne[2]))
@@ -121,6 +120,20 @@ def _rows_of(b: Node) -> Node:
     return b
 
 
+def _groups_of(b: Node) -> Node:
+    """The node whose groups b views in the same order. Unlike those of `halves`, they do not
+    depend on where a row ends."""
+    b = _rows_of(b)
+    while b.op.view is not None and b.contiguous:
+        source = b.src[0]
+        if source is None or not source.contiguous or source.ne[0] % 32 or b.ne[0] % 32:
+            break
+        if source.spec.elements != b.spec.elements:
+            break
+        b = source
+    return b
+
+
 def prepare_once(steps: Sequence[CudaStep]) -> Iterator[CudaStep]:
     """The steps, with those inserted that prepare what several products read.
 
@@ -131,7 +144,7 @@ def prepare_once(steps: Sequence[CudaStep]) -> Iterator[CudaStep]:
     readers = Counter(need for own in needs.values() for need in own)
     prepared: dict[Need, Node] = {}
     for step in steps:
-        if isinstance(step, Fused) and can_prepare(step):
+        if isinstance(step, Fused) and step.fixed:
             need = Need(fixed_point, step.node, ("levels", 2))
             if need in readers:
                 prepared[need] = need.node(run)

@@ -35,7 +35,7 @@ struct Attention {
     const char *sinks;  // f32, or null
     const int *kv_len;  // null: all keys count
     const char *pos;    // i32: row i sees keys up to position(i), at most `window`; or null
-    char *out;
+    char *out;      // null: all sums go to `parts`, even of a single split
     float *parts;   // partial results of the splits for `combine`: sums ..
     float2 *stats;  // .. and (max, sum of weights)
     u8 *map;       // flags of the cells of `mask` [mask_batch][queries / 64][keys / 64], or null
@@ -118,9 +118,10 @@ __device__ __forceinline__ Span span(const Attention &a, int q0, int q1, int liv
     return s;
 }
 
-// Flags of an explicit mask over queries q0..q1 and keys j0..j1: LIVE alone means all zeros.
+// Flags of an explicit mask over queries q0..q1 and keys j0..j1: LIVE alone means all zeros. Without
+// a map, as of a small mask, nothing is known about its elements.
 __device__ __forceinline__ int flags(const Attention &a, int i3, int q0, int q1, int j0, int j1) {
-    if (!a.map) return LIVE;
+    if (!a.map) return a.mask ? LIVE | NONZERO : LIVE;
     const int wide = (a.n_kv + CELL - 1) / CELL, high = (a.n_q + CELL - 1) / CELL;
     const u8 *map = a.map + (long long)(i3 % a.mask_batch) * high * wide;
     int all = 0;
@@ -461,7 +462,7 @@ struct End {
 
     __device__ End(const Attention &a, int i3, const Row &row, int split, float m, float l,
                    bool first) {
-        if (a.splits > 1) {
+        if (a.splits > 1 || !a.out) {
             const long long part = part_index(a, i3, row.query, row.head, split);
             if (first) *part_stats(a, part) = make_float2(m, l);
             to = part_sums(a, part), factor = 1;
