@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,16 +31,19 @@ from pyggml.models.compressor import (
     compressor_states,
 )
 from pyggml.models.keys import Keys, key
-from pyggml.models.layers import SWAP, Rope, linear, norm
+from pyggml.models.layers import SWAP, Rope, attend_plain, linear, listed, norm, unpacked
 from pyggml.models.weights import Layer
 from pyggml.node import Node
 from pyggml.ops import (
+    cast,
     causal_mask,
+    concat,
     flash_attn_ext,
     lightning_indexer,
     merge_lse,
     mul_mat,
     permute,
+    repeat,
     reshape,
     rms_norm,
     scale,
@@ -178,11 +182,7 @@ def attention(
     kv = rotate(reshape(kv, ne=(a.d, 1, n_tokens)), batch.pos)
     kv = layer.label(reshape(kv, ne=(a.d, n_tokens)), "Kcur")
     rows = cache.write(0, kv, batch)
-    compressors = cache.compressors
-    y = flash_attn_ext(
-        q, rows, rows, cache.mask(batch), layer["attn_sinks"], scale=a.d**-0.5,
-        lse=bool(compressors),
-    )  # fmt: skip
+    compressors, past = cache.compressors, None
     if compressors:
         old = compress(layer, x, "attn_compressor", compressors[0], batch, rotate, eps)
         ratio, n_rows = compressors[0].ratio, compressors[0].visible(batch.n_kv)
@@ -190,11 +190,62 @@ def attention(
         if len(compressors) > 1:
             keys = compress(layer, x, "indexer_compressor", compressors[1], batch, rotate, eps)
             ids = _chosen(layer, x, qr, keys, mask, batch, a, rotate)
-        past = flash_attn_ext(q, old, old, mask, ids=ids, scale=a.d**-0.5, lse=True)
-        y = merge_lse(y, past)
-        y = view(y, ne=(a.d, *y.ne[1:3]))
+        past = Past(old, mask, ids)
+    attend = _attend_flash if batch.options.flash else _attend_plain
+    y = attend(layer, q, rows, cache.mask(batch), past, a.d**-0.5)
     y = rotate(layer.label(y, "kqv"), batch.pos, back=True)
     return layer.label(_output(layer, layer.label(y, "kqv_out"), a), "attn_out")
+
+
+class Past(NamedTuple):
+    """What a layer attends to besides the window.
+
+    rows  [d, n]             compressed rows
+    mask  f16 [n, T]
+    ids   i32 [top_k, T]     the rows that a token attends to; None: all
+    """
+
+    rows: Node
+    mask: Node
+    ids: Node | None
+
+
+def _attend_flash(
+    layer: Layer, q: Node, rows: Node, mask: Node, past: Past | None, scale: float
+) -> Node:
+    """[d, H, T]: attention to each part by itself, then merged.
+
+    q     [d, T, H]
+    rows  [d, n_window]        keys and values of the window
+    mask  f16 [n_window, T]
+    """
+    sinks = layer["attn_sinks"]
+    y = flash_attn_ext(q, rows, rows, mask, sinks, scale=scale, lse=past is not None)
+    if past is None:
+        return y
+    old, ids = past.rows, past.ids
+    y = merge_lse(y, flash_attn_ext(q, old, old, past.mask, ids=ids, scale=scale, lse=True))
+    return view(y, ne=(rows.ne[0], *y.ne[1:3]))
+
+
+def _attend_plain(
+    layer: Layer, q: Node, rows: Node, mask: Node, past: Past | None, scale: float
+) -> Node:
+    """The same without flash attention: one softmax over the rows of both parts, side by side. With
+    ids each token has rows of its own, so the window is repeated for each."""
+    n, n_tokens, ids = rows.ne[1], q.ne[1], None
+    if past is not None:
+        old, seen, ids = unpacked(past.rows), past.mask, past.ids
+        rows = unpacked(rows)
+        if ids is not None:
+            q, old, _, seen = listed(q, old, old, seen, ids)
+            if rows.dtype != old.dtype:
+                rows = cast(rows, dtype=old.dtype)
+            rows = repeat(reshape(rows, ne=(rows.ne[0], n, 1, 1)), ne=(rows.ne[0], n, 1, n_tokens))
+            mask = reshape(mask, ne=(n, 1, 1, n_tokens))
+        rows, mask = concat(rows, old, dim=1), concat(mask, seen, dim=0)
+    kqv = attend_plain(layer, q, rows, rows, mask, scale=scale, sinks=layer["attn_sinks"])
+    return permute(kqv, axes=SWAP) if ids is None else reshape(kqv, ne=(kqv.ne[0], *kqv.ne[2:]))
 
 
 def _chosen(

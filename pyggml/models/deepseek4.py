@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from pyggml.errors import GraphError
 from pyggml.gguf import GGUFFile
 from pyggml.models.base import Architecture, Sizes, register
 from pyggml.models.batch import Batch, Options
@@ -134,11 +133,6 @@ class DeepSeek4(Architecture):
         return SPARSE * (self.attn.top_k + 1) - 1 if SPARSE in self.ratios else 0
 
     def cache(self, il: int, n_ctx: int, n_batch: int, options: Options) -> Cache:
-        if not options.flash:
-            raise GraphError(
-                "deepseek4 has only flash attention, because it merges the attention to a window "
-                "with that to compressed rows: use flash=True (-fa on)"
-            )
         return self.attn.cache(il, self.ratios[il], n_ctx, n_batch, options)
 
     def begin(self, x: Node) -> Node:

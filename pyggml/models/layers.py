@@ -159,16 +159,23 @@ def attend(
         y = flash_attn_ext(q, k, v, mask, sinks, ids=ids, scale=scale)
         return layer.label(y, "kqv")
     if ids is not None:
-        q, k, v, mask = _listed(q, k, v, mask, ids)
-    kq = layer.label(mul_mat(k, q), "kq")
-    kq = layer.label(soft_max_ext(kq, mask, sinks, scale=scale), "kq_soft_max")
-    kqv = layer.label(mul_mat(transpose(unpacked(v)), kq), "kqv")
+        q, k, v, mask = listed(q, k, v, mask, ids)
+    kqv = attend_plain(layer, q, k, v, mask, scale=scale, sinks=sinks)
     if ids is not None:
         return reshape(kqv, ne=(kqv.ne[0], *kqv.ne[2:]))
     return permute(kqv, axes=SWAP)
 
 
-def _listed(q: Node, k: Node, v: Node, mask: Node, ids: Node) -> tuple[Node, Node, Node, Node]:
+def attend_plain(
+    layer: Layer, q: Node, k: Node, v: Node, mask: Node, *, scale: float, sinks: Node | None
+) -> Node:
+    """`attend` without flash attention, for any number n of streams: [d_v, T, H, n]."""
+    kq = layer.label(mul_mat(k, q), "kq")
+    kq = layer.label(soft_max_ext(kq, mask, sinks, scale=scale), "kq_soft_max")
+    return layer.label(mul_mat(transpose(unpacked(v)), kq), "kqv")
+
+
+def listed(q: Node, k: Node, v: Node, mask: Node, ids: Node) -> tuple[Node, Node, Node, Node]:
     """Operands in which each token has keys of its own, f16 (or f32) copies of rows ids[:, t].
 
     q [d, 1, H, T], k [d, n, 1, T], v [d_v, n, 1, T], mask [n, 1, 1, T]

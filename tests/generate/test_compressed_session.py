@@ -41,8 +41,8 @@ def expected(model: Model) -> NDArray[np.float32]:
     return model.session(300, 300).forward(TOKENS, "all")
 
 
-def on(place: str, path: Path) -> Model:
-    return load(path, backends=[place], cache_k="f32", cache_i="f32")
+def on(place: str, path: Path, *, flash: bool = True) -> Model:
+    return load(path, backends=[place], cache_k="f32", cache_i="f32", flash=flash)
 
 
 def close(a: Any, b: Any) -> bool:
@@ -63,6 +63,23 @@ def test_parts_of_all_lengths(model: Model, expected: NDArray[np.float32]) -> No
         done += n
         assert close(logits, expected[done - 1 : done]), done
     assert done > 256
+
+
+@pytest.mark.parametrize("place", ["numpy", "null"])
+def test_sessions_without_flash_attention(
+    path: Path, place: str, model: Model, expected: NDArray[np.float32], tmp_path: Path
+) -> None:
+    """Their caches are those of flash attention, so either continues the other's session."""
+    with on(place, path, flash=False) as scores:
+        session, other = scores.session(300, 40), model.session(300, 40)
+        for i in range(0, 270, 90):
+            assert close(session.forward(TOKENS[i : i + 90], "all"), expected[i : i + 90])
+        session.save(tmp_path / "saved")
+        other.load(tmp_path / "saved")
+        assert close(other.forward(TOKENS[270:], "all"), expected[270:])
+        session.truncate(255)
+        assert close(session.forward([TOKENS[255]]), expected[255:256])
+        assert close(session.forward(TOKENS[256:], "all"), expected[256:])
 
 
 def test_padding_at_the_end_of_the_context(model: Model, expected: NDArray[np.float32]) -> None:

@@ -80,8 +80,6 @@ def test_a_session_uses_what_the_plan_says(
     folder: Path, name: str, backends: Any, pins: Any, decoded: bool, flash: bool
 ) -> None:
     """Memory of a header, against the blocks that a session of the whole file allocated."""
-    if name == "deepseek4" and not flash:
-        pytest.skip("it has only flash attention")
     arguments = {"backends": backends, "pins": pins, "flash": flash, "decode_weights": decoded}
     planned = memory(opened(folder, f"{name}-header", **arguments), 24, 8)
     model = opened(folder, name, **arguments)

@@ -27,8 +27,6 @@ every = pytest.mark.parametrize("name", ORACLES)
 
 
 def session(oracle: Oracle, n_batch: int, **options: Any) -> Session:
-    if oracle.path.stem.startswith("deepseek4") and not options.get("flash", True):
-        pytest.skip("the architecture has only flash attention")
     n_ctx = len(oracle.tokens) + 3
     return load(oracle.path, backends=["cuda"], **options).session(n_ctx, n_batch)
 

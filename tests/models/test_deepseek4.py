@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from pyggml import gguf
-from pyggml.errors import GGUFError, GraphError
+from pyggml.errors import GGUFError
 from pyggml.gguf.writer import Tensor, write
 from pyggml.models.deepseek4 import DeepSeek4
 from pyggml.models.known import tensor_sizes
@@ -262,6 +262,28 @@ def test_unfused_graphs_give_the_same_logits(path: Path, plain: NDArray[np.float
     assert np.abs(logits(path, fused=False) - plain).max() < 1e-5 * np.abs(plain).max()
 
 
-def test_without_flash_attention_a_session_is_an_error(path: Path) -> None:
-    with pytest.raises(GraphError, match=r"only flash attention.*use flash=True \(-fa on\)"):
-        load(path, flash=False).session(16)
+# -- without flash attention --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cache", "most"), [("f32", 2e-6), ("f16", 1e-4), ("bf16", 2e-4), ("q8_0", 5e-3)]
+)
+def test_scores_and_a_softmax_give_the_same_logits(path: Path, cache: str, most: float) -> None:
+    """In every kind of layer: the window alone, all compressed rows, and chosen ones. With q8_0 the
+    indexer chooses other rows for a few tokens."""
+    types = {"cache_k": cache, "cache_i": "f32"}
+    ways = [load(path, backends=["numpy"], flash=flash, **types) for flash in (True, False)]
+    flash, scores = (m.session(n_ctx=160, n_batch=160).forward(TOKENS[:150], "all") for m in ways)
+    errors = np.abs(scores - flash).max(axis=1) / np.abs(flash).max()
+    assert 0 < np.median(errors) < most
+
+
+def test_the_budget_cuts_scores(path: Path, plain: NDArray[np.float32]) -> None:
+    peaks = []
+    for amb in (None, 1.0):
+        options = {"cache_k": "f32", "cache_i": "f32", "flash": False, "amb": amb}
+        session = load(path, backends=["numpy"], **options).session(n_ctx=160, n_batch=160)
+        logits = session.forward(TOKENS[:150], "all")
+        assert np.abs(logits - plain).max() < 1e-5 * np.abs(plain).max()
+        peaks.append(session.memory().score_peak)
+    assert peaks[1] <= 2**20 < peaks[0]

@@ -214,6 +214,11 @@ MODELS = {
         merged=True, seed=19
     ),
     "deepseek4": Tiny(deepseek4(), tokens=LONG),
+    "deepseek4 like V4-Pro": Tiny(
+        deepseek4(num_hidden_layers=3, layer_types=[LAYERS4[2], *LAYERS4[2:4]],
+                  mlp_layer_types=["hash_moe", "hash_moe", "moe"], routed_scaling_factor=2.5),
+        tokens=LONG[:140],
+    ),
     "deepseek4 plain rope": Tiny(
         deepseek4(num_hidden_layers=2, layer_types=LAYERS4[2:4], rope_parameters=None,
                   mlp_layer_types=["moe", "hash_moe"][::-1], index_topk=100, sliding_window=5,

@@ -28,13 +28,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "scores": {"flash": False},
     "unfused": {"fused": False},
     "amb": {"flash": False, "amb": 0.04},  # cuts the scores of a whole prompt
+    "lists": {"amb": 2},  # cuts the rows that tokens of deepseek4 attend to
 }
-#: Architectures without scores have an attention budget that cuts lists of rows.
-ONLY_FLASH: dict[str, dict[str, Any]] = {
-    "flash": {},
-    "unfused": {"fused": False},
-    "amb": {"amb": 2},
-}
+#: Where rows are chosen: budgets that leave room for the scratch of top_k, and still cut scores.
+AMB = {"deepseek32": 0.53, "glm-dsa": 0.53, "deepseek4": 1.0}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -53,12 +50,10 @@ def session(oracle: Oracle, n_batch: int | None, options: dict[str, Any]) -> Ses
 
 def options_of(oracle: Oracle, name: str) -> dict[str, Any]:
     model = oracle.path.stem
-    options = ONLY_FLASH if model.startswith("deepseek4") else OPTIONS
-    if name not in options:
-        pytest.skip("the architecture has no such form")
-    if name == "amb" and model.startswith(("deepseek32", "glm-dsa")):
-        return options[name] | {"amb": 0.53}  # 0.5 MiB is scratch of top_k
-    return options[name]
+    if name == "lists" and not model.startswith("deepseek4"):
+        pytest.skip("for deepseek4")
+    amb = next((amb for prefix, amb in AMB.items() if model.startswith(prefix)), None)
+    return OPTIONS[name] | ({"amb": amb} if name == "amb" and amb else {})
 
 
 def check(logits: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
