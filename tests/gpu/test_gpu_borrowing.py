@@ -1,4 +1,5 @@
-"""Experts on the host: a GPU borrows them for a prompt, from registered pages or by the ring."""
+"""Experts on the host: a GPU borrows them for a prompt, from registered pages or by the ring. The
+cpu backend has them in tiles, which the GPU packs."""
 
 from __future__ import annotations
 
@@ -25,9 +26,12 @@ EXACT: dict[str, Any] = {"prec": "f32", "cache_k": "f32", "cache_v": "f32"}
 
 
 @pytest.mark.parametrize("registers", [True, False], ids=["registered", "ring"])
-@pytest.mark.parametrize("type", ["f32", "f16", "q8_0", "iq4_nl", "q4_0"])
-def test_prompts_with_experts_on_the_host(type: str, registers: bool) -> None:
+@pytest.mark.parametrize("type", ["f32", "f16", "q8_0", "iq4_nl", "q4_0", "q4_K", "mxfp4"])
+@pytest.mark.parametrize("host", ["numpy", "cpu"])
+def test_prompts_with_experts_on_the_host(host: str, type: str, registers: bool) -> None:
     """The same logits as with all weights on the GPU, also from the recorded graph."""
+    if host == "cpu" and backends.on_host() != "cpu":
+        pytest.skip("needs the extra 'cpu' and AVX2")
     gpu: Any = backends.get("cuda")
     refuses = (
         nullcontext() if registers else mock.patch.object(Registry, "cover", return_value=None)
@@ -36,7 +40,7 @@ def test_prompts_with_experts_on_the_host(type: str, registers: bool) -> None:
         synth(path := Path(folder) / "m.gguf", TINY, dtype=type)
         with (
             load(path, backends=["cuda"], **EXACT) as whole,
-            load(path, backends=["cuda", "numpy"], pins={"exps": "numpy"}, **EXACT) as model,
+            load(path, backends=["cuda", host], pins={"exps": host}, **EXACT) as model,
         ):
             expected = whole.session(512).forward(TOKENS, "all")
             session = model.session(512)
