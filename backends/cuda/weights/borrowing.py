@@ -7,7 +7,8 @@ that it computes with in other plans, so the host has one copy of it.
 
 Three designs lost: packed copies on the host take as much memory again; a host that restores the
 file's rows from its tiles, at 0.2 to 1 GB/s a core, is slower than the bus; a cpu backend that
-computes with the file's rows needs a second kernel for each product and block type.
+computes with the file's rows needs a second kernel for each product and block type, and reads
+iq4_nl at 12 GB/s a thread (AVX2) where tiles are read at 36.
 """
 
 from __future__ import annotations
