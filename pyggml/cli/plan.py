@@ -9,7 +9,9 @@ device is too small.
 
 --fit chooses the largest context up to the file's (or -c), then the largest batch up to -b (or
 -ub), then the largest attention budget, and then puts the experts of as few layers as possible on
-the host. The last line is the command that runs it.
+the host. Over several devices it also chooses the cut: of those that fit, the one with the shortest
+predicted time. It estimates each cut from a few layers, and plans the best with all. The last line
+is the command that runs it.
 
 With --shard the layers are not divided but cut: docs/scaling.md. The times that it then prints are
 predictions from the ops' costs, at the rates of an H100.
@@ -40,14 +42,16 @@ from pyggml.cli.model_options import (
     pins_of,
 )
 from pyggml.cli.options import wrong_usage
+from pyggml.cli.trials import trial_json, trials_text
 from pyggml.errors import DeviceError
+from pyggml.generate.cuts import Found, Search, Trial, candidates
 from pyggml.generate.fit import BUDGETS, Line, Planner, Setup, fit, lines
 from pyggml.models.batch import Options
 from pyggml.models.model import Model
 from pyggml.runtime.memory import Memory, mib
 from pyggml.runtime.places import Place, parse
 from pyggml.runtime.predict import Prediction
-from pyggml.runtime.shards import shard_text
+from pyggml.runtime.shards import Cuts, shard_text, with_shares
 
 #: Options of `pyggml run` with these defaults, by their names here.
 _SAME = {"ctk": "f16", "ctv": "f16", "cti": "f16", "fa": "on", "mla": 3, "fmoe": "on"}
@@ -59,7 +63,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--device", metavar="PLACE:SIZE", action="append",
         help="a device, such as cuda:24GiB or host:64GiB; the second cuda is cuda:1 "
         "(default: those of --backend, of any size)")  # fmt: skip
-    add("--fit", action="store_true", help="choose -c, -ub, -amb and the experts on the host")
+    add("--fit", action="store_true",
+        help="choose -c, -ub, -amb, --shard and the experts on the host")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object")
 
 
@@ -69,7 +74,8 @@ class Result:
 
     table    a line for each device
     command  runs a session with this memory
-    times    predictions for a prompt batch and for one token, with --shard
+    times    predictions for a prompt batch and for one token, of a model that is cut
+    trials   the cuts that --fit has tried, best first
     """
 
     planner: Planner
@@ -78,6 +84,7 @@ class Result:
     table: Sequence[Line]
     command: str
     times: Sequence[Prediction] = ()
+    trials: Sequence[Trial] = ()
 
     @property
     def fits(self) -> bool:
@@ -96,13 +103,39 @@ def run(args: argparse.Namespace) -> int:
         options = Options(**graph_options(args))
         model = Model(file, decode_weights=args.decode_weights, shard=args.shard, options=options)
         planner = planner_of(model, places, args)
-        setup = _setup(planner, args)
+        trials: Sequence[Trial] = ()
+        if args.fit and len(_devices(planner)) > 1:
+            found = _search(planner, args)
+            planner, setup, trials = found.planner, found.setup, found.trials
+        else:
+            setup = _setup(planner, args)
         memory = planner.memory(setup)
-        times = planner.times(setup) if args.shard is not None else ()
+        times = planner.times(setup) if planner.model.shard is not None else ()
     command = command_of(args, planner, setup)
-    result = Result(planner, setup, memory, lines(memory, places), command, times)
+    result = Result(planner, setup, memory, lines(memory, places), command, times, trials)
     print(json.dumps(as_json(result), indent=1) if args.json else "\n".join(as_text(result)))
     return 0 if result.fits else 1
+
+
+def _devices(planner: Planner) -> list[Place]:
+    """The devices over which a model can be cut: those of the first place's kind."""
+    first = planner.places[0]
+    return [p for p in planner.places if p.name == first.name and p.name not in backends.HOSTS]
+
+
+def _search(planner: Planner, args: argparse.Namespace) -> Found:
+    """The cut of --shard, or the best one, with the setup that `fit` chooses."""
+    model, devices = planner.model, _devices(planner)
+    cuts: list[Cuts] = [args.shard]
+    if args.shard is None:
+        cuts = list(candidates(model, len(devices)))
+    if any(place.partition(":")[0] == devices[0].name for place in planner.pins.values()):
+        cuts = [each for each in cuts if "layers" not in each]  # pins name devices of the whole
+    model.shard = None
+    search = Search(
+        model, planner.places, planner.pins, planner.host_layers, **_limits(planner, args)
+    )
+    return search.run(cuts)
 
 
 def places_of(args: argparse.Namespace) -> list[Place]:
@@ -136,12 +169,16 @@ def _setup(planner: Planner, args: argparse.Namespace) -> Setup:
     if not args.fit:
         n_ctx = args.c or N_CTX
         return Setup(n_ctx=n_ctx, n_batch=min(args.ub or N_BATCH, args.b, n_ctx), amb=args.amb)
-    return fit(
-        planner,
-        n_ctx=args.c or planner.model.arch.n_ctx_train,
-        n_batch=min(args.ub or args.b, args.b),
-        budgets=BUDGETS if args.amb is None else (args.amb,),
-    )
+    return fit(planner, **_limits(planner, args))
+
+
+def _limits(planner: Planner, args: argparse.Namespace) -> dict[str, Any]:
+    """The most that --fit tries."""
+    return {
+        "n_ctx": args.c or planner.model.arch.n_ctx_train,
+        "n_batch": min(args.ub or args.b, args.b),
+        "budgets": BUDGETS if args.amb is None else (args.amb,),
+    }
 
 
 def command_of(args: argparse.Namespace, planner: Planner, setup: Setup) -> str:
@@ -155,8 +192,8 @@ def command_of(args: argparse.Namespace, planner: Planner, setup: Setup) -> str:
         if (value := getattr(args, name)) != default:
             words += [f"-{name}", str(value)]
     words += ["--backend", ",".join(place.backend.place for place in planner.places)]
-    if args.shard is not None:
-        words += ["--shard", shard_text(args.shard)]
+    if planner.model.shard is not None:
+        words += ["--shard", shard_text(with_shares(planner.model.shard, planner.places))]
     for pattern, place in planner.pins_of(setup).items():
         words += ["-ot", f"{pattern}={place}"]
     return shlex.join(words)
@@ -174,6 +211,7 @@ def as_json(result: Result) -> dict[str, Any]:
         "n_batch": setup.n_batch,
         "amb": setup.amb,
         "host_experts": setup.host_experts,
+        "shard": None if (cuts := result.planner.model.shard) is None else shard_text(cuts),
         "devices": [_device(line) for line in result.table],
         "pinned": result.pinned,
         "score_peak": result.memory.score_peak,
@@ -183,6 +221,7 @@ def as_json(result: Result) -> dict[str, Any]:
         "predicted": [
             {"seconds": time.total, "between_devices": time.between} for time in result.times
         ],
+        "tried": [trial_json(trial) for trial in result.trials],
     }
 
 
@@ -224,6 +263,7 @@ def as_text(result: Result) -> list[str]:
             f"Predicted, not measured: {time.total * 1e3:.3g} ms for {what}, "
             f"{time.between * 1e3:.3g} ms of it between devices."
         )
+    text += trials_text(result.trials)
     text.append(f"Plans compiled: {result.planner.n_plans}.")
     return [*text, result.command]
 

@@ -39,7 +39,7 @@ def layer_pins(
     if len(devices) < 2:
         return {}
     layers = [il for il in range(model.arch.n_layer) if il not in host_layers]
-    sizes = _layer_bytes(model, host_experts, n_ctx, n_batch)
+    sizes = layer_bytes(model, host_experts, n_ctx, n_batch)
     head = _bytes(model, "output"), _bytes(model, "token_embd.")
     items = [head[1], *(sizes[il] for il in layers), head[0]]
     of_item = _shares(items, [place.size for place in devices])
@@ -60,7 +60,8 @@ def expert_bytes(model: Model) -> list[int]:
     return _by_layer(model, ((name, t.nbytes) for name, t in tensors if "_exps." in name))
 
 
-def _layer_bytes(model: Model, host_experts: int, n_ctx: int, n_batch: int) -> list[int]:
+def layer_bytes(model: Model, host_experts: int, n_ctx: int, n_batch: int) -> list[int]:
+    """The bytes of each layer: its tensors in the file and its caches."""
     tensors = model.file.tensors.items()
     sizes = _by_layer(model, ((name, t.nbytes) for name, t in tensors))
     experts = expert_bytes(model)

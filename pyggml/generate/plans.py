@@ -68,10 +68,17 @@ class Plans:
     def largest(self) -> tuple[Plan, ...]:
         """Those for `n_batch` tokens and for one, over full caches; and, if graphs with fewer rows
         have another form, the two over the most of these."""
+        return tuple(
+            self.batch(n, n_kv, 1) for n_kv in self._most_rows() for n in (self.n_batch, 1)
+        )
+
+    def largest_prompts(self) -> tuple[Plan, ...]:
+        """Those of `largest` for `n_batch` tokens."""
+        return tuple(self.batch(self.n_batch, n_kv, 1) for n_kv in self._most_rows())
+
+    def _most_rows(self) -> list[int]:
         rows, dense = [self.n_ctx], floored_rows(self.model.arch.dense_rows())
-        if 0 < dense < self.n_ctx:
-            rows.append(dense)
-        return tuple(self.batch(n, n_kv, 1) for n_kv in rows for n in (self.n_batch, 1))
+        return [*rows, dense] if 0 < dense < self.n_ctx else rows
 
     def sizes(self, n_tokens: int, n_kv: int, n_outputs: int) -> tuple[int, int]:
         """The tokens and rows to plan for: these, or more if that takes less memory.

@@ -37,6 +37,7 @@ class Model:
 
     arch      its architecture: the hyperparameters
     weights   its tensors as constants
+    layers    the layers of its graphs: all, unless memory and time are estimated from a few
     store     the memory of its weights, shared by all sessions
     backends, amb, pins, decode_weights, shard   as in `compile`
     ranks     the processes that run it together, in `store.ranks`
@@ -62,6 +63,7 @@ class Model:
         except GGUFError as error:
             raise GGUFError(f"{file.paths[0]}: {error}") from None
         self.file = file
+        self.layers: Sequence[int] = range(self.arch.n_layer)
         self.options = options or Options()
         self.weights = Weights(file, all_sizes(self.arch))
         self.backends, self.amb, self.pins = tuple(backends), amb, pins
@@ -111,16 +113,15 @@ class Model:
     # -- graphs -------------------------------------------------------------------------------
 
     def caches(self, n_ctx: int, n_batch: int) -> tuple[Cache, ...]:
-        """The caches of all layers."""
-        layers = range(self.arch.n_layer)
-        return tuple(self.arch.cache(il, n_ctx, n_batch, self.options) for il in layers)
+        """The caches of `layers`."""
+        return tuple(self.arch.cache(il, n_ctx, n_batch, self.options) for il in self.layers)
 
     def graph(self, batch: Batch, caches: tuple[Cache, ...]) -> Graph:
         """Output `logits`, f32 [n_vocab, n_outputs]; without outputs, it only fills the caches."""
         w, arch = self.weights, self.arch
         x = w.label(scaled(w, "token_embd", get_rows(w["token_embd"], batch.tokens)), "inp_embd")
         x = arch.begin(x)
-        for il, cache in enumerate(caches):
+        for il, cache in zip(self.layers, caches):
             x = arch.layer(x, w.layer(il), cache, batch)
         if not batch.n_outputs:
             return Graph({}, batch.writes)

@@ -10,7 +10,7 @@ rows) is made on each device among its own rows, and then among these.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -121,6 +121,7 @@ class _Divider:
         self.graph, self.cuts, self.shares_of = graph, cuts, shares_of
         self.result = Divisions()
         self.constant = _constants(graph)
+        self.before_attention = _before_attention(graph, self.constant)
         self.roots = set(graph.roots)
         self.units: dict[int, list[int]] = {}  # extent -> units that chains could be cut into
         self.in_chains: set[Node] = set()
@@ -304,6 +305,8 @@ class _Divider:
         shares, result = self.shares_of(node), self.result
         if "rows" not in self.cuts or node.op is not mul_mat or len(shares) < 2:
             return
+        if node in self.before_attention:  # gathering queries or expanded keys costs more
+            return
         a = node["a"]
         taken = node in result.sums or node in self.in_chains
         if taken or a not in self.constant or a.ne[1] < TALL * a.ne[0]:
@@ -381,6 +384,17 @@ def _constants(graph: Graph) -> set[Node]:
         if derived or node.op is constant_op:
             constant.add(node)
     return constant
+
+
+def _before_attention(graph: Graph, constant: Collection[Node]) -> set[Node]:
+    """The nodes that an attention depends on: a fused one, or a product without weights."""
+    before: set[Node] = set()
+    for node in reversed(graph.nodes):
+        product = node["a"].base if node.op is soft_max_ext else node
+        scores = product is not node and product.op is mul_mat and product["a"] not in constant
+        if node.op is flash_attn_ext or scores or node in before:
+            before.update(s for s in node.src if s is not None)
+    return before
 
 
 def _stride(mask: Node) -> int:

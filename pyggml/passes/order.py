@@ -33,10 +33,37 @@ def order(work: Work) -> Work:
     waits for comes first.
     """
     edges = state_edges(work.graph.nodes)
-    nodes = toposort(work.graph.roots, edges)
+    nodes = soon(work.graph, edges)
     if work.several:
         nodes = _few_switches(work, nodes, edges)
     return replace(work, order=nodes)
+
+
+def soon(graph: Graph, edges: Edges) -> tuple[Node, ...]:
+    """All nodes; a write that no output needs comes as soon as it can, with what it alone needs
+    right before it. At the end of the graph it would keep a tensor of each layer until then: with
+    61 layers of DeepSeek-V3.2 that are 1.6 GiB, for rows that only an indexer reads.
+    """
+    nodes = toposort(graph.roots, edges)
+    needed = toposort(graph.outputs.values(), edges)
+    if not needed or len(needed) == len(nodes):
+        return nodes
+    place = {node: i for i, node in enumerate(needed)}  # that of the node it follows
+    after: list[list[Node]] = [[] for _ in needed]
+    writes = set(graph.updates)
+    waiting: list[Node] = []
+    last = 0
+    for node in nodes:
+        if node in place:
+            continue
+        waiting.append(node)
+        sources = [s for s in (*node.src, *edges.get(node, ())) if s is not None]
+        last = max([last, *(place[s] for s in sources if s in place)])
+        if node in writes:
+            after[last] += waiting
+            place |= dict.fromkeys(waiting, last)
+            waiting, last = [], 0
+    return tuple(n for node, rest in zip(needed, after) for n in (node, *rest))
 
 
 def _few_switches(work: Work, nodes: Sequence[Node], edges: Edges) -> tuple[Node, ...]:

@@ -228,6 +228,8 @@ class Builder:
 
     def _in_parts(self, node: Node, family: Family) -> bool:
         """Whether each device computes its own part of a node."""
+        if node.base.op is constant_op:  # a view, which is of no stage
+            return True
         if len(self.groups[node]) != len(family) or self.divisions.is_partial(node):
             return False
         return self.divisions.gathers.get(node, family) == family

@@ -12,6 +12,7 @@ from pyggml.graph import Graph
 from pyggml.node import Node
 from pyggml.ops.leaf import constant_op, input_op, state_op
 from pyggml.ops.views import bases
+from pyggml.passes.order import soon, state_edges
 from pyggml.passes.work import Work
 
 #: How far from its ideal place, as a share of all bytes, a stage may end, so that less is sent.
@@ -102,7 +103,8 @@ def _pipeline(graph: Graph, shard: Shard, fixed: Mapping[Node, Backend]) -> dict
     if count == 1:
         return {}
     heavy = _heavy(graph)
-    order = [node for node in graph.nodes if node in heavy and node.op.view is None]
+    nodes = soon(graph, state_edges(graph.nodes))
+    order = [node for node in nodes if node in heavy and node.op.view is None]
     ends = _ends(graph, order, shard.stages)
     number = {node: i for i, node in enumerate(order)}
     stage: dict[Node, int] = {}
@@ -155,7 +157,7 @@ def _ends(graph: Graph, order: Sequence[Node], shares: Sequence[float]) -> list[
     crossing = _crossing(graph, order)
     gaps = _between_states(graph, order, crossing)
     if len(gaps) >= len(shares) - 1:
-        return _at_gaps(gaps, weights, shares)
+        return at_gaps(gaps, weights, shares)
     sums = list(accumulate(weights))
     total = sums[-1] if sums else 0
     ends: list[int] = []
@@ -174,7 +176,8 @@ def _between_states(graph: Graph, order: Sequence[Node], crossing: Sequence[int]
     """The numbers in `order` between the uses of one state, or of states that are used together,
     and those of the next: where the fewest bytes cross.
 
-    States that are only written are used together: the last layer of a graph without outputs.
+    States that are only written do not count: other graphs of the store may read them. Those after
+    all others are used together: the last layer of a graph without outputs.
     """
     written = {node.root for node in graph.nodes if node.op.writes is not None}
     read: set[Node] = set()
@@ -185,19 +188,21 @@ def _between_states(graph: Graph, order: Sequence[Node], crossing: Sequence[int]
                 at.setdefault(source.root, []).append(i)
                 if node.op.writes is None:
                     read.add(source.root)
-    uses: dict[Node | None, list[int]] = {}
-    for state, numbers in at.items():
-        uses.setdefault(state if state in read else None, []).extend(numbers)
+    uses = [(min(numbers), max(numbers)) for state, numbers in at.items() if state in read]
+    end = max((last for _, last in uses), default=-1)
+    rest = [i for numbers in at.values() for i in numbers if i > end]
+    if rest:
+        uses.append((min(rest), max(rest)))
     gaps: list[int] = []
     end = -1
-    for first, last in sorted((min(each), max(each)) for each in uses.values()):
+    for first, last in sorted(uses):
         if 0 <= end < first:
             gaps.append(1 + min(range(end, first), key=lambda i: (crossing[i], -i)))
         end = max(end, last)
     return gaps
 
 
-def _at_gaps(gaps: Sequence[int], weights: Sequence[int], shares: Sequence[float]) -> list[int]:
+def at_gaps(gaps: Sequence[int], weights: Sequence[int], shares: Sequence[float]) -> list[int]:
     """The gaps that divide the weights best.
 
     A graph may lack what follows the last states (batches without outputs do). All plans of a store
@@ -216,7 +221,8 @@ def _at_gaps(gaps: Sequence[int], weights: Sequence[int], shares: Sequence[float
 
 
 def _crossing(graph: Graph, order: Sequence[Node]) -> list[int]:
-    """For each position in `order`, the bytes computed up to there that later nodes read."""
+    """For each position in `order`, the bytes computed up to there that later nodes read. States do
+    not count: they are where they are read."""
     number = {node: i for i, node in enumerate(order)}
     last = dict(number)
     for node in graph.nodes:
@@ -226,6 +232,8 @@ def _crossing(graph: Graph, order: Sequence[Node]) -> list[int]:
                     last[base] = max(last[base], number[node])
     change = [0] * (len(order) + 1)
     for node, i in number.items():
+        if node.op.leaf:
+            continue
         change[i] += node.spec.nbytes
         change[last[node]] -= node.spec.nbytes
     return list(accumulate(change))[: len(order)]

@@ -116,7 +116,7 @@ class Memory:
         rows = []
         for device, same in by_device.items():
             largest = max(same, key=lambda row: row.compute)
-            sizes: dict[str, Any] = _leaf_bytes(
+            sizes: dict[str, Any] = leaf_bytes(
                 [need for need in needs if need.backend.device == device]
             )
             sizes |= {
@@ -204,7 +204,7 @@ class Memory:
         return "\n".join(lines)
 
 
-def _leaf_bytes(needs: Iterable[Need]) -> dict[str, int]:
+def leaf_bytes(needs: Iterable[Need]) -> dict[str, int]:
     """The bytes of weights, states and inputs."""
     nbytes = {"constant": 0, "state": 0, "input": 0}
     for need in needs:
@@ -219,7 +219,7 @@ def _row(work: Work, device: str, needs: Sequence[Need]) -> DeviceMemory:
     arena = work.placed.arenas[device]
     return DeviceMemory(
         device=backend.place,
-        **_leaf_bytes(needs),
+        **leaf_bytes(needs),
         compute=arena.nbytes,
         workspace=max((step.workspace for step in steps), default=0),
         score_peak=arena.score_peak,

@@ -21,7 +21,7 @@ from pyggml.runtime.exchange import Exchange
 from pyggml.runtime.execution import Execution, addresses
 from pyggml.runtime.inputs import Bound, Ready, together
 from pyggml.runtime.kernels import kernels_of
-from pyggml.runtime.leaves import Progress
+from pyggml.runtime.leaves import Need, Progress
 from pyggml.runtime.memory import Memory
 from pyggml.runtime.outputs import names_of
 from pyggml.runtime.planned import Planned, Request
@@ -85,6 +85,11 @@ class Plan:
         """The bytes that this plan and other plans of its store use together."""
         plans = (self, *others)
         return Memory.joint([(p.memory, p._planned.needs) for p in plans])
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """The leaves that the plan reads: weights, states and inputs, once for each device."""
+        return tuple(self._planned.needs)
 
     @property
     def inputs(self) -> Mapping[str, Spec]:

@@ -2,16 +2,19 @@
 
 A step takes the longer of its operations and its bytes at a device's rates, and at least the time
 of a launch. A copy or a collective takes a latency and its bytes at the rate of the link. Splits
-start when their device is free and what they wait for is done.
+start when their device is free and what they wait for is done. Steps of the host and copies to and
+from it have rates of their own.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pyggml.backends.base import in_host_memory
 from pyggml.backends.step import Step
 from pyggml.operation import cost_of
 from pyggml.passes.work import Work
+from pyggml.transfer import origin, transfer
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,11 @@ class Rates:
     latency: float = 6e-6
 
 
+#: A host with 8 channels of memory and PCIe 5.0: two thirds of 3 TFLOP/s, 300 GB/s and, for copies
+#: to and from devices, 63 GB/s.
+HOST = Rates(flops=2e12, nbytes=200e9, link=42e9)
+
+
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """Seconds of one run.
@@ -41,11 +49,13 @@ class Prediction:
     total    from the first step to the last
     busy     device -> seconds of its steps
     between  seconds of copies and collectives between devices, of the device with most
+    steps    seconds of each of the plan's steps and copies, alone
     """
 
     total: float
     busy: dict[str, float]
     between: float
+    steps: tuple[float, ...] = ()
 
 
 def predict(work: Work, rates: Rates | None = None) -> Prediction:
@@ -57,16 +67,18 @@ def predict(work: Work, rates: Rates | None = None) -> Prediction:
     between: dict[str, float] = {}
     for split in work.splits:
         device = split.backend.device
-        sent = [_between(step, rates) for step in split.copies]
+        sent = [seconds_of(work, step, rates) for step in split.copies]
         copies = (max(sent) if _one_collective(split.steps) else sum(sent)) if sent else 0.0
-        steps = sum(_seconds(step, rates) for step in split.steps)
+        steps = sum(seconds_of(work, step, rates) for step in split.steps)
         start = max([free.get(device, 0.0), *(ends[i] for i in split.waits)])
         end = start + copies + steps
         ends.append(end)
         free[device] = end
         busy[device] = busy.get(device, 0.0) + steps
         between[device] = between.get(device, 0.0) + copies
-    return Prediction(max(free.values(), default=0.0), busy, max(between.values(), default=0.0))
+    alone = tuple(seconds_of(work, step, rates) for step in work.steps)
+    longest = max(between.values(), default=0.0)
+    return Prediction(max(free.values(), default=0.0), busy, longest, alone)
 
 
 def _one_collective(steps: tuple[Step, ...]) -> bool:
@@ -74,11 +86,15 @@ def _one_collective(steps: tuple[Step, ...]) -> bool:
     return bool(steps) and steps[0].node.op.name in ("all_reduce", "all_gather", "reduce_scatter")
 
 
-def _between(step: Step, rates: Rates) -> float:
-    return rates.latency + step.node.spec.nbytes / rates.link
-
-
-def _seconds(step: Step, rates: Rates) -> float:
+def seconds_of(work: Work, step: Step, rates: Rates) -> float:
+    """A step or copy of a planned graph, alone."""
+    ends = [work.home(step.node.base)]
+    if step.node.op is transfer:
+        ends.append(work.home(origin(step.node)))
+    if any(map(in_host_memory, ends)):
+        rates = HOST
+    if step.node.op is transfer:
+        return rates.latency + step.node.spec.nbytes / rates.link
     costs = [cost_of(node) for node in step.nodes]
     flops, nbytes = sum(c.flops for c in costs), sum(c.nbytes for c in costs)
     return max(rates.launch, flops / rates.flops, nbytes / rates.nbytes)

@@ -12,7 +12,8 @@ from pyggml.passes.shard import CUTS
 from pyggml.passes.stages import Shard
 from pyggml.runtime.places import Place
 
-#: "auto", or cut -> the number of devices (of stages for "layers"), or their shares.
+#: "auto", or cut -> the number of devices (of stages for "layers"), or their shares. As a name,
+#: "auto" stands for the cuts of AUTO.
 Cuts: TypeAlias = str | Mapping[str, int | Sequence[float]]
 
 #: What "auto" cuts: all that can be cut without a copy of a cache on each device.
@@ -22,17 +23,18 @@ AUTO = ("heads", "experts", "rows")
 def shard_of(cuts: Cuts | None, places: Sequence[Place]) -> Shard | None:
     """The shard that `cuts` describe over the first of `places`; None if nothing is divided.
 
-    Without shares, the parts are in the proportion of the sizes of the places, if they have any.
+    For a number of devices, the parts are in the proportion of the sizes of the places, if they
+    have any; shares are used as they are.
     Errors: DTypeError, UnknownNameError, DeviceError if there are too few devices.
     """
     if cuts is None:
         return None
     alike = [place for place in places if place.name == places[0].name]
+    strict = True
     if cuts == "auto":
-        cuts = dict.fromkeys(AUTO, len(alike))
-        strict = False
-    else:
-        strict = True
+        cuts = {"auto": len(alike)}
+    if isinstance(cuts, Mapping) and list(cuts) == ["auto"]:
+        cuts, strict = dict.fromkeys(AUTO, cuts["auto"]), False
     if not isinstance(cuts, Mapping):
         raise DTypeError(
             f"shard= must be 'auto' or a dict such as {{'heads': 2}}, not {cuts!r}; "
@@ -57,7 +59,7 @@ def shard_of(cuts: Cuts | None, places: Sequence[Place]) -> Shard | None:
             f"{len(alike)}: {names}"
         )
     used = alike[:count]
-    given = [numbers[name] for name in group if len(set(numbers[name])) > 1]
+    given = [numbers[name] for name in group if not isinstance(cuts[name], int)]
     if any(shares != given[0] for shares in given[1:]):
         raise DTypeError(f"shard={dict(cuts)!r}: the shares of all cuts but 'layers' must be equal")
     sizes = [float(place.size or 0) for place in used]
@@ -66,10 +68,29 @@ def shard_of(cuts: Cuts | None, places: Sequence[Place]) -> Shard | None:
     in_stage = [sum(sizes[i * n_group : (i + 1) * n_group]) for i in range(n_stages)]
     shares = given[0] if given else tuple(in_group) if known else (1.0,) * n_group
     stages = numbers.get("layers", (1.0,))
-    if known and len(set(stages)) == 1:
+    if known and isinstance(cuts.get("layers", 1), int):
         stages = tuple(in_stage)
     devices: tuple[Backend, ...] = tuple(place.backend for place in used)
     return Shard({n: k for n, k in counts.items() if k > 1}, shares, stages, devices, strict)
+
+
+def with_shares(cuts: Cuts, places: Sequence[Place]) -> Cuts:
+    """Cuts that mean the same for places without sizes, as a command that runs has them."""
+    shard = shard_of(cuts, places)
+    sizes = {place.size for place in places[: len(shard.devices)]} if shard is not None else ()
+    if shard is None or len(sizes) == 1:
+        return cuts
+    if cuts == "auto" or list(cuts) == ["auto"]:
+        return {"auto": _small(shard.shares)}
+    shares = {name: shard.stages if name == "layers" else shard.shares for name in shard.cuts}
+    return {name: _small(each) for name, each in shares.items()}
+
+
+def _small(shares: Sequence[float]) -> int | tuple[float, ...]:
+    """Equal shares as their number, others with the largest as 100."""
+    if len(set(shares)) == 1:
+        return len(shares)
+    return tuple(round(100 * share / max(shares), 2) for share in shares)
 
 
 def shard_text(cuts: Cuts) -> str:
