@@ -11,6 +11,7 @@ import pytest
 import pyggml as gg
 from pyggml.backends.cuda.launch import Call, Launch, Operand
 from pyggml.backends.cuda.linear import blocks, experts, plain
+from pyggml.backends.cuda.weights.grids import LEVELS
 from pyggml.dtypes import TYPES
 from pyggml.parity import decode_patterns
 from pyggml.parity.patterns import pattern
@@ -80,6 +81,34 @@ def test_experts_make_their_columns_fixed_point(dtype: str, n_tokens: int, tmp_p
 def test_a_product_makes_its_column_fixed_point(k: int, heads: int, tmp_path: Path) -> None:
     w, x = constant("w", "iq4_nl", heads, 20, k), gg.input("x", ne=(k, 1, heads))
     compare({"y": gg.mul_mat(w, x)}, {"x": random(heads, 1, k)}, tmp_path, 1e-8)
+
+
+def in_grid(label: str, dtype: str, *shape: int) -> gg.Node:
+    """A weight of random blocks whose scales are near 2^-6; no encoder has these types."""
+    t = TYPES[dtype]
+    raw = rng.integers(0, 256, (*shape[:-1], shape[-1] // t.block, t.nbytes), np.uint8)
+    at = 55 if dtype == "iq1_m" else 1
+    raw[..., at] = raw[..., at] & 0x83 | 0x24
+    return gg.constant(raw.reshape(*shape[:-1], -1), dtype=dtype, name=label)
+
+
+@pytest.mark.parametrize("dtype", LEVELS)
+def test_grid_types(dtype: str, tmp_path: Path) -> None:
+    """A column and more, up and gate, experts, a product of 24-bit fixed point."""
+    w = in_grid("w", dtype, 20, 512)
+    up, gate = (in_grid(name, dtype, 4, 12, 256) for name in ("up", "gate"))
+    one, three = gg.input("one", ne=(512,)), gg.input("three", ne=(512, 3))
+    x, ids = gg.input("x", ne=(256, 1, 2)), gg.input("ids", "i32", ne=(3, 2))
+    outputs = {
+        "one": gg.mul_mat(w, one),
+        "three": gg.mul_mat(w, three),
+        "exact": gg.mul_mat(w, three, prec="f32"),
+        "experts": gg.mul_mat_id(up, x, ids),
+        "gated": gg.moe_up_gate(up, gate, x, ids),
+    }
+    inputs = {"one": random(512), "three": random(3, 512), "x": random(2, 1, 256)}
+    inputs["ids"] = np.array([[3, 0, -1], [1, 3, 2]], np.int32)
+    compare(outputs, inputs, tmp_path, 1e-8)
 
 
 ORDER = [0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15]

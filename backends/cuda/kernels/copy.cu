@@ -74,7 +74,9 @@ __global__ void __launch_bounds__(256) decode(Tensor out, Tensor a) {
 // whole lines. total: groups of all rows, padding included.
 template <class F, class D, int V>
 __global__ void __launch_bounds__(256) decode_tiles(Tensor out, Packed a, unsigned total) {
+    const tiles::Table<F> table(0);
     begin();
+    table.ready();
     unsigned i = blockIdx.x * 256 + threadIdx.x;
     if (i >= total) return;
     int r = i % 8, group = i / 8 % a.groups, at = i / 8 / a.groups;
@@ -83,7 +85,7 @@ __global__ void __launch_bounds__(256) decode_tiles(Tensor out, Packed a, unsign
     const tiles::RawGroup<F> raw = load_group(tiles::Row<F>(a, matrix, tile, r), group);
     const tiles::Scale scale = F::scale(raw.scale.own, raw.scale.shared);
     unsigned words[8];
-    tiles::code_words<F>(tiles::Table<F>(0), raw, words);
+    tiles::code_words<F>(table, raw, words);
     char* row = row_number(out, (long long)matrix * a.rows + tile * 8 + r);
     char* to = row + group * 32LL * out.nb[0];
 #pragma unroll

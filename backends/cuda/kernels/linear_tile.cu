@@ -58,7 +58,7 @@ struct TileRow : Row<F> {
         }
         if constexpr (F::code_runs == 2) raw.second = this->code_word(group, 1, word);
         raw.high = this->high_bits(group);
-        raw.scale = this->scale(group);
+        raw.scale = whole_scale<F>(this->scale(group), raw.high);
         return raw;
     }
 };
@@ -70,8 +70,11 @@ template <class F>
 __device__ __forceinline__ void decode(const Table<F>& table, const RawWords<F>& raw, int t,
                                        unsigned (&pairs)[4]) {
     unsigned words[2] = {raw.first, raw.second};
-    if constexpr (F::code_runs == 1) unpack(table, raw.first, raw.high, t, words[0], words[1]);
-    if constexpr (F::code_runs == 0)
+    if constexpr (F::grid) {
+        const Indexed q = {make_uint2(raw.first, raw.second), raw.high.x, raw.scale.own};
+        unpack_indexed(table, q, t, words[0], words[1]);
+    } else if constexpr (F::code_runs == 1) unpack(table, raw.first, raw.high, t, words[0], words[1]);
+    else if constexpr (F::code_runs == 0)
         unpack_short<F>(make_uint2(raw.first, raw.second), raw.high, t, words[0], words[1]);
     Scale s = F::scale(raw.scale.own, raw.scale.shared);
 #pragma unroll
@@ -84,7 +87,7 @@ __device__ __forceinline__ void decode(const Table<F>& table, const RawWords<F>&
             pairs[2 * i + 1] = pack2<__nv_bfloat16>(w[2], w[3]);
         } else {
             // The f16 with bits 0x6400 + n is 1024 + n, for a byte n.
-            constexpr int zero = F::table || F::code_runs == 2 ? 128 : F::bias;
+            constexpr int zero = F::table || F::grid || F::code_runs == 2 ? 128 : F::bias;
             if constexpr (F::code_runs == 2) words[i] ^= 0x80808080u;
             const __half2 bias = __half2half2(__ushort_as_half((unsigned short)(0x6400 + zero)));
             const __half2 by = F::half_scale ? __half2half2(__ushort_as_half(raw.scale.own))

@@ -174,6 +174,7 @@ __device__ __forceinline__ float tile_product(const Weights<F>& weights, int mat
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i) load(raw[i], first + i * step);
     x.start(first, groups);
+    table.ready();
     for (int group = first; group < groups; group += AHEAD * step)
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {

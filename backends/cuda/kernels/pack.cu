@@ -45,6 +45,7 @@ __device__ __forceinline__ void store_group(const Row<F>& row, int group, const 
         ((uint2*)row.codes)[group * 8] = make_uint2(raw.codes[0].x, raw.codes[0].y);
     for (int run = 0; run < F::code_runs; ++run)
         ((uint4*)row.codes)[(group * F::code_runs + run) * 8] = raw.codes[run];
+    if constexpr (F::high == 2) store_small<2>(row.high, group * 8, raw.high.x);
     if constexpr (F::high == 4) ((unsigned*)row.high)[group * 8] = raw.high.x;
     if constexpr (F::high == 8) ((uint2*)row.high)[group * 8] = raw.high;
     store_small<F::scale_bytes>(row.scales, group * 8, raw.scale.own);

@@ -2,12 +2,10 @@
 them.
 
 Codes and scales are those of the blocks in a different order, without rounding. Types that index a
-grid (grids.py) store the codes themselves, 4 bits each; tq1_0 stores 2 bits per code.
+grid (grids.py) keep the indices; tq1_0 stores 2 bits per code.
 
 A block weight that only products read is kept in tiles of 8 rows, with codes and scales apart;
-other weights stay as they are in the file. Kernels decode every block type exactly. Codes keep
-their bits, except those of seven IQ types, which a file stores as indices into a grid: they are
-looked up when the weight is loaded and then take 4 bits.
+other weights stay as they are in the file. Kernels decode every block type exactly.
 """
 
 from __future__ import annotations
@@ -124,17 +122,7 @@ def _iq4_xs(b: Bytes) -> Parts:
     return interleave(b[:, 8:].reshape(-1, 8, 16)), _none(b, 8), scales, b[:, :2]
 
 
-# -- codes that need a lookup -------------------------------------------------------------------
-
-
-def _by_grid(b: Bytes, *, name: str) -> Parts:
-    codes, eighths, d = grids.READERS[name](b)
-    return (
-        interleave(halves(codes.reshape(-1, 8, 32))),
-        _none(b, 8),
-        eighths.reshape(-1, 8, 2),
-        d,
-    )
+# -- codes of three values -------------------------------------------------------------------
 
 
 def _tq2_0(b: Bytes) -> Parts:
@@ -172,5 +160,8 @@ FORMATS: dict[str, Format] = {
     "iq4_xs": Format(16, 0, 1, 2, _iq4_xs),
     "tq1_0": Format(8, 0, 0, 2, _tq1_0),
     "tq2_0": Format(8, 0, 0, 2, _tq2_0),
-    **{name: Format(16, 0, 2, 2, partial(_by_grid, name=name)) for name in grids.READERS},
+    **{
+        name: Format(codes, high, scale, 2, parts)
+        for name, (codes, high, scale, parts) in grids.PACKERS.items()
+    },
 }

@@ -6,6 +6,8 @@ One index selects the codes of 8 weights (4 for iq3), and
 
 with an integer factor per 16 weights. The low three bits of a code are the entry of the grid, which
 numbers the magnitudes of the type in ascending order; the bit above is the sign.
+
+Tiles keep the indices; kernels/include/iq.cuh has their layout, and looks the entries up.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from numpy.typing import NDArray
 from pyggml.backends.cuda.weights.bits import Bytes, nibbles
 from pyggml.errors import DeviceError
 
-#: Codes [n, 256], factors [n, 16] and the f16 d [n, 2] of blocks.
-Codes: TypeAlias = tuple[Bytes, Bytes, Bytes]
+#: As in formats.py.
+Parts: TypeAlias = tuple[Bytes, Bytes, Bytes, Bytes]
 
 #: The name by which kernels/include/iq.cuh includes `header()`; there is no such file.
 HEADER = "grids.cuh"
@@ -68,112 +70,107 @@ def entries(name: str) -> Bytes:
 
 @cache
 def header() -> str:
-    """`const unsigned short NAME_grid<0>[]` for each type: an entry packs the 8 (4) codes of an
-    index, 2 (3) bits each, the first one lowest.
+    """`const unsigned NAME_grid<0>[]` for each type, or `unsigned short` for entries of 4 codes: an
+    entry has a nibble for each code, the first one lowest.
     """
     return "#pragma once\n" + "\n".join(_array(name) for name in TYPES)
 
 
 def _array(name: str) -> str:
-    codes = entries(name).astype(np.uint16)
+    codes = entries(name).astype(np.uint32)
     n = codes.shape[1]
-    words = (codes << np.arange(n, dtype=np.uint16) * (2 if n == 8 else 3)).sum(axis=1)
-    head = f"template <int> __device__ const unsigned short {name}_grid"  # emitted only where used
+    words = np.bitwise_or.reduce(codes << np.arange(0, 4 * n, 4, dtype=np.uint32), axis=1)
+    kind = "unsigned" if n == 8 else "unsigned short"
+    head = f"template <int> __device__ const {kind} {name}_grid"  # emitted only where used
     return f"{head}[] = {{{', '.join(map(str, words))}}};"
 
 
 # -- blocks -------------------------------------------------------------------------------------
 
 
-def _signed(name: str, index: NDArray[Any], signs: NDArray[Any]) -> Bytes:
-    """Codes [n, 256] from indices and one byte of signs per 8 weights [n, 32]."""
-    grid = entries(name)
-    word = np.uint64 if grid.shape[1] == 8 else np.uint32
-    codes = grid.view(word)[:, 0][index].view(np.uint64) | _sign_words()[signs]
-    return np.asarray(codes.view(np.uint8))
-
-
 @cache
-def _sign_words() -> NDArray[np.uint64]:
-    """For each value of a byte, 8 bytes that are 8 where its bit is set, else 0."""
+def _spread() -> NDArray[np.uint32]:
+    """For each g of 4 and value of a byte, a word with bit i of the byte in bit 4 i + g."""
     bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
-    return np.asarray((bits << 3).astype(np.uint8).view(np.uint64)[:, 0], np.uint64)
+    words = np.bitwise_or.reduce(bits.astype(np.uint32) << np.arange(0, 32, 4, dtype=np.uint32), 1)
+    return np.asarray(words << np.arange(4, dtype=np.uint32)[:, None])
 
 
-def _even(signs: NDArray[Any]) -> NDArray[Any]:
-    """Seven signs and an eighth that makes the number of negative ones even."""
-    odd = signs ^ signs >> 4
-    odd ^= odd >> 2
-    return np.asarray(signs | ((odd ^ odd >> 1) & 1) << 7)
+def _signs(runs: NDArray[Any]) -> NDArray[np.uint32]:
+    """The words of signs [n, 8] of four runs of 8 signs each, [n, 8, 4]."""
+    a, b, c, d = _spread()
+    return np.asarray(a[runs[..., 0]] | b[runs[..., 1]] | c[runs[..., 2]] | d[runs[..., 3]])
+
+
+def _sevens(words: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """The same of words with four runs of 7 signs, below 4 bits that stay where they are."""
+    runs = words[..., None] >> np.array([0, 7, 14, 21], np.uint32) & 127
+    return _signs(runs) | (words & np.uint32(0xF0000000))
 
 
 def _words(b: Bytes, dtype: type[np.unsignedinteger[Any]]) -> NDArray[Any]:
     return np.ascontiguousarray(b).view(dtype)
 
 
-def _cut(words: NDArray[Any], shifts: tuple[int, ...], mask: int) -> NDArray[Any]:
-    """The fields of each word at `shifts`, [n, words * fields]."""
-    cut = words[..., None] >> np.array(shifts, words.dtype) & mask
-    return np.asarray(cut.reshape(len(words), -1), np.uint16)
+def _bytes(words: NDArray[Any]) -> Bytes:
+    """The bytes of one number a group, [n, 8, bytes]."""
+    return np.ascontiguousarray(words)[..., None].view(np.uint8)
 
 
-def _odd(scales: NDArray[Any], times: int = 1) -> Bytes:
-    """Factors times (2 s + 1) from scales s [n, 8 or 16], one per 16 weights."""
-    return ((2 * scales + 1) * times).astype(np.uint8).repeat(16 // scales.shape[1], 1)
+def _groups(b: Bytes) -> Bytes:
+    return b.reshape(len(b), 8, -1)
 
 
-def _iq2_xxs(b: Bytes) -> Codes:
-    field = b[:, 2:].reshape(-1, 8, 8)
-    signs = _words(field[..., 4:], np.uint32)[..., 0]
-    codes = _signed(
-        "iq2_xxs", field[..., :4].reshape(-1, 32), _even(_cut(signs, (0, 7, 14, 21), 127))
-    )
-    return codes, _odd(signs >> 28), b[:, :2]
+def _iq2_xxs(b: Bytes) -> Parts:
+    field = _groups(b[:, 2:])
+    signs = _sevens(_words(field[..., 4:], np.uint32)[..., 0])
+    return field[..., :4], _bytes(signs), field[..., :0], b[:, :2]
 
 
-def _iq2_xs(b: Bytes) -> Codes:
-    q = _words(b[:, 2:66], np.uint16)
-    return _signed("iq2_xs", q & 511, _even(q >> 9)), _odd(nibbles(b[:, 66:])), b[:, :2]
+def _iq2_xs(b: Bytes) -> Parts:
+    """Bit 8 of an index takes the place of its eighth sign."""
+    field = _groups(b[:, 2:66])
+    low, high = field[..., 0::2], field[..., 1::2]
+    signs = _signs(high >> 1 | high << 7)
+    return low, _bytes(signs), _groups(b[:, 66:]), b[:, :2]
 
 
-def _iq2_s(b: Bytes) -> Codes:
-    index = b[:, 2:34] | _cut(b[:, 66:74], (0, 2, 4, 6), 3) << 8
-    return _signed("iq2_s", index, b[:, 34:66]), _odd(nibbles(b[:, 74:])), b[:, :2]
+def _iq2_s(b: Bytes) -> Parts:
+    own = np.stack([b[:, 66:74], b[:, 74:]], axis=2)
+    return _groups(b[:, 2:34]), _bytes(_signs(_groups(b[:, 34:66]))), own, b[:, :2]
 
 
-def _iq3_xxs(b: Bytes) -> Codes:
-    signs = _words(b[:, 66:], np.uint32)
-    codes = _signed("iq3_xxs", b[:, 2:66], _even(_cut(signs, (0, 7, 14, 21), 127)))
-    return codes, _odd(signs >> 28, 2), b[:, :2]
+def _iq3_xxs(b: Bytes) -> Parts:
+    signs = _sevens(_words(b[:, 66:], np.uint32))
+    return _groups(b[:, 2:66]), _bytes(signs), _groups(b[:, 66:])[..., :0], b[:, :2]
 
 
-def _iq3_s(b: Bytes) -> Codes:
-    index = b[:, 2:66] | _cut(b[:, 66:74], tuple(range(8)), 1) << 8
-    return _signed("iq3_s", index, b[:, 74:106]), _odd(nibbles(b[:, 106:]), 8), b[:, :2]
+def _iq3_s(b: Bytes) -> Parts:
+    own = np.stack([b[:, 66:74], nibbles(b[:, 106:])], axis=2)
+    return _groups(b[:, 2:66]), _bytes(_signs(_groups(b[:, 74:106]))), own, b[:, :2]
 
 
-def _iq1_s(b: Bytes) -> Codes:
-    high = _words(b[:, 34:], np.uint16)
-    index = b[:, 2:34] | _cut(high, (0, 3, 6, 9), 7) << 8
-    signs = ((high >> 15) * 255).repeat(4, axis=1)
-    return _signed("iq1_s", index, signs), _odd(high >> 12 & 7), b[:, :2]
+def _iq1_s(b: Bytes) -> Parts:
+    high = _groups(b[:, 34:])
+    return _groups(b[:, 2:34]), high, high[..., :0], b[:, :2]
 
 
-def _iq1_m(b: Bytes) -> Codes:
+def _iq1_m(b: Bytes) -> Parts:
     """The f16 d consists of the top nibbles of four words, the first one lowest."""
-    high, scales = nibbles(b[:, 32:48]).astype(np.uint16), _words(b[:, 48:], np.uint16)
-    codes = _signed("iq1_s", b[:, :32] | (high & 7) << 8, (high >> 3) * 255)
+    scales = _words(b[:, 48:], np.uint16)
+    own = (scales[..., None] >> np.array([0, 6], np.uint16) & 63).reshape(-1, 8, 1)
     d = (scales & 0xF000) >> np.array([12, 8, 4, 0], np.uint16)
     whole = np.bitwise_or.reduce(d, axis=1, keepdims=True).astype(np.uint16)
-    return codes, _odd(_cut(scales, (0, 3, 6, 9), 7)), whole.view(np.uint8)
+    return _groups(b[:, :32]), _groups(b[:, 32:48]), own.astype(np.uint8), whole.view(np.uint8)
 
 
-READERS: dict[str, Callable[[Bytes], Codes]] = {
-    "iq1_s": _iq1_s,
-    "iq1_m": _iq1_m,
-    "iq2_xxs": _iq2_xxs,
-    "iq2_xs": _iq2_xs,
-    "iq2_s": _iq2_s,
-    "iq3_xxs": _iq3_xxs,
-    "iq3_s": _iq3_s,
+#: The bytes of codes, high and scale of a group, and the function that extracts the parts.
+PACKERS: dict[str, tuple[int, int, int, Callable[[Bytes], Parts]]] = {
+    "iq1_s": (4, 2, 0, _iq1_s),
+    "iq1_m": (4, 2, 1, _iq1_m),
+    "iq2_xxs": (4, 4, 0, _iq2_xxs),
+    "iq2_xs": (4, 4, 1, _iq2_xs),
+    "iq2_s": (4, 4, 2, _iq2_s),
+    "iq3_xxs": (8, 4, 0, _iq3_xxs),
+    "iq3_s": (8, 4, 2, _iq3_s),
 }

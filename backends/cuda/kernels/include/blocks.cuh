@@ -222,8 +222,7 @@ struct InGrid {
     static constexpr int SIZE = 256, BYTES = B::BYTES;
     static __device__ __forceinline__ int code(const unsigned char* p, int i) { return B::code(p, i); }
     static __device__ __forceinline__ RawScale scale(const unsigned char* p, int j) {
-        unsigned first = B::factor(p, 32 * j), last = B::factor(p, 32 * j + 16);
-        return {first | last << 8, B::d(p)};
+        return {B::parts(p, j).own, B::d(p)};
     }
     static __device__ float value(const unsigned char* p, int i) {
         const uint4 levels = B::levels();

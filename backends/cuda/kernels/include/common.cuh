@@ -56,6 +56,13 @@ __device__ __forceinline__ __nv_bfloat16 from_f32<__nv_bfloat16>(float x) {
     return __float2bfloat16_rn(x);
 }
 
+// Four of the 8 bytes of a and b, chosen by the nibbles of the selector's low half.
+__device__ __forceinline__ unsigned permute(unsigned a, unsigned b, unsigned selector) {
+    unsigned r;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
+    return r;
+}
+
 template <class A, class B> struct Same { static constexpr bool yes = false; };
 template <class A> struct Same<A, A> { static constexpr bool yes = true; };
 template <class T> struct Whole { static constexpr bool yes = Same<T, int>::yes || Same<T, long long>::yes; };

@@ -11,6 +11,8 @@
 //   scales  the group's own scale
 //   supers  the fields that the groups of a block share, in the order [matrix][tile][block][row]
 //
+// Types with grids have indices for codes, and signs for high bits: see iq.cuh.
+//
 // Code word j holds the codes of weights 4 j to 4 j + 3, one byte each. Word j of the 16 bytes
 // holds code words j and j + 4: in the low and high halves of its bytes or, for types with a table
 // of levels, in its low and high 16 bits. Two-bit codes are laid out like 8 bytes of high bits, and
@@ -40,7 +42,7 @@ struct Format {
     static constexpr int code_bytes = CODES, high = HIGH, scale_bytes = SCALE, super_bytes = SUPER;
     static constexpr int code_runs = CODES / 16;  // 0: short codes, of one or two bits
     static constexpr int block_groups = BLOCKS::SIZE / 32;
-    static constexpr bool affine = AFFINE, split = SPLIT, table = TABLE;
+    static constexpr bool affine = AFFINE, split = SPLIT, table = TABLE, grid = false;
     // Whether the whole scale is the f16 in the group.
     static constexpr bool half_scale = SCALE == 2 && SUPER == 0 && !AFFINE && !SPLIT;
     static constexpr int bias = BIAS;
@@ -151,11 +153,15 @@ struct nvfp4 : Format<file::nvfp4, 16, 0, 2, 0, false, true, 0, true>, Fp4Levels
     }
 };
 template <class B>
-struct InGrid : Format<file::InGrid<B>, 16, 0, 2, 2, false, true, 0, true> {
+struct InGrid
+    : Format<file::InGrid<B>, B::CODES, B::HIGH, B::SCALE, 2, false, B::SPLIT, 0, false> {
+    using Grid = B;
+    static constexpr bool grid = true;
     static __device__ __forceinline__ uint4 levels() { return B::levels(); }
     static __device__ __forceinline__ Scale scale(unsigned s, unsigned u) {
-        float d = low_half(u) * 0.125f;
-        return {d * (s & 255), d * (s >> 8), 0, 0};
+        const uint2 steps = B::steps(s);
+        const float d = low_half(u) * (0.125f * B::FACTOR);
+        return {fmaf((float)steps.x, 2 * d, d), fmaf((float)steps.y, 2 * d, d), 0, 0};  // exact
     }
 };
 GRID_TYPES
@@ -227,6 +233,7 @@ struct Row {
     }
     __device__ __forceinline__ uint2 high_bits(int group) const {
         uint2 bits = {};
+        if constexpr (F::high == 2) bits.x = load_small<2>(high, group * 8);
         if constexpr (F::high == 4) bits.x = ((const unsigned*)high)[group * 8];
         if constexpr (F::high == 8) bits = ((const uint2*)high)[group * 8];
         return bits;
@@ -245,6 +252,13 @@ struct RawGroup {
     RawScale scale;
 };
 
+// A type with its scale among the high bits reads it from there.
+template <class F>
+__device__ __forceinline__ RawScale whole_scale(RawScale scale, uint2 high) {
+    if constexpr (F::grid && F::scale_bytes == 0) scale.own = high.x;
+    return scale;
+}
+
 template <class F>
 __device__ __forceinline__ RawGroup<F> load_group(const Row<F>& row, int group) {
     RawGroup<F> raw;
@@ -254,12 +268,44 @@ __device__ __forceinline__ RawGroup<F> load_group(const Row<F>& row, int group) 
     }
     for (int run = 0; run < F::code_runs; ++run) raw.codes[run] = row.code_run(group, run);
     raw.high = row.high_bits(group);
-    raw.scale = row.scale(group);
+    raw.scale = whole_scale<F>(row.scale(group), raw.high);
     return raw;
 }
 
+// The grid of a type, in shared memory: of entries of 8 codes their nibbles, each below a place for
+// the sign; of entries of 4 their levels, a byte each. Lanes look up different entries, so a bank
+// serves about three of them. Of a small grid there are 16 copies, an entry of one in each of two
+// banks: then a lane has to wait for at most one other.
+template <class B>
+struct Entries {
+    static constexpr int COPIES = B::ENTRIES <= 256 ? 16 : 1;
+    static __device__ __forceinline__ unsigned* memory() {
+        __shared__ uint4 entries[B::ENTRIES * COPIES / 4];
+        return (unsigned*)entries;
+    }
+    // By all threads of a block. offset: see Table.
+    static __device__ __forceinline__ void fill(unsigned offset) {
+        constexpr int WIDTH = COPIES > 1 ? 4 : 1;
+        const int threads = blockDim.x * blockDim.y;
+        for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < B::ENTRIES * COPIES / WIDTH;
+             i += threads) {
+            unsigned entry = B::grid(i / (COPIES / WIDTH));
+            if constexpr (B::N == 4)
+                entry = permute(B::levels().x, B::levels().y, entry) ^ offset;
+            if constexpr (WIDTH == 4)
+                ((uint4*)memory())[i] = make_uint4(entry, entry, entry, entry);
+            else
+                memory()[i] = entry;
+        }
+    }
+    static __device__ __forceinline__ unsigned at(unsigned index) {
+        return memory()[index * COPIES + threadIdx.x % COPIES];
+    }
+};
+
 // The levels of a type with a table, each byte XORed with `offset` (0x80808080 makes them unsigned,
-// 128 higher), and masks. Other types need only `magic`.
+// 128 higher), and masks. Other types need only `magic`. Types with grids: only threads that have
+// passed `ready` may decode.
 template <class F>
 struct Table {
     unsigned x, y, z, w, pick, magic;
@@ -275,14 +321,15 @@ struct Table {
             x = t.x ^ offset, y = t.y ^ offset, z = t.z ^ offset, w = t.w ^ offset;
             pick = held ? 0x32103210u + threadIdx.z : 0x32103210u ^ threadIdx.z;
         }
+        if constexpr (F::grid) {
+            x = F::levels().x ^ offset, y = F::levels().z ^ offset;
+            Entries<typename F::Grid>::fill(offset);
+        }
+    }
+    __device__ __forceinline__ void ready() const {
+        if constexpr (F::grid) __syncthreads();
     }
 };
-
-__device__ __forceinline__ unsigned permute(unsigned a, unsigned b, unsigned selector) {
-    unsigned r;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
-    return r;
-}
 
 // Unpacks code words j and j + 4 from word j of a group's 16 bytes.
 template <class F>
@@ -326,12 +373,64 @@ __device__ __forceinline__ void unpack_short(uint2 q, uint2 high, int j, unsigne
     }
 }
 
+// The levels of 4 weights of a type with a grid, or of 8: of the first 4 by the low half of `signs`,
+// which has the bits of the weights 4 apart, from bit 2 on.
+template <class F>
+__device__ __forceinline__ unsigned signed_levels(const Table<F>& t, unsigned entry,
+                                                  unsigned signs) {
+    if constexpr (F::Grid::N == 8) return permute(t.x, t.y, entry | signs);
+    // Bytes that are not 0 are negated without carries.
+    return permute(entry, 0x01010100u - entry, signs | 0x32103210u);
+}
+
+// Unpacks words t and t + 4 of a group of a type with a grid.
+template <class F>
+__device__ __forceinline__ void unpack_indexed(const Table<F>& table, const Indexed& q, int t,
+                                               unsigned& first, unsigned& second) {
+    using B = typename F::Grid;
+    const int g = t / 2, half = 16 * (t % 2);
+    const unsigned signs = B::signs(q);
+    const unsigned first_signs = __funnelshift_r(signs, signs, half + g - 2) & 0x4444u;
+    const unsigned last_signs = signs >> (half + g) & 0x4444u;
+    if constexpr (B::N == 8) {
+        const unsigned a = Entries<B>::at(B::index(q, g)), b = Entries<B>::at(B::index(q, g + 2));
+        first = signed_levels(table, a >> half & 0xFFFF, first_signs);
+        second = signed_levels(table, b >> half & 0xFFFF, last_signs);
+    } else {
+        first = signed_levels(table, Entries<B>::at(B::index(q, t)), first_signs);
+        second = signed_levels(table, Entries<B>::at(B::index(q, t + 4)), last_signs);
+    }
+}
+
+// Unpacks the 8 code words of a group of a type with a grid.
+template <class F>
+__device__ __forceinline__ void indexed_words(const Table<F>& table, const Indexed& q,
+                                              unsigned (&words)[8]) {
+    using B = typename F::Grid;
+    const unsigned signs = B::signs(q);
+#pragma unroll
+    for (int g = 0; g < 4; ++g) {
+        const unsigned mine = (g < 2 ? signs << (2 - g) : signs >> (g - 2)) & 0x44444444u;
+        if constexpr (B::N == 8) {
+            const unsigned chosen = Entries<B>::at(B::index(q, g)) | mine;
+            words[2 * g] = permute(table.x, table.y, chosen);
+            words[2 * g + 1] = permute(table.x, table.y, chosen >> 16);
+        } else {
+            words[2 * g] = signed_levels(table, Entries<B>::at(B::index(q, 2 * g)), mine);
+            words[2 * g + 1] =
+                signed_levels(table, Entries<B>::at(B::index(q, 2 * g + 1)), mine >> 16);
+        }
+    }
+}
+
 // Unpacks the 8 code words of a group.
 template <class F>
 __device__ __forceinline__ void code_words(const Table<F>& t, const RawGroup<F>& raw,
                                            unsigned (&words)[8]) {
     const uint4 c = raw.codes[0];
-    if constexpr (F::code_runs == 2) {
+    if constexpr (F::grid) {
+        indexed_words(t, {make_uint2(c.x, c.y), raw.high.x, raw.scale.own}, words);
+    } else if constexpr (F::code_runs == 2) {
         const uint4 d = raw.codes[1];
         words[0] = c.x, words[1] = c.y, words[2] = c.z, words[3] = c.w;
         words[4] = d.x, words[5] = d.y, words[6] = d.z, words[7] = d.w;

@@ -29,6 +29,10 @@ struct FileRow {
     __device__ __forceinline__ RawScale scale(int group) const {
         return F::Blocks::scale(block(group), group % F::block_groups);
     }
+    // All of a group of a type with a grid.
+    __device__ __forceinline__ Indexed indexed(int group) const {
+        return F::Grid::parts(block(group), group % F::block_groups);
+    }
 };
 
 // A row of a file or of other memory, as products read rows of tiles. `Codes` has code(group, i)
@@ -74,11 +78,13 @@ struct Assembled : Codes {
         return make_uint2(word, 0);
     }
     __device__ __forceinline__ uint2 short_codes(int group) const {
+        if constexpr (F::grid) return this->indexed(group).codes;
         if constexpr (F::code_bytes == 4) return bits(group, 0);
         return pairs(group, 0);
     }
     __device__ __forceinline__ uint2 high_bits(int group) const {
         constexpr int low = F::code_runs ? 4 : 2;
+        if constexpr (F::grid) return make_uint2(this->indexed(group).high, 0);
         if constexpr (F::high == 8) return pairs(group, low);
         if constexpr (F::high == 4) return bits(group, low);
         return {};
