@@ -48,14 +48,14 @@ from pyggml.errors import DeviceError
 _LINE = re.compile(r"^//\s*@kernel\s+(?P<flags>(?:(?:hot|\d+a?)\s+)*)(?P<name>.+)$", re.M)
 #: Architectures on which a spill of a hot kernel is an error.
 BUDGETED = ("90a", "80")
-#: Block types whose layout in tiles is that of iq2_xs or tq2_0, with other levels.
-_ALIKE = {"iq1_s", "iq1_m", "iq2_xxs", "iq2_s", "iq3_xxs", "iq3_s", "tq1_0"}
+#: Block types that are decoded like iq2_xs, iq3_xxs or tq2_0, with other bits of indices or levels.
+_ALIKE = {"iq1_s", "iq1_m", "iq2_xxs", "iq2_s", "iq3_s", "tq1_0"}
 #: Names of lists of block types and functors.
 _WORDS = {
     "EVERY": "|".join(FORMATS),
     "BLOCKS": "|".join(k for k in FORMATS if k not in _ALIKE),
     "LENT": "|".join(FORMS),
-    "SOME": "q8_0|q3_K|q6_K|iq4_nl|q1_0",
+    "SOME": "q8_0|q3_K|q6_K|iq4_nl|q1_0|iq3_xxs",
     "UNARY": "|".join(UNARY_FUNCTORS.values()),
     "BINARY": "|".join(BINARY_FUNCTORS.values()),
 }

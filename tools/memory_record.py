@@ -36,7 +36,7 @@ MODELS: dict[str, tuple[str, tuple[int, ...], tuple[tuple[int, str], ...]]] = {
     "deepseek-v3.2": ("iq4_nl", CONTEXTS, _SPARSE),
     "glm-5": ("iq4_nl", CONTEXTS, _SPARSE),
     "glm-5.2": ("iq4_nl", (*CONTEXTS, 1 << 20), _SPARSE),
-    "deepseek-v4-flash": ("q2_K", _V4, _SPARSE),
+    "deepseek-v4-flash": ("iq3_xxs", _V4, _SPARSE),
     "deepseek-v4-pro": ("q2_K", _V4, _SPARSE),
     "gpt-oss-120b": ("mxfp4", (*CONTEXTS[:-1], 131072), ((3, "off"), (3, "on"))),
 }

@@ -16,7 +16,9 @@ from pyggml import gguf
 from pyggml.backends import on_host
 from pyggml.cli import main, parser_of
 from pyggml.cli.model_options import layer_pins, open_model
+from pyggml.dtypes import TYPES
 from pyggml.errors import DeviceError
+from pyggml.models import synth
 from pyggml.models.model import Model
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -177,6 +179,28 @@ def test_the_tables_of_the_memory_page_are_up_to_date(
     row = next(row["case"] for row in rows if row["model"] == preset)
     case = {key: row[key] for key in ("mla", "fa", "amb", "n_ctx")}
     assert case | record.measure(record.header(preset, tmp_path), case) == row
+
+
+def test_v4_flash_with_experts_of_iq3_xxs_fits_one_card(
+    tmp_path: Path, capsys: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """141 GB, 8192 tokens, all else q8_0. A GPU has each weight in the bytes of the file."""
+    chosen = synth._type_of
+    monkeypatch.setattr(
+        synth, "_type_of", lambda leaf, t: t if "_exps." in leaf else chosen(leaf, TYPES["q8_0"])
+    )
+    path = str(tmp_path / "v4.gguf")
+    words = ["--preset", "deepseek-v4-flash", "--type", "iq3_xxs", "--header-only"]
+    assert main(["synth", path, *words]) == 0
+    capsys.readouterr()
+    report = plan(capsys, "-m", path, "-c", "8192", "-ub", "1", "--device", "cuda:0:131.3GiB")
+    (card,) = report["devices"]
+    with gguf.open(path, allow_missing_data=True) as file:
+        experts = {t.dtype.name for name, t in file.tensors.items() if "_exps." in name}
+        nbytes = sum(t.nbytes for t in file.tensors.values())
+    assert experts == {"iq3_xxs"} and nbytes == 114_075_287_900
+    assert 0 <= card["weights"] - nbytes < 1 << 14  # and constants of the graph
+    assert report["fits"] and card["free"] > 20e9
 
 
 def test_no_such_device() -> None:

@@ -139,7 +139,8 @@ __device__ __forceinline__ void decode(const Table<Dense<T>>&, const uint4& raw,
 constexpr int STAGES = 4;
 
 // With at most this many columns, two blocks share the tensor cores of an SM, registers permitting.
-// mma.sync needs more registers, and so do types with high bits.
+// mma.sync needs more registers, and so do types with high bits. Those with grids and one scale a
+// group spill 12 to 28 bytes for it, but one block would decode with two warps a scheduler.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 constexpr int TWO_BLOCKS = 128;
 #else
@@ -149,6 +150,10 @@ template <class F>
 constexpr int has_high = F::high != 0;
 template <class T>
 constexpr int has_high<Dense<T>> = 0;
+template <class F>
+constexpr int needs_registers = has_high<F> && !(F::grid && F::scale_bytes == 0);
+template <class T>
+constexpr int needs_registers<Dense<T>> = 0;
 template <class F>
 constexpr bool is_small = F::code_runs == 1 && F::super_bytes == 0;
 template <class T>
@@ -165,7 +170,7 @@ constexpr int ahead_of = N > 64        ? 1
 // F::Half; scale: one per column. With splits, y holds the sums of the first split for all columns,
 // then those of the second, and so on. late: the predecessor may have made the lists. Limit: float if the gated unit has a limit, else nothing.
 template <class F, int MATS, int N, bool ROUTED, class... Limit>
-__global__ void __launch_bounds__(THREADS, N << has_high<F> <= TWO_BLOCKS ? 2 : 1)
+__global__ void __launch_bounds__(THREADS, N << needs_registers<F> <= TWO_BLOCKS ? 2 : 1)
     tile(Weights<F> weights, const char* x, const float* scales, int k_padded, Tensor y,
          Columns columns, int narrow, int act, int splits, int late, Limit... limit) {
     constexpr int AHEAD = ahead_of<F, N>;

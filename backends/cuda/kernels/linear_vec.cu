@@ -19,7 +19,7 @@
 // @kernel vec_id<{SOME}, 2, 2, 1, Tensor>
 // @kernel vec_id<{BLOCKS}, 3, 1, 1, Groups>
 // @kernel vec<{SOME}, {1|8}, 2, 2, 1, Groups, float>
-// @kernel hot vec_id<{SOME|mxfp4|q2_K|iq3_xxs}, 2, 2, 1, Groups, float>
+// @kernel hot vec_id<{SOME|mxfp4|q2_K}, 2, 2, 1, Groups, float>
 // @kernel vec<Raw<{EVERY}>, 1, 2, 1, 1, Groups>
 // @kernel vec<Raw<{SOME}>, 8, 2, 1, 1, Groups>
 // @kernel vec_id<Raw<{SOME}>, {2|3}, 1, 1, Groups>

@@ -298,9 +298,6 @@ struct Entries {
                 memory()[i] = entry;
         }
     }
-    static __device__ __forceinline__ unsigned at(unsigned index) {
-        return memory()[index * COPIES + threadIdx.x % COPIES];
-    }
 };
 
 // The levels of a type with a table, each byte XORed with `offset` (0x80808080 makes them unsigned,
@@ -308,7 +305,8 @@ struct Entries {
 // passed `ready` may decode.
 template <class F>
 struct Table {
-    unsigned x, y, z, w, pick, magic;
+    unsigned x, y, z, w, pick, magic, stride, minus;
+    const char* entries;
 
     // Hides the constants from the compiler: a byte permutation takes only one immediate, and the
     // compiler would move the others into registers again each time. held: also `pick`, which it
@@ -322,9 +320,17 @@ struct Table {
             pick = held ? 0x32103210u + threadIdx.z : 0x32103210u ^ threadIdx.z;
         }
         if constexpr (F::grid) {
+            using E = Entries<typename F::Grid>;
             x = F::levels().x ^ offset, y = F::levels().z ^ offset;
-            Entries<typename F::Grid>::fill(offset);
+            const unsigned hidden = held ? 0 : threadIdx.z;  // where registers are short, not
+            pick = 0x32103210u + threadIdx.z, minus = ~hidden, stride = 4 * E::COPIES + hidden;
+            entries = (const char*)(E::memory() + threadIdx.x % E::COPIES);
+            E::fill(offset);
         }
+    }
+    // An entry of the grid. Multiplies, because the units for shifts and logic are the busy ones.
+    __device__ __forceinline__ unsigned entry(unsigned index) const {
+        return *(const unsigned*)(entries + index * stride);
     }
     __device__ __forceinline__ void ready() const {
         if constexpr (F::grid) __syncthreads();
@@ -373,14 +379,21 @@ __device__ __forceinline__ void unpack_short(uint2 q, uint2 high, int j, unsigne
     }
 }
 
-// The levels of 4 weights of a type with a grid, or of 8: of the first 4 by the low half of `signs`,
-// which has the bits of the weights 4 apart, from bit 2 on.
+// For each of 8 weights, a nibble: where it is negative, bit 2. The weights' signs are in bits 0
+// (turned by `by` bits) of the nibbles. Nibbles of types with entries of 4 codes choose the weight.
 template <class F>
-__device__ __forceinline__ unsigned signed_levels(const Table<F>& t, unsigned entry,
+__device__ __forceinline__ unsigned sign_nibbles(const Table<F>& table, unsigned signs, int by) {
+    const unsigned mine = __funnelshift_r(signs, signs, by - 2) & 0x44444444u;
+    return F::Grid::N == 4 ? mine | table.pick : mine;
+}
+
+// The levels of 4 weights, chosen by the low halves of their entry (of 8 codes) and of `signs`.
+template <class F>
+__device__ __forceinline__ unsigned signed_levels(const Table<F>& table, unsigned entry,
                                                   unsigned signs) {
-    if constexpr (F::Grid::N == 8) return permute(t.x, t.y, entry | signs);
+    if constexpr (F::Grid::N == 8) return permute(table.x, table.y, entry | signs);
     // Bytes that are not 0 are negated without carries.
-    return permute(entry, 0x01010100u - entry, signs | 0x32103210u);
+    return permute(entry, entry * table.minus + 0x01010100u, signs);
 }
 
 // Unpacks words t and t + 4 of a group of a type with a grid.
@@ -388,18 +401,17 @@ template <class F>
 __device__ __forceinline__ void unpack_indexed(const Table<F>& table, const Indexed& q, int t,
                                                unsigned& first, unsigned& second) {
     using B = typename F::Grid;
+    t &= 3;  // the compiler does not know that
     const int g = t / 2, half = 16 * (t % 2);
     const unsigned signs = B::signs(q);
-    const unsigned first_signs = __funnelshift_r(signs, signs, half + g - 2) & 0x4444u;
-    const unsigned last_signs = signs >> (half + g) & 0x4444u;
+    unsigned a, b;
     if constexpr (B::N == 8) {
-        const unsigned a = Entries<B>::at(B::index(q, g)), b = Entries<B>::at(B::index(q, g + 2));
-        first = signed_levels(table, a >> half & 0xFFFF, first_signs);
-        second = signed_levels(table, b >> half & 0xFFFF, last_signs);
+        a = table.entry(B::index(q, g)) >> half, b = table.entry(B::index(q, g + 2)) >> half;
     } else {
-        first = signed_levels(table, Entries<B>::at(B::index(q, t)), first_signs);
-        second = signed_levels(table, Entries<B>::at(B::index(q, t + 4)), last_signs);
+        a = table.entry(B::index(q, t)), b = table.entry(B::index(q, t + 4));
     }
+    first = signed_levels(table, a, sign_nibbles(table, signs, half + g));
+    second = signed_levels(table, b, sign_nibbles(table, signs, half + g + 2));
 }
 
 // Unpacks the 8 code words of a group of a type with a grid.
@@ -410,15 +422,15 @@ __device__ __forceinline__ void indexed_words(const Table<F>& table, const Index
     const unsigned signs = B::signs(q);
 #pragma unroll
     for (int g = 0; g < 4; ++g) {
-        const unsigned mine = (g < 2 ? signs << (2 - g) : signs >> (g - 2)) & 0x44444444u;
+        const unsigned mine = sign_nibbles(table, signs, g);
         if constexpr (B::N == 8) {
-            const unsigned chosen = Entries<B>::at(B::index(q, g)) | mine;
+            const unsigned chosen = table.entry(B::index(q, g)) | mine;
             words[2 * g] = permute(table.x, table.y, chosen);
             words[2 * g + 1] = permute(table.x, table.y, chosen >> 16);
         } else {
-            words[2 * g] = signed_levels(table, Entries<B>::at(B::index(q, 2 * g)), mine);
+            words[2 * g] = signed_levels(table, table.entry(B::index(q, 2 * g)), mine);
             words[2 * g + 1] =
-                signed_levels(table, Entries<B>::at(B::index(q, 2 * g + 1)), mine >> 16);
+                signed_levels(table, table.entry(B::index(q, 2 * g + 1)), mine >> 16);
         }
     }
 }

@@ -113,7 +113,7 @@ struct EightCodes {
 struct FourCodes {
     static constexpr int N = 4, CODES = 8, HIGH = 4;
     static __device__ __forceinline__ unsigned low_bits(const Indexed& q, int i) {
-        return byte_of(i < 4 ? q.codes.x : q.codes.y, i & 3);
+        return byte_of(i & 4 ? q.codes.y : q.codes.x, i & 3);
     }
 };
 struct StartsWithD {
