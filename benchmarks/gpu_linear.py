@@ -38,6 +38,9 @@ K, M = 4096, 14336
 #: Sizes of up and gate in V2-Lite's experts.
 N_EMBD, N_FF, EXPERTS, N_USED = 2048, 1408, 64, 6
 
+#: Block types with indices into a grid; iq1_m is much like iq1_s.
+IN_GRIDS = ("iq3_xxs", "iq3_s", "iq2_xxs", "iq2_xs", "iq2_s", "iq1_s")
+
 rng = np.random.default_rng(7)
 
 
@@ -160,7 +163,7 @@ def main() -> None:
     rates = copy_rates()
     write_row("copy", "TB/s", rates)
     copy = median(rates)
-    for dtype, n in (("iq4_nl", 1), ("q8_0", 1), ("iq4_nl", 512)):
+    for dtype, n in (("iq4_nl", 1), ("q8_0", 1), ("iq3_xxs", 1), ("iq4_nl", 512)):
         dense(dtype, n, copy)
     weights = experts()
     for tokens in (1, 512, 2048):
@@ -168,7 +171,7 @@ def main() -> None:
     for tokens in (512, 2048):
         grouped(tokens)
     if sys.argv[1:] == ["more"]:
-        for dtype in ("iq4_nl", "q8_0", "q4_0", "q4_K", "q6_K", "f16"):
+        for dtype in ("iq4_nl", "q8_0", "q4_0", "q4_K", "q6_K", "f16", *IN_GRIDS):
             for n in (1, 2, 4, 8, 16, 64, 512, 2048):
                 dense(dtype, n, copy)
         for tokens in (2, 4, 8, 16, 32, 128):

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 import pyggml as gg
+from pyggml.backends.cuda.device import compiler, driver
 from pyggml.backends.cuda.device import context as contexts
-from pyggml.backends.cuda.device import driver
 from pyggml.backends.cuda.device.context import FREE_SHARED, Context
 from pyggml.backends.cuda.launch import Launch
-from tests.cuda.conftest import Machine
+from tests.cuda.conftest import Machine, fake_cubin
 
 LAUNCH = Launch("norm.cu", "rms_norm", (3, 2, 1), (128, 1, 1), bytes(range(12)), 0, False)
 
@@ -59,6 +59,16 @@ def test_a_kernel_is_loaded_once_and_allowed_the_most_shared_memory(context: Con
     starts = starts_of(context, *(replace(LAUNCH, shared=size) for size in sizes))
     assert len({id(start.function) for start in starts}) == 1
     assert starts[0].function.allowed == [FREE_SHARED + 1, 100_000]
+
+
+def test_static_shared_memory_counts(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The grid of a block type is static, beside a column that is not."""
+    monkeypatch.setattr(
+        compiler, "compile_instance", lambda *at: replace(fake_cubin(*at), shared=16_384)
+    )
+    sizes = (FREE_SHARED - 16_384, FREE_SHARED - 16_383)
+    starts = starts_of(context, *(replace(LAUNCH, shared=size) for size in sizes))
+    assert starts[0].function.allowed == [FREE_SHARED - 16_383]
 
 
 def test_too_much_shared_memory_is_an_error_that_names_the_kernel(context: Context) -> None:

@@ -20,7 +20,7 @@ from pyggml.errors import DeviceError
 
 #: The oldest compute capability that the kernels support.
 OLDEST = (8, 0)
-#: Bytes of dynamic shared memory that a block may use by default.
+#: Bytes of shared memory that a block may use by default, static ones included.
 FREE_SHARED = 48 * 1024
 
 
@@ -67,13 +67,14 @@ class Context:
         new = [key for key in keys if key not in self._functions]
         for key, cubin in kernel_cache.cubins(new, self.about.arch).items():
             self._functions[key] = _function(cubin)
+            self._shared[key] = FREE_SHARED - cubin.shared
         for launch in launches:
             self._allow_shared(launch)
 
     def _allow_shared(self, launch: Launch) -> None:
         """Allow a kernel more than the default dynamic shared memory."""
         key = launch.file, launch.name
-        if launch.shared <= self._shared.get(key, FREE_SHARED):
+        if launch.shared <= self._shared[key]:
             return
         cu = imported("cuda.bindings.driver")
         limit = cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

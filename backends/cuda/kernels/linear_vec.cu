@@ -4,6 +4,10 @@
 // result must be as accurate as f32). They are split into signed bytes, so the integer dot products
 // with the codes are exact. A block of 4 warps takes a tile of 8 rows. The lanes of a warp are 8
 // rows by 4 groups, so a warp reads 512 contiguous bytes of codes and only 4 groups of activations.
+//
+// Types with grids (iq.cuh): each block copies the grid to shared memory before it waits for its
+// predecessor. Lost: one lookup for an index and its 4 signs. Its table of 16 KB has no room for
+// copies, and lanes take 3.5 turns at the banks (benchmarks/notes.md has the count).
 // @kernel hot quantize<{float|__half|__nv_bfloat16}, {2|3}>
 // @kernel hot vec<{BLOCKS}, 1, 2, 1, {1|2}, Groups>
 // @kernel hot vec<{BLOCKS}, 1, 2, 1, 1, Tensor>

@@ -21,10 +21,10 @@
 //
 // Lost: to copy the rows to the device first and pack from there. This takes memory on the device
 // that every plan would have to count, and saves nothing: the bus is slower than this kernel. Also
-// lost: tables of bit positions for a common permutation; types that look codes up or compute them
-// (grids, tq1_0, q3_K, nvfp4) would need a second way. Instead of pack16, the host could restore the
-// file's rows while it copies them to pinned memory: then its cores and memory would work for every
-// byte, where now they do nothing.
+// lost: tables of bit positions for a common permutation; types that compute codes (tq1_0, q3_K,
+// nvfp4) would need a second way. Instead of pack16, the host could restore the file's rows while it
+// copies them to pinned memory: then its cores and memory would work for every byte, where now they
+// do nothing.
 #include "tiles16.cuh"
 
 namespace tiles {

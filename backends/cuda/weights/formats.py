@@ -122,7 +122,7 @@ def _iq4_xs(b: Bytes) -> Parts:
     return interleave(b[:, 8:].reshape(-1, 8, 16)), _none(b, 8), scales, b[:, :2]
 
 
-# -- codes of three values -------------------------------------------------------------------
+# -- codes of three values ----------------------------------------------------------------------
 
 
 def _tq2_0(b: Bytes) -> Parts:

@@ -6,8 +6,8 @@
 // bits with a sign bit above; `levels` gives the level of each code as a signed byte (grids.py:
 // LEVELS).
 //
-// A group of 32 weights in tiles has as many bits as in the file (iq3_s 1 in 28 more, iq1_m 1 in
-// 28), in another order:
+// A group of 32 weights in tiles has the bits of the file (iq1_m and iq3_s one in 28 more), in
+// another order:
 //
 //   codes   the low 8 bits of each index
 //   high    iq2, iq3: the signs, that of weight 8 g + i in bit 4 i + g. Types that store 7 of 8
