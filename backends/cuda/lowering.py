@@ -13,6 +13,7 @@ from pyggml.backends.cuda.linear.joined import join
 from pyggml.backends.cuda.linear.preparation import prepare_once
 from pyggml.backends.cuda.linear.routes import FEW_PAIRS
 from pyggml.backends.cuda.patterns import PATTERNS
+from pyggml.backends.cuda.small import gather
 from pyggml.backends.step import Step
 from pyggml.node import Node
 from pyggml.ops.leaf import state_op
@@ -23,13 +24,14 @@ AHEAD = 4
 
 def lower(nodes: Sequence[Node], keep: Collection[Node], fuse: bool = True) -> list[Step]:
     """The steps that compute `nodes`: one step per pattern match and per remaining node, one for
-    everything prepared for several products, and one for products that share a launch.
+    everything prepared for several products, and one for products or small ops that share a
+    launch.
     fuse=False: one step per node."""
     if not fuse:
         return [step_of(node) for node in nodes]
     parts = covered(nodes, keep, PATTERNS)
     steps = [*prepare_once([p if isinstance(p, Fused) else step_of(p) for p in parts])]
-    return [*timely(spaced([*join(steps)]))]
+    return [*timely(spaced([*gather([*join(steps)], keep)]))]
 
 
 def spaced(steps: list[CudaStep]) -> list[CudaStep]:

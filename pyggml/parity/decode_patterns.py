@@ -12,11 +12,15 @@ import numpy as np
 from pyggml.node import Node
 from pyggml.ops import (
     add,
+    cast,
     causal_mask,
+    clamp,
     cont,
+    div,
     dsv4_hc_maps,
     dsv4_hc_post,
     dsv4_hc_pre,
+    fill,
     flash_attn_ext,
     get_rows,
     merge_lse,
@@ -31,6 +35,7 @@ from pyggml.ops import (
     scale,
     set_rows,
     soft_max,
+    sub,
     sum_rows,
     view,
 )
@@ -72,6 +77,22 @@ def _norm_rope_row(m: Maker, type: str, mode: Literal["normal", "neox"]) -> Patt
         rows = get_rows(cache, _ids(m, f"rows{heads}", 0, 4, 9, 31, 5))
         outputs[f"rows{heads}"] = scale(rows, s=1.0)
     return m.done(**outputs)
+
+
+def small_numbers(m: Maker) -> Pattern:
+    """What follows from positions, and other ops on a few numbers; some read a product."""
+    pos = _ids(m, "pos", 17, 3, -5, 40, 0, 12)
+    p = cast(pos, dtype="f32")
+    t = cast(cast(div(p, fill(p, value=4.0)), dtype="i32"), dtype="f32")
+    place = sub(p, scale(t, s=4.0))
+    odd = cont(view(place, ne=(3,), start=(1,), step=(2,)))
+    seen = clamp(scale(add(place, view(p, ne=(1,))), s=-1.0, b=15.0), min=0.0, max=1.0)
+    y = reshape(mul_mat(m.weight("w", 32, 6), m.floats("x", 32, 1)), ne=(6,))
+    late = add(mul(y, seen), div(y, scale(y, s=2.0, b=9.0)))
+    return m.done(
+        t=t, place=cast(place, dtype="i32"), odd=odd, seen=seen, same=scale(cont(p), s=2.0),
+        late=late, next=sub(late, seen),
+    )  # fmt: skip
 
 
 def _compressor(
@@ -223,6 +244,7 @@ PATTERNS: dict[str, Callable[[Maker], Pattern]] = {
     "compressor": _compressor,
     "compressor_of_pairs_q8_0": partial(_compressor, type="q8_0", pairs=True, n=8),
     "compressor_of_tokens_bf16": partial(_compressor, type="bf16", n=13, tokens=3),
+    "small_numbers": small_numbers,
     "joined_products": joined_products,
     "attention_to_a_window": attention_to_a_window,
     "attention_to_both": attention_to_both,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import pyggml as gg
-from pyggml.backends.cuda import compressor, hyper_norm, indexer, reduce, rope
+from pyggml.backends.cuda import compressor, hyper_norm, indexer, reduce, rope, small
 from pyggml.backends.cuda.argument import Struct, Tensor, pack
 from pyggml.backends.cuda.attention import arguments, joint, parts
 from pyggml.backends.cuda.device import tensormap
@@ -44,6 +44,8 @@ STRUCTS: tuple[tuple[type[Struct], str, str], ...] = (
     (compressor.Compressor, "compressor.cu", "Compressor"),
     (hyper_norm.Streams, "hyper_norm.cu", "Streams"),
     (hyper_norm.HyperNorm, "hyper_norm.cu", "HyperNorm"),
+    (small.Instruction, "small.cu", "Instruction"),
+    (small.Program, "small.cu", "Program"),
     (joined.Joined, "linear_vec.cu", "Joined<InTiles>"),
 )
 PRELUDE = """
@@ -53,7 +55,7 @@ using u64 = unsigned long long;
 struct float2 {
     float x, y;
 };
-constexpr int MOST_JOINED = 8;
+constexpr int MOST_JOINED = 8, MOST_INSTRUCTIONS = 64;
 static const Dim3 blockIdx = {0, 0, 0};
 """
 FORMATS = "struct InTiles { using Source = Packed; }; struct InRows { using Source = Tensor; };"

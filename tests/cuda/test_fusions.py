@@ -48,6 +48,10 @@ FUSED = {
     "squares": [],
     "odd_routing": ["soft_max_ext top_k get_rows"],
     "flat_weights": ["soft_max_ext top_k get_rows"],
+    "small_numbers": [
+        "cast fill div cast cast scale sub cast cont add scale clamp cont scale",
+        "mul scale div add sub",
+    ],
     "joined_products": ["rms_norm fixed_point mul", "mul_mat mul_mat mul_mat", "mul_mat mul_mat"],
     "attention_to_a_window": ["flash_attn_ext fixed_point rope_ext"],
     **{f"attention_to_both{kind}": [f"causal_mask {BOTH}"] for kind in ("", "_bf16")},

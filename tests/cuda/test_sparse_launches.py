@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from pyggml.backends.cuda.launch import Launch
-from tools.launches import KINDS, layer_launches
+from tools.launches import KINDS, launches_of, layer_launches
 
 #: Launches of a token at 8192 rows.
 LAUNCHES = {"window": 22, "ratio_4": 28, "ratio_128": 22, "v32": 30, "glm_5": 30}
@@ -35,3 +35,9 @@ def test_hyper_connections_are_two_launches_a_sublayer() -> None:
     own = "hyper_mix", "hyper_norm", "multi_add", "dsv4_hc_post"
     assert [counts[name] for name in own] == [1, 1, 1, 1]  # the last two join the next layer's
     assert not {"dsv4_hc_comb", "copy"} & counts.keys()
+
+
+@pytest.mark.parametrize("kind", ("window", "ratio_4", "ratio_128"))
+def test_what_layers_of_a_kind_compute_once_is_few_launches(kind: str) -> None:
+    """Rows of rings, windows that end and other small numbers are one launch, masks another."""
+    assert len(launches_of(KINDS[kind], 1)) - LAUNCHES[kind] <= 6
