@@ -114,7 +114,7 @@ def test_weights_of_the_host_are_those_of_its_backend(
 ) -> None:
     """As in the file, as f32, or in tiles; "host" is the backend that `auto` would take."""
     path = str(tmp_path / "t.gguf")
-    assert main(["synth", path, "--preset", "tiny", "--layers", "3", "--type", "q4_0"]) == 0
+    assert main(["synth", path, "--preset", "tiny", "--layers", "3", "--type", "q4_K"]) == 0
     capsys.readouterr()
     words = ["-m", path, "-c", "256", "-ub", "32", *["--decode-weights"] * decoded]
     devices = ["--device", "null:1GiB", "--device", f"{place}:4GiB", "-ngl", "2"]
