@@ -70,8 +70,7 @@ def _pair(text: str) -> tuple[int, int]:
 
 
 def run(args: argparse.Namespace) -> int:
-    if getattr(args, "ranks", None) is not None:
-        _check_together(args)
+    measuring.check_together(args)
     if args.ops:
         return bench_ops.ops(args)
     from pyggml.bench import panels
@@ -89,13 +88,6 @@ def run(args: argparse.Namespace) -> int:
         partial(panels.row_panels, peers=peers),
     )
     return 0
-
-
-def _check_together(args: argparse.Namespace) -> None:
-    """What one process would write for all, or start itself."""
-    for name, wrong in (("--ops", args.ops), ("--plot", args.plot), ("-t", args.t != [None])):
-        if wrong and args.ranks.size > 1:
-            raise UsageError(f"{name} is for one process, not for {args.ranks.size}")
 
 
 def tests_of(args: argparse.Namespace) -> list[Test]:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyggml.cli import model_options, options
 from pyggml.cli.options import UsageError
+from pyggml.cli.processes import is_first
 from pyggml.runtime.profile import Profile, Sum, Timing
 from pyggml.words import counted
 
@@ -79,7 +80,7 @@ def ops(args: argparse.Namespace) -> int:
         raise UsageError(f"-o csv and --trace need one case, for example -p 0; there are {n_cases}")
     results = []
     for name, case, profile in profiles(args, settings):
-        if args.trace is not None:
+        if args.trace is not None and is_first(args):
             profile.write_trace(args.trace)
         if args.o == "md":
             print("\n".join(markdown(name, profile, args.by)), end="\n\n")
@@ -90,7 +91,7 @@ def ops(args: argparse.Namespace) -> int:
         print(json.dumps(results, indent=1))
     elif args.o == "jsonl":
         print("\n".join(map(json.dumps, results)))
-    if args.trace is not None:
+    if args.trace is not None and is_first(args):
         print(f"wrote {args.trace}", file=sys.stderr)
     return 0
 
@@ -135,7 +136,7 @@ def profile_of(model: Model, case: Case, *, n_batch: int, runs: int) -> Profile:
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, model.arch.n_vocab, case.n_tokens).tolist()
     plan, arrays = session.prepared(case.depth, tokens, 1)
-    return plan.profile(arrays, runs).with_ceilings()
+    return plan.profile(arrays, runs).with_ceilings(model.store.ranks)
 
 
 # -- output -----------------------------------------------------------------------------------

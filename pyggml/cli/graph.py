@@ -26,8 +26,10 @@ from pyggml.runtime.memory import Memory
 from pyggml.runtime.report import name_of
 from pyggml.viz import dot
 
-_BYTES = ("weights", "states", "inputs", "compute", "workspace", "staging", "total", "score_peak",
-          "score_peak_plain", "size")  # fmt: skip
+_BYTES = (
+    "weights", "states", "inputs", "compute", "workspace", "staging", "messages", "total",
+    "score_peak", "score_peak_plain", "size",
+)  # fmt: skip
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -43,15 +43,18 @@ def launcher() -> int | None:
     return int(text) if text else None
 
 
-def launch(words: Sequence[str], n: int) -> int:
-    """Run this command line in `n` processes of mpiexec, and return the exit status."""
+def launch(words: Sequence[str], n: int, *, reads: bool = False) -> int:
+    """Run this command line in `n` processes of mpiexec, and return the exit status.
+
+    reads  rank 0 reads this process's input
+    """
     command = [_mpiexec(), "-n", str(n), sys.executable, "-m", "pyggml", *words]
     read, write = os.pipe()
     os.set_blocking(read, False)
     environment = _threads(n) | os.environ | {"PYGGML_LAUNCHER": str(write)}
     process = subprocess.Popen(
         command,
-        stdin=subprocess.DEVNULL,
+        stdin=None if reads else subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         env=environment,
         pass_fds=[write],

@@ -10,12 +10,18 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pyggml.cli import model_options, options
+from pyggml.cli.processes import add_nproc, is_first
 from pyggml.cli.progress import progress
 from pyggml.cli.terminal import print_json
 from pyggml.errors import ShapeError
@@ -32,6 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     model_options.add_model_options(parser)
+    add_nproc(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,13 +58,17 @@ def run(args: argparse.Namespace) -> int:
         np.lib.format.write_array_header_1_0(
             header, {"descr": "<f4", "fortran_order": False, "shape": shape}
         )
-        with replaced(args.o, len(header.getvalue()) + 4 * math.prod(shape)) as file:
-            put(file, header.getvalue())
+        with ExitStack() as stack:
+            write: Callable[[bytes | NDArray[Any]], object] = lambda data: None  # noqa: E731
+            if is_first(args):
+                nbytes = len(header.getvalue()) + 4 * math.prod(shape)
+                write = partial(put, stack.enter_context(replaced(args.o, nbytes)))
+            write(header.getvalue())
             if show is not None:
                 show(0, len(tokens))
             for start in range(0, len(tokens), session.n_batch):
                 part = tokens[start : start + session.n_batch]
-                put(file, session.forward(part, outputs="all").astype("<f4"))
+                write(session.forward(part, outputs="all").astype("<f4"))
                 if show is not None:
                     show(start + len(part), len(tokens))
     if args.json:

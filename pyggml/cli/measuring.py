@@ -16,6 +16,7 @@ from pyggml import errors
 from pyggml.cli import options
 from pyggml.cli.model_options import load_weights
 from pyggml.cli.options import UsageError, wrong_usage
+from pyggml.cli.processes import is_first
 from pyggml.cli.progress import clear, progress
 from pyggml.cli.terminal import text_of
 from pyggml.errors import DeviceError, DTypeError, PyggmlError
@@ -58,6 +59,16 @@ def _plot(text: str) -> Path:
     return path
 
 
+def check_together(args: argparse.Namespace) -> None:
+    """UsageError for what several processes cannot do."""
+    ranks = getattr(args, "ranks", None)
+    if args.t != [None] and ranks is not None and ranks.size > 1:
+        raise UsageError(
+            f"-t starts a process for each number of threads, so it is not for {ranks.size} "
+            "processes; set PYGGML_THREADS"
+        )
+
+
 def peers_of(args: argparse.Namespace) -> list[Peer]:
     """The peers of --peers. Checks all of a plot that can be wrong, before anything is measured."""
     from pyggml.bench import peers, plot
@@ -98,7 +109,7 @@ def report(
         stop = error
     if rows:
         _print(writer.end())
-    if args.plot is not None and rows and (drawings := panels_of(rows)):
+    if args.plot is not None and is_first(args) and rows and (drawings := panels_of(rows)):
         plot.draw(drawings, args.plot, panels.title([row.setting for row in rows]))
     if stop is not None:
         raise stop

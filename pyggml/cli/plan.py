@@ -230,13 +230,17 @@ def _device(line: Line) -> dict[str, Any]:
     return {
         "device": row.device, "weights": row.weights, "caches": row.states, "inputs": row.inputs,
         "compute": row.compute, "workspace": row.workspace, "driver_estimate": line.driver,
-        "pinned": line.pinned, "total": line.total, "size": row.size, "free": line.free,
+        "pinned": line.pinned, "messages": row.messages, "total": line.total, "size": row.size,
+        "free": line.free,
     }  # fmt: skip
 
 
 def as_text(result: Result) -> list[str]:
     setup, table = result.setup, result.table
-    rows = [{k: v if isinstance(v, str) else _mib(v) for k, v in _device(t).items()} for t in table]
+    rows = [
+        {k: v if isinstance(v, str) else _mib(v) for k, v in _device(t).items() if k != "messages"}
+        for t in table
+    ]
     heads = {key: key.replace("driver_estimate", "driver (estimate)") for key in rows[0]}
     widths = {key: max(len(row[key]) for row in (heads, *rows)) for key in heads}
     text = ["  ".join(row[k].rjust(widths[k]) for k in heads).rstrip() for row in (heads, *rows)]
@@ -249,6 +253,12 @@ def as_text(result: Result) -> list[str]:
         "Exact, except the driver's own memory (context, libraries, kernels). Pinned host memory "
         f"for copies: {_mib(result.pinned)} MiB."
     )
+    if any(line.row.messages for line in table):
+        most = max(line.row.messages for line in table)
+        text.append(
+            "In several processes (--nproc), messages pass through up to "
+            f"{_mib(most)} MiB of host memory in each."
+        )
     if setup.host_experts:
         text.append(f"The experts of layers 0 to {setup.host_experts - 1} are on the host.")
     text += [

@@ -30,8 +30,8 @@ from pyggml.runtime.ranks import PeerError, Ranks
 HOLD = 0.5
 #: What a rank does not compare with the others: its own file may have another path.
 _OWN = ("m", "run", "parser", "debug", "ranks")
-#: Commands that write files or read the keyboard, which several processes would do at once.
-_ALONE = ("chat", "logits", "sweep")
+#: Commands that read what the user types.
+_READING = ("chat",)
 
 
 def add_nproc(parser: argparse.ArgumentParser) -> None:
@@ -55,14 +55,19 @@ def start(args: argparse.Namespace, words: Sequence[str]) -> int:
     job, n = launched(), getattr(args, "nproc", None)
     args.ranks = None
     if job is None:
-        return launch(words, n) if n is not None and n > 1 else run(args)
+        if n is not None and n > 1:
+            return launch(words, n, reads=bool(words) and words[0] in _READING)
+        return run(args)
     rank, size = job
     if hasattr(args, "nproc"):
         return _run_together(args, size)
-    command = words[0] if words else ""
-    if size > 1 and command in _ALONE:
-        raise UsageError(f"{command} runs in one process; mpiexec has started {size}")
     return run(args) if rank == 0 else 0
+
+
+def is_first(args: argparse.Namespace) -> bool:
+    """Whether this process writes files and reads what the user types: rank 0, or the only one."""
+    ranks = getattr(args, "ranks", None)
+    return ranks is None or bool(ranks.rank == 0)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from pyggml.cli import measuring, model_options, options
 from pyggml.cli.options import wrong_usage
+from pyggml.cli.processes import add_nproc
 
 if TYPE_CHECKING:
     from pyggml.bench.depth import Point
@@ -30,6 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="tokens to generate at each depth (default: a quarter of -ub)")  # fmt: skip
     measuring.add_output_options(parser)
     model_options.add_model_options(parser)
+    add_nproc(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from pyggml.bench.depth import depths
     from pyggml.bench.tables import SweepMarkdown
 
+    measuring.check_together(args)
     with wrong_usage():
         depths(args.c, _n_ubatch(args), args.n)
     peers = measuring.peers_of(args)

@@ -9,9 +9,8 @@ No rank waits in a circle. A rank that waits at some split waits for another one
 not later than that, and a message was sent before that split is reached. So the rank that is at the
 earliest split can always go on.
 
-A contiguous tensor in host memory is sent and received where it is. Others pass through `staging`,
-a block of host memory whose parts are planned like an arena, from the split that computes a tensor
-to the one that reads it.
+A contiguous tensor in host memory is sent and received where it is. Others pass through a block of
+host memory that is planned (messages.py) and shared by all plans of the process.
 
 Waiting for the reader before anything is sent (both at the place of the copy) lost: with two
 devices that exchange parts, the second would begin to send when the first has received and gone on.
@@ -25,37 +24,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml.backends.base import Backend, in_host_memory
+from pyggml.backends.base import Backend
 from pyggml.backends.step import Address
 from pyggml.node import Node
-from pyggml.passes.arena import Interval, pack
 from pyggml.passes.work import Work
 from pyggml.runtime.arrays import raw_shape, raw_type
+from pyggml.runtime.messages import Messages, is_plain
 from pyggml.runtime.ranks import FIRST, Bytes, Ranks, Request
 from pyggml.spec import Spec
-from pyggml.transfer import origin
-
-#: Staged tensors begin at multiples of it, in bytes.
-ALIGNMENT = 64
-
-
-class Sent(NamedTuple):
-    """A tensor that other ranks read.
-
-    node     the tensor, on a device of this rank
-    readers  (rank, tag, split) of each message
-    """
-
-    node: Node
-    readers: list[tuple[int, int, int]]
-
-
-class Received(NamedTuple):
-    """A copy on a device of this rank of a tensor that `owner` has."""
-
-    node: Node
-    owner: int
-    tag: int
 
 
 class Pending(NamedTuple):
@@ -75,55 +51,19 @@ class Exchange:
     def __init__(self, work: Work, at: Mapping[Node, Address], ranks: Ranks) -> None:
         self.ranks, self._work, self._at = ranks, work, at
         self.owns = ranks.owns(work)
-        self._sent: dict[int, dict[Node, Sent]] = {}  # split -> what is sent after it is issued
-        self._received: dict[Node, Received] = {}
+        self._messages = Messages(work, ranks.rank)
+        self._sent, self._received = self._messages.sent, self._messages.received
         self._pending: list[Pending] = []
         self._outputs = FIRST + len(work.steps)  # their first tag
-        self._find()
-        self._staged, nbytes = self._stage()
-        incoming = [r.node.spec.nbytes for r in self._received.values() if not self._in_place(r)]
-        self._staging = np.zeros(nbytes, np.uint8)
-        self._landing = np.zeros(max(incoming, default=0), np.uint8)
+        ranks.reserve(self.nbytes)
 
     @property
     def nbytes(self) -> int:
         """The bytes of host memory that tensors pass through."""
-        return len(self._staging) + len(self._landing)
+        return self._messages.nbytes
 
     def _owner(self, backend: Backend) -> int:
         return self.ranks.owner(self._work.shard, backend)
-
-    def _find(self) -> None:
-        """The messages of all splits."""
-        splits = self._work.splits
-        producer = {n: i for i, split in enumerate(splits) for s in split.steps for n in s.nodes}
-        first = FIRST  # the tag of the split's first step
-        for i, split in enumerate(splits):
-            reader = self._owner(split.backend)
-            for tag, step in enumerate(split.copies, first):
-                source = origin(step.node)
-                owner = self._owner(self._work.home(source))
-                if owner != reader == self.ranks.rank:
-                    self._received[step.node] = Received(step.node, owner, tag)
-                if reader != owner == self.ranks.rank:
-                    after = self._sent.setdefault(producer.get(source.base, i), {})
-                    after.setdefault(source, Sent(source, [])).readers.append((reader, tag, i))
-            first += len(split.copies) + len(split.steps)
-
-    def _stage(self) -> tuple[dict[Node, int], int]:
-        """The places in `staging` of tensors that are not sent in place, and its bytes."""
-        staged: dict[Node, Interval] = {}
-        for i, nodes in self._sent.items():
-            for node, sent in nodes.items():
-                if not _is_plain(self._work.home(node), self._at[node], node.spec):
-                    last = max(split for _, _, split in sent.readers)
-                    staged[node] = Interval(i, last, node.spec.nbytes)
-        offsets, nbytes = pack(list(staged.values()), ALIGNMENT)
-        return dict(zip(staged, offsets)), nbytes
-
-    def _in_place(self, received: Received) -> bool:
-        node = received.node
-        return _is_plain(self._work.home(node), self._at[node], node.spec)
 
     # -- a run --------------------------------------------------------------------------------
 
@@ -149,10 +89,10 @@ class Exchange:
         """Wait for the message of a transfer, and put it at its address."""
         received, at, spec = self._received[node], self._at[node], node.spec
         home = self._work.home(node)
-        if self._in_place(received):
+        if is_plain(self._work, node):
             self.ranks.receive(_bytes_at(at, spec), received.owner, received.tag)
             return
-        data = self._landing[: spec.nbytes]
+        data = self.ranks.block[self._messages.landing :][: spec.nbytes]
         self.ranks.receive(data, received.owner, received.tag)
         home.upload(at, spec, _array_of(data, spec))
 
@@ -173,11 +113,12 @@ class Exchange:
     def _data(self, node: Node) -> Bytes:
         """The bytes of a tensor, in place or in `staging`. Waits for the device that has it."""
         home, at, spec = self._work.home(node), self._at[node], node.spec
-        offset = self._staged.get(node)
+        offset = self._messages.staged.get(node)
         if offset is None:
             return _bytes_at(at, spec)
-        home.send(at, Address(self._staging, offset, spec.nb), spec).wait()
-        return self._staging[offset : offset + spec.nbytes]
+        block = self.ranks.block
+        home.send(at, Address(block, offset, spec.nb), spec).wait()
+        return block[offset : offset + spec.nbytes]
 
     # -- outputs ------------------------------------------------------------------------------
 
@@ -205,11 +146,6 @@ class Exchange:
             return array
 
         return shared
-
-
-def _is_plain(home: Backend, at: Address, spec: Spec) -> bool:
-    """Whether a tensor is contiguous in host memory."""
-    return in_host_memory(home) and at.nb == spec.nb and at.layout == "plain"
 
 
 def _bytes_at(at: Address, spec: Spec) -> Bytes:

@@ -228,7 +228,11 @@ class Execution:
         """
         for k, step in enumerate(split.copies):
             if self.exchange is not None and self.exchange.receives(step.node):
-                self.exchange.receive(step.node)
+                message = partial(self.exchange.receive, step.node)
+                if watch is None:
+                    message()
+                else:
+                    watch.copy(self.first[i] + k, message, (split.backend,))
                 continue
             source, target = origin(step.node), split.backend
             sender = self.work.home(source)

@@ -9,6 +9,7 @@ from typing import Any
 from pyggml.node import label_of
 from pyggml.passes.work import Work
 from pyggml.runtime.leaves import Need
+from pyggml.runtime.messages import message_bytes
 from pyggml.runtime.places import Place, parse
 from pyggml.transfer import origin
 
@@ -27,6 +28,9 @@ class DeviceMemory:
     workspace                 of the device's libraries: one block for all plans on the device
     staging                   pinned host memory that copies to and from the device go through: one
                               block for all plans, not part of `total`
+    messages                  host memory that messages to and from other processes pass through, if
+                              each device has one (`--nproc`): one block for all plans, not part of
+                              `total`
     score_peak                largest sum of attention scores and expanded K and V alive at once
     score_peak_plain          the same without a budget
     live                      live bytes in each step, the lower bound of any packing
@@ -45,6 +49,7 @@ class DeviceMemory:
     size: int | None
     size_text: str
     staging: int
+    messages: int = 0
 
     @property
     def total(self) -> int:
@@ -87,10 +92,12 @@ class Memory:
         rows = []
         top, where = 0, ""
         used = {need.backend.device for need in needs}
+        messages = message_bytes(work)
         for device, arena in work.placed.arenas.items():
             if not (arena.nbytes or device in used or device == work.backends[0].device):
                 continue
             row = _row(work, device, [need for need in needs if need.backend.device == device])
+            row = replace(row, messages=messages.get(device, 0))
             if work.plain is not None:
                 row = replace(row, score_peak_plain=work.plain.arenas[device].score_peak)
             if (place := sizes.get(device)) is not None:
@@ -121,7 +128,7 @@ class Memory:
             )
             sizes |= {
                 name: max(getattr(row, name) for row in same)
-                for name in ("workspace", "staging", "score_peak", "score_peak_plain")
+                for name in ("workspace", "staging", "messages", "score_peak", "score_peak_plain")
             }
             rows.append(replace(largest, **sizes))
         top = max((memory for memory, _ in plans), key=lambda memory: memory.peak_live)
@@ -193,6 +200,11 @@ class Memory:
             if row.staging:
                 pinned = f"{mib(row.staging)} MiB of pinned host memory"
                 lines.append(f"Copies to and from {row.device} use another {pinned}.")
+            if row.messages:
+                lines.append(
+                    f"In a process of its own, messages of {row.device} pass through another "
+                    f"{mib(row.messages)} MiB of host memory."
+                )
             if row.size is not None:
                 short = row.total - row.size
                 fits = (

@@ -370,14 +370,18 @@ class Plan:
 
         runs  how many samples of each step; on a GPU each takes 19 runs, which see different steps
               (`backends/cuda/stamps.py`)
-        All runs are complete runs, so each writes states. Inputs and errors are those of `run`.
+        All runs are complete runs, so each writes states. Inputs and errors are those of `run`. In
+        several processes all call it, and get the times of all.
         """
         _count("profile(inputs, runs)", runs)
-        if self.store.ranks is not None and self.store.ranks.size > 1:
-            raise DeviceError("profile() measures a plan of one process; this one has several")
 
         def run(execution: Execution, give: Callable[[], None]) -> Profile:
-            return measure(execution, give, runs)
+            try:
+                return measure(execution, give, runs)
+            except BaseException as error:
+                if self.store.ranks is not None:
+                    self.store.ranks.failed(error)
+                raise
 
         return self._execute(inputs, named, run)
 

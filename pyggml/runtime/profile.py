@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from pyggml.words import counted
 
 if TYPE_CHECKING:
     from pyggml.runtime.ceilings import Ceiling
+    from pyggml.runtime.ranks import Ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,8 @@ class Profile:
     waits     of each split: the splits that it waits for
     expanded  ops that simpler ones replace, and why
     ceilings  by place: what its device can do (`with_ceilings`)
+    elsewhere places of other processes. The time of a copy from there includes the wait for what is
+              copied
     """
 
     rows: tuple[Timing, ...]
@@ -100,6 +104,7 @@ class Profile:
     waits: tuple[tuple[int, ...], ...] = ()
     expanded: tuple[str, ...] = ()
     ceilings: Mapping[str, Ceiling] = field(default_factory=dict)
+    elsewhere: frozenset[str] = frozenset()
 
     def __repr__(self) -> str:
         return f"<profile: {counted(len(self.rows), 'step')}, {self.seconds * 1e3:.3f} ms>"
@@ -153,17 +158,21 @@ class Profile:
 
     # -- ceilings -----------------------------------------------------------------------------
 
-    def with_ceilings(self) -> Profile:
+    def with_ceilings(self, ranks: Ranks | None = None) -> Profile:
         """This profile with what each device can do, measured now: a large copy, a large product.
 
         Takes up to half a second and 256 MiB of memory on each device; where that does not fit, the
-        ceiling is unknown.
+        ceiling is unknown. `ranks`, which all call it, measure their own devices.
         """
-        from pyggml.runtime.ceilings import ceiling
+        from pyggml.runtime.ceilings import Ceiling, ceiling
 
-        places = dict.fromkeys(row.place for row in self.rows)
+        places = dict.fromkeys(row.place for row in self.rows if row.place not in self.elsewhere)
         measured = {place: ceiling(place) for place in places}
         known = {place: c for place, c in measured.items() if c is not None}
+        if ranks is not None:
+            texts = ranks.gather(json.dumps({p: (c.copy, c.product) for p, c in known.items()}))
+            pairs = [pair for text in texts for pair in json.loads(text).items()]
+            known = {place: Ceiling(*speeds) for place, speeds in pairs}
         return replace(self, ceilings=known)
 
     def share(self, row: Timing | Sum) -> float | None:

@@ -1,13 +1,17 @@
 """Measuring a profile.
 
 The times are those of complete runs (`backends/timing.py`). `measure` runs the stopwatches of all
-splits in the same runs. The split whose stopwatch needs most runs decides how many there are.
+splits in the same runs. The split whose stopwatch needs most runs decides how many there are. In
+several processes, each measures the splits of its device, and all get the times of all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from time import perf_counter
+from typing import Any
 
 from pyggml.backends.base import Backend, Event, Kernels, in_host_memory
 from pyggml.backends.step import Step, own_nodes
@@ -19,6 +23,7 @@ from pyggml.runtime.execution import Copy, Execution
 from pyggml.runtime.kernels import kernels_of
 from pyggml.runtime.layers import layers_of, layers_of_steps
 from pyggml.runtime.profile import Phases, Profile, Timing
+from pyggml.runtime.ranks import Ranks
 from pyggml.runtime.report import expansions, name_of, text_of
 from pyggml.transfer import origin, transfer
 
@@ -46,7 +51,9 @@ class _Undivided:
 class _Run:
     """A run under stopwatches; it sees the steps of one turn."""
 
-    def __init__(self, watches: Sequence[Stopwatch], turn: int, copies: dict[int, float]) -> None:
+    def __init__(
+        self, watches: Mapping[int, Stopwatch], turn: int, copies: dict[int, float]
+    ) -> None:
         self.watches, self.turn, self.copies = watches, turn, copies
 
     def copy(self, number: int, call: Copy, ends: Collection[Backend]) -> None:
@@ -68,45 +75,73 @@ class _Run:
 
 def measure(execution: Execution, give: Callable[[], None], runs: int) -> Profile:
     """Profile an execution: each of its steps in `runs` runs."""
-    work = execution.work
+    work, exchange = execution.work, execution.exchange
+    ranks = None if exchange is None else exchange.ranks
+    owns = (lambda _: True) if exchange is None else exchange.owns
     execution.run(give)
     undivided = _Undivided(execution)
     phases = [Phases(*execution.phases(give, undivided)) for _ in range(runs + 1)]
-    watches = [
-        runner.stopwatch()
+    watches = {
+        i: runner.stopwatch()
         if isinstance(runner, Timeable)
         else step_by_step(runner, len(split.steps), split.backend.synchronize)
-        for runner, split in zip(execution.runners, work.splits)
-    ]
+        for i, (runner, split) in enumerate(zip(execution.runners, work.splits))
+        if owns(split.backend)
+    }
+    turns = max((watch.turns for watch in watches.values()), default=0)
+    if ranks is not None:
+        turns = max(map(int, ranks.gather(str(turns))))
     copies: dict[int, float] = {}
     for _ in range(runs):
-        for turn in range(max((watch.turns for watch in watches), default=0)):
+        for turn in range(turns):
             execution.watched(_Run(watches, turn, copies))
-            for watch in watches:
+            for watch in watches.values():
                 watch.read()
-    rows = tuple(_rows(work, execution, watches, copies))
+    whole = {i: undivided.whole.get(i, watch.whole()) for i, watch in watches.items()}
+    times = _Times({i: list(watch.seconds()) for i, watch in watches.items()}, copies, whole)
+    if ranks is not None:
+        times = times.of_all(ranks)
+    rows = tuple(_rows(work, execution, times))
     return Profile(
         rows,
         min(phases, key=lambda each: each.seconds),
-        tuple(undivided.whole.get(i, watch.whole()) for i, watch in enumerate(watches)),
+        tuple(times.whole[i] for i in range(len(work.splits))),
         tuple(split.waits for split in work.splits),
         tuple(expansions(work)),
+        elsewhere=frozenset(s.backend.place for s in work.splits if not owns(s.backend)),
     )
 
 
-def _rows(
-    work: Work, execution: Execution, watches: Sequence[Stopwatch], copies: Mapping[int, float]
-) -> Iterator[Timing]:
+@dataclass(frozen=True, slots=True)
+class _Times:
+    """Seconds of the steps of each split, of copies by the number of their step, and of splits."""
+
+    steps: dict[int, list[float]]
+    copies: dict[int, float]
+    whole: dict[int, float]
+
+    def of_all(self, ranks: Ranks) -> _Times:
+        """Those of all ranks."""
+        parts = map(json.loads, ranks.gather(json.dumps([self.steps, self.copies, self.whole])))
+        joined: tuple[dict[int, Any], ...] = {}, {}, {}
+        for part in parts:
+            for target, values in zip(joined, part):
+                target |= {int(number): value for number, value in values.items()}
+        return _Times(*joined)
+
+
+def _rows(work: Work, execution: Execution, times: _Times) -> Iterator[Timing]:
     nodes = (*work.order, *own_nodes(work.order, work.steps))
     layers = layers_of_steps([step.node for step in work.steps], layers_of(nodes))
-    about = zip(layers, kernels_of(work, execution.runners))
+    runners = execution.runners if execution.exchange is None else ()
+    about = zip(layers, kernels_of(work, runners))
     number = 0
     for i, split in enumerate(work.splits):
         place = split.backend.place
         for step in split.copies:
-            yield _timing(step, i, place, *next(about), copies[number])
+            yield _timing(step, i, place, *next(about), times.copies[number])
             number += 1
-        for step, seconds in zip(split.steps, watches[i].seconds()):
+        for step, seconds in zip(split.steps, times.steps[i]):
             yield _timing(step, i, place, *next(about), seconds)
             number += 1
 

@@ -96,6 +96,7 @@ class Ranks:
     """This process among those that run a sharded graph. `pyggml.join()` makes it.
 
     rank, size  the number of this process, and of all
+    block       host memory that messages pass through, for all plans: no two run at the same time
     """
 
     def __init__(self, transport: Transport) -> None:
@@ -104,6 +105,7 @@ class Ranks:
         self._lost: str | None = None
         self._ended: dict[int, float] = {}  # rank -> when its last note came
         self._notes: list[Request] = []  # keeps what is being sent alive
+        self.block: Bytes = np.zeros(0, np.uint8)
 
     def __repr__(self) -> str:
         return f"<rank {self.rank} of {self.size}>"
@@ -129,8 +131,7 @@ class Ranks:
 
     def owner(self, shard: Shard | None, backend: Backend) -> int:
         """The rank that has the device of `backend`."""
-        devices = [] if shard is None else [device.device for device in shard.devices]
-        return devices.index(backend.device) if backend.device in devices else 0
+        return owner_of(shard, backend)
 
     def owns(self, work: Work) -> Callable[[Backend], bool]:
         """Whether a backend's device is this rank's in this plan."""
@@ -173,7 +174,7 @@ class Ranks:
             if turns % 16 == 0:
                 self._look(peer)
             if turns > 2000:  # a long wait: leave the processor to others
-                time.sleep(1e-4)
+                time.sleep(1e-4 if turns < 20_000 else 5e-3)  # a user may think about an answer
 
     def _look(self, peer: int) -> None:
         """Read a note, if one has come."""
@@ -210,6 +211,11 @@ class Ranks:
         for peer in range(self.size):
             if peer != self.rank:
                 self._notes.append(self._transport.send(note, peer, NOTE))
+
+    def reserve(self, nbytes: int) -> None:
+        """Make the block at least so large. No message may be on its way."""
+        if len(self.block) < nbytes:
+            self.block = np.zeros(nbytes, np.uint8)
 
     def spread(self, data: Bytes, owner: int, tag: int) -> None:
         """Copy the bytes of rank `owner` into `data` on all others. All ranks call it."""
@@ -297,6 +303,12 @@ class Ranks:
         while len(self._ended) < self.size - 1 and self._lost is None:
             self._read_note()
             time.sleep(1e-4)
+
+
+def owner_of(shard: Shard | None, backend: Backend) -> int:
+    """The rank that has a device, with one rank for each device of the shard."""
+    devices = [] if shard is None else [device.device for device in shard.devices]
+    return devices.index(backend.device) if backend.device in devices else 0
 
 
 def first_line(error: BaseException) -> str:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import pyggml as gg
 from pyggml import backends
 from pyggml.errors import DeviceError, GraphError
+from pyggml.runtime import ceilings
 from tests.shard.graphs import Layers, cuts, layers
 from tests.spmd.threads import every, ranks_of, results
 
@@ -62,6 +63,7 @@ def test_random_layers(
     except gg.BudgetError:
         assume(False)
     parts = [plan(gg.Store(ranks=ranks), amb) for ranks in ranks_of(n)]
+    assert one.memory == parts[0].memory
     assert {str(part) for part in parts} == {str(one)}
     for i in (*range(n), 7):
         backends.get("null", i).queue.pace = random.Random(seed + i) if seed % 2 else None
@@ -69,9 +71,35 @@ def test_random_layers(
         wanted = contents(one, graph.used)
         for found in every([lambda part=part: contents(part, graph.used) for part in parts]):
             same(found, wanted)
+        for rank, part in enumerate(parts):  # what is allocated is what was planned
+            block = part.store.ranks.block
+            assert len(block) == messages_of(one, backends.get(place, rank).place)
     finally:
         for i in (*range(n), 7):
             backends.get("null", i).queue.pace = None
+
+
+def messages_of(plan: gg.Plan, place: str) -> int:
+    """The planned bytes of host memory for the messages of a device; 0 if it has nothing to do."""
+    rows = {row.device: row.messages for row in plan.memory.devices}
+    return rows.get(place, 0)
+
+
+def test_host_memory_of_messages() -> None:
+    """A part of 64 x 3 numbers leaves null:1, and arrives at null:0."""
+    plans, inputs = parts_of(2)
+    assert [row.messages for row in plans[0].memory.devices] == [64 * 3 * 4] * 2
+    text = str(plans[0].memory)
+    assert "In a process of its own, messages of null:1 pass through another 0.0007 MiB" in text
+    every([lambda plan=plan: plan.run(inputs) for plan in plans])
+    ranks = [plan.store.ranks for plan in plans]
+    assert [len(each.block) for each in ranks if each is not None] == [768] * 2
+    blocks = [each.block for each in ranks if each is not None]
+    every([lambda plan=plan: plan.release() for plan in plans])
+    every([lambda plan=plan: plan.run(inputs) for plan in plans])
+    assert all(each.block is block for each, block in zip(ranks, blocks) if each is not None)
+    plans, _ = parts_of(2, "numpy")  # sent and received in place
+    assert [row.messages for row in plans[0].memory.devices] == [0, 0]
 
 
 def contents(plan: gg.Plan, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -142,7 +170,37 @@ def test_outputs_in_place_are_of_one_rank() -> None:
     first, second = results([lambda plan=plan: plan.views(inputs) for plan in plans])
     assert list(first) == ["y"]
     assert isinstance(second, DeviceError) and "'y' is on null:0, in another process" in str(second)
-    assert "one process" in str(results([lambda: plans[0].profile(inputs)])[0])
+
+
+def test_a_profile_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank measures its own steps, and all have the times of all."""
+    monkeypatch.setattr(ceilings, "ceiling", lambda place: ceilings.Ceiling(float(place[-1]), 1.0))
+    plans, inputs = parts_of(2)
+    profiles = every([lambda plan=plan: plan.profile(inputs, 2) for plan in plans])
+    for plan, profile in zip(plans, profiles):
+        assert len(profile.rows) == len(plan.steps) and len(profile.whole) == len(plan.splits)
+        assert all(row.seconds > 0 for row in profile.rows)
+        assert {row.place for row in profile.rows} == {"null:0", "null:1"}
+    assert profiles[0].rows == profiles[1].rows
+    found = every(
+        [
+            lambda plan=plan, p=p: p.with_ceilings(plan.store.ranks).ceilings
+            for plan, p in zip(plans, profiles)
+        ]
+    )
+    assert found[0] == found[1] == {f"null:{i}": ceilings.Ceiling(i, 1.0) for i in range(2)}
+
+
+def test_an_error_in_a_profile_reaches_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans, inputs = parts_of(2)
+    every([lambda plan=plan: plan.bind() for plan in plans])
+
+    def fail() -> None:
+        raise ValueError("broken")
+
+    monkeypatch.setattr(plans[1]._execution.runners[1], "run", fail)
+    found = results([lambda plan=plan: plan.profile(inputs) for plan in plans])
+    assert {str(error) for error in found} == {"rank 1: ValueError: broken", "broken"}
 
 
 def test_an_error_in_a_run_reaches_all(monkeypatch: pytest.MonkeyPatch) -> None:

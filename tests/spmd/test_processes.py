@@ -34,17 +34,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(*words: str | Path) -> subprocess.Popen[str]:
+def start(*words: str | Path, reads: bool = False) -> subprocess.Popen[str]:
     return subprocess.Popen(
         list(map(str, words)), cwd=ROOT, text=True, start_new_session=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        stdin=subprocess.PIPE if reads else subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
 
 
-def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+def ended(process: subprocess.Popen[str], text: str | None = None) -> tuple[int, str, str]:
     try:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(text, timeout=60)
     except subprocess.TimeoutExpired:
         for pid in descendants(process.pid):
             os.kill(pid, signal.SIGKILL)
@@ -53,8 +54,9 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def run(*words: str | Path) -> tuple[int, str, str]:
-    return ended(start(*words))
+def run(*words: str | Path, text: str | None = None) -> tuple[int, str, str]:
+    """Run a command that reads `text`."""
+    return ended(start(*words, reads=text is not None), text)
 
 
 def model(path: Path, *words: str) -> list[str]:
@@ -144,6 +146,39 @@ def test_other_commands(folder: Path) -> None:
     assert one[0] == 0 and run(*PYGGML, *words, "null", "--nproc", "2") == one
 
 
+def test_logits(folder: Path) -> None:
+    words = ["logits", "-m", folder / "tiny.gguf", "--tokens", "1,2,3,4,5", "-o"]
+    on = ["--backend", "null:0,null:1", "--shard", "auto"]
+    assert run(*PYGGML, *words, folder / "one.npy", *on)[0] == 0
+    status, out, err = run(*PYGGML, *words, folder / "two.npy", "--backend", "null", "--nproc", "2")
+    assert status == 0 and not err and out.count("float32") == 1
+    np.testing.assert_array_equal(np.load(folder / "one.npy"), np.load(folder / "two.npy"))
+    status, out, err = run(
+        *PYGGML, *words, folder / "none" / "x.npy", "--backend", "null", "--nproc", "2"
+    )
+    assert status == 1 and not out
+    check_one_error(err, "none")
+
+
+def test_sweep(folder: Path) -> None:
+    words = ["sweep", "-m", folder / "tiny.gguf", "-c", "16", "-ub", "8", "-n", "1", "-o", "csv"]
+    status, out, err = run(*PYGGML, *words, "--backend", "null", "--nproc", "2")
+    assert status == 0 and not err and len(out.splitlines()) == 3
+
+
+def test_chat(folder: Path) -> None:
+    """Each line is a message to all; the end of the input ends all."""
+    words = ["chat", "-m", folder / "tiny.gguf", "--temp", "0", "-n", "3", "--backend"]
+    text = "Hello\nAgain\n"
+    one = run(*PYGGML, *words, "null:0,null:1", "--shard", "auto", text=text)
+    assert one[0] == 0 and len(one[1].splitlines()) >= 2
+    assert run(*PYGGML, *words, "null", "--nproc", "2", text=text) == one
+    words[-1:] = ["-c", "64", "--backend"]
+    status, _, err = run(*PYGGML, *words, "null", "--nproc", "2", text="long " * 99 + "\n")
+    assert status == 1
+    check_one_error(err, "do not fit")
+
+
 # -- failures ---------------------------------------------------------------------------------
 
 
@@ -209,10 +244,11 @@ def test_the_same_error_everywhere(
     check_one_error(found[2], why)
 
 
-def test_commands_of_one_process(folder: Path) -> None:
-    status, out, err = run(MPIEXEC, "-n", "2", *PYGGML, "chat", "-m", folder / "tiny.gguf")
+def test_threads_are_for_one_process(folder: Path) -> None:
+    words = ["bench", "-m", folder / "tiny.gguf", "-t", "1,2", "--backend", "null"]
+    status, out, err = run(MPIEXEC, "-n", "2", *PYGGML, *words)
     assert status == 2 and not out
-    check_one_error(err, "chat runs in one process; mpiexec has started 2")
+    check_one_error(err, "-t starts a process for each number of threads")
 
 
 def test_an_uncaught_error_of_a_script() -> None:
