@@ -18,10 +18,13 @@ MIB = 2**20
 
 
 def error(result: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
-    """The relative error. Equal infinities (log-sum-exp of rows without keys) do not count."""
+    """The relative error, or that relative to 1e-9 for smaller results: a sink that is 25 above all
+    scores leaves 1e-10, and a score's rounding error counts 25 times in it. Equal infinities
+    (log-sum-exp of rows without keys) do not count."""
     same = (result == expected) & ~np.isfinite(expected)
     a, b = (np.where(same, 0, x).astype(np.float64) for x in (result, expected))
-    return float(np.linalg.norm(a - b) / (np.linalg.norm(b) or 1.0))
+    size = float(np.linalg.norm(b))
+    return float(np.linalg.norm(a - b)) / (max(size, 1e-9) if size else 1.0)
 
 
 def loops(plan: gg.Plan) -> list[Loop]:
@@ -54,9 +57,8 @@ def compiled(outputs: dict[str, Node], amb: int) -> gg.Plan:
 
 
 #: Relative error from another order of f32 sums: 5e-7 in most graphs, 1.4e-6 in one whose scores of
-#: 30 are sums of 48 products, 4.5e-6 in one whose sinks leave results of 1e-11. A piece in the
-#: wrong place causes 1e-2 and more.
-ORDER = 1e-5
+#: 30 are sums of 48 products. A piece in the wrong place causes 1e-2 and more.
+ORDER = 3e-6
 
 
 class Case:
