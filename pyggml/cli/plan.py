@@ -44,7 +44,7 @@ from pyggml.cli.model_options import (
 from pyggml.cli.options import wrong_usage
 from pyggml.cli.trials import trial_json, trials_text
 from pyggml.errors import DeviceError
-from pyggml.generate.cuts import Found, Search, Trial, candidates
+from pyggml.generate.cuts import Search, Trial, Winner, candidates
 from pyggml.generate.fit import BUDGETS, Line, Planner, Setup, fit, lines
 from pyggml.models.batch import Options
 from pyggml.models.model import Model
@@ -105,8 +105,8 @@ def run(args: argparse.Namespace) -> int:
         planner = planner_of(model, places, args)
         trials: Sequence[Trial] = ()
         if args.fit and len(_devices(planner)) > 1:
-            found = _search(planner, args)
-            planner, setup, trials = found.planner, found.setup, found.trials
+            winner = _search(planner, args)
+            planner, setup, trials = winner.planner, winner.setup, winner.trials
         else:
             setup = _setup(planner, args)
         memory = planner.memory(setup)
@@ -123,7 +123,7 @@ def _devices(planner: Planner) -> list[Place]:
     return [p for p in planner.places if p.name == first.name and p.name not in backends.HOSTS]
 
 
-def _search(planner: Planner, args: argparse.Namespace) -> Found:
+def _search(planner: Planner, args: argparse.Namespace) -> Winner:
     """The cut of --shard, or the best one, with the setup that `fit` chooses."""
     model, devices = planner.model, _devices(planner)
     cuts: list[Cuts] = [args.shard]

@@ -57,7 +57,7 @@ class Trial:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class Winner:
     """The result of a search: the winner with exact memory, and what was tried, best first."""
 
     planner: Planner
@@ -104,7 +104,7 @@ class Search:
         self.devices = [place for place in places if place.name == places[0].name]
         self._planners: dict[str, Sampled] = {}
 
-    def run(self, cuts: Sequence[Cuts]) -> Found:
+    def run(self, cuts: Sequence[Cuts]) -> Winner:
         """Try these cuts. Errors: OutOfMemoryError if none fits, those of a cut if it is alone."""
         trials = [self._first(each) for each in cuts]
         fitting = [trial for trial in trials if trial.setup is not None]
@@ -113,13 +113,13 @@ class Search:
             known = sorted((t for t in trials if not t.why), key=lambda t: t.missing)
             fitting = [t for t in map(self._searched, known[:SEARCHED]) if t.setup is not None]
         for trial in _ranked(fitting):
-            found = self._confirmed(trial)
-            if found is not None:
-                won = replace(trial, setup=found[1])
+            exact = self._confirmed(trial)
+            if exact is not None:
+                won = replace(trial, setup=exact[1])
                 others = [t for t in fitting if t is not trial]
                 rest = [t for t in trials if t.cuts not in [f.cuts for f in fitting]]
                 rest.sort(key=lambda t: (bool(t.why), t.missing))
-                return Found(*found, (won, *_ranked(others), *rest))
+                return Winner(*exact, (won, *_ranked(others), *rest))
         raise OutOfMemoryError(_reason(trials))
 
     # -- one cut ------------------------------------------------------------------------------

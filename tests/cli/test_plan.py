@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
 import subprocess
@@ -38,6 +39,17 @@ def plan(capsys: Streams, *words: str, status: int = 0) -> dict[str, Any]:
     assert main(["plan", *words, "--json"]) == status
     report: dict[str, Any] = json.loads(capsys.readouterr().out)
     return report
+
+
+def check_memory(args: argparse.Namespace, report: dict[str, Any]) -> None:
+    """A session with these options of `pyggml run` takes the memory that the report says."""
+    with open_model(args) as model:
+        rows = {r.device: r for r in model.session(args.c, args.ub).memory().devices}
+    for device in report["devices"]:
+        row = rows[device["device"]]
+        assert (row.weights, row.states, row.compute) == (
+            device["weights"], device["caches"], device["compute"]
+        )  # fmt: skip
 
 
 def test_devices_are_numbered(header: Path, capsys: Streams) -> None:
@@ -86,13 +98,7 @@ def test_the_command_of_a_fit_has_the_planned_memory(tmp_path: Path, capsys: Str
     words = shlex.split(report["command"])
     assert words[:2] == ["pyggml", "run"]
     args = parser_of("run").parse_args([*words[2:], "-p", "x"])
-    with open_model(args) as model:
-        rows = {r.device: r for r in model.session(args.c, args.ub).memory().devices}
-    for device in report["devices"]:
-        row = rows[device["device"]]
-        assert (row.weights, row.states, row.compute) == (
-            device["weights"], device["caches"], device["compute"]
-        )  # fmt: skip
+    check_memory(args, report)
 
 
 def test_what_fit_chooses_fits_with_the_plan_for_one_token(tmp_path: Path, capsys: Streams) -> None:

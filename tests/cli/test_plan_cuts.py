@@ -11,7 +11,6 @@ import pytest
 
 from pyggml import gguf
 from pyggml.cli import main, parser_of
-from pyggml.cli.model_options import open_model
 from pyggml.generate.cuts import candidates
 from pyggml.generate.fit import Planner, Setup
 from pyggml.generate.sampled import Sampled
@@ -20,6 +19,7 @@ from pyggml.models.presets import preset
 from pyggml.models.synth import synth
 from pyggml.runtime.places import parse
 from pyggml.runtime.shards import shard_of, with_shares
+from tests.cli.test_plan import check_memory
 
 Streams = pytest.CaptureFixture[str]
 
@@ -130,13 +130,7 @@ def test_the_command_has_the_planned_memory(path: Path, capsys: Streams, uneven:
     assert report["fits"] and report["n_ctx"] < 1024
     command = shlex.split(report["command"])
     args = parser_of("run").parse_args([*command[2:], "-p", "x"])
-    with open_model(args) as model:
-        rows = {r.device: r for r in model.session(args.c, args.ub).memory().devices}
-    for device in report["devices"]:
-        row = rows[device["device"]]
-        assert (row.weights, row.states, row.compute) == (
-            device["weights"], device["caches"], device["compute"]
-        )  # fmt: skip
+    check_memory(args, report)
     shard = command[command.index("--shard") + 1]
     assert parser_of("bench").parse_args(["-m", "x", "--shard", shard]).shard == args.shard
     assert (":" in shard) == uneven
