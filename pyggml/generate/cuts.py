@@ -212,7 +212,11 @@ def _reason(trials: Sequence[Trial]) -> str:
     made = [trial for trial in trials if trial.missing > 0]
     if not made:
         return "; ".join(dict.fromkeys(trial.why for trial in trials))
-    best = min(made, key=lambda trial: trial.missing)
+    planned = [trial for trial in made if not trial.why]
+    if not planned:
+        least = mib(min(trial.missing for trial in made))
+        return f"no cut fits: the weights alone are at least {least} MiB too much for one device"
+    best = min(planned, key=lambda trial: trial.missing)
     return (
         f"no cut fits; {shard_text(best.cuts)} needs the least, with {mib(best.missing)} MiB too "
         "much on one device"

@@ -168,6 +168,9 @@ def test_nothing_fits(path: Path, capsys: Streams) -> None:
     assert main(["plan", "-m", str(path), *devices(1, 1), "--fit"]) == 1
     err = capsys.readouterr().err
     assert "no cut fits; " in err and "MiB too much on one device" in err
+    small = ["--device", "cuda:4KiB", "--device", "cuda:4KiB"]
+    assert main(["plan", "-m", str(path), *small, "--fit"]) == 1
+    assert "no cut fits: the weights alone are at least " in capsys.readouterr().err
     words = ["plan", "-m", str(path), *devices(64, 64), "--fit", "-fa", "off", "--shard"]
     assert main([*words, "sequence=2"]) == 1
     assert "shard={'sequence': 2}: nothing in the graph is divided so" in capsys.readouterr().err
