@@ -16,8 +16,8 @@ using namespace file;
 // cache [d, rows]; ring_v, ring_z [w, n_ring], contiguous; v, z [w, T]; ape [w, places];
 // places, tokens [T]; ids [n]; bias [1, n]; weight [d]; start, row [1]
 // One block of d lanes for each share of the candidates, which take turns: 128 candidates of 512
-// elements are half a megabyte, and read by one multiprocessor in 5 us. More blocks would save 3 us
-// of a window's last token, and need a second launch, 2 us, for every token.
+// elements are half a megabyte, which one multiprocessor should read in 5 us. More blocks would save
+// 3 us of a window's last token, and need a second launch, 2 us, for every token.
 // Dynamic shared memory: 3 floats a thread.
 struct Compressor {
     Tensor cache, ring_v, ring_z, v, z, ape, places, tokens, ids, bias, weight, start, row;
