@@ -28,7 +28,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "scores": {"flash": False},
     "unfused": {"fused": False},
     "amb": {"flash": False, "amb": 0.04},  # cuts the scores of a whole prompt
-    "lists": {"amb": 2},  # cuts the rows that tokens of deepseek4 attend to
 }
 #: Where rows are chosen: budgets that leave room for the scratch of top_k, and still cut scores.
 AMB = {"deepseek32": 0.53, "glm-dsa": 0.53, "deepseek4": 1.0}
@@ -50,8 +49,6 @@ def session(oracle: Oracle, n_batch: int | None, options: dict[str, Any]) -> Ses
 
 def options_of(oracle: Oracle, name: str) -> dict[str, Any]:
     model = oracle.path.stem
-    if name == "lists" and not model.startswith("deepseek4"):
-        pytest.skip("for deepseek4")
     amb = next((amb for prefix, amb in AMB.items() if model.startswith(prefix)), None)
     return OPTIONS[name] | ({"amb": amb} if name == "amb" and amb else {})
 
@@ -67,6 +64,16 @@ def check(logits: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
 def test_prompt(oracle: Oracle, options: str, n_batch: int | None) -> None:
     """The whole prompt, and the prompt in chunks."""
     s = session(oracle, n_batch, options_of(oracle, options))
+    check(s.forward(oracle.tokens, outputs="all"), oracle.logits)
+
+
+@pytest.mark.parametrize("n_batch", [None, 7])
+@pytest.mark.parametrize(
+    "oracle", [name for name in MODELS if name.startswith("deepseek4")], indirect=True
+)
+def test_a_budget_for_lists_of_rows(oracle: Oracle, n_batch: int | None) -> None:
+    """With flash attention, it cuts the rows that tokens of deepseek4 attend to."""
+    s = session(oracle, n_batch, {"amb": 2})
     check(s.forward(oracle.tokens, outputs="all"), oracle.logits)
 
 
