@@ -24,6 +24,7 @@ from pyggml.backends.numpy.masks import HIDDEN, Mask, alibi_slopes
 from pyggml.backends.numpy.online_softmax import Blocks, OnlineSoftmax, Parts
 from pyggml.backends.numpy.table import kernel
 from pyggml.backends.numpy.tiling import TILE, scratch_bytes, split
+from pyggml.dtypes import F32
 from pyggml.node import Node
 
 HIDDEN_BITS = int(HIDDEN.view(np.uint16))
@@ -31,24 +32,33 @@ HIDDEN_BITS = int(HIDDEN.view(np.uint16))
 SCORES = DECODED = 2 * TILE
 #: Most f32 elements of the queries and sums of a pass.
 PASS = 4 * TILE
+#: Most f32 elements of the scores of several heads that are read in place; for few queries.
+DIRECT = TILE // 4
 
 
-def _blocks(n_q: int, heads: int, heads_kv: int, n_kv: int, d_k: int, d_v: int) -> Blocks:
+def _blocks(
+    n_q: int, heads: int, heads_kv: int, n_kv: int, d_k: int, d_v: int, in_place: bool
+) -> Blocks:
     ratio = heads // heads_kv
     queries = min(n_q, 512, max(1, 1024 // ratio))
     rows = ratio * queries
     pass_heads = min(heads_kv, max(1, PASS // (rows * (d_k + d_v))))
     keys = min(n_kv, max(256, min(4096, SCORES // rows, DECODED // (d_k + d_v))))
-    group = min(pass_heads, max(1, min(SCORES // (rows * keys), DECODED // (keys * (d_k + d_v)))))
-    return Blocks(ratio, queries, pass_heads, keys, group, d_k, d_v)
+    group = min(SCORES // (rows * keys), DECODED // (keys * (d_k + d_v)))
+    if in_place:
+        group = max(group, DIRECT // (rows * keys))
+    group = min(pass_heads, max(1, group))
+    return Blocks(ratio, queries, pass_heads, keys, group, d_k, d_v, in_place)
 
 
 def _flash_scratch(node: Node) -> int:
     q, k, v = node["q"], node["k"], node["v"]
     if node.get("ids") is not None:
         return listed_scratch(node)
-    blocks = _blocks(q.ne[1], q.ne[2], k.ne[2], k.ne[1], k.ne[0], v.ne[0])
-    return scratch_bytes(*blocks.sizes()) + codec_bytes(k, v, node.get("mask"))
+    shape = q.ne[1], q.ne[2], k.ne[2], k.ne[1], k.ne[0], v.ne[0]
+    ways = (False, True) if k.dtype is v.dtype is F32 else (False,)  # the run knows the strides
+    attention = max(scratch_bytes(*_blocks(*shape, in_place).sizes()) for in_place in ways)
+    return attention + codec_bytes(k, v, node.get("mask"))
 
 
 class _Reader:
@@ -120,7 +130,8 @@ def flash_attn_ext(
         lists = Lists(k, v, start, mask, slopes, ids, live, scratch, heads)
         lists.attend(out, q, sinks, scale, logit_softcap, lse)
         return
-    blocks = _blocks(n_q, heads, heads_kv, n_kv, d_k, d_v)
+    in_place = blas_view(k) is not None and blas_view(v) is not None
+    blocks = _blocks(n_q, heads, heads_kv, n_kv, d_k, d_v, in_place)
     memory = Parts(*(scratch.array(n) for n in blocks.sizes()))
     work = work_of(scratch, k, v, mask)
     keys, values = _Reader(k, memory.keys, work), _Reader(v, memory.values, work)

@@ -53,6 +53,7 @@ class Blocks:
     heads    of K in a pass
     keys     of a block
     group    heads of K whose scores are computed together
+    in_place whether K and V are read where they are, so that none is decoded
     """
 
     ratio: int
@@ -62,6 +63,7 @@ class Blocks:
     group: int
     d_k: int
     d_v: int
+    in_place: bool = False
 
     @property
     def rows(self) -> int:
@@ -71,6 +73,7 @@ class Blocks:
     def sizes(self) -> Parts[int]:
         """Elements of each array."""
         pass_rows, rows, keys = self.heads * self.rows, self.group * self.rows, self.keys
+        decoded = 0 if self.in_place else self.group
         return Parts(
             queries=pass_rows * self.d_k,
             sums=pass_rows * self.d_v,
@@ -78,8 +81,8 @@ class Blocks:
             scores=rows * keys,
             products=rows * self.d_v,
             bias=self.queries * keys,
-            keys=self.group * keys * self.d_k,
-            values=self.group * keys * self.d_v,
+            keys=decoded * keys * self.d_k,
+            values=max(1, decoded) * keys * self.d_v,
         )
 
 
@@ -154,11 +157,13 @@ class OnlineSoftmax:
         self, products: Floats, weights: Floats, v: Floats, mask: Mask, head: int
     ) -> None:
         """products = weights v, but hidden keys add nothing even if their values are not finite."""
-        clean = shaped(self.memory.values, *v.shape)
-        if clean.ctypes.data != v.ctypes.data or clean.strides != v.strides:
-            np.copyto(clean, v)
+        foreign = not np.may_share_memory(v, self.memory.values)
         ratio = weights.shape[1] // self.shape[1]
-        for n, (x, w, values) in enumerate(zip(products, weights, clean)):
+        for n, (x, w, values) in enumerate(zip(products, weights, v)):
+            if foreign:
+                clean = shaped(self.memory.values, *values.shape)
+                np.copyto(clean, values)
+                values = clean
             heads = range(head + n * ratio, head + (n + 1) * ratio)
             odd = np.flatnonzero(~np.isfinite(values.sum(axis=1)))
             odd_values = values[odd]

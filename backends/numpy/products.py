@@ -24,6 +24,9 @@ and other work were running, it took 1,670 instead of 7,750.
 
 from __future__ import annotations
 
+import math
+from itertools import product
+
 import numpy as np
 
 from pyggml.backends.host_memory import Floats
@@ -37,9 +40,12 @@ FEW = 8
 VECTOR, MATRIX, DOT = 9215, 262144, 8192
 #: Rows of w at a time if their products are summed up from parts; limits NumPy's temporaries.
 SUMMED = 512
-#: Least elements of w in a range of rows that one thread computes: 0.3 ms for one row of x.
-#: Milliseconds of 4096x1x4096 by the rows of a range: all 2.48, 64 2.85, 256 2.67, 512 1.54.
-RANGE = 1 << 21
+#: Elements of w that one thread computes at a time, at least and at most: 0.15 to 0.3 ms for one
+#: row of x. The number of parts is even, for two threads.
+#: Milliseconds of 4096x1x4096 by their elements, beside 1.08 of BLAS's threads: 1 << 20 1.69,
+#: 1 << 21 1.17, 1 << 22 1.09, 1 << 23 1.08. While BLAS's threads still spin after another product,
+#: a part waits for a processor: 1.5 in place of 0.8 for 16 heads of 4096x192.
+LEAST, MOST = 1 << 21, 1 << 22
 
 
 def row_products(x: Floats, w: Floats, out: Floats) -> None:
@@ -52,10 +58,40 @@ def row_products(x: Floats, w: Floats, out: Floats) -> None:
     small = n * m * k <= (VECTOR if 1 in (n, m) else MATRIX)
     if n > FEW or small:
         np.matmul(x, w.swapaxes(-1, -2), out=out)
-    elif n == 1 and not _adjacent(w):
-        np.einsum("...k,...mk->...m", x[..., 0, :], w, out=out[..., 0, :])
-    else:
-        _by_parts(x, w, out)
+        return
+
+    strided = n == 1 and not _adjacent(w)
+
+    def compute(part: tuple[slice, slice]) -> None:
+        heads, rows = part
+        x_part, w_part, target = x[heads], w[heads][..., rows, :], out[heads][..., rows]
+        if strided:
+            np.einsum("...k,...mk->...m", x_part[..., 0, :], w_part, out=target[..., 0, :])
+        else:
+            _by_parts(x_part, w_part, target)
+
+    alike = w.ndim > 2 and len(x) == len(w) == len(out) and x.ndim == w.ndim == out.ndim
+    for_each(compute, _ranges(w, n, len(w) if alike else 1))
+
+
+def _ranges(w: Floats, n: int, n_heads: int) -> list[tuple[slice, slice]]:
+    """Which of the first axis, and which rows of w, one thread computes at a time; from the shapes
+    only. Whole heads where they are small: a column of V is read 64 bytes at a time."""
+    m, k = w.shape[-2:]
+    row = max(1, math.prod(w.shape[:-2]) // n_heads) * k
+    total = n_heads * m * row
+    size = total if total < 2 * LEAST else -(-total // (2 * -(-total // (2 * MOST))))
+    if n_heads > 1 and m * row <= size:
+        return [(heads, slice(m)) for heads in split(n_heads, -(-size // (m * row)))]
+    unit = SUMMED if k > _depth(w, n) else 1 if 1 in (n, m) else _piece(n, m, k)
+    heads = split(n_heads, 1) if n_heads > 1 else [slice(None)]
+    return list(product(heads, split(m, -(-size // (row * unit)) * unit)))
+
+
+def _depth(w: Floats, n: int) -> int:
+    """Elements of a row in a piece, at most."""
+    m = w.shape[-2]
+    return DOT if 1 in (n, m) else MATRIX // (n * min(m, 8 if _adjacent(w) else 64))
 
 
 def _adjacent(w: Floats) -> bool:
@@ -64,28 +100,16 @@ def _adjacent(w: Floats) -> bool:
 
 
 def _by_parts(x: Floats, w: Floats, out: Floats) -> None:
-    """The product as a sum over parts of k; one part if a piece can have whole rows.
-
-    Threads share ranges of rows of w. The ranges depend on the shapes only, not on the threads.
-    """
+    """The product as a sum over parts of k; one part if a piece can have whole rows."""
     n, k = x.shape[-2:]
-    m = w.shape[-2]
-    depth = DOT if 1 in (n, m) else MATRIX // (n * min(m, 8 if _adjacent(w) else 64))
-    unit = SUMMED if k > depth else 1 if 1 in (n, m) else _piece(n, m, k)
-    step = -(-RANGE // (k * unit)) * unit
-
-    def compute(rows: slice) -> None:
-        target = out[..., rows]
-        for part in split(k, depth):
-            factors = x[..., part], w[..., rows, part]
-            if part.start == 0:
-                _pieces(*factors, target)
-            else:
-                addend = np.empty_like(target)
-                _pieces(*factors, addend)
-                target += addend
-
-    for_each(compute, split(m, step))
+    for part in split(k, _depth(w, n)):
+        factors = x[..., part], w[..., part]
+        if part.start == 0:
+            _pieces(*factors, out)
+        else:
+            addend = np.empty_like(out)
+            _pieces(*factors, addend)
+            out += addend
 
 
 def _piece(n: int, m: int, k: int) -> int:

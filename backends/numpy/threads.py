@@ -1,7 +1,7 @@
 """Threads of the NumPy backend, which take parts of a large product of few rows.
 
 NumPy releases the interpreter's lock while it computes a part. A thread that wants the lock back
-waits for the others' steps between two parts, so parts must be large (products.RANGE). The thread
+waits for the others' steps between two parts, so parts must be large (products.LEAST). The thread
 that calls takes parts too and never waits for a thread that has not begun: on a busy machine it
 computes all of them. Threads sleep in between.
 """

@@ -7,12 +7,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pytest
 
-from pyggml.backends.numpy import threads
-from pyggml.backends.numpy.products import FEW, RANGE, row_products
+from pyggml.backends.numpy import products, threads
+from pyggml.backends.numpy.products import FEW, MOST, row_products
 
 SIZES = [
     (n, m, k)
@@ -47,18 +48,32 @@ def test_values(lead: tuple[int, ...], columns: bool) -> None:
         assert np.array_equal(out, again), (n, m, k)
 
 
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("lead", [(), (3,)], ids=str)
 @pytest.mark.parametrize("n", [1, 2, FEW])
-def test_the_same_bits_for_any_number_of_threads(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_bits_for_any_number_of_threads(
+    n: int, lead: tuple[int, ...], columns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = np.random.default_rng(1)
-    x = rng.standard_normal((n, 2053), np.float32)
-    w = rng.standard_normal((4 * RANGE // 2053, 2053), np.float32)
+    k, m = 2053, 2 * MOST // 2053
+    x = rng.standard_normal((*lead, n, k), np.float32)
+    w = rng.standard_normal((*lead, k, m) if columns else (*lead, m, k), np.float32)
+    w = w.swapaxes(-1, -2) if columns else w
+    ranges: list[int] = []
+
+    def counted(function: Callable[[slice], None], parts: Iterable[slice]) -> None:
+        ranges.append(len(parts := list(parts)))
+        threads.for_each(function, parts)
+
+    monkeypatch.setattr(products, "for_each", counted)
     results = []
     for number in "1", "2", "5":
         threads._others.cache_clear()
         monkeypatch.setenv("PYGGML_THREADS", number)
-        row_products(x, w, out := np.empty((n, len(w)), np.float32))
+        row_products(x, w, out := np.empty((*lead, n, m), np.float32))
         results.append(out)
     assert np.array_equal(results[0], results[1]) and np.array_equal(results[0], results[2])
+    assert min(ranges) > 1, "one thread computes the whole product"
     threads._others.cache_clear()
 
 
