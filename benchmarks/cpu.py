@@ -31,6 +31,7 @@ import pyggml as gg
 from benchmarks.cpu_engines import Process
 from benchmarks.gpu_bench import random_blocks
 from benchmarks.record import RESULTS, ROOT, Row, new, read, row, write
+from pyggml.backends.processors import n_processors
 from pyggml.models.presets import preset
 from pyggml.models.synth import synth
 from tools.fetch import fetch
@@ -190,7 +191,7 @@ def product_rows(backend: str, threads: int, runs: int) -> Iterator[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backend", default="cpu")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=n_processors())
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--only", nargs="*", help="names of rows, or `product` and `first`")
     parser.add_argument("--quick", action="store_true")

@@ -68,8 +68,10 @@ def _write(line: dict[str, Any]) -> None:
 
 
 def smi(query: str) -> str:
-    """The answer of nvidia-smi for the first GPU; empty if there is no nvidia-smi."""
+    """The answer of nvidia-smi for the first visible GPU; empty if there is no nvidia-smi."""
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        command += ["-i", visible.split(",")[0]]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):

@@ -15,6 +15,7 @@ import subprocess
 import sys
 
 from benchmarks.gpu_bench import SMOKE, write_row
+from pyggml.backends.processors import n_processors
 
 _COUNTS = re.compile(
     r"(\d[\d,]*) (cases|graphs) of .*: (\d[\d,]*) failed, .* (\d+) ended the process"
@@ -24,7 +25,7 @@ _COUNTS = re.compile(
 def run(what: str, seconds: int, seed: int, *words: str) -> int:
     """Fuzz, print the output, and write the rows; the status of the command."""
     command = (sys.executable, "-m", "pyggml", "parity", "--mode", "fuzz", "-b", "cuda")
-    options = ("--seconds", str(seconds), "--seed", str(seed), "-j", str(os.cpu_count()))
+    options = ("--seconds", str(seconds), "--seed", str(seed), "-j", str(n_processors()))
     done = subprocess.run([*command, *options, *words], capture_output=True, text=True)
     print(done.stdout, done.stderr, sep="\n", flush=True)
     match = _COUNTS.search(done.stdout)

@@ -26,6 +26,7 @@ from typing import Any
 from benchmarks.gpu_bench import SMOKE, write_row
 from benchmarks.gpu_model import MODEL, N_BATCH, seconds
 from benchmarks.peers import llama_bench
+from pyggml.backends.processors import n_processors
 from pyggml.bench.runs import Test, fill, nanoseconds_of
 from pyggml.generate.session import Session
 from pyggml.models.model import load
@@ -34,7 +35,7 @@ from pyggml.models.synth import synth
 STEPS = 64
 TESTS = [Test(512), Test(2048), Test(0, STEPS), Test(0, STEPS, 4096)]
 ROUNDS = 1 if os.environ.get(SMOKE) else 3
-THREADS = str(os.cpu_count())
+THREADS = str(n_processors())
 #: For each of TESTS, and for all layers of a model on the GPU.
 LLAMA = f"-ngl 99 -fa 1 -b {N_BATCH} -ub {N_BATCH} -p 512,2048 -n {STEPS} -d 0,4096".split()
 SETTINGS: dict[str, tuple[dict[str, Any], list[str]]] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from xml.etree import ElementTree
 from benchmarks.gpu_bench import smi
 from benchmarks.record import Row, row
 from pyggml.backends.cuda.device.compiler import nvrtc_version
+from pyggml.backends.processors import n_processors
 from pyggml.errors import DeviceError
 
 PACKAGES = ("numpy", "pycuda", "cupy-cuda13x", "cuda-bindings", "torch")
@@ -127,7 +127,7 @@ def machine() -> dict[str, str]:
         "gpu": smi("name"),
         "driver": smi("driver_version"),
         "highest clocks": smi("clocks.max.sm,clocks.max.mem"),
-        "cores": str(os.cpu_count()),
+        "cores": str(n_processors()),
     }
 
 

@@ -30,7 +30,6 @@ A field that should have a value, but was not kept when it was measured, is "not
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -40,6 +39,7 @@ from typing import Any
 
 import numpy as np
 
+from pyggml.backends.processors import n_processors
 from tools.kernel_record import fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,7 +90,7 @@ def new(command: str, **fields: Any) -> Record:
 
 
 def host() -> dict[str, Any]:
-    return {"cpu": _cpu(), "cores": os.cpu_count()}
+    return {"cpu": _cpu(), "cores": n_processors()}
 
 
 def versions() -> dict[str, str]:

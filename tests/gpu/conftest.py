@@ -8,7 +8,6 @@ pytest's process.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from inspect import signature
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from pyggml.backends.processors import n_processors
 from tests.gpu.away import Answer, Process
 
 HERE = Path(__file__).parent
@@ -48,7 +48,7 @@ class Options:
 def options(pytestconfig: pytest.Config) -> Options:
     get = pytestconfig.getoption  # without this file at startup, there are no such options
     return Options(
-        jobs=get("gpu_jobs", None) or os.cpu_count() or 1,
+        jobs=get("gpu_jobs", None) or n_processors(),
         quick=get("gpu_quick", False),
         seconds=get("gpu_seconds", None) or 270,
         sanitize=get("gpu_sanitize", None) or 60,
