@@ -88,7 +88,8 @@ def soft_max_ext(
               2^(-max_bias (g + 1) / p) where g < p, else 2^(-max_bias (2 (g - p) + 1) / (2 p))
     A fully masked row gives 0 (ggml gives NaN without sinks).
     As in ggml the mask is added, so a NaN score stays NaN under -inf and makes its whole row NaN;
-    in a mul_mat that follows, 0 times NaN or infinity is NaN too. flash_attn_ext skips hidden keys
+    in a mul_mat that follows, 0 times NaN or infinity is NaN too. (A backend that computes a
+    causal_mask from positions may leave out the scores it hides.) flash_attn_ext skips hidden keys
     whatever they hold: use it if a cache may contain rows that were never written.
     """
     want_type("a", a, ("f32",))

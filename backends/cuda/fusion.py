@@ -62,6 +62,7 @@ class Fused(CudaStep):
     record     as in the kernel table; `call.node` and `call.attrs` are those of the last node
     results    nodes besides the last one that stay in memory because others read them
     inplace    operands whose memory the result may take over
+    workspace  as in Step
     at         the node whose place in the order the step takes, if not the last one
     fixed      whether `record` can also write the result in fixed point, to call["fixed"]
     recompute  nodes that each fused reader computes for itself. If any reader cannot, they are
@@ -79,11 +80,15 @@ class Fused(CudaStep):
         results: Mapping[str, Node] | None = None,
         inplace: tuple[Node, ...] = (),
         scratch: int = 0,
+        workspace: int = 0,
         at: Node | None = None,
         fixed: bool = False,
         recompute: tuple[Node, ...] = (),
     ) -> None:
-        super().__init__(nodes, reads, record, results=results, inplace=inplace, scratch=scratch)
+        super().__init__(
+            nodes, reads, record,
+            results=results, inplace=inplace, scratch=scratch, workspace=workspace,
+        )  # fmt: skip
         self.at, self.fixed, self.recompute = at or nodes[-1], fixed, recompute
 
 

@@ -6,6 +6,7 @@ from pyggml import ops
 from pyggml.backends.cuda.attention.flash import causal_attention
 from pyggml.backends.cuda.attention.joint import joint_attention
 from pyggml.backends.cuda.attention.latent_row import latent_row
+from pyggml.backends.cuda.attention.scores import softmax_attention
 from pyggml.backends.cuda.compressor import compressed_row
 from pyggml.backends.cuda.elementwise import activated_times
 from pyggml.backends.cuda.fusion import Pattern
@@ -38,4 +39,5 @@ PATTERNS: tuple[Pattern, ...] = (
     (sum_and_more, (ops.add,)),
     (route, (ops.scale, ops.div, ops.get_rows)),
     (causal_attention, (ops.flash_attn_ext,)),
+    (softmax_attention, (ops.mul_mat,)),
 )

@@ -30,6 +30,7 @@ from pyggml.ops import (
     mul_mat_id,
     mul_multi_add,
     norm,
+    permute,
     relu,
     reshape,
     rms_norm,
@@ -39,11 +40,13 @@ from pyggml.ops import (
     sigmoid,
     silu,
     soft_max,
+    soft_max_ext,
     softplus,
     sqr,
     sqrt,
     sum_rows,
     top_k,
+    transpose,
     view,
 )
 from pyggml.ops.leaf import input as input_
@@ -285,6 +288,55 @@ def moved_list(m: Maker) -> Pattern:
     return m.done(y=flash_attn_ext(q, k, k, mask, None, None, ids, scale=0.1))
 
 
+def _scores(
+    m: Maker, name: str, mask: Node | None, type: str = "f16", sinks: Node | None = None
+) -> Node:
+    """Attention without flash attention; two heads share a head of k and v."""
+    k, v = (m.floats(f"{name}.{x}", 64, 32, 2, type=type) for x in "kv")
+    q = permute(m.floats(f"{name}.q", 64, 4, T), axes=(0, 2, 1, 3))
+    return mul_mat(transpose(v), soft_max_ext(mul_mat(k, q), mask, sinks, scale=0.125))
+
+
+def scores_of_heads(m: Maker) -> Pattern:
+    """Attentions without flash attention under one causal mask, one under a window with a sink."""
+    pos = m.positions()
+    mask, window = (causal_mask(pos, n_kv=32, window=n) for n in (None, 3))
+    sinks = m.floats("sinks", 4)
+    return m.done(
+        one=_scores(m, "one", mask), two=_scores(m, "two", mask),
+        last=_scores(m, "last", window, sinks=sinks), all=_scores(m, "all", None),
+    )  # fmt: skip
+
+
+def scores_bf16(m: Maker) -> Pattern:
+    """Keys and values in bf16, under a mask that differs by head."""
+    return m.done(y=_scores(m, "one", m.floats("mask", 32, T, 4), "bf16"))
+
+
+def scores_of_f32(m: Maker) -> Pattern:
+    """Keys and values in f32, which are not narrowed, so that another attention keeps the mask."""
+    mask = causal_mask(m.positions(), n_kv=32)
+    return m.done(one=_scores(m, "one", mask), two=_scores(m, "two", mask, "f32"))
+
+
+def scores_of_moved_position(m: Maker) -> Pattern:
+    """Positions in a state that is written between the mask and the attention."""
+    pos = state("pos", "i32", ne=(T,))
+    mask = causal_mask(pos, n_kv=32)
+    moved = cpy(m.positions("next", 20), pos)
+    zero = scale(get_rows(m.floats("table", 1, 64), moved), s=0.0)
+    k, q = m.floats("k", 64, 32, 4, type="f16"), add(m.floats("q", 64, T, 4), zero)
+    return m.done(y=mul_mat(transpose(k), soft_max_ext(mul_mat(k, q), mask)))
+
+
+def scores_kept(m: Maker) -> Pattern:
+    """Probabilities that are also an output, and scores."""
+    k, v = (m.floats(x, 64, 32, 4, type="f16") for x in "kv")
+    p = soft_max_ext(mul_mat(k, m.floats("q", 64, T, 4)), scale=0.125)
+    s = mul_mat(k, m.floats("r", 64, T, 4))
+    return m.done(p=p, y=mul_mat(transpose(v), p), s=s, z=mul_mat(transpose(v), soft_max_ext(s)))
+
+
 PATTERNS: dict[str, Callable[[Maker], Pattern]] = {
     **decode_patterns.PATTERNS,
     **{
@@ -295,6 +347,7 @@ PATTERNS: dict[str, Callable[[Maker], Pattern]] = {
             divided_weights, probabilities_kept, shared_mask, mask_kept, strided_mask,
             moved_position, gated, hidden_rows, chosen_rows, indexed_rows, moved_list,
             squares, odd_routing, flat_weights,
+            scores_of_heads, scores_bf16, scores_of_f32, scores_of_moved_position, scores_kept,
         )
     },
     **{f"turned_{kind}": partial(_turned, type=kind) for kind in ("f16", "bf16")},

@@ -158,5 +158,5 @@ def _counted_scratch(step: Step, sharing: Sharing, scores: Collection[Node]) -> 
     """The scratch of a step that the attention budget counts."""
     if isinstance(step, LoopStep):
         return max(body.score_peak for body in step.bodies)
-    uses_scores = any(n in scores for n in (step.node, *map(sharing.owner.get, step.reads)))
+    uses_scores = any(n in scores for n in (*step.nodes, *map(sharing.owner.get, step.reads)))
     return step.scratch if uses_scores else 0

@@ -1,4 +1,4 @@
-"""Runs the launches of a plan on the host: kernels as C++, thread by thread.
+"""Runs the launches of a plan on the host: kernels as C++, thread by thread, and cuBLAS's products.
 
 For kernels of 8.0, with their tensor cores and asynchronous copies. A launch is called with the
 packed arguments that the driver would get, so these are tested too.
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 import pyggml as gg
 from pyggml.backends.cuda.device.compiler import KERNELS
-from pyggml.backends.cuda.launch import Launch, Memcpy
+from pyggml.backends.cuda.launch import Gemm, Launch, Memcpy
 from pyggml.backends.cuda.recording import record_step
 from pyggml.backends.cuda.weights.packing import repack
 from pyggml.backends.host_memory import Packed
@@ -46,10 +46,12 @@ def run(outputs: Mapping[str, gg.Node], inputs: Arrays, folder: Path) -> dict[st
 
 
 def run_all(
-    graphs: Sequence[tuple[Mapping[str, gg.Node], Arrays]], folder: Path
+    graphs: Sequence[tuple[Mapping[str, gg.Node], Arrays]],
+    folder: Path,
+    amb: float | None = None,
 ) -> list[dict[str, NDArray[Any]]]:
     """The outputs of several graphs, whose kernels are compiled together."""
-    planned = [_Planned(outputs, inputs) for outputs, inputs in graphs]
+    planned = [_Planned(outputs, inputs, amb) for outputs, inputs in graphs]
     launches = [r for each in planned for r in each.records if isinstance(r, Launch)]
     start = starter(folder, launches)
     return [each.run(start) for each in planned]
@@ -58,8 +60,10 @@ def run_all(
 class _Planned:
     """A graph with its memory and its launches."""
 
-    def __init__(self, outputs: Mapping[str, gg.Node], inputs: Arrays) -> None:
-        work = gg.compile(outputs, backends=["cuda:0:24GiB"])._work
+    def __init__(
+        self, outputs: Mapping[str, gg.Node], inputs: Arrays, amb: float | None = None
+    ) -> None:
+        work = gg.compile(outputs, backends=["cuda:0:24GiB"], amb=amb)._work
         leaves = {}
         for leaf in work.leaves:
             layout = work.layouts.get(leaf)
@@ -87,8 +91,9 @@ class _Planned:
         for record in self.records:
             if isinstance(record, Memcpy):
                 ctypes.memmove(record.target, record.source, record.nbytes)
+            elif isinstance(record, Gemm):
+                multiply(record)
             else:
-                assert isinstance(record, Launch)
                 start(record)
         return {name: _values(self.at[node], node) for name, node in self.outputs.items()}
 
@@ -100,6 +105,27 @@ def _values(at: Address, node: gg.Node) -> NDArray[Any]:
     offset = at.buffer.ptr + at.offset - at.buffer.data.ctypes.data
     raw = at.buffer.data[offset : offset + node.spec.nbytes]
     return raw.view(kind).reshape(node.shape).copy()
+
+
+def multiply(gemm: Gemm) -> None:
+    """A product as cuBLAS computes it: C = op(A) op(B), column by column, with f32 sums."""
+    sizes = (gemm.m, gemm.k), (gemm.k, gemm.n), (gemm.m, gemm.n)
+    turned = *gemm.transposed, False
+    each = zip(gemm.ptrs, gemm.types, gemm.leading, gemm.strides, sizes, turned)
+    a, b, c = (_matrices(gemm.batch, *one) for one in each)
+    c[...] = a.astype(np.float32) @ b.astype(np.float32)
+
+
+def _matrices(
+    batch: int, ptr: int, name: str, leading: int, stride: int, size: tuple[int, int], turned: bool
+) -> NDArray[Any]:
+    """The matrices [batch, rows, columns] of an operand; a column's elements are adjacent."""
+    kind = np.dtype({"f32": "f4", "f16": "f2"}[name])
+    steps = [stride, leading, 1] if turned else [stride, 1, leading]
+    reach = (batch - 1) * stride + sum((n - 1) * step for n, step in zip(size, steps[1:])) + 1
+    memory = np.frombuffer((ctypes.c_char * (kind.itemsize * reach)).from_address(ptr), kind)
+    nb = [kind.itemsize * step for step in steps]
+    return np.lib.stride_tricks.as_strided(memory, (batch, *size), nb)
 
 
 def starter(folder: Path, launches: list[Launch]) -> Callable[[Launch], None]:

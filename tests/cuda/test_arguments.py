@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import pyggml as gg
-from pyggml.backends.cuda import compressor, hyper_norm, indexer, reduce, rope, small
+from pyggml.backends.cuda import compressor, hyper_norm, indexer, rope, small, softmax
 from pyggml.backends.cuda.argument import Struct, Tensor, pack
 from pyggml.backends.cuda.attention import arguments, joint, parts
 from pyggml.backends.cuda.device import tensormap
@@ -27,7 +27,7 @@ STRUCTS: tuple[tuple[type[Struct], str, str], ...] = (
     (Tensor, "include/common.cuh", "Tensor"),
     (packing.Packed, "include/formats.cuh", "Packed"),
     (rope.Rope, "include/rope.cuh", "Rope"),
-    (reduce.Softmax, "softmax.cu", "Softmax"),
+    (softmax.Softmax, "softmax.cu", "Softmax"),
     (parts.Rows, "attention_combine.cu", "Rows"),
     (common.Heads, "include/linear_common.cuh", "Heads"),
     (common.Routing, "include/linear_common.cuh", "Routing"),

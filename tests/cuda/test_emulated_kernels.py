@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import pyggml as gg
+from pyggml.backends.cuda.attention import scores
 from pyggml.backends.cuda.launch import Call, Launch, Operand
 from pyggml.backends.cuda.linear import blocks, experts, plain
 from pyggml.backends.cuda.weights.grids import LEVELS
@@ -194,3 +195,64 @@ def test_pairs_are_sorted_by_expert(tmp_path: Path) -> None:
     table, count = 512 // 4, 512 // 4 + -(-16 * most // 256) * 64
     assert words[count] == len(expected) <= most
     np.testing.assert_array_equal(words[table:][: 4 * len(expected)].reshape(-1, 4), expected)
+
+
+# -- attention without flash attention ---------------------------------------------------------
+
+
+def attention(
+    n_kv: int = 160, n_q: int = 40, heads: int = 4, heads_kv: int = 4, streams: int = 1,
+    mask: str = "causal", window: int | None = None, sinks: bool = False,
+) -> Graph:  # fmt: skip
+    """Softmax attention of the last queries, 24/16. Keys that are hidden from all are NaN."""
+
+    def leaf(name: str, dtype: str, *ne: int) -> gg.Node:
+        inputs[name] = random(*ne[::-1]).astype(np.float16 if dtype == "f16" else np.float32)
+        return gg.input(name, dtype, ne=ne)
+
+    inputs: dict[str, Any] = {}
+    k, v = (leaf(x, "f16", d, n_kv, heads_kv, streams) for x, d in (("k", 24), ("v", 16)))
+    q = gg.permute(leaf("q", "f32", 24, heads, n_q, streams), axes=(0, 2, 1, 3))
+    if mask == "causal":
+        inputs["pos"] = np.arange(n_kv - n_q - 9, n_kv - 9, dtype=np.int32)
+        inputs["pos"][0] = -1
+        inputs["k"][..., n_kv - 9 :, :] = np.nan
+        hidden = gg.causal_mask(gg.input("pos", "i32", ne=(n_q,)), n_kv=n_kv, window=window)
+    else:
+        hidden = leaf("mask", mask, n_kv, n_q, heads, streams)
+        inputs["mask"][..., ::3] = -np.inf
+    sink = leaf("sinks", "f32", heads) if sinks else None
+    p = gg.soft_max_ext(gg.mul_mat(k, q), hidden, sink, scale=0.3)
+    return {"y": gg.mul_mat(gg.transpose(v), p)}, inputs
+
+
+ATTENTIONS = {
+    "heads": attention(),
+    "rows": attention(n_kv=256, n_q=80),
+    "splits": attention(n_kv=1024, n_q=24, heads=2, heads_kv=2),
+    "grouped": attention(heads=6, heads_kv=2),
+    "one_matrix": attention(heads=4, heads_kv=1),
+    "streams": attention(n_kv=96, n_q=12, heads=2, heads_kv=1, streams=3, mask="f16"),
+    "window": attention(window=31, sinks=True),
+    "mask": attention(n_q=9, mask="f32", sinks=True),
+    "odd": attention(n_kv=79, n_q=30),
+    "rounds": attention(n_kv=33_000, n_q=10, heads=1, heads_kv=1),
+}
+
+
+@pytest.mark.parametrize(
+    ("piece", "amb"), [(scores.PIECE, None), (1 << 14, None), (1 << 12, 0.0085)]
+)
+def test_attention_in_pieces(
+    piece: int, amb: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The softmax overwrites scores with narrower numbers. Masks come from positions, unless the
+    attention is cut into a loop: then its pieces are cut further."""
+    monkeypatch.setattr(scores, "PIECE", piece)
+    seen = {name: (y, {**x, "k": np.nan_to_num(x["k"])}) for name, (y, x) in ATTENTIONS.items()}
+    graphs = ATTENTIONS if amb is None else seen  # a mask is added: NaN stays
+    names = [name for name in ATTENTIONS if amb is None or name != "rounds"]
+    for name, results in zip(names, run_all([graphs[name] for name in names], tmp_path, amb)):
+        outputs, inputs = seen[name]
+        expected = gg.compile(outputs, backends=["numpy"]).run(inputs)["y"]
+        assert nmse(results["y"], expected) <= 1e-6, name

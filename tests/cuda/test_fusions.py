@@ -25,6 +25,7 @@ HYPER = "rms_norm mul_mat dsv4_hc_maps mul_multi_add rms_norm mul"
 FIXED = HYPER.replace("rms_norm mul", "rms_norm fixed_point mul").replace(
     "fixed_point mul_mat", "mul_mat"
 )
+SCORES = "mul_mat soft_max_ext mul_mat"
 BOTH = "flash_attn_ext flash_attn_ext merge_lse rope_ext"
 #: The ops of each step that has several.
 FUSED = {
@@ -43,6 +44,11 @@ FUSED = {
     "indexed_rows": [],
     "moved_list": [],
     "mask_kept": [],
+    "scores_of_heads": [f"causal_mask {SCORES}"] * 3 + [SCORES],
+    "scores_bf16": [SCORES],
+    "scores_of_f32": [SCORES],
+    "scores_of_moved_position": [SCORES],
+    "scores_kept": [],
     "strided_mask": ["causal_mask flash_attn_ext"],
     "moved_position": [],
     "squares": [],

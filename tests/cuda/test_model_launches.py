@@ -97,6 +97,16 @@ def test_a_prompt_prepares_once_what_several_products_read(model: Model) -> None
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("mla", (0, 1))
+def test_a_prompt_without_flash_attention_has_pieces_of_four_heads(model: Model, mla: int) -> None:
+    """Scores, softmax, values; nothing writes a mask, and q is converted once."""
+    launches = counts(records_of(model, 2048, mla, flash=False))
+    others = 2 - mla  # the router, and K of the standard form
+    assert (launches["softmax"], launches["gemm"]) == (4, 8 + others)
+    assert launches["copy_rows"] == 2 - mla
+    assert not {"causal_mask", "put_rows"} & launches.keys()
+
+
 def test_experts_wait_for_lists_that_the_launch_before_may_have_made(model: Model) -> None:
     """`late`, the last argument of `tile`: only launches of its own come before down's product."""
     records = [r for r in records_of(model, 2048, 3) if isinstance(r, Launch)]

@@ -99,14 +99,15 @@ def piece_columns(a: Ne, b: Ne, size: int) -> int:
 def cublas(call: Call, a: Operand, b: Operand, y: Operand, exact: bool) -> None:
     """Record cuBLAS products: all heads at once if the strides allow it, else matrix by matrix."""
     dtype, ratio = F32 if exact else a.dtype, b.ne[2] // a.ne[2]
-    whole = rows_in(b.ne) * b.ne[0] * dtype.nbytes
+    ready = b.dtype is dtype and is_even(b, ratio)
+    fits = ready or rows_in(b.ne) * b.ne[0] * dtype.nbytes <= PIECE
     row = leading(a, a.ne[1])
     even = a.nb[2] % a.dtype.nbytes == 0 and is_even(y, ratio)
     writable = y.dtype is F32 or y.dtype is dtype is F16
-    if a.dtype is not dtype or row is None or not writable or not even or whole > PIECE:
+    if a.dtype is not dtype or row is None or not writable or not even or not fits:
         by_matrix(call, a, b, y, dtype)
         return
-    if b.dtype is not dtype or not is_even(b, ratio):
+    if not ready:
         b = contiguous(call, b, dtype)
     step_b, step_y = (x.nb[2 if x.ne[1] == 1 else 1] // x.dtype.nbytes for x in (b, y))
     n = b.ne[1] * ratio
