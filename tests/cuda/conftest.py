@@ -17,7 +17,8 @@ import pytest
 from pyggml.backends.cuda import backend, doctor
 from pyggml.backends.cuda.attention import flash
 from pyggml.backends.cuda.device import compiler, context, driver
-from pyggml.backends.cuda.device.tensormap import TensorMap
+from pyggml.backends.cuda.device.tensormap import EMPTY
+from pyggml.backends.cuda.linear import ring
 from tests.cuda.allocations import ALLOCATIONS
 
 
@@ -26,7 +27,8 @@ def tensor_maps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a driver, which alone can encode tensor maps, record maps of zeros."""
     bindings = find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
     if not bindings or not any(Path(mark).exists() for mark in doctor.GPU_MARKS):
-        monkeypatch.setattr(flash, "tensor_map", lambda *_: TensorMap(opaque=(0,) * 16))
+        for module in (flash, ring):
+            monkeypatch.setattr(module, "tensor_map", lambda *_: EMPTY)
 
 
 FAKE = Path(__file__).parent / "fake_pycuda"

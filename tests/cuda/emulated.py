@@ -11,13 +11,17 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from numpy.typing import NDArray
 
 import pyggml as gg
 from pyggml.backends.cuda.device.compiler import KERNELS
+from pyggml.backends.cuda.device.tensormap import TensorMap, steps_of
+from pyggml.backends.cuda.gpu import H200, Device
 from pyggml.backends.cuda.launch import Gemm, Launch, Memcpy
+from pyggml.backends.cuda.linear import ring
 from pyggml.backends.cuda.recording import record_step
 from pyggml.backends.cuda.weights.packing import repack
 from pyggml.backends.host_memory import Packed
@@ -39,29 +43,52 @@ class Memory:
         self.ptr = self.data.ctypes.data
 
 
-def run(outputs: Mapping[str, gg.Node], inputs: Arrays, folder: Path) -> dict[str, NDArray[Any]]:
+def run(
+    outputs: Mapping[str, gg.Node], inputs: Arrays, folder: Path, device: Device = H200
+) -> dict[str, NDArray[Any]]:
     """The outputs of a graph, computed by the kernels of the CUDA backend."""
-    (results,) = run_all([(outputs, inputs)], folder)
+    (results,) = run_all([(outputs, inputs)], folder, device)
     return results
 
 
 def run_all(
     graphs: Sequence[tuple[Mapping[str, gg.Node], Arrays]],
     folder: Path,
+    device: Device = H200,
     amb: float | None = None,
 ) -> list[dict[str, NDArray[Any]]]:
     """The outputs of several graphs, whose kernels are compiled together."""
-    planned = [_Planned(outputs, inputs, amb) for outputs, inputs in graphs]
+    planned = [_Planned(outputs, inputs, device, amb) for outputs, inputs in graphs]
     launches = [r for each in planned for r in each.records if isinstance(r, Launch)]
     start = starter(folder, launches)
     return [each.run(start) for each in planned]
+
+
+def host_map(
+    ptr: int,
+    dtype: str,
+    ne: Sequence[int],
+    nb: Sequence[int],
+    box: Sequence[int],
+    swizzle: bool = True,
+) -> TensorMap:
+    """A tensor map as mma.hpp reads it."""
+    size = {"f16": 2, "bf16": 2, "u32": 4}[dtype]
+    assert all(0 < n <= 256 for n in box) and not box[0] * size % 16
+    assert not any(x % 16 for x in (ptr, *steps_of(ne, nb)))
+    assert not swizzle or box[0] * size <= 128
+    return TensorMap(opaque=(ptr, size, int(swizzle), *ne, *nb[1:], *box, 0, 0))
 
 
 class _Planned:
     """A graph with its memory and its launches."""
 
     def __init__(
-        self, outputs: Mapping[str, gg.Node], inputs: Arrays, amb: float | None = None
+        self,
+        outputs: Mapping[str, gg.Node],
+        inputs: Arrays,
+        device: Device,
+        amb: float | None = None,
     ) -> None:
         work = gg.compile(outputs, backends=["cuda:0:24GiB"], amb=amb)._work
         leaves = {}
@@ -81,11 +108,14 @@ class _Planned:
         self.arena = Memory(work.placed.arenas["cuda:0"].nbytes)
         self.at = addresses(work, leaves, {"cuda:0": self.arena})
         self.outputs = work.graph.outputs
-        self.records = [
-            record
-            for step, offset in zip(work.steps, work.placed.scratch_at)
-            for record in record_step(step, self.at, (self.arena.ptr + offset, step.scratch))
-        ]
+        with patch.object(ring, "tensor_map", host_map):
+            self.records = [
+                record
+                for step, offset in zip(work.steps, work.placed.scratch_at)
+                for record in record_step(
+                    step, self.at, (self.arena.ptr + offset, step.scratch), device
+                )
+            ]
 
     def run(self, start: Callable[[Launch], None]) -> dict[str, NDArray[Any]]:
         for record in self.records:

@@ -31,6 +31,59 @@ void copies_wait() {}
 template <int N>
 void wgmma_hold(float (&)[N]) {}
 
+inline void fence_barriers() {}
+template <int N>
+void registers_take() {}
+template <int N>
+void registers_give() {}
+
+// An mbarrier in 8 bytes: arrivals of a phase, those it still lacks, the phase, and bytes to come.
+struct Arrivals {
+    unsigned count : 16, missing : 16, phase : 1, nbytes : 31;
+};
+inline Arrivals& arrivals(unsigned long long* b) { return *(Arrivals*)b; }
+inline void advance(Arrivals& b) {
+    if (!b.missing && !b.nbytes) b.missing = b.count, b.phase ^= 1;
+}
+inline void barrier_init(unsigned long long* b, unsigned count) {
+    arrivals(b) = {count, count, 0, 0};
+}
+inline void barrier_arrive(unsigned long long* b) { --arrivals(b).missing, advance(arrivals(b)); }
+inline void copies_arrive(unsigned long long* b) { barrier_arrive(b); }
+inline void barrier_expect(unsigned long long* b, unsigned nbytes) {
+    arrivals(b).nbytes += nbytes;
+    barrier_arrive(b);
+}
+inline void barrier_wait(unsigned long long* b, unsigned parity) {
+    while (arrivals(b).phase == parity) yield_thread();
+}
+
+// What `host_map` of emulated.py writes in place of a driver's map.
+struct TensorMap {
+    char* data;
+    unsigned long long size, swizzle, ne[4], nb[3], box[4], pad[2];
+};
+inline void tensor_copy(char* to, const TensorMap* map, unsigned long long* b, int x, int y, int z,
+                        int w) {
+    const int row = map->box[0] * map->size;
+    int line = 0;
+    for (int l = w; l < w + (int)map->box[3]; ++l)
+        for (int k = z; k < z + (int)map->box[2]; ++k)
+            for (int j = y; j < y + (int)map->box[1]; ++j, ++line)
+                for (int i = 0; i < row; i += 4) {
+                    const bool real = x + i / map->size < map->ne[0] && j < (int)map->ne[1] &&
+                                      k < (int)map->ne[2] && l < (int)map->ne[3];
+                    unsigned at = line * row + i, word = 0;
+                    if (map->swizzle) at ^= (at >> 7 & 7) << 4;
+                    if (real)
+                        std::memcpy(&word, map->data + x * map->size + i + j * map->nb[0] +
+                                               k * map->nb[1] + l * map->nb[2], 4);
+                    std::memcpy(to + at, &word, 4);
+                }
+    arrivals(b).nbytes -= row * line;
+    advance(arrivals(b));
+}
+
 // x of all lanes of the warp.
 template <class T>
 std::vector<T> of_warp(const T& x) {

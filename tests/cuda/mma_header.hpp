@@ -11,4 +11,5 @@ inline int __ffsll(long long x) { return __builtin_ffsll(x); }
 inline void atomicMin(int* at, int x) { *at = min(*at, x); }
 inline void atomicMax(int* at, int x) { *at = max(*at, x); }
 inline float exp2_fast(float x) { return exp2f(x); }
+inline float reciprocal_fast(float x) { return 1 / x; }
 #include "mma.hpp"

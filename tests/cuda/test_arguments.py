@@ -18,7 +18,7 @@ from pyggml.backends.cuda.argument import Struct, Tensor, pack
 from pyggml.backends.cuda.attention import arguments, joint, parts
 from pyggml.backends.cuda.device import tensormap
 from pyggml.backends.cuda.device.compiler import KERNELS
-from pyggml.backends.cuda.linear import blocks, common, joined
+from pyggml.backends.cuda.linear import blocks, common, joined, ring
 from pyggml.backends.cuda.weights import packing
 
 HERE = Path(__file__).parent
@@ -31,7 +31,7 @@ STRUCTS: tuple[tuple[type[Struct], str, str], ...] = (
     (parts.Rows, "attention_combine.cu", "Rows"),
     (common.Heads, "include/linear_common.cuh", "Heads"),
     (common.Routing, "include/linear_common.cuh", "Routing"),
-    (blocks.Columns, "linear_tile.cu", "Columns"),
+    (common.Columns, "include/linear_common.cuh", "Columns"),
     (blocks.TileWeights, "include/formats.cuh", "Weights<InTiles>"),
     (blocks.RowWeights, "include/formats.cuh", "Weights<InRows>"),
     (tensormap.TensorMap, "include/mma.cuh", "TensorMap"),
@@ -47,6 +47,7 @@ STRUCTS: tuple[tuple[type[Struct], str, str], ...] = (
     (small.Instruction, "small.cu", "Instruction"),
     (small.Program, "small.cu", "Program"),
     (joined.Joined, "linear_vec.cu", "Joined<InTiles>"),
+    (ring.RingArgument, "linear_ring.cu", "RingArgument"),
 )
 PRELUDE = """
 #include <cstddef>

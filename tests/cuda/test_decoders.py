@@ -36,6 +36,7 @@ def products() -> str:
     )
     return f"""#include "host.hpp"
 #include "raw.cuh"
+#include "linear_fragments.cuh"
 {tile}
 {(HERE / "decoders.cpp").read_text()}
 #include <string>

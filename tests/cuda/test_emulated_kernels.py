@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,12 @@ import numpy as np
 import pytest
 
 import pyggml as gg
+from benchmarks.gpu_bench import random_blocks
+from pyggml import quants
 from pyggml.backends.cuda.attention import scores
+from pyggml.backends.cuda.gpu import H200, Device
 from pyggml.backends.cuda.launch import Call, Launch, Operand
-from pyggml.backends.cuda.linear import blocks, experts, plain
+from pyggml.backends.cuda.linear import experts, halves, plain
 from pyggml.backends.cuda.weights.grids import LEVELS
 from pyggml.dtypes import TYPES
 from pyggml.parity import decode_patterns
@@ -27,18 +32,25 @@ def random(*shape: int) -> np.ndarray:
 
 
 def constant(name: str, dtype: str, *shape: int) -> gg.Node:
-    return gg.constant(random(*shape), dtype=dtype, name=name)
+    if dtype in quants.ENCODABLE:
+        return gg.constant(random(*shape), dtype=dtype, name=name)
+    rows = random_blocks(dtype, prod(shape[:-1]), shape[-1], rng)
+    return gg.constant(rows.reshape(*shape[:-1], -1), dtype=dtype, name=name)
 
 
 Graph = tuple[dict[str, gg.Node], dict]
 
 
-def compare(outputs: dict[str, gg.Node], inputs: dict, folder: Path, limit: float) -> None:
-    compare_all({"": (outputs, inputs)}, folder, limit)
+def compare(
+    outputs: dict[str, gg.Node], inputs: dict, folder: Path, limit: float, device: Device = H200
+) -> None:
+    compare_all({"": (outputs, inputs)}, folder, limit, device)
 
 
-def compare_all(graphs: dict[str, Graph], folder: Path, limit: float) -> None:
-    for graph, results in zip(graphs, run_all([*graphs.values()], folder)):
+def compare_all(
+    graphs: dict[str, Graph], folder: Path, limit: float, device: Device = H200
+) -> None:
+    for graph, results in zip(graphs, run_all([*graphs.values()], folder, device)):
         outputs, inputs = graphs[graph]
         expected = gg.compile(outputs, backends=["numpy"]).run(inputs)
         for name, values in expected.items():
@@ -135,11 +147,11 @@ def test_rows_for_the_tensor_cores(k: int, dtype: Any, apart: bool, tmp_path: Pa
     )  # fmt: skip
     node = gg.input("b", ne=(k, columns))
     call = Call(node, operand, {}, {}, scratch=(memory.ptr, memory.data.size))
-    out, scales = blocks.to_halves(call, operand, "__half")
+    out, scales = halves.to_halves(call, operand, "__half")
     for record in call.records:
         assert isinstance(record, Launch)
         starter(tmp_path, [record])(record)
-    padded = blocks.padded(k)
+    padded = halves.padded(k)
     rows = np.frombuffer(memory.data, np.float16, columns * padded, int(out) - memory.ptr)
     rows = rows.reshape(columns, padded // 16, 16)
     back = np.empty_like(rows, np.float32)
@@ -252,7 +264,45 @@ def test_attention_in_pieces(
     seen = {name: (y, {**x, "k": np.nan_to_num(x["k"])}) for name, (y, x) in ATTENTIONS.items()}
     graphs = ATTENTIONS if amb is None else seen  # a mask is added: NaN stays
     names = [name for name in ATTENTIONS if amb is None or name != "rounds"]
-    for name, results in zip(names, run_all([graphs[name] for name in names], tmp_path, amb)):
+    for name, results in zip(names, run_all([graphs[name] for name in names], tmp_path, amb=amb)):
         outputs, inputs = seen[name]
         expected = gg.compile(outputs, backends=["numpy"]).run(inputs)["y"]
         assert nmse(results["y"], expected) <= 1e-6, name
+
+
+#: A GPU on which a block takes many tiles, one after another.
+ONE = replace(H200, sms=1)
+
+
+@pytest.mark.parametrize("dtype", ("iq4_nl", "q8_0", "mxfp4", "q6_K", "q5_K"))
+def test_products_of_many_columns(dtype: str, tmp_path: Path) -> None:
+    """Tiles that are not full, batches, f16 results, up and gate."""
+    k, n = 256, 133
+    w, heads = constant("w", dtype, 138, k), constant("heads", dtype, 2, 18, k)
+    up, gate = constant("up", dtype, 70, k), constant("gate", dtype, 70, k)
+    x, batch = gg.input("x", ne=(k, n)), gg.input("batch", ne=(k, n, 2))
+    outputs = {
+        "one": gg.mul_mat(w, x),
+        "batches": gg.mul_mat(heads, batch),
+        "gated": gg.fused_up_gate(up, gate, x),
+    }
+    inputs = {"x": random(n, k), "batch": random(2, n, k)}
+    compare(outputs, inputs, tmp_path, 1e-4 if dtype == "mxfp4" else 1e-6, ONE)
+
+
+@pytest.mark.parametrize(("tokens", "act"), [(100, {"limit": 0.5}), (150, {})])
+def test_experts_with_many_columns(tokens: int, act: dict, tmp_path: Path) -> None:
+    """Lists of up to 256 columns, for odd rows in two parts. Some tokens have an expert twice."""
+    n_expert, n_ff, n_embd = 2, 36, 138
+    up, gate = (constant(name, "iq4_nl", n_expert, n_ff, 128) for name in ("up", "gate"))
+    down, odd = (constant(f"{n}", "iq4_nl", n_expert, n, 128) for n in (n_embd, 37))
+    x, ids = gg.input("x", ne=(128, 1, tokens)), gg.input("ids", "i32", ne=(3, tokens))
+    wide = gg.input("wide", ne=(128, 3, tokens))
+    outputs = {
+        "hidden": gg.moe_up_gate(up, gate, x, ids, **act),
+        "y": gg.mul_mat_id(down, wide, ids),
+        "odd": gg.mul_mat_id(odd, wide, ids),
+    }
+    chosen = rng.integers(-1, n_expert, (tokens, 3)).astype(np.int32)
+    inputs = {"x": random(tokens, 1, 128), "wide": random(tokens, 3, 128), "ids": chosen}
+    compare(outputs, inputs, tmp_path, 1e-5, ONE)

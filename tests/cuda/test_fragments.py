@@ -8,19 +8,26 @@ from typing import Any
 import pytest
 
 from pyggml.backends.cuda.device import compiler
+from pyggml.backends.cuda.gpu import H200
+from pyggml.backends.cuda.linear import ring
+from pyggml.backends.cuda.weights.formats import FORMATS
 
 
 @pytest.mark.kernels
 @pytest.mark.parametrize(
-    "name",
+    ("kind", "name"),
     [
-        "tile<Dense<__half>, 1, 128, true>",
-        "tile<Dense<__nv_bfloat16>, 1, 64, true>",
-        "tile<q8_0, 1, 64, false>",
-        "tile<iq4_nl, 2, 128, true>",
+        ("tile", "tile<Dense<__half>, 1, 128, true>"),
+        ("tile", "tile<Dense<__nv_bfloat16>, 1, 64, true>"),
+        ("tile", "tile<q8_0, 1, 64, false>"),
+        ("tile", "tile<iq4_nl, 2, 128, true>"),
+        ("ring", "ring<iq4_nl, 1, false>"),
+        ("ring", "ring<q4_K, 2, true>"),
     ],
 )
-def test_fragments_are_written_in_one_place(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fragments_are_written_in_one_place(
+    kind: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """wgmma reads A from registers while the program goes on. A second write to such a register,
     for instance at the end of a loop, changes A during the product: sometimes the result is NaN."""
     text, texts = compiler._text, []
@@ -31,7 +38,7 @@ def test_fragments_are_written_in_one_place(name: str, monkeypatch: pytest.Monke
         return text(library, program, part, raw)
 
     monkeypatch.setattr(compiler, "_text", with_ptx)
-    compiler.compile_instance("linear_tile.cu", name, "90a")
+    compiler.compile_instance(f"linear_{kind}.cu", name, "90a")
     (ptx,) = texts
     products = re.findall(r"wgmma\.mma_async[^;]*?\}, \{([^}]*)\}, %rd", ptx)
     registers = {register.strip() for text in products for register in text.split(",")}
@@ -40,3 +47,27 @@ def test_fragments_are_written_in_one_place(name: str, monkeypatch: pytest.Monke
         writes = re.findall(rf"^\s*(?!wgmma)\S+\s+\{{?[^;]*?(?:\s|\{{){register}\b", ptx, re.M)
         targets = [line for line in writes if "wgmma" not in line and "," not in line]
         assert len(targets) == 1, (register, targets)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", ("iq4_nl", "q8_0", "q6_K", "mxfp4"))
+@pytest.mark.parametrize("instance", ("1, false", "2, false", "1, true", "2, true"))
+def test_products_of_a_ring_do_not_wait_for_each_other(
+    dtype: str, instance: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With too few registers, the assembler makes every wgmma wait for the one before. Variables in
+    shared memory fit beside the stages."""
+    text, logs = compiler._text, []
+
+    def with_log(library: Any, program: Any, part: str, raw: bool = False) -> Any:
+        result = text(library, program, part, raw)
+        if part == "ProgramLog":
+            logs.append(result)
+        return result
+
+    monkeypatch.setattr(compiler, "_text", with_log)
+    cubin = compiler.compile_instance("linear_ring.cu", f"ring<{dtype}, {instance}>", "90a")
+    assert "Compiling" in logs[0] and "serialized" not in logs[0]
+    stages = ring.stages_of(FORMATS[dtype], H200)
+    assert 4 <= stages <= ring.MOST_STAGES
+    assert cubin.shared + ring.shared_bytes(FORMATS[dtype], stages) <= H200.shared

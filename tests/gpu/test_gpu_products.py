@@ -37,6 +37,11 @@ fused_up_gate({{{FEW}}}[256,75]{WEIGHT}, $1[256,75]$2, f32[256,{{1|6|40}},2]@p02
 mul_mat(iq4_nl[512,100]@weight, f32[512,20]~large)
 cast({{{FORMAT}}}[512,19,2]@weight, dtype={{'f16'|'f32'|'bf16'}})
 mul_mat(iq4_nl[1056,100]@weight, f32[1056,{{1|30}}])
+mul_mat({{{FEW}}}[512,1410]@weight, f32[512,{{129|389}}])
+mul_mat({{{FEW}}}[256,18,2,2]@weight, f16[256,80,6,4]@p0213, dtype={{'f32'|'f16'}})
+fused_up_gate({{{FEW}}}[256,74]@weight, $1[256,74]@weight, f32[256,150,2]@p0213, act={{'silu'|'gelu'|'relu'}})
+mul_mat_id({{{FEW}}}[256,138,9]@weight, f32[256,4,{{150|400}}], i32[4,$2]<9)
+moe_up_gate({{{FEW}}}[256,138,9]@weight, $1[256,138,9]@weight, f32[256,1,{{150|400}}], i32[4,$2]<9, act='silu')
 """  # noqa: E501
 
 PLAIN = """

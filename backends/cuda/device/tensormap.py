@@ -13,6 +13,7 @@ _TYPES = {
     "f16": "CU_TENSOR_MAP_DATA_TYPE_FLOAT16",
     "bf16": "CU_TENSOR_MAP_DATA_TYPE_BFLOAT16",
     "f32": "CU_TENSOR_MAP_DATA_TYPE_FLOAT32",
+    "u32": "CU_TENSOR_MAP_DATA_TYPE_UINT32",
 }
 
 
@@ -21,6 +22,10 @@ class TensorMap(Struct):
     64-byte aligned."""
 
     _fields_ = (("opaque", ctypes.c_uint64 * 16),)
+
+
+#: In place of a map that a kernel does not read, or where there is no driver to make it.
+EMPTY = TensorMap(opaque=(0,) * 16)
 
 
 def steps_of(ne: Sequence[int], nb: Sequence[int]) -> list[int]:
@@ -33,13 +38,18 @@ def steps_of(ne: Sequence[int], nb: Sequence[int]) -> list[int]:
 
 
 def tensor_map(
-    ptr: int, dtype: str, ne: Sequence[int], nb: Sequence[int], box: Sequence[int]
+    ptr: int,
+    dtype: str,
+    ne: Sequence[int],
+    nb: Sequence[int],
+    box: Sequence[int],
+    swizzle: bool = True,
 ) -> TensorMap:
-    """A map for copying boxes of a tensor, with 128-byte swizzle; elements outside `ne` read as
-    zeros.
+    """A map for copying boxes of a tensor; elements outside `ne` read as zeros.
 
-    ptr  must be a multiple of 16, like the byte strides nb[1:] of sizes above 1
-    box  elements per copy; box[0] must not exceed 128 bytes
+    ptr      must be a multiple of 16, like the byte strides nb[1:] of sizes above 1
+    box      elements per copy; at most 256 of each dimension
+    swizzle  128-byte swizzle, with which box[0] must not exceed 128 bytes
     """
     driver = imported("cuda.bindings.driver")
     u32, u64 = driver.cuuint32_t, driver.cuuint64_t
@@ -53,7 +63,9 @@ def tensor_map(
         [u32(n) for n in box],
         [u32(1)] * len(ne),
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        getattr(
+            driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{'128B' if swizzle else 'NONE'}"
+        ),
         driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )

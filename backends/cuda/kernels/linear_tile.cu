@@ -11,6 +11,7 @@
 // @kernel tile<{q8_0|q6_K|iq4_nl|mxfp4}, 2, {32|64|128}, {true|false}, float>
 // @kernel tile<Dense<{__half|__nv_bfloat16}>, 1, {32|64|128}, true>
 // @kernel tile<Raw<{SOME}>, 1, 64, {true|false}>
+#include "linear_fragments.cuh"
 #include "linear_mma.cuh"
 #include "raw.cuh"
 
@@ -19,25 +20,8 @@ using namespace tiles;
 constexpr int DEPTH = 64;  // values of k per step
 constexpr int THREADS = 256;
 
-// The columns of a block: from a list made by moe_group.cu, or simply the next N.
-struct Columns {
-    const int4* tiles;  // {expert, first entry of `order`, entries}
-    const int* n_tiles;
-    const int* order;  // pairs sorted by expert
-    Heads heads;
-    Routing routing;
-};
-
 // -- weights to fragments -------------------------------------------------------------------------
 
-// The part of one row's group that a thread needs: word t of each code run (weights 4 t to 4 t + 3
-// and the same 16 further), or all short codes.
-template <class F>
-struct RawWords {
-    unsigned first, second;
-    uint2 high;
-    RawScale scale;
-};
 template <class F>
 struct TileRow : Row<F> {
     int t;
@@ -48,63 +32,10 @@ struct TileRow : Row<F> {
         this->hold(t);
     }
     __device__ __forceinline__ RawWords<F> load(int group) const {
-        RawWords<F> raw = {};
-        const int word = Row<F>::holds ? 0 : t;
-        if constexpr (F::code_runs == 0) {
-            const uint2 codes = this->short_codes(group);
-            raw.first = codes.x, raw.second = codes.y;
-        } else {
-            raw.first = this->code_word(group, 0, word);
-        }
-        if constexpr (F::code_runs == 2) raw.second = this->code_word(group, 1, word);
-        raw.high = this->high_bits(group);
-        raw.scale = whole_scale<F>(this->scale(group), raw.high);
-        return raw;
+        return raw_words<F>(*this, group, Row<F>::holds ? 0 : t);
     }
 };
 
-__device__ __forceinline__ unsigned bits_of(__half2 x) { return *(unsigned*)&x; }
-
-// pairs[0], [1]: weights 4 t to 4 t + 3; pairs[2], [3]: the same 16 further.
-template <class F>
-__device__ __forceinline__ void decode(const Table<F>& table, const RawWords<F>& raw, int t,
-                                       unsigned (&pairs)[4]) {
-    unsigned words[2] = {raw.first, raw.second};
-    if constexpr (F::grid) {
-        const Indexed q = {make_uint2(raw.first, raw.second), raw.high.x, raw.scale.own};
-        unpack_indexed(table, q, t, words[0], words[1]);
-    } else if constexpr (F::code_runs == 1) unpack(table, raw.first, raw.high, t, words[0], words[1]);
-    else if constexpr (F::code_runs == 0)
-        unpack_short<F>(make_uint2(raw.first, raw.second), raw.high, t, words[0], words[1]);
-    Scale s = F::scale(raw.scale.own, raw.scale.shared);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        float scale = i ? s.s1 : s.s0, low = i ? s.m1 : s.m0;
-        if constexpr (F::wide) {
-            float w[4];
-            for (int j = 0; j < 4; ++j) w[j] = scale * (signed char)(words[i] >> 8 * j);
-            pairs[2 * i] = pack2<__nv_bfloat16>(w[0], w[1]);
-            pairs[2 * i + 1] = pack2<__nv_bfloat16>(w[2], w[3]);
-        } else {
-            // The f16 with bits 0x6400 + n is 1024 + n, for a byte n.
-            constexpr int zero = F::table || F::grid || F::code_runs == 2 ? 128 : F::bias;
-            if constexpr (F::code_runs == 2) words[i] ^= 0x80808080u;
-            const __half2 bias = __half2half2(__ushort_as_half((unsigned short)(0x6400 + zero)));
-            const __half2 by = F::half_scale ? __half2half2(__ushort_as_half(raw.scale.own))
-                                             : __float2half2_rn(scale);
-            for (int j = 0; j < 2; ++j) {
-                unsigned raised = permute(words[i], table.magic, j ? 0x4342 : 0x4140);
-                __half2 code = __hsub2(*(__half2*)&raised, bias);
-                pairs[2 * i + j] = bits_of(F::affine ? __hfma2(code, by, __float2half2_rn(-low))
-                                                     : __hmul2(code, by));
-            }
-        }
-    }
-}
-
-// The offset that makes table entries unsigned, where the decoder needs that.
-template <class F>
-constexpr unsigned offset_of = F::wide ? 0 : 0x80808080u;
 template <class T>
 constexpr unsigned offset_of<Dense<T>> = 0;
 
@@ -166,7 +97,7 @@ constexpr int ahead_of = N > 64        ? 1
                          : is_small<F> ? 3
                                        : 2;
 
-// grid: tiles of rows times `splits` of k, tiles of columns, batches. x: [columns][k_padded] of
+// grid: tiles of rows times `splits` of k, tiles of columns, batches (or parts of tiles of lists). x: [columns][k_padded] of
 // F::Half; scale: one per column. With splits, y holds the sums of the first split for all columns,
 // then those of the second, and so on. late: the predecessor may have made the lists. Limit: float if the gated unit has a limit, else nothing.
 template <class F, int MATS, int N, bool ROUTED, class... Limit>
@@ -187,12 +118,14 @@ __global__ void __launch_bounds__(THREADS, N << needs_registers<F> <= TWO_BLOCKS
     int matrix, valid;
     if constexpr (ROUTED) {
         if (late) wait_for_predecessor();
-        if (blockIdx.y >= *columns.n_tiles) {
+        int4 mine = {};
+        if (blockIdx.y < *columns.n_tiles) mine = columns.tiles[blockIdx.y];
+        const int skip = blockIdx.z * N;  // a tile of the list may have more columns than this one
+        matrix = mine.x, mine.y += skip, valid = min(mine.z - skip, N);
+        if (valid <= 0) {
             begin();
             return;
         }
-        int4 mine = columns.tiles[blockIdx.y];
-        matrix = mine.x, valid = mine.z;
         if (thread < N && thread < valid) {
             Pair pair = pair_of(columns.routing, y, columns.order[mine.y + thread]);
             targets[thread] = pair.to, sources[thread] = pair.column;
@@ -289,7 +222,7 @@ __global__ void __launch_bounds__(THREADS, N << needs_registers<F> <= TWO_BLOCKS
                     a[i][1][r] = pairs[2], a[i][1][r + 2] = pairs[3];
                 }
                 begin_product<typename F::Half, N>(
-                    sums, a[i], further(first_stage, step % STAGES * (N * 128)), i);
+                    sums, a[i], further(first_stage, step % STAGES * (N * 128)), 2 * i);
             }
         }
     wait_products<0>();

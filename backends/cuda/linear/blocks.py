@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import ctypes
 from math import prod
 from typing import NamedTuple
 
 import numpy as np
 
 from pyggml.backends.cuda.argument import Argument, Struct, Tensor
-from pyggml.backends.cuda.geometry import C_TYPES, blocks_for, over_rows, threads_for
+from pyggml.backends.cuda.geometry import C_TYPES, blocks_for, over_rows
 from pyggml.backends.cuda.gpu import H200
 from pyggml.backends.cuda.launch import Call, Operand
+from pyggml.backends.cuda.linear import ring
 from pyggml.backends.cuda.linear.common import (
     FEW,
+    NO_ROUTING,
     PREPARE,
     VEC,
-    Heads,
-    Routing,
+    Columns,
     act_of,
     aligned,
     dense,
@@ -26,21 +26,13 @@ from pyggml.backends.cuda.linear.common import (
     rows_in,
     shape_of,
 )
+from pyggml.backends.cuda.linear.halves import DEPTH, half_of, padded, to_halves
 from pyggml.backends.cuda.weights.packing import Packed, packed
-from pyggml.dtypes import F32, DType
+from pyggml.dtypes import F32
 from pyggml.ops.leaf import constant_op
 from pyggml.spec import Ne
 
 TILE = "linear_tile.cu"
-#: Values of k that a tile takes per step.
-DEPTH = 64
-#: Precision class by the C++ type that holds a decoded weight.
-CLASS = {"__half": "f16", "__nv_bfloat16": "bf16"}
-
-
-def half_of(dtype: DType) -> str:
-    """The C++ type that holds a decoded weight on the tensor cores."""
-    return "__nv_bfloat16" if dtype.name in ("mxfp4", "bf16") else "__half"
 
 
 def cpp_format(a: Operand) -> str:
@@ -57,23 +49,6 @@ class RowWeights(Struct):
     """The struct `Weights` of formats.cuh, for a format stored in rows, as in a file."""
 
     _fields_ = (("w", Tensor * 2),)
-
-
-class Columns(Struct):
-    """The struct `Columns` of linear_tile.cu: `heads`, or the lists moe_group.cu makes from
-    `routing`."""
-
-    _fields_ = (
-        ("tiles", ctypes.c_uint64),
-        ("n_tiles", ctypes.c_uint64),
-        ("order", ctypes.c_uint64),
-        ("heads", Heads),
-        ("routing", Routing),
-    )
-
-
-NO_HEADS = Heads(a2=0, r3=0, columns=0)
-NO_ROUTING = Routing(ids=Tensor(data=0, nb=(0,) * 4, ne=(0,) * 4), experts=0, n_b=0)
 
 
 def weights_of(*matrices: Operand) -> Struct:
@@ -140,47 +115,6 @@ def launch_quantize(call: Call, b: Operand, out: np.uint64, levels: int) -> None
     )
 
 
-def padded(k: int) -> int:
-    return -(-k // DEPTH) * DEPTH
-
-
-def to_halves(call: Call, b: Operand, half: str) -> tuple[np.uint64, np.uint64]:
-    """The addresses of b's scaled rows and of their scales, for `tile`: call["halves"] if an
-    earlier step prepared them."""
-    halves = call.get("halves")
-    if halves is None:
-        ptr = call.scratch(tile_scratch(b.ne))
-        launch_halves(call, b, ptr, half)
-    else:
-        ptr = halves.ptr
-    return np.uint64(ptr), np.uint64(ptr + _scales_at(b.ne))
-
-
-def launch_halves(call: Call, b: Operand, ptr: int, half: str) -> None:
-    """Record the conversion of b for `tile`: its rows, then their scales."""
-    adjacent = b.nb[0] == b.dtype.nbytes and b.aligned(16)
-    call.launch(
-        PREPARE,
-        f"to_halves<{C_TYPES[b.dtype.name]}, {half}, {str(adjacent).lower()}>",
-        grid=rows_in(b.ne),
-        block=threads_for(padded(b.ne[0]) // 16),
-        args=[
-            b.tensor,
-            np.uint64(ptr),
-            np.uint64(ptr + _scales_at(b.ne)),
-            np.int32(padded(b.ne[0])),
-        ],
-    )
-
-
-def _scales_at(b: Ne) -> int:
-    return aligned(rows_in(b) * padded(b[0]) * 2)
-
-
-def tile_scratch(b: Ne) -> int:
-    return _scales_at(b) + aligned(rows_in(b) * 4)
-
-
 def warps_for(groups: int, blocks: int) -> int:
     """Warps that share the rows of a block: enough to fill a GPU, with two groups per lane."""
     most = 8 if blocks <= 512 else 4 if blocks <= 1536 else 2
@@ -235,12 +169,19 @@ def split_scratch(a: Ne, b: Ne) -> int:
 def tile(call: Call, a: tuple[Operand, ...], b: Operand, y: Operand) -> None:
     """Record `tile` for one matrix, or for up and gate."""
     shape = shape_of(a[0].ne, b.ne)
+    columns = Columns(tiles=0, n_tiles=0, order=0, heads=shape.heads, routing=NO_ROUTING)
+    if shape.columns > 128 and ring.can_ring(call, a, b, y):
+        width = ring.width_of(a[0].ne[1] * len(a), shape.columns, shape.batches, call.device)
+        ring.launch(
+            call, a, b, y, to_halves(call, b, half_of(a[0].dtype)), columns, width,
+            column_tiles=-(-shape.columns // width), batches=shape.batches,
+        )  # fmt: skip
+        return
     width, splits = tile_columns(shape.columns), 1 if len(a) == 2 else splits_of(a[0].ne, b.ne)
     sums, count = y, rows_in(b.ne)
     if splits > 1:
         width, ptr = min(width, 64), call.scratch(4 * y.ne[0] * count * splits)
         sums = dense(ptr, (y.ne[0], count * splits, 1, 1), F32)
-    columns = Columns(tiles=0, n_tiles=0, order=0, heads=shape.heads, routing=NO_ROUTING)
     grid = -(-shape.columns // width), shape.batches
     launch_tile(call, cpp_format(a[0]), a, b, sums, width, columns, grid, splits=splits)
     if splits > 1:

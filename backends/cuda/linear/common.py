@@ -36,6 +36,23 @@ class Routing(Struct):
     _fields_ = (("ids", Tensor), ("experts", ctypes.c_int32), ("n_b", ctypes.c_int32))
 
 
+class Columns(Struct):
+    """The struct `Columns` of linear_common.cuh: `heads`, or the lists moe_group.cu makes from
+    `routing`."""
+
+    _fields_ = (
+        ("tiles", ctypes.c_uint64),
+        ("n_tiles", ctypes.c_uint64),
+        ("order", ctypes.c_uint64),
+        ("heads", Heads),
+        ("routing", Routing),
+    )
+
+
+NO_HEADS = Heads(a2=0, r3=0, columns=0)
+NO_ROUTING = Routing(ids=Tensor(data=0, nb=(0,) * 4, ne=(0,) * 4), experts=0, n_b=0)
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
     """Which columns of b multiply which matrix of a: `batches` matrices with `columns` columns

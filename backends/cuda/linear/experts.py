@@ -11,8 +11,18 @@ import numpy as np
 
 from pyggml.backends.cuda.geometry import C_TYPES
 from pyggml.backends.cuda.launch import Call, Operand
-from pyggml.backends.cuda.linear import blocks, plain
-from pyggml.backends.cuda.linear.common import VEC, Routing, act_of, aligned, in_blocks, limit_of
+from pyggml.backends.cuda.linear import blocks, plain, ring
+from pyggml.backends.cuda.linear.common import (
+    NO_HEADS,
+    VEC,
+    Columns,
+    Routing,
+    act_of,
+    aligned,
+    in_blocks,
+    limit_of,
+)
+from pyggml.backends.cuda.linear.halves import half_of, to_halves
 from pyggml.spec import Ne
 
 #: Most pairs per launch of `vec_id`: the limit of a grid's second dimension.
@@ -28,9 +38,9 @@ def pairs_of(ids: Ne) -> int:
 
 
 def columns_for(pairs: int, experts: int) -> int:
-    """Columns per tile, chosen by the mean number of pairs per expert."""
+    """Most columns of a tile in the lists, chosen by the mean number of pairs per expert."""
     mean = pairs / experts
-    return 32 if mean <= 24 else 64 if mean <= 80 else 128
+    return 32 if mean <= 24 else 64 if mean <= 80 else 256 if 128 < mean <= 256 else 128
 
 
 def most_tiles(pairs: int, experts: int, columns: int) -> int:
@@ -126,14 +136,18 @@ def tile(call: Call, a: tuple[Operand, ...], b: Operand, ids: Operand, y: Operan
     form = blocks.cpp_format(a[0])
     if not in_blocks(a[0].dtype):
         form = f"Dense<{C_TYPES[a[0].dtype.name]}>"
-    columns = blocks.Columns(
+    columns = Columns(
         tiles=table,
         n_tiles=count,
         order=order,
-        heads=blocks.NO_HEADS,
+        heads=NO_HEADS,
         routing=routing(ids, experts, b),
     )
-    blocks.launch_tile(call, form, a, b, y, width, columns, (tiles, 1), routed=True)
+    if width == ring.COLUMNS and ring.can_ring(call, a, b, y):
+        ring.launch(call, a, b, y, to_halves(call, b, half_of(a[0].dtype)), columns, width)
+        return
+    half = min(width, 128)
+    blocks.launch_tile(call, form, a, b, y, half, columns, (tiles, width // half), routed=True)
 
 
 def launch_groups(call: Call, ids: Operand, experts: int, ptr: int) -> None:

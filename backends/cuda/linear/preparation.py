@@ -21,6 +21,7 @@ from pyggml.backends.cuda.launch import Call
 from pyggml.backends.cuda.linear import blocks
 from pyggml.backends.cuda.linear.common import aligned, in_blocks
 from pyggml.backends.cuda.linear.experts import group_scratch, launch_groups
+from pyggml.backends.cuda.linear.halves import half_of, launch_halves, tile_scratch
 from pyggml.backends.cuda.linear.routes import Product
 from pyggml.backends.cuda.table import kernel
 from pyggml.dtypes import TYPES
@@ -39,7 +40,7 @@ def _fixed_point(b: Node, *, levels: int, run: int) -> Spec:
 
 
 def _halves(b: Node, *, half: str, run: int) -> Spec:
-    return _bytes(blocks.tile_scratch(b.ne))
+    return _bytes(tile_scratch(b.ne))
 
 
 def _expert_groups(ids: Node, *, experts: int, run: int) -> Spec:
@@ -63,7 +64,7 @@ def _prepare_fixed_point(call: Call) -> None:
 
 @kernel(halves, types=None)
 def _prepare_halves(call: Call) -> None:
-    blocks.launch_halves(call, call["b"], call.out.ptr, call.attrs["half"])
+    launch_halves(call, call["b"], call.out.ptr, call.attrs["half"])
 
 
 @kernel(expert_groups, types=None)
@@ -108,7 +109,7 @@ def needs_of(node: Node) -> Iterator[Need]:
     elif routes == {"tile"}:
         if products[0].ids is not None:
             yield Need(expert_groups, node["ids"], ("experts", weights[0].ne[2]))
-        kinds = {blocks.half_of(w.dtype) for w in weights}
+        kinds = {half_of(w.dtype) for w in weights}
         if len(kinds) == 1 and all(w.root.op is constant_op for w in weights):
             yield Need(halves, _rows_of(node["b"]), ("half", kinds.pop()))
 

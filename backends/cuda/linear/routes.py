@@ -5,8 +5,9 @@
     more            tile: f16 on the tensor cores       cublas, in the type of a
 
 Block matrices of more than 8 Mi elements use `vec` only up to 4 columns. On the tensor cores mxfp4
-is decoded to bf16. With prec="f32", block types always use `vec` with 24-bit b, plain types f32
-products.
+is decoded to bf16. On 9.0, `tile` with more than 128 columns or with experts is the kernel of
+ring.py where that can compute it. With prec="f32", block types always use `vec` with 24-bit b,
+plain types f32 products.
 
 With experts, up to 64 (token, slot) pairs are one product each (`vec`, `vec_plain`). More pairs are
 sorted by expert, and a tile multiplies up to 128 of them (`tile`, also for f16 and bf16; f32 would
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pyggml.backends.cuda.launch import Call, Operand
 from pyggml.backends.cuda.linear import blocks, experts, plain
 from pyggml.backends.cuda.linear.common import FEW, LARGE, aligned, in_blocks, shape_of
+from pyggml.backends.cuda.linear.halves import CLASS, half_of, tile_scratch
 from pyggml.dtypes import F32, DType
 from pyggml.node import Node
 from pyggml.spec import Ne
@@ -94,7 +96,7 @@ class Product:
                 more = blocks.split_scratch(self.a, self.b)
             else:
                 more = experts.group_scratch(self.ids, self.a[2])
-            return blocks.tile_scratch(self.b) + more
+            return tile_scratch(self.b) + more
         if self.route == "cublas":
             return plain.cublas_scratch(self.a, self.dtype, self.b, self.exact)
         return 0
@@ -106,7 +108,7 @@ class Product:
             return "f32"
         if self.route == "vec":
             return "f16"
-        return blocks.CLASS[blocks.half_of(self.dtype)] if self.route == "tile" else self.dtype.name
+        return CLASS[half_of(self.dtype)] if self.route == "tile" else self.dtype.name
 
     def launches(self, call: Call, a: tuple[Operand, ...], y: Operand) -> None:
         """Record y = a b, or for up and gate (if `together` allows) y = act(gate b) * (up b)."""

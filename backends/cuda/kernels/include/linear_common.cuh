@@ -98,3 +98,12 @@ __device__ __forceinline__ Pair pair_of(const Routing& r, const Tensor& y, int p
     return {id >= 0 && id < r.experts ? id : -1, (unsigned)(token * r.n_b + slot % r.n_b),
             y.data + slot * y.nb[1] + token * y.nb[2]};
 }
+
+// The columns of tiles: from a list made by moe_group.cu, or simply the next N.
+struct Columns {
+    const int4* tiles;  // {expert, first entry of `order`, entries}
+    const int* n_tiles;
+    const int* order;  // pairs sorted by expert
+    Heads heads;
+    Routing routing;
+};

@@ -29,6 +29,12 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
+__device__ __forceinline__ float reciprocal_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // Rounds two floats to T and packs them, the first in the low half.
 template <class T> __device__ __forceinline__ u32 pack2(float low, float high);
 template <> __device__ __forceinline__ u32 pack2<__half>(float low, float high) {

@@ -1,0 +1,354 @@
+// Products with many columns on 9.0: a ring of stages in shared memory, filled by one warpgroup and
+// multiplied by two. A block computes 128 rows (or 64 of up and 64 of gate) by up to 256 columns,
+// then its next tile; the ring goes on without a break, so the next tile is fetched while this one
+// is multiplied and stored.
+//
+// Warpgroup 0 fetches 64 values of k a stage: weights as tiles of 8 rows (formats.cuh), by the
+// tensor copy engine; activations (f16, scaled by row; see linear_prepare.cu) by the same engine or,
+// if experts take the columns, row by row. Warpgroups 1 and 2 have 64 rows each. They decode weights
+// from shared memory into the A fragments of wgmma while their last three products run.
+//
+// Traffic of a step: 32 KB of activations from L2, 4.5 KB of weights (iq4_nl). A step is 170
+// instructions of a consumer warp, of which a scheduler has two, and 1024 clocks of the tensor cores.
+// In linear_tile.cu, the kernel for all GPUs, four warps with 180 have 1024 clocks, and weights come
+// straight to registers: few loads are then under way, as a warp has six barriers for them.
+//
+// Lost: 128 columns a block (more decoding for each product: 0.74 of the rate), 64 columns in two
+// blocks an SM (no faster than linear_tile.cu), a choice of more than four widths (too few
+// registers: the assembler then makes every wgmma wait for the one before).
+// @kernel 90a hot ring<{q8_0|iq4_nl}, {1|2}, {true|false}>
+#include "linear_fragments.cuh"
+#include "linear_mma.cuh"
+
+using namespace tiles;
+
+// Kernel parameters start at 0x210 on 9.0, and tensor maps must be 64-byte aligned.
+struct RingArgument {
+    u64 pad[6];
+    TensorMap planes[8];  // codes, high, scales, supers of one matrix, or of up, then of gate
+    TensorMap x;
+    const char* rows;  // of activations, k_padded long
+    const float* scales;
+    Tensor y;
+    Columns columns;
+    int n_rows, row_tiles, matrix_tiles;  // tiles of 128 rows, and of 8 in a matrix
+    int width, column_tiles, batches;     // columns of a tile, where they are not routed
+    int steps, stages, narrow, act, limited;
+    float limit;
+};
+
+constexpr int COLUMNS = 256, X = COLUMNS * 128;  // X: bytes of a stage's activations
+constexpr int MOST_STAGES = 16, PRODUCERS = 128, CONSUMERS = 256;
+// Steps after which a producer waits for its copies, to pass them on to the tensor cores.
+constexpr int LAG = 2;
+constexpr int PRODUCED = 3;  // a barrier; 1 and 2 are the consumers'
+
+// The weights of a stage: 16 tiles of 8 rows, two groups each; of fields that groups share, a block.
+template <class F>
+struct WeightStage {
+    static constexpr int CODES = 256 * F::code_bytes, HIGH = 256 * F::high,
+                         SCALES = 256 * F::scale_bytes, SUPERS = 128 * F::super_bytes;
+    static constexpr int BYTES = CODES + HIGH + SCALES + SUPERS;
+};
+
+// A row of weights in a stage; has the interface of `Row`.
+template <class F>
+struct StageRow {
+    const char* stage;
+    int tile, row, t;
+
+    __device__ __forceinline__ const char* at(int group, int bytes) const {
+        return stage + (tile * 2 + group) * 8 * bytes;
+    }
+    __device__ __forceinline__ unsigned code_word(int group, int run, int word) const {
+        return *(const unsigned*)(at(group, F::code_bytes) + run * 128 + row * 16 + word * 4);
+    }
+    __device__ __forceinline__ uint2 short_codes(int group) const {
+        const char* from = at(group, F::code_bytes) + row * F::code_bytes;
+        if constexpr (F::code_bytes == 4) return make_uint2(*(const unsigned*)from, 0);
+        return *(const uint2*)from;
+    }
+    template <int BYTES>
+    static __device__ __forceinline__ unsigned small(const char* from) {
+        if constexpr (BYTES == 1) return *(const u8*)from;
+        if constexpr (BYTES == 2) return *(const u16*)from;
+        if constexpr (BYTES == 4) return *(const unsigned*)from;
+        return 0;
+    }
+    __device__ __forceinline__ uint2 high_bits(int group) const {
+        const char* from = at(group, F::high) + WeightStage<F>::CODES + row * F::high;
+        if constexpr (F::high == 8) return *(const uint2*)from;
+        return make_uint2(small<F::high>(from), 0);
+    }
+    __device__ __forceinline__ RawScale scale(int group) const {
+        using S = WeightStage<F>;
+        const char* own = at(group, F::scale_bytes) + S::CODES + S::HIGH + row * F::scale_bytes;
+        const char* shared = stage + S::CODES + S::HIGH + S::SCALES +
+                             (tile * 8 + row) * F::super_bytes;
+        return {small<F::scale_bytes>(own), small<F::super_bytes>(shared)};
+    }
+};
+
+// A place in the ring, and how often it came round.
+struct Turn {
+    int stage = 0;
+    u32 phase = 0;
+    __device__ __forceinline__ void next(int stages) {
+        if (++stage == stages) stage = 0, phase ^= 1;
+    }
+};
+
+// A tile of results.
+struct Part {
+    int row_tile, matrix, first, valid;  // first: a column, or an entry of `order`
+};
+template <bool ROUTED>
+__device__ __forceinline__ Part part_of(const RingArgument& a, int number) {
+    if constexpr (ROUTED) {  // the rows of an expert one after another: they share columns
+        const int4 mine = a.columns.tiles[number / a.row_tiles];
+        return {number % a.row_tiles, mine.x, mine.y, mine.z};
+    } else {  // the columns of a tile of rows: they share weights
+        const int start = number % a.column_tiles * a.width, rest = number / a.column_tiles;
+        const int z = rest / a.row_tiles;
+        return {rest % a.row_tiles, a.columns.heads.matrix(z), z * a.columns.heads.columns + start,
+                min(a.width, a.columns.heads.columns - start)};
+    }
+}
+
+template <int N>
+struct Size {
+    static constexpr int value = N;
+};
+
+// grid: a block for each multiprocessor.
+template <class F, int MATS, bool ROUTED>
+__global__ void __launch_bounds__(PRODUCERS + CONSUMERS, 1)
+    ring(const __grid_constant__ RingArgument a) {
+    begin();
+    constexpr int TILE_ROWS = 128 / MATS;
+    using Weights = WeightStage<F>;
+    const Columns& columns = a.columns;
+    extern __shared__ char unaligned[];
+    // Where a column goes, in words from the start of y; likewise its scale. If routed, two tiles
+    // take turns, and the producers write them; else each consumer has its own.
+    __shared__ __align__(16) u32 targets[2][COLUMNS];
+    __shared__ u32 sources[ROUTED ? COLUMNS : 1];
+    __shared__ u64 full[MOST_STAGES], empty[MOST_STAGES], done[2];
+    char* memory = unaligned + (-shared_address(unaligned) & 1023);
+    char* ring_w = memory + a.stages * X;
+    float* const column_scales = (float*)(ring_w + a.stages * Weights::BYTES);
+    // The compiler can tell that this is the same in all lanes.
+    const int thread = threadIdx.x, lane = thread % 32,
+              warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+    const Table<F> table(offset_of<F>, true);
+    if (thread == 0) {
+        for (int s = 0; s < a.stages; ++s) {
+            barrier_init(full + s, ROUTED ? 1 + PRODUCERS : 1);
+            barrier_init(empty + s, CONSUMERS / 32);
+        }
+        for (int i = 0; i < 2; ++i) barrier_init(done + i, CONSUMERS / 32);
+        fence_barriers();
+    }
+    const int parts = a.row_tiles * (ROUTED ? *columns.n_tiles : a.column_tiles * a.batches);
+    Turn turn, late, tile;
+    __syncthreads();
+
+    if (warp < 4) {
+        registers_give<ROUTED ? 40 : 24>();
+        if (!ROUTED && thread) return;
+        const int chunk = thread % 8, own_row = thread / 8;
+        for (int number = blockIdx.x; number < parts; number += gridDim.x) {
+            const Part part = part_of<ROUTED>(a, number);
+            if (ROUTED && part.matrix == columns.routing.experts) continue;
+            const int first_tile = part.matrix * a.matrix_tiles + part.row_tile * (TILE_ROWS / 8);
+            if constexpr (ROUTED) {
+                barrier_wait(done + tile.stage, tile.phase ^ 1);
+                warpgroup_sync(PRODUCED);  // all have read the last tile's sources
+                for (int i = thread; i < part.valid; i += PRODUCERS) {
+                    const Pair pair =
+                        pair_of(columns.routing, a.y, columns.order[part.first + i]);
+                    sources[i] = a.steps * 128 * pair.column;
+                    targets[tile.stage][i] = (pair.to - a.y.data) / 4;
+                    copy4(shared_address(column_scales + tile.stage * COLUMNS + i),
+                          a.scales + pair.column, true);
+                }
+                warpgroup_sync(PRODUCED);
+                tile.next(2);
+            }
+            for (int step = 0; step < a.steps; ++step, turn.next(a.stages)) {
+                u64* const ready = full + turn.stage;
+                barrier_wait(empty + turn.stage, turn.phase ^ 1);
+                if (thread == 0) {
+                    barrier_expect(ready, Weights::BYTES + (ROUTED ? 0 : a.width * 128));
+                    char* to = ring_w + turn.stage * Weights::BYTES;
+                    const auto fetch = [&](int plane, int bytes, int x) {
+#pragma unroll
+                        for (int m = 0; m < MATS; ++m)
+                            tensor_copy(to + m * (bytes / MATS), &a.planes[4 * m + plane], ready, x,
+                                        first_tile, 0, 0);
+                        to += bytes;
+                    };
+                    fetch(0, Weights::CODES, step * 4 * F::code_bytes);
+                    if constexpr (F::high > 0) fetch(1, Weights::HIGH, step * 4 * F::high);
+                    if constexpr (F::scale_bytes > 0)
+                        fetch(2, Weights::SCALES, step * 4 * F::scale_bytes);
+                    if constexpr (F::super_bytes > 0)
+                        fetch(3, Weights::SUPERS,
+                              2 * step / F::block_groups * 2 * F::super_bytes);
+                    if constexpr (!ROUTED)
+                        tensor_copy(memory + turn.stage * X, &a.x, ready, step * 64, part.first, 0,
+                                    0);
+                }
+                if constexpr (ROUTED) {
+                    const u32 to = shared_address(memory) + turn.stage * X + own_row * 128 +
+                                   ((chunk ^ (own_row & 7)) << 4);
+                    const char* rows = a.rows + step * 128 + chunk * 16;
+                    // A thread copies 16 bytes of every 16th row. Other rows keep what they have:
+                    // nothing reads their columns of sums.
+#pragma unroll
+                    for (int i = 0; i < COLUMNS / 16; ++i) {
+                        const int row = own_row + 16 * i;
+                        if (row < part.valid) copy16(to + i * 16 * 128, rows + sources[row], true);
+                    }
+                    copies_commit();
+                    if (step >= LAG) {
+                        copies_wait<LAG>();
+                        fence_engines_for_wgmma();
+                        barrier_arrive(full + late.stage);
+                        late.next(a.stages);
+                    }
+                }
+            }
+            if constexpr (ROUTED) {
+                copies_wait<0>();
+                fence_engines_for_wgmma();
+                for (int i = max(0, a.steps - LAG); i < a.steps; ++i) {
+                    barrier_arrive(full + late.stage);
+                    late.next(a.stages);
+                }
+            }
+        }
+        return;
+    }
+
+    registers_take<ROUTED ? 232 : 240>();
+    const int own = warp - 4, group = own / 4, g = lane / 4, t = lane % 4, mine = thread % 128;
+    const Place x_at = place_of(shared_address(memory));
+    u32 fragments[4][1][4];  // of the four products of a step
+    float sums[COLUMNS / 2];
+    for (int number = blockIdx.x; number < parts; number += gridDim.x) {
+        const Part part = part_of<ROUTED>(a, number);
+        const int first_row = part.row_tile * TILE_ROWS;
+        if (ROUTED && part.matrix == columns.routing.experts) {  // pairs without an expert get zeros
+            for (int i = thread - PRODUCERS; i < part.valid * TILE_ROWS; i += CONSUMERS) {
+                const Pair pair = pair_of(columns.routing, a.y, columns.order[part.first + i / TILE_ROWS]);
+                const int row = first_row + i % TILE_ROWS;
+                if (row < a.n_rows) put(a.y, pair.to, row, 0, a.narrow);
+            }
+            continue;
+        }
+        const int which = ROUTED ? tile.stage : group;
+        if constexpr (!ROUTED) {
+            warpgroup_sync(1 + group);  // all have read what the last tile left
+            for (int i = mine; i < part.valid; i += 128) {
+                targets[which][i] = (row_at(a.y, part.first + i) - a.y.data) / 4;
+                copy4(shared_address(column_scales + which * COLUMNS + i), a.scales + part.first + i,
+                      true);
+            }
+            copies_commit();
+        }
+        const auto multiply = [&](auto size) {
+            constexpr int n = decltype(size)::value;
+            float(&part_sums)[n / 2] = *(float(*)[n / 2]) & sums;
+#pragma unroll
+            for (int i = 0; i < n / 2; ++i) part_sums[i] = 0;
+            int last = -1;
+            for (int step = 0; step < a.steps; ++step, turn.next(a.stages)) {
+                barrier_wait(full + turn.stage, turn.phase);
+                RawWords<F> raw[2][2];
+#pragma unroll
+                for (int i = 0; i < 2; ++i)
+#pragma unroll
+                    for (int r = 0; r < 2; ++r) {
+                        // One matrix: a thread's two rows are adjacent.
+                        const StageRow<F> row = {ring_w + turn.stage * Weights::BYTES,
+                                                 MATS == 2 ? r * 8 + own : own * 2 + g / 4,
+                                                 MATS == 2 ? g : g % 4 * 2 + r, t};
+                        raw[i][r] = raw_words<F>(row, i, t);
+                    }
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const Unpacked<F> unpacked[2] = {Unpacked<F>(table, raw[i][0], t),
+                                                     Unpacked<F>(table, raw[i][1], t)};
+#pragma unroll
+                    for (int k = 0; k < 2; ++k) {
+                        // The last three products keep running. What the tensor cores read
+                        // must not be written before this wait, not even to be moved later.
+                        wait_products<3>();
+                        if (i == 1 && k == 1 && lane == 0 && last >= 0)
+                            barrier_arrive(empty + last);
+                        u32(&fragment)[1][4] = fragments[2 * i + k];
+#pragma unroll
+                        for (int r = 0; r < 2; ++r)
+                            fragment[0][r] = unpacked[r].pair(table, k, 0),
+                            fragment[0][r + 2] = unpacked[r].pair(table, k, 1);
+                        begin_product<typename F::Half, n>(
+                            part_sums, fragment, further(x_at, turn.stage * X), 2 * i + k);
+                    }
+                }
+                last = turn.stage;
+            }
+            wait_products<0>();
+            if (lane == 0) barrier_arrive(empty + last);
+        };
+        if (part.valid <= 128) multiply(Size<128>());
+        else if (part.valid <= 192) multiply(Size<192>());
+        else if (part.valid <= 224) multiply(Size<224>());
+        else multiply(Size<256>());
+
+        if constexpr (!ROUTED) {
+            copies_wait<0>();
+            warpgroup_sync(1 + group);
+        }
+        // A thread has 2 columns of 2 rows in every 8 columns.
+        const int row = first_row + (MATS == 2 ? (thread - PRODUCERS) / 4 : own * 16 + 2 * g);
+        const int end = row < a.n_rows ? part.valid : 0;
+        char* const base = a.y.data + row * (a.narrow ? 2 : 4);
+        const auto store = [&](auto finish) {
+#pragma unroll
+            for (int i = 0; i < COLUMNS / 2; i += 4) {
+                if (i % 16 == 0 && 2 * i >= part.valid) break;
+                const int column = 2 * i + 2 * t;
+                const uint2 to = *(const uint2*)&targets[which][column];
+                const float2 scale = *(const float2*)&column_scales[which * COLUMNS + column];
+                if (column < end)
+                    finish(base + to.x * 4ull, sums[i] * scale.x, sums[i + 2] * scale.x);
+                if (column + 1 < end)
+                    finish(base + to.y * 4ull, sums[i + 1] * scale.y, sums[i + 3] * scale.y);
+            }
+        };
+        const bool plain = MATS == 2 && a.act == 0 && !a.limited;
+        if (MATS == 1 && a.narrow) {
+            store([](char* to, float first, float second) {
+                *(u32*)to = pack2<__half>(first, second);
+            });
+        } else if (MATS == 1) {
+            store([](char* to, float first, float second) {
+                *(float2*)to = make_float2(first, second);
+            });
+        } else if (plain && !a.narrow) {
+            store([](char* to, float up, float gate) {
+                const float away = exp2_fast(-1.44269504f * gate);
+                *(float*)to = gate * reciprocal_fast(1.0f + away) * up;
+            });
+        } else {
+            store([&](char* to, float up, float gate) {
+                put(to, a.limited ? gated(a.act, gate, up, a.limit) : gated(a.act, gate, up),
+                    a.narrow);
+            });
+        }
+        __syncwarp();
+        if (ROUTED && lane == 0) barrier_arrive(done + tile.stage);
+        tile.next(2);
+    }
+}

@@ -1,0 +1,184 @@
+"""Products with many columns on 9.0a: linear_ring.cu."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+
+from pyggml.backends.cuda.argument import Struct, Tensor
+from pyggml.backends.cuda.device.tensormap import EMPTY, TensorMap, tensor_map
+from pyggml.backends.cuda.gpu import Device
+from pyggml.backends.cuda.launch import Call, Operand
+from pyggml.backends.cuda.linear.common import Columns, act_of, is_narrow, limit_of, rows_in
+from pyggml.backends.cuda.linear.halves import CLASS, DEPTH, half_of, padded
+from pyggml.backends.cuda.weights.formats import FORMATS, Format
+from pyggml.backends.cuda.weights.packing import GROUP, TILE, Tiles, tiles_of
+
+RING = "linear_ring.cu"
+#: The most columns of a tile.
+COLUMNS = 256
+#: Rows of weights of a tile; with up and gate, of both together.
+ROWS = 128
+#: The most stages of a ring; bytes of shared memory that are not stages.
+MOST_STAGES, OTHER = 16, 6656
+
+
+class RingArgument(Struct):
+    """The struct `RingArgument` of linear_ring.cu. `pad` aligns the maps to 64 bytes: kernel
+    parameters start at 0x210 on 9.0."""
+
+    _fields_ = (
+        ("pad", ctypes.c_uint64 * 6),
+        ("planes", TensorMap * 8),
+        ("x", TensorMap),
+        ("rows", ctypes.c_uint64),
+        ("scales", ctypes.c_uint64),
+        ("y", Tensor),
+        ("columns", Columns),
+        ("n_rows", ctypes.c_int32),
+        ("row_tiles", ctypes.c_int32),
+        ("matrix_tiles", ctypes.c_int32),
+        ("width", ctypes.c_int32),
+        ("column_tiles", ctypes.c_int32),
+        ("batches", ctypes.c_int32),
+        ("steps", ctypes.c_int32),
+        ("stages", ctypes.c_int32),
+        ("narrow", ctypes.c_int32),
+        ("act", ctypes.c_int32),
+        ("limited", ctypes.c_int32),
+        ("limit", ctypes.c_float),
+    )
+
+
+def can_ring(call: Call, a: tuple[Operand, ...], b: Operand, y: Operand) -> bool:
+    """Whether the kernel can compute the product: the GPU has its instructions, the weights are in
+    tiles without grids, and two adjacent results can be written at once."""
+    form = FORMATS[a[0].dtype.name] if a[0].layout == "tiles8" else None
+    return (
+        call.device.arch == "90a"
+        and form is not None
+        and form.codes >= 16
+        and a[0].ne[0] % DEPTH == 0
+        and a[0].ne[1] % 2 == 0
+        and y.nb[0] == y.dtype.nbytes
+        and y.aligned(2 * y.dtype.nbytes)
+        and rows_in(b.ne) * padded(b.ne[0]) * 2 < 1 << 32
+    )
+
+
+def width_of(rows: int, columns: int, batches: int, device: Device) -> int:
+    """Columns of a tile: those with which the blocks of a GPU end soonest, by times on an H100. A
+    result does not depend on it."""
+
+    def time(width: int) -> int:
+        tiles = -(-rows // ROWS) * -(-columns // width) * batches
+        return -(-tiles // device.sms) * (width + 96)
+
+    return min((256, 192, 128), key=time)
+
+
+def launch(
+    call: Call,
+    a: tuple[Operand, ...],
+    b: Operand,
+    y: Operand,
+    halves: tuple[np.uint64, np.uint64],
+    columns: Columns,
+    width: int,
+    *,
+    column_tiles: int = 0,
+    batches: int = 1,
+) -> None:
+    """Record the product. halves: as `to_halves` returns them; column_tiles: of a batch, 0 if
+    experts take the columns, in lists of `width`."""
+    first, form, routed = a[0], FORMATS[a[0].dtype.name], column_tiles == 0
+    tiles, k = tiles_of(first.dtype, first.ne), padded(b.ne[0])
+    rows, scales = halves
+    planes, x = [EMPTY] * 8, EMPTY
+    if not call.names_only:
+        for m, matrix in enumerate(a):
+            planes[4 * m : 4 * m + 4] = plane_maps(matrix, form, tiles, len(a))
+        if not routed:
+            kind = CLASS[half_of(first.dtype)]
+            x = flat_map(int(rows), kind, 2, k, rows_in(b.ne), (DEPTH, width))
+    stages = stages_of(form, call.device)
+    limit = limit_of(call, len(a))[1]
+    row_tiles = -(-first.ne[1] * len(a) // ROWS)
+    argument = RingArgument(
+        pad=(0,) * 6,
+        planes=tuple(planes),
+        x=x,
+        rows=int(rows),
+        scales=int(scales),
+        y=y.tensor,
+        columns=columns,
+        n_rows=first.ne[1],
+        row_tiles=row_tiles,
+        matrix_tiles=tiles.tiles,
+        width=width,
+        column_tiles=column_tiles,
+        batches=batches,
+        steps=k // DEPTH,
+        stages=stages,
+        narrow=int(is_narrow(y)),
+        act=int(act_of(call)),
+        limited=len(limit),
+        limit=float(limit[0]) if limit else 0.0,
+    )
+    call.launch(
+        RING,
+        f"ring<{first.dtype.name}, {len(a)}, {str(routed).lower()}>",
+        grid=call.device.sms
+        if routed
+        else min(call.device.sms, row_tiles * column_tiles * batches),
+        block=384,
+        args=[argument],
+        shared=shared_bytes(form, stages),
+    )
+
+
+def stage_bytes(form: Format) -> int:
+    """Bytes of a stage: 64 values of k of all columns and of 128 rows of weights, whose blocks are
+    not cut."""
+    group = form.codes + form.high + form.scale
+    return COLUMNS * DEPTH * 2 + ROWS * (DEPTH // GROUP * group + form.super_)
+
+
+def shared_bytes(form: Format, stages: int) -> int:
+    """Bytes of the stages, of two scales a column, and to align them."""
+    return stages * stage_bytes(form) + 2 * 4 * COLUMNS + 1024
+
+
+def stages_of(form: Format, device: Device) -> int:
+    """As many stages as shared memory holds."""
+    return min(MOST_STAGES, (device.shared - OTHER) // stage_bytes(form))
+
+
+def flat_map(
+    ptr: int, kind: str, size: int, n: int, rows: int, box: tuple[int, int], swizzle: bool = True
+) -> TensorMap:
+    """A map of `rows` contiguous rows of n elements of `size` bytes, in boxes of both."""
+    row = size * n
+    return tensor_map(ptr, kind, (n, rows, 1, 1), (size, row, row, row), (*box, 1, 1), swizzle)
+
+
+def plane_maps(a: Operand, form: Format, tiles: Tiles, matrices: int) -> list[TensorMap]:
+    """Maps of codes, high bits, scales and supers, each as [words of a tile, tiles of 8 rows]. A
+    box has the words of 64 values of k, or of a block."""
+    count = tiles.tiles * tiles.matrices
+
+    def plane(start: int, width: int, units: int, box: int) -> TensorMap:
+        if width == 0:
+            return EMPTY
+        words = TILE * width // 4
+        boxes = box * words, ROWS // TILE // matrices
+        return flat_map(a.ptr + start, "u32", 4, units * words, count, boxes, swizzle=False)
+
+    codes, high, scales, supers = tiles.starts
+    return [
+        plane(codes, form.codes, tiles.groups, 2),
+        plane(high, form.high, tiles.groups, 2),
+        plane(scales, form.scale, tiles.groups, 2),
+        plane(supers, form.super_, tiles.blocks, 1),
+    ]
