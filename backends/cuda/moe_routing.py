@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-import numpy as np
-
 from pyggml import ops
+from pyggml.backends.cuda.argument import Struct, Tensor
 from pyggml.backends.cuda.fusion import Fused, Run
-from pyggml.backends.cuda.launch import ABSENT, Call
+from pyggml.backends.cuda.launch import ABSENT, Call, Operand
 from pyggml.dtypes import F32
 from pyggml.node import Node
 
@@ -19,7 +19,7 @@ MOST, MOST_USED = 2048, 32
 
 
 @dataclass(frozen=True, slots=True)
-class _Routing:
+class Routing:
     """The parts of a match.
 
         p = soft_max(s_in scores) or sigmoid(scores) or sqrt(softplus(scores))
@@ -48,7 +48,7 @@ class _Routing:
 
 def route(node: Node, run: Run) -> Fused | None:
     """The whole of `models.moe.route`, in any of its forms."""
-    routing = _scaled(node, run)
+    routing = routing_of(node, run)
     if routing is None or routing.scores.ne[0] > MOST or routing.scores.dtype is not F32:
         return None
     ids, reads, results = routing.ids, {"scores": routing.scores}, {"ids": routing.ids}
@@ -65,17 +65,20 @@ def route(node: Node, run: Run) -> Fused | None:
     return Fused(routing.nodes, reads, record, results=results, at=at)
 
 
-def _scaled(node: Node, run: Run) -> _Routing | None:
-    if node.op is not ops.scale:
-        return _divided(node, run)
-    inner = _behind_reshape(node["a"])
-    routing = _divided(inner, run) if run.only(inner, node) else None
+def routing_of(weights: Node, run: Run) -> Routing | None:
+    """The routing that computes these weights."""
+    if weights.op is not ops.scale:
+        return _divided(weights, run)
+    inner = _behind_reshape(weights["a"])
+    routing = _divided(inner, run) if run.only(inner, weights) else None
     if routing is None:
         return None
-    return replace(routing, nodes=(*routing.nodes, node), s=node.attrs["s"], b=node.attrs["b"])
+    return replace(
+        routing, nodes=(*routing.nodes, weights), s=weights.attrs["s"], b=weights.attrs["b"]
+    )
 
 
-def _divided(node: Node, run: Run) -> _Routing | None:
+def _divided(node: Node, run: Run) -> Routing | None:
     if node.op is not ops.div:
         return _chosen(node, run)
     weights, least = node["a"], node["b"]
@@ -92,7 +95,7 @@ def _divided(node: Node, run: Run) -> _Routing | None:
     return replace(routing, nodes=(*routing.nodes, total, least, node), limits=limits)
 
 
-def _chosen(node: Node, run: Run) -> _Routing | None:
+def _chosen(node: Node, run: Run) -> Routing | None:
     """get_rows(reshape(p), ids), with the ids of the top k or others."""
     if node.op is not ops.get_rows:
         return None
@@ -113,7 +116,7 @@ def _chosen(node: Node, run: Run) -> _Routing | None:
         return None
     names = ("n_group", "n_group_used", "n_top")
     groups = tuple(ids.attrs[n] for n in names) if ids.op is ops.grouped_topk else (0, 0, 0)
-    return _Routing(gates[0]["a"], probs, ids, nodes, bias, groups=groups)
+    return Routing(gates[0]["a"], probs, ids, nodes, bias, groups=groups)
 
 
 def _gates(probs: Node) -> tuple[Node, ...]:
@@ -143,26 +146,55 @@ def _behind_reshape(node: Node) -> Node:
     return node["a"] if node.op is ops.reshape else node
 
 
-def _record(call: Call, routing: _Routing) -> None:
+class Route(Struct):
+    """The struct `Route` of route.cuh."""
+
+    _fields_ = (
+        *((name, Tensor) for name in ("weights", "ids", "bias")),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("n_group", "n_used", "n_top", "given", "gate", "divided")
+        ),
+        *((name, ctypes.c_float) for name in ("scale", "low", "high", "s", "b")),
+    )
+
+
+def argument(routing: Routing, weights: Operand, ids: Operand, bias: Operand | None) -> Route:
+    """The kernel argument; weights [k, T]."""
+    n_group, n_used, n_top = routing.groups
+    low, high = routing.limits or (0.0, 0.0)
+    return Route(
+        weights=weights.tensor,
+        ids=ids.tensor,
+        bias=(bias or ABSENT).tensor,
+        n_group=n_group,
+        n_used=n_used,
+        n_top=n_top,
+        given=routing.given,
+        gate=(ops.sigmoid, ops.soft_max_ext, ops.sqrt).index(routing.probs.op),
+        divided=routing.limits is not None,
+        scale=routing.probs.attrs.get("scale", 1.0),
+        low=low,
+        high=high,
+        s=routing.s,
+        b=routing.b,
+    )
+
+
+def shared_bytes(routing: Routing) -> int:
+    """Bytes of shared memory that `route_token` needs."""
+    return 16 * routing.scores.ne[0] + 8 * routing.groups[0]
+
+
+def _record(call: Call, routing: Routing) -> None:
     scores, ids, out = call["scores"], call["ids"], call.out
     if out.ne != ids.ne:  # view [1, k, T] as [k, T]
         out = replace(out, ne=ids.ne, nb=(*out.nb[1:3], 0, 0))
-    bias = call.get("bias") or ABSENT
-    gate = (ops.sigmoid, ops.soft_max_ext, ops.sqrt).index(routing.probs.op)
-    low, high = routing.limits or (0.0, 0.0)
     call.launch(
         "moe.cu",
         "route",
         grid=scores.ne[1],
         block=32,
-        args=[
-            *(x.tensor for x in (out, ids, scores, bias)),
-            *map(np.int32, routing.groups),
-            np.int32(routing.given),
-            np.int32(gate),
-            np.float32(routing.probs.attrs.get("scale", 1.0)),
-            np.int32(routing.limits is not None),
-            *map(np.float32, (low, high, routing.s, routing.b)),
-        ],
-        shared=16 * scores.ne[0] + 8 * routing.groups[0],
+        args=[argument(routing, out, ids, call.get("bias")), scores.tensor],
+        shared=shared_bytes(routing),
     )

@@ -30,14 +30,16 @@ struct Block {
     };
     std::vector<Fiber> fibers;
     std::vector<unsigned long long> slots;
-    std::vector<Barrier> warps;  // of each thread that is the first of those that wait
+    // Of each thread that is the first of those that wait: of whole warps, and of parts of them, for
+    // lanes may wait for their warp while others still exchange values.
+    std::vector<Barrier> warps, parts;
     Barrier all;
     std::vector<char> memory;  // dynamic shared memory
     Dim3 index;
     int now = 0;
 
     Block(int threads, int shared, Dim3 index)
-        : fibers(threads), slots(threads), warps(threads), memory(shared), index(index) {}
+        : fibers(threads), slots(threads), warps(threads), parts(threads), memory(shared), index(index) {}
 };
 inline std::vector<Block>* cluster;
 inline Block* block;
@@ -66,7 +68,8 @@ inline void __syncthreads() { wait(block->all, blockDim.x * blockDim.y); }
 inline int first_of_warp() { return block->now / 32 * 32; }
 inline int lane() { return block->now % 32; }
 inline void __syncwarp(unsigned mask = ~0u) {
-    wait(block->warps[first_of_warp() + __builtin_ctz(mask)], __builtin_popcount(mask));
+    std::vector<Barrier>& barriers = mask == ~0u ? block->warps : block->parts;
+    wait(barriers[first_of_warp() + __builtin_ctz(mask)], __builtin_popcount(mask));
 }
 
 inline void cluster_sync() { wait(of_cluster, blockDim.x * (int)cluster->size()); }
@@ -80,6 +83,16 @@ T atomicAdd(T* at, U by) {
     const T before = *at;
     *at += by;
     return before;
+}
+inline unsigned atomicInc(unsigned* at, unsigned last) {
+    const unsigned before = *at;
+    *at = before >= last ? 0 : before + 1;
+    return before;
+}
+inline void __threadfence() {}
+template <class T>
+T __ldcg(const T* at) {
+    return *at;
 }
 
 // The value of x in lane `from` of the warp.

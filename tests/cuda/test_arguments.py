@@ -13,9 +13,17 @@ import numpy as np
 import pytest
 
 import pyggml as gg
-from pyggml.backends.cuda import compressor, hyper_norm, indexer, rope, small, softmax
+from pyggml.backends.cuda import (
+    compressor,
+    hyper_norm,
+    indexer,
+    moe_routing,
+    rope,
+    small,
+    softmax,
+)
 from pyggml.backends.cuda.argument import Struct, Tensor, pack
-from pyggml.backends.cuda.attention import arguments, joint, parts
+from pyggml.backends.cuda.attention import arguments, joint, latent_row, parts
 from pyggml.backends.cuda.device import tensormap
 from pyggml.backends.cuda.device.compiler import KERNELS
 from pyggml.backends.cuda.linear import blocks, common, joined, ring
@@ -48,6 +56,8 @@ STRUCTS: tuple[tuple[type[Struct], str, str], ...] = (
     (small.Program, "small.cu", "Program"),
     (joined.Joined, "linear_vec.cu", "Joined<InTiles>"),
     (ring.RingArgument, "linear_ring.cu", "RingArgument"),
+    (latent_row.LatentRow, "include/latent_row.cuh", "LatentRow"),
+    (moe_routing.Route, "include/route.cuh", "Route"),
 )
 PRELUDE = """
 #include <cstddef>

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -209,14 +210,28 @@ def test_results_of_an_earlier_run_are_neither_fused_nor_shared(n_tokens: int, p
 def test_every_kernel_waits_for_its_predecessor() -> None:
     """Launches overlap. A kernel that does not wait may read too early, and later kernels take its
     end for the end of all kernels before it."""
-    kernels = 0
-    for path in KERNELS.glob("*.cu"):
-        for part in re.split(r"\b__global__\b", path.read_text())[1:]:
-            body = part[part.index("{") : part.index("\n}\n")]
-            kernels += 1
-            waits = r"\bbegin\(\)|\bwait_for_predecessor\(\)|tile_product<"
-            assert re.search(waits, body), f"{path.name}: {part[:80]}"
-    assert kernels > 40
+    sources = [*KERNELS.glob("*.cu"), *KERNELS.glob("include/*.cuh")]
+    functions = [part for path in sources for part in bodies("__device__", path)]
+    waits = {"begin", "wait_for_predecessor"}
+    for _ in range(3):  # of those that call others
+        waits |= {head for head, body in functions if waits & calls(body)}
+    kernels = [part for path in sources for part in bodies("__global__", path)]
+    assert len(kernels) > 40
+    for name, body in kernels:
+        assert waits & calls(body), name
+
+
+def bodies(kind: str, path: Path) -> Iterator[tuple[str, str]]:
+    """Name and body of each function of a kind that a source defines at the outermost level."""
+    for part in re.split(rf"^[^\S\n]*(?=[^\n]*\b{kind}\b)", path.read_text(), flags=re.M)[1:]:
+        head, brace, rest = part.partition("{")
+        name = re.search(r"(\w+)\s*\((?!.*launch_bounds)", head.replace("(32 * MOST_WARPS", ""))
+        if brace and name and ";" not in head:
+            yield name[1], rest.partition("\n}\n")[0]
+
+
+def calls(body: str) -> set[str]:
+    return set(re.findall(r"\b(\w+)(?:<[^;()]*>)?\(", body))
 
 
 @pytest.mark.parametrize("name", PATTERNS)

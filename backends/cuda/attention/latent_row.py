@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-import numpy as np
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from pyggml import ops
+from pyggml.backends.cuda.argument import Struct, Tensor
 from pyggml.backends.cuda.fusion import Fused, Run, behind_reshapes
 from pyggml.backends.cuda.geometry import ROWS
-from pyggml.backends.cuda.launch import Call
-from pyggml.backends.cuda.rope import constants
+from pyggml.backends.cuda.launch import ABSENT, Call, Operand
+from pyggml.backends.cuda.rope import Rope, constants
 from pyggml.dtypes import F32, I32
 from pyggml.node import Attrs, Node
 
@@ -48,22 +49,59 @@ def latent_row(node: Node, run: Run) -> Fused | None:
     return Fused(
         (*covered, node),
         {"cache": cache, "c": c, "weight": weight, "k": k, "pos": rotated["pos"], "ids": ids},
-        partial(_record, eps=normed.attrs["eps"], rope=rotated.attrs),
+        RecordRow(normed.attrs["eps"], rotated.attrs),
     )
 
 
-def _record(call: Call, eps: float, rope: Attrs) -> None:
-    c, k = call["c"], call["k"]
-    neox = str(rope["mode"] == "neox").lower()
-    call.launch(
-        "latent_row.cu",
-        f"latent_row<{ROWS[call.out.dtype.name]}, {neox}>",
-        grid=c.ne[1],
-        block=256,
-        args=[
-            *(x.tensor for x in (call.out, c, call["weight"], k, call["pos"], call["ids"])),
-            np.float32(eps),
-            constants(rope),
-        ],
-        shared=4 * (c.ne[0] + k.ne[0]),
+class LatentRow(Struct):
+    """The struct `LatentRow` of latent_row.cuh."""
+
+    _fields_ = (
+        *((name, Tensor) for name in ("cache", "c", "w", "k", "pos", "ids")),
+        ("eps", ctypes.c_float),
+        ("rope", Rope),
     )
+
+
+NO_ROW = LatentRow(
+    **dict.fromkeys(("cache", "c", "w", "k", "pos", "ids"), ABSENT.tensor),
+    eps=0.0,
+    rope=Rope(**dict.fromkeys((field[0] for field in Rope._fields_), 0)),
+)
+
+
+@dataclass(frozen=True)
+class RecordRow:
+    """Records the launch of the row."""
+
+    eps: float
+    rope: Attrs
+
+    @property
+    def neox(self) -> bool:
+        return bool(self.rope["mode"] == "neox")
+
+    def argument(self, cache: Operand, named: Callable[[str], Operand]) -> LatentRow:
+        tensors = {name: named(name).tensor for name in ("c", "k", "pos", "ids")}
+        return LatentRow(
+            cache=cache.tensor,
+            w=named("weight").tensor,
+            eps=self.eps,
+            rope=constants(self.rope),
+            **tensors,
+        )
+
+    def __call__(self, call: Call) -> None:
+        call.launch(
+            "latent_row.cu",
+            f"latent_row<{ROWS[call.out.dtype.name]}, {str(self.neox).lower()}>",
+            grid=call["c"].ne[1],
+            block=256,
+            args=[self.argument(call.out, call.__getitem__)],
+            shared=row_bytes(call["c"], call["k"]),
+        )
+
+
+def row_bytes(c: Operand, k: Operand) -> int:
+    """Bytes of shared memory for a row."""
+    return 4 * (c.ne[0] + k.ne[0])

@@ -30,8 +30,7 @@
 // @kernel vec_plain<{float|__half|__nv_bfloat16}, float, 1, {1|4}, {true|false}>
 // @kernel vec_plain<float, float, {4|8}, 4, {true|false}>
 // @kernel vec_plain_id<{float|__half|__nv_bfloat16}, float, {true|false}>
-#include "fixed_point.cuh"
-#include "raw.cuh"
+#include "linear_vec.cuh"
 
 using namespace tiles;
 
@@ -49,55 +48,7 @@ __global__ void __launch_bounds__(256)
     put_fixed<LEVELS>(x, out + group * group_bytes<LEVELS>);
 }
 
-// A group of a column. load(i) reads its i-th 16 bytes.
-template <int LEVELS>
-struct Fixed {
-    uint4 levels[2 * LEVELS];
-    float step, first_sum, last_sum, sum;
-
-    template <class Load>
-    __device__ __forceinline__ explicit Fixed(Load load) {
-#pragma unroll
-        for (int i = 0; i < 2 * LEVELS; ++i) levels[i] = load(i);
-        uint4 bits = load(2 * LEVELS);
-        step = __uint_as_float(bits.x), first_sum = __uint_as_float(bits.y);
-        last_sum = __uint_as_float(bits.z), sum = __uint_as_float(bits.w);
-    }
-
-    // The dot product of half a group with its 4 code words, in units of the step.
-    __device__ __forceinline__ float dot(const unsigned* words, int half) const {
-        int sums[LEVELS];
-#pragma unroll
-        for (int i = 0; i < LEVELS; ++i) {
-            uint4 v = levels[2 * i + half];
-            int s = __dp4a((int)words[0], (int)v.x, 0);
-            s = __dp4a((int)words[1], (int)v.y, s);
-            s = __dp4a((int)words[2], (int)v.z, s);
-            sums[i] = __dp4a((int)words[3], (int)v.w, s);
-        }
-        float high = (float)(sums[0] * 256 + sums[1]);
-        if constexpr (LEVELS == 2) return high;
-        return fmaf(high, 256.0f, (float)sums[LEVELS - 1]);
-    }
-};
-
-// The dot product of a decoded group of weights and the same group of a column.
-template <class F, int LEVELS>
-__device__ __forceinline__ float dot_group(const unsigned (&words)[8], Scale s,
-                                           const Fixed<LEVELS>& x) {
-    float first = x.dot(words, 0), last = x.dot(words + 4, 1);
-    float y = F::split ? x.step * fmaf(s.s1, last, s.s0 * first) : x.step * (s.s0 * (first + last));
-    if constexpr (F::split && (F::affine || F::bias))
-        y = fmaf(-s.m1, x.last_sum, fmaf(-s.m0, x.first_sum, y));
-    else if constexpr (F::affine || F::bias)
-        y = fmaf(-s.m0, x.sum, y);
-    return y;
-}
-
 constexpr int MOST_WARPS = 8;
-
-// Columns in fixed point that an earlier kernel has written.
-using Groups = const unsigned char*;
 
 // The columns of a block, by where they come from. start(g): waits for the predecessor and goes to
 // group g; next(c, n): the group of column c, then goes n groups further.
@@ -170,35 +121,19 @@ __device__ __forceinline__ float tile_product(const Weights<F>& weights, int mat
                          lane % 8);
     const int first = 4 * threadIdx.y + lane / 8;
     float sums[ROWS * COLS] = {};
-    RawGroup<F> raw[AHEAD][ROWS];
-    auto load = [&](RawGroup<F>(&to)[ROWS], int group) {
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r) to[r] = load_group(rows[r], min(group, groups - 1));
-    };
-#pragma unroll
-    for (int i = 0; i < AHEAD; ++i) load(raw[i], first + i * step);
+    auto load = [&](int r, int group) { return load_group(rows[r], min(group, groups - 1)); };
+    Rounds<F, ROWS, AHEAD> rounds(load, first, step, groups);
     x.start(first, groups);
     table.ready();
-    for (int group = first; group < groups; group += AHEAD * step)
+    rounds.each(table, load, [&](int, const unsigned(&words)[ROWS][8], const Scale(&scales)[ROWS]) {
 #pragma unroll
-        for (int i = 0; i < AHEAD; ++i) {
-            if (i && group + i * step >= groups) break;
-            unsigned words[ROWS][8];
-            Scale scales[ROWS];
+        for (int c = 0; c < COLS; ++c) {
+            const Fixed<LEVELS> column = x.next(c, step);
 #pragma unroll
-            for (int r = 0; r < ROWS; ++r) {
-                code_words<F>(table, raw[i][r], words[r]);
-                scales[r] = F::scale(raw[i][r].scale.own, raw[i][r].scale.shared);
-            }
-            if (group + (i + AHEAD) * step < groups) load(raw[i], group + (i + AHEAD) * step);
-#pragma unroll
-            for (int c = 0; c < COLS; ++c) {
-                const Fixed<LEVELS> column = x.next(c, step);
-#pragma unroll
-                for (int r = 0; r < ROWS; ++r)
-                    sums[r * COLS + c] += dot_group<F, LEVELS>(words[r], scales[r], column);
-            }
+            for (int r = 0; r < ROWS; ++r)
+                sums[r * COLS + c] += dot_group<F, LEVELS>(words[r], scales[r], column);
         }
+    });
     __shared__ float parts[MOST_WARPS][ROWS * COLS][8];
 #pragma unroll
     for (int i = 0; i < ROWS * COLS; ++i) {

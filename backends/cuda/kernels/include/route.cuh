@@ -1,0 +1,103 @@
+// Expert routing of a token: which experts it goes to, and their weights.
+#pragma once
+#include "sort.cuh"
+
+// Makes sort keys of n experts that leave only those of the best n_used groups, or all if there are
+// no groups. The score of a group is the sum of its n_top best scores. By `threads` threads, which
+// sync() joins.
+template <class Sync>
+__device__ __forceinline__ void make_keys(Key* keys, int padded, Key* groups, const float* scores,
+                                          int n, int n_group, int n_used, int n_top, int threads,
+                                          Sync sync) {
+    const int size = n_group ? n / n_group : n;
+    for (int g = threadIdx.x; g < n_group; g += threads) {
+        float score = 0;
+        Key last = 0;  // the previous best: the next one is the least key above it
+        for (int t = 0; t < n_top; t++) {
+            Key best = LAST_KEY;
+            for (int i = g * size; i < (g + 1) * size; i++) {
+                Key key = sort_key(scores[i], i, true);
+                if ((t == 0 || key > last) && key < best) best = key;
+            }
+            score += scores[(unsigned)best];
+            last = best;
+        }
+        groups[g] = sort_key(score, g, true);
+    }
+    sync();
+    for (int i = threadIdx.x; i < padded; i += threads) {
+        int better = 0;
+        if (i < n)
+            for (int g = 0; g < n_group; g++) better += groups[g] < groups[i / size];
+        bool there = i < n && (n_group == 0 || better < n_used);
+        keys[i] = there ? sort_key(scores[i], i, true) : LAST_KEY;
+    }
+}
+
+// The least key of a warp.
+__device__ __forceinline__ Key least_key(Key key) {
+    const unsigned high = key >> 32, most = __reduce_min_sync(~0u, high);
+    return (Key)most << 32 | __reduce_min_sync(~0u, high == most ? (unsigned)key : ~0u);
+}
+
+// p = sigmoid(scores) (gate 0), soft_max(scale scores) (1) or sqrt(softplus(scores)) (2); ids of the
+// best p (+ bias) unless given; weights = s p[ids] (/ their sum, clamped) + b. At most 32 ids. The p
+// of a given id that is no expert is 0.
+struct Route {
+    Tensor weights, ids, bias;
+    int n_group, n_used, n_top, given, gate, divided;
+    float scale, low, high, s, b;
+};
+
+// By the first warp of a block, with score(i) of n experts.
+// Each round takes the least key above the last one. Sorting all keys lost: 64 of them need 21
+// stages with a barrier each, and k is about 6.
+// memory: n keys, n_group keys, n p and n p + bias.
+template <class Score>
+__device__ __forceinline__ void route_token(const Route& r, int n, int token, Key* keys, Score score) {
+    const int lane = threadIdx.x, k = r.ids.ne[0];
+    Key* groups = keys + n;
+    float *p = (float*)(groups + r.n_group), *chosen = p + n;
+    const float infinity = __int_as_float(0x7f800000);
+    float most = -infinity, sum = 0, base = 0, factor = 1;
+    for (int i = lane; i < n; i += 32) {
+        p[i] = score(i) * r.scale;
+        most = fmaxf(most, p[i]);
+    }
+    if (r.gate == 1) {
+        most = warp_reduce<Max>(most);
+        base = most == -infinity ? 0 : most;
+        for (int i = lane; i < n; i += 32) sum += p[i] = expf(p[i] - base);
+        sum = warp_reduce<Sum>(sum);
+        factor = sum == 0 ? 0 : 1 / sum;  // NaN stays NaN
+    }
+    for (int i = lane; i < n; i += 32) {
+        p[i] = r.gate == 0 ? 1 / (1 + expf(-p[i])) : r.gate == 1 ? p[i] * factor : sqrtf(softplus(p[i]));
+        chosen[i] = r.bias.data ? p[i] + *r.bias.at<float>(i, 0, 0, 0) : p[i];
+    }
+    __syncwarp();
+    int id = -1;
+    if (r.given) {
+        if (lane < k) id = *r.ids.at<int>(lane, token, 0, 0);
+    } else {
+        make_keys(keys, n, groups, chosen, n, r.n_group, r.n_used, r.n_top, 32, [] { __syncwarp(); });
+        Key last = 0;  // below every key
+        for (int slot = 0; slot < k; slot++) {
+            Key best = LAST_KEY;
+            for (int i = lane; i < n; i += 32)
+                if (keys[i] > last && keys[i] < best) best = keys[i];
+            last = least_key(best);
+            if (slot == lane) id = (int)(unsigned)last;
+        }
+    }
+    const float mine = id >= 0 && id < n ? p[id] : 0.0f;
+    float by = r.s;
+    if (r.divided) {
+        sum = warp_reduce<Sum>(mine);
+        by = r.s / (sum < r.low ? r.low : sum > r.high ? r.high : sum);  // like Clamp: NaN stays NaN
+    }
+    if (lane < k) {
+        if (!r.given) *r.ids.at<int>(lane, token, 0, 0) = id;
+        *r.weights.at<float>(lane, token, 0, 0) = mine * by + r.b;
+    }
+}
