@@ -65,11 +65,12 @@ class Fused(CudaStep):
     workspace  as in Step
     at         the node whose place in the order the step takes, if not the last one
     fixed      whether `record` can also write the result in fixed point, to call["fixed"]
+    quantized  a node that `record` reads in fixed point, as call["fixed"]
     recompute  nodes that each fused reader computes for itself. If any reader cannot, they are
                computed once and stored, for all readers
     """
 
-    __slots__ = ("at", "fixed", "recompute")
+    __slots__ = ("at", "fixed", "quantized", "recompute")
 
     def __init__(
         self,
@@ -83,6 +84,7 @@ class Fused(CudaStep):
         workspace: int = 0,
         at: Node | None = None,
         fixed: bool = False,
+        quantized: Node | None = None,
         recompute: tuple[Node, ...] = (),
     ) -> None:
         super().__init__(
@@ -90,6 +92,7 @@ class Fused(CudaStep):
             results=results, inplace=inplace, scratch=scratch, workspace=workspace,
         )  # fmt: skip
         self.at, self.fixed, self.recompute = at or nodes[-1], fixed, recompute
+        self.quantized = quantized
 
 
 class Run:
@@ -131,6 +134,20 @@ class Run:
             other.op.writes is not None and other not in inside and other.root in states
             for other in self.nodes[first : last + 1]
         )
+
+
+def paired(
+    steps: Sequence[CudaStep], pair: Callable[[CudaStep, CudaStep], CudaStep | None]
+) -> Iterator[CudaStep]:
+    """The steps, with a step and the one right behind it as one where `pair` makes one of them."""
+    before: CudaStep | None = None
+    for step in steps:
+        both = None if before is None else pair(before, step)
+        if both is None and before is not None:
+            yield before
+        before = both or step
+    if before is not None:
+        yield before
 
 
 def behind_reshapes(node: Node) -> Node:

@@ -7,6 +7,7 @@ from typing import Any
 
 from pyggml import ops
 from pyggml.backends.cuda import table
+from pyggml.backends.cuda.attention.absorb import with_rows
 from pyggml.backends.cuda.fusion import CudaStep, Fused, covered
 from pyggml.backends.cuda.launch import WORKSPACE
 from pyggml.backends.cuda.linear.joined import join
@@ -31,7 +32,7 @@ def lower(nodes: Sequence[Node], keep: Collection[Node], fuse: bool = True) -> l
         return [step_of(node) for node in nodes]
     parts = covered(nodes, keep, PATTERNS)
     steps = [*prepare_once([p if isinstance(p, Fused) else step_of(p) for p in parts])]
-    return [*timely(spaced([*gather([*join(steps)], keep)]))]
+    return [*timely(spaced([*gather([*with_rows([*join(steps)])], keep)]))]
 
 
 def spaced(steps: list[CudaStep]) -> list[CudaStep]:

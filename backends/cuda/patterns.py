@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pyggml import ops
+from pyggml.backends.cuda.attention.absorb import absorbed
 from pyggml.backends.cuda.attention.flash import causal_attention
 from pyggml.backends.cuda.attention.joint import joint_attention
 from pyggml.backends.cuda.attention.latent_row import latent_row
@@ -13,6 +14,7 @@ from pyggml.backends.cuda.fusion import Pattern
 from pyggml.backends.cuda.hyper_norm import norm_after_post, norm_of_streams
 from pyggml.backends.cuda.moe import sum_and_more
 from pyggml.backends.cuda.moe_routing import route
+from pyggml.backends.cuda.moe_token import experts_of_token
 from pyggml.backends.cuda.norm import norm_times_row, norm_with_row, sum_norm_times_row
 from pyggml.backends.cuda.norm_rope import norm_rope, norm_rope_into_rows
 from pyggml.backends.cuda.rope import rope_into_rows
@@ -36,7 +38,9 @@ PATTERNS: tuple[Pattern, ...] = (
     (sum_norm_times_row, (ops.mul,)),
     (norm_times_row, (ops.mul,)),
     (norm_with_row, (ops.add, ops.mul)),
+    (experts_of_token, (ops.add, ops.mul_multi_add)),
     (sum_and_more, (ops.add,)),
+    (absorbed, (ops.concat,)),
     (route, (ops.scale, ops.div, ops.get_rows)),
     (causal_attention, (ops.flash_attn_ext,)),
     (softmax_attention, (ops.mul_mat,)),

@@ -15,6 +15,7 @@ from pyggml.ops import (
     cast,
     causal_mask,
     clamp,
+    concat,
     cont,
     div,
     dsv4_hc_maps,
@@ -22,10 +23,14 @@ from pyggml.ops import (
     dsv4_hc_pre,
     fill,
     flash_attn_ext,
+    fused_up_gate,
     get_rows,
+    grouped_topk,
     merge_lse,
+    moe_up_gate,
     mul,
     mul_mat,
+    mul_mat_id,
     mul_multi_add,
     permute,
     relu,
@@ -34,9 +39,11 @@ from pyggml.ops import (
     rope_ext,
     scale,
     set_rows,
+    sigmoid,
     soft_max,
     sub,
     sum_rows,
+    top_k,
     view,
 )
 from pyggml.ops.leaf import input as input_
@@ -236,6 +243,76 @@ def attention_to_both(
     return m.done(y=scale(rope_ext(y, pos, n_dims=64, offset=448, back=True), s=1.0))
 
 
+def experts_of_token(
+    m: Maker,
+    type: str = "iq4_nl",
+    n_ff: int = 512,
+    n_shared: int = 0,
+    grouped: bool = False,
+    kept: bool = False,
+) -> Pattern:
+    """The experts of one token, some with shared experts: routing by softmax behind the norm of a
+    sum that is added again, or by groups with a bias and weights that are normalized, and clamped
+    gates. kept: the sum is an output, too, and the normed row a part of a concat, which begins
+    anywhere.
+
+    Lanes of `down` have one to three groups; its last tile of rows may not be full.
+    """
+    k, n, used, limit = 1056, 12, 6, 3.0 if grouped else None
+    rows = 84 if grouped else k
+    h = x = m.floats("x", k, 1)
+    if not grouped:
+        h = add(x, m.floats("o", k, 1))
+        x = mul(rms_norm(h, eps=1e-6), m.floats("norm", k))
+    scores = mul_mat(m.weight("router", k, n), x, prec="f32")
+    probs = sigmoid(scores) if grouped else soft_max(scores)
+    if grouped:
+        ids = grouped_topk(
+            add(probs, m.weight("bias", n)), n_group=4, n_group_used=3, n_top=2, k=used
+        )
+        shares = reshape(get_rows(reshape(probs, ne=(1, n, 1)), ids), ne=(used, 1))
+        total = clamp(sum_rows(shares), min=6e-5, max=float("inf"))
+        shares = scale(reshape(div(shares, total), ne=(1, used, 1)), s=2.5)
+    else:
+        ids = top_k(probs, k=used)
+        shares = get_rows(reshape(probs, ne=(1, n, 1)), ids)
+    up, gate = (m.weight(name, k, n_ff, n, type=type) for name in ("up", "gate"))
+    hidden = moe_up_gate(up, gate, reshape(x, ne=(k, 1, 1)), ids, limit=limit)
+    y = mul_multi_add(mul_mat_id(m.weight("down", n_ff, rows, n, type=type), hidden, ids), shares)
+    if n_shared:
+        up, gate = (m.weight(f"{name}_s", k, n_shared, type="q8_0") for name in ("up", "gate"))
+        hidden = fused_up_gate(up, gate, x, limit=limit)
+        y = add(y, mul_mat(m.weight("down_s", n_shared, rows, type="q8_0"), hidden))
+    more = {"h": scale(h, s=2.0), "x": concat(m.floats("one", 1, 1), x, dim=0)} if kept else {}
+    return m.done(y=y if grouped else add(h, y), **more)
+
+
+def absorbed_queries(
+    m: Maker, type: str = "f16", weights: str = "iq4_nl", kept: bool = False
+) -> Pattern:
+    """Queries for latent attention to one token, and the row of the cache behind them; kept: the
+    rotated queries, too, so that nothing is fused."""
+    heads, n_nope, n_rot, n_c = 3, 160, 32, 96
+    pos = _ids(m, "pos", 7)
+    q = reshape(mul_mat(m.weight("q", 64, heads * (n_nope + n_rot)), m.floats("x", 64, 1)),
+                ne=(n_nope + n_rot, heads, 1))  # fmt: skip
+    turned = rope_ext(q, pos, n_dims=n_rot, offset=n_nope)
+    q = permute(turned, axes=(0, 2, 1, 3))
+    nope = view(q, ne=(n_nope, 1, heads))
+    rope = view(q, ne=(n_rot, 1, heads), start=(n_nope,))
+    queries = concat(mul_mat(m.weight("w", n_nope, n_c, heads, type=weights), nope), rope, dim=0)
+    kv = m.floats("kv", n_c + n_rot, 1)
+    c = mul(rms_norm(view(kv, ne=(n_c, 1)), eps=1e-6), m.weight("norm", n_c))
+    k = reshape(view(kv, ne=(n_rot, 1), start=(n_c,)), ne=(n_rot, 1, 1))
+    k = reshape(rope_ext(k, pos, n_dims=n_rot), ne=(n_rot, 1))
+    cache = state("cache", type, ne=(n_c + n_rot, 8))
+    cache = set_rows(cache, concat(c, k, dim=0), _ids(m, "ids", 5))
+    rows = get_rows(cache, _ids(m, "rows", 0, 5))
+    more = {"turned": scale(turned, s=1.0)} if kept else {}
+    row = view(rows, ne=(n_c + n_rot, 1), start=(0, 1))  # so what reads the queries comes behind it
+    return m.done(queries=add(queries, row), rows=scale(rows, s=1.0), **more)
+
+
 PATTERNS: dict[str, Callable[[Maker], Pattern]] = {
     "norm_and_rope": norm_and_rope,
     "norm_rope_row_f16": partial(_norm_rope_row, type="f16", mode="normal"),
@@ -255,4 +332,10 @@ PATTERNS: dict[str, Callable[[Maker], Pattern]] = {
     "hyper_connections_of_tokens": partial(hyper_connections, n=64, hc=2, n_tokens=T),
     "hyper_connections_of_three": partial(hyper_connections, n=4160, hc=3),
     "compressor_waiting": partial(_compressor, row=-1),
+    "experts_of_token": partial(experts_of_token, n_shared=1056),
+    "experts_of_token_alone": partial(experts_of_token, type="q8_0", n_ff=64, kept=True),
+    "experts_of_token_grouped": partial(experts_of_token, type="q5_0", n_shared=96, grouped=True),
+    "absorbed_queries": absorbed_queries,
+    "absorbed_queries_q8_0": partial(absorbed_queries, type="q8_0", weights="q8_0"),
+    "absorbed_queries_kept": partial(absorbed_queries, kept=True),
 }

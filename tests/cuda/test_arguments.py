@@ -18,12 +18,13 @@ from pyggml.backends.cuda import (
     hyper_norm,
     indexer,
     moe_routing,
+    moe_token,
     rope,
     small,
     softmax,
 )
 from pyggml.backends.cuda.argument import Struct, Tensor, pack
-from pyggml.backends.cuda.attention import arguments, joint, latent_row, parts
+from pyggml.backends.cuda.attention import absorb, arguments, joint, latent_row, parts
 from pyggml.backends.cuda.device import tensormap
 from pyggml.backends.cuda.device.compiler import KERNELS
 from pyggml.backends.cuda.linear import blocks, common, joined, ring
@@ -57,7 +58,11 @@ STRUCTS: tuple[tuple[type[Struct], str, str], ...] = (
     (joined.Joined, "linear_vec.cu", "Joined<InTiles>"),
     (ring.RingArgument, "linear_ring.cu", "RingArgument"),
     (latent_row.LatentRow, "include/latent_row.cuh", "LatentRow"),
+    (absorb.Absorb, "absorb.cu", "Absorb"),
     (moe_routing.Route, "include/route.cuh", "Route"),
+    (moe_token.Router, "moe_token.cu", "Router"),
+    (moe_token.Chosen, "moe_token.cu", "Chosen"),
+    (moe_token.Sums, "moe_token.cu", "Sums"),
 )
 PRELUDE = """
 #include <cstddef>

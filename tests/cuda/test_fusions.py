@@ -28,6 +28,10 @@ FIXED = HYPER.replace("rms_norm mul", "rms_norm fixed_point mul").replace(
 )
 SCORES = "mul_mat soft_max_ext mul_mat"
 BOTH = "flash_attn_ext flash_attn_ext merge_lse rope_ext"
+SOFTMAX = "mul_mat soft_max_ext top_k get_rows"
+SIGMOID = "mul_mat sigmoid add grouped_topk get_rows sum_rows clamp div scale"
+EXPERTS = "moe_up_gate mul_mat_id"
+FIXED_NORM = "add rms_norm fixed_point mul"
 #: The ops of each step that has several.
 FUSED = {
     "norm_and_products": ["add rms_norm fixed_point mul", "add rms_norm mul"],
@@ -80,6 +84,14 @@ FUSED = {
         ]
         for kind in ("", "_of_tokens", "_of_three")
     },
+    "experts_of_token": [
+        FIXED_NORM,
+        f"{SOFTMAX} {EXPERTS} fused_up_gate mul_mat mul_multi_add add add",
+    ],
+    "experts_of_token_alone": [FIXED_NORM, f"{SOFTMAX} {EXPERTS} mul_multi_add add"],
+    "experts_of_token_grouped": [f"{SIGMOID} {EXPERTS} fused_up_gate mul_mat mul_multi_add add"],
+    **{f"absorbed_queries{kind}": [f"rope_ext mul_mat concat {ROW}"] for kind in ("", "_q8_0")},
+    "absorbed_queries_kept": [ROW],
     "gated": ["silu mul", "relu mul"],
     "turned_f16": ["rope_ext set_rows"],
     "turned_bf16": ["rope_ext set_rows"],

@@ -10,7 +10,7 @@ from pyggml.backends.cuda.launch import Launch
 from tools.launches import KINDS, launches_of, layer_launches
 
 #: Launches of a token at 8192 rows.
-LAUNCHES = {"window": 22, "ratio_4": 28, "ratio_128": 22, "v32": 30, "glm_5": 30}
+LAUNCHES = {"window": 22, "ratio_4": 28, "ratio_128": 22, "v32": 21, "glm_5": 21, "v2_lite": 11}
 
 
 def names(kind: str) -> list[str]:

@@ -114,6 +114,14 @@ def needs_of(node: Node) -> Iterator[Need]:
             yield Need(halves, _rows_of(node["b"]), ("half", kinds.pop()))
 
 
+def _needs(step: CudaStep) -> Iterator[Need]:
+    """What the step reads: products of a pattern read what it says."""
+    if len(step.nodes) == 1:
+        yield from needs_of(step.node)
+    elif isinstance(step, Fused) and step.quantized is not None:
+        yield Need(fixed_point, _groups_of(step.quantized), ("levels", 2))
+
+
 def _rows_of(b: Node) -> Node:
     """The node whose rows b views unchanged."""
     while b.op is ops.reshape and b["a"].ne[0] == b.ne[0]:
@@ -141,18 +149,20 @@ def prepare_once(steps: Sequence[CudaStep]) -> Iterator[CudaStep]:
     If the step that computes b can also write it in fixed point, it does, even for one product.
     """
     run = next(_runs)
-    needs = {step: list(needs_of(step.node)) for step in steps if len(step.nodes) == 1}
+    needs = {step: list(_needs(step)) for step in steps}
     readers = Counter(need for own in needs.values() for need in own)
+    needed = {need for step, own in needs.items() if len(step.nodes) > 1 for need in own}
     prepared: dict[Need, Node] = {}
-    for step in steps:
+    for original in steps:
+        step = original
         if isinstance(step, Fused) and step.fixed:
             need = Need(fixed_point, step.node, ("levels", 2))
             if need in readers:
                 prepared[need] = need.node(run)
                 step = _leaving(step, prepared[need])
-        own = needs.get(step, [])
+        own = needs[original]
         for need in own:
-            if need not in prepared and readers[need] > 1:
+            if need not in prepared and (readers[need] > 1 or need in needed):
                 node = prepared[need] = need.node(run)
                 operands = {name: need.source for name in node.op.operands}
                 yield CudaStep((node,), operands, _RECORDS[need.op])
@@ -169,11 +179,16 @@ def _leaving(step: CudaStep, fixed: Node) -> CudaStep:
     )  # fmt: skip
 
 
-def _reading(product: CudaStep, prepared: Sequence[Node]) -> CudaStep:
-    """The product, with what is prepared as additional operands and not in its scratch."""
+def _reading(step: CudaStep, prepared: Sequence[Node]) -> CudaStep:
+    """The step, with what is prepared as additional operands and, for a product, not in its
+    scratch."""
     if not prepared:
-        return product
-    operands = {**product.operands, **{_NAMES[node.op]: node for node in prepared}}
-    spared = sum(aligned(node.spec.nbytes) for node in prepared) * len(product.node.op.weights)
-    scratch = product.scratch - spared
-    return CudaStep(product.nodes, operands, product.record, scratch=scratch)
+        return step
+    operands = {**step.operands, **{_NAMES[node.op]: node for node in prepared}}
+    if len(step.nodes) > 1:
+        return CudaStep(
+            step.nodes, operands, step.record,
+            results=step.results, inplace=step.inplace, scratch=step.scratch,
+        )  # fmt: skip
+    spared = sum(aligned(node.spec.nbytes) for node in prepared) * len(step.node.op.weights)
+    return CudaStep(step.nodes, operands, step.record, scratch=step.scratch - spared)

@@ -84,6 +84,12 @@ struct alignas(sizeof(T) * V) Pack {
     T v[V];
 };
 
+// Four adjacent numbers. A part of a concat may begin anywhere.
+__device__ __forceinline__ Pack<float, 4> four_at(const float* at) {
+    if ((size_t)at % 16 == 0) return *(const Pack<float, 4>*)at;
+    return {{at[0], at[1], at[2], at[3]}};
+}
+
 // -- over a warp and a block ------------------------------------------------------------------------
 
 struct Sum {

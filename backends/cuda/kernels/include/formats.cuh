@@ -238,6 +238,14 @@ struct Row {
         if constexpr (F::high == 8) bits = ((const uint2*)high)[group * 8];
         return bits;
     }
+    // Fetches what `load_group` reads into L2.
+    __device__ __forceinline__ void fetch(int group) const {
+        for (int run = 0; run < F::code_runs; ++run)
+            fetch_early(codes + (group * F::code_runs + run) * 8);
+        if constexpr (F::code_runs == 0) fetch_early((const char*)codes + group * 8 * F::code_bytes);
+        if constexpr (F::high > 0) fetch_early(high + group * 8 * F::high);
+        if constexpr (F::scale_bytes > 0) fetch_early(scales + group * 8 * F::scale_bytes);
+    }
     __device__ __forceinline__ RawScale scale(int group) const {
         return {load_small<F::scale_bytes>(scales, group * 8),
                 load_small<F::super_bytes>(supers, group / F::block_groups * 8)};

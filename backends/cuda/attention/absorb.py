@@ -1,0 +1,151 @@
+"""Queries for latent attention to one token: products, rotation, concat, and beside them the row of
+the cache, as one step."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from pyggml import ops
+from pyggml.backends.cuda.argument import Struct
+from pyggml.backends.cuda.attention.latent_row import NO_ROW, RecordRow, row_bytes
+from pyggml.backends.cuda.fusion import CudaStep, Fused, Run, paired
+from pyggml.backends.cuda.geometry import ROWS, blocks_for
+from pyggml.backends.cuda.launch import Call
+from pyggml.backends.cuda.linear.blocks import cpp_format, fixed_bytes, weights_of
+from pyggml.backends.cuda.linear.common import in_blocks
+from pyggml.backends.cuda.rope import Rope, constants
+from pyggml.dtypes import F32
+from pyggml.node import Attrs, Node
+from pyggml.ops.leaf import constant_op
+
+FILE = "absorb.cu"
+#: Rows of a block: a tile of 8 for each of its 8 warps.
+BLOCK = 64
+#: The most elements of a head that are rotated: a pair for each lane of a warp.
+MOST_TURNED = 64
+#: The C++ types of cache rows; `q8_0` alone is a type of weights in that kernel.
+_ROW_TYPES = {**ROWS, "q8_0": "file::q8_0"}
+
+
+class Absorb(Struct):
+    """The struct `Absorb` of absorb.cu."""
+
+    _fields_ = (
+        ("q", ctypes.c_uint64),
+        ("out", ctypes.c_uint64),
+        ("q_step", ctypes.c_int64),
+        ("out_step", ctypes.c_int64),
+        ("pos", ctypes.c_uint64),
+        ("rope", Rope),
+        *((name, ctypes.c_int32) for name in ("n_nope", "n_c", "n_rot", "parts")),
+    )
+
+
+def absorbed(node: Node, run: Run) -> Fused | None:
+    """concat(w q_nope, q_rope): one token's queries, of which the last part is rotated."""
+    if node.attrs["dim"] != 0 or node["a"].op is not ops.mul_mat:
+        return None
+    product, rotated = node["a"], node["b"].base
+    w, nope = product["a"], product["b"]
+    if rotated.op is not ops.rope_ext or nope.base is not rotated or rotated.dtype is not F32:
+        return None
+    if not run.only(product, node) or not run.only(rotated, product, node):
+        return None
+    attrs, (n, heads, n_tokens, n3) = rotated.attrs, rotated.ne
+    n_nope, n_rot = attrs["offset"], attrs["n_dims"]
+    fits = (
+        n_tokens == n3 == 1
+        and n == n_nope + n_rot
+        and n_rot <= MOST_TURNED
+        and w.ne == (n_nope, product.ne[0], heads, 1)
+        and _is_part(nope, rotated, 0, n_nope)
+        and _is_part(node["b"], rotated, n_nope, n_rot)
+        and node.dtype is product.dtype is F32
+        and product.attrs["prec"] != "f32"
+        and in_blocks(w.dtype)
+        and w.root.op is constant_op
+        and rotated.get("freq_factors") is None
+        and rotated["a"].nb[0] == 4
+    )
+    if not fits:
+        return None
+    reads = {"w": w, "q": rotated["a"], "pos": rotated["pos"]}
+    return Fused((rotated, product, node), reads, RecordAbsorb(attrs))
+
+
+def _is_part(view: Node, rotated: Node, start: int, n: int) -> bool:
+    """Whether the view is elements start .. start + n of each head of one token."""
+    offset, node = 0, view
+    while node is not rotated:
+        offset, node = offset + node.offset, node.src[0] or rotated
+    heads = rotated.ne[1]
+    return (
+        offset == 4 * start
+        and view.ne == (n, 1, heads, 1)
+        and view.nb[0] == 4
+        and view.nb[2] == rotated.nb[1]
+    )
+
+
+@dataclass(frozen=True)
+class RecordAbsorb:
+    """Records the launch; row: that of the cache's row, which the same launch writes."""
+
+    rope: Attrs
+    row: RecordRow | None = None
+
+    def __call__(self, call: Call) -> None:
+        w, q, out = call["w"], call["q"], call.get("queries") or call.out
+        parts, heads = blocks_for(w.ne[1], BLOCK), w.ne[2]
+        shared, row, row_type = fixed_bytes((w.ne[0], 1, 1, 1), 2), NO_ROW, "void"
+        if self.row is not None:
+            cache, c, k = call.out, call["c"], call["k"]
+            shared, row_type = max(shared, row_bytes(c, k)), _ROW_TYPES[cache.dtype.name]
+            row = self.row.argument(cache, lambda n: call["row_pos" if n == "pos" else n])
+        neox = str(self.rope["mode"] == "neox").lower()
+        call.launch(
+            FILE,
+            f"absorb<{cpp_format(w)}, {neox}, {row_type}>",
+            grid=heads * parts + (self.row is not None),
+            block=256,
+            args=[
+                weights_of(w),
+                Absorb(
+                    q=q.ptr,
+                    out=out.ptr,
+                    q_step=q.nb[1],
+                    out_step=out.nb[2],
+                    pos=call["pos"].ptr,
+                    rope=constants(self.rope),
+                    n_nope=w.ne[0],
+                    n_c=w.ne[1],
+                    n_rot=self.rope["n_dims"],
+                    parts=parts,
+                ),
+                row,
+            ],
+            shared=shared,
+        )
+
+
+def with_rows(steps: Sequence[CudaStep]) -> Iterator[CudaStep]:
+    """The steps, with the row of a cache in the launch of the queries right before it."""
+    return paired(steps, _joined)
+
+
+def _joined(queries: CudaStep, row: CudaStep) -> CudaStep | None:
+    if not isinstance(queries.record, RecordAbsorb) or not isinstance(row.record, RecordRow):
+        return None
+    if row.operands["c"].ne[1] != 1 or row.record.neox != (queries.record.rope["mode"] == "neox"):
+        return None
+    if any(read.base in queries.nodes for read in row.reads):
+        return None
+    operands = {"row_pos" if name == "pos" else name: node for name, node in row.operands.items()}
+    return CudaStep(
+        (*queries.nodes, *row.nodes),
+        {**queries.operands, **operands},
+        RecordAbsorb(queries.record.rope, row.record),
+        results={"queries": queries.node},
+    )

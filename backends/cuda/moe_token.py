@@ -1,0 +1,309 @@
+"""The experts of one token: routing, up and gate, down, and the shared experts, as one step.
+
+It has three launches (kernels/moe_token.cu). What they hand on is in scratch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from pyggml import ops
+from pyggml.backends.cuda.argument import Argument, Struct, Tensor
+from pyggml.backends.cuda.fusion import Fused, Run, behind_reshapes
+from pyggml.backends.cuda.geometry import blocks_for
+from pyggml.backends.cuda.launch import ABSENT, Call, Operand
+from pyggml.backends.cuda.linear.blocks import cpp_format, fixed_bytes, weights_of
+from pyggml.backends.cuda.linear.common import ACT, aligned, dense, in_blocks
+from pyggml.backends.cuda.moe import sums
+from pyggml.backends.cuda.moe_routing import (
+    MOST,
+    MOST_USED,
+    Route,
+    Routing,
+    argument,
+    routing_of,
+    shared_bytes,
+)
+from pyggml.backends.cuda.weights.formats import FORMATS
+from pyggml.dtypes import F32, I32
+from pyggml.node import Attrs, Node
+from pyggml.ops.leaf import constant_op
+
+FILE = "moe_token.cu"
+#: Rows of up and gate that a block computes, and rows of a tile.
+GROUP, TILE = 32, 8
+#: Warps on 132 multiprocessors that read as fast as the memory can, and the most of a block.
+WARPS, MOST_WARPS = 4224, 16
+
+
+class Router(Struct):
+    """The struct `Router` of moe_token.cu."""
+
+    _fields_ = (
+        ("w", Tensor),
+        ("x", ctypes.c_uint64),
+        ("scores", ctypes.c_uint64),
+        ("route", Route),
+    )
+
+
+class Chosen(Struct):
+    """The struct `Chosen` of moe_token.cu."""
+
+    _fields_ = (
+        ("x", ctypes.c_uint64),
+        ("ids", ctypes.c_uint64),
+        ("shares", ctypes.c_uint64),
+        ("used", ctypes.c_int32),
+        ("experts", ctypes.c_int32),
+    )
+
+
+class Sums(Struct):
+    """The struct `Sums` of moe_token.cu."""
+
+    _fields_ = tuple((name, ctypes.c_uint64) for name in ("out", "plus", "plus2"))
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """What a match is made of.
+
+    hidden  moe_up_gate of the chosen experts; shared: fused_up_gate of the shared ones, if any
+    """
+
+    routing: Routing
+    hidden: Node
+    shared: Node | None
+
+    @property
+    def used(self) -> int:
+        return self.hidden.ne[1]
+
+
+def experts_of_token(node: Node, run: Run) -> Fused | None:
+    """mul_multi_add(down moe_up_gate(x)), with its routing, + shared experts + c + d."""
+    match = sums(node, run, 2)
+    if match is None:
+        return None
+    (total, *additions), more = match
+    product = total["a"]
+    if product.op is not ops.mul_mat_id or product["b"].op is not ops.moe_up_gate:
+        return None
+    hidden, shares = product["b"], behind_reshapes(total["b"])
+    routing = routing_of(shares, run)
+    if routing is None or routing.given or routing.scores.op is not ops.mul_mat:
+        return None
+    scores, x = routing.scores, behind_reshapes(routing.scores["b"])
+    shared = next((n for n in more if _shared_of(n, x) is not None), None)
+    inner = None if shared is None else _shared_of(shared, x)
+    nodes = tuple(
+        n
+        for n in (scores, *routing.nodes, hidden, product, inner, shared, total, *additions)
+        if n is not None
+    )
+    plus = [n for n in more if n is not shared]
+    if not all(run.only(n, *nodes) for n in nodes[:-1]) or len(plus) > 2:
+        return None
+    if not _fits(scores, routing, hidden, product, x) or not all(_is_row(n) for n in (*plus, node)):
+        return None
+    reads = {
+        "router": scores["a"], "x": x, "up": hidden["up"], "gate": hidden["gate"],
+        "down": product[product.op.weights[0]],
+        **dict(zip(("plus", "plus2"), plus)),
+    }  # fmt: skip
+    if routing.bias is not None:
+        reads["bias"] = routing.bias
+    if shared is not None and inner is not None:
+        reads |= {
+            "shared_up": inner["up"],
+            "shared_gate": inner["gate"],
+            "shared_down": shared["a"],
+        }
+    token = Token(routing, hidden, inner)
+    return Fused(
+        nodes,
+        reads,
+        partial(_record, token=token),
+        inplace=tuple(plus),
+        scratch=sum(_sizes(token)),
+        quantized=x,
+    )
+
+
+def _shared_of(node: Node, x: Node) -> Node | None:
+    """fused_up_gate(x) if the node is a product of it."""
+    if node.op is not ops.mul_mat or node["b"].op is not ops.fused_up_gate:
+        return None
+    inner = node["b"]
+    weights = (inner["up"], inner["gate"], node["a"])
+    fits = behind_reshapes(inner["b"]) is x and _is_few(node) and _is_few(inner)
+    return inner if fits and _alike(*weights) and inner.ne[0] % GROUP == 0 else None
+
+
+def _is_few(node: Node) -> bool:
+    return node.dtype is F32 and node.attrs["prec"] != "f32"
+
+
+def _alike(up: Node, gate: Node, down: Node) -> bool:
+    """Whether these are constant weights of blocks, and up and gate can be one product."""
+    weights = (up, gate, down)
+    return up.dtype is gate.dtype and all(
+        in_blocks(w.dtype) and w.root.op is constant_op for w in weights
+    )
+
+
+def _is_row(node: Node) -> bool:
+    return node.dtype is F32 and node.ne[0] == node.spec.elements and node.contiguous
+
+
+def _fits(scores: Node, routing: Routing, hidden: Node, product: Node, x: Node) -> bool:
+    router, ids, n = scores["a"], routing.ids, scores.ne[0]
+    bias = routing.bias
+    return (
+        _is_row(x)
+        and _is_row(scores)
+        and router.dtype is F32
+        and router.root.op is constant_op
+        and router.contiguous
+        and router.ne[0] % 4 == 0
+        and ids.dtype is I32
+        and n <= MOST
+        and ids.ne == (hidden.ne[1], 1, 1, 1)
+        and ids.ne[0] <= MOST_USED
+        and behind_reshapes(hidden["b"]) is x
+        and hidden["ids"] is ids
+        and product["ids"] is ids
+        and hidden["up"].ne[2] == product[product.op.weights[0]].ne[2] == n
+        and _is_few(hidden)
+        and _is_few(product)
+        and hidden.ne[0] % GROUP == 0
+        and _alike(hidden["up"], hidden["gate"], product[product.op.weights[0]])
+        and (bias is None or (bias.dtype is F32 and bias.contiguous))
+    )
+
+
+# -- launches -------------------------------------------------------------------------------------
+
+
+def _sizes(token: Token) -> tuple[int, ...]:
+    """Bytes of scratch: scores, ids, shares, and the groups of experts and shared experts."""
+    n_ff, used = token.hidden.ne[:2]
+    shared = 0 if token.shared is None else fixed_bytes(token.shared.ne, 2)
+    sizes = (
+        4 * token.routing.scores.ne[0],
+        4 * used,
+        4 * used,
+        used * fixed_bytes((n_ff, 1, 1, 1), 2),
+    )
+    return tuple(map(aligned, (*sizes, shared)))
+
+
+class Handed(NamedTuple):
+    """What the launches hand on: addresses in scratch. groups, shared: of the experts' and of the
+    shared experts' hidden rows."""
+
+    scores: int
+    ids: int
+    shares: int
+    groups: int
+    shared: int
+
+
+def _record(call: Call, token: Token) -> None:
+    handed = Handed(*(call.scratch(size) for size in _sizes(token)))
+    _gate(call, token, handed)
+    up, gate, blocks = call["up"], call["gate"], call["up"].ne[1] // GROUP
+    limited, limit = _limit(token.hidden.attrs)
+    call.launch(
+        FILE,
+        f"up_gate<{cpp_format(up)}{limited}>",
+        grid=(blocks, token.used),
+        block=_threads(up, blocks * token.used),
+        args=[
+            weights_of(up, gate),
+            call["fixed"].pointer,
+            np.uint64(handed.ids),
+            np.int32(up.ne[2]),
+            np.uint64(handed.groups),
+            ACT[token.hidden.attrs["act"]],
+            *limit,
+        ],
+    )
+    _down(call, token, handed)
+
+
+def _gate(call: Call, token: Token, handed: Handed) -> None:
+    """The router, and up and gate of the shared experts."""
+    k, experts = call["router"].ne[:2]
+    shares = dense(handed.shares, (token.used, 1, 1, 1), F32)
+    ids = dense(handed.ids, (token.used, 1, 1, 1), I32)
+    router = Router(
+        w=call["router"].tensor,
+        x=call["x"].ptr,
+        scores=handed.scores,
+        route=argument(token.routing, shares, ids, call.get("bias")),
+    )
+    memory = shared_bytes(token.routing)
+    if token.shared is None:
+        threads = min(32 * MOST_WARPS, blocks_for(k, 128) * 32)
+        call.launch(FILE, "router", grid=experts, block=threads, args=[router], shared=memory)
+        return
+    up, gate, blocks = call["shared_up"], call["shared_gate"], token.shared.ne[0] // GROUP
+    limited, limit = _limit(token.shared.attrs)
+    call.launch(
+        FILE,
+        f"gate<{cpp_format(up)}{limited}>",
+        grid=experts + blocks,
+        block=_threads(up, experts + blocks),
+        args=[
+            router,
+            weights_of(up, gate),
+            call["fixed"].pointer,
+            np.uint64(handed.shared),
+            ACT[token.shared.attrs["act"]],
+            *limit,
+        ],
+        shared=memory,
+    )
+
+
+def _down(call: Call, token: Token, handed: Handed) -> None:
+    down, tiles = call["down"], blocks_for(call["down"].ne[1], TILE)
+    chosen = Chosen(
+        x=handed.groups,
+        ids=handed.ids,
+        shares=handed.shares,
+        used=token.used,
+        experts=down.ne[2],
+    )
+    plus = {name: (call.get(name) or ABSENT).ptr for name in ("plus", "plus2")}
+    args: list[Argument] = [weights_of(down), chosen, Sums(out=call.out.ptr, **plus)]
+    name = f"down<{cpp_format(down)}>"
+    if token.shared is not None:
+        own = call["shared_down"]
+        name = f"down_shared<{cpp_format(down)}, {cpp_format(own)}>"
+        args += [weights_of(own), np.uint64(handed.shared)]
+    call.launch(FILE, name, grid=tiles, block=32 * _warps(tiles), args=args)
+
+
+def _warps(blocks: int) -> int:
+    """Warps of a block, a multiple of 4: enough that all blocks fill a GPU."""
+    return next((n for n in (16, 8) if blocks * n <= WARPS), 4)
+
+
+def _threads(up: Operand, blocks: int) -> int:
+    """Threads of a block of up and gate."""
+    form = FORMATS[up.dtype.name]
+    heavy = form.codes == 16 and form.high > 0 and form.super_ > 0  # gate_blocks in the kernel
+    return 32 * min(_warps(blocks), 8 if heavy or up.layout != "tiles8" else MOST_WARPS)
+
+
+def _limit(attrs: Attrs) -> tuple[str, list[np.float32]]:
+    limit = attrs.get("limit")
+    return ("", []) if limit is None else (", float", [np.float32(limit)])
