@@ -81,8 +81,11 @@ ABSENT = Operand(0, (1, 1, 1, 1), (0, 0, 0, 0), F32)
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One kernel launch: the instance `name` of kernels/`file`, its geometry and packed
-    arguments."""
+    """One kernel launch: the instance `name` of kernels/`file`, its geometry and packed arguments.
+
+    overlap  whether it may start before its predecessor has ended
+    early    whether it reads, before it waits, what a launch before its predecessor has written
+    """
 
     file: str
     name: str
@@ -91,6 +94,7 @@ class Launch:
     args: bytes
     shared: int = 0
     overlap: bool = False
+    early: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +189,7 @@ class Call:
         block: tuple[int, ...] | int,
         args: Sequence[Argument],
         shared: int = 0,
+        early: bool = False,
     ) -> None:
         """Record one kernel launch.
 
@@ -192,13 +197,14 @@ class Call:
         args        NumPy scalars (np.int32, np.int64, np.float32, np.uint64 for an address)
                     or Structs
         shared      bytes of dynamic shared memory
+        early       as in Launch; constant weights do not count
         """
         where = f"{self.node.op.name}: launch of {name}"
         size = _dim3(where, grid)
         if size[1] > 65535 or size[2] > 65535 or size[0] > 2**31 - 1:
             raise PyggmlError(f"{where}: the grid {size} exceeds the limits 2^31 - 1, 65535, 65535")
         launch = Launch(
-            file, name, size, _dim3(where, block), pack(args), shared, self.device.overlaps
+            file, name, size, _dim3(where, block), pack(args), shared, self.device.overlaps, early
         )
         self.records.append(launch)
 

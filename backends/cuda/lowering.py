@@ -56,12 +56,15 @@ def spaced(steps: list[CudaStep]) -> list[CudaStep]:
 
 
 def timely(steps: list[CudaStep]) -> list[CudaStep]:
-    """The steps, each knowing whether its ids may come from the launch right before."""
+    """The steps, each knowing whether its ids may be incomplete when it may start: the launch right
+    before computes them, or it is one of cuBLAS, which need not wait for those before it."""
     before: tuple[Node, ...] | None = None  # what that launch computes; unknown for the first
     for step in steps:
         ids = _ids(step)
         step.late = ids is not None and (before is None or ids in before)
-        if step.node.op not in (ops.concat, ops.cpy):  # these may launch nothing
+        if step.workspace:
+            before = None
+        elif step.node.op not in (ops.concat, ops.cpy):  # these may launch nothing
             before = step.nodes
         elif before is not None:
             before = (*before, *step.nodes)

@@ -289,7 +289,7 @@ def _down(call: Call, token: Token, handed: Handed) -> None:
         own = call["shared_down"]
         name = f"down_shared<{cpp_format(down)}, {cpp_format(own)}>"
         args += [weights_of(own), np.uint64(handed.shared)]
-    call.launch(FILE, name, grid=tiles, block=32 * _warps(tiles), args=args)
+    call.launch(FILE, name, grid=tiles, block=32 * _warps(tiles), args=args, early=True)
 
 
 def _warps(blocks: int) -> int:

@@ -5,13 +5,14 @@ The tests record every case of the parity grid.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from pyggml.backends.cuda.device.memory import operand_at
 from pyggml.backends.cuda.fusion import CudaStep
 from pyggml.backends.cuda.gpu import H200, Device
-from pyggml.backends.cuda.launch import Call, Gemm, Record
+from pyggml.backends.cuda.launch import Call, Gemm, Launch, Record
 from pyggml.backends.pieces import piece_attributes, pieces_of, view_address
 from pyggml.backends.step import Address, LoopStep, PlannedBuffer, Step, kernel_error
 from pyggml.errors import PyggmlError
@@ -35,6 +36,20 @@ def record_step(
     if isinstance(step, LoopStep):
         return list(_loop_records(step, at, scratch, device, names_only))
     return _record(step, at, step.node.attrs, device, scratch, names_only)
+
+
+def check_early(records: Sequence[Record]) -> None:
+    """PyggmlError if a launch that reads before it waits comes right behind a product by cuBLAS.
+
+    Our kernels wait for their predecessors before they let a successor start, so what was written
+    before them is complete (overlap.cuh). One of cuBLAS need not wait.
+    """
+    for before, record in pairwise(records):
+        if isinstance(record, Launch) and record.early and isinstance(before, Gemm):
+            raise PyggmlError(
+                f"{record.name} reads before it waits, right behind a product by cuBLAS; record "
+                "it with early=False, or a launch between them"
+            )
 
 
 def _record(

@@ -18,7 +18,7 @@ from pyggml.backends.cuda.device.memory import Buffer
 from pyggml.backends.cuda.device.pinned import Staging
 from pyggml.backends.cuda.launch import Gemm, Launch, Record
 from pyggml.backends.cuda.naming import kernels_of
-from pyggml.backends.cuda.recording import record_step
+from pyggml.backends.cuda.recording import check_early, record_step
 from pyggml.backends.cuda.stamps import GraphStopwatch
 from pyggml.backends.cuda.weights.borrowing import Borrowing
 from pyggml.backends.step import Address, Step, kernel_error
@@ -54,6 +54,7 @@ class CudaRunner:
                 [] if step.node in loads else record_step(step, at, memory, context.about)
             )
         records = [record for step_records in by_step for record in step_records]
+        check_early(records)
         context.load([record for record in records if isinstance(record, Launch)])
         has_gemm = any(isinstance(record, Gemm) for record in records)
         product = cublas().ready() if has_gemm else None

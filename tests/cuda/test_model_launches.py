@@ -14,7 +14,8 @@ import pyggml as gg
 from pyggml import gguf
 from pyggml.backends.cuda.gpu import H200, Device
 from pyggml.backends.cuda.launch import Gemm, Launch, Record
-from pyggml.backends.cuda.recording import record_step
+from pyggml.backends.cuda.lowering import step_of, timely
+from pyggml.backends.cuda.recording import check_early, record_step
 from pyggml.models.batch import Batch, Options
 from pyggml.models.model import Model
 from pyggml.models.presets import V2_LITE
@@ -85,6 +86,32 @@ def test_a_decode_step_is_few_launches(model: Model) -> None:
 
 def launches(model: Model) -> list[Launch]:
     return [r for r in records_of(model, 1, 1) if isinstance(r, Launch)]
+
+
+@pytest.mark.parametrize("n_tokens", (1, 2, 2048))
+def test_what_is_read_early_is_complete(model: Model, n_tokens: int) -> None:
+    records = records_of(model, n_tokens, 1)
+    check_early(records)
+    early = [r for r in records if isinstance(r, Launch) and r.early]
+    assert len(early) == {1: 1, 2: 2, 2048: 0}[n_tokens]
+    product = Gemm(1, 1, 1, (0, 0, 0), ("f32",) * 3, (1, 1, 1), (True, False), 1, (0, 0, 0))
+    for launch in early:
+        with pytest.raises(gg.PyggmlError, match="reads before it waits"):
+            check_early([product, launch])
+        check_early([product, replace(launch, early=False)])
+
+
+def test_ids_behind_a_product_of_cublas_are_waited_for() -> None:
+    """Which may start before launches ahead of it have ended."""
+    up, gate = (gg.constant(np.ones((8, 32, 64)), dtype="q8_0", name=n) for n in ("up", "gate"))
+    w, b = gg.constant(np.ones((64, 64), "f4"), name="w"), gg.input("b", ne=(64, 64))
+    ids = gg.top_k(gg.soft_max(gg.input("scores", ne=(8, 2))), k=3)
+    experts = gg.moe_up_gate(up, gate, gg.input("x", ne=(64, 1, 2)), ids)
+    chosen, few, many = map(step_of, (ids, gg.relu(b), gg.mul_mat(w, b)))
+    assert many.workspace and not few.workspace
+    for between, late in ((few, False), (many, True)):
+        assert timely([chosen, between, step := step_of(experts)])[-1] is step
+        assert step.late == late
 
 
 def test_a_prompt_prepares_once_what_several_products_read(model: Model) -> None:

@@ -89,6 +89,7 @@ def vec(
                 *limit,
             ],
             shared=columns.shared,
+            early=not late,
         )
 
 
