@@ -222,6 +222,39 @@ class KeepsDecoded(Protocol):
         """`weight_layout` for that; plain for a constant that it cannot or need not decode."""
 
 
+class Peers(Protocol):
+    """The other processes of a run, as a backend sees them."""
+
+    def gather(self, text: str) -> list[str]:
+        """The texts of all processes, by rank. All call it."""
+
+    def look(self) -> None:
+        """An error if one of them has failed; to be called while this process waits."""
+
+
+@runtime_checkable
+class Joins(Protocol):
+    """A backend whose devices take collectives together: each has a joint node (joint.py), and a
+    library brings the parts of the others."""
+
+    def joins(self, node: Node) -> bool:
+        """Whether its devices take this joint node. Needs no device."""
+
+    def sends(self) -> bool:
+        """Whether copies between its devices are such steps, too. Needs no device."""
+
+    def connect(self, devices: Sequence[Backend], index: int | None, peers: Peers | None) -> None:
+        """Prepare the joint steps of these devices, of which this is one.
+
+        index  the number of this process's device among them; None if it has none of them
+        peers  None: this process has all of them. All processes call it, in the same order
+        """
+
+    def together(self, runners: Sequence[Runner]) -> Runner:
+        """A runner of splits of several devices of this process that have joint steps of the same
+        turns."""
+
+
 @runtime_checkable
 class NamesKernels(Protocol):
     """A backend that can name the kernels of a step before it is bound. Needs no device.

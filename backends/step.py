@@ -138,6 +138,13 @@ class LoadStep(Step):
         return self.layout.nbytes
 
 
+def joint_step(node: Node) -> Step:
+    """The step of a joint node. The result is in one piece, and may take over the part of a sum."""
+    reads = tuple(part for part in node.src if part is not None)
+    inplace = tuple(part for part in reads if part.spec == node.spec)
+    return Step(node, (node,), reads, inplace=inplace, strided=False)
+
+
 def innermost(step: Step) -> list[Step]:
     """The step; for a loop, the steps of one piece of each body."""
     if not isinstance(step, LoopStep):

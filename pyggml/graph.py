@@ -65,7 +65,8 @@ def users_of(nodes: Iterable[Node]) -> dict[Node, list[Node]]:
 class Graph:
     """Named outputs, updates, and all nodes that they need.
 
-    updates  handles of writes to make even though no output depends on them
+    updates  handles of writes to make even though no output depends on them, and steps that other
+             devices take together with this one
     nodes    sorted: each node comes after its sources
     """
 
@@ -83,7 +84,7 @@ class Graph:
             if not isinstance(node, Node) or not isinstance(key, str):
                 raise DTypeError(f"outputs are a dict of names to nodes; got {key!r}: {node!r}")
         for node in self.updates:
-            if not isinstance(node, Node) or node.op.writes is None:
+            if not isinstance(node, Node) or (node.op.writes is None and not node.op.joint):
                 raise GraphError(
                     f"updates are the handles that set_rows or cpy returned; got {node!r}"
                 )

@@ -41,6 +41,7 @@ class Op(Generic[P]):
     linear   operands in which the op is linear together, while the others are fixed: applied to
              the parts of a sum, it gives the parts of a sum
     leaf     an op without operands; every call makes a new node
+    joint    several devices take a step of this op together, so none may leave it out
     parts    for an op that only gathers its operands: `parts(node)` returns where in the result
              each operand starts
     cost     the cost rule; see `Op.cost`
@@ -58,6 +59,7 @@ class Op(Generic[P]):
         weights: tuple[str, ...] = (),
         linear: tuple[str, ...] = (),
         leaf: bool = False,
+        joint: bool = False,
         parts: PartsRule | None = None,
         cost: CostRule | None = None,
         slices: SliceRule | None = None,
@@ -77,6 +79,7 @@ class Op(Generic[P]):
         self.weights = weights
         self.linear = linear
         self.leaf = leaf
+        self.joint = joint
         self.parts = parts
         self.meaning: Callable[..., Node] | None = None
         self.means_where: Callable[[Node], bool] | None = None

@@ -14,7 +14,7 @@ LAYERS = (  # a module may import from its own layer and from earlier ones
     "pyggml.errors pyggml.extras pyggml.where pyggml.renamed pyggml.words pyggml.writes",
     "pyggml.dtypes pyggml.quants pyggml.spec pyggml.traits pyggml.attributes",
     "pyggml.arithmetic pyggml.node pyggml.interning pyggml.arguments pyggml.operation",
-    "pyggml.graph pyggml.loop pyggml.transfer",
+    "pyggml.graph pyggml.loop pyggml.transfer pyggml.joint",
     "pyggml.ops",
     "pyggml.backends",
     "pyggml.passes",
@@ -25,7 +25,7 @@ LAYERS = (  # a module may import from its own layer and from earlier ones
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
 #: Modules that backends may use, next to SHARED.
 CONCRETE = {
-    "node", "operation", "loop", "transfer", "ops",
+    "node", "operation", "loop", "transfer", "joint", "ops",
     "dtypes", "quants", "errors", "extras", "spec", "traits",
 }  # fmt: skip
 #: Modules of backends/ that every backend may use.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import groupby
 from threading import RLock
 from typing import Any
 from weakref import WeakSet
@@ -21,13 +22,24 @@ from pyggml.backends.base import (
     Given,
     Kernels,
     NamesKernels,
+    Peers,
+    Runner,
     Upload,
     host_values,
 )
 from pyggml.backends.null.memory import HEADER, PRIVATE, NullBuffer, plain, private
 from pyggml.backends.null.queue import Queue
-from pyggml.backends.null.runner import NullRunner, weight_scratch
-from pyggml.backends.step import Address, Addresses, Buffer, Layouts, LoadStep, Step, WeightLayout
+from pyggml.backends.null.runner import NullRunner, Together, weight_scratch
+from pyggml.backends.step import (
+    Address,
+    Addresses,
+    Buffer,
+    Layouts,
+    LoadStep,
+    Step,
+    WeightLayout,
+    joint_step,
+)
 from pyggml.errors import DeviceError, OutOfMemoryError
 from pyggml.loop import loop_of
 from pyggml.node import Node
@@ -50,6 +62,7 @@ class NullDevice:
         self.alignment = self.host.alignment
         self.staging_bytes = self.driver_bytes = 0
         self.denied: frozenset[str] = frozenset()
+        self.joining = False  # whether it takes collectives together with others
         self.limit: int | None = None
         # Not a running total of bytes: an interrupt could leave that wrong.
         self._blocks: WeakSet[NullBuffer] = WeakSet()
@@ -70,12 +83,20 @@ class NullDevice:
             return f"{node.op.name} is on the deny list"
         return self.host.supports(node)
 
+    def joins(self, node: Node) -> bool:
+        return self.joining
+
+    def sends(self) -> bool:
+        return self.joining
+
     def numeric(self, node: Node) -> str:
         return self.host.numeric(node)
 
     def weight_layout(self, constant: Node, uses: Collection[Node]) -> WeightLayout:
         """The private layout if every use reads the whole weight, else plain."""
-        whole = all(user.op.view is None and loop_of(user) is None for user in uses)
+        whole = all(
+            user.op.view is None and loop_of(user) is None and not user.op.joint for user in uses
+        )
         if not uses or not whole:
             return WeightLayout(constant.spec.nbytes)
         return WeightLayout(HEADER + constant.spec.nbytes, PRIVATE)
@@ -87,15 +108,23 @@ class NullDevice:
         self, nodes: Sequence[Node], keep: Collection[Node], layouts: Layouts, *, fuse: bool = True
     ) -> list[Step]:
         """NumPy's steps, with scratch for plain copies of private weights."""
-        return [
-            replace(step, scratch=step.scratch + weight_scratch(step, layouts))
-            for step in self.host.lower(nodes, keep, layouts, fuse=fuse)
-        ]
+        steps: list[Step] = []
+        for joint, part in groupby(nodes, lambda node: node.op.joint):
+            if joint:
+                steps += [joint_step(node) for node in part]
+                continue
+            steps += [
+                replace(step, scratch=step.scratch + weight_scratch(step, layouts))
+                for step in self.host.lower([*part], keep, layouts, fuse=fuse)
+            ]
+        return steps
 
     def kernels_of(self, step: Step, at: Addresses, scratch: int) -> Kernels:
         """NumPy's."""
         if isinstance(step, LoadStep):
             return Kernels(("load",))
+        if step.node.op.joint:
+            return Kernels((step.node.op.name,))
         assert isinstance(self.host, NamesKernels)
         return self.host.kernels_of(step, at, scratch)
 
@@ -186,6 +215,12 @@ class NullDevice:
         copies: list[NDArray[Any]] = []  # as on a GPU, the copy reaches `target` only in a wait
         self.queue.add(lambda: copies.append(self.host.download(here, spec)))
         return _Arrival(self.queue.mark(), lambda: self.host.upload(target, spec, copies[0]))
+
+    def connect(self, devices: Sequence[Backend], index: int | None, peers: Peers | None) -> None:
+        """Nothing: all devices are in this process, also those of ranks that are threads."""
+
+    def together(self, runners: Sequence[Runner]) -> Runner:
+        return Together([r for r in runners if isinstance(r, NullRunner)])
 
     def bind(
         self, steps: Sequence[Step], at: Addresses, scratch: Buffer, scratch_at: Sequence[int]

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from time import perf_counter_ns
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pyggml.backends.base import Kernels
 from pyggml.backends.host_memory import aligned
+from pyggml.backends.null.meeting import tasks_of
 from pyggml.backends.null.memory import PRIVATE
 from pyggml.backends.step import Address, Addresses, Buffer, Layouts, LoadStep, Step
 from pyggml.backends.timing import Fastest, Stopwatch, differences
+from pyggml.joint import joint_send, rounds
 from pyggml.ops.leaf import data_of
 from pyggml.transfer import origin
 
@@ -39,21 +44,54 @@ class NullRunner:
         self.device = device
         self._steps, self._at = tuple(steps), at
         memory = device.bytes_of(scratch)
+        self.nodes = [step.node for step in steps]
         self._tasks = [
             self._load_task(step, at[step.node])
             if isinstance(step, LoadStep)
             else self._kernel_task(step, at, Address(memory, offset, (1, 1, 1, 1)))
+            if not step.node.op.joint
+            else None
             for step, offset in zip(steps, scratch_at)
         ]
 
     def run(self) -> None:
         """Queue every step."""
-        for task in self._tasks:
-            self.device.queue.add(task)
+        for index in range(len(self._tasks)):
+            self.run_step(index)
 
     def run_step(self, index: int) -> None:
         """Queue one step."""
-        self.device.queue.add(self._tasks[index])
+        task = self._tasks[index]
+        if task is None:  # the other devices are of ranks that are threads
+            take = self.meet(index)
+            self.device.queue.run_all()  # a GPU goes on while its host waits for a message
+            take()
+        else:
+            self.device.queue.add(task)
+
+    def meet(self, index: int) -> Callable[[], None]:
+        """Queue the first half of a joint step; returns a function that queues the second."""
+        node = self.nodes[index]
+        part = node.src[0] if node.src else None
+        source = None if part is None else self.device.on_host(self._at[part])
+        here, kind = self.device.on_host(self._at[node]), np.dtype(node.dtype.numpy or np.uint8)
+        if node.op is joint_send:
+            kind = np.dtype(np.uint8)
+
+        def read() -> NDArray[Any]:
+            assert source is not None and part is not None
+            start = source.offset
+            values: NDArray[Any] = source.buffer[start : start + part.spec.nbytes]
+            return values.view(kind)
+
+        def write(values: NDArray[Any]) -> None:
+            raw = values.view(np.uint8)
+            here.buffer[here.offset : here.offset + len(raw)] = raw
+
+        bring, take, announce = tasks_of(node, read, write)
+        self.device.queue.add(bring)
+        announce(self.device.queue.mark())
+        return lambda: self.device.queue.add(take)
 
     def kernels(self, index: int) -> Kernels:
         return self.device.kernels_of(self._steps[index], self._at, 0)
@@ -64,8 +102,8 @@ class NullRunner:
         def take() -> Callable[[], list[float]]:
             marks: list[int] = []
             self.device.queue.add(lambda: marks.append(perf_counter_ns()))
-            for task in self._tasks:
-                self.device.queue.add(task)
+            for index in range(len(self._tasks)):
+                self.run_step(index)
                 self.device.queue.add(lambda: marks.append(perf_counter_ns()))
             return lambda: differences(marks)
 
@@ -97,3 +135,32 @@ class NullRunner:
             runner.run()
 
         return task
+
+
+class Together:
+    """Splits of several devices of this process with joint steps of the same turns: all devices
+    queue what comes before a turn, then all bring their parts, then all take the result."""
+
+    def __init__(self, runners: Sequence[NullRunner]) -> None:
+        self._runners = runners
+
+    def run(self) -> None:
+        done = [0] * len(self._runners)
+
+        def go(number: int, end: int) -> None:
+            for index in range(done[number], end):
+                self._runners[number].run_step(index)
+            done[number] = end
+
+        for turn in rounds([runner.nodes for runner in self._runners]):
+            for number, index in turn.items():
+                go(number, index)
+            takes = [self._runners[number].meet(index) for number, index in turn.items()]
+            for take, number in zip(takes, turn):
+                take()
+                done[number] += 1
+        for number, runner in enumerate(self._runners):
+            go(number, len(runner.nodes))
+
+    def run_step(self, index: int) -> None:
+        raise AssertionError("steps of several devices have no common numbers")

@@ -7,10 +7,12 @@ from dataclasses import replace
 from pyggml.backends.base import Backend
 from pyggml.graph import Graph, rebuilt
 from pyggml.interning import inherit
+from pyggml.joint import joint_receive
 from pyggml.node import Node
 from pyggml.ops.leaf import constant_op, input_op
 from pyggml.ops.views import state_of, view, view_op
-from pyggml.passes.order import check_order
+from pyggml.passes.jointly import Meeting, Meetings, meetings
+from pyggml.passes.order import checked_order
 from pyggml.passes.work import Work, viewed
 from pyggml.transfer import transfer
 
@@ -24,13 +26,13 @@ def cross(work: Work) -> Work:
     device."""
     if not work.several:
         return work
-    check_order(work.graph)
-    crossing = _Crossing(work)
+    crossing = _Crossing(work, meetings(work, checked_order(work.graph)))
     for node in work.graph.nodes:
         if not _is_free_view(node):
             crossing.rebuild(node)
     outputs = {key: crossing.at_home(node) for key, node in work.graph.outputs.items()}
-    graph = Graph(outputs, [crossing.at_home(node) for node in work.graph.updates])
+    updates = [crossing.at_home(node) for node in work.graph.updates]
+    graph = Graph(outputs, [*updates, *crossing.unread()])
     scores = frozenset(crossing.new.get(node, node) for node in work.scores)
     return replace(work, graph=graph, homes=crossing.homes, scores=scores)
 
@@ -41,10 +43,13 @@ class _Crossing:
     homes  of new nodes
     new    old node -> new node, except views
     on     (old node, device) -> the new node that the device reads
+    met    (turn, number of a device) -> its joint node
     """
 
-    def __init__(self, work: Work) -> None:
-        self.work = work
+    def __init__(self, work: Work, meetings: Meetings) -> None:
+        self.work, self.meetings = work, meetings
+        self.met: dict[tuple[int, int], Node] = {}
+        self.sent: set[tuple[int, int]] = set()  # those whose result nobody reads
         self.homes: dict[Node, Backend] = {}
         self.new: dict[Node, Node] = {}
         self.on: dict[tuple[Node, str], Node] = {}
@@ -53,12 +58,40 @@ class _Crossing:
     def rebuild(self, node: Node) -> None:
         """Build the new form of a node that is not a view."""
         home = self.work.home(node)
+        meeting = self.meetings.collectives.get(node)
+        if meeting is not None:
+            joint = self._joint(meeting, meeting.number(home))
+            self.new[node] = inherit(meeting.shown(node, joint), node)
+            self.homes[self.new[node]] = home
+            return
         if node.op is transfer:  # of a sharded graph: each device computes the sum of all parts
             self.new[node] = self.read(node["a"], home)
             return
         src = tuple(None if s is None else self.read(s, home) for s in node.src)
         self.new[node] = inherit(rebuilt(node, src), node)
         self.homes[self.new[node]] = home
+
+    def _joint(self, meeting: Meeting, number: int) -> Node:
+        """The step of one of the devices that meet."""
+        key = (meeting.turn, number)
+        if key not in self.met:
+            part, home = meeting.parts[number], meeting.devices[number]
+            self._meet(meeting, number, self.read(part, home))
+        return self.met[key]
+
+    def _meet(self, meeting: Meeting, number: int, part: Node) -> Node:
+        joint = inherit(meeting.joint(part, number), meeting.parts[number])
+        self.homes[joint] = meeting.devices[number]
+        self.met[meeting.turn, number] = joint
+        return joint
+
+    def unread(self) -> list[Node]:
+        """The steps of devices that take part in a meeting and do not read its result."""
+        before = {key for key in self.met if key not in self.sent}
+        for meeting in dict.fromkeys(self.meetings.collectives.values()):
+            for number in range(len(meeting.parts)):
+                self._joint(meeting, number)
+        return [joint for key, joint in self.met.items() if key not in before]
 
     def at_home(self, node: Node) -> Node:
         """The new node for `node`, on the device of `node`."""
@@ -85,7 +118,7 @@ class _Crossing:
         """The view `old` of `source`, which may be a transfer of only some rows."""
         base = viewed(old)
         first, _ = self.rows.get((base, self.homes[source].device), (0, 0))
-        if source.op is not transfer or first == 0:
+        if source.op not in (transfer, joint_receive) or first == 0:
             return rebuilt(old, (source,))
         start = list(old.attrs["start"])
         start[_outermost(base)] -= first
@@ -101,6 +134,11 @@ class _Crossing:
             ne[axis], start[axis] = end - first, first
             source = view(source, ne=ne[: node.spec.rank], start=start)
             self.homes[source] = self.homes[self.new[node]]
+        meeting = self.meetings.copies.get((node, backend.device))
+        if meeting is not None:
+            self._meet(meeting, 0, source)
+            self.sent.add((meeting.turn, 0))
+            return self._meet(meeting, 1, source)
         attrs = {"to": backend.place, "resident": self._is_resident(node, backend)}
         new = transfer.make((source,), attrs, source.spec, line=False)
         self.homes[new] = backend

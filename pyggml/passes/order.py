@@ -20,6 +20,7 @@ from pyggml.graph import Graph, toposort
 from pyggml.node import Node, line_of
 from pyggml.ops.leaf import state_op
 from pyggml.ops.views import bases
+from pyggml.passes.jointly import joint_edges
 from pyggml.passes.work import Work, runs, viewed, written
 from pyggml.transfer import origin, transfer
 
@@ -32,7 +33,7 @@ def order(work: Work) -> Work:
     With several devices, each one goes on as long as it has a step that can run; what the host
     waits for comes first.
     """
-    edges = state_edges(work.graph.nodes)
+    edges = {**state_edges(work.graph.nodes), **joint_edges(work)}
     nodes = soon(work.graph, edges)
     if work.several:
         nodes = _few_switches(work, nodes, edges)
@@ -173,14 +174,16 @@ def _by_level(
     """The steps of all devices up to their first collective, then up to the next, and so on.
 
     A step is behind as many collectives as it has to wait for other devices. If each device went on
-    for as long as it can, the others would wait for all that it computes after a collective.
+    for as long as it can, the others would wait for all that it computes after a collective. Joint
+    steps do not count: the devices of one have the same level, and go on from there.
     """
     level: dict[Node, int] = {}
     places: dict[str, int] = {}
     for step in steps:
         device = device_of(step)
         places.setdefault(device, len(places))
-        level[step] = max((level[s] + (device_of(s) != device) for s in needs[step]), default=0)
+        crosses = (not step.op.joint and device_of(s) != device for s in needs[step])
+        level[step] = max((level[s] + c for s, c in zip(needs[step], crosses)), default=0)
     return sorted(steps, key=lambda step: (level[step], places[device_of(step)]))
 
 
@@ -226,12 +229,13 @@ def _awaited(needs: Mapping[Node, set[Node]], stages: Mapping[Node, int]) -> dic
     return awaited
 
 
-def check_order(graph: Graph) -> None:
-    """Check that reads and writes of states can be ordered; GraphError if not.
+def checked_order(graph: Graph) -> tuple[Node, ...]:
+    """All nodes in an order in which they can run; GraphError if reads and writes of states allow
+    none.
 
     `order` finds the same errors, but after `cross` they would name copies of the user's nodes.
     """
-    toposort(graph.roots, state_edges(graph.nodes))
+    return toposort(graph.roots, state_edges(graph.nodes))
 
 
 # -- states -----------------------------------------------------------------------------------

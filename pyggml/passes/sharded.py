@@ -21,10 +21,12 @@ from pyggml.ops.copy import cast, cont, get_rows
 from pyggml.ops.elementwise import add
 from pyggml.ops.leaf import constant, constant_op, part_of, state_op
 from pyggml.ops.merge import lse_finish, lse_sum
+from pyggml.ops.reduce import top_k
 from pyggml.ops.views import reshape, view
 from pyggml.passes.bodies import Recursive, unwound
 from pyggml.passes.chosen import choice
 from pyggml.passes.divisions import Divisions
+from pyggml.passes.jointly import taken_together
 from pyggml.passes.meanings import on_device
 from pyggml.passes.parts import (
     Family,
@@ -429,19 +431,23 @@ class Builder:
             return self.memo[key]
         whole = yield self.whole(ids, d)
         part = family[i]
-        table = np.zeros((n, 1), np.int32)
-        table[part.start :: part.step][: part.n, 0] = np.arange(1, part.n + 1)
+        # Ids of a choice are never negative. Other ids find 1 more than the rank, and 0 for none.
+        sure = ids.base.op is top_k
+        table = np.full((n, 1), -1 if sure else 0, np.int32)
+        table[part.start :: part.step][: part.n, 0] = np.arange(part.n) + (not sure)
         span = f"{part.start}+{part.n}x{part.step}"
-        ranks = self._named(constant(table, name=f"shard.local.{n}.{span}"), d)
-        minus = self._named(constant(np.full(1, -1, np.int32), name="shard.minus"), d)
+        name = f"shard.{'chosen' if sure else 'local'}.{n}.{span}"
+        ranks = self._named(constant(table, name=name), d)
         if whole.dtype.name == "i64":
             whole = self.put(cast(whole, dtype="f32"), d, ids)
             whole = self.put(cast(whole, dtype="i32"), d, ids)
         if not whole.contiguous:
             whole = self.put(cont(whole), d, ids)
         flat = self.put(reshape(whole, ne=(whole.spec.elements,)), d, ids)
-        found = self.put(get_rows(ranks, flat), d, ids)  # 1 more than the rank; 0 for none
-        local = self.put(add(found, minus), d, ids)
+        local = self.put(get_rows(ranks, flat), d, ids)
+        if not sure:
+            minus = self._named(constant(np.full(1, -1, np.int32), name="shard.minus"), d)
+            local = self.put(add(local, minus), d, ids)
         new = self.put(reshape(local, ne=ids.ne[: ids.spec.rank]), d, ids)
         self.memo[key] = new
         return new
@@ -461,9 +467,14 @@ class Builder:
         if new.op.view is not None or new.op.leaf or new in self.homes:
             return new
         backend = self.devices[d]
-        if new.op in COLLECTIVES and backend.supports(new) is not None:
-            # A meaning has no rank, so the copies make the sums of the devices different nodes.
-            new = rebuilt(new, tuple(None if s is None else self.brought(s, d) for s in new.src))
+        if new.op in COLLECTIVES:
+            together = taken_together(self, new, d, old)
+            if together is not None:
+                return together
+            if backend.supports(new) is not None:
+                # A meaning has no rank, so copies make the sums of the devices different nodes.
+                parts = (None if s is None else self.brought(s, d) for s in new.src)
+                new = rebuilt(new, tuple(parts))
         supported = on_device(new, backend, self.refused.setdefault(d, {}))
         self.expanded += supported.expanded
         stack = [supported.node]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 from time import perf_counter
 from typing import Protocol
 
-from pyggml.backends.base import Backend, Event, Runner
+from pyggml.backends.base import Backend, Event, Joins, Runner
 from pyggml.backends.step import Address, Buffer
+from pyggml.joint import cliques
 from pyggml.node import Node
 from pyggml.passes.work import Split, Work
 from pyggml.runtime.exchange import Exchange
@@ -73,6 +74,8 @@ class Execution:
                 continue
             arena = arenas[split.backend.device]
             self.runners.append(split.backend.bind(split.steps, at, arena, starts))
+        self.together = _together(self.runners, self.splits) if exchange is None else {}
+        self.last = {i: max(members) for members in self.together for i in members}
         # A backend without splits may still have uploads in its queue. One without leaves either
         # is left out: its device need not exist.
         used = [split.backend for split in self.splits] + [work.home(n) for n in work.leaves]
@@ -209,17 +212,29 @@ class Execution:
                 copied[i] = split.backend.record()
             if split.steps and split.backend.device == "host":
                 _wait(sent)
-            if watch is None:
-                self.runners[i].run()
-            else:
-                watch.compute(i)
-            if i in self.waited:
-                done[i] = split.backend.record()
+            for k in self._compute(i, watch):
+                if k in self.waited:
+                    done[k] = self.splits[k].backend.record()
             if self.exchange is not None:
                 self.exchange.after(i)
         _wait(sent)
         if self.exchange is not None:
             self.exchange.finish()
+
+    def _compute(self, i: int, watch: Watch | None) -> tuple[int, ...]:
+        """Run the steps of split `i`; return the splits that have been issued now. Those that run
+        together are issued with the last of them, when the copies of all have been."""
+        if self.last.get(i, i) > i:
+            return ()
+        members = next((each for each in self.together if i in each), (i,))
+        if watch is not None:
+            for k in members:
+                watch.compute(k)
+        elif len(members) > 1:
+            self.together[members].run()
+        else:
+            self.runners[i].run()
+        return members
 
     def _copy(self, i: int, split: Split, watch: Watch | None, sent: list[Event]) -> None:
         """Issue the split's copies from other devices.
@@ -247,6 +262,17 @@ class Execution:
                 event = watch.copy(self.first[i] + k, call, (sender, target))
             if event is not None:
                 sent.append(event)
+
+
+def _together(runners: Sequence[Runner], splits: Sequence[Split]) -> dict[tuple[int, ...], Runner]:
+    """Splits of this process that run together -> their runner."""
+    result = {}
+    for members in cliques([[step.node for step in split.steps] for split in splits]):
+        backend = splits[members[0]].backend
+        if len(members) > 1:
+            assert isinstance(backend, Joins)
+            result[members] = backend.together([runners[i] for i in members])
+    return result
 
 
 class _Elsewhere:

@@ -17,6 +17,7 @@ from pyggml.errors import DeviceError, DTypeError, OutOfMemoryError
 from pyggml.graph import Graph
 from pyggml.node import Node
 from pyggml.passes.work import Split, Work
+from pyggml.runtime.connections import connect
 from pyggml.runtime.exchange import Exchange
 from pyggml.runtime.execution import Execution, addresses
 from pyggml.runtime.inputs import Bound, Ready, together
@@ -193,10 +194,14 @@ class Plan:
         """
         ranks, work = self.store.ranks, planned.work
         build = partial(self._built, planned, bound, progress)
-        if ranks is None or self._agreed is work:
+        if ranks is None:
+            connect(work)
+            return build()
+        if self._agreed is work:
             return build()
         ranks.agree("plan", plan_text(work))
         ranks.adopt(work.shard)
+        connect(work, ranks)
         execution = ranks.together(build)
         self._agreed = work
         return execution

@@ -16,6 +16,7 @@ from typing import Any
 from pyggml.backends.base import Backend, Event, Kernels, in_host_memory
 from pyggml.backends.step import Step, own_nodes
 from pyggml.backends.timing import Stopwatch, Timeable, step_by_step
+from pyggml.errors import DeviceError
 from pyggml.node import Node, labels, line_of
 from pyggml.operation import cost_of
 from pyggml.passes.work import Work
@@ -76,6 +77,11 @@ class _Run:
 def measure(execution: Execution, give: Callable[[], None], runs: int) -> Profile:
     """Profile an execution: each of its steps in `runs` runs."""
     work, exchange = execution.work, execution.exchange
+    if execution.together:
+        raise DeviceError(
+            "a profile times the steps of each device alone, but these devices take some together; "
+            "profile in a process for each device: mpiexec -n N, or --nproc N"
+        )
     ranks = None if exchange is None else exchange.ranks
     owns = (lambda _: True) if exchange is None else exchange.owns
     execution.run(give)

@@ -106,6 +106,8 @@ class Ranks:
         self._ended: dict[int, float] = {}  # rank -> when its last note came
         self._notes: list[Request] = []  # keeps what is being sent alive
         self.block: Bytes = np.zeros(0, np.uint8)
+        #: The devices that have been connected, for joint steps.
+        self.connected: set[tuple[str, ...]] = set()
 
     def __repr__(self) -> str:
         return f"<rank {self.rank} of {self.size}>"
@@ -176,10 +178,14 @@ class Ranks:
             if turns > 2000:  # a long wait: leave the processor to others
                 time.sleep(1e-4 if turns < 20_000 else 5e-3)  # a user may think about an answer
 
-    def _look(self, peer: int) -> None:
-        """Read a note, if one has come."""
+    def look(self) -> None:
+        """Read a note, if one has come. PeerError if a rank has failed."""
         self._read_note()
         self.check_usable()
+
+    def _look(self, peer: int) -> None:
+        """As `look`; and `peer`, for which this rank waits, must not have ended."""
+        self.look()
         ended = self._ended.get(peer)
         if ended is not None and time.monotonic() - ended > GRACE:
             raise PeerError(f"rank {peer} has ended, but rank {self.rank} waits for it")

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pyggml.backends.step import LoopStep, Step
+from pyggml.joint import places_of, turn_of
 from pyggml.node import Node, labels
 from pyggml.passes.work import Split, Work
 from pyggml.runtime.memory import mib
@@ -110,6 +111,9 @@ def _row(work: Work, step: Step) -> Row:
     node, at, note = step.node, work.placed.spots[step.node], ""
     if node.op is transfer:
         note = f" from {work.home(origin(node)).place}, {mib(step.nbytes)} MiB"
+    elif node.op.joint:
+        others = [place for i, place in enumerate(places_of(node)) if i != node.attrs["index"]]
+        note = f" with {', '.join(others)}, turn {turn_of(node)}"
     elif isinstance(step, LoopStep):
         inner = ", ".join(s.node.op.name for s in step.bodies[-1].steps)
         note = f" loop {step.loop} of {inner}"
