@@ -19,11 +19,13 @@ from pyggml.backends.base import (
     Event,
     Given,
     Kernels,
+    Peers,
+    Runner,
     Upload,
     host_values,
 )
 from pyggml.backends.cuda import lowering, table
-from pyggml.backends.cuda.device import arrays, memory, pinned, prepared
+from pyggml.backends.cuda.device import arrays, boxes, memory, nccl, pinned, prepared
 from pyggml.backends.cuda.device.context import Context, context
 from pyggml.backends.cuda.device.cublas import Cublas
 from pyggml.backends.cuda.device.driver import guarded
@@ -32,6 +34,7 @@ from pyggml.backends.cuda.gpu import H200
 from pyggml.backends.cuda.naming import kernels_of
 from pyggml.backends.cuda.recording import record_step
 from pyggml.backends.cuda.runner import CudaRunner
+from pyggml.backends.cuda.together import Together
 from pyggml.backends.cuda.weights import loading, packing
 from pyggml.backends.cuda.weights.borrowing import Borrowing, borrow
 from pyggml.backends.host_tiles import LAYOUT
@@ -73,6 +76,12 @@ class CudaBackend:
 
     def supports(self, node: Node) -> str | None:
         return table.KERNELS.refusal(node)
+
+    def joins(self, node: Node) -> bool:
+        return nccl.enabled() and table.KERNELS.refusal(node) is None
+
+    def sends(self) -> bool:
+        return nccl.enabled()
 
     def numeric(self, node: Node) -> str:
         return table.KERNELS.numeric(node)
@@ -189,6 +198,30 @@ class CudaBackend:
         with self.context:
             return pinned.send(self.staging, source, target, spec)
 
+    def connect(self, devices: Sequence[Backend], index: int | None, peers: Peers | None) -> None:
+        places = tuple(device.device for device in devices)
+        if peers is None:
+            contexts = [context(_of_cuda(each).ordinal) for each in devices]
+            if places not in self.context.communicators:
+                ends = nccl.alone(contexts)
+                shared = boxes.boxes_here(contexts) or []
+                for end, box in zip(ends, shared):
+                    end.box, end.boxes = box, tuple(each.ptr for each in shared)
+                for each, end in zip(contexts, ends):
+                    each.communicators[places] = end
+            return
+        id = nccl.shared_id(peers, first=index == 0)
+        if index is None:
+            boxes.boxes_of_processes(None, None, len(devices), peers)
+            return
+        self.context.peers = peers
+        end = nccl.in_processes(self.context, id, len(devices), index, peers)
+        end.box, end.boxes = boxes.boxes_of_processes(self.context, index, len(devices), peers)
+        self.context.communicators[places] = end
+
+    def together(self, runners: Sequence[Runner]) -> Together:
+        return Together([runner for runner in runners if isinstance(runner, CudaRunner)])
+
     def bind(
         self, steps: Sequence[Step], at: Addresses, scratch: Buffer, scratch_at: Sequence[int]
     ) -> CudaRunner:
@@ -235,6 +268,11 @@ class CudaBackend:
         self.synchronize()
 
 
+def _of_cuda(backend: Backend) -> CudaBackend:
+    assert isinstance(backend, CudaBackend)
+    return backend
+
+
 class CudaEvent:
     """A point in a GPU's queue; `raw` is pycuda's event."""
 
@@ -243,7 +281,7 @@ class CudaEvent:
 
     def wait(self) -> None:
         with self.context, guarded("waiting for a GPU"):
-            self.raw.synchronize()
+            self.context.wait(self.raw)
 
 
 @cache

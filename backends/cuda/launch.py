@@ -124,7 +124,25 @@ class Memcpy:
     nbytes: int
 
 
-Record = Launch | Gemm | Memcpy
+@dataclass(frozen=True, slots=True)
+class Collective:
+    """A call of NCCL that the devices `places` make together; this one is number `index`.
+
+    kind    "all_reduce", "all_gather" or "reduce_scatter"; "send" or "receive" between two
+    counts  elements of the part of each device; for "reduce_scatter", of each piece
+    type    of the elements: "f32", "f16" or, where they are only copied, "bytes"
+    """
+
+    kind: str
+    target: int
+    source: int
+    counts: tuple[int, ...]
+    type: str
+    places: tuple[str, ...]
+    index: int
+
+
+Record = Launch | Gemm | Memcpy | Collective
 
 
 class Call:
@@ -235,6 +253,14 @@ class Call:
     def memcpy(self, target: int, source: int, nbytes: int) -> None:
         """Record a copy of `nbytes` within the device."""
         self.records.append(Memcpy(target, source, nbytes))
+
+    def collective(self, kind: str, source: int, counts: tuple[int, ...], type: str) -> None:
+        """Record a call of NCCL by all devices of the joint node, into the result.
+
+        The arguments are those of `Collective`.
+        """
+        places, index = self.attrs["places"], self.attrs["index"]
+        self.records.append(Collective(kind, self.out.ptr, source, counts, type, places, index))
 
 
 def _dim3(where: str, size: tuple[int, ...] | int) -> Dim3:

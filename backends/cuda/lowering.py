@@ -88,4 +88,6 @@ def step_of(node: Node) -> CudaStep:
     def make(_: Node, nodes: tuple[Node, ...], reads: object, **fields: Any) -> CudaStep:
         return CudaStep(nodes, operands, row.run, **fields)
 
-    return table.KERNELS.step(node, make, workspace=workspace)
+    step = table.KERNELS.step(node, make, workspace=workspace)
+    step.strided = not node.op.joint  # a library fills memory without gaps
+    return step

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pyggml.backends.base import Kernels
-from pyggml.backends.cuda.launch import Gemm, Launch, Record
+from pyggml.backends.cuda.launch import Collective, Gemm, Launch, Record
 from pyggml.backends.cuda.reasons import reason
 from pyggml.backends.step import Step
 
@@ -23,4 +23,6 @@ def name_of(record: Record) -> str:
     if isinstance(record, Gemm):
         batch = f" x {record.batch}" if record.batch > 1 else ""
         return f"cuBLAS {record.m} x {record.n} x {record.k}{batch} ({', '.join(record.types)})"
+    if isinstance(record, Collective):
+        return f"NCCL {record.kind} of {sum(set(record.counts))} ({record.type})"
     return f"memcpy of {record.nbytes} bytes"

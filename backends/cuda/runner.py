@@ -15,8 +15,9 @@ from pyggml.backends.cuda.device.context import Context
 from pyggml.backends.cuda.device.cublas import Cublas
 from pyggml.backends.cuda.device.driver import guarded
 from pyggml.backends.cuda.device.memory import Buffer
+from pyggml.backends.cuda.device.nccl import Communicator
 from pyggml.backends.cuda.device.pinned import Staging
-from pyggml.backends.cuda.launch import Gemm, Launch, Record
+from pyggml.backends.cuda.launch import Collective, Gemm, Launch, Record
 from pyggml.backends.cuda.naming import kernels_of
 from pyggml.backends.cuda.recording import check_early, record_step
 from pyggml.backends.cuda.stamps import GraphStopwatch
@@ -47,12 +48,13 @@ class CudaRunner:
     ) -> None:
         self.steps, self.context, self._staging = tuple(steps), context, staging
         self._at, self._scratch = at, scratch  # keeps the recorded addresses alive
+        #: What it meets other devices by.
+        self.ends: set[Communicator] = set()
         by_step: list[list[Record]] = []
         for step, offset in zip(self.steps, scratch_at):
             memory = (scratch.ptr + offset, step.scratch)
-            by_step.append(
-                [] if step.node in loads else record_step(step, at, memory, context.about)
-            )
+            own = [] if step.node in loads else record_step(step, at, memory, context.about)
+            by_step.append([self._chosen(record) for record in own])
         records = [record for step_records in by_step for record in step_records]
         check_early(records)
         context.load([record for record in records if isinstance(record, Launch)])
@@ -69,8 +71,18 @@ class CudaRunner:
         self._warm = False
         self._loads = loads
 
+    def _chosen(self, record: Record) -> Record:
+        """The record; of a collective, what the devices that meet take for its size."""
+        if not isinstance(record, Collective):
+            return record
+        end = self.context.communicators[record.places]
+        self.ends.add(end)
+        return end.small(record)
+
     def run(self) -> None:
         """Queue every step: kernel by kernel the first time, then as graphs."""
+        for end in self.ends:
+            end.check_usable()
         with self.context:
             if not self._warm or debugging():
                 for index in range(len(self.steps)):
@@ -82,6 +94,11 @@ class CudaRunner:
             with guarded("replaying a graph"):
                 for run in self._runs:
                     run()
+
+    @property
+    def in_graphs(self) -> bool:
+        """Whether all steps can be in one graph."""
+        return all(load.in_graphs for load in self._loads.values())
 
     def run_step(self, index: int) -> None:
         """Queue one step."""
@@ -171,5 +188,7 @@ def as_action(context: Context, record: Record, product: Callable[[Gemm], None] 
     if isinstance(record, Gemm):
         assert product is not None
         return partial(product, record)
+    if isinstance(record, Collective):
+        return partial(context.communicators[record.places].call, record)
     copy = context.driver.memcpy_dtod_async
     return partial(copy, record.target, record.source, record.nbytes, context.stream)

@@ -19,6 +19,7 @@ from pyggml.backends.cuda import (
     indexer,
     moe_routing,
     moe_token,
+    peer_sum,
     rope,
     small,
     softmax,
@@ -55,6 +56,7 @@ STRUCTS: tuple[tuple[type[Struct], str, str], ...] = (
     (hyper_norm.HyperNorm, "hyper_norm.cu", "HyperNorm"),
     (small.Instruction, "small.cu", "Instruction"),
     (small.Program, "small.cu", "Program"),
+    (peer_sum.Boxes, "peer_sum.cu", "Boxes"),
     (joined.Joined, "linear_vec.cu", "Joined<InTiles>"),
     (ring.RingArgument, "linear_ring.cu", "RingArgument"),
     (latent_row.LatentRow, "include/latent_row.cuh", "LatentRow"),
@@ -71,7 +73,7 @@ using u64 = unsigned long long;
 struct float2 {
     float x, y;
 };
-constexpr int MOST_JOINED = 8, MOST_INSTRUCTIONS = 64;
+constexpr int MOST_JOINED = 8, MOST_INSTRUCTIONS = 64, MOST_GPUS = 8;
 static const Dim3 blockIdx = {0, 0, 0};
 """
 FORMATS = "struct InTiles { using Source = Packed; }; struct InRows { using Source = Tensor; };"

@@ -7,13 +7,17 @@ kernels, because pycuda's launches take no attributes.
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
+from pyggml.backends.base import Peers
 from pyggml.backends.cuda.device import kernel_cache
 from pyggml.backends.cuda.device.compiler import Cubin
 from pyggml.backends.cuda.device.driver import checked, driver, guarded, imported
+from pyggml.backends.cuda.device.nccl import Communicator, Watch
 from pyggml.backends.cuda.gpu import Device
 from pyggml.backends.cuda.launch import Launch
 from pyggml.errors import DeviceError
@@ -43,6 +47,9 @@ class Context:
             self.primary = handle.retain_primary_context()
         self._functions: dict[tuple[str, str], Any] = {}  # CUfunction by file and name
         self._shared: dict[tuple[str, str], int] = {}  # dynamic bytes allowed so far
+        #: Places that meet in joint steps -> this GPU's end.
+        self.communicators: dict[tuple[str, ...], Communicator] = {}
+        self.peers: Peers | None = None  # processes that its queue may wait for
         with self:
             self.stream = self.driver.Stream()
 
@@ -58,6 +65,35 @@ class Context:
         """The stream as a CuPy object, which provides capture and graphs."""
         cupy = imported("cupy")
         return cupy.cuda.ExternalStream(self.stream.handle, self.index)
+
+    def wait(self, point: Any) -> None:
+        """Wait for an event or a stream of pycuda. If the queue may wait for other processes, their
+        errors end it."""
+        if self.peers is None:
+            point.synchronize()
+            return
+        is_done = point.query if hasattr(point, "query") else point.is_done
+        watch, turns = Watch(self.peers, tuple(self.communicators.values())), 0
+        while not is_done():
+            turns += 1
+            if turns % 64 == 0:
+                watch.look()
+            if turns > 20_000:  # a long wait: leave the processor to others
+                time.sleep(1e-4)
+
+    def leave(self) -> None:
+        """End what waits for other devices: they will not come."""
+        for end in self.communicators.values():
+            end.abort()
+        self.communicators = {}
+
+    def stop(self, ptr: int) -> None:
+        """Set a word of device memory to 1 while kernels run that look at it."""
+        cu = imported("cuda.bindings.driver")
+        with suppress(Exception), self:
+            stream = self.driver.Stream(self.driver.stream_flags.NON_BLOCKING)
+            cu.cuMemsetD32Async(ptr, 1, 1, cu.CUstream(stream.handle))
+            stream.synchronize()
 
     # -- by cuda-bindings ---------------------------------------------------------------------
 

@@ -74,7 +74,7 @@ class Staging:
     def settle(self) -> None:
         """Wait for all queued work. Parts in use so far need no waits of their own."""
         end = self._end
-        self.context.stream.synchronize()
+        self.context.wait(self.context.stream)
         self._settled = end
 
     def is_settled(self, start: int) -> bool:
@@ -223,7 +223,7 @@ class _Flying:
             return
         context = self.staging.context
         with context, guarded("waiting for a copy"):
-            (self.event if self.recorded else context.stream).synchronize()
+            context.wait(self.event if self.recorded else context.stream)
 
     def landed(self) -> Any:
         """The event, for reuse; waits until the copy is complete and the part no longer needed."""

@@ -65,6 +65,10 @@ class device_attribute:
     L2_CACHE_SIZE = 40 << 20
 
 
+class stream_flags:
+    NON_BLOCKING = 1
+
+
 class event_flags:
     DISABLE_TIMING = 2
 
@@ -115,12 +119,16 @@ class Context:
 class Stream:
     all: list[Stream] = []
 
-    def __init__(self) -> None:
+    def __init__(self, flags: int = 0) -> None:
         self.queue, self.handle = Queue(), 1000 + len(self.all)
         self.all.append(self)
 
     def synchronize(self) -> None:
         self.queue.run_all()
+
+    def is_done(self) -> bool:
+        self.queue.run_all()
+        return True
 
     def wait_for_event(self, event: Event) -> None:
         assert event.mark is not None
@@ -138,6 +146,10 @@ class Event:
     def synchronize(self) -> None:
         with suppress(DeviceError):  # Ctrl-C drops this queue's work; a GPU would go on
             self.mark.wait()
+
+    def query(self) -> bool:
+        self.mark.wait()
+        return True
 
 
 # -- memory -----------------------------------------------------------------------------------

@@ -92,6 +92,42 @@ def cuMemcpyPeerAsync(
     return (OK,)
 
 
+#: Whether GPUs reach each other's memory.
+PEERS = [False]
+
+
+def cuDeviceGet(index: int) -> tuple[CUresult, int]:
+    return OK, index
+
+
+def cuDeviceCanAccessPeer(device: int, other: int) -> tuple[CUresult, int]:
+    return OK, int(PEERS[0])
+
+
+@dataclass
+class CUipcMemHandle:
+    reserved: bytes = b""
+
+
+class CUipcMem_flags(enum.Enum):
+    CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS = 1
+
+
+def cuIpcGetMemHandle(ptr: int) -> tuple[CUresult, CUipcMemHandle | None]:
+    if not PEERS[0]:
+        return CUresult.CUDA_ERROR_INVALID_VALUE, None
+    return OK, CUipcMemHandle(ptr.to_bytes(64, "little"))
+
+
+def cuIpcOpenMemHandle(handle: CUipcMemHandle, flags: int) -> tuple[CUresult, int]:
+    return OK, int.from_bytes(handle.reserved, "little")
+
+
+def cuMemsetD32Async(ptr: int, value: int, count: int, stream: pycuda.Stream) -> tuple[CUresult]:
+    ctypes.c_uint32.from_address(ptr).value = value
+    return (OK,)
+
+
 def cuDeviceGetAttribute(attribute: CUdevice_attribute, device: int) -> tuple[CUresult, int]:
     return OK, int(REGISTERS[0])
 

@@ -1,0 +1,226 @@
+"""NCCL through CuPy: communicators of the devices that meet in joint steps.
+
+A communicator belongs to a set of devices, in order, and is made once in a process. With several
+processes, that of the first device makes an id, and all get it from `Peers.gather`. Every call
+that waits for other processes runs in a thread, while this one looks whether they are still there.
+
+NVLink multicast stays off: what it leaves behind after a crash can stop other users of the GPUs.
+Connections are made when a communicator is, so that no later call waits on the host.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+from pyggml.backends.base import Peers
+from pyggml.backends.cuda.device.driver import UnusableError, guarded, imported
+from pyggml.backends.cuda.launch import Collective, Record
+from pyggml.backends.cuda.peer_sum import ROUNDS, STOP, box_bytes, launch_of, suits
+from pyggml.errors import DeviceError
+from pyggml.extras import install_command
+
+if TYPE_CHECKING:
+    from pyggml.backends.cuda.device.context import Context
+    from pyggml.backends.cuda.device.memory import Buffer
+
+#: Seconds after which a wait for other processes is an error: one of them may compile kernels or
+#: read weights meanwhile.
+PATIENCE = 300.0
+#: The first letter of the text of an id, which CuPy gives as bytes or as signed integers; or of an
+#: error.
+BYTES, INTEGERS, FAILED = "b", "i", "!"
+
+
+def enabled() -> bool:
+    """Whether collectives run by NCCL; PYGGML_NCCL=0 asks for copies and sums."""
+    return os.environ.get("PYGGML_NCCL", "1") != "0"
+
+
+def library() -> Any:
+    """CuPy's module of NCCL; UnusableError if NCCL is not installed."""
+    os.environ["NCCL_NVLS_ENABLE"] = "0"  # before NCCL reads it
+    os.environ.setdefault("NCCL_RUNTIME_CONNECT", "0")
+    nccl = imported("cupy.cuda.nccl")
+    if not getattr(nccl, "available", True):
+        raise UnusableError(
+            "collectives of several GPUs need NCCL, which CuPy does not find",
+            install_command("cuda"),
+        )
+    return nccl
+
+
+class Communicator:
+    """A device's end of a communicator.
+
+    box    memory that the other devices write to, for sums of small parts; None: NCCL has all
+    boxes  the addresses of those of all devices
+    """
+
+    def __init__(self, context: Context, raw: Any, index: int) -> None:
+        self._nccl = library()
+        self.context, self.raw, self.index = context, raw, index
+        self.box: Buffer | None = None
+        self.boxes: tuple[int, ...] = ()
+        self.lost = False
+        types = {"f32": "FLOAT32", "f16": "FLOAT16", "bytes": "CHAR"}
+        self._types = {k: getattr(self._nccl, f"NCCL_{name}") for k, name in types.items()}
+
+    def small(self, record: Collective) -> Record:
+        """The launch of our own kernel for a small sum, if the devices reach each other."""
+        if self.box is None or not suits(record):
+            return record
+        return launch_of(record, self.boxes, self.context.about.overlaps)
+
+    def call(self, record: Collective) -> None:
+        """Queue a collective."""
+        stream, kind = self.context.stream.handle, self._types[record.type]
+        counts, ends = record.counts, (record.source, record.target)
+        if record.kind == "send":
+            self.raw.send(record.source, counts[0], kind, 1 - self.index, stream)
+        elif record.kind == "receive":
+            self.raw.recv(record.target, counts[0], kind, 1 - self.index, stream)
+        elif record.kind == "all_reduce":
+            self.raw.allReduce(*ends, counts[0], kind, self._nccl.NCCL_SUM, stream)
+        elif record.kind == "reduce_scatter":
+            self.raw.reduceScatter(*ends, counts[0], kind, self._nccl.NCCL_SUM, stream)
+        elif len(set(counts)) == 1:
+            self.raw.allGather(*ends, counts[0], kind, stream)
+        else:
+            self._gather(record, kind, stream)
+
+    def _gather(self, record: Collective, kind: int, stream: int) -> None:
+        """Parts of different sizes: each device spreads its own."""
+        self._nccl.groupStart()
+        start = record.target
+        for root, count in enumerate(record.counts):
+            source = record.source if root == self.index else start
+            self.raw.broadcast(source, start, count, kind, root, stream)
+            start += count
+        self._nccl.groupEnd()
+
+    def check_usable(self) -> None:
+        """DeviceError after `abort`: graphs that were captured before it must not run."""
+        if self.lost:
+            raise DeviceError(
+                "an earlier run of these GPUs ended in a step that they take together; open the "
+                "model again, or compile for a new store"
+            )
+
+    def check(self) -> None:
+        """DeviceError if NCCL has found that a peer or a link is lost."""
+        with guarded("a collective"):
+            error = self.raw.check_async_error()
+        # 7: a call is still in progress.
+        if error not in (None, 0, 7):
+            raise DeviceError(f"NCCL has lost another device (error {error})")
+
+    def abort(self) -> None:
+        """End kernels that wait for other devices. It cannot be used afterwards."""
+        if self.lost:
+            return
+        self.lost = True
+        if self.box is not None:
+            self.context.stop(self.box.ptr + box_bytes(len(self.boxes)) - ROUNDS + STOP)
+        with suppress(Exception):
+            self.raw.abort()
+
+
+class Group:
+    """NCCL calls of several devices by one thread, which start together."""
+
+    def __enter__(self) -> None:
+        library().groupStart()
+
+    def __exit__(self, *_: object) -> None:
+        library().groupEnd()
+
+
+def alone(contexts: Sequence[Context]) -> list[Communicator]:
+    """The communicators of devices that are all in this process."""
+    nccl = library()
+    with contexts[0], guarded("starting NCCL"):
+        raws = nccl.NcclCommunicator.initAll([context.index for context in contexts])
+    return [Communicator(context, raw, i) for i, (context, raw) in enumerate(zip(contexts, raws))]
+
+
+def shared_id(peers: Peers, first: bool) -> Any:
+    """The id of a new communicator, which the process of its first device makes. All processes
+    call it."""
+    mine = ""
+    if first:
+        try:
+            id = library().get_unique_id()
+            form = BYTES if isinstance(id, bytes) else INTEGERS
+            mine = form + bytes(x % 256 for x in id).hex()
+        except Exception as error:
+            mine = f"{FAILED}{error}"
+    text = next(filter(None, peers.gather(mine)))
+    if text.startswith(FAILED):
+        raise DeviceError(text[len(FAILED) :])
+    id = bytes.fromhex(text[1:])
+    return id if text[0] == BYTES else tuple(x - 256 * (x > 127) for x in id)
+
+
+def in_processes(context: Context, id: Any, count: int, index: int, peers: Peers) -> Communicator:
+    """This process's end of a communicator of `count` processes."""
+    nccl = library()
+
+    def connect() -> Communicator:
+        with context:
+            return Communicator(context, nccl.NcclCommunicator(count, id, index), index)
+
+    with guarded("starting NCCL"):
+        end: Communicator = patiently(connect, peers)
+    return end
+
+
+def patiently(action: Callable[[], Any], peers: Peers) -> Any:
+    """The result of a call that waits for other processes. Their errors end the wait."""
+    results: list[Any] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(action())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = Thread(target=run, daemon=True)  # after an error it may wait for ever
+    thread.start()
+    watch = Watch(peers, ())
+    while thread.is_alive():
+        thread.join(1e-3)
+        watch.look()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+class Watch:
+    """Looks, while this process waits, whether the others are still there."""
+
+    def __init__(self, peers: Peers, communicators: Sequence[Communicator]) -> None:
+        self._peers, self._communicators = peers, communicators
+        self._end = time.monotonic() + PATIENCE
+
+    def look(self) -> None:
+        """An error if another process has failed, or this one has waited too long. Collectives are
+        then aborted: nobody else would come to them."""
+        try:
+            self._peers.look()
+            for each in self._communicators:
+                each.check()
+            if time.monotonic() > self._end:
+                raise DeviceError(
+                    f"a GPU has waited {PATIENCE:.0f} s for those of other processes; do all make "
+                    "the same calls?"
+                )
+        except BaseException:
+            for each in self._communicators:
+                each.abort()
+            raise

@@ -1,0 +1,255 @@
+"""Two GPUs with NCCL, imitated on the host: streams run late, kernels run thread by thread, graphs
+replay what was captured, and collectives meet as NCCL's do.
+
+In one process, a collective outside of a group, or a group that not all devices take part in, is an
+error here; NCCL would wait for ever.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from threading import Lock
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pyggml.backends.cuda.device import compiler
+from pyggml.backends.cuda.launch import Launch
+from pyggml.backends.null.meeting import MEETINGS, tasks_of
+from pyggml.joint import joint_gather, joint_receive, joint_reduce, joint_scatter, joint_send
+from tests.cuda import conftest
+from tests.cuda.emulated import starter
+
+TYPES = {"NCCL_FLOAT32": np.float32, "NCCL_FLOAT16": np.float16, "NCCL_CHAR": np.uint8}
+
+
+class Recorder:
+    """Stands in for the queue of a stream that is being captured."""
+
+    def __init__(self) -> None:
+        self.actions: list[Callable[[Any], None]] = []
+
+    def add(self, action: Callable[[], None]) -> None:
+        self.actions.append(lambda stream: stream.queue.add(action))
+
+    def mark(self) -> Any:
+        raise AssertionError("an event, or a wait, during a capture")
+
+    run_all = mark
+
+
+class ExternalStream:
+    def __init__(self, handle: int, index: int) -> None:
+        self.stream = sys.modules["cuda.bindings.driver"].CUstream(handle)
+
+    def begin_capture(self) -> None:
+        self.queue, self.stream.queue = self.stream.queue, Recorder()
+
+    def end_capture(self) -> Any:
+        recorder, self.stream.queue = self.stream.queue, self.queue
+        if not isinstance(recorder, Recorder):
+            raise RuntimeError("the stream is not capturing")
+
+        def launch(stream: ExternalStream) -> None:
+            for action in recorder.actions:
+                action(stream.stream)
+
+        return SimpleNamespace(upload=lambda stream: None, launch=launch)
+
+
+class Nccl(ModuleType):
+    """`cupy.cuda.nccl`."""
+
+    available = True
+    NCCL_SUM = 0
+
+    def __init__(self) -> None:
+        super().__init__("cupy.cuda.nccl")
+        for i, name in enumerate(TYPES):
+            setattr(self, name, i)
+        self.types = list(TYPES.values())
+        self.group: list[tuple[Communicator, Callable[[Any], None]]] | None = None
+        self.depth = 0
+        self.calls: list[str] = []
+        self.aborted: list[int] = []
+        nccl = self
+
+        class Bound(Communicator):
+            def __init__(self, count: int, id: Any, index: int) -> None:
+                super().__init__(nccl, count, tuple(id)[:4], index, clique=None)
+
+            @staticmethod
+            def initAll(devices: list[int]) -> list[Communicator]:
+                clique: list[Communicator] = []
+                id = ("all", *devices)
+                for i in range(len(devices)):
+                    clique.append(Communicator(nccl, len(devices), id, i, clique))
+                return clique
+
+        self.NcclCommunicator = Bound
+        self.ids = 0
+
+    def get_unique_id(self) -> bytes:
+        self.ids += 1
+        return bytes([self.ids, 7, 200, 0]) + bytes(124)
+
+    def groupStart(self) -> None:
+        self.depth += 1
+        self.group = [] if self.group is None else self.group
+
+    def dropped(self) -> None:
+        """The end of a group that an interrupt cut short."""
+        self.depth, self.group = 0, None
+
+    def groupEnd(self) -> None:
+        self.depth -= 1
+        if self.depth:
+            return
+        group, self.group = self.group, None
+        assert group is not None
+        cliques = {id(c.clique): c.clique for c, _ in group if c.clique is not None}
+        for clique in cliques.values():
+            present = list(dict.fromkeys(c for c, _ in group if c.clique is clique))
+            assert present == clique, "a group without some of the devices would wait for ever"
+        for _, call in group:
+            call(None)
+
+
+class Communicator:
+    def __init__(
+        self, nccl: Nccl, count: int, id: Any, index: int, clique: list[Communicator] | None
+    ) -> None:
+        self.nccl, self.clique = nccl, clique
+        self.places, self.index = tuple(f"{id}.{i}" for i in range(count)), index
+        self.error = 0
+
+    def _queue(self, op: Any, source: int, target: int, count: int, kind: int, stream: int) -> None:
+        """Queue an operation, now or in each replay of the graph that is being captured."""
+        where = sys.modules["cuda.bindings.driver"].CUstream(stream)
+        dtype = np.dtype(self.nccl.types[kind])
+        n = {joint_gather: count * len(self.places)}.get(op, count)
+        node: Any = SimpleNamespace(
+            op=op, attrs={"places": self.places, "index": self.index, "turn": -1},
+            spec=SimpleNamespace(elements=n),
+        )  # fmt: skip
+        length = count * len(self.places) if op is joint_scatter else count
+
+        def read() -> Any:
+            if not source:
+                return np.zeros(length, dtype)
+            return np.frombuffer(ctypes.string_at(source, length * dtype.itemsize), dtype)
+
+        def write(values: Any) -> None:
+            ctypes.memmove(target, values.tobytes(), values.nbytes)
+
+        def enqueue(stream: Any) -> None:
+            bring, take, announce = tasks_of(node, read, write)
+            stream.queue.add(bring)
+            announce(stream.queue.mark())
+            if self.clique is None:  # ranks are threads: go on while the host waits
+                stream.queue.run_all()
+            stream.queue.add(take)
+
+        self.nccl.calls.append(op.name)
+        if isinstance(where.queue, Recorder):
+            where.queue.actions.append(enqueue)
+            if self.nccl.group is not None:
+                self.nccl.group.append((self, lambda _: None))
+        elif self.nccl.group is not None:
+            self.nccl.group.append((self, lambda _: enqueue(where)))
+        else:
+            enqueue(where)
+        assert self.clique is None or self.nccl.group is not None, "a call outside of a group"
+
+    def allReduce(
+        self, source: int, target: int, count: int, kind: int, op: int, stream: int
+    ) -> None:
+        self._queue(joint_reduce, source, target, count, kind, stream)
+
+    def allGather(self, source: int, target: int, count: int, kind: int, stream: int) -> None:
+        self._queue(joint_gather, source, target, count, kind, stream)
+
+    def reduceScatter(
+        self, source: int, target: int, count: int, kind: int, op: int, stream: int
+    ) -> None:
+        self._queue(joint_scatter, source, target, count, kind, stream)
+
+    def send(self, source: int, count: int, kind: int, peer: int, stream: int) -> None:
+        assert self.index == 0 and peer == 1
+        self._queue(joint_send, source, 0, count, kind, stream)
+
+    def recv(self, target: int, count: int, kind: int, peer: int, stream: int) -> None:
+        assert self.index == 1 and peer == 0
+        self._queue(joint_receive, 0, target, count, kind, stream)
+
+    def broadcast(
+        self, source: int, target: int, count: int, kind: int, root: int, stream: int
+    ) -> None:
+        """As a sum of zeros and the part of one device."""
+        assert self.nccl.group is not None and self.index < len(self.places)
+        source = source if self.index == root else 0
+        self._queue(joint_reduce, source, target, count, kind, stream)
+
+    def check_async_error(self) -> int:
+        return self.error
+
+    def abort(self) -> None:
+        self.nccl.aborted.append(self.index)
+
+
+class Kernels:
+    """Compiles the kernels of launches for the host when the first of them starts."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._loaded: dict[tuple[str, str], Callable[[Launch], None]] = {}
+        self.known: dict[tuple[str, str], None] = {}
+        self._lock = Lock()  # the blocks of a kernel share memory
+
+    def cubin(self, file: str, name: str, arch: str) -> compiler.Cubin:
+        self.known[file, name] = None
+        cubin = conftest.fake_cubin(file, name, arch)
+        return compiler.Cubin(
+            name, f"{file}|{name}", arch, 32, 0, 0, 0, f"{file}|{name}".encode() or cubin.code
+        )
+
+    def start(self, launch: Launch) -> None:
+        key = launch.file, launch.name
+        with self._lock:
+            if key not in self._loaded:
+                new = [k for k in self.known if k not in self._loaded]
+                self.folder.mkdir(exist_ok=True)
+                run = starter(self.folder, [Launch(*k, (1, 1, 1), (1, 1, 1), b"") for k in new])
+                self._loaded |= dict.fromkeys(new, run)
+            self._loaded[key](launch)
+
+
+def imitate(machine: Any, patch: pytest.MonkeyPatch, kernels: Kernels) -> Nccl:
+    """A machine with two GPUs, whose kernels run on the host, until the end of the test."""
+    machine("gpus")
+    bindings: Any = __import__("cuda.bindings.driver").bindings.driver
+    patch.setattr(compiler, "compile_instance", kernels.cubin)
+
+    def launch(config: Any, function: Any, params: int, extra: int) -> Any:
+        _, buffer, _, size, _ = (ctypes.c_uint64 * 5).from_address(extra)
+        args = ctypes.string_at(buffer, ctypes.c_size_t.from_address(size).value)
+        file, name = function.symbol.split("|")
+        grid = config.gridDimX, config.gridDimY, config.gridDimZ
+        block = config.blockDimX, config.blockDimY, config.blockDimZ
+        record = Launch(file, name, grid, block, args, config.sharedMemBytes)
+        config.hStream.queue.add(lambda: kernels.start(record))
+        return (bindings.OK,)
+
+    patch.setattr(bindings, "cuLaunchKernelEx", launch)
+    nccl = Nccl()
+    cupy: Any = ModuleType("cupy")
+    cupy.cuda = SimpleNamespace(ExternalStream=ExternalStream, nccl=nccl)
+    for name, module in (("cupy", cupy), ("cupy.cuda", cupy.cuda), ("cupy.cuda.nccl", nccl)):
+        patch.setitem(sys.modules, name, module)
+    MEETINGS.forget()
+    return nccl

@@ -1,0 +1,233 @@
+"""Collectives by NCCL on two imitated GPUs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pyggml as gg
+from pyggml import backends
+from pyggml.backends.cuda.device import nccl as device_nccl
+from pyggml.backends.cuda.device.nccl import Watch
+from pyggml.errors import DeviceError
+from tests.cuda.collectives import Kernels, Nccl, imitate
+from tests.cuda.conftest import Machine
+from tests.spmd.threads import every, ranks_of, results
+
+PLACES = ["cuda:0", "cuda:1"]
+RNG = np.random.default_rng(0)
+X = {"x": RNG.standard_normal((3, 64), np.float32)}
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    return Kernels(tmp_path_factory.mktemp("kernels") / "all")
+
+
+@pytest.fixture
+def nccl(machine: Machine, monkeypatch: pytest.MonkeyPatch, kernels: Kernels) -> Nccl:
+    return imitate(machine, monkeypatch, kernels)
+
+
+def weight(name: str, *shape: int) -> gg.Node:
+    values = np.random.default_rng(len(name)).standard_normal(shape).astype(np.float32) / 8
+    return gg.constant(values, name=name)
+
+
+def outputs() -> dict[str, gg.Node]:
+    """A feed-forward net and logits: a sum, and a gather of parts that are not side by side."""
+    x = gg.input("x", ne=(64, 3))
+    up = gg.fused_up_gate(weight("up", 96, 64), weight("gate", 96, 64), x)
+    y = gg.mul_mat(weight("down", 64, 96), up)
+    z = gg.mul_mat(weight("output", 512, 64), gg.add(x, y))
+    return {"y": y, "z": z}
+
+
+def plan(store: gg.Store | None = None, **options: Any) -> gg.Plan:
+    options = {"shard": {"rows": 2}} | options
+    return gg.compile(outputs(), backends=PLACES, store=store, **options)
+
+
+def test_one_process(nccl: Nccl) -> None:
+    """First kernel by kernel, then captured, then replayed: the same bits, near the whole graph."""
+    wanted = gg.compile(outputs()).run(X)
+    sharded = plan()
+    runs = [sharded.run(X) for _ in range(3)]
+    for name, values in wanted.items():
+        np.testing.assert_allclose(runs[0][name], values, rtol=1e-4, atol=1e-4)
+        for again in runs[1:]:
+            np.testing.assert_array_equal(again[name], runs[0][name])
+    each = ["joint_reduce"] * 2 + ["joint_gather"] * 2
+    assert nccl.calls == 2 * each  # the third run replays
+
+
+def test_processes(nccl: Nccl) -> None:
+    """The same bits with a process for each GPU."""
+    wanted = plan().run(X)
+    parts = [plan(gg.Store(ranks=ranks)) for ranks in ranks_of(2)]
+    for _ in range(3):
+        for found in every([lambda part=part: part.run(X) for part in parts]):
+            for name, values in wanted.items():
+                np.testing.assert_array_equal(found[name], values)
+
+
+def same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for name, values in wanted.items():
+        np.testing.assert_array_equal(found[name], values)
+
+
+@pytest.mark.parametrize("shard", [{"rows": (3, 1)}, {"layers": 2}])
+def test_parts_of_different_sizes_and_stages(nccl: Nccl, shard: dict[str, Any]) -> None:
+    """Logits of which a device has three quarters; a copy from stage to stage."""
+    wanted = gg.compile(outputs()).run(X)
+    one = plan(shard=shard)
+    assert not any(split.copies for split in one.splits)
+    runs = [one.run(X) for _ in range(3)]
+    for name, values in wanted.items():
+        np.testing.assert_allclose(runs[0][name], values, rtol=1e-4, atol=1e-4)
+    for again in runs[1:]:
+        same(again, runs[0])
+    parts = [plan(gg.Store(ranks=ranks), shard=shard) for ranks in ranks_of(2)]
+    for _ in range(3):
+        for found in every([lambda part=part: part.run(X) for part in parts]):
+            same(found, runs[0])
+
+
+def test_multicast_stays_off(nccl: Nccl, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")
+    monkeypatch.delenv("NCCL_RUNTIME_CONNECT", raising=False)
+    plan().bind()
+    assert device_nccl.os.environ["NCCL_NVLS_ENABLE"] == "0"
+    assert device_nccl.os.environ["NCCL_RUNTIME_CONNECT"] == "0"
+
+
+def test_without_nccl(nccl: Nccl, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that says what to install; or copies and sums, with the same results."""
+    wanted = plan().run(X)
+    monkeypatch.setattr(nccl, "available", False)
+    for device in (backends.get("cuda", i) for i in range(2)):
+        device.context.communicators.clear()
+    with pytest.raises(DeviceError, match=r"need NCCL.*pip install .*cuda"):
+        plan().run(X)
+    parts = [plan(gg.Store(ranks=ranks)) for ranks in ranks_of(2)]
+    for error in results([lambda part=part: part.run(X) for part in parts]):
+        assert "need NCCL" in str(error)
+    monkeypatch.setenv("PYGGML_NCCL", "0")
+    calls = len(nccl.calls)
+    for name, values in plan().run(X).items():
+        np.testing.assert_allclose(values, wanted[name], rtol=1e-5, atol=1e-5)
+    assert len(nccl.calls) == calls
+
+
+def test_small_sums_by_the_own_kernel(nccl: Nccl, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where GPUs reach each other; in processes only if all do."""
+    driver: Any = __import__("cuda.bindings.driver").bindings.driver
+    monkeypatch.setattr(driver, "PEERS", [True])
+
+    def kernels(bound: gg.Plan) -> list[str]:
+        runners = [r for r in bound.runners if hasattr(r, "steps")]
+        steps = [(r, i) for r in runners for i, s in enumerate(r.steps) if s.node.op.joint]
+        return [str(r.kernels(i)) for r, i in steps]
+
+    gather = "NCCL all_gather of 3072 (bytes)"
+    assert kernels(plan().bind()) == 2 * ["peer_sum<true, true>", gather]
+    parts = [plan(gg.Store(ranks=ranks)) for ranks in ranks_of(2)]
+    every([lambda part=part: part.bind() for part in parts])
+    for part in parts:
+        assert kernels(part) == ["peer_sum<true, true>", gather]
+    monkeypatch.setenv("PYGGML_PEER_SUM", "0")
+    parts = [plan(gg.Store(ranks=ranks)) for ranks in ranks_of(2)]
+    every([lambda part=part: part.bind() for part in parts])
+    for part in parts:
+        assert kernels(part) == ["NCCL all_reduce of 192 (f32)", gather]
+
+
+def test_an_interrupt_of_the_first_run(nccl: Nccl, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one GPU waits for would never come: that ends, and later runs are errors."""
+    sharded = plan().bind()
+    second = sharded.runners[1]
+    run_step = second.run_step
+
+    def interrupted(index: int) -> None:
+        if second.steps[index].node.op.joint:
+            raise KeyboardInterrupt
+        run_step(index)
+
+    monkeypatch.setattr(second, "run_step", interrupted)
+    monkeypatch.setattr(nccl, "groupEnd", nccl.dropped)
+    with pytest.raises(KeyboardInterrupt):
+        sharded.run(X)
+    assert sorted(nccl.aborted) == [0, 1]
+    monkeypatch.undo()
+    with pytest.raises(DeviceError, match="open the model again"):
+        sharded.run(X)
+
+
+class Peers:
+    """Other processes, of which one fails at the third look."""
+
+    looks = 0
+
+    def gather(self, text: str) -> list[str]:
+        return [text]
+
+    def look(self) -> None:
+        self.looks += 1
+        if self.looks == 3:
+            raise DeviceError("rank 1: out of memory")
+
+
+class Never:
+    """A point in a queue that is never reached."""
+
+    def query(self) -> bool:
+        return False
+
+
+def test_a_wait_for_a_process_that_failed(nccl: Nccl, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan().bind()
+    context = backends.get("cuda", 0).context
+    (end,) = context.communicators.values()
+    monkeypatch.setattr(context, "peers", Peers())
+    with pytest.raises(DeviceError, match="rank 1: out of memory"):
+        context.wait(Never())
+    assert nccl.aborted == [0] and end.lost
+    with pytest.raises(DeviceError, match="open the model again"):
+        end.check_usable()
+
+
+def test_other_reasons_to_end_a_wait(nccl: Nccl, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan().bind()
+    context = backends.get("cuda", 0).context
+    (end,) = context.communicators.values()
+    end.raw.error = 3
+    with pytest.raises(DeviceError, match=r"NCCL has lost another device \(error 3\)"):
+        Watch(Peers(), (end,)).look()
+    monkeypatch.setattr(device_nccl, "PATIENCE", -1.0)
+    with pytest.raises(DeviceError, match="do all make the same calls"):
+        Watch(Peers(), ()).look()
+
+
+def test_a_process_that_fails_while_others_connect(
+    nccl: Nccl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others, which wait for it in NCCL, end with its error."""
+    connect = nccl.NcclCommunicator
+
+    def fails(count: int, id: Any, index: int) -> Any:
+        if index == 1:
+            raise DeviceError("not today")
+        device_nccl.time.sleep(3)  # NCCL would wait for ever
+        return connect(count, id, index)
+
+    monkeypatch.setattr(nccl, "NcclCommunicator", fails)
+    parts = [plan(gg.Store(ranks=ranks)) for ranks in ranks_of(2)]
+    found = results([lambda part=part: part.run(X) for part in parts])
+    assert str(found[1]) == "not today" and str(found[0]) == "rank 1: not today"
+
+
+def test_no_profile_in_one_process(nccl: Nccl) -> None:
+    with pytest.raises(DeviceError, match="--nproc N"):
+        plan().profile(X)
