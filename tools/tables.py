@@ -270,6 +270,31 @@ def speeds_conditions() -> str:
     return f"`{result['command']}` on {result['date']}, {values}, commit {result['commit']}.\n"
 
 
+def scale() -> str:
+    """The newest record of benchmarks/scale.py: one GPU, two, and their ratio."""
+    if not any((RESULTS / "scale").glob("*.json")):
+        return "Not measured yet.\n"
+    result = newest("scale")
+    values = {row["name"]: row for row in result["rows"]}
+    rows = []
+    for name, row in values.items():
+        if not name.endswith("_ratio"):
+            continue
+        name = name.removesuffix("_ratio")
+        speeds = [values[each] for n in (1, 2) if (each := f"{name}_{n}") in values]
+        cells = [f"{speed['value']:,.4g} {speed['unit']}" for speed in speeds] or ["", ""]
+        guess = values.get(f"{name}_ratio_predicted")
+        text = "" if guess is None else f"{guess['value']:.2f}"
+        missed = ", missed" if row["value"] < row["bar"] else ""
+        limits = [f"{row['bar']:g}{missed}", f"{row['goal']:g}"]
+        rows.append([f"`{name}`", *cells, f"{row['value']:.2f}", text, *limits])
+    head = ["", "one GPU", "two GPUs", "ratio", "predicted", "bar", "goal"]
+    machine = ", ".join(parts_of(result))
+    about = f"NCCL {result['about'].get('nccl', 'not recorded')}"
+    intro = f"`{result['command']}` on {result['date']}, {machine}, {about}.\n\n"
+    return intro + table(head, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "speed_conditions": speeds_conditions,
     "speed_length": lambda: speeds("length"),
@@ -281,6 +306,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "example": example,
     "sparse": sparse,
     "kernels": kernels,
+    "scale": scale,
     "gpu": gpu,
     "gpu_h100": lambda: gpu("h100"),
     "memory_v2_lite": lambda: memory("deepseek-v2-lite"),
@@ -297,7 +323,12 @@ TABLES: dict[str, Callable[[], str]] = {
 def main() -> int:
     stale = []
     docs = ROOT / "docs"
-    for path in (ROOT / "README.md", docs / "performance.md", docs / "memory.md"):
+    for path in (
+        ROOT / "README.md",
+        docs / "performance.md",
+        docs / "memory.md",
+        docs / "scaling.md",
+    ):
         old = path.read_text()
         new = MARKS.sub(lambda m: m[1] + TABLES[m[2]]() + m[3], old)
         if new != old and "--check" in sys.argv:
