@@ -27,9 +27,10 @@ class CudaStep(Step):
     results   the nodes they write besides the last one, also by name
     record    records the launches when a plan is bound
     late      whether the step right before may compute the ids of a product by expert
+    before    the nodes that the launch right before computes; None: unknown
     """
 
-    __slots__ = ("late", "operands", "record", "results")
+    __slots__ = ("before", "late", "operands", "record", "results")
 
     def __init__(
         self,
@@ -52,6 +53,19 @@ class CudaStep(Step):
         )
         self.operands, self.results, self.record = operands, results or {}, record
         self.late = True
+        self.before: tuple[Node, ...] | None = None
+
+    def awaited(self) -> frozenset[str]:
+        """The names of operands that the launch right before may write: a kernel reads them only
+        after it has waited for that launch."""
+        if self.before is None:
+            return frozenset(self.operands)
+        written = {node.root for node in self.before if node.op.writes is not None}
+        return frozenset(
+            name
+            for name, node in self.operands.items()
+            if node.base in self.before or node.root in written
+        )
 
 
 class Fused(CudaStep):

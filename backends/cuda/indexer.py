@@ -8,7 +8,7 @@ from pyggml import ops
 from pyggml.backends.cuda.argument import Struct
 from pyggml.backends.cuda.copy import reader
 from pyggml.backends.cuda.geometry import C_TYPES, blocks_for
-from pyggml.backends.cuda.launch import ABSENT, Call, Operand
+from pyggml.backends.cuda.launch import ABSENT, Call, Operand, early_reads
 from pyggml.backends.cuda.table import ALIGNMENT, kernel
 from pyggml.node import Node
 
@@ -51,6 +51,7 @@ class Indexer(Struct):
         ("n_kv", ctypes.c_int32),
         ("mask_batch", ctypes.c_int32),
         ("chunk", ctypes.c_int32),
+        ("early", ctypes.c_int32),
     )
 
 
@@ -119,13 +120,15 @@ def one_token(call: Call) -> None:
         shared += ONE * 2 * TILE * RAW
     if shared > call.device.shared:
         return plain(call)
+    argument = _argument(call)
     call.launch(
         "indexer.cu",
         f"scores<{_type(k)}, {heads}, false>",
         grid=(min(tiles, call.device.sms), 1, q.ne[3]),
         block=128 * ONE,
-        args=[_argument(call)],
+        args=[argument],
         shared=shared,
+        early=argument.early > 0,
     )
 
 
@@ -203,4 +206,5 @@ def _argument(call: Call, images: int = 0, chunk: int = 1) -> Indexer:
         n_kv=k.ne[1],
         mask_batch=mask.ne[3],
         chunk=chunk,
+        early=early_reads(call.awaited, {"q", "weights"}),
     )

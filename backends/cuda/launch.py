@@ -156,6 +156,7 @@ class Call:
     device       the properties that kernels may depend on
     names_only   arguments that only a driver can make may be left empty
     late         as in CudaStep
+    awaited      names of operands that the launch right before may write; all if it is unknown
     """
 
     def __init__(
@@ -170,6 +171,7 @@ class Call:
         self.node, self.out, self.attrs = node, out, attrs
         self.device = device
         self.names_only, self.late = False, True
+        self.awaited = frozenset(operands)
         self.records: list[Record] = []
         self._operands = operands
         self._scratch, self._limit = scratch
@@ -261,6 +263,17 @@ class Call:
         """
         places, index = self.attrs["places"], self.attrs["index"]
         self.records.append(Collective(kind, self.out.ptr, source, counts, type, places, index))
+
+
+def early_reads(awaited: frozenset[str], queries: set[str]) -> int:
+    """What an attention reads before it waits for the launch before; `Early` in overlap.cuh.
+
+    awaited  as in Call
+    queries  the names of the operands that keys can be fetched without
+    """
+    if awaited & queries:
+        return 0
+    return 1 if awaited else 2
 
 
 def _dim3(where: str, size: tuple[int, ...] | int) -> Dim3:

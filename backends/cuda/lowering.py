@@ -19,6 +19,8 @@ from pyggml.backends.step import Step
 from pyggml.node import Node
 from pyggml.ops.leaf import state_op
 
+#: Ops whose steps may launch nothing, or copy without a kernel.
+SILENT = (ops.cast, ops.concat, ops.cont, ops.cpy, ops.repeat)
 #: How many steps behind a product by expert may move ahead of it.
 AHEAD = 4
 
@@ -56,15 +58,17 @@ def spaced(steps: list[CudaStep]) -> list[CudaStep]:
 
 
 def timely(steps: list[CudaStep]) -> list[CudaStep]:
-    """The steps, each knowing whether its ids may be incomplete when it may start: the launch right
-    before computes them, or it is one of cuBLAS, which need not wait for those before it."""
+    """The steps, each knowing what the launch right before computes, and whether its ids may be
+    incomplete when it may start: that launch computes them, or it is one of cuBLAS, which need not
+    wait for those before it."""
     before: tuple[Node, ...] | None = None  # what that launch computes; unknown for the first
     for step in steps:
         ids = _ids(step)
         step.late = ids is not None and (before is None or ids in before)
+        step.before = before
         if step.workspace:
             before = None
-        elif step.node.op not in (ops.concat, ops.cpy):  # these may launch nothing
+        elif step.node.op not in SILENT:
             before = step.nodes
         elif before is not None:
             before = (*before, *step.nodes)

@@ -65,7 +65,7 @@ def _record(
     tensors = {**step.operands, **step.results}
     operands = {name: operand_at(at[n], n.spec) for name, n in tensors.items()}
     call = Call(node, operand_at(at[node], node.spec), operands, attrs, device, scratch)
-    call.names_only, call.late = names_only, step.late
+    call.names_only, call.late, call.awaited = names_only, step.late, step.awaited()
     try:
         step.record(call)
         if not step.workspace and any(isinstance(record, Gemm) for record in call.records):

@@ -18,6 +18,8 @@ SHARED = 82_400
 SORTED, MOST_K = 256, 2048
 #: Blocks of a cluster (CLUSTER in top_k.cu), the shortest rows for one, and the most rows.
 CLUSTER, LONG, FEW_ROWS = 8, 12288, 16
+#: The longest row that a cluster keeps in two packs of four a thread.
+SHORT = 2 * 4 * CLUSTER * 1024
 
 
 def _sorts(node: Node) -> bool:
@@ -41,9 +43,10 @@ def select(call: Call, few: bool) -> None:
     """Record the kernel that selects; few: a cluster of blocks for each row."""
     a = call["a"]
     width = pack_width(a)
+    packs = 8 if width == 1 else 2 if a.ne[0] <= SHORT else 6
     call.launch(
         FILE,
-        f"top_k_cluster<{width}>" if few else f"top_k<{width}>",
+        f"top_k_cluster<{width}, {packs}>" if few else f"top_k<{width}>",
         grid=rows(a) * (CLUSTER if few else 1),
         block=1024 if few else 512,
         args=[call.out.tensor, a.tensor],

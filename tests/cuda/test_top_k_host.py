@@ -27,10 +27,12 @@ extern "C" int top_k_on_host(const char* name, int grid, int threads, int shared
     const std::string kernel(name);
     if (kernel == "top_k<1>") launch({grid, 1, 1}, threads, [&] { top_k<1>(out, a); }, shared);
     else if (kernel == "top_k<4>") launch({grid, 1, 1}, threads, [&] { top_k<4>(out, a); }, shared);
-    else if (kernel == "top_k_cluster<1>")
-        launch({grid, 1, 1}, threads, [&] { top_k_cluster<1>(out, a); }, shared, CLUSTER);
-    else if (kernel == "top_k_cluster<4>")
-        launch({grid, 1, 1}, threads, [&] { top_k_cluster<4>(out, a); }, shared, CLUSTER);
+    else if (kernel == "top_k_cluster<1, 8>")
+        launch({grid, 1, 1}, threads, [&] { top_k_cluster<1, 8>(out, a); }, shared, CLUSTER);
+    else if (kernel == "top_k_cluster<4, 2>")
+        launch({grid, 1, 1}, threads, [&] { top_k_cluster<4, 2>(out, a); }, shared, CLUSTER);
+    else if (kernel == "top_k_cluster<4, 6>")
+        launch({grid, 1, 1}, threads, [&] { top_k_cluster<4, 6>(out, a); }, shared, CLUSTER);
     return sizeof(Shared);
 }
 """

@@ -53,6 +53,7 @@ class Attention(Struct):
         ("n_ids", ctypes.c_int32),
         ("pitch", ctypes.c_int32),
         ("stride", ctypes.c_int32),
+        ("early", ctypes.c_int32),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
         ("max_bias", ctypes.c_float),

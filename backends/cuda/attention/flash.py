@@ -21,7 +21,7 @@ from pyggml.backends.cuda.attention.routes import (
 )
 from pyggml.backends.cuda.device.tensormap import TensorMap, tensor_map
 from pyggml.backends.cuda.fusion import Fused, Run
-from pyggml.backends.cuda.launch import ABSENT, Call, Operand
+from pyggml.backends.cuda.launch import ABSENT, Call, Operand, early_reads
 from pyggml.backends.cuda.table import kernel
 from pyggml.node import Node
 
@@ -162,11 +162,17 @@ class Recording:
         }.get(route, (splits, blocks, outer))
         mapped = route in ("hopper", "latent_hopper")
         whole = self._with_maps(argument) if mapped else argument
-        self._launch(route, instance.name, grid, whole, instance.threads, instance.shared)
+        early = argument.early > 0
+        self._launch(route, instance.name, grid, whole, instance.threads, instance.shared, early)
         if splits > 1:
             lanes = 4 if shape.d_v % 4 == 0 else 1
             grid = shape.n3 * shape.n_q * shape.heads, -(-shape.d_v // (32 * lanes)), 1
             self._launch("combine", f"combine<{lanes}>", grid, argument)
+
+    def _early(self) -> int:
+        """What `latent` reads before the wait. A survey of the mask is a launch before it."""
+        first = self.shape.mask_batch > 0 or self.route != "latent"
+        return 0 if first else early_reads(self.call.awaited, {"q"})
 
     def _launch(
         self,
@@ -176,6 +182,7 @@ class Recording:
         argument: Struct,
         threads: int = 256,
         shared: int = 0,
+        early: bool = False,
     ) -> None:
         self.call.launch(
             f"attention_{file}.cu",
@@ -184,6 +191,7 @@ class Recording:
             block=threads,
             args=[argument],
             shared=shared,
+            early=early,
         )
 
     def _with_maps(self, argument: Attention) -> Struct:
@@ -266,6 +274,7 @@ class Recording:
             n_ids=shape.n_ids,
             pitch=shape.pitch(self.instance.rows),
             stride=self.stride,
+            early=self._early(),
             scale=attrs["scale"],
             softcap=attrs["logit_softcap"],
             max_bias=0.0 if self.mask is None else attrs["max_bias"],

@@ -32,6 +32,5 @@
 
 template <class T, int DK, int MI, int WM, int WN, int BN, bool Q8, bool LIST>
 __global__ void __launch_bounds__(32 * WM * WN, 1) latent(const __grid_constant__ Attention a) {
-    wait_for_predecessor();
     latent_block<T, DK, MI, WM, WN, BN, Q8, LIST>(a, blockIdx.x);
 }

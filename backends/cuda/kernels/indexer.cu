@@ -249,7 +249,9 @@ __device__ __forceinline__ void one_token(const Indexer &a, char *memory) {
     const int groups = a.heads / N, warpgroup = threadIdx.x / 128;
     const int tiles = (a.n_kv + 63) / 64, step = 4 * gridDim.x;
     Heads<T, N, 16> heads;
+    if (a.early == NOTHING) begin();
     heads.load(a, 0, blockIdx.z, 0);
+    if (a.early == QUERIES) begin();
     const Mine mine(a);
     Fragments rows[2];
     float bias[2];
@@ -266,6 +268,7 @@ __device__ __forceinline__ void one_token(const Indexer &a, char *memory) {
     const int first = warpgroup * gridDim.x + blockIdx.x;
     load(0, first);
     load(1, first + step);
+    if (a.early == ALL) begin();
     heads.store(memory);
     for (int group = 1; group < groups; ++group) {
         heads.load(a, 0, blockIdx.z, group);
@@ -460,8 +463,11 @@ __device__ __forceinline__ void more_tokens(const Indexer &a, char *memory) {
 // MANY: tokens in chunks, from images; else one token.
 template <class K, int N, bool MANY>
 __global__ void __launch_bounds__(MANY ? 384 : 512, 1) scores(const __grid_constant__ Indexer a) {
-    begin();
     extern __shared__ __align__(1024) char memory[];
-    if constexpr (MANY) more_tokens<K, N>(a, memory);
-    else one_token<K, N>(a, memory);
+    if constexpr (MANY) {
+        begin();
+        more_tokens<K, N>(a, memory);
+    } else {
+        one_token<K, N>(a, memory);
+    }
 }

@@ -1,8 +1,8 @@
 // Ids of the k largest of long rows, largest first, equals by id: a bound, then a sort of what is
 // above it.
 // @kernel top_k<{1|4}>
-// @kernel 90a 100a 120a top_k_cluster<1>
-// @kernel hot 90a 100a 120a top_k_cluster<4>
+// @kernel 90a 100a 120a top_k_cluster<1, 8>
+// @kernel hot 90a 100a 120a top_k_cluster<4, {2|6}>
 //
 // A row is the work of one block, or where rows are few, of a cluster of 8.
 //
@@ -22,14 +22,16 @@
 // itself, and the row is listed again.
 //
 // Traffic: the row once if it fits in registers, else twice, the second time mostly from L2; k ids.
-// The time of a single row is that of about 20 barriers.
+// A single row takes the time of instructions: 32 warps share a multiprocessor. In thousands of clocks:
+// row and maxima 2.9, bound 2.0, bounds of other blocks 1.9, list 4.1, sort 4.6 (65,536, H100).
 //
 // Designs that lost. By count: a histogram of the whole row has 20 times as many atomics, most of
 // them in the same few bins (scores share exponents); a bitonic sort of 4096 keys moves 5 MB
 // through shared memory, 20 us. The bitonic sort remains for lists with crowded bins. Measured on an
 // H100, 2,048 of 65,536 and of 163,840: 75 and 114 us for a bitonic sort of the row; 13.4 and 16.7 us
-// where each block made a list of its own, counted ties on the way and read the row again; 9.8 and
-// 10.5 us now.
+// where each block made a list of its own, counted ties on the way and read the row again; 10.2 and
+// 10.6 us with room for 24 elements a thread in any row; 9.0 us for 65,536 with room for 8. One atomic a
+// block in place of one a warp for the places in the list: 0.3 us more.
 #include "cluster.cuh"
 #include "sort.cuh"
 
@@ -45,8 +47,6 @@ constexpr unsigned FEW = 64;
 template <int BLOCKS> constexpr int THREADS = BLOCKS == 1 ? 512 : 1024;
 template <int BLOCKS> constexpr int GROUPS = BLOCKS == 1 ? 16 : 4;
 template <int BLOCKS> constexpr int BOUND_BITS = BLOCKS == 1 ? 11 : 10;
-// Packs of V elements that a thread loads at once. If that is the whole row, it keeps them.
-template <int BLOCKS, int V> constexpr int ROUND = V == 1 ? 8 : BLOCKS == 1 ? 4 : 6;
 
 // The shared memory of a block (SHARED in top_k.py is its size).
 struct Shared {
@@ -69,10 +69,11 @@ struct Row {
     }
 };
 
-// A block's part of the work on a row. In names and comments, elements are their orders.
-template <int BLOCKS, int V>
+// A block's part of the work on a row. In names and comments, elements are their orders. A thread
+// loads N packs of V elements at once; if that is the whole row, it keeps them.
+template <int BLOCKS, int V, int N>
 struct Choice {
-    static constexpr int T = THREADS<BLOCKS>, WARPS = T / 32, N = ROUND<BLOCKS, V>;
+    static constexpr int T = THREADS<BLOCKS>, WARPS = T / 32;
     static constexpr int STRIDE = BLOCKS * T;  // from one pack of a thread to the next
     Shared& s;
     Row<V> row;
@@ -408,13 +409,13 @@ struct Choice {
     }
 };
 
-template <int BLOCKS, int V>
+template <int BLOCKS, int V, int N>
 __device__ __forceinline__ void choose(Shared& s, const Tensor& out, const Tensor& a) {
     const int number = blockIdx.x / BLOCKS, i1 = number % a.ne[1], rest = number / a.ne[1];
     const int i2 = rest % a.ne[2], i3 = rest / a.ne[2];
     const Row<V> row = {(const char*)a.row<float>(i1, i2, i3), a.nb[0], a.ne[0] / V};
     char* ids = (char*)out.row<int>(i1, i2, i3);
-    Choice<BLOCKS, V>(s, row, out.ne[0], blockIdx.x % BLOCKS).choose([&](unsigned place, int id) {
+    Choice<BLOCKS, V, N>(s, row, out.ne[0], blockIdx.x % BLOCKS).choose([&](unsigned place, int id) {
         *(int*)(ids + place * out.nb[0]) = id;
     });
 }
@@ -424,17 +425,17 @@ template <int V>
 __global__ void __launch_bounds__(THREADS<1>, 2) top_k(Tensor out, Tensor a) {
     begin();
     extern __shared__ __align__(16) char memory[];
-    choose<1, V>(*(Shared*)memory, out, a);
+    choose<1, V, V == 1 ? 8 : 4>(*(Shared*)memory, out, a);
 }
 
 #if __CUDA_ARCH__ >= 900
-// grid: rows times CLUSTER.
-template <int V>
+// grid: rows times CLUSTER. Threads are so many that instructions count: N is no more than needed.
+template <int V, int N>
 __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS<CLUSTER>, 1)
     top_k_cluster(Tensor out, Tensor a) {
     cluster_sync();  // the other blocks have started, so their memory can be written
     begin();
     extern __shared__ __align__(16) char memory[];
-    choose<CLUSTER, V>(*(Shared*)memory, out, a);
+    choose<CLUSTER, V, N>(*(Shared*)memory, out, a);
 }
 #endif

@@ -43,6 +43,7 @@ struct Attention {
     long long nb_q[3], nb_k[3], nb_v[3], nb_mask[4], nb_out[3], nb_ids[3], nb_sinks, nb_pos;
     int n_q, n_kv, heads, heads_kv, n3, d_k, d_v, mask_heads, mask_batch;
     int window, kv0, splits, head0, n_head, lse, type_k, type_v, v_start, n_ids, pitch, stride;
+    int early;  // Early
     float scale, softcap, max_bias;
 
     __device__ int ratio() const { return heads / heads_kv; }

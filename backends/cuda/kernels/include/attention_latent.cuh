@@ -15,7 +15,7 @@ struct LatentShape {
 };
 
 // Walks the share `part` of a's keys, for the rows of blockIdx.y and .z. All threads of a block call
-// it after the wait for the predecessor; it releases the successor.
+// it. It waits for the predecessor, as late as it may, and releases the successor.
 template <class T, int DK, int MI, int WM, int WN, int BN, bool Q8, bool LIST>
 __device__ __forceinline__ void latent_block(const Attention &a, int part) {
     constexpr int WARPS = WM * WN, THREADS = 32 * WARPS;
@@ -29,15 +29,17 @@ __device__ __forceinline__ void latent_block(const Attention &a, int part) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, wm = warp / WN, wn = warp % WN;
     const int r0 = blockIdx.y * M;
     const int head_kv = blockIdx.z % a.heads_kv, i3 = blockIdx.z / a.heads_kv;
-    const int pitch = a.pitch_of<LIST>(), live = a.live();
-    const int q0 = r0 / pitch, q1 = (r0 + M - 1) / pitch;
+    const int pitch = a.pitch_of<LIST>(), q0 = r0 / pitch, q1 = (r0 + M - 1) / pitch;
     char *queries = memory, *ring = memory + Shape::Q, *weights = ring + Shape::TILES;
     const auto swizzled = [](int row, int chunk) {
         return row * PITCH + (chunk ^ (row & 7)) * 16;
     };
 
-    auto list = list_of<LIST, BN, THREADS>(a, i3, head_kv, r0, live, part);
+    if (a.early == NOTHING) wait_for_predecessor();
     const Queries<T, DK, M, WARPS> loaded(a, i3, head_kv, r0, warp, pitch);
+    if (a.early == QUERIES) wait_for_predecessor();
+    const int live = a.live();
+    auto list = list_of<LIST, BN, THREADS>(a, i3, head_kv, r0, live, part);
     const Walk<BN> walk = walk_of<LIST, BN>(a, i3, q0, q1, live, part);
     list.turn(walk.first);
     const char *k = a.k + head_kv * a.nb_k[1] + i3 * a.nb_k[2];
@@ -74,6 +76,7 @@ __device__ __forceinline__ void latent_block(const Attention &a, int part) {
         if (next < walk.end) fetch(next, s), next = walk.alive(next + 1);
         copies_commit();
     }
+    if (a.early == ALL) wait_for_predecessor();
     release_successor();
     loaded.store(a, factors, warp,
                  [&](int r, int i) { return (u32 *)(queries + swizzled(r, i / 8) + i % 8 * 2); });
