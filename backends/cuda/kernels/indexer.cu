@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(256) pack_queries(const __grid_constant__ Inde
     heads.store(a.images + number * IMAGE<N>);
 }
 
-// sums = A B (FIRST) or sums += A B for 32 elements; `b` and `half` as in begin_product.
+// sums = A B (FIRST) or sums += A B for 32 elements, as in begin_product.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 template <class T, int N>
 __device__ __forceinline__ void wgmma_first(float (&d)[N / 2], const u32 (&a)[4], u64 b);
@@ -110,10 +110,10 @@ __device__ __forceinline__ void wgmma_first(float (&d)[N / 2], const u32 (&a)[4]
                      : OUTS                                                                      \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                      \
     }
-FIRST(__half, "f16", 32, NAMES32, ARGS(D16(0)), 16, 17, 18, 19, 20)
-FIRST(__nv_bfloat16, "bf16", 32, NAMES32, ARGS(D16(0)), 16, 17, 18, 19, 20)
-FIRST(__half, "f16", 64, NAMES64, ARGS(D16(0), D16(16)), 32, 33, 34, 35, 36)
-FIRST(__nv_bfloat16, "bf16", 64, NAMES64, ARGS(D16(0), D16(16)), 32, 33, 34, 35, 36)
+FIRST(__half, "f16", 32, NAMES32, ARGS(D32(0)), 16, 17, 18, 19, 20)
+FIRST(__nv_bfloat16, "bf16", 32, NAMES32, ARGS(D32(0)), 16, 17, 18, 19, 20)
+FIRST(__half, "f16", 64, NAMES64, ARGS(D64(0)), 32, 33, 34, 35, 36)
+FIRST(__nv_bfloat16, "bf16", 64, NAMES64, ARGS(D64(0)), 32, 33, 34, 35, 36)
 #undef FIRST
 #endif
 
@@ -135,7 +135,7 @@ __device__ __forceinline__ void start(float (&sums)[N / 2], const u32 (&a)[STEPS
 #pragma unroll
     for (float &x : sums) x = 0;
 #pragma unroll
-    for (int s = 0; s < STEPS; ++s) begin_product<T, N>(sums, a[s], b + s / 2 * (N * 128), s % 2);
+    for (int s = 0; s < STEPS; ++s) begin_product<T, N>(sums, a[s], b + s / 2 * (N * 128), s % 2 * 2);
 #endif
 }
 
