@@ -204,11 +204,13 @@ def _type_name(array: object) -> str:
 
 def together(inputs: Mapping[str, object] | None, named: Mapping[str, object]) -> dict[str, object]:
     """The inputs of a dict and of keywords as one dict."""
-    if inputs is not None and not isinstance(inputs, Mapping):
+    if type(inputs) is not dict and inputs is not None and not isinstance(inputs, Mapping):
         raise DTypeError(
             f"inputs must be a dict or keywords, not {type(inputs).__name__}; they go by name"
         )
-    twice = [key for key in named if key in (inputs or {})]
+    if not inputs or not named:
+        return {**(inputs or named)}
+    twice = [key for key in named if key in inputs]
     if twice:
         raise GraphError(f"input {twice[0]!r} is both in the dict and a keyword; pass it once")
-    return {**(inputs or {}), **named}
+    return {**inputs, **named}

@@ -350,7 +350,7 @@ class Plan:
 
     def _give(self, ready: Ready, execution: Execution) -> None:
         queued = self.store.shared.queued
-        if len(queued | set(execution.backends)) > 1:
+        if queued and len(queued.union(execution.backends)) > 1:
             execution.follow(queued)
         execution.slots.fill(ready, self._bound)
 

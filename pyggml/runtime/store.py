@@ -125,7 +125,7 @@ class Store:
         Devices are locked too because a device has one queue, which stores share.
         """
         with self.lock:
-            return _holding(_locks(frozenset(backends) | self.shared.queued), action)
+            return _holding(_locks(tuple(backends), self.shared.queued), action)
 
     def settle(self) -> None:
         """Wait for the submitted runs. Call it inside `alone`.
@@ -327,9 +327,11 @@ def _cut_alike(known: Node, leaf: Node, states: Mapping[tuple[object, ...], Leaf
 
 
 @lru_cache(maxsize=64)
-def _locks(backends: frozenset[Backend]) -> tuple[AbstractContextManager[object], ...]:
+def _locks(
+    backends: tuple[Backend, ...], queued: frozenset[Backend]
+) -> tuple[AbstractContextManager[object], ...]:
     """The locks of these devices, in the order in which every thread takes them."""
-    devices = sorted(backends, key=lambda backend: backend.place)
+    devices = sorted({*backends, *queued}, key=lambda backend: backend.place)
     return tuple(backend.lock for backend in devices)
 
 

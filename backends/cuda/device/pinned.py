@@ -30,8 +30,10 @@ Bytes = NDArray[np.uint8]
 #: Bytes of pinned memory that copies pass through; the most bytes of one part of it; the alignment
 #: of a part, which limits the number of events.
 RING, PART, GRAIN = 16 << 20, 4 << 20, 64 << 10
+#: Bytes of a cell, which holds a small upload, and the number of cells.
+CELL, CELLS = 1024, 256
 #: Bytes of pinned memory per GPU.
-PINNED = RING + ROOM
+PINNED = RING + ROOM + CELL * CELLS
 
 #: Up to this many bytes, an array is copied as a bytes object.
 _FEW = 4096
@@ -42,7 +44,9 @@ class Staging:
     once its copy is complete.
 
     It takes `RING` bytes of host memory per GPU, allocated by the first copy or plan and then kept,
-    and `results.ROOM` for results that stay in pinned memory.
+    `results.ROOM` for results that stay in pinned memory, and cells for small uploads. These have
+    neither events nor a list: the host does nothing for them but write and queue, because a decode
+    step waits for it.
     """
 
     def __init__(self, context: Context) -> None:
@@ -51,6 +55,8 @@ class Staging:
         self.results: Results | None = None
         self._end = 0  # of all parts so far, as if the ring had no end
         self._settled = 0  # copies of parts before this point are complete
+        self._cells: Bytes | None = None
+        self._small = self._small_settled = 0  # uploads through cells; those that are complete
         self._flying: deque[_Flying] = deque()
         self._events: list[Any] = []
         # Starts its threads when there is work. They stay, because there are many weights.
@@ -68,14 +74,15 @@ class Staging:
                 f"the host cannot pin {PINNED:,} bytes of memory, which copies to and from "
                 f"cuda:{self.context.index} need; check `ulimit -l` and other processes"
             ) from None
-        self.results = Results(self, memory[RING:])
+        self.results = Results(self, memory[RING:][:ROOM])
+        self._cells = memory[RING + ROOM :]
         self._ring = memory[:RING]
 
     def settle(self) -> None:
         """Wait for all queued work. Parts in use so far need no waits of their own."""
-        end = self._end
+        end, small = self._end, self._small
         self.context.wait(self.context.stream)
-        self._settled = end
+        self._settled, self._small_settled = end, small
 
     def is_settled(self, start: int) -> bool:
         """Whether the copy of the part at `start` was queued before the last `settle`."""
@@ -84,7 +91,7 @@ class Staging:
     def gather(self, ptr: int, nbytes: int, arrays: Iterable[tuple[int, NDArray[Any]]]) -> None:
         """Queue one copy of several arrays to a device address, each at its offset; at most `PART`
         bytes. Gaps are overwritten."""
-        flying, part = self._part(nbytes)
+        flying, part = (None, self._cell(nbytes)) if nbytes <= CELL else self._part(nbytes)
         view = part.data
         for start, array in arrays:
             end = start + array.nbytes
@@ -94,10 +101,22 @@ class Staging:
                 part[start:end] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         self._send(ptr, part, flying)
 
-    def _send(self, ptr: int, part: Bytes, flying: _Flying) -> None:
+    def _send(self, ptr: int, part: Bytes, flying: _Flying | None) -> None:
         with guarded("uploading"):
             self.context.driver.memcpy_htod_async(ptr, part, self.context.stream)
-            flying.record()
+            if flying is not None:
+                flying.record()
+
+    def _cell(self, nbytes: int) -> Bytes:
+        """The next cell. It counts as in use before its copy is queued, as parts do (`_part`)."""
+        self.prepare()
+        assert self._cells is not None
+        if self._small - self._small_settled >= CELLS:  # only if nothing has waited for so long
+            with guarded("uploading"):
+                self.settle()
+        start = self._small % CELLS * CELL
+        self._small += 1
+        return self._cells[start : start + nbytes]
 
     def upload(self, ptr: int, data: Bytes) -> None:
         """Queue a copy of flat bytes to a device address. After it returns, `data` may change."""
