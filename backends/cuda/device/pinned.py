@@ -88,12 +88,22 @@ class Staging:
         """Whether the copy of the part at `start` was queued before the last `settle`."""
         return start < self._settled
 
-    def gather(self, ptr: int, nbytes: int, arrays: Iterable[tuple[int, NDArray[Any]]]) -> None:
-        """Queue one copy of several arrays to a device address, each at its offset; at most `PART`
-        bytes. Gaps are overwritten."""
+    def gather(
+        self,
+        ptr: int,
+        nbytes: int,
+        pieces: Iterable[tuple[int, int]],
+        arrays: Sequence[NDArray[Any]],
+    ) -> None:
+        """Queue one copy of several arrays to a device address; at most `PART` bytes. Gaps are
+        overwritten.
+
+        pieces  the number of each array, and its offset
+        """
         flying, part = (None, self._cell(nbytes)) if nbytes <= CELL else self._part(nbytes)
         view = part.data
-        for start, array in arrays:
+        for number, start in pieces:
+            array = arrays[number]
             end = start + array.nbytes
             if array.nbytes <= _FEW:  # a fourth of the time that NumPy's assignment takes
                 view[start:end] = array.tobytes()

@@ -51,8 +51,7 @@ class Uploads:
         staging = self._staging
         with staging.context:
             for group in self._groups:
-                pieces = [(start, arrays[number]) for number, start in group.pieces]
-                staging.gather(group.ptr, group.nbytes, pieces)
+                staging.gather(group.ptr, group.nbytes, group.pieces, arrays)
             for number, (at, spec) in self._others:
                 pinned.put(staging, at, spec, arrays[number])
 
