@@ -1,5 +1,5 @@
-"""Ctrl-C at every point of copies through pinned memory: no part of the ring is reused while a copy
-reads it, and no copy writes to a wrong place."""
+"""Ctrl-C at every point of copies through pinned memory: no part of the ring and no cell is reused
+while a copy reads it, and no copy writes to a wrong place."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ X = np.arange(24, dtype=np.float32).reshape(4, 6)
 
 @pytest.fixture
 def gpu(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A GPU whose ring has only four parts, so that they are soon reused."""
+    """A GPU whose ring has only four parts, and few cells, so that they are soon reused."""
     machine("gpu")
     monkeypatch.setattr(pinned, "RING", 4096)
     monkeypatch.setattr(pinned, "PART", 1024)
     monkeypatch.setattr(pinned, "GRAIN", 256)
+    monkeypatch.setattr(pinned, "CELLS", 3)
     return backends.get("cuda")
 
 
@@ -88,3 +89,24 @@ def test_a_plan_on_a_gpu_is_bound_or_not(gpu: Any) -> None:
 
     for where in everywhere(begin, 5):
         np.testing.assert_array_equal(plans[0].run(x=X)["x"], X, err_msg=where)
+
+
+def test_small_uploads_that_nobody_waits_for(gpu: Any) -> None:
+    """Runs that are queued, some of them after an interrupt, each with the array it was given."""
+    plan = gg.compile({"x": gg.input("x", ne=(6, 4))}, backends=["cuda"]).bind()
+    turns, queued = iter(range(10**6)), list[tuple[float, Any]]()
+
+    def submit() -> None:
+        value = float(next(turns))
+        queued.append((value, plan.submit(x=np.full((4, 6), value, np.float32))))
+
+    def begin() -> Callable[[], object]:
+        queued.clear()
+        submit()
+        return submit
+
+    for where in everywhere(begin, 3):
+        for _ in range(2 * pinned.CELLS):
+            submit()
+        for value, run in queued:
+            np.testing.assert_array_equal(run.result()["x"], np.full((4, 6), value), err_msg=where)
