@@ -32,7 +32,8 @@ Action = Callable[[], None]
 class CudaRunner:
     """A plan's steps on a GPU. The first run starts every launch; later runs replay CUDA graphs.
 
-    loads  how steps that read a weight of the host in every run get it
+    debugging  whether steps run one by one, with checks; read once, when the plan is bound
+    loads      how steps that read a weight of the host in every run get it
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class CudaRunner:
         self._runs: list[Action] | None = None
         self._warm = False
         self._loads = loads
+        self.debugging = debugging()
 
     def _chosen(self, record: Record) -> Record:
         """The record; of a collective, what the devices that meet take for its size."""
@@ -84,7 +86,7 @@ class CudaRunner:
         for end in self.ends:
             end.check_usable()
         with self.context:
-            if not self._warm or debugging():
+            if not self._warm or self.debugging:
                 for index in range(len(self.steps)):
                     self._start(index)
                 self._warm = True
@@ -108,12 +110,12 @@ class CudaRunner:
     def _start(self, index: int) -> None:
         step = self.steps[index]
         try:
-            if debugging():
+            if self.debugging:
                 check_ids(self._staging, step, self._at)
             with guarded("starting a kernel"):
                 for action in self.actions[index]:
                     action()
-                if debugging():
+                if self.debugging:
                     self.context.stream.synchronize()
         except Exception as error:
             raise kernel_error(error, step.node) from None
@@ -159,7 +161,7 @@ class CudaRunner:
 
     def stopwatch(self) -> Stopwatch:
         """Time stamps in the graphs; one by one with PYGGML_CUDA_DEBUG."""
-        if debugging():
+        if self.debugging:
             return step_by_step(self, len(self.steps), self._wait)
 
         def capture(before: Mapping[int, Sequence[Action]]) -> Sequence[Action]:

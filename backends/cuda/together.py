@@ -18,7 +18,6 @@ from functools import partial
 from operator import call
 from typing import Any
 
-from pyggml.backends.cuda.checks import debugging
 from pyggml.backends.cuda.device.driver import guarded
 from pyggml.backends.cuda.device.nccl import Group
 from pyggml.backends.cuda.runner import CudaRunner
@@ -46,7 +45,7 @@ class Together:
             raise
 
     def _run(self) -> None:
-        if not self._warm or debugging() or not all(r.in_graphs for r in self._runners):
+        if not self._warm or not all(r.in_graphs and not r.debugging for r in self._runners):
             self._walk()
             self._warm = True
             return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from os import PathLike
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +47,8 @@ class Session:
         self.caches = model.caches(n_ctx, self.n_batch)
         self.plans = Plans(model, self.caches, self.store, n_ctx=n_ctx, n_batch=self.n_batch)
         self._decoder = Decoder(self)
+        self._step: _Step | None = None
+        self._token = {"tokens": np.zeros(1, np.int32), "pos": np.zeros(1, np.int32)}
 
     def __repr__(self) -> str:
         return f"<session: {len(self.tokens)} of {self.n_ctx} tokens, {self.model!r}>"
@@ -115,17 +117,18 @@ class Session:
     def prepared(
         self, past: int, part: Sequence[int], n_outputs: int
     ) -> tuple[Plan, dict[str, NDArray[np.int32]]]:
-        """The plan for a part of the prompt after `past` tokens, and its inputs."""
+        """The plan for a part of the prompt after `past` tokens, and its inputs, whose arrays are
+        valid until the next call."""
         n = len(part)
-        every = n_outputs == n and n > 1
+        if n == 1:
+            return self._prepared_step(past, part[0], n_outputs)
+        every = n_outputs == n
         n_tokens = padded_tokens(n, self.n_batch)
         n_kv = padded_rows(past + n, self.n_ctx)
         if not every:
             n_tokens, n_kv = self.plans.sizes(n_tokens, n_kv, n_outputs)
         plan = self.plan(n_tokens, n_kv, n_tokens if every else n_outputs)
         self.most = max(self.most, past + n)  # even if the run fails
-        if n_tokens == 1:
-            return plan, {"tokens": np.array(part, np.int32), "pos": np.array([past], np.int32)}
         pos = np.arange(past, past + n, dtype=np.int32)
         arrays = {
             "tokens": _tail(part, n_tokens, 0),
@@ -135,6 +138,19 @@ class Session:
         if "outputs" in plan.inputs:
             arrays["outputs"] = np.array([n - 1], np.int32)
         return plan, arrays
+
+    def _prepared_step(
+        self, past: int, token: int, n_outputs: int
+    ) -> tuple[Plan, dict[str, NDArray[np.int32]]]:
+        """`prepared` for one token. A device waits for it in every step, so it makes no objects."""
+        n, step = past + 1, self._step
+        if step is None or n not in step.rows or n_outputs != step.n_outputs:
+            most = padded_rows(n, self.n_ctx)
+            plan = self.plan(*self.plans.sizes(1, most, n_outputs), n_outputs)
+            self._step = step = _Step(range(n, most + 1), n_outputs, plan)
+        self.most = max(self.most, n)  # even if the run fails
+        self._token["tokens"][0], self._token["pos"][0] = token, past
+        return step.plan, self._token
 
     def plan(self, n_tokens: int, n_kv: int, n_outputs: int) -> Plan:
         """The plan for `n_tokens` tokens that attend to the first `n_kv` rows of full caches."""
@@ -255,6 +271,14 @@ class Session:
     def _bind(self) -> None:
         """Make the caches exist."""
         self.plan(1, padded_rows(1, self.n_ctx), 1).bind()
+
+
+class _Step(NamedTuple):
+    """The plan for one token that attends to any of these numbers of rows."""
+
+    rows: range
+    n_outputs: int
+    plan: Plan
 
 
 class _Queue:

@@ -97,14 +97,10 @@ class Execution:
 
     def serves(self, work: Work, bound: Bound, arenas: Mapping[str, Arena]) -> bool:
         """Whether it was built for this work, with these bound arrays and these arenas."""
-        return (
-            self.work is work
-            and same_memory(self.bound, bound)
-            and all(
-                device in arenas and arenas[device].buffer is buffer
-                for device, buffer in self.arenas.items()
-            )
-        )
+        for device, buffer in self.arenas.items():
+            if device not in arenas or arenas[device].buffer is not buffer:
+                return False
+        return self.work is work and same_memory(self.bound, bound)
 
     def settle(self) -> None:
         """Wait until all queues are empty, including what bind put there."""

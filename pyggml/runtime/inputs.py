@@ -87,8 +87,9 @@ class Inputs:
 
         Call it without the store's lock: a device array takes the lock of its device.
         """
-        self._check_names(arrays)
         ready = {key: self._taken(key, arrays[key]) for key in self.specs if key in arrays}
+        if len(ready) < len(arrays):
+            self._check_names(arrays)
         for limit in self._limits:
             ids = ready.get(limit.input)
             if isinstance(ids, np.ndarray):
