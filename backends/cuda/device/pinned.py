@@ -27,11 +27,11 @@ from pyggml.spec import Ne, Spec
 
 Bytes = NDArray[np.uint8]
 
-#: Bytes of pinned memory that copies pass through; the most bytes of one part of it; the alignment
-#: of a part, which limits the number of events.
-RING, PART, GRAIN = 16 << 20, 4 << 20, 64 << 10
 #: Bytes of a cell, which holds a small upload, and the number of cells.
 CELL, CELLS = 1024, 256
+#: Bytes of pinned memory that other copies pass through; the most bytes of one part of it; the
+#: alignment of a part, which limits the number of events.
+RING, PART, GRAIN = (16 << 20) - CELL * CELLS, 4 << 20, 64 << 10
 #: Bytes of pinned memory per GPU.
 PINNED = RING + ROOM + CELL * CELLS
 
@@ -43,10 +43,10 @@ class Staging:
     """A ring of pinned memory between a GPU and the host: copies are queued, and a part is reused
     once its copy is complete.
 
-    It takes `RING` bytes of host memory per GPU, allocated by the first copy or plan and then kept,
-    `results.ROOM` for results that stay in pinned memory, and cells for small uploads. These have
-    neither events nor a list: the host does nothing for them but write and queue, because a decode
-    step waits for it.
+    It takes `PINNED` bytes of host memory per GPU, allocated by the first copy or plan and then
+    kept: the ring, `results.ROOM` for results that stay in pinned memory, and cells for small
+    uploads. Cells have no events and no list, because a decode step waits until its inputs are on
+    their way: one is free again after the next `settle`.
     """
 
     def __init__(self, context: Context) -> None:
@@ -56,7 +56,7 @@ class Staging:
         self._end = 0  # of all parts so far, as if the ring had no end
         self._settled = 0  # copies of parts before this point are complete
         self._cells: Bytes | None = None
-        self._small = self._small_settled = 0  # uploads through cells; those that are complete
+        self._used = self._free = 0  # cells used so far; those before this one are free again
         self._flying: deque[_Flying] = deque()
         self._events: list[Any] = []
         # Starts its threads when there is work. They stay, because there are many weights.
@@ -80,9 +80,9 @@ class Staging:
 
     def settle(self) -> None:
         """Wait for all queued work. Parts in use so far need no waits of their own."""
-        end, small = self._end, self._small
+        end, used = self._end, self._used
         self.context.wait(self.context.stream)
-        self._settled, self._small_settled = end, small
+        self._settled, self._free = end, used
 
     def is_settled(self, start: int) -> bool:
         """Whether the copy of the part at `start` was queued before the last `settle`."""
@@ -118,14 +118,14 @@ class Staging:
                 flying.record()
 
     def _cell(self, nbytes: int) -> Bytes:
-        """The next cell. It counts as in use before its copy is queued, as parts do (`_part`)."""
+        """The next cell. It counts as used before its copy is queued, like a part (`_part`)."""
         self.prepare()
         assert self._cells is not None
-        if self._small - self._small_settled >= CELLS:  # only if nothing has waited for so long
+        if self._used - self._free >= CELLS:  # many submitted runs, and no wait for all of them
             with guarded("uploading"):
                 self.settle()
-        start = self._small % CELLS * CELL
-        self._small += 1
+        start = self._used % CELLS * CELL
+        self._used += 1
         return self._cells[start : start + nbytes]
 
     def upload(self, ptr: int, data: Bytes) -> None:
