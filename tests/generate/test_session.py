@@ -57,6 +57,20 @@ def test_parts_of_a_prompt_give_the_same_logits(model: Model, n_batch: int) -> N
     assert close(session.forward(TOKENS[7:], "all"), whole[7:])
 
 
+def test_tokens_one_by_one_past_the_rows_of_their_plan(model: Model) -> None:
+    """Steps keep a plan for a range of rows and a number of outputs."""
+    tokens = [(7 * i) % TINY.n_vocab for i in range(258)]
+    want = model.session(300).forward(tokens, "all")
+    session = model.session(300)
+    session.forward(tokens[:254], "none")
+    assert session.forward(tokens[254:255], "none").shape == (0, TINY.n_vocab)
+    for i in (255, 256, 257):
+        assert close(session.forward([tokens[i]]), want[i : i + 1])
+    session.truncate(20)
+    assert close(session.forward([tokens[20]]), want[20:21])
+    assert len({key for key in session.plans._batches if key[0] == 1}) == 3
+
+
 def test_sessions_share_weights_but_not_tokens(model: Model) -> None:
     first, second = model.session(32), model.session(16)
     logits = first.forward(TOKENS)
