@@ -229,6 +229,15 @@ class Kernels:
             self._loaded[key](launch)
 
 
+#: Freed memory. To free it would wait for all streams, also for that of another thread.
+FREED: list[Any] = []
+
+
+def _freed(block: Any) -> None:
+    FREED.append(block)
+    del block.live[block.ptr]
+
+
 def imitate(machine: Any, patch: pytest.MonkeyPatch, kernels: Kernels) -> Nccl:
     """A machine with two GPUs, whose kernels run on the host, until the end of the test."""
     machine("gpus")
@@ -246,6 +255,7 @@ def imitate(machine: Any, patch: pytest.MonkeyPatch, kernels: Kernels) -> Nccl:
         return (bindings.OK,)
 
     patch.setattr(bindings, "cuLaunchKernelEx", launch)
+    patch.setattr(sys.modules["pycuda.driver"].DeviceAllocation, "free", _freed)
     nccl = Nccl()
     cupy: Any = ModuleType("cupy")
     cupy.cuda = SimpleNamespace(ExternalStream=ExternalStream, nccl=nccl)
