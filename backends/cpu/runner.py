@@ -40,7 +40,10 @@ class CpuRunner:
     """A plan's steps. Native steps that follow one another are one program.
 
     parts  in order: a program, or the call of a NumPy kernel
+    more   whether the run goes on here after other devices' steps, so that threads wait awake
     """
+
+    more = False
 
     def __init__(
         self,
@@ -67,6 +70,8 @@ class CpuRunner:
         for part in self._parts:
             if isinstance(part, Program):
                 part.pack()
+        self._all = [(part, 0, len(nodes)) for part, nodes in enumerate(self._nodes)]
+        self._is_native = all(isinstance(part, Program) for part in self._parts)
 
     # -- binding ------------------------------------------------------------------------------
 
@@ -119,12 +124,11 @@ class CpuRunner:
 
     def run(self) -> None:
         """Execute every step in order."""
-        spans = [(part, 0, len(nodes)) for part, nodes in enumerate(self._nodes)]
-        copy_context().run(self._run, spans)
+        self._run(self._all)
 
     def run_step(self, index: int) -> None:
         """Execute one step."""
-        copy_context().run(self._run, self._spans[index])
+        self._run(self._spans[index])
 
     def _run(
         self,
@@ -132,13 +136,27 @@ class CpuRunner:
         times: Sequence[NDArray[np.int64]] | None = None,
     ) -> None:
         """Run calls of parts; `times` receives those of each span."""
+        if self._is_native:
+            self._run_parts(spans, times)
+        else:
+            copy_context().run(self._run_with_numpy, spans, times)
+
+    def _run_with_numpy(
+        self, spans: Sequence[tuple[int, int, int]], times: Sequence[NDArray[np.int64]] | None
+    ) -> None:
         kernel_settings()
+        self._run_parts(spans, times)
+
+    def _run_parts(
+        self, spans: Sequence[tuple[int, int, int]], times: Sequence[NDArray[np.int64]] | None
+    ) -> None:
         for span, (number, first, end) in enumerate(spans):
             part, nodes = self._parts[number], self._nodes[number]
             own = None if times is None else times[span]
             if isinstance(part, Program):
+                more = self.more and span == len(spans) - 1
                 try:
-                    pool().run(part, first, end - first, own)
+                    pool().run(part, first, end - first, own, more=more)
                 except StoppedError as stop:
                     raise _id_error(stop.id, nodes[stop.call]) from None
             else:
@@ -156,11 +174,11 @@ class CpuRunner:
         """Thread 0 of a program takes the time between kernels, Python that between parts."""
         if not can_time():
             return step_by_step(self, len(self.steps), lambda: None)
-        spans = [(part, 0, len(nodes)) for part, nodes in enumerate(self._nodes)]
+        spans = self._all
         clocks = [np.zeros((count + 1, 2), np.int64) for _, _, count in spans]
 
         def take() -> Callable[[], list[float]]:
-            copy_context().run(self._run, spans, clocks)
+            self._run(spans, clocks)
             return lambda: self._seconds(clocks)
 
         return Fastest(take)

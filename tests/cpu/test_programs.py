@@ -96,6 +96,46 @@ def test_a_budget_gives_the_same_values() -> None:
     np.testing.assert_allclose(cut.run(inputs)["y"], whole.run(inputs)["y"], atol=1e-5)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("way", ["semaphores", "pipes"])
+def test_threads_wait_awake_and_then_sleep(way: str) -> None:
+    """Programs that find them awake, asleep or falling asleep; in the end all of them sleep."""
+    program = f"""
+import time, threading
+from pathlib import Path
+import numpy as np
+from pyggml.backends.cpu.moe import SUMS
+from pyggml.backends.cpu.native import pool as pools, sleep
+from pyggml.backends.cpu.native.program import Program
+from pyggml.backends.host_memory import address_of
+
+pools.sleep, pool = sleep.{way}, pools.pool
+x, weights, out = np.ones((8, 4), np.float32), np.ones(8, np.float32), np.zeros((8, 4), np.float32)
+program = Program()
+for _ in range(3):
+    program.add(SUMS, address_of(out), 16, address_of(x), 0, 16, address_of(weights), 0, 4, 4, 1, 8)
+program.pack()
+for turn in range(2000):
+    out[:] = 0
+    pool().run(program, more=turn % 3 > 0)
+    assert np.array_equal(out, x)
+    if turn % 7 == 0:
+        time.sleep(turn % 5 * 4e-4)
+pool().run(program, more=True)
+ids = [t.native_id for t in threading.enumerate() if t.name.startswith("pyggml-cpu")]
+def state(i):
+    return Path(f"/proc/self/task/{{i}}/stat").read_text().rsplit(")")[1].split()[0]
+while any(state(i) != "S" for i in ids):
+    time.sleep(0.01)
+print(len(ids), "threads sleep")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(gg.__file__).parent.parent,
+        env={**os.environ, "PYGGML_THREADS": "4"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.stdout.strip() == "3 threads sleep", done.stderr
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_process_has_threads_of_its_own() -> None:
@@ -182,7 +222,6 @@ except gg.DeviceError as error:
     assert 'pip install -e ".[cpu]"' in done.stdout
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="one thread elsewhere")
 def test_a_thread_that_is_held_up_leaves_before_the_next_program() -> None:
     """With more threads than processors some always are. A program that stops must not let them
     run the kernels after the one that stopped it, not even while the next program runs."""

@@ -86,6 +86,12 @@ def fetch_add(e: Emitter, address: Any, value: Any) -> Any:
     return e.b.atomic_rmw("add", e.b.inttoptr(address, i64.as_pointer()), value, "acq_rel")
 
 
+@emits(I64, I64, I64)
+def exchange(e: Emitter, address: Any, value: Any) -> Any:
+    """Atomically replace a word; its old value. No access moves across it in either direction."""
+    return e.b.atomic_rmw("xchg", e.b.inttoptr(address, i64.as_pointer()), value, "seq_cst")
+
+
 @emits(I64, I64)
 def load_acquire(e: Emitter, address: Any) -> Any:
     return e.b.load_atomic(e.b.inttoptr(address, i64.as_pointer()), "acquire", 8)

@@ -1,10 +1,8 @@
-"""Threads that run programs. They sleep in a semaphore between programs and use no time then.
+"""Threads that run programs. They sleep between programs (`sleep.py`) and use no time then.
 
 The threads are Python's, but each of them enters native code once and stays there, so neither the
 interpreter's lock nor a signal comes between them and a program. The thread that calls `run` is one
 of them. They start with the first program that needs them.
-
-Semaphores are those of Linux's C library. On other systems programs run in one thread.
 """
 
 from __future__ import annotations
@@ -15,24 +13,28 @@ import sys
 import threading
 import time
 from functools import cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pyggml.backends.cpu.native.program import (
+    BETWEEN,
     CONTROL_BYTES,
     ERROR,
+    EVENT_BYTES,
+    POST,
     START,
     STOPPED,
     TIME,
     TIMED_WALK,
+    WAIT,
     WALK,
     WORDS,
     WORK,
     Program,
 )
-from pyggml.backends.host_memory import ALIGNMENT, address_of, allocated
+from pyggml.backends.cpu.native.sleep import sleep
+from pyggml.backends.host_memory import address_of, allocated
 from pyggml.backends.processors import n_threads
 
 _Entry = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
@@ -50,11 +52,15 @@ class Pool:
     """A number of threads, and what they share."""
 
     def __init__(self, threads: int) -> None:
-        self.threads = threads if sys.platform == "linux" else 1
+        self.threads = threads
         self._lock = threading.Lock()  # one program at a time
         self._control = allocated(CONTROL_BYTES)
-        self._events = allocated(ALIGNMENT * self.threads)
-        self._job = np.zeros(3, np.int64)
+        self._events = allocated(EVENT_BYTES * self.threads)
+        control = address_of(self._control)
+        self._stopped = ctypes.c_int64.from_address(control + STOPPED)
+        self._error = ctypes.c_int64.from_address(control + ERROR)
+        self._job = (ctypes.c_int64 * 4)()
+        self._job_at = ctypes.addressof(self._job)
         self._started = False
 
     def run(
@@ -63,9 +69,12 @@ class Pool:
         first: int = 0,
         count: int | None = None,
         times: NDArray[np.int64] | None = None,
+        *,
+        more: bool = False,
     ) -> None:
         """Run a packed program, or `count` of its calls from `first` on.
 
+        more   whether another one follows soon, so that the threads wait for it awake for a while
         times  receives the time before the threads are woken and after each call, as seconds and
                nanoseconds: (count + 1, 2); only if `can_time()`
         Errors: StoppedError if a kernel reports an id; the calls after it did not run.
@@ -75,30 +84,34 @@ class Pool:
             if not self._started:
                 self._start_threads()
                 self._started = True
-            self._job[:] = program.address + 8 * WORDS * first, count, self.threads
-            words = self._start_words if times is None else self._timed(times)
-            if times is not None:  # not in the walk: another thread may do all work before it
+            job = self._job
+            start = program.address + 8 * WORDS * first
+            job[:] = [start, count, self.threads, BETWEEN * more]
+            words = self._start_at
+            if times is not None:
+                timed = self._timed(times)
+                words = address_of(timed)
+                # not in the walk: another thread may do all work before it
                 times[0] = divmod(time.perf_counter_ns(), 10**9)
-            self._start(address_of(words), address_of(self._job), 0)
-            stopped, error = self._word(STOPPED), self._word(ERROR)
+            self._start(words, self._job_at, 0)
+            stopped, error = self._stopped.value, self._error.value
         if stopped >= 0:
             raise StoppedError(first + stopped, error)
 
-    def _word(self, offset: int) -> int:
-        return int(self._control[offset : offset + 8].view(np.int64)[0])
-
     def _start_threads(self) -> None:
-        give_way, wait, post = _system()
-        for thread in range(1, self.threads):
-            event = address_of(self._events) + ALIGNMENT * thread
-            ctypes.CDLL(None).sem_init(ctypes.c_void_p(event), 0, 0)
+        wait, post, give_way, event = sleep()
+        words = self._events.view(np.int64).reshape(self.threads, -1)
+        for own in words[1:]:
+            arguments = event(address_of(own))
+            own[WAIT // 8 : WAIT // 8 + 3], own[POST // 8 : POST // 8 + 3] = arguments
         control, events = address_of(self._control), address_of(self._events)
         walk_words = _words(control, give_way, 0, 0, 0)
         inner = WALK.ready(), address_of(walk_words)
         self._system = control, post, events, give_way
-        self._start_words = _words(control, post, events, *inner, give_way)
-        work_words = _words(control, wait, events, *inner)
-        self._keep = walk_words, work_words
+        start_words = _words(control, post, events, *inner, give_way)
+        self._start_at = address_of(start_words)
+        work_words = _words(control, wait, events, *inner, give_way)
+        self._keep = walk_words, start_words, work_words
         self._start = _Entry(START.ready())
         work = _Entry(WORK.ready())
         for thread in range(1, self.threads):
@@ -131,16 +144,6 @@ def _clock() -> tuple[int, int]:
 def _words(*values: int) -> NDArray[np.int64]:
     """Arguments of a kernel: its counter and the values."""
     return np.array([0, *values], np.int64)
-
-
-def _system() -> tuple[int, int, int]:
-    """The addresses of sched_yield, sem_wait and sem_post, 0 where there are none."""
-    if sys.platform != "linux":
-        return 0, 0, 0
-    library: Any = ctypes.CDLL(None)
-    functions = library.sched_yield, library.sem_wait, library.sem_post
-    addresses = [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions]
-    return addresses[0], addresses[1], addresses[2]
 
 
 @cache

@@ -30,7 +30,13 @@ share of the work. A kernel reports an id past the end by storing -1 - id there.
     JOB      changes with every program
     LEFT     how many of the other threads have left the program. Only when all have, the next one
              may change these words: a thread that was held up may still have to read them
+    LINGER   turns of a waiting loop before the threads fall asleep after this program
     TABLE, COUNT, THREADS   the program, and how many threads run it
+
+Each thread has EVENT_BYTES of its own: the memory that it sleeps in (`sleep.py`), the arguments of
+the functions for that at WAIT and POST, and at ASLEEP whether it does, so that a program wakes only
+those that do. To wake a thread costs the one that starts a program 2 to 5 us, and the thread itself
+is late by 5 to 50.
 """
 
 from __future__ import annotations
@@ -44,13 +50,20 @@ from pyggml.backends.cpu.native.compiler import Native
 from pyggml.backends.host_memory import address_of
 
 _LINE = 64
-ARRIVED, TURN, ERROR, STOPPED, JOB, LEFT, TABLE, COUNT, THREADS = (i * _LINE for i in range(9))
-CONTROL_BYTES = 9 * _LINE
+ARRIVED, TURN, ERROR, STOPPED, JOB, LEFT, LINGER, TABLE, COUNT, THREADS = (
+    i * _LINE for i in range(10)
+)
+CONTROL_BYTES = 10 * _LINE
+WAIT, POST, ASLEEP, EVENT_BYTES = _LINE, _LINE + 24, 2 * _LINE, 3 * _LINE
 
 #: Turns of a waiting loop before a thread lets others run: about 50 us. Beside three busy processes
 #: on two cores a token takes 29 ms; with 50,000 turns 150 ms, with 5,000,000 52 ms. On a quiet
 #: machine the number makes no difference.
 SPINS = 2000
+
+#: Turns before threads fall asleep between programs of one run: half a millisecond to one, several
+#: times what a GPU needs for its part of a layer.
+BETWEEN = 20_000
 
 #: Words of a call.
 WORDS = 5
@@ -63,7 +76,12 @@ SHARED, ALONE, CHAINED = range(3)
 
 
 class Program:
-    """A list of calls. `add` them, then `pack`."""
+    """A list of calls. `add` them, then `pack`.
+
+    address  of the packed table
+    """
+
+    address = 0
 
     def __init__(self) -> None:
         self._entries: list[int] = []
@@ -119,11 +137,7 @@ class Program:
             start, nbytes = self._reads[number]
             if nbytes:
                 following = (start, start + nbytes)
-
-    @property
-    def address(self) -> int:
-        """Of the packed table."""
-        return address_of(self._table)
+        self.address = address_of(self._table)
 
 
 def _bits(value: float) -> int:
@@ -212,21 +226,44 @@ def _walk(timed: bool) -> Callable[..., None]:
 
 
 def _work() -> Callable[..., None]:
-    from pyggml.backends.cpu.native.memory import call, fetch_add, i64_at, load_acquire
+    from pyggml.backends.cpu.native.memory import (
+        call,
+        exchange,
+        fetch_add,
+        i64_at,
+        load_acquire,
+        pause,
+        store_release,
+    )
 
     def work(
-        control: int, wait: int, events: int, walk: int, arguments: int,
+        control: int, wait: int, events: int, walk: int, arguments: int, give_way: int,
         own: int, thread: int, threads: int,
     ) -> None:  # fmt: skip
-        """The life of a thread: wait for its event, walk the program, and again. A wait may end
-        without cause, for example by a signal."""
-        job = 0
+        """The life of a thread: wait for a program, walk it, and again. A wait may end without
+        cause, for example by a signal."""
+        job, linger, event = 0, 0, events + EVENT_BYTES * thread
         while True:
-            call(wait, events + _LINE * thread, 0, 0)
-            if load_acquire(control + JOB) != job:
-                job = load_acquire(control + JOB)
-                call(walk, arguments, thread, i64_at(control + THREADS))
-                fetch_add(control + LEFT, 1)
+            spins = 0
+            while spins < linger and load_acquire(control + JOB) == job:
+                pause()
+                spins += 1
+                if spins % SPINS == 0:
+                    call(give_way, 0, 0, 0)
+            linger = 0
+            if load_acquire(control + JOB) == job:
+                exchange(event + ASLEEP, 1)
+                # Who starts a program changes JOB and then looks who sleeps: one of both sees the
+                # other. If both do, the next wait ends at once, without cause.
+                if load_acquire(control + JOB) == job:
+                    at = event + WAIT
+                    call(wait, i64_at(at), i64_at(at + 8), i64_at(at + 16))
+                store_release(event + ASLEEP, 0)
+                continue
+            job = load_acquire(control + JOB)
+            linger = i64_at(control + LINGER)
+            call(walk, arguments, thread, i64_at(control + THREADS))
+            fetch_add(control + LEFT, 1)
 
     return work
 
@@ -234,6 +271,7 @@ def _work() -> Callable[..., None]:
 def _start() -> Callable[..., None]:
     from pyggml.backends.cpu.native.memory import (
         call,
+        exchange,
         i64_at,
         load_acquire,
         pause,
@@ -245,16 +283,22 @@ def _start() -> Callable[..., None]:
         control: int, post: int, events: int, walk: int, arguments: int, give_way: int,
         own: int, program: int, unused: int,
     ) -> None:  # fmt: skip
-        """Run a program: three words, table, count and threads. Returns when all have finished."""
+        """Run a program: four words, table, count, threads and the turns of waiting after it.
+        Returns when all have finished."""
         threads = i64_at(program + 16)
         put_i64(control + TABLE, i64_at(program))
         put_i64(control + COUNT, i64_at(program + 8))
         put_i64(control + THREADS, threads)
+        put_i64(control + LINGER, i64_at(program + 24))
         put_i64(control + STOPPED, -1)
         put_i64(control + LEFT, 0)
-        store_release(control + JOB, i64_at(control + JOB) + 1)
+        exchange(control + JOB, i64_at(control + JOB) + 1)
         for thread in range(1, threads):
-            call(post, events + _LINE * thread, 0, 0)
+            event = events + EVENT_BYTES * thread
+            if load_acquire(event + ASLEEP) != 0:
+                store_release(event + ASLEEP, 0)
+                at = event + POST
+                call(post, i64_at(at), i64_at(at + 8), i64_at(at + 16))
         call(walk, arguments, 0, threads)
         spins = 0
         while load_acquire(control + LEFT) < threads - 1:
@@ -268,5 +312,5 @@ def _start() -> Callable[..., None]:
 
 WALK = Native("walk", "iiiii", partial(_walk, False))
 TIMED_WALK = Native("timed_walk", "iiiii", partial(_walk, True))
-WORK = Native("work", "iiiii", _work)
+WORK = Native("work", "iiiiii", _work)
 START = Native("start", "iiiiii", _start)
