@@ -82,6 +82,15 @@ class Event(Protocol):
         """Block the host until the queue has reached it; raises the error of work before it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Crossing:
+    """A tensor with a place on the host and one on a device, to be copied from one to the other."""
+
+    host: Address
+    device: Address
+    spec: Spec
+
+
 class Runner(Protocol):
     """Steps bound to addresses. `run` allocates no memory beyond what the steps declared."""
 
@@ -253,6 +262,26 @@ class Joins(Protocol):
     def together(self, runners: Sequence[Runner]) -> Runner:
         """A runner of splits of several devices of this process that have joint steps of the same
         turns."""
+
+
+@runtime_checkable
+class StaysReady(Protocol):
+    """A runner with threads that can wait awake for its next split of a run.
+
+    more  whether another of its backend's splits follows in the run
+    """
+
+    more: bool
+
+
+@runtime_checkable
+class Carries(Protocol):
+    """A runner on a device whose runs can include copies of small tensors from and to the host."""
+
+    def carry(self, arrivals: Sequence[Crossing], departures: Sequence[Crossing]) -> Event | None:
+        """From now on, `run` copies these from the host before its first step, with the values at
+        the time of the call, and these to the host after the last one, where they are once the
+        event has been waited for. None, and no copies, if it cannot."""
 
 
 @runtime_checkable

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
-from pyggml.backends.base import Kernels
+from pyggml.backends.base import Crossing, Event, Kernels
 from pyggml.backends.cuda.checks import check_ids, debugging
 from pyggml.backends.cuda.device.context import Context
 from pyggml.backends.cuda.device.cublas import Cublas
@@ -20,6 +20,7 @@ from pyggml.backends.cuda.device.pinned import Staging
 from pyggml.backends.cuda.launch import Collective, Gemm, Launch, Record
 from pyggml.backends.cuda.naming import kernels_of
 from pyggml.backends.cuda.recording import check_early, record_step
+from pyggml.backends.cuda.relay import Relay, relay
 from pyggml.backends.cuda.stamps import GraphStopwatch
 from pyggml.backends.cuda.weights.borrowing import Borrowing
 from pyggml.backends.step import Address, Step, kernel_error
@@ -72,6 +73,12 @@ class CudaRunner:
         self._warm = False
         self._loads = loads
         self.debugging = debugging()
+        self._relay: Relay | None = None
+
+    def carry(self, arrivals: Sequence[Crossing], departures: Sequence[Crossing]) -> Event | None:
+        with self.context:
+            self._relay = relay(self.context, self._staging, arrivals, departures)
+        return self._relay
 
     def _chosen(self, record: Record) -> Record:
         """The record; of a collective, what the devices that meet take for its size."""
@@ -85,17 +92,35 @@ class CudaRunner:
         """Queue every step: kernel by kernel the first time, then as graphs."""
         for end in self.ends:
             end.check_usable()
+        relay = self._relay
         with self.context:
-            if not self._warm or self.debugging:
-                for index in range(len(self.steps)):
-                    self._start(index)
-                self._warm = True
-                return
-            if self._runs is None:
-                self._runs = list(self._captured())
-            with guarded("replaying a graph"):
-                for run in self._runs:
-                    run()
+            if relay is not None:
+                relay.fill()
+            if self._warm and not self.debugging:
+                if self._runs is None:
+                    self._runs = list(self._captured(self._around()))
+                with guarded("replaying a graph"):
+                    for run in self._runs:
+                        run()
+            else:
+                self._start_all()
+            if relay is not None:
+                relay.record()
+
+    def _start_all(self) -> None:
+        around = self._around()
+        for index in range(len(self.steps) + 1):
+            with guarded("copying from or to the host"):
+                for action in around.get(index, ()):
+                    action()
+            if index < len(self.steps):
+                self._start(index)
+        self._warm = True
+
+    def _around(self) -> dict[int, Sequence[Action]]:
+        """The copies from the host before the first step, and to the host after the last one."""
+        relay = self._relay
+        return {} if relay is None else {0: relay.before, len(self.steps): relay.after}
 
     @property
     def in_graphs(self) -> bool:

@@ -51,6 +51,7 @@ class NullDevice:
 
     denied  names of ops that it refuses, in addition to those that NumPy refuses
     limit   size of its memory in bytes; None: limited only by the host's
+    carries bytes of the largest tensor that a run copies from and to the host by itself; 0: none
     queue   its pending work
     """
 
@@ -64,6 +65,7 @@ class NullDevice:
         self.denied: frozenset[str] = frozenset()
         self.joining = False  # whether it takes collectives together with others
         self.limit: int | None = None
+        self.carries = 0
         # Not a running total of bytes: an interrupt could leave that wrong.
         self._blocks: WeakSet[NullBuffer] = WeakSet()
         self.queue = Queue()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml.backends.base import Kernels
+from pyggml.backends.base import Crossing, Event, Kernels
 from pyggml.backends.host_memory import aligned
 from pyggml.backends.null.meeting import tasks_of
 from pyggml.backends.null.memory import PRIVATE
@@ -43,6 +44,8 @@ class NullRunner:
     ) -> None:
         self.device = device
         self._steps, self._at = tuple(steps), at
+        self._arrivals: tuple[Crossing, ...] = ()
+        self._departures: _Departures | None = None
         memory = device.bytes_of(scratch)
         self.nodes = [step.node for step in steps]
         self._tasks = [
@@ -54,10 +57,23 @@ class NullRunner:
             for step, offset in zip(steps, scratch_at)
         ]
 
+    def carry(self, arrivals: Sequence[Crossing], departures: Sequence[Crossing]) -> Event | None:
+        if any(each.spec.nbytes > self.device.carries for each in (*arrivals, *departures)):
+            return None
+        self._arrivals, self._departures = tuple(arrivals), _Departures(self.device, departures)
+        return self._departures
+
     def run(self) -> None:
-        """Queue every step."""
+        """Queue every step, and the copies that it carries."""
+        host, on_host = self.device.host, self.device.on_host
+        for each in self._arrivals:
+            values = host.download(each.host, each.spec)
+            put = partial(host.upload, on_host(each.device), each.spec, values)
+            self.device.queue.add(put)
         for index in range(len(self._tasks)):
             self.run_step(index)
+        if self._departures is not None:
+            self._departures.leave()
 
     def run_step(self, index: int) -> None:
         """Queue one step."""
@@ -164,3 +180,32 @@ class Together:
 
     def run_step(self, index: int) -> None:
         raise AssertionError("steps of several devices have no common numbers")
+
+
+class _Departures:
+    """The copies to the host that are part of a run. As on a GPU, they reach the host's memory only
+    in a wait."""
+
+    def __init__(self, device: NullDevice, crossings: Sequence[Crossing]) -> None:
+        self._device, self._crossings = device, tuple(crossings)
+        self._mark: Event = device.queue.mark()
+        self._values: list[NDArray[Any]] = []
+
+    def leave(self) -> None:
+        """Queue them."""
+        device = self._device
+        values: list[NDArray[Any]] = []
+
+        def task() -> None:
+            values.extend(
+                device.host.download(device.on_host(each.device), each.spec)
+                for each in self._crossings
+            )
+
+        device.queue.add(task)
+        self._mark, self._values = device.queue.mark(), values
+
+    def wait(self) -> None:
+        self._mark.wait()
+        for each, value in zip(self._crossings, self._values):
+            self._device.host.upload(each.host, each.spec, value)

@@ -9,11 +9,12 @@ from itertools import pairwise
 from time import perf_counter
 from typing import Protocol
 
-from pyggml.backends.base import Backend, Event, Joins, Runner
+from pyggml.backends.base import Backend, Event, Joins, Runner, StaysReady
 from pyggml.backends.step import Address, Buffer
 from pyggml.joint import cliques
 from pyggml.node import Node
 from pyggml.passes.work import Split, Work
+from pyggml.runtime.carried import carry
 from pyggml.runtime.exchange import Exchange
 from pyggml.runtime.inputs import Bound, Inputs, same_memory
 from pyggml.runtime.outputs import Output, Outputs
@@ -27,9 +28,12 @@ Copy = Callable[[], Event | None]
 class Watch(Protocol):
     """Times the parts of a run.
 
+    carries  whether `compute` runs a split as always, with the copies that are part of that
     copy     makes a copy, given the step's number and both ends; returns what has to be waited for
     compute  runs the steps of a split
     """
+
+    carries: bool
 
     def copy(self, number: int, call: Copy, ends: Collection[Backend]) -> Event | None: ...
 
@@ -76,17 +80,24 @@ class Execution:
             self.runners.append(split.backend.bind(split.steps, at, arena, starts))
         self.together = _together(self.runners, self.splits) if exchange is None else {}
         self.last = {i: max(members) for members in self.together for i in members}
+        _tell_what_follows(self.splits, self.runners)
+        # Of splits whose copies are part of runs: the event to wait for, of a split on the host.
+        alone = exchange is None and not self.together
+        self.carried = carry(work, self.runners, at) if alone else {}
         # A backend without splits may still have uploads in its queue. One without leaves either
         # is left out: its device need not exist.
         used = [split.backend for split in self.splits] + [work.home(n) for n in work.leaves]
         self.backends = tuple(filter(self._owns, dict.fromkeys(used)))
         # A copy to the host is issued in the queue of the device that computed the tensor, so it
         # needs no other event.
+        # The host has finished its own splits when it issues the next one.
         waits = [() if s.backend.device == "host" else self._here(s.waits) for s in self.splits]
-        self.waits: list[tuple[int, ...]] = waits
-        self.waited = {i for each in waits for i in each}
+        self.waits = [
+            tuple(k for k in each if self.splits[k].backend.device != "host") for each in waits
+        ]
+        self.waited = {i for each in self.waits for i in each}
         self.spared = {i for split in self.splits for i in split.spares}
-        self._is_plain = exchange is None and len(self.splits) == 1 and not self.splits[0].copies
+        self._actions = self._prepared()
 
     def _owns(self, backend: Backend) -> bool:
         return self.exchange is None or self.exchange.owns(backend)
@@ -191,9 +202,33 @@ class Execution:
                 if other is not backend:
                     backend.wait_for(end)
 
+    def _prepared(self) -> list[Callable[[], object]] | None:
+        """What `_issue` does without a watch, if only runners and waits of the host are left of it.
+
+        While a layer's experts run on the host, they fill its caches, and then every line of Python
+        takes a microsecond or more.
+        """
+        if self.exchange is not None or self.together or self.waited or self.spared:
+            return None
+        actions: list[Callable[[], object]] = []
+        sent: list[Event] = []
+        for i, (split, runner) in enumerate(zip(self.splits, self.runners)):
+            if split.copies and i not in self.carried:
+                return None
+            event = self.carried.get(i)
+            if event is not None:
+                sent.append(event)
+            if split.steps and split.backend.device == "host":
+                actions += [each.wait for each in sent]
+                sent.clear()
+            if split.steps:
+                actions.append(runner.run)
+        return actions + [each.wait for each in sent]
+
     def _issue(self, watch: Watch | None) -> None:
-        if self._is_plain and watch is None:  # nothing to order: the host's time of a decode step
-            self.runners[0].run()
+        if watch is None and self._actions is not None:
+            for action in self._actions:
+                action()
             return
         done: dict[int, Event] = {}
         copied: dict[int, Event] = {}
@@ -204,10 +239,13 @@ class Execution:
                 if not self.exchange.owns(split.backend):
                     self.exchange.after(i)
                     continue
-            spares = (copied[k] for k in split.spares if k in copied)
-            for event in (*(done[k] for k in self.waits[i]), *spares):
-                split.backend.wait_for(event)
-            self._copy(i, split, watch, sent)
+            for k in self.waits[i]:
+                split.backend.wait_for(done[k])
+            for k in split.spares:
+                if k in copied:
+                    split.backend.wait_for(copied[k])
+            if split.copies:
+                self._copy(i, split, watch, sent)
             if i in self.spared:
                 copied[i] = split.backend.record()
             if split.steps and split.backend.device == "host":
@@ -241,6 +279,11 @@ class Execution:
 
         A device fetches. To the host the devices send, and `sent` gets the events.
         """
+        if i in self.carried and (watch is None or watch.carries):
+            event = self.carried[i]
+            if event is not None:
+                sent.append(event)
+            return
         for k, step in enumerate(split.copies):
             if self.exchange is not None and self.exchange.receives(step.node):
                 message = partial(self.exchange.receive, step.node)
@@ -283,6 +326,15 @@ class _Elsewhere:
 
     def run_step(self, index: int) -> None:
         return None
+
+
+def _tell_what_follows(splits: Sequence[Split], runners: Sequence[Runner]) -> None:
+    """Tell runners with threads whether their backend runs another split later."""
+    later: set[Backend] = set()
+    for split, runner in zip(reversed(splits), reversed(runners)):
+        if split.steps and isinstance(runner, StaysReady):
+            runner.more = split.backend in later
+            later.add(split.backend)
 
 
 def _wait(sent: list[Event]) -> None:

@@ -33,6 +33,8 @@ class _Undivided:
     """A run as any other. It keeps the shortest time of each split on the host, where issuing a
     split runs it."""
 
+    carries = True
+
     def __init__(self, execution: Execution) -> None:
         self.runners = execution.runners
         self.on_host = [in_host_memory(split.backend) for split in execution.splits]
@@ -51,6 +53,8 @@ class _Undivided:
 
 class _Run:
     """A run under stopwatches; it sees the steps of one turn."""
+
+    carries = False
 
     def __init__(
         self, watches: Mapping[int, Stopwatch], turn: int, copies: dict[int, float]

@@ -20,6 +20,7 @@ from pyggml.backends.cuda import (
     moe_routing,
     moe_token,
     peer_sum,
+    relay,
     rope,
     small,
     softmax,
@@ -57,6 +58,8 @@ STRUCTS: tuple[tuple[type[Struct], str, str], ...] = (
     (small.Instruction, "small.cu", "Instruction"),
     (small.Program, "small.cu", "Program"),
     (peer_sum.Boxes, "peer_sum.cu", "Boxes"),
+    (relay.KernelCrossing, "relay.cu", "Crossing"),
+    (relay.Crossings, "relay.cu", "Crossings"),
     (joined.Joined, "linear_vec.cu", "Joined<InTiles>"),
     (ring.RingArgument, "linear_ring.cu", "RingArgument"),
     (latent_row.LatentRow, "include/latent_row.cuh", "LatentRow"),
@@ -73,7 +76,7 @@ using u64 = unsigned long long;
 struct float2 {
     float x, y;
 };
-constexpr int MOST_JOINED = 8, MOST_INSTRUCTIONS = 64, MOST_GPUS = 8;
+constexpr int MOST_JOINED = 8, MOST_INSTRUCTIONS = 64, MOST_GPUS = 8, MOST_CROSSINGS = 8;
 static const Dim3 blockIdx = {0, 0, 0};
 """
 FORMATS = "struct InTiles { using Source = Packed; }; struct InRows { using Source = Tensor; };"

@@ -53,7 +53,7 @@ class Clock:
                 self.now += self.times[self.kernel % len(self.times)] - saved
                 self.now += self.noise * self.random.random()
                 self.kernel += 1
-            else:
+            elif not callable(node):
                 self.now += STAMP
                 node.time = self.now
             before = node

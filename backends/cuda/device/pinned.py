@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pyggml.backends.cuda.device.context import Context
 from pyggml.backends.cuda.device.driver import guarded
 from pyggml.backends.cuda.device.filling import MOST_THREADS, Filling
+from pyggml.backends.cuda.device.mail import MAIL, Mail
 from pyggml.backends.cuda.device.memory import operand_at
 from pyggml.backends.cuda.device.results import ROOM, Results
 from pyggml.backends.cuda.launch import Operand
@@ -33,7 +34,7 @@ CELL, CELLS = 1024, 256
 #: alignment of a part, which limits the number of events.
 RING, PART, GRAIN = (16 << 20) - CELL * CELLS, 4 << 20, 64 << 10
 #: Bytes of pinned memory per GPU.
-PINNED = RING + ROOM + CELL * CELLS
+PINNED = RING + ROOM + MAIL + CELL * CELLS
 
 #: Up to this many bytes, an array is copied as a bytes object.
 _FEW = 4096
@@ -44,15 +45,17 @@ class Staging:
     once its copy is complete.
 
     It takes `PINNED` bytes of host memory per GPU, allocated by the first copy or plan and then
-    kept: the ring, `results.ROOM` for results that stay in pinned memory, and cells for small
-    uploads. Cells have no events and no list, because a decode step waits until its inputs are on
-    their way: one is free again after the next `settle`.
+    kept: the ring, `results.ROOM` for results that stay in pinned memory, `mail.MAIL` for small
+    tensors that cross in every run, and cells for small uploads. Cells have no events and no list,
+    because a decode step waits until its inputs are on their way: one is free again after the next
+    `settle`.
     """
 
     def __init__(self, context: Context) -> None:
         self.context = context
         self._ring: Bytes | None = None
         self.results: Results | None = None
+        self.mail: Mail | None = None
         self._end = 0  # of all parts so far, as if the ring had no end
         self._settled = 0  # copies of parts before this point are complete
         self._cells: Bytes | None = None
@@ -75,7 +78,8 @@ class Staging:
                 f"cuda:{self.context.index} need; check `ulimit -l` and other processes"
             ) from None
         self.results = Results(self, memory[RING:][:ROOM])
-        self._cells = memory[RING + ROOM :]
+        self.mail = Mail(memory[RING + ROOM :][:MAIL])
+        self._cells = memory[RING + ROOM + MAIL :]
         self._ring = memory[:RING]
 
     def settle(self) -> None:

@@ -1,11 +1,14 @@
-"""The part of cuda.bindings.driver that pyggml calls, on the fake pycuda. Kernels do not run."""
+"""The part of cuda.bindings.driver that pyggml calls, on the fake pycuda. Of the kernels only
+that of relay.cu runs, because it copies."""
 
 from __future__ import annotations
 
 import ctypes
 import enum
 import mmap
+import struct
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,6 +61,7 @@ class Function:
     """A kernel. `allowed` lists the bytes of dynamic shared memory that were requested for it."""
 
     symbol: str
+    code: bytes
     allowed: list[int] = field(default_factory=list)
 
 
@@ -153,7 +157,7 @@ def cuModuleLoadData(code: bytes) -> tuple[CUresult, bytes]:
 
 
 def cuModuleGetFunction(module: bytes, symbol: bytes) -> tuple[CUresult, Function]:
-    return OK, Function(symbol.decode())
+    return OK, Function(symbol.decode(), module)
 
 
 def cuFuncSetAttribute(
@@ -172,16 +176,28 @@ def cuLaunchKernelEx(
     _, buffer, _, size, end = (ctypes.c_uint64 * 5).from_address(extra)
     assert params == end == 0
     nbytes = ctypes.c_size_t.from_address(size).value
-    STARTED.append(Started(function, config, ctypes.string_at(buffer, nbytes)))
-    if CAPTURES:
+    started = Started(function, config, ctypes.string_at(buffer, nbytes))
+    STARTED.append(started)
+    if function.code.startswith(b"relay.cu"):
+        action = partial(_relay, started)
+        CAPTURES[-1].append(action) if CAPTURES else config.hStream.queue.add(action)
+    elif CAPTURES:
         CAPTURES[-1].append(None)
     return (OK,)
 
 
+def _relay(started: Started) -> None:
+    """What the kernel does: each block copies a tensor."""
+    for block in range(started.config.gridDimX):
+        to, source, nbytes = struct.unpack_from("QQi", started.args, 24 * block)
+        ctypes.memmove(to, source, nbytes)
+
+
 # -- events in graphs -------------------------------------------------------------------------
 
-#: Graphs being captured: None is a kernel, an event its record. Tests replay them.
-CAPTURES: list[list[Event | None]] = []
+#: Graphs being captured: None is a kernel, an event its record, a function copies. Tests replay
+#: them.
+CAPTURES: list[list[Any]] = []
 
 
 class CUevent_flags(enum.Enum):
