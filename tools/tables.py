@@ -61,27 +61,25 @@ def readme() -> str:
 
 
 def whole_model() -> str:
-    """Speed of a whole model next to llama.cpp's."""
-    result = record("whole_model")
+    """Speed of a whole model next to llama.cpp's, from the newest record of an H100."""
+    result = newest("h100")
+    values = {row["name"]: row["value"] for row in result["rows"]}
     names = {
-        "pp2048": "prompt of 2,048 tokens",
-        "pp8192": "prompt of 8,192 tokens",
-        "tg_d0": "decoding, empty cache",
-        "tg_d4096": "decoding, 4,096 tokens in the cache",
+        "whole_prompt_512": "prompt of 512 tokens",
+        "whole_prompt_2048": "prompt of 2,048 tokens",
+        "whole_decode_d0": "decoding, empty cache",
+        "whole_decode_d4096": "decoding, 4,096 tokens in the cache",
+        "experts_prompt_2048": "prompt of 2,048 tokens, experts on the host",
+        "experts_decode_d4096": "decoding at 4,096, experts on the host",
     }
-    rows = [
-        [
-            names[row["name"]],
-            f"{row['value']:,}",
-            f"{row['peer']:,}",
-            f"{row['value'] / row['peer']:.1f}x",
-        ]
-        for row in result["rows"]
-    ]
+    rows = []
+    for name, what in names.items():
+        ours, theirs = values[name], values[f"{name}_llama"]
+        rows.append([what, f"{ours:,.0f}", f"{theirs:,.0f}", f"{ours / theirs:.1f}x"])
     intro = (
-        "DeepSeek-V2-Lite with random IQ4_NL weights on one H200, in tokens per second: layers\n"
-        f"stacked by a script on {result['date']}; llama.cpp with the same file and machine, same\n"
-        "hour.\n\n"
+        "DeepSeek-V2-Lite with random IQ4_NL weights on one H100 with 16 processors, in tokens\n"
+        f"per second, in turn with llama.cpp on the same file, {result['date']}. The host reads\n"
+        "the logits of each token:\n\n"
     )
     return intro + table(["", "pyggml", "llama.cpp", "ratio"], rows)
 
