@@ -97,7 +97,7 @@ class CudaBackend:
     def lower(
         self, nodes: Sequence[Node], keep: Collection[Node], layouts: Layouts, *, fuse: bool = True
     ) -> list[Step]:
-        return lowering.lower(nodes, keep, fuse)
+        return lowering.lower(nodes, keep, fuse, layouts)
 
     def kernels_of(self, step: Step, at: Addresses, scratch: int) -> Kernels:
         """For the GPU if it has been opened, else for an H200."""

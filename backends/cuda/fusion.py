@@ -10,10 +10,11 @@ patterns.py lists all patterns.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from pyggml.backends.cuda.launch import Call
-from pyggml.backends.step import Step
+from pyggml.backends.step import Layouts, Step
 from pyggml.node import Node
 from pyggml.operation import Op
 from pyggml.ops.leaf import state_op
@@ -109,11 +110,18 @@ class Fused(CudaStep):
         self.quantized = quantized
 
 
-class Run:
-    """The nodes that are lowered together, in order, and the readers of each."""
+#: All weights are plain.
+NO_LAYOUTS: Layouts = MappingProxyType({})
 
-    def __init__(self, nodes: Sequence[Node], keep: Collection[Node]) -> None:
-        self.nodes, self.keep = nodes, keep
+
+class Run:
+    """The nodes that are lowered together, in order, the readers of each, and the layouts of
+    weights."""
+
+    def __init__(
+        self, nodes: Sequence[Node], keep: Collection[Node], layouts: Layouts = NO_LAYOUTS
+    ) -> None:
+        self.nodes, self.keep, self.layouts = nodes, keep, layouts
         self.number = {node: i for i, node in enumerate(nodes)}
         self.readers: dict[Node, list[Node]] = {}  # also those through views
         for node in nodes:
@@ -126,6 +134,11 @@ class Run:
         memory."""
         alone = node in self.number and node not in self.keep
         return alone and set(self.readers.get(node, ())) <= set(readers)
+
+    def layout(self, weight: Node) -> str:
+        """The name of the layout in which the weight is stored."""
+        layout = self.layouts.get(weight.base)
+        return "plain" if layout is None else layout.name
 
     def allows(self, step: Fused) -> bool:
         """Whether all that the step reads is computed before the step runs and not overwritten
@@ -177,13 +190,16 @@ Pattern = tuple[Match, tuple[Op[Any], ...]]
 
 
 def covered(
-    nodes: Sequence[Node], keep: Collection[Node], patterns: Sequence[Pattern]
+    nodes: Sequence[Node],
+    keep: Collection[Node],
+    patterns: Sequence[Pattern],
+    layouts: Layouts = NO_LAYOUTS,
 ) -> Iterator[Node | Fused]:
     """`nodes` in order, with those that a pattern covers replaced by one step.
 
     Searches from the last node to the first; for each node the first pattern that matches wins.
     """
-    run = Run(nodes, keep)
+    run = Run(nodes, keep, layouts)
     by_last: dict[Op[Any], list[Match]] = {}
     for match, last in patterns:
         for op in last:

@@ -8,14 +8,14 @@ from typing import Any
 from pyggml import ops
 from pyggml.backends.cuda import table
 from pyggml.backends.cuda.attention.absorb import with_rows
-from pyggml.backends.cuda.fusion import CudaStep, Fused, covered
+from pyggml.backends.cuda.fusion import NO_LAYOUTS, CudaStep, Fused, covered
 from pyggml.backends.cuda.launch import WORKSPACE
 from pyggml.backends.cuda.linear.joined import join
 from pyggml.backends.cuda.linear.preparation import prepare_once
 from pyggml.backends.cuda.linear.routes import FEW_PAIRS
 from pyggml.backends.cuda.patterns import PATTERNS
 from pyggml.backends.cuda.small import gather
-from pyggml.backends.step import Step
+from pyggml.backends.step import Layouts, Step
 from pyggml.node import Node
 from pyggml.ops.leaf import state_op
 
@@ -25,14 +25,16 @@ SILENT = (ops.cast, ops.concat, ops.cont, ops.cpy, ops.repeat)
 AHEAD = 4
 
 
-def lower(nodes: Sequence[Node], keep: Collection[Node], fuse: bool = True) -> list[Step]:
+def lower(
+    nodes: Sequence[Node], keep: Collection[Node], fuse: bool = True, layouts: Layouts = NO_LAYOUTS
+) -> list[Step]:
     """The steps that compute `nodes`: one step per pattern match and per remaining node, one for
     everything prepared for several products, and one for products or small ops that share a
     launch.
     fuse=False: one step per node."""
     if not fuse:
         return [step_of(node) for node in nodes]
-    parts = covered(nodes, keep, PATTERNS)
+    parts = covered(nodes, keep, PATTERNS, layouts)
     steps = [*prepare_once([p if isinstance(p, Fused) else step_of(p) for p in parts])]
     return [*timely(spaced([*gather([*with_rows([*join(steps)])], keep)]))]
 
@@ -59,14 +61,14 @@ def spaced(steps: list[CudaStep]) -> list[CudaStep]:
 
 def timely(steps: list[CudaStep]) -> list[CudaStep]:
     """The steps, each knowing what the launch right before computes, and whether its ids may be
-    incomplete when it may start: that launch computes them, or it is one of cuBLAS, which need not
-    wait for those before it."""
+    incomplete when it may start: that launch computes them, or it is one of cuBLAS or NCCL, which
+    need not wait for those before it."""
     before: tuple[Node, ...] | None = None  # what that launch computes; unknown for the first
     for step in steps:
         ids = _ids(step)
         step.late = ids is not None and (before is None or ids in before)
         step.before = before
-        if step.workspace:
+        if step.workspace or step.node.op.joint:
             before = None
         elif step.node.op not in SILENT:
             before = step.nodes

@@ -100,21 +100,24 @@ def experts_of_token(node: Node, run: Run) -> Fused | None:
     if routing is None or routing.given or routing.scores.op is not ops.mul_mat:
         return None
     scores, x = routing.scores, behind_reshapes(routing.scores["b"])
-    shared = next((n for n in more if _shared_of(n, x) is not None), None)
-    inner = None if shared is None else _shared_of(shared, x)
+    shared = next((n for n in more if _shared_of(n, x, run) is not None), None)
+    inner = None if shared is None else _shared_of(shared, x, run)
     nodes = tuple(
         n
         for n in (scores, *routing.nodes, hidden, product, inner, shared, total, *additions)
         if n is not None
     )
     plus = [n for n in more if n is not shared]
+    down = product[product.op.weights[0]]
     if not all(run.only(n, *nodes) for n in nodes[:-1]) or len(plus) > 2:
         return None
-    if not _fits(scores, routing, hidden, product, x) or not all(_is_row(n) for n in (*plus, node)):
+    if not _are_blocks(hidden, down, run) or not all(_is_row(n) for n in (*plus, node)):
+        return None
+    if not _fits(scores, routing, hidden, product, x):
         return None
     reads = {
         "router": scores["a"], "x": x, "up": hidden["up"], "gate": hidden["gate"],
-        "down": product[product.op.weights[0]],
+        "down": down,
         **dict(zip(("plus", "plus2"), plus)),
     }  # fmt: skip
     if routing.bias is not None:
@@ -136,26 +139,24 @@ def experts_of_token(node: Node, run: Run) -> Fused | None:
     )
 
 
-def _shared_of(node: Node, x: Node) -> Node | None:
+def _shared_of(node: Node, x: Node, run: Run) -> Node | None:
     """fused_up_gate(x) if the node is a product of it."""
     if node.op is not ops.mul_mat or node["b"].op is not ops.fused_up_gate:
         return None
     inner = node["b"]
-    weights = (inner["up"], inner["gate"], node["a"])
-    fits = behind_reshapes(inner["b"]) is x and _is_few(node) and _is_few(inner)
-    return inner if fits and _alike(*weights) and inner.ne[0] % GROUP == 0 else None
+    fits = behind_reshapes(inner["b"]) is x and _is_few(node) and inner.ne[0] % GROUP == 0
+    return inner if fits and _are_blocks(inner, node["a"], run) else None
 
 
 def _is_few(node: Node) -> bool:
     return node.dtype is F32 and node.attrs["prec"] != "f32"
 
 
-def _alike(up: Node, gate: Node, down: Node) -> bool:
-    """Whether these are constant weights of blocks, and up and gate can be one product."""
-    weights = (up, gate, down)
-    return up.dtype is gate.dtype and all(
-        in_blocks(w.dtype) and w.root.op is constant_op for w in weights
-    )
+def _are_blocks(hidden: Node, down: Node, run: Run) -> bool:
+    """Whether up, gate and down are constant weights of blocks, and up and gate one product."""
+    up, gate = hidden["up"], hidden["gate"]
+    one = _is_few(hidden) and up.dtype is gate.dtype and run.layout(up) == run.layout(gate)
+    return one and all(in_blocks(w.dtype) and w.root.op is constant_op for w in (up, gate, down))
 
 
 def _is_row(node: Node) -> bool:
@@ -169,8 +170,7 @@ def _fits(scores: Node, routing: Routing, hidden: Node, product: Node, x: Node) 
         _is_row(x)
         and _is_row(scores)
         and router.dtype is F32
-        and router.root.op is constant_op
-        and router.contiguous
+        and behind_reshapes(router).op is constant_op  # a view may begin anywhere
         and router.ne[0] % 4 == 0
         and ids.dtype is I32
         and n <= MOST
@@ -179,11 +179,10 @@ def _fits(scores: Node, routing: Routing, hidden: Node, product: Node, x: Node) 
         and behind_reshapes(hidden["b"]) is x
         and hidden["ids"] is ids
         and product["ids"] is ids
+        and hidden["up"].ne[0] == x.ne[0]
         and hidden["up"].ne[2] == product[product.op.weights[0]].ne[2] == n
-        and _is_few(hidden)
         and _is_few(product)
         and hidden.ne[0] % GROUP == 0
-        and _alike(hidden["up"], hidden["gate"], product[product.op.weights[0]])
         and (bias is None or (bias.dtype is F32 and bias.contiguous))
     )
 

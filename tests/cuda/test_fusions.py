@@ -178,6 +178,19 @@ def test_every_pattern_is_listed_once() -> None:
     assert sorted(listed) == sorted(defined)
 
 
+@pytest.mark.parametrize("weight", ("up", "up_s"))
+def test_experts_of_a_token_need_up_and_gate_in_one_layout(weight: str) -> None:
+    """A weight that a view reads stays as in the file, while its partner is in tiles."""
+    y = pattern("experts_of_token").outputs["y"]
+    (leaf,) = (n for n in gg.Graph({"y": y}).nodes if n.attrs.get("name") == weight)
+    part = gg.mul_mat(gg.view(leaf, ne=leaf.ne[:2]), gg.relu(gg.input("other", ne=(leaf.ne[0], 1))))
+    for more, fused in (({}, True), ({"part": part}, False)):
+        steps = gg.compile({"y": y, **more}, backends=["cuda:0:24GiB"])._work.steps
+        (step,) = (s for s in steps for n in s.nodes if n.op is gg.moe_up_gate)
+        gates = [n for n in step.nodes if n.op is gg.fused_up_gate]
+        assert (len(step.nodes) > 1 and bool(gates)) == fused
+
+
 def test_a_step_comes_before_the_first_reader_of_its_results() -> None:
     ops = [step.node.op.name for step in plan_of("experts").steps]
     assert ops.index("get_rows") < ops.index("mul_mat_id")
