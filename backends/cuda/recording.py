@@ -12,7 +12,7 @@ from typing import Any
 from pyggml.backends.cuda.device.memory import operand_at
 from pyggml.backends.cuda.fusion import CudaStep
 from pyggml.backends.cuda.gpu import H200, Device
-from pyggml.backends.cuda.launch import Call, Gemm, Launch, Record
+from pyggml.backends.cuda.launch import Call, Collective, Gemm, Launch, Record
 from pyggml.backends.pieces import piece_attributes, pieces_of, view_address
 from pyggml.backends.step import Address, LoopStep, PlannedBuffer, Step, kernel_error
 from pyggml.errors import PyggmlError
@@ -39,15 +39,16 @@ def record_step(
 
 
 def check_early(records: Sequence[Record]) -> None:
-    """PyggmlError if a launch that reads before it waits comes right behind a product by cuBLAS.
+    """PyggmlError if a launch that reads before it waits comes right behind one of a library.
 
     Our kernels wait for their predecessors before they let a successor start, so what was written
-    before them is complete (overlap.cuh). One of cuBLAS need not wait.
+    before them is complete (overlap.cuh). One of cuBLAS or NCCL need not wait.
     """
     for before, record in pairwise(records):
-        if isinstance(record, Launch) and record.early and isinstance(before, Gemm):
+        if isinstance(record, Launch) and record.early and isinstance(before, (Gemm, Collective)):
+            library = "cuBLAS" if isinstance(before, Gemm) else "NCCL"
             raise PyggmlError(
-                f"{record.name} reads before it waits, right behind a product by cuBLAS; record "
+                f"{record.name} reads before it waits, right behind a launch of {library}; record "
                 "it with early=False, or a launch between them"
             )
 

@@ -11,6 +11,7 @@ import pytest
 
 import pyggml as gg
 from pyggml.backends.cuda.attention import routes
+from pyggml.backends.cuda.device import compiler
 from pyggml.backends.cuda.gpu import H200, Device
 from pyggml.backends.cuda.launch import Call, Launch, Operand
 from pyggml.backends.cuda.table import KERNELS
@@ -96,7 +97,7 @@ def test_few_queries_split_their_keys_on_every_gpu(
         assert last.name.startswith("combine<")
         assert first.name.startswith("latent<" if latent else "split<")
         assert first.name in AHEAD[arch]
-        assert first.shared + routes.STATIC <= device.shared
+        assert first.shared <= routes.room_of("latent" if latent else "split", device)
         numbers = [int(n) for n in re.findall(r"\b\d+\b", first.name)]
         rows, threads = _latent(numbers) if latent else (16, 32 * numbers[2])
         assert prod(first.block) == threads
@@ -113,8 +114,21 @@ def test_lists_fit_every_gpu(arch: str, cache: str, pair: tuple[int, int]) -> No
         launches = launches_of(attention(pair, cache, n_q, heads, 1, n_ids=2048), device)
         (launch,) = (r for r in launches if r.name.startswith(("latent<", "list_hopper<")))
         assert launch.name in AHEAD[arch]
-        assert launch.shared + routes.STATIC <= device.shared
+        route = "latent" if launch.name.startswith("latent") else "list_hopper"
+        assert launch.shared <= routes.room_of(route, device)
         assert launch.name.startswith("list") == (arch == "90a" and (n_q, heads) == (300, 128))
+
+
+@pytest.mark.parametrize(
+    ("file", "instance"),
+    [
+        ("latent", "latent<__half, 576, 2, 2, 4, 64, false, true>"),
+        ("joint", "joint<__half, 512, 1, 1, 8, 64, false, true>"),
+    ],
+)
+def test_variables_in_shared_memory_fit_beside_the_rest(file: str, instance: str) -> None:
+    cubin = compiler.compile_instance(f"attention_{file}.cu", instance, "90a")
+    assert cubin.shared <= H200.shared - routes.room_of("latent", H200)
 
 
 def _latent(numbers: list[int]) -> tuple[int, int]:

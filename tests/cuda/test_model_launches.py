@@ -13,7 +13,7 @@ import pytest
 import pyggml as gg
 from pyggml import gguf
 from pyggml.backends.cuda.gpu import H200, Device
-from pyggml.backends.cuda.launch import Gemm, Launch, Record
+from pyggml.backends.cuda.launch import Collective, Gemm, Launch, Record
 from pyggml.backends.cuda.lowering import step_of, timely
 from pyggml.backends.cuda.recording import check_early, record_step
 from pyggml.models.batch import Batch, Options
@@ -95,10 +95,12 @@ def test_what_is_read_early_is_complete(model: Model, n_tokens: int) -> None:
     early = [r for r in records if isinstance(r, Launch) and r.early]
     assert len(early) == {1: 1, 2: 2, 2048: 0}[n_tokens]
     product = Gemm(1, 1, 1, (0, 0, 0), ("f32",) * 3, (1, 1, 1), (True, False), 1, (0, 0, 0))
+    total = Collective("all_reduce", 0, 0, (1, 1), "f32", ("cuda:0", "cuda:1"), 0)
     for launch in early:
-        with pytest.raises(gg.PyggmlError, match="reads before it waits"):
-            check_early([product, launch])
-        check_early([product, replace(launch, early=False)])
+        for before, library in ((product, "cuBLAS"), (total, "NCCL")):
+            with pytest.raises(gg.PyggmlError, match=f"reads before it waits.* {library}"):
+                check_early([before, launch])
+            check_early([before, replace(launch, early=False)])
 
 
 def test_ids_behind_a_product_of_cublas_are_waited_for() -> None:

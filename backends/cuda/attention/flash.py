@@ -14,10 +14,10 @@ from pyggml.backends.cuda.attention.routes import (
     CELL,
     HOPPER,
     LATENT,
-    STATIC,
     TYPES,
     Instance,
     Shape,
+    room_of,
 )
 from pyggml.backends.cuda.device.tensormap import TensorMap, tensor_map
 from pyggml.backends.cuda.fusion import Fused, Run
@@ -107,7 +107,7 @@ class Recording:
 
     def _instance(self, route: str) -> Instance:
         extra = self.mask is not None or self.call.attrs["logit_softcap"] > 0
-        return self.shape.instance(route, self.call.device.shared - STATIC, extra)
+        return self.shape.instance(route, room_of(route, self.call.device), extra)
 
     def _fits(self, route: str) -> bool:
         """Whether a kernel supports these addresses, these strides and this device."""
@@ -127,7 +127,7 @@ class Recording:
             return False
         instance = self._instance(route)
         few = self.shape.blocks(instance.rows) <= 65535
-        return few and instance.shared + STATIC <= self.call.device.shared
+        return few and instance.shared <= room_of(route, self.call.device)
 
     def _inside(self) -> int | None:
         """The element of a row of keys at which its values start, or None if they are not part of

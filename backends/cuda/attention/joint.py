@@ -17,7 +17,7 @@ from pyggml import ops
 from pyggml.backends.cuda.argument import Struct
 from pyggml.backends.cuda.attention.arguments import Attention
 from pyggml.backends.cuda.attention.flash import Recording
-from pyggml.backends.cuda.attention.routes import C_TYPES, FULL, STATIC, Shape
+from pyggml.backends.cuda.attention.routes import C_TYPES, FULL, Shape, room_of
 from pyggml.backends.cuda.fusion import Fused, Run
 from pyggml.backends.cuda.geometry import blocks_for
 from pyggml.backends.cuda.launch import ABSENT, Call
@@ -170,7 +170,7 @@ def _record(call: Call, sets: tuple[Keys, ...], rope: Attrs) -> None:
     arguments = [_argument(call, x, i, *at) for i, (x, at) in enumerate(zip(sets, parts))]
     splits = [x.splits for x in sets]
     shape = Shape.of(sets[-1].node)
-    instance = shape.latent(ROWS, call.device.shared - STATIC)
+    instance = shape.latent(ROWS, room_of("latent", call.device))
     if len(sets) == 1:
         parts, splits = [*parts, (0, 0)], [*splits, 0]
         arguments *= 2

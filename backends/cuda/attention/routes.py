@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from pyggml.backends.cuda.gpu import Device
 from pyggml.backends.cuda.table import ALIGNMENT
 from pyggml.node import Node
 
@@ -13,9 +14,6 @@ from pyggml.node import Node
 PAIRS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256))
 #: Those with kernels for a V that is part of K. Only these read lists of keys.
 LATENT = ((576, 512), (512, 512))
-#: An upper bound of the kernels' static shared memory: latent_hopper, with the least room left,
-#: uses 1344 bytes.
-STATIC = 2048
 #: Warps and stages of attention_split.cu: the first pair that fits is used. The last one fits every
 #: GPU from 8.0 on: 99 KB on 8.6, 8.9 and 12.0, 163 KB on 8.0.
 SPLIT = {
@@ -42,6 +40,10 @@ TYPES = {
     )
 }
 C_TYPES = {"f16": "__half", "bf16": "__nv_bfloat16", "q8_0": "__half"}
+#: Upper bounds of the kernels' static shared memory: by route, and for all others. `latent` with 64
+#: rows a block uses up to 2,816 bytes; latent_hopper, with the least room left, 1,344.
+STATIC = {"latent": 3072}
+MOST_STATIC = 2048
 #: Number of blocks that fills the GPU once. A constant, not a property of the device, so that
 #: memory can be planned and results do not depend on the GPU.
 FULL = 132
@@ -250,6 +252,11 @@ class Shape:
             )
             for r in self.routes
         )
+
+
+def room_of(route: str, device: Device) -> int:
+    """Bytes of dynamic shared memory that a block of the route's kernel may have."""
+    return device.shared - STATIC.get(route, MOST_STATIC)
 
 
 def _first_fit(instances: Iterable[Instance], room: int) -> Instance:
