@@ -8,7 +8,7 @@ from functools import partial
 
 from pyggml import ops
 from pyggml.backends.cuda.argument import Struct, Tensor
-from pyggml.backends.cuda.fusion import Fused, Run
+from pyggml.backends.cuda.fusion import Fused, Run, behind_reshapes
 from pyggml.backends.cuda.launch import ABSENT, Call, Operand
 from pyggml.dtypes import F32
 from pyggml.node import Node
@@ -69,7 +69,7 @@ def routing_of(weights: Node, run: Run) -> Routing | None:
     """The routing that computes these weights."""
     if weights.op is not ops.scale:
         return _divided(weights, run)
-    inner = _behind_reshape(weights["a"])
+    inner = behind_reshapes(weights["a"])
     routing = _divided(inner, run) if run.only(inner, weights) else None
     if routing is None:
         return None
@@ -84,7 +84,7 @@ def _divided(node: Node, run: Run) -> Routing | None:
     weights, least = node["a"], node["b"]
     if least.op is not ops.clamp or least["a"].op is not ops.sum_rows:
         return None
-    total, inner = least["a"], _behind_reshape(weights)
+    total, inner = least["a"], behind_reshapes(weights)
     if total["a"] is not weights or weights.ne != (inner.ne[1], inner.ne[2], 1, 1):
         return None
     alone = run.only(inner, total, node) and run.only(total, least) and run.only(least, node)
@@ -139,11 +139,6 @@ def _choice(probs: Node, ids: Node) -> tuple[tuple[Node, ...], Node | None] | No
         return None
     bias = ranked["b"]
     return ((ranked, ids), bias) if bias.ne == (probs.ne[0], 1, 1, 1) else None
-
-
-def _behind_reshape(node: Node) -> Node:
-    """The node behind a reshape."""
-    return node["a"] if node.op is ops.reshape else node
 
 
 class Route(Struct):

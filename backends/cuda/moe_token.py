@@ -18,7 +18,7 @@ from pyggml.backends.cuda.fusion import Fused, Run, behind_reshapes
 from pyggml.backends.cuda.geometry import blocks_for
 from pyggml.backends.cuda.launch import ABSENT, Call, Operand
 from pyggml.backends.cuda.linear.blocks import cpp_format, fixed_bytes, weights_of
-from pyggml.backends.cuda.linear.common import ACT, aligned, dense, in_blocks
+from pyggml.backends.cuda.linear.common import ACT, aligned, dense, in_blocks, limit_of
 from pyggml.backends.cuda.moe import sums
 from pyggml.backends.cuda.moe_routing import (
     MOST,
@@ -31,7 +31,7 @@ from pyggml.backends.cuda.moe_routing import (
 )
 from pyggml.backends.cuda.weights.formats import FORMATS
 from pyggml.dtypes import F32, I32
-from pyggml.node import Attrs, Node
+from pyggml.node import Node
 from pyggml.ops.leaf import constant_op
 
 FILE = "moe_token.cu"
@@ -218,7 +218,7 @@ def _record(call: Call, token: Token) -> None:
     handed = Handed(*(call.scratch(size) for size in _sizes(token)))
     _gate(call, token, handed)
     up, gate, blocks = call["up"], call["gate"], call["up"].ne[1] // GROUP
-    limited, limit = _limit(token.hidden.attrs)
+    limited, limit = limit_of(token.hidden.attrs)
     call.launch(
         FILE,
         f"up_gate<{cpp_format(up)}{limited}>",
@@ -254,7 +254,7 @@ def _gate(call: Call, token: Token, handed: Handed) -> None:
         call.launch(FILE, "router", grid=experts, block=threads, args=[router], shared=memory)
         return
     up, gate, blocks = call["shared_up"], call["shared_gate"], token.shared.ne[0] // GROUP
-    limited, limit = _limit(token.shared.attrs)
+    limited, limit = limit_of(token.shared.attrs)
     call.launch(
         FILE,
         f"gate<{cpp_format(up)}{limited}>",
@@ -301,8 +301,3 @@ def _threads(up: Operand, blocks: int) -> int:
     form = FORMATS[up.dtype.name]
     heavy = form.codes == 16 and form.high > 0 and form.super_ > 0  # gate_blocks in the kernel
     return 32 * min(_warps(blocks), 8 if heavy or up.layout != "tiles8" else MOST_WARPS)
-
-
-def _limit(attrs: Attrs) -> tuple[str, list[np.float32]]:
-    limit = attrs.get("limit")
-    return ("", []) if limit is None else (", float", [np.float32(limit)])

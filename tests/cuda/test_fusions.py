@@ -191,6 +191,30 @@ def test_experts_of_a_token_need_up_and_gate_in_one_layout(weight: str) -> None:
         assert (len(step.nodes) > 1 and bool(gates)) == fused
 
 
+@pytest.mark.parametrize(("rows", "first", "fused"), [(1, 0, True), (2, 0, False), (1, 1, False)])
+def test_experts_of_a_token_read_all_of_it(rows: int, first: int, fused: bool) -> None:
+    """Not `rows` parts of it for several experts. The rows of a router begin at 16 bytes, which
+    those of a view, from row `first` on, need not."""
+    k, n, used, n_ff = 64, 8, 4, 32
+
+    def weight(name: str, *shape: int) -> gg.Node:
+        return gg.constant(np.ones(shape, np.float32), dtype="q8_0", name=name)
+
+    x = gg.relu(gg.input("x", ne=(k, 1)))
+    router = gg.constant(np.ones((n + first, k), np.float32), name="router")
+    if first:
+        router = gg.view(router, ne=(k, n), start=(0, first))
+    probs = gg.soft_max(gg.mul_mat(router, x))
+    ids = gg.top_k(probs, k=used)
+    shares = gg.get_rows(gg.reshape(probs, ne=(1, n, 1)), ids)
+    up, gate = (weight(name, n, n_ff, k // rows) for name in ("up", "gate"))
+    hidden = gg.moe_up_gate(up, gate, gg.reshape(x, ne=(k // rows, rows, 1)), ids)
+    y = gg.mul_multi_add(gg.mul_mat_id(weight("down", n, k, n_ff), hidden, ids), shares)
+    nodes = [n for n in gg.Graph({"y": y}).nodes if not n.op.leaf and n.op.view is None]
+    (step,) = (s for s in lower(nodes, {y}) if hidden in s.nodes)
+    assert (len(step.nodes) > 1) == fused
+
+
 def test_a_step_comes_before_the_first_reader_of_its_results() -> None:
     ops = [step.node.op.name for step in plan_of("experts").steps]
     assert ops.index("get_rows") < ops.index("mul_mat_id")

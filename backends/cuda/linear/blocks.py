@@ -129,7 +129,7 @@ def vec(call: Call, a: tuple[Operand, ...], b: Operand, y: Operand, levels: int)
     pair = 2 if single and tiles >= 1024 else 1  # tiles of rows that share the loads of b
     grid = -(-tiles // pair), -(-shape.columns // chunk), shape.batches
     columns = columns_of(call, b, levels, prod(grid), chunk)
-    limited, limit = limit_of(call, len(a))
+    limited, limit = limit_of(call.attrs, len(a))
     names = f"{chunk}, {levels}, {len(a)}, {pair}, {columns.form}{limited}"
     call.launch(
         VEC,
@@ -208,7 +208,7 @@ def launch_tile(
     splits: int = 1,
 ) -> None:
     x, scales = to_halves(call, b, half_of(a[0].dtype))
-    limited, limit = limit_of(call, len(a))
+    limited, limit = limit_of(call.attrs, len(a))
     call.launch(
         TILE,
         f"tile<{form}, {len(a)}, {width}, {str(routed).lower()}{limited}>",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -107,8 +109,8 @@ def act_of(call: Call) -> np.int32:
     return ACT[call.attrs.get("act", "silu")]
 
 
-def limit_of(call: Call, matrices: int = 2) -> tuple[str, list[np.float32]]:
+def limit_of(attrs: Mapping[str, Any], matrices: int = 2) -> tuple[str, list[np.float32]]:
     """The limit of a gated unit, as the last template argument and as the last argument of a kernel
     that computes `matrices` products; nothing if there is no limit or no gate."""
-    limit = call.attrs.get("limit")
+    limit = attrs.get("limit")
     return ("", []) if limit is None or matrices == 1 else (", float", [np.float32(limit)])

@@ -70,7 +70,7 @@ def vec(
     # The kernel reads ids before the activations are complete. A launch of its own has waited.
     late = call.late and (call.get("fixed") is not None or columns.shared > 0)
     token = blocks.fixed_bytes((b.ne[0], b.ne[1], 1, 1), levels)
-    limited, limit = limit_of(call, len(a))
+    limited, limit = limit_of(call.attrs, len(a))
     names = f"{levels}, {len(a)}, {pair}, {columns.form}{limited}"
     for start, chunk, out in _launches(ids, y):
         pairs, x = pairs_of(chunk.ne), _tokens(b, 2, start, chunk.ne[1])

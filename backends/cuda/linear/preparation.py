@@ -185,10 +185,9 @@ def _reading(step: CudaStep, prepared: Sequence[Node]) -> CudaStep:
     if not prepared:
         return step
     operands = {**step.operands, **{_NAMES[node.op]: node for node in prepared}}
-    if len(step.nodes) > 1:
-        return CudaStep(
-            step.nodes, operands, step.record,
-            results=step.results, inplace=step.inplace, scratch=step.scratch,
-        )  # fmt: skip
-    spared = sum(aligned(node.spec.nbytes) for node in prepared) * len(step.node.op.weights)
-    return CudaStep(step.nodes, operands, step.record, scratch=step.scratch - spared)
+    products = len(step.node.op.weights) if len(step.nodes) == 1 else 0
+    spared = sum(aligned(node.spec.nbytes) for node in prepared) * products
+    return CudaStep(
+        step.nodes, operands, step.record,
+        results=step.results, inplace=step.inplace, scratch=step.scratch - spared,
+    )  # fmt: skip

@@ -51,7 +51,7 @@ def up_gate(call: Call) -> None:
 
 def _gate_rows(call: Call, gate: Operand) -> None:
     """out = act(gate) * out."""
-    y, limit = call.out, limit_of(call)[1]
+    y, limit = call.out, limit_of(call.attrs)[1]
     grid, block = over_rows(y.ne[0], rows_in(y.ne))
     call.launch(
         PREPARE,

@@ -103,7 +103,7 @@ def launch(
             kind = CLASS[half_of(first.dtype)]
             x = flat_map(int(rows), kind, 2, k, rows_in(b.ne), (DEPTH, width))
     stages = stages_of(form, call.device)
-    limit = limit_of(call, len(a))[1]
+    limit = limit_of(call.attrs, len(a))[1]
     row_tiles = -(-first.ne[1] * len(a) // ROWS)
     argument = RingArgument(
         pad=(0,) * 6,
