@@ -136,6 +136,52 @@ print(len(ids), "threads sleep")
     assert done.stdout.strip() == "3 threads sleep", done.stderr
 
 
+def test_an_interrupt_while_threads_start() -> None:
+    """The next run starts those that are missing, and none twice."""
+    program = """
+import threading, time
+import numpy as np
+from pyggml.backends.cpu.moe import SUMS
+from pyggml.backends.cpu.native.pool import Pool
+from pyggml.backends.cpu.native.program import Program
+from pyggml.backends.host_memory import address_of
+
+x, weights, out = np.ones((8, 4), np.float32), np.ones(8, np.float32), np.zeros((8, 4), np.float32)
+program = Program()
+for _ in range(3):
+    program.add(SUMS, address_of(out), 16, address_of(x), 0, 16, address_of(weights), 0, 4, 4, 1, 8)
+program.pack()
+start = threading.Thread.start
+for last in range(1, 4):
+    pool, count = Pool(4), 0
+
+    def interrupted(thread):
+        global count
+        count += 1
+        start(thread)
+        if count == last:
+            raise KeyboardInterrupt
+
+    threading.Thread.start = interrupted
+    try:
+        pool.run(program)
+    except KeyboardInterrupt:
+        pass
+    for _ in range(100):
+        out[:] = 0
+        pool.run(program)
+        assert np.array_equal(out, x)
+while threading.active_count() > 10:  # those that are too many end
+    time.sleep(0.01)
+print(threading.active_count() - 1, "threads")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(gg.__file__).parent.parent,
+        capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.stdout.strip() == "9 threads", done.stderr
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_process_has_threads_of_its_own() -> None:

@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -37,6 +38,9 @@ from pyggml.backends.cpu.native.sleep import sleep
 from pyggml.backends.host_memory import address_of, allocated
 from pyggml.backends.processors import n_threads
 
+#: The name of each thread.
+THREAD = "pyggml-cpu"
+
 _Entry = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
 
 
@@ -61,6 +65,8 @@ class Pool:
         self._error = ctypes.c_int64.from_address(control + ERROR)
         self._job = (ctypes.c_int64 * 4)()
         self._job_at = ctypes.addressof(self._job)
+        self._numbers = iter(range(1, self.threads))  # of threads; the caller's is 0
+        self._work: Callable[[int], None] | None = None
         self._started = False
 
     def run(
@@ -99,6 +105,19 @@ class Pool:
             raise StoppedError(first + stopped, error)
 
     def _start_threads(self) -> None:
+        """Start the threads. After an interrupt at any line, the next run calls this again."""
+        work = self._work or self._prepared()
+        for _ in range(1, self.threads):
+            threading.Thread(target=self._live, args=(work,), daemon=True, name=THREAD).start()
+
+    def _live(self, work: Callable[[int], None]) -> None:
+        """A thread takes the next number. After an interrupt some are too many, and end."""
+        number = next(self._numbers, None)
+        if number is not None:
+            work(number)
+
+    def _prepared(self) -> Callable[[int], None]:
+        """Prepare what the threads share; the life of the thread with a number."""
         wait, post, give_way, event = sleep()
         words = self._events.view(np.int64).reshape(self.threads, -1)
         for own in words[1:]:
@@ -113,12 +132,9 @@ class Pool:
         work_words = _words(control, wait, events, *inner, give_way)
         self._keep = walk_words, start_words, work_words
         self._start = _Entry(START.ready())
-        work = _Entry(WORK.ready())
-        for thread in range(1, self.threads):
-            threading.Thread(
-                target=work, args=(address_of(work_words), thread, 0), daemon=True,
-                name=f"pyggml-cpu-{thread}",
-            ).start()  # fmt: skip
+        work, at = _Entry(WORK.ready()), address_of(work_words)
+        self._work = lambda number: work(at, number, 0)
+        return self._work
 
     def _timed(self, times: NDArray[np.int64]) -> NDArray[np.int64]:
         """The words of a start whose thread 0 takes the times."""

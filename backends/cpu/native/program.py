@@ -24,14 +24,14 @@ Threads share `CONTROL_BYTES` of words, each in its own cache line:
     STOPPED  how many kernels ran before the one that reported an error; -1: none did. Only the last
              thread of a kernel writes it, or thread 0 alone; all threads leave at the next meeting
     ERROR    the id that it reported
-
-A kernel's arguments begin with a word that is 0 when it starts. Threads count in it who takes which
-share of the work. A kernel reports an id past the end by storing -1 - id there.
     JOB      changes with every program
     LEFT     how many of the other threads have left the program. Only when all have, the next one
              may change these words: a thread that was held up may still have to read them
     LINGER   turns of a waiting loop before the threads fall asleep after this program
     TABLE, COUNT, THREADS   the program, and how many threads run it
+
+A kernel's arguments begin with a word that is 0 when it starts. Threads count in it who takes which
+share of the work. A kernel reports an id past the end by storing -1 - id there.
 
 Each thread has EVENT_BYTES of its own: the memory that it sleeps in (`sleep.py`), the arguments of
 the functions for that at WAIT and POST, and at ASLEEP whether it does, so that a program wakes only
