@@ -84,7 +84,7 @@ class Relay:
     def wait(self) -> None:
         """Wait for the run's copies to the host, and put them where they belong."""
         with self._context, guarded("waiting for a GPU"):
-            self._event.synchronize()
+            self._context.wait(self._event)
         for copy in self._landing:
             ctypes.memmove(*copy)
 

@@ -17,9 +17,11 @@ from pyggml.backends.cuda.argument import pack
 from pyggml.backends.cuda.device import mail
 from pyggml.backends.cuda.launch import Launch
 from pyggml.backends.cuda.relay import FILE, MOST, Crossings, KernelCrossing
+from pyggml.errors import DeviceError
 from pyggml.transfer import origin
 from tests.cuda.conftest import Machine
 from tests.cuda.emulated import Memory, starter
+from tests.interrupts import everywhere
 
 X = np.arange(12, dtype=np.float32).reshape(3, 4)
 IDS = np.array([2, 0], np.int32)
@@ -143,3 +145,31 @@ def test_what_is_read_late_is_not_overwritten(gpu: Any) -> None:
         gpu.context.stream.queue.add(lambda: read.append(here.copy()))
     gpu.synchronize()
     assert [array.tolist() for array in read] == [((X + turn) ** 2).tolist() for turn in (1, 2)]
+
+
+def test_a_process_that_fails_ends_the_wait(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another plan's work, which waits for other processes, may be in the queue."""
+    plan = graph()
+    run(plan, 0)
+
+    def look() -> None:
+        raise DeviceError("rank 1: out of memory")
+
+    monkeypatch.setattr(gpu.context.driver.Event, "query", lambda _: False)
+    monkeypatch.setattr(gpu.context, "peers", SimpleNamespace(look=look))
+    with pytest.raises(DeviceError, match="rank 1: out of memory"):
+        plan.run({"x": X, "ids": IDS}, [])
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_leaves_the_next_run_alone(gpu: Any) -> None:
+    plan, turns = graph(), iter(range(10**6))
+    run(plan, next(turns))
+    run(plan, next(turns))
+
+    def begin() -> Any:
+        crossing(plan, True)[...] = X + next(turns)
+        return lambda: plan.run({"x": X, "ids": IDS}, [])
+
+    for _ in everywhere(begin, 3):
+        run(plan, next(turns))
