@@ -21,15 +21,15 @@ from pyggml.backends.base import Crossing
 from pyggml.backends.cuda.argument import Struct, pack
 from pyggml.backends.cuda.device.context import Context
 from pyggml.backends.cuda.device.driver import guarded
-from pyggml.backends.cuda.device.mail import GRAIN, LARGEST, Part
 from pyggml.backends.cuda.device.memory import operand_at
-from pyggml.backends.cuda.device.pinned import Staging
+from pyggml.backends.cuda.device.parts import Part
+from pyggml.backends.cuda.device.pinned import MAIL_GRAIN, Staging
 from pyggml.backends.cuda.launch import Launch, Operand
 from pyggml.backends.host_memory import address_of
 
 FILE = "relay.cu"
-#: The most tensors of a launch.
-MOST = 8
+#: The most tensors of a launch, and the most bytes of one.
+MOST, LARGEST = 8, 32 << 10
 
 Copy = tuple[int, int, int]  # to, source, bytes
 
@@ -117,7 +117,8 @@ def _is_small(crossing: Crossing) -> bool:
 
 def _places(copies: Sequence[Crossing]) -> list[int]:
     """Where each is in the pinned memory, and the end."""
-    return list(accumulate((-(-c.spec.nbytes // GRAIN) * GRAIN for c in copies), initial=0))
+    units = (-(-crossing.spec.nbytes // MAIL_GRAIN) for crossing in copies)
+    return [MAIL_GRAIN * end for end in accumulate(units, initial=0)]
 
 
 def _host(crossing: Crossing) -> int:

@@ -14,7 +14,7 @@ import pytest
 import pyggml as gg
 from pyggml import backends
 from pyggml.backends.cuda.argument import pack
-from pyggml.backends.cuda.device import mail
+from pyggml.backends.cuda.device.parts import Parts
 from pyggml.backends.cuda.launch import Launch
 from pyggml.backends.cuda.relay import FILE, MOST, Crossings, KernelCrossing
 from pyggml.errors import DeviceError
@@ -117,7 +117,7 @@ def test_runs_carry_them(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_memory_is_free_again_with_the_plan(gpu: Any) -> None:
     plan = graph()
     run(plan, 0)
-    free = gpu.staging.mail._free
+    free = gpu.staging.mail.free
     assert free.count(0) == 2  # a grain for each tensor
     plan.release()
     del plan
@@ -125,7 +125,7 @@ def test_the_memory_is_free_again_with_the_plan(gpu: Any) -> None:
 
 
 def test_without_room_each_tensor_has_a_copy(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mail.Mail, "part", lambda *_: None)
+    monkeypatch.setattr(Parts, "part", lambda *_: None)
     plan = graph()
     for turn in range(3):
         run(plan, turn)

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from pyggml.backends.cuda.device.context import Context
 from pyggml.backends.cuda.device.driver import guarded
 from pyggml.backends.cuda.device.filling import MOST_THREADS, Filling
-from pyggml.backends.cuda.device.mail import MAIL, Mail
 from pyggml.backends.cuda.device.memory import operand_at
+from pyggml.backends.cuda.device.parts import Parts
 from pyggml.backends.cuda.device.results import ROOM, Results
 from pyggml.backends.cuda.launch import Operand
 from pyggml.backends.processors import n_processors
@@ -30,6 +30,9 @@ Bytes = NDArray[np.uint8]
 
 #: Bytes of a cell, which holds a small upload, and the number of cells.
 CELL, CELLS = 1024, 256
+#: Bytes for small tensors that cross in every run (relay.py), and the unit in which they are handed
+#: out. 27 layers of DeepSeek-V2-Lite take 0.4 MiB for each plan of one token.
+MAIL, MAIL_GRAIN = 8 << 20, 256
 #: Bytes of pinned memory that other copies pass through; the most bytes of one part of it; the
 #: alignment of a part, which limits the number of events.
 RING, PART, GRAIN = (16 << 20) - CELL * CELLS, 4 << 20, 64 << 10
@@ -45,7 +48,7 @@ class Staging:
     once its copy is complete.
 
     It takes `PINNED` bytes of host memory per GPU, allocated by the first copy or plan and then
-    kept: the ring, `results.ROOM` for results that stay in pinned memory, `mail.MAIL` for small
+    kept: the ring, `results.ROOM` for results that stay in pinned memory, `MAIL` for small
     tensors that cross in every run, and cells for small uploads. Cells have no events and no list,
     because a decode step waits until its inputs are on their way: one is free again after the next
     `settle`.
@@ -55,7 +58,7 @@ class Staging:
         self.context = context
         self._ring: Bytes | None = None
         self.results: Results | None = None
-        self.mail: Mail | None = None
+        self.mail: Parts | None = None
         self._end = 0  # of all parts so far, as if the ring had no end
         self._settled = 0  # copies of parts before this point are complete
         self._cells: Bytes | None = None
@@ -78,7 +81,7 @@ class Staging:
                 f"cuda:{self.context.index} need; check `ulimit -l` and other processes"
             ) from None
         self.results = Results(self, memory[RING:][:ROOM])
-        self.mail = Mail(memory[RING + ROOM :][:MAIL])
+        self.mail = Parts(memory[RING + ROOM :][:MAIL], MAIL_GRAIN)
         self._cells = memory[RING + ROOM + MAIL :]
         self._ring = memory[:RING]
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml.backends.cuda.device.driver import guarded
+from pyggml.backends.cuda.device.parts import Parts
 
 if TYPE_CHECKING:
     from pyggml.backends.cuda.device.pinned import Staging
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 #: that live there. Smaller ones are copied in no time, and a larger one would take all the room.
 ROOM, GRAIN = 4 << 20, 64 << 10
 LEAST, MOST = GRAIN // 2, ROOM // 4
-
-_FREE, _TAKEN = b"\1", b"\0"
 
 
 class Results:
@@ -33,8 +32,7 @@ class Results:
     """
 
     def __init__(self, staging: Staging, memory: NDArray[np.uint8]) -> None:
-        self._staging, self._memory = staging, memory
-        self._free = bytearray(_FREE * (ROOM // GRAIN))
+        self._staging, self._parts = staging, Parts(memory, GRAIN)
 
     def receive(
         self, ptr: int, nbytes: int, dtype: np.dtype[Any], shape: tuple[int, ...]
@@ -43,13 +41,9 @@ class Results:
 
         None if there is no room, because the caller still has earlier results.
         """
-        count = -(-nbytes // GRAIN)
-        first = self._free.find(_FREE * count)
-        if first < 0:
+        part = self._parts.part(nbytes)
+        if part is None:
             return None
-        part = _Part(self._free, first, count)
-        start = first * GRAIN
-        part.memory = self._memory[start : start + nbytes]
         array = np.asarray(part).view(dtype).reshape(shape)
         staging = self._staging
         with guarded("downloading"):
@@ -61,23 +55,3 @@ class Results:
             return array
 
         return arrival
-
-
-class _Part:
-    """A part of the memory, taken as long as an array refers to it."""
-
-    memory: NDArray[np.uint8]
-    _count = 0  # an interrupt can end __init__ at any line
-
-    def __init__(self, free: bytearray, first: int, count: int) -> None:
-        self._free, self._first = free, first
-        self._count = count
-        free[first : first + count] = _TAKEN * count
-
-    @property
-    def __array_interface__(self) -> dict[str, Any]:
-        return self.memory.__array_interface__
-
-    def __del__(self) -> None:
-        if self._count:
-            self._free[self._first : self._first + self._count] = _FREE * self._count
