@@ -29,10 +29,12 @@ Values = NDArray[Any]
 class _Meeting:
     """One joint step of one run.
 
-    parts  device -> what it has brought
-    marks  device -> when its part is there, and the thread that runs its queue
+    parts    device -> what it has brought
+    marks    device -> when its part is there, and the thread that runs its queue
+    entered  how many devices have come to it
     """
 
+    entered: int = 0
     parts: dict[int, Values] = field(default_factory=dict)
     marks: dict[int, tuple[Mark, int]] = field(default_factory=dict)
 
@@ -63,7 +65,11 @@ class Meetings:
         places, index = places_of(node), int(node.attrs["index"])
         with self._changed:
             count = self._counts[places, index] = self._counts.get((places, index), 0) + 1
-            return self._open.setdefault((places, count), _Meeting())
+            meeting = self._open.setdefault((places, count), _Meeting())
+            meeting.entered += 1
+            if meeting.entered == len(places):  # nobody else will look for it
+                del self._open[places, count]
+            return meeting
 
     def bring(self, meeting: _Meeting, node: Node, values: Values) -> None:
         with self._changed:

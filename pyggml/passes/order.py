@@ -72,7 +72,8 @@ def _few_switches(work: Work, nodes: Sequence[Node], edges: Edges) -> tuple[Node
 
     Views and transfers come right before the first step that reads them, so that a device holds
     what it borrows only while it needs it. Transfers of results to the host come right after the
-    results: the host waits for them, and the device can meanwhile go on.
+    results: the host waits for them, and the device can meanwhile go on. Not with joint steps: what
+    devices do together starts with the last of them, so nothing may read it before.
     """
     steps = [node for node in nodes if runs(node) and node.op is not transfer]
     needs = _needs(steps, edges)
@@ -82,7 +83,7 @@ def _few_switches(work: Work, nodes: Sequence[Node], edges: Edges) -> tuple[Node
         sequence = _by_level(steps, needs, lambda step: work.home(step).device)
     else:
         sequence = list(_by_device(steps, needs, stages, lambda step: work.home(step).device))
-    sends = _sends(sequence, stages)
+    sends = {} if any(step.op.joint for step in steps) else _sends(sequence, stages)
     ordered: dict[Node, None] = {}
     for step in sequence:
         missing = toposort([step, *sends.get(step, ())], stop=ordered.__contains__)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from pyggml.backends.step import LoadStep, LoopStep, Spot, Step
 from pyggml.errors import GraphError
+from pyggml.joint import cliques
 from pyggml.node import Node
 from pyggml.passes.work import Work
 
@@ -26,6 +27,7 @@ def verify(work: Work, after: str) -> None:
         if work.steps:
             _check_steps(work.steps, set(work.leaves))
             _check_splits(work)
+            _check_cliques(work)
         if work.placement is not None:
             _check_memory(work)
     except GraphError as error:
@@ -72,6 +74,18 @@ def _check_splits(work: Work) -> None:
             if (source, device) in copied:
                 raise GraphError(f"{source!r} is copied to {device} twice")
             copied.add((source, device))
+
+
+def _check_cliques(work: Work) -> None:
+    """Splits that run together start with the last of them: until then, nothing waits for one of
+    them or runs on its device."""
+    splits = work.splits
+    for members in cliques([[step.node for step in split.steps] for split in splits]):
+        for i in range(members[0], members[-1] + 1):
+            earlier = [k for k in members if k < i]
+            devices = [splits[k].backend.device for k in earlier]
+            if splits[i].backend.device in devices or not set(earlier).isdisjoint(splits[i].waits):
+                raise GraphError(f"split {i} needs one of the splits {members}, which run later")
 
 
 def _check_memory(work: Work) -> None:

@@ -144,6 +144,36 @@ def test_a_device_that_comes_in_another_order_is_found() -> None:
             MEETINGS.patience = before
 
 
+@pytest.mark.parametrize("denied", ["relu", "add"])
+def test_an_op_of_the_host_between(denied: str) -> None:
+    """The host reads a sum when all devices have come to it."""
+    rng = np.random.default_rng(0)
+    y = gg.input("x", ne=(64, 3))
+    for layer in range(3):
+        w = [gg.constant(rng.random((64, 64), "f4") / 8, name=f"{layer}.{i}") for i in range(2)]
+        y = gg.add(y, gg.relu(gg.mul_mat(w[1], gg.silu(gg.mul_mat(w[0], y)))))
+    graph, inputs = {"y": y}, {"x": rng.standard_normal((3, 64), np.float32)}
+    with DEVICES[0].denying(denied), DEVICES[1].denying(denied):
+        places = ["null:0", "null:1", "numpy"]
+        plan = gg.compile(graph, backends=places, shard={"rows": 2})
+    assert any(step.node.op.joint for split in plan.splits for step in split.steps)
+    assert any(split.backend.device == "host" and split.steps for split in plan.splits)
+    wanted = gg.compile(graph).run(inputs)["y"]
+    for _ in range(2):
+        np.testing.assert_allclose(plan.run(inputs)["y"], wanted, rtol=1e-4)
+
+
+def test_what_a_joint_step_needs_is_freed() -> None:
+    """The stand-in keeps no parts of steps that all devices have taken."""
+    x = gg.input("x", ne=(64, 3))
+    y = gg.mul_mat(gg.constant(np.ones((64, 64), "f4"), name="a"), x)
+    y = gg.mul_mat(gg.constant(np.ones((64, 64), "f4"), name="b"), y)
+    plan = gg.compile({"y": y}, backends=["null:0", "null:1"], shard={"rows": 2})
+    for _ in range(3):
+        plan.run({"x": np.ones((3, 64), "f4")})
+    assert not MEETINGS._open
+
+
 def test_predictions_wait_for_all_devices() -> None:
     """A device that has more to do before a joint step is one that all wait for."""
     x = gg.input("x", ne=(4096, 512))
