@@ -24,5 +24,5 @@ def name_of(record: Record) -> str:
         batch = f" x {record.batch}" if record.batch > 1 else ""
         return f"cuBLAS {record.m} x {record.n} x {record.k}{batch} ({', '.join(record.types)})"
     if isinstance(record, Collective):
-        return f"NCCL {record.kind} of {sum(set(record.counts))} ({record.type})"
+        return f"NCCL {record.kind} of {max(record.counts)} ({record.type})"
     return f"memcpy of {record.nbytes} bytes"

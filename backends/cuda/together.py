@@ -51,8 +51,14 @@ class Together:
             return
         if self._graphs is None:
             self._graphs = self._captured()
-        with guarded("replaying a graph"):
-            deque(map(call, self._graphs), maxlen=0)
+        calls = iter(self._graphs)
+        try:
+            with guarded("replaying a graph"):
+                deque(map(call, calls), maxlen=0)
+        except BaseException:
+            if len(list(calls)) % 3 == 1:  # a launch failed, before the pop of its context
+                self._runners[0].context.driver.Context.pop()
+            raise
 
     def run_step(self, index: int) -> None:
         raise AssertionError("steps of several GPUs have no common numbers")
@@ -76,7 +82,7 @@ class Together:
             go(number, len(runner.steps))
 
     def _captured(self) -> list[Callable[[], object]]:
-        """The calls that launch the graphs of all GPUs."""
+        """The calls that launch the graphs of all GPUs: push a context, launch, pop it."""
         streams: list[tuple[CudaRunner, Any]] = [(r, r.context.external) for r in self._runners]
         graphs = []
         with guarded("capturing a graph"), ExitStack() as stack:

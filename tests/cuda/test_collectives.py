@@ -9,6 +9,7 @@ import pytest
 
 import pyggml as gg
 from pyggml import backends
+from pyggml.backends.cuda.device import boxes
 from pyggml.backends.cuda.device import nccl as device_nccl
 from pyggml.backends.cuda.device.nccl import Watch
 from pyggml.errors import DeviceError
@@ -142,6 +143,62 @@ def test_small_sums_by_the_own_kernel(nccl: Nccl, monkeypatch: pytest.MonkeyPatc
     every([lambda part=part: part.bind() for part in parts])
     for part in parts:
         assert kernels(part) == ["NCCL all_reduce of 192 (f32)", gather]
+
+
+def test_boxes_that_not_all_can_open(nccl: Nccl, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of three processes have opened those of the others: they close them."""
+    driver: Any = __import__("cuda.bindings.driver").bindings.driver
+    monkeypatch.setattr(driver, "PEERS", [True])
+    context = backends.get("cuda", 0).context
+    host = boxes.socket.gethostname()
+    others = [f"{i} {host} {(i << 20).to_bytes(64, 'little').hex()}" for i in (1, 2)]
+    seen: list[list[int]] = []
+
+    class Processes:
+        def gather(self, text: str) -> list[str]:
+            seen.append(driver.OPENED[:])
+            return [text, *others] if len(seen) == 1 else [text, boxes.OPEN, boxes.NONE]
+
+    result = boxes.boxes_of_processes(context, 0, 3, Processes())
+    assert result == (None, ())
+    assert seen == [[], [1 << 20, 2 << 20], []]  # closed before the boxes may be freed
+
+
+def test_debugging_does_not_wait_within_a_turn(nccl: Nccl, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU in a joint step waits for the others, whose work has not been queued yet."""
+    wanted = plan().run(X)
+    stream: Any = __import__("pycuda.driver").driver.Stream
+    synchronize, waits = stream.synchronize, []
+
+    def checked(self: Any) -> None:
+        waits.append(nccl.depth)
+        synchronize(self)
+
+    monkeypatch.setattr(stream, "synchronize", checked)
+    monkeypatch.setenv("PYGGML_CUDA_DEBUG", "1")
+    same(plan().run(X), wanted)
+    assert len(waits) > 5 and not any(waits)
+
+
+def test_a_replay_that_fails(nccl: Nccl, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The context of the GPU whose graph was not launched does not stay current."""
+    sharded = plan().bind()
+    for _ in range(2):
+        sharded.run(X)
+
+    def fails(*_: object) -> None:
+        raise __import__("pycuda.driver").driver.LogicError("cuGraphLaunch failed")
+
+    execution = sharded._execution
+    assert execution is not None
+    (together,) = execution.together.values()
+    graphs = list(together._graphs)  # type: ignore[attr-defined]
+    monkeypatch.setattr(together, "_graphs", [*graphs[:4], fails, *graphs[5:]])
+    stack = __import__("pycuda.driver").driver.Context.stack
+    depth = len(stack)
+    with pytest.raises(DeviceError, match="cuGraphLaunch failed"):
+        sharded.run(X)
+    assert len(stack) == depth and sorted(nccl.aborted) == [0, 1]
 
 
 def test_an_interrupt_of_the_first_run(nccl: Nccl, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,14 +2,14 @@
 
 In one process the GPUs open their memory to each other. Between processes of one machine, each
 sends a handle of its box, and all say whether they could open those of the others; if one could
-not, none uses the boxes.
+not, none uses the boxes, and all close what they have opened.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -71,15 +71,20 @@ def boxes_of_processes(
             context.stream.synchronize()
             text = f"{index} {socket.gethostname()} {_handle(box)}"
     handles = [each.split() for each in peers.gather(text) if each != NONE]
-    addresses: tuple[int, ...] = ()
+    addresses: list[int] = []
     answer = NONE if context is not None else OPEN
     if context is not None and box is not None and len(handles) == count:
         with suppress(DeviceError), context:
-            addresses = _opened(box, index, sorted(handles, key=lambda each: int(each[0])))
+            ordered = sorted(handles, key=lambda each: int(each[0]))
+            addresses += _opened(ordered, at=index, mine=box.ptr)
             answer = OPEN
-    if set(peers.gather(answer)) != {OPEN}:
-        return None, ()
-    return box, addresses
+    if set(peers.gather(answer)) == {OPEN}:
+        return box, tuple(addresses)
+    if context is not None and box is not None:
+        with context:
+            _close(address for address in addresses if address != box.ptr)
+    peers.gather(NONE)  # a box may be freed only when nobody has it open
+    return None, ()
 
 
 def _handle(box: Buffer) -> str:
@@ -88,18 +93,28 @@ def _handle(box: Buffer) -> str:
     return bytes(handle.reserved).hex()
 
 
-def _opened(box: Buffer, index: int | None, handles: Sequence[Sequence[str]]) -> tuple[int, ...]:
-    """The address of each box in this process. They stay open until it ends."""
-    cu, addresses = imported("cuda.bindings.driver"), []
+def _opened(handles: Sequence[Sequence[str]], at: int | None, mine: int) -> list[int]:
+    """The address of each box in this process; `mine` at place `at`. They stay open until the
+    process ends. If one cannot be opened, none stays open."""
     if len({host for _, host, _ in handles}) > 1:
         raise DeviceError("the GPUs are of several machines")
-    for i, (_, _, text) in enumerate(handles):
-        if i == index:
-            addresses.append(box.ptr)
-            continue
-        handle = cu.CUipcMemHandle()
-        handle.reserved = bytes.fromhex(text)
-        flags = cu.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS.value
-        opened = checked(cu, "opening memory of a peer", cu.cuIpcOpenMemHandle(handle, flags))
-        addresses.append(int(opened))
-    return tuple(addresses)
+    cu = imported("cuda.bindings.driver")
+    flags = cu.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS.value
+    others: list[int] = []
+    try:
+        for i, (_, _, text) in enumerate(handles):
+            if i != at:
+                handle = cu.CUipcMemHandle()
+                handle.reserved = bytes.fromhex(text)
+                address = cu.cuIpcOpenMemHandle(handle, flags)
+                others.append(int(checked(cu, "opening memory of a peer", address)))
+    except BaseException:
+        _close(others)
+        raise
+    return others if at is None else [*others[:at], mine, *others[at:]]
+
+
+def _close(addresses: Iterable[int]) -> None:
+    cu = imported("cuda.bindings.driver")
+    for address in addresses:
+        cu.cuIpcCloseMemHandle(address)

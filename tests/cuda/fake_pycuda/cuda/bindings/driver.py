@@ -98,6 +98,8 @@ def cuMemcpyPeerAsync(
 
 #: Whether GPUs reach each other's memory.
 PEERS = [False]
+#: The addresses of memory of other processes that is open.
+OPENED: list[int] = []
 
 
 def cuDeviceGet(index: int) -> tuple[CUresult, int]:
@@ -124,7 +126,14 @@ def cuIpcGetMemHandle(ptr: int) -> tuple[CUresult, CUipcMemHandle | None]:
 
 
 def cuIpcOpenMemHandle(handle: CUipcMemHandle, flags: int) -> tuple[CUresult, int]:
-    return OK, int.from_bytes(handle.reserved, "little")
+    address = int.from_bytes(handle.reserved, "little")
+    OPENED.append(address)
+    return OK, address
+
+
+def cuIpcCloseMemHandle(address: int) -> tuple[CUresult]:
+    OPENED.remove(address)
+    return (OK,)
 
 
 def cuMemsetD32Async(ptr: int, value: int, count: int, stream: pycuda.Stream) -> tuple[CUresult]:
