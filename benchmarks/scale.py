@@ -125,15 +125,15 @@ def check() -> None:
         folder = Path(name)
         synth(folder / "tiny.gguf", replace(TINY, n_rot=32))  # rows of whole blocks of q8_0
         whole = {cache: answers(folder / "tiny.gguf", None, cache) for cache in ERRORS}
-        found = {}
+        sharded = {}
         for case, path, cut, cache in check_cases(folder):
             try:
-                found[case] = answers(path, cut, cache)
+                sharded[case] = answers(path, cut, cache)
             except Exception as error:
                 print(f"FAIL {case}: {type(error).__name__}: {error}", flush=True)
                 continue
-            distance = nmse(found[case][0], whole[cache][0]) ** 0.5
-            same = bool((found[case][0] == found[case][1]).all())
+            distance = nmse(sharded[case][0], whole[cache][0]) ** 0.5
+            same = bool((sharded[case][0] == sharded[case][1]).all())
             verdict = "PASS" if distance <= ERRORS[cache] and same else "FAIL"
             print(f"{verdict} {case}: error {distance:.1e}, runs equal {same}", flush=True)
             write_row(f"check_{case}_error", "", [distance])
@@ -142,12 +142,12 @@ def check() -> None:
         for case, *_ in check_cases(folder):
             for rank in range(2):
                 path = folder / f"{case}.{rank}.npy"
-                if case in found and path.exists():
-                    equal.append(bool((np.load(path) == found[case]).all()))
+                if case in sharded and path.exists():
+                    equal.append(bool((np.load(path) == sharded[case]).all()))
                     if not equal[-1]:
                         print(f"FAIL {case}: rank {rank} has other bits than one process")
         print(f"{'PASS' if equal and all(equal) else 'FAIL'} processes: status {status}, "
-              f"{sum(equal)} of {2 * len(found)} equal bit for bit", flush=True)  # fmt: skip
+              f"{sum(equal)} of {2 * len(sharded)} equal bit for bit", flush=True)  # fmt: skip
         write_row("check_processes_equal_cases", "cases", [sum(equal)])
 
 
@@ -342,8 +342,8 @@ def decode(path: str) -> None:
     """One of the processes of `lite`."""
     ranks = gg.join()
     tests = {name: test for name, test in LITE.items() if test.n_gen}
-    found = rates(Path(path), tests, N_BATCH, backends=PLACES, shard="auto", ranks=ranks)
-    for name, values in found.items() if ranks.rank == 0 else ():
+    samples = rates(Path(path), tests, N_BATCH, backends=PLACES, shard="auto", ranks=ranks)
+    for name, values in samples.items() if ranks.rank == 0 else ():
         write_row(f"lite_{name}_2_processes", "t/s", values)
 
 
@@ -471,8 +471,8 @@ def main() -> None:
         }
         fields = {"machine": gpu_record.machine(), "versions": gpu_record.versions()}
         command = " ".join(["python -m benchmarks.scale", *names])
-        found = [line for line in lines if "name" in line]
-        record.write(args.out, record.new(command, **fields, about=about) | {"rows": found})
+        rows_only = [line for line in lines if "name" in line]
+        record.write(args.out, record.new(command, **fields, about=about) | {"rows": rows_only})
 
 
 if __name__ == "__main__":
