@@ -105,14 +105,17 @@ def flash_attn_ext(
 
 @flash_attn_ext.cost
 def _(node: Node) -> Cost:
-    """With ids, the bytes of the listed rows; each row of k and v at most once."""
+    """With ids, the bytes of the listed rows; each row of k and v at most once. A v that is a part
+    of k's memory, as in a latent cache, is read with it."""
     q, k, v, ids = node["q"], node["k"], node["v"], node.get("ids")
     n_kv = k.ne[1] if ids is None else ids.ne[0]
     pairs = float(q.ne[1] * n_kv * q.ne[2] * q.ne[3])
-    read = sum(s.spec.nbytes for s in node.src if s is not None)
+    shared = v.base is k.base and k.ne[0] == k.base.ne[0]
+    rows = (k,) if shared else (k, v)
+    read = sum(s.spec.nbytes for s in (*node.src[3:], q, *rows) if s is not None)
     if ids is not None:
         listed = min(n_kv * q.ne[1], k.ne[1])
-        read -= sum(s.spec.nbytes - s.spec.nbytes // k.ne[1] * listed for s in (k, v))
+        read -= sum(s.spec.nbytes - s.spec.nbytes // k.ne[1] * listed for s in rows)
     return Cost(2.0 * pairs * (k.ne[0] + v.ne[0]), float(read + node.spec.nbytes))
 
 

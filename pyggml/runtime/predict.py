@@ -1,20 +1,24 @@
 """The time of a plan by the cost rules of its ops: a prediction, not a measurement.
 
-A step takes the longer of its operations and its bytes at a device's rates, and at least the time
-of a launch. A copy or a collective takes a latency and its bytes at the rate of the link. Splits
-start when their device is free and what they wait for is done. Steps of the host and copies to and
-from it have rates of their own.
+A step takes a launch, and the longer of its operations and its bytes at a device's rates. What a
+step has in registers does not count as bytes. Products by expert id take the rows that the busiest
+device has to compute. A copy or a collective takes a latency and its bytes at the rate of the link.
+Splits start when their device is free and what they wait for is done. Steps of the host and copies
+to and from it have rates of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 from pyggml.backends.base import in_host_memory
 from pyggml.backends.step import Step
-from pyggml.joint import cliques, joint_reduce, rounds
+from pyggml.joint import cliques, joint_reduce, places_of, rounds
+from pyggml.node import Node
 from pyggml.operation import cost_of
+from pyggml.ops.leaf import constant_op
 from pyggml.passes.work import Split, Work
 from pyggml.transfer import origin, transfer
 
@@ -23,32 +27,43 @@ from pyggml.transfer import origin, transfer
 class Rates:
     """What a device and its links sustain.
 
-    The defaults are two thirds of an NVIDIA H100 SXM's figures (data sheet: 989 TFLOP/s of f16,
-    3.35 TB/s), 2 us for a launch, and what NCCL and our own sums took between two H100 with 18
-    NVLinks: 10.2 us for 8 KiB and 82 us for 16 MiB, 3.9 us up to 128 KiB.
+    The defaults are measured on H100 SXM, of single kernels and single collectives
+    (benchmarks/results/h100 and scale, 2026-11-27; the names are those of the rows):
 
-    flops, nbytes  operations and bytes of memory a second
-    link           bytes a second from one device to another
-    launch         seconds that a step takes at least
-    latency        seconds of a copy or collective without bytes
-    small          seconds of a sum of at most SMALL bytes that devices take together
+    flops      operations a second of a product: `mul_mat_iq4_nl_n512`
+    experts    of products by expert id, if no row of a tile is empty, and
+    tail       the rows of a tile that are empty for each expert: the two that give
+               `moe_up_gate_iq4_nl_t512` and `_t2048` (48 and 192 rows an expert)
+    attention  of the visible scores of flash attention: `fa_192_128_h16_n8192`
+    nbytes     bytes of memory a second: `copy` times `mul_mat_vec_iq4_nl`
+    launch     seconds that a step takes besides: `moe_up_gate_iq4_nl_t1` less its bytes
+    link       bytes a second from one device to another, and
+    latency    seconds of a copy or collective without bytes: `nccl_8kb_graph`, `nccl_16mib_graph`
+    small      seconds of a sum of at most SMALL bytes, besides the bytes: `nccl_8kb_boxes`
+
+    NCCL's latency is that of two GPUs. That of more was not measured, and is taken to be the same.
     """
 
-    flops: float = 660e12
-    nbytes: float = 2.2e12
-    link: float = 234e9
+    flops: float = 536e12
+    experts: float = 454e12
+    tail: float = 58.0
+    attention: float = 518e12
+    nbytes: float = 2.23e12
     launch: float = 2e-6
-    latency: float = 10e-6
-    small: float = 3.9e-6
+    link: float = 240e9
+    latency: float = 10.2e-6
+    small: float = 3.6e-6
 
 
-#: The largest parts whose sum takes `Rates.small`, in bytes.
-SMALL = 128 << 10
+#: The largest parts whose sum takes `Rates.small`, in bytes, and the most devices of one.
+SMALL, PEERS = 128 << 10, 8
 
+#: Up to this many tokens, products by expert id are of vectors, which have no tiles.
+VECTORS = 8
 
 #: A host with 8 channels of memory and PCIe 5.0: two thirds of 3 TFLOP/s, 300 GB/s and, for copies
 #: to and from devices, 63 GB/s.
-HOST = Rates(flops=2e12, nbytes=200e9, link=42e9)
+HOST = Rates(2e12, 2e12, 0.0, 2e12, 200e9, link=42e9)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,10 +166,68 @@ def seconds_of(work: Work, step: Step, rates: Rates) -> float:
         rates = HOST
     if step.node.op is transfer:
         return rates.latency + step.node.spec.nbytes / rates.link
-    if step.node.op is joint_reduce and step.node.spec.nbytes <= SMALL:
-        return rates.small
+    if step.node.op is joint_reduce:
+        n, nbytes = len(places_of(step.node)), step.node.spec.nbytes
+        if n <= PEERS and nbytes <= SMALL:
+            return rates.small + (n - 1) * nbytes / rates.link
     if step.node.op.joint:
         return rates.latency + cost_of(step.node).sent / rates.link
-    costs = [cost_of(node) for node in step.nodes]
-    flops, nbytes = sum(c.flops for c in costs), sum(c.nbytes for c in costs)
-    return max(rates.launch, flops / rates.flops, nbytes / rates.nbytes)
+    works = [_work(node, step, rates) for node in step.nodes]
+    return rates.launch + max(sum(w[0] for w in works), sum(w[1] for w in works) / rates.nbytes)
+
+
+def _work(node: Node, step: Step, rates: Rates) -> tuple[float, float]:
+    """Seconds of a node's operations, and the bytes that it moves from and to memory."""
+    cost = cost_of(node)
+    seconds, nbytes = cost.flops / rates.flops, cost.nbytes
+    if node.op.name in ("mul_mat_id", "moe_up_gate"):
+        seconds, nbytes = _experts(node, rates)
+    elif node.op.name == "flash_attn_ext":
+        seconds = cost.flops * _visible(node, step) / rates.attention
+    inner = {other for other in step.nodes if other is not step.node}
+    nbytes -= sum(
+        s.spec.nbytes for s in dict.fromkeys(node.src) if s is not None and s.base in inner
+    )
+    if node in inner:
+        nbytes -= node.spec.nbytes
+    return seconds, max(0.0, nbytes)
+
+
+def _experts(node: Node, rates: Rates) -> tuple[float, float]:
+    """Of products by expert id, on the device with most: ids are taken to be random."""
+    cost, ids = cost_of(node), node["ids"]
+    weights = [node[name] for name in node.op.weights]
+    here, picks = weights[0].ne[2], ids.spec.elements
+    rows = busiest(picks, here / all_experts(node))
+    touched = min(here, rows)
+    whole = sum(w.spec.nbytes for w in weights) / here
+    nbytes = cost.nbytes - whole * (min(here, picks) - touched)
+    empty = rates.tail * touched if ids.ne[1] > VECTORS else 0.0
+    return cost.flops * (rows + empty) / picks / rates.experts, nbytes
+
+
+def all_experts(node: Node) -> int:
+    """The experts of all devices: one that has some of them looks its ids up in a table of all."""
+    table: Node = node["ids"]
+    while table.op.name in ("add", "get_rows", "reshape"):
+        table = table.src[0] or table
+    here: int = node[node.op.weights[0]].ne[2]
+    return table.spec.elements if table.op is constant_op else here
+
+
+def busiest(picks: int, part: float) -> float:
+    """The expected picks of the device with most, if each has `part` of what is picked at random:
+    the mean, and the largest of so many normal deviations (Blom 1958)."""
+    if part >= 1:
+        return float(picks)
+    n = 1 / part
+    largest = NormalDist().inv_cdf((n - 0.375) / (n + 0.25))
+    mean = picks * part
+    return float(min(picks, max(1.0, mean + mean**0.5 * largest)))
+
+
+def _visible(node: Node, step: Step) -> float:
+    """The part of the scores that a causal mask leaves: the kernels skip the others."""
+    tokens, rows = node["q"].ne[1], node["k"].ne[1]
+    masked = any(other.op.name == "causal_mask" for other in step.nodes)
+    return 1 - (tokens - 1) / (2 * rows) if masked and tokens <= rows else 1.0

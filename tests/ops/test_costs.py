@@ -52,6 +52,13 @@ def test_attention_reads_only_its_views_of_a_cache() -> None:
     assert cost_of(gg.flash_attn_ext(q, k, k, scale=1.0)).nbytes <= 2 * 2 * 256 + 2 * 10 * 128
 
 
+def test_the_values_in_a_latent_cache_are_read_with_its_keys() -> None:
+    cache, q = gg.state("cache", "f16", ne=(576, 100)), gg.input("q", "f32", ne=(576, 1, 2))
+    values = gg.view(cache, ne=(512, 100), nb=(576 * 2,))
+    y = gg.flash_attn_ext(q, cache, values, scale=1.0)
+    assert cost_of(y).nbytes == cache.spec.nbytes + q.spec.nbytes + y.spec.nbytes
+
+
 def test_a_loop_costs_as_much_as_the_nodes_it_replaces() -> None:
     k, v = gg.input("k", "f32", ne=(8, 61, 7)), gg.input("v", "f32", ne=(61, 8, 7))
     y = gg.mul_mat(v, gg.soft_max(gg.mul_mat(k, gg.input("q", "f32", ne=(8, 33, 7)))))
