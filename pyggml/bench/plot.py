@@ -24,7 +24,9 @@ def check() -> None:
     _matplotlib("figure")
 
 
-def draw(panels: Sequence[Panel], path: Path, title: str) -> None:
+def draw(
+    panels: Sequence[Panel], path: Path, title: str, y_label: str = "tokens per second"
+) -> None:
     """Write the panels side by side; the suffix of the path says in which form.
 
     A label has the same colour in all panels. Peers' lines are dashed.
@@ -48,11 +50,11 @@ def draw(panels: Sequence[Panel], path: Path, title: str) -> None:
             0, 1.08 * max(y + error for line in panel.lines for _, y, error in line.points)
         )
         _scale(axes, [x for line in panel.lines for x, _, _ in line.points])
-        axes.yaxis.set_major_formatter(_thousands())
+        axes.yaxis.set_major_formatter(_plain())
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14))
-    figure.axes[0].set_ylabel("tokens per second")
+    figure.axes[0].set_ylabel(y_label)
     figure.savefig(path, dpi=150)
 
 
@@ -69,11 +71,11 @@ def _scale(axes: Any, xs: Sequence[int]) -> None:
         axes.set_xticks(values)
     else:
         axes.xaxis.set_major_locator(ticker.MaxNLocator(nbins=6, integer=True))
-    axes.xaxis.set_major_formatter(_thousands())
+    axes.xaxis.set_major_formatter(_plain())
 
 
-def _thousands() -> Any:
-    return _matplotlib("ticker").FuncFormatter(lambda x, _: f"{x:,.0f}")
+def _plain() -> Any:
+    return _matplotlib("ticker").FuncFormatter(lambda x, _: f"{x:,.10g}")
 
 
 def _matplotlib(module: str) -> Any:
