@@ -81,7 +81,9 @@ class Meeting:
 
     def shown(self, node: Node, step: Node) -> Node:
         """The result of the collective, as its readers see it."""
-        return step if step.ne == node.ne else reshape(step, ne=node.ne[: node.spec.rank])
+        rank = node.spec.rank  # outputs have it, also where trailing sizes are 1
+        same = step.ne == node.ne and step.spec.rank == rank
+        return step if same else reshape(step, ne=node.ne[:rank])
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import pyggml as gg
 from pyggml import backends
 from pyggml.backends.null.meeting import MEETINGS
-from pyggml.errors import GraphError
-from pyggml.joint import by_turn, joint, joint_reduce
+from pyggml.joint import by_turn, joint, joint_gather, joint_reduce
 from pyggml.node import Node
 from pyggml.passes.order import order
 from pyggml.passes.stages import Shard
@@ -23,8 +22,8 @@ from pyggml.passes.work import Work
 from pyggml.runtime.predict import Rates
 from tests.shard.graphs import Layers, cuts, layers
 from tests.shard.test_sharded import close, run
-from tests.spmd.test_exchange import contents, same
-from tests.spmd.threads import every, ranks_of
+from tests.spmd.test_exchange import contents, plans, same
+from tests.spmd.threads import every
 
 EXAMPLES = settings(
     max_examples=30,
@@ -62,40 +61,29 @@ def in_one_order(plan: gg.Plan) -> None:
         assert all(turn in seen[place] for place in places)
 
 
+def test_a_gather_of_one_row_keeps_its_rank() -> None:
+    """Its parts are put one after another in memory, as an array of rank 1."""
+    w = gg.constant(np.ones((320, 64), np.float32))
+    graph = {"y": gg.mul_mat(w, gg.input("x", ne=(64, 1)))}
+    plan = gg.compile(graph, backends=[f"null:{i}" for i in range(4)], shard={"rows": 4})
+    in_one_order(plan)
+    assert any(node.op is joint_gather for node in plan.graph.nodes)
+    assert plan.run({"x": np.ones((1, 64), np.float32)})["y"].shape == (1, 320)
+
+
 @EXAMPLES
 @given(layers(), cuts(), st.integers(0, 2**32), st.booleans(), st.booleans())
 def test_random_layers(
     graph: Layers, cut: tuple[dict[str, Any], int], seed: int, pinned: bool, budget: bool
 ) -> None:
     """The whole graph's results, in one process and, with the same bits, in several."""
-    chosen, n = cut
-    places = [f"null:{i}" for i in range(n)]
-    pins = {r"down|wo": "null:7"} if pinned else None
-
-    def plan(store: gg.Store, amb: float | None = None) -> gg.Plan:
-        return gg.compile(
-            graph.outputs, updates=graph.updates, backends=places, shard=chosen, pins=pins,
-            store=store, amb=amb,
-        )  # fmt: skip
-
-    try:
-        one = plan(gg.Store())
-        peak = one.memory.score_peak / 2**20
-        amb = peak * 0.9 + 1e-3 if budget and peak else None
-        one = plan(gg.Store(), amb)
-    except GraphError as error:
-        assume("shard=" not in str(error))
-        raise
-    except gg.BudgetError:
-        assume(False)
+    one, again, parts = plans(graph, cut, "null", pinned, budget)
     in_one_order(one)
     whole = gg.compile(graph.outputs, updates=graph.updates)
-    parts = [plan(gg.Store(ranks=ranks), amb) for ranks in ranks_of(n)]
-    assert {str(part) for part in parts} == {str(one)}
     for i, device in enumerate(DEVICES):
         device.queue.pace = random.Random(seed + i) if seed % 2 else None
     try:
-        for part, other in zip(run(plan(gg.Store(), amb), graph.used), run(whole, graph.used)):
+        for part, other in zip(run(again, graph.used), run(whole, graph.used)):
             close(part, other)
         wanted = contents(one, graph.used)
         for device in DEVICES:  # in threads, a queue that runs ahead would wait where a GPU goes on

@@ -23,25 +23,14 @@ EXAMPLES = settings(
 )
 
 
-@EXAMPLES
-@given(
-    layers(),
-    cuts(),
-    st.sampled_from(["null", "numpy"]),
-    st.booleans(),
-    st.booleans(),
-    st.integers(0, 2**32),
-)
-def test_random_layers(
-    graph: Layers,
-    cut: tuple[dict[str, Any], int],
-    place: str,
-    pinned: bool,
-    budget: bool,
-    seed: int,
-) -> None:
-    """Caches, experts, unequal shares, stages, budgets; pins to devices that only rank 0 has, and
-    queues that run late or ahead."""
+def plans(
+    graph: Layers, cut: tuple[dict[str, Any], int], place: str, pinned: bool, budget: bool
+) -> tuple[gg.Plan, gg.Plan, list[gg.Plan]]:
+    """Two plans of one process with all devices, each with a store of its own, and those of one
+    process for each device. All have the same text.
+
+    pinned  some nodes are on a device that only rank 0 has
+    """
     chosen, n = cut
     places = [f"{place}:{i}" for i in range(n)]
     pins = {r"down|wo": "null:7"} if pinned else None
@@ -63,8 +52,32 @@ def test_random_layers(
     except gg.BudgetError:
         assume(False)
     parts = [plan(gg.Store(ranks=ranks), amb) for ranks in ranks_of(n)]
-    assert one.memory == parts[0].memory
     assert {str(part) for part in parts} == {str(one)}
+    return one, plan(gg.Store(), amb), parts
+
+
+@EXAMPLES
+@given(
+    layers(),
+    cuts(),
+    st.sampled_from(["null", "numpy"]),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 2**32),
+)
+def test_random_layers(
+    graph: Layers,
+    cut: tuple[dict[str, Any], int],
+    place: str,
+    pinned: bool,
+    budget: bool,
+    seed: int,
+) -> None:
+    """Caches, experts, unequal shares, stages, budgets; pins to devices that only rank 0 has, and
+    queues that run late or ahead."""
+    n = cut[1]
+    one, _, parts = plans(graph, cut, place, pinned, budget)
+    assert one.memory == parts[0].memory
     for i in (*range(n), 7):
         backends.get("null", i).queue.pace = random.Random(seed + i) if seed % 2 else None
     try:
