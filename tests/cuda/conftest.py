@@ -19,6 +19,7 @@ from pyggml.backends.cuda.attention import flash
 from pyggml.backends.cuda.device import compiler, context, driver
 from pyggml.backends.cuda.device.tensormap import EMPTY
 from pyggml.backends.cuda.linear import ring
+from pyggml.errors import DeviceError
 from tests.cuda.allocations import ALLOCATIONS
 
 
@@ -29,6 +30,19 @@ def tensor_maps(monkeypatch: pytest.MonkeyPatch) -> None:
     if not bindings or not any(Path(mark).exists() for mark in doctor.GPU_MARKS):
         for module in (flash, ring):
             monkeypatch.setattr(module, "tensor_map", lambda *_: EMPTY)
+
+
+@pytest.fixture(autouse=True)
+def unmarked_tests_need_no_compiler(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A test that compiles a kernel but lacks its marker fails where NVRTC is installed, too."""
+    if not any(request.node.get_closest_marker(marker) for marker in ("kernels", "stub")):
+
+        def compile_instance(file: str, name: str, arch: str) -> compiler.Cubin:
+            raise DeviceError(f"{name} of {file}: the test needs the marker `kernels`")
+
+        monkeypatch.setattr(compiler, "compile_instance", compile_instance)
 
 
 FAKE = Path(__file__).parent / "fake_pycuda"

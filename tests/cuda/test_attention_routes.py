@@ -119,6 +119,7 @@ def test_lists_fit_every_gpu(arch: str, cache: str, pair: tuple[int, int]) -> No
         assert launch.name.startswith("list") == (arch == "90a" and (n_q, heads) == (300, 128))
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize(
     ("file", "instance"),
     [
