@@ -73,6 +73,8 @@ Upload: TypeAlias = Callable[[Sequence[NDArray[Any]]], None]
 Arrival: TypeAlias = Callable[[], NDArray[Any]]
 #: Queues a copy of the tensor that it was made for to the host.
 Download: TypeAlias = Callable[[], Arrival]
+#: Uploads arrays, runs steps a number of times and waits; returns copies of the outputs.
+WholeRun: TypeAlias = Callable[[Sequence[NDArray[Any]], int], list[NDArray[Any]]]
 
 
 class Event(Protocol):
@@ -229,6 +231,18 @@ class KeepsDecoded(Protocol):
 
     def decoded_layout(self, constant: Node, uses: Collection[Node]) -> WeightLayout:
         """`weight_layout` for that; plain for a constant that it cannot or need not decode."""
+
+
+@runtime_checkable
+class RunsWhole(Protocol):
+    """A backend that does a whole run in one call. Whatever the host does before the first kernel
+    starts and after the last copy has arrived makes each decode step longer."""
+
+    def whole(
+        self, uploads: Sequence[Upload], runner: Runner, downloads: Sequence[Download]
+    ) -> WholeRun:
+        """A function that calls `uploads`, each with all arrays, `runner.run` as often as it is
+        told, `downloads` and `synchronize`, all of this backend, and returns what has arrived."""
 
 
 class Peers(Protocol):

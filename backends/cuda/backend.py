@@ -37,6 +37,7 @@ from pyggml.backends.cuda.runner import CudaRunner
 from pyggml.backends.cuda.together import Together
 from pyggml.backends.cuda.weights import loading, packing
 from pyggml.backends.cuda.weights.borrowing import Borrowing, borrow
+from pyggml.backends.cuda.whole import Whole
 from pyggml.backends.host_tiles import LAYOUT
 from pyggml.backends.step import Address, Addresses, Buffer, Layouts, LoadStep, Step, WeightLayout
 from pyggml.node import Node
@@ -67,6 +68,7 @@ class CudaBackend:
         self.index = self.ordinal = index
         self.place = self.device = f"cuda:{index}"
         self.lock = RLock()
+        self._running = guarded(f"running on {self.place}")
         self._peers: set[int] = set()  # GPUs whose memory this one may access
 
     def __repr__(self) -> str:
@@ -241,6 +243,14 @@ class CudaBackend:
                 self.staging,
             )
 
+    def whole(
+        self, uploads: Sequence[Upload], runner: Runner, downloads: Sequence[Download]
+    ) -> Whole:
+        assert isinstance(runner, CudaRunner)
+        ins = [each for each in uploads if isinstance(each, prepared.Uploads)]
+        outs = [each for each in downloads if isinstance(each, prepared.Downloads)]
+        return Whole(self.staging, ins, runner, outs, self._running)
+
     def _borrowing(self, step: LoadStep, at: Addresses) -> Borrowing:
         host, constant = (self.context, self.staging, self.registry), origin(step.node)
         here, lent = at[step.node], at.get(constant)
@@ -260,7 +270,7 @@ class CudaBackend:
             event.wait()
 
     def synchronize(self) -> None:
-        with self.context, guarded(f"running on {self.place}"):
+        with self.context, self._running:
             self.staging.settle()
 
     def abandon(self) -> None:

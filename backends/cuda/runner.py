@@ -28,6 +28,7 @@ from pyggml.backends.timing import Stopwatch, step_by_step
 from pyggml.node import Node
 
 Action = Callable[[], None]
+_REPLAYING = guarded("replaying a graph")
 
 
 class CudaRunner:
@@ -89,23 +90,27 @@ class CudaRunner:
         return end.small(record)
 
     def run(self) -> None:
-        """Queue every step: kernel by kernel the first time, then as graphs."""
+        with self.context:
+            self.queue()
+
+    def queue(self) -> None:
+        """Queue every step: kernel by kernel the first time, then as graphs. The context is
+        current."""
         for end in self.ends:
             end.check_usable()
         relay = self._relay
-        with self.context:
-            if relay is not None:
-                relay.fill()
-            if self._warm and not self.debugging:
-                if self._runs is None:
-                    self._runs = list(self._captured(self._around()))
-                with guarded("replaying a graph"):
-                    for run in self._runs:
-                        run()
-            else:
-                self._start_all()
-            if relay is not None:
-                relay.record()
+        if relay is not None:
+            relay.fill()
+        if self._warm and not self.debugging:
+            if self._runs is None:
+                self._runs = list(self._captured(self._around()))
+            with _REPLAYING:
+                for run in self._runs:
+                    run()
+        else:
+            self._start_all()
+        if relay is not None:
+            relay.record()
 
     def _start_all(self) -> None:
         around = self._around()

@@ -68,7 +68,6 @@ class Session:
             raise UnknownNameError(f"outputs={outputs!r} must be 'last', 'all' or 'none'")
         tokens = self._checked(tokens)
         self._decoder.forget()
-        self.plans.reserve()
         if len(tokens) <= self.n_batch:
             return self._run(tokens, {"last": 1, "all": len(tokens), "none": 0}[outputs])
         parts = [tokens[i : i + self.n_batch] for i in range(0, len(tokens), self.n_batch)]
@@ -94,7 +93,7 @@ class Session:
         for token in checked:
             if not 0 <= token < n_vocab:
                 raise IdError(f"token {token} is outside the vocabulary of {n_vocab}")
-        if len(checked) > self.n_free:
+        if len(checked) > self.n_ctx - len(self.tokens):
             raise ShapeError(
                 f"{len(checked)} tokens do not fit: {self.n_free} of n_ctx={self.n_ctx} are free; "
                 "use truncate() or a session with a larger n_ctx"
@@ -122,6 +121,7 @@ class Session:
         n = len(part)
         if n == 1:
             return self._prepared_step(past, part[0], n_outputs)
+        self.plans.reserve()
         every = n_outputs == n
         n_tokens = padded_tokens(n, self.n_batch)
         n_kv = padded_rows(past + n, self.n_ctx)
@@ -145,6 +145,7 @@ class Session:
         """`prepared` for one token. A device waits for it in every step, so it makes no objects."""
         n, step = past + 1, self._step
         if step is None or n not in step.rows or n_outputs != step.n_outputs:
+            self.plans.reserve()
             most = padded_rows(n, self.n_ctx)
             plan = self.plan(*self.plans.sizes(1, most, n_outputs), n_outputs)
             self._step = step = _Step(range(n, most + 1), n_outputs, plan)

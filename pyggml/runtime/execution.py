@@ -7,16 +7,24 @@ from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 from time import perf_counter
-from typing import Protocol
+from typing import Any, Protocol
 
-from pyggml.backends.base import Backend, Event, Joins, Runner, StaysReady
+from pyggml.backends.base import (
+    Backend,
+    Event,
+    Joins,
+    Runner,
+    RunsWhole,
+    StaysReady,
+    WholeRun,
+)
 from pyggml.backends.step import Address, Buffer
 from pyggml.joint import cliques
 from pyggml.node import Node
 from pyggml.passes.work import Split, Work
 from pyggml.runtime.carried import carry
 from pyggml.runtime.exchange import Exchange
-from pyggml.runtime.inputs import Bound, Inputs, same_memory
+from pyggml.runtime.inputs import Bound, Inputs, Ready, Shared, same_memory
 from pyggml.runtime.outputs import Output, Outputs
 from pyggml.runtime.slots import Slots
 from pyggml.runtime.store import Arena
@@ -98,6 +106,7 @@ class Execution:
         self.waited = {i for each in self.waits for i in each}
         self.spared = {i for split in self.splits for i in split.spares}
         self._actions = self._prepared()
+        self._wholes: dict[tuple[tuple[str, ...], tuple[str, ...]], WholeRun | None] = {}
 
     def _owns(self, backend: Backend) -> bool:
         return self.exchange is None or self.exchange.owns(backend)
@@ -111,7 +120,7 @@ class Execution:
         for device, buffer in self.arenas.items():
             if device not in arenas or arenas[device].buffer is not buffer:
                 return False
-        return self.work is work and same_memory(self.bound, bound)
+        return self.work is work and (self.bound is bound or same_memory(self.bound, bound))
 
     def settle(self) -> None:
         """Wait until all queues are empty, including what bind put there."""
@@ -130,6 +139,34 @@ class Execution:
         an interrupt no device is still working.
         """
         return self._run(give, repeat, names)
+
+    def run_whole(self, ready: Ready, repeat: int, names: tuple[str, ...]) -> dict[str, Any] | None:
+        """What `run` does, and copies of the outputs, in one call of the device.
+
+        None, and nothing has run, if the device does not offer that, if others take part, or if an
+        input is not an array of the host.
+        """
+        key = tuple(ready), names
+        whole = self._wholes[key] if key in self._wholes else self._whole(*key)
+        arrays = [array for array in ready.values() if not isinstance(array, Shared)]
+        if whole is None or len(arrays) < len(ready):
+            return None
+        try:
+            return dict(zip(names, whole(arrays, repeat)))
+        except BaseException:
+            self.abandon()
+            raise
+
+    def _whole(self, keys: tuple[str, ...], names: tuple[str, ...]) -> WholeRun | None:
+        """The function for `run_whole`."""
+        (backend, *others), whole = self.backends or (None,), None
+        if not others and isinstance(backend, RunsWhole) and len(self._actions or ()) == 1:
+            downloads = self.outputs.downloads(names)
+            if downloads is not None:
+                uploads = [upload for _, upload in self.slots.uploads(keys)]
+                whole = backend.whole(uploads, self.runners[0], downloads)
+        self._wholes[keys, names] = whole
+        return whole
 
     def submit(self, give: Callable[[], None], names: Collection[str]) -> dict[str, Output]:
         """Like `run`, without waiting for the end."""

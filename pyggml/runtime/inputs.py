@@ -47,10 +47,13 @@ class Inputs:
     """
 
     def __init__(self, needs: Iterable[Need], limits: Iterable[Limit] = ()) -> None:
-        self._limits = tuple(limits)
+        self._limits: dict[str, list[Limit]] = {}
+        for limit in limits:
+            self._limits.setdefault(limit.input, []).append(limit)
         self.specs: dict[str, Spec] = {}
         self.needs: dict[str, list[Need]] = {}
-        self._exact: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}  # type and shape
+        #: NumPy's type, if there is one, and the shape in which each is stored.
+        self._forms: dict[str, tuple[np.dtype[Any] | None, tuple[int, ...]]] = {}
         for need in needs:
             leaf = origin(need.node)
             if leaf.op is input_op:
@@ -59,8 +62,8 @@ class Inputs:
                 here = self.needs.setdefault(key, [])
                 if need.owner is None:
                     here.append(need)
-                if leaf.dtype.numpy is not None:
-                    self._exact[key] = np.dtype(leaf.dtype.numpy), leaf.spec.shape
+                kind = leaf.dtype.numpy
+                self._forms[key] = None if kind is None else np.dtype(kind), leaf.spec.shape
 
     def addresses(self, bound: Bound) -> dict[Node, Address]:
         """The addresses of bound inputs on the devices that read the caller's array directly."""
@@ -87,19 +90,33 @@ class Inputs:
 
         Call it without the store's lock: a device array takes the lock of its device.
         """
-        ready = {key: self._taken(key, arrays[key]) for key in self.specs if key in arrays}
+        ready: dict[str, NDArray[np.generic] | Shared] = {}
+        for key, (dtype, shape) in self._forms.items():
+            if key not in arrays:
+                continue
+            array = arrays[key]
+            if (
+                type(array) is np.ndarray  # in no device's memory
+                and array.dtype is dtype
+                and array.shape == shape
+                and array.flags.c_contiguous
+            ):
+                ready[key] = array
+            else:
+                ready[key] = self._taken(key, array)
         if len(ready) < len(arrays):
             self._check_names(arrays)
-        for limit in self._limits:
-            ids = ready.get(limit.input)
+        for key, limits in self._limits.items():
+            ids = ready.get(key)
             if isinstance(ids, np.ndarray):
-                limit.check(ids)
+                largest = int(ids.item() if ids.size == 1 else ids.max())
+                for limit in limits:
+                    if largest >= limit.below:
+                        limit.exceeded(largest)
         return ready
 
     def check(self, arrays: Collection[str], bound: Bound) -> None:
         """GraphError unless each input either is bound or has an array in this run."""
-        if not bound and len(arrays) == len(self.specs):
-            return
         twice = [key for key in arrays if key in bound]
         if twice:
             raise GraphError(
@@ -121,9 +138,8 @@ class Inputs:
                 )
 
     def _taken(self, key: str, array: object) -> NDArray[np.generic] | Shared:
-        if type(array) is np.ndarray:  # in no device's memory
-            if (array.dtype, array.shape) == self._exact.get(key) and array.flags.c_contiguous:
-                return array
+        """An array that may have another form than the stored one, or is in a device's memory."""
+        if type(array) is np.ndarray:
             return stored(f"input {key!r}", self.specs[key], array)
         devices = [need for need in self.needs[key] if not in_host_memory(need.backend)]
         shared = self._shared(key, array, devices)
@@ -178,7 +194,7 @@ def same_memory(a: Bound, b: Bound) -> bool:
     def addresses(bound: Bound) -> dict[str, tuple[str, int]]:
         return {key: (array.backend.device, array.given.address) for key, array in bound.items()}
 
-    return a is b or addresses(a) == addresses(b)
+    return addresses(a) == addresses(b)
 
 
 @contextmanager
@@ -203,14 +219,18 @@ def _type_name(array: object) -> str:
     return f"a {cls.__module__}.{cls.__qualname__}".replace("builtins.", "")
 
 
-def together(inputs: Mapping[str, object] | None, named: Mapping[str, object]) -> dict[str, object]:
+def together(
+    inputs: Mapping[str, object] | None, named: Mapping[str, object]
+) -> Mapping[str, object]:
     """The inputs of a dict and of keywords as one dict."""
     if type(inputs) is not dict and inputs is not None and not isinstance(inputs, Mapping):
         raise DTypeError(
             f"inputs must be a dict or keywords, not {type(inputs).__name__}; they go by name"
         )
-    if not inputs or not named:
-        return {**(inputs or named)}
+    if not named and inputs is not None:
+        return inputs
+    if not inputs:
+        return named
     twice = [key for key in named if key in inputs]
     if twice:
         raise GraphError(f"input {twice[0]!r} is both in the dict and a keyword; pass it once")

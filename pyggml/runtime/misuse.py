@@ -8,9 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from pyggml.errors import IdError, StateWarning
 from pyggml.graph import Graph, toposort
 from pyggml.node import Node, label_of, line_of
@@ -119,12 +116,9 @@ class Limit:
     text: str
     is_error: bool
 
-    def check(self, numbers: NDArray[np.generic]) -> None:
-        """IdError or StateWarning if a number is not below the limit."""
-        largest = int(numbers.item() if numbers.size == 1 else numbers.max())
-        if largest < self.below:
-            return
-        text = f"input {self.input!r} contains {largest}: {self.text}"
+    def exceeded(self, number: int) -> None:
+        """IdError or StateWarning for a number that is not below the limit."""
+        text = f"input {self.input!r} contains {number}: {self.text}"
         if self.is_error:
             raise IdError(text)
         warn(text, StateWarning)

@@ -52,10 +52,21 @@ class Outputs:
         backend = self._work.home(node)
         if not self._is_here(backend):
             return None
+        return self._prepared(name, node)()
+
+    def _prepared(self, name: str, node: Node) -> Download:
         download = self._downloads.get(name)
         if download is None:
+            backend = self._work.home(node)
             download = self._downloads[name] = backend.downloads(self._at[node], node.spec)
-        return download()
+        return download
+
+    def downloads(self, names: Iterable[str]) -> list[Download] | None:
+        """Downloads that return the caller's copies; None if some need more than that."""
+        nodes = {name: self._nodes[name] for name in names}
+        if any(node.op is constant_op or node.dtype.numpy is None for node in nodes.values()):
+            return None
+        return [self._prepared(name, node) for name, node in nodes.items()]
 
     def _is_here(self, backend: Backend) -> bool:
         return self._exchange is None or self._exchange.owns(backend)

@@ -181,7 +181,7 @@ class Plan:
             planned = self._request.plan(self.store)
         if changes:
             bound = planned.inputs.bind(changes, bound, self.store)
-        if execution is None or not execution.serves(planned.work, bound, self.store.arenas):
+        if execution is None or not execution.serves(planned.work, bound, self.store.shared.arenas):
             execution = self._executable(planned, bound, progress)
             self.store.bound.add(self)
         self._planned, self._bound, self._execution = planned, bound, execution
@@ -313,13 +313,20 @@ class Plan:
     def _run(
         self, inputs: Arrays, outputs: Names, named: Mapping[str, object], count: int
     ) -> dict[str, Any]:
-        names = self._names(outputs)
+        names, ready = self._names(outputs), self._taken(inputs, named)
 
-        def run(execution: Execution, give: Callable[[], None]) -> dict[str, Any]:
-            copies = execution.run(give, count, names)
-            return {name: copy() for name, copy in copies.items()}
+        def action() -> dict[str, Any]:
+            execution, shared = self._checked(ready), self.store.shared
+            results = None
+            if not self._bound and not shared.queued:
+                results = execution.run_whole(ready, count, names)
+            if results is None:
+                copies = execution.run(partial(self._give, ready, execution), count, names)
+                results = {name: copy() for name, copy in copies.items()}
+                shared.queued = frozenset()
+            return results
 
-        return self._execute(inputs, named, run)
+        return self._alone(action)
 
     def _execute(
         self,
@@ -345,7 +352,8 @@ class Plan:
     def _checked(self, ready: Ready) -> Execution:
         """The execution, if these arrays and the bound ones are all that it needs."""
         execution = self._ready()
-        self._planned.inputs.check(ready, self._bound)
+        if self._bound or len(ready) < len(self._planned.inputs.specs):
+            self._planned.inputs.check(ready, self._bound)
         return execution
 
     def _give(self, ready: Ready, execution: Execution) -> None:

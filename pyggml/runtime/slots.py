@@ -13,7 +13,7 @@ from pyggml.node import Node
 from pyggml.runtime.inputs import Bound, Inputs, Ready, Shared, naming
 
 #: The uploads of some inputs, one for each device, with the names of the inputs in their order.
-_Uploads: TypeAlias = Sequence[tuple[tuple[str, ...], Upload]]
+Uploads: TypeAlias = Sequence[tuple[tuple[str, ...], Upload]]
 
 
 class Slots:
@@ -21,7 +21,7 @@ class Slots:
 
     def __init__(self, inputs: Inputs, at: Mapping[Node, Address]) -> None:
         self._inputs, self._at = inputs, at
-        self._uploads: dict[tuple[str, ...], _Uploads] = {}
+        self._uploads: dict[tuple[str, ...], Uploads] = {}
 
     def fill(self, ready: Ready, bound: Bound) -> None:
         """Queue copies of arrays into their slots; bound ones only to devices that need a copy."""
@@ -33,14 +33,17 @@ class Slots:
                 arrays[key] = array
         for key, array in bound.items():
             self._spread(key, array, True)
-        keys = tuple(arrays)
+        for names, upload in self.uploads(tuple(arrays)):
+            upload([arrays[name] for name in names])
+
+    def uploads(self, keys: tuple[str, ...]) -> Uploads:
+        """Uploads of host arrays for these inputs."""
         uploads = self._uploads.get(keys)
         if uploads is None:
             uploads = self._uploads[keys] = self._prepared(keys)
-        for names, upload in uploads:
-            upload([arrays[name] for name in names])
+        return uploads
 
-    def _prepared(self, keys: Sequence[str]) -> _Uploads:
+    def _prepared(self, keys: Sequence[str]) -> Uploads:
         """Uploads of host arrays for these inputs to every device that reads them."""
         tensors: dict[Backend, list[tuple[str, Address]]] = {}
         for key in keys:

@@ -124,8 +124,13 @@ class Store:
 
         Devices are locked too because a device has one queue, which stores share.
         """
-        with self.lock:
-            return _holding(_locks(tuple(backends), self.shared.queued), action)
+        shared = self.shared
+        with shared.lock:
+            locks = _locks(tuple(backends), shared.queued)
+            if len(locks) != 1:
+                return _holding(locks, action)
+            with locks[0]:
+                return action()
 
     def settle(self) -> None:
         """Wait for the submitted runs. Call it inside `alone`.

@@ -4,7 +4,8 @@
 outputs' copies are queued with the run. Copying them in `result()` lost: the store's next run would
 have overwritten them, so each result would have had to be fetched before that, or refused. An
 object for calls with fixed inputs, made once and then called, lost too: what it would prepare, the
-plan keeps anyway (`Slots`, `Outputs`), and users would have had a second way to run a plan.
+plan keeps anyway (`Slots`, `Outputs`, `Execution.run_whole`), and users would have had a second way
+to run a plan.
 """
 
 from __future__ import annotations

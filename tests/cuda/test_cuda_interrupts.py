@@ -11,7 +11,7 @@ import pytest
 
 import pyggml as gg
 from pyggml import backends
-from pyggml.backends.cuda.device import pinned
+from pyggml.backends.cuda.device import pinned, prepared
 from tests.cuda.conftest import Machine
 from tests.interrupts import everywhere
 
@@ -110,3 +110,22 @@ def test_small_uploads_that_nobody_waits_for(gpu: Any) -> None:
             submit()
         for value, run in queued:
             np.testing.assert_array_equal(run.result()["x"], np.full((4, 6), value), err_msg=where)
+
+
+@pytest.mark.parametrize("least", [1, 1 << 20], ids=["stays pinned", "is copied"])
+def test_a_run_returns_what_it_was_given(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch, least: int
+) -> None:
+    """Also after a run that was interrupted, and earlier results are as they were."""
+    monkeypatch.setattr(prepared, "LEAST", least)
+    plan = gg.compile({"x": gg.input("x", ne=(6, 4))}, backends=["cuda"]).bind()
+    before = plan.run(x=X)["x"]
+
+    def begin() -> Callable[[], object]:
+        return lambda: plan.run(x=-X)
+
+    for where in everywhere(begin):
+        for value in range(pinned.CELLS + 1):
+            array = np.full((4, 6), value, np.float32)
+            np.testing.assert_array_equal(plan.run(x=array)["x"], array, err_msg=where)
+        np.testing.assert_array_equal(before, X, err_msg=where)

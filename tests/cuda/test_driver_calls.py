@@ -15,7 +15,7 @@ import pytest
 
 import pyggml as gg
 from pyggml import backends
-from pyggml.backends.cuda.device import pinned
+from pyggml.backends.cuda.device import pinned, prepared
 from pyggml.generate.session import Session
 from pyggml.models.model import load
 from pyggml.models.presets import TINY
@@ -94,6 +94,19 @@ def test_a_decode_step(calls: Calls, session: Session) -> None:
     for _ in range(2 * pinned.RING // pinned.GRAIN):  # the ring of pinned memory goes round
         assert calls.of(lambda: session.forward([3])) == ONCE
         session.truncate(2)
+
+
+def test_a_run_enters_its_context_once_and_records_no_event(
+    calls: Calls, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver: Any = sys.modules["pycuda.driver"]
+    for owner, name in ((driver.Context, "push"), (driver.Event, "record")):
+        monkeypatch.setattr(owner, name, calls._counted(getattr(owner, name), name))
+    monkeypatch.setattr(prepared, "LEAST", 1)  # the logits stay in pinned memory
+    for token in (1, 2):
+        session.forward([token])
+    for _ in range(3):
+        assert calls.of(lambda: session.forward([3])) == {**ONCE, "push": 1}
 
 
 def test_tokens_that_the_device_chooses(calls: Calls, session: Session) -> None:

@@ -39,6 +39,7 @@ RING, PART, GRAIN = (16 << 20) - CELL * CELLS, 4 << 20, 64 << 10
 #: Bytes of pinned memory per GPU.
 PINNED = RING + ROOM + MAIL + CELL * CELLS
 
+_UPLOADING = guarded("uploading")
 #: Up to this many bytes, an array is copied as a bytes object.
 _FEW = 4096
 
@@ -80,7 +81,7 @@ class Staging:
                 f"the host cannot pin {PINNED:,} bytes of memory, which copies to and from "
                 f"cuda:{self.context.index} need; check `ulimit -l` and other processes"
             ) from None
-        self.results = Results(self, memory[RING:][:ROOM])
+        self.results = Results(self.context, memory[RING:][:ROOM])
         self.mail = Parts(memory[RING + ROOM :][:MAIL], MAIL_GRAIN)
         self._cells = memory[RING + ROOM + MAIL :]
         self._ring = memory[:RING]
@@ -116,17 +117,15 @@ class Staging:
                 view[start:end] = array.tobytes()
             else:
                 part[start:end] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        self._send(ptr, part, flying)
-
-    def _send(self, ptr: int, part: Bytes, flying: _Flying | None) -> None:
-        with guarded("uploading"):
+        with _UPLOADING:
             self.context.driver.memcpy_htod_async(ptr, part, self.context.stream)
             if flying is not None:
                 flying.record()
 
     def _cell(self, nbytes: int) -> Bytes:
         """The next cell. It counts as used before its copy is queued, like a part (`_part`)."""
-        self.prepare()
+        if self._cells is None:
+            self.prepare()
         assert self._cells is not None
         if self._used - self._free >= CELLS:  # many submitted runs, and no wait for all of them
             with guarded("uploading"):
@@ -141,7 +140,9 @@ class Staging:
             chunk = data[start : start + PART]
             flying, part = self._part(len(chunk))
             part[:] = chunk
-            self._send(ptr + start, part, flying)
+            with _UPLOADING:
+                self.context.driver.memcpy_htod_async(ptr + start, part, self.context.stream)
+                flying.record()
 
     def stream(self, pieces: Iterable[tuple[Bytes, Callable[[Bytes], None]]]) -> None:
         """Let the device read pieces of at most `PART` bytes in pinned memory, in order. For each,

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml.backends.base import Arrival
+from pyggml.backends.base import Arrival, Event
 from pyggml.backends.cuda.device import pinned
 from pyggml.backends.cuda.device.memory import operand_at
 from pyggml.backends.cuda.device.pinned import Staging
@@ -48,12 +49,16 @@ class Uploads:
         self._groups, self._others = _grouped(tensors)
 
     def __call__(self, arrays: Sequence[NDArray[Any]]) -> None:
+        with self._staging.context:
+            self.queue(arrays)
+
+    def queue(self, arrays: Sequence[NDArray[Any]]) -> None:
+        """The call, with the context current."""
         staging = self._staging
-        with staging.context:
-            for group in self._groups:
-                staging.gather(group.ptr, group.nbytes, group.pieces, arrays)
-            for number, (at, spec) in self._others:
-                pinned.put(staging, at, spec, arrays[number])
+        for group in self._groups:
+            staging.gather(group.ptr, group.nbytes, group.pieces, arrays)
+        for number, (at, spec) in self._others:
+            pinned.put(staging, at, spec, arrays[number])
 
 
 def _grouped(tensors: Sequence[Tensor]) -> tuple[list[_Group], list[tuple[int, Tensor]]]:
@@ -95,22 +100,29 @@ class Downloads:
         self._type, self._shape = pinned.form(spec)
 
     def __call__(self) -> Arrival:
+        with self._staging.context:
+            return self.queue()
+
+    def queue(self, *, marked: bool = True) -> Arrival:
+        """The call, with the context current. Without a mark, wait for all queued work before the
+        arrival."""
         staging = self._staging
-        with staging.context:
-            if self._ptr is None:  # rare: it is put together on the host, so this waits
-                copy = pinned.take(staging, self._at, self._spec)
-                return lambda: copy
-            if LEAST <= self._nbytes <= MOST:
-                staging.prepare()
-                assert staging.results is not None
-                result = staging.results.receive(self._ptr, self._nbytes, self._type, self._shape)
-                if result is not None:
-                    return result
-            flat = np.empty(self._nbytes, np.uint8)
-            landing = staging.receive(flat, self._ptr, own=True)
+        if self._ptr is None:  # rare: it is put together on the host, so this waits
+            copy = pinned.take(staging, self._at, self._spec)
+            return lambda: copy
+        if LEAST <= self._nbytes <= MOST:
+            staging.prepare()
+            assert staging.results is not None
+            array = staging.results.receive(self._ptr, self._nbytes, self._type, self._shape)
+            if array is not None:
+                mark = staging.mark() if marked else None
+                return partial(_arrived, array, mark)
+        flat = np.empty(self._nbytes, np.uint8)
+        array = flat.view(self._type).reshape(self._shape)
+        return partial(_arrived, array, staging.receive(flat, self._ptr, own=True))
 
-        def arrival() -> NDArray[Any]:
-            landing.wait()
-            return flat.view(self._type).reshape(self._shape)
 
-        return arrival
+def _arrived(array: NDArray[Any], copy: Event | None) -> NDArray[Any]:
+    if copy is not None:
+        copy.wait()
+    return array

@@ -6,17 +6,14 @@ host longer than all else that it does for the step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pyggml.backends.cuda.device.context import Context
 from pyggml.backends.cuda.device.driver import guarded
 from pyggml.backends.cuda.device.parts import Parts
-
-if TYPE_CHECKING:
-    from pyggml.backends.cuda.device.pinned import Staging
 
 #: Bytes of pinned memory for results; the unit in which they are handed out; the sizes of results
 #: that live there. Smaller ones are copied in no time, and a larger one would take all the room.
@@ -31,13 +28,14 @@ class Results:
     be handed out again while an earlier copy to it, which nobody waits for, is still queued.
     """
 
-    def __init__(self, staging: Staging, memory: NDArray[np.uint8]) -> None:
-        self._staging, self._parts = staging, Parts(memory, GRAIN)
+    def __init__(self, context: Context, memory: NDArray[np.uint8]) -> None:
+        self._context, self._parts = context, Parts(memory, GRAIN)
 
     def receive(
         self, ptr: int, nbytes: int, dtype: np.dtype[Any], shape: tuple[int, ...]
-    ) -> Callable[[], NDArray[Any]] | None:
-        """Queue a copy from a device address into a new array; call the result to wait for it.
+    ) -> NDArray[Any] | None:
+        """Queue a copy from a device address into a new array, which is complete once the copy has
+        been waited for.
 
         None if there is no room, because the caller still has earlier results.
         """
@@ -45,13 +43,7 @@ class Results:
         if part is None:
             return None
         array = np.asarray(part).view(dtype).reshape(shape)
-        staging = self._staging
+        context = self._context
         with guarded("downloading"):
-            staging.context.driver.memcpy_dtoh_async(part.memory, ptr, staging.context.stream)
-        mark = staging.mark()
-
-        def arrival() -> NDArray[Any]:
-            mark.wait()
-            return array
-
-        return arrival
+            context.driver.memcpy_dtoh_async(part.memory, ptr, context.stream)
+        return array

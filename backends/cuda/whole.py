@@ -1,0 +1,43 @@
+"""A whole run on a GPU as one call: the caller's arrays in, the steps, outputs out, and the wait.
+
+It makes the context current once. Of a decode step, what the host does before the graph is launched
+and after the last copy has arrived is time in which the GPU waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from numpy.typing import NDArray
+
+from pyggml.backends.cuda.device.driver import Guarded
+from pyggml.backends.cuda.device.pinned import Staging
+from pyggml.backends.cuda.device.prepared import Downloads, Uploads
+from pyggml.backends.cuda.runner import CudaRunner
+
+
+class Whole:
+    """Uploads, a runner and downloads of one GPU (`RunsWhole`)."""
+
+    def __init__(
+        self,
+        staging: Staging,
+        uploads: Sequence[Uploads],
+        runner: CudaRunner,
+        downloads: Sequence[Downloads],
+        running: Guarded,
+    ) -> None:
+        self._staging, self._runner, self._running = staging, runner, running
+        self._uploads, self._downloads = tuple(uploads), tuple(downloads)
+
+    def __call__(self, arrays: Sequence[NDArray[Any]], repeat: int) -> list[NDArray[Any]]:
+        with self._staging.context:
+            for upload in self._uploads:
+                upload.queue(arrays)
+            for _ in range(repeat):
+                self._runner.queue()
+            arrivals = [download.queue(marked=False) for download in self._downloads]
+            with self._running:
+                self._staging.settle()
+        return [arrival() for arrival in arrivals]
