@@ -9,7 +9,8 @@ from typing import TypeAlias
 from pyggml.backends.base import Backend, in_host_memory
 from pyggml.backends.step import Address, WeightLayout
 from pyggml.node import Node
-from pyggml.ops.leaf import constant_op, data_of, input_op, shared_key, state_op
+from pyggml.ops.leaf import constant_op, input_op, shared_key, state_op
+from pyggml.runtime.ahead import Ahead
 from pyggml.spec import Spec
 from pyggml.transfer import origin
 
@@ -139,12 +140,13 @@ class Leaves:
         # The host reads weights in place, so nothing is uploaded there.
         total = sum(need.nbytes for need in missing.values() if not in_host_memory(need.backend))
         done = 0
-        for key, need in missing.items():
-            leaf, layout = origin(need.node), need.layout
-            assert layout is not None
-            buffer = need.backend.weight(leaf, layout, data_of(leaf))
-            at = Address(buffer, 0, leaf.spec.nb, layout.name)
-            self.weights[key] = Leaf(leaf, at, need.backend)
-            if progress is not None and not in_host_memory(need.backend):
-                done += need.nbytes
-                progress(done, total)
+        with Ahead(origin(need.node) for need in missing.values()) as arrays:
+            for key, need in missing.items():
+                leaf, layout = origin(need.node), need.layout
+                assert layout is not None
+                buffer = need.backend.weight(leaf, layout, arrays.of(leaf))
+                at = Address(buffer, 0, leaf.spec.nb, layout.name)
+                self.weights[key] = Leaf(leaf, at, need.backend)
+                if progress is not None and not in_host_memory(need.backend):
+                    done += need.nbytes
+                    progress(done, total)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+from threading import Barrier
+from threading import enumerate as enumerate_threads
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -243,6 +246,68 @@ def test_two_devices_each_have_it() -> None:
     given, want = plan.run(inputs(1)), plain.run(inputs(1))
     for key in want:
         np.testing.assert_array_equal(given[key], want[key])
+
+
+# -- threads --------------------------------------------------------------------------------------
+
+
+def several(count: int, fail: int | None = None) -> dict[str, Node]:
+    """Outputs with a derived constant each; that of number `fail` cannot be computed."""
+    x, z = gg.input("x", ne=(64, 1)), gg.input("z", ne=(1024, 1))
+    outputs = {"b": gg.mul_mat(weights()[0], z)}
+    for i in range(count):
+        w = gg.constant(SMALL + i, dtype="q8_0", name=f"w{i}")
+        w = gg.transpose(gg.cast(w, dtype="f16"))
+        if i == fail:
+            w = gg.get_rows(gg.cast(w, dtype="f32"), gg.constant(np.array([99] * 64, np.int32)))
+        outputs[f"y{i}"] = gg.mul_mat(w, x)
+    return outputs
+
+
+def test_threads_compute_several_at_once(monkeypatch: Any) -> None:
+    both = Barrier(2)
+
+    def met(node: Node, run: Any) -> Any:
+        both.wait(timeout=30)
+        return value_of(node, run)
+
+    monkeypatch.setenv("PYGGML_THREADS", "2")
+    monkeypatch.setattr(sys.modules["pyggml.passes.fold"], "value_of", met)
+    outputs = several(6)
+    given = gg.compile(outputs, backends=["null:0"]).run(inputs(1))
+    want = gg.compile(outputs, fuse=False).run(inputs(1))
+    for key in want:
+        np.testing.assert_array_equal(given[key], want[key])
+
+
+def test_only_a_few_are_computed_ahead(monkeypatch: Any) -> None:
+    begun, uploaded = 0, 0
+
+    def counted(node: Node, run: Any) -> Any:
+        nonlocal begun
+        begun += 1
+        return value_of(node, run)
+
+    def show(done: int, total: int) -> None:
+        nonlocal uploaded
+        uploaded += 1
+        if uploaded == 1:
+            sleep(0.2)  # long enough to compute all of them
+        assert begun <= uploaded + 3  # one that is uploaded, and two that wait
+
+    monkeypatch.setenv("PYGGML_THREADS", "2")
+    monkeypatch.setattr(sys.modules["pyggml.passes.fold"], "value_of", counted)
+    gg.compile(several(8), backends=["null:0"]).bind({}, show)
+    assert begun == 8
+
+
+def test_an_error_in_a_thread_leaves_nothing_running() -> None:
+    plan = gg.compile(several(8, fail=4), backends=["null:0"])
+    for _ in range(2):
+        with pytest.raises(IdError, match=r"get_rows.*99.*test_fold"):
+            plan.bind()
+        assert not [each for each in enumerate_threads() if "pyggml-derive" in each.name]
+        assert not plan.store.shared.weights
 
 
 # -- errors, budgets, comparisons ---------------------------------------------------------------
