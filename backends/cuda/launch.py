@@ -10,7 +10,8 @@ line to that one:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -199,6 +200,13 @@ class Call:
                 f"but declared {self._limit}"
             )
         return self._scratch + start
+
+    @contextmanager
+    def briefly(self) -> Iterator[None]:
+        """Scratch that is taken inside can be taken again afterwards."""
+        used = self._used
+        yield
+        self._used = used
 
     def launch(
         self,

@@ -196,7 +196,10 @@ def test_pairs_are_sorted_by_expert(tmp_path: Path) -> None:
     starter(tmp_path, [record])(record)
     chosen = np.where((ids < 0) | (ids >= n_expert), n_expert, ids).reshape(-1)
     words = memory.data.view(np.int32)
-    np.testing.assert_array_equal(words[: ids.size], np.argsort(chosen, kind="stable"))
+    order, places = words[: ids.size], words[512 // 4 :][: ids.size]
+    np.testing.assert_array_equal(order, np.argsort(chosen, kind="stable"))
+    in_place = np.where(chosen == n_expert, -1, np.argsort(order))
+    np.testing.assert_array_equal(places, in_place)
     counts = np.bincount(chosen, minlength=n_expert + 1)
     expected = [
         (expert, counts[:expert].sum() + at, min(columns, n - at), 0)
@@ -204,7 +207,7 @@ def test_pairs_are_sorted_by_expert(tmp_path: Path) -> None:
         for at in range(0, n, columns)
     ]
     most = experts.most_tiles(ids.size, n_expert, columns)
-    table, count = 512 // 4, 512 // 4 + -(-16 * most // 256) * 64
+    table, count = 1024 // 4, 1024 // 4 + -(-16 * most // 256) * 64
     assert words[count] == len(expected) <= most
     np.testing.assert_array_equal(words[table:][: 4 * len(expected)].reshape(-1, 4), expected)
 
@@ -290,19 +293,60 @@ def test_products_of_many_columns(dtype: str, tmp_path: Path) -> None:
     compare(outputs, inputs, tmp_path, 1e-4 if dtype == "mxfp4" else 1e-6, ONE)
 
 
-@pytest.mark.parametrize(("tokens", "act"), [(100, {"limit": 0.5}), (150, {})])
-def test_experts_with_many_columns(tokens: int, act: dict, tmp_path: Path) -> None:
-    """Lists of up to 256 columns, for odd rows in two parts. Some tokens have an expert twice."""
-    n_expert, n_ff, n_embd = 2, 36, 138
-    up, gate = (constant(name, "iq4_nl", n_expert, n_ff, 128) for name in ("up", "gate"))
-    down, odd = (constant(f"{n}", "iq4_nl", n_expert, n, 128) for n in (n_embd, 37))
-    x, ids = gg.input("x", ne=(128, 1, tokens)), gg.input("ids", "i32", ne=(3, tokens))
-    wide = gg.input("wide", ne=(128, 3, tokens))
+def experts_of_many(
+    dtype: str, tokens: int, n_expert: int, chosen: np.ndarray, **act: Any
+) -> Graph:
+    """Up and gate of one column a token, down of a column a pair and of one for two pairs."""
+    n_ff, n_embd, n_used = 36, 138, chosen.shape[1]
+    up, gate = (constant(name, dtype, n_expert, n_ff, 256) for name in ("up", "gate"))
+    down, odd = (constant(f"{n}", dtype, n_expert, n, 256) for n in (n_embd, 37))
+    x, ids = gg.input("x", ne=(256, 1, tokens)), gg.input("ids", "i32", ne=(n_used, tokens))
+    wide, half = (gg.input(f"x{n}", ne=(256, n, tokens)) for n in (n_used, n_used // 2))
     outputs = {
         "hidden": gg.moe_up_gate(up, gate, x, ids, **act),
         "y": gg.mul_mat_id(down, wide, ids),
+        "shared": gg.mul_mat_id(down, half, ids),
         "odd": gg.mul_mat_id(odd, wide, ids),
     }
-    chosen = rng.integers(-1, n_expert, (tokens, 3)).astype(np.int32)
-    inputs = {"x": random(tokens, 1, 128), "wide": random(tokens, 3, 128), "ids": chosen}
-    compare(outputs, inputs, tmp_path, 1e-5, ONE)
+    inputs = {node.attrs["name"]: random(*node.shape) for node in (x, wide, half)}
+    for name in inputs:  # rows that no expert reads
+        inputs[name][(chosen < 0).all(1)] = np.nan
+    return outputs, {**inputs, "ids": chosen.astype(np.int32)}
+
+
+def one_for_most(tokens: int, n_used: int) -> np.ndarray:
+    """Expert 1 of 3 has all pairs but two, of expert 2."""
+    chosen = np.ones((tokens, n_used), np.int32)
+    chosen[tokens // 2, 1] = chosen[-1, 0] = 2
+    return chosen
+
+
+def with_gaps(tokens: int, n_used: int) -> np.ndarray:
+    """Two experts. Some tokens have one of them twice, some have fewer, some have none."""
+    chosen = rng.integers(-1, 2, (tokens, n_used))
+    chosen[::7] = -1
+    return chosen
+
+
+def counted(*counts: int) -> np.ndarray:
+    """So many pairs for each expert, in turn, of tokens with two."""
+    return rng.permutation(np.repeat(np.arange(len(counts)), counts)).reshape(-1, 2)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "n_expert", "chosen", "act", "sms"),
+    [
+        ("iq4_nl", 2, with_gaps(100, 4), {"limit": 0.5}, 3),
+        ("q8_0", 2, with_gaps(190, 4), {}, 1),
+        ("q6_K", 3, one_for_most(200, 2), {}, 1),
+        ("q4_K", 4, counted(64, 65, 256, 257), {"act": "gelu"}, 1),
+        ("mxfp4", 3, counted(0, 192, 224), {}, 2),
+    ],
+)
+def test_experts_with_many_columns(
+    dtype: str, n_expert: int, chosen: np.ndarray, act: dict, sms: int, tmp_path: Path
+) -> None:
+    """Lists of up to 256 columns: full, of one column, of none, for odd rows in two parts."""
+    outputs, inputs = experts_of_many(dtype, len(chosen), n_expert, chosen, **act)
+    limit, device = 1e-4 if dtype == "mxfp4" else 1e-5, replace(H200, sms=sms)
+    compare(outputs, inputs, tmp_path, limit, device)

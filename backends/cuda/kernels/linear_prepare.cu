@@ -22,14 +22,21 @@ __device__ __forceinline__ unsigned two_halves(float x, float y) {
     }
 }
 
-// Prepares a row of b for linear_tile.cu: writes it as H, zero-padded to k_padded, and the factor
+// Where rows of b go. If they are routed, n_b of each token, row j goes to the places of pairs j,
+// j + n_b and so on of its n_used (see moe_group.cu); else `places` is null and each stays where it is.
+struct Places {
+    const int* places;
+    int n_used, n_b;
+};
+
+// Prepares a row of b for products on the tensor cores: writes it as H, zero-padded to k_padded, and the factor
 // for its results. The row is scaled by a power of two that brings its largest entry to [2^14,
 // 2^15), so nothing overflows f16 and little precision is lost. Each run of 16 is in the order of a
 // thread's weights: 0 1 4 5 8 9 12 13, 2 3 6 7 10 11 14 15. One block per row, a run per thread;
 // rows of more runs than threads are read twice. VECTOR: elements are adjacent, 16-byte aligned.
 template <class S, class H, bool VECTOR>
 __global__ void __launch_bounds__(1024)
-    to_halves(Tensor b, H* out, float* scales, int k_padded) {
+    to_halves(Tensor b, H* out, float* scales, int k_padded, Places at) {
     begin();
     const char* row = row_at(b, blockIdx.x);
     const int k = b.ne[0], step = blockDim.x * 16;
@@ -56,16 +63,26 @@ __global__ void __launch_bounds__(1024)
     const int log = (__float_as_int(most) >> 23) - 127;
     const int exponent = most > 0.0f ? min(max(14 - log, -126), 126) : 0;
     const float by = __int_as_float((127 + exponent) << 23);
-    if (threadIdx.x == 0) scales[blockIdx.x] = __int_as_float((127 - exponent) << 23);
-    H* to = out + (long long)blockIdx.x * k_padded;
+    const int first = blockIdx.x / at.n_b * at.n_used;
+    const auto each_place = [&](auto f) {
+        for (int slot = blockIdx.x % at.n_b; slot < at.n_used; slot += at.n_b) {
+            const int place = at.places ? at.places[first + slot] : blockIdx.x;
+            if (place >= 0) f(place);
+        }
+    };
+    if (threadIdx.x == 0)
+        each_place([&](int place) { scales[place] = __int_as_float((127 - exponent) << 23); });
     for (int base = threadIdx.x * 16; base < k_padded; base += step) {
         if (k_padded > step) load(base);
         unsigned words[8];  // of two runs of 8
 #pragma unroll
         for (int i = 0; i < 8; ++i)
             words[i % 2 * 4 + i / 2] = two_halves<H>(x[2 * i] * by, x[2 * i + 1] * by);
-        ((uint4*)(to + base))[0] = make_uint4(words[0], words[1], words[2], words[3]);
-        ((uint4*)(to + base))[1] = make_uint4(words[4], words[5], words[6], words[7]);
+        each_place([&](int place) {
+            uint4* to = (uint4*)(out + (long long)place * k_padded + base);
+            to[0] = make_uint4(words[0], words[1], words[2], words[3]);
+            to[1] = make_uint4(words[4], words[5], words[6], words[7]);
+        });
     }
 }
 

@@ -3,17 +3,19 @@
 // then its next tile; the ring goes on without a break, so the next tile is fetched while this one
 // is multiplied and stored.
 //
-// Warpgroup 0 fetches 64 values of k a stage: weights as tiles of 8 rows (formats.cuh), by the
-// tensor copy engine; activations (f16, scaled by row; see linear_prepare.cu) by the same engine or,
-// if experts take the columns, row by row. Warpgroups 1 and 2 have 64 rows each. They decode weights
-// from shared memory into the A fragments of wgmma while their last three products run.
+// A thread of warpgroup 0 has the tensor copy engine fetch 64 values of k a stage: weights as tiles of
+// 8 rows (formats.cuh), and activations (f16, scaled by row; see linear_prepare.cu), which are in the
+// order of experts if these take the columns. The group's other warps then list where results go.
+// Warpgroups 1 and 2 have 64 rows each. They decode weights from shared memory into the A fragments
+// of wgmma while their last three products run.
 //
 // Traffic of a step: 32 KB of activations from L2, 4.5 KB of weights (iq4_nl). A step is 170
 // instructions of a consumer warp, of which a scheduler has two, and 1024 clocks of the tensor cores.
 // In linear_tile.cu, the kernel for all GPUs, four warps with 180 have 1024 clocks, and weights come
 // straight to registers: few loads are then under way, as a warp has six barriers for them.
 //
-// Lost: 128 columns a block (more decoding for each product: 0.74 of the rate), 64 columns in two
+// Lost: columns of experts copied row by row by the warps of warpgroup 0, which held experts at 0.65
+// of the rate of other products; 128 columns a block (more decoding for each product: 0.74 of the rate), 64 columns in two
 // blocks an SM (no faster than linear_tile.cu), a choice of more than four widths (too few
 // registers: the assembler then makes every wgmma wait for the one before).
 // @kernel 90a hot ring<{q8_0|iq4_nl}, {1|2}, {true|false}>
@@ -27,21 +29,18 @@ struct RingArgument {
     u64 pad[6];
     TensorMap planes[8];  // codes, high, scales, supers of one matrix, or of up, then of gate
     TensorMap x;
-    const char* rows;  // of activations, k_padded long
-    const float* scales;
+    const float* scales;  // of the rows that x maps
     Tensor y;
     Columns columns;
     int n_rows, row_tiles, matrix_tiles;  // tiles of 128 rows, and of 8 in a matrix
-    int width, column_tiles, batches;     // columns of a tile, where they are not routed
+    int box, column_tiles, batches;       // columns of a box of x; if not routed, of a tile
     int steps, stages, narrow, act, limited;
     float limit;
 };
 
 constexpr int COLUMNS = 256, X = COLUMNS * 128;  // X: bytes of a stage's activations
 constexpr int MOST_STAGES = 16, PRODUCERS = 128, CONSUMERS = 256;
-// Steps after which a producer waits for its copies, to pass them on to the tensor cores.
-constexpr int LAG = 2;
-constexpr int PRODUCED = 3;  // a barrier; 1 and 2 are the consumers'
+constexpr int LISTERS = PRODUCERS - 32;  // threads that list targets, if routed
 
 // The weights of a stage: 16 tiles of 8 rows, two groups each; of fields that groups share, a block.
 template <class F>
@@ -108,10 +107,10 @@ __device__ __forceinline__ Part part_of(const RingArgument& a, int number) {
         const int4 mine = a.columns.tiles[number / a.row_tiles];
         return {number % a.row_tiles, mine.x, mine.y, mine.z};
     } else {  // the columns of a tile of rows: they share weights
-        const int start = number % a.column_tiles * a.width, rest = number / a.column_tiles;
+        const int start = number % a.column_tiles * a.box, rest = number / a.column_tiles;
         const int z = rest / a.row_tiles;
         return {rest % a.row_tiles, a.columns.heads.matrix(z), z * a.columns.heads.columns + start,
-                min(a.width, a.columns.heads.columns - start)};
+                min(a.box, a.columns.heads.columns - start)};
     }
 }
 
@@ -130,10 +129,10 @@ __global__ void __launch_bounds__(PRODUCERS + CONSUMERS, 1)
     const Columns& columns = a.columns;
     extern __shared__ char unaligned[];
     // Where a column goes, in words from the start of y; likewise its scale. If routed, two tiles
-    // take turns, and the producers write them; else each consumer has its own.
+    // take turns: `listed` when they are there, `done` when they are read. Else each consumer has its
+    // own.
     __shared__ __align__(16) u32 targets[2][COLUMNS];
-    __shared__ u32 sources[ROUTED ? COLUMNS : 1];
-    __shared__ u64 full[MOST_STAGES], empty[MOST_STAGES], done[2];
+    __shared__ u64 full[MOST_STAGES], empty[MOST_STAGES], listed[2], done[2];
     char* memory = unaligned + (-shared_address(unaligned) & 1023);
     char* ring_w = memory + a.stages * X;
     float* const column_scales = (float*)(ring_w + a.stages * Weights::BYTES);
@@ -143,95 +142,69 @@ __global__ void __launch_bounds__(PRODUCERS + CONSUMERS, 1)
     const Table<F> table(offset_of<F>, true);
     if (thread == 0) {
         for (int s = 0; s < a.stages; ++s) {
-            barrier_init(full + s, ROUTED ? 1 + PRODUCERS : 1);
+            barrier_init(full + s, 1);
             barrier_init(empty + s, CONSUMERS / 32);
         }
-        for (int i = 0; i < 2; ++i) barrier_init(done + i, CONSUMERS / 32);
+        for (int i = 0; i < 2; ++i) {
+            barrier_init(listed + i, LISTERS);
+            barrier_init(done + i, CONSUMERS / 32);
+        }
         fence_barriers();
     }
     const int parts = a.row_tiles * (ROUTED ? *columns.n_tiles : a.column_tiles * a.batches);
-    Turn turn, late, tile;
+    Turn turn, tile;
     __syncthreads();
 
     if (warp < 4) {
-        registers_give<ROUTED ? 40 : 24>();
-        if (!ROUTED && thread) return;
-        const int chunk = thread % 8, own_row = thread / 8;
+        registers_give<24>();
+        if (ROUTED && warp) {
+            for (int number = blockIdx.x; number < parts; number += gridDim.x) {
+                const Part part = part_of<ROUTED>(a, number);
+                if (part.matrix == columns.routing.experts) continue;
+                barrier_wait(done + tile.stage, tile.phase ^ 1);
+                for (int i = thread - 32; i < part.valid; i += LISTERS) {
+                    const int pair = columns.order[part.first + i];
+                    targets[tile.stage][i] = (target_of(columns.routing, a.y, pair) - a.y.data) / 4;
+                    column_scales[tile.stage * COLUMNS + i] = a.scales[part.first + i];
+                }
+                barrier_arrive(listed + tile.stage);
+                tile.next(2);
+            }
+        }
+        if (thread) return;
         for (int number = blockIdx.x; number < parts; number += gridDim.x) {
             const Part part = part_of<ROUTED>(a, number);
             if (ROUTED && part.matrix == columns.routing.experts) continue;
             const int first_tile = part.matrix * a.matrix_tiles + part.row_tile * (TILE_ROWS / 8);
-            if constexpr (ROUTED) {
-                barrier_wait(done + tile.stage, tile.phase ^ 1);
-                warpgroup_sync(PRODUCED);  // all have read the last tile's sources
-                for (int i = thread; i < part.valid; i += PRODUCERS) {
-                    const Pair pair =
-                        pair_of(columns.routing, a.y, columns.order[part.first + i]);
-                    sources[i] = a.steps * 128 * pair.column;
-                    targets[tile.stage][i] = (pair.to - a.y.data) / 4;
-                    copy4(shared_address(column_scales + tile.stage * COLUMNS + i),
-                          a.scales + pair.column, true);
-                }
-                warpgroup_sync(PRODUCED);
-                tile.next(2);
-            }
+            // Only boxes with columns; the last may end with those of the next expert.
+            const int columns_read = (part.valid + a.box - 1) / a.box * a.box;
             for (int step = 0; step < a.steps; ++step, turn.next(a.stages)) {
                 u64* const ready = full + turn.stage;
                 barrier_wait(empty + turn.stage, turn.phase ^ 1);
-                if (thread == 0) {
-                    barrier_expect(ready, Weights::BYTES + (ROUTED ? 0 : a.width * 128));
-                    char* to = ring_w + turn.stage * Weights::BYTES;
-                    const auto fetch = [&](int plane, int bytes, int x) {
+                barrier_expect(ready, Weights::BYTES + columns_read * 128);
+                char* to = ring_w + turn.stage * Weights::BYTES;
+                const auto fetch = [&](int plane, int bytes, int x) {
 #pragma unroll
-                        for (int m = 0; m < MATS; ++m)
-                            tensor_copy(to + m * (bytes / MATS), &a.planes[4 * m + plane], ready, x,
-                                        first_tile, 0, 0);
-                        to += bytes;
-                    };
-                    fetch(0, Weights::CODES, step * 4 * F::code_bytes);
-                    if constexpr (F::high > 0) fetch(1, Weights::HIGH, step * 4 * F::high);
-                    if constexpr (F::scale_bytes > 0)
-                        fetch(2, Weights::SCALES, step * 4 * F::scale_bytes);
-                    if constexpr (F::super_bytes > 0)
-                        fetch(3, Weights::SUPERS,
-                              2 * step / F::block_groups * 2 * F::super_bytes);
-                    if constexpr (!ROUTED)
-                        tensor_copy(memory + turn.stage * X, &a.x, ready, step * 64, part.first, 0,
-                                    0);
-                }
-                if constexpr (ROUTED) {
-                    const u32 to = shared_address(memory) + turn.stage * X + own_row * 128 +
-                                   ((chunk ^ (own_row & 7)) << 4);
-                    const char* rows = a.rows + step * 128 + chunk * 16;
-                    // A thread copies 16 bytes of every 16th row. Other rows keep what they have:
-                    // nothing reads their columns of sums.
-#pragma unroll
-                    for (int i = 0; i < COLUMNS / 16; ++i) {
-                        const int row = own_row + 16 * i;
-                        if (row < part.valid) copy16(to + i * 16 * 128, rows + sources[row], true);
-                    }
-                    copies_commit();
-                    if (step >= LAG) {
-                        copies_wait<LAG>();
-                        fence_engines_for_wgmma();
-                        barrier_arrive(full + late.stage);
-                        late.next(a.stages);
-                    }
-                }
-            }
-            if constexpr (ROUTED) {
-                copies_wait<0>();
-                fence_engines_for_wgmma();
-                for (int i = max(0, a.steps - LAG); i < a.steps; ++i) {
-                    barrier_arrive(full + late.stage);
-                    late.next(a.stages);
-                }
+                    for (int m = 0; m < MATS; ++m)
+                        tensor_copy(to + m * (bytes / MATS), &a.planes[4 * m + plane], ready, x,
+                                    first_tile, 0, 0);
+                    to += bytes;
+                };
+                fetch(0, Weights::CODES, step * 4 * F::code_bytes);
+                if constexpr (F::high > 0) fetch(1, Weights::HIGH, step * 4 * F::high);
+                if constexpr (F::scale_bytes > 0)
+                    fetch(2, Weights::SCALES, step * 4 * F::scale_bytes);
+                if constexpr (F::super_bytes > 0)
+                    fetch(3, Weights::SUPERS, 2 * step / F::block_groups * 2 * F::super_bytes);
+                for (int column = 0; column < columns_read; column += a.box)
+                    tensor_copy(memory + turn.stage * X + column * 128, &a.x, ready, step * 64,
+                                part.first + column, 0, 0);
             }
         }
         return;
     }
 
-    registers_take<ROUTED ? 232 : 240>();
+    registers_take<240>();
     const int own = warp - 4, group = own / 4, g = lane / 4, t = lane % 4, mine = thread % 128;
     const Place x_at = place_of(shared_address(memory));
     u32 fragments[4][1][4];  // of the four products of a step
@@ -306,7 +279,9 @@ __global__ void __launch_bounds__(PRODUCERS + CONSUMERS, 1)
         else if (part.valid <= 224) multiply(Size<224>());
         else multiply(Size<256>());
 
-        if constexpr (!ROUTED) {
+        if constexpr (ROUTED) {
+            barrier_wait(listed + tile.stage, tile.phase);
+        } else {
             copies_wait<0>();
             warpgroup_sync(1 + group);
         }

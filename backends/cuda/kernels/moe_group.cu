@@ -6,10 +6,11 @@
 
 constexpr int THREADS = 1024;
 
-// order: pairs sorted by expert. tiles: {expert, first entry of order, entries}, one for every
+// order: pairs sorted by expert. places: where each pair is there, -1 without an expert. tiles: {expert, first entry of order, entries}, one for every
 // `columns` pairs.
 __global__ void __launch_bounds__(THREADS)
-    group_pairs(Routing routing, int* order, int4* tiles, int* n_tiles, int columns) {
+    group_pairs(Routing routing, int* order, int* places, int4* tiles, int* n_tiles,
+                int columns) {
     begin();
     extern __shared__ int counts[];  // one per expert
     __shared__ int starts[THREADS / 32], before, tiles_before, all_tiles;
@@ -51,7 +52,10 @@ __global__ void __launch_bounds__(THREADS)
     for (int warp = 0; warp < thread / 32; ++warp) at += starts[warp];
     if (own)
         for (int pair = first; pair < last; ++pair)
-            if (id_of(pair) == mine) order[at++] = pair;
+            if (id_of(pair) == mine) {
+                places[pair] = mine < routing.experts ? at : -1;
+                order[at++] = pair;
+            }
     int count = counts[mine];
     for (int i = thread; i * columns < count; i += THREADS)
         tiles[tiles_before + i] =

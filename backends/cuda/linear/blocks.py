@@ -170,10 +170,10 @@ def tile(call: Call, a: tuple[Operand, ...], b: Operand, y: Operand) -> None:
     """Record `tile` for one matrix, or for up and gate."""
     shape = shape_of(a[0].ne, b.ne)
     columns = Columns(tiles=0, n_tiles=0, order=0, heads=shape.heads, routing=NO_ROUTING)
-    if shape.columns > 128 and ring.can_ring(call, a, b, y):
+    if shape.columns > 128 and ring.can_ring(call, a, y):
         width = ring.width_of(a[0].ne[1] * len(a), shape.columns, shape.batches, call.device)
         ring.launch(
-            call, a, b, y, to_halves(call, b, half_of(a[0].dtype)), columns, width,
+            call, a, y, to_halves(call, b, half_of(a[0].dtype)), columns, width,
             column_tiles=-(-shape.columns // width), batches=shape.batches,
         )  # fmt: skip
         return

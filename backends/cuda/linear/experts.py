@@ -22,7 +22,8 @@ from pyggml.backends.cuda.linear.common import (
     in_blocks,
     limit_of,
 )
-from pyggml.backends.cuda.linear.halves import half_of, to_halves
+from pyggml.backends.cuda.linear.halves import Places, half_of, launch_halves, tile_scratch
+from pyggml.dtypes import DType
 from pyggml.spec import Ne
 
 #: Most pairs per launch of `vec_id`: the limit of a grid's second dimension.
@@ -40,7 +41,7 @@ def pairs_of(ids: Ne) -> int:
 def columns_for(pairs: int, experts: int) -> int:
     """Most columns of a tile in the lists, chosen by the mean number of pairs per expert."""
     mean = pairs / experts
-    return 32 if mean <= 24 else 64 if mean <= 80 else 256 if 128 < mean <= 256 else 128
+    return 32 if mean <= 24 else 64 if mean <= 80 else 128 if mean <= 128 else ring.COLUMNS
 
 
 def most_tiles(pairs: int, experts: int, columns: int) -> int:
@@ -51,7 +52,18 @@ def most_tiles(pairs: int, experts: int, columns: int) -> int:
 def group_scratch(ids: Ne, experts: int) -> int:
     pairs = pairs_of(ids)
     tiles = most_tiles(pairs, experts, columns_for(pairs, experts))
-    return aligned(4 * pairs, 16 * tiles, 4)
+    return aligned(4 * pairs, 4 * pairs, 16 * tiles, 4)
+
+
+def in_order(dtype: DType, a: Ne, ids: Ne) -> bool:
+    """Whether a product reads its columns in the order of experts, on a GPU that has `ring`."""
+    return columns_for(pairs_of(ids), a[2]) == ring.COLUMNS and ring.can_take(dtype, a)
+
+
+def columns_scratch(dtype: DType, a: Ne, b: Ne, ids: Ne) -> int:
+    """Size of the columns, in bytes."""
+    pairs = pairs_of(ids)
+    return tile_scratch((b[0], pairs, 1, 1) if in_order(dtype, a, ids) else b)
 
 
 def can_tile(a: Operand) -> bool:
@@ -133,7 +145,7 @@ def tile(call: Call, a: tuple[Operand, ...], b: Operand, ids: Operand, y: Operan
         launch_groups(call, ids, experts, ptr)
     else:
         ptr = groups.ptr
-    order, table, count = _lists(ptr, pairs, tiles)
+    order, places, table, count = _lists(ptr, pairs, tiles)
     form = blocks.cpp_format(a[0])
     if not in_blocks(a[0].dtype):
         form = f"Dense<{C_TYPES[a[0].dtype.name]}>"
@@ -144,8 +156,11 @@ def tile(call: Call, a: tuple[Operand, ...], b: Operand, ids: Operand, y: Operan
         heads=NO_HEADS,
         routing=routing(ids, experts, b),
     )
-    if width == ring.COLUMNS and ring.can_ring(call, a, b, y):
-        ring.launch(call, a, b, y, to_halves(call, b, half_of(a[0].dtype)), columns, width)
+    if width == ring.COLUMNS and ring.can_ring(call, a, y):
+        at = Places(places=places, n_used=ids.ne[0], n_b=b.ne[1])
+        out = call.scratch(columns_scratch(a[0].dtype, a[0].ne, b.ne, ids.ne))
+        halves = launch_halves(call, b, out, half_of(a[0].dtype), at, pairs)
+        ring.launch(call, a, y, halves, columns)
         return
     half = min(width, 128)
     blocks.launch_tile(call, form, a, b, y, half, columns, (tiles, width // half), routed=True)
@@ -170,7 +185,7 @@ def launch_groups(call: Call, ids: Operand, experts: int, ptr: int) -> None:
     )
 
 
-def _lists(ptr: int, pairs: int, tiles: int) -> tuple[int, int, int]:
-    """The addresses of the sorted pairs, of the tiles, and of their number."""
-    table = ptr + aligned(4 * pairs)
-    return ptr, table, table + aligned(16 * tiles)
+def _lists(ptr: int, pairs: int, tiles: int) -> tuple[int, int, int, int]:
+    """The addresses of the sorted pairs, of their places, of the tiles, and of their number."""
+    table = ptr + 2 * aligned(4 * pairs)
+    return ptr, ptr + aligned(4 * pairs), table, table + aligned(16 * tiles)

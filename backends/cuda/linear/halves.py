@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 
+from pyggml.backends.cuda.argument import Struct
 from pyggml.backends.cuda.geometry import C_TYPES, threads_for
 from pyggml.backends.cuda.launch import Call, Operand
 from pyggml.backends.cuda.linear.common import PREPARE, aligned, rows_in
@@ -25,33 +28,40 @@ def padded(k: int) -> int:
     return -(-k // DEPTH) * DEPTH
 
 
+class Places(Struct):
+    """The struct `Places` of linear_prepare.cu."""
+
+    _fields_ = (("places", ctypes.c_uint64), ("n_used", ctypes.c_int32), ("n_b", ctypes.c_int32))
+
+
+IN_PLACE = Places(places=0, n_used=1, n_b=1)
+
+
 def to_halves(call: Call, b: Operand, half: str) -> tuple[np.uint64, np.uint64]:
     """The addresses of b's scaled rows and of their scales, for `tile`: call["halves"] if an
     earlier step prepared them."""
     halves = call.get("halves")
     if halves is None:
-        ptr = call.scratch(tile_scratch(b.ne))
-        launch_halves(call, b, ptr, half)
-    else:
-        ptr = halves.ptr
-    return np.uint64(ptr), np.uint64(ptr + _scales_at(b.ne))
+        return launch_halves(call, b, call.scratch(tile_scratch(b.ne)), half)
+    return np.uint64(halves.ptr), np.uint64(halves.ptr + _scales_at(b.ne))
 
 
-def launch_halves(call: Call, b: Operand, ptr: int, half: str) -> None:
-    """Record the conversion of b for `tile`: its rows, then their scales."""
+def launch_halves(
+    call: Call, b: Operand, ptr: int, half: str, places: Places = IN_PLACE, rows: int = 0
+) -> tuple[np.uint64, np.uint64]:
+    """Record the conversion of b: its rows, or `rows` in `places`, then their scales. Returns the
+    addresses of both."""
     adjacent = b.nb[0] == b.dtype.nbytes and b.aligned(16)
+    k = padded(b.ne[0])
+    written = np.uint64(ptr), np.uint64(ptr + _scales_at((k, rows or rows_in(b.ne), 1, 1)))
     call.launch(
         PREPARE,
         f"to_halves<{C_TYPES[b.dtype.name]}, {half}, {str(adjacent).lower()}>",
         grid=rows_in(b.ne),
-        block=threads_for(padded(b.ne[0]) // 16),
-        args=[
-            b.tensor,
-            np.uint64(ptr),
-            np.uint64(ptr + _scales_at(b.ne)),
-            np.int32(padded(b.ne[0])),
-        ],
+        block=threads_for(k // 16),
+        args=[b.tensor, *written, np.int32(k), places],
     )
+    return written
 
 
 def _scales_at(b: Ne) -> int:

@@ -109,6 +109,8 @@ def needs_of(node: Node) -> Iterator[Need]:
     elif routes == {"tile"}:
         if products[0].ids is not None:
             yield Need(expert_groups, node["ids"], ("experts", weights[0].ne[2]))
+            if all(product.in_order for product in products):
+                return
         kinds = {half_of(w.dtype) for w in weights}
         if len(kinds) == 1 and all(w.root.op is constant_op for w in weights):
             yield Need(halves, _rows_of(node["b"]), ("half", kinds.pop()))
@@ -185,8 +187,8 @@ def _reading(step: CudaStep, prepared: Sequence[Node]) -> CudaStep:
     if not prepared:
         return step
     operands = {**step.operands, **{_NAMES[node.op]: node for node in prepared}}
-    products = len(step.node.op.weights) if len(step.nodes) == 1 else 0
-    spared = sum(aligned(node.spec.nbytes) for node in prepared) * products
+    product = len(step.nodes) == 1 and step.node.op.weights
+    spared = sum(aligned(node.spec.nbytes) for node in prepared) if product else 0
     return CudaStep(
         step.nodes, operands, step.record,
         results=step.results, inplace=step.inplace, scratch=step.scratch - spared,

@@ -17,7 +17,7 @@ def _scratch(node: Node) -> int:
     products."""
     products = Product.all_of(node)
     between = aligned(4 * node.spec.elements) if len(products) == 2 else 0
-    return between + sum(product.scratch for product in products)
+    return between + max(product.scratch for product in products)
 
 
 def _numeric(node: Node) -> str:
@@ -45,7 +45,8 @@ def up_gate(call: Call) -> None:
     y = call.out
     activated = dense(call.scratch(4 * y.ne[0] * rows_in(y.ne)), y.ne, F32)
     for product, weights, out in zip(products, (up, gate), (y, activated)):
-        product.launches(call, (weights,), out)
+        with call.briefly():
+            product.launches(call, (weights,), out)
     _gate_rows(call, activated)
 
 

@@ -14,10 +14,12 @@ from pyggml.backends.cuda.linear.common import Columns, act_of, is_narrow, limit
 from pyggml.backends.cuda.linear.halves import CLASS, DEPTH, half_of, padded
 from pyggml.backends.cuda.weights.formats import FORMATS, Format
 from pyggml.backends.cuda.weights.packing import GROUP, TILE, Tiles, tiles_of
+from pyggml.dtypes import DType
+from pyggml.spec import Ne
 
 RING = "linear_ring.cu"
-#: The most columns of a tile.
-COLUMNS = 256
+#: The most columns of a tile, and columns that are fetched at once where experts take them.
+COLUMNS, BOX = 256, 64
 #: Rows of weights of a tile; with up and gate, of both together.
 ROWS = 128
 #: The most stages of a ring; bytes of shared memory that are not stages.
@@ -32,14 +34,13 @@ class RingArgument(Struct):
         ("pad", ctypes.c_uint64 * 6),
         ("planes", TensorMap * 8),
         ("x", TensorMap),
-        ("rows", ctypes.c_uint64),
         ("scales", ctypes.c_uint64),
         ("y", Tensor),
         ("columns", Columns),
         ("n_rows", ctypes.c_int32),
         ("row_tiles", ctypes.c_int32),
         ("matrix_tiles", ctypes.c_int32),
-        ("width", ctypes.c_int32),
+        ("box", ctypes.c_int32),
         ("column_tiles", ctypes.c_int32),
         ("batches", ctypes.c_int32),
         ("steps", ctypes.c_int32),
@@ -51,20 +52,22 @@ class RingArgument(Struct):
     )
 
 
-def can_ring(call: Call, a: tuple[Operand, ...], b: Operand, y: Operand) -> bool:
+def can_ring(call: Call, a: tuple[Operand, ...], y: Operand) -> bool:
     """Whether the kernel can compute the product: the GPU has its instructions, the weights are in
     tiles without grids, and two adjacent results can be written at once."""
-    form = FORMATS[a[0].dtype.name] if a[0].layout == "tiles8" else None
     return (
         call.device.arch == "90a"
-        and form is not None
-        and form.codes >= 16
-        and a[0].ne[0] % DEPTH == 0
-        and a[0].ne[1] % 2 == 0
+        and a[0].layout == "tiles8"
+        and can_take(a[0].dtype, a[0].ne)
         and y.nb[0] == y.dtype.nbytes
         and y.aligned(2 * y.dtype.nbytes)
-        and rows_in(b.ne) * padded(b.ne[0]) * 2 < 1 << 32
     )
+
+
+def can_take(dtype: DType, a: Ne) -> bool:
+    """Whether the kernel can read weights of this type and these sizes in tiles."""
+    form = FORMATS.get(dtype.name)
+    return form is not None and form.codes >= 16 and a[0] % DEPTH == 0 and a[1] % 2 == 0
 
 
 def width_of(rows: int, columns: int, batches: int, device: Device) -> int:
@@ -81,27 +84,30 @@ def width_of(rows: int, columns: int, batches: int, device: Device) -> int:
 def launch(
     call: Call,
     a: tuple[Operand, ...],
-    b: Operand,
     y: Operand,
     halves: tuple[np.uint64, np.uint64],
     columns: Columns,
-    width: int,
+    box: int = BOX,
     *,
     column_tiles: int = 0,
     batches: int = 1,
 ) -> None:
-    """Record the product. halves: as `to_halves` returns them; column_tiles: of a batch, 0 if
-    experts take the columns, in lists of `width`."""
+    """Record the product.
+
+    halves        a row of activations for each row of y, as `launch_halves` returns them; in the
+                  order of experts if these take the columns
+    box           columns of a tile
+    column_tiles  of a batch, 0 if experts take the columns, in lists of up to `COLUMNS`
+    """
     first, form, routed = a[0], FORMATS[a[0].dtype.name], column_tiles == 0
-    tiles, k = tiles_of(first.dtype, first.ne), padded(b.ne[0])
+    tiles, k = tiles_of(first.dtype, first.ne), padded(first.ne[0])
     rows, scales = halves
     planes, x = [EMPTY] * 8, EMPTY
     if not call.names_only:
         for m, matrix in enumerate(a):
             planes[4 * m : 4 * m + 4] = plane_maps(matrix, form, tiles, len(a))
-        if not routed:
-            kind = CLASS[half_of(first.dtype)]
-            x = flat_map(int(rows), kind, 2, k, rows_in(b.ne), (DEPTH, width))
+        kind = CLASS[half_of(first.dtype)]
+        x = flat_map(int(rows), kind, 2, k, rows_in(y.ne), (DEPTH, box))
     stages = stages_of(form, call.device)
     limit = limit_of(call.attrs, len(a))[1]
     row_tiles = -(-first.ne[1] * len(a) // ROWS)
@@ -109,14 +115,13 @@ def launch(
         pad=(0,) * 6,
         planes=tuple(planes),
         x=x,
-        rows=int(rows),
         scales=int(scales),
         y=y.tensor,
         columns=columns,
         n_rows=first.ne[1],
         row_tiles=row_tiles,
         matrix_tiles=tiles.tiles,
-        width=width,
+        box=box,
         column_tiles=column_tiles,
         batches=batches,
         steps=k // DEPTH,

@@ -11,7 +11,8 @@ plain types f32 products.
 
 With experts, up to 64 (token, slot) pairs are one product each (`vec`, `vec_plain`). More pairs are
 sorted by expert, and a tile multiplies up to 128 of them (`tile`, also for f16 and bf16; f32 would
-lose too much precision). With prec="f32" each pair stays its own product, which is slow for many.
+lose too much precision) or 256 (`ring`). With prec="f32" each pair stays its own product, which is
+slow for many.
 """
 
 from __future__ import annotations
@@ -93,13 +94,17 @@ class Product:
             return aligned(blocks.fixed_bytes(self.b, self.levels))
         if self.route == "tile":
             if self.ids is None:
-                more = blocks.split_scratch(self.a, self.b)
-            else:
-                more = experts.group_scratch(self.ids, self.a[2])
-            return tile_scratch(self.b) + more
+                return tile_scratch(self.b) + blocks.split_scratch(self.a, self.b)
+            groups = experts.group_scratch(self.ids, self.a[2])
+            return experts.columns_scratch(self.dtype, self.a, self.b, self.ids) + groups
         if self.route == "cublas":
             return plain.cublas_scratch(self.a, self.dtype, self.b, self.exact)
         return 0
+
+    @property
+    def in_order(self) -> bool:
+        """Whether it reads its columns in the order of experts, so no other product reads them."""
+        return self.ids is not None and experts.in_order(self.dtype, self.a, self.ids)
 
     @property
     def numeric(self) -> str:

@@ -92,11 +92,15 @@ struct Pair {
     unsigned column;
     char* to;
 };
+// Where the result of (token, slot) number `pair` goes.
+__device__ __forceinline__ char* target_of(const Routing& r, const Tensor& y, int pair) {
+    return y.data + pair % r.ids.ne[0] * y.nb[1] + pair / r.ids.ne[0] * y.nb[2];
+}
 __device__ __forceinline__ Pair pair_of(const Routing& r, const Tensor& y, int pair) {
     int slot = pair % r.ids.ne[0], token = pair / r.ids.ne[0];
     int id = *(const int*)(r.ids.data + slot * r.ids.nb[0] + token * r.ids.nb[1]);
     return {id >= 0 && id < r.experts ? id : -1, (unsigned)(token * r.n_b + slot % r.n_b),
-            y.data + slot * y.nb[1] + token * y.nb[2]};
+            target_of(r, y, pair)};
 }
 
 // The columns of tiles: from a list made by moe_group.cu, or simply the next N.
