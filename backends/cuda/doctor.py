@@ -19,7 +19,7 @@ from pyggml.errors import DeviceError
 from pyggml.extras import install_command
 
 _PACKAGES = ("pycuda", "cupy-cuda13x", "cuda-bindings")
-_SMALLEST = "rms_norm<1, 1, false, false>"
+_SMALLEST = "rms_norm<1, 1, false, PLAIN>"
 #: Files that exist when an NVIDIA driver is loaded: Linux, containers, WSL.
 GPU_MARKS = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/usr/lib/wsl/lib/libcuda.so.1")
 _ABSENT = ("not installed", "not found")

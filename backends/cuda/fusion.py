@@ -80,12 +80,13 @@ class Fused(CudaStep):
     workspace  as in Step
     at         the node whose place in the order the step takes, if not the last one
     fixed      whether `record` can also write the result in fixed point, to call["fixed"]
+    halves     whether it can also write the result as f16 for `tile`, to call["halves"]
     quantized  a node that `record` reads in fixed point, as call["fixed"]
     recompute  nodes that each fused reader computes for itself. If any reader cannot, they are
                computed once and stored, for all readers
     """
 
-    __slots__ = ("at", "fixed", "quantized", "recompute")
+    __slots__ = ("at", "fixed", "halves", "quantized", "recompute")
 
     def __init__(
         self,
@@ -99,6 +100,7 @@ class Fused(CudaStep):
         workspace: int = 0,
         at: Node | None = None,
         fixed: bool = False,
+        halves: bool = False,
         quantized: Node | None = None,
         recompute: tuple[Node, ...] = (),
     ) -> None:
@@ -107,7 +109,7 @@ class Fused(CudaStep):
             results=results, inplace=inplace, scratch=scratch, workspace=workspace,
         )  # fmt: skip
         self.at, self.fixed, self.recompute = at or nodes[-1], fixed, recompute
-        self.quantized = quantized
+        self.halves, self.quantized = halves, quantized
 
 
 #: All weights are plain.

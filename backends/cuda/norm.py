@@ -11,6 +11,7 @@ from pyggml.backends.cuda.fusion import Fused, Run
 from pyggml.backends.cuda.geometry import pack_width, row_grid, threads_for
 from pyggml.backends.cuda.launch import ABSENT, Call, Operand
 from pyggml.backends.cuda.linear.blocks import launch_quantize
+from pyggml.backends.cuda.linear.halves import DEPTH, launch_halves, rows_and_scales
 from pyggml.backends.cuda.table import kernel
 from pyggml.dtypes import F32
 from pyggml.node import Node
@@ -62,6 +63,7 @@ def sum_norm_times_row(node: Node, run: Run) -> Fused | None:
         results={} if run.only(x, normed) else {"sum": x},
         inplace=(a, b),
         fixed=can_fix(node),
+        halves=True,
     )
 
 
@@ -73,7 +75,7 @@ def norm_times_row(node: Node, run: Run) -> Fused | None:
     x, normed, weight = match
     record = partial(_norm, eps=normed.attrs["eps"])
     reads = {"a": x, "weight": weight}
-    return Fused((normed, node), reads, record, inplace=(x,), fixed=can_fix(node))
+    return Fused((normed, node), reads, record, inplace=(x,), fixed=can_fix(node), halves=True)
 
 
 def norm_with_row(node: Node, run: Run) -> Fused | None:
@@ -95,15 +97,19 @@ def norm_with_row(node: Node, run: Run) -> Fused | None:
 
 def _norm(call: Call, eps: float) -> None:
     """Record out = norm(a (+ plus)) times weight. The sum also goes to call["sum"], and out in
-    fixed point to call["fixed"], if these are present."""
-    out, a, fixed = call.out, call["a"], call.get("fixed")
+    fixed point to call["fixed"] and as f16 to call["halves"], if these are present."""
+    out, a, fixed, halves = call.out, call["a"], call.get("fixed"), call.get("halves")
     weight, plus, total = call.get("weight"), call.get("plus"), call.get("sum")
     width, threads, packs = _shares(out, a, weight, plus, total)
-    in_kernel = fixed is not None and width == 4 and packs > 0
-    flags = (str(flag).lower() for flag in (weight is not None, in_kernel))
+    also, ends = "PLAIN", (np.uint64(0), np.uint64(0))
+    if width == 4 and packs > 0:
+        if fixed is not None:
+            also, ends = "FIXED", (fixed.pointer, np.uint64(0))
+        elif halves is not None and out.ne[0] % DEPTH == 0:
+            also, ends = "HALVES", rows_and_scales(out.ne, halves.ptr)
     call.launch(
         "norm.cu",
-        f"rms_norm<{width}, {packs}, {', '.join(flags)}>",
+        f"rms_norm<{width}, {packs}, {str(weight is not None).lower()}, {also}>",
         grid=row_grid(out),
         block=threads,
         args=[
@@ -113,11 +119,13 @@ def _norm(call: Call, eps: float) -> None:
             np.float32(eps),
             (plus or ABSENT).tensor,
             (total or ABSENT).tensor,
-            fixed.pointer if fixed is not None and in_kernel else np.uint64(0),
+            *ends,
         ],
     )
-    if fixed is not None and not in_kernel:
+    if fixed is not None and also != "FIXED":
         launch_quantize(call, out, fixed.pointer, 2)
+    if halves is not None and also != "HALVES":
+        launch_halves(call, out, halves.ptr, "__half")
 
 
 def _layer_norm(call: Call, eps: float) -> None:

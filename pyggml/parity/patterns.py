@@ -68,6 +68,20 @@ def norm_and_products(m: Maker) -> Pattern:
     return m.done(wide=wide, plain=plain, alone=alone, h=scale(h, s=2.0))
 
 
+def norms_of_a_prompt(m: Maker) -> Pattern:
+    """Norms of many rows, which are outputs too, and products that read them as f16: of rows in one
+    part and in several, of rows that are no whole tiles, and of a norm of a norm."""
+    outputs: dict[str, Node] = {}
+    for n in (K, 96, 4160, 8256):
+        x = m.floats(f"x{n}", n, 3, 4)
+        normed = mul(rms_norm(add(x, x) if n == 96 else x, eps=1e-6), m.weight(f"row{n}", n))
+        w = m.weight(f"w{n}", n, 24, type="q8_0")
+        outputs |= {f"y{n}": mul_mat(w, normed), f"n{n}": normed}
+    wide = m.weight("wide", K, 24, type="iq4_nl")
+    again = mul(rms_norm(outputs["n256"], eps=1e-6), m.weight("other", K))
+    return m.done(**outputs, wide=mul_mat(wide, again))
+
+
 def layer_norms(m: Maker) -> Pattern:
     """Norms with a weight and a bias, with a weight only, with a bias per token, and one whose
     product is an output."""
@@ -342,7 +356,8 @@ PATTERNS: dict[str, Callable[[Maker], Pattern]] = {
     **{
         graph.__name__: graph
         for graph in (
-            norm_and_products, layer_norms, shared_activations, experts, grouped_experts,
+            norm_and_products, norms_of_a_prompt,
+            layer_norms, shared_activations, experts, grouped_experts,
             root_routing, given_routing,
             divided_weights, probabilities_kept, shared_mask, mask_kept, strided_mask,
             moved_position, gated, hidden_rows, chosen_rows, indexed_rows, moved_list,

@@ -13,6 +13,7 @@ import pytest
 import pyggml as gg
 from benchmarks.gpu_bench import random_blocks
 from pyggml import quants
+from pyggml.backends.cuda import norm
 from pyggml.backends.cuda.attention import scores
 from pyggml.backends.cuda.gpu import H200, Device
 from pyggml.backends.cuda.launch import Call, Launch, Operand
@@ -65,7 +66,7 @@ def compare_all(
 #: Patterns whose kernels the host can run.
 ROUTING = (
     "experts", "grouped_experts", "root_routing", "given_routing", "divided_weights",
-    "flat_weights", "norm_and_products",
+    "flat_weights", "norm_and_products", "norms_of_a_prompt",
 )  # fmt: skip
 DECODE = (*decode_patterns.PATTERNS, "latent_row_f16_normal", "latent_row_q8_0_neox")
 
@@ -162,6 +163,39 @@ def test_rows_for_the_tensor_cores(k: int, dtype: Any, apart: bool, tmp_path: Pa
     result = back.reshape(columns, padded) * scale[:, None]
     np.testing.assert_allclose(result[:, :k], x.astype(np.float32), rtol=1e-3, atol=2e-8)
     assert not result[:, k:].any()
+
+
+@pytest.mark.parametrize("k", (64, 4160, 8256))
+def test_a_norm_writes_the_halves_of_its_row(k: int, tmp_path: Path) -> None:
+    """The same bits as `to_halves` of the result: rows of zeros, of few numbers, with infinity."""
+    x, weight = random(5, k), random(k)
+    x[1], x[2, 3:], x[3, 7] = 0, 0, np.inf
+    weight[k // 2] = np.inf
+    y, total = np.zeros((2, 5, k), np.float32)
+    memory = [Memory(1 << 18) for _ in range(2)]
+    row = 4 * k
+
+    def operand(array: np.ndarray, rows: int = 5) -> Operand:
+        return Operand(array.ctypes.data, (k, rows, 1, 1), (4, row, 0, 0), TYPES["f32"])
+
+    def halves_at(i: int) -> Operand:
+        return Operand(memory[i].ptr, (1, 1, 1, 1), (1, 1, 1, 1), TYPES["i8"])
+
+    operands = {"a": operand(x), "plus": operand(x), "weight": operand(weight, 1)}
+    operands |= {"sum": operand(total), "halves": halves_at(0)}
+    call = Call(gg.input("b", ne=(k, 5)), operand(y), operands, {})
+    norm._norm(call, 1e-6)
+    assert len(call.records) == 1
+    halves.launch_halves(call, operand(y), memory[1].ptr, "__half")
+    start = starter(tmp_path, call.records)
+    for record in call.records:
+        start(record)
+    size = halves.tile_scratch((k, 5, 1, 1))
+    own, other = (each.data[:size] for each in memory)
+    np.testing.assert_array_equal(own, other)
+    np.testing.assert_array_equal(total, x + x)
+    ends = own[-256:].view(np.float32)[:5]
+    assert np.isfinite(ends).all() and own.view(np.float16)[: 5 * k].any()
 
 
 @pytest.mark.parametrize(("k", "m"), [(64, 24), (7, 5)])

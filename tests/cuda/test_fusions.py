@@ -32,9 +32,11 @@ SOFTMAX = "mul_mat soft_max_ext top_k get_rows"
 SIGMOID = "mul_mat sigmoid add grouped_topk get_rows sum_rows clamp div scale"
 EXPERTS = "moe_up_gate mul_mat_id"
 FIXED_NORM = "add rms_norm fixed_point mul"
+HALVES = "rms_norm halves mul"
 #: The ops of each step that has several.
 FUSED = {
     "norm_and_products": ["add rms_norm fixed_point mul", "add rms_norm mul"],
+    "norms_of_a_prompt": [HALVES, f"add {HALVES}", HALVES, HALVES, HALVES],
     "layer_norms": ["norm mul add", "norm mul", "norm mul", "norm mul"],
     "shared_activations": [],
     "experts": ["soft_max_ext top_k get_rows", "mul_multi_add add add"],

@@ -7,20 +7,10 @@
 // @kernel gate_rows
 // @kernel gate_rows_limited
 // @kernel add_splits
+#include "halves.cuh"
 #include "linear_common.cuh"
 
 __device__ __forceinline__ int item() { return blockIdx.y * blockDim.x + threadIdx.x; }
-
-template <class H>
-__device__ __forceinline__ unsigned two_halves(float x, float y) {
-    if constexpr (Same<H, __half>::yes) {
-        const __half2 both = __floats2half2_rn(x, y);
-        return *(const unsigned*)&both;
-    } else {
-        const __nv_bfloat162 both = __floats2bfloat162_rn(x, y);
-        return *(const unsigned*)&both;
-    }
-}
 
 // Where rows of b go. If they are routed, n_b of each token, row j goes to the places of pairs j,
 // j + n_b and so on of its n_used (see moe_group.cu); else `places` is null and each stays where it is.
@@ -29,10 +19,8 @@ struct Places {
     int n_used, n_b;
 };
 
-// Prepares a row of b for products on the tensor cores: writes it as H, zero-padded to k_padded, and the factor
-// for its results. The row is scaled by a power of two that brings its largest entry to [2^14,
-// 2^15), so nothing overflows f16 and little precision is lost. Each run of 16 is in the order of a
-// thread's weights: 0 1 4 5 8 9 12 13, 2 3 6 7 10 11 14 15. One block per row, a run per thread;
+// Prepares a row of b for products on the tensor cores: writes it as H (see halves.cuh),
+// zero-padded to k_padded, and the factor for its results. One block per row, a run of 16 per thread;
 // rows of more runs than threads are read twice. VECTOR: elements are adjacent, 16-byte aligned.
 template <class S, class H, bool VECTOR>
 __global__ void __launch_bounds__(1024)
@@ -55,14 +43,9 @@ __global__ void __launch_bounds__(1024)
     for (int base = threadIdx.x * 16; base < k_padded; base += step) {
         load(base);
 #pragma unroll
-        for (int i = 0; i < 16; ++i)
-            if (fabsf(x[i]) <= 3.4028235e38f) most = fmaxf(most, fabsf(x[i]));  // finite
+        for (int i = 0; i < 16; ++i) most = finite_most(most, x[i]);
     }
-    most = block_reduce<Max>(most, 0.0f);
-    // Exponents of floats: that of `most` is 127 + its logarithm, or 0 below 2^-126.
-    const int log = (__float_as_int(most) >> 23) - 127;
-    const int exponent = most > 0.0f ? min(max(14 - log, -126), 126) : 0;
-    const float by = __int_as_float((127 + exponent) << 23);
+    const RowScale scale = row_scale(block_reduce<Max>(most, 0.0f));
     const int first = blockIdx.x / at.n_b * at.n_used;
     const auto each_place = [&](auto f) {
         for (int slot = blockIdx.x % at.n_b; slot < at.n_used; slot += at.n_b) {
@@ -71,13 +54,13 @@ __global__ void __launch_bounds__(1024)
         }
     };
     if (threadIdx.x == 0)
-        each_place([&](int place) { scales[place] = __int_as_float((127 - exponent) << 23); });
+        each_place([&](int place) { scales[place] = scale.back; });
     for (int base = threadIdx.x * 16; base < k_padded; base += step) {
         if (k_padded > step) load(base);
         unsigned words[8];  // of two runs of 8
 #pragma unroll
         for (int i = 0; i < 8; ++i)
-            words[i % 2 * 4 + i / 2] = two_halves<H>(x[2 * i] * by, x[2 * i + 1] * by);
+            words[i % 2 * 4 + i / 2] = two_halves<H>(x[2 * i] * scale.by, x[2 * i + 1] * scale.by);
         each_place([&](int place) {
             uint4* to = (uint4*)(out + (long long)place * k_padded + base);
             to[0] = make_uint4(words[0], words[1], words[2], words[3]);

@@ -43,7 +43,12 @@ def to_halves(call: Call, b: Operand, half: str) -> tuple[np.uint64, np.uint64]:
     halves = call.get("halves")
     if halves is None:
         return launch_halves(call, b, call.scratch(tile_scratch(b.ne)), half)
-    return np.uint64(halves.ptr), np.uint64(halves.ptr + _scales_at(b.ne))
+    return rows_and_scales(b.ne, halves.ptr)
+
+
+def rows_and_scales(b: Ne, ptr: int) -> tuple[np.uint64, np.uint64]:
+    """The addresses of the scaled rows of b, and of their scales."""
+    return np.uint64(ptr), np.uint64(ptr + _scales_at(b))
 
 
 def launch_halves(
@@ -53,7 +58,7 @@ def launch_halves(
     addresses of both."""
     adjacent = b.nb[0] == b.dtype.nbytes and b.aligned(16)
     k = padded(b.ne[0])
-    written = np.uint64(ptr), np.uint64(ptr + _scales_at((k, rows or rows_in(b.ne), 1, 1)))
+    written = rows_and_scales((k, rows or rows_in(b.ne), 1, 1), ptr)
     call.launch(
         PREPARE,
         f"to_halves<{C_TYPES[b.dtype.name]}, {half}, {str(adjacent).lower()}>",

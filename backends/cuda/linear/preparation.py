@@ -148,7 +148,7 @@ def _groups_of(b: Node) -> Node:
 def prepare_once(steps: Sequence[CudaStep]) -> Iterator[CudaStep]:
     """The steps, with those inserted that prepare what several products read.
 
-    If the step that computes b can also write it in fixed point, it does, even for one product.
+    If the step that computes b can also write it in such a form, it does, even for one product.
     """
     run = next(_runs)
     needs = {step: list(_needs(step)) for step in steps}
@@ -157,8 +157,7 @@ def prepare_once(steps: Sequence[CudaStep]) -> Iterator[CudaStep]:
     prepared: dict[Need, Node] = {}
     for original in steps:
         step = original
-        if isinstance(step, Fused) and step.fixed:
-            need = Need(fixed_point, step.node, ("levels", 2))
+        for need in _leaves(step):
             if need in readers:
                 prepared[need] = need.node(run)
                 step = _leaving(step, prepared[need])
@@ -171,10 +170,18 @@ def prepare_once(steps: Sequence[CudaStep]) -> Iterator[CudaStep]:
         yield _reading(step, [prepared[need] for need in own if need in prepared])
 
 
-def _leaving(step: CudaStep, fixed: Node) -> CudaStep:
-    """The step, with its result in fixed point as an additional result."""
-    nodes = (*step.nodes[:-1], fixed, step.node)
-    results = {**step.results, "fixed": fixed}
+def _leaves(step: CudaStep) -> Iterator[Need]:
+    """The forms in which the step can also write its result."""
+    if isinstance(step, Fused) and step.fixed:
+        yield Need(fixed_point, step.node, ("levels", 2))
+    if isinstance(step, Fused) and step.halves:
+        yield Need(halves, step.node, ("half", "__half"))
+
+
+def _leaving(step: CudaStep, form: Node) -> CudaStep:
+    """The step, with a form of its result as an additional result."""
+    nodes = (*step.nodes[:-1], form, step.node)
+    results = {**step.results, _NAMES[form.op]: form}
     return CudaStep(
         nodes, step.operands, step.record,
         results=results, inplace=step.inplace, scratch=step.scratch,
