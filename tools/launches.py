@@ -1,10 +1,11 @@
 """The launches of a layer's decode step, or prompt, on CUDA, in order. Needs no GPU.
 
-    python tools/launches.py [-n TOKENS] [-d DEPTH] [-t TYPE] KIND ...
+    python tools/launches.py [-n TOKENS] [-d DEPTH] [-t TYPE] [-g GPUS] KIND ...
 
-KIND is window, ratio_4 or ratio_128 (DeepSeek-V4-Flash), v32, glm_5 or v2_lite. A line for each
+KIND is window, ratio_4 or ratio_128 (DeepSeek-V4-Flash), v3, v32, glm_5 or v2_lite. A line for each
 launch: the ops of its step, the size of its result, its kernel, blocks and threads. The layer is
-the second one of its kind, so what layers of a kind compute once is left out.
+the second one of its kind, so what layers of a kind compute once is left out. Of several GPUs, with
+shard="auto", those of the last one.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pyggml.models.batch import Batch, Options
 from pyggml.models.compressed import HEAVY, PLAIN, SPARSE
 from pyggml.models.deepseek4 import DeepSeek4
 from pyggml.models.model import Model
-from pyggml.models.presets import GLM_5, V2_LITE, V4_FLASH, V32
+from pyggml.models.presets import GLM_5, V2_LITE, V3, V4_FLASH, V32
 from pyggml.models.synth import synth
 from pyggml.runtime.kernels import planned_memory
 
@@ -42,6 +43,7 @@ KINDS: dict[str, Architecture] = {
     "window": _v4(PLAIN, n_hash=3),
     "ratio_4": _v4(SPARSE),
     "ratio_128": _v4(HEAVY),
+    "v3": replace(V3, n_block=3, n_layer_dense=0, n_vocab=256),
     "v32": replace(V32, n_block=3, n_layer_dense=0, n_vocab=256),
     "glm_5": replace(GLM_5, n_block=3, n_layer_dense=0, n_vocab=256, types=3 * (True,)),
     "v2_lite": replace(V2_LITE, n_block=3, n_layer_dense=0, n_vocab=256),
@@ -49,9 +51,15 @@ KINDS: dict[str, Architecture] = {
 
 
 def launches_of(
-    arch: Architecture, n_layer: int, n_tokens: int = 1, depth: int = 8192, dtype: str = "q2_K"
+    arch: Architecture,
+    n_layer: int,
+    n_tokens: int = 1,
+    depth: int = 8192,
+    dtype: str = "q2_K",
+    gpus: int = 1,
 ) -> list[tuple[Step, Record]]:
-    """The launches of the first layers of a model, each with its step."""
+    """The launches of the first layers of a model on the last GPU, each with its step."""
+    places = [f"cuda:{i}:140GiB" for i in range(gpus)]
     with TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
         synth(path, arch, dtype=dtype, header_only=True)
@@ -63,13 +71,16 @@ def launches_of(
             for il in range(n_layer):
                 cache = arch.cache(il, depth, n_tokens, options)
                 x = arch.layer(x, model.layer(il), cache, batch)
-            plan = gg.compile({"y": x}, updates=batch.writes, backends=["cuda:0:140GiB"])
+            shard = "auto" if gpus > 1 else None
+            plan = gg.compile({"y": x}, updates=batch.writes, backends=places, shard=shard)
             work = plan._work
     at, arenas = planned_memory(work)
-    arena = arenas["cuda:0"].ptr
+    last = f"cuda:{gpus - 1}"
+    arena = arenas[last].ptr
     return [
         (step, record)
         for step, offset in zip(work.steps, work.placed.scratch_at)
+        if work.home(step.node).device == last
         for record in record_step(step, at, (arena + offset, step.scratch), names_only=True)
     ]
 
@@ -94,9 +105,11 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=1, help="tokens")
     parser.add_argument("-d", type=int, default=8192, help="rows of the cache")
     parser.add_argument("-t", default="q2_K", help="type of the weights")
+    parser.add_argument("-g", type=int, default=1, help="GPUs")
     args = parser.parse_args()
     for kind in args.kinds:
-        launches = layer_launches(KINDS[kind], n_tokens=args.n, depth=args.d, dtype=args.t)
+        sizes = {"n_tokens": args.n, "depth": args.d, "dtype": args.t, "gpus": args.g}
+        launches = layer_launches(KINDS[kind], **sizes)
         print(f"{kind}: {len(launches)} launches")
         for number, launch in enumerate(launches, 1):
             print(f"{number:3} {line(*launch)}")
