@@ -10,8 +10,9 @@ from pyggml import ops
 from pyggml.backends.cuda.argument import Struct, Tensor
 from pyggml.backends.cuda.fusion import Fused, Run, behind_reshapes
 from pyggml.backends.cuda.launch import ABSENT, Call, Operand
-from pyggml.dtypes import F32
+from pyggml.dtypes import F32, I32
 from pyggml.node import Node
+from pyggml.ops.leaf import constant_op
 
 #: The most experts whose keys fit in the default shared memory, and the most of them for a token:
 #: a lane of a warp has one.
@@ -27,6 +28,7 @@ class Routing:
         weights = s (p[ids] / clamp(sum of p[ids])) + b                               [k, T]
 
     limits  of the clamp; None: weights are not divided
+    ranks   table[ids], which others read in place of ids: those of one device among several, or -1
     nodes   all nodes covered, the result last
     """
 
@@ -35,6 +37,7 @@ class Routing:
     ids: Node
     nodes: tuple[Node, ...]
     bias: Node | None = None
+    ranks: Node | None = None
     limits: tuple[float, float] | None = None
     s: float = 1.0
     b: float = 0.0
@@ -45,23 +48,38 @@ class Routing:
         """Whether another step computes the ids."""
         return self.ids not in self.nodes
 
+    @property
+    def local(self) -> Node:
+        """The ids of weights on this device."""
+        return self.ids if self.ranks is None else self.ranks
+
+    @property
+    def own(self) -> Node | None:
+        """The table of ranks."""
+        return None if self.ranks is None else self.ranks["a"]
+
+    @property
+    def reads(self) -> dict[str, Node]:
+        """What is read besides scores and ids."""
+        both = {"bias": self.bias, "own": self.own}
+        return {name: node for name, node in both.items() if node is not None}
+
 
 def route(node: Node, run: Run) -> Fused | None:
     """The whole of `models.moe.route`, in any of its forms."""
     routing = routing_of(node, run)
     if routing is None or routing.scores.ne[0] > MOST or routing.scores.dtype is not F32:
         return None
-    ids, reads, results = routing.ids, {"scores": routing.scores}, {"ids": routing.ids}
+    ids, reads, results = routing.ids, {"scores": routing.scores}, {"ids": routing.local}
     if node.ne not in (ids.ne, (1, *ids.ne[:3])) or ids.ne[0] > MOST_USED:
         return None
-    if routing.bias is not None:
-        reads["bias"] = routing.bias
+    reads |= routing.reads
     if routing.given:
         reads, results = reads | results, {}
-    elif run.only(ids, *routing.nodes):
+    elif run.only(routing.local, *routing.nodes):
         return None
     record = partial(_record, routing=routing)
-    at = None if routing.given else ids
+    at = None if routing.given else routing.local
     return Fused(routing.nodes, reads, record, results=results, at=at)
 
 
@@ -110,13 +128,24 @@ def _chosen(node: Node, run: Run) -> Routing | None:
     if not gates or chosen is None or ids.ne[2:] != (1, 1):
         return None
     choice, bias = chosen
-    nodes = (*gates, *choice, node)
+    ranks = _ranks(ids, node, probs.ne[0], run) if choice else None
+    nodes = (*gates, *choice, *(() if ranks is None else (ranks,)), node)
     inner, last = [*gates, *choice[:-1]], nodes[1:]
     if not all(run.only(n, *last) for n in inner):
         return None
     names = ("n_group", "n_group_used", "n_top")
     groups = tuple(ids.attrs[n] for n in names) if ids.op is ops.grouped_topk else (0, 0, 0)
-    return Routing(gates[0]["a"], probs, ids, nodes, bias, groups=groups)
+    return Routing(gates[0]["a"], probs, ids, nodes, bias, ranks, groups=groups)
+
+
+def _ranks(ids: Node, weights: Node, n: int, run: Run) -> Node | None:
+    """table[ids], with a table of all n experts, if only the weights read ids otherwise."""
+    ranks = next((r for r in run.readers[ids] if r is not weights), None)
+    if ranks is None or ranks.op is not ops.get_rows or not run.only(ids, weights, ranks):
+        return None
+    table = ranks["a"]
+    fits = table.op is constant_op and table.dtype is I32 and table.ne == (1, n, 1, 1)
+    return ranks if fits and behind_reshapes(ranks["ids"]) is ids else None
 
 
 def _gates(probs: Node) -> tuple[Node, ...]:
@@ -146,6 +175,7 @@ class Route(Struct):
 
     _fields_ = (
         *((name, Tensor) for name in ("weights", "ids", "bias")),
+        ("own", ctypes.c_uint64),
         *(
             (name, ctypes.c_int32)
             for name in ("n_group", "n_used", "n_top", "given", "gate", "divided")
@@ -154,14 +184,15 @@ class Route(Struct):
     )
 
 
-def argument(routing: Routing, weights: Operand, ids: Operand, bias: Operand | None) -> Route:
-    """The kernel argument; weights [k, T]."""
+def argument(routing: Routing, weights: Operand, ids: Operand, call: Call) -> Route:
+    """The kernel argument; weights, ids [k, T]."""
     n_group, n_used, n_top = routing.groups
     low, high = routing.limits or (0.0, 0.0)
     return Route(
         weights=weights.tensor,
         ids=ids.tensor,
-        bias=(bias or ABSENT).tensor,
+        bias=(call.get("bias") or ABSENT).tensor,
+        own=(call.get("own") or ABSENT).ptr,
         n_group=n_group,
         n_used=n_used,
         n_top=n_top,
@@ -178,11 +209,15 @@ def argument(routing: Routing, weights: Operand, ids: Operand, bias: Operand | N
 
 def shared_bytes(routing: Routing) -> int:
     """Bytes of shared memory that `route_token` needs."""
-    return 16 * routing.scores.ne[0] + 8 * routing.groups[0]
+    each = 16 if routing.ranks is None else 20
+    return each * routing.scores.ne[0] + 8 * routing.groups[0]
 
 
 def _record(call: Call, routing: Routing) -> None:
     scores, ids, out = call["scores"], call["ids"], call.out
+    if routing.ranks is not None:  # view [1, k T] as [k, T]
+        k, size = routing.ids.ne[0], ids.dtype.nbytes
+        ids = replace(ids, ne=routing.ids.ne, nb=(size, size * k, 0, 0))
     if out.ne != ids.ne:  # view [1, k, T] as [k, T]
         out = replace(out, ne=ids.ne, nb=(*out.nb[1:3], 0, 0))
     call.launch(
@@ -190,6 +225,6 @@ def _record(call: Call, routing: Routing) -> None:
         "route",
         grid=scores.ne[1],
         block=32,
-        args=[argument(routing, out, ids, call.get("bias")), scores.tensor],
+        args=[argument(routing, out, ids, call), scores.tensor],
         shared=shared_bytes(routing),
     )

@@ -49,6 +49,7 @@ class Router(Struct):
         ("x", ctypes.c_uint64),
         ("scores", ctypes.c_uint64),
         ("route", Route),
+        ("held", ctypes.c_int32),
     )
 
 
@@ -60,7 +61,6 @@ class Chosen(Struct):
         ("ids", ctypes.c_uint64),
         ("shares", ctypes.c_uint64),
         ("used", ctypes.c_int32),
-        ("experts", ctypes.c_int32),
     )
 
 
@@ -120,8 +120,7 @@ def experts_of_token(node: Node, run: Run) -> Fused | None:
         "down": down,
         **dict(zip(("plus", "plus2"), plus)),
     }  # fmt: skip
-    if routing.bias is not None:
-        reads["bias"] = routing.bias
+    reads |= routing.reads
     if shared is not None and inner is not None:
         reads |= {
             "shared_up": inner["up"],
@@ -177,10 +176,10 @@ def _fits(scores: Node, routing: Routing, hidden: Node, product: Node, x: Node) 
         and ids.ne == (hidden.ne[1], 1, 1, 1)
         and ids.ne[0] <= MOST_USED
         and behind_reshapes(hidden["b"]) is x
-        and hidden["ids"] is ids
-        and product["ids"] is ids
+        and all(behind_reshapes(n["ids"]) is routing.local for n in (hidden, product))
         and hidden["up"].ne[0] == x.ne[0]
-        and hidden["up"].ne[2] == product[product.op.weights[0]].ne[2] == n
+        and hidden["up"].ne[2] == product[product.op.weights[0]].ne[2]
+        and (hidden["up"].ne[2] == n or routing.own is not None)
         and _is_few(product)
         and hidden.ne[0] % GROUP == 0
         and (bias is None or (bias.dtype is F32 and bias.contiguous))
@@ -228,7 +227,6 @@ def _record(call: Call, token: Token) -> None:
             weights_of(up, gate),
             call["fixed"].pointer,
             np.uint64(handed.ids),
-            np.int32(up.ne[2]),
             np.uint64(handed.groups),
             ACT[token.hidden.attrs["act"]],
             *limit,
@@ -246,7 +244,8 @@ def _gate(call: Call, token: Token, handed: Handed) -> None:
         w=call["router"].tensor,
         x=call["x"].ptr,
         scores=handed.scores,
-        route=argument(token.routing, shares, ids, call.get("bias")),
+        route=argument(token.routing, shares, ids, call),
+        held=call["up"].ne[2],
     )
     memory = shared_bytes(token.routing)
     if token.shared is None:
@@ -279,7 +278,6 @@ def _down(call: Call, token: Token, handed: Handed) -> None:
         ids=handed.ids,
         shares=handed.shares,
         used=token.used,
-        experts=down.ne[2],
     )
     plus = {name: (call.get(name) or ABSENT).ptr for name in ("plus", "plus2")}
     args: list[Argument] = [weights_of(down), chosen, Sums(out=call.out.ptr, **plus)]

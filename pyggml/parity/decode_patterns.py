@@ -3,7 +3,7 @@ products."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
@@ -46,8 +46,8 @@ from pyggml.ops import (
     top_k,
     view,
 )
+from pyggml.ops.leaf import constant, state
 from pyggml.ops.leaf import input as input_
-from pyggml.ops.leaf import state
 from pyggml.parity.pattern_maker import Maker, Pattern, T
 
 
@@ -250,11 +250,12 @@ def experts_of_token(
     n_shared: int = 0,
     grouped: bool = False,
     kept: bool = False,
+    own: Sequence[int] | None = None,
 ) -> Pattern:
     """The experts of one token, some with shared experts: routing by softmax behind the norm of a
     sum that is added again, or by groups with a bias and weights that are normalized, and clamped
     gates. kept: the sum is an output, too, and the normed row a part of a concat, which begins
-    anywhere.
+    anywhere. own: the experts that this device has among several; if none, one that nobody chooses.
 
     Lanes of `down` have one to three groups; its last tile of rows may not be full.
     """
@@ -276,6 +277,8 @@ def experts_of_token(
     else:
         ids = top_k(probs, k=used)
         shares = get_rows(reshape(probs, ne=(1, n, 1)), ids)
+    if own is not None:
+        n, ids = max(1, len(own)), ranks_of("own", ids, n, own)
     up, gate = (m.weight(name, k, n_ff, n, type=type) for name in ("up", "gate"))
     hidden = moe_up_gate(up, gate, reshape(x, ne=(k, 1, 1)), ids, limit=limit)
     y = mul_multi_add(mul_mat_id(m.weight("down", n_ff, rows, n, type=type), hidden, ids), shares)
@@ -285,6 +288,14 @@ def experts_of_token(
         y = add(y, mul_mat(m.weight("down_s", n_shared, rows, type="q8_0"), hidden))
     more = {"h": scale(h, s=2.0), "x": concat(m.floats("one", 1, 1), x, dim=0)} if kept else {}
     return m.done(y=y if grouped else add(h, y), **more)
+
+
+def ranks_of(name: str, ids: Node, n: int, own: Sequence[int]) -> Node:
+    """For ids of n experts, their numbers among those that a device has; -1 for others."""
+    table = np.full((n, 1), -1, np.int32)
+    table[list(own), 0] = np.arange(len(own))
+    flat = reshape(ids, ne=(ids.spec.elements,))
+    return reshape(get_rows(constant(table, name=name), flat), ne=ids.ne[:2])
 
 
 def absorbed_queries(
@@ -335,6 +346,13 @@ PATTERNS: dict[str, Callable[[Maker], Pattern]] = {
     "experts_of_token": partial(experts_of_token, n_shared=1056),
     "experts_of_token_alone": partial(experts_of_token, type="q8_0", n_ff=64, kept=True),
     "experts_of_token_grouped": partial(experts_of_token, type="q5_0", n_shared=96, grouped=True),
+    "experts_of_device": partial(experts_of_token, n_shared=96, own=range(1, 6)),
+    "experts_of_device_alone": partial(experts_of_token, type="q8_0", own=(11, 3, 8, 0, 6, 5, 2)),
+    "experts_of_device_grouped": partial(
+        experts_of_token, type="q5_0", n_shared=96, grouped=True, own=range(5, 12)
+    ),
+    "experts_of_others": partial(experts_of_token, n_shared=96, own=()),
+    "experts_of_others_alone": partial(experts_of_token, type="q8_0", grouped=True, own=()),
     "absorbed_queries": absorbed_queries,
     "absorbed_queries_q8_0": partial(absorbed_queries, type="q8_0", weights="q8_0"),
     "absorbed_queries_kept": partial(absorbed_queries, kept=True),

@@ -144,6 +144,19 @@ def given_routing(m: Maker) -> Pattern:
     return m.done(w=_normalized(probs, ids))
 
 
+def experts_of_devices(m: Maker) -> Pattern:
+    """Ids of the experts that a device has among several; those of all are an output once."""
+    outputs = {}
+    for name in ("own", "kept"):
+        probs = soft_max(m.floats(f"scores.{name}", 32, T))
+        ids = top_k(probs, k=6)
+        if name == "kept":
+            outputs["ids"] = ids
+        outputs[name] = decode_patterns.ranks_of(f"table.{name}", ids, 32, range(3, 21))
+        outputs[f"w.{name}"] = _normalized(probs, ids)
+    return m.done(**outputs)
+
+
 def _normalized(probs: Node, ids: Node) -> Node:
     """The probabilities of ids [6, T], divided by their sum and scaled, [1, 6, T]."""
     flat = reshape(get_rows(reshape(probs, ne=(1, probs.ne[0], T)), ids), ne=(6, T))
@@ -358,7 +371,7 @@ PATTERNS: dict[str, Callable[[Maker], Pattern]] = {
         for graph in (
             norm_and_products, norms_of_a_prompt,
             layer_norms, shared_activations, experts, grouped_experts,
-            root_routing, given_routing,
+            root_routing, given_routing, experts_of_devices,
             divided_weights, probabilities_kept, shared_mask, mask_kept, strided_mask,
             moved_position, gated, hidden_rows, chosen_rows, indexed_rows, moved_list,
             squares, odd_routing, flat_weights,

@@ -21,6 +21,7 @@ from pyggml.ops.copy import cast, cont, get_rows
 from pyggml.ops.elementwise import add
 from pyggml.ops.leaf import constant, constant_op, part_of, state_op
 from pyggml.ops.merge import lse_finish, lse_sum
+from pyggml.ops.moe import grouped_topk
 from pyggml.ops.reduce import top_k
 from pyggml.ops.views import reshape, view
 from pyggml.passes.bodies import Recursive, unwound
@@ -432,7 +433,7 @@ class Builder:
         whole = yield self.whole(ids, d)
         part = family[i]
         # Ids of a choice are never negative. Other ids find 1 more than the rank, and 0 for none.
-        sure = ids.base.op is top_k
+        sure = ids.base.op in (top_k, grouped_topk)
         table = np.full((n, 1), -1 if sure else 0, np.int32)
         table[part.start :: part.step][: part.n, 0] = np.arange(part.n) + (not sure)
         span = f"{part.start}+{part.n}x{part.step}"

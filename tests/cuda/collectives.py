@@ -223,8 +223,9 @@ class Kernels:
         with self._lock:
             if key not in self._loaded:
                 new = [k for k in self.known if k not in self._loaded]
-                self.folder.mkdir(exist_ok=True)
-                run = starter(self.folder, [Launch(*k, (1, 1, 1), (1, 1, 1), b"") for k in new])
+                folder = self.folder / str(len(self._loaded))  # a path is loaded once
+                folder.mkdir(parents=True)
+                run = starter(folder, [Launch(*k, (1, 1, 1), (1, 1, 1), b"") for k in new])
                 self._loaded |= dict.fromkeys(new, run)
             self._loaded[key](launch)
 

@@ -96,6 +96,52 @@ def test_parts_of_different_sizes_and_stages(nccl: Nccl, shard: dict[str, Any]) 
             same(found, runs[0])
 
 
+@pytest.mark.parametrize(
+    "shard",
+    [{"experts": 2, "rows": 2}, {"experts": (5, 1), "rows": (5, 1)}, {"experts": 2}],
+    ids=("both", "uneven", "experts"),
+)
+def test_experts_of_a_token(nccl: Nccl, shard: dict[str, Any]) -> None:
+    """A step on each GPU, of the experts that it has. Tokens that chose experts of one GPU only, of
+    the other only, and of both."""
+    k, n, used = 64, 12, 4
+    rng = np.random.default_rng(1)
+
+    def weight(name: str, *shape: int) -> gg.Node:
+        values = rng.standard_normal(shape).astype(np.float32) / 8
+        return gg.constant(values, dtype="q8_0", name=name)
+
+    router = np.zeros((n, k), np.float32)
+    router[:, 0] = np.arange(n) / 8
+    router[::3, 1] = 2
+    x = gg.input("x", ne=(k, 1))
+    rows = gg.mul(gg.rms_norm(x, eps=1e-6), gg.constant(np.ones(k, np.float32), name="norm"))
+    scores = gg.mul_mat(gg.constant(router, name="router"), rows)
+    probs = gg.sigmoid(scores)
+    ids = gg.top_k(probs, k=used)
+    shares = gg.get_rows(gg.reshape(probs, ne=(1, n, 1)), ids)
+    up, gate = (weight(name, n, 64, k) for name in ("up", "gate"))
+    hidden = gg.moe_up_gate(up, gate, gg.reshape(rows, ne=(k, 1, 1)), ids)
+    routed = gg.mul_multi_add(gg.mul_mat_id(weight("down", n, k, 64), hidden, ids), shares)
+    shared = gg.fused_up_gate(weight("up_s", 128, k), weight("gate_s", 128, k), rows)
+    y = gg.add(x, gg.add(routed, gg.mul_mat(weight("down_s", k, 128), shared)))
+    wanted, one = gg.compile({"y": y}), gg.compile({"y": y}, backends=PLACES, shard=shard)
+    ops = [{n.op for n in step.nodes} for split in one.splits for step in split.steps]
+    assert [gg.top_k in each for each in ops if gg.moe_up_gate in each] == [True, True]
+    parts = [
+        gg.compile({"y": y}, backends=PLACES, shard=shard, store=gg.Store(ranks=ranks))
+        for ranks in ranks_of(2)
+    ]
+    for first, second in ((4.0, 0.0), (-4.0, 0.0), (0.0, 4.0)):
+        inputs = {"x": rng.standard_normal((1, k), np.float32)}
+        inputs["x"][0, :2] = first, second
+        results = one.run(inputs)
+        np.testing.assert_allclose(results["y"], wanted.run(inputs)["y"], rtol=1e-3, atol=1e-2)
+        same(one.run(inputs), results)
+        for found in every([lambda part=part, inputs=inputs: part.run(inputs) for part in parts]):
+            same(found, results)
+
+
 def test_multicast_stays_off(nccl: Nccl, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")
     monkeypatch.delenv("NCCL_RUNTIME_CONNECT", raising=False)

@@ -66,7 +66,7 @@ def compare_all(
 #: Patterns whose kernels the host can run.
 ROUTING = (
     "experts", "grouped_experts", "root_routing", "given_routing", "divided_weights",
-    "flat_weights", "norm_and_products", "norms_of_a_prompt",
+    "flat_weights", "norm_and_products", "norms_of_a_prompt", "experts_of_devices",
 )  # fmt: skip
 DECODE = (*decode_patterns.PATTERNS, "latent_row_f16_normal", "latent_row_q8_0_neox")
 
@@ -89,6 +89,35 @@ def test_experts_make_their_columns_fixed_point(dtype: str, n_tokens: int, tmp_p
     inputs = {"x": random(n_tokens, 1, 256), "ids": rng.integers(-1, 10, (n_tokens, 18))}
     inputs["ids"] = np.minimum(inputs["ids"], 8).astype(np.int32)
     compare({"y": y}, inputs, tmp_path, 1e-6)
+
+
+def test_a_device_reads_only_its_chosen_experts(tmp_path: Path) -> None:
+    """The last three experts are chosen. All others are NaN, and so are all that a device has which
+    has none of these: its sum is 0."""
+    k, n, used, n_ff = 64, 8, 3, 32
+    router = gg.constant(np.outer(np.arange(n), np.ones(k)) / k, name="router")
+    inputs = {"x": np.abs(random(1, k))}
+
+    def experts(own: tuple[int, ...]) -> gg.Node:
+        def weight(name: str, *shape: int) -> gg.Node:
+            rows = quants.encode_rows(TYPES["q8_0"], random(len(own), *shape))
+            rows[[expert < n - used for expert in own], :, 1] = 0x7E  # of the first block's scale
+            return gg.constant(rows, dtype="q8_0", name=name)
+
+        x = gg.relu(gg.input("x", ne=(k, 1)))
+        probs = gg.soft_max(gg.mul_mat(router, x))
+        ids = gg.top_k(probs, k=used)
+        shares = gg.get_rows(gg.reshape(probs, ne=(1, n, 1)), ids)
+        ids = decode_patterns.ranks_of("own", ids, n, own)
+        up, gate, down = weight("up", n_ff, k), weight("gate", n_ff, k), weight("down", k, n_ff)
+        hidden = gg.moe_up_gate(up, gate, gg.reshape(x, ne=(k, 1, 1)), ids)
+        return gg.mul_multi_add(gg.mul_mat_id(down, hidden, ids), shares)
+
+    graphs = {str(own): ({"y": experts(own)}, inputs) for own in ((1, 6, 0, 5), (3, 0))}
+    for graph, result in zip(graphs, run_all([*graphs.values()], tmp_path)):
+        wanted = gg.compile(graphs[graph][0], backends=["numpy"]).run(inputs)["y"]
+        assert np.isfinite(wanted).all() and wanted.any() == ("6" in graph)
+        np.testing.assert_allclose(result["y"], wanted, rtol=1e-3, atol=1e-3 * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize(("k", "heads"), [(128, 4), (2816, 1)])

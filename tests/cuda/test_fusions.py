@@ -30,6 +30,7 @@ SCORES = "mul_mat soft_max_ext mul_mat"
 BOTH = "flash_attn_ext flash_attn_ext merge_lse rope_ext"
 SOFTMAX = "mul_mat soft_max_ext top_k get_rows"
 SIGMOID = "mul_mat sigmoid add grouped_topk get_rows sum_rows clamp div scale"
+OWN_SIGMOID = SIGMOID.replace("get_rows", "get_rows get_rows")
 EXPERTS = "moe_up_gate mul_mat_id"
 FIXED_NORM = "add rms_norm fixed_point mul"
 HALVES = "rms_norm halves mul"
@@ -44,6 +45,10 @@ FUSED = {
     "root_routing": ["softplus sqrt add top_k get_rows sum_rows clamp div scale"],
     "given_routing": ["softplus sqrt get_rows sum_rows clamp div scale"],
     "divided_weights": ["soft_max_ext add top_k get_rows sum_rows clamp div"],
+    "experts_of_devices": [
+        "soft_max_ext top_k get_rows get_rows sum_rows clamp div scale",
+        "soft_max_ext top_k get_rows sum_rows clamp div scale",
+    ],
     "probabilities_kept": [],
     "shared_mask": ["causal_mask flash_attn_ext"] * 2,
     "hidden_rows": ["causal_mask flash_attn_ext"] * 6,
@@ -92,6 +97,19 @@ FUSED = {
     ],
     "experts_of_token_alone": [FIXED_NORM, f"{SOFTMAX} {EXPERTS} mul_multi_add add"],
     "experts_of_token_grouped": [f"{SIGMOID} {EXPERTS} fused_up_gate mul_mat mul_multi_add add"],
+    "experts_of_device": [
+        FIXED_NORM,
+        f"{SOFTMAX} get_rows {EXPERTS} fused_up_gate mul_mat mul_multi_add add add",
+    ],
+    "experts_of_device_alone": [FIXED_NORM, f"{SOFTMAX} get_rows {EXPERTS} mul_multi_add add"],
+    "experts_of_device_grouped": [
+        f"{OWN_SIGMOID} {EXPERTS} fused_up_gate mul_mat mul_multi_add add"
+    ],
+    "experts_of_others": [
+        FIXED_NORM,
+        f"{SOFTMAX} get_rows {EXPERTS} fused_up_gate mul_mat mul_multi_add add add",
+    ],
+    "experts_of_others_alone": [f"{OWN_SIGMOID} {EXPERTS} mul_multi_add"],
     **{f"absorbed_queries{kind}": [f"rope_ext mul_mat concat {ROW}"] for kind in ("", "_q8_0")},
     "absorbed_queries_kept": [ROW],
     "gated": ["silu mul", "relu mul"],

@@ -10,17 +10,25 @@ from pyggml.backends.cuda.launch import Launch
 from tools.launches import KINDS, launches_of, layer_launches
 
 #: Launches of a token at 8192 rows.
-LAUNCHES = {"window": 22, "ratio_4": 28, "ratio_128": 22, "v32": 21, "glm_5": 21, "v2_lite": 11}
+LAUNCHES = {
+    "window": 22, "ratio_4": 28, "ratio_128": 22, "v3": 14, "v32": 21, "glm_5": 21, "v2_lite": 11,
+}  # fmt: skip
 
 
-def names(kind: str) -> list[str]:
-    records = [record for _, record in layer_launches(KINDS[kind])]
+def names(kind: str, gpus: int = 1) -> list[str]:
+    records = [record for _, record in layer_launches(KINDS[kind], gpus=gpus)]
     return [r.name.split("<")[0] if isinstance(r, Launch) else type(r).__name__ for r in records]
 
 
 @pytest.mark.parametrize("kind", LAUNCHES)
 def test_launches_of_a_decode_step(kind: str) -> None:
     assert len(names(kind)) == LAUNCHES[kind]
+
+
+@pytest.mark.parametrize("kind", ("v2_lite", "v3", "v32"))
+def test_a_layer_cut_over_gpus_has_two_sums_more(kind: str) -> None:
+    one, two = Counter(names(kind)), Counter(names(kind, gpus=2))
+    assert two - one == {"Collective": 2} and not one - two
 
 
 def test_a_compressor_is_one_launch_and_its_products_join_others() -> None:

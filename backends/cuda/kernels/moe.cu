@@ -43,6 +43,12 @@ __global__ void __launch_bounds__(32) route(const __grid_constant__ Route r, Ten
     begin();
     extern __shared__ Key keys[];
     const int token = blockIdx.x;
-    route_token(r, scores.ne[0], token, keys,
-                [&](int i) { return *scores.at<float>(i, token, 0, 0); });
+    route_token(
+        r, scores.ne[0], token, keys, [&](int i) { return *scores.at<float>(i, token, 0, 0); },
+        [&](int id, float weight) {
+            const int slot = threadIdx.x;
+            if (slot >= r.ids.ne[0]) return;
+            if (!r.given) *r.ids.at<int>(slot, token, 0, 0) = id;
+            *r.weights.at<float>(slot, token, 0, 0) = weight;
+        });
 }

@@ -12,6 +12,10 @@
 //
 // Who comes last is counted in `arrived`, which wraps around to 0 by itself: no launch before has to
 // clear it. All scores are read after that, so runs are equal bit by bit.
+//
+// A GPU may have a part of the experts. It scores and chooses among all of them, as the others do, and
+// a table says which are its own. Those come first, so that blocks of the slots behind them have
+// nothing to do, wherever a GPU puts them, and `down` knows where its sum ends.
 // Lost on paper: each block of up_gate chooses for itself, which is 1.5 us before it can read weights.
 // @kernel hot router
 // @kernel hot gate<{BLOCKS}>
@@ -34,15 +38,28 @@ constexpr int gate_blocks = F::code_bytes == 16 && F::high && F::super_bytes ? 1
 
 // -- router ---------------------------------------------------------------------------------------
 
-// Scores of experts: w [k, experts] times x [k].
+// Scores of experts: w [k, experts] times x [k]. held: experts whose weights are on this GPU.
 struct Router {
     Tensor w;
     const float* x;
     float* scores;
     Route route;
+    int held;
 };
 
 __device__ unsigned arrived;  // blocks of a launch that have left their score
+
+// Puts the experts that are here in front, in their order; -1 follows. By a warp, each lane of which
+// has a slot.
+__device__ __forceinline__ void put_first(const Router& r, int id, float share) {
+    const int lane = threadIdx.x, used = r.route.ids.ne[0];
+    const bool here = lane < used && id >= 0 && id < r.held;
+    const unsigned all = __ballot_sync(~0u, here), below = (1u << lane) - 1;
+    const int slot = here ? __popc(all & below) : __popc(all) + __popc(~all & below);
+    if (lane >= used) return;
+    *r.route.ids.at<int>(slot, 0, 0, 0) = here ? id : -1;
+    *r.route.weights.at<float>(slot, 0, 0, 0) = share;
+}
 
 // By all threads of block `expert`. Dynamic shared memory: that of `route_token`.
 __device__ __forceinline__ void score_expert(const Router& r, int expert) {
@@ -51,6 +68,10 @@ __device__ __forceinline__ void score_expert(const Router& r, int expert) {
     const int k = r.w.ne[0], n = r.w.ne[1], first = 4 * threadIdx.x;
     Four w = {};
     if (first < k) w = *(const Four*)(row + first);
+    if (threadIdx.x == 0) {  // the last block reads all of them
+        if (r.route.own) fetch_early(r.route.own + expert);
+        if (r.route.bias.data) fetch_early(r.route.bias.at<float>(expert, 0, 0, 0));
+    }
     begin();
     float sum = 0;
     for (int i = first; i < k; i += 4 * blockDim.x) {
@@ -70,7 +91,9 @@ __device__ __forceinline__ void score_expert(const Router& r, int expert) {
     __syncthreads();
     extern __shared__ Key keys[];
     if (last && threadIdx.x < 32)
-        route_token(r.route, n, 0, keys, [&](int i) { return __ldcg(r.scores + i); });
+        route_token(
+            r.route, n, 0, keys, [&](int i) { return __ldcg(r.scores + i); },
+            [&](int id, float share) { put_first(r, id, share); });
 }
 
 __global__ void __launch_bounds__(MOST_THREADS) router(const __grid_constant__ Router r) {
@@ -80,12 +103,11 @@ __global__ void __launch_bounds__(MOST_THREADS) router(const __grid_constant__ R
 // -- up and gate ----------------------------------------------------------------------------------
 
 // 32 rows of act(gate x) * (up x) as a group of fixed point; w[0] is up, w[1] is gate, x is in fixed
-// point. A quarter of the block's warps takes each of 4 tiles. present: whether there is an expert;
-// else the group is 0. EARLY: all weights are fetched into L2 at once, because the memory is idle.
+// point. A quarter of the block's warps takes each of 4 tiles. EARLY: all weights are fetched into L2
+// at once, because the memory is idle.
 template <class F, bool EARLY, class... Limit>
 __device__ __forceinline__ void gated_group(const Weights<F>& weights, int matrix, int number,
-                                            Groups x, unsigned char* to, bool present, int act,
-                                            Limit... limit) {
+                                            Groups x, unsigned char* to, int act, Limit... limit) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, share = blockDim.x / 128;
     const int tile = number * 4 + warp / share, groups = groups_of(weights.w[0]);
     const Table<F> table(0);
@@ -117,7 +139,7 @@ __device__ __forceinline__ void gated_group(const Weights<F>& weights, int matri
     float up = 0, gate = 0;
     for (int i = lane / 8 * share; i < (lane / 8 + 1) * share; ++i)
         up += parts[i][0][lane % 8], gate += parts[i][1][lane % 8];
-    const float value = present ? gated(act, gate, up, limit...) : 0.0f;
+    const float value = gated(act, gate, up, limit...);
     float four[4];
     for (int i = 0; i < 4; ++i) four[i] = __shfl_sync(~0u, value, (4 * lane + i) % 32);
     if (lane < 8) put_fixed<2>(four, to);
@@ -133,30 +155,30 @@ __global__ void __launch_bounds__(MOST_THREADS, gate_blocks<F>)
     if (group < 0)
         score_expert(r, blockIdx.x);
     else
-        gated_group<F, true>(weights, 0, group, x, out + group * group_bytes<2>, true, act, limit...);
+        gated_group<F, true>(weights, 0, group, x, out + group * group_bytes<2>, act, limit...);
 }
 
-// grid: groups of rows, slots. The launch before has chosen the experts.
+// grid: groups of rows, slots. The launch before has chosen the experts. What `down` does not read of
+// slots without one is not written.
 template <class F, class... Limit>
 __global__ void __launch_bounds__(MOST_THREADS, gate_blocks<F>)
-    up_gate(const __grid_constant__ Weights<F> weights, Groups x, const int* ids, int experts,
-            unsigned char* out, int act, Limit... limit) {
+    up_gate(const __grid_constant__ Weights<F> weights, Groups x, const int* ids, unsigned char* out, int act, Limit... limit) {
     wait_for_predecessor();
     const int id = ids[blockIdx.y];
-    const bool present = id >= 0 && id < experts;
-    gated_group<F, false>(weights, present ? id : 0, blockIdx.x, x,
-                          out + (blockIdx.y * gridDim.x + blockIdx.x) * group_bytes<2>, present, act,
-                          limit...);
+    if (id < 0) return;
+    gated_group<F, false>(weights, id, blockIdx.x, x,
+                          out + (blockIdx.y * gridDim.x + blockIdx.x) * group_bytes<2>, act, limit...);
 }
 
 // -- down -----------------------------------------------------------------------------------------
 
-// The chosen experts: of slot s the weights shares[s] and the groups of fixed point s.
+// The chosen experts: of slot s the weights shares[s] and the groups of fixed point s. Slots without
+// one come last.
 struct Chosen {
     const unsigned char* x;
     const int* ids;
     const float* shares;
-    int used, experts;
+    int used;
 };
 
 // out = sum + plus + plus2; what is absent is null.
@@ -171,12 +193,13 @@ template <class F, class Before>
 __device__ __forceinline__ void sum_experts(const Weights<F>& weights, const Chosen& p, const Sums& to,
                                             int first, int step, Before before) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tile = blockIdx.x;
-    const int groups = groups_of(weights.w[0]), n = p.used * groups;
+    const bool here = lane < p.used && p.ids[lane] >= 0;
+    const int groups = groups_of(weights.w[0]), n = groups * __popc(__ballot_sync(~0u, here));
     const Table<F> table(0);
     auto load = [&](int, int i) {
-        i = min(i, n - 1);
-        const int slot = i / groups, id = p.ids[slot];
-        const Row<F> row(weights.w[0], id >= 0 && id < p.experts ? id : 0, tile, lane % 8);
+        i = max(0, min(i, n - 1));
+        const int slot = i / groups;
+        const Row<F> row(weights.w[0], max(0, p.ids[slot]), tile, lane % 8);
         return load_group(row, i - slot * groups);
     };
     Rounds<F, 1, F::code_runs == 2 ? 1 : 2> rounds(load, first, step, n);

@@ -42,28 +42,51 @@ __device__ __forceinline__ Key least_key(Key key) {
 
 // p = sigmoid(scores) (gate 0), soft_max(scale scores) (1) or sqrt(softplus(scores)) (2); ids of the
 // best p (+ bias) unless given; weights = s p[ids] (/ their sum, clamped) + b. At most 32 ids. The p
-// of a given id that is no expert is 0.
+// of a given id that is no expert is 0. own: of each expert the number that this device has it under,
+// which then takes the place of the chosen id; -1 if another device has it. Null: ids stay as they are.
 struct Route {
     Tensor weights, ids, bias;
+    const int* own;
     int n_group, n_used, n_top, given, gate, divided;
     float scale, low, high, s, b;
 };
 
-// By the first warp of a block, with score(i) of n experts.
+// By the first warp of a block, with score(i) of n experts. All lanes call store(id, weight); those
+// from the number of ids on have none.
 // Each round takes the least key above the last one. Sorting all keys lost: 64 of them need 21
 // stages with a barrier each, and k is about 6.
-// memory: n keys, n_group keys, n p and n p + bias.
-template <class Score>
-__device__ __forceinline__ void route_token(const Route& r, int n, int token, Key* keys, Score score) {
+// memory: n keys, n_group keys, n p and n p + bias, and n numbers of `own`. All that is read from
+// memory is on its way at once.
+template <class Score, class Store>
+__device__ __forceinline__ void route_token(const Route& r, int n, int token, Key* keys, Score score,
+                                            Store store) {
     const int lane = threadIdx.x, k = r.ids.ne[0];
     Key* groups = keys + n;
     float *p = (float*)(groups + r.n_group), *chosen = p + n;
+    int* own = (int*)(chosen + n);
     const float infinity = __int_as_float(0x7f800000);
     float most = -infinity, sum = 0, base = 0, factor = 1;
-    for (int i = lane; i < n; i += 32) {
-        p[i] = score(i) * r.scale;
-        most = fmaxf(most, p[i]);
+    constexpr int BATCH = 4;
+    for (int first = 0; first < n; first += 32 * BATCH) {  // all lanes come to its end
+        float scores[BATCH], biases[BATCH] = {};
+        int numbers[BATCH] = {};
+        // Several lanes may have the last one.
+        auto at = [&](int j) { return min(first + 32 * j + lane, n - 1); };
+#pragma unroll
+        for (int j = 0; j < BATCH; ++j) {
+            scores[j] = score(at(j)) * r.scale;
+            if (r.bias.data) biases[j] = *r.bias.at<float>(at(j), 0, 0, 0);
+            if (r.own) numbers[j] = r.own[at(j)];
+        }
+        __syncwarp();  // or the compiler would wait for the first of them before it reads the last
+#pragma unroll
+        for (int j = 0; j < BATCH; ++j) {
+            p[at(j)] = scores[j], chosen[at(j)] = biases[j];
+            if (r.own) own[at(j)] = numbers[j];
+            most = fmaxf(most, scores[j]);
+        }
     }
+    __syncwarp();
     if (r.gate == 1) {
         most = warp_reduce<Max>(most);
         base = most == -infinity ? 0 : most;
@@ -73,7 +96,7 @@ __device__ __forceinline__ void route_token(const Route& r, int n, int token, Ke
     }
     for (int i = lane; i < n; i += 32) {
         p[i] = r.gate == 0 ? 1 / (1 + expf(-p[i])) : r.gate == 1 ? p[i] * factor : sqrtf(softplus(p[i]));
-        chosen[i] = r.bias.data ? p[i] + *r.bias.at<float>(i, 0, 0, 0) : p[i];
+        chosen[i] += p[i];
     }
     __syncwarp();
     int id = -1;
@@ -96,8 +119,6 @@ __device__ __forceinline__ void route_token(const Route& r, int n, int token, Ke
         sum = warp_reduce<Sum>(mine);
         by = r.s / (sum < r.low ? r.low : sum > r.high ? r.high : sum);  // like Clamp: NaN stays NaN
     }
-    if (lane < k) {
-        if (!r.given) *r.ids.at<int>(lane, token, 0, 0) = id;
-        *r.weights.at<float>(lane, token, 0, 0) = mine * by + r.b;
-    }
+    if (r.own && id >= 0 && id < n) id = own[id];
+    store(id, mine * by + r.b);
 }
