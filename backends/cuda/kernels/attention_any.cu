@@ -68,9 +68,9 @@ __global__ void __launch_bounds__(256) any(const __grid_constant__ Attention a) 
             q[r * PITCH + i] = query < a.n_q && h < ratio && i < a.d_k ? row[i] : 0;
     }
     if (t < M) top[t] = -INF, total[t] = 0;
-    const Walk<BN> walk = walk_of<LIST, BN>(a, i3, q0, q1, live, split);
-    auto list = list_of<LIST, BN, 8 * BN>(a, i3, head_kv, r0, live, split);
-    if (LIST && t < 8 * BN) list.turn(walk.first);
+    const auto walk = walk_of<LIST, BN>(a, i3, q0, q1, live, split);
+    auto list = list_of<LIST, BN, 8 * BN>(a, i3, q0, split);
+    if (t < 8 * BN) list.start([&] { return Row(a, i3, head_kv, r0, live, pitch); });
     // The row of the cache at place j of a tile, or a negative number.
     const auto row_at = [&](int j0, int j) {
         return LIST ? rows_of[j] : j0 + j < live ? j0 + j : -1;

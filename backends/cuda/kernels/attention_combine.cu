@@ -11,10 +11,10 @@
 
 // out = sum over splits, in order. A block computes one row and 32 x VEC columns. Each of its 8
 // warps takes every eighth split, and the warps are summed in order, so two runs are bit-equal. A
-// warp loads its first 16 splits before it knows their weights.
+// warp loads its first 8 splits before it knows their weights.
 template <int VEC>
 __global__ void __launch_bounds__(256) combine(const __grid_constant__ Attention a) {
-    constexpr int AHEAD = 16;
+    constexpr int AHEAD = 8;
     __shared__ float sums[8][32 * VEC];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const long long row = blockIdx.x;

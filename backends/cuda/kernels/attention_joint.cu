@@ -21,7 +21,7 @@ struct Joint {
 
 // grid: the splits of both sets, blocks of rows. LIST: the second set is of lists.
 template <class T, int DK, int MI, int WM, int WN, int BN, bool Q8, bool LIST>
-__global__ void __launch_bounds__(32 * WM * WN, 1) joint(const __grid_constant__ Joint p) {
+__global__ void __launch_bounds__(BOUND<MI, WM, WN>, 1) joint(const __grid_constant__ Joint p) {
     const int splits = p.sets[0].splits;
     if (blockIdx.x < splits)
         latent_block<T, DK, MI, WM, WN, BN, Q8, false>(p.sets[0], blockIdx.x);

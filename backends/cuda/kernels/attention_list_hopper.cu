@@ -58,9 +58,8 @@ __global__ void __launch_bounds__(384, 1) list_hopper(const __grid_constant__ At
     if (group == 2) {
         registers_give<72>();
         const int thread = threadIdx.x - 256, chunk = thread % 8, row = thread / 8;
-        Listed<BN, 128> list(a, i3, Row(a, i3, head_kv, r0, live, a.pitch), walk.first,
-                             walk.end, thread);
-        list.turn(walk.first);
+        Listed<BN, 128> list(a, i3, r0 / a.pitch, walk.first, walk.end, thread);
+        list.start([&] { return Row(a, i3, head_kv, r0, live, a.pitch); });
         release_successor();
         const char *k = a.k + head_kv * a.nb_k[1] + i3 * a.nb_k[2] + chunk * 16;
         for (int i = 0; i < 2 * pairs; ++i) {

@@ -119,6 +119,14 @@ __device__ __forceinline__ Span span(const Attention &a, int q0, int q1, int liv
     return s;
 }
 
+// The keys that query q sees. Nobody waits for other threads, unlike above.
+__device__ __forceinline__ Span span(const Attention &a, int q, int live) {
+    if (!a.pos) return {0, live, 0, live};
+    const int p = a.position(q), first = a.window ? max(0, p - (a.window - 1)) : 0;
+    const int last = p < live ? p + 1 : live;
+    return {first, last, first, last};
+}
+
 // Flags of an explicit mask over queries q0..q1 and keys j0..j1: LIVE alone means all zeros. Without
 // a map, as of a small mask, nothing is known about its elements.
 __device__ __forceinline__ int flags(const Attention &a, int i3, int q0, int q1, int j0, int j1) {
@@ -240,20 +248,26 @@ __device__ __forceinline__ float masked(const Attention &a, const Row &row, floa
 template <int BN, int THREADS>
 struct Listed {
     static constexpr int PLACES = BN * 8 / THREADS;
-    const char *ids;
+    const char *ids, *mask;
     const long long step, step_mask;
-    const Row row;  // its span and its mask are those of all rows of the query
-    const int end, thread;
+    const int first, end, thread;   // the first tile; the end of the places
+    int low, high;                  // of the keys that the query sees
     int id[PLACES], later[PLACES];  // of the next tile; of the one after it, as in the list
     float bias[PLACES];             // of the next tile
 
-    // Starts to read the ids of tile `first`. `turn` to that tile must follow. No keys from tile
-    // `last` on.
-    __device__ __forceinline__ Listed(const Attention &a, int i3, const Row &row, int first,
-                                      int last, int thread)
-        : ids(a.ids + row.query * a.nb_ids[1] + i3 * a.nb_ids[2]), step(a.nb_ids[0]),
-          step_mask(a.nb_mask[0]), row(row), end(min(a.n_ids, last * BN)), thread(thread) {
+    // Tiles first to last of the list. Reads nothing, so it need not wait for the predecessor.
+    __device__ __forceinline__ Listed(const Attention &a, int i3, int query, int first, int last,
+                                      int thread)
+        : ids(a.ids + query * a.nb_ids[1] + i3 * a.nb_ids[2]), step(a.nb_ids[0]),
+          step_mask(a.nb_mask[0]), first(first), end(min(a.n_ids, last * BN)), thread(thread) {}
+    // Makes the first tile the next one. The span and the mask of `row_of()` are those of all rows of
+    // the query; ids are on their way while they are read.
+    template <class RowOf>
+    __device__ __forceinline__ void start(RowOf row_of) {
         look(first);
+        const Row row = row_of();
+        low = row.first, high = row.last, mask = row.mask;
+        turn(first);
     }
     __device__ __forceinline__ int place(int i) const { return thread / 8 + i * (THREADS / 8); }
     __device__ __forceinline__ void look(int tile) {
@@ -267,11 +281,11 @@ struct Listed {
     __device__ __forceinline__ void turn(int tile) {
 #pragma unroll
         for (int i = 0; i < PLACES; ++i) {
-            const bool seen = later[i] >= row.first && later[i] < row.last;
+            const bool seen = later[i] >= low && later[i] < high;
             id[i] = seen ? later[i] : -1;
             bias[i] = !seen ? -INF
-                      : row.mask ? __half2float(*(const __half *)(row.mask + id[i] * step_mask))
-                                 : 0;
+                      : mask ? __half2float(*(const __half *)(mask + id[i] * step_mask))
+                             : 0;
         }
         look(tile + 1);
     }
@@ -428,29 +442,29 @@ struct Walk {
     }
 };
 
-// The list of a block that walks one, from its first tile on.
+// The list of a block that walks one.
 struct NoList {
-    __device__ void turn(int) {}
+    template <class RowOf>
+    __device__ void start(RowOf) {}
 };
 template <bool LIST, int BN, int THREADS>
-__device__ __forceinline__ auto list_of(const Attention &a, int i3, int head_kv, int r0, int live,
-                                        int split) {
+__device__ __forceinline__ auto list_of(const Attention &a, int i3, int query, int split) {
     if constexpr (LIST) {
-        const Walk<BN> walk(a, i3, split);
-        return Listed<BN, THREADS>(a, i3, Row(a, i3, head_kv, r0, live, a.pitch), walk.first,
-                                   walk.end, threadIdx.x);
+        const Walk<BN, false> walk(a, i3, split);
+        return Listed<BN, THREADS>(a, i3, query, walk.first, walk.end, threadIdx.x);
     } else {
         return NoList();
     }
 }
-// The walk of a block over all keys, or over the places of a list.
+// The walk of a block over all keys, or over the places of a list, which no map of a mask describes.
 template <bool LIST, int N>
-__device__ __forceinline__ Walk<N> walk_of(const Attention &a, int i3, int q0, int q1, int live,
+__device__ __forceinline__ Walk<N, !LIST> walk_of(const Attention &a, int i3, int q0, int q1, int live,
                                            int split) {
     if constexpr (LIST)
-        return Walk<N>(a, i3, split);
+        return Walk<N, false>(a, i3, split);
     else
-        return Walk<N>(a, i3, q0, q1, live, split);
+        return Walk<N>(a, i3, q0, q1, split,
+                       q0 == q1 ? span(a, q0, live) : span(a, q0, q1 + 1, live));
 }
 
 __device__ __forceinline__ bool finite_number(float x) { return fabsf(x) < INF; }

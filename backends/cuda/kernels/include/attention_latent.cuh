@@ -5,6 +5,11 @@
 
 constexpr int DV = 512;
 
+// The threads for which a block has registers. With 16 rows and 8 warps they are more than it has, so
+// that blocks of the next launch, which adds up the parts, find registers beside it.
+template <int MI, int WM, int WN>
+constexpr int BOUND = MI == 1 && WN == 8 ? 384 : 32 * WM * WN;
+
 // Shared memory: queries, tiles, weights. With q8_0 there are two raw tiles and one decoded tile.
 template <int DK, int M, int BN, bool Q8>
 struct LatentShape {
@@ -14,12 +19,99 @@ struct LatentShape {
     static constexpr int TILES = Q8 ? TILE + 2 * STAGE : 2 * STAGE, BYTES = Q + TILES + P;
 };
 
+// Sixteen rows of a block, as one of the BN / 8 warps that share them. A warp multiplies 32 keys of a
+// tile by a quarter of their elements, so its queries stay in registers, and products read only the
+// tile from shared memory. The quarters of a score meet there, where the queries were; then a warp has
+// whole rows, two keys a lane, and knows their maxima without the other warps.
+template <class T, int DK, int BN>
+struct Slice {
+    static constexpr int STEPS = DK / 64, PITCH = DK * 2;  // of 16 elements, in a quarter
+    static constexpr int LANES = BN / 2;                   // that share a row of scores
+    static_assert(4 * BN * sizeof(float) <= PITCH, "quarters take no more room than queries");
+    u32 queries[STEPS][4], at[4];  // addresses in a tile; steps n and n + 4 are 128 bytes apart
+    float *quarters;               // [4][16][BN]
+    int lane, quarter, group;      // group: of 32 keys
+    int row, key;                  // this lane's: two rows, two keys
+
+    // `rows` are the addresses of the queries in shared memory.
+    template <class Swizzled>
+    __device__ __forceinline__ Slice(char *rows, int warp, Swizzled swizzled)
+        : quarters((float *)rows), lane(threadIdx.x % 32), quarter(warp % 4), group(warp / 4),
+          row(warp * (128 / BN) + lane / LANES * 2), key(lane % LANES * 2) {
+        const int chunk = quarter * STEPS * 2;
+#pragma unroll
+        for (int n = 0; n < STEPS; ++n)
+            ldmatrix(queries[n], shared_address(rows) +
+                                     swizzled(lane & 15, chunk + 2 * n + (lane >> 4)));
+#pragma unroll
+        for (int n = 0; n < 4; ++n)
+            at[n] = swizzled(group * 32 + (lane >> 4) * 8 + (lane & 7),
+                             chunk + 2 * n + (lane >> 3 & 1));
+    }
+    __device__ __forceinline__ float *place(int quarter, int row, int key) const {
+        return quarters + (quarter * 16 + row) * BN + (key ^ (row & 3) * 8);
+    }
+    // Writes this warp's quarters of the products with a tile. A barrier must follow.
+    __device__ __forceinline__ void multiply(u32 tile) const {
+        float s[4][4] = {};
+#pragma unroll
+        for (int n = 0; n < STEPS; ++n)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                u32 b[4];
+                ldmatrix(b, tile + at[n % 4] + n / 4 * 128 + half * 16 * PITCH);
+                mma<T>(s[2 * half], queries[n], b[0], b[1]);
+                mma<T>(s[2 * half + 1], queries[n], b[2], b[3]);
+            }
+#pragma unroll
+        for (int c = 0; c < 4; ++c)
+#pragma unroll
+            for (int r = 0; r < 2; ++r)
+                *(float2 *)place(quarter, lane / 4 + 8 * r, group * 32 + c * 8 + lane % 4 * 2) =
+                    make_float2(s[c][2 * r], s[c][2 * r + 1]);
+    }
+    // The products of this lane's rows and keys.
+    __device__ __forceinline__ void sum(float (&s)[1][4]) const {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float2 x[4];
+#pragma unroll
+            for (int q = 0; q < 4; ++q) x[q] = *(const float2 *)place(q, row + r, key);
+            s[0][2 * r] = (x[0].x + x[1].x) + (x[2].x + x[3].x);
+            s[0][2 * r + 1] = (x[0].y + x[1].y) + (x[2].y + x[3].y);
+        }
+    }
+    static __device__ __forceinline__ void row_max(float (&x)[2]) {
+#pragma unroll
+        for (int by = LANES / 2; by; by /= 2)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) x[r] = fmaxf(x[r], __shfl_xor_sync(~0u, x[r], by));
+    }
+    static __device__ __forceinline__ float row_sum(float x) {
+#pragma unroll
+        for (int by = LANES / 2; by; by /= 2) x += __shfl_xor_sync(~0u, x, by);
+        return x;
+    }
+};
+struct NoSlice {
+    int row = 0, key = 0;
+};
+template <bool SLICED, class T, int DK, int BN, class Swizzled>
+__device__ __forceinline__ auto slice_of(char *rows, int warp, Swizzled swizzled) {
+    if constexpr (SLICED)
+        return Slice<T, DK, BN>(rows, warp, swizzled);
+    else
+        return NoSlice();
+}
+
 // Walks the share `part` of a's keys, for the rows of blockIdx.y and .z. All threads of a block call
 // it. It waits for the predecessor, as late as it may, and releases the successor.
 template <class T, int DK, int MI, int WM, int WN, int BN, bool Q8, bool LIST>
 __device__ __forceinline__ void latent_block(const Attention &a, int part) {
     constexpr int WARPS = WM * WN, THREADS = 32 * WARPS;
     constexpr int M = 16 * MI * WM, NT = BN / 8 / WN, NV = DV / 8 / WN;
+    constexpr bool SLICED = MI == 1;
+    static_assert(!SLICED || NT == 1, "a slice has BN / 8 warps");
     constexpr int PITCH_P = BN * 2;
     using Shape = LatentShape<DK, M, BN, Q8>;
     constexpr int PITCH = Shape::PITCH, RAW = Shape::RAW;
@@ -35,38 +127,46 @@ __device__ __forceinline__ void latent_block(const Attention &a, int part) {
         return row * PITCH + (chunk ^ (row & 7)) * 16;
     };
 
+    auto list = list_of<LIST, BN, THREADS>(a, i3, q0, part);
     if (a.early == NOTHING) wait_for_predecessor();
     const Queries<T, DK, M, WARPS> loaded(a, i3, head_kv, r0, warp, pitch);
     if (a.early == QUERIES) wait_for_predecessor();
     const int live = a.live();
-    auto list = list_of<LIST, BN, THREADS>(a, i3, head_kv, r0, live, part);
-    const Walk<BN> walk = walk_of<LIST, BN>(a, i3, q0, q1, live, part);
-    list.turn(walk.first);
+    list.start([&] { return Row(a, i3, head_kv, r0, live, pitch); });
+    const auto walk = walk_of<LIST, BN>(a, i3, q0, q1, live, part);
     const char *k = a.k + head_kv * a.nb_k[1] + i3 * a.nb_k[2];
+    // Copies a thread's eighth of a row: chunks 8 apart are 128 bytes apart in the tile too.
+    const auto copy_row = [&](char *to, int j, const char *from, bool real) {
+        const int chunk = threadIdx.x % 8;
+        const u32 at = shared_address(to) + swizzled(j, chunk);
+        from += chunk * 16;
+#pragma unroll
+        for (int c = 0; c < PITCH; c += 128) copy16(at + c, from + c, real);
+    };
     const auto fetch = [&](int t, int stage) {
         const int j0 = t * BN;
         char *to = ring + (Q8 ? Shape::TILE : 0) + stage * Shape::STAGE;
         if constexpr (LIST) {
-            constexpr int PIECE = Q8 ? 4 : 16, COUNT = (Q8 ? RAW : PITCH) / PIECE;
             list.fetch(t, biases[stage], [&](int i, int id) {
                 const int j = list.place(i);
                 const char *from = k + (id < 0 ? 0 : id * a.nb_k[0]);
+                if constexpr (Q8) {
 #pragma unroll 3
-                for (int c = threadIdx.x % 8; c < COUNT; c += 8)
-                    if constexpr (Q8)
-                        copy4(shared_address(to) + j * RAW + c * 4, from + c * 4, id >= 0);
-                    else
-                        copy16(shared_address(to) + swizzled(j, c), from + c * 16, id >= 0);
+                    for (int c = threadIdx.x % 8 * 4; c < RAW; c += 32)
+                        copy4(shared_address(to) + j * RAW + c, from + c, id >= 0);
+                } else {
+                    copy_row(to, j, from, id >= 0);
+                }
             });
         } else if constexpr (Q8) {
             fetch_raw<BN, RAW>(shared_address(to), k + j0 * a.nb_k[0], a.nb_k[0], live - j0,
                                threadIdx.x, THREADS);
         } else {
-            for (int i = threadIdx.x; i < BN * (DK / 8); i += THREADS) {
-                const int j = i / (DK / 8), c = i % (DK / 8);
+#pragma unroll
+            for (int i = 0; i < BN * 8 / THREADS; ++i) {
+                const int j = threadIdx.x / 8 + i * (THREADS / 8);
                 const bool real = j0 + j < live;
-                copy16(shared_address(to) + swizzled(j, c),
-                       k + (real ? (j0 + j) * a.nb_k[0] + c * 16 : 0), real);
+                copy_row(to, j, k + (real ? (j0 + j) * a.nb_k[0] : 0), real);
             }
         }
     };
@@ -82,16 +182,20 @@ __device__ __forceinline__ void latent_block(const Attention &a, int part) {
                  [&](int r, int i) { return (u32 *)(queries + swizzled(r, i / 8) + i % 8 * 2); });
     __syncthreads();
 
-    const int row0 = wm * MI * 16 + lane / 4;  // this thread's first row in the block
+    const int row0 = wm * MI * 16 + lane / 4;  // this thread's first row of sums in the block
+    const auto slice = slice_of<SLICED, T, DK, BN>(queries + wm * (16 * PITCH), wn, swizzled);
+    // The rows whose scores this thread turns to weights.
+    const auto own = [&](int i, int r) {
+        return SLICED ? wm * 16 + slice.row + r : row0 + 16 * i + 8 * r;
+    };
     float sums[MI][NV][4] = {}, m[MI][2], l[MI][2], factor[MI][2], slope[MI][2];
 #pragma unroll
     for (int i = 0; i < MI; ++i)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             m[i][r] = -INF, l[i][r] = 0;
-            factor[i][r] = factors[row0 + 16 * i + 8 * r];
-            const int row = r0 + row0 + 16 * i + 8 * r;
-            if (LIST) slope[i][r] = Row(a, i3, head_kv, row, live, pitch).slope;
+            factor[i][r] = factors[own(i, r)];
+            if (LIST) slope[i][r] = Row(a, i3, head_kv, r0 + own(i, r), live, pitch).slope;
         }
 
     for (int stage = 0; now < walk.end; stage ^= 1) {
@@ -103,81 +207,113 @@ __device__ __forceinline__ void latent_block(const Attention &a, int part) {
                                   [&](int r, int c) { return ring + swizzled(r, c); });
             __syncthreads();
         }
-        // Scores of this warp's rows and its NT x 8 keys. Even and odd steps have separate sums.
-        float s[MI][NT][4] = {}, odd[MI][NT][4] = {};
         const u32 at_q = shared_address(queries), at_k = shared_address(tile);
-#pragma unroll 2
-        for (int n = 0; n < DK / 32; ++n) {
-            u32 b[NT][4];
+        const bool bias = walk.biased(now), special = bias || a.softcap > 0 || walk.edge(now);
+        // Turns products of a row to scores; returns the factor still to be applied.
+        const auto score = [&](auto &s, int i, int r, int place) {
+            if constexpr (LIST) {
+                listed(a, s, 2 * r, factor[i][r], slope[i][r], biases[stage] + place);
+                return 1.f;
+            }
+            if (!special) return factor[i][r];
+            return masked(a, Row(a, i3, head_kv, r0 + own(i, r), live, pitch), s, 2 * r, factor[i][r],
+                          now * BN + place, bias);
+        };
+        // The weight of a pair of keys goes to shared memory.
+        const auto weigh = [&](float x, float y, int row, int key) {
+            *(u32 *)(weights + row * PITCH_P + (key / 8 ^ (row & (BN / 8 - 1))) * 16 + key % 8 * 2) =
+                pack2<T>(x, y);
+            return x + y;
+        };
+        float lost[MI][2];
+        if constexpr (SLICED) {
+            slice.multiply(at_k);
+            __syncthreads();
+            float s[1][4], left[2], top[2];
+            slice.sum(s);
 #pragma unroll
-            for (int i = 0; i < NT; ++i)
-                ldmatrix(b[i],
-                         at_k + swizzled((wn * NT + i) * 8 + (lane & 7), n * 4 + (lane >> 3)));
+            for (int r = 0; r < 2; ++r) {
+                left[r] = score(s, 0, r, slice.key);
+                top[r] = fmaxf(s[0][2 * r], s[0][2 * r + 1]);
+            }
+            slice.row_max(top);
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                top[r] = fmaxf(m[0][r], top[r] * left[r]);
+                const float base = finite(top[r]), less = exp2_fast(m[0][r] - base);
+                const float x = exp2_fast(fmaf(s[0][2 * r], left[r], -base));
+                const float y = exp2_fast(fmaf(s[0][2 * r + 1], left[r], -base));
+                m[0][r] = top[r];
+                l[0][r] = l[0][r] * less + weigh(x, y, own(0, r), slice.key);
+                if (slice.key == 0) tops[0][own(0, r)] = less;
+            }
+            __syncthreads();
+#pragma unroll
+            for (int r = 0; r < 2; ++r) lost[0][r] = tops[0][row0 + 8 * r];
+        } else {
+            // Scores of this warp's rows and its NT x 8 keys. Even and odd steps have separate sums.
+            float s[MI][NT][4] = {}, odd[MI][NT][4] = {};
+#pragma unroll 2
+            for (int n = 0; n < DK / 32; ++n) {
+                u32 b[NT][4];
+#pragma unroll
+                for (int i = 0; i < NT; ++i)
+                    ldmatrix(b[i],
+                             at_k + swizzled((wn * NT + i) * 8 + (lane & 7), n * 4 + (lane >> 3)));
+#pragma unroll
+                for (int i = 0; i < MI; ++i) {
+                    const int r = (wm * MI + i) * 16 + (lane & 15);
+                    u32 x[4], y[4];
+                    ldmatrix(x, at_q + swizzled(r, n * 4 + (lane >> 4)));
+                    ldmatrix(y, at_q + swizzled(r, n * 4 + 2 + (lane >> 4)));
+#pragma unroll
+                    for (int c = 0; c < NT; ++c) {
+                        mma<T>(s[i][c], x, b[c][0], b[c][1]);
+                        mma<T>(odd[i][c], y, b[c][2], b[c][3]);
+                    }
+                }
+            }
+            const int place = wn * NT * 8 + 2 * (lane & 3);
+            float left[MI][2];
 #pragma unroll
             for (int i = 0; i < MI; ++i) {
-                const int r = (wm * MI + i) * 16 + (lane & 15);
-                u32 x[4], y[4];
-                ldmatrix(x, at_q + swizzled(r, n * 4 + (lane >> 4)));
-                ldmatrix(y, at_q + swizzled(r, n * 4 + 2 + (lane >> 4)));
-#pragma unroll
-                for (int c = 0; c < NT; ++c) {
-                    mma<T>(s[i][c], x, b[c][0], b[c][1]);
-                    mma<T>(odd[i][c], y, b[c][2], b[c][3]);
-                }
-            }
-        }
-        const int place = wn * NT * 8 + 2 * (lane & 3), key = now * BN + place;
-        const bool bias = walk.biased(now), special = bias || a.softcap > 0 || walk.edge(now);
-        float left[MI][2];
-#pragma unroll
-        for (int i = 0; i < MI; ++i) {
-#pragma unroll
-            for (int c = 0; c < NT; ++c)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) s[i][c][e] += odd[i][c][e];
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                left[i][r] = LIST ? 1 : factor[i][r];
-                if constexpr (LIST)
-                    listed(a, s[i], 2 * r, factor[i][r], slope[i][r], biases[stage] + place);
-                else if (special)
-                    left[i][r] =
-                        masked(a, Row(a, i3, head_kv, r0 + row0 + 16 * i + 8 * r, live, pitch),
-                               s[i], 2 * r, factor[i][r], key, bias);
-                float top = -INF;
 #pragma unroll
                 for (int c = 0; c < NT; ++c)
-                    top = fmaxf(top, fmaxf(s[i][c][2 * r], s[i][c][2 * r + 1]));
-                top = quad_max(top) * left[i][r];
-                if (lane % 4 == 0) tops[wn][row0 + 16 * i + 8 * r] = top;
-            }
-        }
-        __syncthreads();
-        // The maximum of each row over all warps; the weights go to shared memory.
-        float lost[MI][2];
 #pragma unroll
-        for (int i = 0; i < MI; ++i)
+                    for (int e = 0; e < 4; ++e) s[i][c][e] += odd[i][c][e];
 #pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const int row = row0 + 16 * i + 8 * r;
-                float top = m[i][r];
+                for (int r = 0; r < 2; ++r) {
+                    left[i][r] = score(s[i], i, r, place);
+                    float top = -INF;
 #pragma unroll
-                for (int w = 0; w < WN; ++w) top = fmaxf(top, tops[w][row]);
-                const float base = finite(top);
-                lost[i][r] = exp2_fast(m[i][r] - base);
-                m[i][r] = top;
-                l[i][r] *= lost[i][r];
-#pragma unroll
-                for (int c = 0; c < NT; ++c) {
-                    const float x = exp2_fast(fmaf(s[i][c][2 * r], left[i][r], -base));
-                    const float y = exp2_fast(fmaf(s[i][c][2 * r + 1], left[i][r], -base));
-                    l[i][r] += x + y;
-                    const int chunk = wn * NT + c;
-                    *(u32 *)(weights + row * PITCH_P + (chunk ^ (row & (BN / 8 - 1))) * 16 +
-                             (lane & 3) * 4) = pack2<T>(x, y);
+                    for (int c = 0; c < NT; ++c)
+                        top = fmaxf(top, fmaxf(s[i][c][2 * r], s[i][c][2 * r + 1]));
+                    top = quad_max(top) * left[i][r];
+                    if (lane % 4 == 0) tops[wn][own(i, r)] = top;
                 }
             }
-        __syncthreads();
+            __syncthreads();
+            // The maximum of each row over all warps.
+#pragma unroll
+            for (int i = 0; i < MI; ++i)
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    float top = m[i][r];
+#pragma unroll
+                    for (int w = 0; w < WN; ++w) top = fmaxf(top, tops[w][own(i, r)]);
+                    const float base = finite(top);
+                    lost[i][r] = exp2_fast(m[i][r] - base);
+                    m[i][r] = top;
+                    l[i][r] *= lost[i][r];
+#pragma unroll
+                    for (int c = 0; c < NT; ++c) {
+                        const float x = exp2_fast(fmaf(s[i][c][2 * r], left[i][r], -base));
+                        const float y = exp2_fast(fmaf(s[i][c][2 * r + 1], left[i][r], -base));
+                        l[i][r] += weigh(x, y, own(i, r), place + 8 * c);
+                    }
+                }
+            __syncthreads();
+        }
         // Sums of this warp's rows and its NV x 8 columns.
 #pragma unroll
         for (int i = 0; i < MI; ++i)
@@ -208,9 +344,11 @@ __device__ __forceinline__ void latent_block(const Attention &a, int part) {
                 }
             }
         }
-        __syncthreads();
         now = walk.alive(now + 1);
-        if (next < walk.end) fetch(next, stage), next = walk.alive(next + 1);
+        if (next < walk.end) {
+            __syncthreads();  // all have read the tile that is replaced
+            fetch(next, stage), next = walk.alive(next + 1);
+        }
         copies_commit();
     }
 
@@ -218,8 +356,13 @@ __device__ __forceinline__ void latent_block(const Attention &a, int part) {
     for (int i = 0; i < MI; ++i)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const float sum = quad_sum(l[i][r]);
-            if (lane % 4 == 0) totals[wn][row0 + 16 * i + 8 * r] = sum;
+            float sum;
+            if constexpr (SLICED) sum = slice.row_sum(l[i][r]);
+            else sum = quad_sum(l[i][r]);
+            if (SLICED ? slice.key == 0 : lane % 4 == 0) {
+                totals[SLICED ? 0 : wn][own(i, r)] = sum;
+                if (SLICED) tops[1][own(i, r)] = m[i][r];
+            }
         }
     __syncthreads();
 #pragma unroll
@@ -231,8 +374,9 @@ __device__ __forceinline__ void latent_block(const Attention &a, int part) {
             const Row row(a, i3, head_kv, r0 + index, live, pitch);
             float total = 0;
 #pragma unroll
-            for (int w = 0; w < WN; ++w) total += totals[w][index];
+            for (int w = 0; w < (SLICED ? 1 : WN); ++w) total += totals[w][index];
             l[i][r] = total;
+            if (SLICED) m[i][r] = tops[1][index];
             if (row.query < 0) continue;
             const End to(a, i3, row, part, m[i][r], total, wn == 0 && lane % 4 == 0);
 #pragma unroll
