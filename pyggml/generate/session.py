@@ -15,6 +15,7 @@ from pyggml.generate import saved
 from pyggml.generate.decode import Choice, Decoder
 from pyggml.generate.plans import Plans, padded_rows, padded_tokens
 from pyggml.generate.sample import Sampler, greedy
+from pyggml.runtime.fixed import Fixed
 from pyggml.runtime.memory import Memory
 from pyggml.runtime.plan import Plan
 from pyggml.runtime.store import Store
@@ -103,8 +104,11 @@ class Session:
     def _run(self, part: Sequence[int], n_outputs: int, queue: _Queue | None = None) -> Logits:
         """Run a part, after those in the queue; the logits of its last `n_outputs` tokens."""
         past = len(self.tokens) if queue is None else queue.past
-        plan, arrays = self.prepared(past, part, n_outputs)
-        logits = plan.run(arrays).get("logits")
+        if len(part) == 1:
+            logits = self._fed(past, part[0], n_outputs).inputs.run().get("logits")
+        else:
+            plan, arrays = self.prepared(past, part, n_outputs)
+            logits = plan.run(arrays).get("logits")
         if queue is not None:
             queue.finish()
         self.tokens[past:] = part
@@ -120,7 +124,7 @@ class Session:
         valid until the next call."""
         n = len(part)
         if n == 1:
-            return self._prepared_step(past, part[0], n_outputs)
+            return self._fed(past, part[0], n_outputs).plan, self._token
         self.plans.reserve()
         every = n_outputs == n
         n_tokens = padded_tokens(n, self.n_batch)
@@ -139,19 +143,18 @@ class Session:
             arrays["outputs"] = np.array([n - 1], np.int32)
         return plan, arrays
 
-    def _prepared_step(
-        self, past: int, token: int, n_outputs: int
-    ) -> tuple[Plan, dict[str, NDArray[np.int32]]]:
-        """`prepared` for one token. A device waits for it in every step, so it makes no objects."""
+    def _fed(self, past: int, token: int, n_outputs: int) -> _Step:
+        """The step for one token, with its inputs. A device waits for it: it makes no objects."""
         n, step = past + 1, self._step
         if step is None or n not in step.rows or n_outputs != step.n_outputs:
             self.plans.reserve()
             most = padded_rows(n, self.n_ctx)
             plan = self.plan(*self.plans.sizes(1, most, n_outputs), n_outputs)
-            self._step = step = _Step(range(n, most + 1), n_outputs, plan)
+            inputs = Fixed(plan, self._token)
+            self._step = step = _Step(range(n, most + 1), n_outputs, plan, inputs)
         self.most = max(self.most, n)  # even if the run fails
         self._token["tokens"][0], self._token["pos"][0] = token, past
-        return step.plan, self._token
+        return step
 
     def plan(self, n_tokens: int, n_kv: int, n_outputs: int) -> Plan:
         """The plan for `n_tokens` tokens that attend to the first `n_kv` rows of full caches."""
@@ -275,11 +278,12 @@ class Session:
 
 
 class _Step(NamedTuple):
-    """The plan for one token that attends to any of these numbers of rows."""
+    """The plan for one token that attends to any of these numbers of rows, and its inputs."""
 
     rows: range
     n_outputs: int
     plan: Plan
+    inputs: Fixed
 
 
 class _Queue:

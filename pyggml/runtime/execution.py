@@ -9,6 +9,8 @@ from itertools import pairwise
 from time import perf_counter
 from typing import Any, Protocol
 
+from numpy.typing import NDArray
+
 from pyggml.backends.base import (
     Backend,
     Event,
@@ -24,7 +26,7 @@ from pyggml.node import Node
 from pyggml.passes.work import Split, Work
 from pyggml.runtime.carried import carry
 from pyggml.runtime.exchange import Exchange
-from pyggml.runtime.inputs import Bound, Inputs, Ready, Shared, same_memory
+from pyggml.runtime.inputs import Bound, Inputs, same_memory
 from pyggml.runtime.outputs import Output, Outputs
 from pyggml.runtime.slots import Slots
 from pyggml.runtime.store import Arena
@@ -140,33 +142,35 @@ class Execution:
         """
         return self._run(give, repeat, names)
 
-    def run_whole(self, ready: Ready, repeat: int, names: tuple[str, ...]) -> dict[str, Any] | None:
-        """What `run` does, and copies of the outputs, in one call of the device.
+    def whole(self, keys: tuple[str, ...], names: tuple[str, ...]) -> WholeRun | None:
+        """A run on host arrays for these inputs, with these outputs, as one call of the device.
 
-        None, and nothing has run, if the device does not offer that, if others take part, or if an
-        input is not an array of the host.
+        None if the device does not offer that, or if others take part.
         """
-        key = tuple(ready), names
-        whole = self._wholes[key] if key in self._wholes else self._whole(*key)
-        arrays = [array for array in ready.values() if not isinstance(array, Shared)]
-        if whole is None or len(arrays) < len(ready):
+        key = keys, names
+        if key not in self._wholes:
+            self._wholes[key] = self._prepared_whole(keys, names)
+        return self._wholes[key]
+
+    def _prepared_whole(self, keys: tuple[str, ...], names: tuple[str, ...]) -> WholeRun | None:
+        (backend, *others), actions = self.backends or (None,), self._actions or ()
+        if others or len(actions) != 1 or not isinstance(backend, RunsWhole):
             return None
+        downloads = self.outputs.downloads(names)
+        if downloads is None:
+            return None
+        uploads = [upload for _, upload in self.slots.uploads(keys)]
+        return backend.whole(uploads, self.runners[0], downloads)
+
+    def run_whole(
+        self, whole: WholeRun, arrays: Sequence[NDArray[Any]], repeat: int, names: Sequence[str]
+    ) -> dict[str, Any]:
+        """What `run` does, by that call, and copies of the outputs."""
         try:
             return dict(zip(names, whole(arrays, repeat)))
         except BaseException:
             self.abandon()
             raise
-
-    def _whole(self, keys: tuple[str, ...], names: tuple[str, ...]) -> WholeRun | None:
-        """The function for `run_whole`."""
-        (backend, *others), whole = self.backends or (None,), None
-        if not others and isinstance(backend, RunsWhole) and len(self._actions or ()) == 1:
-            downloads = self.outputs.downloads(names)
-            if downloads is not None:
-                uploads = [upload for _, upload in self.slots.uploads(keys)]
-                whole = backend.whole(uploads, self.runners[0], downloads)
-        self._wholes[keys, names] = whole
-        return whole
 
     def submit(self, give: Callable[[], None], names: Collection[str]) -> dict[str, Output]:
         """Like `run`, without waiting for the end."""

@@ -20,7 +20,7 @@ from pyggml.passes.work import Split, Work
 from pyggml.runtime.connections import connect
 from pyggml.runtime.exchange import Exchange
 from pyggml.runtime.execution import Execution, addresses
-from pyggml.runtime.inputs import Bound, Ready, together
+from pyggml.runtime.inputs import Bound, Ready, Shared, together
 from pyggml.runtime.kernels import kernels_of
 from pyggml.runtime.leaves import Need, Progress
 from pyggml.runtime.memory import Memory
@@ -125,6 +125,12 @@ class Plan:
         values of the last run.
         """
         return tuple(self._execution.runners) if self._execution is not None else ()
+
+    @property
+    def execution(self) -> Execution | None:
+        """The splits bound to memory: another object whenever that has changed. None before `bind`,
+        and if the store needs a larger arena; the next run binds again."""
+        return self._execution
 
     def kernels(self) -> list[Kernels]:
         """The kernels of each of `steps`, and why a step does not take a fast one.
@@ -317,13 +323,14 @@ class Plan:
 
         def action() -> dict[str, Any]:
             execution, shared = self._checked(ready), self.store.shared
-            results = None
-            if not self._bound and not shared.queued:
-                results = execution.run_whole(ready, count, names)
-            if results is None:
-                copies = execution.run(partial(self._give, ready, execution), count, names)
-                results = {name: copy() for name, copy in copies.items()}
-                shared.queued = frozenset()
+            arrays = [array for array in ready.values() if not isinstance(array, Shared)]
+            if len(arrays) == len(ready) and not self._bound and not shared.queued:
+                whole = execution.whole(tuple(ready), names)
+                if whole is not None:
+                    return execution.run_whole(whole, arrays, count, names)
+            copies = execution.run(partial(self._give, ready, execution), count, names)
+            results = {name: copy() for name, copy in copies.items()}
+            shared.queued = frozenset()
             return results
 
         return self._alone(action)

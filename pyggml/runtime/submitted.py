@@ -3,9 +3,9 @@
 `submit` is a method and not an option of `run`, because all keywords of `run` are inputs. The
 outputs' copies are queued with the run. Copying them in `result()` lost: the store's next run would
 have overwritten them, so each result would have had to be fetched before that, or refused. An
-object for calls with fixed inputs, made once and then called, lost too: what it would prepare, the
-plan keeps anyway (`Slots`, `Outputs`, `Execution.run_whole`), and users would have had a second way
-to run a plan.
+object for calls with fixed inputs, made once and then called, is not part of the API: most of what
+it would prepare, the plan keeps anyway (`Slots`, `Outputs`, `Execution.whole`), and users would
+have had a second way to run a plan. Sessions have one for a decode step (`Fixed`).
 """
 
 from __future__ import annotations

@@ -118,7 +118,8 @@ def test_a_run_returns_what_it_was_given(
 ) -> None:
     """Also after a run that was interrupted, and earlier results are as they were."""
     monkeypatch.setattr(prepared, "LEAST", least)
-    plan = gg.compile({"x": gg.input("x", ne=(6, 4))}, backends=["cuda"]).bind()
+    x = gg.input("x", ne=(6, 4))
+    plan = gg.compile({"x": x, "y": gg.relu(x)}, backends=["cuda"])
     before = plan.run(x=X)["x"]
 
     def begin() -> Callable[[], object]:
