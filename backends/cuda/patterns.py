@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pyggml import ops
 from pyggml.backends.cuda.attention.absorb import absorbed
+from pyggml.backends.cuda.attention.expand import expanded_keys
 from pyggml.backends.cuda.attention.flash import causal_attention
 from pyggml.backends.cuda.attention.joint import joint_attention
 from pyggml.backends.cuda.attention.latent_row import latent_row
@@ -41,6 +42,7 @@ PATTERNS: tuple[Pattern, ...] = (
     (experts_of_token, (ops.add, ops.mul_multi_add)),
     (sum_and_more, (ops.add,)),
     (absorbed, (ops.concat,)),
+    (expanded_keys, (ops.concat,)),
     (route, (ops.scale, ops.div, ops.get_rows)),
     (causal_attention, (ops.flash_attn_ext,)),
     (softmax_attention, (ops.mul_mat,)),

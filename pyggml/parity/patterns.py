@@ -32,6 +32,7 @@ from pyggml.ops import (
     norm,
     permute,
     relu,
+    repeat,
     reshape,
     rms_norm,
     rope_ext,
@@ -315,6 +316,23 @@ def moved_list(m: Maker) -> Pattern:
     return m.done(y=flash_attn_ext(q, k, k, mask, None, None, ids, scale=0.1))
 
 
+def keys_of_heads(m: Maker) -> Pattern:
+    """Keys of products for each head and a part that all share, of f16 and of f32. One product has
+    another reader, one has a single row."""
+    outputs = {}
+    sizes = ("f16", T, "f16"), ("f32", 9, "f32"), ("kept", T, "f16"), ("one", 1, "f16")
+    for name, n, type in sizes:
+        rows = m.floats(f"rows.{name}", 48, n, type="f16")
+        c, rope = view(rows, ne=(32, n)), view(rows, ne=(16, n), start=(32,))
+        product = mul_mat(m.weight(f"w.{name}", 32, 96, type="f16"), c, dtype=type)
+        heads = permute(reshape(product, ne=(24, 4, n)), axes=(0, 2, 1, 3))
+        shared = repeat(rope if type == "f16" else cast(rope, dtype=type), ne=(16, n, 4))
+        outputs[name] = concat(heads, shared, dim=0)
+        if name == "kept":
+            outputs["product"] = product
+    return m.done(**outputs)
+
+
 def _scores(
     m: Maker, name: str, mask: Node | None, type: str = "f16", sinks: Node | None = None
 ) -> Node:
@@ -374,7 +392,7 @@ PATTERNS: dict[str, Callable[[Maker], Pattern]] = {
             root_routing, given_routing, experts_of_devices,
             divided_weights, probabilities_kept, shared_mask, mask_kept, strided_mask,
             moved_position, gated, hidden_rows, chosen_rows, indexed_rows, moved_list,
-            squares, odd_routing, flat_weights,
+            squares, odd_routing, flat_weights, keys_of_heads,
             scores_of_heads, scores_bf16, scores_of_f32, scores_of_moved_position, scores_kept,
         )
     },

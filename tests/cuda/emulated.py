@@ -102,7 +102,7 @@ class _Planned:
             elif leaf.op is state_op:
                 data = np.zeros(leaf.spec.nbytes, np.uint8)
             else:
-                data = np.ascontiguousarray(inputs[leaf.attrs["name"]])
+                data = np.ascontiguousarray(inputs[leaf.attrs["name"]], leaf.dtype.numpy)
             memory.data[: data.nbytes] = data.reshape(-1).view(np.uint8)
             leaves[leaf] = Address(memory, 0, leaf.spec.nb, layout.name if layout else "plain")
         self.arena = Memory(work.placed.arenas["cuda:0"].nbytes)

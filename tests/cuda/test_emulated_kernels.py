@@ -66,7 +66,8 @@ def compare_all(
 #: Patterns whose kernels the host can run.
 ROUTING = (
     "experts", "grouped_experts", "root_routing", "given_routing", "divided_weights",
-    "flat_weights", "norm_and_products", "norms_of_a_prompt", "experts_of_devices",
+    "flat_weights", "norm_and_products", "norms_of_a_prompt", "keys_of_heads",
+    "experts_of_devices",
 )  # fmt: skip
 DECODE = (*decode_patterns.PATTERNS, "latent_row_f16_normal", "latent_row_q8_0_neox")
 

@@ -56,6 +56,7 @@ FUSED = {
     "indexed_rows": [],
     "moved_list": [],
     "mask_kept": [],
+    "keys_of_heads": ["mul_mat repeat concat"] * 2,
     "scores_of_heads": [f"causal_mask {SCORES}"] * 3 + [SCORES],
     "scores_bf16": [SCORES],
     "scores_of_f32": [SCORES],
