@@ -26,6 +26,7 @@ from pyggml.ops import (
     fused_up_gate,
     get_rows,
     grouped_topk,
+    lightning_indexer,
     merge_lse,
     moe_up_gate,
     mul,
@@ -324,6 +325,21 @@ def absorbed_queries(
     return m.done(queries=add(queries, row), rows=scale(rows, s=1.0), **more)
 
 
+def scored_rows(m: Maker, n: int = 12_300, k: int = 70) -> Pattern:
+    """Attention to the rows that an indexer chooses for one token. The mask raises k rows so far
+    that rounded scores give the same choice, and hides some."""
+    mask = np.zeros((1, n), np.float16)
+    mask[0, 17 * np.arange(k) * 10 % (n - 40)] = 3000
+    mask[0, n - 40 :] = -np.inf
+    m.inputs["mask"] = mask
+    q, w = m.floats("index_q", 128, 32, 1), m.floats("index_weights", 32, 1)
+    keys = m.floats("index_k", 128, n, type="f16")
+    ids = top_k(lightning_indexer(q, keys, w, input_("mask", "f16", ne=(n, 1))), k=k)
+    rows = m.floats("rows", 512, n, type="f16")
+    y = flash_attn_ext(m.floats("q", 512, 1, 16), rows, rows, ids=ids, scale=0.04)
+    return m.done(y=scale(y, s=1.0))
+
+
 PATTERNS: dict[str, Callable[[Maker], Pattern]] = {
     "norm_and_rope": norm_and_rope,
     "norm_rope_row_f16": partial(_norm_rope_row, type="f16", mode="normal"),
@@ -337,6 +353,7 @@ PATTERNS: dict[str, Callable[[Maker], Pattern]] = {
     "attention_to_a_window": attention_to_a_window,
     "attention_to_both": attention_to_both,
     "attention_to_both_bf16": partial(attention_to_both, type="bf16"),
+    "scored_rows": scored_rows,
     "attention_to_lists": partial(attention_to_both, listed=True, n_tokens=2),
     "attention_to_lists_q8_0": partial(attention_to_both, listed=True, type="q8_0", heads=20),
     "hyper_connections": hyper_connections,

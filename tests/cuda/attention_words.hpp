@@ -17,8 +17,14 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 inline __half2 __floats2half2_rn(float a, float b) { return {(__half)a, (__half)b}; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __ffsll(long long x) { return __builtin_ffsll(x); }
-inline void atomicMin(int* at, int x) { *at = min(*at, x); }
-inline void atomicMax(int* at, int x) { *at = max(*at, x); }
+template <class T>
+void atomicMin(T* at, T x) {
+    *at = min(*at, x);
+}
+template <class T>
+void atomicMax(T* at, T x) {
+    *at = max(*at, x);
+}
 inline float exp2_fast(float x) { return exp2f(x); }
 inline void wait_for_predecessor() {}
 inline void release_successor() {}

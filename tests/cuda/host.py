@@ -28,6 +28,7 @@ def on_host(text: str) -> str:
     text = re.sub(
         r'asm( volatile)?\("ld\..*?\);', "std::memcpy(&v, at, sizeof v);", text, flags=re.S
     )
+    text = re.sub(r'asm\("max\.NaN.*?\);', "y = x != x ? x : max(x, 0.0f);", text)
     return re.sub(r'asm\("prmt.*?\);', "r = byte_permutation(a, b, selector);", text, flags=re.S)
 
 

@@ -8,8 +8,14 @@ using u32 = unsigned int;
 using u64 = unsigned long long;
 #define __align__(n)
 inline int __ffsll(long long x) { return __builtin_ffsll(x); }
-inline void atomicMin(int* at, int x) { *at = min(*at, x); }
-inline void atomicMax(int* at, int x) { *at = max(*at, x); }
+template <class T>
+void atomicMin(T* at, T x) {
+    *at = min(*at, x);
+}
+template <class T>
+void atomicMax(T* at, T x) {
+    *at = max(*at, x);
+}
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float reciprocal_fast(float x) { return 1 / x; }
 #include "mma.hpp"
