@@ -208,7 +208,7 @@ def argument(routing: Routing, weights: Operand, ids: Operand, call: Call) -> Ro
 
 
 def shared_bytes(routing: Routing) -> int:
-    """Bytes of shared memory that `route_token` needs."""
+    """Bytes of shared memory that `choose` needs (`Places` of route.cuh)."""
     each = 16 if routing.ranks is None else 20
     return each * routing.scores.ne[0] + 8 * routing.groups[0]
 

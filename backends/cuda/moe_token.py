@@ -1,4 +1,5 @@
-"""The experts of one token: routing, up and gate, down, and the shared experts, as one step.
+"""The experts of one token, or of a few: routing, up and gate, down, and the shared experts, as one
+step.
 
 It has three launches (kernels/moe_token.cu). What they hand on is in scratch.
 """
@@ -6,6 +7,7 @@ It has three launches (kernels/moe_token.cu). What they hand on is in scratch.
 from __future__ import annotations
 
 import ctypes
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -18,7 +20,8 @@ from pyggml.backends.cuda.fusion import Fused, Run, behind_reshapes
 from pyggml.backends.cuda.geometry import blocks_for
 from pyggml.backends.cuda.launch import ABSENT, Call, Operand
 from pyggml.backends.cuda.linear.blocks import cpp_format, fixed_bytes, weights_of
-from pyggml.backends.cuda.linear.common import ACT, aligned, dense, in_blocks, limit_of
+from pyggml.backends.cuda.linear.common import ACT, FEW, aligned, dense, in_blocks
+from pyggml.backends.cuda.linear.routes import Product
 from pyggml.backends.cuda.moe import sums
 from pyggml.backends.cuda.moe_routing import (
     MOST,
@@ -30,6 +33,7 @@ from pyggml.backends.cuda.moe_routing import (
     shared_bytes,
 )
 from pyggml.backends.cuda.weights.formats import FORMATS
+from pyggml.backends.cuda.weights.packing import tiles_of
 from pyggml.dtypes import F32, I32
 from pyggml.node import Node
 from pyggml.ops.leaf import constant_op
@@ -39,6 +43,9 @@ FILE = "moe_token.cu"
 GROUP, TILE = 32, 8
 #: Warps on 132 multiprocessors that read as fast as the memory can, and the most of a block.
 WARPS, MOST_WARPS = 4224, 16
+#: The most bytes that a launch fetches into L2 for the next one, which holds 50 MB on an H100: more
+#: might be gone again before they are read.
+MOST_AHEAD = 16 << 20
 
 
 class Router(Struct):
@@ -46,28 +53,49 @@ class Router(Struct):
 
     _fields_ = (
         ("w", Tensor),
-        ("x", ctypes.c_uint64),
+        ("x", Tensor),
         ("scores", ctypes.c_uint64),
-        ("route", Route),
-        ("held", ctypes.c_int32),
+        ("bias", ctypes.c_uint64),
+        ("own", ctypes.c_uint64),
     )
 
 
-class Chosen(Struct):
-    """The struct `Chosen` of moe_token.cu."""
+class Choice(Struct):
+    """The struct `Choice` of moe_token.cu."""
+
+    _fields_ = (
+        ("scores", ctypes.c_uint64),
+        ("experts", ctypes.c_int32),
+        ("held", ctypes.c_int32),
+        ("route", Route),
+    )
+
+
+class Ahead(Struct):
+    """The struct `Ahead` of moe_token.cu."""
+
+    _fields_ = (
+        ("planes", ctypes.c_uint64 * 4),
+        ("tile_bytes", ctypes.c_int32 * 4),
+        ("tiles", ctypes.c_int32),
+    )
+
+
+class Gated(Struct):
+    """The struct `Gated` of moe_token.cu."""
 
     _fields_ = (
         ("x", ctypes.c_uint64),
-        ("ids", ctypes.c_uint64),
-        ("shares", ctypes.c_uint64),
-        ("used", ctypes.c_int32),
+        ("out", ctypes.c_uint64),
+        ("act", ctypes.c_int32),
+        ("limit", ctypes.c_float),
     )
 
 
 class Sums(Struct):
     """The struct `Sums` of moe_token.cu."""
 
-    _fields_ = tuple((name, ctypes.c_uint64) for name in ("out", "plus", "plus2"))
+    _fields_ = tuple((name, Tensor) for name in ("out", "plus", "plus2"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +112,15 @@ class Token:
     @property
     def used(self) -> int:
         return self.hidden.ne[1]
+
+    @property
+    def tokens(self) -> int:
+        return self.hidden.ne[2]
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of slot and token."""
+        return self.used * self.tokens
 
 
 def experts_of_token(node: Node, run: Run) -> Fused | None:
@@ -111,7 +148,7 @@ def experts_of_token(node: Node, run: Run) -> Fused | None:
     down = product[product.op.weights[0]]
     if not all(run.only(n, *nodes) for n in nodes[:-1]) or len(plus) > 2:
         return None
-    if not _are_blocks(hidden, down, run) or not all(_is_row(n) for n in (*plus, node)):
+    if not _are_blocks(hidden, down, run) or not all(_are_rows(n) for n in (*plus, node)):
         return None
     if not _fits(scores, routing, hidden, product, x):
         return None
@@ -148,7 +185,9 @@ def _shared_of(node: Node, x: Node, run: Run) -> Node | None:
 
 
 def _is_few(node: Node) -> bool:
-    return node.dtype is F32 and node.attrs["prec"] != "f32"
+    """Whether the product is bound by reading weights, or would be one for each pair anyway."""
+    plain = node.dtype is F32 and node.attrs["prec"] != "f32"
+    return plain and all(p.route == "vec" for p in Product.all_of(node))
 
 
 def _are_blocks(hidden: Node, down: Node, run: Run) -> bool:
@@ -158,26 +197,28 @@ def _are_blocks(hidden: Node, down: Node, run: Run) -> bool:
     return one and all(in_blocks(w.dtype) and w.root.op is constant_op for w in (up, gate, down))
 
 
-def _is_row(node: Node) -> bool:
-    return node.dtype is F32 and node.ne[0] == node.spec.elements and node.contiguous
+def _are_rows(node: Node) -> bool:
+    return node.dtype is F32 and node.ne[2:] == (1, 1) and node.contiguous
 
 
 def _fits(scores: Node, routing: Routing, hidden: Node, product: Node, x: Node) -> bool:
     router, ids, n = scores["a"], routing.ids, scores.ne[0]
     bias = routing.bias
     return (
-        _is_row(x)
-        and _is_row(scores)
+        _are_rows(x)
+        and _are_rows(scores)
         and router.dtype is F32
         and behind_reshapes(router).op is constant_op  # a view may begin anywhere
         and router.ne[0] % 4 == 0
         and ids.dtype is I32
         and n <= MOST
-        and ids.ne == (hidden.ne[1], 1, 1, 1)
+        and ids.ne == (hidden.ne[1], x.ne[1], 1, 1)
+        and x.ne[1] <= FEW
         and ids.ne[0] <= MOST_USED
         and behind_reshapes(hidden["b"]) is x
         and all(behind_reshapes(n["ids"]) is routing.local for n in (hidden, product))
         and hidden["up"].ne[0] == x.ne[0]
+        and hidden["b"].ne[1] == 1
         and hidden["up"].ne[2] == product[product.op.weights[0]].ne[2]
         and (hidden["up"].ne[2] == n or routing.own is not None)
         and _is_few(product)
@@ -190,16 +231,10 @@ def _fits(scores: Node, routing: Routing, hidden: Node, product: Node, x: Node) 
 
 
 def _sizes(token: Token) -> tuple[int, ...]:
-    """Bytes of scratch: scores, ids, shares, and the groups of experts and shared experts."""
-    n_ff, used = token.hidden.ne[:2]
+    """Bytes of scratch: scores, and the groups of experts and shared experts."""
     shared = 0 if token.shared is None else fixed_bytes(token.shared.ne, 2)
-    sizes = (
-        4 * token.routing.scores.ne[0],
-        4 * used,
-        4 * used,
-        used * fixed_bytes((n_ff, 1, 1, 1), 2),
-    )
-    return tuple(map(aligned, (*sizes, shared)))
+    sizes = 4 * token.routing.scores.spec.elements, fixed_bytes(token.hidden.ne, 2), shared
+    return tuple(map(aligned, sizes))
 
 
 class Handed(NamedTuple):
@@ -207,86 +242,122 @@ class Handed(NamedTuple):
     shared experts' hidden rows."""
 
     scores: int
-    ids: int
-    shares: int
     groups: int
     shared: int
 
 
 def _record(call: Call, token: Token) -> None:
     handed = Handed(*(call.scratch(size) for size in _sizes(token)))
-    _gate(call, token, handed)
-    up, gate, blocks = call["up"], call["gate"], call["up"].ne[1] // GROUP
-    limited, limit = limit_of(token.hidden.attrs)
-    call.launch(
-        FILE,
-        f"up_gate<{cpp_format(up)}{limited}>",
-        grid=(blocks, token.used),
-        block=_threads(up, blocks * token.used),
-        args=[
-            weights_of(up, gate),
-            call["fixed"].pointer,
-            np.uint64(handed.ids),
-            np.uint64(handed.groups),
-            ACT[token.hidden.attrs["act"]],
-            *limit,
-        ],
+    empty = (token.used, token.tokens, 1, 1)
+    choice = Choice(
+        scores=handed.scores,
+        experts=call["router"].ne[1],
+        held=call["up"].ne[2],
+        route=argument(token.routing, dense(0, empty, F32), dense(0, empty, I32), call),
     )
-    _down(call, token, handed)
+    _router(call, token, handed)
+    _up_gate(call, token, handed, choice)
+    _down(call, token, handed, choice)
 
 
-def _gate(call: Call, token: Token, handed: Handed) -> None:
-    """The router, and up and gate of the shared experts."""
+def _router(call: Call, token: Token, handed: Handed) -> None:
     k, experts = call["router"].ne[:2]
-    shares = dense(handed.shares, (token.used, 1, 1, 1), F32)
-    ids = dense(handed.ids, (token.used, 1, 1, 1), I32)
     router = Router(
         w=call["router"].tensor,
-        x=call["x"].ptr,
+        x=call["x"].tensor,
         scores=handed.scores,
-        route=argument(token.routing, shares, ids, call),
-        held=call["up"].ne[2],
+        **{name: (call.get(name) or ABSENT).ptr for name in ("bias", "own")},
     )
-    memory = shared_bytes(token.routing)
-    if token.shared is None:
-        threads = min(32 * MOST_WARPS, blocks_for(k, 128) * 32)
-        call.launch(FILE, "router", grid=experts, block=threads, args=[router], shared=memory)
-        return
-    up, gate, blocks = call["shared_up"], call["shared_gate"], token.shared.ne[0] // GROUP
-    limited, limit = limit_of(token.shared.attrs)
+    shared = (call.get(f"shared_{name}") for name in ("up", "gate", "down"))
     call.launch(
         FILE,
-        f"gate<{cpp_format(up)}{limited}>",
-        grid=experts + blocks,
-        block=_threads(up, experts + blocks),
-        args=[
-            router,
-            weights_of(up, gate),
-            call["fixed"].pointer,
-            np.uint64(handed.shared),
-            ACT[token.shared.attrs["act"]],
-            *limit,
-        ],
-        shared=memory,
+        f"router<{1 if token.tokens == 1 else FEW}>",
+        grid=experts,
+        block=32 * min(MOST_WARPS, max(4, blocks_for(k, 128))),
+        args=[router, *(_ahead(weight, 1) for weight in shared)],
     )
 
 
-def _down(call: Call, token: Token, handed: Handed) -> None:
+def _up_gate(call: Call, token: Token, handed: Handed, choice: Choice) -> None:
+    up, gate, rows = call["up"], call["gate"], call["up"].ne[1] // GROUP
+    args: list[Argument] = [
+        weights_of(up, gate),
+        _gated(call, token.hidden, handed.groups),
+        choice,
+        _ahead(call["down"], token.pairs),
+    ]
+    name, threads = f"up_gate<{cpp_format(up)}>", _threads(up, rows * token.pairs)
+    if token.shared is not None:
+        own = call["shared_up"]
+        first = blocks_for(own.ne[1] // GROUP, token.used)
+        name = f"up_gate_shared<{cpp_format(up)}, {cpp_format(own)}>"
+        args += [
+            weights_of(own, call["shared_gate"]),
+            _gated(call, token.shared, handed.shared),
+            np.int32(first),
+        ]
+        threads, rows = min(threads, _threads(own, 0)), rows + first
+    call.launch(
+        FILE,
+        name,
+        grid=(token.used, token.tokens, rows),
+        block=threads,
+        args=args,
+        shared=shared_bytes(token.routing),
+        early=True,
+    )
+
+
+def _gated(call: Call, node: Node, out: int) -> Gated:
+    limit = node.attrs["limit"]
+    return Gated(
+        x=call["fixed"].ptr,
+        out=out,
+        act=int(ACT[node.attrs["act"]]),
+        limit=math.inf if limit is None else limit,
+    )
+
+
+def _down(call: Call, token: Token, handed: Handed, choice: Choice) -> None:
     down, tiles = call["down"], blocks_for(call["down"].ne[1], TILE)
-    chosen = Chosen(
-        x=handed.groups,
-        ids=handed.ids,
-        shares=handed.shares,
-        used=token.used,
-    )
-    plus = {name: (call.get(name) or ABSENT).ptr for name in ("plus", "plus2")}
-    args: list[Argument] = [weights_of(down), chosen, Sums(out=call.out.ptr, **plus)]
+    plus = {name: (call.get(name) or ABSENT).tensor for name in ("plus", "plus2")}
+    args: list[Argument] = [
+        weights_of(down),
+        np.uint64(handed.groups),
+        choice,
+        Sums(out=call.out.tensor, **plus),
+    ]
     name = f"down<{cpp_format(down)}>"
     if token.shared is not None:
         own = call["shared_down"]
         name = f"down_shared<{cpp_format(down)}, {cpp_format(own)}>"
         args += [weights_of(own), np.uint64(handed.shared)]
-    call.launch(FILE, name, grid=tiles, block=32 * _warps(tiles), args=args, early=True)
+    call.launch(
+        FILE,
+        name,
+        grid=(token.tokens, tiles),
+        block=32 * _warps(tiles),
+        args=args,
+        shared=shared_bytes(token.routing),
+        early=True,
+    )
+
+
+def _ahead(weight: Operand | None, matrices: int) -> Ahead:
+    """The argument for a weight of which a launch reads so many matrices next."""
+    if weight is None or weight.layout != "tiles8":
+        return NOTHING_AHEAD
+    sizes, form = tiles_of(weight.dtype, weight.ne), FORMATS[weight.dtype.name]
+    at = sizes.at(weight.ptr)
+    each = tuple(TILE * sizes.groups * n for n in (form.codes, form.high, form.scale))
+    each += (TILE * sizes.blocks * form.super_,)
+    if sum(each) * sizes.tiles * matrices > MOST_AHEAD:
+        return NOTHING_AHEAD
+    planes = at.codes, at.high, at.scales, at.supers
+    return Ahead(planes=planes, tile_bytes=each, tiles=sizes.tiles)
+
+
+NOTHING_AHEAD = Ahead(planes=(0,) * 4, tile_bytes=(0,) * 4, tiles=0)
 
 
 def _warps(blocks: int) -> int:

@@ -252,42 +252,46 @@ def experts_of_token(
     grouped: bool = False,
     kept: bool = False,
     own: Sequence[int] | None = None,
+    n_tokens: int = 1,
 ) -> Pattern:
-    """The experts of one token, some with shared experts: routing by softmax behind the norm of a
-    sum that is added again, or by groups with a bias and weights that are normalized, and clamped
-    gates. kept: the sum is an output, too, and the normed row a part of a concat, which begins
+    """The experts of a few tokens, some with shared experts: routing by softmax behind the norm of
+    a sum that is added again, or by groups with a bias and weights that are normalized, and clamped
+    gates. kept: the sum is an output, too, and the normed rows a part of a concat, which begins
     anywhere. own: the experts that this device has among several; if none, one that nobody chooses.
 
     Lanes of `down` have one to three groups; its last tile of rows may not be full.
     """
     k, n, used, limit = 1056, 12, 6, 3.0 if grouped else None
     rows = 84 if grouped else k
-    h = x = m.floats("x", k, 1)
+    h = x = m.floats("x", k, n_tokens)
     if not grouped:
-        h = add(x, m.floats("o", k, 1))
+        h = add(x, m.floats("o", k, n_tokens))
         x = mul(rms_norm(h, eps=1e-6), m.floats("norm", k))
     scores = mul_mat(m.weight("router", k, n), x, prec="f32")
     probs = sigmoid(scores) if grouped else soft_max(scores)
+    table = reshape(probs, ne=(1, n, n_tokens))
     if grouped:
         ids = grouped_topk(
             add(probs, m.weight("bias", n)), n_group=4, n_group_used=3, n_top=2, k=used
         )
-        shares = reshape(get_rows(reshape(probs, ne=(1, n, 1)), ids), ne=(used, 1))
+        shares = reshape(get_rows(table, ids), ne=(used, n_tokens))
         total = clamp(sum_rows(shares), min=6e-5, max=float("inf"))
-        shares = scale(reshape(div(shares, total), ne=(1, used, 1)), s=2.5)
+        shares = scale(reshape(div(shares, total), ne=(1, used, n_tokens)), s=2.5)
     else:
         ids = top_k(probs, k=used)
-        shares = get_rows(reshape(probs, ne=(1, n, 1)), ids)
+        shares = get_rows(table, ids)
     if own is not None:
         n, ids = max(1, len(own)), ranks_of("own", ids, n, own)
     up, gate = (m.weight(name, k, n_ff, n, type=type) for name in ("up", "gate"))
-    hidden = moe_up_gate(up, gate, reshape(x, ne=(k, 1, 1)), ids, limit=limit)
+    hidden = moe_up_gate(up, gate, reshape(x, ne=(k, 1, n_tokens)), ids, limit=limit)
     y = mul_multi_add(mul_mat_id(m.weight("down", n_ff, rows, n, type=type), hidden, ids), shares)
     if n_shared:
         up, gate = (m.weight(f"{name}_s", k, n_shared, type="q8_0") for name in ("up", "gate"))
         hidden = fused_up_gate(up, gate, x, limit=limit)
         y = add(y, mul_mat(m.weight("down_s", n_shared, rows, type="q8_0"), hidden))
-    more = {"h": scale(h, s=2.0), "x": concat(m.floats("one", 1, 1), x, dim=0)} if kept else {}
+    more = {}
+    if kept:
+        more = {"h": scale(h, s=2.0), "x": concat(m.floats("one", 1, n_tokens), x, dim=0)}
     return m.done(y=y if grouped else add(h, y), **more)
 
 
@@ -370,6 +374,14 @@ PATTERNS: dict[str, Callable[[Maker], Pattern]] = {
     ),
     "experts_of_others": partial(experts_of_token, n_shared=96, own=()),
     "experts_of_others_alone": partial(experts_of_token, type="q8_0", grouped=True, own=()),
+    "experts_of_two_tokens": partial(experts_of_token, type="q8_0", n_shared=96, n_tokens=2),
+    "experts_of_tokens": partial(
+        experts_of_token, type="q5_0", n_ff=64, n_shared=96, grouped=True, n_tokens=3
+    ),
+    "experts_of_tokens_and_device": partial(
+        experts_of_token, n_ff=64, n_shared=96, own=range(1, 6), n_tokens=3
+    ),
+    "experts_of_tokens_alone": partial(experts_of_token, n_ff=64, kept=True, n_tokens=8),
     "absorbed_queries": absorbed_queries,
     "absorbed_queries_q8_0": partial(absorbed_queries, type="q8_0", weights="q8_0"),
     "absorbed_queries_kept": partial(absorbed_queries, kept=True),

@@ -92,24 +92,32 @@ FUSED = {
         ]
         for kind in ("", "_of_tokens", "_of_three")
     },
-    "experts_of_token": [
-        FIXED_NORM,
-        f"{SOFTMAX} {EXPERTS} fused_up_gate mul_mat mul_multi_add add add",
-    ],
-    "experts_of_token_alone": [FIXED_NORM, f"{SOFTMAX} {EXPERTS} mul_multi_add add"],
-    "experts_of_token_grouped": [f"{SIGMOID} {EXPERTS} fused_up_gate mul_mat mul_multi_add add"],
-    "experts_of_device": [
-        FIXED_NORM,
-        f"{SOFTMAX} get_rows {EXPERTS} fused_up_gate mul_mat mul_multi_add add add",
-    ],
+    **{
+        f"experts_of_{tokens}": [
+            FIXED_NORM,
+            f"{SOFTMAX} {EXPERTS} fused_up_gate mul_mat mul_multi_add add add",
+        ]
+        for tokens in ("token", "two_tokens")
+    },
+    **{
+        f"experts_of_{tokens}_alone": [FIXED_NORM, f"{SOFTMAX} {EXPERTS} mul_multi_add add"]
+        for tokens in ("token", "tokens")
+    },
+    **{
+        f"experts_of_{tokens}": [f"{SIGMOID} {EXPERTS} fused_up_gate mul_mat mul_multi_add add"]
+        for tokens in ("token_grouped", "tokens")
+    },
     "experts_of_device_alone": [FIXED_NORM, f"{SOFTMAX} get_rows {EXPERTS} mul_multi_add add"],
     "experts_of_device_grouped": [
         f"{OWN_SIGMOID} {EXPERTS} fused_up_gate mul_mat mul_multi_add add"
     ],
-    "experts_of_others": [
-        FIXED_NORM,
-        f"{SOFTMAX} get_rows {EXPERTS} fused_up_gate mul_mat mul_multi_add add add",
-    ],
+    **{
+        f"experts_of_{part}": [
+            FIXED_NORM,
+            f"{SOFTMAX} get_rows {EXPERTS} fused_up_gate mul_mat mul_multi_add add add",
+        ]
+        for part in ("device", "others", "tokens_and_device")
+    },
     "experts_of_others_alone": [f"{OWN_SIGMOID} {EXPERTS} mul_multi_add"],
     **{f"absorbed_queries{kind}": [f"rope_ext mul_mat concat {ROW}"] for kind in ("", "_q8_0")},
     "absorbed_queries_kept": [ROW],

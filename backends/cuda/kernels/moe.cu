@@ -38,17 +38,15 @@ __global__ void grouped_topk(Tensor out, Tensor a, int padded, int n_group, int 
         *out.at<int>(i, i1, i2, i3) = (int)(unsigned)keys[i];
 }
 
-// The whole routing, one warp per token. Shared memory: as `route_token` says.
+// The whole routing, one warp per token. Shared memory: as `Places` says.
 __global__ void __launch_bounds__(32) route(const __grid_constant__ Route r, Tensor scores) {
     begin();
-    extern __shared__ Key keys[];
-    const int token = blockIdx.x;
-    route_token(
-        r, scores.ne[0], token, keys, [&](int i) { return *scores.at<float>(i, token, 0, 0); },
-        [&](int id, float weight) {
-            const int slot = threadIdx.x;
-            if (slot >= r.ids.ne[0]) return;
-            if (!r.given) *r.ids.at<int>(slot, token, 0, 0) = id;
-            *r.weights.at<float>(slot, token, 0, 0) = weight;
-        });
+    extern __shared__ Key memory[];
+    const int token = blockIdx.x, n = scores.ne[0], k = r.ids.ne[0], slot = threadIdx.x;
+    const Places at(r, n, memory);
+    const int id = choose(r, n, token, k, at, [&](int i) { return *scores.at<float>(i, token, 0, 0); });
+    const float weight = weight_of(r, n, at, id);
+    if (slot >= k) return;
+    if (!r.given) *r.ids.at<int>(slot, token, 0, 0) = number_of(r, n, at, id);
+    *r.weights.at<float>(slot, token, 0, 0) = weight;
 }

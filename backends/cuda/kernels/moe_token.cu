@@ -1,27 +1,34 @@
-// A feed-forward layer of experts for one token, in three launches:
+// A feed-forward layer of experts for one token, or for a few, in three launches:
 //
-//   gate     scores of the router; the block that ends last chooses the experts. Beside it up and
-//            gate of the shared experts, whose weights are on their way meanwhile
-//   up_gate  up and gate of the chosen experts
+//   router   scores of the experts
+//   up_gate  up and gate of the shared experts, and beside them of the chosen ones
 //   down     their weighted sum through down, that of the shared experts, and what else is added
 //
-// It was seven launches of 2 us and more, three of which moved a few KB. V2-Lite in iq4_nl reads 7,
-// 19 and 13 MB. Blocks have 4 to 16 warps: two blocks of 16 fill a multiprocessor. A block of up and
-// gate computes 32 rows, so that it leaves a group of fixed point; else each block of down would have
-// to make 352 of them.
+// It was seven launches of 2 us and more for one token, three of which moved a few KB. V2-Lite in
+// iq4_nl reads 0.5, 26 and 13 MB. Blocks of up and gate compute 32 rows, so that they leave a group of
+// fixed point; else each block of down would have to make 352 of them. They have 4 to 16 warps: two
+// blocks of 16 fill a multiprocessor.
 //
-// Who comes last is counted in `arrived`, which wraps around to 0 by itself: no launch before has to
-// clear it. All scores are read after that, so runs are equal bit by bit.
+// Between the scores and the first expert's weights the memory would idle. So
+//   - each block of up_gate and of down chooses experts itself: a warp needs about 0.1 us for each slot,
+//     and a block only chooses until it knows its own. The blocks of down do so before they wait.
+//   - the shared experts do not wait for the router. They come first in the grid, and their places are
+//     free again when ids are known. `router` has fetched their weights into L2.
+//   - who has finished fetches into L2 what comes next: down of the shared experts, then down of the
+//     chosen ones, if it is not too much.
+// Lost: the last block of the router chose for all, beside the shared experts. That was a counter in
+// memory between two fences and one more way to ids, 6.9 us where the bytes take 2.3.
 //
 // A GPU may have a part of the experts. It scores and chooses among all of them, as the others do, and
-// a table says which are its own. Those come first, so that blocks of the slots behind them have
-// nothing to do, wherever a GPU puts them, and `down` knows where its sum ends.
-// Lost on paper: each block of up_gate chooses for itself, which is 1.5 us before it can read weights.
-// @kernel hot router
-// @kernel hot gate<{BLOCKS}>
-// @kernel gate<{SOME}, float>
+// a table says which are its own. Hidden rows of these stand in front, so that `down` knows where its
+// sum ends; blocks of other experts end at once.
+//
+// Several tokens: each pair of token and slot reads its expert, neighbors in the grid the same rows of
+// all experts; so what two tokens share comes from L2.
+// @kernel hot router<{1|8}>
 // @kernel hot up_gate<{BLOCKS}>
-// @kernel up_gate<{SOME}, float>
+// @kernel hot up_gate_shared<{BLOCKS}, $1>
+// @kernel up_gate_shared<q8_0, {q2_K|q4_K|q6_K|iq4_nl}>
 // @kernel hot down<{BLOCKS}>
 // @kernel hot down_shared<{BLOCKS}, $1>
 // @kernel down_shared<q8_0, {q2_K|q4_K|q6_K|iq4_nl}>
@@ -30,104 +37,150 @@
 
 using namespace tiles;
 
-constexpr int MOST_THREADS = 512;
+constexpr int MOST_THREADS = 512, MOST_WARPS = MOST_THREADS / 32, MOST_USED = 32;
 // Blocks of MOST_THREADS on a multiprocessor. Up and gate of 5 and 6 bits with scales of scales need
 // more registers; their blocks are half as large.
 template <class F>
 constexpr int gate_blocks = F::code_bytes == 16 && F::high && F::super_bytes ? 1 : 2;
 
-// -- router ---------------------------------------------------------------------------------------
-
-// Scores of experts: w [k, experts] times x [k]. held: experts whose weights are on this GPU.
-struct Router {
-    Tensor w;
-    const float* x;
-    float* scores;
-    Route route;
-    int held;
+// Weights that a later launch reads: bytes of a tile in each plane, and tiles of a matrix; none if they
+// are too many.
+struct Ahead {
+    const unsigned char* planes[4];
+    int tile_bytes[4], tiles;
 };
 
-__device__ unsigned arrived;  // blocks of a launch that have left their score
-
-// Puts the experts that are here in front, in their order; -1 follows. By a warp, each lane of which
-// has a slot.
-__device__ __forceinline__ void put_first(const Router& r, int id, float share) {
-    const int lane = threadIdx.x, used = r.route.ids.ne[0];
-    const bool here = lane < used && id >= 0 && id < r.held;
-    const unsigned all = __ballot_sync(~0u, here), below = (1u << lane) - 1;
-    const int slot = here ? __popc(all & below) : __popc(all) + __popc(~all & below);
-    if (lane >= used) return;
-    *r.route.ids.at<int>(slot, 0, 0, 0) = here ? id : -1;
-    *r.route.weights.at<float>(slot, 0, 0, 0) = share;
+// Fetches a part of a matrix into L2. By one thread. It asks for too much at both ends, up to 16 bytes.
+__device__ __forceinline__ void fetch_part(const Ahead& a, int matrix, int part, int parts) {
+#if __CUDA_ARCH__ >= 900
+    const int first = a.tiles * part / parts, end = a.tiles * (part + 1) / parts;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const unsigned bytes = a.tile_bytes[i] * (end - first);
+        const unsigned char* at = a.planes[i] + (matrix * (long long)a.tiles + first) * a.tile_bytes[i];
+        const unsigned before = (size_t)at & 15;
+        if (bytes)
+            asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at - before),
+                         "r"((before + bytes + 15) & ~15u));
+    }
+#endif
 }
 
-// By all threads of block `expert`. Dynamic shared memory: that of `route_token`.
-__device__ __forceinline__ void score_expert(const Router& r, int expert) {
+// -- router ---------------------------------------------------------------------------------------
+
+// Scores of experts: w [k, experts] times x [k, tokens]. bias, own: of Route, for the next launch.
+struct Router {
+    Tensor w, x;
+    float* scores;
+    const void *bias, *own;
+};
+
+// grid: experts. up, gate, next: of the shared experts; next is their down.
+template <int TOKENS>
+__global__ void __launch_bounds__(MOST_THREADS)
+    router(const __grid_constant__ Router r, const __grid_constant__ Ahead up,
+           const __grid_constant__ Ahead gate, const __grid_constant__ Ahead next) {
     using Four = Pack<float, 4>;
+    const int expert = blockIdx.x, k = r.w.ne[0], n = r.w.ne[1], tokens = r.x.ne[1];
+    const int warp = threadIdx.x / 32, first = 4 * threadIdx.x;
     const float* row = r.w.row<float>(expert, 0, 0);
-    const int k = r.w.ne[0], n = r.w.ne[1], first = 4 * threadIdx.x;
     Four w = {};
     if (first < k) w = *(const Four*)(row + first);
-    if (threadIdx.x == 0) {  // the last block reads all of them
-        if (r.route.own) fetch_early(r.route.own + expert);
-        if (r.route.bias.data) fetch_early(r.route.bias.at<float>(expert, 0, 0, 0));
+    if (threadIdx.x == 0) {
+        fetch_part(up, 0, expert, n), fetch_part(gate, 0, expert, n);
+        if (r.bias) fetch_early((const float*)r.bias + expert);
+        if (r.own) fetch_early((const int*)r.own + expert);
     }
     begin();
-    float sum = 0;
+    float sums[TOKENS] = {};
     for (int i = first; i < k; i += 4 * blockDim.x) {
         if (i > first) w = *(const Four*)(row + i);
-        const Four x = four_at(r.x + i);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) sum = fmaf(w.v[j], x.v[j], sum);
+        for (int t = 0; t < TOKENS; ++t) {
+            const Four x = four_at(r.x.row<float>(min(t, tokens - 1), 0, 0) + i);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) sums[t] = fmaf(w.v[j], x.v[j], sums[t]);
+        }
     }
-    sum = block_reduce<Sum>(sum, 0);
-    __shared__ bool last;
-    if (threadIdx.x == 0) {
-        r.scores[expert] = sum;
-        __threadfence();
-        last = atomicInc(&arrived, n - 1) == n - 1;
-        __threadfence();
+    __shared__ float parts[MOST_WARPS][TOKENS];
+#pragma unroll
+    for (int t = 0; t < TOKENS; ++t) {
+        sums[t] = warp_reduce<Sum>(sums[t]);
+        if (threadIdx.x % 32 == 0) parts[warp][t] = sums[t];
     }
     __syncthreads();
-    extern __shared__ Key keys[];
-    if (last && threadIdx.x < 32)
-        route_token(
-            r.route, n, 0, keys, [&](int i) { return __ldcg(r.scores + i); },
-            [&](int id, float share) { put_first(r, id, share); });
+    if (threadIdx.x < tokens) {
+        float sum = 0;
+        for (int i = 0; i < blockDim.x / 32; ++i) sum += parts[i][threadIdx.x];
+        r.scores[threadIdx.x * n + expert] = sum;
+    }
+    if (threadIdx.x == 32) fetch_part(next, 0, expert, n);
 }
 
-__global__ void __launch_bounds__(MOST_THREADS) router(const __grid_constant__ Router r) {
-    score_expert(r, blockIdx.x);
+// What experts are chosen by: scores [experts, tokens]. held: experts whose weights are on this GPU.
+struct Choice {
+    const float* scores;
+    int experts, held;
+    Route route;
+};
+
+// Of this lane's slot: the id, the expert's number here, -1 if it is not here, and its place among those
+// that are.
+struct Slot {
+    int id, number, place;
+};
+
+// Chooses the first `slots` slots of a token, a lane each. By the first warp of a block.
+__device__ __forceinline__ Slot slot_of(const Choice& c, int token, int slots, const Places& at) {
+    const float* scores = c.scores + token * c.experts;
+    const int id = choose(c.route, c.experts, token, slots, at, [&](int i) { return scores[i]; });
+    const int number = number_of(c.route, c.experts, at, id);
+    const bool here = number >= 0 && number < c.held;
+    const unsigned all = __ballot_sync(~0u, here), below = (1u << threadIdx.x) - 1;
+    return {id, here ? number : -1, __popc(all & below)};
 }
 
 // -- up and gate ----------------------------------------------------------------------------------
 
-// 32 rows of act(gate x) * (up x) as a group of fixed point; w[0] is up, w[1] is gate, x is in fixed
-// point. A quarter of the block's warps takes each of 4 tiles. EARLY: all weights are fetched into L2
-// at once, because the memory is idle.
-template <class F, bool EARLY, class... Limit>
-__device__ __forceinline__ void gated_group(const Weights<F>& weights, int matrix, int number,
-                                            Groups x, unsigned char* to, int act, Limit... limit) {
+// x [k, tokens] and the result are in fixed point. act(min(gate, limit)) * clamp(up, -limit, limit).
+struct Gated {
+    const unsigned char* x;
+    unsigned char* out;
+    int act;
+    float limit;
+};
+
+// The expert of a block, its group of rows, and the expert's place among those of the token. In shared
+// memory they hold no registers.
+struct Task {
+    int expert, number, place;
+};
+__device__ __forceinline__ Task& task() {
+    __shared__ Task task;
+    return task;
+}
+
+// 32 rows of up and gate (w[0] and w[1]) of token blockIdx.y as a group of fixed point: that of `task`.
+// A quarter of the block's warps takes each of 4 tiles. slots: the most experts of a token.
+template <class F>
+__device__ __forceinline__ void gated_group(const Weights<F>& weights, const Gated& p, int slots) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, share = blockDim.x / 128;
-    const int tile = number * 4 + warp / share, groups = groups_of(weights.w[0]);
+    const int matrix = task().expert, tile = task().number * 4 + warp / share;
+    const int groups = groups_of(weights.w[0]);
     const Table<F> table(0);
     const Row<F> rows[2] = {Row<F>(weights.w[0], matrix, tile, lane % 8),
                             Row<F>(weights.w[1], matrix, tile, lane % 8)};
     auto load = [&](int r, int i) { return load_group(rows[r], min(i, groups - 1)); };
     Rounds<F, 2, 1> rounds(load, warp % share * 4 + lane / 8, 4 * share, groups);
-    if (EARLY)
-        for (int i = rounds.first + rounds.step; i < groups; i += rounds.step)
-            rows[0].fetch(i), rows[1].fetch(i);
-    begin();
-    asm volatile("" : "+l"(x));  // nothing of it is read before
     table.ready();
     float sums[2] = {};
     rounds.each(table, load, [&](int i, const unsigned(&words)[2][8], const Scale(&scales)[2]) {
-        const Fixed<2> column([&](int j) { return load_global(x + i * group_bytes<2> + 16 * j); });
+        const Groups x = p.x + (blockIdx.y * groups + i) * group_bytes<2>;
+        const Fixed<2> column([&](int j) { return load_global(x + 16 * j); });
 #pragma unroll
         for (int r = 0; r < 2; ++r) sums[r] += dot_group<F, 2>(words[r], scales[r], column);
     });
-    __shared__ float parts[MOST_THREADS / 32][2][8];
+    __shared__ float parts[MOST_WARPS][2][8];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         sums[r] += __shfl_xor_sync(~0u, sums[r], 8);
@@ -139,120 +192,149 @@ __device__ __forceinline__ void gated_group(const Weights<F>& weights, int matri
     float up = 0, gate = 0;
     for (int i = lane / 8 * share; i < (lane / 8 + 1) * share; ++i)
         up += parts[i][0][lane % 8], gate += parts[i][1][lane % 8];
-    const float value = gated(act, gate, up, limit...);
+    const float value = gated(p.act, gate, up, p.limit);
     float four[4];
     for (int i = 0; i < 4; ++i) four[i] = __shfl_sync(~0u, value, (4 * lane + i) % 32);
-    if (lane < 8) put_fixed<2>(four, to);
+    const long long row = blockIdx.y * slots + task().place, parts_of_row = rows_of(weights.w[0]) / 32;
+    if (lane < 8) put_fixed<2>(four, p.out + (row * parts_of_row + task().number) * group_bytes<2>);
 }
 
-// grid: experts of the router, groups of rows of the shared experts. x: that of `router` in fixed
-// point. Dynamic shared memory: that of `route_token`.
-template <class F, class... Limit>
-__global__ void __launch_bounds__(MOST_THREADS, gate_blocks<F>)
-    gate(const __grid_constant__ Router r, const __grid_constant__ Weights<F> weights, Groups x,
-         unsigned char* out, int act, Limit... limit) {
-    const int group = blockIdx.x - r.w.ne[1];
-    if (group < 0)
-        score_expert(r, blockIdx.x);
-    else
-        gated_group<F, true>(weights, 0, group, x, out + group * group_bytes<2>, act, limit...);
+// The expert of slot blockIdx.x. number: of the group of rows. next: down of all experts.
+template <class F>
+__device__ __forceinline__ void chosen_group(const Weights<F>& weights, const Gated& p, const Choice& c,
+                                             const Ahead& next, int number) {
+    extern __shared__ Key memory[];
+    begin();
+    if (threadIdx.x < 32) {
+        const Places at(c.route, c.experts, memory);
+        const Slot slot = slot_of(c, blockIdx.y, blockIdx.x + 1, at);
+        if (threadIdx.x == blockIdx.x) task() = {slot.number, number, slot.place};
+    }
+    __syncthreads();
+    if (task().expert < 0) return;
+    gated_group<F>(weights, p, gridDim.x);
+    if (threadIdx.x == 32)
+        fetch_part(next, task().expert, task().number, rows_of(weights.w[0]) / 32);
 }
 
-// grid: groups of rows, slots. The launch before has chosen the experts. What `down` does not read of
-// slots without one is not written.
-template <class F, class... Limit>
+// grid: slots, tokens, groups of rows.
+template <class F>
 __global__ void __launch_bounds__(MOST_THREADS, gate_blocks<F>)
-    up_gate(const __grid_constant__ Weights<F> weights, Groups x, const int* ids, unsigned char* out, int act, Limit... limit) {
-    wait_for_predecessor();
-    const int id = ids[blockIdx.y];
-    if (id < 0) return;
-    gated_group<F, false>(weights, id, blockIdx.x, x,
-                          out + (blockIdx.y * gridDim.x + blockIdx.x) * group_bytes<2>, act, limit...);
+    up_gate(const __grid_constant__ Weights<F> weights, const __grid_constant__ Gated p,
+            const __grid_constant__ Choice c, const __grid_constant__ Ahead next) {
+    chosen_group<F>(weights, p, c, next, blockIdx.z);
+}
+
+// The same behind `first` layers of blocks for the groups of rows of the shared experts. x and weights
+// are older than the launch before.
+template <class F, class G>
+__global__ void __launch_bounds__(MOST_THREADS, gate_blocks<F> < gate_blocks<G> ? gate_blocks<F> : gate_blocks<G>)
+    up_gate_shared(const __grid_constant__ Weights<F> weights, const __grid_constant__ Gated p,
+                   const __grid_constant__ Choice c, const __grid_constant__ Ahead next,
+                   const __grid_constant__ Weights<G> shared, const __grid_constant__ Gated own, int first) {
+    if (blockIdx.z >= first) {
+        chosen_group<F>(weights, p, c, next, blockIdx.z - first);
+        return;
+    }
+    const int number = blockIdx.z * gridDim.x + blockIdx.x;
+    if (threadIdx.x == 0) task() = {0, number, 0};
+    __syncthreads();
+    if (number < rows_of(shared.w[0]) / 32) gated_group<G>(shared, own, 1);
+    begin();
 }
 
 // -- down -----------------------------------------------------------------------------------------
 
-// The chosen experts: of slot s the weights shares[s] and the groups of fixed point s. Slots without
-// one come last.
-struct Chosen {
-    const unsigned char* x;
-    const int* ids;
-    const float* shares;
-    int used;
-};
-
-// out = sum + plus + plus2; what is absent is null.
+// out = sum + plus + plus2, a row for each token; what is absent is null.
 struct Sums {
-    float* out;
-    const float *plus, *plus2;
+    Tensor out, plus, plus2;
 };
 
-// A tile of rows: `before` adds up other products, once the launch before has ended. This lane's
-// groups are first, first + step, .. of all slots.
+// A tile of rows of the chosen experts: x [groups, slots, tokens] in fixed point. `before` adds up
+// other products, once the launch before has ended. This lane's groups are first, first + step, .. of
+// all slots. Chooses before it waits: the launch before has not written scores.
 template <class F, class Before>
-__device__ __forceinline__ void sum_experts(const Weights<F>& weights, const Chosen& p, const Sums& to,
-                                            int first, int step, Before before) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tile = blockIdx.x;
-    const bool here = lane < p.used && p.ids[lane] >= 0;
-    const int groups = groups_of(weights.w[0]), n = groups * __popc(__ballot_sync(~0u, here));
+__device__ __forceinline__ void sum_experts(const Weights<F>& weights, Groups x, const Choice& c,
+                                            const Sums& to, int first, int step, Before before) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, token = blockIdx.x, tile = blockIdx.y;
+    const int groups = groups_of(weights.w[0]), used = c.route.ids.ne[0];
+    extern __shared__ Key memory[];
+    __shared__ int ids[MOST_USED], here;
+    __shared__ float shares[MOST_USED];
+    if (warp == 0) {
+        const Places at(c.route, c.experts, memory);
+        const Slot slot = slot_of(c, token, used, at);
+        const float share = weight_of(c.route, c.experts, at, slot.id);
+        if (slot.number >= 0) ids[slot.place] = slot.number, shares[slot.place] = share;
+        if (lane == 31) {
+            const int all = slot.place + (slot.number >= 0);
+            here = all;
+            if (all == 0) ids[0] = 0;  // read early even then
+        }
+    }
+    __syncthreads();
+    const int n = here * groups;
     const Table<F> table(0);
     auto load = [&](int, int i) {
         i = max(0, min(i, n - 1));
-        const int slot = i / groups;
-        const Row<F> row(weights.w[0], max(0, p.ids[slot]), tile, lane % 8);
-        return load_group(row, i - slot * groups);
+        const int slot = (unsigned)i / (unsigned)groups;
+        return load_group(Row<F>(weights.w[0], ids[slot], tile, lane % 8), i - slot * groups);
     };
     Rounds<F, 1, F::code_runs == 2 ? 1 : 2> rounds(load, first, step, n);
     begin();
-    Groups x = p.x;
-    asm volatile("" : "+l"(x));
-    const int i = tile * 8 + threadIdx.x;
-    const bool mine = threadIdx.x < 8 && i < rows_of(weights.w[0]);
+    x += (long long)token * used * groups * group_bytes<2>;
+    asm volatile("" : "+l"(x));  // nothing of it is read before
+    const int row = tile * 8 + threadIdx.x;
+    const bool mine = threadIdx.x < 8 && row < rows_of(weights.w[0]);
     float rest = 0;
-    if (mine && to.plus) rest = to.plus[i];
-    if (mine && to.plus2) rest += to.plus2[i];
+    if (mine && to.plus.data) rest = to.plus.row<float>(token, 0, 0)[row];
+    if (mine && to.plus2.data) rest += to.plus2.row<float>(token, 0, 0)[row];
     table.ready();
     float sum = before();
     rounds.each(table, load, [&](int i, const unsigned(&words)[1][8], const Scale(&scales)[1]) {
         const Fixed<2> column([&](int j) { return load_global(x + i * group_bytes<2> + 16 * j); });
-        sum = fmaf(p.shares[i / groups], dot_group<F, 2>(words[0], scales[0], column), sum);
+        sum = fmaf(shares[(unsigned)i / (unsigned)groups], dot_group<F, 2>(words[0], scales[0], column), sum);
     });
-    __shared__ float parts[MOST_THREADS / 32][8];
+    __shared__ float parts[MOST_WARPS][8];
     sum += __shfl_xor_sync(~0u, sum, 8);
     sum += __shfl_xor_sync(~0u, sum, 16);
-    if (lane < 8) parts[warp][lane] = sum;
+    if (threadIdx.x % 32 < 8) parts[threadIdx.x / 32][threadIdx.x % 32] = sum;
     __syncthreads();
     if (!mine) return;
     float total = 0;
-    for (int w = 0; w < blockDim.x / 32; ++w) total += parts[w][lane];
-    to.out[i] = total + rest;
+    for (int w = 0; w < blockDim.x / 32; ++w) total += parts[w][threadIdx.x];
+    to.out.row<float>(token, 0, 0)[row] = total + rest;
 }
 
-// grid: tiles of rows
+// grid: tokens, tiles of rows
 template <class F>
 __global__ void __launch_bounds__(MOST_THREADS, 2)
-    down(const __grid_constant__ Weights<F> weights, Chosen p, Sums to) {
+    down(const __grid_constant__ Weights<F> weights, Groups x, const __grid_constant__ Choice c,
+         Sums to) {
     const int own = threadIdx.x / 32 * 4 + threadIdx.x % 32 / 8;
-    sum_experts(weights, p, to, own, blockDim.x / 8, [] { return 0.0f; });
+    sum_experts(weights, x, c, to, own, blockDim.x / 8, [] { return 0.0f; });
 }
 
 // With the shared experts, whose groups come first: their weights do not depend on ids.
 template <class F, class G>
 __global__ void __launch_bounds__(MOST_THREADS, 2)
-    down_shared(const __grid_constant__ Weights<F> weights, Chosen p, Sums to,
-                const __grid_constant__ Weights<G> shared, Groups x) {
+    down_shared(const __grid_constant__ Weights<F> weights, Groups x, const __grid_constant__ Choice c,
+                const __grid_constant__ Sums to, const __grid_constant__ Weights<G> shared,
+                Groups shared_x) {
     const int lane = threadIdx.x % 32, own = threadIdx.x / 32 * 4 + lane / 8, step = blockDim.x / 8;
     const int groups = groups_of(shared.w[0]);
     const Table<G> table(0);
-    const Row<G> row(shared.w[0], 0, blockIdx.x, lane % 8);
+    const Row<G> row(shared.w[0], 0, blockIdx.y, lane % 8);
     auto load = [&](int, int i) { return load_group(row, min(i, groups - 1)); };
     Rounds<G, 1, 1> rounds(load, own, step, groups);
+    shared_x += (long long)blockIdx.x * groups * group_bytes<2>;
     const int turns = own < groups ? (groups - own + step - 1) / step : 0;
-    sum_experts(weights, p, to, own + turns * step - groups, step, [&] {
+    sum_experts(weights, x, c, to, own + turns * step - groups, step, [&] {
         table.ready();
         float sum = 0;
         rounds.each(table, load, [&](int i, const unsigned(&words)[1][8], const Scale(&scales)[1]) {
-            const Fixed<2> column([&](int j) { return load_global(x + i * group_bytes<2> + 16 * j); });
+            const Groups from = shared_x + i * group_bytes<2>;
+            const Fixed<2> column([&](int j) { return load_global(from + 16 * j); });
             sum += dot_group<G, 2>(words[0], scales[0], column);
         });
         return sum;

@@ -44,6 +44,7 @@ __device__ __forceinline__ Key least_key(Key key) {
 // best p (+ bias) unless given; weights = s p[ids] (/ their sum, clamped) + b. At most 32 ids. The p
 // of a given id that is no expert is 0. own: of each expert the number that this device has it under,
 // which then takes the place of the chosen id; -1 if another device has it. Null: ids stay as they are.
+// ids, weights [k, tokens]: without memory where a block keeps them.
 struct Route {
     Tensor weights, ids, bias;
     const int* own;
@@ -51,19 +52,28 @@ struct Route {
     float scale, low, high, s, b;
 };
 
-// By the first warp of a block, with score(i) of n experts. All lanes call store(id, weight); those
-// from the number of ids on have none.
+// What `choose` needs in shared memory: n keys, n_group keys, n p, n p + bias and n numbers of `own`,
+// if there is one.
+struct Places {
+    Key *keys, *groups;
+    float *p, *ranked;
+    int* own;
+
+    __device__ __forceinline__ Places(const Route& r, int n, Key* memory)
+        : keys(memory), groups(keys + n), p((float*)(groups + r.n_group)), ranked(p + n),
+          own((int*)(ranked + n)) {}
+};
+
+// In lane i the id of slot i, for the first `slots` slots; -1: none. By the first warp of a block, with
+// score(i) of n experts.
 // Each round takes the least key above the last one. Sorting all keys lost: 64 of them need 21
 // stages with a barrier each, and k is about 6.
-// memory: n keys, n_group keys, n p and n p + bias, and n numbers of `own`. All that is read from
-// memory is on its way at once.
-template <class Score, class Store>
-__device__ __forceinline__ void route_token(const Route& r, int n, int token, Key* keys, Score score,
-                                            Store store) {
-    const int lane = threadIdx.x, k = r.ids.ne[0];
-    Key* groups = keys + n;
-    float *p = (float*)(groups + r.n_group), *chosen = p + n;
-    int* own = (int*)(chosen + n);
+// All that is read from memory is on its way at once.
+template <class Score>
+__device__ __forceinline__ int choose(const Route& r, int n, int token, int slots, const Places& to,
+                                      Score score) {
+    const int lane = threadIdx.x;
+    float* p = to.p;
     const float infinity = __int_as_float(0x7f800000);
     float most = -infinity, sum = 0, base = 0, factor = 1;
     constexpr int BATCH = 4;
@@ -81,8 +91,8 @@ __device__ __forceinline__ void route_token(const Route& r, int n, int token, Ke
         __syncwarp();  // or the compiler would wait for the first of them before it reads the last
 #pragma unroll
         for (int j = 0; j < BATCH; ++j) {
-            p[at(j)] = scores[j], chosen[at(j)] = biases[j];
-            if (r.own) own[at(j)] = numbers[j];
+            p[at(j)] = scores[j], to.ranked[at(j)] = biases[j];
+            if (r.own) to.own[at(j)] = numbers[j];
             most = fmaxf(most, scores[j]);
         }
     }
@@ -96,29 +106,39 @@ __device__ __forceinline__ void route_token(const Route& r, int n, int token, Ke
     }
     for (int i = lane; i < n; i += 32) {
         p[i] = r.gate == 0 ? 1 / (1 + expf(-p[i])) : r.gate == 1 ? p[i] * factor : sqrtf(softplus(p[i]));
-        chosen[i] += p[i];
+        to.ranked[i] += p[i];
     }
     __syncwarp();
     int id = -1;
     if (r.given) {
-        if (lane < k) id = *r.ids.at<int>(lane, token, 0, 0);
-    } else {
-        make_keys(keys, n, groups, chosen, n, r.n_group, r.n_used, r.n_top, 32, [] { __syncwarp(); });
-        Key last = 0;  // below every key
-        for (int slot = 0; slot < k; slot++) {
-            Key best = LAST_KEY;
-            for (int i = lane; i < n; i += 32)
-                if (keys[i] > last && keys[i] < best) best = keys[i];
-            last = least_key(best);
-            if (slot == lane) id = (int)(unsigned)last;
-        }
+        if (lane < slots) id = *r.ids.at<int>(lane, token, 0, 0);
+        return id;
     }
-    const float mine = id >= 0 && id < n ? p[id] : 0.0f;
+    make_keys(to.keys, n, to.groups, to.ranked, n, r.n_group, r.n_used, r.n_top, 32,
+              [] { __syncwarp(); });
+    Key last = 0;  // below every key
+    for (int slot = 0; slot < slots; slot++) {
+        Key best = LAST_KEY;
+        for (int i = lane; i < n; i += 32)
+            if (to.keys[i] > last && to.keys[i] < best) best = to.keys[i];
+        last = least_key(best);
+        if (slot == lane) id = (int)(unsigned)last;
+    }
+    return id;
+}
+
+// The weight of the slot in this lane, whose id is `id`; all slots have been chosen.
+__device__ __forceinline__ float weight_of(const Route& r, int n, const Places& at, int id) {
+    const float mine = id >= 0 && id < n ? at.p[id] : 0.0f;
     float by = r.s;
     if (r.divided) {
-        sum = warp_reduce<Sum>(mine);
+        const float sum = warp_reduce<Sum>(mine);
         by = r.s / (sum < r.low ? r.low : sum > r.high ? r.high : sum);  // like Clamp: NaN stays NaN
     }
-    if (r.own && id >= 0 && id < n) id = own[id];
-    store(id, mine * by + r.b);
+    return mine * by + r.b;
+}
+
+// The number that this device has an expert under.
+__device__ __forceinline__ int number_of(const Route& r, int n, const Places& at, int id) {
+    return r.own && id >= 0 && id < n ? at.own[id] : id;
 }
