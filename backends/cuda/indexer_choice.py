@@ -27,8 +27,8 @@ COUNTS, STATIC = 2 << 14, 8192
 SHORTEST, LONGEST = 12288, BLOCKS * THREADS * ROUNDS
 
 
-class Choice(Struct):
-    """The struct `Choice` of indexer_choice.cu."""
+class ScoreChoice(Struct):
+    """The struct `ScoreChoice` of indexer_choice.cu."""
 
     _fields_ = (
         ("a", Indexer),
@@ -113,7 +113,7 @@ def _record(call: Call, scores: Node) -> None:
             grid=blocks if scoring else min(BLOCKS, blocks_for(n, THREADS)),
             block=THREADS,
             args=[
-                Choice(
+                ScoreChoice(
                     a=argument, ids=call.out.ptr, parts=parts, counts=counts, keys=keys,
                     k=call.node.ne[0], scoring=scoring, bins=bins,
                 )

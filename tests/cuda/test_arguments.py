@@ -50,7 +50,7 @@ STRUCTS: tuple[tuple[type[Struct], str, str], ...] = (
     (tensormap.TensorMap, "include/mma.cuh", "TensorMap"),
     (arguments.Attention, "include/attention.cuh", "Attention"),
     (indexer.Indexer, "include/indexer.cuh", "Indexer"),
-    (indexer_choice.Choice, "indexer_choice.cu", "Choice"),
+    (indexer_choice.ScoreChoice, "indexer_choice.cu", "ScoreChoice"),
     (arguments.HopperArgument, "attention_hopper.cu", "HopperArgument"),
     (arguments.LatentArgument, "attention_latent_hopper.cu", "LatentArgument"),
     (joint.Joint, "attention_joint.cu", "Joint"),

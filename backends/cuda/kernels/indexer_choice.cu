@@ -33,7 +33,7 @@ constexpr int THREADS = 512, WARPS = THREADS / 32, ROUNDS = 4, KEYS = 512;
 constexpr int BLOCKS = 132;
 static_assert(GROUPS == THREADS && KEYS == THREADS && BLOCKS <= THREADS, "one for each thread");
 
-struct Choice {
+struct ScoreChoice {
     Indexer a;
     int *ids;
     u32 *parts;   // ids of each block above the bin, at its first row
@@ -107,7 +107,7 @@ __device__ __forceinline__ u32 sum_before(Shared &s, u32 x) {
 
 // The last block by itself: ids of the k largest, in order. `bin` has the k-th largest; negative: it is
 // -inf.
-__device__ __noinline__ void choose_alone(const Choice &c, Shared &s, int bin) {
+__device__ __noinline__ void choose_alone(const ScoreChoice &c, Shared &s, int bin) {
     const float *row = (const float *)c.a.out;
     const int n = c.a.n_kv;
     const auto order = [&](int i) { return order_of(__ldcg(row + i)); };
@@ -152,7 +152,7 @@ __device__ __noinline__ void choose_alone(const Choice &c, Shared &s, int bin) {
     }
 }
 
-__device__ __forceinline__ void choose(const Choice &c) {
+__device__ __forceinline__ void choose(const ScoreChoice &c) {
     __shared__ Shared s;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n = c.a.n_kv;
     const int chunk = (n + gridDim.x - 1) / gridDim.x;
@@ -255,7 +255,7 @@ __device__ __forceinline__ void choose(const Choice &c) {
 
 // grid: blocks.
 template <class K, int N>
-__global__ void __launch_bounds__(THREADS, 1) choice(const __grid_constant__ Choice c) {
+__global__ void __launch_bounds__(THREADS, 1) choice(const __grid_constant__ ScoreChoice c) {
     extern __shared__ __align__(1024) char memory[];
     if (!c.scoring) return choose(c);
     u32 *const bins = (u32 *)(memory + c.bins);
