@@ -304,25 +304,26 @@ def ranks_of(name: str, ids: Node, n: int, own: Sequence[int]) -> Node:
 
 
 def absorbed_queries(
-    m: Maker, type: str = "f16", weights: str = "iq4_nl", kept: bool = False
+    m: Maker, type: str = "f16", weights: str = "iq4_nl", kept: bool = False, n_tokens: int = 1
 ) -> Pattern:
-    """Queries for latent attention to one token, and the row of the cache behind them; kept: the
-    rotated queries, too, so that nothing is fused."""
+    """Queries for latent attention to a few tokens, and the rows of the cache behind them, one of
+    which is not stored if there are several; kept: the rotated queries, too, so that nothing is
+    fused."""
     heads, n_nope, n_rot, n_c = 3, 160, 32, 96
-    pos = _ids(m, "pos", 7)
-    q = reshape(mul_mat(m.weight("q", 64, heads * (n_nope + n_rot)), m.floats("x", 64, 1)),
-                ne=(n_nope + n_rot, heads, 1))  # fmt: skip
+    pos = _ids(m, "pos", *range(7, 7 + n_tokens))
+    q = reshape(mul_mat(m.weight("q", 64, heads * (n_nope + n_rot)), m.floats("x", 64, n_tokens)),
+                ne=(n_nope + n_rot, heads, n_tokens))  # fmt: skip
     turned = rope_ext(q, pos, n_dims=n_rot, offset=n_nope)
     q = permute(turned, axes=(0, 2, 1, 3))
-    nope = view(q, ne=(n_nope, 1, heads))
-    rope = view(q, ne=(n_rot, 1, heads), start=(n_nope,))
+    nope = view(q, ne=(n_nope, n_tokens, heads))
+    rope = view(q, ne=(n_rot, n_tokens, heads), start=(n_nope,))
     queries = concat(mul_mat(m.weight("w", n_nope, n_c, heads, type=weights), nope), rope, dim=0)
-    kv = m.floats("kv", n_c + n_rot, 1)
-    c = mul(rms_norm(view(kv, ne=(n_c, 1)), eps=1e-6), m.weight("norm", n_c))
-    k = reshape(view(kv, ne=(n_rot, 1), start=(n_c,)), ne=(n_rot, 1, 1))
-    k = reshape(rope_ext(k, pos, n_dims=n_rot), ne=(n_rot, 1))
+    kv = m.floats("kv", n_c + n_rot, n_tokens)
+    c = mul(rms_norm(view(kv, ne=(n_c, n_tokens)), eps=1e-6), m.weight("norm", n_c))
+    k = view(reshape(kv, ne=(n_c + n_rot, 1, n_tokens)), ne=(n_rot, 1, n_tokens), start=(n_c,))
+    k = reshape(rope_ext(k, pos, n_dims=n_rot), ne=(n_rot, n_tokens))
     cache = state("cache", type, ne=(n_c + n_rot, 8))
-    cache = set_rows(cache, concat(c, k, dim=0), _ids(m, "ids", 5))
+    cache = set_rows(cache, concat(c, k, dim=0), _ids(m, "ids", *(5, -1, 1, 3)[:n_tokens]))
     rows = get_rows(cache, _ids(m, "rows", 0, 5))
     more = {"turned": scale(turned, s=1.0)} if kept else {}
     row = view(rows, ne=(n_c + n_rot, 1), start=(0, 1))  # so what reads the queries comes behind it
@@ -384,5 +385,9 @@ PATTERNS: dict[str, Callable[[Maker], Pattern]] = {
     "experts_of_tokens_alone": partial(experts_of_token, n_ff=64, kept=True, n_tokens=8),
     "absorbed_queries": absorbed_queries,
     "absorbed_queries_q8_0": partial(absorbed_queries, type="q8_0", weights="q8_0"),
+    "absorbed_queries_of_tokens": partial(absorbed_queries, n_tokens=4),
+    "absorbed_queries_of_two_q8_0": partial(
+        absorbed_queries, type="q8_0", weights="q5_0", n_tokens=2
+    ),
     "absorbed_queries_kept": partial(absorbed_queries, kept=True),
 }

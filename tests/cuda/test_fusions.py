@@ -119,7 +119,10 @@ FUSED = {
         for part in ("device", "others", "tokens_and_device")
     },
     "experts_of_others_alone": [f"{OWN_SIGMOID} {EXPERTS} mul_multi_add"],
-    **{f"absorbed_queries{kind}": [f"rope_ext mul_mat concat {ROW}"] for kind in ("", "_q8_0")},
+    **{
+        f"absorbed_queries{kind}": [f"rope_ext mul_mat concat {ROW}"]
+        for kind in ("", "_q8_0", "_of_tokens", "_of_two_q8_0")
+    },
     "absorbed_queries_kept": [ROW],
     "gated": ["silu mul", "relu mul"],
     "turned_f16": ["rope_ext set_rows"],

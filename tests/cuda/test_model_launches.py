@@ -84,8 +84,18 @@ def test_a_decode_step_is_few_launches(model: Model) -> None:
     ]  # fmt: skip
 
 
-def launches(model: Model) -> list[Launch]:
-    return [r for r in records_of(model, 1, 1) if isinstance(r, Launch)]
+def test_a_step_of_several_tokens_has_the_same_kernels(model: Model) -> None:
+    """And besides, of its values' product, what only quantizes or copies."""
+    names = [r.name.split("<")[0] for r in launches(model, 8)]
+    assert names == [
+        "rms_norm", "vec", "vec", "absorb", "latent_hopper", "combine",
+        "quantize", "vec", "copy", "quantize", "vec",
+        "rms_norm", "router", "up_gate_shared", "down_shared",
+    ]  # fmt: skip
+
+
+def launches(model: Model, n_tokens: int = 1) -> list[Launch]:
+    return [r for r in records_of(model, n_tokens, 1) if isinstance(r, Launch)]
 
 
 @pytest.mark.parametrize("n_tokens", (1, 2, 2048))

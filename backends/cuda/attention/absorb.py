@@ -1,5 +1,5 @@
-"""Queries for latent attention to one token: products, rotation, concat, and beside them the row of
-the cache, as one step."""
+"""Queries for latent attention to one token, or to a few: products, rotation, concat, and beside
+them the rows of the cache, as one step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pyggml.backends.cuda.fusion import CudaStep, Fused, Run, paired
 from pyggml.backends.cuda.geometry import ROWS, blocks_for
 from pyggml.backends.cuda.launch import Call
 from pyggml.backends.cuda.linear.blocks import cpp_format, fixed_bytes, weights_of
-from pyggml.backends.cuda.linear.common import in_blocks
+from pyggml.backends.cuda.linear.common import FEW, in_blocks
 from pyggml.backends.cuda.rope import Rope, constants
 from pyggml.dtypes import F32
 from pyggml.node import Attrs, Node
@@ -35,16 +35,15 @@ class Absorb(Struct):
     _fields_ = (
         ("q", ctypes.c_uint64),
         ("out", ctypes.c_uint64),
-        ("q_step", ctypes.c_int64),
-        ("out_step", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("q_step", "out_step", "q_next", "out_next")),
         ("pos", ctypes.c_uint64),
         ("rope", Rope),
-        *((name, ctypes.c_int32) for name in ("n_nope", "n_c", "n_rot", "parts")),
+        *((name, ctypes.c_int32) for name in ("n_nope", "n_c", "n_rot", "parts", "tokens")),
     )
 
 
 def absorbed(node: Node, run: Run) -> Fused | None:
-    """concat(w q_nope, q_rope): one token's queries, of which the last part is rotated."""
+    """concat(w q_nope, q_rope): queries of a few tokens, of which the last part is rotated."""
     if node.attrs["dim"] != 0 or node["a"].op is not ops.mul_mat:
         return None
     product, rotated = node["a"], node["b"].base
@@ -56,7 +55,8 @@ def absorbed(node: Node, run: Run) -> Fused | None:
     attrs, (n, heads, n_tokens, n3) = rotated.attrs, rotated.ne
     n_nope, n_rot = attrs["offset"], attrs["n_dims"]
     fits = (
-        n_tokens == n3 == 1
+        n_tokens <= FEW
+        and n3 == 1
         and n == n_nope + n_rot
         and n_rot <= MOST_TURNED
         and w.ne == (n_nope, product.ne[0], heads, 1)
@@ -76,30 +76,31 @@ def absorbed(node: Node, run: Run) -> Fused | None:
 
 
 def _is_part(view: Node, rotated: Node, start: int, n: int) -> bool:
-    """Whether the view is elements start .. start + n of each head of one token."""
+    """Whether the view is elements start .. start + n of each head, token by token."""
     offset, node = 0, view
     while node is not rotated:
         offset, node = offset + node.offset, node.src[0] or rotated
-    heads = rotated.ne[1]
+    _, heads, n_tokens, _ = rotated.ne
     return (
         offset == 4 * start
-        and view.ne == (n, 1, heads, 1)
+        and view.ne == (n, n_tokens, heads, 1)
         and view.nb[0] == 4
+        and (n_tokens == 1 or view.nb[1] == rotated.nb[2])
         and view.nb[2] == rotated.nb[1]
     )
 
 
 @dataclass(frozen=True)
 class RecordAbsorb:
-    """Records the launch; row: that of the cache's row, which the same launch writes."""
+    """Records the launch; row: that of the cache's rows, which the same launch writes."""
 
     rope: Attrs
     row: RecordRow | None = None
 
     def __call__(self, call: Call) -> None:
         w, q, out = call["w"], call["q"], call.get("queries") or call.out
-        parts, heads = blocks_for(w.ne[1], BLOCK), w.ne[2]
-        shared, row, row_type = fixed_bytes((w.ne[0], 1, 1, 1), 2), NO_ROW, "void"
+        parts, heads, tokens = blocks_for(w.ne[1], BLOCK), w.ne[2], out.ne[1]
+        shared, row, row_type = fixed_bytes((w.ne[0], tokens, 1, 1), 2), NO_ROW, "void"
         if self.row is not None:
             cache, c, k = call.out, call["c"], call["k"]
             shared, row_type = max(shared, row_bytes(c, k)), _ROW_TYPES[cache.dtype.name]
@@ -107,8 +108,8 @@ class RecordAbsorb:
         neox = str(self.rope["mode"] == "neox").lower()
         call.launch(
             FILE,
-            f"absorb<{cpp_format(w)}, {neox}, {row_type}>",
-            grid=heads * parts + (self.row is not None),
+            f"absorb<{cpp_format(w)}, {neox}, {row_type}, {1 if tokens == 1 else FEW}>",
+            grid=heads * parts + (0 if self.row is None else tokens),
             block=256,
             args=[
                 weights_of(w),
@@ -117,12 +118,15 @@ class RecordAbsorb:
                     out=out.ptr,
                     q_step=q.nb[1],
                     out_step=out.nb[2],
+                    q_next=q.nb[2],
+                    out_next=out.nb[1],
                     pos=call["pos"].ptr,
                     rope=constants(self.rope),
                     n_nope=w.ne[0],
                     n_c=w.ne[1],
                     n_rot=self.rope["n_dims"],
                     parts=parts,
+                    tokens=tokens,
                 ),
                 row,
             ],
@@ -131,14 +135,28 @@ class RecordAbsorb:
 
 
 def with_rows(steps: Sequence[CudaStep]) -> Iterator[CudaStep]:
-    """The steps, with the row of a cache in the launch of the queries right before it."""
-    return paired(steps, _joined)
+    """The steps, with the rows of a cache in the launch of the queries right before them. A product
+    between the two comes before both: that of several tokens' rows does not share a launch with
+    that of their queries."""
+    order = [*steps]
+    for i, (queries, between, row) in enumerate(zip(order, order[1:], order[2:])):
+        if _joined(queries, row) is not None and _can_precede(between, queries):
+            order[i : i + 2] = between, queries
+    return paired(order, _joined)
+
+
+def _can_precede(step: CudaStep, queries: CudaStep) -> bool:
+    """Whether the step behind the queries is a product that does not read them."""
+    product = len(step.nodes) == 1 and bool(step.node.op.weights) and step.node.op.writes is None
+    return product and not any(read.base in queries.nodes for read in step.reads)
 
 
 def _joined(queries: CudaStep, row: CudaStep) -> CudaStep | None:
     if not isinstance(queries.record, RecordAbsorb) or not isinstance(row.record, RecordRow):
         return None
-    if row.operands["c"].ne[1] != 1 or row.record.neox != (queries.record.rope["mode"] == "neox"):
+    if row.operands["c"].ne[1] != queries.node.ne[1]:
+        return None
+    if row.record.neox != (queries.record.rope["mode"] == "neox"):
         return None
     if any(read.base in queries.nodes for read in row.reads):
         return None
