@@ -60,8 +60,8 @@ class Router(Struct):
     )
 
 
-class Choice(Struct):
-    """The struct `Choice` of moe_token.cu."""
+class Candidates(Struct):
+    """The struct `Candidates` of moe_token.cu."""
 
     _fields_ = (
         ("scores", ctypes.c_uint64),
@@ -249,15 +249,15 @@ class Handed(NamedTuple):
 def _record(call: Call, token: Token) -> None:
     handed = Handed(*(call.scratch(size) for size in _sizes(token)))
     empty = (token.used, token.tokens, 1, 1)
-    choice = Choice(
+    candidates = Candidates(
         scores=handed.scores,
         experts=call["router"].ne[1],
         held=call["up"].ne[2],
         route=argument(token.routing, dense(0, empty, F32), dense(0, empty, I32), call),
     )
     _router(call, token, handed)
-    _up_gate(call, token, handed, choice)
-    _down(call, token, handed, choice)
+    _up_gate(call, token, handed, candidates)
+    _down(call, token, handed, candidates)
 
 
 def _router(call: Call, token: Token, handed: Handed) -> None:
@@ -278,12 +278,12 @@ def _router(call: Call, token: Token, handed: Handed) -> None:
     )
 
 
-def _up_gate(call: Call, token: Token, handed: Handed, choice: Choice) -> None:
+def _up_gate(call: Call, token: Token, handed: Handed, candidates: Candidates) -> None:
     up, gate, rows = call["up"], call["gate"], call["up"].ne[1] // GROUP
     args: list[Argument] = [
         weights_of(up, gate),
         _gated(call, token.hidden, handed.groups),
-        choice,
+        candidates,
         _ahead(call["down"], token.pairs),
     ]
     name, threads = f"up_gate<{cpp_format(up)}>", _threads(up, rows * token.pairs)
@@ -318,13 +318,13 @@ def _gated(call: Call, node: Node, out: int) -> Gated:
     )
 
 
-def _down(call: Call, token: Token, handed: Handed, choice: Choice) -> None:
+def _down(call: Call, token: Token, handed: Handed, candidates: Candidates) -> None:
     down, tiles = call["down"], blocks_for(call["down"].ne[1], TILE)
     plus = {name: (call.get(name) or ABSENT).tensor for name in ("plus", "plus2")}
     args: list[Argument] = [
         weights_of(down),
         np.uint64(handed.groups),
-        choice,
+        candidates,
         Sums(out=call.out.tensor, **plus),
     ]
     name = f"down<{cpp_format(down)}>"

@@ -69,7 +69,7 @@ STRUCTS: tuple[tuple[type[Struct], str, str], ...] = (
     (absorb.Absorb, "absorb.cu", "Absorb"),
     (moe_routing.Route, "include/route.cuh", "Route"),
     (moe_token.Router, "moe_token.cu", "Router"),
-    (moe_token.Choice, "moe_token.cu", "Choice"),
+    (moe_token.Candidates, "moe_token.cu", "Candidates"),
     (moe_token.Ahead, "moe_token.cu", "Ahead"),
     (moe_token.Gated, "moe_token.cu", "Gated"),
     (moe_token.Sums, "moe_token.cu", "Sums"),

@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(MOST_THREADS)
 }
 
 // What experts are chosen by: scores [experts, tokens]. held: experts whose weights are on this GPU.
-struct Choice {
+struct Candidates {
     const float* scores;
     int experts, held;
     Route route;
@@ -131,7 +131,7 @@ struct Slot {
 };
 
 // Chooses the first `slots` slots of a token, a lane each. By the first warp of a block.
-__device__ __forceinline__ Slot slot_of(const Choice& c, int token, int slots, const Places& at) {
+__device__ __forceinline__ Slot slot_of(const Candidates& c, int token, int slots, const Places& at) {
     const float* scores = c.scores + token * c.experts;
     const int id = choose(c.route, c.experts, token, slots, at, [&](int i) { return scores[i]; });
     const int number = number_of(c.route, c.experts, at, id);
@@ -201,7 +201,7 @@ __device__ __forceinline__ void gated_group(const Weights<F>& weights, const Gat
 
 // The expert of slot blockIdx.x. number: of the group of rows. next: down of all experts.
 template <class F>
-__device__ __forceinline__ void chosen_group(const Weights<F>& weights, const Gated& p, const Choice& c,
+__device__ __forceinline__ void chosen_group(const Weights<F>& weights, const Gated& p, const Candidates& c,
                                              const Ahead& next, int number) {
     extern __shared__ Key memory[];
     begin();
@@ -221,7 +221,7 @@ __device__ __forceinline__ void chosen_group(const Weights<F>& weights, const Ga
 template <class F>
 __global__ void __launch_bounds__(MOST_THREADS, gate_blocks<F>)
     up_gate(const __grid_constant__ Weights<F> weights, const __grid_constant__ Gated p,
-            const __grid_constant__ Choice c, const __grid_constant__ Ahead next) {
+            const __grid_constant__ Candidates c, const __grid_constant__ Ahead next) {
     chosen_group<F>(weights, p, c, next, blockIdx.z);
 }
 
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(MOST_THREADS, gate_blocks<F>)
 template <class F, class G>
 __global__ void __launch_bounds__(MOST_THREADS, gate_blocks<F> < gate_blocks<G> ? gate_blocks<F> : gate_blocks<G>)
     up_gate_shared(const __grid_constant__ Weights<F> weights, const __grid_constant__ Gated p,
-                   const __grid_constant__ Choice c, const __grid_constant__ Ahead next,
+                   const __grid_constant__ Candidates c, const __grid_constant__ Ahead next,
                    const __grid_constant__ Weights<G> shared, const __grid_constant__ Gated own, int first) {
     if (blockIdx.z >= first) {
         chosen_group<F>(weights, p, c, next, blockIdx.z - first);
@@ -254,7 +254,7 @@ struct Sums {
 // other products, once the launch before has ended. This lane's groups are first, first + step, .. of
 // all slots. Chooses before it waits: the launch before has not written scores.
 template <class F, class Before>
-__device__ __forceinline__ void sum_experts(const Weights<F>& weights, Groups x, const Choice& c,
+__device__ __forceinline__ void sum_experts(const Weights<F>& weights, Groups x, const Candidates& c,
                                             const Sums& to, int first, int step, Before before) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, token = blockIdx.x, tile = blockIdx.y;
     const int groups = groups_of(weights.w[0]), used = c.route.ids.ne[0];
@@ -309,7 +309,7 @@ __device__ __forceinline__ void sum_experts(const Weights<F>& weights, Groups x,
 // grid: tokens, tiles of rows
 template <class F>
 __global__ void __launch_bounds__(MOST_THREADS, 2)
-    down(const __grid_constant__ Weights<F> weights, Groups x, const __grid_constant__ Choice c,
+    down(const __grid_constant__ Weights<F> weights, Groups x, const __grid_constant__ Candidates c,
          Sums to) {
     const int own = threadIdx.x / 32 * 4 + threadIdx.x % 32 / 8;
     sum_experts(weights, x, c, to, own, blockDim.x / 8, [] { return 0.0f; });
@@ -318,7 +318,7 @@ __global__ void __launch_bounds__(MOST_THREADS, 2)
 // With the shared experts, whose groups come first: their weights do not depend on ids.
 template <class F, class G>
 __global__ void __launch_bounds__(MOST_THREADS, 2)
-    down_shared(const __grid_constant__ Weights<F> weights, Groups x, const __grid_constant__ Choice c,
+    down_shared(const __grid_constant__ Weights<F> weights, Groups x, const __grid_constant__ Candidates c,
                 const __grid_constant__ Sums to, const __grid_constant__ Weights<G> shared,
                 Groups shared_x) {
     const int lane = threadIdx.x % 32, own = threadIdx.x / 32 * 4 + lane / 8, step = blockDim.x / 8;
