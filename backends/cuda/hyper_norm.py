@@ -8,6 +8,7 @@ second needs all of these sums. One launch would need a barrier of all blocks.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from pyggml.backends.cuda.argument import Struct, Tensor
 from pyggml.backends.cuda.fusion import Fused, Run, behind_reshapes
 from pyggml.backends.cuda.geometry import blocks_for, threads_for
 from pyggml.backends.cuda.launch import ABSENT, Call
+from pyggml.backends.cuda.linear.common import aligned, dense
 from pyggml.backends.cuda.moe import sums
 from pyggml.backends.cuda.norm import can_fix, weighted
 from pyggml.dtypes import F32
@@ -75,7 +77,7 @@ class Mixed(NamedTuple):
 def norm_of_streams(node: Node, run: Run) -> Fused | None:
     """The input of a sublayer, from streams."""
     match = _mixed(node, run)
-    return None if match is None else _fused(match, (), match.reads, {})
+    return None if match is None else _fused(match, (), match.reads, {}, run)
 
 
 def norm_after_post(node: Node, run: Run) -> Fused | None:
@@ -91,14 +93,14 @@ def norm_after_post(node: Node, run: Run) -> Fused | None:
     reads = {**match.reads, "old": post["residual"], "post": post["post"], "comb": post["comb"]}
     total = sums(x, run, 2) if x in run.number and run.only(x, post) else None
     if total is None:
-        return _fused(match, own, {**reads, "x": x}, {"streams": post})
+        return _fused(match, own, {**reads, "x": x}, {"streams": post}, run)
     nodes, more = total
     reads |= {
         "experts": nodes[0]["a"],
         "shares": nodes[0]["b"],
         **dict(zip(("plus", "plus2"), more)),
     }
-    return _fused(match, (*nodes, post), reads, {"streams": post})
+    return _fused(match, (*nodes, post), reads, {"streams": post}, run)
 
 
 def _mixed(node: Node, run: Run) -> Mixed | None:
@@ -144,24 +146,37 @@ def _is_pre(pre: Node, maps: Node) -> bool:
 
 
 def _fused(
-    match: Mixed, before: tuple[Node, ...], reads: dict[str, Node], results: dict[str, Node]
+    match: Mixed,
+    before: tuple[Node, ...],
+    reads: dict[str, Node],
+    results: dict[str, Node],
+    run: Run,
 ) -> Fused:
     nodes = (*before, *match.nodes)
     n, _, n_tokens, _ = match.streams.ne
+    results = {**results, "maps": match.nodes[2]}
+    # After the last layer, only one of several devices needs them.
+    unread = {name: node for name, node in results.items() if run.only(node, *nodes)}
     return Fused(
         nodes,
         reads,
-        partial(_record, match=match),
-        results={**results, "maps": match.nodes[2]},
-        scratch=n_tokens * blocks_for(n, MIX_THREADS) * SUMS,
+        partial(_record, match=match, unread=unread),
+        results={name: node for name, node in results.items() if name not in unread},
+        scratch=n_tokens * blocks_for(n, MIX_THREADS) * SUMS
+        + sum(aligned(node.spec.nbytes) for node in unread.values()),
         fixed=can_fix(nodes[-1]),
     )
 
 
-def _record(call: Call, match: Mixed) -> None:
+def _record(call: Call, match: Mixed, unread: Mapping[str, Node]) -> None:
     flat, _, maps, _, normed, _ = match.nodes
     n, hc, n_tokens, _ = match.streams.ne
-    blocks, streams, fixed = blocks_for(n, MIX_THREADS), call.get("streams"), call.get("fixed")
+    spare = {
+        name: dense(call.scratch(aligned(node.spec.nbytes)), node.ne, F32)
+        for name, node in unread.items()
+    }
+    streams = spare.get("streams") or call.get("streams")
+    blocks, fixed = blocks_for(n, MIX_THREADS), call.get("fixed")
     address = call.scratch(n_tokens * blocks * SUMS)
     operands = {name: call.get(name) or ABSENT for name in _STREAMS[1:]}
     operands["out"] = streams or ABSENT
@@ -178,7 +193,7 @@ def _record(call: Call, match: Mixed) -> None:
     )
     threads = threads_for(n // 4)
     held = next(k for k in (1, 2, 4) if 4 * threads * k >= n)
-    tensors = {name: call[name].tensor for name in ("maps", "scale", "base")}
+    tensors = {name: (spare.get(name) or call[name]).tensor for name in ("maps", "scale", "base")}
     call.launch(
         FILE,
         f"hyper_norm<{hc}, {held}, {str(fixed is not None).lower()}>",

@@ -92,6 +92,15 @@ def test_experts_make_their_columns_fixed_point(dtype: str, n_tokens: int, tmp_p
     compare({"y": y}, inputs, tmp_path, 1e-6)
 
 
+def test_streams_and_maps_that_nobody_reads(tmp_path: Path) -> None:
+    """As after the last layer on a device that does not compute the logits."""
+    graph = pattern("hyper_connections")
+    outputs = {"x": graph.outputs["x"]}
+    names = {node.attrs["name"] for node in gg.Graph(outputs).nodes if node.op.leaf}
+    inputs = {name: values for name, values in graph.inputs.items() if name in names}
+    compare(outputs, inputs, tmp_path, 1e-6)
+
+
 def test_a_device_reads_only_its_chosen_experts(tmp_path: Path) -> None:
     """The last three experts are chosen. All others are NaN, and so are all that a device has which
     has none of these: its sum is 0."""

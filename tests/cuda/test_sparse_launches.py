@@ -31,6 +31,12 @@ def test_a_layer_cut_over_gpus_has_two_sums_more(kind: str) -> None:
     assert two - one == {"Collective": 2} and not one - two
 
 
+@pytest.mark.parametrize(("kind", "count"), [("window", 27), ("ratio_4", 26), ("ratio_128", 20)])
+def test_a_layer_with_streams_cut_over_gpus(kind: str, count: int) -> None:
+    """The step that adds the sum over experts to streams belongs to the next layer."""
+    assert len(names(kind, gpus=2)) == count
+
+
 def test_a_compressor_is_one_launch_and_its_products_join_others() -> None:
     rest = {kind: Counter(names(kind)) for kind in ("window", "ratio_128")}
     more = rest["ratio_128"] - rest["window"]
