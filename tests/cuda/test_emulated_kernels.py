@@ -145,6 +145,25 @@ def in_grid(label: str, dtype: str, *shape: int) -> gg.Node:
     return gg.constant(raw.reshape(*shape[:-1], -1), dtype=dtype, name=label)
 
 
+#: Ways to read codes, scales and high bits; groups of a row that leave lanes without one, several
+#: rounds of a warp; rows that share the loads of the column, the last tile being odd.
+ONE_COLUMN = ("iq4_nl", "q8_0", "q2_K", "q3_K", "q4_K", "q6_K", "iq3_xxs", "iq2_xxs", "q1_0")
+
+
+@pytest.mark.parametrize("dtype", ONE_COLUMN)
+def test_products_of_one_column(dtype: str, tmp_path: Path) -> None:
+    long, short = (-(-k // TYPES[dtype].block) * TYPES[dtype].block for k in (32 * 75, 160))
+    many, w = constant("many", dtype, 8187, short), constant("w", dtype, 21, long)
+    up, gate = constant("up", dtype, 13, long), constant("gate", dtype, 13, long)
+    own, x = gg.input("own", ne=(short, 1)), gg.input("x", ne=(long, 1))
+    outputs = {
+        "many": gg.mul_mat(many, own), "w": gg.mul_mat(w, x),
+        "up_gate": gg.fused_up_gate(up, gate, x),
+    }  # fmt: skip
+    inputs = {"own": random(1, short), "x": random(1, long)}
+    compare(outputs, inputs, tmp_path, 1e-7)
+
+
 @pytest.mark.parametrize("dtype", LEVELS)
 def test_grid_types(dtype: str, tmp_path: Path) -> None:
     """A column and more, up and gate, experts, a product of 24-bit fixed point."""

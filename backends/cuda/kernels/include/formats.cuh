@@ -219,17 +219,21 @@ struct Row {
         asm volatile("" : "+l"(codes), "+l"(scales));
     }
     __device__ __forceinline__ uint4 code_run(int group, int run) const {
-        return load_stream(codes + (group * F::code_runs + run) * 8);
+        return load_in_order(codes + (group * F::code_runs + run) * 8);
     }
     // Word t of a run.
     __device__ __forceinline__ unsigned code_word(int group, int run, int t) const {
         return load_stream((const unsigned*)(codes + (group * F::code_runs + run) * 8) + t);
     }
     // The short codes of a group; one-bit codes are in x.
-    __device__ __forceinline__ uint2 short_codes(int group) const {
-        if constexpr (F::code_bytes == 4)
-            return make_uint2(load_stream((const unsigned*)codes + group * 8), 0);
-        return load_stream((const uint2*)codes + group * 8);
+    __device__ __forceinline__ uint2 short_codes(int group, bool in_order = false) const {
+        if constexpr (F::code_bytes == 4) {
+            const unsigned* at = (const unsigned*)codes + group * 8;
+            return make_uint2(in_order ? load_in_order(at) : load_stream(at), 0);
+        } else {
+            const uint2* at = (const uint2*)codes + group * 8;
+            return in_order ? load_in_order(at) : load_stream(at);
+        }
     }
     __device__ __forceinline__ uint2 high_bits(int group) const {
         uint2 bits = {};
@@ -245,6 +249,18 @@ struct Row {
         if constexpr (F::code_runs == 0) fetch_early((const char*)codes + group * 8 * F::code_bytes);
         if constexpr (F::high > 0) fetch_early(high + group * 8 * F::high);
         if constexpr (F::scale_bytes > 0) fetch_early(scales + group * 8 * F::scale_bytes);
+    }
+    // Fetches n groups of all rows of the tile into L2, together with the other threads of a block.
+    __device__ __forceinline__ void fetch_tile(int group, int n) const {
+        fetch_lines(codes, group * 8 * F::code_bytes, n * 8 * F::code_bytes);
+        if constexpr (F::high > 0) fetch_lines(high, group * 8 * F::high, n * 8 * F::high);
+        if constexpr (F::scale_bytes > 0)
+            fetch_lines(scales, group * 8 * F::scale_bytes, n * 8 * F::scale_bytes);
+    }
+    static __device__ __forceinline__ void fetch_lines(const void* plane, int from, int bytes) {
+        const int thread = threadIdx.y * blockDim.x + threadIdx.x;
+        for (int at = thread * 128; at < bytes; at += blockDim.x * blockDim.y * 128)
+            fetch_early((const char*)plane + from + at);
     }
     __device__ __forceinline__ RawScale scale(int group) const {
         return {load_small<F::scale_bytes>(scales, group * 8),
@@ -271,7 +287,7 @@ template <class F>
 __device__ __forceinline__ RawGroup<F> load_group(const Row<F>& row, int group) {
     RawGroup<F> raw;
     if constexpr (F::code_runs == 0) {
-        const uint2 codes = row.short_codes(group);
+        const uint2 codes = row.short_codes(group, true);
         raw.codes[0] = make_uint4(codes.x, codes.y, 0, 0);
     }
     for (int run = 0; run < F::code_runs; ++run) raw.codes[run] = row.code_run(group, run);
@@ -295,6 +311,7 @@ struct Entries {
     static __device__ __forceinline__ void fill(unsigned offset) {
         constexpr int WIDTH = COPIES > 1 ? 4 : 1;
         const int threads = blockDim.x * blockDim.y;
+#pragma unroll 4  // loads of the grid that are under way together
         for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < B::ENTRIES * COPIES / WIDTH;
              i += threads) {
             unsigned entry = B::grid(i / (COPIES / WIDTH));

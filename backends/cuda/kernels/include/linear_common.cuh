@@ -10,13 +10,11 @@ __device__ __forceinline__ char* row_at(const Tensor& x, unsigned column) {
            rest / x.ne[2] * x.nb[3];
 }
 
-// For data that is read once: bypasses L1.
-__device__ __forceinline__ uint4 load_stream(const uint4* at) {
-    uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(at)
-                 : "memory");
+// For data that is read once: bypasses L1. The assembler moves `load_stream` over barriers (.nc), but
+// not `load_in_order`.
+__device__ __forceinline__ unsigned load_stream(const unsigned* at) {
+    unsigned v;
+    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(at) : "memory");
     return v;
 }
 __device__ __forceinline__ uint2 load_stream(const uint2* at) {
@@ -27,9 +25,25 @@ __device__ __forceinline__ uint2 load_stream(const uint2* at) {
                  : "memory");
     return v;
 }
-__device__ __forceinline__ unsigned load_stream(const unsigned* at) {
+__device__ __forceinline__ unsigned load_in_order(const unsigned* at) {
     unsigned v;
-    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(at) : "memory");
+    asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(at) : "memory");
+    return v;
+}
+__device__ __forceinline__ uint2 load_in_order(const uint2* at) {
+    uint2 v;
+    asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(v.x), "=r"(v.y)
+                 : "l"(at)
+                 : "memory");
+    return v;
+}
+__device__ __forceinline__ uint4 load_in_order(const uint4* at) {
+    uint4 v;
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(at)
+                 : "memory");
     return v;
 }
 

@@ -43,6 +43,7 @@ struct Assembled : Codes {
     static constexpr bool holds = false;
     __device__ __forceinline__ void hold(int) {}
     __device__ __forceinline__ void fetch(int) const {}
+    __device__ __forceinline__ void fetch_tile(int, int) const {}
     __device__ __forceinline__ unsigned code_word(int group, int run, int t) const {
         unsigned word = 0;
         for (int i = 0; i < 4; ++i) {
@@ -78,7 +79,7 @@ struct Assembled : Codes {
             word |= (unsigned)(this->code(group, i) >> shift) << (i % 4 * 8 + i / 4);
         return make_uint2(word, 0);
     }
-    __device__ __forceinline__ uint2 short_codes(int group) const {
+    __device__ __forceinline__ uint2 short_codes(int group, bool = false) const {
         if constexpr (F::grid) return this->indexed(group).codes;
         if constexpr (F::code_bytes == 4) return bits(group, 0);
         return pairs(group, 0);
