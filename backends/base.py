@@ -106,8 +106,8 @@ class Runner(Protocol):
 class Backend(Protocol):
     """A set of kernels on a device.
 
-    The pure half is `supports`, `numeric`, `weight_layout`, `borrows` and `lower`: it needs no
-    device and allocates nothing.
+    The pure half is `supports`, `lends_from`, `numeric`, `weight_layout`, `borrows` and `lower`: it
+    needs no device and allocates nothing.
 
     name    its folder: "cuda"
     place   its name in `backends=` and `pins=`: "numpy", "cuda:1"
@@ -118,8 +118,6 @@ class Backend(Protocol):
     alignment      of every tensor in its memory, in bytes
     staging_bytes  bytes of host memory that it keeps for copies
     driver_bytes   estimate of the device's memory that its driver and libraries use for themselves
-    lends_from     multiply-adds with each element of a weight on the host from which another device
-                   computes the product sooner, although it must copy the weight first
     """
 
     name: str
@@ -129,10 +127,14 @@ class Backend(Protocol):
     lock: AbstractContextManager[object]
     staging_bytes: int
     driver_bytes: int
-    lends_from: int
 
     def supports(self, node: Node) -> str | None:
         """None if a kernel here runs `node`, else the reason as a phrase."""
+
+    def lends_from(self, node: Node) -> int:
+        """From how many rows a product, which reads a weight on the host, is sooner on another
+        device, although that must copy the weight first: multiply-adds with each element that it
+        reads."""
 
     def numeric(self, node: Node) -> str:
         """The precision class in which it computes `node`, a key of `parity.tolerance.CLASSES`:

@@ -49,7 +49,6 @@ class HostBackend:
     alignment = ALIGNMENT
     lock: AbstractContextManager[object] = nullcontext()  # host stores share nothing
     staging_bytes = driver_bytes = 0
-    lends_from = 32  # rows of a product, as in llama.cpp; for experts, 32 rows an expert
 
     def __init__(self, index: int = 0) -> None:
         number = f":{index}" if index else ""
@@ -57,6 +56,9 @@ class HostBackend:
 
     def supports(self, node: Node) -> str | None:
         return self.kernels.refusal(node)
+
+    def lends_from(self, node: Node) -> int:
+        return 32  # as in llama.cpp
 
     def numeric(self, node: Node) -> str:
         return self.kernels.numeric(node)

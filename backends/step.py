@@ -128,9 +128,17 @@ class LoopStep(Step):
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class LoadStep(Step):
-    """A step that transfers a weight from the host, stored in a layout while it is needed."""
+    """A step that transfers a weight from the host, stored in a layout while it is needed.
+
+    ids    of experts, if nothing reads other experts of the weight: the device may leave out those,
+           whose memory then holds anything
+    ahead  whether other steps come before the first that reads the weight: the device may load it
+           while it runs them
+    """
 
     layout: WeightLayout
+    ids: Node | None = None
+    ahead: bool = False
 
     @property
     def nbytes(self) -> int:

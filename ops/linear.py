@@ -128,6 +128,21 @@ def expert_cost(node: Node) -> Cost:
     return Cost(flops, float(weights + others))
 
 
+def expert_ids(node: Node) -> Node | None:
+    """The ids of products by expert id; None for any other op."""
+    ids = node.op.ids
+    return node[ids.operand] if ids is not None and ids.of in node.op.weights else None
+
+
+def expected_share(node: Node) -> float:
+    """The share of its matrices that a product by expert id is expected to read if ids are random;
+    1 for any other op."""
+    ids = expert_ids(node)
+    if ids is None:
+        return 1.0
+    return float(1 - (1 - 1 / node[node.op.weights[0]].ne[2]) ** ids.spec.elements)
+
+
 @op(
     weights=("experts",),
     ids=Ids("ids", of="experts", axis=2),

@@ -62,7 +62,6 @@ class CudaBackend:
     alignment = table.ALIGNMENT
     staging_bytes = pinned.PINNED
     driver_bytes = table.DRIVER_BYTES
-    lends_from = 0  # only the host lends
 
     def __init__(self, index: int) -> None:
         self.index = self.ordinal = index
@@ -78,6 +77,9 @@ class CudaBackend:
 
     def supports(self, node: Node) -> str | None:
         return table.KERNELS.refusal(node)
+
+    def lends_from(self, node: Node) -> int:
+        return 0  # only the host lends
 
     def joins(self, node: Node) -> bool:
         return nccl.enabled() and table.KERNELS.refusal(node) is None
@@ -254,7 +256,9 @@ class CudaBackend:
     def _borrowing(self, step: LoadStep, at: Addresses) -> Borrowing:
         host, constant = (self.context, self.staging, self.registry), origin(step.node)
         here, lent = at[step.node], at.get(constant)
-        return borrow(*host, here.buffer.ptr + here.offset, constant, step.layout, lent)
+        ids = None if step.ids is None else memory.operand_at(at[step.ids], step.ids.spec)
+        ptr, layout = here.buffer.ptr + here.offset, step.layout
+        return borrow(*host, ptr, constant, layout, lent, ids=ids, ahead=step.ahead)
 
     def record(self) -> Event:
         with self.context, guarded("recording an event"):
@@ -275,7 +279,11 @@ class CudaBackend:
 
     def abandon(self) -> None:
         self.staging.forget()
-        self.synchronize()
+        try:
+            self.synchronize()
+        finally:
+            with self.context:
+                self.context.wait_for_loads()
 
 
 def _of_cuda(backend: Backend) -> CudaBackend:

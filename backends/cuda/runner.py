@@ -10,6 +10,7 @@ from contextlib import suppress
 from functools import partial
 
 from pyggml.backends.base import Crossing, Event, Kernels
+from pyggml.backends.cuda.ahead import Ahead
 from pyggml.backends.cuda.checks import check_ids, debugging
 from pyggml.backends.cuda.device.context import Context
 from pyggml.backends.cuda.device.cublas import Cublas
@@ -53,28 +54,43 @@ class CudaRunner:
         self._at, self._scratch = at, scratch  # keeps the recorded addresses alive
         #: What it meets other devices by.
         self.ends: set[Communicator] = set()
+        self.debugging = debugging()
+        self._loads = loads
+        aside = not self.debugging and self.in_graphs
+        self._ahead = Ahead(context, self.steps) if aside else None
         by_step: list[list[Record]] = []
         for step, offset in zip(self.steps, scratch_at):
             memory = (scratch.ptr + offset, step.scratch)
             own = [] if step.node in loads else record_step(step, at, memory, context.about)
-            by_step.append([self._chosen(record) for record in own])
+            records = [self._chosen(record) for record in own]
+            by_step.append(records if self._ahead is None else self._ahead.complete(step, records))
         records = [record for step_records in by_step for record in step_records]
         check_early(records)
         context.load([record for record in records if isinstance(record, Launch)])
         has_gemm = any(isinstance(record, Gemm) for record in records)
         product = cublas().ready() if has_gemm else None
         self.actions = [
-            list(loads[step.node].actions)
+            self._load(step)
             if step.node in loads
             else [as_action(context, record, product) for record in step_records]
             for step, step_records in zip(self.steps, by_step)
         ]
+        if self._ahead is not None:
+            self.actions = [
+                [*self._ahead.before(step), *actions]
+                for step, actions in zip(self.steps, self.actions)
+            ]
         self._records = by_step
         self._runs: list[Action] | None = None
         self._warm = False
-        self._loads = loads
-        self.debugging = debugging()
         self._relay: Relay | None = None
+
+    def _load(self, step: Step) -> list[Action]:
+        """What queues a weight."""
+        actions = self._loads[step.node].actions
+        if self._ahead is not None and step.node in self._ahead.events:
+            return self._ahead.load(step, actions)
+        return [partial(action, self.context.stream) for action in actions]
 
     def carry(self, arrivals: Sequence[Crossing], departures: Sequence[Crossing]) -> Event | None:
         with self.context:

@@ -53,6 +53,7 @@ class NullDevice:
     limit   size of its memory in bytes; None: limited only by the host's
     carries bytes of the largest tensor that a run copies from and to the host by itself; 0: none
     queue   its pending work
+    loads   weights of the host that it loads while it does other work
     """
 
     name = "null"
@@ -68,7 +69,7 @@ class NullDevice:
         self.carries = 0
         # Not a running total of bytes: an interrupt could leave that wrong.
         self._blocks: WeakSet[NullBuffer] = WeakSet()
-        self.queue = Queue()
+        self.queue, self.loads = Queue(), Queue()
         self.lock = RLock()
 
     @contextmanager
@@ -84,6 +85,9 @@ class NullDevice:
         if node.op.name in self.denied:
             return f"{node.op.name} is on the deny list"
         return self.host.supports(node)
+
+    def lends_from(self, node: Node) -> int:
+        return 0  # only the host lends
 
     def joins(self, node: Node) -> bool:
         return self.joining
@@ -239,7 +243,10 @@ class NullDevice:
         self.queue.run_all()
 
     def abandon(self) -> None:
-        self.synchronize()
+        try:
+            self.synchronize()
+        finally:
+            self.loads.run_all()
 
     # -- memory -------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from pyggml.backends.null.memory import PRIVATE
 from pyggml.backends.step import Address, Addresses, Buffer, Layouts, LoadStep, Step
 from pyggml.backends.timing import Fastest, Stopwatch, differences
 from pyggml.joint import joint_send, rounds
+from pyggml.node import Node
 from pyggml.ops.leaf import data_of
 from pyggml.transfer import origin
 
@@ -48,8 +49,10 @@ class NullRunner:
         self._departures: _Departures | None = None
         memory = device.bytes_of(scratch)
         self.nodes = [step.node for step in steps]
+        #: Weights that are loaded while other steps run -> what their first readers wait for.
+        self._arriving: dict[Node, Event] = {}
         self._tasks = [
-            self._load_task(step, at[step.node])
+            self._load_task(step, at)
             if isinstance(step, LoadStep)
             else self._kernel_task(step, at, Address(memory, offset, (1, 1, 1, 1)))
             if not step.node.op.joint
@@ -82,8 +85,18 @@ class NullRunner:
             take = self.meet(index)
             self.device.queue.run_all()  # a GPU goes on while its host waits for a message
             take()
-        else:
-            self.device.queue.add(task)
+            return
+        step, queue = self._steps[index], self.device.queue
+        if isinstance(step, LoadStep) and step.ahead:
+            before = queue.mark()
+            self.device.loads.add(before.wait)
+            self.device.loads.add(task)
+            self._arriving[step.node] = self.device.loads.mark()
+            return
+        for read in dict.fromkeys(read.base for read in step.reads):
+            if (arrival := self._arriving.pop(read, None)) is not None:
+                queue.add(arrival.wait)
+        queue.add(task)
 
     def meet(self, index: int) -> Callable[[], None]:
         """Queue the first half of a joint step; returns a function that queues the second."""
@@ -125,9 +138,20 @@ class NullRunner:
 
         return Fastest(take)
 
-    def _load_task(self, step: LoadStep, at: Address) -> Callable[[], None]:
-        nbytes, weight = step.layout.nbytes, data_of(origin(step.node))
-        return lambda: self.device.load(at, nbytes, weight)
+    def _load_task(self, step: LoadStep, at: Addresses) -> Callable[[], None]:
+        """Load a weight; in place of experts that no id chooses come bytes that stand for NaN."""
+        here, nbytes, weight = at[step.node], step.layout.nbytes, data_of(origin(step.node))
+        if step.ids is None:
+            return lambda: self.device.load(here, nbytes, weight)
+        ids, spec = self.device.on_host(at[step.ids]), step.ids.spec
+        n_expert = step.node.ne[2]
+        experts = np.ascontiguousarray(weight).reshape(n_expert, -1).view(np.uint8)
+
+        def task() -> None:
+            chosen = np.isin(np.arange(n_expert), self.device.host.download(ids, spec))
+            self.device.load(here, nbytes, np.where(chosen[:, None], experts, np.uint8(255)))
+
+        return task
 
     def _kernel_task(self, step: Step, at: Addresses, scratch: Address) -> Callable[[], None]:
         """Unpack the step's private weights into its scratch, then run it on NumPy with the rest of

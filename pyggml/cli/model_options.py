@@ -40,7 +40,8 @@ def add_model_options(
     for -mla, -amb and -fmoe, of ik_llama.cpp; -c has that of llama.cpp's other programs.
 
     fit    -c and -ub are None by default
-    lists  without -c; the values of all others but --decode-weights and --shard are lists: see
+    lists  without -c; the values of all others but --decode-weights, --read-ahead and
+           --shard are lists: see
            `combinations`
     """
 
@@ -80,6 +81,10 @@ def add_model_options(
         "there is a GPU, then cpu if numba is installed, else numpy)")  # fmt: skip
     add("--decode-weights", action="store_true",
         help="keep weights on numpy as f32: faster, but 4 bytes a weight")  # fmt: skip
+    named("--read-ahead", type=options.read_ahead, metavar="{auto,on,off}",
+        help="whether a GPU reads the weights that it borrows from the host while it computes, "
+        "which takes more of its memory (default: auto, which is on unless a place with a size "
+        "has no room)")  # fmt: skip
     add("-ngl", "--n-gpu-layers", type=options.natural, metavar="N",
         help="put only the last N layers on the first place, and the others on the host; the head "
         "counts as the last layer (default: all)")  # fmt: skip
@@ -178,6 +183,7 @@ def open_model(args: argparse.Namespace) -> Iterator[Model]:
         backends=args.backend,
         amb=args.amb,
         decode_weights=args.decode_weights,
+        read_ahead=args.read_ahead,
         shard=getattr(args, "shard", None),
         ranks=getattr(args, "ranks", None),
         **graph_options(args),
@@ -193,7 +199,7 @@ def open_model(args: argparse.Namespace) -> Iterator[Model]:
 
 def same_model(args: argparse.Namespace) -> tuple[Any, ...]:
     """What `open_model` reads of the options that `variant` cannot change."""
-    return args.m, args.backend, args.ngl, args.ot, args.decode_weights
+    return args.m, args.backend, args.ngl, args.ot, args.decode_weights, args.read_ahead
 
 
 def variant(model: Model, args: argparse.Namespace) -> Model:

@@ -147,6 +147,15 @@ def switch(text: str) -> str:
 
 
 @option
+def read_ahead(text: str) -> bool | None:
+    """auto, on or off."""
+    values = {"auto": None, "on": True, "off": False}
+    if text not in values:
+        raise DTypeError(f"must be auto, on or off, got {text!r}")
+    return values[text]
+
+
+@option
 def dtype(text: str) -> str:
     """The name of an element type."""
     return dtypes.dtype(text).name

@@ -58,8 +58,9 @@ def run(args: argparse.Namespace) -> int:
     with gguf.open(args.m, allow_missing_data=True) as file:
         if args.profile and not file.complete:
             raise GGUFError(f"{args.m}: weights are missing, which --profile needs")
+        options = Options(**graph_options(args))
         model = Model(
-            file, decode_weights=args.decode_weights, options=Options(**graph_options(args))
+            file, decode_weights=args.decode_weights, read_ahead=args.read_ahead, options=options
         )
         planner = planner_of(model, places, args)
         setup = Setup(n_ctx=args.c, n_batch=min(args.ub, args.b, args.c), amb=args.amb)

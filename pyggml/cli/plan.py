@@ -101,7 +101,10 @@ def run(args: argparse.Namespace) -> int:
         places = places_of(args)
     with gguf.open(args.m, allow_missing_data=True) as file:
         options = Options(**graph_options(args))
-        model = Model(file, decode_weights=args.decode_weights, shard=args.shard, options=options)
+        model = Model(
+            file, decode_weights=args.decode_weights, read_ahead=args.read_ahead,
+            shard=args.shard, options=options,
+        )  # fmt: skip
         planner = planner_of(model, places, args)
         trials: Sequence[Trial] = ()
         if args.fit and len(_devices(planner)) > 1:
@@ -186,6 +189,8 @@ def command_of(args: argparse.Namespace, planner: Planner, setup: Setup) -> str:
     words = ["pyggml", "run", "-m", args.m, "-c", str(setup.n_ctx), "-ub", str(setup.n_batch)]
     if args.decode_weights:
         words.append("--decode-weights")
+    if (ahead := planner.read_ahead(setup)) is not None:
+        words += ["--read-ahead", "on" if ahead else "off"]
     if setup.amb is not None:
         words += ["-amb", f"{setup.amb:g}"]
     for name, default in _SAME.items():

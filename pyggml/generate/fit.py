@@ -15,6 +15,7 @@ from pyggml.generate.session import Session
 from pyggml.models.model import Model
 from pyggml.runtime.memory import DeviceMemory, Memory, mib
 from pyggml.runtime.places import Place
+from pyggml.runtime.plan import Plan
 from pyggml.runtime.predict import Prediction
 
 #: Steps of the context, and what `fit` tries for the others.
@@ -127,10 +128,20 @@ class Planner:
 
     def times(self, setup: Setup) -> tuple[Prediction, Prediction]:
         """The predicted times of a prompt batch and of one token, over full caches."""
+        prompt, decode = self._largest_plans(setup)[:2]
+        return prompt.predict(), decode.predict()
+
+    def read_ahead(self, setup: Setup) -> bool | None:
+        """Whether a session must be told to read weights of the host ahead, or not to; None: it
+        decides the same without knowing the sizes of its devices."""
+        if self.model.read_ahead is not None:
+            return self.model.read_ahead
+        return None if all(plan.read_ahead for plan in self._largest_plans(setup)) else False
+
+    def _largest_plans(self, setup: Setup) -> tuple[Plan, ...]:
         if self._last is None or self._last[0] != setup:
             self._last = setup, self.session(setup)
-        prompt, decode = self._last[1].plans.largest()[:2]
-        return prompt.predict(), decode.predict()
+        return self._last[1].plans.largest()
 
     def excess(self, setup: Setup) -> int:
         """The bytes by which a session exceeds a device; 0 or less if it fits all of them."""

@@ -39,7 +39,7 @@ class Model:
     weights   its tensors as constants
     layers    the layers of its graphs: all, unless memory and time are estimated from a few
     store     the memory of its weights, shared by all sessions
-    backends, amb, pins, decode_weights, shard   as in `compile`
+    backends, amb, pins, decode_weights, read_ahead, shard   as in `compile`
     ranks     the processes that run it together, in `store.ranks`
     """
 
@@ -51,6 +51,7 @@ class Model:
         amb: float | None = None,
         pins: Mapping[str, str] | None = None,
         decode_weights: bool = False,
+        read_ahead: bool | None = None,
         shard: Cuts | None = None,
         ranks: Ranks | None = None,
         options: Options | None = None,
@@ -67,7 +68,7 @@ class Model:
         self.options = options or Options()
         self.weights = Weights(file, all_sizes(self.arch))
         self.backends, self.amb, self.pins = tuple(backends), amb, pins
-        self.decode_weights, self.shard = decode_weights, shard
+        self.decode_weights, self.read_ahead, self.shard = decode_weights, read_ahead, shard
         self.store = Store(ranks=ranks)
         if ranks is not None:
             self.backends, self.shard = together(ranks, self)
@@ -151,6 +152,7 @@ class Model:
             pins=self.pins,
             store=store,
             decode_weights=self.decode_weights,
+            read_ahead=self.read_ahead,
             shard=self.shard,
         )
 
@@ -162,6 +164,7 @@ def load(
     amb: float | None = None,
     pins: Mapping[str, str] | None = None,
     decode_weights: bool = False,
+    read_ahead: bool | None = None,
     shard: Cuts | None = None,
     ranks: Ranks | None = None,
     **options: Any,
@@ -176,6 +179,8 @@ def load(
     amb, pins as in `compile`: the attention memory budget in MiB, and label pattern -> place
     decode_weights
               as in `compile`: True keeps weights on NumPy as f32
+    read_ahead
+              as in `compile`: whether a GPU reads weights of the host while it computes
     shard     as in `compile`: how the model is spread over the first of `backends`
     ranks     `pyggml.join()`: the processes that run the model together, each with a device of its
               own. Without shard= that is "auto", and one name in `backends` stands for a device of
@@ -195,6 +200,7 @@ def load(
             amb=amb,
             pins=pins,
             decode_weights=decode_weights,
+            read_ahead=read_ahead,
             shard=shard,
             ranks=ranks,
             options=Options(**options),

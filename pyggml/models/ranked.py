@@ -34,7 +34,7 @@ def together(ranks: Ranks, model: Model) -> tuple[tuple[str, ...], Cuts | None]:
                 f"a file of {digest(model.file)}",
                 f"options {model.options}",
                 f"places {', '.join(places)}, shard {shard}, amb {model.amb}, "
-                f"decode_weights {model.decode_weights}",
+                f"decode_weights {model.decode_weights}, read_ahead {model.read_ahead}",
             ]
         ),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from pyggml.backends.base import Backend, KeepsDecoded, in_host_memory
@@ -19,6 +19,8 @@ from pyggml.graph import Users, toposort, users_of
 from pyggml.loop import Body, Loop, loop_of
 from pyggml.node import Node
 from pyggml.ops.leaf import constant_op
+from pyggml.ops.linear import expert_ids
+from pyggml.passes.ahead import reads_ahead
 from pyggml.passes.place import place_steps
 from pyggml.passes.work import Split, Work, runs
 from pyggml.transfer import is_resident, origin, transfer
@@ -88,7 +90,39 @@ def _split(work: Work, backend: Backend, nodes: Sequence[Node], users: Users) ->
     others = [n for n in nodes if n not in copies]
     roots = set(work.graph.roots)
     steps = steps_of(others, backend, roots, users, work.scores, work.layouts, work.fuse)
+    if any(isinstance(step, LoadStep) for step in steps):
+        loads = _loads(work, steps, users)
+        steps = [loads.get(step.node, step) for step in steps]
     return Split(backend, tuple(Step(n, (n,), (origin(n),)) for n in copies), tuple(steps))
+
+
+def _loads(work: Work, steps: Sequence[Step], users: Users) -> dict[Node, LoadStep]:
+    """Weight -> its load among the steps of a split, which knows what may be left out and whether
+    it is early."""
+    loads: dict[Node, LoadStep] = {}
+    waiting: dict[Node, bool] = {}  # weight that nothing has read yet -> whether a step came since
+    place = {node: i for i, node in enumerate(work.order)}
+    for step in steps:
+        if isinstance(step, LoadStep):
+            waiting[step.node] = False
+            loads[step.node] = _with_ids(step, users[step.node], place)
+            continue
+        for node in {read.base for read in step.reads} & waiting.keys():
+            loads[node].ahead = waiting.pop(node) and reads_ahead(work)
+        waiting = dict.fromkeys(waiting, True)
+    return loads
+
+
+def _with_ids(step: LoadStep, readers: Sequence[Node], place: Mapping[Node, int]) -> LoadStep:
+    """The load; with ids, if all its readers choose experts by the same, known when it begins."""
+    first, *others = {expert_ids(reader) for reader in readers}
+    if first is None or others:
+        return step
+    source = first.base
+    is_computed_here = runs(source) and source.op is not transfer  # copies come before all steps
+    if is_computed_here and place[source] > place[step.node]:
+        return step
+    return replace(step, reads=(*step.reads, first), ids=first)
 
 
 def _with_waits(work: Work, splits: Sequence[Split]) -> Iterator[Split]:

@@ -20,6 +20,7 @@ from pyggml.graph import Graph, toposort
 from pyggml.node import Node, line_of
 from pyggml.ops.leaf import state_op
 from pyggml.ops.views import bases
+from pyggml.passes.ahead import borrowed, loads_ahead, reads_ahead
 from pyggml.passes.jointly import joint_edges
 from pyggml.passes.work import Work, runs, viewed, written
 from pyggml.transfer import origin, transfer
@@ -71,9 +72,10 @@ def _few_switches(work: Work, nodes: Sequence[Node], edges: Edges) -> tuple[Node
     """`nodes` in an order that seldom changes the device.
 
     Views and transfers come right before the first step that reads them, so that a device holds
-    what it borrows only while it needs it. Transfers of results to the host come right after the
-    results: the host waits for them, and the device can meanwhile go on. Not with joint steps: what
-    devices do together starts with the last of them, so nothing may read it before.
+    what it borrows only while it needs it; what it reads ahead comes one product earlier. Transfers
+    of results to the host come right after the results: the host waits for them, and the device can
+    meanwhile go on. Not with joint steps: what devices do together starts with the last of them, so
+    nothing may read it before.
     """
     steps = [node for node in nodes if runs(node) and node.op is not transfer]
     needs = _needs(steps, edges)
@@ -84,10 +86,12 @@ def _few_switches(work: Work, nodes: Sequence[Node], edges: Edges) -> tuple[Node
     else:
         sequence = list(_by_device(steps, needs, stages, lambda step: work.home(step).device))
     sends = {} if any(step.op.joint for step in steps) else _sends(sequence, stages)
+    loads = loads_ahead(work, sequence, sends) if reads_ahead(work) else {}
     ordered: dict[Node, None] = {}
     for step in sequence:
-        missing = toposort([step, *sends.get(step, ())], stop=ordered.__contains__)
-        ordered.update(dict.fromkeys(missing))
+        for part in ([*borrowed(step), *loads.get(step, ())], [step, *sends.get(step, ())]):
+            missing = toposort(part, stop=ordered.__contains__)
+            ordered.update(dict.fromkeys(missing))
     ordered.update(dict.fromkeys(nodes))  # what only an output reads
     return tuple(ordered)
 

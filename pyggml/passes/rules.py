@@ -10,6 +10,7 @@ from pyggml.errors import GraphError
 from pyggml.node import Node, label_of, line_of
 from pyggml.operation import cost_of
 from pyggml.ops.leaf import constant_op, state_op
+from pyggml.ops.linear import expected_share
 from pyggml.ops.views import bases
 from pyggml.passes.work import Work
 
@@ -183,5 +184,6 @@ def _borrows(homes: Homes, node: Node, leaf: Node, pin: Backend) -> bool:
     if leaf.op is not constant_op or pin.device != "host" or homes.preferred.device == "host":
         return False
     elements = sum(x.spec.elements for x in _leaves(node) if x.op is constant_op)
-    enough = cost_of(node).flops >= 2.0 * pin.lends_from * elements
+    reads = elements * expected_share(node)
+    enough = cost_of(node).flops >= 2.0 * pin.lends_from(node) * reads
     return enough and homes.preferred.supports(node) is None

@@ -93,6 +93,7 @@ class Work:
     amb        the attention memory budget in bytes, or None
     shard      how the graph is spread over devices; None: each node runs once
     decode_weights  whether weights are kept decoded on backends that can
+    read_ahead      whether devices load weights of the host while they compute (ahead.py)
     fuse       whether backends may compute several nodes in one step
     homes      where nodes run. Views are where their base is, other nodes on the first backend
     expanded   nodes that simpler ops replaced
@@ -113,6 +114,7 @@ class Work:
     amb: float | None = None
     fuse: bool = True
     decode_weights: bool = False
+    read_ahead: bool = True
     shard: Shard | None = None
     homes: Mapping[Node, Backend] = field(default_factory=dict)
     expanded: tuple[Expanded, ...] = ()

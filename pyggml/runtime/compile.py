@@ -41,6 +41,7 @@ def compile(
     updates: Iterable[Node] = (),
     fuse: bool = True,
     decode_weights: bool = False,
+    read_ahead: bool | None = None,
     shard: Cuts | None = None,
 ) -> Plan:
     """Plan the graph that computes `outputs`. Allocates no device memory and changes no store.
@@ -59,6 +60,10 @@ def compile(
     decode_weights
               True keeps weights on NumPy as f32: products are faster, and a weight takes 4 bytes an
               element, which the plan's memory counts. bind decodes them
+    read_ahead
+              True lets a GPU read the weights that it borrows from the host while it computes what
+              comes before: the weights of two products are then in its arena. None: unless a place
+              with a size has no room for that
     shard     how the graph is spread over the first of `backends`: {"heads": 2, "experts": 2},
               {"layers": 2}, or "auto"; (3, 1) instead of 2 for unequal parts. docs/scaling.md
     Errors: UnsupportedOpError if no place runs a node; BudgetError if `amb` is too small and
@@ -70,6 +75,8 @@ def compile(
     for name, value in (("fuse", fuse), ("decode_weights", decode_weights)):
         if not isinstance(value, bool):
             raise DTypeError(f"{name}= must be True or False, not {value!r}")
+    if not isinstance(read_ahead, bool | None):
+        raise DTypeError(f"read_ahead= must be True, False or None, not {read_ahead!r}")
     all_places, patterns = _places(backends, pins or {})
     budget = _budget_bytes(amb)
     store = store if store is not None else Store()
@@ -96,7 +103,7 @@ def compile(
     if store.ranks is not None:
         store.ranks.check(work.shard)
     sizes = {place.backend.device: place for place in all_places if place.size is not None}
-    request = Request(work, sizes)
+    request = Request(work, sizes, read_ahead)
     return Plan(request, request.plan(store), store)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pyggml.node import label_of
+from pyggml.passes.ahead import bytes_ahead
 from pyggml.passes.work import Work
 from pyggml.runtime.leaves import Need
 from pyggml.runtime.messages import message_bytes
@@ -25,6 +26,8 @@ class DeviceMemory:
 
     weights, states, inputs   resident in the store, shared with its other plans
     compute                   the plan's arena; the store's arena is as large as its largest plan's
+    ahead                     of compute: the most bytes of weights of the host that are there
+                              before the step that reads them (`read_ahead=False`: none)
     workspace                 of the device's libraries: one block for all plans on the device
     staging                   pinned host memory that copies to and from the device go through: one
                               block for all plans, not part of `total`
@@ -50,6 +53,7 @@ class DeviceMemory:
     size_text: str
     staging: int
     messages: int = 0
+    ahead: int = 0
 
     @property
     def total(self) -> int:
@@ -200,6 +204,11 @@ class Memory:
             if row.staging:
                 pinned = f"{mib(row.staging)} MiB of pinned host memory"
                 lines.append(f"Copies to and from {row.device} use another {pinned}.")
+            if row.ahead:
+                lines.append(
+                    f"{mib(row.ahead)} MiB of compute on {row.device} are weights of the host, "
+                    "read ahead; read_ahead=False (--read-ahead off) does without."
+                )
             if row.messages:
                 lines.append(
                     f"In a process of its own, messages of {row.device} pass through another "
@@ -240,4 +249,5 @@ def _row(work: Work, device: str, needs: Sequence[Need]) -> DeviceMemory:
         size=None,
         size_text="",
         staging=backend.staging_bytes if steps or needs else 0,
+        ahead=bytes_ahead(steps),
     )

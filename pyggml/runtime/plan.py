@@ -78,6 +78,11 @@ class Plan:
         """The bytes that the plan uses, known before anything is allocated."""
         return self._planned.memory
 
+    @property
+    def read_ahead(self) -> bool:
+        """Whether devices may read weights of the host ahead (`compile`)."""
+        return self._work.read_ahead
+
     def predict(self, rates: Rates | None = None) -> Prediction:
         """The seconds of a run by the cost rules of its ops: a prediction. Needs no device."""
         return predict(self._work, rates)

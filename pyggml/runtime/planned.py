@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from pyggml import passes
 from pyggml.backends.base import Backend
+from pyggml.backends.step import LoadStep
 from pyggml.errors import GraphError
 from pyggml.node import Node
 from pyggml.ops.leaf import state_op
@@ -62,18 +63,27 @@ class Planned:
 class Request:
     """The arguments of compile, before a store decides where states are.
 
-    work   the graph, its places, pins and budget
-    sizes  places with a size, which are for planning only, by device
+    work        the graph, its places, pins and budget
+    sizes       places with a size, which are for planning only, by device
+    read_ahead  whether devices read weights of the host ahead; None: if they have the memory
     """
 
     work: Work
     sizes: Mapping[str, Place]
+    read_ahead: bool | None = None
 
     def plan(self, store: Store) -> Planned:
         """Plan the graph, with states where the store has them. Does not change the store."""
-        work = passes.run(replace(self.work, settled=_settled(self.work, store)))
-        for text in work.warnings:
+        planned = self._planned(store, self.read_ahead is not False)
+        if self.read_ahead is None and _reads_ahead(planned.work) and not _fits(planned):
+            planned = self._planned(store, False)
+        for text in planned.work.warnings:
             warn(text)
+        return planned
+
+    def _planned(self, store: Store, read_ahead: bool) -> Planned:
+        settled = _settled(self.work, store)
+        work = passes.run(replace(self.work, settled=settled, read_ahead=read_ahead))
         store.check(work.leaves)
         ranks = store.ranks
         owns = None if ranks is None else ranks.owns(work)
@@ -85,6 +95,19 @@ class Request:
             Inputs(needs, limits(self.work.graph)),
             owns,
         )
+
+
+def _reads_ahead(work: Work) -> bool:
+    return any(isinstance(step, LoadStep) and step.ahead for step in work.steps)
+
+
+def _fits(planned: Planned) -> bool:
+    """Whether each device whose size is known has room for the plan and its driver."""
+    drivers = {backend.place: backend.driver_bytes for backend in planned.work.backends}
+    return all(
+        row.size is None or row.total + drivers[row.device] <= row.size
+        for row in planned.memory.devices
+    )
 
 
 def _need(work: Work, node: Node, ranks: Ranks | None) -> Need:

@@ -2,7 +2,9 @@
 
 A step takes a launch, and the longer of its operations and its bytes at a device's rates. What a
 step has in registers does not count as bytes. Products by expert id take the rows that the busiest
-device has to compute. A copy or a collective takes a latency and its bytes at the rate of the link.
+device has to compute. A weight of the host takes its bytes at the rate of the bus, those of experts
+that random ids choose; one that is read ahead has the bus while other steps run, and the step that
+reads it waits for it. A copy or a collective takes a latency and its bytes at the rate of the link.
 Splits start when their device is free and what they wait for is done. Steps of the host and copies
 to and from it have rates of their own.
 """
@@ -14,11 +16,12 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 from pyggml.backends.base import in_host_memory
-from pyggml.backends.step import Step
+from pyggml.backends.step import LoadStep, Step
 from pyggml.joint import cliques, joint_reduce, places_of, rounds
 from pyggml.node import Node
 from pyggml.operation import cost_of
 from pyggml.ops.leaf import constant_op
+from pyggml.ops.linear import expected_share
 from pyggml.passes.work import Split, Work
 from pyggml.transfer import origin, transfer
 
@@ -60,6 +63,9 @@ SMALL, PEERS = 128 << 10, 8
 
 #: Up to this many tokens, products by expert id are of vectors, which have no tiles.
 VECTORS = 8
+
+#: Bytes a second that a GPU reads of the host's memory (PCIe 5.0), measured on H100.
+BUS = 55e9
 
 #: A host with 8 channels of memory and PCIe 5.0: two thirds of 3 TFLOP/s, 300 GB/s and, for copies
 #: to and from devices, 63 GB/s.
@@ -103,6 +109,7 @@ class _Clocks:
     """The clock of each device, in seconds of a run.
 
     now, busy, between  by device
+    bus, arrivals       by device: when its last load has ended; weight -> when that of it has
     ends, done          of each split: when it ends, and how many of its steps have run
     """
 
@@ -111,6 +118,8 @@ class _Clocks:
         self.now: dict[str, float] = {}
         self.busy: dict[str, float] = {}
         self.between: dict[str, float] = {}
+        self.bus: dict[str, float] = {}
+        self.arrivals: dict[Node, float] = {}
         self.ends: dict[int, float] = {}
         self.done = [0] * len(work.splits)
 
@@ -129,10 +138,25 @@ class _Clocks:
         """Run the steps of a split up to this one."""
         split = self.work.splits[i]
         device, steps = split.backend.device, split.steps[self.done[i] : end]
-        seconds = sum(seconds_of(self.work, step, self.rates) for step in steps)
-        self.now[device] += seconds
-        self.busy[device] += seconds
+        for step in steps:
+            seconds = seconds_of(self.work, step, self.rates)
+            begin = max([self.now[device], *self._awaited(step)])
+            if isinstance(step, LoadStep):
+                self.bus[device] = max(begin, self.bus.get(device, 0.0)) + seconds
+                self.between[device] += seconds
+                if step.ahead:
+                    self.arrivals[step.node] = self.bus[device]
+                    continue
+                self.now[device] = self.bus[device]
+                continue
+            self.now[device] = begin + seconds
+            self.busy[device] += seconds
         self.ends[i], self.done[i] = self.now[device], end
+
+    def _awaited(self, step: Step) -> list[float]:
+        """When the weights have arrived that a step reads and its device reads ahead."""
+        nodes = {read.base for read in step.reads} & self.arrivals.keys()
+        return [self.arrivals.pop(node) for node in nodes]
 
     def together(self, members: Sequence[int]) -> None:
         """Run splits whose devices meet in joint steps."""
@@ -164,6 +188,9 @@ def seconds_of(work: Work, step: Step, rates: Rates) -> float:
         ends.append(work.home(origin(step.node)))
     if any(map(in_host_memory, ends)):
         rates = HOST
+    if isinstance(step, LoadStep):
+        [share] = {expected_share(r) for r in work.graph.users[step.node]} if step.ids else {1.0}
+        return rates.latency + share * step.nbytes / BUS
     if step.node.op is transfer:
         return rates.latency + step.node.spec.nbytes / rates.link
     if step.node.op is joint_reduce:

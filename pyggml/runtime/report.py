@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from pyggml.backends.step import LoopStep, Step
+from pyggml.backends.step import LoadStep, LoopStep, Step
 from pyggml.joint import places_of, turn_of
 from pyggml.node import Node, labels
+from pyggml.passes.ahead import bytes_ahead
 from pyggml.passes.work import Split, Work
 from pyggml.runtime.memory import mib
 from pyggml.transfer import origin, transfer
@@ -70,8 +71,8 @@ def rows_of(work: Work) -> list[Row]:
 
 def _head(work: Work) -> Iterator[str]:
     copies = [step for step in work.steps if step.node.op is transfer]
-    steps = len(work.steps) - len(copies)
-    line = f"{counted(len(work.splits), 'split')}, {counted(steps, 'step')}"
+    n_steps = len(work.steps) - len(copies)
+    line = f"{counted(len(work.splits), 'split')}, {counted(n_steps, 'step')}"
     if copies:
         size = mib(sum(step.nbytes for step in copies))
         line += f", {counted(len(copies), 'copy', 'copies')} of {size} MiB"
@@ -84,7 +85,10 @@ def _head(work: Work) -> Iterator[str]:
         if not arena.nbytes:
             continue
         place = next(b.place for b in work.backends if b.device == device)
-        yield f"arena of {place}: {mib(arena.nbytes)} MiB; @N is byte N of it"
+        steps = [s for split in work.splits if split.backend.device == device for s in split.steps]
+        ahead = bytes_ahead(steps)
+        note = f", up to {mib(ahead)} of them weights that are read ahead" if ahead else ""
+        yield f"arena of {place}: {mib(arena.nbytes)} MiB{note}; @N is byte N of it"
     yield from expansions(work)
 
 
@@ -111,6 +115,8 @@ def _row(work: Work, step: Step) -> Row:
     node, at, note = step.node, work.placed.spots[step.node], ""
     if node.op is transfer:
         note = f" from {work.home(origin(node)).place}, {mib(step.nbytes)} MiB"
+        if isinstance(step, LoadStep):
+            note += ", of chosen experts" * (step.ids is not None) + ", ahead" * step.ahead
     elif node.op.joint:
         others = [place for i, place in enumerate(places_of(node)) if i != node.attrs["index"]]
         note = f" with {', '.join(others)}, turn {turn_of(node)}"

@@ -8,6 +8,7 @@ ring that is reused too early shows.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
 from collections.abc import Callable
 from importlib import import_module
@@ -19,6 +20,7 @@ import pytest
 
 import pyggml as gg
 from pyggml import backends
+from pyggml.backends.cuda.argument import Tensor
 from pyggml.backends.cuda.device import pinned
 from pyggml.backends.cuda.device.compiler import KERNELS
 from pyggml.backends.cuda.device.context import Context
@@ -43,7 +45,10 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 class Arguments(ctypes.Structure):
     """The arguments of `pack`."""
 
-    _fields_ = (("raw", ctypes.c_uint64), ("to", packing.Packed), ("first", ctypes.c_int32))
+    _fields_ = (
+        ("raw", ctypes.c_uint64), ("to", packing.Packed), ("first", ctypes.c_int32),
+        ("n_tiles", ctypes.c_int32), ("ids", Tensor),
+    )  # fmt: skip
 
 
 def arguments(launch: Launch) -> Arguments:
@@ -56,7 +61,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
     instances = [("pack", name) for name in FORMATS] + [("pack16", name) for name in FORMS]
     cases = "\n".join(
         f'if (name == std::string("{kernel}<{name}>")) '
-        f"return run_{kernel}<{name}>(grid, raw, to, first);"
+        f"return run_{kernel}<{name}>(grid, raw, to, first, n_tiles, ids);"
         for kernel, name in instances
     )
     text = f"""#include "block.hpp"
@@ -65,8 +70,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
 {kernel}
 {(HERE / "pack.cpp").read_text()}
 #include <string>
-extern "C" int pack_rows(const char* name, const int* grid, const unsigned char* raw,
-                         const Packed& to, int first) {{
+extern "C" int pack_rows(const char* name, int grid, const unsigned char* raw, const Packed& to,
+                         int first, int n_tiles, const Tensor& ids) {{
     {cases}
     return 1;
 }}"""
@@ -78,14 +83,14 @@ extern "C" int pack_rows(const char* name, const int* grid, const unsigned char*
 def gpu(machine: Machine, library: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A fake GPU that runs the launches of `pack`, and whose ring is soon used again."""
 
-    def start(self: Context, launch: Launch) -> None:
+    def start(self: Context, launch: Launch, stream: Any = None) -> None:
         def task() -> None:
             a = arguments(launch)
-            grid = (ctypes.c_int * 3)(*launch.grid)
-            raw, to = ctypes.c_void_p(a.raw), ctypes.byref(a.to)
-            assert library.pack_rows(launch.name.encode(), grid, raw, to, a.first) == 0
+            raw, to, ids = ctypes.c_void_p(a.raw), ctypes.byref(a.to), ctypes.byref(a.ids)
+            name, grid = launch.name.encode(), launch.grid[0]
+            assert library.pack_rows(name, grid, raw, to, a.first, a.n_tiles, ids) == 0
 
-        self.stream.queue.add(task)
+        (stream or self.stream).queue.add(task)
 
     machine("gpu")
     monkeypatch.setattr(Context, "start", start)
@@ -181,6 +186,86 @@ def test_the_kernel_packs_the_tiles_of_the_host(
     np.testing.assert_array_equal(loaded(gpu, name, ne, tiles, LAYOUT), expected(name, ne, data))
 
 
+# -- few blocks, and chosen experts --------------------------------------------------------------
+
+
+def packed(
+    gpu: Any, name: str, ne: Ne, source: loading.Source, data: Bytes, **options: Any
+) -> Bytes:
+    """The memory of a weight, 0xAA before, after a launch."""
+    out = np.empty(packing.tiles_of(TYPES[name], ne).nbytes, np.uint8)
+    with gpu.context:
+        buffer = gpu.alloc(len(out))
+        gpu.context.driver.memset_d8_async(buffer.ptr, 0xAA, len(out), gpu.context.stream)
+        target, ptr = packing.tiles_of(TYPES[name], ne).at(buffer.ptr), data.ctypes.data
+        launch = loading.launch(TYPES[name], target, source, ptr, 0, source.tiles, **options)
+        gpu.context.start(launch)
+        gpu.staging.download(out, buffer.ptr)
+    return out
+
+
+def sources(name: str, ne: Ne) -> list[tuple[loading.Source, Bytes]]:
+    """The weight as in a file, and as the cpu backend keeps it."""
+    rows = random_rows(name, ne)
+    pairs = [(loading.source_of(TYPES[name], ne), rows)]
+    if name in FORMS and backends.on_host() == "cpu":
+        pairs.append((loading.source_of(TYPES[name], ne, LAYOUT), in_host_tiles(name, ne, rows)))
+    return pairs
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+@pytest.mark.parametrize("name", ["q4_0", "q8_0", "q6_K", "mxfp4", "iq2_xs", "q1_0", "nvfp4"])
+def test_few_blocks_pack_one_chunk_after_another(name: str, most: int, gpu: Any) -> None:
+    """The last chunk has part of the groups; the last round has work for part of a block."""
+    block = TYPES[name].block
+    ne = (block * (2560 // block), 32, 4, 1)  # whole planes without padding between
+    whole = expected(name, ne, random_rows(name, ne))
+    for source, data in sources(name, ne):
+        out = packed(gpu, name, ne, source, data, most=most)
+        np.testing.assert_array_equal(out, whole, err_msg=source.kernel)
+
+
+@pytest.mark.parametrize("most", [None, 2])
+@pytest.mark.parametrize(
+    "ids",
+    [[[0, 3, -1]], [[4, 4, 4], [-1, 1, 7]], [[-1, -1, -1]], [[5, 99, -7], [0, 1, 2], [3, 4, 0]]],
+    ids=["one token", "past the end", "none", "two rows"],
+)
+@pytest.mark.parametrize("name", ["q4_0", "q5_K"])
+def test_experts_that_no_id_chooses_stay_as_they_are(
+    name: str, ids: list[list[int]], most: int | None, gpu: Any
+) -> None:
+    """Also with ids that are a part of a larger tensor."""
+    ne = (256 * 6, 16, 6, 1)
+    whole = expected(name, ne, random_rows(name, ne))
+    table = np.full((len(ids), 5), 2, np.int32)
+    table[:, 1:4] = ids
+    for source, data in sources(name, ne):
+        with gpu.context:
+            buffer = gpu.alloc(table.nbytes)
+            gpu.staging.upload(buffer.ptr, table.reshape(-1).view(np.uint8))
+            gpu.synchronize()
+        chosen = Tensor(data=buffer.ptr + 4, nb=(4, 20, 0, 0), ne=(3, len(ids), 1, 1))
+        out = packed(gpu, name, ne, source, data, ids=chosen, most=most)
+        is_chosen = np.isin(np.arange(6), ids)
+        for start, end in itertools.pairwise((*packing.tiles_of(TYPES[name], ne).starts, len(out))):
+            plane, right = (x[start:end].reshape(6, -1) for x in (out, whole))
+            np.testing.assert_array_equal(plane[is_chosen], right[is_chosen])
+            assert (plane[~is_chosen] == 0xAA).all()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_few_blocks_have_enough_under_way(name: str) -> None:
+    """And fewer than a quarter of the multiprocessors of an H100, unless a group has few bytes."""
+    t, ne = TYPES[name], (2048, 1408, 64, 1)
+    for layout in ("plain", *([LAYOUT] if name in FORMS else ())):
+        source, target = loading.source_of(t, ne, layout), packing.tiles_of(t, ne).at(0)
+        blocks = loading.few_blocks(source, target)
+        chunk = source.nbytes // 2 * loading.PARTS[source.kernel]
+        assert blocks * chunk >= loading.UNDER_WAY > (blocks - 1) * chunk
+        assert blocks < 33 or chunk < 12 << 10
+
+
 @pytest.mark.parametrize("name", ("q4_0", "mxfp4", "q6_K"))
 def test_many_pieces_go_round_the_ring(name: str, gpu: Any) -> None:
     ne = (TYPES[name].block * 4, 83, 100 if TYPES[name].block == 32 else 12, 1)
@@ -225,7 +310,7 @@ def test_threads_that_outlive_an_interrupt_do_not_write(
         def submit(self, job: Callable[[], None]) -> None:
             late.append(job)
 
-    def interrupt(self: Context, launch: Launch) -> None:
+    def interrupt(self: Context, launch: Launch, stream: Any = None) -> None:
         raise KeyboardInterrupt
 
     ne = (32, 200, 1, 1)
@@ -319,7 +404,7 @@ def borrowed(
         for byte in (0xAA, 0x33):  # an arena's memory has other uses in between
             gpu.context.driver.memset_d8_async(buffer.ptr, byte, len(out), gpu.context.stream)
             for action in load.actions:
-                action()
+                action(gpu.context.stream)
         gpu.staging.download(out, buffer.ptr)
     assert load.in_graphs == bool(load.pages)
     return out, bool(load.pages)

@@ -101,7 +101,7 @@ def chain(layers: int, tokens: int = 64) -> dict[str, Node]:
 
 
 def test_borrowed_weights_stand_in_the_arena_one_after_another() -> None:
-    two, six = borrowing(chain(2)), borrowing(chain(6))
+    two, six = (borrowing(chain(n), read_ahead=False) for n in (2, 6))
     nbytes = 128 * 128 * 4
     assert places(six) == ["null:0"]
     assert ops(six.splits[0]) == ["transfer", "mul_mat", "scale"] * 6

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 
 from pyggml import backends
@@ -41,15 +42,21 @@ def test_prompts_with_experts_on_the_host(host: str, type: str, registers: bool)
         with (
             load(path, backends=["cuda"], **EXACT) as whole,
             load(path, backends=["cuda", host], pins={"exps": host}, **EXACT) as model,
+            load(
+                path, backends=["cuda", host], pins={"exps": host}, read_ahead=False, **EXACT
+            ) as plain,
         ):
             expected = whole.session(512).forward(TOKENS, "all")
             session = model.session(512)
             for _ in range(3):
                 session.truncate(0)
                 assert nmse(session.forward(TOKENS, "all"), expected) < 1e-9
+            other = plain.session(512).forward(TOKENS, "all")
+            session.truncate(0)
+            np.testing.assert_array_equal(session.forward(TOKENS, "all"), other)
             plan = session.plan(384, 512, 384)
-            assert any(isinstance(step, LoadStep) for step in plan.steps)
+            assert any(isinstance(step, LoadStep) and step.ahead for step in plan.steps)
             assert bool(gpu.registry._pages) == registers
-    del whole, model, session, plan
+    del whole, model, plain, session, plan
     gc.collect()
     assert not gpu.registry._pages

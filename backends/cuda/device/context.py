@@ -10,7 +10,7 @@ import ctypes
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 from pyggml.backends.base import Peers
@@ -81,6 +81,17 @@ class Context:
             if turns > 20_000:  # a long wait: leave the processor to others
                 time.sleep(1e-4)
 
+    @cached_property
+    def loads(self) -> Any:
+        """The stream of weights that are read ahead. A whole run waits for them in `stream`."""
+        with self:
+            return self.driver.Stream()
+
+    def wait_for_loads(self) -> None:
+        """Wait for weights that are read ahead, after a run that may not have come to that."""
+        if "loads" in vars(self):
+            self.wait(self.loads)
+
     def leave(self) -> None:
         """End what waits for other devices: they will not come."""
         for end in self.communicators.values():
@@ -118,14 +129,14 @@ class Context:
         checked(cu, what, cu.cuFuncSetAttribute(self._functions[key], limit, launch.shared))
         self._shared[key] = launch.shared
 
-    def start(self, launch: Launch) -> None:
-        """Queue a loaded kernel."""
+    def start(self, launch: Launch, stream: Any = None) -> None:
+        """Queue a loaded kernel, by default in the device's own stream."""
         cu = imported("cuda.bindings.driver")
         config = cu.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = launch.grid
         config.blockDimX, config.blockDimY, config.blockDimZ = launch.block
         config.sharedMemBytes = launch.shared
-        config.hStream = cu.CUstream(self.stream.handle)
+        config.hStream = cu.CUstream((stream or self.stream).handle)
         if launch.overlap:
             attribute = cu.CUlaunchAttribute()
             ids = cu.CUlaunchAttributeID

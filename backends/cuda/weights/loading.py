@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml.backends.cuda.argument import pack
+from pyggml.backends.cuda.argument import Tensor, pack
 from pyggml.backends.cuda.device.context import Context
 from pyggml.backends.cuda.device.pinned import PART, Staging
 from pyggml.backends.cuda.launch import Launch
@@ -33,8 +33,14 @@ FILE = "pack.cu"
 #: Bytes that a thread reads at a time. On an H100, loading is slower with half as many, because
 #: each piece costs the host time, and no faster with twice as many.
 PIECE = 1 << 21
-#: Groups of a row that a block of threads packs, as in pack.cu.
-GROUPS = 32
+#: Groups of a row that a part of a block packs, threads of a part, and parts of a block, as in
+#: pack.cu.
+GROUPS, THREADS, PARTS = 32, 256, {"pack": 4, "pack16": 2}
+#: Bytes that a kernel has under way if it leaves most of the device to others.
+UNDER_WAY = 384 << 10
+#: Blocks for each multiprocessor of a kernel that skips matrices, and the most matrices.
+SKIPPING, MOST_MATRICES = 2, 1024
+ALL = Tensor(data=0, nb=(0,) * 4, ne=(0,) * 4)
 
 
 def load(
@@ -130,9 +136,9 @@ def upload_packed(
     target, source = tiles_of(dtype, ne).at(ptr), source_of(dtype, ne, layout)
 
     def start(first: int, last: int, part: Bytes) -> None:
-        context.start(launch(dtype, target, source.kernel, part.ctypes.data, first, last))
+        context.start(launch(dtype, target, source, part.ctypes.data, first, last))
 
-    context.load([launch(dtype, target, source.kernel, 0, 0, 1)])
+    context.load([launch(dtype, target, source, 0, 0, 1)])
     pieces = _pieces(source)
     staging.stream((data[at], partial(start, first, last)) for first, last, at in pieces)
 
@@ -146,9 +152,32 @@ def _pieces(source: Source) -> Iterator[tuple[int, int, slice]]:
         yield first, last, slice(source.start(first), source.start(last))
 
 
-def launch(dtype: DType, target: Packed, kernel: str, ptr: int, first: int, last: int) -> Launch:
-    """The launch of a `Source`'s kernel that packs its tiles from `first`, which is at address
-    `ptr`, to before `last`."""
-    args = pack([np.uint64(ptr), target, np.int32(first)])
-    grid = (last - first, -(-target.groups // GROUPS), 1)
-    return Launch(FILE, f"{kernel}<{dtype.name}>", grid, (256, 1, 1), args)
+def launch(
+    dtype: DType,
+    target: Packed,
+    source: Source,
+    ptr: int,
+    first: int,
+    last: int,
+    *,
+    ids: Tensor = ALL,
+    most: int | None = None,
+) -> Launch:
+    """The launch that packs the tiles of a source from `first`, which is at address `ptr`, to
+    before `last`.
+
+    ids   of the matrices to pack
+    most  blocks
+    """
+    args = pack([np.uint64(ptr), target, np.int32(first), np.int32(last - first), ids])
+    parts, chunks = PARTS[source.kernel], -(-target.groups // GROUPS)
+    blocks = -(-(last - first) * chunks // parts)
+    grid = (blocks if most is None else min(blocks, most), 1, 1)
+    return Launch(FILE, f"{source.kernel}<{dtype.name}>", grid, (parts * THREADS, 1, 1), args)
+
+
+def few_blocks(source: Source, target: Packed) -> int:
+    """The blocks of a launch that has `UNDER_WAY` bytes under way."""
+    groups: int = target.groups
+    chunk = source.nbytes * GROUPS // max(groups, GROUPS)
+    return -(-UNDER_WAY // (PARTS[source.kernel] * chunk))
