@@ -183,6 +183,47 @@ def test_grid_types(dtype: str, tmp_path: Path) -> None:
     compare(outputs, inputs, tmp_path, 1e-8)
 
 
+def experts_of_tokens(n: int, n_tokens: int, types: tuple[str, str, str], grouped: bool) -> Graph:
+    """Routed and shared experts; without groups, each expert's score is that of a neighbor, too."""
+
+    def weight(name: str, dtype: str, *shape: int) -> gg.Node:
+        return (in_grid if dtype in LEVELS else constant)(name, dtype, *shape)
+
+    k, used, rows, (gated, down, shared) = 512, 6, 84, types
+    router = random(n, k)
+    if not grouped:
+        router[1::2] = router[::2]
+    x = gg.relu(gg.input("x", ne=(k, n_tokens)))
+    scores = gg.mul_mat(gg.constant(router, name="router"), x, prec="f32")
+    if grouped:
+        probs = gg.sigmoid(scores)
+        ranked = gg.add(probs, gg.constant(random(n) / 10, name="bias"))
+        ids = gg.grouped_topk(ranked, n_group=8, n_group_used=4, n_top=2, k=used)
+    else:
+        probs = gg.soft_max(scores)
+        ids = gg.top_k(probs, k=used)
+    shares = gg.get_rows(gg.reshape(probs, ne=(1, n, n_tokens)), ids)
+    up, gate = (weight(name, gated, n, 256, k) for name in ("up", "gate"))
+    hidden = gg.moe_up_gate(up, gate, gg.reshape(x, ne=(k, 1, n_tokens)), ids)
+    y = gg.mul_multi_add(gg.mul_mat_id(weight("down", down, n, rows, 256), hidden, ids), shares)
+    up, gate = (weight(f"{name}_s", shared, 256, k) for name in ("up", "gate"))
+    y = gg.add(y, gg.mul_mat(weight("down_s", "q8_0", rows, 256), gg.fused_up_gate(up, gate, x)))
+    return {"y": y}, {"x": random(n_tokens, k)}
+
+
+def test_experts_of_tokens(tmp_path: Path) -> None:
+    """More experts than a warp reads at once, equal scores, types with grids."""
+    graphs = {
+        "many": experts_of_tokens(256, 2, ("q4_K", "q6_K", "iq3_xxs"), True),
+        "equal": experts_of_tokens(64, 3, ("iq4_nl", "iq4_nl", "q8_0"), False),
+        "grids": experts_of_tokens(16, 1, ("iq2_xs", "iq3_xxs", "q8_0"), False),
+    }
+    for outputs, _ in graphs.values():
+        steps = gg.compile(outputs, backends=["cuda:0:24GiB"]).steps
+        assert any(outputs["y"] in step.nodes and len(step.nodes) >= 10 for step in steps)
+    compare_all(graphs, tmp_path, 1e-8)
+
+
 ORDER = [0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15]
 
 
