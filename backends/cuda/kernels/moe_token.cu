@@ -16,8 +16,9 @@
 //     free again when ids are known. `router` has fetched their weights into L2.
 //   - who has finished fetches into L2 what comes next: down of the shared experts, then down of the
 //     chosen ones, if it is not too much.
-// Lost: the last block of the router chose for all, beside the shared experts. That was a counter in
-// memory between two fences and one more way to ids, 6.9 us where the bytes take 2.3.
+// Before, the last block of the router chose for all, beside the shared experts: a counter in memory
+// between two fences and one more way to ids, 6.9 us where the bytes take 2.3. This form has not been
+// measured yet; benchmarks/notes.md predicts it.
 //
 // A GPU may have a part of the experts. It scores and chooses among all of them, as the others do, and
 // a table says which are its own. Hidden rows of these stand in front, so that `down` knows where its
