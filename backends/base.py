@@ -260,7 +260,16 @@ class Peers(Protocol):
 @runtime_checkable
 class Joins(Protocol):
     """A backend whose devices take collectives together: each has a joint node (joint.py), and a
-    library brings the parts of the others."""
+    library brings the parts of the others.
+
+    connection_bytes  estimate of the device memory that the library takes to connect it with others
+    """
+
+    connection_bytes: int
+
+    def box_bytes(self, count: int) -> int:
+        """The bytes of the device's memory that `count` devices which take steps together write to.
+        Needs no device."""
 
     def joins(self, node: Node) -> bool:
         """Whether its devices take this joint node. Needs no device."""

@@ -117,6 +117,11 @@ class Step:
         """Size of the result in bytes."""
         return self.node.spec.nbytes
 
+    @property
+    def joint(self) -> Node | None:
+        """The joint node that it covers, if there is one."""
+        return next((node for node in self.nodes if node.op.joint), None)
+
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class LoopStep(Step):

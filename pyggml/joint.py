@@ -125,27 +125,30 @@ def by_turn(nodes: Iterable[Node]) -> dict[int, list[Node]]:
     return dict(sorted(turns.items()))
 
 
-def rounds(parts: Sequence[Sequence[Node]]) -> Iterator[Mapping[int, int]]:
+def rounds(parts: Sequence[Sequence[Node | None]]) -> Iterator[Mapping[int, int]]:
     """The turns of several sequences of steps, in order: number of a sequence -> number of its
-    joint step."""
+    joint step.
+
+    parts  the joint node of each step, if it has one
+    """
     turns: dict[int, dict[int, int]] = {}
     for number, nodes in enumerate(parts):
         for i, node in enumerate(nodes):
-            if node.op.joint:
+            if node is not None:
                 turns.setdefault(turn_of(node), {})[number] = i
     yield from (turns[turn] for turn in sorted(turns))
 
 
-def cliques(splits: Sequence[Sequence[Node]]) -> list[tuple[int, ...]]:
+def cliques(splits: Sequence[Sequence[Node | None]]) -> list[tuple[int, ...]]:
     """The splits with joint steps of the same turns, which run together.
 
-    splits  the nodes of the steps of each
+    splits  of each, the joint node of each step, if it has one
     """
     clique: dict[int, list[int]] = {}  # split -> those with which it runs
     first: dict[int, int] = {}  # turn -> the first split that has it
     for i, nodes in enumerate(splits):
         for node in nodes:
-            if not node.op.joint:
+            if node is None:
                 continue
             mine, others = clique.setdefault(i, [i]), clique[first.setdefault(turn_of(node), i)]
             if mine is not others:

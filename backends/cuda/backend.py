@@ -24,7 +24,7 @@ from pyggml.backends.base import (
     Upload,
     host_values,
 )
-from pyggml.backends.cuda import lowering, table
+from pyggml.backends.cuda import lowering, peer_box, table
 from pyggml.backends.cuda.device import arrays, boxes, memory, nccl, pinned, prepared
 from pyggml.backends.cuda.device.context import Context, context
 from pyggml.backends.cuda.device.cublas import Cublas
@@ -62,6 +62,7 @@ class CudaBackend:
     alignment = table.ALIGNMENT
     staging_bytes = pinned.PINNED
     driver_bytes = table.DRIVER_BYTES
+    connection_bytes = nccl.CONNECTION
 
     def __init__(self, index: int) -> None:
         self.index = self.ordinal = index
@@ -86,6 +87,9 @@ class CudaBackend:
 
     def sends(self) -> bool:
         return nccl.enabled()
+
+    def box_bytes(self, count: int) -> int:
+        return peer_box.box_bytes(count) if boxes.wanted() else 0
 
     def numeric(self, node: Node) -> str:
         return table.KERNELS.numeric(node)
@@ -206,21 +210,23 @@ class CudaBackend:
         places = tuple(device.device for device in devices)
         if peers is None:
             contexts = [context(_of_cuda(each).ordinal) for each in devices]
-            if places not in self.context.communicators:
+            before = self.context.communicators.get(places)
+            if before is None or before.lost:
                 ends = nccl.alone(contexts)
-                shared = boxes.boxes_here(contexts) or []
-                for end, box in zip(ends, shared):
-                    end.box, end.boxes = box, tuple(each.ptr for each in shared)
+                for end, box in zip(ends, boxes.boxes_here(contexts) or ()):
+                    end.box = box
                 for each, end in zip(contexts, ends):
+                    end.places = places
                     each.communicators[places] = end
             return
         id = nccl.shared_id(peers, first=index == 0)
         if index is None:
-            boxes.boxes_of_processes(None, None, len(devices), peers)
+            boxes.box_of_process(None, None, len(devices), peers)
             return
         self.context.peers = peers
         end = nccl.in_processes(self.context, id, len(devices), index, peers)
-        end.box, end.boxes = boxes.boxes_of_processes(self.context, index, len(devices), peers)
+        end.places = places
+        end.box = boxes.box_of_process(self.context, index, len(devices), peers)
         self.context.communicators[places] = end
 
     def together(self, runners: Sequence[Runner]) -> Together:

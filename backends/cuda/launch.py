@@ -126,12 +126,27 @@ class Memcpy:
 
 
 @dataclass(frozen=True, slots=True)
+class Tail:
+    """What follows a small sum in its step. The kernel that adds can do it, too.
+
+    launch  does it from the sum; the record right behind that of the sum
+    name    the instance that adds as well, with the same grid and block
+    args    its arguments, without those that say where the others are
+    """
+
+    launch: Launch
+    name: str
+    args: tuple[Argument, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Collective:
     """A call of NCCL that the devices `places` make together; this one is number `index`.
 
     kind    "all_reduce", "all_gather" or "reduce_scatter"; "send" or "receive" between two
     counts  elements of the part of each device; for "reduce_scatter", of each piece
     type    of the elements: "f32", "f16" or, where they are only copied, "bytes"
+    tail    what follows, if our own kernel can do it as well
     """
 
     kind: str
@@ -141,6 +156,7 @@ class Collective:
     type: str
     places: tuple[str, ...]
     index: int
+    tail: Tail | None = None
 
 
 Record = Launch | Gemm | Memcpy | Collective

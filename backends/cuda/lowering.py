@@ -68,7 +68,7 @@ def timely(steps: list[CudaStep]) -> list[CudaStep]:
         ids = _ids(step)
         step.late = ids is not None and (before is None or ids in before)
         step.before = before
-        if step.workspace or step.node.op.joint:
+        if step.workspace or step.joint is not None:
             before = None
         elif step.node.op not in SILENT:
             before = step.nodes

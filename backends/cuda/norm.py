@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,6 +41,16 @@ def weighted(product: Node, run: Run) -> tuple[Node, Node, Node] | None:
     if not _is_row(weight, x.ne[0]):
         return None
     return x, normed, weight
+
+
+class NormForm(NamedTuple):
+    """How rms_norm takes a row: elements of a pack, packs that a thread holds, what it writes
+    besides the result, and where."""
+
+    width: int
+    packs: int
+    also: str
+    ends: tuple[np.uint64, np.uint64]
 
 
 def can_fix(node: Node) -> bool:
@@ -96,10 +107,15 @@ def norm_with_row(node: Node, run: Run) -> Fused | None:
 
 
 def _norm(call: Call, eps: float) -> None:
+    record_norm(call, eps, call["a"], call.get("plus"))
+
+
+def record_norm(call: Call, eps: float, a: Operand, plus: Operand | None) -> NormForm:
     """Record out = norm(a (+ plus)) times weight. The sum also goes to call["sum"], and out in
-    fixed point to call["fixed"] and as f16 to call["halves"], if these are present."""
-    out, a, fixed, halves = call.out, call["a"], call.get("fixed"), call.get("halves")
-    weight, plus, total = call.get("weight"), call.get("plus"), call.get("sum")
+    fixed point to call["fixed"] and as f16 to call["halves"], if these are present. Returns the
+    form of the first launch."""
+    out, fixed, halves = call.out, call.get("fixed"), call.get("halves")
+    weight, total = call.get("weight"), call.get("sum")
     width, threads, packs = _shares(out, a, weight, plus, total)
     also, ends = "PLAIN", (np.uint64(0), np.uint64(0))
     if width == 4 and packs > 0:
@@ -126,6 +142,7 @@ def _norm(call: Call, eps: float) -> None:
         launch_quantize(call, out, fixed.pointer, 2)
     if halves is not None and also != "HALVES":
         launch_halves(call, out, halves.ptr, "__half")
+    return NormForm(width, packs, also, ends)
 
 
 def _layer_norm(call: Call, eps: float) -> None:

@@ -19,14 +19,15 @@ from pyggml.backends.cuda.moe_routing import route
 from pyggml.backends.cuda.moe_token import experts_of_token
 from pyggml.backends.cuda.norm import norm_times_row, norm_with_row, sum_norm_times_row
 from pyggml.backends.cuda.norm_rope import norm_rope, norm_rope_into_rows
+from pyggml.backends.cuda.peer_sum import joint_sum_norm
 from pyggml.backends.cuda.rope import rope_into_rows
 
 #: Each pattern with the ops that may come last in it. A graph is searched from its end, so a
 #: pattern whose last node comes later wins regardless of this order. Among patterns with the same
 #: last op the first match wins, so a pattern precedes those that cover only part of it:
-#: `sum_norm_times_row` before `norm_times_row`. A one-row norm times an activation matches both
-#: `activated_times` and `norm_times_row`; the former wins and saves reading a row from memory.
-#: `latent_row` and `rope_into_rows` never match the same node.
+#: `joint_sum_norm` before `sum_norm_times_row` before `norm_times_row`. A one-row norm times an
+#: activation matches both `activated_times` and `norm_times_row`; the former wins and saves reading
+#: a row from memory. `latent_row` and `rope_into_rows` never match the same node.
 PATTERNS: tuple[Pattern, ...] = (
     (latent_row, (ops.set_rows,)),
     (compressed_row, (ops.set_rows,)),
@@ -37,6 +38,7 @@ PATTERNS: tuple[Pattern, ...] = (
     (norm_after_post, (ops.mul,)),
     (norm_of_streams, (ops.mul,)),
     (activated_times, (ops.mul,)),
+    (joint_sum_norm, (ops.mul,)),
     (sum_norm_times_row, (ops.mul,)),
     (norm_times_row, (ops.mul,)),
     (norm_with_row, (ops.add, ops.mul)),

@@ -62,7 +62,7 @@ class CudaRunner:
         for step, offset in zip(self.steps, scratch_at):
             memory = (scratch.ptr + offset, step.scratch)
             own = [] if step.node in loads else record_step(step, at, memory, context.about)
-            records = [self._chosen(record) for record in own]
+            records = [*self._chosen(own)]
             by_step.append(records if self._ahead is None else self._ahead.complete(step, records))
         records = [record for step_records in by_step for record in step_records]
         check_early(records)
@@ -97,13 +97,20 @@ class CudaRunner:
             self._relay = relay(self.context, self._staging, arrivals, departures)
         return self._relay
 
-    def _chosen(self, record: Record) -> Record:
-        """The record; of a collective, what the devices that meet take for its size."""
-        if not isinstance(record, Collective):
-            return record
-        end = self.context.communicators[record.places]
-        self.ends.add(end)
-        return end.small(record)
+    def _chosen(self, records: Sequence[Record]) -> Iterator[Record]:
+        """The records of a step; in place of a sum, and of what follows it, our own kernel if the
+        devices that meet have one for its size."""
+        done: Record | None = None  # what our own kernel does as well
+        for record in records:
+            if not isinstance(record, Collective):
+                if record is not done:
+                    yield record
+                continue
+            end = self.context.communicators[record.places]
+            self.ends.add(end)
+            own = end.own(record)
+            yield own or record
+            done = record.tail.launch if own is not None and record.tail is not None else None
 
     def run(self) -> None:
         with self.context:
@@ -153,16 +160,33 @@ class CudaRunner:
         with self.context:
             self._start(index)
 
-    def _start(self, index: int) -> None:
+    def run_joint(self, index: int) -> None:
+        """Queue a joint step up to its collective, which waits for the end of a group."""
+        with self.context:
+            self._start(index, last=self._joined(index))
+
+    def run_rest(self, index: int) -> None:
+        """Queue what is behind the collective of a joint step."""
+        with self.context:
+            self._start(index, first=self._joined(index))
+
+    def _joined(self, index: int) -> int:
+        """The number of actions of a step up to its collective; all, if it has none."""
+        behind = 0
+        for i, record in enumerate(reversed(self._records[index])):
+            behind = i if isinstance(record, Collective) else behind
+        return len(self.actions[index]) - behind
+
+    def _start(self, index: int, first: int = 0, last: int | None = None) -> None:
         step = self.steps[index]
         try:
             if self.debugging:
                 check_ids(self._staging, step, self._at)
             with guarded("starting a kernel"):
-                for action in self.actions[index]:
+                for action in self.actions[index][first:last]:
                     action()
                 # A joint step ends only when others have come to it, and is part of the next wait.
-                if self.debugging and not step.node.op.joint:
+                if self.debugging and step.joint is None:
                     self.context.wait(self.context.stream)
         except Exception as error:
             raise kernel_error(error, step.node) from None
@@ -218,7 +242,7 @@ class CudaRunner:
 
     def _wait(self) -> None:
         with self.context:
-            self.context.stream.synchronize()
+            self.context.wait(self.context.stream)
 
     def kernels(self, index: int) -> Kernels:
         """What is launched for a step, and why not the fast kernel for its node."""

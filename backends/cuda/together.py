@@ -2,7 +2,8 @@
 
 One thread queues the work of all. NCCL's calls for one joint step must stand in one group, or the
 first would wait for the others, which come later. So all GPUs queue what comes before a turn, then
-the turn itself in a group, and so on. The streams of all are captured at the same time in the same
+the turn itself in a group, then what is behind it in the same step, and so on: a call in a group is
+queued when the group ends. The streams of all are captured at the same time in the same
 way, each to a graph of its own.
 
 If only some GPUs had got their work, these would wait for ever. An interrupt of the first run, or
@@ -29,7 +30,7 @@ class Together:
 
     def __init__(self, runners: Sequence[CudaRunner]) -> None:
         self._runners = tuple(runners)
-        self._rounds = list(rounds([[step.node for step in r.steps] for r in self._runners]))
+        self._rounds = list(rounds([[step.joint for step in r.steps] for r in self._runners]))
         self._graphs: list[Callable[[], object]] | None = None
         self._warm = False
 
@@ -77,7 +78,10 @@ class Together:
                 go(number, index)
             with guarded("a collective"), Group():
                 for number, index in turn.items():
-                    go(number, index + 1)
+                    self._runners[number].run_joint(index)
+            for number, index in turn.items():
+                self._runners[number].run_rest(index)
+                done[number] = index + 1
         for number, runner in enumerate(self._runners):
             go(number, len(runner.steps))
 

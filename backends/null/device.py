@@ -62,7 +62,7 @@ class NullDevice:
         self.place = self.device = f"null:{index}"
         self.host = backends.get("numpy")
         self.alignment = self.host.alignment
-        self.staging_bytes = self.driver_bytes = 0
+        self.staging_bytes = self.driver_bytes = self.connection_bytes = 0
         self.denied: frozenset[str] = frozenset()
         self.joining = False  # whether it takes collectives together with others
         self.limit: int | None = None
@@ -91,6 +91,9 @@ class NullDevice:
 
     def joins(self, node: Node) -> bool:
         return self.joining
+
+    def box_bytes(self, count: int) -> int:
+        return 0
 
     def sends(self) -> bool:
         return self.joining

@@ -51,6 +51,7 @@ class NullRunner:
         self.nodes = [step.node for step in steps]
         #: Weights that are loaded while other steps run -> what their first readers wait for.
         self._arriving: dict[Node, Event] = {}
+        self.joint = [step.joint for step in steps]
         self._tasks = [
             self._load_task(step, at)
             if isinstance(step, LoadStep)
@@ -192,7 +193,7 @@ class Together:
                 self._runners[number].run_step(index)
             done[number] = end
 
-        for turn in rounds([runner.nodes for runner in self._runners]):
+        for turn in rounds([runner.joint for runner in self._runners]):
             for number, index in turn.items():
                 go(number, index)
             takes = [self._runners[number].meet(index) for number, index in turn.items()]

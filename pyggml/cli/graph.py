@@ -27,8 +27,8 @@ from pyggml.runtime.report import name_of
 from pyggml.viz import dot
 
 _BYTES = (
-    "weights", "states", "inputs", "compute", "workspace", "staging", "messages", "total",
-    "score_peak", "score_peak_plain", "size",
+    "weights", "states", "inputs", "compute", "workspace", "boxes", "staging", "messages",
+    "total", "score_peak", "score_peak_plain", "size",
 )  # fmt: skip
 
 

@@ -234,7 +234,8 @@ def _device(line: Line) -> dict[str, Any]:
     row = line.row
     return {
         "device": row.device, "weights": row.weights, "caches": row.states, "inputs": row.inputs,
-        "compute": row.compute, "workspace": row.workspace, "driver_estimate": line.driver,
+        "compute": row.compute, "workspace": row.workspace, "boxes": row.boxes,
+        "driver_estimate": line.driver,
         "pinned": line.pinned, "messages": row.messages, "total": line.total, "size": row.size,
         "free": line.free,
     }  # fmt: skip
@@ -242,8 +243,9 @@ def _device(line: Line) -> dict[str, Any]:
 
 def as_text(result: Result) -> list[str]:
     setup, table = result.setup, result.table
+    hidden = {"messages"} if any(t.row.boxes for t in table) else {"messages", "boxes"}
     rows = [
-        {k: v if isinstance(v, str) else _mib(v) for k, v in _device(t).items() if k != "messages"}
+        {k: v if isinstance(v, str) else _mib(v) for k, v in _device(t).items() if k not in hidden}
         for t in table
     ]
     heads = {key: key.replace("driver_estimate", "driver (estimate)") for key in rows[0]}

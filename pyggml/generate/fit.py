@@ -35,7 +35,8 @@ def memory(model: Model, n_ctx: int, n_batch: int) -> Memory:
 class Line:
     """The memory of a session on one device, and what is left of the device.
 
-    driver  an estimate of what the driver uses for itself; 0 on the host
+    driver  an estimate of what the driver uses for itself, and what connects the device with
+            others; 0 on the host
     pinned  of the host: memory for copies to and from other devices
     free    what is left of `size`; None without a size
     """
@@ -58,7 +59,11 @@ def lines(memory: Memory, places: Sequence[Place]) -> list[Line]:
     drivers = {place.backend.place: place.backend.driver_bytes for place in places}
     pinned = sum(row.staging for row in memory.devices)
     return [
-        Line(row, drivers.get(row.device, 0), pinned if row.device in HOSTS else 0)
+        Line(
+            row,
+            drivers.get(row.device, 0) + row.connections,
+            pinned if row.device in HOSTS else 0,
+        )
         for row in memory.devices
     ]
 

@@ -147,7 +147,7 @@ def _memory(memory: Memory) -> dict[str, Any]:
             {
                 "device": row.device, "weights": row.weights, "states": row.states,
                 "inputs": row.inputs, "compute": row.compute, "workspace": row.workspace,
-                "total": row.total, "staging": row.staging, "size": row.size,
+                "boxes": row.boxes, "total": row.total, "staging": row.staging, "size": row.size,
                 "size_text": row.size_text, "score_peak": row.score_peak,
                 "score_peak_plain": row.score_peak_plain,
             }

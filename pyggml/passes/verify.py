@@ -80,7 +80,7 @@ def _check_cliques(work: Work) -> None:
     """Splits that run together start with the last of them: until then, nothing waits for one of
     them or runs on its device."""
     splits = work.splits
-    for members in cliques([[step.node for step in split.steps] for split in splits]):
+    for members in cliques([[step.joint for step in split.steps] for split in splits]):
         for i in range(members[0], members[-1] + 1):
             earlier = [k for k in members if k < i]
             devices = [splits[k].backend.device for k in earlier]

@@ -351,7 +351,7 @@ class Execution:
 def _together(runners: Sequence[Runner], splits: Sequence[Split]) -> dict[tuple[int, ...], Runner]:
     """Splits of this process that run together -> their runner."""
     result = {}
-    for members in cliques([[step.node for step in split.steps] for split in splits]):
+    for members in cliques([[step.joint for step in split.steps] for split in splits]):
         backend = splits[members[0]].backend
         if len(members) > 1:
             assert isinstance(backend, Joins)

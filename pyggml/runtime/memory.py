@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pyggml.backends.base import Joins
+from pyggml.joint import places_of
 from pyggml.node import label_of
 from pyggml.passes.ahead import bytes_ahead
 from pyggml.passes.work import Work
@@ -29,6 +31,10 @@ class DeviceMemory:
     ahead                     of compute: the most bytes of weights of the host that are there
                               before the step that reads them (`read_ahead=False`: none)
     workspace                 of the device's libraries: one block for all plans on the device
+    boxes                     for sums with other devices: memory that these write to, for all plans
+                              over the same devices
+    connections               an estimate of what a library takes to connect the device with others;
+                              not part of `total`
     staging                   pinned host memory that copies to and from the device go through: one
                               block for all plans, not part of `total`
     messages                  host memory that messages to and from other processes pass through, if
@@ -54,10 +60,13 @@ class DeviceMemory:
     staging: int
     messages: int = 0
     ahead: int = 0
+    boxes: int = 0
+    connections: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.states + self.inputs + self.compute + self.workspace
+        leaves = self.weights + self.states + self.inputs
+        return leaves + self.compute + self.workspace + self.boxes
 
     def row(self) -> list[str]:
         return [self.device, *(mib(getattr(self, column)) for column in _COLUMNS)]
@@ -66,6 +75,10 @@ class DeviceMemory:
 #: The columns of the table and their heads.
 _SIZES = ("weights", "states", "inputs", "compute", "workspace", "total")
 _COLUMNS = (*_SIZES, "score_peak", "score_peak_plain")
+#: Of several plans of a store, that of the plan with most.
+_LARGEST = (
+    "workspace", "staging", "messages", "boxes", "connections", "score_peak", "score_peak_plain"
+)  # fmt: skip
 _HEADS = ["device", *_SIZES, "score peak", "plain"]
 
 
@@ -130,10 +143,7 @@ class Memory:
             sizes: dict[str, Any] = leaf_bytes(
                 [need for need in needs if need.backend.device == device]
             )
-            sizes |= {
-                name: max(getattr(row, name) for row in same)
-                for name in ("workspace", "staging", "messages", "score_peak", "score_peak_plain")
-            }
+            sizes |= {name: max(getattr(row, name) for row in same) for name in _LARGEST}
             rows.append(replace(largest, **sizes))
         top = max((memory for memory, _ in plans), key=lambda memory: memory.peak_live)
         return replace(top, devices=tuple(rows))
@@ -201,6 +211,16 @@ class Memory:
         )
         lines.append("Score peak: most attention scores alive at once; plain: without a budget.")
         for row in self.devices:
+            if row.boxes:
+                lines.append(
+                    f"Sums with other devices: {mib(row.boxes)} MiB on {row.device}, part of its "
+                    "total."
+                )
+            if row.connections:
+                lines.append(
+                    f"To connect {row.device} with others takes about {mib(row.connections)} MiB "
+                    "more (estimate)."
+                )
             if row.staging:
                 pinned = f"{mib(row.staging)} MiB of pinned host memory"
                 lines.append(f"Copies to and from {row.device} use another {pinned}.")
@@ -238,6 +258,8 @@ def _row(work: Work, device: str, needs: Sequence[Need]) -> DeviceMemory:
     backend = next(b for b in work.backends if b.device == device)
     steps = [s for split in work.splits if split.backend.device == device for s in split.steps]
     arena = work.placed.arenas[device]
+    joint = [step.joint for step in steps]
+    counts = [len(places) for places in {places_of(node) for node in joint if node is not None}]
     return DeviceMemory(
         device=backend.place,
         **leaf_bytes(needs),
@@ -250,4 +272,6 @@ def _row(work: Work, device: str, needs: Sequence[Need]) -> DeviceMemory:
         size_text="",
         staging=backend.staging_bytes if steps or needs else 0,
         ahead=bytes_ahead(steps),
+        boxes=sum(backend.box_bytes(n) for n in counts) if isinstance(backend, Joins) else 0,
+        connections=len(counts) * backend.connection_bytes if isinstance(backend, Joins) else 0,
     )

@@ -91,8 +91,8 @@ class Prediction:
 def predict(work: Work, rates: Rates | None = None) -> Prediction:
     """The time of a run of a planned graph."""
     clocks = _Clocks(work, rates or Rates())
-    nodes = [[step.node for step in split.steps] for split in work.splits]
-    last = {max(members): members for members in cliques(nodes)}
+    joint = [[step.joint for step in split.steps] for split in work.splits]
+    last = {max(members): members for members in cliques(joint)}
     waiting = {i for members in last.values() for i in members}
     for i, split in enumerate(work.splits):
         clocks.copies(i, split)
@@ -161,7 +161,7 @@ class _Clocks:
     def together(self, members: Sequence[int]) -> None:
         """Run splits whose devices meet in joint steps."""
         splits = [self.work.splits[i] for i in members]
-        for turn in rounds([[step.node for step in split.steps] for split in splits]):
+        for turn in rounds([[step.joint for step in split.steps] for split in splits]):
             meeting = [(members[number], index) for number, index in turn.items()]
             for i, index in meeting:
                 self.steps(i, index)
@@ -193,14 +193,20 @@ def seconds_of(work: Work, step: Step, rates: Rates) -> float:
         return rates.latency + share * step.nbytes / BUS
     if step.node.op is transfer:
         return rates.latency + step.node.spec.nbytes / rates.link
-    if step.node.op is joint_reduce:
-        n, nbytes = len(places_of(step.node)), step.node.spec.nbytes
-        if n <= PEERS and nbytes <= SMALL:
-            return rates.small + (n - 1) * nbytes / rates.link
-    if step.node.op.joint:
-        return rates.latency + cost_of(step.node).sent / rates.link
+    if step.joint is not None:
+        return _joint_seconds(step.joint, rates)
     works = [_work(node, step, rates) for node in step.nodes]
     return rates.launch + max(sum(w[0] for w in works), sum(w[1] for w in works) / rates.nbytes)
+
+
+def _joint_seconds(joint: Node, rates: Rates) -> float:
+    """A joint step, with what a small sum does as well: a norm of few rows, whose bytes take less
+    time than the wait for the other devices varies."""
+    if joint.op is joint_reduce and len(places_of(joint)) <= PEERS:
+        n, nbytes = len(places_of(joint)), joint.spec.nbytes
+        if nbytes <= SMALL:
+            return rates.small + (n - 1) * nbytes / rates.link
+    return rates.latency + cost_of(joint).sent / rates.link
 
 
 def _work(node: Node, step: Step, rates: Rates) -> tuple[float, float]:

@@ -117,14 +117,14 @@ def _row(work: Work, step: Step) -> Row:
         note = f" from {work.home(origin(node)).place}, {mib(step.nbytes)} MiB"
         if isinstance(step, LoadStep):
             note += ", of chosen experts" * (step.ids is not None) + ", ahead" * step.ahead
-    elif node.op.joint:
-        others = [place for i, place in enumerate(places_of(node)) if i != node.attrs["index"]]
-        note = f" with {', '.join(others)}, turn {turn_of(node)}"
     elif isinstance(step, LoopStep):
         inner = ", ".join(s.node.op.name for s in step.bodies[-1].steps)
         note = f" loop {step.loop} of {inner}"
     elif len(step.nodes) > 1:
         note = f" of {', '.join(n.op.name for n in step.nodes)}"
+    if (joint := step.joint) is not None:
+        others = [place for i, place in enumerate(places_of(joint)) if i != joint.attrs["index"]]
+        note += f" with {', '.join(others)}, turn {turn_of(joint)}"
     if step.scratch:
         note = f" scratch {step.scratch} bytes" + note
     where = f"@{at.offset}" if at.base is None else f"in {name_of(at.base)}"

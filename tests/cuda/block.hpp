@@ -7,8 +7,15 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <functional>
+#include <map>
 #include <memory>
 #include <vector>
+
+// Blocks of several GPUs run at the same time, so each has static shared memory of its own.
+#ifdef SEVERAL_GPUS
+#define SHARED(T, name, n) T* const name = (T*)block->fixed(__COUNTER__, sizeof(T) * (n))
+#endif
 
 struct Dim3 {
     int x, y, z;
@@ -35,11 +42,18 @@ struct Block {
     std::vector<Barrier> warps, parts;
     Barrier all;
     std::vector<char> memory;  // dynamic shared memory
+    std::map<int, std::unique_ptr<char[]>> arrays;  // static shared memory
     Dim3 index;
     int now = 0;
 
     Block(int threads, int shared, Dim3 index)
         : fibers(threads), slots(threads), warps(threads), parts(threads), memory(shared), index(index) {}
+
+    char* fixed(int number, size_t nbytes) {
+        std::unique_ptr<char[]>& array = arrays[number];
+        if (!array) array.reset(new char[nbytes]);
+        return array.get();
+    }
 };
 inline std::vector<Block>* cluster;
 inline Block* block;
@@ -193,6 +207,76 @@ void launch(Dim3 grid, Dim3 shape, Kernel kernel, int shared = 0, int blocks = 1
         }
     }
 }
+// -- several GPUs at the same time ------------------------------------------------------------------
+
+// What a kernel calls in a wait for another GPU.
+inline void let_others_run() { yield_thread(); }
+
+struct Grid {
+    std::function<void()> kernel;
+    Dim3 grid, shape;
+    int shared;
+};
+inline const std::function<void()>* kernel_now;
+inline void run_grid() {
+    (*kernel_now)();
+    block->fibers[block->now].over = true;
+    yield_thread();
+}
+
+// A kernel on each GPU. On each, `resident` blocks run at the same time, and the next one starts when
+// one of them has ended. `order` decides who is next. False: they had not ended after `turns` of all.
+inline bool launch_together(const std::vector<Grid>& grids, int resident, unsigned order, int turns) {
+    constexpr int STACK = 1 << 16;
+    std::vector<std::vector<std::unique_ptr<Block>>> live(grids.size());
+    std::vector<int> next(grids.size(), 0);
+    for (; turns; --turns) {
+        bool going = false;
+        order = order * 1664525u + 1013904223u;
+        for (size_t turn = 0, first = order >> 16; turn < grids.size(); ++turn) {
+            const size_t gpu = (first + turn) % grids.size();
+            const Grid& mine = grids[gpu];
+            const int threads = mine.shape.x * mine.shape.y;
+            const int blocks = mine.grid.x * mine.grid.y * mine.grid.z;
+            auto& here = live[gpu];
+            for (size_t b = 0; b < here.size();) {
+                bool over = true;
+                for (auto& fiber : here[b]->fibers) over &= fiber.over;
+                if (over) here.erase(here.begin() + b);
+                else ++b;
+            }
+            while ((int)here.size() < resident && next[gpu] < blocks) {
+                const int b = next[gpu]++;
+                here.emplace_back(new Block(threads, mine.shared,
+                                            Dim3{b % mine.grid.x, b / mine.grid.x % mine.grid.y,
+                                                 b / mine.grid.x / mine.grid.y}));
+                for (Block::Fiber& fiber : here.back()->fibers) {
+                    fiber.stack.reset(new char[STACK]);
+                    getcontext(&fiber.context);
+                    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+                    fiber.context.uc_stack.ss_size = STACK;
+                    makecontext(&fiber.context, run_grid, 0);
+                }
+            }
+            going |= !here.empty();
+            for (auto& each : here) {
+                order = order * 1664525u + 1013904223u;
+                if (order >> 28 == 0) continue;  // a block may be late
+                block = each.get(), blockIdx = block->index;
+                blockDim = mine.shape, gridDim = mine.grid, kernel_now = &mine.kernel;
+                for (block->now = 0; block->now < threads; ++block->now) {
+                    Block::Fiber& fiber = block->fibers[block->now];
+                    if (fiber.over || fiber.waits && fiber.waits->round == fiber.round) continue;
+                    threadIdx = {block->now % mine.shape.x, block->now / mine.shape.x, 0};
+                    resume(fiber);
+                }
+            }
+        }
+        if (!going) return true;
+    }
+    return false;
+}
+
 template <class Kernel>
 void launch(Dim3 grid, int threads, Kernel kernel, int shared = 0, int blocks = 1) {
     launch(grid, Dim3{threads, 1, 1}, kernel, shared, blocks);

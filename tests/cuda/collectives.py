@@ -1,5 +1,6 @@
-"""Two GPUs with NCCL, imitated on the host: streams run late, kernels run thread by thread, graphs
-replay what was captured, and collectives meet as NCCL's do.
+"""GPUs with NCCL, imitated on the host: streams run late, kernels run thread by thread, graphs
+replay what was captured, and collectives meet as NCCL's do. Kernels that wait for other GPUs run at
+the same time as theirs.
 
 In one process, a collective outside of a group, or a group that not all devices take part in, is an
 error here; NCCL would wait for ever.
@@ -9,7 +10,9 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from threading import Lock
 from types import ModuleType, SimpleNamespace
@@ -18,12 +21,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pyggml.backends.cuda import backend, peer_sum, peer_sum_large
 from pyggml.backends.cuda.device import compiler
-from pyggml.backends.cuda.launch import Launch
+from pyggml.backends.cuda.launch import Gemm, Launch
+from pyggml.backends.cuda.peers import Peers
 from pyggml.backends.null.meeting import MEETINGS, tasks_of
 from pyggml.joint import joint_gather, joint_receive, joint_reduce, joint_scatter, joint_send
 from tests.cuda import conftest
-from tests.cuda.emulated import starter
+from tests.cuda.emulated import Meeting, multiply, starter
 
 TYPES = {"NCCL_FLOAT32": np.float32, "NCCL_FLOAT16": np.float16, "NCCL_CHAR": np.uint8}
 
@@ -76,15 +81,18 @@ class Nccl(ModuleType):
         self.group: list[tuple[Communicator, Callable[[Any], None]]] | None = None
         self.depth = 0
         self.calls: list[str] = []
+        self.threads = False  # whether ranks are threads
         self.aborted: list[int] = []
         nccl = self
 
         class Bound(Communicator):
             def __init__(self, count: int, id: Any, index: int) -> None:
+                nccl.threads = True
                 super().__init__(nccl, count, tuple(id)[:4], index, clique=None)
 
             @staticmethod
             def initAll(devices: list[int]) -> list[Communicator]:
+                nccl.threads = False
                 clique: list[Communicator] = []
                 id = ("all", *devices)
                 for i in range(len(devices)):
@@ -180,7 +188,7 @@ class Communicator:
         self._queue(joint_scatter, source, target, count, kind, stream)
 
     def send(self, source: int, count: int, kind: int, peer: int, stream: int) -> None:
-        assert self.index == 0 and peer == 1
+        assert self.index == 0 and peer == 1 and len(self.places) == 2
         self._queue(joint_send, source, 0, count, kind, stream)
 
     def recv(self, target: int, count: int, kind: int, peer: int, stream: int) -> None:
@@ -209,6 +217,7 @@ class Kernels:
         self.folder = folder
         self._loaded: dict[tuple[str, str], Callable[[Launch], None]] = {}
         self.known: dict[tuple[str, str], None] = {}
+        self._meetings: dict[tuple[str, int], Meeting] = {}
         self._lock = Lock()  # the blocks of a kernel share memory
 
     def cubin(self, file: str, name: str, arch: str) -> compiler.Cubin:
@@ -217,6 +226,17 @@ class Kernels:
         return compiler.Cubin(
             name, f"{file}|{name}", arch, 32, 0, 0, 0, f"{file}|{name}".encode() or cubin.code
         )
+
+    def meet(self, launches: Sequence[Launch]) -> None:
+        """Run kernels that wait for each other."""
+        (file,) = {launch.file for launch in launches}
+        names = [name for f, name in self.known if f == file]
+        with self._lock:
+            if (file, len(names)) not in self._meetings:
+                folder = self.folder.parent / f"{Path(file).stem}-{len(names)}"
+                folder.mkdir()
+                self._meetings[file, len(names)] = Meeting(folder, file, names)
+            assert self._meetings[file, len(names)].run(launches), "a kernel waits for ever"
 
     def start(self, launch: Launch) -> None:
         key = launch.file, launch.name
@@ -230,6 +250,59 @@ class Kernels:
             self._loaded[key](launch)
 
 
+class Kernel:
+    """A launch of a kernel that waits for those of other GPUs: all run when the first must end."""
+
+    launches: dict[int, Launch] = {}
+    over: set[tuple[int, ...]] = set()
+    numbers = count()
+    lock = Lock()
+
+    def __init__(self, kernels: Kernels, launch: Launch) -> None:
+        if launch.file == peer_sum_large.FILE:  # fewer blocks and threads, each of which is a fiber
+            launch = replace(launch, grid=(min(3, launch.grid[0]), 1, 1), block=(64, 1, 1))
+        self._kernels, self._launch = kernels, launch
+        behind = 16 if launch.file == peer_sum_large.FILE else 8
+        at = len(launch.args) - behind - ctypes.sizeof(Peers)
+        peers = Peers.from_buffer_copy(launch.args, at)
+        self._places = tuple(f"box {address}" for address in peers.box[: peers.count])
+        self._index = peers.index
+
+    def enqueue(self, stream: Any, threads: bool) -> None:
+        node: Any = SimpleNamespace(
+            op=joint_gather, attrs={"places": self._places, "index": self._index, "turn": -1}
+        )
+
+        def read() -> Any:
+            number = next(self.numbers)
+            self.launches[number] = self._launch
+            return np.array([number])
+
+        def write(numbers: Any) -> None:
+            key = tuple(numbers.tolist())
+            with self.lock:
+                if key not in self.over:
+                    self._kernels.meet([self.launches[number] for number in key])
+                    self.over.add(key)
+
+        bring, take, announce = tasks_of(node, read, write)
+        stream.queue.add(bring)
+        announce(stream.queue.mark())
+        if threads:
+            stream.queue.run_all()
+        stream.queue.add(take)
+
+
+class Cublas:
+    """Queues products, which NumPy computes."""
+
+    def __init__(self, context: Any) -> None:
+        self.context = context
+
+    def ready(self) -> Callable[[Gemm], None]:
+        return lambda gemm: self.context.stream.queue.add(lambda: multiply(gemm))
+
+
 #: Freed memory. To free it would wait for all streams, also for that of another thread.
 FREED: list[Any] = []
 
@@ -239,9 +312,10 @@ def _freed(block: Any) -> None:
     del block.live[block.ptr]
 
 
-def imitate(machine: Any, patch: pytest.MonkeyPatch, kernels: Kernels) -> Nccl:
-    """A machine with two GPUs, whose kernels run on the host, until the end of the test."""
-    machine("gpus")
+def imitate(machine: Any, patch: pytest.MonkeyPatch, kernels: Kernels, gpus: int = 2) -> Nccl:
+    """A machine with GPUs, whose kernels run on the host, until the end of the test."""
+    machine(f"gpus {gpus}")
+    nccl = Nccl()
     bindings: Any = __import__("cuda.bindings.driver").bindings.driver
     patch.setattr(compiler, "compile_instance", kernels.cubin)
 
@@ -252,12 +326,20 @@ def imitate(machine: Any, patch: pytest.MonkeyPatch, kernels: Kernels) -> Nccl:
         grid = config.gridDimX, config.gridDimY, config.gridDimZ
         block = config.blockDimX, config.blockDimY, config.blockDimZ
         record = Launch(file, name, grid, block, args, config.sharedMemBytes)
-        config.hStream.queue.add(lambda: kernels.start(record))
+        stream = config.hStream
+        if file not in (peer_sum.FILE, peer_sum_large.FILE):
+            stream.queue.add(lambda: kernels.start(record))
+            return (bindings.OK,)
+        kernel = Kernel(kernels, record)
+        if isinstance(stream.queue, Recorder):
+            stream.queue.actions.append(lambda stream: kernel.enqueue(stream, nccl.threads))
+        else:
+            kernel.enqueue(stream, nccl.threads)
         return (bindings.OK,)
 
     patch.setattr(bindings, "cuLaunchKernelEx", launch)
     patch.setattr(sys.modules["pycuda.driver"].DeviceAllocation, "free", _freed)
-    nccl = Nccl()
+    patch.setattr(backend, "Cublas", Cublas)
     cupy: Any = ModuleType("cupy")
     cupy.cuda = SimpleNamespace(ExternalStream=ExternalStream, nccl=nccl)
     for name, module in (("cupy", cupy), ("cupy.cuda", cupy.cuda), ("cupy.cuda.nccl", nccl)):

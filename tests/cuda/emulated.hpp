@@ -42,6 +42,14 @@ T argument(const char* args, int& at) {
     return value;
 }
 
+// A kernel with its packed arguments.
+template <class... A>
+std::function<void()> bound(void (*kernel)(A...), const char* args) {
+    int end = 0;
+    std::tuple<A...> values{argument<A>(args, end)...};
+    return [=] { std::apply(kernel, values); };
+}
+
 // Runs a kernel; returns the bytes of its arguments.
 template <class... A>
 int start(void (*kernel)(A...), const char* args, const int* grid, const int* block, int shared) {

@@ -176,6 +176,51 @@ def starter(folder: Path, launches: list[Launch]) -> Callable[[Launch], None]:
     return start
 
 
+class Meeting:
+    """Runs launches of several GPUs at the same time.
+
+    names  the launches of a file of kernels that there may be
+    """
+
+    def __init__(self, folder: Path, file: str, names: Sequence[str]) -> None:
+        self._names = list(names)
+        text = _text(file, self._names) + _together(self._names)
+        options = "-O1", "-fno-strict-aliasing", "-DSEVERAL_GPUS"
+        (self._library,) = libraries(folder, {Path(file).stem: text}, *options)
+
+    def run(
+        self, launches: Sequence[Launch], resident: int = 128, order: int = 1, turns: int = 200_000
+    ) -> bool:
+        """Whether all have ended; the arguments are those of launch_together in block.hpp."""
+        n = len(launches)
+        which = [self._names.index(launch.name) for launch in launches]
+        args = [ctypes.create_string_buffer(launch.args, len(launch.args)) for launch in launches]
+        addresses = [ctypes.addressof(each) for each in args]
+        shapes = [x for launch in launches for x in (*launch.grid, *launch.block)]
+        ended: int = self._library.run_together(
+            n, (ctypes.c_int * n)(*which), (ctypes.c_void_p * n)(*addresses),
+            (ctypes.c_int * (6 * n))(*shapes), resident, order, turns,
+        )  # fmt: skip
+        return bool(ended)
+
+
+def _together(names: Sequence[str]) -> str:
+    cases = "\n".join(f"case {i}: return bound({name}, args);" for i, name in enumerate(names))
+    return f"""
+static std::function<void()> bound_to(int which, const char* args) {{
+    switch (which) {{ {cases} }}
+    return {{}};
+}}
+extern "C" int run_together(int n, const int* which, const char* const* args, const int* shapes,
+                            int resident, int order, int turns) {{
+    std::vector<Grid> grids;
+    for (int i = 0; i < n; ++i, shapes += 6)
+        grids.push_back({{bound_to(which[i], args[i]), {{shapes[0], shapes[1], shapes[2]}},
+                         {{shapes[3], shapes[4], shapes[5]}}, 0}});
+    return launch_together(grids, resident, order, turns);
+}}"""
+
+
 def _text(file: str, names: list[str]) -> str:
     """A library with a function for each instance of a kernel."""
     source = on_host((KERNELS / file).read_text())

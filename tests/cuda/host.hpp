@@ -11,6 +11,9 @@ using std::min;
 #define __global__
 #define __constant__
 #define __shared__ static
+#ifndef SHARED
+#define SHARED(T, name, n) static T name[n]
+#endif
 #define __forceinline__ inline
 #define __noinline__
 #define __launch_bounds__(...)

@@ -24,7 +24,9 @@ def on_host(text: str) -> str:
     a function's dynamic shared memory is the block's."""
     inside = r"( +)extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];"  # a function
     text = re.sub(inside, r"\1\2* const \3 = (\2*)block->memory.data();", text)
+    text = re.sub(r"__shared__ (\w+) (\w+)\[(\w+)\];", r"SHARED(\1, \2, \3);", text)
     text = re.sub(r'asm volatile\("(prefetch[^"]*)?"[^;]*\);', "", text)
+    text = re.sub(r'asm volatile\("st\.release.*?\);', "*at = value;", text)
     text = re.sub(
         r'asm( volatile)?\("ld\..*?\);', "std::memcpy(&v, at, sizeof v);", text, flags=re.S
     )

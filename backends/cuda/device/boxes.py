@@ -1,4 +1,4 @@
-"""Memory of a GPU that other GPUs write to, for sums of small parts (peer_sum.py).
+"""Memory of a GPU that other GPUs write to, for sums (peer_sum.py, peer_sum_large.py).
 
 In one process the GPUs open their memory to each other. Between processes of one machine, each
 sends a handle of its box, and all say whether they could open those of the others; if one could
@@ -13,11 +13,14 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
+
 from pyggml.backends.base import Peers
 from pyggml.backends.cuda.device.context import Context
-from pyggml.backends.cuda.device.driver import checked, imported
+from pyggml.backends.cuda.device.driver import checked, guarded, imported
 from pyggml.backends.cuda.device.memory import Buffer
-from pyggml.backends.cuda.peer_sum import MOST, box_bytes
+from pyggml.backends.cuda.peer_box import box_bytes
+from pyggml.backends.cuda.peers import MOST, Boxes
 from pyggml.errors import DeviceError
 
 #: The texts of a process without a box, and of one that could open all.
@@ -25,11 +28,39 @@ NONE, OPEN = "-", "open"
 
 
 def wanted() -> bool:
-    """Whether small sums use boxes; PYGGML_PEER_SUM=0 leaves them to NCCL."""
+    """Whether sums use boxes; PYGGML_PEER_SUM=0 leaves them to NCCL."""
     return os.environ.get("PYGGML_PEER_SUM", "1") != "0"
 
 
-def boxes_here(contexts: Sequence[Context]) -> list[Buffer] | None:
+class Box:
+    """A GPU's box, and two words of pinned memory that its kernels look at while they wait.
+
+    boxes  all boxes, as this GPU sees them
+    """
+
+    def __init__(self, context: Context, count: int) -> None:
+        self.memory = Buffer(context, box_bytes(count))
+        with guarded("allocating"):
+            self._words = context.driver.pagelocked_empty(2, np.uint32)
+        self._words[:] = 0
+        self.boxes = Boxes((), 0, 0)
+        context.stream.synchronize()  # zeros, before another GPU writes
+
+    def open(self, addresses: Sequence[int], index: int) -> None:
+        """Say where the boxes of all GPUs are; this is number `index`."""
+        self.boxes = Boxes(tuple(addresses), index, self._words.ctypes.data)
+
+    def end_waits(self) -> None:
+        """Kernels that wait for other GPUs end soon, now and later."""
+        self._words[0] = 1
+
+    @property
+    def missing(self) -> int | None:
+        """The number of the GPU that a kernel waited for when all waits had to end."""
+        return int(self._words[1]) - 1 if self._words[1] else None
+
+
+def boxes_here(contexts: Sequence[Context]) -> list[Box] | None:
     """A box for each GPU of this process; None if one cannot write to another."""
     count = len(contexts)
     if not wanted() or count > MOST:
@@ -41,8 +72,9 @@ def boxes_here(contexts: Sequence[Context]) -> list[Buffer] | None:
     boxes = []
     for context in contexts:
         with context:
-            boxes.append(Buffer(context, box_bytes(count)))
-            context.stream.synchronize()  # zeros, before another GPU writes
+            boxes.append(Box(context, count))
+    for index, box in enumerate(boxes):
+        box.open([each.memory.ptr for each in boxes], index)
     return boxes
 
 
@@ -57,34 +89,35 @@ def _reaches(mine: Context, other: Context) -> bool:
     return True
 
 
-def boxes_of_processes(
+def box_of_process(
     context: Context | None, index: int | None, count: int, peers: Peers
-) -> tuple[Buffer | None, tuple[int, ...]]:
-    """The box of this process, and the addresses of all; no addresses if boxes cannot be used.
+) -> Box | None:
+    """The box of this process; None if boxes cannot be used, or it has no GPU of them.
 
     All processes call it, those without one of the devices with None.
     """
     box, text = None, NONE
     if context is not None and wanted() and count <= MOST:
         with suppress(DeviceError), context:
-            box = Buffer(context, box_bytes(count))
-            context.stream.synchronize()
-            text = f"{index} {socket.gethostname()} {_handle(box)}"
+            box = Box(context, count)
+            text = f"{index} {socket.gethostname()} {_handle(box.memory)}"
     handles = [each.split() for each in peers.gather(text) if each != NONE]
     addresses: list[int] = []
     answer = NONE if context is not None else OPEN
     if context is not None and box is not None and len(handles) == count:
         with suppress(DeviceError), context:
             ordered = sorted(handles, key=lambda each: int(each[0]))
-            addresses += _opened(ordered, at=index, mine=box.ptr)
+            addresses += _opened(ordered, at=index, mine=box.memory.ptr)
             answer = OPEN
     if set(peers.gather(answer)) == {OPEN}:
-        return box, tuple(addresses)
+        if box is not None:
+            box.open(addresses, index or 0)
+        return box
     if context is not None and box is not None:
         with context:
-            _close(address for address in addresses if address != box.ptr)
+            _close(address for address in addresses if address != box.memory.ptr)
     peers.gather(NONE)  # a box may be freed only when nobody has it open
-    return None, ()
+    return None
 
 
 def _handle(box: Buffer) -> str:

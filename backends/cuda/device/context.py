@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import cache, cached_property
 from typing import Any
 
@@ -50,6 +49,7 @@ class Context:
         #: Places that meet in joint steps -> this GPU's end.
         self.communicators: dict[tuple[str, ...], Communicator] = {}
         self.peers: Peers | None = None  # processes that its queue may wait for
+        self._idle: Any = None
         with self:
             self.stream = self.driver.Stream()
 
@@ -67,19 +67,35 @@ class Context:
         return cupy.cuda.ExternalStream(self.stream.handle, self.index)
 
     def wait(self, point: Any) -> None:
-        """Wait for an event or a stream of pycuda. If the queue may wait for other processes, their
-        errors end it."""
-        if self.peers is None:
+        """Wait for an event or a stream of pycuda. If the queue may wait for other GPUs or
+        processes, their errors end it."""
+        ends = tuple(self.communicators.values())
+        if self.peers is None and all(len(end.mates) == 1 for end in ends):
             point.synchronize()
             return
         is_done = point.query if hasattr(point, "query") else point.is_done
-        watch, turns = Watch(self.peers, tuple(self.communicators.values())), 0
-        while not is_done():
-            turns += 1
-            if turns % 64 == 0:
-                watch.look()
-            if turns > 20_000:  # a long wait: leave the processor to others
-                time.sleep(1e-4)
+        watch, turns = Watch(self.peers, ends), 0
+        try:
+            while not is_done():
+                turns += 1
+                if turns % 64 == 0:
+                    watch.look()
+                if turns > 20_000:  # a long wait: leave the processor to others
+                    time.sleep(1e-4)
+        except self.driver.Error:  # of this GPU: the others would wait for it
+            for end in ends:
+                end.abort()
+            raise
+
+    def check_alive(self) -> None:
+        """DeviceError if an earlier kernel has failed, after which the GPU does nothing more.
+
+        A stream of its own says so, because a query would end the capture of another one.
+        """
+        with self, guarded(f"a run on cuda:{self.index}, which others wait for"):
+            if self._idle is None:
+                self._idle = self.driver.Stream(self.driver.stream_flags.NON_BLOCKING)
+            self._idle.is_done()
 
     @cached_property
     def loads(self) -> Any:
@@ -97,14 +113,6 @@ class Context:
         for end in self.communicators.values():
             end.abort()
         self.communicators = {}
-
-    def stop(self, ptr: int) -> None:
-        """Set a word of device memory to 1 while kernels run that look at it."""
-        cu = imported("cuda.bindings.driver")
-        with suppress(Exception), self:
-            stream = self.driver.Stream(self.driver.stream_flags.NON_BLOCKING)
-            cu.cuMemsetD32Async(ptr, 1, 1, cu.CUstream(stream.handle))
-            stream.synchronize()
 
     # -- by cuda-bindings ---------------------------------------------------------------------
 

@@ -18,19 +18,27 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from pyggml.backends.base import Peers
+from pyggml.backends.cuda import peer_sum
 from pyggml.backends.cuda.device.driver import UnusableError, guarded, imported
-from pyggml.backends.cuda.launch import Collective, Record
-from pyggml.backends.cuda.peer_sum import ROUNDS, STOP, box_bytes, launch_of, suits
+from pyggml.backends.cuda.launch import Collective, Launch
+from pyggml.backends.cuda.peer_box import launch_of
 from pyggml.errors import DeviceError
 from pyggml.extras import install_command
 
 if TYPE_CHECKING:
+    from pyggml.backends.cuda.device.boxes import Box
     from pyggml.backends.cuda.device.context import Context
-    from pyggml.backends.cuda.device.memory import Buffer
 
 #: Seconds after which a wait for other processes is an error: one of them may compile kernels or
 #: read weights meanwhile.
 PATIENCE = 300.0
+#: Estimate of the bytes of a GPU that NCCL takes for a communicator: buffers of 24 channels for two
+#: directions. Not measured.
+CONNECTION = 384 << 20
+#: Seconds that NCCL has to end the kernels of a GPU.
+ABORTING = 5.0
+#: Seconds after which a kernel that waits has seen that it must end.
+NOTICING = 0.05
 #: The first letter of the text of an id, which CuPy gives as bytes or as signed integers; or of an
 #: error.
 BYTES, INTEGERS, FAILED = "b", "i", "!"
@@ -39,6 +47,11 @@ BYTES, INTEGERS, FAILED = "b", "i", "!"
 def enabled() -> bool:
     """Whether collectives run by NCCL; PYGGML_NCCL=0 asks for copies and sums."""
     return os.environ.get("PYGGML_NCCL", "1") != "0"
+
+
+def only_small() -> bool:
+    """Whether our own kernels leave large sums to NCCL; PYGGML_PEER_SUM=small asks for it."""
+    return os.environ.get("PYGGML_PEER_SUM") == "small"
 
 
 def library() -> Any:
@@ -57,24 +70,27 @@ def library() -> Any:
 class Communicator:
     """A device's end of a communicator.
 
-    box    memory that the other devices write to, for sums of small parts; None: NCCL has all
-    boxes  the addresses of those of all devices
+    box    memory that the other devices write to, for sums; None: NCCL has all
+    mates  the ends of all devices that are in this process
+    places of all devices
     """
 
     def __init__(self, context: Context, raw: Any, index: int) -> None:
         self._nccl = library()
         self.context, self.raw, self.index = context, raw, index
-        self.box: Buffer | None = None
-        self.boxes: tuple[int, ...] = ()
+        self.box: Box | None = None
+        self.mates: Sequence[Communicator] = (self,)
+        self.places: tuple[str, ...] = ()
         self.lost = False
         types = {"f32": "FLOAT32", "f16": "FLOAT16", "bytes": "CHAR"}
         self._types = {k: getattr(self._nccl, f"NCCL_{name}") for k, name in types.items()}
 
-    def small(self, record: Collective) -> Record:
-        """The launch of our own kernel for a small sum, if the devices reach each other."""
-        if self.box is None or not suits(record):
-            return record
-        return launch_of(record, self.boxes, self.context.about.overlaps)
+    def own(self, record: Collective) -> Launch | None:
+        """The launch of our own kernel for a sum, if there is one and the devices reach each
+        other."""
+        if self.box is None or (only_small() and not peer_sum.suits(record)):
+            return None
+        return launch_of(record, self.box.boxes, self.context.about.overlaps)
 
     def call(self, record: Collective) -> None:
         """Queue a collective."""
@@ -120,12 +136,20 @@ class Communicator:
             raise DeviceError(f"NCCL has lost another device (error {error})")
 
     def abort(self) -> None:
-        """End kernels that wait for other devices. It cannot be used afterwards."""
-        if self.lost:
-            return
-        self.lost = True
-        if self.box is not None:
-            self.context.stop(self.box.ptr + box_bytes(len(self.boxes)) - ROUNDS + STOP)
+        """End kernels of this process that wait for other devices. These ends of the communicator
+        cannot be used afterwards."""
+        ends = [end for end in self.mates if not end.lost]
+        for end in ends:
+            end.lost = True
+            if end.box is not None:
+                end.box.end_waits()
+        for end in ends:
+            # On a GPU that has failed, the library may not come back.
+            thread = Thread(target=end._abort, daemon=True)
+            thread.start()
+            thread.join(ABORTING)
+
+    def _abort(self) -> None:
         with suppress(Exception):
             self.raw.abort()
 
@@ -145,7 +169,10 @@ def alone(contexts: Sequence[Context]) -> list[Communicator]:
     nccl = library()
     with contexts[0], guarded("starting NCCL"):
         raws = nccl.NcclCommunicator.initAll([context.index for context in contexts])
-    return [Communicator(context, raw, i) for i, (context, raw) in enumerate(zip(contexts, raws))]
+    ends = [Communicator(context, raw, i) for i, (context, raw) in enumerate(zip(contexts, raws))]
+    for end in ends:
+        end.mates = tuple(ends)
+    return ends
 
 
 def shared_id(peers: Peers, first: bool) -> Any:
@@ -202,25 +229,47 @@ def patiently(action: Callable[[], Any], peers: Peers) -> Any:
 
 
 class Watch:
-    """Looks, while this process waits, whether the others are still there."""
+    """Looks, while this process waits for a GPU, whether other GPUs and processes are still there.
 
-    def __init__(self, peers: Peers, communicators: Sequence[Communicator]) -> None:
+    peers         the other processes, if there are any
+    communicators of the GPU
+    """
+
+    def __init__(self, peers: Peers | None, communicators: Sequence[Communicator]) -> None:
         self._peers, self._communicators = peers, communicators
         self._end = time.monotonic() + PATIENCE
 
     def look(self) -> None:
-        """An error if another process has failed, or this one has waited too long. Collectives are
-        then aborted: nobody else would come to them."""
+        """An error if another GPU or process has failed, or this one has waited too long.
+        Collectives are then aborted: nobody else would come to them."""
         try:
-            self._peers.look()
+            if self._peers is not None:
+                self._peers.look()
             for each in self._communicators:
                 each.check()
+                for mate in each.mates:
+                    if mate is not each:
+                        mate.context.check_alive()
             if time.monotonic() > self._end:
-                raise DeviceError(
-                    f"a GPU has waited {PATIENCE:.0f} s for those of other processes; do all make "
-                    "the same calls?"
-                )
+                raise DeviceError(self._late())
         except BaseException:
             for each in self._communicators:
                 each.abort()
             raise
+
+    def _late(self) -> str:
+        """The text of an error, with the GPU that a kernel of ours waits for."""
+        for each in self._communicators:
+            each.abort()
+            time.sleep(NOTICING)
+            missing = None if each.box is None else each.box.missing
+            if missing is not None:
+                return (
+                    f"{each.places[each.index]} has waited {PATIENCE:.0f} s for "
+                    f"{each.places[missing]}, which does not come to their joint step; do all "
+                    "processes make the same calls?"
+                )
+        return (
+            f"a GPU has waited {PATIENCE:.0f} s for those of other processes; do all make the same "
+            "calls?"
+        )

@@ -3,7 +3,7 @@
 no driver, foreign    the import fails: libcuda is missing, or pycuda was built on another machine
 no device             there is a driver, but no GPU
 old, older            the driver supports CUDA 12.2; `older` also lacks a symbol that pycuda needs
-gpu, gpus             one or two GPUs of compute capability 8.0 with MEMORY bytes each
+gpu, gpus, gpus N     one, two or N GPUs of compute capability 8.0 with MEMORY bytes each
 
 Only the memory of a GPU is real: its blocks are host memory. Work in a stream runs when something
 waits for it, so a missing wait shows. Kernels do nothing. CALLS lists the copies. Error messages
@@ -22,7 +22,7 @@ import numpy as np
 from pyggml.backends.null.queue import Queue
 from pyggml.errors import DeviceError
 
-MACHINE = os.environ["PYCUDA_FAKE"]
+MACHINE, _, _NUMBER = os.environ["PYCUDA_FAKE"].partition(" ")
 MEMORY = 1 << 30
 CALLS: list[str] = []
 _FAILURES = {
@@ -76,7 +76,7 @@ class event_flags:
 class Device:
     @staticmethod
     def count() -> int:
-        return 2 if MACHINE == "gpus" else 1
+        return int(_NUMBER or 2) if MACHINE == "gpus" else 1
 
     def __init__(self, index: int) -> None:
         assert index < self.count()
@@ -96,6 +96,10 @@ class Device:
 
     def retain_primary_context(self) -> Context:
         return Context(self.index)
+
+
+#: GPUs of which a kernel has failed: all that is asked of them is an error.
+FAILED: set[int] = set()
 
 
 class Context:
@@ -121,12 +125,19 @@ class Stream:
 
     def __init__(self, flags: int = 0) -> None:
         self.queue, self.handle = Queue(), 1000 + len(self.all)
+        self.index = Context.stack[-1].index if Context.stack else None
         self.all.append(self)
 
+    def check(self) -> None:
+        if self.index in FAILED:
+            raise LogicError("cuStreamQuery failed: an illegal memory access was encountered")
+
     def synchronize(self) -> None:
+        self.check()
         self.queue.run_all()
 
     def is_done(self) -> bool:
+        self.check()
         self.queue.run_all()
         return True
 

@@ -1,0 +1,52 @@
+"""GPUs of one host that write to each other's memory: arguments of kernels that add up parts.
+
+Each GPU has a box that the others write to (device/boxes.py). In one process its address is known;
+another process gets a handle of its memory (CUDA IPC) and opens it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+from pyggml.backends.cuda.argument import Struct
+
+#: The most GPUs, as in include/peers.cuh.
+MOST = 8
+
+
+class Peers(Struct):
+    """The struct `Peers` of include/peers.cuh."""
+
+    _fields_ = (
+        ("box", ctypes.c_uint64 * MOST),
+        ("stop", ctypes.c_uint64),
+        ("index", ctypes.c_int32),
+        ("count", ctypes.c_int32),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Boxes:
+    """The boxes of GPUs that add up parts together, as number `index` of them sees them.
+
+    addresses  of all boxes
+    stop       address of two words of the host that end all waits, and say whom this GPU waited for
+    """
+
+    addresses: tuple[int, ...]
+    index: int
+    stop: int
+
+    @property
+    def count(self) -> int:
+        return len(self.addresses)
+
+    @property
+    def mine(self) -> int:
+        return self.addresses[self.index]
+
+    @property
+    def argument(self) -> Peers:
+        padded = self.addresses + (0,) * (MOST - self.count)
+        return Peers(box=padded, stop=self.stop, index=self.index, count=self.count)
