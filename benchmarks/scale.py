@@ -1,15 +1,18 @@
-"""One graph over two GPUs: correctness, NCCL in our graphs, and speed against one GPU.
+"""One graph over several GPUs: correctness, sums in our graphs, and speed against one GPU.
 
-    python -m benchmarks.scale [boxes check nccl lite v3 depth] [--layers N] [--out FILE]
+    python -m benchmarks.scale [boxes check nccl lite v3 depth four] [--layers N] [--out FILE]
 
 boxes  how the GPUs are linked, and the versions
 check  tiny models, sharded against whole: heads, experts, rows, layers, sequence, with f32, f16 and
        q8_0 caches; two runs, and one process and two (mpiexec), bit for bit
-nccl   an all-reduce of 16 MiB in our graphs against a loop of NCCL calls, and one of 8 KB
+nccl   an all-reduce of 16 MiB in our graphs against a loop of NCCL calls, and smaller ones; by our
+       own kernels and by NCCL. The sums of both are compared bit for bit
 lite   V2-Lite: a prompt of 8192 tokens and decoding at depth 4096, over 1 and 2 GPUs, in one
        process and, for decoding, in two
 v3     layers of the V3 shape: a prompt of 2048 tokens and decoding at depth 8192, over 1 and 2
 depth  the most layers of the V3 shape that fit over 1 and 2 (from plans)
+four   over 1 and 4 GPUs: a prompt of V2-Lite of 8192 tokens, and one of 2048 of the V3 shape, with
+       the memory of each GPU as planned and as measured. Nothing, if there are fewer GPUs
 
 In "decode" the GPU chooses the tokens and the host reads 64 of them at a time; in "decode_logits"
 the host reads all logits of a token before it feeds the next.
@@ -50,12 +53,14 @@ from pyggml.models.synth import synth
 from pyggml.parity.tolerance import nmse
 
 #: Part -> seconds that it may take.
-PARTS = {"boxes": 60, "check": 240, "nccl": 90, "lite": 300, "v3": 420, "depth": 60}
+PARTS = {"boxes": 60, "check": 240, "nccl": 90, "lite": 300, "v3": 420, "depth": 60,
+         "four": 420}  # fmt: skip
 #: Ratio -> the bar and the goal.
 BARS = {
     "lite_prompt_8192": (1.6, 1.85), "v3_prompt_2048": (1.7, 1.9), "v3_decode_d8192": (1.3, 1.7),
     "lite_decode_d4096": (0.95, 1.2), "lite_decode_logits_d4096": (0.95, 1.2),
     "depth": (1.95, 2.0), "nccl_16mib": (0.95, 1.0),
+    "lite_prompt_8192_over_4": (2.8, 3.5), "v3_prompt_2048_over_4": (2.8, 3.5),
 }  # fmt: skip
 PLACES = ["cuda:0", "cuda:1"]
 REPEATS = 3
@@ -174,10 +179,13 @@ def processes(words: list[str], limit: float, n: int = 2) -> int:
 # -- nccl -------------------------------------------------------------------------------------
 
 
-def reduce_chain(nbytes: int, count: int, boxes: bool = True) -> Callable[[], None]:
+def reduce_chain(
+    nbytes: int, count: int, boxes: bool = True, buffers: list[Any] | None = None
+) -> Callable[[], None]:
     """Replays graphs of `count` sums of parts of `nbytes` in place on both GPUs.
 
-    boxes  False: by NCCL also where our own kernel could
+    boxes    False: by NCCL also where our own kernel could
+    buffers  the parts
     """
     from pyggml.backends.cuda.lowering import step_of
     from pyggml.backends.step import Address
@@ -191,7 +199,7 @@ def reduce_chain(nbytes: int, count: int, boxes: bool = True) -> Callable[[], No
         own = end.box
         end.box = own if boxes else None
         node = gg.input("p", ne=(nbytes // 4,))
-        buffer = device.alloc(nbytes)
+        buffer = device.alloc(nbytes) if buffers is None else buffers[index]
         at = {node: Address(buffer, 0, node.spec.nb)}
         steps = []
         for turn in range(count):
@@ -202,6 +210,21 @@ def reduce_chain(nbytes: int, count: int, boxes: bool = True) -> Callable[[], No
         runners.append(device.bind(steps, at, buffer, [0] * count))
         end.box = own
     return devices[0].together(runners).run  # type: ignore[no-any-return]
+
+
+def reduced(parts: list[Any], count: int) -> list[Any]:
+    """What both GPUs have after `count` sums in place."""
+    from pyggml.backends.step import Address
+
+    devices: list[Any] = [backends.get("cuda", i) for i in range(2)]
+    buffers = [device.alloc(part.nbytes) for device, part in zip(devices, parts)]
+    spec = gg.input("p", ne=(parts[0].size,)).spec
+    places = [Address(buffer, 0, spec.nb) for buffer in buffers]
+    for device, at, part in zip(devices, places, parts):
+        device.upload(at, spec, part)
+        device.synchronize()
+    reduce_chain(parts[0].nbytes, count, buffers=buffers)()
+    return [device.download(at, spec).reshape(-1) for device, at in zip(devices, places)]
 
 
 def own_loop(nbytes: int, count: int) -> Callable[[], None]:
@@ -262,20 +285,35 @@ def nccl() -> None:
             "graph": partial(reduce_chain, boxes=False),
             "loop": own_loop,
         }
-        if nbytes <= 128 << 10:
-            ways["boxes"] = reduce_chain
+        ways["boxes"] = reduce_chain
         for way, make in ways.items():
             times[name, way] = microseconds(make(nbytes, count), count)
             write_row(f"nccl_{name}_{way}", "us", times[name, way])
+        write_row(f"nccl_{name}_other_bits", "elements", [other_bits(nbytes)])
     ratio("nccl_16mib", median(times["16mib", "loop"]) / median(times["16mib", "graph"]))
+
+
+def other_bits(nbytes: int) -> int:
+    """How many elements of the sum of two random parts differ from NumPy's, on both GPUs, after
+    three sums in a row by our own kernel, the last two of parts that are sums already."""
+    parts = [np.random.default_rng(i).standard_normal(nbytes // 4, np.float32) for i in range(2)]
+    found = reduced(parts, 3)
+    wanted = 4 * (parts[0] + parts[1])
+    return sum(int((each != wanted).sum()) for each in found)
 
 
 # -- models -----------------------------------------------------------------------------------
 
 
-def rates(path: Path, tests: Mapping[str, Test], n_batch: int, **options: Any) -> dict[str, Any]:
-    """Name of a test -> samples of tokens a second."""
+def rates(
+    path: Path, tests: Mapping[str, Test], n_batch: int, memory: str = "", **options: Any
+) -> dict[str, Any]:
+    """Name of a test -> samples of tokens a second.
+
+    memory  also rows of the memory of each GPU, planned and measured, with this prefix
+    """
     result: dict[str, Any] = {}
+    before = used(len(options["backends"])) if memory else []
     with load(path, **options) as model:
         n_ctx = max(test.n_depth + test.n_tokens for test in tests.values()) + 64
         session = model.session(n_ctx=n_ctx, n_batch=n_batch)
@@ -284,6 +322,23 @@ def rates(path: Path, tests: Mapping[str, Test], n_batch: int, **options: Any) -
             times = [nanoseconds_of(session, test, perf_counter_ns) for _ in range(1 + REPEATS)]
             result[name] = [test.n_tokens * 1e9 / time for time in times[1:]]
             print(f"  {name}: {perf_counter() - start:.1f} s", flush=True)
+        if memory:
+            rows = session.memory().devices
+            for i, (row, was, now) in enumerate(zip(rows, before, used(len(rows)))):
+                write_row(f"{memory}_gpu{i}_planned", "bytes", [row.total])
+                write_row(f"{memory}_gpu{i}_connections_estimate", "bytes", [row.connections])
+                write_row(f"{memory}_gpu{i}_measured", "bytes", [now - was])
+    return result
+
+
+def used(n: int) -> list[int]:
+    """The bytes that are in use on each of the first n GPUs."""
+    result = []
+    for i in range(n):
+        context = backends.get("cuda", i).context  # type: ignore[attr-defined]
+        with context:
+            free, total = context.driver.mem_get_info()
+        result.append(total - free)
     return result
 
 
@@ -319,6 +374,22 @@ def one_and_two(prefix: str, path: Path, tests: Mapping[str, Test]) -> None:
             ratio(f"{prefix}_{name}", median(two[name]) / median(values))
 
 
+def one_and_four(name: str, path: Path, test: Test) -> None:
+    """Rows of one GPU, of four in one process, and their ratio, measured and predicted."""
+    tests = {name: test}
+    places = [f"cuda:{i}" for i in range(4)]
+    guesses = [
+        predicted(path, tests, backends=places[:1])[name],
+        predicted(path, tests, backends=places, shard="auto")[name],
+    ]
+    write_row(f"{name}_over_4_ratio_predicted", "", [guesses[1] / guesses[0]])
+    four = rates(path, tests, N_BATCH, f"{name}_over_4", backends=places, shard="auto")[name]
+    one = rates(path, tests, N_BATCH, backends=places[:1])[name]
+    write_row(f"{name}_over_4_4", "t/s", four)
+    write_row(f"{name}_over_4_1", "t/s", one)
+    ratio(f"{name}_over_4", median(four) / median(one))
+
+
 LITE = {
     "prompt_8192": Test(8192),
     "decode_logits_d4096": Test(0, 64, 4096),
@@ -352,6 +423,22 @@ def v3(layers: int | None) -> None:
     arch = replace(V3, n_block=layers or fitting(1), n_layer_dense=0, n_vocab=1024)
     with model_file(arch, repeated=True) as path:
         one_and_two("v3", path, SHAPE)
+
+
+def four(layers: int | None) -> None:
+    """The rows over 4 GPUs. The layers of the V3 shape are those that fit one."""
+    from pyggml.backends.cuda.device.driver import driver
+
+    count = driver().Device.count()
+    if count < 4:
+        print(f"four: this machine has {count} GPUs; nothing to measure", flush=True)
+        return
+    lite_arch = replace(V2_LITE, n_block=layers) if layers else V2_LITE
+    with model_file(lite_arch) as path:
+        one_and_four("lite_prompt_8192", path, LITE["prompt_8192"])
+    v3_arch = replace(V3, n_block=layers or fitting(1), n_layer_dense=0, n_vocab=1024)
+    with model_file(v3_arch, repeated=True) as path:
+        one_and_four("v3_prompt_2048", path, SHAPE["prompt_2048"])
 
 
 class model_file:
@@ -451,13 +538,13 @@ def main() -> None:
     )
     add = parser.add_argument
     add("parts", nargs="*", help=f"of: {', '.join(PARTS)} (default: all)")
-    add("--layers", type=int, help="of lite and v3 (default: all that fit)")
+    add("--layers", type=int, help="of lite, v3 and four (default: all that fit)")
     add("--out", type=Path, help="the record's file")
     add("--only", action="store_true", help="run the part in this process")
     args = parser.parse_args()
     if args.only:
         name, *words = args.parts
-        options = {"layers": args.layers} if name in ("lite", "v3") else {}
+        options = {"layers": args.layers} if name in ("lite", "v3", "four") else {}
         globals()[name](*words, **options)
         return
     names = args.parts or list(PARTS)

@@ -269,7 +269,7 @@ def speeds_conditions() -> str:
 
 
 def scale() -> str:
-    """The newest record of benchmarks/scale.py: one GPU, two, and their ratio."""
+    """The newest record of benchmarks/scale.py: one GPU, two or four, and their ratio."""
     if not any((RESULTS / "scale").glob("*.json")):
         return "Not measured yet.\n"
     result = newest("scale")
@@ -279,14 +279,14 @@ def scale() -> str:
         if not name.endswith("_ratio"):
             continue
         name = name.removesuffix("_ratio")
-        speeds = [values[each] for n in (1, 2) if (each := f"{name}_{n}") in values]
+        speeds = [values[each] for n in (1, 2, 4) if (each := f"{name}_{n}") in values]
         cells = [f"{speed['value']:,.4g} {speed['unit']}" for speed in speeds] or ["", ""]
         guess = values.get(f"{name}_ratio_predicted")
         text = "" if guess is None else f"{guess['value']:.2f}"
         missed = ", missed" if row["value"] < row["bar"] else ""
         limits = [f"{row['bar']:g}{missed}", f"{row['goal']:g}"]
         rows.append([f"`{name}`", *cells, f"{row['value']:.2f}", text, *limits])
-    head = ["", "one GPU", "two GPUs", "ratio", "predicted", "bar", "goal"]
+    head = ["", "one GPU", "two GPUs, or four", "ratio", "predicted", "bar", "goal"]
     machine = ", ".join(parts_of(result))
     about = f"NCCL {result['about'].get('nccl', 'not recorded')}"
     intro = f"`{result['command']}` on {result['date']}, {machine}, {about}.\n\n"
