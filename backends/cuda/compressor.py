@@ -21,6 +21,8 @@ from pyggml.node import Attrs, Node
 FEW = 8
 #: The most threads of a block.
 THREADS = 1024
+#: More candidates than these are pooled by several blocks.
+MANY = 32
 _TENSORS = (
     "cache", "ring_v", "ring_z", "v", "z", "ape", "places", "tokens", "ids", "bias", "weight",
     "start", "row",
@@ -33,6 +35,7 @@ class Compressor(Struct):
     _fields_ = (
         *((name, Tensor) for name in _TENSORS),
         ("rope", Rope),
+        ("pooled", ctypes.c_uint64),
         ("eps", ctypes.c_float),
     )
 
@@ -59,7 +62,8 @@ def compressed_row(node: Node, run: Run) -> Fused | None:
     if not _fits(reads, node):
         return None
     record = partial(_record, eps=match.nodes[0].attrs["eps"], rope=rotated.attrs)
-    return Fused((*nodes, *match.nodes, node), reads, record, results=results)
+    scratch = 4 * node["a"].ne[0] if reads["ids"].ne[0] > MANY else 0
+    return Fused((*nodes, *match.nodes, node), reads, record, results=results, scratch=scratch)
 
 
 _Nodes = tuple[Node, ...]
@@ -143,13 +147,17 @@ def _fits(reads: Mapping[str, Node], node: Node) -> bool:
 def _record(call: Call, eps: float, rope: Attrs) -> None:
     tensors = {name: call[name].tensor for name in _TENSORS if name != "cache"}
     d, n = call.out.ne[0], call["ids"].ne[0]
-    threads = d * max(1, min(THREADS // d, n))
+    blocks = next(b for b in (8, 4, 2, 1) if (n > MANY and d % (32 * b) == 0) or b == 1)
+    columns = d // blocks
+    threads = columns * max(1, min(THREADS // columns, n))
+    constant = {"rope": constants(rope), "eps": eps}
+    pooled = call.scratch(4 * d) if blocks > 1 else 0
     neox = str(rope["mode"] == "neox").lower()
     call.launch(
         "compressor.cu",
         f"compressed_row<{ROWS[call.out.dtype.name]}, {neox}>",
-        grid=1,
+        grid=blocks,
         block=threads,
-        args=[Compressor(cache=call.out.tensor, **tensors, rope=constants(rope), eps=eps)],
+        args=[Compressor(cache=call.out.tensor, **tensors, pooled=pooled, **constant)],
         shared=12 * threads,
     )

@@ -82,7 +82,15 @@ FUSED = {
     },
     **{
         f"compressor{kind}": [COMPRESSOR]
-        for kind in ("", "_of_pairs_q8_0", "_of_tokens_bf16", "_waiting")
+        for kind in (
+            "",
+            "_of_pairs_q8_0",
+            "_of_tokens_bf16",
+            "_of_many",
+            "_of_many_pairs_q8_0",
+            "_of_many_waiting",
+            "_waiting",
+        )
     },
     **{
         f"hyper_connections{kind}": [

@@ -14,16 +14,19 @@ using namespace file;
 // written but the rings if `row` is not a row of the cache: most tokens do not end a window.
 //
 // cache [d, rows]; ring_v, ring_z [w, n_ring], contiguous; v, z [w, T]; ape [w, places];
-// places, tokens [T]; ids [n]; bias [1, n]; weight [d]; start, row [1]
-// One block of d lanes for each share of the candidates, which take turns: 128 candidates of 512
-// elements are half a megabyte, which one multiprocessor should read in 5 us. More blocks would save
-// 3 us of a window's last token, and need a second launch, 2 us, for every token.
-// Dynamic shared memory: 3 floats a thread.
+// places, tokens [T]; ids [n]; bias [1, n]; weight [d]; start, row [1]; pooled [d]
+// A block has d / gridDim.x columns of the candidates, a lane a column of a share of them. Of many
+// candidates there are several blocks, and the one that comes last, counted in `arrived`, has the rest:
+// 128 candidates of 512 elements are half a megabyte, which one multiprocessor read in 8 turns.
+// Dynamic shared memory: 3 floats a thread, at least d.
 struct Compressor {
     Tensor cache, ring_v, ring_z, v, z, ape, places, tokens, ids, bias, weight, start, row;
     Rope rope;
+    float* pooled;
     float eps;
 };
+
+__device__ unsigned arrived;  // blocks of a launch that have left their columns; wraps around to 0
 
 // Candidates that are read at once.
 constexpr int BATCH = 8;
@@ -34,10 +37,12 @@ __global__ void __launch_bounds__(1024) compressed_row(const __grid_constant__ C
     begin();
     extern __shared__ float shared[];
     const int d = p.cache.ne[0], w = p.v.ne[0], n_ring = p.ring_v.ne[1], n = p.ids.ne[0];
+    const int n_columns = d / gridDim.x, first_column = blockIdx.x * n_columns;
     for (int t = 0; t < p.v.ne[1]; t++) {
         const int to = *p.tokens.at<int>(t, 0, 0, 0), place = *p.places.at<int>(t, 0, 0, 0);
         if (to < 0 || to >= n_ring) continue;
-        for (int i = threadIdx.x; i < w; i += blockDim.x) {
+        for (int own = threadIdx.x; own < w / d * n_columns; own += blockDim.x) {
+            const int i = own / n_columns * d + first_column + own % n_columns;
             float z = *p.z.at<float>(i, t, 0, 0);
             if (place >= 0 && place < p.ape.ne[1]) z += *p.ape.at<float>(i, place, 0, 0);
             *p.ring_v.at<float>(i, to, 0, 0) = *p.v.at<float>(i, t, 0, 0);
@@ -48,7 +53,8 @@ __global__ void __launch_bounds__(1024) compressed_row(const __grid_constant__ C
     if (row < 0 || row >= p.cache.ne[1]) return;
     __syncthreads();  // the block sees what it wrote
 
-    const int shares = blockDim.x / d, share = threadIdx.x / d, i = threadIdx.x % d;
+    const int shares = blockDim.x / n_columns, share = threadIdx.x / n_columns;
+    const int column = threadIdx.x % n_columns, i = first_column + column;
     const int n_rows = n_ring * (w / d);
     const float infinity = __int_as_float(0x7F800000);
     float top = -infinity, total = 0, sum = 0;
@@ -81,11 +87,28 @@ __global__ void __launch_bounds__(1024) compressed_row(const __grid_constant__ C
     float *tops = shared, *totals = tops + blockDim.x, *sums = totals + blockDim.x;
     tops[threadIdx.x] = top, totals[threadIdx.x] = total, sums[threadIdx.x] = sum;
     __syncthreads();
-    float squares = 0;
+    float x = 0;
     if (share == 0) {
-        for (int s = 1; s < shares; s++) join(tops[s * d + i], totals[s * d + i], sums[s * d + i]);
-        const float x = total == 0 ? 0 : sum / total;
-        sums[i] = x, squares = x * x;
+        for (int k = column + n_columns; k < shares * n_columns; k += n_columns)
+            join(tops[k], totals[k], sums[k]);
+        x = total == 0 ? 0 : sum / total;
+    }
+    float squares = 0;
+    if (gridDim.x == 1) {
+        if (share == 0) sums[i] = x, squares = x * x;
+    } else {
+        if (share == 0) p.pooled[i] = x;
+        __threadfence();
+        __syncthreads();
+        __shared__ bool last;
+        if (threadIdx.x == 0) last = atomicInc(&arrived, gridDim.x - 1) == gridDim.x - 1;
+        __syncthreads();
+        if (!last) return;
+        __threadfence();
+        for (int j = threadIdx.x; j < d; j += blockDim.x) {
+            x = __ldcg(p.pooled + j);
+            sums[j] = x, squares += x * x;
+        }
     }
     norm_row(sums, d, squares, p.eps, p.weight);  // its barriers are behind the reads above
     __syncthreads();
