@@ -20,7 +20,7 @@ from pyggml.loop import Body, Loop, loop_of
 from pyggml.node import Node
 from pyggml.ops.leaf import constant_op
 from pyggml.ops.linear import expert_ids
-from pyggml.passes.ahead import reads_ahead
+from pyggml.passes.ahead import is_borrowed, reads_ahead
 from pyggml.passes.place import place_steps
 from pyggml.passes.work import Split, Work, runs
 from pyggml.transfer import is_resident, origin, transfer
@@ -119,6 +119,8 @@ def _with_ids(step: LoadStep, readers: Sequence[Node], place: Mapping[Node, int]
     if first is None or others:
         return step
     source = first.base
+    if is_borrowed(source):  # its own load may not be over by then
+        return step
     is_computed_here = runs(source) and source.op is not transfer  # copies come before all steps
     if is_computed_here and place[source] > place[step.node]:
         return step

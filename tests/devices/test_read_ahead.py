@@ -133,6 +133,18 @@ def test_a_weight_that_something_else_reads_is_sent_whole() -> None:
     assert loads(plan)["a_w"].ids is None
 
 
+@pytest.mark.parametrize("read_ahead", [True, False])
+def test_experts_do_not_wait_for_ids_that_the_host_lends(read_ahead: bool) -> None:
+    """Both are loaded before the product: one load does not read what the other brings."""
+    b = gg.input("x", "f32", ne=(16, 1, 512))
+    table = np.random.default_rng(0).integers(0, EXPERTS, (512, 2)).astype(np.int32)
+    y = gg.mul_mat_id(weight("a_w", 16, 8, EXPERTS), b, gg.constant(table, name="ids_w"))
+    plan = planned({"y": y}, read_ahead=read_ahead)
+    assert {name: step.ids for name, step in loads(plan).items()} == {"a_w": None, "ids_w": None}
+    x = {"x": feed(512)["x"][:, None]}
+    same(plan.run(x), gg.compile({"y": y}).run(x))
+
+
 @pytest.mark.parametrize("room", [-256, 0])
 def test_a_device_without_room_does_not_read_ahead(room: int) -> None:
     """Its driver counts. What the user says, counts more."""
