@@ -10,7 +10,7 @@ from pyggml.backends.base import Backend, in_host_memory
 from pyggml.backends.step import Address, WeightLayout
 from pyggml.node import Node
 from pyggml.ops.leaf import constant_op, input_op, shared_key, state_op
-from pyggml.runtime.ahead import Ahead
+from pyggml.runtime.derivations import Derivations
 from pyggml.spec import Spec
 from pyggml.transfer import origin
 
@@ -140,7 +140,7 @@ class Leaves:
         # The host reads weights in place, so nothing is uploaded there.
         total = sum(need.nbytes for need in missing.values() if not in_host_memory(need.backend))
         done = 0
-        with Ahead(origin(need.node) for need in missing.values()) as arrays:
+        with Derivations(origin(need.node) for need in missing.values()) as arrays:
             for key, need in missing.items():
                 leaf, layout = origin(need.node), need.layout
                 assert layout is not None

@@ -17,7 +17,7 @@ from pyggml.ops.leaf import data_of, derived_from
 MOST = 4
 
 
-class Ahead:
+class Derivations:
     """The arrays of constants that are asked for in this order. Leaving the context waits for what
     the threads have begun, and drops the rest."""
 
@@ -27,7 +27,7 @@ class Ahead:
         self._pool = ThreadPoolExecutor(max(self._most, 1), "pyggml-derive")
         self._futures: dict[Node, Future[NDArray[Any]]] = {}
 
-    def __enter__(self) -> Ahead:
+    def __enter__(self) -> Derivations:
         self._begin()
         return self
 
