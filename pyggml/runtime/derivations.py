@@ -28,8 +28,7 @@ class Derivations:
         self._futures: dict[Node, Future[NDArray[Any]]] = {}
 
     def __enter__(self) -> Derivations:
-        self._begin()
-        return self
+        return self  # an interrupt in here would not come to `__exit__`, so no thread begins yet
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
@@ -41,9 +40,10 @@ class Derivations:
 
     def of(self, constant: Node) -> NDArray[Any]:
         """The array. For a second device, it may have to be computed again."""
+        self._begin()
         future = self._futures.pop(constant, None)
         if future is None:
             return data_of(constant)
         values = future.result()
-        self._begin()
+        self._begin()  # the next one, beside the upload
         return values

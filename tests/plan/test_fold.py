@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from threading import enumerate as enumerate_threads
 from time import sleep
@@ -18,6 +19,7 @@ from pyggml.ops import leaf
 from pyggml.ops.leaf import constant_op, data_of, source_of
 from pyggml.passes.evaluate import value_of
 from pyggml.passes.fold import GROWTH
+from pyggml.runtime import derivations
 from pyggml.runtime.plan import Plan
 
 RNG = np.random.default_rng(0)
@@ -308,6 +310,24 @@ def test_an_error_in_a_thread_leaves_nothing_running() -> None:
             plan.bind()
         assert not [each for each in enumerate_threads() if "pyggml-derive" in each.name]
         assert not plan.store.shared.weights
+
+
+def test_an_interrupt_leaves_nothing_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pool(ThreadPoolExecutor):
+        def submit(self, *args: Any, **kwargs: Any) -> Any:
+            super().submit(*args, **kwargs)
+            raise KeyboardInterrupt
+
+    plan = gg.compile(several(3), backends=["null:0"])
+    with monkeypatch.context() as patch:
+        patch.setenv("PYGGML_THREADS", "2")
+        patch.setattr(derivations, "ThreadPoolExecutor", Pool)
+        with pytest.raises(KeyboardInterrupt):
+            plan.bind()
+    assert not [each for each in enumerate_threads() if "pyggml-derive" in each.name]
+    want = gg.compile(several(3), fuse=False).run(inputs(1))
+    for key, values in plan.run(inputs(1)).items():
+        np.testing.assert_array_equal(values, want[key])
 
 
 # -- errors, budgets, comparisons ---------------------------------------------------------------
