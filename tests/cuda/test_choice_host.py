@@ -105,6 +105,20 @@ def test_threads_with_several_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         np.testing.assert_array_equal(np.sort(ids), largest(scores, 2048))
 
 
+def test_counts_of_a_run_that_was_broken_off(tmp_path: Path) -> None:
+    """Ctrl-C between the two launches: the next run does not rely on what the counts hold."""
+    near = np.full(1203, 1.0, np.float16)
+    cases = [Choosing(mask, 700, 0.0) for mask in (masks("random", 1203), near, -near)]
+    few = masks("random", 1000)
+    few[:400] = -np.inf
+    cases.append(Choosing(few, 700, 0.0))
+    start = starter(tmp_path, [launch for case in cases for launch in case.launches])
+    for broken, case in zip((cases[1], cases[0], cases[0], cases[2]), cases):
+        start(broken.launches[0])
+        scores, ids = case.run(start)
+        np.testing.assert_array_equal(np.sort(ids), largest(scores, 700))
+
+
 @pytest.mark.parametrize("dtype", ("f16", "q8_0"))
 def test_products_are_scored(dtype: str, tmp_path: Path) -> None:
     """The same scores as without the choice, of blocks that have few tiles or many."""

@@ -6,17 +6,19 @@
 // Two launches of one kernel, which share the memory of its module:
 //   scores   as in indexer.cu; each block counts its scores in bins in shared memory, and adds its
 //            counts to those of the row when it ends
-//   choice   all blocks find the bin in which the k-th largest score is, by two reads of the counts.
-//            A block has adjacent rows. It lists ids above the bin in a part of its own, and keys in
-//            the bin with those of all blocks. The block that ends last puts the parts together,
-//            compares the keys in the bin with each other, and clears the counts.
+//   choice   all blocks find the bin in which the k-th largest score is, by two reads of the
+//            counts. A block has adjacent rows. It lists ids above the bin in a part of its own,
+//            and keys in the bin with those of all blocks. The block that ends last puts the parts
+//            together, compares the keys in the bin with each other, and clears the counts.
 //
-// A bin is a sign, six bits of exponent (2^-24 to 2^40) and seven of the fraction, so some 70 of 65,536
-// scores share the one that matters. If more than KEYS do, or fewer than k scores are above -inf, the
-// last block alone finds the k-th largest by passes over the row, and lists ids in order.
+// A bin is a sign, six bits of exponent (2^-24 to 2^40) and seven of the fraction, so some 70 of
+// 65,536 scores share the one that matters. If more than KEYS do, or fewer than k scores are above
+// -inf, the last block alone finds the k-th largest by passes over the row, and lists ids in order.
 //
-// Counts never have to be cleared by a launch before: the memory starts as zeros, and the last block
-// leaves zeros, as `arrived` wraps around to 0.
+// Counts never have to be cleared by a launch before: the memory starts as zeros, and the last
+// block leaves zeros, as `arrived` wraps around to 0. A run that was broken off between the
+// launches leaves counts of its own. The last block sees that they are too many, and does not rely
+// on them.
 //
 // Traffic beside that of the scores: the row once, 2.1 KB of counts for each block, ids twice.
 //
@@ -105,8 +107,8 @@ __device__ __forceinline__ u32 sum_before(Shared &s, u32 x) {
     return before + upto - x;
 }
 
-// The last block by itself: ids of the k largest, in order. `bin` has the k-th largest; negative: it is
-// -inf.
+// The last block by itself: ids of the k largest, in order. `bin` may have the k-th largest, which
+// is not in a higher one; negative: it is -inf; BINS: nothing is known.
 __device__ __noinline__ void choose_alone(const ScoreChoice &c, Shared &s, int bin) {
     const float *row = (const float *)c.a.out;
     const int n = c.a.n_kv;
@@ -128,9 +130,12 @@ __device__ __noinline__ void choose_alone(const ScoreChoice &c, Shared &s, int b
         atomicMin(&s.least, low), atomicMax(&s.most, high);
         __syncthreads();
         low = s.least, high = s.most;
+        u32 many = 0;
+        for (int i = threadIdx.x; i < n; i += THREADS) many += order(i) >= low;
+        if (total(many) < c.k) low = 0, high = ~0u;
     }
     while (low < high) {  // the k-th largest is between them
-        const u32 probe = low + (high - low + 1) / 2;
+        const u32 probe = low + (high - low) / 2 + 1;
         u32 many = 0;
         for (int i = threadIdx.x; i < n; i += THREADS) many += order(i) >= probe;
         if (total(many) >= c.k) low = probe;
@@ -217,14 +222,16 @@ __device__ __forceinline__ void choose(const ScoreChoice &c) {
     __syncthreads();
     if (!s.last) return;
 
-    if (alone) {
-        choose_alone(c, s, bin);
+    const u32 mine = threadIdx.x < gridDim.x ? __ldcg(c.counts + threadIdx.x) : 0;
+    const u32 listed = alone ? equal : __ldcg(&listed_keys);
+    if (!alone && threadIdx.x < equal) s.keys[threadIdx.x] = __ldcg(c.keys + threadIdx.x);
+    const u32 before = sum_before(s, mine);
+    if (threadIdx.x < BLOCKS) s.starts[threadIdx.x] = before, s.sizes[threadIdx.x] = mine;
+    __syncthreads();
+    const bool stale = s.total != above || listed != equal;
+    if (alone || stale) {
+        choose_alone(c, s, stale ? BINS : bin);
     } else {
-        const u32 mine = threadIdx.x < gridDim.x ? __ldcg(c.counts + threadIdx.x) : 0;
-        if (threadIdx.x < equal) s.keys[threadIdx.x] = __ldcg(c.keys + threadIdx.x);
-        const u32 before = sum_before(s, mine);
-        if (threadIdx.x < BLOCKS) s.starts[threadIdx.x] = before, s.sizes[threadIdx.x] = mine;
-        __syncthreads();
         constexpr int EACH = (BLOCKS + WARPS - 1) / WARPS;
         u32 ids[EACH];
 #pragma unroll
