@@ -1,12 +1,12 @@
 // What latent attention to one token, or to a few, needs in one launch: the heads' queries
-// [W_k^T nope | rope], and the tokens' rows of the cache. Of one token these were four launches: rope,
-// products, a copy of the rotated part behind them, the row.
+// [W_k^T nope | rope], and the tokens' rows of the cache. Of one token these were four launches:
+// rope, products, a copy of the rotated part behind them, the row.
 //
 // q [n_nope + n_rot, heads, tokens], w [n_nope, n_c, heads], out [n_c + n_rot, tokens, heads]
-// grid: blocks of 64 rows of a head's matrix, heads one after another, and a block for each row of the
-// cache. A warp takes 8 rows for all tokens; it has all of a row of 128 weights at once, before it
-// waits. The last warps of a head's first block rotate, a token each and a lane each pair. Reads w:
-// 0.6 MB in V2-Lite; all else is a few KB.
+// grid: blocks of 64 rows of a head's matrix, heads one after another, and a block for each row of
+// the cache. A warp takes 8 rows for all tokens; it has all of a row of 128 weights at once, before
+// it waits. The last warps of a head's first block rotate, a token each and a lane each pair. Reads
+// w: 0.6 MB in V2-Lite; all else is a few KB.
 // @kernel absorb<{BLOCKS}, {true|false}, Plain<__half>, 1>
 // @kernel hot 90a absorb<{q4_0|q4_K|q6_K|q8_0|iq4_nl}, {true|false}, Plain<__half>, 1>
 // @kernel absorb<{q8_0|iq4_nl}, {true|false}, {Plain<__nv_bfloat16>|file::q8_0|void}, 1>

@@ -1,5 +1,5 @@
-// Stores tokens in the cache of latent attention in one step: norm, rope, concat, conversion. One block
-// per token. Of a few tokens, absorb.cu does it beside their queries.
+// Stores tokens in the cache of latent attention in one step: norm, rope, concat, conversion. One
+// block per token. Of a few tokens, absorb.cu does it beside their queries.
 // @kernel hot latent_row<{Plain<__half>|Plain<__nv_bfloat16>|q8_0}, {true|false}>
 #include "latent_row.cuh"
 

@@ -13,15 +13,17 @@
 __device__ __forceinline__ int item() { return blockIdx.y * blockDim.x + threadIdx.x; }
 
 // Where rows of b go. If they are routed, n_b of each token, row j goes to the places of pairs j,
-// j + n_b and so on of its n_used (see moe_group.cu); else `places` is null and each stays where it is.
+// j + n_b and so on of its n_used (see moe_group.cu); else `places` is null and each stays where it
+// is.
 struct Places {
     const int* places;
     int n_used, n_b;
 };
 
 // Prepares a row of b for products on the tensor cores: writes it as H (see halves.cuh),
-// zero-padded to k_padded, and the factor for its results. One block per row, a run of 16 per thread;
-// rows of more runs than threads are read twice. VECTOR: elements are adjacent, 16-byte aligned.
+// zero-padded to k_padded, and the factor for its results. One block per row, a run of 16 per
+// thread; rows of more runs than threads are read twice. VECTOR: elements are adjacent, 16-byte
+// aligned.
 template <class S, class H, bool VECTOR>
 __global__ void __launch_bounds__(1024)
     to_halves(Tensor b, H* out, float* scales, int k_padded, Places at) {

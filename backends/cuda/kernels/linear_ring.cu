@@ -3,21 +3,22 @@
 // then its next tile; the ring goes on without a break, so the next tile is fetched while this one
 // is multiplied and stored.
 //
-// A thread of warpgroup 0 has the tensor copy engine fetch 64 values of k a stage: weights as tiles of
-// 8 rows (formats.cuh), and activations (f16, scaled by row; see linear_prepare.cu), which are in the
-// order of experts if these take the columns. The group's other warps then list where results go.
-// Warpgroups 1 and 2 have 64 rows each. They decode weights from shared memory into the A fragments
-// of wgmma while their last three products run.
+// A thread of warpgroup 0 has the tensor copy engine fetch 64 values of k a stage: weights as tiles
+// of 8 rows (formats.cuh), and activations (f16, scaled by row; see linear_prepare.cu), which are
+// in the order of experts if these take the columns. The group's other warps then list where
+// results go. Warpgroups 1 and 2 have 64 rows each. They decode weights from shared memory into the
+// A fragments of wgmma while their last three products run.
 //
 // Traffic of a step: 32 KB of activations from L2, 4.5 KB of weights (iq4_nl). A step is 170
-// instructions of a consumer warp, of which a scheduler has two, and 1024 clocks of the tensor cores.
-// In linear_tile.cu, the kernel for all GPUs, four warps with 180 have 1024 clocks, and weights come
-// straight to registers: few loads are then under way, as a warp has six barriers for them.
+// instructions of a consumer warp, of which a scheduler has two, and 1024 clocks of the tensor
+// cores. In linear_tile.cu, the kernel for all GPUs, four warps with 180 have 1024 clocks, and
+// weights come straight to registers: few loads are then under way, as a warp has six barriers for
+// them.
 //
-// Lost: columns of experts copied row by row by the warps of warpgroup 0, which held experts at 0.65
-// of the rate of other products; 128 columns a block (more decoding for each product: 0.74 of the rate), 64 columns in two
-// blocks an SM (no faster than linear_tile.cu), a choice of more than four widths (too few
-// registers: the assembler then makes every wgmma wait for the one before).
+// Lost: columns of experts copied row by row by the warps of warpgroup 0, which held experts at
+// 0.65 of the rate of other products; 128 columns a block (more decoding for each product: 0.74 of
+// the rate), 64 columns in two blocks an SM (no faster than linear_tile.cu), a choice of more than
+// four widths (too few registers: the assembler then makes every wgmma wait for the one before).
 // @kernel 90a hot ring<{q8_0|iq4_nl}, {1|2}, {true|false}>
 #include "linear_fragments.cuh"
 #include "linear_mma.cuh"
@@ -42,7 +43,8 @@ constexpr int COLUMNS = 256, X = COLUMNS * 128;  // X: bytes of a stage's activa
 constexpr int MOST_STAGES = 16, PRODUCERS = 128, CONSUMERS = 256;
 constexpr int LISTERS = PRODUCERS - 32;  // threads that list targets, if routed
 
-// The weights of a stage: 16 tiles of 8 rows, two groups each; of fields that groups share, a block.
+// The weights of a stage: 16 tiles of 8 rows, two groups each; of fields that groups share, a
+// block.
 template <class F>
 struct WeightStage {
     static constexpr int CODES = 256 * F::code_bytes, HIGH = 256 * F::high,
@@ -129,8 +131,8 @@ __global__ void __launch_bounds__(PRODUCERS + CONSUMERS, 1)
     const Columns& columns = a.columns;
     extern __shared__ char unaligned[];
     // Where a column goes, in words from the start of y; likewise its scale. If routed, two tiles
-    // take turns: `listed` when they are there, `done` when they are read. Else each consumer has its
-    // own.
+    // take turns: `listed` when they are there, `done` when they are read. Else each consumer has
+    // its own.
     __shared__ __align__(16) u32 targets[2][COLUMNS];
     __shared__ u64 full[MOST_STAGES], empty[MOST_STAGES], listed[2], done[2];
     char* memory = unaligned + (-shared_address(unaligned) & 1023);

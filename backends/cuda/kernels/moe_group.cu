@@ -6,8 +6,8 @@
 
 constexpr int THREADS = 1024;
 
-// order: pairs sorted by expert. places: where each pair is there, -1 without an expert. tiles: {expert, first entry of order, entries}, one for every
-// `columns` pairs.
+// order: pairs sorted by expert. places: where each pair is there, -1 without an expert. tiles:
+// {expert, first entry of order, entries}, one for every `columns` pairs.
 __global__ void __launch_bounds__(THREADS)
     group_pairs(Routing routing, int* order, int* places, int4* tiles, int* n_tiles,
                 int columns) {

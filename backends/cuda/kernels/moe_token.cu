@@ -5,27 +5,28 @@
 //   down     their weighted sum through down, that of the shared experts, and what else is added
 //
 // It was seven launches of 2 us and more for one token, three of which moved a few KB. V2-Lite in
-// iq4_nl reads 0.5, 26 and 13 MB. Blocks of up and gate compute 32 rows, so that they leave a group of
-// fixed point; else each block of down would have to make 352 of them. They have 4 to 16 warps: two
-// blocks of 16 fill a multiprocessor.
+// iq4_nl reads 0.5, 26 and 13 MB. Blocks of up and gate compute 32 rows, so that they leave a group
+// of fixed point; else each block of down would have to make 352 of them. They have 4 to 16 warps:
+// two blocks of 16 fill a multiprocessor.
 //
 // Between the scores and the first expert's weights the memory would idle. So
-//   - each block of up_gate and of down chooses experts itself: a warp needs about 0.1 us for each slot,
-//     and a block only chooses until it knows its own. The blocks of down do so before they wait.
-//   - the shared experts do not wait for the router. They come first in the grid, and their places are
-//     free again when ids are known. `router` has fetched their weights into L2.
-//   - who has finished fetches into L2 what comes next: down of the shared experts, then down of the
-//     chosen ones, if it is not too much.
-// Before, the last block of the router chose for all, beside the shared experts: a counter in memory
-// between two fences and one more way to ids, 6.9 us where the bytes take 2.3. This form has not been
-// measured yet; benchmarks/notes.md predicts it.
+//   - each block of up_gate and of down chooses experts itself: a warp needs about 0.1 us for each
+//     slot, and a block only chooses until it knows its own. The blocks of down do so before they
+//     wait.
+//   - the shared experts do not wait for the router. They come first in the grid, and their places
+//     are free again when ids are known. `router` has fetched their weights into L2.
+//   - who has finished fetches into L2 what comes next: down of the shared experts, then down of
+//     the chosen ones, if it is not too much.
+// Before, the last block of the router chose for all, beside the shared experts: a counter in
+// memory between two fences and one more way to ids, 6.9 us where the bytes take 2.3. This form has
+// not been measured yet; benchmarks/notes.md predicts it.
 //
-// A GPU may have a part of the experts. It scores and chooses among all of them, as the others do, and
-// a table says which are its own. Hidden rows of these stand in front, so that `down` knows where its
-// sum ends; blocks of other experts end at once.
+// A GPU may have a part of the experts. It scores and chooses among all of them, as the others do,
+// and a table says which are its own. Hidden rows of these stand in front, so that `down` knows
+// where its sum ends; blocks of other experts end at once.
 //
-// Several tokens: each pair of token and slot reads its expert, neighbors in the grid the same rows of
-// all experts; so what two tokens share comes from L2.
+// Several tokens: each pair of token and slot reads its expert, neighbors in the grid the same rows
+// of all experts; so what two tokens share comes from L2.
 // @kernel hot router<{1|8}>
 // @kernel hot up_gate<{BLOCKS}>
 // @kernel hot up_gate_shared<{BLOCKS}, $1>
@@ -39,19 +40,20 @@
 using namespace tiles;
 
 constexpr int MOST_THREADS = 512, MOST_WARPS = MOST_THREADS / 32, MOST_USED = 32;
-// Blocks of MOST_THREADS on a multiprocessor. Up and gate of 5 and 6 bits with scales of scales need
-// more registers; their blocks are half as large.
+// Blocks of MOST_THREADS on a multiprocessor. Up and gate of 5 and 6 bits with scales of scales
+// need more registers; their blocks are half as large.
 template <class F>
 constexpr int gate_blocks = F::code_bytes == 16 && F::high && F::super_bytes ? 1 : 2;
 
-// Weights that a later launch reads: bytes of a tile in each plane, and tiles of a matrix; none if they
-// are too many.
+// Weights that a later launch reads: bytes of a tile in each plane, and tiles of a matrix; none if
+// they are too many.
 struct Ahead {
     const unsigned char* planes[4];
     int tile_bytes[4], tiles;
 };
 
-// Fetches a part of a matrix into L2. By one thread. It asks for too much at both ends, up to 16 bytes.
+// Fetches a part of a matrix into L2. By one thread. It asks for too much at both ends, up to 16
+// bytes.
 __device__ __forceinline__ void fetch_part(const Ahead& a, int matrix, int part, int parts) {
 #if __CUDA_ARCH__ >= 900
     const int first = a.tiles * part / parts, end = a.tiles * (part + 1) / parts;
@@ -118,15 +120,16 @@ __global__ void __launch_bounds__(MOST_THREADS)
     if (threadIdx.x == 32) fetch_part(next, 0, expert, n);
 }
 
-// What experts are chosen by: scores [experts, tokens]. held: experts whose weights are on this GPU.
+// What experts are chosen by: scores [experts, tokens]. held: experts whose weights are on this
+// GPU.
 struct Candidates {
     const float* scores;
     int experts, held;
     Route route;
 };
 
-// Of this lane's slot: the id, the expert's number here, -1 if it is not here, and its place among those
-// that are.
+// Of this lane's slot: the id, the expert's number here, -1 if it is not here, and its place among
+// those that are.
 struct Slot {
     int id, number, place;
 };
@@ -143,7 +146,8 @@ __device__ __forceinline__ Slot slot_of(const Candidates& c, int token, int slot
 
 // -- up and gate ----------------------------------------------------------------------------------
 
-// x [k, tokens] and the result are in fixed point. act(min(gate, limit)) * clamp(up, -limit, limit).
+// x [k, tokens] and the result are in fixed point. act(min(gate, limit)) * clamp(up, -limit,
+// limit).
 struct Gated {
     const unsigned char* x;
     unsigned char* out;
@@ -151,8 +155,8 @@ struct Gated {
     float limit;
 };
 
-// The expert of a block, its group of rows, and the expert's place among those of the token. In shared
-// memory they hold no registers.
+// The expert of a block, its group of rows, and the expert's place among those of the token. In
+// shared memory they hold no registers.
 struct Task {
     int expert, number, place;
 };
@@ -161,8 +165,8 @@ __device__ __forceinline__ Task& task() {
     return task;
 }
 
-// 32 rows of up and gate (w[0] and w[1]) of token blockIdx.y as a group of fixed point: that of `task`.
-// A quarter of the block's warps takes each of 4 tiles. slots: the most experts of a token.
+// 32 rows of up and gate (w[0] and w[1]) of token blockIdx.y as a group of fixed point: that of
+// `task`. A quarter of the block's warps takes each of 4 tiles. slots: the most experts of a token.
 template <class F>
 __device__ __forceinline__ void gated_group(const Weights<F>& weights, const Gated& p, int slots) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, share = blockDim.x / 128;
@@ -226,8 +230,8 @@ __global__ void __launch_bounds__(MOST_THREADS, gate_blocks<F>)
     chosen_group<F>(weights, p, c, next, blockIdx.z);
 }
 
-// The same behind `first` layers of blocks for the groups of rows of the shared experts. x and weights
-// are older than the launch before.
+// The same behind `first` layers of blocks for the groups of rows of the shared experts. x and
+// weights are older than the launch before.
 template <class F, class G>
 __global__ void __launch_bounds__(MOST_THREADS, gate_blocks<F> < gate_blocks<G> ? gate_blocks<F> : gate_blocks<G>)
     up_gate_shared(const __grid_constant__ Weights<F> weights, const __grid_constant__ Gated p,
@@ -252,8 +256,8 @@ struct Sums {
 };
 
 // A tile of rows of the chosen experts: x [groups, slots, tokens] in fixed point. `before` adds up
-// other products, once the launch before has ended. This lane's groups are first, first + step, .. of
-// all slots. Chooses before it waits: the launch before has not written scores.
+// other products, once the launch before has ended. This lane's groups are first, first + step, ..
+// of all slots. Chooses before it waits: the launch before has not written scores.
 template <class F, class Before>
 __device__ __forceinline__ void sum_experts(const Weights<F>& weights, Groups x, const Candidates& c,
                                             const Sums& to, int first, int step, Before before) {

@@ -5,8 +5,8 @@
 
 constexpr int DV = 512;
 
-// The threads for which a block has registers. With 16 rows and 8 warps they are more than it has, so
-// that blocks of the next launch, which adds up the parts, find registers beside it.
+// The threads for which a block has registers. With 16 rows and 8 warps they are more than it has,
+// so that blocks of the next launch, which adds up the parts, find registers beside it.
 template <int MI, int WM, int WN>
 constexpr int BOUND = MI == 1 && WN == 8 ? 384 : 32 * WM * WN;
 
@@ -19,10 +19,10 @@ struct LatentShape {
     static constexpr int TILES = Q8 ? TILE + 2 * STAGE : 2 * STAGE, BYTES = Q + TILES + P;
 };
 
-// Sixteen rows of a block, as one of the BN / 8 warps that share them. A warp multiplies 32 keys of a
-// tile by a quarter of their elements, so its queries stay in registers, and products read only the
-// tile from shared memory. The quarters of a score meet there, where the queries were; then a warp has
-// whole rows, two keys a lane, and knows their maxima without the other warps.
+// Sixteen rows of a block, as one of the BN / 8 warps that share them. A warp multiplies 32 keys of
+// a tile by a quarter of their elements, so its queries stay in registers, and products read only
+// the tile from shared memory. The quarters of a score meet there, where the queries were; then a
+// warp has whole rows, two keys a lane, and knows their maxima without the other warps.
 template <class T, int DK, int BN>
 struct Slice {
     static constexpr int STEPS = DK / 64, PITCH = DK * 2;  // of 16 elements, in a quarter
@@ -104,8 +104,8 @@ __device__ __forceinline__ auto slice_of(char *rows, int warp, Swizzled swizzled
         return NoSlice();
 }
 
-// Walks the share `part` of a's keys, for the rows of blockIdx.y and .z. All threads of a block call
-// it. It waits for the predecessor, as late as it may, and releases the successor.
+// Walks the share `part` of a's keys, for the rows of blockIdx.y and .z. All threads of a block
+// call it. It waits for the predecessor, as late as it may, and releases the successor.
 template <class T, int DK, int MI, int WM, int WN, int BN, bool Q8, bool LIST>
 __device__ __forceinline__ void latent_block(const Attention &a, int part) {
     constexpr int WARPS = WM * WN, THREADS = 32 * WARPS;
@@ -251,7 +251,8 @@ __device__ __forceinline__ void latent_block(const Attention &a, int part) {
 #pragma unroll
             for (int r = 0; r < 2; ++r) lost[0][r] = tops[0][row0 + 8 * r];
         } else {
-            // Scores of this warp's rows and its NT x 8 keys. Even and odd steps have separate sums.
+            // Scores of this warp's rows and its NT x 8 keys. Even and odd steps have separate
+            // sums.
             float s[MI][NT][4] = {}, odd[MI][NT][4] = {};
 #pragma unroll 2
             for (int n = 0; n < DK / 32; ++n) {

@@ -205,8 +205,9 @@ struct Tiles {
 };
 
 // One token. A warpgroup has every `step`-th tile; while it multiplies one, the next is on its way.
-// Queries are loaded before rows: behind them, they would arrive last. Calls also(score) for the row
-// of each lane that has one. All threads of a block call it; there is a barrier before the first score.
+// Queries are loaded before rows: behind them, they would arrive last. Calls also(score) for the
+// row of each lane that has one. All threads of a block call it; there is a barrier before the
+// first score.
 // grid: blocks, 1, n3.
 template <class K, int N, class Also>
 __device__ __forceinline__ void one_token(const Indexer &a, char *memory, Also also) {

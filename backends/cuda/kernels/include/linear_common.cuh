@@ -10,8 +10,8 @@ __device__ __forceinline__ char* row_at(const Tensor& x, unsigned column) {
            rest / x.ne[2] * x.nb[3];
 }
 
-// For data that is read once: bypasses L1. The assembler moves `load_stream` over barriers (.nc), but
-// not `load_in_order`.
+// For data that is read once: bypasses L1. The assembler moves `load_stream` over barriers (.nc),
+// but not `load_in_order`.
 __device__ __forceinline__ unsigned load_stream(const unsigned* at) {
     unsigned v;
     asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(at) : "memory");

@@ -53,20 +53,20 @@ __device__ __forceinline__ float dot_group(const unsigned (&words)[8], Scale s,
     return y;
 }
 
-// Loads above it are issued before those below. Without it, the assembler moves the loads of the next
-// round to the end of this one, which saves registers, and there they are waited for at once.
+// Loads above it are issued before those below. Without it, the assembler moves the loads of the
+// next round to the end of this one, which saves registers, and there they are waited for at once.
 __device__ __forceinline__ void issue_loads() {
 #if __CUDA_ARCH__
     __syncwarp(__activemask());  // nothing depends on it
 #endif
 }
 
-// The groups first, first + step, .. below n of ROWS rows; AHEAD rounds of them are on their way from
-// memory. load(r, i): group i of row r, undecoded, also for i past the end.
+// The groups first, first + step, .. below n of ROWS rows; AHEAD rounds of them are on their way
+// from memory. load(r, i): group i of row r, undecoded, also for i past the end.
 //
-// LOADS_FIRST: the next round is loaded before this one is decoded. Codes of 8 bits are so many bytes
-// that enough are on their way anyway, and take too many registers. q4_K and q5_K have none to spare in
-// kernels that must do with 64, nor have short codes of one row.
+// LOADS_FIRST: the next round is loaded before this one is decoded. Codes of 8 bits are so many
+// bytes that enough are on their way anyway, and take too many registers. q4_K and q5_K have none
+// to spare in kernels that must do with 64, nor have short codes of one row.
 template <class F, int ROWS, int AHEAD,
           bool LOADS_FIRST = AHEAD == 1 && ROWS == 2 && F::code_runs < 2 &&
                              !(F::code_runs && F::super_bytes == 4)>

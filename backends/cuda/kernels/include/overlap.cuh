@@ -23,9 +23,9 @@ __device__ __forceinline__ void begin() {
     release_successor();
 }
 
-// What attention reads before the wait, because the launch before does not write it: nothing, queries,
-// or keys too and all that says which of them a query sees. Keys alone are not worth it: queries, which
-// are loaded behind them, would arrive last.
+// What attention reads before the wait, because the launch before does not write it: nothing,
+// queries, or keys too and all that says which of them a query sees. Keys alone are not worth it:
+// queries, which are loaded behind them, would arrive last.
 enum Early { NOTHING, QUERIES, ALL };
 
 // Fetches a line of 128 bytes into L2, for weights that are read after the wait. L2 sees all

@@ -40,11 +40,11 @@ __device__ __forceinline__ Key least_key(Key key) {
     return (Key)most << 32 | __reduce_min_sync(~0u, high == most ? (unsigned)key : ~0u);
 }
 
-// p = sigmoid(scores) (gate 0), soft_max(scale scores) (1) or sqrt(softplus(scores)) (2); ids of the
-// best p (+ bias) unless given; weights = s p[ids] (/ their sum, clamped) + b. At most 32 ids. The p
-// of a given id that is no expert is 0. own: of each expert the number that this device has it under,
-// which then takes the place of the chosen id; -1 if another device has it. Null: ids stay as they are.
-// ids, weights [k, tokens]: without memory where a block keeps them.
+// p = sigmoid(scores) (gate 0), soft_max(scale scores) (1) or sqrt(softplus(scores)) (2); ids of
+// the best p (+ bias) unless given; weights = s p[ids] (/ their sum, clamped) + b. At most 32 ids.
+// The p of a given id that is no expert is 0. own: of each expert the number that this device has
+// it under, which then takes the place of the chosen id; -1 if another device has it. Null: ids
+// stay as they are. ids, weights [k, tokens]: without memory where a block keeps them.
 struct Route {
     Tensor weights, ids, bias;
     const int* own;
@@ -52,8 +52,8 @@ struct Route {
     float scale, low, high, s, b;
 };
 
-// What `choose` needs in shared memory: n keys, n_group keys, n p, n p + bias and n numbers of `own`,
-// if there is one.
+// What `choose` needs in shared memory: n keys, n_group keys, n p, n p + bias and n numbers of
+// `own`, if there is one.
 struct Places {
     Key *keys, *groups;
     float *p, *ranked;
@@ -64,8 +64,8 @@ struct Places {
           own((int*)(ranked + n)) {}
 };
 
-// In lane i the id of slot i, for the first `slots` slots; -1: none. By the first warp of a block, with
-// score(i) of n experts.
+// In lane i the id of slot i, for the first `slots` slots; -1: none. By the first warp of a block,
+// with score(i) of n experts.
 // Each round takes the least key above the last one. Sorting all keys lost: 64 of them need 21
 // stages with a barrier each, and k is about 6.
 // All that is read from memory is on its way at once.
