@@ -204,3 +204,10 @@ def test_the_error_of_fixed_point_is_relative_to_the_operands() -> None:
     exact, result = x @ w, fixed(x) @ w
     assert (np.abs(result - exact) / (np.abs(x) @ np.abs(w))).max() < 2**-15
     assert (np.abs(result - exact) / np.abs(exact)).max() > 0.38
+
+
+@pytest.mark.parametrize("n", (32_768, 32_769))
+def test_ring_writes_results_of_at_most_16_gib(n: int) -> None:
+    """It has their places in words, as numbers of 32 bits."""
+    y = gg.mul_mat(mat("q8_0", 64, 131_072), mat("f32", 64, n, name="b"))
+    assert kernels(records_of(y))[-1] == ("ring" if n == 32_768 else "tile")

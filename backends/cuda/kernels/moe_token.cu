@@ -335,6 +335,7 @@ __global__ void __launch_bounds__(MOST_THREADS, 2)
     shared_x += (long long)blockIdx.x * groups * group_bytes<2>;
     const int turns = own < groups ? (groups - own + step - 1) / step : 0;
     sum_experts(weights, x, c, to, own + turns * step - groups, step, [&] {
+        asm volatile("" : "+l"(shared_x));  // nothing of it is read before
         table.ready();
         float sum = 0;
         rounds.each(table, load, [&](int i, const unsigned(&words)[1][8], const Scale(&scales)[1]) {

@@ -54,13 +54,15 @@ class RingArgument(Struct):
 
 def can_ring(call: Call, a: tuple[Operand, ...], y: Operand) -> bool:
     """Whether the kernel can compute the product: the GPU has its instructions, the weights are in
-    tiles without grids, and two adjacent results can be written at once."""
+    tiles without grids, two adjacent results can be written at once, and the places of results, in
+    words of 4 bytes, fit into 32 bits."""
     return (
         call.device.arch == "90a"
         and a[0].layout == "tiles8"
         and can_take(a[0].dtype, a[0].ne)
         and y.nb[0] == y.dtype.nbytes
         and y.aligned(2 * y.dtype.nbytes)
+        and sum((n - 1) * step for n, step in zip(y.ne, y.nb)) < 4 << 32
     )
 
 
