@@ -196,7 +196,9 @@ def test_times_of_another_plan_are_refused(tiny: str, tmp_path: Path) -> None:
 # -- layers ---------------------------------------------------------------------------------------
 
 
-def test_every_step_is_in_one_section_and_alike_layers_are_together(plan: Plan) -> None:
+def test_every_step_is_in_one_section_and_alike_layers_are_together(
+    plan: Plan, request: pytest.FixtureRequest
+) -> None:
     data = data_of(plan)
     one = data["plans"][0]
     steps = [i for section in one["sections"] for part in section["steps"] for i in part]
@@ -210,7 +212,9 @@ def test_every_step_is_in_one_section_and_alike_layers_are_together(plan: Plan) 
             for a, b in zip(first, other, strict=True):
                 assert spec_and_ops(plan, a) == spec_and_ops(plan, b)
                 assert one["steps"]["kernels"][a] == one["steps"]["kernels"][b]
-    assert max(len(section["layers"]) for section in one["sections"]) >= 3
+    # Of layers that read the experts of the next one ahead, the first and last are not alike.
+    ahead = request.node.callspec.params["plan"] == "lent weights"
+    assert max(len(section["layers"]) for section in one["sections"]) >= (2 if ahead else 3)
 
 
 def spec_and_ops(plan: Plan, i: int) -> Any:
