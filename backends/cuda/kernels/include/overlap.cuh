@@ -29,7 +29,10 @@ __device__ __forceinline__ void begin() {
 enum Early { NOTHING, QUERIES, ALL };
 
 // Fetches a line of 128 bytes into L2, for weights that are read after the wait. L2 sees all
-// writes, so unlike a load this is right even if the predecessor writes there.
+// writes, so unlike a load this is right even if the predecessor writes there. Without a wait, the
+// loads themselves are as early.
 __device__ __forceinline__ void fetch_early(const void* at) {
+#if __CUDA_ARCH__ >= 900
     asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+#endif
 }
