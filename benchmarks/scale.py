@@ -44,6 +44,7 @@ import numpy as np
 import pyggml as gg
 from benchmarks import gpu_record, record
 from benchmarks.gpu_bench import ROWS, smi, write_row
+from benchmarks.scale_sums import PLACES, microseconds, other_bits, own_loop, reduce_chain
 from pyggml import backends, gguf
 from pyggml.bench.runs import Test, nanoseconds_of
 from pyggml.generate.plans import padded_rows
@@ -62,7 +63,6 @@ BARS = {
     "depth": (1.95, 2.0), "nccl_16mib": (0.95, 1.0),
     "lite_prompt_8192_over_4": (2.8, 3.5), "v3_prompt_2048_over_4": (2.8, 3.5),
 }  # fmt: skip
-PLACES = ["cuda:0", "cuda:1"]
 REPEATS = 3
 #: Tokens of a batch of a prompt.
 N_BATCH = 2048
@@ -179,101 +179,6 @@ def processes(words: list[str], limit: float, n: int = 2) -> int:
 # -- nccl -------------------------------------------------------------------------------------
 
 
-def reduce_chain(
-    nbytes: int, count: int, boxes: bool = True, buffers: list[Any] | None = None
-) -> Callable[[], None]:
-    """Replays graphs of `count` sums of parts of `nbytes` in place on both GPUs.
-
-    boxes    False: by NCCL also where our own kernel could
-    buffers  the parts
-    """
-    from pyggml.backends.cuda.lowering import step_of
-    from pyggml.backends.step import Address
-    from pyggml.joint import joint_reduce
-
-    devices: list[Any] = [backends.get("cuda", i) for i in range(2)]
-    devices[0].connect(devices, None, None)
-    runners = []
-    for index, device in enumerate(devices):
-        end = device.context.communicators[tuple(PLACES)]
-        own = end.box
-        end.box = own if boxes else None
-        node = gg.input("p", ne=(nbytes // 4,))
-        buffer = device.alloc(nbytes) if buffers is None else buffers[index]
-        at = {node: Address(buffer, 0, node.spec.nb)}
-        steps = []
-        for turn in range(count):
-            attrs = {"places": tuple(PLACES), "index": index, "turn": turn}
-            node = joint_reduce.make((node,), attrs, node.spec, line=False)
-            at[node] = Address(buffer, 0, node.spec.nb)
-            steps.append(step_of(node))
-        runners.append(device.bind(steps, at, buffer, [0] * count))
-        end.box = own
-    return devices[0].together(runners).run  # type: ignore[no-any-return]
-
-
-def reduced(parts: list[Any], count: int) -> list[Any]:
-    """What both GPUs have after `count` sums in place."""
-    from pyggml.backends.step import Address
-
-    devices: list[Any] = [backends.get("cuda", i) for i in range(2)]
-    buffers = [device.alloc(part.nbytes) for device, part in zip(devices, parts)]
-    spec = gg.input("p", ne=(parts[0].size,)).spec
-    places = [Address(buffer, 0, spec.nb) for buffer in buffers]
-    for device, at, part in zip(devices, places, parts):
-        device.upload(at, spec, part)
-        device.synchronize()
-    reduce_chain(parts[0].nbytes, count, buffers=buffers)()
-    return [device.download(at, spec).reshape(-1) for device, at in zip(devices, places)]
-
-
-def own_loop(nbytes: int, count: int) -> Callable[[], None]:
-    """`count` calls of NCCL on both GPUs, one after another, as NCCL's own test makes them."""
-    from pyggml.backends.cuda.device.nccl import Group
-    from pyggml.backends.cuda.launch import Collective
-
-    devices: list[Any] = [backends.get("cuda", i) for i in range(2)]
-    buffers = [device.alloc(nbytes) for device in devices]
-    n = nbytes // 4
-    calls = [
-        partial(
-            device.context.communicators[tuple(PLACES)].call,
-            Collective("all_reduce", b.ptr, b.ptr, (n, n), "f32", tuple(PLACES), i),
-        )
-        for i, (device, b) in enumerate(zip(devices, buffers))
-    ]
-
-    def run() -> None:
-        assert buffers  # keeps them alive
-        for _ in range(count):
-            with Group():
-                for device, call in zip(devices, calls):
-                    with device.context:
-                        call()
-
-    return run
-
-
-def microseconds(run: Callable[[], None], count: int) -> list[float]:
-    """Samples of the time of one of `count` calls."""
-    devices: list[Any] = [backends.get("cuda", i) for i in range(2)]
-
-    def wait() -> None:
-        for device in devices:
-            device.synchronize()
-
-    for _ in range(5):
-        run()
-    wait()
-    times = []
-    for _ in range(20):
-        start = perf_counter()
-        run()
-        wait()
-        times.append((perf_counter() - start) * 1e6 / count)
-    return times
-
-
 SIZES = {"16mib": (16 << 20, 40), "1mib": (1 << 20, 100), "128kb": (128 << 10, 200),
          "32kb": (32 << 10, 200), "8kb": (8 << 10, 200)}  # fmt: skip
 
@@ -291,15 +196,6 @@ def nccl() -> None:
             write_row(f"nccl_{name}_{way}", "us", times[name, way])
         write_row(f"nccl_{name}_other_bits", "elements", [other_bits(nbytes)])
     ratio("nccl_16mib", median(times["16mib", "loop"]) / median(times["16mib", "graph"]))
-
-
-def other_bits(nbytes: int) -> int:
-    """How many elements of the sum of two random parts differ from NumPy's, on both GPUs, after
-    three sums in a row by our own kernel, the last two of parts that are sums already."""
-    parts = [np.random.default_rng(i).standard_normal(nbytes // 4, np.float32) for i in range(2)]
-    found = reduced(parts, 3)
-    wanted = 4 * (parts[0] + parts[1])
-    return sum(int((each != wanted).sum()) for each in found)
 
 
 # -- models -----------------------------------------------------------------------------------
