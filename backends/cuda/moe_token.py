@@ -66,7 +66,7 @@ class Candidates(Struct):
     _fields_ = (
         ("scores", ctypes.c_uint64),
         ("experts", ctypes.c_int32),
-        ("held", ctypes.c_int32),
+        ("local", ctypes.c_int32),
         ("route", Route),
     )
 
@@ -252,7 +252,7 @@ def _record(call: Call, token: Token) -> None:
     candidates = Candidates(
         scores=handed.scores,
         experts=call["router"].ne[1],
-        held=call["up"].ne[2],
+        local=call["up"].ne[2],
         route=argument(token.routing, dense(0, empty, F32), dense(0, empty, I32), call),
     )
     _router(call, token, handed)

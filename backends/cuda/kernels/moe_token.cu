@@ -120,11 +120,11 @@ __global__ void __launch_bounds__(MOST_THREADS)
     if (threadIdx.x == 32) fetch_part(next, 0, expert, n);
 }
 
-// What experts are chosen by: scores [experts, tokens]. held: experts whose weights are on this
+// What experts are chosen by: scores [experts, tokens]. local: experts whose weights are on this
 // GPU.
 struct Candidates {
     const float* scores;
-    int experts, held;
+    int experts, local;
     Route route;
 };
 
@@ -139,7 +139,7 @@ __device__ __forceinline__ Slot slot_of(const Candidates& c, int token, int slot
     const float* scores = c.scores + token * c.experts;
     const int id = choose(c.route, c.experts, token, slots, at, [&](int i) { return scores[i]; });
     const int number = number_of(c.route, c.experts, at, id);
-    const bool here = number >= 0 && number < c.held;
+    const bool here = number >= 0 && number < c.local;
     const unsigned all = __ballot_sync(~0u, here), below = (1u << threadIdx.x) - 1;
     return {id, here ? number : -1, __popc(all & below)};
 }
