@@ -81,8 +81,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 def test_import_loads_numpy_only() -> None:
     result = python(
-        "import numpy, time, sys; start = time.process_time(); import pyggml\n"
-        "assert time.process_time() - start < 1\n"  # it takes less than 0.2 s
+        "import sys; import pyggml\n"
         "print({m.split('.')[0] for m in sys.modules} & "
         "{'gguf', 'torch', 'matplotlib', 'yaml', 'cupy', 'numba', 'transformers'})\n"
         "print([m for m in sys.modules if m.startswith('pyggml.backends.numpy')])"

@@ -157,12 +157,12 @@ def test_an_interrupted_synth_leaves_no_file(
 ) -> None:
     words = ["synth", str(tmp_path / "x"), "--preset", "deepseek-v2-lite", "--layers", "6"]
     process = subprocess.Popen([sys.executable, "-m", "pyggml", *words], stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not list(tmp_path.iterdir()):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signum)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == status and err == line and not list(tmp_path.iterdir())
 
 

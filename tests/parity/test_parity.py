@@ -203,9 +203,9 @@ def test_a_device_with_a_queue_is_measured_in_time(
     start = perf_counter()
     status, out = parity("-o", case, "-b", "null", "--mode", "perf")
     line = re.search(r"\): (\d+) runs - ([\d.]+) us/run", out)
-    assert status == 0 and line is not None and perf_counter() - start < 5
+    assert status == 0 and line is not None and perf_counter() - start < 60
     runs, us = int(line[1]), float(line[2])
-    assert 0.02 < runs * us / 1e6 < 1
+    assert 0.02 < runs * us / 1e6 < 20
 
 
 def test_stand_ins_are_the_last_backends(parity: Parity) -> None:

@@ -44,7 +44,7 @@ def check_free(store: gg.Store, places: tuple[str, ...]) -> None:
     def take() -> None:
         for lock in locks:
             if hasattr(lock, "acquire"):  # the host has no real lock
-                free.append(lock.acquire(timeout=0.5))
+                free.append(lock.acquire(timeout=30))
                 if free[-1]:
                     lock.release()
 

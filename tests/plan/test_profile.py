@@ -24,7 +24,7 @@ from pyggml.runtime.profile import Phases, Profile, Timing
 X = np.ones((4, 8), np.float32)
 PLACES = ["numpy", "null:0", "cpu"]
 #: A sleep that no step takes by chance.
-NAP = 0.02
+NAP = 0.2
 
 
 @pytest.fixture(params=PLACES)
