@@ -151,7 +151,7 @@ def test_malformed_file_is_an_error(tmp_path: Path, name: str) -> None:
     finally:
         tracemalloc.stop()
     assert peak < 10 << 20
-    assert work(refused) < 10_000  # about a millisecond
+    assert work(refused) < 2_000  # at most 700
 
 
 def test_truncated_at_every_byte(tmp_path: Path) -> None:
