@@ -25,6 +25,8 @@ from pyggml.errors import DeviceError
 OLDEST = (8, 0)
 #: Bytes of shared memory that a block may use by default, static ones included.
 FREE_SHARED = 48 * 1024
+#: CU_STREAM_NON_BLOCKING, which pycuda has no name for.
+NON_BLOCKING = 1
 
 
 class Context:
@@ -94,7 +96,7 @@ class Context:
         """
         with self, guarded(f"a run on cuda:{self.index}, which others wait for"):
             if self._idle is None:
-                self._idle = self.driver.Stream(self.driver.stream_flags.NON_BLOCKING)
+                self._idle = self.driver.Stream(NON_BLOCKING)
             self._idle.is_done()
 
     @cached_property

@@ -107,12 +107,12 @@ struct Source<Tensor, 1, LEVELS> {
 // Multiplies `MATS * TILES` tiles of rows (of up and gate, or adjacent ones, so that they share the
 // cost of loading a column) by columns of activations. Thread i < MATS * TILES * COLS * 8 returns
 // the value of row i % 8 of (mat, tile, column) i / 8. Groups are loaded a round or two before use,
-// the first ones before the activations are complete. Of one column, the rounds that follow those are
-// on their way to L2 then, too: memory is idle until the launch before has ended.
+// the first ones before the activations are complete. To fetch the rounds that follow into L2 then
+// took a tenth of the rate.
 template <class F, int COLS, int LEVELS, int MATS, int TILES, class X>
 __device__ __forceinline__ float tile_product(const Weights<F>& weights, int matrix, int tile,
                                               Source<X, COLS, LEVELS>& x) {
-    constexpr int ROWS = MATS * TILES, AHEAD = ROWS * COLS > 1 ? 1 : 2, EARLY = 2;
+    constexpr int ROWS = MATS * TILES, AHEAD = ROWS * COLS > 1 ? 1 : 2;
     constexpr bool LOADS_FIRST = COLS == 1 && ROWS == 2 && F::code_runs < 2;
     const int groups = groups_of(weights.w[0]), lane = threadIdx.x, step = 4 * blockDim.y;
     const int last_tile = (rows_of(weights.w[0]) - 1) / 8;
@@ -124,9 +124,6 @@ __device__ __forceinline__ float tile_product(const Weights<F>& weights, int mat
     float sums[ROWS * COLS] = {};
     auto load = [&](int r, int group) { return load_group(rows[r], min(group, groups - 1)); };
     Rounds<F, ROWS, AHEAD, LOADS_FIRST> rounds(load, first, step, groups);
-    if constexpr (COLS == 1)
-        for (int r = 0; r < ROWS; ++r)
-            rows[r].fetch_tile(AHEAD * step, min(EARLY * step, groups - AHEAD * step));
     const Table<F> table(0);
     x.start(first, groups);
     table.ready();

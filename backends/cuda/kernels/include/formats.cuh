@@ -250,18 +250,6 @@ struct Row {
         if constexpr (F::high > 0) fetch_early(high + group * 8 * F::high);
         if constexpr (F::scale_bytes > 0) fetch_early(scales + group * 8 * F::scale_bytes);
     }
-    // Fetches n groups of all rows of the tile into L2, together with the other threads of a block.
-    __device__ __forceinline__ void fetch_tile(int group, int n) const {
-        fetch_lines(codes, group * 8 * F::code_bytes, n * 8 * F::code_bytes);
-        if constexpr (F::high > 0) fetch_lines(high, group * 8 * F::high, n * 8 * F::high);
-        if constexpr (F::scale_bytes > 0)
-            fetch_lines(scales, group * 8 * F::scale_bytes, n * 8 * F::scale_bytes);
-    }
-    static __device__ __forceinline__ void fetch_lines(const void* plane, int from, int bytes) {
-        const int thread = threadIdx.y * blockDim.x + threadIdx.x;
-        for (int at = thread * 128; at < bytes; at += blockDim.x * blockDim.y * 128)
-            fetch_early((const char*)plane + from + at);
-    }
     __device__ __forceinline__ RawScale scale(int group) const {
         return {load_small<F::scale_bytes>(scales, group * 8),
                 load_small<F::super_bytes>(supers, group / F::block_groups * 8)};

@@ -43,7 +43,6 @@ struct Assembled : Codes {
     static constexpr bool holds = false;
     __device__ __forceinline__ void hold(int) {}
     __device__ __forceinline__ void fetch(int) const {}
-    __device__ __forceinline__ void fetch_tile(int, int) const {}
     __device__ __forceinline__ unsigned code_word(int group, int run, int t) const {
         unsigned word = 0;
         for (int i = 0; i < 4; ++i) {

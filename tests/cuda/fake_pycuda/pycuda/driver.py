@@ -66,10 +66,6 @@ class device_attribute:
     L2_CACHE_SIZE = 40 << 20
 
 
-class stream_flags:
-    NON_BLOCKING = 1
-
-
 class event_flags:
     DISABLE_TIMING = 2
 
@@ -129,16 +125,16 @@ class Stream:
         self.index = Context.stack[-1].index if Context.stack else None
         self.all.append(self)
 
-    def check(self) -> None:
+    def _check(self) -> None:
         if self.index in FAILED:
             raise LogicError("cuStreamQuery failed: an illegal memory access was encountered")
 
     def synchronize(self) -> None:
-        self.check()
+        self._check()
         self.queue.run_all()
 
     def is_done(self) -> bool:
-        self.check()
+        self._check()
         self.queue.run_all()
         return True
 
