@@ -17,7 +17,7 @@ from pyggml.backends.cuda import norm
 from pyggml.backends.cuda.attention import scores
 from pyggml.backends.cuda.gpu import H200, Device
 from pyggml.backends.cuda.launch import Call, Launch, Operand
-from pyggml.backends.cuda.linear import experts, halves, plain
+from pyggml.backends.cuda.linear import experts, halves, plain, ring
 from pyggml.backends.cuda.weights.grids import LEVELS
 from pyggml.dtypes import TYPES
 from pyggml.parity import decode_patterns
@@ -427,14 +427,15 @@ def test_products_of_many_columns(dtype: str, tmp_path: Path) -> None:
 
 
 def experts_of_many(
-    dtype: str, tokens: int, n_expert: int, chosen: np.ndarray, **act: Any
-) -> Graph:
+    dtype: str, tokens: int, n_expert: int, chosen: np.ndarray,
+    n_ff: int = 36, n_embd: int = 138, k: int = 256, **act: Any,
+) -> Graph:  # fmt: skip
     """Up and gate of one column a token, down of a column a pair and of one for two pairs."""
-    n_ff, n_embd, n_used = 36, 138, chosen.shape[1]
-    up, gate = (constant(name, dtype, n_expert, n_ff, 256) for name in ("up", "gate"))
-    down, odd = (constant(f"{n}", dtype, n_expert, n, 256) for n in (n_embd, 37))
-    x, ids = gg.input("x", ne=(256, 1, tokens)), gg.input("ids", "i32", ne=(n_used, tokens))
-    wide, half = (gg.input(f"x{n}", ne=(256, n, tokens)) for n in (n_used, n_used // 2))
+    n_used = chosen.shape[1]
+    up, gate = (constant(name, dtype, n_expert, n_ff, k) for name in ("up", "gate"))
+    down, odd = (constant(f"{n}", dtype, n_expert, n, k) for n in (n_embd, 37))
+    x, ids = gg.input("x", ne=(k, 1, tokens)), gg.input("ids", "i32", ne=(n_used, tokens))
+    wide, half = (gg.input(f"x{n}", ne=(k, n, tokens)) for n in (n_used, n_used // 2))
     outputs = {
         "hidden": gg.moe_up_gate(up, gate, x, ids, **act),
         "y": gg.mul_mat_id(down, wide, ids),
@@ -481,4 +482,25 @@ def test_experts_with_many_columns(
 ) -> None:
     """Lists of up to 256 columns: full, of one column, of none, for odd rows in two parts."""
     outputs, inputs = experts_of_many(dtype, len(chosen), n_expert, chosen, **act)
+    compare(outputs, inputs, tmp_path, 1e-5, replace(H200, sms=sms))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "chosen", "k", "act", "sms"),
+    [
+        ("iq4_nl", counted(0, 1, 32, 33, 64, 66), 320, {"limit": 0.5}, 1),
+        ("q8_0", counted(0, 33, 32, 7), 1024, {}, 3),
+        ("q6_K", with_gaps(40, 4), 512, {}, 1),
+        ("q5_K", one_for_most(60, 2), 256, {"act": "gelu"}, 2),
+        ("mxfp4", counted(40, 0, 60), 64, {}, 1),
+    ],
+)
+def test_experts_with_few_columns(
+    dtype: str, chosen: np.ndarray, k: int, act: dict, sms: int, tmp_path: Path
+) -> None:
+    """Lists of up to 32 or 64 columns; several tiles of rows; stages that end with 64 values of
+    k."""
+    n_expert = max(int(chosen.max()) + 1, 3)
+    assert experts.columns_for(chosen.size, n_expert) <= ring.FEW
+    outputs, inputs = experts_of_many(dtype, len(chosen), n_expert, chosen, 132, 300, k, **act)
     compare(outputs, inputs, tmp_path, 1e-5, replace(H200, sms=sms))

@@ -23,6 +23,7 @@ from pyggml.backends.cuda.weights.formats import FORMATS
         ("tile", "tile<iq4_nl, 2, 128, true>"),
         ("ring", "ring<iq4_nl, 1, false>"),
         ("ring", "ring<q4_K, 2, true>"),
+        ("ring", "ring<iq4_nl, 2, true, 64>"),
     ],
 )
 def test_fragments_are_written_in_one_place(
@@ -51,12 +52,14 @@ def test_fragments_are_written_in_one_place(
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("dtype", ("iq4_nl", "q8_0", "q6_K", "mxfp4"))
-@pytest.mark.parametrize("instance", ("1, false", "2, false", "1, true", "2, true"))
+@pytest.mark.parametrize("columns", ("false", "true", "true, 64"))
+@pytest.mark.parametrize("matrices", (1, 2))
 def test_products_of_a_ring_do_not_wait_for_each_other(
-    dtype: str, instance: str, monkeypatch: pytest.MonkeyPatch
+    dtype: str, matrices: int, columns: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With too few registers, the assembler makes every wgmma wait for the one before. Variables in
-    shared memory fit beside the stages."""
+    shared memory fit beside the stages, and the registers that the groups of warps take are there
+    from the start."""
     text, logs = compiler._text, []
 
     def with_log(library: Any, program: Any, part: str, raw: bool = False) -> Any:
@@ -66,8 +69,13 @@ def test_products_of_a_ring_do_not_wait_for_each_other(
         return result
 
     monkeypatch.setattr(compiler, "_text", with_log)
-    cubin = compiler.compile_instance("linear_ring.cu", f"ring<{dtype}, {instance}>", "90a")
+    name = f"ring<{dtype}, {matrices}, {columns}>"
+    cubin = compiler.compile_instance("linear_ring.cu", name, "90a")
     assert "Compiling" in logs[0] and "serialized" not in logs[0]
-    stages = ring.stages_of(FORMATS[dtype], H200)
+    few = columns.endswith("64")
+    sizes = ring.Sizes.of(columns != "false", ring.FEW if few else ring.COLUMNS)
+    consumers = sizes.threads - 128
+    assert cubin.registers * sizes.threads >= 24 * 128 + (112 if few else 240) * consumers
+    stages = sizes.stages(FORMATS[dtype], H200)
     assert 4 <= stages <= ring.MOST_STAGES
-    assert cubin.shared + ring.shared_bytes(FORMATS[dtype], stages) <= H200.shared
+    assert cubin.shared + sizes.shared(FORMATS[dtype], stages) <= H200.shared

@@ -15,11 +15,18 @@
 // weights come straight to registers: few loads are then under way, as a warp has six barriers for
 // them.
 //
+// Experts of few columns (up to 64 a tile) have four warpgroups that multiply, each 64 of 256 rows,
+// and stages of 128 values of k. So they read columns half as often as with 128 rows, and weights as
+// pieces of 512 bytes. A step of 64 values is 180 instructions of 16 warps, 720 clocks, and 512 of
+// the tensor cores. In linear_tile.cu, each step waits for all loads of weights that are under way,
+// at the fence for the copies of columns: a step took as long as a read of memory, 0.9 us.
+//
 // Lost: columns of experts copied row by row by the warps of warpgroup 0, which held experts at
 // 0.65 of the rate of other products; 128 columns a block (more decoding for each product: 0.74 of
 // the rate), 64 columns in two blocks an SM (no faster than linear_tile.cu), a choice of more than
 // four widths (too few registers: the assembler then makes every wgmma wait for the one before).
 // @kernel 90a hot ring<{q8_0|iq4_nl}, {1|2}, {true|false}>
+// @kernel 90a hot ring<{q8_0|iq4_nl}, {1|2}, true, 64>
 #include "linear_fragments.cuh"
 #include "linear_mma.cuh"
 
@@ -39,27 +46,37 @@ struct RingArgument {
     float limit;
 };
 
-constexpr int COLUMNS = 256, X = COLUMNS * 128;  // X: bytes of a stage's activations
-constexpr int MOST_STAGES = 16, PRODUCERS = 128, CONSUMERS = 256;
+constexpr int MOST_STAGES = 16, PRODUCERS = 128;
 constexpr int LISTERS = PRODUCERS - 32;  // threads that list targets, if routed
 
-// The weights of a stage: 16 tiles of 8 rows, two groups each; of fields that groups share, a
-// block.
-template <class F>
+// What depends on the most columns of a tile. PARTS: of 64 values of k in a stage.
+template <int COLUMNS>
+struct Sizes {
+    static constexpr bool FEW = COLUMNS < 256;
+    static constexpr int ROWS = FEW ? 256 : 128, CONSUMERS = 2 * ROWS, PARTS = FEW ? 2 : 1;
+    static constexpr int X_PART = COLUMNS * 128, X = PARTS * X_PART;  // bytes of activations
+    // Of a thread, in all as many as at the start: 640 x 96, or 384 x 168.
+    static constexpr int REGISTERS = FEW ? 112 : 240;
+};
+
+// The weights of a stage: tiles of 8 rows, two groups a part; of fields that groups share, a block.
+template <class F, class S>
 struct WeightStage {
-    static constexpr int CODES = 256 * F::code_bytes, HIGH = 256 * F::high,
-                         SCALES = 256 * F::scale_bytes, SUPERS = 128 * F::super_bytes;
+    static constexpr int GROUPS = 2 * S::PARTS, UNITS = S::ROWS * GROUPS;
+    static constexpr int CODES = UNITS * F::code_bytes, HIGH = UNITS * F::high,
+                         SCALES = UNITS * F::scale_bytes, SUPERS = S::ROWS * F::super_bytes;
     static constexpr int BYTES = CODES + HIGH + SCALES + SUPERS;
 };
 
 // A row of weights in a stage; has the interface of `Row`.
-template <class F>
+template <class F, class S>
 struct StageRow {
+    using Stage = WeightStage<F, S>;
     const char* stage;
     int tile, row, t;
 
     __device__ __forceinline__ const char* at(int group, int bytes) const {
-        return stage + (tile * 2 + group) * 8 * bytes;
+        return stage + (tile * Stage::GROUPS + group) * 8 * bytes;
     }
     __device__ __forceinline__ unsigned code_word(int group, int run, int word) const {
         return *(const unsigned*)(at(group, F::code_bytes) + run * 128 + row * 16 + word * 4);
@@ -77,14 +94,14 @@ struct StageRow {
         return 0;
     }
     __device__ __forceinline__ uint2 high_bits(int group) const {
-        const char* from = at(group, F::high) + WeightStage<F>::CODES + row * F::high;
+        const char* from = at(group, F::high) + Stage::CODES + row * F::high;
         if constexpr (F::high == 8) return *(const uint2*)from;
         return make_uint2(small<F::high>(from), 0);
     }
     __device__ __forceinline__ RawScale scale(int group) const {
-        using S = WeightStage<F>;
-        const char* own = at(group, F::scale_bytes) + S::CODES + S::HIGH + row * F::scale_bytes;
-        const char* shared = stage + S::CODES + S::HIGH + S::SCALES +
+        const char* own = at(group, F::scale_bytes) + Stage::CODES + Stage::HIGH +
+                          row * F::scale_bytes;
+        const char* shared = stage + Stage::CODES + Stage::HIGH + Stage::SCALES +
                              (tile * 8 + row) * F::super_bytes;
         return {small<F::scale_bytes>(own), small<F::super_bytes>(shared)};
     }
@@ -122,12 +139,14 @@ struct Size {
 };
 
 // grid: a block for each multiprocessor.
-template <class F, int MATS, bool ROUTED>
-__global__ void __launch_bounds__(PRODUCERS + CONSUMERS, 1)
+template <class F, int MATS, bool ROUTED, int COLUMNS = 256>
+__global__ void __launch_bounds__(PRODUCERS + Sizes<COLUMNS>::CONSUMERS, 1)
     ring(const __grid_constant__ RingArgument a) {
     begin();
-    constexpr int TILE_ROWS = 128 / MATS;
-    using Weights = WeightStage<F>;
+    using S = Sizes<COLUMNS>;
+    using Weights = WeightStage<F, S>;
+    constexpr int TILE_ROWS = S::ROWS / MATS, CONSUMERS = S::CONSUMERS;
+    static_assert(!S::FEW || ROUTED);
     const Columns& columns = a.columns;
     extern __shared__ char unaligned[];
     // Where a column goes, in words from the start of y; likewise its scale. If routed, two tiles
@@ -136,7 +155,7 @@ __global__ void __launch_bounds__(PRODUCERS + CONSUMERS, 1)
     __shared__ __align__(16) u32 targets[2][COLUMNS];
     __shared__ u64 full[MOST_STAGES], empty[MOST_STAGES], listed[2], done[2];
     char* memory = unaligned + (-shared_address(unaligned) & 1023);
-    char* ring_w = memory + a.stages * X;
+    char* ring_w = memory + a.stages * S::X;
     float* const column_scales = (float*)(ring_w + a.stages * Weights::BYTES);
     // The compiler can tell that this is the same in all lanes.
     const int thread = threadIdx.x, lane = thread % 32,
@@ -180,10 +199,10 @@ __global__ void __launch_bounds__(PRODUCERS + CONSUMERS, 1)
             const int first_tile = part.matrix * a.matrix_tiles + part.row_tile * (TILE_ROWS / 8);
             // Only boxes with columns; the last may end with those of the next expert.
             const int columns_read = (part.valid + a.box - 1) / a.box * a.box;
-            for (int step = 0; step < a.steps; ++step, turn.next(a.stages)) {
+            for (int step = 0; step < a.steps; step += S::PARTS, turn.next(a.stages)) {
                 u64* const ready = full + turn.stage;
                 barrier_wait(empty + turn.stage, turn.phase ^ 1);
-                barrier_expect(ready, Weights::BYTES + columns_read * 128);
+                barrier_expect(ready, Weights::BYTES + columns_read * S::PARTS * 128);
                 char* to = ring_w + turn.stage * Weights::BYTES;
                 const auto fetch = [&](int plane, int bytes, int x) {
 #pragma unroll
@@ -198,15 +217,17 @@ __global__ void __launch_bounds__(PRODUCERS + CONSUMERS, 1)
                     fetch(2, Weights::SCALES, step * 4 * F::scale_bytes);
                 if constexpr (F::super_bytes > 0)
                     fetch(3, Weights::SUPERS, 2 * step / F::block_groups * 2 * F::super_bytes);
-                for (int column = 0; column < columns_read; column += a.box)
-                    tensor_copy(memory + turn.stage * X + column * 128, &a.x, ready, step * 64,
-                                part.first + column, 0, 0);
+#pragma unroll
+                for (int part_k = 0; part_k < S::PARTS; ++part_k)
+                    for (int column = 0; column < columns_read; column += a.box)
+                        tensor_copy(memory + turn.stage * S::X + part_k * S::X_PART + column * 128,
+                                    &a.x, ready, (step + part_k) * 64, part.first + column, 0, 0);
             }
         }
         return;
     }
 
-    registers_take<240>();
+    registers_take<S::REGISTERS>();
     const int own = warp - 4, group = own / 4, g = lane / 4, t = lane % 4, mine = thread % 128;
     const Place x_at = place_of(shared_address(memory));
     u32 fragments[4][1][4];  // of the four products of a step
@@ -238,18 +259,20 @@ __global__ void __launch_bounds__(PRODUCERS + CONSUMERS, 1)
 #pragma unroll
             for (int i = 0; i < n / 2; ++i) part_sums[i] = 0;
             int last = -1;
-            for (int step = 0; step < a.steps; ++step, turn.next(a.stages)) {
-                barrier_wait(full + turn.stage, turn.phase);
+            for (int step = 0; step < a.steps; ++step) {
+                const int part_k = step % S::PARTS;
+                if (part_k == 0) barrier_wait(full + turn.stage, turn.phase);
                 RawWords<F> raw[2][2];
 #pragma unroll
                 for (int i = 0; i < 2; ++i)
 #pragma unroll
                     for (int r = 0; r < 2; ++r) {
                         // One matrix: a thread's two rows are adjacent.
-                        const StageRow<F> row = {ring_w + turn.stage * Weights::BYTES,
-                                                 MATS == 2 ? r * 8 + own : own * 2 + g / 4,
-                                                 MATS == 2 ? g : g % 4 * 2 + r, t};
-                        raw[i][r] = raw_words<F>(row, i, t);
+                        const StageRow<F, S> row = {
+                            ring_w + turn.stage * Weights::BYTES,
+                            MATS == 2 ? r * (S::ROWS / 16) + own : own * 2 + g / 4,
+                            MATS == 2 ? g : g % 4 * 2 + r, t};
+                        raw[i][r] = raw_words<F>(row, 2 * part_k + i, t);
                     }
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
@@ -260,7 +283,7 @@ __global__ void __launch_bounds__(PRODUCERS + CONSUMERS, 1)
                         // The last three products keep running. What the tensor cores read
                         // must not be written before this wait, not even to be moved later.
                         wait_products<3>();
-                        if (i == 1 && k == 1 && lane == 0 && last >= 0)
+                        if (i == 1 && k == 1 && part_k == 0 && lane == 0 && last >= 0)
                             barrier_arrive(empty + last);
                         u32(&fragment)[1][4] = fragments[2 * i + k];
 #pragma unroll
@@ -268,15 +291,20 @@ __global__ void __launch_bounds__(PRODUCERS + CONSUMERS, 1)
                             fragment[0][r] = unpacked[r].pair(table, k, 0),
                             fragment[0][r + 2] = unpacked[r].pair(table, k, 1);
                         begin_product<typename F::Half, n>(
-                            part_sums, fragment, further(x_at, turn.stage * X), 2 * i + k);
+                            part_sums, fragment, further(x_at, turn.stage * S::X + part_k * S::X_PART),
+                            2 * i + k);
                     }
                 }
                 last = turn.stage;
+                if (part_k == S::PARTS - 1 || step == a.steps - 1) turn.next(a.stages);
             }
             wait_products<0>();
             if (lane == 0) barrier_arrive(empty + last);
         };
-        if (part.valid <= 128) multiply(Size<128>());
+        if constexpr (S::FEW) {
+            if (part.valid <= 32) multiply(Size<32>());
+            else multiply(Size<64>());
+        } else if (part.valid <= 128) multiply(Size<128>());
         else if (part.valid <= 192) multiply(Size<192>());
         else if (part.valid <= 224) multiply(Size<224>());
         else multiply(Size<256>());

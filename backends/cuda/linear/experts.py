@@ -57,7 +57,7 @@ def group_scratch(ids: Ne, experts: int) -> int:
 
 def in_order(dtype: DType, a: Ne, ids: Ne) -> bool:
     """Whether a product reads its columns in the order of experts, on a GPU that has `ring`."""
-    return columns_for(pairs_of(ids), a[2]) == ring.COLUMNS and ring.can_take(dtype, a)
+    return ring.can_order(columns_for(pairs_of(ids), a[2])) and ring.can_take(dtype, a)
 
 
 def columns_scratch(dtype: DType, a: Ne, b: Ne, ids: Ne) -> int:
@@ -156,11 +156,11 @@ def tile(call: Call, a: tuple[Operand, ...], b: Operand, ids: Operand, y: Operan
         heads=NO_HEADS,
         routing=routing(ids, experts, b),
     )
-    if width == ring.COLUMNS and ring.can_ring(call, a, y):
+    if ring.can_order(width) and ring.can_ring(call, a, y):
         at = Places(places=places, n_used=ids.ne[0], n_b=b.ne[1])
         out = call.scratch(columns_scratch(a[0].dtype, a[0].ne, b.ne, ids.ne))
         halves = launch_halves(call, b, out, half_of(a[0].dtype), at, pairs)
-        ring.launch(call, a, y, halves, columns)
+        ring.launch(call, a, y, halves, columns, width)
         return
     half = min(width, 128)
     blocks.launch_tile(call, form, a, b, y, half, columns, (tiles, width // half), routed=True)

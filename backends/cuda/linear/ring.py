@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,8 +19,8 @@ from pyggml.dtypes import DType
 from pyggml.spec import Ne
 
 RING = "linear_ring.cu"
-#: The most columns of a tile, and columns that are fetched at once where experts take them.
-COLUMNS, BOX = 256, 64
+#: The most columns of a tile, where experts have many and where they have few.
+COLUMNS, FEW = 256, 64
 #: Rows of weights of a tile; with up and gate, of both together.
 ROWS = 128
 #: The most stages of a ring; bytes of shared memory that are not stages.
@@ -72,6 +73,11 @@ def can_take(dtype: DType, a: Ne) -> bool:
     return form is not None and form.codes >= 16 and a[0] % DEPTH == 0 and a[1] % 2 == 0
 
 
+def can_order(width: int) -> bool:
+    """Whether experts can take columns from lists of up to `width`."""
+    return width <= FEW or width == COLUMNS
+
+
 def width_of(rows: int, columns: int, batches: int, device: Device) -> int:
     """Columns of a tile: those with which the blocks of a GPU end soonest, by times on an H100. A
     result does not depend on it."""
@@ -89,7 +95,7 @@ def launch(
     y: Operand,
     halves: tuple[np.uint64, np.uint64],
     columns: Columns,
-    box: int = BOX,
+    width: int,
     *,
     column_tiles: int = 0,
     batches: int = 1,
@@ -98,21 +104,23 @@ def launch(
 
     halves        a row of activations for each row of y, as `launch_halves` returns them; in the
                   order of experts if these take the columns
-    box           columns of a tile
-    column_tiles  of a batch, 0 if experts take the columns, in lists of up to `COLUMNS`
+    width         the most columns of a tile
+    column_tiles  of a batch, 0 if experts take the columns, in lists of up to `width`
     """
     first, form, routed = a[0], FORMATS[a[0].dtype.name], column_tiles == 0
+    sizes = Sizes.of(routed, width)
+    box = sizes.most // 4 if routed else width
     tiles, k = tiles_of(first.dtype, first.ne), padded(first.ne[0])
     rows, scales = halves
     planes, x = [EMPTY] * 8, EMPTY
     if not call.names_only:
         for m, matrix in enumerate(a):
-            planes[4 * m : 4 * m + 4] = plane_maps(matrix, form, tiles, len(a))
+            planes[4 * m : 4 * m + 4] = plane_maps(matrix, form, tiles, sizes, len(a))
         kind = CLASS[half_of(first.dtype)]
         x = flat_map(int(rows), kind, 2, k, rows_in(y.ne), (DEPTH, box))
-    stages = stages_of(form, call.device)
+    stages = sizes.stages(form, call.device)
     limit = limit_of(call.attrs, len(a))[1]
-    row_tiles = -(-first.ne[1] * len(a) // ROWS)
+    row_tiles = -(-first.ne[1] * len(a) // sizes.rows)
     argument = RingArgument(
         pad=(0,) * 6,
         planes=tuple(planes),
@@ -135,31 +143,54 @@ def launch(
     )
     call.launch(
         RING,
-        f"ring<{first.dtype.name}, {len(a)}, {str(routed).lower()}>",
+        f"ring<{first.dtype.name}, {len(a)}, {str(routed).lower()}{sizes.name}>",
         grid=call.device.sms
         if routed
         else min(call.device.sms, row_tiles * column_tiles * batches),
-        block=384,
+        block=sizes.threads,
         args=[argument],
-        shared=shared_bytes(form, stages),
+        shared=sizes.shared(form, stages),
     )
 
 
-def stage_bytes(form: Format) -> int:
-    """Bytes of a stage: 64 values of k of all columns and of 128 rows of weights, whose blocks are
-    not cut."""
-    group = form.codes + form.high + form.scale
-    return COLUMNS * DEPTH * 2 + ROWS * (DEPTH // GROUP * group + form.super_)
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What depends on the most columns of a tile; `Sizes` of linear_ring.cu.
 
+    rows   of weights of a tile
+    parts  of 64 values of k in a stage
+    """
 
-def shared_bytes(form: Format, stages: int) -> int:
-    """Bytes of the stages, of two scales a column, and to align them."""
-    return stages * stage_bytes(form) + 2 * 4 * COLUMNS + 1024
+    most: int
+    rows: int
+    parts: int
 
+    @staticmethod
+    def of(routed: bool, width: int) -> Sizes:
+        return Sizes(FEW, 2 * ROWS, 2) if routed and width <= FEW else Sizes(COLUMNS, ROWS, 1)
 
-def stages_of(form: Format, device: Device) -> int:
-    """As many stages as shared memory holds."""
-    return min(MOST_STAGES, (device.shared - OTHER) // stage_bytes(form))
+    @property
+    def name(self) -> str:
+        """The last template argument."""
+        return "" if self.most == COLUMNS else f", {self.most}"
+
+    @property
+    def threads(self) -> int:
+        """A warpgroup that fetches, and one for every 64 rows."""
+        return 128 + 2 * self.rows
+
+    def stage(self, form: Format) -> int:
+        """Bytes of a stage: activations of all columns, and weights, whose blocks are not cut."""
+        depth, group = self.parts * DEPTH, form.codes + form.high + form.scale
+        return self.most * depth * 2 + self.rows * (depth // GROUP * group + form.super_)
+
+    def shared(self, form: Format, stages: int) -> int:
+        """Bytes of the stages, of two scales a column, and to align them."""
+        return stages * self.stage(form) + 2 * 4 * self.most + 1024
+
+    def stages(self, form: Format, device: Device) -> int:
+        """As many stages as shared memory holds."""
+        return min(MOST_STAGES, (device.shared - OTHER) // self.stage(form))
 
 
 def flat_map(
@@ -170,22 +201,24 @@ def flat_map(
     return tensor_map(ptr, kind, (n, rows, 1, 1), (size, row, row, row), (*box, 1, 1), swizzle)
 
 
-def plane_maps(a: Operand, form: Format, tiles: Tiles, matrices: int) -> list[TensorMap]:
+def plane_maps(
+    a: Operand, form: Format, tiles: Tiles, sizes: Sizes, matrices: int
+) -> list[TensorMap]:
     """Maps of codes, high bits, scales and supers, each as [words of a tile, tiles of 8 rows]. A
-    box has the words of 64 values of k, or of a block."""
-    count = tiles.tiles * tiles.matrices
+    box has the words of a stage's values of k, or of a block."""
+    count, groups = tiles.tiles * tiles.matrices, sizes.parts * DEPTH // GROUP
 
     def plane(start: int, width: int, units: int, box: int) -> TensorMap:
         if width == 0:
             return EMPTY
         words = TILE * width // 4
-        boxes = box * words, ROWS // TILE // matrices
+        boxes = box * words, sizes.rows // TILE // matrices
         return flat_map(a.ptr + start, "u32", 4, units * words, count, boxes, swizzle=False)
 
     codes, high, scales, supers = tiles.starts
     return [
-        plane(codes, form.codes, tiles.groups, 2),
-        plane(high, form.high, tiles.groups, 2),
-        plane(scales, form.scale, tiles.groups, 2),
+        plane(codes, form.codes, tiles.groups, groups),
+        plane(high, form.high, tiles.groups, groups),
+        plane(scales, form.scale, tiles.groups, groups),
         plane(supers, form.super_, tiles.blocks, 1),
     ]

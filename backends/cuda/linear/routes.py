@@ -11,8 +11,8 @@ plain types f32 products.
 
 With experts, up to 64 (token, slot) pairs are one product each (`vec`, `vec_plain`). More pairs are
 sorted by expert, and a tile multiplies up to 128 of them (`tile`, also for f16 and bf16; f32 would
-lose too much precision) or 256 (`ring`). With prec="f32" each pair stays its own product, which is
-slow for many.
+lose too much precision), or 64 or 256 (`ring`). With prec="f32" each pair stays its own product,
+which is slow for many.
 """
 
 from __future__ import annotations
