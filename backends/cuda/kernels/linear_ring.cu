@@ -236,10 +236,14 @@ __global__ void __launch_bounds__(PRODUCERS + Sizes<COLUMNS>::CONSUMERS, 1)
         const Part part = part_of<ROUTED>(a, number);
         const int first_row = part.row_tile * TILE_ROWS;
         if (ROUTED && part.matrix == columns.routing.experts) {  // pairs without an expert get zeros
-            for (int i = thread - PRODUCERS; i < part.valid * TILE_ROWS; i += CONSUMERS) {
-                const Pair pair = pair_of(columns.routing, a.y, columns.order[part.first + i / TILE_ROWS]);
-                const int row = first_row + i % TILE_ROWS;
-                if (row < a.n_rows) put(a.y, pair.to, row, 0, a.narrow);
+            for (int start = own * 32; start < part.valid; start += CONSUMERS) {
+                const int entry = part.first + min(start + lane, part.valid - 1);
+                const u32 target = (target_of(columns.routing, a.y, columns.order[entry]) - a.y.data) / 4;
+                for (int i = 0; i < min(32, part.valid - start); ++i) {  // the warp has a pair
+                    char* const to = a.y.data + __shfl_sync(~0u, target, i) * 4ull;
+                    for (int row = first_row + lane; row < min(first_row + TILE_ROWS, a.n_rows); row += 32)
+                        put(to + row * (a.narrow ? 2 : 4), 0, a.narrow);
+                }
             }
             continue;
         }
