@@ -24,7 +24,7 @@ from pyggml.backends.base import (
     Upload,
     host_values,
 )
-from pyggml.backends.cuda import lowering, peer_box, table
+from pyggml.backends.cuda import lowering, peer_sum, table
 from pyggml.backends.cuda.device import arrays, boxes, memory, nccl, pinned, prepared
 from pyggml.backends.cuda.device.context import Context, context
 from pyggml.backends.cuda.device.cublas import Cublas
@@ -89,7 +89,7 @@ class CudaBackend:
         return nccl.enabled()
 
     def box_bytes(self, count: int) -> int:
-        return peer_box.box_bytes(count) if boxes.wanted() else 0
+        return peer_sum.box_bytes(count) if boxes.wanted() else 0
 
     def numeric(self, node: Node) -> str:
         return table.KERNELS.numeric(node)

@@ -31,8 +31,9 @@ def words_bytes(count: int) -> int:
 
 
 def box_bytes(count: int) -> int:
-    """The bytes of what these kernels need of a device's box: words, and the counts of rounds."""
-    return words_bytes(count) + 4 * BLOCKS
+    """The bytes of the box of one of `count` GPUs, for any plan: words, and the counts of rounds.
+    0 if there are no kernels for so many."""
+    return words_bytes(count) + 4 * BLOCKS if count <= MOST else 0
 
 
 def suits(record: Collective) -> bool:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from threading import Lock
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pyggml.backends.cuda import backend, peer_sum, peer_sum_large
+from pyggml.backends.cuda import backend, peer_sum
 from pyggml.backends.cuda.device import compiler
 from pyggml.backends.cuda.launch import Gemm, Launch
 from pyggml.backends.cuda.peers import Peers
@@ -259,11 +258,8 @@ class Kernel:
     lock = Lock()
 
     def __init__(self, kernels: Kernels, launch: Launch) -> None:
-        if launch.file == peer_sum_large.FILE:  # fewer blocks and threads, each of which is a fiber
-            launch = replace(launch, grid=(min(3, launch.grid[0]), 1, 1), block=(64, 1, 1))
         self._kernels, self._launch = kernels, launch
-        behind = 16 if launch.file == peer_sum_large.FILE else 8
-        at = len(launch.args) - behind - ctypes.sizeof(Peers)
+        at = len(launch.args) - 8 - ctypes.sizeof(Peers)
         peers = Peers.from_buffer_copy(launch.args, at)
         self._places = tuple(f"box {address}" for address in peers.box[: peers.count])
         self._index = peers.index
@@ -327,7 +323,7 @@ def imitate(machine: Any, patch: pytest.MonkeyPatch, kernels: Kernels, gpus: int
         block = config.blockDimX, config.blockDimY, config.blockDimZ
         record = Launch(file, name, grid, block, args, config.sharedMemBytes)
         stream = config.hStream
-        if file not in (peer_sum.FILE, peer_sum_large.FILE):
+        if file != peer_sum.FILE:
             stream.queue.add(lambda: kernels.start(record))
             return (bindings.OK,)
         kernel = Kernel(kernels, record)

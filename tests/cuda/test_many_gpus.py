@@ -110,7 +110,6 @@ def by_nccl(count: int, monkeypatch: pytest.MonkeyPatch, **options: Any) -> dict
         (2, 4100, 1, "peer_sum_norm<4, 2, PLAIN>"),
         (2, 2500, 1, "peer_sum_norm<4, 1, PLAIN>"),
         (2, 64, 17, "peer_sum"),
-        (3, 64, 515, "peer_sum_large"),
     ],
 )
 def test_sums_and_norms(

@@ -1,4 +1,4 @@
-"""Memory of a GPU that other GPUs write to, for sums (peer_sum.py, peer_sum_large.py).
+"""Memory of a GPU that other GPUs write to, for small sums (peer_sum.py).
 
 In one process the GPUs open their memory to each other. Between processes of one machine, each
 sends a handle of its box, and all say whether they could open those of the others; if one could
@@ -19,7 +19,7 @@ from pyggml.backends.base import Peers
 from pyggml.backends.cuda.device.context import Context
 from pyggml.backends.cuda.device.driver import checked, guarded, imported
 from pyggml.backends.cuda.device.memory import Buffer
-from pyggml.backends.cuda.peer_box import box_bytes
+from pyggml.backends.cuda.peer_sum import box_bytes
 from pyggml.backends.cuda.peers import MOST, Boxes
 from pyggml.errors import DeviceError
 

@@ -21,7 +21,6 @@ from pyggml.backends.base import Peers
 from pyggml.backends.cuda import peer_sum
 from pyggml.backends.cuda.device.driver import UnusableError, guarded, imported
 from pyggml.backends.cuda.launch import Collective, Launch
-from pyggml.backends.cuda.peer_box import launch_of
 from pyggml.errors import DeviceError
 from pyggml.extras import install_command
 
@@ -47,11 +46,6 @@ BYTES, INTEGERS, FAILED = "b", "i", "!"
 def enabled() -> bool:
     """Whether collectives run by NCCL; PYGGML_NCCL=0 asks for copies and sums."""
     return os.environ.get("PYGGML_NCCL", "1") != "0"
-
-
-def only_small() -> bool:
-    """Whether our own kernels leave large sums to NCCL; PYGGML_PEER_SUM=small asks for it."""
-    return os.environ.get("PYGGML_PEER_SUM") == "small"
 
 
 def library() -> Any:
@@ -88,9 +82,9 @@ class Communicator:
     def own(self, record: Collective) -> Launch | None:
         """The launch of our own kernel for a sum, if there is one and the devices reach each
         other."""
-        if self.box is None or (only_small() and not peer_sum.suits(record)):
+        if self.box is None or not peer_sum.suits(record):
             return None
-        return launch_of(record, self.box.boxes, self.context.about.overlaps)
+        return peer_sum.launch_of(record, self.box.boxes, self.context.about.overlaps)
 
     def call(self, record: Collective) -> None:
         """Queue a collective."""

@@ -29,13 +29,3 @@ __device__ __forceinline__ void wait_for(const Peers& peers, int gpu, F has_come
         }
     }
 }
-
-// What this block has written is there for whoever sees the flag. After a barrier, by one thread.
-__device__ __forceinline__ void store_release(unsigned* at, unsigned value) {
-    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
-}
-__device__ __forceinline__ unsigned load_acquire(const unsigned* at) {
-    unsigned v;
-    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(at) : "memory");
-    return v;
-}
