@@ -24,7 +24,7 @@ from pyggml.backends.cuda.recording import check_early, record_step
 from pyggml.backends.cuda.relay import Relay, relay
 from pyggml.backends.cuda.stamps import GraphStopwatch
 from pyggml.backends.cuda.weights.borrowing import Borrowing
-from pyggml.backends.step import Address, Step, kernel_error
+from pyggml.backends.step import Address, PlannedBuffer, Step, kernel_error
 from pyggml.backends.timing import Stopwatch, step_by_step
 from pyggml.node import Node
 
@@ -51,19 +51,15 @@ class CudaRunner:
         staging: Staging,
     ) -> None:
         self.steps, self.context, self._staging = tuple(steps), context, staging
-        self._at, self._scratch = at, scratch  # keeps the recorded addresses alive
+        self.at, self._scratch = at, scratch  # keeps the recorded addresses alive
+        self._scratch_at = scratch_at
         #: What it meets other devices by.
         self.ends: set[Communicator] = set()
         self.debugging = debugging()
         self._loads = loads
         aside = not self.debugging and self.in_graphs
         self._ahead = Ahead(context, self.steps) if aside else None
-        by_step: list[list[Record]] = []
-        for step, offset in zip(self.steps, scratch_at):
-            memory = (scratch.ptr + offset, step.scratch)
-            own = [] if step.node in loads else record_step(step, at, memory, context.about)
-            records = [*self._chosen(own)]
-            by_step.append(records if self._ahead is None else self._ahead.complete(step, records))
+        by_step = [self._recorded(index, at) for index in range(len(self.steps))]
         records = [record for step_records in by_step for record in step_records]
         check_early(records)
         context.load([record for record in records if isinstance(record, Launch)])
@@ -80,10 +76,18 @@ class CudaRunner:
                 [*self._ahead.before(step), *actions]
                 for step, actions in zip(self.steps, self.actions)
             ]
-        self._records = by_step
+        self.records = by_step
         self._runs: list[Action] | None = None
         self._warm = False
         self._relay: Relay | None = None
+
+    def _recorded(self, index: int, at: Mapping[Node, Address]) -> list[Record]:
+        """The records of a step whose tensors are at these addresses."""
+        step = self.steps[index]
+        memory = (self._scratch.ptr + self._scratch_at[index], step.scratch)
+        own = [] if step.node in self._loads else record_step(step, at, memory, self.context.about)
+        records = [*self._chosen(own)]
+        return records if self._ahead is None else self._ahead.complete(step, records)
 
     def _load(self, step: Step) -> list[Action]:
         """What queues a weight."""
@@ -116,24 +120,46 @@ class CudaRunner:
         with self.context:
             self.queue()
 
-    def queue(self) -> None:
+    def queue(self, runs: Sequence[Action] | None = None) -> None:
         """Queue every step: kernel by kernel the first time, then as graphs. The context is
-        current."""
+        current.
+
+        runs  of `writing`, in place of its own graphs
+        """
         for end in self.ends:
             end.check_usable()
         relay = self._relay
         if relay is not None:
             relay.fill()
-        if self._warm and not self.debugging:
-            if self._runs is None:
-                self._runs = list(self._captured(self._around()))
+        if self.replays:
+            if runs is None:
+                if self._runs is None:
+                    self._runs = list(self._captured(self._around()))
+                runs = self._runs
             with _REPLAYING:
-                for run in self._runs:
+                for run in runs:
                     run()
         else:
             self._start_all()
         if relay is not None:
             relay.record()
+
+    @property
+    def replays(self) -> bool:
+        """Whether the next run consists of graphs."""
+        return self._warm and not self.debugging
+
+    def writing(self, index: int, ptr: int) -> list[Action]:
+        """Graphs of all steps, of which step `index`, whose kernels are ours, writes its result to
+        another address. The context is current."""
+        step, context = self.steps[index], self.context
+        there = Address(PlannedBuffer(ptr), 0, self.at[step.node].nb)
+        records = self._recorded(index, {**self.at, step.node: there})
+        launches = [record for record in records if isinstance(record, Launch)]
+        context.load(launches)
+        actions: list[Action] = [] if self._ahead is None else self._ahead.before(step)
+        actions += [partial(context.start, launch) for launch in launches]
+        return list(self._captured(self._around(), {index: actions}))
 
     def _start_all(self) -> None:
         around = self._around()
@@ -173,7 +199,7 @@ class CudaRunner:
     def _joined(self, index: int) -> int:
         """The number of actions of a step up to its collective; all, if it has none."""
         behind = 0
-        for i, record in enumerate(reversed(self._records[index])):
+        for i, record in enumerate(reversed(self.records[index])):
             behind = i if isinstance(record, Collective) else behind
         return len(self.actions[index]) - behind
 
@@ -181,7 +207,7 @@ class CudaRunner:
         step = self.steps[index]
         try:
             if self.debugging:
-                check_ids(self._staging, step, self._at)
+                check_ids(self._staging, step, self.at)
             with guarded("starting a kernel"):
                 for action in self.actions[index][first:last]:
                     action()
@@ -191,15 +217,21 @@ class CudaRunner:
         except Exception as error:
             raise kernel_error(error, step.node) from None
 
-    def _captured(self, before: Mapping[int, Sequence[Action]] | None = None) -> Iterator[Action]:
+    def _captured(
+        self,
+        before: Mapping[int, Sequence[Action]] | None = None,
+        instead: Mapping[int, Sequence[Action]] | None = None,
+    ) -> Iterator[Action]:
         """Capture each sequence of steps as one graph; some loads cannot be part of one.
 
-        before  further actions before these steps, which must be in a graph
+        before   further actions before these steps, which must be in a graph
+        instead  other actions for these steps
         """
-        further, least = before or {}, 1 if before else 2
+        further, least, others = before or {}, 1 if before else 2, instead or {}
         pending: list[Action] = []
-        for index, (step, actions) in enumerate(zip(self.steps, self.actions)):
+        for index, (step, own) in enumerate(zip(self.steps, self.actions)):
             pending += further.get(index, ())
+            actions = others.get(index, own)
             load = self._loads.get(step.node)
             if load is not None and not load.in_graphs:
                 yield from self._graph(pending, least)
@@ -251,7 +283,7 @@ class CudaRunner:
             load = self._loads[step.node]
             why = "" if load.in_graphs else "the weight's pages could not be registered"
             return Kernels(("load",) * len(load.actions), why)
-        return kernels_of(step, self._records[index])
+        return kernels_of(step, self.records[index])
 
 
 def as_action(context: Context, record: Record, product: Callable[[Gemm], None] | None) -> Action:

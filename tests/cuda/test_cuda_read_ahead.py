@@ -1,14 +1,10 @@
-"""Weights of the host that a GPU reads ahead, on a fake GPU whose streams run late. Kernels run as
-C++; a graph is replayed in any order that its edges allow."""
+"""Weights of the host that a GPU reads ahead, on a fake GPU whose streams run late."""
 
 from __future__ import annotations
 
 import mmap
-import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,92 +13,16 @@ import pytest
 import pyggml as gg
 from benchmarks.gpu_bench import random_blocks
 from pyggml import backends
-from pyggml.backends.cuda.device.context import Context
 from pyggml.backends.cuda.device.registered import Registry
-from pyggml.backends.cuda.launch import Launch
 from pyggml.backends.cuda.runner import CudaRunner
 from pyggml.backends.step import LoadStep
-from pyggml.errors import DeviceError
 from pyggml.parity.tolerance import nmse
 from pyggml.runtime.plan import Plan
 from tests.cuda.conftest import Machine
-from tests.cuda.emulated import starter
+from tests.cuda.working import Kernels, working_gpu
 from tests.interrupts import everywhere
 
 K, M, EXPERTS, USED, TOKENS = 64, 32, 4, 2, 16
-
-
-class Graph:
-    """Work that is being captured: each node with those that it waits for."""
-
-    def __init__(self, origin: Any) -> None:
-        self.origin = origin
-        self.nodes: list[tuple[Callable[[], None], frozenset[int]]] = []
-        self.streams: dict[Any, Any] = {}  # in capture -> its real queue
-
-    def enter(self, stream: Any, after: frozenset[int]) -> None:
-        self.streams[stream] = stream.queue
-        stream.queue = Branch(self, after)
-
-    def end(self) -> Graph:
-        last = self.origin.queue.after
-        for stream, queue in self.streams.items():
-            stream.queue = queue
-        if len(last) != len(self.nodes):
-            raise DeviceError("a stream is not joined with the one that is captured")
-        return self
-
-    def upload(self, stream: Any) -> None:
-        assert stream is not None
-
-    def launch(self, stream: Any) -> None:
-        self.origin.queue.add(self._run)
-
-    def _run(self) -> None:
-        done: set[int] = set()
-        while len(done) < len(self.nodes):
-            ready = [
-                i
-                for i, (_, after) in enumerate(self.nodes)
-                if i not in done and not after & (set(range(len(self.nodes))) - done)
-            ]
-            i = random.choice(ready)
-            self.nodes[i][0]()
-            done.add(i)
-
-
-class Branch:
-    """The queue of a stream in a capture. `after`: what is complete when all of it is."""
-
-    def __init__(self, graph: Graph, after: frozenset[int]) -> None:
-        self.graph, self.after = graph, after
-
-    def add(self, action: Callable[[], None]) -> None:
-        self.graph.nodes.append((action, self.after))
-        self.after |= {len(self.graph.nodes) - 1}
-
-    def mark(self) -> Branch:
-        return Branch(self.graph, self.after)
-
-    def run_all(self) -> None:
-        raise DeviceError("a stream in a capture cannot be waited for")
-
-
-class Kernels:
-    """The kernels of all launches so far, compiled when one is first run."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.launches = folder, dict[str, Launch]()
-        self.fails_in = 0  # launches; 0: never
-        self._starts: dict[str, Callable[[Launch], None]] = {}
-
-    def run(self, launch: Launch) -> None:
-        if launch.name not in self._starts:
-            new = [each for name, each in self.launches.items() if name not in self._starts]
-            folder = self.folder / str(len(self.launches))
-            folder.mkdir()
-            self._starts |= dict.fromkeys((each.name for each in new), starter(folder, new))
-        self._starts[launch.name](launch)
 
 
 @pytest.fixture(scope="module")
@@ -114,44 +34,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
 def gpu(machine: Machine, monkeypatch: pytest.MonkeyPatch, kernels: Kernels) -> Any:
     if backends.on_host() != "cpu":
         pytest.skip("needs the extra 'cpu' and AVX2")
-    random.seed(3)
-    machine("gpu")
-    device: Any = backends.get("cuda")
-    device.synchronize()  # imports the driver
-    driver = sys.modules["pycuda.driver"]
-
-    def load(self: Context, launches: list[Launch]) -> None:
-        kernels.launches.update((launch.name, launch) for launch in launches)
-
-    def start(self: Context, launch: Launch, stream: Any = None) -> None:
-        kernels.fails_in -= 1
-        if kernels.fails_in == 0:
-            raise ValueError("a test")
-        (stream or self.stream).queue.add(lambda: kernels.run(launch))
-
-    def wait_for_event(self: Any, event: Any) -> None:
-        if isinstance(event.mark, Branch):
-            if not isinstance(self.queue, Branch):
-                event.mark.graph.enter(self, event.mark.after)
-            self.queue.after |= event.mark.after
-        else:
-            self.queue.add(event.mark.wait)
-
-    def begin() -> None:
-        own = device.context.stream
-        Graph(own).enter(own, frozenset())
-
-    def end() -> Graph:
-        queue: Any = device.context.stream.queue
-        return queue.graph.end()
-
-    monkeypatch.setattr(Context, "load", load)
-    monkeypatch.setattr(Context, "start", start)
-    monkeypatch.setattr(driver.Stream, "wait_for_event", wait_for_event)
-    stream = SimpleNamespace(begin_capture=begin, end_capture=end)
-    cupy = SimpleNamespace(cuda=SimpleNamespace(ExternalStream=lambda *_: stream))
-    monkeypatch.setitem(sys.modules, "cupy", cupy)
-    return device
+    return working_gpu(machine, monkeypatch, kernels)
 
 
 def experts(n_layer: int, n_tokens: int = TOKENS) -> dict[str, gg.Node]:
@@ -213,7 +96,7 @@ def test_loads_run_on_a_stream_of_their_own(gpu: Any) -> None:
     assert plan._execution is not None
     (runner,) = (r for r in plan._execution.runners if isinstance(r, CudaRunner))
     assert runner._ahead is not None and len(runner._ahead.events) == 7
-    for step, records in zip(runner.steps, runner._records):
+    for step, records in zip(runner.steps, runner.records):
         if step in runner._ahead.readers:
             assert not records[0].overlap
     context = gpu.context

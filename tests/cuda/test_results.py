@@ -29,7 +29,7 @@ def values(number: int) -> NDArray[np.float32]:
 
 def is_pinned(array: NDArray[np.float32]) -> bool:
     staging = backends.get("cuda").staging  # type: ignore[attr-defined]
-    return np.may_share_memory(array, staging.results._parts.memory)
+    return np.may_share_memory(array, staging.results.parts.memory)
 
 
 def test_results_are_the_callers(plan: gg.Plan) -> None:

@@ -31,6 +31,25 @@ def test_a_state_is_written_run_after_run() -> None:
         assert error < 1e-3, f"run {turn}: relative error {error}"
 
 
+@pytest.mark.parametrize("type", ["iq4_nl", "f16"])
+def test_a_product_writes_its_result_into_pinned_memory(type: str) -> None:
+    """The same bits as a copy from the GPU, also if the caller keeps some of the results."""
+    rng = np.random.default_rng(8)
+    w = gg.constant(rng.standard_normal((50_003, 512)) / 16, dtype=type, name=f"output_{type}")
+    y = gg.mul_mat(w, gg.scale(gg.input("x", ne=(512, 1)), s=2.0))
+    plan = gg.compile({"y": y}, backends=["cuda"])
+    kept = []
+    for turn in range(12):
+        x = rng.standard_normal((1, 512)).astype("f4")
+        copy, result = plan.submit(x=x).result()["y"].copy(), plan.run(x=x)["y"]
+        kept.append((copy, result))
+        if turn % 4 == 3:
+            del kept[-3:]
+        for copy, result in kept:
+            np.testing.assert_array_equal(result, copy)
+        del copy, result
+
+
 @pytest.mark.parametrize("tight", [False, True])
 def test_loop(tight: bool) -> None:
     """Softmax attention with a budget: a loop over heads and rows, each piece recorded."""

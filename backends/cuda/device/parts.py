@@ -17,28 +17,39 @@ class Parts:
         self.memory, self.grain = memory, grain
         self.free = bytearray(_FREE * (len(memory) // grain))
 
-    def part(self, nbytes: int) -> Part | None:
-        """A part that is free again when the object is gone; None if there is no room."""
-        count = -(-nbytes // self.grain)
-        first = self.free.find(_FREE * count)
-        return None if first < 0 else Part(self, first, count, nbytes)
+    def is_free(self, nbytes: int, first: int) -> bool:
+        """Whether there is room from unit `first` on."""
+        return self.free.startswith(self._room(nbytes), first)
+
+    def part(self, nbytes: int, first: int | None = None) -> Part | None:
+        """A part that is free again when the object is gone; None if there is no room.
+
+        first  the unit where it begins, which is free
+        """
+        room = self._room(nbytes)
+        if first is None:
+            first = self.free.find(room)
+        return None if first < 0 else Part(self, first, len(room), nbytes)
+
+    def _room(self, nbytes: int) -> bytes:
+        return _FREE * -(-nbytes // self.grain)
 
 
 class Part:
-    """A part of the memory. An array of it (`np.asarray`) refers to it, and so keeps it taken; its
-    own `memory` does not."""
+    """A part of the memory, from unit `first` on. An array of it (`np.asarray`) refers to it, and
+    so keeps it taken; its own `memory` does not."""
 
     _count = 0  # an interrupt can end __init__ at any line
 
     def __init__(self, parts: Parts, first: int, count: int, nbytes: int) -> None:
-        self._parts, self._first = parts, first
+        self._parts, self.first = parts, first
         start = first * parts.grain
         self.memory = parts.memory[start : start + nbytes]
         self._count = count
         self._mark(_TAKEN)
 
     def _mark(self, state: bytes) -> None:
-        self._parts.free[self._first : self._first + self._count] = state * self._count
+        self._parts.free[self.first : self.first + self._count] = state * self._count
 
     @property
     def address(self) -> int:

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from pyggml.backends.base import Arrival, Event
 from pyggml.backends.cuda.device import pinned
 from pyggml.backends.cuda.device.memory import operand_at
+from pyggml.backends.cuda.device.parts import Part
 from pyggml.backends.cuda.device.pinned import Staging
-from pyggml.backends.cuda.device.results import LEAST, MOST
+from pyggml.backends.cuda.device.results import LEAST, MOST, array_in
 from pyggml.backends.cuda.table import ALIGNMENT
 from pyggml.backends.step import Address
 from pyggml.spec import Spec
@@ -90,14 +91,31 @@ def _pointer(tensor: Tensor) -> int:
 
 
 class Downloads:
-    """Downloads of a tensor."""
+    """Downloads of a tensor.
+
+    ptr     its address; None if it has gaps
+    nbytes  its size
+    stays   whether its copies stay in pinned memory, if there is room
+    """
 
     def __init__(self, staging: Staging, at: Address, spec: Spec) -> None:
         self._staging, self._at, self._spec = staging, at, spec
         source = operand_at(at, spec)
-        self._ptr = source.ptr if source.contiguous else None
-        self._nbytes = spec.nbytes
+        self.ptr = source.ptr if source.contiguous else None
+        self.nbytes = spec.nbytes
+        self._span = range(source.ptr, source.ptr + pinned.span(at.nb, spec))
+        self.stays = self.ptr is not None and LEAST <= spec.nbytes <= MOST
         self._type, self._shape = pinned.form(spec)
+
+    def overlaps(self, other: Downloads) -> bool:
+        """Whether both read some of the same memory."""
+        first, second = self._span, other._span
+        return first.start < second.stop and second.start < first.stop
+
+    def within(self, part: Part) -> Arrival:
+        """The arrival of a tensor that has been written to this part. Wait for all queued work
+        before it."""
+        return partial(_arrived, array_in(part, self._type, self._shape), None)
 
     def __call__(self) -> Arrival:
         with self._staging.context:
@@ -107,19 +125,19 @@ class Downloads:
         """The call, with the context current. Without a mark, wait for all queued work before the
         arrival."""
         staging = self._staging
-        if self._ptr is None:  # rare: it is put together on the host, so this waits
+        if self.ptr is None:  # rare: it is put together on the host, so this waits
             copy = pinned.take(staging, self._at, self._spec)
             return lambda: copy
-        if LEAST <= self._nbytes <= MOST:
+        if self.stays:
             staging.prepare()
             assert staging.results is not None
-            array = staging.results.receive(self._ptr, self._nbytes, self._type, self._shape)
+            array = staging.results.receive(self.ptr, self.nbytes, self._type, self._shape)
             if array is not None:
                 mark = staging.mark() if marked else None
                 return partial(_arrived, array, mark)
-        flat = np.empty(self._nbytes, np.uint8)
+        flat = np.empty(self.nbytes, np.uint8)
         array = flat.view(self._type).reshape(self._shape)
-        return partial(_arrived, array, staging.receive(flat, self._ptr, own=True))
+        return partial(_arrived, array, staging.receive(flat, self.ptr, own=True))
 
 
 def _arrived(array: NDArray[Any], copy: Event | None) -> NDArray[Any]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from pyggml.backends.cuda.device.context import Context
 from pyggml.backends.cuda.device.driver import guarded
-from pyggml.backends.cuda.device.parts import Parts
+from pyggml.backends.cuda.device.parts import Part, Parts
 
 #: Bytes of pinned memory for results; the unit in which they are handed out; the sizes of results
 #: that live there. Smaller ones are copied in no time, and a larger one would take all the room.
@@ -29,7 +29,7 @@ class Results:
     """
 
     def __init__(self, context: Context, memory: NDArray[np.uint8]) -> None:
-        self._context, self._parts = context, Parts(memory, GRAIN)
+        self._context, self.parts = context, Parts(memory, GRAIN)
 
     def receive(
         self, ptr: int, nbytes: int, dtype: np.dtype[Any], shape: tuple[int, ...]
@@ -39,11 +39,15 @@ class Results:
 
         None if there is no room, because the caller still has earlier results.
         """
-        part = self._parts.part(nbytes)
+        part = self.parts.part(nbytes)
         if part is None:
             return None
-        array = np.asarray(part).view(dtype).reshape(shape)
         context = self._context
         with guarded("downloading"):
             context.driver.memcpy_dtoh_async(part.memory, ptr, context.stream)
-        return array
+        return array_in(part, dtype, shape)
+
+
+def array_in(part: Part, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """The caller's array of a part, which stays taken as long as the array exists."""
+    return np.asarray(part).view(dtype).reshape(shape)
