@@ -82,11 +82,13 @@ class Fused(CudaStep):
     fixed      whether `record` can also write the result in fixed point, to call["fixed"]
     halves     whether it can also write the result as f16 for `tile`, to call["halves"]
     quantized  a node that `record` reads in fixed point, as call["fixed"]
+    product    one of the nodes whose launches `record` uses, so other steps may prepare what it
+               reads
     recompute  nodes that each fused reader computes for itself. If any reader cannot, they are
                computed once and stored, for all readers
     """
 
-    __slots__ = ("at", "fixed", "halves", "quantized", "recompute")
+    __slots__ = ("at", "fixed", "halves", "product", "quantized", "recompute")
 
     def __init__(
         self,
@@ -102,6 +104,7 @@ class Fused(CudaStep):
         fixed: bool = False,
         halves: bool = False,
         quantized: Node | None = None,
+        product: Node | None = None,
         recompute: tuple[Node, ...] = (),
     ) -> None:
         super().__init__(
@@ -109,7 +112,7 @@ class Fused(CudaStep):
             results=results, inplace=inplace, scratch=scratch, workspace=workspace,
         )  # fmt: skip
         self.at, self.fixed, self.recompute = at or nodes[-1], fixed, recompute
-        self.halves, self.quantized = halves, quantized
+        self.halves, self.quantized, self.product = halves, quantized, product
 
 
 #: All weights are plain.

@@ -18,9 +18,9 @@ FILE = "moe.cu"
 LEAST_SHARED = 99 << 10
 
 
-def _sum(call: Call, weights: Operand | None = None) -> None:
+def launch_sum(call: Call, a: Operand, weights: Operand | None = None) -> None:
     """Record out = sum over experts of a (times weights), + plus, + plus2."""
-    out, a = call.out, call["a"]
+    out = call.out
     first, second = (call.get(name) or ABSENT for name in ("plus", "plus2"))
     call.launch(
         FILE,
@@ -33,12 +33,12 @@ def _sum(call: Call, weights: Operand | None = None) -> None:
 
 @kernel(ops.multi_add)
 def multi_add(call: Call) -> None:
-    _sum(call)
+    launch_sum(call, call["a"])
 
 
 @kernel(ops.mul_multi_add)
 def mul_multi_add(call: Call) -> None:
-    _sum(call, call["b"])
+    launch_sum(call, call["a"], call["b"])
 
 
 def sum_and_more(node: Node, run: Run) -> Fused | None:

@@ -15,6 +15,7 @@ from pyggml.backends.cuda.fusion import Pattern
 from pyggml.backends.cuda.hyper_norm import norm_after_post, norm_of_streams
 from pyggml.backends.cuda.indexer_choice import chosen_rows
 from pyggml.backends.cuda.moe import sum_and_more
+from pyggml.backends.cuda.moe_prompt import sum_of_experts
 from pyggml.backends.cuda.moe_routing import route
 from pyggml.backends.cuda.moe_token import experts_of_token
 from pyggml.backends.cuda.norm import norm_times_row, norm_with_row, sum_norm_times_row
@@ -43,6 +44,7 @@ PATTERNS: tuple[Pattern, ...] = (
     (norm_times_row, (ops.mul,)),
     (norm_with_row, (ops.add, ops.mul)),
     (experts_of_token, (ops.add, ops.mul_multi_add)),
+    (sum_of_experts, (ops.add, ops.mul_multi_add)),
     (sum_and_more, (ops.add,)),
     (absorbed, (ops.concat,)),
     (expanded_keys, (ops.concat,)),

@@ -119,6 +119,22 @@ def experts(m: Maker) -> Pattern:
     return m.done(y=y, ids=ids)
 
 
+def experts_of_a_prompt(m: Maker) -> Pattern:
+    """Last products of many tokens' experts and their weighted sums, of tokens with two, one or no
+    experts: with a residual, alone, and of a product that is an output, too."""
+    tokens = 150
+    m.inputs["ids"] = m.rng.integers(-1, 2, (tokens, 2)).astype(np.int32)
+    chosen, x = input_("ids", "i32", ne=(2, tokens)), silu(m.floats("x", 64, 2, tokens))
+    shares = m.floats("shares", 1, 2, tokens)
+    products = {
+        name: mul_mat_id(m.weight(name, 64, 40, 2, type=type), x, chosen)
+        for name, type in (("more", "iq4_nl"), ("alone", "q8_0"), ("kept", "iq4_nl"))
+    }
+    sums = {name: mul_multi_add(product, shares) for name, product in products.items()}
+    sums["more"] = add(m.floats("h", 40, tokens), sums["more"])
+    return m.done(**sums, down=products["kept"])
+
+
 def grouped_experts(m: Maker) -> Pattern:
     """Routing as in V3: sigmoid, a bias for the choice, the best groups, normalized weights."""
     probs = sigmoid(m.floats("scores", 32, T))
@@ -388,7 +404,7 @@ PATTERNS: dict[str, Callable[[Maker], Pattern]] = {
         graph.__name__: graph
         for graph in (
             norm_and_products, norms_of_a_prompt,
-            layer_norms, shared_activations, experts, grouped_experts,
+            layer_norms, shared_activations, experts, experts_of_a_prompt, grouped_experts,
             root_routing, given_routing, experts_of_devices,
             divided_weights, probabilities_kept, shared_mask, mask_kept, strided_mask,
             moved_position, gated, hidden_rows, chosen_rows, indexed_rows, moved_list,

@@ -23,7 +23,7 @@ from pyggml.dtypes import TYPES
 from pyggml.parity import decode_patterns
 from pyggml.parity.patterns import pattern
 from pyggml.parity.tolerance import nmse
-from tests.cuda.emulated import Memory, run_all, starter
+from tests.cuda.emulated import Memory, run, run_all, starter
 
 rng = np.random.default_rng(5)
 
@@ -67,7 +67,7 @@ def compare_all(
 ROUTING = (
     "experts", "grouped_experts", "root_routing", "given_routing", "divided_weights",
     "flat_weights", "norm_and_products", "norms_of_a_prompt", "keys_of_heads",
-    "experts_of_devices",
+    "experts_of_devices", "experts_of_a_prompt",
 )  # fmt: skip
 DECODE = (*decode_patterns.PATTERNS, "latent_row_f16_normal", "latent_row_q8_0_neox")
 
@@ -504,3 +504,75 @@ def test_experts_with_few_columns(
     assert experts.columns_for(chosen.size, n_expert) <= ring.FEW
     outputs, inputs = experts_of_many(dtype, len(chosen), n_expert, chosen, 132, 300, k, **act)
     compare(outputs, inputs, tmp_path, 1e-5, replace(H200, sms=sms))
+
+
+def sums_of_many(
+    dtype: str, n_expert: int, chosen: np.ndarray, n_embd: int = 136, more: int = 2
+) -> Graph:
+    """down of a column a pair, the weighted sum, and up to two further terms."""
+    tokens, n_used = chosen.shape
+    down = constant("down", dtype, n_expert, n_embd, 256)
+    x, ids = gg.input("x", ne=(256, n_used, tokens)), gg.input("ids", "i32", ne=(n_used, tokens))
+    shares = gg.input("shares", ne=(1, n_used, tokens))
+    y = gg.mul_multi_add(gg.mul_mat_id(down, gg.relu(x), ids), shares)
+    inputs = {"x": random(tokens, n_used, 256), "shares": random(tokens, n_used, 1)}
+    for i in range(more):
+        y = gg.add(y, gg.input(f"more{i}", ne=(n_embd, tokens)))
+        inputs[f"more{i}"] = random(tokens, n_embd)
+    inputs["x"][chosen < 0] = np.nan  # no expert reads them
+    return {"y": y}, {**inputs, "ids": chosen.astype(np.int32)}
+
+
+def short_rows(graph: Graph) -> bool:
+    steps = gg.compile(graph[0], backends=["cuda:0:24GiB"]).steps
+    return any({gg.mul_mat_id, gg.mul_multi_add} <= {n.op for n in step.nodes} for step in steps)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "n_expert", "chosen", "more"),
+    [
+        ("iq4_nl", 2, with_gaps(100, 4), 2),
+        ("q8_0", 1, with_gaps(20, 12).clip(max=0), 1),
+        ("mxfp4", 3, counted(0, 192, 224), 0),
+    ],
+)
+@pytest.mark.parametrize("arch", ("90a", "80"))
+def test_weighted_sums_of_many(
+    dtype: str, n_expert: int, chosen: np.ndarray, more: int, arch: str, tmp_path: Path
+) -> None:
+    """Short rows on 9.0, more pairs a token than are read at once, tokens without experts."""
+    graph = sums_of_many(dtype, n_expert, chosen, more=more)
+    assert short_rows(graph)
+    limit = 1e-4 if dtype == "mxfp4" else 3e-7
+    compare(*graph, tmp_path, limit, replace(H200, sms=2, arch=arch))
+
+
+def test_results_that_f16_cannot_hold(tmp_path: Path) -> None:
+    """Weights whose sums exceed 512, beside others in every row of results; columns of all sizes;
+    infinity and NaN stay in their column."""
+    n_embd, n_used, tokens = 72, 2, 140
+    weights = random(1, n_embd, 64)
+    weights[:, ::3] *= 2e3
+    weights[:, 1::3] *= 1e-3
+    down = gg.constant(weights, dtype="q8_0", name="down")
+    x, ids = gg.input("x", ne=(64, n_used, tokens)), gg.input("ids", "i32", ne=(n_used, tokens))
+    y = gg.mul_multi_add(gg.mul_mat_id(down, x, ids), gg.input("shares", ne=(1, n_used, tokens)))
+    sizes = np.geomspace(1e-30, 1e30, tokens, dtype=np.float32)
+    values = random(tokens, n_used, 64) * sizes[:, None, None]
+    values[7, 1, 3], values[8, 0, 5], values[9, 1, 60] = np.nan, np.inf, -np.inf
+    inputs = {
+        "x": values,
+        "shares": random(tokens, n_used, 1),
+        "ids": np.zeros((tokens, n_used), "i4"),
+    }
+    graph = {"y": y}, inputs
+    assert short_rows(graph)
+    result = run(*graph, tmp_path, replace(H200, sms=1))["y"]
+    with np.errstate(invalid="ignore"):
+        wanted = gg.compile(graph[0], backends=["numpy"]).run(inputs)["y"]
+    special = ~np.isfinite(wanted)
+    assert special.any(1).sum() == 3 and (special == ~np.isfinite(result)).all()
+    for token in np.flatnonzero(~special.any(1)):
+        for first in range(3):
+            got, want = (each[token, first::3] / sizes[token] for each in (result, wanted))
+            assert nmse(got, want) <= 3e-6

@@ -29,6 +29,7 @@
 // @kernel 90a hot ring<{q8_0|iq4_nl}, {1|2}, true, 64>
 #include "linear_fragments.cuh"
 #include "linear_mma.cuh"
+#include "short_rows.cuh"
 
 using namespace tiles;
 
@@ -42,12 +43,13 @@ struct RingArgument {
     Columns columns;
     int n_rows, row_tiles, matrix_tiles;  // tiles of 128 rows, and of 8 in a matrix
     int box, column_tiles, batches;       // columns of a box of x; if not routed, of a tile
-    int steps, stages, narrow, act, limited;
+    int steps, stages, narrow, act, limited;  // narrow: 1 f16, 2 short rows (short_rows.cuh)
     float limit;
 };
 
 constexpr int MOST_STAGES = 16, PRODUCERS = 128;
 constexpr int LISTERS = PRODUCERS - 32;  // threads that list targets, if routed
+constexpr int SHORT = 2;
 
 // What depends on the most columns of a tile. PARTS: of 64 values of k in a stage.
 template <int COLUMNS>
@@ -186,7 +188,8 @@ __global__ void __launch_bounds__(PRODUCERS + Sizes<COLUMNS>::CONSUMERS, 1)
                 for (int i = thread - 32; i < part.valid; i += LISTERS) {
                     const int pair = columns.order[part.first + i];
                     targets[tile.stage][i] = (target_of(columns.routing, a.y, pair) - a.y.data) / 4;
-                    column_scales[tile.stage * COLUMNS + i] = a.scales[part.first + i];
+                    column_scales[tile.stage * COLUMNS + i] =
+                        a.narrow == SHORT ? 1 / SHORT_UNIT : a.scales[part.first + i];
                 }
                 barrier_arrive(listed + tile.stage);
                 tile.next(2);
@@ -236,6 +239,7 @@ __global__ void __launch_bounds__(PRODUCERS + Sizes<COLUMNS>::CONSUMERS, 1)
         const Part part = part_of<ROUTED>(a, number);
         const int first_row = part.row_tile * TILE_ROWS;
         if (ROUTED && part.matrix == columns.routing.experts) {  // pairs without an expert get zeros
+            if (a.narrow == SHORT) continue;  // or no row
             for (int start = own * 32; start < part.valid; start += CONSUMERS) {
                 const int entry = part.first + min(start + lane, part.valid - 1);
                 const u32 target = (target_of(columns.routing, a.y, columns.order[entry]) - a.y.data) / 4;
@@ -338,9 +342,16 @@ __global__ void __launch_bounds__(PRODUCERS + Sizes<COLUMNS>::CONSUMERS, 1)
         };
         const bool plain = MATS == 2 && a.act == 0 && !a.limited;
         if (MATS == 1 && a.narrow) {
-            store([](char* to, float first, float second) {
+            u32 largest = 0;
+            store([&](char* to, float first, float second) {
                 *(u32*)to = pack2<__half>(first, second);
+                largest = max(largest, size_of(first, second));
             });
+            if (ROUTED && a.narrow == SHORT && largest >= SHORT_END)
+                store([&](char* to, float first, float second) {
+                    if (size_of(first, second) >= SHORT_END)
+                        put_long(to, first, second, 2 * a.n_rows);
+                });
         } else if (MATS == 1) {
             store([](char* to, float first, float second) {
                 *(float2*)to = make_float2(first, second);

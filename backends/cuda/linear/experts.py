@@ -6,6 +6,7 @@ A (token, slot) pair without an expert gets zeros.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -134,8 +135,26 @@ def _tokens(x: Operand, axis: int, start: int, most: int) -> Operand:
     return Operand(x.ptr + start * x.nb[axis], (ne[0], ne[1], ne[2], ne[3]), x.nb, x.dtype)
 
 
-def tile(call: Call, a: tuple[Operand, ...], b: Operand, ids: Operand, y: Operand) -> None:
-    """Record the sorting of pairs by expert, unless call["groups"] has it, then `tile`."""
+class ShortRows(NamedTuple):
+    """Where the places of pairs are, and the scales of these places."""
+
+    places: np.uint64
+    scales: np.uint64
+
+
+def tile(
+    call: Call,
+    a: tuple[Operand, ...],
+    b: Operand,
+    ids: Operand,
+    y: Operand,
+    short: bool = False,
+) -> ShortRows | None:
+    """Record the sorting of pairs by expert, unless call["groups"] has it, then `tile`.
+
+    short  results may be short rows (short_rows.cuh), in the memory of those of f32. The return
+           value tells whether they are
+    """
     pairs, experts = pairs_of(ids.ne), a[0].ne[2]
     width = columns_for(pairs, experts)
     tiles = most_tiles(pairs, experts, width)
@@ -160,10 +179,11 @@ def tile(call: Call, a: tuple[Operand, ...], b: Operand, ids: Operand, y: Operan
         at = Places(places=places, n_used=ids.ne[0], n_b=b.ne[1])
         out = call.scratch(columns_scratch(a[0].dtype, a[0].ne, b.ne, ids.ne))
         halves = launch_halves(call, b, out, half_of(a[0].dtype), at, pairs)
-        ring.launch(call, a, y, halves, columns, width)
-        return
+        ring.launch(call, a, y, halves, columns, width, short=short)
+        return ShortRows(np.uint64(places), halves[1]) if short else None
     half = min(width, 128)
     blocks.launch_tile(call, form, a, b, y, half, columns, (tiles, width // half), routed=True)
+    return None
 
 
 def launch_groups(call: Call, ids: Operand, experts: int, ptr: int) -> None:

@@ -118,10 +118,18 @@ def needs_of(node: Node) -> Iterator[Need]:
 
 def _needs(step: CudaStep) -> Iterator[Need]:
     """What the step reads: products of a pattern read what it says."""
-    if len(step.nodes) == 1:
-        yield from needs_of(step.node)
+    product = _product(step)
+    if product is not None:
+        yield from needs_of(product)
     elif isinstance(step, Fused) and step.quantized is not None:
         yield Need(fixed_point, _groups_of(step.quantized), ("levels", 2))
+
+
+def _product(step: CudaStep) -> Node | None:
+    """The product whose launches the step has."""
+    if len(step.nodes) > 1:
+        return step.product if isinstance(step, Fused) else None
+    return step.node if step.node.op.weights else None
 
 
 def _rows_of(b: Node) -> Node:
@@ -194,8 +202,7 @@ def _reading(step: CudaStep, prepared: Sequence[Node]) -> CudaStep:
     if not prepared:
         return step
     operands = {**step.operands, **{_NAMES[node.op]: node for node in prepared}}
-    product = len(step.nodes) == 1 and step.node.op.weights
-    spared = sum(aligned(node.spec.nbytes) for node in prepared) if product else 0
+    spared = sum(aligned(node.spec.nbytes) for node in prepared) if _product(step) else 0
     return CudaStep(
         step.nodes, operands, step.record,
         results=step.results, inplace=step.inplace, scratch=step.scratch - spared,

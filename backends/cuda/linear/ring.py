@@ -99,6 +99,7 @@ def launch(
     *,
     column_tiles: int = 0,
     batches: int = 1,
+    short: bool = False,
 ) -> None:
     """Record the product.
 
@@ -106,6 +107,7 @@ def launch(
                   order of experts if these take the columns
     width         the most columns of a tile
     column_tiles  of a batch, 0 if experts take the columns, in lists of up to `width`
+    short         write short rows (short_rows.cuh), and none for pairs without an expert
     """
     first, form, routed = a[0], FORMATS[a[0].dtype.name], column_tiles == 0
     sizes = Sizes.of(routed, width)
@@ -136,7 +138,7 @@ def launch(
         batches=batches,
         steps=k // DEPTH,
         stages=stages,
-        narrow=int(is_narrow(y)),
+        narrow=2 if short else int(is_narrow(y)),
         act=int(act_of(call)),
         limited=len(limit),
         limit=float(limit[0]) if limit else 0.0,
