@@ -138,3 +138,52 @@ void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
             d[e] += x * number<T>(all[4 * column + from].b[k / 8], k % 2);
         }
 }
+
+// -- warpgroups: products happen at once ------------------------------------------------------------
+
+inline void fence_engines() {}
+inline void wgmma_fence() {}
+inline void wgmma_commit() {}
+template <int N>
+void wgmma_wait() {}
+
+inline unsigned long long tile_descriptor(unsigned at, unsigned leading) {
+    return at >> 4 | (unsigned long long)(leading >> 4) << 16;
+}
+// The element of a tile in rows of 128 bytes, swizzled. `along` is in the direction of the rows.
+template <class T>
+float element(unsigned long long tile, int row, int along) {
+    unsigned at = (unsigned)(tile & 0x3FFF) << 4;
+    at += along / 64 * ((unsigned)(tile >> 16 & 0x3FFF) << 4) + row * 128 + along % 64 * 2;
+    unsigned short bits;
+    std::memcpy(&bits, at_shared(at ^ (at >> 7 & 7) << 4), 2);
+    return number<T>(bits, 0);
+}
+// d[4 n + 2 r + e] is row `first` + 8 r, column 8 n + 2 (lane % 4) + e, of the warpgroup's 64 rows.
+template <class A, class B, int N>
+void multiply_group(float (&d)[N], int add, A a, B b) {
+    const int t = threadIdx.x % 4;
+    for (int i = 0; i < N; ++i) {
+        float sum = add ? d[i] : 0;
+        for (int k = 0; k < 16; ++k) sum += a(i / 2 % 2, k) * b(i / 4 * 8 + 2 * t + i % 2, k);
+        d[i] = sum;
+    }
+}
+template <class T, int N>
+void wgmma_ss(float (&d)[N / 2], unsigned long long a, unsigned long long b, int add) {
+    const int first = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+    multiply_group(d, add, [&](int r, int k) { return element<T>(a, first + 8 * r, k); },
+                   [&](int n, int k) { return element<T>(b, n, k); });
+}
+template <class T, int N>
+void wgmma_rs(float (&d)[N / 2], const unsigned (&a)[4], unsigned long long b, int add) {
+    struct Registers {
+        unsigned a[4];
+    };
+    const auto all = of_warp(Registers{{a[0], a[1], a[2], a[3]}});
+    const int quad = threadIdx.x % 32 / 4 * 4;
+    multiply_group(
+        d, add,
+        [&](int r, int k) { return number<T>(all[quad + k % 8 / 2].a[r + k / 8 * 2], k % 2); },
+        [&](int n, int k) { return element<T>(b, k, n); });
+}
