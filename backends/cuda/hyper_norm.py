@@ -17,8 +17,8 @@ import numpy as np
 from pyggml import ops
 from pyggml.backends.cuda.argument import Struct, Tensor
 from pyggml.backends.cuda.fusion import Fused, Run, behind_reshapes
-from pyggml.backends.cuda.geometry import blocks_for, threads_for
-from pyggml.backends.cuda.launch import ABSENT, Call
+from pyggml.backends.cuda.geometry import blocks_for, pack_width, threads_for
+from pyggml.backends.cuda.launch import ABSENT, Call, early_reads
 from pyggml.backends.cuda.linear.common import aligned, dense
 from pyggml.backends.cuda.moe import sums
 from pyggml.backends.cuda.norm import can_fix, weighted
@@ -30,15 +30,16 @@ FILE = "hyper_norm.cu"
 FEW = 8
 #: Streams whose mixes are fewer than the sums of a block, and elements of a row that a block holds.
 STREAMS, LONGEST = (2, 3, 4), 16384
-#: Threads of a block that computes sums, and bytes of its sums: MIX_THREADS and SUMS.
-MIX_THREADS, SUMS = 64, 32 * 4
+#: Packs of elements and parts of the mixes of a block that computes sums; the bytes of its sums.
+PACKS, PARTS, SUMS = 8, 4, 32 * 4
+_PACKED = ("out", "old", "x", "experts", "plus", "plus2")
 _STREAMS = ("out", "old", "x", "experts", "shares", "plus", "plus2", "post", "comb")
 
 
 class Streams(Struct):
     """The struct `Streams` of hyper_norm.cu."""
 
-    _fields_ = tuple((name, Tensor) for name in _STREAMS)
+    _fields_ = (*((name, Tensor) for name in _STREAMS), ("early", ctypes.c_int32))
 
 
 class HyperNorm(Struct):
@@ -162,7 +163,7 @@ def _fused(
         reads,
         partial(_record, match=match, unread=unread),
         results={name: node for name, node in results.items() if name not in unread},
-        scratch=n_tokens * blocks_for(n, MIX_THREADS) * SUMS
+        scratch=aligned(n_tokens * blocks_for(n, PACKS) * SUMS)
         + sum(aligned(node.spec.nbytes) for node in unread.values()),
         fixed=can_fix(nodes[-1]),
     )
@@ -176,20 +177,25 @@ def _record(call: Call, match: Mixed, unread: Mapping[str, Node]) -> None:
         for name, node in unread.items()
     }
     streams = spare.get("streams") or call.get("streams")
-    blocks, fixed = blocks_for(n, MIX_THREADS), call.get("fixed")
-    address = call.scratch(n_tokens * blocks * SUMS)
     operands = {name: call.get(name) or ABSENT for name in _STREAMS[1:]}
     operands["out"] = streams or ABSENT
+    origin = "EXPERTS" if call.get("experts") else "RESULT" if streams else "STREAMS"
+    rows = (operands[name] for name in _PACKED if operands[name].ptr)
+    width = min(pack_width(*rows), pack_width(call["fn"]))
+    blocks, fixed = blocks_for(n, PACKS * width), call.get("fixed")
+    address = call.scratch(n_tokens * blocks * SUMS)
+    early = early_reads(call.awaited & {"fn", "old", "post", "comb"}, {"fn"})  # MixEarly
     call.launch(
         FILE,
-        f"hyper_mix<{hc}, {str(streams is not None).lower()}>",
+        f"hyper_mix<{hc}, {origin}, {width}>",
         grid=(blocks, n_tokens),
-        block=MIX_THREADS,
+        block=PACKS * PARTS * hc,
         args=[
             np.uint64(address),
             call["fn"].tensor,
-            Streams(**{name: operand.tensor for name, operand in operands.items()}),
+            Streams(**{name: operand.tensor for name, operand in operands.items()}, early=early),
         ],
+        early=early > 0,
     )
     threads = threads_for(n // 4)
     held = next(k for k in (1, 2, 4) if 4 * threads * k >= n)
@@ -214,4 +220,5 @@ def _record(call: Call, match: Mixed, unread: Mapping[str, Node]) -> None:
                 **tensors,
             )
         ],
+        early=True,
     )

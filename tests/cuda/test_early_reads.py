@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from ctypes import sizeof
+
 import pytest
 
 import pyggml as gg
-from pyggml.backends.cuda.argument import Struct
+from pyggml.backends.cuda.argument import Struct, Tensor
 from pyggml.backends.cuda.attention.arguments import Attention
+from pyggml.backends.cuda.hyper_norm import Streams
 from pyggml.backends.cuda.indexer import Indexer
 from pyggml.backends.cuda.launch import Launch
 from pyggml.backends.cuda.recording import record_step
+from pyggml.parity.patterns import pattern
 from pyggml.runtime.kernels import planned_memory
 
 NOTHING, QUERIES, ALL = range(3)  # Early in overlap.cuh
@@ -26,19 +31,23 @@ def attention(q: gg.Node, k: gg.Node, ids: gg.Node | None = None, **more: gg.Nod
     return gg.flash_attn_ext(q, k, gg.view(k, ne=(512, N)), ids=ids, scale=0.1, **more)
 
 
-def early(*outputs: gg.Node, kind: type[Struct] = Attention) -> int:
-    """What the last attention or indexer may read early."""
-    graph = {f"y{i}": y for i, y in enumerate(outputs)}
+def launches(graph: Mapping[str, gg.Node], *names: str) -> list[Launch]:
+    """The launches of a graph whose kernels' names begin so."""
     work = gg.compile(graph, backends=["cuda:0:24GiB"])._work
     places, arenas = planned_memory(work)
     arena = arenas["cuda:0"].ptr
-    launches = [
+    return [
         record
         for step, offset in zip(work.steps, work.placed.scratch_at)
         for record in record_step(step, places, (arena + offset, step.scratch))
-        if isinstance(record, Launch) and record.name.startswith(("latent", "scores"))
+        if isinstance(record, Launch) and record.name.startswith(names)
     ]
-    return int(kind.from_buffer_copy(launches[-1].args).early)
+
+
+def early(*outputs: gg.Node, kind: type[Struct] = Attention) -> int:
+    """What the last attention or indexer may read early."""
+    launch = launches({f"y{i}": y for i, y in enumerate(outputs)}, "latent", "scores")[-1]
+    return int(kind.from_buffer_copy(launch.args).early)
 
 
 def test_nothing_where_the_launch_before_is_not_known() -> None:
@@ -90,3 +99,11 @@ def test_an_indexer_waits_for_its_weights() -> None:
         assert early(*(x for x in (first, scores) if x is not row), kind=Indexer) == most
     written = gg.set_rows(gg.state("rows", "f16", ne=(128, N)), gg.input("new", ne=(128, 1)), at)
     assert early(gg.lightning_indexer(queries, written, weights), kind=Indexer) == QUERIES
+
+
+def test_weights_of_mixes_are_read_early_and_streams_that_are_complete() -> None:
+    """The launch before is not known; has computed x alone; has computed the streams too."""
+    mixes = launches(pattern("hyper_connections").outputs, "hyper_mix")
+    place = 8 + sizeof(Tensor)  # behind the sums and fn
+    assert [Streams.from_buffer_copy(mix.args, place).early for mix in mixes] == [0, 2, 1]
+    assert [mix.early for mix in mixes] == [False, True, True]

@@ -101,6 +101,34 @@ def test_streams_and_maps_that_nobody_reads(tmp_path: Path) -> None:
     compare(outputs, inputs, tmp_path, 1e-6)
 
 
+def test_streams_of_many_experts_and_weights_that_begin_anywhere(tmp_path: Path) -> None:
+    """More experts than a thread loads at once; weights of mixes that are not in 16-byte words."""
+    n, hc, used = 100, 4, 11
+    mixes = n * hc * (2 + hc) * hc
+
+    def connected(streams: gg.Node, weights: gg.Node) -> tuple[gg.Node, gg.Node, gg.Node]:
+        fn = gg.reshape(weights, ne=(n * hc, (2 + hc) * hc))
+        flat = gg.rms_norm(gg.reshape(streams, ne=(n * hc, 1)), eps=1e-5)
+        base, factor = gg.constant(random(24)), gg.constant(random(3))
+        maps = gg.dsv4_hc_maps(gg.mul_mat(fn, flat, prec="f32"), factor, base, eps=0.0, n_iter=20)
+        rows = (gg.view(maps, ne=(hc, 1, 1), start=(0, i)) for i in range(2))
+        pre, post = (gg.permute(row, axes=(0, 2, 1, 3)) for row in rows)
+        x = gg.mul(gg.rms_norm(gg.dsv4_hc_pre(streams, pre), eps=1e-6), norm)
+        return x, post, gg.view(maps, ne=(hc, hc, 1), start=(0, 2))
+
+    norm = gg.constant(random(n), name="norm")
+    fn = gg.constant(random(mixes + 1), name="fn")
+    streams = gg.input("streams", ne=(n, hc, 1))
+    x, post, comb = connected(streams, gg.view(fn, ne=(mixes,)))
+    experts, shares = gg.input("experts", ne=(n, used, 1)), gg.input("shares", ne=(1, used, 1))
+    total = gg.add(gg.mul_multi_add(experts, shares), x)
+    streams = gg.dsv4_hc_post(total, streams, post, comb)
+    outputs = {"x": connected(streams, gg.view(fn, ne=(mixes,), start=(1,)))[0], "next": streams}
+    inputs = {"streams": random(1, hc, n), "experts": random(1, used, n)}
+    inputs["shares"] = random(1, used, 1)
+    compare(outputs, inputs, tmp_path, 1e-6)
+
+
 def test_a_device_reads_only_its_chosen_experts(tmp_path: Path) -> None:
     """The last three experts are chosen. All others are NaN, and so are all that a device has which
     has none of these: its sum is 0."""

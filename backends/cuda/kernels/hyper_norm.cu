@@ -1,24 +1,35 @@
 // Between two sublayers with hyper-connections, for a few tokens: the streams after one (`post`),
 // the maps of the next, its input and that one's norm. Two launches in place of seven or eight.
-// @kernel hot hyper_mix<{2|4}, {true|false}>
+// @kernel hot hyper_mix<{2|4}, {STREAMS|RESULT|EXPERTS}, {1|4}>
 // @kernel hot hyper_norm<{2|4}, {1|2|4}, {true|false}>
 #include "fixed_point.cuh"
 #include "sinkhorn.cuh"
 
-constexpr int MIX_THREADS = 64;
-// Sums of a block of `hyper_mix`: one for each mix and one of squares, padded.
-constexpr int SUMS = 32;
+// A block of `hyper_mix` has packs of adjacent elements, of all streams, and parts of the mixes: a
+// thread for each pack, stream and part.
+constexpr int PACKS = 8, PARTS = 4;
+// Sums of a token: one for each mix and one of squares, padded. Of a thread: of its mixes, and one
+// of squares, padded.
+constexpr int SUMS = 32, OWN = 8;
+static_assert(OWN == PACKS);  // a lane of a part ends up with one of them
 
-// The streams before a sublayer. `experts`, `plus` and `plus2` make the result of the sublayer
-// before, or x is that if `experts` is absent:  x = sum_e experts[:, e] shares[e] + plus + plus2
+// What `hyper_mix` reads before the wait, because the launch before does not write it: nothing, fn,
+// or old, post and comb too.
+enum MixEarly { NONE, FN, OLD };
+
+// The streams before a sublayer: they are `old`, or come from the result x of the sublayer before,
+// or from experts, `plus` and `plus2` of it:  x = sum_e experts[:, e] shares[e] + plus + plus2
 // out[:, d] = post[d] x + sum_s comb[d, s] old[:, s]
+enum Origin { STREAMS, RESULT, EXPERTS };
 struct Streams {
     Tensor out, old, x, experts, shares, plus, plus2, post, comb;
+    int early;  // MixEarly
 };
 
-// Sums of a warp: lane l ends up with x[0] = sum l. Half of the sums go to the other lane each time.
+// Sums of 8 neighboring lanes: lane l ends up with x[0] = sum l. Half of the sums go to the other
+// lane each time.
 template <int HALF>
-__device__ __forceinline__ void spread(float (&x)[SUMS], int lane) {
+__device__ __forceinline__ void spread(float (&x)[OWN], int lane) {
     const bool upper = lane & HALF;
 #pragma unroll
     for (int k = 0; k < HALF; k++) {
@@ -28,71 +39,114 @@ __device__ __forceinline__ void spread(float (&x)[SUMS], int lane) {
     if constexpr (HALF > 1) spread<HALF / 2>(x, lane);
 }
 
-// Sums of products with fn, whose rows are as long as all streams of a token, n HC, and of squares:
-// sums [SUMS, blocks, T]. Of POST, the streams are computed and stored before, else they are s.old.
-// A thread has an element of each stream. It reads each weight as soon as its warp may, all at
-// once: 1.5 MB from 64 multiprocessors take less time than a launch.
-// grid: n in blocks of MIX_THREADS, T.
-template <int HC, bool POST>
-__global__ void __launch_bounds__(MIX_THREADS)
-hyper_mix(float* sums, Tensor fn, const __grid_constant__ Streams s) {
-    constexpr int MIXES = (2 + HC) * HC;
-    static_assert(MIXES < SUMS);
-    const int n = s.old.ne[0], i = blockIdx.x * MIX_THREADS + threadIdx.x, t = blockIdx.y;
-    // A line of 128 bytes is 32 elements.
-    for (int line = threadIdx.x; line < MIXES * HC * (MIX_THREADS / 32); line += MIX_THREADS) {
-        const int at = blockIdx.x * MIX_THREADS + line % (MIX_THREADS / 32) * 32;
-        const int row = line / (MIX_THREADS / 32);
-        if (at < n) fetch_early(fn.at<float>(row % HC * n + at, row / HC, 0, 0));
-    }
-    begin();
-    float mine[SUMS] = {};
-    if (i < n) {
-        float stream[HC];
+// The pack from element i of x = sum_e experts[:, e] shares[e] + plus + plus2. The loads of 8 experts
+// do not wait for each other.
+template <class Numbers>
+__device__ __forceinline__ Numbers sum_of_experts(const Streams& s, int i, int t) {
+    constexpr int V = sizeof(Numbers) / 4, FLIGHT = 8;
+    const int used = s.experts.ne[1];
+    Numbers x = {}, plus = {}, plus2 = {};
+    if (s.plus.data) plus = *s.plus.at<Numbers>(i, t, 0, 0);
+    if (s.plus2.data) plus2 = *s.plus2.at<Numbers>(i, t, 0, 0);
+#pragma unroll 1
+    for (int first = 0; first < used; first += FLIGHT) {
+        Numbers y[FLIGHT];
+        float share[FLIGHT];
 #pragma unroll
-        for (int h = 0; h < HC; h++) stream[h] = *s.old.at<float>(i, h, t, 0);
-        if constexpr (POST) {
-            float x = 0;
-            if (s.experts.data) {
-                for (int e = 0; e < s.experts.ne[1]; e++)
-                    x += *s.experts.at<float>(i, e, t, 0) * *s.shares.at<float>(0, e, t, 0);
-                if (s.plus.data) x += *s.plus.at<float>(i, t, 0, 0);
-                if (s.plus2.data) x += *s.plus2.at<float>(i, t, 0, 0);
-            } else {
-                x = *s.x.at<float>(i, t, 0, 0);
-            }
-            float next[HC];
-#pragma unroll
-            for (int d = 0; d < HC; d++) {
-                next[d] = *s.post.at<float>(d, t, 0, 0) * x;
-#pragma unroll
-                for (int h = 0; h < HC; h++) next[d] += *s.comb.at<float>(d, h, t, 0) * stream[h];
-                *s.out.at<float>(i, d, t, 0) = next[d];
-            }
-#pragma unroll
-            for (int d = 0; d < HC; d++) stream[d] = next[d];
+        for (int e = 0; e < FLIGHT; e++) {
+            const int there = min(first + e, used - 1);  // a condition would be a branch
+            y[e] = *s.experts.at<Numbers>(i, there, t, 0);
+            share[e] = *s.shares.at<float>(0, there, t, 0);
         }
+        __syncwarp();  // the assembler moves no load across; it had 4 in flight
 #pragma unroll
-        for (int m = 0; m < MIXES; m++)
+        for (int e = 0; e < FLIGHT; e++)
 #pragma unroll
-            for (int h = 0; h < HC; h++) mine[m] += *fn.at<float>(h * n + i, m, 0, 0) * stream[h];
-#pragma unroll
-        for (int h = 0; h < HC; h++) mine[MIXES] += stream[h] * stream[h];
+            for (int k = 0; k < V; k++)
+                if (first + e < used) x.v[k] += y[e].v[k] * share[e];
     }
-    const int lane = threadIdx.x % 32;
-    spread<SUMS / 2>(mine, lane);
-    __shared__ float parts[MIX_THREADS / 32][SUMS];
-    parts[threadIdx.x / 32][lane] = mine[0];
+#pragma unroll
+    for (int k = 0; k < V; k++) x.v[k] = x.v[k] + plus.v[k] + plus2.v[k];
+    return x;
+}
+
+// Sums of products with fn, whose rows are as long as all streams of a token, n HC, and of squares:
+// sums [blocks, SUMS, T]. The streams are stored if they are new.
+// A thread has V adjacent elements of a stream and a part of the mixes. Its weights, at most 24, are
+// in registers before it waits: 1.5 MB that are fetched while the launch before ends. Blocks are
+// small, so that they start beside its blocks. All threads of an element compute what they need of
+// its streams; loads beyond the first come from L1. With a thread for each element and all 96
+// weights, the compiler had 16 loads in flight: six round trips to L2 behind the wait, 7 us in all.
+// grid: n in blocks of PACKS V, T. block: PACKS PARTS HC.
+template <int HC, Origin FROM, int V>
+__global__ void __launch_bounds__(PACKS * PARTS * HC, FROM == EXPERTS ? 4 : 8)
+hyper_mix(float* sums, Tensor fn, const __grid_constant__ Streams s) {
+    constexpr int MIXES = (2 + HC) * HC, EACH = (MIXES + PARTS - 1) / PARTS;
+    static_assert(MIXES < SUMS && EACH < OWN);
+    using Numbers = Pack<float, V>;
+    const int unit = threadIdx.x / PACKS, part = unit % PARTS, own = unit / PARTS;
+    const int n = s.old.ne[0], t = blockIdx.y, at = (blockIdx.x * PACKS + threadIdx.x % PACKS) * V;
+    const bool there = at < n;
+    const int i = min(at, n - V);  // behind the end, it reads the last pack and adds nothing
+    if (s.early < FN) begin();
+    Numbers weights[EACH] = {};
+#pragma unroll
+    for (int m = 0; m < EACH; m++)
+        if (part * EACH + m < MIXES)
+            weights[m] = *fn.at<Numbers>(own * n + i, part * EACH + m, 0, 0);
+    if (s.early == FN) begin();
+    Numbers old[HC] = {};
+    float post = 0, comb[HC] = {};
+#pragma unroll
+    for (int h = 0; h < HC; h++) {
+        if (FROM != STREAMS || h == own) old[h] = *s.old.at<Numbers>(i, h, t, 0);
+        if (FROM != STREAMS) comb[h] = *s.comb.at<float>(own, h, t, 0);
+    }
+    if (FROM != STREAMS) post = *s.post.at<float>(own, t, 0, 0);
+    if (s.early == OLD) begin();
+    Numbers stream = {};
+    if constexpr (FROM != STREAMS) {
+        Numbers x;
+        if constexpr (FROM == EXPERTS) x = sum_of_experts<Numbers>(s, i, t);
+        else x = *s.x.at<Numbers>(i, t, 0, 0);
+#pragma unroll
+        for (int k = 0; k < V; k++) {
+            stream.v[k] = post * x.v[k];
+#pragma unroll
+            for (int h = 0; h < HC; h++) stream.v[k] += comb[h] * old[h].v[k];
+        }
+        if (there && part == 0) *s.out.at<Numbers>(i, own, t, 0) = stream;
+    } else {
+#pragma unroll
+        for (int h = 0; h < HC; h++)
+            if (h == own) stream = old[h];
+    }
+    float mine[OWN] = {};
+#pragma unroll
+    for (int k = 0; k < V; k++) {
+        if (!there) break;
+#pragma unroll
+        for (int m = 0; m < EACH; m++) mine[m] += weights[m].v[k] * stream.v[k];
+        mine[EACH] += stream.v[k] * stream.v[k];
+    }
+    spread<OWN / 2>(mine, threadIdx.x);
+    __shared__ float parts[HC][PARTS][OWN];
+    parts[own][part][threadIdx.x % OWN] = mine[0];
     __syncthreads();
-    if (threadIdx.x >= SUMS) return;
+    if (threadIdx.x > MIXES) return;
+    const bool square = threadIdx.x == MIXES;
     float total = 0;
-    for (int warp = 0; warp < MIX_THREADS / 32; warp++) total += parts[warp][lane];
-    sums[((long long)t * gridDim.x + blockIdx.x) * SUMS + lane] = total;
+#pragma unroll
+    for (int h = 0; h < HC; h++)
+        total += parts[h][square ? 0 : threadIdx.x / EACH][square ? EACH : threadIdx.x % EACH];
+    sums[((long long)t * SUMS + threadIdx.x) * gridDim.x + blockIdx.x] = total;
 }
 
 // maps: as of `dsv4_hc_maps`;  out = rms_norm(sum_h pre[h] streams[:, h]) w, also as fixed-point
-// groups if FIXED. A block for each token computes out, pre and post, and another one comb, whose
-// iterations take as long. A thread has HELD packs of 4 adjacent elements.
+// groups if FIXED. A block for each token computes out, pre and post, and another one comb: 20
+// iterations take one warp longer than the rest, and 32 warps that all computed them took 10 us. A
+// thread has HELD packs of 4 adjacent elements; of one, its streams arrive beside the sums. Weights
+// and what the maps are made of were there before `hyper_mix`, so they are read before the wait.
 // grid: T, 2. Blocks of whole warps.
 struct HyperNorm {
     Tensor out, maps, streams, scale, base, w;
@@ -103,46 +157,64 @@ struct HyperNorm {
 };
 
 template <int HC, int HELD, bool FIXED>
-__global__ void __launch_bounds__(1024) hyper_norm(const __grid_constant__ HyperNorm p) {
+__global__ void __launch_bounds__(1024, 1) hyper_norm(const __grid_constant__ HyperNorm p) {
     constexpr int MIXES = (2 + HC) * HC;
     using Four = Pack<float, 4>;
     const int n = p.out.ne[0], t = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (threadIdx.x * 4 < n) fetch_early(p.w.at<float>(threadIdx.x * 4, 0, 0, 0));
-    begin();
-    __shared__ float parts[32][SUMS];
-    float sum = 0;
-    for (int i = warp; i < p.n_sums; i += blockDim.x / 32)
-        sum += p.sums[((long long)t * p.n_sums + i) * SUMS + lane];
-    parts[warp][lane] = sum;
-    __syncthreads();
-    sum = 0;
-    for (int i = 0; i < blockDim.x / 32; i++) sum += parts[i][lane];
-    // Each warp has all sums, lane l sum l.
-    const float mean = __shfl_sync(~0u, sum, MIXES) / (HC * n);
-    const float mix = sum / sqrtf(mean + p.flat_eps);
     const int kind = lane < HC ? 0 : lane < 2 * HC ? 1 : 2;
-    float logit = 0;
-    if (lane < MIXES)
-        logit = *p.scale.at<float>(kind, 0, 0, 0) * mix + *p.base.at<float>(lane, 0, 0, 0);
-    if (blockIdx.y == 1) {
-        const bool there = lane < HC;
-        float c[HC] = {};
+    float factor = 0, base = 0;
+    if (lane < MIXES) {
+        factor = *p.scale.at<float>(kind, 0, 0, 0);
+        base = *p.base.at<float>(lane, 0, 0, 0);
+    }
+    auto weight = [&](int i) { return *p.w.at<Four>(i, 0, 0, 0); };
+    auto stream = [&](int i, int h) { return *p.streams.at<Four>(i, h, t, 0); };
+    Four factors = {}, streams[HELD == 1 ? HC : 1] = {};
+    const bool early = HELD == 1 && blockIdx.y == 0 && threadIdx.x * 4 < n;
+    if (early) factors = weight(threadIdx.x * 4);
+    begin();
+    if (early)
 #pragma unroll
-        for (int d = 0; d < HC; d++) {
-            const float x = __shfl_sync(~0u, logit, (2 * HC + d + HC * lane) % 32);
-            if (there) c[d] = x;
+        for (int h = 0; h < HC; h++) streams[HELD == 1 ? h : 0] = stream(threadIdx.x * 4, h);
+    __shared__ float totals[SUMS];
+#pragma unroll 1
+    for (int m = warp; m <= MIXES; m += blockDim.x / 32) {
+        const float* row = p.sums + ((long long)t * SUMS + m) * p.n_sums;
+        float sum = 0;
+#pragma unroll 1
+        for (int first = lane; first < p.n_sums; first += 128) {
+            float x[4];
+#pragma unroll
+            for (int k = 0; k < 4; k++) x[k] = first + 32 * k < p.n_sums ? row[first + 32 * k] : 0;
+            sum += x[0] + x[1] + (x[2] + x[3]);
         }
-        sinkhorn<HC>(c, there, p.eps, p.n_iter);
-        if (there && warp == 0)
+        sum = warp_reduce<Sum>(sum);
+        if (lane == 0) totals[m] = sum;
+    }
+    __syncthreads();
+    // Each warp has all sums, lane l sum l.
+    const float mean = __fdividef(totals[MIXES], HC * n);
+    const float logit = lane < MIXES ? factor * (totals[lane] * rsqrtf(mean + p.flat_eps)) + base : 0;
+    if (blockIdx.y == 1) {
+        if (warp > 0) return;
+        float c[HC][HC];
 #pragma unroll
-            for (int d = 0; d < HC; d++) *p.maps.at<float>(d, lane + 2, t, 0) = c[d];
+        for (int d = 0; d < HC; d++)
+#pragma unroll
+            for (int s = 0; s < HC; s++) c[d][s] = __shfl_sync(~0u, logit, 2 * HC + d + HC * s);
+        sinkhorn_alone<HC>(c, p.eps, p.n_iter);
+#pragma unroll
+        for (int d = 0; d < HC; d++)
+#pragma unroll
+            for (int s = 0; s < HC; s++)
+                if (lane == d + HC * s) *p.maps.at<float>(d, 2 + s, t, 0) = c[d][s];
         return;
     }
-    const float weight = (1 + kind) / (1 + expf(-logit)) + (kind == 0 ? p.eps : 0);
-    if (warp == 0 && lane < 2 * HC) *p.maps.at<float>(lane % HC, kind, t, 0) = weight;
+    const float share = __fdividef(1 + kind, 1 + expf(-logit)) + (kind == 0 ? p.eps : 0);
+    if (warp == 0 && lane < 2 * HC) *p.maps.at<float>(lane % HC, kind, t, 0) = share;
     float pre[HC];
 #pragma unroll
-    for (int h = 0; h < HC; h++) pre[h] = __shfl_sync(~0u, weight, h);
+    for (int h = 0; h < HC; h++) pre[h] = __shfl_sync(~0u, share, h);
     Four held[HELD];
     float squares = 0;
 #pragma unroll
@@ -152,21 +224,21 @@ __global__ void __launch_bounds__(1024) hyper_norm(const __grid_constant__ Hyper
         if (i >= n) continue;
 #pragma unroll
         for (int h = 0; h < HC; h++) {
-            const Four part = *p.streams.at<Four>(i, h, t, 0);
+            const Four part = HELD == 1 ? streams[HELD == 1 ? h : 0] : stream(i, h);
 #pragma unroll
             for (int e = 0; e < 4; e++) held[k].v[e] += part.v[e] * pre[h];
         }
 #pragma unroll
         for (int e = 0; e < 4; e++) squares += held[k].v[e] * held[k].v[e];
     }
-    const float scale = sqrtf(block_reduce<Sum>(squares, 0) / n + p.norm_eps);
+    const float inverse = rsqrtf(__fdividef(block_reduce<Sum>(squares, 0), n) + p.norm_eps);
 #pragma unroll
     for (int k = 0; k < HELD; k++) {
         const int i = (threadIdx.x + k * blockDim.x) * 4;
         if (i >= n) continue;
-        const Four factors = *p.w.at<Four>(i, 0, 0, 0);
+        if (HELD > 1) factors = weight(i);
 #pragma unroll
-        for (int e = 0; e < 4; e++) held[k].v[e] = held[k].v[e] / scale * factors.v[e];
+        for (int e = 0; e < 4; e++) held[k].v[e] = held[k].v[e] * inverse * factors.v[e];
         *p.out.at<Four>(i, t, 0, 0) = held[k];
         if constexpr (FIXED)  // whole groups: 8 neighboring lanes are all here, or none is
             put_fixed<2>(held[k].v, p.fixed + ((long long)t * (n / 32) + i / 32) * group_bytes<2>);
