@@ -13,7 +13,7 @@ owns memory of the GPU, never returns if this thread does it.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import accumulate
 
@@ -60,14 +60,13 @@ class Relay:
         departures: Sequence[Crossing],
     ) -> None:
         self._context, self._part = context, part
-        places = _places([*arrivals, *departures])
-        mail = [part.address + place for place in places]
+        mail = [part.address + place for place in _places([*arrivals, *departures])]
         there, back = mail[: len(arrivals)], mail[len(arrivals) :]
         self._filling = [(at, _host(c), c.spec.nbytes) for at, c in zip(there, arrivals)]
         self._landing = [(_host(c), at, c.spec.nbytes) for at, c in zip(back, departures)]
         inwards = [(_device(c), at, c.spec.nbytes) for at, c in zip(there, arrivals)]
         outwards = [(at, _device(c), c.spec.nbytes) for at, c in zip(back, departures)]
-        self.before, self.after = _actions(context, inwards), _actions(context, outwards)
+        self.before, self.after = actions(context, inwards), actions(context, outwards)
         self._event = context.driver.Event(context.driver.event_flags.DISABLE_TIMING)
 
     def fill(self) -> None:
@@ -115,10 +114,14 @@ def _is_small(crossing: Crossing) -> bool:
     return spec.nbytes <= LARGEST and aligned and device.contiguous and host.contiguous
 
 
-def _places(copies: Sequence[Crossing]) -> list[int]:
-    """Where each is in the pinned memory, and the end."""
-    units = (-(-crossing.spec.nbytes // MAIL_GRAIN) for crossing in copies)
+def places(sizes: Iterable[int]) -> list[int]:
+    """Where each of these tensors is in the pinned memory, and the end."""
+    units = (-(-nbytes // MAIL_GRAIN) for nbytes in sizes)
     return [MAIL_GRAIN * end for end in accumulate(units, initial=0)]
+
+
+def _places(copies: Sequence[Crossing]) -> list[int]:
+    return places(crossing.spec.nbytes for crossing in copies)
 
 
 def _host(crossing: Crossing) -> int:
@@ -129,7 +132,7 @@ def _device(crossing: Crossing) -> int:
     return operand_at(crossing.device, crossing.spec).ptr
 
 
-def _actions(context: Context, copies: Sequence[Copy]) -> list[Callable[[], None]]:
+def actions(context: Context, copies: Sequence[Copy]) -> list[Callable[[], None]]:
     """The launch that makes the copies, if there are any."""
     if not copies:
         return []

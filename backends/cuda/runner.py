@@ -120,25 +120,18 @@ class CudaRunner:
         with self.context:
             self.queue()
 
-    def queue(self, runs: Sequence[Action] | None = None) -> None:
+    def queue(self) -> None:
         """Queue every step: kernel by kernel the first time, then as graphs. The context is
-        current.
-
-        runs  of `writing`, in place of its own graphs
-        """
+        current."""
         for end in self.ends:
             end.check_usable()
         relay = self._relay
         if relay is not None:
             relay.fill()
         if self.replays:
-            if runs is None:
-                if self._runs is None:
-                    self._runs = list(self._captured(self._around()))
-                runs = self._runs
-            with _REPLAYING:
-                for run in runs:
-                    run()
+            if self._runs is None:
+                self._runs = list(self._captured(self._around()))
+            self.replay(self._runs)
         else:
             self._start_all()
         if relay is not None:
@@ -149,9 +142,18 @@ class CudaRunner:
         """Whether the next run consists of graphs."""
         return self._warm and not self.debugging
 
-    def writing(self, index: int, ptr: int) -> list[Action]:
+    def replay(self, runs: Sequence[Action]) -> None:
+        """Queue graphs. The context is current."""
+        with _REPLAYING:
+            for run in runs:
+                run()
+
+    def writing(self, index: int, ptr: int, first: Sequence[Action]) -> list[Action]:
         """Graphs of all steps, of which step `index`, whose kernels are ours, writes its result to
-        another address. The context is current."""
+        another address. For a plan of one device; the context is current.
+
+        first  actions before all steps
+        """
         step, context = self.steps[index], self.context
         there = Address(PlannedBuffer(ptr), 0, self.at[step.node].nb)
         records = self._recorded(index, {**self.at, step.node: there})
@@ -159,7 +161,7 @@ class CudaRunner:
         context.load(launches)
         actions: list[Action] = [] if self._ahead is None else self._ahead.before(step)
         actions += [partial(context.start, launch) for launch in launches]
-        return list(self._captured(self._around(), {index: actions}))
+        return list(self._captured({0: first}, {index: actions}))
 
     def _start_all(self) -> None:
         around = self._around()

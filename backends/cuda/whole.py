@@ -32,30 +32,20 @@ class Whole:
     ) -> None:
         self._staging, self._runner, self._running = staging, runner, running
         self._uploads, self._downloads = tuple(uploads), tuple(downloads)
-        self._direct = direct(staging, runner, downloads)
+        self._direct = direct(staging, uploads, runner, downloads)
 
     def __call__(self, arrays: Sequence[NDArray[Any]], repeat: int) -> list[NDArray[Any]]:
+        direct = self._direct
         with self._staging.context:
-            for upload in self._uploads:
-                upload.queue(arrays)
-            for _ in range(repeat - 1):
-                self._runner.queue()
-            arrivals = self._last()
+            result = None if direct is None or repeat > 1 else direct.queue(arrays)
+            arrivals = self._queue(arrays, repeat) if result is None else ()
             with self._running:
                 self._staging.settle()
-        return [arrival() for arrival in arrivals]
+        return [arrival() for arrival in arrivals] if result is None else [result]
 
-    def _last(self) -> list[Arrival]:
-        """Queue the last run, and what brings its results."""
-        direct = self._direct
-        part = None
-        if direct is None:
+    def _queue(self, arrays: Sequence[NDArray[Any]], repeat: int) -> list[Arrival]:
+        for upload in self._uploads:
+            upload.queue(arrays)
+        for _ in range(repeat):
             self._runner.queue()
-        else:
-            part = direct.queue()
-        return [
-            each.queue(marked=False)
-            if part is None or direct is None or each is not direct.download
-            else each.within(part)
-            for each in self._downloads
-        ]
+        return [download.queue(marked=False) for download in self._downloads]

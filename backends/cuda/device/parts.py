@@ -11,28 +11,24 @@ _FREE, _TAKEN = b"\1", b"\0"
 
 
 class Parts:
-    """Hands out parts of `memory`, in units of `grain` bytes."""
+    """Hands out parts of `memory`, in units of `grain` bytes. `free` has a byte for each unit."""
 
     def __init__(self, memory: NDArray[np.uint8], grain: int) -> None:
         self.memory, self.grain = memory, grain
         self.free = bytearray(_FREE * (len(memory) // grain))
 
-    def is_free(self, nbytes: int, first: int) -> bool:
-        """Whether there is room from unit `first` on."""
-        return self.free.startswith(self._room(nbytes), first)
-
-    def part(self, nbytes: int, first: int | None = None) -> Part | None:
-        """A part that is free again when the object is gone; None if there is no room.
-
-        first  the unit where it begins, which is free
-        """
-        room = self._room(nbytes)
-        if first is None:
-            first = self.free.find(room)
-        return None if first < 0 else Part(self, first, len(room), nbytes)
-
-    def _room(self, nbytes: int) -> bytes:
+    def room(self, nbytes: int) -> bytes:
+        """What `free` is from the first unit of a part on, before it is taken."""
         return _FREE * -(-nbytes // self.grain)
+
+    def part(self, nbytes: int) -> Part | None:
+        """A part that is free again when the object is gone; None if there is no room."""
+        first = self.free.find(self.room(nbytes))
+        return None if first < 0 else self.part_at(nbytes, first)
+
+    def part_at(self, nbytes: int, first: int) -> Part:
+        """The part from unit `first` on, which is free."""
+        return Part(self, first, len(self.room(nbytes)), nbytes)
 
 
 class Part:

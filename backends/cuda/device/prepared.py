@@ -3,7 +3,8 @@
 A decode step has two inputs of four bytes. The store places a plan's inputs side by side, so one
 copy fills them all. Two designs lost: a kernel that scatters a block of inputs to their tensors is
 one launch more in each run, and memory of the host that the kernels read themselves would make
-every kernel that reads a position wait for PCIe.
+every kernel that reads a position wait for PCIe. Where the GPU would wait for the call that queues
+the copy, the launch is shorter (cuda/direct.py).
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ Tensor = tuple[Address, Spec]
 
 
 @dataclass(slots=True)
-class _Group:
+class Group:
     """Tensors side by side: their first address, the bytes from there to the end of the last, and
-    for each the number of its array and its offset."""
+    for each the number of its array, its offset and its size."""
 
     ptr: int
     nbytes: int
-    pieces: list[tuple[int, int]]
+    pieces: list[tuple[int, int, int]]
 
 
 class Uploads:
@@ -47,7 +48,7 @@ class Uploads:
 
     def __init__(self, staging: Staging, tensors: Sequence[Tensor]) -> None:
         self._staging = staging
-        self._groups, self._others = _grouped(tensors)
+        self.groups, self.others = _grouped(tensors)
 
     def __call__(self, arrays: Sequence[NDArray[Any]]) -> None:
         with self._staging.context:
@@ -56,15 +57,15 @@ class Uploads:
     def queue(self, arrays: Sequence[NDArray[Any]]) -> None:
         """The call, with the context current."""
         staging = self._staging
-        for group in self._groups:
+        for group in self.groups:
             staging.gather(group.ptr, group.nbytes, group.pieces, arrays)
-        for number, (at, spec) in self._others:
+        for number, (at, spec) in self.others:
             pinned.put(staging, at, spec, arrays[number])
 
 
-def _grouped(tensors: Sequence[Tensor]) -> tuple[list[_Group], list[tuple[int, Tensor]]]:
+def _grouped(tensors: Sequence[Tensor]) -> tuple[list[Group], list[tuple[int, Tensor]]]:
     """The groups of tensors that are side by side, and the tensors that need their own copies."""
-    groups: list[_Group] = []
+    groups: list[Group] = []
     others: list[tuple[int, Tensor]] = []
     buffer: Any = None
     for number, (at, spec) in sorted(enumerate(tensors), key=lambda each: _pointer(each[1])):
@@ -78,10 +79,10 @@ def _grouped(tensors: Sequence[Tensor]) -> tuple[list[_Group], list[tuple[int, T
             start = target.ptr - last.ptr
             nbytes = start + spec.nbytes
             if 0 <= start - last.nbytes < ALIGNMENT and nbytes <= pinned.PART:
-                last.pieces.append((number, start))
+                last.pieces.append((number, start, spec.nbytes))
                 last.nbytes = nbytes
                 continue
-        groups.append(_Group(target.ptr, spec.nbytes, [(number, 0)]))
+        groups.append(Group(target.ptr, spec.nbytes, [(number, 0, spec.nbytes)]))
     return groups, others
 
 
@@ -103,19 +104,12 @@ class Downloads:
         source = operand_at(at, spec)
         self.ptr = source.ptr if source.contiguous else None
         self.nbytes = spec.nbytes
-        self._span = range(source.ptr, source.ptr + pinned.span(at.nb, spec))
         self.stays = self.ptr is not None and LEAST <= spec.nbytes <= MOST
         self._type, self._shape = pinned.form(spec)
 
-    def overlaps(self, other: Downloads) -> bool:
-        """Whether both read some of the same memory."""
-        first, second = self._span, other._span
-        return first.start < second.stop and second.start < first.stop
-
-    def within(self, part: Part) -> Arrival:
-        """The arrival of a tensor that has been written to this part. Wait for all queued work
-        before it."""
-        return partial(_arrived, array_in(part, self._type, self._shape), None)
+    def within(self, part: Part) -> NDArray[Any]:
+        """The tensor, if a kernel writes it to this part."""
+        return array_in(part, self._type, self._shape)
 
     def __call__(self) -> Arrival:
         with self._staging.context:
