@@ -39,10 +39,12 @@ from pyggml.node import Node
 from pyggml.ops.leaf import constant_op
 
 FILE = "moe_token.cu"
+#: The most experts whose ranks the router writes: MOST_RANKED in moe_token.cu.
+MOST_RANKED = 256
 #: Rows of up and gate that a block computes, and rows of a tile.
 GROUP, TILE = 32, 8
-#: Warps on 132 multiprocessors that read as fast as the memory can, and the most of a block.
-WARPS, MOST_WARPS = 4224, 16
+#: Multiprocessors, warps on them that read as fast as the memory can, and the most of a block.
+PROCESSORS, WARPS, MOST_WARPS = 132, 4224, 16
 #: The most bytes that a launch fetches into L2 for the next one, which holds 50 MB on an H100: more
 #: might be gone again before they are read.
 MOST_AHEAD = 16 << 20
@@ -54,9 +56,9 @@ class Router(Struct):
     _fields_ = (
         ("w", Tensor),
         ("x", Tensor),
-        ("scores", ctypes.c_uint64),
-        ("bias", ctypes.c_uint64),
-        ("own", ctypes.c_uint64),
+        *((name, ctypes.c_uint64) for name in ("scores", "ranks", "bias", "own")),
+        ("gate", ctypes.c_int32),
+        ("scale", ctypes.c_float),
     )
 
 
@@ -65,6 +67,7 @@ class Candidates(Struct):
 
     _fields_ = (
         ("scores", ctypes.c_uint64),
+        ("ranks", ctypes.c_uint64),
         ("experts", ctypes.c_int32),
         ("local", ctypes.c_int32),
         ("route", Route),
@@ -197,6 +200,11 @@ def _are_blocks(hidden: Node, down: Node, run: Run) -> bool:
     return one and all(in_blocks(w.dtype) and w.root.op is constant_op for w in (up, gate, down))
 
 
+def _are_numbered(down: Node) -> bool:
+    """Whether an int can count the groups of all rows in parts of 2 bytes, as `down` does."""
+    return down.spec.elements // 4 * max(1, FORMATS[down.dtype.name].codes // 16) < 2**31
+
+
 def _are_rows(node: Node) -> bool:
     return node.dtype is F32 and node.ne[2:] == (1, 1) and node.contiguous
 
@@ -222,6 +230,7 @@ def _fits(scores: Node, routing: Routing, hidden: Node, product: Node, x: Node) 
         and hidden["up"].ne[2] == product[product.op.weights[0]].ne[2]
         and (hidden["up"].ne[2] == n or routing.own is not None)
         and _is_few(product)
+        and _are_numbered(product[product.op.weights[0]])
         and hidden.ne[0] % GROUP == 0
         and (bias is None or (bias.dtype is F32 and bias.contiguous))
     )
@@ -231,41 +240,53 @@ def _fits(scores: Node, routing: Routing, hidden: Node, product: Node, x: Node) 
 
 
 def _sizes(token: Token) -> tuple[int, ...]:
-    """Bytes of scratch: scores, and the groups of experts and shared experts."""
+    """Bytes of scratch: scores, ranks, and the groups of experts and shared experts."""
+    scores = 4 * token.routing.scores.spec.elements
+    ranks = scores if _ranked(token.routing) else 0
     shared = 0 if token.shared is None else fixed_bytes(token.shared.ne, 2)
-    sizes = 4 * token.routing.scores.spec.elements, fixed_bytes(token.hidden.ne, 2), shared
-    return tuple(map(aligned, sizes))
+    return tuple(map(aligned, (scores, ranks, fixed_bytes(token.hidden.ne, 2), shared)))
+
+
+def _ranked(routing: Routing) -> bool:
+    """Whether an expert's own score and bias decide its rank, and few enough are compared."""
+    alone = routing.bias is None or routing.probs.op is not ops.soft_max_ext
+    return alone and routing.groups[0] == 0 and routing.scores.ne[0] <= MOST_RANKED
 
 
 class Handed(NamedTuple):
-    """What the launches hand on: addresses in scratch. groups, shared: of the experts' and of the
-    shared experts' hidden rows."""
+    """What the launches hand on: addresses in scratch. ranks: 0 if there are none. groups, shared:
+    of the experts' and of the shared experts' hidden rows."""
 
     scores: int
+    ranks: int
     groups: int
     shared: int
 
 
 def _record(call: Call, token: Token) -> None:
-    handed = Handed(*(call.scratch(size) for size in _sizes(token)))
+    handed = Handed(*(call.scratch(size) if size else 0 for size in _sizes(token)))
     empty = (token.used, token.tokens, 1, 1)
     candidates = Candidates(
         scores=handed.scores,
+        ranks=handed.ranks,
         experts=call["router"].ne[1],
         local=call["up"].ne[2],
         route=argument(token.routing, dense(0, empty, F32), dense(0, empty, I32), call),
     )
-    _router(call, token, handed)
+    _router(call, candidates.route, token, handed)
     _up_gate(call, token, handed, candidates)
     _down(call, token, handed, candidates)
 
 
-def _router(call: Call, token: Token, handed: Handed) -> None:
+def _router(call: Call, route: Route, token: Token, handed: Handed) -> None:
     k, experts = call["router"].ne[:2]
     router = Router(
         w=call["router"].tensor,
         x=call["x"].tensor,
         scores=handed.scores,
+        ranks=handed.ranks,
+        gate=route.gate,
+        scale=route.scale,
         **{name: (call.get(name) or ABSENT).ptr for name in ("bias", "own")},
     )
     shared = (call.get(f"shared_{name}") for name in ("up", "gate", "down"))
@@ -286,7 +307,7 @@ def _up_gate(call: Call, token: Token, handed: Handed, candidates: Candidates) -
         candidates,
         _ahead(call["down"], token.pairs),
     ]
-    name, threads = f"up_gate<{cpp_format(up)}>", _threads(up, rows * token.pairs)
+    name, places = f"up_gate<{cpp_format(up)}>", _places(up)
     if token.shared is not None:
         own = call["shared_up"]
         first = blocks_for(own.ne[1] // GROUP, token.used)
@@ -296,14 +317,14 @@ def _up_gate(call: Call, token: Token, handed: Handed, candidates: Candidates) -
             _gated(call, token.shared, handed.shared),
             np.int32(first),
         ]
-        threads, rows = min(threads, _threads(own, 0)), rows + first
+        places, rows = min(places, _places(own)), rows + first
     call.launch(
         FILE,
         name,
         grid=(token.used, token.tokens, rows),
-        block=threads,
+        block=256 if rows * token.pairs <= places else 128,
         args=args,
-        shared=shared_bytes(token.routing),
+        shared=0 if handed.ranks else shared_bytes(token.routing),
         early=True,
     )
 
@@ -338,7 +359,7 @@ def _down(call: Call, token: Token, handed: Handed, candidates: Candidates) -> N
         grid=(token.tokens, tiles),
         block=32 * _warps(tiles),
         args=args,
-        shared=shared_bytes(token.routing),
+        shared=0 if handed.ranks else shared_bytes(token.routing),
         early=True,
     )
 
@@ -365,8 +386,6 @@ def _warps(blocks: int) -> int:
     return next((n for n in (16, 8) if blocks * n <= WARPS), 4)
 
 
-def _threads(up: Operand, blocks: int) -> int:
-    """Threads of a block of up and gate."""
-    form = FORMATS[up.dtype.name]
-    heavy = form.codes == 16 and form.high > 0 and form.super_ > 0  # gate_blocks in the kernel
-    return 32 * min(_warps(blocks), 8 if heavy or up.layout != "tiles8" else MOST_WARPS)
+def _places(up: Operand) -> int:
+    """Blocks of 256 threads of up and gate that fill a GPU (gate_blocks in the kernel)."""
+    return PROCESSORS * (3 if FORMATS[up.dtype.name].codes >= 16 else 4)

@@ -211,26 +211,37 @@ def test_grid_types(dtype: str, tmp_path: Path) -> None:
     compare(outputs, inputs, tmp_path, 1e-8)
 
 
-def experts_of_tokens(n: int, n_tokens: int, types: tuple[str, str, str], grouped: bool) -> Graph:
-    """Routed and shared experts; without groups, each expert's score is that of a neighbor, too."""
+def experts_of_tokens(n: int, n_tokens: int, types: tuple[str, str, str], routing: str) -> Graph:
+    """Routed and shared experts; without groups, each expert's score is that of a neighbor, too.
+
+    routing: softmax; groups: sigmoid and a bias, among groups; softplus: its root, a bias, and
+    weights that are divided by their sum
+    """
 
     def weight(name: str, dtype: str, *shape: int) -> gg.Node:
         return (in_grid if dtype in LEVELS else constant)(name, dtype, *shape)
 
     k, used, rows, (gated, down, shared) = 512, 6, 84, types
     router = random(n, k)
-    if not grouped:
+    if routing != "groups":
         router[1::2] = router[::2]
     x = gg.relu(gg.input("x", ne=(k, n_tokens)))
     scores = gg.mul_mat(gg.constant(router, name="router"), x, prec="f32")
-    if grouped:
+    bias = gg.constant(np.repeat(random(n // 2), 2) / 10, name="bias")
+    if routing == "groups":
         probs = gg.sigmoid(scores)
-        ranked = gg.add(probs, gg.constant(random(n) / 10, name="bias"))
-        ids = gg.grouped_topk(ranked, n_group=8, n_group_used=4, n_top=2, k=used)
+        ids = gg.grouped_topk(gg.add(probs, bias), n_group=8, n_group_used=4, n_top=2, k=used)
+    elif routing == "softplus":
+        probs = gg.sqrt(gg.softplus(scores))
+        ids = gg.top_k(gg.add(probs, bias), k=used)
     else:
         probs = gg.soft_max(scores)
         ids = gg.top_k(probs, k=used)
     shares = gg.get_rows(gg.reshape(probs, ne=(1, n, n_tokens)), ids)
+    if routing == "softplus":
+        shares = gg.reshape(shares, ne=(used, n_tokens))
+        total = gg.clamp(gg.sum_rows(shares), min=6e-5, max=float("inf"))
+        shares = gg.reshape(gg.scale(gg.div(shares, total), s=1.5), ne=(1, used, n_tokens))
     up, gate = (weight(name, gated, n, 256, k) for name in ("up", "gate"))
     hidden = gg.moe_up_gate(up, gate, gg.reshape(x, ne=(k, 1, n_tokens)), ids)
     y = gg.mul_multi_add(gg.mul_mat_id(weight("down", down, n, rows, 256), hidden, ids), shares)
@@ -242,14 +253,28 @@ def experts_of_tokens(n: int, n_tokens: int, types: tuple[str, str, str], groupe
 def test_experts_of_tokens(tmp_path: Path) -> None:
     """More experts than a warp reads at once, equal scores, types with grids."""
     graphs = {
-        "many": experts_of_tokens(256, 2, ("q4_K", "q6_K", "iq3_xxs"), True),
-        "equal": experts_of_tokens(64, 3, ("iq4_nl", "iq4_nl", "q8_0"), False),
-        "grids": experts_of_tokens(16, 1, ("iq2_xs", "iq3_xxs", "q8_0"), False),
+        "groups": experts_of_tokens(256, 2, ("q4_K", "q6_K", "iq3_xxs"), "groups"),
+        "ranked": experts_of_tokens(200, 2, ("q2_K", "q2_K", "q8_0"), "softplus"),
+        "many": experts_of_tokens(258, 1, ("q2_K", "q3_K", "q2_K"), "softplus"),
+        "equal": experts_of_tokens(64, 3, ("iq4_nl", "iq4_nl", "q8_0"), "softmax"),
+        "grids": experts_of_tokens(16, 1, ("iq2_xs", "iq3_xxs", "q8_0"), "softmax"),
     }
     for outputs, _ in graphs.values():
         steps = gg.compile(outputs, backends=["cuda:0:24GiB"]).steps
         assert any(outputs["y"] in step.nodes and len(step.nodes) >= 10 for step in steps)
     compare_all(graphs, tmp_path, 1e-8)
+
+
+@pytest.mark.parametrize("routing", ("softmax", "softplus"))
+def test_experts_of_a_token_that_is_not_a_number(routing: str, tmp_path: Path) -> None:
+    """Its whole row is NaN, and the others are as without it."""
+    outputs, inputs = experts_of_tokens(64, 3, ("iq4_nl", "q2_K", "q8_0"), routing)
+    (whole,) = run_all([(outputs, inputs)], tmp_path)
+    x = inputs["x"].copy()
+    x[1, 7] = np.nan
+    (result,) = run_all([(outputs, {"x": x})], tmp_path)
+    assert np.isnan(result["y"][1]).all()
+    np.testing.assert_array_equal(result["y"][[0, 2]], whole["y"][[0, 2]])
 
 
 ORDER = [0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15]

@@ -6,20 +6,21 @@
 //
 // It was seven launches of 2 us and more for one token, three of which moved a few KB. V2-Lite in
 // iq4_nl reads 0.5, 26 and 13 MB. Blocks of up and gate compute 32 rows, so that they leave a group
-// of fixed point; else each block of down would have to make 352 of them. They have 4 to 16 warps:
-// two blocks of 16 fill a multiprocessor.
+// of fixed point; else each block of down would have to make 352 of them.
 //
 // Between the scores and the first expert's weights the memory would idle. So
-//   - each block of up_gate and of down chooses experts itself: a warp needs about 0.1 us for each
-//     slot, and a block only chooses until it knows its own. The blocks of down do so before they
-//     wait.
+//   - the router leaves ranks, if an expert's own score decides (best_of in route.cuh), and each block
+//     of up_gate and of down chooses experts by them: about 0.1 us for each slot, and a block only
+//     chooses until it knows its own. The blocks of down do so before they wait.
 //   - the shared experts do not wait for the router. They come first in the grid, and their places
 //     are free again when ids are known. `router` has fetched their weights into L2.
+//   - all blocks of up and gate are on the GPU at once, 8 warps each.
 //   - who has finished fetches into L2 what comes next: down of the shared experts, then down of
 //     the chosen ones, if it is not too much.
-// Before, the last block of the router chose for all, beside the shared experts: a counter in
-// memory between two fences and one more way to ids, 6.9 us where the bytes take 2.3. This form has
-// not been measured yet; benchmarks/notes.md predicts it.
+// Lost: blocks that chose by scores, 16 warps each, of which 264 fit for 354: 16.2 us for up and
+// gate, of which a block took 9 (8 and more for those that came later), and 7.1 for down, on an H100.
+// Before, the last block of the router chose for all, beside the shared experts: a counter in memory
+// between two fences and one more way to ids, 6.9 us where the bytes take 2.3.
 //
 // A GPU may have a part of the experts. It scores and chooses among all of them, as the others do,
 // and a table says which are its own. Hidden rows of these stand in front, so that `down` knows
@@ -40,10 +41,18 @@
 using namespace tiles;
 
 constexpr int MOST_THREADS = 512, MOST_WARPS = MOST_THREADS / 32, MOST_USED = 32;
-// Blocks of MOST_THREADS on a multiprocessor. Up and gate of 5 and 6 bits with scales of scales
-// need more registers; their blocks are half as large.
+// Up and gate: blocks of up to GATE_THREADS that a multiprocessor holds. So V2-Lite's 352 (codes of 4
+// bits) and V4's 448 (of 2) are one wave.
+constexpr int GATE_THREADS = 256;
 template <class F>
-constexpr int gate_blocks = F::code_bytes == 16 && F::high && F::super_bytes ? 1 : 2;
+constexpr int gate_blocks = F::code_runs ? 3 : 4;
+template <class F, class G>
+constexpr int least_blocks = gate_blocks<F> < gate_blocks<G> ? gate_blocks<F> : gate_blocks<G>;
+// Rounds on their way from memory besides the one that is decoded: two where BLOCKS blocks leave 80
+// registers to a thread, and these are enough.
+template <class F, int BLOCKS>
+constexpr int gate_ahead =
+    BLOCKS < 4 && F::code_runs < 2 && !(F::code_runs && (F::super_bytes == 4 || F::high)) ? 2 : 1;
 
 // Weights that a later launch reads: bytes of a tile in each plane, and tiles of a matrix; none if
 // they are too many.
@@ -71,11 +80,16 @@ __device__ __forceinline__ void fetch_part(const Ahead& a, int matrix, int part,
 
 // -- router ---------------------------------------------------------------------------------------
 
-// Scores of experts: w [k, experts] times x [k, tokens]. bias, own: of Route, for the next launch.
+// Scores of experts: w [k, experts] times x [k, tokens], and their ranks as `best_of` takes them, or
+// null. bias, gate, scale: of Route; own: of Route, for the next launch.
 struct Router {
     Tensor w, x;
     float* scores;
-    const void *bias, *own;
+    unsigned* ranks;
+    const float* bias;
+    const int* own;
+    int gate;
+    float scale;
 };
 
 // grid: experts. up, gate, next: of the shared experts; next is their down.
@@ -91,10 +105,11 @@ __global__ void __launch_bounds__(MOST_THREADS)
     if (first < k) w = *(const Four*)(row + first);
     if (threadIdx.x == 0) {
         fetch_part(up, 0, expert, n), fetch_part(gate, 0, expert, n);
-        if (r.bias) fetch_early((const float*)r.bias + expert);
-        if (r.own) fetch_early((const int*)r.own + expert);
+        if (r.bias) fetch_early(r.bias + expert);
+        if (r.own) fetch_early(r.own + expert);
     }
     begin();
+    const float bias = r.bias && threadIdx.x < tokens ? r.bias[expert] : 0;
     float sums[TOKENS] = {};
     for (int i = first; i < k; i += 4 * blockDim.x) {
         if (i > first) w = *(const Four*)(row + i);
@@ -115,15 +130,18 @@ __global__ void __launch_bounds__(MOST_THREADS)
     if (threadIdx.x < tokens) {
         float sum = 0;
         for (int i = 0; i < blockDim.x / 32; ++i) sum += parts[i][threadIdx.x];
-        r.scores[threadIdx.x * n + expert] = sum;
+        const int at = threadIdx.x * n + expert;
+        r.scores[at] = sum;
+        if (r.ranks) r.ranks[at] = rank_of(gate_of(r.gate, sum * r.scale) + bias);
     }
     if (threadIdx.x == 32) fetch_part(next, 0, expert, n);
 }
 
-// What experts are chosen by: scores [experts, tokens]. local: experts whose weights are on this
-// GPU.
+// What experts are chosen by: scores [experts, tokens], and ranks if the router has written them, of
+// up to MOST_RANKED experts. local: experts whose weights are on this GPU.
 struct Candidates {
     const float* scores;
+    const unsigned* ranks;
     int experts, local;
     Route route;
 };
@@ -135,13 +153,30 @@ struct Slot {
 };
 
 // Chooses the first `slots` slots of a token, a lane each. By the first warp of a block.
+constexpr int MOST_RANKED = 256, FEW_RANKED = 64;
 __device__ __forceinline__ Slot slot_of(const Candidates& c, int token, int slots, const Places& at) {
-    const float* scores = c.scores + token * c.experts;
-    const int id = choose(c.route, c.experts, token, slots, at, [&](int i) { return scores[i]; });
-    const int number = number_of(c.route, c.experts, at, id);
+    const int n = c.experts, first = token * n;
+    int id, number;
+    if (c.ranks) {
+        id = n <= FEW_RANKED ? best_of<FEW_RANKED / 32>(c.ranks + first, n, slots)
+                             : best_of<MOST_RANKED / 32>(c.ranks + first, n, slots);
+        number = c.route.own && id >= 0 ? c.route.own[id] : id;
+    } else {
+        id = choose(c.route, n, token, slots, at, [&](int i) { return c.scores[first + i]; });
+        number = number_of(c.route, n, at, id);
+    }
     const bool here = number >= 0 && number < c.local;
     const unsigned all = __ballot_sync(~0u, here), below = (1u << threadIdx.x) - 1;
     return {id, here ? number : -1, __popc(all & below)};
+}
+
+// The weight of this lane's slot, whose id is `id`; all slots have been chosen.
+__device__ __forceinline__ float share_of(const Candidates& c, int token, int id, const Places& at) {
+    const int n = c.experts;
+    if (!c.ranks) return weight_of(c.route, n, at, id);
+    const float* scores = c.scores + token * n;
+    return weight_of(c.route, n <= FEW_RANKED ? p_of<FEW_RANKED / 32>(c.route, scores, n, id)
+                                              : p_of<MOST_RANKED / 32>(c.route, scores, n, id));
 }
 
 // -- up and gate ----------------------------------------------------------------------------------
@@ -167,7 +202,7 @@ __device__ __forceinline__ Task& task() {
 
 // 32 rows of up and gate (w[0] and w[1]) of token blockIdx.y as a group of fixed point: that of
 // `task`. A quarter of the block's warps takes each of 4 tiles. slots: the most experts of a token.
-template <class F>
+template <class F, int BLOCKS>
 __device__ __forceinline__ void gated_group(const Weights<F>& weights, const Gated& p, int slots) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, share = blockDim.x / 128;
     const int matrix = task().expert, tile = task().number * 4 + warp / share;
@@ -176,7 +211,7 @@ __device__ __forceinline__ void gated_group(const Weights<F>& weights, const Gat
     const Row<F> rows[2] = {Row<F>(weights.w[0], matrix, tile, lane % 8),
                             Row<F>(weights.w[1], matrix, tile, lane % 8)};
     auto load = [&](int r, int i) { return load_group(rows[r], min(i, groups - 1)); };
-    Rounds<F, 2, 1> rounds(load, warp % share * 4 + lane / 8, 4 * share, groups);
+    Rounds<F, 2, gate_ahead<F, BLOCKS>, true> rounds(load, warp % share * 4 + lane / 8, 4 * share, groups);
     table.ready();
     float sums[2] = {};
     rounds.each(table, load, [&](int i, const unsigned(&words)[2][8], const Scale(&scales)[2]) {
@@ -204,10 +239,15 @@ __device__ __forceinline__ void gated_group(const Weights<F>& weights, const Gat
     if (lane < 8) put_fixed<2>(four, p.out + (row * parts_of_row + task().number) * group_bytes<2>);
 }
 
-// The expert of slot blockIdx.x. number: of the group of rows. next: down of all experts.
+// Fetches what the next launch reads of this block's expert.
 template <class F>
-__device__ __forceinline__ void chosen_group(const Weights<F>& weights, const Gated& p, const Candidates& c,
-                                             const Ahead& next, int number) {
+__device__ __forceinline__ void fetch_next(const Ahead& next, const Weights<F>& weights) {
+    if (threadIdx.x == 32)
+        fetch_part(next, task().expert, task().number, rows_of(weights.w[0]) / 32);
+}
+
+// Makes the expert of slot blockIdx.x the task. number: of the group of rows.
+__device__ __forceinline__ void choose_task(const Candidates& c, int number) {
     extern __shared__ Key memory[];
     begin();
     if (threadIdx.x < 32) {
@@ -215,37 +255,52 @@ __device__ __forceinline__ void chosen_group(const Weights<F>& weights, const Ga
         const Slot slot = slot_of(c, blockIdx.y, blockIdx.x + 1, at);
         if (threadIdx.x == blockIdx.x) task() = {slot.number, number, slot.place};
     }
-    __syncthreads();
-    if (task().expert < 0) return;
-    gated_group<F>(weights, p, gridDim.x);
-    if (threadIdx.x == 32)
-        fetch_part(next, task().expert, task().number, rows_of(weights.w[0]) / 32);
 }
 
-// grid: slots, tokens, groups of rows.
+// grid: slots, tokens, groups of rows. next: down of all experts.
 template <class F>
-__global__ void __launch_bounds__(MOST_THREADS, gate_blocks<F>)
+__global__ void __launch_bounds__(GATE_THREADS, gate_blocks<F>)
     up_gate(const __grid_constant__ Weights<F> weights, const __grid_constant__ Gated p,
             const __grid_constant__ Candidates c, const __grid_constant__ Ahead next) {
-    chosen_group<F>(weights, p, c, next, blockIdx.z);
+    choose_task(c, blockIdx.z);
+    __syncthreads();
+    if (task().expert < 0) return;
+    gated_group<F, gate_blocks<F>>(weights, p, gridDim.x);
+    fetch_next(next, weights);
 }
 
+template <class A, class B>
+constexpr bool same = false;
+template <class A>
+constexpr bool same<A, A> = true;
+
 // The same behind `first` layers of blocks for the groups of rows of the shared experts. x and
-// weights are older than the launch before.
+// weights are older than the launch before. Where all weights have one type, all blocks run the same
+// instructions: those that wait for the router find them in the caches.
 template <class F, class G>
-__global__ void __launch_bounds__(MOST_THREADS, gate_blocks<F> < gate_blocks<G> ? gate_blocks<F> : gate_blocks<G>)
+__global__ void __launch_bounds__(GATE_THREADS, least_blocks<F, G>)
     up_gate_shared(const __grid_constant__ Weights<F> weights, const __grid_constant__ Gated p,
                    const __grid_constant__ Candidates c, const __grid_constant__ Ahead next,
                    const __grid_constant__ Weights<G> shared, const __grid_constant__ Gated own, int first) {
-    if (blockIdx.z >= first) {
-        chosen_group<F>(weights, p, c, next, blockIdx.z - first);
-        return;
+    constexpr int BLOCKS = least_blocks<F, G>;
+    const bool chosen = blockIdx.z >= first;
+    if (chosen) {
+        choose_task(c, blockIdx.z - first);
+    } else if (threadIdx.x == 0) {
+        const int number = blockIdx.z * gridDim.x + blockIdx.x;
+        task() = {number < rows_of(shared.w[0]) / 32 ? 0 : -1, number, 0};
     }
-    const int number = blockIdx.z * gridDim.x + blockIdx.x;
-    if (threadIdx.x == 0) task() = {0, number, 0};
     __syncthreads();
-    if (number < rows_of(shared.w[0]) / 32) gated_group<G>(shared, own, 1);
-    begin();
+    if (task().expert >= 0) {
+        if constexpr (same<F, G>)
+            gated_group<F, BLOCKS>(chosen ? weights : shared, chosen ? p : own, chosen ? gridDim.x : 1);
+        else if (chosen)
+            gated_group<F, BLOCKS>(weights, p, gridDim.x);
+        else
+            gated_group<G, BLOCKS>(shared, own, 1);
+        if (chosen) fetch_next(next, weights);
+    }
+    if (!chosen) begin();
 }
 
 // -- down -----------------------------------------------------------------------------------------
@@ -255,6 +310,12 @@ struct Sums {
     Tensor out, plus, plus2;
 };
 
+// Whether the groups of all rows are one after another.
+template <class Source>
+constexpr bool numbered = false;
+template <>
+constexpr bool numbered<Packed> = true;
+
 // A tile of rows of the chosen experts: x [groups, slots, tokens] in fixed point. `before` adds up
 // other products, once the launch before has ended. This lane's groups are first, first + step, ..
 // of all slots. Chooses before it waits: the launch before has not written scores.
@@ -263,27 +324,37 @@ __device__ __forceinline__ void sum_experts(const Weights<F>& weights, Groups x,
                                             const Sums& to, int first, int step, Before before) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, token = blockIdx.x, tile = blockIdx.y;
     const int groups = groups_of(weights.w[0]), used = c.route.ids.ne[0];
+    // Of each slot that is here: what makes the number of a group among those of all slots that among
+    // all in memory. Of rows of a file, which have no such number: the expert.
     extern __shared__ Key memory[];
-    __shared__ int ids[MOST_USED], here;
+    __shared__ int origins[MOST_USED], here;
     __shared__ float shares[MOST_USED];
     if (warp == 0) {
         const Places at(c.route, c.experts, memory);
         const Slot slot = slot_of(c, token, used, at);
-        const float share = weight_of(c.route, c.experts, at, slot.id);
-        if (slot.number >= 0) ids[slot.place] = slot.number, shares[slot.place] = share;
+        const float share = share_of(c, token, slot.id, at);
+        if (slot.number >= 0) {
+            const int first = (slot.number * (int)gridDim.y + tile - slot.place) * groups;
+            origins[slot.place] = numbered<typename F::Source> ? first : slot.number;
+            shares[slot.place] = share;
+        }
         if (lane == 31) {
             const int all = slot.place + (slot.number >= 0);
             here = all;
-            if (all == 0) ids[0] = 0;  // read early even then
+            if (all == 0) origins[0] = 0;  // read early even then
         }
     }
     __syncthreads();
     const int n = here * groups;
     const Table<F> table(0);
+    const unsigned by = 0x80000000u / groups + 1;  // 2^31 exceeds the groups of slots times groups
+    auto slot_at = [&](int i) { return __umulhi(2 * i, by); };  // i / groups
+    const Row<F> first_row(weights.w[0], 0, 0, lane % 8);
     auto load = [&](int, int i) {
         i = max(0, min(i, n - 1));
-        const int slot = (unsigned)i / (unsigned)groups;
-        return load_group(Row<F>(weights.w[0], ids[slot], tile, lane % 8), i - slot * groups);
+        const int slot = slot_at(i), origin = origins[slot];
+        if constexpr (numbered<typename F::Source>) return load_group(first_row, origin + i);
+        return load_group(Row<F>(weights.w[0], origin, tile, lane % 8), i - slot * groups);
     };
     Rounds<F, 1, F::code_runs == 2 ? 1 : 2> rounds(load, first, step, n);
     begin();
@@ -298,7 +369,7 @@ __device__ __forceinline__ void sum_experts(const Weights<F>& weights, Groups x,
     float sum = before();
     rounds.each(table, load, [&](int i, const unsigned(&words)[1][8], const Scale(&scales)[1]) {
         const Fixed<2> column([&](int j) { return load_global(x + i * group_bytes<2> + 16 * j); });
-        sum = fmaf(shares[(unsigned)i / (unsigned)groups], dot_group<F, 2>(words[0], scales[0], column), sum);
+        sum = fmaf(shares[slot_at(i)], dot_group<F, 2>(words[0], scales[0], column), sum);
     });
     __shared__ float parts[MOST_WARPS][8];
     sum += __shfl_xor_sync(~0u, sum, 8);

@@ -97,7 +97,7 @@ struct Rounds {
 #pragma unroll
                 for (int r = 0; r < ROWS; ++r) own[r] = raw[a][r];
                 if constexpr (LOADS_FIRST) {
-                    if (more) fetch(load, a, i + AHEAD * step);
+                    if (more) fetch(load, a, i + (a + AHEAD) * step);
                     issue_loads();
                 }
                 unsigned words[ROWS][8];
