@@ -162,9 +162,9 @@ __global__ void __launch_bounds__(1024, 1) hyper_norm(const __grid_constant__ Hy
     using Four = Pack<float, 4>;
     const int n = p.out.ne[0], t = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int kind = lane < HC ? 0 : lane < 2 * HC ? 1 : 2;
-    float factor = 0, base = 0;
+    float scale = 0, base = 0;
     if (lane < MIXES) {
-        factor = *p.scale.at<float>(kind, 0, 0, 0);
+        scale = *p.scale.at<float>(kind, 0, 0, 0);
         base = *p.base.at<float>(lane, 0, 0, 0);
     }
     auto weight = [&](int i) { return *p.w.at<Four>(i, 0, 0, 0); };
@@ -194,20 +194,33 @@ __global__ void __launch_bounds__(1024, 1) hyper_norm(const __grid_constant__ Hy
     __syncthreads();
     // Each warp has all sums, lane l sum l.
     const float mean = __fdividef(totals[MIXES], HC * n);
-    const float logit = lane < MIXES ? factor * (totals[lane] * rsqrtf(mean + p.flat_eps)) + base : 0;
+    const float logit = lane < MIXES ? scale * (totals[lane] * rsqrtf(mean + p.flat_eps)) + base : 0;
     if (blockIdx.y == 1) {
         if (warp > 0) return;
-        float c[HC][HC];
+        // Lane 2 HC + d + HC s has the logit of target d and source s; its neighbors, all targets.
+        const int place = max(0, lane - 2 * HC), d = place % HC, s = place / HC;
+        float top = __int_as_float(0xFF800000), sum = 0;  // -inf
 #pragma unroll
-        for (int d = 0; d < HC; d++)
+        for (int k = 0; k < HC; k++)
+            top = fmaxf(top, __shfl_sync(~0u, logit, 2 * HC + k + HC * s));
+        const bool none = top == __int_as_float(0xFF800000);
+        const float e = expf(logit - (none ? 0 : top));
 #pragma unroll
-            for (int s = 0; s < HC; s++) c[d][s] = __shfl_sync(~0u, logit, 2 * HC + d + HC * s);
-        sinkhorn_alone<HC>(c, p.eps, p.n_iter);
+        for (int k = 0; k < HC; k++) sum += __shfl_sync(~0u, e, 2 * HC + k + HC * s);
+        const float own = (none ? e : __fdividef(e, sum)) + p.eps;
+        float k[HC][HC], u[HC], v[HC], row = 0, column = 0;
 #pragma unroll
-        for (int d = 0; d < HC; d++)
+        for (int i = 0; i < HC; i++)
 #pragma unroll
-            for (int s = 0; s < HC; s++)
-                if (lane == d + HC * s) *p.maps.at<float>(d, 2 + s, t, 0) = c[d][s];
+            for (int j = 0; j < HC; j++) k[i][j] = __shfl_sync(~0u, own, 2 * HC + i + HC * j);
+        sinkhorn_factors<HC>(k, u, v, p.eps, p.n_iter);
+#pragma unroll
+        for (int i = 0; i < HC; i++) {
+            if (d == i) row = u[i];
+            if (s == i) column = v[i];
+        }
+        if (lane >= 2 * HC && lane < MIXES)
+            *p.maps.at<float>(d, 2 + s, t, 0) = own * row * column;
         return;
     }
     const float share = __fdividef(1 + kind, 1 + expf(-logit)) + (kind == 0 ? p.eps : 0);

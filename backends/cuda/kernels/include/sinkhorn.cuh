@@ -63,32 +63,23 @@ __device__ __forceinline__ float reciprocal(float x) {
 #endif
 }
 
-// The same of logits c[target][source] that one thread has, for few streams. It divides no number
-// of the matrix before the end: with factors u of rows and v of columns, C[d, s] = u[d] K[d, s] v[s],
-// a division by sums plus eps is  1 / u[d] <- sum over s of K[d, s] v[s], + eps / u[d]. So an
-// iteration is 2 HC quotients in place of 2 HC^2, and no shuffle. The sums have the same limits.
+// The same for few streams, of which every lane computes all, since that needs no shuffle: factors u
+// of rows and v of columns of k[target][source], a softmax over targets plus eps. The matrix is
+// u[d] k[d][s] v[s], and a division by sums plus eps is  1 / u[d] <- sum over s of k[d][s] v[s], +
+// eps / u[d]. So an iteration is 2 HC quotients in place of 2 HC^2.
 template <int HC>
-__device__ __forceinline__ void sinkhorn_alone(float (&c)[HC][HC], float eps, int n_iter) {
-    float u[HC], v[HC], rows[HC], columns[HC];  // rows: 1 / u, columns: 1 / v
+__device__ __forceinline__ void sinkhorn_factors(const float (&k)[HC][HC], float (&u)[HC],
+                                                 float (&v)[HC], float eps, int n_iter) {
+    float rows[HC], columns[HC];  // 1 / u and 1 / v
 #pragma unroll
-    for (int s = 0; s < HC; s++) {
-        float top = c[0][s], sum = 0;
-#pragma unroll
-        for (int d = 1; d < HC; d++) top = fmaxf(top, c[d][s]);
-        const bool none = top == __int_as_float(0xFF800000);  // -inf
-#pragma unroll
-        for (int d = 0; d < HC; d++) c[d][s] = expf(c[d][s] - (none ? 0 : top)), sum += c[d][s];
-        const float share = none ? 1 : reciprocal(sum);
-#pragma unroll
-        for (int d = 0; d < HC; d++) c[d][s] = c[d][s] * share + eps;
-        v[s] = rows[s] = columns[s] = 1;
-    }
+    for (int s = 0; s < HC; s++) v[s] = rows[s] = columns[s] = 1;
+#pragma unroll 1
     for (int i = 0;; i++) {
 #pragma unroll
         for (int d = 0; d < HC; d++) {
             rows[d] *= eps;
 #pragma unroll
-            for (int s = 0; s < HC; s++) rows[d] = fmaf(c[d][s], v[s], rows[d]);
+            for (int s = 0; s < HC; s++) rows[d] = fmaf(k[d][s], v[s], rows[d]);
             u[d] = reciprocal(rows[d]);
         }
         if (i >= n_iter - 1) break;
@@ -96,12 +87,8 @@ __device__ __forceinline__ void sinkhorn_alone(float (&c)[HC][HC], float eps, in
         for (int s = 0; s < HC; s++) {
             columns[s] *= eps;
 #pragma unroll
-            for (int d = 0; d < HC; d++) columns[s] = fmaf(c[d][s], u[d], columns[s]);
+            for (int d = 0; d < HC; d++) columns[s] = fmaf(k[d][s], u[d], columns[s]);
             v[s] = reciprocal(columns[s]);
         }
     }
-#pragma unroll
-    for (int d = 0; d < HC; d++)
-#pragma unroll
-        for (int s = 0; s < HC; s++) c[d][s] *= u[d] * v[s];
 }
