@@ -21,6 +21,7 @@ from pyggml.backends.cuda.geometry import blocks_for, pack_width, threads_for
 from pyggml.backends.cuda.launch import ABSENT, Call, early_reads
 from pyggml.backends.cuda.linear.common import aligned, dense
 from pyggml.backends.cuda.moe import sums
+from pyggml.backends.cuda.moe_token import experts_of_token
 from pyggml.backends.cuda.norm import can_fix, weighted
 from pyggml.dtypes import F32
 from pyggml.node import Node
@@ -83,7 +84,7 @@ def norm_of_streams(node: Node, run: Run) -> Fused | None:
 
 def norm_after_post(node: Node, run: Run) -> Fused | None:
     """The same from the result of the sublayer before; also of the sum over experts that this is
-    in most layers."""
+    where experts are not one step with their routing, which is 3 us faster."""
     match = _mixed(node, run)
     if match is None:
         return None
@@ -93,7 +94,7 @@ def norm_after_post(node: Node, run: Run) -> Fused | None:
     x, own = post["x"], (post,)
     reads = {**match.reads, "old": post["residual"], "post": post["post"], "comb": post["comb"]}
     total = sums(x, run, 2) if x in run.number and run.only(x, post) else None
-    if total is None:
+    if total is None or experts_of_token(x, run) is not None:
         return _fused(match, own, {**reads, "x": x}, {"streams": post}, run)
     nodes, more = total
     reads |= {

@@ -11,7 +11,7 @@ from tools.launches import KINDS, launches_of, layer_launches
 
 #: Launches of a token at 8192 rows.
 LAUNCHES = {
-    "window": 22, "ratio_4": 28, "ratio_128": 22, "v3": 14, "v32": 21, "glm_5": 21, "v2_lite": 11,
+    "window": 22, "ratio_4": 24, "ratio_128": 18, "v3": 14, "v32": 21, "glm_5": 21, "v2_lite": 11,
 }  # fmt: skip
 
 
@@ -49,6 +49,13 @@ def test_hyper_connections_are_two_launches_a_sublayer() -> None:
     own = "hyper_mix", "hyper_norm", "multi_add", "dsv4_hc_post"
     assert [counts[name] for name in own] == [1, 1, 1, 1]  # the last two join the next layer's
     assert not {"dsv4_hc_comb", "copy"} & counts.keys()
+
+
+@pytest.mark.parametrize("kind", ("ratio_4", "ratio_128"))
+def test_experts_are_one_step_with_their_routing_before_streams_too(kind: str) -> None:
+    counts = Counter(names(kind))
+    assert [counts[name] for name in ("router", "up_gate_shared", "down_shared")] == [1, 1, 1]
+    assert not {"route", "vec_id", "multi_add"} & counts.keys()
 
 
 @pytest.mark.parametrize("kind", ("window", "ratio_4", "ratio_128"))
