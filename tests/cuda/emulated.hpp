@@ -3,7 +3,6 @@
 #include <tuple>
 
 #define __grid_constant__
-#define __cluster_dims__(...)
 using std::isinf;
 using std::isnan;
 struct float2 {
@@ -52,13 +51,12 @@ std::function<void()> bound(void (*kernel)(A...), const char* args) {
     return [=] { std::apply(kernel, values); };
 }
 
-// Runs a kernel in clusters of blocks; returns the bytes of its arguments.
+// Runs a kernel; returns the bytes of its arguments.
 template <class... A>
-int start(void (*kernel)(A...), int cluster, const char* args, const int* grid, const int* block,
-          int shared) {
+int start(void (*kernel)(A...), const char* args, const int* grid, const int* block, int shared) {
     int end = 0;
     std::tuple<A...> values{argument<A>(args, end)...};
     launch(Dim3{grid[0], grid[1], grid[2]}, Dim3{block[0], block[1], block[2]},
-           [&] { std::apply(kernel, values); }, shared, cluster);
+           [&] { std::apply(kernel, values); }, shared);
     return end;
 }

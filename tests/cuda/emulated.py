@@ -221,13 +221,6 @@ extern "C" int run_together(int n, const int* which, const char* const* args, co
 }}"""
 
 
-def _cluster(source: str, name: str) -> str:
-    """The blocks of a cluster of the kernel."""
-    kernel = re.escape(name.partition("<")[0])
-    sizes = re.findall(rf"__cluster_dims__\((\w+), 1, 1\)[^;{{]*?\b{kernel}\(", source)
-    return sizes[0] if sizes else "1"
-
-
 def _text(file: str, names: list[str]) -> str:
     """A library with a function for each instance of a kernel."""
     source = on_host((KERNELS / file).read_text())
@@ -237,7 +230,7 @@ def _text(file: str, names: list[str]) -> str:
     )
     runs = "\n".join(
         f'extern "C" int run_{i}(const char* args, const int* grid, const int* block, int shared) '
-        f"{{ return start({name}, {_cluster(source, name)}, args, grid, block, shared); }}"
+        f"{{ return start({name}, args, grid, block, shared); }}"
         for i, name in enumerate(names)
     )
     hopper = "#define __CUDA_ARCH_FEAT_SM90_ALL\n" if "_hopper" in file else ""

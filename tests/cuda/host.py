@@ -44,7 +44,6 @@ def libraries(folder: Path, texts: Mapping[str, str], *options: str) -> list[Any
         (folder / path.name).write_text(on_host(path.read_text()))
     (folder / grids.HEADER).write_text(grids.header())
     (folder / "mma.cuh").write_text((HERE / "mma_header.hpp").read_text())
-    (folder / "cluster.cuh").write_text("")  # block.hpp has clusters
     for name in ("cuda_fp16.h", "cuda_bf16.h"):
         (folder / name).touch()
     flags = ["-std=c++17", "-w", "-shared", "-fPIC", "-I", str(folder), "-I", str(HERE), *options]

@@ -84,21 +84,11 @@ inline void tensor_copy(char* to, const TensorMap* map, unsigned long long* b, i
     advance(arrivals(b));
 }
 
-inline void copy_to_blocks(void* to, const void* from, unsigned nbytes, unsigned long long* b,
-                           unsigned short blocks) {
-    for (int i = 0; i < 16; ++i)
-        if (blocks >> i & 1) {
-            std::memcpy(in_block((char*)to, i), from, nbytes);
-            Arrivals& there = arrivals(in_block(b, i));
-            there.nbytes -= nbytes;
-            advance(there);
-        }
-}
-
 // x of all lanes of the warp.
 template <class T>
 std::vector<T> of_warp(const T& x) {
-    char* mine = block->fixed(-1, 64 * 32 * 64) + threadIdx.x / 32 * (32 * 64);
+    static std::vector<char> memory(64 * 32 * 64);
+    char* mine = memory.data() + threadIdx.x / 32 * (32 * 64);
     static_assert(sizeof(T) <= 64);
     std::memcpy(mine + threadIdx.x % 32 * 64, &x, sizeof x);
     __syncwarp();

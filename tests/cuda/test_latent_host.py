@@ -55,15 +55,6 @@ flash_attn_ext(f32[576,1,70], f16[576,150]~ended, f16[512,150]=1+64, -, -, i32[1
 flash_attn_ext(f32[576,1,20], f16[576,150]~past7, f16[512,150]=1+0, -, -, i32[1]#0, scale=0.05, lse=True)
 """  # noqa: E501
 
-#: Lists of many heads; the last one hides every row.
-PAIRS = """
-flash_attn_ext(f32[576,1,128], {f16|bf16}[576,2200], $1[512,2200]=1+64, -, -, -, i32[2048,1]!2200-, scale=0.05, lse=True)
-flash_attn_ext(f32[512,1,64], f16[512,300]~ended, f16[512,300]=1+0, -, f32[64], i32[1]#150, i32[290,1]!300-, scale=0.1, lse=True)
-flash_attn_ext(f32[576,2,30,2], f16[576,230,1,2]~holed, f16[512,230,1,2]=1+0, f16[230,2,1,2]~holes, -, -, i32[{129|200},2,1,2]!230-, scale=0.05, max_bias=8.0, lse=True)
-flash_attn_ext(f32[576,1,60,1], f16[576,130,2], f16[512,130,2]=1+64, -, -, -, i32[65,1]!130, scale=0.05, logit_softcap=4.0)
-flash_attn_ext(f32[576,1,32], f16[576,150]~past7, f16[512,150]=1+0, -, -, i32[1]#0, i32[70,1]!150, scale=0.05, lse=True)
-"""  # noqa: E501
-
 
 class Recorded:
     """A case with its launches and its result."""
@@ -127,17 +118,6 @@ def test_latent_attention_of_many_rows_is_right(tmp_path: Path) -> None:
     launches = [launch for each in recorded for launch in each.launches]
     names = {launch.name.partition("<")[0] for launch in launches}
     assert names == {"survey", "latent_hopper", "combine"}
-    start = starter(tmp_path, launches)
-    for each in recorded:
-        each.check(start)
-
-
-def test_a_list_of_many_heads_is_right(tmp_path: Path) -> None:
-    """Both blocks of a cluster get the rows that each of them asks for."""
-    recorded = [Recorded(case, H200) for case in expand(PAIRS) if not case.means]
-    launches = [launch for each in recorded for launch in each.launches]
-    names = {launch.name.partition("<")[0] for launch in launches}
-    assert names == {"list_pair", "combine"}
     start = starter(tmp_path, launches)
     for each in recorded:
         each.check(start)

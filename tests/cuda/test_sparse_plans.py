@@ -62,7 +62,7 @@ def test_listed_rows_need_no_host(dtype: str, heads_kv: int, n_q: int) -> None:
 @pytest.mark.parametrize(
     ("dtype", "n_q", "kernel"),
     [
-        ("f16", 1, "list_pair<__half, 5..>"),
+        ("f16", 1, "latent<__half, 5.., 1, 1, 8, 64, false, true>"),
         ("bf16", 70, "list_hopper<__nv_bfloat16, 5..>"),
         ("q8_0", 1, "latent<__half, 5.., 1, 1, 8, 64, true, true>"),
         ("q8_0", 70, "list_hopper<__half, 5..>"),
@@ -93,13 +93,10 @@ def test_a_block_has_one_list() -> None:
         y = gg.flash_attn_ext(q, k, gg.view(k, ne=(512, 4096)), ids=ids, scale=0.1)
         launch = records_of(y)[0]
         assert isinstance(launch, Launch)
-        pairs = (heads, n_q) == (128, 1)
-        name = "list_pair<" if pairs else "latent<" if rows == 16 else "list_hopper<"
-        assert launch.name.startswith(name)
+        assert launch.name.startswith("latent<" if rows == 16 else "list_hopper<")
         blocks = n_q * -(-heads // rows)
-        splits = launch.grid[1 if pairs else 0]
-        assert launch.grid == ((blocks, splits, 1) if pairs else (splits, blocks, 1))
-        assert 1 <= splits <= max(1, min(132 // blocks, -(-n_ids // 64)))
+        assert launch.grid[1:] == (blocks, 1)
+        assert 1 <= launch.grid[0] <= max(1, min(132 // blocks, -(-n_ids // 64)))
 
 
 def test_the_budget_cuts_gathered_rows() -> None:

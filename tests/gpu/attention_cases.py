@@ -218,14 +218,10 @@ def random_case(route: str, dice: random.Random) -> Attention:
         d_k, d_v = pick(routes.LATENT)
         inside = pick([0, 0, d_k - d_v])
         lists = [1, 63, 64, 65, 200, 300, 1000]
-        if route == "list_pair":  # an even number of blocks, two tiles of keys each
-            n_ids, ratio, n_q = pick([65, 129, 200, 256]), pick([30, 32, 60, 128]), pick([1, 1, 2])
-            heads_kv = pick([1, 1, 1, 2])
-        else:
-            n_ids = pick({"latent": [0] * 4 + lists, "latent_hopper": [0]}.get(route, lists))
-            heads_kv, ratio = pick([1, 1, 1, 2]), pick([1, 5, 16, 32, 128])
-            n_q = pick([1, 1, 2, 4, 33])
-            cache = pick(["f16", "f16", "bf16", "q8_0"])
+        n_ids = pick({"latent": [0] * 4 + lists, "latent_hopper": [0], "list_hopper": lists}[route])
+        heads_kv, ratio = pick([1, 1, 1, 2]), pick([1, 5, 16, 32, 128])
+        n_q = pick([1, 1, 2, 4, 33])
+        cache = pick(["f16", "f16", "bf16", "q8_0"])
     elif route == "any":
         d_k, d_v = pick([(40, 24), (64, 64), (32, 48), (192, 128), (576, 512), (256, 256), (33, 7)])
         cache = pick(["f32", "f16", "bf16"] + ["q8_0"] * (d_k % 32 == 0 == d_v % 32))
@@ -264,7 +260,6 @@ COUNTS = {
     "latent": 80,
     "latent_hopper": 40,
     "list_hopper": 50,
-    "list_pair": 50,
     "tiles": 50,
     "hopper": 60,
 }
@@ -290,13 +285,6 @@ PLAIN = [
         for cache in ("f16", "q8_0")
         for heads in (1, 16, 64, 128)
         for n_ids in (1, 64, 555)
-    ),
-    *(
-        Attention("list_pair", *pair, 1, 3000, heads, 1, dtype=cache, inside=0, n_ids=n_ids)
-        for pair in routes.LATENT
-        for cache in ("f16", "bf16")
-        for heads in (64, 128)
-        for n_ids in (129, 555, 2048)
     ),
 ]
 LONG = [

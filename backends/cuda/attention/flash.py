@@ -1,4 +1,4 @@
-"""flash_attn_ext: its eight kernels, and the launches before and after them."""
+"""flash_attn_ext: its seven kernels, and the launches before and after them."""
 
 from __future__ import annotations
 
@@ -121,10 +121,10 @@ class Recording:
             return False
         if "latent" in route or "list" in route:
             start = self._inside()
-            if start is None or start % (64 if "hopper" in route else 8):
+            if start is None or start % (8 if route == "latent" else 64):
                 return False
             self.v_start = start
-        if ("hopper" in route or "pair" in route) and self.call.device.arch != "90a":
+        if "hopper" in route and self.call.device.arch != "90a":
             return False
         instance = self._instance(route)
         few = self.shape.blocks(instance.rows) <= 65535
@@ -158,7 +158,6 @@ class Recording:
         splits = shape.splits(route)
         grid = {
             "any": (blocks, splits, outer),
-            "list_pair": (blocks, splits, outer),
             "hopper": (outer, blocks, 1),
             "tiles": (outer, blocks, splits),
         }.get(route, (splits, blocks, outer))
@@ -174,8 +173,8 @@ class Recording:
             self._launch("combine", f"combine<{lanes}, {kind}>", grid, argument)
 
     def _early(self) -> int:
-        """What a kernel reads before the wait. A survey of the mask is a launch before it."""
-        first = self.shape.mask_batch > 0 or self.route not in ("latent", "list_pair")
+        """What `latent` reads before the wait. A survey of the mask is a launch before it."""
+        first = self.shape.mask_batch > 0 or self.route != "latent"
         return 0 if first else early_reads(self.call.awaited, {"q"})
 
     def _launch(

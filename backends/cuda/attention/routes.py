@@ -48,7 +48,7 @@ MOST_STATIC = 2048
 #: memory can be planned and results do not depend on the GPU.
 FULL = 132
 #: Routes whose parts are f16.
-NARROW = ("latent", "latent_hopper", "list_pair")
+NARROW = ("latent", "latent_hopper")
 #: Keys and queries per cell of a mask's map.
 CELL = 64
 #: Minimum number of keys per split.
@@ -58,7 +58,6 @@ LEAST = {
     "latent": 64,
     "latent_hopper": 64,
     "list_hopper": 128,
-    "list_pair": 64,
     "tiles": 256,
 }
 
@@ -132,8 +131,7 @@ class Shape:
             return ("any",)
         if pair in LATENT:
             hopper = "list_hopper" if self.n_ids else "latent_hopper"
-            pairs = not self._many and self._pairs
-            return (hopper,) * self._many + ("list_pair",) * pairs + ("latent", "any")
+            return (hopper,) * self._many + ("latent", "any")
         if self.n_ids or pair not in PAIRS or (kind == "q8_0" and pair not in HOPPER):
             return ("any",)
         if self.rows <= 32:
@@ -161,20 +159,10 @@ class Shape:
             return full and (self.type_k != "q8_0" or self.n_q * self.n_ids >= self.n_kv)
         return self.rows > (256 if self.type_k == "q8_0" else 16)
 
-    @property
-    def _pairs(self) -> bool:
-        """Whether blocks of 16 heads can be in pairs, with one or two tiles of a list each."""
-        if not self.n_ids or self.type_k == "q8_0" or self.pitch(16) % 32:
-            return False
-        splits = self.splits("list_pair")
-        return splits > 1 and _ceil(_ceil(self.n_ids, 64), splits) <= 2
-
     def block_rows(self, route: str) -> int:
         """Rows of scores per block; for `latent` the maximum, if shared memory allows."""
         if route in ("latent_hopper", "list_hopper"):
             return 64
-        if route == "list_pair":
-            return 16
         if route == "latent":
             if self.n_ids and self.ratio > 16:
                 return 16 if self.blocks(16) * self.heads_kv * self.n3 <= FULL else 64
@@ -233,10 +221,6 @@ class Shape:
             return Instance(
                 f"list_hopper<{kind}, {d_k}>", 384, rows, 64 * (6 * d_k + weights) + 1024
             )
-        if route == "list_pair":
-            # PairMemory of attention_list_pair.cu
-            shared = (16 + 128) * (2 * d_k + 16) + 16 * 128 + 4 * (4 * 16 + 128) + 16
-            return Instance(f"list_pair<{kind}, {d_k}>", 256, rows, shared)
         if route == "latent":
             return self.latent(rows, room)
         if route == "split":

@@ -23,8 +23,7 @@
 // Lists: a block has the rows of one query, and its threads gather the rows of the cache. Few
 // queries take 16 rows per block, however many heads there are: 128 heads, 2048 of 65536 rows, f16,
 // H100: 15.2 us; with 32 rows 15.7, with wgmma and 64 rows 17.8 (of these, 5 for the twice as many
-// parts). Prompts of many heads: attention_list_hopper.cu; a token of many on 9.0:
-// attention_list_pair.cu.
+// parts). Prompts of many heads: attention_list_hopper.cu.
 // @kernel hot latent<{__half|__nv_bfloat16}, {576|512}, 1, 1, 8, 64, false, {false|true}>
 // @kernel hot latent<__half, {576|512}, 1, 1, 8, 64, true, {false|true}>
 // @kernel hot 80 latent<{__half|__nv_bfloat16}, 576, 1, 2, 4, 32, false, {false|true}>

@@ -470,9 +470,9 @@ __device__ __forceinline__ Walk<N, !LIST> walk_of(const Attention &a, int i3, in
 
 __device__ __forceinline__ bool finite_number(float x) { return fabsf(x) < INF; }
 
-// Parts in f16 (`narrow`), half the bytes to write and to read. A row's sums are scaled by a power
-// of two, so that the largest is below 1, and its maximum and its sum of weights with them:
-// (m, l, sums) and (m + e, l / 2^e, sums / 2^e) mean the same to `combine`.
+// Parts in f16 (`narrow`), half the bytes to write and to read. A row's sums are scaled by a power of
+// two, so that the largest is below 1, and its maximum and its sum of weights with them: (m, l, sums)
+// and (m + e, l / 2^e, sums / 2^e) mean the same, so only the type of its loads tells `combine`.
 // Where a row's columns are: a thread's 16 sums of 64 columns of fragments are adjacent.
 __device__ __forceinline__ int narrow_place(int column) {
     return (column & ~62) | (column & 6) << 3 | (column & 56) >> 2;
@@ -540,8 +540,8 @@ struct End {
         }
         return !(finite_number(x) && finite_number(y));
     }
-    // Writes a row (r = 0 or 1) of a thread's fragments, from the warp's first column on, a
-    // multiple of 64 if the part is narrow. Returns whether some sum is not finite.
+    // Writes a row (r = 0 or 1) of a thread's fragments, from the warp's first column on, a multiple
+    // of 64 if the part is narrow. Returns whether some sum is not finite.
     template <int N>
     __device__ __forceinline__ bool put(int first, const float (&sums)[N][4], int r) const {
         bool odd = false;

@@ -19,19 +19,13 @@ struct LatentShape {
     static constexpr int TILES = Q8 ? TILE + 2 * STAGE : 2 * STAGE, BYTES = Q + TILES + P;
 };
 
-// Where the weight of a key is in shared memory: rows of BN weights, swizzled.
-template <int BN>
-__device__ __forceinline__ int weight_at(int row, int key) {
-    return row * (BN * 2) + (key / 8 ^ (row & (BN / 8 - 1))) * 16 + key % 8 * 2;
-}
-
 // Sixteen rows of a block, as one of the BN / 8 warps that share them. A warp multiplies 32 keys of
 // a tile by a quarter of their elements, so its queries stay in registers, and products read only
 // the tile from shared memory. The quarters of a score meet there, where the queries were; then a
 // warp has whole rows, two keys a lane, and knows their maxima without the other warps.
-template <class T, int DK, int BN, int PITCH = DK * 2>
+template <class T, int DK, int BN>
 struct Slice {
-    static constexpr int STEPS = DK / 64;  // of 16 elements, in a quarter
+    static constexpr int STEPS = DK / 64, PITCH = DK * 2;  // of 16 elements, in a quarter
     static constexpr int LANES = BN / 2;                   // that share a row of scores
     static_assert(4 * BN * sizeof(float) <= PITCH, "quarters take no more room than queries");
     u32 queries[STEPS][4], at[4];  // addresses in a tile; steps n and n + 4 are 128 bytes apart
@@ -118,6 +112,7 @@ __device__ __forceinline__ void latent_block(const Attention &a, int part) {
     constexpr int M = 16 * MI * WM, NT = BN / 8 / WN, NV = DV / 8 / WN;
     constexpr bool SLICED = MI == 1;
     static_assert(!SLICED || NT == 1, "a slice has BN / 8 warps");
+    constexpr int PITCH_P = BN * 2;
     using Shape = LatentShape<DK, M, BN, Q8>;
     constexpr int PITCH = Shape::PITCH, RAW = Shape::RAW;
     extern __shared__ __align__(128) char memory[];
@@ -226,7 +221,8 @@ __device__ __forceinline__ void latent_block(const Attention &a, int part) {
         };
         // The weight of a pair of keys goes to shared memory.
         const auto weigh = [&](float x, float y, int row, int key) {
-            *(u32 *)(weights + weight_at<BN>(row, key)) = pack2<T>(x, y);
+            *(u32 *)(weights + row * PITCH_P + (key / 8 ^ (row & (BN / 8 - 1))) * 16 + key % 8 * 2) =
+                pack2<T>(x, y);
             return x + y;
         };
         float lost[MI][2];
@@ -335,7 +331,8 @@ __device__ __forceinline__ void latent_block(const Attention &a, int part) {
 #pragma unroll
             for (int i = 0; i < MI; ++i) {
                 const int r = (wm * MI + i) * 16 + (lane & 15);
-                ldmatrix(x[i], at_p + weight_at<BN>(r, 16 * n + (lane >> 4) * 8));
+                ldmatrix(x[i],
+                         at_p + r * PITCH_P + ((2 * n + (lane >> 4)) ^ (r & (BN / 8 - 1))) * 16);
             }
 #pragma unroll
             for (int c = 0; c < NV; c += 2) {

@@ -147,16 +147,6 @@ __device__ __forceinline__ void tensor_copy(void* to, const TensorMap* map, u64*
                  : "memory");
 }
 
-// Copies bytes, a multiple of 16, to the same place in the shared memory of each block of the cluster
-// whose bit is set in `blocks`. The barrier at the same place as `b` gets them there.
-__device__ __forceinline__ void copy_to_blocks(void* to, const void* from, u32 nbytes, u64* b,
-                                               u16 blocks) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
-                 ".multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
-                 "l"(from), "r"(nbytes), "r"(shared_address(b)), "h"(blocks)
-                 : "memory");
-}
-
 // ---- warpgroups: wgmma (9.0a only) --------------------------------------------------------------
 
 template <int N> __device__ __forceinline__ void registers_take() {
