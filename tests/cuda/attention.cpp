@@ -10,6 +10,6 @@ extern "C" void attention(const Attention* a, const int* any_grid, const int* su
            [=] { argument.ids ? any<64, 32, true>(argument) : any<64, 32, false>(argument); });
     if (argument.splits > 1)
         launch({combine_grid[0], combine_grid[1], 1}, 256,
-               [=] { argument.d_v % 4 ? combine<1, float>(argument) : combine<4, float>(argument); });
+               [=] { argument.d_v % 4 ? combine<1>(argument) : combine<4>(argument); });
 }
 extern "C" int attention_size() { return sizeof(Attention); }

@@ -233,8 +233,7 @@ def _text(file: str, names: list[str]) -> str:
         f"{{ return start({name}, args, grid, block, shared); }}"
         for i, name in enumerate(names)
     )
-    hopper = "#define __CUDA_ARCH_FEAT_SM90_ALL\n" if "_hopper" in file else ""
-    return f"""{hopper}#include "block.hpp"
+    return f"""#include "block.hpp"
 #include "host.hpp"
 #include "emulated.hpp"
 {source}

@@ -54,7 +54,6 @@ class Attention(Struct):
         ("pitch", ctypes.c_int32),
         ("stride", ctypes.c_int32),
         ("early", ctypes.c_int32),
-        ("narrow", ctypes.c_int32),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
         ("max_bias", ctypes.c_float),

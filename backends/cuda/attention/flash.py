@@ -14,7 +14,6 @@ from pyggml.backends.cuda.attention.routes import (
     CELL,
     HOPPER,
     LATENT,
-    NARROW,
     TYPES,
     Instance,
     Shape,
@@ -166,11 +165,9 @@ class Recording:
         early = argument.early > 0
         self._launch(route, instance.name, grid, whole, instance.threads, instance.shared, early)
         if splits > 1:
-            lanes, kind = (4 if shape.d_v % 4 == 0 else 1), "float"
-            if route in NARROW:
-                lanes, kind = 8, "__half"
+            lanes = 4 if shape.d_v % 4 == 0 else 1
             grid = shape.n3 * shape.n_q * shape.heads, -(-shape.d_v // (32 * lanes)), 1
-            self._launch("combine", f"combine<{lanes}, {kind}>", grid, argument)
+            self._launch("combine", f"combine<{lanes}>", grid, argument)
 
     def _early(self) -> int:
         """What `latent` reads before the wait. A survey of the mask is a launch before it."""
@@ -278,7 +275,6 @@ class Recording:
             pitch=shape.pitch(self.instance.rows),
             stride=self.stride,
             early=self._early(),
-            narrow=self.route in NARROW and shape.splits(self.route) > 1,
             scale=attrs["scale"],
             softcap=attrs["logit_softcap"],
             max_bias=0.0 if self.mask is None else attrs["max_bias"],

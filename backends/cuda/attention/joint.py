@@ -210,6 +210,6 @@ def _argument(call: Call, keys: Keys, number: int, sums: int, stats: int) -> Att
     window, stride = (causal["window"], causal["stride"]) if causal else (None, 1)
     argument = Recording(part, window, stride).argument()
     argument.out, argument.parts, argument.stats, argument.map = 0, sums, stats, 0
-    argument.splits, argument.narrow = keys.splits, 0
+    argument.splits = keys.splits
     argument.pitch = Shape.of(keys.node).pitch(ROWS)
     return argument

@@ -47,8 +47,6 @@ MOST_STATIC = 2048
 #: Number of blocks that fills the GPU once. A constant, not a property of the device, so that
 #: memory can be planned and results do not depend on the GPU.
 FULL = 132
-#: Routes whose parts are f16.
-NARROW = ("latent", "latent_hopper")
 #: Keys and queries per cell of a mask's map.
 CELL = 64
 #: Minimum number of keys per split.
@@ -186,7 +184,7 @@ class Shape:
         floats they would not be 8-byte aligned."""
         n = self.splits(route)
         count = 0 if n == 1 else self.n3 * self.n_q * self.heads * n
-        return (2 if route in NARROW else 4) * count * self.d_v, 8 * count
+        return 4 * count * self.d_v, 8 * count
 
     @property
     def map(self) -> int:

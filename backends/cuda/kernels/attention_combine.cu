@@ -1,8 +1,7 @@
 // The steps around flash_attn_ext: combining its splits, surveying explicit masks, decoding
 // quantized keys and values for the prompt kernels. Also the related ops merge_lse, lse_sum and
 // lse_finish.
-// @kernel hot combine<{1|4}, float>
-// @kernel hot combine<8, __half>
+// @kernel hot combine<{1|4}>
 // @kernel survey
 // @kernel decode_q8_0
 // @kernel merge_lse
@@ -12,28 +11,27 @@
 
 // out = sum over splits, in order. A block computes one row and 32 x VEC columns. Each of its 8
 // warps takes every eighth split, and the warps are summed in order, so two runs are bit-equal. A
-// warp loads its first 8 splits before it knows their weights. S is the type of the parts' sums.
-template <int VEC, class S>
+// warp loads its first 8 splits before it knows their weights.
+template <int VEC>
 __global__ void __launch_bounds__(256) combine(const __grid_constant__ Attention a) {
     constexpr int AHEAD = 8;
-    struct alignas(VEC * sizeof(S)) Some {
-        S v[VEC];
-    };
     __shared__ float sums[8][32 * VEC];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const long long row = blockIdx.x;
     const int head = row % a.heads, query = row / a.heads % a.n_q, i3 = row / a.heads / a.n_q;
     const float2 *stats = part_stats(a, row * a.splits);
     const int column = (blockIdx.y * 32 + lane) * VEC;
-    Some x[AHEAD];
+    float x[AHEAD][VEC];
     const auto load = [&](int first) {
 #pragma unroll
         for (int n = 0; n < AHEAD; ++n) {
             const int s = first + warp + 8 * n;
             const bool real = s < a.splits && column < a.d_v;
-            const S *from = (const S *)a.parts + (row * a.splits + s) * a.d_v + column;
-            if (real) x[n] = *(const Some *)from;
-            else x[n] = {};
+            const float *from = part_sums(a, row * a.splits + s) + column;
+            if constexpr (VEC == 4)
+                *(float4 *)x[n] = real ? *(const float4 *)from : make_float4(0, 0, 0, 0);
+            else
+                x[n][0] = real ? from[0] : 0;
         }
     };
     begin();
@@ -53,7 +51,7 @@ __global__ void __launch_bounds__(256) combine(const __grid_constant__ Attention
             const int s = first + warp + 8 * n;
             const float weight = s < a.splits ? exp2_fast(stats[s].x - base) : 0;
 #pragma unroll
-            for (int i = 0; i < VEC; ++i) sum[i] += weight * (float)x[n].v[i];
+            for (int i = 0; i < VEC; ++i) sum[i] += weight * x[n][i];
         }
         first += 8 * AHEAD;
         if (first >= a.splits) break;
@@ -65,10 +63,9 @@ __global__ void __launch_bounds__(256) combine(const __grid_constant__ Attention
     const int first = blockIdx.y * 32 * VEC;
     const bool writes = threadIdx.x < 32 * VEC && first + threadIdx.x < a.d_v;
     if (!writes) return;
-    const int place = sizeof(S) == 2 ? narrow_place(threadIdx.x) : threadIdx.x;
     float total = 0;
 #pragma unroll
-    for (int w = 0; w < 8; ++w) total += sums[w][place];
+    for (int w = 0; w < 8; ++w) total += sums[w][threadIdx.x];
     const float factor = row_end(a, i3, query, head, m, l, first + threadIdx.x == 0);
     out_row(a, i3, query, head)[first + threadIdx.x] = total * factor;
 }

@@ -154,23 +154,25 @@ __global__ void __launch_bounds__(256, 1)
         if (next < walk.end) fetch(next, stage), next = walk.alive(next + 1);
     }
 
-    const Peaks<2, M> peaks = {(float *)queries};
-    float (&columns)[32][4] = reinterpret_cast<float (&)[32][4]>(sums);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const float sum = quad_sum(l[r]);
         if (lane % 4 == 0) totals[group][row0 + 8 * r] = sum;
-        if (a.narrow) peaks.put(group, row0 + 8 * r, columns, r);
     }
     __syncthreads();
     bool odd[2] = {};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         l[r] = totals[0][row0 + 8 * r] + totals[1][row0 + 8 * r];
-        const float down = a.narrow ? peaks.scale(row0 + 8 * r, m[r], l[r]) : 1;
         if (rows[r].query < 0) continue;
-        const End to(a, i3, rows[r], part, m[r], l[r], group == 0 && lane % 4 == 0, down);
-        odd[r] = to.put(group * 256, columns, r);
+        const End to(a, i3, rows[r], part, m[r], l[r], group == 0 && lane % 4 == 0);
+#pragma unroll
+        for (int x = 0; x < 2; ++x)
+#pragma unroll
+            for (int n = 0; n < 16; ++n) {
+                const int column = group * 256 + x * 128 + n * 8 + (lane & 3) * 2;
+                odd[r] |= to.put(column, sums[x][4 * n + 2 * r], sums[x][4 * n + 2 * r + 1]);
+            }
     }
     repair_rows<256>(a, i3, head_kv, r0 + row0 - lane / 4, walk.first * BN, walk.end * BN, part, group * 256,
                      odd, m, l, latent_source_of<T>(a, i3, head_kv));

@@ -36,7 +36,7 @@ struct Attention {
     const int *kv_len;  // null: all keys count
     const char *pos;    // i32: row i sees keys up to position(i), at most `window`; or null
     char *out;      // null: all sums go to `parts`, even of a single split
-    float *parts;   // partial results of the splits for `combine`: sums, f16 if `narrow` ..
+    float *parts;   // partial results of the splits for `combine`: sums ..
     float2 *stats;  // .. and (max, sum of weights)
     u8 *map;       // flags of the cells of `mask` [mask_batch][queries / 64][keys / 64], or null
     const char *ids;  // i32: the keys of each query; null: all keys
@@ -44,7 +44,6 @@ struct Attention {
     int n_q, n_kv, heads, heads_kv, n3, d_k, d_v, mask_heads, mask_batch;
     int window, kv0, splits, head0, n_head, lse, type_k, type_v, v_start, n_ids, pitch, stride;
     int early;  // Early
-    int narrow;
     float scale, softcap, max_bias;
 
     __device__ int ratio() const { return heads / heads_kv; }
@@ -470,59 +469,18 @@ __device__ __forceinline__ Walk<N, !LIST> walk_of(const Attention &a, int i3, in
 
 __device__ __forceinline__ bool finite_number(float x) { return fabsf(x) < INF; }
 
-// Parts in f16 (`narrow`), half the bytes to write and to read. A row's sums are scaled by a power of
-// two, so that the largest is below 1, and its maximum and its sum of weights with them: (m, l, sums)
-// and (m + e, l / 2^e, sums / 2^e) mean the same, so only the type of its loads tells `combine`.
-// Where a row's columns are: a thread's 16 sums of 64 columns of fragments are adjacent.
-__device__ __forceinline__ int narrow_place(int column) {
-    return (column & ~62) | (column & 6) << 3 | (column & 56) >> 2;
-}
-__device__ __forceinline__ float finite_magnitude(float x) { return fabsf(x) < INF ? fabsf(x) : 0; }
-
-// The largest sums of ROWS rows, each of which WARPS warps share by columns, in shared memory.
-template <int WARPS, int ROWS>
-struct Peaks {
-    float *at;  // [WARPS][ROWS]
-
-    // A row (r = 0 or 1) of a warp's fragments. A barrier must follow.
-    template <int N>
-    __device__ __forceinline__ void put(int warp, int row, const float (&sums)[N][4], int r) const {
-        float top = 0;
-#pragma unroll
-        for (int c = 0; c < N; ++c)
-#pragma unroll
-            for (int i = 0; i < 2; ++i) top = fmaxf(top, finite_magnitude(sums[c][2 * r + i]));
-        top = quad_max(top);
-        if (threadIdx.x % 4 == 0) at[warp * ROWS + row] = top;
-    }
-    // Scales m and l; returns the factor of the sums.
-    __device__ __forceinline__ float scale(int row, float &m, float &l) const {
-        float top = 0;
-#pragma unroll
-        for (int w = 0; w < WARPS; ++w) top = fmaxf(top, at[w * ROWS + row]);
-        if (top == 0) top = l;  // all sums may be for `repair`
-        const int e = max(-100, min(100, int(__float_as_uint(top) >> 23) - 126));
-        const float down = __uint_as_float((127 - e) << 23);
-        m += e, l *= down;
-        return down;
-    }
-};
-
 // Where to write a row's sums, and their factor: to its part if keys are split, else to the result.
-// A narrow part has scaled m and l; `down` is the factor that scales its sums.
 struct End {
     float *to;
     float factor;
-    bool pairs, narrow;
+    bool pairs;
 
     __device__ End(const Attention &a, int i3, const Row &row, int split, float m, float l,
-                   bool first, float down = 1) {
-        narrow = a.narrow;
+                   bool first) {
         if (a.splits > 1 || !a.out) {
             const long long part = part_index(a, i3, row.query, row.head, split);
             if (first) *part_stats(a, part) = make_float2(m, l);
-            to = narrow ? (float *)((__half *)a.parts + part * a.d_v) : part_sums(a, part);
-            factor = down;
+            to = part_sums(a, part), factor = 1;
         } else {
             to = out_row(a, i3, row.query, row.head);
             factor = row_end(a, i3, row.query, row.head, m, l, first);
@@ -539,37 +497,6 @@ struct End {
             to[column + 1] = y * factor;
         }
         return !(finite_number(x) && finite_number(y));
-    }
-    // Writes a row (r = 0 or 1) of a thread's fragments, from the warp's first column on, a multiple
-    // of 64 if the part is narrow. Returns whether some sum is not finite.
-    template <int N>
-    __device__ __forceinline__ bool put(int first, const float (&sums)[N][4], int r) const {
-        bool odd = false;
-        const int t = threadIdx.x % 4;
-        if (!narrow) {
-#pragma unroll
-            for (int c = 0; c < N; ++c)
-                odd |= put(first + c * 8 + t * 2, sums[c][2 * r], sums[c][2 * r + 1]);
-            return odd;
-        }
-#pragma unroll
-        for (int c = 0; c < N; c += 4) {
-            u32 x[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float *both = &sums[c + i][2 * r];
-                odd |= !(finite_number(both[0]) && finite_number(both[1]));
-                x[i] = pack2<__half>(both[0] * factor, both[1] * factor);
-            }
-            *(uint4 *)((__half *)to + first + c / 8 * 64 + t * 16 + c % 8 * 2) =
-                make_uint4(x[0], x[1], x[2], x[3]);
-        }
-        return odd;
-    }
-    // Replaces one sum.
-    __device__ __forceinline__ void replace(int column, float x) const {
-        if (narrow) ((__half *)to)[narrow_place(column)] = __float2half_rn(x);
-        else to[column] = x;
     }
 };
 
@@ -683,7 +610,7 @@ __device__ __forceinline__ void repair(const Attention &a, int i3, int head_kv, 
     const float factor = total == 0 ? 0 : l / total * to.factor;
 #pragma unroll
     for (int n = 0; n < N; ++n)
-        if (spoilt[n]) to.replace(column + lane + 32 * n, sums[n] * factor);
+        if (spoilt[n]) to.to[column + lane + 32 * n] = sums[n] * factor;
 }
 
 // Does the same for the sums of a warp's fragments. This thread found that a sum of row

@@ -353,7 +353,6 @@ __device__ __forceinline__ void latent_block(const Attention &a, int part) {
         copies_commit();
     }
 
-    const Peaks<WN, M> peaks = {(float *)queries};  // which nobody reads any more
 #pragma unroll
     for (int i = 0; i < MI; ++i)
 #pragma unroll
@@ -365,7 +364,6 @@ __device__ __forceinline__ void latent_block(const Attention &a, int part) {
                 totals[SLICED ? 0 : wn][own(i, r)] = sum;
                 if (SLICED) tops[1][own(i, r)] = m[i][r];
             }
-            if (a.narrow) peaks.put(wn, row0 + 16 * i + 8 * r, sums[i], r);
         }
     __syncthreads();
 #pragma unroll
@@ -380,10 +378,12 @@ __device__ __forceinline__ void latent_block(const Attention &a, int part) {
             for (int w = 0; w < (SLICED ? 1 : WN); ++w) total += totals[w][index];
             l[i][r] = total;
             if (SLICED) m[i][r] = tops[1][index];
-            const float down = a.narrow ? peaks.scale(index, m[i][r], l[i][r]) : 1;
             if (row.query < 0) continue;
-            const End to(a, i3, row, part, m[i][r], l[i][r], wn == 0 && lane % 4 == 0, down);
-            odd[r] = to.put(wn * NV * 8, sums[i], r);
+            const End to(a, i3, row, part, m[i][r], total, wn == 0 && lane % 4 == 0);
+#pragma unroll
+            for (int c = 0; c < NV; ++c)
+                odd[r] |= to.put((wn * NV + c) * 8 + (lane & 3) * 2, sums[i][c][2 * r],
+                                 sums[i][c][2 * r + 1]);
         }
         if constexpr (!LIST)
             repair_rows<NV * 8>(a, i3, head_kv, r0 + (wm * MI + i) * 16, walk.first * BN,
