@@ -17,9 +17,9 @@
 //
 // Experts of few columns (up to 64 a tile) have four warpgroups that multiply, each 64 of 256 rows,
 // and stages of 128 values of k. So they read columns half as often as with 128 rows, and weights as
-// pieces of 512 bytes. A step of 64 values is 180 instructions of 16 warps, 720 clocks, and 512 of
-// the tensor cores. In linear_tile.cu, each step waits for all loads of weights that are under way,
-// at the fence for the copies of columns: a step took as long as a read of memory, 0.9 us.
+// pieces of 512 bytes. A stage is 284 instructions of 16 warps, 1136 clocks, of which the unit for
+// shifts and logic is busy 1060, and 1024 clocks of the tensor cores. In linear_tile.cu, each step
+// waits for all loads of weights that are under way, at the fence for the copies of columns.
 //
 // Lost: columns of experts copied row by row by the warps of warpgroup 0, which held experts at
 // 0.65 of the rate of other products; 128 columns a block (more decoding for each product: 0.74 of
@@ -51,11 +51,13 @@ constexpr int MOST_STAGES = 16, PRODUCERS = 128;
 constexpr int LISTERS = PRODUCERS - 32;  // threads that list targets, if routed
 constexpr int SHORT = 2;
 
-// What depends on the most columns of a tile. PARTS: of 64 values of k in a stage.
+// What depends on the most columns of a tile. PARTS: of 64 values of k in a stage; AT_ONCE: products
+// that are begun together.
 template <int COLUMNS>
 struct Sizes {
     static constexpr bool FEW = COLUMNS < 256;
     static constexpr int ROWS = FEW ? 256 : 128, CONSUMERS = 2 * ROWS, PARTS = FEW ? 2 : 1;
+    static constexpr int AT_ONCE = FEW ? 2 : 1;
     static constexpr int X_PART = COLUMNS * 128, X = PARTS * X_PART;  // bytes of activations
     // Of a thread, in all as many as at the start: 640 x 96, or 384 x 168.
     static constexpr int REGISTERS = FEW ? 112 : 240;
@@ -233,7 +235,7 @@ __global__ void __launch_bounds__(PRODUCERS + Sizes<COLUMNS>::CONSUMERS, 1)
     registers_take<S::REGISTERS>();
     const int own = warp - 4, group = own / 4, g = lane / 4, t = lane % 4, mine = thread % 128;
     const Place x_at = place_of(shared_address(memory));
-    u32 fragments[4][1][4];  // of the four products of a step
+    u32 fragments[4][4];  // of the four products of a step
     float sums[COLUMNS / 2];
     for (int number = blockIdx.x; number < parts; number += gridDim.x) {
         const Part part = part_of<ROUTED>(a, number);
@@ -267,52 +269,56 @@ __global__ void __launch_bounds__(PRODUCERS + Sizes<COLUMNS>::CONSUMERS, 1)
 #pragma unroll
             for (int i = 0; i < n / 2; ++i) part_sums[i] = 0;
             int last = -1;
-            for (int step = 0; step < a.steps; ++step) {
-                const int part_k = step % S::PARTS;
-                if (part_k == 0) barrier_wait(full + turn.stage, turn.phase);
-                RawWords<F> raw[2][2];
+            for (int step = 0; step < a.steps; step += S::PARTS, turn.next(a.stages)) {
+                barrier_wait(full + turn.stage, turn.phase);
 #pragma unroll
-                for (int i = 0; i < 2; ++i)
+                for (int part_k = 0; part_k < S::PARTS; ++part_k) {
+                    RawWords<F> raw[2][2];
 #pragma unroll
-                    for (int r = 0; r < 2; ++r) {
-                        // One matrix: a thread's two rows are adjacent.
-                        const StageRow<F, S> row = {
-                            ring_w + turn.stage * Weights::BYTES,
-                            MATS == 2 ? r * (S::ROWS / 16) + own : own * 2 + g / 4,
-                            MATS == 2 ? g : g % 4 * 2 + r, t};
-                        raw[i][r] = raw_words<F>(row, 2 * part_k + i, t);
-                    }
+                    for (int i = 0; i < 2; ++i)
 #pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    const Unpacked<F> unpacked[2] = {Unpacked<F>(table, raw[i][0], t),
-                                                     Unpacked<F>(table, raw[i][1], t)};
+                        for (int r = 0; r < 2; ++r) {
+                            // One matrix: a thread's two rows are adjacent.
+                            const StageRow<F, S> row = {
+                                ring_w + turn.stage * Weights::BYTES,
+                                MATS == 2 ? r * (S::ROWS / 16) + own : own * 2 + g / 4,
+                                MATS == 2 ? g : g % 4 * 2 + r, t};
+                            raw[i][r] = raw_words<F>(row, 2 * part_k + i, t);
+                        }
 #pragma unroll
-                    for (int k = 0; k < 2; ++k) {
-                        // The last three products keep running. What the tensor cores read
-                        // must not be written before this wait, not even to be moved later.
-                        wait_products<3>();
-                        if (i == 1 && k == 1 && part_k == 0 && lane == 0 && last >= 0)
-                            barrier_arrive(empty + last);
-                        u32(&fragment)[1][4] = fragments[2 * i + k];
+                    for (int i = 0; i < 2; ++i) {
+                        const Unpacked<F> unpacked[2] = {Unpacked<F>(table, raw[i][0], t),
+                                                         Unpacked<F>(table, raw[i][1], t)};
 #pragma unroll
-                        for (int r = 0; r < 2; ++r)
-                            fragment[0][r] = unpacked[r].pair(table, k, 0),
-                            fragment[0][r + 2] = unpacked[r].pair(table, k, 1);
-                        begin_product<typename F::Half, n>(
-                            part_sums, fragment, further(x_at, turn.stage * S::X + part_k * S::X_PART),
-                            2 * i + k);
+                        for (int k = 0; k < 2; ++k) {
+                            const int first = 2 * i + k / S::AT_ONCE * S::AT_ONCE;
+                            if (k % S::AT_ONCE == 0) {
+                                // The products of the other fragments keep running. What the
+                                // tensor cores read must not be written before this wait, not even
+                                // to be moved later.
+                                wait_products<4 / S::AT_ONCE - 1>();
+                                const bool read = part_k == 0 && first == 4 - S::AT_ONCE;
+                                if (read && lane == 0 && last >= 0) barrier_arrive(empty + last);
+                            }
+                            u32(&fragment)[4] = fragments[2 * i + k];
+#pragma unroll
+                            for (int r = 0; r < 2; ++r)
+                                fragment[r] = unpacked[r].pair(table, k, 0),
+                                fragment[r + 2] = unpacked[r].pair(table, k, 1);
+                            if (k % S::AT_ONCE == S::AT_ONCE - 1)
+                                begin_product<typename F::Half, n>(
+                                    part_sums, *(u32(*)[S::AT_ONCE][4]) & fragments[first],
+                                    further(x_at, turn.stage * S::X + part_k * S::X_PART), first);
+                        }
                     }
                 }
                 last = turn.stage;
-                if (part_k == S::PARTS - 1 || step == a.steps - 1) turn.next(a.stages);
             }
             wait_products<0>();
             if (lane == 0) barrier_arrive(empty + last);
         };
-        if constexpr (S::FEW) {
-            if (part.valid <= 32) multiply(Size<32>());
-            else multiply(Size<64>());
-        } else if (part.valid <= 128) multiply(Size<128>());
+        if constexpr (S::FEW) multiply(Size<COLUMNS>());
+        else if (part.valid <= 128) multiply(Size<128>());
         else if (part.valid <= 192) multiply(Size<192>());
         else if (part.valid <= 224) multiply(Size<224>());
         else multiply(Size<256>());
