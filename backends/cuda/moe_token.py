@@ -248,9 +248,11 @@ def _sizes(token: Token) -> tuple[int, ...]:
 
 
 def _ranked(routing: Routing) -> bool:
-    """Whether an expert's own score and bias decide its rank, and few enough are compared."""
-    alone = routing.bias is None or routing.probs.op is not ops.soft_max_ext
-    return alone and routing.groups[0] == 0 and routing.scores.ne[0] <= MOST_RANKED
+    """Whether `best_of` of route.cuh can choose: by what each expert's own score and bias make."""
+    n, (n_group, _, n_top) = routing.scores.ne[0], routing.groups
+    softmax = routing.probs.op is ops.soft_max_ext
+    alone = not softmax or (routing.bias is None and n_top < 2)
+    return alone and n <= MOST_RANKED and (n_group == 0 or (n == 32 * n_group and n_top <= 2))
 
 
 class Handed(NamedTuple):

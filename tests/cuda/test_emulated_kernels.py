@@ -214,8 +214,8 @@ def test_grid_types(dtype: str, tmp_path: Path) -> None:
 def experts_of_tokens(n: int, n_tokens: int, types: tuple[str, str, str], routing: str) -> Graph:
     """Routed and shared experts; without groups, each expert's score is that of a neighbor, too.
 
-    routing: softmax; groups: sigmoid and a bias, among groups; softplus: its root, a bias, and
-    weights that are divided by their sum
+    routing: softmax; groups: of 32 experts, by the best one; sigmoid groups: and a bias, by the
+    best two; softplus: its root, a bias, and weights that are divided by their sum
     """
 
     def weight(name: str, dtype: str, *shape: int) -> gg.Node:
@@ -223,20 +223,24 @@ def experts_of_tokens(n: int, n_tokens: int, types: tuple[str, str, str], routin
 
     k, used, rows, (gated, down, shared) = 512, 6, 84, types
     router = random(n, k)
-    if routing != "groups":
+    if "groups" not in routing:
         router[1::2] = router[::2]
     x = gg.relu(gg.input("x", ne=(k, n_tokens)))
     scores = gg.mul_mat(gg.constant(router, name="router"), x, prec="f32")
     bias = gg.constant(np.repeat(random(n // 2), 2) / 10, name="bias")
-    if routing == "groups":
+    if routing == "sigmoid groups":
         probs = gg.sigmoid(scores)
-        ids = gg.grouped_topk(gg.add(probs, bias), n_group=8, n_group_used=4, n_top=2, k=used)
+        ids = gg.grouped_topk(
+            gg.add(probs, bias), n_group=n // 32, n_group_used=n // 64, n_top=2, k=used
+        )
     elif routing == "softplus":
         probs = gg.sqrt(gg.softplus(scores))
         ids = gg.top_k(gg.add(probs, bias), k=used)
     else:
         probs = gg.soft_max(scores)
         ids = gg.top_k(probs, k=used)
+        if routing == "groups":
+            ids = gg.grouped_topk(probs, n_group=n // 32, n_group_used=n // 64, n_top=1, k=used)
     shares = gg.get_rows(gg.reshape(probs, ne=(1, n, n_tokens)), ids)
     if routing == "softplus":
         shares = gg.reshape(shares, ne=(used, n_tokens))
@@ -253,7 +257,8 @@ def experts_of_tokens(n: int, n_tokens: int, types: tuple[str, str, str], routin
 def test_experts_of_tokens(tmp_path: Path) -> None:
     """More experts than a warp reads at once, equal scores, types with grids."""
     graphs = {
-        "groups": experts_of_tokens(256, 2, ("q4_K", "q6_K", "iq3_xxs"), "groups"),
+        "groups": experts_of_tokens(256, 2, ("q4_K", "q6_K", "iq3_xxs"), "sigmoid groups"),
+        "best_of_groups": experts_of_tokens(160, 2, ("q8_0", "q5_K", "q4_0"), "groups"),
         "ranked": experts_of_tokens(200, 2, ("q2_K", "q2_K", "q8_0"), "softplus"),
         "many": experts_of_tokens(258, 1, ("q2_K", "q3_K", "q2_K"), "softplus"),
         "equal": experts_of_tokens(64, 3, ("iq4_nl", "iq4_nl", "q8_0"), "softmax"),

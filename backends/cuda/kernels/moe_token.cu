@@ -158,8 +158,8 @@ __device__ __forceinline__ Slot slot_of(const Candidates& c, int token, int slot
     const int n = c.experts, first = token * n;
     int id, number;
     if (c.ranks) {
-        id = n <= FEW_RANKED ? best_of<FEW_RANKED / 32>(c.ranks + first, n, slots)
-                             : best_of<MOST_RANKED / 32>(c.ranks + first, n, slots);
+        id = n <= FEW_RANKED ? best_of<FEW_RANKED / 32>(c.route, c.ranks + first, n, slots)
+                             : best_of<MOST_RANKED / 32>(c.route, c.ranks + first, n, slots);
         number = c.route.own && id >= 0 ? c.route.own[id] : id;
     } else {
         id = choose(c.route, n, token, slots, at, [&](int i) { return c.scores[first + i]; });

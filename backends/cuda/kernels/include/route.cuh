@@ -132,16 +132,51 @@ __device__ __forceinline__ int choose(const Route& r, int n, int token, int slot
     return id;
 }
 
-// The same ids for up to 32 * EACH experts without groups, whose ranks are known: of each expert a
-// number, the least one of the best. It is below ~0u. `choose` does it all for any number of experts
-// and takes 2 to 5 us, half of which are instructions that it reads for the first time; this takes
-// 100 to 170 clocks a slot.
+// What `best_of` compares of an expert: its p + bias, or its score if that decides. The least is that
+// of the best. It is below ~0u.
+__device__ __forceinline__ unsigned rank_of(float ranked) { return ~order_of(ranked); }
+__device__ __forceinline__ float ranked_by(unsigned rank) {
+    const int bits = ~rank ^ 0x80000000u;
+    return __int_as_float(bits ^ ((bits >> 31) & 0x7FFFFFFF));
+}
+
+// Leaves experts of the best groups. Group j is own[j] of the lanes; its score is the sum of its best
+// one or two.
 template <int EACH>
-__device__ __forceinline__ int best_of(const unsigned* ranks, int n, int slots) {
+__device__ __forceinline__ void leave_groups(const Route& r, unsigned (&own)[EACH]) {
+    const int lane = threadIdx.x % 32;
+    unsigned scores[EACH], mine = ~0u;
+    int better = 0;
+#pragma unroll
+    for (int j = 0; j < EACH; ++j) {
+        const unsigned best = __reduce_min_sync(~0u, own[j]);
+        float score = ranked_by(best);
+        if (r.n_top == 2) {
+            const bool first = lane == __ffs(__ballot_sync(~0u, own[j] == best)) - 1;
+            score += ranked_by(__reduce_min_sync(~0u, first ? ~0u : own[j]));
+        }
+        scores[j] = j < r.n_group ? rank_of(score) : ~0u;
+        if (lane == j) mine = scores[j];
+    }
+#pragma unroll
+    for (int j = 0; j < EACH; ++j)
+        better += scores[j] < mine || (scores[j] == mine && j < lane);
+    const unsigned left = __ballot_sync(~0u, better < r.n_used);
+#pragma unroll
+    for (int j = 0; j < EACH; ++j)
+        if (!(left >> j & 1)) own[j] = ~0u;
+}
+
+// The ids of `choose` for up to 32 * EACH experts, if groups are of 32 experts. `choose` does it for
+// any number and takes 2 to 5 us, half of which are instructions that it reads for the first time;
+// this takes 100 to 170 clocks a slot.
+template <int EACH>
+__device__ __forceinline__ int best_of(const Route& r, const unsigned* ranks, int n, int slots) {
     const int lane = threadIdx.x % 32;
     unsigned own[EACH];
 #pragma unroll
     for (int j = 0; j < EACH; ++j) own[j] = 32 * j + lane < n ? ranks[32 * j + lane] : ~0u;
+    if (r.n_group) leave_groups(r, own);
     int id = -1;
 #pragma unroll 1
     for (int slot = 0; slot < slots; ++slot) {
@@ -158,8 +193,6 @@ __device__ __forceinline__ int best_of(const unsigned* ranks, int n, int slots) 
     }
     return id;
 }
-// What `best_of` needs of an expert with p + bias, or with its score if that decides.
-__device__ __forceinline__ unsigned rank_of(float ranked) { return ~order_of(ranked); }
 
 // p of this lane's id (-1: 0) among up to 32 * EACH scores.
 template <int EACH>
