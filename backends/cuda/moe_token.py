@@ -33,6 +33,7 @@ from pyggml.backends.cuda.moe_routing import (
     shared_bytes,
 )
 from pyggml.backends.cuda.weights.formats import FORMATS
+from pyggml.backends.cuda.weights.grids import LEVELS
 from pyggml.backends.cuda.weights.packing import tiles_of
 from pyggml.dtypes import F32, I32
 from pyggml.node import Node
@@ -390,4 +391,6 @@ def _warps(blocks: int) -> int:
 
 def _places(up: Operand) -> int:
     """Blocks of 256 threads of up and gate that fill a GPU (gate_blocks in the kernel)."""
-    return PROCESSORS * (3 if FORMATS[up.dtype.name].codes >= 16 else 4)
+    form = FORMATS[up.dtype.name]
+    heavy = form.codes >= 16 or (form.high > 0 and up.dtype.name not in LEVELS)
+    return PROCESSORS * (3 if heavy else 4)

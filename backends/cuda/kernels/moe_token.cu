@@ -45,7 +45,7 @@ constexpr int MOST_THREADS = 512, MOST_WARPS = MOST_THREADS / 32, MOST_USED = 32
 // bits) and V4's 448 (of 2) are one wave.
 constexpr int GATE_THREADS = 256;
 template <class F>
-constexpr int gate_blocks = F::code_runs ? 3 : 4;
+constexpr int gate_blocks = F::code_runs || (F::high && !F::grid) ? 3 : 4;
 template <class F, class G>
 constexpr int least_blocks = gate_blocks<F> < gate_blocks<G> ? gate_blocks<F> : gate_blocks<G>;
 // Rounds on their way from memory besides the one that is decoded: two where BLOCKS blocks leave 80
@@ -53,7 +53,6 @@ constexpr int least_blocks = gate_blocks<F> < gate_blocks<G> ? gate_blocks<F> : 
 template <class F, int BLOCKS>
 constexpr int gate_ahead =
     BLOCKS < 4 && F::code_runs < 2 && !(F::code_runs && (F::super_bytes == 4 || F::high)) ? 2 : 1;
-
 // Weights that a later launch reads: bytes of a tile in each plane, and tiles of a matrix; none if
 // they are too many.
 struct Ahead {
@@ -190,10 +189,11 @@ struct Gated {
     float limit;
 };
 
-// The expert of a block, its group of rows, and the expert's place among those of the token. In
-// shared memory they hold no registers.
+// The expert of a block, its group of rows, and where it is in the result: row `place` of `slots` of
+// the token. In shared memory they hold no registers.
 struct Task {
-    int expert, number, place;
+    int expert, number, place, slots;
+    Gated p;
 };
 __device__ __forceinline__ Task& task() {
     __shared__ Task task;
@@ -201,12 +201,13 @@ __device__ __forceinline__ Task& task() {
 }
 
 // 32 rows of up and gate (w[0] and w[1]) of token blockIdx.y as a group of fixed point: that of
-// `task`. A quarter of the block's warps takes each of 4 tiles. slots: the most experts of a token.
+// `task`. A quarter of the block's warps takes each of 4 tiles.
 template <class F, int BLOCKS>
-__device__ __forceinline__ void gated_group(const Weights<F>& weights, const Gated& p, int slots) {
+__device__ __forceinline__ void gated_group(const Weights<F>& weights) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, share = blockDim.x / 128;
     const int matrix = task().expert, tile = task().number * 4 + warp / share;
     const int groups = groups_of(weights.w[0]);
+    const Groups all = task().p.x + blockIdx.y * groups * group_bytes<2>;
     const Table<F> table(0);
     const Row<F> rows[2] = {Row<F>(weights.w[0], matrix, tile, lane % 8),
                             Row<F>(weights.w[1], matrix, tile, lane % 8)};
@@ -215,7 +216,7 @@ __device__ __forceinline__ void gated_group(const Weights<F>& weights, const Gat
     table.ready();
     float sums[2] = {};
     rounds.each(table, load, [&](int i, const unsigned(&words)[2][8], const Scale(&scales)[2]) {
-        const Groups x = p.x + (blockIdx.y * groups + i) * group_bytes<2>;
+        const Groups x = all + i * group_bytes<2>;
         const Fixed<2> column([&](int j) { return load_global(x + 16 * j); });
 #pragma unroll
         for (int r = 0; r < 2; ++r) sums[r] += dot_group<F, 2>(words[r], scales[r], column);
@@ -232,10 +233,11 @@ __device__ __forceinline__ void gated_group(const Weights<F>& weights, const Gat
     float up = 0, gate = 0;
     for (int i = lane / 8 * share; i < (lane / 8 + 1) * share; ++i)
         up += parts[i][0][lane % 8], gate += parts[i][1][lane % 8];
+    const Gated& p = task().p;
     const float value = gated(p.act, gate, up, p.limit);
     float four[4];
     for (int i = 0; i < 4; ++i) four[i] = __shfl_sync(~0u, value, (4 * lane + i) % 32);
-    const long long row = blockIdx.y * slots + task().place, parts_of_row = rows_of(weights.w[0]) / 32;
+    const long long row = blockIdx.y * task().slots + task().place, parts_of_row = rows_of(weights.w[0]) / 32;
     if (lane < 8) put_fixed<2>(four, p.out + (row * parts_of_row + task().number) * group_bytes<2>);
 }
 
@@ -247,13 +249,13 @@ __device__ __forceinline__ void fetch_next(const Ahead& next, const Weights<F>& 
 }
 
 // Makes the expert of slot blockIdx.x the task. number: of the group of rows.
-__device__ __forceinline__ void choose_task(const Candidates& c, int number) {
+__device__ __forceinline__ void choose_task(const Candidates& c, const Gated& p, int number) {
     extern __shared__ Key memory[];
     begin();
     if (threadIdx.x < 32) {
         const Places at(c.route, c.experts, memory);
         const Slot slot = slot_of(c, blockIdx.y, blockIdx.x + 1, at);
-        if (threadIdx.x == blockIdx.x) task() = {slot.number, number, slot.place};
+        if (threadIdx.x == blockIdx.x) task() = {slot.number, number, slot.place, (int)gridDim.x, p};
     }
 }
 
@@ -262,10 +264,10 @@ template <class F>
 __global__ void __launch_bounds__(GATE_THREADS, gate_blocks<F>)
     up_gate(const __grid_constant__ Weights<F> weights, const __grid_constant__ Gated p,
             const __grid_constant__ Candidates c, const __grid_constant__ Ahead next) {
-    choose_task(c, blockIdx.z);
+    choose_task(c, p, blockIdx.z);
     __syncthreads();
     if (task().expert < 0) return;
-    gated_group<F, gate_blocks<F>>(weights, p, gridDim.x);
+    gated_group<F, gate_blocks<F>>(weights);
     fetch_next(next, weights);
 }
 
@@ -285,19 +287,19 @@ __global__ void __launch_bounds__(GATE_THREADS, least_blocks<F, G>)
     constexpr int BLOCKS = least_blocks<F, G>;
     const bool chosen = blockIdx.z >= first;
     if (chosen) {
-        choose_task(c, blockIdx.z - first);
+        choose_task(c, p, blockIdx.z - first);
     } else if (threadIdx.x == 0) {
         const int number = blockIdx.z * gridDim.x + blockIdx.x;
-        task() = {number < rows_of(shared.w[0]) / 32 ? 0 : -1, number, 0};
+        task() = {number < rows_of(shared.w[0]) / 32 ? 0 : -1, number, 0, 1, own};
     }
     __syncthreads();
     if (task().expert >= 0) {
         if constexpr (same<F, G>)
-            gated_group<F, BLOCKS>(chosen ? weights : shared, chosen ? p : own, chosen ? gridDim.x : 1);
+            gated_group<F, BLOCKS>(chosen ? weights : shared);
         else if (chosen)
-            gated_group<F, BLOCKS>(weights, p, gridDim.x);
+            gated_group<F, BLOCKS>(weights);
         else
-            gated_group<G, BLOCKS>(shared, own, 1);
+            gated_group<G, BLOCKS>(shared);
         if (chosen) fetch_next(next, weights);
     }
     if (!chosen) begin();
