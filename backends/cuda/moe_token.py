@@ -298,7 +298,7 @@ def _router(call: Call, route: Route, token: Token, handed: Handed) -> None:
         f"router<{1 if token.tokens == 1 else FEW}>",
         grid=experts,
         block=32 * min(MOST_WARPS, max(4, blocks_for(k, 128))),
-        args=[router, *(_ahead(weight, 1) for weight in shared)],
+        args=[router, *map(_ahead, shared)],
     )
 
 
@@ -308,7 +308,6 @@ def _up_gate(call: Call, token: Token, handed: Handed, candidates: Candidates) -
         weights_of(up, gate),
         _gated(call, token.hidden, handed.groups),
         candidates,
-        _ahead(call["down"], token.pairs),
     ]
     name, places = f"up_gate<{cpp_format(up)}>", _places(up)
     if token.shared is not None:
@@ -367,15 +366,15 @@ def _down(call: Call, token: Token, handed: Handed, candidates: Candidates) -> N
     )
 
 
-def _ahead(weight: Operand | None, matrices: int) -> Ahead:
-    """The argument for a weight of which a launch reads so many matrices next."""
+def _ahead(weight: Operand | None) -> Ahead:
+    """The argument for a weight that a launch reads next."""
     if weight is None or weight.layout != "tiles8":
         return NOTHING_AHEAD
     sizes, form = tiles_of(weight.dtype, weight.ne), FORMATS[weight.dtype.name]
     at = sizes.at(weight.ptr)
     each = tuple(TILE * sizes.groups * n for n in (form.codes, form.high, form.scale))
     each += (TILE * sizes.blocks * form.super_,)
-    if sum(each) * sizes.tiles * matrices > MOST_AHEAD:
+    if sum(each) * sizes.tiles > MOST_AHEAD:
         return NOTHING_AHEAD
     planes = at.codes, at.high, at.scales, at.supers
     return Ahead(planes=planes, tile_bytes=each, tiles=sizes.tiles)

@@ -13,10 +13,12 @@
 //     of up_gate and of down chooses experts by them: about 0.1 us for each slot, and a block only
 //     chooses until it knows its own. The blocks of down do so before they wait.
 //   - the shared experts do not wait for the router. They come first in the grid, and their places
-//     are free again when ids are known. `router` has fetched their weights into L2.
+//     are free again when ids are known. `router` fetches their weights into L2, also those of down.
 //   - all blocks of up and gate are on the GPU at once, 8 warps each.
-//   - who has finished fetches into L2 what comes next: down of the shared experts, then down of
-//     the chosen ones, if it is not too much.
+// Left out: blocks of up_gate that fetch down of their expert into L2 when they end. It changed nothing
+// where a second wave left the memory idle. Without one, the first blocks ended at 6.7 us and the last
+// at 13.1, with the memory busy all the time: what down reads early, up and gate have to wait for, and
+// down cannot compute before.
 // Lost: blocks that chose by scores, 16 warps each, of which 264 fit for 354: 16.2 us for up and
 // gate, of which a block took 9 (8 and more for those that came later), and 7.1 for down, on an H100.
 // Before, the last block of the router chose for all, beside the shared experts: a counter in memory
@@ -62,13 +64,13 @@ struct Ahead {
 
 // Fetches a part of a matrix into L2. By one thread. It asks for too much at both ends, up to 16
 // bytes.
-__device__ __forceinline__ void fetch_part(const Ahead& a, int matrix, int part, int parts) {
+__device__ __forceinline__ void fetch_part(const Ahead& a, int part, int parts) {
 #if __CUDA_ARCH__ >= 900
     const int first = a.tiles * part / parts, end = a.tiles * (part + 1) / parts;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const unsigned bytes = a.tile_bytes[i] * (end - first);
-        const unsigned char* at = a.planes[i] + (matrix * (long long)a.tiles + first) * a.tile_bytes[i];
+        const unsigned char* at = a.planes[i] + (long long)first * a.tile_bytes[i];
         const unsigned before = (size_t)at & 15;
         if (bytes)
             asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at - before),
@@ -103,7 +105,7 @@ __global__ void __launch_bounds__(MOST_THREADS)
     Four w = {};
     if (first < k) w = *(const Four*)(row + first);
     if (threadIdx.x == 0) {
-        fetch_part(up, 0, expert, n), fetch_part(gate, 0, expert, n);
+        fetch_part(up, expert, n), fetch_part(gate, expert, n);
         if (r.bias) fetch_early(r.bias + expert);
         if (r.own) fetch_early(r.own + expert);
     }
@@ -133,7 +135,7 @@ __global__ void __launch_bounds__(MOST_THREADS)
         r.scores[at] = sum;
         if (r.ranks) r.ranks[at] = rank_of(gate_of(r.gate, sum * r.scale) + bias);
     }
-    if (threadIdx.x == 32) fetch_part(next, 0, expert, n);
+    if (threadIdx.x == 32) fetch_part(next, expert, n);
 }
 
 // What experts are chosen by: scores [experts, tokens], and ranks if the router has written them, of
@@ -241,13 +243,6 @@ __device__ __forceinline__ void gated_group(const Weights<F>& weights) {
     if (lane < 8) put_fixed<2>(four, p.out + (row * parts_of_row + task().number) * group_bytes<2>);
 }
 
-// Fetches what the next launch reads of this block's expert.
-template <class F>
-__device__ __forceinline__ void fetch_next(const Ahead& next, const Weights<F>& weights) {
-    if (threadIdx.x == 32)
-        fetch_part(next, task().expert, task().number, rows_of(weights.w[0]) / 32);
-}
-
 // Makes the expert of slot blockIdx.x the task. number: of the group of rows.
 __device__ __forceinline__ void choose_task(const Candidates& c, const Gated& p, int number) {
     extern __shared__ Key memory[];
@@ -259,16 +254,14 @@ __device__ __forceinline__ void choose_task(const Candidates& c, const Gated& p,
     }
 }
 
-// grid: slots, tokens, groups of rows. next: down of all experts.
+// grid: slots, tokens, groups of rows.
 template <class F>
 __global__ void __launch_bounds__(GATE_THREADS, gate_blocks<F>)
     up_gate(const __grid_constant__ Weights<F> weights, const __grid_constant__ Gated p,
-            const __grid_constant__ Candidates c, const __grid_constant__ Ahead next) {
+            const __grid_constant__ Candidates c) {
     choose_task(c, p, blockIdx.z);
     __syncthreads();
-    if (task().expert < 0) return;
-    gated_group<F, gate_blocks<F>>(weights);
-    fetch_next(next, weights);
+    if (task().expert >= 0) gated_group<F, gate_blocks<F>>(weights);
 }
 
 template <class A, class B>
@@ -282,8 +275,7 @@ constexpr bool same<A, A> = true;
 template <class F, class G>
 __global__ void __launch_bounds__(GATE_THREADS, least_blocks<F, G>)
     up_gate_shared(const __grid_constant__ Weights<F> weights, const __grid_constant__ Gated p,
-                   const __grid_constant__ Candidates c, const __grid_constant__ Ahead next,
-                   const __grid_constant__ Weights<G> shared, const __grid_constant__ Gated own, int first) {
+                   const __grid_constant__ Candidates c, const __grid_constant__ Weights<G> shared, const __grid_constant__ Gated own, int first) {
     constexpr int BLOCKS = least_blocks<F, G>;
     const bool chosen = blockIdx.z >= first;
     if (chosen) {
@@ -300,7 +292,6 @@ __global__ void __launch_bounds__(GATE_THREADS, least_blocks<F, G>)
             gated_group<F, BLOCKS>(weights);
         else
             gated_group<G, BLOCKS>(shared);
-        if (chosen) fetch_next(next, weights);
     }
     if (!chosen) begin();
 }
