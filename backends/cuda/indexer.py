@@ -67,7 +67,7 @@ def why_plain(node: Node) -> str:
     return ""
 
 
-def heads_of(n_head: int) -> int:
+def _heads(n_head: int) -> int:
     """Heads of a product."""
     return 64 if n_head % 64 == 0 else 32
 
@@ -86,7 +86,7 @@ def _scratch(node: Node) -> int:
     _, n_head, n_tokens, n3 = node["q"].ne
     if n_tokens == 1 or why_plain(node):
         return 0
-    heads = heads_of(n_head)
+    heads = _heads(n_head)
     return n3 * n_tokens * (n_head // heads) * _image(heads)
 
 
@@ -99,13 +99,6 @@ def _numeric(node: Node) -> str:
 def _refuses(node: Node) -> str | None:
     d = node["q"].ne[0]
     return None if d <= MOST else f"an indexer's rows of {d} elements are longer than {MOST}"
-
-
-def shared_of(q: Operand, k: Operand) -> int:
-    """Bytes of shared memory of a block that scores rows for one token."""
-    heads = heads_of(q.ne[1])
-    raw = ONE * 2 * TILE * RAW if k.dtype.block > 1 else 0
-    return q.ne[1] // heads * _stage(heads) + raw
 
 
 @kernel(ops.lightning_indexer, types=None, scratch=_scratch, refuses=_refuses, numeric=_numeric)
@@ -121,14 +114,16 @@ def lightning_indexer(call: Call) -> None:
 def one_token(call: Call) -> None:
     """One launch, in which every block packs the queries itself."""
     q, k = call["q"], call["k"]
-    heads, tiles = heads_of(q.ne[1]), blocks_for(k.ne[1], TILE)
-    shared = shared_of(q, k)
+    heads, tiles = _heads(q.ne[1]), blocks_for(k.ne[1], TILE)
+    shared = q.ne[1] // heads * _stage(heads)
+    if k.dtype.block > 1:
+        shared += ONE * 2 * TILE * RAW
     if shared > call.device.shared:
         return plain(call)
-    argument = argument_of(call)
+    argument = _argument(call)
     call.launch(
         "indexer.cu",
-        f"scores<{type_of(k)}, {heads}, false>",
+        f"scores<{_type(k)}, {heads}, false>",
         grid=(min(tiles, call.device.sms), 1, q.ne[3]),
         block=128 * ONE,
         args=[argument],
@@ -141,7 +136,7 @@ def many_tokens(call: Call) -> None:
     """Queries are packed first; then each block scores its rows for a chunk of tokens."""
     q, k = call["q"], call["k"]
     _, n_head, n_tokens, n3 = q.ne
-    heads = heads_of(n_head)
+    heads = _heads(n_head)
     groups, blocks = n_head // heads, blocks_for(k.ne[1], 2 * TILE * MORE)
     shared = STAGES * _stage(heads)
     if k.dtype.block > 1:
@@ -150,7 +145,7 @@ def many_tokens(call: Call) -> None:
         return plain(call)
     chunk = max(1, min(CHUNK, n_tokens, n_tokens * blocks * n3 // (6 * FULL)))
     images = call.scratch(n3 * n_tokens * groups * _image(heads), ALIGNMENT)
-    argument = argument_of(call, images, chunk)
+    argument = _argument(call, images, chunk)
     half = "__nv_bfloat16" if k.dtype.name == "bf16" else "__half"
     call.launch(
         "indexer.cu",
@@ -161,7 +156,7 @@ def many_tokens(call: Call) -> None:
     )
     call.launch(
         "indexer.cu",
-        f"scores<{type_of(k)}, {heads}, true>",
+        f"scores<{_type(k)}, {heads}, true>",
         grid=(blocks, blocks_for(n_tokens, chunk), n3),
         block=128 * MORE,
         args=[argument],
@@ -180,16 +175,16 @@ def plain(call: Call) -> None:
         f"scores_any<{reader(k.dtype)}, {width}>",
         grid=(blocks_for(k.ne[1], 32), blocks_for(n_tokens, chunk), n3),
         block=256,
-        args=[argument_of(call, 0, chunk)],
+        args=[_argument(call, 0, chunk)],
         shared=32 * (d | 1) * 4,
     )
 
 
-def type_of(k: Operand) -> str:
+def _type(k: Operand) -> str:
     return C_TYPES.get(k.dtype.name, k.dtype.name)
 
 
-def argument_of(call: Call, images: int = 0, chunk: int = 1) -> Indexer:
+def _argument(call: Call, images: int = 0, chunk: int = 1) -> Indexer:
     q, k, w, out = call["q"], call["k"], call["weights"], call.out
     mask, kv_len = call.get("mask") or ABSENT, call.get("kv_len") or ABSENT
     return Indexer(

@@ -13,7 +13,6 @@ from pyggml.backends.cuda.compressor import compressed_row
 from pyggml.backends.cuda.elementwise import activated_times
 from pyggml.backends.cuda.fusion import Pattern
 from pyggml.backends.cuda.hyper_norm import norm_after_post, norm_of_streams
-from pyggml.backends.cuda.indexer_choice import chosen_rows
 from pyggml.backends.cuda.moe import sum_and_more
 from pyggml.backends.cuda.moe_prompt import sum_of_experts
 from pyggml.backends.cuda.moe_routing import route
@@ -51,5 +50,4 @@ PATTERNS: tuple[Pattern, ...] = (
     (route, (ops.scale, ops.div, ops.get_rows)),
     (causal_attention, (ops.flash_attn_ext,)),
     (softmax_attention, (ops.mul_mat,)),
-    (chosen_rows, (ops.top_k,)),
 )

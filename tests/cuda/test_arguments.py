@@ -17,7 +17,6 @@ from pyggml.backends.cuda import (
     compressor,
     hyper_norm,
     indexer,
-    indexer_choice,
     moe_routing,
     moe_token,
     peers,
@@ -50,7 +49,6 @@ STRUCTS: tuple[tuple[type[Struct], str, str], ...] = (
     (tensormap.TensorMap, "include/mma.cuh", "TensorMap"),
     (arguments.Attention, "include/attention.cuh", "Attention"),
     (indexer.Indexer, "include/indexer.cuh", "Indexer"),
-    (indexer_choice.ScoreChoice, "indexer_choice.cu", "ScoreChoice"),
     (arguments.HopperArgument, "attention_hopper.cu", "HopperArgument"),
     (arguments.LatentArgument, "attention_latent_hopper.cu", "LatentArgument"),
     (joint.Joint, "attention_joint.cu", "Joint"),
@@ -77,9 +75,7 @@ STRUCTS: tuple[tuple[type[Struct], str, str], ...] = (
 PRELUDE = """
 #include <cstddef>
 using u8 = unsigned char;
-using u32 = unsigned;
 using u64 = unsigned long long;
-using Key = u64;
 struct float2 {
     float x, y;
 };

@@ -28,7 +28,7 @@ from tests.cuda.host import libraries
 
 HERE = Path(__file__).parent
 HEADERS = ("common.cuh", "fields.cuh", "iq.cuh", "blocks.cuh", "indexer.cuh")
-PRODUCTS = ("attention_q8_0.cuh", "linear_mma.cuh", "indexer_tiles.cuh")
+PRODUCTS = ("attention_q8_0.cuh", "linear_mma.cuh")
 
 
 def kernel(name: str) -> str:
