@@ -87,7 +87,7 @@ class Session:
         return logits
 
     def _checked(self, tokens: Iterable[int]) -> list[int]:
-        checked = [int(token) for token in tokens]
+        checked = [*map(int, tokens)]
         if not checked:
             raise ShapeError("forward() needs at least one token")
         n_vocab = self.model.arch.n_vocab
@@ -114,8 +114,8 @@ class Session:
         self.tokens[past:] = part
         if logits is None:
             return np.empty((0, self.model.arch.n_vocab), np.float32)
-        rows = np.asarray(logits, np.float32).reshape(-1, self.model.arch.n_vocab)
-        return rows[:n_outputs]
+        rows: Logits = logits
+        return rows if len(rows) == n_outputs else rows[:n_outputs]
 
     def prepared(
         self, past: int, part: Sequence[int], n_outputs: int
