@@ -52,7 +52,7 @@ def test_fragments_are_written_in_one_place(
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("dtype", ("iq4_nl", "q8_0", "q6_K", "mxfp4"))
-@pytest.mark.parametrize("columns", ("false", "true", "true, 64"))
+@pytest.mark.parametrize("columns", ("false", "true", "true, 32", "true, 64"))
 @pytest.mark.parametrize("matrices", (1, 2))
 def test_products_of_a_ring_do_not_wait_for_each_other(
     dtype: str, matrices: int, columns: str, monkeypatch: pytest.MonkeyPatch
@@ -72,8 +72,9 @@ def test_products_of_a_ring_do_not_wait_for_each_other(
     name = f"ring<{dtype}, {matrices}, {columns}>"
     cubin = compiler.compile_instance("linear_ring.cu", name, "90a")
     assert "Compiling" in logs[0] and "serialized" not in logs[0]
-    few = columns.endswith("64")
-    sizes = ring.Sizes.of(columns != "false", ring.FEW if few else ring.COLUMNS)
+    few = columns[-2:].isdigit()
+    sizes = ring.Sizes.of(columns != "false", int(columns[-2:]) if few else ring.COLUMNS)
+    assert sizes.most == (int(columns[-2:]) if few else ring.COLUMNS)
     consumers = sizes.threads - 128
     assert cubin.registers * sizes.threads >= 24 * 128 + (112 if few else 240) * consumers
     stages = sizes.stages(FORMATS[dtype], H200)

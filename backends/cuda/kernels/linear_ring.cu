@@ -15,7 +15,7 @@
 // weights come straight to registers: few loads are then under way, as a warp has six barriers for
 // them.
 //
-// Experts of few columns (up to 64 a tile) have four warpgroups that multiply, each 64 of 256 rows,
+// Experts of few columns (up to 32 or 64 a tile) have four warpgroups that multiply, each 64 of 256 rows,
 // and stages of 128 values of k. So they read columns half as often as with 128 rows, and weights as
 // pieces of 512 bytes. A stage is 284 instructions of 16 warps, 1136 clocks, of which the unit for
 // shifts and logic is busy 1060, and 1024 clocks of the tensor cores. In linear_tile.cu, each step
@@ -26,7 +26,7 @@
 // the rate), 64 columns in two blocks an SM (no faster than linear_tile.cu), a choice of more than
 // four widths (too few registers: the assembler then makes every wgmma wait for the one before).
 // @kernel 90a hot ring<{q8_0|iq4_nl}, {1|2}, {true|false}>
-// @kernel 90a hot ring<{q8_0|iq4_nl}, {1|2}, true, 64>
+// @kernel 90a hot ring<{q8_0|iq4_nl}, {1|2}, true, {32|64}>
 #include "linear_fragments.cuh"
 #include "linear_mma.cuh"
 #include "short_rows.cuh"

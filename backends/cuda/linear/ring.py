@@ -169,7 +169,9 @@ class Sizes:
 
     @staticmethod
     def of(routed: bool, width: int) -> Sizes:
-        return Sizes(FEW, 2 * ROWS, 2) if routed and width <= FEW else Sizes(COLUMNS, ROWS, 1)
+        if routed and width <= FEW:
+            return Sizes(32 if width <= 32 else FEW, 2 * ROWS, 2)
+        return Sizes(COLUMNS, ROWS, 1)
 
     @property
     def name(self) -> str:
