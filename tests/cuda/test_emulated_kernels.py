@@ -14,7 +14,7 @@ import pyggml as gg
 from benchmarks.gpu_bench import random_blocks
 from pyggml import quants
 from pyggml.backends.cuda import norm
-from pyggml.backends.cuda.attention import scores
+from pyggml.backends.cuda.attention import joint, scores
 from pyggml.backends.cuda.gpu import H200, Device
 from pyggml.backends.cuda.launch import Call, Launch, Operand
 from pyggml.backends.cuda.linear import experts, halves, plain, ring
@@ -126,6 +126,36 @@ def test_streams_of_many_experts_and_weights_that_begin_anywhere(tmp_path: Path)
     outputs = {"x": connected(streams, gg.view(fn, ne=(mixes,), start=(1,)))[0], "next": streams}
     inputs = {"streams": random(1, hc, n), "experts": random(1, used, n)}
     inputs["shares"] = random(1, used, 1)
+    compare(outputs, inputs, tmp_path, 1e-6)
+
+
+def test_a_block_walks_several_tiles_of_a_window_and_of_compressed_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One block for each set of keys and 16 heads; the sets have scales and masks of their own, the
+    first tile of compressed rows is whole, and rows that are not seen are NaN."""
+    monkeypatch.setattr(joint, "FULL", 1)
+    heads, rows, old = 16, 150, 200
+    q, pos = gg.input("q", ne=(512, 1, heads)), gg.input("pos", "i32", ne=(1,))
+    every = {n: gg.input(f"every{n}", "i32", ne=(n,)) for n in (rows, old)}
+
+    def attention(n: int, mask: gg.Node, scale: float) -> gg.Node:
+        new = gg.input(f"rows{n}", ne=(512, n))
+        k = gg.set_rows(gg.state(f"cache{n}", "f16", ne=(512, n)), new, every[n])
+        return gg.flash_attn_ext(q, k, k, mask, scale=scale, lse=True)
+
+    window = gg.input("mask", "f16", ne=(rows, 1))
+    first = attention(rows, window, 0.05)
+    y = gg.merge_lse(first, attention(old, gg.causal_mask(pos, n_kv=old, stride=4), 0.02))
+    y = gg.view(y, ne=(512, heads, 1))
+    outputs = {"y": gg.scale(gg.rope_ext(y, pos, n_dims=64, offset=448, back=True), s=1.0)}
+    seen = rng.random(rows) < 0.7
+    inputs = {"q": random(heads, 1, 512), "pos": np.array([420], np.int32)}
+    inputs["mask"] = np.where(seen, random(rows), -np.inf).astype(np.float16)[None]
+    inputs |= {f"every{n}": np.arange(n, dtype=np.int32) for n in every}
+    inputs |= {f"rows{n}": random(n, 512) for n in every}
+    inputs[f"rows{rows}"][~seen] = np.nan
+    inputs[f"rows{old}"][(420 + 1) // 4 :] = np.nan
     compare(outputs, inputs, tmp_path, 1e-6)
 
 

@@ -171,12 +171,13 @@ def _record(call: Call, sets: tuple[Keys, ...], rope: Attrs) -> None:
     splits = [x.splits for x in sets]
     shape = Shape.of(sets[-1].node)
     instance = shape.latent(ROWS, room_of("latent", call.device))
+    words = instance.name.removeprefix("latent<")
     if len(sets) == 1:
         parts, splits = [*parts, (0, 0)], [*splits, 0]
         arguments *= 2
     call.launch(
         FILE,
-        instance.name.replace("latent", "joint"),
+        f"joint<{words.rpartition(', ')[0]}>",  # without whether there is a list
         grid=(sum(splits), n_tokens * blocks_for(heads, ROWS)),
         block=instance.threads,
         args=[Joint(sets=tuple(arguments))],
@@ -211,5 +212,6 @@ def _argument(call: Call, keys: Keys, number: int, sums: int, stats: int) -> Att
     argument = Recording(part, window, stride).argument()
     argument.out, argument.parts, argument.stats, argument.map = 0, sums, stats, 0
     argument.splits = keys.splits
-    argument.pitch = Shape.of(keys.node).pitch(ROWS)
+    argument.n_ids = Shape.of(keys.node).keys  # without a list, all of them
+    argument.pitch = blocks_for(argument.heads, ROWS) * ROWS
     return argument

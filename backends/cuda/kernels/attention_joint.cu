@@ -5,10 +5,15 @@
 // `joint` computes parts as `latent` does: the first blocks walk the first set of keys, the others the
 // second. `joint_end` adds up the parts of both, so the sets need no log-sum-exp. As ops of their own
 // these take four to seven launches; 128 rows of a window are less work than any of them.
-// @kernel hot joint<{__half|__nv_bfloat16}, 512, 1, 1, 8, 64, false, {false|true}>
-// @kernel hot joint<__half, 512, 1, 1, 8, 64, true, {false|true}>
-// @kernel hot 80 86 89 120a joint<{__half|__nv_bfloat16}, 512, 1, 1, 4, 32, false, {false|true}>
-// @kernel hot 80 86 89 120a joint<__half, 512, 1, 1, 4, 32, true, {false|true}>
+//
+// A block has one token, so all sets are lists to it, a window one of all keys: what the token does not
+// see is not read, and nothing needs `repair`. With keys in order for sets without a list, the kernel
+// had two forms of a block in 8,700 instructions, for a tile or two that run once; and masks of a
+// window were four loads that waited for each other.
+// @kernel hot joint<{__half|__nv_bfloat16}, 512, 1, 1, 8, 64, false>
+// @kernel hot joint<__half, 512, 1, 1, 8, 64, true>
+// @kernel hot 80 86 89 120a joint<{__half|__nv_bfloat16}, 512, 1, 1, 4, 32, false>
+// @kernel hot 80 86 89 120a joint<__half, 512, 1, 1, 4, 32, true>
 // @kernel hot joint_end<{true|false}>
 #include "attention_latent.cuh"
 #include "fixed_point.cuh"
@@ -19,14 +24,23 @@ struct Joint {
     Attention sets[2];
 };
 
-// grid: the splits of both sets, blocks of rows. LIST: the second set is of lists.
-template <class T, int DK, int MI, int WM, int WN, int BN, bool Q8, bool LIST>
+// grid: the splits of both sets, blocks of rows.
+template <class T, int DK, int MI, int WM, int WN, int BN, bool Q8>
 __global__ void __launch_bounds__(BOUND<MI, WM, WN>, 1) joint(const __grid_constant__ Joint p) {
-    const int splits = p.sets[0].splits;
-    if (blockIdx.x < splits)
-        latent_block<T, DK, MI, WM, WN, BN, Q8, false>(p.sets[0], blockIdx.x);
-    else
-        latent_block<T, DK, MI, WM, WN, BN, Q8, LIST>(p.sets[1], blockIdx.x - splits);
+    const int splits = p.sets[0].splits, set = blockIdx.x >= splits;
+    const Attention &own = p.sets[set];
+    Attention a = p.sets[0];  // the queries and all that belongs to them are of both
+    a.k = own.k, a.mask = own.mask, a.pos = own.pos, a.ids = own.ids;
+    a.parts = own.parts, a.stats = own.stats, a.splits = own.splits, a.early = own.early;
+    a.n_kv = own.n_kv, a.n_ids = own.n_ids, a.window = own.window, a.stride = own.stride;
+    a.nb_pos = own.nb_pos, a.nb_k[0] = own.nb_k[0], a.scale = own.scale;
+    a.nb_mask[0] = own.nb_mask[0], a.nb_mask[1] = own.nb_mask[1];
+    a.nb_ids[0] = own.nb_ids[0], a.nb_ids[1] = own.nb_ids[1];
+    // joint.py leaves the rest to other kernels. Constants, so that its instructions go.
+    a.softcap = a.max_bias = a.v_start = 0;
+    a.kv_len = nullptr, a.sinks = nullptr, a.out = nullptr;
+    a.heads_kv = a.n3 = a.mask_heads = a.mask_batch = 1;
+    latent_block<T, DK, MI, WM, WN, BN, Q8, true>(a, blockIdx.x - set * splits);
 }
 
 // The parts of both sets, for `joint_end`.

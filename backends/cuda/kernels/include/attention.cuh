@@ -245,6 +245,7 @@ __device__ __forceinline__ float masked(const Attention &a, const Row &row, floa
 // share a place and copy its row together; a thread has the same PLACES of every tile. It reads ids
 // two tiles ahead and the mask one tile ahead, so that copies wait for neither.
 // A hidden key is not read: its place becomes zeros and its bias -inf. So nothing needs `repair`.
+// Without ids, the list is all keys, n_ids of them.
 template <int BN, int THREADS>
 struct Listed {
     static constexpr int PLACES = BN * 8 / THREADS;
@@ -274,7 +275,7 @@ struct Listed {
 #pragma unroll
         for (int i = 0; i < PLACES; ++i) {
             const int j = tile * BN + place(i);
-            later[i] = j < end ? *(const int *)(ids + j * step) : -1;
+            later[i] = j >= end ? -1 : ids ? *(const int *)(ids + j * step) : j;
         }
     }
     // Makes `tile` the next one.
@@ -283,10 +284,15 @@ struct Listed {
         for (int i = 0; i < PLACES; ++i) {
             const bool seen = later[i] >= low && later[i] < high;
             id[i] = seen ? later[i] : -1;
-            bias[i] = !seen ? -INF
-                      : mask ? __half2float(*(const __half *)(mask + id[i] * step_mask))
-                             : 0;
+            bias[i] = 0;
         }
+        if (mask)  // loads under conditions of their own would wait for each other
+#pragma unroll
+            for (int i = 0; i < PLACES; ++i)
+                bias[i] = __half2float(*(const __half *)(mask + max(id[i], 0) * step_mask));
+#pragma unroll
+        for (int i = 0; i < PLACES; ++i)
+            if (id[i] < 0) bias[i] = -INF;
         look(tile + 1);
     }
     // Calls `copy(i, id)` for the thread's places of `tile`, the next one, and stores their biases.
