@@ -1,21 +1,31 @@
-"""The last product of a prompt's experts with their weighted sum, as one step.
+"""The experts of a prompt and their weighted sum, as one step.
 
-The product leaves its results in half the bytes (kernels/include/short_rows.cuh), where the kernel
-for Hopper can compute it. They are in scratch.
+Where the kernel for Hopper can compute the products, what one hands to the next is f16, in scratch:
+
+    up, gate   rows that `down` reads, in the order of experts
+    down       short rows that the sum reads (kernels/include/short_rows.cuh)
+
+Numbers that f16 cannot hold are kept beside it; `rescale_rows` and the sum look for them.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
+import numpy as np
+
 from pyggml import ops
 from pyggml.backends.cuda.fusion import Fused, Run
 from pyggml.backends.cuda.geometry import blocks_for
-from pyggml.backends.cuda.launch import ABSENT, Call
-from pyggml.backends.cuda.linear import experts
-from pyggml.backends.cuda.linear.common import aligned, dense
+from pyggml.backends.cuda.launch import ABSENT, Call, Operand
+from pyggml.backends.cuda.linear import experts, ring
+from pyggml.backends.cuda.linear.common import PREPARE, aligned, dense
+from pyggml.backends.cuda.linear.halves import DEPTH, half_of, rows_and_scales, tile_scratch
 from pyggml.backends.cuda.linear.routes import Product
 from pyggml.backends.cuda.moe import FILE, launch_sum, sums
-from pyggml.dtypes import F32
+from pyggml.dtypes import F16, F32
 from pyggml.node import Node
+from pyggml.ops.leaf import constant_op
 from pyggml.spec import Ne
 
 #: Elements that a thread adds up at once.
@@ -23,7 +33,7 @@ EACH = 8
 
 
 def sum_of_experts(node: Node, run: Run) -> Fused | None:
-    """mul_multi_add(down x, w) + c + d, of a prompt's tokens."""
+    """mul_multi_add(down x, w) + c + d, of a prompt's tokens, also with x = moe_up_gate(b)."""
     match = sums(node, run, 2)
     if match is None:
         return None
@@ -34,35 +44,82 @@ def sum_of_experts(node: Node, run: Run) -> Fused | None:
     product = Product.of(down)
     if product.route != "tile" or not product.in_order:
         return None
-    weights = down.op.weights[0]
-    reads = {weights: down[weights], "b": down["b"], "ids": down["ids"], "shares": total["b"]}
+    hidden = down["b"] if _can_hand_on(down["b"], down, run) else None
+    reads = {"down": down[down.op.weights[0]], "ids": down["ids"], "shares": total["b"]}
+    scratch = product.scratch + _bytes(down.ne)
+    if hidden is None:
+        reads["b"] = down["b"]
+    else:
+        reads |= {"b": hidden["b"], "up": hidden["up"], "gate": hidden["gate"]}
+        inner = max(each.scratch for each in Product.all_of(hidden))
+        scratch = max(inner, scratch) + _handed(hidden.ne)
+    nodes = (hidden, down, total, *additions) if hidden else (down, total, *additions)
     return Fused(
-        (down, total, *additions),
-        {**reads, **dict(zip(("plus", "plus2"), more))},
-        _record,
+        nodes,
+        reads | dict(zip(("plus", "plus2"), more)),
+        partial(_record, hidden=None if hidden is None else hidden.ne),
         inplace=more,
-        scratch=product.scratch + _bytes(down.ne),
+        scratch=scratch,
         product=down,
     )
 
 
+def _can_hand_on(hidden: Node, down: Node, run: Run) -> bool:
+    """Whether up and gate can write what down reads: whole steps of f16, after silu. Weights that a
+    run loads stay apart, for each load goes on beside the product before."""
+    if hidden.op is not ops.moe_up_gate or not run.only(hidden, down):
+        return False
+    up, gate, last = hidden["up"], hidden["gate"], down[down.op.weights[0]]
+    product, layouts = Product.of(hidden), {run.layout(up), run.layout(gate)}
+    return (
+        (product.route, product.in_order) == ("tile", True)
+        and (up.dtype, layouts) == (gate.dtype, {"tiles8"})
+        and hidden["ids"] is down["ids"]
+        and up.ne[2] == last.ne[2]
+        and half_of(up.dtype) == half_of(last.dtype) == "__half"
+        and all(w.root.op is constant_op for w in (up, gate, last))
+        and (hidden.attrs["act"], hidden.attrs["limit"]) == ("silu", None)
+        and up.ne[1] % DEPTH == 0
+    )
+
+
 def _bytes(ne: Ne) -> int:
-    """Of the results, which are f32 on other GPUs."""
+    """Of results, which are f32 on other GPUs."""
     return aligned(4 * ne[0] * ne[1] * ne[2])
 
 
-def _record(call: Call) -> None:
-    weights, ids, shares, out = (
-        call[ops.mul_mat_id.weights[0]],
-        call["ids"],
-        call["shares"],
-        call.out,
-    )
-    ne = (out.ne[0], *ids.ne[:2], 1)
+def _rows(ne: Ne) -> Ne:
+    return ne[0], ne[1] * ne[2], 1, 1
+
+
+def _handed(ne: Ne) -> int:
+    """Of what up and gate leave: rows and their scales, further words, and which rows have some. Or
+    f32."""
+    pairs = ne[1] * ne[2]
+    return max(tile_scratch(_rows(ne)) + aligned(2 * ne[0] * pairs, 4 * pairs), _bytes(ne))
+
+
+def _record(call: Call, hidden: Ne | None) -> None:
+    """hidden: the sizes of what up and gate compute, if they are part of the step."""
+    down, ids, shares, out = call["down"], call["ids"], call["shares"], call.out
     plus = [call.get(name) or ABSENT for name in ("plus", "plus2")]
-    rows = dense(call.scratch(_bytes(ne)), ne, F32)
     adjacent = all(x.nb[0] in (0, 4) and x.aligned(16) for x in (out, *plus))
-    short = experts.tile(call, (weights,), call["b"], ids, rows, short=adjacent)
+    ne = (out.ne[0], *ids.ne[:2], 1)
+    b, handed, short = call["b"], None, None
+    if hidden is not None:
+        b = dense(call.scratch(_handed(hidden)), hidden, F32)
+        with call.briefly():
+            if adjacent and ring.can_ring(call, (down,), dense(0, ne, F32)):
+                handed = _hand_on(call, hidden, b.ptr)
+            if handed is None:
+                experts.tile(call, (call["up"], call["gate"]), call["b"], ids, b)
+    rows = dense(call.scratch(_bytes(ne)), ne, F32)
+    if handed is None:
+        short = experts.tile(call, (down,), b, ids, rows, short=adjacent)
+    else:
+        lists = experts.lists_of(call, ids, down.ne[2], b)
+        ring.launch(call, (down,), rows, handed, lists.columns, lists.width, short=True)
+        short = experts.ShortRows(np.uint64(lists.places), handed[1])
     if short is None:
         launch_sum(call, rows, shares)
         return
@@ -73,3 +130,32 @@ def _record(call: Call) -> None:
         block=256,
         args=[out.tensor, rows.pointer, *short, shares.tensor, *(x.tensor for x in plus)],
     )
+
+
+def _hand_on(call: Call, ne: Ne, at: int) -> tuple[np.uint64, np.uint64] | None:
+    """Record up and gate, whose results are written as what down reads; where the rows and their
+    scales are. None if the kernel for Hopper cannot."""
+    up, gate, ids, b = call["up"], call["gate"], call["ids"], call["b"]
+    k, pairs, further = ne[0], experts.pairs_of(ids.ne), tile_scratch(_rows(ne))
+    y = Operand(at, _rows(ne), (2, 2 * k, further, further), F16)
+    if not ring.can_ring(call, (up, gate), y):
+        return None
+    are_long = at + further + aligned(2 * k * pairs)
+    rows, scales = rows_and_scales(_rows(ne), at)
+    lists = experts.lists_of(call, ids, up.ne[2], b)
+    halves = experts.ordered(call, up, b, ids, lists.places, are_long)
+    ring.launch(
+        call, (up, gate), y, halves, lists.columns, lists.width,
+        short=True, handed=(int(scales), are_long),
+    )  # fmt: skip
+    call.launch(
+        PREPARE,
+        "rescale_rows",
+        grid=blocks_for(pairs, 8),
+        block=256,
+        args=[
+            rows, scales, np.uint64(are_long), np.uint64(lists.places),
+            np.int32(pairs), np.int32(k), np.int64(further),
+        ],
+    )  # fmt: skip
+    return rows, scales

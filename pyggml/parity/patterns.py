@@ -25,6 +25,7 @@ from pyggml.ops import (
     gelu,
     get_rows,
     grouped_topk,
+    moe_up_gate,
     mul,
     mul_mat,
     mul_mat_id,
@@ -121,14 +122,21 @@ def experts(m: Maker) -> Pattern:
 
 def experts_of_a_prompt(m: Maker) -> Pattern:
     """Last products of many tokens' experts and their weighted sums, of tokens with two, one or no
-    experts: with a residual, alone, and of a product that is an output, too."""
+    experts: with a residual, behind up and gate, and of a product that is an output, too."""
     tokens = 150
     m.inputs["ids"] = m.rng.integers(-1, 2, (tokens, 2)).astype(np.int32)
     chosen, x = input_("ids", "i32", ne=(2, tokens)), silu(m.floats("x", 64, 2, tokens))
     shares = m.floats("shares", 1, 2, tokens)
+    up, gate = (m.weight(name, 64, 64, 2, type="iq4_nl") for name in ("up", "gate"))
+    one = view(x, ne=(64, 1, tokens))
+    hidden = moe_up_gate(up, gate, one, chosen)
     products = {
-        name: mul_mat_id(m.weight(name, 64, 40, 2, type=type), x, chosen)
-        for name, type in (("more", "iq4_nl"), ("alone", "q8_0"), ("kept", "iq4_nl"))
+        name: mul_mat_id(m.weight(name, 64, 40, 2, type=type), b, chosen)
+        for name, type, b in (
+            ("more", "iq4_nl", x),
+            ("gated", "q8_0", hidden),
+            ("kept", "iq4_nl", x),
+        )
     }
     sums = {name: mul_multi_add(product, shares) for name, product in products.items()}
     sums["more"] = add(m.floats("h", 40, tokens), sums["more"])

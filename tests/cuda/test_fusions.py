@@ -41,7 +41,7 @@ FUSED = {
     "layer_norms": ["norm mul add", "norm mul", "norm mul", "norm mul"],
     "shared_activations": [],
     "experts": ["soft_max_ext top_k get_rows", "mul_multi_add add add"],
-    "experts_of_a_prompt": ["mul_mat_id mul_multi_add add", "mul_mat_id mul_multi_add"],
+    "experts_of_a_prompt": ["mul_mat_id mul_multi_add add", f"{EXPERTS} mul_multi_add"],
     "grouped_experts": ["sigmoid add grouped_topk get_rows sum_rows clamp div scale"],
     "root_routing": ["softplus sqrt add top_k get_rows sum_rows clamp div scale"],
     "given_routing": ["softplus sqrt get_rows sum_rows clamp div scale"],

@@ -4,11 +4,13 @@
 // @kernel copy_rows<float, {__half|__nv_bfloat16}, {4|1}>
 // @kernel copy_rows<{__half|__nv_bfloat16}, {$1|float}, {8|1}>
 // @kernel put_rows<{float|__half}, {4|1}>
+// @kernel rescale_rows
 // @kernel gate_rows
 // @kernel gate_rows_limited
 // @kernel add_splits
 #include "halves.cuh"
 #include "linear_common.cuh"
+#include "short_rows.cuh"
 
 __device__ __forceinline__ int item() { return blockIdx.y * blockDim.x + threadIdx.x; }
 
@@ -17,6 +19,7 @@ __device__ __forceinline__ int item() { return blockIdx.y * blockDim.x + threadI
 // is.
 struct Places {
     const int* places;
+    int* are_long;  // cleared at these places, if present (see rescale_rows)
     int n_used, n_b;
 };
 
@@ -56,7 +59,10 @@ __global__ void __launch_bounds__(1024)
         }
     };
     if (threadIdx.x == 0)
-        each_place([&](int place) { scales[place] = scale.back; });
+        each_place([&](int place) {
+            scales[place] = scale.back;
+            if (at.are_long) at.are_long[place] = 0;
+        });
     for (int base = threadIdx.x * 16; base < k_padded; base += step) {
         if (k_padded > step) load(base);
         unsigned words[8];  // of two runs of 8
@@ -69,6 +75,29 @@ __global__ void __launch_bounds__(1024)
             to[1] = make_uint4(words[4], words[5], words[6], words[7]);
         });
     }
+}
+
+// Brings the rows that have numbers which f16 cannot hold to the scale that `to_halves` gives them.
+// A warp has a row of k elements, `further` bytes before their further words (short_rows.cuh).
+__global__ void __launch_bounds__(256)
+    rescale_rows(char* rows, float* scales, const int* are_long, const int* places, int pairs,
+                 int k, long long further) {
+    begin();
+    const int pair = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int place = pair < pairs ? places[pair] : -1;
+    if (place < 0 || !are_long[place]) return;
+    char* const row = rows + place * (2ll * k);
+    const auto value = [&](int i) {
+        const char* const at = row + 2 * i;
+        const unsigned half = *(const unsigned short*)at;
+        return from_short(half, is_long(half) ? *(const unsigned short*)(at + further) : 0);
+    };
+    float most = 0;
+    for (int i = lane; i < k; i += 32) most = finite_most(most, value(i));
+    const RowScale scale = row_scale(warp_reduce<Max>(most));
+    for (int i = lane; i < k; i += 32)
+        *(__half*)(row + 2 * i) = __float2half_rn(value(i) * scale.by);
+    if (lane == 0) scales[place] *= scale.back;
 }
 
 // Copies rows of any tensor to contiguous rows, V adjacent elements at a time.

@@ -45,6 +45,10 @@ struct RingArgument {
     int box, column_tiles, batches;       // columns of a box of x; if not routed, of a tile
     int steps, stages, narrow, act, limited;  // narrow: 1 f16, 2 short rows (short_rows.cuh)
     float limit;
+    // With up and gate (silu), short rows are what the next product reads: in the order of experts,
+    // with their scales, and with a 1 where a row has a number that f16 cannot hold.
+    float* own_scales;
+    int* are_long;
 };
 
 constexpr int MOST_STAGES = 16, PRODUCERS = 128;
@@ -188,10 +192,18 @@ __global__ void __launch_bounds__(PRODUCERS + Sizes<COLUMNS>::CONSUMERS, 1)
                 if (part.matrix == columns.routing.experts) continue;
                 barrier_wait(done + tile.stage, tile.phase ^ 1);
                 for (int i = thread - 32; i < part.valid; i += LISTERS) {
-                    const int pair = columns.order[part.first + i];
-                    targets[tile.stage][i] = (target_of(columns.routing, a.y, pair) - a.y.data) / 4;
+                    const float scale = a.scales[part.first + i];
+                    u32& target = targets[tile.stage][i];
                     column_scales[tile.stage * COLUMNS + i] =
-                        a.narrow == SHORT ? 1 / SHORT_UNIT : a.scales[part.first + i];
+                        MATS == 1 && a.narrow == SHORT ? 1 / SHORT_UNIT : scale;
+                    if (MATS == 2 && a.narrow == SHORT) {
+                        const RowScale unit = gated_unit(scale);
+                        target = __float_as_uint(unit.by);
+                        if (part.row_tile == 0) a.own_scales[part.first + i] = unit.back;
+                        continue;
+                    }
+                    const int pair = columns.order[part.first + i];
+                    target = (target_of(columns.routing, a.y, pair) - a.y.data) / 4;
                 }
                 barrier_arrive(listed + tile.stage);
                 tile.next(2);
@@ -341,34 +353,51 @@ __global__ void __launch_bounds__(PRODUCERS + Sizes<COLUMNS>::CONSUMERS, 1)
                 const uint2 to = *(const uint2*)&targets[which][column];
                 const float2 scale = *(const float2*)&column_scales[which * COLUMNS + column];
                 if (column < end)
-                    finish(base + to.x * 4ull, sums[i] * scale.x, sums[i + 2] * scale.x);
+                    finish(base + to.x * 4ull, sums[i] * scale.x, sums[i + 2] * scale.x, column);
                 if (column + 1 < end)
-                    finish(base + to.y * 4ull, sums[i + 1] * scale.y, sums[i + 3] * scale.y);
+                    finish(base + to.y * 4ull, sums[i + 1] * scale.y, sums[i + 3] * scale.y,
+                           column + 1);
             }
+        };
+        const auto silu = [](float up, float gate) {
+            return gate * reciprocal_fast(1.0f + exp2_fast(-1.44269504f * gate)) * up;
         };
         const bool plain = MATS == 2 && a.act == 0 && !a.limited;
         if (MATS == 1 && a.narrow) {
             u32 largest = 0;
-            store([&](char* to, float first, float second) {
+            store([&](char* to, float first, float second, int) {
                 *(u32*)to = pack2<__half>(first, second);
                 largest = max(largest, size_of(first, second));
             });
             if (ROUTED && a.narrow == SHORT && largest >= SHORT_END)
-                store([&](char* to, float first, float second) {
+                store([&](char* to, float first, float second, int) {
                     if (size_of(first, second) >= SHORT_END)
                         put_long(to, first, second, 2 * a.n_rows);
                 });
         } else if (MATS == 1) {
-            store([](char* to, float first, float second) {
+            store([](char* to, float first, float second, int) {
                 *(float2*)to = make_float2(first, second);
             });
-        } else if (plain && !a.narrow) {
-            store([](char* to, float up, float gate) {
-                const float away = exp2_fast(-1.44269504f * gate);
-                *(float*)to = gate * reciprocal_fast(1.0f + away) * up;
+        } else if (ROUTED && a.narrow == SHORT) {
+            const int pitch = (int)a.y.nb[1];
+            char* const first = a.y.data + part.first * a.y.nb[1] + 2 * place_in_row(row);
+            const float* const units = (const float*)targets[which];
+            store([&](char*, float up, float gate, int column) {
+                const float x = silu(up, gate) * units[column];
+                char* const to = first + column * pitch;
+                if (fits(x)) {
+                    *(__half*)to = __float2half_rn(x);
+                    return;
+                }
+                const u32 both = to_short(x);
+                *(u16*)to = (u16)both;
+                *(u16*)(to + a.y.nb[2]) = (u16)(both >> 16);
+                a.are_long[part.first + column] = 1;
             });
+        } else if (plain && !a.narrow) {
+            store([&](char* to, float up, float gate, int) { *(float*)to = silu(up, gate); });
         } else {
-            store([&](char* to, float up, float gate) {
+            store([&](char* to, float up, float gate, int) {
                 put(to, a.limited ? gated(a.act, gate, up, a.limit) : gated(a.act, gate, up),
                     a.narrow);
             });

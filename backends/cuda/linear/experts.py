@@ -142,6 +142,51 @@ class ShortRows(NamedTuple):
     scales: np.uint64
 
 
+class Lists(NamedTuple):
+    """Pairs sorted by expert: as a kernel's argument, the address of their places, the most columns
+    of a tile, and how many tiles there may be."""
+
+    columns: Columns
+    places: int
+    width: int
+    tiles: int
+
+
+def lists_of(call: Call, ids: Operand, experts: int, b: Operand) -> Lists:
+    """call["groups"], or what launches recorded here leave."""
+    pairs = pairs_of(ids.ne)
+    width = columns_for(pairs, experts)
+    tiles = most_tiles(pairs, experts, width)
+    groups = call.get("groups")
+    if groups is None:
+        ptr = call.scratch(group_scratch(ids.ne, experts))
+        launch_groups(call, ids, experts, ptr)
+    else:
+        ptr = groups.ptr
+    order, places, table, count = _lists(ptr, pairs, tiles)
+    columns = Columns(
+        tiles=table,
+        n_tiles=count,
+        order=order,
+        heads=NO_HEADS,
+        routing=routing(ids, experts, b),
+    )
+    return Lists(columns, places, width, tiles)
+
+
+def ordered(
+    call: Call, a: Operand, b: Operand, ids: Operand, places: int, are_long: int = 0
+) -> tuple[np.uint64, np.uint64]:
+    """Record the conversion of b to rows in the order of experts. Returns where these and their
+    scales are.
+
+    are_long  as in linear_prepare.cu
+    """
+    at = Places(places=places, are_long=are_long, n_used=ids.ne[0], n_b=b.ne[1])
+    out = call.scratch(columns_scratch(a.dtype, a.ne, b.ne, ids.ne))
+    return launch_halves(call, b, out, half_of(a.dtype), at, pairs_of(ids.ne))
+
+
 def tile(
     call: Call,
     a: tuple[Operand, ...],
@@ -155,32 +200,14 @@ def tile(
     short  results may be short rows (short_rows.cuh), in the memory of those of f32. The return
            value tells whether they are
     """
-    pairs, experts = pairs_of(ids.ne), a[0].ne[2]
-    width = columns_for(pairs, experts)
-    tiles = most_tiles(pairs, experts, width)
-    groups = call.get("groups")
-    if groups is None:
-        ptr = call.scratch(group_scratch(ids.ne, experts))
-        launch_groups(call, ids, experts, ptr)
-    else:
-        ptr = groups.ptr
-    order, places, table, count = _lists(ptr, pairs, tiles)
+    columns, places, width, tiles = lists_of(call, ids, a[0].ne[2], b)
+    if ring.can_order(width) and ring.can_ring(call, a, y):
+        halves = ordered(call, a[0], b, ids, places)
+        ring.launch(call, a, y, halves, columns, width, short=short)
+        return ShortRows(np.uint64(places), halves[1]) if short else None
     form = blocks.cpp_format(a[0])
     if not in_blocks(a[0].dtype):
         form = f"Dense<{C_TYPES[a[0].dtype.name]}>"
-    columns = Columns(
-        tiles=table,
-        n_tiles=count,
-        order=order,
-        heads=NO_HEADS,
-        routing=routing(ids, experts, b),
-    )
-    if ring.can_order(width) and ring.can_ring(call, a, y):
-        at = Places(places=places, n_used=ids.ne[0], n_b=b.ne[1])
-        out = call.scratch(columns_scratch(a[0].dtype, a[0].ne, b.ne, ids.ne))
-        halves = launch_halves(call, b, out, half_of(a[0].dtype), at, pairs)
-        ring.launch(call, a, y, halves, columns, width, short=short)
-        return ShortRows(np.uint64(places), halves[1]) if short else None
     half = min(width, 128)
     blocks.launch_tile(call, form, a, b, y, half, columns, (tiles, width // half), routed=True)
     return None

@@ -31,10 +31,15 @@ def padded(k: int) -> int:
 class Places(Struct):
     """The struct `Places` of linear_prepare.cu."""
 
-    _fields_ = (("places", ctypes.c_uint64), ("n_used", ctypes.c_int32), ("n_b", ctypes.c_int32))
+    _fields_ = (
+        ("places", ctypes.c_uint64),
+        ("are_long", ctypes.c_uint64),
+        ("n_used", ctypes.c_int32),
+        ("n_b", ctypes.c_int32),
+    )
 
 
-IN_PLACE = Places(places=0, n_used=1, n_b=1)
+IN_PLACE = Places(places=0, are_long=0, n_used=1, n_b=1)
 
 
 def to_halves(call: Call, b: Operand, half: str) -> tuple[np.uint64, np.uint64]:

@@ -50,6 +50,8 @@ class RingArgument(Struct):
         ("act", ctypes.c_int32),
         ("limited", ctypes.c_int32),
         ("limit", ctypes.c_float),
+        ("own_scales", ctypes.c_uint64),
+        ("are_long", ctypes.c_uint64),
     )
 
 
@@ -100,6 +102,7 @@ def launch(
     column_tiles: int = 0,
     batches: int = 1,
     short: bool = False,
+    handed: tuple[int, int] = (0, 0),
 ) -> None:
     """Record the product.
 
@@ -108,6 +111,7 @@ def launch(
     width         the most columns of a tile
     column_tiles  of a batch, 0 if experts take the columns, in lists of up to `width`
     short         write short rows (short_rows.cuh), and none for pairs without an expert
+    handed        addresses of own_scales and are_long, if these rows are those of up and gate
     """
     first, form, routed = a[0], FORMATS[a[0].dtype.name], column_tiles == 0
     sizes = Sizes.of(routed, width)
@@ -142,6 +146,8 @@ def launch(
         act=int(act_of(call)),
         limited=len(limit),
         limit=float(limit[0]) if limit else 0.0,
+        own_scales=handed[0],
+        are_long=handed[1],
     )
     call.launch(
         RING,

@@ -15,6 +15,12 @@ __device__ __forceinline__ unsigned two_halves(float x, float y) {
     }
 }
 
+// Where element i of a row is, in elements.
+__device__ __forceinline__ int place_in_row(int i) {
+    const int pair = i % 16 / 2;
+    return i / 16 * 16 + pair % 2 * 8 + pair / 2 * 2 + i % 2;
+}
+
 // The largest magnitude so far; infinity and NaN do not count.
 __device__ __forceinline__ float finite_most(float most, float x) {
     return fabsf(x) <= 3.4028235e38f ? fmaxf(most, fabsf(x)) : most;

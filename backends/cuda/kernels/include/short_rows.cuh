@@ -16,6 +16,9 @@
 
 constexpr float SHORT_UNIT = 256;
 
+// Whether f16 holds a number.
+__device__ __forceinline__ bool fits(float x) { return fabsf(x) < 65504.0f; }
+
 // The size of two numbers, in the order of floats as words: NaN is the largest. f16 holds both if
 // it is below SHORT_END.
 constexpr unsigned SHORT_END = 0x477fe000;  // 65504
@@ -38,6 +41,14 @@ __device__ __forceinline__ unsigned to_short(float x) {
 __device__ __forceinline__ float from_short(unsigned half, unsigned further) {
     if (!is_long(half)) return __half2float(__ushort_as_half((unsigned short)half));
     return __uint_as_float((half & 0x8000) << 16 | (half & 0x3ff) << 21 | further << 5);
+}
+
+// The unit of gated results: of what they would be if weights were 2^-5 and columns of few large
+// numbers. `by` brings such a result to about 2^10.
+__device__ __forceinline__ RowScale gated_unit(float column_scale) {
+    const int log = (__float_as_int(column_scale) >> 23) - 127 + 14;  // of the largest number
+    const int unit = min(max(2 * log - 14, -112), 112);
+    return {__int_as_float((127 - unit) << 23), __int_as_float((127 + unit) << 23)};
 }
 
 // Writes two adjacent numbers, one of which may be long. further: bytes from f16 to further words.
