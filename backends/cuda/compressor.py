@@ -137,6 +137,7 @@ def _fits(reads: Mapping[str, Node], node: Node) -> bool:
         and v.ne == reads["z"].ne == (w, v.ne[1], 1, 1)
         and v.ne[1] <= FEW
         and all(reads[name].contiguous for name in ("old_v", "old_z"))
+        and ring.spec.nbytes < 2**31
         and ring.ne == reads["old_z"].ne == (w, ring.ne[1], 1, 1)
         and reads["ape"].ne == (w, reads["ape"].ne[1], 1, 1)
         and reads["bias"].ne == (1, n, 1, 1)

@@ -34,10 +34,29 @@ constexpr int BATCH = 8;
 template <class B, bool NEOX>
 __global__ void __launch_bounds__(1024) compressed_row(const __grid_constant__ Compressor p) {
     const double frequency = threadIdx.x < p.rope.n_dims / 2 ? frequency_of(threadIdx.x, p.rope) : 0;
-    begin();
     extern __shared__ float shared[];
     const int d = p.cache.ne[0], w = p.v.ne[0], n_ring = p.ring_v.ne[1], n = p.ids.ne[0];
     const int n_columns = d / gridDim.x, first_column = blockIdx.x * n_columns;
+    const int shares = blockDim.x / n_columns, share = threadIdx.x / n_columns;
+    const float infinity = __int_as_float(0x7F800000);
+    begin();
+    // All that only says where to read and by what to multiply is on its way before the ring is
+    // written: behind the writes, each would be a round trip of its own.
+    const int row = *p.row.at<int>(0, 0, 0, 0), start = *p.start.at<int>(0, 0, 0, 0);
+    const float factor = threadIdx.x < d ? *p.weight.at<float>(threadIdx.x, 0, 0, 0) : 0;
+    int ids[BATCH];
+    float biases[BATCH];
+    const int id_step = shares * (int)p.ids.nb[0], bias_step = shares * (int)p.bias.nb[1];
+    auto look = [&](int first) {
+        const char *id = p.ids.at<char>(first, 0, 0, 0), *bias = p.bias.at<char>(0, first, 0, 0);
+#pragma unroll
+        for (int k = 0; k < BATCH; k++) {
+            const bool there = first + k * shares < n;
+            ids[k] = there ? *(const int*)(id + k * id_step) : -1;
+            biases[k] = there ? *(const float*)(bias + k * bias_step) : -infinity;
+        }
+    };
+    look(share);
     for (int t = 0; t < p.v.ne[1]; t++) {
         const int to = *p.tokens.at<int>(t, 0, 0, 0), place = *p.places.at<int>(t, 0, 0, 0);
         if (to < 0 || to >= n_ring) continue;
@@ -49,14 +68,11 @@ __global__ void __launch_bounds__(1024) compressed_row(const __grid_constant__ C
             *p.ring_z.at<float>(i, to, 0, 0) = z;
         }
     }
-    const int row = *p.row.at<int>(0, 0, 0, 0);
     if (row < 0 || row >= p.cache.ne[1]) return;
     __syncthreads();  // the block sees what it wrote
 
-    const int shares = blockDim.x / n_columns, share = threadIdx.x / n_columns;
     const int column = threadIdx.x % n_columns, i = first_column + column;
     const int n_rows = n_ring * (w / d);
-    const float infinity = __int_as_float(0x7F800000);
     float top = -infinity, total = 0, sum = 0;
     auto join = [&](float top1, float total1, float sum1) {
         const float most = fmaxf(top, top1), base = most == -infinity ? 0 : most;
@@ -67,14 +83,14 @@ __global__ void __launch_bounds__(1024) compressed_row(const __grid_constant__ C
         float z[BATCH], v[BATCH], most = -infinity;
 #pragma unroll
         for (int k = 0; k < BATCH; k++) {
-            const int j = first + k * shares;
-            const int id = j < n ? *p.ids.at<int>(j, 0, 0, 0) : -1;
-            const bool there = id >= 0 && id < n_rows;
-            z[k] = there ? ((const float*)p.ring_z.data)[(long long)id * d + i] : 0;
-            v[k] = there ? ((const float*)p.ring_v.data)[(long long)id * d + i] : 0;
-            z[k] = j < n ? z[k] + *p.bias.at<float>(0, j, 0, 0) : -infinity;
-            most = fmaxf(most, z[k]);
+            const bool there = ids[k] >= 0 && ids[k] < n_rows;
+            const int at = ids[k] * d + i;  // rings have less than 2 GiB
+            z[k] = there ? ((const float*)p.ring_z.data)[at] : 0;
+            v[k] = there ? ((const float*)p.ring_v.data)[at] : 0;
         }
+#pragma unroll
+        for (int k = 0; k < BATCH; k++) z[k] += biases[k], most = fmaxf(most, z[k]);
+        if (first + BATCH * shares < n) look(first + BATCH * shares);
         const float base = most == -infinity ? 0 : most;
         float part = 0, weighted = 0;
 #pragma unroll
@@ -110,9 +126,11 @@ __global__ void __launch_bounds__(1024) compressed_row(const __grid_constant__ C
             sums[j] = x, squares += x * x;
         }
     }
-    norm_row(sums, d, squares, p.eps, p.weight);  // its barriers are behind the reads above
+    norm_row(sums, d, squares, p.eps, Tensor{});  // its barriers are behind the reads above
+    for (int j = threadIdx.x; j < d; j += blockDim.x)
+        sums[j] *= j == threadIdx.x ? factor : *p.weight.at<float>(j, 0, 0, 0);
     __syncthreads();
-    turn_row<NEOX>(sums, d, p.rope, frequency, *p.start.at<int>(0, 0, 0, 0));
+    turn_row<NEOX>(sums, d, p.rope, frequency, start);
     __syncthreads();
     store_row<B>(sums, d, p.cache.at<unsigned char>(0, row, 0, 0), p.cache.nb[0]);
 }
