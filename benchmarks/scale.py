@@ -46,6 +46,7 @@ from benchmarks import gpu_record, record
 from benchmarks.gpu_bench import ROWS, smi, write_row
 from benchmarks.scale_sums import PLACES, microseconds, other_bits, own_loop, reduce_chain
 from pyggml import backends, gguf
+from pyggml.backends.cuda import peer_sum
 from pyggml.bench.runs import Test, nanoseconds_of
 from pyggml.generate.plans import padded_rows
 from pyggml.models.model import Model, load
@@ -190,7 +191,8 @@ def nccl() -> None:
             "graph": partial(reduce_chain, boxes=False),
             "loop": own_loop,
         }
-        ways["boxes"] = reduce_chain
+        if nbytes <= 4 * peer_sum.ROOM:
+            ways["boxes"] = reduce_chain
         for way, make in ways.items():
             times[name, way] = microseconds(make(nbytes, count), count)
             write_row(f"nccl_{name}_{way}", "us", times[name, way])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
 
-from pyggml.bench.runs import Clock, Test, nanoseconds_of
+from pyggml.bench.runs import WARMUPS, Clock, Test, nanoseconds_of
 from pyggml.bench.setting import described
 from pyggml.errors import ShapeError
 from pyggml.generate.plans import padded_rows
@@ -92,7 +92,8 @@ def sweep(
     """Fill a cache of `n_ctx` tokens in parts of `n_ubatch`, and yield a point for each part.
 
     n_gen   tokens to generate at each depth; by default a quarter of n_ubatch
-    warmup  run everything once more before, without counting it: new depths need new plans
+    warmup  run everything WARMUPS times more before, without counting it: new depths need new
+            plans
     setting, begin, ran   as in `measure`
     At each depth, tokens are generated first and dropped again; then the prompt runs, and stays.
     ShapeError if the prompt or the generated tokens do not fit.
@@ -109,7 +110,7 @@ def sweep(
         begin(session)
     for pair in tests:
         times = [0, 0]
-        for _ in range(1 + int(warmup)):
+        for _ in range(1 + WARMUPS * warmup):
             times = [nanoseconds_of(session, test, clock) for test in pair]
             if ran is not None:
                 ran()

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 Clock: TypeAlias = Callable[[], int]
 #: Caches have a whole number of these rows, as llama.cpp's have.
 CTX_STEP = 256
+#: Runs that are not counted. The first compiles plans and loads weights; the second records graphs
+#: on a GPU.
+WARMUPS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +135,7 @@ def measure(
     """Run each test `repeats` times in a session of its own, and yield its row.
 
     n_batch, n_ubatch  a prompt runs in parts of the smaller one
-    warmup   run each test once more before, without counting it. That compiles its plans and
-             kernels, and loads weights
+    warmup   run each test WARMUPS times more before, without counting these
     setting  fields of each row's `setting` that the model does not know, such as n_gpu_layers
     begin    is called with each session before it runs
     ran      is called after each run
@@ -154,7 +156,7 @@ def measure(
         try:
             if begin is not None:
                 begin(session)
-            for number in range(-int(warmup), repeats):
+            for number in range(-WARMUPS * warmup, repeats):
                 time = nanoseconds_of(session, test, clock)
                 if number >= 0:
                     times.append(time)

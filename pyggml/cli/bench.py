@@ -137,11 +137,12 @@ def _on_host(setting: argparse.Namespace) -> bool:
 
 def rows(args: argparse.Namespace) -> Iterator[Row]:
     """The rows of every combination. Models that differ only in their graphs are opened once."""
-    from pyggml.bench.runs import measure
+    from pyggml.bench.runs import WARMUPS, measure
 
     tests = tests_of(args)
     settings = list(model_options.combinations(args))
-    runs = measuring.Runs("bench", (args.r + (not args.no_warmup)) * len(tests) * len(settings))
+    each = args.r + WARMUPS * (not args.no_warmup)
+    runs = measuring.Runs("bench", each * len(tests) * len(settings))
     for _, group in groupby(settings, model_options.same_model):
         same = list(group)
         with model_options.open_model(same[0]) as model:

@@ -39,7 +39,7 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
         default=[None], help="threads on the host; each number runs in its own process (default: "
         "as the environment says)")  # fmt: skip
     add("--no-warmup", action="store_true",
-        help="no untimed run first; then times include loading and compiling")  # fmt: skip
+        help="no untimed runs first; then times include loading and compiling")  # fmt: skip
     add("-o", "--output", choices=options.FORMATS, default="md",
         help="form of the output (default: md)")  # fmt: skip
     add("--plot", metavar="FILE", type=_plot,

@@ -54,9 +54,11 @@ def run(args: argparse.Namespace) -> int:
 
 def points(args: argparse.Namespace) -> Iterator[Point]:
     from pyggml.bench.depth import depths, sweep
+    from pyggml.bench.runs import WARMUPS
 
     n_ubatch = _n_ubatch(args)
-    runs = measuring.Runs("sweep", (2 - args.no_warmup) * len(depths(args.c, n_ubatch, args.n)))
+    each = 1 + WARMUPS * (not args.no_warmup)
+    runs = measuring.Runs("sweep", each * len(depths(args.c, n_ubatch, args.n)))
     with model_options.open_model(args) as model:
         yield from sweep(
             model,

@@ -315,7 +315,7 @@ def test_a_bar_shows_the_runs(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> No
     words = ["-m", str(tiny), "--backend", "null,numpy", "-p", "4", "-n", "1", "-r", "2"]
     assert main(["bench", *words]) == 0
     bars = [bar.rpartition("] ")[2] for bar in terminal.bars if bar.startswith("bench")]
-    assert bars == [f"{n} of 6 runs" for n in (0, 1, 2, 3, 3, 4, 5)]
+    assert bars == [f"{n} of 8 runs" for n in (0, 1, 2, 3, 4, 4, 5, 6, 7)]
     assert any(bar.startswith("loading") for bar in terminal.bars) and terminal.screen == ""
 
 

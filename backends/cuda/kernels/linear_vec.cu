@@ -113,7 +113,7 @@ template <class F, int COLS, int LEVELS, int MATS, int TILES, class X>
 __device__ __forceinline__ float tile_product(const Weights<F>& weights, int matrix, int tile,
                                               Source<X, COLS, LEVELS>& x) {
     constexpr int ROWS = MATS * TILES, AHEAD = ROWS * COLS > 1 ? 1 : 2;
-    constexpr bool LOADS_FIRST = COLS == 1 && ROWS == 2 && F::code_runs < 2;
+    constexpr bool LOADS_FIRST = COLS == 1 && ROWS == 2 && F::code_runs < 2 && !F::grid;
     const int groups = groups_of(weights.w[0]), lane = threadIdx.x, step = 4 * blockDim.y;
     const int last_tile = (rows_of(weights.w[0]) - 1) / 8;
     Row<F> rows[ROWS];
