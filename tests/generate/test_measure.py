@@ -72,9 +72,9 @@ def test_what_is_timed(model: Model, clock: Clock) -> None:
                                                 (40_000_000,) * 2]  # fmt: skip
     assert [row.avg_ts for row in rows] == pytest.approx([500, 200, 350])
     assert [row.stddev_ts for row in rows] == [0, 0, 0]
-    prompt = [(0, 20)] * 3  # once to warm up
-    depth = [(0, 30)] + [(30, 1), (31, 1), (32, 1)] * 3  # the cache is filled once, untimed
-    both = [(0, 10), (10, 1), (11, 1), (12, 1), (13, 1)] * 3
+    prompt = [(0, 20)] * 4  # twice to warm up
+    depth = [(0, 30)] + [(30, 1), (31, 1), (32, 1)] * 4  # the cache is filled once, untimed
+    both = [(0, 10), (10, 1), (11, 1), (12, 1), (13, 1)] * 4
     assert clock.calls == [*prompt, *depth, *both]
 
 
@@ -93,11 +93,8 @@ def test_the_deviation_is_that_of_a_sample() -> None:
 
 def test_the_loop_runs_on_the_device(model: Model, clock: Clock) -> None:
     rows = list(bench.measure(model, [bench.Test(0, 6, 4, loop=True)], repeats=1, clock=clock))
-    assert clock.calls == [
-        (0, 4),
-        (4, 1),
-        (4, 1),
-    ]  # the other five tokens of each run do not return
+    # The other five tokens of each of the three runs do not return.
+    assert clock.calls == [(0, 4)] + [(4, 1)] * 3
     assert str(rows[0].test) == "tg6 loop @ d4"
 
 
@@ -112,7 +109,7 @@ def test_an_interrupted_test_yields_the_samples_that_it_has(model: Model) -> Non
     def ran() -> None:
         nonlocal runs
         runs += 1
-        if runs == 3:
+        if runs == 4:
             raise KeyboardInterrupt
 
     runs = 0
@@ -128,7 +125,7 @@ def test_the_sweep(model: Model, clock: Clock) -> None:
     assert [(p.t_pp, p.t_tg) for p in points] == [(0.016, 0.010)] * 3
     assert [p.speed_pp for p in points] == pytest.approx([500] * 3)
     assert [p.speed_tg for p in points] == pytest.approx([200] * 3)
-    calls = [[(n, 1), (n + 1, 1), (n, 8)] * 2 for n in (0, 8, 16)]
+    calls = [[(n, 1), (n + 1, 1), (n, 8)] * 3 for n in (0, 8, 16)]
     assert clock.calls == [call for part in calls for call in part]
 
 

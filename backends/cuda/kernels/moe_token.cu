@@ -153,8 +153,10 @@ struct Slot {
     int id, number, place;
 };
 
-// Chooses the first `slots` slots of a token, a lane each. By the first warp of a block.
+// Experts whose ranks the router writes, and those that a lane has two of.
 constexpr int MOST_RANKED = 256, FEW_RANKED = 64;
+
+// Chooses the first `slots` slots of a token, a lane each. By the first warp of a block.
 __device__ __forceinline__ Slot slot_of(const Candidates& c, int token, int slots, const Places& at) {
     const int n = c.experts, first = token * n;
     int id, number;
