@@ -86,6 +86,18 @@ def rank_of(pid: int) -> int | None:
     return int(match[1]) if match else None
 
 
+def check_failed(status: int, out: str, wanted: int) -> None:
+    """mpiexec ended with the status of the rank that failed, and nothing was printed.
+
+    It kills all processes once the connection to one is closed. If it has not seen by then that this
+    one has ended, it tells of a kill instead.
+    """
+    if status == signal.SIGKILL:
+        assert "BAD TERMINATION" in out and "EXIT CODE: 9" in out, out
+    else:
+        assert (status, out) == (wanted, "")
+
+
 def check_one_error(err: str, *parts: str) -> None:
     lines = [line for line in err.splitlines() if not line.startswith("usage: ")]
     assert len(lines) == 1, err
@@ -186,7 +198,7 @@ def test_another_file(folder: Path) -> None:
     (folder / "copy.gguf").write_bytes((folder / "tiny.gguf").read_bytes())
     two = [["-n", "1", *PYGGML, *model(folder / f"{name}.gguf")] for name in ("tiny", "other")]
     status, out, err = run(MPIEXEC, *two[0], ":", *two[1])
-    assert status == 1 and not out
+    check_failed(status, out, 1)
     check_one_error(err, "rank 1 has another model than rank 0", "a file of")
     two[1][-len(model(folder)) :] = model(folder / "copy.gguf")  # the same file at another path
     assert run(MPIEXEC, *two[0], ":", *two[1])[0] == 0
@@ -206,7 +218,7 @@ def test_a_rank_that_differs_or_fails(folder: Path, change: str, why: str) -> No
     words = model(folder / "tiny.gguf", "--backend", "null", "--temp", "1", "--top-k", "0")
     begin = time.monotonic()
     status, _, err = run(MPIEXEC, "-n", "2", *PROGRAM, change, *words)
-    assert status == 1
+    assert status in (1, signal.SIGKILL)  # as in check_failed, behind what rank 0 has printed
     check_one_error(err, why)
     assert time.monotonic() - begin < SOON
 
@@ -222,7 +234,7 @@ def test_a_rank_that_differs_or_fails(folder: Path, change: str, why: str) -> No
 def test_other_options_on_a_rank(folder: Path, words: list[str], status: int, why: str) -> None:
     same = model(folder / "tiny.gguf")
     found = run(MPIEXEC, "-n", "1", *PYGGML, *same, ":", "-n", "1", *PYGGML, *same, *words)
-    assert found[:2] == (status, "")
+    check_failed(*found[:2], status)
     check_one_error(found[2], why)
 
 
@@ -240,20 +252,20 @@ def test_the_same_error_everywhere(
     folder: Path, n: str, words: list[str], status: int, why: str
 ) -> None:
     found = run(MPIEXEC, "-n", n, *PYGGML, *model(folder / "tiny.gguf"), *words)
-    assert found[:2] == (status, "")
+    check_failed(*found[:2], status)
     check_one_error(found[2], why)
 
 
 def test_threads_are_for_one_process(folder: Path) -> None:
     words = ["bench", "-m", folder / "tiny.gguf", "-t", "1,2", "--backend", "null"]
     status, out, err = run(MPIEXEC, "-n", "2", *PYGGML, *words)
-    assert status == 2 and not out
+    check_failed(status, out, 2)
     check_one_error(err, "-t starts a process for each number of threads")
 
 
 def test_an_uncaught_error_of_a_script() -> None:
     status, _, err = run(MPIEXEC, "-n", "2", *PROGRAM, "uncaught")
-    assert status == 1 and err.count("ValueError: not today") >= 1
+    assert status in (1, signal.SIGKILL) and err.count("ValueError: not today") >= 1
 
 
 #: The tests look for processes there.
