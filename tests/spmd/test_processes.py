@@ -89,8 +89,8 @@ def rank_of(pid: int) -> int | None:
 def check_failed(status: int, out: str, wanted: int) -> None:
     """mpiexec ended with the status of the rank that failed, and nothing was printed.
 
-    It kills all processes once the connection to one is closed. If it has not seen by then that this
-    one has ended, it tells of a kill instead.
+    It kills all processes once the connection to one is closed. If it has not seen by then that
+    this one has ended, it tells of a kill instead.
     """
     if status == signal.SIGKILL:
         assert "BAD TERMINATION" in out and "EXIT CODE: 9" in out, out
