@@ -192,8 +192,9 @@ struct Joined {
     int first[MOST_JOINED], n;
 };
 
+// Left to itself, the compiler takes 48 registers for one tile of a type with a grid, and spills.
 template <class F, int TILES>
-__global__ void __launch_bounds__(32 * MOST_WARPS)
+__global__ void __launch_bounds__(32 * MOST_WARPS, F::grid && TILES == 1 ? 4 : 0)
     vec_joined(const __grid_constant__ Joined<F> p, Groups x) {
     int own = 0;
     for (int i = 1; i < p.n; ++i) own += blockIdx.x >= p.first[i];
