@@ -24,7 +24,7 @@ from time import perf_counter, perf_counter_ns
 import numpy as np
 
 from benchmarks.gpu_bench import SMOKE, plan_microseconds, write_row
-from pyggml.bench.runs import Test, fill, nanoseconds_of
+from pyggml.bench.runs import WARMUPS, Test, fill, nanoseconds_of
 from pyggml.generate.plans import padded_rows
 from pyggml.generate.session import Session
 from pyggml.models.model import load
@@ -47,9 +47,9 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def rates_of(session: Session, test: Test, repeats: int = 3) -> list[float]:
-    """Tokens a second of a test of `pyggml bench`; the first run compiles and is not counted."""
-    times = [nanoseconds_of(session, test, perf_counter_ns) for _ in range(1 + repeats)]
-    return [test.n_tokens * 1e9 / time for time in times[1:]]
+    """Tokens a second of a test of `pyggml bench`, warmed up as there."""
+    times = [nanoseconds_of(session, test, perf_counter_ns) for _ in range(WARMUPS + repeats)]
+    return [test.n_tokens * 1e9 / time for time in times[WARMUPS:]]
 
 
 def prompt_rows(session: Session) -> None:
@@ -69,10 +69,10 @@ def decode_rows(session: Session, depths: list[int]) -> dict[str, list[float]]:
         fill(session, depth)
         for name, steps in (("_logits", logits_steps), ("", token_steps)):
             rates = []
-            for _ in range(4):
+            for _ in range(WARMUPS + 3):
                 session.truncate(depth)
                 rates.append(STEPS / seconds(partial(steps, session)))
-            rows[name] = rates[1:]
+            rows[name] = rates[WARMUPS:]
         rows["_loop"] = rates_of(session, Test(n_gen=STEPS, n_depth=depth, loop=True))
         for name, rates in rows.items():
             write_row(f"model_decode{name}_d{depth}", "t/s", rates)

@@ -27,7 +27,7 @@ from benchmarks.gpu_bench import SMOKE, write_row
 from benchmarks.gpu_model import MODEL, N_BATCH, seconds
 from benchmarks.peers import llama_bench
 from pyggml.backends.processors import n_processors
-from pyggml.bench.runs import Test, fill, nanoseconds_of
+from pyggml.bench.runs import WARMUPS, Test, fill, nanoseconds_of
 from pyggml.generate.session import Session
 from pyggml.models.model import load
 from pyggml.models.synth import synth
@@ -67,7 +67,7 @@ def turns(path: Path, name: str, binary: Path | None) -> Iterable[tuple[str, Tes
     options, llama = SETTINGS[name]
     with load(path, **options) as model:
         session = model.session(n_ctx=4096 + 2 * STEPS, n_batch=N_BATCH)
-        for test in TESTS:  # compiles
+        for test in TESTS * WARMUPS:
             rate(session, test)
         for _ in range(ROUNDS):
             if binary is not None:

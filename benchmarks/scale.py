@@ -1,6 +1,6 @@
 """One graph over several GPUs: correctness, sums in our graphs, and speed against one GPU.
 
-    python -m benchmarks.scale [boxes check nccl lite v3 depth four] [--layers N] [--out FILE]
+    python -m benchmarks.scale [PART ..] [--layers N] [--out FILE]
 
 boxes  how the GPUs are linked, and the versions
 check  tiny models, sharded against whole: heads, experts, rows, layers, sequence, with f32, f16 and
@@ -11,8 +11,8 @@ lite   V2-Lite: a prompt of 8192 tokens and decoding at depth 4096, over 1 and 2
        process and, for decoding, in two
 v3     layers of the V3 shape: a prompt of 2048 tokens and decoding at depth 8192, over 1 and 2
 depth  the most layers of the V3 shape that fit over 1 and 2 (from plans)
-four   over 1 and 4 GPUs: a prompt of V2-Lite of 8192 tokens, and one of 2048 of the V3 shape, with
-       the memory of each GPU as planned and as measured. Nothing, if there are fewer GPUs
+lite4, v34  over 1 and 4 GPUs: a prompt of V2-Lite of 8192 tokens; of 2048 of the V3 shape. With the
+       memory of each GPU as planned and as measured. Nothing, if there are fewer GPUs
 
 In "decode" the GPU chooses the tokens and the host reads 64 of them at a time; in "decode_logits"
 the host reads all logits of a token before it feeds the next.
@@ -47,7 +47,7 @@ from benchmarks.gpu_bench import ROWS, smi, write_row
 from benchmarks.scale_sums import PLACES, microseconds, other_bits, own_loop, reduce_chain
 from pyggml import backends, gguf
 from pyggml.backends.cuda import peer_sum
-from pyggml.bench.runs import Test, nanoseconds_of
+from pyggml.bench.runs import WARMUPS, Test, nanoseconds_of
 from pyggml.generate.plans import padded_rows
 from pyggml.models.model import Model, load
 from pyggml.models.presets import TINY, V2_LITE, V3
@@ -56,7 +56,7 @@ from pyggml.parity.tolerance import nmse
 
 #: Part -> seconds that it may take.
 PARTS = {"boxes": 60, "check": 240, "nccl": 90, "lite": 300, "v3": 420, "depth": 60,
-         "four": 420}  # fmt: skip
+         "lite4": 240, "v34": 420}  # fmt: skip
 #: Ratio -> the bar and the goal.
 BARS = {
     "lite_prompt_8192": (1.6, 1.85), "v3_prompt_2048": (1.7, 1.9), "v3_decode_d8192": (1.3, 1.7),
@@ -217,8 +217,9 @@ def rates(
         session = model.session(n_ctx=n_ctx, n_batch=n_batch)
         for name, test in tests.items():
             start = perf_counter()
-            times = [nanoseconds_of(session, test, perf_counter_ns) for _ in range(1 + REPEATS)]
-            result[name] = [test.n_tokens * 1e9 / time for time in times[1:]]
+            turns = range(WARMUPS + REPEATS)
+            times = [nanoseconds_of(session, test, perf_counter_ns) for _ in turns]
+            result[name] = [test.n_tokens * 1e9 / time for time in times[WARMUPS:]]
             print(f"  {name}: {perf_counter() - start:.1f} s", flush=True)
         if memory:
             rows = session.memory().devices
@@ -317,26 +318,36 @@ def decode(path: str) -> None:
 
 
 def v3(layers: int | None) -> None:
-    """Layers with experts, and a small head, since the layers are measured."""
-    arch = replace(V3, n_block=layers or fitting(1), n_layer_dense=0, n_vocab=1024)
-    with model_file(arch, repeated=True) as path:
+    with model_file(v3_shape(layers), repeated=True) as path:
         one_and_two("v3", path, SHAPE)
 
 
-def four(layers: int | None) -> None:
-    """The rows over 4 GPUs. The layers of the V3 shape are those that fit one."""
+def four_gpus() -> bool:
+    """Whether this machine has four; it says so if not."""
     from pyggml.backends.cuda.device.driver import driver
 
     count = driver().Device.count()
     if count < 4:
-        print(f"four: this machine has {count} GPUs; nothing to measure", flush=True)
-        return
-    lite_arch = replace(V2_LITE, n_block=layers) if layers else V2_LITE
-    with model_file(lite_arch) as path:
-        one_and_four("lite_prompt_8192", path, LITE["prompt_8192"])
-    v3_arch = replace(V3, n_block=layers or fitting(1), n_layer_dense=0, n_vocab=1024)
-    with model_file(v3_arch, repeated=True) as path:
-        one_and_four("v3_prompt_2048", path, SHAPE["prompt_2048"])
+        print(f"this machine has {count} GPUs; nothing to measure", flush=True)
+    return bool(count >= 4)
+
+
+def lite4(layers: int | None) -> None:
+    if four_gpus():
+        with model_file(replace(V2_LITE, n_block=layers) if layers else V2_LITE) as path:
+            one_and_four("lite_prompt_8192", path, LITE["prompt_8192"])
+
+
+def v34(layers: int | None) -> None:
+    """The layers are those that fit one GPU."""
+    if four_gpus():
+        with model_file(v3_shape(layers), repeated=True) as path:
+            one_and_four("v3_prompt_2048", path, SHAPE["prompt_2048"])
+
+
+def v3_shape(layers: int | None) -> Any:
+    """Layers with experts, and a small head, since the layers are measured."""
+    return replace(V3, n_block=layers or fitting(1), n_layer_dense=0, n_vocab=1024)
 
 
 class model_file:
@@ -436,13 +447,13 @@ def main() -> None:
     )
     add = parser.add_argument
     add("parts", nargs="*", help=f"of: {', '.join(PARTS)} (default: all)")
-    add("--layers", type=int, help="of lite, v3 and four (default: all that fit)")
+    add("--layers", type=int, help="of lite, v3, lite4 and v34 (default: all that fit)")
     add("--out", type=Path, help="the record's file")
     add("--only", action="store_true", help="run the part in this process")
     args = parser.parse_args()
     if args.only:
         name, *words = args.parts
-        options = {"layers": args.layers} if name in ("lite", "v3", "four") else {}
+        options = {"layers": args.layers} if name in ("lite", "v3", "lite4", "v34") else {}
         globals()[name](*words, **options)
         return
     names = args.parts or list(PARTS)

@@ -14,7 +14,7 @@ from pyggml.operation import cost_of
 from pyggml.page.arena import blocks_of
 from pyggml.page.names import Texts, lines_of, place_of_line, text_of_attributes
 from pyggml.runtime.layers import Section, layers_of, layers_of_steps, sections
-from pyggml.runtime.report import text_of
+from pyggml.runtime.report import main_op, text_of
 from pyggml.transfer import origin, transfer
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ class Tables:
         number = self.number
         columns: dict[str, list[Any]] = {
             "node": [number[step.node] for step in self.steps],
+            "op": [self.texts.add(main_op(step)) for step in self.steps],
             "nodes": [[number[n] for n in step.nodes] for step in self.steps],
             "reads": [[number[n] for n in dict.fromkeys(step.reads)] for step in self.steps],
             "split": [i for i, s in enumerate(self.work.splits) for _ in (*s.copies, *s.steps)],

@@ -23,6 +23,7 @@ class Timing:
     """One step, or copy between devices, and what it costs.
 
     text     label, op and sources: `Qcur-0 = mul_mat(blk.0.attn_q.weight, norm-0)`
+    op       what most of its work is, where it computes several nodes
     label    the newest label of its result, or else of what it reads first; may be empty
     layer    the number of its layer; None outside of layers
     spec     type and sizes of the result

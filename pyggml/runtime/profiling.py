@@ -25,7 +25,7 @@ from pyggml.runtime.kernels import kernels_of
 from pyggml.runtime.layers import layers_of, layers_of_steps
 from pyggml.runtime.profile import Phases, Profile, Timing
 from pyggml.runtime.ranks import Ranks
-from pyggml.runtime.report import expansions, name_of, text_of
+from pyggml.runtime.report import expansions, main_op, name_of, text_of
 from pyggml.transfer import origin, transfer
 
 
@@ -165,7 +165,7 @@ def _timing(
     if node.op is transfer:
         flops, nbytes = 0.0, float(step.nbytes)
     return Timing(
-        text=text_of(step), op=node.op.name, label=_label(step), layer=layer, spec=str(node.spec),
+        text=text_of(step), op=main_op(step), label=_label(step), layer=layer, spec=str(node.spec),
         place=place, split=split, line=line_of(origin(node)), kernels=kernels, seconds=seconds,
         flops=flops, nbytes=nbytes,
     )  # fmt: skip

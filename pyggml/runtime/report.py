@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pyggml.backends.step import LoadStep, LoopStep, Step
 from pyggml.joint import places_of, turn_of
 from pyggml.node import Node, labels
+from pyggml.operation import cost_of
 from pyggml.passes.ahead import bytes_ahead
 from pyggml.passes.work import Split, Work
 from pyggml.runtime.memory import mib
@@ -143,6 +144,19 @@ def text_of(step: Step) -> str:
     sources = node.src if len(step.nodes) == 1 else step.reads
     call = f"{node.op.name}({', '.join(name_of(s) for s in sources if s is not None)})"
     return f"{_label(node)} = {call}" if _label(node) else call
+
+
+def main_op(step: Step) -> str:
+    """The op that most of a step's work is: of its nodes, that with the most flops or bytes.
+
+    Experts of a token, for example, end with an `add`, but are `moe_up_gate`.
+    """
+
+    def work(node: Node) -> tuple[float, float]:
+        cost = cost_of(node)
+        return cost.flops, cost.nbytes
+
+    return max(reversed(step.nodes), key=work).op.name
 
 
 def name_of(node: Node) -> str:

@@ -14,12 +14,14 @@ from examples.own_op import cumsum
 from pyggml import backends
 from pyggml.backends.base import Kernels
 from pyggml.backends.numpy.table import KERNELS
+from pyggml.backends.step import Step
 from pyggml.backends.timing import Fastest
 from pyggml.errors import IdError, UnknownNameError
 from pyggml.node import Node
 from pyggml.runtime.ceilings import Ceiling, ceiling
 from pyggml.runtime.layers import collapsed
 from pyggml.runtime.profile import Phases, Profile, Timing
+from pyggml.runtime.report import main_op
 
 X = np.ones((4, 8), np.float32)
 PLACES = ["numpy", "null:0", "cpu"]
@@ -128,6 +130,14 @@ def test_every_run_of_a_profile_is_complete(place: str) -> None:
     plan = gg.compile({}, updates=[gg.cpy(gg.add(s, one), s)], backends=[place])
     plan.profile({}, 3)
     assert np.array_equal(plan.store.read("s"), np.full(4, 1 + 4 + 3))
+
+
+def test_a_step_of_several_nodes_goes_by_the_op_of_most_work() -> None:
+    w, x = gg.constant(np.eye(8, dtype=np.float32), name="w"), gg.input("x", ne=(8, 4))
+    product = gg.mul_mat(w, x)
+    total = product + x
+    assert main_op(Step(total, (product, total), (w, x))) == "mul_mat"
+    assert main_op(Step(total, (total,), (product, x))) == "add"
 
 
 def test_rows_and_sums() -> None:

@@ -64,8 +64,8 @@ function byWhere(plan) {
 
 function opRows(plan, values) {
   const rows = new Map();
-  plan.steps.node.forEach((node, s) => {
-    const op = plan.isCopy(s) ? "copy" : plan.op(node);
+  plan.steps.op.forEach((name, s) => {
+    const op = plan.isCopy(s) ? "copy" : plan.text(name);
     const [count, value] = rows.get(op) || [0, 0];
     rows.set(op, [count + 1, value + values[s]]);
   });
@@ -82,7 +82,7 @@ function slowPaths(plan, values, what, text, all) {
   if (!groups.size) return plan.named ? make("p", {}, "Every step takes the fastest kernel that its backend has for it.") : null;
   const cost = (steps) => sum(steps.map((s) => values[s]));
   const rows = [...groups].sort((a, b) => cost(b[1]) - cost(a[1])).map(([why, steps]) => ({ cells: [
-    make("span", {}, why), make("span", { class: "mono" }, [...new Set(steps.map((s) => plan.op(plan.steps.node[s])))].join(", ")),
+    make("span", {}, why), make("span", { class: "mono" }, [...new Set(steps.map((s) => plan.text(plan.steps.op[s])))].join(", ")),
     number.format(steps.length), text(cost(steps)), percent(cost(steps), all),
     make("button", { type: "button", class: "link", on: { click: () => openStep(steps[0]) } }, `step ${steps[0]}`)] }));
   return table("Slow paths: why steps do not take the fast kernel.", ["why", "ops", ["steps", "num"], [what, "num"], ["share", "num"], "the first"], rows);
