@@ -2,7 +2,10 @@
 
     columns of b    block types                         f32, f16, bf16
     up to 8         vec: 16-bit fixed-point b           vec_plain (f16, bf16: 1 column)
-    more            tile: f16 on the tensor cores       cublas, in the type of a
+    more            tile: f16 on the tensor cores       cublas, in the type of a; exact
+
+`exact` takes f32 weights of up to 256 rows, and f16 and bf16 with prec="f32": two f16 numbers for each
+f32.
 
 Block matrices of more than 8 Mi elements use `vec` only up to 4 columns. On the tensor cores mxfp4
 is decoded to bf16. On 9.0, `tile` with more than 128 columns or with experts is the kernel of
@@ -20,7 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pyggml.backends.cuda.launch import Call, Operand
-from pyggml.backends.cuda.linear import blocks, experts, plain
+from pyggml.backends.cuda.linear import blocks, exact, experts, plain
 from pyggml.backends.cuda.linear.common import FEW, LARGE, aligned, in_blocks, shape_of
 from pyggml.backends.cuda.linear.halves import CLASS, half_of, tile_scratch
 from pyggml.dtypes import F32, DType
@@ -63,12 +66,15 @@ class Product:
 
     @property
     def route(self) -> str:
-        """vec, tile, vec_plain or cublas."""
+        """vec, tile, vec_plain, exact or cublas."""
         if in_blocks(self.dtype):
             return "vec" if self.is_few else "tile"
         if self.is_few:
             return "vec_plain"
-        return "cublas" if self.ids is None else "tile"
+        if self.ids is not None:
+            return "tile"
+        in_f32 = self.exact or self.dtype is F32
+        return "exact" if in_f32 and exact.can_take(self.a) else "cublas"
 
     @property
     def is_few(self) -> bool:
@@ -97,6 +103,8 @@ class Product:
                 return tile_scratch(self.b) + blocks.split_scratch(self.a, self.b)
             groups = experts.group_scratch(self.ids, self.a[2])
             return experts.columns_scratch(self.dtype, self.a, self.b, self.ids) + groups
+        if self.route == "exact":
+            return exact.scratch(self.a, self.b)
         if self.route == "cublas":
             return plain.cublas_scratch(self.a, self.dtype, self.b, self.exact)
         return 0
@@ -109,7 +117,7 @@ class Product:
     @property
     def numeric(self) -> str:
         """The precision class."""
-        if self.exact or self.route == "vec_plain":
+        if self.exact or self.route in ("vec_plain", "exact"):
             return "f32"
         if self.route == "vec":
             return "f16"
@@ -125,6 +133,8 @@ class Product:
                 blocks.tile(call, a, b, y)
             elif self.route == "vec_plain":
                 plain.vec_plain(call, a[0], b, y)
+            elif self.route == "exact":
+                exact.launches(call, a[0], b, y)
             else:
                 plain.cublas(call, a[0], b, y, self.exact)
         elif self.route == "tile" and experts.can_tile(a[0]):
