@@ -88,6 +88,11 @@ struct Fragments {
     }
 };
 
+// As two B fragments, of rows g and g + 8.
+__device__ __forceinline__ uint4 by_rows(const u32 (&words)[4]) {
+    return make_uint4(words[0], words[2], words[1], words[3]);
+}
+
 template <class W, class X, bool VECTOR>
 __global__ void __launch_bounds__(256, 1) exact(const __grid_constant__ Exact a) {
     extern __shared__ __align__(16) u32 shared[];
@@ -107,8 +112,8 @@ __global__ void __launch_bounds__(256, 1) exact(const __grid_constant__ Exact a)
             uint4* const to = (uint4*)(shared + unit * (CHAIN_WORDS / 4)) + lane;
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                to[64 * j] = make_uint4(own.high[j][0], own.high[j][1], own.high[j][2], own.high[j][3]);
-                to[64 * j + 32] = make_uint4(own.low[j][0], own.low[j][1], own.low[j][2], own.low[j][3]);
+                to[64 * j] = by_rows(own.high[j]);
+                to[64 * j + 32] = by_rows(own.low[j]);
             }
             if (t == 0) backs[chain * ROWS + row] = own.back[0];
             if (t == 1) backs[chain * ROWS + row + 8] = own.back[1];
@@ -142,12 +147,12 @@ __global__ void __launch_bounds__(256, 1) exact(const __grid_constant__ Exact a)
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     const uint4 high = weights[i * 256 + j * 64], low = weights[i * 256 + j * 64 + 32];
-                    mma<__half>(products[2 * i], x.low[j], high.x, high.z);
-                    mma<__half>(products[2 * i + 1], x.low[j], high.y, high.w);
-                    mma<__half>(products[2 * i], x.high[j], low.x, low.z);
-                    mma<__half>(products[2 * i + 1], x.high[j], low.y, low.w);
-                    mma<__half>(products[2 * i], x.high[j], high.x, high.z);
-                    mma<__half>(products[2 * i + 1], x.high[j], high.y, high.w);
+                    mma<__half>(products[2 * i], x.low[j], high.x, high.y);
+                    mma<__half>(products[2 * i + 1], x.low[j], high.z, high.w);
+                    mma<__half>(products[2 * i], x.high[j], low.x, low.y);
+                    mma<__half>(products[2 * i + 1], x.high[j], low.z, low.w);
+                    mma<__half>(products[2 * i], x.high[j], high.x, high.y);
+                    mma<__half>(products[2 * i + 1], x.high[j], high.z, high.w);
                 }
 #pragma unroll
             for (int n = 0; n < 8; ++n) {
@@ -158,24 +163,23 @@ __global__ void __launch_bounds__(256, 1) exact(const __grid_constant__ Exact a)
             }
         }
     }
+    char* const to[2] = {row_at(a.y, blockIdx.x * a.columns + column),
+                         row_at(a.y, blockIdx.x * a.columns + column + 8)};
+    u32 odd = 0;  // sums that are not finite
 #pragma unroll
-    for (int c = 0; c < 2; ++c) {
-        const int mine = column + 8 * c;
-        if (mine >= a.columns) break;
-        char* const to = row_at(a.y, blockIdx.x * a.columns + mine);
-#pragma unroll
-        for (int i = 0; i < 16; ++i) {
-            const int row = i / 2 * 8 + 2 * t + i % 2;
-            if (first_row + row >= a.rows) continue;
-            float sum = sums[i / 2][2 * c + i % 2];
-            if (!(fabsf(sum) <= 3.4028235e38f)) {
-                const char* const w = row_of(row);
-                sum = 0;
-                for (int at = first; at < end; ++at)
-                    sum += to_f32(*(const W*)(w + at * a.w.nb[0])) *
-                           to_f32(*(const X*)(columns[c] + at * a.x.nb[0]));
-            }
-            put(a.y, to, first_row + row, sum, a.narrow);
-        }
+    for (int i = 0; i < 32; ++i) {
+        const int c = i / 16, row = i / 2 % 8 * 8 + 2 * t + i % 2;
+        const float sum = sums[i / 2 % 8][2 * c + i % 2];
+        if (column + 8 * c >= a.columns || first_row + row >= a.rows) continue;
+        put(a.y, to[c], first_row + row, sum, a.narrow);
+        if (!(fabsf(sum) <= 3.4028235e38f)) odd |= 1u << i;
+    }
+    for (; odd; odd &= odd - 1) {
+        const int i = __ffs(odd) - 1, row = i / 2 % 8 * 8 + 2 * t + i % 2;
+        const char *w = row_of(row), *x = i < 16 ? columns[0] : columns[1];
+        float sum = 0;
+        for (int at = first; at < end; ++at)
+            sum += to_f32(*(const W*)(w + at * a.w.nb[0])) * to_f32(*(const X*)(x + at * a.x.nb[0]));
+        put(a.y, i < 16 ? to[0] : to[1], first_row + row, sum, a.narrow);
     }
 }
