@@ -12,10 +12,13 @@ from pyggml import ops
 from pyggml.backends.cuda.argument import Struct
 from pyggml.backends.cuda.fusion import Fused, Run
 from pyggml.backends.cuda.geometry import C_TYPES, blocks_for
-from pyggml.backends.cuda.launch import ABSENT, Call
+from pyggml.backends.cuda.launch import ABSENT, Call, Operand
 from pyggml.backends.cuda.table import kernel
 from pyggml.dtypes import BF16, F16, F32, I32
 from pyggml.node import Attrs, Node
+
+#: Tokens from which a block takes several.
+MANY = 128
 
 
 @kernel(ops.rope_ext, inplace=("a",))
@@ -23,6 +26,23 @@ def rope_ext(call: Call) -> None:
     out, a, pos, factors = call.out, call["a"], call["pos"], call.get("freq_factors")
     neox = "true" if call.attrs["mode"] == "neox" else "false"
     in_place = out.ptr == a.ptr and out.nb == a.nb
+    if in_place and out.ne[2] >= MANY and _in_words(out, call.attrs):
+        tokens = max(1, 256 // (call.attrs["n_dims"] // 2))
+        call.launch(
+            "rope.cu",
+            f"rope_tokens<{C_TYPES[out.dtype.name]}, {neox}>",
+            grid=(blocks_for(out.ne[2], tokens), out.ne[3]),
+            block=256,
+            args=[
+                out.tensor,
+                pos.tensor,
+                (factors or ABSENT).tensor,
+                constants(call.attrs),
+                np.int32(tokens),
+            ],
+            shared=4 * tokens * call.attrs["n_dims"],
+        )
+        return
     units = call.attrs["n_dims"] // 2 if in_place else -(-out.ne[0] // 2)
     call.launch(
         "rope.cu",
@@ -38,6 +58,13 @@ def rope_ext(call: Call) -> None:
             np.int32(units),
         ],
     )
+
+
+def _in_words(out: Operand, attrs: Attrs) -> bool:
+    """Whether what is rotated can be read in words of four elements."""
+    size = out.dtype.nbytes
+    whole = attrs["n_dims"] % 8 == 0 and attrs["offset"] % 4 == 0
+    return whole and out.nb[0] == size and out.aligned(4 * size)
 
 
 def rope_into_rows(node: Node, run: Run) -> Fused | None:

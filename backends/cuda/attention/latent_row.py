@@ -15,6 +15,9 @@ from pyggml.backends.cuda.rope import Rope, constants
 from pyggml.dtypes import F32, I32
 from pyggml.node import Attrs, Node
 
+#: Tokens from which a block has two warps, so that all blocks are on a GPU at once.
+MANY = 1024
+
 
 def latent_row(node: Node, run: Run) -> Fused | None:
     """set_rows(cache, concat(rms_norm(c) * w, rope(k)), ids), with one row per token."""
@@ -96,7 +99,7 @@ class RecordRow:
             "latent_row.cu",
             f"latent_row<{ROWS[call.out.dtype.name]}, {str(self.neox).lower()}>",
             grid=call["c"].ne[1],
-            block=256,
+            block=64 if call["c"].ne[1] >= MANY else 256,
             args=[self.argument(call.out, call.__getitem__)],
             shared=row_bytes(call["c"], call["k"]),
         )

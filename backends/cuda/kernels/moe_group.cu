@@ -4,7 +4,9 @@
 // @kernel hot group_pairs
 #include "linear_common.cuh"
 
-constexpr int THREADS = 1024;
+// AHEAD: ids that a thread has on their way at once; one by one, each would take as long as a read
+// from L2. It divides 32.
+constexpr int THREADS = 1024, AHEAD = 4;
 
 // order: pairs sorted by expert. places: where each pair is there, -1 without an expert. tiles:
 // {expert, first entry of order, entries}, one for every `columns` pairs.
@@ -16,21 +18,36 @@ __global__ void __launch_bounds__(THREADS)
     __shared__ int starts[THREADS / 32], before, tiles_before, all_tiles;
     const int thread = threadIdx.x, mine = blockIdx.x, n_used = routing.ids.ne[0];
     const int pairs = n_used * routing.ids.ne[1], experts = routing.experts + 1;
-    auto id_of = [&](int pair) {
-        int id = *(const int*)routing.ids.at<char>(pair % n_used, pair / n_used, 0, 0);
-        return id >= 0 && id < routing.experts ? id : routing.experts;
-    };
     for (int e = thread; e < experts; e += THREADS) counts[e] = 0;
     if (thread == 0) before = tiles_before = all_tiles = 0;
     __syncthreads();
     // Each thread takes a contiguous run of pairs, so ranks follow from a prefix sum over threads.
     const int share = (pairs + THREADS - 1) / THREADS;
     const int first = min(thread * share, pairs), last = min(first + share, pairs);
-    int own = 0;
-    for (int pair = first; pair < last; ++pair) {
-        int id = id_of(pair);
-        own += id == mine;
-        atomicAdd(&counts[id], 1);
+    const auto expert_of = [&](unsigned id) { return (int)min(id, (unsigned)routing.experts); };
+    const long long step = routing.ids.nb[0], skip = routing.ids.nb[1] - n_used * step;
+    const char* at_id = routing.ids.at<char>(first % n_used, first / n_used, 0, 0);
+    int own = 0, slot = first % n_used;
+    unsigned own_of_32 = 0;  // which of the first 32 of the run
+    for (int start = first; start < last; start += AHEAD) {
+        int ids[AHEAD];
+        unsigned bits = 0;
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            ids[i] = 0;
+            if (start + i < last) ids[i] = *(const int*)at_id;
+            at_id += step;
+            if (++slot == n_used) slot = 0, at_id += skip;
+        }
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i)
+            if (start + i < last) {
+                const int expert = expert_of(ids[i]);
+                bits |= (expert == mine) << i;
+                atomicAdd(&counts[expert], 1);
+            }
+        own += __popc(bits);
+        if (start - first < 32) own_of_32 |= bits << (start - first);
     }
     __syncthreads();
     for (int e = thread; e < experts; e += THREADS) {
@@ -48,14 +65,16 @@ __global__ void __launch_bounds__(THREADS)
     }
     if (thread % 32 == 31) starts[thread / 32] = rank;
     __syncthreads();
-    int at = before + rank - own;
-    for (int warp = 0; warp < thread / 32; ++warp) at += starts[warp];
-    if (own)
-        for (int pair = first; pair < last; ++pair)
-            if (id_of(pair) == mine) {
-                places[pair] = mine < routing.experts ? at : -1;
-                order[at++] = pair;
-            }
+    const int in_warps_before = thread % 32 < thread / 32 ? starts[thread % 32] : 0;
+    int at = before + rank - own + (int)__reduce_add_sync(~0u, in_warps_before);
+    const auto put = [&](int pair) {
+        places[pair] = mine < routing.experts ? at : -1;
+        order[at++] = pair;
+    };
+    for (; own_of_32; own_of_32 &= own_of_32 - 1) put(first + __ffs(own_of_32) - 1);
+#pragma unroll 1
+    for (int pair = first + 32; pair < last; ++pair)
+        if (expert_of(*routing.ids.at<int>(pair % n_used, pair / n_used, 0, 0)) == mine) put(pair);
     int count = counts[mine];
     for (int i = thread; i * columns < count; i += THREADS)
         tiles[tiles_before + i] =

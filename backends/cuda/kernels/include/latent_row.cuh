@@ -9,7 +9,7 @@ struct LatentRow {
     Rope rope;
 };
 
-// By all 256 threads of a block. The row is assembled in shared memory, n_c + n_k floats. An id that
+// By all threads of a block. The row is assembled in shared memory, n_c + n_k floats. An id that
 // is not a row writes nothing.
 template <class B, bool NEOX>
 __device__ __forceinline__ void write_latent_row(const LatentRow& p, int token) {
@@ -20,13 +20,20 @@ __device__ __forceinline__ void write_latent_row(const LatentRow& p, int token) 
     const int n_c = p.c.ne[0], n_k = p.k.ne[0];
     const int position = *p.pos.at<int>(token, 0, 0, 0), id = *p.ids.at<int>(token, 0, 0, 0);
     float squares = 0;
-    for (int i = threadIdx.x; i < n_c; i += 256) {
-        const float x = *p.c.at<float>(i, token, 0, 0);
-        row[i] = x, squares += x * x;
+    const auto take = [&](int i, float x) { row[i] = x, squares += x * x; };
+    if (p.c.nb[0] == 4 && n_c % 4 == 0) {
+#pragma unroll 2
+        for (int i = threadIdx.x * 4; i < n_c; i += blockDim.x * 4) {
+            const Pack<float, 4> four = four_at(p.c.at<float>(i, token, 0, 0));
+#pragma unroll
+            for (int j = 0; j < 4; ++j) take(i + j, four.v[j]);
+        }  // others normalize these, behind the barriers of the sum
+    } else {
+        for (int i = threadIdx.x; i < n_c; i += blockDim.x) take(i, *p.c.at<float>(i, token, 0, 0));
     }
     norm_row(row, n_c, squares, p.eps, p.w);
-    for (int unit = threadIdx.x; unit < (n_k + 1) / 2; unit += 256) {
-        if (unit >= 256) frequency = frequency_of(unit, p.rope);
+    for (int unit = threadIdx.x; unit < (n_k + 1) / 2; unit += blockDim.x) {
+        if (unit >= blockDim.x) frequency = frequency_of(unit, p.rope);
         turn<NEOX>(
             p.rope, unit, frequency, n_k, position, Tensor{},
             [&](int i) { return *p.k.at<float>(i, 0, token, 0); },
