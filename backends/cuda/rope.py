@@ -27,7 +27,8 @@ def rope_ext(call: Call) -> None:
     neox = "true" if call.attrs["mode"] == "neox" else "false"
     in_place = out.ptr == a.ptr and out.nb == a.nb
     if in_place and out.ne[2] >= MANY and _in_words(out, call.attrs):
-        tokens = max(1, 256 // (call.attrs["n_dims"] // 2))
+        pairs = call.attrs["n_dims"] // 2
+        tokens = max(1, min(256 // pairs, blocks_for(out.ne[2], 2 * call.device.sms)))
         call.launch(
             "rope.cu",
             f"rope_tokens<{C_TYPES[out.dtype.name]}, {neox}>",
@@ -40,7 +41,7 @@ def rope_ext(call: Call) -> None:
                 constants(call.attrs),
                 np.int32(tokens),
             ],
-            shared=4 * tokens * call.attrs["n_dims"],
+            shared=8 * tokens * pairs,
         )
         return
     units = call.attrs["n_dims"] // 2 if in_place else -(-out.ne[0] // 2)

@@ -29,7 +29,7 @@ from pyggml.backends.cuda.argument import Struct, Tensor, pack
 from pyggml.backends.cuda.attention import absorb, arguments, joint, latent_row, parts
 from pyggml.backends.cuda.device import tensormap
 from pyggml.backends.cuda.device.compiler import KERNELS
-from pyggml.backends.cuda.linear import blocks, common, halves, joined, ring
+from pyggml.backends.cuda.linear import blocks, common, exact, halves, joined, ring
 from pyggml.backends.cuda.weights import packing
 
 HERE = Path(__file__).parent
@@ -46,6 +46,7 @@ STRUCTS: tuple[tuple[type[Struct], str, str], ...] = (
     (halves.Places, "linear_prepare.cu", "Places"),
     (blocks.TileWeights, "include/formats.cuh", "Weights<InTiles>"),
     (blocks.RowWeights, "include/formats.cuh", "Weights<InRows>"),
+    (exact.Exact, "linear_exact.cu", "Exact"),
     (tensormap.TensorMap, "include/mma.cuh", "TensorMap"),
     (arguments.Attention, "include/attention.cuh", "Attention"),
     (indexer.Indexer, "include/indexer.cuh", "Indexer"),

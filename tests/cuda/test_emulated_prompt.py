@@ -38,8 +38,8 @@ def test_products_of_few_rows(tmp_path: Path) -> None:
 
 
 def test_products_of_few_rows_of_other_types(tmp_path: Path) -> None:
-    """Weights of f16 with prec="f32", weights that are computed, heads of columns that lie anywhere,
-    results in f16."""
+    """Weights of f16 with prec="f32", weights that are computed, heads of columns that lie
+    anywhere, results in f16."""
     k, n = 192, 20
     half = product(50, k, n, random(50, k).astype(np.float16), prec="f32")
     w, x = gg.input("w", ne=(k, 40)), gg.input("x", ne=(k, 5, n))
@@ -56,7 +56,7 @@ def test_products_of_few_rows_of_other_types(tmp_path: Path) -> None:
     compare(*graphs["f16"], folder(tmp_path, "f16"), 1e-6)
 
 
-def inputs_of(node: gg.Node, inputs: dict) -> dict:
+def inputs_of(node: gg.Node, inputs: dict[str, Any]) -> dict[str, Any]:
     names = gg.compile({"": node}, backends=["numpy"]).inputs
     return {name: values for name, values in inputs.items() if name in names}
 
@@ -68,8 +68,8 @@ def folder(path: Path, name: str) -> Path:
 
 
 def test_numbers_that_are_not_finite_or_do_not_fit(tmp_path: Path) -> None:
-    """A column with NaN and one with infinity leave the others alone; products of large and of small
-    numbers, and sums that are too large."""
+    """A column with NaN and one with infinity leave the others alone; products of large and of
+    small numbers, and sums that are too large."""
     (y, inputs), k = product(70, 260, 40), 260
     w, x = random(70, k), inputs["x"]
     x[5, 7], x[7, 3], x[8, 200], w[1, 9] = np.nan, np.inf, -np.inf, 1e38
@@ -99,7 +99,7 @@ def test_rotation_of_many_tokens(
     for type, tokens in (("f32", 141), ("f16", 128)):
         x, pos = gg.input("x", type, ne=(n, heads, tokens)), gg.input("pos", "i32", ne=(tokens,))
         factors = gg.input("factors", ne=(n_dims // 2,))
-        attrs = {"n_dims": n_dims, "mode": mode, "offset": offset}
+        attrs: dict[str, Any] = {"n_dims": n_dims, "mode": mode, "offset": offset}
         y = gg.rope_ext(gg.scale(x, s=2.0), pos, factors, **attrs)
         inputs = {"x": random(tokens, heads, n).astype(x.dtype.numpy)}
         inputs["factors"] = 1 + rng.random(n_dims // 2, dtype=np.float32)

@@ -67,12 +67,19 @@ def test_dense_products_keep_to_their_scratch(dtype: str, tiles: bool, n: int, p
         ("f16", 1, "default", ["vec_plain"]),
         ("f16", 2, "default", ["copy_rows", "gemm"]),
         ("f16", 2, "f32", ["vec_plain"]),
-        ("f32", 100, "default", ["gemm"]),
+        ("f16", 100, "f32", ["exact", "add_splits"]),
+        ("f32", 100, "default", ["exact", "add_splits"]),
     ],
 )
 def test_columns_choose_the_kernel(dtype: str, n: int, prec: str, expected: list[str]) -> None:
     node = gg.mul_mat(mat(dtype, 256, 64), mat("f32", 256, n, name="b"), prec=prec)
     assert kernels(records_of(node)) == expected
+
+
+def test_many_rows_or_matrices_of_f32_go_to_cublas() -> None:
+    for ne in ((256, 257), (256, 64, 2)):
+        b = mat("f32", 256, 100, *ne[2:], name="b")
+        assert kernels(records_of(gg.mul_mat(mat("f32", *ne), b))) == ["gemm"]
 
 
 def test_heads_are_one_batched_product() -> None:

@@ -86,6 +86,7 @@ def launch(call: Call, a: Operand, b: Operand, y: Operand, plan: Plan) -> None:
     vector = a.ne[0] % 4 == 0 and all(
         x.nb[0] == x.dtype.nbytes and x.aligned(4 * x.dtype.nbytes) for x in (a, b)
     )
+    resident = all(call.node[name].root.op is constant_op for name in call.node.op.weights)
     call.launch(
         "linear_exact.cu",
         f"exact<{C_TYPES[a.dtype.name]}, {C_TYPES[b.dtype.name]}, {str(vector).lower()}>",
@@ -102,7 +103,7 @@ def launch(call: Call, a: Operand, b: Operand, y: Operand, plan: Plan) -> None:
                 depth=plan.depth,
                 parts=plan.parts,
                 narrow=int(is_narrow(y)),
-                resident=int(all(call.node[w].root.op is constant_op for w in call.node.op.weights)),
+                resident=int(resident),
             )
         ],
         shared=plan.depth // DEPTH * ROWS * (4 * DEPTH + 4),

@@ -4,8 +4,7 @@
     up to 8         vec: 16-bit fixed-point b           vec_plain (f16, bf16: 1 column)
     more            tile: f16 on the tensor cores       cublas, in the type of a; exact
 
-`exact` takes f32 weights of up to 256 rows, and f16 and bf16 with prec="f32": two f16 numbers for each
-f32.
+`exact` takes f32 weights of up to 256 rows, and f16 and bf16 with prec="f32".
 
 Block matrices of more than 8 Mi elements use `vec` only up to 4 columns. On the tensor cores mxfp4
 is decoded to bf16. On 9.0, `tile` with more than 128 columns or with experts is the kernel of
