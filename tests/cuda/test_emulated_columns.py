@@ -35,6 +35,22 @@ def test_products_of_many_columns(dtype: str, tmp_path: Path) -> None:
     compare(outputs, inputs, tmp_path, 1e-4 if dtype == "mxfp4" else 1e-6, ONE)
 
 
+@pytest.mark.parametrize(("dtype", "sms"), [("iq4_nl", 1), ("q6_K", 2)])
+@pytest.mark.parametrize("arch", ("90a", "80"))
+def test_two_products_in_one_launch(dtype: str, sms: int, arch: str, tmp_path: Path) -> None:
+    """Of three products of the same columns the last two; tiles that are not full, rows that lie
+    apart."""
+    k, n = 256, 300
+    x = gg.relu(gg.input("x", ne=(k, n)))
+    outputs = {
+        f"y{rows}": gg.mul_mat(constant(f"w{rows}", dtype, rows, k), x) for rows in (20, 150, 70)
+    }
+    steps = gg.compile(outputs, backends=["cuda:0:24GiB"]).steps
+    together = (len(set(step.nodes) & set(outputs.values())) for step in steps)
+    assert sorted(n for n in together if n) == [1, 2]
+    compare(outputs, {"x": random(n, k)}, tmp_path, 1e-6, replace(H200, sms=sms, arch=arch))
+
+
 def experts_of_many(
     dtype: str, tokens: int, n_expert: int, chosen: np.ndarray,
     n_ff: int = 36, n_embd: int = 138, k: int = 256, **act: Any,

@@ -49,6 +49,10 @@ struct RingArgument {
     // with their scales, and with a 1 where a row has a number that f16 cannot hold.
     float* own_scales;
     int* are_long;
+    // If not routed, with one matrix: a second one behind it, with planes of its own, that reads the
+    // same columns. Its tiles of rows come after `first_tiles`.
+    Tensor second_y;
+    int second_rows, first_tiles;
 };
 
 constexpr int MOST_STAGES = 16, PRODUCERS = 128;
@@ -127,17 +131,20 @@ struct Turn {
 // A tile of results.
 struct Part {
     int row_tile, matrix, first, valid;  // first: a column, or an entry of `order`
+    bool second;
 };
 template <bool ROUTED>
 __device__ __forceinline__ Part part_of(const RingArgument& a, int number) {
     if constexpr (ROUTED) {  // the rows of an expert one after another: they share columns
         const int4 mine = a.columns.tiles[number / a.row_tiles];
-        return {number % a.row_tiles, mine.x, mine.y, mine.z};
+        return {number % a.row_tiles, mine.x, mine.y, mine.z, false};
     } else {  // the columns of a tile of rows: they share weights
         const int start = number % a.column_tiles * a.box, rest = number / a.column_tiles;
-        const int z = rest / a.row_tiles;
-        return {rest % a.row_tiles, a.columns.heads.matrix(z), z * a.columns.heads.columns + start,
-                min(a.box, a.columns.heads.columns - start)};
+        const int z = rest / a.row_tiles, row_tile = rest % a.row_tiles;
+        const bool second = row_tile >= a.first_tiles;
+        return {second ? row_tile - a.first_tiles : row_tile, a.columns.heads.matrix(z),
+                z * a.columns.heads.columns + start, min(a.box, a.columns.heads.columns - start),
+                second};
     }
 }
 
@@ -224,7 +231,8 @@ __global__ void __launch_bounds__(PRODUCERS + Sizes<COLUMNS>::CONSUMERS, 1)
                 const auto fetch = [&](int plane, int bytes, int x) {
 #pragma unroll
                     for (int m = 0; m < MATS; ++m)
-                        tensor_copy(to + m * (bytes / MATS), &a.planes[4 * m + plane], ready, x,
+                        tensor_copy(to + m * (bytes / MATS),
+                                    &a.planes[4 * (MATS == 1 ? part.second : m) + plane], ready, x,
                                     first_tile, 0, 0);
                     to += bytes;
                 };
@@ -265,11 +273,14 @@ __global__ void __launch_bounds__(PRODUCERS + Sizes<COLUMNS>::CONSUMERS, 1)
             }
             continue;
         }
+        const bool second = !ROUTED && MATS == 1 && part.second;
+        const Tensor& y = second ? a.second_y : a.y;
+        const int n_rows = second ? a.second_rows : a.n_rows;
         const int which = ROUTED ? tile.stage : group;
         if constexpr (!ROUTED) {
             warpgroup_sync(1 + group);  // all have read what the last tile left
             for (int i = mine; i < part.valid; i += 128) {
-                targets[which][i] = (row_at(a.y, part.first + i) - a.y.data) / 4;
+                targets[which][i] = (row_at(y, part.first + i) - y.data) / 4;
                 copy4(shared_address(column_scales + which * COLUMNS + i), a.scales + part.first + i,
                       true);
             }
@@ -343,8 +354,8 @@ __global__ void __launch_bounds__(PRODUCERS + Sizes<COLUMNS>::CONSUMERS, 1)
         }
         // A thread has 2 columns of 2 rows in every 8 columns.
         const int row = first_row + (MATS == 2 ? (thread - PRODUCERS) / 4 : own * 16 + 2 * g);
-        const int end = row < a.n_rows ? part.valid : 0;
-        char* const base = a.y.data + row * (a.narrow ? 2 : 4);
+        const int end = row < n_rows ? part.valid : 0;
+        char* const base = y.data + row * (a.narrow ? 2 : 4);
         const auto store = [&](auto finish) {
 #pragma unroll
             for (int i = 0; i < COLUMNS / 2; i += 4) {

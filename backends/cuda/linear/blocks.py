@@ -18,6 +18,7 @@ from pyggml.backends.cuda.linear.common import (
     PREPARE,
     VEC,
     Columns,
+    Shape,
     act_of,
     aligned,
     dense,
@@ -141,8 +142,12 @@ def vec(call: Call, a: tuple[Operand, ...], b: Operand, y: Operand, levels: int)
     )
 
 
+#: The most columns of a tile of `tile`.
+WIDEST_TILE = 128
+
+
 def tile_columns(columns: int) -> int:
-    return 32 if columns <= 32 else 64 if columns <= 64 else 128
+    return 32 if columns <= 32 else 64 if columns <= 64 else WIDEST_TILE
 
 
 def tile_shared(columns: int) -> int:
@@ -169,14 +174,10 @@ def split_scratch(a: Ne, b: Ne) -> int:
 def tile(call: Call, a: tuple[Operand, ...], b: Operand, y: Operand) -> None:
     """Record `tile` for one matrix, or for up and gate."""
     shape = shape_of(a[0].ne, b.ne)
-    columns = Columns(tiles=0, n_tiles=0, order=0, heads=shape.heads, routing=NO_ROUTING)
-    if shape.columns > 128 and ring.can_ring(call, a, y):
-        width = ring.width_of(a[0].ne[1] * len(a), shape.columns, shape.batches, call.device)
-        ring.launch(
-            call, a, y, to_halves(call, b, half_of(a[0].dtype)), columns, width,
-            column_tiles=-(-shape.columns // width), batches=shape.batches,
-        )  # fmt: skip
+    if shape.columns > WIDEST_TILE and ring.can_ring(call, a, y):
+        launch_ring(call, a, b, y)
         return
+    columns = columns_in_order(shape)
     width, splits = tile_columns(shape.columns), 1 if len(a) == 2 else splits_of(a[0].ne, b.ne)
     sums, count = y, rows_in(b.ne)
     if splits > 1:
@@ -193,6 +194,29 @@ def tile(call: Call, a: tuple[Operand, ...], b: Operand, y: Operand) -> None:
             block=block,
             args=[sums.pointer, y.tensor, np.int32(splits), is_narrow(y)],
         )
+
+
+def columns_in_order(shape: Shape) -> Columns:
+    """The argument of kernels whose columns no expert takes."""
+    return Columns(tiles=0, n_tiles=0, order=0, heads=shape.heads, routing=NO_ROUTING)
+
+
+def launch_ring(
+    call: Call,
+    a: tuple[Operand, ...],
+    b: Operand,
+    y: Operand,
+    second: tuple[Operand, Operand] | None = None,
+) -> None:
+    """Record `ring` for one matrix, for up and gate, or for one and a second with its result."""
+    shape, rows = shape_of(a[0].ne, b.ne), [a[0].ne[1] * len(a)]
+    if second is not None:
+        rows.append(second[0].ne[1])
+    width = ring.width_of(ring.tiles_for(*rows), shape.columns, shape.batches, call.device)
+    ring.launch(
+        call, a, y, to_halves(call, b, half_of(a[0].dtype)), columns_in_order(shape), width,
+        column_tiles=-(-shape.columns // width), batches=shape.batches, second=second,
+    )  # fmt: skip
 
 
 def launch_tile(

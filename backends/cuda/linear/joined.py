@@ -1,7 +1,10 @@
-"""Several products with one column as one launch: queries, keys and values of a token, and more.
+"""Several products that read the same columns as one launch: queries, keys and values, and more.
 
 A token's products are short: 2 MB of weights take less time than the way from one launch to the
-next. Those that read the same column and have weights of one type share a launch.
+next. Up to eight with weights of one type share a launch.
+
+Those of a prompt have few tiles each, and the last round of blocks leaves multiprocessors without
+one. Two share a launch of `ring`.
 """
 
 from __future__ import annotations
@@ -13,15 +16,15 @@ from itertools import accumulate
 from pyggml import ops
 from pyggml.backends.cuda.argument import Struct
 from pyggml.backends.cuda.fusion import CudaStep
-from pyggml.backends.cuda.launch import Call
-from pyggml.backends.cuda.linear import blocks
+from pyggml.backends.cuda.launch import Call, Operand
+from pyggml.backends.cuda.linear import blocks, ring
 from pyggml.backends.cuda.linear.common import VEC, shape_of
 from pyggml.backends.cuda.weights.packing import Packed, packed
 from pyggml.dtypes import F32
 from pyggml.ops.leaf import constant_op
 
-#: The most products of a launch.
-MOST = 8
+#: The most products of a launch, with one column and with many.
+MOST, MOST_WIDE = 8, 2
 
 
 class Joined(Struct):
@@ -40,13 +43,15 @@ def join(steps: Sequence[CudaStep]) -> Iterator[CudaStep]:
     prepared, so they may run as early as that one."""
     groups: dict[Hashable, list[CudaStep]] = {}
     for step in steps:
-        if _can_join(step):
-            own = groups.setdefault((step.operands["fixed"], step.node["a"].dtype), [])
-            own.append(step)
+        form = _form_of(step)
+        if form is not None:
+            key = form, step.operands[form], step.node["a"].dtype
+            groups.setdefault(key, []).append(step)
     joined: dict[CudaStep, CudaStep | None] = {}
     for own in groups.values():
-        for i in range(0, len(own), MOST):
-            some = own[i : i + MOST]
+        most = MOST if "fixed" in own[0].operands else MOST_WIDE
+        for end in range(len(own), 0, -most):  # the last ones are smaller: queries, keys, values
+            some = own[max(0, end - most) : end]
             if len(some) > 1:
                 joined |= dict.fromkeys(some)
                 joined[some[0]] = _joined(some)
@@ -56,28 +61,51 @@ def join(steps: Sequence[CudaStep]) -> Iterator[CudaStep]:
             yield whole
 
 
-def _can_join(step: CudaStep) -> bool:
-    """Whether the step is a product of one prepared column and one matrix of constant weights."""
+def _form_of(step: CudaStep) -> str | None:
+    """The operand that a product which can be joined reads in place of b: one prepared column, or
+    many. Its one matrix of weights is constant."""
     node = step.node
-    if len(step.nodes) > 1 or node.op is not ops.mul_mat or "fixed" not in step.operands:
-        return False
+    if len(step.nodes) > 1 or node.op is not ops.mul_mat:
+        return None
     a, shape = node["a"], shape_of(node["a"].ne, node["b"].ne)
-    alone = shape.batches == shape.columns == 1 and node.dtype is F32
-    return alone and a.root.op is constant_op and node.attrs["prec"] != "f32"
+    alone = shape.batches == 1 and node.dtype is F32 and a.root.op is constant_op
+    if not alone or node.attrs["prec"] == "f32":
+        return None
+    if "fixed" in step.operands and shape.columns == 1:
+        return "fixed"
+    wide = "halves" in step.operands and shape.columns > blocks.WIDEST_TILE
+    return "halves" if wide and ring.can_take(a.dtype, a.ne) else None
 
 
 def _joined(steps: Sequence[CudaStep]) -> CudaStep:
-    nodes = tuple(step.node for step in steps)
+    nodes, form = tuple(step.node for step in steps), _form_of(steps[0])
+    assert form is not None
     operands = {f"a{i}": node["a"] for i, node in enumerate(nodes)}
-    operands |= {"b": nodes[0]["b"], "fixed": steps[0].operands["fixed"]}
+    operands |= {"b": nodes[0]["b"], form: steps[0].operands[form]}
     results = {f"y{i}": node for i, node in enumerate(nodes[:-1])}
     scratch = max(step.scratch for step in steps)
-    return CudaStep(nodes, operands, _record, results=results, scratch=scratch)
+    record = _record if form == "fixed" else _record_wide
+    return CudaStep(nodes, operands, record, results=results, scratch=scratch)
+
+
+def _products(call: Call) -> tuple[list[Operand], list[Operand]]:
+    """The weights and the results."""
+    weights = [call[f"a{i}"] for i in range(MOST) if call.get(f"a{i}")]
+    return weights, [*(call[f"y{i}"] for i in range(len(weights) - 1)), call.out]
+
+
+def _record_wide(call: Call) -> None:
+    weights, outs = _products(call)
+    first, second = zip(weights, outs)
+    if not all(ring.can_ring(call, (w,), y) for w, y in (first, second)):
+        for w, y in (first, second):
+            blocks.tile(call, (w,), call["b"], y)
+        return
+    blocks.launch_ring(call, first[:1], call["b"], first[1], second)
 
 
 def _record(call: Call) -> None:
-    weights = [call[f"a{i}"] for i in range(MOST) if call.get(f"a{i}")]
-    outs = [*(call[f"y{i}"] for i in range(len(weights) - 1)), call.out]
+    weights, outs = _products(call)
     if any(w.layout != "tiles8" for w in weights) or any(y.nb[0] != 4 for y in outs):
         for w, y in zip(weights, outs):
             blocks.vec(call, (w,), call["b"], y, 2)

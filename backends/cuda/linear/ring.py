@@ -10,7 +10,7 @@ import numpy as np
 from pyggml.backends.cuda.argument import Struct, Tensor
 from pyggml.backends.cuda.device.tensormap import EMPTY, TensorMap, tensor_map
 from pyggml.backends.cuda.gpu import Device
-from pyggml.backends.cuda.launch import Call, Operand
+from pyggml.backends.cuda.launch import ABSENT, Call, Operand
 from pyggml.backends.cuda.linear.common import Columns, act_of, is_narrow, limit_of, rows_in
 from pyggml.backends.cuda.linear.halves import CLASS, DEPTH, half_of, padded
 from pyggml.backends.cuda.weights.formats import FORMATS, Format
@@ -52,6 +52,9 @@ class RingArgument(Struct):
         ("limit", ctypes.c_float),
         ("own_scales", ctypes.c_uint64),
         ("are_long", ctypes.c_uint64),
+        ("second_y", Tensor),
+        ("second_rows", ctypes.c_int32),
+        ("first_tiles", ctypes.c_int32),
     )
 
 
@@ -80,12 +83,17 @@ def can_order(width: int) -> bool:
     return width <= FEW or width == COLUMNS
 
 
-def width_of(rows: int, columns: int, batches: int, device: Device) -> int:
+def tiles_for(*rows: int) -> int:
+    """Tiles of the rows of one matrix, or of several that a launch multiplies one after another."""
+    return sum(-(-n // ROWS) for n in rows)
+
+
+def width_of(row_tiles: int, columns: int, batches: int, device: Device) -> int:
     """Columns of a tile: those with which the blocks of a GPU end soonest, by times on an H100. A
     result does not depend on it."""
 
     def time(width: int) -> int:
-        tiles = -(-rows // ROWS) * -(-columns // width) * batches
+        tiles = row_tiles * -(-columns // width) * batches
         return -(-tiles // device.sms) * (width + 96)
 
     return min((256, 192, 128), key=time)
@@ -103,6 +111,7 @@ def launch(
     batches: int = 1,
     short: bool = False,
     handed: tuple[int, int] = (0, 0),
+    second: tuple[Operand, Operand] | None = None,
 ) -> None:
     """Record the product.
 
@@ -112,6 +121,8 @@ def launch(
     column_tiles  of a batch, 0 if experts take the columns, in lists of up to `width`
     short         write short rows (short_rows.cuh), and none for pairs without an expert
     handed        addresses of own_scales and are_long, if these rows are those of up and gate
+    second        a second matrix for the same columns and its result, like the first ones in type
+                  and in k; neither has batches
     """
     first, form, routed = a[0], FORMATS[a[0].dtype.name], column_tiles == 0
     sizes = Sizes.of(routed, width)
@@ -120,13 +131,18 @@ def launch(
     rows, scales = halves
     planes, x = [EMPTY] * 8, EMPTY
     if not call.names_only:
-        for m, matrix in enumerate(a):
-            planes[4 * m : 4 * m + 4] = plane_maps(matrix, form, tiles, sizes, len(a))
+        for m, matrix in enumerate(a if second is None else (*a, second[0])):
+            own = tiles_of(matrix.dtype, matrix.ne)
+            planes[4 * m : 4 * m + 4] = plane_maps(matrix, form, own, sizes, len(a))
         kind = CLASS[half_of(first.dtype)]
         x = flat_map(int(rows), kind, 2, k, rows_in(y.ne), (DEPTH, box))
     stages = sizes.stages(form, call.device)
     limit = limit_of(call.attrs, len(a))[1]
-    row_tiles = -(-first.ne[1] * len(a) // sizes.rows)
+    first_tiles = row_tiles = -(-first.ne[1] * len(a) // sizes.rows)
+    second_y, second_rows = ABSENT.tensor, 0
+    if second is not None:
+        second_y, second_rows = second[1].tensor, second[0].ne[1]
+        row_tiles += tiles_for(second_rows)
     argument = RingArgument(
         pad=(0,) * 6,
         planes=tuple(planes),
@@ -148,6 +164,9 @@ def launch(
         limit=float(limit[0]) if limit else 0.0,
         own_scales=handed[0],
         are_long=handed[1],
+        second_y=second_y,
+        second_rows=second_rows,
+        first_tiles=first_tiles,
     )
     call.launch(
         RING,
