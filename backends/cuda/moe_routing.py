@@ -10,6 +10,8 @@ from pyggml import ops
 from pyggml.backends.cuda.argument import Struct, Tensor
 from pyggml.backends.cuda.fusion import Fused, Run, behind_reshapes
 from pyggml.backends.cuda.launch import ABSENT, Call, Operand
+from pyggml.backends.cuda.linear import exact
+from pyggml.backends.cuda.linear.routes import Product
 from pyggml.dtypes import F32, I32
 from pyggml.node import Node
 from pyggml.ops.leaf import constant_op
@@ -66,11 +68,18 @@ class Routing:
 
 
 def route(node: Node, run: Run) -> Fused | None:
-    """The whole of `models.moe.route`, in any of its forms."""
+    """The whole of `models.moe.route`, in any of its forms, and the router of a prompt if its sums
+    over parts of k are added up here."""
     routing = routing_of(node, run)
     if routing is None or routing.scores.ne[0] > MOST or routing.scores.dtype is not F32:
         return None
-    ids, reads, results = routing.ids, {"scores": routing.scores}, {"ids": routing.local}
+    ids, results, scores = routing.ids, {"ids": routing.local}, routing.scores
+    product = _product(scores, routing.nodes[0], run)
+    if product is None:
+        nodes, reads, scratch = routing.nodes, {"scores": scores}, 0
+    else:
+        nodes, scratch = (scores, *routing.nodes), product.scratch
+        reads = {"w": scores["a"], "x": scores["b"]}
     if node.ne not in (ids.ne, (1, *ids.ne[:3])) or ids.ne[0] > MOST_USED:
         return None
     reads |= routing.reads
@@ -80,7 +89,16 @@ def route(node: Node, run: Run) -> Fused | None:
         return None
     record = partial(_record, routing=routing)
     at = None if routing.given else routing.local
-    return Fused(routing.nodes, reads, record, results=results, at=at)
+    return Fused(nodes, reads, record, results=results, at=at, scratch=scratch)
+
+
+def _product(scores: Node, reader: Node, run: Run) -> Product | None:
+    """The product that computes scores, if only `reader` reads these and its kernel leaves sums of
+    splits."""
+    if scores.op is not ops.mul_mat or not run.only(scores, reader):
+        return None
+    product = Product.of(scores)
+    return product if product.route == "exact" else None
 
 
 def routing_of(weights: Node, run: Run) -> Routing | None:
@@ -214,7 +232,12 @@ def shared_bytes(routing: Routing) -> int:
 
 
 def _record(call: Call, routing: Routing) -> None:
-    scores, ids, out = call["scores"], call["ids"], call.out
+    ids, out, product = call["ids"], call.out, routing.scores
+    if (w := call.get("w")) is None:
+        scores, split = call["scores"], False
+    else:
+        resident = product["a"].root.op is constant_op
+        scores, split = exact.launch(call, w, call["x"], None, resident), True
     if routing.ranks is not None:  # view [1, k T] as [k, T]
         k, size = routing.ids.ne[0], ids.dtype.nbytes
         ids = replace(ids, ne=routing.ids.ne, nb=(size, size * k, 0, 0))
@@ -222,9 +245,9 @@ def _record(call: Call, routing: Routing) -> None:
         out = replace(out, ne=ids.ne, nb=(*out.nb[1:3], 0, 0))
     call.launch(
         "moe.cu",
-        "route",
+        f"route<{str(split).lower()}>",
         grid=scores.ne[1],
         block=32,
         args=[argument(routing, out, ids, call), scores.tensor],
-        shared=shared_bytes(routing),
+        shared=shared_bytes(routing) + split * 4 * scores.ne[0],
     )

@@ -131,7 +131,7 @@ def test_a_prompt_prepares_once_what_several_products_read(model: Model) -> None
     read rows in the order of these."""
     assert counts(records_of(model, 2048, 3)) == {
         "rms_norm": 2, "to_halves": 4, "ring": 7, "rope_tokens": 1, "latent_row": 1, "gemm": 1,
-        "exact": 1, "add_splits": 1,
+        "exact": 1,
         "copy": 1, "hopper": 1, "route": 1, "group_pairs": 1, "rescale_rows": 1, "add_short": 1,
     }  # fmt: skip
 

@@ -8,11 +8,12 @@
 //
 // A block has 64 rows, 16 columns a warp, and some values of k: grid (splits, column tiles, row
 // tiles). It splits its weights, up to 256 values of k (64 KB) at a time, into fragments in shared
-// memory, before it waits if they are constants; these are read 16 bytes a lane. A warp splits its
-// columns in registers while the next 64 values are on their way. For 64 values: 96 mma (8 to 9 us of
-// 1000 clocks would be cuBLAS's FFMA), 32 loads from shared memory, about 250 others.
+// memory, before it waits if they are constants; these are read 16 bytes a lane. Each lane copies its
+// own numbers of its warp's columns to shared memory, up to four chains ahead, and splits them in
+// registers. For 64 values of k a warp has 96 mma, 8 clocks each of a scheduler; two warps share it,
+// and all eight read 160 KB of shared memory, 1,280 clocks.
 //
-// Numbers that are not finite, or sums of scaled numbers that are not, are computed again one by one.
+// Elements of y are adjacent. Sums that are not finite are computed again, one by one.
 // @kernel hot exact<float, float, {true|false}>
 // @kernel exact<{__half|__nv_bfloat16}, float, {true|false}>
 #include "halves.cuh"
@@ -25,7 +26,9 @@ constexpr int CHAIN_WORDS = ROWS * DEPTH;                // of weights of 64 val
 struct Exact {
     Tensor w, x, y;
     int rows, columns, k, depth, parts;  // depth: most values of k at a time; parts: of a split
-    int narrow, resident;
+    // stages: chains of x that are copied ahead; paired: two adjacent elements of y can be written at
+    // once.
+    int stages, paired, resident;
 };
 
 // Four adjacent elements, zeros from k on. VECTOR: one load.
@@ -96,7 +99,8 @@ __device__ __forceinline__ uint4 by_rows(const u32 (&words)[4]) {
 template <class W, class X, bool VECTOR>
 __global__ void __launch_bounds__(256, 1) exact(const __grid_constant__ Exact a) {
     extern __shared__ __align__(16) u32 shared[];
-    // [chain][16 rows of 64][16 of 64 values of k][high or low][lane][4], then backs [chain][row].
+    // [chain][16 rows of 64][16 of 64 values of k][high or low][lane][4], backs [chain][row],
+    // numbers of x [stage][8][thread][4].
     float* const backs = (float*)(shared + a.depth / DEPTH * CHAIN_WORDS);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, g = lane / 4, t = lane % 4;
     const int first_row = blockIdx.z * ROWS;
@@ -126,9 +130,33 @@ __global__ void __launch_bounds__(256, 1) exact(const __grid_constant__ Exact a)
     const int column = (blockIdx.y * warps + warp) * WARP_COLUMNS + g;
     const char* const columns[2] = {row_at(a.x, min(column, a.columns - 1)),
                                     row_at(a.x, min(column + 8, a.columns - 1))};
+    float4* const own = (float4*)(backs + a.depth / DEPTH * ROWS) + threadIdx.x;
+    const auto place = [&](int stage, int i) { return own + (stage * 8 + i) * blockDim.x; };
+    // Of a chain, into a stage. Past the end, it only commits.
+    const auto fetch = [&](int at, int stage) {
+        if (at < end) {
+            if constexpr (VECTOR && sizeof(X) == 4) {
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    const int k = at + i / 2 * 16 + 4 * t;
+                    copy16(shared_address(place(stage, i)), columns[i % 2] + (k < end ? k : 0) * 4,
+                           k < end);
+                }
+            } else {
+                Raw raw;
+                raw.load<VECTOR, X>(columns[0], columns[1], a.x.nb[0], at, end);
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    const float* const v = raw.v[i % 2] + i / 2 * 4;
+                    *place(stage, i) = make_float4(v[0], v[1], v[2], v[3]);
+                }
+            }
+        }
+        copies_commit();
+    };
+    for (int stage = 0; stage < a.stages; ++stage) fetch(first + stage * DEPTH, stage);
     float sums[8][4] = {};  // of 8 rows, of columns g and g + 8 rows 2 t and 2 t + 1
-    Raw raw;
-    raw.load<VECTOR, X>(columns[0], columns[1], a.x.nb[0], first, end);
+    int stage = 0;
     for (int k0 = first; k0 < end; k0 += a.depth) {
         if (k0 > first) {
             __syncthreads();
@@ -137,23 +165,43 @@ __global__ void __launch_bounds__(256, 1) exact(const __grid_constant__ Exact a)
         __syncthreads();
         const int last = min(k0 + a.depth, end);
         for (int at = k0, chain = 0; at < last; at += DEPTH, ++chain) {
+            if (a.stages == 4) copies_wait<3>();
+            else if (a.stages == 3) copies_wait<2>();
+            else if (a.stages == 2) copies_wait<1>();
+            else copies_wait<0>();
+            Raw raw;
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                const float4 four = *place(stage, i);
+                float* const v = raw.v[i % 2] + i / 2 * 4;
+                v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
+            }
             const Fragments x(raw);
-            if (at + DEPTH < end)
-                raw.load<VECTOR, X>(columns[0], columns[1], a.x.nb[0], at + DEPTH, end);
+            fetch(at + a.stages * DEPTH, stage);
+            if (++stage == a.stages) stage = 0;
             float products[8][4] = {};
             const uint4* const weights = (const uint4*)(shared + chain * CHAIN_WORDS) + lane;
 #pragma unroll
-            for (int j = 0; j < 4; ++j)
+            for (int j = 0; j < 4; ++j) {
+                u32 high[8][2], low[8][2];
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    const uint4 high = weights[i * 256 + j * 64], low = weights[i * 256 + j * 64 + 32];
-                    mma<__half>(products[2 * i], x.low[j], high.x, high.y);
-                    mma<__half>(products[2 * i + 1], x.low[j], high.z, high.w);
-                    mma<__half>(products[2 * i], x.high[j], low.x, low.y);
-                    mma<__half>(products[2 * i + 1], x.high[j], low.z, low.w);
-                    mma<__half>(products[2 * i], x.high[j], high.x, high.y);
-                    mma<__half>(products[2 * i + 1], x.high[j], high.z, high.w);
+                    const uint4 two_high = weights[i * 256 + j * 64];
+                    const uint4 two_low = weights[i * 256 + j * 64 + 32];
+                    high[2 * i][0] = two_high.x, high[2 * i][1] = two_high.y;
+                    high[2 * i + 1][0] = two_high.z, high[2 * i + 1][1] = two_high.w;
+                    low[2 * i][0] = two_low.x, low[2 * i][1] = two_low.y;
+                    low[2 * i + 1][0] = two_low.z, low[2 * i + 1][1] = two_low.w;
                 }
+                // No mma needs the sums of one of the seven before it.
+                const auto multiply = [&](const u32(&own)[4], const u32(&w)[8][2]) {
+#pragma unroll
+                    for (int n = 0; n < 8; ++n) mma<__half>(products[n], own, w[n][0], w[n][1]);
+                };
+                multiply(x.low[j], high);
+                multiply(x.high[j], low);
+                multiply(x.high[j], high);
+            }
 #pragma unroll
             for (int n = 0; n < 8; ++n) {
                 const float2 back = *(const float2*)(backs + chain * ROWS + 8 * n + 2 * t);
@@ -163,23 +211,37 @@ __global__ void __launch_bounds__(256, 1) exact(const __grid_constant__ Exact a)
             }
         }
     }
-    char* const to[2] = {row_at(a.y, blockIdx.x * a.columns + column),
-                         row_at(a.y, blockIdx.x * a.columns + column + 8)};
-    u32 odd = 0;  // sums that are not finite
+    float all = 0;  // NaN if a sum is not finite
+    const auto row_of_y = [&](int c) {
+        return (float*)row_at(a.y, blockIdx.x * a.columns + column + 8 * c) + first_row;
+    };
 #pragma unroll
+    for (int c = 0; c < 2; ++c) {
+        if (column + 8 * c >= a.columns) break;
+        float* const to = row_of_y(c) + 2 * t;
+#pragma unroll
+        for (int n = 0; n < 8; ++n) {
+            const float2 own = make_float2(sums[n][2 * c], sums[n][2 * c + 1]);
+            const int row = first_row + 8 * n + 2 * t;
+            all += own.x * 0 + own.y * 0;
+            if (a.paired) {
+                if (row < a.rows) *(float2*)(to + 8 * n) = own;
+            } else {
+                if (row < a.rows) to[8 * n] = own.x;
+                if (row + 1 < a.rows) to[8 * n + 1] = own.y;
+            }
+        }
+    }
+    if (all == 0) return;
     for (int i = 0; i < 32; ++i) {
         const int c = i / 16, row = i / 2 % 8 * 8 + 2 * t + i % 2;
-        const float sum = sums[i / 2 % 8][2 * c + i % 2];
         if (column + 8 * c >= a.columns || first_row + row >= a.rows) continue;
-        put(a.y, to[c], first_row + row, sum, a.narrow);
-        if (!(fabsf(sum) <= 3.4028235e38f)) odd |= 1u << i;
-    }
-    for (; odd; odd &= odd - 1) {
-        const int i = __ffs(odd) - 1, row = i / 2 % 8 * 8 + 2 * t + i % 2;
-        const char *w = row_of(row), *x = i < 16 ? columns[0] : columns[1];
+        float* const to = row_of_y(c) + row;
+        if (fabsf(*to) <= 3.4028235e38f) continue;
+        const char *w = row_of(row), *x = c ? columns[1] : columns[0];
         float sum = 0;
         for (int at = first; at < end; ++at)
             sum += to_f32(*(const W*)(w + at * a.w.nb[0])) * to_f32(*(const X*)(x + at * a.x.nb[0]));
-        put(a.y, i < 16 ? to[0] : to[1], first_row + row, sum, a.narrow);
+        *to = sum;
     }
 }

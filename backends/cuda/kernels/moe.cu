@@ -2,7 +2,7 @@
 // @kernel hot multi_add<{true|false}>
 // @kernel hot add_short
 // @kernel grouped_topk
-// @kernel hot route
+// @kernel hot route<{true|false}>
 #include "route.cuh"
 #include "short_rows.cuh"
 
@@ -94,13 +94,49 @@ __global__ void grouped_topk(Tensor out, Tensor a, int padded, int n_group, int 
         *out.at<int>(i, i1, i2, i3) = (int)(unsigned)keys[i];
 }
 
-// The whole routing, one warp per token. Shared memory: as `Places` says.
+// The scores of a token: sums over splits (linear_exact.cu), n of each, `step` bytes from one to the
+// next. By a warp.
+__device__ __forceinline__ void add_scores(float* to, const char* from, int n, int splits,
+                                           long long step) {
+    constexpr int ROWS = 2, AHEAD = 8;
+    for (int first = threadIdx.x; first < n; first += 32 * ROWS) {
+        float sums[ROWS] = {};
+        for (int start = 0; start < splits; start += AHEAD) {
+            float parts[AHEAD][ROWS];
+#pragma unroll
+            for (int s = 0; s < AHEAD; ++s)
+#pragma unroll
+                for (int i = 0; i < ROWS; ++i) {
+                    const bool there = start + s < splits && first + 32 * i < n;
+                    const float* const at = (const float*)(from + (start + s) * step) + first;
+                    parts[s][i] = there ? at[32 * i] : 0;
+                }
+#pragma unroll
+            for (int s = 0; s < AHEAD; ++s)
+#pragma unroll
+                for (int i = 0; i < ROWS; ++i) sums[i] += parts[s][i];
+        }
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i)
+            if (first + 32 * i < n) to[first + 32 * i] = sums[i];
+    }
+    __syncwarp();
+}
+
+// The whole routing, one warp per token. Shared memory: as `Places` says; if SPLIT, then n scores,
+// which are the sums of those of all splits [n, tokens, splits].
+template <bool SPLIT>
 __global__ void __launch_bounds__(32) route(const __grid_constant__ Route r, Tensor scores) {
     begin();
     extern __shared__ Key memory[];
     const int token = blockIdx.x, n = scores.ne[0], k = r.ids.ne[0], slot = threadIdx.x;
     const Places at(r, n, memory);
-    const int id = choose(r, n, token, k, at, [&](int i) { return *scores.at<float>(i, token, 0, 0); });
+    float* const sums = at.ranked + (r.own ? 2 : 1) * n;
+    if constexpr (SPLIT)
+        add_scores(sums, scores.row<char>(token, 0, 0), n, scores.ne[2], scores.nb[2]);
+    const int id = choose(r, n, token, k, at, [&](int i) {
+        return SPLIT ? sums[i] : *scores.at<float>(i, token, 0, 0);
+    });
     const float weight = weight_of(r, n, at, id);
     if (slot >= k) return;
     if (!r.given) *r.ids.at<int>(slot, token, 0, 0) = number_of(r, n, at, id);

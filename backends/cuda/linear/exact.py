@@ -21,6 +21,8 @@ MOST = 256
 ROWS, COLUMNS, DEPTH = 64, 16, 64
 #: Columns from which a block has eight warps.
 MANY = 1024
+#: The most chains whose columns are on their way.
+MOST_STAGES = 4
 
 
 class Exact(Struct):
@@ -30,7 +32,9 @@ class Exact(Struct):
         *((name, Tensor) for name in ("w", "x", "y")),
         *(
             (name, ctypes.c_int32)
-            for name in ("rows", "columns", "k", "depth", "parts", "narrow", "resident")
+            for name in (
+                *("rows", "columns", "k", "depth", "parts", "stages", "paired", "resident"),
+            )
         ),
     )
 
@@ -58,35 +62,43 @@ def can_take(a: Ne) -> bool:
 def scratch(a: Ne, b: Ne) -> int:
     """Size of the sums of all splits, in bytes."""
     columns = rows_in(b)
-    splits = Plan(a, columns).splits
-    return aligned(4 * a[1] * columns * splits) if splits > 1 else 0
+    return aligned(4 * a[1] * columns * Plan(a, columns).splits)
 
 
 def launches(call: Call, a: Operand, b: Operand, y: Operand) -> None:
     """Record the product, and the sum over splits."""
     columns = rows_in(b.ne)
-    plan, sums = Plan(a.ne, columns), y
-    if plan.splits > 1:
+    resident = all(call.node[name].root.op is constant_op for name in call.node.op.weights)
+    if Plan(a.ne, columns).splits == 1 and y.dtype is F32 and y.nb[0] == 4:
+        launch(call, a, b, y, resident)
+        return
+    sums = launch(call, a, b, None, resident)
+    rows, block = over_rows(a.ne[1], columns)
+    call.launch(
+        PREPARE,
+        "add_splits",
+        grid=rows,
+        block=block,
+        args=[sums.pointer, y.tensor, np.int32(sums.ne[2]), is_narrow(y)],
+    )
+
+
+def launch(call: Call, a: Operand, b: Operand, y: Operand | None, resident: bool) -> Operand:
+    """Record the sums of all splits [rows, columns, splits], into y if there is one split, or into
+    scratch. Returns where they are.
+
+    resident  whether weights may be read before the launch before has ended
+    """
+    columns = rows_in(b.ne)
+    plan = Plan(a.ne, columns)
+    if y is None:
         ptr = call.scratch(4 * a.ne[1] * columns * plan.splits)
-        sums = dense(ptr, (a.ne[1], columns * plan.splits, 1, 1), F32)
-    launch(call, a, b, sums, plan)
-    if plan.splits > 1:
-        rows, block = over_rows(a.ne[1], columns)
-        call.launch(
-            PREPARE,
-            "add_splits",
-            grid=rows,
-            block=block,
-            args=[sums.pointer, y.tensor, np.int32(plan.splits), is_narrow(y)],
-        )
-
-
-def launch(call: Call, a: Operand, b: Operand, y: Operand, plan: Plan) -> None:
-    """Record the sums of all splits: a row of y for each column, split by split."""
+        y = dense(ptr, (a.ne[1], columns, plan.splits, 1), F32)
     vector = a.ne[0] % 4 == 0 and all(
         x.nb[0] == x.dtype.nbytes and x.aligned(4 * x.dtype.nbytes) for x in (a, b)
     )
-    resident = all(call.node[name].root.op is constant_op for name in call.node.op.weights)
+    weights, stage = plan.depth // DEPTH * ROWS * (4 * DEPTH + 4), 4 * COLUMNS * plan.warps * DEPTH
+    stages = max(1, min(MOST_STAGES, (call.device.shared - weights) // stage))
     call.launch(
         "linear_exact.cu",
         f"exact<{C_TYPES[a.dtype.name]}, {C_TYPES[b.dtype.name]}, {str(vector).lower()}>",
@@ -98,13 +110,15 @@ def launch(call: Call, a: Operand, b: Operand, y: Operand, plan: Plan) -> None:
                 x=b.tensor,
                 y=y.tensor,
                 rows=a.ne[1],
-                columns=rows_in(b.ne),
+                columns=columns,
                 k=a.ne[0],
                 depth=plan.depth,
                 parts=plan.parts,
-                narrow=int(is_narrow(y)),
+                stages=stages,
+                paired=int(a.ne[1] % 2 == 0 and y.aligned(8)),
                 resident=int(resident),
             )
         ],
-        shared=plan.depth // DEPTH * ROWS * (4 * DEPTH + 4),
+        shared=weights + stages * stage,
     )
+    return y
