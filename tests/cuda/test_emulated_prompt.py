@@ -89,6 +89,28 @@ def test_numbers_that_are_not_finite_or_do_not_fit(tmp_path: Path) -> None:
         assert (error**2).sum() <= 1e-12 * (want[column, seen] ** 2).sum(), column
 
 
+@pytest.mark.parametrize(("n", "k"), [(64, 4096), (70, 1300)])
+def test_routing_adds_up_the_sums_of_the_router(n: int, k: int, tmp_path: Path) -> None:
+    """32 and 11 splits; softmax, and sigmoid with a bias and divided weights."""
+    tokens, used = 40, 6
+    x, w = gg.input("x", ne=(k, tokens)), gg.constant(random(n, k), name=f"w{n}")
+    graphs = {}
+    for name in ("softmax", "sigmoid"):
+        scores = gg.mul_mat(w, x)
+        probs = gg.soft_max(scores) if name == "softmax" else gg.sigmoid(scores)
+        bias = gg.constant(random(n), name=f"bias{n}")
+        ids = gg.top_k(probs if name == "softmax" else gg.add(probs, bias), k=used)
+        weights = gg.get_rows(gg.reshape(probs, ne=(1, n, tokens)), ids)
+        if name == "sigmoid":
+            weights = gg.reshape(weights, ne=(used, tokens))
+            weights = gg.div(weights, gg.clamp(gg.sum_rows(weights), min=1e-6, max=1e6))
+        outputs = {"weights": gg.scale(weights, s=2.0), "ids": ids}
+        steps = gg.compile(outputs, backends=["cuda:0:24GiB"]).steps
+        assert scores in next(step for step in steps if outputs["weights"] in step.nodes).nodes
+        graphs[name] = outputs, {"x": random(tokens, k)}
+    compare_all(graphs, tmp_path, 1e-10)
+
+
 @pytest.mark.parametrize("mode", ("neox", "normal"))
 @pytest.mark.parametrize(("n_dims", "offset", "heads"), [(64, 0, 3), (8, 4, 1), (600, 0, 2)])
 def test_rotation_of_many_tokens(
