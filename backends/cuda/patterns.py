@@ -13,6 +13,7 @@ from pyggml.backends.cuda.compressor import compressed_row
 from pyggml.backends.cuda.elementwise import activated_times
 from pyggml.backends.cuda.fusion import Pattern
 from pyggml.backends.cuda.hyper_norm import norm_after_post, norm_of_streams
+from pyggml.backends.cuda.linear.turned import turned_product
 from pyggml.backends.cuda.moe import sum_and_more
 from pyggml.backends.cuda.moe_prompt import sum_of_experts
 from pyggml.backends.cuda.moe_routing import route
@@ -47,6 +48,7 @@ PATTERNS: tuple[Pattern, ...] = (
     (sum_and_more, (ops.add,)),
     (absorbed, (ops.concat,)),
     (expanded_keys, (ops.concat,)),
+    (turned_product, (ops.cont,)),
     (route, (ops.scale, ops.div, ops.get_rows)),
     (causal_attention, (ops.flash_attn_ext,)),
     (softmax_attention, (ops.mul_mat,)),

@@ -177,11 +177,11 @@ def hyper_connections(m: Maker, n: int = 160, hc: int = 4, n_tokens: int = 1) ->
     return m.done(x=x, y=y, streams=dsv4_hc_post(x, streams, post, comb), alone=alone)
 
 
-def joined_products(m: Maker) -> Pattern:
-    """Products of one token: several of a type, of another type and column, and an exact one; some
-    with rows enough that a block takes two tiles of them."""
-    x = mul(rms_norm(m.floats("x", 256, 1), eps=1e-6), m.weight("row", 256))
-    y = m.floats("y", 32, 1)
+def joined_products(m: Maker, n_tokens: int = 1) -> Pattern:
+    """Products of a token or of some: several of a type, of another type and column, and an exact
+    one; some with rows enough that a block takes two tiles of them."""
+    x = mul(rms_norm(m.floats("x", 256, n_tokens), eps=1e-6), m.weight("row", 256))
+    y = m.floats("y", 32, n_tokens)
 
     def product(
         name: str,
@@ -196,6 +196,26 @@ def joined_products(m: Maker) -> Pattern:
     outputs = {f"long{n}": product(f"long{n}", y, n) for n in (4100, 4101)}
     outputs |= {"d": product("d", x, 16, "q8_0"), "e": product("e", x, 16, prec="f32")}
     return m.done(a=scale(a, s=2.0), b=b, c=relu(c), **outputs)
+
+
+def turned_products(m: Maker, n_tokens: int = T, type: str = "iq4_nl") -> Pattern:
+    """Values of heads side by side, as a product reads them, of which others read some or all; and
+    dimensions in other orders."""
+    d, heads = 24, 4
+    x, out = m.floats("x", 64, heads, n_tokens), m.weight("out", d * heads, 40, type=type)
+
+    def values(name: str, i: float) -> Node:
+        b = permute(scale(x, s=i), axes=(0, 2, 1))
+        return mul_mat(m.weight(name, 64, d, heads, type=type), b)
+
+    y, kept = (permute(values(name, i), axes=(0, 2, 1)) for name, i in (("v", 1), ("kept", 2)))
+    side = cont(kept)
+    back = cont(permute(values("back", 3), axes=(0, 3, 2, 1)))
+    across = cont(permute(values("across", 4), axes=(1, 0, 2)))
+    return m.done(
+        y=mul_mat(out, reshape(cont(y), ne=(d * heads, n_tokens))),
+        kept=relu(kept), side=side, back=back, across=across,
+    )  # fmt: skip
 
 
 def _cached(m: Maker, name: str, n: int, hidden: range, type: str) -> Node:
@@ -355,6 +375,10 @@ PATTERNS: dict[str, Callable[[Maker], Pattern]] = {
     "compressor_of_tokens_bf16": partial(_compressor, type="bf16", n=13, tokens=3),
     "small_numbers": small_numbers,
     "joined_products": joined_products,
+    "joined_products_of_tokens": partial(joined_products, n_tokens=3),
+    "joined_products_of_many": partial(joined_products, n_tokens=7),
+    "turned_products": turned_products,
+    "turned_products_q8_0": partial(turned_products, n_tokens=2, type="q8_0"),
     "attention_to_a_window": attention_to_a_window,
     "attention_to_both": attention_to_both,
     "attention_to_both_bf16": partial(attention_to_both, type="bf16"),

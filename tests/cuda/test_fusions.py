@@ -39,7 +39,7 @@ FUSED = {
     "norm_and_products": ["add rms_norm fixed_point mul", "add rms_norm mul"],
     "norms_of_a_prompt": [HALVES, f"add {HALVES}", HALVES, HALVES, HALVES],
     "layer_norms": ["norm mul add", "norm mul", "norm mul", "norm mul"],
-    "shared_activations": [],
+    "shared_activations": ["mul_mat mul_mat"],
     "experts": ["soft_max_ext top_k get_rows", "mul_multi_add add add"],
     "experts_of_a_prompt": ["mul_mat_id mul_multi_add add", f"{EXPERTS} mul_multi_add"],
     "grouped_experts": ["sigmoid add grouped_topk get_rows sum_rows clamp div scale"],
@@ -72,7 +72,15 @@ FUSED = {
         "cast fill div cast cast scale sub cast cont add scale clamp cont scale",
         "mul scale div add sub",
     ],
-    "joined_products": ["rms_norm fixed_point mul", "mul_mat mul_mat mul_mat", "mul_mat mul_mat"],
+    **{
+        f"joined_products{kind}": [
+            "rms_norm fixed_point mul",
+            "mul_mat mul_mat mul_mat",
+            "mul_mat mul_mat",
+        ]
+        for kind in ("", "_of_tokens", "_of_many")
+    },
+    **{f"turned_products{kind}": ["mul_mat cont"] * 2 for kind in ("", "_q8_0")},
     "attention_to_a_window": ["flash_attn_ext fixed_point rope_ext"],
     **{f"attention_to_both{kind}": [f"causal_mask {BOTH}"] for kind in ("", "_bf16")},
     **{f"attention_to_lists{kind}": [f"causal_mask {BOTH}"] for kind in ("", "_q8_0")},
@@ -171,7 +179,7 @@ def test_activations_are_prepared_once() -> None:
     steps = plan_of("shared_activations").steps
     (preparation,) = (step for step in steps if step.node.op.name == "fixed_point")
     readers = [step for step in steps if preparation.node in step.reads]
-    assert [step.node.ne[1] for step in readers] == [5, 5]
+    assert [[node.ne[1] for node in step.nodes] for step in readers] == [[5, 5]]
 
 
 def test_lists_take_positions_instead_of_a_mask_that_others_need() -> None:

@@ -11,11 +11,13 @@
 // @kernel hot quantize<{float|__half|__nv_bfloat16}, {2|3}>
 // @kernel hot vec<{BLOCKS}, 1, 2, 1, {1|2}, Groups>
 // @kernel hot vec<{BLOCKS}, 1, 2, 1, 1, Tensor>
+// @kernel vec<{BLOCKS}, {2|4|8}, 2, 1, 1, Tensor>
 // @kernel vec<{BLOCKS}, {2|4|8}, 2, 1, {1|2}, Groups>
 // @kernel vec<{BLOCKS}, {1|8}, 3, 1, 1, Groups>
 // @kernel hot vec<{BLOCKS}, {1|8}, 2, 2, 1, Groups>
 // @kernel hot vec<{SOME}, 1, 2, 2, 1, Tensor>
-// @kernel hot vec_joined<{BLOCKS}, {1|2}>
+// @kernel hot vec_joined<{BLOCKS}, 1, {1|2}>
+// @kernel vec_joined<{BLOCKS}, {2|4|8}, 1>
 // @kernel hot vec_id<{BLOCKS}, 2, 2, 1, Groups>
 // @kernel hot vec_id<{BLOCKS}, 2, 1, 2, Tensor>
 // @kernel hot vec_id<{SOME}, 2, 1, 1, Tensor>
@@ -76,30 +78,38 @@ struct Source<Groups, COLS, LEVELS> {
     }
 };
 
-// One column of f32. Each block makes it fixed point for itself, in shared memory; where blocks are
-// few and short, that costs less than a launch. Its elements are adjacent and 16-byte aligned.
+// Columns of f32. Each block makes them fixed point for itself, in shared memory; where blocks are
+// few and short, that costs less than a launch. Their elements are adjacent and 16-byte aligned, and
+// several columns are rows of one dimension.
 extern __shared__ uint4 column_groups[];
-template <int LEVELS>
-struct Source<Tensor, 1, LEVELS> {
+template <int COLS, int LEVELS>
+struct Source<Tensor, COLS, LEVELS> {
     static constexpr int WORDS = group_bytes<LEVELS> / 16;
-    const float* x;
-    int at;
+    const char *x, *last;
+    long long step;
+    int at, size;
 
-    __device__ __forceinline__ void set(int, const Tensor& b, unsigned column, int) {
-        x = (const float*)row_at(b, column);
+    __device__ __forceinline__ void set(int c, const Tensor& b, unsigned column, int) {
+        last = row_at(b, column);
+        if (c == 0) x = last, step = b.nb[1];
     }
     __device__ __forceinline__ void start(int group, int groups) {
         begin();
-        for (int i = threadIdx.y * 32 + threadIdx.x; i < groups * 8; i += blockDim.y * 32) {
-            const Pack<float, 4> four = *(const Pack<float, 4>*)(x + 4 * i);
+        const int fours = groups * 8, threads = blockDim.y * 32;
+        for (int i = threadIdx.y * 32 + threadIdx.x; i < COLS * fours; i += threads) {
+            const int c = COLS == 1 ? 0 : i / fours;
+            const char* own = x + c * step;
+            if (own > last) own = last;
+            const Pack<float, 4> four = *(const Pack<float, 4>*)(own + 16 * (i - c * fours));
             put_fixed<LEVELS>(four.v, (unsigned char*)(column_groups + i / 8 * WORDS));
         }
         __syncthreads();
-        at = group * WORDS;
+        at = group * WORDS, size = groups * WORDS;
     }
-    __device__ __forceinline__ Fixed<LEVELS> next(int, int step) {
-        Fixed<LEVELS> group([&](int i) { return column_groups[at + i]; });
-        at += step * WORDS;
+    // Columns are asked for in order.
+    __device__ __forceinline__ Fixed<LEVELS> next(int c, int step) {
+        Fixed<LEVELS> group([&](int i) { return column_groups[c * size + at + i]; });
+        if (c == COLS - 1) at += step * WORDS;
         return group;
     }
 };
@@ -182,29 +192,31 @@ __global__ void __launch_bounds__(32 * MOST_WARPS)
         put(y, row_at(y, first + start + column), row, value, narrow);
 }
 
-// Several products of one column, whose weights have one type. Product i takes the blocks from
-// first[i] on, each TILES tiles of rows.
+// Several products of the same columns, whose weights have one type. Product i takes the blocks from
+// first[i] on, each TILES tiles of rows, and its results are step[i] elements apart.
 constexpr int MOST_JOINED = 8;
 template <class F>
 struct Joined {
     typename F::Source w[MOST_JOINED];
     float* y[MOST_JOINED];
-    int first[MOST_JOINED], n;
+    int first[MOST_JOINED], step[MOST_JOINED], n;
 };
 
 // Left to itself, the compiler takes 48 registers for one tile of a type with a grid, and spills.
-template <class F, int TILES>
-__global__ void __launch_bounds__(32 * MOST_WARPS, F::grid && TILES == 1 ? 4 : 0)
-    vec_joined(const __grid_constant__ Joined<F> p, Groups x) {
+template <class F, int COLS, int TILES>
+__global__ void __launch_bounds__(32 * MOST_WARPS, F::grid && COLS == 1 && TILES == 1 ? 4 : 0)
+    vec_joined(const __grid_constant__ Joined<F> p, Groups x, int n) {
     int own = 0;
     for (int i = 1; i < p.n; ++i) own += blockIdx.x >= p.first[i];
     const Weights<F> weights = {{p.w[own], p.w[own]}};
-    Source<Groups, 1, 2> column;
-    column.set(0, x, 0, groups_of(weights.w[0]));
+    Source<Groups, COLS, 2> columns;
+    for (int c = 0; c < COLS; ++c) columns.set(c, x, min(c, n - 1), groups_of(weights.w[0]));
     const int block = blockIdx.x - p.first[own];
-    const float value = tile_product<F, 1, 2, 1, TILES>(weights, 0, block, column);
-    const int i = threadIdx.y * 32 + threadIdx.x, row = block * TILES * 8 + i;
-    if (i < TILES * 8 && row < rows_of(weights.w[0])) p.y[own][row] = value;
+    const float value = tile_product<F, COLS, 2, 1, TILES>(weights, 0, block, columns);
+    const int i = threadIdx.y * 32 + threadIdx.x, column = i / 8 % COLS, tile = i / 8 / COLS;
+    const int row = (block * TILES + tile) * 8 + i % 8;
+    if (tile < TILES && column < n && row < rows_of(weights.w[0]))
+        p.y[own][column * p.step[own] + row] = value;
 }
 
 // With up and gate of a type without high bits and with a lone f16 scale, 64 registers are

@@ -69,9 +69,8 @@ def fixed_bytes(b: Ne, levels: int) -> int:
     return rows_in(b) * (b[0] // 32) * group_bytes(levels)
 
 
-#: The longest column that blocks make fixed point for themselves, and the most values that all
-#: blocks of a launch may: about 1 us on a GPU with 132 multiprocessors, less than the launch that
-#: it saves.
+#: The most values of columns that a block makes fixed point for itself, and that all blocks of a
+#: launch may: about 1 us on a GPU with 132 multiprocessors, less than the launch that it saves.
 OWN_COLUMN, OWN = 1 << 14, 5 << 18
 
 
@@ -86,9 +85,12 @@ class Source(NamedTuple):
     shared: int = 0
 
 
-def columns_of(call: Call, b: Operand, levels: int, n_blocks: int, each: int) -> Source:
+def columns_of(
+    call: Call, b: Operand, levels: int, n_blocks: int, each: int = 1, even: bool = True
+) -> Source:
     """The columns of b for `n_blocks` blocks that take `each` columns: as an earlier step prepared
-    them, or made by each block, or by a launch before.
+    them, or made by each block, or by a launch before. even: those of a block are at equal
+    distances.
 
     Weights that are written in the run are read early too, so a launch must precede the product.
     """
@@ -97,9 +99,10 @@ def columns_of(call: Call, b: Operand, levels: int, n_blocks: int, each: int) ->
         return Source("Groups", fixed.pointer)
     adjacent = b.dtype is F32 and b.nb[0] == 4 and b.aligned(16)
     resident = all(call.node[name].root.op is constant_op for name in call.node.op.weights)
-    short = b.ne[0] <= OWN_COLUMN and n_blocks * b.ne[0] <= OWN
-    if levels == 2 and each == 1 and adjacent and resident and short:
-        return Source("Tensor", b.tensor, b.ne[0] // 32 * group_bytes(levels))
+    values = b.ne[0] * each
+    short = values <= OWN_COLUMN and n_blocks * values <= OWN
+    if levels == 2 and adjacent and even and resident and short:
+        return Source("Tensor", b.tensor, values // 32 * group_bytes(levels))
     out = np.uint64(call.scratch(fixed_bytes(b.ne, levels)))
     launch_quantize(call, b, out, levels)
     return Source("Groups", out)
@@ -129,14 +132,17 @@ def vec(call: Call, a: tuple[Operand, ...], b: Operand, y: Operand, levels: int)
     chunk = next((n for n in ((1, 2, 4, 8) if single else (1, 8)) if n >= shape.columns), FEW)
     pair = 2 if single and tiles >= 1024 else 1  # tiles of rows that share the loads of b
     grid = -(-tiles // pair), -(-shape.columns // chunk), shape.batches
-    columns = columns_of(call, b, levels, prod(grid), chunk)
+    columns = columns_of(call, b, levels, prod(grid), chunk, chunk == 1 or shape.columns == b.ne[1])
     limited, limit = limit_of(call.attrs, len(a))
     names = f"{chunk}, {levels}, {len(a)}, {pair}, {columns.form}{limited}"
+    warps = max(warps_for(a[0].ne[0] // 32, prod(grid)), 8 * chunk * len(a) * pair // 32)
+    if columns.shared and chunk > 1:  # columns of several tokens are fixed point after a few rounds
+        warps = max(warps, min(8, chunk * b.ne[0] // 256))
     call.launch(
         VEC,
         f"vec<{cpp_format(a[0])}, {names}>",
         grid=grid,
-        block=(32, max(warps_for(a[0].ne[0] // 32, prod(grid)), 8 * chunk * len(a) * pair // 32)),
+        block=(32, warps),
         args=[weights_of(*a), columns.x, y.tensor, shape.heads, is_narrow(y), act_of(call), *limit],
         shared=columns.shared,
     )

@@ -79,7 +79,7 @@ def vec(
     tiles = -(-a[0].ne[1] // 8)
     pair = 2 if levels == 2 and len(a) == 1 and tiles * pairs_of(ids.ne) >= 1024 else 1
     tiles = -(-tiles // pair)
-    columns = blocks.columns_of(call, b, levels, tiles * pairs_of(ids.ne), 1)
+    columns = blocks.columns_of(call, b, levels, tiles * pairs_of(ids.ne))
     # The kernel reads ids before the activations are complete. A launch of its own has waited.
     late = call.late and (call.get("fixed") is not None or columns.shared > 0)
     token = blocks.fixed_bytes((b.ne[0], b.ne[1], 1, 1), levels)

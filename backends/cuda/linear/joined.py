@@ -1,7 +1,7 @@
 """Several products that read the same columns as one launch: queries, keys and values, and more.
 
-A token's products are short: 2 MB of weights take less time than the way from one launch to the
-next. Up to eight with weights of one type share a launch.
+Products of a token, or of a few, are short: 2 MB of weights take less time than the way from one
+launch to the next. Up to eight with weights of one type share a launch.
 
 Those of a prompt have few tiles each, and the last round of blocks leaves multiprocessors without
 one. Two share a launch of `ring`.
@@ -13,17 +13,19 @@ import ctypes
 from collections.abc import Hashable, Iterator, Sequence
 from itertools import accumulate
 
+import numpy as np
+
 from pyggml import ops
 from pyggml.backends.cuda.argument import Struct
 from pyggml.backends.cuda.fusion import CudaStep
 from pyggml.backends.cuda.launch import Call, Operand
 from pyggml.backends.cuda.linear import blocks, ring
-from pyggml.backends.cuda.linear.common import VEC, shape_of
+from pyggml.backends.cuda.linear.common import FEW, VEC, shape_of
 from pyggml.backends.cuda.weights.packing import Packed, packed
 from pyggml.dtypes import F32
 from pyggml.ops.leaf import constant_op
 
-#: The most products of a launch, with one column and with many.
+#: The most products of a launch, with few columns and with many.
 MOST, MOST_WIDE = 8, 2
 
 
@@ -34,6 +36,7 @@ class Joined(Struct):
         ("w", Packed * MOST),
         ("y", ctypes.c_uint64 * MOST),
         ("first", ctypes.c_int32 * MOST),
+        ("step", ctypes.c_int32 * MOST),
         ("n", ctypes.c_int32),
     )
 
@@ -62,7 +65,7 @@ def join(steps: Sequence[CudaStep]) -> Iterator[CudaStep]:
 
 
 def _form_of(step: CudaStep) -> str | None:
-    """The operand that a product which can be joined reads in place of b: one prepared column, or
+    """The operand that a product which can be joined reads in place of b: few prepared columns, or
     many. Its one matrix of weights is constant."""
     node = step.node
     if len(step.nodes) > 1 or node.op is not ops.mul_mat:
@@ -71,7 +74,7 @@ def _form_of(step: CudaStep) -> str | None:
     alone = shape.batches == 1 and node.dtype is F32 and a.root.op is constant_op
     if not alone or node.attrs["prec"] == "f32":
         return None
-    if "fixed" in step.operands and shape.columns == 1:
+    if "fixed" in step.operands and node.ne[1] == shape.columns <= FEW:
         return "fixed"
     wide = "halves" in step.operands and shape.columns > blocks.WIDEST_TILE
     return "halves" if wide and ring.can_take(a.dtype, a.ne) else None
@@ -106,26 +109,32 @@ def _record_wide(call: Call) -> None:
 
 def _record(call: Call) -> None:
     weights, outs = _products(call)
-    if any(w.layout != "tiles8" for w in weights) or any(y.nb[0] != 4 for y in outs):
+    columns = call.out.ne[1]
+    chunk = next(n for n in (1, 2, 4, FEW) if n >= columns)
+    tiles = [-(-w.ne[1] // 8) for w in weights]
+    pair = 2 if sum(tiles) >= 1024 else 1  # as `blocks.vec` does
+    alone = any(w.layout != "tiles8" for w in weights) or any(y.nb[0] != 4 for y in outs)
+    if alone or (columns > 1 and pair > 1):
         for w, y in zip(weights, outs):
             blocks.vec(call, (w,), call["b"], y, 2)
         return
-    tiles = [-(-w.ne[1] // 8) for w in weights]
-    pair = 2 if sum(tiles) >= 1024 else 1  # as `blocks.vec` does
     counts = [-(-n // pair) for n in tiles]
     spare = MOST - len(weights)
+    warps = blocks.warps_for(weights[0].ne[0] // 32, sum(counts))
     call.launch(
         VEC,
-        f"vec_joined<{blocks.cpp_format(weights[0])}, {pair}>",
+        f"vec_joined<{blocks.cpp_format(weights[0])}, {chunk}, {pair}>",
         grid=sum(counts),
-        block=(32, blocks.warps_for(weights[0].ne[0] // 32, sum(counts))),
+        block=(32, max(warps, 8 * chunk * pair // 32)),
         args=[
             Joined(
                 w=(*map(packed, weights), *[packed(weights[0])] * spare),
                 y=(*(y.ptr for y in outs), *[0] * spare),
                 first=(0, *accumulate(counts[:-1]), *[0] * spare),
+                step=(*(y.nb[1] // 4 for y in outs), *[0] * spare),
                 n=len(weights),
             ),
             call["fixed"].pointer,
+            np.int32(columns),
         ],
     )
