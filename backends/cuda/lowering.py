@@ -10,6 +10,7 @@ from pyggml.backends.cuda import table
 from pyggml.backends.cuda.attention.absorb import with_rows
 from pyggml.backends.cuda.fusion import NO_LAYOUTS, CudaStep, Fused, covered
 from pyggml.backends.cuda.launch import WORKSPACE
+from pyggml.backends.cuda.linear.behind_norm import with_norms
 from pyggml.backends.cuda.linear.joined import join
 from pyggml.backends.cuda.linear.preparation import prepare_once
 from pyggml.backends.cuda.linear.routes import FEW_PAIRS
@@ -36,7 +37,8 @@ def lower(
         return [step_of(node) for node in nodes]
     parts = covered(nodes, keep, PATTERNS, layouts)
     steps = [*prepare_once([p if isinstance(p, Fused) else step_of(p) for p in parts])]
-    return [*timely(spaced([*gather([*with_rows([*join(steps)])], keep)]))]
+    steps = [*with_norms([*join(steps)], keep, layouts)]
+    return [*timely(spaced([*gather([*with_rows(steps)], keep)]))]
 
 
 def spaced(steps: list[CudaStep]) -> list[CudaStep]:

@@ -32,6 +32,7 @@ from pyggml.backends.cuda.moe_routing import (
     routing_of,
     shared_bytes,
 )
+from pyggml.backends.cuda.normed import Norm, norm_of, normed_row
 from pyggml.backends.cuda.weights.formats import FORMATS
 from pyggml.backends.cuda.weights.grids import LEVELS
 from pyggml.backends.cuda.weights.packing import tiles_of
@@ -44,6 +45,9 @@ FILE = "moe_token.cu"
 MOST_RANKED = 256
 #: Rows of up and gate that a block computes, and rows of a tile.
 GROUP, TILE = 32, 8
+#: The most packs of 4 elements that a thread of the router takes of a row that it normalizes, and
+#: elements of the row.
+MOST_PACKS, MOST_NORMED = 4, 8192
 #: Multiprocessors, warps on them that read as fast as the memory can, and the most of a block.
 PROCESSORS, WARPS, MOST_WARPS = 132, 4224, 16
 #: The most bytes that a launch fetches into L2 for the next one, which holds 50 MB on an H100: more
@@ -107,11 +111,16 @@ class Token:
     """What a match is made of.
 
     hidden  moe_up_gate of the chosen experts; shared: fused_up_gate of the shared ones, if any
+    norm    the norm in front, if the launches compute it too
+    added   whether what it normalizes is added at the end; kept: whether others read it
     """
 
     routing: Routing
     hidden: Node
     shared: Node | None
+    norm: Norm | None
+    added: bool
+    kept: bool
 
     @property
     def used(self) -> int:
@@ -156,9 +165,14 @@ def experts_of_token(node: Node, run: Run) -> Fused | None:
         return None
     if not _fits(scores, routing, hidden, product, x):
         return None
+    norm, added, results = _norm_of(x, nodes, run), False, dict[str, Node]()
+    if norm is not None:
+        nodes, added = (*norm.nodes, *nodes), norm.sum in plus
+        plus = [n for n in plus if n is not norm.sum]
+        results = {} if run.only(norm.sum, *nodes) else {"sum": norm.sum}
     reads = {
-        "router": scores["a"], "x": x, "up": hidden["up"], "gate": hidden["gate"],
-        "down": down,
+        "router": scores["a"], "up": hidden["up"], "gate": hidden["gate"], "down": down,
+        **({"x": x} if norm is None else norm.reads),
         **dict(zip(("plus", "plus2"), plus)),
     }  # fmt: skip
     reads |= routing.reads
@@ -168,15 +182,26 @@ def experts_of_token(node: Node, run: Run) -> Fused | None:
             "shared_gate": inner["gate"],
             "shared_down": shared["a"],
         }
-    token = Token(routing, hidden, inner)
-    return Fused(
+    token = Token(routing, hidden, inner, norm, added, bool(results))
+    step = Fused(
         nodes,
         reads,
         partial(_record, token=token),
+        results=results,
         inplace=tuple(plus),
         scratch=sum(_sizes(token)),
-        quantized=x,
+        quantized=x if norm is None else None,
     )
+    step.strided = not results  # words of 16 bytes
+    return step
+
+
+def _norm_of(x: Node, nodes: tuple[Node, ...], run: Run) -> Norm | None:
+    """The norm whose result x is, if only `nodes` read what it computes."""
+    norm = norm_of(x, run)
+    if norm is None or x.ne[1] > 1 or x.ne[0] > MOST_NORMED or not run.only(x, *nodes):
+        return None
+    return norm if all(_are_rows(n) for n in norm.reads.values()) else None
 
 
 def _shared_of(node: Node, x: Node, run: Run) -> Node | None:
@@ -241,11 +266,15 @@ def _fits(scores: Node, routing: Routing, hidden: Node, product: Node, x: Node) 
 
 
 def _sizes(token: Token) -> tuple[int, ...]:
-    """Bytes of scratch: scores, ranks, and the groups of experts and shared experts."""
+    """Bytes of scratch: as in `Handed`."""
     scores = 4 * token.routing.scores.spec.elements
     ranks = scores if _ranked(token.routing) else 0
     shared = 0 if token.shared is None else fixed_bytes(token.shared.ne, 2)
-    return tuple(map(aligned, (scores, ranks, fixed_bytes(token.hidden.ne, 2), shared)))
+    norm, row = token.norm, token.routing.scores["b"].ne[0]
+    fixed = 0 if norm is None else fixed_bytes((row, 1, 1, 1), 2)
+    total = 4 * row if token.added and not token.kept else 0
+    hidden = fixed_bytes(token.hidden.ne, 2)
+    return tuple(map(aligned, (scores, ranks, hidden, shared, fixed, total)))
 
 
 def _ranked(routing: Routing) -> bool:
@@ -257,17 +286,24 @@ def _ranked(routing: Routing) -> bool:
 
 
 class Handed(NamedTuple):
-    """What the launches hand on: addresses in scratch. ranks: 0 if there are none. groups, shared:
-    of the experts' and of the shared experts' hidden rows."""
+    """What the launches hand on: addresses in scratch, 0 of what there is not.
+
+    groups, shared  of the experts' and of the shared experts' hidden rows
+    fixed, sum      of a norm in front: its result in fixed point, and what it normalizes
+    """
 
     scores: int
     ranks: int
     groups: int
     shared: int
+    fixed: int
+    sum: int
 
 
 def _record(call: Call, token: Token) -> None:
     handed = Handed(*(call.scratch(size) if size else 0 for size in _sizes(token)))
+    if token.kept:
+        handed = handed._replace(sum=call["sum"].ptr)
     empty = (token.used, token.tokens, 1, 1)
     candidates = Candidates(
         scores=handed.scores,
@@ -285,20 +321,25 @@ def _router(call: Call, route: Route, token: Token, handed: Handed) -> None:
     k, experts = call["router"].ne[:2]
     router = Router(
         w=call["router"].tensor,
-        x=call["x"].tensor,
+        x=(call.get("x") or ABSENT).tensor,
         scores=handed.scores,
         ranks=handed.ranks,
         gate=route.gate,
         scale=route.scale,
         **{name: (call.get(name) or ABSENT).ptr for name in ("bias", "own")},
     )
-    shared = (call.get(f"shared_{name}") for name in ("up", "gate", "down"))
+    shared = [_ahead(call.get(f"shared_{name}")) for name in ("up", "gate", "down")]
+    threads = 32 * min(MOST_WARPS, max(4, blocks_for(k, 128)))
+    name, args = f"router<{1 if token.tokens == 1 else FEW}>", list[Argument]()
+    if token.norm is not None:
+        name = f"norm_router<{1 if k <= 4 * threads else MOST_PACKS}>"
+        args = [normed_row(call, token.norm.eps), np.uint64(handed.fixed), np.uint64(handed.sum)]
     call.launch(
         FILE,
-        f"router<{1 if token.tokens == 1 else FEW}>",
-        grid=experts,
-        block=32 * min(MOST_WARPS, max(4, blocks_for(k, 128))),
-        args=[router, *map(_ahead, shared)],
+        name,
+        grid=experts + (token.norm is not None),
+        block=threads,
+        args=[router, *args, *shared],
     )
 
 
@@ -306,35 +347,40 @@ def _up_gate(call: Call, token: Token, handed: Handed, candidates: Candidates) -
     up, gate, rows = call["up"], call["gate"], call["up"].ne[1] // GROUP
     args: list[Argument] = [
         weights_of(up, gate),
-        _gated(call, token.hidden, handed.groups),
+        _gated(call, token.hidden, handed.groups, handed),
         candidates,
     ]
     name, places = f"up_gate<{cpp_format(up)}>", _places(up)
+    memory = 0 if handed.ranks else shared_bytes(token.routing)
     if token.shared is not None:
         own = call["shared_up"]
         first = blocks_for(own.ne[1] // GROUP, token.used)
         name = f"up_gate_shared<{cpp_format(up)}, {cpp_format(own)}>"
         args += [
             weights_of(own, call["shared_gate"]),
-            _gated(call, token.shared, handed.shared),
+            _gated(call, token.shared, handed.shared, handed),
             np.int32(first),
         ]
         places, rows = min(places, _places(own)), rows + first
+        if token.norm is not None:
+            name = name.replace("shared", "normed")
+            args.append(normed_row(call, token.norm.eps))
+            memory = max(memory, fixed_bytes((up.ne[0], 1, 1, 1), 2))
     call.launch(
         FILE,
         name,
         grid=(token.used, token.tokens, rows),
         block=256 if rows * token.pairs <= places else 128,
         args=args,
-        shared=0 if handed.ranks else shared_bytes(token.routing),
+        shared=memory,
         early=True,
     )
 
 
-def _gated(call: Call, node: Node, out: int) -> Gated:
+def _gated(call: Call, node: Node, out: int, handed: Handed) -> Gated:
     limit = node.attrs["limit"]
     return Gated(
-        x=call["fixed"].ptr,
+        x=handed.fixed or call["fixed"].ptr,
         out=out,
         act=int(ACT[node.attrs["act"]]),
         limit=math.inf if limit is None else limit,
@@ -343,12 +389,15 @@ def _gated(call: Call, node: Node, out: int) -> Gated:
 
 def _down(call: Call, token: Token, handed: Handed, candidates: Candidates) -> None:
     down, tiles = call["down"], blocks_for(call["down"].ne[1], TILE)
-    plus = {name: (call.get(name) or ABSENT).tensor for name in ("plus", "plus2")}
+    more = [call[name] for name in ("plus", "plus2") if call.get(name)]
+    if token.added:
+        more.append(dense(handed.sum, (down.ne[1], 1, 1, 1), F32))
+    plus, plus2 = (x.tensor for x in (*more, ABSENT, ABSENT)[:2])
     args: list[Argument] = [
         weights_of(down),
         np.uint64(handed.groups),
         candidates,
-        Sums(out=call.out.tensor, **plus),
+        Sums(out=call.out.tensor, plus=plus, plus2=plus2),
     ]
     name = f"down<{cpp_format(down)}>"
     if token.shared is not None:

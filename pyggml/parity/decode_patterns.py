@@ -218,6 +218,23 @@ def turned_products(m: Maker, n_tokens: int = T, type: str = "iq4_nl") -> Patter
     )  # fmt: skip
 
 
+def products_behind_norms(m: Maker) -> Pattern:
+    """Products of one token that alone read a norm: of the input, and of a sum that is also added
+    to another product, with rows that leave lanes without a group."""
+    x, h = m.floats("x", 256, 1), add(m.floats("o", 1056, 1), m.floats("h", 1056, 1))
+    norms = (
+        mul(rms_norm(x, eps=1e-6), m.weight("row", 256)),
+        mul(rms_norm(h, eps=1e-6), m.weight("long_row", 1056)),
+    )
+    rows = {"a": (20, 96, 8), "b": (1056, 9)}
+    outputs = {
+        f"{name}{n}": mul_mat(m.weight(f"{name}{n}", y.ne[0], n, type=type), y)
+        for (name, each), y, type in zip(rows.items(), norms, ("iq4_nl", "q8_0"))
+        for n in each
+    }
+    return m.done(**{**outputs, "b1056": add(h, outputs["b1056"])})
+
+
 def _cached(m: Maker, name: str, n: int, hidden: range, type: str) -> Node:
     """Rows of 512 in a state; hidden ones are NaN and infinite, as if never written."""
     rows = m.rng.standard_normal((n, 512)).astype(np.float32)
@@ -379,6 +396,7 @@ PATTERNS: dict[str, Callable[[Maker], Pattern]] = {
     "joined_products_of_many": partial(joined_products, n_tokens=7),
     "turned_products": turned_products,
     "turned_products_q8_0": partial(turned_products, n_tokens=2, type="q8_0"),
+    "products_behind_norms": products_behind_norms,
     "attention_to_a_window": attention_to_a_window,
     "attention_to_both": attention_to_both,
     "attention_to_both_bf16": partial(attention_to_both, type="bf16"),

@@ -19,6 +19,7 @@ from pyggml.backends.cuda import (
     indexer,
     moe_routing,
     moe_token,
+    normed,
     peers,
     relay,
     rope,
@@ -72,6 +73,7 @@ STRUCTS: tuple[tuple[type[Struct], str, str], ...] = (
     (moe_token.Ahead, "moe_token.cu", "Ahead"),
     (moe_token.Gated, "moe_token.cu", "Gated"),
     (moe_token.Sums, "moe_token.cu", "Sums"),
+    (normed.NormedRow, "include/normed.cuh", "NormedRow"),
 )
 PRELUDE = """
 #include <cstddef>

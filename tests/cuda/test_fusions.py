@@ -32,7 +32,9 @@ SOFTMAX = "mul_mat soft_max_ext top_k get_rows"
 SIGMOID = "mul_mat sigmoid add grouped_topk get_rows sum_rows clamp div scale"
 OWN_SIGMOID = SIGMOID.replace("get_rows", "get_rows get_rows")
 EXPERTS = "moe_up_gate mul_mat_id"
+SHARED = f"{EXPERTS} fused_up_gate mul_mat mul_multi_add add"
 FIXED_NORM = "add rms_norm fixed_point mul"
+NORM = "rms_norm mul"
 HALVES = "rms_norm halves mul"
 #: The ops of each step that has several.
 FUSED = {
@@ -81,6 +83,7 @@ FUSED = {
         for kind in ("", "_of_tokens", "_of_many")
     },
     **{f"turned_products{kind}": ["mul_mat cont"] * 2 for kind in ("", "_q8_0")},
+    "products_behind_norms": [f"{NORM} mul_mat mul_mat mul_mat", f"add {NORM} mul_mat mul_mat"],
     "attention_to_a_window": ["flash_attn_ext fixed_point rope_ext"],
     **{f"attention_to_both{kind}": [f"causal_mask {BOTH}"] for kind in ("", "_bf16")},
     **{f"attention_to_lists{kind}": [f"causal_mask {BOTH}"] for kind in ("", "_q8_0")},
@@ -109,32 +112,20 @@ FUSED = {
         ]
         for kind in ("", "_of_tokens", "_of_three")
     },
-    **{
-        f"experts_of_{tokens}": [
-            FIXED_NORM,
-            f"{SOFTMAX} {EXPERTS} fused_up_gate mul_mat mul_multi_add add add",
-        ]
-        for tokens in ("token", "two_tokens")
-    },
+    "experts_of_token": [f"add {NORM} {SOFTMAX} {SHARED} add"],
+    "experts_of_two_tokens": [FIXED_NORM, f"{SOFTMAX} {SHARED} add"],
     **{
         f"experts_of_{tokens}_alone": [FIXED_NORM, f"{SOFTMAX} {EXPERTS} mul_multi_add add"]
         for tokens in ("token", "tokens")
     },
+    **{f"experts_of_{tokens}": [f"{SIGMOID} {SHARED}"] for tokens in ("token_grouped", "tokens")},
+    "experts_of_device_alone": [f"add {NORM} {SOFTMAX} get_rows {EXPERTS} mul_multi_add add"],
+    "experts_of_device_grouped": [f"{OWN_SIGMOID} {SHARED}"],
     **{
-        f"experts_of_{tokens}": [f"{SIGMOID} {EXPERTS} fused_up_gate mul_mat mul_multi_add add"]
-        for tokens in ("token_grouped", "tokens")
+        f"experts_of_{part}": [f"add {NORM} {SOFTMAX} get_rows {SHARED} add"]
+        for part in ("device", "others")
     },
-    "experts_of_device_alone": [FIXED_NORM, f"{SOFTMAX} get_rows {EXPERTS} mul_multi_add add"],
-    "experts_of_device_grouped": [
-        f"{OWN_SIGMOID} {EXPERTS} fused_up_gate mul_mat mul_multi_add add"
-    ],
-    **{
-        f"experts_of_{part}": [
-            FIXED_NORM,
-            f"{SOFTMAX} get_rows {EXPERTS} fused_up_gate mul_mat mul_multi_add add add",
-        ]
-        for part in ("device", "others", "tokens_and_device")
-    },
+    "experts_of_tokens_and_device": [FIXED_NORM, f"{SOFTMAX} get_rows {SHARED} add"],
     "experts_of_others_alone": [f"{OWN_SIGMOID} {EXPERTS} mul_multi_add"],
     **{
         f"absorbed_queries{kind}": [f"rope_ext mul_mat concat {ROW}"]

@@ -77,10 +77,10 @@ def test_no_tensor_is_copied_onto_itself(model: Model, n_tokens: int, mla: int) 
 
 
 def test_a_decode_step_is_few_launches(model: Model) -> None:
-    """None of them only quantizes, rotates, copies, routes or adds up."""
+    """None of them only normalizes, quantizes, rotates, copies, routes or adds up."""
     assert [r.name.split("<")[0] for r in launches(model)] == [
-        "rms_norm", "vec_joined", "absorb", "latent", "combine", "vec", "vec",
-        "rms_norm", "router", "up_gate_shared", "down_shared",
+        "vec_normed", "absorb", "latent", "combine", "vec", "vec",
+        "norm_router", "up_gate_normed", "down_shared",
     ]  # fmt: skip
 
 

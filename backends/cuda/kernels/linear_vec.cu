@@ -18,6 +18,7 @@
 // @kernel hot vec<{SOME}, 1, 2, 2, 1, Tensor>
 // @kernel hot vec_joined<{BLOCKS}, 1, {1|2}>
 // @kernel vec_joined<{BLOCKS}, {2|4|8}, 1>
+// @kernel hot vec_normed<{BLOCKS}>
 // @kernel hot vec_id<{BLOCKS}, 2, 2, 1, Groups>
 // @kernel hot vec_id<{BLOCKS}, 2, 1, 2, Tensor>
 // @kernel hot vec_id<{SOME}, 2, 1, 1, Tensor>
@@ -33,6 +34,7 @@
 // @kernel vec_plain<float, float, {4|8}, 4, {true|false}>
 // @kernel vec_plain_id<{float|__half|__nv_bfloat16}, float, {true|false}>
 #include "linear_vec.cuh"
+#include "normed.cuh"
 
 using namespace tiles;
 
@@ -217,6 +219,67 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, F::grid && COLS == 1 && TILES
     const int row = (block * TILES + tile) * 8 + i % 8;
     if (tile < TILES && column < n && row < rows_of(weights.w[0]))
         p.y[own][column * p.step[own] + row] = value;
+}
+
+// The same behind a norm that has yet to scale the column, of up to NORMED_WARPS * 4 groups. Blocks
+// are few, so that they read it from L2 few times: two tiles of rows, all weights in registers before
+// the column is complete. A warp makes what it multiplies fixed point itself, a group by the 8 lanes
+// that need it, so the only barrier is that of the sums. The first block writes x + plus to `sum`, if
+// present. V2-Lite: 4.2 MB of weights, 228 blocks that read 2 MB of the column.
+// Lost: norms in the prologue of vec_joined, whose 456 blocks read 24 KB each and had two more
+// barriers (benchmarks/notes.md). Four tiles a block are 0.2 us slower.
+constexpr int NORMED_WARPS = 16, NORMED_TILES = 2;
+template <class F>
+__global__ void __launch_bounds__(32 * NORMED_WARPS, 2)
+    vec_normed(const __grid_constant__ Joined<F> p, const __grid_constant__ NormedRow x, float* sum) {
+    const int lane = threadIdx.x, warp = threadIdx.y, group = 4 * warp + lane / 8;
+    int own = 0;
+    for (int i = 1; i < p.n; ++i) own += blockIdx.x >= p.first[i];
+    const typename F::Source& w = p.w[own];
+    const int groups = groups_of(w), tile = (blockIdx.x - p.first[own]) * NORMED_TILES;
+    const int near = min(group, groups - 1), at = 32 * near + lane % 8 * 4;
+    RawGroup<F> raw[NORMED_TILES];
+#pragma unroll
+    for (int t = 0; t < NORMED_TILES; ++t)
+        raw[t] = load_group(Row<F>(w, 0, min(tile + t, w.tiles - 1), lane % 8), near);
+    const Pack<float, 4> by = weights_at(x, at);
+    const Table<F> table(0);
+    begin();
+    Pack<float, 4> values = values_at(x, at);
+    table.ready();
+    __shared__ uint4 columns[NORMED_WARPS * 4][group_bytes<2> / 16];
+    float sums[NORMED_TILES] = {}, squares = 0;
+    if (group < groups) {
+        squares = squares_of(values);
+        if (sum && blockIdx.x == 0) *(Pack<float, 4>*)(sum + at) = values;
+        multiply(values, by);
+        put_fixed<2>(values.v, (unsigned char*)columns[group]);
+        __syncwarp(0xFFu << (lane & 24));
+        const Fixed<2> column([&](int j) { return columns[group][j]; });
+#pragma unroll
+        for (int t = 0; t < NORMED_TILES; ++t) {
+            unsigned words[8];
+            code_words<F>(table, raw[t], words);
+            const Scale scale = F::scale(raw[t].scale.own, raw[t].scale.shared);
+            sums[t] = dot_group<F, 2>(words, scale, column);
+        }
+    }
+    __shared__ float parts[NORMED_WARPS][NORMED_TILES * 8], parts_of_squares[NORMED_WARPS];
+#pragma unroll
+    for (int t = 0; t < NORMED_TILES; ++t) {
+        sums[t] += __shfl_xor_sync(~0u, sums[t], 8);
+        sums[t] += __shfl_xor_sync(~0u, sums[t], 16);
+        if (lane < 8) parts[warp][t * 8 + lane] = sums[t];
+    }
+    squares = warp_reduce<Sum>(squares);
+    if (lane == 0) parts_of_squares[warp] = squares;
+    __syncthreads();
+    const int row = tile * 8 + lane;
+    if (warp || lane >= NORMED_TILES * 8 || row >= rows_of(w)) return;
+    float total = 0, all = 0;
+#pragma unroll
+    for (int i = 0; i < NORMED_WARPS; ++i) total += parts[i][lane], all += parts_of_squares[i];
+    p.y[own][row] = total * factor_of(x, all);
 }
 
 // With up and gate of a type without high bits and with a lone f16 scale, 64 registers are

@@ -15,6 +15,9 @@
 //   - the shared experts do not wait for the router. They come first in the grid, and their places
 //     are free again when ids are known. `router` fetches their weights into L2, also those of down.
 //   - all blocks of up and gate are on the GPU at once, 8 warps each.
+//   - the norm in front of one token has no launch (normed.cuh): `norm_router` scores, and its first
+//     block leaves the row in fixed point for the chosen experts. The shared experts' blocks, which do
+//     not wait for it, make their own.
 // Left out: blocks of up_gate that fetch down of their expert into L2 when they end. It changed nothing
 // where a second wave left the memory idle. Without one, the first blocks ended at 6.7 us and the last
 // at 13.1, with the memory busy all the time: what down reads early, up and gate have to wait for, and
@@ -34,10 +37,14 @@
 // @kernel hot up_gate<{BLOCKS}>
 // @kernel hot up_gate_shared<{BLOCKS}, $1>
 // @kernel up_gate_shared<q8_0, {q2_K|q4_K|q6_K|iq4_nl}>
+// @kernel hot norm_router<{1|4}>
+// @kernel hot up_gate_normed<{BLOCKS}, $1>
+// @kernel up_gate_normed<q8_0, {q2_K|q4_K|q6_K|iq4_nl}>
 // @kernel hot down<{BLOCKS}>
 // @kernel hot down_shared<{BLOCKS}, $1>
 // @kernel down_shared<q8_0, {q2_K|q4_K|q6_K|iq4_nl}>
 #include "linear_vec.cuh"
+#include "normed.cuh"
 #include "route.cuh"
 
 using namespace tiles;
@@ -138,6 +145,70 @@ __global__ void __launch_bounds__(MOST_THREADS)
     if (threadIdx.x == 32) fetch_part(next, expert, n);
 }
 
+// The same of one token whose row a norm has yet to scale. The first block makes it fixed point for
+// the chosen experts and writes x + plus to `sum`, if present. A thread takes up to HELD packs.
+// grid: 1 + experts.
+template <int HELD>
+__global__ void __launch_bounds__(MOST_THREADS)
+    norm_router(const __grid_constant__ Router r, const __grid_constant__ NormedRow x,
+                unsigned char* fixed, float* sum, const __grid_constant__ Ahead up,
+                const __grid_constant__ Ahead gate, const __grid_constant__ Ahead next) {
+    using Four = Pack<float, 4>;
+    const int expert = blockIdx.x - 1, n = r.w.ne[1], warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const bool scores = expert >= 0;
+    const float* row = r.w.row<float>(max(expert, 0), 0, 0);
+    Four w[HELD], h[HELD];
+    FixedEnd ends[HELD];
+    auto each = [&](auto f) {
+#pragma unroll
+        for (int p = 0; p < HELD; ++p) {
+            const int i = 4 * (threadIdx.x + p * blockDim.x);
+            if (i < x.n) f(p, i);
+        }
+    };
+    each([&](int p, int i) {
+        w[p] = weights_at(x, i);
+        if (scores) multiply(w[p], *(const Four*)(row + i));
+    });
+    if (threadIdx.x == 0 && scores) {
+        fetch_part(up, expert, n), fetch_part(gate, expert, n);
+        if (r.bias) fetch_early(r.bias + expert);
+        if (r.own) fetch_early(r.own + expert);
+    }
+    begin();
+    const float bias = r.bias && scores ? r.bias[expert] : 0;
+    each([&](int p, int i) { h[p] = values_at(x, i); });
+    float squares = 0, score = 0;
+    each([&](int p, int i) {
+        squares += squares_of(h[p]);
+        if (!scores && sum) *(Four*)(sum + i) = h[p];
+        multiply(h[p], w[p]);
+        if (scores)
+            score += h[p].v[0] + h[p].v[1] + (h[p].v[2] + h[p].v[3]);
+        else
+            ends[p] = put_levels<2>(h[p].v, fixed + i / 32 * group_bytes<2>);
+    });
+    squares = warp_reduce<Sum>(squares), score = warp_reduce<Sum>(score);
+    __shared__ float2 parts[MOST_WARPS];
+    if (lane == 0) parts[warp] = make_float2(squares, score);
+    __syncthreads();
+    const float2 part = lane < blockDim.x / 32 ? parts[lane] : make_float2(0, 0);
+    const float factor = factor_of(x, warp_reduce<Sum>(part.x));
+    if (!scores) {
+        if (lane % 8 == 0)
+            each([&](int p, int i) {
+                ends[p].put((float4*)(fixed + i / 32 * group_bytes<2> + 64), factor);
+            });
+        return;
+    }
+    score = warp_reduce<Sum>(part.y) * factor;
+    if (threadIdx.x == 0) {
+        r.scores[expert] = score;
+        if (r.ranks) r.ranks[expert] = rank_of(gate_of(r.gate, score * r.scale) + bias);
+    }
+    if (threadIdx.x == 32) fetch_part(next, expert, n);
+}
+
 // What experts are chosen by: scores [experts, tokens], and ranks if the router has written them, of
 // up to MOST_RANKED experts. local: experts whose weights are on this GPU.
 struct Candidates {
@@ -204,10 +275,28 @@ __device__ __forceinline__ Task& task() {
     return task;
 }
 
+// Makes a row fixed point for this block alone. The sum of its squares is that of `squares`, of each
+// warp.
+__device__ __forceinline__ void own_groups(const NormedRow& x, unsigned char* groups,
+                                           float (&squares)[MOST_WARPS]) {
+    float sum = 0;
+    for (int i = 4 * threadIdx.x; i < x.n; i += 4 * blockDim.x) {
+        const Pack<float, 4> w = weights_at(x, i);
+        Pack<float, 4> h = values_at(x, i);
+        sum += squares_of(h);
+        multiply(h, w);
+        put_fixed<2>(h.v, groups + i / 32 * group_bytes<2>);
+    }
+    sum = warp_reduce<Sum>(sum);
+    if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32] = sum;
+    __syncthreads();
+}
+
 // 32 rows of up and gate (w[0] and w[1]) of token blockIdx.y as a group of fixed point: that of
-// `task`. A quarter of the block's warps takes each of 4 tiles.
-template <class F, int BLOCKS>
-__device__ __forceinline__ void gated_group(const Weights<F>& weights) {
+// `task`. A quarter of the block's warps takes each of 4 tiles. `own`: the row that the block makes
+// fixed point itself, if there is one.
+template <class F, int BLOCKS, class... Own>
+__device__ __forceinline__ void gated_group(const Weights<F>& weights, const Own*... own) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, share = blockDim.x / 128;
     const int matrix = task().expert, tile = task().number * 4 + warp / share;
     const int groups = groups_of(weights.w[0]);
@@ -217,11 +306,16 @@ __device__ __forceinline__ void gated_group(const Weights<F>& weights) {
                             Row<F>(weights.w[1], matrix, tile, lane % 8)};
     auto load = [&](int r, int i) { return load_group(rows[r], min(i, groups - 1)); };
     Rounds<F, 2, gate_ahead<F, BLOCKS>, true> rounds(load, warp % share * 4 + lane / 8, 4 * share, groups);
+    __shared__ float squares[MOST_WARPS];
+    ((own ? own_groups(*own, (unsigned char*)all, squares) : void()), ...);
     table.ready();
     float sums[2] = {};
     rounds.each(table, load, [&](int i, const unsigned(&words)[2][8], const Scale(&scales)[2]) {
         const Groups x = all + i * group_bytes<2>;
-        const Fixed<2> column([&](int j) { return load_global(x + 16 * j); });
+        const Fixed<2> column([&](int j) {
+            if constexpr (sizeof...(Own) == 0) return load_global(x + 16 * j);
+            return *(const uint4*)(x + 16 * j);  // may be in shared memory
+        });
 #pragma unroll
         for (int r = 0; r < 2; ++r) sums[r] += dot_group<F, 2>(words[r], scales[r], column);
     });
@@ -237,6 +331,13 @@ __device__ __forceinline__ void gated_group(const Weights<F>& weights) {
     float up = 0, gate = 0;
     for (int i = lane / 8 * share; i < (lane / 8 + 1) * share; ++i)
         up += parts[i][0][lane % 8], gate += parts[i][1][lane % 8];
+    auto scale = [&](const NormedRow& x) {
+        float sum = 0;
+        for (int i = 0; i < blockDim.x / 32; ++i) sum += squares[i];
+        const float factor = factor_of(x, sum);
+        up *= factor, gate *= factor;
+    };
+    ((own ? scale(*own) : void()), ...);
     const Gated& p = task().p;
     const float value = gated(p.act, gate, up, p.limit);
     float four[4];
@@ -274,10 +375,12 @@ constexpr bool same<A, A> = true;
 // The same behind `first` layers of blocks for the groups of rows of the shared experts. x and
 // weights are older than the launch before. Where all weights have one type, all blocks run the same
 // instructions: those that wait for the router find them in the caches.
-template <class F, class G>
-__global__ void __launch_bounds__(GATE_THREADS, least_blocks<F, G>)
-    up_gate_shared(const __grid_constant__ Weights<F> weights, const __grid_constant__ Gated p,
-                   const __grid_constant__ Candidates c, const __grid_constant__ Weights<G> shared, const __grid_constant__ Gated own, int first) {
+// normed: the shared experts' blocks make this row fixed point themselves, because only the launch
+// before does it for all. Such a layer's blocks have no token but one.
+template <class F, class G, class... Own>
+__device__ __forceinline__ void up_gate_of_both(const Weights<F>& weights, const Gated& p,
+                                                const Candidates& c, const Weights<G>& shared,
+                                                const Gated& own, int first, const Own*... normed) {
     constexpr int BLOCKS = least_blocks<F, G>;
     const bool chosen = blockIdx.z >= first;
     if (chosen) {
@@ -285,17 +388,36 @@ __global__ void __launch_bounds__(GATE_THREADS, least_blocks<F, G>)
     } else if (threadIdx.x == 0) {
         const int number = blockIdx.z * gridDim.x + blockIdx.x;
         task() = {number < rows_of(shared.w[0]) / 32 ? 0 : -1, number, 0, 1, own};
+        extern __shared__ Key memory[];
+        if (sizeof...(Own)) task().p.x = (Groups)memory;
     }
     __syncthreads();
     if (task().expert >= 0) {
         if constexpr (same<F, G>)
-            gated_group<F, BLOCKS>(chosen ? weights : shared);
+            gated_group<F, BLOCKS>(chosen ? weights : shared, (chosen ? nullptr : normed)...);
         else if (chosen)
             gated_group<F, BLOCKS>(weights);
         else
-            gated_group<G, BLOCKS>(shared);
+            gated_group<G, BLOCKS>(shared, normed...);
     }
     if (!chosen) begin();
+}
+
+template <class F, class G>
+__global__ void __launch_bounds__(GATE_THREADS, least_blocks<F, G>)
+    up_gate_shared(const __grid_constant__ Weights<F> weights, const __grid_constant__ Gated p,
+                   const __grid_constant__ Candidates c, const __grid_constant__ Weights<G> shared,
+                   const __grid_constant__ Gated own, int first) {
+    up_gate_of_both(weights, p, c, shared, own, first);
+}
+
+template <class F, class G>
+__global__ void __launch_bounds__(GATE_THREADS, least_blocks<F, G>)
+    up_gate_normed(const __grid_constant__ Weights<F> weights, const __grid_constant__ Gated p,
+                   const __grid_constant__ Candidates c, const __grid_constant__ Weights<G> shared,
+                   const __grid_constant__ Gated own, int first,
+                   const __grid_constant__ NormedRow normed) {
+    up_gate_of_both(weights, p, c, shared, own, first, &normed);
 }
 
 // -- down -----------------------------------------------------------------------------------------

@@ -87,18 +87,18 @@ def _joined(steps: Sequence[CudaStep]) -> CudaStep:
     operands |= {"b": nodes[0]["b"], form: steps[0].operands[form]}
     results = {f"y{i}": node for i, node in enumerate(nodes[:-1])}
     scratch = max(step.scratch for step in steps)
-    record = _record if form == "fixed" else _record_wide
+    record = record_few if form == "fixed" else _record_wide
     return CudaStep(nodes, operands, record, results=results, scratch=scratch)
 
 
-def _products(call: Call) -> tuple[list[Operand], list[Operand]]:
+def products_of(call: Call) -> tuple[list[Operand], list[Operand]]:
     """The weights and the results."""
     weights = [call[f"a{i}"] for i in range(MOST) if call.get(f"a{i}")]
     return weights, [*(call[f"y{i}"] for i in range(len(weights) - 1)), call.out]
 
 
 def _record_wide(call: Call) -> None:
-    weights, outs = _products(call)
+    weights, outs = products_of(call)
     first, second = zip(weights, outs)
     if not all(ring.can_ring(call, (w,), y) for w, y in (first, second)):
         for w, y in (first, second):
@@ -107,8 +107,8 @@ def _record_wide(call: Call) -> None:
     blocks.launch_ring(call, first[:1], call["b"], first[1], second)
 
 
-def _record(call: Call) -> None:
-    weights, outs = _products(call)
+def record_few(call: Call) -> None:
+    weights, outs = products_of(call)
     columns = call.out.ne[1]
     chunk = next(n for n in (1, 2, 4, FEW) if n >= columns)
     tiles = [-(-w.ne[1] // 8) for w in weights]
@@ -119,7 +119,6 @@ def _record(call: Call) -> None:
             blocks.vec(call, (w,), call["b"], y, 2)
         return
     counts = [-(-n // pair) for n in tiles]
-    spare = MOST - len(weights)
     warps = blocks.warps_for(weights[0].ne[0] // 32, sum(counts))
     call.launch(
         VEC,
@@ -127,14 +126,22 @@ def _record(call: Call) -> None:
         grid=sum(counts),
         block=(32, max(warps, 8 * chunk * pair // 32)),
         args=[
-            Joined(
-                w=(*map(packed, weights), *[packed(weights[0])] * spare),
-                y=(*(y.ptr for y in outs), *[0] * spare),
-                first=(0, *accumulate(counts[:-1]), *[0] * spare),
-                step=(*(y.nb[1] // 4 for y in outs), *[0] * spare),
-                n=len(weights),
-            ),
+            argument_of(weights, outs, counts),
             call["fixed"].pointer,
             np.int32(columns),
         ],
+    )
+
+
+def argument_of(
+    weights: Sequence[Operand], outs: Sequence[Operand], counts: Sequence[int]
+) -> Joined:
+    """The kernel argument, of products with so many blocks."""
+    spare = MOST - len(weights)
+    return Joined(
+        w=(*map(packed, weights), *[packed(weights[0])] * spare),
+        y=(*(y.ptr for y in outs), *[0] * spare),
+        first=(0, *accumulate(counts[:-1]), *[0] * spare),
+        step=(*(y.nb[1] // 4 for y in outs), *[0] * spare),
+        n=len(weights),
     )

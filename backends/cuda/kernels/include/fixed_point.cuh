@@ -6,10 +6,21 @@
 template <int LEVELS>
 constexpr int group_bytes = 32 * LEVELS + 16;
 
-// Encodes a group. Lanes 8 i to 8 i + 7 of a warp have four adjacent values each; the other lanes
-// need not take part.
+// What follows the bytes of a group, of values that have yet to be multiplied by a factor.
+struct FixedEnd {
+    float step;
+    int first, last;  // sums of 16 numbers
+
+    __device__ __forceinline__ void put(float4* at, float factor) const {
+        const float by = step * factor, low = by * first, high = by * last;
+        *at = make_float4(by, low, high, low + high);
+    }
+};
+
+// Encodes a group, all but its end, which is the first lane's. Lanes 8 i to 8 i + 7 of a warp have
+// four adjacent values each; the other lanes need not take part.
 template <int LEVELS>
-__device__ __forceinline__ void put_fixed(const float (&x)[4], unsigned char* at) {
+__device__ __forceinline__ FixedEnd put_levels(const float (&x)[4], unsigned char* at) {
     const int lane = threadIdx.x & 7;
     const unsigned mask = 0xFFu << (threadIdx.x & 24);
     float most = fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3])));
@@ -39,8 +50,11 @@ __device__ __forceinline__ void put_fixed(const float (&x)[4], unsigned char* at
     if (isnan(sound) || isinf(most)) step = __int_as_float(0x7FC00000);
     for (int level = 0; level < LEVELS; ++level)
         ((unsigned*)(at + 32 * level))[lane] = packed[level];
-    if (lane == 0) {
-        float first = step * sum, last = step * other;
-        *(float4*)(at + 32 * LEVELS) = make_float4(step, first, last, first + last);
-    }
+    return {step, sum, other};
+}
+
+template <int LEVELS>
+__device__ __forceinline__ void put_fixed(const float (&x)[4], unsigned char* at) {
+    const FixedEnd end = put_levels<LEVELS>(x, at);
+    if ((threadIdx.x & 7) == 0) end.put((float4*)(at + 32 * LEVELS), 1.0f);
 }

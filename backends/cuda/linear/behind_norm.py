@@ -1,0 +1,101 @@
+"""Joined products of one column and the norm in front of them as one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from functools import partial
+
+from pyggml import ops
+from pyggml.backends.cuda.fusion import CudaStep
+from pyggml.backends.cuda.geometry import blocks_for
+from pyggml.backends.cuda.gpu import H200
+from pyggml.backends.cuda.launch import ABSENT, Call, Operand
+from pyggml.backends.cuda.linear import blocks
+from pyggml.backends.cuda.linear.common import VEC
+from pyggml.backends.cuda.linear.joined import argument_of, products_of, record_few
+from pyggml.backends.cuda.normed import normed_row
+from pyggml.backends.cuda.weights.packing import TILE
+from pyggml.backends.step import Layouts
+from pyggml.node import Node
+
+#: Of `vec_normed`: warps and tiles of rows of a block, and elements that its warps take at once.
+NORMED_WARPS, NORMED_TILES = 16, 2
+LONGEST = NORMED_WARPS * 4 * 32
+
+
+def with_norms(
+    steps: Sequence[CudaStep], keep: Collection[Node], layouts: Layouts
+) -> Iterator[CudaStep]:
+    """The steps, with a norm as part of the joined products behind it if only these read its
+    result. They may run as early as the norm, because all else that they read is constant."""
+    readers: dict[Node, set[CudaStep]] = {}
+    for step in steps:
+        for read in step.reads:
+            readers.setdefault(read.base, set()).add(step)
+    whole: dict[CudaStep, CudaStep | None] = {}
+    for step in steps:
+        form, node = step.results.get("fixed"), step.node
+        if form is None or node in keep:
+            continue
+        behind = readers.get(form, set()) | readers.get(node, set())
+        products = next(iter(behind), step)
+        if len(behind) == 1 and products.record is record_few and _fits(step, products, layouts):
+            whole |= {step: _normed(step, products), products: None}
+    for step in steps:
+        own = whole.get(step, step)
+        if own is not None:
+            yield own
+
+
+def _fits(norm: CudaStep, products: CudaStep, layouts: Layouts) -> bool:
+    """Whether the step is rms_norm(x (+ plus)) * weight of one row, and the products, of weights in
+    tiles, are one wave of blocks."""
+    *added, normed, _, node = norm.nodes
+    weights = [product["a"] for product in products.nodes]
+    tiled = all(w in layouts and layouts[w].name == "tiles8" for w in weights)
+    return (
+        node.op is ops.mul
+        and normed.op is ops.rms_norm
+        and [n.op for n in added] in ([], [ops.add])
+        and node.ne == (weights[0].ne[0], 1, 1, 1)
+        and all(row.contiguous for row in norm.operands.values())
+        and tiled
+        and node.ne[0] <= LONGEST
+        and sum(_blocks_of(weights)) <= 2 * H200.sms
+    )
+
+
+def _blocks_of(weights: Sequence[Node] | Sequence[Operand]) -> list[int]:
+    return [blocks_for(w.ne[1], TILE * NORMED_TILES) for w in weights]
+
+
+def _normed(norm: CudaStep, products: CudaStep) -> CudaStep:
+    *added, normed, _, node = norm.nodes
+    names = {"a": "row", "plus": "row_plus", "weight": "row_weight"}
+    operands = {names[name]: x for name, x in norm.operands.items()}
+    operands |= {name: x for name, x in products.operands.items() if name not in ("b", "fixed")}
+    sums = {"row_sum": norm.results["sum"]} if "sum" in norm.results else {}
+    step = CudaStep(
+        (*added, normed, node, *products.nodes),
+        operands,
+        partial(_record_normed, eps=normed.attrs["eps"]),
+        results={**sums, **products.results},
+    )
+    step.strided = False
+    return step
+
+
+def _record_normed(call: Call, eps: float) -> None:
+    weights, outs = products_of(call)
+    counts = _blocks_of(weights)
+    call.launch(
+        VEC,
+        f"vec_normed<{blocks.cpp_format(weights[0])}>",
+        grid=sum(counts),
+        block=(32, NORMED_WARPS),
+        args=[
+            argument_of(weights, outs, counts),
+            normed_row(call, eps),
+            (call.get("row_sum") or ABSENT).pointer,
+        ],
+    )
