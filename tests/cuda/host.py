@@ -30,6 +30,7 @@ def on_host(text: str) -> str:
     text = re.sub(
         r'asm( volatile)?\("ld\..*?\);', "std::memcpy(&v, at, sizeof v);", text, flags=re.S
     )
+    text = re.sub(r'asm\("rcp\.approx.*?\);', "y = 1 / x;", text)
     text = re.sub(r'asm\("max\.NaN.*?\);', "y = x != x ? x : max(x, 0.0f);", text)
     return re.sub(r'asm\("prmt.*?\);', "r = byte_permutation(a, b, selector);", text, flags=re.S)
 
@@ -46,6 +47,7 @@ def libraries(folder: Path, texts: Mapping[str, str], *options: str) -> list[Any
     (folder / "mma.cuh").write_text((HERE / "mma_header.hpp").read_text())
     for name in ("cuda_fp16.h", "cuda_bf16.h"):
         (folder / name).touch()
+    (folder / "cluster.cuh").write_text("#pragma once\n")  # block.hpp has its words
     flags = ["-std=c++17", "-w", "-shared", "-fPIC", "-I", str(folder), "-I", str(HERE), *options]
     (folder / "probe.cpp").write_text(_PROBE)
     if subprocess.run([compiler, *flags, folder / "probe.cpp", "-o", folder / "probe"]).returncode:

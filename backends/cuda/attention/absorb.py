@@ -23,8 +23,12 @@ from pyggml.ops.leaf import constant_op
 FILE = "absorb.cu"
 #: Rows of a block: a tile of 8 for each of its 8 warps.
 BLOCK = 64
+#: Elements of a row of the matrix that a warp has in a round; there are up to two rounds.
+ROUND = 128
 #: The most elements of a head that are rotated: a pair for each lane of a warp.
 MOST_TURNED = 64
+#: The most elements of a row's c.
+MOST_C = 1024
 #: The C++ types of cache rows; `q8_0` alone is a type of weights in that kernel.
 _ROW_TYPES = {**ROWS, "q8_0": "file::q8_0"}
 
@@ -59,6 +63,7 @@ def absorbed(node: Node, run: Run) -> Fused | None:
         and n3 == 1
         and n == n_nope + n_rot
         and n_rot <= MOST_TURNED
+        and n_nope <= 2 * ROUND
         and w.ne == (n_nope, product.ne[0], heads, 1)
         and _is_part(nope, rotated, 0, n_nope)
         and _is_part(node["b"], rotated, n_nope, n_rot)
@@ -108,7 +113,8 @@ class RecordAbsorb:
         neox = str(self.rope["mode"] == "neox").lower()
         call.launch(
             FILE,
-            f"absorb<{cpp_format(w)}, {neox}, {row_type}, {1 if tokens == 1 else FEW}>",
+            f"absorb<{cpp_format(w)}, {neox}, {row_type}, {1 if tokens == 1 else FEW}, "
+            f"{blocks_for(w.ne[0], ROUND)}>",
             grid=heads * parts + (0 if self.row is None else tokens),
             block=256,
             args=[
@@ -154,7 +160,8 @@ def _can_precede(step: CudaStep, queries: CudaStep) -> bool:
 def _joined(queries: CudaStep, row: CudaStep) -> CudaStep | None:
     if not isinstance(queries.record, RecordAbsorb) or not isinstance(row.record, RecordRow):
         return None
-    if row.operands["c"].ne[1] != queries.node.ne[1]:
+    c = row.operands["c"]
+    if c.ne[1] != queries.node.ne[1] or c.ne[0] > MOST_C:
         return None
     if row.record.neox != (queries.record.rope["mode"] == "neox"):
         return None
