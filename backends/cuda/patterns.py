@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pyggml import ops
 from pyggml.backends.cuda.attention.absorb import absorbed
+from pyggml.backends.cuda.attention.combine_vec import multiplied_attention
 from pyggml.backends.cuda.attention.expand import expanded_keys
 from pyggml.backends.cuda.attention.flash import causal_attention
 from pyggml.backends.cuda.attention.joint import joint_attention
@@ -26,9 +27,10 @@ from pyggml.backends.cuda.rope import rope_into_rows
 #: Each pattern with the ops that may come last in it. A graph is searched from its end, so a
 #: pattern whose last node comes later wins regardless of this order. Among patterns with the same
 #: last op the first match wins, so a pattern precedes those that cover only part of it:
-#: `joint_sum_norm` before `sum_norm_times_row` before `norm_times_row`. A one-row norm times an
-#: activation matches both `activated_times` and `norm_times_row`; the former wins and saves reading
-#: a row from memory. `latent_row` and `rope_into_rows` never match the same node.
+#: `joint_sum_norm` before `sum_norm_times_row` before `norm_times_row`, `multiplied_attention`
+#: before `turned_product`. A one-row norm times an activation matches both `activated_times` and
+#: `norm_times_row`; the former wins and saves reading a row from memory. `latent_row` and
+#: `rope_into_rows` never match the same node.
 PATTERNS: tuple[Pattern, ...] = (
     (latent_row, (ops.set_rows,)),
     (compressed_row, (ops.set_rows,)),
@@ -48,6 +50,7 @@ PATTERNS: tuple[Pattern, ...] = (
     (sum_and_more, (ops.add,)),
     (absorbed, (ops.concat,)),
     (expanded_keys, (ops.concat,)),
+    (multiplied_attention, (ops.cont, ops.mul_mat)),
     (turned_product, (ops.cont,)),
     (route, (ops.scale, ops.div, ops.get_rows)),
     (causal_attention, (ops.flash_attn_ext,)),

@@ -235,14 +235,14 @@ def products_behind_norms(m: Maker) -> Pattern:
     return m.done(**{**outputs, "b1056": add(h, outputs["b1056"])})
 
 
-def _cached(m: Maker, name: str, n: int, hidden: range, type: str) -> Node:
-    """Rows of 512 in a state; hidden ones are NaN and infinite, as if never written."""
-    rows = m.rng.standard_normal((n, 512)).astype(np.float32)
+def _cached(m: Maker, name: str, n: int, hidden: range, type: str, d: int = 512) -> Node:
+    """Rows of d in a state; hidden ones are NaN and infinite, as if never written."""
+    rows = m.rng.standard_normal((n, d)).astype(np.float32)
     rows[hidden], rows[hidden[::2]] = np.nan, np.inf
     m.inputs[f"{name}.rows"] = rows
     every = _ids(m, f"{name}.every", *range(n))
     return set_rows(
-        state(name, type, ne=(512, n)), input_(f"{name}.rows", ne=(512, n)), every
+        state(name, type, ne=(d, n)), input_(f"{name}.rows", ne=(d, n)), every
     )  # fmt: skip
 
 
@@ -279,6 +279,37 @@ def attention_to_both(
     y = merge_lse(y, flash_attn_ext(q, old, old, mask, ids=ids, scale=0.04, lse=True))
     y = view(y, ne=(512, heads, n_tokens))
     return m.done(y=scale(rope_ext(y, pos, n_dims=64, offset=448, back=True), s=1.0))
+
+
+def values_of_heads(
+    m: Maker,
+    type: str = "f16",
+    weights: str = "iq4_nl",
+    heads: int = 3,
+    n: int = 96,
+    n_tokens: int = 1,
+    n_kv: int = 200,
+    listed: bool = False,
+    kept: bool = False,
+) -> Pattern:
+    """Latent attention of a few tokens, whose last rows are not seen, and the products of each head
+    and of all heads side by side. listed: to lists of rows, with sinks; kept: something else reads
+    the attention, so that nothing is fused."""
+    q, pos = m.floats("q", 576, n_tokens, heads), _ids(m, "pos", *range(n_kv - 20, n_kv))
+    pos = view(pos, ne=(n_tokens,))
+    k = _cached(m, "rows", n_kv, range(n_kv - 20 + n_tokens, n_kv), type, 576)
+    ids, sinks = None, None
+    if listed:  # places without a row, and rows that are not seen
+        places = [np.where(np.arange(150) % 7 == 3, -1, np.arange(150) * 11 % n_kv)] * n_tokens
+        m.inputs["ids"] = np.stack(places).astype(np.int32)
+        ids, sinks = input_("ids", "i32", ne=(150, n_tokens)), m.floats("sinks", heads)
+    v, mask = view(k, ne=(512, n_kv)), causal_mask(pos, n_kv=n_kv)
+    y = flash_attn_ext(q, k, v, mask, sinks, ids=ids, scale=0.04)
+    more = {"sums": scale(y, s=1.0)} if kept else {}
+    y = mul_mat(m.weight("v_b", 512, n, heads, type=weights), permute(y, axes=(0, 2, 1, 3)))
+    y = permute(y, axes=(0, 2, 1, 3))
+    y = reshape(y if y.contiguous else cont(y), ne=(n * heads, n_tokens))
+    return m.done(o=mul_mat(m.weight("o", n * heads, 40, type="q8_0"), y), **more)
 
 
 def experts_of_token(
@@ -403,6 +434,20 @@ PATTERNS: dict[str, Callable[[Maker], Pattern]] = {
     "scored_rows": scored_rows,
     "attention_to_lists": partial(attention_to_both, listed=True, n_tokens=2),
     "attention_to_lists_q8_0": partial(attention_to_both, listed=True, type="q8_0", heads=20),
+    "values_of_heads": values_of_heads,
+    "values_of_heads_q8_0": partial(
+        values_of_heads, type="q8_0", weights="q8_0", heads=16, n=128, n_kv=9000
+    ),
+    "values_of_heads_bf16": partial(
+        values_of_heads, type="bf16", weights="q5_1", n=256, n_tokens=2
+    ),
+    "values_of_heads_in_lists": partial(
+        values_of_heads, weights="q4_0", heads=16, n=128, n_tokens=5, listed=True
+    ),
+    "values_of_long_heads_in_lists": partial(
+        values_of_heads, type="q8_0", heads=16, n=160, n_tokens=5, listed=True
+    ),
+    "values_of_heads_kept": partial(values_of_heads, kept=True, n_tokens=3),
     "hyper_connections": hyper_connections,
     "hyper_connections_of_tokens": partial(hyper_connections, n=64, hc=2, n_tokens=T),
     "hyper_connections_of_three": partial(hyper_connections, n=4160, hc=3),

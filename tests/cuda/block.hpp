@@ -92,6 +92,16 @@ template <class T>
 T* in_block(T* p, int rank) {
     return (T*)((*cluster)[rank].memory.data() + ((char*)p - block->memory.data()));
 }
+// As in cluster.cuh. Blocks meet where they wait for the numbers.
+struct Inbox {
+    unsigned long long arrived;
+
+    void open(int) {}
+    void send(int rank, float* to, float x) { *in_block(to, rank) = x; }
+    void wait(bool) { cluster_sync(); }
+};
+inline void blocks_start() {}
+inline void blocks_started() { cluster_sync(); }
 template <class T, class U>
 T atomicAdd(T* at, U by) {
     const T before = *at;

@@ -3,6 +3,7 @@
 #include <tuple>
 
 #define __grid_constant__
+#define __cluster_dims__(...)
 using std::isinf;
 using std::isnan;
 struct float2 {
@@ -53,10 +54,11 @@ std::function<void()> bound(void (*kernel)(A...), const char* args) {
 
 // Runs a kernel; returns the bytes of its arguments.
 template <class... A>
-int start(void (*kernel)(A...), const char* args, const int* grid, const int* block, int shared) {
+int start(void (*kernel)(A...), const char* args, const int* grid, const int* block, int shared,
+          int blocks) {
     int end = 0;
     std::tuple<A...> values{argument<A>(args, end)...};
     launch(Dim3{grid[0], grid[1], grid[2]}, Dim3{block[0], block[1], block[2]},
-           [&] { std::apply(kernel, values); }, shared);
+           [&] { std::apply(kernel, values); }, shared, blocks);
     return end;
 }

@@ -221,6 +221,12 @@ extern "C" int run_together(int n, const int* which, const char* const* args, co
 }}"""
 
 
+def _blocks(name: str) -> int:
+    """Blocks of a cluster of a kernel."""
+    cluster = re.match(r"combine_vec<.*, (\d), \d>", name)
+    return int(cluster[1]) if cluster else 1
+
+
 def _text(file: str, names: list[str]) -> str:
     """A library with a function for each instance of a kernel."""
     source = on_host((KERNELS / file).read_text())
@@ -230,7 +236,7 @@ def _text(file: str, names: list[str]) -> str:
     )
     runs = "\n".join(
         f'extern "C" int run_{i}(const char* args, const int* grid, const int* block, int shared) '
-        f"{{ return start({name}, args, grid, block, shared); }}"
+        f"{{ return start({name}, args, grid, block, shared, {_blocks(name)}); }}"
         for i, name in enumerate(names)
     )
     return f"""#include "block.hpp"

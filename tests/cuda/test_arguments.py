@@ -27,7 +27,14 @@ from pyggml.backends.cuda import (
     softmax,
 )
 from pyggml.backends.cuda.argument import Struct, Tensor, pack
-from pyggml.backends.cuda.attention import absorb, arguments, joint, latent_row, parts
+from pyggml.backends.cuda.attention import (
+    absorb,
+    arguments,
+    combine_vec,
+    joint,
+    latent_row,
+    parts,
+)
 from pyggml.backends.cuda.device import tensormap
 from pyggml.backends.cuda.device.compiler import KERNELS
 from pyggml.backends.cuda.linear import blocks, common, exact, halves, joined, ring
@@ -53,6 +60,7 @@ STRUCTS: tuple[tuple[type[Struct], str, str], ...] = (
     (indexer.Indexer, "include/indexer.cuh", "Indexer"),
     (arguments.HopperArgument, "attention_hopper.cu", "HopperArgument"),
     (arguments.LatentArgument, "attention_latent_hopper.cu", "LatentArgument"),
+    (combine_vec.Values, "combine_vec.cu", "Values"),
     (joint.Joint, "attention_joint.cu", "Joint"),
     (joint.Parts, "attention_joint.cu", "Parts"),
     (compressor.Compressor, "compressor.cu", "Compressor"),

@@ -105,6 +105,15 @@ FUSED = {
         )
     },
     **{
+        f"values_of_heads{kind}": ["causal_mask flash_attn_ext fixed_point mul_mat"]
+        for kind in ("", "_q8_0")
+    },
+    **{
+        f"values_of_{heads}": ["causal_mask flash_attn_ext mul_mat fixed_point cont"]
+        for heads in ("heads_bf16", "heads_in_lists", "long_heads_in_lists")
+    },
+    "values_of_heads_kept": ["causal_mask flash_attn_ext", "mul_mat cont"],
+    **{
         f"hyper_connections{kind}": [
             FIXED,
             f"dsv4_hc_post {HYPER}",

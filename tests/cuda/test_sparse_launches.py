@@ -11,7 +11,7 @@ from tools.launches import KINDS, launches_of, layer_launches
 
 #: Launches of a token at 8192 rows.
 LAUNCHES = {
-    "window": 22, "ratio_4": 24, "ratio_128": 18, "v3": 13, "v32": 20, "glm_5": 20, "v2_lite": 9,
+    "window": 22, "ratio_4": 24, "ratio_128": 18, "v3": 11, "v32": 18, "glm_5": 18, "v2_lite": 8,
 }  # fmt: skip
 
 

@@ -140,6 +140,14 @@ class Recording:
         return start if remainder == 0 <= start <= k.ne[0] - v.ne[0] else None
 
     def record(self) -> None:
+        shape, argument = self.shape, self.record_parts()
+        if shape.splits(self.route) > 1:
+            lanes = 4 if shape.d_v % 4 == 0 else 1
+            grid = shape.n3 * shape.n_q * shape.heads, -(-shape.d_v // (32 * lanes)), 1
+            self._launch("combine", f"combine<{lanes}>", grid, argument)
+
+    def record_parts(self) -> Attention:
+        """Record all but the sum of the splits, if there are several. Returns what that reads."""
         call, shape, route, instance = self.call, self.shape, self.route, self.instance
         sizes = zip((self.k, self.v), shape.decoded(route))
         self.k, self.v = (self._decoded(x, n) if n else x for x, n in sizes)
@@ -164,10 +172,7 @@ class Recording:
         whole = self._with_maps(argument) if mapped else argument
         early = argument.early > 0
         self._launch(route, instance.name, grid, whole, instance.threads, instance.shared, early)
-        if splits > 1:
-            lanes = 4 if shape.d_v % 4 == 0 else 1
-            grid = shape.n3 * shape.n_q * shape.heads, -(-shape.d_v // (32 * lanes)), 1
-            self._launch("combine", f"combine<{lanes}>", grid, argument)
+        return argument
 
     def _early(self) -> int:
         """What `latent` reads before the wait. A survey of the mask is a launch before it."""

@@ -15,6 +15,45 @@ __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\n"
                  "barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+
+// Numbers that blocks send each other. To meet for them takes a fence of all that the threads wrote;
+// these count themselves where they arrive. One thread of a block opens it for `bytes`, all threads
+// call `blocks_start` behind that and `blocks_started` before the first one sends.
+struct Inbox {
+    unsigned long long arrived;
+
+    __device__ __forceinline__ unsigned at() { return (unsigned)__cvta_generic_to_shared(&arrived); }
+    __device__ __forceinline__ void open(int bytes) {
+        asm volatile("mbarrier.init.shared.b64 [%0], 1;\n"
+                     "fence.mbarrier_init.release.cluster;\n"
+                     "mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(at()), "r"(bytes)
+                     : "memory");
+    }
+    // Writes x to `to` in the memory of block `rank`.
+    __device__ __forceinline__ void send(int rank, float* to, float x) {
+        asm volatile("{\n.reg .b32 to, box;\n"
+                     "mapa.shared::cluster.u32 to, %0, %3;\n"
+                     "mapa.shared::cluster.u32 box, %1, %3;\n"
+                     "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [to], %2, [box];\n}"
+                     ::"r"((unsigned)__cvta_generic_to_shared(to)), "r"(at()),
+                       "r"(__float_as_uint(x)), "r"(rank)
+                     : "memory");
+    }
+    // Waits for all bytes if they are `mine`. All threads of a block call it.
+    __device__ __forceinline__ void wait(bool mine) {
+        if (!mine) return;
+        asm volatile("{\n.reg .pred done;\nagain:\n"
+                     "mbarrier.try_wait.parity.shared.b64 done, [%0], 0;\n"
+                     "@!done bra again;\n}" ::"r"(at())
+                     : "memory");
+    }
+};
+__device__ __forceinline__ void blocks_start() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void blocks_started() {
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 #else
 template <class T>
 __device__ __forceinline__ T* in_block(T* p, int) {
