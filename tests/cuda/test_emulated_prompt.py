@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,15 @@ import numpy as np
 import pytest
 
 import pyggml as gg
+from pyggml.backends.cuda.gpu import H200
 from pyggml.backends.cuda.launch import Call, Launch, Operand
 from pyggml.backends.cuda.linear import experts
 from pyggml.dtypes import F32, I32
 from tests.cuda.compared import Graph, compare, compare_all, random, rng
 from tests.cuda.emulated import run_all, starter
 
+#: On which a block has as many tokens as it can.
+ONE = replace(H200, sms=1)
 SIZES = (
     (64, 2048, 40),
     (70, 260, 133),  # rows and columns in several blocks, a chain that is not full
@@ -33,8 +37,11 @@ def product(rows: int, k: int, columns: int, weights: Any = None, **attrs: Any) 
     return {"y": y}, {"x": x.astype(np.float32)}
 
 
-def test_products_of_few_rows(tmp_path: Path) -> None:
-    compare_all({str(sizes): product(*sizes) for sizes in SIZES}, tmp_path, 1e-12)
+@pytest.mark.parametrize("shared", (H200.shared, 99 << 10))
+def test_products_of_few_rows(shared: int, tmp_path: Path) -> None:
+    """Columns are copied four chains ahead, or as many as shared memory holds: one or two."""
+    graphs = {str(sizes): product(*sizes) for sizes in SIZES}
+    compare_all(graphs, tmp_path, 1e-12, replace(H200, shared=shared))
 
 
 def test_products_of_few_rows_of_other_types(tmp_path: Path) -> None:
@@ -116,7 +123,8 @@ def test_routing_adds_up_the_sums_of_the_router(n: int, k: int, tmp_path: Path) 
 def test_rotation_of_many_tokens(
     mode: str, n_dims: int, offset: int, heads: int, tmp_path: Path
 ) -> None:
-    """In place, for 128 and 141 tokens; more pairs than a block has threads; factors."""
+    """In place, for 128 and 141 tokens, one and more in a block; more pairs than it has threads;
+    factors."""
     n, graphs = n_dims + 12, {}
     for type, tokens in (("f32", 141), ("f16", 128)):
         x, pos = gg.input("x", type, ne=(n, heads, tokens)), gg.input("pos", "i32", ne=(tokens,))
@@ -127,7 +135,7 @@ def test_rotation_of_many_tokens(
         inputs["factors"] = 1 + rng.random(n_dims // 2, dtype=np.float32)
         inputs["pos"] = rng.integers(0, 9000, tokens).astype(np.int32)
         graphs[type] = {"y": gg.scale(y, s=1.0)}, inputs
-    compare(*graphs["f32"], folder(tmp_path, "f32"), 1e-11)
+    compare(*graphs["f32"], folder(tmp_path, "f32"), 1e-11, ONE)
     compare(*graphs["f16"], folder(tmp_path, "f16"), 1e-6)
 
 
