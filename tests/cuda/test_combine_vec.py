@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,15 @@ from benchmarks.gpu_bench import random_blocks
 from pyggml import quants
 from pyggml.backends.cuda.attention import combine_vec
 from pyggml.backends.cuda.attention.arguments import Attention
-from pyggml.backends.cuda.gpu import H200
+from pyggml.backends.cuda.gpu import H200, Device
 from pyggml.backends.cuda.launch import Call, Launch, Operand
+from pyggml.backends.cuda.recording import record_step
 from pyggml.backends.cuda.weights.packing import layout_of, repack
 from pyggml.dtypes import F32
+from pyggml.parity.patterns import pattern
 from pyggml.parity.tolerance import nmse
+from pyggml.runtime.kernels import planned_memory
+from tests.cuda.compared import compare_all
 from tests.cuda.emulated import Memory, starter
 
 rng = np.random.default_rng(3)
@@ -132,3 +137,54 @@ def test_the_same_bits_each_time(splits: int, tmp_path: Path) -> None:
     first = each.y.copy()
     start(each.launch)
     np.testing.assert_array_equal(each.y, first)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fused"),
+    [
+        ({}, True),
+        ({"n_kv": 64}, False),  # one split
+        ({"max_bias": 8.0}, False),
+        ({"lse": True}, False),
+        ({"n_tokens": 9}, False),
+        ({"n": 288}, False),
+        ({"n": 80}, False),
+        ({"dtype": "f16"}, False),
+    ],
+)
+def test_what_becomes_one_step(changes: dict[str, Any], fused: bool) -> None:
+    case = {"n_kv": 200, "n_tokens": 1, "n": 128, "dtype": "iq4_nl", **changes}
+    n_kv, n_tokens, n, dtype = (case.pop(name) for name in ("n_kv", "n_tokens", "n", "dtype"))
+    q, k = gg.input("q", ne=(576, n_tokens, 4)), gg.input("k", "f16", ne=(576, n_kv))
+    mask = gg.input("mask", "f16", ne=(n_kv, n_tokens))
+    y = gg.flash_attn_ext(q, k, gg.view(k, ne=(512, n_kv)), mask, scale=0.04, **case)
+    y = gg.permute(gg.view(y, ne=(512, *y.ne[1:])), axes=(0, 2, 1, 3))
+    w = gg.constant(np.ones((4, n, 512), "f4"), dtype=dtype)
+    plan = gg.compile({"y": gg.mul_mat(w, y)}, backends=["cuda:0:24GiB"])
+    ops = [{node.op for node in step.nodes} for step in plan.steps]
+    assert any({gg.flash_attn_ext, gg.mul_mat} <= each for each in ops) == fused
+
+
+A100 = replace(H200, arch="80", shared=166_912)
+
+
+@pytest.mark.parametrize("device", (A100, H200), ids=("80", "90a"))
+def test_gpus_without_clusters_take_the_steps_apart(device: Device) -> None:
+    graph = pattern("values_of_heads_in_lists")
+    work = gg.compile(graph.outputs, backends=["cuda:0:24GiB"])._work
+    at, arenas = planned_memory(work)
+    (records,) = (
+        record_step(step, at, (arenas["cuda:0"].ptr, step.scratch), device)
+        for step in work.steps
+        if any(node.op is gg.flash_attn_ext for node in step.nodes)
+    )
+    kinds = [r.name.partition("<")[0] for r in records if isinstance(r, Launch)]
+    apart = ["latent", "combine", "vec", "quantize"]
+    assert kinds == (["latent", "combine_vec"] if device is H200 else apart)
+
+
+def test_steps_apart_are_right(tmp_path: Path) -> None:
+    names = "values_of_heads_q8_0", "values_of_heads_in_lists"
+    graphs = {name: pattern(name) for name in names}
+    cases = {name: (g.outputs, dict(g.inputs)) for name, g in graphs.items()}
+    compare_all(cases, tmp_path, 1e-6, A100)

@@ -14,7 +14,12 @@ from pyggml.backends.cuda.attention.routes import Shape
 from pyggml.backends.cuda.fusion import Fused, Run
 from pyggml.backends.cuda.geometry import blocks_for
 from pyggml.backends.cuda.launch import Call, Operand
-from pyggml.backends.cuda.linear.blocks import cpp_format, group_bytes, weights_of
+from pyggml.backends.cuda.linear.blocks import (
+    cpp_format,
+    group_bytes,
+    launch_quantize,
+    weights_of,
+)
 from pyggml.backends.cuda.linear.common import FEW, aligned, in_blocks
 from pyggml.backends.cuda.linear.routes import Product
 from pyggml.dtypes import F32
@@ -65,6 +70,7 @@ def multiplied_attention(node: Node, run: Run) -> Fused | None:
         and product.dtype is F32
         and product.attrs["prec"] != "f32"
         and not flash.attrs["lse"]
+        and flash.attrs["max_bias"] == 0  # a loop may shift head0, which only slopes need
         and _is_swapped(b, flash)
         and (node is product or _is_swapped(node["a"], product))
         and run.only(flash, product)
@@ -135,6 +141,9 @@ def _record(call: Call, product: Node, window: int | None, stride: int) -> None:
     alone = Call(product, out, {"a": w, "b": b}, product.attrs, call.device, (at + sums, rest))
     alone.records = call.records
     Product.of(product).launches(alone, (w,), out)
+    fixed = call.get("fixed")
+    if fixed is not None:
+        launch_quantize(call, call.out, fixed.pointer, 2)
 
 
 def launch(call: Call, product: Node, sums: Attention) -> None:
