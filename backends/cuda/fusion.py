@@ -29,9 +29,10 @@ class CudaStep(Step):
     record    records the launches when a plan is bound
     late      whether the step right before may compute the ids of a product by expert
     before    the nodes that the launch right before computes; None: unknown
+    unread    whether others read the result only as f16, which the step also writes
     """
 
-    __slots__ = ("before", "late", "operands", "record", "results")
+    __slots__ = ("before", "late", "operands", "record", "results", "unread")
 
     def __init__(
         self,
@@ -53,7 +54,7 @@ class CudaStep(Step):
             workspace=workspace,
         )
         self.operands, self.results, self.record = operands, results or {}, record
-        self.late = True
+        self.late, self.unread = True, False
         self.before: tuple[Node, ...] | None = None
 
     def awaited(self) -> frozenset[str]:
@@ -80,7 +81,8 @@ class Fused(CudaStep):
     workspace  as in Step
     at         the node whose place in the order the step takes, if not the last one
     fixed      whether `record` can also write the result in fixed point, to call["fixed"]
-    halves     whether it can also write the result as f16 for `tile`, to call["halves"]
+    halves     0, or how many dimensions of the result are a row that it can also write as f16 for
+               `tile`, to call["halves"]
     quantized  a node that `record` reads in fixed point, as call["fixed"]
     product    one of the nodes whose launches `record` uses, so other steps may prepare what it
                reads
@@ -102,7 +104,7 @@ class Fused(CudaStep):
         workspace: int = 0,
         at: Node | None = None,
         fixed: bool = False,
-        halves: bool = False,
+        halves: int = 0,
         quantized: Node | None = None,
         product: Node | None = None,
         recompute: tuple[Node, ...] = (),

@@ -172,7 +172,7 @@ class Call:
     out          the result
     device       the properties that kernels may depend on
     names_only   arguments that only a driver can make may be left empty
-    late         as in CudaStep
+    late, unread as in CudaStep
     awaited      names of operands that the launch right before may write; all if it is unknown
     """
 
@@ -187,7 +187,7 @@ class Call:
     ) -> None:
         self.node, self.out, self.attrs = node, out, attrs
         self.device = device
-        self.names_only, self.late = False, True
+        self.names_only, self.late, self.unread = False, True, False
         self.awaited = frozenset(operands)
         self.records: list[Record] = []
         self._operands = operands

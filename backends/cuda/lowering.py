@@ -12,7 +12,7 @@ from pyggml.backends.cuda.fusion import NO_LAYOUTS, CudaStep, Fused, covered
 from pyggml.backends.cuda.launch import WORKSPACE
 from pyggml.backends.cuda.linear.behind_norm import with_norms
 from pyggml.backends.cuda.linear.joined import join
-from pyggml.backends.cuda.linear.preparation import prepare_once
+from pyggml.backends.cuda.linear.preparation import left_unread, prepare_once
 from pyggml.backends.cuda.linear.routes import FEW_PAIRS
 from pyggml.backends.cuda.patterns import PATTERNS
 from pyggml.backends.cuda.small import gather
@@ -38,7 +38,8 @@ def lower(
     parts = covered(nodes, keep, PATTERNS, layouts)
     steps = [*prepare_once([p if isinstance(p, Fused) else step_of(p) for p in parts])]
     steps = [*with_norms([*join(steps)], keep, layouts)]
-    return [*timely(spaced([*gather([*with_rows(steps)], keep)]))]
+    steps = spaced([*gather([*with_rows(steps)], keep)])
+    return [*timely([*left_unread(steps, keep)])]
 
 
 def spaced(steps: list[CudaStep]) -> list[CudaStep]:

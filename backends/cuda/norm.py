@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -74,7 +75,7 @@ def sum_norm_times_row(node: Node, run: Run) -> Fused | None:
         results={} if run.only(x, normed) else {"sum": x},
         inplace=(a, b),
         fixed=can_fix(node),
-        halves=True,
+        halves=1,
     )
 
 
@@ -86,7 +87,7 @@ def norm_times_row(node: Node, run: Run) -> Fused | None:
     x, normed, weight = match
     record = partial(_norm, eps=normed.attrs["eps"])
     reads = {"a": x, "weight": weight}
-    return Fused((normed, node), reads, record, inplace=(x,), fixed=can_fix(node), halves=True)
+    return Fused((normed, node), reads, record, inplace=(x,), fixed=can_fix(node), halves=1)
 
 
 def norm_with_row(node: Node, run: Run) -> Fused | None:
@@ -113,7 +114,7 @@ def _norm(call: Call, eps: float) -> None:
 def record_norm(call: Call, eps: float, a: Operand, plus: Operand | None) -> NormForm:
     """Record out = norm(a (+ plus)) times weight. The sum also goes to call["sum"], and out in
     fixed point to call["fixed"] and as f16 to call["halves"], if these are present. Returns the
-    form of the first launch."""
+    form of the first launch. If others read nothing but the f16, out is not written."""
     out, fixed, halves = call.out, call.get("fixed"), call.get("halves")
     weight, total = call.get("weight"), call.get("sum")
     width, threads, packs = _shares(out, a, weight, plus, total)
@@ -123,13 +124,14 @@ def record_norm(call: Call, eps: float, a: Operand, plus: Operand | None) -> Nor
             also, ends = "FIXED", (fixed.pointer, np.uint64(0))
         elif halves is not None and out.ne[0] % DEPTH == 0:
             also, ends = "HALVES", rows_and_scales(out.ne, halves.ptr)
+    y = replace(out, ptr=0) if call.unread and also == "HALVES" else out
     call.launch(
         "norm.cu",
         f"rms_norm<{width}, {packs}, {str(weight is not None).lower()}, {also}>",
         grid=row_grid(out),
         block=threads,
         args=[
-            out.tensor,
+            y.tensor,
             a.tensor,
             (weight or a).tensor,
             np.float32(eps),

@@ -81,7 +81,7 @@ def joint_sum_norm(node: Node, run: Run) -> Fused | None:
         scratch=2 * aligned(x.spec.nbytes),
         at=joint,
         fixed=can_fix(node),
-        halves=True,
+        halves=1,
     )
 
 

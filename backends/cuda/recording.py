@@ -67,6 +67,7 @@ def _record(
     operands = {name: operand_at(at[n], n.spec) for name, n in tensors.items()}
     call = Call(node, operand_at(at[node], node.spec), operands, attrs, device, scratch)
     call.names_only, call.late, call.awaited = names_only, step.late, step.awaited()
+    call.unread = step.unread
     try:
         step.record(call)
         if not step.workspace and any(isinstance(record, Gemm) for record in call.records):

@@ -310,6 +310,30 @@ def hidden_rows(m: Maker) -> Pattern:
     return m.done(**outputs)
 
 
+def attention_of_a_prompt(m: Maker) -> Pattern:
+    """Results that a product reads as f16, all heads of a token in a row: alone, and beside another
+    reader. Values up to 65504; cache rows behind the last position are NaN or infinite."""
+    tokens, n_kv = 70, 150
+    m.inputs["pos"] = np.arange(40, 40 + tokens, dtype=np.int32)
+    pos, outputs = input_("pos", "i32", ne=(tokens,)), dict[str, Node]()
+    for name, d_k, d_v, type in (
+        ("plain", 64, 64, "f16"), ("wide", 192, 128, "f16"), ("kept", 128, 128, "f16"),
+        ("q8_0", 128, 128, "q8_0"), ("bf16", 128, 128, "bf16"),
+    ):  # fmt: skip
+        q = m.floats(f"{name}.q", d_k, tokens, 4)
+        k, v = (m.floats(f"{name}.{x}", d, n_kv, 4, type=type) for x, d in (("k", d_k), ("v", d_v)))
+        if name == "wide":
+            values = np.array(m.inputs["wide.v"])
+            values[1, :, 3], values[:, 111:], values[:, 112::2] = 65504, np.nan, np.inf
+            m.inputs["wide.v"] = values
+        y = flash_attn_ext(q, k, v, causal_mask(pos, n_kv=n_kv), scale=0.1)
+        weight = m.weight(f"{name}.w", 4 * d_v, 24, type="iq4_nl")
+        outputs[name] = mul_mat(weight, reshape(y, ne=(4 * d_v, tokens)))
+        if name == "kept":
+            outputs["result"] = y
+    return m.done(**outputs)
+
+
 def chosen_rows(m: Maker) -> Pattern:
     """Attention to chosen rows under a causal mask, which another attention reads too."""
     mask = causal_mask(m.positions(), n_kv=32)
@@ -415,8 +439,8 @@ PATTERNS: dict[str, Callable[[Maker], Pattern]] = {
             layer_norms, shared_activations, experts, experts_of_a_prompt, grouped_experts,
             root_routing, given_routing, experts_of_devices,
             divided_weights, probabilities_kept, shared_mask, mask_kept, strided_mask,
-            moved_position, gated, hidden_rows, chosen_rows, indexed_rows, moved_list,
-            squares, odd_routing, flat_weights, keys_of_heads,
+            moved_position, gated, hidden_rows, attention_of_a_prompt, chosen_rows, indexed_rows,
+            moved_list, squares, odd_routing, flat_weights, keys_of_heads,
             scores_of_heads, scores_bf16, scores_of_f32, scores_of_moved_position, scores_kept,
         )
     },

@@ -55,6 +55,10 @@ FUSED = {
     "probabilities_kept": [],
     "shared_mask": ["causal_mask flash_attn_ext"] * 2,
     "hidden_rows": ["causal_mask flash_attn_ext"] * 6,
+    "attention_of_a_prompt": [
+        *["causal_mask halves flash_attn_ext"] * 4,
+        "causal_mask flash_attn_ext",
+    ],
     "chosen_rows": ["causal_mask flash_attn_ext"] * 2,
     "indexed_rows": [],
     "moved_list": [],
@@ -180,6 +184,40 @@ def test_activations_are_prepared_once() -> None:
     (preparation,) = (step for step in steps if step.node.op.name == "fixed_point")
     readers = [step for step in steps if preparation.node in step.reads]
     assert [[node.ne[1] for node in step.nodes] for step in readers] == [[5, 5]]
+
+
+@pytest.mark.parametrize(
+    ("name", "alone", "kept"),
+    [("norms_of_a_prompt", 1, 4), ("attention_of_a_prompt", 3, 1)],
+)
+def test_results_that_are_read_only_as_f16_are_unread(name: str, alone: int, kept: int) -> None:
+    """Outputs are read in another form, too."""
+    work = plan_of(name)._work
+    steps = [s for s in work.steps if isinstance(s, fusion.CudaStep)]
+    left = [step for step in steps if "halves" in step.results]
+    assert all(step.unread == (step.node not in work.graph.roots) for step in left)
+    assert [sum(s.unread for s in left), len(left)] == [alone, alone + kept]
+    assert not any(step.unread for step in steps if step not in left)
+
+
+@pytest.mark.parametrize("other", ("silu", "experts", "part"))
+def test_results_with_other_readers_are_not_unread(other: str) -> None:
+    """Another op, experts that order rows themselves, and a product of some of the columns."""
+    k, n = 64, 150
+    x, row = gg.input("x", ne=(k, n)), gg.constant(np.ones(k, np.float32), name="row")
+    y = gg.mul(gg.rms_norm(x, eps=1e-6), row)
+    wide, w = (gg.constant(np.ones((24, k)), dtype="q8_0", name=name) for name in ("wide", "w"))
+    experts = gg.constant(np.ones((2, 24, k)), dtype="q8_0", name="experts")
+    ids = gg.input("ids", "i32", ne=(1, n))
+    outputs = {
+        "silu": lambda: gg.silu(y),
+        "experts": lambda: gg.mul_mat_id(experts, gg.reshape(y, ne=(k, 1, n)), ids),
+        "part": lambda: gg.mul_mat(w, gg.view(y, ne=(k, 100))),
+    }
+    for more, unread in (({}, True), ({"more": outputs[other]()}, False)):
+        steps = gg.compile({"y": gg.mul_mat(wide, y), **more}, backends=["cuda:0:24GiB"]).steps
+        (norm,) = (s for s in steps if isinstance(s, fusion.CudaStep) and "halves" in s.results)
+        assert norm.unread == unread
 
 
 def test_lists_take_positions_instead_of_a_mask_that_others_need() -> None:

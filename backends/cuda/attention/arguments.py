@@ -69,6 +69,7 @@ class HopperArgument(Struct):
         ("map_k", TensorMap),
         ("map_v", TensorMap),
         ("a", Attention),
+        ("scales", ctypes.c_uint64),
     )
 
 

@@ -22,8 +22,12 @@ from pyggml.backends.cuda.attention.routes import (
 from pyggml.backends.cuda.device.tensormap import TensorMap, tensor_map
 from pyggml.backends.cuda.fusion import Fused, Run
 from pyggml.backends.cuda.launch import ABSENT, Call, Operand, early_reads
+from pyggml.backends.cuda.linear.common import dense
+from pyggml.backends.cuda.linear.halves import launch_halves, rows_and_scales
 from pyggml.backends.cuda.table import kernel
+from pyggml.dtypes import F32
 from pyggml.node import Node
+from pyggml.spec import Ne
 
 
 def _refuses(node: Node) -> str | None:
@@ -89,7 +93,15 @@ def causal_attention(node: Node, run: Run) -> Fused | None:
         partial(flash_attn_causal, window=mask.attrs["window"], stride=mask.attrs["stride"]),
         scratch=Shape.of(node, fused=True).scratch(),
         recompute=(mask,) if alone else (),
+        halves=2 * _can_leave_halves(node),
     )
+
+
+def _can_leave_halves(node: Node) -> bool:
+    """Whether results can be rows of f16 that a product reads: f16 holds what lies between values
+    of f16."""
+    shape = Shape.of(node, fused=True)
+    return shape.routes[0] == "hopper" and shape.type_v != "bf16" and not node.attrs["lse"]
 
 
 class Recording:
@@ -106,8 +118,12 @@ class Recording:
         self.instance = self._instance(self.route)
 
     def _instance(self, route: str) -> Instance:
-        extra = self.mask is not None or self.call.attrs["logit_softcap"] > 0
-        return self.shape.instance(route, room_of(route, self.call.device), extra)
+        return self.shape.instance(route, room_of(route, self.call.device), self._extra)
+
+    @property
+    def _extra(self) -> bool:
+        """Whether there is a mask or a soft-cap."""
+        return self.mask is not None or self.call.attrs["logit_softcap"] > 0
 
     def _fits(self, route: str) -> bool:
         """Whether a kernel supports these addresses, these strides and this device."""
@@ -140,11 +156,13 @@ class Recording:
         return start if remainder == 0 <= start <= k.ne[0] - v.ne[0] else None
 
     def record(self) -> None:
-        shape, argument = self.shape, self.record_parts()
+        call, shape, argument = self.call, self.shape, self.record_parts()
         if shape.splits(self.route) > 1:
             lanes = 4 if shape.d_v % 4 == 0 else 1
             grid = shape.n3 * shape.n_q * shape.heads, -(-shape.d_v // (32 * lanes)), 1
             self._launch("combine", f"combine<{lanes}>", grid, argument)
+        if (halves := call.get("halves")) is not None and not self._own_halves:
+            launch_halves(call, dense(call.out.ptr, self._merged, F32), halves.ptr, "__half")
 
     def record_parts(self) -> Attention:
         """Record all but the sum of the splits, if there are several. Returns what that reads."""
@@ -171,8 +189,21 @@ class Recording:
         mapped = route in ("hopper", "latent_hopper")
         whole = self._with_maps(argument) if mapped else argument
         early = argument.early > 0
-        self._launch(route, instance.name, grid, whole, instance.threads, instance.shared, early)
+        name = instance.name.replace(">", ", HalvesEnd>") if self._own_halves else instance.name
+        self._launch(route, name, grid, whole, instance.threads, instance.shared, early)
         return argument
+
+    @property
+    def _own_halves(self) -> bool:
+        """Whether the kernel writes rows of f16 in place of the result."""
+        known = self.call.get("halves") is not None and self.call.unread
+        return known and self.route == "hopper" and not self._extra
+
+    @property
+    def _merged(self) -> Ne:
+        """The sizes of the result with all heads of a query in a row."""
+        d, heads, n_q, n3 = self.call.out.ne
+        return d * heads, n_q * n3, 1, 1
 
     def _early(self) -> int:
         """What `latent` reads before the wait. A survey of the mask is a launch before it."""
@@ -212,8 +243,12 @@ class Recording:
         if self.route == "latent_hopper":
             return LatentArgument(pad=pad, map=boxes(self.k, 64), a=argument)
         keys = HOPPER[self.shape.d_k, self.shape.d_v]
-        maps = boxes(self.k, keys), boxes(self.v, keys)
-        return HopperArgument(pad=pad, map_k=maps[0], map_v=maps[1], a=argument)
+        maps, scales = (boxes(self.k, keys), boxes(self.v, keys)), 0
+        if self._own_halves:
+            rows, at = rows_and_scales(self._merged, self.call["halves"].ptr)
+            argument.out, scales = int(rows), int(at)
+            argument.nb_out = tuple(step // 2 for step in self.call.out.nb[1:])
+        return HopperArgument(pad=pad, map_k=maps[0], map_v=maps[1], a=argument, scales=scales)
 
     def _decoded(self, x: Operand, nbytes: int) -> Operand:
         """Record the decoding of q8_0 to contiguous f16 in scratch."""

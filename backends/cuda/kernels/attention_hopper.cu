@@ -15,14 +15,36 @@
 // and P V inside a warpgroup.
 // Rows are the (query, head) pairs of one key head, as in attention.cuh. A block takes 128 rows;
 // blocks with the most keys start first.
+// HalvesEnd: results are rows that a product reads (halves.cuh), all heads of a query in each. Their
+// scale is the same for all: a result lies between values, which are f16.
 // @kernel 90a hot hopper<{__half|__nv_bfloat16}, {64, 64, 128|128, 128, 128|192, 128, 128|256, 256, 64}, {false|true}>
+// @kernel 90a hot hopper<__half, {64, 64, 128|128, 128, 128|192, 128, 128|256, 256, 64}, false, HalvesEnd>
 #include "attention.cuh"
+#include "halves.cuh"
 
 // Kernel parameters start at 0x210 on 9.0, and tensor maps must be 64-byte aligned.
 struct HopperArgument {
     u64 pad[6];
     TensorMap map_k, map_v;
     Attention a;
+    float* scales;  // of rows of f16
+};
+
+// The half of each result, which may be rounded up to 65520 and more.
+struct HalvesEnd {
+    char *to;
+    float factor;
+
+    __device__ HalvesEnd(const Attention &a, int i3, const Row &row, int, float m, float l, bool first)
+        : to((char *)out_row(a, i3, row.query, row.head)),
+          factor(0.5f * row_end(a, i3, row.query, row.head, m, l, first)) {}
+    __device__ __forceinline__ bool put(int column, float x, float y) const {
+        *(u32 *)(to + 2 * place_in_row(column)) = pack2<__half>(x * factor, y * factor);
+        return !(finite_number(x) && finite_number(y));
+    }
+    __device__ __forceinline__ void put_one(int column, float x) const {
+        *(__half *)(to + 2 * place_in_row(column)) = __float2half_rn(x * factor);
+    }
 };
 
 template <int DK, int DV, int BN>
@@ -31,7 +53,7 @@ struct HopperShape {
     static constexpr int BYTES = Q + 2 * (K + V) + 1024;  // plus room to align to 1024
 };
 
-template <class T, int DK, int DV, int BN, bool EXTRA>
+template <class T, int DK, int DV, int BN, bool EXTRA, class E = End>
 __global__ void __launch_bounds__(384, 1) hopper(const __grid_constant__ HopperArgument argument) {
     begin();
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -205,7 +227,9 @@ __global__ void __launch_bounds__(384, 1) hopper(const __grid_constant__ HopperA
     for (int r = 0; r < 2; ++r) {
         l[r] = quad_sum(l[r]);
         if (rows[r].query < 0) continue;
-        const End to(a, i3, rows[r], 0, m[r], l[r], lane % 4 == 0);
+        const E to(a, i3, rows[r], 0, m[r], l[r], lane % 4 == 0);
+        if constexpr (Same<E, HalvesEnd>::yes)
+            if (rows[r].head == 0 && lane % 4 == 0) argument.scales[i3 * a.n_q + rows[r].query] = 2;
 #pragma unroll
         for (int x = 0; x < VS; ++x)
 #pragma unroll
@@ -213,7 +237,7 @@ __global__ void __launch_bounds__(384, 1) hopper(const __grid_constant__ HopperA
                 odd[r] |= to.put(x * NV + n * 8 + (lane & 3) * 2, sums[x][4 * n + 2 * r],
                                  sums[x][4 * n + 2 * r + 1]);
     }
-    repair_rows<DV>(a, i3, head_kv, r0 + row0 - lane / 4, walk.first * BN, walk.end * BN, 0, 0,
+    repair_rows<DV, E>(a, i3, head_kv, r0 + row0 - lane / 4, walk.first * BN, walk.end * BN, 0, 0,
                     odd, m, l, source_of<T>(a, i3, head_kv));
 #endif
 }

@@ -11,12 +11,13 @@ would hide it. What only one product reads, its own launches prepare.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import count
+from math import prod
 from typing import Any, NamedTuple
 
 from pyggml import ops
-from pyggml.backends.cuda.fusion import CudaStep, Fused
+from pyggml.backends.cuda.fusion import CudaStep, Fused, behind_reshapes
 from pyggml.backends.cuda.launch import Call
 from pyggml.backends.cuda.linear import blocks
 from pyggml.backends.cuda.linear.common import aligned, in_blocks
@@ -163,12 +164,14 @@ def prepare_once(steps: Sequence[CudaStep]) -> Iterator[CudaStep]:
     readers = Counter(need for own in needs.values() for need in own)
     needed = {need for step, own in needs.items() if len(step.nodes) > 1 for need in own}
     prepared: dict[Need, Node] = {}
+    by_source: dict[Node, list[Need]] = {}
+    for need in readers:
+        by_source.setdefault(behind_reshapes(need.source), []).append(need)
     for original in steps:
         step = original
-        for need in _leaves(step):
-            if need in readers:
-                prepared[need] = need.node(run)
-                step = _leaving(step, prepared[need])
+        for need in _leaves(step, by_source.get(step.node, ())):
+            prepared[need] = need.node(run)
+            step = _leaving(step, prepared[need])
         own = needs[original]
         for need in own:
             if need not in prepared and (readers[need] > 1 or need in needed):
@@ -178,12 +181,37 @@ def prepare_once(steps: Sequence[CudaStep]) -> Iterator[CudaStep]:
         yield _reading(step, [prepared[need] for need in own if need in prepared])
 
 
-def _leaves(step: CudaStep) -> Iterator[Need]:
-    """The forms in which the step can also write its result."""
-    if isinstance(step, Fused) and step.fixed:
-        yield Need(fixed_point, step.node, ("levels", 2))
-    if isinstance(step, Fused) and step.halves:
-        yield Need(halves, step.node, ("half", "__half"))
+def _leaves(step: CudaStep, needs: Iterable[Need]) -> list[Need]:
+    """Those of the needs, of the step's result, that are forms which the step can also write."""
+    if not isinstance(step, Fused):
+        return []
+    forms = {(halves, ("half", "__half")): step.halves, (fixed_point, ("levels", 2)): step.fixed}
+    left = dict[Op[Any], Need]()
+    for need in needs:
+        n = forms.get((need.op, need.attribute), 0)
+        if n and need.source.ne[0] == prod(step.node.ne[:n]):
+            left.setdefault(need.op, need)
+    return list(left.values())
+
+
+def left_unread(steps: Sequence[CudaStep], keep: Collection[Node]) -> Iterator[CudaStep]:
+    """The steps, each knowing whether others read its result only as f16 that it leaves."""
+    readers: dict[Node, list[CudaStep]] = {}
+    for step in steps:
+        for node in {read.base for read in step.reads}:
+            readers.setdefault(node, []).append(step)
+    for step in steps:
+        node, form = step.node, step.results.get("halves")
+        if form is not None and node not in keep:
+            step.unread = all(_reads_only(other, node, form) for other in readers.get(node, ()))
+        yield step
+
+
+def _reads_only(step: CudaStep, node: Node, form: Node) -> bool:
+    """Whether a step reads of the node only the form: if it is products of all columns, by `b`."""
+    names = {name for name, read in step.operands.items() if read.base is node}
+    dense = all(each.op.weights and each.op.ids is None for each in step.nodes)
+    return dense and names == {"b"} and step.operands.get("halves") is form
 
 
 def _leaving(step: CudaStep, form: Node) -> CudaStep:

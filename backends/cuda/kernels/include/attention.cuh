@@ -504,6 +504,7 @@ struct End {
         }
         return !(finite_number(x) && finite_number(y));
     }
+    __device__ __forceinline__ void put_one(int column, float x) const { to[column] = x * factor; }
 };
 
 // ---- rows damaged by hidden keys ----------------------------------------------------------------
@@ -559,7 +560,7 @@ __device__ __forceinline__ Source<T> latent_source_of(const Attention &a, int i3
 // One warp inspects row r, some of whose sums are not finite, and corrects those that a hidden key
 // spoiled. Each lane owns the N columns  column + lane + 32 n < columns. j0 <= j < j1 are the keys
 // that the block walked; m and l are the row's final values.
-template <int N, class S>
+template <int N, class E = End, class S>
 __device__ __forceinline__ void repair(const Attention &a, int i3, int head_kv, int r, int j0,
                                        int j1, int split, int column, int columns, float m,
                                        float l, const S &source) {
@@ -612,17 +613,17 @@ __device__ __forceinline__ void repair(const Attention &a, int i3, int head_kv, 
         for (int n = 0; n < N; ++n) open |= spoilt[n] && sums[n] == sums[n];
         if (!__any_sync(~0u, open)) return;
     }
-    const End to(a, i3, row, split, m, l, false);
-    const float factor = total == 0 ? 0 : l / total * to.factor;
+    const E to(a, i3, row, split, m, l, false);
+    const float factor = total == 0 ? 0 : l / total;
 #pragma unroll
     for (int n = 0; n < N; ++n)
-        if (spoilt[n]) to.to[column + lane + 32 * n] = sums[n] * factor;
+        if (spoilt[n]) to.put_one(column + lane + 32 * n, sums[n] * factor);
 }
 
 // Does the same for the sums of a warp's fragments. This thread found that a sum of row
 // `row0 + lane / 4` (odd[0]) or of the row 8 below it (odd[1]) is not finite. `row0`, columns and
 // keys are the warp's.
-template <int COLUMNS, class S>
+template <int COLUMNS, class E = End, class S>
 __device__ __forceinline__ void repair_rows(const Attention &a, int i3, int head_kv, int row0,
                                             int j0, int j1, int split, int column,
                                             const bool (&odd)[2], const float (&m)[2],
@@ -633,7 +634,7 @@ __device__ __forceinline__ void repair_rows(const Attention &a, int i3, int head
         const int bit = __ffsll(some) - 1, lane = bit % 32;
         const float top = __shfl_sync(~0u, bit < 32 ? m[0] : m[1], lane);
         const float total = __shfl_sync(~0u, bit < 32 ? l[0] : l[1], lane);
-        repair<(COLUMNS + 31) / 32>(a, i3, head_kv, row0 + bit / 32 * 8 + lane / 4, j0, j1,
+        repair<(COLUMNS + 31) / 32, E>(a, i3, head_kv, row0 + bit / 32 * 8 + lane / 4, j0, j1,
                                         split, column, column + COLUMNS, top, total, source);
         some &= ~(15ull << (bit & ~3));
     }

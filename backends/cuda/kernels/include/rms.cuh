@@ -10,7 +10,7 @@ enum Also { PLAIN, FIXED, HALVES };
 // y = x / sqrt(mean(x^2) + eps); row (i1, i2, i3) of `out`. load(i): V adjacent elements of x from
 // element i; x is stored in `total` if present. WEIGHTED: times the row w. A thread keeps its HELD
 // packs of the row in registers; longer rows are read twice (HELD 0). The result may overwrite what
-// load reads.
+// load reads; with HALVES, `out` may be null.
 template <int V, int HELD, bool WEIGHTED, Also ALSO, class Load>
 __device__ __forceinline__ void normalize(const Tensor& out, const Tensor& w, float eps,
                                           const Tensor& total, unsigned char* also, float* scales,
@@ -43,7 +43,7 @@ __device__ __forceinline__ void normalize(const Tensor& out, const Tensor& w, fl
                 if (WEIGHTED) held[p].v[k] *= factors.v[k];
                 if (ALSO == HALVES) most = finite_most(most, held[p].v[k]);
             }
-            *(Pack<float, V>*)(y + i * out.nb[0]) = held[p];
+            if (ALSO != HALVES || out.data) *(Pack<float, V>*)(y + i * out.nb[0]) = held[p];
             if constexpr (ALSO == FIXED)  // whole groups: 8 neighboring lanes are all here, or none
                 put_fixed<2>(held[p].v, also + (row * (n / 32) + i / 32) * group_bytes<2>);
             if (HELD) break;
