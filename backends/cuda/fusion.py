@@ -86,11 +86,13 @@ class Fused(CudaStep):
     quantized  a node that `record` reads in fixed point, as call["fixed"]
     product    one of the nodes whose launches `record` uses, so other steps may prepare what it
                reads
+    rows       a node that `record` may read as f16 for `tile`, as call["rows"], if another step
+               prepares that
     recompute  nodes that each fused reader computes for itself. If any reader cannot, they are
                computed once and stored, for all readers
     """
 
-    __slots__ = ("at", "fixed", "halves", "product", "quantized", "recompute")
+    __slots__ = ("at", "fixed", "halves", "product", "quantized", "recompute", "rows")
 
     def __init__(
         self,
@@ -107,6 +109,7 @@ class Fused(CudaStep):
         halves: int = 0,
         quantized: Node | None = None,
         product: Node | None = None,
+        rows: Node | None = None,
         recompute: tuple[Node, ...] = (),
     ) -> None:
         super().__init__(
@@ -114,7 +117,7 @@ class Fused(CudaStep):
             results=results, inplace=inplace, scratch=scratch, workspace=workspace,
         )  # fmt: skip
         self.at, self.fixed, self.recompute = at or nodes[-1], fixed, recompute
-        self.halves, self.quantized, self.product = halves, quantized, product
+        self.halves, self.quantized, self.product, self.rows = halves, quantized, product, rows
 
 
 #: All weights are plain.

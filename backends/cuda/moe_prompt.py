@@ -61,6 +61,7 @@ def sum_of_experts(node: Node, run: Run) -> Fused | None:
         inplace=more,
         scratch=scratch,
         product=down,
+        rows=None if hidden is None else hidden["b"],
     )
 
 
@@ -143,7 +144,7 @@ def _hand_on(call: Call, ne: Ne, at: int) -> tuple[np.uint64, np.uint64] | None:
     are_long = at + further + aligned(2 * k * pairs)
     rows, scales = rows_and_scales(_rows(ne), at)
     lists = experts.lists_of(call, ids, up.ne[2], b)
-    halves = experts.ordered(call, up, b, ids, lists.places, are_long)
+    halves = experts.ordered(call, up, b, ids, lists.places, are_long, call.get("rows"))
     ring.launch(
         call, (up, gate), y, halves, lists.columns, lists.width,
         short=True, handed=(int(scales), are_long),

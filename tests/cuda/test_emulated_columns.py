@@ -205,6 +205,27 @@ def test_weighted_sums_of_many(
     compare(*graph, tmp_path, limit, replace(H200, sms=2, arch=arch))
 
 
+@pytest.mark.parametrize("shared", ("q8_0", None))
+@pytest.mark.parametrize("arch", ("90a", "80"))
+def test_experts_copy_rows_that_a_norm_left(shared: str | None, arch: str, tmp_path: Path) -> None:
+    """If a product of all tokens reads them too; rows are no whole blocks of threads."""
+    k, tokens, chosen = 4160, 70, with_gaps(70, 4)
+    x, row = gg.input("x", ne=(k, tokens)), gg.constant(random(k), name="row")
+    b = gg.mul(gg.rms_norm(x, eps=1e-6), row)
+    ids, shares = gg.input("ids", "i32", ne=(4, tokens)), gg.input("shares", ne=(1, 4, tokens))
+    up, gate = (constant(name, "iq4_nl", 2, 64, k) for name in ("up", "gate"))
+    hidden = gg.moe_up_gate(up, gate, gg.reshape(b, ne=(k, 1, tokens)), ids)
+    y = gg.mul_multi_add(gg.mul_mat_id(constant("down", "iq4_nl", 2, 72, 64), hidden, ids), shares)
+    outputs = {"y": y}
+    if shared:
+        outputs["shared"] = gg.mul_mat(constant("shared", shared, 24, k), b)
+    steps = gg.compile(outputs, backends=["cuda:0:24GiB"]).steps
+    (step,) = (step for step in steps if hidden in step.nodes)
+    assert ("rows" in step.operands) == bool(shared)
+    inputs = {"x": random(tokens, k), "shares": random(tokens, 4, 1), "ids": chosen.astype("i4")}
+    compare(outputs, inputs, tmp_path, 1e-6, replace(H200, sms=2, arch=arch))
+
+
 def compare_tokens(
     graph: Graph, sizes: np.ndarray, special: int, limit: float, folder: Path
 ) -> None:

@@ -4,6 +4,7 @@
 // @kernel copy_rows<float, {__half|__nv_bfloat16}, {4|1}>
 // @kernel copy_rows<{__half|__nv_bfloat16}, {$1|float}, {8|1}>
 // @kernel put_rows<{float|__half}, {4|1}>
+// @kernel place_rows
 // @kernel rescale_rows
 // @kernel gate_rows
 // @kernel gate_rows_limited
@@ -74,6 +75,24 @@ __global__ void __launch_bounds__(1024)
             to[0] = make_uint4(words[0], words[1], words[2], words[3]);
             to[1] = make_uint4(words[4], words[5], words[6], words[7]);
         });
+    }
+}
+
+// Copies rows that a step before has prepared, of `words` 16 bytes each, and their scales to their
+// places.
+__global__ void __launch_bounds__(256)
+    place_rows(const uint4* rows, const float* scales, uint4* out, float* out_scales, int words,
+               Places at) {
+    begin();
+    const int row = blockIdx.x, i = item();
+    const uint4 mine = i < words ? rows[(long long)row * words + i] : uint4();
+    for (int slot = row % at.n_b; slot < at.n_used; slot += at.n_b) {
+        const int place = at.places[row / at.n_b * at.n_used + slot];
+        if (place < 0) continue;
+        if (i < words) out[(long long)place * words + i] = mine;
+        if (i) continue;
+        out_scales[place] = scales[row];
+        if (at.are_long) at.are_long[place] = 0;
     }
 }
 

@@ -10,11 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pyggml.backends.cuda.geometry import C_TYPES
+from pyggml.backends.cuda.geometry import C_TYPES, over_rows
 from pyggml.backends.cuda.launch import Call, Operand
 from pyggml.backends.cuda.linear import blocks, plain, ring
 from pyggml.backends.cuda.linear.common import (
     NO_HEADS,
+    PREPARE,
     VEC,
     Columns,
     Routing,
@@ -22,8 +23,16 @@ from pyggml.backends.cuda.linear.common import (
     aligned,
     in_blocks,
     limit_of,
+    rows_in,
 )
-from pyggml.backends.cuda.linear.halves import Places, half_of, launch_halves, tile_scratch
+from pyggml.backends.cuda.linear.halves import (
+    Places,
+    half_of,
+    launch_halves,
+    padded,
+    rows_and_scales,
+    tile_scratch,
+)
 from pyggml.dtypes import DType
 from pyggml.spec import Ne
 
@@ -175,15 +184,34 @@ def lists_of(call: Call, ids: Operand, experts: int, b: Operand) -> Lists:
 
 
 def ordered(
-    call: Call, a: Operand, b: Operand, ids: Operand, places: int, are_long: int = 0
+    call: Call,
+    a: Operand,
+    b: Operand,
+    ids: Operand,
+    places: int,
+    are_long: int = 0,
+    rows: Operand | None = None,
 ) -> tuple[np.uint64, np.uint64]:
     """Record the conversion of b to rows in the order of experts. Returns where these and their
     scales are.
 
     are_long  as in linear_prepare.cu
+    rows      what a step before made of b
     """
     at = Places(places=places, are_long=are_long, n_used=ids.ne[0], n_b=b.ne[1])
     out = call.scratch(columns_scratch(a.dtype, a.ne, b.ne, ids.ne))
+    if rows is not None:
+        words = padded(b.ne[0]) // 8
+        written = rows_and_scales((b.ne[0], pairs_of(ids.ne), 1, 1), out)
+        grid, block = over_rows(words, rows_in(b.ne))
+        call.launch(
+            PREPARE,
+            "place_rows",
+            grid=grid,
+            block=block,
+            args=[*rows_and_scales(b.ne, rows.ptr), *written, np.int32(words), at],
+        )
+        return written
     return launch_halves(call, b, out, half_of(a.dtype), at, pairs_of(ids.ne))
 
 

@@ -114,7 +114,11 @@ def needs_of(node: Node) -> Iterator[Need]:
                 return
         kinds = {half_of(w.dtype) for w in weights}
         if len(kinds) == 1 and all(w.root.op is constant_op for w in weights):
-            yield Need(halves, _rows_of(node["b"]), ("half", kinds.pop()))
+            yield _halves_of(node["b"], kinds.pop())
+
+
+def _halves_of(b: Node, half: str = "__half") -> Need:
+    return Need(halves, _rows_of(b), ("half", half))
 
 
 def _needs(step: CudaStep) -> Iterator[Need]:
@@ -178,7 +182,12 @@ def prepare_once(steps: Sequence[CudaStep]) -> Iterator[CudaStep]:
                 node = prepared[need] = need.node(run)
                 operands = {name: need.source for name in node.op.operands}
                 yield CudaStep((node,), operands, _RECORDS[need.op])
-        yield _reading(step, [prepared[need] for need in own if need in prepared])
+        rows = (
+            isinstance(original, Fused)
+            and original.rows
+            and prepared.get(_halves_of(original.rows))
+        )
+        yield _reading(step, [prepared[need] for need in own if need in prepared], rows or None)
 
 
 def _leaves(step: CudaStep, needs: Iterable[Need]) -> list[Need]:
@@ -224,12 +233,14 @@ def _leaving(step: CudaStep, form: Node) -> CudaStep:
     )  # fmt: skip
 
 
-def _reading(step: CudaStep, prepared: Sequence[Node]) -> CudaStep:
+def _reading(step: CudaStep, prepared: Sequence[Node], rows: Node | None = None) -> CudaStep:
     """The step, with what is prepared as additional operands and, for a product, not in its
-    scratch."""
-    if not prepared:
+    scratch. rows: what it can read, too."""
+    if not prepared and rows is None:
         return step
     operands = {**step.operands, **{_NAMES[node.op]: node for node in prepared}}
+    if rows is not None:
+        operands["rows"] = rows
     spared = sum(aligned(node.spec.nbytes) for node in prepared) if _product(step) else 0
     return CudaStep(
         step.nodes, operands, step.record,
