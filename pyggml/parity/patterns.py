@@ -143,6 +143,22 @@ def experts_of_a_prompt(m: Maker) -> Pattern:
     return m.done(**sums, down=products["kept"])
 
 
+def feed_forward_of_a_prompt(m: Maker) -> Pattern:
+    """A norm, and experts and a product of all tokens that read it, both with up and gate."""
+    tokens = 150
+    m.inputs["ids"] = m.rng.integers(-1, 2, (tokens, 2)).astype(np.int32)
+    chosen, shares = input_("ids", "i32", ne=(2, tokens)), m.floats("shares", 1, 2, tokens)
+    b = mul(rms_norm(m.floats("x", K, tokens), eps=1e-6), m.weight("row", K))
+    up, gate = (m.weight(name, K, 192, type="iq4_nl") for name in ("up", "gate"))
+    routed_up, routed_gate = (m.weight(f"r_{x}", K, 64, 2, type="q8_0") for x in ("up", "gate"))
+    hidden = moe_up_gate(routed_up, routed_gate, reshape(b, ne=(K, 1, tokens)), chosen)
+    down = m.weight("r_down", 64, 40, 2, type="iq4_nl")
+    return m.done(
+        all=mul_mat(m.weight("down", 192, 40, type="iq4_nl"), fused_up_gate(up, gate, b)),
+        routed=mul_multi_add(mul_mat_id(down, hidden, chosen), shares),
+    )
+
+
 def grouped_experts(m: Maker) -> Pattern:
     """Routing as in V3: sigmoid, a bias for the choice, the best groups, normalized weights."""
     probs = sigmoid(m.floats("scores", 32, T))
@@ -318,7 +334,7 @@ def attention_of_a_prompt(m: Maker) -> Pattern:
     pos, outputs = input_("pos", "i32", ne=(tokens,)), dict[str, Node]()
     for name, d_k, d_v, type in (
         ("plain", 64, 64, "f16"), ("wide", 192, 128, "f16"), ("kept", 128, 128, "f16"),
-        ("q8_0", 128, 128, "q8_0"), ("bf16", 128, 128, "bf16"),
+        ("q8_0", 128, 128, "q8_0"),
     ):  # fmt: skip
         q = m.floats(f"{name}.q", d_k, tokens, 4)
         k, v = (m.floats(f"{name}.{x}", d, n_kv, 4, type=type) for x, d in (("k", d_k), ("v", d_v)))
@@ -436,7 +452,8 @@ PATTERNS: dict[str, Callable[[Maker], Pattern]] = {
         graph.__name__: graph
         for graph in (
             norm_and_products, norms_of_a_prompt,
-            layer_norms, shared_activations, experts, experts_of_a_prompt, grouped_experts,
+            layer_norms, shared_activations, experts, experts_of_a_prompt,
+            feed_forward_of_a_prompt, grouped_experts,
             root_routing, given_routing, experts_of_devices,
             divided_weights, probabilities_kept, shared_mask, mask_kept, strided_mask,
             moved_position, gated, hidden_rows, attention_of_a_prompt, chosen_rows, indexed_rows,

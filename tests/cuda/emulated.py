@@ -1,7 +1,7 @@
 """Runs the launches of a plan on the host: kernels as C++, thread by thread, and cuBLAS's products.
 
-For kernels of 8.0, with their tensor cores and asynchronous copies. A launch is called with the
-packed arguments that the driver would get, so these are tested too.
+For kernels of 8.0, with their tensor cores and asynchronous copies, and attention_hopper.cu. A
+launch is called with the packed arguments that the driver would get, so these are tested too.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import pyggml as gg
+from pyggml.backends.cuda.attention import flash
 from pyggml.backends.cuda.device.compiler import KERNELS
 from pyggml.backends.cuda.device.tensormap import TensorMap, steps_of
 from pyggml.backends.cuda.gpu import H200, Device
@@ -108,7 +109,10 @@ class _Planned:
         self.arena = Memory(work.placed.arenas["cuda:0"].nbytes)
         self.at = addresses(work, leaves, {"cuda:0": self.arena})
         self.outputs = work.graph.outputs
-        with patch.object(ring, "tensor_map", host_map):
+        with (
+            patch.object(ring, "tensor_map", host_map),
+            patch.object(flash, "tensor_map", host_map),
+        ):
             self.records = [
                 record
                 for step, offset in zip(work.steps, work.placed.scratch_at)
@@ -239,7 +243,8 @@ def _text(file: str, names: list[str]) -> str:
         f"{{ return start({name}, args, grid, block, shared, {_blocks(name)}); }}"
         for i, name in enumerate(names)
     )
-    return f"""#include "block.hpp"
+    hopper = "#define __CUDA_ARCH_FEAT_SM90_ALL\n" if file == "attention_hopper.cu" else ""
+    return f"""{hopper}#include "block.hpp"
 #include "host.hpp"
 #include "emulated.hpp"
 {source}

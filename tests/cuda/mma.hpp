@@ -57,6 +57,9 @@ inline void barrier_expect(unsigned long long* b, unsigned nbytes) {
 inline void barrier_wait(unsigned long long* b, unsigned parity) {
     while (arrivals(b).phase == parity) yield_thread();
 }
+inline bool barrier_passed(unsigned long long* b, unsigned parity) {
+    return arrivals(b).phase != parity;
+}
 
 // What `host_map` of emulated.py writes in place of a driver's map.
 struct TensorMap {
@@ -137,4 +140,54 @@ void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
             const float x = number<T>(all[4 * g + from].a[row + k / 8 * 2], k % 2);
             d[e] += x * number<T>(all[4 * column + from].b[k / 8], k % 2);
         }
+}
+
+// Products of a warpgroup, in place at once. A descriptor is an address and, above, the step from 64
+// columns to the next.
+inline unsigned long long tile_descriptor(unsigned at, unsigned leading) {
+    return at | (unsigned long long)leading << 32;
+}
+inline unsigned long long further(unsigned long long descriptor, unsigned bytes) {
+    return descriptor + bytes;
+}
+inline void fence_engines() {}
+inline void wgmma_fence() {}
+inline void wgmma_commit() {}
+template <int N>
+void wgmma_wait() {}
+template <class T>
+float swizzled(unsigned at) {
+    T x;
+    std::memcpy(&x, at_shared(at ^ (at >> 7 & 7) << 4), 2);
+    if constexpr (!std::is_same_v<T, __half>) return __bfloat162float(x);
+    else return (float)x;
+}
+template <class T, int N>
+void wgmma_ss(float (&d)[N / 2], unsigned long long a, unsigned long long b, int add) {
+    const int lane = threadIdx.x % 32, top = threadIdx.x % 128 / 32 * 16 + lane / 4;
+    for (int i = 0; i < N / 2; ++i) {
+        const int row = top + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        float sum = add ? d[i] : 0;
+        for (int k = 0; k < 16; ++k)
+            sum += swizzled<T>((unsigned)a + row * 128 + 2 * k) *
+                   swizzled<T>((unsigned)b + column * 128 + 2 * k);
+        d[i] = sum;
+    }
+}
+template <class T, int N>
+void wgmma_rs(float (&d)[N / 2], const unsigned (&a)[4], unsigned long long b, int add) {
+    struct Registers {
+        unsigned a[4];
+    };
+    const auto all = of_warp(Registers{{a[0], a[1], a[2], a[3]}});
+    const int lane = threadIdx.x % 32;
+    for (int i = 0; i < N / 2; ++i) {
+        const int row = i / 2 % 2, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        float sum = add ? d[i] : 0;
+        for (int k = 0; k < 16; ++k)
+            sum += number<T>(all[lane / 4 * 4 + k % 8 / 2].a[row + k / 8 * 2], k % 2) *
+                   swizzled<T>((unsigned)b + column / 64 * (unsigned)(b >> 32) + k * 128 +
+                               column % 64 * 2);
+        d[i] = sum;
+    }
 }

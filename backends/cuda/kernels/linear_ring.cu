@@ -4,10 +4,14 @@
 // is multiplied and stored.
 //
 // A thread of warpgroup 0 has the tensor copy engine fetch 64 values of k a stage: weights as tiles
-// of 8 rows (formats.cuh), and activations (f16, scaled by row; see linear_prepare.cu), which are
-// in the order of experts if these take the columns. The group's other warps then list where
-// results go. Warpgroups 1 and 2 have 64 rows each. They decode weights from shared memory into the
-// A fragments of wgmma while their last three products run.
+// of 8 rows (formats.cuh), and activations (f16, scaled by row; see linear_prepare.cu). Warpgroups 1
+// and 2 have 64 rows each. They decode weights from shared memory into the A fragments of wgmma while
+// their last three products run.
+//
+// If experts take the columns, activations are in their order. One thread fetches weights and another
+// activations, and two warps list where results go. Codes are read half a part ahead. Short rows leave
+// through shared memory, 16 bytes a thread: two or four at a time, as they are in registers, kept the
+// tensor cores waiting at the end of each tile.
 //
 // Traffic of a step: 32 KB of activations from L2, 4.5 KB of weights (iq4_nl). A step is 170
 // instructions of a consumer warp, of which a scheduler has two, and 1024 clocks of the tensor
@@ -56,7 +60,8 @@ struct RingArgument {
 };
 
 constexpr int MOST_STAGES = 16, PRODUCERS = 128;
-constexpr int LISTERS = PRODUCERS - 32;  // threads that list targets, if routed
+constexpr int LISTERS = PRODUCERS - 64;  // threads that list targets, if routed
+constexpr int HANDED = 1 << 14;          // bytes of short rows on their way from registers
 constexpr int SHORT = 2;
 
 // What depends on the most columns of a tile. PARTS: of 64 values of k in a stage; AT_ONCE: products
@@ -69,6 +74,8 @@ struct Sizes {
     static constexpr int X_PART = COLUMNS * 128, X = PARTS * X_PART;  // bytes of activations
     // Of a thread, in all as many as at the start: 640 x 96, or 384 x 168.
     static constexpr int REGISTERS = FEW ? 112 : 240;
+    // Bytes of short rows on their way, of a warpgroup.
+    static constexpr int OUT = HANDED / (CONSUMERS / 128);
 };
 
 // The weights of a stage: tiles of 8 rows, two groups a part; of fields that groups share, a block.
@@ -172,13 +179,14 @@ __global__ void __launch_bounds__(PRODUCERS + Sizes<COLUMNS>::CONSUMERS, 1)
     char* memory = unaligned + (-shared_address(unaligned) & 1023);
     char* ring_w = memory + a.stages * S::X;
     float* const column_scales = (float*)(ring_w + a.stages * Weights::BYTES);
+    char* const handed = (char*)(column_scales + 2 * COLUMNS);  // if rows are short
     // The compiler can tell that this is the same in all lanes.
     const int thread = threadIdx.x, lane = thread % 32,
               warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     const Table<F> table(offset_of<F>, true);
     if (thread == 0) {
         for (int s = 0; s < a.stages; ++s) {
-            barrier_init(full + s, 1);
+            barrier_init(full + s, ROUTED ? 2 : 1);
             barrier_init(empty + s, CONSUMERS / 32);
         }
         for (int i = 0; i < 2; ++i) {
@@ -193,12 +201,13 @@ __global__ void __launch_bounds__(PRODUCERS + Sizes<COLUMNS>::CONSUMERS, 1)
 
     if (warp < 4) {
         registers_give<24>();
-        if (ROUTED && warp) {
+        if (ROUTED && warp >= 2) {
             for (int number = blockIdx.x; number < parts; number += gridDim.x) {
                 const Part part = part_of<ROUTED>(a, number);
                 if (part.matrix == columns.routing.experts) continue;
                 barrier_wait(done + tile.stage, tile.phase ^ 1);
-                for (int i = thread - 32; i < part.valid; i += LISTERS) {
+#pragma unroll 1
+                for (int i = thread - 64; i < part.valid; i += LISTERS) {
                     const float scale = a.scales[part.first + i];
                     u32& target = targets[tile.stage][i];
                     column_scales[tile.stage * COLUMNS + i] =
@@ -216,7 +225,9 @@ __global__ void __launch_bounds__(PRODUCERS + Sizes<COLUMNS>::CONSUMERS, 1)
                 tile.next(2);
             }
         }
-        if (thread) return;
+        // A copy takes its thread 70 clocks or more. If routed, one fetches weights and one columns.
+        if (lane || warp >= (ROUTED ? 2 : 1)) return;
+        const bool fetches_weights = !ROUTED || warp == 0, fetches_columns = !ROUTED || warp == 1;
         for (int number = blockIdx.x; number < parts; number += gridDim.x) {
             const Part part = part_of<ROUTED>(a, number);
             if (ROUTED && part.matrix == columns.routing.experts) continue;
@@ -226,7 +237,16 @@ __global__ void __launch_bounds__(PRODUCERS + Sizes<COLUMNS>::CONSUMERS, 1)
             for (int step = 0; step < a.steps; step += S::PARTS, turn.next(a.stages)) {
                 u64* const ready = full + turn.stage;
                 barrier_wait(empty + turn.stage, turn.phase ^ 1);
-                barrier_expect(ready, Weights::BYTES + columns_read * S::PARTS * 128);
+                barrier_expect(ready, (fetches_weights ? Weights::BYTES : 0) +
+                                          (fetches_columns ? columns_read * S::PARTS * 128 : 0));
+                if (fetches_columns)
+#pragma unroll
+                    for (int part_k = 0; part_k < S::PARTS; ++part_k)
+                        for (int column = 0; column < columns_read; column += a.box)
+                            tensor_copy(
+                                memory + turn.stage * S::X + part_k * S::X_PART + column * 128, &a.x,
+                                ready, (step + part_k) * 64, part.first + column, 0, 0);
+                if (!fetches_weights) continue;
                 char* to = ring_w + turn.stage * Weights::BYTES;
                 const auto fetch = [&](int plane, int bytes, int x) {
 #pragma unroll
@@ -242,11 +262,6 @@ __global__ void __launch_bounds__(PRODUCERS + Sizes<COLUMNS>::CONSUMERS, 1)
                     fetch(2, Weights::SCALES, step * 4 * F::scale_bytes);
                 if constexpr (F::super_bytes > 0)
                     fetch(3, Weights::SUPERS, 2 * step / F::block_groups * 2 * F::super_bytes);
-#pragma unroll
-                for (int part_k = 0; part_k < S::PARTS; ++part_k)
-                    for (int column = 0; column < columns_read; column += a.box)
-                        tensor_copy(memory + turn.stage * S::X + part_k * S::X_PART + column * 128,
-                                    &a.x, ready, (step + part_k) * 64, part.first + column, 0, 0);
             }
         }
         return;
@@ -291,27 +306,54 @@ __global__ void __launch_bounds__(PRODUCERS + Sizes<COLUMNS>::CONSUMERS, 1)
             float(&part_sums)[n / 2] = *(float(*)[n / 2]) & sums;
 #pragma unroll
             for (int i = 0; i < n / 2; ++i) part_sums[i] = 0;
+            const auto words = [&](int stage, int group, int r) {
+                // One matrix: a thread's two rows are adjacent.
+                const StageRow<F, S> row = {ring_w + stage * Weights::BYTES,
+                                            MATS == 2 ? r * (S::ROWS / 16) + own : own * 2 + g / 4,
+                                            MATS == 2 ? g : g % 4 * 2 + r, t};
+                return raw_words<F>(row, group, t);
+            };
+            RawWords<F> raw[2][2];
+            const auto read = [&](int stage, int part_k, int i) {
+#pragma unroll
+                for (int r = 0; r < 2; ++r) raw[i][r] = words(stage, 2 * part_k + i, r);
+            };
+            // Scales are not read ahead: there are too few registers.
+            const auto with_scale = [&](int stage, int part_k, int i, int r) {
+                if constexpr (!ROUTED) return raw[i][r];
+                RawWords<F> all = words(stage, 2 * part_k + i, r);
+                all.first = raw[i][r].first, all.second = raw[i][r].second;
+                return all;
+            };
             int last = -1;
-            for (int step = 0; step < a.steps; step += S::PARTS, turn.next(a.stages)) {
+            bool there = false;
+            if constexpr (ROUTED) {
                 barrier_wait(full + turn.stage, turn.phase);
+                read(turn.stage, 0, 0), read(turn.stage, 0, 1);
+            }
+            for (int step = 0; step < a.steps; step += S::PARTS) {
+                const int stage = turn.stage;
+                if (!ROUTED) barrier_wait(full + stage, turn.phase);
+                turn.next(a.stages);
+                // Experts read codes half a part ahead. Waits between products would make the
+                // assembler run these one after another, so the next stage must be there by now.
+                if (ROUTED && step + S::PARTS < a.steps && !there)
+                    barrier_wait(full + turn.stage, turn.phase);
 #pragma unroll
                 for (int part_k = 0; part_k < S::PARTS; ++part_k) {
-                    RawWords<F> raw[2][2];
-#pragma unroll
-                    for (int i = 0; i < 2; ++i)
-#pragma unroll
-                        for (int r = 0; r < 2; ++r) {
-                            // One matrix: a thread's two rows are adjacent.
-                            const StageRow<F, S> row = {
-                                ring_w + turn.stage * Weights::BYTES,
-                                MATS == 2 ? r * (S::ROWS / 16) + own : own * 2 + g / 4,
-                                MATS == 2 ? g : g % 4 * 2 + r, t};
-                            raw[i][r] = raw_words<F>(row, 2 * part_k + i, t);
-                        }
+                    const bool ends = part_k == S::PARTS - 1;
+                    if constexpr (!ROUTED) read(stage, part_k, 0), read(stage, part_k, 1);
+                    if (ROUTED && ends) {  // asked early: the answer takes 100 clocks
+                        Turn then = turn;
+                        then.next(a.stages);
+                        there = barrier_passed(full + then.stage, then.phase);
+                    }
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
-                        const Unpacked<F> unpacked[2] = {Unpacked<F>(table, raw[i][0], t),
-                                                         Unpacked<F>(table, raw[i][1], t)};
+                        const Unpacked<F> unpacked[2] = {
+                            Unpacked<F>(table, with_scale(stage, part_k, i, 0), t),
+                            Unpacked<F>(table, with_scale(stage, part_k, i, 1), t)};
+                        if constexpr (ROUTED) read(ends ? turn.stage : stage, ends ? 0 : part_k + 1, i);
 #pragma unroll
                         for (int k = 0; k < 2; ++k) {
                             const int first = 2 * i + k / S::AT_ONCE * S::AT_ONCE;
@@ -320,8 +362,8 @@ __global__ void __launch_bounds__(PRODUCERS + Sizes<COLUMNS>::CONSUMERS, 1)
                                 // tensor cores read must not be written before this wait, not even
                                 // to be moved later.
                                 wait_products<4 / S::AT_ONCE - 1>();
-                                const bool read = part_k == 0 && first == 4 - S::AT_ONCE;
-                                if (read && lane == 0 && last >= 0) barrier_arrive(empty + last);
+                                const bool free = part_k == 0 && first == 4 - S::AT_ONCE;
+                                if (free && lane == 0 && last >= 0) barrier_arrive(empty + last);
                             }
                             u32(&fragment)[4] = fragments[2 * i + k];
 #pragma unroll
@@ -331,11 +373,11 @@ __global__ void __launch_bounds__(PRODUCERS + Sizes<COLUMNS>::CONSUMERS, 1)
                             if (k % S::AT_ONCE == S::AT_ONCE - 1)
                                 begin_product<typename F::Half, n>(
                                     part_sums, *(u32(*)[S::AT_ONCE][4]) & fragments[first],
-                                    further(x_at, turn.stage * S::X + part_k * S::X_PART), first);
+                                    further(x_at, stage * S::X + part_k * S::X_PART), first);
                         }
                     }
                 }
-                last = turn.stage;
+                last = stage;
             }
             wait_products<0>();
             if (lane == 0) barrier_arrive(empty + last);
@@ -374,36 +416,84 @@ __global__ void __launch_bounds__(PRODUCERS + Sizes<COLUMNS>::CONSUMERS, 1)
             return gate * reciprocal_fast(1.0f + exp2_fast(-1.44269504f * gate)) * up;
         };
         const bool plain = MATS == 2 && a.act == 0 && !a.limited;
-        if (MATS == 1 && a.narrow) {
-            u32 largest = 0;
-            store([&](char* to, float first, float second, int) {
-                *(u32*)to = pack2<__half>(first, second);
-                largest = max(largest, size_of(first, second));
-            });
-            if (ROUTED && a.narrow == SHORT && largest >= SHORT_END)
-                store([&](char* to, float first, float second, int) {
-                    if (size_of(first, second) >= SHORT_END)
-                        put_long(to, first, second, 2 * a.n_rows);
+        if (ROUTED && a.narrow == SHORT) {
+            // Through shared memory, so that 4 or 8 threads write 16 bytes each of a column.
+            constexpr int PITCH = 128 / MATS, EACH = PITCH / 16,
+                          PIECE = S::OUT / PITCH < COLUMNS ? S::OUT / PITCH : COLUMNS;
+            char* const out = handed + group * S::OUT;
+            const int place = MATS == 2 ? place_in_row(own % 4 * 8 + g) : own % 4 * 16 + 2 * g;
+            // Of column 2 t; no two threads of a warp use the same bank, except for one word.
+            char* const first_out =
+                out + (MATS == 2 ? (t / 2 * 4 + t % 2) * PITCH + (place / 8 ^ t / 2 * 2) * 16
+                                 : 2 * t * PITCH + (place / 8 ^ 2 * t) * 16) + place % 8 * 2;
+            const int begin_row = first_row + group * (64 / MATS);
+#pragma unroll
+            for (int start = 0; start < COLUMNS; start += PIECE) {
+                if (start >= part.valid) break;
+                warpgroup_sync(1 + group);  // all have read the piece before
+                const auto each = [&](auto finish) {
+#pragma unroll
+                    for (int i = start / 2; i < (start + PIECE) / 2; i += 4) {
+                        if (i % 16 == 0 && 2 * i >= part.valid) break;
+                        const int column = 2 * i + 2 * t;
+                        char* const to = first_out + (2 * i - start) * PITCH;
+                        if constexpr (MATS == 2) {
+                            const float2 scale = *(const float2*)&column_scales[which * COLUMNS + column],
+                                         unit = *(const float2*)&targets[which][column];
+                            finish(to, silu(sums[i] * scale.x, sums[i + 2] * scale.x) * unit.x, 0, column);
+                            finish(to + 2 * PITCH,
+                                   silu(sums[i + 1] * scale.y, sums[i + 3] * scale.y) * unit.y, 0,
+                                   column + 1);
+                        } else {
+                            constexpr float unit = 1 / SHORT_UNIT;
+                            finish(to, sums[i] * unit, sums[i + 2] * unit, column);
+                            finish(to + PITCH, sums[i + 1] * unit, sums[i + 3] * unit, column + 1);
+                        }
+                    }
+                };
+                const auto write = [](char* to, u32 halves) {
+                    if constexpr (MATS == 2) *(u16*)to = (u16)halves;
+                    else *(u32*)to = halves;
+                };
+                u32 largest = 0;
+                each([&](char* to, float first, float second, int) {
+                    write(to, pack2<__half>(first, second));
+                    largest = max(largest, size_of(first, second));
                 });
+                if (largest >= SHORT_END)
+                    each([&](char* to, float first, float second, int column) {
+                        if (column >= end || size_of(first, second) < SHORT_END) return;
+                        const u32 one = to_short(first), two = to_short(second);
+                        write(to, permute(one, two, 0x5410));
+                        if constexpr (MATS == 2) {
+                            *(u16*)(a.y.data + (part.first + column) * a.y.nb[1] + a.y.nb[2] +
+                                    2 * place_in_row(row)) = (u16)(one >> 16);
+                            a.are_long[part.first + column] = 1;
+                        } else {
+                            *(u32*)(base + targets[which][column] * 4ull + 2 * a.n_rows) =
+                                permute(one, two, 0x7632);
+                        }
+                    });
+                warpgroup_sync(1 + group);
+#pragma unroll
+                for (int i = mine / EACH; i < PIECE; i += 128 / EACH) {
+                    const int own_column = start + (MATS == 2 ? i & ~3 | i % 2 * 2 | i / 2 % 2 : i),
+                              chunk = mine % EACH, at_row = begin_row + 8 * chunk;
+                    if (own_column >= part.valid || at_row >= a.n_rows) continue;
+                    char* const to = MATS == 2
+                                         ? a.y.data + (part.first + own_column) * a.y.nb[1]
+                                         : a.y.data + targets[which][own_column] * 4ull;
+                    *(uint4*)(to + 2 * at_row) = *(const uint4*)(
+                        out + i * PITCH + (chunk ^ (MATS == 2 ? i / 4 % 2 * 2 : i & 6)) * 16);
+                }
+            }
+        } else if (MATS == 1 && a.narrow) {
+            store([](char* to, float first, float second, int) {
+                *(u32*)to = pack2<__half>(first, second);
+            });
         } else if (MATS == 1) {
             store([](char* to, float first, float second, int) {
                 *(float2*)to = make_float2(first, second);
-            });
-        } else if (ROUTED && a.narrow == SHORT) {
-            const int pitch = (int)a.y.nb[1];
-            char* const first = a.y.data + part.first * a.y.nb[1] + 2 * place_in_row(row);
-            const float* const units = (const float*)targets[which];
-            store([&](char*, float up, float gate, int column) {
-                const float x = silu(up, gate) * units[column];
-                char* const to = first + column * pitch;
-                if (fits(x)) {
-                    *(__half*)to = __float2half_rn(x);
-                    return;
-                }
-                const u32 both = to_short(x);
-                *(u16*)to = (u16)both;
-                *(u16*)(to + a.y.nb[2]) = (u16)(both >> 16);
-                a.are_long[part.first + column] = 1;
             });
         } else if (plain && !a.narrow) {
             store([&](char* to, float up, float gate, int) { *(float*)to = silu(up, gate); });

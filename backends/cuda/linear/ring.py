@@ -25,6 +25,8 @@ COLUMNS, FEW = 256, 64
 ROWS = 128
 #: The most stages of a ring; bytes of shared memory that are not stages.
 MOST_STAGES, OTHER = 16, 6656
+#: Bytes of short rows on their way from registers.
+HANDED = 1 << 14
 
 
 class RingArgument(Struct):
@@ -136,7 +138,8 @@ def launch(
             planes[4 * m : 4 * m + 4] = plane_maps(matrix, form, own, sizes, len(a))
         kind = CLASS[half_of(first.dtype)]
         x = flat_map(int(rows), kind, 2, k, rows_in(y.ne), (DEPTH, box))
-    stages = sizes.stages(form, call.device)
+    more = HANDED if short else 0
+    stages = sizes.stages(form, call.device, more)
     limit = limit_of(call.attrs, len(a))[1]
     first_tiles = row_tiles = -(-first.ne[1] * len(a) // sizes.rows)
     second_y, second_rows = ABSENT.tensor, 0
@@ -176,7 +179,7 @@ def launch(
         else min(call.device.sms, row_tiles * column_tiles * batches),
         block=sizes.threads,
         args=[argument],
-        shared=sizes.shared(form, stages),
+        shared=sizes.shared(form, stages) + more,
     )
 
 
@@ -217,9 +220,9 @@ class Sizes:
         """Bytes of the stages, of two scales a column, and to align them."""
         return stages * self.stage(form) + 2 * 4 * self.most + 1024
 
-    def stages(self, form: Format, device: Device) -> int:
-        """As many stages as shared memory holds."""
-        return min(MOST_STAGES, (device.shared - OTHER) // self.stage(form))
+    def stages(self, form: Format, device: Device, more: int = 0) -> int:
+        """As many stages as shared memory holds beside `more` bytes."""
+        return min(MOST_STAGES, (device.shared - OTHER - more) // self.stage(form))
 
 
 def flat_map(

@@ -126,6 +126,19 @@ __device__ __forceinline__ void barrier_wait(u64* b, u32 parity) {
                  "r"(parity)
                  : "memory");
 }
+// Whether `barrier_wait` would not wait.
+__device__ __forceinline__ bool barrier_passed(u64* b, u32 parity) {
+    u32 passed;
+    asm volatile("{\n"
+                 ".reg .pred p;\n"
+                 "mbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n"
+                 "selp.u32 %0, 1, 0, p;\n"
+                 "}"
+                 : "=r"(passed)
+                 : "r"(shared_address(b)), "r"(parity)
+                 : "memory");
+    return passed;
+}
 // Make initialized barriers (or, fence_engines, written shared memory) visible to the engines.
 __device__ __forceinline__ void fence_barriers() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

@@ -16,9 +16,6 @@
 
 constexpr float SHORT_UNIT = 256;
 
-// Whether f16 holds a number.
-__device__ __forceinline__ bool fits(float x) { return fabsf(x) < 65504.0f; }
-
 // The size of two numbers, in the order of floats as words: NaN is the largest. f16 holds both if
 // it is below SHORT_END.
 constexpr unsigned SHORT_END = 0x477fe000;  // 65504
@@ -49,13 +46,6 @@ __device__ __forceinline__ RowScale gated_unit(float column_scale) {
     const int log = (__float_as_int(column_scale) >> 23) - 127 + 14;  // of the largest number
     const int unit = min(max(2 * log - 14, -112), 112);
     return {__int_as_float((127 - unit) << 23), __int_as_float((127 + unit) << 23)};
-}
-
-// Writes two adjacent numbers, one of which may be long. further: bytes from f16 to further words.
-__device__ __forceinline__ void put_long(char* to, float x, float y, int further) {
-    const unsigned first = to_short(x), second = to_short(y);
-    *(unsigned*)to = permute(first, second, 0x5410);
-    *(unsigned*)(to + further) = permute(first, second, 0x7632);
 }
 
 // Reads two adjacent numbers of which `halves` are the f16.
