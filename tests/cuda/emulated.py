@@ -1,6 +1,6 @@
 """Runs the launches of a plan on the host: kernels as C++, thread by thread, and cuBLAS's products.
 
-For kernels of 8.0, with their tensor cores and asynchronous copies, and attention_hopper.cu. A
+For kernels of 8.0, with their tensor cores and asynchronous copies, and attention's for Hopper. A
 launch is called with the packed arguments that the driver would get, so these are tested too.
 """
 
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -81,6 +82,13 @@ def host_map(
     return TensorMap(opaque=(ptr, size, int(swizzle), *ne, *nb[1:], *box, 0, 0))
 
 
+@contextmanager
+def host_maps() -> Iterator[None]:
+    """Records launches with tensor maps as mma.hpp reads them."""
+    with patch.object(ring, "tensor_map", host_map), patch.object(flash, "tensor_map", host_map):
+        yield
+
+
 class _Planned:
     """A graph with its memory and its launches."""
 
@@ -109,10 +117,7 @@ class _Planned:
         self.arena = Memory(work.placed.arenas["cuda:0"].nbytes)
         self.at = addresses(work, leaves, {"cuda:0": self.arena})
         self.outputs = work.graph.outputs
-        with (
-            patch.object(ring, "tensor_map", host_map),
-            patch.object(flash, "tensor_map", host_map),
-        ):
+        with host_maps():
             self.records = [
                 record
                 for step, offset in zip(work.steps, work.placed.scratch_at)
@@ -243,8 +248,8 @@ def _text(file: str, names: list[str]) -> str:
         f"{{ return start({name}, args, grid, block, shared, {_blocks(name)}); }}"
         for i, name in enumerate(names)
     )
-    hopper = "#define __CUDA_ARCH_FEAT_SM90_ALL\n" if file == "attention_hopper.cu" else ""
-    return f"""{hopper}#include "block.hpp"
+    tensor_cores = "#define __CUDA_ARCH_FEAT_SM90_ALL\n" * ("_hopper" in file)
+    return f"""{tensor_cores}#include "block.hpp"
 #include "host.hpp"
 #include "emulated.hpp"
 {source}

@@ -24,13 +24,26 @@ inline void copy4(unsigned to, const void* from, bool real) {
     if (real) std::memcpy(at_shared(to), from, 4);
     else std::memset(at_shared(to), 0, 4);
 }
+inline Barrier named[16];
+inline void threads_sync(int id, int threads) { wait(named[id], threads); }
+inline void threads_arrive(int id, int threads) {
+    if (++named[id].count == threads) named[id].count = 0, ++named[id].round;
+}
 inline void warpgroup_sync(int) { wait(block->warps[threadIdx.x / 128 * 128 + 1], 128); }
 inline void copies_commit() {}
 template <int N>
 void copies_wait() {}
 template <int N>
 void wgmma_hold(float (&)[N]) {}
-
+inline void wgmma_fence() {}
+inline void wgmma_commit() {}
+template <int N>
+void wgmma_wait() {}
+inline void fence_engines() {}
+inline void bulk_copy(void* to, unsigned from, unsigned nbytes) {
+    std::memcpy(to, at_shared(from), nbytes);
+}
+inline void bulk_copies_wait() {}
 inline void fence_barriers() {}
 template <int N>
 void registers_take() {}
@@ -84,6 +97,12 @@ inline void tensor_copy(char* to, const TensorMap* map, unsigned long long* b, i
                     std::memcpy(to + at, &word, 4);
                 }
     arrivals(b).nbytes -= row * line;
+    advance(arrivals(b));
+}
+
+inline void bulk_fetch(unsigned to, const void* from, unsigned nbytes, unsigned long long* b) {
+    std::memcpy(at_shared(to), from, nbytes);
+    arrivals(b).nbytes -= nbytes;
     advance(arrivals(b));
 }
 
@@ -142,37 +161,41 @@ void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
         }
 }
 
-// Products of a warpgroup, in place at once. A descriptor is an address and, above, the step from 64
-// columns to the next.
+// A tile in shared memory; see mma.cuh. Chunks of 16 bytes are swizzled by their line of 128 bytes.
 inline unsigned long long tile_descriptor(unsigned at, unsigned leading) {
-    return at | (unsigned long long)leading << 32;
+    return (unsigned long long)leading << 32 | at;
 }
-inline unsigned long long further(unsigned long long descriptor, unsigned bytes) {
-    return descriptor + bytes;
-}
-inline void fence_engines() {}
-inline void wgmma_fence() {}
-inline void wgmma_commit() {}
-template <int N>
-void wgmma_wait() {}
+inline unsigned long long further(unsigned long long tile, unsigned nbytes) { return tile + nbytes; }
 template <class T>
-float swizzled(unsigned at) {
-    T x;
-    std::memcpy(&x, at_shared(at ^ (at >> 7 & 7) << 4), 2);
-    if constexpr (!std::is_same_v<T, __half>) return __bfloat162float(x);
-    else return (float)x;
+float at_tile(unsigned at) {
+    return number<T>(*(unsigned short*)at_shared(at ^ (at >> 7 & 7) << 4), 0);
+}
+
+// m64nNk16: a warp has 16 of the 64 rows, in fragments like those of mma. All of it happens at once,
+// so this finds wrong addresses, not products that are used too early.
+template <class T, int N, class A>
+void wgmma(float (&d)[N / 2], A a, bool turned, unsigned long long b, int add) {
+    const int lane = threadIdx.x % 32, leading = b >> 32;
+    float x[2][16];
+    for (int r = 0; r < 2; ++r)
+        for (int k = 0; k < 16; ++k) x[r][k] = a(lane / 4 + 8 * r, k);
+    for (int c = 0; c < N / 4; ++c) {
+        const int n = c / 2 * 8 + lane % 4 * 2 + c % 2;
+        float y[16];
+        for (int k = 0; k < 16; ++k)
+            y[k] = at_tile<T>((unsigned)b + (turned ? n / 64 * leading + k * 128 + n % 64 * 2
+                                                    : n * 128 + k * 2));
+        for (int r = 0; r < 2; ++r) {
+            float& sum = d[c / 2 * 4 + r * 2 + c % 2];
+            if (!add) sum = 0;
+            for (int k = 0; k < 16; ++k) sum += x[r][k] * y[k];
+        }
+    }
 }
 template <class T, int N>
 void wgmma_ss(float (&d)[N / 2], unsigned long long a, unsigned long long b, int add) {
-    const int lane = threadIdx.x % 32, top = threadIdx.x % 128 / 32 * 16 + lane / 4;
-    for (int i = 0; i < N / 2; ++i) {
-        const int row = top + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-        float sum = add ? d[i] : 0;
-        for (int k = 0; k < 16; ++k)
-            sum += swizzled<T>((unsigned)a + row * 128 + 2 * k) *
-                   swizzled<T>((unsigned)b + column * 128 + 2 * k);
-        d[i] = sum;
-    }
+    const unsigned at = (unsigned)a + threadIdx.x / 32 % 4 * (16 * 128);
+    wgmma<T, N>(d, [&](int row, int k) { return at_tile<T>(at + row * 128 + k * 2); }, false, b, add);
 }
 template <class T, int N>
 void wgmma_rs(float (&d)[N / 2], const unsigned (&a)[4], unsigned long long b, int add) {
@@ -180,14 +203,10 @@ void wgmma_rs(float (&d)[N / 2], const unsigned (&a)[4], unsigned long long b, i
         unsigned a[4];
     };
     const auto all = of_warp(Registers{{a[0], a[1], a[2], a[3]}});
-    const int lane = threadIdx.x % 32;
-    for (int i = 0; i < N / 2; ++i) {
-        const int row = i / 2 % 2, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-        float sum = add ? d[i] : 0;
-        for (int k = 0; k < 16; ++k)
-            sum += number<T>(all[lane / 4 * 4 + k % 8 / 2].a[row + k / 8 * 2], k % 2) *
-                   swizzled<T>((unsigned)b + column / 64 * (unsigned)(b >> 32) + k * 128 +
-                               column % 64 * 2);
-        d[i] = sum;
-    }
+    wgmma<T, N>(
+        d,
+        [&](int row, int k) {
+            return number<T>(all[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2], k % 2);
+        },
+        true, b, add);
 }

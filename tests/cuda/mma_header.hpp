@@ -18,4 +18,5 @@ void atomicMax(T* at, T x) {
 }
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float reciprocal_fast(float x) { return 1 / x; }
+constexpr bool BULK = true;
 #include "mma.hpp"

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pyggml.backends.cuda.attention.routes import LATENT_SPLIT
+import pyggml as gg
+from pyggml.backends.cuda.attention.routes import LATENT_SPLIT, Shape
 from pyggml.backends.cuda.gpu import H200, Device
 from pyggml.backends.cuda.launch import Call, Launch, Operand
 from pyggml.backends.cuda.table import ALIGNMENT, KERNELS
@@ -21,7 +22,7 @@ from pyggml.node import Node
 from pyggml.parity import oracle, tolerance
 from pyggml.parity.case import Built, Case, build
 from pyggml.parity.cases import expand
-from tests.cuda.emulated import Memory, starter
+from tests.cuda.emulated import Memory, host_maps, run, starter
 
 #: GPUs by the shared memory of a block.
 A100 = replace(H200, arch="80", shared=166_912)
@@ -45,6 +46,18 @@ flash_attn_ext(f32[576,3,16], f16[576,150]~holed, f16[512,150]=1+0, f16[150,3]~h
 """  # noqa: E501
 
 
+#: Those that the tensor cores of 9.0 take: whole pairs of tiles or not, one tile, splits without
+#: keys, blocks of several queries.
+HOPPER = """
+flash_attn_ext(f32[576,1,20], f16[576,{1|64|65|200}], f16[512,$1]=1+{0|64}, scale=0.05, lse=True)
+flash_attn_ext(f32[512,3,30], {f16|bf16}[512,{130|600}], $1[512,$2]=1+0, scale=0.2, logit_softcap=4.0)
+flash_attn_ext(f32[576,2,40], f16[576,450]~holed, f16[512,450]=1+64, f16[450,2]~holes, f32[40], scale=0.05, lse=True)
+flash_attn_ext(f32[576,1,70], bf16[576,350]~ended, bf16[512,350]=1+0, -, -, i32[1]#175, scale=0.05)
+flash_attn_ext(f32[512,67,3], f16[512,400]~holed, f16[512,400]=1+0, f16[400,67]~holes, scale=0.1, max_bias=8.0)
+flash_attn_ext(f32[576,1,128,2], f16[576,170,1,2], f16[512,170,1,2]=1+0, -, -, i32[1]#0, scale=0.05, lse=True)
+"""  # noqa: E501
+
+
 class Recorded:
     """A case with its launches and its result."""
 
@@ -61,7 +74,8 @@ class Recorded:
         }
         result = Operand(self.out.ptr, node.ne, node.nb, node.dtype)
         self.call = Call(node, result, operands, node.attrs, device, (self.scratch.ptr, need))
-        row.run(self.call)
+        with host_maps():
+            row.run(self.call)
         self.launches = [r for r in self.call.records if isinstance(r, Launch)]
         self.bound = case.bound(node, row.numeric(node))
 
@@ -94,7 +108,8 @@ def test_latent_attention_is_right(device: Device, tmp_path: Path) -> None:
     launches = [launch for each in recorded for launch in each.launches]
     names = {launch.name for launch in launches}
     assert any(name.startswith("latent<") for name in names)
-    assert not any(name.startswith(("any<", "latent_hopper<", "list_hopper<")) for name in names)
+    others = "any<", "latent_hopper<", "latent_pairs<", "list_hopper<"
+    assert not any(name.startswith(others) for name in names)
     start = starter(tmp_path, launches)
     for each in recorded:
         each.check(start)
@@ -109,3 +124,54 @@ def test_every_shape_is_run() -> None:
                 names |= {r.name for r in Recorded(case, device).launches if "latent<" in r.name}
     shapes = {tuple(map(int, name.split(", ")[2:6])) for name in names}
     assert shapes >= set(LATENT_SPLIT[16]) and shapes & set(LATENT_SPLIT[64])
+
+
+@pytest.mark.parametrize("kernel", ("latent_hopper", "latent_pairs"))
+def test_tensor_cores_of_9_are_right(
+    kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Shape, "long", kernel == "latent_pairs")
+    recorded = [Recorded(case, H200) for case in expand(HOPPER)]
+    launches = [launch for each in recorded for launch in each.launches]
+    names = {launch.name for launch in launches} - {"combine<4>"}
+    assert {name.partition("<")[0] for name in names} == {kernel, "survey"}
+    start = starter(tmp_path, launches)
+    for each in recorded:
+        each.check(start)
+
+
+def test_many_tiles_go_in_pairs() -> None:
+    def name(n_q: int, n_kv: int, heads: int) -> str:
+        q, k = gg.input("q", ne=(576, n_q, heads)), gg.input("k", "f16", ne=(576, n_kv))
+        node = gg.flash_attn_ext(q, k, gg.view(k, ne=(512, n_kv)), scale=0.05)
+        return Shape.of(node).instance("latent_hopper", H200.shared, False).name.partition("<")[0]
+
+    assert name(1, 16384, 128) == name(4, 4096, 16) == name(64, 2048, 16) == "latent_hopper"
+    assert name(1, 65536, 128) == name(2048, 2048, 16) == name(512, 4096, 16) == "latent_pairs"
+
+
+@pytest.mark.parametrize("kernel", ("latent_hopper", "latent_pairs"))
+def test_prompts_see_no_later_keys(
+    kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Causal masks, which the kernels compute from positions, with a window or without."""
+    monkeypatch.setattr(Shape, "long", kernel == "latent_pairs")
+    rng = np.random.default_rng(0)
+    inputs = {
+        "q": rng.standard_normal((20, 40, 576), np.float32),
+        "k": rng.standard_normal((1, 300, 576), np.float32).astype(np.float16),
+        "pos": np.arange(150, 190),
+    }
+    inputs["k"][:, 190:] = np.nan
+    q, k = gg.input("q", ne=(576, 40, 20)), gg.input("k", "f16", ne=(576, 300, 1))
+    pos = gg.input("pos", "i32", ne=(40,))
+    v = gg.view(k, ne=(512, 300, 1))
+    outputs = {
+        f"window {window}": gg.flash_attn_ext(
+            q, k, v, gg.causal_mask(pos, n_kv=300, window=window), scale=0.05
+        )
+        for window in (None, 70)
+    }
+    expected = gg.compile(outputs, backends=["numpy"]).run(inputs)
+    for name, y in run(outputs, inputs, tmp_path).items():
+        assert np.linalg.norm(y - expected[name]) < 2e-3 * np.linalg.norm(expected[name]), name

@@ -276,6 +276,8 @@ PLAIN = [
     Attention("latent", 576, 512, 1, 4096, 128, 1, inside=0),
     Attention("latent_hopper", 576, 512, 1, 4096, 128, 1, inside=0),
     Attention("latent_hopper", 576, 512, 1, 4096, 16, 1, inside=64),
+    Attention("latent_hopper", 576, 512, 300, 1100, 16, 1, mask="pos", inside=64),  # in pairs
+    Attention("latent_hopper", 512, 512, 300, 1030, 16, 1, dtype="bf16", inside=0),
     Attention("latent", 512, 512, 1, 4096, 16, 1, inside=0),
     Attention("latent_hopper", 512, 512, 1, 4096, 64, 1, inside=0),
     *(

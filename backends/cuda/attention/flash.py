@@ -135,6 +135,8 @@ class Recording:
         if self.shape.mask_batch and self.mask is not None and self.mask.nb[0] != 2:
             return False
         if "latent" in route or "list" in route:
+            if not self.q.aligned(8):
+                return False
             start = self._inside()
             if start is None or start % (8 if route == "latent" else 64):
                 return False

@@ -41,7 +41,7 @@ TYPES = {
 }
 C_TYPES = {"f16": "__half", "bf16": "__nv_bfloat16", "q8_0": "__half"}
 #: Upper bounds of the kernels' static shared memory: by route, and for all others. `latent` with 64
-#: rows a block uses up to 2,816 bytes; latent_hopper, with the least room left, 1,344.
+#: rows a block uses up to 2,944 bytes; latent_hopper, with the least room left, 1,344.
 STATIC = {"latent": 3072}
 MOST_STATIC = 2048
 #: Number of blocks that fills the GPU once. A constant, not a property of the device, so that
@@ -157,6 +157,12 @@ class Shape:
             return full and (self.type_k != "q8_0" or self.n_q * self.n_ids >= self.n_kv)
         return self.rows > (256 if self.type_k == "q8_0" else 16)
 
+    @property
+    def long(self) -> bool:
+        """Whether a block of `latent_hopper` has so many tiles of 64 keys that it takes pairs of
+        them. With 4 tiles it loses 3 us, with 16 it gains 2."""
+        return _ceil(_ceil(self.n_kv, 64), self.splits("latent_hopper")) >= 16
+
     def block_rows(self, route: str) -> int:
         """Rows of scores per block; for `latent` the maximum, if shared memory allows."""
         if route in ("latent_hopper", "list_hopper"):
@@ -211,14 +217,13 @@ class Shape:
             keys = 16 if size == 576 else 32
             shared = 4 * ((16 + keys) * (size + 4) + 16 * (keys + 1))
             return Instance(f"any<{size}, {keys}, {self._listed}>", 256, rows, shared)
-        if route == "latent_hopper":
+        if route == "latent_hopper" and not self.long:
             name = f"latent_hopper<{kind}, {d_k}>"
             return Instance(name, 256, rows, 64 * (6 * d_k + 128) + 1024)
-        if route == "list_hopper":
+        if route in ("latent_hopper", "list_hopper"):
+            name = f"{'list_hopper' if self.n_ids else 'latent_pairs'}<{kind}, {d_k}>"
             weights = 0 if d_k > d_v else 256
-            return Instance(
-                f"list_hopper<{kind}, {d_k}>", 384, rows, 64 * (6 * d_k + weights) + 1024
-            )
+            return Instance(name, 384, rows, 64 * (6 * d_k + weights) + 1024)
         if route == "latent":
             return self.latent(rows, room)
         if route == "split":

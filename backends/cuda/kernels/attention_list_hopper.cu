@@ -21,13 +21,6 @@ constexpr int DV = 512, M = 64, BN = 64, BOX = BN * 128;
 //: Named barriers: all consumers; weights of tile 0 and 1; each warpgroup (two).
 enum { CONSUMERS = 1, WEIGHTS = 2, OWN = 4 };
 
-__device__ __forceinline__ void threads_sync(int id, int threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-__device__ __forceinline__ void threads_arrive(int id, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 template <class T, int DK>
 __global__ void __launch_bounds__(384, 1) list_hopper(const __grid_constant__ Attention a) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL

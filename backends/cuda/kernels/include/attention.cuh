@@ -142,32 +142,52 @@ __device__ __forceinline__ int flags(const Attention &a, int i3, int q0, int q1,
 
 // Loads the queries of a block's rows, to be stored as T in shared memory. A warp takes rows
 // `warp`, `warp + WARPS`, .. of ROWS. It starts all its loads before it waits for the first. Start
-// them before the loads of the keys, or they queue behind those.
-template <class T, int D, int ROWS, int WARPS>
+// them before the loads of the keys, or they queue behind those. PAIRS: rows of queries are 8-byte
+// aligned.
+template <class T, int D, int ROWS, int WARPS, bool PAIRS = false>
 struct Queries {
     static constexpr int N = (D / 2 + 31) / 32, MINE = ROWS / WARPS;
+    const float *from[MINE];  // this lane's first column, or null
     float x[MINE][N][2];
 
+    __device__ __forceinline__ Queries() {}
     __device__ __forceinline__ Queries(const Attention &a, int i3, int head_kv, int r0, int warp)
         : Queries(a, i3, head_kv, r0, warp, a.ratio()) {}
     __device__ __forceinline__ Queries(const Attention &a, int i3, int head_kv, int r0, int warp,
                                        int pitch) {
-        const int lane = threadIdx.x % 32, ratio = a.ratio();
+        find(a, i3, head_kv, r0, warp, pitch);
+        load();
+    }
+    // Computes addresses, and does so here. Reads nothing, so it need not wait for the predecessor.
+    __device__ __forceinline__ void find(const Attention &a, int i3, int head_kv, int r0, int warp,
+                                         int pitch) {
+        const int ratio = a.ratio();
 #pragma unroll
         for (int i = 0; i < MINE; ++i) {
             const int r = r0 + warp + i * WARPS;
             const int query = r / pitch, h = r % pitch, head = head_kv * ratio + h;
             const bool real = query < a.n_q && (pitch == ratio || h < ratio);
-            const float *from =
-                (const float *)(a.q + query * a.nb_q[0] + head * a.nb_q[1] + i3 * a.nb_q[2]);
-#pragma unroll
-            for (int n = 0; n < N; ++n)
-#pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    const int c = 2 * (lane + 32 * n) + e;
-                    x[i][n][e] = real && c < D ? from[c] : 0;
-                }
+            const char *row = a.q + query * a.nb_q[0] + head * a.nb_q[1] + i3 * a.nb_q[2];
+            from[i] = real ? (const float *)row + 2 * (threadIdx.x % 32) : nullptr;
+            asm volatile("" : "+l"(from[i]));
         }
+    }
+    __device__ __forceinline__ void load() {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int i = 0; i < MINE; ++i)
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                const float *at = from[i] + 64 * n;
+                const bool real = from[i] && 2 * (lane + 32 * n) < D;
+                if constexpr (PAIRS) {
+                    const float2 two = real ? *(const float2 *)at : make_float2(0, 0);
+                    x[i][n][0] = two.x, x[i][n][1] = two.y;
+                } else {
+                    x[i][n][0] = real ? at[0] : 0;
+                    x[i][n][1] = real ? at[1] : 0;
+                }
+            }
     }
 
     // Scales each row by a power of two to magnitudes below 1, so that nothing overflows in f16.

@@ -160,6 +160,29 @@ __device__ __forceinline__ void tensor_copy(void* to, const TensorMap* map, u64*
                  : "memory");
 }
 
+#if __CUDA_ARCH__ >= 900
+constexpr bool BULK = true;
+#else
+constexpr bool BULK = false;
+#endif
+// Copies to shared memory; both addresses and `nbytes` are multiples of 16. The barrier must expect it.
+__device__ __forceinline__ void bulk_fetch(u32 to, const void* from, u32 nbytes, u64* b) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(nbytes), "r"(shared_address(b))
+                 : "memory");
+}
+// Copies from shared memory, `nbytes` a multiple of 16, after `fence_engines` by those who wrote it and
+// a barrier. The thread that copies must wait before the block ends or writes there again.
+__device__ __forceinline__ void bulk_copy(void* to, u32 from, u32 nbytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from),
+                 "r"(nbytes)
+                 : "memory");
+}
+__device__ __forceinline__ void bulk_copies_wait() {
+    asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
 // ---- warpgroups: wgmma (9.0a only) --------------------------------------------------------------
 
 template <int N> __device__ __forceinline__ void registers_take() {
@@ -183,7 +206,14 @@ template <int N> __device__ __forceinline__ void wgmma_hold(float (&d)[N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
-// Barrier `id` (1 to 15) among the 128 threads of a warpgroup.
+// Barrier `id` (1 to 15) among some threads of a block, whole warps; some may arrive without waiting.
+__device__ __forceinline__ void threads_sync(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void threads_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+// The same among the 128 threads of a warpgroup.
 __device__ __forceinline__ void warpgroup_sync(int id) {
     asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory");
 }

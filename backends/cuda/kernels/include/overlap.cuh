@@ -24,9 +24,10 @@ __device__ __forceinline__ void begin() {
 }
 
 // What attention reads before the wait, because the launch before does not write it: nothing,
-// queries, or keys too and all that says which of them a query sees. Keys alone are not worth it:
+// queries, or keys too and all that says which of them a query sees. SPANS: what says which keys a
+// query sees, but not queries; of keys in order, QUERIES includes it. Keys alone are not worth it:
 // queries, which are loaded behind them, would arrive last.
-enum Early { NOTHING, QUERIES, ALL };
+enum Early { NOTHING, QUERIES, ALL, SPANS };
 
 // Fetches a line of 128 bytes into L2, for weights that are read after the wait. L2 sees all
 // writes, so unlike a load this is right even if the predecessor writes there. Without a wait, the
@@ -34,5 +35,13 @@ enum Early { NOTHING, QUERIES, ALL };
 __device__ __forceinline__ void fetch_early(const void* at) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+#endif
+}
+// The same for `nbytes` from `at` on, and for what shares 16 bytes with them.
+__device__ __forceinline__ void fetch_early(const void* at, unsigned nbytes) {
+#if __CUDA_ARCH__ >= 900
+    const unsigned long long from = (unsigned long long)at / 16 * 16;
+    nbytes = unsigned((unsigned long long)at % 16 + nbytes + 15) / 16 * 16;
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(nbytes) : "memory");
 #endif
 }
