@@ -17,7 +17,7 @@ from pyggml.backends.cuda.recording import record_step
 from pyggml.parity.patterns import pattern
 from pyggml.runtime.kernels import planned_memory
 
-NOTHING, QUERIES, ALL = range(3)  # Early in overlap.cuh
+NOTHING, QUERIES, ALL, SPANS = range(4)  # Early in overlap.cuh
 D, N = 576, 256
 
 cache = gg.state("cache", "f16", ne=(D, N))
@@ -63,10 +63,16 @@ def test_nothing_where_the_launch_before_is_not_known() -> None:
         ((attention(q, written),), QUERIES),
         ((gg.relu(row), attention(q, cache, ids)), ALL),
         ((attention(q, cache, gg.top_k(gg.input("s", ne=(N, 1)), k=64)),), QUERIES),
-        ((gg.relu(row), attention(q, cache, kv_len=gg.add(at, at))), QUERIES),
+        ((gg.relu(row), attention(q, cache, kv_len=gg.add(at, at))), NOTHING),
         ((gg.relu(row), attention(q, cache, mask=gg.causal_mask(pos, n_kv=N))), ALL),
+        ((attention(gg.relu(q), written, mask=gg.causal_mask(pos, n_kv=N)),), QUERIES),
+        ((attention(gg.relu(q), cache, kv_len=at),), SPANS),
+        ((gg.relu(row), attention(gg.relu(q), cache, ids, kv_len=at)), NOTHING),
     ],
-    ids=("other", "queries", "reshaped", "cache", "listed", "list", "length", "causal"),
+    ids=(
+        *("other", "queries", "reshaped", "cache", "listed", "list", "length", "causal"),
+        *("token", "spans", "lists"),
+    ),
 )
 def test_what_the_launch_before_writes_is_waited_for(
     outputs: tuple[gg.Node, ...], most: int

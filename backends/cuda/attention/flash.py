@@ -29,6 +29,9 @@ from pyggml.dtypes import F32
 from pyggml.node import Node
 from pyggml.spec import Ne
 
+#: Of `Early` in overlap.cuh.
+SPANS = 3
+
 
 def _refuses(node: Node) -> str | None:
     k, v, mask = node["k"], node["v"], node.get("mask")
@@ -209,8 +212,16 @@ class Recording:
 
     def _early(self) -> int:
         """What `latent` reads before the wait. A survey of the mask is a launch before it."""
-        first = self.shape.mask_batch > 0 or self.route != "latent"
-        return 0 if first else early_reads(self.call.awaited, {"q"})
+        awaited = self.call.awaited
+        if self.shape.mask_batch > 0 or self.route != "latent":
+            return 0
+        early = early_reads(awaited, {"q"})
+        if self.shape.n_ids or early == 2:
+            return early
+        spans = {name for name in ("pos", "mask", "kv_len") if self.call.get(name) is not None}
+        if awaited & spans:
+            return 0
+        return early or (SPANS if spans else 0)
 
     def _launch(
         self,

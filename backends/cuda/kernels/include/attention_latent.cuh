@@ -1,7 +1,7 @@
 // A block of attention to the latent cache; attention_latent.cu says how it works.
 #pragma once
-#include "attention.cuh"
 #include "attention_q8_0.cuh"
+#include "staged.cuh"
 
 constexpr int DV = 512;
 
@@ -116,7 +116,12 @@ __device__ __forceinline__ void latent_block(const Attention &a, int part) {
     using Shape = LatentShape<DK, M, BN, Q8>;
     constexpr int PITCH = Shape::PITCH, RAW = Shape::RAW;
     extern __shared__ __align__(128) char memory[];
+    // Sums wait in the ring where there is room.
+    constexpr bool STAGED = BULK && M * Staged<DV>::PITCH <= Shape::TILES;
     __shared__ float factors[M], tops[WN][M], totals[WN][M];
+    constexpr int LAST = SLICED ? 1 : 0;  // of `tops`: where the maxima are in the end
+    __shared__ u64 full[2];
+    __shared__ bool damaged;  // a sum is not finite
     __shared__ __align__(8) float biases[2][LIST ? BN : 1];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, wm = warp / WN, wn = warp % WN;
     const int r0 = blockIdx.y * M;
@@ -128,12 +133,17 @@ __device__ __forceinline__ void latent_block(const Attention &a, int part) {
     };
 
     auto list = list_of<LIST, BN, THREADS>(a, i3, q0, part);
+    Queries<T, DK, M, WARPS, !LIST> loaded;
+    loaded.find(a, i3, head_kv, r0, warp, pitch);
     if (a.early == NOTHING) wait_for_predecessor();
-    const Queries<T, DK, M, WARPS> loaded(a, i3, head_kv, r0, warp, pitch);
-    if (a.early == QUERIES) wait_for_predecessor();
+    if constexpr (LIST) {
+        loaded.load();
+        if (a.early == QUERIES) wait_for_predecessor();
+    }
     const int live = a.live();
     list.start([&] { return Row(a, i3, head_kv, r0, live, pitch); });
     const auto walk = walk_of<LIST, BN>(a, i3, q0, q1, live, part);
+    int now = walk.alive(walk.first), next = now;
     const char *k = a.k + head_kv * a.nb_k[1] + i3 * a.nb_k[2];
     // Copies a thread's eighth of a row: chunks 8 apart are 128 bytes apart in the tile too.
     const auto copy_row = [&](char *to, int j, const char *from, bool real) {
@@ -143,7 +153,33 @@ __device__ __forceinline__ void latent_block(const Attention &a, int part) {
 #pragma unroll
         for (int c = 0; c < PITCH; c += 128) copy16(at + c, from + c, real);
     };
-    const auto fetch = [&](int t, int stage) {
+    // Whether tiles of q8_0 are in one piece, so that the copy engine can bring them.
+    const bool whole = Q8 && !LIST && a.nb_k[0] == RAW && u64(k) % 16 == 0 && a.n_kv % 4 == 0;
+    if constexpr (Q8 && !LIST && BULK) {
+        if (threadIdx.x == 0) {
+            for (int s = 0; s < 2; ++s) barrier_init(full + s, 1);
+            fence_barriers();
+        }
+        __syncthreads();
+    }
+    // Where this thread's rows of tile t are, computed here; keys that are not there are not read.
+    constexpr int PLACES = BN * 8 / THREADS;
+    struct Places {
+        const char *from[PLACES];
+        u32 real;
+    };
+    const auto places_of = [&](int t) {
+        Places p{};
+#pragma unroll
+        for (int i = 0; i < PLACES; ++i) {
+            const int j = t * BN + threadIdx.x / 8 + i * (THREADS / 8);
+            p.from[i] = k + (j < live ? j * a.nb_k[0] : 0);
+            p.real |= u32(j < live) << i;
+            asm volatile("" : "+l"(p.from[i]));
+        }
+        return p;
+    };
+    const auto fetch = [&](int t, int stage, const Places &places) {
         const int j0 = t * BN;
         char *to = ring + (Q8 ? Shape::TILE : 0) + stage * Shape::STAGE;
         if constexpr (LIST) {
@@ -158,26 +194,44 @@ __device__ __forceinline__ void latent_block(const Attention &a, int part) {
                     copy_row(to, j, from, id >= 0);
                 }
             });
+        } else if (BULK && whole) {
+            if (threadIdx.x == 0) {
+                const u32 nbytes = min(BN, a.n_kv - j0) * RAW;
+                barrier_expect(full + stage, nbytes);
+                bulk_fetch(shared_address(to), k + j0 * RAW, nbytes, full + stage);
+            }
         } else if constexpr (Q8) {
             fetch_raw<BN, RAW>(shared_address(to), k + j0 * a.nb_k[0], a.nb_k[0], live - j0,
                                threadIdx.x, THREADS);
         } else {
 #pragma unroll
-            for (int i = 0; i < BN * 8 / THREADS; ++i) {
-                const int j = threadIdx.x / 8 + i * (THREADS / 8);
-                const bool real = j0 + j < live;
-                copy_row(to, j, k + (real ? (j0 + j) * a.nb_k[0] : 0), real);
-            }
+            for (int i = 0; i < PLACES; ++i)
+                copy_row(to, threadIdx.x / 8 + i * (THREADS / 8), places.from[i],
+                         places.real >> i & 1);
         }
     };
-    int now = walk.alive(walk.first), next = now;
+    constexpr bool IN_ORDER = !LIST && !Q8;
+    Places places{};
+    if constexpr (IN_ORDER) places = places_of(next);
+    if constexpr (!LIST) {
+        // Keys of the first tile come as far as L2. With more of them, the launch before is slowed down.
+        const int j = now * BN + threadIdx.x;
+        if (a.early != NOTHING && a.early != ALL && threadIdx.x < BN && now < walk.end && j < live)
+            fetch_early(k + j * a.nb_k[0], Q8 ? RAW : PITCH);
+        if (a.early == SPANS) wait_for_predecessor();
+        loaded.load();
+        if (a.early == QUERIES) wait_for_predecessor();
+    }
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
-        if (next < walk.end) fetch(next, s), next = walk.alive(next + 1);
+        if (next < walk.end) {
+            fetch(next, s, places);
+            next = walk.alive(next + 1);
+            if constexpr (IN_ORDER) places = places_of(next);
+        }
         copies_commit();
     }
-    if (a.early == ALL) wait_for_predecessor();
-    release_successor();
+    if (a.early != ALL) release_successor();
     loaded.store(a, factors, warp,
                  [&](int r, int i) { return (u32 *)(queries + swizzled(r, i / 8) + i % 8 * 2); });
     __syncthreads();
@@ -198,13 +252,19 @@ __device__ __forceinline__ void latent_block(const Attention &a, int part) {
             if (LIST) slope[i][r] = Row(a, i3, head_kv, r0 + own(i, r), live, pitch).slope;
         }
 
-    for (int stage = 0; now < walk.end; stage ^= 1) {
-        copies_wait<1>();
+    for (int stage = 0, parity = 0; now < walk.end; stage ^= 1) {
+        if (BULK && whole) {
+            barrier_wait(full + stage, parity);
+            parity ^= stage;
+        } else {
+            copies_wait<1>();
+        }
         __syncthreads();
         const char *tile = ring + (Q8 ? 0 : stage * Shape::STAGE);
         if constexpr (Q8) {
-            decode_raw_to<BN, DK>(ring + Shape::TILE + stage * Shape::STAGE, threadIdx.x, THREADS,
-                                  [&](int r, int c) { return ring + swizzled(r, c); });
+            decode_rows_to<BN, DK>(ring + Shape::TILE + stage * Shape::STAGE,
+                                   LIST ? BN : live - now * BN, warp, WARPS,
+                                   [&](int r, int c) { return ring + swizzled(r, c); });
             __syncthreads();
         }
         const u32 at_q = shared_address(queries), at_k = shared_address(tile);
@@ -348,7 +408,8 @@ __device__ __forceinline__ void latent_block(const Attention &a, int part) {
         now = walk.alive(now + 1);
         if (next < walk.end) {
             __syncthreads();  // all have read the tile that is replaced
-            fetch(next, stage), next = walk.alive(next + 1);
+            fetch(next, stage, places), next = walk.alive(next + 1);
+            if constexpr (IN_ORDER) places = places_of(next);
         }
         copies_commit();
     }
@@ -362,10 +423,45 @@ __device__ __forceinline__ void latent_block(const Attention &a, int part) {
             else sum = quad_sum(l[i][r]);
             if (SLICED ? slice.key == 0 : lane % 4 == 0) {
                 totals[SLICED ? 0 : wn][own(i, r)] = sum;
-                if (SLICED) tops[1][own(i, r)] = m[i][r];
+                tops[LAST][own(i, r)] = m[i][r];
             }
         }
+    if (threadIdx.x == 0) damaged = false;
     __syncthreads();
+    // Sums are the first that is written; the launch before may still read older ones.
+    if (a.early == ALL) {
+        wait_for_predecessor();
+        release_successor();
+    }
+    if constexpr (STAGED) {
+        const Staged<DV> staged{ring};
+        float spoilt = 0;
+#pragma unroll
+        for (int i = 0; i < MI; ++i)
+#pragma unroll
+            for (int r = 0; r < 2; ++r)
+#pragma unroll
+                for (int c = 0; c < NV; ++c) {
+                    const float x = sums[i][c][2 * r], y = sums[i][c][2 * r + 1];
+                    spoilt = spoilt_by(spoilt_by(spoilt, x), y);
+                    staged.put(row0 + 16 * i + 8 * r, (wn * NV + c) * 8 + (lane & 3) * 2, x, y);
+                }
+        if (spoilt != 0) damaged = true;
+        fence_engines();
+        __syncthreads();
+        if (!damaged && (a.splits > 1 || !a.out)) {
+            if (threadIdx.x >= M) return;
+            const Row row(a, i3, head_kv, r0 + threadIdx.x, live, pitch);
+            if (row.query < 0) return;
+            float total = 0;
+#pragma unroll
+            for (int w = 0; w < (SLICED ? 1 : WN); ++w) total += totals[w][threadIdx.x];
+            *part_stats(a, part_index(a, i3, row.query, row.head, part)) =
+                make_float2(tops[LAST][threadIdx.x], total);
+            staged.send(a, i3, row, threadIdx.x, part);
+            return;
+        }
+    }
 #pragma unroll
     for (int i = 0; i < MI; ++i) {
         bool odd[2] = {};
@@ -377,7 +473,7 @@ __device__ __forceinline__ void latent_block(const Attention &a, int part) {
 #pragma unroll
             for (int w = 0; w < (SLICED ? 1 : WN); ++w) total += totals[w][index];
             l[i][r] = total;
-            if (SLICED) m[i][r] = tops[1][index];
+            if (SLICED) m[i][r] = tops[LAST][index];
             if (row.query < 0) continue;
             const End to(a, i3, row, part, m[i][r], total, wn == 0 && lane % 4 == 0);
 #pragma unroll

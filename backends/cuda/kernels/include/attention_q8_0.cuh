@@ -39,6 +39,54 @@ __device__ __forceinline__ void decode_raw_to(const char *raw, int thread, int t
     }
 }
 
+// The same for whole warps, where addresses of rows are multiples of 4: a lane takes a row, so lanes
+// read words in different banks, and write chunks in different ones if `at` swizzles them by row.
+// Rows from `real` on become zeros.
+template <int ROWS, int D, class At>
+__device__ __forceinline__ void decode_rows_to(const char *raw, int real, int warp, int warps, At at) {
+    constexpr int BLOCKS = D / 32;
+    static_assert(ROWS % 32 == 0 && BLOCKS % 2 == 0, "pairs of blocks are whole words");
+    const __half2 offset = __floats2half2_rn(1152.f, 1152.f);
+    for (int i = warp; i < ROWS / 32 * BLOCKS; i += warps) {
+        const int b = i % BLOCKS, r = i / BLOCKS * 32 + threadIdx.x % 32;
+        u32 words[8];
+        u16 bits = 0;
+        if (r < real) {
+            const u32 *from = (const u32 *)(raw + r * (BLOCKS * 34) + b / 2 * 68);
+            if (b % 2) {
+                bits = from[8] >> 16;
+#pragma unroll
+                for (int n = 0; n < 8; ++n) words[n] = from[9 + n];
+            } else {
+                u32 word = from[0];
+                bits = word & 0xffff;
+#pragma unroll
+                for (int n = 0; n < 8; ++n) {
+                    const u32 next = from[1 + n];
+                    words[n] = __funnelshift_r(word, next, 16);
+                    word = next;
+                }
+            }
+        } else {
+#pragma unroll
+            for (int n = 0; n < 8; ++n) words[n] = 0;
+        }
+        const __half2 d = __half2half2(__ushort_as_half(bits));
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            u32 x[4];
+#pragma unroll
+            for (int n = 0; n < 4; ++n) {
+                const u32 four = words[2 * c + n / 2] ^ 0x80808080u;
+                const u32 two = __byte_perm(four, 0x64646464u, n % 2 ? 0x4342 : 0x4140);
+                const __half2 y = __hmul2(__hsub2(*(const __half2 *)&two, offset), d);
+                x[n] = *(const u32 *)&y;
+            }
+            *(uint4 *)at(r, b * 4 + c) = make_uint4(x[0], x[1], x[2], x[3]);
+        }
+    }
+}
+
 template <int ROWS, int D>
 __device__ __forceinline__ void decode_raw(const char *raw, char *tile, int pitch, int thread,
                                            int threads) {
