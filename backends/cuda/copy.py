@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from pyggml import ops
+from pyggml.backends.cuda.argument import Argument
 from pyggml.backends.cuda.geometry import C_TYPES, blocks_for, counted, pack_width, part, rows
 from pyggml.backends.cuda.launch import Call, Operand
 from pyggml.backends.cuda.table import kernel
@@ -173,9 +174,13 @@ def cpy(call: Call) -> None:
 def get_rows(call: Call) -> None:
     """Record the gather. It decodes only the selected rows; ids past the end give zero rows."""
     out, a, ids = call.out, call["a"], call["ids"]
-    name = "get_ids" if a.dtype.kind == "int" else f"get_rows<{reader(a.dtype)}>"
-    grid = (rows(out), blocks_for(out.ne[0]))
-    call.launch(FILE, name, grid=grid, block=256, args=[out.tensor, a.tensor, ids.tensor])
+    args: list[Argument] = [out.tensor, a.tensor, ids.tensor]
+    name, grid = f"get_rows<{reader(a.dtype)}>", (rows(out), blocks_for(out.ne[0]))
+    if a.dtype.kind == "int":
+        total = rows(out) * out.ne[0]
+        name, grid = "get_ids", (blocks_for(total), 1)
+        args.append(np.uint32(total))
+    call.launch(FILE, name, grid=grid, block=256, args=args)
 
 
 @kernel(ops.set_rows, types=None)

@@ -13,7 +13,7 @@ from pyggml import quants
 from pyggml.backends.cuda import norm
 from pyggml.backends.cuda.attention import joint, scores
 from pyggml.backends.cuda.launch import Call, Launch, Operand
-from pyggml.backends.cuda.linear import experts, halves, plain
+from pyggml.backends.cuda.linear import halves, plain
 from pyggml.backends.cuda.weights.grids import LEVELS
 from pyggml.dtypes import TYPES
 from pyggml.parity import decode_patterns
@@ -368,32 +368,15 @@ def test_copies_of_rows(k: int, m: int, tmp_path: Path) -> None:
     assert not target[:2].any() and not target[:, m:].any()
 
 
-def test_pairs_are_sorted_by_expert(tmp_path: Path) -> None:
-    """Pairs without an expert come last, as the pairs of one expert more."""
-    n_expert, ids = 5, rng.integers(-1, 7, (30, 3)).astype(np.int32)
-    memory, columns = Memory(1 << 12), experts.columns_for(ids.size, n_expert)
-    operand = Operand(ids.ctypes.data, (3, 30, 1, 1), (4, 12, 0, 0), TYPES["i32"])
-    call = Call(gg.input("ids", "i32", ne=(3, 30)), operand, {}, {})
-    experts.launch_groups(call, operand, n_expert, memory.ptr)
-    (record,) = call.records
-    assert isinstance(record, Launch)
-    starter(tmp_path, [record])(record)
-    chosen = np.where((ids < 0) | (ids >= n_expert), n_expert, ids).reshape(-1)
-    words = memory.data.view(np.int32)
-    order, places = words[: ids.size], words[512 // 4 :][: ids.size]
-    np.testing.assert_array_equal(order, np.argsort(chosen, kind="stable"))
-    in_place = np.where(chosen == n_expert, -1, np.argsort(order))
-    np.testing.assert_array_equal(places, in_place)
-    counts = np.bincount(chosen, minlength=n_expert + 1)
-    expected = [
-        (expert, counts[:expert].sum() + at, min(columns, n - at), 0)
-        for expert, n in enumerate(counts)
-        for at in range(0, n, columns)
-    ]
-    most = experts.most_tiles(ids.size, n_expert, columns)
-    table, count = 1024 // 4, 1024 // 4 + -(-16 * most // 256) * 64
-    assert words[count] == len(expected) <= most
-    np.testing.assert_array_equal(words[table:][: 4 * len(expected)].reshape(-1, 4), expected)
+@pytest.mark.parametrize(("n", "n_ids"), [(1, 700), (3, 5)])
+def test_rows_of_ids(n: int, n_ids: int, tmp_path: Path) -> None:
+    """A thread has an element; an id that is none, or past the end, gives zeros."""
+    table, ids = gg.input("table", "i32", ne=(n, 9)), gg.input("ids", "i32", ne=(n_ids,))
+    inputs = {
+        "table": rng.integers(-5, 99, (9, n)).astype(np.int32),
+        "ids": rng.integers(-1, 9, n_ids).astype(np.int32),
+    }
+    compare({"y": gg.get_rows(table, ids)}, inputs, tmp_path, 0.0)
 
 
 # -- attention without flash attention ---------------------------------------------------------

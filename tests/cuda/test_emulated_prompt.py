@@ -140,9 +140,11 @@ def test_rotation_of_many_tokens(
 
 
 def test_pairs_are_sorted_by_expert(tmp_path: Path) -> None:
-    """Runs of one pair, of four, of more than 32; ids of rows that lie apart; no expert."""
-    for n_used, tokens, n_expert in ((6, 9, 5), (3, 1100, 7), (4, 8300, 2)):
-        ids = rng.integers(-2, n_expert + 1, (tokens, n_used + 1)).astype(np.int32)
+    """Runs of one pair, of four, of more than 32; ids of rows that lie apart; no expert, for most
+    pairs or none. Full tiles come first, then what is left of each expert, most pairs first."""
+    for n_used, tokens, n_expert, low in ((6, 9, 5, -2), (3, 1100, 7, -9), (4, 8300, 2, 0)):
+        high = n_expert + (low < 0)
+        ids = rng.integers(low, high, (tokens, n_used + 1)).astype(np.int32)
         pairs, width = n_used * tokens, experts.columns_for(n_used * tokens, n_expert)
         tiles = experts.most_tiles(pairs, n_expert, width)
         need = experts.group_scratch((n_used, tokens, 1, 1), n_expert)
@@ -169,10 +171,14 @@ def test_pairs_are_sorted_by_expert(tmp_path: Path) -> None:
         np.testing.assert_array_equal(part(places, pairs), where)
         counts = np.bincount(flat, minlength=n_expert + 1)
         starts = np.cumsum(counts) - counts
-        want = [
+        pieces = [
             (e, starts[e] + i, min(width, counts[e] - i))
             for e in range(n_expert + 1)
             for i in range(0, counts[e], width)
         ]
-        assert part(count, 1)[0] == len(want)
+        real = [piece for piece in pieces if piece[0] < n_expert]
+        full = [piece for piece in real if piece[2] == width]
+        rests = sorted((piece for piece in real if piece[2] < width), key=lambda p: -p[2])
+        want = [*full, *rests, *(piece for piece in pieces if piece[0] == n_expert)]
+        assert part(count, 2).tolist() == [len(want), len(real)]
         np.testing.assert_array_equal(part(table, 4 * len(want)).reshape(-1, 4)[:, :3], want)

@@ -109,12 +109,16 @@ __global__ void __launch_bounds__(256) get_rows(Tensor out, Tensor a, Tensor ids
 }
 
 // get_rows of i32 rows, whose values f32 cannot represent exactly.
-__global__ void __launch_bounds__(256) get_ids(Tensor out, Tensor a, Tensor ids) {
+// A thread for each element: rows of ids are short, mostly of one.
+__global__ void __launch_bounds__(256)
+    get_ids(Tensor out, Tensor a, Tensor ids, unsigned total) {
     begin();
-    int i = blockIdx.y * 256 + threadIdx.x, i1 = blockIdx.x % out.ne[1], rest = blockIdx.x / out.ne[1];
-    int i2 = rest % out.ne[2], i3 = rest / out.ne[2], id = *ids.at<int>(i1, i2, i3, 0);
-    if (i >= out.ne[0]) return;
-    *out.at<int>(i, i1, i2, i3) = id >= 0 && id < a.ne[1] ? *a.at<int>(i, id, i2, i3) : 0;
+    const unsigned i = blockIdx.x * 256 + threadIdx.x;
+    if (i >= total) return;
+    const Index at = unravel<unsigned>(i, out.ne[0], out.ne[1], out.ne[2]);
+    const int id = *ids.at<int>(at.i1, at.i2, at.i3, 0);
+    *out.at<int>(at.i0, at.i1, at.i2, at.i3) =
+        id >= 0 && id < a.ne[1] ? *a.at<int>(at.i0, id, at.i2, at.i3) : 0;
 }
 
 // The row of `out` that receives row (i1, i2, i3) of b; null where the id is not a row of `out`.

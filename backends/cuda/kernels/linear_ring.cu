@@ -195,7 +195,9 @@ __global__ void __launch_bounds__(PRODUCERS + Sizes<COLUMNS>::CONSUMERS, 1)
         }
         fence_barriers();
     }
-    const int parts = a.row_tiles * (ROUTED ? *columns.n_tiles : a.column_tiles * a.batches);
+    // Short rows of pairs without an expert are not written.
+    const int tiles = ROUTED ? columns.n_tiles[a.narrow == SHORT] : a.column_tiles * a.batches;
+    const int parts = a.row_tiles * tiles;
     Turn turn, tile;
     __syncthreads();
 
@@ -276,7 +278,6 @@ __global__ void __launch_bounds__(PRODUCERS + Sizes<COLUMNS>::CONSUMERS, 1)
         const Part part = part_of<ROUTED>(a, number);
         const int first_row = part.row_tile * TILE_ROWS;
         if (ROUTED && part.matrix == columns.routing.experts) {  // pairs without an expert get zeros
-            if (a.narrow == SHORT) continue;  // or no row
             for (int start = own * 32; start < part.valid; start += CONSUMERS) {
                 const int entry = part.first + min(start + lane, part.valid - 1);
                 const u32 target = (target_of(columns.routing, a.y, columns.order[entry]) - a.y.data) / 4;

@@ -1,6 +1,9 @@
 // Sorts routed tokens by expert, on the device and in a fixed order. One block per expert counts
 // all of them, so no block waits for another. Pairs without an expert come last, as if there were
-// one expert more.
+// one expert more; where devices share the experts these are many, so no atomic counts them.
+//
+// Full tiles come first, then what is left of each expert, most pairs first. So the last round of
+// blocks of a product, which not all multiprocessors have, is of the smallest tiles.
 // @kernel hot group_pairs
 #include "linear_common.cuh"
 
@@ -9,17 +12,18 @@
 constexpr int THREADS = 1024, AHEAD = 4;
 
 // order: pairs sorted by expert. places: where each pair is there, -1 without an expert. tiles:
-// {expert, first entry of order, entries}, one for every `columns` pairs.
+// {expert, first entry of order, entries}, of up to `columns` pairs. n_tiles: how many there are, and
+// how many are of an expert.
 __global__ void __launch_bounds__(THREADS)
     group_pairs(Routing routing, int* order, int* places, int4* tiles, int* n_tiles,
                 int columns) {
     begin();
     extern __shared__ int counts[];  // one per expert
-    __shared__ int starts[THREADS / 32], before, tiles_before, all_tiles;
+    __shared__ int starts[THREADS / 32], before, full_before, all_full, rests_before, all_rests;
     const int thread = threadIdx.x, mine = blockIdx.x, n_used = routing.ids.ne[0];
     const int pairs = n_used * routing.ids.ne[1], experts = routing.experts + 1;
     for (int e = thread; e < experts; e += THREADS) counts[e] = 0;
-    if (thread == 0) before = tiles_before = all_tiles = 0;
+    if (thread == 0) before = full_before = all_full = rests_before = all_rests = 0;
     __syncthreads();
     // Each thread takes a contiguous run of pairs, so ranks follow from a prefix sum over threads.
     const int share = (pairs + THREADS - 1) / THREADS;
@@ -27,7 +31,7 @@ __global__ void __launch_bounds__(THREADS)
     const auto expert_of = [&](unsigned id) { return (int)min(id, (unsigned)routing.experts); };
     const long long step = routing.ids.nb[0], skip = routing.ids.nb[1] - n_used * step;
     const char* at_id = routing.ids.at<char>(first % n_used, first / n_used, 0, 0);
-    int own = 0, slot = first % n_used;
+    int own = 0, absent = 0, slot = first % n_used;
     unsigned own_of_32 = 0;  // which of the first 32 of the run
     for (int start = first; start < last; start += AHEAD) {
         int ids[AHEAD];
@@ -44,19 +48,24 @@ __global__ void __launch_bounds__(THREADS)
             if (start + i < last) {
                 const int expert = expert_of(ids[i]);
                 bits |= (expert == mine) << i;
-                atomicAdd(&counts[expert], 1);
+                if (expert < routing.experts) atomicAdd(&counts[expert], 1);
+                else ++absent;
             }
         own += __popc(bits);
         if (start - first < 32) own_of_32 |= bits << (start - first);
     }
+    absent = __reduce_add_sync(~0u, absent);
+    if (thread % 32 == 0 && absent) atomicAdd(&counts[routing.experts], absent);
     __syncthreads();
+    const int count = counts[mine], left = count % columns;
     for (int e = thread; e < experts; e += THREADS) {
-        int some = (counts[e] + columns - 1) / columns;
-        atomicAdd(&all_tiles, some);
-        if (e < mine) {
-            atomicAdd(&before, counts[e]);
-            atomicAdd(&tiles_before, some);
-        }
+        if (e < mine) atomicAdd(&before, counts[e]);
+        if (e == routing.experts) continue;
+        const int full = counts[e] / columns, rest = counts[e] % columns;
+        atomicAdd(&all_full, full);
+        if (e < mine) atomicAdd(&full_before, full);
+        if (rest) atomicAdd(&all_rests, 1);
+        if (rest > left || (rest && rest == left && e < mine)) atomicAdd(&rests_before, 1);
     }
     int rank = own;
     for (int i = 1; i < 32; i *= 2) {
@@ -75,9 +84,16 @@ __global__ void __launch_bounds__(THREADS)
 #pragma unroll 1
     for (int pair = first + 32; pair < last; ++pair)
         if (expert_of(*routing.ids.at<int>(pair % n_used, pair / n_used, 0, 0)) == mine) put(pair);
-    int count = counts[mine];
-    for (int i = thread; i * columns < count; i += THREADS)
-        tiles[tiles_before + i] =
-            make_int4(mine, before + i * columns, min(columns, count - i * columns), 0);
-    if (mine == 0 && thread == 0) *n_tiles = all_tiles;
+    const bool none = mine == routing.experts;
+    for (int i = thread; i * columns < count; i += THREADS) {
+        const int here = min(columns, count - i * columns);
+        const int tile = none              ? all_full + all_rests + i
+                         : here == columns ? full_before + i
+                                           : all_full + rests_before;
+        tiles[tile] = make_int4(mine, before + i * columns, here, 0);
+    }
+    if (none && thread == 0) {
+        n_tiles[1] = all_full + all_rests;
+        n_tiles[0] = n_tiles[1] + (count + columns - 1) / columns;
+    }
 }

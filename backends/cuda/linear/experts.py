@@ -62,7 +62,7 @@ def most_tiles(pairs: int, experts: int, columns: int) -> int:
 def group_scratch(ids: Ne, experts: int) -> int:
     pairs = pairs_of(ids)
     tiles = most_tiles(pairs, experts, columns_for(pairs, experts))
-    return aligned(4 * pairs, 4 * pairs, 16 * tiles, 4)
+    return aligned(4 * pairs, 4 * pairs, 16 * tiles, 8)
 
 
 def in_order(dtype: DType, a: Ne, ids: Ne) -> bool:

@@ -120,7 +120,7 @@ __device__ __forceinline__ Pair pair_of(const Routing& r, const Tensor& y, int p
 // The columns of tiles: from a list made by moe_group.cu, or simply the next N.
 struct Columns {
     const int4* tiles;  // {expert, first entry of `order`, entries}
-    const int* n_tiles;
+    const int* n_tiles;  // of all, and of those with an expert, which come first
     const int* order;  // pairs sorted by expert
     Heads heads;
     Routing routing;
