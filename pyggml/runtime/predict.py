@@ -1,12 +1,12 @@
 """The time of a plan by the cost rules of its ops: a prediction, not a measurement.
 
-A step takes a launch, and the longer of its operations and its bytes at a device's rates. What a
-step has in registers does not count as bytes. Products by expert id take the rows that the busiest
-device has to compute. A weight of the host takes its bytes at the rate of the bus, those of experts
-that random ids choose; one that is read ahead has the bus while other steps run, and the step that
-reads it waits for it. A copy or a collective takes a latency and its bytes at the rate of the link.
-Splits start when their device is free and what they wait for is done. Steps of the host and copies
-to and from it have rates of their own.
+A step takes its launches, and the longer of its operations and its bytes at a device's rates. What
+a step has in registers does not count as bytes. Products by expert id take the rows that the
+busiest device has to compute. A weight of the host takes its bytes at the rate of the bus, those of
+experts that random ids choose; one that is read ahead has the bus while other steps run, and the
+step that reads it waits for it. A copy or a collective takes a latency and its bytes at the rate of
+the link. Splits start when their device is free and what they wait for is done. Steps of the host
+and copies to and from it have rates of their own.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pyggml.operation import cost_of
 from pyggml.ops.leaf import constant_op
 from pyggml.ops.linear import expected_share
 from pyggml.passes.work import Split, Work
+from pyggml.runtime.kernels import kernels_of
 from pyggml.transfer import origin, transfer
 
 
@@ -39,7 +40,7 @@ class Rates:
                `moe_up_gate_iq4_nl_t512` and `_t2048` (48 and 192 rows an expert)
     attention  of the visible scores of flash attention: `fa_192_128_h16_n8192`
     nbytes     bytes of memory a second: `copy` times `mul_mat_vec_iq4_nl`
-    launch     seconds that a step takes besides: `moe_up_gate_iq4_nl_t1` less its bytes
+    launch     seconds that a launch takes besides: `moe_up_gate_iq4_nl_t1` less its bytes
     link       bytes a second from one device to another, and
     latency    seconds of a copy or collective without bytes: `nccl_8kb_graph`, `nccl_16mib_graph`
     small      seconds of a sum of at most SMALL bytes, besides the bytes: `nccl_8kb_boxes`
@@ -100,7 +101,7 @@ def predict(work: Work, rates: Rates | None = None) -> Prediction:
             clocks.together(last[i])
         elif i not in waiting:
             clocks.steps(i, len(split.steps))
-    alone = tuple(seconds_of(work, step, clocks.rates) for step in work.steps)
+    alone = tuple(map(clocks.seconds, work.steps))
     longest = max(clocks.between.values(), default=0.0)
     return Prediction(max(clocks.now.values(), default=0.0), clocks.busy, longest, alone)
 
@@ -111,6 +112,7 @@ class _Clocks:
     now, busy, between  by device
     bus, arrivals       by device: when its last load has ended; weight -> when that of it has
     ends, done          of each split: when it ends, and how many of its steps have run
+    launches            of each step
     """
 
     def __init__(self, work: Work, rates: Rates) -> None:
@@ -122,11 +124,18 @@ class _Clocks:
         self.arrivals: dict[Node, float] = {}
         self.ends: dict[int, float] = {}
         self.done = [0] * len(work.splits)
+        self.launches = {
+            step: max(1, len(each.names)) for step, each in zip(work.steps, kernels_of(work))
+        }
+
+    def seconds(self, step: Step) -> float:
+        """A step or copy, alone."""
+        return seconds_of(self.work, step, self.rates, self.launches[step])
 
     def copies(self, i: int, split: Split) -> None:
         """Wait for other splits, and copy what they have computed."""
         device = split.backend.device
-        sent = [seconds_of(self.work, step, self.rates) for step in split.copies]
+        sent = [self.seconds(step) for step in split.copies]
         copies = (max(sent) if _one_collective(split.steps) else sum(sent)) if sent else 0.0
         start = max([self.now.get(device, 0.0), *(self.ends[k] for k in split.waits)])
         self.now[device] = start + copies
@@ -139,7 +148,7 @@ class _Clocks:
         split = self.work.splits[i]
         device, steps = split.backend.device, split.steps[self.done[i] : end]
         for step in steps:
-            seconds = seconds_of(self.work, step, self.rates)
+            seconds = self.seconds(step)
             begin = max([self.now[device], *self._awaited(step)])
             if isinstance(step, LoadStep):
                 self.bus[device] = max(begin, self.bus.get(device, 0.0)) + seconds
@@ -168,7 +177,7 @@ class _Clocks:
             names = [self.work.splits[i].backend.device for i, _ in meeting]
             begin = max(self.now[name] for name in names)
             for (i, index), name in zip(meeting, names):
-                joint = seconds_of(self.work, self.work.splits[i].steps[index], self.rates)
+                joint = self.seconds(self.work.splits[i].steps[index])
                 self.now[name] = begin + joint
                 self.between[name] += joint
                 self.done[i] += 1
@@ -181,7 +190,7 @@ def _one_collective(steps: tuple[Step, ...]) -> bool:
     return bool(steps) and steps[0].node.op.name in ("all_reduce", "all_gather", "reduce_scatter")
 
 
-def seconds_of(work: Work, step: Step, rates: Rates) -> float:
+def seconds_of(work: Work, step: Step, rates: Rates, launches: int) -> float:
     """A step or copy of a planned graph, alone."""
     ends = [work.home(step.node.base)]
     if step.node.op is transfer:
@@ -196,7 +205,8 @@ def seconds_of(work: Work, step: Step, rates: Rates) -> float:
     if step.joint is not None:
         return _joint_seconds(step.joint, rates)
     works = [_work(node, step, rates) for node in step.nodes]
-    return rates.launch + max(sum(w[0] for w in works), sum(w[1] for w in works) / rates.nbytes)
+    longer = max(sum(w[0] for w in works), sum(w[1] for w in works) / rates.nbytes)
+    return launches * rates.launch + longer
 
 
 def _joint_seconds(joint: Node, rates: Rates) -> float:

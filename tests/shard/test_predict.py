@@ -44,6 +44,14 @@ def test_a_step_takes_a_launch_and_its_work() -> None:
     assert seconds == pytest.approx(RATES.launch + nbytes / RATES.nbytes)
 
 
+def test_each_launch_of_a_step_takes_its_time() -> None:
+    """Columns are prepared by a launch of their own."""
+    blocks = gg.constant(np.zeros((4096, 4096), "f4"), dtype="q8_0", name="w")
+    plan = plan_of(gg.mul_mat(blocks, gg.input("x", ne=(4096, 2048))))
+    assert len(plan.steps) == 1
+    assert plan.predict(replace(FREE, launch=1.0)).total == pytest.approx(2.0)
+
+
 @pytest.mark.parametrize(("devices", "tokens"), [(2, 1), (4, 8), (8, 32)])
 def test_a_small_sum_sends_to_all_others(devices: int, tokens: int) -> None:
     nbytes = 4 * 1024 * tokens
