@@ -11,6 +11,7 @@ sparse_list_n65536         us of attention to the listed rows
 sparse_dense_n65536        us of attention to all rows
 sparse_token_n65536        us of indexer, top_k and attention to the list, one after another
 sparse_gain_n65536         sparse_dense / sparse_token
+sparse_token_q8_0_n65536, sparse_gain_q8_0_n65536   the same with an index cache of q8_0
 sparse_prompt_2048_n32768  TFLOP/s of the attention of 2,048 tokens to 2,048 rows each
 
 V4-Flash with Q2_K weights at a depth of 8,192, by its kinds of layers, because the whole does not
@@ -44,6 +45,7 @@ from benchmarks.gpu_bench import (
     node_microseconds,
     peer_microseconds,
     plan_microseconds,
+    random_blocks,
     replays,
     write_clocks,
     write_row,
@@ -95,6 +97,10 @@ class Leaves:
     def f16(self, name: str, *ne: int) -> gg.Node:
         return self._leaf(name, "f16", ne, lambda: normal(ne).astype(np.float16))
 
+    def q8_0(self, name: str, d: int, n: int) -> gg.Node:
+        blocks = partial(random_blocks, "q8_0", n, d, rng)
+        return self._leaf(name, "q8_0", (d, n), lambda: blocks().reshape(n, -1))
+
     def ids(self, name: str, n_rows: int, n_tokens: int) -> gg.Node:
         """TOP_K different rows for each token, in any order."""
 
@@ -120,8 +126,10 @@ def normal(ne: tuple[int, ...]) -> Any:
 # -- the parts of V3.2's attention ----------------------------------------------------------------
 
 
-def scores(leaves: Leaves, i: int) -> gg.Node:
+def scores(leaves: Leaves, i: int, cache: str = "f16") -> gg.Node:
     keys = leaves.f16(f"index{i % copies(2 * INDEX * N_KV)}", INDEX, N_KV)
+    if cache != "f16":
+        keys = leaves.q8_0(f"index{i % copies(34 * INDEX // 32 * N_KV)}_q8_0", INDEX, N_KV)
     queries, weights = f"queries{i}", f"weights{i}"
     return gg.lightning_indexer(
         leaves.f32(queries, INDEX, INDEX_HEADS, 1), keys, leaves.f32(weights, INDEX_HEADS, 1)
@@ -156,12 +164,11 @@ def parts() -> None:
     write_row(f"sparse_list_n{N_KV}", "us", timed(leaves, listed))
     dense = timed(leaves, [attention(leaves, i, N_KV, None) for i in turns])
     write_row(f"sparse_dense_n{N_KV}", "us", dense)
-    chains = [
-        attention(leaves, i, N_KV, gg.top_k(scores(leaves, i), k=TOP_K)) for i in turns
-    ]  # fmt: skip
-    token = timed(leaves, chains)
-    write_row(f"sparse_token_n{N_KV}", "us", token)
-    write_row(f"sparse_gain_n{N_KV}", "times", [median(dense) / t for t in token])
+    for cache, name in (("f16", ""), ("q8_0", "_q8_0")):
+        ids = [gg.top_k(scores(leaves, i, cache), k=TOP_K) for i in turns]
+        token = timed(leaves, [attention(leaves, i, N_KV, ids[i]) for i in turns])
+        write_row(f"sparse_token{name}_n{N_KV}", "us", token)
+        write_row(f"sparse_gain{name}_n{N_KV}", "times", [median(dense) / t for t in token])
     prompt()
 
 

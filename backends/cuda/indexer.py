@@ -7,6 +7,7 @@ import ctypes
 from pyggml import ops
 from pyggml.backends.cuda.argument import Struct
 from pyggml.backends.cuda.copy import reader
+from pyggml.backends.cuda.device.tensormap import EMPTY, TensorMap, tensor_map
 from pyggml.backends.cuda.geometry import C_TYPES, blocks_for
 from pyggml.backends.cuda.launch import ABSENT, Call, Operand, early_reads
 from pyggml.backends.cuda.table import ALIGNMENT, kernel
@@ -53,6 +54,12 @@ class Indexer(Struct):
         ("chunk", ctypes.c_int32),
         ("early", ctypes.c_int32),
     )
+
+
+class TokenIndexer(Struct):
+    """The struct `TokenIndexer` of indexer_token.cu, padded like `HopperArgument`."""
+
+    _fields_ = (("pad", ctypes.c_uint64 * 6), ("map", TensorMap), ("a", Indexer))
 
 
 def why_plain(node: Node) -> str:
@@ -108,6 +115,9 @@ def lightning_indexer(call: Call) -> None:
         return plain(call)
     if q.ne[2] > 1:
         return many_tokens(call)
+    shared = q.ne[1] // _heads(q.ne[1]) * _stage(_heads(q.ne[1])) + ONE * 2 * TILE * 2 * ROW + 1024
+    if call.device.arch == "90a" and k.dtype.block == 1 and shared <= call.device.shared - 1024:
+        return mapped_token(call, shared)
     one_token(call)
 
 
@@ -127,6 +137,23 @@ def one_token(call: Call) -> None:
         grid=(min(tiles, call.device.sms), 1, q.ne[3]),
         block=128 * ONE,
         args=[argument],
+        shared=shared,
+        early=argument.early > 0,
+    )
+
+
+def mapped_token(call: Call, shared: int) -> None:
+    """The same where the copy engine brings the rows."""
+    q, k = call["q"], call["k"]
+    kind, size = k.dtype.name, (ROW, k.ne[1], 1, k.ne[3])
+    rows = EMPTY if call.names_only else tensor_map(k.ptr, kind, size, k.nb, (64, TILE, 1, 1))
+    argument = _argument(call)
+    call.launch(
+        "indexer_token.cu",
+        f"scores_token<{_type(k)}, {_heads(q.ne[1])}>",
+        grid=(min(blocks_for(k.ne[1], TILE), call.device.sms), 1, q.ne[3]),
+        block=128 * ONE,
+        args=[TokenIndexer(pad=(0,) * 6, map=rows, a=argument)],
         shared=shared,
         early=argument.early > 0,
     )

@@ -102,6 +102,38 @@ struct Inbox {
 };
 inline void blocks_start() {}
 inline void blocks_started() { cluster_sync(); }
+
+inline void fence_barriers() {}
+// An mbarrier in 8 bytes: arrivals of a phase, those it still lacks, the phase, and bytes to come.
+struct Arrivals {
+    unsigned count : 16, missing : 16, phase : 1, nbytes : 31;
+};
+inline Arrivals& arrivals(unsigned long long* b) { return *(Arrivals*)b; }
+inline void advance(Arrivals& b) {
+    if (!b.missing && !b.nbytes) b.missing = b.count, b.phase ^= 1;
+}
+inline void barrier_init(unsigned long long* b, unsigned count) {
+    arrivals(b) = {count, count, 0, 0};
+}
+inline void barrier_arrive(unsigned long long* b) { --arrivals(b).missing, advance(arrivals(b)); }
+inline void copies_arrive(unsigned long long* b) { barrier_arrive(b); }
+inline void barrier_expect(unsigned long long* b, unsigned nbytes) {
+    arrivals(b).nbytes += nbytes;
+    barrier_arrive(b);
+}
+inline void barrier_wait(unsigned long long* b, unsigned parity) {
+    while (arrivals(b).phase == parity) yield_thread();
+}
+inline bool barrier_passed(unsigned long long* b, unsigned parity) {
+    return arrivals(b).phase != parity;
+}
+template <class T>
+void send(void* p, int rank, const T& x, unsigned long long* b) {
+    __builtin_memcpy(in_block((char*)p, rank), &x, sizeof x);
+    Arrivals& there = arrivals(in_block(b, rank));
+    there.nbytes -= sizeof x;
+    advance(there);
+}
 template <class T, class U>
 T atomicAdd(T* at, U by) {
     const T before = *at;

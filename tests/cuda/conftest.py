@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pyggml.backends.cuda import backend, doctor
+from pyggml.backends.cuda import backend, doctor, indexer
 from pyggml.backends.cuda.attention import flash
 from pyggml.backends.cuda.device import compiler, context, driver
 from pyggml.backends.cuda.device.tensormap import EMPTY
@@ -28,7 +28,7 @@ def tensor_maps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a driver, which alone can encode tensor maps, record maps of zeros."""
     bindings = find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
     if not bindings or not any(Path(mark).exists() for mark in doctor.GPU_MARKS):
-        for module in (flash, ring):
+        for module in (flash, indexer, ring):
             monkeypatch.setattr(module, "tensor_map", lambda *_: EMPTY)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import pyggml as gg
+from pyggml.backends.cuda import indexer
 from pyggml.backends.cuda.attention import flash
 from pyggml.backends.cuda.device.compiler import KERNELS
 from pyggml.backends.cuda.device.tensormap import TensorMap, steps_of
@@ -85,7 +86,9 @@ def host_map(
 @contextmanager
 def host_maps() -> Iterator[None]:
     """Records launches with tensor maps as mma.hpp reads them."""
-    with patch.object(ring, "tensor_map", host_map), patch.object(flash, "tensor_map", host_map):
+    with ExitStack() as maps:
+        for module in (flash, indexer, ring):
+            maps.enter_context(patch.object(module, "tensor_map", host_map))
         yield
 
 
@@ -248,7 +251,8 @@ def _text(file: str, names: list[str]) -> str:
         f"{{ return start({name}, args, grid, block, shared, {_blocks(name)}); }}"
         for i, name in enumerate(names)
     )
-    tensor_cores = "#define __CUDA_ARCH_FEAT_SM90_ALL\n" * ("_hopper" in file)
+    for_hopper = "_hopper" in file or file in ("attention_list_token.cu", "indexer_token.cu")
+    tensor_cores = "#define __CUDA_ARCH_FEAT_SM90_ALL\n" * for_hopper
     return f"""{tensor_cores}#include "block.hpp"
 #include "host.hpp"
 #include "emulated.hpp"

@@ -44,35 +44,10 @@ inline void bulk_copy(void* to, unsigned from, unsigned nbytes) {
     std::memcpy(to, at_shared(from), nbytes);
 }
 inline void bulk_copies_wait() {}
-inline void fence_barriers() {}
 template <int N>
 void registers_take() {}
 template <int N>
 void registers_give() {}
-
-// An mbarrier in 8 bytes: arrivals of a phase, those it still lacks, the phase, and bytes to come.
-struct Arrivals {
-    unsigned count : 16, missing : 16, phase : 1, nbytes : 31;
-};
-inline Arrivals& arrivals(unsigned long long* b) { return *(Arrivals*)b; }
-inline void advance(Arrivals& b) {
-    if (!b.missing && !b.nbytes) b.missing = b.count, b.phase ^= 1;
-}
-inline void barrier_init(unsigned long long* b, unsigned count) {
-    arrivals(b) = {count, count, 0, 0};
-}
-inline void barrier_arrive(unsigned long long* b) { --arrivals(b).missing, advance(arrivals(b)); }
-inline void copies_arrive(unsigned long long* b) { barrier_arrive(b); }
-inline void barrier_expect(unsigned long long* b, unsigned nbytes) {
-    arrivals(b).nbytes += nbytes;
-    barrier_arrive(b);
-}
-inline void barrier_wait(unsigned long long* b, unsigned parity) {
-    while (arrivals(b).phase == parity) yield_thread();
-}
-inline bool barrier_passed(unsigned long long* b, unsigned parity) {
-    return arrivals(b).phase != parity;
-}
 
 // What `host_map` of emulated.py writes in place of a driver's map.
 struct TensorMap {
@@ -137,6 +112,15 @@ inline void ldmatrix_trans(unsigned (&r)[4], unsigned at) {
                         at_shared(rows[8 * i + lane % 4 * 2 + half]) + lane / 4 * 2, 2);
 }
 
+inline void stmatrix_trans(unsigned at, const unsigned (&r)[4]) {
+    const auto rows = of_warp(at);
+    const int lane = threadIdx.x % 32;
+    for (int i = 0; i < 4; ++i)
+        for (int half = 0; half < 2; ++half)
+            std::memcpy(at_shared(rows[8 * i + lane % 4 * 2 + half]) + lane / 4 * 2,
+                        (const char*)&r[i] + 2 * half, 2);
+}
+
 template <class T>
 float number(unsigned word, int i) {
     T x;
@@ -196,6 +180,11 @@ template <class T, int N>
 void wgmma_ss(float (&d)[N / 2], unsigned long long a, unsigned long long b, int add) {
     const unsigned at = (unsigned)a + threadIdx.x / 32 % 4 * (16 * 128);
     wgmma<T, N>(d, [&](int row, int k) { return at_tile<T>(at + row * 128 + k * 2); }, false, b, add);
+}
+inline void wgmma_columns(float (&d)[16], unsigned long long a, unsigned long long b, int add) {
+    const unsigned at = (unsigned)a + threadIdx.x / 32 % 4 * 32;
+    wgmma<__half, 32>(
+        d, [&](int row, int k) { return at_tile<__half>(at + k * 128 + row * 2); }, false, b, add);
 }
 template <class T, int N>
 void wgmma_rs(float (&d)[N / 2], const unsigned (&a)[4], unsigned long long b, int add) {

@@ -58,6 +58,7 @@ STRUCTS: tuple[tuple[type[Struct], str, str], ...] = (
     (tensormap.TensorMap, "include/mma.cuh", "TensorMap"),
     (arguments.Attention, "include/attention.cuh", "Attention"),
     (indexer.Indexer, "include/indexer.cuh", "Indexer"),
+    (indexer.TokenIndexer, "indexer_token.cu", "TokenIndexer"),
     (arguments.HopperArgument, "attention_hopper.cu", "HopperArgument"),
     (arguments.LatentArgument, "attention_latent_hopper.cu", "LatentArgument"),
     (combine_vec.Values, "combine_vec.cu", "Values"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from ctypes import sizeof
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ import pyggml as gg
 from pyggml.backends.cuda.argument import Struct, Tensor
 from pyggml.backends.cuda.attention.arguments import Attention
 from pyggml.backends.cuda.hyper_norm import Streams
-from pyggml.backends.cuda.indexer import Indexer
+from pyggml.backends.cuda.indexer import TokenIndexer
 from pyggml.backends.cuda.launch import Launch
 from pyggml.backends.cuda.recording import record_step
 from pyggml.parity.patterns import pattern
@@ -47,7 +48,8 @@ def launches(graph: Mapping[str, gg.Node], *names: str) -> list[Launch]:
 def early(*outputs: gg.Node, kind: type[Struct] = Attention) -> int:
     """What the last attention or indexer may read early."""
     launch = launches({f"y{i}": y for i, y in enumerate(outputs)}, "latent", "scores")[-1]
-    return int(kind.from_buffer_copy(launch.args).early)
+    argument: Any = kind.from_buffer_copy(launch.args)
+    return int(getattr(argument, "a", argument).early)
 
 
 def test_nothing_where_the_launch_before_is_not_known() -> None:
@@ -102,9 +104,9 @@ def test_an_indexer_waits_for_its_weights() -> None:
     queries = gg.input("iq", ne=(128, 64, 1))
     for first, w, most in ((gg.relu(row), weights, ALL), (row, gg.relu(weights), NOTHING)):
         scores = gg.lightning_indexer(queries, k, w)
-        assert early(*(x for x in (first, scores) if x is not row), kind=Indexer) == most
+        assert early(*(x for x in (first, scores) if x is not row), kind=TokenIndexer) == most
     written = gg.set_rows(gg.state("rows", "f16", ne=(128, N)), gg.input("new", ne=(128, 1)), at)
-    assert early(gg.lightning_indexer(queries, written, weights), kind=Indexer) == QUERIES
+    assert early(gg.lightning_indexer(queries, written, weights), kind=TokenIndexer) == QUERIES
 
 
 def test_weights_of_mixes_are_read_early_and_streams_that_are_complete() -> None:

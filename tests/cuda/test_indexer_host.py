@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 
 from pyggml.backends.cuda import indexer
 from pyggml.backends.cuda.device.compiler import KERNELS
-from pyggml.backends.cuda.gpu import H200
+from pyggml.backends.cuda.gpu import H200, Device
 from pyggml.backends.cuda.launch import Call, Launch, Operand
 from pyggml.backends.cuda.table import ALIGNMENT
 from pyggml.backends.cuda.table import KERNELS as TABLE
@@ -24,6 +25,7 @@ from pyggml.node import Node
 from pyggml.parity import oracle, tolerance
 from pyggml.parity.case import Case, build
 from pyggml.parity.cases import expand
+from tests.cuda.emulated import host_map
 from tests.cuda.host import libraries
 
 HERE = Path(__file__).parent
@@ -36,19 +38,19 @@ def kernel(name: str) -> str:
     return f'if (name == "{name}") return launch(grid, threads, [=] {{ {name}(a); }}, shared), 0;\n'
 
 
-def entry(names: list[str]) -> str:
+def entry(names: list[str], argument: str) -> str:
     return f"""
 extern "C" int run(const char* kernel, int x, int y, int z, int threads, int shared,
-                   const Indexer& argument) {{
+                   const {argument}& argument) {{
     const std::string name(kernel);
     const Dim3 grid = {{x, y, z}};
-    const Indexer a = argument;
+    const {argument} a = argument;
     {"".join(map(kernel, names))}
     return 1;
 }}"""
 
 
-def source(names: tuple[str, ...], instances: list[str]) -> str:
+def source(names: tuple[str, ...], instances: list[str], argument: str = "Indexer") -> str:
     words = ("block.hpp", "host.hpp", "attention_words.hpp", "mma.hpp")
     parts = [(HERE / name).read_text() for name in words]
     parts += ["#include <string>\n", grids.header()]
@@ -57,9 +59,11 @@ def source(names: tuple[str, ...], instances: list[str]) -> str:
         parts.append(path.read_text())
     text = re.sub(r'#include ".*|#include <cuda.*|#pragma once', "", "\n".join(parts))
     text = re.sub(r'asm\("max\.NaN.*?\);', "y = x != x ? x : max(x, 0.0f);", text)
-    memory = r"\1* memory = (\1*)block->memory.data();"
-    text = re.sub(r"extern __shared__ __align__\(\d+\) (\w+) memory\[\];", memory, text)
-    return text.replace("alignas(16) static float memory[1 << 16];", "") + entry(instances)
+    memory = r"\1* \2 = (\1*)block->memory.data();"
+    text = re.sub(r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];", memory, text)
+    return text.replace("alignas(16) static float memory[1 << 16];", "") + entry(
+        instances, argument
+    )
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +72,15 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     types, many = ("__half", "__nv_bfloat16", "q8_0"), ("false", "true")
     products = [f"scores<{k}, {n}, {more}>" for k in types for n in (32, 64) for more in many]
     products += [f"pack_queries<{k}, {n}>" for k in types[:2] for n in (32, 64)]
+    tokens = [f"scores_token<{k}, {n}>" for k in types[:2] for n in (32, 64)]
     types = (*(f"Plain<{t}>" for t in ("float", "__half", "__nv_bfloat16")), "q8_0", "q4_1")
     plain = [f"scores_any<{k}, {n}>" for k in types for n in (1, 4)]
     texts = {
         "indexer": source((*HEADERS, *PRODUCTS, "indexer.cu"), products).replace(
             "struct q8_0;\n", "using file::q8_0;\n"
         ),
+        "indexer_token": "#define __CUDA_ARCH_FEAT_SM90_ALL\n"
+        + source((*HEADERS, "indexer_token.cu"), tokens, "TokenIndexer"),
         "indexer_any": source((*HEADERS, "indexer_any.cu"), plain),
     }
     names = (f"{name}.cu" for name in texts)
@@ -94,8 +101,16 @@ lightning_indexer(f32[64,33,3], {q8_0|q4_1}[64,37]~past18, f32[33,3], -, i32[1]#
 """  # noqa: E501
 
 
+#: The same kernels without the copy engine.
+A100 = replace(H200, arch="80", shared=166_912)
+
+
+@pytest.mark.parametrize("device", (H200, A100), ids=("90a", "80"))
 @pytest.mark.parametrize("case", [c for c in expand(CASES) if not c.means], ids=str)
-def test_scores_are_right(case: Case, compiled: dict[str, Any]) -> None:
+def test_scores_are_right(
+    case: Case, device: Device, compiled: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(indexer, "tensor_map", host_map)
     graph = build(case)
     node, leaves = graph.node, {**graph.inputs, **graph.states}
     out = np.full(node.ne[::-1], 7, np.float32)
@@ -116,11 +131,13 @@ def test_scores_are_right(case: Case, compiled: dict[str, Any]) -> None:
     ptr = scratch.ctypes.data + -scratch.ctypes.data % ALIGNMENT
     operands = {name: operand(n) for name in node.op.operands if (n := node.get(name))}
     result = Operand(out.ctypes.data, node.ne, node.nb, node.dtype)
-    call = Call(node, result, operands, node.attrs, H200, scratch=(ptr, need))
+    call = Call(node, result, operands, node.attrs, device, scratch=(ptr, need))
     row.run(call)
     for launch in call.records:
         assert isinstance(launch, Launch)
-        argument = indexer.Indexer.from_buffer_copy(launch.args)
+        token = launch.file == "indexer_token.cu"
+        kind = indexer.TokenIndexer if token else indexer.Indexer
+        argument = kind.from_buffer_copy(launch.args)
         status = compiled[launch.file].run(
             launch.name.encode(),
             *launch.grid,

@@ -77,6 +77,13 @@ __device__ __forceinline__ void ldmatrix_trans(u32 (&r)[4], u32 at) {
                  : "memory");
 }
 
+// Stores four 8 x 8 matrices transposed (9.0); lanes 8 i to 8 i + 7 have the addresses of matrix i.
+__device__ __forceinline__ void stmatrix_trans(u32 at, const u32 (&r)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(at),
+                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
+}
+
 // Copies 16 bytes to shared memory asynchronously (cp.async). Where not `real`, it
 // writes zeros and reads nothing.
 __device__ __forceinline__ void copy16(u32 to, const void* from, bool real) {
@@ -271,6 +278,14 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[N / 2], const u32 (&a)[4], u
 #define OUTS32 R32(d, 0)
 #define OUTS64 R32(d, 0), R32(d, 32)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+// sums[64 x 32] (+)= A B, both in shared memory: A is [k][m] with m contiguous, B has k contiguous.
+__device__ __forceinline__ void wgmma_columns(float (&d)[16], u64 a, u64 b, int add) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {" S16
+                 "}, %16, %17, p, 1, 1, 1, 0;\n}"
+                 : OUTS16
+                 : "l"(a), "l"(b), "r"(add));
+}
 WGMMA(__half, "f16", 32, S16, OUTS16, "16", "17", "18", "19", "20", "21")
 WGMMA(__nv_bfloat16, "bf16", 32, S16, OUTS16, "16", "17", "18", "19", "20", "21")
 WGMMA(__half, "f16", 64, S32, OUTS32, "32", "33", "34", "35", "36", "37")
