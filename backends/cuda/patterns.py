@@ -23,6 +23,7 @@ from pyggml.backends.cuda.norm import norm_times_row, norm_with_row, sum_norm_ti
 from pyggml.backends.cuda.norm_rope import norm_rope, norm_rope_into_rows
 from pyggml.backends.cuda.peer_sum import joint_sum_norm
 from pyggml.backends.cuda.rope import rope_into_rows
+from pyggml.backends.cuda.top_k import listed_rows
 
 #: Each pattern with the ops that may come last in it. A graph is searched from its end, so a
 #: pattern whose last node comes later wins regardless of this order. Among patterns with the same
@@ -55,4 +56,5 @@ PATTERNS: tuple[Pattern, ...] = (
     (route, (ops.scale, ops.div, ops.get_rows)),
     (causal_attention, (ops.flash_attn_ext,)),
     (softmax_attention, (ops.mul_mat,)),
+    (listed_rows, (ops.top_k,)),
 )

@@ -3,7 +3,10 @@ is large."""
 
 from __future__ import annotations
 
+from functools import partial
+
 from pyggml import ops
+from pyggml.backends.cuda.fusion import Fused, Run
 from pyggml.backends.cuda.geometry import pack_width, rows
 from pyggml.backends.cuda.launch import Call
 from pyggml.backends.cuda.reduce import sort, sort_scratch
@@ -20,6 +23,8 @@ SORTED, MOST_K = 256, 2048
 CLUSTER, LONG, FEW_ROWS = 8, 12288, 16
 #: The longest row that a cluster keeps in two packs of four a thread.
 SHORT = 2 * 4 * CLUSTER * 1024
+#: Packs of a thread in top_k_list.cu, and its shared memory.
+LIST, LIST_SHARED = (2, 4, 12), 11_592
 
 
 def _sorts(node: Node) -> bool:
@@ -35,20 +40,54 @@ def top_k(call: Call) -> None:
     if _sorts(call.node):
         sort(call, descending=True)
         return
+    _selected(call, listed=False)
+
+
+def listed_rows(node: Node, run: Run) -> Fused | None:
+    """top_k where only lists of attention read the ids, which may be in any order then, as long as
+    it is the same in each run."""
+    readers = run.readers.get(node, ())
+    if _sorts(node) or node in run.keep or not readers:
+        return None
+    if not all(_as_list(reader, node) for reader in readers):
+        return None
+    return Fused((node,), {"a": node["a"]}, partial(_selected, listed=True))
+
+
+def _as_list(reader: Node, ids: Node) -> bool:
+    """Whether a node is attention that reads ids only as its list."""
+    if reader.op is not ops.flash_attn_ext:
+        return False
+    listed = reader.get("ids")
+    others = (s for name in reader.op.operands if name != "ids" and (s := reader.get(name)))
+    return listed is not None and listed.base is ids and all(s.base is not ids for s in others)
+
+
+def _selected(call: Call, listed: bool) -> None:
     a = call["a"]
-    select(call, rows(a) <= FEW_ROWS and a.ne[0] >= LONG and call.device.overlaps)
+    select(call, rows(a) <= FEW_ROWS and a.ne[0] >= LONG and call.device.overlaps, listed)
 
 
-def select(call: Call, few: bool) -> None:
-    """Record the kernel that selects; few: a cluster of blocks for each row."""
+def select(call: Call, few: bool, listed: bool = False) -> None:
+    """Record the kernel that selects.
+
+    few     a cluster of blocks for each row
+    listed  ids may be in any order; some kernels sort them nevertheless
+    """
     a = call["a"]
     width = pack_width(a)
+    args = [call.out.tensor, a.tensor]
+    packs = next((n for n in LIST if a.ne[0] <= 4 * 512 * CLUSTER * n), 0)
+    if few and listed and width == 4 and packs:
+        name, grid = f"top_k_list<{packs}>", rows(a) * CLUSTER
+        call.launch("top_k_list.cu", name, grid=grid, block=512, args=args, shared=LIST_SHARED)
+        return
     packs = 8 if width == 1 else 2 if a.ne[0] <= SHORT else 6
     call.launch(
         FILE,
         f"top_k_cluster<{width}, {packs}>" if few else f"top_k<{width}>",
         grid=rows(a) * (CLUSTER if few else 1),
         block=1024 if few else 512,
-        args=[call.out.tensor, a.tensor],
+        args=args,
         shared=SHARED,
     )

@@ -38,22 +38,49 @@ extern "C" int top_k_on_host(const char* name, int grid, int threads, int shared
 """
 
 
+LIST = """
+extern "C" int top_k_on_host(const char* name, int grid, int threads, int shared, Tensor out,
+                             Tensor a) {
+    const std::string kernel(name);
+    if (kernel == "top_k_list<2>")
+        launch({grid, 1, 1}, threads, [&] { top_k_list<2>(out, a); }, shared, CLUSTER);
+    else if (kernel == "top_k_list<4>")
+        launch({grid, 1, 1}, threads, [&] { top_k_list<4>(out, a); }, shared, CLUSTER);
+    else if (kernel == "top_k_list<12>")
+        launch({grid, 1, 1}, threads, [&] { top_k_list<12>(out, a); }, shared, CLUSTER);
+    return sizeof(State);
+}
+"""
+WORDS = """
+#include <string>
+#define __cluster_dims__(...)
+#define __CUDA_ARCH__ 800
+using u64 = unsigned long long;
+inline void begin() {}
+inline int __ffs(int x) { return __builtin_ffs(x); }
+"""
+
+
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    parts = [(HERE / name).read_text() for name in ("block.hpp", "host.hpp")]
-    parts += ["#include <string>\n#define __cluster_dims__(...)\n#define __CUDA_ARCH__ 800\n"]
-    parts += [(KERNELS / "include" / name).read_text() for name in ("common.cuh", "sort.cuh")]
-    parts += [(KERNELS / "top_k.cu").read_text().replace("#if __CUDA_ARCH__ >= 900", "#if 1"), RUN]
-    text = re.sub(r'#include ".*|#include <cuda.*|#pragma once', "", "\n".join(parts))
-    memory = "char* memory = block->memory.data();"
-    text = re.sub(r"extern __shared__ __align__\(16\) char memory\[\];", memory, text)
-    overlap = "inline void begin() {}\n#include <string>"
-    text = text.replace("#include <string>", overlap, 1)
-    (library,) = libraries(tmp_path_factory.mktemp("top_k"), {"top_k": text}, "-O1")
-    return library
+def library(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A library for each file of kernels."""
+    texts = {"top_k": RUN, "top_k_list": LIST}
+    for file, run in texts.items():
+        parts = [(HERE / name).read_text() for name in ("block.hpp", "host.hpp")]
+        parts += [WORDS]
+        parts += [(KERNELS / "include" / name).read_text() for name in ("common.cuh", "sort.cuh")]
+        kernels = (KERNELS / f"{file}.cu").read_text()
+        parts += [kernels.replace("#if __CUDA_ARCH__ >= 900", "#if 1"), run]
+        text = re.sub(r'#include ".*|#include <cuda.*|#pragma once', "", "\n".join(parts))
+        memory = "char* memory = block->memory.data();"
+        texts[file] = re.sub(r"extern __shared__ __align__\(16\) char memory\[\];", memory, text)
+    made = libraries(tmp_path_factory.mktemp("top_k"), texts, "-O1")
+    return dict(zip(texts, made))
 
 
-def chosen(library: Any, rows: NDArray[np.float32], k: int, few: bool) -> NDArray[np.int32]:
+def chosen(
+    library: dict[str, Any], rows: NDArray[np.float32], k: int, few: bool, listed: bool = False
+) -> NDArray[np.int32]:
     """The ids that the kernel which the backend records finds for rows [n_rows, n]."""
     node = gg.top_k(gg.input("a", ne=rows.shape[::-1]), k=k)
     ids = np.full((len(rows), k), -1, np.int32)
@@ -62,12 +89,12 @@ def chosen(library: Any, rows: NDArray[np.float32], k: int, few: bool) -> NDArra
         for n, x in ((node["a"], rows), (node, ids))
     )
     call = Call(node, out, {"a": a}, node.attrs, H200)
-    top_k.select(call, few)
+    top_k.select(call, few, listed)
     (launch,) = call.records
-    size = library.top_k_on_host(
+    size = library[launch.file.removesuffix(".cu")].top_k_on_host(
         launch.name.encode(), launch.grid[0], launch.block[0], launch.shared, out.tensor, a.tensor
     )
-    assert size == top_k.SHARED == launch.shared
+    assert size == launch.shared
     return ids
 
 
@@ -107,14 +134,26 @@ KINDS = (
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("few", [False, True], ids=["block", "cluster"])
-def test_the_choice_is_that_of_a_stable_sort(kind: str, few: bool, library: Any) -> None:
+def test_the_choice_is_that_of_a_stable_sort(kind: str, few: bool, library: dict[str, Any]) -> None:
     rng = np.random.default_rng(0)
     for n, k in ((20000, 2048), (16387, 513), (100000, 2048)):
         rows = np.stack([data(kind, n, rng)])
         np.testing.assert_array_equal(chosen(library, rows, k, few), expected(rows, k))
 
 
-def test_short_rows(library: Any) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_list_has_the_ids_of_a_stable_sort(kind: str, library: dict[str, Any]) -> None:
+    """In any order, but in the same one in each run: few rows are in that of the elements."""
+    rng = np.random.default_rng(0)
+    sizes = (20000, 2048), (16387, 513), (16388, 513), (65536, 2048), (163840, 2048)
+    for n, k in sizes:
+        rows = np.stack([data(kind, n, rng)])
+        ids = chosen(library, rows, k, few=True, listed=True)
+        np.testing.assert_array_equal(np.sort(ids), np.sort(expected(rows, k)))
+        np.testing.assert_array_equal(ids, chosen(library, rows, k, few=True, listed=True))
+
+
+def test_short_rows(library: dict[str, Any]) -> None:
     """Rows of a block may be shorter than its groups are many; k may be the whole row."""
     rng = np.random.default_rng(1)
     for n, k in ((1, 1), (5, 5), (130, 1), (2048, 2048), (4099, 2047)):

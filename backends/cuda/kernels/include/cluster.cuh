@@ -15,6 +15,23 @@ __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\n"
                  "barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+// Stores x, of 8 or 16 bytes, where `p` is in block `rank`, and completes as many bytes of the barrier
+// that is at `b` there. Who waits for that sees x.
+template <class T>
+__device__ __forceinline__ void send(void* p, int rank, const T& x, unsigned long long* b) {
+    unsigned at, bar;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"((unsigned)__cvta_generic_to_shared(p)), "r"(rank));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(bar) : "r"((unsigned)__cvta_generic_to_shared(b)), "r"(rank));
+    if constexpr (sizeof(T) == 8)
+        asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(at),
+                     "l"(x), "r"(bar)
+                     : "memory");
+    else
+        asm volatile(
+            "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(at),
+            "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(bar)
+            : "memory");
+}
 
 // Numbers that blocks send each other. To meet for them takes a fence of all that the threads wrote;
 // these count themselves where they arrive. One thread of a block opens it for `bytes`, all threads
