@@ -30,7 +30,10 @@ AHEAD = {
     arch: {
         instance.name
         for instance in instances(
-            [FOLDER / f"attention_{name}.cu" for name in ("split", "latent", "list_hopper")]
+            [
+                FOLDER / f"attention_{name}.cu"
+                for name in ("split", "latent", "list_token", "list_hopper")
+            ]
         )
         if not instance.archs or arch in instance.archs
     }
@@ -112,11 +115,16 @@ def test_lists_fit_every_gpu(arch: str, cache: str, pair: tuple[int, int]) -> No
     device = DEVICES[arch]
     for n_q, heads in ((1, 16), (1, 128), (300, 16), (300, 128)):
         launches = launches_of(attention(pair, cache, n_q, heads, 1, n_ids=2048), device)
-        (launch,) = (r for r in launches if r.name.startswith(("latent<", "list_hopper<")))
+        files = {
+            f"attention_{route}.cu": route for route in ("latent", "list_hopper", "list_token")
+        }
+        (launch,) = (r for r in launches if r.file in files and r.name != "list_combine")
         assert launch.name in AHEAD[arch]
-        route = "latent" if launch.name.startswith("latent") else "list_hopper"
+        route = files[launch.file]
         assert launch.shared <= routes.room_of(route, device)
-        assert launch.name.startswith("list") == (arch == "90a" and (n_q, heads) == (300, 128))
+        token = arch == "90a" and cache == "f16" and (n_q, heads) == (1, 128)
+        assert (route == "list_token") == token
+        assert (route == "list_hopper") == (arch == "90a" and (n_q, heads) == (300, 128))
 
 
 @pytest.mark.kernels
@@ -125,11 +133,13 @@ def test_lists_fit_every_gpu(arch: str, cache: str, pair: tuple[int, int]) -> No
     [
         ("latent", "latent<__half, 576, 2, 2, 4, 64, false, true>"),
         ("joint", "joint<__half, 512, 1, 1, 8, 64, false>"),
+        ("list_token", "list_token<576>"),
     ],
 )
 def test_variables_in_shared_memory_fit_beside_the_rest(file: str, instance: str) -> None:
     cubin = compiler.compile_instance(f"attention_{file}.cu", instance, "90a")
-    assert cubin.shared <= H200.shared - routes.room_of("latent", H200)
+    route = file if file == "list_token" else "latent"
+    assert cubin.shared <= H200.shared - routes.room_of(route, H200)
 
 
 def _latent(numbers: list[int]) -> tuple[int, int]:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import pyggml as gg
+from pyggml.backends.cuda.attention import flash
 from pyggml.backends.cuda.attention.routes import LATENT_SPLIT, Shape
 from pyggml.backends.cuda.gpu import H200, Device
 from pyggml.backends.cuda.launch import Call, Launch, Operand
@@ -39,6 +40,13 @@ flash_attn_ext(f32[576,1,20,2], {f16|q8_0}[576,230,1,2]~ended, $1[512,230,1,2]=1
 flash_attn_ext(f32[512,2,32], bf16[512,90]~holed, bf16[512,90]=1+0, f16[90,2]~holes, -, -, i32[80,2]!90-, scale=0.05, max_bias=8.0)
 flash_attn_ext(f32[512,67,3], f16[512,200]~holed, f16[512,200]=1+0, f16[200,67]~holes, -, -, i32[190,67]!200-, scale=0.1)
 flash_attn_ext(f32[576,1,16], f16[576,150]~past7, f16[512,150]=1+0, -, -, i32[1]#0, i32[70,1]!150, scale=0.05, lse=True)
+"""  # noqa: E501
+#: One token of many heads on 9.0.
+TOKEN = """
+flash_attn_ext(f32[{576|512},1,128], f16[$1,300]~holed, f16[512,300]=1+0, f16[300,1]~holes, {-|f32[128]}, -, i32[{1|130|290},1]!300-, scale=0.05, lse=True)
+flash_attn_ext(f32[576,1,128,2], f16[576,230,1,2]~ended, f16[512,230,1,2]=1+64, f16[230,1,1,2]~mask, -, i32[1]#115, i32[200,1,1,2]!230-, scale=0.05)
+flash_attn_ext(f32[576,1,150], f16[576,3500]~holed, f16[512,3500]=1+0, f16[3500,1]~holes, -, -, i32[3400,1]!3500-, scale=0.05)
+flash_attn_ext(f32[576,2,128], f16[576,3500]~past7, f16[512,3500]=1+0, -, -, i32[1]#0, i32[70,2]!150, scale=0.05, lse=True)
 """  # noqa: E501
 #: Only where tensor cores of 9.0 do not take them.
 MORE = """
@@ -110,6 +118,19 @@ def test_latent_attention_is_right(device: Device, tmp_path: Path) -> None:
     assert any(name.startswith("latent<") for name in names)
     others = "any<", "latent_hopper<", "latent_pairs<", "list_hopper<"
     assert not any(name.startswith(others) for name in names)
+    start = starter(tmp_path, launches)
+    for each in recorded:
+        each.check(start)
+
+
+@pytest.mark.parametrize("early", range(3))
+def test_a_token_of_many_heads_is_right(early: int, tmp_path: Path, monkeypatch: Any) -> None:
+    """With products of warpgroups, where a block reads nothing, queries or all before the wait."""
+    monkeypatch.setattr(flash.Recording, "_early", lambda self: early)
+    recorded = [Recorded(case, H200) for case in expand(TOKEN) if not case.means]
+    launches = [launch for each in recorded for launch in each.launches]
+    names = {launch.name for launch in launches}
+    assert names == {"list_token<576>", "list_token<512>", "list_combine"}
     start = starter(tmp_path, launches)
     for each in recorded:
         each.check(start)

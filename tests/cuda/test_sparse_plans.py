@@ -62,7 +62,8 @@ def test_listed_rows_need_no_host(dtype: str, heads_kv: int, n_q: int) -> None:
 @pytest.mark.parametrize(
     ("dtype", "n_q", "kernel"),
     [
-        ("f16", 1, "latent<__half, 5.., 1, 1, 8, 64, false, true>"),
+        ("f16", 1, "list_token<5..>"),
+        ("bf16", 1, "latent<__nv_bfloat16, 5.., 1, 1, 8, 64, false, true>"),
         ("bf16", 70, "list_hopper<__nv_bfloat16, 5..>"),
         ("q8_0", 1, "latent<__half, 5.., 1, 1, 8, 64, true, true>"),
         ("q8_0", 70, "list_hopper<__half, 5..>"),
@@ -75,7 +76,7 @@ def test_lists_of_latent_rows_have_a_kernel(
     """It gathers no rows. One mask for each head is the only thing that it cannot read."""
     plan = gg.compile({"y": listed(pair, dtype, 1, n_q)}, backends=[GPU, HOST])
     (names,) = (kernels.names for kernels in plan.kernels())
-    names = [name for name in names if name not in ("combine<4>", "decode_q8_0")]
+    names = [name for name in names if name not in ("combine<4>", "list_combine", "decode_q8_0")]
     assert len(names) == 1 and re.fullmatch(kernel, names[0])
     y = listed(pair, dtype, 1, n_q, m2=128)
     reason = TABLE.refusal(y)
@@ -84,16 +85,35 @@ def test_lists_of_latent_rows_have_a_kernel(
     assert any(n.op is gg.get_rows for n in nodes)
 
 
+def test_ids_that_only_lists_read_are_in_no_order() -> None:
+    n = 12_288
+    scores, rows = gg.input("scores", ne=(n,)), gg.input("rows", "f16", ne=(512, n))
+    ids = gg.top_k(scores, k=300)
+    q = gg.input("q", ne=(512, 1, 64))
+    y = gg.flash_attn_ext(q, rows, rows, ids=ids, scale=0.1)
+    column = gg.reshape(scores, ne=(1, n))
+    again = gg.flash_attn_ext(q, rows, rows, ids=ids, scale=0.2)
+    for outputs, name in (
+        ({"y": y}, "top_k_list<2>"),
+        ({"y": y, "again": again}, "top_k_list<2>"),
+        ({"y": y, "ids": ids}, "top_k_cluster<4, 2>"),
+        ({"y": y, "best": gg.get_rows(column, ids)}, "top_k_cluster<4, 2>"),
+    ):
+        kernels = gg.compile(outputs, backends=[GPU]).kernels()
+        assert [k for each in kernels for k in each.names if k.startswith("top_k")] == [name]
+
+
 def test_a_block_has_one_list() -> None:
     """Its rows are heads of one query, and splits share the list."""
-    shapes = ((1, 5, 100, 16), (16, 3, 2048, 16), (100, 2, 65, 16), (128, 1, 2048, 16))
+    shapes = ((1, 5, 100, 16), (16, 3, 2048, 16), (40, 2, 65, 16), (128, 1, 2048, 32))
     for heads, n_q, n_ids, rows in (*shapes, (20, 8, 300, 64), (128, 9, 2048, 64)):
         q, ids = gg.input("q", ne=(576, n_q, heads)), gg.input("ids", "i32", ne=(n_ids, n_q))
         k = gg.state("k", "f16", ne=(576, 4096))
         y = gg.flash_attn_ext(q, k, gg.view(k, ne=(512, 4096)), ids=ids, scale=0.1)
         launch = records_of(y)[0]
         assert isinstance(launch, Launch)
-        assert launch.name.startswith("latent<" if rows == 16 else "list_hopper<")
+        kind = {16: "latent", 32: "list_token", 64: "list_hopper"}[rows]
+        assert launch.name.startswith(f"{kind}<")
         blocks = n_q * -(-heads // rows)
         assert launch.grid[1:] == (blocks, 1)
         assert 1 <= launch.grid[0] <= max(1, min(132 // blocks, -(-n_ids // 64)))

@@ -218,10 +218,10 @@ def random_case(route: str, dice: random.Random) -> Attention:
         d_k, d_v = pick(routes.LATENT)
         inside = pick([0, 0, d_k - d_v])
         lists = [1, 63, 64, 65, 200, 300, 1000]
-        n_ids = pick({"latent": [0] * 4 + lists, "latent_hopper": [0], "list_hopper": lists}[route])
+        n_ids = pick({"latent": [0] * 4 + lists, "latent_hopper": [0]}.get(route, lists))
         heads_kv, ratio = pick([1, 1, 1, 2]), pick([1, 5, 16, 32, 128])
         n_q = pick([1, 1, 2, 4, 33])
-        cache = pick(["f16", "f16", "bf16", "q8_0"])
+        cache = "f16" if route == "list_token" else pick(["f16", "f16", "bf16", "q8_0"])
     elif route == "any":
         d_k, d_v = pick([(40, 24), (64, 64), (32, 48), (192, 128), (576, 512), (256, 256), (33, 7)])
         cache = pick(["f32", "f16", "bf16"] + ["q8_0"] * (d_k % 32 == 0 == d_v % 32))
@@ -236,13 +236,14 @@ def random_case(route: str, dice: random.Random) -> Attention:
         n_q = pick([1, 16, 33, 64, 65, 130, 257])
     case = Attention(route, d_k, d_v, n_q, n_kv, heads_kv * ratio, heads_kv, pick([1, 1, 2]), cache)
     case.inside = inside
-    case.mask = pick(["", "pos", "pos", "window", "random", "dead", "alibi"])
+    masks = ["", "pos", "pos", "window", "random", "dead", "alibi"]
+    case.mask = pick(masks[:-1] if route == "list_token" else masks)
     case.m2, case.m3 = 1 if n_ids else pick([1, case.heads]), pick([1, case.n3])
     case.n_ids = n_ids
     case.sinks = dice.random() < 0.25
     case.kv_len = -1 if dice.random() < 0.6 else pick([0, n_kv // 2, n_kv, n_kv + 9])
     case.attrs = {"lse": dice.random() < 0.4}
-    if dice.random() < 0.2:
+    if dice.random() < 0.2 and route != "list_token":
         case.attrs["logit_softcap"] = 10.0
     if dice.random() < 0.2:
         case.attrs["scale"] = -0.05
@@ -260,6 +261,7 @@ COUNTS = {
     "latent": 80,
     "latent_hopper": 40,
     "list_hopper": 50,
+    "list_token": 40,
     "tiles": 50,
     "hopper": 60,
 }
@@ -288,6 +290,12 @@ PLAIN = [
         for heads in (1, 16, 64, 128)
         for n_ids in (1, 64, 555)
     ),
+]
+PLAIN += [
+    Attention("list_token", *pair, n_q, 700, heads, 1, inside=0, n_ids=n_ids)
+    for pair in routes.LATENT
+    for n_q, heads in ((1, 128), (2, 150), (1, 16))
+    for n_ids in (1, 64, 555)
 ]
 LONG = [
     Attention("", 192, 128, 2048, 2048, 16, 16, mask="pos"),

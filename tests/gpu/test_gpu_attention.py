@@ -55,7 +55,7 @@ def test_kernel(case: Attention) -> None:
     assert not case.route or f"attention_{case.route}.cu" in files, f"it used {dict(counts)}"
 
 
-@pytest.mark.parametrize("route", ["any", "latent", "list_hopper"])
+@pytest.mark.parametrize("route", ["any", "latent", "list_token", "list_hopper"])
 @pytest.mark.parametrize("pair", routes.LATENT)
 def test_ids_that_are_no_keys(route: str, pair: tuple[int, int]) -> None:
     """Ids past the keys are like negative ones. A key that is twice in a list counts twice. Rows

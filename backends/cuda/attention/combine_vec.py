@@ -126,7 +126,7 @@ def _record(call: Call, product: Node, window: int | None, stride: int) -> None:
     attention = Call(flash, whole, operands, flash.attrs, call.device, (at + sums, rest))
     attention.names_only, attention.awaited = call.names_only, call.awaited - {"w"}
     attention.records = call.records
-    recording = Recording(attention, window, stride)
+    recording = Recording(attention, window, stride, without="list_token")  # its parts are f16
     splits = recording.shape.splits(recording.route)
     w, together = call["w"], recording.route != "any" and splits > 1
     if together and call.device.overlaps and w.layout == "tiles8":

@@ -1,4 +1,4 @@
-"""flash_attn_ext: its seven kernels, and the launches before and after them."""
+"""flash_attn_ext: its eight kernels, and the launches before and after them."""
 
 from __future__ import annotations
 
@@ -109,15 +109,17 @@ def _can_leave_halves(node: Node) -> bool:
 
 class Recording:
     """One node being recorded. Instead of a mask it may read call["pos"], with a window or None,
-    and a stride."""
+    and a stride. Without the route `without`."""
 
-    def __init__(self, call: Call, window: int | None = None, stride: int = 1) -> None:
+    def __init__(
+        self, call: Call, window: int | None = None, stride: int = 1, without: str = ""
+    ) -> None:
         self.call, self.window, self.stride = call, window, stride
         self.q, self.k, self.v = call["q"], call["k"], call["v"]
         self.mask, self.pos = call.get("mask"), call.get("pos")
         self.shape = Shape.of(call.node, fused=self.mask is None)
         self.v_start = self.parts = self.stats = self.map = 0
-        self.route = next(r for r in self.shape.routes if self._fits(r))
+        self.route = next(r for r in self.shape.routes if r != without and self._fits(r))
         self.instance = self._instance(self.route)
 
     def _instance(self, route: str) -> Instance:
@@ -144,11 +146,17 @@ class Recording:
             if start is None or start % (8 if route == "latent" else 64):
                 return False
             self.v_start = start
-        if "hopper" in route and self.call.device.arch != "90a":
+        if ("hopper" in route or route == "list_token") and self.call.device.arch != "90a":
+            return False
+        if route == "list_token" and (self.call.attrs["logit_softcap"] or self._slopes):
             return False
         instance = self._instance(route)
         few = self.shape.blocks(instance.rows) <= 65535
         return few and instance.shared <= room_of(route, self.call.device)
+
+    @property
+    def _slopes(self) -> bool:
+        return self.mask is not None and self.call.attrs["max_bias"] > 0
 
     def _inside(self) -> int | None:
         """The element of a row of keys at which its values start, or None if they are not part of
@@ -162,9 +170,12 @@ class Recording:
 
     def record(self) -> None:
         call, shape, argument = self.call, self.shape, self.record_parts()
-        if shape.splits(self.route) > 1:
+        rows = shape.n3 * shape.n_q * shape.heads
+        if self.route == "list_token":
+            self._launch(self.route, "list_combine", (rows, 1, 1), argument)
+        elif shape.splits(self.route) > 1:
             lanes = 4 if shape.d_v % 4 == 0 else 1
-            grid = shape.n3 * shape.n_q * shape.heads, -(-shape.d_v // (32 * lanes)), 1
+            grid = rows, -(-shape.d_v // (32 * lanes)), 1
             self._launch("combine", f"combine<{lanes}>", grid, argument)
         if (halves := call.get("halves")) is not None and not self._own_halves:
             launch_halves(call, dense(call.out.ptr, self._merged, F32), halves.ptr, "__half")
@@ -174,7 +185,7 @@ class Recording:
         call, shape, route, instance = self.call, self.shape, self.route, self.instance
         sizes = zip((self.k, self.v), shape.decoded(route))
         self.k, self.v = (self._decoded(x, n) if n else x for x, n in sizes)
-        if shape.splits(route) > 1:
+        if shape.splits(route) > 1 or route == "list_token":
             self.parts, self.stats = (call.scratch(n) for n in shape.parts(route))
         if shape.mask_batch:
             self.map = call.scratch(shape.map)
@@ -211,9 +222,10 @@ class Recording:
         return d * heads, n_q * n3, 1, 1
 
     def _early(self) -> int:
-        """What `latent` reads before the wait. A survey of the mask is a launch before it."""
+        """What `latent` and `list_token` read before the wait. A survey of the mask is a launch
+        before."""
         awaited = self.call.awaited
-        if self.shape.mask_batch > 0 or self.route != "latent":
+        if self.shape.mask_batch > 0 or self.route not in ("latent", "list_token"):
             return 0
         early = early_reads(awaited, {"q"})
         if self.shape.n_ids or early == 2:
@@ -330,5 +342,5 @@ class Recording:
             early=self._early(),
             scale=attrs["scale"],
             softcap=attrs["logit_softcap"],
-            max_bias=0.0 if self.mask is None else attrs["max_bias"],
+            max_bias=attrs["max_bias"] if self._slopes else 0.0,
         )

@@ -42,7 +42,7 @@ TYPES = {
 C_TYPES = {"f16": "__half", "bf16": "__nv_bfloat16", "q8_0": "__half"}
 #: Upper bounds of the kernels' static shared memory: by route, and for all others. `latent` with 64
 #: rows a block uses up to 2,944 bytes; latent_hopper, with the least room left, 1,344.
-STATIC = {"latent": 3072}
+STATIC = {"latent": 3072, "list_token": 10240}
 MOST_STATIC = 2048
 #: Number of blocks that fills the GPU once. A constant, not a property of the device, so that
 #: memory can be planned and results do not depend on the GPU.
@@ -56,6 +56,7 @@ LEAST = {
     "latent": 64,
     "latent_hopper": 64,
     "list_hopper": 128,
+    "list_token": 64,
     "tiles": 256,
 }
 
@@ -128,8 +129,10 @@ class Shape:
         if self.exact or kind != self.type_v or kind not in C_TYPES:
             return ("any",)
         if pair in LATENT:
-            hopper = "list_hopper" if self.n_ids else "latent_hopper"
-            return (hopper,) * self._many + ("latent", "any")
+            if self.n_ids:
+                few = kind == "f16" and self.ratio >= 128
+                return ("list_hopper",) * self._many + ("list_token",) * few + ("latent", "any")
+            return ("latent_hopper",) * self._many + ("latent", "any")
         if self.n_ids or pair not in PAIRS or (kind == "q8_0" and pair not in HOPPER):
             return ("any",)
         if self.rows <= 32:
@@ -167,6 +170,8 @@ class Shape:
         """Rows of scores per block; for `latent` the maximum, if shared memory allows."""
         if route in ("latent_hopper", "list_hopper"):
             return 64
+        if route == "list_token":
+            return 32
         if route == "latent":
             if self.n_ids and self.ratio > 16:
                 return 16 if self.blocks(16) * self.heads_kv * self.n3 <= FULL else 64
@@ -189,8 +194,9 @@ class Shape:
         separate blocks of scratch, because the second are pairs of floats: after an odd number of
         floats they would not be 8-byte aligned."""
         n = self.splits(route)
-        count = 0 if n == 1 else self.n3 * self.n_q * self.heads * n
-        return 4 * count * self.d_v, 8 * count
+        token = route == "list_token"
+        count = 0 if n == 1 and not token else self.n3 * self.n_q * self.heads * n
+        return (2 if token else 4) * count * self.d_v, 8 * count
 
     @property
     def map(self) -> int:
@@ -224,6 +230,10 @@ class Shape:
             name = f"{'list_hopper' if self.n_ids else 'latent_pairs'}<{kind}, {d_k}>"
             weights = 0 if d_k > d_v else 256
             return Instance(name, 384, rows, 64 * (6 * d_k + weights) + 1024)
+        if route == "list_token":
+            tiles = min(2, _ceil(_ceil(self.n_ids, LEAST[route]), self.splits(route)))
+            shared = 32 * (2 * d_k + 128) + tiles * 128 * d_k + 1024
+            return Instance(f"list_token<{d_k}>", 256, rows, shared)
         if route == "latent":
             return self.latent(rows, room)
         if route == "split":
