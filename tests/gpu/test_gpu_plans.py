@@ -170,7 +170,7 @@ def test_experts_past_the_end_are_none(op: str, type: str, tokens: int) -> None:
 def test_cublas(type: str, most: float) -> None:
     """cuBLAS, called directly and inside a CUDA graph."""
     rng = np.random.default_rng(2)
-    a, b = (rng.standard_normal((n, 256)).astype(np.dtype(dtype(type).numpy)) for n in (64, 40))
+    a, b = (rng.standard_normal((n, 256)).astype(np.dtype(dtype(type).numpy)) for n in (320, 40))
     weight = gg.constant(a, dtype=type, name=f"w_{type}")
     # Scaled, because a single step does not become a graph.
     y = gg.scale(gg.mul_mat(weight, gg.input("x", ne=(256, 40))), s=0.5)
