@@ -164,12 +164,19 @@ def parts() -> None:
     write_row(f"sparse_list_n{N_KV}", "us", timed(leaves, listed))
     dense = timed(leaves, [attention(leaves, i, N_KV, None) for i in turns])
     write_row(f"sparse_dense_n{N_KV}", "us", dense)
-    for cache, name in (("f16", ""), ("q8_0", "_q8_0")):
-        ids = [gg.top_k(scores(leaves, i, cache), k=TOP_K) for i in turns]
-        token = timed(leaves, [attention(leaves, i, N_KV, ids[i]) for i in turns])
-        write_row(f"sparse_token{name}_n{N_KV}", "us", token)
-        write_row(f"sparse_gain{name}_n{N_KV}", "times", [median(dense) / t for t in token])
+    token = tokens(leaves, "f16")
+    write_row(f"sparse_token_n{N_KV}", "us", token)
+    write_row(f"sparse_gain_n{N_KV}", "times", [median(dense) / t for t in token])
+    token = tokens(leaves, "q8_0")
+    write_row(f"sparse_token_q8_0_n{N_KV}", "us", token)
+    write_row(f"sparse_gain_q8_0_n{N_KV}", "times", [median(dense) / t for t in token])
     prompt()
+
+
+def tokens(leaves: Leaves, cache: str) -> list[float]:
+    """Microseconds of indexer, top_k and attention to the list, with an index cache of a type."""
+    ids = [gg.top_k(scores(leaves, i, cache), k=TOP_K) for i in range(TURNS)]
+    return timed(leaves, [attention(leaves, i, N_KV, ids[i]) for i in range(TURNS)])
 
 
 def torch_top_k(n: int) -> list[float]:
