@@ -19,7 +19,7 @@ class NormedRow(Struct):
 
     _fields_ = (
         *((name, ctypes.c_uint64) for name in ("x", "plus", "weight")),
-        ("eps", ctypes.c_float),
+        *((name, ctypes.c_float) for name in ("eps", "part")),
         ("n", ctypes.c_int32),
     )
 
@@ -69,5 +69,6 @@ def normed_row(call: Call, eps: float) -> NormedRow:
         plus=(call.get("row_plus") or ABSENT).ptr,
         weight=call["row_weight"].ptr,
         eps=eps,
+        part=1 / row.ne[0],
         n=row.ne[0],
     )

@@ -292,20 +292,39 @@ __device__ __forceinline__ void own_groups(const NormedRow& x, unsigned char* gr
     __syncthreads();
 }
 
+// The rows of a warp in group `number` of the first expert's, and the group of this lane that comes
+// first. A quarter of the block's warps, one or two, takes each of 4 tiles. Made before the wait, so
+// that few instructions are between the choice of an expert and its first weights.
+template <class F>
+struct GatedRows {
+    Row<F> rows[2];
+    int first;
+
+    __device__ __forceinline__ GatedRows(const Weights<F>& weights, int number) {
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, share = blockDim.x / 128;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            rows[r] = Row<F>(weights.w[r], 0, number * 4 + (warp >> (share - 1)), lane % 8);
+            if (!F::grid) rows[r].pin();  // they have no registers to spare
+        }
+        first = (warp & (share - 1)) * 4 + lane / 8;
+    }
+};
+
 // 32 rows of up and gate (w[0] and w[1]) of token blockIdx.y as a group of fixed point: that of
-// `task`. A quarter of the block's warps takes each of 4 tiles. `own`: the row that the block makes
+// `task`. `own`: the row that the block makes
 // fixed point itself, if there is one.
 template <class F, int BLOCKS, class... Own>
-__device__ __forceinline__ void gated_group(const Weights<F>& weights, const Own*... own) {
+__device__ __forceinline__ void gated_group(const Weights<F>& weights, GatedRows<F> at,
+                                            const Own*... own) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, share = blockDim.x / 128;
-    const int matrix = task().expert, tile = task().number * 4 + warp / share;
     const int groups = groups_of(weights.w[0]);
     const Groups all = task().p.x + blockIdx.y * groups * group_bytes<2>;
     const Table<F> table(0);
-    const Row<F> rows[2] = {Row<F>(weights.w[0], matrix, tile, lane % 8),
-                            Row<F>(weights.w[1], matrix, tile, lane % 8)};
-    auto load = [&](int r, int i) { return load_group(rows[r], min(i, groups - 1)); };
-    Rounds<F, 2, gate_ahead<F, BLOCKS>, true> rounds(load, warp % share * 4 + lane / 8, 4 * share, groups);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) at.rows[r].skip(weights.w[r], task().expert);
+    auto load = [&](int r, int i) { return load_group(at.rows[r], min(i, groups - 1)); };
+    Rounds<F, 2, gate_ahead<F, BLOCKS>, true> rounds(load, at.first, 4 * share, groups);
     __shared__ float squares[MOST_WARPS];
     ((own ? own_groups(*own, (unsigned char*)all, squares) : void()), ...);
     table.ready();
@@ -362,9 +381,10 @@ template <class F>
 __global__ void __launch_bounds__(GATE_THREADS, gate_blocks<F>)
     up_gate(const __grid_constant__ Weights<F> weights, const __grid_constant__ Gated p,
             const __grid_constant__ Candidates c) {
+    const GatedRows<F> rows(weights, blockIdx.z);
     choose_task(c, p, blockIdx.z);
     __syncthreads();
-    if (task().expert >= 0) gated_group<F, gate_blocks<F>>(weights);
+    if (task().expert >= 0) gated_group<F, gate_blocks<F>>(weights, rows);
 }
 
 template <class A, class B>
@@ -383,10 +403,13 @@ __device__ __forceinline__ void up_gate_of_both(const Weights<F>& weights, const
                                                 const Gated& own, int first, const Own*... normed) {
     constexpr int BLOCKS = least_blocks<F, G>;
     const bool chosen = blockIdx.z >= first;
+    const int number = chosen ? blockIdx.z - first : blockIdx.z * gridDim.x + blockIdx.x;
+    const Weights<F>* all = &weights;
+    if constexpr (same<F, G>) all = chosen ? &weights : &shared;
+    const GatedRows<F> rows(*all, number);
     if (chosen) {
-        choose_task(c, p, blockIdx.z - first);
+        choose_task(c, p, number);
     } else if (threadIdx.x == 0) {
-        const int number = blockIdx.z * gridDim.x + blockIdx.x;
         task() = {number < rows_of(shared.w[0]) / 32 ? 0 : -1, number, 0, 1, own};
         extern __shared__ Key memory[];
         if (sizeof...(Own)) task().p.x = (Groups)memory;
@@ -394,11 +417,11 @@ __device__ __forceinline__ void up_gate_of_both(const Weights<F>& weights, const
     __syncthreads();
     if (task().expert >= 0) {
         if constexpr (same<F, G>)
-            gated_group<F, BLOCKS>(chosen ? weights : shared, (chosen ? nullptr : normed)...);
+            gated_group<F, BLOCKS>(*all, rows, (chosen ? nullptr : normed)...);
         else if (chosen)
-            gated_group<F, BLOCKS>(weights);
+            gated_group<F, BLOCKS>(weights, rows);
         else
-            gated_group<G, BLOCKS>(shared, normed...);
+            gated_group<G, BLOCKS>(shared, GatedRows<G>(shared, number), normed...);
     }
     if (!chosen) begin();
 }

@@ -218,6 +218,22 @@ struct Row {
         if constexpr (F::code_runs > 0) codes = (const uint4*)((const unsigned*)codes + t);
         asm volatile("" : "+l"(codes), "+l"(scales));
     }
+    // Goes some matrices further, whose planes have less than 4 GB.
+    __device__ __forceinline__ void skip(const Packed& p, int matrices) {
+        constexpr int BYTES = F::code_runs ? 16 * F::code_runs : F::code_bytes;
+        const unsigned units = p.tiles * p.groups * 8;
+        auto by = [&](unsigned bytes) { return (unsigned long long)(unsigned)matrices * bytes; };
+        codes = (const uint4*)((const char*)codes + by(units * BYTES));
+        if constexpr (F::high > 0) high += by(units * F::high);
+        if constexpr (F::scale_bytes > 0) scales += by(units * F::scale_bytes);
+        if constexpr (F::super_bytes > 0) supers += by(p.tiles * p.blocks * 8 * F::super_bytes);
+    }
+    // Keeps the compiler from computing where it is later than here.
+    __device__ __forceinline__ void pin() {
+        asm volatile("" : "+l"(codes), "+l"(scales));
+        if constexpr (F::high > 0) { asm volatile("" : "+l"(high)); }
+        if constexpr (F::super_bytes > 0) { asm volatile("" : "+l"(supers)); }
+    }
     __device__ __forceinline__ uint4 code_run(int group, int run) const {
         return load_in_order(codes + (group * F::code_runs + run) * 8);
     }

@@ -10,10 +10,10 @@
 // squares does, the factor is 0 and the row is, too, as that of rms_norm.
 constexpr float SMALL = 1.0f / 65536;
 
-// x, plus `plus` if present, of n elements; all rows have adjacent elements.
+// x, plus `plus` if present, of n elements; all rows have adjacent elements. part: 1 / n.
 struct NormedRow {
     const float *x, *plus, *weight;
-    float eps;
+    float eps, part;
     int n;
 };
 
@@ -33,7 +33,7 @@ __device__ __forceinline__ Pack<float, 4> values_at(const NormedRow& r, int i) {
     return own;
 }
 __device__ __forceinline__ float factor_of(const NormedRow& r, float squares) {
-    return rsqrtf(squares / r.n + r.eps) / SMALL;
+    return rsqrtf(fmaf(squares, r.part, r.eps)) / SMALL;
 }
 __device__ __forceinline__ float squares_of(const Pack<float, 4>& x) {
     return fmaf(x.v[0], x.v[0], fmaf(x.v[1], x.v[1], fmaf(x.v[2], x.v[2], x.v[3] * x.v[3])));

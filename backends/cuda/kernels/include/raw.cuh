@@ -19,6 +19,9 @@ struct FileRow {
     __device__ __forceinline__ FileRow(const Tensor& a, int matrix, int tile, int row)
         : blocks(a.row<unsigned char>(min(tile * 8 + row, a.ne[1] - 1), matrix % a.ne[2],
                                       matrix / a.ne[2])) {}
+    // Goes some matrices of dimension 2 further.
+    __device__ __forceinline__ void skip(const Tensor& a, int matrices) { blocks += matrices * a.nb[2]; }
+    __device__ __forceinline__ void pin() { asm volatile("" : "+l"(blocks)); }
     __device__ __forceinline__ const unsigned char* block(int group) const {
         return blocks + (long long)(group / F::block_groups) * F::Blocks::BYTES;
     }
