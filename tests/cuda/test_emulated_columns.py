@@ -11,7 +11,7 @@ import pytest
 
 import pyggml as gg
 from pyggml.backends.cuda.gpu import H200
-from pyggml.backends.cuda.linear import experts, ring
+from pyggml.backends.cuda.linear import blocks, experts, ring
 from pyggml.parity.tolerance import nmse
 from tests.cuda.compared import Graph, compare, constant, random, rng
 from tests.cuda.emulated import run
@@ -49,6 +49,18 @@ def test_two_products_in_one_launch(dtype: str, sms: int, arch: str, tmp_path: P
     together = (len(set(step.nodes) & set(outputs.values())) for step in steps)
     assert sorted(n for n in together if n) == [1, 2]
     compare(outputs, {"x": random(n, k)}, tmp_path, 1e-6, replace(H200, sms=sms, arch=arch))
+
+
+@pytest.mark.parametrize(("rows", "sms"), [(8200, 75), (8215, 103)])
+def test_teams_of_a_block(
+    rows: int, sms: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seven and five teams a block; the last block has a team without rows, the last tile a few."""
+    monkeypatch.setattr(blocks, "LONG", 288)
+    x = gg.input("x", ne=(288, 1))
+    types = ("iq4_nl", "q4_0", "q5_1")  # of several types, so that they do not share a launch
+    outputs = {t: gg.mul_mat(constant(t, t, rows, 288), x) for t in types}
+    compare(outputs, {"x": random(1, 288)}, tmp_path, 1e-6, replace(H200, sms=sms))
 
 
 def experts_of_many(

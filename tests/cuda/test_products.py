@@ -82,6 +82,28 @@ def test_many_rows_or_matrices_of_f32_go_to_cublas() -> None:
         assert kernels(records_of(gg.mul_mat(mat("f32", *ne), b))) == ["gemm"]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "rows", "expected"),
+    [
+        ("iq3_xxs", 14336, ("vec_teams<iq3_xxs>", 128, 28)),
+        ("q4_K", 10570, ("vec_teams<q4_K>", 111, 24)),
+        ("q4_K", 8192, ("vec<q4_K, 1, 2, 1, 2, Groups>", 512, 8)),
+        ("q4_K", 14848, ("vec<q4_K, 1, 2, 1, 2, Groups>", 928, 4)),
+        ("q8_0", 14336, ("vec<q8_0, 1, 2, 1, 2, Groups>", 896, 4)),
+        ("q6_K", 14336, ("vec<q6_K, 1, 2, 1, 2, Groups>", 896, 3)),
+        ("q5_K", 15000, ("vec<q5_K, 1, 2, 1, 2, Groups>", 938, 3)),
+        ("q5_K", 19000, ("vec<q5_K, 1, 2, 1, 2, Groups>", 1188, 4)),
+    ],
+)
+def test_all_blocks_of_a_column_are_there_at_once(
+    dtype: str, rows: int, expected: tuple[str, int, int]
+) -> None:
+    node = gg.mul_mat(mat(dtype, 4096, rows), mat("f32", 4096, 1, name="b"))
+    _, product = records_of(node)
+    assert isinstance(product, Launch)
+    assert (product.name, product.grid[0], product.block[1]) == expected
+
+
 def test_heads_are_one_batched_product() -> None:
     """Keys of 4 heads, 16 heads of queries: four products of 4 n columns."""
     keys, queries = mat("f16", 64, 1000, 4), mat("f16", 64, 20, 16, name="b")

@@ -37,6 +37,8 @@ fused_up_gate({{{FEW}}}[256,75]{WEIGHT}, $1[256,75]$2, f32[256,{{1|6|40}},2]@p02
 mul_mat(iq4_nl[512,100]@weight, f32[512,20]~large)
 cast({{{FORMAT}}}[512,19,2]@weight, dtype={{'f16'|'f32'|'bf16'}})
 mul_mat(iq4_nl[1056,100]@weight, f32[1056,{{1|30}}])
+mul_mat({{{FORMAT}}}[4096,10570]@weight, f32[4096,1])
+mul_mat({{q4_0|iq4_nl}}[4128,10570]@weight, f32[4128,1], dtype={{'f32'|'f16'}})
 mul_mat({{{FEW}}}[512,1410]@weight, f32[512,{{129|389}}])
 mul_mat({{{FEW}}}[256,18,2,2]@weight, f16[256,80,6,4]@p0213, dtype={{'f32'|'f16'}})
 fused_up_gate({{{FEW}}}[256,74]@weight, $1[256,74]@weight, f32[256,150,2]@p0213, act={{'silu'|'gelu'|'relu'}})

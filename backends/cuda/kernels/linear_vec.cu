@@ -13,6 +13,8 @@
 // @kernel hot vec<{BLOCKS}, 1, 2, 1, 1, Tensor>
 // @kernel vec<{BLOCKS}, {2|4|8}, 2, 1, 1, Tensor>
 // @kernel vec<{BLOCKS}, {2|4|8}, 2, 1, {1|2}, Groups>
+// @kernel hot vec_teams<{q1_0|q4_0|q4_1|q5_0|q5_1|iq4_nl|mxfp4|nvfp4|iq4_xs}>
+// @kernel hot vec_teams<{q2_K|q3_K|q4_K|tq2_0|iq2_xs|iq3_xxs}>
 // @kernel vec<{BLOCKS}, {1|8}, 3, 1, 1, Groups>
 // @kernel hot vec<{BLOCKS}, {1|8}, 2, 2, 1, Groups>
 // @kernel hot vec<{SOME}, 1, 2, 2, 1, Tensor>
@@ -52,7 +54,7 @@ __global__ void __launch_bounds__(256)
     put_fixed<LEVELS>(x, out + group * group_bytes<LEVELS>);
 }
 
-constexpr int MOST_WARPS = 8;
+constexpr int MOST_WARPS = 8, TEAM_WARPS = 4, MOST_TEAMS = 7;
 
 // The columns of a block, by where they come from. start(g): waits for the predecessor and goes to
 // group g; next(c, n): the group of column c, then goes n groups further.
@@ -81,7 +83,7 @@ struct Source<Groups, COLS, LEVELS> {
 };
 
 // Columns of f32. Each block makes them fixed point for itself, in shared memory; where blocks are
-// few and short, that costs less than a launch. Their elements are adjacent and 16-byte aligned, and
+// few and short, that costs less than a launch. Their elements are adjacent and 16-byte aligned;
 // several columns are rows of one dimension.
 extern __shared__ uint4 column_groups[];
 template <int COLS, int LEVELS>
@@ -120,19 +122,20 @@ struct Source<Tensor, COLS, LEVELS> {
 // cost of loading a column) by columns of activations. Thread i < MATS * TILES * COLS * 8 returns
 // the value of row i % 8 of (mat, tile, column) i / 8. Groups are loaded a round or two before use,
 // the first ones before the activations are complete. To fetch the rounds that follow into L2 then
-// took a tenth of the rate.
-template <class F, int COLS, int LEVELS, int MATS, int TILES, class X>
+// took a tenth of the rate. TEAM: so many warps of the block have a `tile` of their own; 0: all.
+template <class F, int COLS, int LEVELS, int MATS, int TILES, int TEAM = 0, class X>
 __device__ __forceinline__ float tile_product(const Weights<F>& weights, int matrix, int tile,
                                               Source<X, COLS, LEVELS>& x) {
     constexpr int ROWS = MATS * TILES, AHEAD = ROWS * COLS > 1 ? 1 : 2;
-    constexpr bool LOADS_FIRST = COLS == 1 && ROWS == 2 && F::code_runs < 2 && !F::grid;
-    const int groups = groups_of(weights.w[0]), lane = threadIdx.x, step = 4 * blockDim.y;
+    constexpr bool LOADS_FIRST = COLS == 1 && ROWS == 2 && F::code_runs < 2 && (TEAM || !F::grid);
+    const int warps = TEAM ? TEAM : blockDim.y, warp = TEAM ? threadIdx.y % TEAM : threadIdx.y;
+    const int groups = groups_of(weights.w[0]), lane = threadIdx.x, step = 4 * warps;
     const int last_tile = (rows_of(weights.w[0]) - 1) / 8;
     Row<F> rows[ROWS];
     for (int r = 0; r < ROWS; ++r)
         rows[r] = Row<F>(weights.w[r / TILES], matrix, min(tile * TILES + r % TILES, last_tile),
                          lane % 8);
-    const int first = 4 * threadIdx.y + lane / 8;
+    const int first = 4 * warp + lane / 8;
     float sums[ROWS * COLS] = {};
     auto load = [&](int r, int group) { return load_group(rows[r], min(group, groups - 1)); };
     Rounds<F, ROWS, AHEAD, LOADS_FIRST> rounds(load, first, step, groups);
@@ -148,7 +151,7 @@ __device__ __forceinline__ float tile_product(const Weights<F>& weights, int mat
                 sums[r * COLS + c] += dot_group<F, LEVELS>(words[r], scales[r], column);
         }
     });
-    __shared__ float parts[MOST_WARPS][ROWS * COLS][8];
+    __shared__ float parts[TEAM ? MOST_TEAMS * TEAM : MOST_WARPS][ROWS * COLS][8];
 #pragma unroll
     for (int i = 0; i < ROWS * COLS; ++i) {
         sums[i] += __shfl_xor_sync(~0u, sums[i], 8);
@@ -156,10 +159,10 @@ __device__ __forceinline__ float tile_product(const Weights<F>& weights, int mat
         if (lane < 8) parts[threadIdx.y][i][lane] = sums[i];
     }
     __syncthreads();
-    int i = threadIdx.y * 32 + lane;
+    const int i = warp * 32 + lane, first_warp = TEAM ? threadIdx.y - warp : 0;
     float total = 0;
     if (i < ROWS * COLS * 8)
-        for (int warp = 0; warp < blockDim.y; ++warp) total += parts[warp][i / 8][i % 8];
+        for (int w = 0; w < warps; ++w) total += parts[first_warp + w][i / 8][i % 8];
     return total;
 }
 
@@ -194,8 +197,23 @@ __global__ void __launch_bounds__(32 * MOST_WARPS)
         put(y, row_at(y, first + start + column), row, value, narrow);
 }
 
-// Several products of the same columns, whose weights have one type. Product i takes the blocks from
-// first[i] on, each TILES tiles of rows, and its results are step[i] elements apart.
+// A product of one column whose pairs of tiles are on the GPU at once, a team of warps each. A block
+// has all teams of a multiprocessor. Beside blocks of one team that is a twentieth of the time, of
+// types with grids, whose table they share, an eighth.
+// grid: blocks of blockDim.y / TEAM_WARPS teams.
+template <class F>
+__global__ void __launch_bounds__(32 * TEAM_WARPS * MOST_TEAMS, 1)
+    vec_teams(Weights<F> weights, Groups x, Tensor y, int narrow) {
+    const int team = threadIdx.y / TEAM_WARPS, pair = blockIdx.x * (blockDim.y / TEAM_WARPS) + team;
+    Source<Groups, 1, 2> column;
+    column.set(0, x, 0, groups_of(weights.w[0]));
+    const float value = tile_product<F, 1, 2, 1, 2, TEAM_WARPS>(weights, 0, pair, column);
+    const int i = threadIdx.y % TEAM_WARPS * 32 + threadIdx.x, row = pair * 16 + i;
+    if (i < 16 && row < rows_of(weights.w[0])) put(y, y.data, row, value, narrow);
+}
+
+// Several products of the same columns, whose weights have one type. Product i takes the blocks
+// from first[i] on, each TILES tiles of rows, and its results are step[i] elements apart.
 constexpr int MOST_JOINED = 8;
 template <class F>
 struct Joined {

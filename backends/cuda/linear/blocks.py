@@ -28,6 +28,7 @@ from pyggml.backends.cuda.linear.common import (
     shape_of,
 )
 from pyggml.backends.cuda.linear.halves import DEPTH, half_of, padded, to_halves
+from pyggml.backends.cuda.weights.formats import FORMATS
 from pyggml.backends.cuda.weights.packing import Packed, packed
 from pyggml.dtypes import F32
 from pyggml.ops.leaf import constant_op
@@ -125,6 +126,28 @@ def warps_for(groups: int, blocks: int) -> int:
     return min(most, max(1, groups // 8))
 
 
+#: Warps of a team of `vec_teams`, and how many teams a block may have: enough for a multiprocessor,
+#: and at most MOST_TEAMS of linear_vec.cu. LONG: the shortest rows. So large a block begins when
+#: the launch before has left its multiprocessor, which would show in a short product.
+TEAM_WARPS, TEAMS, LONG = 4, range(5, 8), 4096
+#: Types of which a thread of `vec` with two tiles takes 80 registers, and how many warps of them a
+#: multiprocessor has. With fewer warps a block, all blocks are there at once: a fifth of the time.
+TALL, TALL_WARPS = ("q5_K", "q6_K"), 25
+
+
+def _can_team(a: Operand, shape: Shape) -> bool:
+    """Whether `vec_teams` is for it. Codes of 8 bits are read as fast by `vec`."""
+    form = FORMATS.get(a.dtype.name)
+    return (
+        shape.columns == shape.batches == 1
+        and a.layout == "tiles8"
+        and form is not None
+        and form.codes < 32
+        and a.ne[0] >= LONG
+        and a.dtype.name not in TALL
+    )
+
+
 def vec(call: Call, a: tuple[Operand, ...], b: Operand, y: Operand, levels: int) -> None:
     """Record `vec` for one matrix, or for up and gate."""
     shape, tiles = shape_of(a[0].ne, b.ne), -(-a[0].ne[1] // 8)
@@ -133,9 +156,21 @@ def vec(call: Call, a: tuple[Operand, ...], b: Operand, y: Operand, levels: int)
     pair = 2 if single and tiles >= 1024 else 1  # tiles of rows that share the loads of b
     grid = -(-tiles // pair), -(-shape.columns // chunk), shape.batches
     columns = columns_of(call, b, levels, prod(grid), chunk, chunk == 1 or shape.columns == b.ne[1])
+    each = blocks_for(prod(grid), call.device.sms)  # blocks of a multiprocessor
+    if pair == 2 and each in TEAMS and columns.form == "Groups" and _can_team(a[0], shape):
+        call.launch(
+            VEC,
+            f"vec_teams<{a[0].dtype.name}>",
+            grid=blocks_for(grid[0], each),
+            block=(32, TEAM_WARPS * each),
+            args=[weights_of(*a), columns.x, y.tensor, is_narrow(y)],
+        )
+        return
     limited, limit = limit_of(call.attrs, len(a))
     names = f"{chunk}, {levels}, {len(a)}, {pair}, {columns.form}{limited}"
     warps = max(warps_for(a[0].ne[0] // 32, prod(grid)), 8 * chunk * len(a) * pair // 32)
+    if pair == 2 and chunk == 1 and a[0].dtype.name in TALL and 3 <= TALL_WARPS // each < warps:
+        warps = TALL_WARPS // each
     if columns.shared and chunk > 1:  # columns of several tokens are fixed point after a few rounds
         warps = max(warps, min(8, chunk * b.ne[0] // 256))
     call.launch(
