@@ -18,7 +18,7 @@ from benchmarks.gpu_bench import SMOKE, write_row
 from pyggml.backends.processors import n_processors
 
 _COUNTS = re.compile(
-    r"(\d[\d,]*) (cases|graphs) of .*: (\d[\d,]*) failed, .* (\d+) ended the process"
+    r"(\d[\d,]*) (?:cases?|graphs?) of .*: (\d[\d,]*) failed, .* (\d+) ended the process"
 )
 
 
@@ -31,7 +31,7 @@ def run(what: str, seconds: int, seed: int, *words: str) -> int:
     match = _COUNTS.search(done.stdout)
     if match is None:
         return 1
-    n, failed, ended = (int(match[i].replace(",", "")) for i in (1, 3, 4))
+    n, failed, ended = (int(match[i].replace(",", "")) for i in (1, 2, 3))
     write_row(f"fuzz_{what}", what, [n])
     write_row(f"fuzz_{what}_failed", what, [failed + ended])
     return done.returncode

@@ -61,25 +61,34 @@ def readme() -> str:
 
 
 def whole_model() -> str:
-    """Speed of a whole model next to llama.cpp's, from the newest record of an H100."""
-    result = newest("h100")
-    values = {row["name"]: row["value"] for row in result["rows"]}
+    """Speed of a whole model beside llama.cpp's. Each has its better kind of attention in prompts,
+    and latent attention over an f16 cache in decoding."""
+    result = report.newest()
+    lines = (report.prompt_lines(result), report.decode_lines(result))
     names = {
-        "whole_prompt_512": "prompt of 512 tokens",
-        "whole_prompt_2048": "prompt of 2,048 tokens",
-        "whole_decode_d0": "decoding, empty cache",
-        "whole_decode_d4096": "decoding, 4,096 tokens in the cache",
-        "experts_prompt_2048": "prompt of 2,048 tokens, experts on the host",
-        "experts_decode_d4096": "decoding at 4,096, experts on the host",
+        (0, 512): "prompt of 512 tokens",
+        (0, 2048): "prompt of 2,048 tokens",
+        (0, 8192): "prompt of 8,192 tokens",
+        (1, 128): "decoding, 128 tokens in the cache",
+        (1, 4096): "decoding, 4,096 tokens in the cache",
+        (1, 16384): "decoding, 16,384 tokens in the cache",
     }
     rows = []
-    for name, what in names.items():
-        ours, theirs = values[name], values[f"{name}_llama"]
+    for (kind, size), what in names.items():
+        best = {
+            engine: max(
+                line[size]
+                for name, line in lines[kind].items()
+                if name.startswith(engine) and (not kind or "latent f16" in name)
+            )
+            for engine in ("pyggml", "llama.cpp")
+        }
+        ours, theirs = best["pyggml"], best["llama.cpp"]
         rows.append([what, f"{ours:,.0f}", f"{theirs:,.0f}", f"{ours / theirs:.1f}x"])
     intro = (
         "DeepSeek-V2-Lite with random IQ4_NL weights on one H100 with 16 processors, in tokens\n"
-        f"per second, in turn with llama.cpp on the same file, {result['date']}. The host reads\n"
-        "the logits of each token:\n\n"
+        f"per second, beside llama.cpp on the same file in the same hour, {result['date']}. The host\n"
+        "reads the logits of each token:\n\n"
     )
     return intro + table(["", "pyggml", "llama.cpp", "ratio"], rows)
 
@@ -198,9 +207,19 @@ def gpu_conditions(result: dict[str, Any]) -> str:
     if clocks:
         sentences.append(f"SM clock, memory clock and power: {'; '.join(clocks)}.")
     sentences.append(f"Parity: {about['grid']} cases of the grid.")
+    sentences += other_commits(about)
     sentences += [f"Fault: {fault}." for fault in about["faults"]]
     sentences += [f"Skipped: {skip}." for skip in about.get("skipped", ())]
     return " ".join(sentences)
+
+
+def other_commits(about: dict[str, Any]) -> list[str]:
+    """Which parts of a record were measured at other commits, as a sentence."""
+    names: dict[str, list[str]] = {}
+    for part, commit in about.get("other commits", {}).items():
+        names.setdefault(commit, []).append(part)
+    parts = "; ".join(f"{', '.join(each)} of {commit}" for commit, each in names.items())
+    return [f"Rows of other commits: {parts}."] if parts else []
 
 
 def parts_of(result: dict[str, Any]) -> list[str]:
@@ -288,9 +307,13 @@ def scale() -> str:
         rows.append([f"`{name}`", *cells, f"{row['value']:.2f}", text, *limits])
     head = ["", "one GPU", "two GPUs, or four", "ratio", "predicted", "bar", "goal"]
     machine = ", ".join(parts_of(result))
-    about = f"NCCL {result['about'].get('nccl', 'not recorded')}"
-    intro = f"`{result['command']}` on {result['date']}, {machine}, {about}.\n\n"
-    return intro + table(head, rows)
+    about = result["about"]
+    sentences = [
+        f"`{result['command']}` on {result['date']}, {machine}, NCCL "
+        f"{about.get('nccl', 'not recorded')}, commit {result['commit']}.",
+        *other_commits(about),
+    ]
+    return " ".join(sentences) + "\n\n" + table(head, rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
