@@ -87,8 +87,8 @@ def whole_model() -> str:
         rows.append([what, f"{ours:,.0f}", f"{theirs:,.0f}", f"{ours / theirs:.1f}x"])
     intro = (
         "DeepSeek-V2-Lite with random IQ4_NL weights on one H100 with 16 processors, in tokens\n"
-        f"per second, beside llama.cpp on the same file in the same hour, {result['date']}. The host\n"
-        "reads the logits of each token:\n\n"
+        "per second, beside llama.cpp on the same file in the same hour, "
+        f"{result['date']}. The\nhost reads the logits of each token:\n\n"
     )
     return intro + table(["", "pyggml", "llama.cpp", "ratio"], rows)
 
