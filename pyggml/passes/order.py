@@ -18,7 +18,7 @@ from heapq import heappop, heappush
 from pyggml.errors import GraphError
 from pyggml.graph import Graph, toposort
 from pyggml.node import Node, line_of
-from pyggml.ops.leaf import state_op
+from pyggml.ops.leaf import constant_op, state_op
 from pyggml.ops.views import bases
 from pyggml.passes.ahead import borrowed, loads_ahead, reads_ahead
 from pyggml.passes.jointly import joint_edges
@@ -72,12 +72,16 @@ def _few_switches(work: Work, nodes: Sequence[Node], edges: Edges) -> tuple[Node
     """`nodes` in an order that seldom changes the device.
 
     Views and transfers come right before the first step that reads them, so that a device holds
-    what it borrows only while it needs it; what it reads ahead comes one product earlier. Transfers
-    of results to the host come right after the results: the host waits for them, and the device can
-    meanwhile go on. Not with joint steps: what devices do together starts with the last of them, so
-    nothing may read it before.
+    what it borrows only while it needs it; what it reads ahead comes one product earlier. So do
+    steps that read constants only: a device that waits for another could run those of all layers.
+    Transfers of results to the host come right after the results: the host waits for them, and the
+    device can meanwhile go on. Not with joint steps: what devices do together starts with the last
+    of them, so nothing may read it before.
     """
-    steps = [node for node in nodes if runs(node) and node.op is not transfer]
+    fixed = _of_constants(work, nodes)
+    steps = [
+        node for node in nodes if runs(node) and node.op is not transfer and node not in fixed
+    ]
     needs = _needs(steps, edges)
     host = {step for step in steps if work.home(step).device == "host"}
     stages = _stages(steps, needs, host)
@@ -94,6 +98,20 @@ def _few_switches(work: Work, nodes: Sequence[Node], edges: Edges) -> tuple[Node
             ordered.update(dict.fromkeys(missing))
     ordered.update(dict.fromkeys(nodes))  # what only an output reads
     return tuple(ordered)
+
+
+def _of_constants(work: Work, nodes: Sequence[Node]) -> set[Node]:
+    """Nodes that depend on constants of their device alone, and whose readers are all there."""
+    fixed: set[Node] = set()
+    for node in nodes:
+        constants = (s.op is constant_op or s in fixed for s in node.src if s is not None)
+        if node.src and node.op is not transfer and all(constants):
+            fixed.add(node)
+    for node in reversed(nodes):  # a reader that is elsewhere, or is a transfer to there
+        for source in node.src:
+            if source in fixed and node not in fixed and work.home(node) != work.home(source):
+                fixed.discard(source)
+    return fixed
 
 
 def _sends(sequence: Sequence[Node], stages: Mapping[Node, int]) -> dict[Node, list[Node]]:

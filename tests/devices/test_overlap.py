@@ -80,3 +80,26 @@ def test_results_that_a_stage_of_the_host_reads_leave_together() -> None:
     plan = gg.compile({"y": y}, backends=["null:0", "numpy"], pins=PINS)
     assert [len(split.copies) for split in plan.splits if split.backend.place == "numpy"] == [2, 0]
     assert np.array_equal(plan.run(x=X)["y"], gg.compile({"y": y}).run(x=X)["y"])
+
+
+def test_what_follows_from_weights_alone_comes_when_it_is_read() -> None:
+    """A device that waits for the host does not compute it for all layers, and hold it all."""
+
+    def turned(n: int) -> gg.Node:
+        h = gg.input("x", "f32", ne=(WIDTH, 3))
+        for i in range(n):
+            w = weight(f"w-{i}", WIDTH, WIDTH)  # read twice, so the transpose is no weight
+            h = gg.mul_mat(gg.cont(gg.transpose(w)), gg.mul_mat(w, h))
+            h = gg.label(gg.silu(h), f"host-{i}")
+        return h
+
+    def plan(n: int) -> gg.Plan:
+        return gg.compile({"y": turned(n)}, backends=["null:0", "numpy"], pins=PINS)
+
+    plans = {n: plan(n) for n in (2, 8)}
+    steps = [name for split in plans[8].splits for name in ops(split) if name in ("cont", "silu")]
+    assert steps == ["cont", "silu"] * 8
+    compute = {n: each.memory.devices[0].compute for n, each in plans.items()}
+    assert compute[2] == compute[8] > 0
+    whole = gg.compile({"y": turned(8)}, backends=["numpy"]).run(x=X)["y"]
+    np.testing.assert_allclose(plans[8].run(x=X)["y"], whole, rtol=1e-4)
