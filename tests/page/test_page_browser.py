@@ -144,8 +144,8 @@ def test_keys_move_through_the_steps_and_open_them(
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A product of f32 weights on a GPU, which has no kernel on tensor cores."""
-    w = gg.constant(np.ones((64, 256), np.float32), name="w")
+    """A product of many rows of f32 weights on a GPU, which has no kernel on tensor cores."""
+    w = gg.constant(np.ones((320, 256), np.float32), name="w")
     y = gg.relu(gg.mul_mat(w, gg.input("x", ne=(256, 200))))
     plan = gg.compile({"y": y}, backends=["cuda:0:24GiB"])
     return plan.page(tmp_path_factory.mktemp("slow") / "page.html")
