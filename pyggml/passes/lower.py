@@ -131,7 +131,8 @@ def _with_waits(work: Work, splits: Sequence[Split]) -> Iterator[Split]:
     """The splits with `waits` and `spares` filled in.
 
     A split waits for those that compute what it copies. It may overwrite memory that other splits
-    copy from its device, so these copies must end first.
+    copy from its device, so these copies must end first. The host does not wait for splits but for
+    what they send: what one device sends may arrive before another has its copies.
     """
     split_of = {
         node: i for i, split in enumerate(splits) for step in split.steps for node in step.nodes
@@ -149,7 +150,8 @@ def _with_waits(work: Work, splits: Sequence[Split]) -> Iterator[Split]:
             if device != "host":  # a copy to the host is in the queue of the other device
                 copying.setdefault(other, {})[device] = i
         copies = copying.pop(device, {}).items()
-        spares = [k for other, k in copies if waits.get(other, -1) < k]  # others end before a wait
+        early = device == "host" and len(waits) > 1
+        spares = [k for other, k in copies if early or waits.get(other, -1) < k]
         yield replace(split, waits=tuple(sorted(waits.values())), spares=tuple(sorted(spares)))
 
 

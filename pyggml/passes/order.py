@@ -79,9 +79,7 @@ def _few_switches(work: Work, nodes: Sequence[Node], edges: Edges) -> tuple[Node
     of them, so nothing may read it before.
     """
     fixed = _of_constants(work, nodes)
-    steps = [
-        node for node in nodes if runs(node) and node.op is not transfer and node not in fixed
-    ]
+    steps = [node for node in nodes if runs(node) and node.op is not transfer and node not in fixed]
     needs = _needs(steps, edges)
     host = {step for step in steps if work.home(step).device == "host"}
     stages = _stages(steps, needs, host)

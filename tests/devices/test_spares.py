@@ -43,3 +43,23 @@ def test_without_that_wait_the_copy_is_wrong() -> None:
     execution.splits = tuple(replace(split, spares=()) for split in plan.splits)
     want, got = gg.compile(outputs()).run(x=X), plan.run(x=X)
     assert not np.array_equal(got["z"], want["z"])
+
+
+def test_the_host_waits_for_copies_before_another_device_writes_there() -> None:
+    """null:0 copies `a` from the host. The host then reads what both devices send, and that of
+    null:1, which arrives first, goes where `a` was."""
+    x = gg.input("x", "f32", ne=(64, 16))
+    a = gg.label(gg.sqr(x), "host.a")
+    r = gg.label(gg.scale(x, s=3.0), "on1.r")
+    z = gg.label(gg.scale(a, s=2.0), "on0.z")
+    y = gg.label(gg.sub(r, z), "host.y")
+    pins = {r"^host\.": "numpy", r"^on0\.": "null:0", r"^on1\.": "null:1"}
+    plan = gg.compile({"y": y}, backends=["null:0", "null:1", "numpy"], pins=pins)
+    last = plan.splits[-1]
+    assert last.backend.place == "numpy" and len(last.copies) == 2 and last.spares
+    want = gg.compile({"y": y}).run(x=X)["y"]
+    assert np.array_equal(plan.run(x=X)["y"], want)
+    execution = plan.bind()._execution
+    assert execution is not None
+    execution.splits = tuple(replace(split, spares=()) for split in plan.splits)
+    assert not np.array_equal(plan.run(x=X)["y"], want), "this graph needs `spares`"
