@@ -130,8 +130,10 @@ class Shape:
             return ("any",)
         if pair in LATENT:
             if self.n_ids:
+                if self._many:
+                    return "list_hopper", "latent", "any"
                 few = kind == "f16" and self.ratio >= 128
-                return ("list_hopper",) * self._many + ("list_token",) * few + ("latent", "any")
+                return ("list_token",) * few + ("latent", "any")
             return ("latent_hopper",) * self._many + ("latent", "any")
         if self.n_ids or pair not in PAIRS or (kind == "q8_0" and pair not in HOPPER):
             return ("any",)
