@@ -33,6 +33,66 @@ struct LatentArgument {
     Attention a;
 };
 
+// The end of both kernels: the warpgroups add up their weights and write the parts, or the result.
+// meet()  waits until all threads that compute are here
+template <class T, class Meet>
+__device__ __forceinline__ void leave_rows(const Attention &a, int i3, int head_kv, int r0, int part,
+                                           int live, const Walk<BN> &walk, const Row (&rows)[2],
+                                           const float (&sums)[2][64], const float (&m)[2],
+                                           float (&l)[2], float (&totals)[2][M], char *ring,
+                                           bool &damaged, Meet meet) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = warp / 4;
+    const int row0 = warp % 4 * 16 + lane / 4;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const float sum = quad_sum(l[r]);
+        if (lane % 4 == 0) totals[group][row0 + 8 * r] = sum;
+    }
+    const Staged<DV> staged{ring};
+    float spoilt = 0;
+    meet();
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        l[r] = totals[0][row0 + 8 * r] + totals[1][row0 + 8 * r];
+#pragma unroll
+        for (int x = 0; x < 2; ++x)
+#pragma unroll
+            for (int n = 0; n < 16; ++n) {
+                const float one = sums[x][4 * n + 2 * r], two = sums[x][4 * n + 2 * r + 1];
+                spoilt = spoilt_by(spoilt_by(spoilt, one), two);
+                staged.put(row0 + 8 * r, group * 256 + x * 128 + n * 8 + (lane & 3) * 2, one, two);
+            }
+    }
+    if (spoilt != 0) damaged = true;
+    fence_engines();
+    meet();
+    if (!damaged && (a.splits > 1 || !a.out)) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+            if (group == 0 && lane % 4 == 0 && rows[r].query >= 0)
+                *part_stats(a, part_index(a, i3, rows[r].query, rows[r].head, part)) =
+                    make_float2(m[r], l[r]);
+        if (threadIdx.x < M)
+            staged.send(a, i3, Row(a, i3, head_kv, r0 + threadIdx.x, live), threadIdx.x, part);
+        return;
+    }
+    bool odd[2] = {};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        if (rows[r].query < 0) continue;
+        const End to(a, i3, rows[r], part, m[r], l[r], group == 0 && lane % 4 == 0);
+#pragma unroll
+        for (int x = 0; x < 2; ++x)
+#pragma unroll
+            for (int n = 0; n < 16; ++n) {
+                const int column = group * 256 + x * 128 + n * 8 + (lane & 3) * 2;
+                odd[r] |= to.put(column, sums[x][4 * n + 2 * r], sums[x][4 * n + 2 * r + 1]);
+            }
+    }
+    repair_rows<256>(a, i3, head_kv, r0 + row0 - lane / 4, walk.first * BN, walk.end * BN, part, group * 256,
+                     odd, m, l, latent_source_of<T>(a, i3, head_kv));
+}
+
 template <class T, int DK>
 __global__ void __launch_bounds__(256, 1)
     latent_hopper(const __grid_constant__ LatentArgument argument) {
@@ -172,54 +232,8 @@ __global__ void __launch_bounds__(256, 1)
         if (next < walk.end) fetch(next, stage), next = walk.alive(next + 1);
     }
 
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        const float sum = quad_sum(l[r]);
-        if (lane % 4 == 0) totals[group][row0 + 8 * r] = sum;
-    }
-    const Staged<DV> staged{ring};
-    float spoilt = 0;
-    __syncthreads();
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        l[r] = totals[0][row0 + 8 * r] + totals[1][row0 + 8 * r];
-#pragma unroll
-        for (int x = 0; x < 2; ++x)
-#pragma unroll
-            for (int n = 0; n < 16; ++n) {
-                const float one = sums[x][4 * n + 2 * r], two = sums[x][4 * n + 2 * r + 1];
-                spoilt = spoilt_by(spoilt_by(spoilt, one), two);
-                staged.put(row0 + 8 * r, group * 256 + x * 128 + n * 8 + (lane & 3) * 2, one, two);
-            }
-    }
-    if (spoilt != 0) damaged = true;
-    fence_engines();
-    __syncthreads();
-    if (!damaged && (a.splits > 1 || !a.out)) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r)
-            if (group == 0 && lane % 4 == 0 && rows[r].query >= 0)
-                *part_stats(a, part_index(a, i3, rows[r].query, rows[r].head, part)) =
-                    make_float2(m[r], l[r]);
-        if (threadIdx.x < M)
-            staged.send(a, i3, Row(a, i3, head_kv, r0 + threadIdx.x, live), threadIdx.x, part);
-        return;
-    }
-    bool odd[2] = {};
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        if (rows[r].query < 0) continue;
-        const End to(a, i3, rows[r], part, m[r], l[r], group == 0 && lane % 4 == 0);
-#pragma unroll
-        for (int x = 0; x < 2; ++x)
-#pragma unroll
-            for (int n = 0; n < 16; ++n) {
-                const int column = group * 256 + x * 128 + n * 8 + (lane & 3) * 2;
-                odd[r] |= to.put(column, sums[x][4 * n + 2 * r], sums[x][4 * n + 2 * r + 1]);
-            }
-    }
-    repair_rows<256>(a, i3, head_kv, r0 + row0 - lane / 4, walk.first * BN, walk.end * BN, part, group * 256,
-                     odd, m, l, latent_source_of<T>(a, i3, head_kv));
+    leave_rows<T>(a, i3, head_kv, r0, part, live, walk, rows, sums, m, l, totals, ring, damaged,
+                  [] { __syncthreads(); });
 #endif
 }
 
@@ -447,53 +461,7 @@ __global__ void __launch_bounds__(384, 1)
         pair[0] = walk.alive(pair[1] + 1);
     }
 
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        const float sum = quad_sum(l[r]);
-        if (lane % 4 == 0) totals[group][row0 + 8 * r] = sum;
-    }
-    const Staged<DV> staged{ring};
-    float spoilt = 0;
-    threads_sync(WORKERS, 256);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        l[r] = totals[0][row0 + 8 * r] + totals[1][row0 + 8 * r];
-#pragma unroll
-        for (int x = 0; x < 2; ++x)
-#pragma unroll
-            for (int n = 0; n < 16; ++n) {
-                const float one = sums[x][4 * n + 2 * r], two = sums[x][4 * n + 2 * r + 1];
-                spoilt = spoilt_by(spoilt_by(spoilt, one), two);
-                staged.put(row0 + 8 * r, group * 256 + x * 128 + n * 8 + (lane & 3) * 2, one, two);
-            }
-    }
-    if (spoilt != 0) damaged = true;
-    fence_engines();
-    threads_sync(WORKERS, 256);
-    if (!damaged && (a.splits > 1 || !a.out)) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r)
-            if (group == 0 && lane % 4 == 0 && rows[r].query >= 0)
-                *part_stats(a, part_index(a, i3, rows[r].query, rows[r].head, part)) =
-                    make_float2(m[r], l[r]);
-        if (threadIdx.x < M)
-            staged.send(a, i3, Row(a, i3, head_kv, r0 + threadIdx.x, live), threadIdx.x, part);
-        return;
-    }
-    bool odd[2] = {};
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        if (rows[r].query < 0) continue;
-        const End to(a, i3, rows[r], part, m[r], l[r], group == 0 && lane % 4 == 0);
-#pragma unroll
-        for (int x = 0; x < 2; ++x)
-#pragma unroll
-            for (int n = 0; n < 16; ++n) {
-                const int column = group * 256 + x * 128 + n * 8 + (lane & 3) * 2;
-                odd[r] |= to.put(column, sums[x][4 * n + 2 * r], sums[x][4 * n + 2 * r + 1]);
-            }
-    }
-    repair_rows<256>(a, i3, head_kv, r0 + row0 - lane / 4, walk.first * BN, walk.end * BN, part, group * 256,
-                     odd, m, l, latent_source_of<T>(a, i3, head_kv));
+    leave_rows<T>(a, i3, head_kv, r0, part, live, walk, rows, sums, m, l, totals, ring, damaged,
+                  [] { threads_sync(WORKERS, 256); });
 #endif
 }
