@@ -45,10 +45,7 @@ struct Heads {
         for (int i = 0; i < MINE; ++i) {
             const int n = threadIdx.x / 32 + i * 16;
             const float4 v = x[i];
-            float top = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
-#pragma unroll
-            for (int by = 16; by; by /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, by));
-            const int e = max(-100, min(100, int(__float_as_uint(top) >> 23) - 126));
+            const int e = exponent_of(v);
             const float down = __uint_as_float((127 - e) << 23);
             char *to = image + lane / 16 * (N * 128) + n * 128 + ((lane % 16 / 2 ^ (n & 7)) << 4);
             *(uint2 *)(to + lane % 2 * 8) =

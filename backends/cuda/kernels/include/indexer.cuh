@@ -32,3 +32,12 @@ __device__ __forceinline__ float relu(float x) {
     asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
     return y;
 }
+
+// The exponent e of a query's head, of which each lane of a warp has four elements: all of them by
+// 2^-e are below 1.
+__device__ __forceinline__ int exponent_of(float4 v) {
+    float top = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
+#pragma unroll
+    for (int by = 16; by; by /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, by));
+    return max(-100, min(100, int(__float_as_uint(top) >> 23) - 126));
+}
