@@ -42,6 +42,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.append(str(ROOT))
 
+from benchmarks.bars import BARS, set_bars  # noqa: E402
 from benchmarks.gpu_bench import ROWS, SMOKE  # noqa: E402
 from benchmarks.gpu_record import (  # noqa: E402
     NAMES,
@@ -54,7 +55,6 @@ from benchmarks.gpu_record import (  # noqa: E402
     versions,
 )
 from benchmarks.record import Record, Row, new, read, write  # noqa: E402
-from tools.tables import BARS  # noqa: E402
 
 #: The folder of tests that need a GPU.
 TESTS = "tests/gpu"
@@ -225,9 +225,7 @@ def merged(rows: list[Row], more: list[Row]) -> list[Row]:
 def finish(record: Record, out: Path) -> int:
     """Write the record, print its faults, and return the exit status."""
     about = record["about"]
-    if card(record["machine"]["gpu"]) == "h200":  # the bars are for it
-        for row in record["rows"]:
-            row["bar"] = BARS.get(row["name"])
+    set_bars(record["rows"])
     if len(about["seconds"]) == len(NAMES):
         missing = BARS.keys() - {row["name"] for row in record["rows"]}
         about["faults"] += [f"no row {name}" for name in sorted(missing)]

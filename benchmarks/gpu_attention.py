@@ -9,6 +9,8 @@ K and V are f16 unless the name ends in q8_0. Prompts are causal.
 fa_DK_DV_hH_nN        N queries and N keys: TFLOP/s of the causal half
 fa_192_128_.._q1_nN   one query: TB/s of K and V
 fa_576_512_.._q1_nN   one query, V is a part of K, one head of K: us, combining parts included
+fa_192_128_mask_..    a prompt whose causal mask is an input in f16; slowdown: its time divided by
+                      that of the same prompt without
 
 Sets of Q, K and V take turns, so that they are not in the cache. cuDNN does not support 576/512.
 
@@ -85,21 +87,23 @@ class Size:
 
 ROWS = {
     "fa_192_128_h16_n2048": Size(192, 128, 2048, 2048, 16, 16),
+    "fa_192_128_h16_n4096": Size(192, 128, 4096, 4096, 16, 16),
     "fa_192_128_h16_n8192": Size(192, 128, 8192, 8192, 16, 16),
     "fa_192_128_h16_n16384": Size(192, 128, 16384, 16384, 16, 16),
+    "fa_192_128_h128_n4096": Size(192, 128, 4096, 4096, 128, 128),
+    "fa_192_128_h16_q1_n4096": Size(192, 128, 1, 4096, 16, 16),
     "fa_192_128_h16_q1_n16384": Size(192, 128, 1, 16384, 16, 16),
     "fa_576_512_h16_q1_n16384": Size(576, 512, 1, 16384, 16, 1),
+    "fa_576_512_h16_q1_n16384_q8_0": Size(576, 512, 1, 16384, 16, 1, "q8_0"),
     "fa_576_512_h128_q1_n16384": Size(576, 512, 1, 16384, 128, 1),
 }
 MORE = {
     "fa_128_128_h32_n8192": Size(128, 128, 8192, 8192, 32, 32),
     "fa_64_64_h16_n8192": Size(64, 64, 8192, 8192, 16, 16),
     "fa_256_256_h16_n8192": Size(256, 256, 8192, 8192, 16, 16),
-    "fa_192_128_h16_q1_n4096": Size(192, 128, 1, 4096, 16, 16),
     "fa_192_128_h16_q1_n16384_q8_0": Size(192, 128, 1, 16384, 16, 16, "q8_0"),
     "fa_128_128_h32_8_q1_n16384": Size(128, 128, 1, 16384, 32, 8),
     "fa_576_512_h16_q1_n4096": Size(576, 512, 1, 4096, 16, 1),
-    "fa_576_512_h16_q1_n16384_q8_0": Size(576, 512, 1, 16384, 16, 1, "q8_0"),
     "fa_576_512_h16_q512_n4096": Size(576, 512, 512, 4096, 16, 1),
 }
 
@@ -130,9 +134,17 @@ class Leaves:
             self.nodes["pos"] = gg.input("pos", "i32", ne=(n_q,))
         return self.nodes["pos"]
 
+    def mask(self, n_q: int, n_kv: int) -> gg.Node:
+        """The causal mask of these positions in f16, as an input."""
+        if "mask" not in self.nodes:
+            hidden = np.arange(n_kv) > np.arange(n_kv - n_q, n_kv)[:, None]
+            self.values["mask"] = np.where(hidden, -np.inf, 0).astype(np.float16)
+            self.nodes["mask"] = gg.input("mask", "f16", ne=(n_kv, n_q))
+        return self.nodes["mask"]
 
-def node(size: Size, i: int, leaves: Leaves) -> gg.Node:
-    """Attention of new queries over one of the sets of K and V."""
+
+def node(size: Size, i: int, leaves: Leaves, masked: bool = False) -> gg.Node:
+    """Attention of new queries over one of the sets of K and V. masked: the mask is an input."""
     s, set_ = size, i % size.sets
     q = leaves.get(f"q{i}", "f32", s.d_k, s.n_q, s.heads)
     k = leaves.get(f"k{set_}", s.dtype, s.d_k, s.n_kv, s.heads_kv)
@@ -140,15 +152,27 @@ def node(size: Size, i: int, leaves: Leaves) -> gg.Node:
         v = gg.view(k, ne=(s.d_v, s.n_kv, s.heads_kv))
     else:
         v = leaves.get(f"v{set_}", s.dtype, s.d_v, s.n_kv, s.heads_kv)
-    mask = gg.causal_mask(leaves.pos(s.n_q, s.n_kv), n_kv=s.n_kv) if s.n_q > 1 else None
+    mask = None
+    if s.n_q > 1:
+        pos = leaves.pos(s.n_q, s.n_kv)
+        mask = leaves.mask(s.n_q, s.n_kv) if masked else gg.causal_mask(pos, n_kv=s.n_kv)
     return gg.flash_attn_ext(q, k, v, mask, scale=s.d_k**-0.5)
 
 
-def pyggml_row(name: str, size: Size) -> None:
+def times_of(size: Size, masked: bool = False) -> list[float]:
+    """Samples of the microseconds of attention."""
     leaves = Leaves()
     turns = -(-SHORT // size.sets) if size.n_q == 1 else 1
-    nodes = [node(size, i, leaves) for i in range(turns * size.sets)]
-    write_row(name, size.unit, [size.value(t) for t in node_microseconds(nodes, leaves.values)])
+    nodes = [node(size, i, leaves, masked) for i in range(turns * size.sets)]
+    return node_microseconds(nodes, leaves.values)
+
+
+def mask_rows() -> None:
+    """Rows of a causal mask that is an input."""
+    size = ROWS["fa_192_128_h16_n8192"]
+    plain, times = times_of(size), times_of(size, masked=True)
+    write_row("fa_192_128_mask_h16_n8192", size.unit, [size.value(t) for t in times])
+    write_row("fa_192_128_mask_slowdown", "times", [t / median(plain) for t in times])
 
 
 def cudnn_row(name: str, size: Size) -> None:
@@ -236,7 +260,8 @@ def main() -> int:
         return budget()
     rows = {**ROWS, **(MORE if sys.argv[1:] == ["more"] else {})}
     for name, size in rows.items():
-        pyggml_row(name, size)
+        write_row(name, size.unit, [size.value(t) for t in times_of(size)])
+    mask_rows()
     clocks()
     for name, size in rows.items():
         if not size.latent and size.dtype == "f16":

@@ -54,11 +54,11 @@ def cuda() -> Any:
 # -- rows -------------------------------------------------------------------------------------
 
 
-def write_row(name: str, unit: str, samples: Sequence[float]) -> None:
-    """Write a row of the record. Its value is the median of the samples."""
+def write_row(name: str, unit: str, samples: Sequence[float], **more: Any) -> None:
+    """Write a row of the record. Its value is the median of the samples. more: as for `row`."""
     value = median(samples)
     print(f"ROW {name:32} {value:10.4g} {unit}", flush=True)
-    _write(row(name, unit, value, list(samples)))
+    _write(row(name, unit, value, list(samples), **more))
 
 
 def _write(line: dict[str, Any]) -> None:

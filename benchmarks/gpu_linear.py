@@ -163,12 +163,14 @@ def main() -> None:
     rates = copy_rates()
     write_row("copy", "TB/s", rates)
     copy = median(rates)
-    for dtype, n in (("iq4_nl", 1), ("q8_0", 1), ("iq3_xxs", 1), ("iq4_nl", 512)):
-        dense(dtype, n, copy)
+    for dtype in ("iq4_nl", "q4_K", "q6_K", "q8_0", "iq3_xxs"):
+        dense(dtype, 1, copy)
+    for n in (512, 2048):
+        dense("iq4_nl", n, copy)
     weights = experts()
-    for tokens in (1, 512, 2048):
+    for tokens in (1, 512, 2048, 4096):
         moe_up_gate(tokens, weights)
-    for tokens in (512, 2048):
+    for tokens in (512, 2048, 4096):
         grouped(tokens)
     if sys.argv[1:] == ["more"]:
         for dtype in ("iq4_nl", "q8_0", "q4_0", "q4_K", "q6_K", "f16", *IN_GRIDS):

@@ -1,10 +1,11 @@
 """All of DeepSeek-V2-Lite on a GPU, by a session: loading, prompts, and decoding by depth.
 
-    python benchmarks/gpu_model.py [--file lite.gguf] [--depths 0,4096] [--compare N]
+    python benchmarks/gpu_model.py [--file lite.gguf] [--depths 0,4096,16384] [--compare N]
 
 Without --file, a file of the full size with random IQ4_NL weights is written first (8.3 GiB).
 A prompt runs in batches of 2048 tokens. Decoding feeds a token and reads its logits' argmax in
-every step, as a program that generates text does. --compare also runs N tokens on NumPy, for the
+every step, as a program that generates text does. `standard` and `q8_0` are other caches, `softmax`
+is attention without flash attention. --compare also runs N tokens on NumPy, for the
 NMSE of the logits.
 """
 
@@ -27,7 +28,7 @@ from benchmarks.gpu_bench import SMOKE, plan_microseconds, write_row
 from pyggml.bench.runs import WARMUPS, Test, fill, nanoseconds_of
 from pyggml.generate.plans import padded_rows
 from pyggml.generate.session import Session
-from pyggml.models.model import load
+from pyggml.models.model import Model, load
 from pyggml.models.presets import V2_LITE
 from pyggml.models.synth import synth
 from pyggml.parity.tolerance import nmse
@@ -36,8 +37,12 @@ from pyggml.runtime.plan import Plan
 #: With PYGGML_BENCH_SMOKE, two of the layers.
 MODEL = replace(V2_LITE, n_block=2, n_vocab=1024) if os.environ.get(SMOKE) else V2_LITE
 N_BATCH = 2048
-PROMPTS = (512, 2048, 8192)
+PROMPTS = (512, 2048, 8192, 16384)
 STEPS = 64
+#: Tokens of a session.
+N_CTX = max(PROMPTS) + 512
+#: MiB of attention memory of a row.
+AMB = 256
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -73,10 +78,33 @@ def decode_rows(session: Session, depths: list[int]) -> dict[str, list[float]]:
                 session.truncate(depth)
                 rates.append(STEPS / seconds(partial(steps, session)))
             rows[name] = rates[WARMUPS:]
-        rows["_loop"] = rates_of(session, Test(n_gen=STEPS, n_depth=depth, loop=True))
+        rows["_loop"] = rates_of(session, loop(depth))
         for name, rates in rows.items():
             write_row(f"model_decode{name}_d{depth}", "t/s", rates)
     return rows
+
+
+def loop(depth: int) -> Test:
+    return Test(n_gen=STEPS, n_depth=depth, loop=True)
+
+
+def form_rows(path: Path, model: Model, depths: list[int]) -> None:
+    """Rows of other caches, and of attention without flash attention; a session for each."""
+    size = {"n_ctx": N_CTX, "n_batch": N_BATCH}
+    standard = model.session(**size, mla=0)
+    for depth in depths:
+        write_row(f"model_standard_decode_loop_d{depth}", "t/s", rates_of(standard, loop(depth)))
+    del standard
+    q8_0 = model.session(**size, cache_k="q8_0", cache_v="q8_0")
+    write_row(f"model_q8_0_decode_loop_d{depths[-1]}", "t/s", rates_of(q8_0, loop(depths[-1])))
+    del q8_0
+    prompt = Test(n_prompt=PROMPTS[-1])
+    softmax = model.session(**size, flash=False)
+    write_row(f"model_softmax_prompt_{PROMPTS[-1]}", "t/s", rates_of(softmax, prompt))
+    del softmax
+    with load(path, backends=["cuda"], amb=AMB, flash=False) as budget:
+        rates = rates_of(budget.session(**size), prompt)
+    write_row(f"model_softmax_amb_{AMB}_prompt_{PROMPTS[-1]}", "t/s", rates)
 
 
 def share_rows(rates: dict[str, list[float]], graph: list[float]) -> None:
@@ -132,7 +160,13 @@ def measure(path: Path, args: argparse.Namespace) -> None:
 
 
 def run(path: Path, args: argparse.Namespace) -> None:
-    session = load(path, backends=["cuda"]).session(n_ctx=max(PROMPTS) + 512, n_batch=N_BATCH)
+    model = load(path, backends=["cuda"])
+    session_rows(model.session(n_ctx=N_CTX, n_batch=N_BATCH), args)
+    form_rows(path, model, args.depths)
+
+
+def session_rows(session: Session, args: argparse.Namespace) -> None:
+    """Rows of the default options."""
     write_row("model_load", "s", [seconds(lambda: session.forward([0]))])
     prompt_rows(session)
     rates = decode_rows(session, args.depths)
@@ -154,7 +188,7 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--file", type=Path, help="a V2-Lite file (default: write one)")
-    add("--depths", type=lambda s: [int(n) for n in s.split(",")], default=[0, 4096])
+    add("--depths", type=lambda s: [int(n) for n in s.split(",")], default=[0, 4096, 16384])
     add("--compare", type=int, default=0, metavar="N", help="compare N tokens with NumPy")
     add("--profile", action="store_true", help="print where the host's time goes")
     args = parser.parse_args()

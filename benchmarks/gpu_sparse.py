@@ -164,12 +164,11 @@ def parts() -> None:
     write_row(f"sparse_list_n{N_KV}", "us", timed(leaves, listed))
     dense = timed(leaves, [attention(leaves, i, N_KV, None) for i in turns])
     write_row(f"sparse_dense_n{N_KV}", "us", dense)
-    token = tokens(leaves, "f16")
-    write_row(f"sparse_token_n{N_KV}", "us", token)
-    write_row(f"sparse_gain_n{N_KV}", "times", [median(dense) / t for t in token])
-    token = tokens(leaves, "q8_0")
-    write_row(f"sparse_token_q8_0_n{N_KV}", "us", token)
-    write_row(f"sparse_gain_q8_0_n{N_KV}", "times", [median(dense) / t for t in token])
+    for cache, name in (("f16", ""), ("q8_0", "_q8_0")):
+        token = tokens(leaves, cache)
+        gains = [median(dense) / t for t in token]
+        write_row(f"sparse_token{name}_n{N_KV}", "us", token)
+        write_row(f"sparse_gain{name}_n{N_KV}", "times", gains, better="more")
     prompt()
 
 

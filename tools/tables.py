@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
 from benchmarks import report  # noqa: E402
+from benchmarks.bars import BARS  # noqa: E402
 from benchmarks.record import RESULTS, newest, read  # noqa: E402
 
 MARKS = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -152,50 +153,27 @@ def ratio(times: dict[str, float]) -> str:
     return f"{times['pyggml'] / times['plain']:.2f}"
 
 
-#: Targets for the rows of the GPU record: at least for rates, at most for all others.
-BARS = {
-    "layer_decode_d4096": 90, "layer_prompt_2048": 4.0, "model_prompt_2048": 52_000,
-    "model_decode_d4096": 430, "model_load": 4.5, "model_nmse": 1e-4, "model_nmse_f32": 1e-9,
-    "host_share_us": 60, "experts_decode_d4096_of_llama": 1, "experts_prompt_2048_of_llama": 1,
-    "whole_prompt_2048_of_llama": 3, "whole_decode_d4096_of_llama": 1.3,
-    "fuzz_cases_failed": 0, "fuzz_graphs_failed": 0,
-    "mul_mat_vec_iq4_nl": 0.55, "mul_mat_vec_q8_0": 0.55, "mul_mat_vec_iq3_xxs": 0.6,
-    "mul_mat_iq4_nl_n512": 350,
-    "moe_up_gate_iq4_nl_t1": 12,
-    "moe_up_gate_iq4_nl_t512": 130, "moe_up_gate_iq4_nl_t2048": 250, "fa_192_128_h16_n2048": 180,
-    "fa_192_128_h16_n8192": 260, "fa_192_128_h16_n16384": 280, "fa_192_128_h16_q1_n16384": 2.2,
-    "fa_576_512_h16_q1_n16384": 16, "fa_576_512_h128_q1_n16384": 35, "amb_256_slowdown": 1.10,
-    "sparse_indexer_n65536": 0.5, "sparse_top_k_n65536": 25, "sparse_top_k_n163840": 40,
-    "sparse_gain_n65536": 3, "sparse_prompt_2048_n32768": 200, "v4_flash_decode": 120,
-    "v4_flash_prompt": 2500,
-    "compile_cold": 60, "compile_cached": 1, "example_worst_error_f16": 1e-2,
-    "example_worst_error_q8_0": 3e-2, "example_worst_error_f16_prec_f32": 1e-3,
-    "example_worst_error_q8_0_prec_f32": 2e-2, "parity_failed": 0, "parity_unsupported_share": 0.05,
-}  # fmt: skip
-
-
 def gpu(card: str = "h200") -> str:
-    """The newest record of a GPU, with the bars that its rows must meet on an H200."""
+    """The newest record of a GPU, with the bars and goals of an H200."""
     result = newest(card)
     rows = [gpu_row(row) for row in result["rows"]]
     measured = {row["name"] for row in result["rows"]}
-    rows += [[f"`{name}`", "not measured", "", ""] for name in BARS if name not in measured]
-    head = ["row", "measured", "unit", "bar"]
-    if card != "h200":
-        head, rows = head[:3], [row[:3] for row in rows]
+    rows += [[f"`{name}`", "not measured", *[""] * 3] for name in BARS if name not in measured]
+    head = ["row", "measured", "unit", "bar", "goal"]
     return gpu_conditions(result) + "\n\n" + table(head, rows)
 
 
 def gpu_row(row: dict[str, Any]) -> list[str]:
-    value, unit, bar = row["value"], row["unit"], row["bar"]
+    value, unit = row["value"], row["unit"]
+    bar, goal = BARS.get(row["name"], (None, None))
     text = ""
     if bar is not None:
         is_rate = row["better"] == "more"
-        text = f"{'at least' if is_rate else 'at most'} {bar:g}"
+        text = f"{'at least' if is_rate else 'at most'} {bar:,g}"
         if value < bar if is_rate else value > bar:
             text += ", missed"
     number = f"{value:.0f}" if unit in ("cases", "graphs", "tests") else f"{value:.4g}"
-    return [f"`{row['name']}`", number, unit, text]
+    return [f"`{row['name']}`", number, unit, text, "" if goal is None else f"{goal:,g}"]
 
 
 def gpu_conditions(result: dict[str, Any]) -> str:
