@@ -20,6 +20,8 @@ BARS: dict[str, tuple[float, float | None]] = {
     "model_softmax_amb_256_prompt_16384": (28_000, 35_000),
     "model_decode_loop_d0": (1000, 1300), "model_decode_loop_d4096": (950, 1230),
     "model_decode_loop_d16384": (850, 1080),
+    "model_decode_d0": (900, 1200), "model_decode_d4096": (850, 1130),
+    "model_decode_d16384": (780, 1000),
     "model_decode_logits_d0": (900, 1200), "model_decode_logits_d4096": (850, 1130),
     "model_decode_logits_d16384": (780, 1000),
     "model_standard_decode_loop_d0": (950, 1250), "model_standard_decode_loop_d4096": (750, 980),
