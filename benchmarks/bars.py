@@ -46,6 +46,7 @@ BARS: dict[str, tuple[float, float | None]] = {
     "sparse_top_k_n163840": (40, 20), "sparse_gain_n65536": (3, 6),
     "sparse_prompt_2048_n32768": (200, 400),
     "v4_flash_decode": (120, 300), "v4_flash_prompt": (2500, 6000),
+    "v4_whole_decode_loop_d8192": (120, 300), "v4_whole_prompt_2048": (2500, 6000),
     "compile_cold": (60, None), "compile_cached": (1, None),
     "example_worst_error_f16": (1e-2, None), "example_worst_error_q8_0": (3e-2, None),
     "example_worst_error_f16_prec_f32": (1e-3, None),
@@ -56,7 +57,7 @@ BARS: dict[str, tuple[float, float | None]] = {
 
 
 def set_bars(rows: list[Row]) -> None:
-    """Set `bar` and `goal` of all rows that have them."""
+    """Set `bar` and `goal` of all rows that have them here."""
     for row in rows:
         if row["name"] in BARS:
             row["bar"], row["goal"] = BARS[row["name"]]

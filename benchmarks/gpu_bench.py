@@ -57,8 +57,15 @@ def cuda() -> Any:
 def write_row(name: str, unit: str, samples: Sequence[float], **more: Any) -> None:
     """Write a row of the record. Its value is the median of the samples. more: as for `row`."""
     value = median(samples)
-    print(f"ROW {name:32} {value:10.4g} {unit}", flush=True)
+    text = "".join(f", {key} {each:.4g}" for key, each in more.items() if each is not None)
+    print(f"ROW {name:32} {value:10.4g} {unit}{text}", flush=True)
     _write(row(name, unit, value, list(samples), **more))
+
+
+def write_skipped(text: str) -> None:
+    """Write why rows are left out: "what they begin with: why"."""
+    print(f"SKIPPED {text}", flush=True)
+    _write({"skipped": text})
 
 
 def _write(line: dict[str, Any]) -> None:

@@ -63,24 +63,31 @@ def prompt_rows(session: Session) -> None:
 
 
 def decode_rows(session: Session, depths: list[int]) -> dict[str, list[float]]:
-    """Tokens a second of decoding from each depth; returns those of the last depth.
+    """Tokens a second of decoding from each depth; returns those of the last depth."""
+    rows: dict[str, list[float]] = {}
+    for depth in depths:
+        rows = decode_rates(session, depth)
+        for name, rates in rows.items():
+            write_row(f"model_decode{name}_d{depth}", "t/s", rates)
+    return rows
+
+
+def decode_rates(session: Session, depth: int) -> dict[str, list[float]]:
+    """Tokens a second of decoding from a depth.
 
     logits   the host reads all logits of each token and chooses the next
     (none)   the device chooses, and the host reads each token
     loop     the host reads 64 tokens at a time
     """
+    fill(session, depth)
     rows: dict[str, list[float]] = {}
-    for depth in depths:
-        fill(session, depth)
-        for name, steps in (("_logits", logits_steps), ("", token_steps)):
-            rates = []
-            for _ in range(WARMUPS + 3):
-                session.truncate(depth)
-                rates.append(STEPS / seconds(partial(steps, session)))
-            rows[name] = rates[WARMUPS:]
-        rows["_loop"] = rates_of(session, loop(depth))
-        for name, rates in rows.items():
-            write_row(f"model_decode{name}_d{depth}", "t/s", rates)
+    for name, steps in (("_logits", logits_steps), ("", token_steps)):
+        rates = []
+        for _ in range(WARMUPS + 3):
+            session.truncate(depth)
+            rates.append(STEPS / seconds(partial(steps, session)))
+        rows[name] = rates[WARMUPS:]
+    rows["_loop"] = rates_of(session, loop(depth))
     return rows
 
 

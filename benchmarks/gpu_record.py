@@ -26,6 +26,7 @@ NAMES = (
     "attention",
     "amb",
     "sparse",
+    "v4_whole",
     "compile",
     "examples",
     "fuzz",

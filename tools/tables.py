@@ -165,7 +165,7 @@ def gpu(card: str = "h200") -> str:
 
 def gpu_row(row: dict[str, Any]) -> list[str]:
     value, unit = row["value"], row["unit"]
-    bar, goal = BARS.get(row["name"], (None, None))
+    bar, goal = BARS.get(row["name"], (row["bar"], row["goal"]))
     text = ""
     if bar is not None:
         is_rate = row["better"] == "more"

@@ -151,6 +151,14 @@ class TensorInfo:
     def n_elements(self) -> int:
         return math.prod(self.ne)
 
+    def array(self, data: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """The tensor's bytes as `GGUFFile.array` gives them."""
+        dtype, shape = self.dtype, self.shape
+        element = dtype.numpy or ("<u2" if dtype.block == 1 else "u1")
+        if dtype.block > 1:
+            shape = (*shape[:-1], dtype.row_bytes(self.ne[0]))
+        return data.view(element).reshape(shape)
+
 
 def padded(nbytes: int, alignment: int) -> int:
     """`nbytes` rounded up to a multiple of `alignment`."""

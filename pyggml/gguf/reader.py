@@ -7,7 +7,7 @@ import mmap
 import os
 import re
 import stat
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from contextlib import ExitStack
 from io import FileIO
 from os import PathLike
@@ -43,6 +43,7 @@ class GGUFFile:
     missing   paths of the missing parts of a split model opened with allow_missing_data; `tensors`
               does not list their tensors
     complete  False if opened with allow_missing_data and weights are missing
+    values    None, or a function of a tensor's name that `array` calls in place of reading the file
 
     `fields`, `tensors` and the arrays you already have stay valid after `close()`.
     """
@@ -52,6 +53,7 @@ class GGUFFile:
         self._parts = parts
         self.paths = [part.path for part in parts]
         self.missing = missing
+        self.values: Callable[[str], np.ndarray[Any, Any]] | None = None
         self.version = headers[0].version
         self.complete = not missing and all(
             p.holds(t) for p, h in zip(parts, headers, strict=True) for t in h.tensors
@@ -94,6 +96,8 @@ class GGUFFile:
                 f"missing: {', '.join(self.missing)}"
             )
         info = self.tensors[name]
+        if self.values is not None:
+            return self.values(name)
         if not self._parts:
             raise GGUFError(f"{self.paths[info.part]}: tensor {name!r}: the file is closed")
         return self._parts[info.part].array(info)
@@ -105,6 +109,8 @@ class GGUFFile:
         UnknownNameError for a name the file does not have.
         """
         info = self.tensors[name]
+        if self.values is not None:
+            return self.values, name
         return (*self._identities[info.part], info.offset)
 
     def close(self) -> None:
@@ -189,14 +195,9 @@ class _Part:
                 f"{self.path}: byte {info.offset}, tensor {info.name!r}: its {info.nbytes} bytes "
                 "of data are not in the file"
             )
-        dtype, shape = info.dtype, info.shape
-        element = dtype.numpy or ("<u2" if dtype.block == 1 else "u1")
-        if dtype.block > 1:
-            shape = (*shape[:-1], dtype.row_bytes(info.ne[0]))
-        if not info.nbytes:
-            return np.empty(shape, element)
-        flat = np.frombuffer(self._map, np.uint8, info.nbytes, info.offset)
-        return flat.view(element).reshape(shape)
+        if not info.nbytes:  # an offset at the end of the file
+            return info.array(np.empty(0, np.uint8))
+        return info.array(np.frombuffer(self._map, np.uint8, info.nbytes, info.offset))
 
     def close(self) -> None:
         # The map itself is freed with the last array that uses it.

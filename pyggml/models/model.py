@@ -18,6 +18,7 @@ from pyggml.models.batch import Batch, Options
 from pyggml.models.cache import Cache
 from pyggml.models.known import all_sizes
 from pyggml.models.layers import linear, norm, scaled
+from pyggml.models.random_weights import RandomWeights
 from pyggml.models.ranked import together
 from pyggml.models.weights import Layer, Weights
 from pyggml.node import Node
@@ -167,6 +168,7 @@ def load(
     read_ahead: bool | None = None,
     shard: Cuts | None = None,
     ranks: Ranks | None = None,
+    random_weights: bool = False,
     **options: Any,
 ) -> Model:
     """Open a GGUF file as a model. Weights are uploaded when the first session runs.
@@ -185,6 +187,9 @@ def load(
     ranks     `pyggml.join()`: the processes that run the model together, each with a device of its
               own. Without shard= that is "auto", and one name in `backends` stands for a device of
               each: ["cuda"] for cuda:0, cuda:1, ...
+    random_weights
+              read no weights from the file, which may be only a header, but draw others
+              (`RandomWeights`): enough to measure the speed and the memory of a model
     options   flash=, fused=, mla=, prec=, cache_k=, cache_v=, cache_i= (see `Options`)
     Errors: GGUFError for a file that is not complete and well-formed, or has an architecture, keys
     or tensors that pyggml does not know; PeerError if another rank has another file, version or
@@ -192,7 +197,9 @@ def load(
     """
     file = None
     try:
-        file = gguf.open(path)
+        file = gguf.open(path, allow_missing_data=random_weights)
+        if random_weights:
+            file.values = RandomWeights(file.tensors).array
         where = preferred() if backends is None else backends
         return Model(
             file,

@@ -18,6 +18,9 @@ from pyggml.models.base import Architecture
 from pyggml.models.known import tensor_sizes
 from pyggml.renamed import refuses_old_keywords
 
+#: The tensor, in a layer of DeepSeek V4, of each token's experts.
+IDS = "ffn_gate_tid2eid.weight"
+
 
 @refuses_old_keywords
 def synth(
@@ -57,24 +60,43 @@ def random_tensors(arch: Architecture, preferred: DType, seed: int) -> Iterator[
     """The tensors of the model with random values, their types chosen as `synth` describes."""
     sizes = tensor_sizes(arch)
     for name, ne in sizes.items():
-        leaf = name.split(".", 2)[-1] if name.startswith("blk.") else name
-        if leaf == "ffn_gate_tid2eid.weight":
-            n_expert = sizes[name.replace("_tid2eid", "_inp")][1]
-            yield random_ids(name, ne, end=n_expert, seed=seed)
-        elif leaf.endswith("norm.weight") or leaf == "rope_freqs.weight":
-            yield random_tensor(name, F32, ne, std=0.05, mean=1.0, seed=seed)
-        elif len(ne) == 1 or leaf.endswith(".bias"):
-            yield random_tensor(name, F32, ne, std=0.05, seed=seed)
+        leaf = leaf_of(name)
+        if leaf == IDS:
+            yield random_ids(name, ne, end=sizes[router_of(name)][1], seed=seed)
         else:
-            # attn_k_b is stored transposed: the model sums over its ne[1].
-            fan_in = ne[1] if leaf == "attn_k_b.weight" else ne[0]
-            type_ = fitting_type(_type_of(leaf, preferred), ne[0])
-            yield random_tensor(name, type_, ne, std=fan_in**-0.5, seed=seed)
+            std, mean = scale_of(leaf, ne)
+            type_ = fitting_type(_type_of(leaf, ne, preferred), ne[0])
+            yield random_tensor(name, type_, ne, std=std, mean=mean, seed=seed)
 
 
-def _type_of(leaf: str, preferred: DType) -> DType:
+def leaf_of(name: str) -> str:
+    """A tensor's name in its layer."""
+    return name.split(".", 2)[-1] if name.startswith("blk.") else name
+
+
+def router_of(name: str) -> str:
+    """The router of a layer's `IDS`: it has a row for each expert."""
+    return name.replace("_tid2eid", "_inp")
+
+
+def scale_of(leaf: str, ne: tuple[int, ...]) -> tuple[float, float]:
+    """The standard deviation and the mean of a tensor's random values."""
+    if _is_factor(leaf):
+        return 0.05, 1.0
+    if len(ne) < 2 or leaf.endswith(".bias"):
+        return 0.05, 0.0
+    # attn_k_b is stored transposed: the model sums over its ne[1].
+    fan_in = ne[1] if leaf == "attn_k_b.weight" else ne[0]
+    return fan_in**-0.5, 0.0
+
+
+def _is_factor(leaf: str) -> bool:
+    return leaf.endswith("norm.weight") or leaf == "rope_freqs.weight"
+
+
+def _type_of(leaf: str, ne: tuple[int, ...], preferred: DType) -> DType:
     in_f32 = leaf in ("ffn_gate_inp.weight", "indexer.proj.weight") or "hc_" in leaf
-    if in_f32 or leaf.endswith("_ape.weight"):
+    if in_f32 or len(ne) < 2 or leaf.endswith((".bias", "_ape.weight")) or _is_factor(leaf):
         return F32
     if preferred.name == "mxfp4" and "_exps." not in leaf:
         return TYPES["q8_0"]  # as in the published files of gpt-oss
