@@ -99,6 +99,7 @@ def loaded(session: Session, used: Used) -> dict[str, int]:
         store.reserve(leaves(needs, constant_op), {}, {})
         backend.synchronize()
 
+    backend.synchronize()  # the driver's context comes before the first part
     steps = [used()]
     write_row(f"{name}_load", "s", [seconds(load_weights)])
     steps.append(used())

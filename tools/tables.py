@@ -225,6 +225,25 @@ def memory(preset: str) -> str:
     return intro + table(["mla", "fa", "amb, MiB", *map(str, contexts)], cells)
 
 
+def memory_measured() -> str:
+    """The parts of V4-Flash's memory on a GPU, as planned and as measured."""
+    result = newest("h200")
+    rows = [row for row in result["rows"] if row["name"].startswith("v4_whole_")]
+    sizes = [row for row in rows if row["unit"] == "GiB"]
+    if not sizes:
+        return "Not measured yet.\n"
+    cells = [
+        [row["name"].removeprefix("v4_whole_"), f"{row['planned']:.2f}", f"{row['value']:.2f}"]
+        for row in sizes
+    ]
+    times = {row["name"]: row["value"] for row in rows}
+    intro = (
+        f"{result['machine']['gpu']}, {result['date']}, commit {result['commit']}. "
+        f"The weights were loaded in {times['v4_whole_load']:.1f} s.\n\n"
+    )
+    return intro + table(["", "planned, GiB", "measured, GiB"], cells)
+
+
 def gib(nbytes: int) -> str:
     return f"{nbytes / 2**30:.2f}"
 
@@ -314,6 +333,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory_glm_5": lambda: memory("glm-5"),
     "memory_glm_52": lambda: memory("glm-5.2"),
     "memory_v4_flash": lambda: memory("deepseek-v4-flash"),
+    "memory_v4_measured": memory_measured,
     "memory_v4_pro": lambda: memory("deepseek-v4-pro"),
     "memory_gpt_oss": lambda: memory("gpt-oss-120b"),
 }

@@ -44,6 +44,7 @@ def described(model: Model, *, n_batch: int, n_ubatch: int) -> dict[str, Any]:
     backends   the model's places
     amb        MiB, or 0 without a budget
     shard      the value of --shard, or "none"
+    random_weights  whether the model has other weights than its file
     n_gpu_layers and tensor_buft_overrides are -1 and "none", since a model has only pins
     """
     options, file = model.options, model.file
@@ -61,7 +62,8 @@ def described(model: Model, *, n_batch: int, n_ubatch: int) -> dict[str, Any]:
         "flash_attn": int(options.flash), "mla": options.mla, "amb": model.amb or 0,
         "fmoe": int(options.fused), "decode_weights": model.decode_weights,
         "tensor_buft_overrides": "none",
-        "shard": "none" if model.shard is None else shard_text(model.shard), **FIXED,
+        "shard": "none" if model.shard is None else shard_text(model.shard),
+        "random_weights": file.values is not None, **FIXED,
     }  # fmt: skip
 
 

@@ -40,6 +40,8 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
         "as the environment says)")  # fmt: skip
     add("--no-warmup", action="store_true",
         help="no untimed runs first; then times include loading and compiling")  # fmt: skip
+    add("--random-weights", action="store_true",
+        help="take random weights in place of the file's, which may be only a header")  # fmt: skip
     add("-o", "--output", choices=options.FORMATS, default="md",
         help="form of the output (default: md)")  # fmt: skip
     add("--plot", metavar="FILE", type=_plot,

@@ -186,6 +186,7 @@ def open_model(args: argparse.Namespace) -> Iterator[Model]:
         read_ahead=args.read_ahead,
         shard=getattr(args, "shard", None),
         ranks=getattr(args, "ranks", None),
+        random_weights=getattr(args, "random_weights", False),
         **graph_options(args),
     )
     try:

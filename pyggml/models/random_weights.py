@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from math import lcm
 from threading import Lock
 from typing import Any, TypeAlias
-from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,39 +18,41 @@ from pyggml.models.synth import IDS, leaf_of, router_of, scale_of
 
 #: Type, standard deviation and mean.
 Kind: TypeAlias = tuple[DType, float, float]
-#: At how many places of an array a tensor may begin: a prime, so that names are spread evenly.
-STARTS = 4093
 
 
 class RandomWeights:
     """Random values for the tensors of a file, in its types and with the scales of `synth`.
 
     Tensors of a type and scale are parts of one array, which is drawn when the first of them is
-    asked for. A tensor begins somewhere in it, at a place that follows from its name. So the host
-    has a little more than the largest tensor of each type and scale, however many layers there are,
-    and no two layers have the same weights. What reads them into its own memory, as a GPU does, has
-    all of them there.
+    asked for. Each begins a little further in it than the one before in the file, so no two are
+    equal, and the host has little more than the largest of each type and scale, however many layers
+    there are. What reads them into its own memory, as a GPU does, has all of them there.
+    DTypeError for a type of which nothing can be drawn.
     """
 
     def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
         self._tensors = tensors
+        self._starts: dict[str, int] = {}
         self._sizes: dict[Kind, int] = {}
-        for info in tensors.values():
+        count = Counter[Kind]()
+        for name, info in tensors.items():
+            if leaf_of(name) == IDS:
+                continue
             kind = _kind(info)
-            self._sizes[kind] = max(self._sizes.get(kind, 0), info.nbytes)
+            # Whole blocks, aligned as in a file.
+            start = self._starts[name] = count[kind] * lcm(info.dtype.nbytes, DEFAULT_ALIGNMENT)
+            self._sizes[kind] = max(self._sizes.get(kind, 0), start + info.nbytes)
+            count[kind] += 1
         self._pools: dict[Kind, NDArray[np.uint8]] = {}
         self._lock = Lock()
 
     def array(self, name: str) -> NDArray[Any]:
-        """The values of a tensor, as `GGUFFile.array` gives them.
-
-        DTypeError for a type of which nothing can be drawn.
-        """
+        """The values of a tensor, as `GGUFFile.array` gives them."""
         info = self._tensors[name]
         if leaf_of(name) == IDS:
             ids = random_ids(name, info.ne, end=self._tensors[router_of(name)].ne[1])
             return np.concatenate([*ids.chunks()])
-        start = crc32(name.encode()) % STARTS * _step(info.dtype)
+        start = self._starts[name]
         return info.array(self._pool(_kind(info))[start : start + info.nbytes])
 
     def _pool(self, kind: Kind) -> NDArray[np.uint8]:
@@ -62,19 +64,14 @@ class RandomWeights:
 
 
 def _kind(info: TensorInfo) -> Kind:
-    return info.dtype, *scale_of(leaf_of(info.name), info.ne)
-
-
-def _step(dtype: DType) -> int:
-    """The bytes between two places where tensors may begin: whole blocks, aligned as in a file."""
-    return lcm(dtype.nbytes, DEFAULT_ALIGNMENT)
+    return drawn_type(info.dtype.name), *scale_of(leaf_of(info.name), info.ne)
 
 
 def _drawn(kind: Kind, nbytes: int) -> NDArray[np.uint8]:
     dtype, std, mean = kind
-    n = -(-(nbytes + STARTS * _step(dtype)) // dtype.nbytes)
-    tensor = random_tensor("", drawn_type(dtype.name), (n * dtype.block,), std=std, mean=mean)
-    pool, end = np.empty(n * dtype.nbytes, np.uint8), 0
+    n = nbytes // dtype.nbytes * dtype.block
+    tensor = random_tensor("", dtype, (n,), std=std, mean=mean)
+    pool, end = np.empty(nbytes, np.uint8), 0
     for chunk in tensor.chunks():
         flat = chunk.reshape(-1).view(np.uint8)
         pool[end : end + len(flat)] = flat

@@ -114,6 +114,18 @@ def test_json_csv_and_lines_have_the_fields_that_scripts_require(command: Comman
         assert row["compute_bytes"] > 0 and row["cache_bytes"] > 0
 
 
+def test_random_weights_of_a_header(tmp_path: Path, capsys: Streams) -> None:
+    path = tmp_path / "header.gguf"
+    synth(path, preset("tiny-deepseek4"), header_only=True)
+    words = ["-m", str(path), "--backend", "numpy"]
+    test = ["-p", "8", "-n", "0", "-r", "1", "-o", "json"]
+    assert main(["bench", *words, *test]) == 1 and "is incomplete" in capsys.readouterr().err
+    assert main(["bench", *words, *test, "--random-weights"]) == 0
+    [row] = objects(capsys.readouterr().out)
+    assert row["random_weights"] is True and row["avg_ts"] > 0
+    assert main(["sweep", *words, "-c", "64", "-ub", "32", "-n", "2", "--random-weights"]) == 0
+
+
 def test_options_multiply(command: Command) -> None:
     words = ("-p", "8", "-n", "0", "-r", "1", "-ctk", "f16,f32", "-fa", "0", "-fa", "on")
     rows = objects(command("bench", *words, "-amb", "none,1", "-mla", "0,2", "-o", "json"))

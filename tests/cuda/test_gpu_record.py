@@ -33,6 +33,7 @@ gpu_bench.write_clocks("layer", lambda: None, 1e7)
 import sys
 from benchmarks import gpu_bench
 gpu_bench.write_row("other_d4096", "us", [3, 1, 2])
+gpu_bench.write_skipped("v4_whole: no room")
 sys.exit("why")
 """,
     "late": "import subprocess; subprocess.run(['sleep', '60'])",
@@ -117,7 +118,8 @@ def test_a_part_that_fails_or_is_late_is_reported_and_the_others_are_measured(
     assert result["about"]["faults"][:3] == faults
     missing = {*result["about"]["faults"]}
     assert "no row parity_failed" in missing
-    assert not {"no row layer_decode_d4096", "no row example_worst_error_f16"} & missing
+    measured = {"no row layer_decode_d4096", "no row example_worst_error_f16"}
+    assert not (measured | {"no row v4_whole_prompt_2048"}) & missing
     out = capsys.readouterr().out
     assert "!! bad: bad.py: 1\n" in out and "why" in out and "no end within" in out
     rows = {r["name"]: (r["value"], r["unit"], len(r["samples"])) for r in result["rows"][2:]}
@@ -130,8 +132,21 @@ def test_a_part_that_fails_or_is_late_is_reported_and_the_others_are_measured(
         "sample_failed": (1, "tests", 1),  # and no row for `absent`: none of its tests ran
         "checks_passed": (1, "tests", 1),
     }
-    assert result["about"]["skipped"] == ["test_two: one GPU here", "test_one: nothing here"]
+    tests = ["test_two: one GPU here", "test_one: nothing here"]
+    assert result["about"]["skipped"] == ["v4_whole: no room", *tests]
     assert "skipped: test_two: one GPU here\n" in out
+
+
+def test_a_row_may_have_a_bar_and_a_plan_of_its_own(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text = SCRIPTS["good"].replace("])", "], bar=2.5, planned=2)") + SCRIPTS["good"]
+    text = text.replace('"layer_decode_d4096", "us", [3, 1, 2], b', '"own", "GiB", [1, 2, 3], b')
+    (tmp_path / "good.py").write_text(text)
+    assert status_of(tmp_path / "x.json", gpu, monkeypatch, "good") == 0
+    own, layer = json.loads((tmp_path / "x.json").read_text())["rows"]
+    assert (own["bar"], own["planned"], own["value"]) == (2.5, 2, 2)
+    assert (layer["bar"], layer["goal"]) == gpu.BARS["layer_decode_d4096"]
 
 
 def test_an_interrupted_test_has_not_passed(tmp_path: Path) -> None:
@@ -194,6 +209,8 @@ def test_every_row_of_the_table_is_measured_by_some_script() -> None:
     for name in BARS:
         if name.endswith("_of_llama"):
             assert f'"{name.partition("_")[0]}": (' in text  # SETTINGS of gpu_peers.py
+            continue
+        if name.startswith("v4_whole_"):  # tests/test_v4_benchmark.py compares them
             continue
         assert f'"{name}"' in text or any(
             name.startswith(prefix) and f'f"{prefix}{{' in text for prefix in prefixes
