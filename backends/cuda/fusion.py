@@ -82,7 +82,7 @@ class Fused(CudaStep):
     at         the node whose place in the order the step takes, if not the last one
     fixed      whether `record` can also write the result in fixed point, to call["fixed"]
     halves     0, or how many dimensions of the result are a row that it can also write as f16 for
-               `tile`, to call["halves"]
+               `tile`, to call["halves"], or call["left_halves"] if there is a `product`
     quantized  a node that `record` reads in fixed point, as call["fixed"]
     product    one of the nodes whose launches `record` uses, so other steps may prepare what it
                reads

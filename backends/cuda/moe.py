@@ -18,9 +18,8 @@ FILE = "moe.cu"
 LEAST_SHARED = 99 << 10
 
 
-def launch_sum(call: Call, a: Operand, weights: Operand | None = None) -> None:
+def launch_sum(call: Call, out: Operand, a: Operand, weights: Operand | None = None) -> None:
     """Record out = sum over experts of a (times weights), + plus, + plus2."""
-    out = call.out
     first, second = (call.get(name) or ABSENT for name in ("plus", "plus2"))
     call.launch(
         FILE,
@@ -33,12 +32,12 @@ def launch_sum(call: Call, a: Operand, weights: Operand | None = None) -> None:
 
 @kernel(ops.multi_add)
 def multi_add(call: Call) -> None:
-    launch_sum(call, call["a"])
+    launch_sum(call, call.out, call["a"])
 
 
 @kernel(ops.mul_multi_add)
 def mul_multi_add(call: Call) -> None:
-    launch_sum(call, call["a"], call["b"])
+    launch_sum(call, call.out, call["a"], call["b"])
 
 
 def sum_and_more(node: Node, run: Run) -> Fused | None:

@@ -5,16 +5,21 @@ Where the kernel for Hopper can compute the products, what one hands to the next
     up, gate   rows that `down` reads, in the order of experts
     down       short rows that the sum reads (kernels/include/short_rows.cuh)
 
+If a norm is behind the sum, as that of the next layer, it is part of the step.
+
 Numbers that f16 cannot hold are kept beside it; `rescale_rows` and the sum look for them.
 """
 
 from __future__ import annotations
 
+import ctypes
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
 from pyggml import ops
+from pyggml.backends.cuda.argument import Struct, Tensor
 from pyggml.backends.cuda.fusion import Fused, Run
 from pyggml.backends.cuda.geometry import blocks_for
 from pyggml.backends.cuda.launch import ABSENT, Call, Operand
@@ -22,18 +27,47 @@ from pyggml.backends.cuda.linear import experts, ring
 from pyggml.backends.cuda.linear.common import PREPARE, aligned, dense
 from pyggml.backends.cuda.linear.halves import DEPTH, half_of, rows_and_scales, tile_scratch
 from pyggml.backends.cuda.linear.routes import Product
-from pyggml.backends.cuda.moe import FILE, launch_sum, sums
+from pyggml.backends.cuda.moe import launch_sum, sums
+from pyggml.backends.cuda.norm import record_norm, weighted
 from pyggml.dtypes import F16, F32
 from pyggml.node import Node
 from pyggml.ops.leaf import constant_op
 from pyggml.spec import Ne
 
-#: Elements that a thread adds up at once.
-EACH = 8
+#: Elements that a thread adds up at once, and the most threads of a block that has a whole token.
+EACH, THREADS = 8, (256, 512, 1024)
+
+
+class Normed(Struct):
+    """The struct `Normed` of moe_prompt.cu."""
+
+    _fields_ = (
+        ("y", Tensor),
+        ("w", Tensor),
+        ("eps", ctypes.c_float),
+        ("halves", ctypes.c_uint64),
+        ("scales", ctypes.c_uint64),
+    )
+
+
+NO_NORM = Normed(y=ABSENT.tensor, w=ABSENT.tensor, eps=0.0, halves=0, scales=0)
 
 
 def sum_of_experts(node: Node, run: Run) -> Fused | None:
     """mul_multi_add(down x, w) + c + d, of a prompt's tokens, also with x = moe_up_gate(b)."""
+    return _sum_of_experts(node, run, None)
+
+
+def normed_sum_of_experts(node: Node, run: Run) -> Fused | None:
+    """rms_norm(x) * w of such a sum x; it stays in memory if others read it."""
+    match = weighted(node, run)
+    if match is None or match[0] not in run.number:
+        return None
+    return _sum_of_experts(match[0], run, (match[1], node, match[2]))
+
+
+def _sum_of_experts(node: Node, run: Run, norm: tuple[Node, Node, Node] | None) -> Fused | None:
+    """norm: what normalizes the sum `node`, that times the weight, and the weight."""
     match = sums(node, run, 2)
     if match is None:
         return None
@@ -54,11 +88,18 @@ def sum_of_experts(node: Node, run: Run) -> Fused | None:
         inner = max(each.scratch for each in Product.all_of(hidden))
         scratch = max(inner, scratch) + _handed(hidden.ne)
     nodes = (hidden, down, total, *additions) if hidden else (down, total, *additions)
+    results, eps = {}, None
+    if norm is not None:
+        normed, last, weight = norm
+        nodes, reads["weight"], eps = (*nodes, normed, last), weight, normed.attrs["eps"]
+        results = {} if run.only(node, normed) else {"sum": node}
     return Fused(
         nodes,
         reads | dict(zip(("plus", "plus2"), more)),
-        partial(_record, hidden=None if hidden is None else hidden.ne),
+        partial(_record, hidden=None if hidden is None else hidden.ne, eps=eps),
+        results=results,
         inplace=more,
+        halves=0 if norm is None else 1,
         scratch=scratch,
         product=down,
         rows=None if hidden is None else hidden["b"],
@@ -100,9 +141,11 @@ def _handed(ne: Ne) -> int:
     return max(tile_scratch(_rows(ne)) + aligned(2 * ne[0] * pairs, 4 * pairs), _bytes(ne))
 
 
-def _record(call: Call, hidden: Ne | None) -> None:
-    """hidden: the sizes of what up and gate compute, if they are part of the step."""
-    down, ids, shares, out = call["down"], call["ids"], call["shares"], call.out
+def _record(call: Call, hidden: Ne | None, eps: float | None) -> None:
+    """hidden: the sizes of what up and gate compute, if they are part of the step. eps: of the norm,
+    if there is one."""
+    down, ids, shares = call["down"], call["ids"], call["shares"]
+    out = call.get("sum") or call.out
     plus = [call.get(name) or ABSENT for name in ("plus", "plus2")]
     adjacent = all(x.nb[0] in (0, 4) and x.aligned(16) for x in (out, *plus))
     ne = (out.ne[0], *ids.ne[:2], 1)
@@ -122,15 +165,37 @@ def _record(call: Call, hidden: Ne | None) -> None:
         ring.launch(call, (down,), rows, handed, lists.columns, lists.width, short=True)
         short = experts.ShortRows(np.uint64(lists.places), handed[1])
     if short is None:
-        launch_sum(call, rows, shares)
-        return
-    call.launch(
-        FILE,
-        "add_short",
-        grid=(out.ne[1], blocks_for(out.ne[0], 256 * EACH)),
-        block=256,
-        args=[out.tensor, rows.pointer, *short, shares.tensor, *(x.tensor for x in plus)],
-    )
+        launch_sum(call, out, rows, shares)
+        norm = None
+    else:
+        norm = None if eps is None else _norm_of(call, eps)
+        n = out.ne[0]
+        threads = 256 if norm is None else next(t for t in THREADS if n <= EACH * t)
+        total = replace(out, ptr=0) if norm and call.get("sum") is None else out
+        call.launch(
+            "moe_prompt.cu",
+            f"add_short<{threads}, {str(norm is not None).lower()}>",
+            grid=(out.ne[1], blocks_for(n, threads * EACH)),
+            block=min(threads, 32 * blocks_for(n, 32 * EACH)) if norm else threads,
+            args=[
+                total.tensor, rows.pointer, *short, shares.tensor, *(x.tensor for x in plus),
+                norm or NO_NORM,
+            ],
+        )  # fmt: skip
+    if eps is not None and norm is None:
+        record_norm(call, eps, out, None)
+
+
+def _norm_of(call: Call, eps: float) -> Normed | None:
+    """The kernel's argument if the sum can leave the norm."""
+    out, weight, halves = call.out, call["weight"], call.get("left_halves")
+    fits = out.ne[0] <= EACH * THREADS[-1] and out.ne[0] % DEPTH == 0
+    adjacent = out.nb[0] == weight.nb[0] == 4 and out.aligned(16) and weight.aligned(16)
+    if halves is None or not fits or not adjacent:
+        return None
+    rows, scales = rows_and_scales(out.ne, halves.ptr)
+    y = replace(out, ptr=0) if call.unread else out
+    return Normed(y=y.tensor, w=weight.tensor, eps=eps, halves=int(rows), scales=int(scales))
 
 
 def _hand_on(call: Call, ne: Ne, at: int) -> tuple[np.uint64, np.uint64] | None:

@@ -113,9 +113,11 @@ def _norm(call: Call, eps: float) -> None:
 
 def record_norm(call: Call, eps: float, a: Operand, plus: Operand | None) -> NormForm:
     """Record out = norm(a (+ plus)) times weight. The sum also goes to call["sum"], and out in
-    fixed point to call["fixed"] and as f16 to call["halves"], if these are present. Returns the
+    fixed point to call["fixed"] and as f16 to call["halves"] or call["left_halves"], if these are
+    present. Returns the
     form of the first launch. If others read nothing but the f16, out is not written."""
-    out, fixed, halves = call.out, call.get("fixed"), call.get("halves")
+    out, fixed = call.out, call.get("fixed")
+    halves = call.get("left_halves") or call.get("halves")
     weight, total = call.get("weight"), call.get("sum")
     width, threads, packs = _shares(out, a, weight, plus, total)
     also, ends = "PLAIN", (np.uint64(0), np.uint64(0))

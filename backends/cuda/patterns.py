@@ -16,7 +16,7 @@ from pyggml.backends.cuda.fusion import Pattern
 from pyggml.backends.cuda.hyper_norm import norm_after_post, norm_of_streams
 from pyggml.backends.cuda.linear.turned import turned_product
 from pyggml.backends.cuda.moe import sum_and_more
-from pyggml.backends.cuda.moe_prompt import sum_of_experts
+from pyggml.backends.cuda.moe_prompt import normed_sum_of_experts, sum_of_experts
 from pyggml.backends.cuda.moe_routing import route
 from pyggml.backends.cuda.moe_token import experts_of_token
 from pyggml.backends.cuda.norm import norm_times_row, norm_with_row, sum_norm_times_row
@@ -28,7 +28,8 @@ from pyggml.backends.cuda.top_k import listed_rows
 #: Each pattern with the ops that may come last in it. A graph is searched from its end, so a
 #: pattern whose last node comes later wins regardless of this order. Among patterns with the same
 #: last op the first match wins, so a pattern precedes those that cover only part of it:
-#: `joint_sum_norm` before `sum_norm_times_row` before `norm_times_row`, `multiplied_attention`
+#: `joint_sum_norm` and `normed_sum_of_experts` before `sum_norm_times_row` before
+#: `norm_times_row`, `multiplied_attention`
 #: before `turned_product`. A one-row norm times an activation matches both `activated_times` and
 #: `norm_times_row`; the former wins and saves reading a row from memory. `latent_row` and
 #: `rope_into_rows` never match the same node.
@@ -43,6 +44,7 @@ PATTERNS: tuple[Pattern, ...] = (
     (norm_of_streams, (ops.mul,)),
     (activated_times, (ops.mul,)),
     (joint_sum_norm, (ops.mul,)),
+    (normed_sum_of_experts, (ops.mul,)),
     (sum_norm_times_row, (ops.mul,)),
     (norm_times_row, (ops.mul,)),
     (norm_with_row, (ops.add, ops.mul)),

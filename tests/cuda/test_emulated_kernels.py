@@ -27,6 +27,7 @@ ROUTING = (
     "experts", "grouped_experts", "root_routing", "given_routing", "divided_weights",
     "flat_weights", "norm_and_products", "norms_of_a_prompt", "keys_of_heads",
     "experts_of_devices", "experts_of_a_prompt", "feed_forward_of_a_prompt",
+    "norms_behind_experts",
 )  # fmt: skip
 #: Of `scored_rows`, top_k is clusters of blocks, which test_top_k_host.py runs.
 DECODE = (

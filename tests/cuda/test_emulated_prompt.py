@@ -141,8 +141,10 @@ def test_rotation_of_many_tokens(
 
 def test_pairs_are_sorted_by_expert(tmp_path: Path) -> None:
     """Runs of one pair, of four, of more than 32; ids of rows that lie apart; no expert, for most
-    pairs or none. Full tiles come first, then what is left of each expert, most pairs first."""
-    for n_used, tokens, n_expert, low in ((6, 9, 5, -2), (3, 1100, 7, -9), (4, 8300, 2, 0)):
+    pairs or none; experts counted by votes or not. Full tiles come first, then what is left of each
+    expert, most pairs first."""
+    sizes = (6, 9, 5, -2), (3, 1100, 7, -9), (4, 8300, 2, 0), (6, 350, 64, -3), (5, 300, 65, 0)
+    for n_used, tokens, n_expert, low in sizes:
         high = n_expert + (low < 0)
         ids = rng.integers(low, high, (tokens, n_used + 1)).astype(np.int32)
         pairs, width = n_used * tokens, experts.columns_for(n_used * tokens, n_expert)

@@ -45,6 +45,7 @@ FUSED = {
     "experts": ["soft_max_ext top_k get_rows", "mul_multi_add add add"],
     "experts_of_a_prompt": ["mul_mat_id mul_multi_add add", f"{EXPERTS} mul_multi_add"],
     "feed_forward_of_a_prompt": [HALVES, f"{EXPERTS} mul_multi_add"],
+    "norms_behind_experts": [f"mul_mat_id mul_multi_add add add {HALVES}"] * 4,
     "grouped_experts": ["sigmoid add grouped_topk get_rows sum_rows clamp div scale"],
     "root_routing": ["softplus sqrt add top_k get_rows sum_rows clamp div scale"],
     "given_routing": ["softplus sqrt get_rows sum_rows clamp div scale"],

@@ -37,13 +37,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
 
 
 def records_of(
-    model: Model, n_tokens: int, mla: int, flash: bool = True, device: Device = H200
+    model: Model,
+    n_tokens: int,
+    mla: int,
+    flash: bool = True,
+    device: Device = H200,
+    layers: int = 1,
 ) -> list[Record]:
-    """The records of a layer for the last `n_tokens` of N_KV."""
+    """The records of layers with the same weights for the last `n_tokens` of N_KV."""
     options = Options(mla=mla, flash=flash)
-    x = gg.input("x", ne=(model.arch.n_embd, n_tokens))
+    y = gg.input("x", ne=(model.arch.n_embd, n_tokens))
     batch = Batch(n_tokens, N_KV, options, n_tokens, padded=False)
-    y = model.arch.layer(x, model.layer(0), model.arch.cache(0, N_KV, n_tokens, options), batch)
+    for i in range(layers):
+        y = model.arch.layer(y, model.layer(0), model.arch.cache(i, N_KV, n_tokens, options), batch)
     work = gg.compile({"y": y}, backends=["cuda:0:24GiB"])._work
     at, arenas = planned_memory(work)
     return [
@@ -134,6 +140,12 @@ def test_a_prompt_prepares_once_what_several_products_read(model: Model) -> None
         "exact": 1, "copy": 1, "hopper": 1, "route": 1, "group_pairs": 1, "place_rows": 1,
         "rescale_rows": 1, "add_short": 1,
     }  # fmt: skip
+
+
+def test_a_prompt_has_one_norm_for_each_further_layer(model: Model) -> None:
+    """The other is part of the sum over the experts before."""
+    one, two = (counts(records_of(model, 2048, 3, layers=n)) for n in (1, 2))
+    assert {name: n - one[name] for name, n in two.items()} == one | {"rms_norm": 1}
 
 
 @pytest.mark.parametrize("mla", (0, 1))

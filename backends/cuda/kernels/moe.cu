@@ -1,10 +1,8 @@
 // Expert routing, apart from the products: choosing among groups of experts, weighted sums.
 // @kernel hot multi_add<{true|false}>
-// @kernel hot add_short
 // @kernel grouped_topk
 // @kernel hot route<{true|false}>
 #include "route.cuh"
-#include "short_rows.cuh"
 
 // y[:, t] = sum_e a[:, e, t] b[0, e, t] in the order of e, without b if not WEIGHTED. Then
 // + c[:, t] and + d[:, t] if present.
@@ -21,60 +19,6 @@ __global__ void __launch_bounds__(256) multi_add(Tensor out, Tensor a, Tensor b,
     if (c.data) sum += *c.at<float>(i, token, 0, 0);
     if (d.data) sum += *d.at<float>(i, token, 0, 0);
     *out.at<float>(i, token, 0, 0) = sum;
-}
-
-// The same, weighted, of short rows `a` of all pairs. Pair p has a row if its place (moe_group.cu) is
-// not negative, and that place has its scale. Elements are adjacent, at multiples of 16 bytes; a
-// thread has eight.
-__global__ void __launch_bounds__(256)
-    add_short(Tensor out, const char* a, const int* places, const float* scales, Tensor b,
-              Tensor c, Tensor d) {
-    begin();
-    constexpr int AHEAD = 8;  // pairs whose rows are on their way at once
-    const int token = blockIdx.x, i = 8 * (blockIdx.y * 256 + threadIdx.x);
-    const int n = out.ne[0], used = b.ne[1], first = token * used;
-    if (i >= n) return;
-    const auto floats = [&](const Tensor& x, int v) {
-        return (Pack<float, 4>*)(x.row<float>(token, 0, 0) + i + v);
-    };
-    Pack<float, 4> sums[2] = {}, more[2][2] = {};
-#pragma unroll
-    for (int v = 0; v < 2; ++v) {
-        if (c.data) more[0][v] = *floats(c, 4 * v);
-        if (d.data) more[1][v] = *floats(d, 4 * v);
-    }
-    const char* row = a + first * (4ll * n) + 2 * i;
-    for (int start = 0; start < used; start += AHEAD) {
-        float scale[AHEAD], weight[AHEAD];
-        uint4 halves[AHEAD];
-        const char* at = row;
-#pragma unroll
-        for (int j = 0; j < AHEAD; ++j, at += 4 * n) {
-            const int e = start + j, place = e < used ? places[first + e] : -1;
-            scale[j] = weight[j] = 0, halves[j] = {};
-            if (e < used) weight[j] = *b.at<float>(0, e, token, 0);
-            if (place < 0) continue;
-            scale[j] = scales[place] * SHORT_UNIT;
-            halves[j] = *(const uint4*)at;
-        }
-#pragma unroll
-        for (int j = 0; j < AHEAD; ++j, row += 4 * n) {
-            if (start + j >= used) break;
-            const unsigned words[4] = {halves[j].x, halves[j].y, halves[j].z, halves[j].w};
-#pragma unroll
-            for (int v = 0; v < 4; ++v) {
-                const float2 x = two_short(words[v], row + 4 * v, 2 * n);
-                float* const sum = sums[v / 2].v + v % 2 * 2;
-                sum[0] += x.x * scale[j] * weight[j], sum[1] += x.y * scale[j] * weight[j];
-            }
-        }
-    }
-#pragma unroll
-    for (int v = 0; v < 2; ++v) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums[v].v[i] += more[0][v].v[i], sums[v].v[i] += more[1][v].v[i];
-        *floats(out, 4 * v) = sums[v];
-    }
 }
 
 // Ids of the k best experts of the best groups. One block per token.

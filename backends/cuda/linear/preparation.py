@@ -172,10 +172,10 @@ def prepare_once(steps: Sequence[CudaStep]) -> Iterator[CudaStep]:
     for need in readers:
         by_source.setdefault(behind_reshapes(need.source), []).append(need)
     for original in steps:
-        step = original
+        step, multiplies = original, _product(original) is not None
         for need in _leaves(step, by_source.get(step.node, ())):
             prepared[need] = need.node(run)
-            step = _leaving(step, prepared[need])
+            step = _leaving(step, prepared[need], multiplies)
         own = needs[original]
         for need in own:
             if need not in prepared and (readers[need] > 1 or need in needed):
@@ -187,7 +187,8 @@ def prepare_once(steps: Sequence[CudaStep]) -> Iterator[CudaStep]:
             and original.rows
             and prepared.get(_halves_of(original.rows))
         )
-        yield _reading(step, [prepared[need] for need in own if need in prepared], rows or None)
+        ready = [prepared[need] for need in own if need in prepared]
+        yield _reading(step, ready, rows or None, spares=multiplies)
 
 
 def _leaves(step: CudaStep, needs: Iterable[Need]) -> list[Need]:
@@ -210,7 +211,7 @@ def left_unread(steps: Sequence[CudaStep], keep: Collection[Node]) -> Iterator[C
         for node in {read.base for read in step.reads}:
             readers.setdefault(node, []).append(step)
     for step in steps:
-        node, form = step.node, step.results.get("halves")
+        node, form = step.node, step.results.get("halves") or step.results.get("left_halves")
         if form is not None and node not in keep:
             step.unread = all(_reads_only(other, node, form) for other in readers.get(node, ()))
         yield step
@@ -223,25 +224,29 @@ def _reads_only(step: CudaStep, node: Node, form: Node) -> bool:
     return dense and names == {"b"} and step.operands.get("halves") is form
 
 
-def _leaving(step: CudaStep, form: Node) -> CudaStep:
-    """The step, with a form of its result as an additional result."""
+def _leaving(step: CudaStep, form: Node, multiplies: bool) -> CudaStep:
+    """The step, with a form of its result as an additional result. If it multiplies, its products
+    look for what they read by the same names."""
     nodes = (*step.nodes[:-1], form, step.node)
-    results = {**step.results, _NAMES[form.op]: form}
+    name = f"left_{_NAMES[form.op]}" if multiplies else _NAMES[form.op]
+    results = {**step.results, name: form}
     return CudaStep(
         nodes, step.operands, step.record,
         results=results, inplace=step.inplace, scratch=step.scratch,
     )  # fmt: skip
 
 
-def _reading(step: CudaStep, prepared: Sequence[Node], rows: Node | None = None) -> CudaStep:
-    """The step, with what is prepared as additional operands and, for a product, not in its
-    scratch. rows: what it can read, too."""
+def _reading(
+    step: CudaStep, prepared: Sequence[Node], rows: Node | None, spares: bool
+) -> CudaStep:
+    """The step, with what is prepared as additional operands and, if it has the launches of a
+    product, not in its scratch. rows: what it can read, too."""
     if not prepared and rows is None:
         return step
     operands = {**step.operands, **{_NAMES[node.op]: node for node in prepared}}
     if rows is not None:
         operands["rows"] = rows
-    spared = sum(aligned(node.spec.nbytes) for node in prepared) if _product(step) else 0
+    spared = sum(aligned(node.spec.nbytes) for node in prepared) if spares else 0
     return CudaStep(
         step.nodes, operands, step.record,
         results=step.results, inplace=step.inplace, scratch=step.scratch - spared,

@@ -48,12 +48,14 @@ __device__ __forceinline__ RowScale gated_unit(float column_scale) {
     return {__int_as_float((127 - unit) << 23), __int_as_float((127 + unit) << 23)};
 }
 
+__device__ __forceinline__ float2 two_floats(unsigned halves) {
+    const __half2 both = *(const __half2*)&halves;
+    return make_float2(__half2float(both.x), __half2float(both.y));
+}
+
 // Reads two adjacent numbers of which `halves` are the f16.
 __device__ __forceinline__ float2 two_short(unsigned halves, const char* at, int further) {
-    if (!have_long(halves)) {
-        const __half2 both = *(const __half2*)&halves;
-        return make_float2(__half2float(both.x), __half2float(both.y));
-    }
+    if (!have_long(halves)) return two_floats(halves);
     const unsigned more = *(const unsigned*)(at + further);
     return make_float2(from_short(halves & 0xffff, more & 0xffff),
                        from_short(halves >> 16, more >> 16));
