@@ -142,8 +142,8 @@ def _handed(ne: Ne) -> int:
 
 
 def _record(call: Call, hidden: Ne | None, eps: float | None) -> None:
-    """hidden: the sizes of what up and gate compute, if they are part of the step. eps: of the norm,
-    if there is one."""
+    """hidden: the sizes of what up and gate compute, if they are part of the step; eps: of the norm
+    behind the sum, if there is one."""
     down, ids, shares = call["down"], call["ids"], call["shares"]
     out = call.get("sum") or call.out
     plus = [call.get(name) or ABSENT for name in ("plus", "plus2")]

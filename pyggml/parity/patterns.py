@@ -161,15 +161,16 @@ def feed_forward_of_a_prompt(m: Maker) -> Pattern:
 
 def norms_behind_experts(m: Maker) -> Pattern:
     """Norms of sums over the experts of many tokens, which a product reads, of tokens with two, one
-    or no experts: the sum is read again or not; the norm is an output, too; rows of 96, of which
-    there is no f16."""
+    or no experts: the sum is read again or not; the norm is an output, too; rows for more than 256
+    threads; rows of 96, of which there is no f16."""
     tokens, outputs = 150, {}
     m.inputs["ids"] = m.rng.integers(-1, 2, (tokens, 2)).astype(np.int32)
     chosen, shares = input_("ids", "i32", ne=(2, tokens)), m.floats("shares", 1, 2, tokens)
     for name, n in (("kept", 192), ("alone", 64), ("long", 2112), ("narrow", 96)):
         down = m.weight(f"{name}_down", 64, n, 2, type="q8_0")
         sums = mul_multi_add(mul_mat_id(down, m.floats(f"{name}_x", 64, 2, tokens), chosen), shares)
-        sums = add(add(sums, m.floats(f"{name}_shared", n, tokens)), m.floats(f"{name}_h", n, tokens))
+        for more in ("shared", "h"):
+            sums = add(sums, m.floats(f"{name}_{more}", n, tokens))
         y = mul(rms_norm(sums, eps=1e-6), m.weight(f"{name}_row", n))
         outputs[name] = mul_mat(m.weight(f"{name}_q", n, 24, type="iq4_nl"), y)
         if name in ("kept", "narrow"):

@@ -236,9 +236,7 @@ def _leaving(step: CudaStep, form: Node, multiplies: bool) -> CudaStep:
     )  # fmt: skip
 
 
-def _reading(
-    step: CudaStep, prepared: Sequence[Node], rows: Node | None, spares: bool
-) -> CudaStep:
+def _reading(step: CudaStep, prepared: Sequence[Node], rows: Node | None, spares: bool) -> CudaStep:
     """The step, with what is prepared as additional operands and, if it has the launches of a
     product, not in its scratch. rows: what it can read, too."""
     if not prepared and rows is None:
