@@ -119,6 +119,8 @@ def record_norm(call: Call, eps: float, a: Operand, plus: Operand | None) -> Nor
     out, fixed = call.out, call.get("fixed")
     halves = call.get("left_halves") or call.get("halves")
     weight, total = call.get("weight"), call.get("sum")
+    if total == a:  # the sum is there
+        total = None
     width, threads, packs = _shares(out, a, weight, plus, total)
     also, ends = "PLAIN", (np.uint64(0), np.uint64(0))
     if width == 4 and packs > 0:
