@@ -15,7 +15,7 @@ from pyggml.backends.cuda.fusion import Fused, Run, behind_reshapes
 from pyggml.backends.cuda.launch import ABSENT, Call, Collective, Launch, Operand, Tail
 from pyggml.backends.cuda.linear.common import aligned
 from pyggml.backends.cuda.norm import can_fix, record_norm, weighted
-from pyggml.backends.cuda.peers import MOST, Boxes
+from pyggml.backends.cuda.peers import BOX_HEAD, MOST, Boxes
 from pyggml.joint import joint_reduce, places_of
 from pyggml.node import Node
 
@@ -26,8 +26,8 @@ ROOM = BLOCKS * CHUNK
 
 
 def words_bytes(count: int) -> int:
-    """The bytes of the words of a box."""
-    return 2 * count * ROOM * 8
+    """The bytes of the words of a box, and in front of them."""
+    return BOX_HEAD + 2 * count * ROOM * 8
 
 
 def box_bytes(count: int) -> int:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from pyggml.backends.cuda.argument import Struct
 
-#: The most GPUs, as in include/peers.cuh.
-MOST = 8
+#: As in include/peers.cuh: the most GPUs, and bytes at the start of a box.
+MOST, BOX_HEAD = 8, 256
 
 
 class Peers(Struct):

@@ -83,7 +83,8 @@ def test_small_sums(count: int, small: Meeting) -> None:
 
 
 def test_a_gpu_that_does_not_come(small: Meeting) -> None:
-    """The others wait until the host ends that, and then say for whom they waited."""
+    """The others wait until the host ends that, and then say for whom they waited. Later waits end
+    soon."""
     gpus, parts = Gpus(3), np.ones((3, 100), np.float32)
     outs = np.zeros_like(parts)
     launches = [shrunk(each, 32) for each in gpus.launches(parts, outs)]
@@ -92,6 +93,7 @@ def test_a_gpu_that_does_not_come(small: Meeting) -> None:
     gpus.words[[0, 2], 0] = 1
     assert small.run(here)
     assert gpus.words[:, 1].tolist() == [2, 0, 2]
+    assert small.run(here, turns=2000)
 
 
 def test_what_it_takes() -> None:

@@ -39,7 +39,7 @@ struct Round {
 
     __device__ __forceinline__ unsigned long long* words(int gpu, int sender) const {
         size_t half = (size_t)(number & 1) * peers.count + sender;
-        return (unsigned long long*)peers.box[gpu] + half * ROOM;
+        return (unsigned long long*)(peers.box[gpu] + BOX_HEAD) + half * ROOM;
     }
     __device__ __forceinline__ void send(int i, float value) const {
         unsigned long long word = (unsigned long long)number << 32 | __float_as_uint(value);
