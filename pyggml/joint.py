@@ -25,12 +25,15 @@ from pyggml.spec import Spec
 from pyggml.traits import Cost
 
 
-def _rule(part: Node, *, places: tuple[str, ...], index: int, turn: int) -> Spec:
+def _rule(
+    part: Node, *, places: tuple[str, ...], index: int, turn: int, exact: bool = True
+) -> Spec:
     """The sum of the parts of all `places`, in the order of NCCL.
 
     places  the devices that take the step
     index   the number of this device among them
     turn    the number of the step among the joint steps of a plan
+    exact   False: parts are no more exact than products of rounded operands
     """
     return part.spec
 

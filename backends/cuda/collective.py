@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pyggml.backends.cuda.copy import convert
 from pyggml.backends.cuda.launch import Call, Operand
+from pyggml.backends.cuda.peer_rows import width_of
 from pyggml.backends.cuda.table import kernel
 from pyggml.errors import PyggmlError
 from pyggml.joint import joint_gather, joint_receive, joint_reduce, joint_scatter, joint_send
@@ -28,7 +29,8 @@ def _ordered(call: Call, target: int) -> int:
 @kernel(joint_reduce, types=SUMMED, inplace=("part",))
 def reduce_parts(call: Call) -> None:
     counts = (call.node.spec.elements,) * len(call.attrs["places"])
-    call.collective("all_reduce", _ordered(call, call.out.ptr), counts, call.out.dtype.name)
+    source, row = _ordered(call, call.out.ptr), width_of(call.node)
+    call.collective("all_reduce", source, counts, call.out.dtype.name, row)
 
 
 @kernel(joint_gather, types=None)

@@ -127,16 +127,16 @@ class Memcpy:
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """What follows a small sum in its step. The kernel that adds can do it, too.
+    """What is around a sum in its step. Our own kernel, which adds, can do it, too.
 
-    launch  does it from the sum; the record right behind that of the sum
-    name    the instance that adds as well, with the same grid and block
+    launch  of that kernel, without arguments
     args    its arguments, without those that say where the others are
+    covers  the launches beside the record of the sum whose place it takes
     """
 
     launch: Launch
-    name: str
     args: tuple[Argument, ...]
+    covers: tuple[Launch, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +146,8 @@ class Collective:
     kind    "all_reduce", "all_gather" or "reduce_scatter"; "send" or "receive" between two
     counts  elements of the part of each device; for "reduce_scatter", of each piece
     type    of the elements: "f32", "f16" or, where they are only copied, "bytes"
-    tail    what follows, if our own kernel can do it as well
+    tail    what else our own kernel can do
+    row     of a sum: how many elements the devices may send as a row of f16; 0: as they are
     """
 
     kind: str
@@ -157,6 +158,7 @@ class Collective:
     places: tuple[str, ...]
     index: int
     tail: Tail | None = None
+    row: int = 0
 
 
 Record = Launch | Gemm | Memcpy | Collective
@@ -280,13 +282,17 @@ class Call:
         """Record a copy of `nbytes` within the device."""
         self.records.append(Memcpy(target, source, nbytes))
 
-    def collective(self, kind: str, source: int, counts: tuple[int, ...], type: str) -> None:
+    def collective(
+        self, kind: str, source: int, counts: tuple[int, ...], type: str, row: int = 0
+    ) -> None:
         """Record a call of NCCL by all devices of the joint node, into the result.
 
         The arguments are those of `Collective`.
         """
         places, index = self.attrs["places"], self.attrs["index"]
-        self.records.append(Collective(kind, self.out.ptr, source, counts, type, places, index))
+        self.records.append(
+            Collective(kind, self.out.ptr, source, counts, type, places, index, row=row)
+        )
 
 
 def early_reads(awaited: frozenset[str], queries: set[str]) -> int:

@@ -5,52 +5,41 @@ Where the kernel for Hopper can compute the products, what one hands to the next
     up, gate   rows that `down` reads, in the order of experts
     down       short rows that the sum reads (kernels/include/short_rows.cuh)
 
-If a norm is behind the sum, as that of the next layer, it is part of the step.
+If a norm is behind the sum, as that of the next layer, it is part of the step; so is the sum over
+the experts of another GPU.
 
 Numbers that f16 cannot hold are kept beside it; `rescale_rows` and the sum look for them.
 """
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
 from pyggml import ops
-from pyggml.backends.cuda.argument import Struct, Tensor
+from pyggml.backends.cuda import peer_rows
+from pyggml.backends.cuda.argument import Argument
 from pyggml.backends.cuda.fusion import Fused, Run
 from pyggml.backends.cuda.geometry import blocks_for
-from pyggml.backends.cuda.launch import ABSENT, Call, Operand
+from pyggml.backends.cuda.launch import ABSENT, Call, Launch, Operand
 from pyggml.backends.cuda.linear import experts, ring
 from pyggml.backends.cuda.linear.common import PREPARE, aligned, dense
 from pyggml.backends.cuda.linear.halves import DEPTH, half_of, rows_and_scales, tile_scratch
 from pyggml.backends.cuda.linear.routes import Product
 from pyggml.backends.cuda.moe import launch_sum, sums
-from pyggml.backends.cuda.norm import record_norm, weighted
+from pyggml.backends.cuda.norm import EACH, NO_NORM, left_norm, record_norm, row_threads, weighted
+from pyggml.backends.cuda.peer_sum import Part, joint_sum, record_sum
 from pyggml.dtypes import F16, F32
 from pyggml.node import Node
 from pyggml.ops.leaf import constant_op
 from pyggml.spec import Ne
 
-#: Elements that a thread adds up at once, and the most threads of a block that has a whole token.
-EACH, THREADS = 8, (256, 512, 1024)
-
-
-class Normed(Struct):
-    """The struct `Normed` of moe_prompt.cu."""
-
-    _fields_ = (
-        ("y", Tensor),
-        ("w", Tensor),
-        ("eps", ctypes.c_float),
-        ("halves", ctypes.c_uint64),
-        ("scales", ctypes.c_uint64),
-    )
-
-
-NO_NORM = Normed(y=ABSENT.tensor, w=ABSENT.tensor, eps=0.0, halves=0, scales=0)
+FILE = "moe_prompt.cu"
+#: Where the norm is left as f16; products read theirs from call["halves"].
+LEFT = "left_halves"
 
 
 def sum_of_experts(node: Node, run: Run) -> Fused | None:
@@ -63,11 +52,40 @@ def normed_sum_of_experts(node: Node, run: Run) -> Fused | None:
     match = weighted(node, run)
     if match is None or match[0] not in run.number:
         return None
-    return _sum_of_experts(match[0], run, (match[1], node, match[2]))
+    x, normed, weight = match
+    return _sum_of_experts(x, run, Norm(x, normed, node, weight))
 
 
-def _sum_of_experts(node: Node, run: Run, norm: tuple[Node, Node, Node] | None) -> Fused | None:
-    """norm: what normalizes the sum `node`, that times the weight, and the weight."""
+def joint_sum_of_experts(node: Node, run: Run) -> Fused | None:
+    """rms_norm(x) * w with x = such a sum of all GPUs + a, as joint_sum_norm of peer_sum.py."""
+    match = joint_sum(node, run)
+    if match is None or not peer_rows.width_of(match.joint):
+        return None
+    joint, x, plus, normed, weight = match
+    part = joint["part"]
+    if not run.only(part, joint):
+        return None
+    return _sum_of_experts(part, run, Norm(x, normed, node, weight, joint, plus))
+
+
+class Norm(NamedTuple):
+    """What is behind a sum: rms_norm(x) * weight, of x = the sum, or of x = the sum of those of all
+    GPUs + residual."""
+
+    x: Node
+    normed: Node
+    last: Node
+    weight: Node
+    joint: Node | None = None
+    residual: Node | None = None
+
+    @property
+    def eps(self) -> float:
+        eps: float = self.normed.attrs["eps"]
+        return eps
+
+
+def _sum_of_experts(node: Node, run: Run, norm: Norm | None) -> Fused | None:
     match = sums(node, run, 2)
     if match is None:
         return None
@@ -88,21 +106,26 @@ def _sum_of_experts(node: Node, run: Run, norm: tuple[Node, Node, Node] | None) 
         inner = max(each.scratch for each in Product.all_of(hidden))
         scratch = max(inner, scratch) + _handed(hidden.ne)
     nodes = (hidden, down, total, *additions) if hidden else (down, total, *additions)
-    results, eps = {}, None
+    reads |= dict(zip(("plus", "plus2"), more))
+    results = {}
     if norm is not None:
-        normed, last, weight = norm
-        nodes, reads["weight"], eps = (*nodes, normed, last), weight, normed.attrs["eps"]
-        results = {} if run.only(node, normed) else {"sum": node}
+        results = {} if run.only(norm.x, norm.normed) else {"sum": norm.x}
+        reads["weight"] = norm.weight
+        if norm.joint is not None and norm.residual is not None:
+            nodes, reads["residual"] = (*nodes, norm.joint, norm.x), norm.residual
+            more, scratch = (*more, norm.residual), scratch + aligned(node.spec.nbytes)
+        nodes = (*nodes, norm.normed, norm.last)
     return Fused(
         nodes,
-        reads | dict(zip(("plus", "plus2"), more)),
-        partial(_record, hidden=None if hidden is None else hidden.ne, eps=eps),
+        reads,
+        partial(_record, hidden=None if hidden is None else hidden.ne, norm=norm),
         results=results,
         inplace=more,
         halves=0 if norm is None else 1,
         scratch=scratch,
         product=down,
         rows=None if hidden is None else hidden["b"],
+        at=None if norm is None else norm.joint,
     )
 
 
@@ -141,11 +164,12 @@ def _handed(ne: Ne) -> int:
     return max(tile_scratch(_rows(ne)) + aligned(2 * ne[0] * pairs, 4 * pairs), _bytes(ne))
 
 
-def _record(call: Call, hidden: Ne | None, eps: float | None) -> None:
-    """hidden: the sizes of what up and gate compute, if they are part of the step; eps: of the norm
-    behind the sum, if there is one."""
+def _record(call: Call, hidden: Ne | None, norm: Norm | None) -> None:
+    """hidden: the sizes of what up and gate compute, if they are part of the step."""
     down, ids, shares = call["down"], call["ids"], call["shares"]
-    out = call.get("sum") or call.out
+    out, joint = call.get("sum") or call.out, None if norm is None else norm.joint
+    if joint is not None:
+        out = dense(call.scratch(joint.spec.nbytes), joint.ne, F32)
     plus = [call.get(name) or ABSENT for name in ("plus", "plus2")]
     adjacent = all(x.nb[0] in (0, 4) and x.aligned(16) for x in (out, *plus))
     ne = (out.ne[0], *ids.ne[:2], 1)
@@ -164,38 +188,42 @@ def _record(call: Call, hidden: Ne | None, eps: float | None) -> None:
         lists = experts.lists_of(call, ids, down.ne[2], b)
         ring.launch(call, (down,), rows, handed, lists.columns, lists.width, short=True)
         short = experts.ShortRows(np.uint64(lists.places), handed[1])
+    _record_sum(call, out, norm, (rows, short, shares, plus))
+
+
+def _record_sum(
+    call: Call,
+    out: Operand,
+    norm: Norm | None,
+    terms: tuple[Operand, experts.ShortRows | None, Operand, list[Operand]],
+) -> None:
+    """Record the weighted sum into `out`, which is this GPU's part if others have some, and what is
+    behind it. terms: the rows, f32 or short, their weights, and what is added."""
+    own, (rows, short, shares, plus) = None, terms
+    joint = None if norm is None else norm.joint
     if short is None:
         launch_sum(call, out, rows, shares)
-        norm = None
     else:
-        norm = None if eps is None else _norm_of(call, eps)
-        n = out.ne[0]
-        threads = 256 if norm is None else next(t for t in THREADS if n <= EACH * t)
-        total = replace(out, ptr=0) if norm and call.get("sum") is None else out
+        args: list[Argument] = [rows.pointer, *short, shares.tensor, *(x.tensor for x in plus)]
+        left = None if norm is None or joint is not None else left_norm(call, norm.eps, LEFT)
+        most, threads = (256, 256) if left is None else row_threads(out.ne[0])
+        total = replace(out, ptr=0) if left and call.get("sum") is None else out
         call.launch(
-            "moe_prompt.cu",
-            f"add_short<{threads}, {str(norm is not None).lower()}>",
-            grid=(out.ne[1], blocks_for(n, threads * EACH)),
-            block=min(threads, 32 * blocks_for(n, 32 * EACH)) if norm else threads,
-            args=[
-                total.tensor, rows.pointer, *short, shares.tensor, *(x.tensor for x in plus),
-                norm or NO_NORM,
-            ],
-        )  # fmt: skip
-    if eps is not None and norm is None:
-        record_norm(call, eps, out, None)
-
-
-def _norm_of(call: Call, eps: float) -> Normed | None:
-    """The kernel's argument if the sum can leave the norm."""
-    out, weight, halves = call.out, call["weight"], call.get("left_halves")
-    fits = out.ne[0] <= EACH * THREADS[-1] and out.ne[0] % DEPTH == 0
-    adjacent = out.nb[0] == weight.nb[0] == 4 and out.aligned(16) and weight.aligned(16)
-    if halves is None or not fits or not adjacent:
-        return None
-    rows, scales = rows_and_scales(out.ne, halves.ptr)
-    y = replace(out, ptr=0) if call.unread else out
-    return Normed(y=y.tensor, w=weight.tensor, eps=eps, halves=int(rows), scales=int(scales))
+            FILE,
+            f"add_short<{most}, {str(left is not None).lower()}>",
+            grid=(out.ne[1], blocks_for(out.ne[0], most * EACH)),
+            block=threads,
+            args=[total.tensor, *args, left or NO_NORM],
+        )
+        if left is not None:
+            return
+        launch = call.records[-1]
+        if plus[1] is ABSENT and isinstance(launch, Launch):
+            own = Part(FILE, "add_short_joint", tuple(args[:-1]), (launch,))
+    if norm is not None and joint is None:
+        record_norm(call, norm.eps, out, None, LEFT)
+    elif norm is not None and joint is not None:
+        record_sum(call, joint, norm.eps, out, out.ptr, call["residual"], LEFT, own)
 
 
 def _hand_on(call: Call, ne: Ne, at: int) -> tuple[np.uint64, np.uint64] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -9,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 from pyggml import ops
+from pyggml.backends.cuda.argument import Struct, Tensor
 from pyggml.backends.cuda.fusion import Fused, Run
-from pyggml.backends.cuda.geometry import pack_width, row_grid, threads_for
+from pyggml.backends.cuda.geometry import blocks_for, pack_width, row_grid, threads_for
 from pyggml.backends.cuda.launch import ABSENT, Call, Operand
 from pyggml.backends.cuda.linear.blocks import launch_quantize
 from pyggml.backends.cuda.linear.halves import DEPTH, launch_halves, rows_and_scales
@@ -42,6 +44,23 @@ def weighted(product: Node, run: Run) -> tuple[Node, Node, Node] | None:
     if not _is_row(weight, x.ne[0]):
         return None
     return x, normed, weight
+
+
+class Normed(Struct):
+    """The struct `Normed` of include/rms.cuh."""
+
+    _fields_ = (
+        ("y", Tensor),
+        ("w", Tensor),
+        ("eps", ctypes.c_float),
+        ("halves", ctypes.c_uint64),
+        ("scales", ctypes.c_uint64),
+    )
+
+
+NO_NORM = Normed(y=ABSENT.tensor, w=ABSENT.tensor, eps=0.0, halves=0, scales=0)
+#: Elements of a thread of kernels that leave a norm, and how many threads have a row.
+EACH, ROW_THREADS = 8, (256, 512, 1024)
 
 
 class NormForm(NamedTuple):
@@ -111,13 +130,13 @@ def _norm(call: Call, eps: float) -> None:
     record_norm(call, eps, call["a"], call.get("plus"))
 
 
-def record_norm(call: Call, eps: float, a: Operand, plus: Operand | None) -> NormForm:
+def record_norm(
+    call: Call, eps: float, a: Operand, plus: Operand | None, left: str = "halves"
+) -> NormForm:
     """Record out = norm(a (+ plus)) times weight. The sum also goes to call["sum"], and out in
-    fixed point to call["fixed"] and as f16 to call["halves"] or call["left_halves"], if these are
-    present. Returns the
+    fixed point to call["fixed"] and as f16 to call[left], if these are present. Returns the
     form of the first launch. If others read nothing but the f16, out is not written."""
-    out, fixed = call.out, call.get("fixed")
-    halves = call.get("left_halves") or call.get("halves")
+    out, fixed, halves = call.out, call.get("fixed"), call.get(left)
     weight, total = call.get("weight"), call.get("sum")
     if total == a:  # the sum is there
         total = None
@@ -149,6 +168,25 @@ def record_norm(call: Call, eps: float, a: Operand, plus: Operand | None) -> Nor
     if halves is not None and also != "HALVES":
         launch_halves(call, out, halves.ptr, "__half")
     return NormForm(width, packs, also, ends)
+
+
+def left_norm(call: Call, eps: float, left: str) -> Normed | None:
+    """The argument of a kernel that computes rows and leaves their norm as f16 in call[left]; None
+    if it cannot."""
+    out, weight, halves = call.out, call["weight"], call.get(left)
+    fits = out.ne[0] <= EACH * ROW_THREADS[-1] and out.ne[0] % DEPTH == 0
+    adjacent = out.nb[0] == weight.nb[0] == 4 and out.aligned(16) and weight.aligned(16)
+    if halves is None or not fits or not adjacent:
+        return None
+    rows, scales = rows_and_scales(out.ne, halves.ptr)
+    y = replace(out, ptr=0) if call.unread else out
+    return Normed(y=y.tensor, w=weight.tensor, eps=eps, halves=int(rows), scales=int(scales))
+
+
+def row_threads(n: int) -> tuple[int, int]:
+    """The threads of an instance that leaves norms of rows of n elements, and those of a block."""
+    most = next(threads for threads in ROW_THREADS if n <= EACH * threads)
+    return most, min(most, threads_for(blocks_for(n, EACH)))
 
 
 def _layer_norm(call: Call, eps: float) -> None:

@@ -16,7 +16,11 @@ from pyggml.backends.cuda.fusion import Pattern
 from pyggml.backends.cuda.hyper_norm import norm_after_post, norm_of_streams
 from pyggml.backends.cuda.linear.turned import turned_product
 from pyggml.backends.cuda.moe import sum_and_more
-from pyggml.backends.cuda.moe_prompt import normed_sum_of_experts, sum_of_experts
+from pyggml.backends.cuda.moe_prompt import (
+    joint_sum_of_experts,
+    normed_sum_of_experts,
+    sum_of_experts,
+)
 from pyggml.backends.cuda.moe_routing import route
 from pyggml.backends.cuda.moe_token import experts_of_token
 from pyggml.backends.cuda.norm import norm_times_row, norm_with_row, sum_norm_times_row
@@ -43,6 +47,7 @@ PATTERNS: tuple[Pattern, ...] = (
     (norm_after_post, (ops.mul,)),
     (norm_of_streams, (ops.mul,)),
     (activated_times, (ops.mul,)),
+    (joint_sum_of_experts, (ops.mul,)),
     (joint_sum_norm, (ops.mul,)),
     (normed_sum_of_experts, (ops.mul,)),
     (sum_norm_times_row, (ops.mul,)),

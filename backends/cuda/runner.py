@@ -102,19 +102,19 @@ class CudaRunner:
         return self._relay
 
     def _chosen(self, records: Sequence[Record]) -> Iterator[Record]:
-        """The records of a step; in place of a sum, and of what follows it, our own kernel if the
+        """The records of a step; in place of a sum, and of what is around it, our own kernel if the
         devices that meet have one for its size."""
-        done: Record | None = None  # what our own kernel does as well
+        chosen, covered = list[Record](), set[int]()
         for record in records:
-            if not isinstance(record, Collective):
-                if record is not done:
-                    yield record
-                continue
-            end = self.context.communicators[record.places]
-            self.ends.add(end)
-            own = end.own(record)
-            yield own or record
-            done = record.tail.launch if own is not None and record.tail is not None else None
+            own = None
+            if isinstance(record, Collective):
+                end = self.context.communicators[record.places]
+                self.ends.add(end)
+                own = end.own(record)
+                if own is not None and record.tail is not None:
+                    covered.update(map(id, record.tail.covers))
+            chosen.append(own or record)
+        return (record for record in chosen if id(record) not in covered)
 
     def run(self) -> None:
         with self.context:

@@ -19,6 +19,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from pyggml.backends.base import Backend, Joins
+from pyggml.dtypes import F32
 from pyggml.graph import rebuilt
 from pyggml.interning import inherit
 from pyggml.joint import (
@@ -33,7 +34,9 @@ from pyggml.joint import (
 from pyggml.node import Node
 from pyggml.ops.collective import all_gather, all_reduce, reduce_scatter
 from pyggml.ops.copy import concat, cont
+from pyggml.ops.elementwise import add
 from pyggml.ops.merge import lse_finish, lse_sum
+from pyggml.ops.moe import mul_multi_add
 from pyggml.ops.views import bases, reshape, state_of, view
 from pyggml.passes.work import Work, runs, viewed
 from pyggml.transfer import origin, transfer
@@ -101,11 +104,26 @@ class Meetings:
 def _joint(node: Node, part: Node, attrs: Mapping[str, Any]) -> Node:
     """The joint node of a collective."""
     if node.op is all_reduce:
-        return joint(joint_reduce, part, **attrs)
+        exact = not all(_may_round(each) for each in node.src if each is not None)
+        return joint(joint_reduce, part, exact=exact, **attrs)
     if node.op is reduce_scatter:
         return joint(joint_scatter, part, **attrs)
     sizes = tuple(source.spec.elements for source in node.src if source is not None)
     return joint(joint_gather, part, sizes=sizes, **attrs)
+
+
+def _may_round(part: Node) -> bool:
+    """Whether a part consists of products whose operands backends may round."""
+    while part.op is reshape:
+        part = part["a"]
+    if part.op is add:
+        return _may_round(part["a"]) and _may_round(part["b"])
+    if part.op is mul_multi_add:
+        return _may_round(part["a"])
+    weights = [part[name] for name in part.op.weights]
+    return (
+        bool(weights) and part.attrs["prec"] != "f32" and all(w.dtype is not F32 for w in weights)
+    )
 
 
 def meetings(work: Work, nodes: Sequence[Node]) -> Meetings:

@@ -61,3 +61,54 @@ __device__ __forceinline__ void normalize(const Tensor& out, const Tensor& w, fl
         }
     }
 }
+
+// -- rows in registers: a thread has eight adjacent elements --------------------------------------------
+
+constexpr int EACH = 8;
+struct alignas(16) EightFloats {
+    float v[EACH];
+};
+// Elements i to i + 7 of a row, adjacent and at a multiple of 16 bytes; 0 if there is no tensor.
+__device__ __forceinline__ EightFloats eight_of(const Tensor& x, int row, int i) {
+    return x.data ? *(const EightFloats*)(x.row<float>(row, 0, 0) + i) : EightFloats{};
+}
+__device__ __forceinline__ void put_eight(const Tensor& x, int row, int i, const float (&v)[EACH]) {
+#pragma unroll
+    for (int k = 0; k < EACH; k += 4)
+        *(float4*)(x.row<float>(row, 0, 0) + i + k) = make_float4(v[k], v[k + 1], v[k + 2], v[k + 3]);
+}
+
+// What a norm leaves: y = x / sqrt(mean(x^2) + eps) * w, as rows of f16 and their scales (halves.cuh),
+// and as f32 if `y` is present.
+struct Normed {
+    Tensor y, w;
+    float eps;
+    unsigned* halves;
+    float* scales;
+};
+
+__device__ __forceinline__ void put_normed(const Normed& norm, float (&x)[EACH], int n, int token,
+                                           int i) {
+    float squares = 0, most = 0, weights[EACH] = {};
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) squares += x[k] * x[k];
+    if (i < n)
+#pragma unroll
+        for (int v = 0; v < EACH; v += 4)
+            *(float4*)(weights + v) = *(const float4*)(norm.w.data + 4 * (i + v));
+    const float factor = 1.0f / sqrtf(block_reduce<Sum>(squares, 0) / n + norm.eps);
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) {
+        x[k] = x[k] * factor * weights[k];
+        most = finite_most(most, x[k]);
+    }
+    const RowScale by = row_scale(block_reduce<Max>(most, 0.0f));
+    if (threadIdx.x == 0) norm.scales[token] = by.back;
+    if (i >= n) return;
+    if (norm.y.data) put_eight(norm.y, token, i, x);
+    // Pairs of a run of 16 are in the order 0 2 4 6 1 3 5 7.
+    unsigned* const to = norm.halves + (token * (long long)n + i / 16 * 16) / 2 + i % 16 / 4;
+    const auto pair = [&](int k) { return two_halves<__half>(x[k] * by.by, x[k + 1] * by.by); };
+    *(uint2*)to = make_uint2(pair(0), pair(4));
+    *(uint2*)(to + 4) = make_uint2(pair(2), pair(6));
+}
