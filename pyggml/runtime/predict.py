@@ -202,20 +202,32 @@ def seconds_of(work: Work, step: Step, rates: Rates, launches: int) -> float:
         return rates.latency + share * step.nbytes / BUS
     if step.node.op is transfer:
         return rates.latency + step.node.spec.nbytes / rates.link
-    if step.joint is not None:
-        return _joint_seconds(step.joint, rates)
-    works = [_work(node, step, rates) for node in step.nodes]
-    longer = max(sum(w[0] for w in works), sum(w[1] for w in works) / rates.nbytes)
-    return launches * rates.launch + longer
+    joint = step.joint
+    if joint is None:
+        return launches * rates.launch + _longer(step.nodes, step, rates)
+    at = step.nodes.index(joint)
+    before, behind = step.nodes[:at], step.nodes[at + 1 :]
+    seconds = _joint_seconds(joint, rates)
+    if joint.spec.nbytes > SMALL:  # else less than the wait for the other devices varies
+        seconds = max(seconds, _longer(behind, step, rates))
+    return seconds + (launches * rates.launch + _longer(before, step, rates) if before else 0.0)
+
+
+def _longer(nodes: Sequence[Node], step: Step, rates: Rates) -> float:
+    """The operations of some nodes of a step, or their bytes, whichever take longer."""
+    works = [_work(node, step, rates) for node in nodes]
+    return max(sum(w[0] for w in works), sum(w[1] for w in works) / rates.nbytes)
 
 
 def _joint_seconds(joint: Node, rates: Rates) -> float:
-    """A joint step, with what a small sum does as well: a norm of few rows, whose bytes take less
-    time than the wait for the other devices varies."""
+    """What devices take together. Large sums that need not be exact are sent in half the bytes by
+    two devices."""
     if joint.op is joint_reduce and len(places_of(joint)) <= PEERS:
         n, nbytes = len(places_of(joint)), joint.spec.nbytes
         if nbytes <= SMALL:
             return rates.small + (n - 1) * nbytes / rates.link
+        if n == 2 and not joint.attrs["exact"]:
+            return rates.small + nbytes / 2 / rates.link
     return rates.latency + cost_of(joint).sent / rates.link
 
 

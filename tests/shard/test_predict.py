@@ -67,6 +67,18 @@ def test_large_sums_and_those_of_many_devices_are_a_ring(devices: int, tokens: i
     assert seconds == pytest.approx(RATES.latency + sent / RATES.link)
 
 
+def test_two_devices_send_rounded_parts_of_large_sums() -> None:
+    """In half the bytes, and what follows takes place beside."""
+    hidden = gg.relu(gg.mul_mat(weight("a", 1024, 64), gg.input("x", ne=(64, 2048))))
+    down = gg.constant(np.zeros((1024, 1024), "f2"), name="b", dtype="f16")
+    x = gg.add(gg.input("residual", ne=(1024, 2048)), gg.mul_mat(down, hidden))
+    y = gg.mul(gg.rms_norm(x, eps=1e-5), weight("norm", 1024))
+    plan = plan_of(y, 2, rows=2)
+    seconds = RATES.small + 2 * 1024 * 2048 / RATES.link
+    assert plan.predict().between == pytest.approx(seconds)
+    assert plan.predict(replace(FREE, nbytes=1.0)).between >= 2 * 4 * 1024 * 2048
+
+
 def test_a_device_takes_its_share_of_the_experts() -> None:
     """Many tokens: nearly half on each of two. Each expert leaves a part of a tile empty."""
     rates = replace(FREE, experts=1e12)
