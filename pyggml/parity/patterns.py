@@ -369,6 +369,22 @@ def attention_of_a_prompt(m: Maker) -> Pattern:
     return m.done(**outputs)
 
 
+def attention_of_a_prompt_bf16(m: Maker) -> Pattern:
+    """Results over keys and values of bf16, which may be more than f16 holds: a product reads them
+    as f32. Cache rows of a head behind the last position are NaN; others keep the rounding of
+    bf16."""
+    tokens, n_kv, d = 70, 150, 128
+    m.inputs["pos"] = np.arange(40, 40 + tokens, dtype=np.int32)
+    pos, q = input_("pos", "i32", ne=(tokens,)), m.floats("q", d, tokens, 4)
+    k, v = (m.floats(name, d, n_kv, 4, type="bf16") for name in "kv")
+    values = np.array(m.inputs["v"])
+    values[1, 111:] = np.nan
+    m.inputs["v"] = values
+    y = flash_attn_ext(q, k, v, causal_mask(pos, n_kv=n_kv), scale=0.1)
+    weight = m.weight("w", 4 * d, 24, type="iq4_nl")
+    return m.done(y=mul_mat(weight, reshape(y, ne=(4 * d, tokens))))
+
+
 def chosen_rows(m: Maker) -> Pattern:
     """Attention to chosen rows under a causal mask, which another attention reads too."""
     mask = causal_mask(m.positions(), n_kv=32)
@@ -475,7 +491,8 @@ PATTERNS: dict[str, Callable[[Maker], Pattern]] = {
             feed_forward_of_a_prompt, norms_behind_experts, grouped_experts,
             root_routing, given_routing, experts_of_devices,
             divided_weights, probabilities_kept, shared_mask, mask_kept, strided_mask,
-            moved_position, gated, hidden_rows, attention_of_a_prompt, chosen_rows, indexed_rows,
+            moved_position, gated, hidden_rows, attention_of_a_prompt,
+            attention_of_a_prompt_bf16, chosen_rows, indexed_rows,
             moved_list, squares, odd_routing, flat_weights, keys_of_heads,
             scores_of_heads, scores_bf16, scores_of_f32, scores_of_moved_position, scores_kept,
         )

@@ -58,6 +58,7 @@ FUSED = {
     "shared_mask": ["causal_mask flash_attn_ext"] * 2,
     "hidden_rows": ["causal_mask flash_attn_ext"] * 6,
     "attention_of_a_prompt": ["causal_mask halves flash_attn_ext"] * 4,
+    "attention_of_a_prompt_bf16": ["causal_mask flash_attn_ext"],
     "chosen_rows": ["causal_mask flash_attn_ext"] * 2,
     "indexed_rows": [],
     "moved_list": [],
