@@ -8,23 +8,14 @@
 // `latent_hopper` is for few tiles a block. For the scores, each warpgroup takes half of a tile's
 // keys. They exchange maxima and weights through shared memory.
 //
-// `latent_pairs` is for many. Warpgroup g computes the scores and the weights of the tile g of a
-// pair, so products have 64 keys: with 32 they wait for shared memory to deliver the queries (3 KB
-// in 16 clocks). The two are half a step apart: while one computes weights, the other uses the
-// tensor cores. Row maxima pass from warpgroup 0 to 1 within a pair, and back to 0 for the next, so
-// weights of both have the same base in the end; threads exchange weights as fragments, through the
-// columns of a tile that are no values, or (512/512) memory of their own. A thread of its own fetches
-// tiles. 512 queries of 16 heads, 4,096 keys, H100: 254 TFLOP/s, where the other has 204. But it
-// starts when two tiles are there, and until then L2 has to deliver 295 KB to every block: one query
-// of 128 heads takes 21.3 us of 4,096 keys in place of 19.9, 31.2 of 16,384 in place of 27.7, 60.5 of
-// 65,536 in place of 62.1.
+// `latent_pairs` is for many (attention_pairs.cuh); a thread of its own fetches tiles. 512 queries of 16
+// heads, 4,096 keys, H100: 254 TFLOP/s, where the other has 204. But it starts when two tiles are
+// there, and until then L2 has to deliver 295 KB to every block: one query of 128 heads takes 21.3 us
+// of 4,096 keys in place of 19.9, 31.2 of 16,384 in place of 27.7, 60.5 of 65,536 in place of 62.1.
 // @kernel 90a hot latent_hopper<{__half|__nv_bfloat16}, {576|512}>
 // @kernel 90a hot latent_pairs<{__half|__nv_bfloat16}, {576|512}>
+#include "attention_pairs.cuh"
 #include "staged.cuh"
-
-constexpr int DV = 512, M = 64, BN = 64, BOX = BN * 128;
-//: Named barriers of `latent_pairs`: all that compute; weights of tile 0 and 1; each warpgroup (two).
-enum { WORKERS = 1, WEIGHTS = 2, OWN = 4 };
 
 // As in attention_hopper.cu: parameters start at 0x210, maps must be 64-byte aligned.
 struct LatentArgument {
@@ -301,167 +292,30 @@ __global__ void __launch_bounds__(384, 1)
     const float factor[2] = {factors[row0], factors[row0 + 8]};
     const Row rows[2] = {Row(a, i3, head_kv, r0 + row0, live),
                          Row(a, i3, head_kv, r0 + row0 + 8, live)};
-    const u32 at_q = shared_address(queries), at_ring = shared_address(ring);
-    // The weights of tile g as fragments, one slot a thread.
-    const auto slots = [&](int g) {
-        char *at = DK > DV ? ring + g * TILE + (a.v_start ? 0 : DV / 64 * BOX)
-                           : ring + 2 * TILE + g * BOX;
-        return (uint4 *)at + threadIdx.x % 128;
-    };
-    float sums[2][64], m[2] = {-INF, -INF}, l[2] = {};
-#pragma unroll
-    for (int i = 0; i < 64; ++i) sums[0][i] = sums[1][i] = 0;
-    const auto scale_sums = [&](const float (&by)[2]) {
-        if (!__any_sync(~0u, by[0] != 1 || by[1] != 1)) return;
-#pragma unroll
-        for (int x = 0; x < 2; ++x)
-#pragma unroll
-            for (int n = 0; n < 64; n += 4) {
-                sums[x][n] *= by[0], sums[x][n + 1] *= by[0];
-                sums[x][n + 2] *= by[1], sums[x][n + 3] *= by[1];
-            }
-    };
-    // Starts to add this warpgroup's columns of tile g's values, weighted by p.
-    const auto add = [&](const u32 (&p)[4][4], int g) {
-        wgmma_hold(sums[0]);
-        wgmma_hold(sums[1]);
-        const u64 from =
-            tile_descriptor(at_ring + g * TILE + (a.v_start / 64 + group * 4) * BOX, BOX);
-        wgmma_fence();
-#pragma unroll
-        for (int n = 0; n < BN / 16; ++n)
-#pragma unroll
-            for (int x = 0; x < 2; ++x)
-                wgmma_rs<T, 128>(sums[x], p[n], further(from, x * 2 * BOX + n * 16 * 128), 1);
-        wgmma_commit();
-    };
-    const auto done = [&] {
-        wgmma_wait<0>();
-        wgmma_hold(sums[0]);
-        wgmma_hold(sums[1]);
-    };
-    // This warp needs tile g no more. It may have read or written weights there.
-    const auto leave = [&](int g) {
-        fence_engines();
-        __syncwarp();
-        if (lane == 0) barrier_arrive(empty + g);
-    };
-
+    PairSums all_rows;
     for (int i = 0; pair[0] < walk.end; ++i) {
         pair[1] = walk.alive(pair[0] + 1);
-        const bool both = pair[1] < walk.end;
-        float flat[32], top[2], left[2] = {factor[0], factor[1]}, lost[2];
-        float (&s)[8][4] = reinterpret_cast<float (&)[8][4]>(flat);
-        u32 weights[4][4], others[4][4];
-        // The scores of tile g, and the maxima of rows there.
-        const auto multiply = [&](int g) {
-            const u64 from_q = tile_descriptor(at_q, 16);
-            const u64 from = tile_descriptor(at_ring + g * TILE, 16);
-            wgmma_hold(flat);
-#pragma unroll
-            for (int p = 0; p < PARTS; ++p) {
-                barrier_wait(full[g] + p, i & 1);
-                wgmma_fence();
-#pragma unroll
-                for (int n = p * PART * 4; n < (p + 1) * PART * 4; ++n)
-                    wgmma_ss<T, 64>(flat, further(from_q, n / 4 * BOX + n % 4 * 32),
-                                    further(from, n / 4 * BOX + n % 4 * 32), n > 0);
-            }
-            wgmma_commit();
-            wgmma_wait<0>();
-            wgmma_hold(flat);
-            const int t = g ? pair[1] : pair[0], key = t * BN + 2 * (lane & 3);
-            const bool bias = walk.biased(t);
-            if (bias || a.softcap > 0 || walk.edge(t)) {
-                left[0] = masked(a, rows[0], s, 0, factor[0], key, bias);
-                left[1] = masked(a, rows[1], s, 2, factor[1], key, bias);
-            }
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                top[r] = -INF;
-#pragma unroll
-                for (int c = 0; c < 8; ++c)
-                    top[r] = fmaxf(top[r], fmaxf(s[c][2 * r], s[c][2 * r + 1]));
-                top[r] = quad_max(top[r]) * left[r];
-            }
-        };
-        // Turns scores of tile g to weights and passes them on; `lost` is for the sums.
-        const auto weigh = [&](int g) {
-            threads_sync(OWN + g, 128);  // all its warps have used the tile as keys
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                top[r] = fmaxf(top[r], m[r]);
-                const float base = finite(top[r]);
-                lost[r] = exp2_fast(m[r] - base);
-                m[r] = top[r];
-                float sum = 0;
-#pragma unroll
-                for (int c = 0; c < 8; ++c) {
-                    const float x = exp2_fast(fmaf(s[c][2 * r], left[r], -base));
-                    const float y = exp2_fast(fmaf(s[c][2 * r + 1], left[r], -base));
-                    sum += x + y;
-                    weights[c / 2][c % 2 * 2 + r] = pack2<T>(x, y);
+        add_pair<T, DK>(
+            a, all_rows, queries, maxima, group, pair[1] < walk.end,
+            [&](int g, int p) { barrier_wait(full[g] + p, i & 1); },
+            [&](int g, float (&s)[8][4], float (&left)[2]) {
+                const int t = g ? pair[1] : pair[0], key = t * BN + 2 * (lane & 3);
+                const bool bias = walk.biased(t);
+                left[0] = factor[0], left[1] = factor[1];
+                if (bias || a.softcap > 0 || walk.edge(t)) {
+                    left[0] = masked(a, rows[0], s, 0, factor[0], key, bias);
+                    left[1] = masked(a, rows[1], s, 2, factor[1], key, bias);
                 }
-                l[r] = l[r] * lost[r] + sum;
-                if (lane % 4 == 0) maxima[g][row0 + 8 * r] = top[r];
-            }
-            uint4 *to = slots(g);
-#pragma unroll
-            for (int n = 0; n < 4; ++n)
-                to[n * 128] =
-                    make_uint4(weights[n][0], weights[n][1], weights[n][2], weights[n][3]);
-            threads_arrive(WEIGHTS + g, 256);
-        };
-        // Takes the maxima and the weights of tile g and rescales the sums to them.
-        const auto take = [&](int g) {
-            threads_sync(WEIGHTS + g, 256);
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const float now = maxima[g][row0 + 8 * r];
-                lost[r] = exp2_fast(m[r] - finite(now));
-                l[r] *= lost[r];
-                m[r] = now;
-            }
-            const uint4 *from = slots(g);
-#pragma unroll
-            for (int n = 0; n < 4; ++n) {
-                const uint4 x = from[n * 128];
-                others[n][0] = x.x, others[n][1] = x.y, others[n][2] = x.z, others[n][3] = x.w;
-            }
-            scale_sums(lost);
-        };
-        if (group == 0 || both) multiply(group);
-        if (group == 0) {
-            weigh(0);
-            scale_sums(lost);
-            add(weights, 0);
-            done();
-            leave(0);
-            if (both) {
-                take(1);
-                add(others, 1);
-                done();
-                leave(1);
-            }
-        } else if (both) {
-            take(0);
-            add(others, 0);
-            weigh(1);  // while the products run
-            done();
-            leave(0);
-            scale_sums(lost);
-            add(weights, 1);
-            done();
-            leave(1);
-        } else {
-            take(0);
-            add(others, 0);
-            done();
-        }
+            },
+            [&](int g) {
+                fence_engines();
+                __syncwarp();
+                if (lane == 0) barrier_arrive(empty + g);
+            });
         pair[0] = walk.alive(pair[1] + 1);
     }
 
-    leave_rows<T>(a, i3, head_kv, r0, part, live, walk, rows, sums, m, l, totals, ring, damaged,
+    leave_rows<T>(a, i3, head_kv, r0, part, live, walk, rows, all_rows.sums, all_rows.m, all_rows.l, totals, ring, damaged,
                   [] { threads_sync(WORKERS, 256); });
 #endif
 }
