@@ -66,6 +66,14 @@ flash_attn_ext(f32[576,1,128,2], f16[576,170,1,2], f16[512,170,1,2]=1+0, -, -, i
 """  # noqa: E501
 
 
+#: Lists of prompts of many heads on 9.0: hidden keys, an odd tile, no keys, rows that fill no block.
+LISTS = """
+flash_attn_ext(f32[{576|512},4,128], f16[$1,300]~holed, f16[512,300]=1+0, f16[300,4]~holes, {-|f32[128]}, -, i32[{1|150},4]!300-, scale=0.05, lse=True)
+flash_attn_ext(f32[576,8,20], bf16[576,350]~ended, bf16[512,350]=1+64, f16[350,8]~mask, -, i32[1]#175, i32[290,8]!350-, scale=0.05, max_bias=8.0)
+flash_attn_ext(f32[512,8,40], f16[512,150]~past7, f16[512,150]=1+0, -, -, i32[1]#0, i32[70,8]!150, scale=0.05, logit_softcap=4.0, lse=True)
+"""  # noqa: E501
+
+
 class Recorded:
     """A case with its launches and its result."""
 
@@ -131,6 +139,16 @@ def test_a_token_of_many_heads_is_right(early: int, tmp_path: Path, monkeypatch:
     launches = [launch for each in recorded for launch in each.launches]
     names = {launch.name for launch in launches}
     assert names == {"list_token<576>", "list_token<512>", "list_combine"}
+    start = starter(tmp_path, launches)
+    for each in recorded:
+        each.check(start)
+
+
+def test_lists_of_prompts_are_right(tmp_path: Path) -> None:
+    recorded = [Recorded(case, H200) for case in expand(LISTS) if not case.means]
+    launches = [launch for each in recorded for launch in each.launches]
+    kernels = {launch.name.partition("<")[0] for launch in launches}
+    assert {"list_hopper"} <= kernels <= {"list_hopper", "combine"}
     start = starter(tmp_path, launches)
     for each in recorded:
         each.check(start)
