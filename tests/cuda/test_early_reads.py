@@ -10,7 +10,7 @@ import pytest
 
 import pyggml as gg
 from pyggml.backends.cuda.argument import Struct, Tensor
-from pyggml.backends.cuda.attention.arguments import Attention
+from pyggml.backends.cuda.attention.arguments import Attention, LatentArgument
 from pyggml.backends.cuda.hyper_norm import Streams
 from pyggml.backends.cuda.indexer import TokenIndexer
 from pyggml.backends.cuda.launch import Launch
@@ -97,6 +97,18 @@ def test_a_survey_of_the_mask_is_the_launch_before() -> None:
 def test_nothing_behind_a_product_of_cublas() -> None:
     product = gg.mul_mat(gg.input("a", ne=(64, 300)), gg.input("b", ne=(64, 64)))
     assert early(product, attention(q, cache)) == NOTHING
+
+
+def test_many_heads_read_all_or_nothing_early() -> None:
+    """Keys of q8_0 are decoded by the launch before."""
+    many, raw = gg.input("many", ne=(D, 1, 128)), gg.state("raw", "q8_0", ne=(D, N))
+    for q, k, most in (
+        (many, cache, ALL),
+        (gg.relu(many), cache, NOTHING),
+        (many, written, NOTHING),
+        (gg.input("long", ne=(D, 300, 16)), raw, NOTHING),
+    ):
+        assert early(gg.relu(row), attention(q, k), kind=LatentArgument) == most
 
 
 def test_an_indexer_waits_for_its_weights() -> None:

@@ -66,7 +66,7 @@ flash_attn_ext(f32[576,1,128,2], f16[576,170,1,2], f16[512,170,1,2]=1+0, -, -, i
 """  # noqa: E501
 
 
-#: Lists of prompts of many heads on 9.0: hidden keys, an odd tile, no keys, rows that fill no block.
+#: Lists of prompts of many heads on 9.0: hidden keys, an odd tile, no keys, blocks with empty rows.
 LISTS = """
 flash_attn_ext(f32[{576|512},4,128], f16[$1,300]~holed, f16[512,300]=1+0, f16[300,4]~holes, {-|f32[128]}, -, i32[{1|150},4]!300-, scale=0.05, lse=True)
 flash_attn_ext(f32[576,8,20], bf16[576,350]~ended, bf16[512,350]=1+64, f16[350,8]~mask, -, i32[1]#175, i32[290,8]!350-, scale=0.05, max_bias=8.0)

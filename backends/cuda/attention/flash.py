@@ -222,12 +222,14 @@ class Recording:
         return d * heads, n_q * n3, 1, 1
 
     def _early(self) -> int:
-        """What `latent` and `list_token` read before the wait. A survey of the mask is a launch
-        before."""
+        """What `latent`, `latent_hopper` and `list_token` read before the wait. A survey of the
+        mask or the decoding of keys is a launch before."""
         awaited = self.call.awaited
-        if self.shape.mask_batch > 0 or self.route not in ("latent", "list_token"):
+        if self.shape.mask_batch > 0 or self.route not in ("latent", "latent_hopper", "list_token"):
             return 0
         early = early_reads(awaited, {"q"})
+        if self.route == "latent_hopper":
+            return early if early == 2 and self.shape.type_k != "q8_0" else 0
         if self.shape.n_ids or early == 2:
             return early
         spans = {name for name in ("pos", "mask", "kv_len") if self.call.get(name) is not None}

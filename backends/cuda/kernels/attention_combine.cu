@@ -34,7 +34,9 @@ __global__ void __launch_bounds__(256) combine(const __grid_constant__ Attention
                 x[n][0] = real ? from[0] : 0;
         }
     };
-    begin();
+    // As overlap.cuh says, the next launch may start beside what wrote the parts.
+    release_successor();
+    wait_for_predecessor();
     load(0);
     float m = -INF;
     for (int s = lane; s < a.splits; s += 32) m = fmaxf(m, stats[s].x);

@@ -12,6 +12,8 @@
 // heads, 4,096 keys, H100: 254 TFLOP/s, where the other has 204. But it starts when two tiles are
 // there, and until then L2 has to deliver 295 KB to every block: one query of 128 heads takes 21.3 us
 // of 4,096 keys in place of 19.9, 31.2 of 16,384 in place of 27.7, 60.5 of 65,536 in place of 62.1.
+// Lost: blocks of one query of 128 heads as a cluster, where the copy engine writes each tile to both, so
+// that L2 delivers a third less: 29.5 us of 16,384 keys, where the others take 26.8 and 28.1.
 // @kernel 90a hot latent_hopper<{__half|__nv_bfloat16}, {576|512}>
 // @kernel 90a hot latent_pairs<{__half|__nv_bfloat16}, {576|512}>
 #include "attention_pairs.cuh"
@@ -88,7 +90,8 @@ template <class T, int DK>
 __global__ void __launch_bounds__(256, 1)
     latent_hopper(const __grid_constant__ LatentArgument argument) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    wait_for_predecessor();
+    bool waits = argument.a.early == ALL;  // later on
+    if (!waits) wait_for_predecessor();
     constexpr int TILE = DK / 64 * BOX;
     constexpr int PART = DK == 576 ? 3 : 2, PARTS = DK / 64 / PART;  // boxes, barriers of a tile
     const Attention &a = argument.a;
@@ -121,7 +124,7 @@ __global__ void __launch_bounds__(256, 1)
     int now = walk.alive(walk.first), next = now;
     for (int s = 0; s < 2; ++s)
         if (next < walk.end) fetch(next, s), next = walk.alive(next + 1);
-    release_successor();
+    if (!waits) release_successor();
     loaded.store(a, factors, warp, [&](int r, int i) {
         return (u32 *)(queries + i / 64 * BOX + r * 128 + (i % 64 / 8 ^ (r & 7)) * 16 + i % 8 * 2);
     });
@@ -221,7 +224,9 @@ __global__ void __launch_bounds__(256, 1)
         __syncthreads();
         now = walk.alive(now + 1);
         if (next < walk.end) fetch(next, stage), next = walk.alive(next + 1);
+        if (waits) begin(), waits = false;
     }
+    if (waits) begin();
 
     leave_rows<T>(a, i3, head_kv, r0, part, live, walk, rows, sums, m, l, totals, ring, damaged,
                   [] { __syncthreads(); });
@@ -232,7 +237,8 @@ template <class T, int DK>
 __global__ void __launch_bounds__(384, 1)
     latent_pairs(const __grid_constant__ LatentArgument argument) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    wait_for_predecessor();
+    bool waits = argument.a.early == ALL;  // later on
+    if (!waits) wait_for_predecessor();
     constexpr int TILE = DK / 64 * BOX;
     constexpr int PART = DK == 576 ? 3 : 2, PARTS = DK / 64 / PART;  // boxes, barriers of a tile
     const Attention &a = argument.a;
@@ -259,7 +265,7 @@ __global__ void __launch_bounds__(384, 1)
         return Walk<BN>(a, i3, q0, q1, part, q0 == q1 ? span(a, q0, live) : all);
     };
     __syncthreads();
-    release_successor();
+    if (!waits) release_successor();
     if (group == 2) {
         registers_give<24>();
         if (threadIdx.x > 256) return;
@@ -292,11 +298,11 @@ __global__ void __launch_bounds__(384, 1)
     const float factor[2] = {factors[row0], factors[row0 + 8]};
     const Row rows[2] = {Row(a, i3, head_kv, r0 + row0, live),
                          Row(a, i3, head_kv, r0 + row0 + 8, live)};
-    PairSums all_rows;
+    PairSums to;
     for (int i = 0; pair[0] < walk.end; ++i) {
         pair[1] = walk.alive(pair[0] + 1);
         add_pair<T, DK>(
-            a, all_rows, queries, maxima, group, pair[1] < walk.end,
+            a, to, queries, maxima, group, pair[1] < walk.end,
             [&](int g, int p) { barrier_wait(full[g] + p, i & 1); },
             [&](int g, float (&s)[8][4], float (&left)[2]) {
                 const int t = g ? pair[1] : pair[0], key = t * BN + 2 * (lane & 3);
@@ -313,9 +319,11 @@ __global__ void __launch_bounds__(384, 1)
                 if (lane == 0) barrier_arrive(empty + g);
             });
         pair[0] = walk.alive(pair[1] + 1);
+        if (waits) begin(), waits = false;
     }
+    if (waits) begin();
 
-    leave_rows<T>(a, i3, head_kv, r0, part, live, walk, rows, all_rows.sums, all_rows.m, all_rows.l, totals, ring, damaged,
-                  [] { threads_sync(WORKERS, 256); });
+    leave_rows<T>(a, i3, head_kv, r0, part, live, walk, rows, to.sums, to.m, to.l, totals, ring,
+                  damaged, [] { threads_sync(WORKERS, 256); });
 #endif
 }

@@ -135,6 +135,7 @@ __device__ __forceinline__ void latent_block(const Attention &a, int part) {
     auto list = list_of<LIST, BN, THREADS>(a, i3, q0, part);
     Queries<T, DK, M, WARPS, !LIST> loaded;
     loaded.find(a, i3, head_kv, r0, warp, pitch);
+    bool waits = a.early == ALL;  // later on
     if (a.early == NOTHING) wait_for_predecessor();
     if constexpr (LIST) {
         loaded.load();
@@ -231,7 +232,7 @@ __device__ __forceinline__ void latent_block(const Attention &a, int part) {
         }
         copies_commit();
     }
-    if (a.early != ALL) release_successor();
+    if (!waits) release_successor();
     loaded.store(a, factors, warp,
                  [&](int r, int i) { return (u32 *)(queries + swizzled(r, i / 8) + i % 8 * 2); });
     __syncthreads();
@@ -412,6 +413,7 @@ __device__ __forceinline__ void latent_block(const Attention &a, int part) {
             if constexpr (IN_ORDER) places = places_of(next);
         }
         copies_commit();
+        if (waits) begin(), waits = false;
     }
 
 #pragma unroll
@@ -429,10 +431,7 @@ __device__ __forceinline__ void latent_block(const Attention &a, int part) {
     if (threadIdx.x == 0) damaged = false;
     __syncthreads();
     // Sums are the first that is written; the launch before may still read older ones.
-    if (a.early == ALL) {
-        wait_for_predecessor();
-        release_successor();
-    }
+    if (waits) begin();
     if constexpr (STAGED) {
         const Staged<DV> staged{ring};
         float spoilt = 0;
