@@ -167,6 +167,10 @@ class Backend(Protocol):
     def alloc(self, nbytes: int) -> Buffer:
         """A zeroed block of memory; OutOfMemoryError with the requested size."""
 
+    def adjacent(self, sizes: Sequence[int]) -> AbstractContextManager[object]:
+        """Inside, blocks of these sizes may be allocated as parts of one, which is freed with the
+        last of them."""
+
     def weight(self, constant: Node, layout: WeightLayout, data: NDArray[Any]) -> Buffer:
         """The constant's values on the device."""
 

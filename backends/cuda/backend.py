@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Collection, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache, cached_property, partial
 from pathlib import Path
 from threading import RLock
@@ -137,6 +137,15 @@ class CudaBackend:
     def alloc(self, nbytes: int) -> memory.Buffer:
         with self.context:
             return memory.Buffer(self.context, nbytes)
+
+    @contextmanager
+    def adjacent(self, sizes: Sequence[int]) -> Iterator[None]:
+        with self.context:
+            self.context.room = memory.room_for(self.context, sizes)
+        try:
+            yield
+        finally:
+            self.context.room = None
 
     def weight(self, constant: Node, layout: WeightLayout, data: NDArray[Any]) -> memory.Buffer:
         with self.context:

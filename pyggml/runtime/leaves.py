@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -99,7 +100,20 @@ class Leaves:
             and need.key not in self.weights
             and need.owner is None
         }
-        leaves._upload(missing, progress)
+        with _adjacent(missing.values()):
+            leaves._upload(missing, progress)
+        states = {
+            need.key: need
+            for need in needs
+            if origin(need.node).op is state_op
+            and need.key not in self.states
+            and need.owner is None
+        }
+        with _adjacent(states.values()):
+            for key, need in states.items():
+                leaf = origin(need.node)
+                at = Address(need.backend.alloc(need.nbytes), 0, leaf.spec.nb)
+                leaves.states[key] = Leaf(leaf, at, need.backend)
         packed: dict[Backend, dict[tuple[object, ...], Need]] = {}
         for need in needs:
             leaf = origin(need.node)
@@ -150,3 +164,15 @@ class Leaves:
                 if progress is not None and not in_host_memory(need.backend):
                     done += need.nbytes
                     progress(done, total)
+
+
+@contextmanager
+def _adjacent(needs: Iterable[Need]) -> Iterator[None]:
+    """Inside, each backend may allocate these needs in one block."""
+    sizes: dict[Backend, list[int]] = {}
+    for need in needs:
+        sizes.setdefault(need.backend, []).append(need.nbytes)
+    with ExitStack() as stack:
+        for backend, each in sizes.items():
+            stack.enter_context(backend.adjacent(each))
+        yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,16 +12,17 @@ import pytest
 
 import pyggml as gg
 from pyggml import backends
-from pyggml.backends.cuda.device import cublas
+from pyggml.backends.cuda.device import cublas, memory
 from pyggml.backends.cuda.device.pinned import PINNED
 from pyggml.backends.cuda.launch import WORKSPACE, Gemm
 from pyggml.backends.step import Address, LoopStep
 from pyggml.dtypes import dtype
+from pyggml.ops.leaf import state_op
 from pyggml.parity.case import build
 from pyggml.parity.cases import cases
 from pyggml.runtime.plan import Plan
 from pyggml.spec import Spec
-from tests.cuda.allocations import ALLOCATIONS
+from tests.cuda.allocations import ALLOCATIONS, fail_allocation
 from tests.cuda.conftest import Machine
 from tests.cuda.test_recording import steps_of
 
@@ -191,3 +193,59 @@ def test_rows_far_apart_are_copied_one_by_one(
     assert copied == [80] * 12
     row = Address(at.buffer, 64 + 4 * step, (2, 80, 80, 80))
     np.testing.assert_array_equal(device.download(row, Spec.of(dtype("f16"), (40,))), values[1, 1])
+
+
+# -- large blocks -----------------------------------------------------------------------------
+
+
+def cached(n: int) -> gg.Node:
+    """A product whose column is added to a state of odd sizes: n weights and n states."""
+    y = gg.input("x", ne=(256, 1))
+    for i in range(n):
+        w = gg.constant(np.ones((256, 256), np.float32), dtype="q8_0", name=f"w{i}")
+        y = gg.add(gg.mul_mat(w, y), gg.view(gg.state(f"s{i}", ne=(259,)), ne=(256,)))
+    return y
+
+
+def test_weights_are_parts_of_one_block_and_states_of_another(
+    gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a size on that tests otherwise do not reach."""
+    monkeypatch.setattr(memory, "ADJACENT", 2 * 1036)
+    start = allocated((0, 0))
+    plan = plan_of(cached(3)).bind()
+    padding = 3 * (1280 - 1036)  # a state takes a multiple of 256 bytes
+    staging = plan.memory.devices[0].staging
+    # the weights, the states, an input, an arena; and the ring
+    assert allocated(start) == (5, plan.memory.total + padding + staging)
+    starts = sorted(at.buffer.ptr for node, at in plan.addresses.items() if node.op is state_op)
+    assert [b - a for a, b in pairwise(starts)] == [1280, 1280]
+    assert all(ptr % 256 == 0 for ptr in starts)
+    del plan
+    assert allocated(start) == (1, PINNED)
+
+
+def test_sessions_share_the_block_of_weights_and_not_that_of_states(
+    gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "ADJACENT", 2 * 1036)
+    store = gg.Store()
+    first = plan_of(cached(3), store=store).bind()
+    start = allocated((0, 0))
+    second = plan_of(cached(3), store=gg.Store(like=store)).bind()
+    assert allocated(start) == (2, 3 * 1280 + second.memory.inputs)
+    del first, store
+    assert allocated(start)[0] == 0  # its states and its input are gone, the weights are not
+    assert second.memory.weights > 0 and "bound" in repr(second)
+
+
+def test_a_block_of_weights_may_not_fit(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "ADJACENT", 2 * 1036)
+    plan = plan_of(cached(3))
+    start = allocated((0, 0))
+    with fail_allocation(1), pytest.raises(gg.OutOfMemoryError, match="the plan needs:\ndevice"):
+        plan.bind()
+    assert allocated(start)[0] <= 1
+    plan.bind()
+    del plan
+    assert allocated(start)[0] <= 1

@@ -50,6 +50,7 @@ class Context:
         self._shared: dict[tuple[str, str], int] = {}  # dynamic bytes allowed so far
         #: Places that meet in joint steps -> this GPU's end.
         self.communicators: dict[tuple[str, ...], Communicator] = {}
+        self.room: Any = None  # a block that buffers are cut from (memory.py)
         self.peers: Peers | None = None  # processes that its queue may wait for
         self._idle: Any = None
         with self:
