@@ -27,6 +27,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,6 @@ from benchmarks.gpu_bench import (
 from benchmarks.gpu_model import decode_rates, last_plan, rates_of, seconds
 from pyggml.bench.runs import Test, fill
 from pyggml.generate.fit import lines
-from pyggml.generate.plans import padded_rows
 from pyggml.generate.session import Session
 from pyggml.models.model import Model, load
 from pyggml.models.presets import preset
@@ -66,10 +66,12 @@ Used = Callable[[], int]
 
 def opened(path: Path, *, layers: int | None, dtype: str, place: str) -> Model:
     """The model from a header at `path`, with random weights. They are drawn, and not loaded."""
+    start = perf_counter()
     synth(path, preset(PRESET, layers=layers), dtype=dtype, header_only=True)
     model = load(path, backends=[place], random_weights=True)
     for name in model.file.tensors:
         model.file.array(name)
+    print(f"drawn in {perf_counter() - start:.1f} s: {model!r}", flush=True)
     return model
 
 
@@ -91,7 +93,7 @@ def planned(session: Session) -> dict[str, int]:
 
 def loaded(session: Session, used: Used) -> dict[str, int]:
     """Load a session, and write the time of its weights; the bytes that came into use by parts."""
-    needs = session.plan(1, padded_rows(1, N_CTX), 1).needs
+    needs = [need for plan in session.plans.largest() for need in plan.needs]
     name, store = part_of(session.model), session.store
     backend = parse(session.model.backends[0]).backend
 
@@ -147,6 +149,7 @@ def measure(model: Model, used: Used, begin: int) -> Session:
     """
     session = model.session(N_CTX, N_BATCH)
     parts = loaded(session, used)
+    memory_rows(session, parts, used() - begin)  # these stay if there is no end
     speed_rows(session)
     memory_rows(session, parts, used() - begin)
     return session
