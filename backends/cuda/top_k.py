@@ -23,8 +23,8 @@ SORTED, MOST_K = 256, 2048
 CLUSTER, LONG, FEW_ROWS = 8, 12288, 16
 #: The longest row that a cluster keeps in two packs of four a thread.
 SHORT = 2 * 4 * CLUSTER * 1024
-#: Packs of a thread in top_k_list.cu, and its shared memory.
-LIST, LIST_SHARED = (2, 4, 12), 11_592
+#: Packs of a thread in top_k_list.cu, with one block and with a cluster, and its shared memory.
+LIST, LIST_SHARED = ((1, 4), (2, 4, 12)), 11_592
 
 
 def _sorts(node: Node) -> bool:
@@ -65,7 +65,8 @@ def _as_list(reader: Node, ids: Node) -> bool:
 
 def _selected(call: Call, listed: bool) -> None:
     a = call["a"]
-    select(call, rows(a) <= FEW_ROWS and a.ne[0] >= LONG and call.device.overlaps, listed)
+    few = rows(a) <= FEW_ROWS
+    select(call, few and a.ne[0] >= LONG and call.device.overlaps, few and listed)
 
 
 def select(call: Call, few: bool, listed: bool = False) -> None:
@@ -77,9 +78,10 @@ def select(call: Call, few: bool, listed: bool = False) -> None:
     a = call["a"]
     width = pack_width(a)
     args = [call.out.tensor, a.tensor]
-    packs = next((n for n in LIST if a.ne[0] <= 4 * 512 * CLUSTER * n), 0)
-    if few and listed and width == 4 and packs:
-        name, grid = f"top_k_list<{packs}>", rows(a) * CLUSTER
+    blocks = CLUSTER if few else 1
+    packs = next((n for n in LIST[few] if a.ne[0] <= 4 * 512 * blocks * n), 0)
+    if listed and width == 4 and packs:
+        name, grid = f"top_k_list{'_cluster' * few}<{packs}>", rows(a) * blocks
         call.launch("top_k_list.cu", name, grid=grid, block=512, args=args, shared=LIST_SHARED)
         return
     packs = 8 if width == 1 else 2 if a.ne[0] <= SHORT else 6

@@ -94,13 +94,26 @@ def test_ids_that_only_lists_read_are_in_no_order() -> None:
     column = gg.reshape(scores, ne=(1, n))
     again = gg.flash_attn_ext(q, rows, rows, ids=ids, scale=0.2)
     for outputs, name in (
-        ({"y": y}, "top_k_list<2>"),
-        ({"y": y, "again": again}, "top_k_list<2>"),
+        ({"y": y}, "top_k_list_cluster<2>"),
+        ({"y": y, "again": again}, "top_k_list_cluster<2>"),
         ({"y": y, "ids": ids}, "top_k_cluster<4, 2>"),
         ({"y": y, "best": gg.get_rows(column, ids)}, "top_k_cluster<4, 2>"),
     ):
         kernels = gg.compile(outputs, backends=[GPU]).kernels()
         assert [k for each in kernels for k in each.names if k.startswith("top_k")] == [name]
+
+
+@pytest.mark.parametrize(("n", "packs"), [(260, 1), (2048, 1), (8192, 4)])
+def test_a_block_lists_a_short_row(n: int, packs: int) -> None:
+    rows, q = gg.input("rows", "f16", ne=(512, n)), gg.input("q", ne=(512, 1, 64))
+    y = gg.flash_attn_ext(q, rows, rows, ids=gg.top_k(gg.input("s", ne=(n,)), k=200), scale=0.1)
+    (name,) = (
+        k
+        for each in gg.compile({"y": y}, backends=[GPU]).kernels()
+        for k in each.names
+        if "top_k" in k
+    )
+    assert name == f"top_k_list<{packs}>"
 
 
 def test_a_block_has_one_list() -> None:

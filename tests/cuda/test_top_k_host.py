@@ -42,12 +42,16 @@ LIST = """
 extern "C" int top_k_on_host(const char* name, int grid, int threads, int shared, Tensor out,
                              Tensor a) {
     const std::string kernel(name);
-    if (kernel == "top_k_list<2>")
-        launch({grid, 1, 1}, threads, [&] { top_k_list<2>(out, a); }, shared, CLUSTER);
+    if (kernel == "top_k_list<1>")
+        launch({grid, 1, 1}, threads, [&] { top_k_list<1>(out, a); }, shared);
     else if (kernel == "top_k_list<4>")
-        launch({grid, 1, 1}, threads, [&] { top_k_list<4>(out, a); }, shared, CLUSTER);
-    else if (kernel == "top_k_list<12>")
-        launch({grid, 1, 1}, threads, [&] { top_k_list<12>(out, a); }, shared, CLUSTER);
+        launch({grid, 1, 1}, threads, [&] { top_k_list<4>(out, a); }, shared);
+    else if (kernel == "top_k_list_cluster<2>")
+        launch({grid, 1, 1}, threads, [&] { top_k_list_cluster<2>(out, a); }, shared, CLUSTER);
+    else if (kernel == "top_k_list_cluster<4>")
+        launch({grid, 1, 1}, threads, [&] { top_k_list_cluster<4>(out, a); }, shared, CLUSTER);
+    else if (kernel == "top_k_list_cluster<12>")
+        launch({grid, 1, 1}, threads, [&] { top_k_list_cluster<12>(out, a); }, shared, CLUSTER);
     return sizeof(State);
 }
 """
@@ -146,11 +150,12 @@ def test_a_list_has_the_ids_of_a_stable_sort(kind: str, library: dict[str, Any])
     """In any order, but in the same one in each run: few rows are in that of the elements."""
     rng = np.random.default_rng(0)
     sizes = (20000, 2048), (16387, 513), (16388, 513), (65536, 2048), (163840, 2048)
-    for n, k in sizes:
-        rows = np.stack([data(kind, n, rng)])
-        ids = chosen(library, rows, k, few=True, listed=True)
+    for n, k in ((300, 40), (2048, 512), (8192, 2048), (3000, 2999), *sizes):
+        few = n >= top_k.LONG
+        rows = np.stack([data(kind, n, rng) for _ in range(1 if few else 2)])
+        ids = chosen(library, rows, k, few, listed=True)
         np.testing.assert_array_equal(np.sort(ids), np.sort(expected(rows, k)))
-        np.testing.assert_array_equal(ids, chosen(library, rows, k, few=True, listed=True))
+        np.testing.assert_array_equal(ids, chosen(library, rows, k, few, listed=True))
 
 
 def test_short_rows(library: dict[str, Any]) -> None:

@@ -1,8 +1,9 @@
 // Ids of the k largest of a long row in no order, but in the same one in each run: for lists that
 // attention reads. Few rows; of equals the first.
-// @kernel hot 90a 100a 120a top_k_list<{2|4|12}>
+// @kernel hot top_k_list<{1|4}>
+// @kernel hot 90a 100a 120a top_k_list_cluster<{2|4|12}>
 //
-// A row is the work of a cluster of 8 blocks, each of which keeps an eighth of it in registers. They
+// A row is the work of a block, or of a cluster of 8, each of which keeps its part in registers. They
 // count elements in bins between two numbers, tell each other, and so each knows the bin of the k-th,
 // what is above it, and where to write its own. Only those in that bin are compared with each other.
 // If there are too many of them, they are counted again in finer bins.
@@ -44,7 +45,7 @@ struct State {
 };
 
 // A block's part of the work on a row; elements are their orders, see sort.cuh.
-template <int N>
+template <int BLOCKS, int N>
 struct Part {
     static constexpr int SAMPLES = SAMPLE / T;
     State &s;
@@ -99,7 +100,7 @@ struct Part {
         Found &found = s.found[turn % 2];
         u64 *const arrived = s.arrived + turn % 2;
         if (threadIdx.x == 0) found.bin = NONE;
-        if (threadIdx.x == 0) barrier_expect(arrived, CLUSTER * BINS * 2);
+        if (BLOCKS > 1 && threadIdx.x == 0) barrier_expect(arrived, BLOCKS * BINS * 2);
 #pragma unroll
         for (int j = 0; j < N; ++j)
 #pragma unroll
@@ -109,17 +110,19 @@ struct Part {
             }
         __syncthreads();
         const bool mine = threadIdx.x < BINS;
-        if (warp < CLUSTER) {  // each warp tells one block, each lane of eight bins
+        if (BLOCKS > 1 && warp < BLOCKS) {  // each warp tells one block, each lane of eight bins
             const uint4 a = ((const uint4 *)s.bins)[2 * lane], b = ((const uint4 *)s.bins)[2 * lane + 1];
             const uint4 all = {a.x | a.y << 16, a.z | a.w << 16, b.x | b.y << 16, b.z | b.w << 16};
             send(&s.counts[turn % 2][rank][4 * lane], warp, all, arrived);
         }
-        barrier_wait(arrived, turn / 2 & 1);
-        unsigned all = 0, lower = 0;
+        unsigned all = BLOCKS == 1 && mine ? s.bins[threadIdx.x] : 0, lower = 0;
+        if constexpr (BLOCKS > 1) {
+            barrier_wait(arrived, turn / 2 & 1);
 #pragma unroll
-        for (int r = 0; r < CLUSTER; ++r) {
-            const unsigned many = mine ? ((const unsigned short *)s.counts[turn % 2][r])[threadIdx.x] : 0;
-            all += many, lower += r < rank ? many : 0;
+            for (int r = 0; r < BLOCKS; ++r) {
+                const unsigned many = mine ? ((const unsigned short *)s.counts[turn % 2][r])[threadIdx.x] : 0;
+                all += many, lower += r < rank ? many : 0;
+            }
         }
         unsigned before[2] = {all, lower};
         before_this(before);
@@ -200,24 +203,27 @@ struct Part {
             return;
         }
         u64 *const arrived = s.arrived + 2;
-        if (rank == 0 && threadIdx.x == 0) barrier_expect(arrived, found.count * (unsigned)sizeof(Key));
+        if (BLOCKS > 1 && rank == 0 && threadIdx.x == 0)
+            barrier_expect(arrived, found.count * (unsigned)sizeof(Key));
         each_of(equal, [&](int id) {
             const Key key = sort_key(*(const float *)(row + id * step), id, true);
-            send(&s.ties[tie++], 0, key, arrived);
+            if constexpr (BLOCKS > 1) send(&s.ties[tie++], 0, key, arrived);
+            else s.ties[tie++] = key;
         });
         each_of(above, [&](int id) { put(place++, id); });
         if (rank) return;
-        barrier_wait(arrived, 0);
-        // As many threads as there are for each of MOST compare it with the others.
-        constexpr unsigned EACH = T / MOST;
-        const unsigned own = threadIdx.x / EACH;
+        if constexpr (BLOCKS > 1) barrier_wait(arrived, 0);
+        else __syncthreads();
+        // Two threads for each element, or eight if they suffice, compare it with the others.
+        static_assert(T == 2 * MOST, "two threads for each of the most elements");
+        const int shift = found.count <= T / 8 ? 3 : 1, each = 1 << shift;
+        const unsigned own = threadIdx.x >> shift, share = threadIdx.x & (each - 1);
         const Key key = s.ties[own];
         unsigned less = 0;
 #pragma unroll 4
-        for (unsigned j = threadIdx.x % EACH; j < found.count; j += EACH) less += s.ties[j] < key;
-#pragma unroll
-        for (int by = 1; by < EACH; by *= 2) less += __shfl_xor_sync(~0u, less, by);
-        if (own < found.count && less < nth && threadIdx.x % EACH == 0) put(before + less, (int)(unsigned)key);
+        for (unsigned j = share; j < found.count; j += each) less += s.ties[j] < key;
+        for (int by = 1; by < each; by *= 2) less += __shfl_xor_sync(~0u, less, by);
+        if (own < found.count && less < nth && share == 0) put(before + less, (int)(unsigned)key);
     }
 
     // see(id) for each element of this thread that is marked.
@@ -252,23 +258,35 @@ struct Part {
     }
 };
 
+template <int BLOCKS, int N>
+__device__ __forceinline__ void list(const Tensor &out, const Tensor &a) {
+    extern __shared__ __align__(16) char memory[];
+    State &s = *(State *)memory;
+    const int number = blockIdx.x / BLOCKS, i1 = number % a.ne[1], rest = number / a.ne[1];
+    const int i2 = rest % a.ne[2], i3 = rest / a.ne[2], packs = a.ne[0] / 4;
+    char *const ids = (char *)out.row<int>(i1, i2, i3);
+    Part<BLOCKS, N> part = {s, (const char *)a.row<float>(i1, i2, i3), a.nb[0], packs,
+                            (packs + BLOCKS - 1) / BLOCKS, int(blockIdx.x % BLOCKS), int(threadIdx.x % 32),
+                            int(threadIdx.x / 32)};
+    if (threadIdx.x < BINS) s.bins[threadIdx.x] = 0;
+    if constexpr (BLOCKS > 1) {
+        if (threadIdx.x < 3) barrier_init(s.arrived + threadIdx.x, 1);
+        fence_barriers();
+        cluster_sync();  // the other blocks have started, and their barriers are there
+    }
+    begin();
+    part.list(out.ne[0], a.ne[0], [&](unsigned place, int id) { *(int *)(ids + place * out.nb[0]) = id; });
+}
+
+// grid: rows.
+template <int N>
+__global__ void __launch_bounds__(T, 1) top_k_list(Tensor out, Tensor a) {
+    list<1, N>(out, a);
+}
 #if __CUDA_ARCH__ >= 900
 // grid: rows times CLUSTER.
 template <int N>
-__global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(T, 1) top_k_list(Tensor out, Tensor a) {
-    extern __shared__ __align__(16) char memory[];
-    State &s = *(State *)memory;
-    const int number = blockIdx.x / CLUSTER, i1 = number % a.ne[1], rest = number / a.ne[1];
-    const int i2 = rest % a.ne[2], i3 = rest / a.ne[2], packs = a.ne[0] / 4;
-    char *const ids = (char *)out.row<int>(i1, i2, i3);
-    Part<N> part = {s, (const char *)a.row<float>(i1, i2, i3), a.nb[0], packs,
-                    (packs + CLUSTER - 1) / CLUSTER, int(blockIdx.x % CLUSTER), int(threadIdx.x % 32),
-                    int(threadIdx.x / 32)};
-    if (threadIdx.x < BINS) s.bins[threadIdx.x] = 0;
-    if (threadIdx.x < 3) barrier_init(s.arrived + threadIdx.x, 1);
-    fence_barriers();
-    cluster_sync();  // the other blocks have started, and their barriers are there
-    begin();
-    part.list(out.ne[0], a.ne[0], [&](unsigned place, int id) { *(int *)(ids + place * out.nb[0]) = id; });
+__global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(T, 1) top_k_list_cluster(Tensor out, Tensor a) {
+    list<CLUSTER, N>(out, a);
 }
 #endif
