@@ -8,6 +8,7 @@ from pyggml import ops
 from pyggml.backends.cuda.argument import Struct
 from pyggml.backends.cuda.copy import reader
 from pyggml.backends.cuda.device.tensormap import EMPTY, TensorMap, tensor_map
+from pyggml.backends.cuda.fusion import Fused, Run
 from pyggml.backends.cuda.geometry import C_TYPES, blocks_for
 from pyggml.backends.cuda.launch import ABSENT, Call, Operand, early_reads
 from pyggml.backends.cuda.table import ALIGNMENT, kernel
@@ -28,6 +29,8 @@ STAGES, RAW = 4, 136
 FULL = 132
 #: The most tokens of a chunk, and for the kernel in plain f32.
 CHUNK, PLAIN_CHUNK = 64, 8
+#: The operand that a node scales to weights.
+SCALED = "scaled"
 
 
 class Indexer(Struct):
@@ -53,6 +56,7 @@ class Indexer(Struct):
         ("mask_batch", ctypes.c_int32),
         ("chunk", ctypes.c_int32),
         ("early", ctypes.c_int32),
+        ("scale", ctypes.c_float),
     )
 
 
@@ -119,6 +123,17 @@ def lightning_indexer(call: Call) -> None:
     if call.device.arch == "90a" and k.dtype.block == 1 and shared <= call.device.shared - 1024:
         return mapped_token(call, shared)
     one_token(call)
+
+
+def scaled_weights(node: Node, run: Run) -> Fused | None:
+    """An indexer whose weights are `scale` of something."""
+    weights = node["weights"]
+    if weights.op is not ops.scale or weights.attrs["b"] != 0 or not run.only(weights, node):
+        return None
+    others = ("q", "k", "mask", "kv_len")
+    reads = {name: s for name in others if (s := node.get(name)) is not None}
+    reads[SCALED] = weights["a"]
+    return Fused((weights, node), reads, lightning_indexer, scratch=_scratch(node))
 
 
 def one_token(call: Call) -> None:
@@ -212,7 +227,8 @@ def _type(k: Operand) -> str:
 
 
 def _argument(call: Call, images: int = 0, chunk: int = 1) -> Indexer:
-    q, k, w, out = call["q"], call["k"], call["weights"], call.out
+    scaled = call.get(SCALED)
+    q, k, w, out = call["q"], call["k"], scaled or call["weights"], call.out
     mask, kv_len = call.get("mask") or ABSENT, call.get("kv_len") or ABSENT
     return Indexer(
         q=q.ptr,
@@ -233,5 +249,6 @@ def _argument(call: Call, images: int = 0, chunk: int = 1) -> Indexer:
         n_kv=k.ne[1],
         mask_batch=mask.ne[3],
         chunk=chunk,
-        early=early_reads(call.awaited, {"q", "weights"}),
+        early=early_reads(call.awaited, {"q", "weights", SCALED}),
+        scale=1.0 if scaled is None else call.node["weights"].attrs["s"],
     )

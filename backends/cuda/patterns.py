@@ -14,6 +14,7 @@ from pyggml.backends.cuda.compressor import compressed_row
 from pyggml.backends.cuda.elementwise import activated_times
 from pyggml.backends.cuda.fusion import Pattern
 from pyggml.backends.cuda.hyper_norm import norm_after_post, norm_of_streams
+from pyggml.backends.cuda.indexer import scaled_weights
 from pyggml.backends.cuda.linear.turned import turned_product
 from pyggml.backends.cuda.moe import sum_and_more
 from pyggml.backends.cuda.moe_prompt import (
@@ -64,4 +65,5 @@ PATTERNS: tuple[Pattern, ...] = (
     (causal_attention, (ops.flash_attn_ext,)),
     (softmax_attention, (ops.mul_mat,)),
     (listed_rows, (ops.top_k,)),
+    (scaled_weights, (ops.lightning_indexer,)),
 )

@@ -407,6 +407,7 @@ def scored_rows(m: Maker, n: int = 12_300, k: int = 70) -> Pattern:
     m.inputs["mask"] = mask
     q, w = m.floats("index_q", 128, 32, 1), m.floats("index_weights", 32, 1)
     keys = m.floats("index_k", 128, n, type="f16")
+    w = scale(w, s=0.3)
     ids = top_k(lightning_indexer(q, keys, w, input_("mask", "f16", ne=(n, 1))), k=k)
     rows = m.floats("rows", 512, n, type="f16")
     y = flash_attn_ext(m.floats("q", 512, 1, 16), rows, rows, ids=ids, scale=0.04)

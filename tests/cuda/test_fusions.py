@@ -148,7 +148,7 @@ FUSED = {
     "gated": ["silu mul", "relu mul"],
     "turned_f16": ["rope_ext set_rows"],
     "turned_bf16": ["rope_ext set_rows"],
-    "scored_rows": [],
+    "scored_rows": ["scale lightning_indexer"],
     **{f"latent_row_{t}_{m}": [ROW] for t in ("f16", "bf16", "q8_0") for m in ("normal", "neox")},
 }
 

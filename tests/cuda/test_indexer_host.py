@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import pyggml as gg
 from pyggml.backends.cuda import indexer
 from pyggml.backends.cuda.device.compiler import KERNELS
 from pyggml.backends.cuda.gpu import H200, Device
@@ -105,10 +106,15 @@ lightning_indexer(f32[64,33,3], {q8_0|q4_1}[64,37]~past18, f32[33,3], -, i32[1]#
 A100 = replace(H200, arch="80", shared=166_912)
 
 
+@pytest.mark.parametrize("by", (1, -0.37), ids=("", "scaled"))
 @pytest.mark.parametrize("device", (H200, A100), ids=("90a", "80"))
 @pytest.mark.parametrize("case", [c for c in expand(CASES) if not c.means], ids=str)
 def test_scores_are_right(
-    case: Case, device: Device, compiled: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    case: Case,
+    device: Device,
+    by: float,
+    compiled: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(indexer, "tensor_map", host_map)
     graph = build(case)
@@ -130,6 +136,12 @@ def test_scores_are_right(
     scratch = np.full(need + ALIGNMENT, 0xFF, np.uint8)
     ptr = scratch.ctypes.data + -scratch.ctypes.data % ALIGNMENT
     operands = {name: operand(n) for name in node.op.operands if (n := node.get(name))}
+    values = list(graph.values)
+    if by != 1:  # as `scaled_weights` does
+        operands[indexer.SCALED] = operands.pop("weights")
+        sources = {name: n for name in node.op.operands if (n := node.get(name))}
+        sources["weights"] = gg.scale(sources["weights"], s=by)
+        node, values[2] = gg.lightning_indexer(**sources), by * values[2]
     result = Operand(out.ctypes.data, node.ne, node.nb, node.dtype)
     call = Call(node, result, operands, node.attrs, device, scratch=(ptr, need))
     row.run(call)
@@ -146,7 +158,7 @@ def test_scores_are_right(
             ctypes.byref(argument),
         )
         assert status == 0, launch.name
-    expected = oracle.run(case.op, graph.values, **case.attrs)
+    expected = oracle.run(case.op, values, **case.attrs)
     bound = case.bound(node, row.numeric(node))
     comparison = tolerance.within(out.astype(np.float64), expected, bound)
     assert comparison, f"{launch.name}: {comparison}"

@@ -60,7 +60,7 @@ struct Heads {
 #pragma unroll
         for (int i = 0; i < MINE; ++i) {
             x[i] = *(const float4 *)(q + (first + i * WARPS) * a.nb_q[0]);
-            w[i] = *(const float *)(from + (first + i * WARPS) * a.nb_w[0]);
+            w[i] = *(const float *)(from + (first + i * WARPS) * a.nb_w[0]) * a.scale;
         }
     }
     __device__ __forceinline__ void store(char *image) const {

@@ -52,7 +52,8 @@ __global__ void __launch_bounds__(32 * WARPS) scores_any(const __grid_constant__
                 for (int n = 0; n < HEADS; ++n)
                     if (head + n < a.heads) {
                         const char *w = a.w + t * a.nb_w[1] + i3 * a.nb_w[2];
-                        y = fmaf(*(const float *)(w + (head + n) * a.nb_w[0]), relu(sums[n]), y);
+                        const float own_w = *(const float *)(w + (head + n) * a.nb_w[0]) * a.scale;
+                        y = fmaf(own_w, relu(sums[n]), y);
                     }
             }
         parts[warp][lane] = y;

@@ -35,7 +35,7 @@ struct Heads {
 #pragma unroll
         for (int i = 0; i < MINE; ++i) {
             x[i] = *(const float4 *)(q + (first + i * 16) * a.nb_q[0]);
-            w[i] = *(const float *)(from + (first + i * 16) * a.nb_w[0]);
+            w[i] = *(const float *)(from + (first + i * 16) * a.nb_w[0]) * a.scale;
         }
     }
     // Scaled by a power of two to magnitudes below 1; the weight has the inverse.

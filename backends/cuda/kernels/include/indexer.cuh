@@ -11,6 +11,7 @@ struct Indexer {
     char *images;  // packed queries, or null
     long long nb_q[3], nb_k[2], nb_w[3], nb_mask[2], nb_out[2];
     int d, heads, n_tokens, n_kv, mask_batch, chunk, early;
+    float scale;  // of the weights
 
     __device__ int live() const { return kv_len ? max(0, min(n_kv, *kv_len)) : n_kv; }
     // What is added to the score of row j: -inf if the token does not see it.
