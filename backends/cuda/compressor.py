@@ -30,7 +30,7 @@ _TENSORS = (
 
 
 class Compressor(Struct):
-    """The struct `Compressor` of compressor.cu."""
+    """The struct `Compressor` of compressor.cuh."""
 
     _fields_ = (
         *((name, Tensor) for name in _TENSORS),
@@ -61,9 +61,15 @@ def compressed_row(node: Node, run: Run) -> Fused | None:
     }  # fmt: skip
     if not _fits(reads, node):
         return None
-    record = partial(_record, eps=match.nodes[0].attrs["eps"], rope=rotated.attrs)
+    eps, rope = match.nodes[0].attrs["eps"], rotated.attrs
     scratch = 4 * node["a"].ne[0] if reads["ids"].ne[0] > MANY else 0
-    return Fused((*nodes, *match.nodes, node), reads, record, results=results, scratch=scratch)
+    return Fused(
+        (*nodes, *match.nodes, node),
+        reads,
+        partial(record, eps=eps, rope=rope),
+        results=results,
+        scratch=scratch,
+    )
 
 
 _Nodes = tuple[Node, ...]
@@ -145,7 +151,7 @@ def _fits(reads: Mapping[str, Node], node: Node) -> bool:
     )
 
 
-def _record(call: Call, eps: float, rope: Attrs) -> None:
+def record(call: Call, eps: float, rope: Attrs) -> None:
     tensors = {name: call[name].tensor for name in _TENSORS if name != "cache"}
     d, n = call.out.ne[0], call["ids"].ne[0]
     blocks = next(b for b in (8, 4, 2, 1) if (n > MANY and d % (32 * b) == 0) or b == 1)

@@ -16,6 +16,7 @@ from pyggml.backends.cuda.linear.preparation import left_unread, prepare_once
 from pyggml.backends.cuda.linear.routes import FEW_PAIRS
 from pyggml.backends.cuda.patterns import PATTERNS
 from pyggml.backends.cuda.small import gather
+from pyggml.backends.cuda.token_rows import together
 from pyggml.backends.step import Layouts, Step
 from pyggml.node import Node
 from pyggml.ops.leaf import state_op
@@ -38,7 +39,7 @@ def lower(
     parts = covered(nodes, keep, PATTERNS, layouts)
     steps = [*prepare_once([p if isinstance(p, Fused) else step_of(p) for p in parts])]
     steps = [*with_norms([*join(steps)], keep, layouts)]
-    steps = spaced([*gather([*with_rows(steps)], keep)])
+    steps = [*together(spaced([*gather([*with_rows(steps)], keep)]))]
     return [*timely([*left_unread(steps, keep)])]
 
 

@@ -63,7 +63,7 @@ def norm_rope(node: Node, run: Run) -> Fused | None:
     match = turned(node, run)
     if match is None:
         return None
-    return Fused(match.nodes, match.reads, partial(_record, turned=match), inplace=(match.a,))
+    return Fused(match.nodes, match.reads, partial(record, turned=match), inplace=(match.a,))
 
 
 def norm_rope_into_rows(node: Node, run: Run) -> Fused | None:
@@ -85,10 +85,10 @@ def norm_rope_into_rows(node: Node, run: Run) -> Fused | None:
     if not fits:
         return None
     reads = {"cache": cache, **match.reads, "ids": ids}
-    return Fused((*match.nodes, node), reads, partial(_record, turned=match))
+    return Fused((*match.nodes, node), reads, partial(record, turned=match))
 
 
-def _record(call: Call, turned: Turned) -> None:
+def record(call: Call, turned: Turned) -> None:
     normed, rotated = turned.nodes[0], turned.nodes[-1]
     n, heads, n_tokens, _ = rotated.ne
     a, ids, neox = _of_heads(call["a"], rotated), call.get("ids"), rotated.attrs["mode"] == "neox"

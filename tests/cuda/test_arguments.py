@@ -26,6 +26,7 @@ from pyggml.backends.cuda import (
     rope,
     small,
     softmax,
+    token_rows,
 )
 from pyggml.backends.cuda.argument import Struct, Tensor, pack
 from pyggml.backends.cuda.attention import (
@@ -65,7 +66,11 @@ STRUCTS: tuple[tuple[type[Struct], str, str], ...] = (
     (combine_vec.Values, "combine_vec.cu", "Values"),
     (joint.Joint, "attention_joint.cu", "Joint"),
     (joint.Parts, "attention_joint.cu", "Parts"),
-    (compressor.Compressor, "compressor.cu", "Compressor"),
+    (compressor.Compressor, "include/compressor.cuh", "Compressor"),
+    (token_rows.CachedRow, "token_rows.cu", "CachedRow"),
+    (token_rows.NormedHeads, "token_rows.cu", "NormedHeads"),
+    (token_rows.TurnedHeads, "token_rows.cu", "TurnedHeads"),
+    (token_rows.TokenRows, "token_rows.cu", "TokenRows"),
     (hyper_norm.Streams, "hyper_norm.cu", "Streams"),
     (hyper_norm.HyperNorm, "hyper_norm.cu", "HyperNorm"),
     (small.Instruction, "small.cu", "Instruction"),

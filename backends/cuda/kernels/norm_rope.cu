@@ -1,53 +1,19 @@
 // A norm and a rotation in one launch. One block per row, which is in shared memory in between.
 // @kernel hot norm_rope<{true|false}>
 // @kernel hot norm_rope_rows<{Plain<__half>|Plain<__nv_bfloat16>|q8_0}, {true|false}>
-#include "row.cuh"
+#include "norm_rope.cuh"
 
 using namespace file;
 
-// The row of a head and a token, normalized and rotated, in `row`.
-template <bool NEOX>
-__device__ __forceinline__ void rotated_row(float* row, const Tensor& a, const Tensor& w, float eps,
-                                            const Rope& r, double frequency, int head, int token,
-                                            int position) {
-    const int n = a.ne[0];
-    float squares = 0;
-    for (int i = threadIdx.x; i < n; i += blockDim.x) {
-        const float x = *a.at<float>(i, head, token, 0);
-        row[i] = x, squares += x * x;
-    }
-    norm_row(row, n, squares, eps, w);
-    __syncthreads();
-    turn_row<NEOX>(row, n, r, frequency, position);
-    __syncthreads();
-}
-
-// out = rope(rms_norm(a)), or rope(rms_norm(a) w) if w is present. a, out [n, heads, T], pos [T]
-// grid: heads, T. Dynamic shared memory: n floats.
+// grid: heads, T
 template <bool NEOX>
 __global__ void __launch_bounds__(256)
 norm_rope(Tensor out, Tensor a, Tensor w, Tensor pos, float eps, Rope r) {
-    const double frequency = frequency_of(threadIdx.x, r);
-    begin();
-    extern __shared__ float row[];
-    const int head = blockIdx.x, token = blockIdx.y;
-    rotated_row<NEOX>(row, a, w, eps, r, frequency, head, token, *pos.at<int>(token, 0, 0, 0));
-    for (int i = threadIdx.x; i < a.ne[0]; i += blockDim.x) *out.at<float>(i, head, token, 0) = row[i];
+    norm_rope_head<NEOX>(out, a, w, pos, eps, r, blockIdx.x, blockIdx.y);
 }
 
-// The same, into the row of a cache named by the token's id, heads one after another. Ids that are
-// not rows write nothing. cache [n heads, rows]
 template <class B, bool NEOX>
 __global__ void __launch_bounds__(256)
 norm_rope_rows(Tensor cache, Tensor a, Tensor w, Tensor pos, Tensor ids, float eps, Rope r) {
-    const double frequency = frequency_of(threadIdx.x, r);
-    if (w.data && threadIdx.x < w.ne[0] / 32) fetch_early(w.at<float>(threadIdx.x * 32, 0, 0, 0));
-    begin();
-    extern __shared__ float row[];
-    const int head = blockIdx.x, token = blockIdx.y, n = a.ne[0];
-    const int id = *ids.at<int>(token, 0, 0, 0);
-    if (id < 0 || id >= cache.ne[1]) return;
-    rotated_row<NEOX>(row, a, w, eps, r, frequency, head, token, *pos.at<int>(token, 0, 0, 0));
-    constexpr int block = Same<B, q8_0>::yes ? 32 : 1;
-    store_row<B>(row, n, cache.at<unsigned char>(head * n / block, id, 0, 0), cache.nb[0]);
+    norm_rope_row<B, NEOX>(cache, a, w, pos, ids, eps, r, blockIdx.x, blockIdx.y);
 }
