@@ -81,10 +81,10 @@ def rope_into_rows(node: Node, run: Run) -> Fused | None:
     if not whole or not types or cache.ne[2:] != (1, 1) or rotated.get("freq_factors"):
         return None
     reads = {"cache": cache, "a": a, "pos": rotated["pos"], "ids": ids}
-    return Fused((rotated, node), reads, partial(_rope_into_rows, rope=rotated.attrs))
+    return Fused((rotated, node), reads, partial(rope_into_row, rope=rotated.attrs))
 
 
-def _rope_into_rows(call: Call, rope: Attrs) -> None:
+def rope_into_row(call: Call, rope: Attrs) -> None:
     a = call["a"]
     neox = "true" if rope["mode"] == "neox" else "false"
     call.launch(

@@ -11,7 +11,7 @@ from functools import partial
 from itertools import accumulate
 
 from pyggml import ops
-from pyggml.backends.cuda import compressor, norm_rope
+from pyggml.backends.cuda import compressor, norm_rope, rope
 from pyggml.backends.cuda.argument import Struct, Tensor
 from pyggml.backends.cuda.compressor import Compressor
 from pyggml.backends.cuda.fusion import CudaStep
@@ -23,8 +23,10 @@ from pyggml.dtypes import F32
 
 #: The most tokens.
 FEW = 8
+#: The most steps that move ahead of others, so that these share a launch.
+AHEAD = 8
 #: The kernels that share a launch, and how often at most.
-MOST = {"compressed_row": 2, "norm_rope_rows": 1, "norm_rope": 1, "rope": 1}
+MOST = {"compressed_row": 2, "norm_rope_rows": 1, "norm_rope": 1, "rope": 1, "rope_rows": 1}
 PLAIN = "Plain<__half>"
 _NORM = (("eps", ctypes.c_float), ("rope", Rope))
 
@@ -51,6 +53,12 @@ class TurnedHeads(Struct):
     )
 
 
+class TurnedRow(Struct):
+    """The struct `TurnedRow` of token_rows.cu: the arguments of `rope_rows`."""
+
+    _fields_ = (*((name, Tensor) for name in ("cache", "a", "pos", "ids")), ("rope", Rope))
+
+
 class TokenRows(Struct):
     """The struct `TokenRows` of token_rows.cu."""
 
@@ -59,22 +67,31 @@ class TokenRows(Struct):
         ("row", CachedRow),
         ("queries", NormedHeads),
         ("turned", TurnedHeads),
-        ("ends", ctypes.c_int32 * 5),
+        ("turned_row", TurnedRow),
+        ("ends", ctypes.c_int32 * 6),
     )
 
 
+#: The arguments of the parts, in order.
+KINDS = Compressor, Compressor, CachedRow, NormedHeads, TurnedHeads, TurnedRow
+
+
 def together(steps: Sequence[CudaStep]) -> Iterator[CudaStep]:
-    """The steps; those in a row that can share a launch are one."""
+    """The steps; those near each other that can share a launch are one, in the last one's place."""
     group: list[CudaStep] = []
+    passed = 0
     for step in steps:
         kind = _kind_of(step)
-        if not kind or not _joins(step, kind, group):
-            yield from _joined(group)
-            group = []
-        if kind:
+        if kind and _joins(step, kind, group):
             group.append(step)
-        else:
+        elif group and not kind and passed < AHEAD and _is_free(step, group):
+            passed += 1
             yield step
+        else:
+            yield from _joined(group)
+            group, passed = [step] if kind else [], 0
+            if not kind:
+                yield step
     yield from _joined(group)
 
 
@@ -87,22 +104,27 @@ def _kind_of(step: CudaStep) -> str:
         if "ids" in step.operands:
             return "norm_rope_rows" if step.operands["ids"].ne[0] <= FEW else ""
         return "norm_rope" if node.ne[2] <= FEW else ""
+    if record is rope.rope_into_row:
+        return "rope_rows" if step.operands["ids"].ne[0] <= FEW else ""
     alone = len(step.nodes) == 1 and node.op is ops.rope_ext and node.dtype is F32
     return "rope" if alone and node.ne[2] <= FEW and node.ne[3] == 1 else ""
 
 
 def _joins(step: CudaStep, kind: str, group: Sequence[CudaStep]) -> bool:
-    """Whether a step needs nothing from those of a group, changes nothing that they read, and its
-    kernel has room for it."""
+    """Whether the kernel of a group has room for a step that needs nothing from it."""
+    same = [other for other in group if _kind_of(other) == kind]
+    return len(same) < MOST[kind] and _is_free(step, group)
+
+
+def _is_free(step: CudaStep, group: Sequence[CudaStep]) -> bool:
+    """Whether a step behind a group needs nothing from it and changes nothing that it reads."""
     nodes = {node for other in group for node in other.nodes}
     written = {node.root for node in nodes if node.op.writes is not None}
     own = {node.root for node in step.nodes if node.op.writes is not None}
     reads = [*step.reads, *(s for node in step.nodes for s in node.src if s is not None)]
-    return (
-        [_kind_of(other) for other in group].count(kind) < MOST[kind]
-        and not any(read.base in nodes or read.root in written for read in reads)
-        and not any(read.root in own for other in group for read in other.reads)
-    )
+    needs = any(read.base in nodes or read.root in written for read in reads)
+    changes = any(read.root in own for other in group for read in other.reads)
+    return not needs and not changes and step.joint is None and not step.workspace
 
 
 def _joined(group: Sequence[CudaStep]) -> Iterator[CudaStep]:
@@ -145,36 +167,38 @@ def launch_of(launches: Sequence[Launch]) -> Launch | None:
     """The launches as one, or None if its kernel does not know what they do."""
     parts: dict[str, list[Launch]] = {name: [] for name in MOST}
     types: dict[str, list[str]] = {name: [] for name in MOST}
+    turns = set[str]()  # whether pairs are those of mode "neox"
     for launch in launches:
-        name = re.fullmatch(r"(\w+)<(?:(.+), )?false>", launch.name)
+        name = re.fullmatch(r"(\w+)<(?:(.+), )?(true|false)>", launch.name)
         if name is None or name[1] not in parts or (name[1] == "rope" and name[2] != "float"):
             return None
+        turns.add(name[3])
         parts[name[1]].append(launch)
         types[name[1]].append(name[2])
-    rows = types["compressed_row"], types["norm_rope_rows"]
-    first = (rows[0] + rows[1] or [PLAIN])[0]
-    if rows[0] and rows[1] and rows[0][0] != rows[1][0]:
+    of_rows = [f"Plain<{name}>" for name in types["rope_rows"]]
+    first, *second = types["compressed_row"] or [*types["norm_rope_rows"], *of_rows, PLAIN][:1]
+    second = second or [first]
+    alike = {first, *types["norm_rope_rows"], *of_rows} == {first}
+    if not alike or (turns != {"false"} and (turns != {"true"} or second != [first])):
         return None
     threads = max(launch.block[0] for launch in launches)
-    order = [*(parts["compressed_row"] + [None, None])[:2]]
-    order += [next(iter(parts[name]), None) for name in ("norm_rope_rows", "norm_rope", "rope")]
+    one, two = (*parts.pop("compressed_row"), None, None)[:2]
+    order = [one, two, *((*own, None)[0] for own in parts.values())]
     blocks = [0 if part is None else part.grid[0] * part.grid[1] for part in order]
-    if parts["rope"]:
-        (turned,) = parts["rope"]
-        blocks[4] = turned.grid[0] * blocks_for(turned.grid[1] * turned.block[0], threads)
-    kinds = Compressor, Compressor, CachedRow, NormedHeads, TurnedHeads
-    first_rows, second_rows, row, queries, turned_heads = map(_argument, kinds, order)
+    for i, part in enumerate(order):
+        if part is not None and part.file == "rope.cu":
+            blocks[i] = part.grid[0] * blocks_for(part.grid[1] * part.block[0], threads)
+    arguments = [_argument(kind, part) for kind, part in zip(KINDS, order)]
+    names = (name for name, _ in TokenRows._fields_[1:-1])
     argument = TokenRows(
-        compressors=(first_rows, second_rows),
-        row=row,
-        queries=queries,
-        turned=turned_heads,
+        compressors=tuple(arguments[:2]),
+        **dict(zip(names, arguments[2:])),
         ends=(*accumulate(blocks),),
     )
     return replace(
         launches[0],
         file="token_rows.cu",
-        name=f"token_rows<{first}, {(rows[0][1:] or [first])[0]}>",
+        name=f"token_rows<{first}, {second[0]}, {turns.pop()}>",
         grid=(sum(blocks), 1, 1),
         block=(threads, 1, 1),
         args=bytes(argument),

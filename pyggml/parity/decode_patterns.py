@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -103,49 +103,96 @@ def small_numbers(m: Maker) -> Pattern:
     )  # fmt: skip
 
 
-def _compressor(
-    m: Maker, type: str = "f16", pairs: bool = False, n: int = 24, tokens: int = 1, row: int = 5
-) -> Pattern:
-    """A row of a compressor, of `n` candidates. Rows of the rings that are not among them are NaN.
+def _compressed(
+    m: Maker,
+    type: str = "f16",
+    pairs: bool = False,
+    n: int = 24,
+    tokens: int = 1,
+    row: int = 5,
+    of: str = "",
+    mode: Literal["normal", "neox"] = "normal",
+) -> tuple[Node, dict[str, Node]]:
+    """The cache with a row of a compressor, of `n` candidates, and rows of its rings. Rows of the
+    rings that are not among the candidates are NaN.
 
     pairs   whether a row of the rings holds two of the candidates
     row     of the cache; -1: the window does not end here
+    of      in the names of its leaves
     """
     d, n_ring = 64, 40
     w = d * (1 + pairs)
     places = range(2, 2 + tokens)
-    tokens_at = _ids(m, "tokens", *places)
+    tokens_at = _ids(m, f"tokens{of}", *places)
     candidates = [*(i + 2 for i in range(n - 3)), -1, -1, n + 3]
-    ids = _ids(m, "ids", *(2 * i + i % 2 if pairs else i for i in candidates))
+    ids = _ids(m, f"ids{of}", *(2 * i + i % 2 if pairs else i for i in candidates))
     bias = np.where(np.array(candidates) < 0, -1e30, 0).astype(np.float32)
-    m.inputs["bias"] = bias.reshape(-1, 1)
+    m.inputs[f"bias{of}"] = bias.reshape(-1, 1)
     handles = []
     for name in "vz":
         past = np.full((n_ring, w), np.nan, np.float32)
         past[candidates[:-3] + candidates[-1:]] = m.rng.standard_normal((n - 2, w))
-        m.inputs[f"past_{name}"] = past
-        every = _ids(m, f"every_{name}", *range(n_ring))
-        old = set_rows(state(f"ring_{name}", "f32", ne=(w, n_ring)),
-                       input_(f"past_{name}", ne=(w, n_ring)), every)  # fmt: skip
-        new = m.floats(name, w, tokens)
+        m.inputs[f"past_{name}{of}"] = past
+        every = _ids(m, f"every_{name}{of}", *range(n_ring))
+        old = set_rows(state(f"ring_{name}{of}", "f32", ne=(w, n_ring)),
+                       input_(f"past_{name}{of}", ne=(w, n_ring)), every)  # fmt: skip
+        new = m.floats(f"{name}{of}", w, tokens)
         if name == "z":
-            ape = m.floats("ape", w, 8)
-            new = add(new, get_rows(ape, _ids(m, "places", *(p % 4 - (p == 3) for p in places))))
+            ape = m.floats(f"ape{of}", w, 8)
+            new = add(
+                new, get_rows(ape, _ids(m, f"places{of}", *(p % 4 - (p == 3) for p in places)))
+            )
         handles.append(set_rows(old, new, tokens_at))
     v, z = (get_rows(reshape(h, ne=(d, n_ring * w // d)), ids) for h in handles)
-    z = add(z, input_("bias", ne=(1, n)))
+    z = add(z, input_(f"bias{of}", ne=(1, n)))
 
     def columns(x: Node) -> Node:
         return cont(permute(reshape(x, ne=(d, n, 1)), axes=(1, 0, 2)))
 
     total = reshape(sum_rows(mul(columns(v), soft_max(columns(z)))), ne=(d, 1))
-    x = reshape(mul(rms_norm(total, eps=1e-6), m.weight("norm", d)), ne=(d, 1, 1))
-    x = rope_ext(x, _ids(m, "start", 12), n_dims=32, offset=32)
-    cache = set_rows(state("cache", type, ne=(d, 16)), reshape(x, ne=(d, 1)), _ids(m, "row", row))
-    every = scale(get_rows(cache, _ids(m, "rows", *range(16))), s=1.0)
-    written = _ids(m, "written", *places)
+    x = reshape(mul(rms_norm(total, eps=1e-6), m.weight(f"norm{of}", d)), ne=(d, 1, 1))
+    x = rope_ext(x, _ids(m, f"start{of}", 12), n_dims=32, offset=32, mode=mode)
+    cache = set_rows(
+        state(f"cache{of}", type, ne=(d, 16)), reshape(x, ne=(d, 1)), _ids(m, f"row{of}", row)
+    )
+    written = _ids(m, f"written{of}", *places)
     rings = {f"ring{i}": get_rows(h, written) for i, h in enumerate(handles)}
-    return m.done(cache=every, **rings)
+    return cache, rings
+
+
+def _compressor(m: Maker, **form: Any) -> Pattern:
+    """A row of a compressor."""
+    cache, rings = _compressed(m, **form)
+    return m.done(cache=scale(get_rows(cache, _ids(m, "rows", *range(16))), s=1.0), **rings)
+
+
+def turned_rows(m: Maker, n_tokens: int = 1, mode: Literal["normal", "neox"] = "neox") -> Pattern:
+    """Queries that are rotated, and keys that are stored; one token is not."""
+    pos = _ids(m, "pos", *range(12, 12 + n_tokens))
+    queries = rope_ext(m.floats("q", 64, 37, n_tokens), pos, n_dims=32, mode=mode)
+    x = rope_ext(m.floats("k", 64, 3, n_tokens), pos, n_dims=64, mode=mode)
+    ids = _ids(m, "ids", *range(3, 2 + n_tokens), -1 if n_tokens > 1 else 3)
+    cache = set_rows(state("cache", "bf16", ne=(192, 16)), reshape(x, ne=(192, n_tokens)), ids)
+    rows = get_rows(cache, _ids(m, "rows", *range(16)))
+    return m.done(queries=queries, rows=scale(rows, s=1.0))
+
+
+def rows_of_token(m: Maker, type: str = "f16", n: int = 8, neox: bool = False) -> Pattern:
+    """What attention reads in a layer with compressors: queries that are normalized and rotated,
+    others that are rotated, a row of a cache, and rows of two compressors."""
+    mode: Literal["normal", "neox"] = "neox" if neox else "normal"
+    turn = partial(rope_ext, pos=_ids(m, "pos", 12), n_dims=32, mode=mode)
+    queries = turn(rms_norm(m.floats("q", 64, 5, 1), eps=1e-6), offset=32)
+    turned = turn(m.floats("index_q", 64, 70, 1))
+    x = mul(rms_norm(m.floats("x", 64, 1), eps=1e-6), m.weight("row", 64))
+    x = turn(reshape(x, ne=(64, 1, 1)), offset=32)
+    row = set_rows(state("window", type, ne=(64, 16)), reshape(x, ne=(64, 1)), _ids(m, "at", 3))
+    one, rings = _compressed(m, type, pairs=True, n=n, of="1", mode=mode)
+    two, others = _compressed(m, type, n=8, of="2", mode=mode)
+    caches = concat(row, concat(one, two, dim=1), dim=1)  # read behind all writes
+    rows = get_rows(caches, _ids(m, "all", 3, *range(16, 48)))
+    outputs = {f"{k}_{i}": y for i, r in enumerate((rings, others)) for k, y in r.items()}
+    return m.done(queries=queries, turned=turned, rows=scale(rows, s=1.0), **outputs)
 
 
 def _connected(m: Maker, streams: Node, name: str) -> tuple[Node, Node, Node]:
@@ -456,6 +503,11 @@ PATTERNS: dict[str, Callable[[Maker], Pattern]] = {
     "compressor_of_many_pairs_q8_0": partial(_compressor, type="q8_0", pairs=True, n=35),
     "compressor_of_many_waiting": partial(_compressor, n=36, row=-1),
     "compressor_waiting": partial(_compressor, row=-1),
+    "turned_rows": turned_rows,
+    "turned_rows_of_tokens": partial(turned_rows, n_tokens=3, mode="normal"),
+    "rows_of_token": rows_of_token,
+    "rows_of_token_q8_0": partial(rows_of_token, type="q8_0", n=36),
+    "rows_of_token_neox": partial(rows_of_token, type="bf16", neox=True),
     "experts_of_token": partial(experts_of_token, n_shared=1056),
     "experts_of_token_alone": partial(experts_of_token, type="q8_0", n_ff=64, kept=True),
     "experts_of_token_grouped": partial(experts_of_token, type="q5_0", n_shared=96, grouped=True),

@@ -70,6 +70,7 @@ STRUCTS: tuple[tuple[type[Struct], str, str], ...] = (
     (token_rows.CachedRow, "token_rows.cu", "CachedRow"),
     (token_rows.NormedHeads, "token_rows.cu", "NormedHeads"),
     (token_rows.TurnedHeads, "token_rows.cu", "TurnedHeads"),
+    (token_rows.TurnedRow, "token_rows.cu", "TurnedRow"),
     (token_rows.TokenRows, "token_rows.cu", "TokenRows"),
     (hyper_norm.Streams, "hyper_norm.cu", "Streams"),
     (hyper_norm.HyperNorm, "hyper_norm.cu", "HyperNorm"),

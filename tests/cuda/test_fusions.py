@@ -91,10 +91,21 @@ FUSED = {
     "attention_to_a_window": ["flash_attn_ext fixed_point rope_ext"],
     **{f"attention_to_both{kind}": [f"causal_mask {BOTH}"] for kind in ("", "_bf16")},
     **{f"attention_to_lists{kind}": [f"causal_mask {BOTH}"] for kind in ("", "_q8_0")},
-    "norm_and_rope": ["rms_norm rope_ext", "rms_norm mul rope_ext", "rms_norm mul rope_ext"],
+    "norm_and_rope": [
+        "rms_norm rope_ext",
+        "rms_norm mul rope_ext",
+        "rms_norm mul rope_ext rope_ext",
+    ],
     **{
         f"norm_rope_row_{kind}": ["rms_norm mul rope_ext set_rows"] * 2
         for kind in ("f16", "bf16", "q8_0")
+    },
+    **{f"turned_rows{kind}": ["rope_ext rope_ext set_rows"] for kind in ("", "_of_tokens")},
+    **{
+        f"rows_of_token{kind}": [
+            f"rms_norm rope_ext rope_ext rms_norm mul rope_ext set_rows {COMPRESSOR} {COMPRESSOR}"
+        ]
+        for kind in ("", "_q8_0", "_neox")
     },
     **{
         f"compressor{kind}": [COMPRESSOR]

@@ -27,12 +27,12 @@ constexpr int BATCH = 8;
 
 // arrived: counts blocks that have left their columns; it wraps around to 0.
 template <class B, bool NEOX>
-__device__ __forceinline__ void compressed_row_part(const Compressor& p, int block, int blocks,
+__device__ __forceinline__ void compressed_row_part(const Compressor& p, int number, int blocks,
                                                     unsigned* arrived) {
     const double frequency = threadIdx.x < p.rope.n_dims / 2 ? frequency_of(threadIdx.x, p.rope) : 0;
     extern __shared__ float shared[];
     const int d = p.cache.ne[0], w = p.v.ne[0], n_ring = p.ring_v.ne[1], n = p.ids.ne[0];
-    const int n_columns = d / blocks, first_column = block * n_columns;
+    const int n_columns = d / blocks, first_column = number * n_columns;
     const int shares = blockDim.x / n_columns, share = threadIdx.x / n_columns;
     const float infinity = __int_as_float(0x7F800000);
     begin();
