@@ -1,11 +1,10 @@
-"""Graphs that test the fusions of a decode step: rows of caches, compressors, hyper-connections,
-products."""
+"""Graphs that test the fusions of a decode step: attention, hyper-connections, products."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -49,47 +48,13 @@ from pyggml.ops import (
 )
 from pyggml.ops.leaf import constant, state
 from pyggml.ops.leaf import input as input_
+from pyggml.parity import row_patterns
 from pyggml.parity.pattern_maker import Maker, Pattern, T
-
-
-def _ids(m: Maker, name: str, *ids: int) -> Node:
-    m.inputs[name] = np.array(ids, np.int32)
-    return input_(name, "i32", ne=(len(ids),))
-
-
-def norm_and_rope(m: Maker) -> Pattern:
-    """Heads that are normalized and rotated, with a row and without one; one head a token; norms
-    that other nodes read; frequency factors."""
-    pos, row = m.positions(), m.weight("row", 64)
-    turn = partial(rope_ext, pos=pos, n_dims=32)
-    heads = rms_norm(m.floats("q", 64, 3, T), eps=1e-6)
-    weighted = mul(rms_norm(m.floats("k", 64, 3, T), eps=1e-5), row)
-    single = reshape(mul(rms_norm(m.floats("c", 64, T), eps=1e-5), row), ne=(64, 1, T))
-    kept = rms_norm(m.floats("kept", 64, 3, T), eps=1e-6)
-    factors = rms_norm(m.floats("slow", 64, 3, T), eps=1e-6)
-    return m.done(
-        heads=turn(heads, offset=32), weighted=turn(weighted, mode="neox"), single=turn(single),
-        kept=kept, turned=turn(kept), slow=turn(factors, freq_factors=m.floats("factors", 16)),
-    )  # fmt: skip
-
-
-def _norm_rope_row(m: Maker, type: str, mode: Literal["normal", "neox"]) -> Pattern:
-    """Rows of one head and of three, into caches. One token is not stored."""
-    pos, ids = m.positions(), _ids(m, "ids", 4, -1, 9, 31, 0)
-    outputs = {}
-    for heads in (1, 3):
-        x = rms_norm(m.floats(f"x{heads}", 64, heads, T), eps=1e-6)
-        x = rope_ext(mul(x, m.weight(f"row{heads}", 64)), pos, n_dims=32, offset=16, mode=mode)
-        cache = state(f"cache{heads}", type, ne=(64 * heads, 32))
-        cache = set_rows(cache, reshape(x, ne=(64 * heads, T)), ids)
-        rows = get_rows(cache, _ids(m, f"rows{heads}", 0, 4, 9, 31, 5))
-        outputs[f"rows{heads}"] = scale(rows, s=1.0)
-    return m.done(**outputs)
 
 
 def small_numbers(m: Maker) -> Pattern:
     """What follows from positions, and other ops on a few numbers; some read a product."""
-    pos = _ids(m, "pos", 17, 3, -5, 40, 0, 12)
+    pos = m.ids("pos", 17, 3, -5, 40, 0, 12)
     p = cast(pos, dtype="f32")
     t = cast(cast(div(p, fill(p, value=4.0)), dtype="i32"), dtype="f32")
     place = sub(p, scale(t, s=4.0))
@@ -101,98 +66,6 @@ def small_numbers(m: Maker) -> Pattern:
         t=t, place=cast(place, dtype="i32"), odd=odd, seen=seen, same=scale(cont(p), s=2.0),
         late=late, next=sub(late, seen),
     )  # fmt: skip
-
-
-def _compressed(
-    m: Maker,
-    type: str = "f16",
-    pairs: bool = False,
-    n: int = 24,
-    tokens: int = 1,
-    row: int = 5,
-    of: str = "",
-    mode: Literal["normal", "neox"] = "normal",
-) -> tuple[Node, dict[str, Node]]:
-    """The cache with a row of a compressor, of `n` candidates, and rows of its rings. Rows of the
-    rings that are not among the candidates are NaN.
-
-    pairs   whether a row of the rings holds two of the candidates
-    row     of the cache; -1: the window does not end here
-    of      in the names of its leaves
-    """
-    d, n_ring = 64, 40
-    w = d * (1 + pairs)
-    places = range(2, 2 + tokens)
-    tokens_at = _ids(m, f"tokens{of}", *places)
-    candidates = [*(i + 2 for i in range(n - 3)), -1, -1, n + 3]
-    ids = _ids(m, f"ids{of}", *(2 * i + i % 2 if pairs else i for i in candidates))
-    bias = np.where(np.array(candidates) < 0, -1e30, 0).astype(np.float32)
-    m.inputs[f"bias{of}"] = bias.reshape(-1, 1)
-    handles = []
-    for name in "vz":
-        past = np.full((n_ring, w), np.nan, np.float32)
-        past[candidates[:-3] + candidates[-1:]] = m.rng.standard_normal((n - 2, w))
-        m.inputs[f"past_{name}{of}"] = past
-        every = _ids(m, f"every_{name}{of}", *range(n_ring))
-        old = set_rows(state(f"ring_{name}{of}", "f32", ne=(w, n_ring)),
-                       input_(f"past_{name}{of}", ne=(w, n_ring)), every)  # fmt: skip
-        new = m.floats(f"{name}{of}", w, tokens)
-        if name == "z":
-            ape = m.floats(f"ape{of}", w, 8)
-            new = add(
-                new, get_rows(ape, _ids(m, f"places{of}", *(p % 4 - (p == 3) for p in places)))
-            )
-        handles.append(set_rows(old, new, tokens_at))
-    v, z = (get_rows(reshape(h, ne=(d, n_ring * w // d)), ids) for h in handles)
-    z = add(z, input_(f"bias{of}", ne=(1, n)))
-
-    def columns(x: Node) -> Node:
-        return cont(permute(reshape(x, ne=(d, n, 1)), axes=(1, 0, 2)))
-
-    total = reshape(sum_rows(mul(columns(v), soft_max(columns(z)))), ne=(d, 1))
-    x = reshape(mul(rms_norm(total, eps=1e-6), m.weight(f"norm{of}", d)), ne=(d, 1, 1))
-    x = rope_ext(x, _ids(m, f"start{of}", 12), n_dims=32, offset=32, mode=mode)
-    cache = set_rows(
-        state(f"cache{of}", type, ne=(d, 16)), reshape(x, ne=(d, 1)), _ids(m, f"row{of}", row)
-    )
-    written = _ids(m, f"written{of}", *places)
-    rings = {f"ring{i}": get_rows(h, written) for i, h in enumerate(handles)}
-    return cache, rings
-
-
-def _compressor(m: Maker, **form: Any) -> Pattern:
-    """A row of a compressor."""
-    cache, rings = _compressed(m, **form)
-    return m.done(cache=scale(get_rows(cache, _ids(m, "rows", *range(16))), s=1.0), **rings)
-
-
-def turned_rows(m: Maker, n_tokens: int = 1, mode: Literal["normal", "neox"] = "neox") -> Pattern:
-    """Queries that are rotated, and keys that are stored; one token is not."""
-    pos = _ids(m, "pos", *range(12, 12 + n_tokens))
-    queries = rope_ext(m.floats("q", 64, 37, n_tokens), pos, n_dims=32, mode=mode)
-    x = rope_ext(m.floats("k", 64, 3, n_tokens), pos, n_dims=64, mode=mode)
-    ids = _ids(m, "ids", *range(3, 2 + n_tokens), -1 if n_tokens > 1 else 3)
-    cache = set_rows(state("cache", "bf16", ne=(192, 16)), reshape(x, ne=(192, n_tokens)), ids)
-    rows = get_rows(cache, _ids(m, "rows", *range(16)))
-    return m.done(queries=queries, rows=scale(rows, s=1.0))
-
-
-def rows_of_token(m: Maker, type: str = "f16", n: int = 8, neox: bool = False) -> Pattern:
-    """What attention reads in a layer with compressors: queries that are normalized and rotated,
-    others that are rotated, a row of a cache, and rows of two compressors."""
-    mode: Literal["normal", "neox"] = "neox" if neox else "normal"
-    turn = partial(rope_ext, pos=_ids(m, "pos", 12), n_dims=32, mode=mode)
-    queries = turn(rms_norm(m.floats("q", 64, 5, 1), eps=1e-6), offset=32)
-    turned = turn(m.floats("index_q", 64, 70, 1))
-    x = mul(rms_norm(m.floats("x", 64, 1), eps=1e-6), m.weight("row", 64))
-    x = turn(reshape(x, ne=(64, 1, 1)), offset=32)
-    row = set_rows(state("window", type, ne=(64, 16)), reshape(x, ne=(64, 1)), _ids(m, "at", 3))
-    one, rings = _compressed(m, type, pairs=True, n=n, of="1", mode=mode)
-    two, others = _compressed(m, type, n=8, of="2", mode=mode)
-    caches = concat(row, concat(one, two, dim=1), dim=1)  # read behind all writes
-    rows = get_rows(caches, _ids(m, "all", 3, *range(16, 48)))
-    outputs = {f"{k}_{i}": y for i, r in enumerate((rings, others)) for k, y in r.items()}
-    return m.done(queries=queries, turned=turned, rows=scale(rows, s=1.0), **outputs)
 
 
 def _connected(m: Maker, streams: Node, name: str) -> tuple[Node, Node, Node]:
@@ -287,7 +160,7 @@ def _cached(m: Maker, name: str, n: int, hidden: range, type: str, d: int = 512)
     rows = m.rng.standard_normal((n, d)).astype(np.float32)
     rows[hidden], rows[hidden[::2]] = np.nan, np.inf
     m.inputs[f"{name}.rows"] = rows
-    every = _ids(m, f"{name}.every", *range(n))
+    every = m.ids(f"{name}.every", *range(n))
     return set_rows(
         state(name, type, ne=(d, n)), input_(f"{name}.rows", ne=(d, n)), every
     )  # fmt: skip
@@ -305,7 +178,7 @@ def _window(m: Maker, q: Node, pos: Node, type: str, n: int, lse: bool) -> Node:
 
 def attention_to_a_window(m: Maker, heads: int = 20, n_tokens: int = 1) -> Pattern:
     """Attention to a window that is rotated back, and whose groups of heads a product reads."""
-    q, pos = m.floats("q", 512, n_tokens, heads), _ids(m, "pos", *range(85, 85 + n_tokens))
+    q, pos = m.floats("q", 512, n_tokens, heads), m.ids("pos", *range(85, 85 + n_tokens))
     y = rope_ext(_window(m, q, pos, "f16", 100, False), pos, n_dims=64, offset=448, back=True)
     groups = permute(reshape(y, ne=(2048, heads // 4, n_tokens)), axes=(0, 2, 1, 3))
     return m.done(y=scale(y, s=1.0), groups=mul_mat(m.weight("w", 2048, 12, type="iq4_nl"), groups))
@@ -315,7 +188,7 @@ def attention_to_both(
     m: Maker, type: str = "f16", listed: bool = False, heads: int = 16, n_tokens: int = 1
 ) -> Pattern:
     """Attention to a window merged with one to compressed rows, or to a list of them."""
-    q, pos = m.floats("q", 512, n_tokens, heads), _ids(m, "pos", *range(45, 45 + n_tokens))
+    q, pos = m.floats("q", 512, n_tokens, heads), m.ids("pos", *range(45, 45 + n_tokens))
     old = _cached(m, "old", 40, range((45 + n_tokens) // 2, 40), type)
     mask, ids = causal_mask(pos, n_kv=40, stride=2), None
     if listed:  # every third row, some hidden, and places without one
@@ -342,7 +215,7 @@ def values_of_heads(
     """Latent attention of a few tokens, whose last rows are not seen, and the products of each head
     and of all heads side by side. listed: to lists of rows, with sinks; kept: something else reads
     the attention, so that nothing is fused."""
-    q, pos = m.floats("q", 576, n_tokens, heads), _ids(m, "pos", *range(n_kv - 20, n_kv))
+    q, pos = m.floats("q", 576, n_tokens, heads), m.ids("pos", *range(n_kv - 20, n_kv))
     pos = view(pos, ne=(n_tokens,))
     k = _cached(m, "rows", n_kv, range(n_kv - 20 + n_tokens, n_kv), type, 576)
     ids, sinks = None, None
@@ -425,7 +298,7 @@ def absorbed_queries(
     which is not stored if there are several; kept: the rotated queries, too, so that nothing is
     fused."""
     heads, n_nope, n_rot, n_c = 3, 160, 32, 96
-    pos = _ids(m, "pos", *range(7, 7 + n_tokens))
+    pos = m.ids("pos", *range(7, 7 + n_tokens))
     q = reshape(mul_mat(m.weight("q", 64, heads * (n_nope + n_rot)), m.floats("x", 64, n_tokens)),
                 ne=(n_nope + n_rot, heads, n_tokens))  # fmt: skip
     turned = rope_ext(q, pos, n_dims=n_rot, offset=n_nope)
@@ -438,8 +311,8 @@ def absorbed_queries(
     k = view(reshape(kv, ne=(n_c + n_rot, 1, n_tokens)), ne=(n_rot, 1, n_tokens), start=(n_c,))
     k = reshape(rope_ext(k, pos, n_dims=n_rot), ne=(n_rot, n_tokens))
     cache = state("cache", type, ne=(n_c + n_rot, 8))
-    cache = set_rows(cache, concat(c, k, dim=0), _ids(m, "ids", *(5, -1, 1, 3)[:n_tokens]))
-    rows = get_rows(cache, _ids(m, "rows", 0, 5))
+    cache = set_rows(cache, concat(c, k, dim=0), m.ids("ids", *(5, -1, 1, 3)[:n_tokens]))
+    rows = get_rows(cache, m.ids("rows", 0, 5))
     more = {"turned": scale(turned, s=1.0)} if kept else {}
     row = view(rows, ne=(n_c + n_rot, 1), start=(0, 1))  # so what reads the queries comes behind it
     return m.done(queries=add(queries, row), rows=scale(rows, s=1.0), **more)
@@ -462,13 +335,7 @@ def scored_rows(m: Maker, n: int = 12_300, k: int = 70) -> Pattern:
 
 
 PATTERNS: dict[str, Callable[[Maker], Pattern]] = {
-    "norm_and_rope": norm_and_rope,
-    "norm_rope_row_f16": partial(_norm_rope_row, type="f16", mode="normal"),
-    "norm_rope_row_bf16": partial(_norm_rope_row, type="bf16", mode="neox"),
-    "norm_rope_row_q8_0": partial(_norm_rope_row, type="q8_0", mode="normal"),
-    "compressor": _compressor,
-    "compressor_of_pairs_q8_0": partial(_compressor, type="q8_0", pairs=True, n=8),
-    "compressor_of_tokens_bf16": partial(_compressor, type="bf16", n=13, tokens=3),
+    **row_patterns.PATTERNS,
     "small_numbers": small_numbers,
     "joined_products": joined_products,
     "joined_products_of_tokens": partial(joined_products, n_tokens=3),
@@ -499,15 +366,6 @@ PATTERNS: dict[str, Callable[[Maker], Pattern]] = {
     "hyper_connections": hyper_connections,
     "hyper_connections_of_tokens": partial(hyper_connections, n=64, hc=2, n_tokens=T),
     "hyper_connections_of_three": partial(hyper_connections, n=4160, hc=3),
-    "compressor_of_many": partial(_compressor, n=36, tokens=2),
-    "compressor_of_many_pairs_q8_0": partial(_compressor, type="q8_0", pairs=True, n=35),
-    "compressor_of_many_waiting": partial(_compressor, n=36, row=-1),
-    "compressor_waiting": partial(_compressor, row=-1),
-    "turned_rows": turned_rows,
-    "turned_rows_of_tokens": partial(turned_rows, n_tokens=3, mode="normal"),
-    "rows_of_token": rows_of_token,
-    "rows_of_token_q8_0": partial(rows_of_token, type="q8_0", n=36),
-    "rows_of_token_neox": partial(rows_of_token, type="bf16", neox=True),
     "experts_of_token": partial(experts_of_token, n_shared=1056),
     "experts_of_token_alone": partial(experts_of_token, type="q8_0", n_ff=64, kept=True),
     "experts_of_token_grouped": partial(experts_of_token, type="q5_0", n_shared=96, grouped=True),

@@ -43,5 +43,9 @@ class Maker:
         self.inputs[name] = np.arange(start, start + T, dtype="i4")
         return input_(name, "i32", ne=(T,))
 
+    def ids(self, name: str, *ids: int) -> Node:
+        self.inputs[name] = np.array(ids, np.int32)
+        return input_(name, "i32", ne=(len(ids),))
+
     def done(self, **outputs: Node) -> Pattern:
         return Pattern(outputs, self.inputs)
