@@ -362,6 +362,9 @@ PATTERNS: dict[str, Callable[[Maker], Pattern]] = {
     "values_of_long_heads_in_lists": partial(
         values_of_heads, type="q8_0", heads=16, n=160, n_tokens=5, listed=True
     ),
+    "values_of_many_heads_in_lists": partial(
+        values_of_heads, weights="q8_0", heads=128, n=32, listed=True
+    ),
     "values_of_heads_kept": partial(values_of_heads, kept=True, n_tokens=3),
     "hyper_connections": hyper_connections,
     "hyper_connections_of_tokens": partial(hyper_connections, n=64, hc=2, n_tokens=T),

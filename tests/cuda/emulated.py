@@ -235,7 +235,7 @@ extern "C" int run_together(int n, const int* which, const char* const* args, co
 
 def _blocks(name: str) -> int:
     """Blocks of a cluster of a kernel."""
-    cluster = re.match(r"combine_vec<.*, (\d), \d>", name)
+    cluster = re.match(r"combine_vec<.*, (\d), \d(?:, true)?>", name)
     return int(cluster[1]) if cluster else 1
 
 

@@ -28,14 +28,19 @@ from tests.cuda.compared import compare_all
 from tests.cuda.emulated import Memory, starter
 
 rng = np.random.default_rng(3)
+#: `place_of` in attention_list_token.cu for each column.
+_C = np.arange(512)
+PLACES = _C & 256 | _C // 16 % 4 * 64 | _C % 8 * 8 | _C // 64 % 4 * 2 | _C // 8 % 2
 
 
 class Recorded:
     """Sums of `splits` splits for `queries` queries of `heads` heads, some splits without a key and
-    the last row with none at all; its weights, its launch and its results."""
+    the last row with none at all; its weights, its launch and its results. `listed`: the sums are
+    those of list_token."""
 
     def __init__(
-        self, dtype: str, n: int, heads: int, queries: int, splits: int, sinks: bool = False
+        self, dtype: str, n: int, heads: int, queries: int, splits: int, sinks: bool = False,
+        listed: bool = False,
     ) -> None:
         self.w = random_blocks(dtype, n * heads, 512, rng).reshape(heads, n, -1)
         w = gg.constant(self.w, dtype=dtype)
@@ -54,6 +59,11 @@ class Recorded:
         empty[-1, -1] = True
         self.stats[empty] = -np.inf, 0
         self.parts[empty] = 0
+        stored: NDArray[Any] = self.parts
+        if listed:  # halves of means in f16
+            stored = self.stored = np.empty(self.parts.shape, np.float16)
+            stored[..., PLACES] = self.parts
+            self.parts = 2 * self.stats[..., 1:] * stored[..., PLACES].astype(np.float32)
         self.sinks = rng.normal(0, 3, heads).astype(np.float32) if sinks else None
         self.y = np.full((heads, queries, n), np.nan, np.float32)
         self.fixed = np.zeros(heads * queries * n // 32 * 80, np.uint8)
@@ -62,11 +72,11 @@ class Recorded:
         named["fixed"] = Operand(self.fixed.ctypes.data, (1,) * 4, (1,) * 4, F32)
         call = Call(product, out, named, product.attrs, H200)
         argument = Attention.from_buffer(bytearray(ctypes.sizeof(Attention)))
-        argument.parts, argument.stats = self.parts.ctypes.data, self.stats.ctypes.data
+        argument.parts, argument.stats = stored.ctypes.data, self.stats.ctypes.data
         argument.heads, argument.n_q, argument.splits = heads, queries, splits
         argument.d_v, argument.nb_sinks = 512, 4
         argument.sinks = 0 if self.sinks is None else self.sinks.ctypes.data
-        combine_vec.launch(call, product, argument)
+        combine_vec.launch(call, product, argument, listed)
         (record,) = call.records
         assert isinstance(record, Launch)
         self.launch, self.dtype = record, dtype
@@ -96,18 +106,19 @@ def _operand(x: NDArray[np.float32]) -> Operand:
     return Operand(x.ctypes.data, (*x.shape[::-1], 1), nb, F32)
 
 
-#: (type, rows of a head, heads, queries, splits, sinks)
+#: (type, rows of a head, heads, queries, splits, sinks, listed)
 CASES: tuple[tuple[Any, ...], ...] = (
     ("iq4_nl", 128, 2, 1, 68), ("q8_0", 128, 1, 2, 132, True), ("q6_K", 96, 3, 1, 2),
     ("q2_K", 32, 2, 2, 33), ("iq3_xxs", 128, 2, 1, 17), ("q5_1", 256, 2, 1, 5),
     ("iq4_nl", 128, 13, 5, 66, True), ("q3_K", 224, 33, 2, 7), ("iq2_xs", 64, 65, 1, 3),
+    ("iq4_nl", 128, 65, 1, 33, False, True), ("q8_0", 224, 33, 2, 7, True, True),
 )  # fmt: skip
 
 
 def test_sums_and_products_are_right(tmp_path: Path) -> None:
     recorded = [Recorded(*case) for case in CASES]
     names = {each.launch.name.partition(", ")[2] for each in recorded}
-    assert names == {"8, 1>", "8, 2>", "4, 2>", "4, 4>"}
+    assert names == {"8, 1>", "8, 2>", "4, 2>", "4, 4>", "4, 2, true>", "4, 4, true>"}
     start = starter(tmp_path, [each.launch for each in recorded])
     for case, each in zip(CASES, recorded):
         start(each.launch)

@@ -120,8 +120,8 @@ FUSED = {
         )
     },
     **{
-        f"values_of_heads{kind}": ["causal_mask flash_attn_ext fixed_point mul_mat"]
-        for kind in ("", "_q8_0")
+        f"values_of_{heads}": ["causal_mask flash_attn_ext fixed_point mul_mat"]
+        for heads in ("heads", "heads_q8_0", "many_heads_in_lists")
     },
     **{
         f"values_of_{heads}": ["causal_mask flash_attn_ext mul_mat fixed_point cont"]

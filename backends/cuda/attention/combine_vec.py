@@ -33,6 +33,8 @@ WARPS = 8
 #: The most splits that 4 blocks of a row add up, and the most rows that 8 blocks each take in one
 #: wave of a GPU.
 SPLITS, ROWS = 72, 64
+#: The most splits of list_token that it adds up.
+LISTED = 40
 
 
 class Values(Struct):
@@ -126,11 +128,11 @@ def _record(call: Call, product: Node, window: int | None, stride: int) -> None:
     attention = Call(flash, whole, operands, flash.attrs, call.device, (at + sums, rest))
     attention.names_only, attention.awaited = call.names_only, call.awaited - {"w"}
     attention.records = call.records
-    recording = Recording(attention, window, stride, without="list_token")  # its parts are f16
+    recording = Recording(attention, window, stride)
     splits = recording.shape.splits(recording.route)
     w, together = call["w"], recording.route != "any" and splits > 1
     if together and call.device.overlaps and w.layout == "tiles8":
-        launch(call, product, recording.record_parts())
+        launch(call, product, recording.record_parts(), listed=recording.route == "list_token")
         return
     recording.record()
     b = Operand(at, product["b"].ne, product["b"].nb, F32)
@@ -146,11 +148,12 @@ def _record(call: Call, product: Node, window: int | None, stride: int) -> None:
         launch_quantize(call, call.out, fixed.pointer, 2)
 
 
-def launch(call: Call, product: Node, sums: Attention) -> None:
-    """Record the sum of the splits and the product."""
+def launch(call: Call, product: Node, sums: Attention, listed: bool = False) -> None:
+    """Record the sum of the splits and the product. `listed`: the parts are those of list_token."""
     w, out, fixed = call["w"], call.out, call.get("fixed")
     n, heads, queries = w.ne[1], sums.heads, sums.n_q
     blocks = 8 if sums.splits > SPLITS or queries * heads <= ROWS else 4
+    assert not listed or (blocks == 4 and sums.splits <= LISTED), "parts of list_token"
     tiles = blocks // 4  # of 8 rows that a warp has in a round
     rounds = next(i for i in (1, 2, 4) if i * 8 * WARPS * tiles >= n and i * tiles > 1)
     units = blocks_for(rounds * WARPS * tiles, 4 * blocks)
@@ -160,7 +163,7 @@ def launch(call: Call, product: Node, sums: Attention) -> None:
         steps, groups = (out.nb[2], out.nb[1]), (n // 32 * heads, n // 32)
     call.launch(
         FILE,
-        f"combine_vec<tiles::{cpp_format(w)}, {blocks}, {rounds}>",
+        f"combine_vec<tiles::{cpp_format(w)}, {blocks}, {rounds}{', true' if listed else ''}>",
         grid=(blocks, heads, queries),
         block=32 * WARPS,
         args=[

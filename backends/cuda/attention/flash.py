@@ -109,17 +109,15 @@ def _can_leave_halves(node: Node) -> bool:
 
 class Recording:
     """One node being recorded. Instead of a mask it may read call["pos"], with a window or None,
-    and a stride. Without the route `without`."""
+    and a stride."""
 
-    def __init__(
-        self, call: Call, window: int | None = None, stride: int = 1, without: str = ""
-    ) -> None:
+    def __init__(self, call: Call, window: int | None = None, stride: int = 1) -> None:
         self.call, self.window, self.stride = call, window, stride
         self.q, self.k, self.v = call["q"], call["k"], call["v"]
         self.mask, self.pos = call.get("mask"), call.get("pos")
         self.shape = Shape.of(call.node, fused=self.mask is None)
         self.v_start = self.parts = self.stats = self.map = 0
-        self.route = next(r for r in self.shape.routes if r != without and self._fits(r))
+        self.route = next(r for r in self.shape.routes if self._fits(r))
         self.instance = self._instance(self.route)
 
     def _instance(self, route: str) -> Instance:

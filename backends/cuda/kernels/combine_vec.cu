@@ -8,10 +8,14 @@
 // one block, which also writes them as fixed point. Reads parts once, from L2 (139 KB a head for 4352
 // keys of V2-Lite), and w for each row.
 //
+// Parts of `list_token` are halves of means in f16, in the order of `place_of` there. A block's 128 of
+// these are four groups of 32 columns, with 64 columns from one to the next.
+//
 // Lost by count: every block adds up all columns of its head. 139 KB take a multiprocessor 2200
 // clocks, more than the blocks need to meet.
 // @kernel hot 90a combine_vec<tiles::{BLOCKS}, {8, 1|4, 2}>
 // @kernel 90a combine_vec<tiles::{SOME}, {8, 2|4, 4}>
+// @kernel 90a combine_vec<tiles::{SOME}, 4, {2|4}, true>
 // @kernel 100a 120a combine_vec<tiles::{SOME}, {8, 1|4, 2|8, 2|4, 4}>
 #include "attention.cuh"
 #include "cluster.cuh"
@@ -43,17 +47,32 @@ __device__ __forceinline__ float top_of_warp(float x) {
     const unsigned top = __reduce_max_sync(~0u, bits >> 31 ? ~bits : bits | 0x80000000u);
     return __uint_as_float(top >> 31 ? top & 0x7fffffffu : ~top);
 }
+// Four columns of a part.
+template <bool LISTED>
+struct Four {
+    float4 x;
+    __device__ float4 numbers() const { return x; }
+};
+template <>
+struct Four<true> {
+    uint2 x;
+    __device__ float4 numbers() const {
+        const auto half = [](u32 word) { return __half2float(__ushort_as_half(word & 0xFFFF)); };
+        return make_float4(half(x.x), half(x.x >> 16), half(x.y), half(x.y >> 16));
+    }
+};
 // ROUNDS: tiles of w of which a lane has a group. 4 blocks for many rows: so all are on the GPU at
-// once.
-template <class F, int BLOCKS, int ROUNDS>
+// once. LISTED: parts are those of `list_token`.
+template <class F, int BLOCKS, int ROUNDS, bool LISTED = false>
 __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(32 * WARPS, BLOCKS == 4 ? 4 : 3)
     combine_vec(const __grid_constant__ tiles::Weights<F> weights,
                 const __grid_constant__ Attention a, const __grid_constant__ Values to) {
     constexpr int COLUMNS = D / BLOCKS, LANES = COLUMNS / 4;  // lanes that share a split
-    constexpr int ONCE = 32 * WARPS / LANES, TURNS = 9;       // splits at once, and how often
+    constexpr int ONCE = 32 * WARPS / LANES, TURNS = LISTED ? 5 : 9;  // splits at once, and how often
     constexpr int STATS = (ONCE * TURNS + 31) / 32;
     constexpr int GROUPS = COLUMNS / 32, TILES = 4 / GROUPS;  // of w, that a warp has at once
     constexpr int UNITS = (ROUNDS * WARPS * TILES / 4 + BLOCKS - 1) / BLOCKS;
+    static_assert(!LISTED || BLOCKS == 4, "whole groups in a block");
     extern __shared__ uint4 memory[];
     auto &shared = *(Meeting<BLOCKS, UNITS> *)memory;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = blockIdx.x;
@@ -61,19 +80,20 @@ __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(32 * WARPS, BLO
     if (threadIdx.x == 0) shared.inbox.open((units - rank + BLOCKS - 1) / BLOCKS * BLOCKS * 128);
     blocks_start();
     const int group = lane / 8 % GROUPS;
+    const int columns = LISTED ? rank / 2 * 8 + rank % 2 + 2 * group : rank * GROUPS + group;
     const auto tile = [&](int r) { return (r * WARPS + warp) * TILES + lane / 8 / GROUPS; };
     tiles::RawGroup<F> raw[ROUNDS];
 #pragma unroll
     for (int r = 0; r < ROUNDS; ++r) {
         const tiles::Row<F> from(weights.w[0], head, min(tile(r), 4 * units - 1), lane % 8);
-        raw[r] = tiles::load_group(from, rank * GROUPS + group);
+        raw[r] = tiles::load_group(from, columns);
     }
     const tiles::Table<F> table(0);
     const long long row = (long long)query * a.heads + head;
     const int split = threadIdx.x / LANES;
     const float2 *stats = part_stats(a, row * a.splits) + lane;
-    const float *sums = part_sums(a, row * a.splits + split) + rank * COLUMNS +
-                        threadIdx.x % LANES * 4;
+    const auto *sums = (const Four<LISTED> *)a.parts + (row * a.splits + split) * (D / 4) +
+                       rank * LANES + threadIdx.x % LANES;
     blocks_started();
     begin();
 
@@ -81,11 +101,10 @@ __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(32 * WARPS, BLO
 #pragma unroll
     for (int i = 0; i < STATS; ++i)
         stat[i] = lane + 32 * i < a.splits ? stats[32 * i] : make_float2(-INF, 0);
-    float4 x[TURNS];
+    Four<LISTED> x[TURNS];
 #pragma unroll
     for (int i = 0; i < TURNS; ++i)
-        x[i] = split + ONCE * i < a.splits ? *(const float4 *)(sums + ONCE * D * i)
-                                           : make_float4(0, 0, 0, 0);
+        x[i] = split + ONCE * i < a.splits ? sums[ONCE * (D / 4) * i] : Four<LISTED>{};
     float m = stat[0].x, l = 0, weight[STATS];
 #pragma unroll
     for (int i = 1; i < STATS; ++i) m = fmaxf(m, stat[i].x);
@@ -93,19 +112,27 @@ __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(32 * WARPS, BLO
 #pragma unroll
     for (int i = 0; i < STATS; ++i) {
         weight[i] = exp2_fast(stat[i].x - finite(m));
-        l += stat[i].y * weight[i];
+        const float all = stat[i].y * weight[i];
+        l += all;
+        if (LISTED) weight[i] = 2 * all;
     }
     float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll
     for (int i = 0; i < TURNS; ++i) {
         const float w = __shfl_sync(~0u, weight[ONCE * i / 32], split + ONCE * i % 32);
-        sum.x += w * x[i].x, sum.y += w * x[i].y, sum.z += w * x[i].z, sum.w += w * x[i].w;
+        const float4 y = x[i].numbers();
+        sum.x += w * y.x, sum.y += w * y.y, sum.z += w * y.z, sum.w += w * y.w;
     }
     if constexpr (LANES == 16) {
         sum.x += __shfl_xor_sync(~0u, sum.x, 16), sum.y += __shfl_xor_sync(~0u, sum.y, 16);
         sum.z += __shfl_xor_sync(~0u, sum.z, 16), sum.w += __shfl_xor_sync(~0u, sum.w, 16);
     }
-    if (lane < LANES) *(float4 *)&shared.columns[warp][4 * lane] = sum;
+    if constexpr (LISTED) {
+        float *const to = shared.columns[warp] + lane % 2 * 64 + lane / 16 * 16 + lane / 2 % 8;
+        to[0] = sum.x, to[8] = sum.y, to[32] = sum.z, to[40] = sum.w;
+    } else if (lane < LANES) {
+        *(float4 *)&shared.columns[warp][4 * lane] = sum;
+    }
     l = warp_reduce<Sum>(l);
     __syncthreads();
     if (warp == 0) {
