@@ -39,7 +39,13 @@ class Recorded:
     those of list_token."""
 
     def __init__(
-        self, dtype: str, n: int, heads: int, queries: int, splits: int, sinks: bool = False,
+        self,
+        dtype: str,
+        n: int,
+        heads: int,
+        queries: int,
+        splits: int,
+        sinks: bool = False,
         listed: bool = False,
     ) -> None:
         self.w = random_blocks(dtype, n * heads, 512, rng).reshape(heads, n, -1)
