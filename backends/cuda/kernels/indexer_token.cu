@@ -1,17 +1,19 @@
 // lightning_indexer for one token on 9.0: rows of 128 elements of f16 or bf16, multiples of 32 heads.
 //
 // y[j] = sum_n w[n] max(0, q[:, n] . k[:, j]) + mask[j], as in indexer.cu, but the copy engine brings
-// rows to shared memory, in tiles of 64, and products read them there. Loads to registers wait for room
-// in the multiprocessor when all blocks start at once, and what comes behind them waits too: the
-// first product began when nearly all rows had come, and two turns of products followed (65,536 rows,
-// H100: after 6 of 8 us). With half as many registers, blocks of the next launch start beside these,
-// which is the gain: 0.5 us of a token, none of the indexer alone.
+// rows to shared memory, in tiles of 64, and products read them there. With half as many registers as
+// loads to these take, blocks of the next launch start beside these.
+//
+// Three tiles of a block are on their way at a time, 6 MB of all, which keep memory busy. What comes
+// behind requests waits for them: with all rows asked for at once, 17 MB, queries took 3.3 us, and the
+// wait for the launch before returned 4.6 us after that had ended (65,536 rows, H100). So products
+// began when all rows had come. Only scores wait for the launch before, where nothing else needs it.
 //
 // Traffic: rows once, the queries from L2 for each block.
 // @kernel hot 90a scores_token<{__half|__nv_bfloat16}, {32|64}>
 #include "indexer.cuh"
 
-constexpr int D = 128, BOX = 64 * 128, TILE = 2 * BOX, GROUPS = 4, BUFFERS = 2;
+constexpr int D = 128, BOX = 64 * 128, TILE = 2 * BOX, GROUPS = 4, BUFFERS = 8, AHEAD = 3;
 // An image of N heads: B in two halves of 64 columns, in swizzled rows of 128 bytes, then the weights.
 template <int N> constexpr int IMAGE = N * D * 2 + 1024;
 
@@ -56,36 +58,39 @@ struct Heads {
     }
 };
 
-// A warpgroup has every `step`-th tile, with the next one on its way.
+// A warpgroup has every fourth tile of its block.
 // grid: blocks, 1, n3.
 template <class T, int N>
 __global__ void __launch_bounds__(128 * GROUPS, 2) scores_token(const __grid_constant__ TokenIndexer argument) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     const Indexer &a = argument.a;
     extern __shared__ char unaligned[];
-    __shared__ u64 full[GROUPS][BUFFERS];
+    __shared__ u64 full[BUFFERS], used[BUFFERS];
     char *const memory = unaligned + (-shared_address(unaligned) & 1023);
     const int groups = a.heads / N, warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), i3 = blockIdx.z;
-    const int tiles = (a.n_kv + 63) / 64, step = GROUPS * gridDim.x;
-    const int first = warpgroup * gridDim.x + blockIdx.x;
-    char *const ring = memory + groups * IMAGE<N> + warpgroup * (BUFFERS * TILE);
-    const auto fetch = [&](int tile, int buffer) {
-        if (threadIdx.x % 128 || tile >= tiles) return;
-        u64 *const b = full[warpgroup] + buffer;
-        barrier_expect(b, TILE);
+    // Tiles of this block: blockIdx.x, blockIdx.x + gridDim.x, ..
+    const int tiles = ((a.n_kv + 63) / 64 - int(blockIdx.x) + int(gridDim.x) - 1) / int(gridDim.x);
+    char *const ring = memory + groups * IMAGE<N>;
+    // Asks for the block's tile t. One thread calls it for each, where tile t - AHEAD has come.
+    const auto fetch = [&](int t) {
+        if (t >= tiles) return;
+        const int buffer = t % BUFFERS;
+        if (t >= BUFFERS) barrier_wait(used + buffer, t / BUFFERS - 1 & 1);
+        barrier_expect(full + buffer, TILE);
 #pragma unroll
         for (int c = 0; c < 2; ++c)
-            tensor_copy(ring + buffer * TILE + c * BOX, &argument.map, b, c * 64, tile * 64, 0, i3);
+            tensor_copy(ring + buffer * TILE + c * BOX, &argument.map, full + buffer, c * 64,
+                        (t * gridDim.x + blockIdx.x) * 64, 0, i3);
     };
-    if (threadIdx.x < GROUPS * BUFFERS) barrier_init(&full[0][0] + threadIdx.x, 1);
+    if (threadIdx.x < BUFFERS) barrier_init(full + threadIdx.x, 1), barrier_init(used + threadIdx.x, 1);
     fence_barriers();
     __syncthreads();
-    if (a.early == ALL) fetch(first, 0), fetch(first + step, 1);
     if (a.early == NOTHING) begin();
     Heads<T, N> heads;
     heads.load(a, i3, 0);
     if (a.early == QUERIES) begin();
-    if (a.early != ALL) fetch(first, 0), fetch(first + step, 1);
+    if (threadIdx.x == 0)
+        for (int t = 0; t < AHEAD; ++t) fetch(t);
     heads.store(memory);
     for (int group = 1; group < groups; ++group) {
         heads.load(a, i3, group);
@@ -97,14 +102,15 @@ __global__ void __launch_bounds__(128 * GROUPS, 2) scores_token(const __grid_con
     const int own = threadIdx.x / 32 % 4 * 16 + lane / 4 + lane % 2 * 8;
     fence_engines();
     __syncthreads();
-    if (a.early == ALL) begin();
+    bool waits = a.early == ALL;
 #pragma unroll 1
-    for (int i = 0, tile = first; tile < tiles; ++i, tile += step) {
-        const int buffer = i % BUFFERS, j = tile * 64 + own;
+    for (int t = warpgroup; t < tiles; t += GROUPS) {
+        const int buffer = t % BUFFERS, j = (t * gridDim.x + blockIdx.x) * 64 + own;
         float bias = j < live ? 0 : __int_as_float(0xFF800000);
         if (mask && j < live) bias = __half2float(((const __half *)mask)[j]);
         float y[2] = {};
-        barrier_wait(full[warpgroup] + buffer, i / BUFFERS & 1);
+        barrier_wait(full + buffer, t / BUFFERS & 1);
+        if (threadIdx.x % 128 == 0) fetch(t + AHEAD);
         const u64 rows = tile_descriptor(shared_address(ring) + buffer * TILE, 16);
 #pragma unroll 1
         for (int group = 0; group < groups; ++group) {
@@ -122,7 +128,7 @@ __global__ void __launch_bounds__(128 * GROUPS, 2) scores_token(const __grid_con
             wgmma_hold(sums);
             if (group == groups - 1) {
                 warpgroup_sync(1 + warpgroup);
-                fetch(tile + BUFFERS * step, buffer);
+                if (threadIdx.x % 128 == 0) barrier_arrive(used + buffer);
             }
             const float *const weights = (const float *)(image + N * D * 2);
             float more[2] = {};  // two chains of sums are half as long
@@ -140,6 +146,8 @@ __global__ void __launch_bounds__(128 * GROUPS, 2) scores_token(const __grid_con
         for (int r = 0; r < 2; ++r)
 #pragma unroll
             for (int by = 1; by < 4; by *= 2) y[r] += __shfl_xor_sync(~0u, y[r], by);
+        if (waits) begin();
+        waits = false;
         if (lane % 4 < 2 && j < a.n_kv)
             ((float *)(a.out + i3 * a.nb_out[1]))[j] = hides(bias) ? bias : (lane % 2 ? y[1] : y[0]) + bias;
     }
