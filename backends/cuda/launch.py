@@ -86,6 +86,8 @@ class Launch:
 
     overlap  whether it may start before its predecessor has ended
     early    whether it reads, before it waits, what a launch before its predecessor has written
+    roomy    whether its multiprocessors have as much shared memory as they can, so that blocks of
+             the next launch find some
     """
 
     file: str
@@ -96,6 +98,7 @@ class Launch:
     shared: int = 0
     overlap: bool = False
     early: bool = False
+    roomy: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +239,7 @@ class Call:
         args: Sequence[Argument],
         shared: int = 0,
         early: bool = False,
+        roomy: bool = False,
     ) -> None:
         """Record one kernel launch.
 
@@ -244,14 +248,14 @@ class Call:
                     or Structs
         shared      bytes of dynamic shared memory
         early       as in Launch; constant weights do not count
+        roomy       as in Launch
         """
         where = f"{self.node.op.name}: launch of {name}"
         size = _dim3(where, grid)
         if size[1] > 65535 or size[2] > 65535 or size[0] > 2**31 - 1:
             raise PyggmlError(f"{where}: the grid {size} exceeds the limits 2^31 - 1, 65535, 65535")
-        launch = Launch(
-            file, name, size, _dim3(where, block), pack(args), shared, self.device.overlaps, early
-        )
+        threads, overlap = _dim3(where, block), self.device.overlaps
+        launch = Launch(file, name, size, threads, pack(args), shared, overlap, early, roomy)
         self.records.append(launch)
 
     def gemm(

@@ -96,6 +96,7 @@ lightning_indexer(f32[128,32,3], {f16|bf16|q8_0}[128,{130|400}], f32[32,3], f16[
 lightning_indexer(f32[128,64,2], q8_0[128,70], f32[64,2], f16[70,2]~mask, i32[1]#50)
 lightning_indexer(f32[128,64,5,2]@p0213, f16[128,70,1,2]@wide, f32[64,5,1,2], f16[70,6,1,2]~mask@wide)
 lightning_indexer(f32[128,192,3], f16[128,300]~holed, f32[192,3], f16[300,3]~mask)
+lightning_indexer(f32[128,32,1], f16[128,1300]~past1290, f32[32], -, i32[1]#1290)
 lightning_indexer(f32[40,{1|11},3], {f32|f16|bf16}[40,70], f32[$1,3], f16[70,3]~mask)
 lightning_indexer(f32[31,5,9], f32[31,{30|31}]~nan5, f32[5,9]@inner, f16[$1,9]~mask)
 lightning_indexer(f32[64,33,3], {q8_0|q4_1}[64,37]~past18, f32[33,3], -, i32[1]#18)
@@ -104,10 +105,12 @@ lightning_indexer(f32[64,33,3], {q8_0|q4_1}[64,37]~past18, f32[33,3], -, i32[1]#
 
 #: The same kernels without the copy engine.
 A100 = replace(H200, arch="80", shared=166_912)
+#: One block has more tiles than buffers.
+SMALL = replace(H200, sms=1)
 
 
 @pytest.mark.parametrize("by", (1, -0.37), ids=("", "scaled"))
-@pytest.mark.parametrize("device", (H200, A100), ids=("90a", "80"))
+@pytest.mark.parametrize("device", (H200, SMALL, A100), ids=("90a", "small", "80"))
 @pytest.mark.parametrize("case", [c for c in expand(CASES) if not c.means], ids=str)
 def test_scores_are_right(
     case: Case,

@@ -61,6 +61,13 @@ def test_a_kernel_is_loaded_once_and_allowed_the_most_shared_memory(context: Con
     assert starts[0].function.allowed == [FREE_SHARED + 1, 100_000]
 
 
+def test_a_roomy_kernel_prefers_all_memory_to_be_shared(context: Context) -> None:
+    roomy = replace(LAUNCH, name="roomy", roomy=True)
+    other, first, second = starts_of(context, LAUNCH, roomy, roomy)
+    assert (other.function.shares, first.function.shares) == ([], [100])
+    assert second.function is first.function
+
+
 def test_static_shared_memory_counts(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     """The grid of a block type is static, beside a column that is not."""
     monkeypatch.setattr(

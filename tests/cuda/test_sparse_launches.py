@@ -33,6 +33,7 @@ def test_a_layer_cut_over_gpus_has_two_sums_more(kind: str) -> None:
         "vec_normed": "vec_joined",
         "norm_router": "router",
         "up_gate_normed": "up_gate_shared",
+        "list_token": "latent",  # half of the heads
     }
     norms = one["vec_normed"] + one["norm_router"]
     one = Counter({alone.get(name, name): count for name, count in one.items()})

@@ -253,6 +253,7 @@ class Recording:
             args=[argument],
             shared=shared,
             early=early,
+            roomy=file == "list_token",
         )
 
     def _with_maps(self, argument: Attention) -> Struct:

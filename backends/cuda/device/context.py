@@ -126,8 +126,17 @@ class Context:
         for key, cubin in kernel_cache.cubins(new, self.about.arch).items():
             self._functions[key] = _function(cubin)
             self._shared[key] = FREE_SHARED - cubin.shared
+        for key in {(launch.file, launch.name) for launch in launches if launch.roomy} & {*new}:
+            self._make_roomy(key)
         for launch in launches:
             self._allow_shared(launch)
+
+    def _make_roomy(self, key: tuple[str, str]) -> None:
+        """Let a multiprocessor that runs the kernel have as much shared memory as it can. It changes
+        that only when it is empty, so blocks of the next launch would wait for the last of these."""
+        cu = imported("cuda.bindings.driver")
+        share = cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        checked(cu, key[1], cu.cuFuncSetAttribute(self._functions[key], share, 100))
 
     def _allow_shared(self, launch: Launch) -> None:
         """Allow a kernel more than the default dynamic shared memory."""

@@ -71,6 +71,7 @@ __global__ void __launch_bounds__(448, 1) list_token(const __grid_constant__ Att
     const u32 to_tile = shared_address(ring) + place * 128 + (threadIdx.x % 8 ^ (place & 7)) * 16;
 
     if (a.early == QUERIES) wait_for_predecessor();
+    if (a.early != ALL) release_successor();
     int low = 0, high = 0;
     // Starts the copies of a tile. Hidden keys become zeros.
     const auto fetch = [&](int t) {
@@ -109,8 +110,7 @@ __global__ void __launch_bounds__(448, 1) list_token(const __grid_constant__ Att
     };
     fetch(first);
     fetch(first + 1);
-    if (a.early == ALL) wait_for_predecessor();
-    release_successor();
+    if (a.early == ALL) begin();
     float sums[4][16], by[4][2] = {}, m[2][2], l[2][2];
 #pragma unroll
     for (int n = 0; n < 2; ++n)
@@ -288,7 +288,9 @@ __global__ void __launch_bounds__(256, 3) list_combine(const __grid_constant__ A
     const uint4 *const from =
         (const uint4 *)((const __half *)a.parts + (long long)row * a.splits * DV) + threadIdx.x % 64;
     float *const out = out_row(a, i3, query, head);
-    begin();
+    // As overlap.cuh says, the next launch may start beside what wrote the parts.
+    release_successor();
+    wait_for_predecessor();
     const int splits = a.splits;
     const auto stat = [&](int s) { return s < splits ? stats[s] : make_float2(-INF, 0); };
     float sum[8] = {}, m = -INF, l = 0;

@@ -5,8 +5,9 @@
 // after that. So at most one earlier kernel is still running when a kernel starts, and when that
 // one has ended, all earlier ones have ended too.
 //
-// `combine` releases first: what wrote its parts has waited for all before it, and writes nothing else.
-// So its successor may start while both run, and reads nothing of theirs before its wait.
+// `combine` and `list_combine` release first: what wrote their parts has waited for all before it, and
+// writes nothing else. So their successor may start while both run, and reads nothing of theirs before
+// its wait.
 #pragma once
 
 __device__ __forceinline__ void release_successor() {

@@ -39,6 +39,7 @@ REGISTERS = [True]
 
 class CUfunction_attribute(enum.Enum):
     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+    CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT = 9
 
 
 class CUlaunchAttributeID(enum.Enum):
@@ -58,11 +59,13 @@ class CUlaunchConfig:
 
 @dataclass
 class Function:
-    """A kernel. `allowed` lists the bytes of dynamic shared memory that were requested for it."""
+    """A kernel. `allowed` lists the bytes of dynamic shared memory that were requested for it,
+    `shares` how much of a multiprocessor's memory it prefers to be shared, in percent."""
 
     symbol: str
     code: bytes
     allowed: list[int] = field(default_factory=list)
+    shares: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -174,7 +177,8 @@ def cuFuncSetAttribute(
 ) -> tuple[CUresult]:
     if value > pycuda.device_attribute.MAX_SHARED_MEMORY_PER_BLOCK_OPTIN:
         return (CUresult.CUDA_ERROR_INVALID_VALUE,)
-    function.allowed.append(value)
+    share = attribute is CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+    (function.shares if share else function.allowed).append(value)
     return (OK,)
 
 
