@@ -132,8 +132,8 @@ class Context:
             self._allow_shared(launch)
 
     def _make_roomy(self, key: tuple[str, str]) -> None:
-        """Let a multiprocessor that runs the kernel have as much shared memory as it can. It changes
-        that only when it is empty, so blocks of the next launch would wait for the last of these."""
+        """Let a multiprocessor that runs the kernel share as much memory as it can. It changes that
+        only when it is empty, so blocks of the next launch would wait for the last of these."""
         cu = imported("cuda.bindings.driver")
         share = cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
         checked(cu, key[1], cu.cuFuncSetAttribute(self._functions[key], share, 100))
