@@ -248,7 +248,8 @@ class RunsWhole(Protocol):
         self, uploads: Sequence[Upload], runner: Runner, downloads: Sequence[Download]
     ) -> WholeRun:
         """A function that calls `uploads`, each with all arrays, `runner.run` as often as it is
-        told, `downloads` and `synchronize`, all of this backend, and returns what has arrived."""
+        told, `downloads` and `synchronize`, and returns what has arrived. All are of this backend,
+        or of those whose splits the runner runs together."""
 
 
 class Peers(Protocol):

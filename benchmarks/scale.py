@@ -1,6 +1,6 @@
 """One graph over several GPUs: correctness, sums in our graphs, and speed against one GPU.
 
-    python -m benchmarks.scale [PART ..] [--layers N] [--out FILE]
+    python -m benchmarks.scale [PART ..] [--layers N] [--lite FILE] [--out FILE]
 
 boxes  how the GPUs are linked, and the versions
 check  tiny models, sharded against whole: heads, experts, rows, layers, sequence, with f32, f16 and
@@ -11,8 +11,9 @@ lite   V2-Lite: a prompt of 8192 tokens and decoding at depth 4096, over 1 and 2
        process and, for decoding, in two
 v3     layers of the V3 shape: a prompt of 2048 tokens and decoding at depth 8192, over 1 and 2
 depth  the most layers of the V3 shape that fit over 1 and 2 (from plans)
-lite4, v34  over 1 and 4 GPUs: a prompt of V2-Lite of 8192 tokens; of 2048 of the V3 shape. With the
-       memory of each GPU as planned and as measured. Nothing, if there are fewer GPUs
+lite4, v34  over 1 and 4 GPUs: a prompt of V2-Lite of 8192 tokens; of 2048 of three layers of the V3
+       shape. With the memory of each GPU as planned and as measured. Nothing, if there are fewer
+       GPUs. Each takes less than a minute, so they predict nothing; `pyggml plan` does
 
 In "decode" the GPU chooses the tokens and the host reads 64 of them at a time; in "decode_logits"
 the host reads all logits of a token before it feeds the next.
@@ -29,7 +30,10 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -67,6 +71,10 @@ BARS = {
 REPEATS = 3
 #: Tokens of a batch of a prompt.
 N_BATCH = 2048
+#: Layers of `v34`: all that fit take minutes to write and to read.
+LAYERS = 3
+#: Threads that write a file.
+WRITERS = 16
 
 
 def ratio(name: str, value: float) -> None:
@@ -274,14 +282,9 @@ def one_and_two(prefix: str, path: Path, tests: Mapping[str, Test]) -> None:
 
 
 def one_and_four(name: str, path: Path, test: Test) -> None:
-    """Rows of one GPU, of four in one process, and their ratio, measured and predicted."""
+    """Rows of one GPU, of four in one process, and their ratio."""
     tests = {name: test}
     places = [f"cuda:{i}" for i in range(4)]
-    guesses = [
-        predicted(path, tests, backends=places[:1])[name],
-        predicted(path, tests, backends=places, shard="auto")[name],
-    ]
-    write_row(f"{name}_over_4_ratio_predicted", "", [guesses[1] / guesses[0]])
     four = rates(path, tests, N_BATCH, f"{name}_over_4", backends=places, shard="auto")[name]
     one = rates(path, tests, N_BATCH, backends=places[:1])[name]
     write_row(f"{name}_over_4_4", "t/s", four)
@@ -301,9 +304,8 @@ SHAPE = {
 }  # fmt: skip
 
 
-def lite(layers: int | None) -> None:
-    arch = replace(V2_LITE, n_block=layers) if layers else V2_LITE
-    with model_file(arch) as path:
+def lite(layers: int | None, file: Path | None) -> None:
+    with lite_file(layers, file) as path:
         one_and_two("lite", path, LITE)
         processes(["decode", str(path)], limit=90)
 
@@ -332,16 +334,22 @@ def four_gpus() -> bool:
     return bool(count >= 4)
 
 
-def lite4(layers: int | None) -> None:
+def lite4(layers: int | None, file: Path | None) -> None:
     if four_gpus():
-        with model_file(replace(V2_LITE, n_block=layers) if layers else V2_LITE) as path:
+        with lite_file(layers, file) as path:
             one_and_four("lite_prompt_8192", path, LITE["prompt_8192"])
 
 
+def lite_file(layers: int | None, file: Path | None) -> AbstractContextManager[Path]:
+    """A file of V2-Lite: the one that is given, or a new one."""
+    if file is not None:
+        return nullcontext(file)
+    return model_file(replace(V2_LITE, n_block=layers) if layers else V2_LITE)
+
+
 def v34(layers: int | None) -> None:
-    """The layers are those that fit one GPU."""
     if four_gpus():
-        with model_file(v3_shape(layers), repeated=True) as path:
+        with model_file(v3_shape(layers or LAYERS), repeated=True) as path:
             one_and_four("v3_prompt_2048", path, SHAPE["prompt_2048"])
 
 
@@ -384,12 +392,15 @@ def write_repeated(path: Path, arch: Any) -> None:
         ends = [t.offset + t.nbytes for t in target.tensors.values()]
         os.truncate(path, max(ends))
         out = np.memmap(path, np.uint8, "r+")
-        for name, tensor in target.tensors.items():
-            words = name.split(".")
+
+        def copy(name: str) -> None:
+            words, tensor = name.split("."), target.tensors[name]
             same = ".".join(["blk", "0", *words[2:]]) if words[0] == "blk" else name
             start = source.tensors[same].offset
             out[tensor.offset : tensor.offset + tensor.nbytes] = data[start : start + tensor.nbytes]
-        del out, data
+
+        with ThreadPoolExecutor(WRITERS) as pool:
+            deque(pool.map(copy, target.tensors), maxlen=0)
     first.unlink()
 
 
@@ -424,11 +435,13 @@ def depth() -> None:
 # -- all --------------------------------------------------------------------------------------
 
 
-def run_part(name: str, layers: int | None, rows: Path) -> float:
+def run_part(name: str, layers: int | None, file: Path | None, rows: Path) -> float:
     """Run a part in a process of its own; the seconds that it took."""
     command = [sys.executable, "-m", "benchmarks.scale", "--only", name]
     if layers:
         command += ["--layers", str(layers)]
+    if file:
+        command += ["--lite", str(file)]
     start = perf_counter()
     print(f"== {name}", flush=True)
     try:
@@ -448,18 +461,20 @@ def main() -> None:
     add = parser.add_argument
     add("parts", nargs="*", help=f"of: {', '.join(PARTS)} (default: all)")
     add("--layers", type=int, help="of lite, v3, lite4 and v34 (default: all that fit)")
+    add("--lite", type=Path, help="a file of V2-Lite for lite and lite4 (default: a new one)")
     add("--out", type=Path, help="the record's file")
     add("--only", action="store_true", help="run the part in this process")
     args = parser.parse_args()
     if args.only:
         name, *words = args.parts
         options = {"layers": args.layers} if name in ("lite", "v3", "lite4", "v34") else {}
+        options |= {"file": args.lite} if name in ("lite", "lite4") else {}
         globals()[name](*words, **options)
         return
     names = args.parts or list(PARTS)
     with TemporaryDirectory() as folder:
         rows = Path(folder) / "rows"
-        seconds = {name: run_part(name, args.layers, rows) for name in names}
+        seconds = {name: run_part(name, args.layers, args.lite, rows) for name in names}
         lines = gpu_record.lines_of(rows)
     if args.out:
         about = {"seconds": seconds} | {

@@ -37,7 +37,7 @@ from pyggml.backends.cuda.runner import CudaRunner
 from pyggml.backends.cuda.together import Together
 from pyggml.backends.cuda.weights import loading, packing
 from pyggml.backends.cuda.weights.borrowing import Borrowing, borrow
-from pyggml.backends.cuda.whole import Whole
+from pyggml.backends.cuda.whole import Whole, WholeTogether
 from pyggml.backends.host_tiles import LAYOUT
 from pyggml.backends.step import Address, Addresses, Buffer, Layouts, LoadStep, Step, WeightLayout
 from pyggml.node import Node
@@ -262,10 +262,12 @@ class CudaBackend:
 
     def whole(
         self, uploads: Sequence[Upload], runner: Runner, downloads: Sequence[Download]
-    ) -> Whole:
-        assert isinstance(runner, CudaRunner)
+    ) -> Whole | WholeTogether:
         ins = [each for each in uploads if isinstance(each, prepared.Uploads)]
         outs = [each for each in downloads if isinstance(each, prepared.Downloads)]
+        if isinstance(runner, Together):
+            return WholeTogether(runner.stagings, ins, runner, outs)
+        assert isinstance(runner, CudaRunner)
         return Whole(self.staging, ins, runner, outs, self._running)
 
     def _borrowing(self, step: LoadStep, at: Addresses) -> Borrowing:

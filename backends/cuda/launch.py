@@ -10,10 +10,10 @@ line to that one:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -88,6 +88,7 @@ class Launch:
     early    whether it reads, before it waits, what a launch before its predecessor has written
     roomy    whether its multiprocessors have as much shared memory as they can, so that blocks of
              the next launch find some
+    meeting  how it takes part in a sum over several GPUs, if it can
     """
 
     file: str
@@ -99,6 +100,34 @@ class Launch:
     overlap: bool = False
     early: bool = False
     roomy: bool = False
+    meeting: Meeting | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """How a launch takes part in a sum of rows over several GPUs (rounds.py).
+
+    at      where the row is
+    sends   whether it computes this GPU's part, and can send it; else it reads the sum, and can add
+            up parts
+    launch  makes the launch that does, for the argument that says where the others are
+    """
+
+    at: int
+    sends: bool
+    launch: Callable[[Argument], Launch]
+
+
+class Form(NamedTuple):
+    """The name of such a launch, its arguments, and its grid if it has another."""
+
+    name: str
+    args: Sequence[Argument]
+    grid: Dim3 | None = None
+
+
+#: The fields of `Meeting`, with the form of the launch.
+Meets = tuple[int, bool, Callable[[Argument], Form]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +269,7 @@ class Call:
         shared: int = 0,
         early: bool = False,
         roomy: bool = False,
+        meeting: Meets | None = None,
     ) -> None:
         """Record one kernel launch.
 
@@ -249,6 +279,7 @@ class Call:
         shared      bytes of dynamic shared memory
         early       as in Launch; constant weights do not count
         roomy       as in Launch
+        meeting     as in Launch
         """
         where = f"{self.node.op.name}: launch of {name}"
         size = _dim3(where, grid)
@@ -256,6 +287,14 @@ class Call:
             raise PyggmlError(f"{where}: the grid {size} exceeds the limits 2^31 - 1, 65535, 65535")
         threads, overlap = _dim3(where, block), self.device.overlaps
         launch = Launch(file, name, size, threads, pack(args), shared, overlap, early, roomy)
+        if meeting is not None:
+            at, sends, form = meeting
+
+            def met(total: Argument) -> Launch:
+                name, args, other = form(total)
+                return replace(launch, name=name, args=pack(args), grid=other or size)
+
+            launch = replace(launch, meeting=Meeting(at, sends, met))
         self.records.append(launch)
 
     def gemm(

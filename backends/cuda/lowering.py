@@ -38,7 +38,7 @@ def lower(
         return [step_of(node) for node in nodes]
     parts = covered(nodes, keep, PATTERNS, layouts)
     steps = [*prepare_once([p if isinstance(p, Fused) else step_of(p) for p in parts])]
-    steps = [*with_norms([*join(steps)], keep, layouts)]
+    steps = [*with_norms([*join(steps)], keep, layouts, step_of)]
     steps = [*together(spaced([*gather([*with_rows(steps)], keep)]))]
     return [*timely([*left_unread(steps, keep)])]
 

@@ -18,7 +18,7 @@ from pyggml import ops
 from pyggml.backends.cuda.argument import Argument, Struct, Tensor
 from pyggml.backends.cuda.fusion import Fused, Run, behind_reshapes
 from pyggml.backends.cuda.geometry import blocks_for
-from pyggml.backends.cuda.launch import ABSENT, Call, Operand
+from pyggml.backends.cuda.launch import ABSENT, Call, Form, Operand
 from pyggml.backends.cuda.linear.blocks import cpp_format, fixed_bytes, weights_of
 from pyggml.backends.cuda.linear.common import ACT, FEW, aligned, dense, in_blocks
 from pyggml.backends.cuda.linear.routes import Product
@@ -32,7 +32,8 @@ from pyggml.backends.cuda.moe_routing import (
     routing_of,
     shared_bytes,
 )
-from pyggml.backends.cuda.normed import Norm, norm_of, normed_row
+from pyggml.backends.cuda.normed import Norm, adds, norm_of, normed_row
+from pyggml.backends.cuda.peers import Round, sends
 from pyggml.backends.cuda.weights.formats import FORMATS
 from pyggml.backends.cuda.weights.grids import LEVELS
 from pyggml.backends.cuda.weights.packing import tiles_of
@@ -104,6 +105,12 @@ class Sums(Struct):
     """The struct `Sums` of moe_token.cu."""
 
     _fields_ = tuple((name, Tensor) for name in ("out", "plus", "plus2"))
+
+
+class SentSums(Struct):
+    """The struct `SentSums` of moe_token.cu."""
+
+    _fields_ = (("sums", Sums), ("sum", Round))
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,16 +337,25 @@ def _router(call: Call, route: Route, token: Token, handed: Handed) -> None:
     )
     shared = [_ahead(call.get(f"shared_{name}")) for name in ("up", "gate", "down")]
     threads = 32 * min(MOST_WARPS, max(4, blocks_for(k, 128)))
-    name, args = f"router<{1 if token.tokens == 1 else FEW}>", list[Argument]()
-    if token.norm is not None:
-        name = f"norm_router<{1 if k <= 4 * threads else MOST_PACKS}>"
-        args = [normed_row(call, token.norm.eps), np.uint64(handed.fixed), np.uint64(handed.sum)]
+    if token.norm is None:
+        name = f"router<{1 if token.tokens == 1 else FEW}>"
+        call.launch(FILE, name, grid=experts, block=threads, args=[router, *shared])
+        return
+    packs, row = 1 if k <= 4 * threads else MOST_PACKS, normed_row(call, token.norm.eps)
+    more: list[Argument] = [np.uint64(handed.fixed), np.uint64(handed.sum), *shared]
+    each = 1 if packs == 1 else 2  # experts of a block that adds up parts
+
+    def added(summed: Argument) -> Form:
+        grid = 1 + blocks_for(experts, each), 1, 1
+        return Form(f"norm_router<{packs}, {each}, SummedRow>", [router, summed, *more], grid)
+
     call.launch(
         FILE,
-        name,
-        grid=experts + (token.norm is not None),
+        f"norm_router<{packs}, 1, NormedRow>",
+        grid=experts + 1,
         block=threads,
-        args=[router, *args, *shared],
+        args=[router, row, *more],
+        meeting=adds(row, added),
     )
 
 
@@ -351,6 +367,7 @@ def _up_gate(call: Call, token: Token, handed: Handed, candidates: Candidates) -
         candidates,
     ]
     name, places = f"up_gate<{cpp_format(up)}>", _places(up)
+    busy = rows * candidates.local / candidates.experts  # blocks of others end at once
     memory = 0 if handed.ranks else shared_bytes(token.routing)
     if token.shared is not None:
         own = call["shared_up"]
@@ -361,8 +378,10 @@ def _up_gate(call: Call, token: Token, handed: Handed, candidates: Candidates) -
             _gated(call, token.shared, handed.shared, handed),
             np.int32(first),
         ]
-        places, rows = min(places, _places(own)), rows + first
-        if token.norm is not None:
+        places, rows, busy = min(places, _places(own)), rows + first, busy + first
+        if token.norm is not None and token.norm.joint:
+            name = name.replace("shared", "late")
+        elif token.norm is not None:
             name = name.replace("shared", "normed")
             args.append(normed_row(call, token.norm.eps))
             memory = max(memory, fixed_bytes((up.ne[0], 1, 1, 1), 2))
@@ -370,7 +389,7 @@ def _up_gate(call: Call, token: Token, handed: Handed, candidates: Candidates) -
         FILE,
         name,
         grid=(token.used, token.tokens, rows),
-        block=256 if rows * token.pairs <= places else 128,
+        block=256 if busy * token.pairs <= places else 128,
         args=args,
         shared=memory,
         early=True,
@@ -393,23 +412,24 @@ def _down(call: Call, token: Token, handed: Handed, candidates: Candidates) -> N
     if token.added:
         more.append(dense(handed.sum, (down.ne[1], 1, 1, 1), F32))
     plus, plus2 = (x.tensor for x in (*more, ABSENT, ABSENT)[:2])
-    args: list[Argument] = [
-        weights_of(down),
-        np.uint64(handed.groups),
-        candidates,
-        Sums(out=call.out.tensor, plus=plus, plus2=plus2),
-    ]
-    name = f"down<{cpp_format(down)}>"
+    sums = Sums(out=call.out.tensor, plus=plus, plus2=plus2)
+    first: list[Argument] = [weights_of(down), np.uint64(handed.groups), candidates]
+    name, rest = f"down<{cpp_format(down)}", list[Argument]()
     if token.shared is not None:
         own = call["shared_down"]
-        name = f"down_shared<{cpp_format(down)}, {cpp_format(own)}>"
-        args += [weights_of(own), np.uint64(handed.shared)]
+        name = f"down_shared<{cpp_format(down)}, {cpp_format(own)}"
+        rest = [weights_of(own), np.uint64(handed.shared)]
+
+    def sent(total: Argument) -> Form:
+        return Form(f"{name}, SentSums>", [*first, SentSums(sums=sums, sum=total), *rest])
+
     call.launch(
         FILE,
-        name,
+        f"{name}, Sums>",
         grid=(token.tokens, tiles),
         block=32 * _warps(tiles),
-        args=args,
+        args=[*first, sums, *rest],
+        meeting=sends(call.out.ptr, sent) if token.tokens == 1 else None,
         shared=0 if handed.ranks else shared_bytes(token.routing),
         early=True,
     )

@@ -25,14 +25,17 @@ from pyggml.backends.cuda.norm import (
     row_threads,
     weighted,
 )
-from pyggml.backends.cuda.peers import BOX_HEAD, MOST, Boxes
+from pyggml.backends.cuda.normed import is_alone
+from pyggml.backends.cuda.peers import BOX_HEAD, MOST, Boxes, Round
 from pyggml.joint import joint_reduce, places_of
 from pyggml.node import Node
 
 FILE = "peer_sum.cu"
-#: As in the kernel: elements of a block, and of a part.
+#: As in the kernels: elements of a block, and of a part.
 CHUNK, BLOCKS = 2048, 16
 ROOM = BLOCKS * CHUNK
+#: Bytes behind the words, for the number of rounds.
+ROUNDS = 64
 
 
 def words_bytes(count: int) -> int:
@@ -41,14 +44,14 @@ def words_bytes(count: int) -> int:
 
 
 def box_bytes(count: int) -> int:
-    """The bytes of the box of one of `count` GPUs, for any plan: words, the counts of rounds, and
-    rows. 0 if there are no kernels for so many."""
+    """The bytes of the box of one of `count` GPUs, for any plan: words, the number of rounds,
+    and rows. 0 if there are no kernels for so many."""
     return _rows_at(count) + peer_rows.box_bytes(count) if count <= MOST else 0
 
 
 def _rows_at(count: int) -> int:
     """Where in a box the bytes of `peer_rows` begin."""
-    return aligned(words_bytes(count) + 4 * BLOCKS)
+    return aligned(words_bytes(count) + ROUNDS)
 
 
 def suits(record: Collective) -> bool:
@@ -59,17 +62,25 @@ def suits(record: Collective) -> bool:
     )  # fmt: skip
 
 
-def launch_of(record: Collective, boxes: Boxes, overlap: bool) -> Launch:
-    """The launch for a collective, and for what follows in its step."""
-    if record.row:
-        return peer_rows.launch_of(record, boxes, _rows_at(boxes.count), overlap)
-    counts = np.uint64(boxes.mine + words_bytes(boxes.count))
+def round_of(boxes: Boxes, turn: int) -> Round:
+    """The argument of the kernels for small sum number `turn` of a run."""
+    rounds = boxes.mine + words_bytes(boxes.count)
+    return Round(peers=boxes.argument, rounds=rounds, turn=turn)
+
+
+def rows_launch(record: Collective, boxes: Boxes, overlap: bool) -> Launch:
+    """The launch for a sum of rows, and for what is around it in its step."""
+    return peer_rows.launch_of(record, boxes, _rows_at(boxes.count), overlap)
+
+
+def launch_of(record: Collective, number: Round, sent: bool, overlap: bool) -> Launch:
+    """The launch for a small sum, and for what follows in its step. sent: another launch has sent
+    the part."""
     if (tail := record.tail) is not None:
-        return replace(tail.launch, args=pack([*tail.args, boxes.argument, counts]))
+        return replace(tail.launch, args=pack([*tail.args, number, np.int32(sent)]))
     n = record.counts[0]
-    args = pack(
-        [np.uint64(record.target), np.uint64(record.source), np.int32(n), boxes.argument, counts]
-    )
+    ends = np.uint64(record.target), np.uint64(record.source)
+    args = pack([*ends, np.int32(n), number, np.int32(sent)])
     return Launch(FILE, "peer_sum", (-(-n // CHUNK), 1, 1), (512, 1, 1), args, 0, overlap)
 
 
@@ -96,7 +107,9 @@ def joint_sum(last: Node, run: Run) -> JointSum | None:
     x, normed, weight = match
     a, b = x["a"], x["b"]
     sums = [
-        (behind_reshapes(total), plus) for total, plus in ((a, b), (b, a)) if _alone(total, x, run)
+        (behind_reshapes(total), plus)
+        for total, plus in ((a, b), (b, a))
+        if is_alone(total, x, run)
     ]
     sums = [each for each in sums if each[0].op is joint_reduce]
     if not sums or not a.ne == b.ne == x.ne:
@@ -132,15 +145,6 @@ def _is_small(x: Node, places: tuple[str, ...]) -> bool:
     """Whether words have room for a sum, and all its rows a block at the same time."""
     n = x.spec.elements
     return n <= ROOM and n // x.ne[0] <= BLOCKS and len(places) <= MOST
-
-
-def _alone(total: Node, reader: Node, run: Run) -> bool:
-    """Whether only `reader` reads a joint sum, through reshapes or not."""
-    while total.op is ops.reshape:
-        if total in run.keep:
-            return False
-        total = total["a"]
-    return run.only(total, reader)
 
 
 def _record(call: Call, joint: Node, eps: float) -> None:

@@ -7,9 +7,11 @@ another process gets a handle of its memory (CUDA IPC) and opens it.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from pyggml.backends.cuda.argument import Struct
+from pyggml.backends.cuda.argument import Argument, Struct
+from pyggml.backends.cuda.launch import Form, Meets
 
 #: As in include/peers.cuh: the most GPUs, and bytes at the start of a box.
 MOST, BOX_HEAD = 8, 256
@@ -24,6 +26,17 @@ class Peers(Struct):
         ("index", ctypes.c_int32),
         ("count", ctypes.c_int32),
     )
+
+
+class Round(Struct):
+    """The struct `Round` of include/rounds.cuh."""
+
+    _fields_ = (("peers", Peers), ("rounds", ctypes.c_uint64), ("turn", ctypes.c_int32))
+
+
+def sends(at: int, form: Callable[[Argument], Form]) -> Meets:
+    """How a launch meets those of other GPUs that computes the part of a row at this address."""
+    return at, True, form
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,10 @@ from pyggml.backends.cuda.device.nccl import Communicator
 from pyggml.backends.cuda.device.pinned import Staging
 from pyggml.backends.cuda.launch import Collective, Gemm, Launch, Record
 from pyggml.backends.cuda.naming import kernels_of
+from pyggml.backends.cuda.peers import Boxes
 from pyggml.backends.cuda.recording import check_early, record_step
 from pyggml.backends.cuda.relay import Relay, relay
+from pyggml.backends.cuda.rounds import with_own_sums
 from pyggml.backends.cuda.stamps import GraphStopwatch
 from pyggml.backends.cuda.weights.borrowing import Borrowing
 from pyggml.backends.step import Address, PlannedBuffer, Step, kernel_error
@@ -50,7 +52,7 @@ class CudaRunner:
         cublas: Callable[[], Cublas],
         staging: Staging,
     ) -> None:
-        self.steps, self.context, self._staging = tuple(steps), context, staging
+        self.steps, self.context, self.staging = tuple(steps), context, staging
         self.at, self._scratch = at, scratch  # keeps the recorded addresses alive
         self._scratch_at = scratch_at
         #: What it meets other devices by.
@@ -59,7 +61,7 @@ class CudaRunner:
         self._loads = loads
         aside = not self.debugging and self.in_graphs
         self._ahead = Ahead(context, self.steps) if aside else None
-        by_step = [self._recorded(index, at) for index in range(len(self.steps))]
+        by_step = self._with_sums([self._recorded(index, at) for index in range(len(self.steps))])
         records = [record for step_records in by_step for record in step_records]
         check_early(records)
         context.load([record for record in records if isinstance(record, Launch)])
@@ -86,8 +88,7 @@ class CudaRunner:
         step = self.steps[index]
         memory = (self._scratch.ptr + self._scratch_at[index], step.scratch)
         own = [] if step.node in self._loads else record_step(step, at, memory, self.context.about)
-        records = [*self._chosen(own)]
-        return records if self._ahead is None else self._ahead.complete(step, records)
+        return own if self._ahead is None else self._ahead.complete(step, own)
 
     def _load(self, step: Step) -> list[Action]:
         """What queues a weight."""
@@ -98,23 +99,22 @@ class CudaRunner:
 
     def carry(self, arrivals: Sequence[Crossing], departures: Sequence[Crossing]) -> Event | None:
         with self.context:
-            self._relay = relay(self.context, self._staging, arrivals, departures)
+            self._relay = relay(self.context, self.staging, arrivals, departures)
         return self._relay
 
-    def _chosen(self, records: Sequence[Record]) -> Iterator[Record]:
-        """The records of a step; in place of a sum, and of what is around it, our own kernel if the
-        devices that meet have one for its size."""
-        chosen, covered = list[Record](), set[int]()
-        for record in records:
-            own = None
+    def _with_sums(self, by_step: Sequence[Sequence[Record]]) -> list[list[Record]]:
+        """The records of all steps, with sums by our own kernels if the devices that meet have
+        some."""
+        ends = self.context.communicators
+        for record in (record for records in by_step for record in records):
             if isinstance(record, Collective):
-                end = self.context.communicators[record.places]
-                self.ends.add(end)
-                own = end.own(record)
-                if own is not None and record.tail is not None:
-                    covered.update(map(id, record.tail.covers))
-            chosen.append(own or record)
-        return (record for record in chosen if id(record) not in covered)
+                self.ends.add(ends[record.places])
+
+        def boxes_of(places: tuple[str, ...]) -> Boxes | None:
+            box = ends[places].box
+            return None if box is None else box.boxes
+
+        return with_own_sums(self.steps, by_step, boxes_of, self.context.about.overlaps)
 
     def run(self) -> None:
         with self.context:
@@ -154,14 +154,18 @@ class CudaRunner:
 
         first  actions before all steps
         """
+        return list(self._captured({0: first}, {index: self.rewritten(index, ptr)}))
+
+    def rewritten(self, index: int, ptr: int) -> list[Action]:
+        """The actions of a step whose kernels are ours, with its result at another address. The
+        context is current."""
         step, context = self.steps[index], self.context
         there = Address(PlannedBuffer(ptr), 0, self.at[step.node].nb)
         records = self._recorded(index, {**self.at, step.node: there})
         launches = [record for record in records if isinstance(record, Launch)]
         context.load(launches)
         actions: list[Action] = [] if self._ahead is None else self._ahead.before(step)
-        actions += [partial(context.start, launch) for launch in launches]
-        return list(self._captured({0: first}, {index: actions}))
+        return actions + [partial(context.start, launch) for launch in launches]
 
     def _start_all(self) -> None:
         around = self._around()
@@ -183,10 +187,14 @@ class CudaRunner:
         """Whether all steps can be in one graph."""
         return all(load.in_graphs for load in self._loads.values())
 
-    def run_step(self, index: int) -> None:
-        """Queue one step."""
+    def run_step(self, index: int, instead: Sequence[Callable[[], object]] | None = None) -> None:
+        """Queue one step, or other actions in its place."""
         with self.context:
-            self._start(index)
+            if instead is None:
+                self._start(index)
+            else:
+                for action in instead:
+                    action()
 
     def run_joint(self, index: int) -> None:
         """Queue a joint step up to its collective, which waits for the end of a group."""
@@ -209,7 +217,7 @@ class CudaRunner:
         step = self.steps[index]
         try:
             if self.debugging:
-                check_ids(self._staging, step, self.at)
+                check_ids(self.staging, step, self.at)
             with guarded("starting a kernel"):
                 for action in self.actions[index][first:last]:
                     action()

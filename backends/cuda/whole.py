@@ -12,11 +12,12 @@ from typing import Any
 from numpy.typing import NDArray
 
 from pyggml.backends.base import Arrival
-from pyggml.backends.cuda.device.driver import Guarded
+from pyggml.backends.cuda.device.driver import Guarded, guarded
 from pyggml.backends.cuda.device.pinned import Staging
 from pyggml.backends.cuda.device.prepared import Downloads, Uploads
-from pyggml.backends.cuda.direct import direct
+from pyggml.backends.cuda.direct import direct, direct_of_several
 from pyggml.backends.cuda.runner import CudaRunner
+from pyggml.backends.cuda.together import Together
 
 
 class Whole:
@@ -49,3 +50,34 @@ class Whole:
         for _ in range(repeat):
             self._runner.queue()
         return [download.queue(marked=False) for download in self._downloads]
+
+
+class WholeTogether:
+    """Uploads, a runner and downloads of several GPUs whose splits run together (`RunsWhole`)."""
+
+    def __init__(
+        self,
+        stagings: Sequence[Staging],
+        uploads: Sequence[Uploads],
+        runner: Together,
+        downloads: Sequence[Downloads],
+    ) -> None:
+        self._stagings, self._runner = tuple(stagings), runner
+        self._uploads, self._downloads = tuple(uploads), tuple(downloads)
+        staging = downloads[0].staging if downloads else stagings[0]
+        self._direct = direct_of_several(staging, uploads, runner, downloads)
+
+    def __call__(self, arrays: Sequence[NDArray[Any]], repeat: int) -> list[NDArray[Any]]:
+        direct = self._direct
+        result = None if direct is None or repeat > 1 else direct.queue(arrays)
+        arrivals: Sequence[Arrival] = ()
+        if result is None:
+            for upload in self._uploads:
+                upload(arrays)
+            for _ in range(repeat):
+                self._runner.run()
+            arrivals = [download() for download in self._downloads]
+        for staging in self._stagings:
+            with staging.context, guarded("running on several GPUs"):
+                staging.settle()
+        return [arrival() for arrival in arrivals] if result is None else [result]

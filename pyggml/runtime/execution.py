@@ -153,14 +153,22 @@ class Execution:
         return self._wholes[key]
 
     def _prepared_whole(self, keys: tuple[str, ...], names: tuple[str, ...]) -> WholeRun | None:
-        (backend, *others), actions = self.backends or (None,), self._actions or ()
-        if others or len(actions) != 1 or not isinstance(backend, RunsWhole):
+        backend, runner = next(iter(self.backends), None), self._only_runner()
+        if runner is None or not isinstance(backend, RunsWhole):
             return None
-        downloads = self.outputs.downloads(names)
-        if downloads is None:
+        downloads, uploads = self.outputs.downloads(names), self.slots.uploads(keys)
+        if downloads is None or any(own != keys for own, _ in uploads):
             return None
-        uploads = [upload for _, upload in self.slots.uploads(keys)]
-        return backend.whole(uploads, self.runners[0], downloads)
+        return backend.whole([upload for _, upload in uploads], runner, downloads)
+
+    def _only_runner(self) -> Runner | None:
+        """The runner of all steps, if there is one, and no copies."""
+        if len(self.backends) == 1:
+            return self.runners[0] if len(self._actions or ()) == 1 else None
+        whole = {(*range(len(self.splits)),)} == {*self.together}
+        if not whole or any(split.copies for split in self.splits) or self.waited or self.spared:
+            return None
+        return next(iter(self.together.values()))
 
     def run_whole(
         self, whole: WholeRun, arrays: Sequence[NDArray[Any]], repeat: int, names: Sequence[str]

@@ -8,6 +8,7 @@ part of the API, because users would have a second way to run a plan.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,6 @@ class Fixed:
             if execution is not None and not execution.bound and not shared.queued:
                 whole = execution.whole(self._keys, self._names)
                 if whole is not None:
-                    with execution.backends[0].lock:
-                        return execution.run_whole(whole, self._values, 1, self._names)
+                    run = partial(execution.run_whole, whole, self._values, 1, self._names)
+                    return self._plan.store.alone(execution.backends, run)
         return self._plan.run(self._arrays)

@@ -91,6 +91,9 @@ STRUCTS: tuple[tuple[type[Struct], str, str], ...] = (
     (moe_token.Gated, "moe_token.cu", "Gated"),
     (moe_token.Sums, "moe_token.cu", "Sums"),
     (normed.NormedRow, "include/normed.cuh", "NormedRow"),
+    (peers.Round, "include/rounds.cuh", "Round"),
+    (normed.SummedRow, "include/rounds.cuh", "SummedRow"),
+    (moe_token.SentSums, "moe_token.cu", "SentSums"),
 )
 PRELUDE = """
 #include <cstddef>

@@ -179,11 +179,11 @@ def test_small_sums_by_the_own_kernel(nccl: Nccl, monkeypatch: pytest.MonkeyPatc
         return [str(r.kernels(i)) for r, i in steps]
 
     gather = "NCCL all_gather of 3072 (bytes)"
-    assert kernels(plan().bind()) == 2 * ["peer_sum", gather]
+    assert kernels(plan().bind()) == 2 * ["peer_sum + end_of_run", gather]
     parts = [plan(gg.Store(ranks=ranks)) for ranks in ranks_of(2)]
     every([lambda part=part: part.bind() for part in parts])
     for part in parts:
-        assert kernels(part) == ["peer_sum", gather]
+        assert kernels(part) == ["peer_sum + end_of_run", gather]
     monkeypatch.setenv("PYGGML_PEER_SUM", "0")
     parts = [plan(gg.Store(ranks=ranks)) for ranks in ranks_of(2)]
     every([lambda part=part: part.bind() for part in parts])

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pyggml.backends.cuda import peer_sum
 from pyggml.backends.cuda.launch import Collective, Launch
-from pyggml.backends.cuda.peer_sum import CHUNK, ROOM, box_bytes, launch_of
+from pyggml.backends.cuda.peer_sum import CHUNK, ROOM, box_bytes, round_of, launch_of
 from pyggml.backends.cuda.peers import Boxes
 from tests.cuda.emulated import Meeting, Memory
 
@@ -32,14 +32,17 @@ class Gpus:
         addresses = tuple(each.ptr for each in self.memory)
         self.boxes = [Boxes(addresses, i, self.words[i].ctypes.data) for i in range(count)]
         self.places = tuple(f"cuda:{i}" for i in range(count))
+        self.turn = 0
 
     def launches(self, parts: Sequence[Floats], outs: Sequence[Floats]) -> list[Launch]:
+        """Those of the next sum of a run."""
         n = parts[0].size
         launches = []
+        self.turn += 1
         for i, boxes in enumerate(self.boxes):
             ends = outs[i].ctypes.data, parts[i].ctypes.data
             record = Collective("all_reduce", *ends, (n,) * self.count, "f32", self.places, i)
-            launches.append(launch_of(record, boxes, False))
+            launches.append(launch_of(record, round_of(boxes, self.turn), False, False))
         return launches
 
 

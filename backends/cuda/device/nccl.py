@@ -18,9 +18,8 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from pyggml.backends.base import Peers
-from pyggml.backends.cuda import peer_sum
 from pyggml.backends.cuda.device.driver import UnusableError, guarded, imported
-from pyggml.backends.cuda.launch import Collective, Launch
+from pyggml.backends.cuda.launch import Collective
 from pyggml.errors import DeviceError
 from pyggml.extras import install_command
 
@@ -78,13 +77,6 @@ class Communicator:
         self.lost = False
         types = {"f32": "FLOAT32", "f16": "FLOAT16", "bytes": "CHAR"}
         self._types = {k: getattr(self._nccl, f"NCCL_{name}") for k, name in types.items()}
-
-    def own(self, record: Collective) -> Launch | None:
-        """The launch of our own kernel for a sum, if there is one and the devices reach each
-        other."""
-        if self.box is None or not peer_sum.suits(record):
-            return None
-        return peer_sum.launch_of(record, self.box.boxes, self.context.about.overlaps)
 
     def call(self, record: Collective) -> None:
         """Queue a collective."""

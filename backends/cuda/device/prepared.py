@@ -47,7 +47,7 @@ class Uploads:
     """
 
     def __init__(self, staging: Staging, tensors: Sequence[Tensor]) -> None:
-        self._staging = staging
+        self._staging, self.context = staging, staging.context
         self.groups, self.others = _grouped(tensors)
 
     def __call__(self, arrays: Sequence[NDArray[Any]]) -> None:
@@ -100,7 +100,8 @@ class Downloads:
     """
 
     def __init__(self, staging: Staging, at: Address, spec: Spec) -> None:
-        self._staging, self._at, self._spec = staging, at, spec
+        self.staging = self._staging = staging
+        self._at, self._spec = at, spec
         source = operand_at(at, spec)
         self.ptr = source.ptr if source.contiguous else None
         self.nbytes = spec.nbytes

@@ -20,7 +20,8 @@
 // @kernel hot vec<{SOME}, 1, 2, 2, 1, Tensor>
 // @kernel hot vec_joined<{BLOCKS}, 1, {1|2}>
 // @kernel vec_joined<{BLOCKS}, {2|4|8}, 1>
-// @kernel hot vec_normed<{BLOCKS}>
+// @kernel hot vec_normed<{BLOCKS}, {NormedRow|SummedRow}>
+// @kernel hot vec_sent<{BLOCKS}, {Groups|Tensor}>
 // @kernel hot vec_id<{BLOCKS}, 2, 2, 1, Groups>
 // @kernel hot vec_id<{BLOCKS}, 2, 1, 2, Tensor>
 // @kernel hot vec_id<{SOME}, 2, 1, 1, Tensor>
@@ -36,7 +37,7 @@
 // @kernel vec_plain<float, float, {4|8}, 4, {true|false}>
 // @kernel vec_plain_id<{float|__half|__nv_bfloat16}, float, {true|false}>
 #include "linear_vec.cuh"
-#include "normed.cuh"
+#include "rounds.cuh"
 
 using namespace tiles;
 
@@ -197,6 +198,22 @@ __global__ void __launch_bounds__(32 * MOST_WARPS)
         put(y, row_at(y, first + start + column), row, value, narrow);
 }
 
+// A product of one column that is this GPU's part of a row that several add up: it also goes to them.
+// grid: tiles of rows.
+template <class F, class X>
+__global__ void __launch_bounds__(32 * MOST_WARPS)
+    vec_sent(Weights<F> weights, X x, float* y, const __grid_constant__ Round sum) {
+    Source<X, 1, 2> column;
+    column.set(0, x, 0, groups_of(weights.w[0]));
+    const unsigned round = round_of(sum);
+    const float value = tile_product<F, 1, 2, 1, 1>(weights, 0, blockIdx.x, column);
+    const int i = threadIdx.y * 32 + threadIdx.x, row = blockIdx.x * 8 + i;
+    if (i < 8 && row < rows_of(weights.w[0])) {
+        y[row] = value;
+        send(sum, round, row, value);
+    }
+}
+
 // A product of one column whose pairs of tiles are on the GPU at once, a team of warps each. A block
 // has all teams of a multiprocessor. Beside blocks of one team that is a twentieth of the time, of
 // types with grids, whose table they share, an eighth.
@@ -246,10 +263,14 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, F::grid && COLS == 1 && TILES
 // present. V2-Lite: 4.2 MB of weights, 228 blocks that read 2 MB of the column.
 // Lost: norms in the prologue of vec_joined, whose 456 blocks read 24 KB each and had two more
 // barriers (benchmarks/notes.md). Four tiles a block are 0.2 us slower.
+// With parts to add up, 64 registers are not enough for types of 8 bits or with high bits. Then blocks
+// are alone on a multiprocessor, where each GPU has a part of the heads.
 constexpr int NORMED_WARPS = 16, NORMED_TILES = 2;
-template <class F>
-__global__ void __launch_bounds__(32 * NORMED_WARPS, 2)
-    vec_normed(const __grid_constant__ Joined<F> p, const __grid_constant__ NormedRow x, float* sum) {
+template <class F, class X>
+constexpr int normed_blocks = sizeof(X) > sizeof(NormedRow) && (F::code_runs == 2 || F::high) ? 1 : 2;
+template <class F, class X>
+__global__ void __launch_bounds__(32 * NORMED_WARPS, normed_blocks<F, X>)
+    vec_normed(const __grid_constant__ Joined<F> p, const __grid_constant__ X x, float* sum) {
     const int lane = threadIdx.x, warp = threadIdx.y, group = 4 * warp + lane / 8;
     int own = 0;
     for (int i = 1; i < p.n; ++i) own += blockIdx.x >= p.first[i];
@@ -260,10 +281,11 @@ __global__ void __launch_bounds__(32 * NORMED_WARPS, 2)
 #pragma unroll
     for (int t = 0; t < NORMED_TILES; ++t)
         raw[t] = load_group(Row<F>(w, 0, min(tile + t, w.tiles - 1), lane % 8), near);
-    const Pack<float, 4> by = weights_at(x, at);
+    const Pack<float, 4> by = weights_at(row_of(x), at);
     const Table<F> table(0);
+    const unsigned round = round_of(x);
     begin();
-    Pack<float, 4> values = values_at(x, at);
+    Pack<float, 4> values = values_of(x, ask(x, round, at), round, at);
     table.ready();
     __shared__ uint4 columns[NORMED_WARPS * 4][group_bytes<2> / 16];
     float sums[NORMED_TILES] = {}, squares = 0;
@@ -297,7 +319,7 @@ __global__ void __launch_bounds__(32 * NORMED_WARPS, 2)
     float total = 0, all = 0;
 #pragma unroll
     for (int i = 0; i < NORMED_WARPS; ++i) total += parts[i][lane], all += parts_of_squares[i];
-    p.y[own][row] = total * factor_of(x, all);
+    p.y[own][row] = total * factor_of(row_of(x), all);
 }
 
 // With up and gate of a type without high bits and with a lone f16 scale, 64 registers are

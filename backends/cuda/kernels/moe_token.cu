@@ -37,14 +37,18 @@
 // @kernel hot up_gate<{BLOCKS}>
 // @kernel hot up_gate_shared<{BLOCKS}, $1>
 // @kernel up_gate_shared<q8_0, {q2_K|q4_K|q6_K|iq4_nl}>
-// @kernel hot norm_router<{1|4}>
+// @kernel hot norm_router<{1|4}, 1, NormedRow>
+// @kernel hot norm_router<1, 1, SummedRow>
+// @kernel hot norm_router<4, 2, SummedRow>
 // @kernel hot up_gate_normed<{BLOCKS}, $1>
 // @kernel up_gate_normed<q8_0, {q2_K|q4_K|q6_K|iq4_nl}>
-// @kernel hot down<{BLOCKS}>
-// @kernel hot down_shared<{BLOCKS}, $1>
-// @kernel down_shared<q8_0, {q2_K|q4_K|q6_K|iq4_nl}>
+// @kernel hot up_gate_late<{BLOCKS}, $1>
+// @kernel up_gate_late<q8_0, {q2_K|q4_K|q6_K|iq4_nl}>
+// @kernel hot down<{BLOCKS}, {Sums|SentSums}>
+// @kernel hot down_shared<{BLOCKS}, $1, {Sums|SentSums}>
+// @kernel down_shared<q8_0, {q2_K|q4_K|q6_K|iq4_nl}, {Sums|SentSums}>
 #include "linear_vec.cuh"
-#include "normed.cuh"
+#include "rounds.cuh"
 #include "route.cuh"
 
 using namespace tiles;
@@ -146,18 +150,21 @@ __global__ void __launch_bounds__(MOST_THREADS)
 }
 
 // The same of one token whose row a norm has yet to scale. The first block makes it fixed point for
-// the chosen experts and writes x + plus to `sum`, if present. A thread takes up to HELD packs.
-// grid: 1 + experts.
-template <int HELD>
+// the chosen experts and writes x + plus to `sum`, if present. A thread takes up to HELD packs. A long
+// row that several GPUs add up is read by half as many blocks, each with two experts: all are on the
+// GPU at once, and L2 delivers half.
+// grid: 1 + experts / EXPERTS.
+template <int HELD, int EXPERTS, class X>
 __global__ void __launch_bounds__(MOST_THREADS)
-    norm_router(const __grid_constant__ Router r, const __grid_constant__ NormedRow x,
+    norm_router(const __grid_constant__ Router r, const __grid_constant__ X of,
                 unsigned char* fixed, float* sum, const __grid_constant__ Ahead up,
                 const __grid_constant__ Ahead gate, const __grid_constant__ Ahead next) {
     using Four = Pack<float, 4>;
-    const int expert = blockIdx.x - 1, n = r.w.ne[1], warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const bool scores = expert >= 0;
-    const float* row = r.w.row<float>(max(expert, 0), 0, 0);
-    Four w[HELD], h[HELD];
+    const NormedRow& x = row_of(of);
+    const int first = (blockIdx.x - 1) * EXPERTS, n = r.w.ne[1];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const bool scores = blockIdx.x > 0;
+    Four w[HELD][EXPERTS], h[HELD];
     FixedEnd ends[HELD];
     auto each = [&](auto f) {
 #pragma unroll
@@ -166,34 +173,57 @@ __global__ void __launch_bounds__(MOST_THREADS)
             if (i < x.n) f(p, i);
         }
     };
+    // Calls f for each expert of this block; of an odd number, the last one has no block of its own.
+    auto experts = [&](auto f) {
+#pragma unroll
+        for (int e = 0; e < EXPERTS; ++e)
+            if (scores && (EXPERTS == 1 || first + e < n)) f(e, first + e);
+    };
     each([&](int p, int i) {
-        w[p] = weights_at(x, i);
-        if (scores) multiply(w[p], *(const Four*)(row + i));
+#pragma unroll
+        for (int e = 0; e < EXPERTS; ++e) w[p][e] = weights_at(x, i);
+        experts([&](int e, int expert) {
+            multiply(w[p][e], *(const Four*)(r.w.row<float>(expert, 0, 0) + i));
+        });
     });
-    if (threadIdx.x == 0 && scores) {
-        fetch_part(up, expert, n), fetch_part(gate, expert, n);
-        if (r.bias) fetch_early(r.bias + expert);
-        if (r.own) fetch_early(r.own + expert);
-    }
+    if (threadIdx.x == 0)
+        experts([&](int, int expert) {
+            fetch_part(up, expert, n), fetch_part(gate, expert, n);
+            if (r.bias) fetch_early(r.bias + expert);
+            if (r.own) fetch_early(r.own + expert);
+        });
+    const unsigned round = round_of(of);
     begin();
-    const float bias = r.bias && scores ? r.bias[expert] : 0;
-    each([&](int p, int i) { h[p] = values_at(x, i); });
-    float squares = 0, score = 0;
+    float bias[EXPERTS] = {}, score[EXPERTS] = {}, squares = 0;
+    if (r.bias) experts([&](int e, int expert) { bias[e] = r.bias[expert]; });
+    decltype(ask(of, round, 0)) asked[HELD];
+    each([&](int p, int i) { asked[p] = ask(of, round, i); });
+    each([&](int p, int i) { h[p] = values_of(of, asked[p], round, i); });
     each([&](int p, int i) {
         squares += squares_of(h[p]);
         if (!scores && sum) *(Four*)(sum + i) = h[p];
-        multiply(h[p], w[p]);
-        if (scores)
-            score += h[p].v[0] + h[p].v[1] + (h[p].v[2] + h[p].v[3]);
-        else
-            ends[p] = put_levels<2>(h[p].v, fixed + i / 32 * group_bytes<2>);
+        experts([&](int e, int) {
+            Four y = h[p];
+            multiply(y, w[p][e]);
+            score[e] += y.v[0] + y.v[1] + (y.v[2] + y.v[3]);
+        });
+        if (scores) return;
+        multiply(h[p], w[p][0]);
+        ends[p] = put_levels<2>(h[p].v, fixed + i / 32 * group_bytes<2>);
     });
-    squares = warp_reduce<Sum>(squares), score = warp_reduce<Sum>(score);
-    __shared__ float2 parts[MOST_WARPS];
-    if (lane == 0) parts[warp] = make_float2(squares, score);
+    __shared__ float parts[1 + EXPERTS][MOST_WARPS];
+    squares = warp_reduce<Sum>(squares);
+    if (lane == 0) parts[0][warp] = squares;
+#pragma unroll
+    for (int e = 0; e < EXPERTS; ++e) {
+        score[e] = warp_reduce<Sum>(score[e]);
+        if (lane == 0) parts[1 + e][warp] = score[e];
+    }
     __syncthreads();
-    const float2 part = lane < blockDim.x / 32 ? parts[lane] : make_float2(0, 0);
-    const float factor = factor_of(x, warp_reduce<Sum>(part.x));
+    auto total = [&](int i) {
+        return warp_reduce<Sum>(lane < blockDim.x / 32 ? parts[i][lane] : 0.0f);
+    };
+    const float factor = factor_of(x, total(0));
     if (!scores) {
         if (lane % 8 == 0)
             each([&](int p, int i) {
@@ -201,12 +231,14 @@ __global__ void __launch_bounds__(MOST_THREADS)
             });
         return;
     }
-    score = warp_reduce<Sum>(part.y) * factor;
-    if (threadIdx.x == 0) {
-        r.scores[expert] = score;
-        if (r.ranks) r.ranks[expert] = rank_of(gate_of(r.gate, score * r.scale) + bias);
-    }
-    if (threadIdx.x == 32) fetch_part(next, expert, n);
+    experts([&](int e, int expert) {
+        const float own = total(1 + e) * factor;
+        if (threadIdx.x == 0) {
+            r.scores[expert] = own;
+            if (r.ranks) r.ranks[expert] = rank_of(gate_of(r.gate, own * r.scale) + bias[e]);
+        }
+        if (threadIdx.x == 32) fetch_part(next, expert, n);
+    });
 }
 
 // What experts are chosen by: scores [experts, tokens], and ranks if the router has written them, of
@@ -275,6 +307,11 @@ __device__ __forceinline__ Task& task() {
     return task;
 }
 
+template <class A, class B>
+constexpr bool same = false;
+template <class A>
+constexpr bool same<A, A> = true;
+
 // Makes a row fixed point for this block alone. The sum of its squares is that of `squares`, of each
 // warp.
 __device__ __forceinline__ void own_groups(const NormedRow& x, unsigned char* groups,
@@ -290,6 +327,12 @@ __device__ __forceinline__ void own_groups(const NormedRow& x, unsigned char* gr
     sum = warp_reduce<Sum>(sum);
     if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32] = sum;
     __syncthreads();
+}
+
+// In its place: the block waits for the launch before, which has left the row.
+struct Late {};
+__device__ __forceinline__ void own_groups(const Late&, unsigned char*, float (&)[MOST_WARPS]) {
+    begin();
 }
 
 // The rows of a warp in group `number` of the first expert's, and the group of this lane that comes
@@ -350,13 +393,15 @@ __device__ __forceinline__ void gated_group(const Weights<F>& weights, GatedRows
     float up = 0, gate = 0;
     for (int i = lane / 8 * share; i < (lane / 8 + 1) * share; ++i)
         up += parts[i][0][lane % 8], gate += parts[i][1][lane % 8];
-    auto scale = [&](const NormedRow& x) {
-        float sum = 0;
-        for (int i = 0; i < blockDim.x / 32; ++i) sum += squares[i];
-        const float factor = factor_of(x, sum);
-        up *= factor, gate *= factor;
+    auto scale = [&](const auto* x) {
+        if constexpr (!same<decltype(x), const Late*>) {
+            float sum = 0;
+            for (int i = 0; i < blockDim.x / 32; ++i) sum += squares[i];
+            const float factor = factor_of(*x, sum);
+            up *= factor, gate *= factor;
+        }
     };
-    ((own ? scale(*own) : void()), ...);
+    ((own ? scale(own) : void()), ...);
     const Gated& p = task().p;
     const float value = gated(p.act, gate, up, p.limit);
     float four[4];
@@ -387,16 +432,11 @@ __global__ void __launch_bounds__(GATE_THREADS, gate_blocks<F>)
     if (task().expert >= 0) gated_group<F, gate_blocks<F>>(weights, rows);
 }
 
-template <class A, class B>
-constexpr bool same = false;
-template <class A>
-constexpr bool same<A, A> = true;
-
 // The same behind `first` layers of blocks for the groups of rows of the shared experts. x and
 // weights are older than the launch before. Where all weights have one type, all blocks run the same
 // instructions: those that wait for the router find them in the caches.
 // normed: the shared experts' blocks make this row fixed point themselves, because only the launch
-// before does it for all. Such a layer's blocks have no token but one.
+// before does it for all; or they wait for that one. Such a layer's blocks have no token but one.
 template <class F, class G, class... Own>
 __device__ __forceinline__ void up_gate_of_both(const Weights<F>& weights, const Gated& p,
                                                 const Candidates& c, const Weights<G>& shared,
@@ -412,7 +452,7 @@ __device__ __forceinline__ void up_gate_of_both(const Weights<F>& weights, const
     } else if (threadIdx.x == 0) {
         task() = {number < rows_of(shared.w[0]) / 32 ? 0 : -1, number, 0, 1, own};
         extern __shared__ Key memory[];
-        if (sizeof...(Own)) task().p.x = (Groups)memory;
+        if ((same<Own, NormedRow> || ...)) task().p.x = (Groups)memory;
     }
     __syncthreads();
     if (task().expert >= 0) {
@@ -443,12 +483,36 @@ __global__ void __launch_bounds__(GATE_THREADS, least_blocks<F, G>)
     up_gate_of_both(weights, p, c, shared, own, first, &normed);
 }
 
+// As up_gate_shared, where the launch before makes x: a row that several GPUs add up has come by then,
+// and the weights are in registers.
+template <class F, class G>
+__global__ void __launch_bounds__(GATE_THREADS, least_blocks<F, G>)
+    up_gate_late(const __grid_constant__ Weights<F> weights, const __grid_constant__ Gated p,
+                 const __grid_constant__ Candidates c, const __grid_constant__ Weights<G> shared,
+                 const __grid_constant__ Gated own, int first) {
+    const Late late;
+    up_gate_of_both(weights, p, c, shared, own, first, &late);
+}
+
 // -- down -----------------------------------------------------------------------------------------
 
 // out = sum + plus + plus2, a row for each token; what is absent is null.
 struct Sums {
     Tensor out, plus, plus2;
 };
+// The same of one token, as this GPU's part of a row that several add up: it also goes to them.
+struct SentSums {
+    Sums sums;
+    Round sum;
+};
+__device__ __forceinline__ const Sums& sums_of(const Sums& s) { return s; }
+__device__ __forceinline__ const Sums& sums_of(const SentSums& s) { return s.sums; }
+__device__ __forceinline__ unsigned round_of(const Sums&) { return 0; }
+__device__ __forceinline__ unsigned round_of(const SentSums& s) { return round_of(s.sum); }
+__device__ __forceinline__ void send(const Sums&, unsigned, int, float) {}
+__device__ __forceinline__ void send(const SentSums& s, unsigned round, int row, float value) {
+    send(s.sum, round, row, value);
+}
 
 // Whether the groups of all rows are one after another.
 template <class Source>
@@ -459,9 +523,9 @@ constexpr bool numbered<Packed> = true;
 // A tile of rows of the chosen experts: x [groups, slots, tokens] in fixed point. `before` adds up
 // other products, once the launch before has ended. This lane's groups are first, first + step, ..
 // of all slots. Chooses before it waits: the launch before has not written scores.
-template <class F, class Before>
+template <class F, class S, class Before>
 __device__ __forceinline__ void sum_experts(const Weights<F>& weights, Groups x, const Candidates& c,
-                                            const Sums& to, int first, int step, Before before) {
+                                            const S& to, int first, int step, Before before) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, token = blockIdx.x, tile = blockIdx.y;
     const int groups = groups_of(weights.w[0]), used = c.route.ids.ne[0];
     // Of each slot that is here: what makes the number of a group among those of all slots that among
@@ -497,14 +561,16 @@ __device__ __forceinline__ void sum_experts(const Weights<F>& weights, Groups x,
         return load_group(Row<F>(weights.w[0], origin, tile, lane % 8), i - slot * groups);
     };
     Rounds<F, 1, F::code_runs == 2 ? 1 : 2> rounds(load, first, step, n);
+    const unsigned round = round_of(to);
     begin();
     x += (long long)token * used * groups * group_bytes<2>;
     asm volatile("" : "+l"(x));  // nothing of it is read before
     const int row = tile * 8 + threadIdx.x;
     const bool mine = threadIdx.x < 8 && row < rows_of(weights.w[0]);
     float rest = 0;
-    if (mine && to.plus.data) rest = to.plus.row<float>(token, 0, 0)[row];
-    if (mine && to.plus2.data) rest += to.plus2.row<float>(token, 0, 0)[row];
+    const Sums& sums = sums_of(to);
+    if (mine && sums.plus.data) rest = sums.plus.row<float>(token, 0, 0)[row];
+    if (mine && sums.plus2.data) rest += sums.plus2.row<float>(token, 0, 0)[row];
     table.ready();
     float sum = before();
     rounds.each(table, load, [&](int i, const unsigned(&words)[1][8], const Scale(&scales)[1]) {
@@ -519,23 +585,24 @@ __device__ __forceinline__ void sum_experts(const Weights<F>& weights, Groups x,
     if (!mine) return;
     float total = 0;
     for (int w = 0; w < blockDim.x / 32; ++w) total += parts[w][threadIdx.x];
-    to.out.row<float>(token, 0, 0)[row] = total + rest;
+    sums.out.row<float>(token, 0, 0)[row] = total + rest;
+    send(to, round, row, total + rest);
 }
 
 // grid: tokens, tiles of rows
-template <class F>
+template <class F, class S>
 __global__ void __launch_bounds__(MOST_THREADS, 2)
     down(const __grid_constant__ Weights<F> weights, Groups x, const __grid_constant__ Candidates c,
-         Sums to) {
+         const __grid_constant__ S to) {
     const int own = threadIdx.x / 32 * 4 + threadIdx.x % 32 / 8;
     sum_experts(weights, x, c, to, own, blockDim.x / 8, [] { return 0.0f; });
 }
 
 // With the shared experts, whose groups come first: their weights do not depend on ids.
-template <class F, class G>
+template <class F, class G, class S>
 __global__ void __launch_bounds__(MOST_THREADS, 2)
     down_shared(const __grid_constant__ Weights<F> weights, Groups x, const __grid_constant__ Candidates c,
-                const __grid_constant__ Sums to, const __grid_constant__ Weights<G> shared,
+                const __grid_constant__ S to, const __grid_constant__ Weights<G> shared,
                 Groups shared_x) {
     const int lane = threadIdx.x % 32, own = threadIdx.x / 32 * 4 + lane / 8, step = blockDim.x / 8;
     const int groups = groups_of(shared.w[0]);

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 
 from pyggml import ops
 from pyggml.backends.cuda.fusion import CudaStep
 from pyggml.backends.cuda.geometry import blocks_for
 from pyggml.backends.cuda.gpu import H200
-from pyggml.backends.cuda.launch import ABSENT, Call, Operand
+from pyggml.backends.cuda.launch import ABSENT, Call, Form, Operand
 from pyggml.backends.cuda.linear import blocks
 from pyggml.backends.cuda.linear.common import VEC
 from pyggml.backends.cuda.linear.joined import argument_of, products_of, record_few
-from pyggml.backends.cuda.normed import normed_row
+from pyggml.backends.cuda.normed import Norm, adds, normed_row
 from pyggml.backends.cuda.weights.packing import TILE
 from pyggml.backends.step import Layouts
+from pyggml.joint import joint_reduce
 from pyggml.node import Node
 
 #: Of `vec_normed`: warps and tiles of rows of a block, and elements that its warps take at once.
@@ -24,10 +25,14 @@ LONGEST = NORMED_WARPS * 4 * 32
 
 
 def with_norms(
-    steps: Sequence[CudaStep], keep: Collection[Node], layouts: Layouts
+    steps: Sequence[CudaStep],
+    keep: Collection[Node],
+    layouts: Layouts,
+    one: Callable[[Node], CudaStep],
 ) -> Iterator[CudaStep]:
     """The steps, with a norm as part of the joined products behind it if only these read its
-    result. They may run as early as the norm, because all else that they read is constant."""
+    result. They may run as early as the norm, because all else that they read is constant. A sum
+    over GPUs in front of the norm is again a step of its own, made by `one`."""
     readers: dict[Node, set[CudaStep]] = {}
     for step in steps:
         for read in step.reads:
@@ -43,8 +48,15 @@ def with_norms(
             whole |= {step: _normed(step, products), products: None}
     for step in steps:
         own = whole.get(step, step)
+        if own is not None and own is not step and _is_joint(step):
+            yield one(step.nodes[0])
         if own is not None:
             yield own
+
+
+def _is_joint(norm: CudaStep) -> bool:
+    """Whether the step adds up parts of several GPUs first."""
+    return norm.nodes[0].op is joint_reduce
 
 
 def _fits(norm: CudaStep, products: CudaStep, layouts: Layouts) -> bool:
@@ -56,7 +68,7 @@ def _fits(norm: CudaStep, products: CudaStep, layouts: Layouts) -> bool:
     return (
         node.op is ops.mul
         and normed.op is ops.rms_norm
-        and [n.op for n in added] in ([], [ops.add])
+        and [n.op for n in added] in ([], [ops.add], [joint_reduce, ops.add])
         and node.ne == (weights[0].ne[0], 1, 1, 1)
         and all(row.contiguous for row in norm.operands.values())
         and tiled
@@ -71,8 +83,12 @@ def _blocks_of(weights: Sequence[Node] | Sequence[Operand]) -> list[int]:
 
 def _normed(norm: CudaStep, products: CudaStep) -> CudaStep:
     *added, normed, _, node = norm.nodes
-    names = {"a": "row", "plus": "row_plus", "weight": "row_weight"}
-    operands = {names[name]: x for name, x in norm.operands.items()}
+    if _is_joint(norm):
+        added = added[1:]
+        operands = Norm((added[0], normed, node)).reads
+    else:
+        names = {"a": "row", "plus": "row_plus", "weight": "row_weight"}
+        operands = {names[name]: x for name, x in norm.operands.items()}
     operands |= {name: x for name, x in products.operands.items() if name not in ("b", "fixed")}
     sums = {"row_sum": norm.results["sum"]} if "sum" in norm.results else {}
     step = CudaStep(
@@ -87,15 +103,17 @@ def _normed(norm: CudaStep, products: CudaStep) -> CudaStep:
 
 def _record_normed(call: Call, eps: float) -> None:
     weights, outs = products_of(call)
-    counts = _blocks_of(weights)
+    counts, row = _blocks_of(weights), normed_row(call, eps)
+    form, products = blocks.cpp_format(weights[0]), argument_of(weights, outs, counts)
+    total = (call.get("row_sum") or ABSENT).pointer
     call.launch(
         VEC,
-        f"vec_normed<{blocks.cpp_format(weights[0])}>",
+        f"vec_normed<{form}, NormedRow>",
         grid=sum(counts),
         block=(32, NORMED_WARPS),
-        args=[
-            argument_of(weights, outs, counts),
-            normed_row(call, eps),
-            (call.get("row_sum") or ABSENT).pointer,
-        ],
+        args=[products, row, total],
+        meeting=adds(
+            row,
+            lambda summed: Form(f"vec_normed<{form}, SummedRow>", [products, summed, total]),
+        ),
     )

@@ -10,7 +10,7 @@ import numpy as np
 from pyggml.backends.cuda.argument import Argument, Struct, Tensor
 from pyggml.backends.cuda.geometry import C_TYPES, blocks_for, over_rows
 from pyggml.backends.cuda.gpu import H200
-from pyggml.backends.cuda.launch import Call, Operand
+from pyggml.backends.cuda.launch import Call, Form, Operand
 from pyggml.backends.cuda.linear import ring
 from pyggml.backends.cuda.linear.common import (
     FEW,
@@ -28,6 +28,7 @@ from pyggml.backends.cuda.linear.common import (
     shape_of,
 )
 from pyggml.backends.cuda.linear.halves import DEPTH, half_of, padded, to_halves
+from pyggml.backends.cuda.peers import sends
 from pyggml.backends.cuda.weights.formats import FORMATS
 from pyggml.backends.cuda.weights.packing import Packed, packed
 from pyggml.dtypes import F32
@@ -173,13 +174,18 @@ def vec(call: Call, a: tuple[Operand, ...], b: Operand, y: Operand, levels: int)
         warps = TALL_WARPS // each
     if columns.shared and chunk > 1:  # columns of several tokens are fixed point after a few rounds
         warps = max(warps, min(8, chunk * b.ne[0] // 256))
+    weights, lone = weights_of(*a), single and pair == 1 and grid[1:] == (1, 1) == (chunk, y.ne[1])
+    form = f"vec_sent<{cpp_format(a[0])}, {columns.form}>"
     call.launch(
         VEC,
         f"vec<{cpp_format(a[0])}, {names}>",
         grid=grid,
         block=(32, warps),
-        args=[weights_of(*a), columns.x, y.tensor, shape.heads, is_narrow(y), act_of(call), *limit],
+        args=[weights, columns.x, y.tensor, shape.heads, is_narrow(y), act_of(call), *limit],
         shared=columns.shared,
+        meeting=sends(y.ptr, lambda total: Form(form, [weights, columns.x, y.pointer, total]))
+        if lone and y.dtype is F32 and y.contiguous and a[0].layout == "tiles8"
+        else None,
     )
 
 
