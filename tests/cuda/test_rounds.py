@@ -67,8 +67,8 @@ def test_rows(
     gpus: Imitate, monkeypatch: pytest.MonkeyPatch,  # noqa: F811
     count: int, k: int, dtype: str, shared: str | None,
 ) -> None:  # fmt: skip
-    """Kernel by kernel, captured, replayed, and in processes unless that takes long here; with a NaN
-    and an infinity."""
+    """Kernel by kernel, captured, replayed, and in processes unless that takes long here; with
+    numbers that are not finite."""
     gpus(count)
     outputs, x = layer(k, dtype, shared), {"x": random(1, k)}
     with monkeypatch.context() as patch:
