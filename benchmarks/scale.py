@@ -9,7 +9,8 @@ nccl   an all-reduce of 16 MiB in our graphs against a loop of NCCL calls, and s
        own kernels and by NCCL. The sums of both are compared bit for bit
 lite   V2-Lite: a prompt of 8192 tokens and decoding at depth 4096, over 1 and 2 GPUs, in one
        process and, for decoding, in two
-v3     layers of the V3 shape: a prompt of 2048 tokens and decoding at depth 8192, over 1 and 2
+v3     layers of the V3 shape: a prompt of 2048 tokens and decoding at depth 8192, over 1 and 2;
+       decoding also with experts cut by rows, so that no GPU has more of a token's experts
 depth  the most layers of the V3 shape that fit over 1 and 2 (from plans)
 lite4, v34  over 1 and 4 GPUs: a prompt of V2-Lite of 8192 tokens; of 2048 of three layers of the V3
        shape. With the memory of each GPU as planned and as measured. Nothing, if there are fewer
@@ -65,7 +66,7 @@ PARTS = {"boxes": 60, "check": 240, "nccl": 90, "lite": 300, "v3": 420, "depth":
 BARS = {
     "lite_prompt_8192": (1.6, 1.85), "v3_prompt_2048": (1.7, 1.9), "v3_decode_d8192": (1.3, 1.7),
     "lite_decode_d4096": (0.95, 1.2), "lite_decode_logits_d4096": (0.95, 1.2),
-    "depth": (1.95, 2.0), "nccl_16mib": (0.95, 1.0),
+    "depth": (1.95, 2.0), "nccl_16mib": (0.95, 1.0), "v3_decode_d8192_by_rows": (1.3, 1.7),
     "lite_prompt_8192_over_4": (2.8, 3.5), "v3_prompt_2048_over_4": (2.8, 3.5),
 }  # fmt: skip
 REPEATS = 3
@@ -264,8 +265,9 @@ def predicted(path: Path, tests: Mapping[str, Test], **options: Any) -> dict[str
     return result
 
 
-def one_and_two(prefix: str, path: Path, tests: Mapping[str, Test]) -> None:
-    """Rows of one GPU, of two in one process, and their ratios, measured and predicted."""
+def one_and_two(prefix: str, path: Path, tests: Mapping[str, Test]) -> dict[str, Any]:
+    """Rows of one GPU, of two in one process, and their ratios, measured and predicted. Returns the
+    samples of one."""
     guesses = [
         predicted(path, tests, backends=PLACES[:1]),
         predicted(path, tests, backends=PLACES, shard="auto"),
@@ -279,6 +281,7 @@ def one_and_two(prefix: str, path: Path, tests: Mapping[str, Test]) -> None:
         write_row(f"{prefix}_{name}_2", "t/s", two[name])
         if f"{prefix}_{name}" in BARS:
             ratio(f"{prefix}_{name}", median(two[name]) / median(values))
+    return one
 
 
 def one_and_four(name: str, path: Path, test: Test) -> None:
@@ -321,7 +324,14 @@ def decode(path: str) -> None:
 
 def v3(layers: int | None) -> None:
     with model_file(v3_shape(layers), repeated=True) as path:
-        one_and_two("v3", path, SHAPE)
+        one = one_and_two("v3", path, SHAPE)
+        tests = {name: test for name, test in SHAPE.items() if test.n_gen}
+        two = rates(path, tests, N_BATCH, backends=PLACES, shard={"heads": 2, "rows": 2})
+        for name, values in two.items():
+            write_row(f"v3_{name}_by_rows_1", "t/s", one[name])
+            write_row(f"v3_{name}_by_rows_2", "t/s", values)
+        name = "decode_d8192"
+        ratio(f"v3_{name}_by_rows", median(two[name]) / median(one[name]))
 
 
 def four_gpus() -> bool:

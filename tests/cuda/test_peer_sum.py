@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pyggml.backends.cuda import peer_sum
 from pyggml.backends.cuda.launch import Collective, Launch
-from pyggml.backends.cuda.peer_sum import CHUNK, ROOM, box_bytes, round_of, launch_of
+from pyggml.backends.cuda.peer_sum import CHUNK, ROOM, box_bytes, launch_of, round_of
 from pyggml.backends.cuda.peers import Boxes
 from tests.cuda.emulated import Meeting, Memory
 
