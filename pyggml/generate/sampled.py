@@ -16,11 +16,12 @@ from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
-from pyggml.backends.step import own_nodes
+from pyggml.backends.step import Step, own_nodes
 from pyggml.generate.division import layer_bytes
 from pyggml.generate.fit import Planner, Setup
 from pyggml.generate.session import Session
 from pyggml.models.model import Model
+from pyggml.node import Node
 from pyggml.ops.leaf import constant_op
 from pyggml.passes.stages import at_gaps
 from pyggml.runtime.layers import layers_of, layers_of_steps
@@ -179,7 +180,7 @@ class Sampled(Planner):
         the device that has most to do."""
         rates, sample = Rates(), plan.predict()
         nodes = (*plan.graph.nodes, *own_nodes(plan.graph.nodes, plan.steps))
-        numbers = layers_of_steps([step.node for step in plan.steps], layers_of(nodes))
+        numbers = layers_of_steps([_main(step) for step in plan.steps], layers_of(nodes))
         devices = [s.backend.device for s in plan.splits for _ in (*s.copies, *s.steps)]
         most = max(sample.busy, key=lambda device: sample.busy[device])
         alone: dict[int | None, float] = {}
@@ -195,6 +196,11 @@ class Sampled(Planner):
         )
         borders = (len(self.stages) - 1) * hop
         return Prediction(sample.total * scale + borders, {}, sample.between * scale + borders)
+
+
+def _main(step: Step) -> Node:
+    """The node by which a step is of a layer: experts may end with the norm of the next."""
+    return next((node for node in step.nodes if node.op.ids is not None), step.node)
 
 
 #: Device -> layer, or None -> the leaves that it needs there.

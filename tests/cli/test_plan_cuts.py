@@ -95,6 +95,23 @@ def test_a_few_layers_have_the_memory_and_the_time_of_all(
         assert abs(one_time.total - other_time.total) < 0.1 * other_time.total
 
 
+def test_a_prompt_whose_experts_end_with_the_next_norm(tmp_path: Path) -> None:
+    """On GPUs, a step goes over the border between two layers."""
+    places = [parse(f"cuda:{i}:80GiB") for i in range(2)]
+    cuts: Any = {"heads": 2, "experts": 2}
+    synth(
+        tmp_path / "lite.gguf",
+        preset("deepseek-v2-lite", layers=6),
+        dtype="iq4_nl",
+        header_only=True,
+    )
+    with gguf.open(tmp_path / "lite.gguf", allow_missing_data=True) as file:
+        setup = Setup(n_ctx=2048, n_batch=2048)
+        sampled, _ = Sampled(Model(file), places, {}, (), cuts).times(setup)
+        exact, _ = Planner(Model(file, shard=cuts), places, {}, ()).times(setup)
+    assert sampled.total == pytest.approx(exact.total, rel=0.05)
+
+
 def test_parts_for_places_without_sizes() -> None:
     places = [parse(f"null:{i}:{size}GiB") for i, size in enumerate((80, 80, 20, 20))]
     plain = [parse(f"null:{i}") for i in range(4)]
