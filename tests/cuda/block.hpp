@@ -150,6 +150,14 @@ template <class T>
 T __ldcg(const T* at) {
     return *at;
 }
+template <class T>
+T __ldcs(const T* at) {
+    return *at;
+}
+template <class T>
+void __stcs(T* at, T x) {
+    *at = x;
+}
 
 // The value of x in lane `from` of the warp.
 template <class T>

@@ -10,9 +10,6 @@
 // AHEAD: ids that a thread has on their way at once; one by one, each would take as long as a read
 // from L2. It divides 32.
 constexpr int THREADS = 1024, AHEAD = 4;
-// Up to so many experts are counted by votes on the bits of 32 ids: 30 instructions, where a shared
-// atomic takes 29 clocks and all warps of a block wait in one queue.
-constexpr int VOTERS = 64;
 
 // order: pairs sorted by expert. places: where each pair is there, -1 without an expert. tiles:
 // {expert, first entry of order, entries}, of up to `columns` pairs. n_tiles: how many there are, and
@@ -36,13 +33,7 @@ __global__ void __launch_bounds__(THREADS)
     const char* at_id = routing.ids.at<char>(first % n_used, first / n_used, 0, 0);
     int own = 0, absent = 0, slot = first % n_used;
     unsigned own_of_32 = 0;  // which of the first 32 of the run
-    const auto add = [&](int& sum, int x) {  // by whole warps
-        x = __reduce_add_sync(~0u, x);
-        if (thread % 32 == 0 && x) atomicAdd(&sum, x);
-    };
-    const bool votes = routing.experts <= VOTERS;
-    int counted[2] = {};  // of experts `lane` and 32 + lane
-    for (int start = first; start < first + share; start += AHEAD) {
+    for (int start = first; start < last; start += AHEAD) {
         int ids[AHEAD];
         unsigned bits = 0;
 #pragma unroll
@@ -53,41 +44,28 @@ __global__ void __launch_bounds__(THREADS)
             if (++slot == n_used) slot = 0, at_id += skip;
         }
 #pragma unroll
-        for (int i = 0; i < AHEAD; ++i) {
-            const bool there = start + i < last;
-            const int expert = expert_of(ids[i]);
-            const bool counts_here = there && expert < routing.experts;
-            bits |= (there && expert == mine) << i;
-            absent += there && !counts_here;
-            if (!votes) {
-                if (counts_here) atomicAdd(&counts[expert], 1);
-                continue;
+        for (int i = 0; i < AHEAD; ++i)
+            if (start + i < last) {
+                const int expert = expert_of(ids[i]);
+                bits |= (expert == mine) << i;
+                if (expert < routing.experts) atomicAdd(&counts[expert], 1);
+                else ++absent;
             }
-            unsigned same = __ballot_sync(~0u, counts_here);  // those whose low bits are the lane
-#pragma unroll
-            for (int bit = 0; bit < 5; ++bit)
-                same &= __ballot_sync(~0u, expert >> bit & 1) ^ (thread >> bit & 1) - 1;
-            const unsigned high = __ballot_sync(~0u, expert & 32);
-            counted[0] += __popc(same & ~high), counted[1] += __popc(same & high);
-        }
         own += __popc(bits);
         if (start - first < 32) own_of_32 |= bits << (start - first);
     }
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-        if (counted[i]) atomicAdd(&counts[32 * i + thread % 32], counted[i]);
-    add(counts[routing.experts], absent);
+    absent = __reduce_add_sync(~0u, absent);
+    if (thread % 32 == 0 && absent) atomicAdd(&counts[routing.experts], absent);
     __syncthreads();
     const int count = counts[mine], left = count % columns;
-    for (int e = thread; e / 32 * 32 < experts; e += THREADS) {
-        const int n = e < experts ? counts[e] : 0;
-        const int full = e < routing.experts ? n / columns : 0;
-        const int rest = e < routing.experts ? n % columns : 0;
-        add(before, e < mine ? n : 0);
-        add(all_full, full);
-        add(full_before, e < mine ? full : 0);
-        add(all_rests, rest > 0);
-        add(rests_before, rest > left || (rest && rest == left && e < mine));
+    for (int e = thread; e < experts; e += THREADS) {
+        if (e < mine) atomicAdd(&before, counts[e]);
+        if (e == routing.experts) continue;
+        const int full = counts[e] / columns, rest = counts[e] % columns;
+        atomicAdd(&all_full, full);
+        if (e < mine) atomicAdd(&full_before, full);
+        if (rest) atomicAdd(&all_rests, 1);
+        if (rest > left || (rest && rest == left && e < mine)) atomicAdd(&rests_before, 1);
     }
     int rank = own;
     for (int i = 1; i < 32; i *= 2) {

@@ -4,9 +4,9 @@
 // 50 MB of short rows, 16 of shared experts and 16 of the residual, and write 16: 35 us at 2.8 TB/s.
 // With a norm, a block has a whole token; 8 MB of f16 more are written, and the norm reads nothing.
 //
-// Many warps hold more bytes in flight than many loads of a warp: three rows at once and 64 registers
-// took 43 us with the norm, six rows and 80 registers 54, eight and 96 64. A look for further words
-// behind each word, in place of one for all, made it 840 instructions a warp.
+// Few rows at once, of many warps, and lines that leave L2 first, as nobody reads them soon: 39.7 us with
+// the norm. Three rows that stay in L2 take 44, six rows and 80 registers 54, eight and 96 64. One look
+// for further words for all of a row's saves a third of the instructions (840 a warp).
 // @kernel hot add_short<256, false>
 // @kernel hot add_short<{256|512|1024}, true>
 // @kernel hot add_short_joint<{256|512|1024}>
@@ -20,7 +20,7 @@
 __device__ __forceinline__ void add_pairs(float (&sums)[EACH], const char* a, const int* places,
                                           const float* scales, const Tensor& b, int n, int token,
                                           int i) {
-    constexpr int AHEAD = 3;  // pairs whose rows are on their way at once
+    constexpr int AHEAD = 2;  // pairs whose rows are on their way at once
     const int used = b.ne[1], first = token * used;
     const auto weight = [&](int e, int place) {
         return (place < 0 ? 0 : scales[place] * SHORT_UNIT) * *b.at<float>(0, e, token, 0);
@@ -32,28 +32,29 @@ __device__ __forceinline__ void add_pairs(float (&sums)[EACH], const char* a, co
     for (int start = 0; start < used; start += AHEAD, row += AHEAD * (4ll * n)) {
         const int count = min(AHEAD, used - start);
         float weights[AHEAD];
-        Pack<unsigned, 4> halves[AHEAD];
+        uint4 halves[AHEAD];
         bool further = false;
 #pragma unroll
         for (int j = 0; j < AHEAD; ++j) {
             halves[j] = {};
             if (j >= count) continue;
             const int place = places[first + start + j];
-            if (place >= 0) halves[j] = *(const Pack<unsigned, 4>*)(row + j * (4ll * n));
+            if (place >= 0) halves[j] = __ldcs((const uint4*)(row + j * (4ll * n)));
             weights[j] = weight(start + j, place);
         }
-#pragma unroll
-        for (int j = 0; j < AHEAD; ++j)
-#pragma unroll
-            for (int word = 0; word < 4; ++word) further |= have_long(halves[j].v[word]);
-        if (!further) {
+        const auto words = [&](auto visit) {
 #pragma unroll
             for (int j = 0; j < AHEAD; ++j) {
-                if (j >= count) break;
+                const unsigned own[4] = {halves[j].x, halves[j].y, halves[j].z, halves[j].w};
 #pragma unroll
-                for (int word = 0; word < 4; ++word)
-                    add(word, two_floats(halves[j].v[word]), weights[j]);
+                for (int word = 0; word < 4; ++word) visit(j, word, own[word]);
             }
+        };
+        words([&](int, int, unsigned both) { further |= have_long(both); });
+        if (!further) {
+            words([&](int j, int word, unsigned both) {
+                if (j < count) add(word, two_floats(both), weights[j]);
+            });
             continue;
         }
 #pragma unroll 1
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
         add_pairs(sums, a, places, scales, b, n, token, i);
 #pragma unroll
         for (int k = 0; k < EACH; ++k) sums[k] += more[0].v[k], sums[k] += more[1].v[k];
-        if (total.data) put_eight(total, token, i, sums);
+        if (total.data) put_eight<false>(total, token, i, sums);
     }
     if constexpr (NORMED) put_normed(norm, sums, n, token, i);
 }

@@ -68,14 +68,24 @@ constexpr int EACH = 8;
 struct alignas(16) EightFloats {
     float v[EACH];
 };
-// Elements i to i + 7 of a row, adjacent and at a multiple of 16 bytes; 0 if there is no tensor.
+// Elements i to i + 7 of a row, adjacent and at a multiple of 16 bytes; 0 if there is no tensor. Nobody
+// reads them again: they leave L2 first.
 __device__ __forceinline__ EightFloats eight_of(const Tensor& x, int row, int i) {
-    return x.data ? *(const EightFloats*)(x.row<float>(row, 0, 0) + i) : EightFloats{};
+    if (!x.data) return {};
+    const float4* const at = (const float4*)(x.row<float>(row, 0, 0) + i);
+    const float4 a = __ldcs(at), b = __ldcs(at + 1);
+    return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
 }
+// SOON: whether others read them soon.
+template <bool SOON = true>
 __device__ __forceinline__ void put_eight(const Tensor& x, int row, int i, const float (&v)[EACH]) {
 #pragma unroll
-    for (int k = 0; k < EACH; k += 4)
-        *(float4*)(x.row<float>(row, 0, 0) + i + k) = make_float4(v[k], v[k + 1], v[k + 2], v[k + 3]);
+    for (int k = 0; k < EACH; k += 4) {
+        float4* const to = (float4*)(x.row<float>(row, 0, 0) + i + k);
+        const float4 own = make_float4(v[k], v[k + 1], v[k + 2], v[k + 3]);
+        if (SOON) *to = own;
+        else __stcs(to, own);
+    }
 }
 
 // What a norm leaves: y = x / sqrt(mean(x^2) + eps) * w, as rows of f16 and their scales (halves.cuh),
