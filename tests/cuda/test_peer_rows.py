@@ -27,7 +27,7 @@ def launches(gpus: Gpus, parts: Sequence[Floats], outs: Sequence[Floats]) -> lis
         counts = (rows * n,) * gpus.count
         record = Collective("all_reduce", *ends, counts, "f32", gpus.places, i, row=n)
         assert peer_sum.suits(record)
-        result.append(peer_sum.launch_of(record, boxes, False))
+        result.append(peer_sum.rows_launch(record, boxes, False))
     return result
 
 
@@ -121,7 +121,7 @@ def joint(gpus: Gpus, file: str, name: str, args: Sequence[Sequence[Any]]) -> li
         tail = Tail(Launch(file, name, (rows, 1, 1), (32, 1, 1), b""), tuple(args[i]), ())
         counts = (rows * n,) * 2
         record = Collective("all_reduce", 0, 0, counts, "f32", gpus.places, i, tail, n)
-        result.append(peer_sum.launch_of(record, boxes, False))
+        result.append(peer_sum.rows_launch(record, boxes, False))
     return result
 
 
