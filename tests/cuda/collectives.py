@@ -220,7 +220,7 @@ class Kernels:
         self._lock = Lock()  # the blocks of a kernel share memory
 
     def cubin(self, file: str, name: str, arch: str) -> compiler.Cubin:
-        self.known[file, name] = None
+        self.known[file, name] = None  # by any thread: others read a list of it
         cubin = conftest.fake_cubin(file, name, arch)
         return compiler.Cubin(
             name, f"{file}|{name}", arch, 32, 0, 0, 0, f"{file}|{name}".encode() or cubin.code
@@ -231,7 +231,7 @@ class Kernels:
         if not launches:
             return
         (file,) = {launch.file for launch in launches}
-        names = [name for f, name in self.known if f == file]
+        names = [name for f, name in list(self.known) if f == file]
         with self._lock:
             if (file, len(names)) not in self._meetings:
                 folder = self.folder.parent / f"{Path(file).stem}-{len(names)}"
@@ -243,7 +243,7 @@ class Kernels:
         key = launch.file, launch.name
         with self._lock:
             if key not in self._loaded:
-                new = [k for k in self.known if k not in self._loaded]
+                new = [k for k in list(self.known) if k not in self._loaded]
                 folder = self.folder / str(len(self._loaded))  # a path is loaded once
                 folder.mkdir(parents=True)
                 run = starter(folder, [Launch(*k, (1, 1, 1), (1, 1, 1), b"") for k in new])
