@@ -288,21 +288,20 @@ __global__ void __launch_bounds__(32 * NORMED_WARPS, normed_blocks<F, X>)
     Pack<float, 4> values = values_of(x, ask(x, round, at), round, at);
     table.ready();
     __shared__ uint4 columns[NORMED_WARPS * 4][group_bytes<2> / 16];
-    float sums[NORMED_TILES] = {}, squares = 0;
-    if (group < groups) {
-        squares = squares_of(values);
-        if (sum && blockIdx.x == 0) *(Pack<float, 4>*)(sum + at) = values;
-        multiply(values, by);
-        put_fixed<2>(values.v, (unsigned char*)columns[group]);
-        __syncwarp(0xFFu << (lane & 24));
-        const Fixed<2> column([&](int j) { return columns[group][j]; });
+    const bool real = group < groups;
+    float sums[NORMED_TILES], squares = real ? squares_of(values) : 0;
+    if (sum && blockIdx.x == 0 && real) *(Pack<float, 4>*)(sum + at) = values;
+    multiply(values, by);
+    put_fixed<2, true>(values.v, (unsigned char*)columns[group]);
+    __syncwarp();
+    const Fixed<2> column([&](int j) { return columns[group][j]; });
 #pragma unroll
-        for (int t = 0; t < NORMED_TILES; ++t) {
-            unsigned words[8];
-            code_words<F>(table, raw[t], words);
-            const Scale scale = F::scale(raw[t].scale.own, raw[t].scale.shared);
-            sums[t] = dot_group<F, 2>(words, scale, column);
-        }
+    for (int t = 0; t < NORMED_TILES; ++t) {
+        unsigned words[8];
+        code_words<F>(table, raw[t], words);
+        const Scale scale = F::scale(raw[t].scale.own, raw[t].scale.shared);
+        const float y = dot_group<F, 2>(words, scale, column);
+        sums[t] = real ? y : 0;
     }
     __shared__ float parts[NORMED_WARPS][NORMED_TILES * 8], parts_of_squares[NORMED_WARPS];
 #pragma unroll

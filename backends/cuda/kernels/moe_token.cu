@@ -164,14 +164,13 @@ __global__ void __launch_bounds__(MOST_THREADS)
     const int first = (blockIdx.x - 1) * EXPERTS, n = r.w.ne[1];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const bool scores = blockIdx.x > 0;
-    Four w[HELD][EXPERTS], h[HELD];
+    Four w[HELD][EXPERTS], h[HELD] = {};
     FixedEnd ends[HELD];
+    auto place = [&](int p) { return 4 * (threadIdx.x + p * (int)blockDim.x); };
     auto each = [&](auto f) {
 #pragma unroll
-        for (int p = 0; p < HELD; ++p) {
-            const int i = 4 * (threadIdx.x + p * blockDim.x);
-            if (i < x.n) f(p, i);
-        }
+        for (int p = 0; p < HELD; ++p)
+            if (place(p) < x.n) f(p, place(p));
     };
     // Calls f for each expert of this block; of an odd number, the last one has no block of its own.
     auto experts = [&](auto f) {
@@ -207,10 +206,14 @@ __global__ void __launch_bounds__(MOST_THREADS)
             multiply(y, w[p][e]);
             score[e] += y.v[0] + y.v[1] + (y.v[2] + y.v[3]);
         });
-        if (scores) return;
-        multiply(h[p], w[p][0]);
-        ends[p] = put_levels<2>(h[p].v, fixed + i / 32 * group_bytes<2>);
+        if (!scores) multiply(h[p], w[p][0]);
     });
+    if (!scores)
+#pragma unroll
+        for (int p = 0; p < HELD; ++p) {
+            unsigned char* const to = fixed + place(p) / 32 * group_bytes<2>;
+            ends[p] = put_levels<2, true>(h[p].v, to, place(p) < x.n);
+        }
     __shared__ float parts[1 + EXPERTS][MOST_WARPS];
     squares = warp_reduce<Sum>(squares);
     if (lane == 0) parts[0][warp] = squares;
@@ -317,12 +320,13 @@ constexpr bool same<A, A> = true;
 __device__ __forceinline__ void own_groups(const NormedRow& x, unsigned char* groups,
                                            float (&squares)[MOST_WARPS]) {
     float sum = 0;
-    for (int i = 4 * threadIdx.x; i < x.n; i += 4 * blockDim.x) {
-        const Pack<float, 4> w = weights_at(x, i);
-        Pack<float, 4> h = values_at(x, i);
-        sum += squares_of(h);
+    for (int i = 4 * threadIdx.x; i / 128 * 128 < x.n; i += 4 * blockDim.x) {  // by whole warps
+        const bool real = i < x.n;
+        const Pack<float, 4> w = weights_at(x, real ? i : 0);
+        Pack<float, 4> h = values_at(x, real ? i : 0);
+        if (real) sum += squares_of(h);
         multiply(h, w);
-        put_fixed<2>(h.v, groups + i / 32 * group_bytes<2>);
+        put_fixed<2, true>(h.v, groups + i / 32 * group_bytes<2>, real);
     }
     sum = warp_reduce<Sum>(sum);
     if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32] = sum;
@@ -407,7 +411,8 @@ __device__ __forceinline__ void gated_group(const Weights<F>& weights, GatedRows
     float four[4];
     for (int i = 0; i < 4; ++i) four[i] = __shfl_sync(~0u, value, (4 * lane + i) % 32);
     const long long row = blockIdx.y * task().slots + task().place, parts_of_row = rows_of(weights.w[0]) / 32;
-    if (lane < 8) put_fixed<2>(four, p.out + (row * parts_of_row + task().number) * group_bytes<2>);
+    unsigned char* const to = p.out + (row * parts_of_row + task().number) * group_bytes<2>;
+    put_fixed<2, true>(four, to, lane < 8);
 }
 
 // Makes the expert of slot blockIdx.x the task. number: of the group of rows.
