@@ -87,6 +87,7 @@ class Ahead(Struct):
         ("planes", ctypes.c_uint64 * 4),
         ("tile_bytes", ctypes.c_int32 * 4),
         ("tiles", ctypes.c_int32),
+        ("part", ctypes.c_int32),
     )
 
 
@@ -335,7 +336,7 @@ def _router(call: Call, route: Route, token: Token, handed: Handed) -> None:
         scale=route.scale,
         **{name: (call.get(name) or ABSENT).ptr for name in ("bias", "own")},
     )
-    shared = [_ahead(call.get(f"shared_{name}")) for name in ("up", "gate", "down")]
+    shared = [_ahead(call.get(f"shared_{name}"), experts) for name in ("up", "gate", "down")]
     threads = 32 * min(MOST_WARPS, max(4, blocks_for(k, 128)))
     if token.norm is None:
         name = f"router<{1 if token.tokens == 1 else FEW}>"
@@ -435,8 +436,8 @@ def _down(call: Call, token: Token, handed: Handed, candidates: Candidates) -> N
     )
 
 
-def _ahead(weight: Operand | None) -> Ahead:
-    """The argument for a weight that a launch reads next."""
+def _ahead(weight: Operand | None, blocks: int) -> Ahead:
+    """The argument for a weight that a launch reads next, of which so many blocks fetch a part."""
     if weight is None or weight.layout != "tiles8":
         return NOTHING_AHEAD
     sizes, form = tiles_of(weight.dtype, weight.ne), FORMATS[weight.dtype.name]
@@ -446,10 +447,11 @@ def _ahead(weight: Operand | None) -> Ahead:
     if sum(each) * sizes.tiles > MOST_AHEAD:
         return NOTHING_AHEAD
     planes = at.codes, at.high, at.scales, at.supers
-    return Ahead(planes=planes, tile_bytes=each, tiles=sizes.tiles)
+    part = blocks_for(sizes.tiles, blocks)
+    return Ahead(planes=planes, tile_bytes=each, tiles=sizes.tiles, part=part)
 
 
-NOTHING_AHEAD = Ahead(planes=(0,) * 4, tile_bytes=(0,) * 4, tiles=0)
+NOTHING_AHEAD = Ahead(planes=(0,) * 4, tile_bytes=(0,) * 4, tiles=0, part=0)
 
 
 def _warps(blocks: int) -> int:

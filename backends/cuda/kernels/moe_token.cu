@@ -66,21 +66,21 @@ constexpr int least_blocks = gate_blocks<F> < gate_blocks<G> ? gate_blocks<F> : 
 template <class F, int BLOCKS>
 constexpr int gate_ahead =
     BLOCKS < 4 && F::code_runs < 2 && !(F::code_runs && (F::super_bytes == 4 || F::high)) ? 2 : 1;
-// Weights that a later launch reads: bytes of a tile in each plane, and tiles of a matrix; none if
-// they are too many.
+// Weights that a later launch reads: bytes of a tile in each plane, tiles of a matrix, and those that
+// a block fetches; none if they are too many.
 struct Ahead {
     const unsigned char* planes[4];
-    int tile_bytes[4], tiles;
+    int tile_bytes[4], tiles, part;
 };
 
-// Fetches a part of a matrix into L2. By one thread. It asks for too much at both ends, up to 16
-// bytes.
-__device__ __forceinline__ void fetch_part(const Ahead& a, int part, int parts) {
+// Fetches part `number` of a matrix into L2. By one thread. It asks for too much at both ends, up to
+// 16 bytes.
+__device__ __forceinline__ void fetch_part(const Ahead& a, int number) {
 #if __CUDA_ARCH__ >= 900
-    const int first = a.tiles * part / parts, end = a.tiles * (part + 1) / parts;
+    const int first = a.part * number, tiles = max(0, min(a.part, a.tiles - first));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const unsigned bytes = a.tile_bytes[i] * (end - first);
+        const unsigned bytes = a.tile_bytes[i] * tiles;
         const unsigned char* at = a.planes[i] + (long long)first * a.tile_bytes[i];
         const unsigned before = (size_t)at & 15;
         if (bytes)
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(MOST_THREADS)
     Four w = {};
     if (first < k) w = *(const Four*)(row + first);
     if (threadIdx.x == 0) {
-        fetch_part(up, expert, n), fetch_part(gate, expert, n);
+        fetch_part(up, expert), fetch_part(gate, expert);
         if (r.bias) fetch_early(r.bias + expert);
         if (r.own) fetch_early(r.own + expert);
     }
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(MOST_THREADS)
         r.scores[at] = sum;
         if (r.ranks) r.ranks[at] = rank_of(gate_of(r.gate, sum * r.scale) + bias);
     }
-    if (threadIdx.x == 32) fetch_part(next, expert, n);
+    if (threadIdx.x == 32) fetch_part(next, expert);
 }
 
 // The same of one token whose row a norm has yet to scale. The first block makes it fixed point for
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(MOST_THREADS)
     });
     if (threadIdx.x == 0)
         experts([&](int, int expert) {
-            fetch_part(up, expert, n), fetch_part(gate, expert, n);
+            fetch_part(up, expert), fetch_part(gate, expert);
             if (r.bias) fetch_early(r.bias + expert);
             if (r.own) fetch_early(r.own + expert);
         });
@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(MOST_THREADS)
             r.scores[expert] = own;
             if (r.ranks) r.ranks[expert] = rank_of(gate_of(r.gate, own * r.scale) + bias[e]);
         }
-        if (threadIdx.x == 32) fetch_part(next, expert, n);
+        if (threadIdx.x == 32) fetch_part(next, expert);
     });
 }
 
