@@ -47,10 +47,14 @@ inline unsigned __funnelshift_r(unsigned low, unsigned high, int by) {
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
+// The fourth bit of a nibble puts the sign of its byte in the byte's place.
 inline unsigned byte_permutation(unsigned a, unsigned b, unsigned selector) {
     const uint64_t both = (uint64_t)b << 32 | a;
     unsigned r = 0;
-    for (int i = 0; i < 4; ++i) r |= unsigned(both >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+    for (int i = 0; i < 4; ++i) {
+        const unsigned nibble = selector >> 4 * i & 15, byte = both >> 8 * (nibble & 7) & 255;
+        r |= (nibble < 8 ? byte : byte < 128 ? 0 : 255) << 8 * i;
+    }
     return r;
 }
 

@@ -13,7 +13,7 @@ inline unsigned pack2<__half>(float a, float b) {
     return bits_as<unsigned>(both);
 }
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
-    return byte_permutation(a, b, selector);
+    return byte_permutation(a, b, selector & 0x7777);
 }
 
 inline void copy16(unsigned to, const void* from, bool real) {

@@ -169,7 +169,9 @@ def in_grid(label: str, dtype: str, *shape: int) -> gg.Node:
 
 #: Ways to read codes, scales and high bits; groups of a row that leave lanes without one, several
 #: rounds of a warp; rows that share the loads of the column, the last tile being odd.
-ONE_COLUMN = ("iq4_nl", "q8_0", "q2_K", "q3_K", "q4_K", "q6_K", "iq3_xxs", "iq2_xxs", "q1_0")
+ONE_COLUMN = (
+    "iq4_nl", "nvfp4", "q8_0", "q2_K", "q3_K", "q4_K", "q6_K", "iq3_xxs", "iq2_xxs", "q1_0",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", ONE_COLUMN)

@@ -46,11 +46,11 @@ __device__ __forceinline__ void absorb_rows(const Weights<F>& weights, const Abs
 #pragma unroll
     for (int r = 0; r < ROUNDS; ++r) raw[r] = load_group(row, min(lane / 8 + 4 * r, groups - 1));
     table.ready();
-    unsigned words[ROUNDS][8];
+    Codes<F, false> codes[ROUNDS];  // decoded before the wait
     Scale scales[ROUNDS];
 #pragma unroll
     for (int r = 0; r < ROUNDS; ++r) {
-        code_words<F>(table, raw[r], words[r]);
+        codes[r] = Codes<F, false>(table, raw[r]);
         scales[r] = F::scale(raw[r].scale.own, raw[r].scale.shared);
     }
     const auto q_of = [&](int token) {
@@ -94,7 +94,7 @@ __device__ __forceinline__ void absorb_rows(const Weights<F>& weights, const Abs
             const int i = min(lane / 8 + 4 * r, groups - 1);
             const uint4* from = groups_of_q + (token * groups + i) * WORDS;
             const Fixed<2> column([&](int j) { return from[j]; });
-            const float y = dot_group<F, 2>(words[r], scales[r], column);
+            const float y = dot_group(codes[r], scales[r], column);
             if (lane / 8 + 4 * r < groups) sum += y;
         }
         sum += __shfl_xor_sync(~0u, sum, 8);

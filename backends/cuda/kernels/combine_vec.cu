@@ -153,10 +153,8 @@ __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(32 * WARPS, BLO
     const tiles::Fixed<2> column([&](int i) { return shared.groups[group * WORDS + i]; });
 #pragma unroll
     for (int r = 0; r < ROUNDS; ++r) {
-        unsigned words[8];
-        tiles::code_words<F>(table, raw[r], words);
         const tiles::Scale scale = F::scale(raw[r].scale.own, raw[r].scale.shared);
-        float y = tiles::dot_group<F, 2>(words, scale, column);
+        float y = tiles::dot_group(tiles::CodesFor<F>(table, raw[r]), scale, column);
         y += __shfl_xor_sync(~0u, y, 8);
         if constexpr (GROUPS == 4) y += __shfl_xor_sync(~0u, y, 16);
         const int unit = tile(r) / 4;

@@ -124,7 +124,9 @@ struct Source<Tensor, COLS, LEVELS> {
 // the value of row i % 8 of (mat, tile, column) i / 8. Groups are loaded a round or two before use,
 // the first ones before the activations are complete. To fetch the rounds that follow into L2 then
 // took a tenth of the rate. TEAM: so many warps of the block have a `tile` of their own; 0: all.
-template <class F, int COLS, int LEVELS, int MATS, int TILES, int TEAM = 0, class X>
+// APART: as in `Codes`, if the type has a table; some need more than 64 registers for it.
+template <class F, int COLS, int LEVELS, int MATS, int TILES, int TEAM = 0,
+          bool APART = COLS == 1 && LEVELS == 2, class X>
 __device__ __forceinline__ float tile_product(const Weights<F>& weights, int matrix, int tile,
                                               Source<X, COLS, LEVELS>& x) {
     constexpr int ROWS = MATS * TILES, AHEAD = ROWS * COLS > 1 ? 1 : 2;
@@ -139,17 +141,18 @@ __device__ __forceinline__ float tile_product(const Weights<F>& weights, int mat
     const int first = 4 * warp + lane / 8;
     float sums[ROWS * COLS] = {};
     auto load = [&](int r, int group) { return load_group(rows[r], min(group, groups - 1)); };
-    Rounds<F, ROWS, AHEAD, LOADS_FIRST> rounds(load, first, step, groups);
+    using C = Codes<F, APART && F::table>;
+    Rounds<F, ROWS, AHEAD, LOADS_FIRST, C> rounds(load, first, step, groups);
     const Table<F> table(0);
     x.start(first, groups);
     table.ready();
-    rounds.each(table, load, [&](int, const unsigned(&words)[ROWS][8], const Scale(&scales)[ROWS]) {
+    rounds.each(table, load, [&](int, const C(&codes)[ROWS], const Scale(&scales)[ROWS]) {
 #pragma unroll
         for (int c = 0; c < COLS; ++c) {
             const Fixed<LEVELS> column = x.next(c, step);
 #pragma unroll
             for (int r = 0; r < ROWS; ++r)
-                sums[r * COLS + c] += dot_group<F, LEVELS>(words[r], scales[r], column);
+                sums[r * COLS + c] += dot_group(codes[r], scales[r], column);
         }
     });
     __shared__ float parts[TEAM ? MOST_TEAMS * TEAM : MOST_WARPS][ROWS * COLS][8];
@@ -297,10 +300,8 @@ __global__ void __launch_bounds__(32 * NORMED_WARPS, normed_blocks<F, X>)
     const Fixed<2> column([&](int j) { return columns[group][j]; });
 #pragma unroll
     for (int t = 0; t < NORMED_TILES; ++t) {
-        unsigned words[8];
-        code_words<F>(table, raw[t], words);
         const Scale scale = F::scale(raw[t].scale.own, raw[t].scale.shared);
-        const float y = dot_group<F, 2>(words, scale, column);
+        const float y = dot_group(CodesFor<F>(table, raw[t]), scale, column);
         sums[t] = real ? y : 0;
     }
     __shared__ float parts[NORMED_WARPS][NORMED_TILES * 8], parts_of_squares[NORMED_WARPS];
@@ -337,9 +338,10 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, id_blocks<F, MATS>)
     if (pair.expert >= 0) {
         Source<X, 1, LEVELS> column;
         column.set(0, x, pair.column, groups_of(weights.w[0]));
-        value = combine<1, MATS>(tile_product<F, 1, LEVELS, MATS, TILES>(weights, pair.expert,
-                                                                         blockIdx.x, column),
-                                 act, limit...);
+        constexpr bool APART = LEVELS == 2 && id_blocks<F, MATS> == 0;
+        const float mine = tile_product<F, 1, LEVELS, MATS, TILES, 0, APART>(weights, pair.expert,
+                                                                             blockIdx.x, column);
+        value = combine<1, MATS>(mine, act, limit...);
     } else {
         begin();
     }

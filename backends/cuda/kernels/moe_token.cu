@@ -371,19 +371,20 @@ __device__ __forceinline__ void gated_group(const Weights<F>& weights, GatedRows
 #pragma unroll
     for (int r = 0; r < 2; ++r) at.rows[r].skip(weights.w[r], task().expert);
     auto load = [&](int r, int i) { return load_group(at.rows[r], min(i, groups - 1)); };
-    Rounds<F, 2, gate_ahead<F, BLOCKS>, true> rounds(load, at.first, 4 * share, groups);
+    using C = Codes<F, F::table && F::super_bytes == 0>;  // 80 registers
+    Rounds<F, 2, gate_ahead<F, BLOCKS>, true, C> rounds(load, at.first, 4 * share, groups);
     __shared__ float squares[MOST_WARPS];
     ((own ? own_groups(*own, (unsigned char*)all, squares) : void()), ...);
     table.ready();
     float sums[2] = {};
-    rounds.each(table, load, [&](int i, const unsigned(&words)[2][8], const Scale(&scales)[2]) {
+    rounds.each(table, load, [&](int i, const C(&codes)[2], const Scale(&scales)[2]) {
         const Groups x = all + i * group_bytes<2>;
         const Fixed<2> column([&](int j) {
             if constexpr (sizeof...(Own) == 0) return load_global(x + 16 * j);
             return *(const uint4*)(x + 16 * j);  // may be in shared memory
         });
 #pragma unroll
-        for (int r = 0; r < 2; ++r) sums[r] += dot_group<F, 2>(words[r], scales[r], column);
+        for (int r = 0; r < 2; ++r) sums[r] += dot_group(codes[r], scales[r], column);
     });
     __shared__ float parts[MOST_WARPS][2][8];
 #pragma unroll
@@ -578,9 +579,9 @@ __device__ __forceinline__ void sum_experts(const Weights<F>& weights, Groups x,
     if (mine && sums.plus2.data) rest += sums.plus2.row<float>(token, 0, 0)[row];
     table.ready();
     float sum = before();
-    rounds.each(table, load, [&](int i, const unsigned(&words)[1][8], const Scale(&scales)[1]) {
+    rounds.each(table, load, [&](int i, const CodesFor<F>(&codes)[1], const Scale(&scales)[1]) {
         const Fixed<2> column([&](int j) { return load_global(x + i * group_bytes<2> + 16 * j); });
-        sum = fmaf(shares[slot_at(i)], dot_group<F, 2>(words[0], scales[0], column), sum);
+        sum = fmaf(shares[slot_at(i)], dot_group(codes[0], scales[0], column), sum);
     });
     __shared__ float parts[MOST_WARPS][8];
     sum += __shfl_xor_sync(~0u, sum, 8);
@@ -621,10 +622,10 @@ __global__ void __launch_bounds__(MOST_THREADS, 2)
         asm volatile("" : "+l"(shared_x));  // nothing of it is read before
         table.ready();
         float sum = 0;
-        rounds.each(table, load, [&](int i, const unsigned(&words)[1][8], const Scale(&scales)[1]) {
+        rounds.each(table, load, [&](int i, const CodesFor<G>(&codes)[1], const Scale(&scales)[1]) {
             const Groups from = shared_x + i * group_bytes<2>;
             const Fixed<2> column([&](int j) { return load_global(from + 16 * j); });
-            sum += dot_group<G, 2>(words[0], scales[0], column);
+            sum += dot_group(codes[0], scales[0], column);
         });
         return sum;
     });

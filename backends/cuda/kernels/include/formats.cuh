@@ -58,14 +58,24 @@ __device__ __forceinline__ float low_half(unsigned bits) {
 }
 __device__ __forceinline__ float high_half(unsigned bits) { return low_half(bits >> 16); }
 
+// The levels of a table, a byte each. apart: the same for two lookups, whose sum is the level. A byte
+// permutation in which the fourth bit of a nibble is set gives the sign of the byte that the other
+// three choose: 0 or -1. So a nibble looks up the first 8 levels, and with its fourth bit turned the
+// last 8, and each is less by what the other lookup gives then.
 struct Iq4Levels {
     static __device__ __forceinline__ uint4 levels() {  // -127 -104 ... 113
         return make_uint4(0xBFAD9881u, 0xF6EADDCFu, 0x26190D01u, 0x71594535u);
+    }
+    static __device__ __forceinline__ uint4 apart() {
+        return make_uint4(0xBFAD9881u, 0xF6EADDCFu, 0x271A0E02u, 0x725A4636u);
     }
 };
 struct Fp4Levels {
     static __device__ __forceinline__ uint4 levels() {  // 0 1 2 3 4 6 8 12 and their negatives
         return make_uint4(0x03020100u, 0x0C080604u, 0xFDFEFF00u, 0xF4F8FAFCu);
+    }
+    static __device__ __forceinline__ uint4 apart() {
+        return make_uint4(0x04030200u, 0x0D090705u, 0xFDFEFF00u, 0xF4F8FAFCu);
     }
 };
 
@@ -335,6 +345,7 @@ struct Entries {
 template <class F>
 struct Table {
     unsigned x, y, z, w, pick, magic, stride, minus;
+    uint4 apart;  // for two lookups
     const char* entries;
 
     // Hides the constants from the compiler: a byte permutation takes only one immediate, and the
@@ -346,6 +357,8 @@ struct Table {
             offset ^= threadIdx.z;  // 0
             uint4 t = F::levels();
             x = t.x ^ offset, y = t.y ^ offset, z = t.z ^ offset, w = t.w ^ offset;
+            t = F::apart();
+            apart = make_uint4(t.x ^ offset, t.y ^ offset, t.z ^ offset, t.w ^ offset);
             pick = held ? 0x32103210u + threadIdx.z : 0x32103210u ^ threadIdx.z;
         }
         if constexpr (F::grid) {
