@@ -158,15 +158,17 @@ def one_token(call: Call) -> None:
 
 
 def mapped_token(call: Call, shared: int) -> None:
-    """The same where the copy engine brings the rows."""
+    """The same where the copy engine brings the rows. As few blocks as take no longer: on some
+    multiprocessors blocks of the launch before leave no room for one."""
     q, k = call["q"], call["k"]
+    tiles = blocks_for(k.ne[1], TILE)
     kind, size = k.dtype.name, (ROW, k.ne[1], 1, k.ne[3])
     rows = EMPTY if call.names_only else tensor_map(k.ptr, kind, size, k.nb, (64, TILE, 1, 1))
     argument = _argument(call)
     call.launch(
         "indexer_token.cu",
         f"scores_token<{_type(k)}, {_heads(q.ne[1])}>",
-        grid=(min(blocks_for(k.ne[1], TILE), call.device.sms), 1, q.ne[3]),
+        grid=(blocks_for(tiles, blocks_for(tiles, call.device.sms)), 1, q.ne[3]),
         block=128 * ONE,
         args=[TokenIndexer(pad=(0,) * 6, map=rows, a=argument)],
         shared=shared,
