@@ -73,10 +73,15 @@ __global__ void __launch_bounds__(448, 1) list_token(const __grid_constant__ Att
     if (a.early == QUERIES) wait_for_predecessor();
     if (a.early != ALL) release_successor();
     int low = 0, high = 0;
-    // Starts the copies of a tile. Hidden keys become zeros.
+    // Starts the copies of a tile, first those of each group's first EARLY boxes, so that their products
+    // run while the others come. Hidden keys become zeros.
+    constexpr int EARLY = ((BOXES + 1) / 2 + 1) / 2;
     const auto fetch = [&](int t) {
-        if (t < last) {
-            const int stage = (t - first) % 2;
+        const bool there = t < last;
+        const int stage = (t - first) % 2;
+        const char *from[2];
+        bool real[2];
+        if (there) {
             int id[2];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
@@ -93,20 +98,28 @@ __global__ void __launch_bounds__(448, 1) list_token(const __grid_constant__ Att
             }
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                bool real = id[i] >= low && id[i] < high;
-                float bias = real ? 0 : -INF;
-                if (mask && real) {
+                real[i] = id[i] >= low && id[i] < high;
+                float bias = real[i] ? 0 : -INF;
+                if (mask && real[i]) {
                     bias = __half2float(*(const __half *)(mask + id[i] * a.nb_mask[0]));
-                    real = bias != -INF;
+                    real[i] = bias != -INF;
                 }
                 if (threadIdx.x % 8 == 0) biases[stage][place + 32 * i] = bias;
-                const char *const from = k + (real ? id[i] * a.nb_k[0] : 0);
-#pragma unroll
-                for (int c = 0; c < BOXES; ++c)
-                    copy16(to_tile + stage * TILE + i * (32 * 128) + c * BOX, from + c * 128, real);
+                from[i] = k + (real[i] ? id[i] * a.nb_k[0] : 0);
             }
         }
-        copies_commit();
+#pragma unroll
+        for (int late = 0; late < 2; ++late) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+#pragma unroll
+                for (int c = 0; c < BOXES; ++c) {
+                    const int own = c < (BOXES + 1) / 2 ? c : c - BOXES / 2;  // of its group
+                    if (there && (own >= EARLY) == late)
+                        copy16(to_tile + stage * TILE + i * (32 * 128) + c * BOX, from[i] + c * 128, real[i]);
+                }
+            copies_commit();
+        }
     };
     fetch(first);
     fetch(first + 1);
@@ -121,7 +134,7 @@ __global__ void __launch_bounds__(448, 1) list_token(const __grid_constant__ Att
     for (int t = first; t < last; ++t) {
         const int stage = (t - first) % 2;
         const u32 tile = shared_address(ring) + stage * TILE;
-        copies_wait<1>();
+        copies_wait<3>();
         fence_engines();
         __syncthreads();
         float s[16];
@@ -130,10 +143,18 @@ __global__ void __launch_bounds__(448, 1) list_token(const __grid_constant__ Att
         // Of nine boxes both groups multiply the fifth, which the second overwrites.
         const u64 keys = tile_descriptor(tile + group * (BOXES / 2) * BOX, 16);
 #pragma unroll
-        for (int n = 0; n < (BOXES + 1) / 2 * 4; ++n)
+        for (int n = 0; n < (BOXES + 1) / 2 * 4; ++n) {
+            if (n == EARLY * 4) {
+                wgmma_commit();
+                copies_wait<2>();
+                fence_engines();
+                __syncthreads();
+                wgmma_fence();
+            }
             wgmma_ss<__half, 32>(s, further(keys, n / 4 * BOX + n % 4 * 32),
                                  further(of_queries, n / 4 * Q_BOX + n % 4 * 32),
                                  n == 0 ? 0 : BOXES % 2 && n == 4 ? group == 0 : 1);
+        }
         wgmma_commit();
         wgmma_wait<0>();
         wgmma_hold(s);
