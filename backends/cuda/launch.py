@@ -89,6 +89,8 @@ class Launch:
     roomy    whether its multiprocessors have as much shared memory as they can, so that blocks of
              the next launch find some
     meeting  how it takes part in a sum over several GPUs, if it can
+    patient  whether it reads nothing but constants before it waits
+    soon     the instance that lets a patient successor start before it waits, if there is one
     """
 
     file: str
@@ -101,6 +103,8 @@ class Launch:
     early: bool = False
     roomy: bool = False
     meeting: Meeting | None = field(default=None, compare=False, repr=False)
+    patient: bool = False
+    soon: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +274,8 @@ class Call:
         early: bool = False,
         roomy: bool = False,
         meeting: Meets | None = None,
+        patient: bool = False,
+        soon: str = "",
     ) -> None:
         """Record one kernel launch.
 
@@ -278,8 +284,8 @@ class Call:
                     or Structs
         shared      bytes of dynamic shared memory
         early       as in Launch; constant weights do not count
-        roomy       as in Launch
-        meeting     as in Launch
+        roomy, meeting, patient, soon
+                    as in Launch; with a meeting, it is not patient
         """
         where = f"{self.node.op.name}: launch of {name}"
         size = _dim3(where, grid)
@@ -295,7 +301,7 @@ class Call:
                 return replace(launch, name=name, args=pack(args), grid=other or size)
 
             launch = replace(launch, meeting=Meeting(at, sends, met))
-        self.records.append(launch)
+        self.records.append(replace(launch, patient=patient, soon=soon))
 
     def gemm(
         self,

@@ -357,6 +357,7 @@ def _router(call: Call, route: Route, token: Token, handed: Handed) -> None:
         block=threads,
         args=[router, row, *more],
         meeting=adds(row, added),
+        patient=token.norm.nodes[2]["b"].root.op is constant_op,
     )
 
 

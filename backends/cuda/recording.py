@@ -6,6 +6,7 @@ The tests record every case of the parity grid.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -51,6 +52,25 @@ def check_early(records: Sequence[Record]) -> None:
                 f"{record.name} reads before it waits, right behind a launch of {library}; record "
                 "it with early=False, or a launch between them"
             )
+
+
+def released_soon(by_step: Sequence[Sequence[Record]]) -> list[list[Record]]:
+    """The records of all steps, with launches that let a patient successor start before they wait.
+
+    Then two earlier launches may still run when that one starts, which reads none of their results
+    before it waits, and has seen their end when it lets its own successor start (overlap.cuh).
+    """
+    after = [record for records in by_step for record in records][1:]
+    nexts = iter([*after, None])
+
+    def chosen(record: Record) -> Record:
+        behind = next(nexts)
+        if not isinstance(record, Launch) or not isinstance(behind, Launch):
+            return record
+        soon = record.soon if behind.patient and behind.overlap else ""
+        return replace(record, name=soon) if soon else record
+
+    return [[chosen(record) for record in records] for records in by_step]
 
 
 def _record(

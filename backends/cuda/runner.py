@@ -21,7 +21,7 @@ from pyggml.backends.cuda.device.pinned import Staging
 from pyggml.backends.cuda.launch import Collective, Gemm, Launch, Record
 from pyggml.backends.cuda.naming import kernels_of
 from pyggml.backends.cuda.peers import Boxes
-from pyggml.backends.cuda.recording import check_early, record_step
+from pyggml.backends.cuda.recording import check_early, record_step, released_soon
 from pyggml.backends.cuda.relay import Relay, relay
 from pyggml.backends.cuda.rounds import with_own_sums
 from pyggml.backends.cuda.stamps import GraphStopwatch
@@ -61,7 +61,8 @@ class CudaRunner:
         self._loads = loads
         aside = not self.debugging and self.in_graphs
         self._ahead = Ahead(context, self.steps) if aside else None
-        by_step = self._with_sums([self._recorded(index, at) for index in range(len(self.steps))])
+        own = [self._recorded(index, at) for index in range(len(self.steps))]
+        by_step = released_soon(self._with_sums(own))
         records = [record for step_records in by_step for record in step_records]
         check_early(records)
         context.load([record for record in records if isinstance(record, Launch)])

@@ -15,7 +15,7 @@ from pyggml import gguf
 from pyggml.backends.cuda.gpu import H200, Device
 from pyggml.backends.cuda.launch import Collective, Gemm, Launch, Record
 from pyggml.backends.cuda.lowering import step_of, timely
-from pyggml.backends.cuda.recording import check_early, record_step
+from pyggml.backends.cuda.recording import check_early, record_step, released_soon
 from pyggml.models.batch import Batch, Options
 from pyggml.models.model import Model
 from pyggml.models.presets import V2_LITE
@@ -102,6 +102,24 @@ def test_a_step_of_several_tokens_has_the_same_kernels(model: Model, n_tokens: i
 
 def launches(model: Model, n_tokens: int = 1) -> list[Launch]:
     return [r for r in records_of(model, n_tokens, 1) if isinstance(r, Launch)]
+
+
+@pytest.mark.parametrize("n_tokens", (1, 2))
+def test_a_launch_is_released_soon_where_it_reads_only_constants_early(
+    model: Model, n_tokens: int
+) -> None:
+    """The router of one token behind the output of attention, which fetches its weights earlier."""
+    records = records_of(model, n_tokens, 1)
+    (chosen,) = released_soon([records])
+    soon = [i for i, (a, b) in enumerate(zip(records, chosen)) if a != b]
+    assert len(soon) == (n_tokens == 1)
+    for i in soon:
+        before, router = chosen[i], records[i + 1]
+        assert isinstance(before, Launch) and isinstance(router, Launch)
+        assert before.name.startswith("vec<") and before.name.endswith(", Soon>")
+        assert router.name.startswith("norm_router<") and router.patient and not router.early
+        late = replace(router, patient=False)
+        assert released_soon([records[: i + 1], [late]])[0][i] == records[i]
 
 
 @pytest.mark.parametrize("n_tokens", (1, 2, 2048))

@@ -9,7 +9,7 @@
 // predecessor. Lost: one lookup for an index and its 4 signs. Its table of 16 KB has no room for
 // copies, and lanes take 3.5 turns at the banks (benchmarks/notes.md has the count).
 // @kernel hot quantize<{float|__half|__nv_bfloat16}, {2|3}>
-// @kernel hot vec<{BLOCKS}, 1, 2, 1, {1|2}, Groups>
+// @kernel hot vec<{BLOCKS}, 1, 2, 1, {1|2}, {Groups|Soon}>
 // @kernel hot vec<{BLOCKS}, 1, 2, 1, 1, Tensor>
 // @kernel vec<{BLOCKS}, {2|4|8}, 2, 1, 1, Tensor>
 // @kernel vec<{BLOCKS}, {2|4|8}, 2, 1, {1|2}, Groups>
@@ -80,6 +80,22 @@ struct Source<Groups, COLS, LEVELS> {
         Fixed<LEVELS> group([&](int i) { return load_global(at[c] + 16 * i); });
         at[c] += step * group_bytes<LEVELS>;
         return group;
+    }
+};
+
+// The same in a launch that releases its successor before it waits: `soon` in launch.py.
+struct Soon {
+    Groups groups;
+};
+template <int COLS, int LEVELS>
+struct Source<Soon, COLS, LEVELS> : Source<Groups, COLS, LEVELS> {
+    using Base = Source<Groups, COLS, LEVELS>;
+    __device__ __forceinline__ void set(int c, Soon x, unsigned column, int groups) {
+        Base::set(c, x.groups, column, groups);
+    }
+    __device__ __forceinline__ void start(int group, int groups) {
+        release_successor();
+        Base::start(group, groups);
     }
 };
 

@@ -168,7 +168,8 @@ def vec(call: Call, a: tuple[Operand, ...], b: Operand, y: Operand, levels: int)
         )
         return
     limited, limit = limit_of(call.attrs, len(a))
-    names = f"{chunk}, {levels}, {len(a)}, {pair}, {columns.form}{limited}"
+    names = f"{cpp_format(a[0])}, {chunk}, {levels}, {len(a)}, {pair}"
+    fixed = single and chunk == 1 and columns.form == "Groups" and a[0].layout == "tiles8"
     warps = max(warps_for(a[0].ne[0] // 32, prod(grid)), 8 * chunk * len(a) * pair // 32)
     if pair == 2 and chunk == 1 and a[0].dtype.name in TALL and 3 <= TALL_WARPS // each < warps:
         warps = TALL_WARPS // each
@@ -178,7 +179,7 @@ def vec(call: Call, a: tuple[Operand, ...], b: Operand, y: Operand, levels: int)
     form = f"vec_sent<{cpp_format(a[0])}, {columns.form}>"
     call.launch(
         VEC,
-        f"vec<{cpp_format(a[0])}, {names}>",
+        f"vec<{names}, {columns.form}{limited}>",
         grid=grid,
         block=(32, warps),
         args=[weights, columns.x, y.tensor, shape.heads, is_narrow(y), act_of(call), *limit],
@@ -186,6 +187,7 @@ def vec(call: Call, a: tuple[Operand, ...], b: Operand, y: Operand, levels: int)
         meeting=sends(y.ptr, lambda total: Form(form, [weights, columns.x, y.pointer, total]))
         if lone and y.dtype is F32 and y.contiguous and a[0].layout == "tiles8"
         else None,
+        soon=f"vec<{names}, Soon>" if fixed else "",
     )
 
 

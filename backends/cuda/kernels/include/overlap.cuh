@@ -8,6 +8,9 @@
 // `combine` and `list_combine` release first: what wrote their parts has waited for all before it, and
 // writes nothing else. So their successor may start while both run, and reads nothing of theirs before
 // its wait.
+//
+// So do products whose successor reads nothing but constants before it waits (`soon` and `patient` in
+// launch.py). It waits for the product, so for all before, and then releases its own successor.
 #pragma once
 
 __device__ __forceinline__ void release_successor() {
