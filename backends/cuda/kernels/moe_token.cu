@@ -39,7 +39,8 @@
 // @kernel up_gate_shared<q8_0, {q2_K|q4_K|q6_K|iq4_nl}>
 // @kernel hot norm_router<{1|4}, 1, NormedRow>
 // @kernel hot norm_router<1, 1, SummedRow>
-// @kernel hot norm_router<4, 2, SummedRow>
+// @kernel norm_router<4, 2, SummedRow>
+// @kernel hot 90a norm_router<4, 2, SummedRow>
 // @kernel hot up_gate_normed<{BLOCKS}, $1>
 // @kernel up_gate_normed<q8_0, {q2_K|q4_K|q6_K|iq4_nl}>
 // @kernel hot up_gate_late<{BLOCKS}, $1>
