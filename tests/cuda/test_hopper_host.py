@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import pyggml as gg
+from pyggml.backends.cuda.attention import flash
 from pyggml.parity.patterns import pattern
 from pyggml.parity.tolerance import CLASSES, nmse
 from pyggml.quants import encode
@@ -30,3 +32,22 @@ def test_caches_of_bf16(tmp_path: Path) -> None:
     results = run(graph.outputs, {**graph.inputs, **caches}, tmp_path)
     for name, expected in gg.compile(graph.outputs).run(graph.inputs).items():
         assert nmse(results[name], expected) <= CLASSES["bf16"], name
+
+
+def test_heads_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of three heads of keys start before those of the next three; the last set has one."""
+    monkeypatch.setattr(flash, "TOGETHER", 132 // 3)
+    rng = np.random.default_rng(0)
+    d, n, heads = 64, 160, 7
+    q = gg.input("q", ne=(d, n, 2 * heads))
+    k, v = (gg.input(x, "f16", ne=(d, n, heads)) for x in "kv")
+    mask = gg.causal_mask(gg.input("pos", "i32", ne=(n,)), n_kv=n)
+    outputs = {"y": gg.flash_attn_ext(q, k, v, mask, scale=0.125)}
+    values = {x: rng.standard_normal((heads, n, d)).astype(np.float16) for x in "kv"}
+    inputs = {
+        "q": rng.standard_normal((2 * heads, n, d), np.float32),
+        "pos": np.arange(n),
+        **values,
+    }
+    results = run(outputs, inputs, tmp_path)
+    assert nmse(results["y"], gg.compile(outputs).run(inputs)["y"]) <= 1e-6

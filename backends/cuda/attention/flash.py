@@ -31,6 +31,8 @@ from pyggml.spec import Ne
 
 #: Of `Early` in overlap.cuh.
 SPANS = 3
+#: Blocks of a head of keys that run at the same time in `hopper`, at least, if it has as many.
+TOGETHER = 8
 
 
 def _refuses(node: Node) -> str | None:
@@ -195,9 +197,10 @@ class Recording:
             )
         blocks, outer = shape.blocks(instance.rows), shape.heads_kv * shape.n3
         splits = shape.splits(route)
+        heads = min(outer, max(1, call.device.sms // TOGETHER))
         grid = {
             "any": (blocks, splits, outer),
-            "hopper": (outer, blocks, 1),
+            "hopper": (heads, blocks, -(-outer // heads)),
             "tiles": (outer, blocks, splits),
         }.get(route, (splits, blocks, outer))
         mapped = route in ("hopper", "latent_hopper")
