@@ -152,10 +152,9 @@ def node(size: Size, i: int, leaves: Leaves, masked: bool = False) -> gg.Node:
         v = gg.view(k, ne=(s.d_v, s.n_kv, s.heads_kv))
     else:
         v = leaves.get(f"v{set_}", s.dtype, s.d_v, s.n_kv, s.heads_kv)
-    mask = None
-    if s.n_q > 1:
-        pos = leaves.pos(s.n_q, s.n_kv)
-        mask = leaves.mask(s.n_q, s.n_kv) if masked else gg.causal_mask(pos, n_kv=s.n_kv)
+    mask = leaves.mask(s.n_q, s.n_kv) if masked else None
+    if s.n_q > 1 and not masked:
+        mask = gg.causal_mask(leaves.pos(s.n_q, s.n_kv), n_kv=s.n_kv)
     return gg.flash_attn_ext(q, k, v, mask, scale=s.d_k**-0.5)
 
 

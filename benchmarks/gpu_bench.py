@@ -57,7 +57,8 @@ def cuda() -> Any:
 def write_row(name: str, unit: str, samples: Sequence[float], **more: Any) -> None:
     """Write a row of the record. Its value is the median of the samples. more: as for `row`."""
     value = median(samples)
-    text = "".join(f", {key} {each:.4g}" for key, each in more.items() if each is not None)
+    numbers = {key: each for key, each in more.items() if isinstance(each, int | float)}
+    text = "".join(f", {key} {each:.4g}" for key, each in numbers.items())
     print(f"ROW {name:32} {value:10.4g} {unit}{text}", flush=True)
     _write(row(name, unit, value, list(samples), **more))
 
