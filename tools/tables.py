@@ -86,8 +86,9 @@ def whole_model() -> str:
         }
         ours, theirs = best["pyggml"], best["llama.cpp"]
         rows.append([what, f"{ours:,.0f}", f"{theirs:,.0f}", f"{ours / theirs:.1f}x"])
+    gpu = result["machine"]["gpu"].removeprefix("NVIDIA ").split()[0]
     intro = (
-        "DeepSeek-V2-Lite with random IQ4_NL weights on one H100 with 16 processors, in tokens\n"
+        f"DeepSeek-V2-Lite with random IQ4_NL weights on one {gpu} with 16 processors, in tokens\n"
         "per second, beside llama.cpp on the same file in the same hour, "
         f"{result['date']}. The\nhost reads the logits of each token:\n\n"
     )
