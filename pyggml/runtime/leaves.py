@@ -90,7 +90,8 @@ class Leaves:
     def with_needs(self, needs: Sequence[Need], progress: Progress | None) -> Leaves:
         """These leaves and those of `needs`, with memory allocated and filled for the new ones.
 
-        States of other ranks are listed, without memory; their weights and inputs are not.
+        States of other ranks are listed, without memory, so that all ranks have one order; their
+        weights and inputs are not.
         """
         leaves = Leaves(dict(self.weights), dict(self.states), dict(self.inputs))
         missing = {
@@ -110,10 +111,7 @@ class Leaves:
             and need.owner is None
         }
         with _adjacent(states.values()):
-            for key, need in states.items():
-                leaf = origin(need.node)
-                at = Address(need.backend.alloc(need.nbytes), 0, leaf.spec.nb)
-                leaves.states[key] = Leaf(leaf, at, need.backend)
+            blocks = {key: need.backend.alloc(need.nbytes) for key, need in states.items()}
         packed: dict[Backend, dict[tuple[object, ...], Need]] = {}
         for need in needs:
             leaf = origin(need.node)
@@ -127,7 +125,9 @@ class Leaves:
             if need.is_packed:
                 packed.setdefault(need.backend, {})[need.key] = need
                 continue
-            at = Address(need.backend.alloc(need.nbytes), 0, leaf.spec.nb)
+            if need.key not in blocks:
+                blocks[need.key] = need.backend.alloc(need.nbytes)
+            at = Address(blocks[need.key], 0, leaf.spec.nb)
             leaves.table(need)[need.key] = Leaf(leaf, at, need.backend)
         for backend, inputs in packed.items():
             leaves._pack(backend, inputs)

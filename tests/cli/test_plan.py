@@ -181,7 +181,9 @@ def test_v4_flash_with_experts_of_iq3_xxs_fits_one_card(
     """141 GB, 8192 tokens, all else q8_0. A GPU has each weight in the bytes of the file."""
     chosen = synth._type_of
     monkeypatch.setattr(
-        synth, "_type_of", lambda leaf, t: t if "_exps." in leaf else chosen(leaf, TYPES["q8_0"])
+        synth,
+        "_type_of",
+        lambda leaf, ne, t: t if "_exps." in leaf else chosen(leaf, ne, TYPES["q8_0"]),
     )
     path = str(tmp_path / "v4.gguf")
     words = ["--preset", "deepseek-v4-flash", "--type", "iq3_xxs", "--header-only"]

@@ -15,6 +15,7 @@ import pyggml as gg
 from pyggml import backends
 from pyggml.errors import DeviceError, GraphError
 from pyggml.runtime import ceilings
+from pyggml.runtime.leaves import Leaves, Need
 from tests.shard.graphs import Layers, cuts, layers
 from tests.spmd.threads import every, ranks_of, results
 
@@ -159,6 +160,20 @@ def test_a_rank_has_only_its_own_memory() -> None:
     rows = [row.total for row in plans[0].memory.devices]
     assert [device.allocated - b for device, b in zip(devices, before)] == rows
     assert [list(plan.store.arenas) for plan in plans] == [["null:0"], ["null:1"]]
+
+
+def test_states_have_one_order_on_all_ranks() -> None:
+    """So that ranks that read all of them, as `contents` does, read the same ones in turn."""
+    devices = [backends.get("null", i) for i in range(2)]
+    states = [gg.state(name, ne=(8,)) for name in "cadb"]
+    orders = [
+        list(Leaves().with_needs([
+            Need(state, devices[i % 2], owner=None if i % 2 == rank else i % 2)
+            for i, state in enumerate(states)
+        ], None).states)
+        for rank in range(2)
+    ]  # fmt: skip
+    assert orders[0] == orders[1] and len(orders[0]) == 4
 
 
 @pytest.mark.parametrize("n", [1, 3])
