@@ -95,8 +95,8 @@ def loop(depth: int) -> Test:
     return Test(n_gen=STEPS, n_depth=depth, loop=True)
 
 
-def form_rows(path: Path, model: Model, depths: list[int]) -> None:
-    """Rows of other caches, and of attention without flash attention; a session for each."""
+def form_rows(model: Model, depths: list[int]) -> None:
+    """Rows of other caches; a session for each."""
     size = {"n_ctx": N_CTX, "n_batch": N_BATCH}
     standard = model.session(**size, mla=0)
     for depth in depths:
@@ -105,13 +105,16 @@ def form_rows(path: Path, model: Model, depths: list[int]) -> None:
     q8_0 = model.session(**size, cache_k="q8_0", cache_v="q8_0")
     write_row(f"model_q8_0_decode_loop_d{depths[-1]}", "t/s", rates_of(q8_0, loop(depths[-1])))
     del q8_0
+
+
+def softmax_rows(path: Path) -> None:
+    """Rows of a prompt without flash attention, with and without a budget. Each has a model of its
+    own, so that both find the GPU alike."""
     prompt = Test(n_prompt=PROMPTS[-1])
-    softmax = model.session(**size, flash=False)
-    write_row(f"model_softmax_prompt_{PROMPTS[-1]}", "t/s", rates_of(softmax, prompt))
-    del softmax
-    with load(path, backends=["cuda"], amb=AMB, flash=False) as budget:
-        rates = rates_of(budget.session(**size), prompt)
-    write_row(f"model_softmax_amb_{AMB}_prompt_{PROMPTS[-1]}", "t/s", rates)
+    for name, amb in (("", None), (f"_amb_{AMB}", AMB)):
+        with load(path, backends=["cuda"], amb=amb, flash=False) as model:
+            rates = rates_of(model.session(n_ctx=N_CTX, n_batch=N_BATCH), prompt)
+        write_row(f"model_softmax{name}_prompt_{PROMPTS[-1]}", "t/s", rates)
 
 
 def share_rows(rates: dict[str, list[float]], graph: list[float]) -> None:
@@ -167,9 +170,10 @@ def measure(path: Path, args: argparse.Namespace) -> None:
 
 
 def run(path: Path, args: argparse.Namespace) -> None:
-    model = load(path, backends=["cuda"])
-    session_rows(model.session(n_ctx=N_CTX, n_batch=N_BATCH), args)
-    form_rows(path, model, args.depths)
+    with load(path, backends=["cuda"]) as model:
+        session_rows(model.session(n_ctx=N_CTX, n_batch=N_BATCH), args)
+        form_rows(model, args.depths)
+    softmax_rows(path)
 
 
 def session_rows(session: Session, args: argparse.Namespace) -> None:
