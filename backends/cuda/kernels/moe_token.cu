@@ -433,10 +433,16 @@ template <class F>
 __global__ void __launch_bounds__(GATE_THREADS, gate_blocks<F>)
     up_gate(const __grid_constant__ Weights<F> weights, const __grid_constant__ Gated p,
             const __grid_constant__ Candidates c) {
-    const GatedRows<F> rows(weights, blockIdx.z);
-    choose_task(c, p, blockIdx.z);
-    __syncthreads();
-    if (task().expert >= 0) gated_group<F, gate_blocks<F>>(weights, rows);
+    if constexpr (F::grid && F::scale_bytes == 1) {  // no registers for rows before the choice
+        choose_task(c, p, blockIdx.z);
+        __syncthreads();
+        if (task().expert >= 0) gated_group<F, gate_blocks<F>>(weights, {weights, (int)blockIdx.z});
+    } else {
+        const GatedRows<F> rows(weights, blockIdx.z);
+        choose_task(c, p, blockIdx.z);
+        __syncthreads();
+        if (task().expert >= 0) gated_group<F, gate_blocks<F>>(weights, rows);
+    }
 }
 
 // The same behind `first` layers of blocks for the groups of rows of the shared experts. x and
