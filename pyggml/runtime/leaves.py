@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from pyggml.backends.base import Backend, in_host_memory
 from pyggml.backends.step import Address, WeightLayout
 from pyggml.node import Node
+from pyggml.operation import Op
 from pyggml.ops.leaf import constant_op, input_op, shared_key, state_op
 from pyggml.runtime.derivations import Derivations
 from pyggml.spec import Spec
@@ -94,22 +95,19 @@ class Leaves:
         weights and inputs are not.
         """
         leaves = Leaves(dict(self.weights), dict(self.states), dict(self.inputs))
-        missing = {
-            need.key: need
-            for need in needs
-            if origin(need.node).op is constant_op
-            and need.key not in self.weights
-            and need.owner is None
-        }
-        with _adjacent(missing.values()):
-            leaves._upload(missing, progress)
-        states = {
-            need.key: need
-            for need in needs
-            if origin(need.node).op is state_op
-            and need.key not in self.states
-            and need.owner is None
-        }
+
+        def missing(op: Op[Any]) -> dict[tuple[object, ...], Need]:
+            return {
+                need.key: need
+                for need in needs
+                if origin(need.node).op is op
+                and need.key not in leaves.table(need)
+                and need.owner is None
+            }
+
+        weights, states = missing(constant_op), missing(state_op)
+        with _adjacent(weights.values()):
+            leaves._upload(weights, progress)
         with _adjacent(states.values()):
             blocks = {key: need.backend.alloc(need.nbytes) for key, need in states.items()}
         packed: dict[Backend, dict[tuple[object, ...], Need]] = {}
